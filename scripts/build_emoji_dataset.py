@@ -1,0 +1,123 @@
+# Copyright 2026 The modeling-moma authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""
+Builds the emoji data set from npm packages: pictures of the same things by several designers, names and keywords.
+
+    python scripts/build_emoji_dataset.py --output data/emoji
+
+Needs `npm` (with network at the first run) and `rsvg-convert` (Debian: librsvg2-bin).
+"""
+
+import argparse
+import random
+from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+from datasets import Dataset, Features, Image, List, Value
+from tqdm.auto import tqdm
+
+from emoji.card import count_table, fill_card
+from emoji.cells import SPLITS, drawing_cell, merge_cells, split_cells
+from emoji.sources import PACKAGES, fetch_packages, read_drawings, render, require_tools
+
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+FEATURES = Features(
+    {
+        "image": Image(),
+        "style": Value("string"),
+        "label": Value("string"),
+        "keywords": List(Value("string")),
+        "group": Value("string"),
+        "subgroup": Value("string"),
+    }
+)
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=REPOSITORY / "data" / "emoji", help="folder of the data set")
+    parser.add_argument(
+        "--cache",
+        type=Path,
+        default=Path.home() / ".cache" / "modeling-moma" / "emoji",
+        help="folder that keeps the downloaded packages (about 190 MB)",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of the split and of the order of rows")
+    parser.add_argument(
+        "--skin-tones", action="store_true", help="add the skin-tone variants (about twice the pictures)"
+    )
+    parser.add_argument("--validation-share", type=float, default=0.035, help="share of pictures in validation")
+    parser.add_argument("--test-share", type=float, default=0.05, help="share of pictures in test")
+    parser.add_argument("--processes", type=int, default=2, help="rendering processes")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
+    require_tools()
+    with tqdm(total=len(PACKAGES), desc="packages") as bar:
+        fetch_packages(args.cache, on_done=lambda name: bar.update())
+    drawings = list(read_drawings(args.cache, skin_tones=args.skin_tones))
+    with ProcessPoolExecutor(args.processes) as pool:
+        pictures = list(tqdm(pool.map(render, drawings, chunksize=32), total=len(drawings), desc="rendering"))
+
+    # the same picture of the same style under the same label is one example
+    unique = {(p.pixel_hash, d.style, d.emoji.label): (d, p) for d, p in zip(drawings, pictures, strict=True)}
+    examples = [unique[key] for key in sorted(unique, key=lambda key: (key[1], key[2], key[0]))]
+    cells = [drawing_cell(drawing.emoji.label, drawing.style) for drawing, _ in examples]
+    hashes = [picture.pixel_hash for _, picture in examples]
+    splits = split_cells(cells, hashes, {"validation": args.validation_share, "test": args.test_share}, seed=args.seed)
+    random.Random(args.seed).shuffle(order := list(range(len(examples))))
+    rows = {split: [to_row(*examples[i]) for i in order if splits[i] == split] for split in SPLITS}
+
+    components = merge_cells(cells, hashes)
+    largest = max(components, key=len)
+    sample = sorted({cells[row] for row in largest})
+    summary = f"{len(sample)} cells with {len(largest)} pictures, such as {sample[0][1]}: {sample[0][0]}"
+    print(f"{len(drawings)} drawings, {len(drawings) - len(examples)} exact copies dropped")
+    print(
+        f"{len(set(cells))} cells in {len(components)} groups that stay together; cells of a group, number of groups:"
+    )
+    print(sorted(Counter(len({cells[row] for row in component}) for component in components).items()))
+    print(f"largest: {summary}")
+
+    sizes = {}
+    for split in SPLITS:
+        path = args.output / "data" / f"{split}-00000-of-00001.parquet"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Dataset.from_list(rows[split], features=FEATURES).to_parquet(path)
+        sizes[split] = path.stat().st_size
+        print(f"{split}: {len(rows[split])} pictures, {sizes[split] / 1e6:.2f} MB")
+    card = args.output / "README.md"
+    template = card if card.exists() else REPOSITORY / "data" / "emoji" / "README.md"
+    card.write_text(fill_card(template.read_text(encoding="utf-8"), rows, sizes, summary), encoding="utf-8")
+    print(count_table(rows))
+
+
+def to_row(drawing, picture) -> dict:
+    emoji = drawing.emoji
+    return {
+        "image": {"bytes": picture.webp, "path": None},
+        "style": drawing.style,
+        "label": emoji.label,
+        "keywords": list(emoji.keywords),
+        "group": emoji.group,
+        "subgroup": emoji.subgroup,
+    }
+
+
+if __name__ == "__main__":
+    main()

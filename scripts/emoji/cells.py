@@ -1,0 +1,155 @@
+# Copyright 2026 The modeling-moma authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Which pictures show the same drawing, and a split that never puts one drawing on both sides."""
+
+import random
+import re
+from collections import Counter, defaultdict
+from collections.abc import Hashable, Sequence
+
+
+DRAWING_FAMILIES = {
+    "noto": "noto",
+    "twemoji": "twemoji",
+    "fluent 3d": "fluent",
+    "fluent flat": "fluent",
+    "fluent": "fluent",
+    "noto v1": "noto v1",
+    "emojione": "emojione",
+    "fxemoji": "fxemoji",
+}
+STYLES = tuple(DRAWING_FAMILIES)
+SPLITS = ("train", "validation", "test")
+
+_SKIN_TONE = re.compile(r"(?:medium-light|medium-dark|light|medium|dark) skin tone")
+
+
+def drawing_family(style: str) -> str:
+    """
+    Names the family of styles that share one drawing: the three fluent styles are one family, every other style is
+    its own.
+
+    Args:
+        style (`str`): one of `STYLES`, such as `"fluent flat"`.
+
+    Returns:
+        `str`: the family, such as `"fluent"`.
+    """
+    if style not in DRAWING_FAMILIES:
+        raise ValueError(f"`style` is {style!r}, but the styles of this data set are {', '.join(STYLES)}.")
+    return DRAWING_FAMILIES[style]
+
+
+def base_label(label: str) -> str:
+    """
+    Removes the skin-tone part of a label: `"kiss: man, man, light skin tone"` becomes `"kiss: man, man"`, and
+    `"waving hand: dark skin tone"` becomes `"waving hand"`. Labels without such a part come back as they are.
+    """
+    name, colon, rest = label.partition(": ")
+    if not colon:
+        return label
+    details = [detail for detail in rest.split(", ") if not _SKIN_TONE.fullmatch(detail)]
+    # a couple of two tones spells out the persons that the plain label leaves unsaid
+    if details == ["person", "person"] and _SKIN_TONE.search(rest):
+        return name
+    return f"{name}: {', '.join(details)}" if details else name
+
+
+def drawing_cell(label: str, style: str) -> tuple[str, str]:
+    """Returns the (base label, drawing family) cell of a picture: pictures of one cell show the same drawing."""
+    return base_label(label), drawing_family(style)
+
+
+def merge_cells(cells: Sequence[tuple[str, str]], pictures: Sequence[Hashable]) -> list[list[int]]:
+    """
+    Groups rows that must stay on one side of a split: rows of one cell, and rows of cells that contain the same
+    picture (the flag of Norway is also the flag of Bouvet Island).
+
+    Args:
+        cells: the (base label, drawing family) cell of each row.
+        pictures: the identity of each row's picture, such as a hash of its pixels. Same length as `cells`.
+
+    Returns:
+        `list[list[int]]`: components of row numbers, each ascending, ordered by their first row.
+    """
+    if len(cells) != len(pictures):
+        raise ValueError(f"`cells` has {len(cells)} rows and `pictures` has {len(pictures)}: they must be as long.")
+    parent = {cell: cell for cell in cells}
+
+    def root(cell):
+        while parent[cell] != cell:
+            parent[cell] = parent[parent[cell]]
+            cell = parent[cell]
+        return cell
+
+    first_cell = {}
+    for cell, picture in zip(cells, pictures, strict=True):
+        parent[root(cell)] = root(first_cell.setdefault(picture, cell))
+    components = defaultdict(list)
+    for row, cell in enumerate(cells):
+        components[root(cell)].append(row)
+    return list(components.values())
+
+
+def split_cells(
+    cells: Sequence[tuple[str, str]],
+    pictures: Sequence[Hashable],
+    shares: dict[str, float],
+    seed: int = 0,
+    max_cells: int = 4,
+) -> list[str]:
+    """
+    Splits rows so that no drawing and no picture stands on both sides, and so that every held-out base label keeps
+    the drawing of another family in `train` (a model can know the word, but not this drawing of it).
+
+    Args:
+        cells: the (base label, drawing family) cell of each row.
+        pictures: the identity of each row's picture. Same length as `cells`.
+        shares (`dict[str, float]`): share of all rows of each held-out split, such as `{"validation": 0.035}`.
+        seed (`int`, defaults to 0): the held-out components are drawn at random with this seed.
+        max_cells (`int`, defaults to 4): components of more cells stay in `train`, so that one cluster of look-alikes
+            (families of equal silhouettes) does not make up a good part of a held-out split.
+
+    Returns:
+        `list[str]`: the split of each row.
+    """
+    if sum(shares.values()) >= 1 or any(share < 0 for share in shares.values()):
+        raise ValueError(f"`shares` is {shares}: shares must be at least 0 and leave a part for `train`.")
+    components = merge_cells(cells, pictures)
+    train_families = defaultdict(set)
+    for label, family in cells:
+        train_families[label].add(family)
+    splits = ["train"] * len(cells)
+    wanted = {split: share * len(cells) for split, share in shares.items()}
+    held_out = Counter()
+    random.Random(seed).shuffle(components)
+    for rows in components:
+        # the split that lacks most of its share comes first, so all of them draw from the same distribution
+        split = min(wanted, key=lambda name: held_out[name] / max(wanted[name], 1e-9), default=None)
+        if split is None or held_out[split] >= wanted[split]:
+            break
+        members = {cells[row] for row in rows}
+        if len(members) > max_cells:
+            continue
+        taken = defaultdict(set)
+        for label, family in members:
+            taken[label].add(family)
+        if any(not train_families[label] - families for label, families in taken.items()):
+            continue
+        for label, families in taken.items():
+            train_families[label] -= families
+        for row in rows:
+            splits[row] = split
+        held_out[split] += len(rows)
+    return splits

@@ -1,0 +1,153 @@
+# Copyright 2026 The modeling-moma authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The embedded data set: it loads offline, and no drawing of a held-out split stands in `train`."""
+
+import hashlib
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+import yaml
+from datasets import load_dataset
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
+
+from emoji.card import count_table
+from emoji.cells import SPLITS, STYLES, drawing_cell
+from emoji.sources import PACKAGES
+
+
+FOLDER = Path(__file__).resolve().parents[2] / "data" / "emoji"
+
+
+@pytest.fixture(scope="module")
+def emoji(tmp_path_factory):
+    patch = pytest.MonkeyPatch()
+    patch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    yield load_dataset(str(FOLDER), cache_dir=str(tmp_path_factory.mktemp("datasets")))
+    patch.undo()
+
+
+@pytest.fixture(scope="module")
+def text(emoji):
+    return {split: emoji[split].remove_columns("image").to_list() for split in SPLITS}
+
+
+@pytest.fixture(scope="module")
+def pixels(emoji):
+    return {
+        split: [(image.size, image.mode, hashlib.sha256(image.tobytes()).digest()) for image in emoji[split]["image"]]
+        for split in SPLITS
+    }
+
+
+def cells_of(rows):
+    return {drawing_cell(row["label"], row["style"]) for row in rows}
+
+
+def test_splits_have_the_columns_of_the_contract(emoji):
+    assert set(emoji) == set(SPLITS)
+    for split in SPLITS:
+        assert emoji[split].column_names == ["image", "style", "label", "keywords", "group", "subgroup"]
+
+
+def test_held_out_splits_have_their_shares(emoji):
+    total = sum(len(emoji[split]) for split in SPLITS)
+    assert total > 10_000
+    assert len(emoji["validation"]) / total == pytest.approx(0.035, abs=0.003)
+    assert len(emoji["test"]) / total == pytest.approx(0.05, abs=0.003)
+
+
+def test_only_permissively_licensed_styles_and_each_in_every_split(text):
+    for split in SPLITS:
+        assert {row["style"] for row in text[split]} == set(STYLES)
+
+
+def test_no_flag_of_a_place_in_fluent_3d(text):
+    labels = [row["label"] for split in SPLITS for row in text[split] if row["style"] == "fluent 3d"]
+    assert not [label for label in labels if label.startswith("flag: ")]
+
+
+def test_text_is_lower_case_and_complete(text):
+    for split in SPLITS:
+        for row in text[split]:
+            assert row["label"] and row["group"] and row["subgroup"]
+            for word in (row["label"], row["group"], row["subgroup"], *row["keywords"]):
+                assert word == word.lower()
+
+
+def test_no_drawing_is_on_two_sides(text):
+    train, validation, test = (cells_of(text[split]) for split in SPLITS)
+    assert not train & validation
+    assert not train & test
+    assert not validation & test
+
+
+def test_no_stored_picture_is_on_two_sides(pixels):
+    train, validation, test = (set(pixels[split]) for split in SPLITS)
+    assert not train & validation
+    assert not train & test
+    assert not validation & test
+
+
+def test_every_held_out_label_has_another_family_in_train(text):
+    families = defaultdict(set)
+    for label, family in cells_of(text["train"]):
+        families[label].add(family)
+    for split in ("validation", "test"):
+        for label, family in cells_of(text[split]):
+            assert families[label] - {family}, f"{label} of {family} in {split}"
+
+
+def test_pictures_are_64_pixel_rgb(pixels):
+    for split in SPLITS:
+        assert {(size, mode) for size, mode, _ in pixels[split]} == {((64, 64), "RGB")}
+
+
+def test_no_picture_of_a_style_stands_twice_under_one_label(text, pixels):
+    keys = [
+        (row["style"], row["label"], picture)
+        for split in SPLITS
+        for row, picture in zip(text[split], pixels[split], strict=True)
+    ]
+    assert len(keys) == len(set(keys))
+
+
+def test_rows_are_shuffled(text):
+    styles = [row["style"] for row in text["train"]]
+    changes = sum(style != following for style, following in zip(styles, styles[1:], strict=False))
+    assert changes > len(styles) / 2
+
+
+def test_files_stay_small():
+    assert sum(path.stat().st_size for path in FOLDER.rglob("*") if path.is_file()) < 15_000_000
+
+
+def test_card_counts_are_those_of_the_files(text):
+    card = (FOLDER / "README.md").read_text(encoding="utf-8")
+    assert count_table(text) in card
+    info = yaml.safe_load(card.split("---\n")[1])["dataset_info"]
+    assert {split["name"]: split["num_examples"] for split in info["splits"]} == {s: len(text[s]) for s in SPLITS}
+    assert info["download_size"] == sum(path.stat().st_size for path in (FOLDER / "data").iterdir())
+
+
+def test_licences_name_every_style_and_package_version():
+    licences = (FOLDER / "LICENSES" / "README.md").read_text(encoding="utf-8")
+    for style in STYLES:
+        assert f"`{style}`" in licences
+    # this one gives the names of files only
+    for name in set(PACKAGES) - {"@iconify-json/fluent-emoji-flat"}:
+        assert f"{name} {PACKAGES[name]}" in licences
