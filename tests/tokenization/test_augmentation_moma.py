@@ -1,0 +1,68 @@
+# Copyright 2026 The modeling-moma authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Tests of the batched augmentation."""
+
+import pytest
+import torch
+
+from tokenization.augmentation_moma import augment_pictures
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.fixture
+def pictures():
+    # a dark square, off the middle, on white
+    pictures = torch.ones(64, 3, 32, 32)
+    pictures[:, :, 4:14, 16:28] = -0.5
+    return pictures
+
+
+def test_equal_generators_give_equal_pictures(pictures):
+    first = augment_pictures(pictures, generator())
+    assert torch.equal(first, augment_pictures(pictures, generator()))
+    assert not torch.equal(first, augment_pictures(pictures, generator(1)))
+
+
+def test_shape_and_range_stay(pictures):
+    result = augment_pictures(pictures, generator())
+    assert result.shape == pictures.shape and result.dtype == pictures.dtype
+    assert result.min() >= -1 and result.max() <= 1
+
+
+def test_white_stays_white():
+    white = torch.ones(8, 3, 16, 16)
+    torch.testing.assert_close(augment_pictures(white, generator(), probability=1.0), white)
+
+
+def test_the_share_of_changed_pictures_is_the_probability():
+    pictures = torch.rand(2000, 3, 8, 8, generator=generator()) * 2 - 1
+    for probability in (0.0, 0.25, 1.0):
+        result = augment_pictures(pictures, generator(), probability=probability)
+        changed = (result != pictures).flatten(1).any(dim=1).float().mean().item()
+        assert changed == pytest.approx(probability, abs=0.05)
+
+
+def test_pictures_are_never_mirrored(pictures):
+    # the square lies at the top right, and the changes are too small to move it anywhere else
+    result = augment_pictures(pictures, generator(), probability=1.0)
+    darkness = (1 - result).mean(dim=1)
+    assert (darkness[:, :16, 16:].sum(dim=(1, 2)) > 0.8 * darkness.sum(dim=(1, 2))).all()
+
+
+def test_integer_pictures_are_refused(pictures):
+    with pytest.raises(ValueError, match="uint8"):
+        augment_pictures((pictures * 127).to(torch.uint8))

