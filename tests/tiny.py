@@ -1,0 +1,63 @@
+# Copyright 2026 The modeling-moma authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Tiny parts that several test files build on: real classes, random weights."""
+
+import torch
+
+from modeling_moma import MomaConfig, MomaForCausalLM
+from tokenization import (
+    MomaImageProcessor,
+    MomaProcessor,
+    MomaVQConfig,
+    MomaVQModel,
+    add_picture_tokens,
+    train_text_tokenizer,
+)
+
+
+TEXTS = ["noto: red apple", "twemoji: green apple", "fluent 3d: castle", "noto tags: fruit, red"]
+
+
+def tiny_processor(side: int = 16, codes: int = 32) -> MomaProcessor:
+    """A processor of pictures of `side` pixels and `(side / 4) ** 2` codes."""
+    torch.manual_seed(0)
+    vq_config = MomaVQConfig(
+        resolution=side,
+        patch_size=4,
+        channel_multiplier=(1,),
+        base_channels=16,
+        latent_channels=16,
+        embed_dim=8,
+        num_embeddings=codes,
+        num_res_blocks=1,
+        norm_type="none",
+        attn_type=None,
+    )
+    image_processor = MomaImageProcessor(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
+    tokenizer = add_picture_tokens(train_text_tokenizer(TEXTS * 3, vocab_size=300), codes)
+    return MomaProcessor(image_processor, tokenizer, MomaVQModel(vq_config))
+
+
+def tiny_model(processor: MomaProcessor, **fields) -> MomaForCausalLM:
+    """A 4t4i model of two layers over the processor's vocabulary, in eval mode."""
+    torch.manual_seed(0)
+    defaults = {
+        "hidden_size": 32,
+        "intermediate_size": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 128,
+        "norm_placement": "pre",
+    }
+    return MomaForCausalLM(MomaConfig(**{**defaults, **fields, **processor.token_layout()})).eval()

@@ -1,0 +1,84 @@
+# Copyright 2026 The modeling-moma authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from tokenization import MomaDataCollator, train_text_tokenizer
+
+
+@pytest.fixture
+def tokenizer():
+    return train_text_tokenizer(["red apple"], vocab_size=260)
+
+
+def test_ragged_rows_are_padded_on_the_right_with_labels_of_all_tokens(tokenizer):
+    batch = MomaDataCollator(tokenizer)([{"input_ids": [5, 6, 7]}, {"input_ids": [8]}])
+    assert batch["input_ids"].tolist() == [[5, 6, 7], [8, 0, 0]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
+    assert batch["labels"].tolist() == [[5, 6, 7], [8, -100, -100]]
+    assert all(values.dtype == torch.long for values in batch.values())
+
+
+def test_left_padding_multiple_and_given_fields(tokenizer):
+    tokenizer.padding_side = "left"
+    rows = [
+        {"input_ids": [5, 6, 7], "labels": [-100, 6, 7], "mm_token_type_ids": [0, 1, 1]},
+        {"input_ids": torch.tensor([8]), "labels": torch.tensor([8]), "mm_token_type_ids": [1]},
+    ]
+    batch = MomaDataCollator(tokenizer, pad_to_multiple_of=4)(rows)
+    assert batch["input_ids"].tolist() == [[0, 5, 6, 7], [0, 0, 0, 8]]
+    assert batch["labels"].tolist() == [[-100, -100, 6, 7], [-100, -100, -100, 8]]
+    assert batch["mm_token_type_ids"].tolist() == [[0, 0, 1, 1], [0, 0, 0, 1]]
+
+
+def test_end_of_text_is_learnt_even_when_it_is_the_padding_token(tokenizer):
+    tokenizer.pad_token = tokenizer.eos_token
+    eos = tokenizer.eos_token_id
+    batch = MomaDataCollator(tokenizer)([{"input_ids": [5, eos]}, {"input_ids": [5, 6, eos]}])
+    assert batch["labels"].tolist() == [[5, eos, -100], [5, 6, eos]]
+
+
+def test_padding_inside_an_example_is_no_label(tokenizer):
+    batch = MomaDataCollator(tokenizer)([{"input_ids": [5, 0], "attention_mask": [1, 0], "labels": [5, 0]}])
+    assert batch["labels"].tolist() == [[5, -100]]
+
+
+def test_works_in_worker_processes(tokenizer):
+    rows = [{"input_ids": [5] * n} for n in range(1, 5)]
+    batches = list(DataLoader(rows, batch_size=2, collate_fn=MomaDataCollator(tokenizer), num_workers=1))
+    assert [tuple(batch["input_ids"].shape) for batch in batches] == [(2, 2), (2, 4)]
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([{"input_ids": [5]}, {"input_ids": []}], r"features\[1\]: needs at least one token"),
+        ([{"input_ids": [5], "labels": [5, 6]}], r"`labels` has the shape"),
+        ([{"input_ids": [5], "keywords": ["red"]}], "`keywords` is not one of"),
+        ([{"input_ids": [5], "mm_token_type_ids": [0]}, {"input_ids": [5]}], r"features\[1\]: holds"),
+    ],
+)
+def test_bad_examples_raise_and_are_named(tokenizer, rows, message):
+    with pytest.raises(ValueError, match=message):
+        MomaDataCollator(tokenizer)(rows)
+
+
+def test_bad_settings_raise(tokenizer):
+    with pytest.raises(ValueError, match="pad_to_multiple_of: 0"):
+        MomaDataCollator(tokenizer, pad_to_multiple_of=0)
+    tokenizer.pad_token = None
+    with pytest.raises(ValueError, match="no padding token"):
+        MomaDataCollator(tokenizer)

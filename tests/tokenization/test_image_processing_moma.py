@@ -1,0 +1,163 @@
+# Copyright 2026 The modeling-moma authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+import base64
+from io import BytesIO
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tokenization import MomaImageProcessor, MomaImageProcessorPil
+
+
+SIZES = {"size": {"shortest_edge": 16}, "crop_size": {"height": 16, "width": 16}}
+
+
+@pytest.fixture(params=[MomaImageProcessor, MomaImageProcessorPil])
+def image_processor(request):
+    return request.param(**SIZES)
+
+
+def noise(height=20, width=24, channels=3, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (height, width, channels), dtype=np.uint8)
+
+
+def pixels(image_processor, image, **kwargs):
+    return image_processor(image, return_tensors="pt", **kwargs)["pixel_values"]
+
+
+def test_default_size_is_64_and_range_is_minus_one_to_one():
+    for cls in (MomaImageProcessor, MomaImageProcessorPil):
+        black, white = Image.new("RGB", (80, 100)), Image.new("RGB", (80, 100), "white")
+        values = pixels(cls(), [black, white])
+        assert values.shape == (2, 3, 64, 64) and values.dtype == torch.float32
+        torch.testing.assert_close(values[0], torch.full((3, 64, 64), -1.0))
+        torch.testing.assert_close(values[1], torch.full((3, 64, 64), 1.0))
+
+
+def test_both_backends_give_nearly_the_same_pixels_for_every_kind_of_input():
+    pil, array = Image.fromarray(noise(40, 33)), noise(40, 33)
+    inputs = [pil, array, torch.from_numpy(array).permute(2, 0, 1), pil.convert("L"), pil.convert("P"), noise(9, 30)]
+    for image in inputs:
+        ours, twin = (pixels(cls(**SIZES), image) for cls in (MomaImageProcessor, MomaImageProcessorPil))
+        assert ours.shape == twin.shape == (1, 3, 16, 16)
+        assert (ours - twin).abs().mean() < 5e-3
+
+
+def test_a_wide_picture_keeps_its_centre(image_processor):
+    strip = np.zeros((16, 48, 3), dtype=np.uint8)
+    strip[:, 16:32] = 255
+    assert pixels(image_processor, Image.fromarray(strip)).mean() > 0.95
+
+
+def test_transparency_is_composited_on_white(image_processor):
+    clear = Image.new("RGBA", (16, 16), (255, 0, 0, 0))
+    torch.testing.assert_close(pixels(image_processor, clear), torch.ones(1, 3, 16, 16))
+    torch.testing.assert_close(pixels(image_processor, np.array(clear)), torch.ones(1, 3, 16, 16))
+
+
+def test_transparent_file_gives_the_same_pixels_from_a_path_and_from_pil(image_processor, tmp_path):
+    rgba = Image.fromarray(noise(20, 20, 4), "RGBA")
+    path = tmp_path / "picture.png"
+    rgba.save(path)
+    torch.testing.assert_close(pixels(image_processor, str(path)), pixels(image_processor, rgba))
+    encoded = base64.b64encode(path.read_bytes()).decode()
+    torch.testing.assert_close(pixels(image_processor, encoded), pixels(image_processor, rgba))
+    torch.testing.assert_close(
+        pixels(image_processor, f"data:image/png;base64,{encoded}"), pixels(image_processor, rgba)
+    )
+
+
+def test_sixteen_bit_greyscale_is_scaled_and_not_clipped(image_processor, tmp_path):
+    eight = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    expected = pixels(image_processor, Image.fromarray(eight))
+    sixteen = eight.astype(np.uint16) * 257
+    Image.fromarray(sixteen).save(tmp_path / "sixteen.png")
+    with Image.open(tmp_path / "sixteen.png") as picture:
+        torch.testing.assert_close(pixels(image_processor, picture), expected)
+    torch.testing.assert_close(pixels(image_processor, str(tmp_path / "sixteen.png")), expected)
+    torch.testing.assert_close(pixels(image_processor, sixteen), expected)
+    torch.testing.assert_close(pixels(image_processor, Image.fromarray(sixteen.astype(np.int32))), expected)
+
+
+def test_one_channel_and_bilevel_pictures_become_three_channels(image_processor):
+    grey = Image.fromarray(noise()).convert("L")
+    values = pixels(image_processor, grey)
+    assert torch.equal(values[:, 0], values[:, 1]) and torch.equal(values[:, 0], values[:, 2])
+    torch.testing.assert_close(pixels(image_processor, Image.new("1", (16, 16), 1)), torch.ones(1, 3, 16, 16))
+    torch.testing.assert_close(pixels(image_processor, np.ones((16, 16), dtype=bool)), torch.ones(1, 3, 16, 16))
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
+def test_truncated_file_raises_a_value_error_that_says_so(image_processor, kind, tmp_path):
+    buffer = BytesIO()
+    Image.fromarray(noise(64, 64)).save(buffer, kind)
+    path = tmp_path / f"cut.{kind.lower()}"
+    path.write_bytes(buffer.getvalue()[: buffer.tell() // 2])
+    with pytest.raises(ValueError, match="truncated"):
+        image_processor(str(path))
+
+
+def test_truncated_pil_picture_raises_a_value_error_that_says_so(image_processor):
+    buffer = BytesIO()
+    Image.fromarray(noise(64, 64)).save(buffer, "PNG")
+    with pytest.raises(ValueError, match="truncated"):
+        image_processor(Image.open(BytesIO(buffer.getvalue()[: buffer.tell() // 2])))
+
+
+@pytest.mark.parametrize(
+    ("image", "message"),
+    [
+        (np.full((16, 16, 3), 300, dtype=np.int64), "from 300 to 300"),
+        (np.full((16, 16, 3), np.nan, dtype=np.float32), "NaN"),
+        (np.zeros((0, 16, 3), dtype=np.uint8), "empty"),
+        (Image.new("F", (16, 16)), "mode 'F'"),
+        (Image.fromarray(np.full((16, 16), 70000, dtype=np.int32)), "70000"),
+        ("no/such/picture.png", "neither an existing file"),
+    ],
+)
+def test_unreadable_values_raise_and_are_named(image_processor, image, message):
+    with pytest.raises(ValueError, match=message):
+        image_processor(image)
+
+
+def test_wrong_type_of_picture_raises_type_error(image_processor):
+    with pytest.raises(TypeError, match="got int"):
+        image_processor([3])
+
+
+def test_postprocess_undoes_preprocess(image_processor):
+    picture = Image.fromarray(noise(16, 16))
+    values = pixels(image_processor, picture)
+    back = image_processor.postprocess(values, return_tensors="PIL.Image.Image")["pixel_values"]
+    assert len(back) == 1 and back[0].mode == "RGB"
+    assert np.array_equal(np.array(back[0]), np.array(picture))
+    tensor = image_processor.postprocess(values * 3, return_tensors="pt")["pixel_values"]
+    assert tensor.dtype == torch.uint8 and tensor.shape == (1, 3, 16, 16)
+
+
+@pytest.mark.parametrize("values", [torch.zeros(2, 4, 8, 8), torch.full((1, 3, 8, 8), float("nan"))])
+def test_postprocess_refuses_what_is_no_picture(image_processor, values):
+    with pytest.raises(ValueError, match="images"):
+        image_processor.postprocess(values)
+
+
+def test_saved_by_one_backend_loaded_by_the_other(tmp_path):
+    MomaImageProcessorPil(**SIZES).save_pretrained(tmp_path)
+    loaded = MomaImageProcessor.from_pretrained(tmp_path)
+    assert loaded.backend == "torchvision" and loaded.crop_size.height == 16
+    loaded.save_pretrained(tmp_path)
+    assert MomaImageProcessorPil.from_pretrained(tmp_path).size.shortest_edge == 16

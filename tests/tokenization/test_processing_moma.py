@@ -1,0 +1,382 @@
+# Copyright 2026 The modeling-moma authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset, Features, Value
+from datasets import Image as ImageFeature
+from PIL import Image
+from transformers import AutoProcessor
+
+from tokenization import (
+    MomaImageProcessor,
+    MomaImageProcessorPil,
+    MomaProcessor,
+    MomaVQConfig,
+    MomaVQModel,
+    add_picture_tokens,
+    train_text_tokenizer,
+)
+
+
+CODES = 32
+SIDE = 16
+LENGTH = 16
+TEXTS = ["noto: red apple", "twemoji: green apple", "user\nassistant\n"] * 3
+
+
+def make_image_processor(side=SIDE, cls=MomaImageProcessor):
+    return cls(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
+
+
+def make_tokenizer(codes=CODES):
+    tokenizer = train_text_tokenizer(TEXTS, vocab_size=290)
+    return add_picture_tokens(tokenizer, codes) if codes else tokenizer
+
+
+def make_vq_model():
+    torch.manual_seed(0)
+    config = MomaVQConfig(
+        resolution=SIDE,
+        patch_size=4,
+        channel_multiplier=(1,),
+        base_channels=16,
+        latent_channels=16,
+        embed_dim=8,
+        num_embeddings=CODES,
+        num_res_blocks=1,
+        norm_type="none",
+        attn_type=None,
+    )
+    return MomaVQModel(config)
+
+
+@pytest.fixture
+def processor():
+    return MomaProcessor(make_image_processor(), make_tokenizer(), make_vq_model())
+
+
+@pytest.fixture(scope="module")
+def pictures():
+    rng = np.random.default_rng(0)
+    return [Image.fromarray(rng.integers(0, 256, (20, 24, 3), dtype=np.uint8)) for _ in range(3)]
+
+
+def picture_ids(processor, picture):
+    codes = processor.encode_pictures([picture])[0]
+    ids = [processor.image_token_offset + code for code in codes]
+    return [processor.begin_image_token_id, *ids, processor.end_image_token_id]
+
+
+def test_placeholder_becomes_the_real_codes_of_its_picture(processor, pictures):
+    first, second = (picture_ids(processor, picture) for picture in pictures[:2])
+    assert first != second and len(first) == LENGTH + 2
+    out = processor(images=pictures[:2], text="<image> red <image>")
+    red = processor.tokenizer(" red ", add_special_tokens=False)["input_ids"]
+    assert out["input_ids"] == [[processor.tokenizer.bos_token_id, *first, *red, *second]]
+    assert processor.image_token_id not in out["input_ids"][0]
+    expected = processor.vq_model.get_image_tokens(
+        processor.image_processor(pictures[0], return_tensors="pt")["pixel_values"]
+    )
+    assert [token - processor.image_token_offset for token in first[1:-1]] == expected[0].tolist()
+
+
+def test_returned_keys_equal_model_input_names(processor, pictures):
+    assert list(processor(images=pictures[0], text="<image>")) == processor.model_input_names
+    assert processor.model_input_names == ["input_ids", "attention_mask"]
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_batch_of_rows_with_no_one_and_two_pictures(processor, pictures, side):
+    images = [[], [pictures[0]], [pictures[1], pictures[2]]]
+    text = ["apple", "<image> red", "<image><image>"]
+    out = processor(
+        images=images,
+        text=text,
+        padding=True,
+        padding_side=side,
+        return_tensors="pt",
+        return_labels=True,
+        return_mm_token_type_ids=True,
+    )
+    for row, (row_images, row_text) in enumerate(zip(images, text)):
+        alone = processor(images=[row_images], text=[row_text])["input_ids"][0]
+        kept = out["attention_mask"][row].bool()
+        assert out["input_ids"][row][kept].tolist() == alone
+        assert kept[-1 if side == "left" else 0]
+        assert out["labels"][row][kept].tolist() == alone and (out["labels"][row][~kept] == -100).all()
+        first = processor.image_token_offset
+        is_code = (out["input_ids"][row] >= first) & (out["input_ids"][row] < first + CODES)
+        assert out["mm_token_type_ids"][row].tolist() == is_code.long().tolist()
+        assert is_code.sum() == LENGTH * len(row_images)
+
+
+def test_labels_are_lists_where_no_tensors_are_asked_for(processor):
+    out = processor(text=["red apple", "red"], padding=True, return_labels=True)
+    assert out["labels"][0] == out["input_ids"][0] and out["labels"][1][-1] == -100
+
+
+@pytest.mark.parametrize("images", [None, [], [[], []]])
+def test_text_alone(processor, images):
+    out = processor(images=images, text=["red apple", ""])
+    assert out["input_ids"][1] == [processor.tokenizer.bos_token_id]
+    assert processor.decode(out["input_ids"][0], skip_special_tokens=True) == "red apple"
+    assert processor.batch_decode(out["input_ids"], skip_special_tokens=True) == ["red apple", ""]
+
+
+@pytest.mark.parametrize(
+    ("count", "text", "message"),
+    [
+        (2, ["<image>"], "tokens in the prompts should be the same as the number of"),
+        (1, ["<image><image>"], "tokens in the prompts should be the same as the number of"),
+        (0, ["<image>"], "no images were passed"),
+        (1, None, "text=None"),
+        (0, None, "at least one text"),
+        (0, [], "at least one text"),
+    ],
+)
+def test_wrong_number_of_pictures_raises(processor, pictures, count, text, message):
+    with pytest.raises(ValueError, match=message):
+        processor(images=pictures[:count] or None, text=text)
+
+
+def test_pictures_in_the_wrong_row_raise_though_the_total_is_right(processor, pictures):
+    with pytest.raises(ValueError, match=r"text\[0\]: the number of <image> tokens in the prompts should be the same"):
+        processor(images=[[], pictures[:2]], text=["<image>", "<image>"])
+    with pytest.raises(ValueError, match="one list per text"):
+        processor(images=[pictures[:2]], text=["<image>", "<image>"])
+
+
+def test_truncation_that_cuts_a_picture_raises(processor, pictures):
+    with pytest.raises(ValueError, match="cut a picture"):
+        processor(images=pictures[0], text="<image> red", truncation=True, max_length=LENGTH)
+    whole = processor(images=pictures[0], text="<image> red", truncation=True, max_length=LENGTH + 3)
+    assert whole["input_ids"][0][-1] == processor.end_image_token_id
+
+
+def test_an_open_picture_may_be_written_as_a_prompt(processor):
+    ids = processor(text="red<|begin_image|><|image_5|>")["input_ids"][0]
+    assert ids[-2:] == [processor.begin_image_token_id, processor.image_token_offset + 5]
+
+
+def test_empty_text_without_a_beginning_token_raises(processor):
+    with pytest.raises(ValueError, match="no token at all"):
+        processor(text=["red", ""], add_special_tokens=False)
+
+
+def test_call_time_size_that_the_vq_model_does_not_take_raises(processor, pictures):
+    with pytest.raises(ValueError, match="leave size and crop_size"):
+        processor(images=pictures[0], text="<image>", images_kwargs={"crop_size": {"height": 8, "width": 8}})
+
+
+def test_parts_come_back_in_order(processor, pictures):
+    out = processor(images=pictures[:2], text="red <image> apple <image>", padding="max_length", max_length=64)
+    parts = processor.decode_parts(out["input_ids"][0])
+    assert [part if isinstance(part, str) else part.size for part in parts] == [
+        "red ",
+        (SIDE, SIDE),
+        " apple ",
+        (SIDE, SIDE),
+    ]
+    drawn = processor.decode_pictures(processor.encode_pictures(pictures[:2]))
+    assert [np.array_equal(a, b) for a, b in zip(drawn, [parts[1], parts[3]])] == [True, True]
+    assert not np.array_equal(drawn[0], drawn[1])
+
+
+def test_incomplete_and_stray_codes_raise(processor, pictures):
+    ids = picture_ids(processor, pictures[0])
+    for broken in (ids[:-1], ids[:-2], ids[:4] + ids[5:], ids[:4] + [5] + ids[5:], ids + ids[:3]):
+        with pytest.raises(ValueError, match="incomplete"):
+            processor.decode_parts(torch.tensor(broken))
+    with pytest.raises(ValueError, match="outside a picture"):
+        processor.decode_parts(ids[1:])
+
+
+@pytest.mark.parametrize(
+    ("codes", "message"), [([[0] * 5], "shape"), ([[CODES] * LENGTH], "lie outside"), ([[-1] * LENGTH], "lie outside")]
+)
+def test_codes_out_of_range_raise(processor, codes, message):
+    with pytest.raises(ValueError, match=message):
+        processor.decode_pictures(codes)
+
+
+def test_post_processing_of_text_pictures_and_both(processor, pictures):
+    out = processor(images=pictures[0], text="red <image> apple", return_tensors="pt")["input_ids"]
+    assert processor.post_process_multimodal_output(out, skip_special_tokens=True) == ["red  apple"]
+    assert processor.post_process_multimodal_output(out, generation_mode="text") == ["red  apple"]
+    codes = torch.tensor(processor.encode_pictures(pictures))
+    drawn = processor.post_process_multimodal_output(codes, skip_special_tokens=True, generation_mode="image")
+    assert [picture.size for picture in drawn] == [(SIDE, SIDE)] * 3
+    (parts,) = processor.post_process_multimodal_output(out, generation_mode="interleaved")
+    assert parts[0] == "red " and np.array_equal(parts[1], drawn[0]) and parts[2] == " apple"
+    with pytest.raises(ValueError, match="'audio'"):
+        processor.post_process_multimodal_output(out, generation_mode="audio")
+
+
+def test_chat_template_masks_exactly_the_assistant_turns(processor, pictures):
+    conversation = [
+        {"role": "user", "content": [{"type": "image", "image": pictures[0]}, {"type": "text", "text": "name it"}]},
+        {"role": "assistant", "content": [{"type": "text", "text": " red "}, {"type": "image", "image": pictures[1]}]},
+        {"role": "user", "content": "again"},
+        {"role": "assistant", "content": "apple"},
+    ]
+    for side in ("left", "right"):
+        out = processor.apply_chat_template(
+            [conversation, conversation[2:]],
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            return_assistant_tokens_mask=True,
+            processor_kwargs={"padding": True, "padding_side": side},
+        )
+        learnt = [ids[mask.bool()].tolist() for ids, mask in zip(out["input_ids"], out["assistant_masks"])]
+        encode = processor.tokenizer
+        eos = processor.tokenizer.eos_token_id
+        red, apple = (encode(text, add_special_tokens=False)["input_ids"] for text in ("red ", "apple"))
+        assert learnt == [[*red, *picture_ids(processor, pictures[1]), eos, *apple, eos], [*apple, eos]]
+        assert (out["input_ids"] == processor.tokenizer.bos_token_id).sum(1).tolist() == [1, 1]
+    prompt = processor.apply_chat_template(conversation[:1], add_generation_prompt=True)
+    assert prompt == "<bos>user\n<image>name it<eos>assistant\n"
+
+
+def test_number_of_multimodal_tokens_equals_the_token_types(processor, pictures):
+    data = processor._get_num_multimodal_tokens(image_sizes=[(20, 24), (9, 9)])
+    out = processor(images=pictures[:2], text="<image><image>", return_mm_token_type_ids=True)
+    assert sum(data["num_image_tokens"]) == sum(out["mm_token_type_ids"][0]) and data["num_image_patches"] == [1, 1]
+
+
+def test_token_layout_follows_the_vocabulary(processor):
+    layout = processor.token_layout()
+    vocab = processor.tokenizer.get_vocab()
+    assert layout == {
+        "vocab_size": len(processor.tokenizer),
+        "pad_token_id": vocab["<pad>"],
+        "bos_token_id": vocab["<bos>"],
+        "eos_token_id": vocab["<eos>"],
+        "begin_image_token_id": vocab["<|begin_image|>"],
+        "end_image_token_id": vocab["<|end_image|>"],
+        "image_seq_length": LENGTH,
+        "modality_token_ranges": {"image": [[vocab["<|image_0|>"], vocab[f"<|image_{CODES - 1}|>"] + 1]]},
+    }
+
+
+def test_parts_that_do_not_fit_raise():
+    vq_model = make_vq_model()
+    with pytest.raises(ValueError, match=r"add_picture_tokens\(tokenizer, 32\)"):
+        MomaProcessor(make_image_processor(), make_tokenizer(codes=None), vq_model)
+    with pytest.raises(ValueError, match="it has 8 picture codes, but the VQ model has num_embeddings=32"):
+        MomaProcessor(make_image_processor(), make_tokenizer(codes=8), vq_model)
+    wide = {"height": SIDE, "width": SIDE}
+    for misfit in (
+        make_image_processor(side=8),
+        MomaImageProcessor(size={"shortest_edge": 8}, crop_size=wide),
+        MomaImageProcessor(size={"shortest_edge": SIDE}, crop_size=wide, do_center_crop=False),
+    ):
+        with pytest.raises(ValueError, match="do not fit the VQ model's resolution 16"):
+            MomaProcessor(misfit, make_tokenizer(), vq_model)
+    with pytest.raises(TypeError, match="vq_model"):
+        MomaProcessor(make_image_processor(), make_tokenizer(), torch.nn.Linear(1, 1))
+    with pytest.raises(TypeError, match="image_processor"):
+        MomaProcessor(make_tokenizer(), make_image_processor(), vq_model)
+    scattered = train_text_tokenizer(TEXTS, vocab_size=290)
+    scattered.add_tokens(["<image>", "<|begin_image|>", "<|end_image|>", "<|image_1|>"], special_tokens=True)
+    scattered.add_tokens([f"<|image_{code}|>" for code in range(CODES)], special_tokens=True)
+    with pytest.raises(ValueError, match="must follow one another"):
+        MomaProcessor(make_image_processor(), scattered, vq_model)
+
+
+def test_vq_model_is_put_in_float32_evaluation_mode(pictures):
+    vq_model = make_vq_model().bfloat16().train()
+    processor = MomaProcessor(make_image_processor(), make_tokenizer(), vq_model).to("cpu")
+    assert processor.vq_model.dtype == torch.float32 and not processor.vq_model.training
+    assert len(processor.encode_pictures(pictures)) == 3
+
+
+def assert_same(loaded, processor, pictures):
+    text = "<image> red"
+    assert loaded(images=pictures[0], text=text) == processor(images=pictures[0], text=text)
+    codes = processor.encode_pictures(pictures)
+    for ours, theirs in zip(processor.decode_pictures(codes), loaded.decode_pictures(codes)):
+        assert np.array_equal(ours, theirs)
+    assert loaded.chat_template == processor.chat_template and loaded.token_layout() == processor.token_layout()
+
+
+def test_saved_and_loaded_processor_is_the_same(processor, pictures, tmp_path):
+    processor.save_pretrained(tmp_path)
+    assert (tmp_path / "vq_model" / "model.safetensors").exists() and (tmp_path / "chat_template.jinja").exists()
+    loaded = MomaProcessor.from_pretrained(tmp_path)
+    assert_same(loaded, processor, pictures)
+    assert loaded.model_input_names == processor.model_input_names
+    assert type(MomaProcessor.from_pretrained(tmp_path, backend="pil").image_processor) is MomaImageProcessorPil
+    assert "Pil" not in (tmp_path / "processor_config.json").read_text()
+    AutoProcessor.register(MomaVQConfig, MomaProcessor, exist_ok=True)
+    assert_same(AutoProcessor.from_pretrained(tmp_path), processor, pictures)
+
+
+def test_own_chat_template_is_kept(tmp_path):
+    processor = MomaProcessor(make_image_processor(), make_tokenizer(), make_vq_model(), chat_template="{{ 'hi' }}")
+    processor.save_pretrained(tmp_path)
+    assert MomaProcessor.from_pretrained(tmp_path).apply_chat_template([{"role": "user", "content": "x"}]) == "hi"
+
+
+def test_loads_with_remote_code_where_the_package_is_missing(processor, pictures, tmp_path, monkeypatch):
+    monkeypatch.setattr(MomaProcessor, "_auto_class", "AutoProcessor")
+    monkeypatch.setattr(MomaImageProcessor, "_auto_class", "AutoImageProcessor")
+    folder = tmp_path / "saved"
+    processor.save_pretrained(folder)
+    pictures[0].save(tmp_path / "picture.png")
+    script = (
+        "import sys\n"
+        "from transformers import AutoImageProcessor, AutoProcessor\n"
+        "p = AutoProcessor.from_pretrained(sys.argv[1], trust_remote_code=True)\n"
+        "assert 'tokenization' not in sys.modules and 'transformers_modules' in type(p).__module__\n"
+        "assert AutoImageProcessor.from_pretrained(sys.argv[1], trust_remote_code=True).crop_size.height == 16\n"
+        "p.save_pretrained(sys.argv[3])\n"
+        "print(p(images=sys.argv[2], text='<image> red')['input_ids'][0])\n"
+    )
+    environment = {**os.environ, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
+    environment.pop("PYTHONPATH", None)
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", script, str(folder), str(tmp_path / "picture.png"), str(tmp_path / "again")],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == str(processor(images=pictures[0], text="<image> red")["input_ids"][0])
+    assert (tmp_path / "again" / "modeling_moma_vq.py").exists()
+
+
+def test_a_thousand_pictures_are_tokenised_by_a_batched_map(processor):
+    rng = np.random.default_rng(1)
+    pictures = [Image.fromarray(array) for array in rng.integers(0, 256, (1000, SIDE, SIDE, 3), dtype=np.uint8)]
+    features = Features({"image": ImageFeature(), "label": Value("string")})
+    data = Dataset.from_dict({"image": pictures, "label": [f"apple {n}" for n in range(1000)]}, features=features)
+
+    def tokenise(batch):
+        text = [f"<image> noto: {label}" for label in batch["label"]]
+        return dict(processor(images=batch["image"], text=text))
+
+    rows = data.map(tokenise, batched=True, batch_size=250, remove_columns=["image", "label"])
+    assert len(rows) == 1000 and set(rows.column_names) == {"input_ids", "attention_mask"}
+    assert rows[999]["input_ids"][1 : LENGTH + 3] == picture_ids(processor, pictures[999])
+    codes = processor.encode_pictures(pictures)
+    assert len(codes) == 1000 and all(len(row) == LENGTH for row in codes)

@@ -1,0 +1,36 @@
+# Copyright 2026 The modeling-moma authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Pictures and words in, token ids out, and back. Knows nothing of the transformer."""
+
+from .collation_moma import MomaDataCollator
+from .configuration_moma_vq import MomaVQConfig
+from .image_processing_moma import MomaImageProcessor
+from .image_processing_pil_moma import MomaImageProcessorPil
+from .modeling_moma_vq import MomaVQModel, MomaVQOutput
+from .processing_moma import DEFAULT_CHAT_TEMPLATE, MomaProcessor
+from .text_tokenizer_moma import add_picture_tokens, train_text_tokenizer
+
+
+__all__ = [
+    "DEFAULT_CHAT_TEMPLATE",
+    "MomaDataCollator",
+    "MomaImageProcessor",
+    "MomaImageProcessorPil",
+    "MomaProcessor",
+    "MomaVQConfig",
+    "MomaVQModel",
+    "MomaVQOutput",
+    "add_picture_tokens",
+    "train_text_tokenizer",
+]

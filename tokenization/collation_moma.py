@@ -1,0 +1,110 @@
+# Copyright 2026 The modeling-moma authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Ragged examples become padded batches with labels."""
+
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+
+@dataclass
+class MomaDataCollator:
+    """
+    Pads tokenised examples to one length. The padding token and side are the tokenizer's.
+
+    `DataCollatorForLanguageModeling` marks padding by its id, which loses the end-of-text labels of a tokenizer that
+    pads with `<eos>`; here the attention mask decides. `mm_token_type_ids` are padded as well.
+
+    Args:
+        tokenizer (`PreTrainedTokenizerBase`):
+            Its `pad_token_id` and `padding_side` are used.
+        pad_to_multiple_of (`int`, *optional*):
+            Round the length of a batch up to a multiple of this number of tokens.
+        label_pad_token_id (`int`, *optional*, defaults to -100):
+            Label of padding, ignored by the loss.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    pad_to_multiple_of: int | None = None
+    label_pad_token_id: int = -100
+
+    def __post_init__(self):
+        if self.tokenizer.pad_token_id is None:
+            raise ValueError("tokenizer: it has no padding token; set `tokenizer.pad_token` first.")
+        if self.pad_to_multiple_of is not None and self.pad_to_multiple_of < 1:
+            raise ValueError(f"pad_to_multiple_of: {self.pad_to_multiple_of} must be at least 1.")
+
+    def __call__(self, features: list[dict]) -> dict[str, torch.Tensor]:
+        """
+        Pads a list of examples.
+
+        Args:
+            features (`list[dict]`):
+                Each holds `input_ids`, and may hold `attention_mask`, `labels` and `mm_token_type_ids` of the same
+                length. Where `labels` are missing they are the `input_ids`, so text and picture tokens are learnt.
+
+        Returns:
+            `dict[str, torch.Tensor]`: `input_ids`, `attention_mask`, `labels` and, where given, `mm_token_type_ids`,
+            each of shape `(batch_size, sequence_length)`.
+
+        Raises:
+            ValueError: if an example is empty, holds an unknown field or fields of different lengths, or if a field is
+                given for some of the examples only.
+        """
+        padding = {
+            "input_ids": self.tokenizer.pad_token_id,
+            "attention_mask": 0,
+            "labels": self.label_pad_token_id,
+            "mm_token_type_ids": 0,
+        }
+        rows = [self._complete(index, example, padding) for index, example in enumerate(features)]
+        names = rows[0].keys()
+        for index, row in enumerate(rows):
+            if row.keys() != names:
+                raise ValueError(f"features[{index}]: holds {sorted(row)}, but features[0] holds {sorted(names)}.")
+        length = max(len(row["input_ids"]) for row in rows)
+        if self.pad_to_multiple_of is not None:
+            length = -(-length // self.pad_to_multiple_of) * self.pad_to_multiple_of
+        return {name: self._pad([row[name] for row in rows], length, padding[name]) for name in names}
+
+    def _complete(self, index: int, example: dict, known: dict[str, int]) -> dict[str, torch.Tensor]:
+        for name in example:
+            if name not in known:
+                raise ValueError(f"features[{index}]: `{name}` is not one of {list(known)}; remove that column.")
+        row = {name: torch.as_tensor(values, dtype=torch.long) for name, values in example.items()}
+        if "input_ids" not in row or len(row["input_ids"]) == 0:
+            raise ValueError(f"features[{index}]: needs at least one token in `input_ids`.")
+        for name, values in row.items():
+            if values.shape != row["input_ids"].shape or values.ndim != 1:
+                raise ValueError(
+                    f"features[{index}]: `{name}` has the shape {tuple(values.shape)} and `input_ids` the shape "
+                    f"{tuple(row['input_ids'].shape)}; both must be one row of the same length."
+                )
+        mask = row.setdefault("attention_mask", torch.ones_like(row["input_ids"]))
+        labels = row.get("labels", row["input_ids"])
+        row["labels"] = labels.masked_fill(mask == 0, self.label_pad_token_id)
+        return row
+
+    def _pad(self, rows: list[torch.Tensor], length: int, value: int) -> torch.Tensor:
+        batch = torch.full((len(rows), length), value, dtype=torch.long)
+        for index, row in enumerate(rows):
+            if self.tokenizer.padding_side == "left":
+                batch[index, length - len(row) :] = row
+            else:
+                batch[index, : len(row)] = row
+        return batch
+
+
+__all__ = ["MomaDataCollator"]
