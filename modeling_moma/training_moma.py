@@ -1,0 +1,151 @@
+# Copyright 2026 The modeling-moma authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""What the plain Trainer lacks: losses by modality and the load of the experts in its logs, and a start for codes."""
+
+from collections import defaultdict
+
+import torch
+import torch.distributed as dist
+from transformers import PreTrainedModel, TrainerCallback
+
+from .routing_moma import ExpertSelection, MomaRouter
+
+
+class MomaMetricsCallback(TrainerCallback):
+    """Adds to what `Trainer` logs, averaged since its last log, for training and for evaluation apart:
+
+    - `{modality}_loss`: mean cross-entropy of the modality's target tokens, in nats, unweighted;
+    - `{group}_uncovered`, `{group}_covered_twice`: shares of the group's tokens that no expert, and that several
+      experts took, averaged over the layers;
+    - `{group}_peak_load`: tokens of the busiest expert over the mean of its layer's experts.
+
+    Evaluation's keys have the prefix `eval_`. A training loss under `expert_choice` sees the future; the loss that
+    `Trainer.evaluate` reports is causal.
+    """
+
+    def __init__(self):
+        self._sums = {True: defaultdict(float), False: defaultdict(float)}
+        self._handles = []
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        """Start to listen to the model."""
+        self.attach(model)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        """Stop listening."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def attach(self, model: torch.nn.Module):
+        """Listen to a `MomaForCausalLM`; `Trainer.train` calls this, `Trainer.evaluate` alone does not."""
+        if self._handles:
+            return
+        self._handles.append(model.register_forward_hook(self._on_forward))
+        for name, module in model.named_modules():
+            if isinstance(module, MomaRouter):
+                # "model.layers.0.mlp.groups.text.router"
+                group = name.split(".")[-2]
+                self._handles.append(module.register_forward_hook(self._router_hook(group)))
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        """Put the averages into the log and start anew."""
+        training = not any(key.startswith("eval_") for key in logs)
+        prefix = "" if training else "eval_"
+        metrics = {f"{prefix}{name}": value for name, value in self._averages(training).items()}
+        logs.update(metrics)
+        # Trainer has already filed a copy of the log
+        if state.log_history:
+            state.log_history[-1].update(metrics)
+
+    def _on_forward(self, module, args, output):
+        losses = getattr(output, "modality_losses", None)
+        if losses is None:
+            return
+        sums = self._sums[module.training]
+        for modality, loss in losses.items():
+            count = output.modality_tokens[modality].float()
+            sums[f"{modality}_loss", "sum"] += loss * count
+            sums[f"{modality}_loss", "count"] += count
+
+    def _router_hook(self, group):
+        @torch.no_grad()
+        def on_route(module, args, output):
+            logits_NE, selection = output
+            num_tokens = logits_NE.shape[0]
+            if num_tokens == 0:
+                return
+            if isinstance(selection, ExpertSelection):
+                token_P = selection.token_EK.flatten()
+                load_E = logits_NE.new_full((module.num_experts,), selection.token_EK.shape[1])
+            else:
+                token_P = selection.token_P
+                load_E = torch.bincount(selection.expert_P, minlength=module.num_experts).float()
+            taken_N = torch.bincount(token_P, minlength=num_tokens)
+            sums = self._sums[module.training]
+            for name, value in (
+                ("uncovered", (taken_N == 0).float().mean()),
+                ("covered_twice", (taken_N > 1).float().mean()),
+                ("peak_load", load_E.max() / load_E.mean().clamp(min=1e-9)),
+            ):
+                sums[f"{group}_{name}", "sum"] += value
+                sums[f"{group}_{name}", "count"] += 1.0
+
+        return on_route
+
+    def _averages(self, training):
+        sums, self._sums[training] = self._sums[training], defaultdict(float)
+        parts = [{key: float(value) for key, value in sums.items()}]
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            # by name, since a process that saw no token of a modality lacks that modality's
+            parts = [None] * dist.get_world_size()
+            dist.all_gather_object(parts, {key: float(value) for key, value in sums.items()})
+        totals = defaultdict(float)
+        for part in parts:
+            for key, value in part.items():
+                totals[key] += value
+        names = sorted({name for name, _ in totals})
+        return {name: totals[name, "sum"] / totals[name, "count"] for name in names if totals[name, "count"] > 0}
+
+
+@torch.no_grad()
+def initialize_code_embeddings(model: PreTrainedModel, codebook_KC: torch.Tensor, modality: str = "image"):
+    """Give the tokens of alike codes alike embeddings: a random projection of the codebook that they come from.
+
+    Distances between codes survive the projection, so what the model learns of one code holds for its neighbours from
+    the start. Ids of the modality are taken in ascending order.
+
+    Args:
+        model (`PreTrainedModel`): a fresh `MomaForCausalLM` or `MomaModel`; changed in place.
+        codebook_KC (`torch.Tensor`): one vector for each code, `[K, C]`.
+        modality (`str`, *optional*, defaults to `"image"`): whose tokens.
+
+    Raises:
+        ValueError: the modality has another number of ids than the codebook has vectors.
+    """
+    config = model.config
+    ids = torch.cat([torch.arange(start, stop) for start, stop in config.modality_token_ranges[modality]])
+    if len(ids) != codebook_KC.shape[0]:
+        raise ValueError(
+            f"`codebook_KC` has {codebook_KC.shape[0]} vectors, but `modality_token_ranges` gives {modality!r} "
+            f"{len(ids)} ids. Is it the codebook of this processor's picture tokenizer?"
+        )
+    embeddings = model.get_input_embeddings().weight
+    centred_KC = codebook_KC.float() - codebook_KC.float().mean(0)
+    projected_KD = centred_KC @ torch.randn(codebook_KC.shape[1], config.hidden_size)
+    projected_KD *= config.initializer_range / projected_KD.std()
+    embeddings[ids] = projected_KD.to(embeddings)
+
+
+__all__ = ["MomaMetricsCallback", "initialize_code_embeddings"]

@@ -1,0 +1,135 @@
+# Copyright 2026 The modeling-moma authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+import pytest
+import torch
+
+from modeling_moma.configuration_moma import MomaConfig
+from modeling_moma.modeling_moma import MomaForCausalLM
+from modeling_moma.routing_moma import MomaRouter
+
+
+EXPERTS = {"dense": 1, "1t1i": {"text": 1, "image": 1}, "8x": 8, "4t4i": {"text": 4, "image": 4}}
+ROUTINGS = ("threshold", "token_choice")
+VOCABULARY, LENGTH = 200, 24
+TOLERANCE = {"atol": 1e-5, "rtol": 1e-5}
+
+
+def make_model(experts, norm_placement, routing):
+    torch.manual_seed(0)
+    config = MomaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=21,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=128,
+        pad_token_id=0,
+        begin_image_token_id=3,
+        end_image_token_id=4,
+        image_seq_length=8,
+        modality_token_ranges={"image": [[100, VOCABULARY]]},
+        num_experts=EXPERTS[experts],
+        norm_placement=norm_placement,
+        inference_routing=routing,
+        initializer_range=0.1,
+    )
+    model = MomaForCausalLM(config).eval()
+    for module in model.modules():
+        if isinstance(module, MomaRouter):
+            module.threshold.uniform_(0.4, 0.6)
+            module.balance_bias.uniform_(-0.1, 0.1)
+    return model
+
+
+CASES = [
+    (experts, norm, routing)
+    for experts in EXPERTS
+    for norm in ("post", "pre")
+    for routing in (ROUTINGS if experts in ("8x", "4t4i") else ROUTINGS[:1])
+]
+
+
+@pytest.fixture(scope="module", params=CASES, ids="-".join)
+def model(request):
+    return make_model(*request.param)
+
+
+def random_ids(rows, length, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(5, VOCABULARY, (rows, length), generator=generator)
+
+
+@torch.no_grad()
+def test_later_tokens_move_no_logit_at_or_before(model):
+    ids = random_ids(3, LENGTH)
+    logits = model(ids).logits
+    for last_kept in (0, 7, LENGTH - 2):
+        changed = ids.clone()
+        changed[:, last_kept + 1 :] = random_ids(3, LENGTH - last_kept - 1, seed=1)
+        moved = model(changed).logits
+        torch.testing.assert_close(moved[:, : last_kept + 1], logits[:, : last_kept + 1], **TOLERANCE)
+        assert not torch.allclose(moved[:, last_kept + 1 :], logits[:, last_kept + 1 :], atol=1e-3)
+
+
+@torch.no_grad()
+def test_batch_mates_move_no_logit(model):
+    ids = random_ids(4, LENGTH)
+    logits = model(ids).logits
+    for row in range(4):
+        torch.testing.assert_close(model(ids[row : row + 1]).logits, logits[row : row + 1], **TOLERANCE)
+    # mates of one modality alone
+    mates = torch.cat([ids[:1], ids[1:].clamp(max=99)])
+    torch.testing.assert_close(model(mates).logits[:1], logits[:1], **TOLERANCE)
+
+
+@torch.no_grad()
+def test_left_padding_moves_no_logit(model):
+    ids = random_ids(3, LENGTH)
+    lengths = (LENGTH, LENGTH - 3, LENGTH - 7)
+    padded, mask = ids.clone(), torch.ones_like(ids)
+    for row, length in enumerate(lengths):
+        padded[row, : LENGTH - length] = 0
+        mask[row, : LENGTH - length] = 0
+    logits = model(padded, attention_mask=mask).logits
+    for row, length in enumerate(lengths):
+        alone = model(ids[row : row + 1, -length:]).logits
+        torch.testing.assert_close(logits[row : row + 1, -length:], alone, **TOLERANCE)
+
+
+@torch.no_grad()
+def test_random_thresholds_mix_the_selections():
+    model = make_model("4t4i", "post", "threshold")
+    counts = set()
+
+    def count_experts(module, arguments, output):
+        selection = output[1]
+        tokens = torch.bincount(selection.token_P, minlength=arguments[0].shape[0])
+        counts.update(tokens.tolist())
+
+    hooks = [m.register_forward_hook(count_experts) for m in model.modules() if isinstance(m, MomaRouter)]
+    model(random_ids(3, LENGTH))
+    for hook in hooks:
+        hook.remove()
+    assert {0, 1, 2, 3} <= counts
+
+
+@torch.no_grad()
+def test_expert_choice_is_the_one_that_sees_the_future():
+    model = make_model("4t4i", "post", "threshold")
+    ids = random_ids(3, LENGTH)
+    changed = ids.clone()
+    changed[:, 12:] = random_ids(3, 12, seed=1)
+    before, after = (model(tokens, routing="expert_choice").logits[:, :12] for tokens in (ids, changed))
+    assert not torch.allclose(before, after, atol=1e-3)

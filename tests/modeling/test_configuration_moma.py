@@ -1,0 +1,237 @@
+# Copyright 2026 The modeling-moma authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+import warnings
+from dataclasses import fields
+
+import pytest
+import torch
+from huggingface_hub.errors import StrictDataclassClassValidationError, StrictDataclassFieldValidationError
+from modeling.reference import GROUPS, IMAGE_IDS, tiny_config
+
+from modeling_moma.configuration_moma import MomaConfig
+from modeling_moma.modeling_moma import MomaForCausalLM
+
+
+BAD = [
+    ("vocab_size", {"vocab_size": 0}),
+    ("hidden_size", {"hidden_size": 15}),
+    ("hidden_size", {"hidden_size": "16"}),
+    ("intermediate_size", {"intermediate_size": 0}),
+    ("num_hidden_layers", {"num_hidden_layers": -1}),
+    ("num_attention_heads", {"num_attention_heads": 0}),
+    ("num_key_value_heads", {"num_attention_heads": 4, "num_key_value_heads": 3}),
+    ("head_dim", {"head_dim": 5}),
+    ("max_position_embeddings", {"max_position_embeddings": 0}),
+    ("attention_dropout", {"attention_dropout": 1.0}),
+    ("rms_norm_eps", {"rms_norm_eps": 0.0}),
+    ("initializer_range", {"initializer_range": -0.1}),
+    ("hidden_act", {"hidden_act": "sigmoidal"}),
+    ("pad_token_id", {"pad_token_id": 40}),
+    ("modality_token_ranges", {"modality_token_ranges": {"text": [[0, 4]], "image": [[8, 24]]}}),
+    ("modality_token_ranges", {"modality_token_ranges": {"image": [[24, 8]]}}),
+    ("modality_token_ranges", {"modality_token_ranges": {"image": [[8, 41]]}}),
+    ("modality_token_ranges", {"modality_token_ranges": {"image": [[8, 16, 24]]}}),
+    ("modality_token_ranges", {"modality_token_ranges": {"image": [[8, 24], [20, 23]]}}),
+    ("begin_image_token_id", {"begin_image_token_id": 40}),
+    ("begin_image_token_id", {"begin_image_token_id": 25}),
+    ("end_image_token_id", {"end_image_token_id": 10}),
+    ("image_seq_length", {"image_seq_length": 0}),
+    ("image_seq_length", {"image_seq_length": 63}),
+    ("num_experts", {"num_experts": 0}),
+    ("num_experts", {"num_experts": {"text": 4}}),
+    ("num_experts", {"num_experts": {"text": 4, "image": 0}}),
+    ("num_experts", {"num_experts": {"text": 4, "image": 4, "audio": 4}}),
+    ("expert_capacity_factor", {"expert_capacity_factor": 0.0}),
+    ("expert_capacity_factor", {"expert_capacity_factor": 4.5}),
+    ("expert_capacity_factor", {"expert_capacity_factor": {"audio": 1.0}}),
+    ("expert_capacity_factor", {"num_experts": 8, "expert_capacity_factor": {"text": 1.0}}),
+    ("expert_intermediate_size", {"num_experts": 8, "expert_intermediate_size": {"text": 16}}),
+    ("expert_intermediate_size", {"expert_intermediate_size": {"audio": 16}}),
+    ("expert_intermediate_size", {"expert_intermediate_size": {"text": 0}}),
+    ("shared_expert_intermediate_size", {"shared_expert_intermediate_size": 0}),
+    ("shared_expert_intermediate_size", {"shared_expert_intermediate_size": {"audio": 16}}),
+    ("shared_expert_intermediate_size", {"num_experts": 8, "shared_expert_intermediate_size": {"text": 16}}),
+    ("num_experts_per_tok", {"num_experts_per_tok": 0}),
+    ("num_experts_per_tok", {"num_experts_per_tok": 5, "training_routing": "token_choice"}),
+    ("norm_placement", {"norm_placement": "sandwich"}),
+    ("gate_after_norm", {"gate_after_norm": True, "norm_placement": "pre"}),
+    ("qk_norm", {"qk_norm": "batchnorm"}),
+    ("training_routing", {"training_routing": "hash"}),
+    ("inference_routing", {"inference_routing": "expert_choice"}),
+    ("threshold_momentum", {"threshold_momentum": 1.0}),
+    ("router_bias_update_rate", {"router_bias_update_rate": -0.1}),
+    ("z_loss_coef", {"z_loss_coef": -1e-5}),
+    ("modality_loss_weights", {"modality_loss_weights": {"audio": 1.0}}),
+    ("modality_loss_weights", {"modality_loss_weights": {"text": -1.0}}),
+]
+OTHERS = {
+    "uneven": GROUPS["6t2i"],
+    "shared": GROUPS["shared"],
+    "shared_by_modality": GROUPS["shared_by_modality"],
+    "mixed_with_shared": {"num_experts": 8, "shared_expert_intermediate_size": 8},
+    "one_expert_beside_many": {"num_experts": {"text": 1, "image": 3}},
+    "tied": {"tie_word_embeddings": True},
+    "gqa": {"num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 6},
+    "bias": {"attention_bias": True, "num_attention_heads": 4, "num_key_value_heads": 2},
+    "qk_per_head": {"qk_norm": "layernorm_per_head", "num_attention_heads": 4, "num_key_value_heads": 2},
+    "qk_rms": {"qk_norm": "rmsnorm"},
+    "qk_none": {"qk_norm": "none", "norm_placement": "pre"},
+    "three_modalities": {
+        "modality_token_ranges": {"image": [[8, 12], [14, 20]], "audio": [[30, 40]]},
+        "num_experts": {"text": 2, "image": 3, "audio": 1},
+    },
+}
+
+
+@pytest.mark.parametrize(("name", "change"), BAD)
+def test_a_contradiction_raises_and_names_its_field(name, change):
+    with pytest.raises(
+        (StrictDataclassClassValidationError, StrictDataclassFieldValidationError, ValueError), match=name
+    ):
+        tiny_config(**change)
+
+
+def test_the_default_configuration_is_silent(capfd):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        config = MomaConfig()
+    assert capfd.readouterr() == ("", "")
+    assert config.num_experts == {"text": 4, "image": 4}
+
+
+@pytest.mark.parametrize(
+    ("preset", "printed"),
+    [
+        ("moma-90m-dense", "92.3M"),
+        ("moma-435m-dense", "436.2M"),
+        ("moma-1.4b-dense", "1476M"),
+        ("moma-90m-8x", "209.7M"),
+        ("moma-435m-8x", "1845M"),
+        ("moma-1.4b-8x", "7113M"),
+    ],
+)
+def test_presets_have_the_parameters_of_table_1(preset, printed):
+    config = MomaConfig.from_preset(preset)
+    millions = config.num_parameters(exclude_norms_and_routers=True) / 1e6
+    assert (f"{millions:.1f}M" if millions < 1000 else f"{millions:.0f}M") == printed
+
+
+@pytest.mark.parametrize("size", ["90m", "435m", "1.4b"])
+def test_experts_by_modality_are_as_many_as_mixed_ones(size):
+    mixed, by_modality = (MomaConfig.from_preset(f"moma-{size}-{experts}") for experts in ("8x", "4t4i"))
+    assert mixed.num_parameters() == by_modality.num_parameters()
+
+
+@pytest.mark.parametrize("preset", MomaConfig.preset_names())
+def test_the_closed_form_equals_the_built_preset(preset):
+    check_count(MomaConfig.from_preset(preset))
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_the_closed_form_equals_other_built_models(name):
+    check_count(tiny_config(**OTHERS[name]))
+
+
+def check_count(config):
+    with torch.device("meta"):
+        model = MomaForCausalLM(config)
+    model.tie_weights()
+    assert config.num_parameters() == sum(parameter.numel() for parameter in set(model.parameters()))
+
+
+def test_active_parameters_are_those_of_the_dense_model():
+    dense = MomaConfig.from_preset("moma-90m-dense").num_parameters()
+    for experts in ("1t1i", "8x", "4t4i"):
+        config = MomaConfig.from_preset(f"moma-90m-{experts}")
+        routers = config.num_hidden_layers * config.hidden_size * (8 if experts == "8x" else 4)
+        assert config.num_parameters(active=True) == dense + (0 if experts == "1t1i" else routers)
+
+
+def test_active_parameters_differ_by_modality():
+    config = tiny_config(**GROUPS["6t2i"])
+    text, image = (config.num_parameters(active=True, modality=name) for name in config.modalities)
+    assert text != image
+    assert config.num_parameters(active=True) == max(text, image)
+    with pytest.raises(ValueError, match="modality"):
+        config.num_parameters(active=True, modality="audio")
+
+
+@pytest.mark.parametrize("name", ["moma-90m", "moma-90m-16x", "llama-90m-dense", "moma-2b-dense"])
+def test_an_unknown_preset_lists_the_known_ones(name):
+    with pytest.raises(ValueError, match="moma-435m-4t4i"):
+        MomaConfig.from_preset(name)
+
+
+def test_a_preset_takes_other_fields():
+    config = MomaConfig.from_preset("moma-90m-4t4i", norm_placement="pre", num_experts={"text": 6, "image": 2})
+    assert (config.norm_placement, config.num_experts) == ("pre", {"text": 6, "image": 2})
+
+
+def test_every_field_survives_saving(tmp_path):
+    changed = {
+        "vocab_size": 50,
+        "hidden_size": 24,
+        "intermediate_size": 20,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "hidden_act": "gelu",
+        "max_position_embeddings": 128,
+        "initializer_range": 0.05,
+        "rms_norm_eps": 1e-6,
+        "attention_dropout": 0.1,
+        "attention_bias": True,
+        "rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 500.0},
+        "use_cache": False,
+        "tie_word_embeddings": True,
+        "output_router_logits": True,
+        "pad_token_id": 3,
+        "bos_token_id": 4,
+        "eos_token_id": [5, 6],
+        "num_experts": {"text": 3, "image": 2, "audio": 2},
+        "expert_intermediate_size": {"image": 12},
+        "shared_expert_intermediate_size": {"text": 10},
+        "expert_capacity_factor": {"text": 1.5},
+        "num_experts_per_tok": 2,
+        "modality_token_ranges": {"image": [[10, 20], [30, 34]], "audio": [[40, 50]]},
+        "begin_image_token_id": 8,
+        "end_image_token_id": 9,
+        "image_seq_length": 9,
+        "norm_placement": "post",
+        "gate_after_norm": True,
+        "qk_norm": "rmsnorm",
+        "training_routing": "token_choice",
+        "inference_routing": "token_choice",
+        "threshold_momentum": 0.5,
+        "router_bias_update_rate": 0.01,
+        "z_loss_coef": 0.0,
+        "modality_loss_weights": {"text": 2.0},
+    }
+    own = {field.name for field in fields(MomaConfig) if field.name in MomaConfig.__annotations__}
+    assert own <= set(changed), f"add {own - set(changed)} to this test"
+    MomaConfig(**changed).save_pretrained(tmp_path)
+    loaded = MomaConfig.from_pretrained(tmp_path)
+    for name, value in changed.items():
+        assert getattr(loaded, name) == value, name
+
+
+def test_layers_are_named_for_the_cache():
+    assert tiny_config(num_hidden_layers=3).layer_types == ["full_attention"] * 3
+
+
+def test_modalities_start_with_text():
+    config = tiny_config(modality_token_ranges={"image": [list(IMAGE_IDS)], "audio": [[30, 40]]}, num_experts=2)
+    assert config.modalities == ["text", "image", "audio"]
+    assert config.expert_groups == {"all": ["text", "image", "audio"]}

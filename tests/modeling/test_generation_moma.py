@@ -1,0 +1,363 @@
+# Copyright 2026 The modeling-moma authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+import copy
+
+import pytest
+import torch
+from transformers import GenerationConfig
+
+from modeling_moma.configuration_moma import MomaConfig
+from modeling_moma.generation_moma import PictureTokens
+from modeling_moma.modeling_moma import MomaForCausalLM
+
+
+PAD, BOS, EOS, BEGIN, END = 1, 0, 2, 3, 4
+START, STOP, LENGTH = 100, 160, 6
+CODES = [100, 101, 102, 103, 104, 105]
+PICTURE = [BEGIN, *CODES, END]
+
+
+def make_config(**kwargs):
+    fields = {
+        "vocab_size": 160,
+        "hidden_size": 32,
+        "intermediate_size": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "max_position_embeddings": 96,
+        "pad_token_id": PAD,
+        "bos_token_id": BOS,
+        "eos_token_id": EOS,
+        "begin_image_token_id": BEGIN,
+        "end_image_token_id": END,
+        "image_seq_length": LENGTH,
+        "modality_token_ranges": {"image": [[START, STOP]]},
+        "num_experts": {"text": 2, "image": 2},
+        "initializer_range": 0.2,
+    }
+    return MomaConfig(**{**fields, **kwargs})
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    return MomaForCausalLM(make_config()).eval()
+
+
+def batch(*rows):
+    width = max(len(row) for row in rows)
+    ids = torch.tensor([[PAD] * (width - len(row)) + list(row) for row in rows])
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+# three rows in different states: no picture yet, a whole one behind, and a begun one
+STATES = batch([BOS, 20, 21, 22], [BOS, *PICTURE, 30, BEGIN], [BOS, 40, BEGIN, 110, 111])
+TEXTS = batch([BOS, 20, 21, 22, 23, 24], [BOS, 30])
+
+STRATEGIES = {
+    "greedy": {"do_sample": False},
+    "sampling": {"do_sample": True, "top_k": 0},
+    "top_k": {"do_sample": True, "top_k": 3, "temperature": 0.5},
+    "beams": {"num_beams": 3, "do_sample": False},
+    "beam_sampling": {"num_beams": 2, "do_sample": True},
+    "three_answers": {"do_sample": True, "num_return_sequences": 3},
+    "guidance": {"do_sample": True, "guidance_scale": 3.0},
+    "guidance_three_answers": {"do_sample": True, "guidance_scale": 3.0, "num_return_sequences": 3},
+    "without_cache": {"do_sample": False, "use_cache": False},
+}
+
+
+def grammar_violation(row):
+    """First breach of the grammar in a row of ids, or None; written as a plain loop over the tokens."""
+    count = None
+    for place, token in enumerate(row):
+        is_code = START <= token < STOP
+        if count is None:
+            if is_code or token == END:
+                return place, token
+            count = 0 if token == BEGIN else None
+        elif count < LENGTH:
+            if not is_code:
+                return place, token
+            count += 1
+        elif token == END:
+            count = None
+        else:
+            return place, token
+    return None if count is None else (len(row), "open")
+
+
+def assert_grammar(rows):
+    for row in rows.tolist():
+        assert grammar_violation(row) is None, row
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES.values(), ids=STRATEGIES.keys())
+def test_image_mode_gives_every_row_exactly_one_picture(model, strategy):
+    torch.manual_seed(0)
+    out = model.generate(**STATES, generation_mode="image", **strategy)
+    assert_grammar(out)
+    copies = strategy.get("num_return_sequences", 1)
+    width = STATES["input_ids"].shape[1]
+    # one new picture where none was begun; the begun ones are finished
+    expected = torch.tensor([1, 2, 1]).repeat_interleave(copies)
+    assert torch.equal((out == END).sum(1), expected)
+    assert out.shape == (3 * copies, width + LENGTH + 2)
+    assert (out[:, width:] == BEGIN).sum(1).tolist() == [1] * copies + [0] * 2 * copies
+    assert model.decode_image_tokens(out).shape == (4 * copies, LENGTH)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES.values(), ids=STRATEGIES.keys())
+def test_image_mode_ends_the_row_after_the_picture_when_there_is_more_room(model, strategy):
+    torch.manual_seed(0)
+    out = model.generate(**STATES, generation_mode="image", max_new_tokens=30, **strategy)
+    assert_grammar(out)
+    for row in out[:, STATES["input_ids"].shape[1] :].tolist():
+        tail = row[row.index(END) + 1 :]
+        assert tail[:1] in ([], [EOS]) and set(tail[1:]) <= {PAD}
+    assert out.shape[1] == STATES["input_ids"].shape[1] + LENGTH + 3
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES.values(), ids=STRATEGIES.keys())
+def test_text_mode_writes_no_picture_token(model, strategy):
+    torch.manual_seed(0)
+    out = model.generate(**TEXTS, max_new_tokens=25, **strategy)
+    new = out[:, TEXTS["input_ids"].shape[1] :]
+    assert not ((new >= START) | (new == BEGIN) | (new == END)).any()
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES.values(), ids=STRATEGIES.keys())
+def test_interleaved_mode_keeps_the_grammar_and_begins_only_what_fits(model, strategy):
+    torch.manual_seed(0)
+    # without the bias an untrained model hardly ever begins a picture
+    bias = {(BEGIN,): 6.0}
+    pictures = 0
+    for max_new_tokens in (LENGTH + 1, LENGTH + 2, 29):
+        out = model.generate(
+            **STATES, generation_mode="interleaved", max_new_tokens=max_new_tokens, sequence_bias=bias, **strategy
+        )
+        assert_grammar(out)
+        pictures += int((out == END).sum())
+    # 3 begun or finished in the prompts of each of the 3 calls
+    assert pictures > 3 * 3 * strategy.get("num_return_sequences", 1)
+
+
+def test_interleaved_mode_writes_text_alone_when_no_picture_fits(model):
+    bias = {(BEGIN,): 50.0}
+    call = {**TEXTS, "generation_mode": "interleaved", "sequence_bias": bias, "do_sample": False}
+    width = TEXTS["input_ids"].shape[1]
+    assert not (model.generate(**call, max_new_tokens=LENGTH + 1)[:, width:] == BEGIN).any()
+    assert (model.generate(**call, max_new_tokens=LENGTH + 2)[:, width:] == BEGIN).any(1).all()
+
+
+def test_interleaved_pictures_stay_inside_the_context():
+    torch.manual_seed(0)
+    model = MomaForCausalLM(make_config(max_position_embeddings=20)).eval()
+    bias = {(BEGIN,): 50.0, (EOS,): 30.0}
+    call = {"generation_mode": "interleaved", "sequence_bias": bias, "do_sample": False, "max_new_tokens": 40}
+    # 20 positions hold one more picture after 12, none after 13
+    for length, pictures in ((12, 1), (13, 0)):
+        out = model.generate(torch.full((1, length), 30), **call)
+        assert_grammar(out)
+        assert int((out == END).sum()) == pictures
+
+
+def test_whole_pictures_of_the_prompt_do_not_count_as_the_drawn_one(model):
+    ids = torch.tensor([[BOS, *PICTURE, 20]])
+    out = model.generate(ids, generation_mode="image", do_sample=False)
+    assert_grammar(out)
+    assert int((out == END).sum()) == 2
+
+
+@pytest.mark.parametrize("mode", ["image", "interleaved"])
+@pytest.mark.parametrize("row", range(3))
+def test_prompt_lookup_keeps_the_grammar_and_equals_greedy(model, mode, row):
+    ids = STATES["input_ids"][row : row + 1][STATES["attention_mask"][row : row + 1] == 1][None]
+    call = {"generation_mode": mode, "do_sample": False, "max_new_tokens": 24, "sequence_bias": {(BEGIN,): 3.0}}
+    plain = model.generate(ids, **call)
+    looked_up = model.generate(ids, **call, prompt_lookup_num_tokens=4)
+    assert torch.equal(plain, looked_up)
+    assert_grammar(looked_up)
+
+
+def test_assistant_model_drafts_pictures_under_the_same_grammar(model):
+    torch.manual_seed(1)
+    assistant = MomaForCausalLM(make_config(num_hidden_layers=1)).eval()
+    ids = torch.tensor([[BOS, 20, 21]])
+    plain = model.generate(ids, generation_mode="image", do_sample=False)
+    assert torch.equal(plain, model.generate(ids, generation_mode="image", do_sample=False, assistant_model=assistant))
+
+
+@pytest.mark.parametrize(
+    "call", [{"min_new_tokens": 20}, {"suppress_tokens": [BEGIN, END, EOS]}, {"repetition_penalty": 5.0}]
+)
+def test_picture_is_whole_against_processors_that_forbid_its_frame(model, call):
+    torch.manual_seed(0)
+    out = model.generate(**STATES, generation_mode="image", max_new_tokens=30, do_sample=True, **call)
+    assert_grammar(out)
+    assert (out == END).sum(1).tolist() == [1, 2, 1]
+
+
+def test_too_few_new_tokens_raise_with_the_numbers(model):
+    ids = torch.tensor([[BOS, 20, 21]])
+    assert model.generate(ids, generation_mode="image", max_new_tokens=LENGTH + 2).shape == (1, 3 + LENGTH + 2)
+    limits = [
+        {"max_new_tokens": LENGTH + 1},
+        {"max_length": 3 + LENGTH + 1},
+        {"generation_config": GenerationConfig(max_new_tokens=LENGTH + 1)},
+    ]
+    for limit in limits:
+        with pytest.raises(ValueError, match=r"needs 8 new tokens, but there is room for 7"):
+            model.generate(ids, generation_mode="image", **limit)
+    with pytest.raises(ValueError, match=r"needs 5 new tokens, but there is room for 4"):
+        model.generate(torch.tensor([[BOS, BEGIN, 110, 111]]), generation_mode="interleaved", max_new_tokens=4)
+
+
+def test_picture_beyond_the_context_raises_before_generating(model):
+    with pytest.raises(ValueError, match=r"A prompt of 90 positions .* needs 8 new tokens .*max_position_embeddings"):
+        model.generate(torch.full((1, 90), 30), generation_mode="image")
+
+
+def test_generation_config_without_a_limit_is_sized_and_left_alone(model):
+    config = GenerationConfig(do_sample=False, eos_token_id=EOS, pad_token_id=PAD)
+    before = copy.deepcopy(config.to_dict())
+    out = model.generate(torch.tensor([[BOS, 20]]), generation_config=config, generation_mode="image")
+    assert out.shape == (1, 2 + LENGTH + 2)
+    assert config.to_dict() == before
+
+
+def test_rows_of_a_batch_get_the_picture_that_they_get_alone(model):
+    together = model.generate(**STATES, generation_mode="image", do_sample=False, max_new_tokens=LENGTH + 3)
+    for row in range(3):
+        ids = STATES["input_ids"][row][STATES["attention_mask"][row] == 1][None]
+        alone = model.generate(ids, generation_mode="image", do_sample=False)
+        new = alone[0, ids.shape[1] :]
+        assert torch.equal(together[row, STATES["input_ids"].shape[1] :][: len(new)], new)
+
+
+def test_guidance_of_one_changes_nothing_and_more_changes_the_picture(model):
+    plain = model.generate(**STATES, generation_mode="image", do_sample=False)
+    assert torch.equal(plain, model.generate(**STATES, generation_mode="image", do_sample=False, guidance_scale=1.0))
+    guided = model.generate(**STATES, generation_mode="image", do_sample=False, guidance_scale=3.0)
+    assert not torch.equal(plain, guided)
+
+
+@torch.no_grad()
+def test_guidance_mixes_with_the_branch_of_the_beginning_token_and_the_picture(model):
+    scale = 3.0
+    out = model.generate(**STATES, generation_mode="image", do_sample=False, guidance_scale=scale)
+    for row, mask in zip(out, STATES["attention_mask"]):
+        row = row[int((mask == 0).sum()) :]
+        # the last begin-of-image and what follows
+        start = int((row == BEGIN).nonzero()[-1])
+        first_new = max(start + 1, int(mask.sum()))
+        with_text = model(row[None]).logits[0].log_softmax(-1)
+        alone = model(torch.cat([row.new_tensor([BOS]), row[start:]])[None]).logits[0].log_softmax(-1)
+        for place in range(first_new, start + 1 + LENGTH):
+            conditional, unconditional = with_text[place - 1], alone[place - start]
+            mixed = unconditional + scale * (conditional - unconditional)
+            assert int(mixed[START:STOP].argmax()) + START == int(row[place])
+
+
+def test_negative_prompt_steers_and_needs_a_row_for_each_prompt(model):
+    call = {**TEXTS, "generation_mode": "image", "do_sample": False, "guidance_scale": 4.0}
+    default = model.generate(**call)
+    negative = batch([BOS, 50, 51, 52], [BOS, 60])
+    arguments = {
+        "negative_prompt_ids": negative["input_ids"],
+        "negative_prompt_attention_mask": negative["attention_mask"],
+    }
+    steered = model.generate(**call, **arguments)
+    assert_grammar(steered)
+    assert not torch.equal(default, steered)
+    with pytest.raises(ValueError, match="`negative_prompt_ids` has 1 rows, but there are 2 prompts"):
+        model.generate(**call, negative_prompt_ids=torch.tensor([[BOS]]))
+
+
+@pytest.mark.parametrize("strategy", [{"num_beams": 2}, {"prompt_lookup_num_tokens": 3}])
+def test_guidance_refuses_strategies_that_its_branch_cannot_follow(model, strategy):
+    with pytest.raises(ValueError, match=f"`guidance_scale` cannot be combined with `{next(iter(strategy))}`"):
+        model.generate(torch.tensor([[BOS, 20]]), generation_mode="image", guidance_scale=2.0, **strategy)
+
+
+def test_state_of_a_row_is_read_from_its_ids():
+    tokens = PictureTokens(make_config())
+    rows = {
+        (BOS, 20, 21, 22): -1,
+        (20, 21, 22, BEGIN): 0,
+        (20, BEGIN, 100, 101): 2,
+        (BEGIN, *CODES): LENGTH,
+        (BEGIN, *CODES, END): -1,
+        (BEGIN, *CODES, END, BEGIN): 0,
+        (BEGIN, 100, 20, 21): -1,
+        (100, 101, 102): -1,
+    }
+    for row, expected in rows.items():
+        assert tokens.open_codes(torch.tensor([row])).tolist() == [expected], row
+    assert tokens.open_codes(torch.empty(2, 0, dtype=torch.long)).tolist() == [-1, -1]
+
+
+def test_decode_image_tokens_gives_codes_in_order(model):
+    other = [BEGIN, *(token + 10 for token in CODES), END]
+    ids = torch.tensor([[*PICTURE, 20, *other], [30] * 9 + PICTURE])
+    first, second = [code - START for code in CODES], [code - START + 10 for code in CODES]
+    assert model.decode_image_tokens(ids).tolist() == [first, second, first]
+    assert model.decode_image_tokens(torch.tensor([[20, 21]])).shape == (0, LENGTH)
+
+
+@pytest.mark.parametrize(
+    "row, message",
+    [
+        ([20, BEGIN, 100, 101], "row 0, position 1 is incomplete, with 2 codes"),
+        ([BEGIN, *CODES], "incomplete, with 6 codes"),
+        ([BEGIN, *CODES[:5], END, 20, 21], "incomplete, with 5 codes"),
+        ([20, 100, *PICTURE], "1 codes stand outside"),
+    ],
+)
+def test_decode_image_tokens_refuses_parts_of_pictures(model, row, message):
+    with pytest.raises(ValueError, match=message):
+        model.decode_image_tokens(torch.tensor([row]))
+
+
+def test_bad_calls_raise_by_name(model):
+    ids = torch.tensor([[BOS, 20]])
+    with pytest.raises(ValueError, match="`generation_mode` must be one of .* got 'video'"):
+        model.generate(ids, generation_mode="video")
+    with pytest.raises(ValueError, match=r"`input_ids` is empty, its shape is \(2, 0\)"):
+        model.generate(torch.empty(2, 0, dtype=torch.long), generation_mode="image")
+    with pytest.raises(ValueError, match="row 1 is all padding"):
+        mask = torch.tensor([[1, 1], [0, 0]])
+        model.generate(ids.repeat(2, 1), attention_mask=mask, generation_mode="image")
+    with pytest.raises(ValueError, match="row 0 ends inside a picture"):
+        model.generate(torch.tensor([[BOS, BEGIN, 110]]), generation_mode="text")
+
+
+def test_text_only_model_generates_text_and_refuses_pictures():
+    torch.manual_seed(0)
+    fields = {"modality_token_ranges": {}, "num_experts": 2}
+    model = MomaForCausalLM(make_config(**fields, begin_image_token_id=None, end_image_token_id=None)).eval()
+    assert model.generate(torch.tensor([[BOS, 20]]), max_new_tokens=3).shape[1] <= 5
+    for mode in ("image", "interleaved"):
+        with pytest.raises(ValueError, match="The configuration has no picture tokens"):
+            model.generate(torch.tensor([[BOS, 20]]), generation_mode=mode)
+
+
+def test_embedded_prompts_get_whole_pictures(model):
+    embeds = model.get_input_embeddings()(torch.tensor([[BOS, 20, 21]]))
+    out = model.generate(inputs_embeds=embeds, generation_mode="image", do_sample=False)
+    assert_grammar(out)
+    from_ids = model.generate(torch.tensor([[BOS, 20, 21]]), generation_mode="image", do_sample=False)
+    assert torch.equal(out, from_ids[:, 3:])

@@ -1,0 +1,302 @@
+# Copyright 2026 The modeling-moma authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from modeling.reference import GROUPS, assert_near, mixed_ids, tiny_config, tiny_model
+from transformers.loss.loss_utils import ForCausalLMLoss
+
+from modeling_moma.loss_moma import causal_lm_loss
+from modeling_moma.modeling_moma import MomaForCausalLM
+from modeling_moma.routing_moma import ROUTINGS, token_modalities
+
+
+def labels_of(ids):
+    labels = ids.clone()
+    labels[0, :4] = -100
+    return labels
+
+
+def library_loss(model, logits, labels, **kwargs):
+    return ForCausalLMLoss(logits, labels, vocab_size=model.config.vocab_size, **kwargs)
+
+
+@pytest.mark.parametrize("divisor", [None, 7, torch.tensor(7)], ids=["mean", "int", "tensor"])
+@pytest.mark.parametrize("shifted", [False, True])
+@pytest.mark.parametrize("training", [False, True])
+def test_the_plain_loss_is_that_of_transformers(training, shifted, divisor):
+    # eval ignores weights and z-loss, training has none here
+    fields = {"z_loss_coef": 0.0} if training else {"z_loss_coef": 0.1, "modality_loss_weights": {"text": 5.0}}
+    model = tiny_model(**fields).train(training)
+    ids = mixed_ids()
+    labels = labels_of(ids)
+    extra = {"shift_labels": F.pad(labels, (0, 1), value=-100)[:, 1:].contiguous()} if shifted else {}
+    output = model(ids, labels=None if shifted else labels, num_items_in_batch=divisor, **extra)
+    expected = library_loss(model, output.logits, labels, num_items_in_batch=divisor, **extra)
+    assert output.loss.item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+def test_weights_and_z_loss_are_what_a_hand_computes():
+    config = tiny_config(z_loss_coef=0.01, modality_loss_weights={"image": 0.25})
+    logits = 3 * torch.randn(2, 12, config.vocab_size, generator=torch.Generator().manual_seed(0))
+    labels = labels_of(mixed_ids())
+    total, count = 0.0, 0
+    for row in range(2):
+        for position in range(11):
+            target = labels[row, position + 1].item()
+            if target == -100:
+                continue
+            scores = logits[row, position].tolist()
+            log_z = math.log(sum(math.exp(score) for score in scores))
+            weight = 0.25 if 8 <= target < 24 else 1.0
+            total += weight * (log_z - scores[target]) + 0.01 * log_z**2
+            count += 1
+    parts = causal_lm_loss(config, logits, labels, training=True)
+    assert parts.loss.item() == pytest.approx(total / count, rel=1e-5)
+    assert causal_lm_loss(config, logits, labels, training=True, num_items_in_batch=5).loss.item() == pytest.approx(
+        total / 5, rel=1e-5
+    )
+
+
+def test_z_loss_pulls_the_normaliser_towards_one():
+    config = tiny_config(z_loss_coef=1.0)
+    logits = torch.full((1, 2, config.vocab_size), 5.0, requires_grad=True)
+    causal_lm_loss(config, logits, torch.full((1, 2), 30), training=True).loss.backward()
+    assert logits.grad[0, 0].sum() > 0
+    assert not logits.grad[0, 1].any()
+
+
+def test_modality_losses_are_means_over_their_own_targets():
+    model = tiny_model(modality_loss_weights={"text": 9.0})
+    ids = mixed_ids()
+    labels = labels_of(ids)
+    output = model(ids, labels=labels)
+    for index, name in enumerate(model.config.modalities):
+        mine = (labels != -100) & (token_modalities(model.config, labels) == index)
+        expected = library_loss(model, output.logits, labels.masked_fill(~mine, -100))
+        assert output.modality_losses[name].item() == pytest.approx(expected.item(), rel=1e-5)
+        assert output.modality_tokens[name] == mine[:, 1:].sum()
+        assert not output.modality_losses[name].requires_grad
+
+
+def test_a_modality_without_targets_has_the_loss_zero():
+    model = tiny_model()
+    ids = torch.full((1, 6), 30)
+    output = model(ids, labels=ids)
+    assert output.modality_losses["image"] == 0
+    assert output.modality_tokens["image"] == 0
+    assert torch.isfinite(output.loss)
+
+
+def test_labels_must_fit_the_logits():
+    model = tiny_model()
+    ids = mixed_ids()
+    with pytest.raises(ValueError):
+        model(ids, labels=ids, logits_to_keep=6)
+
+
+@pytest.mark.parametrize("fields", [{}, {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 6}])
+@pytest.mark.parametrize("qk_norm", ["layernorm", "layernorm_per_head", "rmsnorm", "none"])
+def test_eager_attention_equals_sdpa(qk_norm, fields):
+    model = tiny_model(qk_norm=qk_norm, **fields).eval()
+    ids = mixed_ids()
+    mask = torch.ones_like(ids)
+    mask[0, :3] = 0
+    outputs = []
+    for attention in ("eager", "sdpa"):
+        model.set_attn_implementation(attention)
+        outputs.append(model(ids, attention_mask=mask).logits[mask == 1])
+    assert_near(outputs[0], outputs[1], 1e-5)
+
+
+@pytest.mark.parametrize("routing", ROUTINGS)
+def test_embeddings_with_modalities_equal_ids(routing):
+    model = tiny_model(**GROUPS["6t2i"]).eval()
+    ids = mixed_ids()
+    embeds = model.get_input_embeddings()(ids)
+    expected = model(ids, routing=routing).logits
+    kinds = token_modalities(model.config, ids)
+    assert_near(model(inputs_embeds=embeds, mm_token_type_ids=kinds, routing=routing).logits, expected, 1e-6)
+    # without modalities all positions are text
+    all_text = model(inputs_embeds=embeds, mm_token_type_ids=torch.zeros_like(kinds), routing=routing).logits
+    assert torch.equal(model(inputs_embeds=embeds, routing=routing).logits, all_text)
+    assert not torch.allclose(all_text, expected, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "match"),
+    [
+        ({"input_ids": torch.tensor([[30, 40]])}, IndexError, "40.*vocabulary"),
+        ({"input_ids": torch.tensor([[30, -100]])}, IndexError, "-100.*vocabulary"),
+        ({"input_ids": torch.full((1, 65), 30)}, ValueError, "max_position_embeddings"),
+        ({"input_ids": torch.full((2, 0), 30)}, ValueError, "input_ids.*empty"),
+        ({"inputs_embeds": torch.zeros(2, 0, 16)}, ValueError, "inputs_embeds.*empty"),
+        ({"input_ids": torch.full((1, 4), 30), "routing": "soft"}, ValueError, "routing.*soft"),
+        ({}, ValueError, "input_ids"),
+        ({"input_ids": torch.full((1, 4), 30), "inputs_embeds": torch.zeros(1, 4, 16)}, ValueError, "inputs_embeds"),
+        (
+            {"inputs_embeds": torch.zeros(1, 4, 16), "mm_token_type_ids": torch.full((1, 4), 2)},
+            ValueError,
+            "mm_token_type_ids.*2",
+        ),
+        (
+            {"input_ids": torch.full((3, 2), 30), "attention_mask": torch.tensor([[1, 1], [0, 0], [0, 1]])},
+            ValueError,
+            "attention_mask.*row 1",
+        ),
+    ],
+)
+@pytest.mark.parametrize("name", ["dense", "4t4i"])
+def test_bad_input_raises_its_own_message(name, arguments, error, match):
+    with pytest.raises(error, match=match):
+        tiny_model(**GROUPS[name])(**arguments)
+
+
+def test_a_row_with_an_earlier_token_is_not_all_padding():
+    model = tiny_model(**GROUPS["4t4i"]).eval()
+    ids = mixed_ids(2, 6)
+    mask = torch.ones_like(ids)
+    mask[0, 3:] = 0
+    cache = model(ids[:, :3], attention_mask=mask[:, :3], use_cache=True).cache
+    assert torch.isfinite(model(ids[:, 3:], attention_mask=mask, cache=cache).logits).all()
+
+
+def test_left_padded_prompts_generate():
+    model = tiny_model(**GROUPS["4t4i"]).eval()
+    ids = mixed_ids(2, 6)
+    mask = torch.ones_like(ids)
+    mask[0, :5] = 0
+    generated = model.generate(ids, attention_mask=mask, max_new_tokens=3, do_sample=False)
+    assert torch.equal(generated[:, :6], ids)
+    assert generated.shape[1] > 6
+
+
+def test_the_length_limit_counts_the_cache():
+    model = tiny_model().eval()
+    cache = model(torch.full((1, 64), 30), use_cache=True).cache
+    with pytest.raises(ValueError, match="65 positions"):
+        model(torch.full((1, 1), 30), cache=cache)
+
+
+def test_scaled_rotary_embeddings_may_go_further():
+    model = tiny_model(rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}).eval()
+    assert torch.isfinite(model(torch.full((1, 100), 30)).logits).all()
+
+
+@pytest.mark.parametrize("routing", ROUTINGS)
+@pytest.mark.parametrize("name", ["dense", "4t4i", "shared"])
+def test_checkpointing_gives_the_same_gradients(name, routing):
+    losses, grads = [], []
+    for checkpointing in (False, True):
+        model = tiny_model(**GROUPS[name], training_routing=routing, router_bias_update_rate=0.2)
+        if checkpointing:
+            model.activation_checkpointing_enable()
+        # thresholds and biases move with every step, after the forward and before its recomputation
+        for seed in range(3):
+            ids = mixed_ids(seed=seed)
+            loss = model(ids, labels=ids, use_cache=False).loss
+            loss.backward()
+        losses.append(loss.item())
+        grads.append({key: parameter.grad for key, parameter in model.named_parameters()})
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+    for key, gradient in grads[0].items():
+        assert_near(grads[1][key], gradient, 1e-5)
+
+
+def test_routers_stay_in_fp32(tmp_path):
+    model = tiny_model(**GROUPS["4t4i"])
+    model(mixed_ids())
+    model.save_pretrained(tmp_path)
+    loaded = MomaForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    for key, value in loaded.state_dict().items():
+        assert value.dtype == (torch.float32 if ".router." in key else torch.bfloat16), key
+        if ".router." in key:
+            assert torch.equal(value, model.state_dict()[key]), key
+    ids = mixed_ids()
+    loaded.train()(ids, labels=ids).loss.backward()
+    assert loaded.model.layers[0].mlp.groups["text"].router.weight.grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", [*GROUPS, "tied"])
+def test_a_saved_model_loads_equal(name, tmp_path):
+    model = tiny_model(**GROUPS.get(name, {"tie_word_embeddings": True}))
+    ids = mixed_ids()
+    model(ids)
+    model.eval().save_pretrained(tmp_path)
+    loaded, info = MomaForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    assert torch.equal(loaded(ids).logits, model(ids).logits)
+
+
+def test_logits_to_keep_cuts_the_head():
+    model = tiny_model().eval()
+    ids = mixed_ids()
+    full = model(ids).logits
+    assert_near(model(ids, logits_to_keep=3).logits, full[:, -3:], 1e-6)
+    assert_near(model(ids, logits_to_keep=torch.tensor([0, 5])).logits, full[:, [0, 5]], 1e-6)
+
+
+def test_router_logits_come_by_layer_and_group():
+    model = tiny_model(num_experts={"text": 3, "image": 2}).eval()
+    ids = mixed_ids()
+    text = (token_modalities(model.config, ids) == 0).sum().item()
+    output = model(ids, output_router_logits=True)
+    shapes = [tuple(logits.shape) for logits in output.router_logits]
+    assert shapes == [(text, 3), (ids.numel() - text, 2)] * 2
+    assert model(ids).router_logits is None
+    mask = torch.ones_like(ids)
+    mask[0, :3] = 0
+    padded = model(ids, attention_mask=mask, output_router_logits=True).router_logits
+    assert sum(logits.shape[0] for logits in padded[:2]) == mask.sum()
+
+
+def test_hidden_states_and_attentions_are_given():
+    model = tiny_model().eval()
+    model.set_attn_implementation("eager")
+    output = model(mixed_ids(), output_hidden_states=True, output_attentions=True)
+    assert [tuple(state.shape) for state in output.hidden_states] == [(2, 12, 16)] * 3
+    assert [tuple(weights.shape) for weights in output.attentions] == [(2, 2, 12, 12)] * 2
+    assert not output.attentions[0].triu(1).any()
+
+
+def test_layers_cache_full_attention():
+    model = tiny_model().eval()
+    assert model.config.layer_types == ["full_attention"] * 2
+    cache = model(mixed_ids(), use_cache=True).cache
+    assert len(cache.layers) == 2
+    assert cache.get_seq_length() == 12
+
+
+def test_gate_after_norm_teaches_the_router_of_tokens_with_one_expert():
+    """RMSNorm cancels a single expert's gate (MoMa's own order), unless the gate is applied after it."""
+    sizes = {}
+    for name, fields in (
+        ("paper", {}),
+        ("gate after norm", {"gate_after_norm": True}),
+        ("pre-norm", {"norm_placement": "pre"}),
+    ):
+        model = tiny_model(num_experts=4, training_routing="token_choice", rms_norm_eps=1e-8, **fields)
+        ids = mixed_ids(4, 16)
+        model(ids, labels=ids).loss.backward()
+        sizes[name] = sum(layer.mlp.groups["all"].router.weight.grad.norm().item() for layer in model.model.layers)
+    assert sizes["gate after norm"] > 100 * sizes["paper"]
+    assert sizes["pre-norm"] > 100 * sizes["paper"]
+
+
+def test_pre_norm_differs_from_post_norm():
+    ids = mixed_ids()
+    post, pre = (tiny_model(norm_placement=placement).eval()(ids).logits for placement in ("post", "pre"))
+    assert not torch.allclose(post, pre, atol=1e-3)

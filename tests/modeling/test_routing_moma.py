@@ -1,0 +1,244 @@
+# Copyright 2026 The modeling-moma authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+import math
+
+import pytest
+import torch
+from modeling.reference import (
+    GROUPS,
+    assert_near,
+    context_of,
+    mixed_ids,
+    reference_feed_forward,
+    reference_selection,
+    tiny_config,
+    tiny_model,
+)
+
+from modeling_moma.experts_moma import MomaFeedForward
+from modeling_moma.routing_moma import ROUTINGS, split_modalities, token_modalities
+
+
+ROWS, LENGTH = 2, 10
+
+
+def feed_forward(dtype=torch.float32, **kwargs):
+    torch.manual_seed(0)
+    config = tiny_config(**kwargs)
+    layer = MomaFeedForward(config)
+    for name, parameter in layer.named_parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+        if not name.endswith("router.weight"):
+            parameter.data = parameter.data.to(dtype)
+    for name, buffer in layer.named_buffers():
+        if name.endswith("balance_bias"):
+            buffer.copy_(torch.randn_like(buffer) * 0.2)
+        elif name.endswith("threshold"):
+            buffer.copy_(0.4 + 0.2 * torch.rand_like(buffer))
+    config._experts_implementation = "grouped_mm"
+    return config, layer
+
+
+def hidden(config, dtype=torch.float32):
+    return torch.randn(ROWS, LENGTH, config.hidden_size, generator=torch.Generator().manual_seed(1)).to(dtype)
+
+
+def gradients(layer, output, x):
+    names, parameters = zip(*layer.named_parameters())
+    weight = torch.randn(output.shape, generator=torch.Generator().manual_seed(2))
+    grads = torch.autograd.grad((output.float() * weight).sum(), [x, *parameters], allow_unused=True)
+    return dict(zip(["input", *names], grads))
+
+
+@pytest.mark.parametrize(("dtype", "relative"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize("routing", ROUTINGS)
+@pytest.mark.parametrize("name", [*GROUPS, "two_per_token"])
+def test_every_routing_equals_the_plain_loop(name, routing, dtype, relative):
+    fields = GROUPS.get(name, {"num_experts": {"text": 4, "image": 2}, "num_experts_per_tok": 2})
+    config, layer = feed_forward(dtype, **fields)
+    modality_BT = token_modalities(config, mixed_ids(ROWS, LENGTH))
+    padding_BT = torch.zeros(ROWS, LENGTH, dtype=torch.bool)
+    padding_BT[0, :3] = True
+    x, x_reference = (hidden(config, dtype).requires_grad_() for _ in range(2))
+    output, _ = layer(x, context_of(config, modality_BT, routing, padding_BT))
+    expected = reference_feed_forward(layer, x_reference, modality_BT, routing, padding_BT)
+    assert_near(output, expected, relative)
+    expected_grads = gradients(layer, expected, x_reference)
+    for key, gradient in gradients(layer, output, x).items():
+        if expected_grads[key] is None:
+            assert gradient is not None and not gradient.any(), key
+        else:
+            assert_near(gradient, expected_grads[key], relative)
+
+
+@pytest.mark.parametrize("routing", ROUTINGS)
+@pytest.mark.parametrize("name", ["8x", "4t4i", "6t2i"])
+def test_padding_competes_for_nothing(name, routing):
+    ids = mixed_ids(3, 12)
+    mask = torch.ones_like(ids)
+    mask[0, :5] = 0
+    mask[1, 9:] = 0
+    poisoned = torch.where(mask == 0, (ids + 7) % 40, ids)
+    outputs, states = [], []
+    for batch in (ids, poisoned):
+        model = tiny_model(**GROUPS[name])
+        logits = model(batch, attention_mask=mask, routing=routing).logits
+        outputs.append(logits[mask == 1])
+        states.append({key: value for key, value in model.state_dict().items() if "router" in key})
+    assert_near(outputs[1], outputs[0], 1e-5)
+    for key, value in states[0].items():
+        assert torch.allclose(value, states[1][key], atol=1e-6), key
+
+
+def test_padding_does_not_change_who_is_selected():
+    config, layer = feed_forward(num_experts=4)
+    router = layer.groups["all"].router
+    modality_BT = torch.zeros(ROWS, LENGTH, dtype=torch.long)
+    padding_BT = torch.zeros(ROWS, LENGTH, dtype=torch.bool)
+    padding_BT[:, 7:] = True
+    x = hidden(config)
+    # the best score there is, at every padding position and for expert 0
+    x[padding_BT] = 100 * router.weight[0].detach()
+    context = context_of(config, modality_BT, "expert_choice", padding_BT)
+    _, selection = router(context.split.split(x)["all"], context)
+    _, alone = router(x[~padding_BT], context)
+    assert torch.equal(selection.token_EK, alone.token_EK)
+    assert selection.token_EK.shape[1] == math.ceil(14 / 4)
+
+
+@pytest.mark.parametrize("routing", ROUTINGS)
+@pytest.mark.parametrize("ids", [torch.full((2, 6), 30), torch.full((2, 6), 10)], ids=["text only", "pictures only"])
+def test_a_batch_may_lack_a_modality(ids, routing):
+    model = tiny_model(**GROUPS["4t4i"])
+    output = model(ids, labels=ids, routing=routing)
+    output.loss.backward()
+    assert torch.isfinite(output.loss)
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert torch.isfinite(parameter.grad).all(), name
+    absent = "image" if ids[0, 0] == 30 else "text"
+    for layer in model.model.layers:
+        router = layer.mlp.groups[absent].router
+        assert router.num_updates == 0
+        assert (router.threshold == 0.5).all()
+
+
+@pytest.mark.parametrize("factor", [0.5, 1.0, 1.7])
+@pytest.mark.parametrize("num_tokens", [1, 3, 8, 13])
+def test_expert_choice_takes_exactly_its_capacity(num_tokens, factor):
+    config, layer = feed_forward(num_experts=4, expert_capacity_factor=factor)
+    router = layer.groups["all"].router
+    context = context_of(config, torch.zeros(1, num_tokens, dtype=torch.long), "expert_choice")
+    _, selection = router(torch.randn(num_tokens, config.hidden_size), context)
+    assert selection.token_EK.shape == (4, math.ceil(factor * num_tokens / 4))
+    assert all(len(set(row)) == len(row) for row in selection.token_EK.tolist())
+
+
+def kth_scores(model, ids, routing):
+    """K-th best score of each expert in each layer, by plain sorting."""
+    output = model(ids, output_router_logits=True, routing=routing)
+    routers = [layer.mlp.groups["all"].router for layer in model.model.layers]
+    scores = [torch.sigmoid(logits).sort(dim=0, descending=True).values for logits in output.router_logits]
+    return [score[router.capacity(ids.numel()) - 1] for router, score in zip(routers, scores)]
+
+
+@pytest.mark.parametrize("routing", ROUTINGS)
+def test_the_threshold_is_the_running_mean_of_the_kth_best_score(routing):
+    model = tiny_model(num_experts=4, threshold_momentum=0.6)
+    routers = [layer.mlp.groups["all"].router for layer in model.model.layers]
+    expected = None
+    for step in range(5):
+        kth = kth_scores(model, mixed_ids(seed=step), routing)
+        decay = min(0.6, step / (step + 1))
+        # the first step is copied, the next ones are a plain mean until the momentum is lower
+        expected = kth if step == 0 else [decay * old + (1 - decay) * new for old, new in zip(expected, kth)]
+        for router, value in zip(routers, expected):
+            assert torch.allclose(router.threshold, value, atol=1e-6)
+            assert router.num_updates == step + 1
+
+
+def test_eval_changes_no_router():
+    model = tiny_model(**GROUPS["4t4i"]).eval()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    model(mixed_ids())
+    model(mixed_ids(), routing="expert_choice")
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("routing", ROUTINGS)
+def test_statistics_count_once_under_checkpointing(routing):
+    states = []
+    for checkpointing in (False, True):
+        model = tiny_model(**GROUPS["4t4i"], training_routing=routing)
+        if checkpointing:
+            model.activation_checkpointing_enable()
+        for step in range(2):
+            ids = mixed_ids(seed=step)
+            model(ids, labels=ids, use_cache=False).loss.backward()
+        states.append({key: value for key, value in model.state_dict().items() if "router." in key})
+        assert model.model.layers[0].mlp.groups["text"].router.num_updates == 2
+    for key, value in states[0].items():
+        assert torch.allclose(value, states[1][key], atol=1e-6), key
+
+
+def test_token_choice_bias_moves_towards_balance():
+    model = tiny_model(num_experts=4, training_routing="token_choice", router_bias_update_rate=0.02)
+    for layer in model.model.layers:
+        # one expert is everybody's favourite
+        layer.mlp.groups["all"].router.balance_bias[0] = 1.0
+    ids = mixed_ids(4, 16)
+
+    def spread():
+        model.eval()
+        logits = model(ids, output_router_logits=True, routing="token_choice").router_logits
+        model.train()
+        result = []
+        for layer, logit in zip(model.model.layers, logits):
+            bias = layer.mlp.groups["all"].router.balance_bias
+            load = torch.bincount((torch.sigmoid(logit) + bias).argmax(-1), minlength=4).float()
+            result.append((load / load.sum()).max().item())
+        return max(result)
+
+    start = spread()
+    before = model.model.layers[0].mlp.groups["all"].router.balance_bias.clone()
+    model(ids)
+    step = model.model.layers[0].mlp.groups["all"].router.balance_bias - before
+    assert step[0] == pytest.approx(-0.02, abs=1e-6) and (step[1:] > 0).all()
+    for _ in range(80):
+        model(ids)
+    assert start == 1.0
+    assert spread() < 0.5
+
+
+def test_token_choice_bias_selects_but_does_not_weigh():
+    config, layer = feed_forward(num_experts=4)
+    router = layer.groups["all"].router
+    context = context_of(config, torch.zeros(1, 9, dtype=torch.long), "token_choice")
+    logits, selection = router(torch.randn(9, config.hidden_size), context)
+    scores = torch.sigmoid(logits)
+    pairs = list(zip(selection.token_P.tolist(), selection.expert_P.tolist()))
+    assert pairs == reference_selection(router, scores, "token_choice")
+    assert torch.equal(selection.weight_P, scores[selection.token_P, selection.expert_P])
+
+
+def test_a_split_merges_back_with_zeros_at_padding():
+    config = tiny_config()
+    modality_BT = token_modalities(config, mixed_ids())
+    padding_BT = torch.zeros_like(modality_BT, dtype=torch.bool)
+    padding_BT[1, 8:] = True
+    split = split_modalities(config, modality_BT, padding_BT)
+    x = torch.randn(*modality_BT.shape, 3)
+    groups = split.split(x)
+    assert torch.equal(groups["image"], x[(modality_BT == 1) & ~padding_BT])
+    assert torch.equal(split.merge(groups, x), x.masked_fill(padding_BT[..., None], 0.0))

@@ -1,0 +1,102 @@
+# Copyright 2026 The modeling-moma authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+import pytest
+import torch
+from tiny import tiny_model, tiny_processor
+from transformers import Trainer, TrainingArguments
+
+from modeling_moma import MomaMetricsCallback, initialize_code_embeddings
+from tokenization import MomaDataCollator
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return tiny_processor()
+
+
+def make_trainer(processor, examples, tmp_path, **fields):
+    arguments = TrainingArguments(
+        str(tmp_path),
+        max_steps=4,
+        per_device_train_batch_size=2,
+        per_device_eval_batch_size=2,
+        logging_steps=2,
+        eval_strategy="steps",
+        eval_steps=4,
+        prediction_loss_only=True,
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+    )
+    return Trainer(
+        model=tiny_model(processor, **fields),
+        args=arguments,
+        train_dataset=examples,
+        eval_dataset=examples[:4],
+        data_collator=MomaDataCollator(processor.tokenizer),
+        callbacks=[MomaMetricsCallback()],
+    )
+
+
+def make_examples(processor, length=8):
+    generator = torch.Generator().manual_seed(0)
+    first, stop = processor.image_token_offset, processor.image_token_offset + processor.codebook_size
+    rows = []
+    for _ in range(length):
+        codes = torch.randint(first, stop, (processor.image_seq_length,), generator=generator).tolist()
+        rows.append({"input_ids": [processor.begin_image_token_id, *codes, processor.end_image_token_id, 5, 6]})
+    return rows
+
+
+def test_trainer_logs_the_loss_of_each_modality_and_the_load(processor, tmp_path):
+    examples = make_examples(processor)
+    trainer = make_trainer(processor, examples, tmp_path)
+    trainer.train()
+    training = next(log for log in trainer.state.log_history if "text_loss" in log)
+    evaluation = next(log for log in trainer.state.log_history if "eval_text_loss" in log)
+    # expert choice balances by construction
+    assert training["image_peak_load"] == pytest.approx(1.0)
+    assert 0 < training["image_uncovered"] < 1
+    assert set(evaluation) >= {"eval_image_loss", "eval_text_uncovered", "eval_image_covered_twice"}
+
+    batch = MomaDataCollator(processor.tokenizer)(examples[:4])
+    with torch.no_grad():
+        output = trainer.model.eval()(**batch)
+    for modality in ("text", "image"):
+        assert evaluation[f"eval_{modality}_loss"] == pytest.approx(output.modality_losses[modality].item(), rel=1e-4)
+
+
+def test_hooks_are_gone_after_training(processor, tmp_path):
+    trainer = make_trainer(processor, make_examples(processor), tmp_path)
+    trainer.train()
+    assert not any(module._forward_hooks for module in trainer.model.modules())
+
+
+def test_alike_codes_start_with_alike_embeddings(processor):
+    model = tiny_model(processor, hidden_size=64)
+    codebook = torch.randn(processor.codebook_size, 8)
+    codebook[1] = codebook[0] + 0.01
+    words = model.get_input_embeddings().weight[: processor.image_token_offset].clone()
+    initialize_code_embeddings(model, codebook)
+    weight = model.get_input_embeddings().weight
+    codes = weight[processor.image_token_offset : processor.image_token_offset + processor.codebook_size]
+    distances = torch.cdist(codes, codes)
+    assert distances[0, 1] < 0.1 * distances[0, 2:].min()
+    assert codes.std().item() == pytest.approx(model.config.initializer_range, rel=0.05)
+    assert torch.equal(weight[: processor.image_token_offset], words)
+
+
+def test_codebook_of_another_size_is_refused(processor):
+    with pytest.raises(ValueError, match="codebook_KC"):
+        initialize_code_embeddings(tiny_model(processor), torch.randn(7, 8))

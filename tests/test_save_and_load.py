@@ -1,0 +1,218 @@
+# Copyright 2026 The modeling-moma authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Model and processor in one folder: all Auto classes read it, with the package and without."""
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForMultimodalLM,
+    AutoProcessor,
+)
+
+from modeling_moma import MomaConfig, MomaForCausalLM, MomaModel
+from tokenization import (
+    MomaImageProcessor,
+    MomaProcessor,
+    MomaVQConfig,
+    MomaVQModel,
+    add_picture_tokens,
+    train_text_tokenizer,
+)
+
+
+# loads a folder by its own code and writes what it computes; importing the installed packages is an error
+STRANGER = """
+import sys
+
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("modeling_moma", "tokenization"):
+            raise ImportError(name)
+
+sys.meta_path.insert(0, Absent())
+
+import torch
+from PIL import Image
+from transformers import (AutoConfig, AutoImageProcessor, AutoModel, AutoModelForCausalLM, AutoModelForMultimodalLM,
+                          AutoProcessor)
+
+folder, picture, output = sys.argv[1:]
+trust = {"trust_remote_code": True}
+results = {}
+names = {}
+processor = AutoProcessor.from_pretrained(folder, **trust)
+inputs = processor(images=[Image.open(picture)], text=["<image>red"], return_tensors="pt")
+results["input_ids"] = inputs["input_ids"]
+for auto in (AutoModel, AutoModelForCausalLM, AutoModelForMultimodalLM):
+    model = auto.from_pretrained(folder, **trust)
+    names[auto.__name__] = type(model).__name__
+    with torch.no_grad():
+        results[auto.__name__] = model(**inputs)[0]
+model = AutoModelForCausalLM.from_pretrained(folder, **trust)
+prompt = processor(text=["noto: red apple"], return_tensors="pt")
+results["codes"] = model.decode_image_tokens(model.generate(**prompt, generation_mode="image", do_sample=False))
+drawn = processor.post_process_multimodal_output(results["codes"], generation_mode="image")[0]
+results["drawn"] = torch.tensor(bytearray(drawn.tobytes())) / 255
+image_processor = AutoImageProcessor.from_pretrained(folder, **trust)
+results["pixel_values"] = image_processor(Image.open(picture), return_tensors="pt")["pixel_values"]
+names["AutoConfig"] = type(AutoConfig.from_pretrained(folder, **trust)).__name__
+names["AutoProcessor"] = type(processor).__name__
+names["AutoImageProcessor"] = type(image_processor).__name__
+results["names"] = names
+assert not {"modeling_moma", "tokenization"} & set(sys.modules)
+torch.save(results, output)
+"""
+NAMES = {
+    "AutoConfig": "MomaConfig",
+    "AutoImageProcessor": "MomaImageProcessor",
+    "AutoModel": "MomaModel",
+    "AutoModelForCausalLM": "MomaForCausalLM",
+    "AutoModelForMultimodalLM": "MomaForCausalLM",
+    "AutoProcessor": "MomaProcessor",
+}
+
+
+@pytest.fixture(scope="module")
+def processor():
+    torch.manual_seed(0)
+    config = MomaVQConfig(
+        resolution=16,
+        patch_size=4,
+        channel_multiplier=(1,),
+        base_channels=16,
+        latent_channels=16,
+        embed_dim=8,
+        num_embeddings=32,
+        num_res_blocks=1,
+        norm_type="none",
+        attn_type=None,
+    )
+    tokenizer = add_picture_tokens(train_text_tokenizer(["noto: red apple"] * 3, vocab_size=290), 32)
+    image_processor = MomaImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
+    return MomaProcessor(image_processor, tokenizer, MomaVQModel(config))
+
+
+@pytest.fixture(scope="module")
+def model(processor):
+    torch.manual_seed(0)
+    config = MomaConfig(
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=64,
+        num_experts={"text": 2, "image": 3},
+        initializer_range=0.3,
+        **processor.token_layout(),
+    )
+    return MomaForCausalLM(config).eval()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, model, processor):
+    path = tmp_path_factory.mktemp("saved") / "moma-tiny"
+    model.save_pretrained(path)
+    processor.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def picture(tmp_path_factory):
+    path = tmp_path_factory.mktemp("pictures") / "picture.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(path)
+    return path
+
+
+def expected_results(model, processor, picture):
+    """What the parts give before they are saved, under the keys of `STRANGER`."""
+    inputs = processor(images=[Image.open(picture)], text=["<image>red"], return_tensors="pt")
+    with torch.no_grad():
+        hidden, logits = model.model(**inputs)[0], model(**inputs)[0]
+    prompt = processor(text=["noto: red apple"], return_tensors="pt")
+    codes = model.decode_image_tokens(model.generate(**prompt, generation_mode="image", do_sample=False))
+    drawn = processor.post_process_multimodal_output(codes, generation_mode="image")[0]
+    return {
+        "input_ids": inputs["input_ids"],
+        "AutoModel": hidden,
+        "AutoModelForCausalLM": logits,
+        "AutoModelForMultimodalLM": logits,
+        "codes": codes,
+        "drawn": torch.tensor(bytearray(drawn.tobytes())) / 255,
+        "pixel_values": processor.image_processor(Image.open(picture), return_tensors="pt")["pixel_values"],
+    }
+
+
+def assert_same_results(found, expected):
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        # weights mapped from a file lie elsewhere in memory, and products round differently; ids are exact
+        tolerance = 1.5 / 255 if name == "drawn" else 1e-5
+        torch.testing.assert_close(found[name], tensor, rtol=0, atol=tolerance)
+
+
+def test_every_auto_class_loads_the_folder_with_the_package(folder, model, processor, picture):
+    autos = (AutoConfig, AutoImageProcessor, AutoModel, AutoModelForCausalLM, AutoModelForMultimodalLM, AutoProcessor)
+    loaded = {auto.__name__: auto.from_pretrained(folder) for auto in autos}
+    assert {name: type(part).__name__ for name, part in loaded.items()} == NAMES
+    # the installed classes, not copies of the folder's code
+    assert isinstance(loaded["AutoModelForCausalLM"], MomaForCausalLM)
+    assert isinstance(loaded["AutoModel"], MomaModel)
+    assert isinstance(loaded["AutoProcessor"], MomaProcessor)
+    expected = expected_results(model, processor, picture)
+    found = expected_results(loaded["AutoModelForCausalLM"], loaded["AutoProcessor"], picture)
+    assert_same_results(found, expected)
+
+
+def test_every_auto_class_loads_the_folder_by_its_own_code_without_the_package(
+    folder, model, processor, picture, tmp_path
+):
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    environment |= {
+        "HF_HOME": str(tmp_path / "home"),
+        "HF_MODULES_CACHE": str(tmp_path / "modules"),
+        "HF_HUB_OFFLINE": "1",
+    }
+    output = tmp_path / "results.pt"
+    command = [sys.executable, "-P", "-c", STRANGER, str(folder), str(picture), str(output)]
+    run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr[-3000:]
+    found = torch.load(output)
+    assert found.pop("names") == NAMES
+    expected = expected_results(model, processor, picture)
+    assert_same_results(found, expected)
+
+
+def test_configuration_alone_loads_with_the_package(tmp_path, model):
+    model.config.save_pretrained(tmp_path)
+    for code in tmp_path.glob("*.py"):
+        code.unlink()
+    config = AutoConfig.from_pretrained(tmp_path)
+    assert isinstance(config, MomaConfig)
+    assert isinstance(AutoModelForCausalLM.from_config(config), MomaForCausalLM)
+
+
+def test_two_configurations_do_not_share_their_auto_map():
+    first, second = MomaConfig(), MomaConfig()
+    first.auto_map["AutoModel"] = "elsewhere.Model"
+    assert second.auto_map["AutoModel"] == "modeling_moma.MomaModel"
