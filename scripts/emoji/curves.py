@@ -1,0 +1,134 @@
+# Copyright 2026 The modeling-moma authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Loss curves of Trainer runs over training FLOPs, and the saving that one shows against the other."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+from datasets import Dataset
+from transformers.trainer_utils import get_last_checkpoint
+
+from modeling_moma import MomaConfig, training_flops
+from modeling_moma.costs_moma import eta_by_modality
+
+from .examples import EmojiExamples
+
+
+CURVES = {"overall": "eval_loss", "text": "eval_text_loss", "image": "eval_image_loss"}
+
+
+def tokens_of_example(train: Dataset, processor, num_examples: int = 4096) -> dict[str, float]:
+    """
+    Mean numbers of text and picture tokens of a training example.
+
+    Args:
+        train (`datasets.Dataset`): columns `style`, `label`, `keywords`.
+        processor (`MomaProcessor`): gives the ids.
+        num_examples (`int`, defaults to 4096): examples of the training stream that are counted.
+
+    Returns:
+        `dict[str, float]`: `text` (frames of pictures and `<bos>`, `<eos>` included) and `image`.
+    """
+    # the lengths do not depend on the codes
+    codes = np.zeros((len(train), 1, processor.image_seq_length), dtype=np.int64).tolist()
+    rows = {name: train[name] for name in ("style", "label", "keywords")}
+    stream = EmojiExamples(Dataset.from_dict({"codes": codes, **rows}), processor, num_examples)
+    lengths = [len(stream[index]["input_ids"]) for index in range(num_examples)]
+    image = processor.image_seq_length
+    return {"text": sum(lengths) / num_examples - image, "image": float(image)}
+
+
+def read_run(folder: str | Path, tokens: dict[str, float]) -> dict:
+    """
+    Reads what `Trainer` has written about a run, finished or not.
+
+    Args:
+        folder (`str` or `Path`): the run's output folder.
+        tokens (`dict[str, float]`): tokens of an example by modality, from `tokens_of_example`.
+
+    Returns:
+        `dict`: `steps`, `batch_size`, `examples`, `seconds` (wall clock of the last start; `None` for unfinished
+        runs), `flops` and `curve`, a list of `step`, `flops`, `overall`, `text` and `image` (losses in nats).
+
+    Raises:
+        ValueError: no run lies in the folder, or it holds no evaluation by modality.
+    """
+    folder = Path(folder)
+    if not (folder / "trainer_state.json").is_file():
+        last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+        if last is None:
+            raise ValueError(f"`folder` {str(folder)!r} has neither trainer_state.json nor a checkpoint of Trainer.")
+        folder = Path(last)
+    state = json.loads((folder / "trainer_state.json").read_text())
+    config = MomaConfig.from_pretrained(folder)
+    history = state["log_history"]
+    summary = next((entry for entry in reversed(history) if "train_runtime" in entry), {})
+    steps, batch_size = state["global_step"], state["train_batch_size"]
+    if summary:
+        # the state lacks gradient accumulation and processes; the rate of all examples has them
+        batch_size = round(summary["train_samples_per_second"] * summary["train_runtime"] / summary["step"])
+    flops_a_step = batch_size * training_flops(config, tokens, round(sum(tokens.values())))
+    curve = [
+        {"step": entry["step"], "flops": entry["step"] * flops_a_step}
+        | {name: entry[key] for name, key in CURVES.items()}
+        for entry in history
+        # the first evaluation costs no FLOPs, which no ratio can be made of
+        if entry["step"] > 0 and all(key in entry for key in CURVES.values())
+    ]
+    if not curve:
+        raise ValueError(f"`folder` {str(folder)!r} holds no evaluation with {', '.join(CURVES.values())}.")
+    return {
+        "steps": steps,
+        "batch_size": batch_size,
+        "examples": steps * batch_size,
+        "seconds": summary.get("train_runtime"),
+        "flops": steps * flops_a_step,
+        "curve": curve,
+    }
+
+
+def savings(dense: dict, sparse: dict) -> dict[str, dict]:
+    """Eta (MoMa footnote 6) of two runs of `read_run`, `{"text": {"value": ..., "bound": ...}, ...}`."""
+    points = [
+        {name: [(point["flops"], point[name]) for point in run["curve"]] for name in CURVES} for run in (dense, sparse)
+    ]
+    return {name: {"value": eta.value, "bound": eta.bound} for name, eta in eta_by_modality(*points).items()}
+
+
+def plot_curves(runs: dict[str, dict], path: str | Path) -> None:
+    """
+    Draws the loss curves of runs over training FLOPs, a panel for text and one for pictures.
+
+    Args:
+        runs (`dict[str, dict]`): runs of `read_run` by the name in the legend.
+        path (`str` or `Path`): the PNG.
+    """
+    # the extra `train` brings it
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, panels = pyplot.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
+    for panel, name, title in zip(panels, ("text", "image"), ("text tokens", "picture tokens"), strict=True):
+        for label, run in runs.items():
+            flops, losses = zip(*[(point["flops"], point[name]) for point in run["curve"]], strict=True)
+            panel.plot(flops, losses, marker=".", label=label)
+        panel.set(title=title, xlabel="training FLOPs", ylabel="causal validation loss (nats per token)")
+        panel.grid(alpha=0.3)
+        panel.legend()
+    # without the version in it, equal curves give equal files
+    figure.savefig(path, dpi=120, metadata={"Software": None})
+    pyplot.close(figure)

@@ -1,0 +1,144 @@
+# Copyright 2026 The modeling-moma authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""A contact sheet: real pictures, their reconstructions, what the model drew, and the captions of both."""
+
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from PIL import Image, ImageDraw, ImageFont
+
+
+PICTURE_SIDE = 128
+GAP = 8
+MARGIN = 24
+COLUMNS = 3
+FONT_SIZE = 15
+LINE_HEIGHT = 20
+HEADS = ("real", "reconstructed", "drawn")
+BACKGROUND, TEXT_COLOR, FAINT_COLOR = "white", "#1a1a1a", "#767676"
+# quotation marks that stand in labels
+QUOTATION_MARKS = str.maketrans("\u2018\u2019\u201c\u201d", "''\"\"")
+
+
+@dataclass
+class SheetEntry:
+    """What the sheet shows of one held-out picture.
+
+    Attributes:
+        real (`PIL.Image.Image`): the picture of the data set.
+        reconstructed (`PIL.Image.Image`): the same through the picture tokenizer and back, the ceiling of `drawn`.
+        drawn (`PIL.Image.Image`): what the model drew from the caption.
+        caption (`str`): the true caption.
+        model_caption (`str`): what the model said about the real picture.
+    """
+
+    real: Image.Image
+    reconstructed: Image.Image
+    drawn: Image.Image
+    caption: str
+    model_caption: str
+
+
+def printable(text: str) -> str:
+    """Replaces what Pillow's built-in font lacks: accents go, other characters become `?`, line ends become spaces."""
+    folded = unicodedata.normalize("NFKD", " ".join(text.split()).translate(QUOTATION_MARKS))
+    kept = (character for character in folded if not unicodedata.combining(character))
+    return "".join(character if character.isascii() and character.isprintable() else "?" for character in kept)
+
+
+def wrap_text(text: str, font: ImageFont.FreeTypeFont, width: float) -> list[str]:
+    """
+    Breaks a text into lines.
+
+    Args:
+        text (`str`): one paragraph.
+        font (`ImageFont.FreeTypeFont`): gives the widths.
+        width (`float`): the most pixels of a line; a word that is longer is cut.
+
+    Returns:
+        `list[str]`: the lines, one empty line for an empty text.
+    """
+    lines = [""]
+    for word in text.split():
+        candidate = f"{lines[-1]} {word}".strip()
+        if font.getlength(candidate) <= width:
+            lines[-1] = candidate
+            continue
+        if lines[-1]:
+            lines.append("")
+        for character in word:
+            if lines[-1] and font.getlength(lines[-1] + character) > width:
+                lines.append("")
+            lines[-1] += character
+    return lines
+
+
+def draw_contact_sheet(entries: Sequence[SheetEntry], columns: int = COLUMNS) -> Image.Image:
+    """
+    Draws one card for each entry: the three pictures side by side, the two captions beneath.
+
+    Args:
+        entries (`Sequence[SheetEntry]`): at least one.
+        columns (`int`, defaults to 3): cards in a row.
+
+    Returns:
+        `PIL.Image.Image`: an RGB picture.
+
+    Raises:
+        ValueError: there are no entries, or `columns` is below 1.
+    """
+    if not entries:
+        raise ValueError("`entries` is empty: a sheet needs one picture at least.")
+    if columns < 1:
+        raise ValueError(f"`columns` is {columns}: it must be at least 1.")
+    columns = min(columns, len(entries))
+    font = ImageFont.load_default(FONT_SIZE)
+    card_width = 3 * PICTURE_SIDE + 2 * GAP
+    captions = [_caption_lines(entry, font, card_width) for entry in entries]
+    rows = range(0, len(entries), columns)
+    # the cards of a row are as high as the longest captions in it
+    heights = [
+        LINE_HEIGHT + PICTURE_SIDE + GAP + LINE_HEIGHT * max(map(len, captions[start : start + columns]))
+        for start in rows
+    ]
+    size = (columns * card_width + (columns + 1) * MARGIN, sum(heights) + (len(heights) + 1) * MARGIN)
+    sheet = Image.new("RGB", size, BACKGROUND)
+    top = MARGIN
+    for start, height in zip(rows, heights, strict=True):
+        for column, entry in enumerate(entries[start : start + columns]):
+            left = MARGIN + column * (card_width + MARGIN)
+            _draw_card(sheet, left, top, entry, captions[start + column], font)
+        top += height + MARGIN
+    return sheet
+
+
+def _caption_lines(entry, font, width):
+    """Lines with their colour, the true caption first."""
+    truth = wrap_text(printable(f"true:  {entry.caption}"), font, width)
+    model = wrap_text(printable(f"model:  {entry.model_caption or '(nothing)'}"), font, width)
+    return [(line, FAINT_COLOR) for line in truth] + [(line, TEXT_COLOR) for line in model]
+
+
+def _draw_card(sheet, left, top, entry, lines, font):
+    pen = ImageDraw.Draw(sheet)
+    pictures = (entry.real, entry.reconstructed, entry.drawn)
+    for place, (head, picture) in enumerate(zip(HEADS, pictures, strict=True)):
+        x = left + place * (PICTURE_SIDE + GAP)
+        pen.text((x, top), head, fill=FAINT_COLOR, font=font)
+        enlarged = picture.convert("RGB").resize((PICTURE_SIDE, PICTURE_SIDE), Image.Resampling.NEAREST)
+        sheet.paste(enlarged, (x, top + LINE_HEIGHT))
+    y = top + LINE_HEIGHT + PICTURE_SIDE + GAP
+    for number, (line, color) in enumerate(lines):
+        pen.text((left, y + number * LINE_HEIGHT), line, fill=color, font=font)

@@ -1,0 +1,237 @@
+# Copyright 2026 The modeling-moma authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Measure a MoMa of captions and pictures on held-out drawings, and write its report and model card."""
+
+import argparse
+import json
+import os
+import shlex
+import sys
+from pathlib import Path
+
+import torch
+from datasets import Dataset, load_dataset
+
+from emoji.captions import caption_accuracies, label_table, majority_accuracies
+from emoji.curves import plot_curves, read_run, savings, tokens_of_example
+from emoji.examples import held_out_examples
+from emoji.judge import PictureJudge, accuracies, derangement
+from emoji.measures import (
+    decode_pictures,
+    draw_pictures,
+    encode_pictures,
+    held_out_loss,
+    picture_batches,
+    tokenizer_quality,
+    write_captions,
+)
+from emoji.model_card import CURVES_FILE, EXPERT_CHOICE, render_card, report_table
+from modeling_moma import MomaForCausalLM
+from tokenization import MomaProcessor
+from tokenization.perceptual_moma_vq import MomaVQPerceptualNetwork
+
+
+NUM_SAMPLES = 12
+
+
+def parse_arguments(arguments=None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", required=True, help="folder of a MomaForCausalLM and its MomaProcessor")
+    parser.add_argument("--baseline", help="folder of a dense MomaForCausalLM with the same token ids")
+    parser.add_argument("--curves", nargs=2, metavar=("RUN", "BASELINE_RUN"), help="output folders of both trainings")
+    parser.add_argument("--data", default="data/emoji")
+    parser.add_argument("--split", default="test")
+    parser.add_argument("--output", required=True, help="JSON file of the report")
+    parser.add_argument("--write-card", action="store_true", help="write README.md and the curves beside the model")
+    parser.add_argument("--limit", type=int, help="measure so many pictures of the split, drawn at random")
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--temperature", type=float, default=1.0, help="of the drawings, as the next three")
+    parser.add_argument("--top-k", type=int, default=0, help="0: all codes")
+    parser.add_argument("--top-p", type=float, default=1.0)
+    parser.add_argument("--guidance-scale", type=float, default=1.0, help="1: none")
+    args = parser.parse_args(arguments)
+    if args.write_card and not (args.baseline and args.curves):
+        parser.error("--write-card needs --baseline and --curves, whose numbers are part of the card")
+    if args.limit is not None and args.limit < 2:
+        parser.error(f"--limit {args.limit}: at least 2 pictures are needed")
+    args.command = shlex.join(["python", "scripts/evaluate.py", *(sys.argv[1:] if arguments is None else arguments)])
+    return args
+
+
+def load_model(folder: str, device: str) -> MomaForCausalLM:
+    return MomaForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device).eval()
+
+
+def describe(model: MomaForCausalLM) -> dict:
+    config = model.config
+    fields = ("num_experts", "hidden_size", "num_hidden_layers", "training_routing", "modality_loss_weights")
+    return {
+        "parameters": config.num_parameters(),
+        "active_parameters": config.num_parameters(active=True),
+        "capacity_factor": {group: config.group_capacity_factor(group) for group in config.expert_groups},
+        **{name: getattr(config, name) for name in fields},
+    }
+
+
+def by_style(captions: list[str], neighbours: list[dict], rows: list[dict], table: dict) -> dict[str, dict]:
+    result = {}
+    for style in dict.fromkeys(row["style"] for row in rows):
+        chosen = [index for index, row in enumerate(rows) if row["style"] == style]
+        wanted = [rows[index] for index in chosen]
+        result[style] = {
+            "pictures": len(chosen),
+            "model": caption_accuracies([captions[index] for index in chosen], wanted, table),
+            "nearest_neighbour": accuracies([neighbours[index] for index in chosen], wanted),
+        }
+    return result
+
+
+class Evaluation:
+    """Loads what every measure needs; `run` measures."""
+
+    def __init__(self, args: argparse.Namespace):
+        self.args = args
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.model = load_model(args.model, self.device)
+        self.baseline = load_model(args.baseline, self.device) if args.baseline else None
+        self.processor = MomaProcessor.from_pretrained(args.model).to(self.device)
+        splits = load_dataset(args.data)
+        self.train = splits["train"]
+        held_out = splits[args.split]
+        if args.limit is not None:
+            held_out = held_out.shuffle(seed=args.seed).select(range(min(args.limit, len(held_out))))
+        self.rows = held_out.remove_columns("image").to_list()
+        self.train_rows = self.train.remove_columns("image").to_list()
+        everything = [row for split in splits.values() for row in split.remove_columns("image").to_list()]
+        self.table = label_table(everything)
+        self.pictures = list(picture_batches(held_out, self.processor, args.batch_size, "held-out pictures"))
+        self.codes = encode_pictures(self.processor, self.pictures)
+
+    def losses(self) -> dict[str, dict]:
+        columns = {name: [row[name] for row in self.rows] for name in ("style", "label")}
+        codes = Dataset.from_dict({"codes": self.codes[:, None].tolist(), **columns})
+        examples = held_out_examples(codes, self.processor)
+        # experts choose within a batch, which shall hold both orders as in training
+        order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(self.args.seed)).tolist()
+        examples = [examples[index] for index in order]
+        size = self.args.batch_size
+
+        def measure(model, routing, name):
+            return held_out_loss(model, self.processor, examples, size, routing, f"loss: {name}")
+
+        result = {
+            "causal": measure(self.model, "threshold", "threshold"),
+            EXPERT_CHOICE: measure(self.model, "expert_choice", "expert_choice"),
+        }
+        if self.baseline is not None:
+            result["dense"] = measure(self.baseline, None, "dense")
+        return result
+
+    def captions(self, neighbours: list[dict]) -> dict:
+        def caption(model):
+            return write_captions(model, self.processor, self.codes, self.args.batch_size)
+
+        texts = caption(self.model)
+        result = {"model": caption_accuracies(texts, self.rows, self.table)}
+        if self.baseline is not None:
+            result["dense"] = caption_accuracies(caption(self.baseline), self.rows, self.table)
+        result["nearest_neighbour"] = accuracies(neighbours, self.rows)
+        result["majority"] = majority_accuracies(self.train_rows, self.rows)
+        result["by_style"] = by_style(texts, neighbours, self.rows, self.table)
+        pairs = list(zip(self.rows, texts, strict=True))[:NUM_SAMPLES]
+        result["samples"] = [{"style": row["style"], "label": row["label"], "caption": text} for row, text in pairs]
+        return result
+
+    def drawings(self, judge: PictureJudge, neighbours: list[dict]) -> dict:
+        args, styles = self.args, [row["style"] for row in self.rows]
+        settings = {name: getattr(args, name) for name in ("temperature", "top_k", "top_p", "guidance_scale")}
+        drawn = draw_pictures(
+            self.model, self.processor, self.rows, args.batch_size, {"do_sample": True, **settings}, args.seed
+        )
+        found = {
+            name: judge.nearest(decode_pictures(self.processor, codes, args.batch_size), styles)
+            for name, codes in (("reconstructed", self.codes), ("drawn", drawn))
+        }
+        others = [self.rows[index] for index in derangement(len(self.rows), args.seed)]
+        return {
+            "settings": {**settings, "seed": args.seed},
+            "real": accuracies(neighbours, self.rows),
+            "reconstructed": accuracies(found["reconstructed"], self.rows),
+            "drawn": accuracies(found["drawn"], self.rows),
+            "shuffled": accuracies(found["drawn"], others),
+        }
+
+    def training(self) -> dict:
+        tokens = tokens_of_example(self.train, self.processor)
+        runs = dict(zip(("model", "dense"), (read_run(folder, tokens) for folder in self.args.curves), strict=True))
+        return {
+            "training": {"tokens_of_example": tokens, **runs},
+            "eta": savings(runs["dense"], runs["model"]),
+        }
+
+    def judge(self) -> PictureJudge:
+        # a third faster on CPUs
+        layout = {"memory_format": torch.channels_last}
+        network = MomaVQPerceptualNetwork().to(self.device, **layout)
+        batches = picture_batches(self.train, self.processor, self.args.batch_size, "features of training pictures")
+        return PictureJudge.from_batches(
+            lambda pictures: network.features(pictures.to(self.device, **layout)), batches, self.train_rows
+        )
+
+    def run(self) -> dict:
+        args = self.args
+        models = {"model": describe(self.model)}
+        if self.baseline is not None:
+            models["dense"] = describe(self.baseline)
+        report = {
+            "command": args.command,
+            "split": args.split,
+            "pictures": len(self.rows),
+            "dtype": "float32",
+            "models": models,
+            "image_seq_length": self.processor.image_seq_length,
+            "resolution": self.processor.vq_model.config.resolution,
+            "tokenizer": tokenizer_quality(self.processor, self.pictures, self.codes),
+            "loss": self.losses(),
+        }
+        if args.curves:
+            report |= self.training()
+        judge = self.judge()
+        neighbours = judge.nearest(self.pictures, [row["style"] for row in self.rows])
+        report["captions"] = self.captions(neighbours)
+        report["drawings"] = self.drawings(judge, neighbours)
+        return report
+
+
+def write_aside(path: Path, text: str) -> None:
+    """A kill at any moment leaves the old file or the new one."""
+    aside = path.with_name(path.name + ".aside")
+    aside.write_text(text)
+    os.replace(aside, path)
+
+
+def main(arguments=None):
+    args = parse_arguments(arguments)
+    report = Evaluation(args).run()
+    write_aside(Path(args.output), json.dumps(report, indent=2) + "\n")
+    print(report_table(report))
+    if args.write_card:
+        runs = {name: report["training"][key] for name, key in (("MoMa", "model"), ("dense", "dense"))}
+        plot_curves(runs, Path(args.model) / CURVES_FILE)
+        write_aside(Path(args.model) / "README.md", render_card(report))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,39 @@
+# Copyright 2026 The modeling-moma authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Put a trained model and its processor into one folder as they go to the Hub: bf16, routers in fp32."""
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from modeling_moma import MomaForCausalLM
+from tokenization import MomaProcessor
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", required=True, help="folder of a trained MomaForCausalLM")
+    parser.add_argument("--processor", required=True, help="folder of its MomaProcessor")
+    parser.add_argument("--output", required=True)
+    args = parser.parse_args()
+    model = MomaForCausalLM.from_pretrained(args.model, dtype=torch.bfloat16)
+    processor = MomaProcessor.from_pretrained(args.processor)
+    model.save_pretrained(args.output)
+    processor.save_pretrained(args.output)
+    processor.vq_model.to(torch.bfloat16).save_pretrained(Path(args.output) / "vq_model")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,63 @@
+# Copyright 2026 The modeling-moma authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Turn the pictures of a data set into codes, several augmented codings of each training picture."""
+
+import argparse
+
+import torch
+from datasets import DatasetDict, load_dataset
+
+from tokenization import MomaProcessor
+from tokenization.augmentation_moma import augment_pictures
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--processor", required=True, help="folder of a MomaProcessor")
+    parser.add_argument("--data", default="data/emoji")
+    parser.add_argument("--codings", type=int, default=9, help="codings of a training picture; the first is plain")
+    parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", required=True, help="folder for the data set of codes")
+    args = parser.parse_args()
+
+    processor = MomaProcessor.from_pretrained(args.processor)
+    generator = torch.Generator().manual_seed(args.seed)
+
+    @torch.inference_mode()
+    def encode(batch, num_codings):
+        pictures = processor.image_processor(batch["image"], return_tensors="pt")["pixel_values"]
+        codings = [
+            processor.vq_model.get_image_tokens(augment_pictures(pictures, generator, 1.0) if coding else pictures)
+            for coding in range(num_codings)
+        ]
+        return {"codes": torch.stack(codings, dim=1).tolist()}
+
+    result = DatasetDict()
+    for name, split in load_dataset(args.data).items():
+        result[name] = split.map(
+            encode,
+            batched=True,
+            batch_size=args.batch_size,
+            fn_kwargs={"num_codings": args.codings if name == "train" else 1},
+            remove_columns=["image"],
+            # the generator's state is no part of the fingerprint
+            load_from_cache_file=False,
+            desc=f"{name}: pictures to codes",
+        )
+    result.save_to_disk(args.output)
+
+
+if __name__ == "__main__":
+    main()

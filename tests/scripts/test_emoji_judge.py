@@ -1,0 +1,145 @@
+# Copyright 2026 The modeling-moma authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The nearest-neighbour judge, its floor, and the loss curves' FLOPs."""
+
+import json
+
+import pytest
+import torch
+
+from emoji.curves import read_run, savings
+from emoji.judge import PictureJudge, accuracies, derangement
+from modeling_moma import MomaConfig, training_flops
+
+
+def row(style, label, subgroup="fruit", group="food"):
+    return {"style": style, "label": label, "subgroup": subgroup, "group": group}
+
+
+ROWS = [row("noto", "apple"), row("fluent", "pear"), row("twemoji", "cat", "animal", "nature")]
+# mean colours stand for features
+PICTURES = torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]])[:, :, None, None].expand(-1, -1, 4, 4)
+
+
+def mean_colour(pictures):
+    return pictures.mean(dim=(2, 3))
+
+
+@pytest.fixture
+def judge():
+    return PictureJudge.from_batches(mean_colour, PICTURES.split(2), ROWS)
+
+
+def test_nearest_is_the_most_similar_picture_of_another_family(judge):
+    reddish = torch.tensor([0.9, 0.5, 0.1])[None, :, None, None].expand(4, -1, 4, 4)
+    found = judge.nearest(reddish.split(3), ["emojione", "noto", "fluent 3d", "fluent"])
+    assert [neighbour["label"] for neighbour in found] == ["apple", "pear", "apple", "apple"]
+    # pear is nearest for all but noto's own family once the apple is gone
+    greenish = torch.tensor([0.1, 0.9, 0.5])[None, :, None, None].expand(2, -1, 4, 4)
+    assert [neighbour["label"] for neighbour in judge.nearest([greenish], ["noto", "fluent flat"])] == ["pear", "cat"]
+
+
+def test_similarity_is_the_angle_and_not_the_length(judge):
+    dark = torch.tensor([0.0, 0.01, 0.009])[None, :, None, None].expand(1, -1, 4, 4)
+    assert judge.nearest([dark], ["noto"])[0]["label"] == "pear"
+
+
+def test_counts_that_differ_and_a_missing_other_family_are_refused(judge):
+    with pytest.raises(ValueError, match="styles"):
+        judge.nearest([PICTURES], ["noto"])
+    with pytest.raises(ValueError, match="families"):
+        PictureJudge(mean_colour, torch.eye(3)[:1], ROWS[:1]).nearest([PICTURES[:1]], ["noto"])
+    with pytest.raises(ValueError, match="features"):
+        PictureJudge(mean_colour, torch.eye(3), ROWS[:2])
+
+
+def test_accuracies_count_each_level_and_no_answer_as_wrong():
+    wanted = [ROWS[0]] * 4
+    assert accuracies([ROWS[0], ROWS[1], ROWS[2], None], wanted) == {"label": 0.25, "subgroup": 0.5, "group": 0.5}
+    with pytest.raises(ValueError, match="wanted"):
+        accuracies([], [])
+
+
+@pytest.mark.parametrize("length", [2, 3, 50])
+def test_derangement_moves_every_place_and_depends_on_the_seed_alone(length):
+    order = derangement(length, seed=1)
+    assert sorted(order) == list(range(length))
+    assert all(place != number for place, number in enumerate(order))
+    assert order == derangement(length, seed=1)
+
+
+def test_derangement_of_one_place_is_refused():
+    with pytest.raises(ValueError, match="length"):
+        derangement(1)
+
+
+CONFIG = {
+    "vocab_size": 160,
+    "hidden_size": 32,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "modality_token_ranges": {"image": [[100, 160]]},
+    "image_seq_length": 6,
+    "begin_image_token_id": 3,
+    "end_image_token_id": 4,
+}
+TOKENS = {"text": 6.0, "image": 6.0}
+
+
+def write_run(folder, losses, finished=True):
+    folder.mkdir(parents=True)
+    MomaConfig(**CONFIG).save_pretrained(folder)
+    history = [
+        {"step": 10 * index, "eval_loss": loss, "eval_text_loss": loss, "eval_image_loss": loss}
+        for index, loss in enumerate(losses)
+    ]
+    history.insert(1, {"step": 5, "loss": 1.0})
+    steps = 10 * (len(losses) - 1)
+    if finished:
+        # the rate is rounded, and a step has two batches of 8
+        rate = round(16 * steps / 7.3, 3)
+        history.append({"step": steps, "train_runtime": 7.3, "train_samples_per_second": rate})
+    state = {"global_step": steps, "train_batch_size": 8, "log_history": history}
+    (folder / "trainer_state.json").write_text(json.dumps(state))
+
+
+def test_run_is_read_with_its_flops_and_without_the_evaluation_before_training(tmp_path):
+    write_run(tmp_path / "run", [5.0, 4.0, 3.0])
+    run = read_run(tmp_path / "run", TOKENS)
+    flops = 20 * 16 * training_flops(MomaConfig(**CONFIG), {"text": 6, "image": 6}, 12)
+    assert run["flops"] == pytest.approx(flops)
+    assert (run["steps"], run["batch_size"], run["examples"], run["seconds"]) == (20, 16, 320, 7.3)
+    assert [(point["step"], point["text"]) for point in run["curve"]] == [(10, 4.0), (20, 3.0)]
+    assert run["curve"][0]["flops"] == pytest.approx(flops / 2)
+
+
+def test_unfinished_run_is_read_from_its_last_checkpoint(tmp_path):
+    write_run(tmp_path / "run" / "checkpoint-10", [5.0, 4.0], finished=False)
+    write_run(tmp_path / "run" / "checkpoint-20", [5.0, 4.0, 3.0], finished=False)
+    run = read_run(tmp_path / "run", TOKENS)
+    assert (run["steps"], run["batch_size"], run["seconds"]) == (20, 8, None)
+
+
+def test_folder_without_a_run_is_refused_by_name(tmp_path):
+    with pytest.raises(ValueError, match="nowhere"):
+        read_run(tmp_path / "nowhere", TOKENS)
+
+
+def test_run_that_needs_half_the_steps_saves_half_the_flops(tmp_path):
+    write_run(tmp_path / "dense", [5.0, 4.0, 3.5, 3.25, 3.0])
+    write_run(tmp_path / "sparse", [5.0, 3.5, 3.0, 2.5, 2.0])
+    runs = [read_run(tmp_path / name, TOKENS) for name in ("dense", "sparse")]
+    assert savings(*runs)["text"] == {"value": pytest.approx(2.0), "bound": "exact"}
+    assert savings(*reversed(runs))["image"]["bound"] == "at_most"

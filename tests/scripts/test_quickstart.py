@@ -1,0 +1,118 @@
+# Copyright 2026 The modeling-moma authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from PIL import Image
+from transformers import AutoModelForCausalLM
+
+from modeling_moma import MomaConfig, MomaForCausalLM
+from tokenization import (
+    MomaImageProcessor,
+    MomaProcessor,
+    MomaVQConfig,
+    MomaVQModel,
+    add_picture_tokens,
+    train_text_tokenizer,
+)
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
+
+import quickstart
+
+
+SIDE = 16
+
+
+@pytest.fixture
+def model_folder(tmp_path):
+    torch.manual_seed(0)
+    vq_config = MomaVQConfig(
+        resolution=SIDE,
+        patch_size=4,
+        channel_multiplier=(1,),
+        base_channels=16,
+        latent_channels=16,
+        embed_dim=8,
+        num_embeddings=32,
+        num_res_blocks=1,
+        norm_type="none",
+        attn_type=None,
+    )
+    tokenizer = add_picture_tokens(train_text_tokenizer(["noto: red apple"] * 3, vocab_size=290), 32)
+    image_processor = MomaImageProcessor(size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE})
+    processor = MomaProcessor(image_processor, tokenizer, MomaVQModel(vq_config))
+    config = MomaConfig(
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=128,
+        num_experts={"text": 2, "image": 3},
+        **processor.token_layout(),
+    )
+    MomaForCausalLM(config).save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.fixture
+def data_folder(tmp_path):
+    rng = np.random.default_rng(0)
+    rows = {
+        "image": [Image.fromarray(rng.integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)) for _ in range(6)],
+        "style": ["noto"] * 6,
+        "label": ["apple"] * 6,
+        "keywords": [["fruit", "red"]] * 6,
+    }
+    for split in ("train", "validation", "test"):
+        (tmp_path / "data").mkdir(exist_ok=True)
+        Dataset.from_dict(rows).to_parquet(tmp_path / "data" / f"{split}-00000-of-00001.parquet")
+    return tmp_path / "data"
+
+
+def test_everything_is_written_reported_and_loads_again(model_folder, data_folder, tmp_path, capsys):
+    output = tmp_path / "output"
+    arguments = ["--model", model_folder, "--data", data_folder, "--output", output, "--pictures", "4"]
+    arguments += ["--fine-tune-steps", "2", "--batch-size", "4"]
+    quickstart.main(list(map(str, arguments)))
+    printed = capsys.readouterr().out
+    for name in ("contact_sheet.png", "routing.png", "contact_sheet_fine_tuned.png"):
+        with Image.open(output / name) as picture:
+            assert picture.width > 400 and len(picture.convert("RGB").getcolors(2**24)) > 10
+        assert name in printed
+    assert not list(output.glob("*.part"))
+    assert printed.count("noto: apple") == 8
+    before, after = (AutoModelForCausalLM.from_pretrained(folder) for folder in (model_folder, output / "fine-tuned"))
+    assert f"{before.config.num_parameters():,} parameters" in printed
+    # fine-tuning has changed the weights, and they have been saved
+    first, second = (model.model.layers[0].self_attn.q_proj.weight for model in (before, after))
+    assert not torch.equal(first, second)
+
+
+def test_rows_depend_on_the_seed_alone(data_folder):
+    labels = [quickstart.pick_rows(str(data_folder), "test", 3, seed)["image"][0].tobytes() for seed in (0, 0, 1)]
+    assert labels[0] == labels[1]
+    assert len(quickstart.pick_rows(str(data_folder), "test", 100, 0)) == 6
+
+
+def test_a_missing_folder_is_named_and_not_looked_for_on_the_hub(data_folder, capsys):
+    with pytest.raises(SystemExit):
+        quickstart.parse_arguments(["--model", "no/such/model", "--data", str(data_folder)])
+    assert "no/such/model" in capsys.readouterr().err
