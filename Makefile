@@ -1,0 +1,35 @@
+# Every target sets itself up: it needs Python 3.11 or newer, git and make, nothing else.
+PYTHON ?= python3
+VENV ?= .venv
+RUN := $(VENV)/bin/python
+INSTALLED := $(VENV)/.installed
+
+.PHONY: quickstart test check reproduce data clean
+
+quickstart: $(INSTALLED)
+	$(RUN) scripts/quickstart.py --output quickstart
+
+test: $(INSTALLED)
+	$(RUN) -m pytest -q
+
+check: $(INSTALLED)
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mlinter modeling_moma
+	$(RUN) -m mlinter tokenization
+
+# needs npm and rsvg-convert (Debian: librsvg2-bin)
+data: $(INSTALLED)
+	$(RUN) scripts/build_emoji_dataset.py --output data/emoji
+
+reproduce: $(INSTALLED)
+	PYTHON=$(abspath $(RUN)) scripts/reproduce.sh
+
+$(INSTALLED): pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --upgrade pip
+	$(RUN) -m pip install --quiet --editable ".[train,dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) runs quickstart
