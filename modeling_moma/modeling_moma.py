@@ -40,12 +40,12 @@ from .loss_moma import causal_lm_loss
 from .routing_moma import ROUTINGS, MomaRouter, RoutingContext, split_modalities, token_modalities, update_routers
 
 
-@dataclass
 @auto_docstring(
     custom_intro="""
     Output of [`MomaForCausalLM`].
     """
 )
+@dataclass
 class MomaCausalLMOutput(ModelOutput):
     r"""
     loss (`torch.FloatTensor` of shape `(1,)`, *optional*, returned when `labels` is provided):
@@ -184,10 +184,13 @@ class MomaAttention(nn.Module):
 
 
 def _query_key_norm(config, num_heads):
+    # CODEPATH: RMSNorm for models trained here, as moma-emoji
     if config.qk_norm == "rmsnorm":
         return MomaRMSNorm(config.head_dim, eps=config.rms_norm_eps)
+    # CODEPATH: the presets, as in Chameleon's own code
     if config.qk_norm == "layernorm":
         return MomaHeadLayerNorm((config.head_dim,))
+    # CODEPATH: Chameleon checkpoints that were converted to Transformers
     if config.qk_norm == "layernorm_per_head":
         return MomaHeadLayerNorm((num_heads, config.head_dim))
     return nn.Identity()
@@ -215,7 +218,6 @@ class MomaDecoderLayer(GradientCheckpointingLayer):
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
         pre_norm = self.norm_placement == "pre"
-        # CODEPATH: norm_placement
         attention_input = self.attention_norm(hidden_states) if pre_norm else hidden_states
         delta, _ = self.self_attn(
             attention_input,

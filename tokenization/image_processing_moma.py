@@ -20,6 +20,7 @@ from transformers.processing_utils import ImagesKwargs, Unpack
 from .image_input_moma import MomaImageInputMixin
 
 
+# trf-ignore: TRF057, documented by hand
 class MomaImageProcessor(MomaImageInputMixin, TorchvisionBackend):
     r"""
     Resizes, crops and rescales pictures for the VQ model (torchvision backend).

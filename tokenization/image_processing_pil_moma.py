@@ -20,6 +20,7 @@ from transformers.processing_utils import ImagesKwargs, Unpack
 from .image_input_moma import MomaImageInputMixin
 
 
+# trf-ignore: TRF057, documented by hand
 class MomaImageProcessorPil(MomaImageInputMixin, PilBackend):
     r"""
     Resizes, crops and rescales pictures for the VQ model (PIL backend, for where torchvision is missing).

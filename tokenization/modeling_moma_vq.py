@@ -75,6 +75,7 @@ class MomaVQOutput(ModelOutput):
 
 def make_norm(config: MomaVQConfig, channels: int) -> nn.Module:
     """The normalisation of `config.norm_type` over `channels` channels."""
+    # CODEPATH: Chameleon and taming-transformers; the small configuration of moma-emoji has no norms
     if config.norm_type == "group":
         return nn.GroupNorm(num_groups=GROUP_NORM_GROUPS, num_channels=channels, eps=1e-6)
     return nn.Identity()
@@ -123,6 +124,7 @@ class MomaVQAttnBlock(nn.Module):
         return hidden_states + self.proj_out(attended.transpose(1, 2).unflatten(2, hidden_states.shape[2:]))
 
 
+# trf-ignore: TRF026, the parameter names of taming-transformers need this level
 class MomaVQDownsample(nn.Module):
     """Halves both sides by a strided convolution."""
 
@@ -135,6 +137,7 @@ class MomaVQDownsample(nn.Module):
         return self.conv(F.pad(hidden_states, (0, 1, 0, 1)))
 
 
+# trf-ignore: TRF026, the parameter names of taming-transformers need this level
 class MomaVQUpsample(nn.Module):
     """Doubles both sides by repetition, then a convolution."""
 
@@ -197,6 +200,7 @@ class MomaVQMiddle(nn.Module):
     def __init__(self, config: MomaVQConfig, channels: int):
         super().__init__()
         self.block_1 = MomaVQResnetBlock(config, channels, channels)
+        # CODEPATH: None is for configurations of other libraries
         self.attn_1 = MomaVQAttnBlock(config, channels) if config.attn_type == "vanilla" else nn.Identity()
         self.block_2 = MomaVQResnetBlock(config, channels, channels)
 
@@ -218,7 +222,9 @@ class MomaVQEncoder(nn.Module):
             level_class = MomaVQLevel if level == last_level else MomaVQDownLevel
             side = config.resolution // config.patch_size // 2**level
             self.down.append(level_class(config, widths[level], widths[level + 1], config.num_res_blocks, side))
+        # CODEPATH: moma-emoji has the trunk, Chameleon has not
         self.trunk = MomaVQTrunk(config.downsample_factor).requires_grad_(False) if config.use_trunk else None
+        # CODEPATH: as above
         self.trunk_proj = nn.Conv2d(TRUNK_WIDTH, widths[-1], kernel_size=1) if config.use_trunk else None
         self.mid = MomaVQMiddle(config, widths[-1])
         self.norm_out = make_norm(config, widths[-1])
@@ -372,12 +378,14 @@ class MomaVQModel(PreTrainedModel):
         self.quantize = MomaVQQuantizer(config)
         self.post_quant_conv = nn.Conv2d(config.embed_dim, config.latent_channels, kernel_size=1)
         self.decoder = MomaVQDecoder(config)
+        # CODEPATH: moma-emoji was trained with the head, Chameleon without
         self.semantic_head = MomaVQSemanticHead(config) if config.semantic_dim is not None else None
         self.post_init()
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
         super()._init_weights(module)
+        # CODEPATH: models without norms, as moma-emoji
         if isinstance(module, MomaVQBranchEnd) and self.config.norm_type == "none":
             init.zeros_(module.weight)
         elif isinstance(module, (nn.Conv2d, nn.Linear)):

@@ -70,6 +70,7 @@ class MomaProcessorKwargs(ProcessingKwargs, total=False):
     return_labels: bool
 
 
+# trf-ignore: TRF057, documented by hand
 class MomaProcessor(ProcessorMixin):
     r"""
     Joins an image processor, a text tokenizer and a VQ model. Each `<image>` in a text becomes `<|begin_image|>`, the
@@ -207,6 +208,7 @@ class MomaProcessor(ProcessorMixin):
             },
         }
 
+    # trf-ignore: TRF057, documented by hand
     def __call__(self, images=None, text=None, **kwargs: Unpack[MomaProcessorKwargs]) -> BatchFeature:
         r"""
         Tokenises texts and the pictures in them.
