@@ -4,7 +4,7 @@ VENV ?= .venv
 RUN := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 
-.PHONY: quickstart test check reproduce data clean
+.PHONY: quickstart test check bench reproduce data clean
 
 quickstart: $(INSTALLED)
 	$(RUN) scripts/quickstart.py --output quickstart
@@ -21,6 +21,9 @@ check: $(INSTALLED)
 # needs npm and rsvg-convert (Debian: librsvg2-bin)
 data: $(INSTALLED)
 	$(RUN) scripts/build_emoji_dataset.py --output data/emoji
+
+bench: $(INSTALLED)
+	$(RUN) benchmarks/expert_dispatch.py
 
 reproduce: $(INSTALLED)
 	PYTHON=$(abspath $(RUN)) scripts/reproduce.sh

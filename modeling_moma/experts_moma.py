@@ -93,8 +93,9 @@ class MomaExperts(MomaPackedExperts):
 
     def forward_equal(self, x_EKD: torch.Tensor) -> torch.Tensor:
         """Run `K` tokens through each expert: two batched matrix products, `[E, K, D]` to `[E, K, D]`."""
-        gate_up_EKG = torch.bmm(x_EKD, self.gate_up_proj.transpose(1, 2))
-        return torch.bmm(self._apply_gate(gate_up_EKG), self.down_proj.transpose(1, 2))
+        # weights on the left: the products then read them row by row, and stay transposed in between
+        gate_EFK, up_EFK = torch.bmm(self.gate_up_proj, x_EKD.transpose(1, 2)).chunk(2, dim=1)
+        return torch.bmm(self.down_proj, self.act_fn(gate_EFK) * up_EFK).transpose(1, 2)
 
 
 class MomaMLP(nn.Module):

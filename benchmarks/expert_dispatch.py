@@ -1,0 +1,118 @@
+# Copyright 2026 The modeling-moma authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Forward and backward of one expert group in training: two batched products against the experts interface.
+
+Every way runs the same tokens through the same weights; results are compared before anything is timed. The ways take
+turns, and medians and their ratios are reported.
+"""
+
+import argparse
+import platform
+import statistics
+import time
+from datetime import date
+from pathlib import Path
+
+import torch
+
+from modeling_moma import MomaConfig
+from modeling_moma.experts_moma import MomaExpertGroup
+from modeling_moma.routing_moma import ExpertSelection, PairSelection
+
+
+WAYS = ("batched", "grouped_mm", "eager")
+
+
+def pairs_of(selection: ExpertSelection) -> PairSelection:
+    """The same tokens as (token, expert) pairs, what the experts interface takes."""
+    num_experts, capacity = selection.token_EK.shape
+    expert_P = torch.arange(num_experts, device=selection.token_EK.device).repeat_interleave(capacity)
+    return PairSelection(selection.token_EK.flatten(), expert_P, selection.weight_EK.flatten())
+
+
+def step(group: MomaExpertGroup, x_ND: torch.Tensor, selection: ExpertSelection, way: str) -> torch.Tensor:
+    """One forward and backward; returns the output."""
+    group.zero_grad()
+    chosen = selection
+    if way != "batched":
+        group.experts.config._experts_implementation_internal = way
+        chosen = pairs_of(selection)
+    y_ND, _ = group._run(x_ND, chosen, x_ND.new_zeros(x_ND.shape[0], dtype=torch.float32))
+    # a gradient of full rank: a sum would expand a scalar, which grouped products refuse
+    y_ND.backward(torch.ones_like(y_ND))
+    return y_ND.detach()
+
+
+def measure(args: argparse.Namespace, dtype: torch.dtype) -> dict[str, float]:
+    torch.manual_seed(0)
+    config = MomaConfig(
+        hidden_size=args.hidden_size,
+        intermediate_size=args.width,
+        num_attention_heads=8,
+        num_experts={"text": args.experts, "image": args.experts},
+    )
+    group = MomaExpertGroup(config, "image")
+    for parameter in group.parameters():
+        torch.nn.init.normal_(parameter, std=0.02)
+    group = group.to(args.device, dtype)
+    x_ND = torch.randn(args.tokens, args.hidden_size, device=args.device, dtype=dtype, requires_grad=True)
+    scores_NE = torch.rand(args.tokens, args.experts, device=args.device)
+    weight_EK, token_EK = scores_NE.t().topk(group.router.capacity(args.tokens), dim=-1)
+    selection = ExpertSelection(token_EK, weight_EK)
+    expected = step(group, x_ND, selection, "batched")
+    for way in WAYS[1:]:
+        torch.testing.assert_close(step(group, x_ND, selection, way), expected, rtol=2e-2, atol=2e-2)
+    times = {way: [] for way in WAYS}
+    for _ in range(args.rounds):
+        for way in WAYS:
+            start = time.perf_counter()
+            step(group, x_ND, selection, way)
+            if args.device == "cuda":
+                torch.cuda.synchronize()
+            times[way].append(time.perf_counter() - start)
+    return {way: statistics.median(values) for way, values in times.items()}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--tokens", type=int, default=2048)
+    parser.add_argument("--hidden-size", type=int, default=512)
+    parser.add_argument("--width", type=int, default=1024)
+    parser.add_argument("--experts", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--report", help="folder for a dated report")
+    args = parser.parse_args()
+    lines = [
+        f"# Expert dispatch, {date.today()}",
+        "",
+        f"`python benchmarks/expert_dispatch.py`: {args.experts} experts of width {args.width}, hidden size "
+        f"{args.hidden_size}, {args.tokens} tokens, forward and backward, median of {args.rounds}. "
+        f"torch {torch.__version__}, {args.device}, {torch.get_num_threads()} threads, {platform.machine()}.",
+        "",
+        "| dtype | way | ratio to batched |",
+        "|---|---|---:|",
+    ]
+    for dtype in (torch.float32, torch.bfloat16):
+        medians = measure(args, dtype)
+        for way in WAYS:
+            lines.append(f"| {str(dtype).removeprefix('torch.')} | {way} | {medians[way] / medians['batched']:.2f} |")
+    print("\n".join(lines))
+    if args.report:
+        path = Path(args.report) / f"{date.today()}-expert-dispatch-{args.device}.md"
+        path.write_text("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()
