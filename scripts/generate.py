@@ -26,9 +26,6 @@ import torch
 from PIL import Image
 from transformers import AutoModelForCausalLM, AutoProcessor, set_seed
 
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 import modeling_moma  # noqa: F401, makes the Auto classes know the model
 from modeling_moma.checkpoint_checks_moma import refuse_non_finite
 from modeling_moma.generation_moma import GENERATION_MODES

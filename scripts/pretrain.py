@@ -24,6 +24,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from emoji.examples import EmojiExamples, held_out_examples
 from modeling_moma import MomaConfig, MomaForCausalLM, MomaMetricsCallback, initialize_code_embeddings
+from precision import supports_bf16
 from tokenization import MomaDataCollator, MomaProcessor
 
 
@@ -33,27 +34,20 @@ def parse_arguments(arguments=None) -> argparse.Namespace:
     parser.add_argument("--codes", required=True, help="folder that scripts/tokenize_pictures.py wrote")
     parser.add_argument("--config", required=True, help="JSON of MomaConfig fields; the processor gives the token ids")
     parser.add_argument("--output", required=True, help="folder for checkpoints and the model")
-    parser.add_argument("--steps", type=int, default=3000)
-    parser.add_argument("--batch-size", type=int, default=64, help="examples of a step on one device")
+    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--batch-size", type=int, default=32, help="examples of a step on one device")
     parser.add_argument("--gradient-accumulation-steps", type=int, default=1)
     parser.add_argument("--learning-rate", type=float, default=1.5e-3)
     parser.add_argument("--warmup-steps", type=int, default=150)
     parser.add_argument("--weight-decay", type=float, default=0.1)
-    parser.add_argument("--eval-steps", type=int, default=250)
-    parser.add_argument("--save-steps", type=int, default=250)
-    parser.add_argument("--logging-steps", type=int, default=25)
+    parser.add_argument("--eval-steps", type=int, default=400)
+    parser.add_argument("--save-steps", type=int, default=400)
+    parser.add_argument("--logging-steps", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--attn-implementation", default="sdpa", help="eager is the faster one on CPUs at this size")
     parser.add_argument("--bf16", choices=["auto", "on", "off"], default="auto", help="auto: where the device has it")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in the output folder")
     return parser.parse_args(arguments)
-
-
-def supports_bf16() -> bool:
-    """Whether matrix products in bf16 are at home on this machine's accelerator or CPU."""
-    if torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported()
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def build_trainer(args: argparse.Namespace) -> Trainer:
@@ -65,6 +59,7 @@ def build_trainer(args: argparse.Namespace) -> Trainer:
     initialize_code_embeddings(model, processor.vq_model.quantize.embedding.weight)
     model.set_attn_implementation(args.attn_implementation)
     print(f"{config.num_parameters():,} parameters, {config.num_parameters(active=True):,} active")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     examples_a_step = args.batch_size * args.gradient_accumulation_steps
     training_arguments = TrainingArguments(
         output_dir=args.output,
@@ -80,8 +75,8 @@ def build_trainer(args: argparse.Namespace) -> Trainer:
         adam_beta2=0.95,
         max_grad_norm=1.0,
         optim="adamw_torch_fused",
-        bf16=supports_bf16() if args.bf16 == "auto" else args.bf16 == "on",
-        use_cpu=not torch.cuda.is_available(),
+        bf16=supports_bf16(device) if args.bf16 == "auto" else args.bf16 == "on",
+        use_cpu=device == "cpu",
         eval_strategy="steps",
         eval_steps=args.eval_steps,
         eval_on_start=True,

@@ -11,7 +11,7 @@ for library in /usr/lib/*/libjemalloc.so.2; do
 done
 
 [ -e runs/tokenizer/model.safetensors ] ||
-    "$python" scripts/train_image_tokenizer.py --steps 3000 --semantic-weight 0.3 --output runs/tokenizer --resume
+    "$python" scripts/train_image_tokenizer.py --output runs/tokenizer --resume
 [ -e runs/processor/processor_config.json ] ||
     "$python" scripts/build_processor.py --tokenizer runs/tokenizer --output runs/processor
 [ -e runs/codes/dataset_dict.json ] ||
@@ -19,7 +19,7 @@ done
 for model in 4t4i dense; do
     [ -e "runs/$model/model.safetensors" ] ||
         "$python" scripts/pretrain.py --processor runs/processor --codes runs/codes --config "configs/emoji-$model.json" \
-            --steps 3000 --attn-implementation eager --output "runs/$model" --resume
+            --attn-implementation eager --output "runs/$model" --resume
 done
 "$python" scripts/release.py --model runs/4t4i --processor runs/processor --output model_cards/moma-emoji
 "$python" scripts/evaluate.py --model model_cards/moma-emoji --baseline runs/dense --curves runs/4t4i runs/dense \

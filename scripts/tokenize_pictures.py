@@ -18,6 +18,7 @@ import argparse
 import torch
 from datasets import DatasetDict, load_dataset
 
+from precision import supports_bf16
 from tokenization import MomaProcessor
 from tokenization.augmentation_moma import augment_pictures
 
@@ -38,10 +39,11 @@ def main():
     @torch.inference_mode()
     def encode(batch, num_codings):
         pictures = processor.image_processor(batch["image"], return_tensors="pt")["pixel_values"]
-        codings = [
-            processor.vq_model.get_image_tokens(augment_pictures(pictures, generator, 1.0) if coding else pictures)
-            for coding in range(num_codings)
-        ]
+        codings = [processor.vq_model.get_image_tokens(pictures)]
+        # augmented codings are noise by intent, so the faster precision serves
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=supports_bf16("cpu")):
+            while len(codings) < num_codings:
+                codings.append(processor.vq_model.get_image_tokens(augment_pictures(pictures, generator, 1.0)))
         return {"codes": torch.stack(codings, dim=1).tolist()}
 
     result = DatasetDict()

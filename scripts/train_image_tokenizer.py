@@ -17,7 +17,6 @@ import argparse
 import json
 import os
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -29,9 +28,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 from transformers import get_cosine_with_min_lr_schedule_with_warmup
 
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
+from precision import supports_bf16
 from tokenization.augmentation_moma import augment_pictures
 from tokenization.configuration_moma_vq import PRESETS, MomaVQConfig
 from tokenization.modeling_moma_vq import MomaVQModel
@@ -51,7 +48,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--data", default="data/emoji", help="data set with the splits train and validation")
     parser.add_argument("--output", required=True, help="folder for the model, its checkpoint and metrics.json")
     parser.add_argument("--config", default="small", help=f"one of {sorted(PRESETS)} or a JSON file")
-    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--steps", type=int, default=2400)
     parser.add_argument("--batch-size", type=int, default=48)
     parser.add_argument("--learning-rate", type=float, default=1.5e-3)
     parser.add_argument("--warmup-steps", type=int, default=100)
@@ -72,14 +69,6 @@ def read_config(args: argparse.Namespace) -> MomaVQConfig:
     if not Path(args.config).is_file():
         raise ValueError(f"--config {args.config!r} is neither one of {sorted(PRESETS)} nor a file.")
     return MomaVQConfig(**{**json.loads(Path(args.config).read_text()), **weights})
-
-
-def supports_bf16(device: torch.device) -> bool:
-    """Whether the device computes in bfloat16 itself; elsewhere it is emulated and slow."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    capabilities = torch.cpu.get_capabilities()
-    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") or capabilities.get("bf16"))
 
 
 def load_pictures(dataset: Dataset, side: int) -> torch.Tensor:

@@ -14,16 +14,12 @@
 """The embedded data set: it loads offline, and no drawing of a held-out split stands in `train`."""
 
 import hashlib
-import sys
 from collections import defaultdict
 from pathlib import Path
 
 import pytest
 import yaml
 from datasets import load_dataset
-
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
 
 from emoji.card import count_table
 from emoji.cells import SPLITS, STYLES, drawing_cell

@@ -13,13 +13,7 @@
 # limitations under the License.
 """Drawing families, base labels, and the split by drawing."""
 
-import sys
-from pathlib import Path
-
 import pytest
-
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
 
 from emoji.card import fill_card
 from emoji.cells import STYLES, base_label, drawing_family, merge_cells, split_cells

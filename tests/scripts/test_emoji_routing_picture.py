@@ -11,17 +11,10 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image, ImageColor
-
-from modeling_moma import MomaConfig, MomaForCausalLM
-
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
 
 from emoji.routing_picture import (
     DARKEST,
@@ -37,6 +30,7 @@ from emoji.routing_picture import (
     shown_layers,
 )
 from emoji.sheet import MARGIN
+from modeling_moma import MomaConfig, MomaForCausalLM
 
 
 IDS = torch.tensor([0, 24, 8, 9, 10, 11, 25, 30, 31, 32])

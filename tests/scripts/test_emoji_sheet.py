@@ -11,14 +11,9 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-import sys
-from pathlib import Path
 
 import pytest
 from PIL import Image, ImageFont
-
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
 
 from emoji.sheet import GAP, LINE_HEIGHT, MARGIN, PICTURE_SIDE, SheetEntry, draw_contact_sheet, printable, wrap_text
 

@@ -11,8 +11,6 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,6 +19,7 @@ from datasets import Dataset
 from PIL import Image
 from transformers import AutoModelForCausalLM
 
+import quickstart
 from modeling_moma import MomaConfig, MomaForCausalLM
 from tokenization import (
     MomaImageProcessor,
@@ -30,11 +29,6 @@ from tokenization import (
     add_picture_tokens,
     train_text_tokenizer,
 )
-
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
-
-import quickstart
 
 
 SIDE = 16
