@@ -14,8 +14,9 @@
 import numpy as np
 import pytest
 from PIL import Image
-from tiny import tiny_model, tiny_processor
 from transformers import pipeline
+
+from tiny import tiny_model, tiny_processor
 
 
 @pytest.fixture(scope="module")

@@ -31,14 +31,8 @@ from transformers import (
 )
 
 from modeling_moma import MomaConfig, MomaForCausalLM, MomaModel
-from tokenization import (
-    MomaImageProcessor,
-    MomaProcessor,
-    MomaVQConfig,
-    MomaVQModel,
-    add_picture_tokens,
-    train_text_tokenizer,
-)
+from tiny import tiny_model, tiny_processor
+from tokenization import MomaProcessor
 
 
 # loads a folder by its own code and writes what it computes; importing the installed packages is an error
@@ -95,38 +89,12 @@ NAMES = {
 
 @pytest.fixture(scope="module")
 def processor():
-    torch.manual_seed(0)
-    config = MomaVQConfig(
-        resolution=16,
-        patch_size=4,
-        channel_multiplier=(1,),
-        base_channels=16,
-        latent_channels=16,
-        embed_dim=8,
-        num_embeddings=32,
-        num_res_blocks=1,
-        norm_type="none",
-        attn_type=None,
-    )
-    tokenizer = add_picture_tokens(train_text_tokenizer(["noto: red apple"] * 3, vocab_size=290), 32)
-    image_processor = MomaImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
-    return MomaProcessor(image_processor, tokenizer, MomaVQModel(config))
+    return tiny_processor()
 
 
 @pytest.fixture(scope="module")
 def model(processor):
-    torch.manual_seed(0)
-    config = MomaConfig(
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=64,
-        num_experts={"text": 2, "image": 3},
-        initializer_range=0.3,
-        **processor.token_layout(),
-    )
-    return MomaForCausalLM(config).eval()
+    return tiny_model(processor, num_experts={"text": 2, "image": 3}, initializer_range=0.3)
 
 
 @pytest.fixture(scope="module")

@@ -29,10 +29,10 @@ from tokenization import (
 TEXTS = ["noto: red apple", "twemoji: green apple", "fluent 3d: castle", "noto tags: fruit, red"]
 
 
-def tiny_processor(side: int = 16, codes: int = 32) -> MomaProcessor:
-    """A processor of pictures of `side` pixels and `(side / 4) ** 2` codes."""
+def tiny_vq_model(side: int = 16, codes: int = 32) -> MomaVQModel:
+    """A picture tokenizer of four pixels a code."""
     torch.manual_seed(0)
-    vq_config = MomaVQConfig(
+    config = MomaVQConfig(
         resolution=side,
         patch_size=4,
         channel_multiplier=(1,),
@@ -44,9 +44,14 @@ def tiny_processor(side: int = 16, codes: int = 32) -> MomaProcessor:
         norm_type="none",
         attn_type=None,
     )
+    return MomaVQModel(config)
+
+
+def tiny_processor(side: int = 16, codes: int = 32) -> MomaProcessor:
+    """A processor of pictures of `side` pixels and `(side / 4) ** 2` codes."""
     image_processor = MomaImageProcessor(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
     tokenizer = add_picture_tokens(train_text_tokenizer(TEXTS * 3, vocab_size=300), codes)
-    return MomaProcessor(image_processor, tokenizer, MomaVQModel(vq_config))
+    return MomaProcessor(image_processor, tokenizer, tiny_vq_model(side, codes))
 
 
 def tiny_model(processor: MomaProcessor, **fields) -> MomaForCausalLM:

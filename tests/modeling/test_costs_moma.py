@@ -15,10 +15,10 @@ import math
 
 import pytest
 import torch
-from modeling.reference import GROUPS, IMAGE_IDS, tiny_config
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from modeling.reference import GROUPS, IMAGE_IDS, tiny_config
 from modeling_moma.configuration_moma import MomaConfig
 from modeling_moma.costs_moma import Eta, eta, eta_by_modality, flops_per_token, training_flops
 from modeling_moma.modeling_moma import MomaForCausalLM

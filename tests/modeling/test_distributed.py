@@ -17,8 +17,9 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from modeling.reference import GROUPS, tiny_model
 from torch.nn.parallel import DistributedDataParallel
+
+from modeling.reference import GROUPS, tiny_model
 
 
 BATCHES = {"text": torch.arange(26, 38).view(2, 6), "pictures": torch.arange(8, 20).view(2, 6)}

@@ -13,8 +13,8 @@
 # limitations under the License.
 import pytest
 import torch
-from modeling.reference import assert_near, context_of, reference_group, tiny_config
 
+from modeling.reference import assert_near, context_of, reference_group, tiny_config
 from modeling_moma.experts_moma import MomaExpertGroup
 from modeling_moma.routing_moma import ExpertSelection, PairSelection
 

@@ -16,9 +16,9 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from modeling.reference import GROUPS, assert_near, mixed_ids, tiny_config, tiny_model
 from transformers.loss.loss_utils import ForCausalLMLoss
 
+from modeling.reference import GROUPS, assert_near, mixed_ids, tiny_config, tiny_model
 from modeling_moma.loss_moma import causal_lm_loss
 from modeling_moma.modeling_moma import MomaForCausalLM
 from modeling_moma.routing_moma import ROUTINGS, token_modalities

@@ -15,6 +15,7 @@ import math
 
 import pytest
 import torch
+
 from modeling.reference import (
     GROUPS,
     assert_near,
@@ -25,7 +26,6 @@ from modeling.reference import (
     tiny_config,
     tiny_model,
 )
-
 from modeling_moma.experts_moma import MomaFeedForward
 from modeling_moma.routing_moma import ROUTINGS, split_modalities, token_modalities
 

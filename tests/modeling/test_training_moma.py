@@ -13,10 +13,10 @@
 # limitations under the License.
 import pytest
 import torch
-from tiny import tiny_model, tiny_processor
 from transformers import Trainer, TrainingArguments
 
 from modeling_moma import MomaMetricsCallback, initialize_code_embeddings
+from tiny import tiny_model, tiny_processor
 from tokenization import MomaDataCollator
 
 

@@ -14,9 +14,9 @@
 import numpy as np
 import pytest
 from datasets import Dataset
-from tiny import tiny_processor
 
 from emoji.examples import EmojiExamples, caption_texts, held_out_examples
+from tiny import tiny_processor
 
 
 @pytest.fixture(scope="module")

@@ -19,19 +19,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from modeling_moma import MomaConfig, MomaForCausalLM
-from tokenization import (
-    MomaImageProcessor,
-    MomaProcessor,
-    MomaVQConfig,
-    MomaVQModel,
-    add_picture_tokens,
-    train_text_tokenizer,
-)
+from tiny import tiny_model, tiny_processor
 
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "generate.py"
@@ -48,33 +39,9 @@ def script():
 
 @pytest.fixture(scope="module")
 def model_folder(tmp_path_factory):
-    torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("model")
-    vq_config = MomaVQConfig(
-        resolution=SIDE,
-        patch_size=4,
-        channel_multiplier=(1,),
-        base_channels=16,
-        latent_channels=16,
-        embed_dim=8,
-        num_embeddings=CODES,
-        num_res_blocks=1,
-        norm_type="none",
-        attn_type=None,
-    )
-    tokenizer = add_picture_tokens(train_text_tokenizer(["noto: red apple"] * 3, vocab_size=290), CODES)
-    side = {"height": SIDE, "width": SIDE}
-    image_processor = MomaImageProcessor(size={"shortest_edge": SIDE}, crop_size=side)
-    processor = MomaProcessor(image_processor, tokenizer, MomaVQModel(vq_config))
-    config = MomaConfig(
-        **processor.token_layout(),
-        hidden_size=32,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=128,
-    )
-    MomaForCausalLM(config).save_pretrained(folder)
+    processor = tiny_processor()
+    tiny_model(processor).save_pretrained(folder)
     processor.save_pretrained(folder)
     return folder
 

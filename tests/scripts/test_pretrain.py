@@ -19,10 +19,10 @@ import pytest
 import torch
 from datasets import Dataset, DatasetDict
 from safetensors.torch import load_file
-from tiny import tiny_processor
 from transformers import TrainerCallback
 
 from pretrain import build_trainer, main, parse_arguments
+from tiny import tiny_processor
 
 
 @pytest.fixture(scope="module")

@@ -20,15 +20,7 @@ from PIL import Image
 from transformers import AutoModelForCausalLM
 
 import quickstart
-from modeling_moma import MomaConfig, MomaForCausalLM
-from tokenization import (
-    MomaImageProcessor,
-    MomaProcessor,
-    MomaVQConfig,
-    MomaVQModel,
-    add_picture_tokens,
-    train_text_tokenizer,
-)
+from tiny import tiny_model, tiny_processor
 
 
 SIDE = 16
@@ -36,32 +28,8 @@ SIDE = 16
 
 @pytest.fixture
 def model_folder(tmp_path):
-    torch.manual_seed(0)
-    vq_config = MomaVQConfig(
-        resolution=SIDE,
-        patch_size=4,
-        channel_multiplier=(1,),
-        base_channels=16,
-        latent_channels=16,
-        embed_dim=8,
-        num_embeddings=32,
-        num_res_blocks=1,
-        norm_type="none",
-        attn_type=None,
-    )
-    tokenizer = add_picture_tokens(train_text_tokenizer(["noto: red apple"] * 3, vocab_size=290), 32)
-    image_processor = MomaImageProcessor(size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE})
-    processor = MomaProcessor(image_processor, tokenizer, MomaVQModel(vq_config))
-    config = MomaConfig(
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=128,
-        num_experts={"text": 2, "image": 3},
-        **processor.token_layout(),
-    )
-    MomaForCausalLM(config).save_pretrained(tmp_path / "model")
+    processor = tiny_processor()
+    tiny_model(processor, num_experts={"text": 2, "image": 3}).save_pretrained(tmp_path / "model")
     processor.save_pretrained(tmp_path / "model")
     return tmp_path / "model"
 

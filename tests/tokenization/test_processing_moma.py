@@ -24,12 +24,12 @@ from datasets import Image as ImageFeature
 from PIL import Image
 from transformers import AutoProcessor
 
+from tiny import tiny_vq_model
 from tokenization import (
     MomaImageProcessor,
     MomaImageProcessorPil,
     MomaProcessor,
     MomaVQConfig,
-    MomaVQModel,
     add_picture_tokens,
     train_text_tokenizer,
 )
@@ -50,26 +50,9 @@ def make_tokenizer(codes=CODES):
     return add_picture_tokens(tokenizer, codes) if codes else tokenizer
 
 
-def make_vq_model():
-    torch.manual_seed(0)
-    config = MomaVQConfig(
-        resolution=SIDE,
-        patch_size=4,
-        channel_multiplier=(1,),
-        base_channels=16,
-        latent_channels=16,
-        embed_dim=8,
-        num_embeddings=CODES,
-        num_res_blocks=1,
-        norm_type="none",
-        attn_type=None,
-    )
-    return MomaVQModel(config)
-
-
 @pytest.fixture
 def processor():
-    return MomaProcessor(make_image_processor(), make_tokenizer(), make_vq_model())
+    return MomaProcessor(make_image_processor(), make_tokenizer(), tiny_vq_model())
 
 
 @pytest.fixture(scope="module")
@@ -277,7 +260,7 @@ def test_token_layout_follows_the_vocabulary(processor):
 
 
 def test_parts_that_do_not_fit_raise():
-    vq_model = make_vq_model()
+    vq_model = tiny_vq_model()
     with pytest.raises(ValueError, match=r"add_picture_tokens\(tokenizer, 32\)"):
         MomaProcessor(make_image_processor(), make_tokenizer(codes=None), vq_model)
     with pytest.raises(ValueError, match="it has 8 picture codes, but the VQ model has num_embeddings=32"):
@@ -302,7 +285,7 @@ def test_parts_that_do_not_fit_raise():
 
 
 def test_vq_model_is_put_in_float32_evaluation_mode(pictures):
-    vq_model = make_vq_model().bfloat16().train()
+    vq_model = tiny_vq_model().bfloat16().train()
     processor = MomaProcessor(make_image_processor(), make_tokenizer(), vq_model).to("cpu")
     assert processor.vq_model.dtype == torch.float32 and not processor.vq_model.training
     assert len(processor.encode_pictures(pictures)) == 3
@@ -330,7 +313,7 @@ def test_saved_and_loaded_processor_is_the_same(processor, pictures, tmp_path):
 
 
 def test_own_chat_template_is_kept(tmp_path):
-    processor = MomaProcessor(make_image_processor(), make_tokenizer(), make_vq_model(), chat_template="{{ 'hi' }}")
+    processor = MomaProcessor(make_image_processor(), make_tokenizer(), tiny_vq_model(), chat_template="{{ 'hi' }}")
     processor.save_pretrained(tmp_path)
     assert MomaProcessor.from_pretrained(tmp_path).apply_chat_template([{"role": "user", "content": "x"}]) == "hi"
 
