@@ -21,6 +21,7 @@ from transformers import (
     AutoModelForMultimodalLM,
     AutoProcessor,
 )
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from tokenization import MomaImageProcessor, MomaImageProcessorPil, MomaProcessor, MomaVQConfig, MomaVQModel
 
@@ -40,6 +41,9 @@ AutoImageProcessor.register(
     MomaConfig, image_processor_classes={"torchvision": MomaImageProcessor, "pil": MomaImageProcessorPil}
 )
 AutoProcessor.register(MomaConfig, MomaProcessor)
+
+# Trainer shifts the labels that it smooths only for names that it knows
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["moma"] = "MomaForCausalLM"
 
 # what is saved then carries its code, and loads with trust_remote_code=True where this package is missing
 MomaConfig.register_for_auto_class()

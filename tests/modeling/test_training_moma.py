@@ -14,6 +14,7 @@
 import pytest
 import torch
 from transformers import Trainer, TrainingArguments
+from transformers.trainer_pt_utils import LabelSmoother
 
 from modeling_moma import MomaMetricsCallback, initialize_code_embeddings
 from tiny import tiny_model, tiny_processor
@@ -81,6 +82,20 @@ def test_hooks_are_gone_after_training(processor, tmp_path):
     trainer = make_trainer(processor, make_examples(processor), tmp_path)
     trainer.train()
     assert not any(module._forward_hooks for module in trainer.model.modules())
+
+
+def test_smoothed_labels_are_shifted(processor, tmp_path):
+    examples = make_examples(processor)
+    trainer = make_trainer(processor, examples, tmp_path)
+    trainer.label_smoother = LabelSmoother(epsilon=0.2)
+    batch = MomaDataCollator(processor.tokenizer)(examples[:4])
+    model = trainer.model.eval()
+    with torch.no_grad():
+        log_probs = model(**batch).logits[:, :-1].log_softmax(-1)
+        loss = trainer.compute_loss(model, dict(batch))
+    targets = batch["labels"][:, 1:]
+    expected = -0.8 * log_probs.gather(2, targets.unsqueeze(2)).mean() - 0.2 * log_probs.mean()
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_alike_codes_start_with_alike_embeddings(processor):
