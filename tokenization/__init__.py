@@ -13,11 +13,13 @@
 # limitations under the License.
 """Pictures and words in, token ids out, and back. Knows nothing of the transformer."""
 
+from .augmentation_moma import augment_pictures
 from .collation_moma import MomaDataCollator
 from .configuration_moma_vq import MomaVQConfig
 from .image_processing_moma import MomaImageProcessor
 from .image_processing_pil_moma import MomaImageProcessorPil
 from .modeling_moma_vq import MomaVQModel, MomaVQOutput
+from .perceptual_moma_vq import MomaVQPerceptualNetwork
 from .processing_moma import DEFAULT_CHAT_TEMPLATE, MomaProcessor
 from .text_tokenizer_moma import add_picture_tokens, train_text_tokenizer
 
@@ -31,6 +33,8 @@ __all__ = [
     "MomaVQConfig",
     "MomaVQModel",
     "MomaVQOutput",
+    "MomaVQPerceptualNetwork",
     "add_picture_tokens",
+    "augment_pictures",
     "train_text_tokenizer",
 ]
