@@ -15,7 +15,6 @@
 
 import argparse
 import json
-import os
 import shlex
 import sys
 from pathlib import Path
@@ -40,6 +39,7 @@ from emoji.model_card import CURVES_FILE, EXPERT_CHOICE, render_card, report_tab
 from modeling_moma import MomaForCausalLM
 from tokenization import MomaProcessor
 from tokenization.perceptual_moma_vq import MomaVQPerceptualNetwork
+from writing import write_aside
 
 
 NUM_SAMPLES = 12
@@ -215,22 +215,15 @@ class Evaluation:
         return report
 
 
-def write_aside(path: Path, text: str) -> None:
-    """A kill at any moment leaves the old file or the new one."""
-    aside = path.with_name(path.name + ".aside")
-    aside.write_text(text)
-    os.replace(aside, path)
-
-
 def main(arguments=None):
     args = parse_arguments(arguments)
     report = Evaluation(args).run()
-    write_aside(Path(args.output), json.dumps(report, indent=2) + "\n")
+    write_aside(args.output, lambda path: path.write_text(json.dumps(report, indent=2) + "\n"))
     print(report_table(report))
     if args.write_card:
         runs = {name: report["training"][key] for name, key in (("MoMa", "model"), ("dense", "dense"))}
         plot_curves(runs, Path(args.model) / CURVES_FILE)
-        write_aside(Path(args.model) / "README.md", render_card(report))
+        write_aside(Path(args.model) / "README.md", lambda path: path.write_text(render_card(report)))
 
 
 if __name__ == "__main__":

@@ -18,8 +18,8 @@ python scripts/generate.py --model DIR --image picture.png --mode text
 """
 
 import argparse
-import os
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -29,6 +29,7 @@ from transformers import AutoModelForCausalLM, AutoProcessor, set_seed
 import modeling_moma  # noqa: F401, makes the Auto classes know the model
 from modeling_moma.checkpoint_checks_moma import refuse_non_finite
 from modeling_moma.generation_moma import GENERATION_MODES
+from writing import write_aside
 
 
 TEXT_NEW_TOKENS = 32
@@ -83,18 +84,6 @@ def generation_arguments(args: argparse.Namespace, image_seq_length: int) -> dic
     return {**chosen, "do_sample": True, "temperature": temperature, "top_k": args.top_k, "top_p": args.top_p}
 
 
-def write_picture(picture: Image.Image, path: Path):
-    """Write beside the target and rename, so that no half picture is ever found there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.partial")
-    try:
-        picture.save(aside, format=picture_format(path))
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
-    print(path)
-
-
 def picture_format(path: Path) -> str:
     """Name of the file format for a path's ending."""
     formats = Image.registered_extensions()
@@ -135,7 +124,7 @@ def generate(args: argparse.Namespace):
                 print(part.strip())
                 continue
             name = f"{output.stem}-{written}{output.suffix}" if num_pictures > 1 else output.name
-            write_picture(part, output.with_name(name))
+            print(write_aside(output.with_name(name), partial(part.save, format=picture_format(output))))
             written += 1
 
 

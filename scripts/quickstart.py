@@ -14,7 +14,6 @@
 """See a MoMa at work: caption held-out pictures, draw from held-out captions, fine-tune, save, reload, and again."""
 
 import argparse
-import os
 import time
 from pathlib import Path
 
@@ -28,6 +27,7 @@ from emoji.routing_picture import draw_routing, route_example
 from emoji.sheet import SheetEntry, draw_contact_sheet
 from modeling_moma import MomaMetricsCallback
 from tokenization import MomaDataCollator
+from writing import write_aside
 
 
 ROUTED_PICTURES = 3
@@ -83,13 +83,6 @@ def draw_captions(model, processor, captions: list[str], guidance_scale: float, 
     return processor.post_process_multimodal_output(model.decode_image_tokens(ids), generation_mode="image")
 
 
-def save_picture(picture, path: Path):
-    """Written aside and renamed, so that no half a picture is ever found."""
-    aside = path.with_name(path.name + ".part")
-    picture.save(aside, format="PNG")
-    os.replace(aside, path)
-
-
 def print_captions(captions: list[str], model_captions: list[str]):
     width = max(map(len, captions))
     print(f"  {'true caption':<{width}} | model's caption")
@@ -110,7 +103,8 @@ def show_both_ways(model, processor, rows, args, sheet_path: Path) -> list[str]:
     print(f"{len(drawn)} pictures drawn from held-out captions in {time.time() - start:.0f} s")
     reconstructed = processor.decode_pictures(processor.encode_pictures(pictures))
     entries = map(SheetEntry, pictures, reconstructed, drawn, captions, model_captions)
-    save_picture(draw_contact_sheet(list(entries)), sheet_path)
+    sheet = draw_contact_sheet(list(entries))
+    write_aside(sheet_path, lambda path: sheet.save(path, format="PNG"))
     print(f"wrote {sheet_path}")
     return captions
 
@@ -181,7 +175,8 @@ def main(arguments=None):
         route_example(model, processor, picture, caption)
         for picture, caption in zip(rows[:ROUTED_PICTURES]["image"], captions, strict=False)
     ]
-    save_picture(draw_routing(routed, model.config), output / "routing.png")
+    picture = draw_routing(routed, model.config)
+    write_aside(output / "routing.png", lambda path: picture.save(path, format="PNG"))
     print(f"wrote {output / 'routing.png'}")
 
     print(f"\n3. Fine-tune for {args.fine_tune_steps} steps with Trainer (to show how; so few steps teach little)")

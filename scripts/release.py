@@ -20,6 +20,7 @@ import torch
 
 from modeling_moma import MomaForCausalLM
 from tokenization import MomaProcessor
+from writing import write_folder_aside
 
 
 def main():
@@ -30,9 +31,14 @@ def main():
     args = parser.parse_args()
     model = MomaForCausalLM.from_pretrained(args.model, dtype=torch.bfloat16)
     processor = MomaProcessor.from_pretrained(args.processor)
-    model.save_pretrained(args.output)
-    processor.save_pretrained(args.output)
-    processor.vq_model.to(torch.bfloat16).save_pretrained(Path(args.output) / "vq_model")
+
+    def save(folder: Path):
+        model.save_pretrained(folder)
+        processor.save_pretrained(folder)
+        # the processor saves what it computes in, fp32; these values are those of bf16
+        processor.vq_model.to(torch.bfloat16).save_pretrained(folder / "vq_model")
+
+    write_folder_aside(args.output, save)
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ from tokenization.augmentation_moma import augment_pictures
 from tokenization.configuration_moma_vq import PRESETS, MomaVQConfig
 from tokenization.modeling_moma_vq import MomaVQModel
 from tokenization.perceptual_moma_vq import MomaVQPerceptualNetwork
+from writing import write_folder_aside
 
 
 STATE_FILE = "training_state.pt"
@@ -154,14 +155,13 @@ def save_checkpoint(output: Path, step: int, model: MomaVQModel, state: dict, me
 
 
 def save_model(output: Path, model: MomaVQModel, metrics: list[dict]) -> None:
-    """The finished model and its metrics, file by file aside and renamed."""
-    aside = output / "model.aside"
-    shutil.rmtree(aside, ignore_errors=True)
-    model.save_pretrained(aside)
-    (aside / METRICS_FILE).write_text(json.dumps(metrics, indent=2) + "\n")
-    for path in aside.iterdir():
-        os.replace(path, output / path.name)
-    aside.rmdir()
+    """The finished model and its metrics."""
+
+    def save(folder: Path):
+        model.save_pretrained(folder)
+        (folder / METRICS_FILE).write_text(json.dumps(metrics, indent=2) + "\n")
+
+    write_folder_aside(output, save)
 
 
 class TokenizerTraining:

@@ -59,7 +59,7 @@ def test_everything_is_written_reported_and_loads_again(model_folder, data_folde
         with Image.open(output / name) as picture:
             assert picture.width > 400 and len(picture.convert("RGB").getcolors(2**24)) > 10
         assert name in printed
-    assert not list(output.glob("*.part"))
+    assert not list(output.glob(".*.partial"))
     assert printed.count("noto: apple") == 8
     before, after = (AutoModelForCausalLM.from_pretrained(folder) for folder in (model_folder, output / "fine-tuned"))
     assert f"{before.config.num_parameters():,} parameters" in printed
