@@ -5,9 +5,10 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
 
-# glibc hands large tensors back to the system after every step; an allocator that keeps them is faster where installed
-for library in /usr/lib/*/libjemalloc.so.2; do
-    [ -e "$library" ] && export LD_PRELOAD=$library MALLOC_CONF=dirty_decay_ms:-1,muzzy_decay_ms:-1
+# glibc hands large tensors back to the system after every step; tcmalloc keeps them, where it is installed
+# (Debian: libtcmalloc-minimal4)
+for library in /usr/lib/*/libtcmalloc_minimal.so.4; do
+    [ -e "$library" ] && export LD_PRELOAD=$library
 done
 
 [ -e runs/tokenizer/model.safetensors ] ||
