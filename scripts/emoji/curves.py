@@ -80,13 +80,15 @@ def read_run(folder: str | Path, tokens: dict[str, float]) -> dict:
         # the state lacks gradient accumulation and processes; the rate of all examples has them
         batch_size = round(summary["train_samples_per_second"] * summary["train_runtime"] / summary["step"])
     flops_a_step = batch_size * training_flops(config, tokens, round(sum(tokens.values())))
-    curve = [
-        {"step": entry["step"], "flops": entry["step"] * flops_a_step}
+    points = {
+        # a resumed run evaluates its checkpoint once more; the later one counts
+        entry["step"]: {"step": entry["step"], "flops": entry["step"] * flops_a_step}
         | {name: entry[key] for name, key in CURVES.items()}
         for entry in history
         # the first evaluation costs no FLOPs, which no ratio can be made of
         if entry["step"] > 0 and all(key in entry for key in CURVES.values())
-    ]
+    }
+    curve = list(points.values())
     if not curve:
         raise ValueError(f"`folder` {str(folder)!r} holds no evaluation with {', '.join(CURVES.values())}.")
     return {

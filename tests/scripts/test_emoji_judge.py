@@ -99,7 +99,7 @@ TOKENS = {"text": 6.0, "image": 6.0}
 
 
 def write_run(folder, losses, finished=True):
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     MomaConfig(**CONFIG).save_pretrained(folder)
     history = [
         {"step": 10 * index, "eval_loss": loss, "eval_text_loss": loss, "eval_image_loss": loss}
@@ -130,6 +130,16 @@ def test_unfinished_run_is_read_from_its_last_checkpoint(tmp_path):
     write_run(tmp_path / "run" / "checkpoint-20", [5.0, 4.0, 3.0], finished=False)
     run = read_run(tmp_path / "run", TOKENS)
     assert (run["steps"], run["batch_size"], run["seconds"]) == (20, 8, None)
+
+
+def test_a_resumed_run_has_each_step_once(tmp_path):
+    write_run(tmp_path, [5.0, 4.0, 3.0])
+    state = json.loads((tmp_path / "trainer_state.json").read_text())
+    again = {"step": 10, "eval_loss": 4.5, "eval_text_loss": 4.5, "eval_image_loss": 4.5}
+    state["log_history"].insert(3, again)
+    (tmp_path / "trainer_state.json").write_text(json.dumps(state))
+    curve = read_run(tmp_path, TOKENS)["curve"]
+    assert [(point["step"], point["text"]) for point in curve] == [(10, 4.5), (20, 3.0)]
 
 
 def test_folder_without_a_run_is_refused_by_name(tmp_path):
