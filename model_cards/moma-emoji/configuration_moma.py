@@ -1,0 +1,486 @@
+# Copyright 2026 The modeling-moma authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""MoMa model configuration: every size and switch, checked; Table 1's presets; closed-form parameter counts."""
+
+from huggingface_hub.dataclasses import strict
+from transformers.activations import ACT2FN
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.modeling_rope_utils import RopeParameters
+from transformers.utils import auto_docstring
+
+
+TEXT = "text"
+# saving writes only the saved class's own entry; these let every auto class load the folder by its code
+AUTO_MAP = {
+    "AutoConfig": "configuration_moma.MomaConfig",
+    "AutoModel": "modeling_moma.MomaModel",
+    "AutoModelForCausalLM": "modeling_moma.MomaForCausalLM",
+    "AutoModelForMultimodalLM": "modeling_moma.MomaForCausalLM",
+}
+TRAINING_ROUTINGS = ("expert_choice", "threshold", "token_choice")
+CAUSAL_ROUTINGS = ("threshold", "token_choice")
+
+# paper's Table 1, dense columns: layers, hidden size, FFN size before the SwiGLU factor 2/3, heads
+_TABLE_1 = {
+    "90m": (8, 512, 2048, 8),
+    "435m": (24, 1024, 4096, 16),
+    "1.4b": (24, 2048, 8192, 16),
+}
+_PRESET_EXPERTS = {
+    "dense": 1,
+    "1t1i": {"text": 1, "image": 1},
+    "8x": 8,
+    "4t4i": {"text": 4, "image": 4},
+}
+
+
+@auto_docstring(checkpoint="moma-90m-4t4i")
+@strict
+class MomaConfig(PreTrainedConfig):
+    r"""
+    intermediate_size (`int`, *optional*, defaults to 1365):
+        Inner width `F` of one feed-forward expert (SwiGLU: three matrices of `hidden_size x F`).
+    num_experts (`int` or `dict[str, int]`, *optional*, defaults to `{"text": 4, "image": 4}`):
+        A dict gives every modality its own group of experts: `{"text": n, "image": m}` is the paper's "NtMi"
+        (MoMa section 2.2). An int builds one group that all tokens share: 8 is the paper's "8x", 1 a dense model.
+        A group of one expert is a plain feed-forward network without a router.
+    expert_intermediate_size (`dict[str, int]`, *optional*):
+        Inner width of the experts of single modalities. Modalities left out use `intermediate_size`.
+    shared_expert_intermediate_size (`int` or `dict[str, int]`, *optional*):
+        Inner width of an expert that every token passes, beside the routed ones. An int builds one for all tokens, a
+        dict one for each modality that it names.
+    expert_capacity_factor (`float` or `dict[str, float]`, *optional*, defaults to 1.0):
+        `c` in `K = ceil(c * N / E)`, the number of tokens that one of `E` experts takes from the `N` tokens of its
+        group. At 1.0 a token meets one expert on average (the paper's `c_e = 1 / E` of the tokens).
+    num_experts_per_tok (`int`, *optional*, defaults to 1):
+        Experts of one token under `token_choice` routing.
+    modality_token_ranges (`dict[str, list[list[int]]]`, *optional*, defaults to `{"image": [[4, 8196]]}`):
+        Token ids of every modality but text, as half-open ranges `[start, stop)`. All other ids are text.
+    begin_image_token_id (`int`, *optional*, defaults to 8197):
+        Id of the token before a picture's codes. Routed as text, as the next one.
+    end_image_token_id (`int`, *optional*, defaults to 8196):
+        Id of the token after a picture's codes.
+    image_seq_length (`int`, *optional*, defaults to 1024):
+        Codes of one picture.
+    norm_placement (`str`, *optional*, defaults to `"post"`):
+        `"post"` is the paper's Swin form `h + norm(f(h))`, `"pre"` is `h + f(norm(h))`.
+    gate_after_norm (`bool`, *optional*, defaults to `False`):
+        With `norm_placement="post"`, also multiply the normed output by the sum of the token's gates. RMSNorm cancels
+        the gate of every token that exactly one expert took, so in the paper's order the router hardly learns from it.
+    qk_norm (`str`, *optional*, defaults to `"layernorm"`):
+        Norm of queries and keys, each over `head_dim`: `"layernorm"` (one affine for all heads, as in Chameleon's own
+        code), `"layernorm_per_head"` (an affine for each head, as its converted checkpoints need), `"rmsnorm"` or
+        `"none"`.
+    training_routing (`str`, *optional*, defaults to `"expert_choice"`):
+        Routing in `train()` mode: `"expert_choice"` (sees the future), `"threshold"` or `"token_choice"`.
+    inference_routing (`str`, *optional*, defaults to `"threshold"`):
+        Routing in `eval()` mode: `"threshold"` or `"token_choice"`, the causal ones. `forward(routing=...)` overrides
+        both.
+    threshold_momentum (`float`, *optional*, defaults to 0.98):
+        Momentum of the running mean of an expert's K-th best score, the cut of `threshold` routing.
+    router_bias_update_rate (`float`, *optional*, defaults to 0.001):
+        Step by which `token_choice` moves an expert's selection bias towards balance after each training step.
+    z_loss_coef (`float`, *optional*, defaults to 1e-05):
+        Weight of the mean of `log(Z)^2` over the target tokens, `Z` the softmax's normaliser (Chameleon section 2.4).
+    modality_loss_weights (`dict[str, float]`, *optional*):
+        Weight of one target token of a modality in the training loss; modalities left out weigh 1. Pictures have many
+        more tokens than their captions: a larger weight for text evens this out. Not applied in `eval()` mode.
+
+    Example:
+
+    ```python
+    >>> from modeling_moma import MomaConfig, MomaForCausalLM
+
+    >>> config = MomaConfig.from_preset("moma-90m-4t4i")
+    >>> f"{config.num_parameters() / 1e6:.1f}M"
+    '209.7M'
+    ```"""
+
+    model_type = "moma"
+    keys_to_ignore_at_inference = ["cache", "router_logits", "modality_losses", "modality_tokens"]
+    default_theta = 10000.0
+
+    vocab_size: int = 65536
+    hidden_size: int = 512
+    intermediate_size: int = 1365
+    num_hidden_layers: int = 8
+    num_attention_heads: int = 8
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    hidden_act: str = "silu"
+    max_position_embeddings: int = 4096
+    initializer_range: float = 0.02
+    rms_norm_eps: float = 1e-5
+    attention_dropout: float | int = 0.0
+    attention_bias: bool = False
+    rope_parameters: RopeParameters | dict | None = None
+    use_cache: bool = True
+    tie_word_embeddings: bool = False
+    output_router_logits: bool = False
+    pad_token_id: int | None = 1
+    bos_token_id: int | None = 0
+    eos_token_id: int | list[int] | None = 2
+
+    num_experts: int | dict[str, int] | None = None
+    expert_intermediate_size: dict[str, int] | None = None
+    shared_expert_intermediate_size: int | dict[str, int] | None = None
+    expert_capacity_factor: float | int | dict[str, float] = 1.0
+    num_experts_per_tok: int = 1
+    modality_token_ranges: dict[str, list[list[int]]] | None = None
+    begin_image_token_id: int | None = 8197
+    end_image_token_id: int | None = 8196
+    image_seq_length: int = 1024
+
+    norm_placement: str = "post"
+    gate_after_norm: bool = False
+    qk_norm: str = "layernorm"
+    training_routing: str = "expert_choice"
+    inference_routing: str = "threshold"
+    threshold_momentum: float = 0.98
+    router_bias_update_rate: float = 0.001
+    z_loss_coef: float = 1e-5
+    modality_loss_weights: dict[str, float] | None = None
+
+    def __post_init__(self, **kwargs):
+        if self.num_experts is None:
+            self.num_experts = {"text": 4, "image": 4}
+        if self.modality_token_ranges is None:
+            self.modality_token_ranges = {"image": [[4, 8196]]}
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        if self.head_dim is None and self.num_attention_heads > 0:
+            _require(
+                self.hidden_size % self.num_attention_heads == 0,
+                "hidden_size",
+                self.hidden_size,
+                f"must be a multiple of num_attention_heads ({self.num_attention_heads}) unless head_dim is given",
+            )
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        kwargs["auto_map"] = {**AUTO_MAP, **(kwargs.get("auto_map") or {})}
+        super().__post_init__(**kwargs)
+
+    @classmethod
+    def from_preset(cls, name: str, **kwargs) -> "MomaConfig":
+        """Build the configuration of one row of the paper's Table 1.
+
+        Args:
+            name (`str`):
+                `moma-{90m,435m,1.4b}-{dense,1t1i,8x,4t4i}`.
+            kwargs:
+                Fields that replace the preset's.
+
+        Raises:
+            ValueError: the name is not a preset.
+        """
+        parts = name.lower().split("-")
+        if len(parts) != 3 or parts[0] != "moma" or parts[1] not in _TABLE_1 or parts[2] not in _PRESET_EXPERTS:
+            raise ValueError(f"`name` must be one of {cls.preset_names()}, got {name!r}.")
+        num_layers, hidden_size, ffn_size, num_heads = _TABLE_1[parts[1]]
+        fields = {
+            "num_hidden_layers": num_layers,
+            "hidden_size": hidden_size,
+            # SwiGLU keeps the matrices' total of a two-matrix FFN; the paper's counts need it unrounded
+            "intermediate_size": 2 * ffn_size // 3,
+            "num_attention_heads": num_heads,
+            "num_experts": _PRESET_EXPERTS[parts[2]],
+        }
+        return cls(**{**fields, **kwargs})
+
+    @staticmethod
+    def preset_names() -> list[str]:
+        """Names that `from_preset` knows."""
+        return [f"moma-{size}-{experts}" for size in _TABLE_1 for experts in _PRESET_EXPERTS]
+
+    @property
+    def modalities(self) -> list[str]:
+        """Names of the modalities, text first; a modality's place is its value in `mm_token_type_ids`."""
+        return [TEXT, *self.modality_token_ranges]
+
+    @property
+    def expert_groups(self) -> dict[str, list[str]]:
+        """Expert groups by name, each with the modalities whose tokens it serves."""
+        if isinstance(self.num_experts, dict):
+            return {modality: [modality] for modality in self.modalities}
+        return {"all": self.modalities}
+
+    @property
+    def layer_types(self) -> list[str]:
+        """Cache layer type of each layer, read by the cache classes of Transformers."""
+        return ["full_attention"] * self.num_hidden_layers
+
+    def group_num_experts(self, group: str) -> int:
+        """Experts `E` of a group."""
+        return self.num_experts[group] if isinstance(self.num_experts, dict) else self.num_experts
+
+    def group_intermediate_size(self, group: str) -> int:
+        """Inner width `F` of one expert of a group."""
+        return (self.expert_intermediate_size or {}).get(group, self.intermediate_size)
+
+    def group_shared_intermediate_size(self, group: str) -> int:
+        """Inner width of a group's own shared expert, 0 without one."""
+        shared = self.shared_expert_intermediate_size
+        return shared.get(group, 0) if isinstance(shared, dict) else 0
+
+    @property
+    def common_shared_intermediate_size(self) -> int:
+        """Inner width of the shared expert of all tokens, 0 without one."""
+        shared = self.shared_expert_intermediate_size
+        return shared if isinstance(shared, int) else 0
+
+    def group_capacity_factor(self, group: str) -> float:
+        """Capacity factor `c` of a group."""
+        factor = self.expert_capacity_factor
+        return factor.get(group, 1.0) if isinstance(factor, dict) else factor
+
+    def num_parameters(
+        self, active: bool = False, modality: str | None = None, exclude_norms_and_routers: bool = False
+    ) -> int:
+        """Count the parameters of `MomaForCausalLM` in closed form.
+
+        Args:
+            active (`bool`, *optional*, defaults to `False`):
+                Count only what a token meets on average: `c` experts of its group (`expert_capacity_factor`).
+            modality (`str`, *optional*):
+                The token's modality for `active=True`. By default the largest count over the modalities.
+            exclude_norms_and_routers (`bool`, *optional*, defaults to `False`):
+                Count matrices alone, the convention that reproduces the paper's Table 1.
+
+        Returns:
+            `int`: number of parameters; buffers (thresholds, balance biases) are not counted.
+        """
+        if modality is not None and modality not in self.modalities:
+            raise ValueError(f"`modality` must be one of {self.modalities}, got {modality!r}.")
+        embeddings = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
+        query_width, key_width = (
+            heads * self.head_dim for heads in (self.num_attention_heads, self.num_key_value_heads)
+        )
+        layer = self.hidden_size * (2 * query_width + 2 * key_width)
+        if self.attention_bias:
+            layer += query_width + 2 * key_width + self.hidden_size
+        layer += 3 * self.hidden_size * self.common_shared_intermediate_size
+        groups = [
+            self._group_parameters(name, active, exclude_norms_and_routers)
+            for name, members in self.expert_groups.items()
+            if modality is None or modality in members
+        ]
+        layer += max(groups) if active else sum(groups)
+        norms = 0 if exclude_norms_and_routers else self.hidden_size + self.num_hidden_layers * self._norm_parameters()
+        return round(embeddings + self.num_hidden_layers * layer + norms)
+
+    def _norm_parameters(self) -> int:
+        qk_norm = {
+            "none": 0,
+            "rmsnorm": 2 * self.head_dim,
+            "layernorm": 4 * self.head_dim,
+            "layernorm_per_head": 2 * self.head_dim * (self.num_attention_heads + self.num_key_value_heads),
+        }
+        return 2 * self.hidden_size + qk_norm[self.qk_norm]
+
+    def _group_parameters(self, group: str, active: bool, exclude_routers: bool) -> float:
+        num_experts = self.group_num_experts(group)
+        expert = 3 * self.hidden_size * self.group_intermediate_size(group)
+        shared = 3 * self.hidden_size * self.group_shared_intermediate_size(group)
+        if num_experts == 1:
+            return expert + shared
+        router = 0 if exclude_routers else num_experts * self.hidden_size
+        used = self.group_capacity_factor(group) if active else num_experts
+        return used * expert + shared + router
+
+    def validate_layer_type(self):
+        """`layer_types` is derived and always valid."""
+
+    def validate_sizes(self):
+        """Check sizes, heads and the fields of attention."""
+        for name in (
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "num_key_value_heads",
+            "head_dim",
+            "max_position_embeddings",
+            "image_seq_length",
+        ):
+            _require(getattr(self, name) > 0, name, getattr(self, name), "must be a positive integer")
+        _require(
+            self.num_attention_heads % self.num_key_value_heads == 0,
+            "num_key_value_heads",
+            self.num_key_value_heads,
+            f"must divide num_attention_heads ({self.num_attention_heads}): each serves a group of query heads",
+        )
+        _require(
+            self.head_dim % 2 == 0,
+            "head_dim",
+            self.head_dim,
+            "must be even: rotary embeddings turn pairs of channels. Unset, it is hidden_size // num_attention_heads",
+        )
+        _require(0 <= self.attention_dropout < 1, "attention_dropout", self.attention_dropout, "must be in [0, 1)")
+        _require(self.rms_norm_eps > 0, "rms_norm_eps", self.rms_norm_eps, "must be positive")
+        _require(self.initializer_range > 0, "initializer_range", self.initializer_range, "must be positive")
+        _require(
+            self.pad_token_id is None or 0 <= self.pad_token_id < self.vocab_size,
+            "pad_token_id",
+            self.pad_token_id,
+            f"must be None or below vocab_size ({self.vocab_size})",
+        )
+        _require(self.hidden_act in ACT2FN, "hidden_act", self.hidden_act, "must be an activation of Transformers")
+
+    def validate_modalities(self):
+        """Check the ranges of ids and the tokens around a picture."""
+        _require(
+            TEXT not in self.modality_token_ranges,
+            "modality_token_ranges",
+            self.modality_token_ranges,
+            "must not name 'text': every id outside the ranges is text",
+        )
+        taken = []
+        for modality, ranges in self.modality_token_ranges.items():
+            for bounds in ranges:
+                _require(
+                    len(bounds) == 2 and 0 <= bounds[0] < bounds[1] <= self.vocab_size,
+                    "modality_token_ranges",
+                    {modality: bounds},
+                    f"needs [start, stop) with 0 <= start < stop <= vocab_size ({self.vocab_size})",
+                )
+                for other in taken:
+                    _require(
+                        bounds[1] <= other[0] or other[1] <= bounds[0],
+                        "modality_token_ranges",
+                        {modality: bounds},
+                        f"overlaps {other}: an id has one modality",
+                    )
+                taken.append(bounds)
+        for name in ("begin_image_token_id", "end_image_token_id"):
+            token_id = getattr(self, name)
+            if token_id is None:
+                continue
+            _require(0 <= token_id < self.vocab_size, name, token_id, f"must be below vocab_size ({self.vocab_size})")
+            _require(
+                not any(start <= token_id < stop for start, stop in taken),
+                name,
+                token_id,
+                "lies inside modality_token_ranges: the tokens around a picture are text",
+            )
+        if "image" in self.modality_token_ranges:
+            _require(
+                self.begin_image_token_id is None or self.begin_image_token_id != self.end_image_token_id,
+                "begin_image_token_id",
+                self.begin_image_token_id,
+                "must differ from end_image_token_id",
+            )
+            _require(
+                self.image_seq_length + 2 <= self.max_position_embeddings,
+                "image_seq_length",
+                self.image_seq_length,
+                f"plus two tokens around a picture must fit max_position_embeddings ({self.max_position_embeddings})",
+            )
+
+    def validate_experts(self):
+        """Check the expert groups: counts, widths, capacities, shared experts."""
+        self._require_modalities("num_experts", complete=True)
+        for group in self.expert_groups:
+            count = self.group_num_experts(group)
+            _require(count >= 1, "num_experts", self.num_experts, "must be at least 1 in every group")
+            capacity = self.group_capacity_factor(group)
+            _require(
+                0 < capacity <= count,
+                "expert_capacity_factor",
+                self.expert_capacity_factor,
+                f"must be in (0, E]: with c = E = {count} every expert takes every token of group {group!r}",
+            )
+        if self.expert_intermediate_size is not None:
+            _require(
+                isinstance(self.num_experts, dict),
+                "expert_intermediate_size",
+                self.expert_intermediate_size,
+                "needs num_experts as a dict: a single group of experts has the width intermediate_size",
+            )
+        for name in ("expert_intermediate_size", "shared_expert_intermediate_size", "expert_capacity_factor"):
+            self._require_modalities(name)
+        for name in ("expert_intermediate_size", "shared_expert_intermediate_size"):
+            value = getattr(self, name)
+            widths = value.values() if isinstance(value, dict) else [] if value is None else [value]
+            _require(all(width > 0 for width in widths), name, value, "must be positive; leave it out for none")
+        for name in ("shared_expert_intermediate_size", "expert_capacity_factor"):
+            _require(
+                isinstance(self.num_experts, dict) or not isinstance(getattr(self, name), dict),
+                name,
+                getattr(self, name),
+                "by modality needs num_experts by modality: a single group of experts serves all",
+            )
+        _require(
+            1 <= self.num_experts_per_tok,
+            "num_experts_per_tok",
+            self.num_experts_per_tok,
+            "must be at least 1",
+        )
+        if "token_choice" in (self.training_routing, self.inference_routing):
+            fewest = min(self.group_num_experts(group) for group in self.expert_groups)
+            _require(
+                self.num_experts_per_tok <= fewest,
+                "num_experts_per_tok",
+                self.num_experts_per_tok,
+                f"exceeds the smallest group of experts ({fewest})",
+            )
+
+    def validate_routing(self):
+        """Check the switches of norms, routing and losses."""
+        for name, choices in (
+            ("norm_placement", ("pre", "post")),
+            ("qk_norm", ("layernorm", "layernorm_per_head", "rmsnorm", "none")),
+            ("training_routing", TRAINING_ROUTINGS),
+        ):
+            _require(getattr(self, name) in choices, name, getattr(self, name), f"must be one of {choices}")
+        _require(
+            self.inference_routing in CAUSAL_ROUTINGS,
+            "inference_routing",
+            self.inference_routing,
+            f"must be one of {CAUSAL_ROUTINGS}: expert_choice sees the future. To measure it, call "
+            "forward(routing='expert_choice')",
+        )
+        _require(
+            not (self.gate_after_norm and self.norm_placement == "pre"),
+            "gate_after_norm",
+            self.gate_after_norm,
+            "needs norm_placement='post': with 'pre' nothing cancels the gate",
+        )
+        _require(0 <= self.threshold_momentum < 1, "threshold_momentum", self.threshold_momentum, "must be in [0, 1)")
+        for name in ("router_bias_update_rate", "z_loss_coef"):
+            _require(getattr(self, name) >= 0, name, getattr(self, name), "must not be negative")
+        self._require_modalities("modality_loss_weights")
+        weights = self.modality_loss_weights or {}
+        _require(
+            all(weight >= 0 for weight in weights.values()),
+            "modality_loss_weights",
+            self.modality_loss_weights,
+            "must not be negative",
+        )
+
+    def _require_modalities(self, name, complete=False):
+        value = getattr(self, name)
+        if not isinstance(value, dict):
+            return
+        unknown = sorted(set(value) - set(self.modalities))
+        _require(not unknown, name, value, f"names {unknown}, which modality_token_ranges does not define")
+        missing = sorted(set(self.modalities) - set(value)) if complete else []
+        _require(not missing, name, value, f"lacks {missing}: every modality needs its group of experts")
+
+
+def _require(condition: bool, name: str, value, demand: str):
+    if not condition:
+        raise ValueError(f"`{name}` = {value!r}: {demand}.")
+
+
+__all__ = ["MomaConfig"]

@@ -1,0 +1,212 @@
+# Copyright 2026 The modeling-moma authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Running the chosen tokens through packed expert weights, and adding the results back.
+
+Shape suffixes:
+    N tokens of one group in the batch, D hidden size, E experts of the group, K tokens that one expert takes,
+    F inner width of one expert, P (token, expert) pairs.
+"""
+
+import torch
+from torch import nn
+from torch.func import functional_call
+from transformers.activations import ACT2FN
+from transformers.integrations import use_experts_implementation
+
+from .configuration_moma import MomaConfig
+from .routing_moma import ExpertSelection, MomaRouter, RoutingContext
+
+
+# grouped matrix products want rows of whole 16-byte words: eight elements of bf16
+_ALIGNMENT = 8
+
+
+@use_experts_implementation
+class MomaPackedExperts(nn.Module):
+    """SwiGLU experts stored as 3D tensors, called through the experts interface of Transformers.
+
+    State dict:
+        gate_up_proj  [E, 2 * F, D]
+        down_proj     [E, D, F]
+    """
+
+    def __init__(self, config: MomaConfig, group: str):
+        super().__init__()
+        self.num_experts = config.group_num_experts(group)
+        width = config.group_intermediate_size(group)
+        self.gate_up_proj = nn.Parameter(torch.empty(self.num_experts, 2 * width, config.hidden_size))
+        self.down_proj = nn.Parameter(torch.empty(self.num_experts, config.hidden_size, width))
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """Run each token through its experts, one expert after the other (the "eager" implementation).
+
+        Args:
+            hidden_states (`torch.Tensor`): `[N, D]`.
+            top_k_index (`torch.LongTensor`): experts of each token, `[N, k]`.
+            top_k_weights (`torch.Tensor`): gates, `[N, k]`.
+
+        Returns:
+            `torch.Tensor`: weighted sums, `[N, D]`.
+        """
+        output = torch.zeros_like(hidden_states)
+        # every expert runs, with zero rows if need be, so that every rank touches every weight
+        for expert in range(self.num_experts):
+            token, slot = torch.where(top_k_index == expert)
+            gate_up = nn.functional.linear(hidden_states[token], self.gate_up_proj[expert])
+            expert_output = nn.functional.linear(self._apply_gate(gate_up), self.down_proj[expert])
+            expert_output = expert_output * top_k_weights[token, slot, None]
+            output = output.index_add(0, token, expert_output.to(output.dtype))
+        return output
+
+
+class MomaExperts(MomaPackedExperts):
+    """Packed experts that run at any inner width and, when all take the same number of tokens, as two products."""
+
+    def forward(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """See [`MomaPackedExperts.forward`]; widths that grouped products refuse are padded for the call."""
+        padding = -self.down_proj.shape[-1] % _ALIGNMENT
+        if padding and self.config._experts_implementation not in ("eager", "batched_mm"):
+            gate_EFD, up_EFD = self.gate_up_proj.chunk(2, dim=1)
+            pad_rows = (0, 0, 0, padding)
+            padded = {
+                "gate_up_proj": torch.cat([nn.functional.pad(part, pad_rows) for part in (gate_EFD, up_EFD)], dim=1),
+                "down_proj": nn.functional.pad(self.down_proj, (0, padding)),
+            }
+            return functional_call(self, padded, (hidden_states, top_k_index, top_k_weights))
+        return super().forward(hidden_states, top_k_index, top_k_weights)
+
+    def forward_equal(self, x_EKD: torch.Tensor) -> torch.Tensor:
+        """Run `K` tokens through each expert: two batched matrix products, `[E, K, D]` to `[E, K, D]`."""
+        # weights on the left: the products then read them row by row, and stay transposed in between
+        gate_EFK, up_EFK = torch.bmm(self.gate_up_proj, x_EKD.transpose(1, 2)).chunk(2, dim=1)
+        return torch.bmm(self.down_proj, self.act_fn(gate_EFK) * up_EFK).transpose(1, 2)
+
+
+class MomaMLP(nn.Module):
+    """A SwiGLU feed-forward network: the expert of a one-expert group, or a shared expert."""
+
+    def __init__(self, config: MomaConfig, intermediate_size: int):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, intermediate_size, bias=False)
+        self.down_proj = nn.Linear(intermediate_size, config.hidden_size, bias=False)
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(self, x_ND: torch.Tensor) -> torch.Tensor:
+        """`[..., D]` to `[..., D]`."""
+        return self.down_proj(self.act_fn(self.gate_proj(x_ND)) * self.up_proj(x_ND))
+
+
+class MomaExpertGroup(nn.Module):
+    """The experts of one modality, or of all (MoMa section 2.2, equation 1).
+
+    Tokens may be taken by several experts or by none; those that none took get zeros, and the residual stream
+    carries them.
+
+    State dict:
+        router.weight, .threshold, ...   see [`MomaRouter`]; absent with one expert
+        experts.gate_up_proj, .down_proj see [`MomaPackedExperts`]; with one expert `mlp.{gate,up,down}_proj.weight`
+        shared_expert.{gate,up,down}_proj.weight, when configured
+    """
+
+    def __init__(self, config: MomaConfig, group: str):
+        super().__init__()
+        self.num_experts = config.group_num_experts(group)
+        if self.num_experts == 1:
+            self.mlp = MomaMLP(config, config.group_intermediate_size(group))
+        else:
+            self.router = MomaRouter(config, group)
+            self.experts = MomaExperts(config, group)
+        shared_size = config.group_shared_intermediate_size(group)
+        self.shared_expert = MomaMLP(config, shared_size) if shared_size else None
+
+    def forward(self, x_ND: torch.Tensor, context: RoutingContext) -> tuple[torch.Tensor, torch.Tensor]:
+        """Run the group, also on zero tokens: its weights take part in every step on every rank.
+
+        Args:
+            x_ND (`torch.Tensor`): the group's tokens, `[N, D]`.
+            context (`RoutingContext`): the routing of this forward.
+
+        Returns:
+            `tuple`: outputs `[N, D]`, and each token's sum of gates `[N]` (a shared expert counts 1).
+        """
+        gate_N = x_ND.new_zeros(x_ND.shape[0], dtype=torch.float32)
+        if self.num_experts == 1:
+            y_ND, gate_N = self.mlp(x_ND), gate_N + 1
+        else:
+            logits_NE, selection = self.router(x_ND, context)
+            if context.track:
+                context.record(self.router, logits_NE, selection)
+            y_ND, gate_N = self._run(x_ND, selection, gate_N)
+        if self.shared_expert is not None:
+            y_ND, gate_N = y_ND + self.shared_expert(x_ND), gate_N + 1
+        return y_ND, gate_N
+
+    def _run(self, x_ND, selection, gate_N):
+        if isinstance(selection, ExpertSelection):
+            token_P, weight_P = selection.token_EK.flatten(), selection.weight_EK.flatten()
+            x_EKD = x_ND.index_select(0, token_P).unflatten(0, selection.token_EK.shape)
+            y_EKD = self.experts.forward_equal(x_EKD)
+            y_PD = (y_EKD * selection.weight_EK.unsqueeze(-1).to(y_EKD.dtype)).flatten(0, 1)
+        else:
+            token_P, weight_P = selection.token_P, selection.weight_P
+            rows_PD = x_ND.index_select(0, token_P)
+            y_PD = self.experts(rows_PD, selection.expert_P.unsqueeze(-1), weight_P.unsqueeze(-1))
+        y_ND = y_PD.new_zeros(x_ND.shape).index_add(0, token_P, y_PD)
+        return y_ND, gate_N.index_add(0, token_P, weight_P)
+
+
+class MomaFeedForward(nn.Module):
+    """Feed-forward layer with one expert group per modality, and optionally an expert that all tokens share.
+
+    State dict:
+        groups.{text,image,...}.   see [`MomaExpertGroup`]; one group named "all" when modalities share it
+        shared_expert.             see [`MomaMLP`]; when configured
+    """
+
+    def __init__(self, config: MomaConfig):
+        super().__init__()
+        self.groups = nn.ModuleDict({group: MomaExpertGroup(config, group) for group in config.expert_groups})
+        shared_size = config.common_shared_intermediate_size
+        self.shared_expert = MomaMLP(config, shared_size) if shared_size else None
+        self.needs_gate = config.gate_after_norm
+
+    def forward(
+        self, hidden_states: torch.Tensor, context: RoutingContext
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Send each token through its modality's group.
+
+        Args:
+            hidden_states (`torch.Tensor`): `[B, T, D]`.
+            context (`RoutingContext`): the routing of this forward.
+
+        Returns:
+            `tuple`: outputs `[B, T, D]`, and with `gate_after_norm` the sum of each token's gates `[B, T, 1]`.
+        """
+        tokens = context.split.split(hidden_states)
+        outputs = {name: group(tokens[name], context) for name, group in self.groups.items()}
+        merged = context.split.merge({name: output[0] for name, output in outputs.items()}, hidden_states)
+        gate = None
+        if self.needs_gate:
+            gate = context.split.merge({name: output[1] for name, output in outputs.items()}, hidden_states)
+            gate = gate.unsqueeze(-1).to(merged.dtype)
+        if self.shared_expert is not None:
+            merged = merged + self.shared_expert(hidden_states)
+            gate = gate + 1 if gate is not None else None
+        return merged, gate

@@ -1,0 +1,237 @@
+# Copyright 2026 The modeling-moma authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""What both image processor backends share: reading pictures of any kind, and pixel values back to pictures."""
+
+import base64
+import binascii
+import os
+from io import BytesIO
+from urllib.request import urlopen
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from transformers.image_processing_utils import BatchFeature
+from transformers.image_utils import is_pil_image, is_torch_tensor, is_valid_image
+from transformers.utils import logging
+
+
+logger = logging.get_logger(__name__)
+
+_URL_TIMEOUT_SECONDS = 60
+
+
+def open_picture(source: str) -> Image.Image:
+    """
+    Opens a picture from a path, an `http(s)://` address, a `data:image/...` address or a base64 string.
+
+    Unlike `transformers.image_utils.load_image` the mode of the file is kept, so that transparency and 16-bit values
+    reach the image processor.
+
+    Args:
+        source (`str`):
+            Where the picture is.
+
+    Returns:
+        `PIL.Image.Image`: the picture, not decoded yet.
+
+    Raises:
+        ValueError: if `source` is none of the four, or what it holds is no picture.
+    """
+    if source.startswith(("http://", "https://")):
+        with urlopen(source, timeout=_URL_TIMEOUT_SECONDS) as response:
+            stream = BytesIO(response.read())
+    elif os.path.isfile(source):
+        stream = source
+    else:
+        encoded = source.partition(",")[2] if source.startswith("data:image/") else source
+        try:
+            stream = BytesIO(base64.b64decode(encoded, validate=True))
+        except (binascii.Error, ValueError) as error:
+            raise ValueError(
+                f"images: {source[:200]!r} is neither an existing file, an http(s) address, a data:image address "
+                "nor a base64 string."
+            ) from error
+    try:
+        return Image.open(stream)
+    except OSError as error:
+        raise ValueError(
+            f"images: {source[:200]!r} cannot be opened as a picture: the file is truncated, damaged or of "
+            f"another kind ({error})."
+        ) from error
+
+
+def clean_pil_picture(image: Image.Image) -> Image.Image:
+    """
+    Decodes a PIL picture fully, turns it upright (EXIF orientation) and scales 16-bit greyscale to 8 bits.
+
+    Args:
+        image (`PIL.Image.Image`):
+            A picture of any mode. Modes `I` and `I;16*` are read as 16-bit greyscale, 0 to 65535.
+
+    Returns:
+        `PIL.Image.Image`: the picture, in an 8-bit mode.
+
+    Raises:
+        ValueError: if the file ends too early or is damaged, if the picture is empty, or if its values have no known
+            range (mode `F`, or mode `I` outside 0 to 65535).
+    """
+    try:
+        image.load()
+        image = ImageOps.exif_transpose(image)
+    except (OSError, SyntaxError, EOFError) as error:
+        name = getattr(image, "filename", "") or "a picture from memory"
+        raise ValueError(f"images: {name} cannot be decoded, the file is truncated or damaged ({error}).") from error
+    if 0 in image.size:
+        raise ValueError(f"images: got an empty picture of size {image.size}.")
+    if image.mode == "F":
+        raise ValueError(
+            "images: a picture of mode 'F' (floating point) has no known range of values; scale it to 0..255 and "
+            "convert it to mode 'L' first."
+        )
+    if image.mode.startswith("I"):
+        values = np.asarray(image)
+        if values.min() < 0 or values.max() > 65535:
+            raise ValueError(
+                f"images: a picture of mode {image.mode!r} holds values from {values.min()} to {values.max()}, but "
+                "only 16-bit greyscale (0 to 65535) is known; scale it to 8 bits first."
+            )
+        # 257 maps 65535 to 255 exactly; PIL's own conversion clips at 255 and turns most of the picture white
+        image = Image.fromarray(np.round(values / 257.0).astype(np.uint8))
+    return image
+
+
+def clean_array_picture(image: "np.ndarray | torch.Tensor", do_rescale: bool | None) -> "np.ndarray | torch.Tensor":
+    """
+    Brings a picture given as an array to 8-bit integers, or checks its floating point values.
+
+    Args:
+        image (`np.ndarray` or `torch.Tensor`):
+            Booleans, 8-bit integers, unsigned 16-bit integers (scaled to 8 bits), other integers from 0 to 255, or
+            floating point numbers (left as they are).
+        do_rescale (`bool`, *optional*):
+            Whether the image processor divides by 255 later on, which makes floats from 0 to 1 nearly black.
+
+    Returns:
+        `np.ndarray` or `torch.Tensor`: the picture.
+
+    Raises:
+        ValueError: if the picture is empty, holds NaN or infinity, or holds integers outside 0 to 255.
+    """
+    if 0 in image.shape:
+        raise ValueError(f"images: got an empty picture of shape {tuple(image.shape)}.")
+    if is_torch_tensor(image):
+        if image.dtype == torch.uint8:
+            return image
+        values = image.detach().cpu()
+        values = values.numpy() if not values.is_floating_point() else values.float().numpy()
+    else:
+        values = image
+    if np.issubdtype(values.dtype, np.floating):
+        if not np.isfinite(values).all():
+            raise ValueError("images: a picture holds NaN or infinite values.")
+        if do_rescale and values.max() <= 1.0:
+            logger.warning_once(
+                "A picture of floating point values from 0 to 1 is about to be divided by 255. Pass values from 0 to "
+                "255, or `do_rescale=False`."
+            )
+        return image
+    if values.dtype == np.bool_:
+        return values.astype(np.uint8) * np.uint8(255)
+    if values.dtype == np.uint16:
+        return np.round(values / 257.0).astype(np.uint8)
+    if values.min() < 0 or values.max() > 255:
+        raise ValueError(
+            f"images: a picture of type {values.dtype} holds values from {values.min()} to {values.max()}; expected 0 "
+            "to 255, or the type uint16 for 16-bit values."
+        )
+    return values.astype(np.uint8)
+
+
+class MomaImageInputMixin:
+    """
+    Reading and writing of pictures for [`MomaImageProcessor`] and [`MomaImageProcessorPil`]. It stands before a
+    Transformers backend class in the list of bases.
+    """
+
+    def fetch_images(self, image_url_or_urls):
+        """
+        Replaces every path, address or base64 string in a (nested) list by the PIL picture that it names.
+
+        Args:
+            image_url_or_urls (`str`, `PIL.Image.Image`, `np.ndarray`, `torch.Tensor` or a nested list of these):
+                The pictures.
+
+        Returns:
+            The same structure, holding pictures only.
+        """
+        if isinstance(image_url_or_urls, (list, tuple)):
+            return [self.fetch_images(entry) for entry in image_url_or_urls]
+        if isinstance(image_url_or_urls, (str, os.PathLike)):
+            return open_picture(os.fspath(image_url_or_urls))
+        if is_valid_image(image_url_or_urls):
+            # an array without a channel axis is greyscale, which the library takes for no picture at all
+            is_flat = not is_pil_image(image_url_or_urls) and image_url_or_urls.ndim == 2
+            return image_url_or_urls[None] if is_flat else image_url_or_urls
+        raise TypeError(
+            "images: expected PIL pictures, arrays, tensors, paths or addresses (or lists of them), got "
+            f"{type(image_url_or_urls).__name__}."
+        )
+
+    def process_image(self, image, do_rescale: bool | None = None, **kwargs):
+        """
+        Turns one picture into the backend's channels-first array, after bringing it to 8 bits. Transparency is
+        composited on white.
+        """
+        if is_pil_image(image):
+            image = clean_pil_picture(image)
+        else:
+            image = clean_array_picture(image, do_rescale)
+        return super().process_image(image, do_rescale=do_rescale, **kwargs)
+
+    def postprocess(self, images: torch.Tensor, return_tensors: str = "PIL.Image.Image") -> BatchFeature:
+        """
+        Turns pixel values, such as a VQ decoder gives, back into pictures. It undoes normalising and rescaling; what
+        lies outside the range is clipped.
+
+        Args:
+            images (`torch.Tensor` or `np.ndarray` of shape `(batch_size, 3, height, width)` or `(3, height, width)`):
+                Pixel values as `preprocess` returns them: in [-1, 1] by default.
+            return_tensors (`str`, *optional*, defaults to `"PIL.Image.Image"`):
+                `"PIL.Image.Image"` for a list of PIL pictures, `"pt"` or `"np"` for 8-bit integers of shape
+                `(batch_size, 3, height, width)`.
+
+        Returns:
+            `BatchFeature` with one field, `pixel_values`.
+
+        Raises:
+            ValueError: if the shape is another one or a value is not finite.
+        """
+        images = torch.as_tensor(images).detach().float().cpu()
+        images = images[None] if images.ndim == 3 else images
+        if images.ndim != 4 or images.shape[1] != 3:
+            raise ValueError(f"images: expected the shape (batch_size, 3, height, width), got {tuple(images.shape)}.")
+        if not torch.isfinite(images).all():
+            raise ValueError("images: the pixel values hold NaN or infinity; the VQ weights may be damaged.")
+        if self.do_normalize:
+            std = torch.tensor(self.image_std).view(1, 3, 1, 1)
+            mean = torch.tensor(self.image_mean).view(1, 3, 1, 1)
+            images = images * std + mean
+        if self.do_rescale:
+            images = images / self.rescale_factor
+        pixels = images.round().clamp(0, 255).to(torch.uint8)
+        if return_tensors == "PIL.Image.Image":
+            pictures = [Image.fromarray(picture) for picture in pixels.permute(0, 2, 3, 1).contiguous().numpy()]
+            return BatchFeature(data={"pixel_values": pictures})
+        return BatchFeature(data={"pixel_values": pixels}, tensor_type=return_tensors)

@@ -1,0 +1,479 @@
+# Copyright 2026 The modeling-moma authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The MoMa decoder: attention that all modalities share, feed-forward layers split into expert groups."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import initialization as init
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.integrations import use_kernel_forward_from_hub, use_kernelized_func
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import ModelOutput, MoeModelOutputWithPast
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel, slice_logits_to_keep
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, eager_attention_forward
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, auto_docstring, can_return_tuple
+from transformers.utils.deprecation import deprecate_kwarg
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+
+from .configuration_moma import MomaConfig
+from .experts_moma import MomaFeedForward, MomaPackedExperts
+from .generation_moma import MomaGenerationMixin
+from .loss_moma import causal_lm_loss
+from .routing_moma import ROUTINGS, MomaRouter, RoutingContext, split_modalities, token_modalities, update_routers
+
+
+@auto_docstring(
+    custom_intro="""
+    Output of [`MomaForCausalLM`].
+    """
+)
+@dataclass
+class MomaCausalLMOutput(ModelOutput):
+    r"""
+    loss (`torch.FloatTensor` of shape `(1,)`, *optional*, returned when `labels` is provided):
+        In training with modality weights and z-loss; the plain mean cross-entropy in eval mode.
+    logits (`torch.FloatTensor` of shape `(batch_size, sequence_length, config.vocab_size)`):
+        Prediction scores before the softmax.
+    cache (`Cache`, *optional*, returned when `use_cache=True`):
+        Keys and values of the attention layers.
+    router_logits (`tuple(torch.FloatTensor)`, *optional*, returned when `output_router_logits=True`):
+        One tensor of shape `(tokens of the group, experts of the group)` for every layer and group with a router,
+        layer by layer, in the order of `config.expert_groups`.
+    modality_losses (`dict[str, torch.Tensor]`, *optional*, returned when `labels` is provided):
+        Mean cross-entropy, in nats, of the target tokens of each modality, detached and unweighted.
+    modality_tokens (`dict[str, torch.Tensor]`, *optional*, returned when `labels` is provided):
+        Number of target tokens of each modality.
+    """
+
+    loss: torch.FloatTensor | None = None
+    logits: torch.FloatTensor | None = None
+    cache: Cache | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    attentions: tuple[torch.FloatTensor, ...] | None = None
+    router_logits: tuple[torch.FloatTensor, ...] | None = None
+    modality_losses: dict[str, torch.Tensor] | None = None
+    modality_tokens: dict[str, torch.Tensor] | None = None
+
+
+@use_kernel_forward_from_hub("RMSNorm")
+class MomaRMSNorm(nn.Module):
+    def __init__(self, hidden_size: int, eps: float = 1e-5):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(hidden_size))
+        self.variance_epsilon = eps
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        dtype = hidden_states.dtype
+        normed = nn.functional.rms_norm(hidden_states.float(), self.weight.shape, eps=self.variance_epsilon)
+        return self.weight * normed.to(dtype)
+
+
+class MomaHeadLayerNorm(nn.Module):
+    """LayerNorm over `head_dim`, with one affine for all heads or one for each (Chameleon's query-key norm)."""
+
+    def __init__(self, shape: tuple[int, ...], eps: float = 1e-5):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(shape))
+        self.bias = nn.Parameter(torch.zeros(shape))
+        self.eps = eps
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        normed = nn.functional.layer_norm(hidden_states, self.weight.shape[-1:], eps=self.eps)
+        return (normed * self.weight + self.bias).to(hidden_states.dtype)
+
+
+class MomaRotaryEmbedding(nn.Module):
+    def __init__(self, config: MomaConfig):
+        super().__init__()
+        self.max_seq_len_cached = config.max_position_embeddings
+        self.original_max_seq_len = config.max_position_embeddings
+        self.config = config
+        self.rope_type = config.rope_parameters["rope_type"]
+        rope_init: Callable = self.compute_default_rope_parameters
+        if self.rope_type != "default":
+            rope_init = ROPE_INIT_FUNCTIONS[self.rope_type]
+        inv_freq, self.attention_scaling = rope_init(config)
+        self.inv_freq = nn.Buffer(inv_freq, persistent=False)
+        self.original_inv_freq = nn.Buffer(inv_freq.clone(), persistent=False)
+
+    @staticmethod
+    def compute_default_rope_parameters(config: MomaConfig, **kwargs) -> tuple[torch.Tensor, float]:
+        """Inverse frequencies `[head_dim / 2]` of plain rotary embeddings, and a scaling of 1."""
+        steps = torch.arange(0, config.head_dim, 2, dtype=torch.float) / config.head_dim
+        return config.rope_parameters["rope_theta"] ** -steps, 1.0
+
+    @dynamic_rope_update
+    def forward(self, x: torch.Tensor, position_ids: torch.LongTensor) -> tuple[torch.Tensor, torch.Tensor]:
+        angles = position_ids[..., None].float() * self.inv_freq.float()
+        angles = torch.cat((angles, angles), dim=-1)
+        cos, sin = angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
+        return cos.to(x.dtype), sin.to(x.dtype)
+
+
+@use_kernelized_func(apply_rotary_pos_emb)
+class MomaAttention(nn.Module):
+    """Causal self-attention over the tokens of all modalities, optionally with normed queries and keys."""
+
+    def __init__(self, config: MomaConfig, layer_idx: int):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = config.head_dim
+        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        self.scaling = self.head_dim**-0.5
+        self.attention_dropout = config.attention_dropout
+        self.is_causal = True
+        query_width = config.num_attention_heads * self.head_dim
+        key_width = config.num_key_value_heads * self.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, query_width, bias=config.attention_bias)
+        self.k_proj = nn.Linear(config.hidden_size, key_width, bias=config.attention_bias)
+        self.v_proj = nn.Linear(config.hidden_size, key_width, bias=config.attention_bias)
+        self.o_proj = nn.Linear(query_width, config.hidden_size, bias=config.attention_bias)
+        self.q_norm = _query_key_norm(config, config.num_attention_heads)
+        self.k_norm = _query_key_norm(config, config.num_key_value_heads)
+
+    @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        attention_mask: torch.Tensor | None,
+        cache: Cache | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        input_shape = hidden_states.shape[:-1]
+        head_shape = (*input_shape, -1, self.head_dim)
+        query = self.q_norm(self.q_proj(hidden_states).view(head_shape)).transpose(1, 2)
+        key = self.k_norm(self.k_proj(hidden_states).view(head_shape)).transpose(1, 2)
+        value = self.v_proj(hidden_states).view(head_shape).transpose(1, 2)
+        query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
+        if cache is not None:
+            key, value = cache.update(key, value, self.layer_idx, kwargs=kwargs)
+        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        attn_output, attn_weights = attention_interface(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=self.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            **kwargs,
+        )
+        return self.o_proj(attn_output.reshape(*input_shape, -1)), attn_weights
+
+
+def _query_key_norm(config, num_heads):
+    # CODEPATH: RMSNorm for models trained here, as moma-emoji
+    if config.qk_norm == "rmsnorm":
+        return MomaRMSNorm(config.head_dim, eps=config.rms_norm_eps)
+    # CODEPATH: the presets, as in Chameleon's own code
+    if config.qk_norm == "layernorm":
+        return MomaHeadLayerNorm((config.head_dim,))
+    # CODEPATH: Chameleon checkpoints that were converted to Transformers
+    if config.qk_norm == "layernorm_per_head":
+        return MomaHeadLayerNorm((num_heads, config.head_dim))
+    return nn.Identity()
+
+
+class MomaDecoderLayer(GradientCheckpointingLayer):
+    """Attention and feed-forward, with the norm after (`h + norm(f(h))`, MoMa section 2.2) or before each."""
+
+    def __init__(self, config: MomaConfig, layer_idx: int):
+        super().__init__()
+        self.norm_placement = config.norm_placement
+        self.self_attn = MomaAttention(config, layer_idx)
+        self.mlp = MomaFeedForward(config)
+        self.attention_norm = MomaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.ffn_norm = MomaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        routing_context: RoutingContext,
+        attention_mask: torch.Tensor | None = None,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        cache: Cache | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> torch.Tensor:
+        pre_norm = self.norm_placement == "pre"
+        attention_input = self.attention_norm(hidden_states) if pre_norm else hidden_states
+        delta, _ = self.self_attn(
+            attention_input,
+            position_embeddings=position_embeddings,
+            attention_mask=attention_mask,
+            cache=cache,
+            **kwargs,
+        )
+        hidden_states = hidden_states + (delta if pre_norm else self.attention_norm(delta))
+        ffn_input = self.ffn_norm(hidden_states) if pre_norm else hidden_states
+        delta, gate = self.mlp(ffn_input, routing_context)
+        if not pre_norm:
+            delta = self.ffn_norm(delta)
+            # RMSNorm has cancelled the gate of tokens that one expert took
+            delta = delta * gate if gate is not None else delta
+        return hidden_states + delta
+
+
+@auto_docstring
+class MomaPreTrainedModel(PreTrainedModel):
+    config: MomaConfig
+    base_model_prefix = "model"
+    input_modalities = ("image", "text")
+    output_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["MomaDecoderLayer"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = False
+    _keep_in_fp32_modules_strict = [
+        "router.weight",
+        "router.threshold",
+        "router.balance_bias",
+        "router.num_updates",
+    ]
+    _can_record_outputs = {
+        "router_logits": OutputRecorder(MomaRouter, index=0),
+        "hidden_states": MomaDecoderLayer,
+        "attentions": MomaAttention,
+    }
+    # the library looks for the decorator of the experts in this file only
+    _can_set_experts_implementation_cached_value = True
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        std = self.config.initializer_range
+        if isinstance(module, MomaPackedExperts):
+            init.normal_(module.gate_up_proj, mean=0.0, std=std)
+            init.normal_(module.down_proj, mean=0.0, std=std)
+        elif isinstance(module, MomaRouter):
+            init.normal_(module.weight, mean=0.0, std=std)
+            init.constant_(module.threshold, 0.5)
+            init.zeros_(module.balance_bias)
+            init.zeros_(module.num_updates)
+        elif isinstance(module, MomaHeadLayerNorm):
+            init.ones_(module.weight)
+            init.zeros_(module.bias)
+
+
+@auto_docstring
+class MomaModel(MomaPreTrainedModel):
+    def __init__(self, config: MomaConfig):
+        super().__init__(config)
+        self.padding_idx = config.pad_token_id
+        self.vocab_size = config.vocab_size
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
+        self.layers = nn.ModuleList(
+            [MomaDecoderLayer(config, layer_idx) for layer_idx in range(config.num_hidden_layers)]
+        )
+        self.norm = MomaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = MomaRotaryEmbedding(config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    @auto_docstring
+    @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        cache: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        mm_token_type_ids: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        routing: str | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> MoeModelOutputWithPast:
+        r"""
+        mm_token_type_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
+            Modality of each position, an index into `config.modalities`; used only with `inputs_embeds` (all text
+            without it). With `input_ids` the ids themselves tell the modality.
+        routing (`str`, *optional*):
+            How experts and tokens choose each other: `"expert_choice"`, `"threshold"` or `"token_choice"`. Defaults to
+            `config.training_routing` in `train()` mode and to `config.inference_routing` in `eval()` mode. A loss
+            under `"expert_choice"` sees the future and says nothing about quality.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("You must specify exactly one of `input_ids` or `inputs_embeds`.")
+        # with the caller's cache this may be a chunk of a longer prompt, and lie wholly in a row's padding
+        whole_prompt = cache is None
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config)
+        past_length = cache.get_seq_length() if cache is not None else 0
+        # before the embedding: a bad id has to meet our message, not the embedding's
+        context = self._routing_context(
+            input_ids, inputs_embeds, attention_mask, mm_token_type_ids, routing, past_length, whole_prompt
+        )
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        if position_ids is None:
+            position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past_length
+            position_ids = position_ids.unsqueeze(0)
+        causal_mask = create_causal_mask(
+            config=self.config,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            cache=cache,
+            position_ids=position_ids,
+        )
+        hidden_states = inputs_embeds
+        position_embeddings = self.rotary_emb(hidden_states, position_ids=position_ids)
+        for decoder_layer in self.layers:
+            hidden_states = decoder_layer(
+                hidden_states,
+                routing_context=context,
+                attention_mask=causal_mask,
+                position_ids=position_ids,
+                position_embeddings=position_embeddings,
+                cache=cache,
+                use_cache=use_cache,
+                **kwargs,
+            )
+        hidden_states = self.norm(hidden_states)
+        if context.track:
+            update_routers(context, self.config.threshold_momentum, self.config.router_bias_update_rate)
+        return MoeModelOutputWithPast(last_hidden_state=hidden_states, cache=cache)
+
+    def _routing_context(
+        self, input_ids, inputs_embeds, attention_mask, mm_token_type_ids, routing, past_length, whole_prompt
+    ):
+        if routing is None:
+            routing = self.config.training_routing if self.training else self.config.inference_routing
+        if routing not in ROUTINGS:
+            raise ValueError(f"`routing` must be one of {sorted(ROUTINGS)}, got {routing!r}.")
+        batch_size, length = (input_ids if input_ids is not None else inputs_embeds).shape[:2]
+        if batch_size == 0 or length == 0:
+            name = "input_ids" if input_ids is not None else "inputs_embeds"
+            raise ValueError(f"`{name}` has {batch_size} rows of {length} tokens: the input is empty.")
+        self._check_length(length, past_length)
+        if input_ids is not None:
+            modality_BT = token_modalities(self.config, input_ids)
+        elif mm_token_type_ids is not None:
+            modality_BT = mm_token_type_ids
+        else:
+            modality_BT = torch.zeros(batch_size, length, dtype=torch.long, device=inputs_embeds.device)
+        padding_BT = masked_B = None
+        if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2:
+            padding_BT = attention_mask[:, past_length : past_length + length] == 0
+            masked_B = (attention_mask == 0).all(dim=-1) if whole_prompt else None
+        split = split_modalities(self.config, modality_BT, padding_BT, input_ids, masked_B)
+        return RoutingContext(routing, split, track=self.training)
+
+    def _check_length(self, length, past_length):
+        limit = self.config.max_position_embeddings
+        # scaled rotary embeddings are made to go beyond
+        if self.config.rope_parameters["rope_type"] == "default" and past_length + length > limit:
+            raise ValueError(
+                f"The sequence has {past_length + length} positions, but `max_position_embeddings` is {limit}: the "
+                "model has never seen later ones. Shorten the input, or set `rope_parameters` to a scaled type."
+            )
+
+
+@auto_docstring
+class MomaForCausalLM(MomaPreTrainedModel, MomaGenerationMixin):
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
+
+    def __init__(self, config: MomaConfig):
+        super().__init__(config)
+        self.model = MomaModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    @auto_docstring
+    @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        cache: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        mm_token_type_ids: torch.LongTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        routing: str | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> MomaCausalLMOutput:
+        r"""
+        mm_token_type_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
+            See [`MomaModel.forward`].
+        labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
+            Targets, a copy of `input_ids` with -100 where no loss is wanted; shifted inside. Picture codes count like
+            words.
+        routing (`str`, *optional*):
+            See [`MomaModel.forward`].
+
+        Example:
+
+        ```python
+        >>> from PIL import Image
+        >>> from transformers import AutoModelForCausalLM, AutoProcessor
+        >>> import modeling_moma
+
+        >>> model = AutoModelForCausalLM.from_pretrained("model_cards/moma-emoji")
+        >>> processor = AutoProcessor.from_pretrained("model_cards/moma-emoji")
+        >>> inputs = processor(images=[Image.open("picture.png")], text=["<image>"], return_tensors="pt")
+        >>> ids = model.generate(**inputs, max_new_tokens=16, generation_mode="text")
+        >>> processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        ```"""
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            cache=cache,
+            inputs_embeds=inputs_embeds,
+            mm_token_type_ids=mm_token_type_ids,
+            use_cache=use_cache,
+            routing=routing,
+            **kwargs,
+        )
+        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
+        loss = modality_losses = modality_tokens = None
+        if labels is not None or kwargs.get("shift_labels") is not None:
+            parts = causal_lm_loss(self.config, logits, labels, training=self.training, **kwargs)
+            loss, modality_losses, modality_tokens = parts.loss, parts.modality_losses, parts.modality_tokens
+        return MomaCausalLMOutput(
+            loss=loss,
+            logits=logits,
+            cache=outputs.cache,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            router_logits=outputs.router_logits,
+            modality_losses=modality_losses,
+            modality_tokens=modality_tokens,
+        )
+
+
+__all__ = ["MomaCausalLMOutput", "MomaForCausalLM", "MomaModel", "MomaPreTrainedModel"]

