@@ -34,6 +34,8 @@ ROUTED_PICTURES = 3
 FINE_TUNE_PICTURES = 320
 EVALUATION_PICTURES = 32
 CAPTION_TOKENS = 32
+# as recommended by the card of the released model
+SAMPLING = {"do_sample": True, "temperature": 0.7, "top_k": 0}
 
 
 def parse_arguments(arguments=None) -> argparse.Namespace:
@@ -42,7 +44,7 @@ def parse_arguments(arguments=None) -> argparse.Namespace:
     parser.add_argument("--data", default="data/emoji", help="folder of the data set")
     parser.add_argument("--output", default="quickstart", help="folder for the pictures and the fine-tuned model")
     parser.add_argument("--pictures", type=int, default=12, help="held-out pictures to caption and to draw")
-    parser.add_argument("--guidance-scale", type=float, default=2.0, help="how closely a drawing follows its caption")
+    parser.add_argument("--guidance-scale", type=float, default=5.0, help="how closely a drawing follows its caption")
     parser.add_argument("--fine-tune-steps", type=int, default=40)
     parser.add_argument("--batch-size", type=int, default=32, help="examples of a fine-tuning step")
     parser.add_argument("--seed", type=int, default=0)
@@ -79,7 +81,7 @@ def draw_captions(model, processor, captions: list[str], guidance_scale: float, 
     """One sampled picture for each caption."""
     inputs = processor(text=captions, padding=True, padding_side="left", return_tensors="pt")
     set_seed(seed)
-    ids = model.generate(**inputs, do_sample=True, guidance_scale=guidance_scale, generation_mode="image")
+    ids = model.generate(**inputs, generation_mode="image", guidance_scale=guidance_scale, **SAMPLING)
     return processor.post_process_multimodal_output(model.decode_image_tokens(ids), generation_mode="image")
 
 

@@ -24,4 +24,4 @@ for model in 4t4i dense; do
 done
 "$python" scripts/release.py --model runs/4t4i --processor runs/processor --output model_cards/moma-emoji
 "$python" scripts/evaluate.py --model model_cards/moma-emoji --baseline runs/dense --curves runs/4t4i runs/dense \
-    --output model_cards/moma-emoji/evaluation.json --write-card
+    --temperature 0.7 --guidance-scale 5 --output model_cards/moma-emoji/evaluation.json --write-card
