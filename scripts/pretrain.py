@@ -22,10 +22,12 @@ from datasets import load_from_disk
 from transformers import Trainer, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
+from emoji.curves import RUN_FILE
 from emoji.examples import EmojiExamples, held_out_examples
 from modeling_moma import MomaConfig, MomaForCausalLM, MomaMetricsCallback, initialize_code_embeddings
 from precision import supports_bf16
 from tokenization import MomaDataCollator, MomaProcessor
+from writing import write_aside
 
 
 def parse_arguments(arguments=None) -> argparse.Namespace:
@@ -101,6 +103,9 @@ def build_trainer(args: argparse.Namespace) -> Trainer:
 def main(arguments=None):
     args = parse_arguments(arguments)
     trainer = build_trainer(args)
+    examples_a_step = trainer.args.train_batch_size * args.gradient_accumulation_steps * trainer.args.world_size
+    run = {"examples_a_step": examples_a_step, "arguments": vars(args)}
+    write_aside(Path(args.output) / RUN_FILE, lambda path: path.write_text(json.dumps(run, indent=2) + "\n"))
     checkpoint = get_last_checkpoint(args.output) if args.resume and Path(args.output).is_dir() else None
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_state()

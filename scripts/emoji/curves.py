@@ -26,6 +26,7 @@ from modeling_moma.costs_moma import eta_by_modality
 from .examples import EmojiExamples
 
 
+RUN_FILE = "run.json"
 CURVES = {"overall": "eval_loss", "text": "eval_text_loss", "image": "eval_image_loss"}
 
 
@@ -66,6 +67,11 @@ def read_run(folder: str | Path, tokens: dict[str, float]) -> dict:
         ValueError: no run lies in the folder, or it holds no evaluation by modality.
     """
     folder = Path(folder)
+    run_file = folder / RUN_FILE
+    if not run_file.is_file():
+        raise ValueError(f"`folder` {str(folder)!r} has no {RUN_FILE}, which scripts/pretrain.py writes at its start.")
+    # the trainer's state knows neither gradient accumulation nor processes
+    batch_size = json.loads(run_file.read_text())["examples_a_step"]
     if not (folder / "trainer_state.json").is_file():
         last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
         if last is None:
@@ -75,10 +81,7 @@ def read_run(folder: str | Path, tokens: dict[str, float]) -> dict:
     config = MomaConfig.from_pretrained(folder)
     history = state["log_history"]
     summary = next((entry for entry in reversed(history) if "train_runtime" in entry), {})
-    steps, batch_size = state["global_step"], state["train_batch_size"]
-    if summary:
-        # the state lacks gradient accumulation and processes; the rate of all examples has them
-        batch_size = round(summary["train_samples_per_second"] * summary["train_runtime"] / summary["step"])
+    steps = state["global_step"]
     flops_a_step = batch_size * training_flops(config, tokens, round(sum(tokens.values())))
     points = {
         # a resumed run evaluates its checkpoint once more; the later one counts

@@ -108,9 +108,10 @@ def write_run(folder, losses, finished=True):
     history.insert(1, {"step": 5, "loss": 1.0})
     steps = 10 * (len(losses) - 1)
     if finished:
-        # the rate is rounded, and a step has two batches of 8
-        rate = round(16 * steps / 7.3, 3)
-        history.append({"step": steps, "train_runtime": 7.3, "train_samples_per_second": rate})
+        history.append({"step": steps, "train_runtime": 7.3})
+    # a step has two batches of 8
+    run = folder if finished else folder.parent
+    (run / "run.json").write_text(json.dumps({"examples_a_step": 16}))
     state = {"global_step": steps, "train_batch_size": 8, "log_history": history}
     (folder / "trainer_state.json").write_text(json.dumps(state))
 
@@ -129,7 +130,7 @@ def test_unfinished_run_is_read_from_its_last_checkpoint(tmp_path):
     write_run(tmp_path / "run" / "checkpoint-10", [5.0, 4.0], finished=False)
     write_run(tmp_path / "run" / "checkpoint-20", [5.0, 4.0, 3.0], finished=False)
     run = read_run(tmp_path / "run", TOKENS)
-    assert (run["steps"], run["batch_size"], run["seconds"]) == (20, 8, None)
+    assert (run["steps"], run["batch_size"], run["seconds"]) == (20, 16, None)
 
 
 def test_a_resumed_run_has_each_step_once(tmp_path):
