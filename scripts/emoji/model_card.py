@@ -392,8 +392,8 @@ another routing: {expert_choice}.
 
 ![Validation losses over training FLOPs]({curves})
 
-The curves are those of `validation` that `Trainer` logged. {eta} One seed each: small differences are a direction, not a
-result.
+The curves are those of `validation` that `Trainer` logged. {eta} One seed each: small differences are a direction,
+not a result.
 
 ### Captions
 
