@@ -1,0 +1,46 @@
+# Copyright 2026 The modeling-moma authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoProcessor
+
+from modeling_moma.checkpoint_checks_moma import refuse_non_finite
+
+
+ROOT = Path(__file__).resolve().parent.parent
+FOLDER = ROOT / "model_cards" / "moma-emoji"
+CODE = sorted(path.name for path in FOLDER.glob("*.py"))
+
+
+@pytest.mark.parametrize("name", CODE)
+def test_the_code_that_travels_with_the_model_is_that_of_the_packages(name):
+    sources = [ROOT / package / name for package in ("modeling_moma", "tokenization")]
+    (source,) = [path for path in sources if path.exists()]
+    assert (FOLDER / name).read_text() == source.read_text(), f"copy {source.relative_to(ROOT)} to {FOLDER.name}"
+
+
+def test_the_folder_stays_below_40_mb():
+    assert sum(path.stat().st_size for path in FOLDER.rglob("*") if path.is_file()) <= 40e6
+
+
+def test_weights_are_finite_and_bf16_but_for_the_routers():
+    model = AutoModelForCausalLM.from_pretrained(FOLDER)
+    processor = AutoProcessor.from_pretrained(FOLDER)
+    refuse_non_finite(model, "moma-emoji")
+    refuse_non_finite(processor.vq_model, "moma-emoji")
+    for name, tensor in model.state_dict().items():
+        assert tensor.dtype == (torch.float32 if ".router." in name else torch.bfloat16), name
+    assert model.config.vocab_size == processor.token_layout()["vocab_size"]
