@@ -21,6 +21,7 @@ from transformers.utils import auto_docstring
 
 
 TEXT = "text"
+DEPTH_LAYER_TYPE = "moma_depth"
 # saving writes only the saved class's own entry; these let every auto class load the folder by its code
 AUTO_MAP = {
     "AutoConfig": "configuration_moma.MomaConfig",
@@ -31,11 +32,14 @@ AUTO_MAP = {
 TRAINING_ROUTINGS = ("expert_choice", "threshold", "token_choice")
 CAUSAL_ROUTINGS = ("threshold", "token_choice")
 
-# paper's Table 1, dense columns: layers, hidden size, FFN size before the SwiGLU factor 2/3, heads
+# paper's Table 1, dense and MoD columns: layers, hidden size, FFN size before the SwiGLU factor 2/3, heads
 _TABLE_1 = {
     "90m": (8, 512, 2048, 8),
     "435m": (24, 1024, 4096, 16),
     "1.4b": (24, 2048, 8192, 16),
+    "mod-110m": (14, 512, 2048, 8),
+    "mod-635m": (40, 1024, 4096, 16),
+    "mod-2.3b": (32, 2304, 9216, 18),
 }
 _PRESET_EXPERTS = {
     "dense": 1,
@@ -89,8 +93,28 @@ class MomaConfig(PreTrainedConfig):
         both.
     threshold_momentum (`float`, *optional*, defaults to 0.98):
         Momentum of the running mean of an expert's K-th best score, the cut of `threshold` routing.
+    routing_warmup_steps (`int`, *optional*, defaults to 100):
+        Training forwards in which `threshold` routing still selects as `expert_choice` does, until the running mean
+        has settled.
     router_bias_update_rate (`float`, *optional*, defaults to 0.001):
         Step by which `token_choice` moves an expert's selection bias towards balance after each training step.
+    depth_layers (`list[int]`, *optional*):
+        Layers that process only the tokens that their depth router chooses (mixture of depths, MoMa section 2.3); the
+        others pass by unchanged. The paper takes 0, 2, 4, ...; without it every layer processes every token.
+    depth_capacity (`float` or `dict[str, float]`, *optional*, defaults to 0.25):
+        Share of the tokens that a depth layer processes. A dict gives every modality its own share, for which its
+        tokens compete among themselves.
+    depth_pool (`str`, *optional*, defaults to `"batch"`):
+        Tokens that compete with one another: all of the `"batch"` (MoMa), or those of each `"row"`.
+    depth_threshold_momentum (`float`, *optional*, defaults to 0.5):
+        Momentum of the running mean of the K-th best score that cuts under `threshold`. Depth routers see the bare
+        residual stream and their scores drift fast: where the cut also selects in training, a mean that lags behind
+        lets too few tokens through.
+    depth_training_routing (`str`, *optional*):
+        Routing of the depth routers in `train()` mode, `training_routing` by default. `"threshold"` trains with the
+        selection that inference will use.
+    depth_inference_routing (`str`, *optional*):
+        Routing of the depth routers in `eval()` mode, `inference_routing` by default.
     z_loss_coef (`float`, *optional*, defaults to 1e-05):
         Weight of the mean of `log(Z)^2` over the target tokens, `Z` the softmax's normaliser (Chameleon section 2.4).
     modality_loss_weights (`dict[str, float]`, *optional*):
@@ -110,6 +134,8 @@ class MomaConfig(PreTrainedConfig):
     model_type = "moma"
     keys_to_ignore_at_inference = ["cache", "router_logits", "modality_losses", "modality_tokens"]
     default_theta = 10000.0
+    # a tied head is the embedding, and MomaForCausalLM's plan shards the head
+    base_model_tp_plan = {"embed_tokens": "embedding_rowwise"}
 
     vocab_size: int = 65536
     hidden_size: int = 512
@@ -148,7 +174,14 @@ class MomaConfig(PreTrainedConfig):
     training_routing: str = "expert_choice"
     inference_routing: str = "threshold"
     threshold_momentum: float = 0.98
+    routing_warmup_steps: int = 100
     router_bias_update_rate: float = 0.001
+    depth_layers: list[int] | None = None
+    depth_capacity: float | int | dict[str, float] = 0.25
+    depth_pool: str = "batch"
+    depth_threshold_momentum: float = 0.5
+    depth_training_routing: str | None = None
+    depth_inference_routing: str | None = None
     z_loss_coef: float = 1e-5
     modality_loss_weights: dict[str, float] | None = None
 
@@ -176,25 +209,28 @@ class MomaConfig(PreTrainedConfig):
 
         Args:
             name (`str`):
-                `moma-{90m,435m,1.4b}-{dense,1t1i,8x,4t4i}`.
+                `moma-{90m,435m,1.4b}-{dense,1t1i,8x,4t4i}`, or with mixture of depths in every other layer
+                `moma-mod-{110m,635m,2.3b}-{dense,1t1i,8x,4t4i}`.
             kwargs:
                 Fields that replace the preset's.
 
         Raises:
             ValueError: the name is not a preset.
         """
-        parts = name.lower().split("-")
-        if len(parts) != 3 or parts[0] != "moma" or parts[1] not in _TABLE_1 or parts[2] not in _PRESET_EXPERTS:
+        if name.lower() not in cls.preset_names():
             raise ValueError(f"`name` must be one of {cls.preset_names()}, got {name!r}.")
-        num_layers, hidden_size, ffn_size, num_heads = _TABLE_1[parts[1]]
+        size, experts = name.lower().removeprefix("moma-").rsplit("-", 1)
+        num_layers, hidden_size, ffn_size, num_heads = _TABLE_1[size]
         fields = {
             "num_hidden_layers": num_layers,
             "hidden_size": hidden_size,
             # SwiGLU keeps the matrices' total of a two-matrix FFN; the paper's counts need it unrounded
             "intermediate_size": 2 * ffn_size // 3,
             "num_attention_heads": num_heads,
-            "num_experts": _PRESET_EXPERTS[parts[2]],
+            "num_experts": _PRESET_EXPERTS[experts],
         }
+        if size.startswith("mod-"):
+            fields["depth_layers"] = list(range(0, num_layers, 2))
         return cls(**{**fields, **kwargs})
 
     @staticmethod
@@ -217,7 +253,17 @@ class MomaConfig(PreTrainedConfig):
     @property
     def layer_types(self) -> list[str]:
         """Cache layer type of each layer, read by the cache classes of Transformers."""
-        return ["full_attention"] * self.num_hidden_layers
+        depth_layers = set(self.depth_layers or ())
+        return [DEPTH_LAYER_TYPE if i in depth_layers else "full_attention" for i in range(self.num_hidden_layers)]
+
+    @property
+    def depth_pools(self) -> list[str]:
+        """Pools of tokens that compete for a depth layer: `["all"]`, or one for each modality."""
+        return self.modalities if isinstance(self.depth_capacity, dict) else ["all"]
+
+    def pool_depth_capacity(self, pool: str) -> float:
+        """Share of a pool's tokens that a depth layer processes."""
+        return self.depth_capacity[pool] if isinstance(self.depth_capacity, dict) else self.depth_capacity
 
     def group_num_experts(self, group: str) -> int:
         """Experts `E` of a group."""
@@ -250,7 +296,8 @@ class MomaConfig(PreTrainedConfig):
 
         Args:
             active (`bool`, *optional*, defaults to `False`):
-                Count only what a token meets on average: `c` experts of its group (`expert_capacity_factor`).
+                Count only what a token meets on average: `c` experts of its group (`expert_capacity_factor`), and of a
+                depth layer the share `depth_capacity`.
             modality (`str`, *optional*):
                 The token's modality for `active=True`. By default the largest count over the modalities.
             exclude_norms_and_routers (`bool`, *optional*, defaults to `False`):
@@ -261,6 +308,8 @@ class MomaConfig(PreTrainedConfig):
         """
         if modality is not None and modality not in self.modalities:
             raise ValueError(f"`modality` must be one of {self.modalities}, got {modality!r}.")
+        if active and modality is None:
+            return max(self.num_parameters(True, name, exclude_norms_and_routers) for name in self.modalities)
         embeddings = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
         query_width, key_width = (
             heads * self.head_dim for heads in (self.num_attention_heads, self.num_key_value_heads)
@@ -274,9 +323,16 @@ class MomaConfig(PreTrainedConfig):
             for name, members in self.expert_groups.items()
             if modality is None or modality in members
         ]
-        layer += max(groups) if active else sum(groups)
-        norms = 0 if exclude_norms_and_routers else self.hidden_size + self.num_hidden_layers * self._norm_parameters()
-        return round(embeddings + self.num_hidden_layers * layer + norms)
+        layer += sum(groups)
+        if not exclude_norms_and_routers:
+            layer += self._norm_parameters()
+        num_depth_layers = len(self.depth_layers or ())
+        layers = (self.num_hidden_layers - num_depth_layers) * layer
+        pool = modality if modality in self.depth_pools else self.depth_pools[0]
+        layers += num_depth_layers * layer * (self.pool_depth_capacity(pool) if active else 1)
+        if not exclude_norms_and_routers:
+            layers += self.hidden_size * (1 + num_depth_layers)
+        return round(embeddings + layers)
 
     def _norm_parameters(self) -> int:
         qk_norm = {
@@ -456,8 +512,9 @@ class MomaConfig(PreTrainedConfig):
             self.gate_after_norm,
             "needs norm_placement='post': with 'pre' nothing cancels the gate",
         )
-        _require(0 <= self.threshold_momentum < 1, "threshold_momentum", self.threshold_momentum, "must be in [0, 1)")
-        for name in ("router_bias_update_rate", "z_loss_coef"):
+        for name in ("threshold_momentum", "depth_threshold_momentum"):
+            _require(0 <= getattr(self, name) < 1, name, getattr(self, name), "must be in [0, 1)")
+        for name in ("routing_warmup_steps", "router_bias_update_rate", "z_loss_coef"):
             _require(getattr(self, name) >= 0, name, getattr(self, name), "must not be negative")
         self._require_modalities("modality_loss_weights")
         weights = self.modality_loss_weights or {}
@@ -468,6 +525,32 @@ class MomaConfig(PreTrainedConfig):
             "must not be negative",
         )
 
+    def validate_depth(self):
+        """Check the depth layers and the routing of their tokens."""
+        layers = self.depth_layers or []
+        _require(
+            all(0 <= layer < self.num_hidden_layers for layer in layers) and sorted(set(layers)) == layers,
+            "depth_layers",
+            self.depth_layers,
+            f"must be ascending indices of the {self.num_hidden_layers} layers, counted from 0",
+        )
+        self._require_modalities("depth_capacity", complete=True)
+        for pool in self.depth_pools:
+            capacity = self.pool_depth_capacity(pool)
+            _require(0 < capacity <= 1, "depth_capacity", self.depth_capacity, "is a share of the tokens, in (0, 1]")
+        _require(self.depth_pool in ("batch", "row"), "depth_pool", self.depth_pool, "must be 'batch' or 'row'")
+        for name, choices in (
+            ("depth_training_routing", TRAINING_ROUTINGS),
+            ("depth_inference_routing", CAUSAL_ROUTINGS),
+        ):
+            value = getattr(self, name)
+            _require(
+                value is None or value in choices,
+                name,
+                value,
+                f"must be one of {choices}, or None for {name.removeprefix('depth_')}",
+            )
+
     def _require_modalities(self, name, complete=False):
         value = getattr(self, name)
         if not isinstance(value, dict):
@@ -475,7 +558,7 @@ class MomaConfig(PreTrainedConfig):
         unknown = sorted(set(value) - set(self.modalities))
         _require(not unknown, name, value, f"names {unknown}, which modality_token_ranges does not define")
         missing = sorted(set(self.modalities) - set(value)) if complete else []
-        _require(not missing, name, value, f"lacks {missing}: every modality needs its group of experts")
+        _require(not missing, name, value, f"lacks {missing}: every modality needs its own")
 
 
 def _require(condition: bool, name: str, value, demand: str):

@@ -35,6 +35,9 @@ def flops_per_token(
     the mean for the former up to the rounding of `K`, as far as the thresholds are settled for the latter. Under
     `token_choice` it meets `num_experts_per_tok`.
 
+    A depth layer costs the share `depth_capacity` of another layer, with that share of the keys, and its router. Where
+    modalities have capacities of their own, the keys are counted as if all modalities were alike frequent.
+
     Args:
         config (`MomaConfig`): the model.
         modality (`str`): a name of `config.modalities`.
@@ -60,8 +63,12 @@ def flops_per_token(
     if routing not in ROUTINGS:
         raise ValueError(f"`routing` must be one of {sorted(ROUTINGS)}, got {routing!r}.")
     group = next(name for name, members in config.expert_groups.items() if modality in members)
-    layer = _attention_flops(config, sequence_length) + _feed_forward_flops(config, group, routing)
-    forward = config.num_hidden_layers * layer + 2 * config.hidden_size * config.vocab_size
+    feed_forward = _feed_forward_flops(config, group, routing)
+    num_depth_layers = len(config.depth_layers or ())
+    layers = (config.num_hidden_layers - num_depth_layers) * (_attention_flops(config, sequence_length) + feed_forward)
+    if num_depth_layers:
+        layers += num_depth_layers * _depth_flops(config, modality, sequence_length, feed_forward)
+    forward = layers + 2 * config.hidden_size * config.vocab_size
     # the gradient of a matrix product is two more of its size
     return 3 * forward if training else forward
 
@@ -107,6 +114,13 @@ def _attention_flops(config, sequence_length):
     projections = 2 * config.hidden_size * (2 * query_width + 2 * key_width)
     # scores, then the weighted sum of values
     return projections + 2 * 2 * sequence_length * query_width
+
+
+def _depth_flops(config, modality, sequence_length, feed_forward):
+    capacities = [config.pool_depth_capacity(pool) for pool in config.depth_pools]
+    share = config.pool_depth_capacity(modality if modality in config.depth_pools else config.depth_pools[0])
+    num_keys = sum(capacities) / len(capacities) * sequence_length
+    return 2 * config.hidden_size + share * (_attention_flops(config, num_keys) + feed_forward)
 
 
 def _feed_forward_flops(config, group, routing):

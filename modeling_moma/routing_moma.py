@@ -15,11 +15,13 @@
 
 Shape suffixes:
     B rows, T positions, D hidden size, G expert groups, N tokens of one group in the batch, E experts of the group,
-    K tokens that one expert takes, P (token, expert) pairs.
+    K tokens that one expert takes, P (token, expert) pairs,
+    C cuts of a router (one for each expert, or for each pool of a depth router).
 """
 
 import math
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -57,11 +59,33 @@ class PairSelection:
     weight_P: torch.Tensor
 
 
-class MomaRouter(nn.Module):
-    """Scores of a group's tokens for its experts (MoMa equation 1), and the choice between them.
+class MomaRouterBase(nn.Module):
+    """Sigmoid scores, and the state that lets a router choose without looking at other tokens.
 
     A score is the sigmoid of a projection, so it depends on its token alone. Everything is fp32: bf16 sigmoids tie,
-    and a tie changes which token an expert takes.
+    and a tie changes who is chosen.
+    """
+
+    def __init__(
+        self, config: MomaConfig, num_scores: int, num_cuts: int, momentum: float, updates_shape: tuple[int, ...] = ()
+    ):
+        super().__init__()
+        self.momentum = momentum
+        self.warmup_steps = config.routing_warmup_steps
+        self.weight = nn.Parameter(torch.empty(num_scores, config.hidden_size, dtype=torch.float32))
+        # an untrained router scores about 0.5
+        self.threshold = nn.Buffer(torch.full((num_cuts,), 0.5, dtype=torch.float32))
+        self.balance_bias = nn.Buffer(torch.zeros(num_cuts, dtype=torch.float32))
+        self.num_updates = nn.Buffer(torch.zeros(updates_shape, dtype=torch.float32))
+
+    def logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """`[..., D]` to `[..., scores]`, in fp32 also under autocast."""
+        with torch.autocast(hidden_states.device.type, enabled=False):
+            return nn.functional.linear(hidden_states.float(), self.weight.float())
+
+
+class MomaRouter(MomaRouterBase):
+    """Scores of a group's tokens for its experts (MoMa equation 1), and the choice between them.
 
     State dict:
         weight           [E, D]  fp32
@@ -71,15 +95,11 @@ class MomaRouter(nn.Module):
     """
 
     def __init__(self, config: MomaConfig, group: str):
-        super().__init__()
-        self.num_experts = config.group_num_experts(group)
+        num_experts = config.group_num_experts(group)
+        super().__init__(config, num_scores=num_experts, num_cuts=num_experts, momentum=config.threshold_momentum)
+        self.num_experts = num_experts
         self.num_experts_per_tok = config.num_experts_per_tok
         self.capacity_factor = config.group_capacity_factor(group)
-        self.weight = nn.Parameter(torch.empty(self.num_experts, config.hidden_size, dtype=torch.float32))
-        # an untrained router scores about 0.5
-        self.threshold = nn.Buffer(torch.full((self.num_experts,), 0.5, dtype=torch.float32))
-        self.balance_bias = nn.Buffer(torch.zeros(self.num_experts, dtype=torch.float32))
-        self.num_updates = nn.Buffer(torch.zeros((), dtype=torch.float32))
 
     def forward(
         self, x_ND: torch.Tensor, context: "RoutingContext"
@@ -93,13 +113,28 @@ class MomaRouter(nn.Module):
         Returns:
             `tuple`: router logits `[N, E]` in fp32, and the selection.
         """
-        with torch.autocast(x_ND.device.type, enabled=False):
-            logits_NE = nn.functional.linear(x_ND.float(), self.weight.float())
-        return logits_NE, ROUTINGS[context.routing](self, torch.sigmoid(logits_NE), context)
+        logits_NE = self.logits(x_ND)
+        selection = ROUTINGS[context.routing](self, torch.sigmoid(logits_NE), context)
+        if context.track:
+            context.record(self, *self._statistics(logits_NE.detach(), selection))
+        return logits_NE, selection
 
     def capacity(self, num_tokens: int) -> int:
         """Tokens `K = ceil(c * N / E)` that one expert takes from `num_tokens`."""
         return min(num_tokens, math.ceil(self.capacity_factor * num_tokens / self.num_experts))
+
+    def _statistics(self, logits_NE, selection):
+        num_tokens = logits_NE.shape[0]
+        if num_tokens == 0:
+            zeros_E = logits_NE.new_zeros(self.num_experts)
+            return zeros_E, zeros_E, zeros_E
+        if isinstance(selection, ExpertSelection):
+            kth_E = selection.weight_EK[:, -1].detach()
+            load_E = torch.full_like(kth_E, selection.token_EK.shape[1])
+        else:
+            kth_E = torch.sigmoid(logits_NE).t().topk(self.capacity(num_tokens), dim=-1).values[:, -1]
+            load_E = nn.functional.one_hot(selection.expert_P, self.num_experts).sum(0).float()
+        return kth_E, (load_E.mean() - load_E) / num_tokens, torch.ones_like(kth_E)
 
 
 def expert_choice(router: MomaRouter, scores_NE: torch.Tensor, context: "RoutingContext") -> ExpertSelection:
@@ -109,16 +144,24 @@ def expert_choice(router: MomaRouter, scores_NE: torch.Tensor, context: "Routing
 
 
 def threshold(router: MomaRouter, scores_NE: torch.Tensor, context: "RoutingContext") -> PairSelection:
-    """An expert takes a token iff its score reaches the running mean of the expert's K-th best score."""
-    threshold_E, _ = context.router_state(router)
-    token_P, expert_P = (scores_NE >= threshold_E).nonzero(as_tuple=True)
+    """An expert takes a token iff its score reaches the running mean of the expert's K-th best score.
+
+    In the first `routing_warmup_steps` of training it takes its K best tokens of the batch instead.
+    """
+    state = context.router_state(router)
+    is_taken_NE = scores_NE >= state.threshold
+    if context.track and router.warmup_steps:
+        token_EK = expert_choice(router, scores_NE.detach(), context).token_EK
+        is_best_EN = torch.zeros_like(is_taken_NE.t()).scatter_(1, token_EK, True)
+        is_taken_NE = torch.where(state.num_updates < router.warmup_steps, is_best_EN.t(), is_taken_NE)
+    token_P, expert_P = is_taken_NE.nonzero(as_tuple=True)
     return PairSelection(token_P, expert_P, scores_NE[token_P, expert_P])
 
 
 def token_choice(router: MomaRouter, scores_NE: torch.Tensor, context: "RoutingContext") -> PairSelection:
     """Each token takes its best experts; the balance bias selects but does not weigh (arXiv 2408.15664)."""
     num_tokens = scores_NE.shape[0]
-    _, bias_E = context.router_state(router)
+    bias_E = context.router_state(router).balance_bias
     expert_Nk = (scores_NE + bias_E).topk(router.num_experts_per_tok, dim=-1).indices
     token_N = torch.arange(num_tokens, device=scores_NE.device)
     token_P = token_N.repeat_interleave(router.num_experts_per_tok)
@@ -137,11 +180,23 @@ class ModalitySplit:
         order (`torch.LongTensor`, *optional*): flat positions `[B * T]`, group by group, padding last. `None` when all
             positions belong to one group.
         inverse (`torch.LongTensor`, *optional*): the place of each position in `order`.
+        group_BT (`torch.LongTensor`): index of each position's group, the number of groups at padding, `[B, T]`.
     """
 
     counts: dict[str, int]
     order: torch.Tensor | None
     inverse: torch.Tensor | None
+    group_BT: torch.Tensor
+
+    @classmethod
+    def from_groups(cls, group_BT: torch.Tensor, counts: dict[str, int]) -> "ModalitySplit":
+        """Lay out positions whose numbers in each group are known to the host, so that nothing waits."""
+        group_flat = group_BT.flatten()
+        if len(counts) == 1 and sum(counts.values()) == group_flat.shape[0]:
+            return cls(counts, None, None, group_BT)
+        order = torch.argsort(group_flat, stable=True)
+        inverse = torch.empty_like(order).scatter_(0, order, torch.arange(order.shape[0], device=order.device))
+        return cls(counts, order, inverse, group_BT)
 
     def split(self, hidden_BTD: torch.Tensor) -> dict[str, torch.Tensor]:
         """Gather `[B, T, D]` into the groups' tokens, `[N, D]` each."""
@@ -212,11 +267,7 @@ def split_modalities(
             f"`attention_mask` is 0 in all of row {first_masked}: a row needs at least one token. Is its text empty, "
             "or was the mask inverted?"
         )
-    if max(counts) == group_flat.shape[0] and counts[-1] == 0 and len(groups) == 1:
-        return ModalitySplit({groups[0]: counts[0]}, None, None)
-    order = torch.argsort(group_flat, stable=True)
-    inverse = torch.empty_like(order).scatter_(0, order, torch.arange(order.shape[0], device=order.device))
-    return ModalitySplit(dict(zip(groups, counts)), order, inverse)
+    return ModalitySplit.from_groups(group_BT, dict(zip(groups, counts)))
 
 
 def _check_bounds(config, low, high, are_ids):
@@ -233,57 +284,75 @@ def _check_bounds(config, low, high, are_ids):
         )
 
 
+def is_distributed() -> bool:
+    """Whether other processes take part."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+class RouterState(NamedTuple):
+    """What a router selects with: its buffers, as they were when the forward met it."""
+
+    threshold: torch.Tensor
+    balance_bias: torch.Tensor
+    num_updates: torch.Tensor
+
+
 @dataclass
 class RoutingContext:
     """What one forward of the model tells all its layers, and what their routers leave behind.
 
     Attributes:
-        routing (`str`): a name of `ROUTINGS`.
+        routing (`str`): a name of `ROUTINGS`, for experts.
         split (`ModalitySplit`): positions of each group.
         track (`bool`): whether routers record statistics (in training).
-        statistics (`dict`): K-th best score `[E]`, load `[E]` and number of tokens, by router. Recomputation under
+        depth_routing (`str`, *optional*): a name of `ROUTINGS`, for depth layers.
+        modality_BT (`torch.LongTensor`, *optional*): modality of each position, `[B, T]`.
+        padding_BT (`torch.BoolTensor`, *optional*): True where a position is padding, `[B, T]`.
+        document_BT (`torch.LongTensor`, *optional*): document of each position in packed rows, `[B, T]`.
+        custom_mask_BHQS (`torch.Tensor`, *optional*): the caller's own attention mask, as it came.
+        statistics (`dict`): K-th best scores, shortfalls of load and votes, by router. Recomputation under
             activation checkpointing writes the same entry again, so a step counts once.
-        state (`dict`): threshold `[E]` and balance bias `[E]` of each router when the forward met it.
+        state (`dict`): [`RouterState`] by router.
     """
 
     routing: str
     split: ModalitySplit
     track: bool = False
+    depth_routing: str | None = None
+    modality_BT: torch.Tensor | None = None
+    padding_BT: torch.Tensor | None = None
+    document_BT: torch.Tensor | None = None
+    custom_mask_BHQS: torch.Tensor | None = None
     statistics: dict = field(default_factory=dict)
     state: dict = field(default_factory=dict)
 
-    def router_state(self, router: MomaRouter) -> tuple[torch.Tensor, torch.Tensor]:
-        """Threshold and balance bias to select with.
+    def router_state(self, router: MomaRouterBase) -> RouterState:
+        """Buffers to select with.
 
         In training they are kept from the forward: recomputation under activation checkpointing comes after
         `update_routers` and has to select the same tokens again.
         """
+        buffers = (router.threshold, router.balance_bias, router.num_updates)
         if not self.track:
-            return router.threshold, router.balance_bias
+            return RouterState(*buffers)
         if router not in self.state:
-            self.state[router] = (router.threshold.clone(), router.balance_bias.clone())
+            self.state[router] = RouterState(*(buffer.clone() for buffer in buffers))
         return self.state[router]
 
-    @torch.no_grad()
-    def record(self, router: MomaRouter, logits_NE: torch.Tensor, selection: ExpertSelection | PairSelection):
-        """Keep what `update_routers` needs of one router's step."""
-        num_tokens = logits_NE.shape[0]
-        if num_tokens == 0:
-            zeros = logits_NE.new_zeros(router.num_experts)
-            self.statistics[router] = (zeros, zeros, 0)
-            return
-        if isinstance(selection, ExpertSelection):
-            kth_E = selection.weight_EK[:, -1]
-            load_E = torch.full_like(kth_E, selection.token_EK.shape[1] / num_tokens)
-        else:
-            kth_E = torch.sigmoid(logits_NE).t().topk(router.capacity(num_tokens), dim=-1).values[:, -1]
-            one_hot_PE = nn.functional.one_hot(selection.expert_P, router.num_experts)
-            load_E = one_hot_PE.sum(0).float() / num_tokens
-        self.statistics[router] = (kth_E, load_E, num_tokens)
+    def record(self, router: MomaRouterBase, kth_C: torch.Tensor, shortfall_C: torch.Tensor, votes_C: torch.Tensor):
+        """Keep what `update_routers` needs of one router's step, for each of its `C` cuts.
+
+        Args:
+            router (`MomaRouterBase`): whose.
+            kth_C (`torch.Tensor`): the K-th best score.
+            shortfall_C (`torch.Tensor`): by how much the load lags behind its target, as a share of the tokens.
+            votes_C (`torch.Tensor`): 1, or 0 where this process had no token to judge by.
+        """
+        self.statistics[router] = (kth_C, shortfall_C, votes_C)
 
 
 @torch.no_grad()
-def update_routers(context: RoutingContext, momentum: float, bias_update_rate: float):
+def update_routers(context: RoutingContext, bias_update_rate: float):
     """Move thresholds and balance biases after a training step, averaged over all processes in one collective.
 
     A process without tokens of a group has no say in that group's average.
@@ -293,21 +362,23 @@ def update_routers(context: RoutingContext, momentum: float, bias_update_rate: f
     routers = list(context.statistics)
     device = routers[0].weight.device
     rows = []
-    for kth_E, load_E, num_tokens in context.statistics.values():
-        has_tokens = float(num_tokens > 0)
-        rows += [kth_E.to(device), load_E.to(device), torch.full_like(kth_E, has_tokens, device=device)]
+    for kth_C, shortfall_C, votes_C in context.statistics.values():
+        rows += [(kth_C * votes_C).to(device), (shortfall_C * votes_C).to(device), votes_C.to(device)]
     flat = torch.cat(rows)
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+    if is_distributed():
         dist.all_reduce(flat)
     pieces = iter(flat.split([row.shape[0] for row in rows]))
-    for router, kth_E, load_E, votes_E in zip(routers, pieces, pieces, pieces):
-        any_vote = votes_E > 0
-        votes_E = votes_E.clamp(min=1)
-        kth_E, load_E = kth_E / votes_E, load_E / votes_E
+    for router, kth_C, shortfall_C, votes_C in zip(routers, pieces, pieces, pieces):
+        has_vote_C = votes_C > 0
+        votes_C = votes_C.clamp(min=1)
+        kth_C, shortfall_C = kth_C / votes_C, shortfall_C / votes_C
         # the plain mean until it has seen enough steps, so that no start value lingers
-        decay = (router.num_updates / (router.num_updates + 1)).clamp(max=momentum)
-        router.threshold.copy_(torch.where(any_vote, decay * router.threshold + (1 - decay) * kth_E, router.threshold))
-        router.num_updates.add_(any_vote[0].float())
-        if context.routing == "token_choice":
-            step_E = bias_update_rate * torch.sign(load_E.mean() - load_E)
-            router.balance_bias.copy_(torch.where(any_vote, router.balance_bias + step_E, router.balance_bias))
+        decay = (router.num_updates / (router.num_updates + 1)).clamp(max=router.momentum)
+        router.threshold.copy_(
+            torch.where(has_vote_C, decay * router.threshold + (1 - decay) * kth_C, router.threshold)
+        )
+        router.num_updates.add_((has_vote_C if router.num_updates.ndim else has_vote_C[0]).float())
+        routing = context.routing if isinstance(router, MomaRouter) else context.depth_routing
+        if routing == "token_choice":
+            step_C = bias_update_rate * torch.sign(shortfall_C)
+            router.balance_bias.copy_(torch.where(has_vote_C, router.balance_bias + step_C, router.balance_bias))

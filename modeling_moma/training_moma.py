@@ -19,7 +19,8 @@ import torch
 import torch.distributed as dist
 from transformers import PreTrainedModel, TrainerCallback
 
-from .routing_moma import ExpertSelection, MomaRouter
+from .depth_moma import MomaDepthRouter
+from .routing_moma import ExpertSelection, MomaRouter, is_distributed
 
 
 class MomaMetricsCallback(TrainerCallback):
@@ -28,7 +29,9 @@ class MomaMetricsCallback(TrainerCallback):
     - `{modality}_loss`: mean cross-entropy of the modality's target tokens, in nats, unweighted;
     - `{group}_uncovered`, `{group}_covered_twice`: shares of the group's tokens that no expert, and that several
       experts took, averaged over the layers;
-    - `{group}_peak_load`: tokens of the busiest expert over the mean of its layer's experts.
+    - `{group}_peak_load`: tokens of the busiest expert over the mean of its layer's experts;
+    - `{modality}_depth_load`: share of the modality's tokens that a depth layer processed, averaged over these layers
+      (one router serves all modalities, so their mix in a depth layer may drift away from the data's).
 
     Evaluation's keys have the prefix `eval_`. A training loss under `expert_choice` sees the future; the loss that
     `Trainer.evaluate` reports is causal.
@@ -58,6 +61,9 @@ class MomaMetricsCallback(TrainerCallback):
                 # "model.layers.0.mlp.groups.text.router"
                 group = name.split(".")[-2]
                 self._handles.append(module.register_forward_hook(self._router_hook(group)))
+            elif isinstance(module, MomaDepthRouter):
+                modalities = model.config.modalities
+                self._handles.append(module.register_forward_hook(self._depth_hook(modalities)))
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         """Put the averages into the log and start anew."""
@@ -104,10 +110,24 @@ class MomaMetricsCallback(TrainerCallback):
 
         return on_route
 
+    def _depth_hook(self, modalities):
+        @torch.no_grad()
+        def on_choose(module, args, output):
+            context, (_, selection) = args[1], output
+            sums = self._sums[module.training]
+            for index, modality in enumerate(modalities):
+                is_token_BT = context.modality_BT == index
+                if context.padding_BT is not None:
+                    is_token_BT = is_token_BT & ~context.padding_BT
+                sums[f"{modality}_depth_load", "sum"] += (selection.chosen_BT & is_token_BT).sum()
+                sums[f"{modality}_depth_load", "count"] += is_token_BT.sum()
+
+        return on_choose
+
     def _averages(self, training):
         sums, self._sums[training] = self._sums[training], defaultdict(float)
         parts = [{key: float(value) for key, value in sums.items()}]
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        if is_distributed():
             # by name, since a process that saw no token of a modality lacks that modality's
             parts = [None] * dist.get_world_size()
             dist.all_gather_object(parts, {key: float(value) for key, value in sums.items()})

@@ -11,6 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
+import re
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,13 @@ def test_the_code_that_travels_with_the_model_is_that_of_the_packages(name):
     sources = [ROOT / package / name for package in ("modeling_moma", "tokenization")]
     (source,) = [path for path in sources if path.exists()]
     assert (FOLDER / name).read_text() == source.read_text(), f"copy {source.relative_to(ROOT)} to {FOLDER.name}"
+
+
+@pytest.mark.parametrize("name", CODE)
+def test_what_the_code_imports_travels_too(name):
+    imported = re.findall(r"^from \.(\w+) import", (FOLDER / name).read_text(), flags=re.MULTILINE)
+    missing = [module for module in imported if f"{module}.py" not in CODE]
+    assert not missing, f"copy {missing} to {FOLDER.name}"
 
 
 def test_the_folder_stays_below_40_mb():

@@ -150,9 +150,7 @@ class MomaExpertGroup(nn.Module):
         if self.num_experts == 1:
             y_ND, gate_N = self.mlp(x_ND), gate_N + 1
         else:
-            logits_NE, selection = self.router(x_ND, context)
-            if context.track:
-                context.record(self.router, logits_NE, selection)
+            _, selection = self.router(x_ND, context)
             y_ND, gate_N = self._run(x_ND, selection, gate_N)
         if self.shared_expert is not None:
             y_ND, gate_N = y_ND + self.shared_expert(x_ND), gate_N + 1

@@ -14,14 +14,14 @@
 """The MoMa decoder: attention that all modalities share, feed-forward layers split into expert groups."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.integrations import use_kernel_forward_from_hub, use_kernelized_func
-from transformers.masking_utils import create_causal_mask
+from transformers.masking_utils import create_causal_mask, find_packed_sequence_indices
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import ModelOutput, MoeModelOutputWithPast
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
@@ -34,10 +34,27 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_moma import MomaConfig
+from .depth_moma import (
+    MomaDepthRouter,
+    PackedCache,
+    depth_cache_layer,
+    pack_chosen,
+    packed_causal_mask,
+    packed_position_ids,
+)
 from .experts_moma import MomaFeedForward, MomaPackedExperts
 from .generation_moma import MomaGenerationMixin
 from .loss_moma import causal_lm_loss
-from .routing_moma import ROUTINGS, MomaRouter, RoutingContext, split_modalities, token_modalities, update_routers
+from .routing_moma import (
+    ROUTINGS,
+    MomaRouter,
+    MomaRouterBase,
+    RoutingContext,
+    is_distributed,
+    split_modalities,
+    token_modalities,
+    update_routers,
+)
 
 
 @auto_docstring(
@@ -183,6 +200,17 @@ class MomaAttention(nn.Module):
         return self.o_proj(attn_output.reshape(*input_shape, -1)), attn_weights
 
 
+class MomaDepthAttention(MomaAttention):
+    """Attention among the chosen tokens of a depth layer."""
+
+    def forward(self, *args, packing, slot_RS, past, is_recorded, **kwargs):
+        """Outputs of the packed tokens `[R, C, D]`; weights, if recorded, are laid out over all positions."""
+        attn_output, weights_RHCS = super().forward(*args, **kwargs)
+        if weights_RHCS is None or not is_recorded:
+            return attn_output, None
+        return attn_output, packing.unpack_attention(weights_RHCS, slot_RS, past)
+
+
 def _query_key_norm(config, num_heads):
     # CODEPATH: RMSNorm for models trained here, as moma-emoji
     if config.qk_norm == "rmsnorm":
@@ -217,23 +245,96 @@ class MomaDecoderLayer(GradientCheckpointingLayer):
         cache: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
-        pre_norm = self.norm_placement == "pre"
-        attention_input = self.attention_norm(hidden_states) if pre_norm else hidden_states
-        delta, _ = self.self_attn(
-            attention_input,
+        attention_change = self._attention_change(
+            hidden_states,
             position_embeddings=position_embeddings,
             attention_mask=attention_mask,
             cache=cache,
             **kwargs,
         )
-        hidden_states = hidden_states + (delta if pre_norm else self.attention_norm(delta))
-        ffn_input = self.ffn_norm(hidden_states) if pre_norm else hidden_states
-        delta, gate = self.mlp(ffn_input, routing_context)
-        if not pre_norm:
-            delta = self.ffn_norm(delta)
-            # RMSNorm has cancelled the gate of tokens that one expert took
-            delta = delta * gate if gate is not None else delta
-        return hidden_states + delta
+        hidden_states = hidden_states + attention_change
+        return hidden_states + self._ffn_change(hidden_states, routing_context)
+
+    def _attention_change(self, hidden_states, **kwargs):
+        if self.norm_placement == "pre":
+            return self.self_attn(self.attention_norm(hidden_states), **kwargs)[0]
+        return self.attention_norm(self.self_attn(hidden_states, **kwargs)[0])
+
+    def _ffn_change(self, hidden_states, routing_context):
+        if self.norm_placement == "pre":
+            return self.mlp(self.ffn_norm(hidden_states), routing_context)[0]
+        change, gate = self.mlp(hidden_states, routing_context)
+        change = self.ffn_norm(change)
+        # RMSNorm has cancelled the gate of tokens that one expert took
+        return change * gate if gate is not None else change
+
+
+class MomaDepthDecoderLayer(MomaDecoderLayer):
+    """A decoder layer for the tokens that its depth router chooses (MoMa section 2.3).
+
+    The chosen tokens are packed to the front of their rows; attention and experts see them alone. The whole change
+    that the layer makes to a token is scaled by the token's score. All other tokens leave as they came.
+    """
+
+    def __init__(self, config: MomaConfig, layer_idx: int):
+        super().__init__(config, layer_idx)
+        self.config = config
+        self.layer_idx = layer_idx
+        self.self_attn = MomaDepthAttention(config, layer_idx)
+        self.depth_router = MomaDepthRouter(config)
+        self.capacity = max(config.pool_depth_capacity(pool) for pool in config.depth_pools)
+
+    @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        routing_context: RoutingContext,
+        attention_mask: torch.Tensor | None = None,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        cache: Cache | None = None,
+        position_ids: torch.LongTensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> torch.Tensor:
+        is_recorded = bool(kwargs.get("output_attentions", self.config.output_attentions))
+        _, selection = self.depth_router(hidden_states, routing_context)
+        # weights take part in every training step and wherever processes wait for one another; a recorded layer has
+        # attentions in every step
+        keep_empty_rows = self.training or is_distributed() or is_recorded
+        packing = pack_chosen(selection.chosen_BT, routing_context.split, keep_empty_rows)
+        if packing is None:
+            self._skip(hidden_states, cache)
+            return hidden_states
+        slot_RS, past = None, 0
+        if cache is not None:
+            cache_layer = depth_cache_layer(cache, self.layer_idx)
+            slot_RS, past = cache_layer.stored_slots(packing), cache_layer.get_seq_length()
+            cache = PackedCache(cache, packing, self.capacity)
+        for name in ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"):
+            # they describe the rows before packing
+            kwargs.pop(name, None)
+        x_RCD = packing.pack(hidden_states)
+        attention_change_RCD = self._attention_change(
+            x_RCD,
+            position_embeddings=tuple(packing.pack(part) for part in position_embeddings),
+            attention_mask=packed_causal_mask(self.config, packing, routing_context, x_RCD.dtype, slot_RS, past),
+            position_ids=packed_position_ids(packing, routing_context),
+            cache=cache,
+            packing=packing,
+            slot_RS=slot_RS,
+            past=past,
+            is_recorded=is_recorded,
+            **kwargs,
+        )
+        packed_context = replace(routing_context, split=packing.split)
+        change_RCD = attention_change_RCD + self._ffn_change(x_RCD + attention_change_RCD, packed_context)
+        return packing.add_back(hidden_states, change_RCD, selection.weight_BT)
+
+    def _skip(self, hidden_states, cache):
+        if cache is None:
+            return
+        depth_cache_layer(cache, self.layer_idx)
+        nothing = hidden_states.new_empty(hidden_states.shape[0], 1, 0, 1)
+        cache.update(nothing, nothing, self.layer_idx, num_skipped=hidden_states.shape[1])
 
 
 @auto_docstring
@@ -243,7 +344,7 @@ class MomaPreTrainedModel(PreTrainedModel):
     input_modalities = ("image", "text")
     output_modalities = ("image", "text")
     supports_gradient_checkpointing = True
-    _no_split_modules = ["MomaDecoderLayer"]
+    _no_split_modules = ["MomaDecoderLayer", "MomaDepthDecoderLayer"]
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
@@ -254,6 +355,10 @@ class MomaPreTrainedModel(PreTrainedModel):
         "router.threshold",
         "router.balance_bias",
         "router.num_updates",
+        "depth_router.weight",
+        "depth_router.threshold",
+        "depth_router.balance_bias",
+        "depth_router.num_updates",
     ]
     _can_record_outputs = {
         "router_logits": OutputRecorder(MomaRouter, index=0),
@@ -270,7 +375,7 @@ class MomaPreTrainedModel(PreTrainedModel):
         if isinstance(module, MomaPackedExperts):
             init.normal_(module.gate_up_proj, mean=0.0, std=std)
             init.normal_(module.down_proj, mean=0.0, std=std)
-        elif isinstance(module, MomaRouter):
+        elif isinstance(module, MomaRouterBase):
             init.normal_(module.weight, mean=0.0, std=std)
             init.constant_(module.threshold, 0.5)
             init.zeros_(module.balance_bias)
@@ -287,8 +392,12 @@ class MomaModel(MomaPreTrainedModel):
         self.padding_idx = config.pad_token_id
         self.vocab_size = config.vocab_size
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
+        depth_layers = set(config.depth_layers or ())
         self.layers = nn.ModuleList(
-            [MomaDecoderLayer(config, layer_idx) for layer_idx in range(config.num_hidden_layers)]
+            [
+                (MomaDepthDecoderLayer if layer_idx in depth_layers else MomaDecoderLayer)(config, layer_idx)
+                for layer_idx in range(config.num_hidden_layers)
+            ]
         )
         self.norm = MomaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = MomaRotaryEmbedding(config)
@@ -309,6 +418,7 @@ class MomaModel(MomaPreTrainedModel):
         mm_token_type_ids: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         routing: str | None = None,
+        depth_routing: str | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> MoeModelOutputWithPast:
         r"""
@@ -319,20 +429,28 @@ class MomaModel(MomaPreTrainedModel):
             How experts and tokens choose each other: `"expert_choice"`, `"threshold"` or `"token_choice"`. Defaults to
             `config.training_routing` in `train()` mode and to `config.inference_routing` in `eval()` mode. A loss
             under `"expert_choice"` sees the future and says nothing about quality.
+        depth_routing (`str`, *optional*):
+            How depth layers choose their tokens. Defaults to `routing` where that is given, else to the fields of the
+            config.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("You must specify exactly one of `input_ids` or `inputs_embeds`.")
+        routing, depth_routing = self._resolve_routing(routing, depth_routing)
         # with the caller's cache this may be a chunk of a longer prompt, and lie wholly in a row's padding
         whole_prompt = cache is None
         if use_cache and cache is None:
             cache = DynamicCache(config=self.config)
         past_length = cache.get_seq_length() if cache is not None else 0
         # before the embedding: a bad id has to meet our message, not the embedding's
-        context = self._routing_context(
-            input_ids, inputs_embeds, attention_mask, mm_token_type_ids, routing, past_length, whole_prompt
+        split, modality_BT, padding_BT = self._split(
+            input_ids, inputs_embeds, attention_mask, mm_token_type_ids, past_length, whole_prompt
         )
+        context = RoutingContext(routing, split, self.training, depth_routing, modality_BT, padding_BT)
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
+        # CODEPATH: models with mixture of depths, as configs/emoji-mod-4t4i.json
+        if self.config.depth_layers:
+            self._describe_rows(context, attention_mask, position_ids, cache)
         if position_ids is None:
             position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past_length
             position_ids = position_ids.unsqueeze(0)
@@ -358,16 +476,37 @@ class MomaModel(MomaPreTrainedModel):
             )
         hidden_states = self.norm(hidden_states)
         if context.track:
-            update_routers(context, self.config.threshold_momentum, self.config.router_bias_update_rate)
+            update_routers(context, self.config.router_bias_update_rate)
         return MoeModelOutputWithPast(last_hidden_state=hidden_states, cache=cache)
 
-    def _routing_context(
-        self, input_ids, inputs_embeds, attention_mask, mm_token_type_ids, routing, past_length, whole_prompt
-    ):
+    def _resolve_routing(self, routing, depth_routing):
+        config = self.config
+        if depth_routing is None:
+            depth_routing = routing
+        if depth_routing is None:
+            depth_routing = config.depth_training_routing if self.training else config.depth_inference_routing
         if routing is None:
-            routing = self.config.training_routing if self.training else self.config.inference_routing
-        if routing not in ROUTINGS:
-            raise ValueError(f"`routing` must be one of {sorted(ROUTINGS)}, got {routing!r}.")
+            routing = config.training_routing if self.training else config.inference_routing
+        if depth_routing is None:
+            depth_routing = routing
+        for name, value in (("routing", routing), ("depth_routing", depth_routing)):
+            if value not in ROUTINGS:
+                raise ValueError(f"`{name}` must be one of {sorted(ROUTINGS)}, got {value!r}.")
+        return routing, depth_routing
+
+    def _describe_rows(self, context, attention_mask, position_ids, cache):
+        if attention_mask is not None and not isinstance(attention_mask, torch.Tensor):
+            raise TypeError(
+                f"`attention_mask` is a {type(attention_mask).__name__}: depth layers can pack tensors only, of shape "
+                "(batch_size, sequence_length) or (batch_size, 1, query_length, key_length)."
+            )
+        if attention_mask is not None and attention_mask.ndim == 4:
+            context.custom_mask_BHQS = attention_mask
+        # where the full layers look for packed documents, too
+        if position_ids is not None and attention_mask is None and cache is None:
+            context.document_BT = find_packed_sequence_indices(position_ids)
+
+    def _split(self, input_ids, inputs_embeds, attention_mask, mm_token_type_ids, past_length, whole_prompt):
         batch_size, length = (input_ids if input_ids is not None else inputs_embeds).shape[:2]
         if batch_size == 0 or length == 0:
             name = "input_ids" if input_ids is not None else "inputs_embeds"
@@ -383,8 +522,7 @@ class MomaModel(MomaPreTrainedModel):
         if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2:
             padding_BT = attention_mask[:, past_length : past_length + length] == 0
             masked_B = (attention_mask == 0).all(dim=-1) if whole_prompt else None
-        split = split_modalities(self.config, modality_BT, padding_BT, input_ids, masked_B)
-        return RoutingContext(routing, split, track=self.training)
+        return split_modalities(self.config, modality_BT, padding_BT, input_ids, masked_B), modality_BT, padding_BT
 
     def _check_length(self, length, past_length):
         limit = self.config.max_position_embeddings
@@ -423,6 +561,7 @@ class MomaForCausalLM(MomaPreTrainedModel, MomaGenerationMixin):
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         routing: str | None = None,
+        depth_routing: str | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs: Unpack[TransformersKwargs],
     ) -> MomaCausalLMOutput:
@@ -433,6 +572,8 @@ class MomaForCausalLM(MomaPreTrainedModel, MomaGenerationMixin):
             Targets, a copy of `input_ids` with -100 where no loss is wanted; shifted inside. Picture codes count like
             words.
         routing (`str`, *optional*):
+            See [`MomaModel.forward`].
+        depth_routing (`str`, *optional*):
             See [`MomaModel.forward`].
 
         Example:
@@ -457,6 +598,7 @@ class MomaForCausalLM(MomaPreTrainedModel, MomaGenerationMixin):
             mm_token_type_ids=mm_token_type_ids,
             use_cache=use_cache,
             routing=routing,
+            depth_routing=depth_routing,
             **kwargs,
         )
         logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))

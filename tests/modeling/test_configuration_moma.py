@@ -11,6 +11,8 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
+import copy
+import json
 import warnings
 from dataclasses import fields
 
@@ -70,10 +72,27 @@ BAD = [
     ("training_routing", {"training_routing": "hash"}),
     ("inference_routing", {"inference_routing": "expert_choice"}),
     ("threshold_momentum", {"threshold_momentum": 1.0}),
+    ("depth_threshold_momentum", {"depth_threshold_momentum": -0.1}),
+    ("routing_warmup_steps", {"routing_warmup_steps": -1}),
     ("router_bias_update_rate", {"router_bias_update_rate": -0.1}),
     ("z_loss_coef", {"z_loss_coef": -1e-5}),
     ("modality_loss_weights", {"modality_loss_weights": {"audio": 1.0}}),
     ("modality_loss_weights", {"modality_loss_weights": {"text": -1.0}}),
+]
+BAD_DEPTH = [
+    ("depth_layers", [2]),
+    ("depth_layers", [-1]),
+    ("depth_layers", [1, 0]),
+    ("depth_layers", [0, 0]),
+    ("depth_capacity", 0.0),
+    ("depth_capacity", 1.5),
+    ("depth_capacity", {"text": 0.5}),
+    ("depth_capacity", {"text": 0.5, "image": 0.0}),
+    ("depth_capacity", {"text": 0.5, "image": 0.5, "audio": 0.5}),
+    ("depth_pool", "sequence"),
+    ("depth_training_routing", "hash"),
+    ("depth_inference_routing", "expert_choice"),
+    ("routing_warmup_steps", -1),
 ]
 OTHERS = {
     "uneven": GROUPS["6t2i"],
@@ -87,6 +106,9 @@ OTHERS = {
     "qk_per_head": {"qk_norm": "layernorm_per_head", "num_attention_heads": 4, "num_key_value_heads": 2},
     "qk_rms": {"qk_norm": "rmsnorm"},
     "qk_none": {"qk_norm": "none", "norm_placement": "pre"},
+    "depth": {"depth_layers": [1]},
+    "depth_in_every_layer": {"depth_layers": [0, 1], "depth_capacity": {"text": 0.5, "image": 0.1}},
+    "depth_dense_tied": {"depth_layers": [0], "num_experts": 1, "tie_word_embeddings": True},
     "three_modalities": {
         "modality_token_ranges": {"image": [[8, 12], [14, 20]], "audio": [[30, 40]]},
         "num_experts": {"text": 2, "image": 3, "audio": 1},
@@ -100,6 +122,21 @@ def test_a_contradiction_raises_and_names_its_field(name, change):
         (StrictDataclassClassValidationError, StrictDataclassFieldValidationError, ValueError), match=name
     ):
         tiny_config(**change)
+
+
+@pytest.mark.parametrize(("name", "value"), BAD_DEPTH)
+def test_a_bad_field_of_depth_is_named_with_its_value(name, value):
+    with pytest.raises(StrictDataclassClassValidationError) as raised:
+        tiny_config(**{"depth_layers": [0], name: value})
+    assert f"`{name}` = {value!r}" in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("depth_layers", 2), ("depth_layers", ["0"]), ("depth_capacity", "0.5"), ("depth_pool", None)]
+)
+def test_a_field_of_depth_of_the_wrong_type_is_named(name, value):
+    with pytest.raises(StrictDataclassFieldValidationError, match=name):
+        tiny_config(**{"depth_layers": [0], name: value})
 
 
 def test_the_default_configuration_is_silent(capfd):
@@ -119,6 +156,12 @@ def test_the_default_configuration_is_silent(capfd):
         ("moma-90m-8x", "209.7M"),
         ("moma-435m-8x", "1845M"),
         ("moma-1.4b-8x", "7113M"),
+        ("moma-mod-110m-dense", "111.1M"),
+        ("moma-mod-635m-dense", "637.5M"),
+        ("moma-mod-2.3b-dense", "2340M"),
+        ("moma-mod-110m-8x", "316.6M"),
+        ("moma-mod-635m-8x", "2986M"),
+        ("moma-mod-2.3b-8x", "11853M"),
     ],
 )
 def test_presets_have_the_parameters_of_table_1(preset, printed):
@@ -127,10 +170,20 @@ def test_presets_have_the_parameters_of_table_1(preset, printed):
     assert (f"{millions:.1f}M" if millions < 1000 else f"{millions:.0f}M") == printed
 
 
-@pytest.mark.parametrize("size", ["90m", "435m", "1.4b"])
+@pytest.mark.parametrize("size", ["90m", "435m", "1.4b", "mod-110m", "mod-635m", "mod-2.3b"])
 def test_experts_by_modality_are_as_many_as_mixed_ones(size):
     mixed, by_modality = (MomaConfig.from_preset(f"moma-{size}-{experts}") for experts in ("8x", "4t4i"))
     assert mixed.num_parameters() == by_modality.num_parameters()
+
+
+@pytest.mark.parametrize(("size", "num_layers"), [("110m", 14), ("635m", 40), ("2.3b", 32)])
+@pytest.mark.parametrize("experts", ["dense", "1t1i", "8x", "4t4i"])
+def test_presets_of_depth_skip_in_every_other_layer(size, num_layers, experts):
+    config = MomaConfig.from_preset(f"moma-mod-{size}-{experts}")
+    assert config.num_hidden_layers == num_layers
+    assert config.depth_layers == list(range(0, num_layers, 2))
+    assert (config.depth_capacity, config.depth_pool) == (0.25, "batch")
+    assert MomaConfig.from_preset(f"moma-mod-{size}-{experts}", depth_layers=None).depth_layers is None
 
 
 @pytest.mark.parametrize("preset", MomaConfig.preset_names())
@@ -156,6 +209,34 @@ def test_active_parameters_are_those_of_the_dense_model():
         config = MomaConfig.from_preset(f"moma-90m-{experts}")
         routers = config.num_hidden_layers * config.hidden_size * (8 if experts == "8x" else 4)
         assert config.num_parameters(active=True) == dense + (0 if experts == "1t1i" else routers)
+
+
+def test_active_parameters_count_the_share_of_depth_layers():
+    plain, depth = (
+        tiny_config(num_experts=1, num_hidden_layers=4, depth_layers=layers, depth_capacity=0.25)
+        for layers in (None, [0, 3])
+    )
+    matrices = 4 * 16 * 16 + 3 * 16 * 32
+    for exclude, layer, routers in ((True, matrices, 0), (False, matrices + 2 * 16 + 4 * 8, 2 * 16)):
+        full = plain.num_parameters(exclude_norms_and_routers=exclude)
+        assert depth.num_parameters(exclude_norms_and_routers=exclude) == full + routers
+        active = depth.num_parameters(active=True, exclude_norms_and_routers=exclude)
+        assert active == full - 2 * 0.75 * layer + routers
+
+
+def test_active_parameters_take_each_modalitys_share_of_depth():
+    shares = {"text": 0.75, "image": 0.25}
+    by_modality = tiny_config(num_experts=1, depth_layers=[0], depth_capacity=shares)
+    for modality, share in shares.items():
+        alike = tiny_config(num_experts=1, depth_layers=[0], depth_capacity=share)
+        assert by_modality.num_parameters(active=True, modality=modality) == alike.num_parameters(active=True)
+
+
+def test_active_parameters_are_by_default_the_largest_of_a_modality():
+    """The modality with the wider experts need not be the one that depth layers process more of."""
+    config = tiny_config(**GROUPS["6t2i"], depth_layers=[0], depth_capacity={"text": 1.0, "image": 0.1})
+    counts = [config.num_parameters(active=True, modality=name) for name in config.modalities]
+    assert config.num_parameters(active=True) == max(counts)
 
 
 def test_active_parameters_differ_by_modality():
@@ -215,9 +296,16 @@ def test_every_field_survives_saving(tmp_path):
         "training_routing": "token_choice",
         "inference_routing": "token_choice",
         "threshold_momentum": 0.5,
+        "depth_threshold_momentum": 0.7,
+        "routing_warmup_steps": 7,
         "router_bias_update_rate": 0.01,
         "z_loss_coef": 0.0,
         "modality_loss_weights": {"text": 2.0},
+        "depth_layers": [0, 2],
+        "depth_capacity": {"text": 0.5, "image": 0.25, "audio": 1.0},
+        "depth_pool": "row",
+        "depth_training_routing": "threshold",
+        "depth_inference_routing": "threshold",
     }
     own = {field.name for field in fields(MomaConfig) if field.name in MomaConfig.__annotations__}
     assert own <= set(changed), f"add {own - set(changed)} to this test"
@@ -229,6 +317,23 @@ def test_every_field_survives_saving(tmp_path):
 
 def test_layers_are_named_for_the_cache():
     assert tiny_config(num_hidden_layers=3).layer_types == ["full_attention"] * 3
+
+
+@pytest.mark.parametrize("depth_layers", [None, [], [0, 2]])
+def test_the_layers_cache_types_are_derived_and_never_saved(depth_layers, tmp_path):
+    config = tiny_config(num_hidden_layers=4, depth_layers=depth_layers)
+    expected = ["moma_depth" if layer in (depth_layers or []) else "full_attention" for layer in range(4)]
+    assert config.layer_types == expected
+    assert "layer_types" not in config.to_dict()
+    assert "layer_types" not in config.to_diff_dict()
+    config.save_pretrained(tmp_path)
+    assert "layer_types" not in json.loads((tmp_path / "config.json").read_text())
+    loaded = MomaConfig.from_pretrained(tmp_path)
+    assert (loaded.layer_types, loaded.depth_layers) == (expected, depth_layers)
+    # another choice of layers must not meet stale types
+    loaded.depth_layers = [1]
+    assert loaded.layer_types == ["full_attention", "moma_depth", "full_attention", "full_attention"]
+    assert copy.deepcopy(loaded).layer_types == loaded.layer_types
 
 
 def test_modalities_start_with_text():

@@ -34,6 +34,24 @@ CONFIGS = {
 }
 
 
+# capacities that divide rows of 20 words and 20 codes, so that every row packs to the same length without holes
+DEPTH_TOKENS = 20
+DEPTHS = {
+    "dense": {"num_experts": 1},
+    "dense_row": {"num_experts": 1, "depth_pool": "row", "depth_layers": [0, 1, 2]},
+    "1t1i": {"num_experts": {"text": 1, "image": 1}, "norm_placement": "pre"},
+    "8x": {"num_experts": 8},
+    "8x_half": {"num_experts": 8, "depth_pool": "row", "expert_capacity_factor": 0.5, "depth_capacity": 0.8},
+    "by_modality": {
+        "num_experts": {"text": 4, "image": 4},
+        "depth_pool": "row",
+        "depth_capacity": {"text": 0.4, "image": 0.2},
+    },
+    "gqa": {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 6, "num_experts": 8, "depth_pool": "row"},
+    "shared": {"num_experts": 8, "shared_expert_intermediate_size": 24, "depth_pool": "row"},
+}
+
+
 def build(config, attention):
     model = MomaForCausalLM._from_config(config, attn_implementation=attention)
     model.set_experts_implementation("eager")
@@ -67,6 +85,55 @@ def test_flops_equal_the_counter_of_torch(name, routing, attention):
             model.train()(ids(), routing=routing).logits.sum().backward()
     assert forward.get_total_flops() == pytest.approx(expected(config, routing=routing), rel=0.01)
     assert training.get_total_flops() == pytest.approx(expected(config, training=True, routing=routing), rel=0.01)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("routing", ["expert_choice", "token_choice"])
+@pytest.mark.parametrize("name", DEPTHS)
+def test_flops_with_depth_equal_the_counter_of_torch(name, routing, attention):
+    fields = {"num_hidden_layers": 3, "depth_layers": [0, 2], "depth_capacity": 0.4, **DEPTHS[name]}
+    config = tiny_config(**fields)
+    model = build(config, attention)
+    generator = torch.Generator().manual_seed(0)
+    row = torch.cat([torch.arange(DEPTH_TOKENS) % 14 + 26, torch.arange(DEPTH_TOKENS) % 16 + IMAGE_IDS[0]])
+    # for a pool of the whole batch a single row, which cannot pack raggedly
+    num_rows = 2 if config.depth_pool == "row" else 1
+    batch = torch.stack([row[torch.randperm(LENGTH, generator=generator)] for _ in range(num_rows)])
+    arguments = {"routing": routing, "depth_routing": "expert_choice"}
+    with sdpa_kernel(SDPBackend.MATH):
+        with FlopCounterMode(display=False) as forward, torch.no_grad():
+            model.eval()(batch, **arguments)
+        with FlopCounterMode(display=False) as training:
+            model.train()(batch, **arguments).logits.sum().backward()
+    for counter, is_training in ((forward, False), (training, True)):
+        count = sum(
+            num_rows * DEPTH_TOKENS * flops_per_token(config, modality, LENGTH, training=is_training, routing=routing)
+            for modality in config.modalities
+        )
+        assert counter.get_total_flops() == pytest.approx(count, rel=0.001)
+
+
+def test_flops_with_depth_are_what_a_hand_computes():
+    config = tiny_config(num_hidden_layers=3, depth_layers=[0, 2], depth_capacity=0.25)
+    projections, feed_forward = 4 * 2 * 16 * 16, 3 * 2 * 16 * 32 + 2 * 16 * 4
+    full = projections + 2 * 2 * 100 * 16 + feed_forward
+    # a quarter of the tokens, each of which looks at a quarter of the keys; the router sees all
+    depth = 0.25 * (projections + 2 * 2 * 25 * 16 + feed_forward) + 2 * 16
+    expected = full + 2 * depth + 2 * 16 * 40
+    assert flops_per_token(config, "text", 100) == pytest.approx(expected)
+    assert flops_per_token(config, "text", 100, training=True) == pytest.approx(3 * expected)
+    config.depth_capacity = {"text": 0.5, "image": 0.1}
+    # keys of both modalities, as if alike frequent
+    depth = 0.1 * (projections + 2 * 2 * 30 * 16 + feed_forward) + 2 * 16
+    assert flops_per_token(config, "image", 100) == pytest.approx(full + 2 * depth + 2 * 16 * 40)
+
+
+def test_rows_of_table_1_with_depth_match_those_without():
+    for plain, depth in (("90m", "mod-110m"), ("435m", "mod-635m"), ("1.4b", "mod-2.3b")):
+        full, sparse = (
+            flops_per_token(MomaConfig.from_preset(f"moma-{size}-4t4i"), "text", 4096) for size in (plain, depth)
+        )
+        assert sparse == pytest.approx(full, rel=0.02)
 
 
 def test_training_flops_add_up_the_modalities():

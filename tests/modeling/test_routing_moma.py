@@ -168,6 +168,17 @@ def test_the_threshold_is_the_running_mean_of_the_kth_best_score(routing):
             assert router.num_updates == step + 1
 
 
+def test_threshold_in_its_warm_up_takes_as_many_of_equal_tokens_as_expert_choice():
+    config, layer = feed_forward(num_experts=4)
+    router = layer.groups["all"].router
+    x_ND = torch.randn(1, config.hidden_size).expand(9, -1)
+    modality_BT = torch.zeros(1, 9, dtype=torch.long)
+    _, chosen = router(x_ND, context_of(config, modality_BT, "expert_choice", track=True))
+    _, pairs = router(x_ND, context_of(config, modality_BT, "threshold", track=True))
+    expected = sorted((token, expert) for expert, row in enumerate(chosen.token_EK.tolist()) for token in row)
+    assert list(zip(pairs.token_P.tolist(), pairs.expert_P.tolist())) == expected
+
+
 def test_eval_changes_no_router():
     model = tiny_model(**GROUPS["4t4i"]).eval()
     before = {key: value.clone() for key, value in model.state_dict().items()}

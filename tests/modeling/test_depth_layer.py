@@ -1,0 +1,356 @@
+# Copyright 2026 The modeling-moma authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+import pytest
+import torch
+from transformers.cache_utils import DynamicCache
+
+from modeling.depth_reference import SelectionLog, reference_logits
+from modeling.reference import GROUPS, assert_near, mixed_ids, tiny_model
+from modeling_moma.depth_moma import DepthSelection
+from modeling_moma.routing_moma import ROUTINGS, token_modalities
+
+
+DEPTH = {"num_hidden_layers": 3, "depth_layers": [0, 2], "depth_capacity": 0.5}
+VARIANTS = {
+    "dense": {**GROUPS["dense"], "norm_placement": "post"},
+    "dense_pre": {**GROUPS["dense"], "norm_placement": "pre"},
+    "1t1i": {**GROUPS["1t1i"], "norm_placement": "post"},
+    "1t1i_pre": {**GROUPS["1t1i"], "norm_placement": "pre"},
+    "4t4i": {**GROUPS["4t4i"], "norm_placement": "post"},
+    "4t4i_pre": {**GROUPS["4t4i"], "norm_placement": "pre"},
+    "row_pool": {**GROUPS["4t4i"], "depth_pool": "row", "depth_capacity": {"text": 0.3, "image": 0.6}},
+    "every_layer_gqa": {"depth_layers": [0, 1, 2], "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 6},
+    "shared": GROUPS["shared"],
+}
+
+
+def depth_model(name="4t4i", **fields):
+    # a large eps keeps RMSNorm from cancelling gates, and their gradients from vanishing
+    defaults = {**DEPTH, "routing_warmup_steps": 0, "rms_norm_eps": 0.3}
+    model = tiny_model(**{**defaults, **VARIANTS[name], **fields})
+    for index in model.config.depth_layers:
+        router = model.model.layers[index].depth_router
+        router.threshold.copy_(torch.linspace(0.4, 0.6, router.threshold.numel()))
+        router.balance_bias.copy_(torch.linspace(-0.1, 0.1, router.threshold.numel()))
+    return model
+
+
+def left_padding(ids, *lengths):
+    mask = torch.ones_like(ids)
+    for row, length in enumerate(lengths):
+        mask[row, :length] = 0
+    return mask
+
+
+def gradients(model, logits, weight, embeds):
+    names, parameters = zip(*model.named_parameters())
+    grads = torch.autograd.grad((logits * weight).sum(), [embeds, *parameters], allow_unused=True)
+    return dict(zip(["input", *names], grads))
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("routing", ROUTINGS)
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_model_with_depth_equals_the_plain_loop(name, routing, training):
+    model = depth_model(name).train(training)
+    generator = torch.Generator().manual_seed(0)
+    ids = mixed_ids(2, 10)
+    kinds = token_modalities(model.config, ids)
+    mask = left_padding(ids, 3)
+    # random rather than looked up: equal tokens tie
+    embeds = torch.randn(2, 10, model.config.hidden_size, generator=generator).requires_grad_()
+    weight = torch.randn(2, 10, model.config.vocab_size, generator=generator) * mask.unsqueeze(-1)
+    # before the model's own forward moves the thresholds
+    expected = reference_logits(model, embeds, kinds, routing, routing, mask == 0)
+    expected_grads = gradients(model, expected, weight, embeds)
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    for attention in ("eager", "sdpa"):
+        model.load_state_dict(state)
+        model.set_attn_implementation(attention)
+        logits = model(
+            inputs_embeds=embeds, mm_token_type_ids=kinds, attention_mask=mask, routing=routing, use_cache=False
+        ).logits
+        assert_near(logits[mask == 1], expected[mask == 1], 1e-5)
+        for key, gradient in gradients(model, logits, weight, embeds).items():
+            if expected_grads[key] is None:
+                # the embedding, which nobody looked up; or weights without a token
+                assert gradient is None or not gradient.any(), key
+            else:
+                assert_near(gradient, expected_grads[key], 2e-5)
+
+
+class LayerLog:
+    """What came into and out of the depth layers."""
+
+    def __init__(self, model):
+        self.pairs = {index: [] for index in model.config.depth_layers}
+        for index in model.config.depth_layers:
+            model.model.layers[index].register_forward_hook(self._hook(index))
+
+    def _hook(self, index):
+        return lambda module, args, output: self.pairs[index].append((args[0], output))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("routing", ROUTINGS)
+@pytest.mark.parametrize("name", ["dense_pre", "4t4i"])
+def test_tokens_that_pass_by_leave_bit_by_bit_as_they_came(name, routing, training, dtype):
+    model = depth_model(name).to(dtype).train(training)
+    layers, selections = LayerLog(model), SelectionLog(model)
+    ids = mixed_ids(3, 12)
+    model(ids, attention_mask=left_padding(ids, 5, 1), routing=routing)
+    for index in DEPTH["depth_layers"]:
+        ((before, after),), (chosen_BT,) = layers.pairs[index], selections.chosen[index]
+        assert 0 < chosen_BT.sum() < ids.numel()
+        assert torch.equal(after[~chosen_BT], before[~chosen_BT])
+        assert (after != before).any(-1)[chosen_BT].all()
+
+
+def test_a_changed_selection_changes_what_runs():
+    model = depth_model().eval()
+    layers = LayerLog(model)
+    wanted_BT = torch.zeros(2, 12, dtype=torch.bool)
+    wanted_BT[0, [2, 5]] = True
+
+    def replace(module, args, output):
+        logits_BT, selection = output
+        return logits_BT, DepthSelection(wanted_BT, torch.full_like(selection.weight_BT, 0.5))
+
+    model.model.layers[0].depth_router.register_forward_hook(replace)
+    model(mixed_ids())
+    ((before, after),) = layers.pairs[0]
+    assert torch.equal((after != before).any(-1), wanted_BT)
+
+
+@pytest.mark.parametrize("routing", ROUTINGS)
+@pytest.mark.parametrize("name", ["dense", "4t4i", "row_pool"])
+def test_the_depth_router_learns(name, routing):
+    model = depth_model(name)
+    ids = mixed_ids(3, 12)
+    model(ids, labels=ids, routing=routing).loss.backward()
+    for index in DEPTH["depth_layers"]:
+        assert model.model.layers[index].depth_router.weight.grad.norm() > 1e-4
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("routing", ["threshold", "token_choice"])
+@pytest.mark.parametrize("name", ["dense", "1t1i_pre", "4t4i", "row_pool", "shared"])
+def test_without_a_chosen_token_all_weights_get_gradients(name, routing, checkpointing, attention):
+    model = depth_model(name, training_routing=routing)
+    model.set_attn_implementation(attention)
+    if checkpointing:
+        model.activation_checkpointing_enable()
+    for index in DEPTH["depth_layers"]:
+        router = model.model.layers[index].depth_router
+        router.threshold.fill_(2.0)
+        router.balance_bias.fill_(-2.0)
+    selections = SelectionLog(model)
+    ids = mixed_ids()
+    loss = model(ids, labels=ids, attention_mask=left_padding(ids, 3), use_cache=False).loss
+    loss.backward()
+    assert torch.isfinite(loss)
+    assert not any(chosen.any() for calls in selections.chosen.values() for chosen in calls)
+    for key, parameter in model.named_parameters():
+        assert parameter.grad is not None and torch.isfinite(parameter.grad).all(), key
+        if key.startswith(("model.layers.0.", "model.layers.2.")):
+            assert not parameter.grad.any(), key
+
+
+def test_a_row_without_a_chosen_token_moves_no_other_row():
+    model = depth_model().eval()
+    ids = mixed_ids(3, 12)
+    for index in DEPTH["depth_layers"]:
+
+        def drop_row(module, args, output):
+            output[1].chosen_BT[1] = False
+            return output
+
+        model.model.layers[index].depth_router.register_forward_hook(drop_row)
+    together = model(ids).logits
+    assert_near(together[[0, 2]], model(ids[[0, 2]].repeat_interleave(2, 0)).logits[[0, 3]], 1e-5)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("routing", ROUTINGS)
+@pytest.mark.parametrize("name", ["dense", "4t4i"])
+def test_bf16_trains(name, routing, autocast):
+    model = depth_model(name)
+    if not autocast:
+        model.to(torch.bfloat16)
+        for key, parameter in model.named_parameters():
+            if "router" in key:
+                parameter.data = parameter.data.float()
+    ids = mixed_ids(3, 12)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        output = model(ids, labels=ids, routing=routing)
+    output.loss.backward()
+    assert torch.isfinite(output.loss)
+    for key, parameter in model.named_parameters():
+        assert torch.isfinite(parameter.grad).all(), key
+
+
+# lengths of the documents of two rows
+LAYOUTS = {"two": [[5, 7], [9, 3]], "many": [[1, 4, 2, 5], [3, 3, 3, 3]], "one and several": [[12], [4, 8]]}
+
+
+def restarting_positions(layout):
+    return torch.stack([torch.cat([torch.arange(length) for length in row]) for row in layout])
+
+
+def documents_alone(model, ids, layout):
+    rows = []
+    for row_ids, lengths in zip(ids, layout):
+        rows.append(torch.cat([model(part[None], use_cache=False).logits[0] for part in row_ids.split(lengths)]))
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", ["dense_pre", "4t4i", "every_layer_gqa"])
+def test_packed_documents_see_one_another_nowhere(name, layout, attention):
+    model = depth_model(name).eval()
+    model.set_attn_implementation(attention)
+    ids, layout = mixed_ids(), LAYOUTS[layout]
+    packed = model(ids, position_ids=restarting_positions(layout), use_cache=False).logits
+    assert_near(packed, documents_alone(model, ids, layout), 1e-5)
+    # were they one document, they would look back
+    assert not torch.allclose(packed, model(ids, use_cache=False).logits, atol=1e-3)
+
+
+def own_mask(is_seen_BTT, form):
+    mask = is_seen_BTT[:, None]
+    return mask if form == "bool" else torch.where(mask, 0.0, torch.finfo(torch.float32).min)
+
+
+# a bool mask is added as numbers by eager attention, in layers without depth as well
+OWN_MASKS = [("sdpa", "bool"), ("sdpa", "additive"), ("eager", "additive")]
+
+
+@pytest.mark.parametrize(("attention", "form"), OWN_MASKS)
+@pytest.mark.parametrize("name", ["dense_pre", "4t4i"])
+def test_the_callers_own_mask_may_pad(name, form, attention):
+    model = depth_model(name).eval()
+    model.set_attn_implementation(attention)
+    ids = mixed_ids(3, 12)
+    mask = left_padding(ids, 4, 0, 7)
+    own = torch.ones(12, 12, dtype=torch.bool).tril() & mask[:, None].bool()
+    # a row without any key is not a number to some backends
+    own |= torch.eye(12, dtype=torch.bool)
+    expected = model(ids, attention_mask=mask).logits
+    logits = model(ids, attention_mask=own_mask(own, form)).logits
+    assert_near(logits[mask == 1], expected[mask == 1], 1e-5)
+
+
+@pytest.mark.parametrize("rows_of_mask", ["all", "one"])
+@pytest.mark.parametrize(("attention", "form"), OWN_MASKS)
+@pytest.mark.parametrize("name", ["dense_pre", "4t4i"])
+def test_the_callers_own_mask_may_pack_documents(name, form, attention, rows_of_mask):
+    model = depth_model(name).eval()
+    model.set_attn_implementation(attention)
+    ids = mixed_ids()
+    layout = LAYOUTS["two"] if rows_of_mask == "all" else [[5, 7]] * 2
+    positions = restarting_positions(layout)
+    document_BT = (positions == 0).cumsum(1)
+    own = torch.ones(12, 12, dtype=torch.bool).tril() & (document_BT[:, :, None] == document_BT[:, None])
+    if rows_of_mask == "one":
+        own = own[:1]
+    expected = model(ids, position_ids=positions, use_cache=False).logits
+    logits = model(ids, attention_mask=own_mask(own, form), position_ids=positions).logits
+    assert_near(logits, expected, 1e-5)
+
+
+def test_a_mask_that_cannot_be_packed_is_refused_by_type():
+    model = depth_model().eval()
+    with pytest.raises(TypeError, match="attention_mask.*dict"):
+        model(mixed_ids(), attention_mask={"full_attention": None})
+
+
+def check_attentions(attentions, selections, seen, first):
+    """Every layer's weights `[B, H, T, seen]` of queries that start at position `first`."""
+    for index, chosen_BT in selections.items():
+        weights = attentions[index]
+        query_BT = chosen_BT[:, first:]
+        assert weights.shape == (query_BT.shape[0], 2, query_BT.shape[1], seen)
+        rows = weights.transpose(1, 2)
+        assert not rows[~query_BT].any()
+        assert torch.allclose(rows[query_BT].sum(-1), torch.ones(()), atol=1e-5)
+        is_seen = torch.ones(seen, seen, dtype=torch.bool).tril()[first:] & chosen_BT[:, None]
+        assert not weights.masked_select(~is_seen[:, None].expand_as(weights)).any()
+        assert (weights.masked_select((is_seen & query_BT[..., None])[:, None].expand_as(weights)) > 0).all()
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("name", ["dense_pre", "4t4i", "row_pool"])
+def test_attention_weights_are_laid_out_over_all_positions(name, training):
+    model = depth_model(name).train(training)
+    model.set_attn_implementation("eager")
+    log = SelectionLog(model)
+    ids = mixed_ids(3, 12)
+    output = model(ids, attention_mask=left_padding(ids, 4), output_attentions=True)
+    assert [tuple(weights.shape) for weights in output.attentions] == [(3, 2, 12, 12)] * 3
+    check_attentions(output.attentions, {index: calls[-1] for index, calls in log.chosen.items()}, seen=12, first=0)
+
+
+def test_attention_weights_of_chosen_tokens_are_those_of_the_tokens_alone():
+    model = depth_model("dense").eval()
+    model.set_attn_implementation("eager")
+    log = SelectionLog(model)
+    ids = mixed_ids()
+    weights = model(ids, output_attentions=True).attentions[0]
+    for row in range(2):
+        places = log.chosen[0][0][row].nonzero().flatten()
+        # with every place of these taken, the first layer sees the same tokens at the same positions
+        alone = depth_model("dense").eval()
+        alone.set_attn_implementation("eager")
+        alone.model.layers[0].depth_router.threshold.fill_(0.0)
+        # with a cache, positions with gaps do not mean documents
+        expected = alone(
+            ids[row, places][None],
+            position_ids=places[None],
+            cache=DynamicCache(config=alone.config),
+            output_attentions=True,
+        ).attentions[0][0]
+        assert_near(weights[row][:, places][:, :, places], expected, 1e-5)
+
+
+def test_cached_steps_give_attention_weights_over_all_positions_seen():
+    model = depth_model().eval()
+    model.set_attn_implementation("eager")
+    log = SelectionLog(model)
+    ids = mixed_ids(3, 12)
+    full = model(ids, use_cache=False, output_attentions=True).attentions
+    chosen = {index: calls[-1] for index, calls in log.chosen.items()}
+    cache = DynamicCache(config=model.config)
+    model(ids[:, :6], cache=cache)
+    for seen in range(7, 13):
+        steps = model(ids[:, seen - 1 : seen], cache=cache, output_attentions=True).attentions
+        assert [tuple(weights.shape) for weights in steps] == [(3, 2, 1, seen)] * 3
+        check_attentions(steps, {index: c[:, :seen] for index, c in chosen.items()}, seen=seen, first=seen - 1)
+        for step, whole in zip(steps, full):
+            assert_near(step, whole[:, :, seen - 1 : seen, :seen], 1e-5)
+
+
+def test_attention_weights_are_there_when_no_token_is_chosen():
+    model = depth_model().eval()
+    model.set_attn_implementation("eager")
+    for index in DEPTH["depth_layers"]:
+        model.model.layers[index].depth_router.threshold.fill_(2.0)
+    cache = DynamicCache(config=model.config)
+    ids = mixed_ids()
+    for part, seen in ((ids[:, :11], 11), (ids[:, 11:], 12)):
+        attentions = model(part, cache=cache, output_attentions=True).attentions
+        assert [tuple(weights.shape) for weights in attentions] == [(2, 2, part.shape[1], seen)] * 3
+        assert not attentions[0].any() and attentions[1].any()

@@ -1,0 +1,353 @@
+# Copyright 2026 The modeling-moma authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+import math
+
+import pytest
+import torch
+
+from modeling.depth_reference import SelectionLog, pools_of, reference_choice, reference_kth
+from modeling.reference import GROUPS, assert_near, mixed_ids, tiny_config, tiny_model
+from modeling_moma.depth_moma import MomaDepthRouter
+from modeling_moma.routing_moma import (
+    ROUTINGS,
+    ExpertSelection,
+    MomaRouter,
+    RoutingContext,
+    split_modalities,
+    token_modalities,
+    update_routers,
+)
+
+
+ROWS, LENGTH = 3, 13
+DEPTH = {"num_hidden_layers": 3, "depth_layers": [0, 2], "depth_capacity": 0.4}
+CAPACITIES = {"one": 0.3, "by_modality": {"text": 0.7, "image": 0.2}}
+ENDINGS = ("threshold", "balance_bias", "num_updates")
+
+
+def build_router(seed=0, **fields):
+    """A config and a depth router of it that tells tokens apart."""
+    config = tiny_config(**fields)
+    torch.manual_seed(seed)
+    router = MomaDepthRouter(config)
+    torch.nn.init.normal_(router.weight, std=0.5)
+    return config, router
+
+
+def batch(config, seed=0, with_padding=True):
+    """Hidden states, modalities and padding of rows with 13, 8 and 1 tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    hidden_BTD = torch.randn(ROWS, LENGTH, config.hidden_size, generator=generator)
+    modality_BT = token_modalities(config, mixed_ids(ROWS, LENGTH, seed))
+    padding_BT = torch.zeros(ROWS, LENGTH, dtype=torch.bool)
+    if with_padding:
+        padding_BT[1, :5] = True
+        padding_BT[2, 1:] = True
+    return hidden_BTD, modality_BT, padding_BT
+
+
+def context_of(config, modality_BT, padding_BT, depth_routing, track=False):
+    split = split_modalities(config, modality_BT, padding_BT)
+    return RoutingContext("expert_choice", split, track, depth_routing, modality_BT, padding_BT)
+
+
+def scores_of(router, hidden_BTD):
+    return torch.sigmoid(hidden_BTD @ router.weight[0]).detach()
+
+
+@pytest.mark.parametrize("pool", ["batch", "row"])
+@pytest.mark.parametrize("capacity", CAPACITIES)
+@pytest.mark.parametrize("routing", ROUTINGS)
+def test_every_rule_equals_plain_sorting(routing, capacity, pool):
+    config, router = build_router(depth_capacity=CAPACITIES[capacity], depth_pool=pool)
+    num_pools = len(config.depth_pools)
+    router.threshold.copy_(torch.tensor([0.45, 0.7])[:num_pools])
+    router.balance_bias.copy_(torch.tensor([-0.2, 0.1])[:num_pools])
+    for seed in range(3):
+        hidden_BTD, modality_BT, padding_BT = batch(config, seed)
+        # at padding the best score there is: it must neither be chosen nor compete
+        hidden_BTD[padding_BT] = 100 * router.weight[0].detach()
+        logits_BT, selection = router(hidden_BTD, context_of(config, modality_BT, padding_BT, routing))
+        scores_BT = scores_of(router, hidden_BTD)
+        expected = reference_choice(config, router, scores_BT, modality_BT, routing, padding_BT)
+        assert 0 < expected.sum() < (~padding_BT).sum()
+        assert torch.equal(selection.chosen_BT, expected)
+        assert torch.equal(selection.weight_BT, torch.sigmoid(logits_BT))
+        assert_near(selection.weight_BT, scores_BT, 1e-6)
+
+
+@pytest.mark.parametrize("pool", ["batch", "row"])
+@pytest.mark.parametrize("capacity", [0.01, 0.25, 0.5, 1.0, {"text": 0.33, "image": 0.9}])
+def test_expert_choice_takes_exactly_the_capacity_of_each_pool(capacity, pool):
+    config, router = build_router(depth_capacity=capacity, depth_pool=pool)
+    hidden_BTD, modality_BT, padding_BT = batch(config)
+    _, selection = router(hidden_BTD, context_of(config, modality_BT, padding_BT, "expert_choice"))
+    for (_, index), members in pools_of(config, modality_BT, padding_BT).items():
+        share = capacity[config.modalities[index]] if isinstance(capacity, dict) else capacity
+        taken = sum(selection.chosen_BT[row, place].item() for row, place in members)
+        assert taken == math.ceil(share * len(members))
+
+
+def test_equal_scores_go_to_the_earlier_token():
+    config, router = build_router(depth_capacity=0.25)
+    hidden_BTD = torch.ones(2, 8, config.hidden_size)
+    modality_BT = torch.zeros(2, 8, dtype=torch.long)
+    _, selection = router(hidden_BTD, context_of(config, modality_BT, None, "expert_choice"))
+    assert selection.chosen_BT.flatten().tolist() == [True] * 4 + [False] * 12
+
+
+@pytest.mark.parametrize("pool", ["batch", "row"])
+@pytest.mark.parametrize("capacity", CAPACITIES)
+@pytest.mark.parametrize("routing", ROUTINGS)
+def test_the_threshold_is_the_running_mean_of_the_kth_best_score(routing, capacity, pool):
+    momentum = 0.6
+    config, router = build_router(
+        depth_capacity=CAPACITIES[capacity], depth_pool=pool, depth_threshold_momentum=momentum
+    )
+    num_pools = len(config.depth_pools)
+    expected, updates = [0.5] * num_pools, [0] * num_pools
+    for step in range(5):
+        hidden_BTD, modality_BT, padding_BT = batch(config, step)
+        if step == 2:
+            modality_BT = torch.zeros_like(modality_BT)
+        context = context_of(config, modality_BT, padding_BT, routing, track=True)
+        router(hidden_BTD, context)
+        update_routers(context, 0.001)
+        kth = reference_kth(config, scores_of(router, hidden_BTD), modality_BT, padding_BT)
+        for index, value in enumerate(kth):
+            # without a token of its own the pool keeps what it has
+            if value is None:
+                assert step == 2 and index == 1
+                continue
+            # the first step is copied, the next ones are a plain mean until the momentum is lower
+            decay = min(momentum, updates[index] / (updates[index] + 1))
+            expected[index] = decay * expected[index] + (1 - decay) * value
+            updates[index] += 1
+        assert router.threshold.tolist() == pytest.approx(expected, abs=1e-6)
+        assert router.num_updates.tolist() == updates
+
+
+def test_a_model_moves_its_depth_thresholds_once_a_training_step():
+    model = tiny_model(**DEPTH, depth_threshold_momentum=0.6, depth_pool="row")
+    log = SelectionLog(model)
+    expected = dict.fromkeys(DEPTH["depth_layers"], 0.0)
+    for step in range(4):
+        ids = mixed_ids(seed=step)
+        model(ids)
+        decay = min(0.6, step / (step + 1))
+        for index in expected:
+            (kth,) = reference_kth(model.config, log.scores[index][-1], token_modalities(model.config, ids))
+            expected[index] = decay * expected[index] + (1 - decay) * kth
+            router = model.model.layers[index].depth_router
+            assert router.threshold.item() == pytest.approx(expected[index], abs=1e-6)
+            assert router.num_updates.tolist() == [step + 1]
+
+
+class ExpertLog:
+    """(token, expert) pairs and scores of every expert router, call by call."""
+
+    def __init__(self, model):
+        self.routers = [module for module in model.modules() if isinstance(module, MomaRouter)]
+        self.pairs = {router: [] for router in self.routers}
+        self.scores = {router: [] for router in self.routers}
+        for router in self.routers:
+            router.register_forward_hook(self._keep)
+
+    def _keep(self, router, args, output):
+        logits_NE, selection = output
+        if isinstance(selection, ExpertSelection):
+            rows = enumerate(selection.token_EK.tolist())
+            pairs = {(token, expert) for expert, tokens in rows for token in tokens}
+        else:
+            pairs = set(zip(selection.token_P.tolist(), selection.expert_P.tolist()))
+        self.pairs[router].append(pairs)
+        self.scores[router].append(torch.sigmoid(logits_NE.detach()))
+
+
+@pytest.mark.parametrize("capacity", CAPACITIES)
+@pytest.mark.parametrize("pool", ["batch", "row"])
+def test_threshold_selects_like_expert_choice_until_it_is_warm(pool, capacity):
+    warmup = 3
+    fields = {
+        **GROUPS["4t4i"],
+        **DEPTH,
+        "depth_capacity": CAPACITIES[capacity],
+        "depth_pool": pool,
+        "threshold_momentum": 0.5,
+    }
+    model = tiny_model(**fields, training_routing="threshold", routing_warmup_steps=warmup)
+    oracle = tiny_model(**fields)
+    log, oracle_log = SelectionLog(model), SelectionLog(oracle)
+    experts, oracle_experts = ExpertLog(model), ExpertLog(oracle)
+    for step in range(warmup + 3):
+        # no id twice: rounding differs between the two ways, and would break ties between equal tokens
+        ids = torch.randperm(40, generator=torch.Generator().manual_seed(step))[:36].view(3, 12)
+        modality_BT = token_modalities(model.config, ids)
+        before = {key: value.clone() for key, value in model.state_dict().items()}
+        logits, oracle_logits = model(ids).logits, oracle(ids).logits
+        if step < warmup:
+            assert_near(logits, oracle_logits, 1e-5)
+            for index in DEPTH["depth_layers"]:
+                assert torch.equal(log.chosen[index][-1], oracle_log.chosen[index][-1])
+            for router, oracle_router in zip(experts.routers, oracle_experts.routers):
+                assert experts.pairs[router][-1] == oracle_experts.pairs[oracle_router][-1]
+            for key, value in oracle.state_dict().items():
+                assert torch.allclose(model.state_dict()[key], value, atol=1e-6), key
+            continue
+        for index in DEPTH["depth_layers"]:
+            cuts = before[f"model.layers.{index}.depth_router.threshold"]
+            cut_BT = cuts[modality_BT] if len(cuts) > 1 else cuts
+            assert torch.equal(log.chosen[index][-1], log.scores[index][-1] >= cut_BT)
+        names = [name for name, module in model.named_modules() if isinstance(module, MomaRouter)]
+        for name, router in zip(names, experts.routers):
+            above = (experts.scores[router][-1] >= before[f"{name}.threshold"]).nonzero()
+            assert experts.pairs[router][-1] == {tuple(pair) for pair in above.tolist()}
+    last = DEPTH["depth_layers"][-1]
+    assert any(not torch.equal(*pair) for pair in zip(log.chosen[last][warmup:], oracle_log.chosen[last][warmup:]))
+
+
+def test_the_warm_up_counts_training_steps_alone():
+    model = tiny_model(**DEPTH, training_routing="threshold", routing_warmup_steps=2)
+    log = SelectionLog(model)
+    for layer in (model.model.layers[index] for index in DEPTH["depth_layers"]):
+        layer.depth_router.threshold.fill_(2.0)
+    # nothing reaches a cut of 2, so only the warm-up chooses
+    model.eval()(mixed_ids())
+    assert not log.chosen[0][-1].any()
+    model.train()(mixed_ids())
+    assert log.chosen[0][-1].sum() == math.ceil(0.4 * 24)
+
+
+def test_without_warm_up_the_first_step_uses_the_threshold():
+    model = tiny_model(**DEPTH, training_routing="threshold", routing_warmup_steps=0)
+    log = SelectionLog(model)
+    model(mixed_ids())
+    for index in DEPTH["depth_layers"]:
+        assert torch.equal(log.chosen[index][0], log.scores[index][0] >= 0.5)
+
+
+@pytest.mark.parametrize("capacity", CAPACITIES)
+def test_token_choice_bias_moves_towards_the_capacity(capacity):
+    rate = 0.02
+    config, router = build_router(depth_capacity=CAPACITIES[capacity])
+    hidden_BTD = torch.randn(8, 40, config.hidden_size, generator=torch.Generator().manual_seed(0))
+    modality_BT = token_modalities(config, mixed_ids(8, 40))
+    router.balance_bias.fill_(1.0)
+    shares = []
+    for step in range(100):
+        context = context_of(config, modality_BT, None, "token_choice", track=True)
+        chosen_BT = router(hidden_BTD, context)[1].chosen_BT
+        before = router.balance_bias.clone()
+        update_routers(context, rate)
+        pools = [modality_BT == pool for pool in range(2)] if router.balance_bias.numel() == 2 else [modality_BT >= 0]
+        shares = [chosen_BT[pool].float().mean().item() for pool in pools]
+        lags = [target - share for target, share in zip(router.capacities, shares)]
+        moved = [math.copysign(rate, lag) if lag else 0.0 for lag in lags]
+        assert (router.balance_bias - before).tolist() == pytest.approx(moved, abs=1e-6)
+        if step == 0:
+            assert shares == [1.0] * len(shares)
+    assert shares == pytest.approx(router.capacities, abs=0.06)
+
+
+def test_a_bias_moves_under_its_own_routers_rule_alone():
+    fields = {**GROUPS["4t4i"], **DEPTH, "router_bias_update_rate": 0.1}
+    for depth_routing, routing in (("token_choice", "expert_choice"), ("threshold", "token_choice")):
+        model = tiny_model(**fields)
+        model(mixed_ids(), routing=routing, depth_routing=depth_routing)
+        for key, value in model.state_dict().items():
+            if key.endswith("balance_bias"):
+                rule = depth_routing if "depth_router" in key else routing
+                assert value.any() == (rule == "token_choice"), key
+
+
+def test_the_bias_chooses_but_does_not_weigh():
+    config, router = build_router(depth_capacity=0.3)
+    hidden_BTD, modality_BT, padding_BT = batch(config)
+    weights = []
+    for bias in (0.0, 0.3):
+        router.balance_bias.fill_(bias)
+        weights.append(router(hidden_BTD, context_of(config, modality_BT, padding_BT, "token_choice"))[1].weight_BT)
+    assert torch.equal(*weights)
+
+
+@pytest.mark.parametrize("pool", ["batch", "row"])
+def test_eval_changes_no_router(pool):
+    model = tiny_model(**GROUPS["4t4i"], **DEPTH, depth_pool=pool).eval()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    for routing in ROUTINGS:
+        model(mixed_ids(), routing=routing)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["dense", "4t4i"])
+@pytest.mark.parametrize("routing", ROUTINGS)
+def test_checkpointing_counts_once_and_selects_the_same(routing, name):
+    # the warm-up ends between the second step's forward and its recomputation
+    fields = {**GROUPS[name], **DEPTH, "training_routing": routing, "routing_warmup_steps": 2}
+    states, grads, logs = [], [], []
+    for checkpointing in (False, True):
+        model = tiny_model(**fields, router_bias_update_rate=0.2, depth_threshold_momentum=0.6)
+        if checkpointing:
+            model.activation_checkpointing_enable()
+        logs.append(SelectionLog(model))
+        for step in range(4):
+            ids = mixed_ids(seed=step)
+            model(ids, labels=ids, use_cache=False).loss.backward()
+        states.append({key: value for key, value in model.state_dict().items() if key.endswith(ENDINGS)})
+        grads.append({key: parameter.grad for key, parameter in model.named_parameters()})
+    plain, checkpointed = logs
+    for index in DEPTH["depth_layers"]:
+        assert len(plain.chosen[index]) == 4 and len(checkpointed.chosen[index]) == 8
+        for step, chosen_BT in enumerate(plain.chosen[index]):
+            forward, recomputed = checkpointed.chosen[index][2 * step : 2 * step + 2]
+            assert torch.equal(forward, chosen_BT) and torch.equal(recomputed, chosen_BT)
+        assert model.model.layers[index].depth_router.num_updates.tolist() == [4]
+    for key, value in states[0].items():
+        assert torch.allclose(value, states[1][key], atol=1e-6), key
+    for key, gradient in grads[0].items():
+        assert_near(grads[1][key], gradient, 1e-5)
+
+
+EXPERT = "expert_choice"
+RESOLUTIONS = [
+    # config fields, train(), arguments, routing of experts and of depth
+    ({}, True, {}, (EXPERT, EXPERT)),
+    ({}, False, {}, ("threshold", "threshold")),
+    ({"training_routing": "token_choice"}, True, {}, ("token_choice", "token_choice")),
+    ({"inference_routing": "token_choice"}, False, {}, ("token_choice", "token_choice")),
+    ({"depth_training_routing": "threshold"}, True, {}, (EXPERT, "threshold")),
+    ({"depth_training_routing": "token_choice"}, False, {}, ("threshold", "threshold")),
+    ({"depth_inference_routing": "token_choice"}, False, {}, ("threshold", "token_choice")),
+    ({"depth_inference_routing": "token_choice"}, True, {}, (EXPERT, EXPERT)),
+    ({"depth_training_routing": "threshold"}, True, {"routing": "token_choice"}, ("token_choice", "token_choice")),
+    ({"depth_training_routing": "threshold"}, True, {"depth_routing": "token_choice"}, (EXPERT, "token_choice")),
+    ({"depth_inference_routing": "token_choice"}, False, {"routing": EXPERT}, (EXPERT,) * 2),
+    ({}, False, {"routing": "token_choice", "depth_routing": EXPERT}, ("token_choice", EXPERT)),
+]
+
+
+@pytest.mark.parametrize("headless", [False, True])
+@pytest.mark.parametrize(("fields", "training", "arguments", "expected"), RESOLUTIONS)
+def test_routing_comes_from_the_call_then_the_config(fields, training, arguments, expected, headless):
+    model = tiny_model(**DEPTH, **fields).train(training)
+    log = SelectionLog(model)
+    (model.model if headless else model)(mixed_ids(), **arguments)
+    assert [(context.routing, context.depth_routing) for context in log.contexts] == [expected] * 2
+
+
+@pytest.mark.parametrize("name", ["routing", "depth_routing"])
+def test_an_unknown_routing_is_named(name):
+    for depth_layers in ([0, 2], None):
+        with pytest.raises(ValueError, match=f"`{name}`.*'soft'"):
+            tiny_model(**{**DEPTH, "depth_layers": depth_layers})(mixed_ids(), **{name: "soft"})
