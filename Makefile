@@ -24,14 +24,16 @@ data: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(RUN) benchmarks/expert_dispatch.py
+	$(RUN) benchmarks/depth_step.py
 
 reproduce: $(INSTALLED)
 	PYTHON=$(abspath $(RUN)) scripts/reproduce.sh
 
-$(INSTALLED): pyproject.toml
+$(INSTALLED): pyproject.toml tests/hf_common/fetch.py
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet --upgrade pip
 	$(RUN) -m pip install --quiet --editable ".[train,dev]"
+	-$(RUN) tests/hf_common/fetch.py
 	touch $@
 
 clean:
