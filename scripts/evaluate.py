@@ -24,14 +24,15 @@ from datasets import Dataset, load_dataset
 
 from emoji.captions import caption_accuracies, label_table, majority_accuracies
 from emoji.curves import plot_curves, read_run, savings, tokens_of_example
-from emoji.examples import held_out_examples
 from emoji.judge import PictureJudge, accuracies, derangement
 from emoji.measures import (
     decode_pictures,
     draw_pictures,
     encode_pictures,
     held_out_loss,
+    load_model,
     picture_batches,
+    shuffled_held_out,
     tokenizer_quality,
     write_captions,
 )
@@ -70,13 +71,16 @@ def parse_arguments(arguments=None) -> argparse.Namespace:
     return args
 
 
-def load_model(folder: str, device: str) -> MomaForCausalLM:
-    return MomaForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device).eval()
-
-
 def describe(model: MomaForCausalLM) -> dict:
     config = model.config
-    fields = ("num_experts", "hidden_size", "num_hidden_layers", "training_routing", "modality_loss_weights")
+    fields = (
+        "num_experts",
+        "hidden_size",
+        "num_hidden_layers",
+        "depth_layers",
+        "training_routing",
+        "modality_loss_weights",
+    )
     return {
         "parameters": config.num_parameters(),
         "active_parameters": config.num_parameters(active=True),
@@ -122,10 +126,7 @@ class Evaluation:
     def losses(self) -> dict[str, dict]:
         columns = {name: [row[name] for row in self.rows] for name in ("style", "label")}
         codes = Dataset.from_dict({"codes": self.codes[:, None].tolist(), **columns})
-        examples = held_out_examples(codes, self.processor)
-        # experts choose within a batch, which shall hold both orders as in training
-        order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(self.args.seed)).tolist()
-        examples = [examples[index] for index in order]
+        examples = shuffled_held_out(codes, self.processor, self.args.seed)
         size = self.args.batch_size
 
         def measure(model, routing, name):

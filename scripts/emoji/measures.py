@@ -21,9 +21,10 @@ from datasets import Dataset
 from tqdm.auto import tqdm
 from transformers import set_seed
 
+from modeling_moma import MomaForCausalLM
 from tokenization import MomaDataCollator
 
-from .examples import label_caption
+from .examples import held_out_examples, label_caption
 
 
 # nothing that a saved generation config holds may change a greedy caption
@@ -37,9 +38,33 @@ def picture_batches(split: Dataset, processor, batch_size: int, description: str
         yield processor.image_processor(images, return_tensors="pt")["pixel_values"]
 
 
+def load_model(folder: str, device: str) -> MomaForCausalLM:
+    """A model in fp32 and eval mode."""
+    return MomaForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device).eval()
+
+
+def shuffled_held_out(codes: Dataset, processor, seed: int) -> list[dict[str, list[int]]]:
+    """Held-out examples in random order: tokens compete within a batch, which shall hold both orders as in training.
+
+    Args:
+        codes (`datasets.Dataset`): columns `codes`, `style`, `label`.
+        processor (`MomaProcessor`): gives the ids.
+        seed (`int`): of the order.
+    """
+    examples = held_out_examples(codes, processor)
+    order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed)).tolist()
+    return [examples[index] for index in order]
+
+
 @torch.inference_mode()
 def held_out_loss(
-    model, processor, examples: list[dict], batch_size: int, routing: str | None = None, description: str = "loss"
+    model,
+    processor,
+    examples: list[dict],
+    batch_size: int,
+    routing: str | None = None,
+    description: str = "loss",
+    depth_routing: str | None = None,
 ) -> dict[str, float]:
     """
     Mean cross-entropy in nats per target token.
@@ -51,6 +76,7 @@ def held_out_loss(
         batch_size (`int`): examples at once; under `expert_choice` they compete with one another.
         routing (`str`, *optional*): the model's inference routing by default.
         description (`str`): of the progress bar.
+        depth_routing (`str`, *optional*): of depth layers, where it is to differ from `routing`.
 
     Returns:
         `dict[str, float]`: `overall`, one entry for each modality, and `tokens`, the number of targets.
@@ -59,7 +85,8 @@ def held_out_loss(
     sums, counts = defaultdict(float), defaultdict(int)
     for start in tqdm(range(0, len(examples), batch_size), desc=description):
         batch = collate(examples[start : start + batch_size])
-        output = model(**{name: values.to(model.device) for name, values in batch.items()}, routing=routing)
+        inputs = {name: values.to(model.device) for name, values in batch.items()}
+        output = model(**inputs, routing=routing, depth_routing=depth_routing)
         for modality, loss in output.modality_losses.items():
             count = int(output.modality_tokens[modality])
             sums[modality] += float(loss) * count

@@ -17,6 +17,7 @@ import yaml
 
 from .examples import TAG_CAPTION_SHARE, UNCONDITIONAL_SHARE
 from .judge import LEVELS
+from .tables import markdown_table
 
 
 EXPERT_CHOICE = "expert_choice (sees the future, not a measure of quality)"
@@ -40,11 +41,6 @@ _DRAWING_ROWS = (
 )
 
 
-def _table(head: list[str], rows: list[list[str]]) -> str:
-    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
 def _cell(text: str) -> str:
     # generated text may hold anything
     return " ".join(text.replace("|", "\\|").split())
@@ -65,7 +61,7 @@ def loss_table(report: dict) -> str:
     losses[f"MoMa, {EXPERT_CHOICE}"] = losses.get(EXPERT_CHOICE)
     names = ("text", "image", "overall")
     rows = [[title, *(f"{losses[key][name]:.3f}" for name in names)] for title, key in _LOSS_ROWS if losses.get(key)]
-    return _table(["nats per target token", "text", "picture", "overall"], rows)
+    return markdown_table(["nats per target token", "text", "picture", "overall"], rows)
 
 
 def caption_table(report: dict) -> str:
@@ -76,7 +72,7 @@ def caption_table(report: dict) -> str:
         for title, key in _CAPTION_ROWS
         if key in captions
     ]
-    return _table(["captions", "label (exact match)", *LEVELS[1:]], rows)
+    return markdown_table(["captions", "label (exact match)", *LEVELS[1:]], rows)
 
 
 def style_table(report: dict) -> str:
@@ -85,14 +81,16 @@ def style_table(report: dict) -> str:
     for style, part in report["captions"]["by_style"].items():
         pairs = [_percent(part[who][level]) for who in ("model", "nearest_neighbour") for level in LEVELS[:2]]
         rows.append([style, str(part["pictures"]), *pairs])
-    return _table(["style", "pictures", "label", "subgroup", "label, nearest n.", "subgroup, nearest n."], rows)
+    return markdown_table(
+        ["style", "pictures", "label", "subgroup", "label, nearest n.", "subgroup, nearest n."], rows
+    )
 
 
 def drawing_table(report: dict) -> str:
     """Markdown table of what the judge sees in pictures."""
     drawings = report["drawings"]
     rows = [[title, *(_percent(drawings[key][level]) for level in LEVELS)] for title, key in _DRAWING_ROWS]
-    return _table(["pictures", *LEVELS], rows)
+    return markdown_table(["pictures", *LEVELS], rows)
 
 
 def size_table(report: dict) -> str:
@@ -109,7 +107,7 @@ def size_table(report: dict) -> str:
         else:
             numbers += ["-"] * 4
         rows.append([title, *numbers])
-    return _table(
+    return markdown_table(
         ["model", "parameters", "active", "steps", "examples", "training FLOPs", "seconds (wall clock)"], rows
     )
 
@@ -134,7 +132,7 @@ def aim_table(report: dict) -> str:
             drawn >= AIM_DRAWN * ceiling > 0,
         )
     )
-    return _table(
+    return markdown_table(
         ["aim", "measured", "reached"], [[aim, measured, "yes" if met else "no"] for aim, measured, met in aims]
     )
 
@@ -288,7 +286,7 @@ def render_card(report: dict) -> str:
         "caption_table": caption_table(report),
         "style_table": style_table(report),
         "drawing_table": drawing_table(report),
-        "sample_table": _table(["picture", "caption"], samples),
+        "sample_table": markdown_table(["picture", "caption"], samples),
     }
     return f"---\n{head}---\n{_CARD.format(**values)}"
 

@@ -1,0 +1,36 @@
+# Copyright 2026 The modeling-moma authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Numbers as text: Markdown tables, and means of several runs."""
+
+from collections.abc import Sequence
+from statistics import fmean, stdev
+
+
+def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table whose first column is text and whose others are numbers."""
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def spread(values: Sequence[float]) -> dict:
+    """`mean` and `std` of several runs; the sample's standard deviation, `None` for a single run."""
+    return {"mean": fmean(values), "std": stdev(values) if len(values) > 1 else None}
+
+
+def with_spread(part: dict, digits: int = 4, scale: float = 1.0, unit: str = "") -> str:
+    """`"1.2340 ± 0.0010"` of [`spread`]'s result."""
+    text = f"{scale * part['mean']:.{digits}f}"
+    if part["std"] is not None:
+        text += f" ± {scale * part['std']:.{digits}f}"
+    return text + unit
