@@ -31,6 +31,7 @@ from transformers import (
 )
 
 from modeling_moma import MomaConfig, MomaForCausalLM, MomaModel
+from modeling_moma.routing_moma import MomaRouterBase
 from tiny import tiny_model, tiny_processor
 from tokenization import MomaProcessor
 
@@ -92,9 +93,22 @@ def processor():
     return tiny_processor()
 
 
-@pytest.fixture(scope="module")
-def model(processor):
-    return tiny_model(processor, num_experts={"text": 2, "image": 3}, initializer_range=0.3)
+FIELDS = {
+    "plain": {},
+    "depth": {"num_hidden_layers": 4, "depth_layers": [0, 2], "depth_capacity": {"text": 0.5, "image": 0.25}},
+}
+
+
+@pytest.fixture(scope="module", params=FIELDS)
+def model(request, processor):
+    model = tiny_model(processor, num_experts={"text": 2, "image": 3}, initializer_range=0.3, **FIELDS[request.param])
+    for router in routers(model):
+        router.threshold.uniform_(0.45, 0.55)
+    return model
+
+
+def routers(model):
+    return [module for module in model.modules() if isinstance(module, MomaRouterBase)]
 
 
 @pytest.fixture(scope="module")
@@ -169,6 +183,22 @@ def test_every_auto_class_loads_the_folder_by_its_own_code_without_the_package(
     assert found.pop("names") == NAMES
     expected = expected_results(model, processor, picture)
     assert_same_results(found, expected)
+
+
+def test_saving_twice_keeps_every_output(folder, model, processor, picture, tmp_path):
+    AutoModelForCausalLM.from_pretrained(folder).save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert (tmp_path / "config.json").read_text() == (folder / "config.json").read_text()
+    assert again.state_dict().keys() == model.state_dict().keys()
+    assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in model.state_dict().items())
+    assert_same_results(expected_results(again, processor, picture), expected_results(model, processor, picture))
+
+
+def test_routers_stay_in_fp32_in_a_bf16_model(folder, model):
+    loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    assert loaded.lm_head.weight.dtype == torch.bfloat16
+    for router, saved in zip(routers(loaded), routers(model), strict=True):
+        assert all(torch.equal(tensor, saved.state_dict()[name]) for name, tensor in router.state_dict().items())
 
 
 def test_configuration_alone_loads_with_the_package(tmp_path, model):

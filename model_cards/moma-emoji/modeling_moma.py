@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 from transformers import initialization as init
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import Cache, DynamicCache, StaticCache
 from transformers.integrations import use_kernel_forward_from_hub, use_kernelized_func
 from transformers.masking_utils import create_causal_mask, find_packed_sequence_indices
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -460,6 +460,8 @@ class MomaModel(MomaPreTrainedModel):
             attention_mask=attention_mask,
             cache=cache,
             position_ids=position_ids,
+            # the columns of a static cache that no token fills yet have to be hidden, in steps of one token too
+            allow_is_causal_skip=not isinstance(cache, StaticCache) or inputs_embeds.shape[1] > 1,
         )
         hidden_states = inputs_embeds
         position_embeddings = self.rotary_emb(hidden_states, position_ids=position_ids)
@@ -546,6 +548,11 @@ class MomaForCausalLM(MomaPreTrainedModel, MomaGenerationMixin):
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
+
+    @staticmethod
+    def create_masks_for_generate(attention_mask=None, **kwargs):
+        """The model makes its mask itself: routers have to see the padding."""
+        return attention_mask
 
     @can_return_tuple
     @auto_docstring

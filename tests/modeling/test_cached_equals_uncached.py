@@ -14,8 +14,10 @@
 
 import pytest
 import torch
+from transformers import DynamicCache, StaticCache
 
 from modeling_moma.configuration_moma import MomaConfig
+from modeling_moma.depth_moma import MomaDepthRouter
 from modeling_moma.modeling_moma import MomaForCausalLM
 from modeling_moma.routing_moma import MomaRouter
 
@@ -32,40 +34,65 @@ STRATEGIES = {
     "beam_3": {"do_sample": False, "num_beams": 3},
     "sampling": {"do_sample": True, "top_k": 0},
 }
+MODELS = {
+    f"{name}-{norm}": {"num_experts": EXPERTS[name], "norm_placement": norm}
+    for name in EXPERTS
+    for norm in ("post", "pre")
+}
+DEPTH = {"num_hidden_layers": 4, "depth_layers": [0, 2]}
+MOD_4T4I = {"num_experts": EXPERTS["4t4i"], **DEPTH}
+BY_MODALITY = {"depth_capacity": {"text": 0.5, "image": 0.25}, "depth_pool": "row"}
+DEPTH_MODELS = {
+    "mod-dense": {"num_experts": EXPERTS["dense"], **DEPTH},
+    "mod-1t1i": {"num_experts": EXPERTS["1t1i"], "norm_placement": "pre", **DEPTH},
+    "mod-4t4i": MOD_4T4I,
+    # the layer that the stock code asks for the length is a full one here
+    "mod-4t4i-odd": {**MOD_4T4I, "depth_layers": [1, 3], "norm_placement": "pre"},
+    "mod-4t4i-all": {**MOD_4T4I, "num_hidden_layers": 2, "depth_layers": [0, 1]},
+    "mod-4t4i-by-modality": {**MOD_4T4I, **BY_MODALITY},
+    "mod-4t4i-token_choice": {**MOD_4T4I, "depth_inference_routing": "token_choice"},
+    "mod-4t4i-eager": {**MOD_4T4I, "attn_implementation": "eager"},
+}
 
 
-def make_model(experts, norm_placement):
+def make_model(**fields):
     torch.manual_seed(0)
-    config = MomaConfig(
-        vocab_size=200,
-        hidden_size=32,
-        intermediate_size=21,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-        pad_token_id=PAD,
-        bos_token_id=BOS,
-        eos_token_id=EOS,
-        begin_image_token_id=BEGIN,
-        end_image_token_id=END,
-        image_seq_length=LENGTH,
-        modality_token_ranges={"image": [[START, STOP]]},
-        num_experts=EXPERTS[experts],
-        norm_placement=norm_placement,
-        initializer_range=0.2,
-    )
-    model = MomaForCausalLM(config).eval()
+    defaults = {
+        "vocab_size": 200,
+        "hidden_size": 32,
+        "intermediate_size": 21,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 128,
+        "pad_token_id": PAD,
+        "bos_token_id": BOS,
+        "eos_token_id": EOS,
+        "begin_image_token_id": BEGIN,
+        "end_image_token_id": END,
+        "image_seq_length": LENGTH,
+        "modality_token_ranges": {"image": [[START, STOP]]},
+        "initializer_range": 0.2,
+    }
+    model = MomaForCausalLM(MomaConfig(**{**defaults, **fields})).eval()
     for module in model.modules():
         if isinstance(module, MomaRouter):
             # tokens meet no expert, one, or several
             module.threshold.uniform_(0.2, 0.8)
+        if isinstance(module, MomaDepthRouter):
+            module.threshold.uniform_(0.48, 0.56)
+            module.balance_bias.uniform_(-0.06, 0.02)
     return model
 
 
-@pytest.fixture(scope="module", params=[(name, norm) for name in EXPERTS for norm in ("post", "pre")], ids="-".join)
+@pytest.fixture(scope="module", params=[*MODELS, *DEPTH_MODELS])
 def model(request):
-    return make_model(*request.param)
+    return make_model(**{**MODELS, **DEPTH_MODELS}[request.param])
+
+
+@pytest.fixture(scope="module", params=DEPTH_MODELS)
+def depth_model(request):
+    return make_model(**DEPTH_MODELS[request.param])
 
 
 def batch(rows):
@@ -107,3 +134,63 @@ def test_chunked_prefill_equals_uncached_greedy(model):
     inputs = batch(ROWS)
     chunked = generate(model, inputs, do_sample=False, prefill_chunk_size=4)
     assert torch.equal(chunked, generate(model, inputs, do_sample=False, use_cache=False))
+
+
+def test_static_cache_equals_uncached_greedy(model):
+    inputs = batch(ROWS)
+    static = generate(model, inputs, do_sample=False, cache_implementation="static")
+    assert torch.equal(static, generate(model, inputs, do_sample=False, use_cache=False))
+
+
+def test_static_cache_equals_uncached_greedy_without_padding(model):
+    inputs = batch([row[:8] for row in ROWS[1:]])
+    call = {"mode": "text", "do_sample": False, "max_new_tokens": 10}
+    static = generate(model, inputs, cache_implementation="static", **call)
+    assert torch.equal(static, generate(model, inputs, use_cache=False, **call))
+
+
+@pytest.mark.parametrize(("num_beams", "chunk"), [(3, None), (1, 4)], ids=["beam_3", "chunked_prefill"])
+def test_static_cache_of_depth_models_equals_uncached(depth_model, num_beams, chunk):
+    call = {"do_sample": False, "num_beams": num_beams}
+    inputs = batch(ROWS)
+    static = generate(depth_model, inputs, cache_implementation="static", prefill_chunk_size=chunk, **call)
+    assert torch.equal(static, generate(depth_model, inputs, use_cache=False, **call))
+
+
+@pytest.mark.parametrize("mode", ["image", "text"])
+def test_assisted_by_a_smaller_depth_model_equals_uncached_greedy(depth_model, mode):
+    assistant = make_model(num_experts=EXPERTS["1t1i"], num_hidden_layers=2, depth_layers=[0])
+    inputs = batch(ROWS[:1])
+    call = {"mode": mode, "do_sample": False, "max_new_tokens": LENGTH + 2}
+    assisted = generate(depth_model, inputs, assistant_model=assistant, **call)
+    assert torch.equal(assisted, generate(depth_model, inputs, use_cache=False, **call))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("kind", "chunk"), [("dynamic", 1), ("dynamic", 2), ("dynamic", 3), ("static", 2)])
+def test_logits_of_chunks_equal_those_of_whole_rows(depth_model, kind, chunk):
+    ids, mask = batch(ROWS).values()
+    whole = depth_model(ids, attention_mask=mask, use_cache=False).logits
+    cache = DynamicCache(config=depth_model.config)
+    if kind == "static":
+        cache = StaticCache(config=depth_model.config, max_cache_len=ids.shape[1])
+    parts = []
+    for start in range(0, ids.shape[1], chunk):
+        stop = start + chunk
+        parts.append(depth_model(ids[:, start:stop], attention_mask=mask[:, :stop], cache=cache).logits)
+    logits, whole = torch.cat(parts, dim=1)[mask.bool()], whole[mask.bool()]
+    torch.testing.assert_close(logits, whole, atol=1e-5 * whole.abs().max().item(), rtol=0)
+
+
+def test_depth_models_meet_steps_with_all_rows_some_and_none(depth_model):
+    shares = []
+
+    def record_rows(module, arguments, output):
+        shares.append(output[1].chosen_BT.any(1).float().mean().item())
+
+    hooks = [m.register_forward_hook(record_rows) for m in depth_model.modules() if isinstance(m, MomaDepthRouter)]
+    generate(depth_model, batch(ROWS), do_sample=True, top_k=0)
+    for hook in hooks:
+        hook.remove()
+    decoding = shares[len(hooks) :]
+    assert 0.0 in decoding and 1.0 in decoding and len(set(decoding)) > 2

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from modeling_moma.configuration_moma import MomaConfig
+from modeling_moma.depth_moma import MomaDepthRouter
 from modeling_moma.modeling_moma import MomaForCausalLM
 from modeling_moma.routing_moma import MomaRouter
 
@@ -26,30 +27,44 @@ VOCABULARY, LENGTH = 200, 24
 TOLERANCE = {"atol": 1e-5, "rtol": 1e-5}
 
 
-def make_model(experts, norm_placement, routing):
+DEPTH = {
+    "mod": {"num_hidden_layers": 4, "depth_layers": [0, 2]},
+    "mod_by_modality": {
+        "num_hidden_layers": 4,
+        "depth_layers": [0, 2],
+        "depth_capacity": {"text": 0.5, "image": 0.25},
+        "depth_pool": "row",
+    },
+}
+
+
+def make_model(experts, norm_placement, routing, depth=None):
     torch.manual_seed(0)
-    config = MomaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        intermediate_size=21,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=128,
-        pad_token_id=0,
-        begin_image_token_id=3,
-        end_image_token_id=4,
-        image_seq_length=8,
-        modality_token_ranges={"image": [[100, VOCABULARY]]},
-        num_experts=EXPERTS[experts],
-        norm_placement=norm_placement,
-        inference_routing=routing,
-        initializer_range=0.1,
-    )
-    model = MomaForCausalLM(config).eval()
+    fields = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 32,
+        "intermediate_size": 21,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 128,
+        "pad_token_id": 0,
+        "begin_image_token_id": 3,
+        "end_image_token_id": 4,
+        "image_seq_length": 8,
+        "modality_token_ranges": {"image": [[100, VOCABULARY]]},
+        "num_experts": EXPERTS[experts],
+        "norm_placement": norm_placement,
+        "inference_routing": routing,
+        "initializer_range": 0.1,
+    }
+    model = MomaForCausalLM(MomaConfig(**{**fields, **DEPTH.get(depth, {})})).eval()
     for module in model.modules():
         if isinstance(module, MomaRouter):
             module.threshold.uniform_(0.4, 0.6)
             module.balance_bias.uniform_(-0.1, 0.1)
+        if isinstance(module, MomaDepthRouter):
+            module.threshold.uniform_(0.49, 0.51)
+            module.balance_bias.uniform_(-0.01, 0.01)
     return model
 
 
@@ -58,6 +73,11 @@ CASES = [
     for experts in EXPERTS
     for norm in ("post", "pre")
     for routing in (ROUTINGS if experts in ("8x", "4t4i") else ROUTINGS[:1])
+] + [
+    (experts, "post", routing, depth)
+    for depth, names in (("mod", ("dense", "1t1i", "4t4i")), ("mod_by_modality", ("4t4i",)))
+    for experts in names
+    for routing in ROUTINGS
 ]
 
 
@@ -109,6 +129,33 @@ def test_left_padding_moves_no_logit(model):
 
 
 @torch.no_grad()
+def test_right_padding_moves_no_logit(model):
+    ids = random_ids(3, LENGTH)
+    lengths = (LENGTH, LENGTH - 3, LENGTH - 7)
+    mask = (torch.arange(LENGTH) < torch.tensor(lengths).unsqueeze(-1)).long()
+    logits = model(ids * mask, attention_mask=mask).logits
+    for row, length in enumerate(lengths):
+        alone = model(ids[row : row + 1, :length]).logits
+        torch.testing.assert_close(logits[row : row + 1, :length], alone, **TOLERANCE)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("case", [case for case in CASES if len(case) == 4], ids="-".join)
+def test_depth_routers_choose_some_tokens_and_leave_some(case):
+    shares = []
+
+    def record_share(module, arguments, output):
+        shares.append(output[1].chosen_BT.float().mean().item())
+
+    model = make_model(*case)
+    for module in model.modules():
+        if isinstance(module, MomaDepthRouter):
+            module.register_forward_hook(record_share)
+    model(random_ids(3, LENGTH))
+    assert len(shares) == 2 and all(0.05 < share < 0.95 for share in shares)
+
+
+@torch.no_grad()
 def test_random_thresholds_mix_the_selections():
     model = make_model("4t4i", "post", "threshold")
     counts = set()
@@ -126,10 +173,11 @@ def test_random_thresholds_mix_the_selections():
 
 
 @torch.no_grad()
-def test_expert_choice_is_the_one_that_sees_the_future():
-    model = make_model("4t4i", "post", "threshold")
+@pytest.mark.parametrize("argument", ["routing", "depth_routing"])
+def test_expert_choice_is_the_one_that_sees_the_future(argument):
+    model = make_model("4t4i", "post", "threshold", "mod" if argument == "depth_routing" else None)
     ids = random_ids(3, LENGTH)
     changed = ids.clone()
     changed[:, 12:] = random_ids(3, 12, seed=1)
-    before, after = (model(tokens, routing="expert_choice").logits[:, :12] for tokens in (ids, changed))
+    before, after = (model(tokens, **{argument: "expert_choice"}).logits[:, :12] for tokens in (ids, changed))
     assert not torch.allclose(before, after, atol=1e-3)
