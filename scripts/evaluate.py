@@ -26,6 +26,7 @@ from emoji.captions import caption_accuracies, label_table, majority_accuracies
 from emoji.curves import plot_curves, read_run, savings, tokens_of_example
 from emoji.judge import PictureJudge, accuracies, derangement
 from emoji.measures import (
+    EXPERT_CHOICE,
     decode_pictures,
     draw_pictures,
     encode_pictures,
@@ -36,7 +37,7 @@ from emoji.measures import (
     tokenizer_quality,
     write_captions,
 )
-from emoji.model_card import CURVES_FILE, EXPERT_CHOICE, render_card, report_table
+from emoji.model_card import CURVES_FILE, report_table, write_card
 from modeling_moma import MomaForCausalLM
 from tokenization import MomaProcessor
 from tokenization.perceptual_moma_vq import MomaVQPerceptualNetwork
@@ -224,7 +225,7 @@ def main(arguments=None):
     if args.write_card:
         runs = {name: report["training"][key] for name, key in (("MoMa", "model"), ("dense", "dense"))}
         plot_curves(runs, Path(args.model) / CURVES_FILE)
-        write_aside(Path(args.model) / "README.md", lambda path: path.write_text(render_card(report)))
+        write_card(args.model, report)
 
 
 if __name__ == "__main__":

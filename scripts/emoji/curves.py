@@ -13,8 +13,10 @@
 # limitations under the License.
 """Loss curves of Trainer runs over training FLOPs, and the saving that one shows against the other."""
 
+import copy
 import json
 from pathlib import Path
+from statistics import fmean
 
 import numpy as np
 from datasets import Dataset
@@ -61,7 +63,9 @@ def read_run(folder: str | Path, tokens: dict[str, float]) -> dict:
 
     Returns:
         `dict`: `steps`, `batch_size`, `examples`, `seconds` (wall clock of the last start; `None` for unfinished
-        runs), `flops` and `curve`, a list of `step`, `flops`, `overall`, `text` and `image` (losses in nats).
+        runs), `flops` (of depth layers at the mean load that was logged, not at their capacity), `depth_load` (that
+        load by modality, or `None`) and `curve`, a list of `step`, `flops`, `overall`, `text` and `image` (losses in
+        nats).
 
     Raises:
         ValueError: no run lies in the folder, or it holds no evaluation by modality.
@@ -82,7 +86,8 @@ def read_run(folder: str | Path, tokens: dict[str, float]) -> dict:
     history = state["log_history"]
     summary = next((entry for entry in reversed(history) if "train_runtime" in entry), {})
     steps = state["global_step"]
-    flops_a_step = batch_size * training_flops(config, tokens, round(sum(tokens.values())))
+    trained = _with_logged_load(config, history)
+    flops_a_step = batch_size * training_flops(trained, tokens, round(sum(tokens.values())))
     points = {
         # a resumed run evaluates its checkpoint once more; the later one counts
         entry["step"]: {"step": entry["step"], "flops": entry["step"] * flops_a_step}
@@ -100,8 +105,21 @@ def read_run(folder: str | Path, tokens: dict[str, float]) -> dict:
         "examples": steps * batch_size,
         "seconds": summary.get("train_runtime"),
         "flops": steps * flops_a_step,
+        "depth_load": trained.depth_capacity if trained is not config else None,
         "curve": curve,
     }
+
+
+def _with_logged_load(config: MomaConfig, history: list[dict]) -> MomaConfig:
+    loads = {
+        modality: [entry[key] for entry in history if key in entry]
+        for modality, key in ((name, f"{name}_depth_load") for name in config.modalities)
+    }
+    if not config.depth_layers or not all(loads.values()):
+        return config
+    trained = copy.deepcopy(config)
+    trained.depth_capacity = {modality: fmean(values) for modality, values in loads.items()}
+    return trained
 
 
 def savings(dense: dict, sparse: dict) -> dict[str, dict]:

@@ -19,8 +19,7 @@ from pathlib import Path
 
 from .curves import RUN_FILE, read_run
 from .depth_selection import watched_depth
-from .measures import held_out_loss
-from .model_card import EXPERT_CHOICE
+from .measures import EXPERT_CHOICE, held_out_loss
 from .tables import markdown_table, spread, with_spread
 
 
@@ -46,7 +45,7 @@ def training_of(folder: str | Path, tokens: dict[str, float]) -> dict:
         tokens (`dict[str, float]`): tokens of an example by modality, from `tokens_of_example`.
 
     Returns:
-        `dict`: `folder`, `seed`, `steps`, `examples`, `seconds` and `flops`.
+        `dict`: `folder`, `seed`, `steps`, `examples`, `seconds`, `flops` and `depth_load`.
 
     Raises:
         ValueError: no such run lies in the folder, it is not finished, or does not know its arguments.
@@ -59,7 +58,7 @@ def training_of(folder: str | Path, tokens: dict[str, float]) -> dict:
         raise ValueError(
             f"`folder` {str(folder)!r} holds {run['steps']} of {arguments['steps']} steps: let the training finish."
         )
-    kept = {name: run[name] for name in ("steps", "examples", "seconds", "flops")}
+    kept = {name: run[name] for name in ("steps", "examples", "seconds", "flops", "depth_load")}
     return {"folder": str(folder), "seed": arguments["seed"], **kept}
 
 

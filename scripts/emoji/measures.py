@@ -27,6 +27,8 @@ from tokenization import MomaDataCollator
 from .examples import held_out_examples, label_caption
 
 
+# name of that routing in reports, never without its warning
+EXPERT_CHOICE = "expert_choice (sees the future, not a measure of quality)"
 # nothing that a saved generation config holds may change a greedy caption
 GREEDY = {"do_sample": False, "num_beams": 1, "guidance_scale": 1.0}
 

@@ -13,15 +13,23 @@
 # limitations under the License.
 """Renders the model card from the report of scripts/evaluate.py, so that every number in it is measured."""
 
+import json
+from pathlib import Path
+
 import yaml
 
+from writing import write_aside
+
+from .depth_comparison import verdict
 from .examples import TAG_CAPTION_SHARE, UNCONDITIONAL_SHARE
 from .judge import LEVELS
+from .measures import EXPERT_CHOICE
 from .tables import markdown_table
 
 
-EXPERT_CHOICE = "expert_choice (sees the future, not a measure of quality)"
 CURVES_FILE = "curves.png"
+EVALUATION_FILE = "evaluation.json"
+DEPTH_FILE = "depth_comparison.json"
 
 # smallest shares that the released model shall reach
 AIM_LABEL, AIM_SUBGROUP, AIM_DRAWN = 0.10, 0.45, 0.5
@@ -232,12 +240,33 @@ def _weights(report: dict) -> str:
     return ", ".join(f"{name} tokens weigh {weight:g} times as much" for name, weight in weights.items()) or "none"
 
 
-def render_card(report: dict) -> str:
+def depth_section(depth: dict) -> str:
+    """What scripts/compare_depth.py found, for the card of a model without depth layers."""
+    plain, with_depth = (depth["runs"][side][0]["steps"] for side in ("without", "with_depth"))
+    return f"""
+### Mixture of depths
+
+This model lets no token skip a layer. Short trainings with its recipe, {plain} steps without depth layers and
+{with_depth} with more layers of which every other is one, {depth["summary"]["seeds"]} seeds each, compare on the
+{depth["examples"]} examples of `{depth["split"]}` as follows:
+
+{verdict(depth["summary"])}
+
+By
+
+```bash
+{depth["command"]}
+```
+"""
+
+
+def render_card(report: dict, depth: dict | None = None) -> str:
     """
     Writes the card.
 
     Args:
         report (`dict`): what scripts/evaluate.py measured, with a dense baseline and the curves of both runs.
+        depth (`dict`, *optional*): what scripts/compare_depth.py measured.
 
     Returns:
         `str`: the text of `README.md`.
@@ -288,7 +317,29 @@ def render_card(report: dict) -> str:
         "drawing_table": drawing_table(report),
         "sample_table": markdown_table(["picture", "caption"], samples),
     }
-    return f"---\n{head}---\n{_CARD.format(**values)}"
+    card = f"---\n{head}---\n{_CARD.format(**values)}"
+    return card + depth_section(depth) if depth is not None else card
+
+
+def write_card(folder: str | Path, report: dict | None = None):
+    """Writes `README.md` beside a released model.
+
+    Args:
+        folder (`str` or `Path`): the model's folder; a `depth_comparison.json` in it becomes part of the card.
+        report (`dict`, *optional*): see [`render_card`]; by default the folder's `evaluation.json`.
+
+    Raises:
+        FileNotFoundError: no report is given, and the folder has none.
+    """
+    folder = Path(folder)
+    if report is None:
+        path = folder / EVALUATION_FILE
+        if not path.exists():
+            raise FileNotFoundError(f"`folder` {str(folder)!r} has no {EVALUATION_FILE}: see scripts/evaluate.py.")
+        report = json.loads(path.read_text())
+    depth_path = folder / DEPTH_FILE
+    text = render_card(report, json.loads(depth_path.read_text()) if depth_path.exists() else None)
+    write_aside(folder / "README.md", lambda path: path.write_text(text))
 
 
 _CARD = """

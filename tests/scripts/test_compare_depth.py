@@ -73,6 +73,10 @@ def arguments(folder, output, models=("plain-0", "plain-1"), depth=("depth-0", "
     return [*runs, *inputs, "--split", "test", "--output", str(output)]
 
 
+def history(run):
+    return json.loads((run / "trainer_state.json").read_text())["log_history"]
+
+
 def test_report_holds_flops_losses_gaps_and_loads(folder, tmp_path, capsys):
     main(arguments(folder, tmp_path / "report.json"))
     report = json.loads((tmp_path / "report.json").read_text())
@@ -82,6 +86,12 @@ def test_report_holds_flops_losses_gaps_and_loads(folder, tmp_path, capsys):
         config = MomaConfig.from_pretrained(folder / f"{name}-0")
         for seed, run in enumerate(report["runs"][side]):
             assert (run["seed"], run["steps"], run["examples"]) == (seed, 2, 8)
+            if name == "depth":
+                # what the layers took in training, not what they were meant to take
+                (log,) = [log for log in history(folder / f"{name}-{seed}") if "text_depth_load" in log]
+                loads = {modality: log[f"{modality}_depth_load"] for modality in ("text", "image")}
+                assert run["depth_load"] == loads
+                config.depth_capacity = loads
             assert run["flops"] == pytest.approx(8 * training_flops(config, tokens, round(sum(tokens.values()))))
             assert run["gap"][EXPERT_CHOICE] == gaps(run["loss"][CAUSAL], run["loss"][EXPERT_CHOICE])
     plain, depth = (report["runs"][side][0] for side in ("without", "with_depth"))

@@ -14,13 +14,15 @@
 """The card: valid for the Hub, and every number from the report."""
 
 import copy
+import json
 
 import pytest
 from huggingface_hub import ModelCardData
 from huggingface_hub.repocard import RepoCard
 from huggingface_hub.repocard_data import model_index_to_eval_results
 
-from emoji.model_card import EXPERT_CHOICE, aim_table, card_metadata, render_card, report_table
+from emoji.measures import EXPERT_CHOICE
+from emoji.model_card import aim_table, card_metadata, render_card, report_table, write_card
 
 
 def shares(label, subgroup, group, **more):
@@ -146,3 +148,45 @@ def test_report_without_a_baseline_is_printed_but_makes_no_card():
     assert "MoMa, causal" in report_table(report)
     with pytest.raises(ValueError, match="--baseline"):
         render_card(report)
+
+
+DEPTH = {
+    "command": "python scripts/compare_depth.py --split test",
+    "split": "test",
+    "examples": 1162,
+    "runs": {"without": [{"steps": 90}], "with_depth": [{"steps": 80}]},
+    "summary": {
+        "seeds": 2,
+        "flops_ratio": {"mean": 0.999, "std": 0.001},
+        "equal_flops": True,
+        "difference": {
+            name: {"mean": 0.05, "std": 0.01, "winner": "without depth", "seeds_for_winner": 2}
+            for name in ("text", "image", "overall")
+        },
+        "with_depth": {"gap": {EXPERT_CHOICE: {"overall": {"mean": 0.002, "std": 0.001}}}},
+    },
+}
+
+
+def test_card_tells_what_depth_would_lose():
+    card = render_card(REPORT, DEPTH)
+    for text in (
+        "90 steps without depth layers",
+        "80 with more layers",
+        "Causal text loss: better without depth, for 2 of 2 seeds; with minus without 0.0500 ± 0.0100 nats.",
+        "0.20 ± 0.10 %; aim of at most 0.5 %: reached",
+        DEPTH["command"],
+    ):
+        assert text in card, text
+    assert "Mixture of depths" not in render_card(REPORT)
+
+
+def test_card_is_written_from_the_measurements_in_the_folder(tmp_path):
+    with pytest.raises(FileNotFoundError, match="evaluation.json"):
+        write_card(tmp_path)
+    (tmp_path / "evaluation.json").write_text(json.dumps(REPORT))
+    write_card(tmp_path)
+    assert (tmp_path / "README.md").read_text() == render_card(REPORT)
+    (tmp_path / "depth_comparison.json").write_text(json.dumps(DEPTH))
+    write_card(tmp_path)
+    assert (tmp_path / "README.md").read_text() == render_card(REPORT, DEPTH)
