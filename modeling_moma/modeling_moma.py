@@ -20,7 +20,7 @@ import torch
 from torch import nn
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache, StaticCache
-from transformers.integrations import use_kernel_forward_from_hub, use_kernelized_func
+from transformers.integrations import use_kernelized_func
 from transformers.masking_utils import create_causal_mask, find_packed_sequence_indices
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import ModelOutput, MoeModelOutputWithPast
@@ -45,6 +45,7 @@ from .depth_moma import (
 from .experts_moma import MomaFeedForward, MomaPackedExperts
 from .generation_moma import MomaGenerationMixin
 from .loss_moma import causal_lm_loss
+from .norms_moma import MomaHeadLayerNorm, MomaRMSNorm, query_key_norm
 from .routing_moma import (
     ROUTINGS,
     MomaRouter,
@@ -88,33 +89,6 @@ class MomaCausalLMOutput(ModelOutput):
     router_logits: tuple[torch.FloatTensor, ...] | None = None
     modality_losses: dict[str, torch.Tensor] | None = None
     modality_tokens: dict[str, torch.Tensor] | None = None
-
-
-@use_kernel_forward_from_hub("RMSNorm")
-class MomaRMSNorm(nn.Module):
-    def __init__(self, hidden_size: int, eps: float = 1e-5):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(hidden_size))
-        self.variance_epsilon = eps
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        dtype = hidden_states.dtype
-        normed = nn.functional.rms_norm(hidden_states.float(), self.weight.shape, eps=self.variance_epsilon)
-        return self.weight * normed.to(dtype)
-
-
-class MomaHeadLayerNorm(nn.Module):
-    """LayerNorm over `head_dim`, with one affine for all heads or one for each (Chameleon's query-key norm)."""
-
-    def __init__(self, shape: tuple[int, ...], eps: float = 1e-5):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(shape))
-        self.bias = nn.Parameter(torch.zeros(shape))
-        self.eps = eps
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        normed = nn.functional.layer_norm(hidden_states, self.weight.shape[-1:], eps=self.eps)
-        return (normed * self.weight + self.bias).to(hidden_states.dtype)
 
 
 class MomaRotaryEmbedding(nn.Module):
@@ -164,8 +138,8 @@ class MomaAttention(nn.Module):
         self.k_proj = nn.Linear(config.hidden_size, key_width, bias=config.attention_bias)
         self.v_proj = nn.Linear(config.hidden_size, key_width, bias=config.attention_bias)
         self.o_proj = nn.Linear(query_width, config.hidden_size, bias=config.attention_bias)
-        self.q_norm = _query_key_norm(config, config.num_attention_heads)
-        self.k_norm = _query_key_norm(config, config.num_key_value_heads)
+        self.q_norm = query_key_norm(config, config.num_attention_heads)
+        self.k_norm = query_key_norm(config, config.num_key_value_heads)
 
     @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
     def forward(
@@ -209,19 +183,6 @@ class MomaDepthAttention(MomaAttention):
         if weights_RHCS is None or not is_recorded:
             return attn_output, None
         return attn_output, packing.unpack_attention(weights_RHCS, slot_RS, past)
-
-
-def _query_key_norm(config, num_heads):
-    # CODEPATH: RMSNorm for models trained here, as moma-emoji
-    if config.qk_norm == "rmsnorm":
-        return MomaRMSNorm(config.head_dim, eps=config.rms_norm_eps)
-    # CODEPATH: the presets, as in Chameleon's own code
-    if config.qk_norm == "layernorm":
-        return MomaHeadLayerNorm((config.head_dim,))
-    # CODEPATH: Chameleon checkpoints that were converted to Transformers
-    if config.qk_norm == "layernorm_per_head":
-        return MomaHeadLayerNorm((num_heads, config.head_dim))
-    return nn.Identity()
 
 
 class MomaDecoderLayer(GradientCheckpointingLayer):

@@ -25,8 +25,8 @@ from .tables import markdown_table, spread, with_spread
 
 LOSSES = {"text": "text", "image": "picture", "overall": "overall"}
 CAUSAL = "causal (threshold)"
-# of the depth layers alone, while experts stay causal
-DEPTH_EXPERT_CHOICE = "depth alone " + EXPERT_CHOICE
+# experts stay causal
+DEPTH_EXPERT_CHOICE = EXPERT_CHOICE.replace("expert_choice", "expert_choice in depth layers alone")
 
 # trainings within this share of one another's FLOPs count as equal
 EQUAL_FLOPS = 0.02
@@ -179,7 +179,7 @@ def verdict(summary: dict) -> str:
     for routing, gap in summary["with_depth"]["gap"].items():
         reached = "reached" if gap["overall"]["mean"] <= AIM_GAP else "not reached"
         lines.append(
-            f"Gap with depth to {routing}: {with_spread(gap['overall'], 2, 100, ' %')}; "
+            f"Causal loss with depth lies above that under {routing} by {with_spread(gap['overall'], 2, 100, ' %')}; "
             f"aim of at most {100 * AIM_GAP:g} %: {reached}."
         )
     return "\n".join(f"- {line}" for line in lines)

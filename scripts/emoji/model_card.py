@@ -248,7 +248,8 @@ def depth_section(depth: dict) -> str:
 
 This model lets no token skip a layer. Short trainings with its recipe, {plain} steps without depth layers and
 {with_depth} with more layers of which every other is one, {depth["summary"]["seeds"]} seeds each, compare on the
-{depth["examples"]} examples of `{depth["split"]}` as follows:
+{depth["examples"]} examples of `{depth["split"]}` as follows (all numbers in
+[depth_comparison.md](depth_comparison.md)):
 
 {verdict(depth["summary"])}
 

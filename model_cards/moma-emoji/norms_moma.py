@@ -1,0 +1,69 @@
+# Copyright 2026 The modeling-moma authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Norms: of the residual stream, and of queries and keys."""
+
+import torch
+from torch import nn
+from transformers.integrations import use_kernel_forward_from_hub
+
+from .configuration_moma import MomaConfig
+
+
+@use_kernel_forward_from_hub("RMSNorm")
+class MomaRMSNorm(nn.Module):
+    def __init__(self, hidden_size: int, eps: float = 1e-5):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(hidden_size))
+        self.variance_epsilon = eps
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        dtype = hidden_states.dtype
+        normed = nn.functional.rms_norm(hidden_states.float(), self.weight.shape, eps=self.variance_epsilon)
+        return self.weight * normed.to(dtype)
+
+
+class MomaHeadLayerNorm(nn.Module):
+    """LayerNorm over `head_dim`, with one affine for all heads or one for each (Chameleon's query-key norm)."""
+
+    def __init__(self, shape: tuple[int, ...], eps: float = 1e-5):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(shape))
+        self.bias = nn.Parameter(torch.zeros(shape))
+        self.eps = eps
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        normed = nn.functional.layer_norm(hidden_states, self.weight.shape[-1:], eps=self.eps)
+        return (normed * self.weight + self.bias).to(hidden_states.dtype)
+
+
+def query_key_norm(config: MomaConfig, num_heads: int) -> nn.Module:
+    """The norm of queries or keys that `config.qk_norm` names.
+
+    Args:
+        config (`MomaConfig`): the model's.
+        num_heads (`int`): heads of queries, or of keys.
+    """
+    # CODEPATH: RMSNorm for models trained here, as moma-emoji
+    if config.qk_norm == "rmsnorm":
+        return MomaRMSNorm(config.head_dim, eps=config.rms_norm_eps)
+    # CODEPATH: the presets, as in Chameleon's own code
+    if config.qk_norm == "layernorm":
+        return MomaHeadLayerNorm((config.head_dim,))
+    # CODEPATH: Chameleon checkpoints that were converted to Transformers
+    if config.qk_norm == "layernorm_per_head":
+        return MomaHeadLayerNorm((num_heads, config.head_dim))
+    return nn.Identity()
+
+
+__all__ = ["MomaHeadLayerNorm", "MomaRMSNorm", "query_key_norm"]
