@@ -109,7 +109,7 @@ class MomaConfig(PreTrainedConfig):
     depth_threshold_momentum (`float`, *optional*, defaults to 0.5):
         Momentum of the running mean of the K-th best score that cuts under `threshold`. Depth routers see the bare
         residual stream and their scores drift fast: where the cut also selects in training, a mean that lags behind
-        lets too few tokens through.
+        lets too few tokens through. Every training forward counts, so small micro-batches may want a higher one.
     depth_training_routing (`str`, *optional*):
         Routing of the depth routers in `train()` mode, `training_routing` by default. `"threshold"` trains with the
         selection that inference will use.
