@@ -150,12 +150,19 @@ class MomaAttention(nn.Module):
         cache: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        input_shape = hidden_states.shape[:-1]
-        head_shape = (*input_shape, -1, self.head_dim)
-        query = self.q_norm(self.q_proj(hidden_states).view(head_shape)).transpose(1, 2)
-        key = self.k_norm(self.k_proj(hidden_states).view(head_shape)).transpose(1, 2)
-        value = self.v_proj(hidden_states).view(head_shape).transpose(1, 2)
+        query, key, value = self._project(hidden_states, position_embeddings)
+        attn_output, attn_weights = self._attend(query, key, value, attention_mask, cache, **kwargs)
+        return self.o_proj(attn_output), attn_weights
+
+    def _project(self, hidden_states, position_embeddings):
+        heads = (-1, self.head_dim)
+        query = self.q_norm(self.q_proj(hidden_states).unflatten(-1, heads)).transpose(1, 2)
+        key = self.k_norm(self.k_proj(hidden_states).unflatten(-1, heads)).transpose(1, 2)
+        value = self.v_proj(hidden_states).unflatten(-1, heads).transpose(1, 2)
         query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
+        return query, key, value
+
+    def _attend(self, query, key, value, attention_mask, cache, **kwargs):
         if cache is not None:
             key, value = cache.update(key, value, self.layer_idx, kwargs=kwargs)
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
@@ -171,15 +178,29 @@ class MomaAttention(nn.Module):
             scaling=self.scaling,
             **kwargs,
         )
-        return self.o_proj(attn_output.reshape(*input_shape, -1)), attn_weights
+        return attn_output.flatten(2), attn_weights
 
 
 class MomaDepthAttention(MomaAttention):
-    """Attention among the chosen tokens of a depth layer."""
+    """Attention among the chosen tokens of a depth layer. Only the attention itself sees rows, and their holes."""
 
-    def forward(self, *args, packing, slot_RS, past, is_recorded, **kwargs):
-        """Outputs of the packed tokens `[R, C, D]`; weights, if recorded, are laid out over all positions."""
-        attn_output, weights_RHCS = super().forward(*args, **kwargs)
+    def forward(
+        self,
+        x_1PD,
+        position_embeddings,
+        attention_mask=None,
+        cache=None,
+        *,
+        packing,
+        slot_RS,
+        past,
+        is_recorded,
+        **kwargs,
+    ):
+        """Outputs of the chosen tokens `[1, P, D]`; weights, if recorded, are laid out over all positions."""
+        states_RHCd = (packing.lay_out(states_1HPd) for states_1HPd in self._project(x_1PD, position_embeddings))
+        output_RCD, weights_RHCS = self._attend(*states_RHCd, attention_mask, cache, **kwargs)
+        attn_output = self.o_proj(packing.take_out(output_RCD))
         if weights_RHCS is None or not is_recorded:
             return attn_output, None
         return attn_output, packing.unpack_attention(weights_RHCS, slot_RS, past)
@@ -233,8 +254,9 @@ class MomaDecoderLayer(GradientCheckpointingLayer):
 class MomaDepthDecoderLayer(MomaDecoderLayer):
     """A decoder layer for the tokens that its depth router chooses (MoMa section 2.3).
 
-    The chosen tokens are packed to the front of their rows; attention and experts see them alone. The whole change
-    that the layer makes to a token is scaled by the token's score. All other tokens leave as they came.
+    Attention and experts see the chosen tokens alone: attention packed to the front of their rows, all else as one row
+    without holes. The whole change that the layer makes to a token is scaled by the token's score. All other tokens
+    leave as they came.
     """
 
     def __init__(self, config: MomaConfig, layer_idx: int):
@@ -273,11 +295,11 @@ class MomaDepthDecoderLayer(MomaDecoderLayer):
         for name in ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"):
             # they describe the rows before packing
             kwargs.pop(name, None)
-        x_RCD = packing.pack(hidden_states)
-        attention_change_RCD = self._attention_change(
-            x_RCD,
-            position_embeddings=tuple(packing.pack(part) for part in position_embeddings),
-            attention_mask=packed_causal_mask(self.config, packing, routing_context, x_RCD.dtype, slot_RS, past),
+        x_1PD = packing.choose(hidden_states)
+        attention_change_1PD = self._attention_change(
+            x_1PD,
+            position_embeddings=tuple(packing.choose(part) for part in position_embeddings),
+            attention_mask=packed_causal_mask(self.config, packing, routing_context, x_1PD.dtype, slot_RS, past),
             position_ids=packed_position_ids(packing, routing_context),
             cache=cache,
             packing=packing,
@@ -287,8 +309,8 @@ class MomaDepthDecoderLayer(MomaDecoderLayer):
             **kwargs,
         )
         packed_context = replace(routing_context, split=packing.split)
-        change_RCD = attention_change_RCD + self._ffn_change(x_RCD + attention_change_RCD, packed_context)
-        return packing.add_back(hidden_states, change_RCD, selection.weight_BT)
+        change_1PD = attention_change_1PD + self._ffn_change(x_1PD + attention_change_1PD, packed_context)
+        return packing.add_back(hidden_states, change_1PD, selection.weight_BT)
 
     def _skip(self, hidden_states, cache):
         if cache is None:

@@ -165,7 +165,7 @@ class DepthPacking:
         valid_RC (`torch.BoolTensor`): False at the holes after a row's last token, `[R, C]`.
         token_P (`torch.LongTensor`): chosen positions in the flat batch, `[P]`.
         place_P (`torch.LongTensor`): their places in the flat packed rows, `[P]`.
-        split (`ModalitySplit`): expert groups of the packed tokens.
+        split (`ModalitySplit`): expert groups of the chosen tokens, as one row `[1, P]`.
     """
 
     num_rows: int
@@ -186,11 +186,26 @@ class DepthPacking:
         # index_select, whose backward is much cheaper than that of indexing on CPU
         return x_BT.flatten(0, 1).index_select(0, flat_RC.flatten()).unflatten(0, flat_RC.shape)
 
-    def add_back(self, hidden_BTD: torch.Tensor, change_RCD: torch.Tensor, weight_BT: torch.Tensor) -> torch.Tensor:
+    def choose(self, x_BTD: torch.Tensor) -> torch.Tensor:
+        """The chosen tokens of all rows in one, `[B, T, D]` to `[1, P, D]`; one row is taken to stand for all."""
+        token_P = self.token_P if x_BTD.shape[0] > 1 else self.token_P % self.length
+        return x_BTD.flatten(0, 1).index_select(0, token_P).unsqueeze(0)
+
+    def lay_out(self, states_1HPd: torch.Tensor) -> torch.Tensor:
+        """Heads of the chosen tokens in packed rows, `[1, H, P, d]` to `[R, H, C, d]`, with zeros at holes."""
+        states_PHd = states_1HPd.squeeze(0).transpose(0, 1)
+        rows = states_PHd.new_zeros(self.valid_RC.numel(), *states_PHd.shape[1:])
+        rows = rows.index_copy(0, self.place_P, states_PHd)
+        return rows.unflatten(0, self.valid_RC.shape).transpose(1, 2)
+
+    def take_out(self, x_RCD: torch.Tensor) -> torch.Tensor:
+        """The chosen tokens without the holes, `[R, C, D]` to `[1, P, D]`."""
+        return x_RCD.flatten(0, 1).index_select(0, self.place_P).unsqueeze(0)
+
+    def add_back(self, hidden_BTD: torch.Tensor, change_1PD: torch.Tensor, weight_BT: torch.Tensor) -> torch.Tensor:
         """Add the weighted changes of the chosen tokens; the others leave bit by bit as they came."""
         weight_P = weight_BT.flatten().index_select(0, self.token_P)
-        change_PD = change_RCD.flatten(0, 1).index_select(0, self.place_P)
-        change_PD = (change_PD * weight_P.unsqueeze(-1).to(change_PD.dtype)).to(hidden_BTD.dtype)
+        change_PD = (change_1PD[0] * weight_P.unsqueeze(-1).to(change_1PD.dtype)).to(hidden_BTD.dtype)
         return hidden_BTD.flatten(0, 1).index_add(0, self.token_P, change_PD).view_as(hidden_BTD)
 
     def unpack_attention(self, weights_RHCS: torch.Tensor, slot_RS: torch.Tensor | None, past: int) -> torch.Tensor:
@@ -247,9 +262,8 @@ def pack_chosen(chosen_BT: torch.Tensor, split: ModalitySplit, keep_empty_rows: 
     start_R = count_R.cumsum(0) - count_R
     place_P = row_P * num_places + torch.arange(num_chosen, device=device) - start_R[row_P]
     token_P = row_R[row_P] * length + index_RC.flatten()[place_P]
-    group_RC = split.group_BT.flatten()[row_R.unsqueeze(-1) * length + index_RC]
-    group_RC = torch.where(valid_RC, group_RC, len(groups))
-    packed_split = ModalitySplit.from_groups(group_RC, dict(zip(groups, group_counts)))
+    group_1P = split.group_BT.flatten()[token_P].unsqueeze(0)
+    packed_split = ModalitySplit.from_groups(group_1P, dict(zip(groups, group_counts)))
     return DepthPacking(num_rows, length, rows, counts, row_R, index_RC, valid_RC, token_P, place_P, packed_split)
 
 
