@@ -118,8 +118,8 @@ def _attention_flops(config, sequence_length):
 
 def _depth_flops(config, modality, sequence_length, feed_forward):
     capacities = [config.pool_depth_capacity(pool) for pool in config.depth_pools]
-    share = config.pool_depth_capacity(modality if modality in config.depth_pools else config.depth_pools[0])
     num_keys = sum(capacities) / len(capacities) * sequence_length
+    share = config.pool_depth_capacity(modality)
     return 2 * config.hidden_size + share * (_attention_flops(config, num_keys) + feed_forward)
 
 

@@ -262,7 +262,7 @@ class MomaConfig(PreTrainedConfig):
         return self.modalities if isinstance(self.depth_capacity, dict) else ["all"]
 
     def pool_depth_capacity(self, pool: str) -> float:
-        """Share of a pool's tokens that a depth layer processes."""
+        """Share of the tokens of a pool, or of a modality, that a depth layer processes."""
         return self.depth_capacity[pool] if isinstance(self.depth_capacity, dict) else self.depth_capacity
 
     def group_num_experts(self, group: str) -> int:
@@ -328,8 +328,7 @@ class MomaConfig(PreTrainedConfig):
             layer += self._norm_parameters()
         num_depth_layers = len(self.depth_layers or ())
         layers = (self.num_hidden_layers - num_depth_layers) * layer
-        pool = modality if modality in self.depth_pools else self.depth_pools[0]
-        layers += num_depth_layers * layer * (self.pool_depth_capacity(pool) if active else 1)
+        layers += num_depth_layers * layer * (self.pool_depth_capacity(modality) if active else 1)
         if not exclude_norms_and_routers:
             layers += self.hidden_size * (1 + num_depth_layers)
         return round(embeddings + layers)

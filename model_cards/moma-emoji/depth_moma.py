@@ -97,9 +97,8 @@ class MomaDepthRouter(MomaRouterBase):
         if context.padding_BT is not None:
             is_token_BT = ~context.padding_BT
         state = context.router_state(self)
-        is_ranked = context.track or context.depth_routing == "expert_choice"
-        best_BT = kth_G = None
-        if is_ranked:
+        # others choose without looking at the batch, so only training needs its ranks
+        if context.track or context.depth_routing == "expert_choice":
             best_BT, kth_G = self._rank(scores_BT, pool_BT, is_token_BT)
         if context.depth_routing == "expert_choice":
             chosen_BT = best_BT
@@ -128,6 +127,7 @@ class MomaDepthRouter(MomaRouterBase):
         order_N = scores_BT.flatten().argsort(descending=True, stable=True)
         order_N = order_N[pool_N[order_N].argsort(stable=True)]
         pool_N = pool_N[order_N]
+        # bincount would wait for the largest pool
         count_Q = torch.zeros(num_pools + 1, dtype=torch.long, device=pool_N.device)
         count_Q.scatter_add_(0, pool_N, torch.ones_like(pool_N))
         capacity_G = torch.tensor(self.capacities, dtype=torch.float64, device=pool_N.device)
@@ -181,14 +181,12 @@ class DepthPacking:
 
     def pack(self, x_BT: torch.Tensor) -> torch.Tensor:
         """`[B, T, ...]` to `[R, C, ...]`; one row is taken to stand for all. Holes hold some token of their row."""
-        row_R1 = self.row_R.unsqueeze(-1) if x_BT.shape[0] > 1 else 0
-        flat_RC = row_R1 * self.length + self.index_RC
-        # index_select, whose backward is much cheaper than that of indexing on CPU
-        return x_BT.flatten(0, 1).index_select(0, flat_RC.flatten()).unflatten(0, flat_RC.shape)
+        return x_BT.expand(self.num_rows, *x_BT.shape[1:])[self.row_R.unsqueeze(-1), self.index_RC]
 
     def choose(self, x_BTD: torch.Tensor) -> torch.Tensor:
         """The chosen tokens of all rows in one, `[B, T, D]` to `[1, P, D]`; one row is taken to stand for all."""
         token_P = self.token_P if x_BTD.shape[0] > 1 else self.token_P % self.length
+        # index_select, whose backward is much cheaper than that of indexing on CPU
         return x_BTD.flatten(0, 1).index_select(0, token_P).unsqueeze(0)
 
     def lay_out(self, states_1HPd: torch.Tensor) -> torch.Tensor:
@@ -208,6 +206,16 @@ class DepthPacking:
         change_PD = (change_1PD[0] * weight_P.unsqueeze(-1).to(change_1PD.dtype)).to(hidden_BTD.dtype)
         return hidden_BTD.flatten(0, 1).index_add(0, self.token_P, change_PD).view_as(hidden_BTD)
 
+    def key_slots(self, slot_RS: torch.Tensor | None, past: int) -> torch.Tensor:
+        """Where the keys of an attention call stand among the positions seen, -1 at holes, `[R, S + C]`.
+
+        Args:
+            slot_RS (`torch.LongTensor`, *optional*): the cached ones, `[R, S]`.
+            past (`int`): positions seen before this forward.
+        """
+        slot_RC = torch.where(self.valid_RC, self.index_RC + past, -1)
+        return slot_RC if slot_RS is None else torch.cat([slot_RS, slot_RC], dim=1)
+
     def unpack_attention(self, weights_RHCS: torch.Tensor, slot_RS: torch.Tensor | None, past: int) -> torch.Tensor:
         """Lay attention weights out over all positions seen, with zeros for the tokens that passed by.
 
@@ -219,9 +227,7 @@ class DepthPacking:
         Returns:
             `torch.Tensor`: `[B, H, T, past + T]`.
         """
-        slot_RK = torch.where(self.valid_RC, self.index_RC + past, -1)
-        if slot_RS is not None:
-            slot_RK = torch.cat([slot_RS, slot_RK], dim=1)
+        slot_RK = self.key_slots(slot_RS, past)
         num_heads, num_places = weights_RHCS.shape[1:3]
         is_key_RK = slot_RK >= 0
         target_RHCK = slot_RK.clamp(min=0)[:, None, None].expand(-1, num_heads, num_places, -1)
@@ -317,9 +323,7 @@ def packed_causal_mask(
 
 
 def _pack_custom_mask(packing, mask_BHQS, slot_RS, past):
-    slot_RK = torch.where(packing.valid_RC, packing.index_RC + past, -1)
-    if slot_RS is not None:
-        slot_RK = torch.cat([slot_RS, slot_RK], dim=1)
+    slot_RK = packing.key_slots(slot_RS, past)
     mask_RHQS = mask_BHQS.expand(packing.num_rows, -1, -1, -1).index_select(0, packing.row_R)
     query_RHCS = packing.index_RC[:, None, :, None].expand(-1, mask_RHQS.shape[1], -1, mask_RHQS.shape[3])
     mask_RHCS = mask_RHQS.gather(2, query_RHCS)

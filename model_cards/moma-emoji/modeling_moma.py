@@ -24,7 +24,6 @@ from transformers.integrations import use_kernelized_func
 from transformers.masking_utils import create_causal_mask, find_packed_sequence_indices
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import ModelOutput, MoeModelOutputWithPast
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel, slice_logits_to_keep
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, eager_attention_forward
 from transformers.processing_utils import Unpack
@@ -46,6 +45,7 @@ from .experts_moma import MomaFeedForward, MomaPackedExperts
 from .generation_moma import MomaGenerationMixin
 from .loss_moma import causal_lm_loss
 from .norms_moma import MomaHeadLayerNorm, MomaRMSNorm, query_key_norm
+from .rotary_moma import MomaRotaryEmbedding
 from .routing_moma import (
     ROUTINGS,
     MomaRouter,
@@ -89,34 +89,6 @@ class MomaCausalLMOutput(ModelOutput):
     router_logits: tuple[torch.FloatTensor, ...] | None = None
     modality_losses: dict[str, torch.Tensor] | None = None
     modality_tokens: dict[str, torch.Tensor] | None = None
-
-
-class MomaRotaryEmbedding(nn.Module):
-    def __init__(self, config: MomaConfig):
-        super().__init__()
-        self.max_seq_len_cached = config.max_position_embeddings
-        self.original_max_seq_len = config.max_position_embeddings
-        self.config = config
-        self.rope_type = config.rope_parameters["rope_type"]
-        rope_init: Callable = self.compute_default_rope_parameters
-        if self.rope_type != "default":
-            rope_init = ROPE_INIT_FUNCTIONS[self.rope_type]
-        inv_freq, self.attention_scaling = rope_init(config)
-        self.inv_freq = nn.Buffer(inv_freq, persistent=False)
-        self.original_inv_freq = nn.Buffer(inv_freq.clone(), persistent=False)
-
-    @staticmethod
-    def compute_default_rope_parameters(config: MomaConfig, **kwargs) -> tuple[torch.Tensor, float]:
-        """Inverse frequencies `[head_dim / 2]` of plain rotary embeddings, and a scaling of 1."""
-        steps = torch.arange(0, config.head_dim, 2, dtype=torch.float) / config.head_dim
-        return config.rope_parameters["rope_theta"] ** -steps, 1.0
-
-    @dynamic_rope_update
-    def forward(self, x: torch.Tensor, position_ids: torch.LongTensor) -> tuple[torch.Tensor, torch.Tensor]:
-        angles = position_ids[..., None].float() * self.inv_freq.float()
-        angles = torch.cat((angles, angles), dim=-1)
-        cos, sin = angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
-        return cos.to(x.dtype), sin.to(x.dtype)
 
 
 @use_kernelized_func(apply_rotary_pos_emb)
