@@ -33,7 +33,7 @@ def flops_per_token(
 
     Under `expert_choice` and `threshold` a token meets `c` experts of its group (`expert_capacity_factor`): exactly in
     the mean for the former up to the rounding of `K`, as far as the thresholds are settled for the latter. Under
-    `token_choice` it meets `num_experts_per_tok`.
+    `token_choice` it meets `num_experts_per_tok`. `auxiliary` counts as `threshold`, with the auxiliary routers.
 
     A depth layer costs the share `depth_capacity` of another layer, with that share of the keys, and its router. Where
     modalities have capacities of their own, the keys are counted as if all modalities were alike frequent.
@@ -67,7 +67,7 @@ def flops_per_token(
     num_depth_layers = len(config.depth_layers or ())
     layers = (config.num_hidden_layers - num_depth_layers) * (_attention_flops(config, sequence_length) + feed_forward)
     if num_depth_layers:
-        layers += num_depth_layers * _depth_flops(config, modality, sequence_length, feed_forward)
+        layers += num_depth_layers * _depth_flops(config, modality, sequence_length, feed_forward, routing)
     forward = layers + 2 * config.hidden_size * config.vocab_size
     # the gradient of a matrix product is two more of its size
     return 3 * forward if training else forward
@@ -116,11 +116,16 @@ def _attention_flops(config, sequence_length):
     return projections + 2 * 2 * sequence_length * query_width
 
 
-def _depth_flops(config, modality, sequence_length, feed_forward):
+def _depth_flops(config, modality, sequence_length, feed_forward, routing):
     capacities = [config.pool_depth_capacity(pool) for pool in config.depth_pools]
     num_keys = sum(capacities) / len(capacities) * sequence_length
     share = config.pool_depth_capacity(modality)
-    return 2 * config.hidden_size + share * (_attention_flops(config, num_keys) + feed_forward)
+    return _router_flops(config, 1, routing) + share * (_attention_flops(config, num_keys) + feed_forward)
+
+
+def _router_flops(config, num_scores, routing):
+    auxiliary = config.hidden_size // 2 * (config.hidden_size + num_scores) if routing == "auxiliary" else 0
+    return 2 * (config.hidden_size * num_scores + auxiliary)
 
 
 def _feed_forward_flops(config, group, routing):
@@ -129,7 +134,7 @@ def _feed_forward_flops(config, group, routing):
         used, router = 1, 0
     else:
         used = config.num_experts_per_tok if routing == "token_choice" else config.group_capacity_factor(group)
-        router = 2 * config.hidden_size * num_experts
+        router = _router_flops(config, num_experts, routing)
     shared = config.common_shared_intermediate_size + config.group_shared_intermediate_size(group)
     width = used * config.group_intermediate_size(group) + shared
     return router + 2 * 3 * config.hidden_size * width

@@ -58,12 +58,14 @@ class MomaDepthRouter(MomaRouterBase):
       `routing_warmup_steps` of training as above.
     - `token_choice` takes a token iff its score, with a bias that training nudges towards the capacity, is at least
       one half. The bias does not weigh.
+    - `auxiliary` takes a token iff the auxiliary router predicts so.
 
     State dict:
         weight           [1, D]  fp32
         threshold        [G]     fp32, running mean of the K-th best score
         balance_bias     [G]     fp32
         num_updates      [G]     fp32, training steps that the running mean has seen
+        auxiliary.       see [`MomaAuxiliaryRouter`], with `config.auxiliary_routers`
     """
 
     def __init__(self, config: MomaConfig):
@@ -85,11 +87,11 @@ class MomaDepthRouter(MomaRouterBase):
         """
         logits_BT = self.logits(hidden_BTD).squeeze(-1)
         scores_BT = torch.sigmoid(logits_BT)
-        chosen_BT = self._choose(scores_BT.detach(), context)
+        chosen_BT = self._choose(hidden_BTD, scores_BT.detach(), context)
         return logits_BT, DepthSelection(chosen_BT, scores_BT)
 
     @torch.no_grad()
-    def _choose(self, scores_BT, context):
+    def _choose(self, hidden_BTD, scores_BT, context):
         pool_BT = torch.zeros_like(scores_BT, dtype=torch.long)
         if len(self.capacities) > 1:
             pool_BT = context.modality_BT
@@ -107,6 +109,9 @@ class MomaDepthRouter(MomaRouterBase):
             if context.track and self.warmup_steps:
                 is_warming_G = state.num_updates < self.warmup_steps
                 chosen_BT = torch.where(is_warming_G[pool_BT], best_BT, chosen_BT)
+        elif context.depth_routing == "auxiliary":
+            predicted_BT = self.predicted_scores(hidden_BTD).squeeze(-1)
+            chosen_BT = predicted_BT >= self.auxiliary.threshold[pool_BT]
         else:
             chosen_BT = scores_BT + state.balance_bias[pool_BT] >= _MIDDLE
         chosen_BT = chosen_BT & is_token_BT

@@ -128,6 +128,7 @@ class MomaExpertGroup(nn.Module):
     def __init__(self, config: MomaConfig, group: str):
         super().__init__()
         self.num_experts = config.group_num_experts(group)
+        self.normalizes_gates = config.normalize_gates
         if self.num_experts == 1:
             self.mlp = MomaMLP(config, config.group_intermediate_size(group))
         else:
@@ -157,13 +158,17 @@ class MomaExpertGroup(nn.Module):
         return y_ND, gate_N
 
     def _run(self, x_ND, selection, gate_N):
-        if isinstance(selection, ExpertSelection):
-            token_P, weight_P = selection.token_EK.flatten(), selection.weight_EK.flatten()
+        is_equal = isinstance(selection, ExpertSelection)
+        token_P = selection.token_EK.flatten() if is_equal else selection.token_P
+        weight_P = selection.weight_EK.flatten() if is_equal else selection.weight_P
+        if self.normalizes_gates:
+            total_N = gate_N.index_add(0, token_P, weight_P.detach())
+            weight_P = weight_P / total_N.index_select(0, token_P).clamp(min=torch.finfo(total_N.dtype).tiny)
+        if is_equal:
             x_EKD = x_ND.index_select(0, token_P).unflatten(0, selection.token_EK.shape)
             y_EKD = self.experts.forward_equal(x_EKD)
-            y_PD = (y_EKD * selection.weight_EK.unsqueeze(-1).to(y_EKD.dtype)).flatten(0, 1)
+            y_PD = y_EKD.flatten(0, 1) * weight_P.unsqueeze(-1).to(y_EKD.dtype)
         else:
-            token_P, weight_P = selection.token_P, selection.weight_P
             rows_PD = x_ND.index_select(0, token_P)
             y_PD = self.experts(rows_PD, selection.expert_P.unsqueeze(-1), weight_P.unsqueeze(-1))
         y_ND = y_PD.new_zeros(x_ND.shape).index_add(0, token_P, y_PD)

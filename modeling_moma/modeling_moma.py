@@ -32,6 +32,7 @@ from transformers.utils.deprecation import deprecate_kwarg
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
+from .auxiliary_moma import MomaAuxiliaryRouter
 from .configuration_moma import MomaConfig
 from .depth_moma import (
     MomaDepthRouter,
@@ -310,10 +311,12 @@ class MomaPreTrainedModel(PreTrainedModel):
         "router.threshold",
         "router.balance_bias",
         "router.num_updates",
+        "router.auxiliary",
         "depth_router.weight",
         "depth_router.threshold",
         "depth_router.balance_bias",
         "depth_router.num_updates",
+        "depth_router.auxiliary",
     ]
     _can_record_outputs = {
         "router_logits": OutputRecorder(MomaRouter, index=0),
@@ -322,6 +325,16 @@ class MomaPreTrainedModel(PreTrainedModel):
     }
     # the library looks for the decorator of the experts in this file only
     _can_set_experts_implementation_cached_value = True
+
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        """See `PreTrainedModel.from_pretrained`; auxiliary routers are frozen, as in a new model."""
+        loaded = super().from_pretrained(*args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        for module in model.modules():
+            if isinstance(module, MomaAuxiliaryRouter):
+                module.requires_grad_(False)
+        return loaded
 
     @torch.no_grad()
     def _init_weights(self, module):
@@ -335,6 +348,8 @@ class MomaPreTrainedModel(PreTrainedModel):
             init.constant_(module.threshold, 0.5)
             init.zeros_(module.balance_bias)
             init.zeros_(module.num_updates)
+        elif isinstance(module, MomaAuxiliaryRouter):
+            init.constant_(module.threshold, 0.5)
         elif isinstance(module, MomaHeadLayerNorm):
             init.ones_(module.weight)
             init.zeros_(module.bias)
@@ -381,9 +396,9 @@ class MomaModel(MomaPreTrainedModel):
             Modality of each position, an index into `config.modalities`; used only with `inputs_embeds` (all text
             without it). With `input_ids` the ids themselves tell the modality.
         routing (`str`, *optional*):
-            How experts and tokens choose each other: `"expert_choice"`, `"threshold"` or `"token_choice"`. Defaults to
-            `config.training_routing` in `train()` mode and to `config.inference_routing` in `eval()` mode. A loss
-            under `"expert_choice"` sees the future and says nothing about quality.
+            How experts and tokens choose each other: `"expert_choice"`, `"threshold"`, `"token_choice"` or
+            `"auxiliary"`. Defaults to `config.training_routing` in `train()` mode and to `config.inference_routing` in
+            `eval()` mode. A loss under `"expert_choice"` sees the future and says nothing about quality.
         depth_routing (`str`, *optional*):
             How depth layers choose their tokens. Defaults to `routing` where that is given, else to the fields of the
             config.

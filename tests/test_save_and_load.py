@@ -30,6 +30,7 @@ from transformers import (
     AutoProcessor,
 )
 
+from modeling.reference import randomize_auxiliary
 from modeling_moma import MomaConfig, MomaForCausalLM, MomaModel
 from modeling_moma.routing_moma import MomaRouterBase
 from tiny import tiny_model, tiny_processor
@@ -97,6 +98,13 @@ FIELDS = {
     "plain": {},
     "depth": {"num_hidden_layers": 4, "depth_layers": [0, 2], "depth_capacity": {"text": 0.5, "image": 0.25}},
 }
+# routed by networks of their own, and with gates that add up to 1
+FIELDS["auxiliary"] = {
+    **FIELDS["depth"],
+    "auxiliary_routers": True,
+    "inference_routing": "auxiliary",
+    "normalize_gates": True,
+}
 
 
 @pytest.fixture(scope="module", params=FIELDS)
@@ -104,6 +112,7 @@ def model(request, processor):
     model = tiny_model(processor, num_experts={"text": 2, "image": 3}, initializer_range=0.3, **FIELDS[request.param])
     for router in routers(model):
         router.threshold.uniform_(0.45, 0.55)
+    randomize_auxiliary(model)
     return model
 
 

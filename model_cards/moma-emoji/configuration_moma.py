@@ -19,6 +19,8 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_rope_utils import RopeParameters
 from transformers.utils import auto_docstring
 
+from .parameter_counts_moma import count_parameters
+
 
 TEXT = "text"
 DEPTH_LAYER_TYPE = "moma_depth"
@@ -30,7 +32,7 @@ AUTO_MAP = {
     "AutoModelForMultimodalLM": "modeling_moma.MomaForCausalLM",
 }
 TRAINING_ROUTINGS = ("expert_choice", "threshold", "token_choice")
-CAUSAL_ROUTINGS = ("threshold", "token_choice")
+CAUSAL_ROUTINGS = ("threshold", "token_choice", "auxiliary")
 
 # paper's Table 1, dense and MoD columns: layers, hidden size, FFN size before the SwiGLU factor 2/3, heads
 _TABLE_1 = {
@@ -89,8 +91,21 @@ class MomaConfig(PreTrainedConfig):
     training_routing (`str`, *optional*, defaults to `"expert_choice"`):
         Routing in `train()` mode: `"expert_choice"` (sees the future), `"threshold"` or `"token_choice"`.
     inference_routing (`str`, *optional*, defaults to `"threshold"`):
-        Routing in `eval()` mode: `"threshold"` or `"token_choice"`, the causal ones. `forward(routing=...)` overrides
-        both.
+        Routing in `eval()` mode, one of the causal ones: `"threshold"`, `"token_choice"` or `"auxiliary"`.
+        `forward(routing=...)` overrides both.
+    auxiliary_routers (`bool`, *optional*, defaults to `False`):
+        Gives every router, of experts and of depth layers, the MLP that `"auxiliary"` routing asks (MoMa section 2.4).
+        Frozen until [`AuxiliaryRouterTrainer`] trains it.
+    normalize_gates (`bool`, *optional*, defaults to `False`):
+        Divide a token's gates by their sum. The paper does not; with it, experts that are copies of one network give
+        that network's output for every token that at least one of them takes. The divisor counts as a constant in the
+        backward pass, since otherwise a token with one expert would tell its router nothing.
+    gumbel_noise (`float`, *optional*, defaults to 0.0):
+        Scale of the noise on expert routers' logits in training, 1 is the paper's Gumbel-Sigmoid (MoMa equation 5).
+        For the stage after upcycling, where experts begin as copies. Needs another `training_routing` than
+        `"threshold"`.
+    gumbel_noise_steps (`int`, *optional*):
+        Training forwards over which the noise falls linearly to nothing. Without it the noise stays, as in the paper.
     threshold_momentum (`float`, *optional*, defaults to 0.98):
         Momentum of the running mean of an expert's K-th best score, the cut of `threshold` routing.
     routing_warmup_steps (`int`, *optional*, defaults to 100):
@@ -176,6 +191,10 @@ class MomaConfig(PreTrainedConfig):
     threshold_momentum: float = 0.98
     routing_warmup_steps: int = 100
     router_bias_update_rate: float = 0.001
+    auxiliary_routers: bool = False
+    normalize_gates: bool = False
+    gumbel_noise: float | int = 0.0
+    gumbel_noise_steps: int | None = None
     depth_layers: list[int] | None = None
     depth_capacity: float | int | dict[str, float] = 0.25
     depth_pool: str = "batch"
@@ -308,49 +327,7 @@ class MomaConfig(PreTrainedConfig):
         """
         if modality is not None and modality not in self.modalities:
             raise ValueError(f"`modality` must be one of {self.modalities}, got {modality!r}.")
-        if active and modality is None:
-            return max(self.num_parameters(True, name, exclude_norms_and_routers) for name in self.modalities)
-        embeddings = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
-        query_width, key_width = (
-            heads * self.head_dim for heads in (self.num_attention_heads, self.num_key_value_heads)
-        )
-        layer = self.hidden_size * (2 * query_width + 2 * key_width)
-        if self.attention_bias:
-            layer += query_width + 2 * key_width + self.hidden_size
-        layer += 3 * self.hidden_size * self.common_shared_intermediate_size
-        groups = [
-            self._group_parameters(name, active, exclude_norms_and_routers)
-            for name, members in self.expert_groups.items()
-            if modality is None or modality in members
-        ]
-        layer += sum(groups)
-        if not exclude_norms_and_routers:
-            layer += self._norm_parameters()
-        num_depth_layers = len(self.depth_layers or ())
-        layers = (self.num_hidden_layers - num_depth_layers) * layer
-        layers += num_depth_layers * layer * (self.pool_depth_capacity(modality) if active else 1)
-        if not exclude_norms_and_routers:
-            layers += self.hidden_size * (1 + num_depth_layers)
-        return round(embeddings + layers)
-
-    def _norm_parameters(self) -> int:
-        qk_norm = {
-            "none": 0,
-            "rmsnorm": 2 * self.head_dim,
-            "layernorm": 4 * self.head_dim,
-            "layernorm_per_head": 2 * self.head_dim * (self.num_attention_heads + self.num_key_value_heads),
-        }
-        return 2 * self.hidden_size + qk_norm[self.qk_norm]
-
-    def _group_parameters(self, group: str, active: bool, exclude_routers: bool) -> float:
-        num_experts = self.group_num_experts(group)
-        expert = 3 * self.hidden_size * self.group_intermediate_size(group)
-        shared = 3 * self.hidden_size * self.group_shared_intermediate_size(group)
-        if num_experts == 1:
-            return expert + shared
-        router = 0 if exclude_routers else num_experts * self.hidden_size
-        used = self.group_capacity_factor(group) if active else num_experts
-        return used * expert + shared + router
+        return count_parameters(self, active, modality, exclude_norms_and_routers)
 
     def validate_layer_type(self):
         """`layer_types` is derived and always valid."""
@@ -513,7 +490,20 @@ class MomaConfig(PreTrainedConfig):
         )
         for name in ("threshold_momentum", "depth_threshold_momentum"):
             _require(0 <= getattr(self, name) < 1, name, getattr(self, name), "must be in [0, 1)")
-        for name in ("routing_warmup_steps", "router_bias_update_rate", "z_loss_coef"):
+        _require(
+            self.gumbel_noise == 0 or self.training_routing != "threshold",
+            "gumbel_noise",
+            self.gumbel_noise,
+            "needs training_routing 'expert_choice' or 'token_choice': the cut of 'threshold' is that of scores "
+            "without noise",
+        )
+        _require(
+            self.gumbel_noise_steps is None or self.gumbel_noise_steps > 0,
+            "gumbel_noise_steps",
+            self.gumbel_noise_steps,
+            "must be positive, or None for noise that stays",
+        )
+        for name in ("routing_warmup_steps", "router_bias_update_rate", "z_loss_coef", "gumbel_noise"):
             _require(getattr(self, name) >= 0, name, getattr(self, name), "must not be negative")
         self._require_modalities("modality_loss_weights")
         weights = self.modality_loss_weights or {}
@@ -548,6 +538,13 @@ class MomaConfig(PreTrainedConfig):
                 name,
                 value,
                 f"must be one of {choices}, or None for {name.removeprefix('depth_')}",
+            )
+        for name in ("inference_routing", "depth_inference_routing"):
+            _require(
+                getattr(self, name) != "auxiliary" or self.auxiliary_routers,
+                name,
+                getattr(self, name),
+                "needs auxiliary_routers=True, and scripts/train_auxiliary_routers.py to train them",
             )
 
     def _require_modalities(self, name, complete=False):

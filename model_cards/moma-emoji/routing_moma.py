@@ -27,6 +27,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from .auxiliary_moma import MomaAuxiliaryRouter
 from .configuration_moma import MomaConfig
 
 
@@ -77,11 +78,25 @@ class MomaRouterBase(nn.Module):
         self.threshold = nn.Buffer(torch.full((num_cuts,), 0.5, dtype=torch.float32))
         self.balance_bias = nn.Buffer(torch.zeros(num_cuts, dtype=torch.float32))
         self.num_updates = nn.Buffer(torch.zeros(updates_shape, dtype=torch.float32))
+        self.auxiliary = MomaAuxiliaryRouter(config, num_scores, num_cuts) if config.auxiliary_routers else None
 
     def logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """`[..., D]` to `[..., scores]`, in fp32 also under autocast."""
         with torch.autocast(hidden_states.device.type, enabled=False):
             return nn.functional.linear(hidden_states.float(), self.weight.float())
+
+    def predicted_scores(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Probabilities of membership by the auxiliary router, `[..., D]` to `[..., scores]`.
+
+        Raises:
+            ValueError: the model has no auxiliary routers.
+        """
+        if self.auxiliary is None:
+            raise ValueError(
+                "`routing` or `depth_routing` = 'auxiliary' needs a model with config.auxiliary_routers=True; "
+                "scripts/train_auxiliary_routers.py adds and trains them."
+            )
+        return torch.sigmoid(self.auxiliary(hidden_states))
 
 
 class MomaRouter(MomaRouterBase):
@@ -92,6 +107,7 @@ class MomaRouter(MomaRouterBase):
         threshold        [E]     fp32, running mean of each expert's K-th best score
         balance_bias     [E]     fp32, added to the scores when `token_choice` selects
         num_updates      []      fp32, training steps that the running mean has seen
+        auxiliary.       see [`MomaAuxiliaryRouter`], with `config.auxiliary_routers`
     """
 
     def __init__(self, config: MomaConfig, group: str):
@@ -100,6 +116,7 @@ class MomaRouter(MomaRouterBase):
         self.num_experts = num_experts
         self.num_experts_per_tok = config.num_experts_per_tok
         self.capacity_factor = config.group_capacity_factor(group)
+        self.gumbel_noise, self.gumbel_noise_steps = config.gumbel_noise, config.gumbel_noise_steps
 
     def forward(
         self, x_ND: torch.Tensor, context: "RoutingContext"
@@ -111,10 +128,13 @@ class MomaRouter(MomaRouterBase):
             context (`RoutingContext`): the routing of this forward.
 
         Returns:
-            `tuple`: router logits `[N, E]` in fp32, and the selection.
+            `tuple`: router logits `[N, E]` in fp32, without noise, and the selection.
         """
         logits_NE = self.logits(x_ND)
-        selection = ROUTINGS[context.routing](self, torch.sigmoid(logits_NE), context)
+        noisy_NE = logits_NE
+        if self.gumbel_noise and self.training:
+            noisy_NE = logits_NE + self._noise_scale(context) * logistic_noise_like(logits_NE)
+        selection = ROUTINGS[context.routing](self, x_ND, torch.sigmoid(noisy_NE), context)
         if context.track:
             context.record(self, *self._statistics(logits_NE.detach(), selection))
         return logits_NE, selection
@@ -123,27 +143,41 @@ class MomaRouter(MomaRouterBase):
         """Tokens `K = ceil(c * N / E)` that one expert takes from `num_tokens`."""
         return min(num_tokens, math.ceil(self.capacity_factor * num_tokens / self.num_experts))
 
+    def _noise_scale(self, context):
+        if self.gumbel_noise_steps is None:
+            return self.gumbel_noise
+        steps_left = self.gumbel_noise_steps - context.router_state(self).num_updates
+        return self.gumbel_noise * (steps_left / self.gumbel_noise_steps).clamp(min=0)
+
     def _statistics(self, logits_NE, selection):
         num_tokens = logits_NE.shape[0]
         if num_tokens == 0:
             zeros_E = logits_NE.new_zeros(self.num_experts)
             return zeros_E, zeros_E, zeros_E
-        if isinstance(selection, ExpertSelection):
+        is_by_rank = isinstance(selection, ExpertSelection)
+        if is_by_rank and not (self.gumbel_noise and self.training):
             kth_E = selection.weight_EK[:, -1].detach()
+        else:
+            # inference cuts scores without noise
+            kth_E = torch.sigmoid(logits_NE).t().topk(self.capacity(num_tokens), dim=-1).values[:, -1]
+        if is_by_rank:
             load_E = torch.full_like(kth_E, selection.token_EK.shape[1])
         else:
-            kth_E = torch.sigmoid(logits_NE).t().topk(self.capacity(num_tokens), dim=-1).values[:, -1]
             load_E = nn.functional.one_hot(selection.expert_P, self.num_experts).sum(0).float()
         return kth_E, (load_E.mean() - load_E) / num_tokens, torch.ones_like(kth_E)
 
 
-def expert_choice(router: MomaRouter, scores_NE: torch.Tensor, context: "RoutingContext") -> ExpertSelection:
+def expert_choice(
+    router: MomaRouter, x_ND: torch.Tensor, scores_NE: torch.Tensor, context: "RoutingContext"
+) -> ExpertSelection:
     """Each expert takes its top `K` tokens of the batch (MoMa section 2.2). Not causal: for training."""
     weight_EK, token_EK = scores_NE.t().topk(router.capacity(scores_NE.shape[0]), dim=-1)
     return ExpertSelection(token_EK, weight_EK)
 
 
-def threshold(router: MomaRouter, scores_NE: torch.Tensor, context: "RoutingContext") -> PairSelection:
+def threshold(
+    router: MomaRouter, x_ND: torch.Tensor, scores_NE: torch.Tensor, context: "RoutingContext"
+) -> PairSelection:
     """An expert takes a token iff its score reaches the running mean of the expert's K-th best score.
 
     In the first `routing_warmup_steps` of training it takes its K best tokens of the batch instead.
@@ -151,14 +185,16 @@ def threshold(router: MomaRouter, scores_NE: torch.Tensor, context: "RoutingCont
     state = context.router_state(router)
     is_taken_NE = scores_NE >= state.threshold
     if context.track and router.warmup_steps:
-        token_EK = expert_choice(router, scores_NE.detach(), context).token_EK
+        token_EK = expert_choice(router, x_ND, scores_NE.detach(), context).token_EK
         is_best_EN = torch.zeros_like(is_taken_NE.t()).scatter_(1, token_EK, True)
         is_taken_NE = torch.where(state.num_updates < router.warmup_steps, is_best_EN.t(), is_taken_NE)
     token_P, expert_P = is_taken_NE.nonzero(as_tuple=True)
     return PairSelection(token_P, expert_P, scores_NE[token_P, expert_P])
 
 
-def token_choice(router: MomaRouter, scores_NE: torch.Tensor, context: "RoutingContext") -> PairSelection:
+def token_choice(
+    router: MomaRouter, x_ND: torch.Tensor, scores_NE: torch.Tensor, context: "RoutingContext"
+) -> PairSelection:
     """Each token takes its best experts; the balance bias selects but does not weigh (arXiv 2408.15664)."""
     num_tokens = scores_NE.shape[0]
     bias_E = context.router_state(router).balance_bias
@@ -168,7 +204,26 @@ def token_choice(router: MomaRouter, scores_NE: torch.Tensor, context: "RoutingC
     return PairSelection(token_P, expert_Nk.flatten(), scores_NE.gather(1, expert_Nk).flatten())
 
 
-ROUTINGS = {"expert_choice": expert_choice, "threshold": threshold, "token_choice": token_choice}
+def auxiliary(
+    router: MomaRouter, x_ND: torch.Tensor, scores_NE: torch.Tensor, context: "RoutingContext"
+) -> PairSelection:
+    """An expert takes a token iff the auxiliary router predicts so; the weight is the main router's (section 2.4)."""
+    is_taken_NE = router.predicted_scores(x_ND) >= router.auxiliary.threshold
+    token_P, expert_P = is_taken_NE.nonzero(as_tuple=True)
+    return PairSelection(token_P, expert_P, scores_NE[token_P, expert_P])
+
+
+ROUTINGS = {
+    "expert_choice": expert_choice,
+    "threshold": threshold,
+    "token_choice": token_choice,
+    "auxiliary": auxiliary,
+}
+
+
+def logistic_noise_like(logits: torch.Tensor) -> torch.Tensor:
+    """Differences of two independent Gumbel samples, `G' - G''` of MoMa equation 5: standard logistic samples."""
+    return torch.rand_like(logits).logit(eps=1e-6)
 
 
 @dataclass

@@ -18,7 +18,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from modeling.reference import reference_feed_forward
+from modeling.reference import reference_feed_forward, reference_membership
 from modeling_moma.configuration_moma import MomaConfig
 
 
@@ -45,7 +45,7 @@ def capacity_of(config: MomaConfig, pool: int) -> float:
     return config.depth_capacity
 
 
-def reference_choice(config, router, scores_BT, modality_BT, routing, padding_BT=None) -> torch.Tensor:
+def reference_choice(config, router, hidden_BTD, scores_BT, modality_BT, routing, padding_BT=None) -> torch.Tensor:
     """Chosen positions `[B, T]` that the rules give, by plain sorting."""
     values = scores_BT.tolist()
     chosen_BT = torch.zeros(scores_BT.shape, dtype=torch.bool)
@@ -56,6 +56,9 @@ def reference_choice(config, router, scores_BT, modality_BT, routing, padding_BT
             taken = ranked[: math.ceil(capacity_of(config, pool) * len(members))]
         elif routing == "threshold":
             taken = [at for at in members if values[at[0]][at[1]] >= cuts[pool]]
+        elif routing == "auxiliary":
+            cut = router.auxiliary.threshold[pool].item()
+            taken = [at for at in members if reference_membership(router.auxiliary, hidden_BTD[at])[0] >= cut]
         else:
             taken = [at for at in members if values[at[0]][at[1]] + biases[pool] >= 0.5]
         for row, place in taken:
@@ -138,7 +141,7 @@ def reference_logits(model, embeds_BTD, modality_BT, routing, depth_routing, pad
         if index in (config.depth_layers or ()):
             router = layer.depth_router
             weight_BT = torch.sigmoid(F.linear(hidden_BTD, router.weight)).squeeze(-1)
-            runs_BT = reference_choice(config, router, weight_BT, modality_BT, depth_routing, padding_BT)
+            runs_BT = reference_choice(config, router, hidden_BTD, weight_BT, modality_BT, depth_routing, padding_BT)
         hidden_BTD = reference_layer(layer, hidden_BTD, runs_BT, weight_BT, modality_BT, routing)
     return model.lm_head(model.model.norm(hidden_BTD))
 

@@ -18,6 +18,7 @@ import math
 import torch
 import torch.nn.functional as F
 
+from modeling_moma.auxiliary_moma import MomaAuxiliaryRouter
 from modeling_moma.configuration_moma import MomaConfig
 from modeling_moma.modeling_moma import MomaForCausalLM
 from modeling_moma.routing_moma import RoutingContext, split_modalities
@@ -62,9 +63,32 @@ def tiny_config(**kwargs) -> MomaConfig:
 
 
 def tiny_model(seed: int = 0, **kwargs) -> MomaForCausalLM:
-    """A model of `tiny_config` with seeded weights, in training mode."""
+    """A model of `tiny_config` with seeded weights, in training mode; auxiliary routers take some tokens."""
     torch.manual_seed(seed)
-    return MomaForCausalLM(tiny_config(**kwargs)).train()
+    model = MomaForCausalLM(tiny_config(**kwargs)).train()
+    randomize_auxiliary(model, seed)
+    return model
+
+
+def fields_of(*routings: str) -> dict:
+    """Fields of the config without which a model cannot follow these routings."""
+    return {"auxiliary_routers": True} if "auxiliary" in routings else {}
+
+
+@torch.no_grad()
+def randomize_auxiliary(module: torch.nn.Module, seed: int = 0):
+    """Random auxiliary routers, wide enough to tell tokens apart: each takes some tokens and leaves some."""
+    generator = torch.Generator().manual_seed(seed)
+    for router in module.modules():
+        if isinstance(router, MomaAuxiliaryRouter):
+            for parameter in router.parameters():
+                parameter.normal_(generator=generator)
+            router.threshold.uniform_(0.3, 0.7, generator=generator)
+
+
+def trainable(module: torch.nn.Module) -> list[tuple[str, torch.nn.Parameter]]:
+    """Named parameters that a training of the model moves: all but those of auxiliary routers."""
+    return [pair for pair in module.named_parameters() if ".auxiliary." not in pair[0]]
 
 
 def mixed_ids(rows: int = 2, length: int = 12, seed: int = 0) -> torch.Tensor:
@@ -84,8 +108,14 @@ def swiglu(x, gate, up, down):
     return F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up), down)
 
 
-def reference_selection(router, scores, routing) -> list[tuple[int, int]]:
-    """(token, expert) pairs that the rules give, by plain sorting."""
+def reference_membership(network, x) -> list[float]:
+    """Probabilities by the auxiliary router that one token is a member, one for each score."""
+    inner = F.silu(network.up_proj.weight @ x.float())
+    return torch.sigmoid(network.down_proj.weight @ inner).tolist()
+
+
+def reference_selection(router, scores, routing, x_ND=None) -> list[tuple[int, int]]:
+    """(token, expert) pairs that the rules give, by plain sorting; `auxiliary` looks at the tokens themselves."""
     num_tokens, num_experts = scores.shape
     values = scores.tolist()
     pairs = []
@@ -97,6 +127,11 @@ def reference_selection(router, scores, routing) -> list[tuple[int, int]]:
     elif routing == "threshold":
         cuts = router.threshold.tolist()
         pairs = [(t, e) for t in range(num_tokens) for e in range(num_experts) if values[t][e] >= cuts[e]]
+    elif routing == "auxiliary":
+        cuts = router.auxiliary.threshold.tolist()
+        for token in range(num_tokens):
+            members = reference_membership(router.auxiliary, x_ND[token])
+            pairs += [(token, expert) for expert in range(num_experts) if members[expert] >= cuts[expert]]
     else:
         bias = router.balance_bias.tolist()
         for token in range(num_tokens):
@@ -115,11 +150,15 @@ def reference_group(group, x_ND, routing):
         gates = [gate + 1 for gate in gates]
     else:
         scores = torch.sigmoid(F.linear(x_ND.float(), group.router.weight))
-        for token, expert in reference_selection(group.router, scores, routing):
+        pairs = reference_selection(group.router, scores, routing, x_ND)
+        # a divisor without a gradient
+        sums = [sum(scores[t, e].item() for t, e in pairs if t == token) for token in range(len(outputs))]
+        for token, expert in pairs:
+            weight = scores[token, expert] / sums[token] if group.normalizes_gates else scores[token, expert]
             gate, up = group.experts.gate_up_proj[expert].chunk(2)
             output = swiglu(x_ND[token], gate, up, group.experts.down_proj[expert])
-            outputs[token] = outputs[token] + scores[token, expert] * output
-            gates[token] = gates[token] + scores[token, expert]
+            outputs[token] = outputs[token] + weight * output
+            gates[token] = gates[token] + weight
     if group.shared_expert is not None:
         mlp = group.shared_expert
         for token, x in enumerate(x_ND):
@@ -132,8 +171,14 @@ def reference_group(group, x_ND, routing):
 
 def reference_feed_forward(layer, hidden_BTD, modality_BT, routing, padding_BT=None):
     """What `MomaFeedForward` gives, `[B, T, D]`, with zeros (or the shared expert alone) at padding."""
+    return reference_gated_feed_forward(layer, hidden_BTD, modality_BT, routing, padding_BT)[0]
+
+
+def reference_gated_feed_forward(layer, hidden_BTD, modality_BT, routing, padding_BT=None):
+    """The outputs `[B, T, D]`, and each token's sum of gates `[B, T, 1]`, in which a shared expert counts 1."""
     flat = hidden_BTD.flatten(0, 1)
     rows = [torch.zeros_like(x) for x in flat]
+    sums = [torch.zeros((), dtype=torch.float32) for _ in flat]
     is_padding = torch.zeros_like(modality_BT) if padding_BT is None else padding_BT
     for index, group in enumerate(layer.groups.values()):
         mine = [
@@ -142,13 +187,15 @@ def reference_feed_forward(layer, hidden_BTD, modality_BT, routing, padding_BT=N
             if not is_padding.flatten()[position] and (len(layer.groups) == 1 or modality == index)
         ]
         if mine:
-            for position, row in zip(mine, reference_group(group, flat[mine], routing)[0]):
-                rows[position] = row
+            for position, row, gate in zip(mine, *reference_group(group, flat[mine], routing)):
+                rows[position], sums[position] = row, gate
     if layer.shared_expert is not None:
         mlp = layer.shared_expert
         for position, x in enumerate(flat):
             rows[position] = rows[position] + swiglu(x, mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight)
-    return torch.stack(rows).unflatten(0, hidden_BTD.shape[:2])
+        sums = [gate + 1 for gate in sums]
+    gate_BT1 = torch.stack(sums).unsqueeze(-1).to(hidden_BTD.dtype)
+    return torch.stack(rows).unflatten(0, hidden_BTD.shape[:2]), gate_BT1.unflatten(0, hidden_BTD.shape[:2])
 
 
 def assert_near(actual, expected, relative):

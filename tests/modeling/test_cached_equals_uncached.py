@@ -16,6 +16,7 @@ import pytest
 import torch
 from transformers import DynamicCache, StaticCache
 
+from modeling.reference import randomize_auxiliary
 from modeling_moma.configuration_moma import MomaConfig
 from modeling_moma.depth_moma import MomaDepthRouter
 from modeling_moma.modeling_moma import MomaForCausalLM
@@ -39,6 +40,8 @@ MODELS = {
     for name in EXPERTS
     for norm in ("post", "pre")
 }
+AUXILIARY = {"auxiliary_routers": True, "inference_routing": "auxiliary"}
+MODELS["4t4i-auxiliary"] = {"num_experts": EXPERTS["4t4i"], **AUXILIARY}
 DEPTH = {"num_hidden_layers": 4, "depth_layers": [0, 2]}
 MOD_4T4I = {"num_experts": EXPERTS["4t4i"], **DEPTH}
 BY_MODALITY = {"depth_capacity": {"text": 0.5, "image": 0.25}, "depth_pool": "row"}
@@ -51,6 +54,8 @@ DEPTH_MODELS = {
     "mod-4t4i-all": {**MOD_4T4I, "num_hidden_layers": 2, "depth_layers": [0, 1]},
     "mod-4t4i-by-modality": {**MOD_4T4I, **BY_MODALITY},
     "mod-4t4i-token_choice": {**MOD_4T4I, "depth_inference_routing": "token_choice"},
+    "mod-4t4i-auxiliary": {**MOD_4T4I, **AUXILIARY},
+    "mod-4t4i-by-modality-auxiliary": {**MOD_4T4I, **BY_MODALITY, **AUXILIARY, "norm_placement": "pre"},
     "mod-4t4i-eager": {**MOD_4T4I, "attn_implementation": "eager"},
 }
 
@@ -82,6 +87,11 @@ def make_model(**fields):
         if isinstance(module, MomaDepthRouter):
             module.threshold.uniform_(0.48, 0.56)
             module.balance_bias.uniform_(-0.06, 0.02)
+    randomize_auxiliary(model)
+    for module in model.modules():
+        if isinstance(module, MomaDepthRouter) and module.auxiliary is not None:
+            # few enough that some steps have no token at all
+            module.auxiliary.threshold.uniform_(0.8, 0.95)
     return model
 
 

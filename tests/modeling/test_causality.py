@@ -15,14 +15,14 @@
 import pytest
 import torch
 
-from modeling_moma.configuration_moma import MomaConfig
+from modeling.reference import fields_of, randomize_auxiliary
+from modeling_moma.configuration_moma import CAUSAL_ROUTINGS, MomaConfig
 from modeling_moma.depth_moma import MomaDepthRouter
 from modeling_moma.modeling_moma import MomaForCausalLM
 from modeling_moma.routing_moma import MomaRouter
 
 
 EXPERTS = {"dense": 1, "1t1i": {"text": 1, "image": 1}, "8x": 8, "4t4i": {"text": 4, "image": 4}}
-ROUTINGS = ("threshold", "token_choice")
 VOCABULARY, LENGTH = 200, 24
 TOLERANCE = {"atol": 1e-5, "rtol": 1e-5}
 
@@ -56,6 +56,7 @@ def make_model(experts, norm_placement, routing, depth=None):
         "norm_placement": norm_placement,
         "inference_routing": routing,
         "initializer_range": 0.1,
+        **fields_of(routing),
     }
     model = MomaForCausalLM(MomaConfig(**{**fields, **DEPTH.get(depth, {})})).eval()
     for module in model.modules():
@@ -65,6 +66,7 @@ def make_model(experts, norm_placement, routing, depth=None):
         if isinstance(module, MomaDepthRouter):
             module.threshold.uniform_(0.49, 0.51)
             module.balance_bias.uniform_(-0.01, 0.01)
+    randomize_auxiliary(model)
     return model
 
 
@@ -72,12 +74,12 @@ CASES = [
     (experts, norm, routing)
     for experts in EXPERTS
     for norm in ("post", "pre")
-    for routing in (ROUTINGS if experts in ("8x", "4t4i") else ROUTINGS[:1])
+    for routing in (CAUSAL_ROUTINGS if experts in ("8x", "4t4i") else CAUSAL_ROUTINGS[:1])
 ] + [
     (experts, "post", routing, depth)
     for depth, names in (("mod", ("dense", "1t1i", "4t4i")), ("mod_by_modality", ("4t4i",)))
     for experts in names
-    for routing in ROUTINGS
+    for routing in CAUSAL_ROUTINGS
 ]
 
 
@@ -156,8 +158,9 @@ def test_depth_routers_choose_some_tokens_and_leave_some(case):
 
 
 @torch.no_grad()
-def test_random_thresholds_mix_the_selections():
-    model = make_model("4t4i", "post", "threshold")
+@pytest.mark.parametrize("routing", ["threshold", "auxiliary"])
+def test_random_thresholds_mix_the_selections(routing):
+    model = make_model("4t4i", "post", routing)
     counts = set()
 
     def count_experts(module, arguments, output):

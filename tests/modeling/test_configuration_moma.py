@@ -71,6 +71,16 @@ BAD = [
     ("qk_norm", {"qk_norm": "batchnorm"}),
     ("training_routing", {"training_routing": "hash"}),
     ("inference_routing", {"inference_routing": "expert_choice"}),
+    ("training_routing", {"training_routing": "auxiliary", "auxiliary_routers": True}),
+    ("depth_training_routing", {"depth_training_routing": "auxiliary", "auxiliary_routers": True}),
+    ("auxiliary_routers", {"auxiliary_routers": "yes"}),
+    ("normalize_gates", {"normalize_gates": "yes"}),
+    ("gumbel_noise", {"gumbel_noise": -0.1}),
+    ("gumbel_noise", {"gumbel_noise": float("nan")}),
+    ("gumbel_noise", {"gumbel_noise": "1"}),
+    ("gumbel_noise", {"gumbel_noise": 1.0, "training_routing": "threshold"}),
+    ("gumbel_noise_steps", {"gumbel_noise_steps": 0}),
+    ("gumbel_noise_steps", {"gumbel_noise_steps": 0.5}),
     ("threshold_momentum", {"threshold_momentum": 1.0}),
     ("depth_threshold_momentum", {"depth_threshold_momentum": -0.1}),
     ("routing_warmup_steps", {"routing_warmup_steps": -1}),
@@ -109,6 +119,14 @@ OTHERS = {
     "depth": {"depth_layers": [1]},
     "depth_in_every_layer": {"depth_layers": [0, 1], "depth_capacity": {"text": 0.5, "image": 0.1}},
     "depth_dense_tied": {"depth_layers": [0], "num_experts": 1, "tie_word_embeddings": True},
+    "auxiliary": {"auxiliary_routers": True},
+    "auxiliary_mixed_of_odd_width": {"auxiliary_routers": True, "num_experts": 8, "hidden_size": 17, "head_dim": 6},
+    "auxiliary_depth": {
+        "auxiliary_routers": True,
+        "depth_layers": [0, 1],
+        "depth_capacity": {"text": 0.5, "image": 0.1},
+    },
+    "auxiliary_depth_dense": {"auxiliary_routers": True, "depth_layers": [1], "num_experts": 1},
     "three_modalities": {
         "modality_token_ranges": {"image": [[8, 12], [14, 20]], "audio": [[30, 40]]},
         "num_experts": {"text": 2, "image": 3, "audio": 1},
@@ -137,6 +155,22 @@ def test_a_bad_field_of_depth_is_named_with_its_value(name, value):
 def test_a_field_of_depth_of_the_wrong_type_is_named(name, value):
     with pytest.raises(StrictDataclassFieldValidationError, match=name):
         tiny_config(**{"depth_layers": [0], name: value})
+
+
+@pytest.mark.parametrize("name", ["inference_routing", "depth_inference_routing"])
+def test_auxiliary_routing_needs_auxiliary_routers(name):
+    fields = {name: "auxiliary", "depth_layers": [0]}
+    with pytest.raises(StrictDataclassClassValidationError) as raised:
+        tiny_config(**fields)
+    assert f"`{name}` = 'auxiliary'" in str(raised.value) and "auxiliary_routers=True" in str(raised.value)
+    assert getattr(tiny_config(**fields, auxiliary_routers=True), name) == "auxiliary"
+
+
+def test_noise_without_threshold_training_is_fine():
+    for routing in ("expert_choice", "token_choice"):
+        assert tiny_config(gumbel_noise=1, training_routing=routing).gumbel_noise == 1
+    # depth routers have no noise
+    assert tiny_config(gumbel_noise=0.5, depth_layers=[0], depth_training_routing="threshold").gumbel_noise == 0.5
 
 
 def test_the_default_configuration_is_silent(capfd):
@@ -209,6 +243,17 @@ def test_active_parameters_are_those_of_the_dense_model():
         config = MomaConfig.from_preset(f"moma-90m-{experts}")
         routers = config.num_hidden_layers * config.hidden_size * (8 if experts == "8x" else 4)
         assert config.num_parameters(active=True) == dense + (0 if experts == "1t1i" else routers)
+
+
+def test_auxiliary_routers_count_as_routers():
+    fields = {**GROUPS["6t2i"], "depth_layers": [0]}
+    plain, auxiliary = (tiny_config(**fields, auxiliary_routers=flag) for flag in (False, True))
+    # two layers of experts and one depth router, each with a matrix of [8, 16] and one of [scores, 8]
+    text, image, depth = (8 * (16 + scores) for scores in (6, 2, 1))
+    assert auxiliary.num_parameters() - plain.num_parameters() == 2 * (text + image) + depth
+    for active in (False, True):
+        counts = [config.num_parameters(active, exclude_norms_and_routers=True) for config in (plain, auxiliary)]
+        assert counts[0] == counts[1]
 
 
 def test_active_parameters_count_the_share_of_depth_layers():
@@ -306,6 +351,10 @@ def test_every_field_survives_saving(tmp_path):
         "depth_pool": "row",
         "depth_training_routing": "threshold",
         "depth_inference_routing": "threshold",
+        "auxiliary_routers": True,
+        "normalize_gates": True,
+        "gumbel_noise": 0.5,
+        "gumbel_noise_steps": 9,
     }
     own = {field.name for field in fields(MomaConfig) if field.name in MomaConfig.__annotations__}
     assert own <= set(changed), f"add {own - set(changed)} to this test"

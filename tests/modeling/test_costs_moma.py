@@ -19,6 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from modeling.reference import GROUPS, IMAGE_IDS, tiny_config
+from modeling_moma.auxiliary_moma import MomaAuxiliaryRouter
 from modeling_moma.configuration_moma import MomaConfig
 from modeling_moma.costs_moma import Eta, eta, eta_by_modality, flops_per_token, training_flops
 from modeling_moma.modeling_moma import MomaForCausalLM
@@ -85,6 +86,21 @@ def test_flops_equal_the_counter_of_torch(name, routing, attention):
             model.train()(ids(), routing=routing).logits.sum().backward()
     assert forward.get_total_flops() == pytest.approx(expected(config, routing=routing), rel=0.01)
     assert training.get_total_flops() == pytest.approx(expected(config, training=True, routing=routing), rel=0.01)
+
+
+def test_flops_of_auxiliary_routers_equal_the_counter_of_torch():
+    # every expert takes every token, so that the load is no chance
+    config = tiny_config(num_experts={"text": 4, "image": 2}, auxiliary_routers=True)
+    config.expert_capacity_factor = {"text": 4.0, "image": 2.0}
+    model = build(config, "eager").eval()
+    for module in model.modules():
+        if isinstance(module, MomaAuxiliaryRouter):
+            module.threshold.zero_()
+    with FlopCounterMode(display=False) as forward, torch.no_grad():
+        model(ids(), routing="auxiliary")
+    count = expected(config, routing="auxiliary")
+    assert forward.get_total_flops() == pytest.approx(count, rel=1e-6)
+    assert count > expected(config, routing="threshold")
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])

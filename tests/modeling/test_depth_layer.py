@@ -16,7 +16,7 @@ import torch
 from transformers.cache_utils import DynamicCache
 
 from modeling.depth_reference import SelectionLog, reference_logits
-from modeling.reference import GROUPS, assert_near, mixed_ids, tiny_model
+from modeling.reference import GROUPS, assert_near, fields_of, mixed_ids, tiny_model, trainable
 from modeling_moma.depth_moma import DepthSelection
 from modeling_moma.routing_moma import ROUTINGS, token_modalities
 
@@ -54,7 +54,7 @@ def left_padding(ids, *lengths):
 
 
 def gradients(model, logits, weight, embeds):
-    names, parameters = zip(*model.named_parameters())
+    names, parameters = zip(*trainable(model))
     grads = torch.autograd.grad((logits * weight).sum(), [embeds, *parameters], allow_unused=True)
     return dict(zip(["input", *names], grads))
 
@@ -63,7 +63,7 @@ def gradients(model, logits, weight, embeds):
 @pytest.mark.parametrize("routing", ROUTINGS)
 @pytest.mark.parametrize("name", VARIANTS)
 def test_a_model_with_depth_equals_the_plain_loop(name, routing, training):
-    model = depth_model(name).train(training)
+    model = depth_model(name, **fields_of(routing)).train(training)
     generator = torch.Generator().manual_seed(0)
     ids = mixed_ids(2, 10)
     kinds = token_modalities(model.config, ids)
@@ -107,7 +107,7 @@ class LayerLog:
 @pytest.mark.parametrize("routing", ROUTINGS)
 @pytest.mark.parametrize("name", ["dense_pre", "4t4i"])
 def test_tokens_that_pass_by_leave_bit_by_bit_as_they_came(name, routing, training, dtype):
-    model = depth_model(name).to(dtype).train(training)
+    model = depth_model(name, **fields_of(routing)).to(dtype).train(training)
     layers, selections = LayerLog(model), SelectionLog(model)
     ids = mixed_ids(3, 12)
     model(ids, attention_mask=left_padding(ids, 5, 1), routing=routing)
@@ -137,7 +137,7 @@ def test_a_changed_selection_changes_what_runs():
 @pytest.mark.parametrize("routing", ROUTINGS)
 @pytest.mark.parametrize("name", ["dense", "4t4i", "row_pool"])
 def test_the_depth_router_learns(name, routing):
-    model = depth_model(name)
+    model = depth_model(name, **fields_of(routing))
     ids = mixed_ids(3, 12)
     model(ids, labels=ids, routing=routing).loss.backward()
     for index in DEPTH["depth_layers"]:
@@ -187,7 +187,7 @@ def test_a_row_without_a_chosen_token_moves_no_other_row():
 @pytest.mark.parametrize("routing", ROUTINGS)
 @pytest.mark.parametrize("name", ["dense", "4t4i"])
 def test_bf16_trains(name, routing, autocast):
-    model = depth_model(name)
+    model = depth_model(name, **fields_of(routing))
     if not autocast:
         model.to(torch.bfloat16)
         for key, parameter in model.named_parameters():
@@ -198,7 +198,7 @@ def test_bf16_trains(name, routing, autocast):
         output = model(ids, labels=ids, routing=routing)
     output.loss.backward()
     assert torch.isfinite(output.loss)
-    for key, parameter in model.named_parameters():
+    for key, parameter in trainable(model):
         assert torch.isfinite(parameter.grad).all(), key
 
 

@@ -17,7 +17,16 @@ import pytest
 import torch
 
 from modeling.depth_reference import SelectionLog, pools_of, reference_choice, reference_kth
-from modeling.reference import GROUPS, assert_near, mixed_ids, tiny_config, tiny_model
+from modeling.reference import (
+    GROUPS,
+    assert_near,
+    fields_of,
+    mixed_ids,
+    randomize_auxiliary,
+    tiny_config,
+    tiny_model,
+)
+from modeling_moma.configuration_moma import TRAINING_ROUTINGS
 from modeling_moma.depth_moma import MomaDepthRouter
 from modeling_moma.routing_moma import (
     ROUTINGS,
@@ -42,6 +51,7 @@ def build_router(seed=0, **fields):
     torch.manual_seed(seed)
     router = MomaDepthRouter(config)
     torch.nn.init.normal_(router.weight, std=0.5)
+    randomize_auxiliary(router, seed)
     return config, router
 
 
@@ -70,7 +80,7 @@ def scores_of(router, hidden_BTD):
 @pytest.mark.parametrize("capacity", CAPACITIES)
 @pytest.mark.parametrize("routing", ROUTINGS)
 def test_every_rule_equals_plain_sorting(routing, capacity, pool):
-    config, router = build_router(depth_capacity=CAPACITIES[capacity], depth_pool=pool)
+    config, router = build_router(depth_capacity=CAPACITIES[capacity], depth_pool=pool, **fields_of(routing))
     num_pools = len(config.depth_pools)
     router.threshold.copy_(torch.tensor([0.45, 0.7])[:num_pools])
     router.balance_bias.copy_(torch.tensor([-0.2, 0.1])[:num_pools])
@@ -80,7 +90,7 @@ def test_every_rule_equals_plain_sorting(routing, capacity, pool):
         hidden_BTD[padding_BT] = 100 * router.weight[0].detach()
         logits_BT, selection = router(hidden_BTD, context_of(config, modality_BT, padding_BT, routing))
         scores_BT = scores_of(router, hidden_BTD)
-        expected = reference_choice(config, router, scores_BT, modality_BT, routing, padding_BT)
+        expected = reference_choice(config, router, hidden_BTD, scores_BT, modality_BT, routing, padding_BT)
         assert 0 < expected.sum() < (~padding_BT).sum()
         assert torch.equal(selection.chosen_BT, expected)
         assert torch.equal(selection.weight_BT, torch.sigmoid(logits_BT))
@@ -113,7 +123,10 @@ def test_equal_scores_go_to_the_earlier_token():
 def test_the_threshold_is_the_running_mean_of_the_kth_best_score(routing, capacity, pool):
     momentum = 0.6
     config, router = build_router(
-        depth_capacity=CAPACITIES[capacity], depth_pool=pool, depth_threshold_momentum=momentum
+        depth_capacity=CAPACITIES[capacity],
+        depth_pool=pool,
+        depth_threshold_momentum=momentum,
+        **fields_of(routing),
     )
     num_pools = len(config.depth_pools)
     expected, updates = [0.5] * num_pools, [0] * num_pools
@@ -283,7 +296,7 @@ def test_the_bias_chooses_but_does_not_weigh():
 
 @pytest.mark.parametrize("pool", ["batch", "row"])
 def test_eval_changes_no_router(pool):
-    model = tiny_model(**GROUPS["4t4i"], **DEPTH, depth_pool=pool).eval()
+    model = tiny_model(**GROUPS["4t4i"], **DEPTH, depth_pool=pool, **fields_of(*ROUTINGS)).eval()
     before = {key: value.clone() for key, value in model.state_dict().items()}
     for routing in ROUTINGS:
         model(mixed_ids(), routing=routing)
@@ -291,7 +304,7 @@ def test_eval_changes_no_router(pool):
 
 
 @pytest.mark.parametrize("name", ["dense", "4t4i"])
-@pytest.mark.parametrize("routing", ROUTINGS)
+@pytest.mark.parametrize("routing", TRAINING_ROUTINGS)
 def test_checkpointing_counts_once_and_selects_the_same(routing, name):
     # the warm-up ends between the second step's forward and its recomputation
     fields = {**GROUPS[name], **DEPTH, "training_routing": routing, "routing_warmup_steps": 2}
@@ -333,6 +346,11 @@ RESOLUTIONS = [
     ({"depth_training_routing": "threshold"}, True, {"routing": "token_choice"}, ("token_choice", "token_choice")),
     ({"depth_training_routing": "threshold"}, True, {"depth_routing": "token_choice"}, (EXPERT, "token_choice")),
     ({"depth_inference_routing": "token_choice"}, False, {"routing": EXPERT}, (EXPERT,) * 2),
+    ({"auxiliary_routers": True}, False, {}, ("threshold", "threshold")),
+    ({"auxiliary_routers": True, "inference_routing": "auxiliary"}, False, {}, ("auxiliary", "auxiliary")),
+    ({"auxiliary_routers": True, "inference_routing": "auxiliary"}, True, {}, (EXPERT, EXPERT)),
+    ({"auxiliary_routers": True, "depth_inference_routing": "auxiliary"}, False, {}, ("threshold", "auxiliary")),
+    ({"auxiliary_routers": True}, False, {"depth_routing": "auxiliary"}, ("threshold", "auxiliary")),
     ({}, False, {"routing": "token_choice", "depth_routing": EXPERT}, ("token_choice", EXPERT)),
 ]
 
@@ -351,3 +369,19 @@ def test_an_unknown_routing_is_named(name):
     for depth_layers in ([0, 2], None):
         with pytest.raises(ValueError, match=f"`{name}`.*'soft'"):
             tiny_model(**{**DEPTH, "depth_layers": depth_layers})(mixed_ids(), **{name: "soft"})
+
+
+def test_a_depth_layer_without_an_auxiliary_router_says_what_to_do():
+    for name in ("routing", "depth_routing"):
+        with pytest.raises(ValueError, match="auxiliary_routers=True.*train_auxiliary_routers.py"):
+            tiny_model(**DEPTH, num_experts=1).eval()(mixed_ids(), **{name: "auxiliary"})
+
+
+def test_each_pool_has_its_own_auxiliary_threshold():
+    config, router = build_router(depth_capacity=CAPACITIES["by_modality"], auxiliary_routers=True)
+    hidden_BTD, modality_BT, padding_BT = batch(config)
+    for pool in range(2):
+        router.auxiliary.threshold.fill_(2.0)
+        router.auxiliary.threshold[pool] = 0.0
+        _, selection = router(hidden_BTD, context_of(config, modality_BT, padding_BT, "auxiliary"))
+        assert torch.equal(selection.chosen_BT, (modality_BT == pool) & ~padding_BT)

@@ -21,14 +21,20 @@ import torch.multiprocessing as mp
 from torch.nn.parallel import DistributedDataParallel
 
 from modeling.depth_reference import SelectionLog
-from modeling.reference import GROUPS, tiny_model
+from modeling.reference import GROUPS, tiny_model, trainable
 
 
 DEPTH = {"num_hidden_layers": 3, "depth_layers": [0, 2], "routing_warmup_steps": 1}
 MODELS = {
     **GROUPS,
     "depth": {**GROUPS["4t4i"], **DEPTH, "depth_capacity": 0.5},
-    "depth_by_modality": {**GROUPS["1t1i"], **DEPTH, "depth_capacity": {"text": 0.5, "image": 0.25}},
+    "depth_by_modality": {
+        **GROUPS["1t1i"],
+        **DEPTH,
+        "depth_capacity": {"text": 0.5, "image": 0.25},
+        # frozen ones, which no process waits for
+        "auxiliary_routers": True,
+    },
 }
 BATCHES = {"text": torch.arange(26, 38).view(2, 6), "pictures": torch.arange(8, 20).view(2, 6)}
 STEPS = 2
@@ -65,7 +71,7 @@ def train(rank, folder, name, routing):
     for _ in range(STEPS):
         wrapped(input_ids=ids, labels=ids).loss.backward()
     result = {
-        "gradients": {key: parameter.grad for key, parameter in model.named_parameters()},
+        "gradients": {key: parameter.grad for key, parameter in trainable(model)},
         "routers": {key: value for key, value in model.state_dict().items() if "router." in key},
         "chosen": {layer: [chosen.sum().item() for chosen in calls] for layer, calls in log.chosen.items()},
     }
@@ -82,7 +88,7 @@ def single_process(name, routing):
         model = build(name, routing)
         for _ in range(STEPS):
             model(input_ids=ids, labels=ids).loss.backward()
-        for key, parameter in model.named_parameters():
+        for key, parameter in trainable(model):
             total[key] = total.get(key, 0) + parameter.grad / 2
         states.append(model.state_dict())
     return total, states
@@ -102,7 +108,7 @@ def run_two(tmp_path, name, routing):
     first, second = (torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2))
     for key, value in first["routers"].items():
         assert torch.equal(value, second["routers"][key]), key
-        if key.endswith("threshold"):
+        if key.endswith("router.threshold"):
             # each group has seen the rank that has its tokens
             assert (value != 0.5).all(), key
     return first, second
@@ -121,7 +127,9 @@ def test_one_rank_may_be_text_only_and_the_other_pictures_only(name, routing, tm
     for key, value in first["routers"].items():
         if key.endswith("num_updates"):
             assert (value == STEPS).all(), key
-        if key.endswith("threshold"):
+        if ".auxiliary." in key:
+            assert torch.equal(value, build(name, routing).state_dict()[key]), key
+        if key.endswith("router.threshold"):
             assert torch.allclose(value, mean_threshold(key, states), atol=1e-6), key
 
 

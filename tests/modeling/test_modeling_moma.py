@@ -18,10 +18,20 @@ import torch
 import torch.nn.functional as F
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-from modeling.reference import GROUPS, assert_near, mixed_ids, tiny_config, tiny_model
+from modeling.reference import GROUPS, assert_near, fields_of, mixed_ids, tiny_config, tiny_model
+from modeling_moma.configuration_moma import TRAINING_ROUTINGS
 from modeling_moma.loss_moma import causal_lm_loss
 from modeling_moma.modeling_moma import MomaForCausalLM
 from modeling_moma.routing_moma import ROUTINGS, token_modalities
+
+
+AUXILIARY = {
+    "auxiliary_routers": True,
+    "inference_routing": "auxiliary",
+    "num_hidden_layers": 3,
+    "depth_layers": [0, 2],
+    "depth_capacity": {"text": 0.5, "image": 0.25},
+}
 
 
 def labels_of(ids):
@@ -124,7 +134,7 @@ def test_eager_attention_equals_sdpa(qk_norm, fields):
 
 @pytest.mark.parametrize("routing", ROUTINGS)
 def test_embeddings_with_modalities_equal_ids(routing):
-    model = tiny_model(**GROUPS["6t2i"]).eval()
+    model = tiny_model(**GROUPS["6t2i"], **fields_of(routing)).eval()
     ids = mixed_ids()
     embeds = model.get_input_embeddings()(ids)
     expected = model(ids, routing=routing).logits
@@ -196,7 +206,7 @@ def test_scaled_rotary_embeddings_may_go_further():
     assert torch.isfinite(model(torch.full((1, 100), 30)).logits).all()
 
 
-@pytest.mark.parametrize("routing", ROUTINGS)
+@pytest.mark.parametrize("routing", TRAINING_ROUTINGS)
 @pytest.mark.parametrize("name", ["dense", "4t4i", "shared"])
 def test_checkpointing_gives_the_same_gradients(name, routing):
     losses, grads = [], []
@@ -216,29 +226,98 @@ def test_checkpointing_gives_the_same_gradients(name, routing):
         assert_near(grads[1][key], gradient, 1e-5)
 
 
-def test_routers_stay_in_fp32(tmp_path):
-    model = tiny_model(**GROUPS["4t4i"])
+@pytest.mark.parametrize("fields", [{}, AUXILIARY], ids=["plain", "auxiliary"])
+def test_routers_stay_in_fp32(fields, tmp_path):
+    model = tiny_model(**GROUPS["4t4i"], **fields)
     model(mixed_ids())
     model.save_pretrained(tmp_path)
     loaded = MomaForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
     for key, value in loaded.state_dict().items():
-        assert value.dtype == (torch.float32 if ".router." in key else torch.bfloat16), key
-        if ".router." in key:
+        is_router = "router." in key
+        assert value.dtype == (torch.float32 if is_router else torch.bfloat16), key
+        if is_router:
             assert torch.equal(value, model.state_dict()[key]), key
     ids = mixed_ids()
+    assert torch.isfinite(loaded.eval()(ids).logits).all()
     loaded.train()(ids, labels=ids).loss.backward()
     assert loaded.model.layers[0].mlp.groups["text"].router.weight.grad.dtype == torch.float32
 
 
-@pytest.mark.parametrize("name", [*GROUPS, "tied"])
+OTHERS = {"tied": {"tie_word_embeddings": True}, "auxiliary": AUXILIARY, "normalized": {"normalize_gates": True}}
+
+
+@pytest.mark.parametrize("name", [*GROUPS, *OTHERS])
 def test_a_saved_model_loads_equal(name, tmp_path):
-    model = tiny_model(**GROUPS.get(name, {"tie_word_embeddings": True}))
+    model = tiny_model(**{**GROUPS, **OTHERS}[name])
     ids = mixed_ids()
     model(ids)
     model.eval().save_pretrained(tmp_path)
     loaded, info = MomaForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
-    assert torch.equal(loaded(ids).logits, model(ids).logits)
+    for key, value in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[key], value), key
+    # weights mapped from a file lie elsewhere in memory, and products may round differently
+    assert_near(loaded(ids).logits, model(ids).logits, 1e-6)
+
+
+def auxiliary_parameters(model):
+    parameters = {key: value for key, value in model.named_parameters() if ".auxiliary." in key}
+    # two matrices of two groups in three layers and of two depth routers
+    assert len(parameters) == 2 * (2 * 3 + 2)
+    return parameters
+
+
+def test_new_auxiliary_routers_are_random_with_the_papers_threshold():
+    torch.manual_seed(0)
+    model = MomaForCausalLM(tiny_config(**AUXILIARY))
+    for key, parameter in auxiliary_parameters(model).items():
+        assert 0.2 < parameter.std() < 0.4, key
+    thresholds = {key: value for key, value in model.state_dict().items() if key.endswith("auxiliary.threshold")}
+    assert len(thresholds) == 8
+    assert all((value == 0.5).all() for value in thresholds.values())
+
+
+def test_auxiliary_routers_are_frozen_also_once_loaded(tmp_path):
+    model = tiny_model(**AUXILIARY)
+    plain = tiny_model(**{**AUXILIARY, "auxiliary_routers": False, "inference_routing": "threshold"})
+    model.save_pretrained(tmp_path / "auxiliary")
+    plain.save_pretrained(tmp_path / "plain")
+    loaded = MomaForCausalLM.from_pretrained(tmp_path / "auxiliary")
+    grown = MomaForCausalLM.from_pretrained(tmp_path / "plain", auxiliary_routers=True)
+    for each in (model, loaded, grown):
+        frozen = {key for key, parameter in each.named_parameters() if not parameter.requires_grad}
+        assert frozen == set(auxiliary_parameters(each))
+
+
+@pytest.mark.parametrize("routing", ROUTINGS)
+def test_training_of_the_model_moves_no_auxiliary_router(routing):
+    model = tiny_model(**{**AUXILIARY, "depth_capacity": 0.5})
+    # weight decay, and frozen or not
+    model.requires_grad_(True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.5)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    ids = mixed_ids(3, 12)
+    for _ in range(2):
+        model(ids, labels=ids, routing=routing).loss.backward()
+        optimizer.step()
+    for key, value in model.state_dict().items():
+        if ".auxiliary." in key:
+            assert torch.equal(value, before[key]), key
+        elif key.endswith("router.weight"):
+            assert not torch.equal(value, before[key]), key
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("argument", ["routing", "depth_routing"])
+def test_a_model_without_auxiliary_routers_says_what_to_do(argument, training):
+    model = tiny_model(**GROUPS["4t4i"], num_hidden_layers=3, depth_layers=[1]).train(training)
+    with pytest.raises(ValueError, match="`routing`.*auxiliary_routers=True.*train_auxiliary_routers.py"):
+        model(mixed_ids(), **{argument: "auxiliary"})
+
+
+def test_a_dense_model_has_nothing_to_predict():
+    model = tiny_model(num_experts=1, auxiliary_routers=True).eval()
+    assert torch.equal(model(mixed_ids(), routing="auxiliary").logits, model(mixed_ids()).logits)
 
 
 def test_logits_to_keep_cuts_the_head():

@@ -20,12 +20,18 @@ from modeling.reference import (
     GROUPS,
     assert_near,
     context_of,
+    fields_of,
     mixed_ids,
+    randomize_auxiliary,
     reference_feed_forward,
+    reference_gated_feed_forward,
     reference_selection,
+    swiglu,
     tiny_config,
     tiny_model,
+    trainable,
 )
+from modeling_moma.configuration_moma import TRAINING_ROUTINGS
 from modeling_moma.experts_moma import MomaFeedForward
 from modeling_moma.routing_moma import ROUTINGS, split_modalities, token_modalities
 
@@ -39,13 +45,14 @@ def feed_forward(dtype=torch.float32, **kwargs):
     layer = MomaFeedForward(config)
     for name, parameter in layer.named_parameters():
         torch.nn.init.normal_(parameter, std=0.5)
-        if not name.endswith("router.weight"):
+        if ".router." not in name:
             parameter.data = parameter.data.to(dtype)
     for name, buffer in layer.named_buffers():
         if name.endswith("balance_bias"):
             buffer.copy_(torch.randn_like(buffer) * 0.2)
         elif name.endswith("threshold"):
             buffer.copy_(0.4 + 0.2 * torch.rand_like(buffer))
+    randomize_auxiliary(layer)
     config._experts_implementation = "grouped_mm"
     return config, layer
 
@@ -55,10 +62,22 @@ def hidden(config, dtype=torch.float32):
 
 
 def gradients(layer, output, x):
+    """Gradients of the input and of every parameter, as if none were frozen."""
     names, parameters = zip(*layer.named_parameters())
     weight = torch.randn(output.shape, generator=torch.Generator().manual_seed(2))
     grads = torch.autograd.grad((output.float() * weight).sum(), [x, *parameters], allow_unused=True)
     return dict(zip(["input", *names], grads))
+
+
+def assert_same_gradients(actual, expected, relative):
+    for key, gradient in actual.items():
+        if ".auxiliary." in key:
+            # who takes a token is no smooth function of anything
+            assert gradient is None and expected[key] is None, key
+        elif expected[key] is None:
+            assert gradient is not None and not gradient.any(), key
+        else:
+            assert_near(gradient, expected[key], relative)
 
 
 @pytest.mark.parametrize(("dtype", "relative"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
@@ -66,7 +85,8 @@ def gradients(layer, output, x):
 @pytest.mark.parametrize("name", [*GROUPS, "two_per_token"])
 def test_every_routing_equals_the_plain_loop(name, routing, dtype, relative):
     fields = GROUPS.get(name, {"num_experts": {"text": 4, "image": 2}, "num_experts_per_tok": 2})
-    config, layer = feed_forward(dtype, **fields)
+    config, layer = feed_forward(dtype, **fields, **fields_of(routing))
+    layer.requires_grad_(True)
     modality_BT = token_modalities(config, mixed_ids(ROWS, LENGTH))
     padding_BT = torch.zeros(ROWS, LENGTH, dtype=torch.bool)
     padding_BT[0, :3] = True
@@ -74,12 +94,44 @@ def test_every_routing_equals_the_plain_loop(name, routing, dtype, relative):
     output, _ = layer(x, context_of(config, modality_BT, routing, padding_BT))
     expected = reference_feed_forward(layer, x_reference, modality_BT, routing, padding_BT)
     assert_near(output, expected, relative)
-    expected_grads = gradients(layer, expected, x_reference)
-    for key, gradient in gradients(layer, output, x).items():
-        if expected_grads[key] is None:
-            assert gradient is not None and not gradient.any(), key
-        else:
-            assert_near(gradient, expected_grads[key], relative)
+    assert_same_gradients(gradients(layer, output, x), gradients(layer, expected, x_reference), relative)
+
+
+@pytest.mark.parametrize("routing", ROUTINGS)
+@pytest.mark.parametrize("name", ["8x", "4t4i", "shared", "shared_by_modality"])
+def test_normalized_gates_equal_the_plain_loop(name, routing):
+    fields = {**GROUPS[name], "norm_placement": "post", "gate_after_norm": True, "normalize_gates": True}
+    config, layer = feed_forward(**fields, **fields_of(routing))
+    layer.requires_grad_(True)
+    modality_BT = token_modalities(config, mixed_ids(ROWS, LENGTH))
+    x, x_reference = (hidden(config).requires_grad_() for _ in range(2))
+    output, gate = layer(x, context_of(config, modality_BT, routing))
+    expected, expected_gate = reference_gated_feed_forward(layer, x_reference, modality_BT, routing)
+    assert_near(output, expected, 1e-5)
+    assert_near(gate, expected_gate, 1e-6)
+    # without shared experts a token that somebody took weighs 1, whoever took it
+    if "shared" not in name:
+        assert torch.allclose(gate, gate.round()) and 0 < gate.sum() <= ROWS * LENGTH
+    # as the layer norm before the gate leaves it: both the output and the gate count
+    actual, wanted = output * gate, expected * expected_gate
+    assert_same_gradients(gradients(layer, actual, x), gradients(layer, wanted, x_reference), 1e-5)
+
+
+@pytest.mark.parametrize("routing", ROUTINGS)
+def test_copies_of_a_network_with_normalized_gates_are_that_network_where_one_is_taken(routing):
+    config, layer = feed_forward(num_experts=4, normalize_gates=True, **fields_of(routing))
+    experts = layer.groups["all"].experts
+    for weights in experts.parameters():
+        weights.data[1:] = weights.data[:1]
+    gate_proj, up_proj = experts.gate_up_proj[0].chunk(2)
+    x = hidden(config)
+    context = context_of(config, torch.zeros(ROWS, LENGTH, dtype=torch.long), routing)
+    _, selection = layer.groups["all"].router(x.flatten(0, 1), context)
+    is_taken = torch.zeros(ROWS * LENGTH, dtype=torch.bool)
+    is_taken[(selection.token_EK if routing == "expert_choice" else selection.token_P).flatten()] = True
+    expected = swiglu(x, gate_proj, up_proj, experts.down_proj[0]) * is_taken.view(ROWS, LENGTH, 1)
+    assert is_taken.any()
+    assert_near(layer(x, context)[0], expected, 1e-5)
 
 
 @pytest.mark.parametrize("routing", ROUTINGS)
@@ -92,7 +144,7 @@ def test_padding_competes_for_nothing(name, routing):
     poisoned = torch.where(mask == 0, (ids + 7) % 40, ids)
     outputs, states = [], []
     for batch in (ids, poisoned):
-        model = tiny_model(**GROUPS[name])
+        model = tiny_model(**GROUPS[name], **fields_of(routing))
         logits = model(batch, attention_mask=mask, routing=routing).logits
         outputs.append(logits[mask == 1])
         states.append({key: value for key, value in model.state_dict().items() if "router" in key})
@@ -120,11 +172,11 @@ def test_padding_does_not_change_who_is_selected():
 @pytest.mark.parametrize("routing", ROUTINGS)
 @pytest.mark.parametrize("ids", [torch.full((2, 6), 30), torch.full((2, 6), 10)], ids=["text only", "pictures only"])
 def test_a_batch_may_lack_a_modality(ids, routing):
-    model = tiny_model(**GROUPS["4t4i"])
+    model = tiny_model(**GROUPS["4t4i"], **fields_of(routing))
     output = model(ids, labels=ids, routing=routing)
     output.loss.backward()
     assert torch.isfinite(output.loss)
-    for name, parameter in model.named_parameters():
+    for name, parameter in trainable(model):
         assert parameter.grad is not None, name
         assert torch.isfinite(parameter.grad).all(), name
     absent = "image" if ids[0, 0] == 30 else "text"
@@ -155,7 +207,7 @@ def kth_scores(model, ids, routing):
 
 @pytest.mark.parametrize("routing", ROUTINGS)
 def test_the_threshold_is_the_running_mean_of_the_kth_best_score(routing):
-    model = tiny_model(num_experts=4, threshold_momentum=0.6)
+    model = tiny_model(num_experts=4, threshold_momentum=0.6, **fields_of(routing))
     routers = [layer.mlp.groups["all"].router for layer in model.model.layers]
     expected = None
     for step in range(5):
@@ -180,14 +232,14 @@ def test_threshold_in_its_warm_up_takes_as_many_of_equal_tokens_as_expert_choice
 
 
 def test_eval_changes_no_router():
-    model = tiny_model(**GROUPS["4t4i"]).eval()
+    model = tiny_model(**GROUPS["4t4i"], **fields_of(*ROUTINGS)).eval()
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    model(mixed_ids())
-    model(mixed_ids(), routing="expert_choice")
+    for routing in ROUTINGS:
+        model(mixed_ids(), routing=routing)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
-@pytest.mark.parametrize("routing", ROUTINGS)
+@pytest.mark.parametrize("routing", TRAINING_ROUTINGS)
 def test_statistics_count_once_under_checkpointing(routing):
     states = []
     for checkpointing in (False, True):
@@ -241,6 +293,48 @@ def test_token_choice_bias_selects_but_does_not_weigh():
     pairs = list(zip(selection.token_P.tolist(), selection.expert_P.tolist()))
     assert pairs == reference_selection(router, scores, "token_choice")
     assert torch.equal(selection.weight_P, scores[selection.token_P, selection.expert_P])
+
+
+def test_the_auxiliary_router_selects_and_the_main_router_weighs():
+    config, layer = feed_forward(num_experts=4, auxiliary_routers=True)
+    router = layer.groups["all"].router
+    x_ND = torch.randn(20, config.hidden_size)
+    context = context_of(config, torch.zeros(1, 20, dtype=torch.long), "auxiliary")
+    logits, selection = router(x_ND, context)
+    pairs = list(zip(selection.token_P.tolist(), selection.expert_P.tolist()))
+    assert pairs == reference_selection(router, torch.sigmoid(logits), "auxiliary", x_ND)
+    assert {expert for _, expert in pairs} == set(range(4)) and len(pairs) < 80
+    assert torch.equal(selection.weight_P, torch.sigmoid(logits)[selection.token_P, selection.expert_P])
+    # the main router weighs, whatever its own cuts would say
+    router.threshold.fill_(2.0)
+    router.weight.data.neg_()
+    flipped = router(x_ND, context)[1]
+    assert torch.equal(flipped.token_P, selection.token_P) and torch.equal(flipped.expert_P, selection.expert_P)
+    assert torch.allclose(flipped.weight_P, 1 - selection.weight_P, atol=1e-6)
+
+
+def test_a_probability_at_the_threshold_is_taken():
+    config, layer = feed_forward(num_experts=4, auxiliary_routers=True)
+    router = layer.groups["all"].router
+    router.auxiliary.threshold.fill_(0.5)
+    # exactly one half for every expert
+    router.auxiliary.down_proj.weight.zero_()
+    context = context_of(config, torch.zeros(1, 3, dtype=torch.long), "auxiliary")
+    assert router(torch.randn(3, config.hidden_size), context)[1].token_P.shape == (12,)
+    router.auxiliary.threshold[1] = 0.6
+    assert set(router(torch.randn(3, config.hidden_size), context)[1].expert_P.tolist()) == {0, 2, 3}
+
+
+def test_the_auxiliary_router_computes_in_fp32_under_autocast_and_in_a_bf16_model():
+    config, layer = feed_forward(num_experts=4, auxiliary_routers=True)
+    auxiliary = layer.groups["all"].router.auxiliary
+    x_ND = torch.randn(5, config.hidden_size).bfloat16()
+    expected = auxiliary(x_ND.float())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(auxiliary(x_ND), expected)
+    rounded = auxiliary.to(torch.bfloat16)(x_ND)
+    assert rounded.dtype == torch.float32
+    assert_near(rounded, expected, 2e-2)
 
 
 def test_a_split_merges_back_with_zeros_at_padding():

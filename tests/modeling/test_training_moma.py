@@ -60,9 +60,13 @@ def make_examples(processor, length=8):
     return rows
 
 
-def test_trainer_logs_the_loss_of_each_modality_and_the_load(processor, tmp_path):
+AUXILIARY = {"auxiliary_routers": True, "inference_routing": "auxiliary", "num_hidden_layers": 3, "depth_layers": [1]}
+
+
+@pytest.mark.parametrize("fields", [{}, AUXILIARY], ids=["plain", "auxiliary"])
+def test_trainer_logs_the_loss_of_each_modality_and_the_load(fields, processor, tmp_path):
     examples = make_examples(processor)
-    trainer = make_trainer(processor, examples, tmp_path)
+    trainer = make_trainer(processor, examples, tmp_path, **fields)
     trainer.train()
     training = next(log for log in trainer.state.log_history if "text_loss" in log)
     evaluation = next(log for log in trainer.state.log_history if "eval_text_loss" in log)
@@ -76,6 +80,15 @@ def test_trainer_logs_the_loss_of_each_modality_and_the_load(processor, tmp_path
         output = trainer.model.eval()(**batch)
     for modality in ("text", "image"):
         assert evaluation[f"eval_{modality}_loss"] == pytest.approx(output.modality_losses[modality].item(), rel=1e-4)
+
+
+def test_the_main_training_moves_no_auxiliary_router(processor, tmp_path):
+    trainer = make_trainer(processor, make_examples(processor), tmp_path, **AUXILIARY)
+    before = {key: value.clone() for key, value in trainer.model.state_dict().items()}
+    trainer.train()
+    moved = {key for key, value in trainer.model.state_dict().items() if not torch.equal(value, before[key])}
+    assert not any(".auxiliary." in key for key in moved)
+    assert {key for key in before if key.endswith(("router.weight", "router.threshold"))} <= moved
 
 
 def test_hooks_are_gone_after_training(processor, tmp_path):

@@ -1,0 +1,46 @@
+# Copyright 2026 The modeling-moma authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The auxiliary router: a small network that predicts, from one token alone, what a router decides from a batch."""
+
+import torch
+from torch import nn
+
+from .configuration_moma import MomaConfig
+
+
+class MomaAuxiliaryRouter(nn.Module):
+    """Predicts membership in a router's top K: `Sigmoid(SiLU(x W_1) W_2)` (MoMa section 2.4, equations 3 and 4).
+
+    It decides whether an expert or a depth layer runs; with what weight is the main router's business. Its parameters
+    are frozen until [`AuxiliaryRouterTrainer`] trains them, so that the main training neither moves nor misses them.
+
+    State dict:
+        up_proj.weight    [D // 2, D]       fp32
+        down_proj.weight  [scores, D // 2]  fp32
+        threshold         [cuts]            fp32, least probability to be taken: 0.5 (the paper's) until calibrated
+    """
+
+    def __init__(self, config: MomaConfig, num_scores: int, num_cuts: int):
+        super().__init__()
+        inner_size = config.hidden_size // 2
+        self.up_proj = nn.Linear(config.hidden_size, inner_size, bias=False, dtype=torch.float32)
+        self.down_proj = nn.Linear(inner_size, num_scores, bias=False, dtype=torch.float32)
+        self.threshold = nn.Buffer(torch.full((num_cuts,), 0.5, dtype=torch.float32))
+        self.requires_grad_(False)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Logits of membership, `[..., D]` to `[..., scores]`, in fp32 also under autocast."""
+        with torch.autocast(hidden_states.device.type, enabled=False):
+            inner = nn.functional.silu(nn.functional.linear(hidden_states.float(), self.up_proj.weight.float()))
+            return nn.functional.linear(inner, self.down_proj.weight.float())
