@@ -25,10 +25,13 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from tokenization import MomaImageProcessor, MomaImageProcessorPil, MomaProcessor, MomaVQConfig, MomaVQModel
 
+from .auxiliary_training_moma import AuxiliaryRouterTrainer, add_auxiliary_routers, auxiliary_report
+from .calibration_moma import calibrate_auxiliary_thresholds, calibrate_thresholds
 from .configuration_moma import MomaConfig
 from .costs_moma import eta, flops_per_token, training_flops
 from .modeling_moma import MomaCausalLMOutput, MomaForCausalLM, MomaModel, MomaPreTrainedModel
-from .training_moma import MomaMetricsCallback, initialize_code_embeddings
+from .training_moma import MomaMetricsCallback, freeze_groups, initialize_code_embeddings
+from .upcycling_moma import UpcyclingReceipt, parse_experts, upcycle, upcycled_config, upcycling_receipt
 
 
 AutoConfig.register("moma", MomaConfig)
@@ -53,14 +56,25 @@ MomaProcessor.register_for_auto_class()
 MomaImageProcessor.register_for_auto_class()
 
 __all__ = [
+    "AuxiliaryRouterTrainer",
     "MomaCausalLMOutput",
     "MomaConfig",
     "MomaForCausalLM",
     "MomaMetricsCallback",
     "MomaModel",
     "MomaPreTrainedModel",
+    "UpcyclingReceipt",
+    "add_auxiliary_routers",
+    "auxiliary_report",
+    "calibrate_auxiliary_thresholds",
+    "calibrate_thresholds",
     "eta",
     "flops_per_token",
+    "freeze_groups",
     "initialize_code_embeddings",
+    "parse_experts",
     "training_flops",
+    "upcycle",
+    "upcycled_config",
+    "upcycling_receipt",
 ]

@@ -20,6 +20,7 @@ import torch.distributed as dist
 from transformers import PreTrainedModel, TrainerCallback
 
 from .depth_moma import MomaDepthRouter
+from .experts_moma import MomaFeedForward
 from .routing_moma import ExpertSelection, MomaRouter, is_distributed
 
 
@@ -168,4 +169,31 @@ def initialize_code_embeddings(model: PreTrainedModel, codebook_KC: torch.Tensor
     embeddings[ids] = projected_KD.to(embeddings)
 
 
-__all__ = ["MomaMetricsCallback", "initialize_code_embeddings"]
+def freeze_groups(model: PreTrainedModel, groups: list[str]) -> int:
+    """Freeze the feed-forward weights of whole expert groups, routers and shared experts included.
+
+    Attention, norms, embeddings and head serve all modalities and go on learning.
+
+    Args:
+        model (`PreTrainedModel`): a `MomaForCausalLM` or `MomaModel`; changed in place.
+        groups (`list[str]`): names of `config.expert_groups`.
+
+    Returns:
+        `int`: parameters that were frozen.
+
+    Raises:
+        ValueError: the model has no such group.
+    """
+    unknown = sorted(set(groups) - set(model.config.expert_groups))
+    if unknown:
+        raise ValueError(f"`groups` names {unknown}; the model's groups are {list(model.config.expert_groups)}.")
+    frozen = 0
+    for module in model.modules():
+        if isinstance(module, MomaFeedForward):
+            for group in groups:
+                module.groups[group].requires_grad_(False)
+                frozen += sum(parameter.numel() for parameter in module.groups[group].parameters())
+    return frozen
+
+
+__all__ = ["MomaMetricsCallback", "freeze_groups", "initialize_code_embeddings"]

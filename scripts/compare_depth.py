@@ -23,8 +23,8 @@ from pathlib import Path
 import torch
 from datasets import load_from_disk
 
-from emoji.curves import tokens_of_example
-from emoji.depth_comparison import compare, comparison_report, measure, training_of
+from emoji.curves import tokens_of_example, training_of
+from emoji.depth_comparison import compare, comparison_report, measure
 from emoji.measures import load_model, shuffled_held_out
 from tokenization import MomaProcessor
 from writing import write_aside
@@ -62,10 +62,7 @@ def main(arguments=None):
     folders = {"without": args.models, "with_depth": args.depth}
     # a folder that does not fit shall be told before anything is measured
     runs = {side: [training_of(folder, tokens) for folder in folders[side]] for side in folders}
-    codes = splits[args.split]
-    if args.limit is not None:
-        codes = codes.shuffle(seed=args.seed).select(range(min(args.limit, len(codes))))
-    examples = shuffled_held_out(codes, processor, args.seed)
+    examples = shuffled_held_out(splits[args.split], processor, args.seed, args.limit)
     for side, parts in runs.items():
         for run in parts:
             model = load_model(run["folder"], device)

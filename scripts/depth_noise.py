@@ -59,9 +59,7 @@ def main(arguments=None):
     device = "cuda" if torch.cuda.is_available() else "cpu"
     processor = MomaProcessor.from_pretrained(args.processor)
     codes = load_from_disk(args.codes)[args.split]
-    if args.limit is not None:
-        codes = codes.shuffle(seed=args.seed).select(range(min(args.limit, len(codes))))
-    examples = shuffled_held_out(codes, processor, args.seed)
+    examples = shuffled_held_out(codes, processor, args.seed, args.limit)
     size = args.batch_size
     baselines = []
     for folder in args.baseline:

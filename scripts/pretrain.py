@@ -11,20 +11,22 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Train a MoMa from nothing on captions and pictures, with the plain Trainer."""
+"""Train a MoMa on captions and pictures, from nothing or from a saved model, with the plain Trainer."""
 
 import argparse
 import json
+import shutil
 from pathlib import Path
 
 import torch
 from datasets import load_from_disk
-from transformers import Trainer, TrainingArguments, set_seed
+from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments, set_seed
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 
 from emoji.curves import RUN_FILE
 from emoji.examples import EmojiExamples, held_out_examples
-from modeling_moma import MomaConfig, MomaForCausalLM, MomaMetricsCallback, initialize_code_embeddings
+from modeling_moma import MomaConfig, MomaForCausalLM, MomaMetricsCallback, freeze_groups, initialize_code_embeddings
 from precision import supports_bf16
 from tokenization import MomaDataCollator, MomaProcessor
 from writing import write_aside
@@ -34,7 +36,9 @@ def parse_arguments(arguments=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--processor", required=True, help="folder of a MomaProcessor")
     parser.add_argument("--codes", required=True, help="folder that scripts/tokenize_pictures.py wrote")
-    parser.add_argument("--config", required=True, help="JSON of MomaConfig fields; the processor gives the token ids")
+    start = parser.add_mutually_exclusive_group(required=True)
+    start.add_argument("--config", help="JSON of MomaConfig fields; the processor gives the token ids")
+    start.add_argument("--model", help="start from this saved model; one that was upcycled goes on in the data")
     parser.add_argument("--output", required=True, help="folder for checkpoints and the model")
     parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--batch-size", type=int, default=32, help="examples of a step on one device")
@@ -43,23 +47,109 @@ def parse_arguments(arguments=None) -> argparse.Namespace:
     parser.add_argument("--warmup-steps", type=int, default=150)
     parser.add_argument("--weight-decay", type=float, default=0.1)
     parser.add_argument("--eval-steps", type=int, default=400)
+    parser.add_argument("--eval-examples", type=int, help="evaluate on so many held-out examples; by default on all")
     parser.add_argument("--save-steps", type=int, default=400)
+    parser.add_argument("--save-total-limit", type=int, default=2, help="checkpoints to keep")
+    parser.add_argument("--stop-at", type=int, help="stop and save at this step of the schedule, as seeds do")
     parser.add_argument("--logging-steps", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--freeze-groups", nargs="+", default=[], help="expert groups whose weights stay as they are")
     parser.add_argument("--attn-implementation", default="sdpa", help="eager is the faster one on CPUs at this size")
     parser.add_argument("--bf16", choices=["auto", "on", "off"], default="auto", help="auto: where the device has it")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in the output folder")
     return parser.parse_args(arguments)
 
 
+class StopAt(TrainerCallback):
+    """End a training at a step of its schedule."""
+
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step >= self.step:
+            control.should_save = control.should_training_stop = True
+        return control
+
+
+class FollowArguments(TrainerCallback):
+    """Log, evaluate and save as often as the arguments say; a restored state says how often its first run did."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        state.compute_steps(args, state.max_steps)
+
+
+class StageTrainer(Trainer):
+    """A Trainer whose optimizer and schedule begin where an earlier stage ended."""
+
+    first_step, earlier_stage = 0, None
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        if checkpoint != self.earlier_stage:
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def create_scheduler(self, num_training_steps: int, optimizer=None):
+        return super().create_scheduler(num_training_steps - self.first_step, optimizer)
+
+
+def build_model(args: argparse.Namespace, processor: MomaProcessor) -> MomaForCausalLM:
+    if args.model:
+        # whatever dtype it was saved in: steps are too small for bf16 weights
+        model = MomaForCausalLM.from_pretrained(args.model, dtype=torch.float32)
+        check_layout(model.config, processor.token_layout())
+    else:
+        model = MomaForCausalLM(MomaConfig(**json.loads(Path(args.config).read_text()), **processor.token_layout()))
+        initialize_code_embeddings(model, processor.vq_model.quantize.embedding.weight)
+    freeze_groups(model, args.freeze_groups)
+    model.set_attn_implementation(args.attn_implementation)
+    return model
+
+
+def check_layout(config: MomaConfig, layout: dict):
+    """Raise `ValueError` where a saved model reads token ids otherwise than the processor writes them."""
+    for name, value in layout.items():
+        # rows of the embedding beyond the tokenizer's tokens do no harm
+        is_fine = getattr(config, name) >= value if name == "vocab_size" else getattr(config, name) == value
+        if not is_fine:
+            raise ValueError(
+                f"`--model` has {name} = {getattr(config, name)}, the processor's is {value}: were they made together?"
+            )
+
+
+def first_step(args: argparse.Namespace) -> int:
+    """Training steps that the earlier stage of `--model` took, 0 when nothing tells.
+
+    Raises:
+        ValueError: that stage took its data in another order, or this one would end before it.
+    """
+    state_file = Path(args.model or "") / TRAINER_STATE_NAME
+    if not args.model or not state_file.is_file():
+        return 0
+    state = TrainerState.load_from_json(str(state_file))
+    # the order of the data depends on both
+    for name, then, now in (
+        ("--steps", state.max_steps, args.steps),
+        ("--batch-size", state.train_batch_size, args.batch_size),
+    ):
+        if then != now:
+            raise ValueError(
+                f"`{name}` {now} is not the {then} of the stage that `--model` comes from, so it would meet some "
+                f"of its data again. Without {TRAINER_STATE_NAME} in the folder the data begin anew."
+            )
+    if state.global_step >= (args.stop_at or args.steps):
+        raise ValueError(
+            f"`--model` has taken {state.global_step} steps already, which `--steps` {args.steps} and `--stop-at` "
+            f"{args.stop_at} count, too: nothing is left to train."
+        )
+    return state.global_step
+
+
 def build_trainer(args: argparse.Namespace) -> Trainer:
     processor = MomaProcessor.from_pretrained(args.processor)
     codes = load_from_disk(args.codes)
     set_seed(args.seed)
-    config = MomaConfig(**json.loads(Path(args.config).read_text()), **processor.token_layout())
-    model = MomaForCausalLM(config)
-    initialize_code_embeddings(model, processor.vq_model.quantize.embedding.weight)
-    model.set_attn_implementation(args.attn_implementation)
+    model = build_model(args, processor)
+    config = model.config
     print(f"{config.num_parameters():,} parameters, {config.num_parameters(active=True):,} active")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     examples_a_step = args.batch_size * args.gradient_accumulation_steps
@@ -84,29 +174,42 @@ def build_trainer(args: argparse.Namespace) -> Trainer:
         eval_on_start=True,
         prediction_loss_only=True,
         save_steps=args.save_steps,
-        save_total_limit=2,
+        save_total_limit=args.save_total_limit,
         logging_steps=args.logging_steps,
         report_to=[],
         seed=args.seed,
     )
-    return Trainer(
+    held_out = held_out_examples(codes["validation"], processor)
+    callbacks = [MomaMetricsCallback(), FollowArguments(), *([StopAt(args.stop_at)] if args.stop_at else [])]
+    trainer = StageTrainer(
         model=model,
         args=training_arguments,
         train_dataset=EmojiExamples(codes["train"], processor, args.steps * examples_a_step, args.seed),
-        eval_dataset=held_out_examples(codes["validation"], processor),
+        eval_dataset=held_out[:: max(1, len(held_out) // (args.eval_examples or len(held_out)))],
         data_collator=MomaDataCollator(processor.tokenizer),
-        callbacks=[MomaMetricsCallback()],
+        callbacks=callbacks,
         processing_class=processor.tokenizer,
     )
+    trainer.first_step = first_step(args)
+    trainer.earlier_stage = args.model
+    return trainer
 
 
 def main(arguments=None):
     args = parse_arguments(arguments)
     trainer = build_trainer(args)
     examples_a_step = trainer.args.train_batch_size * args.gradient_accumulation_steps * trainer.args.world_size
-    run = {"examples_a_step": examples_a_step, "arguments": vars(args)}
+    run = {"examples_a_step": examples_a_step, "first_step": trainer.first_step, "arguments": vars(args)}
     write_aside(Path(args.output) / RUN_FILE, lambda path: path.write_text(json.dumps(run, indent=2) + "\n"))
     checkpoint = get_last_checkpoint(args.output) if args.resume and Path(args.output).is_dir() else None
+    if checkpoint is None and trainer.first_step:
+        # restores the position in the data
+        checkpoint = args.model
+    elif checkpoint is not None and args.stop_at and checkpoint.endswith(f"-{args.stop_at}"):
+        # killed between its last checkpoint and its end: the loop would take one more step before it looks
+        training_files = shutil.ignore_patterns("optimizer.pt", "scheduler.pt", "rng_state*")
+        shutil.copytree(checkpoint, args.output, ignore=training_files, dirs_exist_ok=True)
+        return
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_state()
     trainer.save_model()

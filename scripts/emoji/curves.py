@@ -62,10 +62,11 @@ def read_run(folder: str | Path, tokens: dict[str, float]) -> dict:
         tokens (`dict[str, float]`): tokens of an example by modality, from `tokens_of_example`.
 
     Returns:
-        `dict`: `steps`, `batch_size`, `examples`, `seconds` (wall clock of the last start; `None` for unfinished
-        runs), `flops` (of depth layers at the mean load that was logged, not at their capacity), `depth_load` (that
-        load by modality, or `None`) and `curve`, a list of `step`, `flops`, `overall`, `text` and `image` (losses in
-        nats).
+        `dict`: `steps`, `first_step` (those that the seed of an upcycled run took), `batch_size`, `examples`,
+        `seconds` (wall clock of the last start; `None` for unfinished runs), `flops` (the seed's included; of depth
+        layers at the mean load that was logged, not at their capacity), `depth_load` (that load by modality, or
+        `None`) and two lists of `step`, `flops`, `overall`, `text` and `image` (losses in nats): `curve` of the
+        evaluations and `training_curve` of what was logged in training, under the training routing.
 
     Raises:
         ValueError: no run lies in the folder, or it holds no evaluation by modality.
@@ -75,7 +76,8 @@ def read_run(folder: str | Path, tokens: dict[str, float]) -> dict:
     if not run_file.is_file():
         raise ValueError(f"`folder` {str(folder)!r} has no {RUN_FILE}, which scripts/pretrain.py writes at its start.")
     # the trainer's state knows neither gradient accumulation nor processes
-    batch_size = json.loads(run_file.read_text())["examples_a_step"]
+    described = json.loads(run_file.read_text())
+    batch_size, first_step = described["examples_a_step"], described.get("first_step", 0)
     if not (folder / "trainer_state.json").is_file():
         last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
         if last is None:
@@ -87,10 +89,17 @@ def read_run(folder: str | Path, tokens: dict[str, float]) -> dict:
     summary = next((entry for entry in reversed(history) if "train_runtime" in entry), {})
     steps = state["global_step"]
     trained = _with_logged_load(config, history)
-    flops_a_step = batch_size * training_flops(trained, tokens, round(sum(tokens.values())))
+    seed_flops, flops_a_step = (
+        batch_size * training_flops(model, tokens, round(sum(tokens.values())))
+        for model in (_seed_config(trained), trained)
+    )
+
+    def flops_at(step):
+        return min(step, first_step) * seed_flops + max(step - first_step, 0) * flops_a_step
+
     points = {
         # a resumed run evaluates its checkpoint once more; the later one counts
-        entry["step"]: {"step": entry["step"], "flops": entry["step"] * flops_a_step}
+        entry["step"]: {"step": entry["step"], "flops": flops_at(entry["step"])}
         | {name: entry[key] for name, key in CURVES.items()}
         for entry in history
         # the first evaluation costs no FLOPs, which no ratio can be made of
@@ -101,13 +110,60 @@ def read_run(folder: str | Path, tokens: dict[str, float]) -> dict:
         raise ValueError(f"`folder` {str(folder)!r} holds no evaluation with {', '.join(CURVES.values())}.")
     return {
         "steps": steps,
+        "first_step": first_step,
         "batch_size": batch_size,
         "examples": steps * batch_size,
         "seconds": summary.get("train_runtime"),
-        "flops": steps * flops_a_step,
+        "flops": flops_at(steps),
         "depth_load": trained.depth_capacity if trained is not config else None,
         "curve": curve,
+        "training_curve": _training_curve(history, tokens, flops_at),
     }
+
+
+def _seed_config(config: MomaConfig) -> MomaConfig:
+    seed = copy.deepcopy(config)
+    seed.num_experts = dict.fromkeys(config.num_experts, 1) if isinstance(config.num_experts, dict) else 1
+    return seed
+
+
+def _training_curve(history, tokens, flops_at):
+    # `<bos>` is no target
+    targets = {**tokens, "text": tokens["text"] - 1}
+    curve = {}
+    for entry in history:
+        losses = {name: entry.get(f"{name}_loss") for name in targets}
+        if None in losses.values():
+            continue
+        overall = sum(losses[name] * targets[name] for name in targets) / sum(targets.values())
+        curve[entry["step"]] = {"step": entry["step"], "flops": flops_at(entry["step"]), "overall": overall, **losses}
+    return list(curve.values())
+
+
+def training_of(folder: str | Path, tokens: dict[str, float]) -> dict:
+    """
+    As [`read_run`], of a run of scripts/pretrain.py that is finished.
+
+    Args:
+        folder (`str` or `Path`): the run's output folder.
+        tokens (`dict[str, float]`): tokens of an example by modality, from `tokens_of_example`.
+
+    Returns:
+        `dict`: `folder`, `seed`, `learning_rate` and `warmup_steps`, then what [`read_run`] tells.
+
+    Raises:
+        ValueError: no such run lies in the folder, it is not finished, or does not know its arguments.
+    """
+    run = read_run(folder, tokens)
+    arguments = json.loads((Path(folder) / RUN_FILE).read_text()).get("arguments")
+    if arguments is None:
+        raise ValueError(f"{RUN_FILE} in `folder` {str(folder)!r} has no `arguments`: was it written by an older run?")
+    if run["steps"] < arguments["steps"]:
+        raise ValueError(
+            f"`folder` {str(folder)!r} holds {run['steps']} of {arguments['steps']} steps: let the training finish."
+        )
+    settings = {name: arguments[name] for name in ("seed", "learning_rate", "warmup_steps")}
+    return {"folder": str(folder), **settings, **run}
 
 
 def _with_logged_load(config: MomaConfig, history: list[dict]) -> MomaConfig:

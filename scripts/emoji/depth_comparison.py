@@ -13,53 +13,21 @@
 # limitations under the License.
 """Compares trainings with and without mixture of depths: training FLOPs, causal loss, and what causality costs."""
 
-import json
 from collections.abc import Sequence
-from pathlib import Path
 
-from .curves import RUN_FILE, read_run
 from .depth_selection import watched_depth
-from .measures import EXPERT_CHOICE, held_out_loss
+from .measures import EQUAL_FLOPS, EXPERT_CHOICE, LOSSES, gaps, held_out_loss
 from .tables import markdown_table, spread, with_spread
 
 
-LOSSES = {"text": "text", "image": "picture", "overall": "overall"}
 CAUSAL = "causal (threshold)"
 # experts stay causal
 DEPTH_EXPERT_CHOICE = EXPERT_CHOICE.replace("expert_choice", "expert_choice in depth layers alone")
 
-# trainings within this share of one another's FLOPs count as equal
-EQUAL_FLOPS = 0.02
 # largest gap that a model with depth shall have
 AIM_GAP = 0.005
 
 _SIDES = {"without": "without depth", "with_depth": "with depth"}
-
-
-def training_of(folder: str | Path, tokens: dict[str, float]) -> dict:
-    """
-    What a run of scripts/pretrain.py has cost.
-
-    Args:
-        folder (`str` or `Path`): the run's output folder.
-        tokens (`dict[str, float]`): tokens of an example by modality, from `tokens_of_example`.
-
-    Returns:
-        `dict`: `folder`, `seed`, `steps`, `examples`, `seconds`, `flops` and `depth_load`.
-
-    Raises:
-        ValueError: no such run lies in the folder, it is not finished, or does not know its arguments.
-    """
-    run = read_run(folder, tokens)
-    arguments = json.loads((Path(folder) / RUN_FILE).read_text()).get("arguments")
-    if arguments is None:
-        raise ValueError(f"{RUN_FILE} in `folder` {str(folder)!r} has no `arguments`: was it written by an older run?")
-    if run["steps"] < arguments["steps"]:
-        raise ValueError(
-            f"`folder` {str(folder)!r} holds {run['steps']} of {arguments['steps']} steps: let the training finish."
-        )
-    kept = {name: run[name] for name in ("steps", "examples", "seconds", "flops", "depth_load")}
-    return {"folder": str(folder), "seed": arguments["seed"], **kept}
 
 
 def measure(model, processor, examples: list[dict], batch_size: int) -> dict:
@@ -96,17 +64,12 @@ def measure(model, processor, examples: list[dict], batch_size: int) -> dict:
     return result
 
 
-def gaps(causal: dict, oracle: dict) -> dict[str, float]:
-    """By which share each causal loss lies above the one that sees the future."""
-    return {name: (causal[name] - oracle[name]) / oracle[name] for name in LOSSES}
-
-
 def compare(without: Sequence[dict], with_depth: Sequence[dict]) -> dict:
     """
     Means and spreads of both sides, and who wins.
 
     Args:
-        without (`Sequence[dict]`): results of [`training_of`] and [`measure`] together, one for each seed.
+        without (`Sequence[dict]`): results of `training_of` and [`measure`] together, one for each seed.
         with_depth (`Sequence[dict]`): the same of the models with depth layers, in the order of the seeds.
 
     Returns:

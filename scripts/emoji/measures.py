@@ -29,6 +29,10 @@ from .examples import held_out_examples, label_caption
 
 # name of that routing in reports, never without its warning
 EXPERT_CHOICE = "expert_choice (sees the future, not a measure of quality)"
+# losses of `held_out_loss` by their name in reports
+LOSSES = {"text": "text", "image": "picture", "overall": "overall"}
+# trainings within this share of one another's FLOPs count as equal
+EQUAL_FLOPS = 0.02
 # nothing that a saved generation config holds may change a greedy caption
 GREEDY = {"do_sample": False, "num_beams": 1, "guidance_scale": 1.0}
 
@@ -45,14 +49,17 @@ def load_model(folder: str, device: str) -> MomaForCausalLM:
     return MomaForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device).eval()
 
 
-def shuffled_held_out(codes: Dataset, processor, seed: int) -> list[dict[str, list[int]]]:
+def shuffled_held_out(codes: Dataset, processor, seed: int, limit: int | None = None) -> list[dict[str, list[int]]]:
     """Held-out examples in random order: tokens compete within a batch, which shall hold both orders as in training.
 
     Args:
         codes (`datasets.Dataset`): columns `codes`, `style`, `label`.
         processor (`MomaProcessor`): gives the ids.
         seed (`int`): of the order.
+        limit (`int`, *optional*): take so many of the pictures, drawn at random with that seed.
     """
+    if limit is not None:
+        codes = codes.shuffle(seed=seed).select(range(min(limit, len(codes))))
     examples = held_out_examples(codes, processor)
     order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed)).tolist()
     return [examples[index] for index in order]
@@ -97,6 +104,11 @@ def held_out_loss(
     result = {"overall": sum(sums.values()) / total}
     result.update({modality: sums[modality] / max(count, 1) for modality, count in counts.items()})
     return {**result, "tokens": total}
+
+
+def gaps(causal: dict, oracle: dict) -> dict[str, float]:
+    """By which share each causal loss lies above the one that sees the future."""
+    return {name: (causal[name] - oracle[name]) / oracle[name] for name in LOSSES}
 
 
 @torch.inference_mode()

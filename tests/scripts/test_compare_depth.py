@@ -20,17 +20,9 @@ import pytest
 from datasets import Dataset, DatasetDict
 
 from compare_depth import main, parse_arguments
-from emoji.curves import tokens_of_example
-from emoji.depth_comparison import (
-    CAUSAL,
-    DEPTH_EXPERT_CHOICE,
-    EXPERT_CHOICE,
-    LOSSES,
-    compare,
-    comparison_report,
-    gaps,
-    training_of,
-)
+from emoji.curves import tokens_of_example, training_of
+from emoji.depth_comparison import CAUSAL, DEPTH_EXPERT_CHOICE, compare, comparison_report
+from emoji.measures import EXPERT_CHOICE, LOSSES, gaps
 from modeling_moma import MomaConfig, training_flops
 from pretrain import main as pretrain
 from tiny import tiny_processor

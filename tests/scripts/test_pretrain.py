@@ -12,16 +12,21 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 import json
+import shutil
 import signal
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from datasets import Dataset, DatasetDict
 from safetensors.torch import load_file
-from transformers import TrainerCallback
+from transformers import TrainerCallback, get_scheduler
 
-from pretrain import build_trainer, main, parse_arguments
+import pretrain
+import upcycle
+from modeling_moma import MomaForCausalLM
+from pretrain import build_trainer, check_layout, main, parse_arguments
 from tiny import tiny_processor
 
 
@@ -46,15 +51,18 @@ def inputs(tmp_path_factory):
 
     DatasetDict(train=split(12, 3), validation=split(4, 1)).save_to_disk(folder / "codes")
     config = {"hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4}
-    (folder / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 64}))
+    config["max_position_embeddings"] = 64
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "seed.json").write_text(json.dumps({**config, "num_experts": {"text": 1, "image": 1}}))
     return folder
 
 
-def arguments(inputs, output, *more):
+def arguments(inputs, output, *more, start=None):
     names = ("processor", "codes")
     paths = [text for name in names for text in (f"--{name}", str(inputs / name))]
     sizes = "--steps 8 --batch-size 4 --eval-steps 8 --save-steps 4 --logging-steps 1 --warmup-steps 2".split()
-    return [*paths, "--config", str(inputs / "config.json"), "--output", str(output), *sizes, *more]
+    start = start or ("--config", inputs / "config.json")
+    return [*paths, *map(str, start), "--output", str(output), *sizes, *more]
 
 
 def last_log(output, key):
@@ -93,3 +101,226 @@ def test_loss_falls(inputs, tmp_path):
     history = json.loads((tmp_path / "trainer_state.json").read_text())["log_history"]
     losses = [log["eval_loss"] for log in history if "eval_loss" in log]
     assert losses[-1] < losses[0]
+
+
+class OptimizerAtStart(TrainerCallback):
+    """Keeps what the optimizer knows before the first step."""
+
+    def on_train_begin(self, args, state, control, optimizer=None, **kwargs):
+        self.num_states = len(optimizer.state)
+
+
+def run(inputs, output, *more, start=None, callbacks=()):
+    """Run the script; tells the batches that the model was trained on, and the trainer at the end."""
+    batches, kept, at_start = [], {}, OptimizerAtStart()
+
+    def record(model, args, kwargs):
+        if model.training:
+            batches.append(kwargs["input_ids"].tolist())
+
+    def build(args):
+        trainer = build_trainer(args)
+        trainer.model.register_forward_pre_hook(record, with_kwargs=True)
+        for callback in (at_start, *callbacks):
+            trainer.add_callback(callback)
+        kept["trainer"] = trainer
+        return trainer
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pretrain, "build_trainer", build)
+        try:
+            main(arguments(inputs, output, *more, start=start))
+        except KeyboardInterrupt:
+            pass
+    trainer = kept["trainer"]
+    return SimpleNamespace(
+        batches=batches,
+        output=output,
+        history=trainer.state.log_history,
+        last_rate=trainer.lr_scheduler.get_last_lr()[0],
+        num_states=at_start.num_states,
+        trainer=trainer,
+    )
+
+
+def rates(run):
+    return {log["step"]: log["learning_rate"] for log in run.history if "learning_rate" in log}
+
+
+@pytest.fixture(scope="module")
+def stages(inputs, tmp_path_factory):
+    """A seed's whole training, the same stopped at step 3, and what goes on from there with experts."""
+    folder = tmp_path_factory.mktemp("stages")
+    seed = ("--config", inputs / "seed.json")
+    whole = run(inputs, folder / "whole", start=seed)
+    stopped = run(inputs, folder / "stopped", "--stop-at", "3", start=seed)
+    upcycle.main(
+        ["--model", str(folder / "stopped" / "checkpoint-3"), "--to", "2t2i", "--output", str(folder / "grown")]
+    )
+    start = ("--model", folder / "grown")
+    continued = run(inputs, folder / "continued", "--eval-steps", "2", start=start)
+    return SimpleNamespace(whole=whole, stopped=stopped, continued=continued, start=start, folder=folder)
+
+
+def test_stopped_training_is_the_whole_one_up_to_there(stages):
+    whole, stopped = stages.whole, stages.stopped
+    assert len(whole.batches) == 8 and stopped.batches == whole.batches[:3]
+    assert rates(stopped) == {step: rate for step, rate in rates(whole).items() if step <= 3}
+    state = json.loads((stopped.output / "trainer_state.json").read_text())
+    assert (state["global_step"], state["max_steps"]) == (3, 8)
+    assert [path.name for path in stopped.output.glob("checkpoint-*")] == ["checkpoint-3"]
+    final, checkpoint = (load_file(f / "model.safetensors") for f in (stopped.output, stopped.output / "checkpoint-3"))
+    assert all(torch.equal(tensor, checkpoint[name]) for name, tensor in final.items())
+
+
+def test_stopped_training_can_be_resumed_to_its_end(stages, inputs, tmp_path):
+    shutil.copytree(stages.stopped.output, tmp_path / "stopped")
+    resumed = run(inputs, tmp_path / "stopped", "--resume", start=("--config", inputs / "seed.json"))
+    assert resumed.batches == stages.whole.batches[3:]
+    assert rates(resumed) == rates(stages.whole)
+    whole, mine = (load_file(f / "model.safetensors") for f in (stages.whole.output, resumed.output))
+    for name, tensor in whole.items():
+        torch.testing.assert_close(mine[name], tensor, rtol=1e-5, atol=1e-6, msg=name)
+
+
+def test_stopped_training_that_was_killed_at_its_end_takes_no_further_step(stages, inputs, tmp_path):
+    shutil.copytree(stages.stopped.output / "checkpoint-3", tmp_path / "checkpoint-3")
+    main(arguments(inputs, tmp_path, "--stop-at", "3", "--resume", start=("--config", inputs / "seed.json")))
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-3"]
+    assert json.loads((tmp_path / "trainer_state.json").read_text())["global_step"] == 3
+    whole, mine = (load_file(f / "model.safetensors") for f in (stages.stopped.output, tmp_path))
+    assert all(torch.equal(tensor, whole[name]) for name, tensor in mine.items())
+    assert not (tmp_path / "optimizer.pt").exists()
+
+
+def test_upcycled_model_goes_on_with_the_data_that_its_seed_has_not_seen(stages):
+    assert stages.stopped.batches + stages.continued.batches == stages.whole.batches
+    assert stages.continued.trainer.state.global_step == 8
+    assert json.loads((stages.continued.output / "run.json").read_text())["first_step"] == 3
+
+
+def test_upcycled_model_has_a_fresh_optimizer_and_a_whole_schedule(stages):
+    assert stages.continued.num_states == 0
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.AdamW([parameter], lr=1.5e-3)
+    schedule = get_scheduler("cosine_with_min_lr", optimizer, 2, 5, scheduler_specific_kwargs={"min_lr_rate": 0.02})
+    for step in range(4, 9):
+        assert rates(stages.continued)[step] == pytest.approx(schedule.get_last_lr()[0])
+        optimizer.step()
+        schedule.step()
+    # warm-up from nothing, and the minimum after the last step
+    assert rates(stages.continued)[4] == 0
+    assert stages.continued.last_rate == pytest.approx(0.02 * 1.5e-3)
+
+
+def test_upcycled_model_is_evaluated_as_its_own_arguments_say(stages):
+    steps = [log["step"] for log in stages.continued.history if "eval_loss" in log]
+    # the seed's at 0, where it begins, and every second step; not every eighth as its seed
+    assert steps == [0, 3, 4, 6, 8]
+
+
+def test_killed_and_resumed_continuation_equals_the_uninterrupted(stages, inputs, tmp_path):
+    more = ("--eval-steps", "2")
+    killed = run(inputs, tmp_path / "killed", *more, start=stages.start, callbacks=[KillAfter()])
+    assert [path.name for path in killed.output.glob("checkpoint-*")] == ["checkpoint-4"]
+    resumed = run(inputs, killed.output, *more, "--resume", start=stages.start)
+    assert resumed.num_states > 0
+    assert killed.batches + resumed.batches[2:] == stages.continued.batches
+    assert rates(resumed) == rates(stages.continued)
+    whole, mine = (load_file(f / "model.safetensors") for f in (stages.continued.output, resumed.output))
+    for name, tensor in whole.items():
+        torch.testing.assert_close(mine[name], tensor, rtol=1e-5, atol=1e-6, msg=name)
+
+
+def test_data_position_counts_accumulated_batches(inputs, tmp_path):
+    seed = ("--config", inputs / "seed.json")
+    sizes = "--steps 3 --batch-size 2 --gradient-accumulation-steps 2 --eval-steps 9".split()
+    whole = run(inputs, tmp_path / "whole", *sizes, start=seed)
+    stopped = run(inputs, tmp_path / "stopped", *sizes, "--stop-at", "2", start=seed)
+    upcycle.main(["--model", str(stopped.output), "--to", "2t1i", "--output", str(tmp_path / "grown")])
+    continued = run(inputs, tmp_path / "continued", *sizes, start=("--model", tmp_path / "grown"))
+    assert len(whole.batches) == 6
+    assert stopped.batches + continued.batches == whole.batches
+
+
+def test_checkpoint_of_a_seed_starts_without_its_optimizer_too(stages, inputs, tmp_path):
+    checkpoint = stages.stopped.output / "checkpoint-3"
+    assert (checkpoint / "optimizer.pt").is_file()
+    continued = run(inputs, tmp_path / "continued", start=("--model", checkpoint))
+    assert continued.num_states == 0
+    assert continued.batches == stages.whole.batches[3:]
+    assert {step: rate for step, rate in rates(continued).items() if step > 3} == pytest.approx(
+        {step: rate for step, rate in rates(stages.continued).items() if step > 3}
+    )
+
+
+def test_model_without_a_trainer_state_starts_at_the_first_batch(stages, inputs, tmp_path):
+    model = MomaForCausalLM.from_pretrained(stages.start[1]).to(torch.bfloat16)
+    model.save_pretrained(tmp_path / "model")
+    fresh = run(inputs, tmp_path / "out", "--stop-at", "2", start=("--model", tmp_path / "model"))
+    assert fresh.batches == stages.whole.batches[:2]
+    assert fresh.num_states == 0 and rates(fresh) == {1: 0.0, 2: 0.00075}
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["first_step"] == 0
+    # however it was saved, it learns in fp32
+    assert {parameter.dtype for parameter in fresh.trainer.model.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize(
+    "more, named",
+    [(["--steps", "9"], "--steps"), (["--batch-size", "2"], "--batch-size"), (["--stop-at", "3"], "3 steps")],
+)
+def test_continuation_that_would_repeat_data_or_train_nothing_is_refused(stages, inputs, tmp_path, more, named):
+    with pytest.raises(ValueError, match=named):
+        main(arguments(inputs, tmp_path / "out", *more, start=stages.start))
+    assert not (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_frozen_groups_stay_bit_by_bit_while_others_move(stages, inputs, tmp_path):
+    start = stages.start
+    before = load_file(start[1] / "model.safetensors")
+    run(inputs, tmp_path, "--freeze-groups", "text", "--stop-at", "6", start=start)
+    after = load_file(tmp_path / "model.safetensors")
+    buffers = ("threshold", "balance_bias", "num_updates")
+    for name, tensor in after.items():
+        if name.endswith(buffers):
+            continue
+        moved = not torch.equal(tensor, before[name])
+        assert moved != (".groups.text." in name), name
+    assert any(".groups.text.experts" in name for name in after)
+
+
+def test_unknown_group_to_freeze_is_named(stages, inputs, tmp_path):
+    with pytest.raises(ValueError, match="audio.*text.*image"):
+        build_trainer(
+            parse_arguments(arguments(inputs, tmp_path, "--freeze-groups", "text", "audio", start=stages.start))
+        )
+
+
+@pytest.mark.parametrize(
+    "field, value", [("modality_token_ranges", {"image": [[303, 334]]}), ("eos_token_id", 7), ("image_seq_length", 4)]
+)
+def test_model_that_reads_ids_otherwise_than_the_processor_is_refused(stages, inputs, tmp_path, field, value):
+    model = MomaForCausalLM.from_pretrained(stages.start[1])
+    config = {**model.config.to_dict(), field: value}
+    shutil.copytree(stages.start[1], tmp_path / "model")
+    (tmp_path / "model" / "config.json").write_text(json.dumps({**config, "dtype": "float32"}))
+    with pytest.raises(ValueError, match=f"`--model` has {field} = "):
+        build_trainer(parse_arguments(arguments(inputs, tmp_path / "out", start=("--model", tmp_path / "model"))))
+
+
+def test_embeddings_may_have_more_rows_than_the_processor_has_tokens(stages, inputs, tmp_path):
+    model = MomaForCausalLM.from_pretrained(stages.start[1])
+    rows = model.config.vocab_size
+    model.resize_token_embeddings(rows + 8)
+    model.save_pretrained(tmp_path / "more")
+    build_trainer(parse_arguments(arguments(inputs, tmp_path / "out", start=("--model", tmp_path / "more"))))
+    with pytest.raises(ValueError, match=f"vocab_size = {rows + 8}, the processor's is {rows + 9}"):
+        check_layout(model.config, {"vocab_size": rows + 9})
+
+
+@pytest.mark.parametrize("start", [(), ("--config", "c.json", "--model", "folder")])
+def test_config_and_model_exclude_each_other_and_one_is_needed(start, capsys):
+    with pytest.raises(SystemExit):
+        parse_arguments(["--processor", "p", "--codes", "c", "--output", "o", *start])
+    message = capsys.readouterr().err
+    assert "--config" in message and "--model" in message

@@ -1,0 +1,109 @@
+# Copyright 2026 The modeling-moma authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Compute a model's thresholds anew from held-out batches, those of its auxiliary routers included."""
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+from datasets import Dataset, load_from_disk
+
+from emoji.measures import load_model, shuffled_held_out
+from emoji.tables import markdown_table
+from modeling_moma import (
+    MomaForCausalLM,
+    add_auxiliary_routers,
+    calibrate_auxiliary_thresholds,
+    calibrate_thresholds,
+)
+from pretrain import check_layout
+from tokenization import MomaDataCollator, MomaProcessor
+from writing import write_folder_aside
+
+
+REPORT_FILE = "calibration.json"
+
+
+def parse_arguments(arguments=None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", required=True, help="folder of a trained MomaForCausalLM")
+    parser.add_argument("--processor", required=True, help="folder of its MomaProcessor")
+    parser.add_argument("--codes", required=True, help="folder that scripts/tokenize_pictures.py wrote")
+    parser.add_argument("--output", required=True, help="folder for the model, its processor and the report")
+    parser.add_argument("--split", default="validation")
+    parser.add_argument("--batches", type=int, default=16, help="at most so many")
+    parser.add_argument("--batch-size", type=int, default=32, help="that of the training, where possible")
+    parser.add_argument("--seed", type=int, default=0, help="of the choice of examples")
+    return parser.parse_args(arguments)
+
+
+def held_out_batches(codes: Dataset, processor: MomaProcessor, batch_size: int, seed: int) -> list[dict]:
+    """Padded batches of one size in random order; of the last one, when it is short, only if it is the only one."""
+    examples = shuffled_held_out(codes, processor, seed)
+    collate = MomaDataCollator(processor.tokenizer)
+    starts = range(0, max(len(examples) - batch_size, 0) + 1, batch_size)
+    return [collate(examples[start : start + batch_size]) for start in starts]
+
+
+def routers_table(rows: list[dict]) -> str:
+    """What rules take of each router's tokens and how well, as Markdown."""
+    rules = list(rows[0]["rules"])
+    columns = ("precision", "recall", "load")
+    head = ["layer, group", "true load", *(f"{rule} {column}" for rule in rules for column in columns)]
+    body = []
+    for row in rows:
+        values = [row["true_load"], *(row["rules"][rule][column] for rule in rules for column in columns)]
+        body.append([f"{row['layer']}, {row['group']}", *("" if v is None else f"{v:.3f}" for v in values)])
+    return markdown_table(head, body)
+
+
+def save_with_processor(
+    model: MomaForCausalLM, source: str, processor: MomaProcessor, output: str, report_file: str, report: dict
+):
+    """Save a model that differs from its source in routers only: the weights in the dtype that they came in."""
+    stored = MomaForCausalLM.from_pretrained(source, dtype="auto")
+    if model.config.auxiliary_routers and not stored.config.auxiliary_routers:
+        add_auxiliary_routers(stored)
+    # what came as bf16 was widened to fp32 and has not changed since, so nothing is lost
+    stored.load_state_dict(model.state_dict())
+    for name in ("inference_routing", "depth_inference_routing"):
+        setattr(stored.config, name, getattr(model.config, name))
+
+    def write(folder: Path):
+        stored.save_pretrained(folder)
+        processor.save_pretrained(folder)
+        (folder / report_file).write_text(json.dumps(report, indent=2) + "\n")
+
+    write_folder_aside(output, write)
+
+
+def main(arguments=None):
+    args = parse_arguments(arguments)
+    processor = MomaProcessor.from_pretrained(args.processor)
+    model = load_model(args.model, "cuda" if torch.cuda.is_available() else "cpu")
+    check_layout(model.config, processor.token_layout())
+    codes = load_from_disk(args.codes)[args.split]
+    batches = held_out_batches(codes, processor, args.batch_size, args.seed)[: args.batches]
+    report = {"threshold": calibrate_thresholds(model, batches)}
+    if model.config.auxiliary_routers:
+        report["auxiliary"] = calibrate_auxiliary_thresholds(model, batches)
+    for rows in report.values():
+        print(routers_table(rows))
+    facts = {"arguments": vars(args), "batches": len(batches), **report}
+    save_with_processor(model, args.model, processor, args.output, REPORT_FILE, facts)
+
+
+if __name__ == "__main__":
+    main()

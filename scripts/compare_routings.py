@@ -1,0 +1,89 @@
+# Copyright 2026 The modeling-moma authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Compare one trained model under the routing of its training, which sees the future, and under causal ones."""
+
+import argparse
+import json
+import shlex
+import sys
+from datetime import date
+from pathlib import Path
+
+import torch
+from datasets import load_from_disk
+
+from emoji.measures import load_model, shuffled_held_out
+from emoji.routing_comparison import README_MARKER, comparison_report, comparison_section, measure
+from emoji.tables import between_markers
+from tokenization import MomaProcessor
+from writing import write_aside
+
+
+def parse_arguments(arguments=None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", required=True, help="folder that scripts/train_auxiliary_routers.py wrote")
+    parser.add_argument("--processor", required=True, help="folder of a MomaProcessor")
+    parser.add_argument("--codes", required=True, help="folder that scripts/tokenize_pictures.py wrote")
+    parser.add_argument(
+        "--split", choices=["validation", "test"], default="test", help="test: calibration has not seen it"
+    )
+    parser.add_argument("--output", required=True, help="JSON file of the report; a .md of the same name lies beside")
+    parser.add_argument(
+        "--readme", help=f"put the tables between <!-- {README_MARKER} --> and <!-- /{README_MARKER} --> of this file"
+    )
+    parser.add_argument(
+        "--batch-size", type=int, default=32, help="examples among which tokens compete, as in training"
+    )
+    parser.add_argument("--limit", type=int, help="measure so many pictures of the split, drawn at random")
+    parser.add_argument("--seed", type=int, default=0, help="of the order of the examples")
+    args = parser.parse_args(arguments)
+    if Path(args.output).suffix == ".md":
+        parser.error(f"--output {args.output}: is the JSON file, beside which the Markdown is put")
+    command = sys.argv[1:] if arguments is None else arguments
+    args.command = shlex.join(["python", "scripts/compare_routings.py", *command])
+    return args
+
+
+def main(arguments=None):
+    args = parse_arguments(arguments)
+    readme = Path(args.readme) if args.readme else None
+    if readme is not None:
+        # missing markers shall be told before anything is measured
+        between_markers(readme.read_text(), README_MARKER, "")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    processor = MomaProcessor.from_pretrained(args.processor)
+    examples = shuffled_held_out(load_from_disk(args.codes)[args.split], processor, args.seed, args.limit)
+    model = load_model(args.model, device)
+    report = {
+        "command": args.command,
+        "date": date.today().isoformat(),
+        "model": args.model,
+        "split": args.split,
+        "examples": len(examples),
+        "batch_size": args.batch_size,
+        "order": f"both orders of every picture, shuffled together with seed {args.seed}",
+        "dtype": "float32",
+        **measure(model, processor, examples, args.batch_size),
+    }
+    text = comparison_report(report)
+    output = write_aside(args.output, lambda path: path.write_text(json.dumps(report, indent=2) + "\n"))
+    write_aside(output.with_suffix(".md"), lambda path: path.write_text(text))
+    if readme is not None:
+        filled = between_markers(readme.read_text(), README_MARKER, comparison_section(report))
+        write_aside(readme, lambda path: path.write_text(filled))
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

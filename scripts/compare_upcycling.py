@@ -1,0 +1,95 @@
+# Copyright 2026 The modeling-moma authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Compare trainings from scratch with upcycled seeds of several lengths: causal held-out loss at equal FLOPs."""
+
+import argparse
+import json
+import shlex
+import sys
+from datetime import date
+from pathlib import Path
+
+import torch
+from datasets import load_from_disk
+
+from emoji.curves import tokens_of_example, training_of
+from emoji.measures import load_model, shuffled_held_out
+from emoji.upcycling_comparison import by_seed_length, compare, comparison_report, measure, plot_upcycling
+from tokenization import MomaProcessor
+from writing import write_aside
+
+
+def parse_arguments(arguments=None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--scratch", nargs="+", required=True, help="runs of pretrain.py from scratch, one each seed")
+    parser.add_argument(
+        "--upcycled", nargs="+", required=True, help="runs of pretrain.py --model, one each length and seed, any order"
+    )
+    parser.add_argument("--processor", required=True, help="folder of a MomaProcessor")
+    parser.add_argument("--codes", required=True, help="folder that scripts/tokenize_pictures.py wrote")
+    parser.add_argument("--split", choices=["validation", "test"], default="validation")
+    parser.add_argument(
+        "--output", required=True, help="JSON file of the report; a .md and a .png of the same name lie beside"
+    )
+    parser.add_argument(
+        "--batch-size", type=int, default=32, help="examples among which tokens compete, as in training"
+    )
+    parser.add_argument("--limit", type=int, help="measure so many pictures of the split, drawn at random")
+    parser.add_argument("--seed", type=int, default=0, help="of the order of the examples")
+    args = parser.parse_args(arguments)
+    if Path(args.output).suffix in (".md", ".png"):
+        parser.error(f"--output {args.output}: is the JSON file, beside which the Markdown and the picture are put")
+    command = sys.argv[1:] if arguments is None else arguments
+    args.command = shlex.join(["python", "scripts/compare_upcycling.py", *command])
+    return args
+
+
+def main(arguments=None):
+    args = parse_arguments(arguments)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    processor = MomaProcessor.from_pretrained(args.processor)
+    splits = load_from_disk(args.codes)
+    tokens = tokens_of_example(splits["train"], processor)
+    # a folder that does not fit shall be told before anything is measured
+    groups = by_seed_length(
+        *([training_of(folder, tokens) for folder in folders] for folders in (args.scratch, args.upcycled))
+    )
+    examples = shuffled_held_out(splits[args.split], processor, args.seed, args.limit)
+    for runs in groups.values():
+        for run in runs:
+            run |= measure(load_model(run["folder"], device), processor, examples, args.batch_size)
+    summary = compare(groups)
+    report = {
+        "command": args.command,
+        "date": date.today().isoformat(),
+        "split": args.split,
+        "examples": len(examples),
+        "batch_size": args.batch_size,
+        "order": f"both orders of every picture, shuffled together with seed {args.seed}",
+        "dtype": "float32",
+        "tokens_of_example": tokens,
+        "summary": summary,
+        "runs": {str(length): runs for length, runs in groups.items()},
+    }
+    output = Path(args.output)
+    picture = output.with_suffix(".png")
+    text = comparison_report(report, picture.name)
+    write_aside(output, lambda path: path.write_text(json.dumps(report, indent=2) + "\n"))
+    write_aside(picture, lambda path: plot_upcycling(groups, summary, path))
+    write_aside(output.with_suffix(".md"), lambda path: path.write_text(text))
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

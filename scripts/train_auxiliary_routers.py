@@ -1,0 +1,156 @@
+# Copyright 2026 The modeling-moma authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Train auxiliary routers for a finished model, so that it knows without looking ahead what its experts would take."""
+
+import argparse
+from pathlib import Path
+
+import torch
+from datasets import load_from_disk
+from transformers import Trainer, TrainingArguments, set_seed
+from transformers.trainer_utils import get_last_checkpoint
+
+from calibrate import held_out_batches, routers_table, save_with_processor
+from emoji.examples import EmojiExamples, held_out_examples
+from emoji.measures import load_model
+from modeling_moma import (
+    AuxiliaryRouterTrainer,
+    MomaForCausalLM,
+    add_auxiliary_routers,
+    auxiliary_report,
+    calibrate_auxiliary_thresholds,
+)
+from modeling_moma.calibration_moma import named_routers
+from precision import supports_bf16
+from pretrain import check_layout
+from tokenization import MomaDataCollator, MomaProcessor
+
+
+REPORT_FILE = "auxiliary_routers.json"
+
+
+def parse_arguments(arguments=None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", required=True, help="folder of a trained MomaForCausalLM")
+    parser.add_argument("--processor", required=True, help="folder of its MomaProcessor")
+    parser.add_argument("--codes", required=True, help="folder that scripts/tokenize_pictures.py wrote")
+    parser.add_argument("--output", required=True, help="folder for checkpoints, the model, its processor, the report")
+    parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--batch-size", type=int, default=32, help="that of the main training, where possible")
+    parser.add_argument("--gradient-accumulation-steps", type=int, default=1)
+    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--warmup-steps", type=int, default=20)
+    parser.add_argument("--weight-decay", type=float, default=0.0)
+    parser.add_argument("--eval-steps", type=int, default=250)
+    parser.add_argument("--save-steps", type=int, default=250)
+    parser.add_argument("--save-total-limit", type=int, default=1, help="checkpoints to keep")
+    parser.add_argument("--logging-steps", type=int, default=25)
+    parser.add_argument(
+        "--threshold", type=float, help="take what is at least so probable (the paper: 0.5); default: calibrate"
+    )
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--attn-implementation", default="sdpa", help="eager is the faster one on CPUs at this size")
+    parser.add_argument("--bf16", choices=["auto", "on", "off"], default="auto", help="auto: where the device has it")
+    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in the output folder")
+    args = parser.parse_args(arguments)
+    if args.threshold is not None and not 0 < args.threshold < 1:
+        parser.error(f"--threshold {args.threshold}: a probability between 0 and 1 is needed")
+    return args
+
+
+def build_trainer(args: argparse.Namespace, model: MomaForCausalLM, processor: MomaProcessor, codes) -> Trainer:
+    device = model.device.type
+    training_arguments = TrainingArguments(
+        output_dir=args.output,
+        max_steps=args.steps,
+        per_device_train_batch_size=args.batch_size,
+        per_device_eval_batch_size=args.batch_size,
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        learning_rate=args.learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=args.warmup_steps,
+        weight_decay=args.weight_decay,
+        bf16=supports_bf16(device) if args.bf16 == "auto" else args.bf16 == "on",
+        use_cpu=device == "cpu",
+        eval_strategy="steps",
+        eval_steps=args.eval_steps,
+        eval_on_start=True,
+        save_steps=args.save_steps,
+        save_total_limit=args.save_total_limit,
+        logging_steps=args.logging_steps,
+        report_to=[],
+        seed=args.seed,
+    )
+    examples_in_all = args.steps * args.batch_size * args.gradient_accumulation_steps
+    return AuxiliaryRouterTrainer(
+        model=model,
+        args=training_arguments,
+        train_dataset=EmojiExamples(codes["train"], processor, examples_in_all, args.seed),
+        eval_dataset=held_out_examples(codes["validation"], processor),
+        data_collator=MomaDataCollator(processor.tokenizer),
+        processing_class=processor.tokenizer,
+    )
+
+
+def set_thresholds(args: argparse.Namespace, model: MomaForCausalLM, batches: list[dict]) -> list[dict]:
+    """Give the auxiliary routers their thresholds; returns the batches that had no part in it."""
+    if args.threshold is not None:
+        for router in named_routers(model).values():
+            router.auxiliary.threshold.fill_(args.threshold)
+        return batches
+    if len(batches) < 2:
+        raise ValueError(
+            f"`--batch-size` = {args.batch_size} gives {len(batches)} batch of the validation split: two are needed, "
+            "one to calibrate on and one to report on."
+        )
+    half = len(batches) // 2
+    calibrate_auxiliary_thresholds(model, batches[:half])
+    return batches[half:]
+
+
+def main(arguments=None):
+    args = parse_arguments(arguments)
+    processor = MomaProcessor.from_pretrained(args.processor)
+    codes = load_from_disk(args.codes)
+    set_seed(args.seed)
+    model = load_model(args.model, "cuda" if torch.cuda.is_available() else "cpu")
+    check_layout(model.config, processor.token_layout())
+    if not model.config.auxiliary_routers:
+        add_auxiliary_routers(model)
+    model.set_attn_implementation(args.attn_implementation)
+    trainer = build_trainer(args, model, processor, codes)
+    checkpoint = get_last_checkpoint(args.output) if args.resume and Path(args.output).is_dir() else None
+    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.save_state()
+    # thresholds are computed in fp32, without the casts that training in bf16 leaves around the forward
+    model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+
+    batches = held_out_batches(codes["validation"], processor, args.batch_size, args.seed)
+    unseen = set_thresholds(args, model, batches)
+    rows = auxiliary_report(model, unseen)
+    print(routers_table(rows))
+    model.config.inference_routing, model.config.depth_inference_routing = "auxiliary", None
+    report = {
+        "arguments": vars(args),
+        "steps": trainer.state.global_step,
+        "calibration_batches": len(batches) - len(unseen),
+        "report_batches": len(unseen),
+        "routers": rows,
+    }
+    if trainer.is_world_process_zero():
+        save_with_processor(model, args.model, processor, args.output, REPORT_FILE, report)
+
+
+if __name__ == "__main__":
+    main()

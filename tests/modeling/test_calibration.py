@@ -1,0 +1,268 @@
+# Copyright 2026 The modeling-moma authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+import math
+from collections import defaultdict
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from modeling.depth_reference import capacity_of, pools_of
+from modeling.reference import GROUPS, mixed_ids, tiny_model
+from modeling_moma.calibration_moma import calibrate_auxiliary_thresholds, calibrate_thresholds, named_routers
+from modeling_moma.routing_moma import MomaRouter
+
+
+DEPTH = {"num_hidden_layers": 2, "depth_layers": [0]}
+MODELS = {
+    "4t4i": GROUPS["4t4i"],
+    "8x": GROUPS["8x"],
+    "2t3i": {"num_experts": {"text": 2, "image": 3}, "expert_capacity_factor": {"text": 0.75, "image": 1.5}},
+    "depth": {**GROUPS["4t4i"], **DEPTH, "depth_capacity": 0.4},
+    "depth_by_modality": {**GROUPS["1t1i"], **DEPTH, "depth_capacity": {"text": 0.5, "image": 0.25}},
+    "depth_by_modality_4t4i": {**GROUPS["4t4i"], **DEPTH, "depth_capacity": {"text": 0.5, "image": 0.25}},
+    "depth_by_row": {**GROUPS["8x"], **DEPTH, "depth_capacity": {"text": 0.5, "image": 0.25}, "depth_pool": "row"},
+}
+ALL_MODELS = pytest.mark.parametrize("name", list(MODELS))
+
+
+def build(name, **fields):
+    """A model in eval mode, with auxiliary routers whose probabilities stay clear of 1, where they would tie."""
+    model = tiny_model(**MODELS[name], auxiliary_routers=True, **fields).eval()
+    for router in named_routers(model).values():
+        router.auxiliary.down_proj.weight.data *= 0.1
+    return model
+
+
+def padded_batches():
+    """Three batches of mixed rows of unlike lengths, padded on the right, on the left, and not at all."""
+    batches = []
+    for seed, side in enumerate((1, -1, 0)):
+        ids = mixed_ids(rows=3, length=14, seed=seed)
+        mask = torch.ones_like(ids)
+        if side:
+            mask[0, -4:] = mask[1, -1:] = 0
+            mask = mask if side > 0 else mask.flip(1)
+        batches.append({"input_ids": ids, "attention_mask": mask})
+    return batches
+
+
+def text_only(seed=5):
+    return {"input_ids": torch.randint(26, 40, (2, 9), generator=torch.Generator().manual_seed(seed))}
+
+
+def router_calls(model, batch):
+    """What each router is called with under expert choice, by name."""
+    calls = {}
+
+    def hook(name):
+        return lambda router, args, output: calls.update({name: args})
+
+    handles = [router.register_forward_hook(hook(name)) for name, router in named_routers(model).items()]
+    with torch.no_grad():
+        model.eval()(**batch, routing="expert_choice")
+    for handle in handles:
+        handle.remove()
+    return calls
+
+
+def pools_of_call(config, router, hidden, context):
+    """(cut, score, flat positions, K) of all that compete with one another."""
+    if isinstance(router, MomaRouter):
+        number = hidden.shape[0]
+        take = min(number, math.ceil(router.capacity_factor * number / router.num_experts))
+        return [(expert, expert, list(range(number)), take) for expert in range(router.num_experts) if number]
+    length = hidden.shape[1]
+    return [
+        (pool, 0, [row * length + place for row, place in at], math.ceil(capacity_of(config, pool) * len(at)))
+        for (_, pool), at in pools_of(config, context.modality_BT, context.padding_BT).items()
+    ]
+
+
+def plain_records(model, batch):
+    """For each router, by plain loops: (cut, true score, probability, is member, input, score's number) of each pair,
+    and the K-th best score of each cut, the mean over its pools."""
+    records = {}
+    for name, (hidden, context) in router_calls(model, batch).items():
+        router = model.get_submodule(name)
+        x_ND = hidden.reshape(-1, hidden.shape[-1]).float()
+        scores = torch.sigmoid(F.linear(x_ND, router.weight)).tolist()
+        inner = F.silu(F.linear(x_ND, router.auxiliary.up_proj.weight))
+        predicted = torch.sigmoid(F.linear(inner, router.auxiliary.down_proj.weight)).tolist()
+        pairs, kth = [], defaultdict(list)
+        for cut, column, positions, take in pools_of_call(model.config, router, hidden, context):
+            ranked = sorted(positions, key=lambda position: -scores[position][column])
+            kth[cut].append(scores[ranked[take - 1]][column])
+            for rank, position in enumerate(ranked):
+                values = (scores[position][column], predicted[position][column], rank < take, x_ND[position], column)
+                pairs.append((cut, *values))
+        records[name] = pairs, {cut: sum(values) / len(values) for cut, values in kth.items()}
+    return records
+
+
+def kth_predicted(pairs, cut):
+    mine = [pair for pair in pairs if pair[0] == cut]
+    members = sum(pair[3] for pair in mine)
+    return sorted((pair[2] for pair in mine), reverse=True)[members - 1] if members else None
+
+
+def expected_cuts(model, batches, kind):
+    """Means over the batches that voted and their numbers, `{router: {cut: (mean, votes)}}`."""
+    values = defaultdict(lambda: defaultdict(list))
+    for batch in batches:
+        for name, (pairs, kth) in plain_records(model, batch).items():
+            for cut in {pair[0] for pair in pairs}:
+                values[name][cut].append(kth[cut] if kind == "threshold" else kth_predicted(pairs, cut))
+    return {name: {cut: (sum(v) / len(v), len(v)) for cut, v in cuts.items()} for name, cuts in values.items()}
+
+
+def state_of(model):
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def changed_keys(before, model):
+    return {name for name, tensor in model.state_dict().items() if not torch.equal(before[name], tensor)}
+
+
+@ALL_MODELS
+def test_thresholds_are_the_means_of_the_kth_best_scores_and_nothing_else_changes(name):
+    model = build(name)
+    batches = [*padded_batches(), text_only()]
+    expected = expected_cuts(model, batches, "threshold")
+    model.train()
+    model.model.norm.eval()
+    flags = [module.training for module in model.modules()]
+    before = state_of(model)
+    calibrate_thresholds(model, batches)
+    for key, router in named_routers(model).items():
+        means, votes = zip(*(expected[key][cut] for cut in range(router.threshold.shape[0])))
+        torch.testing.assert_close(router.threshold, torch.tensor(means), rtol=1e-5, atol=1e-6)
+        assert set(router.num_updates.flatten().tolist()) == set(votes)
+    endings = (".threshold", ".num_updates")
+    assert all(key.endswith(endings) and "auxiliary" not in key for key in changed_keys(before, model))
+    assert [module.training for module in model.modules()] == flags
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+@ALL_MODELS
+def test_auxiliary_thresholds_are_the_means_of_the_kth_best_probabilities(name):
+    model = build(name)
+    batches = [*padded_batches(), text_only()]
+    expected = expected_cuts(model, batches, "auxiliary")
+    before = state_of(model)
+    calibrate_auxiliary_thresholds(model, batches)
+    for key, router in named_routers(model).items():
+        means = [expected[key][cut][0] for cut in range(router.threshold.shape[0])]
+        torch.testing.assert_close(router.auxiliary.threshold, torch.tensor(means), rtol=1e-5, atol=1e-6)
+    assert all(key.endswith("auxiliary.threshold") for key in changed_keys(before, model))
+
+
+@ALL_MODELS
+def test_on_a_single_batch_the_auxiliary_load_is_the_true_load(name):
+    # every id once, so that none tie in the first layer
+    ids = torch.arange(8, 40)[torch.randperm(32, generator=torch.Generator().manual_seed(0))].view(2, 16)
+    for row in calibrate_auxiliary_thresholds(build(name), [{"input_ids": ids}]):
+        assert row["rules"]["auxiliary"]["loads"] == row["true_loads"], row
+        # each one taken in error stands for one missed
+        assert row["rules"]["auxiliary"]["precision"] == pytest.approx(row["rules"]["auxiliary"]["recall"])
+
+
+@ALL_MODELS
+def test_report_counts_what_the_new_thresholds_take(name):
+    model, batches = build(name), padded_batches()
+    rows = calibrate_thresholds(model, batches)
+    tokens, taken, members = (defaultdict(int) for _ in range(3))
+    for batch in batches:
+        for key, (pairs, _) in plain_records(model, batch).items():
+            for cut, score, _, is_member, _, _ in pairs:
+                tokens[key, cut] += 1
+                taken[key, cut] += score >= model.get_submodule(key).threshold[cut].item()
+                members[key, cut] += is_member
+    assert {row["router"] for row in rows} == set(named_routers(model))
+    for row in rows:
+        key = row["router"]
+        cuts = range(model.get_submodule(key).threshold.shape[0])
+        assert row["tokens"] == [tokens[key, cut] for cut in cuts]
+        assert row["true_loads"] == [members[key, cut] / tokens[key, cut] for cut in cuts]
+        assert row["rules"]["threshold"]["loads"] == [taken[key, cut] / tokens[key, cut] for cut in cuts]
+
+
+def test_gumbel_noise_of_the_training_has_no_part():
+    quiet, noisy = build("4t4i"), build("4t4i", gumbel_noise=1.0).train()
+    for model in (quiet, noisy):
+        calibrate_thresholds(model, padded_batches())
+    for key, value in quiet.state_dict().items():
+        assert torch.equal(value, noisy.state_dict()[key]), key
+
+
+@pytest.mark.parametrize("calibrate", [calibrate_thresholds, calibrate_auxiliary_thresholds])
+def test_what_never_had_a_token_keeps_its_threshold_and_is_named(calibrate, caplog):
+    for name, silent in (("4t4i", "groups.image.router"), ("depth_by_modality", "depth_router ['image']")):
+        model = build(name)
+        router = next(router for key, router in named_routers(model).items() if key.endswith(silent.split(" ")[0]))
+        with torch.no_grad():
+            router.threshold.fill_(0.25)
+            router.auxiliary.threshold.fill_(0.25)
+        rows = calibrate(model, [text_only()])
+        assert silent in caplog.text
+        for threshold in (router.threshold, router.auxiliary.threshold):
+            assert threshold[-1] == 0.25
+        assert router.num_updates.flatten()[-1] == 0
+        image_rows = [row for row in rows if row["group"] == "image"]
+        assert all(row["true_load"] is None and row["tokens"] == [0] * 4 for row in image_rows)
+
+
+@pytest.mark.parametrize("calibrate", [calibrate_thresholds, calibrate_auxiliary_thresholds])
+def test_a_batch_that_raises_leaves_the_model_as_it_was(calibrate):
+    model = build("depth").train()
+    before = state_of(model)
+    with pytest.raises(IndexError, match="outside the vocabulary"):
+        calibrate(model, [*padded_batches(), {"input_ids": torch.full((1, 4), 40)}])
+    assert not changed_keys(before, model)
+    assert all(module.training for module in model.modules())
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_hidden_states_may_arise_under_another_routing():
+    model, causal = build("depth"), build("depth")
+    calibrate_thresholds(model, padded_batches())
+    calibrate_thresholds(causal, padded_batches(), routing="threshold")
+    first, second = (dict(named_routers(part)) for part in (model, causal))
+    # nothing comes before the depth router of the first layer
+    same = {key for key, router in first.items() if torch.equal(router.threshold, second[key].threshold)}
+    assert same == {"model.layers.0.depth_router"}
+
+
+def test_calibrated_again_under_its_own_rule_a_model_takes_nearly_its_capacity():
+    model = build("4t4i")
+    batch = padded_batches()[0]
+    row = calibrate_thresholds(model, [batch])[0]
+    assert row["layer"] == 0
+    assert row["group"] == "text"
+    assert row["rules"]["threshold"] == {
+        "accuracy": 1.0,
+        "precision": 1.0,
+        "recall": 1.0,
+        "load": row["true_load"],
+        "loads": row["true_loads"],
+    }
+
+
+def test_what_cannot_be_calibrated_is_refused():
+    with pytest.raises(ValueError, match="`batches` is empty"):
+        calibrate_thresholds(build("4t4i"), [])
+    with pytest.raises(ValueError, match="without routers"):
+        calibrate_thresholds(tiny_model(**GROUPS["1t1i"]), padded_batches())
+    with pytest.raises(ValueError, match="auxiliary_routers=False"):
+        calibrate_auxiliary_thresholds(tiny_model(**GROUPS["4t4i"]), padded_batches())
