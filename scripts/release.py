@@ -23,12 +23,12 @@ from tokenization import MomaProcessor
 from writing import write_folder_aside
 
 
-def main():
+def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", required=True, help="folder of a trained MomaForCausalLM")
     parser.add_argument("--processor", required=True, help="folder of its MomaProcessor")
     parser.add_argument("--output", required=True)
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     model = MomaForCausalLM.from_pretrained(args.model, dtype=torch.bfloat16)
     processor = MomaProcessor.from_pretrained(args.processor)
 

@@ -83,6 +83,8 @@ class MomaVQConfig(PreTrainedConfig):
         Decay of the moving averages that the codebook follows. `None` trains the codebook by gradient.
     revive_threshold (`float`, *optional*, defaults to 0.1):
         A code used less often than this (moving average of uses per batch) is replaced by a latent of the batch.
+    use_decoder (`bool`, *optional*, defaults to `True`):
+        Whether there is a decoder. Chameleon's checkpoints have none: such a tokenizer reads pictures, but shows none.
     use_trunk (`bool`, *optional*, defaults to `False`):
         Whether the encoder also sees the frozen features of an EfficientNet-Lite0 trained on ImageNet, about 0.7
         million parameters: codes can then carry what a picture shows, not only how it looks.
@@ -129,6 +131,7 @@ class MomaVQConfig(PreTrainedConfig):
     beta: float | int = 0.25
     codebook_decay: float | None = None
     revive_threshold: float | int = 0.1
+    use_decoder: bool = True
     use_trunk: bool = False
     semantic_dim: int | None = None
     semantic_hidden_size: int = 256

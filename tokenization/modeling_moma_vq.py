@@ -377,7 +377,8 @@ class MomaVQModel(PreTrainedModel):
         self.quant_conv = nn.Conv2d(config.latent_channels, config.embed_dim, kernel_size=1)
         self.quantize = MomaVQQuantizer(config)
         self.post_quant_conv = nn.Conv2d(config.embed_dim, config.latent_channels, kernel_size=1)
-        self.decoder = MomaVQDecoder(config)
+        # CODEPATH: checkpoints converted from Chameleon lack it, moma-emoji has it
+        self.decoder = MomaVQDecoder(config) if config.use_decoder else None
         # CODEPATH: moma-emoji was trained with the head, Chameleon without
         self.semantic_head = MomaVQSemanticHead(config) if config.semantic_dim is not None else None
         self.post_init()
@@ -428,7 +429,16 @@ class MomaVQModel(PreTrainedModel):
         return self.quant_conv(self.encoder(pixel_values.to(self.dtype)))
 
     def decode(self, quantized: torch.Tensor) -> torch.Tensor:
-        """Quantised latents `(batch_size, embed_dim, grid, grid)` to pictures, not clipped to [-1, 1]."""
+        """Quantised latents `(batch_size, embed_dim, grid, grid)` to pictures, not clipped to [-1, 1].
+
+        Raises:
+            `ValueError`: the model has no decoder.
+        """
+        if self.decoder is None:
+            raise ValueError(
+                "This picture tokenizer has no decoder (use_decoder=False): it reads pictures, but cannot show any. "
+                "Chameleon's checkpoints lack it; convert again with --vqgan and the original vqgan.ckpt."
+            )
         return self.decoder(self.post_quant_conv(quantized.to(self.dtype)))
 
     @torch.no_grad()

@@ -1,0 +1,98 @@
+# Copyright 2026 The modeling-moma authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Outputs of two models on a probe batch, with the weights streamed from the disk module by module."""
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from accelerate import init_empty_weights
+from accelerate.hooks import attach_align_device_hook
+from transformers import PreTrainedConfig, PreTrainedModel
+
+
+# of the largest logit, in fp32
+LARGEST_DIFFERENCE = 1e-3
+NUM_ROWS, ROW_LENGTH, NUM_PADDED = 2, 16, 5
+
+
+def streamed_model(
+    model_class: type[PreTrainedModel], config: PreTrainedConfig, weights: Mapping[str, torch.Tensor]
+) -> PreTrainedModel:
+    """A model in eval mode that computes in fp32 and holds the weights of one module at a time.
+
+    Args:
+        model_class (`type[PreTrainedModel]`): for instance `LlamaForCausalLM`.
+        config (`PreTrainedConfig`): its configuration.
+        weights (`Mapping[str, torch.Tensor]`): parameters and persistent buffers by name, read anew at every use, as a
+            `CheckpointReader`; tied weights may be missing.
+
+    Returns:
+        `PreTrainedModel`: with parameters on the meta device; call it under `torch.no_grad()`.
+    """
+    # buffers that are not saved, as rotary frequencies, have to be real
+    with init_empty_weights(include_buffers=False):
+        model = model_class._from_config(config, dtype=torch.float32)
+    attach_align_device_hook(
+        model.eval(),
+        execution_device="cpu",
+        offload=True,
+        weights_map=_TiedWeights(weights, model.all_tied_weights_keys),
+        offload_buffers=True,
+    )
+    return model
+
+
+def text_batch(token_ids: list[int], seed: int = 0) -> dict[str, torch.Tensor]:
+    """A probe batch of two rows of 16 positions, one of them padded on the left.
+
+    Args:
+        token_ids (`list[int]`): ids to draw from.
+        seed (`int`, *optional*, defaults to 0): of the draw.
+
+    Returns:
+        `dict`: `input_ids` and `attention_mask`, `[2, 16]`.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    picks = torch.randint(len(token_ids), (NUM_ROWS, ROW_LENGTH), generator=generator)
+    attention_mask = torch.ones_like(picks)
+    attention_mask[0, :NUM_PADDED] = 0
+    return {"input_ids": torch.tensor(token_ids)[picks], "attention_mask": attention_mask}
+
+
+def relative_difference(source: torch.Tensor, converted: torch.Tensor) -> float:
+    """`max |a - b| / max |a|` of the source's logits `a` and the converted model's logits `b`.
+
+    Args:
+        source (`torch.Tensor`): any shape, padding left out.
+        converted (`torch.Tensor`): the same shape.
+
+    Returns:
+        `float`: NaN where a logit is.
+    """
+    difference = (source.float() - converted.float()).abs().max()
+    return float(difference / source.float().abs().max().clamp_min(torch.finfo(torch.float32).tiny))
+
+
+class _TiedWeights(Mapping):
+    def __init__(self, weights: Mapping[str, torch.Tensor], tied: Mapping[str, str]):
+        self.weights, self.tied = weights, tied
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self.weights[self.tied.get(name, name)]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter([*self.weights, *(name for name in self.tied if name not in self.weights)])
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)

@@ -1,0 +1,249 @@
+# Copyright 2026 The modeling-moma authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Reading a checkpoint folder of Transformers: names and shapes without the data, then one tensor at a time."""
+
+import functools
+import json
+import math
+import pickle
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+# the library that defines the format refuses longer headers, too
+LONGEST_HEADER = 100_000_000
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be read or converted. The message names the file, key or field at fault."""
+
+
+class CheckpointReader(Mapping):
+    """The tensors of a checkpoint folder, by name; each one is read from the disk when it is asked for.
+
+    Opening reads the headers alone and checks that the files are whole and agree with the index. No file stays mapped
+    or open, so that the memory in use is that of the tensors that the caller holds.
+
+    Args:
+        folder (`str` or `Path`):
+            Holds `model.safetensors`, or `model.safetensors.index.json` and its shards.
+        allow_pickle (`bool`, *optional*, defaults to `False`):
+            Whether to read `pytorch_model.bin` files where there are no safetensors files. They are unpickled by
+            `torch.load(weights_only=True)`, and one of them is held in memory at a time.
+
+    Attributes:
+        config (`dict`): contents of `config.json`.
+        shapes (`dict[str, tuple[int, ...]]`): shape of each tensor, by name.
+        dtypes (`dict[str, torch.dtype]`): its type.
+        files (`dict[str, Path]`): the file it lies in.
+
+    Raises:
+        CheckpointError: there are no weights, only pickles that were not allowed, or a shard is missing, cut short or
+            at odds with the index.
+    """
+
+    def __init__(self, folder: str | Path, allow_pickle: bool = False):
+        self.folder = Path(folder)
+        if not self.folder.is_dir():
+            raise CheckpointError(
+                f"{folder}: no such folder. Fetch a checkpoint of the Hub with `hf download NAME --local-dir FOLDER`."
+            )
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.dtypes: dict[str, torch.dtype] = {}
+        self.files: dict[str, Path] = {}
+        self._starts: dict[str, int] = {}
+        self._pickle: tuple[Path, dict] | None = None
+        if self._exists("model.safetensors"):
+            self._open("model.safetensors", self._open_shard)
+        elif self._exists("pytorch_model.bin"):
+            self._open("pytorch_model.bin", self._open_pickle, allow_pickle)
+        else:
+            raise CheckpointError(
+                f"{folder}: it holds neither model.safetensors nor model.safetensors.index.json with its shards."
+            )
+
+    @functools.cached_property
+    def config(self) -> dict:
+        return _read_json(self.folder / "config.json")
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self.read(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.shapes)
+
+    def __len__(self) -> int:
+        return len(self.shapes)
+
+    def read(self, name: str, rows: slice | None = None) -> torch.Tensor:
+        """Read one tensor.
+
+        Args:
+            name (`str`): its key.
+            rows (`slice`, *optional*): read these indices of the first dimension only; without a step.
+
+        Returns:
+            `torch.Tensor`: on the CPU, in the type of the file.
+
+        Raises:
+            KeyError: there is no such tensor.
+            CheckpointError: the file has become shorter than when it was opened.
+        """
+        shape, dtype, path = self.shapes[name], self.dtypes[name], self.files[name]
+        if path.suffix != ".safetensors":
+            tensor = self._unpickled(path)[name]
+            return (tensor if rows is None else tensor[rows]).clone()
+        start = self._starts[name]
+        if rows is not None:
+            first, stop, _ = rows.indices(shape[0])
+            start += first * math.prod(shape[1:]) * dtype.itemsize
+            shape = (max(stop - first, 0), *shape[1:])
+        tensor = torch.empty(shape, dtype=dtype)
+        buffer = memoryview(tensor.reshape(-1).view(torch.uint8).numpy()) if tensor.numel() else b""
+        with path.open("rb") as file:
+            file.seek(start)
+            if len(buffer) and file.readinto(buffer) != len(buffer):
+                raise CheckpointError(f"{path}: it ends within the tensor {name!r}. Fetch the file again.")
+        return tensor
+
+    def _exists(self, name: str) -> bool:
+        return (self.folder / name).is_file() or (self.folder / f"{name}.index.json").is_file()
+
+    def _open(self, name: str, open_shard, allowed: bool = True):
+        # Transformers prefers the single file, too
+        if (self.folder / name).is_file():
+            shards, weight_map = [name], None
+        else:
+            name = f"{name}.index.json"
+            weight_map = _read_json(self.folder / name).get("weight_map")
+            if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
+                raise CheckpointError(f"{self.folder / name}: it has no `weight_map` of keys to file names.")
+            shards = sorted(set(weight_map.values()))
+        if not allowed:
+            raise CheckpointError(
+                f"{self.folder / shards[0]}: a pickle, which can run code when it is read, and there are no "
+                "safetensors files. Pass --allow-pickle (allow_pickle=True) if you trust its author."
+            )
+        for shard in shards:
+            if Path(shard).name != shard:
+                raise CheckpointError(f"{self.folder / name}: the shard {shard!r} lies outside the folder.")
+            if not (self.folder / shard).is_file():
+                missing = [key for key, place in weight_map.items() if place == shard]
+                raise CheckpointError(
+                    f"{self.folder / shard}: this shard is missing; by the index it holds {missing[0]!r} and "
+                    f"{len(missing) - 1} other tensors."
+                )
+            open_shard(self.folder / shard)
+        if weight_map is not None:
+            self._compare_with_index(weight_map, self.folder / name)
+
+    def _compare_with_index(self, weight_map: dict[str, str], index: Path):
+        for key, shard in weight_map.items():
+            if key not in self.files or self.files[key].name != shard:
+                raise CheckpointError(f"{index}: by the index {key!r} lies in {shard}, but that file has no such key.")
+        for key, path in self.files.items():
+            if key not in weight_map:
+                raise CheckpointError(f"{path}: it holds {key!r}, which the index {index.name} does not list.")
+
+    def _add(self, key: str, path: Path, shape, dtype: torch.dtype):
+        if key in self.files:
+            raise CheckpointError(f"{path}: it holds {key!r}, as does {self.files[key].name}.")
+        self.files[key], self.shapes[key], self.dtypes[key] = path, tuple(shape), dtype
+
+    def _open_shard(self, path: Path):
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            header, data_start = _read_header(file, path, size)
+        end = data_start
+        for key, info in header.items():
+            if key == "__metadata__":
+                continue
+            try:
+                dtype, shape = DTYPES[info["dtype"]], info["shape"]
+                start, stop = (data_start + offset for offset in info["data_offsets"])
+            except (KeyError, TypeError, ValueError) as error:
+                raise CheckpointError(f"{path}: the header's entry of {key!r} cannot be read: {info!r}.") from error
+            if start < data_start or stop - start != math.prod(shape) * dtype.itemsize:
+                raise CheckpointError(f"{path}: {key!r} has the shape {shape}, but {stop - start} bytes.")
+            self._add(key, path, shape, dtype)
+            self._starts[key] = start
+            end = max(end, stop)
+        if size != end:
+            raise CheckpointError(
+                f"{path}: it has {size} bytes, but its header describes {end}: the file is cut short or damaged. "
+                "Fetch it again."
+            )
+
+    def _open_pickle(self, path: Path):
+        for key, tensor in _unpickle(path, map_location="meta").items():
+            self._add(key, path, tensor.shape, tensor.dtype)
+
+    def _unpickled(self, path: Path) -> dict[str, torch.Tensor]:
+        if self._pickle is None or self._pickle[0] != path:
+            # the last one goes before the next one comes
+            self._pickle = None
+            self._pickle = (path, _unpickle(path, map_location="cpu"))
+        return self._pickle[1]
+
+
+def _read_json(path: Path) -> dict:
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such file; the folder is not a whole checkpoint.")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{path}: not a JSON file: {error}.") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: expected a JSON object, got {type(content).__name__}.")
+    return content
+
+
+def _read_header(file: BinaryIO, path: Path, size: int) -> tuple[dict, int]:
+    length = int.from_bytes(file.read(8), "little")
+    if size < 8 or length > min(size - 8, LONGEST_HEADER):
+        raise CheckpointError(f"{path}: it ends within its header, or is no safetensors file. Fetch it again.")
+    try:
+        header = json.loads(file.read(length))
+    except ValueError as error:
+        raise CheckpointError(f"{path}: the header is no JSON: {error}. Fetch the file again.") from error
+    if not isinstance(header, dict):
+        raise CheckpointError(f"{path}: the header is no JSON object. Fetch the file again.")
+    return header, 8 + length
+
+
+def _unpickle(path: Path, map_location: str) -> dict[str, torch.Tensor]:
+    try:
+        content = torch.load(path, map_location=map_location, weights_only=True)
+    except (RuntimeError, EOFError, ValueError, OSError, pickle.UnpicklingError) as error:
+        raise CheckpointError(f"{path}: torch.load cannot read it: {error}") from error
+    if not isinstance(content, dict) or not all(isinstance(value, torch.Tensor) for value in content.values()):
+        raise CheckpointError(f"{path}: expected a pickled dict of tensors.")
+    return content

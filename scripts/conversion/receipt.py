@@ -1,0 +1,68 @@
+# Copyright 2026 The modeling-moma authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""What a conversion did: numbers of keys and bytes, and how far the outputs lie apart."""
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+
+RECEIPT_FILE = "conversion.json"
+
+
+@dataclass
+class Receipt:
+    """The account of one conversion.
+
+    Args:
+        source (`str`): name of the source's folder.
+        model_type (`str`): the source's.
+        taken (`int`): keys of the target that hold a tensor of the source, as it is or rearranged.
+        copied (`int`): keys that hold a further copy of one.
+        new (`int`): keys that were made here.
+        ignored (`dict[str, int]`): keys of the source that the model has no place for, by reason.
+        tensor_bytes (`int`): size of the target's tensors.
+        files (`int`): number of its safetensors files.
+        relative_difference (`float`, *optional*): `max |a - b| / max |a|` of the logits `a` of the source and `b` of
+            the target on a probe batch, in fp32; None without a probe.
+    """
+
+    source: str
+    model_type: str
+    taken: int = 0
+    copied: int = 0
+    new: int = 0
+    ignored: dict[str, int] = field(default_factory=dict)
+    tensor_bytes: int = 0
+    files: int = 0
+    relative_difference: float | None = None
+
+    def table(self) -> str:
+        """The receipt as lines of `name  value`."""
+        difference = self.relative_difference
+        rows = [
+            ("source", f"{self.source} ({self.model_type})"),
+            ("keys taken", self.taken),
+            ("keys copied", self.copied),
+            ("keys new", self.new),
+            *[(f"keys not in the model: {reason}", count) for reason, count in self.ignored.items()],
+            ("size", f"{self.tensor_bytes / 1e6:.1f} MB in {self.files} file{'s' if self.files != 1 else ''}"),
+            ("relative output difference", "not measured" if difference is None else f"{difference:.1e}"),
+        ]
+        width = max(len(name) for name, _ in rows)
+        return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+
+    def save(self, folder: Path):
+        """Write `conversion.json` into a folder."""
+        (folder / RECEIPT_FILE).write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,33 @@
+#!/usr/bin/env bash
+# Trains 4t4i from scratch and from 1t1i seeds of three lengths, two data seeds each at equal training FLOPs, and
+# compares them. Needs what scripts/reproduce.sh leaves in runs/; about two hours on two cores.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+python=${PYTHON:-python3}
+
+for library in /usr/lib/*/libtcmalloc_minimal.so.4; do
+    [ -e "$library" ] && export LD_PRELOAD=$library
+done
+
+runs=runs/upcycling
+data=(--processor runs/processor --codes runs/codes)
+
+train() {
+    [ -e "$runs/$1/model.safetensors" ] ||
+        "$python" scripts/pretrain.py "${data[@]}" --steps 800 --warmup-steps 60 --eval-steps 200 \
+            --attn-implementation eager --seed "$seed" --output "$runs/$1" --resume "${@:2}"
+}
+
+for seed in 0 1; do
+    train "4t4i-$seed" --config configs/emoji-plain-4t4i.json
+    # one seed run gives all three lengths: 5, 10 and 20 % of the steps
+    train "1t1i-$seed" --config configs/emoji-plain-1t1i.json --stop-at 160 --save-steps 40 --save-total-limit 4
+    for length in 40 80 160; do
+        [ -e "$runs/seed-$length-$seed/upcycling.json" ] ||
+            "$python" scripts/upcycle.py --model "$runs/1t1i-$seed/checkpoint-$length" --to 4t4i \
+                --gumbel-noise-steps 150 --output "$runs/seed-$length-$seed"
+        train "4t4i-from-$length-$seed" --model "$runs/seed-$length-$seed"
+    done
+done
+"$python" scripts/compare_upcycling.py "${data[@]}" --split test --scratch $runs/4t4i-{0,1} \
+    --upcycled $runs/4t4i-from-{40,80,160}-{0,1} --output benchmarks/reports/upcycling.json
