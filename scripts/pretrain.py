@@ -39,6 +39,9 @@ def parse_arguments(arguments=None) -> argparse.Namespace:
     start = parser.add_mutually_exclusive_group(required=True)
     start.add_argument("--config", help="JSON of MomaConfig fields; the processor gives the token ids")
     start.add_argument("--model", help="start from this saved model; one that was upcycled goes on in the data")
+    parser.add_argument(
+        "--restart-data", action="store_true", help="begin at the first example, whatever `--model` has seen"
+    )
     parser.add_argument("--output", required=True, help="folder for checkpoints and the model")
     parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--batch-size", type=int, default=32, help="examples of a step on one device")
@@ -123,7 +126,7 @@ def first_step(args: argparse.Namespace) -> int:
         ValueError: that stage took its data in another order, or this one would end before it.
     """
     state_file = Path(args.model or "") / TRAINER_STATE_NAME
-    if not args.model or not state_file.is_file():
+    if not args.model or args.restart_data or not state_file.is_file():
         return 0
     state = TrainerState.load_from_json(str(state_file))
     # the order of the data depends on both
@@ -134,12 +137,12 @@ def first_step(args: argparse.Namespace) -> int:
         if then != now:
             raise ValueError(
                 f"`{name}` {now} is not the {then} of the stage that `--model` comes from, so it would meet some "
-                f"of its data again. Without {TRAINER_STATE_NAME} in the folder the data begin anew."
+                "of its data again. --restart-data begins anew in the data."
             )
     if state.global_step >= (args.stop_at or args.steps):
         raise ValueError(
             f"`--model` has taken {state.global_step} steps already, which `--steps` {args.steps} and `--stop-at` "
-            f"{args.stop_at} count, too: nothing is left to train."
+            f"{args.stop_at} count, too: nothing is left to train. --restart-data begins anew in the data."
         )
     return state.global_step
 

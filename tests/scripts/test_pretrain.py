@@ -275,6 +275,14 @@ def test_continuation_that_would_repeat_data_or_train_nothing_is_refused(stages,
     assert not (tmp_path / "out" / "model.safetensors").exists()
 
 
+def test_restarted_data_begin_at_the_first_batch(stages, inputs, tmp_path):
+    more = ("--restart-data", "--steps", "4")
+    fresh = run(inputs, tmp_path / "out", *more, start=stages.start)
+    whole = run(inputs, tmp_path / "whole", "--steps", "4")
+    assert fresh.batches == whole.batches
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["first_step"] == 0
+
+
 def test_frozen_groups_stay_bit_by_bit_while_others_move(stages, inputs, tmp_path):
     start = stages.start
     before = load_file(start[1] / "model.safetensors")
