@@ -15,7 +15,7 @@
 
 
 def count_parameters(config, active: bool, modality: str | None, exclude_norms_and_routers: bool) -> int:
-    """See [`MomaConfig.num_parameters`]."""
+    """Parameters of the model of a [`MomaConfig`]; see [`MomaConfig.num_parameters`] for the arguments."""
     if active and modality is None:
         return max(count_parameters(config, True, name, exclude_norms_and_routers) for name in config.modalities)
     width = config.hidden_size

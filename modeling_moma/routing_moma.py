@@ -132,11 +132,12 @@ class MomaRouter(MomaRouterBase):
         """
         logits_NE = self.logits(x_ND)
         noisy_NE = logits_NE
-        if self.gumbel_noise and self.training:
+        is_noisy = self.training and self.gumbel_noise > 0 and context.routing in NOISY_ROUTINGS
+        if is_noisy:
             noisy_NE = logits_NE + self._noise_scale(context) * logistic_noise_like(logits_NE)
         selection = ROUTINGS[context.routing](self, x_ND, torch.sigmoid(noisy_NE), context)
         if context.track:
-            context.record(self, *self._statistics(logits_NE.detach(), selection))
+            context.record(self, *self._statistics(logits_NE.detach(), selection, is_noisy))
         return logits_NE, selection
 
     def capacity(self, num_tokens: int) -> int:
@@ -149,13 +150,13 @@ class MomaRouter(MomaRouterBase):
         steps_left = self.gumbel_noise_steps - context.router_state(self).num_updates
         return self.gumbel_noise * (steps_left / self.gumbel_noise_steps).clamp(min=0)
 
-    def _statistics(self, logits_NE, selection):
+    def _statistics(self, logits_NE, selection, is_noisy):
         num_tokens = logits_NE.shape[0]
         if num_tokens == 0:
             zeros_E = logits_NE.new_zeros(self.num_experts)
             return zeros_E, zeros_E, zeros_E
         is_by_rank = isinstance(selection, ExpertSelection)
-        if is_by_rank and not (self.gumbel_noise and self.training):
+        if is_by_rank and not is_noisy:
             kth_E = selection.weight_EK[:, -1].detach()
         else:
             # inference cuts scores without noise
@@ -219,6 +220,8 @@ ROUTINGS = {
     "token_choice": token_choice,
     "auxiliary": auxiliary,
 }
+# the others compare scores with cuts that were found without noise
+NOISY_ROUTINGS = ("expert_choice", "token_choice")
 
 
 def logistic_noise_like(logits: torch.Tensor) -> torch.Tensor:

@@ -172,7 +172,8 @@ def initialize_code_embeddings(model: PreTrainedModel, codebook_KC: torch.Tensor
 def freeze_groups(model: PreTrainedModel, groups: list[str]) -> int:
     """Freeze the feed-forward weights of whole expert groups, routers and shared experts included.
 
-    Attention, norms, embeddings and head serve all modalities and go on learning.
+    Attention, norms, embeddings and head serve all modalities and go on learning. Routers of frozen groups still keep
+    their thresholds and balance biases up to date, since the hidden states that they see go on changing.
 
     Args:
         model (`PreTrainedModel`): a `MomaForCausalLM` or `MomaModel`; changed in place.
@@ -190,7 +191,7 @@ def freeze_groups(model: PreTrainedModel, groups: list[str]) -> int:
     frozen = 0
     for module in model.modules():
         if isinstance(module, MomaFeedForward):
-            for group in groups:
+            for group in set(groups):
                 module.groups[group].requires_grad_(False)
                 frozen += sum(parameter.numel() for parameter in module.groups[group].parameters())
     return frozen

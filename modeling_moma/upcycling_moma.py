@@ -15,6 +15,7 @@
 
 import re
 from collections import Counter
+from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field
 
@@ -30,13 +31,13 @@ _TARGET = re.compile(r"(?:\d+[a-z])+")
 _PACKED = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
 
 
-def parse_experts(name: str, modalities: list[str] = (TEXT, "image")) -> int | dict[str, int]:
+def parse_experts(name: str, modalities: Sequence[str] = (TEXT, "image")) -> int | dict[str, int]:
     """Read a name of the paper: `"4t4i"` as `{"text": 4, "image": 4}`, `"8x"` as `8`.
 
     Args:
         name (`str`): numbers of experts, each with the first letter of its modality, or one number and `x` for experts
             that all modalities share.
-        modalities (`list[str]`, *optional*, defaults to text and image): the model's.
+        modalities (`Sequence[str]`, *optional*, defaults to text and image): the model's.
 
     Raises:
         ValueError: the name has another form or does not name every modality once, or two modalities begin alike.
@@ -55,6 +56,9 @@ def parse_experts(name: str, modalities: list[str] = (TEXT, "image")) -> int | d
 
 def upcycled_config(config: MomaConfig, num_experts: int | dict[str, int], **fields) -> MomaConfig:
     """The configuration of a seed with more experts.
+
+    Auxiliary routers of new groups know nothing yet, so a seed that infers with `"auxiliary"` becomes a model that
+    infers with `"threshold"`; its depth layers keep their routing.
 
     Args:
         config (`MomaConfig`): the seed's.
@@ -75,7 +79,12 @@ def upcycled_config(config: MomaConfig, num_experts: int | dict[str, int], **fie
             f"`num_experts` = {num_experts!r}: experts that all modalities share cannot be copies of a seed's "
             "network for each modality."
         )
-    return MomaConfig.from_dict({**config.to_dict(), "num_experts": num_experts, **fields})
+    inference = {}
+    if config.inference_routing == "auxiliary":
+        inference = {"inference_routing": "threshold"}
+        if config.depth_layers and config.depth_inference_routing is None:
+            inference["depth_inference_routing"] = "auxiliary"
+    return MomaConfig.from_dict({**config.to_dict(), **inference, "num_experts": num_experts, **fields})
 
 
 @torch.no_grad()
@@ -208,7 +217,7 @@ def upcycling_receipt(
 ) -> UpcyclingReceipt:
     """Count what was copied, and measure on a probe batch how much the switch changes.
 
-    Both models choose by rank, the upcycled one without Gumbel noise: its fresh thresholds of 0.5 say nothing yet.
+    Both models choose by rank, without noise.
 
     Args:
         seed (`MomaForCausalLM`): as given to [`upcycle`].
@@ -234,7 +243,7 @@ def upcycling_receipt(
     try:
         for path, name, group in _routed_groups(upcycled):
             handles.append(group.register_forward_hook(_record_group(name, _seed_group(seed, path, name), records)))
-        # depth layers of both choose alike
+        # by rank, as both train: the thresholds of fresh routers say nothing yet
         expected, actual = (
             model(**batch, use_cache=False, routing="expert_choice").logits.float() for model in (seed, upcycled)
         )

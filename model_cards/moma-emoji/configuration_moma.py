@@ -102,10 +102,11 @@ class MomaConfig(PreTrainedConfig):
         backward pass, since otherwise a token with one expert would tell its router nothing.
     gumbel_noise (`float`, *optional*, defaults to 0.0):
         Scale of the noise on expert routers' logits in training, 1 is the paper's Gumbel-Sigmoid (MoMa equation 5).
-        For the stage after upcycling, where experts begin as copies. Needs another `training_routing` than
-        `"threshold"`.
+        For the stage after upcycling, where experts begin as copies; it stays on in every later training until it is
+        set to 0. Needs another `training_routing` than `"threshold"`, whose cuts are found without noise.
     gumbel_noise_steps (`int`, *optional*):
-        Training forwards over which the noise falls linearly to nothing. Without it the noise stays, as in the paper.
+        Training forwards, accumulated ones counted singly, over which the noise falls linearly to nothing. Without it
+        the noise stays, as in the paper.
     threshold_momentum (`float`, *optional*, defaults to 0.98):
         Momentum of the running mean of an expert's K-th best score, the cut of `threshold` routing.
     routing_warmup_steps (`int`, *optional*, defaults to 100):

@@ -28,11 +28,10 @@ from modeling.reference import (
     tiny_config,
     tiny_model,
 )
-from modeling_moma.routing_moma import ROUTINGS, MomaRouter, logistic_noise_like
+from modeling_moma.routing_moma import NOISY_ROUTINGS, ROUTINGS, MomaRouter, logistic_noise_like
 
 
 NUM_TOKENS = 13
-NOISY_ROUTINGS = ("expert_choice", "token_choice")
 
 
 def build_router(**fields):
@@ -184,3 +183,13 @@ def test_a_scale_of_zero_is_no_noise_and_draws_nothing(routing):
         assert torch.equal(parameter.grad, other.grad), key
     for key, value in silent.state_dict().items():
         assert torch.equal(value, plain.state_dict()[key]), key
+
+
+@pytest.mark.parametrize("routing", sorted(set(ROUTINGS) - set(NOISY_ROUTINGS)))
+def test_scores_that_are_compared_with_clean_cuts_are_clean(routing):
+    config, router, x_ND = build_router(gumbel_noise=5.0, routing_warmup_steps=0, **fields_of(routing))
+    noisy = select(config, router.train(), x_ND, routing)
+    router.gumbel_noise = 0.0
+    clean = select(config, router, x_ND, routing)
+    assert noisy[1] == clean[1]
+    assert torch.equal(noisy[2], clean[2])

@@ -549,3 +549,12 @@ def test_result_is_saved_and_loaded_whole(tmp_path):
 def test_config_can_be_had_without_weights():
     config = upcycled_config(tiny_config(**GROUPS["dense"]), 8, expert_capacity_factor=2.0)
     assert (config.num_experts, config.expert_capacity_factor) == (8, 2.0)
+
+
+def test_new_groups_do_not_infer_with_routers_that_know_nothing():
+    seed = tiny_model(**GROUPS["1t1i"], **DEPTH, auxiliary_routers=True, inference_routing="auxiliary")
+    upcycled = upcycle(seed, FOUR_EACH)
+    assert (upcycled.config.inference_routing, upcycled.config.depth_inference_routing) == ("threshold", "auxiliary")
+    # without depth there is nothing to keep
+    seed = tiny_model(**GROUPS["1t1i"], auxiliary_routers=True, inference_routing="auxiliary")
+    assert upcycle(seed, FOUR_EACH).config.depth_inference_routing is None
