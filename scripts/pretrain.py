@@ -22,14 +22,21 @@ import torch
 from datasets import load_from_disk
 from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
+from transformers.utils import logging
 
 from emoji.curves import RUN_FILE
 from emoji.examples import EmojiExamples, held_out_examples
 from modeling_moma import MomaConfig, MomaForCausalLM, MomaMetricsCallback, freeze_groups, initialize_code_embeddings
+from modeling_moma.routing_moma import MomaRouter
 from precision import supports_bf16
 from tokenization import MomaDataCollator, MomaProcessor
-from writing import write_aside
+from writing import write_aside, write_folder_aside
+
+
+UPCYCLING_FILE = "upcycling.json"
+
+logger = logging.get_logger(__name__)
 
 
 def parse_arguments(arguments=None) -> argparse.Namespace:
@@ -50,17 +57,31 @@ def parse_arguments(arguments=None) -> argparse.Namespace:
     parser.add_argument("--warmup-steps", type=int, default=150)
     parser.add_argument("--weight-decay", type=float, default=0.1)
     parser.add_argument("--eval-steps", type=int, default=400)
-    parser.add_argument("--eval-examples", type=int, help="evaluate on so many held-out examples; by default on all")
+    parser.add_argument(
+        "--eval-examples", type=positive_int, help="evaluate on so many held-out examples; by default on all"
+    )
     parser.add_argument("--save-steps", type=int, default=400)
     parser.add_argument("--save-total-limit", type=int, default=2, help="checkpoints to keep")
     parser.add_argument("--stop-at", type=int, help="stop and save at this step of the schedule, as seeds do")
     parser.add_argument("--logging-steps", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--freeze-groups", nargs="+", default=[], help="expert groups whose weights stay as they are")
+    parser.add_argument(
+        "--gumbel-noise",
+        type=float,
+        help="scale of the routers' noise in training, 0 turns it off; by default what the model's config has",
+    )
     parser.add_argument("--attn-implementation", default="sdpa", help="eager is the faster one on CPUs at this size")
     parser.add_argument("--bf16", choices=["auto", "on", "off"], default="auto", help="auto: where the device has it")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in the output folder")
     return parser.parse_args(arguments)
+
+
+def positive_int(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
+    return number
 
 
 class StopAt(TrainerCallback):
@@ -96,12 +117,18 @@ class StageTrainer(Trainer):
 
 
 def build_model(args: argparse.Namespace, processor: MomaProcessor) -> MomaForCausalLM:
+    # routers read it when they are made
+    noise = {} if args.gumbel_noise is None else {"gumbel_noise": args.gumbel_noise}
     if args.model:
+        config = MomaConfig.from_pretrained(args.model)
+        # made anew, since what from_pretrained overrides is not checked
+        config = MomaConfig.from_dict({**config.to_dict(), **noise})
         # whatever dtype it was saved in: steps are too small for bf16 weights
-        model = MomaForCausalLM.from_pretrained(args.model, dtype=torch.float32)
+        model = MomaForCausalLM.from_pretrained(args.model, config=config, dtype=torch.float32)
         check_layout(model.config, processor.token_layout())
     else:
-        model = MomaForCausalLM(MomaConfig(**json.loads(Path(args.config).read_text()), **processor.token_layout()))
+        fields = {**json.loads(Path(args.config).read_text()), **noise}
+        model = MomaForCausalLM(MomaConfig(**fields, **processor.token_layout()))
         initialize_code_embeddings(model, processor.vq_model.quantize.embedding.weight)
     freeze_groups(model, args.freeze_groups)
     model.set_attn_implementation(args.attn_implementation)
@@ -119,32 +146,91 @@ def check_layout(config: MomaConfig, layout: dict):
             )
 
 
-def first_step(args: argparse.Namespace) -> int:
+def noise_description(model: MomaForCausalLM) -> str | None:
+    """What the noise of the model's expert routers will be in training, `None` without noise."""
+    routers = [module for module in model.modules() if isinstance(module, MomaRouter)]
+    scale, steps = model.config.gumbel_noise, model.config.gumbel_noise_steps
+    if not routers or not scale:
+        return None
+    if steps is None:
+        return f"Gumbel noise of scale {scale} on the expert routers, which stays"
+    past = int(routers[0].num_updates)
+    return f"Gumbel noise of scale {scale} on the expert routers, fading over {steps} training forwards, {past} past"
+
+
+def data_order(folder: str | Path) -> dict[str, int] | None:
+    """What decided on the order of the data in the training that a model comes from.
+
+    Args:
+        folder (`str` or `Path`): output of this script, a checkpoint in it, or what scripts/upcycle.py made of either.
+
+    Returns:
+        `dict[str, int]`: `seed`, and `examples_a_step` over all devices; `None` where no file tells.
+    """
+    folder = Path(folder).resolve()
+    run_folder = folder.parent if folder.name.startswith(f"{PREFIX_CHECKPOINT_DIR}-") else folder
+    if (run_folder / RUN_FILE).is_file():
+        run = json.loads((run_folder / RUN_FILE).read_text())
+        order = {"seed": run.get("arguments", {}).get("seed"), "examples_a_step": run["examples_a_step"]}
+        return None if order["seed"] is None else order
+    if (folder / UPCYCLING_FILE).is_file():
+        return json.loads((folder / UPCYCLING_FILE).read_text()).get("data_order")
+    return None
+
+
+def examples_a_step(args: TrainingArguments) -> int:
+    """Examples that one optimizer step takes on all devices together."""
+    return args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+
+
+def first_step(args: argparse.Namespace, training_arguments: TrainingArguments) -> int:
     """Training steps that the earlier stage of `--model` took, 0 when nothing tells.
 
     Raises:
-        ValueError: that stage took its data in another order, or this one would end before it.
+        ValueError: that stage was finished, took its data in another order, or this one would end before it.
     """
     state_file = Path(args.model or "") / TRAINER_STATE_NAME
     if not args.model or args.restart_data or not state_file.is_file():
         return 0
     state = TrainerState.load_from_json(str(state_file))
-    # the order of the data depends on both
-    for name, then, now in (
-        ("--steps", state.max_steps, args.steps),
-        ("--batch-size", state.train_batch_size, args.batch_size),
-    ):
+    anew = "--restart-data begins anew in the data."
+    if state.global_step == state.max_steps:
+        raise ValueError(
+            f"`--model` {args.model!r} comes from a training that is finished: it has taken all of its "
+            f"{state.max_steps} steps, and no data are left for further ones. {anew}"
+        )
+    # the data are a permutation that the seed draws of all examples of all steps; examples a step give the place in it
+    checks = [("`--steps`", state.max_steps, args.steps)]
+    order = data_order(args.model)
+    if order is None:
+        logger.warning(
+            f"`--model` {args.model!r} does not come with the {RUN_FILE} of its training, so the order of the data "
+            f"cannot be checked: with another --seed or --gradient-accumulation-steps, or another number of devices, "
+            f"some would come again. {anew}"
+        )
+        checks.append(("`--batch-size` times devices", state.train_batch_size, training_arguments.train_batch_size))
+    else:
+        product = "`--batch-size` times `--gradient-accumulation-steps` times devices"
+        checks.append(("`--seed`", order["seed"], args.seed))
+        checks.append((product, order["examples_a_step"], examples_a_step(training_arguments)))
+    for name, then, now in checks:
         if then != now:
             raise ValueError(
-                f"`{name}` {now} is not the {then} of the stage that `--model` comes from, so it would meet some "
-                "of its data again. --restart-data begins anew in the data."
+                f"{name} = {now} is not the {then} of the stage that `--model` comes from, so it would meet some of "
+                f"its data again. {anew}"
             )
     if state.global_step >= (args.stop_at or args.steps):
         raise ValueError(
             f"`--model` has taken {state.global_step} steps already, which `--steps` {args.steps} and `--stop-at` "
-            f"{args.stop_at} count, too: nothing is left to train. --restart-data begins anew in the data."
+            f"{args.stop_at} count, too: nothing is left to train. {anew}"
         )
     return state.global_step
+
+
+def evenly_spaced(examples: list, number: int | None) -> list:
+    """So many of the examples; all where there are not more, or without a number."""
+    number = min(number or len(examples), len(examples))
+    return [examples[index * len(examples) // number] for index in range(number)]
 
 
 def build_trainer(args: argparse.Namespace) -> Trainer:
@@ -154,8 +240,9 @@ def build_trainer(args: argparse.Namespace) -> Trainer:
     model = build_model(args, processor)
     config = model.config
     print(f"{config.num_parameters():,} parameters, {config.num_parameters(active=True):,} active")
+    if noise := noise_description(model):
+        print(noise)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    examples_a_step = args.batch_size * args.gradient_accumulation_steps
     training_arguments = TrainingArguments(
         output_dir=args.output,
         max_steps=args.steps,
@@ -182,40 +269,57 @@ def build_trainer(args: argparse.Namespace) -> Trainer:
         report_to=[],
         seed=args.seed,
     )
+    earlier_steps = first_step(args, training_arguments)
+    num_examples = args.steps * examples_a_step(training_arguments)
     held_out = held_out_examples(codes["validation"], processor)
     callbacks = [MomaMetricsCallback(), FollowArguments(), *([StopAt(args.stop_at)] if args.stop_at else [])]
     trainer = StageTrainer(
         model=model,
         args=training_arguments,
-        train_dataset=EmojiExamples(codes["train"], processor, args.steps * examples_a_step, args.seed),
-        eval_dataset=held_out[:: max(1, len(held_out) // (args.eval_examples or len(held_out)))],
+        train_dataset=EmojiExamples(codes["train"], processor, num_examples, args.seed),
+        eval_dataset=evenly_spaced(held_out, args.eval_examples),
         data_collator=MomaDataCollator(processor.tokenizer),
         callbacks=callbacks,
         processing_class=processor.tokenizer,
     )
-    trainer.first_step = first_step(args)
+    trainer.first_step = earlier_steps
     trainer.earlier_stage = args.model
     return trainer
+
+
+def copy_checkpoint(checkpoint: str | Path, output: Path):
+    """Make a run's last checkpoint its result."""
+    left_out = shutil.ignore_patterns("optimizer.pt", "scheduler.pt", "rng_state*", TRAINER_STATE_NAME)
+    write_folder_aside(output, lambda folder: shutil.copytree(checkpoint, folder, ignore=left_out))
+    # last: the sign of a finished run
+    write_aside(output / TRAINER_STATE_NAME, lambda path: shutil.copy(Path(checkpoint) / TRAINER_STATE_NAME, path))
 
 
 def main(arguments=None):
     args = parse_arguments(arguments)
     trainer = build_trainer(args)
-    examples_a_step = trainer.args.train_batch_size * args.gradient_accumulation_steps * trainer.args.world_size
-    run = {"examples_a_step": examples_a_step, "first_step": trainer.first_step, "arguments": vars(args)}
-    write_aside(Path(args.output) / RUN_FILE, lambda path: path.write_text(json.dumps(run, indent=2) + "\n"))
+    output = Path(args.output).absolute()
+    run = {
+        "examples_a_step": examples_a_step(trainer.args),
+        "first_step": trainer.first_step,
+        "arguments": vars(args),
+    }
+    if trainer.is_world_process_zero():
+        write_aside(output / RUN_FILE, lambda path: path.write_text(json.dumps(run, indent=2) + "\n"))
     checkpoint = get_last_checkpoint(args.output) if args.resume and Path(args.output).is_dir() else None
     if checkpoint is None and trainer.first_step:
         # restores the position in the data
         checkpoint = args.model
     elif checkpoint is not None and args.stop_at and checkpoint.endswith(f"-{args.stop_at}"):
         # killed between its last checkpoint and its end: the loop would take one more step before it looks
-        training_files = shutil.ignore_patterns("optimizer.pt", "scheduler.pt", "rng_state*")
-        shutil.copytree(checkpoint, args.output, ignore=training_files, dirs_exist_ok=True)
+        if trainer.is_world_process_zero():
+            copy_checkpoint(checkpoint, output)
         return
     trainer.train(resume_from_checkpoint=checkpoint)
-    trainer.save_state()
     trainer.save_model()
+    if trainer.is_world_process_zero():
+        # last: the sign of a finished run
+        write_aside(output / TRAINER_STATE_NAME, trainer.state.save_to_json)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,8 @@ runs=runs/upcycling
 data=(--processor runs/processor --codes runs/codes)
 
 train() {
-    [ -e "$runs/$1/model.safetensors" ] ||
+    # written last, when the run is finished
+    [ -e "$runs/$1/trainer_state.json" ] ||
         "$python" scripts/pretrain.py "${data[@]}" --steps 800 --warmup-steps 60 --eval-steps 200 \
             --attn-implementation eager --seed "$seed" --output "$runs/$1" --resume "${@:2}"
 }
@@ -23,9 +24,12 @@ for seed in 0 1; do
     # one seed run gives all three lengths: 5, 10 and 20 % of the steps
     train "1t1i-$seed" --config configs/emoji-plain-1t1i.json --stop-at 160 --save-steps 40 --save-total-limit 4
     for length in 40 80 160; do
-        [ -e "$runs/seed-$length-$seed/upcycling.json" ] ||
+        [ -e "$runs/seed-$length-$seed/upcycling.json" ] || {
+            # what a kill has left there would be refused
+            rm -rf "$runs/seed-$length-$seed"
             "$python" scripts/upcycle.py --model "$runs/1t1i-$seed/checkpoint-$length" --to 4t4i \
                 --gumbel-noise-steps 150 --output "$runs/seed-$length-$seed"
+        }
         train "4t4i-from-$length-$seed" --model "$runs/seed-$length-$seed"
     done
 done

@@ -22,6 +22,7 @@ import torch
 from transformers.trainer import TRAINER_STATE_NAME
 
 from modeling_moma import MomaForCausalLM, parse_experts, upcycle, upcycling_receipt
+from pretrain import UPCYCLING_FILE, data_order
 from writing import write_folder_aside
 
 
@@ -35,7 +36,12 @@ def parse_arguments(arguments=None) -> argparse.Namespace:
     )
     parser.add_argument("--perturbation", type=float, default=0.0, help="noise on copies, relative to their spread")
     parser.add_argument("--gumbel-noise", type=float, default=1.0, help="scale of the routers' noise in training")
-    parser.add_argument("--gumbel-noise-steps", type=int, help="steps over which it fades; without, it stays")
+    parser.add_argument(
+        "--gumbel-noise-steps",
+        type=int,
+        help="training forwards over which it fades; without, it stays. With gradient accumulation every micro-batch "
+        "counts, not the optimizer's steps",
+    )
     parser.add_argument("--seed", type=int, default=0, help="of routers, perturbation and probe")
     return parser.parse_args(arguments)
 
@@ -71,10 +77,10 @@ def main(arguments=None):
 
     def write(folder: Path):
         upcycled.save_pretrained(folder)
-        (folder / "upcycling.json").write_text(
-            json.dumps({"arguments": vars(args), **receipt.to_dict()}, indent=2) + "\n"
-        )
-        # the position in the data; optimizer and schedule begin anew, so their files stay behind
+        # with the seed's place in them, what scripts/pretrain.py needs to go on in the data
+        contents = {"arguments": vars(args), "data_order": data_order(args.model), **receipt.to_dict()}
+        (folder / UPCYCLING_FILE).write_text(json.dumps(contents, indent=2) + "\n")
+        # optimizer and schedule begin anew, so their files stay behind
         state = Path(args.model) / TRAINER_STATE_NAME
         if state.is_file():
             shutil.copy(state, folder / TRAINER_STATE_NAME)

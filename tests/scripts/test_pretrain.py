@@ -26,8 +26,12 @@ from transformers import TrainerCallback, get_scheduler
 import pretrain
 import upcycle
 from modeling_moma import MomaForCausalLM
-from pretrain import build_trainer, check_layout, main, parse_arguments
+from modeling_moma.routing_moma import MomaRouter
+from pretrain import build_trainer, check_layout, data_order, evenly_spaced, examples_a_step, main, parse_arguments
 from tiny import tiny_processor
+
+
+PAD = tiny_processor().tokenizer.pad_token_id
 
 
 @pytest.fixture(scope="module")
@@ -106,6 +110,8 @@ def test_loss_falls(inputs, tmp_path):
 class OptimizerAtStart(TrainerCallback):
     """Keeps what the optimizer knows before the first step."""
 
+    num_states = None
+
     def on_train_begin(self, args, state, control, optimizer=None, **kwargs):
         self.num_states = len(optimizer.state)
 
@@ -137,10 +143,22 @@ def run(inputs, output, *more, start=None, callbacks=()):
         batches=batches,
         output=output,
         history=trainer.state.log_history,
-        last_rate=trainer.lr_scheduler.get_last_lr()[0],
+        # none where nothing was left to train
+        last_rate=trainer.lr_scheduler.get_last_lr()[0] if trainer.lr_scheduler else None,
         num_states=at_start.num_states,
         trainer=trainer,
     )
+
+
+class KillAtTheEnd(TrainerCallback):
+    """Ends the process's training after its last checkpoint, with half of the model written."""
+
+    def __init__(self, output):
+        self.output = output
+
+    def on_train_end(self, args, state, control, **kwargs):
+        (self.output / "model.safetensors").write_bytes(b"half")
+        raise KeyboardInterrupt(signal.SIGKILL)
 
 
 def rates(run):
@@ -191,6 +209,40 @@ def test_stopped_training_that_was_killed_at_its_end_takes_no_further_step(stage
     whole, mine = (load_file(f / "model.safetensors") for f in (stages.stopped.output, tmp_path))
     assert all(torch.equal(tensor, whole[name]) for name, tensor in mine.items())
     assert not (tmp_path / "optimizer.pt").exists()
+
+
+def test_checkpoint_that_cannot_be_copied_leaves_no_half_of_itself(stages, inputs, tmp_path):
+    shutil.copytree(stages.stopped.output / "checkpoint-3", tmp_path / "out" / "checkpoint-3")
+    (tmp_path / "out" / "checkpoint-3" / "zz").symlink_to("nowhere")
+    with pytest.raises(shutil.Error):
+        main(
+            arguments(inputs, tmp_path / "out", "--stop-at", "3", "--resume", start=("--config", inputs / "seed.json"))
+        )
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"checkpoint-3", "run.json"}
+
+
+@pytest.mark.parametrize("more", [(), ("--stop-at", "3")], ids=["whole", "stopped"])
+def test_training_killed_while_its_model_was_saved_counts_as_unfinished_and_is_repaired(
+    stages, inputs, tmp_path, more
+):
+    start = ("--config", inputs / "seed.json")
+    output = tmp_path / "out"
+    run(inputs, output, *more, start=start, callbacks=[KillAtTheEnd(output)])
+    assert (output / "model.safetensors").exists() and not (output / "trainer_state.json").exists()
+    repaired = run(inputs, output, *more, "--resume", start=start)
+    assert repaired.batches == []
+    state = json.loads((output / "trainer_state.json").read_text())
+    assert (state["global_step"], state["max_steps"]) == (3 if more else 8, 8)
+    expected = load_file((stages.stopped if more else stages.whole).output / "model.safetensors")
+    mine = load_file(output / "model.safetensors")
+    assert mine.keys() == expected.keys()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in mine.items())
+
+
+def test_state_is_written_after_the_model(stages):
+    for stage in (stages.whole, stages.stopped, stages.continued):
+        model, state = (stage.output / name for name in ("model.safetensors", "trainer_state.json"))
+        assert model.stat().st_mtime_ns <= state.stat().st_mtime_ns
 
 
 def test_upcycled_model_goes_on_with_the_data_that_its_seed_has_not_seen(stages):
@@ -254,6 +306,57 @@ def test_checkpoint_of_a_seed_starts_without_its_optimizer_too(stages, inputs, t
     )
 
 
+def rows(batches):
+    """Examples without the padding, which depends on the batch."""
+    return sorted([token for token in row if token != PAD] for batch in batches for row in batch)
+
+
+def test_examples_of_a_step_may_be_split_otherwise(stages, inputs, tmp_path):
+    sizes = "--batch-size 2 --gradient-accumulation-steps 2".split()
+    continued = run(inputs, tmp_path / "continued", *sizes, start=stages.start)
+    assert len(continued.batches) == 10
+    assert rows(continued.batches) == rows(stages.continued.batches)
+
+
+def test_order_of_the_data_is_known_of_outputs_checkpoints_and_grown_models(stages, tmp_path, monkeypatch):
+    checkpoint = stages.stopped.output / "checkpoint-3"
+    for folder in (stages.stopped.output, checkpoint, stages.folder / "grown", stages.continued.output):
+        assert data_order(folder) == {"seed": 0, "examples_a_step": 4}, folder
+    monkeypatch.chdir(checkpoint)
+    assert data_order(".") == {"seed": 0, "examples_a_step": 4}
+    assert data_order(tmp_path) is None
+
+
+def test_examples_of_all_devices_count():
+    args = SimpleNamespace(train_batch_size=4, gradient_accumulation_steps=2, world_size=3)
+    assert examples_a_step(args) == 24
+
+
+def test_order_that_cannot_be_checked_is_warned_of(stages, inputs, tmp_path, caplog):
+    shutil.copytree(stages.stopped.output / "checkpoint-3", tmp_path / "model")
+    start = ("--model", tmp_path / "model")
+    trainer = build_trainer(parse_arguments(arguments(inputs, tmp_path / "out", start=start)))
+    assert trainer.first_step == 3
+    (warning,) = [record.getMessage() for record in caplog.records if record.name == "pretrain"]
+    assert "run.json" in warning and "cannot be checked" in warning and "--restart-data" in warning
+    # what trainer_state.json knows is checked all the same
+    with pytest.raises(ValueError, match="--batch-size.* = 2 is not the 4 .*--restart-data"):
+        build_trainer(parse_arguments(arguments(inputs, tmp_path / "out", "--batch-size", "2", start=start)))
+    caplog.clear()
+    for start in (stages.start, ("--model", stages.stopped.output / "checkpoint-3")):
+        build_trainer(parse_arguments(arguments(inputs, tmp_path / "out", start=start)))
+    assert not [record for record in caplog.records if record.name == "pretrain"]
+
+
+def test_model_of_a_finished_training_is_refused_as_such_whatever_the_steps(stages, inputs, tmp_path):
+    upcycle.main(["--model", str(stages.whole.output), "--to", "2t2i", "--output", str(tmp_path / "grown")])
+    for model in (stages.whole.output, stages.whole.output / "checkpoint-8", tmp_path / "grown"):
+        for more in ((), ("--steps", "20", "--seed", "1")):
+            args = parse_arguments(arguments(inputs, tmp_path / "out", *more, start=("--model", model)))
+            with pytest.raises(ValueError, match="is finished.* all of its 8 steps.*--restart-data"):
+                build_trainer(args)
+
+
 def test_model_without_a_trainer_state_starts_at_the_first_batch(stages, inputs, tmp_path):
     model = MomaForCausalLM.from_pretrained(stages.start[1]).to(torch.bfloat16)
     model.save_pretrained(tmp_path / "model")
@@ -267,12 +370,96 @@ def test_model_without_a_trainer_state_starts_at_the_first_batch(stages, inputs,
 
 @pytest.mark.parametrize(
     "more, named",
-    [(["--steps", "9"], "--steps"), (["--batch-size", "2"], "--batch-size"), (["--stop-at", "3"], "3 steps")],
+    [
+        (["--steps", "9"], "`--steps` = 9 is not the 8 "),
+        (["--batch-size", "2"], "`--batch-size` .* = 2 is not the 4 "),
+        (["--gradient-accumulation-steps", "2"], "`--gradient-accumulation-steps` .* = 8 is not the 4 "),
+        (["--seed", "1"], "`--seed` = 1 is not the 0 "),
+        (["--stop-at", "3"], "3 steps"),
+    ],
 )
 def test_continuation_that_would_repeat_data_or_train_nothing_is_refused(stages, inputs, tmp_path, more, named):
-    with pytest.raises(ValueError, match=named):
-        main(arguments(inputs, tmp_path / "out", *more, start=stages.start))
-    assert not (tmp_path / "out" / "model.safetensors").exists()
+    for model in (stages.start[1], stages.stopped.output / "checkpoint-3"):
+        with pytest.raises(ValueError, match=f"{named}.*--restart-data"):
+            main(arguments(inputs, tmp_path / "out", *more, start=("--model", model)))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("number, indices", [(1, [0]), (3, [0, 3, 6]), (7, [0, 1, 2, 4, 5, 7, 8]), (99, range(10))])
+def test_as_many_examples_are_evaluated_as_asked_for_spread_over_all(number, indices):
+    assert evenly_spaced(list(range(10)), number) == list(indices)
+
+
+def test_all_examples_are_evaluated_by_default(stages, inputs, tmp_path):
+    assert len(stages.whole.trainer.eval_dataset) == 8
+    for number in (3, 5, 8, 9):
+        args = parse_arguments(arguments(inputs, tmp_path, "--eval-examples", str(number)))
+        assert len(build_trainer(args).eval_dataset) == min(number, 8)
+
+
+@pytest.mark.parametrize("number", ["0", "-1", "few"])
+def test_number_of_examples_to_evaluate_is_positive(inputs, tmp_path, number, capsys):
+    with pytest.raises(SystemExit):
+        parse_arguments(arguments(inputs, tmp_path, "--eval-examples", number))
+    assert "--eval-examples" in capsys.readouterr().err
+
+
+def noise_of(inputs, output, *more, start):
+    """The config's noise and the routers'."""
+    trainer = build_trainer(parse_arguments(arguments(inputs, output, *more, start=start)))
+    scales = {module.gumbel_noise for module in trainer.model.modules() if isinstance(module, MomaRouter)}
+    return trainer.model.config.gumbel_noise, scales
+
+
+@pytest.mark.parametrize(
+    "more, expected", [((), 1.0), (("--gumbel-noise", "0"), 0.0), (("--gumbel-noise", "0.5"), 0.5)]
+)
+def test_noise_of_the_routers_is_told_and_can_be_set(stages, inputs, tmp_path, capsys, more, expected):
+    scale, scales = noise_of(inputs, tmp_path, *more, start=stages.start)
+    assert scale == expected and scales == {expected}
+    noise = [line for line in capsys.readouterr().out.splitlines() if "noise" in line]
+    assert noise == ([f"Gumbel noise of scale {expected} on the expert routers, which stays"] if expected else [])
+
+
+def test_noise_that_fades_is_told_with_its_clock(stages, inputs, tmp_path, capsys):
+    source, grown = str(stages.stopped.output), tmp_path / "grown"
+    upcycle.main(["--model", source, "--to", "2t2i", "--gumbel-noise-steps", "30", "--output", str(grown)])
+    output = tmp_path / "out"
+    main(
+        arguments(
+            inputs,
+            output,
+            "--stop-at",
+            "5",
+            *"--batch-size 2 --gradient-accumulation-steps 2".split(),
+            start=("--model", grown),
+        )
+    )
+    assert "of scale 1.0 on the expert routers, fading over 30 training forwards, 0 past" in capsys.readouterr().out
+    # two steps of two batches
+    noise_of(inputs, tmp_path / "more", start=("--model", output))
+    assert "fading over 30 training forwards, 4 past" in capsys.readouterr().out
+
+
+def test_noise_that_was_turned_off_stays_off_in_what_is_saved(stages, inputs, tmp_path):
+    quiet, loud = (
+        run(inputs, tmp_path / scale, "--gumbel-noise", scale, "--stop-at", "6", start=stages.start)
+        for scale in ("0", "3")
+    )
+    assert MomaForCausalLM.from_pretrained(quiet.output).config.gumbel_noise == 0
+    first, second = (load_file(stage.output / "model.safetensors") for stage in (quiet, loud))
+    name = "model.layers.0.mlp.groups.text.router.weight"
+    assert not torch.equal(first[name], second[name])
+
+
+def test_noise_can_be_set_from_nothing_too_and_is_not_negative(inputs, stages, tmp_path, capsys):
+    start = ("--config", inputs / "config.json")
+    assert noise_of(inputs, tmp_path, start=start)[1] == {0.0}
+    assert "noise" not in capsys.readouterr().out
+    assert noise_of(inputs, tmp_path, "--gumbel-noise", "0.5", start=start)[1] == {0.5}
+    for begin in (start, stages.start):
+        with pytest.raises(Exception, match="gumbel_noise"):
+            noise_of(inputs, tmp_path, "--gumbel-noise=-1", start=begin)
 
 
 def test_restarted_data_begin_at_the_first_batch(stages, inputs, tmp_path):

@@ -12,6 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 import json
+import shutil
 
 import pytest
 import torch
@@ -53,15 +54,46 @@ def test_folder_is_a_model_with_its_receipt_and_the_position_in_the_data(checkpo
     receipt = json.loads((output / "upcycling.json").read_text())
     assert receipt["arguments"]["to"] == "4t4i" and receipt["arguments"]["model"] == str(checkpoint)
     # two layers of two groups, each with two packed matrices and a router of four tensors
+    assert receipt["data_order"] is None
     assert receipt["tensors"]["copied"] == 8 and receipt["tensors"]["new"] == 16
     assert set(receipt["coverage"]) == {"text", "image"}
     assert receipt["ffn_difference"]["text"][1] == pytest.approx(0, abs=1e-6)
-    assert json.loads(capsys.readouterr().out) == {key: receipt[key] for key in receipt if key != "arguments"}
+    assert json.loads(capsys.readouterr().out) == {
+        key: receipt[key] for key in receipt if key not in ("arguments", "data_order")
+    }
     expected = {"config.json", "generation_config.json", "model.safetensors", "trainer_state.json", "upcycling.json"}
     # the code comes along, as with every saved model
     assert {path.name for path in output.iterdir() if path.suffix != ".py"} == expected
     assert [path.name for path in output.parent.iterdir()] == ["upcycled"]
     assert {path.name: path.read_bytes() for path in checkpoint.iterdir()} == before
+
+
+def write_run(folder, **run):
+    (folder / "run.json").write_text(json.dumps(run))
+
+
+def test_receipt_tells_what_decided_on_the_order_of_the_seeds_data(checkpoint, tmp_path):
+    seed = tmp_path / "seed"
+    shutil.copytree(checkpoint, seed / "checkpoint-5")
+    shutil.copytree(checkpoint, seed, dirs_exist_ok=True)
+    write_run(seed, examples_a_step=8, first_step=0, arguments={"seed": 3, "batch_size": 4})
+    for source in (seed / "checkpoint-5", seed):
+        run(source, tmp_path / f"from-{source.name}", "--seed", "1", to="2t1i")
+        receipt = json.loads((tmp_path / f"from-{source.name}" / "upcycling.json").read_text())
+        assert receipt["data_order"] == {"seed": 3, "examples_a_step": 8}
+    # as runs were described once
+    write_run(seed, examples_a_step=8)
+    run(seed, tmp_path / "older", to="2t1i")
+    assert json.loads((tmp_path / "older" / "upcycling.json").read_text())["data_order"] is None
+
+
+def test_model_that_is_grown_once_more_keeps_the_order_of_its_data(checkpoint, tmp_path):
+    shutil.copytree(checkpoint, tmp_path / "seed")
+    write_run(tmp_path / "seed", examples_a_step=8, arguments={"seed": 3})
+    run(tmp_path / "seed", tmp_path / "same", to="1t1i")
+    run(tmp_path / "same", tmp_path / "more", to="2t2i")
+    receipt = json.loads((tmp_path / "more" / "upcycling.json").read_text())
+    assert receipt["data_order"] == {"seed": 3, "examples_a_step": 8}
 
 
 def test_seed_of_the_script_decides_everything_random(checkpoint, tmp_path):
