@@ -24,6 +24,8 @@ class MomaAuxiliaryRouter(nn.Module):
 
     It decides whether an expert or a depth layer runs; with what weight is the main router's business. Its parameters
     are frozen until [`AuxiliaryRouterTrainer`] trains them, so that the main training neither moves nor misses them.
+    Thresholds are compared with fp32 probabilities, which are all 1 for logits above about 17: tokens that tie there
+    are taken or left together.
 
     State dict:
         up_proj.weight    [D // 2, D]       fp32

@@ -75,9 +75,14 @@ def add_auxiliary_routers(model: MomaForCausalLM) -> MomaForCausalLM:
 
 
 def membership_loss(record: RouterRecord) -> torch.Tensor:
-    """Binary cross-entropy of membership in the top K, the mean over (token, expert) pairs; 0 without tokens.
+    """Binary cross-entropy of membership in the top K.
 
-    Only the auxiliary router gets gradients, and it gets them (zeros) without tokens as well.
+    Args:
+        record (`RouterRecord`): of a router with an auxiliary one.
+
+    Returns:
+        `torch.Tensor`: a scalar, the mean over (token, expert) pairs in nats, 0 without tokens. Only the auxiliary
+        router gets gradients, and it gets them (zeros) without tokens as well.
     """
     logits_NS = record.router.auxiliary(record.hidden_ND.detach())
     target_NS = record.is_member_NS.to(logits_NS.dtype)
@@ -87,7 +92,14 @@ def membership_loss(record: RouterRecord) -> torch.Tensor:
 
 @contextmanager
 def only_auxiliary_trainable(model: nn.Module):
-    """Within this context the auxiliary routers alone require gradients; then every parameter is as it was."""
+    """Within this context the auxiliary routers alone require gradients; then every parameter is as it was.
+
+    Args:
+        model (`nn.Module`): with auxiliary routers.
+
+    Raises:
+        ValueError: the model has no routers.
+    """
     before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     model.requires_grad_(False)
     for router in named_routers(model).values():
@@ -110,13 +122,29 @@ class AuxiliaryRouterTrainer(Trainer):
     share of (token, expert) pairs that the auxiliary routers take at their thresholds (`eval_load`), and the share
     that the top K holds (`eval_true_load`).
 
+    It takes the arguments of `Trainer` but `model_init`. The routers are observed by forward hooks, so it runs neither
+    with `torch_compile` nor with several devices in one process.
+
     Raises:
-        ValueError: the model has no auxiliary routers, see [`add_auxiliary_routers`].
+        ValueError: the model has no auxiliary routers, see [`add_auxiliary_routers`]; or an argument cannot be served.
     """
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         require_auxiliary_routers(self.model)
+        if self.model_init is not None:
+            raise ValueError(
+                "`model_init` is given, and train() would put a new model in the place of this one: give `model`."
+            )
+        if self.args.torch_compile:
+            raise ValueError(
+                "`args` has torch_compile=True, but compiled models skip the hooks that observe routers: leave it out."
+            )
+        if self.args.n_gpu > 1:
+            raise ValueError(
+                f"`args` has n_gpu = {self.args.n_gpu}, but copies that DataParallel makes lose what hooks observe: "
+                "start one process for each device with torchrun, or show this one a single device."
+            )
         # the loss is a mean already: accumulated steps are to be averaged
         self.model_accepts_loss_kwargs = False
         self._counts = None
@@ -143,6 +171,11 @@ class AuxiliaryRouterTrainer(Trainer):
                 self._counts.add(record)
 
         def put_loss(module, args, output):
+            if not losses:
+                raise ValueError(
+                    f"`model` is a {type(module).__name__} whose forward ran none of its routers, so there is nothing "
+                    "to learn from: was it compiled, or does it call copies of its layers?"
+                )
             output.loss = torch.stack([loss.to(losses[0].device) for loss in losses]).mean()
             return output
 
@@ -196,7 +229,8 @@ def auxiliary_report(model: PreTrainedModel, batches: Iterable[dict[str, torch.T
         `list[dict]`: one row for each router, in the order of the forward, fit for JSON:
 
         - `router`, its module's name, `layer`, and `group`, `"depth"` for the router of a depth layer;
-        - `tokens` and `true_loads`, lists with an entry for each expert, or each pool of a depth layer;
+        - `tokens` and `true_loads`, lists with an entry for each expert, or each pool of a depth layer. With several
+          processes `tokens` are the sum over all: a batch that each of them brings counts once for each;
         - `true_load`, the share of (token, expert) pairs in the top K;
         - `rules`, with an entry for each rule: `"auxiliary_0.5"` cuts predicted probabilities at one half as the paper
           does, `"auxiliary"` at the model's auxiliary thresholds, `"threshold"` is the routing of this name. An entry

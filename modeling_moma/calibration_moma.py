@@ -134,7 +134,12 @@ def named_routers(model: torch.nn.Module) -> dict[str, MomaRouterBase]:
 def observed_routers(model: torch.nn.Module, observe: Callable[[RouterRecord], object]):
     """Within this context `observe` is called inside every forward, after each router.
 
-    The routers have to be in eval mode: in training their scores may carry noise.
+    Args:
+        model (`torch.nn.Module`): its routers have to be in eval mode: in training their scores may carry noise.
+        observe (`Callable`): gets a [`RouterRecord`]; what it returns is ignored.
+
+    Raises:
+        ValueError: the model has no routers.
     """
 
     def hook(name):
@@ -173,8 +178,14 @@ def run_observed(
 ):
     """Run batches through the decoder in eval mode, without the head, and show `observe` all routers.
 
+    Args:
+        model (`PreTrainedModel`): not changed.
+        batches (`Iterable[dict[str, torch.Tensor]]`): its inputs; `labels` are left out.
+        observe (`Callable`): gets a [`RouterRecord`] of each router and batch.
+        routing (`str`, *optional*, defaults to `"expert_choice"`): the routing under which the hidden states arise.
+
     Raises:
-        ValueError: there is no batch.
+        ValueError: there is no batch, or the model has no routers.
     """
     is_empty = True
     with evaluation_mode(model), observed_routers(model, observe):
@@ -272,12 +283,14 @@ def calibrate_thresholds(
 ) -> list[dict]:
     """Compute the `threshold` of all routers anew, for a model that was trained elsewhere or under other rules.
 
-    A threshold becomes the plain mean of the K-th best scores of the batches, with `K` as in training; `num_updates`
-    becomes the number of batches that had tokens to judge by. Nothing else of the model changes, and nothing at all
-    when a batch raises. With several processes each brings its own batches, and all get the same result.
+    A threshold becomes the plain mean of the K-th best scores of the batches, with `K` as in training. `num_updates`
+    becomes the number of batches that had tokens to judge by where it was less, and never falls: it is the clock of
+    `gumbel_noise_steps` and `routing_warmup_steps`, too, and what has run out in training must not begin anew. Nothing
+    else of the model changes, and nothing at all when a batch raises. With several processes each brings its own
+    batches, and all get the same result.
 
     An expert or pool without tokens in a batch has no vote there. Without any vote it keeps its threshold, and a
-    warning names it.
+    warning names it. Another one tells where no inference routing of the config would read the thresholds.
 
     Args:
         model (`PreTrainedModel`): a `MomaForCausalLM` or `MomaModel`; changed in place.
@@ -293,15 +306,28 @@ def calibrate_thresholds(
     """
     batches = list(batches)
     routers = named_routers(model)
+    _warn_if_unread(model.config)
     cuts = _mean_cuts(model, batches, lambda record: record.kth_C, routing)
     report = _calibrated_report(model, batches, "threshold", "scores_NS", cuts, routing)
     with torch.no_grad():
         for name, (mean_C, votes_C) in cuts.items():
-            router, has_vote_C = routers[name], votes_C > 0
-            router.threshold.copy_(torch.where(has_vote_C, mean_C, router.threshold))
-            updates_C = torch.where(has_vote_C, votes_C, router.num_updates)
-            router.num_updates.copy_(updates_C if router.num_updates.ndim else updates_C[0])
+            router = routers[name]
+            router.threshold.copy_(torch.where(votes_C > 0, mean_C, router.threshold))
+            votes = votes_C if router.num_updates.ndim else votes_C[0]
+            router.num_updates.copy_(torch.maximum(router.num_updates, votes))
     return report
+
+
+def _warn_if_unread(config):
+    routings = {"inference_routing": config.inference_routing}
+    if config.depth_layers:
+        routings["depth_inference_routing"] = config.depth_inference_routing or config.inference_routing
+    if "threshold" not in routings.values():
+        fields = " and ".join(f"config.{name}={value!r}" for name, value in routings.items())
+        logger.warning(
+            "The thresholds that are calibrated here are read under the routing 'threshold' alone, and the model has "
+            f"{fields}: set config.inference_routing='threshold', or pass routing='threshold', to use them."
+        )
 
 
 def calibrate_auxiliary_thresholds(
@@ -312,6 +338,9 @@ def calibrate_auxiliary_thresholds(
     A classifier that is cut at one half need not take the right number of tokens. Here each expert, and each pool of a
     depth layer, gets the mean over the batches of its K-th best predicted probability. All else is as in
     [`calibrate_thresholds`].
+
+    Probabilities of logits above about 17 are all 1 in fp32. When more than K tokens tie so at the cut, all of them
+    are taken; the report's `load` counts them.
 
     Args:
         model (`PreTrainedModel`): with `config.auxiliary_routers`, trained; changed in place.
@@ -337,7 +366,14 @@ def calibrate_auxiliary_thresholds(
 
 
 def require_auxiliary_routers(model: PreTrainedModel):
-    """Raise `ValueError` for a model whose routers have no auxiliary ones."""
+    """Check that a model has auxiliary routers.
+
+    Args:
+        model (`PreTrainedModel`): its config tells.
+
+    Raises:
+        ValueError: it has none.
+    """
     if not model.config.auxiliary_routers:
         raise ValueError(
             "`model` has config.auxiliary_routers=False: give it some with add_auxiliary_routers(model), or load what "

@@ -15,13 +15,14 @@
 
 import argparse
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from datasets import Dataset, load_from_disk
 
-from emoji.measures import load_model, shuffled_held_out
-from emoji.tables import markdown_table
+from emoji.measures import load_model, padded_batches, shuffled_held_out
+from emoji.routing_comparison import router_table
 from modeling_moma import (
     MomaForCausalLM,
     add_auxiliary_routers,
@@ -29,7 +30,7 @@ from modeling_moma import (
     calibrate_thresholds,
 )
 from pretrain import check_layout
-from tokenization import MomaDataCollator, MomaProcessor
+from tokenization import MomaProcessor
 from writing import write_folder_aside
 
 
@@ -41,32 +42,37 @@ def parse_arguments(arguments=None) -> argparse.Namespace:
     parser.add_argument("--model", required=True, help="folder of a trained MomaForCausalLM")
     parser.add_argument("--processor", required=True, help="folder of its MomaProcessor")
     parser.add_argument("--codes", required=True, help="folder that scripts/tokenize_pictures.py wrote")
-    parser.add_argument("--output", required=True, help="folder for the model, its processor and the report")
+    parser.add_argument("--output", required=True, help="new folder for the model, its processor and the report")
+    parser.add_argument(
+        "--inference-routing",
+        choices=["threshold", "auxiliary"],
+        help="what the saved model chooses by, in depth layers, too; default: as before",
+    )
     parser.add_argument("--split", default="validation")
     parser.add_argument("--batches", type=int, default=16, help="at most so many")
     parser.add_argument("--batch-size", type=int, default=32, help="that of the training, where possible")
     parser.add_argument("--seed", type=int, default=0, help="of the choice of examples")
-    return parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
+    for name, value in (("--batches", args.batches), ("--batch-size", args.batch_size)):
+        if value < 1:
+            parser.error(f"{name} {value}: at least one is needed to calibrate on")
+    return args
+
+
+def refuse_files(folder: str, is_fine: Callable[[Path], bool] = lambda path: False):
+    """Raise `ValueError` for an output folder with files that are not fine: they would mix with the model's."""
+    others = sorted(path.name for path in Path(folder).glob("*") if not is_fine(path))
+    if others:
+        raise ValueError(
+            f"`--output` {folder!r} has files of something else in it, such as {others[0]!r}: give a new folder."
+        )
 
 
 def held_out_batches(codes: Dataset, processor: MomaProcessor, batch_size: int, seed: int) -> list[dict]:
     """Padded batches of one size in random order; of the last one, when it is short, only if it is the only one."""
     examples = shuffled_held_out(codes, processor, seed)
-    collate = MomaDataCollator(processor.tokenizer)
-    starts = range(0, max(len(examples) - batch_size, 0) + 1, batch_size)
-    return [collate(examples[start : start + batch_size]) for start in starts]
-
-
-def routers_table(rows: list[dict]) -> str:
-    """What rules take of each router's tokens and how well, as Markdown."""
-    rules = list(rows[0]["rules"])
-    columns = ("precision", "recall", "load")
-    head = ["layer, group", "true load", *(f"{rule} {column}" for rule in rules for column in columns)]
-    body = []
-    for row in rows:
-        values = [row["true_load"], *(row["rules"][rule][column] for rule in rules for column in columns)]
-        body.append([f"{row['layer']}, {row['group']}", *("" if v is None else f"{v:.3f}" for v in values)])
-    return markdown_table(head, body)
+    whole = len(examples) // batch_size * batch_size
+    return padded_batches(processor, examples[: whole or None], batch_size)
 
 
 def save_with_processor(
@@ -91,16 +97,24 @@ def save_with_processor(
 
 def main(arguments=None):
     args = parse_arguments(arguments)
+    refuse_files(args.output)
     processor = MomaProcessor.from_pretrained(args.processor)
     model = load_model(args.model, "cuda" if torch.cuda.is_available() else "cpu")
     check_layout(model.config, processor.token_layout())
+    if args.inference_routing == "auxiliary" and not model.config.auxiliary_routers:
+        raise ValueError(
+            "`--inference-routing` is auxiliary, but `--model` has no auxiliary routers: "
+            "scripts/train_auxiliary_routers.py adds and trains them."
+        )
+    if args.inference_routing:
+        model.config.inference_routing, model.config.depth_inference_routing = args.inference_routing, None
     codes = load_from_disk(args.codes)[args.split]
     batches = held_out_batches(codes, processor, args.batch_size, args.seed)[: args.batches]
     report = {"threshold": calibrate_thresholds(model, batches)}
     if model.config.auxiliary_routers:
         report["auxiliary"] = calibrate_auxiliary_thresholds(model, batches)
     for rows in report.values():
-        print(routers_table(rows))
+        print(router_table(rows))
     facts = {"arguments": vars(args), "batches": len(batches), **report}
     save_with_processor(model, args.model, processor, args.output, REPORT_FILE, facts)
 

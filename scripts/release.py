@@ -30,6 +30,8 @@ def main(arguments=None):
     parser.add_argument("--output", required=True)
     args = parser.parse_args(arguments)
     model = MomaForCausalLM.from_pretrained(args.model, dtype=torch.bfloat16)
+    # noise belongs to a stage of training; whoever trains the release further sets it anew
+    model.config.gumbel_noise, model.config.gumbel_noise_steps = 0.0, None
     processor = MomaProcessor.from_pretrained(args.processor)
 
     def save(folder: Path):

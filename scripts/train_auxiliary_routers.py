@@ -19,11 +19,13 @@ from pathlib import Path
 import torch
 from datasets import load_from_disk
 from transformers import Trainer, TrainingArguments, set_seed
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
-from calibrate import held_out_batches, routers_table, save_with_processor
+from calibrate import held_out_batches, refuse_files, save_with_processor
 from emoji.examples import EmojiExamples, held_out_examples
 from emoji.measures import load_model
+from emoji.routing_comparison import router_table
 from modeling_moma import (
     AuxiliaryRouterTrainer,
     MomaForCausalLM,
@@ -33,7 +35,7 @@ from modeling_moma import (
 )
 from modeling_moma.calibration_moma import named_routers
 from precision import supports_bf16
-from pretrain import check_layout
+from pretrain import FollowArguments, check_layout
 from tokenization import MomaDataCollator, MomaProcessor
 
 
@@ -45,7 +47,7 @@ def parse_arguments(arguments=None) -> argparse.Namespace:
     parser.add_argument("--model", required=True, help="folder of a trained MomaForCausalLM")
     parser.add_argument("--processor", required=True, help="folder of its MomaProcessor")
     parser.add_argument("--codes", required=True, help="folder that scripts/tokenize_pictures.py wrote")
-    parser.add_argument("--output", required=True, help="folder for checkpoints, the model, its processor, the report")
+    parser.add_argument("--output", required=True, help="new folder: checkpoints, model, processor, report")
     parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--batch-size", type=int, default=32, help="that of the main training, where possible")
     parser.add_argument("--gradient-accumulation-steps", type=int, default=1)
@@ -99,30 +101,46 @@ def build_trainer(args: argparse.Namespace, model: MomaForCausalLM, processor: M
         train_dataset=EmojiExamples(codes["train"], processor, examples_in_all, args.seed),
         eval_dataset=held_out_examples(codes["validation"], processor),
         data_collator=MomaDataCollator(processor.tokenizer),
+        callbacks=[FollowArguments()],
         processing_class=processor.tokenizer,
     )
 
 
-def set_thresholds(args: argparse.Namespace, model: MomaForCausalLM, batches: list[dict]) -> list[dict]:
-    """Give the auxiliary routers their thresholds; returns the batches that had no part in it."""
+def check_output(args: argparse.Namespace):
+    """Raise `ValueError` where the output folder holds what no run of this script that goes on now has left."""
+    has_report = (Path(args.output) / REPORT_FILE).is_file()
+
+    def is_own(path: Path) -> bool:
+        of_trainer = path.name == TRAINER_STATE_NAME or path.name.startswith(f"{PREFIX_CHECKPOINT_DIR}-")
+        return args.resume and (has_report or of_trainer)
+
+    refuse_files(args.output, is_own)
+
+
+def split_batches(args: argparse.Namespace, batches: list[dict]) -> tuple[list[dict], list[dict]]:
+    """Batches to calibrate on, none with `--threshold`, and batches to report on.
+
+    Raises:
+        ValueError: there are too few.
+    """
     if args.threshold is not None:
-        for router in named_routers(model).values():
-            router.auxiliary.threshold.fill_(args.threshold)
-        return batches
+        return [], batches
     if len(batches) < 2:
         raise ValueError(
             f"`--batch-size` = {args.batch_size} gives {len(batches)} batch of the validation split: two are needed, "
             "one to calibrate on and one to report on."
         )
     half = len(batches) // 2
-    calibrate_auxiliary_thresholds(model, batches[:half])
-    return batches[half:]
+    return batches[:half], batches[half:]
 
 
 def main(arguments=None):
     args = parse_arguments(arguments)
+    check_output(args)
     processor = MomaProcessor.from_pretrained(args.processor)
     codes = load_from_disk(args.codes)
+    batches = held_out_batches(codes["validation"], processor, args.batch_size, args.seed)
+    calibration_batches, report_batches = split_batches(args, batches)
     set_seed(args.seed)
     model = load_model(args.model, "cuda" if torch.cuda.is_available() else "cpu")
     check_layout(model.config, processor.token_layout())
@@ -136,16 +154,19 @@ def main(arguments=None):
     # thresholds are computed in fp32, without the casts that training in bf16 leaves around the forward
     model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
 
-    batches = held_out_batches(codes["validation"], processor, args.batch_size, args.seed)
-    unseen = set_thresholds(args, model, batches)
-    rows = auxiliary_report(model, unseen)
-    print(routers_table(rows))
+    if calibration_batches:
+        calibrate_auxiliary_thresholds(model, calibration_batches)
+    else:
+        for router in named_routers(model).values():
+            router.auxiliary.threshold.fill_(args.threshold)
+    rows = auxiliary_report(model, report_batches)
+    print(router_table(rows))
     model.config.inference_routing, model.config.depth_inference_routing = "auxiliary", None
     report = {
         "arguments": vars(args),
         "steps": trainer.state.global_step,
-        "calibration_batches": len(batches) - len(unseen),
-        "report_batches": len(unseen),
+        "calibration_batches": len(calibration_batches),
+        "report_batches": len(report_batches),
         "routers": rows,
     }
     if trainer.is_world_process_zero():

@@ -65,6 +65,19 @@ def shuffled_held_out(codes: Dataset, processor, seed: int, limit: int | None = 
     return [examples[index] for index in order]
 
 
+def padded_batches(processor, examples: list[dict], batch_size: int) -> list[dict[str, torch.Tensor]]:
+    """
+    Examples as inputs of the model, in their order.
+
+    Args:
+        processor (`MomaProcessor`): its tokenizer pads.
+        examples (`list[dict]`): `input_ids` each.
+        batch_size (`int`): examples at once; the last batch may be short.
+    """
+    collate = MomaDataCollator(processor.tokenizer)
+    return [collate(examples[start : start + batch_size]) for start in range(0, len(examples), batch_size)]
+
+
 @torch.inference_mode()
 def held_out_loss(
     model,
@@ -90,10 +103,8 @@ def held_out_loss(
     Returns:
         `dict[str, float]`: `overall`, one entry for each modality, and `tokens`, the number of targets.
     """
-    collate = MomaDataCollator(processor.tokenizer)
     sums, counts = defaultdict(float), defaultdict(int)
-    for start in tqdm(range(0, len(examples), batch_size), desc=description):
-        batch = collate(examples[start : start + batch_size])
+    for batch in tqdm(padded_batches(processor, examples, batch_size), desc=description):
         inputs = {name: values.to(model.device) for name, values in batch.items()}
         output = model(**inputs, routing=routing, depth_routing=depth_routing)
         for modality, loss in output.modality_losses.items():

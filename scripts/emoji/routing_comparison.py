@@ -20,9 +20,8 @@ import torch
 
 from modeling_moma.auxiliary_moma import MomaAuxiliaryRouter
 from modeling_moma.auxiliary_training_moma import PAPER_THRESHOLD, auxiliary_report
-from tokenization import MomaDataCollator
 
-from .measures import EXPERT_CHOICE, LOSSES, gaps, held_out_loss
+from .measures import EXPERT_CHOICE, LOSSES, gaps, held_out_loss, padded_batches
 from .tables import markdown_table
 
 
@@ -36,6 +35,8 @@ CAUSAL_RULES = {
     "auxiliary": "`auxiliary`, calibrated cuts",
 }
 RULES = {ORACLE: f"oracle: {EXPERT_CHOICE}", **CAUSAL_RULES}
+# what tables tell of a rule, of `auxiliary_report`
+QUALITIES = {"accuracy": "acc.", "precision": "prec.", "recall": "rec.", "load": "load"}
 # largest gap that the best causal rule shall have
 AIM_GAP = 0.01
 
@@ -100,12 +101,10 @@ def measure(model, processor, examples: list[dict], batch_size: int) -> dict:
     losses = {rule: loss(rule, rule) for rule in RULES if rule != AT_PAPER_THRESHOLD}
     with paper_thresholds(model):
         losses[AT_PAPER_THRESHOLD] = loss(AT_PAPER_THRESHOLD, "auxiliary")
-    collate = MomaDataCollator(processor.tokenizer)
-    starts = range(0, len(examples), batch_size)
     return {
         "loss": {rule: losses[rule] for rule in RULES},
         "gap": {rule: gaps(losses[rule], losses[ORACLE]) for rule in CAUSAL_RULES},
-        "routers": auxiliary_report(model, (collate(examples[start : start + batch_size]) for start in starts)),
+        "routers": auxiliary_report(model, padded_batches(processor, examples, batch_size)),
     }
 
 
@@ -130,39 +129,28 @@ def _above(gap):
 
 
 def loss_table(result: dict) -> str:
-    """Markdown table of the losses and of their gaps to the oracle."""
+    """Markdown table of the losses, behind each its gap to the oracle's."""
     rows = []
     for rule, title in RULES.items():
         gap = result["gap"].get(rule)
-        rows.append(
-            [
-                title,
-                *(f"{result['loss'][rule][name]:.4f}" for name in LOSSES),
-                *(f"{100 * gap[name]:+.2f} %" if gap else "" for name in LOSSES),
-            ]
-        )
-    titles = [*LOSSES.values(), *(f"{title}, to oracle" for title in LOSSES.values())]
-    return markdown_table(["held-out loss, nats per target token", *titles], rows)
+        behind = {name: f" ({100 * gap[name]:+.2f} %)" if gap else "" for name in LOSSES}
+        rows.append([title, *(f"{result['loss'][rule][name]:.4f}{behind[name]}" for name in LOSSES)])
+    return markdown_table(["held-out loss, nats per target token (to oracle)", *LOSSES.values()], rows)
 
 
 def router_table(routers: Sequence[dict]) -> str:
-    """Markdown table of each causal rule's precision, recall and load, a row for each layer and group.
+    """Markdown table of how well causal rules hit the oracle's choice, a row for each layer and group.
 
     Args:
-        routers (`Sequence[dict]`): rows of `auxiliary_report`.
+        routers (`Sequence[dict]`): rows of `auxiliary_report`, or of a calibration, which has one rule alone.
     """
+    titles = {rule: title for rule, title in CAUSAL_RULES.items() if rule in routers[0]["rules"]}
     rows = []
     for router in routers:
-        cells = [
-            " / ".join(_percent(router["rules"][rule][name]) for name in ("precision", "recall", "load"))
-            for rule in CAUSAL_RULES
-        ]
+        cells = [" / ".join(_percent(router["rules"][rule][name]) for name in QUALITIES) for rule in titles]
         rows.append([f"{router['layer']}, {router['group']}", _percent(router["true_load"]), *cells])
-    head = [
-        "layer, group",
-        "oracle's load",
-        *(f"{title}: precision / recall / load" for title in CAUSAL_RULES.values()),
-    ]
+    qualities = " / ".join(QUALITIES.values())
+    head = ["layer, group", "oracle's load, %", *(f"{title}: {qualities}, %" for title in titles.values())]
     return markdown_table(head, rows)
 
 
@@ -171,18 +159,19 @@ def _percent(share):
 
 
 def comparison_section(report: dict) -> str:
-    """The report of scripts/compare_routings.py as Markdown without a title, for a README."""
+    """The report of scripts/compare_routings.py as Markdown without a title, for a README: tables, then words."""
     settings = (
         f"{report['date']}, `{report['command']}`: one model, {report['examples']} examples of the {report['split']} "
         f"split, both orders of each picture shuffled together, {report['batch_size']} in a batch; the oracle's loss "
         "depends on the batch."
     )
     note = (
-        "Precision / recall / load in %: of the (token, expert) pairs that a rule takes, how many the oracle takes; "
-        "of the oracle's, how many the rule takes; and how many it takes of all. Every router is asked about what it "
-        "sees when the oracle routes the layers before it."
+        "Accuracy / precision / recall / load in %: of all (token, expert) pairs, on how many a rule and the oracle "
+        "agree; of those that the rule takes, how many the oracle takes; of the oracle's, how many the rule takes; "
+        "and how many it takes of all. Every router is asked about what it sees when the oracle routes the layers "
+        "before it."
     )
-    return "\n\n".join([loss_table(report), verdict(report), settings, router_table(report["routers"]), note]) + "\n"
+    return "\n\n".join([loss_table(report), router_table(report["routers"]), note, verdict(report), settings]) + "\n"
 
 
 def comparison_report(report: dict) -> str:

@@ -20,6 +20,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
 from transformers import TrainingArguments
+from transformers.modeling_outputs import CausalLMOutput
 
 from modeling.reference import GROUPS, mixed_ids, tiny_model
 from modeling.test_calibration import ALL_MODELS, MODELS, build, padded_batches, plain_records, state_of, text_only
@@ -128,6 +129,28 @@ def test_what_cannot_get_auxiliary_routers_is_refused(tmp_path):
         make_trainer(tiny_model(**GROUPS["4t4i"]), tmp_path)
     with pytest.raises(ValueError, match="auxiliary_routers=False"):
         auxiliary_report(tiny_model(**GROUPS["4t4i"]), padded_batches())
+
+
+def test_arguments_that_hooks_cannot_serve_are_refused(tmp_path):
+    arguments = TrainingArguments(output_dir=str(tmp_path), report_to=[], use_cpu=True)
+    with pytest.raises(ValueError, match="`model_init` is given"):
+        AuxiliaryRouterTrainer(model_init=lambda: build("4t4i"), args=arguments)
+    with pytest.raises(ValueError, match="torch_compile=True"):
+        make_trainer(build("4t4i"), tmp_path, torch_compile=True)
+    arguments._n_gpu = 2
+    with pytest.raises(ValueError, match="n_gpu = 2.*torchrun"):
+        AuxiliaryRouterTrainer(model=build("4t4i"), args=arguments)
+
+
+def test_a_forward_without_routers_is_told(tmp_path):
+    class Elsewhere(MomaForCausalLM):
+        def forward(self, *args, **kwargs):
+            return CausalLMOutput(logits=torch.zeros(1))
+
+    config = build("4t4i").config
+    trainer = make_trainer(Elsewhere(config), tmp_path)
+    with pytest.raises(ValueError, match="`model` is a Elsewhere whose forward ran none of its routers"):
+        trainer.compute_loss(trainer.model, padded_batches()[0])
 
 
 @ALL_MODELS

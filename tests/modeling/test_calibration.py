@@ -198,6 +198,61 @@ def test_report_counts_what_the_new_thresholds_take(name):
         assert row["rules"]["threshold"]["loads"] == [taken[key, cut] / tokens[key, cut] for cut in cuts]
 
 
+def test_noise_and_warm_up_that_ended_in_training_do_not_begin_anew():
+    model = build("depth", gumbel_noise=1.0, gumbel_noise_steps=30, routing_warmup_steps=20)
+    routers = named_routers(model).values()
+    with torch.no_grad():
+        for router in routers:
+            router.num_updates.fill_(50)
+    calibrate_thresholds(model, padded_batches())
+    assert all((router.num_updates == 50).all() for router in routers)
+
+    ids = mixed_ids(seed=3)
+    quiet = build("depth")
+    quiet.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        logits, expected = (part.train()(input_ids=ids).logits for part in (model, quiet))
+        assert torch.equal(logits, expected)
+        # fewer steps, and there is noise
+        for router in routers:
+            router.num_updates.zero_()
+        assert not torch.equal(model(input_ids=ids).logits, expected)
+
+
+@pytest.mark.parametrize(
+    "fields, told",
+    [
+        ({}, None),
+        ({"inference_routing": "auxiliary", "depth_inference_routing": "threshold"}, None),
+        ({"inference_routing": "threshold", "depth_inference_routing": "auxiliary"}, None),
+        ({"inference_routing": "auxiliary"}, "depth_inference_routing='auxiliary'"),
+    ],
+)
+def test_thresholds_that_no_inference_routing_reads_are_told(fields, told, caplog):
+    calibrate_thresholds(build("depth", **fields), padded_batches()[:1])
+    assert ("are read under the routing 'threshold' alone" in caplog.text) == bool(told)
+    assert (told or "") in caplog.text
+    assert ("config.inference_routing='auxiliary'" in caplog.text) == bool(told)
+
+
+def test_report_owns_up_to_what_ties_at_certainty():
+    model = build("4t4i")
+    with torch.no_grad():
+        for router in named_routers(model).values():
+            router.auxiliary.down_proj.weight *= 1e5
+    batch = padded_batches()[2]
+    rows = calibrate_auxiliary_thresholds(model, [batch])
+    records = plain_records(model, batch)
+    for row in rows:
+        router = model.get_submodule(row["router"])
+        pairs, _ = records[row["router"]]
+        taken = sum(pair[2] >= router.auxiliary.threshold[pair[0]].item() for pair in pairs)
+        assert row["rules"]["auxiliary"]["load"] == taken / len(pairs)
+        # nobody that belongs to the K best probabilities is left out
+        assert row["rules"]["auxiliary"]["load"] >= row["true_load"]
+    assert any(row["rules"]["auxiliary"]["load"] > row["true_load"] for row in rows)
+
+
 def test_gumbel_noise_of_the_training_has_no_part():
     quiet, noisy = build("4t4i"), build("4t4i", gumbel_noise=1.0).train()
     for model in (quiet, noisy):

@@ -12,6 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -25,6 +26,7 @@ from emoji.measures import load_model
 from modeling_moma import MomaForCausalLM
 from modeling_moma.auxiliary_training_moma import auxiliary_report
 from modeling_moma.calibration_moma import calibrate_auxiliary_thresholds, calibrate_thresholds, named_routers
+from release import main as release
 from tiny import tiny_model, tiny_processor
 from tokenization import MomaProcessor
 from train_auxiliary_routers import main as train
@@ -131,9 +133,19 @@ def test_paper_threshold_resume_and_a_model_that_has_auxiliary_routers(inputs, t
     assert all((value == 0.5).all() for name, value in again.items() if name.endswith("auxiliary.threshold"))
     assert json.loads((tmp_path / "auxiliary_routers.json").read_text())["calibration_batches"] == 0
 
-    (tmp_path / "model.safetensors").unlink()
-    auxiliary_run(inputs, tmp_path, "--threshold", "0.5", "--resume")
+    # killed after the last checkpoint but one, before there was any result
+    for path in tmp_path.iterdir():
+        if path.name != "checkpoint-2":
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    auxiliary_run(inputs, tmp_path, "--threshold", "0.5", "--resume", "--eval-steps", "1", "--save-steps", "4")
     assert_same(again, load_file(tmp_path / "model.safetensors"))
+    # what is new among the arguments holds, although the checkpoint knows it otherwise
+    log = json.loads((tmp_path / "trainer_state.json").read_text())["log_history"]
+    assert [entry["step"] for entry in log if "eval_loss" in entry][-2:] == [3, 4]
+    # its own results are no hindrance, to who resumes
+    auxiliary_run(inputs, tmp_path, "--threshold", "0.5", "--resume")
+    with pytest.raises(ValueError, match="files of something else"):
+        auxiliary_run(inputs, tmp_path, "--threshold", "0.5")
     # goes on from the auxiliary routers that are there
     further = run(train, inputs, tmp_path / "further", "--steps", "1", "--learning-rate", "0", model=trained)
     assert_same(first, load_file(further / "model.safetensors"), except_for=["auxiliary.threshold"])
@@ -164,11 +176,52 @@ def test_calibrate_changes_thresholds_alone(inputs, trained, tmp_path):
     assert json.loads((both / "config.json").read_text())["inference_routing"] == "auxiliary"
 
 
+def test_calibrate_sets_the_routing_that_it_is_told(inputs, trained, tmp_path):
+    main = run(
+        calibrate, inputs, tmp_path / "main", "--batches", "1", "--inference-routing", "threshold", model=trained
+    )
+    config = MomaForCausalLM.from_pretrained(main).config
+    assert (config.inference_routing, config.depth_inference_routing) == ("threshold", None)
+    back = run(calibrate, inputs, tmp_path / "back", "--batches", "1", "--inference-routing", "auxiliary", model=main)
+    assert MomaForCausalLM.from_pretrained(back).config.inference_routing == "auxiliary"
+    with pytest.raises(ValueError, match="`--inference-routing` is auxiliary, but `--model` has no auxiliary routers"):
+        run(calibrate, inputs, tmp_path / "never", "--inference-routing", "auxiliary")
+    assert not (tmp_path / "never").exists()
+
+
+def test_folders_of_other_models_are_refused(inputs, trained, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(inputs / "model", other)
+    (other / "checkpoint-2").mkdir()
+    before = sorted(path.name for path in other.rglob("*"))
+    with pytest.raises(ValueError, match="`--output`.*give a new folder"):
+        run(calibrate, inputs, other)
+    for more in ([], ["--resume"]):
+        with pytest.raises(ValueError, match="`--output`.*give a new folder"):
+            auxiliary_run(inputs, other, *more)
+    assert sorted(path.name for path in other.rglob("*")) == before
+
+
+def test_a_released_model_has_no_noise_of_a_training_stage(inputs, tmp_path):
+    model = load_model(inputs / "model", "cpu")
+    model.config.gumbel_noise, model.config.gumbel_noise_steps = 1.0, 100
+    model.save_pretrained(tmp_path / "noisy")
+    folders = ["--model", str(tmp_path / "noisy"), "--processor", str(inputs / "model")]
+    release([*folders, "--output", str(tmp_path / "released")])
+    released = MomaForCausalLM.from_pretrained(tmp_path / "released")
+    assert (released.config.gumbel_noise, released.config.gumbel_noise_steps) == (0.0, None)
+    assert_same(load_file(inputs / "model" / "model.safetensors"), load_file(tmp_path / "released/model.safetensors"))
+
+
 def test_bad_arguments_are_refused(inputs, tmp_path):
+    for name in ("--batches", "--batch-size"):
+        with pytest.raises(SystemExit):
+            run(calibrate, inputs, tmp_path / "never", name, "0")
     with pytest.raises(SystemExit):
         auxiliary_run(inputs, tmp_path, "--threshold", "1.5")
     with pytest.raises(ValueError, match="two are needed"):
-        run(train, inputs, tmp_path, "--steps", "1", "--batch-size", "40")
+        run(train, inputs, tmp_path / "never", "--steps", "1", "--batch-size", "40")
+    assert not (tmp_path / "never").exists()
     other = tiny_model(tiny_processor(codes=64))
     other.save_pretrained(tmp_path / "other")
     with pytest.raises(ValueError, match="were they made together"):

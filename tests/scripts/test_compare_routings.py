@@ -174,6 +174,8 @@ def test_precision_and_recall_of_a_group_are_those_of_a_plain_loop(model, batche
         assert found["precision"] == pytest.approx(hits / sum(taken[rule]))
         assert found["recall"] == pytest.approx(hits / sum(taken["truth"]))
         assert found["load"] == pytest.approx(sum(taken[rule]) / len(taken[rule]))
+        agreed = sum(mine == true for mine, true in zip(taken[rule], taken["truth"]))
+        assert found["accuracy"] == pytest.approx(agreed / len(taken[rule]))
     assert row["true_load"] == pytest.approx(sum(taken["truth"]) / len(taken["truth"]))
 
 
@@ -183,14 +185,14 @@ def test_every_layer_and_group_has_a_row_and_markdown_says_what_the_json_says(ou
     text = output.with_suffix(".md").read_text()
     assert text == comparison_report(report)
     for rule, title in RULES.items():
-        numbers = " | ".join(f"{report['loss'][rule][name]:.4f}" for name in LOSSES)
+        gap = report["gap"].get(rule)
+        behind = {name: f" ({100 * gap[name]:+.2f} %)" if rule != ORACLE else "" for name in LOSSES}
+        numbers = " | ".join(f"{report['loss'][rule][name]:.4f}{behind[name]}" for name in LOSSES)
         assert f"| {title} | {numbers} |" in text
-        if rule != ORACLE:
-            assert f"| {100 * report['gap'][rule]['overall']:+.2f} % |" in text
     for row in report["routers"]:
         (line,) = [line for line in text.splitlines() if line.startswith(f"| {row['layer']}, {row['group']} |")]
         for rule in row["rules"].values():
-            shares = [rule[name] for name in ("precision", "recall", "load")]
+            shares = [rule[name] for name in ("accuracy", "precision", "recall", "load")]
             cell = " / ".join("–" if share is None else f"{100 * share:.1f}" for share in shares)
             assert f"| {cell} |" in line
     assert "sees the future" in text and report["command"] in text and report["date"] in text
@@ -249,9 +251,13 @@ def test_words_follow_the_numbers():
 
 def test_known_numbers_give_the_known_rows():
     text = loss_table(known(threshold=2.02, auxiliary=1.99, auxiliary_0_5=2.1))
-    assert "| 2.0000 | 2.0000 | 2.0000 |  |  |  |" in text
-    assert "| `threshold` | 2.0200 | 2.0200 | 2.0200 | +1.00 % | +1.00 % | +1.00 % |" in text
-    assert "| `auxiliary`, calibrated cuts | 1.9900 | 1.9900 | 1.9900 | -0.50 % | -0.50 % | -0.50 % |" in text
-    rule = {"precision": None, "recall": 0.0, "load": 0.123}
+    assert "| 2.0000 | 2.0000 | 2.0000 |" in text
+    assert "| `threshold` | 2.0200 (+1.00 %) | 2.0200 (+1.00 %) | 2.0200 (+1.00 %) |" in text
+    assert "| `auxiliary`, calibrated cuts | 1.9900 (-0.50 %) | 1.9900 (-0.50 %) | 1.9900 (-0.50 %) |" in text
+    rule = {"accuracy": 0.7, "precision": None, "recall": 0.0, "load": 0.123}
     row = {"layer": 3, "group": "image", "true_load": 0.25, "rules": dict.fromkeys(CAUSAL_RULES, rule)}
-    assert "| 3, image | 25.0 | – / 0.0 / 12.3 | – / 0.0 / 12.3 | – / 0.0 / 12.3 |" in router_table([row])
+    cell = "70.0 / – / 0.0 / 12.3"
+    assert f"| 3, image | 25.0 | {cell} | {cell} | {cell} |" in router_table([row])
+    # a calibration has one rule
+    table = router_table([{**row, "rules": {"threshold": rule}}])
+    assert table.endswith(f"| 3, image | 25.0 | {cell} |") and "auxiliary" not in table
