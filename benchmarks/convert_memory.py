@@ -17,10 +17,13 @@ import argparse
 import json
 import math
 import os
+import platform
 import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 
 import torch
@@ -42,6 +45,15 @@ CONFIG = LlamaConfig(
 )
 SHARD_BYTES = 400_000_000
 LIMIT = 1.5e9
+
+
+@dataclass
+class Measurement:
+    """One conversion: its largest resident memory in bytes, its seconds, and its receipt."""
+
+    peak: int
+    seconds: float
+    receipt: dict
 
 
 def make_checkpoint(folder: Path) -> int:
@@ -87,7 +99,7 @@ def peak_memory(process: subprocess.Popen) -> int:
     return peak
 
 
-def measure(source: Path, output: Path, processor: str, *options: str) -> int:
+def measure(source: Path, output: Path, processor: str, *options: str) -> Measurement:
     started = time.perf_counter()
     process = start(source, output, processor, *options)
     peak = peak_memory(process)
@@ -97,19 +109,20 @@ def measure(source: Path, output: Path, processor: str, *options: str) -> int:
     print(text.strip())
     seconds = time.perf_counter() - started
     print(f"peak memory {peak / 1e9:.2f} GB, {seconds:.0f} s, {' '.join(options) or 'with probe'}\n")
-    return peak
+    return Measurement(peak, seconds, json.loads((output / "conversion.json").read_text()))
 
 
 def kill_half_way(source: Path, output: Path, processor: str) -> bool:
     """Kill a conversion when its second file begins; returns whether any folder loads afterwards."""
-    aside = output.with_name(f".{output.name}.partial")
+    hidden = f".{output.name}.*.partial"
     process = start(source, output, processor)
-    while not list(aside.glob("model-00002-*")):
+    while not list(output.parent.glob(f"{hidden}/model-00002-*")):
         if process.poll() is not None:
             raise RuntimeError(f"The conversion ended by itself: {process.communicate()[1][-2000:]}")
         time.sleep(0.01)
     process.kill()
     process.communicate()
+    (aside,) = output.parent.glob(hidden)
     print(f"killed with {sorted(path.name for path in aside.glob('model-*'))} written")
     return any(loads(folder) for folder in (output, aside))
 
@@ -123,26 +136,59 @@ def loads(folder: Path) -> bool:
     return True
 
 
+def report(size: int, files: int, with_probe: Measurement, without: Measurement) -> list[str]:
+    receipt = with_probe.receipt
+    return [
+        f"# Memory of a conversion, {date.today()}",
+        "",
+        "`python benchmarks/convert_memory.py`: `scripts/convert.py llama --max-shard-size 400MB` on random weights, "
+        f"{CONFIG.num_hidden_layers} layers of width {CONFIG.hidden_size}, vocabulary {CONFIG.vocab_size}, float32. "
+        f"torch {torch.__version__}, cpu, {torch.get_num_threads()} threads, {platform.machine()}. Peak memory is the "
+        "process's own largest resident set.",
+        "",
+        "| | |",
+        "|---|---:|",
+        f"| source | {size / 1e9:.2f} GB in {files} files |",
+        f"| output | {receipt['tensor_bytes'] / 1e9:.2f} GB in {receipt['files']} files |",
+        f"| peak memory, with the probe | {with_probe.peak / 1e9:.2f} GB |",
+        f"| peak memory, without | {without.peak / 1e9:.2f} GB |",
+        f"| peak memory allowed | {LIMIT / 1e9:.2f} GB |",
+        f"| seconds, with the probe | {with_probe.seconds:.0f} |",
+        f"| seconds, without | {without.seconds:.0f} |",
+        f"| relative output difference | {receipt['relative_difference']:.1e} |",
+        f"| probability of new tokens | {receipt['new_token_probability']:.2%} |",
+        "| killed half-way: a folder loads | no |",
+        "| killed half-way: the next run succeeds, and clears its rest away | yes |",
+    ]
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--processor", default=str(ROOT / "model_cards" / "moma-emoji"))
     parser.add_argument("--folder", help="where to put the checkpoints, of 6 GB at a time; a temporary one by default")
+    parser.add_argument("--report", help="folder for a dated report")
     args = parser.parse_args()
     MomaProcessor.from_pretrained(args.processor)
     with tempfile.TemporaryDirectory(dir=args.folder) as temporary:
         folder = Path(temporary)
         (folder / "source").mkdir()
         size = make_checkpoint(folder / "source")
-        print(f"source: {size / 1e9:.2f} GB in {len(list((folder / 'source').glob('*.safetensors')))} files")
+        files = len(list((folder / "source").glob("*.safetensors")))
+        print(f"source: {size / 1e9:.2f} GB in {files} files")
         if kill_half_way(folder / "source", folder / "moma", args.processor):
             sys.exit("FAILED: the killed conversion left a folder that loads")
         # over what the killed one left
-        peaks = [measure(folder / "source", folder / "moma", args.processor)]
-        if not loads(folder / "moma"):
-            sys.exit("FAILED: the converted folder does not load")
-        peaks.append(measure(folder / "source", folder / "second", args.processor, "--no-probe"))
-        if max(peaks) > LIMIT:
-            sys.exit(f"FAILED: the peak is above {LIMIT / 1e9} GB")
+        with_probe = measure(folder / "source", folder / "moma", args.processor)
+        if not loads(folder / "moma") or list(folder.glob(".moma.*")):
+            sys.exit("FAILED: the converted folder does not load, or the killed conversion's rest is still there")
+        without = measure(folder / "source", folder / "second", args.processor, "--no-probe")
+    lines = report(size, files, with_probe, without)
+    print("\n".join(lines))
+    if max(with_probe.peak, without.peak) > LIMIT:
+        sys.exit(f"FAILED: the peak is above {LIMIT / 1e9} GB")
+    if args.report:
+        path = Path(args.report) / f"{date.today()}-convert-memory.md"
+        path.write_text("\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":

@@ -36,11 +36,11 @@ def size(text: str) -> int:
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     subcommands = parser.add_subparsers(dest="family", required=True)
-    chameleon = subcommands.add_parser("chameleon", help="a Chameleon or Anole checkpoint of Transformers")
+    chameleon = subcommands.add_parser("chameleon", help="Chameleon, or Anole as converted for Transformers")
     vqgan = subcommands.add_parser("vqgan", help="the picture tokenizer of Chameleon or taming-transformers alone")
     vqgan.add_argument("--source", required=True, help="vqgan.ckpt, or the same tensors as safetensors")
     vqgan.add_argument("--output", required=True, help="folder for a MomaVQModel")
-    vqgan.add_argument("--allow-pickle", action="store_true", help="read a .ckpt, which is a pickle")
+    vqgan.add_argument("--allow-pickle", action="store_true", help="read a .ckpt, a pickle of tensors")
     vqgan.add_argument("--resolution", type=int, default=512, help="side of its pictures in pixels; taming's have 256")
     llama = subcommands.add_parser("llama", help="a text model: Llama, SmolLM2, Qwen2, Qwen3, Mistral")
     for subcommand in (chameleon, llama):
@@ -50,6 +50,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         subcommand.add_argument(
             "--max-shard-size", type=size, default="2GB", help="size of one file, as 400MB; 2GB by default"
         )
+        subcommand.add_argument("--dtype", choices=DTYPES, help="of the output; by default the source's")
         subcommand.add_argument(
             "--no-probe", dest="probe", action="store_false", help="do not compare the outputs of both models"
         )
@@ -57,7 +58,6 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     llama.add_argument("--processor", required=True, help="folder of the MomaProcessor whose pictures it shall learn")
     llama.add_argument("--image-group", choices=IMAGE_GROUPS, default="copy", help="weights of the image group")
     llama.add_argument("--seed", type=int, default=0, help="of the new weights")
-    llama.add_argument("--dtype", choices=DTYPES, help="of the output; by default the source's")
     return parser.parse_args(argv)
 
 
@@ -70,7 +70,12 @@ def convert(args: argparse.Namespace) -> str:
 
 
 def convert_checkpoint(args: argparse.Namespace) -> Receipt:
-    shared = {"allow_pickle": args.allow_pickle, "max_shard_size": args.max_shard_size, "probe": args.probe}
+    shared = {
+        "dtype": getattr(torch, args.dtype) if args.dtype else None,
+        "allow_pickle": args.allow_pickle,
+        "max_shard_size": args.max_shard_size,
+        "probe": args.probe,
+    }
     if args.family == "llama":
         return convert_llama(
             args.source,
@@ -78,7 +83,6 @@ def convert_checkpoint(args: argparse.Namespace) -> Receipt:
             processor=args.processor,
             image_group=args.image_group,
             seed=args.seed,
-            dtype=getattr(torch, args.dtype) if args.dtype else None,
             **shared,
         )
     return convert_chameleon(args.source, args.output, vqgan=args.vqgan, **shared)

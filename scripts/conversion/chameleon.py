@@ -19,11 +19,12 @@ from pathlib import Path
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers import ChameleonConfig, ChameleonForConditionalGeneration, GenerationConfig
+from transformers import ChameleonConfig, ChameleonForConditionalGeneration
 from transformers.utils import logging
 
-from conversion.chameleon_processor import PictureVocabulary, convert_processor, convert_vq_model
-from conversion.probe import relative_difference, streamed_model, text_batch
+from conversion.chameleon_processor import PictureVocabulary, ProcessorError, convert_processor, convert_vq_model
+from conversion.generation import convert_generation_config
+from conversion.probe import ProbeResult, RoundedWeights, relative_difference, streamed_model, text_batch
 from conversion.reading import CheckpointError, CheckpointReader
 from conversion.receipt import Receipt
 from conversion.transfer import Entry, transfer
@@ -161,6 +162,7 @@ def convert_chameleon(
     source: str | Path,
     output: str | Path,
     *,
+    dtype: torch.dtype | None = None,
     allow_pickle: bool = False,
     max_shard_size: int | str = "2GB",
     probe: bool = True,
@@ -176,6 +178,8 @@ def convert_chameleon(
         source (`str` or `Path`): folder of a `ChameleonForConditionalGeneration`: `config.json`, weights, and best
             the files of its processor.
         output (`str` or `Path`): the MoMa's folder; missing or empty.
+        dtype (`torch.dtype`, *optional*): of the output's language model; by default the source's. The probe compares
+            with the source rounded likewise. The picture tokenizer is in float32.
         allow_pickle (`bool`, *optional*, defaults to `False`): read `pytorch_model.bin` and `vqgan.ckpt`.
         max_shard_size (`int` or `str`, *optional*, defaults to `"2GB"`): size of the files.
         probe (`bool`, *optional*, defaults to `True`): compare the logits of both models on a batch.
@@ -201,19 +205,11 @@ def convert_chameleon(
         output,
         ignored=ignored,
         max_shard_size=max_shard_size,
-        generation_config=_generation_config(reader.folder, config),
+        dtype=dtype,
+        generation_config=convert_generation_config(reader.folder, config),
         extras=write_pictures,
-        probe=partial(_compare_logits, reader, config) if probe else None,
+        probe=partial(_compare_logits, reader, config, dtype) if probe else None,
     )
-
-
-def _generation_config(folder: Path, config: MomaConfig) -> GenerationConfig | None:
-    if not (folder / "generation_config.json").is_file():
-        return None
-    generation_config = GenerationConfig.from_pretrained(folder)
-    # as in config.json, the released ids disagree with the vocabulary
-    generation_config.bos_token_id, generation_config.pad_token_id = config.bos_token_id, config.pad_token_id
-    return generation_config
 
 
 def _convert_pictures(reader, vqgan, allow_pickle) -> tuple[Callable[[Path], object] | None, str]:
@@ -237,7 +233,7 @@ def _convert_pictures(reader, vqgan, allow_pickle) -> tuple[Callable[[Path], obj
         note += ", decoder missing"
     try:
         processor = convert_processor(reader.folder, vocabulary, vq_model)
-    except CheckpointError as error:
+    except ProcessorError as error:
         logger.warning(f"No processor is written, its VQ model alone. {error}")
         processor = None
     if processor is None:
@@ -269,14 +265,16 @@ class _PerHeadNorms(Mapping):
 
 
 @torch.no_grad()
-def _compare_logits(reader: CheckpointReader, config: MomaConfig, written: CheckpointReader) -> float:
+def _compare_logits(
+    reader: CheckpointReader, config: MomaConfig, dtype: torch.dtype | None, written: CheckpointReader
+) -> ProbeResult:
     pictures = [token_id for bounds in config.modality_token_ranges["image"] for token_id in range(*bounds)]
     texts = sorted(set(range(config.vocab_size)).difference(pictures))
     # as many of each kind, so that both experts are put to the test
     batch = text_batch(pictures + texts[: len(pictures)])
     real = batch["attention_mask"].bool()
     logits = []
-    weights = _PerHeadNorms(reader, chameleon_entries(reader, config))
+    weights = RoundedWeights(_PerHeadNorms(reader, chameleon_entries(reader, config)), dtype)
     for model_class, own_config, tensors in (
         (ChameleonForConditionalGeneration, _source_config(reader.config), weights),
         (MomaForCausalLM, config, written),
@@ -284,7 +282,7 @@ def _compare_logits(reader: CheckpointReader, config: MomaConfig, written: Check
         model = streamed_model(model_class, own_config, tensors)
         # the source's own forward masks the pictures' logits
         logits.append(model.lm_head(model.model(**batch, use_cache=False).last_hidden_state)[real])
-    return relative_difference(*logits)
+    return ProbeResult(relative_difference(*logits))
 
 
 __all__ = ["chameleon_entries", "config_from_chameleon", "convert_chameleon"]

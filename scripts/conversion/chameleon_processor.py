@@ -25,7 +25,7 @@ from tokenizers import AddedToken, Tokenizer
 from torch import nn
 from transformers import ChameleonConfig, ChameleonImageProcessor, PreTrainedTokenizerFast
 
-from conversion.reading import CheckpointError
+from conversion.reading import CheckpointError, read_json
 from conversion.vqgan import has_decoder, load_vq_model
 from tokenization import MomaImageProcessor, MomaProcessor, MomaVQConfig, MomaVQModel
 from tokenization.text_tokenizer_moma import BEGIN_IMAGE_TOKEN, END_IMAGE_TOKEN, IMAGE_TOKEN, picture_code_tokens
@@ -59,6 +59,10 @@ _TOKENIZER_FIELDS = (
     "model_max_length",
     "clean_up_tokenization_spaces",
 )
+
+
+class ProcessorError(CheckpointError):
+    """Parts that are whole, but of which no [`MomaProcessor`] can be made."""
 
 
 @dataclass(frozen=True)
@@ -181,15 +185,20 @@ def _check_same_codes(tensors, vqgan):
 def convert_tokenizer(folder: str | Path, vocabulary: PictureVocabulary) -> PreTrainedTokenizerFast | None:
     """The source's tokenizer with its picture tokens renamed to those of [`MomaProcessor`]; ids stay.
 
+    The chat template stays as it is. One that takes `content` for a string knows no parts of a message: write
+    `<image>` into the text, and pass the pictures to the processor beside it.
+
     Args:
-        folder (`str` or `Path`): holds `tokenizer.json`, and best `tokenizer_config.json`.
+        folder (`str` or `Path`): holds `tokenizer.json`, and best `tokenizer_config.json`; the chat template lies
+            there, or in `chat_template.jinja` or `chat_template.json`.
         vocabulary (`PictureVocabulary`): the source's.
 
     Returns:
         `PreTrainedTokenizerFast`, or `None` without `tokenizer.json`.
 
     Raises:
-        CheckpointError: the tokenizer has no token of a picture id, or is no BPE.
+        CheckpointError: a file that cannot be read.
+        ProcessorError: the tokenizer has no token of a picture id, or is no BPE.
     """
     folder = Path(folder)
     if not (folder / "tokenizer.json").is_file():
@@ -204,10 +213,17 @@ def convert_tokenizer(folder: str | Path, vocabulary: PictureVocabulary) -> PreT
         )
         if token_id is not None
     }
-    backend = _rename_tokens(Tokenizer.from_file(str(folder / "tokenizer.json")), names)
+    read_json(folder / "tokenizer.json")
+    try:
+        backend = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    # the library raises nothing narrower
+    except Exception as error:
+        raise CheckpointError(f"{folder / 'tokenizer.json'}: no tokenizer can be made of it: {error}") from error
+    backend = _rename_tokens(backend, names)
     # tokens that were ordinary ones become special, under their ids
     backend.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in names.values()])
-    settings = _read_json(folder / "special_tokens_map.json") | _read_json(folder / "tokenizer_config.json")
+    source_settings = read_json(folder / "tokenizer_config.json", default={})
+    settings = read_json(folder / "special_tokens_map.json", default={}) | source_settings
     settings = {name: settings[name] for name in _TOKENIZER_FIELDS if settings.get(name) is not None}
     vocab = backend.get_vocab()
     for field, token in (("bos_token", "<s>"), ("eos_token", "</s>"), ("pad_token", "<pad>")):
@@ -215,19 +231,30 @@ def convert_tokenizer(folder: str | Path, vocabulary: PictureVocabulary) -> PreT
             settings[field] = token
     settings = {name: value["content"] if isinstance(value, dict) else value for name, value in settings.items()}
     return PreTrainedTokenizerFast(
-        tokenizer_object=backend, model_input_names=["input_ids", "attention_mask"], **settings
+        tokenizer_object=backend,
+        model_input_names=["input_ids", "attention_mask"],
+        chat_template=_chat_template(folder, source_settings),
+        **settings,
     )
+
+
+def _chat_template(folder: Path, settings: dict) -> str | dict[str, str] | None:
+    if (folder / "chat_template.jinja").is_file():
+        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    template = read_json(folder / "chat_template.json", default={}).get("chat_template", settings.get("chat_template"))
+    # several by name
+    return {entry["name"]: entry["template"] for entry in template} if isinstance(template, list) else template
 
 
 def _rename_tokens(backend: Tokenizer, names: dict[int, str]) -> Tokenizer:
     absent = [token_id for token_id in names if backend.id_to_token(token_id) is None]
     if absent:
-        raise CheckpointError(f"tokenizer.json: no token has the id {absent[0]}, which vocabulary_map names.")
+        raise ProcessorError(f"tokenizer.json: no token has the id {absent[0]}, which vocabulary_map names.")
     new_name = {backend.id_to_token(token_id): name for token_id, name in names.items()}
     content = json.loads(backend.to_str())
     model = content["model"]
     if not isinstance(model.get("vocab"), dict):
-        raise CheckpointError(f"tokenizer.json: tokens of a {model.get('type')} model cannot be renamed, only of BPE.")
+        raise ProcessorError(f"tokenizer.json: tokens of a {model.get('type')} model cannot be renamed, only of BPE.")
     model["vocab"] = {new_name.get(token, token): token_id for token, token_id in model["vocab"].items()}
     # no text is merged into a picture
     model["merges"] = [
@@ -238,10 +265,6 @@ def _rename_tokens(backend: Tokenizer, names: dict[int, str]) -> Tokenizer:
     return Tokenizer.from_str(json.dumps(content))
 
 
-def _read_json(path):
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-
-
 def convert_image_processor(folder: str | Path, resolution: int) -> MomaImageProcessor:
     """An image processor that gives the pixel values that the source's gives.
 
@@ -250,7 +273,8 @@ def convert_image_processor(folder: str | Path, resolution: int) -> MomaImagePro
         resolution (`int`): side of the pictures where it holds neither.
     """
     folder = Path(folder)
-    if any((folder / name).is_file() for name in ("preprocessor_config.json", "processor_config.json")):
+    files = [folder / name for name in ("preprocessor_config.json", "processor_config.json")]
+    if any([read_json(path, default={}) for path in files]):
         source = ChameleonImageProcessor.from_pretrained(folder)
     else:
         crop = {"height": resolution, "width": resolution}
@@ -273,20 +297,22 @@ def convert_processor(
         `MomaProcessor`, or `None` where the folder holds no tokenizer.
 
     Raises:
-        CheckpointError: the parts do not fit together.
+        CheckpointError: a file that cannot be read.
+        ProcessorError: the parts do not fit together.
     """
     tokenizer = convert_tokenizer(folder, vocabulary)
     if tokenizer is None:
         return None
     image_processor = convert_image_processor(folder, vq_model.config.resolution)
     try:
-        return MomaProcessor(image_processor, tokenizer, vq_model)
+        return MomaProcessor(image_processor, tokenizer, vq_model, chat_template=tokenizer.chat_template)
     except ValueError as error:
-        raise CheckpointError(f"The parts of the processor do not fit together. {error}") from error
+        raise ProcessorError(f"The parts of the processor do not fit together. {error}") from error
 
 
 __all__ = [
     "PictureVocabulary",
+    "ProcessorError",
     "convert_image_processor",
     "convert_processor",
     "convert_tokenizer",

@@ -18,11 +18,19 @@ from pathlib import Path
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedConfig
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from conversion.probe import relative_difference, streamed_model, text_batch
+from conversion.generation import convert_generation_config
+from conversion.probe import (
+    ProbeResult,
+    RoundedWeights,
+    new_token_probability,
+    relative_difference,
+    streamed_model,
+    text_batch,
+)
 from conversion.reading import CheckpointError, CheckpointReader
 from conversion.receipt import Receipt
 from conversion.transfer import Entry, transfer
@@ -32,8 +40,8 @@ from tokenization import MomaProcessor, add_picture_tokens
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 IMAGE_GROUPS = ("copy", "new")
-# new rows lie around the mean of the old ones, at this share of their spread: near enough to the mean to leave the
-# probabilities of text as they were, far enough from one another to be told apart
+# new rows lie around the mean of the old ones, at this share of their spread, to be told apart. The mean row has the
+# mean of the old logits; what the new tokens take of the probability by that is measured, and in the receipt
 NEW_ROW_SPREAD = 0.1
 STATISTICS_ROWS = 1024
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -77,13 +85,15 @@ def convert_llama(
         image_group (`str`, *optional*, defaults to `"copy"`): `"copy"` starts the image group with the text group's
             weights, `"new"` with random ones.
         seed (`int`, *optional*, defaults to 0): of the new weights.
-        dtype (`torch.dtype`, *optional*): of the output; by default the source's.
+        dtype (`torch.dtype`, *optional*): of the output; by default the source's. The probe compares with the source
+            rounded likewise.
         allow_pickle (`bool`, *optional*, defaults to `False`): see [`CheckpointReader`].
         max_shard_size (`int` or `str`, *optional*, defaults to `"2GB"`): size of the output's files.
         probe (`bool`, *optional*, defaults to `True`): compare the logits of both models on a batch of text.
 
     Returns:
-        `Receipt`: also saved as `conversion.json`.
+        `Receipt`: also saved as `conversion.json`. It says what share of the probability the new tokens have on text:
+            about their share of the vocabulary where the source is undecided, less where it is sure.
 
     Raises:
         CheckpointError: the source is damaged, or has a feature that MoMa cannot express.
@@ -92,6 +102,7 @@ def convert_llama(
     if image_group not in IMAGE_GROUPS:
         raise ValueError(f"`image_group` must be one of {IMAGE_GROUPS}, got {image_group!r}.")
     reader = CheckpointReader(source, allow_pickle)
+    rounded = RoundedWeights(reader, dtype)
     source_config = _source_config(reader)
     num_rows = source_config.vocab_size
     moma_processor, new_ids = _with_pictures(reader.folder, processor)
@@ -108,9 +119,9 @@ def convert_llama(
         ignored=_ignored(config),
         max_shard_size=max_shard_size,
         dtype=dtype,
-        generation_config=_generation_config(reader.folder, source_config, config),
+        generation_config=convert_generation_config(reader.folder, config, source_config),
         extras=moma_processor.save_pretrained,
-        probe=functools.partial(_compare, source_config, reader, config, old_ids) if probe else None,
+        probe=functools.partial(_compare, source_config, rounded, config, old_ids) if probe else None,
     )
 
 
@@ -167,8 +178,15 @@ def _with_pictures(source: Path, processor: str | Path) -> tuple[MomaProcessor, 
         tokenizer = AutoTokenizer.from_pretrained(source)
         old_ids = set(tokenizer.get_vocab().values())
         add_picture_tokens(tokenizer, parts.codebook_size)
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise CheckpointError(f"{source}: its tokenizer cannot be given picture tokens: {error}") from error
+    # an ImportError is that of a library which a file without tokenizer.json needs
+    except (OSError, ValueError, TypeError, KeyError, ImportError) as error:
+        names = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
+        file = next((source / name for name in names if (source / name).is_file()), source / names[0])
+        reason = " ".join(str(error).split())
+        raise CheckpointError(
+            f"{file}: this tokenizer cannot be given picture tokens, which need a tokenizer.json that can be read: "
+            f"{reason}"
+        ) from error
     # prompts of a batch have to end side by side
     tokenizer.padding_side = "left"
     joined = MomaProcessor(parts.image_processor, tokenizer, parts.vq_model, chat_template=tokenizer.chat_template)
@@ -192,27 +210,6 @@ def _moma_config(source: PreTrainedConfig, layout: dict, reader: CheckpointReade
     except (ValueError, StrictDataclassError) as error:
         reason = " ".join(str(error).split())
         raise CheckpointError(f"{reader.folder / 'config.json'}: no MomaConfig can express it: {reason}") from error
-
-
-def _generation_config(folder: Path, source: PreTrainedConfig, config: MomaConfig) -> GenerationConfig:
-    if (folder / "generation_config.json").is_file():
-        generation_config = GenerationConfig.from_pretrained(folder)
-    else:
-        generation_config = GenerationConfig.from_model_config(source)
-    # chat models stop at several tokens
-    stops = []
-    for ids in (generation_config.eos_token_id, source.eos_token_id, config.eos_token_id):
-        stops += [ids] if isinstance(ids, int) else ids or []
-    stops = list(dict.fromkeys(stops))
-    generation_config.eos_token_id = stops[0] if len(stops) == 1 else stops
-    generation_config.pad_token_id = config.pad_token_id
-    generation_config.bos_token_id = config.bos_token_id
-    try:
-        # saving checks as strictly
-        generation_config.validate(strict=True)
-    except ValueError as error:
-        raise CheckpointError(f"{folder / 'generation_config.json'}: {error}") from error
-    return generation_config
 
 
 def _ignored(config: MomaConfig) -> dict[str, str]:
@@ -330,19 +327,21 @@ def extend_rows(old: torch.Tensor, num_rows: int, new_ids: list[int], generator:
 
 def _compare(
     source_config: PreTrainedConfig,
-    reader: CheckpointReader,
+    source: RoundedWeights,
     config: MomaConfig,
     old_ids: list[int],
     converted: CheckpointReader,
-) -> float:
+) -> ProbeResult:
     batch = text_batch(old_ids)
     is_token = batch["attention_mask"].bool()
     logits = []
     for model_class, model_config, weights in (
-        (MODEL_FOR_CAUSAL_LM_MAPPING[type(source_config)], source_config, reader),
+        (MODEL_FOR_CAUSAL_LM_MAPPING[type(source_config)], source_config, source),
         (MomaForCausalLM, config, converted),
     ):
         model = streamed_model(model_class, model_config, weights)
         with torch.no_grad():
-            logits.append(model(**batch, use_cache=False).logits[is_token][:, old_ids])
-    return relative_difference(*logits)
+            logits.append(model(**batch, use_cache=False).logits[is_token])
+    new_ids = sorted(set(range(config.vocab_size)) - set(old_ids))
+    difference = relative_difference(*(part[:, old_ids] for part in logits))
+    return ProbeResult(difference, new_token_probability(logits[1], new_ids))

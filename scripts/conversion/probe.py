@@ -14,6 +14,7 @@
 """Outputs of two models on a probe batch, with the weights streamed from the disk module by module."""
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 
 import torch
 from accelerate import init_empty_weights
@@ -24,6 +25,41 @@ from transformers import PreTrainedConfig, PreTrainedModel
 # of the largest logit, in fp32
 LARGEST_DIFFERENCE = 1e-3
 NUM_ROWS, ROW_LENGTH, NUM_PADDED = 2, 16, 5
+
+
+@dataclass
+class ProbeResult:
+    """What a probe batch shows.
+
+    Args:
+        relative_difference (`float`): see [`relative_difference`].
+        new_token_probability (`float`, *optional*): see [`new_token_probability`]; None without new tokens.
+    """
+
+    relative_difference: float
+    new_token_probability: float | None = None
+
+
+class RoundedWeights(Mapping):
+    """Weights in the type that a conversion writes, so that a probe shows errors of the conversion, not the rounding.
+
+    Args:
+        weights (`Mapping[str, torch.Tensor]`): the source's.
+        dtype (`torch.dtype`, *optional*): of its floating-point tensors; by default their own.
+    """
+
+    def __init__(self, weights: Mapping[str, torch.Tensor], dtype: torch.dtype | None):
+        self.weights, self.dtype = weights, dtype
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        tensor = self.weights[name]
+        return tensor.to(self.dtype) if self.dtype is not None and tensor.is_floating_point() else tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.weights)
+
+    def __len__(self) -> int:
+        return len(self.weights)
 
 
 def streamed_model(
@@ -82,6 +118,19 @@ def relative_difference(source: torch.Tensor, converted: torch.Tensor) -> float:
     """
     difference = (source.float() - converted.float()).abs().max()
     return float(difference / source.float().abs().max().clamp_min(torch.finfo(torch.float32).tiny))
+
+
+def new_token_probability(logits: torch.Tensor, new_ids: list[int]) -> float:
+    """Share of the softmax that falls on new tokens, all together, as the mean over positions.
+
+    Args:
+        logits (`torch.Tensor`): of the converted model, `[N, V]`, padding left out.
+        new_ids (`list[int]`): the new tokens.
+
+    Returns:
+        `float`: 0 to 1.
+    """
+    return float(logits.float().softmax(dim=-1)[:, new_ids].sum(dim=-1).mean())
 
 
 class _TiedWeights(Mapping):

@@ -56,8 +56,8 @@ class CheckpointReader(Mapping):
         folder (`str` or `Path`):
             Holds `model.safetensors`, or `model.safetensors.index.json` and its shards.
         allow_pickle (`bool`, *optional*, defaults to `False`):
-            Whether to read `pytorch_model.bin` files where there are no safetensors files. They are unpickled by
-            `torch.load(weights_only=True)`, and one of them is held in memory at a time.
+            Whether to read `pytorch_model.bin` files where there are no safetensors files, see [`read_pickle`]. One
+            of them is held in memory at a time.
 
     Attributes:
         config (`dict`): contents of `config.json`.
@@ -92,7 +92,7 @@ class CheckpointReader(Mapping):
 
     @functools.cached_property
     def config(self) -> dict:
-        return _read_json(self.folder / "config.json")
+        return read_json(self.folder / "config.json")
 
     def __getitem__(self, name: str) -> torch.Tensor:
         return self.read(name)
@@ -143,7 +143,7 @@ class CheckpointReader(Mapping):
             shards, weight_map = [name], None
         else:
             name = f"{name}.index.json"
-            weight_map = _read_json(self.folder / name).get("weight_map")
+            weight_map = read_json(self.folder / name).get("weight_map")
             if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
                 raise CheckpointError(f"{self.folder / name}: it has no `weight_map` of keys to file names.")
             shards = sorted(set(weight_map.values()))
@@ -203,18 +203,32 @@ class CheckpointReader(Mapping):
             )
 
     def _open_pickle(self, path: Path):
-        for key, tensor in _unpickle(path, map_location="meta").items():
+        for key, tensor in read_pickle(path, map_location="meta").items():
             self._add(key, path, tensor.shape, tensor.dtype)
 
     def _unpickled(self, path: Path) -> dict[str, torch.Tensor]:
         if self._pickle is None or self._pickle[0] != path:
             # the last one goes before the next one comes
             self._pickle = None
-            self._pickle = (path, _unpickle(path, map_location="cpu"))
+            self._pickle = (path, read_pickle(path))
         return self._pickle[1]
 
 
-def _read_json(path: Path) -> dict:
+def read_json(path: Path, default: dict | None = None) -> dict:
+    """Read a JSON object.
+
+    Args:
+        path (`Path`): the file.
+        default (`dict`, *optional*): what to return where there is no such file.
+
+    Returns:
+        `dict`: its contents.
+
+    Raises:
+        CheckpointError: the file is missing and there is no default, or it holds no JSON object.
+    """
+    if default is not None and not path.is_file():
+        return default
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file; the folder is not a whole checkpoint.")
     try:
@@ -239,11 +253,33 @@ def _read_header(file: BinaryIO, path: Path, size: int) -> tuple[dict, int]:
     return header, 8 + length
 
 
-def _unpickle(path: Path, map_location: str) -> dict[str, torch.Tensor]:
+def read_pickle(path: Path, map_location: str = "cpu") -> dict[str, torch.Tensor]:
+    """Read tensors by name from a file of `torch.save`, bare or under `"state_dict"`.
+
+    Tensors and plain containers are read (`torch.load(weights_only=True)`), and no code of the file is run.
+
+    Args:
+        path (`Path`): the file.
+        map_location (`str`, *optional*, defaults to `"cpu"`): device of the tensors; `"meta"` for their shapes alone.
+
+    Returns:
+        `dict[str, torch.Tensor]`: what lies beside `"state_dict"` is left out.
+
+    Raises:
+        CheckpointError: other objects in the file, as training checkpoints may hold; no tensors by name; or a file
+            that is truncated or of another kind.
+    """
     try:
         content = torch.load(path, map_location=map_location, weights_only=True)
-    except (RuntimeError, EOFError, ValueError, OSError, pickle.UnpicklingError) as error:
-        raise CheckpointError(f"{path}: torch.load cannot read it: {error}") from error
-    if not isinstance(content, dict) or not all(isinstance(value, torch.Tensor) for value in content.values()):
-        raise CheckpointError(f"{path}: expected a pickled dict of tensors.")
-    return content
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{path}: it holds more than tensors and plain containers, or is damaged. Objects of a training, such as "
+            "callbacks, are not read even if pickles are allowed. Where the training code is installed, save the "
+            'state_dict alone: torch.save(torch.load(path, weights_only=False)["state_dict"], new_path).'
+        ) from error
+    except (RuntimeError, EOFError, ValueError, OSError) as error:
+        raise CheckpointError(f"{path}: truncated, damaged or no PyTorch file ({error}).") from error
+    tensors = content.get("state_dict", content) if isinstance(content, Mapping) else None
+    if not isinstance(tensors, Mapping) or not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
+        raise CheckpointError(f"{path}: it holds no tensors by name, bare or under 'state_dict'.")
+    return dict(tensors)

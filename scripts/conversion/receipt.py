@@ -35,7 +35,9 @@ class Receipt:
         tensor_bytes (`int`): size of the target's tensors.
         files (`int`): number of its safetensors files.
         relative_difference (`float`, *optional*): `max |a - b| / max |a|` of the logits `a` of the source and `b` of
-            the target on a probe batch, in fp32; None without a probe.
+            the target on a probe batch, in fp32, both of weights in the target's type; None without a probe.
+        new_token_probability (`float`, *optional*): share of the softmax that falls on all new tokens together, the
+            mean over the positions of the probe batch; None without a probe or new tokens.
     """
 
     source: str
@@ -47,6 +49,7 @@ class Receipt:
     tensor_bytes: int = 0
     files: int = 0
     relative_difference: float | None = None
+    new_token_probability: float | None = None
 
     def table(self) -> str:
         """The receipt as lines of `name  value`."""
@@ -60,6 +63,8 @@ class Receipt:
             ("size", f"{self.tensor_bytes / 1e6:.1f} MB in {self.files} file{'s' if self.files != 1 else ''}"),
             ("relative output difference", "not measured" if difference is None else f"{difference:.1e}"),
         ]
+        if self.new_token_probability is not None:
+            rows.append(("probability of new tokens", f"{self.new_token_probability:.2%}"))
         width = max(len(name) for name, _ in rows)
         return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
 

@@ -18,6 +18,7 @@ import fnmatch
 import json
 import math
 import os
+import platform
 import shutil
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -25,12 +26,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import psutil
 import torch
 from transformers import GenerationConfig
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils.hub import convert_file_size_to_int
 
-from conversion.probe import LARGEST_DIFFERENCE
+from conversion.probe import LARGEST_DIFFERENCE, ProbeResult
 from conversion.reading import DTYPES, CheckpointError, CheckpointReader
 from conversion.receipt import Receipt
 from modeling_moma import MomaConfig, MomaForCausalLM
@@ -78,13 +80,15 @@ def transfer(
     dtype: torch.dtype | None = None,
     generation_config: GenerationConfig | None = None,
     extras: Callable[[Path], object] | None = None,
-    probe: Callable[[CheckpointReader], float] | None = None,
+    probe: Callable[[CheckpointReader], ProbeResult] | None = None,
 ) -> Receipt:
     """Write a folder that `MomaForCausalLM.from_pretrained` loads.
 
     All keys and shapes are checked before the first tensor is read. Then each tensor goes to the disk as soon as it is
     made; no more than its sources and itself are in memory. Everything is written into a hidden folder beside the
-    output, `config.json` last, and renamed at the end: a kill at any moment leaves no folder that loads.
+    output, `config.json` last, and renamed at the end: whenever the process is killed, no half-written folder loads.
+    The hidden folder, `.{name}.{machine}-{process}.partial`, is this process's own; those of processes of this machine
+    that are no more are cleared away.
 
     Args:
         reader (`CheckpointReader`): the source.
@@ -97,18 +101,18 @@ def transfer(
         dtype (`torch.dtype`, *optional*): of the target's floating-point tensors; by default that of their sources.
         generation_config (`GenerationConfig`, *optional*): by default what follows from `config`.
         extras (`Callable`, *optional*): writes further files into the folder that it is given, as a processor.
-        probe (`Callable`, *optional*): gets a reader of the written tensors and returns the relative difference of
-            outputs; above `LARGEST_DIFFERENCE` the conversion fails.
+        probe (`Callable`, *optional*): gets a reader of the written tensors and returns a [`ProbeResult`]; with a
+            relative difference above `LARGEST_DIFFERENCE` the conversion fails.
 
     Returns:
         `Receipt`: saved in the folder as `conversion.json`, too.
 
     Raises:
-        CheckpointError: a key is missing, surplus or of another shape, the output exists, or the probe fails.
+        CheckpointError: a key is missing, surplus or of another shape, the output exists or comes to exist meanwhile,
+            or the probe fails.
     """
     output = Path(output).absolute()
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise CheckpointError(f"{output}: it exists and is not empty; choose another output folder.")
+    _check_free(output)
     with torch.device("meta"):
         model = MomaForCausalLM(config)
     _check_target(model, entries)
@@ -118,16 +122,15 @@ def transfer(
     receipt.tensor_bytes = sum(_num_bytes(entry, dtype) for entry, dtype in typed)
     receipt.files = len(shards)
 
-    aside = output.with_name(f".{output.name}.partial")
-    # left over by a run that was killed
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
+    aside = _own_folder(output)
     try:
         if extras is not None:
             extras(aside)
         _write_weights(reader, shards, aside, receipt.tensor_bytes)
         if probe is not None:
-            receipt.relative_difference = probe(CheckpointReader(aside))
+            result = probe(CheckpointReader(aside))
+            receipt.relative_difference = result.relative_difference
+            receipt.new_token_probability = result.new_token_probability
             _check_difference(receipt.relative_difference, reader)
         receipt.save(aside)
         (generation_config or GenerationConfig.from_model_config(config)).save_pretrained(aside)
@@ -136,10 +139,33 @@ def transfer(
         config.dtype = _main_dtype(typed)
         custom_object_save(model, aside, config=config)
         config.save_pretrained(aside)
+        # a second conversion may have been faster
+        _check_free(output)
         os.replace(aside, output)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     return receipt
+
+
+def _check_free(output: Path):
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise CheckpointError(f"{output}: it exists and is not empty; choose another output folder.")
+
+
+def _own_folder(output: Path) -> Path:
+    # another machine may share the disk, and its processes cannot be seen from here
+    start, end = f".{output.name}.{platform.node()}-", ".partial"
+    own = output.with_name(f"{start}{os.getpid()}{end}")
+    own.parent.mkdir(parents=True, exist_ok=True)
+    for path in output.parent.iterdir():
+        process = path.name.removeprefix(start).removesuffix(end)
+        if path.name != f"{start}{process}{end}" or not process.isdecimal():
+            continue
+        # left over by a run that was killed
+        if path == own or not psutil.pid_exists(int(process)):
+            shutil.rmtree(path, ignore_errors=True)
+    own.mkdir()
+    return own
 
 
 def _check_difference(difference: float, reader: CheckpointReader):

@@ -13,7 +13,6 @@
 # limitations under the License.
 """The original `vqgan.ckpt` layout of taming-transformers and Chameleon, with its decoder, to a MomaVQModel folder."""
 
-import pickle
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,7 +22,7 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from conversion.reading import CheckpointError
+from conversion.reading import CheckpointError, read_pickle
 from tokenization import MomaVQConfig, MomaVQModel
 from writing import write_folder_aside
 
@@ -45,9 +44,10 @@ def read_vqgan(path: str | Path, *, allow_pickle: bool = False) -> dict[str, tor
     """Read the tensors of an image tokenizer in the original layout, without those of its training losses.
 
     Args:
-        path (`str` or `Path`): `vqgan.ckpt`, a pickle of tensors by name, bare or under `"state_dict"`; or the same
-            tensors in a `.safetensors` file.
-        allow_pickle (`bool`, *optional*, defaults to `False`): read pickles; tensors and plain containers only.
+        path (`str` or `Path`): `vqgan.ckpt`, a pickle of tensors by name, bare or under `"state_dict"`, beside which
+            only tensors and plain containers may lie; or the same tensors in a `.safetensors` file.
+        allow_pickle (`bool`, *optional*, defaults to `False`): read pickles, see [`read_pickle`]. Of a training
+            checkpoint with further objects save the `state_dict` alone where the training code is installed.
 
     Returns:
         `dict[str, torch.Tensor]`: tensors by the names of taming-transformers, on the CPU.
@@ -65,7 +65,7 @@ def read_vqgan(path: str | Path, *, allow_pickle: bool = False) -> dict[str, tor
         except SafetensorError as error:
             raise CheckpointError(f"{path}: not a whole safetensors file ({error}).") from error
     elif allow_pickle:
-        tensors = _read_pickle(path)
+        tensors = read_pickle(path)
     else:
         raise CheckpointError(
             f"{path}: a pickle can run any code when it is read. If you trust its origin, allow it with "
@@ -77,22 +77,6 @@ def read_vqgan(path: str | Path, *, allow_pickle: bool = False) -> dict[str, tor
             f"{path}: it holds no 'encoder.' tensors, so it is no VQ-GAN; found {sorted(tensors)[:3]}."
         )
     return tensors
-
-
-def _read_pickle(path: Path) -> dict[str, torch.Tensor]:
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            f"{path}: it holds more than tensors and plain containers, or is damaged. Load it where its own code is "
-            "installed, and save the tensors of its 'state_dict' as safetensors."
-        ) from error
-    except (RuntimeError, EOFError, OSError) as error:
-        raise CheckpointError(f"{path}: truncated, damaged or no PyTorch file ({error}).") from error
-    tensors = content.get("state_dict", content) if isinstance(content, Mapping) else None
-    if not isinstance(tensors, Mapping) or not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
-        raise CheckpointError(f"{path}: it holds no tensors by name, bare or under 'state_dict'.")
-    return dict(tensors)
 
 
 def vqgan_config(tensors: Mapping[str, torch.Tensor], resolution: int = 512) -> MomaVQConfig:

@@ -20,7 +20,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from conversion.reading import CheckpointError, CheckpointReader
+from conversion.reading import CheckpointError, CheckpointReader, read_json, read_pickle
 
 
 TENSORS = {
@@ -200,6 +200,29 @@ def test_truncated_pickle_is_refused_by_name(tmp_path):
     os.truncate(tmp_path / "pytorch_model.bin", (tmp_path / "pytorch_model.bin").stat().st_size - 100)
     with pytest.raises(CheckpointError, match="pytorch_model.bin"):
         CheckpointReader(tmp_path, allow_pickle=True)
+
+
+def test_training_checkpoint_is_refused_with_what_to_do_and_its_state_dict_alone_is_read(tmp_path):
+    torch.save({"state_dict": TENSORS, "epoch": 3, "callbacks": Malicious()}, tmp_path / "last.ckpt")
+    with pytest.raises(CheckpointError, match=r"last.ckpt.*training code is installed, save the state_dict alone"):
+        read_pickle(tmp_path / "last.ckpt")
+    torch.save({"state_dict": TENSORS, "epoch": 3}, tmp_path / "plain.ckpt")
+    assert read_pickle(tmp_path / "plain.ckpt").keys() == TENSORS.keys()
+    for content in ([TENSORS], {"state_dict": 3}, {"a": 1.0}):
+        torch.save(content, tmp_path / "other.ckpt")
+        with pytest.raises(CheckpointError, match="other.ckpt: it holds no tensors by name"):
+            read_pickle(tmp_path / "other.ckpt")
+
+
+def test_json_is_an_object_or_refused_by_file(tmp_path):
+    path = tmp_path / "settings.json"
+    assert read_json(path, default={}) == {}
+    with pytest.raises(CheckpointError, match="settings.json: no such file"):
+        read_json(path)
+    for text in ('{"a": ', "[1]"):
+        path.write_text(text)
+        with pytest.raises(CheckpointError, match="settings.json.*JSON"):
+            read_json(path, default={})
 
 
 def test_safetensors_win_over_pickles(tmp_path):

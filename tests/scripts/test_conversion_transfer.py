@@ -11,10 +11,16 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
+import os
+import platform
+import subprocess
+import sys
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from conversion.probe import ProbeResult
 from conversion.reading import CheckpointError, CheckpointReader
 from conversion.transfer import Entry, transfer
 from modeling_moma import MomaConfig, MomaForCausalLM
@@ -141,15 +147,47 @@ def test_wrong_result_of_a_builder_and_an_interrupt_leave_nothing(reader, entrie
 @pytest.mark.parametrize("difference", [2e-3, float("nan")])
 def test_probe_that_fails_leaves_nothing(difference, reader, entries, tmp_path):
     with pytest.raises(CheckpointError, match="probe batch"):
-        transfer(reader, CONFIG, entries, tmp_path / "moma", probe=lambda converted: difference)
+        transfer(reader, CONFIG, entries, tmp_path / "moma", probe=lambda converted: ProbeResult(difference))
     assert not [path for path in tmp_path.iterdir() if "moma" in path.name]
 
 
 def test_left_over_of_a_killed_run_is_cleared_away(reader, entries, tmp_path):
-    aside = tmp_path / ".moma.partial"
-    aside.mkdir()
-    (aside / "model-00001-of-00009.safetensors").write_text("half")
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    node = platform.node()
+    # the last one has been this process's number before it was ours
+    for process in (ended.pid, os.getpid()):
+        aside = tmp_path / f".moma.{node}-{process}.partial"
+        aside.mkdir()
+        (aside / "model-00001-of-00009.safetensors").write_text("half")
+    others = [f".moma.{node}-{os.getppid()}.partial", f".moma.elsewhere-{ended.pid}.partial", ".moma.mine.partial"]
+    for name in others:
+        (tmp_path / name).mkdir()
     transfer(reader, CONFIG, entries, tmp_path / "moma", extras=lambda folder: (folder / "note.txt").write_text("x"))
-    assert not aside.exists()
+    assert {path.name for path in tmp_path.iterdir()} == {"source", "moma", *others}
     assert not list((tmp_path / "moma").glob("model-*"))
     assert (tmp_path / "moma" / "note.txt").exists()
+
+
+def test_output_that_comes_to_exist_meanwhile_is_left_alone(reader, entries, tmp_path):
+    def write_the_same(folder):
+        (tmp_path / "moma").mkdir()
+        (tmp_path / "moma" / "config.json").write_text("of another conversion")
+
+    with pytest.raises(CheckpointError, match="not empty"):
+        transfer(reader, CONFIG, entries, tmp_path / "moma", extras=write_the_same)
+    assert {path.name for path in tmp_path.iterdir()} == {"source", "moma"}
+    assert (tmp_path / "moma" / "config.json").read_text() == "of another conversion"
+
+
+def test_hidden_folder_with_all_weights_but_no_config_does_not_load(reader, entries, tmp_path):
+    seen = []
+
+    def probe(converted):
+        with pytest.raises((OSError, ValueError, RuntimeError)):
+            MomaForCausalLM.from_pretrained(converted.folder)
+        seen.append(converted.folder)
+        return ProbeResult(0.0)
+
+    transfer(reader, CONFIG, entries, tmp_path / "moma", probe=probe)
+    assert len(seen) == 1 and not seen[0].exists()

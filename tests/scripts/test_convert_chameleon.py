@@ -30,6 +30,7 @@ from transformers import (
 from conversion.chameleon import config_from_chameleon, convert_chameleon
 from conversion.chameleon_processor import PictureVocabulary, convert_tokenizer, convert_vq_model
 from conversion.reading import CheckpointError
+from convert import main
 from modeling_moma import MomaConfig, MomaForCausalLM
 from tokenization import MomaProcessor, MomaVQConfig, MomaVQModel
 
@@ -424,6 +425,72 @@ def test_precision_and_rounding_of_the_source_are_kept(tmp_path):
     converted = MomaForCausalLM.from_pretrained(tmp_path / "moma")
     assert converted.dtype == torch.bfloat16
     assert torch.equal(converted.lm_head.weight, source.lm_head.weight)
+
+
+def test_another_precision_can_be_asked_for(seven, tmp_path, capsys):
+    source, folder = seven
+    arguments = ["chameleon", "--source", str(folder), "--output", str(tmp_path / "moma"), "--dtype", "bfloat16"]
+    assert main(arguments) == 0
+    converted = MomaForCausalLM.from_pretrained(tmp_path / "moma")
+    assert converted.dtype == torch.bfloat16
+    assert torch.equal(converted.lm_head.weight, source.lm_head.weight.bfloat16())
+    receipt = json.loads((tmp_path / "moma" / "conversion.json").read_text())
+    assert receipt["relative_difference"] < 1e-5 and receipt["new_token_probability"] is None
+    assert MomaProcessor.from_pretrained(tmp_path / "moma").vq_model.dtype == torch.float32
+
+
+TEMPLATE = "{% for message in messages %}{{ message['content'] }}<reserved08706>{% endfor %}"
+
+
+def write_template_file(folder):
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
+
+
+def write_template_json(folder):
+    (folder / "chat_template.json").write_text(json.dumps({"chat_template": TEMPLATE}))
+
+
+def write_template_setting(folder):
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    named = [{"name": "default", "template": TEMPLATE}]
+    (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "chat_template": named}))
+
+
+@pytest.mark.parametrize("write", [write_template_file, write_template_json, write_template_setting])
+def test_chat_template_is_kept_and_takes_pictures_by_the_placeholder(write, seven, tmp_path):
+    folder = copy_source(seven, tmp_path)
+    write(folder)
+    convert_chameleon(folder, tmp_path / "moma", probe=False)
+    processor = MomaProcessor.from_pretrained(tmp_path / "moma")
+    text = processor.apply_chat_template([{"role": "user", "content": "what? <image>"}])
+    assert text == "what? <image><reserved08706>"
+    ids = processor(text=text, images=[Image.new("RGB", (SIDE, SIDE))])["input_ids"][0]
+    assert ids.count(BEGIN) == 1 and ids[-1] == TURN and len(ids) > PICTURE_LENGTH
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "special_tokens_map.json",
+        "preprocessor_config.json",
+        "generation_config.json",
+    ],
+)
+def test_file_that_is_no_json_is_refused_by_name(name, seven, tmp_path):
+    folder = copy_source(seven, tmp_path)
+    (folder / name).write_text('{"a": ')
+    with pytest.raises(CheckpointError, match=f"{name}: not a JSON file"):
+        convert_chameleon(folder, tmp_path / "moma")
+    assert not (tmp_path / "moma").exists()
+
+
+def test_tokenizer_file_of_another_kind_is_refused_by_name(seven, tmp_path):
+    folder = copy_source(seven, tmp_path)
+    (folder / "tokenizer.json").write_text('{"model": 3}')
+    with pytest.raises(CheckpointError, match="tokenizer.json"):
+        convert_chameleon(folder, tmp_path / "moma")
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -36,6 +37,7 @@ from transformers import (
 )
 
 from conversion.llama import convert_llama
+from conversion.probe import new_token_probability
 from conversion.reading import CheckpointError
 from convert import main
 from modeling_moma import MomaForCausalLM
@@ -68,9 +70,20 @@ CONFIGS = {
     "llama3": LlamaConfig(**SIZES, rope_parameters=LLAMA3_ROPE, hidden_act="gelu"),
     "llama-yarn": LlamaConfig(**SIZES, rope_parameters={"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}),
     "qwen2": Qwen2Config(**SIZES, rope_parameters={"rope_type": "default", "rope_theta": 1e6}),
+    "qwen2-released": Qwen2Config(**SIZES, tie_word_embeddings=True),
     "qwen3": Qwen3Config(**SIZES, head_dim=16, tie_word_embeddings=True),
     "qwen3-biased": Qwen3Config(**SIZES, head_dim=16, attention_bias=True),
     "mistral": MistralConfig(**SIZES, sliding_window=None),
+}
+# config.json as in releases of the time before `rope_parameters`, such as Qwen2-0.5B's
+OLD_FIELDS = {
+    "qwen2-released": {
+        "rope_theta": 1000000.0,
+        "sliding_window": 32768,
+        "use_sliding_window": False,
+        "max_window_layers": 24,
+        "torch_dtype": "float32",
+    }
 }
 
 
@@ -96,6 +109,15 @@ def tokenizer():
     return train_text_tokenizer(TEXTS * 3, vocab_size=300)
 
 
+def write_old_fields(folder: Path, fields):
+    """Gives a folder the config.json of an old release, and returns its model as Transformers reads it."""
+    config = json.loads((folder / "config.json").read_text())
+    for name in ("rope_parameters", "layer_types", "dtype"):
+        config.pop(name, None)
+    (folder / "config.json").write_text(json.dumps(config | fields))
+    return AutoModelForCausalLM.from_pretrained(folder).eval()
+
+
 def save_source(folder: Path, config, tokenizer, dtype=torch.float32, **kwargs):
     """A random text model with its tokenizer; large weights, so that differences would show."""
     torch.manual_seed(0)
@@ -112,6 +134,8 @@ def save_source(folder: Path, config, tokenizer, dtype=torch.float32, **kwargs):
 def pair(request, tmp_path_factory, tokenizer, processor_folder):
     folder = tmp_path_factory.mktemp(request.param)
     source = save_source(folder / "source", CONFIGS[request.param], tokenizer, max_shard_size="20KB")
+    if request.param in OLD_FIELDS:
+        source = write_old_fields(folder / "source", OLD_FIELDS[request.param])
     receipt = convert_llama(folder / "source", folder / "moma", processor=processor_folder, max_shard_size="30KB")
     model, report = MomaForCausalLM.from_pretrained(folder / "moma", output_loading_info=True)
     assert not any(report.values())
@@ -135,19 +159,35 @@ def test_text_logits_equal_the_source(pair):
     assert receipt.relative_difference < 1e-5
 
 
-def test_greedy_generation_equals_the_source_token_for_token(pair):
+@pytest.mark.parametrize("generate", [MomaForCausalLM.generate, GenerationMixin.generate], ids=["text-mode", "stock"])
+def test_greedy_generation_equals_the_source_token_for_token(generate, pair):
     source, model, _, num_ids = pair
-    expected, generated = (
-        part.generate(
-            **padded_batch(num_ids),
-            max_new_tokens=24,
-            do_sample=False,
-            pad_token_id=0,
-            suppress_tokens=list(range(num_ids, part.config.vocab_size)),
-        )
-        for part in (source, model)
-    )
-    assert torch.equal(generated, expected)
+    arguments = {**padded_batch(num_ids), "max_new_tokens": 24, "do_sample": False, "pad_token_id": 0}
+    # the source's rows of no token become new tokens, which nothing keeps the converted model from
+    unused = list(range(num_ids, source.config.vocab_size))
+    expected = source.generate(**arguments, suppress_tokens=unused)
+    assert torch.equal(generate(model, **arguments), expected)
+    assert len(set(expected[:, 24:].flatten().tolist())) > 2
+
+
+def test_receipt_says_what_probability_new_tokens_take(pair):
+    source, model, receipt, num_ids = pair
+    # the probe's positions are others, so the values are close but not the same
+    batch = padded_batch(num_ids)
+    with torch.no_grad():
+        probabilities = model(**batch).logits[batch["attention_mask"].bool()].softmax(dim=-1)
+    share = float(probabilities[:, num_ids:].sum(dim=-1).mean())
+    assert receipt.new_token_probability == pytest.approx(share, rel=0.5)
+    # no more than in a model that holds all tokens for equally likely
+    assert 0 < receipt.new_token_probability < 1 - num_ids / model.config.vocab_size
+    assert f"probability of new tokens   {receipt.new_token_probability:.2%}" in receipt.table()
+
+
+def test_probability_of_new_tokens_is_the_mean_of_their_softmax():
+    logits = torch.tensor([[0.0, 1.0, 2.0, -1.0], [3.0, 0.0, 0.0, 0.0]])
+    exponents = logits.exp()
+    expected = (exponents[:, [1, 3]].sum(dim=1) / exponents.sum(dim=1)).mean()
+    assert new_token_probability(logits, [1, 3]) == pytest.approx(float(expected))
 
 
 def test_sampled_generation_equals_the_source_token_for_token(pair):
@@ -447,17 +487,48 @@ def test_kill_half_way_leaves_nothing_that_loads_and_a_second_run_succeeds(tmp_p
     command = [sys.executable, str(ROOT / "scripts" / "convert.py"), "llama", "--source", str(tmp_path / "source")]
     command += ["--processor", str(processor_folder), "--output", str(tmp_path / "moma"), "--max-shard-size", "20KB"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    aside = tmp_path / ".moma.partial"
     process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while not list(aside.glob("model-00001-*")):
+    while not list(tmp_path.glob(".moma.*.partial/model-00001-*")):
         assert process.poll() is None
         time.sleep(0.001)
     process.kill()
     assert process.wait() == -signal.SIGKILL
-    assert aside.exists() and not (tmp_path / "moma").exists()
+    (aside,) = tmp_path.glob(".moma.*.partial")
+    assert not (tmp_path / "moma").exists()
     with pytest.raises((OSError, ValueError)):
         MomaForCausalLM.from_pretrained(aside)
 
     convert_llama(tmp_path / "source", tmp_path / "moma", processor=processor_folder)
     assert MomaForCausalLM.from_pretrained(tmp_path / "moma").num_parameters() > 0
     assert not aside.exists()
+
+
+def test_probe_allows_for_the_rounding_that_was_asked_for_and_still_finds_faults(source, convert, tmp_path):
+    assert convert(source, dtype=torch.bfloat16).relative_difference < 1e-5
+    model = MomaForCausalLM.from_pretrained(tmp_path / "moma")
+    assert model.dtype == torch.bfloat16
+    original = AutoModelForCausalLM.from_pretrained(source)
+    assert torch.equal(model.state_dict()[Q_PROJ], original.state_dict()[Q_PROJ].bfloat16())
+    edit_tensors(source, Q_PROJ, lambda tensors, key: tensors[key].fill_(torch.nan))
+    with pytest.raises(CheckpointError, match="probe batch"):
+        convert_llama(source, tmp_path / "other", processor=tmp_path / "moma", dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize("text", ['{"do_sample": ', "[]", '{"temperature": "hot"}', '{"max_new_tokens": "many"}'])
+def test_bad_generation_settings_are_refused_by_file(text, source, convert, tmp_path):
+    (source / "generation_config.json").write_text(text)
+    with pytest.raises(CheckpointError, match="generation_config.json"):
+        convert(source)
+    assert_nothing_written(tmp_path)
+
+
+@pytest.mark.skipif(find_spec("sentencepiece") is not None, reason="sentencepiece would read more")
+@pytest.mark.parametrize("tokenizer_class", ["LlamaTokenizer", "SiglipTokenizer"])
+def test_tokenizer_that_needs_another_library_is_refused_by_file(tokenizer_class, source, convert, tmp_path):
+    for path in source.glob("tokenizer*"):
+        path.unlink()
+    (source / "tokenizer.model").write_bytes(b"pieces")
+    (source / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": tokenizer_class}))
+    with pytest.raises(CheckpointError, match=r"source/tokenizer.model: .*tokenizer.json"):
+        convert(source)
+    assert_nothing_written(tmp_path)

@@ -125,7 +125,7 @@ class Trap:
 
 def test_objects_in_a_pickle_are_refused_and_not_run(tmp_path, capsys):
     torch.save({"state_dict": vq_model().state_dict(), "callbacks": Trap()}, tmp_path / "vqgan.ckpt")
-    with pytest.raises(CheckpointError, match="more than tensors"):
+    with pytest.raises(CheckpointError, match="more than tensors.*training code is installed"):
         convert_vqgan(tmp_path / "vqgan.ckpt", tmp_path / "out", allow_pickle=True)
     assert "ran" not in capsys.readouterr().out
 
