@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Trains 4t4i from scratch and from 1t1i seeds of three lengths, two data seeds each at equal training FLOPs, and
-# compares them. Needs what scripts/reproduce.sh leaves in runs/; about two hours on two cores.
+# compares them. Needs what scripts/reproduce.sh leaves in runs/.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
@@ -21,6 +21,8 @@ train() {
 
 for seed in 0 1; do
     train "4t4i-$seed" --config configs/emoji-plain-4t4i.json
+    # what its seed would become without upcycling
+    train "1t1i-full-$seed" --config configs/emoji-plain-1t1i.json
     # one seed run gives all three lengths: 5, 10 and 20 % of the steps
     train "1t1i-$seed" --config configs/emoji-plain-1t1i.json --stop-at 160 --save-steps 40 --save-total-limit 4
     for length in 40 80 160; do

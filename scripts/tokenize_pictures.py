@@ -18,12 +18,13 @@ import argparse
 import torch
 from datasets import DatasetDict, load_dataset
 
+import modeling_moma  # noqa: F401, without it a processor that lies beside a model asks to run the model's code
 from precision import supports_bf16
 from tokenization import MomaProcessor
 from tokenization.augmentation_moma import augment_pictures
 
 
-def main():
+def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--processor", required=True, help="folder of a MomaProcessor")
     parser.add_argument("--data", default="data/emoji")
@@ -31,7 +32,7 @@ def main():
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", required=True, help="folder for the data set of codes")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
 
     processor = MomaProcessor.from_pretrained(args.processor)
     generator = torch.Generator().manual_seed(args.seed)

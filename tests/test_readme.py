@@ -33,3 +33,10 @@ def test_the_python_of_the_readme_runs(tmp_path, monkeypatch):
     for block in blocks:
         exec(compile(block, "README.md", "exec"), namespace)
     assert Image.open("apple.png").size == (64, 64)
+
+
+def test_measured_parts_of_the_readme_are_filled():
+    text = (ROOT / "README.md").read_text()
+    markers = re.findall(r"<!-- (\w+) -->\n(.*?)<!-- /\1 -->", text, flags=re.DOTALL)
+    assert [name for name, _ in markers] == re.findall(r"<!-- (\w+) -->", text)
+    assert all("|" in part for _, part in markers)

@@ -13,6 +13,7 @@
 # limitations under the License.
 """Compares what one trained model loses under causal routings with the routing that it was trained with."""
 
+import textwrap
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -117,7 +118,9 @@ def verdict(result: dict) -> str:
     effect = "changes nothing" if change == 0 else f"{'lowers' if change < 0 else 'raises'} the overall loss by "
     if change:
         effect += f"{abs(change):.4f} nats"
+    losses = [result["loss"][rule]["overall"] for rule in CAUSAL_RULES]
     return (
+        f"The overall losses of the causal rules lie within {max(losses) - min(losses):.4f} nats of one another. "
         f"Best of the causal rules: {CAUSAL_RULES[best]}, whose overall loss lies {_above(overall[best])} the "
         f"oracle's (aim of at most {100 * AIM_GAP:g} % above: {reached}). Calibration of the auxiliary routers "
         f"{effect}."
@@ -171,7 +174,11 @@ def comparison_section(report: dict) -> str:
         "and how many it takes of all. Every router is asked about what it sees when the oracle routes the layers "
         "before it."
     )
-    return "\n\n".join([loss_table(report), router_table(report["routers"]), note, verdict(report), settings]) + "\n"
+    # not the settings: a command has to stay in one line
+    words = [
+        textwrap.fill(text, 120, break_long_words=False, break_on_hyphens=False) for text in (note, verdict(report))
+    ]
+    return "\n\n".join([loss_table(report), router_table(report["routers"]), *words, settings]) + "\n"
 
 
 def comparison_report(report: dict) -> str:
