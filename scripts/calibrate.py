@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 from datasets import Dataset, load_from_disk
 
+from emoji.examples import check_layout
 from emoji.measures import load_model, padded_batches, shuffled_held_out
 from emoji.routing_comparison import router_table
 from modeling_moma import (
@@ -29,7 +30,6 @@ from modeling_moma import (
     calibrate_auxiliary_thresholds,
     calibrate_thresholds,
 )
-from pretrain import check_layout
 from tokenization import MomaProcessor
 from writing import write_folder_aside
 

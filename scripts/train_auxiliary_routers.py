@@ -23,9 +23,10 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
 from calibrate import held_out_batches, refuse_files, save_with_processor
-from emoji.examples import EmojiExamples, held_out_examples
+from emoji.examples import EmojiExamples, check_layout, held_out_examples
 from emoji.measures import load_model
 from emoji.routing_comparison import router_table
+from emoji.stages import FollowArguments
 from modeling_moma import (
     AuxiliaryRouterTrainer,
     MomaForCausalLM,
@@ -35,7 +36,6 @@ from modeling_moma import (
 )
 from modeling_moma.calibration_moma import named_routers
 from precision import supports_bf16
-from pretrain import FollowArguments, check_layout
 from tokenization import MomaDataCollator, MomaProcessor
 
 

@@ -21,8 +21,8 @@ from pathlib import Path
 import torch
 from transformers.trainer import TRAINER_STATE_NAME
 
+from emoji.stages import UPCYCLING_FILE, data_order
 from modeling_moma import MomaForCausalLM, parse_experts, upcycle, upcycling_receipt
-from pretrain import UPCYCLING_FILE, data_order
 from writing import write_folder_aside
 
 

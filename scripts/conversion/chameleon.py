@@ -23,8 +23,16 @@ from transformers import ChameleonConfig, ChameleonForConditionalGeneration
 from transformers.utils import logging
 
 from conversion.chameleon_processor import PictureVocabulary, ProcessorError, convert_processor, convert_vq_model
+from conversion.fields import SAME_NAMED_FIELDS
 from conversion.generation import convert_generation_config
-from conversion.probe import ProbeResult, RoundedWeights, relative_difference, streamed_model, text_batch
+from conversion.probe import (
+    ChangedWeights,
+    ProbeResult,
+    relative_difference,
+    rounded_weights,
+    streamed_model,
+    text_batch,
+)
 from conversion.reading import CheckpointError, CheckpointReader
 from conversion.receipt import Receipt
 from conversion.transfer import Entry, transfer
@@ -38,22 +46,7 @@ logger = logging.get_logger(__name__)
 VQ_PREFIX = "model.vqmodel."
 # ours and theirs
 _LAYER_NORMS = {"attention_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}
-_TAKEN_FIELDS = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "hidden_act",
-    "max_position_embeddings",
-    "initializer_range",
-    "rms_norm_eps",
-    "rope_parameters",
-    "tie_word_embeddings",
-    "attention_bias",
-    "attention_dropout",
-)
+_TAKEN_FIELDS = (*SAME_NAMED_FIELDS, "vocab_size", "rope_parameters", "attention_bias")
 
 
 def config_from_chameleon(config: Mapping) -> MomaConfig:
@@ -246,22 +239,10 @@ def _save_vq_model(vq_model, folder: Path):
     vq_model.save_pretrained(folder / VQ_SUBFOLDER)
 
 
-class _PerHeadNorms(Mapping):
+def _per_head_norms(reader: CheckpointReader, entries: list[Entry]) -> ChangedWeights:
     """The source's tensors as Transformers wants them, with a row of each query-key norm for each head."""
-
-    def __init__(self, reader: CheckpointReader, entries: list[Entry]):
-        self.reader = reader
-        self.builds = {entry.sources[0]: entry.build for entry in entries if entry.source_shapes is not None}
-
-    def __getitem__(self, name: str) -> torch.Tensor:
-        tensor = self.reader[name]
-        return self.builds[name](tensor) if name in self.builds else tensor
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.reader)
-
-    def __len__(self) -> int:
-        return len(self.reader)
+    builds = {entry.sources[0]: entry.build for entry in entries if entry.source_shapes is not None}
+    return ChangedWeights(reader, lambda name, tensor: builds[name](tensor) if name in builds else tensor)
 
 
 @torch.no_grad()
@@ -274,7 +255,7 @@ def _compare_logits(
     batch = text_batch(pictures + texts[: len(pictures)])
     real = batch["attention_mask"].bool()
     logits = []
-    weights = RoundedWeights(_PerHeadNorms(reader, chameleon_entries(reader, config)), dtype)
+    weights = rounded_weights(_per_head_norms(reader, chameleon_entries(reader, config)), dtype)
     for model_class, own_config, tensors in (
         (ChameleonForConditionalGeneration, _source_config(reader.config), weights),
         (MomaForCausalLM, config, written),

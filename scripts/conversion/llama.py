@@ -14,6 +14,7 @@
 """Text models of the Llama family (Llama, Qwen2, Qwen3, Mistral) as MoMa 1t1i models with picture tokens."""
 
 import functools
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -22,12 +23,13 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
+from conversion.fields import SAME_NAMED_FIELDS
 from conversion.generation import convert_generation_config
 from conversion.probe import (
     ProbeResult,
-    RoundedWeights,
     new_token_probability,
     relative_difference,
+    rounded_weights,
     streamed_model,
     text_batch,
 )
@@ -45,19 +47,6 @@ IMAGE_GROUPS = ("copy", "new")
 NEW_ROW_SPREAD = 0.1
 STATISTICS_ROWS = 1024
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-TAKEN_FIELDS = (
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "hidden_act",
-    "max_position_embeddings",
-    "initializer_range",
-    "rms_norm_eps",
-    "attention_dropout",
-    "tie_word_embeddings",
-)
 
 
 def convert_llama(
@@ -102,7 +91,7 @@ def convert_llama(
     if image_group not in IMAGE_GROUPS:
         raise ValueError(f"`image_group` must be one of {IMAGE_GROUPS}, got {image_group!r}.")
     reader = CheckpointReader(source, allow_pickle)
-    rounded = RoundedWeights(reader, dtype)
+    rounded = rounded_weights(reader, dtype)
     source_config = _source_config(reader)
     num_rows = source_config.vocab_size
     moma_processor, new_ids = _with_pictures(reader.folder, processor)
@@ -198,7 +187,7 @@ def _moma_config(source: PreTrainedConfig, layout: dict, reader: CheckpointReade
     bias = source.model_type == "qwen2" or getattr(source, "attention_bias", False)
     try:
         return MomaConfig(
-            **{field: getattr(source, field) for field in TAKEN_FIELDS},
+            **{field: getattr(source, field) for field in SAME_NAMED_FIELDS},
             **layout,
             head_dim=getattr(source, "head_dim", None) or source.hidden_size // source.num_attention_heads,
             rope_parameters=dict(source.rope_parameters),
@@ -327,7 +316,7 @@ def extend_rows(old: torch.Tensor, num_rows: int, new_ids: list[int], generator:
 
 def _compare(
     source_config: PreTrainedConfig,
-    source: RoundedWeights,
+    source: Mapping[str, torch.Tensor],
     config: MomaConfig,
     old_ids: list[int],
     converted: CheckpointReader,

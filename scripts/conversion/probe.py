@@ -13,7 +13,7 @@
 # limitations under the License.
 """Outputs of two models on a probe batch, with the weights streamed from the disk module by module."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -40,26 +40,37 @@ class ProbeResult:
     new_token_probability: float | None = None
 
 
-class RoundedWeights(Mapping):
-    """Weights in the type that a conversion writes, so that a probe shows errors of the conversion, not the rounding.
+class ChangedWeights(Mapping):
+    """Weights by name, each changed when it is asked for.
 
     Args:
-        weights (`Mapping[str, torch.Tensor]`): the source's.
-        dtype (`torch.dtype`, *optional*): of its floating-point tensors; by default their own.
+        weights (`Mapping[str, torch.Tensor]`): as they are.
+        change (`Callable[[str, torch.Tensor], torch.Tensor]`): gets a name and its tensor.
     """
 
-    def __init__(self, weights: Mapping[str, torch.Tensor], dtype: torch.dtype | None):
-        self.weights, self.dtype = weights, dtype
+    def __init__(self, weights: Mapping[str, torch.Tensor], change: Callable[[str, torch.Tensor], torch.Tensor]):
+        self.weights, self.change = weights, change
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        tensor = self.weights[name]
-        return tensor.to(self.dtype) if self.dtype is not None and tensor.is_floating_point() else tensor
+        return self.change(name, self.weights[name])
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.weights)
 
     def __len__(self) -> int:
         return len(self.weights)
+
+
+def rounded_weights(weights: Mapping[str, torch.Tensor], dtype: torch.dtype | None) -> Mapping[str, torch.Tensor]:
+    """Weights in the type that a conversion writes, so that a probe shows errors of the conversion, not the rounding.
+
+    Args:
+        weights (`Mapping[str, torch.Tensor]`): the source's.
+        dtype (`torch.dtype`, *optional*): of its floating-point tensors; by default their own.
+    """
+    if dtype is None:
+        return weights
+    return ChangedWeights(weights, lambda name, tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor)
 
 
 def streamed_model(

@@ -91,8 +91,8 @@ def vqgan_config(tensors: Mapping[str, torch.Tensor], resolution: int = 512) -> 
         `MomaVQConfig`: of the layout `patch_size=1`, `norm_type="group"`.
 
     Raises:
-        CheckpointError: a tensor that tells a size is missing, by name.
-            Or sizes that fit no model, such as a resolution that the levels cannot halve.
+        CheckpointError: a tensor that tells a size is missing, by name; or the sizes fit no model, as a resolution
+            that the levels cannot halve.
     """
     fields = {field: _size(tensors, name, axis) for field, name, axis in _SIZES}
     levels = _count(tensors, r"encoder\.down\.(\d+)\.")

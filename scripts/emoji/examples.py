@@ -17,6 +17,8 @@ import numpy as np
 import torch
 from datasets import Dataset
 
+from modeling_moma import MomaConfig
+
 
 TAG_CAPTION_SHARE = 0.25
 UNCONDITIONAL_SHARE = 0.1
@@ -112,3 +114,20 @@ def example_ids(processor, text: str, codes: np.ndarray, picture_first: bool) ->
     words = tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
     middle = [*picture, *words] if picture_first else [*words, *picture]
     return [tokenizer.bos_token_id, *middle, tokenizer.eos_token_id]
+
+
+def evenly_spaced(examples: list, number: int | None) -> list:
+    """So many of the examples; all where there are not more, or without a number."""
+    number = min(number or len(examples), len(examples))
+    return [examples[index * len(examples) // number] for index in range(number)]
+
+
+def check_layout(config: MomaConfig, layout: dict):
+    """Raise `ValueError` where a saved model reads token ids otherwise than the processor writes them."""
+    for name, value in layout.items():
+        # rows of the embedding beyond the tokenizer's tokens do no harm
+        is_fine = getattr(config, name) >= value if name == "vocab_size" else getattr(config, name) == value
+        if not is_fine:
+            raise ValueError(
+                f"`--model` has {name} = {getattr(config, name)}, the processor's is {value}: were they made together?"
+            )

@@ -25,9 +25,11 @@ from transformers import TrainerCallback, get_scheduler
 
 import pretrain
 import upcycle
+from emoji.examples import check_layout, evenly_spaced
+from emoji.stages import data_order, examples_a_step
 from modeling_moma import MomaForCausalLM
 from modeling_moma.routing_moma import MomaRouter
-from pretrain import build_trainer, check_layout, data_order, evenly_spaced, examples_a_step, main, parse_arguments
+from pretrain import build_trainer, main, parse_arguments
 from tiny import tiny_processor
 
 
@@ -337,7 +339,7 @@ def test_order_that_cannot_be_checked_is_warned_of(stages, inputs, tmp_path, cap
     start = ("--model", tmp_path / "model")
     trainer = build_trainer(parse_arguments(arguments(inputs, tmp_path / "out", start=start)))
     assert trainer.first_step == 3
-    (warning,) = [record.getMessage() for record in caplog.records if record.name == "pretrain"]
+    (warning,) = [record.getMessage() for record in caplog.records if record.name == "emoji.stages"]
     assert "run.json" in warning and "cannot be checked" in warning and "--restart-data" in warning
     # what trainer_state.json knows is checked all the same
     with pytest.raises(ValueError, match="--batch-size.* = 2 is not the 4 .*--restart-data"):
@@ -345,7 +347,7 @@ def test_order_that_cannot_be_checked_is_warned_of(stages, inputs, tmp_path, cap
     caplog.clear()
     for start in (stages.start, ("--model", stages.stopped.output / "checkpoint-3")):
         build_trainer(parse_arguments(arguments(inputs, tmp_path / "out", start=start)))
-    assert not [record for record in caplog.records if record.name == "pretrain"]
+    assert not [record for record in caplog.records if record.name == "emoji.stages"]
 
 
 def test_model_of_a_finished_training_is_refused_as_such_whatever_the_steps(stages, inputs, tmp_path):
