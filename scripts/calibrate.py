@@ -14,24 +14,20 @@
 """Compute a model's thresholds anew from held-out batches, those of its auxiliary routers included."""
 
 import argparse
-import json
-from collections.abc import Callable
-from pathlib import Path
 
 import torch
-from datasets import Dataset, load_from_disk
+from datasets import load_from_disk
 
+from emoji.changed_routers import save_with_processor
 from emoji.examples import check_layout
-from emoji.measures import load_model, padded_batches, shuffled_held_out
+from emoji.measures import held_out_batches, load_model
 from emoji.routing_comparison import router_table
 from modeling_moma import (
-    MomaForCausalLM,
-    add_auxiliary_routers,
     calibrate_auxiliary_thresholds,
     calibrate_thresholds,
 )
 from tokenization import MomaProcessor
-from writing import write_folder_aside
+from writing import refuse_files
 
 
 REPORT_FILE = "calibration.json"
@@ -57,42 +53,6 @@ def parse_arguments(arguments=None) -> argparse.Namespace:
         if value < 1:
             parser.error(f"{name} {value}: at least one is needed to calibrate on")
     return args
-
-
-def refuse_files(folder: str, is_fine: Callable[[Path], bool] = lambda path: False):
-    """Raise `ValueError` for an output folder with files that are not fine: they would mix with the model's."""
-    others = sorted(path.name for path in Path(folder).glob("*") if not is_fine(path))
-    if others:
-        raise ValueError(
-            f"`--output` {folder!r} has files of something else in it, such as {others[0]!r}: give a new folder."
-        )
-
-
-def held_out_batches(codes: Dataset, processor: MomaProcessor, batch_size: int, seed: int) -> list[dict]:
-    """Padded batches of one size in random order; of the last one, when it is short, only if it is the only one."""
-    examples = shuffled_held_out(codes, processor, seed)
-    whole = len(examples) // batch_size * batch_size
-    return padded_batches(processor, examples[: whole or None], batch_size)
-
-
-def save_with_processor(
-    model: MomaForCausalLM, source: str, processor: MomaProcessor, output: str, report_file: str, report: dict
-):
-    """Save a model that differs from its source in routers only: the weights in the dtype that they came in."""
-    stored = MomaForCausalLM.from_pretrained(source, dtype="auto")
-    if model.config.auxiliary_routers and not stored.config.auxiliary_routers:
-        add_auxiliary_routers(stored)
-    # what came as bf16 was widened to fp32 and has not changed since, so nothing is lost
-    stored.load_state_dict(model.state_dict())
-    for name in ("inference_routing", "depth_inference_routing"):
-        setattr(stored.config, name, getattr(model.config, name))
-
-    def write(folder: Path):
-        stored.save_pretrained(folder)
-        processor.save_pretrained(folder)
-        (folder / report_file).write_text(json.dumps(report, indent=2) + "\n")
-
-    write_folder_aside(output, write)
 
 
 def main(arguments=None):

@@ -22,9 +22,9 @@ from transformers import Trainer, TrainingArguments, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
-from calibrate import held_out_batches, refuse_files, save_with_processor
+from emoji.changed_routers import save_with_processor
 from emoji.examples import EmojiExamples, check_layout, held_out_examples
-from emoji.measures import load_model
+from emoji.measures import held_out_batches, load_model
 from emoji.routing_comparison import router_table
 from emoji.stages import FollowArguments
 from modeling_moma import (
@@ -37,6 +37,7 @@ from modeling_moma import (
 from modeling_moma.calibration_moma import named_routers
 from precision import supports_bf16
 from tokenization import MomaDataCollator, MomaProcessor
+from writing import refuse_files
 
 
 REPORT_FILE = "auxiliary_routers.json"

@@ -23,7 +23,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from emoji.stages import UPCYCLING_FILE, data_order
 from modeling_moma import MomaForCausalLM, parse_experts, upcycle, upcycling_receipt
-from writing import write_folder_aside
+from writing import refuse_files, write_folder_aside
 
 
 def parse_arguments(arguments=None) -> argparse.Namespace:
@@ -58,10 +58,8 @@ def probe_batch(config, rows: int = 8, length: int = 64) -> dict[str, torch.Tens
 
 def main(arguments=None):
     args = parse_arguments(arguments)
-    output = Path(args.output)
     # what is left of another model there, such as an optimizer, would be taken for this one's
-    if output.is_dir() and any(output.iterdir()):
-        raise ValueError(f"`--output` {args.output!r} has files in it: give a new folder.")
+    refuse_files(args.output)
     torch.manual_seed(args.seed)
     seed = MomaForCausalLM.from_pretrained(args.model)
     upcycled = upcycle(
@@ -85,7 +83,7 @@ def main(arguments=None):
         if state.is_file():
             shutil.copy(state, folder / TRAINER_STATE_NAME)
 
-    write_folder_aside(output, write)
+    write_folder_aside(args.output, write)
     print(json.dumps(receipt.to_dict(), indent=2))
 
 

@@ -67,3 +67,20 @@ def write_folder_aside(path: str | Path, write: Callable[[Path], object]) -> Pat
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     return path
+
+
+def refuse_files(folder: str, is_fine: Callable[[Path], bool] = lambda path: False):
+    """Refuse an output folder with files that would mix with those of the model to be written.
+
+    Args:
+        folder (`str`): missing folders are fine.
+        is_fine (`Callable`, *optional*): whether a path in it may stay; by default none.
+
+    Raises:
+        ValueError: names one of the others.
+    """
+    others = sorted(path.name for path in Path(folder).glob("*") if not is_fine(path))
+    if others:
+        raise ValueError(
+            f"`--output` {folder!r} has files of something else in it, such as {others[0]!r}: give a new folder."
+        )

@@ -78,6 +78,21 @@ def padded_batches(processor, examples: list[dict], batch_size: int) -> list[dic
     return [collate(examples[start : start + batch_size]) for start in range(0, len(examples), batch_size)]
 
 
+def held_out_batches(codes: Dataset, processor, batch_size: int, seed: int) -> list[dict]:
+    """
+    Held-out examples as padded batches of one size in random order.
+
+    Args:
+        codes (`datasets.Dataset`): see [`shuffled_held_out`].
+        processor (`MomaProcessor`): gives the ids; its tokenizer pads.
+        batch_size (`int`): examples of a batch; a short last one is left out, unless it is the only one.
+        seed (`int`): of the order.
+    """
+    examples = shuffled_held_out(codes, processor, seed)
+    whole = len(examples) // batch_size * batch_size
+    return padded_batches(processor, examples[: whole or None], batch_size)
+
+
 @torch.inference_mode()
 def held_out_loss(
     model,

@@ -22,8 +22,16 @@ import torch.nn.functional as F
 from transformers import TrainingArguments
 from transformers.modeling_outputs import CausalLMOutput
 
+from modeling.calibration_reference import (
+    ALL_MODELS,
+    MODELS,
+    build,
+    padded_batches,
+    plain_records,
+    state_of,
+    text_only,
+)
 from modeling.reference import GROUPS, mixed_ids, tiny_model
-from modeling.test_calibration import ALL_MODELS, MODELS, build, padded_batches, plain_records, state_of, text_only
 from modeling_moma import MomaForCausalLM
 from modeling_moma.auxiliary_training_moma import (
     PAPER_THRESHOLD,

@@ -20,9 +20,8 @@ import torch
 from datasets import Dataset, DatasetDict
 from safetensors.torch import load_file
 
-from calibrate import held_out_batches
 from calibrate import main as calibrate
-from emoji.measures import load_model
+from emoji.measures import held_out_batches, load_model
 from modeling_moma import MomaForCausalLM
 from modeling_moma.auxiliary_training_moma import auxiliary_report
 from modeling_moma.calibration_moma import calibrate_auxiliary_thresholds, calibrate_thresholds, named_routers
