@@ -1,22 +1,27 @@
 # Every target sets itself up: it needs Python 3.11 or newer, git and make, nothing else.
 PYTHON ?= python3
 VENV ?= .venv
+# two test files at a time, each on one core
+PYTEST_FLAGS ?= -n 2 --dist loadfile
 RUN := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 
-.PHONY: quickstart test check bench reproduce data clean
+.PHONY: quickstart test check docs bench reproduce data clean
 
 quickstart: $(INSTALLED)
 	$(RUN) scripts/quickstart.py --output quickstart
 
 test: $(INSTALLED)
-	$(RUN) -m pytest -q
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -q $(PYTEST_FLAGS)
 
 check: $(INSTALLED)
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mlinter modeling_moma
 	$(RUN) -m mlinter tokenization
+
+docs: $(INSTALLED)
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict
 
 # needs npm and rsvg-convert (Debian: librsvg2-bin)
 data: $(INSTALLED)
@@ -25,6 +30,8 @@ data: $(INSTALLED)
 bench: $(INSTALLED)
 	$(RUN) benchmarks/expert_dispatch.py
 	$(RUN) benchmarks/depth_step.py
+	$(RUN) benchmarks/compilation.py
+	$(RUN) benchmarks/quantization.py
 
 reproduce: $(INSTALLED)
 	PYTHON=$(abspath $(RUN)) scripts/reproduce.sh
@@ -32,9 +39,9 @@ reproduce: $(INSTALLED)
 $(INSTALLED): pyproject.toml tests/hf_common/fetch.py
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet --upgrade pip
-	$(RUN) -m pip install --quiet --editable ".[train,dev]"
+	$(RUN) -m pip install --quiet --editable ".[dev]"
 	-$(RUN) tests/hf_common/fetch.py
 	touch $@
 
 clean:
-	rm -rf $(VENV) runs quickstart
+	rm -rf $(VENV) runs quickstart site
