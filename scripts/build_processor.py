@@ -18,6 +18,7 @@ import argparse
 import torch
 from datasets import load_dataset
 
+from emoji.chat import CHAT_TEMPLATE
 from emoji.examples import caption_texts
 from tokenization import MomaImageProcessor, MomaProcessor, MomaVQModel, add_picture_tokens, train_text_tokenizer
 
@@ -40,7 +41,7 @@ def main():
     tokenizer.padding_side = "left"
     side = vq_model.config.resolution
     image_processor = MomaImageProcessor(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
-    processor = MomaProcessor(image_processor, tokenizer, vq_model)
+    processor = MomaProcessor(image_processor, tokenizer, vq_model, chat_template=CHAT_TEMPLATE)
     processor.save_pretrained(args.output)
     print(f"{args.output}: {len(tokenizer)} tokens, {processor.image_seq_length} a picture")
 

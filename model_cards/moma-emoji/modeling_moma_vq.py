@@ -223,7 +223,7 @@ class MomaVQEncoder(nn.Module):
             side = config.resolution // config.patch_size // 2**level
             self.down.append(level_class(config, widths[level], widths[level + 1], config.num_res_blocks, side))
         # CODEPATH: moma-emoji has the trunk, Chameleon has not
-        self.trunk = MomaVQTrunk(config.downsample_factor).requires_grad_(False) if config.use_trunk else None
+        self.trunk = MomaVQTrunk(config.downsample_factor) if config.use_trunk else None
         # CODEPATH: as above
         self.trunk_proj = nn.Conv2d(TRUNK_WIDTH, widths[-1], kernel_size=1) if config.use_trunk else None
         self.mid = MomaVQMiddle(config, widths[-1])
@@ -381,7 +381,21 @@ class MomaVQModel(PreTrainedModel):
         self.decoder = MomaVQDecoder(config) if config.use_decoder else None
         # CODEPATH: moma-emoji was trained with the head, Chameleon without
         self.semantic_head = MomaVQSemanticHead(config) if config.semantic_dim is not None else None
+        self._freeze()
         self.post_init()
+
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        """As in Transformers. Loading makes new parameters, which all ask for gradients, so it freezes them again."""
+        loaded = super().from_pretrained(*args, **kwargs)
+        (loaded[0] if isinstance(loaded, tuple) else loaded)._freeze()
+        return loaded
+
+    def _freeze(self) -> None:
+        # data parallel training waits for the gradient of every parameter that asks for one
+        for module in self.modules():
+            if isinstance(module, MomaVQTrunk) or (isinstance(module, MomaVQQuantizer) and module.decay is not None):
+                module.requires_grad_(False)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):

@@ -21,8 +21,9 @@ from pathlib import Path
 import torch
 from PIL import Image
 from transformers import BatchFeature
-from transformers.image_utils import make_flat_list_of_images
+from transformers.image_utils import ImageInput, make_flat_list_of_images
 from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin, Unpack
+from transformers.tokenization_utils_base import TextInput
 from transformers.utils import is_torchvision_available
 
 from .image_processing_moma import MomaImageProcessor
@@ -209,7 +210,12 @@ class MomaProcessor(ProcessorMixin):
         }
 
     # trf-ignore: TRF057, documented by hand
-    def __call__(self, images=None, text=None, **kwargs: Unpack[MomaProcessorKwargs]) -> BatchFeature:
+    def __call__(
+        self,
+        images: ImageInput | None = None,
+        text: TextInput | list[TextInput] | None = None,
+        **kwargs: Unpack[MomaProcessorKwargs],
+    ) -> BatchFeature:
         r"""
         Tokenises texts and the pictures in them.
 
@@ -526,7 +532,11 @@ class MomaProcessor(ProcessorMixin):
         Returns:
             `list[str]`: the settings file.
         """
+        # the tokenizer saves the side that it was made with, not the one that it was given since
+        self.tokenizer.init_kwargs["padding_side"] = self.tokenizer.padding_side
         files = super().save_pretrained(save_directory)
+        # the base class leaves the map of the files that it has copied on the object, where loading never puts it
+        self.__dict__.pop("auto_map", None)
         self.vq_model.save_pretrained(os.path.join(save_directory, VQ_SUBFOLDER))
         if push_to_hub:
             repo_id = kwargs.pop("repo_id", Path(save_directory).name)
@@ -540,10 +550,11 @@ class MomaProcessor(ProcessorMixin):
         # by class and not by an auto class, so that nothing need be registered for this package or its copy on the Hub
         image_processor_class = MomaImageProcessorPil if backend == "pil" else MomaImageProcessor
         hub_kwargs = {name: kwargs[name] for name in HUB_KWARGS if name in kwargs}
-        image_processor = image_processor_class.from_pretrained(
-            pretrained_model_name_or_path, subfolder=subfolder, **hub_kwargs
-        )
         vq_model = kwargs.pop("vq_model", None)
+        # each part takes the settings that it knows, as in the base class
+        image_processor = image_processor_class.from_pretrained(
+            pretrained_model_name_or_path, subfolder=subfolder, **kwargs
+        )
         tokenizer = cls._load_tokenizer_from_pretrained(
             "tokenizer", pretrained_model_name_or_path, subfolder=subfolder, **kwargs
         )

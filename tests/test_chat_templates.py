@@ -1,0 +1,163 @@
+# Copyright 2026 The modeling-moma authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Chats with pictures, in the template of every new processor and in that of the released model."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from transformers import AutoProcessor, AutoTokenizer
+
+from emoji.chat import CHAT_TEMPLATE
+from emoji.examples import example_ids
+from tiny import tiny_processor
+from tokenization.processing_moma import DEFAULT_CHAT_TEMPLATE
+
+
+CARD = Path(__file__).resolve().parent.parent / "model_cards" / "moma-emoji"
+TEMPLATES = {"default": DEFAULT_CHAT_TEMPLATE, "captions": CHAT_TEMPLATE}
+
+
+@pytest.fixture(params=TEMPLATES)
+def processor(request):
+    processor = tiny_processor()
+    processor.chat_template = processor.tokenizer.chat_template = TEMPLATES[request.param]
+    return processor
+
+
+@pytest.fixture(scope="module")
+def pictures():
+    rng = np.random.default_rng(0)
+    return [Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)) for _ in range(4)]
+
+
+@pytest.fixture(scope="module")
+def conversation(pictures):
+    """Two pictures in one turn of the user, two around words in one of the assistant."""
+    see, draw = pictures[:2], pictures[2:]
+    return [
+        {"role": "user", "content": [{"type": "image", "image": picture} for picture in see]},
+        {"role": "assistant", "content": "noto: red apple"},
+        {"role": "user", "content": [{"type": "text", "text": "castle"}]},
+        {
+            "role": "assistant",
+            "content": [
+                {"type": "image", "image": draw[0]},
+                {"type": "text", "text": " and "},
+                {"type": "image", "image": draw[1]},
+            ],
+        },
+    ]
+
+
+def picture_ids(processor, picture):
+    (codes,) = processor.encode_pictures([picture])
+    ids = [code + processor.image_token_offset for code in codes]
+    return [processor.begin_image_token_id, *ids, processor.end_image_token_id]
+
+
+def words(processor, text):
+    return processor.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_the_assistant_mask_covers_its_words_its_pictures_and_the_end(processor, conversation, pictures, side):
+    out = processor.apply_chat_template(
+        [conversation, conversation[2:], conversation[:2]],
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        return_assistant_tokens_mask=True,
+        processor_kwargs={"padding": True, "padding_side": side},
+    )
+    eos = processor.tokenizer.eos_token_id
+    named = [*words(processor, "noto: red apple"), eos]
+    drawn = [
+        *picture_ids(processor, pictures[2]),
+        *words(processor, " and "),
+        *picture_ids(processor, pictures[3]),
+        eos,
+    ]
+    learnt = [ids[mask.bool()].tolist() for ids, mask in zip(out["input_ids"], out["assistant_masks"])]
+    assert learnt == [named + drawn, drawn, named]
+    assert not (out["assistant_masks"].bool() & (out["attention_mask"] == 0)).any()
+
+
+def test_a_prompt_is_the_beginning_of_the_whole_conversation(processor, conversation):
+    for turns in (1, 3):
+        prompt = processor.apply_chat_template(
+            conversation[:turns], tokenize=True, return_dict=True, add_generation_prompt=True
+        )
+        whole = processor.apply_chat_template(conversation[: turns + 1], tokenize=True, return_dict=True)
+        (prompt,), (whole,) = prompt["input_ids"], whole["input_ids"]
+        assert whole[: len(prompt)] == prompt
+        assert prompt[0] == processor.tokenizer.bos_token_id and prompt[-1] != processor.tokenizer.eos_token_id
+
+
+def test_an_answer_can_be_begun(processor, conversation):
+    begun = [*conversation[:1], {"role": "assistant", "content": "noto: red"}]
+    (ids,) = processor.apply_chat_template(begun, tokenize=True, return_dict=True, continue_final_message=True)[
+        "input_ids"
+    ]
+    assert ids[-len(words(processor, "noto: red")) :] == words(processor, "noto: red")
+
+
+def test_a_saved_template_is_loaded_with_processor_and_tokenizer_alone(processor, conversation, tmp_path):
+    text = processor.apply_chat_template(conversation, add_generation_prompt=True)
+    processor.save_pretrained(tmp_path)
+    assert (
+        AutoProcessor.from_pretrained(tmp_path).apply_chat_template(conversation, add_generation_prompt=True) == text
+    )
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    assert tokenizer.apply_chat_template(conversation, add_generation_prompt=True, tokenize=False) == text
+    spoken = [{"role": "user", "content": "castle"}, {"role": "assistant", "content": "noto: red"}]
+    alone = tokenizer.apply_chat_template(spoken, return_dict=True, return_assistant_tokens_mask=True)
+    together = processor.apply_chat_template(
+        spoken, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+    )
+    assert [alone["input_ids"]] == together["input_ids"] and [alone["assistant_masks"]] == together["assistant_masks"]
+
+
+def test_the_side_that_a_tokenizer_pads_on_is_saved(tmp_path):
+    processor = tiny_processor()
+    for side in ("left", "right"):
+        processor.tokenizer.padding_side = side
+        processor.save_pretrained(tmp_path)
+        assert AutoProcessor.from_pretrained(tmp_path).tokenizer.padding_side == side
+
+
+def test_other_contents_are_refused(processor):
+    with pytest.raises(Exception, match="text or image, got audio"):
+        processor.apply_chat_template([{"role": "user", "content": [{"type": "audio", "audio": "a.wav"}]}])
+
+
+def test_chats_of_captions_are_training_examples(pictures):
+    processor = tiny_processor()
+    processor.chat_template = CHAT_TEMPLATE
+    codes = np.asarray(processor.encode_pictures(pictures[:1])[0])
+    picture, caption = {"type": "image", "image": pictures[0]}, {"type": "text", "text": "noto: red apple"}
+    for parts, picture_first in (((picture, caption), True), ((caption, picture), False)):
+        chat = [{"role": "user", "content": [parts[0]]}, {"role": "assistant", "content": [parts[1]]}]
+        (ids,) = processor.apply_chat_template(chat, tokenize=True, return_dict=True)["input_ids"]
+        assert ids == example_ids(processor, "noto: red apple", codes, picture_first)
+        system = [{"role": "system", "content": "You are a helpful assistant."}]
+        (with_system,) = processor.apply_chat_template(system + chat, tokenize=True, return_dict=True)["input_ids"]
+        assert with_system == ids
+
+
+def test_the_released_model_has_the_template_of_captions_and_pads_on_the_left():
+    processor = AutoProcessor.from_pretrained(CARD)
+    assert processor.chat_template == processor.tokenizer.chat_template == CHAT_TEMPLATE
+    assert processor.tokenizer.padding_side == "left"
