@@ -18,10 +18,10 @@ from transformers import (
     AutoImageProcessor,
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoModelForMultimodalLM,
     AutoProcessor,
 )
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from tokenization import MomaImageProcessor, MomaImageProcessorPil, MomaProcessor, MomaVQConfig, MomaVQModel
 
@@ -30,6 +30,7 @@ from .calibration_moma import calibrate_auxiliary_thresholds, calibrate_threshol
 from .configuration_moma import MomaConfig
 from .costs_moma import eta, flops_per_token, training_flops
 from .modeling_moma import MomaCausalLMOutput, MomaForCausalLM, MomaModel, MomaPreTrainedModel
+from .quantization_moma import quantized_share, torchao_config
 from .training_moma import MomaMetricsCallback, freeze_groups, initialize_code_embeddings
 from .upcycling_moma import UpcyclingReceipt, parse_experts, upcycle, upcycled_config, upcycling_receipt
 
@@ -39,14 +40,12 @@ AutoConfig.register("moma_vq", MomaVQConfig)
 AutoModel.register(MomaConfig, MomaModel)
 AutoModel.register(MomaVQConfig, MomaVQModel)
 AutoModelForCausalLM.register(MomaConfig, MomaForCausalLM)
+AutoModelForImageTextToText.register(MomaConfig, MomaForCausalLM)
 AutoModelForMultimodalLM.register(MomaConfig, MomaForCausalLM)
 AutoImageProcessor.register(
     MomaConfig, image_processor_classes={"torchvision": MomaImageProcessor, "pil": MomaImageProcessorPil}
 )
 AutoProcessor.register(MomaConfig, MomaProcessor)
-
-# Trainer shifts the labels that it smooths only for names that it knows
-MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["moma"] = "MomaForCausalLM"
 
 # what is saved then carries its code, and loads with trust_remote_code=True where this package is missing
 MomaConfig.register_for_auto_class()
@@ -73,6 +72,8 @@ __all__ = [
     "freeze_groups",
     "initialize_code_embeddings",
     "parse_experts",
+    "quantized_share",
+    "torchao_config",
     "training_flops",
     "upcycle",
     "upcycled_config",

@@ -44,5 +44,6 @@ class MomaAuxiliaryRouter(nn.Module):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Logits of membership, `[..., D]` to `[..., scores]`, in fp32 also under autocast."""
         with torch.autocast(hidden_states.device.type, enabled=False):
-            inner = nn.functional.silu(nn.functional.linear(hidden_states.float(), self.up_proj.weight.float()))
-            return nn.functional.linear(inner, self.down_proj.weight.float())
+            # modules are called, and not their weights used, so that what gathers split weights sees the call
+            inner = nn.functional.silu(self.up_proj(hidden_states.to(self.up_proj.weight.dtype)).float())
+            return self.down_proj(inner.to(self.down_proj.weight.dtype)).float()

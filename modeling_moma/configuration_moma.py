@@ -17,8 +17,10 @@ from huggingface_hub.dataclasses import strict
 from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_rope_utils import RopeParameters
+from transformers.models.auto import modeling_auto
 from transformers.utils import auto_docstring
 
+from .parallel_plans_moma import expert_parallel_plan, tensor_parallel_plan
 from .parameter_counts_moma import count_parameters
 
 
@@ -29,6 +31,7 @@ AUTO_MAP = {
     "AutoConfig": "configuration_moma.MomaConfig",
     "AutoModel": "modeling_moma.MomaModel",
     "AutoModelForCausalLM": "modeling_moma.MomaForCausalLM",
+    "AutoModelForImageTextToText": "modeling_moma.MomaForCausalLM",
     "AutoModelForMultimodalLM": "modeling_moma.MomaForCausalLM",
 }
 TRAINING_ROUTINGS = ("expert_choice", "threshold", "token_choice")
@@ -150,8 +153,6 @@ class MomaConfig(PreTrainedConfig):
     model_type = "moma"
     keys_to_ignore_at_inference = ["cache", "router_logits", "modality_losses", "modality_tokens"]
     default_theta = 10000.0
-    # a tied head is the embedding, and MomaForCausalLM's plan shards the head
-    base_model_tp_plan = {"embed_tokens": "embedding_rowwise"}
 
     vocab_size: int = 65536
     hidden_size: int = 512
@@ -269,6 +270,16 @@ class MomaConfig(PreTrainedConfig):
         if isinstance(self.num_experts, dict):
             return {modality: [modality] for modality in self.modalities}
         return {"all": self.modalities}
+
+    @property
+    def base_model_tp_plan(self) -> dict[str, str]:
+        """How tensor parallelism splits the base model, see [`tensor_parallel_plan`]."""
+        return tensor_parallel_plan(self)
+
+    @property
+    def base_model_ep_plan(self) -> dict[str, str] | None:
+        """How expert parallelism splits the base model, see [`expert_parallel_plan`]."""
+        return expert_parallel_plan(self)
 
     @property
     def layer_types(self) -> list[str]:
@@ -562,5 +573,9 @@ def _require(condition: bool, name: str, value, demand: str):
     if not condition:
         raise ValueError(f"`{name}` = {value!r}: {demand}.")
 
+
+# looked up by name: by Trainer for the labels that it smooths, by `transformers serve` for what a message may hold
+for _names in (modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, modeling_auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES):
+    _names["moma"] = "MomaForCausalLM"
 
 __all__ = ["MomaConfig"]

@@ -243,6 +243,8 @@ class DepthPacking:
         return full.unflatten(0, (self.num_rows, self.length)).transpose(1, 2)
 
 
+# its wait for the numbers of tokens would break the graph here and in every function around it
+@torch.compiler.disable
 def pack_chosen(chosen_BT: torch.Tensor, split: ModalitySplit, keep_empty_rows: bool) -> DepthPacking | None:
     """Pack the chosen tokens of each row to its front, with one wait on the device.
 

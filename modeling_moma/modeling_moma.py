@@ -13,27 +13,25 @@
 # limitations under the License.
 """The MoMa decoder: attention that all modalities share, feed-forward layers split into expert groups."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache, StaticCache
-from transformers.integrations import use_kernelized_func
 from transformers.masking_utils import create_causal_mask, find_packed_sequence_indices
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import ModelOutput, MoeModelOutputWithPast
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel, slice_logits_to_keep
-from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, eager_attention_forward
+from transformers.modeling_utils import PreTrainedModel, slice_logits_to_keep
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, auto_docstring, can_return_tuple
 from transformers.utils.deprecation import deprecate_kwarg
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
+from .attention_moma import MomaAttention, MomaDepthAttention
 from .auxiliary_moma import MomaAuxiliaryRouter
-from .configuration_moma import MomaConfig
+from .configuration_moma import CAUSAL_ROUTINGS, MomaConfig
 from .depth_moma import (
     MomaDepthRouter,
     PackedCache,
@@ -45,14 +43,17 @@ from .depth_moma import (
 from .experts_moma import MomaFeedForward, MomaPackedExperts
 from .generation_moma import MomaGenerationMixin
 from .loss_moma import causal_lm_loss
-from .norms_moma import MomaHeadLayerNorm, MomaRMSNorm, query_key_norm
+from .norms_moma import MomaHeadLayerNorm, MomaRMSNorm
+from .quantized_layers_moma import use_quantized_layers
 from .rotary_moma import MomaRotaryEmbedding
 from .routing_moma import (
     ROUTINGS,
+    FixedSplit,
     MomaRouter,
     MomaRouterBase,
     RoutingContext,
     is_distributed,
+    position_groups,
     split_modalities,
     token_modalities,
     update_routers,
@@ -90,93 +91,6 @@ class MomaCausalLMOutput(ModelOutput):
     router_logits: tuple[torch.FloatTensor, ...] | None = None
     modality_losses: dict[str, torch.Tensor] | None = None
     modality_tokens: dict[str, torch.Tensor] | None = None
-
-
-@use_kernelized_func(apply_rotary_pos_emb)
-class MomaAttention(nn.Module):
-    """Causal self-attention over the tokens of all modalities, optionally with normed queries and keys."""
-
-    def __init__(self, config: MomaConfig, layer_idx: int):
-        super().__init__()
-        self.config = config
-        self.layer_idx = layer_idx
-        self.head_dim = config.head_dim
-        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
-        self.scaling = self.head_dim**-0.5
-        self.attention_dropout = config.attention_dropout
-        self.is_causal = True
-        query_width = config.num_attention_heads * self.head_dim
-        key_width = config.num_key_value_heads * self.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, query_width, bias=config.attention_bias)
-        self.k_proj = nn.Linear(config.hidden_size, key_width, bias=config.attention_bias)
-        self.v_proj = nn.Linear(config.hidden_size, key_width, bias=config.attention_bias)
-        self.o_proj = nn.Linear(query_width, config.hidden_size, bias=config.attention_bias)
-        self.q_norm = query_key_norm(config, config.num_attention_heads)
-        self.k_norm = query_key_norm(config, config.num_key_value_heads)
-
-    @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        position_embeddings: tuple[torch.Tensor, torch.Tensor],
-        attention_mask: torch.Tensor | None,
-        cache: Cache | None = None,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        query, key, value = self._project(hidden_states, position_embeddings)
-        attn_output, attn_weights = self._attend(query, key, value, attention_mask, cache, **kwargs)
-        return self.o_proj(attn_output), attn_weights
-
-    def _project(self, hidden_states, position_embeddings):
-        heads = (-1, self.head_dim)
-        query = self.q_norm(self.q_proj(hidden_states).unflatten(-1, heads)).transpose(1, 2)
-        key = self.k_norm(self.k_proj(hidden_states).unflatten(-1, heads)).transpose(1, 2)
-        value = self.v_proj(hidden_states).unflatten(-1, heads).transpose(1, 2)
-        query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
-        return query, key, value
-
-    def _attend(self, query, key, value, attention_mask, cache, **kwargs):
-        if cache is not None:
-            key, value = cache.update(key, value, self.layer_idx, kwargs=kwargs)
-        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
-        )
-        attn_output, attn_weights = attention_interface(
-            self,
-            query,
-            key,
-            value,
-            attention_mask,
-            dropout=self.attention_dropout if self.training else 0.0,
-            scaling=self.scaling,
-            **kwargs,
-        )
-        return attn_output.flatten(2), attn_weights
-
-
-class MomaDepthAttention(MomaAttention):
-    """Attention among the chosen tokens of a depth layer. Only the attention itself sees rows, and their holes."""
-
-    def forward(
-        self,
-        x_1PD,
-        position_embeddings,
-        attention_mask=None,
-        cache=None,
-        *,
-        packing,
-        slot_RS,
-        past,
-        is_recorded,
-        **kwargs,
-    ):
-        """Outputs of the chosen tokens `[1, P, D]`; weights, if recorded, are laid out over all positions."""
-        states_RHCd = (packing.lay_out(states_1HPd) for states_1HPd in self._project(x_1PD, position_embeddings))
-        output_RCD, weights_RHCS = self._attend(*states_RHCd, attention_mask, cache, **kwargs)
-        attn_output = self.o_proj(packing.take_out(output_RCD))
-        if weights_RHCS is None or not is_recorded:
-            return attn_output, None
-        return attn_output, packing.unpack_attention(weights_RHCS, slot_RS, past)
 
 
 class MomaDecoderLayer(GradientCheckpointingLayer):
@@ -306,18 +220,9 @@ class MomaPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = False
-    _keep_in_fp32_modules_strict = [
-        "router.weight",
-        "router.threshold",
-        "router.balance_bias",
-        "router.num_updates",
-        "router.auxiliary",
-        "depth_router.weight",
-        "depth_router.threshold",
-        "depth_router.balance_bias",
-        "depth_router.num_updates",
-        "depth_router.auxiliary",
-    ]
+    # quantizers leave these out; they match whole names, as regular expressions
+    _keep_in_fp32_modules = [".*router"]
+    _keep_in_fp32_modules_strict = ["router", "depth_router"]
     _can_record_outputs = {
         "router_logits": OutputRecorder(MomaRouter, index=0),
         "hidden_states": MomaDecoderLayer,
@@ -334,6 +239,8 @@ class MomaPreTrainedModel(PreTrainedModel):
         for module in model.modules():
             if isinstance(module, MomaAuxiliaryRouter):
                 module.requires_grad_(False)
+        if getattr(model, "is_quantized", False):
+            use_quantized_layers(model)
         return loaded
 
     @torch.no_grad()
@@ -410,11 +317,17 @@ class MomaModel(MomaPreTrainedModel):
         whole_prompt = cache is None
         if use_cache and cache is None:
             cache = DynamicCache(config=self.config)
-        past_length = cache.get_seq_length() if cache is not None else 0
+        # the paged cache of continuous batching counts no tokens
+        past_length = cache.get_seq_length() if hasattr(cache, "get_seq_length") else 0
         # before the embedding: a bad id has to meet our message, not the embedding's
-        split, modality_BT, padding_BT = self._split(
-            input_ids, inputs_embeds, attention_mask, mm_token_type_ids, past_length, whole_prompt
-        )
+        if self._is_fixed_step(input_ids, inputs_embeds, routing, past_length):
+            split, modality_BT, padding_BT = self._split_step(
+                input_ids, inputs_embeds, attention_mask, mm_token_type_ids, cache
+            )
+        else:
+            split, modality_BT, padding_BT = self._split(
+                input_ids, inputs_embeds, attention_mask, mm_token_type_ids, past_length, whole_prompt, position_ids
+            )
         context = RoutingContext(routing, split, self.training, depth_routing, modality_BT, padding_BT)
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
@@ -478,28 +391,57 @@ class MomaModel(MomaPreTrainedModel):
         if position_ids is not None and attention_mask is None and cache is None:
             context.document_BT = find_packed_sequence_indices(position_ids)
 
-    def _split(self, input_ids, inputs_embeds, attention_mask, mm_token_type_ids, past_length, whole_prompt):
+    def _is_fixed_step(self, input_ids, inputs_embeds, routing, past_length):
+        """Whether this is a step of one token with a static cache, whose shapes must not depend on the token."""
+        length = (input_ids if input_ids is not None else inputs_embeds).shape[1]
+        # only static layers count in tensors, and only once they hold something
+        is_step = length == 1 and isinstance(past_length, torch.Tensor)
+        # the caches of depth layers take as many tokens as there are
+        return is_step and not self.config.depth_layers and routing in CAUSAL_ROUTINGS and not self.training
+
+    def _split_step(self, input_ids, inputs_embeds, attention_mask, mm_token_type_ids, cache):
+        past_length = cache.get_seq_length()
+        # a cache that ends before the limit needs no wait for the number of its tokens
+        limit = self.config.max_position_embeddings
+        if cache.get_max_length() > limit:
+            self._check_length(1, past_length)
+        modality_BT = self._modalities(input_ids, inputs_embeds, mm_token_type_ids)
+        padding_BT = None
+        if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2:
+            padding_BT = attention_mask.index_select(1, past_length.view(1)) == 0
+        split = FixedSplit(list(self.config.expert_groups), position_groups(self.config, modality_BT, padding_BT))
+        return split, modality_BT, padding_BT
+
+    # its wait for the numbers of tokens would break the graph here and in every function around it
+    @torch.compiler.disable
+    def _split(
+        self, input_ids, inputs_embeds, attention_mask, mm_token_type_ids, past_length, whole_prompt, position_ids
+    ):
         batch_size, length = (input_ids if input_ids is not None else inputs_embeds).shape[:2]
         if batch_size == 0 or length == 0:
             name = "input_ids" if input_ids is not None else "inputs_embeds"
             raise ValueError(f"`{name}` has {batch_size} rows of {length} tokens: the input is empty.")
-        self._check_length(length, past_length)
-        if input_ids is not None:
-            modality_BT = token_modalities(self.config, input_ids)
-        elif mm_token_type_ids is not None:
-            modality_BT = mm_token_type_ids
-        else:
-            modality_BT = torch.zeros(batch_size, length, dtype=torch.long, device=inputs_embeds.device)
+        self._check_length(length, past_length, position_ids)
+        modality_BT = self._modalities(input_ids, inputs_embeds, mm_token_type_ids)
         padding_BT = masked_B = None
         if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2:
             padding_BT = attention_mask[:, past_length : past_length + length] == 0
             masked_B = (attention_mask == 0).all(dim=-1) if whole_prompt else None
         return split_modalities(self.config, modality_BT, padding_BT, input_ids, masked_B), modality_BT, padding_BT
 
-    def _check_length(self, length, past_length):
+    def _modalities(self, input_ids, inputs_embeds, mm_token_type_ids):
+        if input_ids is not None:
+            return token_modalities(self.config, input_ids)
+        if mm_token_type_ids is not None:
+            return mm_token_type_ids
+        return torch.zeros(inputs_embeds.shape[:2], dtype=torch.long, device=inputs_embeds.device)
+
+    def _check_length(self, length, past_length, position_ids=None):
         limit = self.config.max_position_embeddings
         # scaled rotary embeddings are made to go beyond
-        if self.config.rope_parameters["rope_type"] == "default" and past_length + length > limit:
+        is_long = self.config.rope_parameters["rope_type"] == "default" and past_length + length > limit
+        # a row of many packed requests is longer than any of them
+        if is_long and (position_ids is None or position_ids.max() >= limit):
             raise ValueError(
                 f"The sequence has {past_length + length} positions, but `max_position_embeddings` is {limit}: the "
                 "model has never seen later ones. Shorten the input, or set `rope_parameters` to a scaled type."
@@ -511,6 +453,7 @@ class MomaForCausalLM(MomaPreTrainedModel, MomaGenerationMixin):
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
     _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
+    _fsdp_plan = {"lm_head": "keep_full_weight"}
 
     def __init__(self, config: MomaConfig):
         super().__init__(config)
@@ -520,9 +463,14 @@ class MomaForCausalLM(MomaPreTrainedModel, MomaGenerationMixin):
         self.post_init()
 
     @staticmethod
-    def create_masks_for_generate(attention_mask=None, **kwargs):
-        """The model makes its mask itself: routers have to see the padding."""
-        return attention_mask
+    def create_masks_for_generate(config, inputs_embeds, attention_mask=None, cache=None, position_ids=None, **kwargs):
+        """The mask of a step; a prompt's is made by the model itself: its routers have to see the padding."""
+        # CODEPATH: models with mixture of depths, as configs/emoji-mod-4t4i.json, whose caches are not compiled
+        if inputs_embeds.shape[1] > 1 or config.depth_layers:
+            return attention_mask
+        return create_causal_mask(
+            config, inputs_embeds, attention_mask, cache, position_ids=position_ids, allow_is_causal_skip=False
+        )
 
     @can_return_tuple
     @auto_docstring

@@ -20,12 +20,11 @@ Shape suffixes:
 
 import torch
 from torch import nn
-from torch.func import functional_call
 from transformers.activations import ACT2FN
 from transformers.integrations import use_experts_implementation
 
 from .configuration_moma import MomaConfig
-from .routing_moma import ExpertSelection, MomaRouter, RoutingContext
+from .routing_moma import ExpertSelection, GateSelection, MomaRouter, RoutingContext
 
 
 # grouped matrix products want rows of whole 16-byte words: eight elements of bf16
@@ -73,26 +72,42 @@ class MomaPackedExperts(nn.Module):
         return output
 
 
+class _PaddedExperts:
+    """Experts with wider weights, in all else what they are. Not a module, so nothing that wraps theirs runs twice."""
+
+    def __init__(self, experts: "MomaExperts", gate_up_proj: torch.Tensor, down_proj: torch.Tensor):
+        self.experts, self.gate_up_proj, self.down_proj = experts, gate_up_proj, down_proj
+
+    def __getattr__(self, name: str):
+        return getattr(self.experts, name)
+
+
 class MomaExperts(MomaPackedExperts):
     """Packed experts that run at any inner width and, when all take the same number of tokens, as two products."""
 
     def forward(
-        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+        self,
+        hidden_states: torch.Tensor,
+        top_k_index: torch.Tensor | None = None,
+        top_k_weights: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """See [`MomaPackedExperts.forward`]; widths that grouped products refuse are padded for the call."""
+        """See [`MomaPackedExperts.forward`]; widths that grouped products refuse are padded for the call.
+
+        Without `top_k_index` and `top_k_weights`, `hidden_states` are the `K` tokens of each expert, `[E, K, D]`, and
+        so are the outputs, unweighted.
+        """
+        if top_k_index is None:
+            return self._run_equal(hidden_states)
         padding = -self.down_proj.shape[-1] % _ALIGNMENT
         if padding and self.config._experts_implementation not in ("eager", "batched_mm"):
             gate_EFD, up_EFD = self.gate_up_proj.chunk(2, dim=1)
             pad_rows = (0, 0, 0, padding)
-            padded = {
-                "gate_up_proj": torch.cat([nn.functional.pad(part, pad_rows) for part in (gate_EFD, up_EFD)], dim=1),
-                "down_proj": nn.functional.pad(self.down_proj, (0, padding)),
-            }
-            return functional_call(self, padded, (hidden_states, top_k_index, top_k_weights))
+            gate_up_proj = torch.cat([nn.functional.pad(part, pad_rows) for part in (gate_EFD, up_EFD)], dim=1)
+            padded = _PaddedExperts(self, gate_up_proj, nn.functional.pad(self.down_proj, (0, padding)))
+            return MomaPackedExperts.forward(padded, hidden_states, top_k_index, top_k_weights)
         return super().forward(hidden_states, top_k_index, top_k_weights)
 
-    def forward_equal(self, x_EKD: torch.Tensor) -> torch.Tensor:
-        """Run `K` tokens through each expert: two batched matrix products, `[E, K, D]` to `[E, K, D]`."""
+    def _run_equal(self, x_EKD):
         # weights on the left: the products then read them row by row, and stay transposed in between
         gate_EFK, up_EFK = torch.bmm(self.gate_up_proj, x_EKD.transpose(1, 2)).chunk(2, dim=1)
         return torch.bmm(self.down_proj, self.act_fn(gate_EFK) * up_EFK).transpose(1, 2)
@@ -158,21 +173,41 @@ class MomaExpertGroup(nn.Module):
         return y_ND, gate_N
 
     def _run(self, x_ND, selection, gate_N):
+        if isinstance(selection, GateSelection):
+            return self._run_all(x_ND, selection.weight_NE)
         is_equal = isinstance(selection, ExpertSelection)
         token_P = selection.token_EK.flatten() if is_equal else selection.token_P
         weight_P = selection.weight_EK.flatten() if is_equal else selection.weight_P
         if self.normalizes_gates:
             total_N = gate_N.index_add(0, token_P, weight_P.detach())
             weight_P = weight_P / total_N.index_select(0, token_P).clamp(min=torch.finfo(total_N.dtype).tiny)
-        if is_equal:
-            x_EKD = x_ND.index_select(0, token_P).unflatten(0, selection.token_EK.shape)
-            y_EKD = self.experts.forward_equal(x_EKD)
+        rows_PD = x_ND.index_select(0, token_P)
+        # tensor and expert parallelism bring rows to split experts by their ids, and set this mark
+        if is_equal and not getattr(self.experts, "_is_hooked", False):
+            y_EKD = self.experts(rows_PD.unflatten(0, selection.token_EK.shape))
             y_PD = y_EKD.flatten(0, 1) * weight_P.unsqueeze(-1).to(y_EKD.dtype)
         else:
-            rows_PD = x_ND.index_select(0, token_P)
-            y_PD = self.experts(rows_PD, selection.expert_P.unsqueeze(-1), weight_P.unsqueeze(-1))
+            expert_P = _expert_of_pairs(selection) if is_equal else selection.expert_P
+            y_PD = self.experts(rows_PD, expert_P.unsqueeze(-1), weight_P.unsqueeze(-1))
         y_ND = y_PD.new_zeros(x_ND.shape).index_add(0, token_P, y_PD)
         return y_ND, gate_N.index_add(0, token_P, weight_P)
+
+    def _run_all(self, x_ND, weight_NE):
+        """Every expert on every token, also where its gate is 0."""
+        if self.normalizes_gates:
+            total_N1 = weight_NE.detach().sum(-1, keepdim=True)
+            weight_NE = weight_NE / total_N1.clamp(min=torch.finfo(total_N1.dtype).tiny)
+        gate_N = weight_NE.sum(-1)
+        if getattr(self.experts, "_is_hooked", False):
+            expert_NE = torch.arange(self.num_experts, device=x_ND.device).expand_as(weight_NE)
+            return self.experts(x_ND, expert_NE, weight_NE), gate_N
+        y_END = self.experts(x_ND.expand(self.num_experts, -1, -1))
+        return (y_END * weight_NE.t().unsqueeze(-1)).sum(0).to(x_ND.dtype), gate_N
+
+
+def _expert_of_pairs(selection):
+    num_experts, num_taken = selection.token_EK.shape
+    return torch.arange(num_experts, device=selection.token_EK.device).repeat_interleave(num_taken)
 
 
 class MomaFeedForward(nn.Module):

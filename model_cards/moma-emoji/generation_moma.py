@@ -25,7 +25,14 @@ from collections.abc import Sequence
 
 import torch
 from torch import nn
-from transformers.generation import GenerationConfig, GenerationMixin, LogitsProcessor, LogitsProcessorList
+from transformers.generation import (
+    GenerationConfig,
+    GenerationMixin,
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 
 from .configuration_moma import MomaConfig
 
@@ -167,6 +174,21 @@ class FittingPictureLogitsProcessor(LogitsProcessor):
         return scores
 
 
+class ContextEndCriteria(StoppingCriteria):
+    """Ends all rows at the last position that the model knows.
+
+    Args:
+        max_length (`int`): positions of the prompt and everything generated.
+    """
+
+    def __init__(self, max_length: int):
+        self.max_length = max_length
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs) -> torch.BoolTensor:
+        is_full = input_ids.shape[1] >= self.max_length
+        return torch.full((input_ids.shape[0],), is_full, dtype=torch.bool, device=input_ids.device)
+
+
 GRAMMAR = (PictureLogitsProcessor, NoPictureLogitsProcessor)
 
 
@@ -245,6 +267,12 @@ class MomaGenerationMixin(GenerationMixin):
                 stop = self._stop_token(generation_config, kwargs)
                 processors.append(OnePictureLogitsProcessor(tokens, prompt.shape[1], stop))
             kwargs.update(self._guidance(tokens, prompt, generation_config, kwargs))
+        # scaled rotary embeddings are made to go beyond
+        if self.config.rope_parameters["rope_type"] == "default":
+            # rows of embeddings are not among the ids that are counted
+            given = 0 if prompt.shape[1] else kwargs["inputs_embeds"].shape[1]
+            end = ContextEndCriteria(self.config.max_position_embeddings - given)
+            kwargs["stopping_criteria"] = StoppingCriteriaList([*(kwargs.get("stopping_criteria") or []), end])
         return super().generate(inputs, generation_config, processors, **kwargs)
 
     def decode_image_tokens(self, image_tokens: torch.LongTensor) -> torch.LongTensor:
@@ -414,6 +442,7 @@ def _unconditional_prompt(tokens, prompt, bos_token_id):
 
 __all__ = [
     "GENERATION_MODES",
+    "ContextEndCriteria",
     "FittingPictureLogitsProcessor",
     "MomaGenerationMixin",
     "NoPictureLogitsProcessor",

@@ -60,6 +60,17 @@ class PairSelection:
     weight_P: torch.Tensor
 
 
+@dataclass
+class GateSelection:
+    """Every expert with every token, in shapes that do not depend on who chose whom.
+
+    Attributes:
+        weight_NE (`torch.Tensor`): gates, fp32, 0 where an expert does not take the token, `[N, E]`.
+    """
+
+    weight_NE: torch.Tensor
+
+
 class MomaRouterBase(nn.Module):
     """Sigmoid scores, and the state that lets a router choose without looking at other tokens.
 
@@ -79,6 +90,16 @@ class MomaRouterBase(nn.Module):
         self.balance_bias = nn.Buffer(torch.zeros(num_cuts, dtype=torch.float32))
         self.num_updates = nn.Buffer(torch.zeros(updates_shape, dtype=torch.float32))
         self.auxiliary = MomaAuxiliaryRouter(config, num_scores, num_cuts) if config.auxiliary_routers else None
+
+    def _apply(self, fn, recurse=True):
+        # `model.bfloat16()` and the like must not round cuts and counters
+        kept = dict(self.named_buffers(recurse=False))
+        super()._apply(fn, recurse)
+        for name, buffer in kept.items():
+            moved = getattr(self, name)
+            if moved.dtype != buffer.dtype:
+                setattr(self, name, buffer.to(moved.device))
+        return self
 
     def logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """`[..., D]` to `[..., scores]`, in fp32 also under autocast."""
@@ -120,7 +141,7 @@ class MomaRouter(MomaRouterBase):
 
     def forward(
         self, x_ND: torch.Tensor, context: "RoutingContext"
-    ) -> tuple[torch.Tensor, ExpertSelection | PairSelection]:
+    ) -> tuple[torch.Tensor, ExpertSelection | PairSelection | GateSelection]:
         """Score the tokens and select.
 
         Args:
@@ -134,7 +155,7 @@ class MomaRouter(MomaRouterBase):
         noisy_NE = logits_NE
         is_noisy = self.training and self.gumbel_noise > 0 and context.routing in NOISY_ROUTINGS
         if is_noisy:
-            noisy_NE = logits_NE + self._noise_scale(context) * logistic_noise_like(logits_NE)
+            noisy_NE = logits_NE + self._noise_scale(context) * context.router_noise(self, logits_NE)
         selection = ROUTINGS[context.routing](self, x_ND, torch.sigmoid(noisy_NE), context)
         if context.track:
             context.record(self, *self._statistics(logits_NE.detach(), selection, is_noisy))
@@ -178,7 +199,7 @@ def expert_choice(
 
 def threshold(
     router: MomaRouter, x_ND: torch.Tensor, scores_NE: torch.Tensor, context: "RoutingContext"
-) -> PairSelection:
+) -> PairSelection | GateSelection:
     """An expert takes a token iff its score reaches the running mean of the expert's K-th best score.
 
     In the first `routing_warmup_steps` of training it takes its K best tokens of the batch instead.
@@ -189,17 +210,18 @@ def threshold(
         token_EK = expert_choice(router, x_ND, scores_NE.detach(), context).token_EK
         is_best_EN = torch.zeros_like(is_taken_NE.t()).scatter_(1, token_EK, True)
         is_taken_NE = torch.where(state.num_updates < router.warmup_steps, is_best_EN.t(), is_taken_NE)
-    token_P, expert_P = is_taken_NE.nonzero(as_tuple=True)
-    return PairSelection(token_P, expert_P, scores_NE[token_P, expert_P])
+    return _select(is_taken_NE, scores_NE, context)
 
 
 def token_choice(
     router: MomaRouter, x_ND: torch.Tensor, scores_NE: torch.Tensor, context: "RoutingContext"
-) -> PairSelection:
+) -> PairSelection | GateSelection:
     """Each token takes its best experts; the balance bias selects but does not weigh (arXiv 2408.15664)."""
     num_tokens = scores_NE.shape[0]
     bias_E = context.router_state(router).balance_bias
     expert_Nk = (scores_NE + bias_E).topk(router.num_experts_per_tok, dim=-1).indices
+    if context.has_fixed_shapes:
+        return _select(torch.zeros_like(scores_NE, dtype=torch.bool).scatter_(1, expert_Nk, True), scores_NE, context)
     token_N = torch.arange(num_tokens, device=scores_NE.device)
     token_P = token_N.repeat_interleave(router.num_experts_per_tok)
     return PairSelection(token_P, expert_Nk.flatten(), scores_NE.gather(1, expert_Nk).flatten())
@@ -207,9 +229,14 @@ def token_choice(
 
 def auxiliary(
     router: MomaRouter, x_ND: torch.Tensor, scores_NE: torch.Tensor, context: "RoutingContext"
-) -> PairSelection:
+) -> PairSelection | GateSelection:
     """An expert takes a token iff the auxiliary router predicts so; the weight is the main router's (section 2.4)."""
-    is_taken_NE = router.predicted_scores(x_ND) >= router.auxiliary.threshold
+    return _select(router.predicted_scores(x_ND) >= router.auxiliary.threshold, scores_NE, context)
+
+
+def _select(is_taken_NE, scores_NE, context):
+    if context.has_fixed_shapes:
+        return GateSelection(torch.where(is_taken_NE, scores_NE, 0.0))
     token_P, expert_P = is_taken_NE.nonzero(as_tuple=True)
     return PairSelection(token_P, expert_P, scores_NE[token_P, expert_P])
 
@@ -277,6 +304,34 @@ class ModalitySplit:
         return torch.cat(parts).index_select(0, self.inverse).unflatten(0, like_BTD.shape[:2])
 
 
+@dataclass
+class FixedSplit:
+    """A split whose shapes do not depend on the tokens: every group gets every position, and gives up the others'.
+
+    For steps of one token, where a wait on the device for the numbers would cost more than the surplus work, and where
+    `torch.compile` needs every step to look alike.
+
+    Attributes:
+        groups (`list[str]`): names of the groups.
+        group_BT (`torch.LongTensor`): index of each position's group, the number of groups at padding, `[B, T]`.
+    """
+
+    groups: list[str]
+    group_BT: torch.Tensor
+
+    def split(self, hidden_BTD: torch.Tensor) -> dict[str, torch.Tensor]:
+        """All positions for each group, `[B * T, D]`."""
+        return dict.fromkeys(self.groups, hidden_BTD.flatten(0, 1))
+
+    def merge(self, groups: dict[str, torch.Tensor], like_BTD: torch.Tensor) -> torch.Tensor:
+        """Each position's output from its own group, `[B, T, ...]`; padding gets zeros."""
+        merged = torch.zeros_like(groups[self.groups[0]])
+        for index, name in enumerate(self.groups):
+            is_member = (self.group_BT.flatten() == index).view(-1, *[1] * (merged.ndim - 1))
+            merged = torch.where(is_member, groups[name], merged)
+        return merged.unflatten(0, like_BTD.shape[:2])
+
+
 def token_modalities(config: MomaConfig, input_ids: torch.Tensor) -> torch.Tensor:
     """Modality of each token id: 0 is text, then the order of `config.modality_token_ranges`."""
     modality = torch.zeros_like(input_ids)
@@ -284,6 +339,14 @@ def token_modalities(config: MomaConfig, input_ids: torch.Tensor) -> torch.Tenso
         for start, stop in ranges:
             modality = torch.where((input_ids >= start) & (input_ids < stop), index, modality)
     return modality
+
+
+def position_groups(config: MomaConfig, modality_BT: torch.Tensor, padding_BT: torch.Tensor | None) -> torch.Tensor:
+    """Index of each position's expert group, the number of groups at padding, `[B, T]`."""
+    num_groups = len(config.expert_groups)
+    # one group serves every modality, or each modality has its own in the same order
+    group_BT = modality_BT if num_groups > 1 else torch.zeros_like(modality_BT)
+    return group_BT if padding_BT is None else torch.where(padding_BT, num_groups, group_BT)
 
 
 def split_modalities(
@@ -307,10 +370,7 @@ def split_modalities(
         ValueError: a modality index is not one of `config.modalities`, or a row is all padding.
     """
     groups = list(config.expert_groups)
-    # one group serves every modality, or each modality has its own in the same order
-    group_BT = modality_BT if len(groups) > 1 else torch.zeros_like(modality_BT)
-    if padding_BT is not None:
-        group_BT = torch.where(padding_BT, len(groups), group_BT)
+    group_BT = position_groups(config, modality_BT, padding_BT)
     group_flat = group_BT.flatten()
     checked = modality_BT if input_ids is None else input_ids
     if masked_B is None:
@@ -361,7 +421,7 @@ class RoutingContext:
 
     Attributes:
         routing (`str`): a name of `ROUTINGS`, for experts.
-        split (`ModalitySplit`): positions of each group.
+        split (`ModalitySplit` or `FixedSplit`): positions of each group.
         track (`bool`): whether routers record statistics (in training).
         depth_routing (`str`, *optional*): a name of `ROUTINGS`, for depth layers.
         modality_BT (`torch.LongTensor`, *optional*): modality of each position, `[B, T]`.
@@ -371,10 +431,11 @@ class RoutingContext:
         statistics (`dict`): K-th best scores, shortfalls of load and votes, by router. Recomputation under
             activation checkpointing writes the same entry again, so a step counts once.
         state (`dict`): [`RouterState`] by router.
+        noise (`dict`): what each router added to its logits.
     """
 
     routing: str
-    split: ModalitySplit
+    split: ModalitySplit | FixedSplit
     track: bool = False
     depth_routing: str | None = None
     modality_BT: torch.Tensor | None = None
@@ -383,6 +444,12 @@ class RoutingContext:
     custom_mask_BHQS: torch.Tensor | None = None
     statistics: dict = field(default_factory=dict)
     state: dict = field(default_factory=dict)
+    noise: dict = field(default_factory=dict)
+
+    @property
+    def has_fixed_shapes(self) -> bool:
+        """Whether no shape may depend on who chooses whom."""
+        return isinstance(self.split, FixedSplit)
 
     def router_state(self, router: MomaRouterBase) -> RouterState:
         """Buffers to select with.
@@ -396,6 +463,12 @@ class RoutingContext:
         if router not in self.state:
             self.state[router] = RouterState(*(buffer.clone() for buffer in buffers))
         return self.state[router]
+
+    def router_noise(self, router: MomaRouterBase, logits: torch.Tensor) -> torch.Tensor:
+        """Noise for a router's logits, drawn once: recomputation may come with another state of the generator."""
+        if router not in self.noise:
+            self.noise[router] = logistic_noise_like(logits)
+        return self.noise[router]
 
     def record(self, router: MomaRouterBase, kth_C: torch.Tensor, shortfall_C: torch.Tensor, votes_C: torch.Tensor):
         """Keep what `update_routers` needs of one router's step, for each of its `C` cuts.
@@ -415,12 +488,14 @@ def update_routers(context: RoutingContext, bias_update_rate: float):
 
     A process without tokens of a group has no say in that group's average.
     """
-    if not context.statistics:
+    # a router that does not learn keeps its cuts: a frozen group, or a model under an adapter, stays as it was saved
+    statistics = {router: record for router, record in context.statistics.items() if router.weight.requires_grad}
+    if not statistics:
         return
-    routers = list(context.statistics)
+    routers = list(statistics)
     device = routers[0].weight.device
     rows = []
-    for kth_C, shortfall_C, votes_C in context.statistics.values():
+    for kth_C, shortfall_C, votes_C in statistics.values():
         rows += [(kth_C * votes_C).to(device), (shortfall_C * votes_C).to(device), votes_C.to(device)]
     flat = torch.cat(rows)
     if is_distributed():

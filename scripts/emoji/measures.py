@@ -93,7 +93,7 @@ def held_out_batches(codes: Dataset, processor, batch_size: int, seed: int) -> l
     return padded_batches(processor, examples[: whole or None], batch_size)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def held_out_loss(
     model,
     processor,

@@ -15,7 +15,7 @@
 
 import sys
 
-from hf_common.fetch import common_tests_folder
+from hf_common.fetch import common_tests_folder, is_fetched
 
 
 MARKERS = (
@@ -23,15 +23,18 @@ MARKERS = (
     "flash_attn_test",
     "flash_attn_3_test",
     "flash_attn_4_test",
+    "is_expert_parallel_test",
+    "is_fsdp_test",
+    "is_tensor_parallel_test",
     "is_training_test",
     "slow",
     "torch_compile_test",
 )
 
-if common_tests_folder().is_dir():
+if is_fetched():
     sys.path.append(str(common_tests_folder()))
 else:
-    collect_ignore = ["test_modeling_moma_common.py"]
+    collect_ignore_glob = ["test_*_common.py"]
 
 
 def pytest_configure(config):

@@ -21,4 +21,4 @@ from hf_common import fetch
 def test_transformers_own_tests_were_fetched():
     folder = fetch.common_tests_folder()
     command = f"{sys.executable} {fetch.__file__}"
-    assert folder.is_dir(), f"Transformers' common tests are not in {folder}. Fetch them (online): {command}"
+    assert fetch.is_fetched(), f"Transformers' common tests are not all in {folder}. Fetch them (online): {command}"

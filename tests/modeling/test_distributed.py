@@ -11,16 +11,12 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-import datetime
-import os
-
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch.nn.parallel import DistributedDataParallel
 
 from modeling.depth_reference import SelectionLog
+from modeling.processes import run_group
 from modeling.reference import GROUPS, tiny_model, trainable
 
 
@@ -55,14 +51,6 @@ def build(name, routing):
 
 def train(rank, folder, name, routing):
     """One of two processes: text only on rank 0, pictures only on rank 1."""
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/rendezvous",
-        rank=rank,
-        world_size=2,
-        timeout=datetime.timedelta(seconds=30),
-    )
     model = build(name, routing)
     log = SelectionLog(model)
     wrapped = DistributedDataParallel(model, find_unused_parameters=False)
@@ -76,9 +64,6 @@ def train(rank, folder, name, routing):
         "chosen": {layer: [chosen.sum().item() for chosen in calls] for layer, calls in log.chosen.items()},
     }
     torch.save(result, folder / f"rank{rank}.pt")
-    dist.barrier()
-    # gloo's threads now and then wait for each other for ever when they are taken down in order
-    os._exit(0)
 
 
 def single_process(name, routing):
@@ -103,8 +88,7 @@ def mean_threshold(key, states):
 
 
 def run_two(tmp_path, name, routing):
-    # daemons: a process that hangs in its own exit must not keep the test run from ending
-    mp.spawn(train, args=(tmp_path, name, routing), nprocs=2, daemon=True)
+    run_group(train, tmp_path, name, routing)
     first, second = (torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2))
     for key, value in first["routers"].items():
         assert torch.equal(value, second["routers"][key]), key

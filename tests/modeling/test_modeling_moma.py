@@ -243,6 +243,17 @@ def test_routers_stay_in_fp32(fields, tmp_path):
     assert loaded.model.layers[0].mlp.groups["text"].router.weight.grad.dtype == torch.float32
 
 
+def test_halving_the_weights_rounds_no_cut_and_no_counter():
+    model = tiny_model(**GROUPS["4t4i"], depth_layers=[0])
+    cuts = {key: value for key, value in model.state_dict().items() if key.endswith(("threshold", "num_updates"))}
+    for value in cuts.values():
+        value.fill_(301 / 1024)
+    halved = model.bfloat16().state_dict()
+    assert halved["model.layers.0.self_attn.q_proj.weight"].dtype == torch.bfloat16
+    for key in cuts:
+        assert halved[key].dtype == torch.float32 and (halved[key] == 301 / 1024).all(), key
+
+
 OTHERS = {"tied": {"tie_word_embeddings": True}, "auxiliary": AUXILIARY, "normalized": {"normalize_gates": True}}
 
 

@@ -148,14 +148,16 @@ def test_a_batch_may_lack_a_modality(ids):
 
 @pytest.mark.parametrize("routing", NOISY_ROUTINGS)
 @pytest.mark.parametrize("depth", [{}, {"num_hidden_layers": 3, "depth_layers": [0, 2]}], ids=["plain", "depth"])
-def test_checkpointing_recomputes_with_the_same_noise(depth, routing):
+@pytest.mark.parametrize("preserve_rng_state", [True, False])
+def test_checkpointing_recomputes_with_the_same_noise(depth, routing, preserve_rng_state):
     fields = {**GROUPS["4t4i"], **depth, "training_routing": routing, "router_bias_update_rate": 0.2}
     grads, states = [], []
     for checkpointing in (False, True):
         # the scale falls with every step, after the forward and before its recomputation
         model = tiny_model(**fields, gumbel_noise=1.0, gumbel_noise_steps=4)
         if checkpointing:
-            model.activation_checkpointing_enable()
+            settings = {"use_reentrant": False, "preserve_rng_state": preserve_rng_state}
+            model.activation_checkpointing_enable(settings)
         torch.manual_seed(3)
         for step in range(3):
             ids = mixed_ids(seed=step)

@@ -1,0 +1,122 @@
+# Copyright 2026 The modeling-moma authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Causal self-attention among the tokens of all modalities, and its form inside a depth layer.
+
+Shape suffixes:
+    P chosen tokens of a depth layer, D hidden size, R packed rows, H heads, C places of a packed row,
+    S keys that the cache holds, d head size.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from transformers.cache_utils import Cache
+from transformers.integrations import use_kernelized_func
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, eager_attention_forward
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs
+from transformers.utils.deprecation import deprecate_kwarg
+
+from .configuration_moma import MomaConfig
+from .norms_moma import query_key_norm
+
+
+@use_kernelized_func(apply_rotary_pos_emb)
+class MomaAttention(nn.Module):
+    """Causal self-attention over the tokens of all modalities, optionally with normed queries and keys."""
+
+    def __init__(self, config: MomaConfig, layer_idx: int):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = config.head_dim
+        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        self.scaling = self.head_dim**-0.5
+        self.attention_dropout = config.attention_dropout
+        self.is_causal = True
+        query_width = config.num_attention_heads * self.head_dim
+        key_width = config.num_key_value_heads * self.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, query_width, bias=config.attention_bias)
+        self.k_proj = nn.Linear(config.hidden_size, key_width, bias=config.attention_bias)
+        self.v_proj = nn.Linear(config.hidden_size, key_width, bias=config.attention_bias)
+        self.o_proj = nn.Linear(query_width, config.hidden_size, bias=config.attention_bias)
+        self.q_norm = query_key_norm(config, config.num_attention_heads)
+        self.k_norm = query_key_norm(config, config.num_key_value_heads)
+
+    @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        attention_mask: torch.Tensor | None,
+        cache: Cache | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        query, key, value = self._project(hidden_states, position_embeddings)
+        attn_output, attn_weights = self._attend(query, key, value, attention_mask, cache, **kwargs)
+        return self.o_proj(attn_output), attn_weights
+
+    def _project(self, hidden_states, position_embeddings):
+        heads = (-1, self.head_dim)
+        query = self.q_norm(self.q_proj(hidden_states).unflatten(-1, heads)).transpose(1, 2)
+        key = self.k_norm(self.k_proj(hidden_states).unflatten(-1, heads)).transpose(1, 2)
+        value = self.v_proj(hidden_states).unflatten(-1, heads).transpose(1, 2)
+        query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
+        return query, key, value
+
+    def _attend(self, query, key, value, attention_mask, cache, **kwargs):
+        if cache is not None:
+            key, value = cache.update(key, value, self.layer_idx, kwargs=kwargs)
+        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        attn_output, attn_weights = attention_interface(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=self.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            **kwargs,
+        )
+        # some backends answer with tokens and width alone
+        return attn_output.reshape(query.shape[0], query.shape[2], -1), attn_weights
+
+
+class MomaDepthAttention(MomaAttention):
+    """Attention among the chosen tokens of a depth layer. Only the attention itself sees rows, and their holes."""
+
+    def forward(
+        self,
+        x_1PD,
+        position_embeddings,
+        attention_mask=None,
+        cache=None,
+        *,
+        packing,
+        slot_RS,
+        past,
+        is_recorded,
+        **kwargs,
+    ):
+        """Outputs of the chosen tokens `[1, P, D]`; weights, if recorded, are laid out over all positions."""
+        states_RHCd = (packing.lay_out(states_1HPd) for states_1HPd in self._project(x_1PD, position_embeddings))
+        output_RCD, weights_RHCS = self._attend(*states_RHCd, attention_mask, cache, **kwargs)
+        attn_output = self.o_proj(packing.take_out(output_RCD))
+        if weights_RHCS is None or not is_recorded:
+            return attn_output, None
+        return attn_output, packing.unpack_attention(weights_RHCS, slot_RS, past)

@@ -1,0 +1,107 @@
+# Copyright 2026 The modeling-moma authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Which weights tensor and expert parallelism split, and how: plans in the form that Transformers reads.
+
+Names are relative to [`MomaModel`]; `*` stands for the number of a layer. Fully sharded data parallelism takes whole
+layers and needs no plan of ours.
+"""
+
+
+def tensor_parallel_plan(config) -> dict[str, str]:
+    """A rule for every parameter of the base model.
+
+    Heads and inner widths are split. Routers and norms of the residual stream stay whole, so that every process of a
+    tensor-parallel group, which share a batch, sends its tokens to the same experts.
+
+    Args:
+        config (`MomaConfig`): the model's.
+
+    Returns:
+        `dict[str, str]`: styles of Transformers by name of a module or parameter.
+    """
+    rules = {**_attention_rules(config), "attention_norm": "replicate", "ffn_norm": "replicate"}
+    for group in config.expert_groups:
+        rules |= _group_rules(config, group)
+    if config.common_shared_intermediate_size:
+        rules |= _mlp_rules("mlp.shared_expert")
+    if config.depth_layers:
+        rules |= _router_rules(config, "depth_router")
+    # a tied head is the embedding, and MomaForCausalLM's plan splits the head by the vocabulary
+    plan = {"embed_tokens": "embedding_rowwise", "norm": "replicate"}
+    return plan | {f"layers.*.{name}": style for name, style in rules.items()}
+
+
+def expert_parallel_plan(config) -> dict[str, str] | None:
+    """Rules that give each process whole experts of every group. Groups of one expert follow the tensor-parallel plan.
+
+    Args:
+        config (`MomaConfig`): the model's; the size of an expert-parallel group has to divide the experts of each of
+            its groups that has more than one.
+
+    Returns:
+        `dict[str, str]`: styles of Transformers by name of a module or parameter; `None` without packed experts.
+    """
+    plan = {}
+    for group in config.expert_groups:
+        if config.group_num_experts(group) > 1:
+            experts = f"layers.*.mlp.groups.{group}.experts"
+            plan |= {
+                f"{experts}.gate_up_proj": "grouped_gemm",
+                f"{experts}.down_proj": "grouped_gemm",
+                experts: "ep_dispatch_experts",
+            }
+    return plan or None
+
+
+def _attention_rules(config):
+    rules = dict.fromkeys((f"self_attn.{name}_proj" for name in "qkv"), "colwise")
+    rules["self_attn.o_proj"] = "rowwise"
+    for norm in ("self_attn.q_norm", "self_attn.k_norm"):
+        if config.qk_norm == "layernorm_per_head":
+            # the affine of a head goes where the head goes
+            rules |= {f"{norm}.weight": "colwise", f"{norm}.bias": "colwise", norm: "local_params"}
+        elif config.qk_norm != "none":
+            # one affine for all heads, of which a process sees its own
+            rules[norm] = "replicated_with_grad_allreduce"
+    return rules
+
+
+def _group_rules(config, group):
+    name = f"mlp.groups.{group}"
+    if config.group_num_experts(group) == 1:
+        rules = _mlp_rules(f"{name}.mlp")
+    else:
+        rules = {
+            **_router_rules(config, f"{name}.router"),
+            f"{name}.experts.gate_up_proj": "packed_colwise",
+            f"{name}.experts.down_proj": "rowwise",
+            f"{name}.experts": "moe_tp_experts",
+        }
+    if config.group_shared_intermediate_size(group):
+        rules |= _mlp_rules(f"{name}.shared_expert")
+    return rules
+
+
+def _mlp_rules(name):
+    return {f"{name}.gate_proj": "colwise", f"{name}.up_proj": "colwise", f"{name}.down_proj": "rowwise"}
+
+
+def _router_rules(config, name):
+    names = [name]
+    if config.auxiliary_routers:
+        names += [f"{name}.auxiliary", f"{name}.auxiliary.up_proj", f"{name}.auxiliary.down_proj"]
+    return dict.fromkeys(names, "replicate")
+
+
+__all__ = ["expert_parallel_plan", "tensor_parallel_plan"]

@@ -1,0 +1,53 @@
+# Copyright 2026 The modeling-moma authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Transformers' own tests of tensor parallelism, expert parallelism and FSDP, with two processes on CPUs."""
+
+import unittest
+
+from transformers_common_tests import test_expert_parallel_mixin, test_fsdp_mixin, test_tensor_parallel_mixin
+
+from hf_common.model_tester import MomaModelTester
+from hf_common.overrides import DenseParallelOverrides, ParallelOverrides
+from modeling_moma import MomaForCausalLM, MomaModel
+
+
+# the lists of model types for which Transformers runs them in its own CI
+test_tensor_parallel_mixin.TP_DISTRIBUTED_TEST_MODEL_TYPES = None
+test_expert_parallel_mixin.EP_DISTRIBUTED_TEST_MODEL_TYPES = None
+test_fsdp_mixin.FSDP_DISTRIBUTED_TEST_MODEL_TYPES = None
+
+
+class MomaParallelTests(
+    test_tensor_parallel_mixin.TensorParallelTesterMixin,
+    test_expert_parallel_mixin.ExpertParallelTesterMixin,
+    test_fsdp_mixin.FSDPTesterMixin,
+):
+    all_model_classes = (MomaModel, MomaForCausalLM)
+    fields = {}
+
+    @property
+    def model_tester(self):
+        return MomaModelTester(self, **self.fields)
+
+
+class DenseParallelTest(DenseParallelOverrides, MomaParallelTests, unittest.TestCase):
+    fields = {"num_experts": 1}
+
+
+class ExpertGroupsParallelTest(ParallelOverrides, MomaParallelTests, unittest.TestCase):
+    fields = {"num_experts": {"text": 4, "image": 4}}
+
+
+class DepthParallelTest(ParallelOverrides, MomaParallelTests, unittest.TestCase):
+    fields = {"num_experts": {"text": 4, "image": 4}, "depth_layers": [0]}

@@ -1,0 +1,72 @@
+# Copyright 2026 The modeling-moma authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Several processes on one machine that talk over gloo, as several devices would."""
+
+import datetime
+import multiprocessing
+import os
+import sys
+import tempfile
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+
+# what every process would import; the server does it once and forks
+PRELOADED = ["torch.distributed.tensor", "torch.distributed.fsdp", "transformers.trainer", "modeling_moma"]
+
+
+def start_processes(work, *args, num_processes: int = 2):
+    """Call `work(rank, *args)` in processes of their own, and raise what one of them raises.
+
+    Args:
+        work (`Callable`): a function of a module, so that processes can import it.
+        num_processes (`int`, *optional*, defaults to 2): how many.
+    """
+    multiprocessing.set_forkserver_preload(PRELOADED)
+    # daemons: a process that hangs in its own exit must not keep the test run from ending
+    mp.start_processes(_start, args=(work, args), nprocs=num_processes, daemon=True, start_method="forkserver")
+
+
+def run_group(work, *args, num_processes: int = 2, timeout: float = 60):
+    """As [`start_processes`], in processes that form a group.
+
+    Args:
+        timeout (`float`, *optional*, defaults to 60): seconds that one process waits for another.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        start_processes(
+            _join, f"file://{folder}/rendezvous", num_processes, timeout, work, args, num_processes=num_processes
+        )
+
+
+def _start(rank, work, args):
+    torch.set_num_threads(1)
+    work(rank, *args)
+    sys.stdout.flush()
+    # gloo's threads now and then wait for each other for ever when they are taken down in order
+    os._exit(0)
+
+
+def _join(rank, rendezvous, num_processes, timeout, work, args):
+    dist.init_process_group(
+        "gloo",
+        init_method=rendezvous,
+        rank=rank,
+        world_size=num_processes,
+        timeout=datetime.timedelta(seconds=timeout),
+    )
+    work(rank, *args)
+    dist.barrier()

@@ -1,0 +1,105 @@
+# Copyright 2026 The modeling-moma authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""What `torch.compile` makes of the model: few graphs, and the same numbers."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import CompileConfig
+
+from benchmarks import compilation
+from benchmarks.compilation import KINDS, main, training_graphs
+from modeling.reference import GROUPS
+from modeling.reference import tiny_model as reference_model
+from tiny import tiny_model, tiny_processor
+
+
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "performance.md"
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+
+
+def listed_breaks() -> dict[str, int]:
+    rows = [line.strip("| ").split(" | ") for line in PAGE.read_text().splitlines() if line.startswith("| ")]
+    return {row[0]: int(row[1]) for row in rows if row[0] in KINDS}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_graph_breaks_of_a_training_forward_are_those_that_the_docs_list(name):
+    breaks = training_graphs(KINDS[name]) - 1
+    assert breaks == listed_breaks()[name]
+    if "depth" not in name and "threshold" not in name:
+        # the split by modality waits for the numbers of tokens, once
+        assert breaks <= 1
+
+
+def test_threshold_training_has_one_graph_break_where_dynamic_shapes_are_captured():
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        assert training_graphs(KINDS["4t4i, `threshold`"]) == 2
+
+
+def test_compiled_training_equals_plain_training_for_any_mixture_of_text_and_pictures():
+    model, plain = reference_model(**GROUPS["4t4i"]), reference_model(**GROUPS["4t4i"])
+    compiled = torch.compile(model, backend="aot_eager")
+    for num_words in (6, 9, 4, 12):
+        words = torch.randint(26, 40, (2, num_words))
+        codes = torch.randint(8, 24, (2, 12 - num_words))
+        ids = torch.cat([words, codes], dim=1)
+        losses = [network(input_ids=ids, labels=ids).loss for network in (compiled, plain)]
+        torch.testing.assert_close(*losses, atol=1e-6, rtol=0)
+        for loss in losses:
+            loss.backward()
+        for (name, parameter), other in zip(model.named_parameters(), plain.parameters()):
+            torch.testing.assert_close(parameter.grad, other.grad, atol=1e-6, rtol=0, msg=name)
+        model.zero_grad()
+        plain.zero_grad()
+    for (name, value), other in zip(model.state_dict().items(), plain.state_dict().values()):
+        torch.testing.assert_close(value, other, atol=1e-6, rtol=0, msg=name)
+
+
+@pytest.mark.parametrize("name", ["dense", "1t1i", "8x", "4t4i", "shared_by_modality"])
+@pytest.mark.parametrize("mode", ["image", "text"])
+def test_a_compiled_step_is_one_graph_and_gives_the_same_tokens(name, mode):
+    model = reference_model(**GROUPS[name], pad_token_id=0, bos_token_id=1, eos_token_id=2).eval()
+    ids = torch.tensor([[0, 0, 1, 30, 31, 32], [1, 24, 8, 9, 10, 11]])
+    if mode == "text":
+        ids[1, 1:] = 33
+    arguments = {"attention_mask": (ids != 0).long(), "generation_mode": mode, "do_sample": False}
+    if mode == "text":
+        arguments["max_new_tokens"] = 8
+    compile_config = CompileConfig(fullgraph=True, dynamic=False, backend="eager")
+    compile_config._compile_all_devices = True
+    expected = model.generate(ids, **arguments)
+    torch._dynamo.utils.counters.clear()
+    compiled = model.generate(ids, cache_implementation="static", compile_config=compile_config, **arguments)
+    assert torch.equal(compiled, expected)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+def test_the_benchmark_checks_and_reports(tmp_path, capsys, monkeypatch):
+    processor = tiny_processor()
+    for part in (processor, tiny_model(processor)):
+        part.save_pretrained(tmp_path / "model")
+    monkeypatch.setattr(compilation, "KINDS", {"dense": KINDS["dense"]})
+    (tmp_path / "reports").mkdir()
+    short = "--backend eager --repeats 1 --device cpu"
+    main(["--model", str(tmp_path / "model"), *short.split(), "--report", str(tmp_path / "reports")])
+    (report,) = (tmp_path / "reports").iterdir()
+    assert report.read_text() == capsys.readouterr().out
+    assert "| static cache, compiled step |" in report.read_text() and "| dense | 1 |" in report.read_text()

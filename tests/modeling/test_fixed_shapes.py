@@ -1,0 +1,122 @@
+# Copyright 2026 The modeling-moma authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Steps of one token with a static cache: no shape may depend on who chooses whom."""
+
+import pytest
+import torch
+from transformers import StaticCache
+
+from modeling.reference import (
+    GROUPS,
+    fields_of,
+    mixed_ids,
+    randomize_auxiliary,
+    reference_gated_feed_forward,
+    tiny_config,
+    tiny_model,
+    trainable,
+)
+from modeling_moma.experts_moma import MomaFeedForward
+from modeling_moma.routing_moma import FixedSplit, MomaRouter, RoutingContext, position_groups
+
+
+CAUSAL = ("threshold", "token_choice", "auxiliary")
+
+
+def scattered_thresholds(module):
+    """Cuts at which tokens meet no expert, one, or several."""
+    for router in module.modules():
+        if isinstance(router, MomaRouter):
+            router.threshold.uniform_(0.2, 0.8)
+
+
+def feed_forward(routing, **fields):
+    torch.manual_seed(0)
+    config = tiny_config(**{**fields, **fields_of(routing)})
+    layer = MomaFeedForward(config)
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    scattered_thresholds(layer)
+    randomize_auxiliary(layer)
+    return config, layer
+
+
+@pytest.mark.parametrize("routing", CAUSAL)
+@pytest.mark.parametrize("name", [*GROUPS, "normalized", "gate_after_norm"])
+def test_a_feed_forward_layer_equals_the_plain_loop_forward_and_backward(name, routing):
+    extra = {"normalized": {"normalize_gates": True}, "gate_after_norm": {"gate_after_norm": True}}
+    fields = GROUPS[name] if name in GROUPS else {**GROUPS["4t4i"], **extra[name]}
+    config, layer = feed_forward(routing, **fields)
+    hidden_BTD = torch.randn(6, 1, config.hidden_size, requires_grad=True)
+    modality_BT = torch.tensor([[0], [1], [1], [0], [1], [0]])
+    padding_BT = torch.tensor([[False]] * 5 + [[True]])
+    split = FixedSplit(list(config.expert_groups), position_groups(config, modality_BT, padding_BT))
+    output, gate = layer(hidden_BTD, RoutingContext(routing, split))
+    expected, expected_gate = reference_gated_feed_forward(layer, hidden_BTD, modality_BT, routing, padding_BT)
+    torch.testing.assert_close(output, expected, atol=1e-5, rtol=1e-5)
+    if gate is not None:
+        torch.testing.assert_close(gate, expected_gate, atol=1e-5, rtol=1e-5)
+    weights = [hidden_BTD, *(parameter for _, parameter in trainable(layer))]
+    direction = torch.randn_like(output)
+    gradients = torch.autograd.grad((output * direction).sum(), weights, allow_unused=True)
+    expected_gradients = torch.autograd.grad((expected * direction).sum(), weights, allow_unused=True)
+    for actual, wanted in zip(gradients, expected_gradients):
+        if wanted is not None:
+            torch.testing.assert_close(actual, wanted, atol=1e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("routing", CAUSAL)
+@pytest.mark.parametrize("name", GROUPS)
+def test_steps_equal_the_whole_rows(name, routing):
+    model = tiny_model(**GROUPS[name], **fields_of(routing)).eval()
+    scattered_thresholds(model)
+    ids_BT = mixed_ids(rows=3, length=12)
+    mask_BT = torch.ones_like(ids_BT)
+    mask_BT[0, :4] = 0
+    whole = model(ids_BT, attention_mask=mask_BT, routing=routing).logits
+    cache = StaticCache(config=model.config, max_cache_len=12)
+    model(ids_BT[:, :5], attention_mask=mask_BT[:, :5], cache=cache, routing=routing)
+    steps = [
+        model(ids_BT[:, t : t + 1], attention_mask=mask_BT[:, : t + 1], cache=cache, routing=routing).logits
+        for t in range(5, 12)
+    ]
+    torch.testing.assert_close(torch.cat(steps, dim=1), whole[:, 5:], atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_a_step_waits_for_nothing_that_the_device_computes():
+    model = tiny_model(**GROUPS["4t4i"]).eval()
+    cache = StaticCache(config=model.config, max_cache_len=8)
+    ids_BT = mixed_ids(rows=2, length=6)
+    model(ids_BT[:, :5], cache=cache)
+
+    class NoReads(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default):
+                raise AssertionError(f"{function} waits for the device")
+            return function(*args, **(kwargs or {}))
+
+    with NoReads():
+        model(ids_BT[:, 5:], cache=cache)
+
+
+@torch.no_grad()
+def test_a_cache_longer_than_the_context_is_no_way_around_its_limit():
+    model = tiny_model(**GROUPS["1t1i"], max_position_embeddings=8).eval()
+    cache = StaticCache(config=model.config, max_cache_len=16)
+    ids_BT = mixed_ids(rows=1, length=8)
+    model(ids_BT, cache=cache)
+    with pytest.raises(ValueError, match="max_position_embeddings"):
+        model(ids_BT[:, :1], cache=cache)

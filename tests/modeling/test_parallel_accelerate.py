@@ -1,0 +1,161 @@
+# Copyright 2026 The modeling-moma authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The files of configs/accelerate, with Accelerate's own code and as far as CPUs go."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator, PartialState
+from accelerate.commands.config.config_args import ClusterConfig
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from accelerate.utils.dataclasses import get_module_class_from_name
+from accelerate.utils.launch import prepare_multi_gpu_env
+from datasets import Dataset, DatasetDict
+from torch.distributed.fsdp import FSDPModule
+
+import pretrain
+from modeling.parallel_reference import MODELS, TWO_BATCHES, assert_steps_equal, sgd, single_process, train, unwrapped
+from modeling.processes import run_group
+from modeling.reference import tiny_config, tiny_model
+from modeling_moma import MomaForCausalLM
+from modeling_moma.modeling_moma import MomaDecoderLayer
+from tiny import tiny_processor
+
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIGS = sorted((ROOT / "configs" / "accelerate").glob("*.yaml"))
+FSDP2 = ROOT / "configs" / "accelerate" / "fsdp2.yaml"
+
+
+def launch_arguments(path):
+    arguments = launch_command_parser().parse_args(
+        ["--config_file", str(path), "--main_process_port", "0", "train.py"]
+    )
+    return _validate_launch_command(arguments)[0]
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_accelerate_reads_every_field(path):
+    config = ClusterConfig.from_yaml_file(path)
+    known = vars(launch_command_parser().parse_args(["train.py"]))
+    # it takes unknown names in these two without a word
+    for name in (*config.fsdp_config, *config.deepspeed_config):
+        assert name in known, name
+    arguments = launch_arguments(path)
+    assert (arguments.mixed_precision, arguments.num_processes) == ("bf16", 8)
+    kinds = {"ddp": "multi_gpu", "fsdp2": "use_fsdp", "deepspeed_zero3": "use_deepspeed"}
+    assert getattr(arguments, kinds[path.stem])
+
+
+@pytest.mark.parametrize("name", ["4t4i", "depth"])
+def test_named_classes_are_in_the_model(name):
+    model = tiny_model(**MODELS[name])
+    names = []
+    for path in CONFIGS:
+        config = ClusterConfig.from_yaml_file(path)
+        names.append(config.fsdp_config.get("fsdp_transformer_layer_cls_to_wrap"))
+        names.append(config.deepspeed_config.get("deepspeed_moe_layer_cls_names"))
+    names = [each for text in names if text for each in text.split(",")]
+    assert len(names) == 2
+    for each in names:
+        assert get_module_class_from_name(model, each) is not None, each
+
+
+def fsdp2_work(rank, folder, overrides):
+    """One process trains in shards that Accelerate made as the file and the overrides say."""
+    environment = {**prepare_multi_gpu_env(launch_arguments(FSDP2)), **overrides, "ACCELERATE_MIXED_PRECISION": "no"}
+    os.environ.update(environment, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
+    results = {}
+    for name in MODELS:
+        accelerator = Accelerator(cpu=True)
+        # Accelerate leaves FSDP to accelerators; nothing else in it looks at the device
+        accelerator.state.distributed_type = PartialState().distributed_type = DistributedType.FSDP
+        accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin()
+        model = MomaForCausalLM.from_pretrained(folder / name).train()
+        model, optimizer = accelerator.prepare(model, sgd(model))
+        units = [module for module in model.modules() if isinstance(module, FSDPModule)]
+        results[name] = {
+            "steps": train(model, optimizer, [step[rank] for step in TWO_BATCHES], accelerator.backward),
+            "layers": sum(isinstance(module, MomaDecoderLayer) for module in units),
+            "state": accelerator.get_state_dict(model),
+        }
+    torch.save(results, folder / f"{rank}.pt")
+
+
+@pytest.mark.parametrize("checkpointing", ["false", "true"])
+def test_fsdp2_equals_a_single_process(checkpointing, tmp_path):
+    for name, fields in MODELS.items():
+        tiny_model(**fields).save_pretrained(tmp_path / name)
+    run_group(fsdp2_work, tmp_path, {"FSDP_ACTIVATION_CHECKPOINTING": checkpointing})
+    results = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    for name in MODELS:
+        single = single_process(name, TWO_BATCHES)
+        for rank, result in enumerate(results):
+            assert result[name]["layers"] == tiny_config(**MODELS[name]).num_hidden_layers
+            assert_steps_equal(result[name]["steps"], single["steps"], rank)
+        # whole on the process that saves
+        state = unwrapped(results[0][name]["state"])
+        assert state.keys() == single["state"].keys()
+        for key, value in single["state"].items():
+            torch.testing.assert_close(state[key], value, atol=1e-5, rtol=1e-5, msg=key)
+
+
+@pytest.fixture
+def inputs(tmp_path):
+    """What pre-training needs, at its smallest."""
+    processor = tiny_processor()
+    processor.save_pretrained(tmp_path / "processor")
+    rng = np.random.default_rng(0)
+
+    def split(rows):
+        return Dataset.from_dict(
+            {
+                "codes": rng.integers(0, processor.codebook_size, (rows, 1, processor.image_seq_length)).tolist(),
+                "style": ["noto"] * rows,
+                "label": [f"thing {index}" for index in range(rows)],
+                "keywords": [["red", "fruit"]] * rows,
+            }
+        )
+
+    DatasetDict(train=split(12), validation=split(4)).save_to_disk(tmp_path / "codes")
+    config = {"hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4}
+    (tmp_path / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 64}))
+    return tmp_path
+
+
+def test_two_launched_processes_pre_train_as_one_that_accumulates(inputs):
+    def arguments(output, *more):
+        paths = [text for name in ("processor", "codes") for text in (f"--{name}", str(inputs / name))]
+        sizes = "--steps 3 --batch-size 2 --eval-steps 3 --save-steps 3 --logging-steps 1 --bf16 off".split()
+        return [*paths, "--config", str(inputs / "config.json"), "--output", str(inputs / output), *sizes, *more]
+
+    def history(output):
+        return json.loads((inputs / output / "trainer_state.json").read_text())["log_history"]
+
+    launch = f"-m accelerate.commands.launch --config_file {CONFIGS[0]} --num_processes 2 --mixed_precision no".split()
+    launch += "--num_cpu_threads_per_process 1 --main_process_port 0".split()
+    script = str(ROOT / "scripts" / "pretrain.py")
+    subprocess.run([sys.executable, *launch, script, *arguments("two")], check=True, capture_output=True, timeout=120)
+    pretrain.main(arguments("one", "--gradient-accumulation-steps", "2"))
+    for two, one in zip(history("two"), history("one"), strict=True):
+        for key in ("loss", "grad_norm", "eval_loss", "eval_text_loss", "eval_image_loss"):
+            if key in one:
+                assert two[key] == pytest.approx(one[key], rel=1e-4), (key, one["step"])
