@@ -51,7 +51,7 @@ def flops_per_token(
     Raises:
         ValueError: unknown modality or routing, or a length below 1.
     """
-    _check_config(config)
+    check_config(config)
     if modality not in config.modalities:
         raise ValueError(f"`modality` must be one of {config.modalities}, got {modality!r}.")
     if isinstance(sequence_length, bool) or not isinstance(sequence_length, int):
@@ -103,7 +103,7 @@ def training_flops(
     return total
 
 
-def _check_config(config):
+def check_config(config):
     if not isinstance(config, MomaConfig):
         raise TypeError(f"`config` must be a MomaConfig, got {type(config).__name__}.")
 
