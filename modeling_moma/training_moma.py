@@ -59,8 +59,8 @@ class MomaMetricsCallback(TrainerCallback):
         self._handles.append(model.register_forward_hook(self._on_forward))
         for name, module in model.named_modules():
             if isinstance(module, MomaRouter):
-                # "model.layers.0.mlp.groups.text.router"
-                group = name.split(".")[-2]
+                # "model.layers.0.mlp.groups.text.router", and more around it under an adapter
+                group = name.rpartition(".groups.")[2].split(".")[0]
                 self._handles.append(module.register_forward_hook(self._router_hook(group)))
             elif isinstance(module, MomaDepthRouter):
                 modalities = model.config.modalities
@@ -172,8 +172,9 @@ def initialize_code_embeddings(model: PreTrainedModel, codebook_KC: torch.Tensor
 def freeze_groups(model: PreTrainedModel, groups: list[str]) -> int:
     """Freeze the feed-forward weights of whole expert groups, routers and shared experts included.
 
-    Attention, norms, embeddings and head serve all modalities and go on learning. Routers of frozen groups still keep
-    their thresholds and balance biases up to date, since the hidden states that they see go on changing.
+    Attention, norms, embeddings and head serve all modalities and go on learning. Routers keep their thresholds and
+    balance biases with their weights, so all that the state dict holds of a frozen group stays bit by bit. Where much
+    else has been trained, [`calibrate_thresholds`] fits the thresholds to the hidden states of now.
 
     Args:
         model (`PreTrainedModel`): a `MomaForCausalLM` or `MomaModel`; changed in place.

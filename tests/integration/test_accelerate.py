@@ -1,0 +1,121 @@
+# Copyright 2026 The modeling-moma authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""A training loop by hand, with Accelerate."""
+
+import copy
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from torch.utils.data import DataLoader
+
+from integration.mixed import changed, copied_state, mixed_examples
+from modeling_moma import MomaForCausalLM
+from tiny import tiny_model, tiny_processor
+from tokenization import MomaDataCollator
+
+
+DEPTH = {"num_hidden_layers": 3, "depth_layers": [1], "depth_capacity": 0.5, "gumbel_noise": 0.5}
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return tiny_processor()
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerator():
+    """Accelerate keeps one precision for the whole process, other tests included."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+class Loop:
+    """Two optimizer steps an epoch, of two batches each."""
+
+    def __init__(self, model, processor, **options):
+        self.accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2, **options)
+        collate = MomaDataCollator(processor.tokenizer)
+        loader = DataLoader(mixed_examples(processor), batch_size=3, collate_fn=collate)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        self.scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, total_iters=8)
+        self.model, self.optimizer, self.loader, self.scheduler = self.accelerator.prepare(
+            model, optimizer, loader, self.scheduler
+        )
+
+    def run(self, epochs):
+        """The losses of all batches."""
+        self.model.train()
+        found = []
+        for _ in range(epochs):
+            for batch in self.loader:
+                with self.accelerator.accumulate(self.model):
+                    loss = self.model(**batch).loss
+                    self.accelerator.backward(loss)
+                    self.accelerator.clip_grad_norm_(self.model.parameters(), 1.0)
+                    self.optimizer.step()
+                    self.scheduler.step()
+                    self.optimizer.zero_grad()
+                found.append(loss.item())
+        return found
+
+
+def test_saved_and_loaded_state_goes_on_bit_equal(processor, tmp_path):
+    model = tiny_model(processor, **DEPTH)
+    whole = Loop(copy.deepcopy(model), processor)
+    torch.manual_seed(0)
+    expected = whole.run(3)
+
+    first = Loop(model, processor)
+    torch.manual_seed(0)
+    assert first.run(1) == expected[:4]
+    first.accelerator.save_state(str(tmp_path / "state"))
+    first.run(1)
+
+    second = Loop(tiny_model(processor, **DEPTH, initializer_range=0.5), processor)
+    second.accelerator.load_state(str(tmp_path / "state"))
+    assert second.run(2) == expected[4:]
+    assert not changed(copied_state(whole.model), second.model.state_dict())
+    counters = [tensor for name, tensor in second.model.state_dict().items() if name.endswith("num_updates")]
+    assert counters and all((counter == 12).all() for counter in counters)
+
+
+def test_model_of_the_loop_is_saved_as_a_plain_one(processor, tmp_path):
+    loop = Loop(tiny_model(processor), processor, mixed_precision="bf16")
+    found = loop.run(4)
+    assert sum(found[-4:]) < sum(found[:4])
+    plain = loop.accelerator.unwrap_model(loop.model)
+    plain.save_pretrained(tmp_path, save_function=loop.accelerator.save)
+    loaded = MomaForCausalLM.from_pretrained(tmp_path)
+    assert not changed(plain.state_dict(), loaded.state_dict())
+    assert {tensor.dtype for tensor in loaded.state_dict().values()} == {torch.float32}
+
+
+def test_micro_batches_that_are_told_the_number_of_targets_equal_one_large_batch(processor):
+    fields = {"num_experts": {"text": 1, "image": 1}, "modality_loss_weights": {"text": 5.0}, "z_loss_coef": 0.01}
+    model, collate = tiny_model(processor, **fields).train(), MomaDataCollator(processor.tokenizer)
+    examples = mixed_examples(processor, 6)
+    whole = copy.deepcopy(model)
+    whole(**collate(examples)).loss.backward()
+
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=3)
+    model, loader = accelerator.prepare(model, DataLoader(examples, batch_size=2, collate_fn=collate))
+    targets = sum((batch["labels"][:, 1:] != -100).sum() for batch in loader)
+    for batch in loader:
+        with accelerator.accumulate(model):
+            accelerator.backward(model(**batch, num_items_in_batch=targets).loss * 3)
+    for (name, mine), expected in zip(model.named_parameters(), whole.parameters()):
+        torch.testing.assert_close(mine.grad, expected.grad, rtol=1e-4, atol=1e-6, msg=name)

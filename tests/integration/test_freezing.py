@@ -1,0 +1,70 @@
+# Copyright 2026 The modeling-moma authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""One modality's experts learn, the other's stay as they are."""
+
+import pytest
+
+from integration.mixed import FirstStep, build_trainer, changed, copied_state, mixed_examples
+from modeling_moma import calibrate_thresholds, freeze_groups
+from tiny import tiny_model, tiny_processor
+from tokenization import MomaDataCollator
+
+
+FIELDS = {
+    "4t4i": {"shared_expert_intermediate_size": {"text": 8, "image": 8}},
+    "token_choice": {"training_routing": "token_choice"},
+    "1t1i": {"num_experts": {"text": 1, "image": 1}},
+    "depth": {"num_hidden_layers": 3, "depth_layers": [1], "depth_capacity": 0.5},
+}
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return tiny_processor()
+
+
+@pytest.mark.parametrize("frozen, learning", [("text", "image"), ("image", "text")])
+@pytest.mark.parametrize("fields", FIELDS.values(), ids=FIELDS)
+def test_frozen_group_stays_bit_by_bit_under_weight_decay(fields, frozen, learning, processor, tmp_path):
+    model = tiny_model(processor, **fields)
+    freeze_groups(model, [frozen])
+    before, step = copied_state(model), FirstStep()
+    build_trainer(model, processor, tmp_path, callbacks=[step], max_steps=3, weight_decay=0.5).train()
+    moved = changed(before, model.state_dict())
+    assert not [name for name in moved | step.gradients.keys() if f".groups.{frozen}." in name]
+    # all else learns, but for biases that this routing does not read
+    expected = {name for name in before if f".groups.{frozen}." not in name and not name.endswith("balance_bias")}
+    assert expected <= moved
+    assert any(f".groups.{learning}." in name for name in expected)
+
+
+def test_nothing_but_one_group_learns_when_the_rest_is_frozen(processor, tmp_path):
+    model = tiny_model(processor)
+    model.requires_grad_(False)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(".groups.image." in name)
+    before = copied_state(model)
+    build_trainer(model, processor, tmp_path, max_steps=3, weight_decay=0.5).train()
+    moved = changed(before, model.state_dict())
+    assert moved == {name for name in before if ".groups.image." in name and not name.endswith("balance_bias")}
+
+
+def test_thresholds_of_a_frozen_group_can_be_fitted_afterwards(processor, tmp_path):
+    model = tiny_model(processor)
+    freeze_groups(model, ["text", "image"])
+    before = copied_state(model)
+    calibrate_thresholds(model, [MomaDataCollator(processor.tokenizer)(mixed_examples(processor))])
+    moved = changed(before, model.state_dict())
+    assert {name.rsplit(".", 1)[1] for name in moved} == {"threshold", "num_updates"}
+    assert any(".groups.text." in name for name in moved)

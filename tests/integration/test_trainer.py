@@ -1,0 +1,220 @@
+# Copyright 2026 The modeling-moma authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The stock `Trainer` with its usual switches."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from integration.mixed import FirstStep, build_trainer, changed, copied_state, losses, mixed_examples
+from modeling_moma import MomaMetricsCallback
+from modeling_moma.routing_moma import MomaRouter, MomaRouterBase
+from tiny import tiny_model, tiny_processor
+
+
+LOSS = {"modality_loss_weights": {"text": 5.0}, "z_loss_coef": 0.01}
+# momentum 1 keeps the cuts where they are: other micro-batches then change nothing
+FIXED = {"routing_warmup_steps": 0, "threshold_momentum": 1 - 1e-12, "depth_threshold_momentum": 1 - 1e-12}
+DEPTH = {"num_hidden_layers": 3, "depth_layers": [1]}
+TOKENWISE = {
+    "dense": {"num_experts": 1},
+    "1t1i": {"num_experts": {"text": 1, "image": 1}},
+    "token_choice": {"training_routing": "token_choice", "router_bias_update_rate": 0.0},
+    "threshold": {"training_routing": "threshold", **FIXED},
+    "depth": {"training_routing": "threshold", **DEPTH, **FIXED},
+}
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return tiny_processor()
+
+
+def settled(model):
+    """The model with routers that look back on many steps."""
+    for module in model.modules():
+        if isinstance(module, MomaRouterBase):
+            module.num_updates.fill_(1e9)
+    return model
+
+
+def first_step(model, processor, output, **fields):
+    """Loss and gradients of one optimizer step."""
+    step = FirstStep()
+    trainer = build_trainer(model, processor, output, callbacks=[step], **fields)
+    trainer.train()
+    assert step.gradients
+    return losses(trainer)[0], step.gradients
+
+
+def assert_same_step(found, expected, tolerance=1e-5):
+    assert found[0] == pytest.approx(expected[0], abs=tolerance)
+    assert found[1].keys() == expected[1].keys()
+    for name, gradient in expected[1].items():
+        torch.testing.assert_close(found[1][name], gradient, rtol=1e-4, atol=tolerance, msg=lambda m, n=name: n + m)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1], ids=["plain", "smoothed"])
+@pytest.mark.parametrize("fields", TOKENWISE.values(), ids=TOKENWISE)
+def test_accumulated_micro_batches_equal_one_large_batch(fields, smoothing, processor, tmp_path):
+    model = settled(tiny_model(processor, **fields, **LOSS))
+    sizes = {"label_smoothing_factor": smoothing}
+    whole = first_step(copy.deepcopy(model), processor, tmp_path, per_device_train_batch_size=6, **sizes)
+    sizes |= {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 6}
+    assert_same_step(first_step(model, processor, tmp_path, **sizes), whole)
+
+
+def test_modality_weights_and_z_loss_are_part_of_what_the_trainer_minimises(processor, tmp_path):
+    loss = {}
+    for name, fields in {
+        "plain": {"z_loss_coef": 0.0},
+        "weighted": {**LOSS, "z_loss_coef": 0.0},
+        "both": LOSS,
+    }.items():
+        model = tiny_model(processor, **TOKENWISE["1t1i"], **fields)
+        loss[name], _ = first_step(model, processor, tmp_path, gradient_accumulation_steps=2)
+    assert loss["plain"] < loss["weighted"] < loss["both"]
+
+
+CHECKPOINTED = {
+    "expert_choice": {},
+    "gumbel": {"gumbel_noise": 1.0},
+    "depth": {**DEPTH, "depth_capacity": 0.5},
+    "threshold": {"training_routing": "threshold", "routing_warmup_steps": 0},
+}
+
+
+@pytest.mark.parametrize("fields", CHECKPOINTED.values(), ids=CHECKPOINTED)
+def test_activation_checkpointing_changes_no_gradient(fields, processor, tmp_path):
+    model = tiny_model(processor, **fields)
+    kept = copy.deepcopy(model)
+    expected = first_step(kept, processor, tmp_path)
+    for use_reentrant in (True, False):
+        recomputed = copy.deepcopy(model)
+        options = {
+            "activation_checkpointing": True,
+            "activation_checkpointing_kwargs": {"use_reentrant": use_reentrant},
+        }
+        assert_same_step(first_step(recomputed, processor, tmp_path, **options), expected, tolerance=1e-7)
+        assert recomputed.is_activation_checkpointing
+        for (name, mine), other in zip(recomputed.named_buffers(), kept.buffers()):
+            assert torch.equal(mine, other), name
+
+
+def test_bf16_trains_with_routers_in_fp32(processor, tmp_path):
+    model = tiny_model(processor, **DEPTH)
+    seen = set()
+    for module in model.modules():
+        if isinstance(module, MomaRouter):
+            module.register_forward_hook(lambda router, args, output: seen.add((args[0].dtype, output[0].dtype)))
+    trainer = build_trainer(model, processor, tmp_path, bf16=True, max_steps=8, learning_rate=1e-2)
+    trainer.train()
+    assert losses(trainer)[-1] < losses(trainer)[0]
+    # the norms give fp32 back, what an attention or expert returns is bf16
+    assert {logits for _, logits in seen} == {torch.float32}
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+
+
+def test_weights_in_bf16_train_too_and_leave_routers_in_fp32(processor, tmp_path):
+    tiny_model(processor, **DEPTH).save_pretrained(tmp_path / "model")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.bfloat16)
+    trainer = build_trainer(model, processor, tmp_path, bf16=True, max_steps=8, learning_rate=1e-2)
+    trainer.train()
+    assert losses(trainer)[-1] < losses(trainer)[0]
+    trainer.save_model(tmp_path / "trained")
+    state = AutoModelForCausalLM.from_pretrained(tmp_path / "trained").state_dict()
+    wide = {name for name, tensor in state.items() if tensor.dtype == torch.float32}
+    assert wide == {name for name in state if "router." in name}
+
+
+def test_compiled_training_gives_the_uncompiled_losses(processor, tmp_path):
+    model = tiny_model(processor, num_hidden_layers=1)
+    options = {"max_steps": 2, "optim": "sgd", "callbacks": [MomaMetricsCallback()]}
+    plain = build_trainer(copy.deepcopy(model), processor, tmp_path, **options)
+    plain.train()
+    compiled = build_trainer(
+        model, processor, tmp_path, torch_compile=True, torch_compile_backend="aot_eager", **options
+    )
+    compiled.train()
+    assert losses(compiled) == pytest.approx(losses(plain), abs=1e-5)
+    for key in ("text_loss", "image_loss", "image_uncovered"):
+        assert losses(compiled, key) == pytest.approx(losses(plain, key), abs=1e-5)
+
+
+def test_resumed_training_ends_bit_equal_to_an_uninterrupted_one(processor, tmp_path):
+    fields = {**DEPTH, "gumbel_noise": 0.5, "gumbel_noise_steps": 20}
+    options = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3, "gradient_accumulation_steps": 2}
+    options |= {"lr_scheduler_type": "linear", "max_grad_norm": 1.0, "weight_decay": 0.1}
+    options |= {"per_device_train_batch_size": 2}
+    whole = build_trainer(tiny_model(processor, **fields), processor, tmp_path, **options)
+    whole.train()
+    state = copied_state(whole.model)
+    # other weights, which the checkpoint replaces
+    other = tiny_model(processor, **fields, initializer_range=0.5)
+    resumed = build_trainer(other, processor, tmp_path, **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert not changed(state, resumed.model.state_dict())
+    assert losses(resumed) == losses(whole)
+    counters = [tensor for name, tensor in state.items() if name.endswith("num_updates")]
+    assert counters and all((counter == 12).all() for counter in counters)
+
+
+def test_evaluation_is_causal_and_in_plain_nats(processor, tmp_path):
+    examples = mixed_examples(processor, 4)
+    trainer = build_trainer(tiny_model(processor, **DEPTH, **LOSS), processor, tmp_path, examples, max_steps=3)
+    trainer.train()
+    found = trainer.evaluate()["eval_loss"]
+    batch = trainer.data_collator(examples)
+    with torch.no_grad():
+        causal, oracle = (trainer.model.eval()(**batch, routing=name) for name in ("threshold", "expert_choice"))
+        targets = batch["labels"][:, 1:]
+        plain = torch.nn.functional.cross_entropy(causal.logits[:, :-1].flatten(0, 1), targets.flatten())
+    assert found == pytest.approx(causal.loss.item(), abs=1e-6) == pytest.approx(plain.item(), abs=1e-6)
+    assert abs(found - oracle.loss.item()) > 1e-4
+
+
+def test_predictions_are_logits_alone(processor, tmp_path):
+    model = tiny_model(processor, output_router_logits=True)
+    found = build_trainer(model, processor, tmp_path).predict(mixed_examples(processor, 4))
+    assert isinstance(found.predictions, np.ndarray)
+    assert found.predictions.shape == (*found.label_ids.shape, model.config.vocab_size)
+
+
+def test_best_model_comes_back_and_weights_alone_are_saved(processor, tmp_path):
+    # the worst is called the best, so that the last checkpoint is not it
+    trainer = build_trainer(
+        tiny_model(processor),
+        processor,
+        tmp_path,
+        max_steps=4,
+        learning_rate=1e-2,
+        save_strategy="steps",
+        save_steps=2,
+        eval_strategy="steps",
+        eval_steps=2,
+        save_only_model=True,
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_loss",
+        greater_is_better=True,
+    )
+    trainer.train()
+    assert losses(trainer, "eval_loss")[1] < losses(trainer, "eval_loss")[0]
+    assert not (tmp_path / "checkpoint-2" / "optimizer.pt").exists()
+    best, last = (AutoModelForCausalLM.from_pretrained(tmp_path / f"checkpoint-{step}") for step in (2, 4))
+    assert not changed(best.state_dict(), trainer.model.state_dict())
+    moved = changed(last.state_dict(), trainer.model.state_dict())
+    assert {name.rsplit(".", 1)[1] for name in moved} >= {"threshold", "num_updates", "gate_up_proj"}

@@ -1,0 +1,202 @@
+# Copyright 2026 The modeling-moma authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""`SFTTrainer` of TRL with picture codes among the labels."""
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset, Features, List, Value
+from datasets import Image as ImageFeature
+from PIL import Image
+from transformers import Trainer
+
+from integration.mixed import losses, mixed_examples
+from modeling_moma import MomaMetricsCallback
+from tiny import tiny_model, tiny_processor
+
+
+trl = pytest.importorskip("trl")
+
+
+class OwnLossSFTTrainer(trl.SFTTrainer):
+    """As docs/how-to/fine-tune.md gives it."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        return Trainer.compute_loss(self, model, inputs, return_outputs, num_items_in_batch)
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return tiny_processor()
+
+
+@pytest.fixture(scope="module")
+def pictures():
+    rng = np.random.default_rng(0)
+    return [Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)) for _ in range(4)]
+
+
+def build_sft(model, processing_class, dataset, output, trainer_class=trl.SFTTrainer, callbacks=(), **fields):
+    defaults = {
+        "max_steps": 1,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 1e-2,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "max_length": None,
+        "report_to": [],
+        "use_cpu": True,
+        "bf16": False,
+        "disable_tqdm": True,
+    }
+    return trainer_class(
+        model=model,
+        args=trl.SFTConfig(str(output), **{**defaults, **fields}),
+        train_dataset=dataset,
+        processing_class=processing_class,
+        callbacks=list(callbacks),
+    )
+
+
+def tokenised(processor, rows=4):
+    return Dataset.from_list(mixed_examples(processor, rows))
+
+
+def talks(pictures):
+    """One asks for a picture and gets it, the other shows one and is told what it is."""
+    parts = List({"type": Value("string"), "text": Value("string")})
+    features = Features(messages=List({"role": Value("string"), "content": parts}), images=List(ImageFeature()))
+
+    def turn(role, *content):
+        parts = [
+            {"type": "image", "text": None} if part is None else {"type": "text", "text": part} for part in content
+        ]
+        return {"role": role, "content": parts}
+
+    draw = [turn("user", "red apple"), turn("assistant", None)]
+    read = [turn("user", None, "what is it?"), turn("assistant", "castle")]
+    rows = {"messages": [draw, read], "images": [[picture] for picture in pictures[:2]]}
+    return Dataset.from_dict(rows, features=features)
+
+
+def one_batch(trainer):
+    return next(iter(trainer.get_train_dataloader()))
+
+
+def codes_in(ids, processor):
+    first = processor.image_token_offset
+    return ids[(ids >= first) & (ids < first + processor.codebook_size)]
+
+
+@torch.no_grad()
+def picture_loss(model, batch):
+    return model.eval()(**batch).modality_losses["image"].item()
+
+
+def test_tokenised_pictures_are_learnt(processor, tmp_path):
+    model = tiny_model(processor)
+    callback = MomaMetricsCallback()
+    dataset = tokenised(processor)
+    trainer = build_sft(model, processor.tokenizer, dataset, tmp_path, max_steps=10, callbacks=[callback])
+    batch = one_batch(trainer)
+    assert len(codes_in(batch["labels"], processor)) == 2 * processor.image_seq_length
+    before = picture_loss(model, batch)
+    trainer.train()
+    assert picture_loss(model, batch) < before - 0.3
+    # loads of experts are logged here, too; the losses by modality need the model's own loss
+    assert losses(trainer, "image_uncovered") and not losses(trainer, "image_loss")
+
+
+def test_conversations_with_pictures_in_any_turn_are_learnt(processor, pictures, tmp_path):
+    model = tiny_model(processor)
+    trainer = build_sft(model, processor, talks(pictures), tmp_path, max_steps=10, per_device_train_batch_size=2)
+    batch = one_batch(trainer)
+    assert "pixel_values" not in batch
+    for row in batch["labels"]:
+        found = codes_in(row, processor) - processor.image_token_offset
+        assert found.tolist() in processor.encode_pictures(pictures[:2])
+    before = picture_loss(model, batch)
+    trainer.train()
+    assert picture_loss(model, batch) < before - 0.3
+
+
+def test_loss_of_the_answers_alone_counts_pictures_that_are_answers(processor, pictures, tmp_path):
+    trainer = build_sft(
+        tiny_model(processor),
+        processor,
+        talks(pictures),
+        tmp_path,
+        per_device_train_batch_size=2,
+        assistant_only_loss=True,
+    )
+    labels = one_batch(trainer)["labels"]
+    texts = {processor.tokenizer.decode(row[row != -100], skip_special_tokens=False) for row in labels}
+    [codes] = processor.encode_pictures(pictures[:1])
+    drawn = "".join(["<|begin_image|>", *(f"<|image_{code}|>" for code in codes), "<|end_image|>"])
+    assert {text.replace(" ", "") for text in texts} == {f"{drawn}<eos>", "castle<eos>"}
+
+
+def test_prompts_with_pictures_and_completions_of_words_are_learnt(processor, pictures, tmp_path):
+    rows = {"prompt": ["<bos><image>"] * 4, "completion": ["red apple"] * 4, "images": [[one] for one in pictures]}
+    features = Features(prompt=Value("string"), completion=Value("string"), images=List(ImageFeature()))
+    trainer = build_sft(
+        tiny_model(processor), processor, Dataset.from_dict(rows, features=features), tmp_path, max_steps=2
+    )
+    batch = one_batch(trainer)
+    assert len(codes_in(batch["input_ids"], processor)) == 4 * processor.image_seq_length
+    assert len(codes_in(batch["labels"], processor)) == 0
+    trainer.train()
+    assert all(np.isfinite(losses(trainer)))
+
+
+def test_completions_may_hold_the_codes_of_pictures_as_words(processor, pictures, tmp_path):
+    codes = processor.encode_pictures(pictures)
+    drawn = [processor.replace_image_token({"image_codes": codes}, index) for index in range(len(codes))]
+    dataset = Dataset.from_dict({"prompt": ["<bos>red apple"] * 4, "completion": drawn})
+    trainer = build_sft(tiny_model(processor), processor.tokenizer, dataset, tmp_path)
+    labels = one_batch(trainer)["labels"]
+    found = codes_in(labels, processor).unflatten(0, (4, -1)) - processor.image_token_offset
+    assert sorted(found.tolist()) == sorted(codes)
+    # begin and end of the picture, and the end of the text
+    assert (labels != -100).sum() == 4 * (processor.image_seq_length + 3)
+
+
+def test_packed_rows_are_those_of_the_documents_apart(processor, tmp_path):
+    model = tiny_model(processor, num_experts={"text": 1, "image": 1}, z_loss_coef=0.0)
+    apart = build_sft(model, processor.tokenizer, tokenised(processor), tmp_path)
+    packed = build_sft(model, processor.tokenizer, tokenised(processor), tmp_path, packing=True, max_length=128)
+    batch = one_batch(packed)
+    assert batch["input_ids"].shape[0] == 1 and "attention_mask" not in batch
+    with torch.no_grad():
+        loss = model.eval()(**one_batch(apart)).loss
+        torch.testing.assert_close(model(**batch).loss, loss, rtol=1e-5, atol=1e-5)
+
+
+def test_fused_head_gives_plain_cross_entropy_and_leaves_our_terms_out(processor, tmp_path):
+    """What is lost: weights of modalities and the z-loss. Nothing of it, with the model's own loss."""
+    found = {}
+    for weights in (None, {"text": 5.0}):
+        for trainer_class in (trl.SFTTrainer, OwnLossSFTTrainer):
+            model = tiny_model(processor, modality_loss_weights=weights, z_loss_coef=0.1 if weights else 0.0)
+            callback = MomaMetricsCallback()
+            trainer = build_sft(
+                model, processor.tokenizer, tokenised(processor), tmp_path, trainer_class, callbacks=[callback]
+            )
+            trainer.train()
+            found[trainer_class, bool(weights)] = losses(trainer)[0]
+    assert losses(trainer, "image_loss") and losses(trainer, "text_loss")
+    plain = found[trl.SFTTrainer, False]
+    assert found[OwnLossSFTTrainer, False] == pytest.approx(plain, abs=1e-5)
+    assert found[trl.SFTTrainer, True] == pytest.approx(plain, abs=1e-5)
+    assert found[OwnLossSFTTrainer, True] > plain + 1
