@@ -1,0 +1,210 @@
+# Copyright 2026 The modeling-moma authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The card of a model repository: metadata that the Hub understands, links that lead somewhere, measured numbers."""
+
+import json
+import math
+import posixpath
+import re
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
+from urllib.parse import unquote
+
+import yaml
+from huggingface_hub import ModelCard
+from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+
+EVALUATION_FILE = "evaluation.json"
+FIXED_METADATA = {"library_name": "transformers", "pipeline_tag": "any-to-any"}
+DATASET_ADDRESS = "https://huggingface.co/datasets"
+
+# parts of a report that are no measurements of the model's own: its settings, and other models
+NOT_MEASURED = frozenset(
+    "models training settings tokens pictures dense nearest_neighbour majority real reconstructed shuffled".split()
+)
+# a routing that sees the future is measured, too, but never reported as quality
+NO_QUALITY = "not a measure of quality"
+# the card rounds to four decimals
+TOLERANCE = 5.01e-5
+
+_HEAD = re.compile(r"\A(---\r?\n)(.*?)(\r?\n---[ \t]*(?:\r?\n|\Z))", re.DOTALL)
+_CODE = re.compile(r"^(```|~~~).*?^\1[^\n]*$|`[^`\n]*`", re.DOTALL | re.MULTILINE)
+_LINK = re.compile(r"""(?<=\]\()\s*<?(?P<markdown>[^)\s>]+)|\bsrc=["'](?P<html>[^"']+)""")
+
+
+def measured_numbers(report: dict) -> list[float]:
+    """All numbers in a report of scripts/evaluate.py that say how good the model is."""
+    numbers = []
+    for name, value in report.items():
+        if name in NOT_MEASURED or NO_QUALITY in name:
+            continue
+        if isinstance(value, dict):
+            numbers += measured_numbers(value)
+        elif isinstance(value, (int, float)) and not isinstance(value, bool):
+            numbers.append(value)
+    return numbers
+
+
+def _named_datasets(metadata: dict) -> list[str]:
+    names = metadata.get("datasets") or []
+    names = [names] if isinstance(names, str) else list(names)
+    for entry in metadata.get("model-index") or []:
+        names += [result["dataset"]["type"] for result in entry["results"]]
+    return list(dict.fromkeys(names))
+
+
+def with_datasets(text: str, datasets: Mapping[str, str]) -> str:
+    """
+    Puts the Hub's ids of data sets in the place of local paths: in `datasets`, in `model-index`, and in links.
+
+    Args:
+        text (`str`): the card.
+        datasets (`Mapping[str, str]`): local path, as the card has it, -> id on the Hub.
+
+    Returns:
+        `str`: the card; the very text where `datasets` is empty.
+
+    Raises:
+        ValueError: the card names no such data set, or an id is none.
+    """
+    if not datasets:
+        return text
+    head = _HEAD.match(text)
+    metadata = yaml.safe_load(head[2]) if head else {}
+    for local, identifier in datasets.items():
+        if local not in _named_datasets(metadata):
+            raise ValueError(f"`datasets` maps {local!r}, but the card names {_named_datasets(metadata)}: misspelt?")
+        try:
+            validate_repo_id(identifier)
+        except HFValidationError as error:
+            raise ValueError(
+                f"`datasets` maps {local!r} to {identifier!r}, which is no id of the Hub: {error}"
+            ) from error
+    names = metadata.get("datasets") or []
+    metadata["datasets"] = [datasets.get(name, name) for name in ([names] if isinstance(names, str) else names)]
+    for entry in metadata.get("model-index") or []:
+        for result in entry["results"]:
+            result["dataset"]["type"] = datasets.get(result["dataset"]["type"], result["dataset"]["type"])
+
+    def link(match: re.Match) -> str:
+        target = match["markdown"] or match["html"]
+        path = re.sub(r"^(\.\./)+", "", posixpath.normpath(target)).removesuffix("/README.md")
+        return match[0].replace(target, f"{DATASET_ADDRESS}/{datasets[path]}") if path in datasets else match[0]
+
+    body = _LINK.sub(link, text[head.end() :])
+    return f"{head[1]}{yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True).rstrip()}{head[3]}{body}"
+
+
+def check_card(text: str, files: Mapping[str, Path], folder: str | Path) -> Iterator[str]:
+    """
+    Checks a card beside the files that go with it.
+
+    Args:
+        text (`str`): the card.
+        files (`Mapping[str, Path]`): path in the repository -> file.
+        folder (`str` or `Path`): where the card lies; tells local paths from ids of the Hub.
+
+    Yields:
+        `str`: a problem: the field, its value and the likely cause.
+    """
+    yield from check_links(text, files)
+    if not _HEAD.match(text):
+        yield "README.md has no metadata: it must begin with a line `---`, YAML, and a second line `---`."
+        return
+    try:
+        card = ModelCard(text)
+        metadata = yaml.safe_load(_HEAD.match(text)[2])
+        names = _named_datasets(metadata)
+    except (ValueError, TypeError, KeyError, AttributeError, yaml.YAMLError) as error:
+        yield f"README.md: the metadata cannot be read: {error}"
+        return
+    for field, value in FIXED_METADATA.items():
+        if metadata.get(field) != value:
+            yield (
+                f"README.md: {field} is {metadata.get(field)!r}, not {value!r}: by it the Hub knows how the model "
+                "is loaded."
+            )
+    if not isinstance(card.data.license, str):
+        yield f"README.md: license is {card.data.license!r}: name that of the weights, such as apache-2.0."
+    if not isinstance(card.data.tags, list) or not card.data.tags:
+        yield f"README.md: tags is {card.data.tags!r}: a list is needed, such as [moma]."
+    if not isinstance(metadata.get("datasets"), (list, str)):
+        yield (
+            f"README.md: datasets is {metadata.get('datasets')!r}: list the Hub's ids of what it was trained on, or "
+            "write `datasets: []` where none is on the Hub."
+        )
+    for name in names:
+        yield from check_dataset(name, folder)
+    yield from check_numbers(card, files)
+
+
+def check_dataset(name: str, folder: str | Path) -> Iterator[str]:
+    """Checks that a data set is named by an id of the Hub, not by a path of this machine."""
+    places = (Path.cwd(), *Path(folder).resolve().parents)
+    if not isinstance(name, str):
+        yield f"README.md: the data set {name!r} is no text."
+    elif any((place / name).exists() for place in places):
+        yield (
+            f"README.md: the data set {name!r} is a path of this machine, which the Hub would take for somebody's "
+            f"repository: give its id with --dataset {name}=USER/NAME, or take it out of the card."
+        )
+    else:
+        try:
+            validate_repo_id(name)
+        except HFValidationError as error:
+            yield f"README.md: the data set {name!r} is no id of the Hub: {error}"
+
+
+def check_links(text: str, files: Collection[str]) -> Iterator[str]:
+    """Checks that every relative link and picture of the card leads to a file that goes with it."""
+    for match in _LINK.finditer(_CODE.sub("", text)):
+        target = match["markdown"] or match["html"]
+        if re.match(r"[a-zA-Z][a-zA-Z0-9+.-]*:|//|#", target):
+            continue
+        path = posixpath.normpath(unquote(re.split(r"[?#]", target)[0]))
+        if path.startswith(("..", "/")):
+            yield (
+                f"README.md: the link {target!r} leads out of the folder, and nowhere on the Hub: write the full "
+                "address; for a data set, --dataset does."
+            )
+        elif path not in files and not any(name.startswith(f"{path}/") for name in files):
+            yield f"README.md: the link {target!r} leads to no file of the folder: renamed, or not copied?"
+
+
+def check_numbers(card: ModelCard, files: Mapping[str, Path]) -> Iterator[str]:
+    """Checks that every value of `model-index` stands in the folder's report, up to the card's rounding."""
+    results = card.data.eval_results or []
+    if results and EVALUATION_FILE not in files:
+        yield (
+            f"README.md: model-index has {len(results)} values, but {EVALUATION_FILE} is missing, which must have "
+            "them: put the report of scripts/evaluate.py beside the card, or leave model-index out."
+        )
+        return
+    try:
+        report = json.loads(files[EVALUATION_FILE].read_text(encoding="utf-8")) if results else {}
+    except ValueError as error:
+        yield f"{EVALUATION_FILE} cannot be read as JSON ({error}): was it written to the end?"
+        return
+    measured = measured_numbers(report)
+    for result in results:
+        field = f"README.md: model-index, {result.task_type}, {result.metric_name or result.metric_type}"
+        value = result.metric_value
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+            yield f"{field} is {value!r}, which is no number."
+        elif not any(math.isclose(value, number, rel_tol=TOLERANCE, abs_tol=TOLERANCE) for number in measured):
+            yield (
+                f"{field} is {value!r}, which {EVALUATION_FILE} does not measure: edited by hand, or of an older "
+                "evaluation? scripts/write_card.py writes the card anew from the report."
+            )

@@ -1,0 +1,406 @@
+# Copyright 2026 The modeling-moma authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The real client of the Hub against a small server: what is pushed loads elsewhere, at every revision."""
+
+import http.client
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from hub.folder import check_files
+from hub_server import TOKEN, HubServer
+from tiny import tiny_model, tiny_processor
+
+
+ROOT = Path(__file__).resolve().parent.parent
+RELEASED = ROOT / "model_cards" / "moma-emoji"
+REPOSITORY, PLAIN = "someone/moma-tiny", "someone/moma-plain"
+CARD = """---
+license: apache-2.0
+library_name: transformers
+pipeline_tag: any-to-any
+datasets: []
+tags: [moma]
+---
+
+# A tiny model
+"""
+AUTO_MAP = {
+    "AutoConfig": "configuration_moma.MomaConfig",
+    "AutoModel": "modeling_moma.MomaModel",
+    "AutoModelForCausalLM": "modeling_moma.MomaForCausalLM",
+    "AutoModelForImageTextToText": "modeling_moma.MomaForCausalLM",
+    "AutoModelForMultimodalLM": "modeling_moma.MomaForCausalLM",
+}
+
+PLAIN_PUSH = """
+import sys
+import modeling_moma
+from transformers import AutoModelForCausalLM, AutoProcessor
+
+folder, name = sys.argv[1:]
+model, processor = AutoModelForCausalLM.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
+model.push_to_hub(name)
+processor.push_to_hub(name)
+model.config.push_to_hub(name + "-config")
+"""
+
+STRANGER = """
+import importlib
+import json
+import sys
+
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name in ("modeling_moma", "tokenization"):
+            raise ImportError(name)
+
+sys.meta_path.insert(0, Absent())
+absent = []
+for name in ("modeling_moma", "tokenization"):
+    try:
+        importlib.import_module(name)
+    except ImportError:
+        absent.append(name)
+
+import torch
+import transformers
+from PIL import Image
+
+picture, output, targets = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
+picture = Image.open(picture)
+results = {"absent": absent, "names": {}}
+for key, (repository, revision) in targets.items():
+    there = {"trust_remote_code": True, "revision": revision}
+    processor = transformers.AutoProcessor.from_pretrained(repository, **there)
+    model = transformers.AutoModelForCausalLM.from_pretrained(repository, **there)
+    inputs = processor(images=[picture], text=["<image>red"], return_tensors="pt")
+    with torch.no_grad():
+        results[key] = {"input_ids": inputs["input_ids"], "logits": model(**inputs).logits}
+    if key != "main":
+        continue
+    for name in ("AutoConfig", "AutoImageProcessor", "AutoModel", "AutoModelForMultimodalLM", "AutoTokenizer"):
+        part = getattr(transformers, name).from_pretrained(repository, **there)
+        results["names"][name] = type(part).__name__
+        if name == "AutoTokenizer":
+            results["words"] = part("noto: red apple", return_tensors="pt")["input_ids"]
+        elif name == "AutoImageProcessor":
+            results["pixel_values"] = part(picture, return_tensors="pt")["pixel_values"]
+        elif name != "AutoConfig":
+            with torch.no_grad():
+                results[name] = part(**inputs)[0]
+    model.save_pretrained("saved")
+    processor.save_pretrained("saved")
+    prompt = processor(text=["noto: red apple"], return_tensors="pt")
+    ids = model.generate(**prompt, generation_mode="image", do_sample=False)
+    results["codes"] = model.decode_image_tokens(ids)
+    results["drawn"] = torch.tensor(bytearray(processor.decode_pictures(results["codes"])[0].tobytes())) / 255
+assert not {"modeling_moma", "tokenization"} & set(sys.modules)
+torch.save(results, output)
+"""
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return tiny_processor()
+
+
+@pytest.fixture(scope="module")
+def models(processor):
+    """Four models of one shape, each with weights of its own."""
+    found = {}
+    for seed, name in enumerate(("first", "second", "third", "other")):
+        found[name] = tiny_model(processor, num_experts={"text": 2, "image": 2}, initializer_range=0.3)
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for parameter in found[name].parameters():
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    return found
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory, models, processor):
+    root = tmp_path_factory.mktemp("saved")
+    for name, model in models.items():
+        model.save_pretrained(root / name)
+        (root / name / "README.md").write_text(CARD)
+    processor.save_pretrained(root / "processor")
+    # one folder laid out as its repository, as scripts/release.py writes it
+    processor.save_pretrained(root / "second")
+    models["first"].save_pretrained(root / "shards", max_shard_size="40KB")
+    processor.save_pretrained(root / "shards")
+    (root / "shards" / "README.md").write_text(CARD)
+    pixels = torch.randint(0, 256, (16, 16, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    Image.fromarray(pixels.numpy()).save(root / "picture.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    with HubServer(tmp_path_factory.mktemp("hub")).running() as server:
+        yield server
+
+
+def run(server, home, *command, token=TOKEN, folder=None):
+    """A process that knows no other Hub than the server, and nothing of this machine's settings for it."""
+    foreign = ("HF_", "HUGGING", "TRANSFORMERS_", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "PYTHONPATH")
+    environment = {name: value for name, value in os.environ.items() if not name.upper().startswith(foreign)}
+    # without Xet, which needs servers of its own, the client sends large files by the LFS protocol
+    environment |= {"HF_ENDPOINT": server.endpoint, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1"}
+    environment |= {"HF_TOKEN": token} if token else {}
+    command = [sys.executable, *map(str, command)]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
+
+
+@pytest.fixture(scope="module")
+def push(server, tmp_path_factory):
+    home = tmp_path_factory.mktemp("home")
+
+    def push(*arguments, succeeds=True, **settings):
+        result = run(server, home, ROOT / "scripts" / "push_to_hub.py", *arguments, **settings)
+        assert (result.returncode == 0) is succeeds, result.stdout + result.stderr
+        return result
+
+    return push
+
+
+@pytest.fixture(scope="module")
+def history(server, push, folders):
+    """Two commits, two interrupted pushes of a third model, and a branch; commits by name."""
+    store, commits, failures = server.store, {}, {}
+    push("--model", folders / "first", "--processor", folders / "processor", "--repo-id", REPOSITORY)
+    commits["first"] = store.resolve(REPOSITORY, "main")
+    push("--model", folders / "second", "--repo-id", REPOSITORY, "--message", "the second")
+    commits["second"] = store.resolve(REPOSITORY, "main")
+    third = ("--model", folders / "third", "--processor", folders / "processor", "--repo-id", REPOSITORY)
+    half = (folders / "third" / "model.safetensors").stat().st_size // 2
+    for action, after in (("large_upload", half), ("commit", 100)):
+        with server.cutting(action, after):
+            failures[action] = push(*third, succeeds=False)
+            assert server.is_cut
+        commits[f"after {action}"] = store.resolve(REPOSITORY, "main")
+    other = ("--model", folders / "other", "--processor", folders / "processor", "--repo-id", REPOSITORY)
+    push(*other, "--revision", "experiments/other")
+    commits["other"] = store.resolve(REPOSITORY, "experiments/other")
+    return commits, failures
+
+
+@pytest.fixture(scope="module")
+def plain(server, folders, tmp_path_factory):
+    """The same model by the methods of Transformers."""
+    result = run(server, tmp_path_factory.mktemp("home"), "-c", PLAIN_PUSH, folders / "second", PLAIN, folder=ROOT)
+    assert result.returncode == 0, result.stderr[-3000:]
+
+
+@pytest.fixture(scope="module")
+def stranger(server, history, plain, folders, tmp_path_factory):
+    """What somebody without the packages and without a token finds on the Hub."""
+    home = tmp_path_factory.mktemp("stranger")
+    targets = {
+        "main": (REPOSITORY, "main"),
+        "first": (REPOSITORY, history[0]["first"]),
+        "other": (REPOSITORY, "experiments/other"),
+        "plain": (PLAIN, None),
+    }
+    arguments = (folders / "picture.png", home / "results.pt", json.dumps(targets))
+    result = run(server, home / "home", "-P", "-c", STRANGER, *arguments, token=None, folder=home)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return torch.load(home / "results.pt") | {"saved": home / "saved"}
+
+
+def assert_near(found, expected, tolerance=1e-5):
+    # weights mapped from a file lie elsewhere in memory, and products round differently
+    torch.testing.assert_close(found, expected, rtol=0, atol=tolerance)
+
+
+def expected_logits(model, processor, folders):
+    inputs = processor(images=[Image.open(folders / "picture.png")], text=["<image>red"], return_tensors="pt")
+    with torch.no_grad():
+        return inputs["input_ids"], model(**inputs).logits
+
+
+@pytest.mark.parametrize(
+    "target, model", [("main", "second"), ("first", "first"), ("other", "other"), ("plain", "second")]
+)
+def test_every_revision_gives_its_model_and_processor_without_the_packages(
+    stranger, models, processor, folders, target, model
+):
+    assert stranger["absent"] == ["modeling_moma", "tokenization"]
+    ids, logits = expected_logits(models[model], processor, folders)
+    assert torch.equal(stranger[target]["input_ids"], ids)
+    assert_near(stranger[target]["logits"], logits)
+
+
+def test_every_auto_class_loads_its_part_without_the_packages(stranger, models, processor, folders):
+    model, picture = models["second"], Image.open(folders / "picture.png")
+    assert stranger["names"] == {
+        "AutoConfig": "MomaConfig",
+        "AutoImageProcessor": "MomaImageProcessor",
+        "AutoModel": "MomaModel",
+        "AutoModelForMultimodalLM": "MomaForCausalLM",
+        "AutoTokenizer": "TokenizersBackend",
+    }
+    inputs = processor(images=[picture], text=["<image>red"], return_tensors="pt")
+    with torch.no_grad():
+        assert_near(stranger["AutoModel"], model.model(**inputs)[0])
+        assert_near(stranger["AutoModelForMultimodalLM"], model(**inputs)[0])
+    assert torch.equal(stranger["words"], processor.tokenizer("noto: red apple", return_tensors="pt")["input_ids"])
+    pixels = processor.image_processor(picture, return_tensors="pt")["pixel_values"]
+    assert torch.equal(stranger["pixel_values"], pixels)
+
+
+def test_generate_draws_the_same_picture_without_the_packages(stranger, models, processor):
+    prompt = processor(text=["noto: red apple"], return_tensors="pt")
+    codes = models["second"].decode_image_tokens(
+        models["second"].generate(**prompt, generation_mode="image", do_sample=False)
+    )
+    assert torch.equal(stranger["codes"], codes)
+    drawn = torch.tensor(bytearray(processor.decode_pictures(codes)[0].tobytes())) / 255
+    assert_near(stranger["drawn"], drawn, 1.5 / 255)
+
+
+def test_what_is_saved_without_the_packages_can_be_pushed_again(stranger, push):
+    (stranger["saved"] / "README.md").write_text(CARD)
+    push("--model", stranger["saved"], "--repo-id", "someone/moma-again", "--dry-run")
+
+
+def test_the_server_takes_only_what_it_can_check(server):
+    server.store.create("someone/checks", private=False)
+    head = server.store.resolve("someone/checks", "main")
+
+    def ask(method, path, content=None, **headers):
+        connection = http.client.HTTPConnection(*server.server_address)
+        connection.request(method, path, content, headers)
+        answer = connection.getresponse()
+        return answer.status, answer.read()
+
+    absent = "0" * 64
+    assert ask("PUT", f"/large/{absent}", b"something else")[0] == 400
+    operation = {"key": "lfsFile", "value": {"path": "a.bin", "algo": "sha256", "oid": absent, "size": 1}}
+    header = {"key": "header", "value": {"summary": "a commit"}}
+    token = {"Authorization": f"Bearer {TOKEN}"}
+    content = "\n".join(map(json.dumps, (header, operation))).encode()
+    status, reason = ask("POST", "/api/models/someone/checks/commit/main", content, **token)
+    assert status == 400 and b"there is no object" in reason
+    header["value"]["parentCommit"] = "0" * 40
+    assert ask("POST", "/api/models/someone/checks/commit/main", json.dumps(header).encode(), **token)[0] == 412
+    assert ask("POST", "/api/models/someone/checks/commit/main", json.dumps(header).encode())[0] == 401
+    assert server.store.resolve("someone/checks", "main") == head
+    path = f"/someone/checks/resolve/{head}/.gitattributes"
+    assert ask("GET", path, Range="bytes=2-12") == (206, b"safetensors")
+    assert ask("GET", path, Range="bytes=9999-")[0] == 416
+
+
+@pytest.mark.parametrize("action", ["large_upload", "commit"])
+def test_an_interrupted_push_changes_nothing_and_says_so(history, action):
+    commits, failures = history
+    assert commits[f"after {action}"] == commits["second"]
+    failure = failures[action]
+    assert failure.returncode == 1
+    assert f"Nothing was committed: main is still {commits['second']}" in failure.stderr
+
+
+def test_each_push_is_one_commit(server, history):
+    assert server.store.log(REPOSITORY) == ["the second", "Upload model and processor", "initial commit"]
+
+
+def test_the_next_push_after_an_interruption_succeeds(server, history, stranger, push, folders):
+    push("--model", folders / "third", "--processor", folders / "processor", "--repo-id", REPOSITORY)
+    assert_same_files(server.store, REPOSITORY, folders / "third", folders / "processor")
+    # what was pushed before is still there under its name
+    assert server.store.files(REPOSITORY, history[0]["second"]) != server.store.files(REPOSITORY)
+
+
+def assert_same_files(store, name, *sources, but=()):
+    """Every file on the server is that of a folder, and none is missing."""
+    found = {path: store.blob(entry["sha256"]).read_bytes() for path, entry in store.files(name).items()}
+    expected = {}
+    for folder in sources:
+        expected |= {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    assert found.keys() - {".gitattributes"} == expected.keys()
+    assert [path for path in expected if found[path] != expected[path] and path not in but] == []
+
+
+def test_plain_pushes_give_a_complete_repository(server, plain, tmp_path):
+    for name, entry in server.store.files(PLAIN).items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(server.store.blob(entry["sha256"]), tmp_path / name)
+    files = {str(path.relative_to(tmp_path)): path for path in tmp_path.rglob("*") if path.is_file()}
+    assert list(check_files(files)) == []
+    assert json.loads((tmp_path / "config.json").read_text())["auto_map"] == AUTO_MAP
+    processor = json.loads((tmp_path / "processor_config.json").read_text())
+    assert processor["auto_map"] == {"AutoProcessor": "processing_moma.MomaProcessor"}
+    image_processor = processor["image_processor"]["auto_map"]
+    assert image_processor["AutoImageProcessor"] == "image_processing_moma.MomaImageProcessor"
+
+
+def test_a_plain_push_of_the_configuration_carries_its_code(server, plain):
+    files = server.store.files(f"{PLAIN}-config")
+    config = json.loads(server.store.blob(files["config.json"]["sha256"]).read_text())
+    assert config["auto_map"] == AUTO_MAP
+    assert {"configuration_moma.py", "parameter_counts_moma.py"} <= files.keys()
+
+
+def test_weights_of_an_older_layout_do_not_stay(server, push, folders):
+    name = "someone/moma-shards"
+    push("--model", folders / "second", "--repo-id", name)
+    push("--model", folders / "shards", "--repo-id", name)
+    # a loader would prefer it to the shards
+    assert "model.safetensors" not in server.store.files(name)
+    assert_same_files(server.store, name, folders / "shards")
+
+
+def test_a_private_push_to_a_public_repository_is_refused(server, push, folders):
+    name = "someone/moma-public"
+    server.store.create(name, private=False)
+    result = push("--model", folders / "second", "--repo-id", name, "--private", succeeds=False)
+    assert "is public already" in result.stderr
+    assert server.store.log(name) == ["initial commit"]
+
+
+def test_a_dry_run_lists_files_and_sends_nothing(server, push, folders):
+    before = len(server.requests)
+    (folders / "second" / "training_args.bin").write_bytes(b"x")
+    result = push("--model", folders / "second", "--repo-id", "someone/moma-dry", "--dry-run")
+    (folders / "second" / "training_args.bin").unlink()
+    assert "vq_model/model.safetensors" in result.stdout
+    assert "left out  training_args.bin (a pickle)" in result.stdout
+    assert "for main of someone/moma-dry" in result.stdout
+    assert len(server.requests) == before
+
+
+def test_a_push_without_a_token_sends_nothing(server, push, folders):
+    name = "someone/moma-nobody"
+    result = push("--model", folders / "second", "--repo-id", name, token=None, succeeds=False)
+    assert "Nothing was sent" in result.stderr and "hf auth login" in result.stderr
+    assert name.replace("/", "--") not in {path.name for path in (server.store.folder / "repositories").iterdir()}
+
+
+def test_the_released_model_can_be_pushed(server, push):
+    if (RELEASED / "model.safetensors").stat().st_size < 1_000_000:
+        pytest.skip("the released model is not here: a checkout without large files")
+    arguments = ("--model", RELEASED, "--dataset", "data/emoji=someone/emoji")
+    push(*arguments, "--repo-id", "someone/moma-emoji", "--private")
+    store = server.store
+    assert store.is_private("someone/moma-emoji")
+    assert_same_files(store, "someone/moma-emoji", RELEASED, but=["README.md"])
+    card = store.blob(store.files("someone/moma-emoji")["README.md"]["sha256"]).read_text()
+    assert "datasets:\n- someone/emoji\n" in card and "data/emoji/README.md" not in card
