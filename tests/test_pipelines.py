@@ -13,45 +13,186 @@
 # limitations under the License.
 import numpy as np
 import pytest
+import torch
 from PIL import Image
-from transformers import pipeline
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
+    TextStreamer,
+    pipeline,
+)
+from transformers.utils import logging
 
+from modeling_moma import MomaForCausalLM
 from tiny import tiny_model, tiny_processor
 
 
 @pytest.fixture(scope="module")
-def any_to_any():
+def processor():
     processor = tiny_processor()
-    return pipeline("any-to-any", model=tiny_model(processor), processor=processor)
+    processor.tokenizer.padding_side = "left"
+    return processor
 
 
 @pytest.fixture(scope="module")
-def picture():
-    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8))
+def model(processor):
+    return tiny_model(processor)
 
 
-def test_a_picture_in_words_out(any_to_any, picture):
-    (answer,) = any_to_any(images=picture, text="<image>", max_new_tokens=4)
-    assert isinstance(answer["generated_text"], str)
+@pytest.fixture(scope="module")
+def any_to_any(model, processor):
+    return pipeline("any-to-any", model=model, processor=processor)
 
 
-def test_words_in_a_picture_out(any_to_any):
+@pytest.fixture(scope="module")
+def pictures():
+    rng = np.random.default_rng(0)
+    return [Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)) for _ in range(2)]
+
+
+@pytest.fixture(scope="module")
+def folder(model, processor, tmp_path_factory):
+    """A checkpoint with its processor."""
+    folder = tmp_path_factory.mktemp("moma")
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+class Pieces(TextStreamer):
+    """Keeps what it is given instead of printing it."""
+
+    def __init__(self, tokenizer):
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.pieces = []
+
+    def on_finalized_text(self, text, stream_end=False):
+        self.pieces.append(text)
+
+
+def greedy(model, processor, inputs, **kwargs):
+    """Greedy text after each prompt."""
+    ids = model.generate(**inputs, do_sample=False, **kwargs)
+    return processor.tokenizer.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+def look(picture):
+    return [{"role": "user", "content": [{"type": "image", "image": picture}, {"type": "text", "text": "name it"}]}]
+
+
+@pytest.mark.parametrize("task", ["any-to-any", "image-text-to-text"])
+def test_a_picture_in_words_out(task, model, processor, pictures):
+    answers = pipeline(task, model=model, processor=processor)(
+        images=pictures[0], text="<image>", max_new_tokens=4, return_full_text=False
+    )
+    inputs = processor(images=pictures[0], text="<image>", return_tensors="pt")
+    assert [answer["generated_text"] for answer in answers] == greedy(model, processor, inputs, max_new_tokens=4)
+
+
+def test_words_in_a_picture_out(any_to_any, model, processor):
     (answer,) = any_to_any(text="noto: red apple", generation_mode="image")
+    inputs = processor(text="noto: red apple", return_tensors="pt")
+    codes = model.decode_image_tokens(model.generate(**inputs, generation_mode="image", do_sample=False))
+    (expected,) = processor.decode_pictures(codes)
     assert answer["generated_image"].size == (16, 16)
+    assert np.array_equal(answer["generated_image"], expected)
+
+
+def test_guidance_and_sampling_reach_a_picture(any_to_any):
+    sampling = {"do_sample": True, "temperature": 0.7, "guidance_scale": 5.0}
+    drawn = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        (answer,) = any_to_any(text="castle", generation_mode="image", generate_kwargs=sampling)
+        drawn.append(np.asarray(answer["generated_image"]))
+    assert np.array_equal(drawn[0], drawn[1]) and not np.array_equal(drawn[0], drawn[2])
 
 
 def test_several_prompts_give_a_picture_each(any_to_any):
-    answers = any_to_any(text=["noto: red apple", "castle"], generation_mode="image")
-    pictures = [answer[0] if isinstance(answer, list) else answer for answer in answers]
-    assert [picture["generated_image"].size for picture in pictures] == [(16, 16)] * 2
+    prompts = ["noto: red apple", "castle"]
+    answers = any_to_any(text=prompts, generation_mode="image")
+    assert [answer["generated_image"].size for answer in answers] == [(16, 16)] * 2
+    for prompt, answer in zip(prompts, answers):
+        (alone,) = any_to_any(text=prompt, generation_mode="image")
+        assert np.array_equal(alone["generated_image"], answer["generated_image"])
 
 
-def test_a_chat_with_a_picture(any_to_any, picture):
-    chat = [
-        {
-            "role": "user",
-            "content": [{"type": "image", "image": picture}, {"type": "text", "text": "what is it?"}],
-        }
-    ]
-    (answer,) = any_to_any(text=chat, max_new_tokens=4, return_full_text=False)
-    assert isinstance(answer["generated_text"], str)
+def test_a_batch_of_unequal_prompts_gives_the_words_of_each_alone(any_to_any, pictures):
+    rows = [("<image>", [pictures[0]]), ("noto: red apple <image>", [pictures[1]])]
+    wanted = {"max_new_tokens": 4, "return_full_text": False}
+    answers = any_to_any(text=[text for text, _ in rows], images=[images for _, images in rows], **wanted)
+    alone = [any_to_any(text=text, images=images, **wanted)[0] for text, images in rows]
+    assert [answer["generated_text"] for answer in answers] == [answer["generated_text"] for answer in alone]
+
+
+@pytest.mark.parametrize("task", ["any-to-any", "image-text-to-text"])
+def test_chats_with_pictures(task, model, processor, pictures):
+    pipe = pipeline(task, model=model, processor=processor)
+    answers = pipe(text=[look(picture) for picture in pictures], max_new_tokens=4)
+    assert len(answers) == 2
+    for picture, answer in zip(pictures, answers):
+        inputs = processor.apply_chat_template(
+            look(picture), tokenize=True, return_dict=True, return_tensors="pt", add_generation_prompt=True
+        )
+        turn = answer[0]["generated_text"][-1]
+        assert turn == {"role": "assistant", "content": greedy(model, processor, inputs, max_new_tokens=4)[0]}
+
+
+def test_a_chat_is_answered_with_a_picture(any_to_any):
+    (answer,) = any_to_any(text=[{"role": "user", "content": "noto: red apple"}], generation_mode="image")
+    assert answer["generated_image"].size == (16, 16)
+
+
+def test_words_are_streamed_as_they_come(any_to_any, processor):
+    streamer = Pieces(processor.tokenizer)
+    (answer,) = any_to_any(
+        text="noto: red", max_new_tokens=8, return_full_text=False, generate_kwargs={"streamer": streamer}
+    )
+    assert len(streamer.pieces) > 1 and "".join(streamer.pieces) == answer["generated_text"]
+
+
+def test_text_generation_loads_the_checkpoint_and_continues_a_prompt(folder, model, processor):
+    pipe = pipeline("text-generation", model=str(folder))
+    (answer,) = pipe("noto: red", max_new_tokens=4, do_sample=False)
+    inputs = processor(text="noto: red", return_tensors="pt")
+    assert answer["generated_text"] == "noto: red" + greedy(model, processor, inputs, max_new_tokens=4)[0]
+
+
+def test_text_generation_answers_a_chat(folder, model, processor):
+    chat = [{"role": "user", "content": "noto: red"}]
+    (answer,) = pipeline("text-generation", model=str(folder))(chat, max_new_tokens=4, do_sample=False)
+    inputs = processor.apply_chat_template(
+        chat, tokenize=True, return_dict=True, return_tensors="pt", add_generation_prompt=True
+    )
+    expected = greedy(model, processor, inputs, max_new_tokens=4)[0]
+    assert answer["generated_text"] == [*chat, {"role": "assistant", "content": expected}]
+
+
+def test_text_generation_pads_a_batch_on_the_left(model, processor):
+    tokenizer = tiny_processor().tokenizer
+    tokenizer.padding_side = "right"
+    pipe = pipeline("text-generation", model=model, tokenizer=tokenizer)
+    prompts = ["noto: red", "twemoji: green apple and a castle"]
+    together = pipe(prompts, batch_size=2, max_new_tokens=4, do_sample=False)
+    for prompt, (answer,) in zip(prompts, together):
+        inputs = processor(text=prompt, return_tensors="pt")
+        assert answer["generated_text"] == prompt + greedy(model, processor, inputs, max_new_tokens=4)[0]
+
+
+@pytest.mark.parametrize("auto_class", [AutoModelForCausalLM, AutoModelForMultimodalLM, AutoModelForImageTextToText])
+def test_auto_classes_load_the_model(auto_class, folder, model):
+    loaded = auto_class.from_pretrained(folder)
+    assert type(loaded) is MomaForCausalLM
+    assert all(torch.equal(tensor, loaded.state_dict()[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("task", ["any-to-any", "image-text-to-text", "text-generation"])
+def test_no_pipeline_calls_the_model_unsupported(task, model, processor, caplog):
+    logger = logging.get_logger("transformers")
+    logger.addHandler(caplog.handler)
+    try:
+        pipeline(task, model=model, processor=processor, tokenizer=processor.tokenizer)
+    finally:
+        logger.removeHandler(caplog.handler)
+    assert "not supported" not in caplog.text

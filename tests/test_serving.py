@@ -1,0 +1,226 @@
+# Copyright 2026 The modeling-moma authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""`transformers serve`, started as a user starts it and asked by the `openai` client."""
+
+import base64
+import io
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoModelForCausalLM, AutoProcessor, ContinuousBatchingConfig, GenerationConfig
+
+import modeling_moma  # noqa: F401, registers the Auto classes
+from tiny import tiny_model, tiny_processor
+
+
+ROOT = Path(__file__).resolve().parent.parent
+NAME = "model_cards/moma-emoji"
+START_SECONDS = 120
+# Transformers' own command where neither of our packages can be imported
+WITHOUT_THE_PACKAGE = """
+import sys
+
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name in ("modeling_moma", "tokenization"):
+            raise ImportError(name)
+
+sys.meta_path.insert(0, Absent())
+from transformers.cli.transformers import main
+
+main()
+"""
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def is_healthy(address: str) -> bool:
+    try:
+        with urllib.request.urlopen(f"{address}/health", timeout=1) as answer:
+            return answer.status == 200
+    except (urllib.error.URLError, OSError):
+        return False
+
+
+@contextmanager
+def served(words, folder, cwd=ROOT):
+    """A client of a server of the released model, which `python` with these words starts."""
+    for package in ("fastapi", "uvicorn", "pydantic"):
+        pytest.importorskip(package, reason="`pip install transformers[serving]` is missing")
+    openai = pytest.importorskip("openai", reason="`pip install transformers[serving]` is missing")
+    if not (ROOT / NAME / "model.safetensors").exists():
+        pytest.skip("the released model is not here: a checkout without large files")
+    port = free_port()
+    log = folder / "log.txt"
+    command = [sys.executable, *words, "--device", "cpu", "--dtype", "float32"]
+    command += ["--host", "127.0.0.1", "--port", str(port)]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_UPDATE_CHECK": "1"}
+    with log.open("w") as output:
+        server = subprocess.Popen(command, cwd=cwd, env=environment, stdout=output, stderr=subprocess.STDOUT)
+    try:
+        end = time.monotonic() + START_SECONDS
+        while not is_healthy(f"http://127.0.0.1:{port}"):
+            assert server.poll() is None and time.monotonic() < end, log.read_text()
+            time.sleep(0.2)
+        with openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none") as client:
+            yield client
+    finally:
+        server.terminate()
+        try:
+            server.wait(timeout=20)
+        except subprocess.TimeoutExpired:
+            server.kill()
+            server.wait()
+
+
+@pytest.fixture(scope="module")
+def client(tmp_path_factory):
+    with served(["-m", "modeling_moma", "serve", NAME], tmp_path_factory.mktemp("server")) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def model(client):
+    return AutoModelForCausalLM.from_pretrained(ROOT / NAME, dtype=torch.float32)
+
+
+@pytest.fixture(scope="module")
+def processor(client):
+    return AutoProcessor.from_pretrained(ROOT / NAME)
+
+
+@pytest.fixture(scope="module")
+def drawing():
+    """A red disc on white, and its address that holds all of it."""
+    rows, columns = np.mgrid[:64, :64]
+    pixels = np.full((64, 64, 3), 255, dtype=np.uint8)
+    pixels[(rows - 32) ** 2 + (columns - 32) ** 2 < 400] = (220, 30, 30)
+    picture, png = Image.fromarray(pixels), io.BytesIO()
+    picture.save(png, "PNG")
+    return picture, "data:image/png;base64," + base64.b64encode(png.getvalue()).decode()
+
+
+def greedy(model, processor, inputs, max_new_tokens, **kwargs):
+    """New ids and their text."""
+    ids = model.generate(**inputs, do_sample=False, max_new_tokens=max_new_tokens, **kwargs)
+    new_ids = ids[0, inputs["input_ids"].shape[1] :]
+    return new_ids, processor.tokenizer.decode(new_ids, skip_special_tokens=True)
+
+
+def ask(client, content, max_tokens, **kwargs):
+    messages = [{"role": "user", "content": content}]
+    return client.chat.completions.create(
+        model=NAME, messages=messages, max_tokens=max_tokens, **{"temperature": 0, **kwargs}
+    )
+
+
+def test_words_are_streamed_and_equal_greedy_generation(client, model, processor):
+    chunks = list(ask(client, "noto: flag", 12, stream=True))
+    pieces = [chunk.choices[0].delta.content for chunk in chunks if chunk.choices[0].delta.content]
+    chat = [{"role": "user", "content": "noto: flag"}]
+    inputs = processor.apply_chat_template(
+        chat, tokenize=True, return_dict=True, return_tensors="pt", add_generation_prompt=True
+    )
+    new_ids, expected = greedy(model, processor, inputs, 12)
+    assert len(pieces) > 1 and "".join(pieces) == expected != ""
+    assert chunks[-1].choices[0].finish_reason in ("stop", "length")
+    assert chunks[-1].usage.prompt_tokens == inputs["input_ids"].shape[1]
+
+
+def test_a_picture_in_the_message_is_named_as_generate_names_it(client, model, processor, drawing):
+    picture, address = drawing
+    content = [{"type": "image_url", "image_url": {"url": address}}]
+    streamed = "".join(chunk.choices[0].delta.content or "" for chunk in ask(client, content, 24, stream=True))
+    inputs = processor(images=[picture], text=["<image>"], return_tensors="pt")
+    new_ids, expected = greedy(model, processor, inputs, 24)
+    assert streamed == expected and ": " in expected
+    whole = ask(client, content, 24)
+    assert whole.choices[0].message.content == expected and whole.choices[0].finish_reason == "stop"
+    assert whole.usage.prompt_tokens == inputs["input_ids"].shape[1]
+    assert whole.usage.completion_tokens == len(new_ids)
+
+
+def test_what_is_served_is_text_even_where_the_model_would_draw(client, model, processor):
+    inputs = processor(text=["noto: red apple"], return_tensors="pt")
+    drawn, _ = greedy(model, processor, inputs, 80, generation_mode="interleaved")
+    assert processor.begin_image_token_id in drawn
+    _, expected = greedy(model, processor, inputs, 8)
+    answer = client.completions.create(model=NAME, prompt="noto: red apple", max_tokens=8, temperature=0)
+    assert answer.choices[0].text == expected
+    streamed = client.completions.create(
+        model=NAME, prompt="noto: red apple", max_tokens=8, temperature=0, stream=True
+    )
+    assert "".join(chunk.choices[0].text for chunk in streamed) == expected
+
+
+def test_the_server_lists_the_model_and_survives_a_bad_request(client):
+    assert [model.id for model in client.models.list()] == [NAME]
+    import openai
+
+    with pytest.raises(openai.APIStatusError):
+        ask(client, [{"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}], 4)
+    assert ask(client, "noto: flag", 4).choices[0].message.content
+
+
+def test_the_model_is_served_by_its_own_code_where_the_package_is_absent(model, processor, tmp_path):
+    folder = str(ROOT / NAME)
+    words = ["-c", WITHOUT_THE_PACKAGE, "serve", folder, "--trust-remote-code"]
+    with served(words, tmp_path, cwd=tmp_path) as client:
+        answer = client.completions.create(model=folder, prompt="noto: red apple", max_tokens=8, temperature=0)
+    _, expected = greedy(model, processor, processor(text=["noto: red apple"], return_tensors="pt"), 8)
+    assert answer.choices[0].text == expected
+
+
+def test_continuous_batching_equals_generate_for_a_model_without_depth():
+    processor = tiny_processor()
+    model = tiny_model(processor, num_key_value_heads=2)
+    picture = [processor.begin_image_token_id, *processor.image_token_ids[:16], processor.end_image_token_id]
+    prompts = [processor.tokenizer(text)["input_ids"] for text in ("noto: red", "castle", "fluent 3d: ca")]
+    prompts[1] = prompts[1] + picture
+    # no grammar of pictures applies here
+    not_words = [processor.begin_image_token_id, processor.end_image_token_id, *processor.image_token_ids]
+    settings = GenerationConfig(
+        max_new_tokens=6, do_sample=False, eos_token_id=2, pad_token_id=0, suppress_tokens=not_words
+    )
+    expected = [
+        model.generate(torch.tensor([prompt]), generation_config=settings)[0, len(prompt) :].tolist()
+        for prompt in prompts
+    ]
+    # a cache of all the memory there is would take its time
+    small = ContinuousBatchingConfig(page_size=32, num_blocks=16, max_batch_tokens=64)
+    outputs = model.generate_batch(prompts, generation_config=settings, continuous_batching_config=small)
+    assert [output.error for output in outputs.values()] == [None] * 3
+    assert [outputs[name].generated_tokens for name in sorted(outputs)] == expected
+
+
+def test_continuous_batching_refuses_depth_layers_by_name():
+    processor = tiny_processor()
+    model = tiny_model(processor, depth_layers=[0], depth_capacity=0.5)
+    with pytest.raises(ValueError, match="Invalid layer type"):
+        model.generate_batch([processor.tokenizer("castle")["input_ids"]])
