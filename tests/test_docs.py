@@ -11,12 +11,24 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The commands of the worked example, one after the other, on a model of one layer and a handful of pictures."""
+"""What README and the pages say can be done: their Python runs, their commands exist and run small, the site builds.
 
+A block that cannot run stands below a line `<!-- not run: REASON -->`, its reason one of `REASONS`, maybe with more
+after a comma or colon.
+"""
+
+import contextlib
 import importlib
+import io
 import re
+import runpy
 import shlex
+import subprocess
+import sys
+import textwrap
+from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -24,56 +36,256 @@ from datasets import Dataset, Features, List, Value
 from datasets import Image as ImageFeature
 from PIL import Image
 
+import modeling_moma
+import tokenization
+
 
 ROOT = Path(__file__).resolve().parent.parent
-# what makes the example small enough for a test
+DOCS = ROOT / "docs"
+PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
+CARDS = [ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("model_cards/*/README.md"))]
+REASONS = ("needs GPUs", "needs hours", "needs the Hub", "needs a server", "illustrates an error")
+LINKED = ("model_cards", "data", "configs", "scripts")
+# pages whose commands run here, one after the other in one folder
+WORKED_EXAMPLES = (("start-from-a-text-model.md",), ("how-to/pre-train.md", "how-to/upcycle.md"))
+# commands of the shell itself
+SHELL = ("cd", "export", "mkdir", "source", "test")
+# what makes a command small enough for a test
 SMALLER = {
     "make_text_model": {"--layers": "1"},
+    "train_image_tokenizer": {"--data": "pictures", "--steps": "2", "--batch-size": "2"},
+    "build_processor": {"--data": "pictures", "--vocab-size": "300"},
     "tokenize_pictures": {"--data": "pictures", "--codings": "2"},
     "pretrain": {"--steps": "2", "--batch-size": "2", "--eval-steps": "2", "--eval-examples": "2"},
+    "evaluate": {"--data": "pictures", "--split": "validation", "--limit": "2"},
 }
+# replaced where the page has them
+SMALLER_IF_THERE = {"pretrain": {"--stop-at": "1"}}
+_BLOCK = re.compile(
+    r"^(?: *<!-- not run: (?P<reason>.*?) -->\n)? *```(?P<language>\w+)[^\n]*\n(?P<code>.*?)^ *``` *$",
+    re.DOTALL | re.MULTILINE,
+)
+_INLINE = re.compile(r"(?<!`)`(python (?:scripts|benchmarks)/[^`]+)`(?!`)")
+_SCRIPT = re.compile(r"(?:\./)?((?:scripts|benchmarks)/[\w/]+\.(?:py|sh))")
 
 
-def commands(document: Path) -> list[list[str]]:
-    """The commands in the document's shell blocks, word by word."""
-    blocks = re.findall(r"```bash\n(.*?)```", document.read_text(), flags=re.DOTALL)
-    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
-    return [shlex.split(line) for line in lines if line.strip()]
+class Block(NamedTuple):
+    """A fenced block of a page."""
+
+    code: str
+    line: int
+    reason: str | None
+
+
+def blocks(page: Path, language: str) -> list[Block]:
+    """The page's blocks of a language, in their order."""
+    text = page.read_text()
+    return [
+        Block(textwrap.dedent(found["code"]), text.count("\n", 0, found.start("code")), found["reason"])
+        for found in _BLOCK.finditer(text)
+        if found["language"] == language
+    ]
+
+
+def name_of(page: Path) -> str:
+    """A readable parameter id."""
+    return str(page.relative_to(ROOT))
+
+
+def commands(code: str) -> list[list[str]]:
+    """The simple commands of shell code, word by word, without comments."""
+    found = []
+    for line in code.replace("\\\n", " ").splitlines():
+        words = shlex.split(line, comments=True)
+        while words:
+            ends = [place for place, word in enumerate(words) if word in ("&&", "||", "|", ";", "&")]
+            stop = ends[0] if ends else len(words)
+            found.append(words[:stop])
+            words = words[stop + 1 :]
+    # settings before a command are none of its words
+    found = [[word for n, word in enumerate(words) if n or not re.match(r"\w+=", word)] for words in found]
+    return [words for words in found if words]
+
+
+def script_of(words: list[str]) -> tuple[str | None, list[str]]:
+    """The script of this repository that a command runs, and the words after it."""
+    for place, word in enumerate(words):
+        found = _SCRIPT.fullmatch(word)
+        if found:
+            return found[1], words[place + 1 :]
+    return None, []
+
+
+@cache
+def options_of(script: str, subcommand: tuple[str, ...]) -> set[str]:
+    """Options that a script names in its help."""
+    printed, argv = io.StringIO(), sys.argv
+    sys.argv = [script, *subcommand, "--help"]
+    try:
+        with contextlib.redirect_stdout(printed), pytest.raises(SystemExit):
+            runpy.run_path(str(ROOT / script), run_name="__main__")
+    finally:
+        sys.argv = argv
+    return set(re.findall(r"(?<![\w-])--?[a-zA-Z][\w-]*", printed.getvalue()))
+
+
+def make_targets() -> set[str]:
+    return set(re.findall(r"^([a-z][\w-]*):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
+
+
+@pytest.fixture
+def workplace(tmp_path, monkeypatch):
+    """A working folder in which the paths of pages lead somewhere."""
+    if not (ROOT / "model_cards" / "moma-emoji" / "model.safetensors").exists():
+        pytest.skip("the released model is not here: a checkout without large files")
+    for folder in LINKED:
+        (tmp_path / folder).symlink_to(ROOT / folder)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=name_of)
+def test_python_of_the_page_runs(page, workplace):
+    namespace = {"__name__": page.stem}
+    for block in blocks(page, "python"):
+        if block.reason is None:
+            # lines of errors are those of the page
+            code = "\n" * block.line + block.code
+            exec(compile(code, name_of(page), "exec"), namespace)
+    for picture in workplace.glob("*.png"):
+        Image.open(picture).load()
+
+
+def test_readme_and_quick_start_show_code_that_runs():
+    for page in (ROOT / "README.md", DOCS / "quick-start.md"):
+        assert sum(block.reason is None for block in blocks(page, "python")) >= 3
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_blocks_that_are_not_run_say_why(page):
+    for language in ("python", "bash"):
+        for block in blocks(page, language):
+            known = block.reason is None or re.match(rf"({'|'.join(REASONS)})($|[,:])", block.reason)
+            assert known, f"line {block.line}: {block.reason!r} is none of {REASONS}"
+    # other names of the same languages would be left out of all this
+    languages = re.findall(r"^ *```(\w+)", page.read_text(), flags=re.MULTILINE)
+    assert not {"py", "python3", "pycon", "sh", "shell", "console"} & set(languages)
+    text = page.read_text()
+    markers = len(re.findall(r"<!-- not run:", text))
+    assert markers == sum(found["reason"] is not None for found in _BLOCK.finditer(text)), "a marker without its block"
+
+
+@pytest.mark.parametrize("page", [*PAGES, *CARDS], ids=name_of)
+def test_commands_of_the_page_exist(page):
+    code = [block.code for block in blocks(page, "bash")]
+    code += [" ".join(span.split()) for span in _INLINE.findall(page.read_text())]
+    for words in (words for part in code for words in commands(part)):
+        if words[0] == "make":
+            assert {word for word in words[1:] if "=" not in word} <= make_targets(), words
+        script, arguments = script_of(words)
+        if script is None:
+            continue
+        assert (ROOT / script).is_file(), words
+        used = {word.split("=")[0] for word in arguments if re.match(r"--?[a-zA-Z]", word)}
+        if used and script.endswith(".py"):
+            first = next(place for place, word in enumerate(arguments) if word.startswith("-"))
+            known = options_of(script, tuple(arguments[:first]))
+            assert used <= known, f"{script} knows no {sorted(used - known)}"
+
+
+@cache
+def run_scripts() -> set[str]:
+    """Scripts that a test runs: those of the worked examples, and those that another test file names."""
+    ran = {
+        script_of(words)[0]
+        for pages in WORKED_EXAMPLES
+        for page in pages
+        for block in blocks(DOCS / page, "bash")
+        for words in commands(block.code)
+    }
+    tests = [path.read_text() for path in ROOT.glob("tests/**/test_*.py") if path != Path(__file__)]
+    for path in [*ROOT.glob("scripts/*.*"), *ROOT.glob("benchmarks/*.py")]:
+        stem, script = re.escape(path.stem), str(path.relative_to(ROOT))
+        named = rf'^\s*import {stem}\b|^\s*from {stem} import|import_module\("{stem}"\)|\b{stem}\.(py|sh)\b|"{stem}"'
+        if any(re.search(named, text, flags=re.MULTILINE) for text in tests):
+            ran.add(script)
+    return ran
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_unmarked_commands_are_run_by_a_test(page):
+    ran = run_scripts()
+    for block in blocks(page, "bash"):
+        for words in commands(block.code):
+            if block.reason is None and words[0] not in ("make", *SHELL):
+                script = script_of(words)[0]
+                assert words[0] == "python" and script in ran, (
+                    f"line {block.line}: no test runs {' '.join(words)!r}; mark the block with its reason not to run"
+                )
 
 
 def write_pictures(folder: Path):
     """A data set with the columns of data/emoji: six pictures to train on, four held out."""
     rng = np.random.default_rng(0)
-    features = Features(
-        image=ImageFeature(), style=Value("string"), label=Value("string"), keywords=List(Value("string"))
-    )
+    text = Value("string")
+    features = Features(image=ImageFeature(), style=text, label=text, keywords=List(text), group=text, subgroup=text)
     for split, rows in (("train", 6), ("validation", 4)):
         pictures = [Image.fromarray(rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)) for _ in range(rows)]
-        columns = {"style": ["noto"] * rows, "label": ["red apple"] * rows, "keywords": [["fruit"]] * rows}
+        columns = {
+            "style": ["noto", "twemoji"] * (rows // 2),
+            "label": ["red apple", "castle"] * (rows // 2),
+            "keywords": [["fruit"]] * rows,
+            "group": ["food & drink"] * rows,
+            "subgroup": ["fruit"] * rows,
+        }
         Dataset.from_dict({"image": pictures, **columns}, features=features).to_parquet(folder / f"{split}.parquet")
 
 
-def test_a_text_model_becomes_one_that_draws(tmp_path, monkeypatch):
-    if not (ROOT / "model_cards" / "moma-emoji" / "model.safetensors").exists():
-        pytest.skip("the released model is not here: a checkout without large files")
-    for folder in ("model_cards", "data"):
-        (tmp_path / folder).symlink_to(ROOT / folder)
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "pictures").mkdir()
-    write_pictures(tmp_path / "pictures")
-    ran = []
-    for words in commands(ROOT / "docs" / "start-from-a-text-model.md"):
-        # the real text model is fetched instead of the random one, which is made by the next command
-        if words[0] == "hf":
-            continue
-        assert words[0] == "python"
-        name, arguments = Path(words[1]).stem, words[2:]
-        ran.append(name)
-        for option, value in SMALLER.get(name, {}).items():
-            if option in arguments:
-                arguments[arguments.index(option) + 1] = value
-            else:
-                arguments += [option, value]
-        assert importlib.import_module(name).main(arguments) in (None, 0), name
-    assert ran == ["make_text_model", "convert", "tokenize_pictures", "pretrain", "upcycle", "release", "generate"]
-    assert Image.open("apple.png").size == (64, 64)
+@pytest.mark.parametrize("pages", WORKED_EXAMPLES, ids=lambda pages: pages[0].removesuffix(".md"))
+def test_commands_of_the_worked_example_run_one_after_the_other(pages, workplace, monkeypatch):
+    (workplace / "pictures").mkdir()
+    write_pictures(workplace / "pictures")
+    for page in pages:
+        to_run = [block.code for block in blocks(DOCS / page, "bash") if block.reason is None]
+        for words in (words for code in to_run for words in commands(code)):
+            script, arguments = script_of(words)
+            name = Path(script).stem
+            smaller = dict(SMALLER.get(name, {}))
+            smaller |= {key: value for key, value in SMALLER_IF_THERE.get(name, {}).items() if key in arguments}
+            for option, value in smaller.items():
+                if option in arguments:
+                    arguments[arguments.index(option) + 1] = value
+                else:
+                    arguments += [option, value]
+            monkeypatch.setattr(sys, "argv", [script, *arguments])
+            result = importlib.import_module(name).main()
+            assert not isinstance(result, int) or result == 0, words
+            if "--output" in arguments:
+                assert Path(arguments[arguments.index("--output") + 1]).exists(), words
+    if (workplace / "apple.png").exists():
+        assert Image.open("apple.png").size == (64, 64)
+
+
+def test_reference_has_every_public_name_once():
+    written = [
+        name for page in DOCS.glob("reference/*.md") for name in re.findall(r"^::: ([\w.]+)$", page.read_text(), re.M)
+    ]
+    public = [f"{package.__name__}.{name}" for package in (modeling_moma, tokenization) for name in package.__all__]
+    counts = {name: written.count(name) for name in public}
+    assert counts == dict.fromkeys(public, 1)
+
+
+def test_site_builds_without_a_warning_and_fetches_nothing(tmp_path):
+    for package in ("mkdocs", "material", "mkdocstrings"):
+        pytest.importorskip(package, reason="the extra `docs` is not installed")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")]
+    built = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert built.returncode == 0, built.stdout + built.stderr
+    pages = list((tmp_path / "site").rglob("*.html"))
+    assert len(pages) > len(list(DOCS.rglob("*.md")))
+    for page in pages:
+        html = page.read_text()
+        fetched = re.findall(r"<(?:script|img|link)\b[^>]*\b(?:src|href)=\"?(https?:[^\" >]+)", html)
+        assert not fetched, f"{page.name} fetches {fetched}"
+        # fields of a docstring that its parser did not understand
+        assert not re.search(r"\*optional\*|>Args:|<code>`", html), f"{page.name} shows a raw docstring"

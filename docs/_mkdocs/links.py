@@ -1,0 +1,37 @@
+# Copyright 2026 The modeling-moma authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Links from pages to files beside `docs/` work where the repository is browsed; the site names the file instead."""
+
+import re
+from pathlib import Path
+
+
+ROOT = Path(__file__).resolve().parents[2]
+_LINK = re.compile(r"(?<!!)\[([^\]]+)\]\(((?:\.\./)+[^)#\s]+)(?:#[^)\s]*)?\)")
+
+
+def on_page_markdown(markdown: str, page, config, files) -> str:
+    """Replace what leaves `docs/` by its text and the path in the repository."""
+    folder = Path(page.file.abs_src_path).resolve().parent
+
+    def name_file(found):
+        text, target = found.groups()
+        path = (folder / target).resolve()
+        # what does not exist stays a link, which the strict build refuses
+        if path.is_relative_to(ROOT / "docs") or not path.is_relative_to(ROOT) or not path.exists():
+            return found[0]
+        name = f"`{path.relative_to(ROOT)}`"
+        return name if text.strip("`") == name.strip("`") else f"{text} ({name})"
+
+    return _LINK.sub(name_file, markdown)
