@@ -8,7 +8,7 @@ INSTALLED := $(VENV)/.installed
 
 .PHONY: quickstart test check docs bench reproduce data clean
 
-quickstart: $(INSTALLED)
+quickstart: $(VENV)/.installed-train
 	$(RUN) scripts/quickstart.py --output quickstart
 
 test: $(INSTALLED)
@@ -36,9 +36,13 @@ bench: $(INSTALLED)
 reproduce: $(INSTALLED)
 	PYTHON=$(abspath $(RUN)) scripts/reproduce.sh
 
-$(INSTALLED): pyproject.toml tests/hf_common/fetch.py
+$(VENV)/.installed-train: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet --upgrade pip
+	$(RUN) -m pip install --quiet --editable ".[train]"
+	touch $@
+
+$(INSTALLED): $(VENV)/.installed-train tests/hf_common/fetch.py
 	$(RUN) -m pip install --quiet --editable ".[dev]"
 	-$(RUN) tests/hf_common/fetch.py
 	touch $@
