@@ -19,7 +19,29 @@ from torch import nn
 from .configuration_moma import MomaConfig
 
 
-class MomaAuxiliaryRouter(nn.Module):
+class Fp32Buffers:
+    """For modules whose cuts and counters `model.bfloat16()` and the like must not round."""
+
+    def _apply(self, fn, recurse=True):
+        kept = dict(self.named_buffers(recurse=False))
+        super()._apply(fn, recurse)
+        for name, buffer in kept.items():
+            moved = getattr(self, name)
+            if moved.dtype != buffer.dtype:
+                setattr(self, name, buffer.to(moved.device))
+        return self
+
+
+class Fp32Linear(nn.Linear):
+    """A linear layer that multiplies in fp32, whatever type its weights were given."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """`[..., in_features]` to `[..., out_features]`, in fp32 also under autocast."""
+        with torch.autocast(x.device.type, enabled=False):
+            return nn.functional.linear(x.float(), self.weight.float())
+
+
+class MomaAuxiliaryRouter(Fp32Buffers, nn.Module):
     """Predicts membership in a router's top K: `Sigmoid(SiLU(x W_1) W_2)` (MoMa section 2.4, equations 3 and 4).
 
     It decides whether an expert or a depth layer runs; with what weight is the main router's business. Its parameters
@@ -36,14 +58,12 @@ class MomaAuxiliaryRouter(nn.Module):
     def __init__(self, config: MomaConfig, num_scores: int, num_cuts: int):
         super().__init__()
         inner_size = config.hidden_size // 2
-        self.up_proj = nn.Linear(config.hidden_size, inner_size, bias=False, dtype=torch.float32)
-        self.down_proj = nn.Linear(inner_size, num_scores, bias=False, dtype=torch.float32)
+        self.up_proj = Fp32Linear(config.hidden_size, inner_size, bias=False, dtype=torch.float32)
+        self.down_proj = Fp32Linear(inner_size, num_scores, bias=False, dtype=torch.float32)
         self.threshold = nn.Buffer(torch.full((num_cuts,), 0.5, dtype=torch.float32))
         self.requires_grad_(False)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Logits of membership, `[..., D]` to `[..., scores]`, in fp32 also under autocast."""
-        with torch.autocast(hidden_states.device.type, enabled=False):
-            # modules are called, and not their weights used, so that what gathers split weights sees the call
-            inner = nn.functional.silu(self.up_proj(hidden_states.to(self.up_proj.weight.dtype)).float())
-            return self.down_proj(inner.to(self.down_proj.weight.dtype)).float()
+        # modules are called, and not their weights used, so that what gathers split weights sees the call
+        return self.down_proj(nn.functional.silu(self.up_proj(hidden_states)))

@@ -112,7 +112,7 @@ def only_auxiliary_trainable(model: nn.Module):
 
 
 class AuxiliaryRouterTrainer(Trainer):
-    """A `Trainer` of the auxiliary routers alone: all other weights and buffers stay bit by bit as they are.
+    """A `Trainer` of the auxiliary routers alone: all other weights and buffers stay bit for bit as they are.
 
     The model runs in eval mode under `expert_choice`. The targets are the true top K of each batch, so the batch size
     should be that of the main training. The loss is the mean over the routers of [`membership_loss`]; `labels` are

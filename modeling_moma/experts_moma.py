@@ -202,7 +202,10 @@ class MomaExpertGroup(nn.Module):
             expert_NE = torch.arange(self.num_experts, device=x_ND.device).expand_as(weight_NE)
             return self.experts(x_ND, expert_NE, weight_NE), gate_N
         y_END = self.experts(x_ND.expand(self.num_experts, -1, -1))
-        return (y_END * weight_NE.t().unsqueeze(-1)).sum(0).to(x_ND.dtype), gate_N
+        weight_EN1 = weight_NE.t().unsqueeze(-1)
+        # an expert that nobody chose may overflow in half precision, and infinity times 0 is no number
+        y_END = torch.where(weight_EN1 > 0, y_END * weight_EN1, 0.0)
+        return y_END.sum(0).to(x_ND.dtype), gate_N
 
 
 def _expert_of_pairs(selection):

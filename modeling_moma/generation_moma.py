@@ -25,14 +25,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import nn
-from transformers.generation import (
-    GenerationConfig,
-    GenerationMixin,
-    LogitsProcessor,
-    LogitsProcessorList,
-    StoppingCriteria,
-    StoppingCriteriaList,
-)
+from transformers.generation import GenerationConfig, GenerationMixin, LogitsProcessor, LogitsProcessorList
 
 from .configuration_moma import MomaConfig
 
@@ -174,21 +167,6 @@ class FittingPictureLogitsProcessor(LogitsProcessor):
         return scores
 
 
-class ContextEndCriteria(StoppingCriteria):
-    """Ends all rows at the last position that the model knows.
-
-    Args:
-        max_length (`int`): positions of the prompt and everything generated.
-    """
-
-    def __init__(self, max_length: int):
-        self.max_length = max_length
-
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs) -> torch.BoolTensor:
-        is_full = input_ids.shape[1] >= self.max_length
-        return torch.full((input_ids.shape[0],), is_full, dtype=torch.bool, device=input_ids.device)
-
-
 GRAMMAR = (PictureLogitsProcessor, NoPictureLogitsProcessor)
 
 
@@ -233,7 +211,8 @@ class MomaGenerationMixin(GenerationMixin):
                 unconditional branch sees the beginning token and the picture alone.
 
         Returns:
-            `torch.LongTensor` or `ModelOutput`: as from the stock method, prompts included.
+            `torch.LongTensor` or `ModelOutput`: as from the stock method, prompts included. Rows end at
+            `config.max_position_embeddings`, whatever length is asked for.
 
         Raises:
             ValueError: an unknown mode; an empty or all-padding prompt; pictures asked of a text-only model; no room
@@ -267,13 +246,34 @@ class MomaGenerationMixin(GenerationMixin):
                 stop = self._stop_token(generation_config, kwargs)
                 processors.append(OnePictureLogitsProcessor(tokens, prompt.shape[1], stop))
             kwargs.update(self._guidance(tokens, prompt, generation_config, kwargs))
+        return super().generate(inputs, generation_config, processors, **kwargs)
+
+    def _prepare_generated_length(self, generation_config, **kwargs):
+        """The stock lengths, but none that leads beyond the positions that the model has seen."""
+        generation_config = super()._prepare_generated_length(generation_config, **kwargs)
         # scaled rotary embeddings are made to go beyond
         if self.config.rope_parameters["rope_type"] == "default":
             # rows of embeddings are not among the ids that are counted
-            given = 0 if prompt.shape[1] else kwargs["inputs_embeds"].shape[1]
-            end = ContextEndCriteria(self.config.max_position_embeddings - given)
-            kwargs["stopping_criteria"] = StoppingCriteriaList([*(kwargs.get("stopping_criteria") or []), end])
-        return super().generate(inputs, generation_config, processors, **kwargs)
+            width = kwargs["inputs_tensor"].shape[1]
+            is_apart = kwargs["model_input_name"] == "inputs_embeds" and kwargs["input_ids_length"] != width
+            limit = self.config.max_position_embeddings - (width if is_apart else 0)
+            generation_config.max_length = min(generation_config.max_length, limit)
+        return generation_config
+
+    def _get_candidate_generator(self, generation_config, *args, **kwargs):
+        """The stock generator of drafts, which may draft beyond the longest row by itself."""
+        generator = super()._get_candidate_generator(generation_config, *args, **kwargs)
+        draft, longest = generator.get_candidates, generation_config.max_length
+
+        def draft_within(input_ids, *args, **kwargs):
+            candidate_ids, logits = draft(input_ids, *args, **kwargs)
+            # the model adds a token of its own to the drafts
+            num_drafts = max(0, min(candidate_ids.shape[1], longest - 1) - input_ids.shape[1])
+            candidate_ids = candidate_ids[:, : input_ids.shape[1] + num_drafts]
+            return candidate_ids, None if logits is None else logits[:, :num_drafts]
+
+        generator.get_candidates = draft_within
+        return generator
 
     def decode_image_tokens(self, image_tokens: torch.LongTensor) -> torch.LongTensor:
         """Take the pictures' codes out of token ids, as the VQ model and the processor want them.
@@ -442,7 +442,6 @@ def _unconditional_prompt(tokens, prompt, bos_token_id):
 
 __all__ = [
     "GENERATION_MODES",
-    "ContextEndCriteria",
     "FittingPictureLogitsProcessor",
     "MomaGenerationMixin",
     "NoPictureLogitsProcessor",

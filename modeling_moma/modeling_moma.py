@@ -76,7 +76,8 @@ class MomaCausalLMOutput(ModelOutput):
         Keys and values of the attention layers.
     router_logits (`tuple(torch.FloatTensor)`, *optional*, returned when `output_router_logits=True`):
         One tensor of shape `(tokens of the group, experts of the group)` for every layer and group with a router,
-        layer by layer, in the order of `config.expert_groups`.
+        layer by layer, in the order of `config.expert_groups`. In steps of one token with a static cache every group
+        has a row for every position.
     modality_losses (`dict[str, torch.Tensor]`, *optional*, returned when `labels` is provided):
         Mean cross-entropy, in nats, of the target tokens of each modality, detached and unweighted.
     modality_tokens (`dict[str, torch.Tensor]`, *optional*, returned when `labels` is provided):
@@ -220,7 +221,7 @@ class MomaPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = False
-    # quantizers leave these out; they match whole names, as regular expressions
+    # torchao, bitsandbytes and most other quantizers leave these out, and match whole names, as regular expressions
     _keep_in_fp32_modules = [".*router"]
     _keep_in_fp32_modules_strict = ["router", "depth_router"]
     _can_record_outputs = {
@@ -319,7 +320,7 @@ class MomaModel(MomaPreTrainedModel):
             cache = DynamicCache(config=self.config)
         # the paged cache of continuous batching counts no tokens
         past_length = cache.get_seq_length() if hasattr(cache, "get_seq_length") else 0
-        # before the embedding: a bad id has to meet our message, not the embedding's
+        # before the embedding: a bad id of a prompt has to meet our message, not the embedding's
         if self._is_fixed_step(input_ids, inputs_embeds, routing, past_length):
             split, modality_BT, padding_BT = self._split_step(
                 input_ids, inputs_embeds, attention_mask, mm_token_type_ids, cache
@@ -408,6 +409,11 @@ class MomaModel(MomaPreTrainedModel):
         modality_BT = self._modalities(input_ids, inputs_embeds, mm_token_type_ids)
         padding_BT = None
         if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2:
+            if attention_mask.shape[1] == 1:
+                raise ValueError(
+                    "`attention_mask` has 1 column, that of the new token: with a cache it has to cover the cached "
+                    "positions, too."
+                )
             padding_BT = attention_mask.index_select(1, past_length.view(1)) == 0
         split = FixedSplit(list(self.config.expert_groups), position_groups(self.config, modality_BT, padding_BT))
         return split, modality_BT, padding_BT

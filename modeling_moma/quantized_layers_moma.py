@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Feed-forward layers whose weights were quantised: their products take whole matrices, and never no rows at all.
+"""Feed-forward layers whose weights were quantised: their products take whole matrices, and a row at least.
 
 Quantised products know `linear` alone, and torchao and bitsandbytes fail on inputs without rows. A MoMa meets these in
 every step: a modality that the batch lacks, an expert that no token chose.
@@ -27,7 +27,7 @@ from .experts_moma import MomaExperts, MomaMLP
 
 
 class MomaQuantizedExperts(MomaExperts):
-    """Packed experts that run one after the other, those without tokens not at all."""
+    """Packed experts that run one after the other, on a row of zeros where they have none."""
 
     def forward(
         self,
@@ -41,17 +41,17 @@ class MomaQuantizedExperts(MomaExperts):
         output = torch.zeros_like(hidden_states)
         for expert in range(self.num_experts):
             token, slot = torch.where(top_k_index == expert)
-            if token.numel():
-                expert_output = self._run(expert, hidden_states[token]) * top_k_weights[token, slot, None]
-                output = output.index_add(0, token, expert_output.to(output.dtype))
+            expert_output = self._run(expert, hidden_states[token]) * top_k_weights[token, slot, None]
+            output = output.index_add(0, token, expert_output.to(output.dtype))
         return output
 
     def _run_equal(self, x_EKD):
-        if x_EKD.shape[1] == 0:
-            return x_EKD
         return torch.stack([self._run(expert, x_KD) for expert, x_KD in enumerate(x_EKD)])
 
     def _run(self, expert, x_KD):
+        # so that every rank touches every weight, and its adapter's
+        if x_KD.shape[0] == 0:
+            return self._run(expert, x_KD.new_zeros(1, x_KD.shape[1]))[:0]
         gate_up = nn.functional.linear(x_KD, self.gate_up_proj[expert])
         return nn.functional.linear(self._apply_gate(gate_up), self.down_proj[expert])
 

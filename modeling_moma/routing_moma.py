@@ -27,7 +27,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from .auxiliary_moma import MomaAuxiliaryRouter
+from .auxiliary_moma import Fp32Buffers, MomaAuxiliaryRouter
 from .configuration_moma import MomaConfig
 
 
@@ -71,7 +71,7 @@ class GateSelection:
     weight_NE: torch.Tensor
 
 
-class MomaRouterBase(nn.Module):
+class MomaRouterBase(Fp32Buffers, nn.Module):
     """Sigmoid scores, and the state that lets a router choose without looking at other tokens.
 
     A score is the sigmoid of a projection, so it depends on its token alone. Everything is fp32: bf16 sigmoids tie,
@@ -90,16 +90,6 @@ class MomaRouterBase(nn.Module):
         self.balance_bias = nn.Buffer(torch.zeros(num_cuts, dtype=torch.float32))
         self.num_updates = nn.Buffer(torch.zeros(updates_shape, dtype=torch.float32))
         self.auxiliary = MomaAuxiliaryRouter(config, num_scores, num_cuts) if config.auxiliary_routers else None
-
-    def _apply(self, fn, recurse=True):
-        # `model.bfloat16()` and the like must not round cuts and counters
-        kept = dict(self.named_buffers(recurse=False))
-        super()._apply(fn, recurse)
-        for name, buffer in kept.items():
-            moved = getattr(self, name)
-            if moved.dtype != buffer.dtype:
-                setattr(self, name, buffer.to(moved.device))
-        return self
 
     def logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """`[..., D]` to `[..., scores]`, in fp32 also under autocast."""
@@ -153,7 +143,9 @@ class MomaRouter(MomaRouterBase):
         """
         logits_NE = self.logits(x_ND)
         noisy_NE = logits_NE
-        is_noisy = self.training and self.gumbel_noise > 0 and context.routing in NOISY_ROUTINGS
+        # a frozen router is as it will be: it has neither noise nor warm-up
+        may_explore = self.training and self.weight.requires_grad
+        is_noisy = may_explore and self.gumbel_noise > 0 and context.routing in NOISY_ROUTINGS
         if is_noisy:
             noisy_NE = logits_NE + self._noise_scale(context) * context.router_noise(self, logits_NE)
         selection = ROUTINGS[context.routing](self, x_ND, torch.sigmoid(noisy_NE), context)
@@ -206,7 +198,7 @@ def threshold(
     """
     state = context.router_state(router)
     is_taken_NE = scores_NE >= state.threshold
-    if context.track and router.warmup_steps:
+    if context.track and router.warmup_steps and router.weight.requires_grad:
         token_EK = expert_choice(router, x_ND, scores_NE.detach(), context).token_EK
         is_best_EN = torch.zeros_like(is_taken_NE.t()).scatter_(1, token_EK, True)
         is_taken_NE = torch.where(state.num_updates < router.warmup_steps, is_best_EN.t(), is_taken_NE)
@@ -431,7 +423,7 @@ class RoutingContext:
         statistics (`dict`): K-th best scores, shortfalls of load and votes, by router. Recomputation under
             activation checkpointing writes the same entry again, so a step counts once.
         state (`dict`): [`RouterState`] by router.
-        noise (`dict`): what each router added to its logits.
+        noise (`dict`): the noise that each router drew, before it is scaled.
     """
 
     routing: str

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, TrainerCallback
 
 from .depth_moma import MomaDepthRouter
 from .experts_moma import MomaFeedForward
-from .routing_moma import ExpertSelection, MomaRouter, is_distributed
+from .routing_moma import ExpertSelection, GateSelection, MomaRouter, is_distributed
 
 
 class MomaMetricsCallback(TrainerCallback):
@@ -91,7 +91,8 @@ class MomaMetricsCallback(TrainerCallback):
         def on_route(module, args, output):
             logits_NE, selection = output
             num_tokens = logits_NE.shape[0]
-            if num_tokens == 0:
+            # in steps with a static cache a router scores the tokens of all groups
+            if num_tokens == 0 or isinstance(selection, GateSelection):
                 return
             if isinstance(selection, ExpertSelection):
                 token_P = selection.token_EK.flatten()
@@ -142,7 +143,7 @@ class MomaMetricsCallback(TrainerCallback):
 
 @torch.no_grad()
 def initialize_code_embeddings(model: PreTrainedModel, codebook_KC: torch.Tensor, modality: str = "image"):
-    """Give the tokens of alike codes alike embeddings: a random projection of the codebook that they come from.
+    """Give the tokens of similar codes similar embeddings: a random projection of the codebook that they come from.
 
     Distances between codes survive the projection, so what the model learns of one code holds for its neighbours from
     the start. Ids of the modality are taken in ascending order.
@@ -173,7 +174,7 @@ def freeze_groups(model: PreTrainedModel, groups: list[str]) -> int:
     """Freeze the feed-forward weights of whole expert groups, routers and shared experts included.
 
     Attention, norms, embeddings and head serve all modalities and go on learning. Routers keep their thresholds and
-    balance biases with their weights, so all that the state dict holds of a frozen group stays bit by bit. Where much
+    balance biases with their weights, so all that the state dict holds of a frozen group stays bit for bit. Where much
     else has been trained, [`calibrate_thresholds`] fits the thresholds to the hidden states of now.
 
     Args:

@@ -555,8 +555,10 @@ class MomaProcessor(ProcessorMixin):
         image_processor = image_processor_class.from_pretrained(
             pretrained_model_name_or_path, subfolder=subfolder, **kwargs
         )
+        # a tokenizer keeps what it does not know, and would save it
+        tokenizer_kwargs = {name: value for name, value in kwargs.items() if not hasattr(image_processor, name)}
         tokenizer = cls._load_tokenizer_from_pretrained(
-            "tokenizer", pretrained_model_name_or_path, subfolder=subfolder, **kwargs
+            "tokenizer", pretrained_model_name_or_path, subfolder=subfolder, **tokenizer_kwargs
         )
         if vq_model is None:
             vq_model = MomaVQModel.from_pretrained(

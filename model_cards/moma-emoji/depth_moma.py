@@ -106,7 +106,7 @@ class MomaDepthRouter(MomaRouterBase):
             chosen_BT = best_BT
         elif context.depth_routing == "threshold":
             chosen_BT = scores_BT >= state.threshold[pool_BT]
-            if context.track and self.warmup_steps:
+            if context.track and self.warmup_steps and self.weight.requires_grad:
                 is_warming_G = state.num_updates < self.warmup_steps
                 chosen_BT = torch.where(is_warming_G[pool_BT], best_BT, chosen_BT)
         elif context.depth_routing == "auxiliary":
@@ -206,7 +206,7 @@ class DepthPacking:
         return x_RCD.flatten(0, 1).index_select(0, self.place_P).unsqueeze(0)
 
     def add_back(self, hidden_BTD: torch.Tensor, change_1PD: torch.Tensor, weight_BT: torch.Tensor) -> torch.Tensor:
-        """Add the weighted changes of the chosen tokens; the others leave bit by bit as they came."""
+        """Add the weighted changes of the chosen tokens; the others leave bit for bit as they came."""
         weight_P = weight_BT.flatten().index_select(0, self.token_P)
         change_PD = (change_1PD[0] * weight_P.unsqueeze(-1).to(change_1PD.dtype)).to(hidden_BTD.dtype)
         return hidden_BTD.flatten(0, 1).index_add(0, self.token_P, change_PD).view_as(hidden_BTD)

@@ -14,7 +14,7 @@
 """Which weights tensor and expert parallelism split, and how: plans in the form that Transformers reads.
 
 Names are relative to [`MomaModel`]; `*` stands for the number of a layer. Fully sharded data parallelism takes whole
-layers and needs no plan of ours.
+layers of the base model, as Transformers has it by default.
 """
 
 

@@ -63,10 +63,11 @@ def read_run(folder: str | Path, tokens: dict[str, float]) -> dict:
 
     Returns:
         `dict`: `steps`, `first_step` (those that the seed of an upcycled run took), `batch_size`, `examples`,
-        `seconds` (wall clock of the last start; `None` for unfinished runs), `flops` (the seed's included; of depth
-        layers at the mean load that was logged, not at their capacity), `depth_load` (that load by modality, or
-        `None`) and two lists of `step`, `flops`, `overall`, `text` and `image` (losses in nats): `curve` of the
-        evaluations and `training_curve` of what was logged in training, under the training routing.
+        `seconds` (wall clock of the last start; `None` for unfinished runs), `timed_steps` (those of the last start;
+        `None` where the trainer did not say), `flops` (the seed's included; of depth layers at the mean load that was
+        logged, not at their capacity), `depth_load` (that load by modality, or `None`) and two lists of `step`,
+        `flops`, `overall`, `text` and `image` (losses in nats): `curve` of the evaluations and `training_curve` of
+        what was logged in training, under the training routing.
 
     Raises:
         ValueError: no run lies in the folder, or it holds no evaluation by modality.
@@ -114,11 +115,19 @@ def read_run(folder: str | Path, tokens: dict[str, float]) -> dict:
         "batch_size": batch_size,
         "examples": steps * batch_size,
         "seconds": summary.get("train_runtime"),
+        "timed_steps": _timed_steps(summary, batch_size),
         "flops": flops_at(steps),
         "depth_load": trained.depth_capacity if trained is not config else None,
         "curve": curve,
         "training_curve": _training_curve(history, tokens, flops_at),
     }
+
+
+def _timed_steps(summary: dict, batch_size: int) -> int | None:
+    # the trainer's rate counts the examples since its last start only
+    if "train_samples_per_second" not in summary:
+        return None
+    return round(summary["train_samples_per_second"] * summary["train_runtime"] / batch_size)
 
 
 def _seed_config(config: MomaConfig) -> MomaConfig:

@@ -111,6 +111,9 @@ def size_table(report: dict) -> str:
         numbers = [f"{model['parameters']:,}", f"{model['active_parameters']:,}"]
         if run:
             seconds = "unfinished" if run["seconds"] is None else f"{run['seconds']:,.0f}"
+            timed_steps = run.get("timed_steps") or run["steps"]
+            if timed_steps < run["steps"]:
+                seconds += f" (last {timed_steps:,} steps)"
             numbers += [f"{run['steps']:,}", f"{run['examples']:,}", f"{run['flops']:.2e}", seconds]
         else:
             numbers += ["-"] * 4
@@ -409,13 +412,14 @@ twemoji, copyright Twitter, Inc and other contributors, and emojione, by Ranks.c
 
 Both models were trained by `scripts/pretrain.py` for the same steps of {batch_size} examples, on the same stream. An
 example has {text_tokens} text and {image_tokens} picture tokens on average. Seconds are wall clock as `Trainer`
-reports them for the run's last start, pauses included.
+reports them for the run's last start, pauses included; where it had been resumed, the steps since then are named.
 
 What was done to make small data go further:
 
 - a semantic tokenizer: its encoder also sees the first eleven blocks of EfficientNet-Lite0, frozen, and its codes also
   predict that network's features of the picture;
-- embeddings of the codes that start as a random projection of the tokenizer's codebook, so that alike codes are alike;
+- embeddings of the codes that start as a random projection of the tokenizer's codebook, so that similar codes start
+  with similar embeddings;
 - losses: {weights};
 - keywords instead of the label in {tags} of the captions;
 - nine codings of each picture, eight of them augmented;

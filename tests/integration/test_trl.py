@@ -18,12 +18,11 @@ import pytest
 import torch
 from datasets import Dataset, Features, List, Value
 from datasets import Image as ImageFeature
-from PIL import Image
 from transformers import Trainer
 
 from integration.mixed import losses, mixed_examples
 from modeling_moma import MomaMetricsCallback
-from tiny import tiny_model, tiny_processor
+from tiny import noise_pictures, tiny_model, tiny_processor
 
 
 trl = pytest.importorskip("trl")
@@ -43,8 +42,7 @@ def processor():
 
 @pytest.fixture(scope="module")
 def pictures():
-    rng = np.random.default_rng(0)
-    return [Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)) for _ in range(4)]
+    return noise_pictures(4)
 
 
 def build_sft(model, processing_class, dataset, output, trainer_class=trl.SFTTrainer, callbacks=(), **fields):

@@ -16,6 +16,7 @@
 import datetime
 import multiprocessing
 import os
+import socket
 import sys
 import tempfile
 
@@ -26,6 +27,13 @@ import torch.multiprocessing as mp
 
 # what every process would import; the server does it once and forks
 PRELOADED = ["torch.distributed.tensor", "torch.distributed.fsdp", "transformers.trainer", "modeling_moma"]
+
+
+def free_port() -> int:
+    """A port of this machine that nobody listens on now."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
 
 
 def start_processes(work, *args, num_processes: int = 2):

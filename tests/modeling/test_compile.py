@@ -29,6 +29,10 @@ from tiny import tiny_model, tiny_processor
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "performance.md"
 
 
+# the version of torch that the page names
+COUNTED_WITH = "2.13"
+
+
 @pytest.fixture(autouse=True)
 def fresh_compiler():
     torch._dynamo.reset()
@@ -36,14 +40,18 @@ def fresh_compiler():
 
 
 def listed_breaks() -> dict[str, int]:
+    assert f"torch {COUNTED_WITH}" in PAGE.read_text()
     rows = [line.strip("| ").split(" | ") for line in PAGE.read_text().splitlines() if line.startswith("| ")]
     return {row[0]: int(row[1]) for row in rows if row[0] in KINDS}
 
 
 @pytest.mark.parametrize("name", KINDS)
 def test_graph_breaks_of_a_training_forward_are_those_that_the_docs_list(name):
-    breaks = training_graphs(KINDS[name]) - 1
-    assert breaks == listed_breaks()[name]
+    breaks, listed = training_graphs(KINDS[name]) - 1, listed_breaks()[name]
+    # a later compiler may need fewer
+    assert breaks <= listed
+    if torch.__version__.startswith(f"{COUNTED_WITH}."):
+        assert breaks == listed
     if "depth" not in name and "threshold" not in name:
         # the split by modality waits for the numbers of tokens, once
         assert breaks <= 1
@@ -51,7 +59,7 @@ def test_graph_breaks_of_a_training_forward_are_those_that_the_docs_list(name):
 
 def test_threshold_training_has_one_graph_break_where_dynamic_shapes_are_captured():
     with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
-        assert training_graphs(KINDS["4t4i, `threshold`"]) == 2
+        assert training_graphs(KINDS["4t4i, `threshold`"]) <= 2
 
 
 def test_compiled_training_equals_plain_training_for_any_mixture_of_text_and_pictures():

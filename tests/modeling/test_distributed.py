@@ -55,10 +55,14 @@ def train(rank, folder, name, routing):
     log = SelectionLog(model)
     wrapped = DistributedDataParallel(model, find_unused_parameters=False)
     ids = list(BATCHES.values())[rank]
+    losses = []
     # the second step hangs or raises when the first left a gradient out
     for _ in range(STEPS):
-        wrapped(input_ids=ids, labels=ids).loss.backward()
+        loss = wrapped(input_ids=ids, labels=ids).loss
+        loss.backward()
+        losses.append(loss.item())
     result = {
+        "losses": losses,
         "gradients": {key: parameter.grad for key, parameter in trainable(model)},
         "routers": {key: value for key, value in model.state_dict().items() if "router." in key},
         "chosen": {layer: [chosen.sum().item() for chosen in calls] for layer, calls in log.chosen.items()},
@@ -67,16 +71,19 @@ def train(rank, folder, name, routing):
 
 
 def single_process(name, routing):
-    """Mean gradients of two processes that each compute one batch alone, and the routers' state in each."""
-    total, states = {}, []
+    """Losses, mean gradients and routers' states of two processes that each compute one batch alone."""
+    losses, total, states = [], {}, []
     for ids in BATCHES.values():
         model = build(name, routing)
+        losses.append([])
         for _ in range(STEPS):
-            model(input_ids=ids, labels=ids).loss.backward()
+            loss = model(input_ids=ids, labels=ids).loss
+            loss.backward()
+            losses[-1].append(loss.item())
         for key, parameter in trainable(model):
             total[key] = total.get(key, 0) + parameter.grad / 2
         states.append(model.state_dict())
-    return total, states
+    return losses, total, states
 
 
 def mean_threshold(key, states):
@@ -100,11 +107,18 @@ def run_two(tmp_path, name, routing):
 
 @pytest.mark.parametrize(
     ("name", "routing"),
-    [("4t4i", "expert_choice"), ("shared_by_modality", "token_choice"), ("depth_by_modality", "expert_choice")],
+    [
+        ("4t4i", "expert_choice"),
+        ("shared_by_modality", "token_choice"),
+        ("depth", "expert_choice"),
+        ("depth_by_modality", "expert_choice"),
+    ],
 )
 def test_one_rank_may_be_text_only_and_the_other_pictures_only(name, routing, tmp_path):
     first, second = run_two(tmp_path, name, routing)
-    gradients, states = single_process(name, routing)
+    losses, gradients, states = single_process(name, routing)
+    assert first["losses"] == pytest.approx(losses[0], abs=1e-5)
+    assert second["losses"] == pytest.approx(losses[1], abs=1e-5)
     for key, expected in gradients.items():
         for result in (first, second):
             assert torch.allclose(result["gradients"][key], expected, atol=1e-5), key
@@ -122,7 +136,7 @@ def test_one_rank_may_choose_all_for_a_depth_layer_and_the_other_none(tmp_path):
     # half of either while it warms up, then what reaches the ranks' common threshold
     assert first["chosen"][0] == [6, 12]
     assert second["chosen"][0] == [6, 0]
-    _, states = single_process("depth", "threshold")
+    _, _, states = single_process("depth", "threshold")
     key = "model.layers.0.depth_router.threshold"
     assert torch.allclose(first["routers"][key], mean_threshold(key, states), atol=1e-6)
     assert first["routers"][key].item() == pytest.approx(0.5, abs=0.1)

@@ -120,3 +120,25 @@ def test_a_cache_longer_than_the_context_is_no_way_around_its_limit():
     model(ids_BT, cache=cache)
     with pytest.raises(ValueError, match="max_position_embeddings"):
         model(ids_BT[:, :1], cache=cache)
+
+
+@torch.no_grad()
+def test_an_expert_that_overflows_and_that_nobody_chose_spoils_no_token():
+    _, layer = feed_forward("threshold", **GROUPS["4t4i"])
+    group = layer.groups["text"].half()
+    group.experts.down_proj[0] = 6e4
+    group.experts.gate_up_proj[0] = 6e4
+    group.router.threshold[0] = 2.0
+    split = FixedSplit(["text", "image"], torch.zeros(3, 1, dtype=torch.long))
+    output, _ = group(torch.randn(3, group.experts.down_proj.shape[1]).half(), RoutingContext("threshold", split))
+    assert torch.isfinite(output).all() and output.abs().max() > 0
+
+
+@torch.no_grad()
+def test_a_mask_without_the_cached_positions_is_named():
+    model = tiny_model(**GROUPS["4t4i"]).eval()
+    cache = StaticCache(config=model.config, max_cache_len=8)
+    ids_BT = mixed_ids(rows=2, length=6)
+    model(ids_BT[:, :5], cache=cache)
+    with pytest.raises(ValueError, match="attention_mask.*cached"):
+        model(ids_BT[:, 5:], attention_mask=torch.ones(2, 1), cache=cache)

@@ -361,3 +361,35 @@ def test_embedded_prompts_get_whole_pictures(model):
     assert_grammar(out)
     from_ids = model.generate(torch.tensor([[BOS, 20, 21]]), generation_mode="image", do_sample=False)
     assert torch.equal(out, from_ids[:, 3:])
+
+
+@pytest.mark.parametrize("num_prompt", [5, 30, 39, 40])
+@pytest.mark.parametrize(
+    "strategy",
+    [{}, {"num_beams": 2}, {"cache_implementation": "static"}, {"prompt_lookup_num_tokens": 5}, {"assistant": True}],
+    ids=["greedy", "beams", "static", "prompt_lookup", "assisted"],
+)
+def test_rows_end_at_the_last_position(num_prompt, strategy):
+    torch.manual_seed(0)
+    model = MomaForCausalLM(make_config(max_position_embeddings=40)).eval()
+    strategy = dict(strategy)
+    if strategy.pop("assistant", False):
+        strategy["assistant_model"] = MomaForCausalLM(make_config(max_position_embeddings=40)).eval()
+    call = {"max_new_tokens": 60, "do_sample": False, "eos_token_id": None, "suppress_tokens": [EOS]}
+    # tokens that come again, so that lookup finds drafts
+    ids = torch.tensor([[BOS, *[20, 21, 22] * 13]])[:, :num_prompt]
+    if num_prompt == 40:
+        with pytest.raises(ValueError, match="max_length"):
+            model.generate(ids, **call, **strategy)
+        return
+    rows = model.generate(ids, **call, **strategy)
+    assert rows.shape[1] == 40
+    if "num_beams" not in strategy:
+        assert torch.equal(rows, model.generate(ids, **{**call, "max_new_tokens": 40 - num_prompt}))
+
+
+def test_rows_of_embeddings_end_at_the_last_position():
+    model = MomaForCausalLM(make_config(max_position_embeddings=40)).eval()
+    embeds = model.get_input_embeddings()(torch.full((1, 30), 20))
+    rows = model.generate(inputs_embeds=embeds, max_new_tokens=60, do_sample=False, suppress_tokens=[EOS])
+    assert rows.shape[1] == 10

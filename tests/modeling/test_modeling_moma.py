@@ -244,7 +244,7 @@ def test_routers_stay_in_fp32(fields, tmp_path):
 
 
 def test_halving_the_weights_rounds_no_cut_and_no_counter():
-    model = tiny_model(**GROUPS["4t4i"], depth_layers=[0])
+    model = tiny_model(**GROUPS["4t4i"], **AUXILIARY)
     cuts = {key: value for key, value in model.state_dict().items() if key.endswith(("threshold", "num_updates"))}
     for value in cuts.values():
         value.fill_(301 / 1024)

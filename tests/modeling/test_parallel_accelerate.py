@@ -29,11 +29,12 @@ from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from accelerate.utils.dataclasses import get_module_class_from_name
 from accelerate.utils.launch import prepare_multi_gpu_env
 from datasets import Dataset, DatasetDict
+from safetensors.torch import load_file
 from torch.distributed.fsdp import FSDPModule
 
 import pretrain
 from modeling.parallel_reference import MODELS, TWO_BATCHES, assert_steps_equal, sgd, single_process, train, unwrapped
-from modeling.processes import run_group
+from modeling.processes import free_port, run_group
 from modeling.reference import tiny_config, tiny_model
 from modeling_moma import MomaForCausalLM
 from modeling_moma.modeling_moma import MomaDecoderLayer
@@ -141,7 +142,11 @@ def inputs(tmp_path):
     return tmp_path
 
 
-def test_two_launched_processes_pre_train_as_one_that_accumulates(inputs):
+@pytest.mark.parametrize("kind", ["ddp", "deepspeed_zero3"])
+def test_two_launched_processes_pre_train_as_one_that_accumulates(kind, inputs):
+    if kind == "deepspeed_zero3":
+        pytest.importorskip("deepspeed", reason="deepspeed is missing: `pip install modeling-moma[deepspeed]`")
+
     def arguments(output, *more):
         paths = [text for name in ("processor", "codes") for text in (f"--{name}", str(inputs / name))]
         sizes = "--steps 3 --batch-size 2 --eval-steps 3 --save-steps 3 --logging-steps 1 --bf16 off".split()
@@ -150,12 +155,29 @@ def test_two_launched_processes_pre_train_as_one_that_accumulates(inputs):
     def history(output):
         return json.loads((inputs / output / "trainer_state.json").read_text())["log_history"]
 
-    launch = f"-m accelerate.commands.launch --config_file {CONFIGS[0]} --num_processes 2 --mixed_precision no".split()
-    launch += "--num_cpu_threads_per_process 1 --main_process_port 0".split()
+    path = ROOT / "configs" / "accelerate" / f"{kind}.yaml"
+    launch = f"-m accelerate.commands.launch --config_file {path} --num_processes 2 --mixed_precision no".split()
+    launch += f"--num_cpu_threads_per_process 1 --main_process_port {free_port()}".split()
     script = str(ROOT / "scripts" / "pretrain.py")
-    subprocess.run([sys.executable, *launch, script, *arguments("two")], check=True, capture_output=True, timeout=120)
+    command = [sys.executable, *launch, script, *arguments("two")]
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    with subprocess.Popen(command, env=environment, **pipes) as launched:
+        try:
+            output, _ = launched.communicate(timeout=240)
+        except BaseException:
+            # the launcher then ends its processes
+            launched.terminate()
+            raise
+    assert launched.returncode == 0, output
     pretrain.main(arguments("one", "--gradient-accumulation-steps", "2"))
     for two, one in zip(history("two"), history("one"), strict=True):
         for key in ("loss", "grad_norm", "eval_loss", "eval_text_loss", "eval_image_loss"):
             if key in one:
                 assert two[key] == pytest.approx(one[key], rel=1e-4), (key, one["step"])
+    two, one = (load_file(inputs / output / "model.safetensors") for output in ("two", "one"))
+    assert two.keys() == one.keys()
+    # an accumulated batch counts as two steps for the cuts, a batch in two parts as one
+    for key, value in one.items():
+        if not key.endswith(("threshold", "num_updates")):
+            torch.testing.assert_close(two[key], value, atol=1e-4, rtol=1e-4, msg=key)

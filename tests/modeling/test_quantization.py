@@ -19,14 +19,14 @@ import torch
 from datasets import load_dataset
 from transformers import BitsAndBytesConfig, TorchAoConfig
 
-from modeling.reference import IMAGE_IDS, randomize_auxiliary, tiny_config
+from modeling.reference import GROUPS, IMAGE_IDS, randomize_auxiliary, tiny_config
 from modeling_moma.modeling_moma import MomaForCausalLM
 from modeling_moma.quantization_moma import quantized_share, torchao_config
 from modeling_moma.quantized_layers_moma import MomaQuantizedExperts, MomaQuantizedMLP, use_quantized_layers
+from released import RELEASED, skip_without_released_model
 from tokenization import MomaProcessor
 
 
-EMOJI = Path(__file__).resolve().parents[2] / "model_cards" / "moma-emoji"
 DATA = Path(__file__).resolve().parents[2] / "data" / "emoji"
 CONFIGS = {
     "4t4i": {"num_experts": {"text": 4, "image": 4}, "shared_expert_intermediate_size": {"text": 24, "image": 24}},
@@ -183,13 +183,17 @@ def test_a_loaded_model_that_is_quantised_by_hand_needs_the_layers_only(saved):
             )
 
 
-def test_layers_without_tokens_still_take_part_in_the_backward_pass():
+@pytest.mark.parametrize("routing", ["expert_choice", "threshold"])
+@pytest.mark.parametrize("name", ["1t1i", "4t4i"])
+def test_layers_without_tokens_still_take_part_in_the_backward_pass(name, routing):
     torch.manual_seed(0)
-    model = MomaForCausalLM(tiny_config(**CONFIGS["1t1i"]))
+    model = MomaForCausalLM(tiny_config(**GROUPS[name]))
     use_quantized_layers(model)
-    model(TEXT_IDS).logits.sum().backward()
-    gradient = model.model.layers[0].mlp.groups["image"].mlp.up_proj.weight.grad
-    assert gradient is not None and not gradient.any()
+    model(TEXT_IDS, routing=routing).logits.sum().backward()
+    group = model.model.layers[0].mlp.groups["image"]
+    weights = [group.mlp.up_proj.weight] if name == "1t1i" else list(group.experts.parameters())
+    for weight in weights:
+        assert weight.grad is not None and not weight.grad.any()
 
 
 def test_bitsandbytes_leaves_out_head_and_routers(saved, tmp_path):
@@ -221,9 +225,8 @@ def test_other_arguments_than_torchao_configurations_are_refused():
 @pytest.fixture(scope="module")
 def held_out():
     """Released model in fp32, its processor, and a batch of held-out captions with their pictures."""
-    if not (EMOJI / "model.safetensors").exists():
-        pytest.skip("the released model is not here: a checkout without large files")
-    processor = MomaProcessor.from_pretrained(EMOJI)
+    skip_without_released_model()
+    processor = MomaProcessor.from_pretrained(RELEASED)
     rows = load_dataset(str(DATA), split="test").shuffle(seed=0).select(range(48))
     captions = [f"{style}: {label}" for style, label in zip(rows["style"], rows["label"])]
     texts = [f"{caption}<image>" if index % 2 else f"<image>{caption}" for index, caption in enumerate(captions)]
@@ -235,7 +238,7 @@ def held_out():
 
 
 def released(quantization_config=None):
-    return MomaForCausalLM.from_pretrained(EMOJI, dtype=torch.float32, quantization_config=quantization_config)
+    return MomaForCausalLM.from_pretrained(RELEASED, dtype=torch.float32, quantization_config=quantization_config)
 
 
 @pytest.fixture(scope="module")
@@ -259,5 +262,5 @@ def test_the_held_out_loss_of_the_released_model_rises_by_at_most_one_percent(he
     assert quantized_share(model) == pytest.approx(0.333 if name == "bitsandbytes" else 0.948, abs=0.001)
     ids = model.generate(**processor(text=["noto: red apple"], return_tensors="pt"), generation_mode="image")
     (picture,) = processor.decode_pictures(model.decode_image_tokens(ids))
+    # by the processor's VQ model, which is no part of what is quantised
     assert picture.size == (64, 64)
-    assert all(parameter.dtype == torch.float32 for parameter in processor.vq_model.parameters())

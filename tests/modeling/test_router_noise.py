@@ -195,3 +195,18 @@ def test_scores_that_are_compared_with_clean_cuts_are_clean(routing):
     clean = select(config, router, x_ND, routing)
     assert noisy[1] == clean[1]
     assert torch.equal(noisy[2], clean[2])
+
+
+def test_a_frozen_router_has_no_noise_and_no_warm_up():
+    fields = {**GROUPS["4t4i"], "gumbel_noise": 5.0, "gumbel_noise_steps": 4}
+    noisy, plain = tiny_model(**fields), tiny_model(**GROUPS["4t4i"])
+    for model in (noisy, plain):
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_("router." not in name)
+    ids = mixed_ids()
+    for _ in range(2):
+        assert torch.equal(noisy(ids).logits, plain(ids).logits)
+    cut = tiny_model(**GROUPS["4t4i"], training_routing="threshold", routing_warmup_steps=5, depth_layers=[0])
+    for name, parameter in cut.named_parameters():
+        parameter.requires_grad_("router." not in name)
+    assert torch.equal(cut(ids).logits, cut.eval()(ids).logits)

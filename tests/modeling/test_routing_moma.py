@@ -335,6 +335,8 @@ def test_the_auxiliary_router_computes_in_fp32_under_autocast_and_in_a_bf16_mode
     rounded = auxiliary.to(torch.bfloat16)(x_ND)
     assert rounded.dtype == torch.float32
     assert_near(rounded, expected, 2e-2)
+    # only the weights were rounded, not the products
+    assert not torch.equal(rounded, rounded.bfloat16().float())
 
 
 def test_a_split_merges_back_with_zeros_at_padding():

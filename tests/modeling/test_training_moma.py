@@ -128,3 +128,14 @@ def test_alike_codes_start_with_alike_embeddings(processor):
 def test_codebook_of_another_size_is_refused(processor):
     with pytest.raises(ValueError, match="codebook_KC"):
         initialize_code_embeddings(tiny_model(processor), torch.randn(7, 8))
+
+
+def test_steps_with_a_static_cache_are_not_counted(processor):
+    ids = torch.tensor([[1, 5, 6, 7]])
+    averages = []
+    for max_new_tokens in (1, 4):
+        model, callback = tiny_model(processor), MomaMetricsCallback()
+        callback.attach(model)
+        model.generate(ids, max_new_tokens=max_new_tokens, do_sample=False, cache_implementation="static")
+        averages.append(callback._averages(training=False))
+    assert averages[0] == averages[1] != {}

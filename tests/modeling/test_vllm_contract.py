@@ -236,6 +236,7 @@ def test_prompts_and_single_tokens_of_other_requests_share_a_row(processor, requ
 def test_experts_are_called_with_rows_choices_and_gates(processor, requests, attention, variant):
     model = tiny_model(processor, **VARIANTS[variant]).model
     fused = replace_experts(model)
+    assert fused
     model.config._attn_implementation = attention
     call_as_backend(model, requests, attention_instances(model))
     for experts in fused:
