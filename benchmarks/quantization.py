@@ -98,7 +98,7 @@ def check_kept(model: MomaForCausalLM, full: MomaForCausalLM):
     before = dict(full.named_parameters())
     for name, parameter in model.named_parameters():
         parts = name.split(".")
-        is_kept = any(part.endswith(("norm", "router")) for part in parts) or "embed_tokens" in parts
+        is_kept = any(part.endswith(("norm", "router")) for part in parts) or {"embed_tokens", "lm_head"} & set(parts)
         if is_kept and not torch.equal(parameter, before[name]):
             raise RuntimeError(f"{name} is not what it was.")
 

@@ -24,6 +24,8 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
+from huggingface_hub.errors import StrictDataclassError
+
 from modeling_moma.configuration_moma import MomaConfig
 from modeling_moma.planning_moma import GIGA, Hardware, Plan, plan_training
 from modeling_moma.scaling_moma import Layout, Memory
@@ -40,7 +42,7 @@ def parse_arguments(arguments=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--preset", choices=MomaConfig.preset_names(), metavar="NAME", help="as moma-1.4b-4t4i")
-    what.add_argument("--config", help="folder or JSON file of a MomaConfig")
+    what.add_argument("--config", help="folder or JSON file of a complete MomaConfig, such as model_cards/moma-emoji")
     what.add_argument("--overview", action="store_true", help="the fastest layout of every preset on 1 to 256 GPUs")
     what.add_argument("--write", metavar="DOCUMENT", help="compute the tables of a document anew")
     parser.add_argument("--gpus", type=int, default=8)
@@ -69,7 +71,16 @@ def read_config(args: argparse.Namespace) -> MomaConfig:
     path = Path(args.config)
     if not path.exists():
         raise ValueError(f"--config {path}: no such file or folder")
-    return MomaConfig.from_json_file(path) if path.is_file() else MomaConfig.from_pretrained(path)
+    file = path / "config.json" if path.is_dir() else path
+    if not file.exists():
+        raise ValueError(f"--config {path}: the folder has no config.json; is it that of a saved model?")
+    try:
+        return MomaConfig.from_json_file(file)
+    except StrictDataclassError as error:
+        raise ValueError(
+            f"--config {file}: no complete MomaConfig. Does it lack the token layout, as configs/*.json do, which get "
+            f"it from a tokenizer? {' '.join(str(error).split())}"
+        ) from error
 
 
 def hardware_of(args: argparse.Namespace) -> Hardware:

@@ -310,6 +310,9 @@ class Handler(BaseHTTPRequestHandler):
 
     def create_branch(self, name: str, branch: str):
         start = json.loads(self.body or b"{}").get("startingPoint") or "main"
+        # as Git would
+        if ".." in branch:
+            raise Refused(400, "Invalid rev id")
         self.server.store.create_branch(name, branch, start)
         self.answer_json({})
 

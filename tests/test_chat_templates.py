@@ -17,12 +17,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
 from transformers import AutoProcessor, AutoTokenizer
 
 from emoji.chat import CHAT_TEMPLATE
 from emoji.examples import example_ids
-from tiny import tiny_processor
+from tiny import noise_pictures, tiny_processor
 from tokenization.processing_moma import DEFAULT_CHAT_TEMPLATE
 
 
@@ -39,8 +38,7 @@ def processor(request):
 
 @pytest.fixture(scope="module")
 def pictures():
-    rng = np.random.default_rng(0)
-    return [Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)) for _ in range(4)]
+    return noise_pictures(4)
 
 
 @pytest.fixture(scope="module")

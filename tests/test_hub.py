@@ -23,15 +23,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from PIL import Image
 
+from absent import WITHOUT_PACKAGES
 from hub.folder import check_files
 from hub_server import TOKEN, HubServer
+from released import RELEASED, skip_without_released_model
 from tiny import tiny_model, tiny_processor
 
 
 ROOT = Path(__file__).resolve().parent.parent
-RELEASED = ROOT / "model_cards" / "moma-emoji"
 REPOSITORY, PLAIN = "someone/moma-tiny", "someone/moma-plain"
 CARD = """---
 license: apache-2.0
@@ -66,14 +68,7 @@ model.config.push_to_hub(name + "-config")
 STRANGER = """
 import importlib
 import json
-import sys
 
-class Absent:
-    def find_spec(self, name, path=None, target=None):
-        if name in ("modeling_moma", "tokenization"):
-            raise ImportError(name)
-
-sys.meta_path.insert(0, Absent())
 absent = []
 for name in ("modeling_moma", "tokenization"):
     try:
@@ -200,7 +195,7 @@ def history(server, push, folders):
     other = ("--model", folders / "other", "--processor", folders / "processor", "--repo-id", REPOSITORY)
     push(*other, "--revision", "experiments/other")
     commits["other"] = store.resolve(REPOSITORY, "experiments/other")
-    return commits, failures
+    return commits, failures, store.log(REPOSITORY)
 
 
 @pytest.fixture(scope="module")
@@ -221,7 +216,7 @@ def stranger(server, history, plain, folders, tmp_path_factory):
         "plain": (PLAIN, None),
     }
     arguments = (folders / "picture.png", home / "results.pt", json.dumps(targets))
-    result = run(server, home / "home", "-P", "-c", STRANGER, *arguments, token=None, folder=home)
+    result = run(server, home / "home", "-P", "-c", WITHOUT_PACKAGES + STRANGER, *arguments, token=None, folder=home)
     assert result.returncode == 0, result.stderr[-3000:]
     return torch.load(home / "results.pt") | {"saved": home / "saved"}
 
@@ -311,15 +306,15 @@ def test_the_server_takes_only_what_it_can_check(server):
 
 @pytest.mark.parametrize("action", ["large_upload", "commit"])
 def test_an_interrupted_push_changes_nothing_and_says_so(history, action):
-    commits, failures = history
+    commits, failures, _ = history
     assert commits[f"after {action}"] == commits["second"]
     failure = failures[action]
     assert failure.returncode == 1
     assert f"Nothing was committed: main is still {commits['second']}" in failure.stderr
 
 
-def test_each_push_is_one_commit(server, history):
-    assert server.store.log(REPOSITORY) == ["the second", "Upload model and processor", "initial commit"]
+def test_each_push_is_one_commit(history):
+    assert history[2] == ["the second", "Upload model and processor", "initial commit"]
 
 
 def test_the_next_push_after_an_interruption_succeeds(server, history, stranger, push, folders):
@@ -350,6 +345,10 @@ def test_plain_pushes_give_a_complete_repository(server, plain, tmp_path):
     assert processor["auto_map"] == {"AutoProcessor": "processing_moma.MomaProcessor"}
     image_processor = processor["image_processor"]["auto_map"]
     assert image_processor["AutoImageProcessor"] == "image_processing_moma.MomaImageProcessor"
+    # in two commits, with the card of Transformers that docs/how-to/push.md warns of
+    assert len(server.store.log(PLAIN)) == 3
+    metadata = ModelCard((tmp_path / "README.md").read_text()).data
+    assert (metadata.library_name, metadata.pipeline_tag, metadata.license) == ("transformers", None, None)
 
 
 def test_a_plain_push_of_the_configuration_carries_its_code(server, plain):
@@ -368,6 +367,28 @@ def test_weights_of_an_older_layout_do_not_stay(server, push, folders):
     assert_same_files(server.store, name, folders / "shards")
 
 
+def test_files_of_an_older_processor_do_not_stay(server, push, folders, tmp_path):
+    name = "someone/moma-words"
+    older = ("chat_template.json", "additional_chat_templates/short.jinja", "added_tokens.json", "vq_model/old.json")
+    folder = shutil.copytree(folders / "second", tmp_path / "older")
+    for path in (*older, "notes.md"):
+        (folder / path).parent.mkdir(exist_ok=True)
+        (folder / path).write_text("{}")
+    push("--model", folder, "--repo-id", name)
+    assert_same_files(server.store, name, folder)
+    push("--model", folders / "second", "--repo-id", name)
+    assert not set(older) & server.store.files(name).keys()
+    # nothing loads it, so it is not ours to remove
+    assert "notes.md" in server.store.files(name)
+
+
+def test_a_push_to_an_impossible_branch_says_that_the_repository_is_there(server, push, folders):
+    name = "someone/moma-branch"
+    result = push("--model", folders / "second", "--repo-id", name, "--revision", "no..branch", succeeds=False)
+    assert "No file was sent. The repository is there" in result.stderr and "Is the name right" not in result.stderr
+    assert server.store.log(name) == ["initial commit"]
+
+
 def test_a_private_push_to_a_public_repository_is_refused(server, push, folders):
     name = "someone/moma-public"
     server.store.create(name, private=False)
@@ -376,11 +397,11 @@ def test_a_private_push_to_a_public_repository_is_refused(server, push, folders)
     assert server.store.log(name) == ["initial commit"]
 
 
-def test_a_dry_run_lists_files_and_sends_nothing(server, push, folders):
+def test_a_dry_run_lists_files_and_sends_nothing(server, push, folders, tmp_path):
     before = len(server.requests)
-    (folders / "second" / "training_args.bin").write_bytes(b"x")
-    result = push("--model", folders / "second", "--repo-id", "someone/moma-dry", "--dry-run")
-    (folders / "second" / "training_args.bin").unlink()
+    folder = shutil.copytree(folders / "second", tmp_path / "second")
+    (folder / "training_args.bin").write_bytes(b"x")
+    result = push("--model", folder, "--repo-id", "someone/moma-dry", "--dry-run")
     assert "vq_model/model.safetensors" in result.stdout
     assert "left out  training_args.bin (a pickle)" in result.stdout
     assert "for main of someone/moma-dry" in result.stdout
@@ -395,8 +416,7 @@ def test_a_push_without_a_token_sends_nothing(server, push, folders):
 
 
 def test_the_released_model_can_be_pushed(server, push):
-    if (RELEASED / "model.safetensors").stat().st_size < 1_000_000:
-        pytest.skip("the released model is not here: a checkout without large files")
+    skip_without_released_model()
     arguments = ("--model", RELEASED, "--dataset", "data/emoji=someone/emoji")
     push(*arguments, "--repo-id", "someone/moma-emoji", "--private")
     store = server.store

@@ -14,7 +14,6 @@
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
@@ -25,7 +24,7 @@ from transformers import (
 from transformers.utils import logging
 
 from modeling_moma import MomaForCausalLM
-from tiny import tiny_model, tiny_processor
+from tiny import noise_pictures, tiny_model, tiny_processor
 
 
 @pytest.fixture(scope="module")
@@ -47,8 +46,7 @@ def any_to_any(model, processor):
 
 @pytest.fixture(scope="module")
 def pictures():
-    rng = np.random.default_rng(0)
-    return [Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)) for _ in range(2)]
+    return noise_pictures(2)
 
 
 @pytest.fixture(scope="module")
@@ -100,13 +98,15 @@ def test_words_in_a_picture_out(any_to_any, model, processor):
 
 
 def test_guidance_and_sampling_reach_a_picture(any_to_any):
-    sampling = {"do_sample": True, "temperature": 0.7, "guidance_scale": 5.0}
+    sampling = {"do_sample": True, "temperature": 0.7}
     drawn = []
-    for seed in (0, 0, 1):
+    for seed, guidance in ((0, 5.0), (0, 5.0), (1, 5.0), (0, 1.0)):
         torch.manual_seed(seed)
+        sampling["guidance_scale"] = guidance
         (answer,) = any_to_any(text="castle", generation_mode="image", generate_kwargs=sampling)
         drawn.append(np.asarray(answer["generated_image"]))
     assert np.array_equal(drawn[0], drawn[1]) and not np.array_equal(drawn[0], drawn[2])
+    assert not np.array_equal(drawn[0], drawn[3])
 
 
 def test_several_prompts_give_a_picture_each(any_to_any):

@@ -30,6 +30,7 @@ from transformers import (
     AutoProcessor,
 )
 
+from absent import WITHOUT_PACKAGES
 from modeling.reference import randomize_auxiliary
 from modeling_moma import MomaConfig, MomaForCausalLM, MomaModel
 from modeling_moma.routing_moma import MomaRouterBase
@@ -37,17 +38,8 @@ from tiny import tiny_model, tiny_processor
 from tokenization import MomaProcessor
 
 
-# loads a folder by its own code and writes what it computes; importing the installed packages is an error
+# loads a folder by its own code and writes what it computes
 STRANGER = """
-import sys
-
-class Absent:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in ("modeling_moma", "tokenization"):
-            raise ImportError(name)
-
-sys.meta_path.insert(0, Absent())
-
 import torch
 from PIL import Image
 from transformers import (AutoConfig, AutoImageProcessor, AutoModel, AutoModelForCausalLM, AutoModelForMultimodalLM,
@@ -185,7 +177,7 @@ def test_every_auto_class_loads_the_folder_by_its_own_code_without_the_package(
         "HF_HUB_OFFLINE": "1",
     }
     output = tmp_path / "results.pt"
-    command = [sys.executable, "-P", "-c", STRANGER, str(folder), str(picture), str(output)]
+    command = [sys.executable, "-P", "-c", WITHOUT_PACKAGES + STRANGER, str(folder), str(picture), str(output)]
     run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
     assert run.returncode == 0, run.stderr[-3000:]
     found = torch.load(output)

@@ -13,7 +13,9 @@
 # limitations under the License.
 """Tiny parts that several test files build on: real classes, random weights."""
 
+import numpy as np
 import torch
+from PIL import Image
 
 from modeling_moma import MomaConfig, MomaForCausalLM
 from tokenization import (
@@ -27,6 +29,12 @@ from tokenization import (
 
 
 TEXTS = ["noto: red apple", "twemoji: green apple", "fluent 3d: castle", "noto tags: fruit, red"]
+
+
+def noise_pictures(count: int, side: int = 16) -> list[Image.Image]:
+    """Pictures that all differ."""
+    rng = np.random.default_rng(0)
+    return [Image.fromarray(rng.integers(0, 256, (side, side, 3), dtype=np.uint8)) for _ in range(count)]
 
 
 def tiny_vq_model(side: int = 16, codes: int = 32) -> MomaVQModel:

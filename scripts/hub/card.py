@@ -13,7 +13,6 @@
 # limitations under the License.
 """The card of a model repository: metadata that the Hub understands, links that lead somewhere, measured numbers."""
 
-import json
 import math
 import posixpath
 import re
@@ -24,6 +23,8 @@ from urllib.parse import unquote
 import yaml
 from huggingface_hub import ModelCard
 from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+from .folder import read_json
 
 
 EVALUATION_FILE = "evaluation.json"
@@ -107,7 +108,7 @@ def with_datasets(text: str, datasets: Mapping[str, str]) -> str:
     return f"{head[1]}{yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True).rstrip()}{head[3]}{body}"
 
 
-def check_card(text: str, files: Mapping[str, Path], folder: str | Path) -> Iterator[str]:
+def check_card(text: str, files: Mapping[str, Path], folder: str | Path, given: Collection[str] = ()) -> Iterator[str]:
     """
     Checks a card beside the files that go with it.
 
@@ -115,6 +116,7 @@ def check_card(text: str, files: Mapping[str, Path], folder: str | Path) -> Iter
         text (`str`): the card.
         files (`Mapping[str, Path]`): path in the repository -> file.
         folder (`str` or `Path`): where the card lies; tells local paths from ids of the Hub.
+        given (`Collection[str]`, *optional*): data sets that are ids of the Hub, whatever lies in a local folder.
 
     Yields:
         `str`: a problem: the field, its value and the likely cause.
@@ -146,19 +148,20 @@ def check_card(text: str, files: Mapping[str, Path], folder: str | Path) -> Iter
             "write `datasets: []` where none is on the Hub."
         )
     for name in names:
-        yield from check_dataset(name, folder)
+        yield from check_dataset(name, folder, is_given=name in given)
     yield from check_numbers(card, files)
 
 
-def check_dataset(name: str, folder: str | Path) -> Iterator[str]:
-    """Checks that a data set is named by an id of the Hub, not by a path of this machine."""
+def check_dataset(name: str, folder: str | Path, is_given: bool = False) -> Iterator[str]:
+    """Checks that a data set is named by an id of the Hub, not by a path of this machine unless it was given as id."""
     places = (Path.cwd(), *Path(folder).resolve().parents)
     if not isinstance(name, str):
         yield f"README.md: the data set {name!r} is no text."
-    elif any((place / name).exists() for place in places):
+    elif not is_given and any((place / name).exists() for place in places):
         yield (
             f"README.md: the data set {name!r} is a path of this machine, which the Hub would take for somebody's "
-            f"repository: give its id with --dataset {name}=USER/NAME, or take it out of the card."
+            f"repository: give its id with --dataset {name}=USER/NAME, the same again where the name is "
+            "that id, or take it out of the card."
         )
     else:
         try:
@@ -193,9 +196,9 @@ def check_numbers(card: ModelCard, files: Mapping[str, Path]) -> Iterator[str]:
         )
         return
     try:
-        report = json.loads(files[EVALUATION_FILE].read_text(encoding="utf-8")) if results else {}
+        report = read_json(files[EVALUATION_FILE]) if results else {}
     except ValueError as error:
-        yield f"{EVALUATION_FILE} cannot be read as JSON ({error}): was it written to the end?"
+        yield str(error)
         return
     measured = measured_numbers(report)
     for result in results:

@@ -15,6 +15,7 @@
 
 import ast
 import json
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from fnmatch import fnmatch
 from functools import lru_cache
@@ -41,22 +42,39 @@ PROCESSOR_FILES = (
     "tokenizer*",
     "special_tokens_map.json",
     "added_tokens.json",
-    "chat_template.jinja",
+    "chat_template.*",
     "additional_chat_templates/*",
     f"{VQ_FOLDER}/*",
 )
-# what training leaves beside a model: pattern of a part of the path, and why it stays here
+# what a repository is made of: pattern of a file's name, in lower case
+SENT = (
+    "*.safetensors *.json *.py *.jinja *.model *.md *.txt *.bib *.cff license notice "
+    "*.png *.jpg *.jpeg *.gif *.svg *.webp"
+).split()
+# what training leaves beside a model, and secrets: pattern of a part of the path, and why it stays here
 LEFT_OUT = {
     ".*": "hidden",
     "__pycache__": "compiled code",
     "checkpoint-*": "a state of the training",
+    "global_step*": "a state of the training",
+    "pytorch_model_fsdp*": "a state of the training",
+    "optimizer*": "a state of the training",
+    "scheduler*": "a state of the training",
+    "zero_to_fp32.py": "a tool of the training",
     "runs": "logs of the training",
+    "logs": "logs of the training",
+    "wandb": "logs of the training",
+    "cache": "a cache",
     "run.json": "a record of the training",
     "trainer_state.json": "a record of the training",
     "*.bin": "a pickle",
     "*.pt": "a pickle",
     "*.pth": "a pickle",
     "*.pkl": "a pickle",
+    "*token.json": "perhaps a secret",
+    "*token.txt": "perhaps a secret",
+    "*secret*": "perhaps a secret",
+    "*credentials*": "perhaps a secret",
 }
 
 CONFIG_CLASSES = (
@@ -69,11 +87,26 @@ CONFIG_CLASSES = (
 _POINTER = b"version https://git-lfs"
 
 
+def _reason_to_stay(path: Path) -> str | None:
+    name = path.name.lower()
+    for pattern, reason in LEFT_OUT.items():
+        if fnmatch(name, pattern):
+            return reason
+    if path.is_dir():
+        # it may lead anywhere, and back to the folder itself
+        return "a link to a folder" if path.is_symlink() else None
+    if not any(fnmatch(name, pattern) for pattern in SENT):
+        return "no kind of file that a model has"
+    if path.is_symlink() and not path.exists():
+        raise ValueError(f"{path} is a link to {os.readlink(path)!r}, where nothing is: moved, or not copied with it?")
+    return None if path.is_file() else "no regular file"
+
+
 def _walk(folder: Path) -> tuple[dict[str, Path], dict[str, str]]:
     """Path in the repository -> file, and what is left out -> why."""
     files, left_out = {}, {}
     for path in sorted(folder.iterdir()):
-        reason = next((why for pattern, why in LEFT_OUT.items() if fnmatch(path.name, pattern)), None)
+        reason = _reason_to_stay(path)
         if reason is not None:
             left_out[path.name] = reason
         elif path.is_dir():
@@ -87,7 +120,8 @@ def _walk(folder: Path) -> tuple[dict[str, Path], dict[str, str]]:
 
 def gather(model: str | Path, processor: str | Path | None = None) -> tuple[dict[str, Path], dict[str, str]]:
     """
-    Lists the files of a repository. Nothing is copied.
+    Lists the files of a repository: those of a kind that a model has, and no states, logs or secrets. Nothing is
+    copied. A link to a file counts as the file, as in the Hub's cache; one to a folder is left out.
 
     Args:
         model (`str` or `Path`): folder of a saved model, laid out as its repository.
@@ -99,7 +133,7 @@ def gather(model: str | Path, processor: str | Path | None = None) -> tuple[dict
         the reason.
 
     Raises:
-        ValueError: a folder is missing, or both have the same file of code with different text.
+        ValueError: a folder is missing, a link leads nowhere, or both have the same file of code with different text.
     """
     for name, folder in (("model", model), ("processor", processor)):
         if folder is not None and not Path(folder).is_dir():

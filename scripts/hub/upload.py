@@ -16,12 +16,13 @@
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
 
 from .card import check_card, with_datasets
-from .folder import VQ_FOLDER, check_files, gather
+from .folder import PROCESSOR_FILES, VQ_FOLDER, check_files, gather
 
 
 CARD = "README.md"
@@ -70,17 +71,20 @@ def prepare(
         ValueError: lists every problem, with the file or field, its value and the likely cause.
     """
     files, left_out = gather(model, processor)
+    datasets = datasets or {}
     problems, contents = list(check_files(files)), dict(files)
     if CARD in files:
         text = files[CARD].read_text(encoding="utf-8")
         try:
-            changed = with_datasets(text, datasets or {})
+            changed = with_datasets(text, datasets)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             # a card that cannot be read is told by its check
             changed, problems = text, [*problems, f"README.md: {error}"]
-        problems += check_card(changed, files, Path(model))
+        problems += check_card(changed, files, Path(model), given=datasets.values())
         if changed != text:
             contents[CARD] = changed.encode("utf-8")
+    if problems and left_out:
+        problems.append("Left out: " + ", ".join(f"{name} ({reason})" for name, reason in left_out.items()))
     if problems:
         raise ValueError("\n".join(dict.fromkeys(problems)))
     return Upload(contents, left_out)
@@ -109,16 +113,17 @@ def push(
     Raises:
         UploadError: no commit was made, or none is known of; or `private`, but the repository is there and public.
     """
-    api, branch, before = HfApi(), revision or "main", None
+    api, branch, is_there, before = HfApi(), revision or "main", False, None
     try:
         repo_id = api.create_repo(repo_id, private=private or None, exist_ok=True).repo_id
+        is_there = True
         if private and not api.model_info(repo_id).private:
             raise UploadError(f"{repo_id} is public already: make it private on the Hub, or leave --private out.")
         if revision is not None:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
         before = api.model_info(repo_id, revision=branch).sha
         there = api.list_repo_files(repo_id, revision=before)
-        stale = [name for name in there if _WEIGHTS.fullmatch(name) and name not in upload.files]
+        stale = [name for name in there if _is_replaced(name) and name not in upload.files]
         operations = [CommitOperationDelete(name) for name in stale]
         operations += [CommitOperationAdd(name, content) for name, content in upload.files.items()]
         # HfApi.upload_folder may spread a folder over several commits
@@ -128,11 +133,18 @@ def push(
     except (Exception, KeyboardInterrupt) as error:
         reason = f"{type(error).__name__}: {error}"
         raise UploadError(
-            f"The upload to {repo_id} failed. {_state(api, repo_id, branch, before)}\n{reason}"
+            f"The upload to {repo_id} failed. {_state(api, repo_id, branch, before, is_there)}\n{reason}"
         ) from error
 
 
-def _state(api: HfApi, repo_id: str, branch: str, before: str | None) -> str:
+def _is_replaced(name: str) -> bool:
+    """Whether a file belongs to the weights or the processor: one of an older revision would change what loads."""
+    return _WEIGHTS.fullmatch(name) is not None or any(fnmatch(name, pattern) for pattern in PROCESSOR_FILES)
+
+
+def _state(api: HfApi, repo_id: str, branch: str, before: str | None, is_there: bool) -> str:
+    if before is None and is_there:
+        return f"No file was sent. The repository is there: it was made just now, or before; {branch} may be missing."
     if before is None:
         return (
             "Nothing was sent. Is the name right, and are you logged in (`hf auth login`) with a token that may write?"

@@ -126,6 +126,17 @@ def test_run_is_read_with_its_flops_and_without_the_evaluation_before_training(t
     assert run["curve"][0]["flops"] == pytest.approx(flops / 2)
 
 
+def test_seconds_of_a_resumed_run_cover_the_steps_since_its_last_start(tmp_path):
+    write_run(tmp_path, [5.0, 4.0, 3.0])
+    path = tmp_path / "trainer_state.json"
+    state = json.loads(path.read_text())
+    assert read_run(tmp_path, TOKENS)["timed_steps"] is None
+    # 12 steps of 16, as the trainer rounds it
+    state["log_history"][-1]["train_samples_per_second"] = 26.301
+    path.write_text(json.dumps(state))
+    assert read_run(tmp_path, TOKENS)["timed_steps"] == 12
+
+
 def test_unfinished_run_is_read_from_its_last_checkpoint(tmp_path):
     write_run(tmp_path / "run" / "checkpoint-10", [5.0, 4.0], finished=False)
     write_run(tmp_path / "run" / "checkpoint-20", [5.0, 4.0, 3.0], finished=False)

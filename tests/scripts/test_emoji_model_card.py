@@ -15,6 +15,8 @@
 
 import copy
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 from huggingface_hub import ModelCardData
@@ -23,6 +25,9 @@ from huggingface_hub.repocard_data import model_index_to_eval_results
 
 from emoji.measures import EXPERT_CHOICE
 from emoji.model_card import aim_table, card_metadata, render_card, report_table, write_card
+
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def shares(label, subgroup, group, **more):
@@ -127,6 +132,22 @@ def test_card_prints_the_report_and_its_command():
     ):
         assert text in card, text
     assert "{" not in card.split("---", 2)[2]
+
+
+def test_seconds_of_a_resumed_run_name_the_steps_that_they_cover():
+    report = copy.deepcopy(REPORT)
+    report["training"]["model"]["timed_steps"] = 33
+    assert "7.70e+13 | 4,321 (last 33 steps) |" in render_card(report)
+    report["training"]["model"]["timed_steps"] = 77
+    assert "7.70e+13 | 4,321 |" in render_card(report)
+
+
+def test_the_card_of_the_released_model_is_what_would_be_written_now(tmp_path):
+    released = ROOT / "model_cards" / "moma-emoji"
+    for name in ("evaluation.json", "depth_comparison.json"):
+        shutil.copy(released / name, tmp_path)
+    write_card(tmp_path)
+    assert (tmp_path / "README.md").read_text() == (released / "README.md").read_text()
 
 
 def test_aims_say_what_is_not_reached():

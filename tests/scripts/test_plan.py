@@ -82,6 +82,18 @@ def test_bad_arguments_are_told_in_one_line(arguments, match, capsys):
     assert match in error and error.startswith("error: ")
 
 
+def test_an_incomplete_config_is_told_with_the_likely_cause(capsys):
+    assert main(["--config", str(ROOT / "configs" / "emoji-4t4i.json")]) == 2
+    error = capsys.readouterr().err.strip()
+    assert "emoji-4t4i.json: no complete MomaConfig. Does it lack the token layout" in error
+    assert error.startswith("error: ") and "\n" not in error
+
+
+def test_a_folder_without_a_config_is_refused(tmp_path, capsys):
+    assert main(["--config", str(tmp_path)]) == 2
+    assert "the folder has no config.json" in capsys.readouterr().err
+
+
 def test_tables_of_a_document_are_computed_anew(tmp_path, capsys):
     document = tmp_path / "page.md"
     document.write_text("before\n<!-- plan: --preset moma-90m-4t4i --gpus 1 -->\nold\n<!-- /plan -->\nafter\n")

@@ -115,13 +115,78 @@ def test_a_folder_of_everything_gives_its_processor_only(whole):
     assert upload.files["model.safetensors"].parent == whole / "model"
 
 
-def test_what_training_left_stays_here(folder):
-    for name in ("training_args.bin", "trainer_state.json", ".hidden", "checkpoint-5/optimizer.pt", "runs/log"):
-        (folder / name).parent.mkdir(exist_ok=True)
-        (folder / name).write_bytes(b"x")
+# path -> what of it is listed, and why
+LEFT = {
+    "training_args.bin": ("training_args.bin", "a pickle"),
+    "trainer_state.json": ("trainer_state.json", "a record of the training"),
+    "run.json": ("run.json", "a record of the training"),
+    "zero_to_fp32.py": ("zero_to_fp32.py", "a tool of the training"),
+    ".hidden": (".hidden", "hidden"),
+    ".env": (".env", "hidden"),
+    "checkpoint-5/model.safetensors": ("checkpoint-5", "a state of the training"),
+    "global_step5/zero.safetensors": ("global_step5", "a state of the training"),
+    "pytorch_model_fsdp_0/__0_0.distcp": ("pytorch_model_fsdp_0", "a state of the training"),
+    "optimizer.safetensors": ("optimizer.safetensors", "a state of the training"),
+    "optimizer_0/shard.json": ("optimizer_0", "a state of the training"),
+    "scheduler.json": ("scheduler.json", "a state of the training"),
+    "vq_model/optimizer.safetensors": ("vq_model/optimizer.safetensors", "a state of the training"),
+    "runs/now.txt": ("runs", "logs of the training"),
+    "logs/now.txt": ("logs", "logs of the training"),
+    "wandb/config.json": ("wandb", "logs of the training"),
+    "cache/notes.txt": ("cache", "a cache"),
+    "hf_token.txt": ("hf_token.txt", "perhaps a secret"),
+    "client_secret.json": ("client_secret.json", "perhaps a secret"),
+    "Credentials.json": ("Credentials.json", "perhaps a secret"),
+    **{
+        name: (name, "no kind of file that a model has")
+        for name in (
+            "last.ckpt",
+            "events.out.tfevents.1",
+            "train.log",
+            "words/data-0.arrow",
+            "shards/__0_0.distcp",
+            "latest",
+            "token",
+            "my.env",
+            "id_rsa",
+        )
+    },
+}
+
+
+@pytest.mark.parametrize("name", LEFT)
+def test_what_training_left_stays_here(folder, name):
+    expected = set(prepare(folder).files)
+    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / name).write_bytes(b"x")
     upload = prepare(folder)
-    assert set(upload.left_out) == {"training_args.bin", "trainer_state.json", ".hidden", "checkpoint-5", "runs"}
-    assert not set(upload.left_out) & set(upload.files)
+    listed, reason = LEFT[name]
+    assert upload.left_out == {listed: reason}
+    assert set(upload.files) == expected
+
+
+def test_a_link_to_a_file_is_the_file_and_one_to_a_folder_stays_here(folder):
+    expected = set(prepare(folder).files)
+    # as in the Hub's cache
+    (folder / "model.safetensors").rename(folder.parent / "blob")
+    (folder / "model.safetensors").symlink_to("../blob")
+    (folder / "loop").symlink_to(".")
+    (folder / "elsewhere").symlink_to(folder.parent)
+    upload = prepare(folder)
+    assert set(upload.files) == expected
+    assert upload.left_out == dict.fromkeys(("loop", "elsewhere"), "a link to a folder")
+    (folder / "vq_model").rename(folder.parent / "vq_model")
+    (folder / "vq_model").symlink_to("../vq_model")
+    assert "vq_model (a link to a folder)" in refusal(folder).splitlines()[-1]
+
+
+@pytest.mark.parametrize("name", ["curves.svg", "again.json"])
+def test_a_link_that_leads_nowhere_is_refused(folder, name):
+    (folder / "curves.svg").symlink_to("lost.svg")
+    (folder / "again.json").symlink_to("again.json")
+    (folder / name).rename(folder / "vq_model" / name)
+    (folder / ({"curves.svg", "again.json"} - {name}).pop()).unlink()
+    assert f"vq_model/{name} is a link to " in refusal(folder)
 
 
 NEEDED = (
@@ -276,6 +341,11 @@ def test_numbers_without_a_report_are_refused(folder):
     prepare(folder)
 
 
+def test_a_report_that_is_no_report_is_refused(folder):
+    (folder / "evaluation.json").write_text("[0.191]")
+    assert "evaluation.json holds a list, not an object" in refusal(folder)
+
+
 def test_measured_numbers_are_those_of_the_model_under_causal_routing():
     assert measured_numbers(REPORT) == [0.9922214, 0.19104991]
 
@@ -293,6 +363,13 @@ def test_a_local_data_set_needs_its_id_on_the_hub(folder):
     assert content.endswith("see [data](https://huggingface.co/datasets/someone/emoji)")
     # the folder keeps its card
     assert "data/emoji" in (folder / "README.md").read_text()
+
+
+def test_an_id_on_the_hub_may_be_that_of_a_local_folder_too(folder):
+    (folder.parent / "someone" / "emoji").mkdir(parents=True)
+    assert "'someone/emoji' is a path of this machine" in refusal(folder)
+    upload = prepare(folder, datasets={"someone/emoji": "someone/emoji"})
+    assert yaml.safe_load(dict(upload.files)["README.md"].read_text().split("---")[1]) == METADATA
 
 
 def test_a_data_set_that_the_card_does_not_name_cannot_be_mapped(folder):
