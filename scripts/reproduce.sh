@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Trains the released model from nothing and rewrites its card. About two hours on two cores; `runs/` keeps every stage,
+# Trains the released model from nothing and rewrites its card. Some hours on two cores; `runs/` keeps every stage,
 # and a killed stage goes on from its last checkpoint.
 set -euo pipefail
 cd "$(dirname "$0")/.."

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Trains the recipe of the released model for a short time without and with depth layers, three seeds each at equal
-# FLOPs, and compares them. Needs what scripts/reproduce.sh leaves in runs/; about two hours on two cores.
+# FLOPs, and compares them. Needs what scripts/reproduce.sh leaves in runs/; some hours on two cores.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
