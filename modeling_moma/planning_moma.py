@@ -112,16 +112,25 @@ class Plan:
 def candidate_layouts(config: MomaConfig, gpus: int, node_size: int) -> list[Layout]:
     """Layouts worth a look: DDP, FSDP over all GPUs, HSDP with a shard group in each node, each with TP and EP.
 
+    For EP there is HSDP with shard groups as small as EP needs, too.
+
     Args:
         config (`MomaConfig`): the model, whose sizes decide on TP and EP.
         gpus (`int`): number of GPUs.
         node_size (`int`): GPUs of one node. TP stays within it.
     """
     result = []
+    counts = [config.group_num_experts(group) for group in config.expert_groups]
+    fewest = min((count for count in counts if count > 1), default=1)
     for tensor in _divisors(math.gcd(gpus, node_size)):
         ranks = gpus // tensor
-        for shard in sorted({1, math.gcd(ranks, node_size // tensor), ranks}):
+        usual = {1, math.gcd(ranks, node_size // tensor), ranks}
+        # expert parallelism needs an expert of each group for every rank
+        few = math.gcd(ranks, max(1, fewest // tensor))
+        for shard in sorted(usual | {few}):
             for expert in _divisors(shard):
+                if expert == 1 and shard not in usual:
+                    continue
                 layout = Layout(ranks // shard, shard, tensor, expert)
                 try:
                     layout.check(config)

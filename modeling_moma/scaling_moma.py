@@ -69,7 +69,7 @@ class Layout:
 
         Raises:
             ValueError: a size is below 1, heads, widths or vocabulary do not divide by `tensor`, the experts of a
-                group or the shard group do not divide by `expert`.
+                group or the shard group do not divide by `expert`, or these have fewer experts than ranks.
         """
         for name in ("replicate", "shard", "tensor", "expert"):
             size = getattr(self, name)
@@ -88,6 +88,12 @@ class Layout:
         for group, count in zip(config.expert_groups, counts, strict=True):
             if count > 1 and count % self.expert:
                 raise ValueError(f"`expert` = {self.expert} does not divide the {count} experts of group {group!r}.")
+            # Transformers splits the experts of an expert-parallel rank over the rest of the group, as whole ones
+            if count > 1 and self.shard * self.tensor > count:
+                raise ValueError(
+                    f"`expert` = {self.expert} in shard groups of {self.shard * self.tensor}: the {count} experts of "
+                    f"group {group!r} are not enough for a part on every rank. Use more replicas of smaller groups."
+                )
 
 
 def _tensor_sizes(config):

@@ -32,6 +32,11 @@ def test_a_small_model_trains_as_copies_and_a_large_one_sharded():
     plans, misfits = plan_training(LARGE, 64, *STEP)
     assert plans[0].layout == Layout(8, 8)
     assert [str(layout) for layout, _ in misfits] == ["DDP 64"]
+    # a larger shard group with EP cannot be loaded
+    assert [str(plan.layout) for plan in plans if plan.layout.expert > 1] == [
+        "HSDP 16 x 4 + EP 2",
+        "HSDP 16 x 4 + EP 4",
+    ]
 
 
 def test_no_plan_exceeds_the_memory_and_the_fastest_is_first():

@@ -57,7 +57,7 @@ CONFIGS = {
     "half_depth": {"depth_layers": [0, 2], "depth_capacity": 0.5, "num_experts": 1},
 }
 TOKENS = 512
-LAYOUTS = [Layout(), Layout(8), Layout(1, 8), Layout(2, 4), Layout(2, 4, 1, 4), Layout(1, 4, 2, 2)]
+LAYOUTS = [Layout(), Layout(8), Layout(1, 8), Layout(2, 4), Layout(2, 4, 1, 4), Layout(1, 2, 2, 2)]
 
 
 def config_of(name):
@@ -206,8 +206,9 @@ def test_expert_parallelism_trades_gathered_experts_for_exchanged_tokens():
     assert traffic["tokens to experts", "all_to_all"] == tokens
     again = sent(config, Layout(1, 4, 1, 4), checkpointing=True)
     assert again["tokens to experts", "all_to_all"] == 1.5 * tokens
-    wider = sent(config, Layout(1, 8, 1, 4))
-    assert wider["experts", "all_gather"] == pytest.approx(2 * 2 * 3 * parts.experts / 4 / 2)
+    # two ranks share each half of the experts
+    shared = sent(config, Layout(1, 4, 1, 2))
+    assert shared["experts", "all_gather"] == pytest.approx(2 * 2 * 3 * parts.experts / 2 / 2)
 
 
 def test_tensor_parallelism_reduces_the_stream_twice_a_layer_and_pass():
@@ -238,6 +239,7 @@ def test_hops_are_those_of_rings_trees_and_direct_sends():
         ({"num_experts": {"text": 6, "image": 2}}, Layout(shard=4, expert=4), "the 6 experts of group 'text'"),
         ({"num_experts": 1}, Layout(shard=4, expert=4), "no group of several experts"),
         ({}, Layout(8, 1, 1, 4), "does not divide the shard group"),
+        ({}, Layout(8, 8, 1, 4), "shard groups of 8: the 4 experts of group 'text' are not enough"),
     ],
 )
 def test_layouts_that_the_sizes_forbid_are_refused(fields, layout, match):
@@ -250,4 +252,4 @@ def test_layouts_that_the_sizes_forbid_are_refused(fields, layout, match):
 
 def test_layouts_have_names():
     names = [str(layout) for layout in LAYOUTS]
-    assert names == ["one copy", "DDP 8", "FSDP 8", "HSDP 2 x 4", "HSDP 2 x 4 + EP 4", "FSDP 4 + TP 2 + EP 2"]
+    assert names == ["one copy", "DDP 8", "FSDP 8", "HSDP 2 x 4", "HSDP 2 x 4 + EP 4", "FSDP 2 + TP 2 + EP 2"]
