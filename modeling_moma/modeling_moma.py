@@ -14,6 +14,7 @@
 """The MoMa decoder: attention that all modalities share, feed-forward layers split into expert groups."""
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -43,6 +44,7 @@ from .depth_moma import (
 from .experts_moma import MomaFeedForward, MomaPackedExperts
 from .generation_moma import MomaGenerationMixin
 from .loss_moma import causal_lm_loss
+from .model_card_moma import complete_model_card
 from .norms_moma import MomaHeadLayerNorm, MomaRMSNorm
 from .quantized_layers_moma import use_quantized_layers
 from .rotary_moma import MomaRotaryEmbedding
@@ -243,6 +245,13 @@ class MomaPreTrainedModel(PreTrainedModel):
         if getattr(model, "is_quantized", False):
             use_quantized_layers(model)
         return loaded
+
+    def _upload_modified_files(self, working_dir, *args, **kwargs):
+        # the last step of `push_to_hub`, which has written the card before it
+        card = Path(working_dir) / "README.md"
+        if card.is_file():
+            complete_model_card(card)
+        return super()._upload_modified_files(working_dir, *args, **kwargs)
 
     @torch.no_grad()
     def _init_weights(self, module):

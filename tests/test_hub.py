@@ -29,6 +29,7 @@ from PIL import Image
 from absent import WITHOUT_PACKAGES
 from hub.folder import check_files
 from hub_server import TOKEN, HubServer
+from modeling_moma.model_card_moma import complete_model_card
 from released import RELEASED, skip_without_released_model
 from tiny import tiny_model, tiny_processor
 
@@ -345,10 +346,20 @@ def test_plain_pushes_give_a_complete_repository(server, plain, tmp_path):
     assert processor["auto_map"] == {"AutoProcessor": "processing_moma.MomaProcessor"}
     image_processor = processor["image_processor"]["auto_map"]
     assert image_processor["AutoImageProcessor"] == "image_processing_moma.MomaImageProcessor"
-    # in two commits, with the card of Transformers that docs/how-to/push.md warns of
+    # in two commits, with a card that its author has to complete, as docs/how-to/push.md says
     assert len(server.store.log(PLAIN)) == 3
     metadata = ModelCard((tmp_path / "README.md").read_text()).data
-    assert (metadata.library_name, metadata.pipeline_tag, metadata.license) == ("transformers", None, None)
+    assert (metadata.library_name, metadata.pipeline_tag, metadata.license) == ("transformers", "any-to-any", None)
+    assert {"moma", "mixture-of-experts"} <= set(metadata.tags)
+
+
+def test_a_plain_push_leaves_what_a_card_says(tmp_path):
+    card = tmp_path / "README.md"
+    card.write_text("---\nlicense: mit\npipeline_tag: image-to-text\ntags:\n- mine\n---\nMine.\n")
+    complete_model_card(card)
+    data = ModelCard.load(card).data
+    assert (data.license, data.pipeline_tag, data.library_name) == ("mit", "image-to-text", "transformers")
+    assert data.tags[0] == "mine" and "moma" in data.tags and card.read_text().endswith("Mine.\n")
 
 
 def test_a_plain_push_of_the_configuration_carries_its_code(server, plain):
