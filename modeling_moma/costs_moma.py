@@ -36,7 +36,7 @@ def flops_per_token(
     `token_choice` it meets `num_experts_per_tok`. `auxiliary` counts as `threshold`, with the auxiliary routers.
 
     A depth layer costs the share `depth_capacity` of another layer, with that share of the keys, and its router. Where
-    modalities have capacities of their own, the keys are counted as if all modalities were alike frequent.
+    modalities have capacities of their own, the keys are counted as if all modalities were equally frequent.
 
     Args:
         config (`MomaConfig`): the model.

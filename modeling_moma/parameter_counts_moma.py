@@ -20,7 +20,7 @@ def count_parameters(config, active: bool, modality: str | None, exclude_norms_a
         return max(count_parameters(config, True, name, exclude_norms_and_routers) for name in config.modalities)
     width = config.hidden_size
     embeddings = config.vocab_size * width * (1 if config.tie_word_embeddings else 2)
-    layer = _attention(config) + 3 * width * config.common_shared_intermediate_size
+    layer = attention_parameters(config) + 3 * width * config.common_shared_intermediate_size
     layer += sum(
         _group(config, name, active, exclude_norms_and_routers)
         for name, members in config.expert_groups.items()
@@ -32,11 +32,12 @@ def count_parameters(config, active: bool, modality: str | None, exclude_norms_a
     layers = (config.num_hidden_layers - num_depth_layers) * layer
     layers += num_depth_layers * layer * (config.pool_depth_capacity(modality) if active else 1)
     if not exclude_norms_and_routers:
-        layers += width + num_depth_layers * _router(config, 1)
+        layers += width + num_depth_layers * router_parameters(config, 1)
     return round(embeddings + layers)
 
 
-def _attention(config):
+def attention_parameters(config) -> int:
+    """Matrices and biases of one attention, without the norms of queries and keys."""
     query_width, key_width = (
         heads * config.head_dim for heads in (config.num_attention_heads, config.num_key_value_heads)
     )
@@ -54,7 +55,8 @@ def _norms(config):
     return 2 * config.hidden_size + qk_norm[config.qk_norm]
 
 
-def _router(config, num_scores):
+def router_parameters(config, num_scores: int) -> int:
+    """One router of so many scores, its auxiliary router included."""
     width = config.hidden_size
     auxiliary = width // 2 * (width + num_scores) if config.auxiliary_routers else 0
     return num_scores * width + auxiliary
@@ -66,6 +68,6 @@ def _group(config, group, active, exclude_routers):
     shared = 3 * config.hidden_size * config.group_shared_intermediate_size(group)
     if num_experts == 1:
         return expert + shared
-    router = 0 if exclude_routers else _router(config, num_experts)
+    router = 0 if exclude_routers else router_parameters(config, num_experts)
     used = config.group_capacity_factor(group) if active else num_experts
     return used * expert + shared + router

@@ -154,7 +154,7 @@ def plan_training(
     Args:
         config (`MomaConfig`): the model.
         gpus (`int`): number of GPUs.
-        tokens_per_gpu (`int`): tokens of one optimiser step, divided by `gpus`. Modalities alike frequent.
+        tokens_per_gpu (`int`): tokens of one optimiser step, divided by `gpus`. Modalities equally frequent.
         sequence_length (`int`): tokens of one sequence.
         hardware ([`Hardware`], *optional*): by default H100 nodes.
 

@@ -91,6 +91,14 @@ class MomaRouterBase(Fp32Buffers, nn.Module):
         self.num_updates = nn.Buffer(torch.zeros(updates_shape, dtype=torch.float32))
         self.auxiliary = MomaAuxiliaryRouter(config, num_scores, num_cuts) if config.auxiliary_routers else None
 
+    @property
+    def is_frozen(self) -> bool:
+        """Whether the router is as it will be: in a frozen group, or of a model under an adapter.
+
+        It then keeps its cuts, so that the model stays as it was saved, and has neither noise nor warm-up.
+        """
+        return not self.weight.requires_grad
+
     def logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """`[..., D]` to `[..., scores]`, in fp32 also under autocast."""
         with torch.autocast(hidden_states.device.type, enabled=False):
@@ -143,9 +151,7 @@ class MomaRouter(MomaRouterBase):
         """
         logits_NE = self.logits(x_ND)
         noisy_NE = logits_NE
-        # a frozen router is as it will be: it has neither noise nor warm-up
-        may_explore = self.training and self.weight.requires_grad
-        is_noisy = may_explore and self.gumbel_noise > 0 and context.routing in NOISY_ROUTINGS
+        is_noisy = self.training and not self.is_frozen and self.gumbel_noise > 0 and context.routing in NOISY_ROUTINGS
         if is_noisy:
             noisy_NE = logits_NE + self._noise_scale(context) * context.router_noise(self, logits_NE)
         selection = ROUTINGS[context.routing](self, x_ND, torch.sigmoid(noisy_NE), context)
@@ -198,7 +204,7 @@ def threshold(
     """
     state = context.router_state(router)
     is_taken_NE = scores_NE >= state.threshold
-    if context.track and router.warmup_steps and router.weight.requires_grad:
+    if context.track and router.warmup_steps and not router.is_frozen:
         token_EK = expert_choice(router, x_ND, scores_NE.detach(), context).token_EK
         is_best_EN = torch.zeros_like(is_taken_NE.t()).scatter_(1, token_EK, True)
         is_taken_NE = torch.where(state.num_updates < router.warmup_steps, is_best_EN.t(), is_taken_NE)
@@ -311,6 +317,10 @@ class FixedSplit:
     groups: list[str]
     group_BT: torch.Tensor
 
+    def __post_init__(self):
+        # all layers ask for these
+        self._is_member_N = [self.group_BT.flatten() == index for index in range(len(self.groups))]
+
     def split(self, hidden_BTD: torch.Tensor) -> dict[str, torch.Tensor]:
         """All positions for each group, `[B * T, D]`."""
         return dict.fromkeys(self.groups, hidden_BTD.flatten(0, 1))
@@ -318,9 +328,8 @@ class FixedSplit:
     def merge(self, groups: dict[str, torch.Tensor], like_BTD: torch.Tensor) -> torch.Tensor:
         """Each position's output from its own group, `[B, T, ...]`; padding gets zeros."""
         merged = torch.zeros_like(groups[self.groups[0]])
-        for index, name in enumerate(self.groups):
-            is_member = (self.group_BT.flatten() == index).view(-1, *[1] * (merged.ndim - 1))
-            merged = torch.where(is_member, groups[name], merged)
+        for name, is_member_N in zip(self.groups, self._is_member_N):
+            merged = torch.where(is_member_N.view(-1, *[1] * (merged.ndim - 1)), groups[name], merged)
         return merged.unflatten(0, like_BTD.shape[:2])
 
 
@@ -480,8 +489,7 @@ def update_routers(context: RoutingContext, bias_update_rate: float):
 
     A process without tokens of a group has no say in that group's average.
     """
-    # a router that does not learn keeps its cuts: a frozen group, or a model under an adapter, stays as it was saved
-    statistics = {router: record for router, record in context.statistics.items() if router.weight.requires_grad}
+    statistics = {router: record for router, record in context.statistics.items() if not router.is_frozen}
     if not statistics:
         return
     routers = list(statistics)

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 
 from .configuration_moma import MomaConfig
 from .costs_moma import check_config
+from .parameter_counts_moma import attention_parameters, router_parameters
 
 
 FP32, BF16 = 4, 2
@@ -139,13 +140,9 @@ def parameter_parts(config: MomaConfig) -> ParameterParts:
             matrices += weights
         matrices += 3 * width * config.group_shared_intermediate_size(group)
     matrices += 3 * width * config.common_shared_intermediate_size
-    heads = 2 * config.num_attention_heads + 2 * config.num_key_value_heads
-    matrices += width * heads * config.head_dim
-    if config.attention_bias:
-        matrices += (heads - config.num_attention_heads) * config.head_dim + width
+    matrices += attention_parameters(config)
     ends = config.vocab_size * width * (1 if config.tie_word_embeddings else 2)
-    num_depth = len(config.depth_layers or ())
-    depth_routers = num_depth * (width + (width // 2 * (width + 1) if config.auxiliary_routers else 0))
+    depth_routers = len(config.depth_layers or ()) * router_parameters(config, 1)
     layers = config.num_parameters() - ends - width - depth_routers
     whole = layers // config.num_hidden_layers - experts - matrices
     return ParameterParts(experts, matrices, whole, ends)
@@ -210,7 +207,7 @@ def activation_bytes(config: MomaConfig, tokens: int, tensor: int = 1, checkpoin
     """Bytes that the backward pass needs under autocast to bf16, with an attention kernel that stores no scores.
 
     The peak is where the logits' gradient is made: fp32 logits, their log-softmax and the gradient of each use of
-    them. The residual stream, norms and routers are fp32. `expert_choice` routing and modalities alike frequent.
+    them. The residual stream, norms and routers are fp32. `expert_choice` routing and modalities equally frequent.
 
     Args:
         config (`MomaConfig`): the model.
@@ -245,7 +242,7 @@ def _group_of(config, modality):
 
 
 def experts_per_token(config: MomaConfig) -> float:
-    """Packed experts that a token meets on average, modalities alike frequent; 0 without packed experts."""
+    """Packed experts that a token meets on average, modalities equally frequent; 0 without packed experts."""
     check_config(config)
 
     def used(modality):

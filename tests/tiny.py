@@ -15,6 +15,7 @@
 
 import numpy as np
 import torch
+from datasets import Dataset, DatasetDict
 from PIL import Image
 
 from modeling_moma import MomaConfig, MomaForCausalLM
@@ -74,3 +75,20 @@ def tiny_model(processor: MomaProcessor, **fields) -> MomaForCausalLM:
         "norm_placement": "pre",
     }
     return MomaForCausalLM(MomaConfig(**{**defaults, **fields, **processor.token_layout()})).eval()
+
+
+def tiny_codes(processor: MomaProcessor, **splits: int) -> DatasetDict:
+    """What `scripts/tokenize_pictures.py` writes, with random codes: so many rows in each split."""
+    rng = np.random.default_rng(0)
+
+    def rows_of(rows):
+        return Dataset.from_dict(
+            {
+                "codes": rng.integers(0, processor.codebook_size, (rows, 1, processor.image_seq_length)).tolist(),
+                "style": ["noto"] * rows,
+                "label": [f"thing {index}" for index in range(rows)],
+                "keywords": [["red", "fruit"]] * rows,
+            }
+        )
+
+    return DatasetDict({name: rows_of(rows) for name, rows in splits.items()})

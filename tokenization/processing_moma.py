@@ -37,10 +37,8 @@ ENCODE_CHUNK = 64
 LABEL_PAD_ID = -100
 HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
 
-# turns end with <eos> and headers with a newline, so that no BPE token straddles the edge of a turn
-DEFAULT_CHAT_TEMPLATE = (
-    "{{ bos_token | default('', true) }}"
-    "{% for message in messages %}"
+# of a chat template, inside its loop over messages: sets `turn.text`, with a placeholder for every picture
+MESSAGE_TEXT = (
     "{% set turn = namespace(text='') %}"
     "{% if message['content'] is string %}"
     "{% set turn.text = message['content'] %}"
@@ -51,7 +49,11 @@ DEFAULT_CHAT_TEMPLATE = (
     "{% else %}{{ raise_exception('content parts must be of type text or image, got ' + part['type']) }}{% endif %}"
     "{% endfor %}"
     "{% endif %}"
-    "{{ message['role'] + '\n' }}"
+)
+# turns end with <eos> and headers with a newline, so that no BPE token straddles the edge of a turn
+DEFAULT_CHAT_TEMPLATE = (
+    "{{ bos_token | default('', true) }}"
+    "{% for message in messages %}" + MESSAGE_TEXT + "{{ message['role'] + '\n' }}"
     "{% if message['role'] == 'assistant' %}"
     "{% generation %}{{ turn.text | trim }}{{ eos_token }}{% endgeneration %}"
     "{% else %}"

@@ -106,7 +106,7 @@ class MomaDepthRouter(MomaRouterBase):
             chosen_BT = best_BT
         elif context.depth_routing == "threshold":
             chosen_BT = scores_BT >= state.threshold[pool_BT]
-            if context.track and self.warmup_steps and self.weight.requires_grad:
+            if context.track and self.warmup_steps and not self.is_frozen:
                 is_warming_G = state.num_updates < self.warmup_steps
                 chosen_BT = torch.where(is_warming_G[pool_BT], best_BT, chosen_BT)
         elif context.depth_routing == "auxiliary":

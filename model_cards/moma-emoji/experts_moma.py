@@ -61,15 +61,23 @@ class MomaPackedExperts(nn.Module):
         Returns:
             `torch.Tensor`: weighted sums, `[N, D]`.
         """
+        return self.run_in_turn(hidden_states, top_k_index, top_k_weights)
+
+    def run_in_turn(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """The "eager" implementation itself, whichever the model is set to; see [`MomaPackedExperts.forward`]."""
         output = torch.zeros_like(hidden_states)
         # every expert runs, with zero rows if need be, so that every rank touches every weight
         for expert in range(self.num_experts):
             token, slot = torch.where(top_k_index == expert)
-            gate_up = nn.functional.linear(hidden_states[token], self.gate_up_proj[expert])
-            expert_output = nn.functional.linear(self._apply_gate(gate_up), self.down_proj[expert])
-            expert_output = expert_output * top_k_weights[token, slot, None]
+            expert_output = self._run_one(expert, hidden_states[token]) * top_k_weights[token, slot, None]
             output = output.index_add(0, token, expert_output.to(output.dtype))
         return output
+
+    def _run_one(self, expert, x_KD):
+        gate_up = nn.functional.linear(x_KD, self.gate_up_proj[expert])
+        return nn.functional.linear(self._apply_gate(gate_up), self.down_proj[expert])
 
 
 class _PaddedExperts:
@@ -182,8 +190,7 @@ class MomaExpertGroup(nn.Module):
             total_N = gate_N.index_add(0, token_P, weight_P.detach())
             weight_P = weight_P / total_N.index_select(0, token_P).clamp(min=torch.finfo(total_N.dtype).tiny)
         rows_PD = x_ND.index_select(0, token_P)
-        # tensor and expert parallelism bring rows to split experts by their ids, and set this mark
-        if is_equal and not getattr(self.experts, "_is_hooked", False):
+        if is_equal and not _take_rows_by_id(self.experts):
             y_EKD = self.experts(rows_PD.unflatten(0, selection.token_EK.shape))
             y_PD = y_EKD.flatten(0, 1) * weight_P.unsqueeze(-1).to(y_EKD.dtype)
         else:
@@ -198,7 +205,7 @@ class MomaExpertGroup(nn.Module):
             total_N1 = weight_NE.detach().sum(-1, keepdim=True)
             weight_NE = weight_NE / total_N1.clamp(min=torch.finfo(total_N1.dtype).tiny)
         gate_N = weight_NE.sum(-1)
-        if getattr(self.experts, "_is_hooked", False):
+        if _take_rows_by_id(self.experts):
             expert_NE = torch.arange(self.num_experts, device=x_ND.device).expand_as(weight_NE)
             return self.experts(x_ND, expert_NE, weight_NE), gate_N
         y_END = self.experts(x_ND.expand(self.num_experts, -1, -1))
@@ -206,6 +213,11 @@ class MomaExpertGroup(nn.Module):
         # an expert that nobody chose may overflow in half precision, and infinity times 0 is no number
         y_END = torch.where(weight_EN1 > 0, y_END * weight_EN1, 0.0)
         return y_END.sum(0).to(x_ND.dtype), gate_N
+
+
+def _take_rows_by_id(experts):
+    """Whether tensor or expert parallelism has split the experts, maybe under an adapter: it then brings them rows."""
+    return getattr(experts, "_is_hooked", False)
 
 
 def _expert_of_pairs(selection):

@@ -38,22 +38,16 @@ class MomaQuantizedExperts(MomaExperts):
         """See [`MomaExperts.forward`]."""
         if top_k_index is None:
             return self._run_equal(hidden_states)
-        output = torch.zeros_like(hidden_states)
-        for expert in range(self.num_experts):
-            token, slot = torch.where(top_k_index == expert)
-            expert_output = self._run(expert, hidden_states[token]) * top_k_weights[token, slot, None]
-            output = output.index_add(0, token, expert_output.to(output.dtype))
-        return output
+        return self.run_in_turn(hidden_states, top_k_index, top_k_weights)
 
     def _run_equal(self, x_EKD):
-        return torch.stack([self._run(expert, x_KD) for expert, x_KD in enumerate(x_EKD)])
+        return torch.stack([self._run_one(expert, x_KD) for expert, x_KD in enumerate(x_EKD)])
 
-    def _run(self, expert, x_KD):
+    def _run_one(self, expert, x_KD):
         # so that every rank touches every weight, and its adapter's
         if x_KD.shape[0] == 0:
-            return self._run(expert, x_KD.new_zeros(1, x_KD.shape[1]))[:0]
-        gate_up = nn.functional.linear(x_KD, self.gate_up_proj[expert])
-        return nn.functional.linear(self._apply_gate(gate_up), self.down_proj[expert])
+            return super()._run_one(expert, x_KD.new_zeros(1, x_KD.shape[1]))[:0]
+        return super()._run_one(expert, x_KD)
 
 
 class MomaQuantizedMLP(MomaMLP):

@@ -13,21 +13,13 @@
 # limitations under the License.
 """The chat template of a model that learnt captions and nothing else."""
 
+from tokenization.processing_moma import MESSAGE_TEXT
+
+
 # a message of the user and its answer are one training example: `<bos> picture caption <eos>` or
 # `<bos> caption picture <eos>`; what a system message says has no place in one
 CHAT_TEMPLATE = (
-    "{% for message in messages %}"
-    "{% set turn = namespace(text='') %}"
-    "{% if message['content'] is string %}"
-    "{% set turn.text = message['content'] %}"
-    "{% else %}"
-    "{% for part in message['content'] %}"
-    "{% if part['type'] == 'image' %}{% set turn.text = turn.text + '<image>' %}"
-    "{% elif part['type'] == 'text' %}{% set turn.text = turn.text + part['text'] %}"
-    "{% else %}{{ raise_exception('content parts must be of type text or image, got ' + part['type']) }}{% endif %}"
-    "{% endfor %}"
-    "{% endif %}"
-    "{% if message['role'] == 'user' %}"
+    "{% for message in messages %}" + MESSAGE_TEXT + "{% if message['role'] == 'user' %}"
     "{{ bos_token + (turn.text | trim) }}"
     "{% elif message['role'] == 'assistant' %}"
     "{% generation %}{{ (turn.text | trim) + eos_token }}{% endgeneration %}"

@@ -18,6 +18,19 @@ import torch
 from modeling_moma import MomaConfig, MomaForCausalLM, MomaModel
 
 
+# ids 1 to 19 are text: the overfit test trains on them
+LAYOUT = {
+    "vocab_size": 99,
+    "pad_token_id": 0,
+    "bos_token_id": 90,
+    "eos_token_id": 91,
+    "begin_image_token_id": 92,
+    "end_image_token_id": 93,
+    "image_seq_length": 4,
+    "modality_token_ranges": {"image": [[40, 80]]},
+}
+
+
 class MomaModelTester:
     """Tiny configurations and mixed batches, with the attributes that the mixins read."""
 
@@ -35,24 +48,13 @@ class MomaModelTester:
         self.fields = fields
 
     def get_config(self):
-        # ids 1 to 19 are text: the overfit test trains on them
-        layout = {
-            "vocab_size": 99,
-            "pad_token_id": 0,
-            "bos_token_id": 90,
-            "eos_token_id": 91,
-            "begin_image_token_id": 92,
-            "end_image_token_id": 93,
-            "image_seq_length": 4,
-            "modality_token_ranges": {"image": [[40, 80]]},
-        }
         return MomaConfig(
             hidden_size=self.hidden_size,
             intermediate_size=37,
             num_hidden_layers=self.num_hidden_layers,
             num_attention_heads=self.num_attention_heads,
             max_position_embeddings=512,
-            **layout,
+            **LAYOUT,
             **self.fields,
         )
 

@@ -18,24 +18,18 @@ import unittest
 import pytest
 from transformers_common_tests.test_configuration_common import ConfigTester
 
+from hf_common.model_tester import LAYOUT
 from modeling_moma import MomaConfig
 from tokenization import MomaVQConfig
 
 
 CHECKS = sorted(name for name in dir(ConfigTester) if name.startswith(("create_and_test_", "check_")))
 MODEL_FIELDS = {
-    "vocab_size": 99,
+    **LAYOUT,
     "hidden_size": 32,
     "intermediate_size": 37,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
-    "pad_token_id": 0,
-    "bos_token_id": 90,
-    "eos_token_id": 91,
-    "begin_image_token_id": 92,
-    "end_image_token_id": 93,
-    "image_seq_length": 4,
-    "modality_token_ranges": {"image": [[40, 80]]},
 }
 VQ_FIELDS = {
     "embed_dim": 8,

@@ -19,7 +19,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator, PartialState
@@ -28,7 +27,6 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from accelerate.utils.dataclasses import get_module_class_from_name
 from accelerate.utils.launch import prepare_multi_gpu_env
-from datasets import Dataset, DatasetDict
 from safetensors.torch import load_file
 from torch.distributed.fsdp import FSDPModule
 
@@ -38,7 +36,7 @@ from modeling.processes import free_port, run_group
 from modeling.reference import tiny_config, tiny_model
 from modeling_moma import MomaForCausalLM
 from modeling_moma.modeling_moma import MomaDecoderLayer
-from tiny import tiny_processor
+from tiny import tiny_codes, tiny_processor
 
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -124,19 +122,7 @@ def inputs(tmp_path):
     """What pre-training needs, at its smallest."""
     processor = tiny_processor()
     processor.save_pretrained(tmp_path / "processor")
-    rng = np.random.default_rng(0)
-
-    def split(rows):
-        return Dataset.from_dict(
-            {
-                "codes": rng.integers(0, processor.codebook_size, (rows, 1, processor.image_seq_length)).tolist(),
-                "style": ["noto"] * rows,
-                "label": [f"thing {index}" for index in range(rows)],
-                "keywords": [["red", "fruit"]] * rows,
-            }
-        )
-
-    DatasetDict(train=split(12), validation=split(4)).save_to_disk(tmp_path / "codes")
+    tiny_codes(processor, train=12, validation=4).save_to_disk(tmp_path / "codes")
     config = {"hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4}
     (tmp_path / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 64}))
     return tmp_path

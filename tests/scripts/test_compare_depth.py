@@ -15,9 +15,8 @@ import json
 import math
 import shutil
 
-import numpy as np
 import pytest
-from datasets import Dataset, DatasetDict
+from datasets import Dataset
 
 from compare_depth import main, parse_arguments
 from emoji.curves import tokens_of_example, training_of
@@ -25,7 +24,7 @@ from emoji.depth_comparison import CAUSAL, DEPTH_EXPERT_CHOICE, compare, compari
 from emoji.measures import EXPERT_CHOICE, LOSSES, gaps
 from modeling_moma import MomaConfig, training_flops
 from pretrain import main as pretrain
-from tiny import tiny_processor
+from tiny import tiny_codes, tiny_processor
 
 
 @pytest.fixture(scope="module")
@@ -34,19 +33,7 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("compare")
     processor = tiny_processor()
     processor.save_pretrained(folder / "processor")
-    rng = np.random.default_rng(0)
-
-    def split(rows):
-        return Dataset.from_dict(
-            {
-                "codes": rng.integers(0, processor.codebook_size, (rows, 1, processor.image_seq_length)).tolist(),
-                "style": ["noto"] * rows,
-                "label": [f"thing {index}" for index in range(rows)],
-                "keywords": [["red", "fruit"]] * rows,
-            }
-        )
-
-    DatasetDict(train=split(12), validation=split(6), test=split(4)).save_to_disk(folder / "codes")
+    tiny_codes(processor, train=12, validation=6, test=4).save_to_disk(folder / "codes")
     config = {"hidden_size": 32, "intermediate_size": 24, "num_attention_heads": 4, "max_position_embeddings": 64}
     depth = {"depth_layers": [0, 2], "depth_training_routing": "threshold"}
     for name, fields in (("plain", {"num_hidden_layers": 2}), ("depth", {"num_hidden_layers": 3, **depth})):

@@ -14,10 +14,8 @@
 import json
 import shutil
 
-import numpy as np
 import pytest
 import torch
-from datasets import Dataset, DatasetDict
 from PIL import Image
 
 from compare_upcycling import main
@@ -28,28 +26,13 @@ from emoji.tables import between_markers
 from emoji.upcycling_comparison import CAUSAL, by_seed_length, compare, comparison_report, settings_of
 from modeling_moma import MomaConfig, flops_per_token
 from pretrain import main as pretrain
-from tiny import tiny_processor
+from tiny import tiny_codes, tiny_processor
 from upcycle import main as upcycle
 
 
 STEPS, BATCH = 4, 4
 LENGTHS = (1, 2)
-
-
-def tiny_codes(processor):
-    rng = np.random.default_rng(0)
-
-    def split(rows):
-        return Dataset.from_dict(
-            {
-                "codes": rng.integers(0, processor.codebook_size, (rows, 1, processor.image_seq_length)).tolist(),
-                "style": ["noto"] * rows,
-                "label": [f"thing {index}" for index in range(rows)],
-                "keywords": [["red", "fruit"]] * rows,
-            }
-        )
-
-    return DatasetDict(train=split(12), validation=split(6), test=split(4))
+SPLITS = {"train": 12, "validation": 6, "test": 4}
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +41,7 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("compare")
     processor = tiny_processor()
     processor.save_pretrained(folder / "processor")
-    tiny_codes(processor).save_to_disk(folder / "codes")
+    tiny_codes(processor, **SPLITS).save_to_disk(folder / "codes")
     config = {"hidden_size": 32, "intermediate_size": 24, "num_attention_heads": 4, "max_position_embeddings": 64}
     for name, experts in (("4t4i", 4), ("1t1i", 1)):
         num_experts = {"text": experts, "image": experts}
@@ -106,7 +89,7 @@ def test_losses_are_the_means_over_target_tokens_under_the_causal_routing(folder
     model = load_model(folder / "from-2-1", "cpu")
     run = report["runs"]["2"][1]
     sums, counts = {"text": 0.0, "image": 0.0}, {"text": 0, "image": 0}
-    for example in held_out_examples(tiny_codes(processor)["test"], processor):
+    for example in held_out_examples(tiny_codes(processor, **SPLITS)["test"], processor):
         ids = torch.tensor([example["input_ids"]])
         with torch.inference_mode():
             losses = -model(input_ids=ids).logits[0].log_softmax(-1)
