@@ -11,6 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
+import json
 import re
 from pathlib import Path
 
@@ -18,6 +19,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoProcessor
 
+from evaluate import Evaluation, parse_arguments
 from modeling_moma.checkpoint_checks_moma import refuse_non_finite
 
 
@@ -52,3 +54,17 @@ def test_weights_are_finite_and_bf16_but_for_the_routers():
     for name, tensor in model.state_dict().items():
         assert tensor.dtype == (torch.float32 if ".router." in name else torch.bfloat16), name
     assert model.config.vocab_size == processor.token_layout()["vocab_size"]
+
+
+def test_the_folder_as_it_is_loses_what_its_card_says(tmp_path):
+    paths = {"--model": FOLDER, "--data": ROOT / "data" / "emoji", "--output": tmp_path / "report.json"}
+    arguments = [str(text) for pair in paths.items() for text in pair]
+    losses = Evaluation(parse_arguments(arguments)).losses()
+    report = json.loads((FOLDER / "evaluation.json").read_text())["loss"]
+    card = (FOLDER / "README.md").read_text()
+    for name, measured in losses.items():
+        assert measured["tokens"] == report[name]["tokens"]
+        for part in ("text", "image", "overall"):
+            assert measured[part] == pytest.approx(report[name][part], abs=1e-4), (name, part)
+    shown = " | ".join(f"{losses['causal'][part]:.3f}" for part in ("text", "image", "overall"))
+    assert f"| MoMa, causal (threshold) | {shown} |" in card

@@ -25,7 +25,8 @@ class MomaDataCollator:
     Pads tokenised examples to one length. The padding token and side are the tokenizer's.
 
     `DataCollatorForLanguageModeling` marks padding by its id, which loses the end-of-text labels of a tokenizer that
-    pads with `<eos>`; here the attention mask decides. `mm_token_type_ids` are padded as well.
+    pads with `<eos>`; here the attention mask decides. What follows padding is no label either: padding on the left
+    would else have to predict the first token of its row. `mm_token_type_ids` are padded as well.
 
     Args:
         tokenizer (`PreTrainedTokenizerBase`):
@@ -33,7 +34,7 @@ class MomaDataCollator:
         pad_to_multiple_of (`int`, *optional*):
             Round the length of a batch up to a multiple of this number of tokens.
         label_pad_token_id (`int`, *optional*, defaults to -100):
-            Label of padding, ignored by the loss.
+            Label of padding and of what follows it, ignored by the loss.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -77,7 +78,12 @@ class MomaDataCollator:
         length = max(len(row["input_ids"]) for row in rows)
         if self.pad_to_multiple_of is not None:
             length = -(-length // self.pad_to_multiple_of) * self.pad_to_multiple_of
-        return {name: self._pad([row[name] for row in rows], length, padding[name]) for name in names}
+        batch = {name: self._pad([row[name] for row in rows], length, padding[name]) for name in names}
+        is_padding = batch["attention_mask"] == 0
+        # the label after padding would be what a padding position has to predict
+        is_padding[:, 1:] |= is_padding[:, :-1].clone()
+        batch["labels"].masked_fill_(is_padding, self.label_pad_token_id)
+        return batch
 
     def _complete(self, index: int, example: dict, known: dict[str, int]) -> dict[str, torch.Tensor]:
         for name in example:
@@ -92,9 +98,8 @@ class MomaDataCollator:
                     f"features[{index}]: `{name}` has the shape {tuple(values.shape)} and `input_ids` the shape "
                     f"{tuple(row['input_ids'].shape)}; both must be one row of the same length."
                 )
-        mask = row.setdefault("attention_mask", torch.ones_like(row["input_ids"]))
-        labels = row.get("labels", row["input_ids"])
-        row["labels"] = labels.masked_fill(mask == 0, self.label_pad_token_id)
+        row.setdefault("attention_mask", torch.ones_like(row["input_ids"]))
+        row.setdefault("labels", row["input_ids"])
         return row
 
     def _pad(self, rows: list[torch.Tensor], length: int, value: int) -> torch.Tensor:

@@ -67,7 +67,7 @@ DEFAULT_CHAT_TEMPLATE = (
 class MomaProcessorKwargs(ProcessingKwargs, total=False):
     """
     return_labels (`bool`, *optional*, defaults to `False`):
-        Whether to return `labels`: a copy of `input_ids` with -100 at padding.
+        Whether to return `labels`: a copy of `input_ids` with -100 at padding and at the first token after it.
     """
 
     return_labels: bool
@@ -236,7 +236,8 @@ class MomaProcessor(ProcessorMixin):
 
             - **input_ids** -- Token ids, picture codes included.
             - **attention_mask** -- 0 at padding.
-            - **labels** -- With `return_labels=True`: `input_ids`, and -100 at padding.
+            - **labels** -- With `return_labels=True`: `input_ids`, and -100 at padding and at the first token after
+              padding, which would have to predict it.
             - **mm_token_type_ids** -- With `return_mm_token_type_ids=True`: 1 for picture codes, else 0.
 
         Raises:
@@ -259,9 +260,12 @@ class MomaProcessor(ProcessorMixin):
             raise ValueError("return_labels: labels leave padding out by the attention mask; do not turn it off.")
         ids, mask = features["input_ids"], features["attention_mask"]
         if isinstance(ids, list):
-            pairs = [zip(row, row_mask) for row, row_mask in zip(ids, mask)]
-            return [[token if kept else LABEL_PAD_ID for token, kept in pair] for pair in pairs]
-        return ids * mask + LABEL_PAD_ID * (1 - mask)
+            # of neighbours, the first of which predicts the second
+            pairs = [zip(row, row_mask, [1, *row_mask]) for row, row_mask in zip(ids, mask)]
+            return [[token if here and before else LABEL_PAD_ID for token, here, before in row] for row in pairs]
+        is_label = mask * 1
+        is_label[:, 1:] *= mask[:, :-1]
+        return ids * is_label + LABEL_PAD_ID * (1 - is_label)
 
     def prepare_inputs_layout(self, images=None, text=None, videos=None, audio=None, **kwargs):
         """Opens paths and addresses, and drops a list of pictures that holds none."""

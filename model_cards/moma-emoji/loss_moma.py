@@ -46,6 +46,7 @@ def causal_lm_loss(
     num_items_in_batch: torch.Tensor | int | None = None,
     ignore_index: int = -100,
     shift_labels: torch.Tensor | None = None,
+    attention_mask: torch.Tensor | None = None,
     **kwargs,
 ) -> MomaLoss:
     """Next-token cross-entropy, shifted and normalised as `ForCausalLMLoss` of Transformers does it.
@@ -61,10 +62,17 @@ def causal_lm_loss(
         training (`bool`): whether to apply modality weights and z-loss.
         num_items_in_batch (`int` or `torch.Tensor`, *optional*): divisor of the sum; the number of targets by default.
         shift_labels (`torch.LongTensor`, *optional*): targets that are shifted already; replaces `labels`.
+        attention_mask (`torch.Tensor`, *optional*): `[B, S]`, its last `T` columns those of the logits, 0 at padding.
+            A padding position is no target and predicts none, on either side. Masks of other forms are passed over.
     """
     if shift_labels is None:
         shift_labels = nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
-    targets = shift_labels.reshape(-1).to(logits.device)
+    shift_labels = shift_labels.to(logits.device)
+    if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2:
+        is_token_BT = attention_mask[:, -shift_labels.shape[-1] :].to(logits.device) != 0
+        is_target_BT = nn.functional.pad(is_token_BT, (0, 1), value=True)[:, 1:]
+        shift_labels = shift_labels.masked_fill(~(is_token_BT & is_target_BT), ignore_index)
+    targets = shift_labels.reshape(-1)
     logits = logits.float().reshape(-1, logits.shape[-1])
     token_losses = nn.functional.cross_entropy(logits, targets, ignore_index=ignore_index, reduction="none")
     valid = targets != ignore_index

@@ -510,7 +510,7 @@ class MomaForCausalLM(MomaPreTrainedModel, MomaGenerationMixin):
             See [`MomaModel.forward`].
         labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
             Targets, a copy of `input_ids` with -100 where no loss is wanted; shifted inside. Picture codes count like
-            words.
+            words. What `attention_mask` hides is no target and predicts none.
         routing (`str`, *optional*):
             See [`MomaModel.forward`].
         depth_routing (`str`, *optional*):
@@ -544,7 +544,9 @@ class MomaForCausalLM(MomaPreTrainedModel, MomaGenerationMixin):
         logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
         loss = modality_losses = modality_tokens = None
         if labels is not None or kwargs.get("shift_labels") is not None:
-            parts = causal_lm_loss(self.config, logits, labels, training=self.training, **kwargs)
+            parts = causal_lm_loss(
+                self.config, logits, labels, training=self.training, attention_mask=attention_mask, **kwargs
+            )
             loss, modality_losses, modality_tokens = parts.loss, parts.modality_losses, parts.modality_tokens
         return MomaCausalLMOutput(
             loss=loss,

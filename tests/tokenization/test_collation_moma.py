@@ -40,7 +40,8 @@ def test_left_padding_multiple_and_given_fields(tokenizer):
     ]
     batch = MomaDataCollator(tokenizer, pad_to_multiple_of=4)(rows)
     assert batch["input_ids"].tolist() == [[0, 5, 6, 7], [0, 0, 0, 8]]
-    assert batch["labels"].tolist() == [[-100, -100, 6, 7], [-100, -100, -100, 8]]
+    # padding would have to predict the 8, and the first token of a row
+    assert batch["labels"].tolist() == [[-100, -100, 6, 7], [-100, -100, -100, -100]]
     assert batch["mm_token_type_ids"].tolist() == [[0, 0, 1, 1], [0, 0, 0, 1]]
 
 
@@ -51,9 +52,9 @@ def test_end_of_text_is_learnt_even_when_it_is_the_padding_token(tokenizer):
     assert batch["labels"].tolist() == [[5, eos, -100], [5, 6, eos]]
 
 
-def test_padding_inside_an_example_is_no_label(tokenizer):
-    batch = MomaDataCollator(tokenizer)([{"input_ids": [5, 0], "attention_mask": [1, 0], "labels": [5, 0]}])
-    assert batch["labels"].tolist() == [[5, -100]]
+def test_padding_inside_an_example_is_no_label_and_predicts_none(tokenizer):
+    rows = [{"input_ids": [5, 0, 6, 7], "attention_mask": [1, 0, 1, 1], "labels": [5, 0, 6, 7]}]
+    assert MomaDataCollator(tokenizer)(rows)["labels"].tolist() == [[5, -100, -100, 7]]
 
 
 def test_works_in_worker_processes(tokenizer):

@@ -103,16 +103,26 @@ def test_batch_of_rows_with_no_one_and_two_pictures(processor, pictures, side):
         kept = out["attention_mask"][row].bool()
         assert out["input_ids"][row][kept].tolist() == alone
         assert kept[-1 if side == "left" else 0]
-        assert out["labels"][row][kept].tolist() == alone and (out["labels"][row][~kept] == -100).all()
+        # nothing before the first token could predict it
+        first_label = alone[0] if kept[0] else -100
+        assert out["labels"][row][kept].tolist() == [first_label, *alone[1:]]
+        assert (out["labels"][row][~kept] == -100).all()
         first = processor.image_token_offset
         is_code = (out["input_ids"][row] >= first) & (out["input_ids"][row] < first + CODES)
         assert out["mm_token_type_ids"][row].tolist() == is_code.long().tolist()
         assert is_code.sum() == LENGTH * len(row_images)
 
 
-def test_labels_are_lists_where_no_tensors_are_asked_for(processor):
-    out = processor(text=["red apple", "red"], padding=True, return_labels=True)
-    assert out["labels"][0] == out["input_ids"][0] and out["labels"][1][-1] == -100
+@pytest.mark.parametrize("return_tensors", [None, "np", "pt"])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_labels_are_what_the_ids_are(processor, side, return_tensors):
+    options = {"padding": True, "padding_side": side, "return_labels": True, "return_tensors": return_tensors}
+    out = processor(text=["red apple", "red"], **options)
+    assert type(out["labels"]) is type(out["input_ids"])
+    ids, labels = ([list(row) for row in out[name]] for name in ("input_ids", "labels"))
+    assert labels[0] == ids[0]
+    expected = [-100, -100, *ids[1][2:]] if side == "left" else [*ids[1][:-1], -100]
+    assert labels[1] == expected
 
 
 @pytest.mark.parametrize("images", [None, [], [[], []]])
