@@ -21,7 +21,7 @@ Shape suffixes:
 
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
@@ -30,7 +30,8 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from .depth_moma import MomaDepthRouter
-from .routing_moma import MomaRouter, MomaRouterBase, RoutingContext, is_distributed
+from .routing_context_moma import RoutingContext, is_distributed
+from .routing_moma import MomaRouter, MomaRouterBase
 
 
 logger = logging.get_logger(__name__)
@@ -65,9 +66,7 @@ class RouterRecord:
     def of(cls, name: str, router: MomaRouterBase, hidden: torch.Tensor, context: RoutingContext) -> "RouterRecord":
         """Let a router in eval mode choose its top K of the tokens it was called with, whatever the routing was."""
         # a context of its own, so that the model does not learn of the statistics
-        oracle = replace(
-            context, routing="expert_choice", depth_routing="expert_choice", track=True, statistics={}, state={}
-        )
+        oracle = context.with_routing("expert_choice", track=True)
         logits, selection = router.forward(hidden, oracle)
         kth_C, _, votes_C = oracle.statistics[router]
         scores, hidden = torch.sigmoid(logits), hidden.detach()

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from .configuration_moma import MomaConfig
-from .routing_moma import token_modalities
+from .modality_split_moma import token_modalities
 
 
 @dataclass

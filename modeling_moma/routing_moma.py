@@ -11,24 +11,24 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Who goes where: the split of a batch by modality, and routers that answer with a selection and its weights.
+"""Who goes where: routers that answer with a selection and its weights, and what a training step moves in them.
 
 Shape suffixes:
-    B rows, T positions, D hidden size, G expert groups, N tokens of one group in the batch, E experts of the group,
-    K tokens that one expert takes, P (token, expert) pairs,
-    C cuts of a router (one for each expert, or for each pool of a depth router).
+    D hidden size, N tokens of one group in the batch, E experts of the group, K tokens that one expert takes,
+    P (token, expert) pairs, C cuts of a router (one for each expert, or for each pool of a depth router).
 """
 
 import math
-from dataclasses import dataclass, field
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import nn
+from transformers.utils.generic import maybe_autocast
 
 from .auxiliary_moma import Fp32Buffers, MomaAuxiliaryRouter
 from .configuration_moma import MomaConfig
+from .routing_context_moma import RoutingContext, is_distributed
 
 
 @dataclass
@@ -101,7 +101,7 @@ class MomaRouterBase(Fp32Buffers, nn.Module):
 
     def logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """`[..., D]` to `[..., scores]`, in fp32 also under autocast."""
-        with torch.autocast(hidden_states.device.type, enabled=False):
+        with maybe_autocast(hidden_states.device.type, enabled=False):
             return nn.functional.linear(hidden_states.float(), self.weight.float())
 
     def predicted_scores(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -138,7 +138,7 @@ class MomaRouter(MomaRouterBase):
         self.gumbel_noise, self.gumbel_noise_steps = config.gumbel_noise, config.gumbel_noise_steps
 
     def forward(
-        self, x_ND: torch.Tensor, context: "RoutingContext"
+        self, x_ND: torch.Tensor, context: RoutingContext
     ) -> tuple[torch.Tensor, ExpertSelection | PairSelection | GateSelection]:
         """Score the tokens and select.
 
@@ -188,7 +188,7 @@ class MomaRouter(MomaRouterBase):
 
 
 def expert_choice(
-    router: MomaRouter, x_ND: torch.Tensor, scores_NE: torch.Tensor, context: "RoutingContext"
+    router: MomaRouter, x_ND: torch.Tensor, scores_NE: torch.Tensor, context: RoutingContext
 ) -> ExpertSelection:
     """Each expert takes its top `K` tokens of the batch (MoMa section 2.2). Not causal: for training."""
     weight_EK, token_EK = scores_NE.t().topk(router.capacity(scores_NE.shape[0]), dim=-1)
@@ -196,7 +196,7 @@ def expert_choice(
 
 
 def threshold(
-    router: MomaRouter, x_ND: torch.Tensor, scores_NE: torch.Tensor, context: "RoutingContext"
+    router: MomaRouter, x_ND: torch.Tensor, scores_NE: torch.Tensor, context: RoutingContext
 ) -> PairSelection | GateSelection:
     """An expert takes a token iff its score reaches the running mean of the expert's K-th best score.
 
@@ -212,7 +212,7 @@ def threshold(
 
 
 def token_choice(
-    router: MomaRouter, x_ND: torch.Tensor, scores_NE: torch.Tensor, context: "RoutingContext"
+    router: MomaRouter, x_ND: torch.Tensor, scores_NE: torch.Tensor, context: RoutingContext
 ) -> PairSelection | GateSelection:
     """Each token takes its best experts; the balance bias selects but does not weigh (arXiv 2408.15664)."""
     num_tokens = scores_NE.shape[0]
@@ -226,7 +226,7 @@ def token_choice(
 
 
 def auxiliary(
-    router: MomaRouter, x_ND: torch.Tensor, scores_NE: torch.Tensor, context: "RoutingContext"
+    router: MomaRouter, x_ND: torch.Tensor, scores_NE: torch.Tensor, context: RoutingContext
 ) -> PairSelection | GateSelection:
     """An expert takes a token iff the auxiliary router predicts so; the weight is the main router's (section 2.4)."""
     return _select(router.predicted_scores(x_ND) >= router.auxiliary.threshold, scores_NE, context)
@@ -249,240 +249,6 @@ ROUTINGS = {
 NOISY_ROUTINGS = ("expert_choice", "token_choice")
 
 
-def logistic_noise_like(logits: torch.Tensor) -> torch.Tensor:
-    """Differences of two independent Gumbel samples, `G' - G''` of MoMa equation 5: standard logistic samples."""
-    return torch.rand_like(logits).logit(eps=1e-6)
-
-
-@dataclass
-class ModalitySplit:
-    """Which positions of a batch go to which expert group, computed once per forward and shared by all layers.
-
-    Attributes:
-        counts (`dict[str, int]`): tokens of each group.
-        order (`torch.LongTensor`, *optional*): flat positions `[B * T]`, group by group, padding last. `None` when all
-            positions belong to one group.
-        inverse (`torch.LongTensor`, *optional*): the place of each position in `order`.
-        group_BT (`torch.LongTensor`): index of each position's group, the number of groups at padding, `[B, T]`.
-    """
-
-    counts: dict[str, int]
-    order: torch.Tensor | None
-    inverse: torch.Tensor | None
-    group_BT: torch.Tensor
-
-    @classmethod
-    def from_groups(cls, group_BT: torch.Tensor, counts: dict[str, int]) -> "ModalitySplit":
-        """Lay out positions whose numbers in each group are known to the host, so that nothing waits."""
-        group_flat = group_BT.flatten()
-        if len(counts) == 1 and sum(counts.values()) == group_flat.shape[0]:
-            return cls(counts, None, None, group_BT)
-        order = torch.argsort(group_flat, stable=True)
-        inverse = torch.empty_like(order).scatter_(0, order, torch.arange(order.shape[0], device=order.device))
-        return cls(counts, order, inverse, group_BT)
-
-    def split(self, hidden_BTD: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Gather `[B, T, D]` into the groups' tokens, `[N, D]` each."""
-        flat = hidden_BTD.flatten(0, 1)
-        if self.order is None:
-            return dict.fromkeys(self.counts, flat)
-        num_tokens = sum(self.counts.values())
-        # index_select, whose backward is much cheaper than that of indexing on CPU
-        groups = flat.index_select(0, self.order[:num_tokens]).split(list(self.counts.values()))
-        return dict(zip(self.counts, groups))
-
-    def merge(self, groups: dict[str, torch.Tensor], like_BTD: torch.Tensor) -> torch.Tensor:
-        """Put the groups' outputs `[N, ...]` back in place, `[B, T, ...]`; padding gets zeros."""
-        parts = [groups[name] for name in self.counts]
-        if self.order is None:
-            return parts[0].unflatten(0, like_BTD.shape[:2])
-        num_padding = self.order.shape[0] - sum(self.counts.values())
-        if num_padding:
-            parts.append(parts[0].new_zeros(num_padding, *parts[0].shape[1:]))
-        return torch.cat(parts).index_select(0, self.inverse).unflatten(0, like_BTD.shape[:2])
-
-
-@dataclass
-class FixedSplit:
-    """A split whose shapes do not depend on the tokens: every group gets every position, and gives up the others'.
-
-    For steps of one token, where a wait on the device for the numbers would cost more than the surplus work, and where
-    `torch.compile` needs every step to look alike.
-
-    Attributes:
-        groups (`list[str]`): names of the groups.
-        group_BT (`torch.LongTensor`): index of each position's group, the number of groups at padding, `[B, T]`.
-    """
-
-    groups: list[str]
-    group_BT: torch.Tensor
-
-    def __post_init__(self):
-        # all layers ask for these
-        self._is_member_N = [self.group_BT.flatten() == index for index in range(len(self.groups))]
-
-    def split(self, hidden_BTD: torch.Tensor) -> dict[str, torch.Tensor]:
-        """All positions for each group, `[B * T, D]`."""
-        return dict.fromkeys(self.groups, hidden_BTD.flatten(0, 1))
-
-    def merge(self, groups: dict[str, torch.Tensor], like_BTD: torch.Tensor) -> torch.Tensor:
-        """Each position's output from its own group, `[B, T, ...]`; padding gets zeros."""
-        merged = torch.zeros_like(groups[self.groups[0]])
-        for name, is_member_N in zip(self.groups, self._is_member_N):
-            merged = torch.where(is_member_N.view(-1, *[1] * (merged.ndim - 1)), groups[name], merged)
-        return merged.unflatten(0, like_BTD.shape[:2])
-
-
-def token_modalities(config: MomaConfig, input_ids: torch.Tensor) -> torch.Tensor:
-    """Modality of each token id: 0 is text, then the order of `config.modality_token_ranges`."""
-    modality = torch.zeros_like(input_ids)
-    for index, ranges in enumerate(config.modality_token_ranges.values(), start=1):
-        for start, stop in ranges:
-            modality = torch.where((input_ids >= start) & (input_ids < stop), index, modality)
-    return modality
-
-
-def position_groups(config: MomaConfig, modality_BT: torch.Tensor, padding_BT: torch.Tensor | None) -> torch.Tensor:
-    """Index of each position's expert group, the number of groups at padding, `[B, T]`."""
-    num_groups = len(config.expert_groups)
-    # one group serves every modality, or each modality has its own in the same order
-    group_BT = modality_BT if num_groups > 1 else torch.zeros_like(modality_BT)
-    return group_BT if padding_BT is None else torch.where(padding_BT, num_groups, group_BT)
-
-
-def split_modalities(
-    config: MomaConfig,
-    modality_BT: torch.Tensor,
-    padding_BT: torch.Tensor | None = None,
-    input_ids: torch.Tensor | None = None,
-    masked_B: torch.Tensor | None = None,
-) -> ModalitySplit:
-    """Assign every position to its expert group, with one wait on the device.
-
-    Args:
-        config (`MomaConfig`): gives the groups and the size of the vocabulary.
-        modality_BT (`torch.LongTensor`): modality of each position, `[B, T]`.
-        padding_BT (`torch.BoolTensor`, *optional*): True where a position is padding, `[B, T]`.
-        input_ids (`torch.LongTensor`, *optional*): checked against the vocabulary in the same wait.
-        masked_B (`torch.BoolTensor`, *optional*): True where a whole row is padding, cached positions included, `[B]`.
-
-    Raises:
-        IndexError: an id lies outside the vocabulary.
-        ValueError: a modality index is not one of `config.modalities`, or a row is all padding.
-    """
-    groups = list(config.expert_groups)
-    group_BT = position_groups(config, modality_BT, padding_BT)
-    group_flat = group_BT.flatten()
-    checked = modality_BT if input_ids is None else input_ids
-    if masked_B is None:
-        masked_B = torch.zeros_like(group_flat[:1], dtype=torch.bool)
-    # the last two are the number of masked rows and the first of them
-    bounds = torch.stack([checked.min(), checked.max(), masked_B.sum(), masked_B.int().argmax()])
-    counts = torch.stack([(group_flat == index).sum() for index in range(len(groups) + 1)])
-    low, high, num_masked, first_masked, *counts = torch.cat([bounds, counts]).tolist()
-    _check_bounds(config, low, high, input_ids is not None)
-    if num_masked:
-        raise ValueError(
-            f"`attention_mask` is 0 in all of row {first_masked}: a row needs at least one token. Is its text empty, "
-            "or was the mask inverted?"
-        )
-    return ModalitySplit.from_groups(group_BT, dict(zip(groups, counts)))
-
-
-def _check_bounds(config, low, high, are_ids):
-    if are_ids and (low < 0 or high >= config.vocab_size):
-        bad = low if low < 0 else high
-        raise IndexError(
-            f"`input_ids` holds the id {bad}, outside the vocabulary of {config.vocab_size}. Was the tokenizer given "
-            "tokens that the model does not have (see `resize_token_embeddings`), or -100 of the labels?"
-        )
-    if not are_ids and (low < 0 or high >= len(config.modalities)):
-        raise ValueError(
-            f"`mm_token_type_ids` holds {low if low < 0 else high}; the modalities are "
-            f"{dict(enumerate(config.modalities))}."
-        )
-
-
-def is_distributed() -> bool:
-    """Whether other processes take part."""
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-
-
-class RouterState(NamedTuple):
-    """What a router selects with: its buffers, as they were when the forward met it."""
-
-    threshold: torch.Tensor
-    balance_bias: torch.Tensor
-    num_updates: torch.Tensor
-
-
-@dataclass
-class RoutingContext:
-    """What one forward of the model tells all its layers, and what their routers leave behind.
-
-    Attributes:
-        routing (`str`): a name of `ROUTINGS`, for experts.
-        split (`ModalitySplit` or `FixedSplit`): positions of each group.
-        track (`bool`): whether routers record statistics (in training).
-        depth_routing (`str`, *optional*): a name of `ROUTINGS`, for depth layers.
-        modality_BT (`torch.LongTensor`, *optional*): modality of each position, `[B, T]`.
-        padding_BT (`torch.BoolTensor`, *optional*): True where a position is padding, `[B, T]`.
-        document_BT (`torch.LongTensor`, *optional*): document of each position in packed rows, `[B, T]`.
-        custom_mask_BHQS (`torch.Tensor`, *optional*): the caller's own attention mask, as it came.
-        statistics (`dict`): K-th best scores, shortfalls of load and votes, by router. Recomputation under
-            activation checkpointing writes the same entry again, so a step counts once.
-        state (`dict`): [`RouterState`] by router.
-        noise (`dict`): the noise that each router drew, before it is scaled.
-    """
-
-    routing: str
-    split: ModalitySplit | FixedSplit
-    track: bool = False
-    depth_routing: str | None = None
-    modality_BT: torch.Tensor | None = None
-    padding_BT: torch.Tensor | None = None
-    document_BT: torch.Tensor | None = None
-    custom_mask_BHQS: torch.Tensor | None = None
-    statistics: dict = field(default_factory=dict)
-    state: dict = field(default_factory=dict)
-    noise: dict = field(default_factory=dict)
-
-    @property
-    def has_fixed_shapes(self) -> bool:
-        """Whether no shape may depend on who chooses whom."""
-        return isinstance(self.split, FixedSplit)
-
-    def router_state(self, router: MomaRouterBase) -> RouterState:
-        """Buffers to select with.
-
-        In training they are kept from the forward: recomputation under activation checkpointing comes after
-        `update_routers` and has to select the same tokens again.
-        """
-        buffers = (router.threshold, router.balance_bias, router.num_updates)
-        if not self.track:
-            return RouterState(*buffers)
-        if router not in self.state:
-            self.state[router] = RouterState(*(buffer.clone() for buffer in buffers))
-        return self.state[router]
-
-    def router_noise(self, router: MomaRouterBase, logits: torch.Tensor) -> torch.Tensor:
-        """Noise for a router's logits, drawn once: recomputation may come with another state of the generator."""
-        if router not in self.noise:
-            self.noise[router] = logistic_noise_like(logits)
-        return self.noise[router]
-
-    def record(self, router: MomaRouterBase, kth_C: torch.Tensor, shortfall_C: torch.Tensor, votes_C: torch.Tensor):
-        """Keep what `update_routers` needs of one router's step, for each of its `C` cuts.
-
-        Args:
-            router (`MomaRouterBase`): whose.
-            kth_C (`torch.Tensor`): the K-th best score.
-            shortfall_C (`torch.Tensor`): by how much the load lags behind its target, as a share of the tokens.
-            votes_C (`torch.Tensor`): 1, or 0 where this process had no token to judge by.
-        """
-        self.statistics[router] = (kth_C, shortfall_C, votes_C)
-
-
 @torch.no_grad()
 def update_routers(context: RoutingContext, bias_update_rate: float):
     """Move thresholds and balance biases after a training step, averaged over all processes in one collective.
@@ -492,16 +258,13 @@ def update_routers(context: RoutingContext, bias_update_rate: float):
     statistics = {router: record for router, record in context.statistics.items() if not router.is_frozen}
     if not statistics:
         return
-    routers = list(statistics)
-    device = routers[0].weight.device
-    rows = []
-    for kth_C, shortfall_C, votes_C in statistics.values():
-        rows += [(kth_C * votes_C).to(device), (shortfall_C * votes_C).to(device), votes_C.to(device)]
-    flat = torch.cat(rows)
+    sums = {
+        router: (kth_C * votes_C, shortfall_C * votes_C, votes_C)
+        for router, (kth_C, shortfall_C, votes_C) in statistics.items()
+    }
     if is_distributed():
-        dist.all_reduce(flat)
-    pieces = iter(flat.split([row.shape[0] for row in rows]))
-    for router, kth_C, shortfall_C, votes_C in zip(routers, pieces, pieces, pieces):
+        sums = _sum_over_processes(sums)
+    for router, (kth_C, shortfall_C, votes_C) in sums.items():
         has_vote_C = votes_C > 0
         votes_C = votes_C.clamp(min=1)
         kth_C, shortfall_C = kth_C / votes_C, shortfall_C / votes_C
@@ -515,3 +278,13 @@ def update_routers(context: RoutingContext, bias_update_rate: float):
         if routing == "token_choice":
             step_C = bias_update_rate * torch.sign(shortfall_C)
             router.balance_bias.copy_(torch.where(has_vote_C, router.balance_bias + step_C, router.balance_bias))
+
+
+def _sum_over_processes(sums):
+    """In one collective, whatever devices the routers are on; each gets its own back where it is."""
+    device = next(iter(sums)).threshold.device
+    rows = [row_C.to(device) for parts in sums.values() for row_C in parts]
+    flat = torch.cat(rows)
+    dist.all_reduce(flat)
+    pieces = (piece for piece in flat.split([row.shape[0] for row in rows]))
+    return {router: tuple(next(pieces).to(router.threshold.device) for _ in parts) for router, parts in sums.items()}

@@ -21,7 +21,8 @@ from transformers import PreTrainedModel, TrainerCallback
 
 from .depth_moma import MomaDepthRouter
 from .experts_moma import MomaFeedForward
-from .routing_moma import ExpertSelection, GateSelection, MomaRouter, is_distributed
+from .routing_context_moma import is_distributed
+from .routing_moma import ExpertSelection, GateSelection, MomaRouter
 
 
 class MomaMetricsCallback(TrainerCallback):

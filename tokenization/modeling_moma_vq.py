@@ -25,7 +25,7 @@ from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import ModelOutput, auto_docstring
-from transformers.utils.generic import can_return_tuple
+from transformers.utils.generic import can_return_tuple, maybe_autocast
 
 from .configuration_moma_vq import GROUP_NORM_GROUPS, MomaVQConfig
 from .trunk_moma_vq import TRUNK_WIDTH, MomaVQTrunk
@@ -284,7 +284,7 @@ class MomaVQQuantizer(nn.Module):
 
     def assign(self, vectors: torch.Tensor) -> torch.Tensor:
         """The nearest code of each of `(n, embed_dim)` float32 vectors, as `(n,)` ids."""
-        with torch.autocast(device_type=vectors.device.type, enabled=False):
+        with maybe_autocast(vectors.device.type, enabled=False):
             codebook = self.embedding.weight.detach().float()
             code_lengths = codebook.pow(2).sum(dim=1)
             nearest = []

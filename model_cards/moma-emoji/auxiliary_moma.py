@@ -15,6 +15,7 @@
 
 import torch
 from torch import nn
+from transformers.utils.generic import maybe_autocast
 
 from .configuration_moma import MomaConfig
 
@@ -37,7 +38,7 @@ class Fp32Linear(nn.Linear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`[..., in_features]` to `[..., out_features]`, in fp32 also under autocast."""
-        with torch.autocast(x.device.type, enabled=False):
+        with maybe_autocast(x.device.type, enabled=False):
             return nn.functional.linear(x.float(), self.weight.float())
 
 

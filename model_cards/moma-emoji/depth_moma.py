@@ -28,7 +28,9 @@ from transformers.masking_utils import packed_sequence_mask_function as same_doc
 
 from .cache_moma import MomaDepthCacheLayer, MomaStaticDepthCacheLayer
 from .configuration_moma import DEPTH_LAYER_TYPE, MomaConfig
-from .routing_moma import ModalitySplit, MomaRouterBase, RoutingContext
+from .modality_split_moma import ModalitySplit
+from .routing_context_moma import RoutingContext
+from .routing_moma import MomaRouterBase
 
 
 # a token's score has to pass this one when `token_choice` decides, the middle of the sigmoid
@@ -302,7 +304,7 @@ def packed_causal_mask(
         past (`int`, *optional*, defaults to 0): positions seen before this forward.
     """
     if context.custom_mask_BHQS is not None:
-        return _pack_custom_mask(packing, context.custom_mask_BHQS, slot_RS, past)
+        return _pack_custom_mask(packing, context.custom_mask_BHQS, dtype, slot_RS, past)
     if config._attn_implementation not in ALL_MASK_ATTENTION_FUNCTIONS:
         return None
     num_rows, num_places = packing.valid_RC.shape
@@ -329,7 +331,10 @@ def packed_causal_mask(
     )
 
 
-def _pack_custom_mask(packing, mask_BHQS, slot_RS, past):
+def _pack_custom_mask(packing, mask_BHQS, dtype, slot_RS, past):
+    if mask_BHQS.is_floating_point():
+        # FSDP casts a layer's arguments, which the context is not
+        mask_BHQS = mask_BHQS.to(dtype)
     slot_RK = packing.key_slots(slot_RS, past)
     mask_RHQS = mask_BHQS.expand(packing.num_rows, -1, -1, -1).index_select(0, packing.row_R)
     query_RHCS = packing.index_RC[:, None, :, None].expand(-1, mask_RHQS.shape[1], -1, mask_RHQS.shape[3])

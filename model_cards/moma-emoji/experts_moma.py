@@ -24,7 +24,8 @@ from transformers.activations import ACT2FN
 from transformers.integrations import use_experts_implementation
 
 from .configuration_moma import MomaConfig
-from .routing_moma import ExpertSelection, GateSelection, MomaRouter, RoutingContext
+from .routing_context_moma import RoutingContext
+from .routing_moma import ExpertSelection, GateSelection, MomaRouter
 
 
 # grouped matrix products want rows of whole 16-byte words: eight elements of bf16

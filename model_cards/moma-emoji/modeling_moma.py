@@ -13,7 +13,7 @@
 # limitations under the License.
 """The MoMa decoder: attention that all modalities share, feed-forward layers split into expert groups."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -44,22 +44,13 @@ from .depth_moma import (
 from .experts_moma import MomaFeedForward, MomaPackedExperts
 from .generation_moma import MomaGenerationMixin
 from .loss_moma import causal_lm_loss
+from .modality_split_moma import FixedSplit, position_groups, split_modalities, token_modalities
 from .model_card_moma import complete_model_card
 from .norms_moma import MomaHeadLayerNorm, MomaRMSNorm
 from .quantized_layers_moma import use_quantized_layers
 from .rotary_moma import MomaRotaryEmbedding
-from .routing_moma import (
-    ROUTINGS,
-    FixedSplit,
-    MomaRouter,
-    MomaRouterBase,
-    RoutingContext,
-    is_distributed,
-    position_groups,
-    split_modalities,
-    token_modalities,
-    update_routers,
-)
+from .routing_context_moma import RoutingContext, is_distributed
+from .routing_moma import ROUTINGS, MomaRouter, MomaRouterBase, update_routers
 
 
 @auto_docstring(
@@ -198,7 +189,7 @@ class MomaDepthDecoderLayer(MomaDecoderLayer):
             is_recorded=is_recorded,
             **kwargs,
         )
-        packed_context = replace(routing_context, split=packing.split)
+        packed_context = routing_context.with_split(packing.split)
         change_1PD = attention_change_1PD + self._ffn_change(x_1PD + attention_change_1PD, packed_context)
         return packing.add_back(hidden_states, change_1PD, selection.weight_BT)
 

@@ -132,7 +132,7 @@ def watched_depth(model) -> Iterator[dict[int, DepthTally]]:
         def count(router, args, output):
             (hidden_BTD, context), (_, selection) = args, output
             # not by calling the router, which would end up here again
-            _, best = router.forward(hidden_BTD, replace(context, depth_routing="expert_choice"))
+            _, best = router.forward(hidden_BTD, context.with_routing("expert_choice"))
             modality_BT = context.modality_BT
             if context.padding_BT is not None:
                 modality_BT = torch.where(context.padding_BT, num_modalities, modality_BT)

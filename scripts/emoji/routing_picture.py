@@ -20,7 +20,8 @@ from dataclasses import dataclass
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from modeling_moma.routing_moma import MomaRouter, token_modalities
+from modeling_moma.modality_split_moma import token_modalities
+from modeling_moma.routing_moma import MomaRouter
 
 from .sheet import BACKGROUND, FAINT_COLOR, GAP, MARGIN, TEXT_COLOR, printable
 

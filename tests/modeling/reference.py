@@ -20,8 +20,9 @@ import torch.nn.functional as F
 
 from modeling_moma.auxiliary_moma import MomaAuxiliaryRouter
 from modeling_moma.configuration_moma import MomaConfig
+from modeling_moma.modality_split_moma import split_modalities
 from modeling_moma.modeling_moma import MomaForCausalLM
-from modeling_moma.routing_moma import RoutingContext, split_modalities
+from modeling_moma.routing_context_moma import RoutingContext
 
 
 IMAGE_IDS = (8, 24)

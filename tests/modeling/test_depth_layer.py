@@ -18,7 +18,8 @@ from transformers.cache_utils import DynamicCache
 from modeling.depth_reference import SelectionLog, reference_logits
 from modeling.reference import GROUPS, assert_near, fields_of, mixed_ids, tiny_model, trainable
 from modeling_moma.depth_moma import DepthSelection
-from modeling_moma.routing_moma import ROUTINGS, token_modalities
+from modeling_moma.modality_split_moma import token_modalities
+from modeling_moma.routing_moma import ROUTINGS
 
 
 DEPTH = {"num_hidden_layers": 3, "depth_layers": [0, 2], "depth_capacity": 0.5}

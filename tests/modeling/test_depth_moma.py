@@ -28,15 +28,9 @@ from modeling.reference import (
 )
 from modeling_moma.configuration_moma import TRAINING_ROUTINGS
 from modeling_moma.depth_moma import MomaDepthRouter
-from modeling_moma.routing_moma import (
-    ROUTINGS,
-    ExpertSelection,
-    MomaRouter,
-    RoutingContext,
-    split_modalities,
-    token_modalities,
-    update_routers,
-)
+from modeling_moma.modality_split_moma import split_modalities, token_modalities
+from modeling_moma.routing_context_moma import RoutingContext
+from modeling_moma.routing_moma import ROUTINGS, ExpertSelection, MomaRouter, update_routers
 
 
 ROWS, LENGTH = 3, 13

@@ -28,7 +28,9 @@ from modeling.reference import (
     trainable,
 )
 from modeling_moma.experts_moma import MomaFeedForward
-from modeling_moma.routing_moma import FixedSplit, MomaRouter, RoutingContext, position_groups
+from modeling_moma.modality_split_moma import FixedSplit, position_groups
+from modeling_moma.routing_context_moma import RoutingContext
+from modeling_moma.routing_moma import MomaRouter
 
 
 CAUSAL = ("threshold", "token_choice", "auxiliary")

@@ -28,10 +28,21 @@ from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from accelerate.utils.dataclasses import get_module_class_from_name
 from accelerate.utils.launch import prepare_multi_gpu_env
 from safetensors.torch import load_file
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, MixedPrecision
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 
 import pretrain
-from modeling.parallel_reference import MODELS, TWO_BATCHES, assert_steps_equal, sgd, single_process, train, unwrapped
+from modeling.parallel_reference import (
+    MIXED,
+    MODELS,
+    TWO_BATCHES,
+    assert_steps_equal,
+    buffers_of,
+    sgd,
+    single_process,
+    train,
+    unwrapped,
+)
 from modeling.processes import free_port, run_group
 from modeling.reference import tiny_config, tiny_model
 from modeling_moma import MomaForCausalLM
@@ -42,6 +53,7 @@ from tiny import tiny_codes, tiny_processor
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = sorted((ROOT / "configs" / "accelerate").glob("*.yaml"))
 FSDP2 = ROOT / "configs" / "accelerate" / "fsdp2.yaml"
+BF16_STEPS = 5
 
 
 def launch_arguments(path):
@@ -78,16 +90,25 @@ def test_named_classes_are_in_the_model(name):
         assert get_module_class_from_name(model, each) is not None, each
 
 
+def fsdp_accelerator(rank, num_processes, overrides) -> Accelerator:
+    """What Accelerate makes of the file and the overrides in one of so many processes."""
+    environment = {**prepare_multi_gpu_env(launch_arguments(FSDP2)), **overrides}
+    size = str(num_processes)
+    os.environ.update(environment, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=size, LOCAL_WORLD_SIZE=size)
+    accelerator = Accelerator(cpu=True)
+    # Accelerate leaves FSDP to accelerators; nothing else in it looks at the device
+    accelerator.state.distributed_type = PartialState().distributed_type = DistributedType.FSDP
+    accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin()
+    if accelerator.mixed_precision != "no":
+        accelerator.state.fsdp_plugin.set_mixed_precision(accelerator.mixed_precision)
+    return accelerator
+
+
 def fsdp2_work(rank, folder, overrides):
-    """One process trains in shards that Accelerate made as the file and the overrides say."""
-    environment = {**prepare_multi_gpu_env(launch_arguments(FSDP2)), **overrides, "ACCELERATE_MIXED_PRECISION": "no"}
-    os.environ.update(environment, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
+    """One process trains in fp32, in shards."""
     results = {}
     for name in MODELS:
-        accelerator = Accelerator(cpu=True)
-        # Accelerate leaves FSDP to accelerators; nothing else in it looks at the device
-        accelerator.state.distributed_type = PartialState().distributed_type = DistributedType.FSDP
-        accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin()
+        accelerator = fsdp_accelerator(rank, 2, {**overrides, "ACCELERATE_MIXED_PRECISION": "no"})
         model = MomaForCausalLM.from_pretrained(folder / name).train()
         model, optimizer = accelerator.prepare(model, sgd(model))
         units = [module for module in model.modules() if isinstance(module, FSDPModule)]
@@ -115,6 +136,67 @@ def test_fsdp2_equals_a_single_process(checkpointing, tmp_path):
         assert state.keys() == single["state"].keys()
         for key, value in single["state"].items():
             torch.testing.assert_close(state[key], value, atol=1e-5, rtol=1e-5, msg=key)
+
+
+def fsdp2_in_bf16(model, rank, num_processes):
+    """As the file says, through Accelerate."""
+    accelerator = fsdp_accelerator(rank, num_processes, {})
+    assert accelerator.mixed_precision == "bf16"
+    return *accelerator.prepare(model, sgd(model)), accelerator.backward
+
+
+def fsdp1_in_bf16(model, rank, num_processes):
+    """Its predecessor, which Accelerate refuses without an accelerator."""
+    wrapped = FullyShardedDataParallel(
+        model,
+        auto_wrap_policy=ModuleWrapPolicy({MomaDecoderLayer}),
+        mixed_precision=MixedPrecision(param_dtype=torch.bfloat16, reduce_dtype=torch.bfloat16),
+        use_orig_params=True,
+        device_id=torch.device("cpu"),
+    )
+    return wrapped, sgd(wrapped), torch.Tensor.backward
+
+
+def mixed_precision_work(rank, num_processes, folder, shard, routing):
+    """One process trains on the same batches as the others."""
+    results = {}
+    for name in MODELS:
+        model = MomaForCausalLM.from_pretrained(folder / name)
+        model.config.training_routing = routing
+        computed_in = set()
+        projection = model.model.layers[0].self_attn.q_proj
+        projection.register_forward_hook(lambda module, args, output, seen=computed_in: seen.add(output.dtype))
+        model, optimizer, backward = shard(model.train(), rank, num_processes)
+        for _ in range(BF16_STEPS):
+            backward(model(input_ids=MIXED, labels=MIXED, use_cache=False).loss)
+            optimizer.step()
+            optimizer.zero_grad()
+        assert computed_in == {torch.bfloat16}
+        results[name] = {key.replace("_fsdp_wrapped_module.", ""): value for key, value in buffers_of(model).items()}
+    if rank == 0:
+        torch.save(results, folder / f"of_{num_processes}.pt")
+
+
+@pytest.mark.parametrize("routing", ["expert_choice", "token_choice"])
+@pytest.mark.parametrize("shard", [fsdp1_in_bf16, fsdp2_in_bf16])
+def test_routers_learn_under_fsdp_in_bf16_as_in_one_process(shard, routing, tmp_path):
+    for name, fields in MODELS.items():
+        tiny_model(**fields, router_bias_update_rate=0.01).save_pretrained(tmp_path / name)
+    for num_processes in (1, 2):
+        run_group(mixed_precision_work, num_processes, tmp_path, shard, routing, num_processes=num_processes)
+    one, two = (torch.load(tmp_path / f"of_{number}.pt") for number in (1, 2))
+    for name in MODELS:
+        assert one[name].keys() == two[name].keys()
+        for key, value in one[name].items():
+            torch.testing.assert_close(two[name][key], value, atol=1e-6, rtol=0, msg=key)
+    # every group of this one has tokens in every step
+    of_kind = {
+        kind: [value for key, value in two["4t4i"].items() if key.endswith(kind)]
+        for kind in ("num_updates", "threshold", "balance_bias")
+    }
+    assert [value.item() for value in of_kind["num_updates"]] == [BF16_STEPS] * 4
+    assert all((value != 0.5).all() for value in of_kind["threshold"])
+    assert any(value.any() for value in of_kind["balance_bias"]) == (routing == "token_choice")
 
 
 @pytest.fixture

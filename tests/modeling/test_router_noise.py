@@ -28,7 +28,8 @@ from modeling.reference import (
     tiny_config,
     tiny_model,
 )
-from modeling_moma.routing_moma import NOISY_ROUTINGS, ROUTINGS, MomaRouter, logistic_noise_like
+from modeling_moma.routing_context_moma import logistic_noise_like
+from modeling_moma.routing_moma import NOISY_ROUTINGS, ROUTINGS, MomaRouter
 
 
 NUM_TOKENS = 13

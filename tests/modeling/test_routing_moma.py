@@ -33,7 +33,8 @@ from modeling.reference import (
 )
 from modeling_moma.configuration_moma import TRAINING_ROUTINGS
 from modeling_moma.experts_moma import MomaFeedForward
-from modeling_moma.routing_moma import ROUTINGS, split_modalities, token_modalities
+from modeling_moma.modality_split_moma import split_modalities, token_modalities
+from modeling_moma.routing_moma import ROUTINGS
 
 
 ROWS, LENGTH = 2, 10

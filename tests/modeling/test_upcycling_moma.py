@@ -30,7 +30,8 @@ from modeling.reference import (
     tiny_model,
 )
 from modeling_moma import MomaForCausalLM, parse_experts, upcycle, upcycled_config, upcycling_receipt
-from modeling_moma.routing_moma import MomaRouter, token_modalities
+from modeling_moma.modality_split_moma import token_modalities
+from modeling_moma.routing_moma import MomaRouter
 
 
 ONE_EACH, FOUR_EACH = {"text": 1, "image": 1}, {"text": 4, "image": 4}
