@@ -114,10 +114,10 @@ class FixedSplit:
 
 
 def token_modalities(config: MomaConfig, input_ids: torch.Tensor) -> torch.Tensor:
-    """Modality of each token id: 0 is text, then the order of `config.modality_token_ranges`."""
+    """Modality of each token id, an index into `config.modalities`."""
     modality = torch.zeros_like(input_ids)
-    for index, ranges in enumerate(config.modality_token_ranges.values(), start=1):
-        for start, stop in ranges:
+    for index, name in enumerate(config.modalities[1:], start=1):
+        for start, stop in config.modality_token_ranges[name]:
             modality = torch.where((input_ids >= start) & (input_ids < stop), index, modality)
     return modality
 

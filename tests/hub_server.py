@@ -16,9 +16,11 @@
 import base64
 import hashlib
 import json
+import os
 import re
 import socket
 import struct
+import subprocess
 import sys
 import threading
 import time
@@ -432,3 +434,22 @@ class HubServer(ThreadingHTTPServer):
             self.shutdown()
             self.server_close()
             thread.join()
+
+
+def run_client(server: HubServer, home: Path, *command, token: str | None = TOKEN, folder: Path | None = None):
+    """Run Python in a process that knows no other Hub than the server, and nothing of this machine's settings for it.
+
+    Args:
+        server (`HubServer`): the Hub.
+        home (`Path`): where the client caches.
+        command: arguments of Python.
+        token (`str`, *optional*): the client's; none for a stranger.
+        folder (`Path`, *optional*): where the process starts.
+    """
+    foreign = ("HF_", "HUGGING", "TRANSFORMERS_", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "PYTHONPATH")
+    environment = {name: value for name, value in os.environ.items() if not name.upper().startswith(foreign)}
+    # without Xet, which needs servers of its own, the client sends large files by the LFS protocol
+    environment |= {"HF_ENDPOINT": server.endpoint, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1"}
+    environment |= {"HF_TOKEN": token} if token else {}
+    command = [sys.executable, *map(str, command)]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)

@@ -15,10 +15,7 @@
 
 import http.client
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -28,7 +25,7 @@ from PIL import Image
 
 from absent import WITHOUT_PACKAGES
 from hub.folder import check_files
-from hub_server import TOKEN, HubServer
+from hub_server import TOKEN, HubServer, run_client
 from modeling_moma.model_card_moma import complete_model_card
 from released import RELEASED, skip_without_released_model
 from tiny import tiny_model, tiny_processor
@@ -155,23 +152,12 @@ def server(tmp_path_factory):
         yield server
 
 
-def run(server, home, *command, token=TOKEN, folder=None):
-    """A process that knows no other Hub than the server, and nothing of this machine's settings for it."""
-    foreign = ("HF_", "HUGGING", "TRANSFORMERS_", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "PYTHONPATH")
-    environment = {name: value for name, value in os.environ.items() if not name.upper().startswith(foreign)}
-    # without Xet, which needs servers of its own, the client sends large files by the LFS protocol
-    environment |= {"HF_ENDPOINT": server.endpoint, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1"}
-    environment |= {"HF_TOKEN": token} if token else {}
-    command = [sys.executable, *map(str, command)]
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
-
-
 @pytest.fixture(scope="module")
 def push(server, tmp_path_factory):
     home = tmp_path_factory.mktemp("home")
 
     def push(*arguments, succeeds=True, **settings):
-        result = run(server, home, ROOT / "scripts" / "push_to_hub.py", *arguments, **settings)
+        result = run_client(server, home, ROOT / "scripts" / "push_to_hub.py", *arguments, **settings)
         assert (result.returncode == 0) is succeeds, result.stdout + result.stderr
         return result
 
@@ -202,7 +188,8 @@ def history(server, push, folders):
 @pytest.fixture(scope="module")
 def plain(server, folders, tmp_path_factory):
     """The same model by the methods of Transformers."""
-    result = run(server, tmp_path_factory.mktemp("home"), "-c", PLAIN_PUSH, folders / "second", PLAIN, folder=ROOT)
+    home = tmp_path_factory.mktemp("home")
+    result = run_client(server, home, "-c", PLAIN_PUSH, folders / "second", PLAIN, folder=ROOT)
     assert result.returncode == 0, result.stderr[-3000:]
 
 
@@ -217,7 +204,8 @@ def stranger(server, history, plain, folders, tmp_path_factory):
         "plain": (PLAIN, None),
     }
     arguments = (folders / "picture.png", home / "results.pt", json.dumps(targets))
-    result = run(server, home / "home", "-P", "-c", WITHOUT_PACKAGES + STRANGER, *arguments, token=None, folder=home)
+    code = WITHOUT_PACKAGES + STRANGER
+    result = run_client(server, home / "home", "-P", "-c", code, *arguments, token=None, folder=home)
     assert result.returncode == 0, result.stderr[-3000:]
     return torch.load(home / "results.pt") | {"saved": home / "saved"}
 

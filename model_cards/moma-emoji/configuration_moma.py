@@ -75,7 +75,8 @@ class MomaConfig(PreTrainedConfig):
     num_experts_per_tok (`int`, *optional*, defaults to 1):
         Experts of one token under `token_choice` routing.
     modality_token_ranges (`dict[str, list[list[int]]]`, *optional*, defaults to `{"image": [[4, 8196]]}`):
-        Token ids of every modality but text, as half-open ranges `[start, stop)`. All other ids are text.
+        Token ids of every modality but text, as half-open ranges `[start, stop)`. All other ids are text. Modalities
+        are counted in the order of their names, whatever the order here.
     begin_image_token_id (`int`, *optional*, defaults to 8197):
         Id of the token before a picture's codes. Routed as text, as the next one.
     end_image_token_id (`int`, *optional*, defaults to 8196):
@@ -261,8 +262,11 @@ class MomaConfig(PreTrainedConfig):
 
     @property
     def modalities(self) -> list[str]:
-        """Names of the modalities, text first; a modality's place is its value in `mm_token_type_ids`."""
-        return [TEXT, *self.modality_token_ranges]
+        """Names of the modalities; a modality's place is its value in `mm_token_type_ids`.
+
+        Text first, then by name: the order of a dict is lost where the configuration is saved.
+        """
+        return [TEXT, *sorted(self.modality_token_ranges)]
 
     @property
     def expert_groups(self) -> dict[str, list[str]]:

@@ -385,7 +385,9 @@ def test_the_layers_cache_types_are_derived_and_never_saved(depth_layers, tmp_pa
     assert copy.deepcopy(loaded).layer_types == loaded.layer_types
 
 
-def test_modalities_start_with_text():
+def test_modalities_start_with_text_and_go_on_by_name():
     config = tiny_config(modality_token_ranges={"image": [list(IMAGE_IDS)], "audio": [[30, 40]]}, num_experts=2)
-    assert config.modalities == ["text", "image", "audio"]
-    assert config.expert_groups == {"all": ["text", "image", "audio"]}
+    assert config.modalities == ["text", "audio", "image"]
+    assert config.expert_groups == {"all": ["text", "audio", "image"]}
+    config.modality_token_ranges = {"speech": [[30, 40]], "image": [list(IMAGE_IDS)]}
+    assert config.modalities == ["text", "image", "speech"]
