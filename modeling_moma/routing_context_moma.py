@@ -57,7 +57,7 @@ class RoutingContext:
     Args:
         routing (`str`): a name of `ROUTINGS`, for experts.
         split (`ModalitySplit` or `FixedSplit`): positions of each group.
-        track (`bool`): whether routers record statistics (in training).
+        track (`bool`): whether routers record statistics (in training steps, which have gradients).
         depth_routing (`str`, *optional*): a name of `ROUTINGS`, for depth layers.
         modality_BT (`torch.LongTensor`, *optional*): modality of each position, `[B, T]`.
         padding_BT (`torch.BoolTensor`, *optional*): True where a position is padding, `[B, T]`.

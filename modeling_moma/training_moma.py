@@ -35,7 +35,8 @@ class MomaMetricsCallback(TrainerCallback):
     - `{modality}_depth_load`: share of the modality's tokens that a depth layer processed, averaged over these layers
       (one router serves all modalities, so their mix in a depth layer may drift away from the data's).
 
-    Evaluation's keys have the prefix `eval_`. A training loss under `expert_choice` sees the future; the loss that
+    Evaluation's keys have the prefix `eval_`. Forwards in training mode without gradients, as of samples that another
+    callback draws, are left out. A training loss under `expert_choice` sees the future; the loss that
     `Trainer.evaluate` reports is causal.
     """
 
@@ -79,7 +80,8 @@ class MomaMetricsCallback(TrainerCallback):
 
     def _on_forward(self, module, args, output):
         losses = getattr(output, "modality_losses", None)
-        if losses is None:
+        is_sample = module.training and not torch.is_grad_enabled()
+        if losses is None or is_sample:
             return
         sums = self._sums[module.training]
         for modality, loss in losses.items():
@@ -90,7 +92,10 @@ class MomaMetricsCallback(TrainerCallback):
     def _router_hook(self, group):
         @torch.no_grad()
         def on_route(module, args, output):
-            logits_NE, selection = output
+            context, (logits_NE, selection) = args[1], output
+            is_sample = module.training and not context.track
+            if is_sample:
+                return
             num_tokens = logits_NE.shape[0]
             # in steps with a static cache a router scores the tokens of all groups
             if num_tokens == 0 or isinstance(selection, GateSelection):
@@ -117,6 +122,9 @@ class MomaMetricsCallback(TrainerCallback):
         @torch.no_grad()
         def on_choose(module, args, output):
             context, (_, selection) = args[1], output
+            is_sample = module.training and not context.track
+            if is_sample:
+                return
             sums = self._sums[module.training]
             for index, modality in enumerate(modalities):
                 is_token_BT = context.modality_BT == index

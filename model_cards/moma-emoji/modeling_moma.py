@@ -329,7 +329,9 @@ class MomaModel(MomaPreTrainedModel):
             split, modality_BT, padding_BT = self._split(
                 input_ids, inputs_embeds, attention_mask, mm_token_type_ids, past_length, whole_prompt, position_ids
             )
-        context = RoutingContext(routing, split, self.training, depth_routing, modality_BT, padding_BT)
+        # samples drawn between the steps of a training are no steps; reentrant checkpointing has gradients here
+        track = self.training and torch.is_grad_enabled()
+        context = RoutingContext(routing, split, track, depth_routing, modality_BT, padding_BT)
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         # CODEPATH: models with mixture of depths, as configs/emoji-mod-4t4i.json

@@ -13,7 +13,7 @@
 # limitations under the License.
 import pytest
 import torch
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_pt_utils import LabelSmoother
 
 from modeling_moma import MomaMetricsCallback, initialize_code_embeddings
@@ -128,6 +128,59 @@ def test_alike_codes_start_with_alike_embeddings(processor):
 def test_codebook_of_another_size_is_refused(processor):
     with pytest.raises(ValueError, match="codebook_KC"):
         initialize_code_embeddings(tiny_model(processor), torch.randn(7, 8))
+
+
+class DrawSamples(TrainerCallback):
+    """Draws after every step, in the mode that the training left the model in."""
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        assert model.training
+        model.generate(torch.tensor([[1, 5]]), generation_mode="image", do_sample=True)
+        with torch.no_grad():
+            model(torch.tensor([[1, 5, 6]]), labels=torch.tensor([[1, 5, 6]]))
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"training_routing": "token_choice"},
+        {"training_routing": "threshold", "routing_warmup_steps": 2},
+        {"num_hidden_layers": 3, "depth_layers": [1], "depth_capacity": {"text": 0.5, "image": 0.25}},
+        {"gumbel_noise": 1.0, "gumbel_noise_steps": 3},
+    ],
+    ids=["expert_choice", "token_choice", "threshold", "depth", "noise"],
+)
+def test_samples_drawn_in_training_mode_move_no_router(fields, processor):
+    model = tiny_model(processor, **fields).train()
+    callback = MomaMetricsCallback()
+    callback.attach(model)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    ids = torch.tensor([[1, 5, 6, processor.begin_image_token_id]])
+    model.generate(ids, generation_mode="image", do_sample=False)
+    for context in (torch.no_grad, torch.inference_mode):
+        with context():
+            model(ids, labels=ids)
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, before[key]), key
+    assert callback._averages(training=True) == {}
+
+
+def test_a_training_that_draws_samples_ends_as_one_that_does_not(processor, tmp_path):
+    states, logs = [], []
+    for callbacks in ([], [DrawSamples()]):
+        torch.manual_seed(0)
+        trainer = make_trainer(processor, make_examples(processor), tmp_path)
+        for callback in callbacks:
+            trainer.add_callback(callback)
+        trainer.train()
+        states.append(trainer.model.state_dict())
+        times = ("runtime", "per_second")
+        history = trainer.state.log_history
+        logs.append([{k: v for k, v in log.items() if not k.endswith(times)} for log in history])
+    for key, value in states[0].items():
+        assert torch.equal(value, states[1][key]), key
+    assert logs[0] == logs[1] and "text_loss" in logs[0][0]
 
 
 def test_steps_with_a_static_cache_are_not_counted(processor):
