@@ -21,6 +21,7 @@ from datasets import load_dataset
 from emoji.chat import CHAT_TEMPLATE
 from emoji.examples import caption_texts
 from tokenization import MomaImageProcessor, MomaProcessor, MomaVQModel, add_picture_tokens, train_text_tokenizer
+from writing import write_folder_aside
 
 
 def main():
@@ -42,7 +43,7 @@ def main():
     side = vq_model.config.resolution
     image_processor = MomaImageProcessor(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
     processor = MomaProcessor(image_processor, tokenizer, vq_model, chat_template=CHAT_TEMPLATE)
-    processor.save_pretrained(args.output)
+    write_folder_aside(args.output, processor.save_pretrained)
     print(f"{args.output}: {len(tokenizer)} tokens, {processor.image_seq_length} a picture")
 
 

@@ -21,8 +21,8 @@ import torch
 from datasets import load_from_disk
 from transformers import Trainer, TrainingArguments, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import get_last_checkpoint
 
+from emoji.checkpoints import last_checkpoint
 from emoji.curves import RUN_FILE
 from emoji.examples import EmojiExamples, check_layout, evenly_spaced, held_out_examples
 from emoji.stages import FollowArguments, StageTrainer, StopAt, copy_checkpoint, examples_a_step, first_step
@@ -174,7 +174,7 @@ def main(arguments=None):
     }
     if trainer.is_world_process_zero():
         write_aside(output / RUN_FILE, lambda path: path.write_text(json.dumps(run, indent=2) + "\n"))
-    checkpoint = get_last_checkpoint(args.output) if args.resume and Path(args.output).is_dir() else None
+    checkpoint = last_checkpoint(args.output) if args.resume else None
     if checkpoint is None and trainer.first_step:
         # restores the position in the data
         checkpoint = args.model

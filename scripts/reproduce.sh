@@ -18,7 +18,8 @@ done
 [ -e runs/codes/dataset_dict.json ] ||
     "$python" scripts/tokenize_pictures.py --processor runs/processor --output runs/codes
 for model in 4t4i dense; do
-    [ -e "runs/$model/model.safetensors" ] ||
+    # written last, when the run is finished
+    [ -e "runs/$model/trainer_state.json" ] ||
         "$python" scripts/pretrain.py --processor runs/processor --codes runs/codes --config "configs/emoji-$model.json" \
             --attn-implementation eager --output "runs/$model" --resume
 done

@@ -14,7 +14,8 @@ data=(--processor runs/processor --codes runs/codes)
 for run in 4t4i:1200 mod-4t4i:1166; do
     for seed in 0 1 2; do
         folder=runs/depth/${run%:*}-$seed
-        [ -e "$folder/model.safetensors" ] ||
+        # written last, when the run is finished
+        [ -e "$folder/trainer_state.json" ] ||
             "$python" scripts/pretrain.py "${data[@]}" --config "configs/emoji-${run%:*}.json" --steps "${run#*:}" \
                 --seed "$seed" --eval-steps "${run#*:}" --attn-implementation eager --output "$folder" --resume
     done

@@ -22,6 +22,7 @@ import modeling_moma  # noqa: F401, without it a processor that lies beside a mo
 from precision import supports_bf16
 from tokenization import MomaProcessor
 from tokenization.augmentation_moma import augment_pictures
+from writing import replace_folder
 
 
 def main(arguments=None):
@@ -59,7 +60,8 @@ def main(arguments=None):
             load_from_cache_file=False,
             desc=f"{name}: pictures to codes",
         )
-    result.save_to_disk(args.output)
+    # whole, and nothing of another processor's codes beside it
+    replace_folder(args.output, result.save_to_disk)
 
 
 if __name__ == "__main__":

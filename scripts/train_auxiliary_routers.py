@@ -20,9 +20,10 @@ import torch
 from datasets import load_from_disk
 from transformers import Trainer, TrainingArguments, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from emoji.changed_routers import save_with_processor
+from emoji.checkpoints import last_checkpoint
 from emoji.examples import EmojiExamples, check_layout, held_out_examples
 from emoji.measures import held_out_batches, load_model
 from emoji.routing_comparison import router_table
@@ -149,7 +150,7 @@ def main(arguments=None):
         add_auxiliary_routers(model)
     model.set_attn_implementation(args.attn_implementation)
     trainer = build_trainer(args, model, processor, codes)
-    checkpoint = get_last_checkpoint(args.output) if args.resume and Path(args.output).is_dir() else None
+    checkpoint = last_checkpoint(args.output) if args.resume else None
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_state()
     # thresholds are computed in fp32, without the casts that training in bf16 leaves around the forward

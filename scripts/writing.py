@@ -11,16 +11,25 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Files that are there whole or not at all."""
+"""Files and folders that are there whole or not at all, whoever else writes them."""
 
 import os
+import platform
 import shutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
+
+import psutil
+
+
+LEFT_OVER = ".partial"
 
 
 def write_aside(path: str | Path, write: Callable[[Path], object]) -> Path:
     """Write beside the target and rename, so that a kill at any moment leaves the old file or the new one.
+
+    Of several writers the last one wins, whole.
 
     Args:
         path (`str` or `Path`): the target; its folder is made where missing.
@@ -30,57 +39,124 @@ def write_aside(path: str | Path, write: Callable[[Path], object]) -> Path:
         `Path`: the target.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.partial")
+    aside = path_aside(path)
     try:
         write(aside)
         os.replace(aside, path)
     finally:
-        aside.unlink(missing_ok=True)
+        _remove(aside)
     return path
 
 
 def write_folder_aside(path: str | Path, write: Callable[[Path], object]) -> Path:
-    """As [`write_aside`] for the files of a folder: all are written before the first one is replaced.
+    """As [`write_aside`] for a folder, which is renamed whole where the target is missing or empty.
 
-    Files that are in the folder already and are not written again stay.
+    Files that are in the target already and are not written again stay; those that are written again are replaced one
+    after the other, once all are written.
 
     Args:
-        path (`str` or `Path`): the folder; made where missing.
-        write (`Callable`): fills the folder that it is given.
+        path (`str` or `Path`): the folder.
+        write (`Callable`): makes and fills the folder that it is given.
 
     Returns:
         `Path`: the folder.
     """
     path = Path(path)
-    path.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.partial")
-    shutil.rmtree(aside, ignore_errors=True)
+    aside = path_aside(path)
     try:
         write(aside)
-        for source in sorted(aside.rglob("*")):
-            target = path / source.relative_to(aside)
-            if source.is_dir():
-                target.mkdir(exist_ok=True)
-            else:
-                os.replace(source, target)
+        if path.is_dir() and any(path.iterdir()):
+            _replace_files(aside, path)
+        else:
+            _rename(aside, path)
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        _remove(aside)
     return path
+
+
+def replace_folder(path: str | Path, write: Callable[[Path], object]) -> Path:
+    """As [`write_folder_aside`], but nothing of an older folder stays, and its files never lie beside the new ones.
+
+    What is killed between the two renames leaves neither.
+
+    Args:
+        path (`str` or `Path`): the folder.
+        write (`Callable`): makes and fills the folder that it is given.
+
+    Returns:
+        `Path`: the folder.
+    """
+    path = Path(path)
+    aside = path_aside(path)
+    older = aside.with_name(f"{aside.name.removesuffix(LEFT_OVER)}-older{LEFT_OVER}")
+    try:
+        write(aside)
+        if path.exists():
+            os.rename(path, older)
+        try:
+            os.rename(aside, path)
+        except OSError:
+            os.rename(older, path)
+            raise
+        _remove(older)
+    finally:
+        _remove(aside)
+    return path
+
+
+def path_aside(path: Path) -> Path:
+    """Where this thread writes what becomes `path`: beside it, hidden, and nobody else's.
+
+    The folder of both is made where missing; what killed processes of this machine have left beside `path` is removed.
+    """
+    # another machine may share the disk, and its processes cannot be seen from here
+    start = f".{path.name}.{platform.node()}-"
+    own = path.with_name(f"{start}{os.getpid()}-{threading.get_native_id()}{LEFT_OVER}")
+    own.parent.mkdir(parents=True, exist_ok=True)
+    for other in own.parent.iterdir():
+        process = other.name.removeprefix(start).partition("-")[0]
+        if not other.name.startswith(start) or not other.name.endswith(LEFT_OVER) or not process.isdecimal():
+            continue
+        if other == own or not psutil.pid_exists(int(process)):
+            _remove(other)
+    return own
 
 
 def refuse_files(folder: str, is_fine: Callable[[Path], bool] = lambda path: False):
     """Refuse an output folder with files that would mix with those of the model to be written.
 
     Args:
-        folder (`str`): missing folders are fine.
+        folder (`str`): missing folders are fine, and so is what killed writers have left.
         is_fine (`Callable`, *optional*): whether a path in it may stay; by default none.
 
     Raises:
         ValueError: names one of the others.
     """
-    others = sorted(path.name for path in Path(folder).glob("*") if not is_fine(path))
+    paths = (path for path in Path(folder).glob("*") if not path.name.endswith(LEFT_OVER))
+    others = sorted(path.name for path in paths if not is_fine(path))
     if others:
         raise ValueError(
             f"`--output` {folder!r} has files of something else in it, such as {others[0]!r}: give a new folder."
         )
+
+
+def _replace_files(source: Path, target: Path):
+    for path in sorted(source.rglob("*")):
+        if path.is_dir():
+            (target / path.relative_to(source)).mkdir(exist_ok=True)
+        else:
+            os.replace(path, target / path.relative_to(source))
+
+
+def _rename(source: Path, target: Path):
+    if target.is_dir():
+        # not every system renames onto an empty folder
+        target.rmdir()
+    os.rename(source, target)
+
+
+def _remove(path: Path):
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)

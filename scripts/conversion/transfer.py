@@ -18,7 +18,6 @@ import fnmatch
 import json
 import math
 import os
-import platform
 import shutil
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -26,7 +25,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import psutil
 import torch
 from transformers import GenerationConfig
 from transformers.dynamic_module_utils import custom_object_save
@@ -36,6 +34,7 @@ from conversion.probe import LARGEST_DIFFERENCE, ProbeResult
 from conversion.reading import DTYPES, CheckpointError, CheckpointReader
 from conversion.receipt import Receipt
 from modeling_moma import MomaConfig, MomaForCausalLM
+from writing import path_aside
 
 
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -122,7 +121,8 @@ def transfer(
     receipt.tensor_bytes = sum(_num_bytes(entry, dtype) for entry, dtype in typed)
     receipt.files = len(shards)
 
-    aside = _own_folder(output)
+    aside = path_aside(output)
+    aside.mkdir()
     try:
         if extras is not None:
             extras(aside)
@@ -150,22 +150,6 @@ def transfer(
 def _check_free(output: Path):
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise CheckpointError(f"{output}: it exists and is not empty; choose another output folder.")
-
-
-def _own_folder(output: Path) -> Path:
-    # another machine may share the disk, and its processes cannot be seen from here
-    start, end = f".{output.name}.{platform.node()}-", ".partial"
-    own = output.with_name(f"{start}{os.getpid()}{end}")
-    own.parent.mkdir(parents=True, exist_ok=True)
-    for path in output.parent.iterdir():
-        process = path.name.removeprefix(start).removesuffix(end)
-        if path.name != f"{start}{process}{end}" or not process.isdecimal():
-            continue
-        # left over by a run that was killed
-        if path == own or not psutil.pid_exists(int(process)):
-            shutil.rmtree(path, ignore_errors=True)
-    own.mkdir()
-    return own
 
 
 def _check_difference(difference: float, reader: CheckpointReader):

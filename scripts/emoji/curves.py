@@ -20,11 +20,11 @@ from statistics import fmean
 
 import numpy as np
 from datasets import Dataset
-from transformers.trainer_utils import get_last_checkpoint
 
 from modeling_moma import MomaConfig, training_flops
 from modeling_moma.costs_moma import eta_by_modality
 
+from .checkpoints import last_checkpoint
 from .examples import EmojiExamples
 
 
@@ -80,7 +80,7 @@ def read_run(folder: str | Path, tokens: dict[str, float]) -> dict:
     described = json.loads(run_file.read_text())
     batch_size, first_step = described["examples_a_step"], described.get("first_step", 0)
     if not (folder / "trainer_state.json").is_file():
-        last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+        last = last_checkpoint(folder)
         if last is None:
             raise ValueError(f"`folder` {str(folder)!r} has neither trainer_state.json nor a checkpoint of Trainer.")
         folder = Path(last)

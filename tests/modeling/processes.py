@@ -19,6 +19,7 @@ import os
 import socket
 import sys
 import tempfile
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -26,7 +27,7 @@ import torch.multiprocessing as mp
 
 
 # what every process would import; the server does it once and forks
-PRELOADED = ["torch.distributed.tensor", "torch.distributed.fsdp", "transformers.trainer", "modeling_moma"]
+PRELOADED = ["torch.distributed.tensor", "torch.distributed.fsdp", "transformers.trainer", "modeling_moma", "datasets"]
 
 
 def free_port() -> int:
@@ -48,6 +49,25 @@ def start_processes(work, *args, num_processes: int = 2):
     mp.start_processes(_start, args=(work, args), nprocs=num_processes, daemon=True, start_method="forkserver")
 
 
+def start_process(work, *args) -> multiprocessing.Process:
+    """Call `work(*args)`, a function of a module, in a process of its own, which may be killed."""
+    multiprocessing.set_forkserver_preload(PRELOADED)
+    process = multiprocessing.get_context("forkserver").Process(target=work, args=args)
+    process.start()
+    return process
+
+
+def start_script(main, arguments: list[str], log: str | Path) -> multiprocessing.Process:
+    """Call a script's `main(arguments)` in a process of its own, which may be killed.
+
+    Args:
+        main (`Callable`): a function of a module, so that the process can import it.
+        arguments (`list[str]`): its own.
+        log (`str` or `Path`): file for what the process prints.
+    """
+    return start_process(_run_script, main, arguments, log)
+
+
 def run_group(work, *args, num_processes: int = 2, timeout: float = 60):
     """As [`start_processes`], in processes that form a group.
 
@@ -66,6 +86,14 @@ def _start(rank, work, args):
     sys.stdout.flush()
     # gloo's threads now and then wait for each other for ever when they are taken down in order
     os._exit(0)
+
+
+def _run_script(main, arguments, log):
+    torch.set_num_threads(1)
+    with open(log, "a") as output:
+        os.dup2(output.fileno(), sys.stdout.fileno())
+        os.dup2(output.fileno(), sys.stderr.fileno())
+    main(arguments)
 
 
 def _join(rank, rendezvous, num_processes, timeout, work, args):

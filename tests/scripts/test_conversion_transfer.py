@@ -157,10 +157,10 @@ def test_left_over_of_a_killed_run_is_cleared_away(reader, entries, tmp_path):
     node = platform.node()
     # the last one has been this process's number before it was ours
     for process in (ended.pid, os.getpid()):
-        aside = tmp_path / f".moma.{node}-{process}.partial"
+        aside = tmp_path / f".moma.{node}-{process}-{process}.partial"
         aside.mkdir()
         (aside / "model-00001-of-00009.safetensors").write_text("half")
-    others = [f".moma.{node}-{os.getppid()}.partial", f".moma.elsewhere-{ended.pid}.partial", ".moma.mine.partial"]
+    others = [f".moma.{node}-{os.getppid()}-1.partial", f".moma.elsewhere-{ended.pid}-1.partial", ".moma.mine.partial"]
     for name in others:
         (tmp_path / name).mkdir()
     transfer(reader, CONFIG, entries, tmp_path / "moma", extras=lambda folder: (folder / "note.txt").write_text("x"))

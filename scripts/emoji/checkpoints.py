@@ -1,0 +1,56 @@
+# Copyright 2026 The modeling-moma authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Which checkpoints of a `Trainer` are whole."""
+
+import json
+import logging
+from pathlib import Path
+
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+
+logger = logging.getLogger(__name__)
+
+
+def last_checkpoint(folder: str | Path) -> str | None:
+    """The newest whole checkpoint of a run.
+
+    `Trainer` writes straight into a checkpoint's folder, its state last of all: where no state can be read, a run was
+    killed while it wrote. Such a folder is warned of, and written anew by a run that comes by its step again.
+
+    Args:
+        folder (`str` or `Path`): the run's output folder, which may be missing.
+
+    Returns:
+        `str`: the checkpoint's folder, or `None` where none is whole.
+    """
+    steps = {}
+    for path in Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+        step = path.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-")
+        if path.is_dir() and step.isdecimal():
+            steps[int(step)] = path
+    for step in sorted(steps, reverse=True):
+        if _is_whole(steps[step]):
+            return str(steps[step])
+        logger.warning(f"{steps[step]} is not whole: its run was killed while it wrote it. It is passed over.")
+    return None
+
+
+def _is_whole(checkpoint):
+    try:
+        json.loads((checkpoint / TRAINER_STATE_NAME).read_text())
+    except (OSError, ValueError):
+        return False
+    return True
