@@ -40,8 +40,7 @@ def main():
     tokenizer = add_picture_tokens(tokenizer, vq_model.config.num_embeddings)
     # prompts of a batch have to end side by side
     tokenizer.padding_side = "left"
-    side = vq_model.config.resolution
-    image_processor = MomaImageProcessor(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
+    image_processor = MomaImageProcessor.for_resolution(vq_model.config.resolution)
     processor = MomaProcessor(image_processor, tokenizer, vq_model, chat_template=CHAT_TEMPLATE)
     write_folder_aside(args.output, processor.save_pretrained)
     print(f"{args.output}: {len(tokenizer)} tokens, {processor.image_seq_length} a picture")

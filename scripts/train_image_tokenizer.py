@@ -24,11 +24,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from datasets import Dataset, load_dataset
-from PIL import Image
 from tqdm.auto import tqdm
 from transformers import get_cosine_with_min_lr_schedule_with_warmup
 
 from precision import supports_bf16
+from tokenization import MomaImageProcessor
 from tokenization.augmentation_moma import augment_pictures
 from tokenization.configuration_moma_vq import PRESETS, MomaVQConfig
 from tokenization.modeling_moma_vq import MomaVQModel
@@ -36,8 +36,11 @@ from tokenization.perceptual_moma_vq import MomaVQPerceptualNetwork
 from writing import write_folder_aside
 
 
+DEFAULT_PRESET = "small"
 STATE_FILE = "training_state.pt"
 METRICS_FILE = "metrics.json"
+# arguments without which a run would end elsewhere; the model's own are in its configuration
+DECISIVE = ("steps", "batch_size", "learning_rate", "warmup_steps", "seed")
 # pictures whose latents give the codebook at the start, and steps between two such starts during warm-up
 CODEBOOK_PICTURES = 256
 CODEBOOK_INTERVAL = 20
@@ -48,7 +51,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", default="data/emoji", help="data set with the splits train and validation")
     parser.add_argument("--output", required=True, help="folder for the model, its checkpoint and metrics.json")
-    parser.add_argument("--config", default="small", help=f"one of {sorted(PRESETS)} or a JSON file")
+    parser.add_argument("--config", help=f"one of {sorted(PRESETS)} or a JSON file; by default {DEFAULT_PRESET!r}")
     parser.add_argument("--steps", type=int, default=2400)
     parser.add_argument("--batch-size", type=int, default=48)
     parser.add_argument("--learning-rate", type=float, default=1.5e-3)
@@ -63,23 +66,55 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def read_config(args: argparse.Namespace) -> MomaVQConfig:
+    weights = asked_weights(args)
+    name = args.config or DEFAULT_PRESET
+    if name in PRESETS:
+        return MomaVQConfig.from_preset(name, **weights)
+    if not Path(name).is_file():
+        raise ValueError(f"--config {name!r} is neither one of {sorted(PRESETS)} nor a file.")
+    return MomaVQConfig(**{**json.loads(Path(name).read_text()), **weights})
+
+
+def asked_weights(args: argparse.Namespace) -> dict[str, float]:
+    """Weights of the loss that the command line gives."""
     weights = {"semantic_weight": args.semantic_weight, "perceptual_weight": args.perceptual_weight}
-    weights = {name: value for name, value in weights.items() if value is not None}
-    if args.config in PRESETS:
-        return MomaVQConfig.from_preset(args.config, **weights)
-    if not Path(args.config).is_file():
-        raise ValueError(f"--config {args.config!r} is neither one of {sorted(PRESETS)} nor a file.")
-    return MomaVQConfig(**{**json.loads(Path(args.config).read_text()), **weights})
+    return {name: value for name, value in weights.items() if value is not None}
+
+
+def check_resumed(args: argparse.Namespace, config: MomaVQConfig, begun: dict):
+    """Compare the command line with what a checkpoint was begun with; what it leaves out is the checkpoint's.
+
+    Args:
+        args (`argparse.Namespace`): of the run that goes on.
+        config (`MomaVQConfig`): of the checkpoint.
+        begun (`dict`): the arguments that its run was begun with.
+
+    Raises:
+        ValueError: they differ, so the run would not end as it would have.
+    """
+    asked = asked_weights(args)
+    if args.config:
+        now = read_config(args)
+        asked |= {name: getattr(now, name) for name in MomaVQConfig.__annotations__}
+    pairs = {name: (getattr(config, name), value) for name, value in asked.items()}
+    pairs |= {f"--{name.replace('_', '-')}": (value, getattr(args, name)) for name, value in begun.items()}
+    for name, (then, now) in pairs.items():
+        # JSON knows no tuples
+        is_same = list(then) == list(now) if isinstance(then, (list, tuple)) and now is not None else then == now
+        if not is_same:
+            raise ValueError(
+                f"--resume: the run in `--output` {args.output!r} was begun with {name} = {then!r}, and this command "
+                f"asks for {now!r}. Resume with the arguments of the first start, or give a new `--output`."
+            )
 
 
 def load_pictures(dataset: Dataset, side: int) -> torch.Tensor:
-    """All pictures of a split as one uint8 tensor `(pictures, 3, side, side)`."""
+    """All pictures of a split, as the processor will show them to the model, in one uint8 tensor `(pictures, 3, side,
+    side)`."""
+    image_processor = MomaImageProcessor.for_resolution(side, do_rescale=False, do_normalize=False)
     pictures = torch.empty(len(dataset), 3, side, side, dtype=torch.uint8)
     for index, picture in enumerate(tqdm(dataset["image"], desc="loading pictures", total=len(dataset))):
-        picture = picture.convert("RGB")
-        if picture.size != (side, side):
-            picture = picture.resize((side, side), Image.Resampling.BICUBIC)
-        pictures[index] = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+        pictures[index] = image_processor(picture, return_tensors="pt")["pixel_values"][0]
     return pictures
 
 
@@ -179,16 +214,17 @@ class TokenizerTraining:
                     f"--data {args.data!r} needs a split {name!r} with a column 'image'; it has {splits}."
                 )
 
-        config = read_config(args)
-        torch.manual_seed(args.seed)
-        self.model = MomaVQModel(config)
         self.step, self.metrics, state = 0, [], None
         if args.resume and checkpoints(self.output):
             folder = checkpoints(self.output)[-1]
             self.model = MomaVQModel.from_pretrained(folder)
             state = torch.load(folder / STATE_FILE, map_location="cpu", weights_only=True)
+            check_resumed(args, self.model.config, state.get("arguments", {}))
             self.step, self.metrics = state["step"], state["metrics"]
             print(f"resuming from step {self.step}")
+        else:
+            torch.manual_seed(args.seed)
+            self.model = MomaVQModel(read_config(args))
         self.model = self.model.to(self.device, memory_format=torch.channels_last).train()
         self.optimizer = torch.optim.AdamW(
             [p for p in self.model.parameters() if p.requires_grad],
@@ -204,8 +240,8 @@ class TokenizerTraining:
             self.optimizer.load_state_dict(state["optimizer"])
             self.scheduler.load_state_dict(state["scheduler"])
 
-        self.pictures = load_pictures(splits["train"], config.resolution)
-        self.held_out = load_pictures(splits["validation"], config.resolution)
+        side = self.model.config.resolution
+        self.pictures, self.held_out = (load_pictures(splits[name], side) for name in ("train", "validation"))
         self.prepare_teacher()
 
     def prepare_teacher(self) -> None:
@@ -261,7 +297,11 @@ class TokenizerTraining:
         evaluation = evaluate(self.model, self.held_out, self.held_out_targets)
         self.metrics.append({"step": self.step, **evaluation})
         tqdm.write(json.dumps(self.metrics[-1]))
-        state = {"optimizer": self.optimizer.state_dict(), "scheduler": self.scheduler.state_dict()}
+        state = {
+            "arguments": {name: getattr(self.args, name) for name in DECISIVE},
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+        }
         save_checkpoint(self.output, self.step, self.model, state, self.metrics)
 
     def run(self, on_step: Callable[[int, dict[str, float]], None] | None = None) -> list[dict]:

@@ -15,8 +15,13 @@
 
 import base64
 import binascii
+import errno
+import functools
+import math
 import os
+from collections.abc import Iterator
 from io import BytesIO
+from pathlib import Path
 from urllib.request import urlopen
 
 import numpy as np
@@ -30,6 +35,10 @@ from transformers.utils import logging
 logger = logging.get_logger(__name__)
 
 _URL_TIMEOUT_SECONDS = 60
+# what Pillow decodes by itself, in memory; others start programs, such as Ghostscript for EPS
+_FORMATS = frozenset("AVIF BMP DIB GIF ICNS ICO JPEG JPEG2000 MPO PCX PNG PPM QOI SGI TGA TIFF WEBP".split())
+# sides of a picture may differ by this factor before the ends of the longer one, which the crop drops, are not resized
+_LARGEST_RATIO = 8
 
 
 def open_picture(source: str) -> Image.Image:
@@ -44,32 +53,81 @@ def open_picture(source: str) -> Image.Image:
             Where the picture is.
 
     Returns:
-        `PIL.Image.Image`: the picture, not decoded yet.
+        `PIL.Image.Image`: the picture, not decoded yet; it keeps no file open.
 
     Raises:
         ValueError: if `source` is none of the four, or what it holds is no picture.
+        OSError: if the address or the file cannot be read.
     """
-    if source.startswith(("http://", "https://")):
+    is_file = os.path.isfile(source)
+    is_address = not is_file and source.startswith(("http://", "https://"))
+    if is_file:
+        data = Path(source).read_bytes()
+    elif is_address:
         with urlopen(source, timeout=_URL_TIMEOUT_SECONDS) as response:
-            stream = BytesIO(response.read())
-    elif os.path.isfile(source):
-        stream = source
+            data = response.read()
     else:
-        encoded = source.partition(",")[2] if source.startswith("data:image/") else source
-        try:
-            stream = BytesIO(base64.b64decode(encoded, validate=True))
-        except (binascii.Error, ValueError) as error:
-            raise ValueError(
-                f"images: {source[:200]!r} is neither an existing file, an http(s) address, a data:image address "
-                "nor a base64 string."
-            ) from error
+        data = _from_base64(source)
     try:
-        return Image.open(stream)
-    except OSError as error:
+        image = Image.open(BytesIO(data), formats=_known_formats())
+    # a decoder may fail in any way
+    except Exception as error:
+        subject = "the file" if is_file or is_address else "no such file exists, and as base64 it"
         raise ValueError(
-            f"images: {source[:200]!r} cannot be opened as a picture: the file is truncated, damaged or of "
+            f"images: {source[:200]!r} cannot be opened as a picture: {subject} is truncated, damaged or of "
             f"another kind ({error})."
         ) from error
+    if is_file:
+        # what errors name
+        image.filename = source
+    return image
+
+
+def _from_base64(source):
+    encoded = source.partition(",")[2] if source.startswith("data:image/") else source
+    # tools break lines, and write either alphabet with or without padding
+    encoded = "".join(encoded.split()).replace("-", "+").replace("_", "/").rstrip("=")
+    try:
+        return base64.b64decode(encoded + "=" * (-len(encoded) % 4), validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise ValueError(
+            f"images: {source[:200]!r} is neither an existing file, an http(s) address, a data:image address "
+            "nor a base64 string."
+        ) from error
+
+
+@functools.cache
+def _known_formats():
+    Image.init()
+    return tuple(_FORMATS.intersection(Image.OPEN))
+
+
+def flat_sources(images) -> Iterator:
+    """
+    Yields the pictures of a nested list one by one, without opening any.
+
+    Args:
+        images (`str`, `os.PathLike`, `PIL.Image.Image`, `np.ndarray`, `torch.Tensor` or a nested list of these):
+            Arrays of four dimensions hold several pictures.
+
+    Raises:
+        TypeError: if an entry is none of these.
+    """
+    if isinstance(images, (list, tuple)):
+        for entry in images:
+            yield from flat_sources(entry)
+    elif isinstance(images, (str, os.PathLike)) or is_pil_image(images):
+        yield images
+    elif is_valid_image(images):
+        if images.ndim > 3:
+            yield from (picture for entry in images for picture in flat_sources(entry))
+        else:
+            yield images
+    else:
+        raise TypeError(
+            "images: expected PIL pictures, arrays, tensors, paths or addresses (or lists of them), got "
+            f"{type(images).__name__}."
+        )
 
 
 def clean_pil_picture(image: Image.Image) -> Image.Image:
@@ -90,7 +148,10 @@ def clean_pil_picture(image: Image.Image) -> Image.Image:
     try:
         image.load()
         image = ImageOps.exif_transpose(image)
-    except (OSError, SyntaxError, EOFError) as error:
+    # a decoder may fail in any way
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+            raise
         name = getattr(image, "filename", "") or "a picture from memory"
         raise ValueError(f"images: {name} cannot be decoded, the file is truncated or damaged ({error}).") from error
     if 0 in image.size:
@@ -114,12 +175,12 @@ def clean_pil_picture(image: Image.Image) -> Image.Image:
 
 def clean_array_picture(image: "np.ndarray | torch.Tensor", do_rescale: bool | None) -> "np.ndarray | torch.Tensor":
     """
-    Brings a picture given as an array to 8-bit integers, or checks its floating point values.
+    Brings a picture given as an array to 8-bit integers, or to 32-bit floats where nothing rescales them later on.
 
     Args:
         image (`np.ndarray` or `torch.Tensor`):
             Booleans, 8-bit integers, unsigned 16-bit integers (scaled to 8 bits), other integers from 0 to 255, or
-            floating point numbers (left as they are).
+            floating point numbers of any width: from 0 to 255 with `do_rescale`, rounded.
         do_rescale (`bool`, *optional*):
             Whether the image processor divides by 255 later on, which makes floats from 0 to 1 nearly black.
 
@@ -127,7 +188,8 @@ def clean_array_picture(image: "np.ndarray | torch.Tensor", do_rescale: bool | N
         `np.ndarray` or `torch.Tensor`: the picture.
 
     Raises:
-        ValueError: if the picture is empty, holds NaN or infinity, or holds integers outside 0 to 255.
+        ValueError: if the picture is empty, or holds NaN, infinity, complex numbers, or values outside 0 to 255 where
+            they are about to be divided by 255.
     """
     if 0 in image.shape:
         raise ValueError(f"images: got an empty picture of shape {tuple(image.shape)}.")
@@ -135,18 +197,17 @@ def clean_array_picture(image: "np.ndarray | torch.Tensor", do_rescale: bool | N
         if image.dtype == torch.uint8:
             return image
         values = image.detach().cpu()
+        # NumPy has no bfloat16
         values = values.numpy() if not values.is_floating_point() else values.float().numpy()
     else:
         values = image
-    if np.issubdtype(values.dtype, np.floating):
-        if not np.isfinite(values).all():
-            raise ValueError("images: a picture holds NaN or infinite values.")
-        if do_rescale and values.max() <= 1.0:
-            logger.warning_once(
-                "A picture of floating point values from 0 to 1 is about to be divided by 255. Pass values from 0 to "
-                "255, or `do_rescale=False`."
-            )
-        return image
+    if np.issubdtype(values.dtype, np.complexfloating):
+        raise ValueError(f"images: a picture of type {values.dtype} holds complex numbers, which are no colours.")
+    is_float = np.issubdtype(values.dtype, np.floating)
+    if is_float and not np.isfinite(values).all():
+        raise ValueError("images: a picture holds NaN or infinite values.")
+    if is_float and not do_rescale:
+        return values.astype(np.float32)
     if values.dtype == np.bool_:
         return values.astype(np.uint8) * np.uint8(255)
     if values.dtype == np.uint16:
@@ -156,7 +217,13 @@ def clean_array_picture(image: "np.ndarray | torch.Tensor", do_rescale: bool | N
             f"images: a picture of type {values.dtype} holds values from {values.min()} to {values.max()}; expected 0 "
             "to 255, or the type uint16 for 16-bit values."
         )
-    return values.astype(np.uint8)
+    if is_float and values.max() <= 1.0:
+        logger.warning_once(
+            "A picture of floating point values from 0 to 1 is about to be divided by 255. Pass values from 0 to "
+            "255, or `do_rescale=False`."
+        )
+    # resizing rounds and clips 8-bit values alone
+    return np.round(values).astype(np.uint8)
 
 
 class MomaImageInputMixin:
@@ -164,6 +231,20 @@ class MomaImageInputMixin:
     Reading and writing of pictures for [`MomaImageProcessor`] and [`MomaImageProcessorPil`]. It stands before a
     Transformers backend class in the list of bases.
     """
+
+    @classmethod
+    def for_resolution(cls, resolution: int, **kwargs):
+        """
+        An image processor for a VQ model of this resolution.
+
+        Args:
+            resolution (`int`):
+                `vq_model.config.resolution`, in pixels.
+            kwargs:
+                Further fields.
+        """
+        crop = {"height": resolution, "width": resolution}
+        return cls(size={"shortest_edge": resolution}, crop_size=crop, **kwargs)
 
     def fetch_images(self, image_url_or_urls):
         """
@@ -200,6 +281,30 @@ class MomaImageInputMixin:
             image = clean_array_picture(image, do_rescale)
         return super().process_image(image, do_rescale=do_rescale, **kwargs)
 
+    def resize(self, image, size, **kwargs):
+        """
+        Resizes as the backend does; floating point values in 256 steps of their range, [0, 1] where they fit into it.
+
+        Filters overshoot floats, and PIL guesses their range.
+        """
+        is_array = isinstance(image, np.ndarray)
+        values = torch.from_numpy(image) if is_array else image
+        if not values.is_floating_point():
+            return super().resize(image, size, **kwargs)
+        # of each picture, whatever others are resized with it
+        low = values.amin((-3, -2, -1), keepdim=True).clamp(max=0)
+        width = values.amax((-3, -2, -1), keepdim=True).clamp(min=1) - low
+        steps = ((values - low) / width * 255).round().to(torch.uint8)
+        resized = super().resize(steps.numpy() if is_array else steps, size, **kwargs)
+        values = torch.as_tensor(resized).to(values.dtype) / 255 * width + low
+        return values.numpy() if is_array else values
+
+    def _preprocess(self, images, do_resize, size, resample, do_center_crop, crop_size, *args, **kwargs):
+        if do_resize and do_center_crop and size.shortest_edge and not size.longest_edge:
+            ratio = max(_LARGEST_RATIO, 2 * math.ceil(max(crop_size.height, crop_size.width) / size.shortest_edge))
+            images = [_without_far_ends(image, ratio) for image in images]
+        return super()._preprocess(images, do_resize, size, resample, do_center_crop, crop_size, *args, **kwargs)
+
     def postprocess(self, images: torch.Tensor, return_tensors: str = "PIL.Image.Image") -> BatchFeature:
         """
         Turns pixel values, such as a VQ decoder gives, back into pictures. It undoes normalising and rescaling; what
@@ -235,3 +340,14 @@ class MomaImageInputMixin:
             pictures = [Image.fromarray(picture) for picture in pixels.permute(0, 2, 3, 1).contiguous().numpy()]
             return BatchFeature(data={"pixel_values": pictures})
         return BatchFeature(data={"pixel_values": pixels}, tensor_type=return_tensors)
+
+
+def _without_far_ends(image, ratio: int):
+    """The middle of a channels-first picture: a line of pixels, resized whole, takes gigabytes for a file of bytes."""
+    height, width = image.shape[-2:]
+    longest = ratio * min(height, width)
+    # of the same parity, so that the centre stays where it is
+    rows = longest + (height - longest) % 2 if height > longest else height
+    columns = longest + (width - longest) % 2 if width > longest else width
+    top, left = (height - rows) // 2, (width - columns) // 2
+    return image[..., top : top + rows, left : left + columns]

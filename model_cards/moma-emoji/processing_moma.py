@@ -21,11 +21,12 @@ from pathlib import Path
 import torch
 from PIL import Image
 from transformers import BatchFeature
-from transformers.image_utils import ImageInput, make_flat_list_of_images
+from transformers.image_utils import ImageInput
 from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin, Unpack
 from transformers.tokenization_utils_base import TextInput
 from transformers.utils import is_torchvision_available
 
+from .image_input_moma import flat_sources
 from .image_processing_moma import MomaImageProcessor
 from .image_processing_pil_moma import MomaImageProcessorPil
 from .modeling_moma_vq import MomaVQModel
@@ -35,6 +36,7 @@ VQ_SUBFOLDER = "vq_model"
 # pictures that go through the VQ model at once, which bounds the memory of a large batch
 ENCODE_CHUNK = 64
 LABEL_PAD_ID = -100
+_ANY_PICTURE = Image.new("L", (1, 1))
 HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
 
 # of a chat template, inside its loop over messages: sets `turn.text`, with a placeholder for every picture
@@ -135,8 +137,7 @@ class MomaProcessor(ProcessorMixin):
         if side != (resolution, resolution) or (edge is not None and edge < resolution):
             raise ValueError(
                 f"image_processor: shortest_edge={edge} and a crop of {side} do not fit the VQ model's resolution "
-                f"{resolution}; build it with size={{'shortest_edge': {resolution}}} and "
-                f"crop_size={{'height': {resolution}, 'width': {resolution}}}."
+                f"{resolution}; build it with `{type(image_processor).__name__}.for_resolution({resolution})`."
             )
 
     def _read_vocabulary(self, tokenizer):
@@ -268,10 +269,11 @@ class MomaProcessor(ProcessorMixin):
         return ids * is_label + LABEL_PAD_ID * (1 - is_label)
 
     def prepare_inputs_layout(self, images=None, text=None, videos=None, audio=None, **kwargs):
-        """Opens paths and addresses, and drops a list of pictures that holds none."""
+        """Drops a list of pictures that holds none, and leaves the others unopened until they are encoded."""
         if isinstance(images, (list, tuple)) and all(isinstance(row, (list, tuple)) and not row for row in images):
             images = None
-        return super().prepare_inputs_layout(images=images, text=text, videos=videos, audio=audio, **kwargs)
+        _, text, videos, audio = super().prepare_inputs_layout(text=text, videos=videos, audio=audio, **kwargs)
+        return images, text, videos, audio
 
     def validate_inputs(self, images=None, text=None, videos=None, audio=None, **kwargs):
         """Compares the number of pictures with that of placeholders, row by row where `images` is nested."""
@@ -279,7 +281,9 @@ class MomaProcessor(ProcessorMixin):
             raise ValueError("videos, audio: MoMa reads text and pictures only.")
         if not text and images is None:
             raise ValueError(f"text: you need to provide at least one text to call {type(self).__name__}.")
-        super().validate_inputs(images=images, text=text, **kwargs)
+        # the base class counts pictures, and would open them for it
+        counted = None if images is None else [_ANY_PICTURE] * sum(1 for _ in flat_sources(images))
+        super().validate_inputs(images=counted, text=text, **kwargs)
         if not isinstance(images, (list, tuple)) or not all(isinstance(row, (list, tuple)) for row in images):
             return
         if len(images) != len(text):
@@ -368,20 +372,26 @@ class MomaProcessor(ProcessorMixin):
             ValueError: if a picture cannot be read, or the image processor does not yield the VQ model's resolution.
         """
         kwargs["return_tensors"] = "pt"
-        pictures = make_flat_list_of_images(self.image_processor.fetch_images(images))
         side = self.vq_model.config.resolution
-        codes = []
-        for start in range(0, len(pictures), ENCODE_CHUNK):
-            pixel_values = self.image_processor(pictures[start : start + ENCODE_CHUNK], **kwargs)["pixel_values"]
+        codes, waiting = [], []
+        # one by one: of all pictures but one there are the resized pixels alone, and of no two the files
+        for source in flat_sources(images):
+            pixel_values = self.image_processor([self.image_processor.fetch_images(source)], **kwargs)["pixel_values"]
             if tuple(pixel_values.shape[-2:]) != (side, side):
                 raise ValueError(
                     f"images_kwargs: the image processor yields {tuple(pixel_values.shape[-2:])} pixels, but the VQ "
                     f"model needs {(side, side)}; leave size and crop_size as they are."
                 )
-            with torch.no_grad():
-                chunk = self.vq_model.get_image_tokens(pixel_values.to(self.vq_model.device, torch.float32))
-            codes.extend(chunk.tolist())
-        return codes
+            waiting.append(pixel_values)
+            if len(waiting) == ENCODE_CHUNK:
+                codes += self._encode(waiting)
+                waiting = []
+        return codes + self._encode(waiting) if waiting else codes
+
+    @torch.no_grad()
+    def _encode(self, pixel_values):
+        pixel_values = torch.cat(pixel_values).to(self.vq_model.device, torch.float32)
+        return self.vq_model.get_image_tokens(pixel_values).tolist()
 
     def decode_pictures(self, codes: "torch.LongTensor | list[list[int]]") -> list[Image.Image]:
         """

@@ -24,6 +24,7 @@ from datasets import Dataset, Features
 from datasets import Image as ImageFeature
 from PIL import Image
 
+from tokenization import MomaImageProcessor
 from tokenization.modeling_moma_vq import MomaVQModel
 
 
@@ -135,6 +136,62 @@ def test_semantic_and_perceptual_terms_are_trained_and_judged(script, folder, tm
     assert -1 <= entry["semantic_cosine"] <= 1
     saved = json.loads((tmp_path / "out" / "config.json").read_text())
     assert saved["semantic_weight"] == 0.5 and saved["perceptual_weight"] == 0.2
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (["--config", "other.json"], r"resolution = 32, .*asks for 64"),
+        (["--config", "small"], "embed_dim = 8"),
+        (["--perceptual-weight", "0.5"], "perceptual_weight = 0.0, .*asks for 0.5"),
+        (["--steps", "9"], "--steps = 8"),
+        (["--batch-size", "5"], "--batch-size = 4"),
+        (["--learning-rate", "0.1"], "--learning-rate = 0.0015"),
+        (["--seed", "1"], "--seed = 0"),
+    ],
+)
+def test_a_run_is_not_resumed_with_other_arguments(script, folder, tmp_path, change, named):
+    config = json.loads((folder / "config.json").read_text())
+    (tmp_path / "other.json").write_text(json.dumps({**config, "resolution": 64}))
+    with pytest.raises(Killed):
+        script.main(arguments(folder, tmp_path / "out"), kill_after(4))
+    before = {path.name for path in (tmp_path / "out").iterdir()}
+    change = [str(tmp_path / text) if text.endswith(".json") else text for text in change]
+    with pytest.raises(ValueError, match=f"--resume: .*{named}"):
+        script.main(arguments(folder, tmp_path / "out", "--resume", *change))
+    assert {path.name for path in (tmp_path / "out").iterdir()} == before
+
+
+def test_a_run_is_resumed_in_the_size_of_its_checkpoint_without_its_configuration(script, folder, tmp_path):
+    with pytest.raises(Killed):
+        script.main(arguments(folder, tmp_path / "out", "--semantic-weight", "0.3"), kill_after(4))
+    command = arguments(folder, tmp_path / "out", "--resume")
+    place = command.index("--config")
+    del command[place : place + 2]
+    script.main(command)
+    saved = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert saved["resolution"] == 32 and saved["semantic_weight"] == 0.3
+
+
+def test_the_model_is_trained_on_the_pixels_that_the_processor_gives(script, tmp_path):
+    rng = np.random.default_rng(0)
+    noise = rng.integers(0, 256, (64, 128, 4), dtype=np.uint8)
+    pictures = [
+        # a clear ground, sixteen bits, and sides that differ
+        Image.fromarray(noise[:, :64] * np.array([1, 1, 1, 0], dtype=np.uint8)),
+        Image.fromarray(rng.integers(0, 65536, (64, 64), dtype=np.uint16)),
+        Image.fromarray(noise[..., :3]),
+        Image.fromarray(noise[:40, :40, :3]),
+        Image.fromarray(noise[..., 0]).convert("P"),
+    ]
+    for index, picture in enumerate(pictures):
+        picture.save(tmp_path / f"{index}.png")
+    dataset = Dataset.from_dict({"image": [str(tmp_path / f"{index}.png") for index in range(len(pictures))]})
+    dataset = dataset.cast_column("image", ImageFeature())
+    seen = script.to_pixel_values(script.load_pictures(dataset, 32), torch.device("cpu"))
+    given = MomaImageProcessor.for_resolution(32)(list(dataset["image"]), return_tensors="pt")["pixel_values"]
+    torch.testing.assert_close(seen.contiguous(), given, atol=1e-6, rtol=0)
+    assert seen[0].min() == 1.0
 
 
 def test_an_epoch_shows_each_picture_at_most_once_and_the_next_one_reorders(script):

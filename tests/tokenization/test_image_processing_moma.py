@@ -13,6 +13,9 @@
 # limitations under the License.
 
 import base64
+import os
+import resource
+import zlib
 from io import BytesIO
 
 import numpy as np
@@ -61,6 +64,28 @@ def test_a_wide_picture_keeps_its_centre(image_processor):
     strip = np.zeros((16, 48, 3), dtype=np.uint8)
     strip[:, 16:32] = 255
     assert pixels(image_processor, Image.fromarray(strip)).mean() > 0.95
+
+
+@pytest.mark.parametrize("height, width", [(8, 64), (8, 65), (8, 200), (7, 200), (8, 201), (300, 6), (301, 6)])
+def test_ends_of_a_long_picture_do_not_matter_before_the_crop(image_processor, height, width):
+    # smooth, as the middle may shift by a part of one of the picture's own pixels
+    wave = np.sin(np.arange(height)[:, None] / 3) + np.sin(np.arange(width) / 3)
+    array = np.repeat(((wave + 2) * 63)[..., None], 3, axis=-1).astype(np.uint8)
+    pictures = pixels(image_processor, Image.fromarray(array))
+    # by hand: the whole picture is resized, and then its centre taken
+    scale = 16 / min(height, width)
+    whole = Image.fromarray(array).resize((int(width * scale), int(height * scale)), Image.Resampling.LANCZOS)
+    left, top = (whole.width - 16) // 2, (whole.height - 16) // 2
+    expected = torch.from_numpy(np.array(whole.crop((left, top, left + 16, top + 16)))).permute(2, 0, 1) / 127.5 - 1
+    ratio = max(height, width) / min(height, width)
+    assert (pictures[0] - expected).abs().max() < (0.02 if ratio <= 8 else 0.12)
+
+
+def test_a_picture_that_is_not_cropped_keeps_its_ends(image_processor):
+    strip = Image.new("RGB", (400, 2), "white")
+    strip.paste("black", (0, 0, 4, 2))
+    values = pixels(image_processor, strip, do_center_crop=False)
+    assert values.shape == (1, 3, 16, 3200) and values[..., 0].max() == -1
 
 
 def test_transparency_is_composited_on_white(image_processor):
@@ -124,14 +149,127 @@ def test_truncated_pil_picture_raises_a_value_error_that_says_so(image_processor
         (np.full((16, 16, 3), 300, dtype=np.int64), "from 300 to 300"),
         (np.full((16, 16, 3), np.nan, dtype=np.float32), "NaN"),
         (np.zeros((0, 16, 3), dtype=np.uint8), "empty"),
+        (np.full((16, 16, 3), 256.5, dtype=np.float32), "from 256.5 to 256.5"),
+        (torch.full((3, 16, 16), -1.0), "from -1.0 to -1.0"),
+        (np.full((16, 16, 3), 1 + 1j), "complex"),
         (Image.new("F", (16, 16)), "mode 'F'"),
         (Image.fromarray(np.full((16, 16), 70000, dtype=np.int32)), "70000"),
         ("no/such/picture.png", "neither an existing file"),
+        ("pictures/cat", "no such file exists, and as base64"),
+        ("", "no such file exists"),
     ],
 )
 def test_unreadable_values_raise_and_are_named(image_processor, image, message):
     with pytest.raises(ValueError, match=message):
         image_processor(image)
+
+
+def saved(picture, kind, **kwargs):
+    buffer = BytesIO()
+    picture.save(buffer, kind, **kwargs)
+    return buffer.getvalue()
+
+
+def damaged_files():
+    """Files that their decoders refuse in ways of their own."""
+    picture = Image.fromarray(noise(64, 64))
+    # a JPEG whose orientation, 6 in one short number, is said to be a text
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    jpeg = saved(picture, "JPEG", exif=exif)
+    place = jpeg.index(b"\x01\x12\x00\x03") if b"\x01\x12\x00\x03" in jpeg else jpeg.index(b"\x12\x01\x03\x00")
+    yield "orientation", jpeg[: place + 2] + jpeg[place + 2 : place + 4].replace(b"\x03", b"\x02") + jpeg[place + 4 :]
+    # a PNG of four gigapixels, by its header
+    png = saved(Image.new("1", (8, 8)), "PNG")
+    header = b"IHDR" + (65536).to_bytes(4, "big") * 2 + png[24:29]
+    yield "bomb", png[:12] + header + zlib.crc32(header).to_bytes(4, "big") + png[33:]
+    # what PostScript would do, Ghostscript does
+    yield "postscript", saved(picture, "EPS")
+    for kind in ("AVIF", "JPEG2000", "TIFF", "GIF", "BMP", "ICO", "WEBP", "PNG"):
+        if kind not in Image.SAVE:
+            continue
+        data = saved(picture, kind)
+        for seed in range(40):
+            rng = np.random.default_rng(seed)
+            mutated = bytearray(data)
+            for place in rng.integers(0, len(data), size=rng.integers(1, 12)):
+                mutated[place] = rng.integers(256)
+            yield f"{kind} {seed}", bytes(mutated)
+    dds = bytearray(saved(picture, "DDS"))
+    dds[84:88] = b"ABCD"
+    yield "DDS", bytes(dds)
+
+
+def test_damaged_files_are_read_or_refused_with_a_value_error(image_processor, tmp_path):
+    refused = {}
+    for name, data in damaged_files():
+        path = tmp_path / "picture"
+        path.write_bytes(data)
+        try:
+            image_processor(str(path))
+        except ValueError as error:
+            refused[name] = str(error)
+            assert str(path) in refused[name]
+    assert {"bomb", "postscript", "DDS"} <= refused.keys() and len(refused) > 20
+
+
+def test_want_of_file_handles_is_not_called_damage(image_processor, tmp_path):
+    path = tmp_path / "picture.png"
+    Image.fromarray(noise()).save(path)
+    # decoders are imported from files of their own
+    image_processor(str(path))
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    taken = []
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, limits[1]))
+    try:
+        with pytest.raises(OSError):
+            while True:
+                taken.append(open(os.devnull))
+        with pytest.raises(OSError, match="Too many open files"):
+            image_processor(str(path))
+    finally:
+        for file in taken:
+            file.close()
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+def test_base64_is_read_as_tools_write_it(image_processor):
+    picture = Image.fromarray(noise())
+    data = saved(picture, "PNG")
+    encoded, safe = base64.encodebytes(data).decode(), base64.urlsafe_b64encode(data).decode()
+    assert "\n" in encoded and set("-_") & set(safe)
+    expected = pixels(image_processor, picture)
+    for text in (
+        encoded,
+        safe,
+        safe.rstrip("="),
+        f"data:image/png;base64, {encoded}",
+        f"data:image/png;base64,{safe}",
+    ):
+        torch.testing.assert_close(pixels(image_processor, text), expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("do_rescale", [True, False])
+def test_floating_point_tensors_give_what_eight_bits_give(image_processor, dtype, do_rescale):
+    # sharp edges, at which the filter overshoots; all values are exact in any of these types
+    array = np.where(noise(40, 33) < 128, 0, 255).astype(np.uint8)
+    expected = pixels(image_processor, torch.from_numpy(array).permute(2, 0, 1))
+    tensor = torch.from_numpy(array).permute(2, 0, 1).to(dtype) / (1 if do_rescale else 255)
+    values = pixels(image_processor, tensor, do_rescale=do_rescale)
+    assert values.dtype == torch.float32
+    torch.testing.assert_close(values, expected, rtol=0, atol=1e-5)
+    if dtype != torch.bfloat16:
+        assert torch.equal(pixels(image_processor, tensor.numpy(), do_rescale=do_rescale), values)
+
+
+def test_values_of_any_range_keep_it_and_do_not_depend_on_their_neighbours(image_processor):
+    wide = torch.from_numpy(noise(40, 33)).permute(2, 0, 1).float() / 255 * 3 - 1
+    plain = {"do_rescale": False, "do_normalize": False}
+    alone = pixels(image_processor, wide, **plain)
+    assert -1 <= alone.min() < -0.2 and 1.2 < alone.max() <= 2
+    beside = pixels(image_processor, [wide.clamp(0, 1), wide], **plain)
+    torch.testing.assert_close(beside[1:], alone, rtol=0, atol=1e-6)
 
 
 def test_wrong_type_of_picture_raises_type_error(image_processor):
