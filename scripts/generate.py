@@ -18,9 +18,12 @@ python scripts/generate.py --model DIR --image picture.png --mode text
 """
 
 import argparse
+import math
 import sys
 from functools import partial
+from io import BytesIO
 from pathlib import Path
+from tempfile import TemporaryFile
 
 import torch
 from PIL import Image
@@ -42,17 +45,40 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--image", action="append", default=[], help="picture before the words of its row")
     parser.add_argument("--mode", choices=GENERATION_MODES, help="by default text with --image, else image")
     parser.add_argument("--output", default="picture.png", help="where pictures go, numbered if there are several")
-    parser.add_argument("--max-new-tokens", type=int, help=f"by default {TEXT_NEW_TOKENS}, and room for a picture")
-    parser.add_argument("--temperature", type=float, help="0 takes the likeliest; by default 0 for text, else 1")
-    parser.add_argument("--top-k", type=int, default=0, help="sample among so many tokens, 0 for all")
-    parser.add_argument("--top-p", type=float, default=1.0, help="sample among tokens of this total probability")
-    parser.add_argument("--num-beams", type=int, default=1)
-    parser.add_argument("--guidance-scale", type=float, default=1.0, help="above 1 follows the words more closely")
+    parser.add_argument(
+        "--max-new-tokens", type=within(int, 1), help=f"by default {TEXT_NEW_TOKENS}, and room for a picture"
+    )
+    parser.add_argument(
+        "--temperature", type=within(float, 0), help="0 takes the likeliest; by default 0 for text, else 1"
+    )
+    parser.add_argument("--top-k", type=within(int, 0), default=0, help="sample among so many tokens, 0 for all")
+    parser.add_argument(
+        "--top-p", type=within(float, 0, 1), default=1.0, help="sample among tokens of this total probability"
+    )
+    parser.add_argument("--num-beams", type=within(int, 1), default=1)
+    parser.add_argument(
+        "--guidance-scale", type=within(float, 0), default=1.0, help="above 1 follows the words more closely"
+    )
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(arguments)
     if args.mode is None:
         args.mode = "text" if args.image else "image"
     return args
+
+
+def within(kind: type, least: float, most: float = math.inf):
+    """A type of arguments: finite numbers between two bounds."""
+
+    def number(text: str):
+        value = kind(text)
+        if not (least <= value <= most and math.isfinite(value)):
+            bounds = f"{least} or more" if most == math.inf else f"between {least} and {most}"
+            raise argparse.ArgumentTypeError(f"{text} is not {bounds}")
+        return value
+
+    # what argparse calls it where the text is no number at all
+    number.__name__ = kind.__name__
+    return number
 
 
 def make_rows(prompts: list[str], images: list[str]) -> tuple[list[str], list[list[str]]]:
@@ -85,17 +111,36 @@ def generation_arguments(args: argparse.Namespace, image_seq_length: int) -> dic
 
 
 def picture_format(path: Path) -> str:
-    """Name of the file format for a path's ending."""
-    formats = Image.registered_extensions()
-    if path.suffix.lower() not in formats:
+    """Name of the file format for a path's ending, once pictures can be written there.
+
+    Raises:
+        ValueError: they cannot; a drawing would be lost.
+    """
+    name = Image.registered_extensions().get(path.suffix.lower())
+    if name is None:
         raise ValueError(f"--output: {str(path)!r} has no ending of a picture format, such as .png.")
-    return formats[path.suffix.lower()]
+    try:
+        Image.new("RGB", (8, 8)).save(BytesIO(), format=name)
+    except (OSError, KeyError, ValueError) as error:
+        raise ValueError(
+            f"--output: colour pictures cannot be written as {path.suffix} ({name}); take another ending, such as "
+            ".png."
+        ) from error
+    if path.is_dir():
+        raise ValueError(f"--output: {str(path)!r} is a folder; name a file in it.")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise ValueError(f"--output: nothing can be written into {str(path.parent)!r} ({error}).") from error
+    return name
 
 
 def generate(args: argparse.Namespace):
     """Load, generate, print texts and write pictures."""
     output = Path(args.output)
-    picture_format(output)
+    file_format = picture_format(output) if args.mode != "text" else None
     texts, images = make_rows(args.prompt, args.image)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     processor = AutoProcessor.from_pretrained(args.model)
@@ -112,7 +157,9 @@ def generate(args: argparse.Namespace):
     ids = model.generate(**inputs, **generation_arguments(args, model.config.image_seq_length))
     new_ids = ids[:, inputs["input_ids"].shape[1] :]
     if args.mode == "image":
-        rows = [[picture] for picture in processor.decode_pictures(model.decode_image_tokens(new_ids))]
+        # the last one of each row: a prompt may hold others, and the beginning of this one
+        codes = torch.cat([model.decode_image_tokens(row.unsqueeze(0))[-1:] for row in ids])
+        rows = [[picture] for picture in processor.decode_pictures(codes)]
     else:
         rows = processor.post_process_multimodal_output(new_ids, generation_mode=args.mode)
     rows = [[row] if isinstance(row, str) else row for row in rows]
@@ -124,7 +171,7 @@ def generate(args: argparse.Namespace):
                 print(part.strip())
                 continue
             name = f"{output.stem}-{written}{output.suffix}" if num_pictures > 1 else output.name
-            print(write_aside(output.with_name(name), partial(part.save, format=picture_format(output))))
+            print(write_aside(output.with_name(name), partial(part.save, format=file_format)))
             written += 1
 
 

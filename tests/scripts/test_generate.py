@@ -130,6 +130,10 @@ def test_truncated_picture_ends_with_a_message_and_no_traceback(model_folder, pi
             "--prompt: given 2 times",
         ),
         (["--prompt", "a", "--output", "picture"], "--output: 'picture' has no ending"),
+        (["--prompt", "a", "--output", "x.mpg"], "cannot be written as .mpg (MPEG)"),
+        (["--prompt", "a", "--output", "x.xbm"], "cannot be written as .xbm (XBM)"),
+        (["--prompt", "a", "--output", "x.h5"], "cannot be written as .h5 (HDF5)"),
+        (["--prompt", "a", "--output", "/proc/x.png"], "--output: nothing can be written into '/proc'"),
         (["--prompt", "a", "--max-new-tokens", "5"], "needs 18 new tokens, but there is room for 5"),
         (["--image", "missing.png"], "missing.png"),
     ],
@@ -137,6 +141,49 @@ def test_truncated_picture_ends_with_a_message_and_no_traceback(model_folder, pi
 def test_bad_arguments_end_with_a_message(script, model_folder, capsys, arguments, message):
     assert script.main(["--model", str(model_folder), *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("mode", ["image", "interleaved"])
+def test_where_nothing_can_be_written_is_found_before_anything_is_drawn(script, tmp_path, capsys, mode):
+    (tmp_path / "folder.png").mkdir()
+    arguments = ["--model", str(tmp_path / "no model is asked for"), "--prompt", "a", "--mode", mode]
+    assert script.main([*arguments, "--output", str(tmp_path / "folder.png")]) == 2
+    assert "is a folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "option, values",
+    [
+        ("--num-beams", ["0", "-1", "two"]),
+        ("--max-new-tokens", ["0", "-3"]),
+        ("--temperature", ["-1", "nan", "inf"]),
+        ("--top-k", ["-1"]),
+        ("--top-p", ["1.5", "-0.1", "nan"]),
+        ("--guidance-scale", ["nan", "inf", "-2"]),
+    ],
+)
+def test_numbers_out_of_range_are_named(script, model_folder, capsys, option, values):
+    for value in values:
+        with pytest.raises(SystemExit) as ended:
+            script.main(["--model", str(model_folder), "--prompt", "a", f"{option}={value}"])
+        assert ended.value.code == 2
+        error = capsys.readouterr().err
+        assert option in error and value in error
+
+
+@pytest.mark.parametrize("prompt", ["<|begin_image|>", "a<|begin_image|><|image_3|><|image_4|>"])
+def test_a_picture_that_the_prompt_begins_is_finished_and_written(script, model_folder, tmp_path, prompt):
+    output = tmp_path / "picture.png"
+    assert script.main(["--model", str(model_folder), "--prompt", prompt, "--output", str(output)]) == 0
+    with Image.open(output) as picture:
+        assert picture.size == (SIDE, SIDE)
+
+
+def test_of_a_prompt_with_a_picture_the_drawn_one_is_written(script, model_folder, picture_file, tmp_path):
+    output = tmp_path / "picture.png"
+    call = ["--model", str(model_folder), "--image", str(picture_file), "--mode", "image", "--output", str(output)]
+    assert script.main(call) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["apple.png", "picture.png"]
 
 
 def test_missing_model_ends_with_a_message(script, tmp_path, capsys):
