@@ -27,6 +27,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, and_masks, 
 from transformers.masking_utils import packed_sequence_mask_function as same_document
 
 from .cache_moma import MomaDepthCacheLayer, MomaStaticDepthCacheLayer
+from .capacity_moma import ceil_share, exact_share
 from .configuration_moma import DEPTH_LAYER_TYPE, MomaConfig
 from .modality_split_moma import ModalitySplit
 from .routing_context_moma import RoutingContext
@@ -55,7 +56,9 @@ class MomaDepthRouter(MomaRouterBase):
 
     With `K = ceil(c * n)` for a pool of `n` tokens and its capacity `c`:
 
-    - `expert_choice` takes the `K` best of each pool. Not causal: for training.
+    - `expert_choice` takes the `K` best of each pool. Not causal: for training. Of equal scores earlier positions come
+      first, and several rows at the last position together, so that equal rows fare alike: `K` may be exceeded by less
+      than the number of rows.
     - `threshold` takes a token iff its score reaches the running mean of the K-th best score; in the first
       `routing_warmup_steps` of training as above.
     - `token_choice` takes a token iff its score, with a bias that training nudges towards the capacity, is at least
@@ -75,6 +78,7 @@ class MomaDepthRouter(MomaRouterBase):
         momentum = config.depth_threshold_momentum
         super().__init__(config, num_scores=1, num_cuts=num_pools, momentum=momentum, updates_shape=(num_pools,))
         self.capacities = [config.pool_depth_capacity(pool) for pool in config.depth_pools]
+        self.taken_shares = [exact_share(capacity) for capacity in self.capacities]
         self.is_pooled_by_row = config.depth_pool == "row"
 
     def forward(self, hidden_BTD: torch.Tensor, context: RoutingContext) -> tuple[torch.Tensor, DepthSelection]:
@@ -130,24 +134,32 @@ class MomaDepthRouter(MomaRouterBase):
             pool_BT = rows_B1 * num_modalities + pool_BT
             num_pools = num_rows * num_modalities
         # padding competes in a pool of its own, which takes nobody
-        pool_N = torch.where(is_token_BT, pool_BT, num_pools).flatten()
-        order_N = scores_BT.flatten().argsort(descending=True, stable=True)
+        pool_BT = torch.where(is_token_BT, pool_BT, num_pools)
+        # position by position, so that none of several equal rows comes before the others
+        pool_N, scores_N = pool_BT.t().flatten(), scores_BT.t().flatten()
+        order_N = scores_N.argsort(descending=True, stable=True)
         order_N = order_N[pool_N[order_N].argsort(stable=True)]
         pool_N = pool_N[order_N]
         # bincount would wait for the largest pool
         count_Q = torch.zeros(num_pools + 1, dtype=torch.long, device=pool_N.device)
         count_Q.scatter_add_(0, pool_N, torch.ones_like(pool_N))
-        capacity_G = torch.tensor(self.capacities, dtype=torch.float64, device=pool_N.device)
-        capacity_Q = capacity_G.repeat(num_pools // num_modalities)
-        take_Q = torch.cat([(capacity_Q * count_Q[:-1]).ceil().long(), count_Q.new_zeros(1)])
+        share_2G = torch.tensor(self.taken_shares, device=pool_N.device).t()
+        take_Q = ceil_share(share_2G.repeat(1, num_pools // num_modalities), count_Q[:-1])
+        take_Q = torch.cat([take_Q, count_Q.new_zeros(1)])
         start_Q = count_Q.cumsum(0) - count_Q
         rank_N = torch.arange(pool_N.shape[0], device=pool_N.device) - start_Q[pool_N]
         best_N = torch.zeros_like(is_token_BT.flatten()).scatter_(0, order_N, rank_N < take_Q[pool_N])
-        last_Q = (start_Q + take_Q - 1)[:-1].clamp(min=0)
-        kth_BG = scores_BT.flatten()[order_N[last_Q]].view(-1, num_modalities)
+        best_BT = best_N.view(-1, num_rows).t()
+        last_Q = order_N[(start_Q + take_Q - 1)[:-1].clamp(min=0)]
+        kth_Q = scores_N[last_Q]
+        # padding ties with nobody
+        kth_BT = torch.cat([kth_Q, kth_Q.new_full((1,), torch.inf)])[pool_BT]
+        place_BT = torch.cat([last_Q // num_rows, last_Q.new_full((1,), -1)])[pool_BT]
+        is_at_place_BT = place_BT == torch.arange(scores_BT.shape[1], device=place_BT.device)
+        best_BT = best_BT | ((scores_BT == kth_BT) & is_at_place_BT)
         is_used_BG = (count_Q[:-1] > 0).view(-1, num_modalities)
-        kth_G = (kth_BG * is_used_BG).sum(0) / is_used_BG.sum(0).clamp(min=1)
-        return best_N.view_as(scores_BT), kth_G
+        kth_G = (kth_Q.view(-1, num_modalities) * is_used_BG).sum(0) / is_used_BG.sum(0).clamp(min=1)
+        return best_BT, kth_G
 
     def _load(self, chosen_BT, pool_BT, is_token_BT):
         """By how much the share of chosen tokens lags behind the capacity, and whether a pool had tokens at all."""

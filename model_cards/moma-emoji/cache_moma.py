@@ -23,6 +23,7 @@ import math
 import torch
 from transformers.cache_utils import DynamicLayer, StaticLayer
 
+from .capacity_moma import ceil_share, exact_share
 from .configuration_moma import DEPTH_LAYER_TYPE
 
 
@@ -247,7 +248,7 @@ class MomaStaticDepthCacheLayer(_RaggedRows, StaticLayer):
 
     def _allocate(self, key_states, value_states, num_rows, capacity=1.0, **kwargs):
         self.device = key_states.device
-        num_columns = min(self.max_cache_len, math.ceil(capacity * self.max_cache_len))
+        num_columns = min(self.max_cache_len, ceil_share(exact_share(capacity), self.max_cache_len))
         self.keys, self.values = (
             x.new_zeros(num_rows, x.shape[1], num_columns, x.shape[3]) for x in (key_states, value_states)
         )

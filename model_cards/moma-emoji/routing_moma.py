@@ -18,7 +18,6 @@ Shape suffixes:
     P (token, expert) pairs, C cuts of a router (one for each expert, or for each pool of a depth router).
 """
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -27,6 +26,7 @@ from torch import nn
 from transformers.utils.generic import maybe_autocast
 
 from .auxiliary_moma import Fp32Buffers, MomaAuxiliaryRouter
+from .capacity_moma import ceil_share, exact_share
 from .configuration_moma import MomaConfig
 from .routing_context_moma import RoutingContext, is_distributed
 
@@ -135,6 +135,7 @@ class MomaRouter(MomaRouterBase):
         self.num_experts = num_experts
         self.num_experts_per_tok = config.num_experts_per_tok
         self.capacity_factor = config.group_capacity_factor(group)
+        self.taken_share = exact_share(self.capacity_factor, num_experts)
         self.gumbel_noise, self.gumbel_noise_steps = config.gumbel_noise, config.gumbel_noise_steps
 
     def forward(
@@ -161,7 +162,7 @@ class MomaRouter(MomaRouterBase):
 
     def capacity(self, num_tokens: int) -> int:
         """Tokens `K = ceil(c * N / E)` that one expert takes from `num_tokens`."""
-        return min(num_tokens, math.ceil(self.capacity_factor * num_tokens / self.num_experts))
+        return min(num_tokens, ceil_share(self.taken_share, num_tokens))
 
     def _noise_scale(self, context):
         if self.gumbel_noise_steps is None:

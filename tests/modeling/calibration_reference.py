@@ -15,12 +15,13 @@
 
 import math
 from collections import defaultdict
+from fractions import Fraction
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from modeling.depth_reference import capacity_of, pools_of
+from modeling.depth_reference import best_of, pools_of, taken_of
 from modeling.reference import GROUPS, mixed_ids, tiny_model
 from modeling_moma.calibration_moma import named_routers
 from modeling_moma.routing_moma import MomaRouter
@@ -79,17 +80,21 @@ def router_calls(model, batch):
     return calls
 
 
-def pools_of_call(config, router, hidden, context):
-    """(cut, score, flat positions, K) of all that compete with one another."""
+def pools_of_call(config, router, hidden, context, scores):
+    """(cut, score, flat positions, those of members, K) of all that compete with one another."""
     if isinstance(router, MomaRouter):
         number = hidden.shape[0]
-        take = min(number, math.ceil(router.capacity_factor * number / router.num_experts))
-        return [(expert, expert, list(range(number)), take) for expert in range(router.num_experts) if number]
+        take = min(number, math.ceil(Fraction(str(router.capacity_factor)) * number / router.num_experts))
+        for expert in range(router.num_experts if number else 0):
+            ranked = sorted(range(number), key=lambda position, expert=expert: -scores[position][expert])
+            yield expert, expert, range(number), ranked[:take], take
+        return
     length = hidden.shape[1]
-    return [
-        (pool, 0, [row * length + place for row, place in at], math.ceil(capacity_of(config, pool) * len(at)))
-        for (_, pool), at in pools_of(config, context.modality_BT, context.padding_BT).items()
-    ]
+    values = [[scores[row * length + place][0] for place in range(length)] for row in range(hidden.shape[0])]
+    for (_, pool), members in pools_of(config, context.modality_BT, context.padding_BT).items():
+        take = taken_of(config, pool, len(members))
+        flat, best = ([row * length + place for row, place in at] for at in (members, best_of(values, members, take)))
+        yield pool, 0, flat, best, take
 
 
 def plain_records(model, batch):
@@ -103,11 +108,11 @@ def plain_records(model, batch):
         inner = F.silu(F.linear(x_ND, router.auxiliary.up_proj.weight))
         predicted = torch.sigmoid(F.linear(inner, router.auxiliary.down_proj.weight)).tolist()
         pairs, kth = [], defaultdict(list)
-        for cut, column, positions, take in pools_of_call(model.config, router, hidden, context):
-            ranked = sorted(positions, key=lambda position: -scores[position][column])
-            kth[cut].append(scores[ranked[take - 1]][column])
-            for rank, position in enumerate(ranked):
-                values = (scores[position][column], predicted[position][column], rank < take, x_ND[position], column)
+        for cut, column, positions, best, take in pools_of_call(model.config, router, hidden, context, scores):
+            kth[cut].append(sorted((scores[position][column] for position in positions), reverse=True)[take - 1])
+            for position in positions:
+                is_member = position in best
+                values = (scores[position][column], predicted[position][column], is_member, x_ND[position], column)
                 pairs.append((cut, *values))
         records[name] = pairs, {cut: sum(values) / len(values) for cut, values in kth.items()}
     return records

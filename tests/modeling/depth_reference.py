@@ -14,6 +14,7 @@
 """Plain-loop references of mixture of depths: who is chosen, and what a whole model with depth layers computes."""
 
 import math
+from fractions import Fraction
 
 import torch
 import torch.nn.functional as F
@@ -45,6 +46,19 @@ def capacity_of(config: MomaConfig, pool: int) -> float:
     return config.depth_capacity
 
 
+def taken_of(config: MomaConfig, pool: int, number: int) -> int:
+    """`K` of a pool of so many tokens, by the decimal number that the capacity is written as."""
+    return math.ceil(Fraction(str(capacity_of(config, pool))) * number)
+
+
+def best_of(values, members, number: int) -> list[tuple[int, int]]:
+    """The best members (row, place): of equal ones those at earlier places, and at the last place all rows' own."""
+    ranked = sorted(members, key=lambda at: (-values[at[0]][at[1]], at[1]))
+    row, last = ranked[number - 1]
+    ties = [at for at in ranked[number:] if at[1] == last and values[at[0]][last] == values[row][last]]
+    return ranked[:number] + ties
+
+
 def reference_choice(config, router, hidden_BTD, scores_BT, modality_BT, routing, padding_BT=None) -> torch.Tensor:
     """Chosen positions `[B, T]` that the rules give, by plain sorting."""
     values = scores_BT.tolist()
@@ -52,8 +66,7 @@ def reference_choice(config, router, hidden_BTD, scores_BT, modality_BT, routing
     cuts, biases = router.threshold.tolist(), router.balance_bias.tolist()
     for (_, pool), members in pools_of(config, modality_BT, padding_BT).items():
         if routing == "expert_choice":
-            ranked = sorted(members, key=lambda at: -values[at[0]][at[1]])
-            taken = ranked[: math.ceil(capacity_of(config, pool) * len(members))]
+            taken = best_of(values, members, taken_of(config, pool, len(members)))
         elif routing == "threshold":
             taken = [at for at in members if values[at[0]][at[1]] >= cuts[pool]]
         elif routing == "auxiliary":
@@ -71,7 +84,7 @@ def reference_kth(config, scores_BT, modality_BT, padding_BT=None) -> list[float
     found = [[] for _ in config.depth_pools]
     for (_, pool), members in pools_of(config, modality_BT, padding_BT).items():
         ranked = sorted((scores_BT[row, place].item() for row, place in members), reverse=True)
-        found[pool].append(ranked[math.ceil(capacity_of(config, pool) * len(members)) - 1])
+        found[pool].append(ranked[taken_of(config, pool, len(members)) - 1])
     return [sum(scores) / len(scores) if scores else None for scores in found]
 
 

@@ -14,6 +14,7 @@
 """Plain-loop references of the expert layers, and the small models that the tests share."""
 
 import math
+from fractions import Fraction
 
 import torch
 import torch.nn.functional as F
@@ -121,7 +122,7 @@ def reference_selection(router, scores, routing, x_ND=None) -> list[tuple[int, i
     values = scores.tolist()
     pairs = []
     if routing == "expert_choice":
-        take = min(num_tokens, math.ceil(router.capacity_factor * num_tokens / num_experts))
+        take = min(num_tokens, math.ceil(Fraction(str(router.capacity_factor)) * num_tokens / num_experts))
         for expert in range(num_experts):
             ranked = sorted(range(num_tokens), key=lambda token: -values[token][expert])
             pairs += [(token, expert) for token in ranked[:take]]

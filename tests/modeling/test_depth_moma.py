@@ -12,6 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 import math
+from fractions import Fraction
 
 import pytest
 import torch
@@ -103,12 +104,48 @@ def test_expert_choice_takes_exactly_the_capacity_of_each_pool(capacity, pool):
         assert taken == math.ceil(share * len(members))
 
 
-def test_equal_scores_go_to_the_earlier_token():
+def test_equal_scores_go_to_the_earlier_positions_of_all_rows():
     config, router = build_router(depth_capacity=0.25)
     hidden_BTD = torch.ones(2, 8, config.hidden_size)
     modality_BT = torch.zeros(2, 8, dtype=torch.long)
     _, selection = router(hidden_BTD, context_of(config, modality_BT, None, "expert_choice"))
-    assert selection.chosen_BT.flatten().tolist() == [True] * 4 + [False] * 12
+    assert selection.chosen_BT.tolist() == [[True] * 2 + [False] * 6] * 2
+
+
+@pytest.mark.parametrize("capacity", CAPACITIES)
+@pytest.mark.parametrize("rows, length, kinds", [(2, 7, 7), (3, 9, 9), (2, 11, 3), (5, 8, 2)])
+def test_equal_rows_fare_alike(capacity, rows, length, kinds):
+    """Whether all positions of a row differ or, as in the first layer, tokens come more than once."""
+    config, router = build_router(depth_capacity=CAPACITIES[capacity])
+    generator = torch.Generator().manual_seed(length)
+    tokens = torch.randn(kinds, config.hidden_size, generator=generator)
+    ids = torch.randint(kinds, (length,), generator=generator) if kinds < length else torch.arange(length)
+    hidden_BTD = tokens[ids].expand(rows, -1, -1)
+    modality_BT = (ids % 2).expand(rows, -1)
+    padding_BT = torch.zeros(rows, length, dtype=torch.bool)
+    padding_BT[:, -1] = True
+    context = context_of(config, modality_BT, padding_BT, "expert_choice")
+    _, selection = router(hidden_BTD, context)
+    assert (selection.chosen_BT == selection.chosen_BT[:1]).all() and not selection.chosen_BT[:, -1].any()
+    scores_BT = torch.sigmoid(router.logits(hidden_BTD).squeeze(-1))
+    expected_BT = reference_choice(config, router, hidden_BTD, scores_BT, modality_BT, "expert_choice", padding_BT)
+    assert torch.equal(selection.chosen_BT, expected_BT)
+    for pool, share in enumerate(router.capacities):
+        member_BT = ~padding_BT & ((modality_BT == pool) if len(router.capacities) > 1 else True)
+        taken = (selection.chosen_BT & member_BT).sum().item()
+        least = math.ceil(Fraction(str(share)) * member_BT.sum().item())
+        assert least <= taken < least + rows
+
+
+@pytest.mark.parametrize("share", [0.55, 0.07, 0.29, 0.58, 1 / 3, 2 / 3, 0.1 + 0.2])
+def test_a_share_of_tokens_is_that_of_its_decimal_number(share):
+    exact = Fraction(share).limit_denominator(1000)
+    config, router = build_router(depth_capacity=share)
+    for length in (9, 20, 29, 55, 100, 200, 700):
+        hidden_BTD = torch.randn(1, length, config.hidden_size, generator=torch.Generator().manual_seed(length))
+        modality_BT = torch.zeros(1, length, dtype=torch.long)
+        _, selection = router(hidden_BTD, context_of(config, modality_BT, None, "expert_choice"))
+        assert selection.chosen_BT.sum().item() == math.ceil(exact * length)
 
 
 @pytest.mark.parametrize("pool", ["batch", "row"])

@@ -12,6 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 import math
+from fractions import Fraction
 
 import pytest
 import torch
@@ -34,7 +35,7 @@ from modeling.reference import (
 from modeling_moma.configuration_moma import TRAINING_ROUTINGS
 from modeling_moma.experts_moma import MomaFeedForward
 from modeling_moma.modality_split_moma import split_modalities, token_modalities
-from modeling_moma.routing_moma import ROUTINGS
+from modeling_moma.routing_moma import ROUTINGS, MomaRouter
 
 
 ROWS, LENGTH = 2, 10
@@ -196,6 +197,15 @@ def test_expert_choice_takes_exactly_its_capacity(num_tokens, factor):
     _, selection = router(torch.randn(num_tokens, config.hidden_size), context)
     assert selection.token_EK.shape == (4, math.ceil(factor * num_tokens / 4))
     assert all(len(set(row)) == len(row) for row in selection.token_EK.tolist())
+
+
+def test_the_capacity_is_that_of_the_decimal_factor():
+    for factor in (0.07, 0.14, 0.28, 0.55, 0.56, 0.57, 1.0, 1.1, 1.15, 1.7, 2.3):
+        for num_experts in (3, 4, 6, 7):
+            router = MomaRouter(tiny_config(num_experts=num_experts, expert_capacity_factor=factor), "all")
+            for num_tokens in range(400):
+                exact = math.ceil(Fraction(str(factor)) * num_tokens / num_experts)
+                assert router.capacity(num_tokens) == min(num_tokens, exact), (factor, num_experts, num_tokens)
 
 
 def kth_scores(model, ids, routing):
