@@ -163,7 +163,7 @@ def initialize_code_embeddings(model: PreTrainedModel, codebook_KC: torch.Tensor
         modality (`str`, *optional*, defaults to `"image"`): whose tokens.
 
     Raises:
-        ValueError: the modality has another number of ids than the codebook has vectors.
+        ValueError: the modality has another number of ids than the codebook has vectors, or all of these are equal.
     """
     config = model.config
     ids = torch.cat([torch.arange(start, stop) for start, stop in config.modality_token_ranges[modality]])
@@ -174,6 +174,11 @@ def initialize_code_embeddings(model: PreTrainedModel, codebook_KC: torch.Tensor
         )
     embeddings = model.get_input_embeddings().weight
     centred_KC = codebook_KC.float() - codebook_KC.float().mean(0)
+    if (codebook_KC == codebook_KC[0]).all():
+        raise ValueError(
+            f"`codebook_KC`: all of its {len(ids)} vectors are equal, so that no codes are more alike than others. Is "
+            "it the codebook of a trained picture tokenizer?"
+        )
     projected_KD = centred_KC @ torch.randn(codebook_KC.shape[1], config.hidden_size)
     projected_KD *= config.initializer_range / projected_KD.std()
     embeddings[ids] = projected_KD.to(embeddings)

@@ -25,7 +25,14 @@ from collections.abc import Sequence
 
 import torch
 from torch import nn
-from transformers.generation import GenerationConfig, GenerationMixin, LogitsProcessor, LogitsProcessorList
+from transformers.generation import (
+    GenerationConfig,
+    GenerationMixin,
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 
 from .configuration_moma import MomaConfig
 
@@ -167,6 +174,22 @@ class FittingPictureLogitsProcessor(LogitsProcessor):
         return scores
 
 
+class PictureEndCriteria(StoppingCriteria):
+    """A row ends with its picture: for beams, whose scores are means over all their tokens, a forced one included.
+
+    Args:
+        tokens (`PictureTokens`): the ids.
+        prompt_length (`int`): positions of the prompt, whose own pictures do not count.
+    """
+
+    def __init__(self, tokens: PictureTokens, prompt_length: int):
+        self.tokens = tokens
+        self.prompt_length = prompt_length
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs) -> torch.BoolTensor:
+        return (input_ids[:, -1] == self.tokens.end) & (input_ids.shape[1] > self.prompt_length)
+
+
 GRAMMAR = (PictureLogitsProcessor, NoPictureLogitsProcessor)
 
 
@@ -245,6 +268,9 @@ class MomaGenerationMixin(GenerationMixin):
             if mode == "image":
                 stop = self._stop_token(generation_config, kwargs)
                 processors.append(OnePictureLogitsProcessor(tokens, prompt.shape[1], stop))
+                if (self._option("num_beams", generation_config, kwargs) or 1) > 1:
+                    criteria = [*(kwargs.get("stopping_criteria") or []), PictureEndCriteria(tokens, prompt.shape[1])]
+                    kwargs["stopping_criteria"] = StoppingCriteriaList(criteria)
             kwargs.update(self._guidance(tokens, prompt, generation_config, kwargs))
         return super().generate(inputs, generation_config, processors, **kwargs)
 
@@ -259,6 +285,22 @@ class MomaGenerationMixin(GenerationMixin):
             limit = self.config.max_position_embeddings - (width if is_apart else 0)
             generation_config.max_length = min(generation_config.max_length, limit)
         return generation_config
+
+    def _beam_search(self, input_ids, logits_processor, stopping_criteria, generation_config, **kwargs):
+        """The stock search, whose rows are padded after their end: a padding token of id 0 counts as none there."""
+        output = super()._beam_search(input_ids, logits_processor, stopping_criteria, generation_config, **kwargs)
+        if generation_config._pad_token_tensor is None or generation_config._eos_token_tensor is None:
+            return output
+        stops = generation_config._eos_token_tensor
+        for criterion in stopping_criteria:
+            if isinstance(criterion, PictureEndCriteria):
+                stops = torch.cat([stops, stops.new_tensor([criterion.tokens.end])])
+        sequences = output if isinstance(output, torch.Tensor) else output.sequences
+        # in place, whichever of the two was returned
+        new_BT = sequences[:, input_ids.shape[1] :]
+        is_stop_BT = torch.isin(new_BT, stops)
+        new_BT.masked_fill_(is_stop_BT.cumsum(1) > is_stop_BT.long(), generation_config._pad_token_tensor)
+        return output
 
     def _get_candidate_generator(self, generation_config, *args, **kwargs):
         """The stock generator of drafts, which may draft beyond the longest row by itself."""
@@ -446,6 +488,7 @@ __all__ = [
     "MomaGenerationMixin",
     "NoPictureLogitsProcessor",
     "OnePictureLogitsProcessor",
+    "PictureEndCriteria",
     "PictureLogitsProcessor",
     "PictureTokens",
 ]

@@ -213,7 +213,7 @@ class MomaPreTrainedModel(PreTrainedModel):
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
-    _can_compile_fullgraph = False
+    _can_compile_fullgraph = True
     # torchao, bitsandbytes and most other quantizers leave these out, and match whole names, as regular expressions
     _keep_in_fp32_modules = [".*router"]
     _keep_in_fp32_modules_strict = ["router", "depth_router"]
@@ -271,6 +271,8 @@ class MomaModel(MomaPreTrainedModel):
         self.vocab_size = config.vocab_size
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
         depth_layers = set(config.depth_layers or ())
+        # depth layers wait for who takes part
+        self._can_compile_fullgraph = not depth_layers
         self.layers = nn.ModuleList(
             [
                 (MomaDepthDecoderLayer if layer_idx in depth_layers else MomaDecoderLayer)(config, layer_idx)
@@ -351,7 +353,8 @@ class MomaModel(MomaPreTrainedModel):
         )
         hidden_states = inputs_embeds
         position_embeddings = self.rotary_emb(hidden_states, position_ids=position_ids)
-        for decoder_layer in self.layers:
+        # fewer where the model drafts for itself (`assistant_early_exit`)
+        for decoder_layer in self.layers[: self.config.num_hidden_layers]:
             hidden_states = decoder_layer(
                 hidden_states,
                 routing_context=context,
@@ -412,10 +415,7 @@ class MomaModel(MomaPreTrainedModel):
         padding_BT = None
         if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2:
             if attention_mask.shape[1] == 1:
-                raise ValueError(
-                    "`attention_mask` has 1 column, that of the new token: with a cache it has to cover the cached "
-                    "positions, too."
-                )
+                self._check_mask(attention_mask, attention_mask.shape[0], 2)
             padding_BT = attention_mask.index_select(1, past_length.view(1)) == 0
         split = FixedSplit(list(self.config.expert_groups), position_groups(self.config, modality_BT, padding_BT))
         return split, modality_BT, padding_BT
@@ -433,6 +433,7 @@ class MomaModel(MomaPreTrainedModel):
         modality_BT = self._modalities(input_ids, inputs_embeds, mm_token_type_ids)
         padding_BT = masked_B = None
         if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2:
+            self._check_mask(attention_mask, batch_size, past_length + length)
             padding_BT = attention_mask[:, past_length : past_length + length] == 0
             masked_B = (attention_mask == 0).all(dim=-1) if whole_prompt else None
         return split_modalities(self.config, modality_BT, padding_BT, input_ids, masked_B), modality_BT, padding_BT
@@ -443,6 +444,14 @@ class MomaModel(MomaPreTrainedModel):
         if mm_token_type_ids is not None:
             return mm_token_type_ids
         return torch.zeros(inputs_embeds.shape[:2], dtype=torch.long, device=inputs_embeds.device)
+
+    def _check_mask(self, attention_mask, batch_size, num_positions):
+        if attention_mask.shape[0] == batch_size and attention_mask.shape[1] >= num_positions:
+            return
+        raise ValueError(
+            f"`attention_mask` has the shape {tuple(attention_mask.shape)}, but there are {batch_size} rows of "
+            f"{num_positions} positions or more: with a cache it has to cover the cached positions, too."
+        )
 
     def _check_length(self, length, past_length, position_ids=None):
         limit = self.config.max_position_embeddings
@@ -466,6 +475,7 @@ class MomaForCausalLM(MomaPreTrainedModel, MomaGenerationMixin):
     def __init__(self, config: MomaConfig):
         super().__init__(config)
         self.model = MomaModel(config)
+        self._can_compile_fullgraph = self.model._can_compile_fullgraph
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()

@@ -323,7 +323,10 @@ class MomaVQQuantizer(nn.Module):
         picked = torch.randint(vectors.shape[0], dead.shape, device=vectors.device)
         self.ema_count.masked_fill_(dead, 1.0)
         self.ema_sum.copy_(torch.where(dead[:, None], vectors[picked].to(self.ema_sum.dtype), self.ema_sum))
-        self.embedding.weight.copy_(self.ema_sum / self.ema_count[:, None])
+        # what has not been used for hundreds of batches, and is not to be revived, stays what it was
+        is_known = (self.ema_count > torch.finfo(self.ema_count.dtype).tiny)[:, None]
+        means = self.ema_sum / self.ema_count[:, None]
+        self.embedding.weight.copy_(torch.where(is_known, means, self.embedding.weight))
 
     def fit(self, vectors: torch.Tensor, iterations: int) -> None:
         """Set the codebook to the k-means centres of `(n, embed_dim)` vectors, and restart the averages there."""

@@ -98,11 +98,6 @@ class DenseOverrides(MomaOverrides):
 class DepthOverrides(RouterOverrides):
     """For configurations with depth layers. Nothing is skipped."""
 
-    def test_keep_in_fp32_modules_exist(self):
-        """The list names auxiliary routers, which are optional."""
-        self.model_tester.fields = {**self.model_tester.fields, "auxiliary_routers": True}
-        super().test_keep_in_fp32_modules_exist()
-
     def test_retain_grad_hidden_states_attentions(self):
         """A depth layer multiplies with the weights of its packed tokens, and returns a copy of them laid out over all
         positions, through which no gradient flows. The test looks at layer 0, so depth moves to layer 1."""

@@ -120,15 +120,50 @@ def test_image_mode_gives_every_row_exactly_one_picture(model, strategy):
     assert model.decode_image_tokens(out).shape == (4 * copies, LENGTH)
 
 
+# the released tokenizer pads with id 0, which the stock search takes for none
+@pytest.mark.parametrize("pad", [0, PAD])
+@pytest.mark.parametrize("more", [{}, {"num_return_sequences": 3}, {"max_new_tokens": 30}, {"length_penalty": 0.5}])
+def test_beams_of_a_row_that_ends_early_are_those_of_the_row_alone(model, more, pad):
+    call = {"num_beams": 3, "do_sample": False, "return_dict_in_generate": True, "output_scores": True, **more}
+    call |= {"generation_mode": "image", "pad_token_id": pad}
+    width, copies = STATES["input_ids"].shape[1], more.get("num_return_sequences", 1)
+    together = model.generate(**STATES, **call)
+    for index in range(3):
+        mask = STATES["attention_mask"][index].bool()
+        prompt = STATES["input_ids"][index : index + 1, mask]
+        alone = model.generate(prompt, attention_mask=torch.ones_like(prompt), **call)
+        rows = slice(index * copies, (index + 1) * copies)
+        torch.testing.assert_close(together.sequences_scores[rows], alone.sequences_scores)
+        new, expected = together.sequences[rows, width:], alone.sequences[:, prompt.shape[1] :]
+        length = expected.shape[1]
+        assert torch.equal(new[:, :length], expected)
+        assert (new[:, length:] == pad).all()
+
+
+def test_beams_of_a_text_that_ends_early_are_padded(model):
+    call = {"num_beams": 3, "do_sample": False, "pad_token_id": 0, "max_new_tokens": 12}
+    # a token that some row writes soon ends it
+    first = model.generate(**TEXTS, **call)[:, TEXTS["input_ids"].shape[1] :]
+    call["eos_token_id"] = int(first[0, 2])
+    new = model.generate(**TEXTS, **call)[:, TEXTS["input_ids"].shape[1] :]
+    ends = [row.index(call["eos_token_id"]) for row in new.tolist() if call["eos_token_id"] in row]
+    assert ends and min(ends) < new.shape[1] - 2
+    for row in new.tolist():
+        if call["eos_token_id"] in row:
+            assert set(row[row.index(call["eos_token_id"]) + 1 :]) <= {0}
+
+
 @pytest.mark.parametrize("strategy", STRATEGIES.values(), ids=STRATEGIES.keys())
 def test_image_mode_ends_the_row_after_the_picture_when_there_is_more_room(model, strategy):
     torch.manual_seed(0)
     out = model.generate(**STATES, generation_mode="image", max_new_tokens=30, **strategy)
     assert_grammar(out)
+    # beams end with the picture itself
+    end = [] if "num_beams" in strategy else [EOS]
     for row in out[:, STATES["input_ids"].shape[1] :].tolist():
         tail = row[row.index(END) + 1 :]
-        assert tail[:1] in ([], [EOS]) and set(tail[1:]) <= {PAD}
-    assert out.shape[1] == STATES["input_ids"].shape[1] + LENGTH + 3
+        assert tail[: len(end)] in ([], end) and set(tail[len(end) :]) <= {PAD}
+    assert out.shape[1] == STATES["input_ids"].shape[1] + LENGTH + 2 + len(end)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES.values(), ids=STRATEGIES.keys())
@@ -361,6 +396,20 @@ def test_embedded_prompts_get_whole_pictures(model):
     assert_grammar(out)
     from_ids = model.generate(torch.tensor([[BOS, 20, 21]]), generation_mode="image", do_sample=False)
     assert torch.equal(out, from_ids[:, 3:])
+
+
+@pytest.mark.parametrize("depth", [{}, {"depth_layers": [1, 3], "depth_capacity": 0.5}], ids=["full", "depth"])
+@pytest.mark.parametrize("mode", ["text", "image", "interleaved"])
+def test_a_model_may_draft_for_itself_with_its_first_layers(mode, depth):
+    torch.manual_seed(0)
+    model = MomaForCausalLM(make_config(num_hidden_layers=4, **depth)).eval()
+    ids = torch.tensor([[BOS, 20, 21, 22]])
+    call = {"generation_mode": mode, "do_sample": False, "max_new_tokens": LENGTH + 4}
+    expected = model.generate(ids, **call)
+    for early_exit in (1, 2, 3):
+        assert torch.equal(model.generate(ids, assistant_early_exit=early_exit, **call), expected)
+        assert model.config.num_hidden_layers == 4
+    assert torch.equal(model.generate(ids, **call), expected)
 
 
 @pytest.mark.parametrize("num_prompt", [5, 30, 39, 40])

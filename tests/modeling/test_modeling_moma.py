@@ -16,6 +16,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from transformers.cache_utils import DynamicCache, StaticCache
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from modeling.reference import GROUPS, assert_near, fields_of, mixed_ids, tiny_config, tiny_model
@@ -58,6 +59,33 @@ def test_the_plain_loss_is_that_of_transformers(training, shifted, divisor):
     output = model(ids, labels=None if shifted else labels, num_items_in_batch=divisor, **extra)
     expected = library_loss(model, output.logits, labels, num_items_in_batch=divisor, **extra)
     assert output.loss.item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("columns", [1, 3, 4])
+@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("name", ["4t4i", "dense"])
+def test_a_mask_that_is_too_short_for_the_cache_is_named(name, static, columns):
+    model = tiny_model(**GROUPS[name]).eval()
+    ids = mixed_ids(2, 7)
+    cache = StaticCache(model.config, max_cache_len=16) if static else DynamicCache(config=model.config)
+    model(ids[:, :5], attention_mask=torch.ones(2, 5), cache=cache)
+    with pytest.raises(ValueError, match=r"`attention_mask` has the shape \(2, \d\).*2 rows of 7 positions.*cached"):
+        model(ids[:, 5:], attention_mask=torch.ones(2, columns), cache=cache)
+
+
+def test_a_mask_of_other_rows_is_named():
+    with pytest.raises(ValueError, match=r"`attention_mask` has the shape \(3, 7\).*2 rows"):
+        tiny_model().eval()(mixed_ids(2, 7), attention_mask=torch.ones(3, 7))
+
+
+def test_models_without_depth_promise_compiled_steps_of_one_graph():
+    # tests/modeling/test_compile.py holds them to it
+    assert MomaForCausalLM._can_compile_fullgraph
+    for name in GROUPS:
+        model = tiny_model(**GROUPS[name])
+        assert model._can_compile_fullgraph and model.model._can_compile_fullgraph, name
+    model = tiny_model(depth_layers=[1])
+    assert not model._can_compile_fullgraph and not model.model._can_compile_fullgraph
 
 
 def test_weights_and_z_loss_are_what_a_hand_computes():

@@ -125,6 +125,15 @@ def test_alike_codes_start_with_alike_embeddings(processor):
     assert torch.equal(weight[: processor.image_token_offset], words)
 
 
+@pytest.mark.parametrize("value", [0.0, 0.7])
+def test_codebook_of_equal_vectors_is_refused(processor, value):
+    model = tiny_model(processor)
+    before = model.get_input_embeddings().weight.clone()
+    with pytest.raises(ValueError, match="codebook_KC.*equal"):
+        initialize_code_embeddings(model, torch.full((processor.codebook_size, 8), value))
+    assert torch.equal(model.get_input_embeddings().weight, before)
+
+
 def test_codebook_of_another_size_is_refused(processor):
     with pytest.raises(ValueError, match="codebook_KC"):
         initialize_code_embeddings(tiny_model(processor), torch.randn(7, 8))

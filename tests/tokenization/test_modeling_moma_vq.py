@@ -13,6 +13,8 @@
 # limitations under the License.
 """Tests of the picture tokenizer."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -218,6 +220,20 @@ def test_averages_move_used_codes_to_their_latents_by_the_decay(model):
         total = 0.98 * before[code] + 0.02 * chosen.sum(dim=(0, 1))
         torch.testing.assert_close(model.quantize.embedding.weight[code], total / (0.98 + 0.02 * 16))
     torch.testing.assert_close(model.quantize.embedding.weight[7], before[7])
+
+
+def test_codes_that_are_not_revived_stay_what_they_are_without_use(model):
+    quantize = copy.deepcopy(model.quantize)
+    quantize.revive_threshold, quantize.decay = 0.0, 0.5
+    before = quantize.embedding.weight.clone()
+    vectors, used = torch.randn(6, before.shape[1]), torch.tensor([1, 1, 3, 3, 3, 5])
+    for _ in range(300):
+        quantize.update(vectors, used)
+    after = quantize.embedding.weight
+    assert torch.isfinite(after).all()
+    for code in range(len(before)):
+        expected = vectors[used == code].mean(0) if code in used else before[code]
+        torch.testing.assert_close(after[code], expected, rtol=1e-3, atol=1e-3)
 
 
 def test_dead_codes_become_latents_of_the_batch(model, pictures):
