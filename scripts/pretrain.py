@@ -115,6 +115,8 @@ def build_trainer(args: argparse.Namespace) -> Trainer:
     set_seed(args.seed)
     model = build_model(args, processor)
     config = model.config
+    # saved with the checkpoints; truncation and pipelines cut there
+    processor.tokenizer.model_max_length = config.max_position_embeddings
     print(f"{config.num_parameters():,} parameters, {config.num_parameters(active=True):,} active")
     if noise := noise_description(model):
         print(noise)

@@ -33,6 +33,8 @@ def main(arguments=None):
     # noise belongs to a stage of training; whoever trains the release further sets it anew
     model.config.gumbel_noise, model.config.gumbel_noise_steps = 0.0, None
     processor = MomaProcessor.from_pretrained(args.processor)
+    # what truncation and pipelines cut at
+    processor.tokenizer.model_max_length = model.config.max_position_embeddings
 
     def save(folder: Path):
         model.save_pretrained(folder)

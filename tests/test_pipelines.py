@@ -18,6 +18,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoModelForMultimodalLM,
+    AutoTokenizer,
     TextStreamer,
     pipeline,
 )
@@ -157,6 +158,18 @@ def test_text_generation_loads_the_checkpoint_and_continues_a_prompt(folder, mod
     (answer,) = pipe("noto: red", max_new_tokens=4, do_sample=False)
     inputs = processor(text="noto: red", return_tensors="pt")
     assert answer["generated_text"] == "noto: red" + greedy(model, processor, inputs, max_new_tokens=4)[0]
+
+
+def test_text_generation_cuts_a_prompt_that_is_too_long(folder, model):
+    limit = model.config.max_position_embeddings
+    tokenizer = AutoTokenizer.from_pretrained(folder, model_max_length=limit)
+    words = "red apple " * limit
+    assert len(tokenizer(words, truncation=True)["input_ids"]) == limit
+    pipe = pipeline("text-generation", model=model, tokenizer=tokenizer)
+    options = {"max_new_tokens": 4, "do_sample": False, "return_full_text": False}
+    (answer,) = pipe(words, handle_long_generation="hole", **options)
+    kept = tokenizer.decode(tokenizer(words)["input_ids"][4 - limit :])
+    assert answer == pipe(kept, add_special_tokens=False, **options)[0]
 
 
 def test_text_generation_answers_a_chat(folder, model, processor):

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoProcessor
+from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor, AutoTokenizer
 
 from evaluate import Evaluation, parse_arguments
 from modeling_moma.checkpoint_checks_moma import refuse_non_finite
@@ -54,6 +54,12 @@ def test_weights_are_finite_and_bf16_but_for_the_routers():
     for name, tensor in model.state_dict().items():
         assert tensor.dtype == (torch.float32 if ".router." in name else torch.bfloat16), name
     assert model.config.vocab_size == processor.token_layout()["vocab_size"]
+
+
+def test_the_tokenizer_knows_the_placeholder_and_where_the_model_ends():
+    config, tokenizer = AutoConfig.from_pretrained(FOLDER), AutoTokenizer.from_pretrained(FOLDER)
+    assert tokenizer.model_max_length == config.max_position_embeddings == 512
+    assert tokenizer.image_token == "<image>"
 
 
 def test_the_folder_as_it_is_loses_what_its_card_says(tmp_path):

@@ -30,6 +30,7 @@ from .image_input_moma import flat_sources
 from .image_processing_moma import MomaImageProcessor
 from .image_processing_pil_moma import MomaImageProcessorPil
 from .modeling_moma_vq import MomaVQModel
+from .text_tokenizer_moma import escape_special_tokens, is_escaped, name_image_token, special_beginning
 
 
 VQ_SUBFOLDER = "vq_model"
@@ -80,8 +81,8 @@ class MomaProcessor(ProcessorMixin):
     r"""
     Joins an image processor, a text tokenizer and a VQ model. Each `<image>` in a text becomes `<|begin_image|>`, the
     `image_seq_length` codes of its picture, and `<|end_image|>`, in `input_ids`; the model needs no pixels. The token
-    `<|image_7|>` stands for code 7: written in a text it is that code, so leave such strings out of text that you do
-    not control.
+    `<|image_7|>` stands for code 7: written in a text it is that code, as `<eos>` is the end of a turn. Text that you
+    do not control goes through [`~MomaProcessor.escape_special_tokens`].
 
     The VQ model runs in float32, in evaluation mode, without gradients; the model that is passed in is put in that
     state. It stays where it is (on the CPU after `from_pretrained`); [`~MomaProcessor.to`] moves it.
@@ -168,6 +169,8 @@ class MomaProcessor(ProcessorMixin):
         self.begin_image_token_id = vocab[self.begin_image_token]
         self.end_image_token_id = vocab[self.end_image_token]
         self._vocab_size = max(vocab.values()) + 1
+        # tokenizers saved by earlier versions have no name for it
+        name_image_token(tokenizer)
 
     @property
     def image_token_ids(self) -> list[int]:
@@ -230,7 +233,8 @@ class MomaProcessor(ProcessorMixin):
                 Texts, with `<image>` wherever a picture stands. `""` is a text of the beginning token alone.
             kwargs:
                 Arguments of the tokenizer (`padding`, `padding_side`, `truncation`, `return_tensors`, ...) and the
-                image processor, `return_labels` and `return_mm_token_type_ids`.
+                image processor, `return_labels` and `return_mm_token_type_ids`. `sanitize_control_tokens=True` reads
+                what [`~MomaProcessor.escape_special_tokens`] has marked as plain text.
 
         Returns:
             [`BatchFeature`]: lists, or tensors of shape `(batch_size, sequence_length)` with `return_tensors`:
@@ -243,7 +247,8 @@ class MomaProcessor(ProcessorMixin):
 
         Raises:
             ValueError: if there is no text, if the number of pictures differs from the number of placeholders (in
-                total, or in a row of a nested list), if truncation would cut a picture, or if a row holds no token.
+                total, or in a row of a nested list), if truncation would cut a picture, if a row holds no token, or if
+                escaped text comes without `sanitize_control_tokens=True`.
         """
         if text is None and images is not None:
             raise ValueError(
@@ -251,10 +256,30 @@ class MomaProcessor(ProcessorMixin):
                 f"{self.image_token!r} for each picture, or call `encode_pictures(images)` for the bare codes."
             )
         return_labels = kwargs.pop("return_labels", self.return_labels)
+        if kwargs.get("sanitize_control_tokens") and text is not None:
+            # the tokenizer adds none to text that is marked
+            begin = special_beginning(self.tokenizer) if kwargs.get("add_special_tokens", True) else ""
+            kwargs["add_special_tokens"] = False
+            text = begin + text if isinstance(text, str) else [begin + sample for sample in text]
         features = super().__call__(images=images, text=text, **kwargs)
         if return_labels:
             features["labels"] = self._make_labels(features)
         return features
+
+    def escape_special_tokens(self, text: str) -> str:
+        """
+        Marks the special tokens in a text from outside, such as `<eos>`, `<image>` or `<|image_7|>`: a call with
+        `sanitize_control_tokens=True` then reads them as the characters that they are. In a chat
+        `apply_chat_template(..., sanitize_control_tokens=True)` does it with all that users say.
+
+        Args:
+            text (`str`):
+                The text; marks that it holds already are removed.
+
+        Returns:
+            `str`: the marked text, to be put together with text of your own.
+        """
+        return escape_special_tokens(self.tokenizer, text)
 
     def _make_labels(self, features: BatchFeature):
         if "attention_mask" not in features:
@@ -279,6 +304,10 @@ class MomaProcessor(ProcessorMixin):
         """Compares the number of pictures with that of placeholders, row by row where `images` is nested."""
         if videos is not None or audio is not None:
             raise ValueError("videos, audio: MoMa reads text and pictures only.")
+        if not kwargs.get("sanitize_control_tokens") and any(map(is_escaped, text or [])):
+            raise ValueError(
+                "text: it holds marks of `escape_special_tokens`, which need `sanitize_control_tokens=True`."
+            )
         if not text and images is None:
             raise ValueError(f"text: you need to provide at least one text to call {type(self).__name__}.")
         # the base class counts pictures, and would open them for it

@@ -13,16 +13,20 @@
 # limitations under the License.
 """The text side of the vocabulary: training a byte-level BPE, and adding picture tokens to any fast tokenizer."""
 
+import re
 from collections.abc import Iterable
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
+from transformers.utils.chat_template_utils import mark_control_tokens
 
 
 PAD_TOKEN = "<pad>"
 BOS_TOKEN = "<bos>"
 EOS_TOKEN = "<eos>"
 IMAGE_TOKEN = "<image>"
+# what Transformers puts around a control token that is only text
+_MARKS = mark_control_tokens("a", re.compile("a")).split("a")
 BEGIN_IMAGE_TOKEN = "<|begin_image|>"
 END_IMAGE_TOKEN = "<|end_image|>"
 
@@ -103,7 +107,8 @@ def add_picture_tokens(tokenizer: PreTrainedTokenizerFast, codebook_size: int) -
     Adds the tokens that [`MomaProcessor`] needs to a tokenizer, in place: the placeholder `<image>`,
     `<|begin_image|>`, `<|end_image|>`, and the codes `<|image_0|>` to `<|image_{codebook_size - 1}|>` with ids that
     follow one another. A missing padding, beginning or end token is added too (`<pad>`, `<bos>`, `<eos>`). Nothing
-    else changes: a tokenizer that puts no beginning token before a text still puts none.
+    else changes: a tokenizer that puts no beginning token before a text still puts none. The placeholder is named
+    `tokenizer.image_token`.
 
     All of them are special tokens, so `decode(..., skip_special_tokens=True)` leaves them out. Calling it again with
     the same `codebook_size` changes nothing.
@@ -143,7 +148,44 @@ def add_picture_tokens(tokenizer: PreTrainedTokenizerFast, codebook_size: int) -
         tokenizer.add_special_tokens(missing)
     names = [IMAGE_TOKEN, BEGIN_IMAGE_TOKEN, END_IMAGE_TOKEN, *codes]
     tokenizer.add_tokens([AddedToken(name, special=True, normalized=False) for name in names], special_tokens=True)
+    name_image_token(tokenizer)
     return tokenizer
+
+
+def name_image_token(tokenizer: PreTrainedTokenizerFast):
+    """
+    Names the placeholder of pictures `tokenizer.image_token`, where Transformers looks for it. It is saved with the
+    tokenizer.
+    """
+    if getattr(tokenizer, "image_token", None) != IMAGE_TOKEN:
+        tokenizer._set_model_specific_special_tokens({"image_token": IMAGE_TOKEN})
+
+
+def escape_special_tokens(tokenizer: PreTrainedTokenizerFast, text: str) -> str:
+    """See [`MomaProcessor.escape_special_tokens`]."""
+    tokens = sorted((token.content for token in tokenizer.added_tokens_decoder.values()), key=len, reverse=True)
+    return mark_control_tokens(text, re.compile("|".join(map(re.escape, tokens))))
+
+
+def is_escaped(text: str) -> bool:
+    """Whether a text holds marks of [`escape_special_tokens`]."""
+    return isinstance(text, str) and any(mark in text for mark in _MARKS)
+
+
+def special_beginning(tokenizer: PreTrainedTokenizerFast) -> str:
+    """
+    The special tokens that a tokenizer puts before a text, written out.
+
+    Raises:
+        ValueError: if it puts some after a text, too.
+    """
+    beginning, ids = tokenizer("")["input_ids"], tokenizer("a")["input_ids"]
+    if ids != [*beginning, *tokenizer("a", add_special_tokens=False)["input_ids"]]:
+        raise ValueError(
+            "sanitize_control_tokens: the tokenizer puts special tokens after a text, too; pass "
+            "add_special_tokens=False, and write them where they belong."
+        )
+    return "".join(tokenizer.convert_ids_to_tokens(beginning))
 
 
 __all__ = ["add_picture_tokens", "picture_code_tokens", "train_text_tokenizer"]

@@ -232,6 +232,8 @@ def _convert_pictures(reader, vqgan, allow_pickle) -> tuple[Callable[[Path], obj
     if processor is None:
         save = partial(_save_vq_model, vq_model)
         return save, f"{note}, in {VQ_SUBFOLDER} without a processor for want of a tokenizer that fits"
+    # truncation and pipelines cut there
+    processor.tokenizer.model_max_length = source.max_position_embeddings
     return processor.save_pretrained, f"{note}, in the processor"
 
 

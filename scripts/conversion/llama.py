@@ -98,6 +98,8 @@ def convert_llama(
     vocab_size = max(num_rows, moma_processor.token_layout()["vocab_size"])
     new_ids = sorted({*new_ids, *range(num_rows, vocab_size)})
     config = _moma_config(source_config, {**moma_processor.token_layout(), "vocab_size": vocab_size}, reader)
+    # truncation and pipelines cut there
+    moma_processor.tokenizer.model_max_length = config.max_position_embeddings
     old_ids = sorted(set(range(num_rows)) - set(new_ids))
     _check_tied_head(reader, config)
     return transfer(

@@ -257,6 +257,7 @@ def test_processor_and_model_agree_on_the_layout(seven_converted):
     layout = processor.token_layout()
     assert layout == {name: getattr(config, name) for name in layout}
     assert processor.tokenizer.sep_token_id == TURN and processor.tokenizer.padding_side == "left"
+    assert processor.tokenizer.model_max_length == config.max_position_embeddings
 
 
 def test_words_keep_their_ids(seven, seven_converted):

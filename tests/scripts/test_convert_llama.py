@@ -312,6 +312,7 @@ def test_processor_beside_the_model_reads_text_as_the_source_did(source, convert
     config = MomaForCausalLM.from_pretrained(tmp_path / "moma").config
     layout = processor.token_layout()
     assert {name: getattr(config, name) for name in layout} == layout
+    assert processor.tokenizer.model_max_length == config.max_position_embeddings
 
 
 def test_converted_model_writes_pictures_also_where_one_token_begins_ends_and_pads(source, convert, tmp_path):

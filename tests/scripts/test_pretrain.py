@@ -21,7 +21,7 @@ import pytest
 import torch
 from datasets import Dataset, DatasetDict
 from safetensors.torch import load_file
-from transformers import TrainerCallback, get_scheduler
+from transformers import AutoTokenizer, TrainerCallback, get_scheduler
 
 import pretrain
 import upcycle
@@ -100,6 +100,11 @@ def test_killed_and_resumed_reaches_the_same_loss_as_uninterrupted(inputs, tmp_p
     whole, killed = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "killed"))
     for name, tensor in whole.items():
         torch.testing.assert_close(killed[name], tensor, rtol=1e-5, atol=1e-6, msg=name)
+
+
+def test_saved_tokenizer_knows_where_the_model_ends(inputs, stages):
+    tokenizer = AutoTokenizer.from_pretrained(stages.whole.output)
+    assert tokenizer.model_max_length == 64 and tokenizer.padding_side == tiny_processor().tokenizer.padding_side
 
 
 def test_loss_falls(inputs, tmp_path):

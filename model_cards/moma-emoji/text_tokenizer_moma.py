@@ -1,0 +1,191 @@
+# Copyright 2026 The modeling-moma authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The text side of the vocabulary: training a byte-level BPE, and adding picture tokens to any fast tokenizer."""
+
+import re
+from collections.abc import Iterable
+
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
+from transformers.utils.chat_template_utils import mark_control_tokens
+
+
+PAD_TOKEN = "<pad>"
+BOS_TOKEN = "<bos>"
+EOS_TOKEN = "<eos>"
+IMAGE_TOKEN = "<image>"
+# what Transformers puts around a control token that is only text
+_MARKS = mark_control_tokens("a", re.compile("a")).split("a")
+BEGIN_IMAGE_TOKEN = "<|begin_image|>"
+END_IMAGE_TOKEN = "<|end_image|>"
+
+
+def train_text_tokenizer(
+    texts: Iterable[str], vocab_size: int = 4096, min_frequency: int = 2, show_progress: bool = False
+) -> PreTrainedTokenizerFast:
+    """
+    Trains a byte-level BPE tokenizer. Any text can be encoded and is decoded unchanged, since all 256 bytes are in the
+    vocabulary. Every sequence begins with `<bos>`; `<eos>` is not added, write it in the text where it belongs.
+
+    Args:
+        texts (`Iterable[str]`):
+            The texts to learn from.
+        vocab_size (`int`, *optional*, defaults to 4096):
+            Largest number of tokens, special tokens included. Fewer are made where the texts hold no more.
+        min_frequency (`int`, *optional*, defaults to 2):
+            How often a pair must occur to be merged.
+        show_progress (`bool`, *optional*, defaults to `False`):
+            Whether to show a progress bar.
+
+    Returns:
+        `PreTrainedTokenizerFast`: with `<pad>`, `<bos>` and `<eos>` as ids 0, 1 and 2.
+
+    Raises:
+        TypeError: if `texts` is a single string.
+        ValueError: if `vocab_size` has no room for the bytes and the special tokens.
+    """
+    if isinstance(texts, str):
+        raise TypeError("texts: expected an iterable of strings, got a single string.")
+    special_tokens = [PAD_TOKEN, BOS_TOKEN, EOS_TOKEN]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    smallest = len(alphabet) + len(special_tokens)
+    if vocab_size < smallest:
+        raise ValueError(f"vocab_size: {vocab_size} is too small, all bytes and the special tokens need {smallest}.")
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        min_frequency=min_frequency,
+        special_tokens=special_tokens,
+        initial_alphabet=sorted(alphabet),
+        show_progress=show_progress,
+    )
+    backend.train_from_iterator(texts, trainer)
+    backend.post_processor = processors.TemplateProcessing(
+        single=f"{BOS_TOKEN} $A",
+        pair=f"{BOS_TOKEN} $A $B",
+        special_tokens=[(BOS_TOKEN, backend.token_to_id(BOS_TOKEN))],
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token=PAD_TOKEN,
+        bos_token=BOS_TOKEN,
+        eos_token=EOS_TOKEN,
+        model_input_names=["input_ids", "attention_mask"],
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def picture_code_tokens(codebook_size: int) -> list[str]:
+    """
+    Names the tokens of the picture codes.
+
+    Args:
+        codebook_size (`int`):
+            Number of codes of the VQ model.
+
+    Returns:
+        `list[str]`: `<|image_0|>`, `<|image_1|>`, ..., in the order of the codes.
+    """
+    return [f"<|image_{code}|>" for code in range(codebook_size)]
+
+
+def add_picture_tokens(tokenizer: PreTrainedTokenizerFast, codebook_size: int) -> PreTrainedTokenizerFast:
+    """
+    Adds the tokens that [`MomaProcessor`] needs to a tokenizer, in place: the placeholder `<image>`,
+    `<|begin_image|>`, `<|end_image|>`, and the codes `<|image_0|>` to `<|image_{codebook_size - 1}|>` with ids that
+    follow one another. A missing padding, beginning or end token is added too (`<pad>`, `<bos>`, `<eos>`). Nothing
+    else changes: a tokenizer that puts no beginning token before a text still puts none. The placeholder is named
+    `tokenizer.image_token`.
+
+    All of them are special tokens, so `decode(..., skip_special_tokens=True)` leaves them out. Calling it again with
+    the same `codebook_size` changes nothing.
+
+    Args:
+        tokenizer (`PreTrainedTokenizerFast`):
+            Any fast tokenizer.
+        codebook_size (`int`):
+            Number of codes of the VQ model, `vq_model.config.num_embeddings`.
+
+    Returns:
+        `PreTrainedTokenizerFast`: the same tokenizer.
+
+    Raises:
+        TypeError: if `tokenizer` is not a fast tokenizer.
+        ValueError: if `codebook_size` is below 1, or the tokenizer already has picture codes of another number.
+    """
+    if not getattr(tokenizer, "is_fast", False):
+        raise TypeError(f"tokenizer: expected a fast tokenizer, got {type(tokenizer).__name__}.")
+    if codebook_size < 1:
+        raise ValueError(f"codebook_size: {codebook_size} must be at least 1.")
+    codes = picture_code_tokens(codebook_size)
+    vocab = tokenizer.get_vocab()
+    present = sum(code in vocab for code in codes)
+    following = f"<|image_{codebook_size}|>"
+    if present not in (0, codebook_size) or following in vocab:
+        raise ValueError(
+            f"codebook_size: the tokenizer already has picture codes, but not exactly {codebook_size} of them; begin "
+            "with a tokenizer without picture tokens."
+        )
+    missing = {
+        name: token
+        for name, token in (("pad_token", PAD_TOKEN), ("bos_token", BOS_TOKEN), ("eos_token", EOS_TOKEN))
+        if getattr(tokenizer, name) is None
+    }
+    if missing:
+        tokenizer.add_special_tokens(missing)
+    names = [IMAGE_TOKEN, BEGIN_IMAGE_TOKEN, END_IMAGE_TOKEN, *codes]
+    tokenizer.add_tokens([AddedToken(name, special=True, normalized=False) for name in names], special_tokens=True)
+    name_image_token(tokenizer)
+    return tokenizer
+
+
+def name_image_token(tokenizer: PreTrainedTokenizerFast):
+    """
+    Names the placeholder of pictures `tokenizer.image_token`, where Transformers looks for it. It is saved with the
+    tokenizer.
+    """
+    if getattr(tokenizer, "image_token", None) != IMAGE_TOKEN:
+        tokenizer._set_model_specific_special_tokens({"image_token": IMAGE_TOKEN})
+
+
+def escape_special_tokens(tokenizer: PreTrainedTokenizerFast, text: str) -> str:
+    """See [`MomaProcessor.escape_special_tokens`]."""
+    tokens = sorted((token.content for token in tokenizer.added_tokens_decoder.values()), key=len, reverse=True)
+    return mark_control_tokens(text, re.compile("|".join(map(re.escape, tokens))))
+
+
+def is_escaped(text: str) -> bool:
+    """Whether a text holds marks of [`escape_special_tokens`]."""
+    return isinstance(text, str) and any(mark in text for mark in _MARKS)
+
+
+def special_beginning(tokenizer: PreTrainedTokenizerFast) -> str:
+    """
+    The special tokens that a tokenizer puts before a text, written out.
+
+    Raises:
+        ValueError: if it puts some after a text, too.
+    """
+    beginning, ids = tokenizer("")["input_ids"], tokenizer("a")["input_ids"]
+    if ids != [*beginning, *tokenizer("a", add_special_tokens=False)["input_ids"]]:
+        raise ValueError(
+            "sanitize_control_tokens: the tokenizer puts special tokens after a text, too; pass "
+            "add_special_tokens=False, and write them where they belong."
+        )
+    return "".join(tokenizer.convert_ids_to_tokens(beginning))
+
+
+__all__ = ["add_picture_tokens", "picture_code_tokens", "train_text_tokenizer"]
