@@ -32,6 +32,15 @@ class Fp32Buffers:
                 setattr(self, name, buffer.to(moved.device))
         return self
 
+    def widen_buffers(self):
+        """Give buffers back the type that `buffer_dtype` of FSDP1 has taken from them, past `_apply`.
+
+        The values of that moment are rounded; what is added to them later is not lost.
+        """
+        for buffer in self.buffers(recurse=False):
+            if buffer.dtype != torch.float32:
+                buffer.data = buffer.float()
+
 
 class Fp32Linear(nn.Linear):
     """A linear layer that multiplies in fp32, whatever type its weights were given."""

@@ -101,6 +101,8 @@ class MomaRouterBase(Fp32Buffers, nn.Module):
 
     def logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """`[..., D]` to `[..., scores]`, in fp32 also under autocast."""
+        for module in (self, *self.children()):
+            module.widen_buffers()
         with maybe_autocast(hidden_states.device.type, enabled=False):
             return nn.functional.linear(hidden_states.float(), self.weight.float())
 

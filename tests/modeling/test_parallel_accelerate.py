@@ -146,11 +146,12 @@ def fsdp2_in_bf16(model, rank, num_processes):
 
 
 def fsdp1_in_bf16(model, rank, num_processes):
-    """Its predecessor, which Accelerate refuses without an accelerator."""
+    """Its predecessor, which Accelerate refuses without an accelerator; it casts buffers, too."""
+    dtypes = dict.fromkeys(("param_dtype", "reduce_dtype", "buffer_dtype"), torch.bfloat16)
     wrapped = FullyShardedDataParallel(
         model,
         auto_wrap_policy=ModuleWrapPolicy({MomaDecoderLayer}),
-        mixed_precision=MixedPrecision(param_dtype=torch.bfloat16, reduce_dtype=torch.bfloat16),
+        mixed_precision=MixedPrecision(**dtypes, cast_forward_inputs=True),
         use_orig_params=True,
         device_id=torch.device("cpu"),
     )
@@ -189,6 +190,7 @@ def test_routers_learn_under_fsdp_in_bf16_as_in_one_process(shard, routing, tmp_
         assert one[name].keys() == two[name].keys()
         for key, value in one[name].items():
             torch.testing.assert_close(two[name][key], value, atol=1e-6, rtol=0, msg=key)
+            assert value.dtype == torch.float32, key
     # every group of this one has tokens in every step
     of_kind = {
         kind: [value for key, value in two["4t4i"].items() if key.endswith(kind)]
