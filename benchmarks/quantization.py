@@ -62,11 +62,8 @@ def held_out_batches(folder: str, data: str, pictures: int, batch_size: int) -> 
         captions = [f"{style}: {label}" for style, label in zip(part["style"], part["label"], strict=True)]
         images = [[image] for image in part["image"]]
         for texts in ([f"<image>{text}{end}" for text in captions], [f"{text}<image>{end}" for text in captions]):
-            # on the right: padding on the left would have to predict the first token
-            inputs = processor(images=images, text=texts, padding=True, padding_side="right", return_tensors="pt")
-            mask = inputs["attention_mask"]
-            labels = inputs["input_ids"].masked_fill(mask == 0, -100)
-            batches.append({"input_ids": inputs["input_ids"], "attention_mask": mask, "labels": labels})
+            options = {"padding": True, "return_labels": True, "return_tensors": "pt"}
+            batches.append(dict(processor(images=images, text=texts, **options)))
     return batches
 
 

@@ -190,6 +190,9 @@ def main(arguments=None):
     if trainer.is_world_process_zero():
         # last: the sign of a finished run
         write_aside(output / TRAINER_STATE_NAME, trainer.state.save_to_json)
+    # a process that ends before the others takes their connections with it
+    trainer.accelerator.wait_for_everyone()
+    trainer.accelerator.end_training()
 
 
 if __name__ == "__main__":
