@@ -12,6 +12,9 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
+import json
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -20,6 +23,7 @@ from PIL import Image
 from transformers import AutoModelForCausalLM
 
 import quickstart
+from released import RELEASED, skip_without_released_model
 from tiny import tiny_model, tiny_processor
 
 
@@ -78,3 +82,16 @@ def test_a_missing_folder_is_named_and_not_looked_for_on_the_hub(data_folder, ca
     with pytest.raises(SystemExit):
         quickstart.parse_arguments(["--model", "no/such/model", "--data", str(data_folder)])
     assert "no/such/model" in capsys.readouterr().err
+
+
+def test_losses_that_a_newcomer_sees_are_those_of_the_card(tmp_path, capsys):
+    skip_without_released_model()
+    arguments = ["--model", RELEASED, "--data", RELEASED.parents[1] / "data" / "emoji", "--output", tmp_path]
+    arguments += ["--pictures", "1", "--fine-tune-steps", "1", "--batch-size", "16"]
+    quickstart.main(list(map(str, arguments)))
+    logged = re.findall(r"'(eval_\w*loss)': '([\d.]+)'", capsys.readouterr().out)
+    card = json.loads((RELEASED / "evaluation.json").read_text())["loss"]["causal"]
+    expected = {"eval_loss": card["overall"], "eval_text_loss": card["text"], "eval_image_loss": card["image"]}
+    assert {name for name, _ in logged} == expected.keys()
+    # of other pictures, and before and after a step
+    assert all(abs(float(loss) - expected[name]) < 0.1 for name, loss in logged), logged
