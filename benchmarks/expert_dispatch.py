@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Forward and backward of one expert group in training: two batched products against the experts interface.
+"""Forward and backward of one expert group in training: this package's implementation against Transformers'.
 
 Every way runs the same tokens through the same weights; results are compared before anything is timed. The ways take
 turns, and medians and their ratios are reported.
@@ -28,27 +28,17 @@ import torch
 
 from modeling_moma import MomaConfig
 from modeling_moma.experts_moma import MomaExpertGroup
-from modeling_moma.routing_moma import ExpertSelection, PairSelection
+from modeling_moma.selection_moma import Selection
 
 
-WAYS = ("batched", "grouped_mm", "eager")
+WAYS = ("moma", "grouped_mm", "eager")
 
 
-def pairs_of(selection: ExpertSelection) -> PairSelection:
-    """The same tokens as (token, expert) pairs, what the experts interface takes."""
-    num_experts, capacity = selection.token_EK.shape
-    expert_P = torch.arange(num_experts, device=selection.token_EK.device).repeat_interleave(capacity)
-    return PairSelection(selection.token_EK.flatten(), expert_P, selection.weight_EK.flatten())
-
-
-def step(group: MomaExpertGroup, x_ND: torch.Tensor, selection: ExpertSelection, way: str) -> torch.Tensor:
+def step(group: MomaExpertGroup, x_ND: torch.Tensor, selection: Selection, way: str) -> torch.Tensor:
     """One forward and backward; returns the output."""
     group.zero_grad()
-    chosen = selection
-    if way != "batched":
-        group.experts.config._experts_implementation_internal = way
-        chosen = pairs_of(selection)
-    y_ND, _ = group._run(x_ND, chosen, x_ND.new_zeros(x_ND.shape[0], dtype=torch.float32))
+    group.config._experts_implementation = way
+    y_ND, _ = selection.combine(group._run_experts(selection.dispatch(x_ND), selection), x_ND.shape[0])
     # a gradient of full rank: a sum would expand a scalar, which grouped products refuse
     y_ND.backward(torch.ones_like(y_ND))
     return y_ND.detach()
@@ -69,8 +59,8 @@ def measure(args: argparse.Namespace, dtype: torch.dtype) -> dict[str, float]:
     x_ND = torch.randn(args.tokens, args.hidden_size, device=args.device, dtype=dtype, requires_grad=True)
     scores_NE = torch.rand(args.tokens, args.experts, device=args.device)
     weight_EK, token_EK = scores_NE.t().topk(group.router.capacity(args.tokens), dim=-1)
-    selection = ExpertSelection(token_EK, weight_EK)
-    expected = step(group, x_ND, selection, "batched")
+    selection = Selection.of_equal_shares(token_EK, weight_EK)
+    expected = step(group, x_ND, selection, WAYS[0])
     for way in WAYS[1:]:
         torch.testing.assert_close(step(group, x_ND, selection, way), expected, rtol=2e-2, atol=2e-2)
     times = {way: [] for way in WAYS}
@@ -101,13 +91,13 @@ def main():
         f"{args.hidden_size}, {args.tokens} tokens, forward and backward, median of {args.rounds}. "
         f"torch {torch.__version__}, {args.device}, {torch.get_num_threads()} threads, {platform.machine()}.",
         "",
-        "| dtype | way | ratio to batched |",
+        "| dtype | way | ratio to moma |",
         "|---|---|---:|",
     ]
     for dtype in (torch.float32, torch.bfloat16):
         medians = measure(args, dtype)
         for way in WAYS:
-            lines.append(f"| {str(dtype).removeprefix('torch.')} | {way} | {medians[way] / medians['batched']:.2f} |")
+            lines.append(f"| {str(dtype).removeprefix('torch.')} | {way} | {medians[way] / medians[WAYS[0]]:.2f} |")
     print("\n".join(lines))
     if args.report:
         path = Path(args.report) / f"{date.today()}-expert-dispatch-{args.device}.md"

@@ -32,6 +32,7 @@ from transformers.utils import logging
 from .depth_moma import MomaDepthRouter
 from .routing_context_moma import RoutingContext, is_distributed
 from .routing_moma import MomaRouter, MomaRouterBase
+from .routing_rules_moma import RULES
 
 
 logger = logging.get_logger(__name__)
@@ -321,7 +322,7 @@ def _warn_if_unread(config):
     routings = {"inference_routing": config.inference_routing}
     if config.depth_layers:
         routings["depth_inference_routing"] = config.depth_inference_routing or config.inference_routing
-    if "threshold" not in routings.values():
+    if not any(RULES[routing].reads_threshold for routing in routings.values()):
         fields = " and ".join(f"config.{name}={value!r}" for name, value in routings.items())
         logger.warning(
             "The thresholds that are calibrated here are read under the routing 'threshold' alone, and the model has "

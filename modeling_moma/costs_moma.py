@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from .configuration_moma import MomaConfig
-from .routing_moma import ROUTINGS
+from .routing_rules_moma import RoutingRule, rule_of
 
 
 def flops_per_token(
@@ -60,14 +60,13 @@ def flops_per_token(
         raise ValueError(f"`sequence_length` must be at least 1, got {sequence_length}.")
     if routing is None:
         routing = config.training_routing if training else config.inference_routing
-    if routing not in ROUTINGS:
-        raise ValueError(f"`routing` must be one of {sorted(ROUTINGS)}, got {routing!r}.")
+    rule = rule_of(routing)
     group = next(name for name, members in config.expert_groups.items() if modality in members)
-    feed_forward = _feed_forward_flops(config, group, routing)
+    feed_forward = _feed_forward_flops(config, group, rule)
     num_depth_layers = len(config.depth_layers or ())
     layers = (config.num_hidden_layers - num_depth_layers) * (_attention_flops(config, sequence_length) + feed_forward)
     if num_depth_layers:
-        layers += num_depth_layers * _depth_flops(config, modality, sequence_length, feed_forward, routing)
+        layers += num_depth_layers * _depth_flops(config, modality, sequence_length, feed_forward, rule)
     forward = layers + 2 * config.hidden_size * config.vocab_size
     # the gradient of a matrix product is two more of its size
     return 3 * forward if training else forward
@@ -116,25 +115,25 @@ def _attention_flops(config, sequence_length):
     return projections + 2 * 2 * sequence_length * query_width
 
 
-def _depth_flops(config, modality, sequence_length, feed_forward, routing):
+def _depth_flops(config, modality, sequence_length, feed_forward, rule: RoutingRule):
     capacities = [config.pool_depth_capacity(pool) for pool in config.depth_pools]
     num_keys = sum(capacities) / len(capacities) * sequence_length
     share = config.pool_depth_capacity(modality)
-    return _router_flops(config, 1, routing) + share * (_attention_flops(config, num_keys) + feed_forward)
+    return _router_flops(config, 1, rule) + share * (_attention_flops(config, num_keys) + feed_forward)
 
 
-def _router_flops(config, num_scores, routing):
-    auxiliary = config.hidden_size // 2 * (config.hidden_size + num_scores) if routing == "auxiliary" else 0
+def _router_flops(config, num_scores, rule: RoutingRule):
+    auxiliary = config.hidden_size // 2 * (config.hidden_size + num_scores) if rule.needs_auxiliary else 0
     return 2 * (config.hidden_size * num_scores + auxiliary)
 
 
-def _feed_forward_flops(config, group, routing):
+def _feed_forward_flops(config, group, rule: RoutingRule):
     num_experts = config.group_num_experts(group)
     if num_experts == 1:
         used, router = 1, 0
     else:
-        used = config.num_experts_per_tok if routing == "token_choice" else config.group_capacity_factor(group)
-        router = _router_flops(config, num_experts, routing)
+        used = rule.experts_per_token(config, group)
+        router = _router_flops(config, num_experts, rule)
     shared = config.common_shared_intermediate_size + config.group_shared_intermediate_size(group)
     width = used * config.group_intermediate_size(group) + shared
     return router + 2 * 3 * config.hidden_size * width

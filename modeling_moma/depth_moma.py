@@ -19,6 +19,7 @@ Shape suffixes:
     S keys that the cache holds, H heads.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -30,8 +31,9 @@ from .cache_moma import MomaDepthCacheLayer, MomaStaticDepthCacheLayer
 from .capacity_moma import ceil_share, exact_share
 from .configuration_moma import DEPTH_LAYER_TYPE, MomaConfig
 from .modality_split_moma import ModalitySplit
-from .routing_context_moma import RoutingContext
+from .routing_context_moma import RouterState, RoutingContext
 from .routing_moma import MomaRouterBase
+from .routing_rules_moma import rule_of
 
 
 # a token's score has to pass this one when `token_choice` decides, the middle of the sigmoid
@@ -104,28 +106,15 @@ class MomaDepthRouter(MomaRouterBase):
         is_token_BT = torch.ones_like(scores_BT, dtype=torch.bool)
         if context.padding_BT is not None:
             is_token_BT = ~context.padding_BT
-        state = context.router_state(self)
-        # others choose without looking at the batch, so only training needs its ranks
-        if context.track or context.depth_routing == "expert_choice":
-            best_BT, kth_G = self._rank(scores_BT, pool_BT, is_token_BT)
-        if context.depth_routing == "expert_choice":
-            chosen_BT = best_BT
-        elif context.depth_routing == "threshold":
-            chosen_BT = scores_BT >= state.threshold[pool_BT]
-            if context.track and self.warmup_steps and not self.is_frozen:
-                is_warming_G = state.num_updates < self.warmup_steps
-                chosen_BT = torch.where(is_warming_G[pool_BT], best_BT, chosen_BT)
-        elif context.depth_routing == "auxiliary":
-            predicted_BT = self.predicted_scores(hidden_BTD).squeeze(-1)
-            chosen_BT = predicted_BT >= self.auxiliary.threshold[pool_BT]
-        else:
-            chosen_BT = scores_BT + state.balance_bias[pool_BT] >= _MIDDLE
-        chosen_BT = chosen_BT & is_token_BT
+        tokens = DepthTokens(self, context, hidden_BTD, scores_BT, pool_BT, is_token_BT)
+        chosen_BT = depth_form_of(context.depth_routing)(tokens) & is_token_BT
         if context.track:
-            context.record(self, kth_G, *self._load(chosen_BT, pool_BT, is_token_BT))
+            context.record(self, tokens.ranks[1], *self._load(chosen_BT, pool_BT, is_token_BT))
         return chosen_BT
 
-    def _rank(self, scores_BT, pool_BT, is_token_BT):
+    def rank(
+        self, scores_BT: torch.Tensor, pool_BT: torch.Tensor, is_token_BT: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Membership in the top K of each pool, and the K-th best score of each modality's pools in the mean."""
         num_rows, num_modalities = scores_BT.shape[0], len(self.capacities)
         num_pools = num_modalities
@@ -168,6 +157,98 @@ class MomaDepthRouter(MomaRouterBase):
         chosen_G = (in_pool_GBT & chosen_BT).sum((1, 2))
         capacity_G = torch.tensor(self.capacities, dtype=torch.float32, device=count_G.device)
         return capacity_G - chosen_G / count_G.clamp(min=1), (count_G > 0).float()
+
+
+@dataclass
+class DepthTokens:
+    """What a rule chooses from for a depth layer.
+
+    Attributes:
+        router (`MomaDepthRouter`): whose scores these are.
+        context (`RoutingContext`): of this forward.
+        hidden_BTD (`torch.Tensor`): the residual stream, `[B, T, D]`.
+        scores_BT (`torch.Tensor`): fp32, detached, `[B, T]`.
+        pool_BT (`torch.LongTensor`): the pool by modality in which each token competes, `[B, T]`.
+        is_token_BT (`torch.BoolTensor`): False at padding, `[B, T]`.
+    """
+
+    router: MomaDepthRouter
+    context: RoutingContext
+    hidden_BTD: torch.Tensor
+    scores_BT: torch.Tensor
+    pool_BT: torch.Tensor
+    is_token_BT: torch.Tensor
+    _ranks: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    @property
+    def state(self) -> RouterState:
+        """The router's buffers to choose with."""
+        return self.context.router_state(self.router)
+
+    @property
+    def ranks(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """See [`MomaDepthRouter.rank`]; only training and rules that look at the batch need it."""
+        # functools.cached_property takes a lock, which breaks the graph of a compiled forward
+        if self._ranks is None:
+            self._ranks = self.router.rank(self.scores_BT, self.pool_BT, self.is_token_BT)
+        return self._ranks
+
+
+# how depth layers choose, by the name of a rule of `RULES`
+DEPTH_FORMS: dict[str, Callable[[DepthTokens], torch.Tensor]] = {}
+
+
+def depth_form(name: str) -> Callable:
+    """Let a function choose for depth layers under a rule of `RULES`.
+
+    It is called with [`DepthTokens`] and gives a mask `[B, T]`.
+    """
+
+    def keep(function):
+        DEPTH_FORMS[rule_of(name).name] = function
+        return function
+
+    return keep
+
+
+def depth_form_of(name: str) -> Callable[[DepthTokens], torch.Tensor]:
+    """How depth layers choose under a rule.
+
+    Raises:
+        ValueError: the rule is none, or is one for experts alone.
+    """
+    if rule_of(name, "depth_routing").name not in DEPTH_FORMS:
+        raise ValueError(
+            f"`depth_routing` = {name!r}: this rule has no form for depth layers; those that have one are "
+            f"{sorted(DEPTH_FORMS)}."
+        )
+    return DEPTH_FORMS[name]
+
+
+@depth_form("expert_choice")
+def _take_the_best(tokens):
+    return tokens.ranks[0]
+
+
+@depth_form("threshold")
+def _take_what_reaches_the_cut(tokens):
+    router, state, pool_BT = tokens.router, tokens.state, tokens.pool_BT
+    chosen_BT = tokens.scores_BT >= state.threshold[pool_BT]
+    if tokens.context.track and router.warmup_steps and not router.is_frozen:
+        is_warming_G = state.num_updates < router.warmup_steps
+        chosen_BT = torch.where(is_warming_G[pool_BT], tokens.ranks[0], chosen_BT)
+    return chosen_BT
+
+
+@depth_form("token_choice")
+def _take_what_passes_the_middle(tokens):
+    return tokens.scores_BT + tokens.state.balance_bias[tokens.pool_BT] >= _MIDDLE
+
+
+@depth_form("auxiliary")
+def _take_what_is_predicted(tokens):
+    predicted_BT = tokens.router.predicted_scores(tokens.hidden_BTD).squeeze(-1)
+    return predicted_BT >= tokens.router.auxiliary.threshold[tokens.pool_BT]
 
 
 @dataclass

@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Running the chosen tokens through packed expert weights, and adding the results back.
+"""Experts and the groups of them: from a layer's tokens to each group's, through its experts, and back.
 
 Shape suffixes:
     N tokens of one group in the batch, D hidden size, E experts of the group, K tokens that one expert takes,
@@ -24,22 +24,23 @@ from transformers.activations import ACT2FN
 from transformers.integrations import use_experts_implementation
 
 from .configuration_moma import MomaConfig
+from .dispatch_moma import DEFAULT_IMPLEMENTATION
 from .routing_context_moma import RoutingContext
-from .routing_moma import ExpertSelection, GateSelection, MomaRouter
-
-
-# grouped matrix products want rows of whole 16-byte words: eight elements of bf16
-_ALIGNMENT = 8
+from .routing_moma import MomaRouter
+from .selection_moma import Selection
 
 
 @use_experts_implementation
-class MomaPackedExperts(nn.Module):
+class MomaExperts(nn.Module):
     """SwiGLU experts stored as 3D tensors, called through the experts interface of Transformers.
 
     State dict:
         gate_up_proj  [E, 2 * F, D]
         down_proj     [E, D, F]
     """
+
+    # quantised products fail on inputs without rows: `use_quantized_layers` sets it
+    needs_rows = False
 
     def __init__(self, config: MomaConfig, group: str):
         super().__init__()
@@ -62,12 +63,6 @@ class MomaPackedExperts(nn.Module):
         Returns:
             `torch.Tensor`: weighted sums, `[N, D]`.
         """
-        return self.run_in_turn(hidden_states, top_k_index, top_k_weights)
-
-    def run_in_turn(
-        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
-    ) -> torch.Tensor:
-        """The "eager" implementation itself, whichever the model is set to; see [`MomaPackedExperts.forward`]."""
         output = torch.zeros_like(hidden_states)
         # every expert runs, with zero rows if need be, so that every rank touches every weight
         for expert in range(self.num_experts):
@@ -77,53 +72,16 @@ class MomaPackedExperts(nn.Module):
         return output
 
     def _run_one(self, expert, x_KD):
+        if self.needs_rows and x_KD.shape[0] == 0:
+            return self._run_one(expert, x_KD.new_zeros(1, x_KD.shape[1]))[:0]
         gate_up = nn.functional.linear(x_KD, self.gate_up_proj[expert])
         return nn.functional.linear(self._apply_gate(gate_up), self.down_proj[expert])
 
 
-class _PaddedExperts:
-    """Experts with wider weights, in all else what they are. Not a module, so nothing that wraps theirs runs twice."""
-
-    def __init__(self, experts: "MomaExperts", gate_up_proj: torch.Tensor, down_proj: torch.Tensor):
-        self.experts, self.gate_up_proj, self.down_proj = experts, gate_up_proj, down_proj
-
-    def __getattr__(self, name: str):
-        return getattr(self.experts, name)
-
-
-class MomaExperts(MomaPackedExperts):
-    """Packed experts that run at any inner width and, when all take the same number of tokens, as two products."""
-
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        top_k_index: torch.Tensor | None = None,
-        top_k_weights: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """See [`MomaPackedExperts.forward`]; widths that grouped products refuse are padded for the call.
-
-        Without `top_k_index` and `top_k_weights`, `hidden_states` are the `K` tokens of each expert, `[E, K, D]`, and
-        so are the outputs, unweighted.
-        """
-        if top_k_index is None:
-            return self._run_equal(hidden_states)
-        padding = -self.down_proj.shape[-1] % _ALIGNMENT
-        if padding and self.config._experts_implementation not in ("eager", "batched_mm"):
-            gate_EFD, up_EFD = self.gate_up_proj.chunk(2, dim=1)
-            pad_rows = (0, 0, 0, padding)
-            gate_up_proj = torch.cat([nn.functional.pad(part, pad_rows) for part in (gate_EFD, up_EFD)], dim=1)
-            padded = _PaddedExperts(self, gate_up_proj, nn.functional.pad(self.down_proj, (0, padding)))
-            return MomaPackedExperts.forward(padded, hidden_states, top_k_index, top_k_weights)
-        return super().forward(hidden_states, top_k_index, top_k_weights)
-
-    def _run_equal(self, x_EKD):
-        # weights on the left: the products then read them row by row, and stay transposed in between
-        gate_EFK, up_EFK = torch.bmm(self.gate_up_proj, x_EKD.transpose(1, 2)).chunk(2, dim=1)
-        return torch.bmm(self.down_proj, self.act_fn(gate_EFK) * up_EFK).transpose(1, 2)
-
-
 class MomaMLP(nn.Module):
     """A SwiGLU feed-forward network: the expert of a one-expert group, or a shared expert."""
+
+    needs_rows = False
 
     def __init__(self, config: MomaConfig, intermediate_size: int):
         super().__init__()
@@ -134,6 +92,8 @@ class MomaMLP(nn.Module):
 
     def forward(self, x_ND: torch.Tensor) -> torch.Tensor:
         """`[..., D]` to `[..., D]`."""
+        if self.needs_rows and x_ND.shape[0] == 0:
+            return self(x_ND.new_zeros(1, *x_ND.shape[1:]))[:0]
         return self.down_proj(self.act_fn(self.gate_proj(x_ND)) * self.up_proj(x_ND))
 
 
@@ -145,12 +105,13 @@ class MomaExpertGroup(nn.Module):
 
     State dict:
         router.weight, .threshold, ...   see [`MomaRouter`]; absent with one expert
-        experts.gate_up_proj, .down_proj see [`MomaPackedExperts`]; with one expert `mlp.{gate,up,down}_proj.weight`
+        experts.gate_up_proj, .down_proj see [`MomaExperts`]; with one expert `mlp.{gate,up,down}_proj.weight`
         shared_expert.{gate,up,down}_proj.weight, when configured
     """
 
     def __init__(self, config: MomaConfig, group: str):
         super().__init__()
+        self.config = config
         self.num_experts = config.group_num_experts(group)
         self.normalizes_gates = config.normalize_gates
         if self.num_experts == 1:
@@ -176,54 +137,22 @@ class MomaExpertGroup(nn.Module):
             y_ND, gate_N = self.mlp(x_ND), gate_N + 1
         else:
             _, selection = self.router(x_ND, context)
-            y_ND, gate_N = self._run(x_ND, selection, gate_N)
+            if self.normalizes_gates:
+                selection = selection.normalized(x_ND.shape[0])
+            rows_PD = self._run_experts(selection.dispatch(x_ND), selection)
+            y_ND, gate_N = selection.combine(rows_PD, x_ND.shape[0])
         if self.shared_expert is not None:
             y_ND, gate_N = y_ND + self.shared_expert(x_ND), gate_N + 1
         return y_ND, gate_N
 
-    def _run(self, x_ND, selection, gate_N):
-        if isinstance(selection, GateSelection):
-            return self._run_all(x_ND, selection.weight_NE)
-        is_equal = isinstance(selection, ExpertSelection)
-        token_P = selection.token_EK.flatten() if is_equal else selection.token_P
-        weight_P = selection.weight_EK.flatten() if is_equal else selection.weight_P
-        if self.normalizes_gates:
-            total_N = gate_N.index_add(0, token_P, weight_P.detach())
-            weight_P = weight_P / total_N.index_select(0, token_P).clamp(min=torch.finfo(total_N.dtype).tiny)
-        rows_PD = x_ND.index_select(0, token_P)
-        if is_equal and not _take_rows_by_id(self.experts):
-            y_EKD = self.experts(rows_PD.unflatten(0, selection.token_EK.shape))
-            y_PD = y_EKD.flatten(0, 1) * weight_P.unsqueeze(-1).to(y_EKD.dtype)
-        else:
-            expert_P = _expert_of_pairs(selection) if is_equal else selection.expert_P
-            y_PD = self.experts(rows_PD, expert_P.unsqueeze(-1), weight_P.unsqueeze(-1))
-        y_ND = y_PD.new_zeros(x_ND.shape).index_add(0, token_P, y_PD)
-        return y_ND, gate_N.index_add(0, token_P, weight_P)
-
-    def _run_all(self, x_ND, weight_NE):
-        """Every expert on every token, also where its gate is 0."""
-        if self.normalizes_gates:
-            total_N1 = weight_NE.detach().sum(-1, keepdim=True)
-            weight_NE = weight_NE / total_N1.clamp(min=torch.finfo(total_N1.dtype).tiny)
-        gate_N = weight_NE.sum(-1)
-        if _take_rows_by_id(self.experts):
-            expert_NE = torch.arange(self.num_experts, device=x_ND.device).expand_as(weight_NE)
-            return self.experts(x_ND, expert_NE, weight_NE), gate_N
-        y_END = self.experts(x_ND.expand(self.num_experts, -1, -1))
-        weight_EN1 = weight_NE.t().unsqueeze(-1)
-        # an expert that nobody chose may overflow in half precision, and infinity times 0 is no number
-        y_END = torch.where(weight_EN1 > 0, y_END * weight_EN1, 0.0)
-        return y_END.sum(0).to(x_ND.dtype), gate_N
-
-
-def _take_rows_by_id(experts):
-    """Whether tensor or expert parallelism has split the experts, maybe under an adapter: it then brings them rows."""
-    return getattr(experts, "_is_hooked", False)
-
-
-def _expert_of_pairs(selection):
-    num_experts, num_taken = selection.token_EK.shape
-    return torch.arange(num_experts, device=selection.token_EK.device).repeat_interleave(num_taken)
+    def _run_experts(self, rows_PD: torch.Tensor, selection: Selection) -> torch.Tensor:
+        """Weighted outputs of all pairs, by the implementation that the model is set to."""
+        hints = {}
+        # expert parallelism brings experts other rows than these, in shares that nobody knows
+        is_known = selection.shape_EK is not None and not getattr(self.experts, "_is_expert_parallel", False)
+        if is_known and self.config._experts_implementation == DEFAULT_IMPLEMENTATION:
+            hints["num_taken"] = selection.shape_EK[1]
+        return self.experts(rows_PD, selection.expert_P.unsqueeze(-1), selection.weight_P.unsqueeze(-1), **hints)
 
 
 class MomaFeedForward(nn.Module):

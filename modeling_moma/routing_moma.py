@@ -18,7 +18,7 @@ Shape suffixes:
     P (token, expert) pairs, C cuts of a router (one for each expert, or for each pool of a depth router).
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
@@ -29,46 +29,12 @@ from .auxiliary_moma import Fp32Buffers, MomaAuxiliaryRouter
 from .capacity_moma import ceil_share, exact_share
 from .configuration_moma import MomaConfig
 from .routing_context_moma import RoutingContext, is_distributed
+from .routing_rules_moma import RULES, rule_of
+from .selection_moma import Selection
 
 
-@dataclass
-class ExpertSelection:
-    """Every expert takes the same number of tokens.
-
-    Attributes:
-        token_EK (`torch.LongTensor`): positions in the group's tokens, `[E, K]`. A token may stand in several rows or
-            in none.
-        weight_EK (`torch.Tensor`): gates, fp32, `[E, K]`.
-    """
-
-    token_EK: torch.Tensor
-    weight_EK: torch.Tensor
-
-
-@dataclass
-class PairSelection:
-    """Any number of (token, expert) pairs, in the order of the tokens.
-
-    Attributes:
-        token_P (`torch.LongTensor`): positions in the group's tokens, `[P]`.
-        expert_P (`torch.LongTensor`): the expert of each pair, `[P]`.
-        weight_P (`torch.Tensor`): gates, fp32, `[P]`.
-    """
-
-    token_P: torch.Tensor
-    expert_P: torch.Tensor
-    weight_P: torch.Tensor
-
-
-@dataclass
-class GateSelection:
-    """Every expert with every token, in shapes that do not depend on who chose whom.
-
-    Attributes:
-        weight_NE (`torch.Tensor`): gates, fp32, 0 where an expert does not take the token, `[N, E]`.
-    """
-
-    weight_NE: torch.Tensor
+# how experts choose, by the name of a rule of `RULES`
+EXPERT_FORMS: dict[str, Callable] = {}
 
 
 class MomaRouterBase(Fp32Buffers, nn.Module):
@@ -140,9 +106,7 @@ class MomaRouter(MomaRouterBase):
         self.taken_share = exact_share(self.capacity_factor, num_experts)
         self.gumbel_noise, self.gumbel_noise_steps = config.gumbel_noise, config.gumbel_noise_steps
 
-    def forward(
-        self, x_ND: torch.Tensor, context: RoutingContext
-    ) -> tuple[torch.Tensor, ExpertSelection | PairSelection | GateSelection]:
+    def forward(self, x_ND: torch.Tensor, context: RoutingContext) -> tuple[torch.Tensor, Selection]:
         """Score the tokens and select.
 
         Args:
@@ -154,10 +118,11 @@ class MomaRouter(MomaRouterBase):
         """
         logits_NE = self.logits(x_ND)
         noisy_NE = logits_NE
-        is_noisy = self.training and not self.is_frozen and self.gumbel_noise > 0 and context.routing in NOISY_ROUTINGS
+        rule = rule_of(context.routing)
+        is_noisy = self.training and not self.is_frozen and self.gumbel_noise > 0 and rule.takes_noise
         if is_noisy:
             noisy_NE = logits_NE + self._noise_scale(context) * context.router_noise(self, logits_NE)
-        selection = ROUTINGS[context.routing](self, x_ND, torch.sigmoid(noisy_NE), context)
+        selection = EXPERT_FORMS[rule.name](self, x_ND, torch.sigmoid(noisy_NE), context)
         if context.track:
             context.record(self, *self._statistics(logits_NE.detach(), selection, is_noisy))
         return logits_NE, selection
@@ -177,30 +142,44 @@ class MomaRouter(MomaRouterBase):
         if num_tokens == 0:
             zeros_E = logits_NE.new_zeros(self.num_experts)
             return zeros_E, zeros_E, zeros_E
-        is_by_rank = isinstance(selection, ExpertSelection)
+        is_by_rank = selection.shape_EK is not None
         if is_by_rank and not is_noisy:
             kth_E = selection.weight_EK[:, -1].detach()
         else:
             # inference cuts scores without noise
             kth_E = torch.sigmoid(logits_NE).t().topk(self.capacity(num_tokens), dim=-1).values[:, -1]
         if is_by_rank:
-            load_E = torch.full_like(kth_E, selection.token_EK.shape[1])
+            load_E = torch.full_like(kth_E, selection.shape_EK[1])
         else:
             load_E = nn.functional.one_hot(selection.expert_P, self.num_experts).sum(0).float()
         return kth_E, (load_E.mean() - load_E) / num_tokens, torch.ones_like(kth_E)
 
 
+def expert_form(name: str) -> Callable:
+    """Let a function choose for experts under a rule of `RULES`.
+
+    It is called with the router, its tokens `[N, D]`, their scores `[N, E]` and the context, and gives a
+    [`Selection`].
+    """
+
+    def keep(function):
+        EXPERT_FORMS[rule_of(name).name] = function
+        return function
+
+    return keep
+
+
+@expert_form("expert_choice")
 def expert_choice(
     router: MomaRouter, x_ND: torch.Tensor, scores_NE: torch.Tensor, context: RoutingContext
-) -> ExpertSelection:
+) -> Selection:
     """Each expert takes its top `K` tokens of the batch (MoMa section 2.2). Not causal: for training."""
     weight_EK, token_EK = scores_NE.t().topk(router.capacity(scores_NE.shape[0]), dim=-1)
-    return ExpertSelection(token_EK, weight_EK)
+    return Selection.of_equal_shares(token_EK, weight_EK)
 
 
-def threshold(
-    router: MomaRouter, x_ND: torch.Tensor, scores_NE: torch.Tensor, context: RoutingContext
-) -> PairSelection | GateSelection:
+@expert_form("threshold")
+def threshold(router: MomaRouter, x_ND: torch.Tensor, scores_NE: torch.Tensor, context: RoutingContext) -> Selection:
     """An expert takes a token iff its score reaches the running mean of the expert's K-th best score.
 
     In the first `routing_warmup_steps` of training it takes its K best tokens of the batch instead.
@@ -211,45 +190,29 @@ def threshold(
         token_EK = expert_choice(router, x_ND, scores_NE.detach(), context).token_EK
         is_best_EN = torch.zeros_like(is_taken_NE.t()).scatter_(1, token_EK, True)
         is_taken_NE = torch.where(state.num_updates < router.warmup_steps, is_best_EN.t(), is_taken_NE)
-    return _select(is_taken_NE, scores_NE, context)
+    return Selection.of_members(is_taken_NE, scores_NE, context.has_fixed_shapes)
 
 
+@expert_form("token_choice")
 def token_choice(
     router: MomaRouter, x_ND: torch.Tensor, scores_NE: torch.Tensor, context: RoutingContext
-) -> PairSelection | GateSelection:
+) -> Selection:
     """Each token takes its best experts; the balance bias selects but does not weigh (arXiv 2408.15664)."""
-    num_tokens = scores_NE.shape[0]
     bias_E = context.router_state(router).balance_bias
     expert_Nk = (scores_NE + bias_E).topk(router.num_experts_per_tok, dim=-1).indices
     if context.has_fixed_shapes:
-        return _select(torch.zeros_like(scores_NE, dtype=torch.bool).scatter_(1, expert_Nk, True), scores_NE, context)
-    token_N = torch.arange(num_tokens, device=scores_NE.device)
+        is_taken_NE = torch.zeros_like(scores_NE, dtype=torch.bool).scatter_(1, expert_Nk, True)
+        return Selection.of_members(is_taken_NE, scores_NE, has_fixed_shapes=True)
+    token_N = torch.arange(scores_NE.shape[0], device=scores_NE.device)
     token_P = token_N.repeat_interleave(router.num_experts_per_tok)
-    return PairSelection(token_P, expert_Nk.flatten(), scores_NE.gather(1, expert_Nk).flatten())
+    return Selection(token_P, expert_Nk.flatten(), scores_NE.gather(1, expert_Nk).flatten())
 
 
-def auxiliary(
-    router: MomaRouter, x_ND: torch.Tensor, scores_NE: torch.Tensor, context: RoutingContext
-) -> PairSelection | GateSelection:
+@expert_form("auxiliary")
+def auxiliary(router: MomaRouter, x_ND: torch.Tensor, scores_NE: torch.Tensor, context: RoutingContext) -> Selection:
     """An expert takes a token iff the auxiliary router predicts so; the weight is the main router's (section 2.4)."""
-    return _select(router.predicted_scores(x_ND) >= router.auxiliary.threshold, scores_NE, context)
-
-
-def _select(is_taken_NE, scores_NE, context):
-    if context.has_fixed_shapes:
-        return GateSelection(torch.where(is_taken_NE, scores_NE, 0.0))
-    token_P, expert_P = is_taken_NE.nonzero(as_tuple=True)
-    return PairSelection(token_P, expert_P, scores_NE[token_P, expert_P])
-
-
-ROUTINGS = {
-    "expert_choice": expert_choice,
-    "threshold": threshold,
-    "token_choice": token_choice,
-    "auxiliary": auxiliary,
-}
-# the others compare scores with cuts that were found without noise
-NOISY_ROUTINGS = ("expert_choice", "token_choice")
+    is_taken_NE = router.predicted_scores(x_ND) >= router.auxiliary.threshold
+    return Selection.of_members(is_taken_NE, scores_NE, context.has_fixed_shapes)
 
 
 @torch.no_grad()
@@ -278,7 +241,7 @@ def update_routers(context: RoutingContext, bias_update_rate: float):
         )
         router.num_updates.add_((has_vote_C if router.num_updates.ndim else has_vote_C[0]).float())
         routing = context.routing if isinstance(router, MomaRouter) else context.depth_routing
-        if routing == "token_choice":
+        if RULES[routing].moves_bias:
             step_C = bias_update_rate * torch.sign(shortfall_C)
             router.balance_bias.copy_(torch.where(has_vote_C, router.balance_bias + step_C, router.balance_bias))
 

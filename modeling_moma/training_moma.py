@@ -22,7 +22,7 @@ from transformers import PreTrainedModel, TrainerCallback
 from .depth_moma import MomaDepthRouter
 from .experts_moma import MomaFeedForward
 from .routing_context_moma import is_distributed
-from .routing_moma import ExpertSelection, GateSelection, MomaRouter
+from .routing_moma import MomaRouter
 
 
 class MomaMetricsCallback(TrainerCallback):
@@ -98,15 +98,10 @@ class MomaMetricsCallback(TrainerCallback):
                 return
             num_tokens = logits_NE.shape[0]
             # in steps with a static cache a router scores the tokens of all groups
-            if num_tokens == 0 or isinstance(selection, GateSelection):
+            if num_tokens == 0 or selection.has_holes:
                 return
-            if isinstance(selection, ExpertSelection):
-                token_P = selection.token_EK.flatten()
-                load_E = logits_NE.new_full((module.num_experts,), selection.token_EK.shape[1])
-            else:
-                token_P = selection.token_P
-                load_E = torch.bincount(selection.expert_P, minlength=module.num_experts).float()
-            taken_N = torch.bincount(token_P, minlength=num_tokens)
+            load_E = torch.bincount(selection.expert_P, minlength=module.num_experts).float()
+            taken_N = torch.bincount(selection.token_P, minlength=num_tokens)
             sums = self._sums[module.training]
             for name, value in (
                 ("uncovered", (taken_N == 0).float().mean()),

@@ -24,6 +24,7 @@ import torch
 from .configuration_moma import TEXT, MomaConfig
 from .modeling_moma import MomaForCausalLM
 from .routing_moma import MomaRouter
+from .routing_rules_moma import RULES
 
 
 _TARGET = re.compile(r"(?:\d+[a-z])+")
@@ -80,10 +81,10 @@ def upcycled_config(config: MomaConfig, num_experts: int | dict[str, int], **fie
             "network for each modality."
         )
     inference = {}
-    if config.inference_routing == "auxiliary":
+    if RULES[config.inference_routing].needs_auxiliary:
         inference = {"inference_routing": "threshold"}
         if config.depth_layers and config.depth_inference_routing is None:
-            inference["depth_inference_routing"] = "auxiliary"
+            inference["depth_inference_routing"] = config.inference_routing
     return MomaConfig.from_dict({**config.to_dict(), **inference, "num_experts": num_experts, **fields})
 
 

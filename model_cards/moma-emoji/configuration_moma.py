@@ -22,6 +22,7 @@ from transformers.utils import auto_docstring
 
 from .parallel_plans_moma import expert_parallel_plan, tensor_parallel_plan
 from .parameter_counts_moma import count_parameters
+from .routing_rules_moma import CAUSAL_ROUTINGS, NOISY_ROUTINGS, RULES, TRAINING_ROUTINGS
 
 
 TEXT = "text"
@@ -34,8 +35,6 @@ AUTO_MAP = {
     "AutoModelForImageTextToText": "modeling_moma.MomaForCausalLM",
     "AutoModelForMultimodalLM": "modeling_moma.MomaForCausalLM",
 }
-TRAINING_ROUTINGS = ("expert_choice", "threshold", "token_choice")
-CAUSAL_ROUTINGS = ("threshold", "token_choice", "auxiliary")
 
 # paper's Table 1, dense and MoD columns: layers, hidden size, FFN size before the SwiGLU factor 2/3, heads
 _TABLE_1 = {
@@ -474,7 +473,9 @@ class MomaConfig(PreTrainedConfig):
             self.num_experts_per_tok,
             "must be at least 1",
         )
-        if "token_choice" in (self.training_routing, self.inference_routing):
+        if any(
+            name in RULES and RULES[name].counts_experts for name in (self.training_routing, self.inference_routing)
+        ):
             fewest = min(self.group_num_experts(group) for group in self.expert_groups)
             _require(
                 self.num_experts_per_tok <= fewest,
@@ -507,11 +508,10 @@ class MomaConfig(PreTrainedConfig):
         for name in ("threshold_momentum", "depth_threshold_momentum"):
             _require(0 <= getattr(self, name) < 1, name, getattr(self, name), "must be in [0, 1)")
         _require(
-            self.gumbel_noise == 0 or self.training_routing != "threshold",
+            self.gumbel_noise == 0 or self.training_routing in NOISY_ROUTINGS,
             "gumbel_noise",
             self.gumbel_noise,
-            "needs training_routing 'expert_choice' or 'token_choice': the cut of 'threshold' is that of scores "
-            "without noise",
+            f"needs a training_routing of {NOISY_ROUTINGS}: others cut scores where they were found without noise",
         )
         _require(
             self.gumbel_noise_steps is None or self.gumbel_noise_steps > 0,
@@ -556,10 +556,11 @@ class MomaConfig(PreTrainedConfig):
                 f"must be one of {choices}, or None for {name.removeprefix('depth_')}",
             )
         for name in ("inference_routing", "depth_inference_routing"):
+            value = getattr(self, name)
             _require(
-                getattr(self, name) != "auxiliary" or self.auxiliary_routers,
+                value is None or not RULES[value].needs_auxiliary or self.auxiliary_routers,
                 name,
-                getattr(self, name),
+                value,
                 "needs auxiliary_routers=True, and scripts/train_auxiliary_routers.py to train them",
             )
 

@@ -32,16 +32,18 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .attention_moma import MomaAttention, MomaDepthAttention
 from .auxiliary_moma import MomaAuxiliaryRouter
-from .configuration_moma import CAUSAL_ROUTINGS, MomaConfig
+from .configuration_moma import MomaConfig
 from .depth_moma import (
     MomaDepthRouter,
     PackedCache,
     depth_cache_layer,
+    depth_form_of,
     pack_chosen,
     packed_causal_mask,
     packed_position_ids,
 )
-from .experts_moma import MomaFeedForward, MomaPackedExperts
+from .dispatch_moma import DEFAULT_IMPLEMENTATION, check_grouped_widths
+from .experts_moma import MomaExperts, MomaFeedForward
 from .generation_moma import MomaGenerationMixin
 from .loss_moma import causal_lm_loss
 from .modality_split_moma import FixedSplit, position_groups, split_modalities, token_modalities
@@ -50,7 +52,8 @@ from .norms_moma import MomaHeadLayerNorm, MomaRMSNorm
 from .quantized_layers_moma import use_quantized_layers
 from .rotary_moma import MomaRotaryEmbedding
 from .routing_context_moma import RoutingContext, is_distributed
-from .routing_moma import ROUTINGS, MomaRouter, MomaRouterBase, update_routers
+from .routing_moma import MomaRouter, MomaRouterBase, update_routers
+from .routing_rules_moma import rule_of
 
 
 @auto_docstring(
@@ -237,6 +240,18 @@ class MomaPreTrainedModel(PreTrainedModel):
             use_quantized_layers(model)
         return loaded
 
+    def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
+        """See `PreTrainedModel.get_correct_experts_implementation`; `"moma"` where none is asked for.
+
+        Raises:
+            ValueError: there is no such implementation, or `"grouped_mm"` is asked for widths that it refuses.
+        """
+        if requested_experts is None:
+            return DEFAULT_IMPLEMENTATION
+        if requested_experts == "grouped_mm":
+            check_grouped_widths(self.config)
+        return super().get_correct_experts_implementation(requested_experts)
+
     def _upload_modified_files(self, working_dir, *args, **kwargs):
         # the last step of `push_to_hub`, which has written the card before it
         card = Path(working_dir) / "README.md"
@@ -248,7 +263,7 @@ class MomaPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module):
         super()._init_weights(module)
         std = self.config.initializer_range
-        if isinstance(module, MomaPackedExperts):
+        if isinstance(module, MomaExperts):
             init.normal_(module.gate_up_proj, mean=0.0, std=std)
             init.normal_(module.down_proj, mean=0.0, std=std)
         elif isinstance(module, MomaRouterBase):
@@ -380,9 +395,11 @@ class MomaModel(MomaPreTrainedModel):
             routing = config.training_routing if self.training else config.inference_routing
         if depth_routing is None:
             depth_routing = routing
-        for name, value in (("routing", routing), ("depth_routing", depth_routing)):
-            if value not in ROUTINGS:
-                raise ValueError(f"`{name}` must be one of {sorted(ROUTINGS)}, got {value!r}.")
+        rule_of(routing)
+        rule_of(depth_routing, "depth_routing")
+        # CODEPATH: models with mixture of depths, as configs/emoji-mod-4t4i.json
+        if config.depth_layers:
+            depth_form_of(depth_routing)
         return routing, depth_routing
 
     def _describe_rows(self, context, attention_mask, position_ids, cache):
@@ -403,7 +420,7 @@ class MomaModel(MomaPreTrainedModel):
         # only static layers count in tensors, and only once they hold something
         is_step = length == 1 and isinstance(past_length, torch.Tensor)
         # the caches of depth layers take as many tokens as there are
-        return is_step and not self.config.depth_layers and routing in CAUSAL_ROUTINGS and not self.training
+        return is_step and not self.config.depth_layers and rule_of(routing).is_causal and not self.training
 
     def _split_step(self, input_ids, inputs_embeds, attention_mask, mm_token_type_ids, cache):
         past_length = cache.get_seq_length()

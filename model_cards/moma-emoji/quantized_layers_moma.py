@@ -15,66 +15,31 @@
 
 Quantised products know `linear` alone, and torchao and bitsandbytes fail on inputs without rows. A MoMa meets these in
 every step: a modality that the batch lacks, an expert that no token chose.
-
-Shape suffixes:
-    N tokens of one group in the batch, D hidden size, E experts of the group, K tokens that one expert takes.
 """
 
-import torch
 from torch import nn
 
+from .dispatch_moma import DEFAULT_IMPLEMENTATION
 from .experts_moma import MomaExperts, MomaMLP
 
 
-class MomaQuantizedExperts(MomaExperts):
-    """Packed experts that run one after the other, on a row of zeros where they have none."""
-
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        top_k_index: torch.Tensor | None = None,
-        top_k_weights: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """See [`MomaExperts.forward`]."""
-        if top_k_index is None:
-            return self._run_equal(hidden_states)
-        return self.run_in_turn(hidden_states, top_k_index, top_k_weights)
-
-    def _run_equal(self, x_EKD):
-        return torch.stack([self._run_one(expert, x_KD) for expert, x_KD in enumerate(x_EKD)])
-
-    def _run_one(self, expert, x_KD):
-        # so that every rank touches every weight, and its adapter's
-        if x_KD.shape[0] == 0:
-            return super()._run_one(expert, x_KD.new_zeros(1, x_KD.shape[1]))[:0]
-        return super()._run_one(expert, x_KD)
-
-
-class MomaQuantizedMLP(MomaMLP):
-    """A feed-forward network that runs on a row of zeros where it has none, so that every rank touches its weights."""
-
-    def forward(self, x_ND: torch.Tensor) -> torch.Tensor:
-        """`[..., D]` to `[..., D]`."""
-        if x_ND.shape[0]:
-            return super().forward(x_ND)
-        return super().forward(x_ND.new_zeros(1, *x_ND.shape[1:]))[:0]
-
-
-_QUANTIZED = {MomaExperts: MomaQuantizedExperts, MomaMLP: MomaQuantizedMLP}
-
-
 def use_quantized_layers(model: nn.Module):
-    """Give the feed-forward layers of a quantised model the forward that quantised products need, in place.
+    """Let the feed-forward layers of a quantised model run as quantised products need it, in place.
 
-    Weights and their names stay as they are; a second call changes nothing. [`MomaPreTrainedModel.from_pretrained`]
-    calls this itself.
+    Packed experts then run one after the other (`"eager"`), unless the model was set to another implementation than
+    the one that it starts with, and layers without a token run on a row of zeros, so that every rank touches every
+    weight, and its adapter's. A second call changes nothing. [`MomaPreTrainedModel.from_pretrained`] calls this
+    itself.
 
     Args:
         model (`nn.Module`): a MoMa that torchao or bitsandbytes has quantised.
     """
     for module in model.modules():
-        if type(module) in _QUANTIZED:
-            module.__class__ = _QUANTIZED[type(module)]
+        if isinstance(module, MomaExperts | MomaMLP):
+            module.needs_rows = True
+        if isinstance(module, MomaExperts) and module.config._experts_implementation == DEFAULT_IMPLEMENTATION:
+            # one config serves all layers, and the check of the public setter would refuse nothing here
+            module.config._experts_implementation_internal = "eager"
 
 
-__all__ = ["MomaQuantizedExperts", "MomaQuantizedMLP", "use_quantized_layers"]
+__all__ = ["use_quantized_layers"]

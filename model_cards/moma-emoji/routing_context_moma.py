@@ -55,10 +55,10 @@ class RoutingContext:
     what routers leave in such a copy is lost. Objects of other classes go through as they are.
 
     Args:
-        routing (`str`): a name of `ROUTINGS`, for experts.
+        routing (`str`): a name of `RULES`, for experts.
         split (`ModalitySplit` or `FixedSplit`): positions of each group.
         track (`bool`): whether routers record statistics (in training steps, which have gradients).
-        depth_routing (`str`, *optional*): a name of `ROUTINGS`, for depth layers.
+        depth_routing (`str`, *optional*): a name of `RULES`, for depth layers.
         modality_BT (`torch.LongTensor`, *optional*): modality of each position, `[B, T]`.
         padding_BT (`torch.BoolTensor`, *optional*): True where a position is padding, `[B, T]`.
         document_BT (`torch.LongTensor`, *optional*): document of each position in packed rows, `[B, T]`.

@@ -50,7 +50,7 @@ class MomaModelTester:
     def get_config(self):
         return MomaConfig(
             hidden_size=self.hidden_size,
-            intermediate_size=37,
+            intermediate_size=32,
             num_hidden_layers=self.num_hidden_layers,
             num_attention_heads=self.num_attention_heads,
             max_position_embeddings=512,

@@ -19,7 +19,7 @@ from modeling.depth_reference import SelectionLog, reference_logits
 from modeling.reference import GROUPS, assert_near, fields_of, mixed_ids, tiny_model, trainable
 from modeling_moma.depth_moma import DepthSelection
 from modeling_moma.modality_split_moma import token_modalities
-from modeling_moma.routing_moma import ROUTINGS
+from modeling_moma.routing_rules_moma import RULES
 
 
 DEPTH = {"num_hidden_layers": 3, "depth_layers": [0, 2], "depth_capacity": 0.5}
@@ -61,7 +61,7 @@ def gradients(model, logits, weight, embeds):
 
 
 @pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("routing", ROUTINGS)
+@pytest.mark.parametrize("routing", RULES)
 @pytest.mark.parametrize("name", VARIANTS)
 def test_a_model_with_depth_equals_the_plain_loop(name, routing, training):
     model = depth_model(name, **fields_of(routing)).train(training)
@@ -105,7 +105,7 @@ class LayerLog:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("routing", ROUTINGS)
+@pytest.mark.parametrize("routing", RULES)
 @pytest.mark.parametrize("name", ["dense_pre", "4t4i"])
 def test_tokens_that_pass_by_leave_bit_by_bit_as_they_came(name, routing, training, dtype):
     model = depth_model(name, **fields_of(routing)).to(dtype).train(training)
@@ -135,7 +135,7 @@ def test_a_changed_selection_changes_what_runs():
     assert torch.equal((after != before).any(-1), wanted_BT)
 
 
-@pytest.mark.parametrize("routing", ROUTINGS)
+@pytest.mark.parametrize("routing", RULES)
 @pytest.mark.parametrize("name", ["dense", "4t4i", "row_pool"])
 def test_the_depth_router_learns(name, routing):
     model = depth_model(name, **fields_of(routing))
@@ -185,7 +185,7 @@ def test_a_row_without_a_chosen_token_moves_no_other_row():
 
 
 @pytest.mark.parametrize("autocast", [False, True])
-@pytest.mark.parametrize("routing", ROUTINGS)
+@pytest.mark.parametrize("routing", RULES)
 @pytest.mark.parametrize("name", ["dense", "4t4i"])
 def test_bf16_trains(name, routing, autocast):
     model = depth_model(name, **fields_of(routing))

@@ -31,7 +31,8 @@ from modeling_moma.configuration_moma import TRAINING_ROUTINGS
 from modeling_moma.depth_moma import MomaDepthRouter
 from modeling_moma.modality_split_moma import split_modalities, token_modalities
 from modeling_moma.routing_context_moma import RoutingContext
-from modeling_moma.routing_moma import ROUTINGS, ExpertSelection, MomaRouter, update_routers
+from modeling_moma.routing_moma import MomaRouter, update_routers
+from modeling_moma.routing_rules_moma import RULES
 
 
 ROWS, LENGTH = 3, 13
@@ -73,7 +74,7 @@ def scores_of(router, hidden_BTD):
 
 @pytest.mark.parametrize("pool", ["batch", "row"])
 @pytest.mark.parametrize("capacity", CAPACITIES)
-@pytest.mark.parametrize("routing", ROUTINGS)
+@pytest.mark.parametrize("routing", RULES)
 def test_every_rule_equals_plain_sorting(routing, capacity, pool):
     config, router = build_router(depth_capacity=CAPACITIES[capacity], depth_pool=pool, **fields_of(routing))
     num_pools = len(config.depth_pools)
@@ -150,7 +151,7 @@ def test_a_share_of_tokens_is_that_of_its_decimal_number(share):
 
 @pytest.mark.parametrize("pool", ["batch", "row"])
 @pytest.mark.parametrize("capacity", CAPACITIES)
-@pytest.mark.parametrize("routing", ROUTINGS)
+@pytest.mark.parametrize("routing", RULES)
 def test_the_threshold_is_the_running_mean_of_the_kth_best_score(routing, capacity, pool):
     momentum = 0.6
     config, router = build_router(
@@ -210,11 +211,7 @@ class ExpertLog:
 
     def _keep(self, router, args, output):
         logits_NE, selection = output
-        if isinstance(selection, ExpertSelection):
-            rows = enumerate(selection.token_EK.tolist())
-            pairs = {(token, expert) for expert, tokens in rows for token in tokens}
-        else:
-            pairs = set(zip(selection.token_P.tolist(), selection.expert_P.tolist()))
+        pairs = set(zip(selection.token_P.tolist(), selection.expert_P.tolist()))
         self.pairs[router].append(pairs)
         self.scores[router].append(torch.sigmoid(logits_NE.detach()))
 
@@ -327,9 +324,9 @@ def test_the_bias_chooses_but_does_not_weigh():
 
 @pytest.mark.parametrize("pool", ["batch", "row"])
 def test_eval_changes_no_router(pool):
-    model = tiny_model(**GROUPS["4t4i"], **DEPTH, depth_pool=pool, **fields_of(*ROUTINGS)).eval()
+    model = tiny_model(**GROUPS["4t4i"], **DEPTH, depth_pool=pool, **fields_of(*RULES)).eval()
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    for routing in ROUTINGS:
+    for routing in RULES:
         model(mixed_ids(), routing=routing)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 

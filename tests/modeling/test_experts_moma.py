@@ -13,13 +13,26 @@
 # limitations under the License.
 import pytest
 import torch
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, batched_mm_experts_forward
 
-from modeling.reference import assert_near, context_of, reference_group, tiny_config
+from modeling.reference import (
+    GROUPS,
+    assert_near,
+    context_of,
+    fields_of,
+    mixed_ids,
+    reference_group,
+    tiny_config,
+    tiny_model,
+)
 from modeling_moma.experts_moma import MomaExpertGroup
-from modeling_moma.routing_moma import ExpertSelection, PairSelection
+from modeling_moma.routing_rules_moma import RULES
+from modeling_moma.selection_moma import Selection
 
 
-IMPLEMENTATIONS = ["eager", "grouped_mm", "batched_mm"]
+IMPLEMENTATIONS = ["moma", "eager", "grouped_mm", "batched_mm"]
+ANY_WIDTH = ["moma", "eager", "batched_mm"]
+WIDTHS = [(13, name) for name in ANY_WIDTH] + [(32, name) for name in IMPLEMENTATIONS]
 PRECISIONS = [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)]
 
 
@@ -48,7 +61,7 @@ def gradients(group, output, x):
 
 @pytest.mark.parametrize(("dtype", "relative"), PRECISIONS)
 @pytest.mark.parametrize("routing", ["threshold", "token_choice", "expert_choice"])
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", ANY_WIDTH)
 @pytest.mark.parametrize("width", [1365, 2730, 5461])
 def test_odd_widths_run_and_equal_the_plain_loop(width, implementation, routing, dtype, relative):
     config, group = group_of(width, implementation, dtype)
@@ -58,14 +71,10 @@ def test_odd_widths_run_and_equal_the_plain_loop(width, implementation, routing,
     assert_near(output, expected, relative)
     for gradient, wanted in zip(gradients(group, output, x), gradients(group, expected, x)):
         assert_near(gradient, wanted, relative)
-    # padding is for the call alone
-    assert group.experts.gate_up_proj.shape == (3, 2 * width, config.hidden_size)
-    assert group.state_dict()["experts.down_proj"].shape == (3, config.hidden_size, width)
 
 
 @pytest.mark.parametrize("routing", ["threshold", "token_choice", "expert_choice"])
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("width", [13, 32])
+@pytest.mark.parametrize(("width", "implementation"), WIDTHS)
 def test_zero_tokens_give_every_weight_a_zero_gradient(width, implementation, routing):
     config, group = group_of(width, implementation)
     x = torch.zeros(0, config.hidden_size, requires_grad=True)
@@ -90,15 +99,84 @@ def test_tokens_that_no_expert_takes_give_zeros(implementation):
 
 
 @pytest.mark.parametrize(("dtype", "relative"), PRECISIONS)
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("width", [13, 32])
-def test_the_batched_path_equals_the_pairs_path(width, implementation, dtype, relative):
+@pytest.mark.parametrize(("width", "implementation"), WIDTHS)
+def test_equal_shares_equal_the_same_pairs_in_another_order(width, implementation, dtype, relative):
     config, group = group_of(width, implementation, dtype)
     token_EK = torch.tensor([[0, 2, 3], [2, 4, 6], [0, 1, 2]])
     weight_EK = torch.rand(3, 3, generator=torch.Generator().manual_seed(3))
-    pairs = PairSelection(token_EK.flatten(), torch.arange(3).repeat_interleave(3), weight_EK.flatten())
+    equal = Selection.of_equal_shares(token_EK, weight_EK)
+    order_P = torch.randperm(9, generator=torch.Generator().manual_seed(4))
+    mixed = Selection(equal.token_P[order_P], equal.expert_P[order_P], equal.weight_P[order_P])
     x = torch.randn(7, config.hidden_size, generator=torch.Generator().manual_seed(1)).to(dtype)
-    outputs = [group._run(x, selection, torch.zeros(7)) for selection in (ExpertSelection(token_EK, weight_EK), pairs)]
+    outputs = [
+        selection.combine(group._run_experts(selection.dispatch(x), selection), 7) for selection in (equal, mixed)
+    ]
     assert_near(outputs[0][0], outputs[1][0], relative)
     assert torch.allclose(outputs[0][1], outputs[1][1])
     assert not outputs[0][0][5].any()
+
+
+@pytest.fixture
+def calls():
+    """How often a kernel of a caller's own ran, under the name "counted"."""
+    seen = []
+
+    def counted(experts, hidden_states, top_k_index, top_k_weights):
+        seen.append(tuple(hidden_states.shape))
+        return batched_mm_experts_forward(experts, hidden_states, top_k_index, top_k_weights)
+
+    ALL_EXPERTS_FUNCTIONS.register("counted", counted)
+    yield seen
+    ALL_EXPERTS_FUNCTIONS._global_mapping.pop("counted")
+
+
+@pytest.mark.parametrize("routing", RULES)
+@pytest.mark.parametrize("is_training", [True, False])
+def test_what_a_user_sets_is_what_runs(calls, is_training, routing):
+    fields = {**GROUPS["4t4i"], **fields_of(routing)}
+    oracle = tiny_model(**fields).train(is_training)
+    model = tiny_model(**fields).train(is_training)
+    model.set_experts_implementation("counted")
+    ids = mixed_ids()
+    logits = model(ids, routing=routing).logits
+    assert len(calls) == 2 * model.config.num_hidden_layers
+    torch.testing.assert_close(logits, oracle(ids, routing=routing).logits, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("routing", ["threshold", "token_choice"])
+def test_what_a_user_sets_runs_in_steps_with_a_static_cache(calls, routing):
+    model = tiny_model(**GROUPS["4t4i"], **fields_of(routing)).eval()
+    ids = mixed_ids(rows=1)
+    expected = model.generate(ids, max_new_tokens=3, do_sample=False, cache_implementation="static")
+    model.set_experts_implementation("counted")
+    actual = model.generate(ids, max_new_tokens=3, do_sample=False, cache_implementation="static")
+    assert actual.tolist() == expected.tolist()
+    assert len(calls) == 3 * 2 * model.config.num_hidden_layers
+
+
+def test_models_start_with_the_implementation_of_this_package():
+    model = tiny_model(**GROUPS["4t4i"])
+    assert model.config._experts_implementation == "moma"
+    model.set_experts_implementation("grouped_mm")
+    assert model.config._experts_implementation == "grouped_mm"
+    with pytest.raises(ValueError, match="nearest"):
+        model.set_experts_implementation("nearest")
+
+
+def test_widths_that_grouped_products_refuse_are_named_when_they_are_asked_for():
+    model = tiny_model(**GROUPS["4t4i"], intermediate_size=13)
+    with pytest.raises(ValueError, match="'grouped_mm'.* intermediate_size is 13 in group 'text', in torch.float32"):
+        model.set_experts_implementation("grouped_mm")
+    assert model.config._experts_implementation == "moma"
+    tiny_model(num_experts=1, intermediate_size=13).set_experts_implementation("grouped_mm")
+
+
+@pytest.mark.parametrize("width", [13, 32])
+def test_one_token_on_an_accelerator_meets_no_grouped_product(width):
+    """A meta tensor stands for one, on which nothing may wait for a number of rows."""
+    config, group = group_of(width, "moma")
+    experts = group.experts.to("meta")
+    rows = torch.empty(2, config.hidden_size, device="meta")
+    with torch.no_grad():
+        index, weights = torch.zeros(2, 1, dtype=torch.long, device="meta"), torch.ones(2, 1, device="meta")
+        assert experts(rows, index, weights).shape == rows.shape

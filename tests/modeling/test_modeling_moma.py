@@ -24,7 +24,7 @@ from modeling_moma.configuration_moma import TRAINING_ROUTINGS
 from modeling_moma.loss_moma import causal_lm_loss
 from modeling_moma.modality_split_moma import token_modalities
 from modeling_moma.modeling_moma import MomaForCausalLM
-from modeling_moma.routing_moma import ROUTINGS
+from modeling_moma.routing_rules_moma import RULES
 
 
 AUXILIARY = {
@@ -161,7 +161,7 @@ def test_eager_attention_equals_sdpa(qk_norm, fields):
     assert_near(outputs[0], outputs[1], 1e-5)
 
 
-@pytest.mark.parametrize("routing", ROUTINGS)
+@pytest.mark.parametrize("routing", RULES)
 def test_embeddings_with_modalities_equal_ids(routing):
     model = tiny_model(**GROUPS["6t2i"], **fields_of(routing)).eval()
     ids = mixed_ids()
@@ -329,7 +329,7 @@ def test_auxiliary_routers_are_frozen_also_once_loaded(tmp_path):
         assert frozen == set(auxiliary_parameters(each))
 
 
-@pytest.mark.parametrize("routing", ROUTINGS)
+@pytest.mark.parametrize("routing", RULES)
 def test_training_of_the_model_moves_no_auxiliary_router(routing):
     model = tiny_model(**{**AUXILIARY, "depth_capacity": 0.5})
     # weight decay, and frozen or not

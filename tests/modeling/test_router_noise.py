@@ -29,7 +29,8 @@ from modeling.reference import (
     tiny_model,
 )
 from modeling_moma.routing_context_moma import logistic_noise_like
-from modeling_moma.routing_moma import NOISY_ROUTINGS, ROUTINGS, MomaRouter
+from modeling_moma.routing_moma import MomaRouter
+from modeling_moma.routing_rules_moma import NOISY_ROUTINGS, RULES
 
 
 NUM_TOKENS = 13
@@ -103,7 +104,7 @@ def test_the_load_that_the_balance_bias_sees_is_that_of_the_noisy_selection():
     assert_near(context.statistics[router][1], (load_E.float().mean() - load_E) / NUM_TOKENS, 1e-5)
 
 
-@pytest.mark.parametrize("routing", ROUTINGS)
+@pytest.mark.parametrize("routing", RULES)
 def test_there_is_no_noise_in_eval(routing):
     fields = {**GROUPS["4t4i"], **fields_of(routing)}
     noisy, plain = (tiny_model(**fields, gumbel_noise=scale).eval() for scale in (1.0, 0.0))
@@ -188,7 +189,7 @@ def test_a_scale_of_zero_is_no_noise_and_draws_nothing(routing):
         assert torch.equal(value, plain.state_dict()[key]), key
 
 
-@pytest.mark.parametrize("routing", sorted(set(ROUTINGS) - set(NOISY_ROUTINGS)))
+@pytest.mark.parametrize("routing", sorted(set(RULES) - set(NOISY_ROUTINGS)))
 def test_scores_that_are_compared_with_clean_cuts_are_clean(routing):
     config, router, x_ND = build_router(gumbel_noise=5.0, routing_warmup_steps=0, **fields_of(routing))
     noisy = select(config, router.train(), x_ND, routing)

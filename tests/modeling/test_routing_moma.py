@@ -35,7 +35,8 @@ from modeling.reference import (
 from modeling_moma.configuration_moma import TRAINING_ROUTINGS
 from modeling_moma.experts_moma import MomaFeedForward
 from modeling_moma.modality_split_moma import split_modalities, token_modalities
-from modeling_moma.routing_moma import ROUTINGS, MomaRouter
+from modeling_moma.routing_moma import MomaRouter
+from modeling_moma.routing_rules_moma import RULES
 
 
 ROWS, LENGTH = 2, 10
@@ -55,7 +56,7 @@ def feed_forward(dtype=torch.float32, **kwargs):
         elif name.endswith("threshold"):
             buffer.copy_(0.4 + 0.2 * torch.rand_like(buffer))
     randomize_auxiliary(layer)
-    config._experts_implementation = "grouped_mm"
+    config._experts_implementation = "moma"
     return config, layer
 
 
@@ -83,7 +84,7 @@ def assert_same_gradients(actual, expected, relative):
 
 
 @pytest.mark.parametrize(("dtype", "relative"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
-@pytest.mark.parametrize("routing", ROUTINGS)
+@pytest.mark.parametrize("routing", RULES)
 @pytest.mark.parametrize("name", [*GROUPS, "two_per_token"])
 def test_every_routing_equals_the_plain_loop(name, routing, dtype, relative):
     fields = GROUPS.get(name, {"num_experts": {"text": 4, "image": 2}, "num_experts_per_tok": 2})
@@ -99,7 +100,7 @@ def test_every_routing_equals_the_plain_loop(name, routing, dtype, relative):
     assert_same_gradients(gradients(layer, output, x), gradients(layer, expected, x_reference), relative)
 
 
-@pytest.mark.parametrize("routing", ROUTINGS)
+@pytest.mark.parametrize("routing", RULES)
 @pytest.mark.parametrize("name", ["8x", "4t4i", "shared", "shared_by_modality"])
 def test_normalized_gates_equal_the_plain_loop(name, routing):
     fields = {**GROUPS[name], "norm_placement": "post", "gate_after_norm": True, "normalize_gates": True}
@@ -119,7 +120,7 @@ def test_normalized_gates_equal_the_plain_loop(name, routing):
     assert_same_gradients(gradients(layer, actual, x), gradients(layer, wanted, x_reference), 1e-5)
 
 
-@pytest.mark.parametrize("routing", ROUTINGS)
+@pytest.mark.parametrize("routing", RULES)
 def test_copies_of_a_network_with_normalized_gates_are_that_network_where_one_is_taken(routing):
     config, layer = feed_forward(num_experts=4, normalize_gates=True, **fields_of(routing))
     experts = layer.groups["all"].experts
@@ -136,7 +137,7 @@ def test_copies_of_a_network_with_normalized_gates_are_that_network_where_one_is
     assert_near(layer(x, context)[0], expected, 1e-5)
 
 
-@pytest.mark.parametrize("routing", ROUTINGS)
+@pytest.mark.parametrize("routing", RULES)
 @pytest.mark.parametrize("name", ["8x", "4t4i", "6t2i"])
 def test_padding_competes_for_nothing(name, routing):
     ids = mixed_ids(3, 12)
@@ -171,7 +172,7 @@ def test_padding_does_not_change_who_is_selected():
     assert selection.token_EK.shape[1] == math.ceil(14 / 4)
 
 
-@pytest.mark.parametrize("routing", ROUTINGS)
+@pytest.mark.parametrize("routing", RULES)
 @pytest.mark.parametrize("ids", [torch.full((2, 6), 30), torch.full((2, 6), 10)], ids=["text only", "pictures only"])
 def test_a_batch_may_lack_a_modality(ids, routing):
     model = tiny_model(**GROUPS["4t4i"], **fields_of(routing))
@@ -216,7 +217,7 @@ def kth_scores(model, ids, routing):
     return [score[router.capacity(ids.numel()) - 1] for router, score in zip(routers, scores)]
 
 
-@pytest.mark.parametrize("routing", ROUTINGS)
+@pytest.mark.parametrize("routing", RULES)
 def test_the_threshold_is_the_running_mean_of_the_kth_best_score(routing):
     model = tiny_model(num_experts=4, threshold_momentum=0.6, **fields_of(routing))
     routers = [layer.mlp.groups["all"].router for layer in model.model.layers]
@@ -243,9 +244,9 @@ def test_threshold_in_its_warm_up_takes_as_many_of_equal_tokens_as_expert_choice
 
 
 def test_eval_changes_no_router():
-    model = tiny_model(**GROUPS["4t4i"], **fields_of(*ROUTINGS)).eval()
+    model = tiny_model(**GROUPS["4t4i"], **fields_of(*RULES)).eval()
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    for routing in ROUTINGS:
+    for routing in RULES:
         model(mixed_ids(), routing=routing)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 

@@ -1,0 +1,128 @@
+# Copyright 2026 The modeling-moma authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""How packed experts multiply: implementations for the experts interface of Transformers, by name.
+
+`model.set_experts_implementation(name)` picks one of these, of Transformers' own or of a caller's, for every mode and
+every rule. A model starts with `"moma"`.
+
+Shape suffixes:
+    D hidden size, E experts of the group, K tokens that one expert takes, F inner width of one expert,
+    P (token, expert) pairs.
+"""
+
+import torch
+from torch import nn
+from transformers.integrations.moe import (
+    ALL_EXPERTS_FUNCTIONS,
+    batched_mm_experts_forward,
+    grouped_mm_experts_forward,
+)
+
+from .configuration_moma import MomaConfig
+
+
+DEFAULT_IMPLEMENTATION = "moma"
+
+# what grouped matrix products want whole words of, in every row
+_WORD_BYTES = 16
+
+
+def moma_experts_forward(
+    self: nn.Module,
+    hidden_states: torch.Tensor,
+    top_k_index: torch.Tensor,
+    top_k_weights: torch.Tensor,
+    num_taken: int | None = None,
+) -> torch.Tensor:
+    """Equal shares as two batched products, all else as grouped products, few rows on an accelerator one by one.
+
+    Args:
+        self (`nn.Module`): packed experts, see [`MomaExperts`].
+        hidden_states (`torch.Tensor`): `[P, D]`.
+        top_k_index (`torch.LongTensor`): experts of each row, `[P, k]`.
+        top_k_weights (`torch.Tensor`): gates, `[P, k]`.
+        num_taken (`int`, *optional*): the `K` rows of each expert where all have as many and the rows come expert by
+            expert, one expert each.
+
+    Returns:
+        `torch.Tensor`: weighted sums, `[P, D]`.
+    """
+    if num_taken is not None:
+        return _run_equal_shares(self, hidden_states, top_k_weights, num_taken)
+    # a compiler that captures dynamic shapes in training must not meet the last question
+    may_step = hidden_states.device.type != "cpu" and not torch.is_grad_enabled()
+    if may_step and top_k_index.numel() <= self.num_experts:
+        return batched_mm_experts_forward(self, hidden_states, top_k_index, top_k_weights)
+    if not all(_is_aligned(size, self.down_proj.dtype) for size in self.down_proj.shape[1:]):
+        return _run_sorted(self, hidden_states, top_k_index, top_k_weights)
+    return grouped_mm_experts_forward(self, hidden_states, top_k_index, top_k_weights)
+
+
+def check_grouped_widths(config: MomaConfig):
+    """Refuse `"grouped_mm"` where torch's grouped products would fail in the middle of a forward.
+
+    Args:
+        config (`MomaConfig`): widths, and the type of the weights.
+
+    Raises:
+        ValueError: rows of a group's weights are not made of whole 16-byte words.
+    """
+    dtype = config.dtype or torch.get_default_dtype()
+    for group in config.expert_groups:
+        for name, size in (
+            ("intermediate_size", config.group_intermediate_size(group)),
+            ("hidden_size", config.hidden_size),
+        ):
+            if config.group_num_experts(group) > 1 and not _is_aligned(size, dtype):
+                raise ValueError(
+                    f"`experts_implementation` = 'grouped_mm': grouped products want rows of whole {_WORD_BYTES}-byte "
+                    f"words, and {name} is {size} in group {group!r}, in {dtype}. Any width runs with "
+                    f"{DEFAULT_IMPLEMENTATION!r}, 'eager' or 'batched_mm'."
+                )
+
+
+def _is_aligned(size, dtype):
+    return size * dtype.itemsize % _WORD_BYTES == 0
+
+
+def _run_equal_shares(experts, x_PD, weight_P1, num_taken):
+    # weights on the left: the products then read them row by row, and stay transposed in between
+    x_EDK = x_PD.unflatten(0, (experts.num_experts, num_taken)).transpose(1, 2)
+    gate_EFK, up_EFK = torch.bmm(experts.gate_up_proj, x_EDK).chunk(2, dim=1)
+    y_EDK = torch.bmm(experts.down_proj, experts.act_fn(gate_EFK) * up_EFK)
+    return y_EDK.transpose(1, 2).flatten(0, 1) * weight_P1.to(y_EDK.dtype)
+
+
+def _run_sorted(experts, x_ND, expert_Nk, weight_Nk):
+    """One expert after the other, whatever their width, with one wait for how many rows each has."""
+    num_slots = expert_Nk.shape[1]
+    expert_P, order_P = expert_Nk.flatten().sort()
+    ends_E = torch.searchsorted(expert_P, torch.arange(experts.num_experts, device=x_ND.device), right=True).int()
+    rows_PD = x_ND.index_select(0, order_P // num_slots)
+    gate_up_PF = _multiply_in_turn(rows_PD, experts.gate_up_proj, ends_E)
+    y_PD = _multiply_in_turn(experts._apply_gate(gate_up_PF), experts.down_proj, ends_E)
+    y_PD = y_PD * weight_Nk.flatten().index_select(0, order_P).unsqueeze(-1)
+    y_PD = torch.zeros_like(y_PD).index_copy(0, order_P, y_PD)
+    return y_PD.unflatten(0, expert_Nk.shape).sum(1).to(x_ND.dtype)
+
+
+def _multiply_in_turn(x_PD, weight_EFD, ends_E):
+    # rows after the last end, of experts elsewhere, get zeros
+    return torch.ops.transformers.grouped_mm_fallback(x_PD.to(weight_EFD.dtype), weight_EFD.transpose(1, 2), ends_E)
+
+
+ALL_EXPERTS_FUNCTIONS.register(DEFAULT_IMPLEMENTATION, moma_experts_forward)
+
+
+__all__ = ["DEFAULT_IMPLEMENTATION", "check_grouped_widths", "moma_experts_forward"]

@@ -1,0 +1,102 @@
+# Copyright 2026 The modeling-moma authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""A rule is a record and one function, or two with depth; whoever asks for what it lacks hears so."""
+
+import pytest
+import torch
+
+from modeling.reference import GROUPS, mixed_ids, tiny_config, tiny_model
+from modeling_moma.configuration_moma import CAUSAL_ROUTINGS, TRAINING_ROUTINGS
+from modeling_moma.costs_moma import flops_per_token
+from modeling_moma.depth_moma import DEPTH_FORMS, depth_form
+from modeling_moma.routing_moma import EXPERT_FORMS, expert_form
+from modeling_moma.routing_rules_moma import NOISY_ROUTINGS, RULES, RoutingRule, rule_of
+from modeling_moma.selection_moma import Selection
+
+
+DEPTH = {"depth_layers": [1], "depth_capacity": 0.5}
+
+
+@pytest.fixture
+def first_experts(monkeypatch):
+    """A rule of its own: every token takes the first two experts."""
+    for table in (EXPERT_FORMS, DEPTH_FORMS):
+        for name, form in list(table.items()):
+            monkeypatch.setitem(table, name, form)
+    rule = RoutingRule("first_experts", is_causal=True, may_train=True, counts_experts=True)
+    monkeypatch.setitem(RULES, rule.name, rule)
+
+    @expert_form(rule.name)
+    def choose(router, x_ND, scores_NE, context):
+        is_taken_NE = torch.zeros_like(scores_NE, dtype=torch.bool)
+        is_taken_NE[:, :2] = True
+        return Selection.of_members(is_taken_NE, scores_NE, context.has_fixed_shapes)
+
+    yield rule.name
+    EXPERT_FORMS.pop(rule.name)
+    DEPTH_FORMS.pop(rule.name, None)
+
+
+def test_names_come_from_the_records():
+    assert set(TRAINING_ROUTINGS) == {"expert_choice", "threshold", "token_choice"}
+    assert set(CAUSAL_ROUTINGS) == {"threshold", "token_choice", "auxiliary"}
+    assert set(NOISY_ROUTINGS) == {"expert_choice", "token_choice"}
+    assert EXPERT_FORMS.keys() == RULES.keys() == DEPTH_FORMS.keys()
+    with pytest.raises(ValueError, match="`depth_routing` must be one of .*expert_choice.*got 'nearest'"):
+        rule_of("nearest", "depth_routing")
+
+
+def test_a_new_rule_decides_who_runs(first_experts):
+    model = tiny_model(**GROUPS["4t4i"]).eval()
+    ids = mixed_ids()
+    logits = model(ids, routing=first_experts).logits
+    for layer in model.model.layers:
+        for group in layer.mlp.groups.values():
+            group.experts.down_proj.data[2:] = 0
+    torch.testing.assert_close(model(ids, routing=first_experts).logits, logits)
+    for layer in model.model.layers:
+        for group in layer.mlp.groups.values():
+            group.experts.down_proj.data[:2] = 0
+    assert not torch.allclose(model(ids, routing=first_experts).logits, logits)
+
+
+def test_a_rule_without_a_depth_form_raises_by_name(first_experts):
+    model = tiny_model(**GROUPS["4t4i"], **DEPTH).eval()
+    with pytest.raises(ValueError, match="`depth_routing` = 'first_experts': this rule has no form for depth layers"):
+        model(mixed_ids(), routing=first_experts)
+    # experts may follow it where depth layers follow another
+    assert model(mixed_ids(), routing=first_experts, depth_routing="threshold").logits.isfinite().all()
+
+
+def test_depth_layers_follow_the_form_that_a_rule_brings(first_experts):
+    asked = []
+
+    @depth_form(first_experts)
+    def choose(tokens):
+        asked.append(tokens.scores_BT.shape)
+        return torch.zeros_like(tokens.is_token_BT)
+
+    model = tiny_model(**GROUPS["4t4i"], **DEPTH).eval()
+    ids = mixed_ids()
+    model(ids, routing=first_experts)
+    assert asked == [ids.shape]
+
+
+def test_costs_read_the_record(first_experts):
+    config = tiny_config(num_experts={"text": 4, "image": 4}, num_experts_per_tok=2)
+    assert flops_per_token(config, "text", 8, routing=first_experts) == flops_per_token(
+        config, "text", 8, routing="token_choice"
+    )
+    with pytest.raises(ValueError, match="`routing` must be one of"):
+        flops_per_token(config, "text", 8, routing="nearest")
