@@ -42,9 +42,9 @@ $(VENV)/.installed-train: pyproject.toml
 	$(RUN) -m pip install --quiet --editable ".[train]"
 	touch $@
 
-$(INSTALLED): $(VENV)/.installed-train tests/hf_common/fetch.py
+$(INSTALLED): $(VENV)/.installed-train tests/helpers/fetch.py
 	$(RUN) -m pip install --quiet --editable ".[dev]"
-	-$(RUN) tests/hf_common/fetch.py
+	-$(RUN) tests/helpers/fetch.py
 	touch $@
 
 clean:

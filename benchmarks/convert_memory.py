@@ -81,7 +81,7 @@ def make_checkpoint(folder: Path) -> int:
 
 
 def start(source: Path, output: Path, processor: str, *options: str) -> subprocess.Popen:
-    command = [sys.executable, str(ROOT / "scripts" / "convert.py"), "llama", "--source", str(source)]
+    command = [sys.executable, "-m", "modeling_moma", "convert", "llama", "--source", str(source)]
     command += ["--output", str(output), "--processor", processor, "--max-shard-size", "400MB", *options]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -141,7 +141,7 @@ def report(size: int, files: int, with_probe: Measurement, without: Measurement)
     return [
         f"# Memory of a conversion, {date.today()}",
         "",
-        "`python benchmarks/convert_memory.py`: `scripts/convert.py llama --max-shard-size 400MB` on random weights, "
+        "`python benchmarks/convert_memory.py`: `moma convert llama --max-shard-size 400MB` on random weights, "
         f"{CONFIG.num_hidden_layers} layers of width {CONFIG.hidden_size}, vocabulary {CONFIG.vocab_size}, float32. "
         f"torch {torch.__version__}, cpu, {torch.get_num_threads()} threads, {platform.machine()}. Peak memory is the "
         "process's own largest resident set.",

@@ -25,27 +25,31 @@ from transformers import (
 
 from tokenization import MomaImageProcessor, MomaImageProcessorPil, MomaProcessor, MomaVQConfig, MomaVQModel
 
-from .auxiliary_training_moma import AuxiliaryRouterTrainer, add_auxiliary_routers, auxiliary_report
-from .calibration_moma import calibrate_auxiliary_thresholds, calibrate_thresholds
 from .configuration_moma import MomaConfig
-from .costs_moma import eta, flops_per_token, training_flops
 from .modeling_moma import MomaCausalLMOutput, MomaForCausalLM, MomaModel, MomaPreTrainedModel
-from .quantization_moma import quantized_share, torchao_config
-from .training_moma import MomaMetricsCallback, freeze_groups, initialize_code_embeddings
-from .upcycling_moma import UpcyclingReceipt, parse_experts, upcycle, upcycled_config, upcycling_receipt
+from .tools.auxiliary_training import AuxiliaryRouterTrainer, add_auxiliary_routers, auxiliary_report
+from .tools.calibration import calibrate_auxiliary_thresholds, calibrate_thresholds
+from .tools.callbacks import MomaMetricsCallback
+from .tools.code_embeddings import initialize_code_embeddings
+from .tools.costs import eta, flops_per_token, training_flops
+from .tools.freezing import freeze_groups
+from .tools.quantization import quantized_share, torchao_config
+from .tools.upcycling import UpcyclingReceipt, parse_experts, upcycle, upcycled_config, upcycling_receipt
 
 
-AutoConfig.register("moma", MomaConfig)
-AutoConfig.register("moma_vq", MomaVQConfig)
-AutoModel.register(MomaConfig, MomaModel)
-AutoModel.register(MomaVQConfig, MomaVQModel)
-AutoModelForCausalLM.register(MomaConfig, MomaForCausalLM)
-AutoModelForImageTextToText.register(MomaConfig, MomaForCausalLM)
-AutoModelForMultimodalLM.register(MomaConfig, MomaForCausalLM)
+# `exist_ok`: the package may be imported anew, or beside a Transformers with a `moma` of its own
+AutoConfig.register("moma", MomaConfig, exist_ok=True)
+AutoConfig.register("moma_vq", MomaVQConfig, exist_ok=True)
+AutoModel.register(MomaConfig, MomaModel, exist_ok=True)
+AutoModel.register(MomaVQConfig, MomaVQModel, exist_ok=True)
+for _auto_class in (AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM):
+    _auto_class.register(MomaConfig, MomaForCausalLM, exist_ok=True)
 AutoImageProcessor.register(
-    MomaConfig, image_processor_classes={"torchvision": MomaImageProcessor, "pil": MomaImageProcessorPil}
+    MomaConfig,
+    image_processor_classes={"torchvision": MomaImageProcessor, "pil": MomaImageProcessorPil},
+    exist_ok=True,
 )
-AutoProcessor.register(MomaConfig, MomaProcessor)
+AutoProcessor.register(MomaConfig, MomaProcessor, exist_ok=True)
 
 # what is saved then carries its code, and loads with trust_remote_code=True where this package is missing
 MomaConfig.register_for_auto_class()

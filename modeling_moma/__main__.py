@@ -11,14 +11,12 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The `transformers` command for MoMa models: `python -m modeling_moma serve FOLDER`.
+"""`python -m modeling_moma VERB`, as `moma VERB`."""
 
-The command looks models up by name among those of Transformers. Running it as a module of this package imports the
-package first, which registers its classes; all arguments go to Transformers' own command line.
-"""
+import sys
 
-from transformers.cli.transformers import main
+from .cli.main import main
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -561,7 +561,7 @@ class MomaConfig(PreTrainedConfig):
                 value is None or not RULES[value].needs_auxiliary or self.auxiliary_routers,
                 name,
                 value,
-                "needs auxiliary_routers=True, and scripts/train_auxiliary_routers.py to train them",
+                "needs auxiliary_routers=True, and `moma train-auxiliary-routers` to train them",
             )
 
     def _require_modalities(self, name, complete=False):

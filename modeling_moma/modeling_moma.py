@@ -351,7 +351,7 @@ class MomaModel(MomaPreTrainedModel):
         context = RoutingContext(routing, split, track, depth_routing, modality_BT, padding_BT)
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
-        # CODEPATH: models with mixture of depths, as configs/emoji-mod-4t4i.json
+        # CODEPATH: models with mixture of depths, as recipes/emoji-mod-4t4i.yaml
         if self.config.depth_layers:
             self._describe_rows(context, attention_mask, position_ids, cache)
         if position_ids is None:
@@ -397,7 +397,7 @@ class MomaModel(MomaPreTrainedModel):
             depth_routing = routing
         rule_of(routing)
         rule_of(depth_routing, "depth_routing")
-        # CODEPATH: models with mixture of depths, as configs/emoji-mod-4t4i.json
+        # CODEPATH: models with mixture of depths, as recipes/emoji-mod-4t4i.yaml
         if config.depth_layers:
             depth_form_of(depth_routing)
         return routing, depth_routing
@@ -500,7 +500,7 @@ class MomaForCausalLM(MomaPreTrainedModel, MomaGenerationMixin):
     @staticmethod
     def create_masks_for_generate(config, inputs_embeds, attention_mask=None, cache=None, position_ids=None, **kwargs):
         """The mask of a step; a prompt's is made by the model itself: its routers have to see the padding."""
-        # CODEPATH: models with mixture of depths, as configs/emoji-mod-4t4i.json, whose caches are not compiled
+        # CODEPATH: models with mixture of depths, as recipes/emoji-mod-4t4i.yaml, whose caches are not compiled
         if inputs_embeds.shape[1] > 1 or config.depth_layers:
             return attention_mask
         return create_causal_mask(

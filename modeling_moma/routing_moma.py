@@ -81,7 +81,7 @@ class MomaRouterBase(Fp32Buffers, nn.Module):
         if self.auxiliary is None:
             raise ValueError(
                 "`routing` or `depth_routing` = 'auxiliary' needs a model with config.auxiliary_routers=True; "
-                "scripts/train_auxiliary_routers.py adds and trains them."
+                "`moma train-auxiliary-routers` adds and trains them."
             )
         return torch.sigmoid(self.auxiliary(hidden_states))
 

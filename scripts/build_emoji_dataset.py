@@ -28,9 +28,9 @@ from pathlib import Path
 from datasets import Dataset, Features, Image, List, Value
 from tqdm.auto import tqdm
 
-from emoji.card import count_table, fill_card
-from emoji.cells import SPLITS, drawing_cell, merge_cells, split_cells
-from emoji.sources import PACKAGES, fetch_packages, read_drawings, render, require_tools
+from emoji_recipe.card import count_table, fill_card
+from emoji_recipe.cells import SPLITS, drawing_cell, merge_cells, split_cells
+from emoji_recipe.sources import PACKAGES, fetch_packages, read_drawings, render, require_tools
 
 
 REPOSITORY = Path(__file__).resolve().parent.parent

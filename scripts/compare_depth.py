@@ -23,11 +23,11 @@ from pathlib import Path
 import torch
 from datasets import load_from_disk
 
-from emoji.curves import tokens_of_example, training_of
-from emoji.depth_comparison import compare, comparison_report, measure
-from emoji.measures import load_model, shuffled_held_out
+from emoji_recipe.depth_comparison import compare, comparison_report, measure
+from modeling_moma.training.files import write_aside
+from modeling_moma.training.measures import load_model, shuffled_held_out
+from modeling_moma.training.runs import tokens_of_example, training_of
 from tokenization import MomaProcessor
-from writing import write_aside
 
 
 def parse_arguments(arguments=None) -> argparse.Namespace:
@@ -35,7 +35,7 @@ def parse_arguments(arguments=None) -> argparse.Namespace:
     parser.add_argument("--models", nargs="+", required=True, help="runs of pretrain.py without depth layers, by seed")
     parser.add_argument("--depth", nargs="+", required=True, help="runs with depth layers, in the same order of seeds")
     parser.add_argument("--processor", required=True, help="folder of a MomaProcessor")
-    parser.add_argument("--codes", required=True, help="folder that scripts/tokenize_pictures.py wrote")
+    parser.add_argument("--codes", required=True, help="folder that `moma tokenize` wrote")
     parser.add_argument("--split", choices=["validation", "test"], default="validation")
     parser.add_argument("--output", required=True, help="JSON file of the report; a .md of the same name lies beside")
     parser.add_argument(

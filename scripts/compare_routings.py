@@ -23,18 +23,18 @@ from pathlib import Path
 import torch
 from datasets import load_from_disk
 
-from emoji.measures import load_model, shuffled_held_out
-from emoji.routing_comparison import README_MARKER, comparison_report, comparison_section, measure
-from emoji.tables import between_markers
+from emoji_recipe.routing_comparison import README_MARKER, comparison_report, comparison_section, measure
+from modeling_moma.training.files import write_aside
+from modeling_moma.training.measures import load_model, shuffled_held_out
+from modeling_moma.training.tables import between_markers
 from tokenization import MomaProcessor
-from writing import write_aside
 
 
 def parse_arguments(arguments=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", required=True, help="folder that scripts/train_auxiliary_routers.py wrote")
+    parser.add_argument("--model", required=True, help="folder that `moma train-auxiliary-routers` wrote")
     parser.add_argument("--processor", required=True, help="folder of a MomaProcessor")
-    parser.add_argument("--codes", required=True, help="folder that scripts/tokenize_pictures.py wrote")
+    parser.add_argument("--codes", required=True, help="folder that `moma tokenize` wrote")
     parser.add_argument(
         "--split", choices=["validation", "test"], default="test", help="test: calibration has not seen it"
     )

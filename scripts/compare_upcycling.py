@@ -23,11 +23,11 @@ from pathlib import Path
 import torch
 from datasets import load_from_disk
 
-from emoji.curves import tokens_of_example, training_of
-from emoji.measures import load_model, shuffled_held_out
-from emoji.upcycling_comparison import by_seed_length, compare, comparison_report, measure, plot_upcycling
+from emoji_recipe.upcycling_comparison import by_seed_length, compare, comparison_report, measure, plot_upcycling
+from modeling_moma.training.files import write_aside
+from modeling_moma.training.measures import load_model, shuffled_held_out
+from modeling_moma.training.runs import tokens_of_example, training_of
 from tokenization import MomaProcessor
-from writing import write_aside
 
 
 def parse_arguments(arguments=None) -> argparse.Namespace:
@@ -37,7 +37,7 @@ def parse_arguments(arguments=None) -> argparse.Namespace:
         "--upcycled", nargs="+", required=True, help="runs of pretrain.py --model, one each length and seed, any order"
     )
     parser.add_argument("--processor", required=True, help="folder of a MomaProcessor")
-    parser.add_argument("--codes", required=True, help="folder that scripts/tokenize_pictures.py wrote")
+    parser.add_argument("--codes", required=True, help="folder that `moma tokenize` wrote")
     parser.add_argument("--split", choices=["validation", "test"], default="validation")
     parser.add_argument(
         "--output", required=True, help="JSON file of the report; a .md and a .png of the same name lie beside"

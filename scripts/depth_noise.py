@@ -26,10 +26,10 @@ from pathlib import Path
 import torch
 from datasets import load_from_disk
 
-from emoji.depth_noise import PAPER_BREAK_EVEN, SIGMAS, TOP_K, noise_report, noise_sweep, plot_noise, summarize
-from emoji.measures import held_out_loss, load_model, shuffled_held_out
+from emoji_recipe.depth_noise import PAPER_BREAK_EVEN, SIGMAS, TOP_K, noise_report, noise_sweep, plot_noise, summarize
+from modeling_moma.training.files import write_aside
+from modeling_moma.training.measures import held_out_loss, load_model, shuffled_held_out
 from tokenization import MomaProcessor
-from writing import write_aside
 
 
 def parse_arguments(arguments=None) -> argparse.Namespace:
@@ -37,7 +37,7 @@ def parse_arguments(arguments=None) -> argparse.Namespace:
     parser.add_argument("--models", nargs="+", required=True, help="models with depth layers, for instance seeds")
     parser.add_argument("--baseline", nargs="+", required=True, help="models without, for instance seeds")
     parser.add_argument("--processor", required=True, help="folder of a MomaProcessor")
-    parser.add_argument("--codes", required=True, help="folder that scripts/tokenize_pictures.py wrote")
+    parser.add_argument("--codes", required=True, help="folder that `moma tokenize` wrote")
     parser.add_argument("--split", default="validation")
     parser.add_argument("--output", required=True, help="JSON file of the report; a PNG of the same name lies beside")
     parser.add_argument("--sigmas", type=float, nargs="+", default=SIGMAS, help="shares of flipped decisions")

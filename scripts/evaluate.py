@@ -22,10 +22,12 @@ from pathlib import Path
 import torch
 from datasets import Dataset, load_dataset
 
-from emoji.captions import caption_accuracies, label_table, majority_accuracies
-from emoji.curves import plot_curves, read_run, savings, tokens_of_example
-from emoji.judge import PictureJudge, accuracies, derangement
-from emoji.measures import (
+from emoji_recipe.captions import caption_accuracies, label_table, majority_accuracies
+from emoji_recipe.judge import PictureJudge, accuracies, derangement
+from emoji_recipe.model_card import CURVES_FILE, report_table, write_card
+from modeling_moma import MomaForCausalLM
+from modeling_moma.training.files import write_aside
+from modeling_moma.training.measures import (
     EXPERT_CHOICE,
     decode_pictures,
     draw_pictures,
@@ -37,11 +39,9 @@ from emoji.measures import (
     tokenizer_quality,
     write_captions,
 )
-from emoji.model_card import CURVES_FILE, report_table, write_card
-from modeling_moma import MomaForCausalLM
+from modeling_moma.training.runs import plot_curves, read_run, savings, tokens_of_example
 from tokenization import MomaProcessor
 from tokenization.perceptual_moma_vq import MomaVQPerceptualNetwork
-from writing import write_aside
 
 
 NUM_SAMPLES = 12

@@ -20,9 +20,9 @@ import torch
 from datasets import load_dataset
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from emoji.examples import caption_texts
+from modeling_moma.training.examples import caption_texts
+from modeling_moma.training.files import write_folder_aside
 from tokenization import train_text_tokenizer
-from writing import write_folder_aside
 
 
 def main(arguments=None):

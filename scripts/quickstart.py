@@ -22,12 +22,12 @@ import torch
 from datasets import load_dataset
 from transformers import AutoModelForCausalLM, AutoProcessor, Trainer, TrainingArguments, set_seed
 
-from emoji.examples import EmojiExamples, held_out_examples, label_caption
-from emoji.routing_picture import draw_routing, route_example
-from emoji.sheet import SheetEntry, draw_contact_sheet
+from emoji_recipe.routing_picture import draw_routing, route_example
+from emoji_recipe.sheet import SheetEntry, draw_contact_sheet
 from modeling_moma import MomaMetricsCallback
+from modeling_moma.training.examples import CaptionExamples, held_out_examples, label_caption
+from modeling_moma.training.files import write_aside
 from tokenization import MomaDataCollator
-from writing import write_aside
 
 
 ROUTED_PICTURES = 3
@@ -148,7 +148,7 @@ def fine_tune(model, processor, args, folder: Path):
     trainer = Trainer(
         model=model,
         args=training_arguments,
-        train_dataset=EmojiExamples(train, processor, args.fine_tune_steps * args.batch_size, args.seed),
+        train_dataset=CaptionExamples(train, processor, args.fine_tune_steps * args.batch_size, args.seed),
         eval_dataset=held_out_examples(validation, processor),
         data_collator=MomaDataCollator(processor.tokenizer),
         callbacks=[MomaMetricsCallback()],

@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Put a trained model and its processor into one folder as they go to the Hub: bf16, routers in fp32."""
+"""Put a trained model and its processor into one folder as they go to the Hub, without code: bf16, routers in fp32."""
 
 import argparse
 from pathlib import Path
@@ -19,8 +19,8 @@ from pathlib import Path
 import torch
 
 from modeling_moma import MomaForCausalLM
+from modeling_moma.training.files import write_folder_aside
 from tokenization import MomaProcessor
-from writing import write_folder_aside
 
 
 def main(arguments=None):
@@ -41,6 +41,9 @@ def main(arguments=None):
         processor.save_pretrained(folder)
         # the processor saves what it computes in, fp32; these values are those of bf16
         processor.vq_model.to(torch.bfloat16).save_pretrained(folder / "vq_model")
+        # `moma push` adds the code of the installed packages
+        for code in folder.rglob("*.py"):
+            code.unlink()
 
     write_folder_aside(args.output, save)
 

@@ -12,15 +12,15 @@ for library in /usr/lib/*/libtcmalloc_minimal.so.4; do
 done
 
 [ -e runs/tokenizer/model.safetensors ] ||
-    "$python" scripts/train_image_tokenizer.py --output runs/tokenizer --resume
+    "$python" -m modeling_moma train-image-tokenizer --data data/emoji --output runs/tokenizer --resume
 [ -e runs/processor/processor_config.json ] ||
-    "$python" scripts/build_processor.py --tokenizer runs/tokenizer --output runs/processor
+    "$python" -m modeling_moma build-processor --data data/emoji --tokenizer runs/tokenizer --output runs/processor
 [ -e runs/codes/dataset_dict.json ] ||
-    "$python" scripts/tokenize_pictures.py --processor runs/processor --output runs/codes
+    "$python" -m modeling_moma tokenize --data data/emoji --processor runs/processor --output runs/codes
 for model in 4t4i dense; do
     # written last, when the run is finished
     [ -e "runs/$model/trainer_state.json" ] ||
-        "$python" scripts/pretrain.py --processor runs/processor --codes runs/codes --config "configs/emoji-$model.json" \
+        "$python" -m modeling_moma pretrain --processor runs/processor --codes runs/codes --recipe "recipes/emoji-$model.yaml" \
             --attn-implementation eager --output "runs/$model" --resume
 done
 "$python" scripts/release.py --model runs/4t4i --processor runs/processor --output model_cards/moma-emoji

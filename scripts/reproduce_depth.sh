@@ -16,7 +16,7 @@ for run in 4t4i:1200 mod-4t4i:1166; do
         folder=runs/depth/${run%:*}-$seed
         # written last, when the run is finished
         [ -e "$folder/trainer_state.json" ] ||
-            "$python" scripts/pretrain.py "${data[@]}" --config "configs/emoji-${run%:*}.json" --steps "${run#*:}" \
+            "$python" -m modeling_moma pretrain "${data[@]}" --recipe "recipes/emoji-${run%:*}.yaml" --steps "${run#*:}" \
                 --seed "$seed" --eval-steps "${run#*:}" --attn-implementation eager --output "$folder" --resume
     done
 done

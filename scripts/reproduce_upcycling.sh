@@ -15,21 +15,21 @@ data=(--processor runs/processor --codes runs/codes)
 train() {
     # written last, when the run is finished
     [ -e "$runs/$1/trainer_state.json" ] ||
-        "$python" scripts/pretrain.py "${data[@]}" --steps 800 --warmup-steps 60 --eval-steps 200 \
+        "$python" -m modeling_moma pretrain "${data[@]}" --steps 800 --warmup-steps 60 --eval-steps 200 \
             --attn-implementation eager --seed "$seed" --output "$runs/$1" --resume "${@:2}"
 }
 
 for seed in 0 1; do
-    train "4t4i-$seed" --config configs/emoji-plain-4t4i.json
+    train "4t4i-$seed" --recipe recipes/emoji-plain-4t4i.yaml
     # what its seed would become without upcycling
-    train "1t1i-full-$seed" --config configs/emoji-plain-1t1i.json
+    train "1t1i-full-$seed" --recipe recipes/emoji-plain-1t1i.yaml
     # one seed run gives all three lengths: 5, 10 and 20 % of the steps
-    train "1t1i-$seed" --config configs/emoji-plain-1t1i.json --stop-at 160 --save-steps 40 --save-total-limit 4
+    train "1t1i-$seed" --recipe recipes/emoji-plain-1t1i.yaml --stop-at 160 --save-steps 40 --save-total-limit 4
     for length in 40 80 160; do
         [ -e "$runs/seed-$length-$seed/upcycling.json" ] || {
             # what a kill has left there would be refused
             rm -rf "$runs/seed-$length-$seed"
-            "$python" scripts/upcycle.py --model "$runs/1t1i-$seed/checkpoint-$length" --to 4t4i \
+            "$python" -m modeling_moma upcycle --model "$runs/1t1i-$seed/checkpoint-$length" --to 4t4i \
                 --gumbel-noise-steps 150 --output "$runs/seed-$length-$seed"
         }
         train "4t4i-from-$length-$seed" --model "$runs/seed-$length-$seed"

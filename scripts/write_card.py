@@ -15,7 +15,7 @@
 
 import argparse
 
-from emoji.model_card import write_card
+from emoji_recipe.model_card import write_card
 
 
 def main():

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.depth_step import main
-from tiny import tiny_model, tiny_processor
+from helpers.tiny import tiny_model, tiny_processor
 
 
 EMOJI = Path(__file__).resolve().parent.parent / "data" / "emoji"

@@ -19,9 +19,9 @@ import numpy as np
 import pytest
 from transformers import AutoProcessor, AutoTokenizer
 
-from emoji.chat import CHAT_TEMPLATE
-from emoji.examples import example_ids
-from tiny import noise_pictures, tiny_processor
+from helpers.tiny import noise_pictures, tiny_processor
+from modeling_moma.training.chat import CHAT_TEMPLATE
+from modeling_moma.training.examples import example_ids
 from tokenization.processing_moma import DEFAULT_CHAT_TEMPLATE
 
 

@@ -39,6 +39,8 @@ from PIL import Image
 
 import modeling_moma
 import tokenization
+from modeling_moma.cli.main import VERBS
+from modeling_moma.cli.main import main as moma
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -53,7 +55,7 @@ REASONS = (
     "needs a server",
     "illustrates an error",
 )
-LINKED = ("model_cards", "data", "configs", "scripts")
+LINKED = ("model_cards", "data", "configs", "recipes", "scripts")
 # pages whose commands run here, one after the other in one folder
 WORKED_EXAMPLES = (
     ("docs/start-from-a-text-model.md",),
@@ -68,9 +70,9 @@ SHELL = ("test",)
 # what makes a command small enough for a test
 SMALLER = {
     "make_text_model": {"--layers": "1"},
-    "train_image_tokenizer": {"--data": "pictures", "--steps": "2", "--batch-size": "2"},
-    "build_processor": {"--data": "pictures", "--vocab-size": "300"},
-    "tokenize_pictures": {"--data": "pictures", "--codings": "2"},
+    "train-image-tokenizer": {"--data": "pictures", "--steps": "2", "--batch-size": "2"},
+    "build-processor": {"--data": "pictures", "--vocab-size": "300"},
+    "tokenize": {"--data": "pictures", "--codings": "2"},
     "pretrain": {"--steps": "2", "--batch-size": "2", "--eval-steps": "2", "--eval-examples": "2"},
     "evaluate": {"--data": "pictures", "--split": "validation", "--limit": "2"},
 }
@@ -80,7 +82,7 @@ _BLOCK = re.compile(
     r"^(?: *<!-- not run: (?P<reason>.*?) -->\n)? *```(?P<language>\w+)[^\n]*\n(?P<code>.*?)^ *``` *$",
     re.DOTALL | re.MULTILINE,
 )
-_INLINE = re.compile(r"(?<!`)`(python (?:scripts|benchmarks)/[^`]+)`(?!`)")
+_INLINE = re.compile(r"(?<!`)`((?:python (?:scripts|benchmarks)/|moma )[^`]+)`(?!`)")
 _SCRIPT = re.compile(r"(?:\./)?((?:scripts|benchmarks)/[\w/]+\.(?:py|sh))")
 
 
@@ -123,8 +125,12 @@ def commands(code: str) -> list[list[str]]:
 
 
 def script_of(words: list[str]) -> tuple[str | None, list[str]]:
-    """The script of this repository that a command runs, and the words after it."""
+    """The script of this repository or the verb of `moma` that a command runs, and the words after it."""
+    if words[0] == "moma" and len(words) > 1:
+        return words[1], words[2:]
     for place, word in enumerate(words):
+        if word == "modeling_moma" and words[place - 1] == "-m":
+            return words[place + 1], words[place + 2 :]
         found = _SCRIPT.fullmatch(word)
         if found:
             return found[1], words[place + 1 :]
@@ -133,12 +139,15 @@ def script_of(words: list[str]) -> tuple[str | None, list[str]]:
 
 @cache
 def options_of(script: str, subcommand: tuple[str, ...]) -> set[str]:
-    """Options that a script names in its help."""
+    """Options that a script or a verb names in its help."""
     printed, argv = io.StringIO(), sys.argv
     sys.argv = [script, *subcommand, "--help"]
     try:
         with contextlib.redirect_stdout(printed), pytest.raises(SystemExit):
-            runpy.run_path(str(ROOT / script), run_name="__main__")
+            if script in VERBS:
+                moma([script, *subcommand, "--help"])
+            else:
+                runpy.run_path(str(ROOT / script), run_name="__main__")
     finally:
         sys.argv = argv
     return set(re.findall(r"(?<![\w-])--?[a-zA-Z][\w-]*", printed.getvalue()))
@@ -200,9 +209,10 @@ def test_commands_of_the_page_exist(page):
         script, arguments = script_of(words)
         if script is None:
             continue
-        assert (ROOT / script).is_file(), words
+        assert script in VERBS or (ROOT / script).is_file(), words
         used = {word.split("=")[0] for word in arguments if re.match(r"--?[a-zA-Z]", word)}
-        if used and script.endswith(".py"):
+        # the server's own options are those of Transformers
+        if used and (script.endswith(".py") or script in VERBS) and script != "serve":
             first = next(place for place, word in enumerate(arguments) if word.startswith("-"))
             known = options_of(script, tuple(arguments[:first]))
             assert used <= known, f"{script} knows no {sorted(used - known)}"
@@ -214,7 +224,7 @@ def test_unmarked_commands_are_those_of_the_worked_examples(page):
     for block in blocks(page, "bash"):
         for words in commands(block.code):
             if block.reason is None and words[0] != "make":
-                is_script = words[0] == "python" and script_of(words)[0] is not None
+                is_script = words[0] in ("python", "moma") and script_of(words)[0] is not None
                 assert runs_here and (is_script or words[0] in SHELL), (
                     f"line {block.line}: no test runs {' '.join(words)!r}; mark the block with its reason not to run"
                 )
@@ -266,7 +276,7 @@ def test_commands_of_the_worked_example_run_one_after_the_other(pages, workplace
         name = Path(script).stem
         arguments = shrink(name, arguments)
         monkeypatch.setattr(sys, "argv", [script, *arguments])
-        result = importlib.import_module(name).main()
+        result = moma([script, *arguments]) if script in VERBS else importlib.import_module(name).main()
         expected = int(following[3]) if following[:3] == ["test", "$?", "="] else 0
         assert (result if isinstance(result, int) else 0) == expected, words
         if "--output" in arguments:

@@ -23,12 +23,12 @@ import torch
 from huggingface_hub import ModelCard
 from PIL import Image
 
-from absent import WITHOUT_PACKAGES
-from hub.folder import check_files
-from hub_server import TOKEN, HubServer, run_client
+from helpers.absent import WITHOUT_PACKAGES
+from helpers.hub_server import TOKEN, HubServer, run_client
+from helpers.released import RELEASED, released_repository, skip_without_released_model
+from helpers.tiny import tiny_model, tiny_processor
+from modeling_moma.hub.folder import check_files
 from modeling_moma.model_card_moma import complete_model_card
-from released import RELEASED, skip_without_released_model
-from tiny import tiny_model, tiny_processor
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -157,7 +157,7 @@ def push(server, tmp_path_factory):
     home = tmp_path_factory.mktemp("home")
 
     def push(*arguments, succeeds=True, **settings):
-        result = run_client(server, home, ROOT / "scripts" / "push_to_hub.py", *arguments, **settings)
+        result = run_client(server, home, "-m", "modeling_moma", "push", *arguments, **settings)
         assert (result.returncode == 0) is succeeds, result.stdout + result.stderr
         return result
 
@@ -414,12 +414,12 @@ def test_a_push_without_a_token_sends_nothing(server, push, folders):
     assert name.replace("/", "--") not in {path.name for path in (server.store.folder / "repositories").iterdir()}
 
 
-def test_the_released_model_can_be_pushed(server, push):
+def test_the_released_model_can_be_pushed_with_the_installed_code(server, push, tmp_path):
     skip_without_released_model()
     arguments = ("--model", RELEASED, "--dataset", "data/emoji=someone/emoji")
     push(*arguments, "--repo-id", "someone/moma-emoji", "--private")
     store = server.store
     assert store.is_private("someone/moma-emoji")
-    assert_same_files(store, "someone/moma-emoji", RELEASED, but=["README.md"])
+    assert_same_files(store, "someone/moma-emoji", released_repository(tmp_path / "repository"))
     card = store.blob(store.files("someone/moma-emoji")["README.md"]["sha256"]).read_text()
     assert "datasets:\n- someone/emoji\n" in card and "data/emoji/README.md" not in card

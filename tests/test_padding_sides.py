@@ -16,7 +16,7 @@
 import pytest
 import torch
 
-from tiny import noise_pictures, tiny_model, tiny_processor
+from helpers.tiny import noise_pictures, tiny_model, tiny_processor
 from tokenization import MomaDataCollator
 
 

@@ -24,8 +24,8 @@ from transformers import (
 )
 from transformers.utils import logging
 
+from helpers.tiny import noise_pictures, tiny_model, tiny_processor
 from modeling_moma import MomaForCausalLM
-from tiny import noise_pictures, tiny_model, tiny_processor
 
 
 @pytest.fixture(scope="module")

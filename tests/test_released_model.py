@@ -20,7 +20,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor, AutoTokenizer
 
 from evaluate import Evaluation, parse_arguments
-from modeling_moma.checkpoint_checks_moma import refuse_non_finite
+from modeling_moma.tools.checkpoint_checks import refuse_non_finite
 
 
 ROOT = Path(__file__).resolve().parent.parent

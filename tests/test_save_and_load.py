@@ -30,11 +30,10 @@ from transformers import (
     AutoProcessor,
 )
 
-from absent import WITHOUT_PACKAGES
-from modeling.reference import randomize_auxiliary
+from helpers.absent import WITHOUT_PACKAGES
+from helpers.tiny import randomize_auxiliary, tiny_model, tiny_processor
 from modeling_moma import MomaConfig, MomaForCausalLM, MomaModel
 from modeling_moma.routing_moma import MomaRouterBase
-from tiny import tiny_model, tiny_processor
 from tokenization import MomaProcessor
 
 

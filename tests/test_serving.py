@@ -31,10 +31,10 @@ from PIL import Image
 from transformers import AutoModelForCausalLM, AutoProcessor, ContinuousBatchingConfig, GenerationConfig
 
 import modeling_moma  # noqa: F401, registers the Auto classes
-from absent import WITHOUT_PACKAGES
-from modeling.processes import free_port
-from released import skip_without_released_model
-from tiny import tiny_model, tiny_processor
+from helpers.absent import WITHOUT_PACKAGES
+from helpers.processes import free_port
+from helpers.released import released_repository, skip_without_released_model
+from helpers.tiny import tiny_model, tiny_processor
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -196,7 +196,7 @@ def test_the_server_lists_the_model_and_survives_a_bad_request(client):
 
 
 def test_the_model_is_served_by_its_own_code_where_the_package_is_absent(model, processor, tmp_path):
-    folder = str(ROOT / NAME)
+    folder = str(released_repository(tmp_path / "moma-emoji"))
     words = ["-c", WITHOUT_PACKAGES + SERVER, "serve", folder, "--trust-remote-code"]
     with served(words, tmp_path, cwd=tmp_path) as client:
         answer = client.completions.create(model=folder, prompt="noto: red apple", max_tokens=8, temperature=0)

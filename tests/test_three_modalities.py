@@ -18,9 +18,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from hub_server import HubServer, run_client
-from modeling.depth_reference import SelectionLog
-from modeling.reference import IMAGE_IDS, tiny_model
+from helpers.depth_reference import SelectionLog
+from helpers.hub_server import HubServer, run_client
+from helpers.tiny import IMAGE_IDS, tiny_model
 from modeling_moma import MomaForCausalLM
 
 

@@ -21,9 +21,9 @@ import pytest
 import yaml
 from datasets import load_dataset
 
-from emoji.card import count_table
-from emoji.cells import SPLITS, STYLES, drawing_cell
-from emoji.sources import PACKAGES
+from emoji_recipe.card import count_table
+from emoji_recipe.cells import SPLITS, STYLES, drawing_cell
+from emoji_recipe.sources import PACKAGES
 
 
 FOLDER = Path(__file__).resolve().parents[2] / "data" / "emoji"

@@ -15,7 +15,7 @@
 
 import sys
 
-from hf_common.fetch import common_tests_folder, is_fetched
+from helpers.fetch import common_tests_folder, is_fetched
 
 
 MARKERS = (

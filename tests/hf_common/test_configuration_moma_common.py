@@ -18,7 +18,7 @@ import unittest
 import pytest
 from transformers_common_tests.test_configuration_common import ConfigTester
 
-from hf_common.model_tester import LAYOUT
+from helpers.hf_model_tester import LAYOUT
 from modeling_moma import MomaConfig
 from tokenization import MomaVQConfig
 

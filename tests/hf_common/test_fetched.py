@@ -15,7 +15,7 @@
 
 import sys
 
-from hf_common import fetch
+from helpers import fetch
 
 
 def test_transformers_own_tests_were_fetched():

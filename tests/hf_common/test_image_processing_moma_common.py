@@ -18,7 +18,7 @@ import unittest
 from transformers import set_seed
 from transformers_common_tests.test_image_processing_common import ImageProcessingTester, ImageProcessingTestMixin
 
-from hf_common.overrides import ImageProcessorOverrides
+from helpers.hf_overrides import ImageProcessorOverrides
 from tokenization import MomaImageProcessor, MomaImageProcessorPil
 
 

@@ -25,8 +25,8 @@ from transformers_common_tests.generation.test_utils import GenerationTesterMixi
 from transformers_common_tests.test_modeling_common import ModelTesterMixin
 from transformers_common_tests.test_training_mixin import TrainingTesterMixin
 
-from hf_common.model_tester import MomaModelTester
-from hf_common.overrides import DenseOverrides, DepthOverrides, ExpertGroupsOverrides
+from helpers.hf_model_tester import MomaModelTester
+from helpers.hf_overrides import DenseOverrides, DepthOverrides, ExpertGroupsOverrides
 from modeling_moma import MomaForCausalLM, MomaModel
 
 

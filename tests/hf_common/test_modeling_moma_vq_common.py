@@ -20,7 +20,7 @@ import torch
 from transformers import set_seed
 from transformers_common_tests.test_modeling_common import ModelTesterMixin
 
-from hf_common.overrides import AveragedVQOverrides, VQOverrides
+from helpers.hf_overrides import AveragedVQOverrides, VQOverrides
 from tokenization import MomaVQConfig, MomaVQModel
 
 

@@ -17,8 +17,8 @@ import unittest
 
 from transformers_common_tests import test_expert_parallel_mixin, test_fsdp_mixin, test_tensor_parallel_mixin
 
-from hf_common.model_tester import MomaModelTester
-from hf_common.overrides import DenseParallelOverrides, ParallelOverrides
+from helpers.hf_model_tester import MomaModelTester
+from helpers.hf_overrides import DenseParallelOverrides, ParallelOverrides
 from modeling_moma import MomaForCausalLM, MomaModel
 
 

@@ -17,8 +17,8 @@ import unittest
 
 from transformers_common_tests.test_processing_common import ProcessorTesterMixin
 
-from hf_common.overrides import ProcessorOverrides
-from tiny import tiny_processor
+from helpers.hf_overrides import ProcessorOverrides
+from helpers.tiny import tiny_processor
 from tokenization import MomaProcessor
 
 

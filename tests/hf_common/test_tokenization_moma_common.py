@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerFast
 from transformers_common_tests.test_tokenization_common import TokenizerTesterMixin
 from transformers_common_tests.test_tokenizers_backend_mixin import TokenizersBackendTesterMixin
 
-from hf_common.overrides import TokenizersBackendOverrides
+from helpers.hf_overrides import TokenizersBackendOverrides
 
 
 RELEASED = str(Path(__file__).resolve().parents[2] / "model_cards" / "moma-emoji")

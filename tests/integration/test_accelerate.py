@@ -21,9 +21,9 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch.utils.data import DataLoader
 
-from integration.mixed import changed, copied_state, mixed_examples
+from helpers.mixed import changed, copied_state, mixed_examples
+from helpers.tiny import tiny_model, tiny_processor
 from modeling_moma import MomaForCausalLM
-from tiny import tiny_model, tiny_processor
 from tokenization import MomaDataCollator
 
 

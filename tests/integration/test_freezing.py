@@ -15,9 +15,9 @@
 
 import pytest
 
-from integration.mixed import FirstStep, build_trainer, changed, copied_state, mixed_examples
+from helpers.mixed import FirstStep, build_trainer, changed, copied_state, mixed_examples
+from helpers.tiny import tiny_model, tiny_processor
 from modeling_moma import calibrate_thresholds, freeze_groups
-from tiny import tiny_model, tiny_processor
 from tokenization import MomaDataCollator
 
 

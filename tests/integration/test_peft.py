@@ -19,9 +19,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from integration.mixed import FirstStep, build_trainer, changed, copied_state, losses, mixed_examples
+from helpers.mixed import FirstStep, build_trainer, changed, copied_state, losses, mixed_examples
+from helpers.tiny import tiny_model, tiny_processor
 from modeling_moma import MomaForCausalLM, MomaMetricsCallback
-from tiny import tiny_model, tiny_processor
 from tokenization import MomaDataCollator
 
 

@@ -20,10 +20,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from integration.mixed import FirstStep, build_trainer, changed, copied_state, losses, mixed_examples
+from helpers.mixed import FirstStep, build_trainer, changed, copied_state, losses, mixed_examples
+from helpers.tiny import tiny_model, tiny_processor
 from modeling_moma import MomaMetricsCallback
 from modeling_moma.routing_moma import MomaRouter, MomaRouterBase
-from tiny import tiny_model, tiny_processor
 
 
 LOSS = {"modality_loss_weights": {"text": 5.0}, "z_loss_coef": 0.01}

@@ -20,9 +20,9 @@ from datasets import Dataset, Features, List, Value
 from datasets import Image as ImageFeature
 from transformers import Trainer
 
-from integration.mixed import losses, mixed_examples
+from helpers.mixed import losses, mixed_examples
+from helpers.tiny import noise_pictures, tiny_model, tiny_processor
 from modeling_moma import MomaMetricsCallback
-from tiny import noise_pictures, tiny_model, tiny_processor
 
 
 trl = pytest.importorskip("trl")

@@ -16,7 +16,7 @@ import pytest
 import torch
 from transformers import DynamicCache, StaticCache
 
-from modeling.reference import randomize_auxiliary
+from helpers.tiny import randomize_auxiliary
 from modeling_moma.configuration_moma import MomaConfig
 from modeling_moma.depth_moma import MomaDepthRouter
 from modeling_moma.modeling_moma import MomaForCausalLM

@@ -15,7 +15,8 @@
 import pytest
 import torch
 
-from modeling.reference import fields_of, randomize_auxiliary
+from helpers.reference import fields_of
+from helpers.tiny import randomize_auxiliary
 from modeling_moma.configuration_moma import CAUSAL_ROUTINGS, MomaConfig
 from modeling_moma.depth_moma import MomaDepthRouter
 from modeling_moma.modeling_moma import MomaForCausalLM

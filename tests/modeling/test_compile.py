@@ -21,9 +21,9 @@ from transformers import CompileConfig
 
 from benchmarks import compilation
 from benchmarks.compilation import KINDS, main, training_graphs
-from modeling.reference import GROUPS
-from modeling.reference import tiny_model as reference_model
-from tiny import tiny_model, tiny_processor
+from helpers.reference import GROUPS
+from helpers.tiny import tiny_model, tiny_processor
+from helpers.tiny import tiny_model as reference_model
 
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "performance.md"

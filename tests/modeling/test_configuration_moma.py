@@ -20,7 +20,8 @@ import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassClassValidationError, StrictDataclassFieldValidationError
 
-from modeling.reference import GROUPS, IMAGE_IDS, tiny_config
+from helpers.reference import GROUPS
+from helpers.tiny import IMAGE_IDS, tiny_config
 from modeling_moma.configuration_moma import MomaConfig
 from modeling_moma.modeling_moma import MomaForCausalLM
 

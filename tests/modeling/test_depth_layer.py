@@ -15,8 +15,9 @@ import pytest
 import torch
 from transformers.cache_utils import DynamicCache
 
-from modeling.depth_reference import SelectionLog, reference_logits
-from modeling.reference import GROUPS, assert_near, fields_of, mixed_ids, tiny_model, trainable
+from helpers.depth_reference import SelectionLog, reference_logits
+from helpers.reference import GROUPS, assert_near, fields_of, trainable
+from helpers.tiny import mixed_ids, tiny_model
 from modeling_moma.depth_moma import DepthSelection
 from modeling_moma.modality_split_moma import token_modalities
 from modeling_moma.routing_rules_moma import RULES

@@ -17,16 +17,9 @@ from fractions import Fraction
 import pytest
 import torch
 
-from modeling.depth_reference import SelectionLog, pools_of, reference_choice, reference_kth
-from modeling.reference import (
-    GROUPS,
-    assert_near,
-    fields_of,
-    mixed_ids,
-    randomize_auxiliary,
-    tiny_config,
-    tiny_model,
-)
+from helpers.depth_reference import SelectionLog, pools_of, reference_choice, reference_kth
+from helpers.reference import GROUPS, assert_near, fields_of
+from helpers.tiny import mixed_ids, randomize_auxiliary, tiny_config, tiny_model
 from modeling_moma.configuration_moma import TRAINING_ROUTINGS
 from modeling_moma.depth_moma import MomaDepthRouter
 from modeling_moma.modality_split_moma import split_modalities, token_modalities
@@ -401,7 +394,7 @@ def test_an_unknown_routing_is_named(name):
 
 def test_a_depth_layer_without_an_auxiliary_router_says_what_to_do():
     for name in ("routing", "depth_routing"):
-        with pytest.raises(ValueError, match="auxiliary_routers=True.*train_auxiliary_routers.py"):
+        with pytest.raises(ValueError, match="auxiliary_routers=True.*train-auxiliary-routers"):
             tiny_model(**DEPTH, num_experts=1).eval()(mixed_ids(), **{name: "auxiliary"})
 
 

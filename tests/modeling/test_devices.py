@@ -19,8 +19,9 @@ from accelerate import dispatch_model
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from modeling.parallel_reference import MODELS
-from modeling.reference import GROUPS, mixed_ids, tiny_model
+from helpers.parallel_reference import MODELS
+from helpers.reference import GROUPS
+from helpers.tiny import mixed_ids, tiny_model
 from modeling_moma.modality_split_moma import FixedSplit, split_modalities
 from modeling_moma.routing_context_moma import RoutingContext
 from modeling_moma.routing_moma import MomaRouterBase, update_routers

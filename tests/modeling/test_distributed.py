@@ -15,9 +15,10 @@ import pytest
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from modeling.depth_reference import SelectionLog
-from modeling.processes import run_group
-from modeling.reference import GROUPS, tiny_model, trainable
+from helpers.depth_reference import SelectionLog
+from helpers.processes import run_group
+from helpers.reference import GROUPS, trainable
+from helpers.tiny import tiny_model
 
 
 DEPTH = {"num_hidden_layers": 3, "depth_layers": [0, 2], "routing_warmup_steps": 1}

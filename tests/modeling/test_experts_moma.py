@@ -15,16 +15,8 @@ import pytest
 import torch
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, batched_mm_experts_forward
 
-from modeling.reference import (
-    GROUPS,
-    assert_near,
-    context_of,
-    fields_of,
-    mixed_ids,
-    reference_group,
-    tiny_config,
-    tiny_model,
-)
+from helpers.reference import GROUPS, assert_near, context_of, fields_of, reference_group
+from helpers.tiny import mixed_ids, tiny_config, tiny_model
 from modeling_moma.experts_moma import MomaExpertGroup
 from modeling_moma.routing_rules_moma import RULES
 from modeling_moma.selection_moma import Selection

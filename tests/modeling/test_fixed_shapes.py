@@ -17,16 +17,8 @@ import pytest
 import torch
 from transformers import StaticCache
 
-from modeling.reference import (
-    GROUPS,
-    fields_of,
-    mixed_ids,
-    randomize_auxiliary,
-    reference_gated_feed_forward,
-    tiny_config,
-    tiny_model,
-    trainable,
-)
+from helpers.reference import GROUPS, fields_of, reference_gated_feed_forward, trainable
+from helpers.tiny import mixed_ids, randomize_auxiliary, tiny_config, tiny_model
 from modeling_moma.experts_moma import MomaFeedForward
 from modeling_moma.modality_split_moma import FixedSplit, position_groups
 from modeling_moma.routing_context_moma import RoutingContext

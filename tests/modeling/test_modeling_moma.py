@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from transformers.cache_utils import DynamicCache, StaticCache
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-from modeling.reference import GROUPS, assert_near, fields_of, mixed_ids, tiny_config, tiny_model
+from helpers.reference import GROUPS, assert_near, fields_of
+from helpers.tiny import mixed_ids, tiny_config, tiny_model
 from modeling_moma.configuration_moma import TRAINING_ROUTINGS
 from modeling_moma.loss_moma import causal_lm_loss
 from modeling_moma.modality_split_moma import token_modalities
@@ -351,7 +352,7 @@ def test_training_of_the_model_moves_no_auxiliary_router(routing):
 @pytest.mark.parametrize("argument", ["routing", "depth_routing"])
 def test_a_model_without_auxiliary_routers_says_what_to_do(argument, training):
     model = tiny_model(**GROUPS["4t4i"], num_hidden_layers=3, depth_layers=[1]).train(training)
-    with pytest.raises(ValueError, match="`routing`.*auxiliary_routers=True.*train_auxiliary_routers.py"):
+    with pytest.raises(ValueError, match="`routing`.*auxiliary_routers=True.*train-auxiliary-routers"):
         model(mixed_ids(), **{argument: "auxiliary"})
 
 

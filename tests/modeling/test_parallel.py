@@ -17,7 +17,7 @@ import pytest
 import torch
 from transformers.distributed import DistributedConfig
 
-from modeling.parallel_reference import (
+from helpers.parallel_reference import (
     MODELS,
     ONE_BATCH,
     TWO_BATCHES,
@@ -27,8 +27,8 @@ from modeling.parallel_reference import (
     single_process,
     train,
 )
-from modeling.processes import run_group
-from modeling.reference import tiny_model
+from helpers.processes import run_group
+from helpers.tiny import tiny_model
 from modeling_moma import MomaForCausalLM
 
 

@@ -34,8 +34,7 @@ from safetensors.torch import load_file
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, MixedPrecision
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 
-import pretrain
-from modeling.parallel_reference import (
+from helpers.parallel_reference import (
     MIXED,
     MODELS,
     TWO_BATCHES,
@@ -46,11 +45,11 @@ from modeling.parallel_reference import (
     train,
     unwrapped,
 )
-from modeling.processes import CRASH_SIGNALS, CRASHES, free_port, run_group
-from modeling.reference import tiny_config, tiny_model
+from helpers.processes import CRASH_SIGNALS, CRASHES, free_port, run_group
+from helpers.tiny import tiny_codes, tiny_config, tiny_model, tiny_processor
 from modeling_moma import MomaForCausalLM
+from modeling_moma.cli import pretrain
 from modeling_moma.modeling_moma import MomaDecoderLayer
-from tiny import tiny_codes, tiny_processor
 
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -211,7 +210,7 @@ def inputs(tmp_path):
     processor.save_pretrained(tmp_path / "processor")
     tiny_codes(processor, train=12, validation=4).save_to_disk(tmp_path / "codes")
     config = {"hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4}
-    (tmp_path / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 64}))
+    (tmp_path / "recipe.json").write_text(json.dumps({"model": {**config, "max_position_embeddings": 64}}))
     return tmp_path
 
 
@@ -235,7 +234,7 @@ def test_two_launched_processes_pre_train_as_one_that_accumulates(kind, inputs):
     def arguments(output, *more):
         paths = [text for name in ("processor", "codes") for text in (f"--{name}", str(inputs / name))]
         sizes = "--steps 3 --batch-size 2 --eval-steps 3 --save-steps 3 --logging-steps 1 --bf16 off".split()
-        return [*paths, "--config", str(inputs / "config.json"), "--output", str(inputs / output), *sizes, *more]
+        return [*paths, "--recipe", str(inputs / "recipe.json"), "--output", str(inputs / output), *sizes, *more]
 
     def history(output):
         return json.loads((inputs / output / "trainer_state.json").read_text())["log_history"]
@@ -243,8 +242,7 @@ def test_two_launched_processes_pre_train_as_one_that_accumulates(kind, inputs):
     path = ROOT / "configs" / "accelerate" / f"{kind}.yaml"
     launch = f"-m accelerate.commands.launch --config_file {path} --num_processes 2 --mixed_precision no".split()
     launch += f"--num_cpu_threads_per_process 1 --main_process_port {free_port()}".split()
-    script = str(ROOT / "scripts" / "pretrain.py")
-    command = [sys.executable, *launch, script, *arguments("two")]
+    command = [sys.executable, *launch, "-m", "modeling_moma", "pretrain", *arguments("two")]
     environment = {**os.environ, "DS_ACCELERATOR": "cpu"}
     for crashes in range(CRASHES + 1):
         code, output = run_launched(command, environment)

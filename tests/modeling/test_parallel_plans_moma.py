@@ -15,7 +15,8 @@ import pytest
 import torch
 from transformers.distributed.parallel_utils import ALL_PARALLEL_STYLES, replace_layer_number_by_wildcard
 
-from modeling.reference import GROUPS, IMAGE_IDS, tiny_config
+from helpers.reference import GROUPS
+from helpers.tiny import IMAGE_IDS, tiny_config
 from modeling_moma import MomaConfig, MomaForCausalLM, MomaModel
 
 

@@ -18,16 +18,8 @@ import math
 import pytest
 import torch
 
-from modeling.reference import (
-    GROUPS,
-    assert_near,
-    context_of,
-    fields_of,
-    mixed_ids,
-    reference_selection,
-    tiny_config,
-    tiny_model,
-)
+from helpers.reference import GROUPS, assert_near, context_of, fields_of, reference_selection
+from helpers.tiny import mixed_ids, tiny_config, tiny_model
 from modeling_moma.routing_context_moma import logistic_noise_like
 from modeling_moma.routing_moma import MomaRouter
 from modeling_moma.routing_rules_moma import NOISY_ROUTINGS, RULES

@@ -17,21 +17,18 @@ from fractions import Fraction
 import pytest
 import torch
 
-from modeling.reference import (
+from helpers.reference import (
     GROUPS,
     assert_near,
     context_of,
     fields_of,
-    mixed_ids,
-    randomize_auxiliary,
     reference_feed_forward,
     reference_gated_feed_forward,
     reference_selection,
     swiglu,
-    tiny_config,
-    tiny_model,
     trainable,
 )
+from helpers.tiny import mixed_ids, randomize_auxiliary, tiny_config, tiny_model
 from modeling_moma.configuration_moma import TRAINING_ROUTINGS
 from modeling_moma.experts_moma import MomaFeedForward
 from modeling_moma.modality_split_moma import split_modalities, token_modalities

@@ -28,9 +28,9 @@ from torch import nn
 from transformers import AutoModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from helpers.tiny import tiny_model, tiny_processor
 from modeling_moma import MomaForCausalLM
 from modeling_moma.attention_moma import MomaAttention
-from tiny import tiny_model, tiny_processor
 
 
 SHARED = {"shared_expert_intermediate_size": {"text": 16, "image": 16}}

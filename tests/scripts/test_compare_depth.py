@@ -19,12 +19,12 @@ import pytest
 from datasets import Dataset
 
 from compare_depth import main, parse_arguments
-from emoji.curves import tokens_of_example, training_of
-from emoji.depth_comparison import CAUSAL, DEPTH_EXPERT_CHOICE, compare, comparison_report
-from emoji.measures import EXPERT_CHOICE, LOSSES, gaps
+from emoji_recipe.depth_comparison import CAUSAL, DEPTH_EXPERT_CHOICE, compare, comparison_report
+from helpers.tiny import tiny_codes, tiny_processor
 from modeling_moma import MomaConfig, training_flops
-from pretrain import main as pretrain
-from tiny import tiny_codes, tiny_processor
+from modeling_moma.cli.pretrain import main as pretrain
+from modeling_moma.training.measures import EXPERT_CHOICE, LOSSES, gaps
+from modeling_moma.training.runs import tokens_of_example, training_of
 
 
 @pytest.fixture(scope="module")
@@ -37,10 +37,10 @@ def folder(tmp_path_factory):
     config = {"hidden_size": 32, "intermediate_size": 24, "num_attention_heads": 4, "max_position_embeddings": 64}
     depth = {"depth_layers": [0, 2], "depth_training_routing": "threshold"}
     for name, fields in (("plain", {"num_hidden_layers": 2}), ("depth", {"num_hidden_layers": 3, **depth})):
-        (folder / f"{name}.json").write_text(json.dumps({**config, **fields}))
+        (folder / f"{name}.json").write_text(json.dumps({"model": {**config, **fields}}))
         for seed in range(2):
             options = f"--steps 2 --batch-size 4 --eval-steps 2 --warmup-steps 1 --seed {seed} --output"
-            paths = {"--processor": "processor", "--codes": "codes", "--config": f"{name}.json"}
+            paths = {"--processor": "processor", "--codes": "codes", "--recipe": f"{name}.json"}
             given = [text for option, path in paths.items() for text in (option, str(folder / path))]
             pretrain([*given, *options.split(), str(folder / f"{name}-{seed}")])
     return folder

@@ -20,8 +20,7 @@ import torch
 from datasets import Dataset, DatasetDict
 
 from compare_routings import main
-from emoji.measures import LOSSES, load_model, shuffled_held_out
-from emoji.routing_comparison import (
+from emoji_recipe.routing_comparison import (
     AT_PAPER_THRESHOLD,
     CAUSAL_RULES,
     ORACLE,
@@ -34,8 +33,9 @@ from emoji.routing_comparison import (
     router_table,
     verdict,
 )
+from helpers.tiny import tiny_model, tiny_processor
 from modeling_moma.routing_moma import MomaRouterBase
-from tiny import tiny_model, tiny_processor
+from modeling_moma.training.measures import LOSSES, load_model, shuffled_held_out
 from tokenization import MomaDataCollator
 
 

@@ -19,15 +19,15 @@ import torch
 from PIL import Image
 
 from compare_upcycling import main
-from emoji.curves import read_run
-from emoji.examples import held_out_examples
-from emoji.measures import EXPERT_CHOICE, LOSSES, load_model
-from emoji.tables import between_markers
-from emoji.upcycling_comparison import CAUSAL, by_seed_length, compare, comparison_report, settings_of
+from emoji_recipe.upcycling_comparison import CAUSAL, by_seed_length, compare, comparison_report, settings_of
+from helpers.tiny import tiny_codes, tiny_processor
 from modeling_moma import MomaConfig, flops_per_token
-from pretrain import main as pretrain
-from tiny import tiny_codes, tiny_processor
-from upcycle import main as upcycle
+from modeling_moma.cli.pretrain import main as pretrain
+from modeling_moma.cli.upcycle import main as upcycle
+from modeling_moma.training.examples import held_out_examples
+from modeling_moma.training.measures import EXPERT_CHOICE, LOSSES, load_model
+from modeling_moma.training.runs import read_run
+from modeling_moma.training.tables import between_markers
 
 
 STEPS, BATCH = 4, 4
@@ -46,7 +46,7 @@ def folder(tmp_path_factory):
     for name, experts in (("4t4i", 4), ("1t1i", 1)):
         num_experts = {"text": experts, "image": experts}
         (folder / f"{name}.json").write_text(
-            json.dumps({**config, "num_hidden_layers": 2, "num_experts": num_experts})
+            json.dumps({"model": {**config, "num_hidden_layers": 2, "num_experts": num_experts}})
         )
 
     def train(seed, output, *options):
@@ -55,8 +55,8 @@ def folder(tmp_path_factory):
         pretrain([*paths, *settings.split(), "--save-steps", "1", "--seed", str(seed), *map(str, options)])
 
     for seed in range(2):
-        train(seed, folder / f"scratch-{seed}", "--config", folder / "4t4i.json")
-        train(seed, folder / f"seed-{seed}", "--config", folder / "1t1i.json", "--stop-at", max(LENGTHS))
+        train(seed, folder / f"scratch-{seed}", "--recipe", folder / "4t4i.json")
+        train(seed, folder / f"seed-{seed}", "--recipe", folder / "1t1i.json", "--stop-at", max(LENGTHS))
         for length in LENGTHS:
             grown = folder / f"grown-{length}-{seed}"
             upcycle(["--model", f"{folder}/seed-{seed}/checkpoint-{length}", "--to", "4t4i", "--output", str(grown)])
@@ -109,7 +109,7 @@ def test_flops_count_the_steps_of_the_seed_without_routers(folder, report):
     length = round(sum(tokens.values()))
 
     def step(name):
-        fields = json.loads((folder / f"{name}.json").read_text())
+        fields = json.loads((folder / f"{name}.json").read_text())["model"]
         config = MomaConfig(**fields, **tiny_processor().token_layout())
         costs = {modality: flops_per_token(config, modality, length, training=True) for modality in tokens}
         return BATCH * sum(tokens[modality] * costs[modality] for modality in tokens)

@@ -20,7 +20,7 @@ import torch
 from datasets import Dataset, DatasetDict
 
 from depth_noise import main
-from emoji.depth_noise import (
+from emoji_recipe.depth_noise import (
     LOSSES,
     TOP_K,
     break_even,
@@ -30,9 +30,9 @@ from emoji.depth_noise import (
     plot_noise,
     summarize,
 )
-from emoji.depth_selection import depth_routers, flipped_depth, watched_depth
-from emoji.measures import held_out_loss, shuffled_held_out
-from tiny import tiny_model, tiny_processor
+from emoji_recipe.depth_selection import depth_routers, flipped_depth, watched_depth
+from helpers.tiny import tiny_model, tiny_processor
+from modeling_moma.training.measures import held_out_loss, shuffled_held_out
 
 
 DEPTH = {"num_hidden_layers": 3, "depth_layers": [0, 2]}

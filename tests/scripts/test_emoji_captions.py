@@ -15,7 +15,7 @@
 
 import pytest
 
-from emoji.captions import caption_accuracies, label_table, majority_accuracies, parse_caption
+from emoji_recipe.captions import caption_accuracies, label_table, majority_accuracies, parse_caption
 
 
 def row(style, label, subgroup, group):

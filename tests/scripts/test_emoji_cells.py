@@ -15,9 +15,9 @@
 
 import pytest
 
-from emoji.card import fill_card
-from emoji.cells import STYLES, base_label, drawing_family, merge_cells, split_cells
-from emoji.sources import Emoji, is_flag_of_place, label_slug, normalize_code_points
+from emoji_recipe.card import fill_card
+from emoji_recipe.cells import STYLES, base_label, drawing_family, merge_cells, split_cells
+from emoji_recipe.sources import Emoji, is_flag_of_place, label_slug, normalize_code_points
 
 
 @pytest.mark.parametrize(

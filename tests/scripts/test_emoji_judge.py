@@ -18,9 +18,9 @@ import json
 import pytest
 import torch
 
-from emoji.curves import read_run, savings
-from emoji.judge import PictureJudge, accuracies, derangement
+from emoji_recipe.judge import PictureJudge, accuracies, derangement
 from modeling_moma import MomaConfig, training_flops
+from modeling_moma.training.runs import read_run, savings
 
 
 def row(style, label, subgroup="fruit", group="food"):

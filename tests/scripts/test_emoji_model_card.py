@@ -23,8 +23,8 @@ from huggingface_hub import ModelCardData
 from huggingface_hub.repocard import RepoCard
 from huggingface_hub.repocard_data import model_index_to_eval_results
 
-from emoji.measures import EXPERT_CHOICE
-from emoji.model_card import aim_table, card_metadata, render_card, report_table, write_card
+from emoji_recipe.model_card import aim_table, card_metadata, render_card, report_table, write_card
+from modeling_moma.training.measures import EXPERT_CHOICE
 
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -16,7 +16,7 @@ import pytest
 import torch
 from PIL import Image, ImageColor
 
-from emoji.routing_picture import (
+from emoji_recipe.routing_picture import (
     DARKEST,
     LINE_HEIGHT,
     PALETTE,
@@ -29,7 +29,7 @@ from emoji.routing_picture import (
     record_routing,
     shown_layers,
 )
-from emoji.sheet import MARGIN
+from emoji_recipe.sheet import MARGIN
 from modeling_moma import MomaConfig, MomaForCausalLM
 
 

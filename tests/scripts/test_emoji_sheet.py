@@ -15,7 +15,16 @@
 import pytest
 from PIL import Image, ImageFont
 
-from emoji.sheet import GAP, LINE_HEIGHT, MARGIN, PICTURE_SIDE, SheetEntry, draw_contact_sheet, printable, wrap_text
+from emoji_recipe.sheet import (
+    GAP,
+    LINE_HEIGHT,
+    MARGIN,
+    PICTURE_SIDE,
+    SheetEntry,
+    draw_contact_sheet,
+    printable,
+    wrap_text,
+)
 
 
 COLORS = ("red", "lime", "blue")

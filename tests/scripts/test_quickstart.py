@@ -23,8 +23,8 @@ from PIL import Image
 from transformers import AutoModelForCausalLM
 
 import quickstart
-from released import RELEASED, skip_without_released_model
-from tiny import tiny_model, tiny_processor
+from helpers.released import RELEASED, skip_without_released_model
+from helpers.tiny import tiny_model, tiny_processor
 
 
 SIDE = 16

@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tiny import tiny_processor
+from helpers.tiny import tiny_processor
 
 
 ROOT = Path(__file__).resolve().parents[2]

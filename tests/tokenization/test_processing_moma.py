@@ -27,7 +27,7 @@ from PIL import Image
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoProcessor, AutoTokenizer
 
-from tiny import tiny_vq_model
+from helpers.tiny import tiny_vq_model
 from tokenization import (
     MomaImageProcessor,
     MomaImageProcessorPil,

@@ -1,0 +1,80 @@
+# Copyright 2026 The modeling-moma authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Compute a model's thresholds anew from held-out batches."""
+
+import argparse
+
+import torch
+from datasets import load_from_disk
+
+from tokenization import MomaProcessor
+
+from .. import (
+    calibrate_auxiliary_thresholds,
+    calibrate_thresholds,
+)
+from ..training.changed_routers import save_with_processor
+from ..training.examples import check_layout
+from ..training.files import refuse_files
+from ..training.measures import held_out_batches, load_model
+from ..training.router_table import router_table
+
+
+REPORT_FILE = "calibration.json"
+
+
+def parse_arguments(arguments=None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", required=True, help="folder of a trained MomaForCausalLM")
+    parser.add_argument("--processor", required=True, help="folder of its MomaProcessor")
+    parser.add_argument("--codes", required=True, help="folder that `moma tokenize` wrote")
+    parser.add_argument("--output", required=True, help="new folder for the model, its processor and the report")
+    parser.add_argument(
+        "--inference-routing",
+        choices=["threshold", "auxiliary"],
+        help="what the saved model chooses by, in depth layers, too; default: as before",
+    )
+    parser.add_argument("--split", default="validation")
+    parser.add_argument("--batches", type=int, default=16, help="at most so many")
+    parser.add_argument("--batch-size", type=int, default=32, help="that of the training, where possible")
+    parser.add_argument("--seed", type=int, default=0, help="of the choice of examples")
+    args = parser.parse_args(arguments)
+    for name, value in (("--batches", args.batches), ("--batch-size", args.batch_size)):
+        if value < 1:
+            parser.error(f"{name} {value}: at least one is needed to calibrate on")
+    return args
+
+
+def main(arguments=None):
+    args = parse_arguments(arguments)
+    refuse_files(args.output)
+    processor = MomaProcessor.from_pretrained(args.processor)
+    model = load_model(args.model, "cuda" if torch.cuda.is_available() else "cpu")
+    check_layout(model.config, processor.token_layout())
+    if args.inference_routing == "auxiliary" and not model.config.auxiliary_routers:
+        raise ValueError(
+            "`--inference-routing` is auxiliary, but `--model` has no auxiliary routers: "
+            "`moma train-auxiliary-routers` adds and trains them."
+        )
+    if args.inference_routing:
+        model.config.inference_routing, model.config.depth_inference_routing = args.inference_routing, None
+    codes = load_from_disk(args.codes)[args.split]
+    batches = held_out_batches(codes, processor, args.batch_size, args.seed)[: args.batches]
+    report = {"threshold": calibrate_thresholds(model, batches)}
+    if model.config.auxiliary_routers:
+        report["auxiliary"] = calibrate_auxiliary_thresholds(model, batches)
+    for rows in report.values():
+        print(router_table(rows))
+    facts = {"arguments": vars(args), "batches": len(batches), **report}
+    save_with_processor(model, args.model, processor, args.output, REPORT_FILE, facts)

@@ -1,0 +1,77 @@
+# Copyright 2026 The modeling-moma authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""`moma VERB ...`, also `python -m modeling_moma VERB ...`: gives the other arguments to the module of the verb."""
+
+import ast
+import importlib
+import sys
+from pathlib import Path
+
+
+# verb -> module of this package with a `main()`, in the order of a model's life
+VERBS = {
+    "train-image-tokenizer": "train_image_tokenizer",
+    "build-processor": "build_processor",
+    "tokenize": "tokenize",
+    "plan": "plan",
+    "pretrain": "pretrain",
+    "upcycle": "upcycle",
+    "calibrate": "calibrate",
+    "train-auxiliary-routers": "train_auxiliary_routers",
+    "evaluate": "evaluate",
+    "generate": "generate",
+    "convert": "convert",
+    "push": "push",
+    "serve": "serve",
+}
+
+
+def summary(module: str) -> str:
+    """The first line of a verb's docstring, read without importing what the verb needs."""
+    source = (Path(__file__).parent / f"{module}.py").read_text(encoding="utf-8")
+    return ast.get_docstring(ast.parse(source)).splitlines()[0]
+
+
+def usage() -> str:
+    """The list of verbs, one line each."""
+    width = max(map(len, VERBS))
+    lines = [f"  {verb:<{width}}  {summary(module)}" for verb, module in VERBS.items()]
+    return "\n".join(["usage: moma VERB [ARGUMENTS]", "", *lines, "", "`moma VERB --help` lists a verb's arguments."])
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """
+    Runs one verb.
+
+    Args:
+        arguments (`list[str]`, *optional*): the verb and its arguments; by default those of the command line.
+
+    Returns:
+        `int`: the exit status; 2 where there is no such verb.
+    """
+    verb, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    if verb in ("-h", "--help"):
+        print(usage())
+        return 0
+    if verb not in VERBS:
+        print(f"moma: there is no verb {verb!r}; it must be one of {', '.join(VERBS)}.", file=sys.stderr)
+        return 2
+    # what a verb's messages and help call it
+    sys.argv = [f"moma {verb}", *rest]
+    status = importlib.import_module(f".{VERBS[verb]}", __package__).main()
+    return status if isinstance(status, int) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,176 @@
+# Copyright 2026 The modeling-moma authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Train auxiliary routers, which tell ahead what a model's experts would take."""
+
+import argparse
+from pathlib import Path
+
+import torch
+from datasets import load_from_disk
+from transformers import Trainer, TrainingArguments, set_seed
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from tokenization import MomaDataCollator, MomaProcessor
+
+from .. import (
+    AuxiliaryRouterTrainer,
+    MomaForCausalLM,
+    add_auxiliary_routers,
+    auxiliary_report,
+    calibrate_auxiliary_thresholds,
+)
+from ..tools.observation import named_routers
+from ..training.changed_routers import save_with_processor
+from ..training.checkpoints import last_checkpoint
+from ..training.examples import CaptionExamples, check_layout, held_out_examples
+from ..training.files import refuse_files
+from ..training.measures import held_out_batches, load_model
+from ..training.precision import supports_bf16
+from ..training.router_table import router_table
+from ..training.stages import FollowArguments
+
+
+REPORT_FILE = "auxiliary_routers.json"
+
+
+def parse_arguments(arguments=None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", required=True, help="folder of a trained MomaForCausalLM")
+    parser.add_argument("--processor", required=True, help="folder of its MomaProcessor")
+    parser.add_argument("--codes", required=True, help="folder that `moma tokenize` wrote")
+    parser.add_argument("--output", required=True, help="new folder: checkpoints, model, processor, report")
+    parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--batch-size", type=int, default=32, help="that of the main training, where possible")
+    parser.add_argument("--gradient-accumulation-steps", type=int, default=1)
+    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--warmup-steps", type=int, default=20)
+    parser.add_argument("--weight-decay", type=float, default=0.0)
+    parser.add_argument("--eval-steps", type=int, default=250)
+    parser.add_argument("--save-steps", type=int, default=250)
+    parser.add_argument("--save-total-limit", type=int, default=1, help="checkpoints to keep")
+    parser.add_argument("--logging-steps", type=int, default=25)
+    parser.add_argument(
+        "--threshold", type=float, help="take what is at least so probable (the paper: 0.5); default: calibrate"
+    )
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--attn-implementation", default="sdpa", help="eager is the faster one on CPUs at this size")
+    parser.add_argument("--bf16", choices=["auto", "on", "off"], default="auto", help="auto: where the device has it")
+    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in the output folder")
+    args = parser.parse_args(arguments)
+    if args.threshold is not None and not 0 < args.threshold < 1:
+        parser.error(f"--threshold {args.threshold}: a probability between 0 and 1 is needed")
+    return args
+
+
+def build_trainer(args: argparse.Namespace, model: MomaForCausalLM, processor: MomaProcessor, codes) -> Trainer:
+    device = model.device.type
+    training_arguments = TrainingArguments(
+        output_dir=args.output,
+        max_steps=args.steps,
+        per_device_train_batch_size=args.batch_size,
+        per_device_eval_batch_size=args.batch_size,
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        learning_rate=args.learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=args.warmup_steps,
+        weight_decay=args.weight_decay,
+        bf16=supports_bf16(device) if args.bf16 == "auto" else args.bf16 == "on",
+        use_cpu=device == "cpu",
+        eval_strategy="steps",
+        eval_steps=args.eval_steps,
+        eval_on_start=True,
+        save_steps=args.save_steps,
+        save_total_limit=args.save_total_limit,
+        logging_steps=args.logging_steps,
+        report_to=[],
+        seed=args.seed,
+    )
+    examples_in_all = args.steps * args.batch_size * args.gradient_accumulation_steps
+    return AuxiliaryRouterTrainer(
+        model=model,
+        args=training_arguments,
+        train_dataset=CaptionExamples(codes["train"], processor, examples_in_all, args.seed),
+        eval_dataset=held_out_examples(codes["validation"], processor),
+        data_collator=MomaDataCollator(processor.tokenizer),
+        callbacks=[FollowArguments()],
+        processing_class=processor.tokenizer,
+    )
+
+
+def check_output(args: argparse.Namespace):
+    """Raise `ValueError` where the output folder holds what no run of this script that goes on now has left."""
+    has_report = (Path(args.output) / REPORT_FILE).is_file()
+
+    def is_own(path: Path) -> bool:
+        of_trainer = path.name == TRAINER_STATE_NAME or path.name.startswith(f"{PREFIX_CHECKPOINT_DIR}-")
+        return args.resume and (has_report or of_trainer)
+
+    refuse_files(args.output, is_own)
+
+
+def split_batches(args: argparse.Namespace, batches: list[dict]) -> tuple[list[dict], list[dict]]:
+    """Batches to calibrate on, none with `--threshold`, and batches to report on.
+
+    Raises:
+        ValueError: there are too few.
+    """
+    if args.threshold is not None:
+        return [], batches
+    if len(batches) < 2:
+        raise ValueError(
+            f"`--batch-size` = {args.batch_size} gives {len(batches)} batch of the validation split: two are needed, "
+            "one to calibrate on and one to report on."
+        )
+    half = len(batches) // 2
+    return batches[:half], batches[half:]
+
+
+def main(arguments=None):
+    args = parse_arguments(arguments)
+    check_output(args)
+    processor = MomaProcessor.from_pretrained(args.processor)
+    codes = load_from_disk(args.codes)
+    batches = held_out_batches(codes["validation"], processor, args.batch_size, args.seed)
+    calibration_batches, report_batches = split_batches(args, batches)
+    set_seed(args.seed)
+    model = load_model(args.model, "cuda" if torch.cuda.is_available() else "cpu")
+    check_layout(model.config, processor.token_layout())
+    if not model.config.auxiliary_routers:
+        add_auxiliary_routers(model)
+    model.set_attn_implementation(args.attn_implementation)
+    trainer = build_trainer(args, model, processor, codes)
+    checkpoint = last_checkpoint(args.output) if args.resume else None
+    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.save_state()
+    # thresholds are computed in fp32, without the casts that training in bf16 leaves around the forward
+    model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+
+    if calibration_batches:
+        calibrate_auxiliary_thresholds(model, calibration_batches)
+    else:
+        for router in named_routers(model).values():
+            router.auxiliary.threshold.fill_(args.threshold)
+    rows = auxiliary_report(model, report_batches)
+    print(router_table(rows))
+    model.config.inference_routing, model.config.depth_inference_routing = "auxiliary", None
+    report = {
+        "arguments": vars(args),
+        "steps": trainer.state.global_step,
+        "calibration_batches": len(calibration_batches),
+        "report_batches": len(report_batches),
+        "routers": rows,
+    }
+    if trainer.is_world_process_zero():
+        save_with_processor(model, args.model, processor, args.output, REPORT_FILE, report)

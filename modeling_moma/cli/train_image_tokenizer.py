@@ -1,0 +1,46 @@
+# Copyright 2026 The modeling-moma authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Train the picture tokenizer on the pictures of a data set; `--resume` goes on after a kill."""
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+
+from tokenization.configuration_moma_vq import PRESETS
+
+from ..training.image_tokenizer import DEFAULT_PRESET, TokenizerTraining
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", required=True, help="data set with the splits train and validation")
+    parser.add_argument("--output", required=True, help="folder for the model, its checkpoint and metrics.json")
+    parser.add_argument("--config", help=f"one of {sorted(PRESETS)} or a JSON file; by default {DEFAULT_PRESET!r}")
+    parser.add_argument("--steps", type=int, default=2400)
+    parser.add_argument("--batch-size", type=int, default=48)
+    parser.add_argument("--learning-rate", type=float, default=1.5e-3)
+    parser.add_argument("--warmup-steps", type=int, default=100)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--save-every", type=int, default=500, help="steps between two checkpoints")
+    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in the output folder")
+    parser.add_argument("--semantic-weight", type=float, default=None, help="default: the configuration's")
+    parser.add_argument("--perceptual-weight", type=float, default=None, help="default: the configuration's")
+    parser.add_argument("--bf16", choices=["auto", "on", "off"], default="auto", help="auto: where the device has it")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None, on_step: Callable[[int, dict[str, float]], None] | None = None):
+    args = parse_arguments(arguments)
+    Path(args.output).mkdir(parents=True, exist_ok=True)
+    return TokenizerTraining(args).run(on_step)

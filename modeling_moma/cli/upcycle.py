@@ -1,0 +1,87 @@
+# Copyright 2026 The modeling-moma authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Grow a dense or 1t1i model into one with groups of experts."""
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from transformers.trainer import TRAINER_STATE_NAME
+
+from .. import MomaForCausalLM, parse_experts, upcycle, upcycling_receipt
+from ..training.files import refuse_files, write_folder_aside
+from ..training.stages import UPCYCLING_FILE, data_order
+
+
+def parse_arguments(arguments=None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", required=True, help="the seed: a saved model, or a checkpoint of its training")
+    parser.add_argument("--to", required=True, help="experts of the result, for example 4t4i, 6t2i or 8x")
+    parser.add_argument("--output", required=True, help="folder to write; missing or empty")
+    parser.add_argument(
+        "--preserve-function", action="store_true", help="tokens that an expert takes get what the seed gave them"
+    )
+    parser.add_argument("--perturbation", type=float, default=0.0, help="noise on copies, relative to their spread")
+    parser.add_argument("--gumbel-noise", type=float, default=1.0, help="scale of the routers' noise in training")
+    parser.add_argument(
+        "--gumbel-noise-steps",
+        type=int,
+        help="training forwards over which it fades; without, it stays. With gradient accumulation every micro-batch "
+        "counts, not the optimizer's steps",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of routers, perturbation and probe")
+    return parser.parse_args(arguments)
+
+
+def probe_batch(config, rows: int = 8, length: int = 64) -> dict[str, torch.Tensor]:
+    """Random tokens, rows of each modality in turn: the receipt needs no data."""
+    modality_ids = [torch.cat([torch.arange(*bounds) for bounds in r]) for r in config.modality_token_ranges.values()]
+    is_text = torch.ones(config.vocab_size, dtype=torch.bool)
+    is_text[torch.cat(modality_ids)] = False
+    pools = [is_text.nonzero().flatten(), *modality_ids]
+    drawn = [pools[row % len(pools)][torch.randint(len(pools[row % len(pools)]), (length,))] for row in range(rows)]
+    return {"input_ids": torch.stack(drawn)}
+
+
+def main(arguments=None):
+    args = parse_arguments(arguments)
+    # what is left of another model there, such as an optimizer, would be taken for this one's
+    refuse_files(args.output)
+    torch.manual_seed(args.seed)
+    seed = MomaForCausalLM.from_pretrained(args.model)
+    upcycled = upcycle(
+        seed,
+        parse_experts(args.to, seed.config.modalities),
+        preserve_function=args.preserve_function,
+        perturbation=args.perturbation,
+        gumbel_noise=args.gumbel_noise,
+        gumbel_noise_steps=args.gumbel_noise_steps,
+    )
+    length = min(64, seed.config.max_position_embeddings)
+    receipt = upcycling_receipt(seed, upcycled, probe_batch(seed.config, length=length))
+
+    def write(folder: Path):
+        upcycled.save_pretrained(folder)
+        # with the seed's place in them, what `moma pretrain` needs to go on in the data
+        contents = {"arguments": vars(args), "data_order": data_order(args.model), **receipt.to_dict()}
+        (folder / UPCYCLING_FILE).write_text(json.dumps(contents, indent=2) + "\n")
+        # optimizer and schedule begin anew, so their files stay behind
+        state = Path(args.model) / TRAINER_STATE_NAME
+        if state.is_file():
+            shutil.copy(state, folder / TRAINER_STATE_NAME)
+
+    write_folder_aside(args.output, write)
+    print(json.dumps(receipt.to_dict(), indent=2))

@@ -1,0 +1,272 @@
+# Copyright 2026 The modeling-moma authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Chameleon checkpoints of Transformers as MoMa 1t1i models: each modality's expert is a copy of the one there was."""
+
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from transformers import ChameleonConfig, ChameleonForConditionalGeneration
+from transformers.utils import logging
+
+from tokenization.processing_moma import VQ_SUBFOLDER
+
+from .. import MomaConfig, MomaForCausalLM
+from .chameleon_processor import PictureVocabulary, ProcessorError, convert_processor, convert_vq_model
+from .fields import SAME_NAMED_FIELDS
+from .generation import convert_generation_config
+from .probe import (
+    ChangedWeights,
+    ProbeResult,
+    relative_difference,
+    rounded_weights,
+    streamed_model,
+    text_batch,
+)
+from .reading import CheckpointError, CheckpointReader
+from .receipt import Receipt
+from .transfer import Entry, transfer
+from .vqgan import has_decoder, read_vqgan
+
+
+logger = logging.get_logger(__name__)
+
+VQ_PREFIX = "model.vqmodel."
+# ours and theirs
+_LAYER_NORMS = {"attention_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}
+_TAKEN_FIELDS = (*SAME_NAMED_FIELDS, "vocab_size", "rope_parameters", "attention_bias")
+
+
+def config_from_chameleon(config: Mapping) -> MomaConfig:
+    """The MoMa 1t1i configuration that computes what a Chameleon computes.
+
+    Args:
+        config (`Mapping`): contents of the `config.json` of a `ChameleonForConditionalGeneration`.
+
+    Returns:
+        `MomaConfig`: `norm_placement="post"` where the source has `swin_norm` (34B), else `"pre"` (7B);
+        `qk_norm="layernorm_per_head"`; special ids by their names in `vocabulary_map`, as the ids of released
+        configurations disagree with it.
+
+    Raises:
+        CheckpointError: another model type, biases in the feed-forward layers, no picture tokens, or fields that
+            cannot be read.
+    """
+    source = _source_config(config)
+    vocabulary = PictureVocabulary.from_map(source.vocabulary_map)
+    vq = source.vq_config
+    special_ids = {
+        field: source.vocabulary_map.get(name, getattr(source, field))
+        for field, name in (("bos_token_id", "<s>"), ("eos_token_id", "</s>"), ("pad_token_id", "<pad>"))
+    }
+    try:
+        return MomaConfig(
+            **{name: getattr(source, name) for name in _TAKEN_FIELDS},
+            **special_ids,
+            num_experts={"text": 1, "image": 1},
+            norm_placement="post" if source.swin_norm else "pre",
+            qk_norm="layernorm_per_head",
+            modality_token_ranges={"image": vocabulary.ranges},
+            begin_image_token_id=vocabulary.begin_id,
+            end_image_token_id=vocabulary.end_id,
+            image_seq_length=(vq.resolution // 2 ** (len(vq.channel_multiplier) - 1)) ** 2,
+        )
+    except (ValueError, StrictDataclassError) as error:
+        raise CheckpointError(f"config.json: no MomaConfig can express it: {error}") from error
+
+
+def _source_config(config: Mapping) -> ChameleonConfig:
+    if config.get("model_type") != "chameleon":
+        raise CheckpointError(f"model_type: config.json says {config.get('model_type')!r}, not 'chameleon'.")
+    try:
+        source = ChameleonConfig.from_dict(dict(config))
+    except (ValueError, KeyError, TypeError, StrictDataclassError) as error:
+        raise CheckpointError(f"config.json: Transformers cannot read it: {error}") from error
+    if source.mlp_bias:
+        raise CheckpointError("mlp_bias: True, but the experts of MoMa have no biases.")
+    return source
+
+
+def chameleon_entries(reader: CheckpointReader, config: MomaConfig) -> list[Entry]:
+    """How each tensor of the MoMa comes about: all are taken, and the image expert is a copy of the text expert.
+
+    Args:
+        reader (`CheckpointReader`): the source.
+        config (`MomaConfig`): as [`config_from_chameleon`] gives.
+
+    Returns:
+        `list[Entry]`: layer by layer.
+    """
+    width, vocab = config.hidden_size, config.vocab_size
+    entries = [Entry("model.embed_tokens.weight", (vocab, width), ("model.embed_tokens.weight",))]
+    for layer in range(config.num_hidden_layers):
+        prefix = f"model.layers.{layer}."
+        entries += _attention_entries(reader, config, f"{prefix}self_attn.")
+        for ours, theirs in _LAYER_NORMS.items():
+            entries.append(Entry(f"{prefix}{ours}.weight", (width,), (f"{prefix}{theirs}.weight",)))
+        for name in ("gate_proj", "up_proj", "down_proj"):
+            inner = config.intermediate_size
+            shape = (width, inner) if name == "down_proj" else (inner, width)
+            for modality, kind in (("text", "taken"), ("image", "copied")):
+                target = f"{prefix}mlp.groups.{modality}.mlp.{name}.weight"
+                entries.append(Entry(target, shape, (f"{prefix}mlp.{name}.weight",), kind=kind))
+    entries.append(Entry("model.norm.weight", (width,), ("model.norm.weight",)))
+    if not config.tie_word_embeddings:
+        entries.append(Entry("lm_head.weight", (vocab, width), ("lm_head.weight",)))
+    return entries
+
+
+def _attention_entries(reader: CheckpointReader, config: MomaConfig, prefix: str) -> Iterator[Entry]:
+    width = config.hidden_size
+    heads = {"q": config.num_attention_heads, "k": config.num_key_value_heads, "v": config.num_key_value_heads}
+    rows = {f"{name}_proj": count * config.head_dim for name, count in heads.items()} | {"o_proj": width}
+    for name, num_rows in rows.items():
+        yield Entry(f"{prefix}{name}.weight", (num_rows, width), (f"{prefix}{name}.weight",))
+        if config.attention_bias:
+            yield Entry(f"{prefix}{name}.bias", (num_rows,), (f"{prefix}{name}.bias",))
+    for name in "qk":
+        for part in ("weight", "bias"):
+            key, shape = f"{prefix}{name}_norm.{part}", (heads[name], config.head_dim)
+            found = reader.shapes.get(key, shape)
+            # one row for each shard of the training, where they have not been repeated for each head yet
+            if len(found) == 2 and found != shape and shape[0] % found[0] == 0 and found[1] == shape[1]:
+                yield Entry(key, shape, (key,), partial(_repeat_rows, num_rows=shape[0]), source_shapes=(found,))
+            else:
+                yield Entry(key, shape, (key,))
+
+
+def _repeat_rows(tensor: torch.Tensor, num_rows: int) -> torch.Tensor:
+    return tensor.repeat_interleave(num_rows // tensor.shape[0], dim=0)
+
+
+def convert_chameleon(
+    source: str | Path,
+    output: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    allow_pickle: bool = False,
+    max_shard_size: int | str = "2GB",
+    probe: bool = True,
+    vqgan: str | Path | None = None,
+) -> Receipt:
+    """Write a Chameleon checkpoint as a MoMa 1t1i with its processor. Token ids stay the source's.
+
+    The codebook is renumbered, so that code `c` belongs to the `c`-th picture id, as [`MomaProcessor`] wants it.
+    Where the picture ids do not allow that, or the folder has no tokenizer, the language model is written all the
+    same, and the log and the receipt say what is missing.
+
+    Args:
+        source (`str` or `Path`): folder of a `ChameleonForConditionalGeneration`: `config.json`, weights, and best
+            the files of its processor.
+        output (`str` or `Path`): the MoMa's folder; missing or empty.
+        dtype (`torch.dtype`, *optional*): of the output's language model; by default the source's. The probe compares
+            with the source rounded likewise. The picture tokenizer is in float32.
+        allow_pickle (`bool`, *optional*, defaults to `False`): read `pytorch_model.bin` and `vqgan.ckpt`.
+        max_shard_size (`int` or `str`, *optional*, defaults to `"2GB"`): size of the files.
+        probe (`bool`, *optional*, defaults to `True`): compare the logits of both models on a batch.
+        vqgan (`str` or `Path`, *optional*): the original picture tokenizer, which has the decoder that checkpoints of
+            Transformers lack; see [`read_vqgan`].
+
+    Returns:
+        `Receipt`: counts of keys, and the relative difference of the logits before the source masks the pictures'.
+
+    Raises:
+        CheckpointError: the source cannot be read or converted, or `vqgan` is not its picture tokenizer.
+    """
+    reader = CheckpointReader(source, allow_pickle)
+    config = config_from_chameleon(reader.config)
+    write_pictures, note = _convert_pictures(reader, vqgan, allow_pickle)
+    ignored = {f"{VQ_PREFIX}*": note}
+    if config.tie_word_embeddings:
+        ignored["lm_head.weight"] = "tied to the embedding"
+    return transfer(
+        reader,
+        config,
+        chameleon_entries(reader, config),
+        output,
+        ignored=ignored,
+        max_shard_size=max_shard_size,
+        dtype=dtype,
+        generation_config=convert_generation_config(reader.folder, config),
+        extras=write_pictures,
+        probe=partial(_compare_logits, reader, config, dtype) if probe else None,
+    )
+
+
+def _convert_pictures(reader, vqgan, allow_pickle) -> tuple[Callable[[Path], object] | None, str]:
+    """What writes the picture tokenizer into a folder, and what the receipt says of it."""
+    source = _source_config(reader.config)
+    vocabulary = PictureVocabulary.from_map(source.vocabulary_map)
+    try:
+        vocabulary.codebook_order(source.vq_config.num_embeddings)
+    except CheckpointError as error:
+        logger.warning(f"The language model is converted without a picture tokenizer. {error}")
+        return None, "picture tokenizer, left out: the picture ids do not fit the processor"
+    tensors = {key.removeprefix(VQ_PREFIX): reader.read(key) for key in reader if key.startswith(VQ_PREFIX)}
+    original = read_vqgan(vqgan, allow_pickle=allow_pickle) if vqgan is not None else None
+    vq_model = convert_vq_model(source, vocabulary, tensors, original)
+    note = "picture tokenizer"
+    if original is None and not has_decoder(tensors):
+        logger.warning(
+            "The checkpoint has no decoder for pictures: the model reads pictures, but those it writes cannot be "
+            "shown. Pass the original vqgan.ckpt (--vqgan) to convert it as well."
+        )
+        note += ", decoder missing"
+    try:
+        processor = convert_processor(reader.folder, vocabulary, vq_model)
+    except ProcessorError as error:
+        logger.warning(f"No processor is written, its VQ model alone. {error}")
+        processor = None
+    if processor is None:
+        save = partial(_save_vq_model, vq_model)
+        return save, f"{note}, in {VQ_SUBFOLDER} without a processor for want of a tokenizer that fits"
+    # truncation and pipelines cut there
+    processor.tokenizer.model_max_length = source.max_position_embeddings
+    return processor.save_pretrained, f"{note}, in the processor"
+
+
+def _save_vq_model(vq_model, folder: Path):
+    vq_model.save_pretrained(folder / VQ_SUBFOLDER)
+
+
+def _per_head_norms(reader: CheckpointReader, entries: list[Entry]) -> ChangedWeights:
+    """The source's tensors as Transformers wants them, with a row of each query-key norm for each head."""
+    builds = {entry.sources[0]: entry.build for entry in entries if entry.source_shapes is not None}
+    return ChangedWeights(reader, lambda name, tensor: builds[name](tensor) if name in builds else tensor)
+
+
+@torch.no_grad()
+def _compare_logits(
+    reader: CheckpointReader, config: MomaConfig, dtype: torch.dtype | None, written: CheckpointReader
+) -> ProbeResult:
+    pictures = [token_id for bounds in config.modality_token_ranges["image"] for token_id in range(*bounds)]
+    texts = sorted(set(range(config.vocab_size)).difference(pictures))
+    # as many of each kind, so that both experts are put to the test
+    batch = text_batch(pictures + texts[: len(pictures)])
+    real = batch["attention_mask"].bool()
+    logits = []
+    weights = rounded_weights(_per_head_norms(reader, chameleon_entries(reader, config)), dtype)
+    for model_class, own_config, tensors in (
+        (ChameleonForConditionalGeneration, _source_config(reader.config), weights),
+        (MomaForCausalLM, config, written),
+    ):
+        model = streamed_model(model_class, own_config, tensors)
+        # the source's own forward masks the pictures' logits
+        logits.append(model.lm_head(model.model(**batch, use_cache=False).last_hidden_state)[real])
+    return ProbeResult(relative_difference(*logits))
+
+
+__all__ = ["chameleon_entries", "config_from_chameleon", "convert_chameleon"]

@@ -1,0 +1,321 @@
+# Copyright 2026 The modeling-moma authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The picture side of a Chameleon checkpoint: its vocabulary of codes, VQ model, tokenizer and image processor."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from tokenizers import AddedToken, Tokenizer
+from torch import nn
+from transformers import ChameleonConfig, ChameleonImageProcessor, PreTrainedTokenizerFast
+
+from tokenization import MomaImageProcessor, MomaProcessor, MomaVQConfig, MomaVQModel
+from tokenization.text_tokenizer_moma import BEGIN_IMAGE_TOKEN, END_IMAGE_TOKEN, IMAGE_TOKEN, picture_code_tokens
+
+from .reading import CheckpointError, read_json
+from .vqgan import has_decoder, load_vq_model
+
+
+_CODE_NAME_START, _CODE_NAME_END = "IMGIMG", "Z"
+_DIGITS = {chr(ord("A") + digit): str(digit) for digit in range(10)}
+_BEGIN_NAME, _END_NAME = "<racm3:break>", "<eoss>"
+# tensors without which codes would mean other pictures; the decoder may differ
+_ENCODING_PREFIXES = ("encoder.", "quant_conv.", "quantize.")
+_IMAGE_PROCESSOR_FIELDS = (
+    "do_convert_rgb",
+    "do_resize",
+    "size",
+    "resample",
+    "do_center_crop",
+    "crop_size",
+    "do_rescale",
+    "rescale_factor",
+    "do_normalize",
+    "image_mean",
+    "image_std",
+)
+_TOKENIZER_FIELDS = (
+    "bos_token",
+    "eos_token",
+    "pad_token",
+    "unk_token",
+    "sep_token",
+    "padding_side",
+    "model_max_length",
+    "clean_up_tokenization_spaces",
+)
+
+
+class ProcessorError(CheckpointError):
+    """Parts that are whole, but of which no [`MomaProcessor`] can be made."""
+
+
+@dataclass(frozen=True)
+class PictureVocabulary:
+    """Which token ids are pictures, and which code of the source's codebook each one stands for.
+
+    Attributes:
+        code_of_id (`dict[int, int]`): code of each picture id, by ascending id.
+        begin_id, end_id, placeholder_id (`int`, *optional*): tokens around a picture, and `<image>`.
+    """
+
+    code_of_id: dict[int, int]
+    begin_id: int | None
+    end_id: int | None
+    placeholder_id: int | None
+
+    @classmethod
+    def from_map(cls, vocabulary_map: Mapping[str, int] | None) -> "PictureVocabulary":
+        """Read `ChameleonConfig.vocabulary_map`, where `IMGIMGBCZ` is code 12: letters are digits, A is 0.
+
+        Raises:
+            CheckpointError: no map, no picture in it, or a name that spells no number.
+        """
+        if not vocabulary_map:
+            raise CheckpointError("vocabulary_map: config.json has none, so nothing tells which ids are pictures.")
+        code_of_id = {}
+        for name, token_id in sorted(vocabulary_map.items(), key=lambda item: item[1]):
+            if not name.startswith(_CODE_NAME_START):
+                continue
+            digits = [_DIGITS.get(letter, "?") for letter in name[len(_CODE_NAME_START) : -1]]
+            if not digits or "?" in digits or name[-1] != _CODE_NAME_END:
+                raise CheckpointError(f"vocabulary_map: {name!r} spells no code; expected IMGIMG, letters A to J, Z.")
+            code_of_id[token_id] = int("".join(digits))
+        if not code_of_id:
+            raise CheckpointError("vocabulary_map: no name begins with IMGIMG, so there are no picture tokens.")
+        frame = (vocabulary_map.get(name) for name in (_BEGIN_NAME, _END_NAME, IMAGE_TOKEN))
+        return cls(code_of_id, *frame)
+
+    @property
+    def ranges(self) -> list[list[int]]:
+        """Half-open ranges of the picture ids."""
+        runs = groupby(enumerate(self.code_of_id), key=lambda pair: pair[1] - pair[0])
+        spans = [[token_id for _, token_id in run] for _, run in runs]
+        return [[span[0], span[-1] + 1] for span in spans]
+
+    def codebook_order(self, num_embeddings: int) -> torch.LongTensor:
+        """The source's code of each id, from the first picture id on, `[num_embeddings]`.
+
+        Raises:
+            CheckpointError: the ids do not follow one another, or are no permutation of the codebook.
+        """
+        if len(self.ranges) != 1:
+            raise CheckpointError(
+                f"vocabulary_map: the picture ids lie in {len(self.ranges)} ranges, {self.ranges[:4]}, but the "
+                "processor needs a single one."
+            )
+        codes = list(self.code_of_id.values())
+        if sorted(codes) != list(range(num_embeddings)):
+            raise CheckpointError(
+                f"vocabulary_map: its {len(codes)} picture tokens do not name each of the {num_embeddings} codes of "
+                "vq_config.num_embeddings once."
+            )
+        return torch.tensor(codes)
+
+
+def convert_vq_model(
+    config: ChameleonConfig,
+    vocabulary: PictureVocabulary,
+    tensors: Mapping[str, torch.Tensor],
+    vqgan: Mapping[str, torch.Tensor] | None = None,
+) -> MomaVQModel:
+    """The source's picture tokenizer with its codebook renumbered: code `c` is the one of the `c`-th picture id.
+
+    Token ids stay the source's, so that logits can be compared id by id.
+
+    Args:
+        config (`ChameleonConfig`): the source's.
+        vocabulary (`PictureVocabulary`): the source's.
+        tensors (`Mapping[str, torch.Tensor]`): its tensors under `model.vqmodel.`, without that prefix.
+        vqgan (`Mapping[str, torch.Tensor]`, *optional*): the original tokenizer, which has the decoder that
+            checkpoints of Transformers lack. Without one the result has none either, and refuses to show pictures.
+
+    Returns:
+        `MomaVQModel`: in float32.
+
+    Raises:
+        CheckpointError: `vqgan` is another tokenizer than the checkpoint's, or tensors are missing, extra or
+            mis-shaped, each by name; or `vq_config` cannot be expressed.
+    """
+    fields = config.vq_config.to_dict()
+    known = MomaVQConfig().to_dict().keys() - {"model_type", "transformers_version", "dtype"}
+    try:
+        vq_config = MomaVQConfig(**{name: fields[name] for name in known & fields.keys()})
+    except (ValueError, StrictDataclassError) as error:
+        raise CheckpointError(f"vq_config: no MomaVQConfig can express it: {error}") from error
+    order = vocabulary.codebook_order(vq_config.num_embeddings)
+    if vqgan is not None:
+        _check_same_codes(tensors, vqgan)
+        tensors = vqgan
+    vq_config.use_decoder = has_decoder(tensors)
+    model = load_vq_model(tensors, vq_config)
+    # a copy, as the caller may still use the tensors
+    model.quantize.embedding.weight = nn.Parameter(model.quantize.embedding.weight.detach()[order])
+    return model
+
+
+def _check_same_codes(tensors, vqgan):
+    for name, tensor in tensors.items():
+        if not name.startswith(_ENCODING_PREFIXES):
+            continue
+        other = vqgan.get(name)
+        # the checkpoint may be the rounded one of the two
+        if other is None or other.shape != tensor.shape or not torch.allclose(other.to(tensor.dtype), tensor):
+            raise CheckpointError(
+                f"vqgan: {name!r} is missing or differs from the checkpoint's 'model.vqmodel.{name}', so its codes "
+                "mean other pictures; pass the tokenizer that the checkpoint was trained with."
+            )
+
+
+def convert_tokenizer(folder: str | Path, vocabulary: PictureVocabulary) -> PreTrainedTokenizerFast | None:
+    """The source's tokenizer with its picture tokens renamed to those of [`MomaProcessor`]; ids stay.
+
+    The chat template stays as it is. One that takes `content` for a string knows no parts of a message: write
+    `<image>` into the text, and pass the pictures to the processor beside it.
+
+    Args:
+        folder (`str` or `Path`): holds `tokenizer.json`, and best `tokenizer_config.json`; the chat template lies
+            there, or in `chat_template.jinja` or `chat_template.json`.
+        vocabulary (`PictureVocabulary`): the source's.
+
+    Returns:
+        `PreTrainedTokenizerFast`, or `None` without `tokenizer.json`.
+
+    Raises:
+        CheckpointError: a file that cannot be read.
+        ProcessorError: the tokenizer has no token of a picture id, or is no BPE.
+    """
+    folder = Path(folder)
+    if not (folder / "tokenizer.json").is_file():
+        return None
+    names = dict(zip(vocabulary.code_of_id, picture_code_tokens(len(vocabulary.code_of_id))))
+    names |= {
+        token_id: name
+        for token_id, name in (
+            (vocabulary.begin_id, BEGIN_IMAGE_TOKEN),
+            (vocabulary.end_id, END_IMAGE_TOKEN),
+            (vocabulary.placeholder_id, IMAGE_TOKEN),
+        )
+        if token_id is not None
+    }
+    read_json(folder / "tokenizer.json")
+    try:
+        backend = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    # the library raises nothing narrower
+    except Exception as error:
+        raise CheckpointError(f"{folder / 'tokenizer.json'}: no tokenizer can be made of it: {error}") from error
+    backend = _rename_tokens(backend, names)
+    # tokens that were ordinary ones become special, under their ids
+    backend.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in names.values()])
+    source_settings = read_json(folder / "tokenizer_config.json", default={})
+    settings = read_json(folder / "special_tokens_map.json", default={}) | source_settings
+    settings = {name: settings[name] for name in _TOKENIZER_FIELDS if settings.get(name) is not None}
+    vocab = backend.get_vocab()
+    for field, token in (("bos_token", "<s>"), ("eos_token", "</s>"), ("pad_token", "<pad>")):
+        if field not in settings and token in vocab:
+            settings[field] = token
+    settings = {name: value["content"] if isinstance(value, dict) else value for name, value in settings.items()}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        model_input_names=["input_ids", "attention_mask"],
+        chat_template=_chat_template(folder, source_settings),
+        **settings,
+    )
+
+
+def _chat_template(folder: Path, settings: dict) -> str | dict[str, str] | None:
+    if (folder / "chat_template.jinja").is_file():
+        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    template = read_json(folder / "chat_template.json", default={}).get("chat_template", settings.get("chat_template"))
+    # several by name
+    return {entry["name"]: entry["template"] for entry in template} if isinstance(template, list) else template
+
+
+def _rename_tokens(backend: Tokenizer, names: dict[int, str]) -> Tokenizer:
+    absent = [token_id for token_id in names if backend.id_to_token(token_id) is None]
+    if absent:
+        raise ProcessorError(f"tokenizer.json: no token has the id {absent[0]}, which vocabulary_map names.")
+    new_name = {backend.id_to_token(token_id): name for token_id, name in names.items()}
+    content = json.loads(backend.to_str())
+    model = content["model"]
+    if not isinstance(model.get("vocab"), dict):
+        raise ProcessorError(f"tokenizer.json: tokens of a {model.get('type')} model cannot be renamed, only of BPE.")
+    model["vocab"] = {new_name.get(token, token): token_id for token, token_id in model["vocab"].items()}
+    # no text is merged into a picture
+    model["merges"] = [
+        merge for merge in model.get("merges", []) if not new_name.keys() & {merge[0], merge[1], merge[0] + merge[1]}
+    ]
+    for token in content["added_tokens"]:
+        token["content"] = new_name.get(token["content"], token["content"])
+    return Tokenizer.from_str(json.dumps(content))
+
+
+def convert_image_processor(folder: str | Path, resolution: int) -> MomaImageProcessor:
+    """An image processor that gives the pixel values that the source's gives.
+
+    Args:
+        folder (`str` or `Path`): may hold `preprocessor_config.json` or `processor_config.json`.
+        resolution (`int`): side of the pictures where it holds neither.
+    """
+    folder = Path(folder)
+    files = [folder / name for name in ("preprocessor_config.json", "processor_config.json")]
+    if any([read_json(path, default={}) for path in files]):
+        source = ChameleonImageProcessor.from_pretrained(folder)
+    else:
+        crop = {"height": resolution, "width": resolution}
+        source = ChameleonImageProcessor(size={"shortest_edge": resolution}, crop_size=crop)
+    settings = source.to_dict()
+    return MomaImageProcessor(**{name: settings[name] for name in _IMAGE_PROCESSOR_FIELDS if name in settings})
+
+
+def convert_processor(
+    folder: str | Path, vocabulary: PictureVocabulary, vq_model: MomaVQModel
+) -> MomaProcessor | None:
+    """Join the source's tokenizer and image processor with the converted VQ model.
+
+    Args:
+        folder (`str` or `Path`): of the source.
+        vocabulary (`PictureVocabulary`): the source's.
+        vq_model (`MomaVQModel`): see [`convert_vq_model`].
+
+    Returns:
+        `MomaProcessor`, or `None` where the folder holds no tokenizer.
+
+    Raises:
+        CheckpointError: a file that cannot be read.
+        ProcessorError: the parts do not fit together.
+    """
+    tokenizer = convert_tokenizer(folder, vocabulary)
+    if tokenizer is None:
+        return None
+    image_processor = convert_image_processor(folder, vq_model.config.resolution)
+    try:
+        return MomaProcessor(image_processor, tokenizer, vq_model, chat_template=tokenizer.chat_template)
+    except ValueError as error:
+        raise ProcessorError(f"The parts of the processor do not fit together. {error}") from error
+
+
+__all__ = [
+    "PictureVocabulary",
+    "ProcessorError",
+    "convert_image_processor",
+    "convert_processor",
+    "convert_tokenizer",
+    "convert_vq_model",
+]

@@ -1,0 +1,64 @@
+# Copyright 2026 The modeling-moma authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The source's `generation_config.json` with the special tokens of the MoMa."""
+
+from pathlib import Path
+
+from transformers import GenerationConfig, PreTrainedConfig
+
+from .. import MomaConfig
+from .reading import CheckpointError, read_json
+
+
+FILE = "generation_config.json"
+
+
+def convert_generation_config(
+    folder: Path, config: MomaConfig, source: PreTrainedConfig | None = None
+) -> GenerationConfig:
+    """Keep how the source generates, with the padding and beginning tokens of the MoMa, and its end token added.
+
+    Args:
+        folder (`Path`): of the source; may hold `generation_config.json`.
+        config (`MomaConfig`): of the target.
+        source (`PreTrainedConfig`, *optional*): of the source, where its own end tokens stop the MoMa as well.
+
+    Returns:
+        `GenerationConfig`
+
+    Raises:
+        CheckpointError: the file cannot be read, or holds settings that Transformers refuses to save.
+    """
+    path = folder / FILE
+    try:
+        if read_json(path, default={}):
+            generation_config = GenerationConfig.from_pretrained(folder)
+        else:
+            generation_config = GenerationConfig.from_model_config(source or config)
+        # chat models stop at several tokens
+        stops = []
+        for ids in (generation_config.eos_token_id, source.eos_token_id if source else None, config.eos_token_id):
+            stops += [ids] if isinstance(ids, int) else ids or []
+        stops = list(dict.fromkeys(stops))
+        generation_config.eos_token_id = stops[0] if len(stops) == 1 else stops
+        # the ids of released files may disagree with the vocabulary
+        generation_config.pad_token_id = config.pad_token_id
+        generation_config.bos_token_id = config.bos_token_id
+        # saving checks as strictly
+        generation_config.validate(strict=True)
+    except CheckpointError:
+        raise
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path}: Transformers cannot use it: {error}") from error
+    return generation_config

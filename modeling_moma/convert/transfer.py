@@ -1,0 +1,287 @@
+# Copyright 2026 The modeling-moma authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Writing a MoMa checkpoint out of the tensors of another model, one tensor at a time."""
+
+import copy
+import fnmatch
+import json
+import math
+import os
+import shutil
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from transformers import GenerationConfig
+from transformers.dynamic_module_utils import custom_object_save
+from transformers.utils.hub import convert_file_size_to_int
+
+from .. import MomaConfig, MomaForCausalLM
+from ..training.files import path_aside
+from .probe import LARGEST_DIFFERENCE, ProbeResult
+from .reading import DTYPES, CheckpointError, CheckpointReader
+from .receipt import Receipt
+
+
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+def unchanged(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor as it is."""
+    return tensor
+
+
+@dataclass
+class Entry:
+    """How one tensor of the target comes about.
+
+    Args:
+        name (`str`): its key in `MomaForCausalLM`.
+        shape (`tuple[int, ...]`): its shape.
+        sources (`tuple[str, ...]`): keys of the source that it needs.
+        build (`Callable`): makes it of these tensors.
+        kind (`str`): `"taken"` (a tensor of the source, as it is or rearranged), `"copied"` (a further copy of one
+            that another entry takes) or `"new"`.
+        source_shapes (`tuple[tuple[int, ...], ...]`, *optional*): shapes that the sources must have; by default that
+            of the target.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    sources: tuple[str, ...] = ()
+    build: Callable[..., torch.Tensor] = unchanged
+    kind: Literal["taken", "copied", "new"] = "taken"
+    source_shapes: tuple[tuple[int, ...], ...] | None = None
+
+
+def transfer(
+    reader: CheckpointReader,
+    config: MomaConfig,
+    entries: Sequence[Entry],
+    output: str | Path,
+    *,
+    ignored: Mapping[str, str] | None = None,
+    max_shard_size: int | str = "2GB",
+    dtype: torch.dtype | None = None,
+    generation_config: GenerationConfig | None = None,
+    extras: Callable[[Path], object] | None = None,
+    probe: Callable[[CheckpointReader], ProbeResult] | None = None,
+) -> Receipt:
+    """Write a folder that `MomaForCausalLM.from_pretrained` loads.
+
+    All keys and shapes are checked before the first tensor is read. Then each tensor goes to the disk as soon as it is
+    made; no more than its sources and itself are in memory. Everything is written into a hidden folder beside the
+    output, `config.json` last, and renamed at the end: whenever the process is killed, no half-written folder loads.
+    The hidden folder, `.{name}.{machine}-{process}.partial`, is this process's own; those of processes of this machine
+    that are no more are cleared away.
+
+    Args:
+        reader (`CheckpointReader`): the source.
+        config (`MomaConfig`): of the target.
+        entries (`Sequence[Entry]`): one for every parameter and persistent buffer of the target; none for a tied head.
+        output (`str` or `Path`): the target's folder; missing or empty.
+        ignored (`Mapping[str, str]`, *optional*): patterns (as of `fnmatch`) of keys of the source that may be left
+            out, each with the reason.
+        max_shard_size (`int` or `str`, *optional*, defaults to `"2GB"`): size of the target's files.
+        dtype (`torch.dtype`, *optional*): of the target's floating-point tensors; by default that of their sources.
+        generation_config (`GenerationConfig`, *optional*): by default what follows from `config`.
+        extras (`Callable`, *optional*): writes further files into the folder that it is given, as a processor.
+        probe (`Callable`, *optional*): gets a reader of the written tensors and returns a [`ProbeResult`]; with a
+            relative difference above `LARGEST_DIFFERENCE` the conversion fails.
+
+    Returns:
+        `Receipt`: saved in the folder as `conversion.json`, too.
+
+    Raises:
+        CheckpointError: a key is missing, surplus or of another shape, the output exists or comes to exist meanwhile,
+            or the probe fails.
+    """
+    output = Path(output).absolute()
+    _check_free(output)
+    with torch.device("meta"):
+        model = MomaForCausalLM(config)
+    _check_target(model, entries)
+    receipt = _check_source(reader, entries, ignored or {})
+    typed = _with_dtypes(reader, entries, dtype)
+    shards = _plan_shards(typed, convert_file_size_to_int(max_shard_size))
+    receipt.tensor_bytes = sum(_num_bytes(entry, dtype) for entry, dtype in typed)
+    receipt.files = len(shards)
+
+    aside = path_aside(output)
+    aside.mkdir()
+    try:
+        if extras is not None:
+            extras(aside)
+        _write_weights(reader, shards, aside, receipt.tensor_bytes)
+        if probe is not None:
+            result = probe(CheckpointReader(aside))
+            receipt.relative_difference = result.relative_difference
+            receipt.new_token_probability = result.new_token_probability
+            _check_difference(receipt.relative_difference, reader)
+        receipt.save(aside)
+        (generation_config or GenerationConfig.from_model_config(config)).save_pretrained(aside)
+        config = copy.deepcopy(config)
+        config.architectures = [type(model).__name__]
+        config.dtype = _main_dtype(typed)
+        custom_object_save(model, aside, config=config)
+        config.save_pretrained(aside)
+        # a second conversion may have been faster
+        _check_free(output)
+        os.replace(aside, output)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    return receipt
+
+
+def _check_free(output: Path):
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise CheckpointError(f"{output}: it exists and is not empty; choose another output folder.")
+
+
+def _check_difference(difference: float, reader: CheckpointReader):
+    # a NaN has to fail as well
+    if not difference <= LARGEST_DIFFERENCE:
+        raise CheckpointError(
+            f"{reader.folder}: on a probe batch the outputs of the converted model differ from the source's by "
+            f"{difference:.1e} of the largest, where {LARGEST_DIFFERENCE:.0e} is allowed; nothing is kept. The "
+            "checkpoint has a feature that the conversion does not know, or holds NaN."
+        )
+
+
+def _check_target(model: MomaForCausalLM, entries: Sequence[Entry]):
+    tied = model._tied_weights_keys if model.config.tie_word_embeddings else {}
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name not in tied}
+    for name, count in Counter(entry.name for entry in entries).items():
+        if name not in expected:
+            raise CheckpointError(f"{name!r}: the MoMa model of this config has no such key.")
+        if count > 1:
+            raise CheckpointError(f"{name!r}: this key of the MoMa model is given {count} times.")
+    shapes = {entry.name: tuple(entry.shape) for entry in entries}
+    for name, shape in expected.items():
+        if name not in shapes:
+            raise CheckpointError(f"{name!r}: nothing is given for this key of the MoMa model.")
+        if shapes[name] != shape:
+            raise CheckpointError(f"{name!r}: the shape {shapes[name]} is given, but the MoMa model has {shape}.")
+
+
+def _check_source(reader: CheckpointReader, entries: Sequence[Entry], ignored: Mapping[str, str]) -> Receipt:
+    used = set()
+    for entry in entries:
+        shapes = entry.source_shapes or (tuple(entry.shape),) * len(entry.sources)
+        for key, shape in zip(entry.sources, shapes, strict=True):
+            if key not in reader.shapes:
+                raise CheckpointError(f"{reader.folder}: it lacks the key {key!r}, of the shape {tuple(shape)}.")
+            if reader.shapes[key] != tuple(shape):
+                raise CheckpointError(
+                    f"{reader.files[key]}: {key!r} has the shape {reader.shapes[key]}, but by config.json it is "
+                    f"{tuple(shape)}."
+                )
+            used.add(key)
+    reasons = Counter()
+    for key in reader:
+        if key in used:
+            continue
+        reason = next((why for pattern, why in ignored.items() if fnmatch.fnmatchcase(key, pattern)), None)
+        if reason is None:
+            raise CheckpointError(
+                f"{reader.files[key]}: nothing takes the key {key!r}, of the shape {reader.shapes[key]}: by "
+                "config.json the model has no such weight."
+            )
+        reasons[reason] += 1
+    kinds = Counter(entry.kind for entry in entries)
+    return Receipt(
+        source=reader.folder.resolve().name,
+        model_type=reader.config.get("model_type", ""),
+        taken=kinds["taken"],
+        copied=kinds["copied"],
+        new=kinds["new"],
+        ignored=dict(reasons),
+    )
+
+
+def _with_dtypes(reader, entries, dtype) -> list[tuple[Entry, torch.dtype]]:
+    source_sizes = Counter()
+    for key in reader:
+        if reader.dtypes[key].is_floating_point:
+            source_sizes[reader.dtypes[key]] += math.prod(reader.shapes[key])
+    default = source_sizes.most_common(1)[0][0] if source_sizes else torch.float32
+    typed = []
+    for entry in entries:
+        own = reader.dtypes[entry.sources[0]] if entry.sources else default
+        typed.append((entry, dtype if dtype is not None and own.is_floating_point else own))
+    return typed
+
+
+def _main_dtype(typed) -> torch.dtype:
+    sizes = Counter()
+    for entry, dtype in typed:
+        sizes[dtype] += _num_bytes(entry, dtype)
+    return sizes.most_common(1)[0][0]
+
+
+def _num_bytes(entry: Entry, dtype: torch.dtype) -> int:
+    return math.prod(entry.shape) * dtype.itemsize
+
+
+def _plan_shards(typed, max_bytes: int) -> list[list[tuple[Entry, torch.dtype]]]:
+    shards, room = [], 0
+    for entry, dtype in typed:
+        size = _num_bytes(entry, dtype)
+        if not shards or size > room:
+            shards.append([])
+            room = max_bytes
+        shards[-1].append((entry, dtype))
+        room -= size
+    return shards
+
+
+def _write_weights(reader: CheckpointReader, shards, folder: Path, total_bytes: int):
+    names = ["model.safetensors"]
+    if len(shards) > 1:
+        names = [f"model-{number:05}-of-{len(shards):05}.safetensors" for number in range(1, len(shards) + 1)]
+    for name, shard in zip(names, shards):
+        _write_shard(reader, shard, folder / name)
+    if len(shards) > 1:
+        weight_map = {entry.name: name for name, shard in zip(names, shards) for entry, _ in shard}
+        index = {"metadata": {"total_size": total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _write_shard(reader: CheckpointReader, shard, path: Path):
+    # wide types first, so that each tensor lies at a multiple of its item size
+    shard = sorted(shard, key=lambda pair: -pair[1].itemsize)
+    header, offset = {"__metadata__": {"format": "pt"}}, 0
+    for entry, dtype in shard:
+        stop = offset + _num_bytes(entry, dtype)
+        header[entry.name] = {
+            "dtype": DTYPE_NAMES[dtype],
+            "shape": list(entry.shape),
+            "data_offsets": [offset, stop],
+        }
+        offset = stop
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for entry, dtype in shard:
+            tensor = entry.build(*(reader.read(key) for key in entry.sources)).to(dtype).contiguous()
+            if tensor.shape != tuple(entry.shape):
+                raise CheckpointError(f"{entry.name!r}: it came out as {tuple(tensor.shape)}, not {entry.shape}.")
+            if tensor.numel():
+                file.write(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+            # before the next one is read
+            del tensor

@@ -1,0 +1,185 @@
+# Copyright 2026 The modeling-moma authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The original `vqgan.ckpt` layout of taming-transformers and Chameleon, with its decoder, to a MomaVQModel folder."""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from tokenization import MomaVQConfig, MomaVQModel
+
+from ..training.files import write_folder_aside
+from .reading import CheckpointError, read_pickle
+
+
+# the discriminator and the perceptual network of training, which no picture passes at inference
+IGNORED_PREFIX = "loss."
+DECODER_PREFIX = "decoder."
+# whose rows or channels tell a size of the configuration: field, parameter, axis
+_SIZES = (
+    ("base_channels", "encoder.conv_in.weight", 0),
+    ("in_channels", "encoder.conv_in.weight", 1),
+    ("latent_channels", "quant_conv.weight", 1),
+    ("embed_dim", "quantize.embedding.weight", 1),
+    ("num_embeddings", "quantize.embedding.weight", 0),
+)
+
+
+def read_vqgan(path: str | Path, *, allow_pickle: bool = False) -> dict[str, torch.Tensor]:
+    """Read the tensors of an image tokenizer in the original layout, without those of its training losses.
+
+    Args:
+        path (`str` or `Path`): `vqgan.ckpt`, a pickle of tensors by name, bare or under `"state_dict"`, beside which
+            only tensors and plain containers may lie; or the same tensors in a `.safetensors` file.
+        allow_pickle (`bool`, *optional*, defaults to `False`): read pickles, see [`read_pickle`]. Of a training
+            checkpoint with further objects save the `state_dict` alone where the training code is installed.
+
+    Returns:
+        `dict[str, torch.Tensor]`: tensors by the names of taming-transformers, on the CPU.
+
+    Raises:
+        CheckpointError: no such file, a pickle without `allow_pickle`, objects other than tensors in it, or a file
+            that is truncated or of another kind.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"{path}: there is no such file.")
+    if path.suffix == ".safetensors":
+        try:
+            tensors = load_file(path)
+        except SafetensorError as error:
+            raise CheckpointError(f"{path}: not a whole safetensors file ({error}).") from error
+    elif allow_pickle:
+        tensors = read_pickle(path)
+    else:
+        raise CheckpointError(
+            f"{path}: a pickle can run any code when it is read. If you trust its origin, allow it with "
+            "--allow-pickle; or save its tensors as safetensors."
+        )
+    tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(IGNORED_PREFIX)}
+    if not any(name.startswith("encoder.") for name in tensors):
+        raise CheckpointError(
+            f"{path}: it holds no 'encoder.' tensors, so it is no VQ-GAN; found {sorted(tensors)[:3]}."
+        )
+    return tensors
+
+
+def vqgan_config(tensors: Mapping[str, torch.Tensor], resolution: int = 512) -> MomaVQConfig:
+    """The configuration that the tensors' names and shapes tell.
+
+    Args:
+        tensors (`Mapping[str, torch.Tensor]`): as [`read_vqgan`] gives.
+        resolution (`int`, *optional*, defaults to 512): side of the pictures in pixels, which no tensor tells: 512 in
+            Chameleon, 256 in most models of taming-transformers.
+
+    Returns:
+        `MomaVQConfig`: of the layout `patch_size=1`, `norm_type="group"`.
+
+    Raises:
+        CheckpointError: a tensor that tells a size is missing, by name; or the sizes fit no model, as a resolution
+            that the levels cannot halve.
+    """
+    fields = {field: _size(tensors, name, axis) for field, name, axis in _SIZES}
+    levels = _count(tensors, r"encoder\.down\.(\d+)\.")
+    widths = [_size(tensors, f"encoder.down.{level}.block.0.conv1.weight", 0) for level in range(levels)]
+    with_attention = [level for level in range(levels) if f"encoder.down.{level}.attn.0.q.weight" in tensors]
+    try:
+        return MomaVQConfig(
+            **fields,
+            channel_multiplier=[width // fields["base_channels"] for width in widths],
+            num_res_blocks=_count(tensors, r"encoder\.down\.0\.block\.(\d+)\."),
+            attn_resolutions=[resolution // 2**level for level in with_attention] or None,
+            attn_type="vanilla" if "encoder.mid.attn_1.q.weight" in tensors else None,
+            resolution=resolution,
+        )
+    except (ValueError, StrictDataclassError) as error:
+        raise CheckpointError(f"The sizes of the tensors fit no MomaVQConfig: {error}") from error
+
+
+def _size(tensors, name, axis):
+    if name not in tensors or tensors[name].ndim <= axis:
+        raise CheckpointError(f"{name}: missing, so this is not the layout of taming-transformers.")
+    return tensors[name].shape[axis]
+
+
+def _count(tensors, pattern):
+    return 1 + max((int(match[1]) for name in tensors if (match := re.match(pattern, name))), default=-1)
+
+
+def load_vq_model(tensors: Mapping[str, torch.Tensor], config: MomaVQConfig) -> MomaVQModel:
+    """A model that holds exactly these tensors.
+
+    Args:
+        tensors (`Mapping[str, torch.Tensor]`): by the names of taming-transformers.
+        config (`MomaVQConfig`): the model's.
+
+    Returns:
+        `MomaVQModel`: in float32 and evaluation mode.
+
+    Raises:
+        CheckpointError: missing, extra or mis-shaped tensors, by name.
+    """
+    with torch.device("meta"):
+        model = MomaVQModel(config)
+    expected = model.state_dict()
+    missing, extra = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
+    shapes = {
+        name: (tuple(tensors[name].shape), tuple(meta.shape)) for name, meta in expected.items() if name in tensors
+    }
+    bent = [f"{name} {found}, not {wanted}" for name, (found, wanted) in shapes.items() if found != wanted]
+    faults = {"missing": missing, "unexpected": extra, "of another shape": bent}
+    if any(faults.values()):
+        listed = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in faults.items() if names)
+        raise CheckpointError(f"The image tokenizer does not fit its configuration. Tensors {listed}.")
+    model.load_state_dict({name: tensor.float() for name, tensor in tensors.items()}, assign=True)
+    return model.eval()
+
+
+def has_decoder(tensors: Mapping[str, torch.Tensor]) -> bool:
+    """Whether there are decoder tensors among these."""
+    return any(name.startswith(DECODER_PREFIX) for name in tensors)
+
+
+def convert_vqgan(
+    path: str | Path,
+    output: str | Path,
+    *,
+    allow_pickle: bool = False,
+    resolution: int = 512,
+    config: MomaVQConfig | None = None,
+) -> MomaVQModel:
+    """Write a `vqgan.ckpt` as a folder that `MomaVQModel.from_pretrained` loads.
+
+    Args:
+        path (`str` or `Path`): see [`read_vqgan`].
+        output (`str` or `Path`): the folder; made where missing, written aside and renamed.
+        allow_pickle (`bool`, *optional*, defaults to `False`): see [`read_vqgan`].
+        resolution (`int`, *optional*, defaults to 512): see [`vqgan_config`].
+        config (`MomaVQConfig`, *optional*): instead of what the shapes tell.
+
+    Returns:
+        `MomaVQModel`: what was written.
+
+    Raises:
+        CheckpointError: see [`read_vqgan`] and [`load_vq_model`].
+    """
+    tensors = read_vqgan(path, allow_pickle=allow_pickle)
+    model = load_vq_model(tensors, config if config is not None else vqgan_config(tensors, resolution))
+    write_folder_aside(output, model.save_pretrained)
+    return model

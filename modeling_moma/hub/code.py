@@ -1,0 +1,68 @@
+# Copyright 2026 The modeling-moma authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The code that travels with a model: which files of the installed packages a configuration's `auto_map` leads to."""
+
+import ast
+from collections.abc import Iterable, Mapping
+from functools import lru_cache
+from pathlib import Path
+
+import tokenization
+
+
+PACKAGES = (Path(__file__).resolve().parents[1], Path(tokenization.__file__).resolve().parent)
+
+
+@lru_cache(maxsize=256)
+def code_facts(source: bytes) -> tuple[frozenset[str], frozenset[str]]:
+    """The classes of a module, and the sibling modules that it imports.
+
+    Raises:
+        SyntaxError, ValueError: it is no Python.
+    """
+    tree, siblings = ast.parse(source), set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            siblings |= {node.module} if node.module else {alias.name for alias in node.names}
+    return frozenset(node.name for node in tree.body if isinstance(node, ast.ClassDef)), frozenset(siblings)
+
+
+def code_closure(files: Mapping[str, Path], references: Iterable[str]) -> set[str]:
+    """Files of code that the references name, with all that these import relatively, as far as they are there."""
+    pending, found = [reference.split("--")[-1].split(".")[0] + ".py" for reference in references], set()
+    while pending:
+        name = pending.pop()
+        if name in found or name not in files:
+            continue
+        found.add(name)
+        try:
+            pending += [f"{module}.py" for module in code_facts(files[name].read_bytes())[1]]
+        except (SyntaxError, ValueError):
+            # `check_code` tells of it
+            continue
+    return found
+
+
+def installed_code(references: Iterable[str]) -> dict[str, Path]:
+    """
+    The installed packages' files for the classes of an `auto_map`, with all that these import.
+
+    Args:
+        references (`Iterable[str]`): `module.Class` each.
+
+    Returns:
+        `dict[str, Path]`: name in the repository -> file. Modules that are none of ours are left out.
+    """
+    files = {path.name: path for package in PACKAGES for path in sorted(package.glob("*_moma*.py"))}
+    return {name: files[name] for name in sorted(code_closure(files, references))}

@@ -1,0 +1,320 @@
+# Copyright 2026 The modeling-moma authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The files of a model repository: which of a folder's go to the Hub, and whether they load there."""
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from fnmatch import fnmatch
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+
+from .code import code_closure, code_facts, installed_code
+
+
+VQ_FOLDER = "vq_model"
+
+# name -> what makes it, for whoever lacks it
+REQUIRED = {
+    "config.json": "save the model with save_pretrained",
+    "generation_config.json": "save the model, not its configuration alone, with save_pretrained",
+    "processor_config.json": "the folder holds no processor; give that of the processor with --processor",
+    "tokenizer.json": "the folder holds no processor; give that of the processor with --processor",
+    "tokenizer_config.json": "the folder holds no processor; give that of the processor with --processor",
+    f"{VQ_FOLDER}/config.json": "the folder holds no picture tokenizer; give that of the processor with --processor",
+    "README.md": "write a model card; docs/how-to/push.md shows the shortest one",
+}
+PROCESSOR_FILES = (
+    "processor_config.json",
+    "preprocessor_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.*",
+    "additional_chat_templates/*",
+    f"{VQ_FOLDER}/*",
+)
+# what a repository is made of: pattern of a file's name, in lower case
+SENT = (
+    "*.safetensors *.json *.py *.jinja *.model *.md *.txt *.bib *.cff license notice "
+    "*.png *.jpg *.jpeg *.gif *.svg *.webp"
+).split()
+# what training leaves beside a model, and secrets: pattern of a part of the path, and why it stays here
+LEFT_OUT = {
+    ".*": "hidden",
+    "__pycache__": "compiled code",
+    "checkpoint-*": "a state of the training",
+    "global_step*": "a state of the training",
+    "pytorch_model_fsdp*": "a state of the training",
+    "optimizer*": "a state of the training",
+    "scheduler*": "a state of the training",
+    "zero_to_fp32.py": "a tool of the training",
+    "runs": "logs of the training",
+    "logs": "logs of the training",
+    "wandb": "logs of the training",
+    "cache": "a cache",
+    "run.json": "a record of the training",
+    "trainer_state.json": "a record of the training",
+    "*.bin": "a pickle",
+    "*.pt": "a pickle",
+    "*.pth": "a pickle",
+    "*.pkl": "a pickle",
+    "*token.json": "perhaps a secret",
+    "*token.txt": "perhaps a secret",
+    "*secret*": "perhaps a secret",
+    "*credentials*": "perhaps a secret",
+}
+
+CONFIG_CLASSES = (
+    "AutoConfig",
+    "AutoModel",
+    "AutoModelForCausalLM",
+    "AutoModelForImageTextToText",
+    "AutoModelForMultimodalLM",
+)
+_POINTER = b"version https://git-lfs"
+
+
+def _reason_to_stay(path: Path) -> str | None:
+    name = path.name.lower()
+    for pattern, reason in LEFT_OUT.items():
+        if fnmatch(name, pattern):
+            return reason
+    if path.is_dir():
+        # it may lead anywhere, and back to the folder itself
+        return "a link to a folder" if path.is_symlink() else None
+    if not any(fnmatch(name, pattern) for pattern in SENT):
+        return "no kind of file that a model has"
+    if path.is_symlink() and not path.exists():
+        raise ValueError(f"{path} is a link to {os.readlink(path)!r}, where nothing is: moved, or not copied with it?")
+    return None if path.is_file() else "no regular file"
+
+
+def _walk(folder: Path) -> tuple[dict[str, Path], dict[str, str]]:
+    """Path in the repository -> file, and what is left out -> why."""
+    files, left_out = {}, {}
+    for path in sorted(folder.iterdir()):
+        reason = _reason_to_stay(path)
+        if reason is not None:
+            left_out[path.name] = reason
+        elif path.is_dir():
+            inner, inner_left_out = _walk(path)
+            files |= {f"{path.name}/{name}": file for name, file in inner.items()}
+            left_out |= {f"{path.name}/{name}": why for name, why in inner_left_out.items()}
+        else:
+            files[path.name] = path
+    return files, left_out
+
+
+def gather(model: str | Path, processor: str | Path | None = None) -> tuple[dict[str, Path], dict[str, str]]:
+    """
+    Lists the files of a repository: those of a kind that a model has, and no states, logs or secrets. Nothing is
+    copied. A link to a file counts as the file, as in the Hub's cache; one to a folder is left out. A folder without
+    any code gets that of the installed packages.
+
+    Args:
+        model (`str` or `Path`): folder of a saved model, laid out as its repository.
+        processor (`str` or `Path`, *optional*): folder whose processor, picture tokenizer and code are added; its
+            files replace those of a processor in `model`.
+
+    Returns:
+        `tuple[dict[str, Path], dict[str, str]]`: the file for each path in the repository, and for what is left out
+        the reason.
+
+    Raises:
+        ValueError: a folder is missing, a link leads nowhere, or both have the same file of code with different text.
+    """
+    for name, folder in (("model", model), ("processor", processor)):
+        if folder is not None and not Path(folder).is_dir():
+            raise ValueError(f"`{name}` is {str(folder)!r}, which is no folder: save it with save_pretrained first.")
+    files, left_out = _walk(Path(model))
+    if processor is not None:
+        _add_processor(files, Path(model), Path(processor))
+    if not any(name.endswith(".py") for name in files):
+        files |= installed_code(auto_map_entries(files).values())
+    return files, left_out
+
+
+def _add_processor(files: dict[str, Path], model: Path, processor: Path):
+    added, _ = _walk(processor)
+    chosen = {name for name in added if any(fnmatch(name, pattern) for pattern in PROCESSOR_FILES)}
+    for name in [name for name in files if any(fnmatch(name, pattern) for pattern in PROCESSOR_FILES)]:
+        del files[name]
+    for name in sorted(chosen | code_closure(added, auto_map_entries({n: added[n] for n in chosen}).values())):
+        if name.endswith(".py") and name in files and files[name].read_bytes() != added[name].read_bytes():
+            raise ValueError(
+                f"{name} of `processor` {str(processor)!r} is not that of `model` {str(model)!r}: they were saved by "
+                "different versions of the code; save both again with one."
+            )
+        files[name] = added[name]
+
+
+def read_json(path: Path) -> dict:
+    """A JSON file that holds an object.
+
+    Raises:
+        ValueError: it holds something else.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path.name} cannot be read as JSON ({error}): was it written to the end?") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path.name} holds a {type(content).__name__}, not an object.")
+    return content
+
+
+def auto_map_entries(files: Mapping[str, Path]) -> dict[str, str]:
+    """Where an `auto_map` names a class -> `module.Class`, in all configurations of the files."""
+    entries = {}
+    for name in ("config.json", "processor_config.json", "tokenizer_config.json", f"{VQ_FOLDER}/config.json"):
+        if name not in files:
+            continue
+        content = read_json(files[name])
+        nested = content.get("image_processor") or {}
+        for place, auto_map in (
+            ("auto_map", content.get("auto_map")),
+            ("image_processor.auto_map", nested.get("auto_map")),
+        ):
+            for auto, references in (auto_map or {}).items():
+                # tokenizers name a slow and a fast class, either of which may be missing
+                for reference in references if isinstance(references, list) else [references]:
+                    if reference is not None:
+                        entries[f"{name}: {place}.{auto}"] = reference
+    return entries
+
+
+def check_files(files: Mapping[str, Path]) -> Iterator[str]:
+    """
+    Checks that whoever has these files and no package of ours can load the model.
+
+    Args:
+        files (`Mapping[str, Path]`): path in the repository -> file.
+
+    Yields:
+        `str`: a problem: the file or field, its value and the likely cause.
+    """
+    missing = [name for name in REQUIRED if name not in files]
+    for name in missing:
+        yield f"{name} is missing: {REQUIRED[name]}."
+    for name in REQUIRED:
+        if name.endswith(".json") and name in files:
+            try:
+                read_json(files[name])
+            except ValueError as error:
+                yield str(error)
+                return
+    for folder in ("", f"{VQ_FOLDER}/"):
+        if f"{folder}config.json" in files:
+            yield from check_weights(files, folder)
+    yield from check_code(files)
+    if not missing:
+        yield from check_tokens(files)
+
+
+def check_weights(files: Mapping[str, Path], folder: str = "") -> Iterator[str]:
+    """Checks that the weights of a folder (`""` or one that ends with a slash) are whole."""
+    single, index = f"{folder}model.safetensors", f"{folder}model.safetensors.index.json"
+    if single in files and index in files:
+        yield f"{single} and {index} are both there: one is of an older save; remove it."
+    elif single in files:
+        yield from _tensor_problems(single, files[single])[1]
+    elif index not in files:
+        yield f"{single} is missing, and so is {index}: the weights were not saved as safetensors, or not at all."
+    else:
+        try:
+            weight_map = read_json(files[index])["weight_map"]
+        except (ValueError, KeyError) as error:
+            yield f"{index} has no readable weight_map ({error}): was it written to the end?"
+            return
+        for shard in sorted(set(weight_map.values())):
+            name, expected = f"{folder}{shard}", {key for key, file in weight_map.items() if file == shard}
+            if name not in files:
+                yield f"{name} is missing, which {index} names: copy all shards."
+                continue
+            keys, problems = _tensor_problems(name, files[name])
+            yield from problems
+            if not problems and not expected <= keys:
+                yield f"{name} lacks {sorted(expected - keys)[0]!r}, which {index} says is in it: shards of two saves."
+
+
+def _tensor_problems(name: str, path: Path) -> tuple[set[str], list[str]]:
+    with path.open("rb") as file:
+        if file.read(len(_POINTER)) == _POINTER:
+            return set(), [f"{name} is the pointer of a large file, not the file: run `git lfs pull`."]
+    try:
+        # reads the header alone, and compares the sizes in it with the file's
+        with safe_open(path, framework="numpy") as tensors:
+            return set(tensors.keys()), []
+    except (SafetensorError, OSError) as error:
+        size = path.stat().st_size
+        return set(), [f"{name} of {size:,} bytes is no readable safetensors file ({error}): was its writing cut off?"]
+
+
+def check_code(files: Mapping[str, Path]) -> Iterator[str]:
+    """Checks that each `auto_map` is complete, and that all code it leads to is there."""
+    entries = auto_map_entries(files)
+    wanted = [f"config.json: auto_map.{name}" for name in CONFIG_CLASSES]
+    wanted += ["processor_config.json: auto_map.AutoProcessor"]
+    wanted += ["processor_config.json: image_processor.auto_map.AutoImageProcessor"]
+    for place in wanted:
+        if place.split(":")[0] in files and place not in entries:
+            yield (
+                f"{place} is missing: saved without `import modeling_moma`, which registers the classes; import it "
+                "and save again."
+            )
+    facts = {}
+    for name in sorted(name for name in files if name.endswith(".py")):
+        try:
+            facts[name] = code_facts(files[name].read_bytes())
+        except (SyntaxError, ValueError) as error:
+            yield f"{name} is no Python ({error}): edited by hand?"
+    for place, reference in entries.items():
+        repository, _, local = reference.rpartition("--")
+        module, _, name = local.partition(".")
+        if repository:
+            yield f"{place} is {reference!r}, code of another repository: save again with this package installed."
+        elif f"{module}.py" not in files:
+            yield (
+                f"{place} is {reference!r}, but {module}.py is missing: saved without `import modeling_moma`, or "
+                "copied without its code."
+            )
+        elif f"{module}.py" in facts and name not in facts[f"{module}.py"][0]:
+            yield f"{place} is {reference!r}, but {module}.py has no class {name!r}: code of another version."
+    for name in sorted(code_closure(files, entries.values()) & facts.keys()):
+        for module in sorted(facts[name][1]):
+            if f"{module}.py" not in files:
+                yield f"{module}.py is missing, which {name} imports: copy all code of the saved folder."
+
+
+def check_tokens(files: Mapping[str, Path]) -> Iterator[str]:
+    """Checks that model, tokenizer and picture tokenizer mean the same by a token id."""
+    config, vq_config = read_json(files["config.json"]), read_json(files[f"{VQ_FOLDER}/config.json"])
+    tokenizer = read_json(files["tokenizer.json"])
+    ids = {token["content"]: token["id"] for token in tokenizer.get("added_tokens", [])}
+    start, stop = ((config.get("modality_token_ranges") or {}).get("image") or [[None, None]])[0]
+    codes = sum(f"<|image_{code}|>" in ids for code in range(vq_config.get("num_embeddings") or 0))
+    facts = (
+        ("begin_image_token_id", config.get("begin_image_token_id"), ids.get("<|begin_image|>")),
+        ("end_image_token_id", config.get("end_image_token_id"), ids.get("<|end_image|>")),
+        ("modality_token_ranges.image starts at", start, ids.get("<|image_0|>")),
+        ("modality_token_ranges.image holds", start is not None and stop - start, codes),
+    )
+    for name, of_model, of_processor in facts:
+        if of_model != of_processor:
+            yield (
+                f"config.json: {name} {of_model}, but the processor has {of_processor} there: it is the processor of "
+                "another model."
+            )

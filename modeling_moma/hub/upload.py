@@ -1,0 +1,190 @@
+# Copyright 2026 The modeling-moma authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""One commit that holds a whole model, so that every revision on the Hub loads."""
+
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
+
+from ..training.files import refuse_files, write_folder_aside
+from .card import check_card, with_datasets
+from .folder import PROCESSOR_FILES, VQ_FOLDER, check_files, gather
+
+
+CARD = "README.md"
+# a loader prefers one file of weights to an index, so those of an older revision must not stay beside the new ones
+_WEIGHTS = re.compile(rf"(?:{VQ_FOLDER}/)?model(?:-\d+-of-\d+)?\.safetensors(?:\.index\.json)?")
+
+
+class UploadError(RuntimeError):
+    """An upload that did not get to its commit; the message says what the repository holds."""
+
+
+@dataclass(frozen=True)
+class Upload:
+    """
+    What a commit will hold.
+
+    Args:
+        files (`dict[str, Path | bytes]`): path in the repository -> file, or content where it is not that of a file.
+        left_out (`dict[str, str]`): what of the folder stays here, and why.
+    """
+
+    files: dict[str, Path | bytes]
+    left_out: dict[str, str]
+
+    def size(self, name: str) -> int:
+        """Bytes of a file."""
+        content = self.files[name]
+        return len(content) if isinstance(content, bytes) else content.stat().st_size
+
+
+def prepare(
+    model: str | Path, processor: str | Path | None = None, datasets: Mapping[str, str] | None = None
+) -> Upload:
+    """
+    Gathers a repository from local folders and checks it. Sends nothing.
+
+    Args:
+        model (`str` or `Path`): folder of a saved model with its card.
+        processor (`str` or `Path`, *optional*): folder of the processor, where `model` has none.
+        datasets (`Mapping[str, str]`, *optional*): ids on the Hub of data sets that the card names by local paths.
+
+    Returns:
+        [`Upload`]: all files, each of them checked.
+
+    Raises:
+        ValueError: lists every problem, with the file or field, its value and the likely cause.
+    """
+    files, left_out = gather(model, processor)
+    datasets = datasets or {}
+    problems, contents = list(check_files(files)), dict(files)
+    if CARD in files:
+        text = files[CARD].read_text(encoding="utf-8")
+        try:
+            changed = with_datasets(text, datasets)
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            # a card that cannot be read is told by its check
+            changed, problems = text, [*problems, f"README.md: {error}"]
+        problems += check_card(changed, files, Path(model), given=datasets.values())
+        if changed != text:
+            contents[CARD] = changed.encode("utf-8")
+    if problems and left_out:
+        problems.append("Left out: " + ", ".join(f"{name} ({reason})" for name, reason in left_out.items()))
+    if problems:
+        raise ValueError("\n".join(dict.fromkeys(problems)))
+    return Upload(contents, left_out)
+
+
+def write_repository(upload: Upload, folder: str | Path) -> Path:
+    """
+    Writes a repository into a folder, as it would lie on the Hub.
+
+    Args:
+        upload ([`Upload`]): see [`prepare`].
+        folder (`str` or `Path`): missing or empty.
+
+    Returns:
+        `Path`: the folder, which is there whole or not at all.
+
+    Raises:
+        ValueError: the folder holds files.
+    """
+    refuse_files(folder)
+
+    def write(aside: Path):
+        for name, content in upload.files.items():
+            path = aside / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if isinstance(content, bytes):
+                path.write_bytes(content)
+            else:
+                shutil.copyfile(content, path)
+
+    return write_folder_aside(folder, write)
+
+
+def push(
+    upload: Upload,
+    repo_id: str,
+    private: bool = False,
+    revision: str | None = None,
+    message: str = "Upload model and processor",
+) -> CommitInfo:
+    """
+    Sends all files and then commits them at once. A repository and a branch that are missing are made.
+
+    Args:
+        upload ([`Upload`]): see [`prepare`].
+        repo_id (`str`): `USER/NAME`, or `NAME` for the user who is logged in.
+        private (`bool`, *optional*, defaults to `False`): whether nobody else shall see a new repository.
+        revision (`str`, *optional*): the branch; by default `main`.
+        message (`str`, *optional*): of the commit.
+
+    Returns:
+        `CommitInfo`: the commit; the present one if it holds these very files already.
+
+    Raises:
+        UploadError: no commit was made, or none is known of; or `private`, but the repository is there and public.
+    """
+    api, branch, is_there, before = HfApi(), revision or "main", False, None
+    try:
+        repo_id = api.create_repo(repo_id, private=private or None, exist_ok=True).repo_id
+        is_there = True
+        if private and not api.model_info(repo_id).private:
+            raise UploadError(f"{repo_id} is public already: make it private on the Hub, or leave --private out.")
+        if revision is not None:
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        before = api.model_info(repo_id, revision=branch).sha
+        there = api.list_repo_files(repo_id, revision=before)
+        stale = [name for name in there if _is_replaced(name) and name not in upload.files]
+        operations = [CommitOperationDelete(name) for name in stale]
+        operations += [CommitOperationAdd(name, content) for name, content in upload.files.items()]
+        # HfApi.upload_folder may spread a folder over several commits
+        return api.create_commit(repo_id, operations, commit_message=message, revision=branch, parent_commit=before)
+    except UploadError:
+        raise
+    except (Exception, KeyboardInterrupt) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise UploadError(
+            f"The upload to {repo_id} failed. {_state(api, repo_id, branch, before, is_there)}\n{reason}"
+        ) from error
+
+
+def _is_replaced(name: str) -> bool:
+    """Whether a file belongs to the weights or the processor: one of an older revision would change what loads."""
+    return _WEIGHTS.fullmatch(name) is not None or any(fnmatch(name, pattern) for pattern in PROCESSOR_FILES)
+
+
+def _state(api: HfApi, repo_id: str, branch: str, before: str | None, is_there: bool) -> str:
+    if before is None and is_there:
+        return f"No file was sent. The repository is there: it was made just now, or before; {branch} may be missing."
+    if before is None:
+        return (
+            "Nothing was sent. Is the name right, and are you logged in (`hf auth login`) with a token that may write?"
+        )
+    try:
+        now = api.model_info(repo_id, revision=branch).sha
+    except Exception:
+        return f"The Hub does not say what {branch} is now; it was {before}, and a commit is whole or not at all."
+    if now == before:
+        return f"Nothing was committed: {branch} is still {before}, whole and as it was. Push again to go on."
+    return (
+        f"{branch} was {before} and is now {now}: the commit was made, or somebody else made one. Look before pushing."
+    )

@@ -1,0 +1,173 @@
+# Copyright 2026 The modeling-moma authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Thresholds computed from a few batches, and how well causal rules hit the top K that they stand for.
+
+Shape suffixes:
+    N tokens that compete for a router (one group's, or a depth layer's), padding excluded, D hidden size,
+    S scores of a token (one for each expert; one of a depth router),
+    C cuts of a router (one for each expert, or for each pool of a depth router).
+"""
+
+from collections.abc import Iterable
+
+import torch
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from ..depth_moma import MomaDepthRouter
+from ..routing_rules_moma import RULES
+from .observation import named_routers, run_observed
+from .selection_counts import SelectionCounts, sum_over_ranks
+
+
+logger = logging.get_logger(__name__)
+
+
+def calibrate_thresholds(
+    model: PreTrainedModel, batches: Iterable[dict[str, torch.Tensor]], routing: str = "expert_choice"
+) -> list[dict]:
+    """Compute the `threshold` of all routers anew, for a model that was trained elsewhere or under other rules.
+
+    A threshold becomes the plain mean of the K-th best scores of the batches, with `K` as in training. `num_updates`
+    becomes the number of batches that had tokens to judge by where it was less, and never falls: it is the clock of
+    `gumbel_noise_steps` and `routing_warmup_steps`, too, and what has run out in training must not begin anew. Nothing
+    else of the model changes, and nothing at all when a batch raises. With several processes each brings its own
+    batches, and all get the same result.
+
+    An expert or pool without tokens in a batch has no vote there. Without any vote it keeps its threshold, and a
+    warning names it. Another one tells where no inference routing of the config would read the thresholds.
+
+    Args:
+        model (`PreTrainedModel`): a `MomaForCausalLM` or `MomaModel`; changed in place.
+        batches (`Iterable[dict[str, torch.Tensor]]`): inputs of the model, of the batch size of the training where
+            possible. `labels` are left out. They are run twice.
+        routing (`str`, *optional*, defaults to `"expert_choice"`): the routing under which the hidden states arise.
+
+    Returns:
+        `list[dict]`: see [`auxiliary_report`], with the rule `"threshold"` alone, on the same batches.
+
+    Raises:
+        ValueError: there is no batch, or the model has no routers.
+    """
+    batches = list(batches)
+    routers = named_routers(model)
+    _warn_if_unread(model.config)
+    cuts = _mean_cuts(model, batches, lambda record: record.kth_C, routing)
+    report = _calibrated_report(model, batches, "threshold", "scores_NS", cuts, routing)
+    with torch.no_grad():
+        for name, (mean_C, votes_C) in cuts.items():
+            router = routers[name]
+            router.threshold.copy_(torch.where(votes_C > 0, mean_C, router.threshold))
+            votes = votes_C if router.num_updates.ndim else votes_C[0]
+            router.num_updates.copy_(torch.maximum(router.num_updates, votes))
+    return report
+
+
+def _warn_if_unread(config):
+    routings = {"inference_routing": config.inference_routing}
+    if config.depth_layers:
+        routings["depth_inference_routing"] = config.depth_inference_routing or config.inference_routing
+    if not any(RULES[routing].reads_threshold for routing in routings.values()):
+        fields = " and ".join(f"config.{name}={value!r}" for name, value in routings.items())
+        logger.warning(
+            "The thresholds that are calibrated here are read under the routing 'threshold' alone, and the model has "
+            f"{fields}: set config.inference_routing='threshold', or pass routing='threshold', to use them."
+        )
+
+
+def calibrate_auxiliary_thresholds(
+    model: PreTrainedModel, batches: Iterable[dict[str, torch.Tensor]], routing: str = "expert_choice"
+) -> list[dict]:
+    """Set the `threshold` of all auxiliary routers so that they take as many tokens as the top K holds.
+
+    A classifier that is cut at one half need not take the right number of tokens. Here each expert, and each pool of a
+    depth layer, gets the mean over the batches of its K-th best predicted probability. All else is as in
+    [`calibrate_thresholds`].
+
+    Probabilities of logits above about 17 are all 1 in fp32. When more than K tokens tie so at the cut, all of them
+    are taken; the report's `load` counts them.
+
+    Args:
+        model (`PreTrainedModel`): with `config.auxiliary_routers`, trained; changed in place.
+        batches (`Iterable[dict[str, torch.Tensor]]`): held-out inputs, see [`calibrate_thresholds`].
+        routing (`str`, *optional*, defaults to `"expert_choice"`): the routing under which the hidden states arise.
+
+    Returns:
+        `list[dict]`: see [`auxiliary_report`], with the rule `"auxiliary"` alone, on the same batches.
+
+    Raises:
+        ValueError: there is no batch, or the model has no auxiliary routers.
+    """
+    batches = list(batches)
+    routers = named_routers(model)
+    require_auxiliary_routers(model)
+    cuts = _mean_cuts(model, batches, lambda record: record.kth_predicted_C, routing)
+    report = _calibrated_report(model, batches, "auxiliary", "predicted_NS", cuts, routing)
+    with torch.no_grad():
+        for name, (mean_C, votes_C) in cuts.items():
+            threshold = routers[name].auxiliary.threshold
+            threshold.copy_(torch.where(votes_C > 0, mean_C, threshold))
+    return report
+
+
+def require_auxiliary_routers(model: PreTrainedModel):
+    """Check that a model has auxiliary routers.
+
+    Args:
+        model (`PreTrainedModel`): its config tells.
+
+    Raises:
+        ValueError: it has none.
+    """
+    if not model.config.auxiliary_routers:
+        raise ValueError(
+            "`model` has config.auxiliary_routers=False: give it some with add_auxiliary_routers(model), or load what "
+            "`moma train-auxiliary-routers` wrote."
+        )
+
+
+def _mean_cuts(model, batches, kth, routing):
+    """Mean over the batches of all processes, and the number of batches that voted, by router."""
+    routers = named_routers(model)
+    sums = {name: torch.zeros(2, *router.threshold.shape, dtype=torch.float64) for name, router in routers.items()}
+
+    def observe(record):
+        votes_C = record.votes_C.cpu().double()
+        sums[record.name] += torch.stack([kth(record).cpu().double() * votes_C, votes_C])
+
+    run_observed(model, batches, observe, routing)
+    cuts = {}
+    for name, (kth_C, votes_C) in sum_over_ranks(sums, model.device).items():
+        if not votes_C.all():
+            pools = model.config.depth_pools if isinstance(routers[name], MomaDepthRouter) else []
+            silent = [pool for pool, votes in zip(pools, votes_C) if not votes] if len(pools) > 1 else ""
+            logger.warning(f"No batch had tokens for {name} {silent or ''}: what had no vote keeps its threshold.")
+        pair = (kth_C / votes_C.clamp(min=1), votes_C)
+        cuts[name] = tuple(part.to(routers[name].threshold) for part in pair)
+    return cuts
+
+
+def _calibrated_report(model, batches, rule, values, cuts, routing):
+    def take(record):
+        mean_C, votes_C = cuts[record.name]
+        old_C = record.router.threshold if rule == "threshold" else record.router.auxiliary.threshold
+        return getattr(record, values) >= torch.where(votes_C > 0, mean_C, old_C)[record.cut_NS]
+
+    counts = SelectionCounts({rule: take})
+    run_observed(model, batches, counts.add, routing)
+    counts.reduce(model.device)
+    return counts.rows()
+
+
+__all__ = ["calibrate_auxiliary_thresholds", "calibrate_thresholds"]

@@ -1,0 +1,147 @@
+# Copyright 2026 The modeling-moma authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""What the plain Trainer lacks: losses by modality and the load of the experts in its logs, and a start for codes."""
+
+from collections import defaultdict
+
+import torch
+import torch.distributed as dist
+from transformers import TrainerCallback
+
+from ..depth_moma import MomaDepthRouter
+from ..routing_context_moma import is_distributed
+from ..routing_moma import MomaRouter
+
+
+class MomaMetricsCallback(TrainerCallback):
+    """Adds to what `Trainer` logs, averaged since its last log, for training and for evaluation apart:
+
+    - `{modality}_loss`: mean cross-entropy of the modality's target tokens, in nats, unweighted;
+    - `{group}_uncovered`, `{group}_covered_twice`: shares of the group's tokens that no expert, and that several
+      experts took, averaged over the layers;
+    - `{group}_peak_load`: tokens of the busiest expert over the mean of its layer's experts;
+    - `{modality}_depth_load`: share of the modality's tokens that a depth layer processed, averaged over these layers
+      (one router serves all modalities, so their mix in a depth layer may drift away from the data's).
+
+    Evaluation's keys have the prefix `eval_`. Forwards in training mode without gradients, as of samples that another
+    callback draws, are left out. A training loss under `expert_choice` sees the future; the loss that
+    `Trainer.evaluate` reports is causal.
+    """
+
+    def __init__(self):
+        self._sums = {True: defaultdict(float), False: defaultdict(float)}
+        self._handles = []
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        """Start to listen to the model."""
+        self.attach(model)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        """Stop listening."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def attach(self, model: torch.nn.Module):
+        """Listen to a `MomaForCausalLM`; `Trainer.train` calls this, `Trainer.evaluate` alone does not."""
+        if self._handles:
+            return
+        self._handles.append(model.register_forward_hook(self._on_forward))
+        for name, module in model.named_modules():
+            if isinstance(module, MomaRouter):
+                # "model.layers.0.mlp.groups.text.router", and more around it under an adapter
+                group = name.rpartition(".groups.")[2].split(".")[0]
+                self._handles.append(module.register_forward_hook(self._router_hook(group)))
+            elif isinstance(module, MomaDepthRouter):
+                modalities = model.config.modalities
+                self._handles.append(module.register_forward_hook(self._depth_hook(modalities)))
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        """Put the averages into the log and start anew."""
+        training = not any(key.startswith("eval_") for key in logs)
+        prefix = "" if training else "eval_"
+        metrics = {f"{prefix}{name}": value for name, value in self._averages(training).items()}
+        logs.update(metrics)
+        # Trainer has already filed a copy of the log
+        if state.log_history:
+            state.log_history[-1].update(metrics)
+
+    def _on_forward(self, module, args, output):
+        losses = getattr(output, "modality_losses", None)
+        is_sample = module.training and not torch.is_grad_enabled()
+        if losses is None or is_sample:
+            return
+        sums = self._sums[module.training]
+        for modality, loss in losses.items():
+            count = output.modality_tokens[modality].float()
+            sums[f"{modality}_loss", "sum"] += loss * count
+            sums[f"{modality}_loss", "count"] += count
+
+    def _router_hook(self, group):
+        @torch.no_grad()
+        def on_route(module, args, output):
+            context, (logits_NE, selection) = args[1], output
+            is_sample = module.training and not context.track
+            if is_sample:
+                return
+            num_tokens = logits_NE.shape[0]
+            # in steps with a static cache a router scores the tokens of all groups
+            if num_tokens == 0 or selection.has_holes:
+                return
+            load_E = torch.bincount(selection.expert_P, minlength=module.num_experts).float()
+            taken_N = torch.bincount(selection.token_P, minlength=num_tokens)
+            sums = self._sums[module.training]
+            for name, value in (
+                ("uncovered", (taken_N == 0).float().mean()),
+                ("covered_twice", (taken_N > 1).float().mean()),
+                ("peak_load", load_E.max() / load_E.mean().clamp(min=1e-9)),
+            ):
+                sums[f"{group}_{name}", "sum"] += value
+                sums[f"{group}_{name}", "count"] += 1.0
+
+        return on_route
+
+    def _depth_hook(self, modalities):
+        @torch.no_grad()
+        def on_choose(module, args, output):
+            context, (_, selection) = args[1], output
+            is_sample = module.training and not context.track
+            if is_sample:
+                return
+            sums = self._sums[module.training]
+            for index, modality in enumerate(modalities):
+                is_token_BT = context.modality_BT == index
+                if context.padding_BT is not None:
+                    is_token_BT = is_token_BT & ~context.padding_BT
+                sums[f"{modality}_depth_load", "sum"] += (selection.chosen_BT & is_token_BT).sum()
+                sums[f"{modality}_depth_load", "count"] += is_token_BT.sum()
+
+        return on_choose
+
+    def _averages(self, training):
+        sums, self._sums[training] = self._sums[training], defaultdict(float)
+        parts = [{key: float(value) for key, value in sums.items()}]
+        if is_distributed():
+            # by name, since a process that saw no token of a modality lacks that modality's
+            parts = [None] * dist.get_world_size()
+            dist.all_gather_object(parts, {key: float(value) for key, value in sums.items()})
+        totals = defaultdict(float)
+        for part in parts:
+            for key, value in part.items():
+                totals[key] += value
+        names = sorted({name for name, _ in totals})
+        return {name: totals[name, "sum"] / totals[name, "count"] for name in names if totals[name, "count"] > 0}
+
+
+__all__ = ["MomaMetricsCallback"]

@@ -1,0 +1,203 @@
+# Copyright 2026 The modeling-moma authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Memory per GPU of training a MoMa on many, in closed form, by layout.
+
+Counted is training with bf16 products and AdamW: weights, gradients and both moments are kept in fp32, 16 bytes per
+parameter. Gathered weights, FSDP's gradients on the wire and activations of products are bf16.
+"""
+
+from dataclasses import dataclass
+
+from ..configuration_moma import MomaConfig
+from ..parameter_counts_moma import attention_parameters, router_parameters
+from .costs import check_config
+from .layouts import Layout
+
+
+FP32, BF16 = 4, 2
+
+
+@dataclass(frozen=True)
+class ParameterParts:
+    """Parameters by the way that layouts split them.
+
+    Attributes:
+        experts (`int`): packed experts of one layer: sharded, and split by tensor and expert parallelism.
+        matrices (`int`): attention and other feed-forward matrices of one layer: not by expert parallelism.
+        whole (`int`): norms and routers of one layer: sharded only. A depth layer's router is left out.
+        ends (`int`): embedding and head, once if tied: split by tensor parallelism.
+    """
+
+    experts: int
+    matrices: int
+    whole: int
+    ends: int
+
+
+def parameter_parts(config: MomaConfig) -> ParameterParts:
+    """Count the parameters of a layer by how layouts split them; see [`ParameterParts`].
+
+    Args:
+        config (`MomaConfig`): the model.
+    """
+    check_config(config)
+    width = config.hidden_size
+    experts = matrices = 0
+    for group in config.expert_groups:
+        weights = 3 * width * config.group_num_experts(group) * config.group_intermediate_size(group)
+        if config.group_num_experts(group) > 1:
+            experts += weights
+        else:
+            matrices += weights
+        matrices += 3 * width * config.group_shared_intermediate_size(group)
+    matrices += 3 * width * config.common_shared_intermediate_size
+    matrices += attention_parameters(config)
+    ends = config.vocab_size * width * (1 if config.tie_word_embeddings else 2)
+    depth_routers = len(config.depth_layers or ()) * router_parameters(config, 1)
+    layers = config.num_parameters() - ends - width - depth_routers
+    whole = layers // config.num_hidden_layers - experts - matrices
+    return ParameterParts(experts, matrices, whole, ends)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one GPU at the peak of a training step.
+
+    Attributes:
+        weights (`float`): fp32 weights.
+        gradients (`float`): fp32 gradients.
+        moments (`float`): AdamW's two fp32 moments.
+        working (`float`): bf16 weights in use; under FSDP those of two layers, of embedding and head, and the
+            gradients of one layer before they are sharded.
+        activations (`float`): what the backward pass needs, and the gradient of the logits.
+    """
+
+    weights: float
+    gradients: float
+    moments: float
+    working: float
+    activations: float
+
+    @property
+    def total(self) -> float:
+        """Sum of all parts."""
+        return self.weights + self.gradients + self.moments + self.working + self.activations
+
+
+def training_memory(config: MomaConfig, layout: Layout, tokens: int, checkpointing: bool = False) -> Memory:
+    """Bytes on one GPU while it trains on `tokens` tokens at once.
+
+    Args:
+        config (`MomaConfig`): the model.
+        layout (`Layout`): who holds what.
+        tokens (`int`): tokens of one forward on one data-parallel rank. Ranks of a tensor-parallel group share them.
+        checkpointing (`bool`, *optional*, defaults to `False`): keep the input of each layer and compute the rest
+            again.
+
+    Returns:
+        [`Memory`]: without what the CUDA context, communication buffers and fragmentation take.
+
+    Raises:
+        ValueError: the layout does not fit the model.
+    """
+    layout.check(config)
+    parts = parameter_parts(config)
+    layer = (parts.matrices + parts.experts / layout.expert) / layout.tensor + parts.whole
+    ends = parts.ends / layout.tensor
+    held = config.num_hidden_layers * ((parts.matrices + parts.experts) / layout.tensor + parts.whole) + ends
+    held /= layout.shard
+    if layout.shard > 1:
+        working = BF16 * (2 * layer + ends) + BF16 * (layer + ends)
+    else:
+        working = BF16 * held
+    activations = activation_bytes(config, tokens, layout.tensor, checkpointing)
+    return Memory(FP32 * held, FP32 * held, 2 * FP32 * held, working, activations)
+
+
+def activation_bytes(config: MomaConfig, tokens: int, tensor: int = 1, checkpointing: bool = False) -> float:
+    """Bytes that the backward pass needs under autocast to bf16, with an attention kernel that stores no scores.
+
+    The peak is where the logits' gradient is made: fp32 logits, their log-softmax and the gradient of each use of
+    them. The residual stream, norms and routers are fp32. `expert_choice` routing and modalities equally frequent.
+
+    Args:
+        config (`MomaConfig`): the model.
+        tokens (`int`): tokens of one forward.
+        tensor (`int`, *optional*, defaults to 1): ranks that split heads and inner widths.
+        checkpointing (`bool`, *optional*, defaults to `False`): see [`training_memory`].
+    """
+    check_config(config)
+    num_depth = len(config.depth_layers or ())
+    share = mean_over_modalities(config, config.pool_depth_capacity) if num_depth else 0
+    layer = _layer_bytes(config, tensor)
+    # chosen tokens are packed and put back; of the others the stream and the router's input remain
+    depth_layer = share * (layer + 3 * FP32 * config.hidden_size) + 2 * FP32 * config.hidden_size
+    # both uses of the logits leave a gradient: the cross-entropy and, with z-loss, the target's logit
+    logits = config.vocab_size * FP32 * (4 if config.z_loss_coef else 3)
+    ends = (2 * FP32 + BF16) * config.hidden_size
+    num_full = config.num_hidden_layers - num_depth
+    if not checkpointing:
+        return tokens * (num_full * layer + num_depth * depth_layer + ends + logits)
+    inputs = config.num_hidden_layers * FP32 * config.hidden_size
+    # when layers are computed again the logits are gone
+    again = layer if num_full else depth_layer
+    return tokens * (inputs + ends + max(again, logits))
+
+
+def mean_over_modalities(config, of_modality):
+    return sum(of_modality(modality) for modality in config.modalities) / len(config.modalities)
+
+
+def _group_of(config, modality):
+    return next(name for name, members in config.expert_groups.items() if modality in members)
+
+
+def experts_per_token(config: MomaConfig) -> float:
+    """Packed experts that a token meets on average, modalities equally frequent; 0 without packed experts."""
+    check_config(config)
+
+    def used(modality):
+        group = _group_of(config, modality)
+        return config.group_capacity_factor(group) if config.group_num_experts(group) > 1 else 0
+
+    return mean_over_modalities(config, used)
+
+
+def _layer_bytes(config, tensor):
+    width = config.hidden_size
+    heads = (config.num_attention_heads + config.num_key_value_heads) * config.head_dim
+    # norms of the residual stream and what they norm; the inputs of projections
+    stream = width * (7 * BF16 + 2 * FP32 + (FP32 if config.norm_placement == "pre" else 0))
+    if config.gate_after_norm:
+        stream += width * FP32
+    # queries and keys before and after their norm, values, the attention's output
+    per_head = {"none": 2 * BF16, "rmsnorm": 3 * BF16 + FP32, "layernorm": 4 * BF16, "layernorm_per_head": 4 * BF16}
+    attention = heads * per_head[config.qk_norm]
+
+    def feed_forward(modality):
+        group = _group_of(config, modality)
+        routed = config.group_num_experts(group) > 1
+        used = config.group_capacity_factor(group) if routed else 1
+        shared = config.group_shared_intermediate_size(group) + config.common_shared_intermediate_size
+        # the router's input; for each chosen token its place in the experts' input, output and sum
+        dispatched = FP32 + (3 * used - 2) * BF16 if routed else 0
+        dispatched += 2 * BF16 if shared else 0
+        return width * dispatched, 4 * BF16 * (used * config.group_intermediate_size(group) + shared)
+
+    dispatched = mean_over_modalities(config, lambda modality: feed_forward(modality)[0])
+    inner = mean_over_modalities(config, lambda modality: feed_forward(modality)[1])
+    return stream + dispatched + (attention + inner) / tensor
+
+
+__all__ = ["Memory", "ParameterParts", "activation_bytes", "experts_per_token", "parameter_parts", "training_memory"]

@@ -1,0 +1,177 @@
+"""What a model's routers see and whom their top K would hold, in eval mode.
+
+Shape suffixes:
+    N tokens that compete for a router (one group's, or a depth layer's), padding excluded, D hidden size,
+    S scores of a token (one for each expert; one of a depth router),
+    C cuts of a router (one for each expert, or for each pool of a depth router).
+"""
+
+from collections.abc import Callable, Iterable
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from transformers import PreTrainedModel
+
+from ..routing_context_moma import RoutingContext
+from ..routing_moma import MomaRouter, MomaRouterBase
+
+
+@dataclass
+class RouterRecord:
+    """What one router saw in one forward, and whom its top K would hold.
+
+    Attributes:
+        name (`str`): of the router among the model's modules.
+        router (`MomaRouterBase`): itself.
+        hidden_ND (`torch.Tensor`): its input, detached, `[N, D]`.
+        scores_NS (`torch.Tensor`): noise-free scores, fp32, `[N, S]`.
+        is_member_NS (`torch.BoolTensor`): membership in the top K, `[N, S]`.
+        cut_NS (`torch.LongTensor`): which of the `C` cuts decides, `[N, S]`.
+        kth_C (`torch.Tensor`): K-th best score as training would record it, `[C]`.
+        votes_C (`torch.Tensor`): 1, or 0 where there was no token to judge by, `[C]`.
+    """
+
+    name: str
+    router: MomaRouterBase
+    hidden_ND: torch.Tensor
+    scores_NS: torch.Tensor
+    is_member_NS: torch.Tensor
+    cut_NS: torch.Tensor
+    kth_C: torch.Tensor
+    votes_C: torch.Tensor
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, name: str, router: MomaRouterBase, hidden: torch.Tensor, context: RoutingContext) -> "RouterRecord":
+        """Let a router in eval mode choose its top K of the tokens it was called with, whatever the routing was."""
+        # a context of its own, so that the model does not learn of the statistics
+        oracle = context.with_routing("expert_choice", track=True)
+        logits, selection = router.forward(hidden, oracle)
+        kth_C, _, votes_C = oracle.statistics[router]
+        scores, hidden = torch.sigmoid(logits), hidden.detach()
+        if isinstance(router, MomaRouter):
+            is_member_NS = torch.zeros_like(scores.t(), dtype=torch.bool).scatter_(1, selection.token_EK, True).t()
+            cut_NS = torch.arange(router.num_experts, device=scores.device).expand_as(scores)
+            return cls(name, router, hidden, scores, is_member_NS, cut_NS, kth_C, votes_C)
+        is_token_BT = torch.ones_like(selection.chosen_BT)
+        if context.padding_BT is not None:
+            is_token_BT = ~context.padding_BT
+        has_pools = len(router.capacities) > 1
+        pool_BT = context.modality_BT if has_pools else torch.zeros_like(is_token_BT, dtype=torch.long)
+        per_token = (scores, selection.chosen_BT, pool_BT)
+        columns = [values_BT[is_token_BT].unsqueeze(-1) for values_BT in per_token]
+        return cls(name, router, hidden[is_token_BT], *columns, kth_C, votes_C)
+
+    @cached_property
+    def predicted_NS(self) -> torch.Tensor:
+        """Probabilities of membership by the auxiliary router, `[N, S]`."""
+        return self.router.predicted_scores(self.hidden_ND)
+
+    @property
+    def kth_predicted_C(self) -> torch.Tensor:
+        """The least of as many best probabilities as the top K has members, `[C]`; 0 where there is no token."""
+        kth_C = torch.zeros_like(self.kth_C)
+        for cut in range(kth_C.shape[0]):
+            is_mine_NS = self.cut_NS == cut
+            members = int(self.is_member_NS[is_mine_NS].sum())
+            if members:
+                kth_C[cut] = self.predicted_NS[is_mine_NS].topk(members).values[-1]
+        return kth_C
+
+
+# tells which (token, expert) pairs a rule takes, [N, S]; a function of the router's input alone
+Rule = Callable[[RouterRecord], torch.Tensor]
+
+
+def threshold_rule(record: RouterRecord) -> torch.Tensor:
+    """Whom the routing `threshold` takes."""
+    return record.scores_NS >= record.router.threshold[record.cut_NS]
+
+
+def auxiliary_rule(record: RouterRecord) -> torch.Tensor:
+    """Whom the routing `auxiliary` takes."""
+    return record.predicted_NS >= record.router.auxiliary.threshold[record.cut_NS]
+
+
+def named_routers(model: torch.nn.Module) -> dict[str, MomaRouterBase]:
+    """All routers of a model, of experts and of depth layers, by module name.
+
+    Raises:
+        ValueError: it has none.
+    """
+    routers = {name: module for name, module in model.named_modules() if isinstance(module, MomaRouterBase)}
+    if not routers:
+        raise ValueError(
+            f"`model` is a {type(model).__name__} without routers: it has no group of several experts and no depth "
+            "layer, so there is nothing to choose."
+        )
+    return routers
+
+
+@contextmanager
+def observed_routers(model: torch.nn.Module, observe: Callable[[RouterRecord], object]):
+    """Within this context `observe` is called inside every forward, after each router.
+
+    Args:
+        model (`torch.nn.Module`): its routers have to be in eval mode: in training their scores may carry noise.
+        observe (`Callable`): gets a [`RouterRecord`]; what it returns is ignored.
+
+    Raises:
+        ValueError: the model has no routers.
+    """
+
+    def hook(name):
+        # must return nothing, else the result would replace the router's
+        def on_route(router, args, output):
+            observe(RouterRecord.of(name, router, *args))
+
+        return on_route
+
+    handles = [router.register_forward_hook(hook(name)) for name, router in named_routers(model).items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def evaluation_mode(model: torch.nn.Module):
+    """Within this context the model is in eval mode; then every module gets its own flag back."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+@torch.no_grad()
+def run_observed(
+    model: PreTrainedModel,
+    batches: Iterable[dict[str, torch.Tensor]],
+    observe: Callable[[RouterRecord], object],
+    routing: str = "expert_choice",
+):
+    """Run batches through the decoder in eval mode, without the head, and show `observe` all routers.
+
+    Args:
+        model (`PreTrainedModel`): not changed.
+        batches (`Iterable[dict[str, torch.Tensor]]`): its inputs; `labels` are left out.
+        observe (`Callable`): gets a [`RouterRecord`] of each router and batch.
+        routing (`str`, *optional*, defaults to `"expert_choice"`): the routing under which the hidden states arise.
+
+    Raises:
+        ValueError: there is no batch, or the model has no routers.
+    """
+    is_empty = True
+    with evaluation_mode(model), observed_routers(model, observe):
+        for batch in batches:
+            is_empty = False
+            inputs = {name: values.to(model.device) for name, values in batch.items() if name != "labels"}
+            model.base_model(**inputs, use_cache=False, routing=routing)
+    if is_empty:
+        raise ValueError("`batches` is empty: at least one batch has to tell the scores apart.")

@@ -1,0 +1,93 @@
+"""How well causal rules hit the top K that they stand for, in exact counts.
+
+Shape suffixes:
+    N tokens that compete for a router, S scores of a token,
+    C cuts of a router (one for each expert, or for each pool of a depth router).
+"""
+
+import torch
+import torch.distributed as dist
+
+from ..routing_context_moma import is_distributed
+from .observation import RouterRecord, Rule
+
+
+class SelectionCounts:
+    """Exact counts of what rules take of a router's tokens, cut by cut, over any number of batches.
+
+    Args:
+        rules (`dict[str, Rule]`): by name.
+    """
+
+    def __init__(self, rules: dict[str, Rule]):
+        self.rules = rules
+        # rows of a router's table: tokens, members, then (taken, members taken) of each rule
+        self.tables: dict[str, torch.Tensor] = {}
+
+    @torch.no_grad()
+    def add(self, record: RouterRecord):
+        """Count one router's forward."""
+        takes = [rule(record) for rule in self.rules.values()]
+        columns = [torch.ones_like(record.is_member_NS), record.is_member_NS]
+        for take_NS in takes:
+            columns += [take_NS, take_NS & record.is_member_NS]
+        flags = torch.stack([column.flatten() for column in columns]).long()
+        num_cuts = record.router.threshold.shape[0]
+        table = torch.zeros(flags.shape[0], num_cuts, dtype=torch.long, device=flags.device)
+        table.index_add_(1, record.cut_NS.flatten(), flags)
+        self.tables[record.name] = self.tables.get(record.name, 0) + table.cpu()
+
+    def reduce(self, device: torch.device):
+        """Add up the counts of all processes, on a device where they can meet."""
+        self.tables = sum_over_ranks(self.tables, device)
+
+    def rows(self) -> list[dict]:
+        """One row for each router, for JSON: see [`auxiliary_report`]."""
+        return [{**_place(name), **self._ratios(table)} for name, table in self.tables.items()]
+
+    def totals(self, rule: str) -> dict[str, float | None]:
+        """A rule's `accuracy`, `precision`, `recall` and `load` over all routers together, and the `true_load`."""
+        summed = self._ratios(sum(table.sum(1, keepdim=True) for table in self.tables.values()))
+        quality = {name: value for name, value in summed["rules"][rule].items() if name != "loads"}
+        return {**quality, "true_load": summed["true_load"]}
+
+    def _ratios(self, table):
+        tokens_C, members_C, *taken = table.tolist()
+        tokens, members = sum(tokens_C), sum(members_C)
+        result = {
+            "tokens": tokens_C,
+            "true_load": _ratio(members, tokens),
+            "true_loads": [_ratio(*pair) for pair in zip(members_C, tokens_C)],
+            "rules": {},
+        }
+        for rule, taken_C, hits_C in zip(self.rules, taken[::2], taken[1::2]):
+            takes, hits = sum(taken_C), sum(hits_C)
+            result["rules"][rule] = {
+                "accuracy": _ratio(tokens - members - takes + 2 * hits, tokens),
+                "precision": _ratio(hits, takes),
+                "recall": _ratio(hits, members),
+                "load": _ratio(takes, tokens),
+                "loads": [_ratio(*pair) for pair in zip(taken_C, tokens_C)],
+            }
+        return result
+
+
+def _ratio(part, whole):
+    return part / whole if whole else None
+
+
+def _place(name):
+    """Layer and group of a router, read from `"model.layers.0.mlp.groups.text.router"`."""
+    parts = name.split(".")
+    group = parts[parts.index("groups") + 1] if "groups" in parts else "depth"
+    return {"router": name, "layer": int(parts[parts.index("layers") + 1]), "group": group}
+
+
+def sum_over_ranks(tensors, device):
+    """Sums of tensors by name, all in one collective."""
+    if not is_distributed():
+        return tensors
+    flat = torch.cat([tensor.flatten() for tensor in tensors.values()]).to(device)
+    dist.all_reduce(flat)
+    parts = flat.cpu().split([tensor.numel() for tensor in tensors.values()])
+    return {name: part.view_as(tensors[name]) for name, part in zip(tensors, parts)}

@@ -1,0 +1,240 @@
+# Copyright 2026 The modeling-moma authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""What a MoMa and its picture tokenizer do on held-out rows: losses, captions, drawings, reconstructions."""
+
+from collections import defaultdict
+from collections.abc import Iterator
+
+import torch
+from datasets import Dataset
+from tqdm.auto import tqdm
+from transformers import set_seed
+
+from tokenization import MomaDataCollator
+
+from .. import MomaForCausalLM
+from .examples import held_out_examples, label_caption
+
+
+# name of that routing in reports, never without its warning
+EXPERT_CHOICE = "expert_choice (sees the future, not a measure of quality)"
+# losses of `held_out_loss` by their name in reports
+LOSSES = {"text": "text", "image": "picture", "overall": "overall"}
+# trainings within this share of one another's FLOPs count as equal
+EQUAL_FLOPS = 0.02
+# nothing that a saved generation config holds may change a greedy caption
+GREEDY = {"do_sample": False, "num_beams": 1, "guidance_scale": 1.0}
+
+
+def picture_batches(split: Dataset, processor, batch_size: int, description: str) -> Iterator[torch.Tensor]:
+    """Yields the pixel values of a split's pictures, with a progress bar."""
+    for start in tqdm(range(0, len(split), batch_size), desc=description):
+        images = split[start : start + batch_size]["image"]
+        yield processor.image_processor(images, return_tensors="pt")["pixel_values"]
+
+
+def load_model(folder: str, device: str) -> MomaForCausalLM:
+    """A model in fp32 and eval mode."""
+    return MomaForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device).eval()
+
+
+def shuffled_held_out(codes: Dataset, processor, seed: int, limit: int | None = None) -> list[dict[str, list[int]]]:
+    """Held-out examples in random order: tokens compete within a batch, which shall hold both orders as in training.
+
+    Args:
+        codes (`datasets.Dataset`): columns `codes`, `style`, `label`.
+        processor (`MomaProcessor`): gives the ids.
+        seed (`int`): of the order.
+        limit (`int`, *optional*): take so many of the pictures, drawn at random with that seed.
+    """
+    if limit is not None:
+        codes = codes.shuffle(seed=seed).select(range(min(limit, len(codes))))
+    examples = held_out_examples(codes, processor)
+    order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed)).tolist()
+    return [examples[index] for index in order]
+
+
+def padded_batches(processor, examples: list[dict], batch_size: int) -> list[dict[str, torch.Tensor]]:
+    """
+    Examples as inputs of the model, in their order.
+
+    Args:
+        processor (`MomaProcessor`): its tokenizer pads.
+        examples (`list[dict]`): `input_ids` each.
+        batch_size (`int`): examples at once; the last batch may be short.
+    """
+    collate = MomaDataCollator(processor.tokenizer)
+    return [collate(examples[start : start + batch_size]) for start in range(0, len(examples), batch_size)]
+
+
+def held_out_batches(codes: Dataset, processor, batch_size: int, seed: int) -> list[dict]:
+    """
+    Held-out examples as padded batches of one size in random order.
+
+    Args:
+        codes (`datasets.Dataset`): see [`shuffled_held_out`].
+        processor (`MomaProcessor`): gives the ids; its tokenizer pads.
+        batch_size (`int`): examples of a batch; a short last one is left out, unless it is the only one.
+        seed (`int`): of the order.
+    """
+    examples = shuffled_held_out(codes, processor, seed)
+    whole = len(examples) // batch_size * batch_size
+    return padded_batches(processor, examples[: whole or None], batch_size)
+
+
+@torch.no_grad()
+def held_out_loss(
+    model,
+    processor,
+    examples: list[dict],
+    batch_size: int,
+    routing: str | None = None,
+    description: str = "loss",
+    depth_routing: str | None = None,
+) -> dict[str, float]:
+    """
+    Mean cross-entropy in nats per target token.
+
+    Args:
+        model (`MomaForCausalLM`): in eval mode.
+        processor (`MomaProcessor`): its tokenizer pads.
+        examples (`list[dict]`): `input_ids` each; every token but the first is a target.
+        batch_size (`int`): examples at once; under `expert_choice` they compete with one another.
+        routing (`str`, *optional*): the model's inference routing by default.
+        description (`str`): of the progress bar.
+        depth_routing (`str`, *optional*): of depth layers, where it is to differ from `routing`.
+
+    Returns:
+        `dict[str, float]`: `overall`, one entry for each modality, and `tokens`, the number of targets.
+    """
+    sums, counts = defaultdict(float), defaultdict(int)
+    for batch in tqdm(padded_batches(processor, examples, batch_size), desc=description):
+        inputs = {name: values.to(model.device) for name, values in batch.items()}
+        output = model(**inputs, routing=routing, depth_routing=depth_routing)
+        for modality, loss in output.modality_losses.items():
+            count = int(output.modality_tokens[modality])
+            sums[modality] += float(loss) * count
+            counts[modality] += count
+    total = sum(counts.values())
+    result = {"overall": sum(sums.values()) / total}
+    result.update({modality: sums[modality] / max(count, 1) for modality, count in counts.items()})
+    return {**result, "tokens": total}
+
+
+def gaps(causal: dict, oracle: dict) -> dict[str, float]:
+    """By which share each causal loss lies above the one that sees the future."""
+    return {name: (causal[name] - oracle[name]) / oracle[name] for name in LOSSES}
+
+
+@torch.inference_mode()
+def write_captions(model, processor, codes: torch.Tensor, batch_size: int, max_new_tokens: int = 32) -> list[str]:
+    """
+    Captions pictures greedily.
+
+    Args:
+        model (`MomaForCausalLM`): in eval mode.
+        processor (`MomaProcessor`): gives the ids.
+        codes (`torch.LongTensor`): `[N, image_seq_length]`, the pictures.
+        batch_size (`int`): pictures at once.
+        max_new_tokens (`int`, defaults to 32): longest caption.
+
+    Returns:
+        `list[str]`: the generated texts.
+    """
+    frame = torch.tensor([processor.tokenizer.bos_token_id, processor.begin_image_token_id])
+    end = torch.tensor([processor.end_image_token_id])
+    texts = []
+    for batch in tqdm(codes.split(batch_size), desc="captions"):
+        rows = len(batch)
+        ids = torch.cat([frame.expand(rows, -1), batch + processor.image_token_offset, end.expand(rows, -1)], dim=1)
+        ids = ids.to(model.device)
+        output = model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            generation_mode="text",
+            max_new_tokens=max_new_tokens,
+            **GREEDY,
+        )
+        texts += processor.batch_decode(output[:, ids.shape[1] :], skip_special_tokens=True)
+    return texts
+
+
+@torch.inference_mode()
+def draw_pictures(model, processor, rows: list[dict], batch_size: int, sampling: dict, seed: int) -> torch.Tensor:
+    """
+    Draws a picture for each row's caption.
+
+    Args:
+        model (`MomaForCausalLM`): in eval mode.
+        processor (`MomaProcessor`): gives the ids.
+        rows (`list[dict]`): `style` and `label` each.
+        batch_size (`int`): pictures at once.
+        sampling (`dict`): arguments of `generate`.
+        seed (`int`): of the sampling.
+
+    Returns:
+        `torch.LongTensor`: codes `[N, image_seq_length]`.
+    """
+    set_seed(seed)
+    captions = [label_caption(row["style"], row["label"]) for row in rows]
+    codes = []
+    for start in tqdm(range(0, len(captions), batch_size), desc="drawings"):
+        inputs = processor(
+            text=captions[start : start + batch_size], padding=True, padding_side="left", return_tensors="pt"
+        ).to(model.device)
+        output = model.generate(**inputs, generation_mode="image", **sampling)
+        codes.append(model.decode_image_tokens(output).cpu())
+    return torch.cat(codes)
+
+
+@torch.inference_mode()
+def encode_pictures(processor, batches: Iterator[torch.Tensor]) -> torch.Tensor:
+    """Codes `[N, image_seq_length]` of pictures given in batches of pixel values."""
+    device = processor.vq_model.device
+    return torch.cat([processor.vq_model.get_image_tokens(batch.to(device)).cpu() for batch in batches])
+
+
+@torch.inference_mode()
+def decode_pictures(processor, codes: torch.Tensor, batch_size: int) -> Iterator[torch.Tensor]:
+    """Yields pixel values in [-1, 1] of coded pictures."""
+    device = processor.vq_model.device
+    for batch in codes.split(batch_size):
+        yield processor.vq_model.decode_image_tokens(batch.to(device)).clamp(-1, 1).cpu()
+
+
+def tokenizer_quality(processor, pictures: list[torch.Tensor], codes: torch.Tensor) -> dict[str, float]:
+    """
+    How well codes keep pictures, and how many codes do the work.
+
+    Args:
+        processor (`MomaProcessor`): holds the VQ model.
+        pictures (`list[torch.Tensor]`): batches of pixel values in [-1, 1], all but the last of one size.
+        codes (`torch.LongTensor`): theirs, `[N, image_seq_length]`.
+
+    Returns:
+        `dict[str, float]`: `psnr` (mean over pictures, dB), `codes_used`, `codebook_size`, `perplexity`.
+    """
+    psnr = []
+    for batch, decoded in zip(pictures, decode_pictures(processor, codes, len(pictures[0])), strict=True):
+        errors = (decoded - batch).pow(2).mean(dim=(1, 2, 3)).clamp(min=1e-10)
+        # the range of [-1, 1] is 2 wide
+        psnr.append(10 * torch.log10(4 / errors))
+    shares = torch.bincount(codes.flatten(), minlength=processor.codebook_size).double() / codes.numel()
+    used = shares[shares > 0]
+    return {
+        "psnr": torch.cat(psnr).mean().item(),
+        "codes_used": used.numel(),
+        "codebook_size": processor.codebook_size,
+        "perplexity": (-(used * used.log()).sum()).exp().item(),
+    }

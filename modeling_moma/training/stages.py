@@ -1,0 +1,141 @@
+# Copyright 2026 The modeling-moma authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Trainings in stages: where an earlier one stopped, whether the data go on from there, and when a run is finished."""
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+
+from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils import logging
+
+from .files import write_aside, write_folder_aside
+from .runs import RUN_FILE
+
+
+UPCYCLING_FILE = "upcycling.json"
+
+logger = logging.get_logger(__name__)
+
+
+class StopAt(TrainerCallback):
+    """End a training at a step of its schedule."""
+
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step >= self.step:
+            control.should_save = control.should_training_stop = True
+        return control
+
+
+class FollowArguments(TrainerCallback):
+    """Log, evaluate and save as often as the arguments say; a restored state says how often its first run did."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        state.compute_steps(args, state.max_steps)
+
+
+class StageTrainer(Trainer):
+    """A Trainer whose optimizer and schedule begin where an earlier stage ended."""
+
+    first_step, earlier_stage = 0, None
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        if checkpoint != self.earlier_stage:
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def create_scheduler(self, num_training_steps: int, optimizer=None):
+        return super().create_scheduler(num_training_steps - self.first_step, optimizer)
+
+
+def data_order(folder: str | Path) -> dict[str, int] | None:
+    """What decided on the order of the data in the training that a model comes from.
+
+    Args:
+        folder (`str` or `Path`): output of this script, a checkpoint in it, or what `moma upcycle` made of either.
+
+    Returns:
+        `dict[str, int]`: `seed`, and `examples_a_step` over all devices; `None` where no file tells.
+    """
+    folder = Path(folder).resolve()
+    run_folder = folder.parent if folder.name.startswith(f"{PREFIX_CHECKPOINT_DIR}-") else folder
+    if (run_folder / RUN_FILE).is_file():
+        run = json.loads((run_folder / RUN_FILE).read_text())
+        order = {"seed": run.get("arguments", {}).get("seed"), "examples_a_step": run["examples_a_step"]}
+        return None if order["seed"] is None else order
+    if (folder / UPCYCLING_FILE).is_file():
+        return json.loads((folder / UPCYCLING_FILE).read_text()).get("data_order")
+    return None
+
+
+def examples_a_step(args: TrainingArguments) -> int:
+    """Examples that one optimizer step takes on all devices together."""
+    return args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+
+
+def first_step(args: argparse.Namespace, training_arguments: TrainingArguments) -> int:
+    """Training steps that the earlier stage of `--model` took, 0 when nothing tells.
+
+    Raises:
+        ValueError: that stage was finished, took its data in another order, or this one would end before it.
+    """
+    state_file = Path(args.model or "") / TRAINER_STATE_NAME
+    if not args.model or args.restart_data or not state_file.is_file():
+        return 0
+    state = TrainerState.load_from_json(str(state_file))
+    anew = "--restart-data begins anew in the data."
+    if state.global_step == state.max_steps:
+        raise ValueError(
+            f"`--model` {args.model!r} comes from a training that is finished: it has taken all of its "
+            f"{state.max_steps} steps, and no data are left for further ones. {anew}"
+        )
+    # the data are a permutation that the seed draws of all examples of all steps; examples a step give the place in it
+    checks = [("`--steps`", state.max_steps, args.steps)]
+    order = data_order(args.model)
+    if order is None:
+        logger.warning(
+            f"`--model` {args.model!r} does not come with the {RUN_FILE} of its training, so the order of the data "
+            f"cannot be checked: with another --seed or --gradient-accumulation-steps, or another number of devices, "
+            f"some would come again. {anew}"
+        )
+        checks.append(("`--batch-size` times devices", state.train_batch_size, training_arguments.train_batch_size))
+    else:
+        product = "`--batch-size` times `--gradient-accumulation-steps` times devices"
+        checks.append(("`--seed`", order["seed"], args.seed))
+        checks.append((product, order["examples_a_step"], examples_a_step(training_arguments)))
+    for name, then, now in checks:
+        if then != now:
+            raise ValueError(
+                f"{name} = {now} is not the {then} of the stage that `--model` comes from, so it would meet some of "
+                f"its data again. {anew}"
+            )
+    if state.global_step >= (args.stop_at or args.steps):
+        raise ValueError(
+            f"`--model` has taken {state.global_step} steps already, which `--steps` {args.steps} and `--stop-at` "
+            f"{args.stop_at} count, too: nothing is left to train. {anew}"
+        )
+    return state.global_step
+
+
+def copy_checkpoint(checkpoint: str | Path, output: Path):
+    """Make a run's last checkpoint its result."""
+    left_out = shutil.ignore_patterns("optimizer.pt", "scheduler.pt", "rng_state*", TRAINER_STATE_NAME)
+    write_folder_aside(output, lambda folder: shutil.copytree(checkpoint, folder, ignore=left_out))
+    # last: the sign of a finished run
+    write_aside(output / TRAINER_STATE_NAME, lambda path: shutil.copy(Path(checkpoint) / TRAINER_STATE_NAME, path))

@@ -1,0 +1,70 @@
+# Copyright 2026 The modeling-moma authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Reads generated captions and says how many are right."""
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+
+from emoji_recipe.cells import STYLES
+from emoji_recipe.judge import LEVELS, accuracies
+
+
+def parse_caption(text: str) -> tuple[str, str] | None:
+    """
+    Splits `"STYLE: LABEL"`.
+
+    Args:
+        text (`str`): a generated caption, such as `"noto: flag: Norway"`, whose label is `"flag: Norway"`.
+
+    Returns:
+        `tuple[str, str]`: style and label, or `None` where the text is no caption of a known style (keyword captions,
+        `"noto tags: ..."`, have no label).
+    """
+    style, colon, label = text.strip().partition(": ")
+    if not colon or style not in STYLES or not label:
+        return None
+    return style, label
+
+
+def label_table(rows: Iterable[dict]) -> dict[str, dict]:
+    """Maps each label to `{"label", "subgroup", "group"}`; every label has one place in the data set."""
+    return {row["label"]: {level: row[level] for level in LEVELS} for row in rows}
+
+
+def caption_accuracies(texts: Sequence[str], wanted: Sequence[dict], table: dict[str, dict]) -> dict[str, float]:
+    """
+    Scores generated captions. Text that cannot be parsed and labels that the data set lacks count as wrong.
+
+    Args:
+        texts: one caption of each picture.
+        wanted: rows with `style`, `label`, `subgroup` and `group`. Same length.
+        table: from `label_table`.
+
+    Returns:
+        `dict[str, float]`: shares in [0, 1]: `label` (exact match), `subgroup`, `group`, `style`, and `known_label`,
+        the share of captions whose label exists.
+    """
+    parsed = [parse_caption(text) for text in texts]
+    found = [table.get(caption[1]) if caption else None for caption in parsed]
+    result = accuracies(found, wanted)
+    styles = [caption is not None and caption[0] == row["style"] for caption, row in zip(parsed, wanted, strict=True)]
+    result["style"] = sum(styles) / len(styles)
+    result["known_label"] = sum(row is not None for row in found) / len(found)
+    return result
+
+
+def majority_accuracies(train: Sequence[dict], wanted: Sequence[dict]) -> dict[str, float]:
+    """Shares of `wanted` that the most frequent label, subgroup and group of `train` would get right."""
+    most_frequent = {level: Counter(row[level] for row in train).most_common(1)[0][0] for level in LEVELS}
+    return accuracies([most_frequent] * len(wanted), wanted)

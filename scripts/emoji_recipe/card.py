@@ -1,0 +1,89 @@
+# Copyright 2026 The modeling-moma authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Fills the numbers of the data set card, so that every number in it is counted."""
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+
+import yaml
+
+from emoji_recipe.cells import SPLITS, STYLES, drawing_cell
+
+
+_START, _END = "<!-- counts: start -->", "<!-- counts: end -->"
+
+
+def fill_card(card: str, rows: dict[str, Sequence[dict]], sizes: dict[str, int], largest_component: str) -> str:
+    """
+    Returns the card with its counts and its `dataset_info` replaced.
+
+    Args:
+        card (`str`): the text of a `README.md` with a YAML head and the two `counts` comments.
+        rows: the rows of each split, with `style`, `label` and `image` (`{"bytes": ...}`).
+        sizes (`dict[str, int]`): bytes of each split's parquet file.
+        largest_component (`str`): what the largest group of merged cells is.
+    """
+    head = re.match(r"---\n(.*?)\n---\n", card, flags=re.DOTALL)
+    if head is None or _START not in card or _END not in card:
+        raise ValueError(f"`card` needs a YAML head between `---` lines and the comments {_START} and {_END}.")
+    metadata = yaml.safe_load(head.group(1))
+    metadata["dataset_info"]["splits"] = [
+        {
+            "name": split,
+            "num_bytes": sum(len(row["image"]["bytes"]) for row in rows[split]),
+            "num_examples": len(rows[split]),
+        }
+        for split in SPLITS
+    ]
+    metadata["dataset_info"]["download_size"] = sum(sizes.values())
+    metadata["dataset_info"]["dataset_size"] = sum(split["num_bytes"] for split in metadata["dataset_info"]["splits"])
+    body = card[head.end() :]
+    before, rest = body.split(_START)
+    after = rest.split(_END)[1]
+    counts = count_table(rows) + "\n\n" + count_notes(rows, largest_component)
+    yaml_head = yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True)
+    return f"---\n{yaml_head}---\n{before}{_START}\n{counts}\n{_END}{after}"
+
+
+def count_table(rows: dict[str, Sequence[dict]]) -> str:
+    """Returns a Markdown table of the number of pictures by style and split."""
+    counts = Counter((row["style"], split) for split in SPLITS for row in rows[split])
+    lines = [f"| style | {' | '.join(SPLITS)} | all |", "|---|" + "---:|" * (len(SPLITS) + 1)]
+    for style in STYLES:
+        numbers = [counts[style, split] for split in SPLITS]
+        lines.append(f"| {style} | " + " | ".join(f"{number:,}" for number in [*numbers, sum(numbers)]) + " |")
+    numbers = [len(rows[split]) for split in SPLITS]
+    lines.append("| all | " + " | ".join(f"{number:,}" for number in [*numbers, sum(numbers)]) + " |")
+    return "\n".join(lines)
+
+
+def count_notes(rows: dict[str, Sequence[dict]], largest_component: str) -> str:
+    """Returns a Markdown list of further counts."""
+    everything = [row for split in SPLITS for row in rows[split]]
+    cells = {split: {drawing_cell(row["label"], row["style"]) for row in rows[split]} for split in SPLITS}
+    words = {word for row in everything for word in re.findall(r"\w+", " ".join([row["label"], *row["keywords"]]))}
+    keywords = sum(len(row["keywords"]) for row in everything) / len(everything)
+    return "\n".join(
+        [
+            f"- Labels: {len({row['label'] for row in everything}):,}; groups: "
+            f"{len({row['group'] for row in everything})}; subgroups: "
+            f"{len({row['subgroup'] for row in everything})}; distinct words in labels and keywords: {len(words):,}.",
+            f"- Keywords per picture: {keywords:.1f} on average.",
+            "- (base label, drawing family) cells: "
+            + ", ".join(f"{len(cells[split]):,} in {split}" for split in SPLITS)
+            + ".",
+            f"- Largest group of merged cells: {largest_component}.",
+        ]
+    )

@@ -1,0 +1,114 @@
+# Copyright 2026 The modeling-moma authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Says what a picture shows: the label of the nearest training picture that another designer drew."""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from emoji_recipe.cells import drawing_family
+
+
+LEVELS = ("label", "subgroup", "group")
+
+
+@dataclass
+class PictureJudge:
+    """Nearest neighbour, by the cosine of ImageNet features, among reference pictures of other drawing families.
+
+    Excluding the asked style's own family makes it a test of what is drawn, not of how one designer draws.
+
+    Args:
+        extract (`Callable`): pixel values `[B, 3, H, W]` in [-1, 1] to features `[B, D]`, such as
+            `MomaVQPerceptualNetwork().features`.
+        features (`torch.Tensor`): `[N, D]`, of the reference pictures.
+        rows (`Sequence[dict]`): `style`, `label`, `subgroup` and `group` of each reference picture.
+
+    Raises:
+        ValueError: features and rows are of different number.
+    """
+
+    extract: Callable[[torch.Tensor], torch.Tensor]
+    features: torch.Tensor
+    rows: Sequence[dict]
+
+    def __post_init__(self):
+        if len(self.features) != len(self.rows):
+            raise ValueError(f"`features` has {len(self.features)} rows, but `rows` has {len(self.rows)}.")
+        self.features = F.normalize(self.features.float(), dim=1)
+        self.families = np.array([drawing_family(row["style"]) for row in self.rows])
+
+    @classmethod
+    def from_batches(
+        cls, extract: Callable[[torch.Tensor], torch.Tensor], batches: Iterable[torch.Tensor], rows: Sequence[dict]
+    ) -> "PictureJudge":
+        """Builds the judge from batches of the reference pictures' pixel values."""
+        return cls(extract, torch.cat([extract(batch).cpu() for batch in batches]), rows)
+
+    def nearest(self, batches: Iterable[torch.Tensor], styles: Sequence[str]) -> list[dict]:
+        """
+        Finds the reference picture that each picture resembles most.
+
+        Args:
+            batches (`Iterable[torch.Tensor]`): pixel values, in the order of `styles`.
+            styles (`Sequence[str]`): the style that each picture has or should have; its family is left out.
+
+        Returns:
+            `list[dict]`: the row of each neighbour.
+
+        Raises:
+            ValueError: the number of pictures is not that of styles, or all references are of one family.
+        """
+        features = F.normalize(torch.cat([self.extract(batch).cpu() for batch in batches]).float(), dim=1)
+        if len(features) != len(styles):
+            raise ValueError(f"`batches` hold {len(features)} pictures, but `styles` has {len(styles)}.")
+        families = np.array([drawing_family(style) for style in styles])
+        same_family = torch.from_numpy(families[:, None] == self.families[None, :])
+        if same_family.all(dim=1).any():
+            raise ValueError(f"`rows` has no picture outside of the families {sorted(set(self.families))}.")
+        similarity = (features @ self.features.T).masked_fill(same_family, -torch.inf)
+        return [self.rows[index] for index in similarity.argmax(dim=1).tolist()]
+
+
+def accuracies(found: Sequence[dict | None], wanted: Sequence[dict]) -> dict[str, float]:
+    """
+    Shares of rows whose label, subgroup and group are right.
+
+    Args:
+        found: a row with `label`, `subgroup` and `group` for each picture, or `None` where there is no answer.
+        wanted: the true rows. Same length.
+
+    Returns:
+        `dict[str, float]`: shares in [0, 1] by level.
+    """
+    if len(found) != len(wanted) or not wanted:
+        raise ValueError(f"`found` has {len(found)} rows and `wanted` {len(wanted)}: they must be as many, and some.")
+    pairs = list(zip(found, wanted, strict=True))
+    return {
+        level: sum(row is not None and row[level] == target[level] for row, target in pairs) / len(pairs)
+        for level in LEVELS
+    }
+
+
+def derangement(length: int, seed: int = 0) -> list[int]:
+    """A random order in which no place keeps its number: one cycle through all of them, known from the seed alone."""
+    if length < 2:
+        raise ValueError(f"`length` is {length}: one place alone cannot move.")
+    cycle = np.random.default_rng(seed).permutation(length)
+    order = np.empty(length, dtype=int)
+    order[cycle] = np.roll(cycle, -1)
+    return order.tolist()

@@ -1,0 +1,264 @@
+# Copyright 2026 The modeling-moma authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Which expert took which token: recorded from one forward of a model, and drawn over pictures and captions."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+from emoji_recipe.sheet import BACKGROUND, FAINT_COLOR, GAP, MARGIN, TEXT_COLOR, printable
+from modeling_moma.modality_split_moma import token_modalities
+from modeling_moma.routing_moma import MomaRouter
+
+
+PICTURE_SIDE = 192
+CHIP_HEIGHT = 26
+LINE_HEIGHT = 22
+FONT_SIZE = 15
+# far apart for colour-blind eyes, and apart from the grey of uncovered tokens
+PALETTE = (
+    "#0072b2", "#e69f00", "#009e73", "#cc3311", "#ee82c8", "#66ccee", "#8b5fbf", "#c8d22e",
+    "#7a4a1e", "#003f5c", "#ff8f7a", "#2fd3a5",
+)  # fmt: skip
+UNCOVERED = "#b4b4b4"
+# the share of the picture in a patch, and the grey that stands for its black: experts keep their colours
+PICTURE_SHARE, DARKEST = 0.3, 110
+
+
+@dataclass
+class RoutedExample:
+    """One sequence with a picture and words, and the experts of each of its tokens.
+
+    Attributes:
+        picture (`PIL.Image.Image`): the picture whose codes stand in the sequence.
+        pieces (`list[str | None]`): the text of each token, `None` where it is a picture code; `[T]`.
+        groups (`list[str]`): the expert group of each token, `[T]`.
+        experts (`list[list[list[int]]]`): by layer and token the experts that took it, best gate first; `[L][T][*]`.
+    """
+
+    picture: Image.Image
+    pieces: list[str | None]
+    groups: list[str]
+    experts: list[list[list[int]]]
+
+
+@torch.no_grad()
+def record_routing(model: torch.nn.Module, input_ids: torch.LongTensor) -> tuple[list[str], list[list[list[int]]]]:
+    """
+    Runs one sequence through a model in its causal routing, and writes down who took which token.
+
+    Args:
+        model (`MomaForCausalLM`): in `eval()` mode.
+        input_ids (`torch.LongTensor`): `[T]`, without padding.
+
+    Returns:
+        `tuple`: the expert group of each token `[T]`, and by layer and token the experts that took it, best gate
+        first. A group of one expert has no router: expert 0 takes all its tokens.
+
+    Raises:
+        ValueError: the model is in training mode, whose routing sees the future.
+    """
+    if model.training:
+        raise ValueError("`model` is in training mode, whose routing may see the future: call `model.eval()` first.")
+    config = model.config
+    group_of = {modality: group for group, members in config.expert_groups.items() for modality in members}
+    groups = [group_of[config.modalities[index]] for index in token_modalities(config, input_ids).tolist()]
+    singles = {group for group in config.expert_groups if config.group_num_experts(group) == 1}
+    experts = [[[0] if group in singles else [] for group in groups] for _ in range(config.num_hidden_layers)]
+
+    def listener(layer, group):
+        places = [place for place, name in enumerate(groups) if name == group]
+
+        def on_route(module, args, output):
+            chosen = output[1]
+            # best gate first
+            order = chosen.weight_P.argsort(descending=True, stable=True)
+            for token, expert in zip(chosen.token_P[order].tolist(), chosen.expert_P[order].tolist(), strict=True):
+                experts[layer][places[token]].append(expert)
+
+        return on_route
+
+    handles = []
+    for name, module in model.named_modules():
+        if isinstance(module, MomaRouter):
+            # "model.layers.0.mlp.groups.text.router"
+            parts = name.split(".")
+            handles.append(module.register_forward_hook(listener(int(parts[2]), parts[-2])))
+    try:
+        model(input_ids=input_ids[None].to(model.device), use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return groups, experts
+
+
+def route_example(model: torch.nn.Module, processor, picture: Image.Image, caption: str) -> RoutedExample:
+    """
+    Records the routing of `<bos> picture caption`.
+
+    Args:
+        model (`MomaForCausalLM`): in `eval()` mode.
+        processor (`MomaProcessor`): gives ids, and reads them back.
+        picture (`PIL.Image.Image`): the picture.
+        caption (`str`): its caption.
+    """
+    ids = processor(images=[picture], text=[f"{processor.image_token}{caption}"], return_tensors="pt")["input_ids"][0]
+    codes = range(processor.image_token_offset, processor.image_token_offset + processor.codebook_size)
+    pieces = [None if token in codes else processor.tokenizer.decode([token]) for token in ids.tolist()]
+    return RoutedExample(picture, pieces, *record_routing(model, ids))
+
+
+def shown_layers(num_layers: int) -> list[int]:
+    """First, middle and last layer, each once."""
+    return sorted({0, (num_layers - 1) // 2, num_layers - 1})
+
+
+def expert_colors(config) -> dict[tuple[str, int], str]:
+    """A colour for each (group, expert); the groups share none as long as the palette lasts."""
+    pairs = [(group, expert) for group in config.expert_groups for expert in range(config.group_num_experts(group))]
+    return {pair: PALETTE[number % len(PALETTE)] for number, pair in enumerate(pairs)}
+
+
+def draw_routing(examples: Sequence[RoutedExample], config) -> Image.Image:
+    """
+    Draws each example as a row: the picture, then for the first, the middle and the last layer the picture with each
+    patch in the colours of its experts, and the caption's tokens in theirs.
+
+    Args:
+        examples (`Sequence[RoutedExample]`): at least one, of models of one configuration.
+        config (`MomaConfig`): gives groups and layers.
+
+    Returns:
+        `PIL.Image.Image`: an RGB picture.
+
+    Raises:
+        ValueError: there are no examples.
+    """
+    if not examples:
+        raise ValueError("`examples` is empty: at least one is needed.")
+    font = ImageFont.load_default(FONT_SIZE)
+    colors = expert_colors(config)
+    layers = shown_layers(config.num_hidden_layers)
+    width = 2 * MARGIN + (len(layers) + 1) * (PICTURE_SIDE + MARGIN) - MARGIN
+    chips = [_place_chips(example, font, PICTURE_SIDE) for example in examples]
+    heights = [
+        LINE_HEIGHT + PICTURE_SIDE + GAP + max(y + CHIP_HEIGHT for _, _, y, _ in placed) + MARGIN for placed in chips
+    ]
+    legend = _draw_legend(config, colors, width, font)
+    sheet = Image.new("RGB", (width, legend.height + sum(heights)), BACKGROUND)
+    sheet.paste(legend, (0, 0))
+    pen = ImageDraw.Draw(sheet)
+    top = legend.height
+    for example, placed, height in zip(examples, chips, heights, strict=True):
+        picture = example.picture.convert("RGB").resize((PICTURE_SIDE, PICTURE_SIDE), Image.Resampling.NEAREST)
+        pen.text((MARGIN, top), "picture", fill=FAINT_COLOR, font=font)
+        sheet.paste(picture, (MARGIN, top + LINE_HEIGHT))
+        for column, layer in enumerate(layers, start=1):
+            left = MARGIN + column * (PICTURE_SIDE + MARGIN)
+            pen.text((left, top), f"layer {layer + 1} of {config.num_hidden_layers}", fill=TEXT_COLOR, font=font)
+            sheet.paste(_draw_patches(example, layer, picture, colors), (left, top + LINE_HEIGHT))
+            for place, x, y, text in placed:
+                box = (left + x, top + LINE_HEIGHT + PICTURE_SIDE + GAP + y)
+                chosen = [colors[example.groups[place], expert] for expert in example.experts[layer][place]]
+                _draw_chip(sheet, box, text, chosen, font)
+        top += height
+    return sheet
+
+
+def _place_chips(example, font, width):
+    """(place in the sequence, x, y, text) of each text token, in lines of at most `width` pixels."""
+    placed, x, y = [], 0, 0
+    for place, piece in enumerate(example.pieces):
+        if piece is None:
+            continue
+        text = printable(piece).strip("<|>") or "_"
+        chip = min(width, int(font.getlength(text)) + 8)
+        if x and x + chip > width:
+            x, y = 0, y + CHIP_HEIGHT
+        placed.append((place, x, y, text))
+        x += chip + 3
+    return placed
+
+
+def _draw_patches(example, layer, picture, colors):
+    """The picture with every patch in the colours of its experts: in halves or stripes where several took it."""
+    places = [place for place, piece in enumerate(example.pieces) if piece is None]
+    grid = math.isqrt(len(places))
+    overlay = Image.new("RGB", picture.size, UNCOVERED)
+    pen = ImageDraw.Draw(overlay)
+    edges = [round(index * PICTURE_SIDE / grid) for index in range(grid + 1)]
+    for index, place in enumerate(places):
+        row, column = divmod(index, grid)
+        box = (edges[column], edges[row], edges[column + 1] - 1, edges[row + 1] - 1)
+        _fill_stripes(pen, box, [colors[example.groups[place], expert] for expert in example.experts[layer][place]])
+    shade = picture.convert("L").point([DARKEST + value * (255 - DARKEST) // 255 for value in range(256)])
+    blended = Image.blend(overlay, shade.convert("RGB"), PICTURE_SHARE)
+    pen = ImageDraw.Draw(blended)
+    for edge in edges[1:-1]:
+        pen.line((edge, 0, edge, PICTURE_SIDE), fill=BACKGROUND)
+        pen.line((0, edge, PICTURE_SIDE, edge), fill=BACKGROUND)
+    return blended
+
+
+def _fill_stripes(pen, box, colors):
+    left, top, right, bottom = box
+    colors = colors or [UNCOVERED]
+    step = (right + 1 - left) / len(colors)
+    for index, color in enumerate(colors):
+        pen.rectangle((left + round(index * step), top, left + round((index + 1) * step) - 1, bottom), fill=color)
+
+
+def _draw_chip(sheet, corner, text, colors, font):
+    pen = ImageDraw.Draw(sheet)
+    left, top = corner
+    right, bottom = left + int(font.getlength(text)) + 7, top + CHIP_HEIGHT - 4
+    # the letters stay black on white, the experts are a band beneath
+    pen.rectangle((left, top, right, bottom), fill="#f2f2f2")
+    _fill_stripes(pen, (left, bottom - 5, right, bottom), colors)
+    pen.text((left + 4, top - 1), text, fill=TEXT_COLOR, font=font)
+
+
+def _draw_legend(config, colors, width, font):
+    """Title, the colour of every expert group by group, and the marks of several experts and of none."""
+    shared = config.common_shared_intermediate_size or any(
+        map(config.group_shared_intermediate_size, config.expert_groups)
+    )
+    lines = [
+        [
+            (None, f"{name} experts:"),
+            *(([colors[name, expert]], str(expert)) for expert in range(config.group_num_experts(name))),
+        ]
+        for name in config.expert_groups
+    ]
+    lines.append(
+        [
+            ([], "no expert" + (", only the shared one" if shared else "")),
+            (list(PALETTE[:2]), "several experts, best gate first"),
+        ]
+    )
+    legend = Image.new("RGB", (width, 2 * MARGIN + LINE_HEIGHT * (len(lines) + 1) + GAP), BACKGROUND)
+    pen = ImageDraw.Draw(legend)
+    pen.text((MARGIN, MARGIN), "Which expert took which token", fill=TEXT_COLOR, font=font)
+    for number, line in enumerate(lines):
+        x, y = MARGIN, MARGIN + GAP + (number + 1) * LINE_HEIGHT
+        for swatch, text in line:
+            if swatch is not None:
+                _fill_stripes(pen, (x, y + 2, x + 15, y + 17), swatch)
+                x += 21
+            pen.text((x, y), text, fill=TEXT_COLOR, font=font)
+            x += int(font.getlength(text)) + 16
+    return legend

@@ -1,0 +1,229 @@
+# Copyright 2026 The modeling-moma authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset, DatasetDict
+from safetensors.torch import load_file
+
+from helpers.tiny import tiny_model, tiny_processor
+from modeling_moma import MomaForCausalLM
+from modeling_moma.cli.calibrate import main as calibrate
+from modeling_moma.cli.train_auxiliary_routers import main as train
+from modeling_moma.tools.auxiliary_training import auxiliary_report
+from modeling_moma.tools.calibration import calibrate_auxiliary_thresholds, calibrate_thresholds
+from modeling_moma.tools.observation import named_routers
+from modeling_moma.training.measures import held_out_batches, load_model
+from release import main as release
+from tokenization import MomaProcessor
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    """A processor, codes, and a bf16 model with a depth layer; the first two in one folder with it."""
+    folder = tmp_path_factory.mktemp("auxiliary")
+    processor = tiny_processor()
+    rng = np.random.default_rng(0)
+
+    def split(rows, codings):
+        codes = rng.integers(0, processor.codebook_size, (rows, codings, processor.image_seq_length)).tolist()
+        texts = {"style": ["noto"] * rows, "label": [f"thing {index}" for index in range(rows)]}
+        return Dataset.from_dict({"codes": codes, **texts, "keywords": [["red", "fruit"]] * rows})
+
+    DatasetDict(train=split(12, 3), validation=split(9, 1)).save_to_disk(folder / "codes")
+    model = tiny_model(
+        processor, depth_layers=[0], depth_inference_routing="threshold", depth_capacity=0.5, initializer_range=0.2
+    )
+    model.save_pretrained(folder / "fp32")
+    MomaForCausalLM.from_pretrained(folder / "fp32", dtype=torch.bfloat16).save_pretrained(folder / "model")
+    processor.save_pretrained(folder / "model")
+    return folder
+
+
+def run(script, inputs, output, *more, model=None):
+    model = str(model or inputs / "model")
+    paths = ["--processor", str(inputs / "model"), "--codes", str(inputs / "codes"), "--output", str(output)]
+    script(["--model", model, *paths, "--batch-size", "4", *more])
+    return output
+
+
+def auxiliary_run(inputs, output, *more):
+    steps = "--steps 4 --eval-steps 4 --save-steps 2 --logging-steps 2 --warmup-steps 0 --learning-rate 0.02".split()
+    return run(train, inputs, output, *steps, *more)
+
+
+@pytest.fixture(scope="module")
+def trained(inputs, tmp_path_factory):
+    return auxiliary_run(inputs, tmp_path_factory.mktemp("trained"))
+
+
+def batches_of(inputs):
+    processor = MomaProcessor.from_pretrained(inputs / "model")
+    return held_out_batches(DatasetDict.load_from_disk(inputs / "codes")["validation"], processor, 4, seed=0)
+
+
+def main_weights(folder):
+    return {name: value for name, value in load_file(folder / "model.safetensors").items() if "auxiliary" not in name}
+
+
+def assert_same(first, second, except_for=()):
+    assert first.keys() == second.keys()
+    for name, value in first.items():
+        if not name.endswith(tuple(except_for)):
+            assert value.dtype == second[name].dtype, name
+            assert torch.equal(value, second[name]), name
+
+
+def test_training_saves_a_model_that_uses_its_auxiliary_routers_and_is_else_the_same_bit_by_bit(inputs, trained):
+    assert_same(main_weights(inputs / "model"), main_weights(trained))
+    config = json.loads((trained / "config.json").read_text())
+    assert config["auxiliary_routers"]
+    assert config["inference_routing"] == "auxiliary"
+    assert config["depth_inference_routing"] is None
+    assert config["dtype"] == "bfloat16"
+
+    model, source = MomaForCausalLM.from_pretrained(trained).eval(), load_model(inputs / "model", "cpu")
+    for router in named_routers(model).values():
+        assert router.auxiliary.threshold.dtype == torch.float32
+        assert (router.auxiliary.threshold != 0.5).all()
+    batch = batches_of(inputs)[0]
+    with torch.no_grad():
+        plain, chosen = (model(**batch, routing=routing).logits for routing in (None, "auxiliary"))
+        assert torch.equal(plain, chosen)
+        # nothing that the main routers decide has changed
+        same = load_model(trained, "cpu")(**batch, routing="threshold").logits
+        assert torch.equal(same, source(**batch, routing="threshold").logits)
+    MomaProcessor.from_pretrained(trained)
+
+
+def test_report_is_of_batches_that_had_no_part_in_the_calibration(inputs, trained):
+    report = json.loads((trained / "auxiliary_routers.json").read_text())
+    batches = batches_of(inputs)
+    # two more examples do not fill a batch
+    assert [len(batch["input_ids"]) for batch in batches] == [4] * 4
+    assert (report["steps"], report["calibration_batches"], report["report_batches"]) == (4, 2, 2)
+    model = load_model(trained, "cpu")
+    assert report["routers"] == auxiliary_report(model, batches[2:])
+    before = {name: router.auxiliary.threshold.clone() for name, router in named_routers(model).items()}
+    calibrate_auxiliary_thresholds(model, batches[:2])
+    for name, router in named_routers(model).items():
+        assert torch.equal(router.auxiliary.threshold, before[name]), name
+
+
+def test_paper_threshold_resume_and_a_model_that_has_auxiliary_routers(inputs, trained, tmp_path):
+    auxiliary_run(inputs, tmp_path, "--threshold", "0.5")
+    first = load_file(trained / "model.safetensors")
+    again = load_file(tmp_path / "model.safetensors")
+    # only the thresholds tell the two trainings apart
+    assert_same(first, again, except_for=["auxiliary.threshold"])
+    assert all((value == 0.5).all() for name, value in again.items() if name.endswith("auxiliary.threshold"))
+    assert json.loads((tmp_path / "auxiliary_routers.json").read_text())["calibration_batches"] == 0
+
+    # killed after the last checkpoint but one, before there was any result
+    for path in tmp_path.iterdir():
+        if path.name != "checkpoint-2":
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    auxiliary_run(inputs, tmp_path, "--threshold", "0.5", "--resume", "--eval-steps", "1", "--save-steps", "4")
+    assert_same(again, load_file(tmp_path / "model.safetensors"))
+    # what is new among the arguments holds, although the checkpoint knows it otherwise
+    log = json.loads((tmp_path / "trainer_state.json").read_text())["log_history"]
+    assert [entry["step"] for entry in log if "eval_loss" in entry][-2:] == [3, 4]
+    # its own results are no hindrance, to who resumes
+    auxiliary_run(inputs, tmp_path, "--threshold", "0.5", "--resume")
+    with pytest.raises(ValueError, match="files of something else"):
+        auxiliary_run(inputs, tmp_path, "--threshold", "0.5")
+    # goes on from the auxiliary routers that are there
+    further = run(train, inputs, tmp_path / "further", "--steps", "1", "--learning-rate", "0", model=trained)
+    assert_same(first, load_file(further / "model.safetensors"), except_for=["auxiliary.threshold"])
+
+
+def test_calibrate_changes_thresholds_alone(inputs, trained, tmp_path):
+    plain = run(calibrate, inputs, tmp_path / "plain", "--batches", "2")
+    changed = (".threshold", ".num_updates")
+    assert_same(main_weights(inputs / "model"), main_weights(plain), except_for=changed)
+    model = load_model(inputs / "model", "cpu")
+    rows = calibrate_thresholds(model, batches_of(inputs)[:2])
+    saved = load_model(plain, "cpu")
+    for name, router in named_routers(model).items():
+        assert torch.equal(router.threshold, saved.get_submodule(name).threshold)
+        assert (saved.get_submodule(name).num_updates == 2).all()
+    report = json.loads((plain / "calibration.json").read_text())
+    assert report["threshold"] == rows
+    assert "auxiliary" not in report
+
+    both = run(calibrate, inputs, tmp_path / "both", "--batches", "3", model=trained)
+    report = json.loads((both / "calibration.json").read_text())
+    assert report["batches"] == 3
+    assert set(report["auxiliary"][0]["rules"]) == {"auxiliary"}
+    state, new = (load_file(folder / "model.safetensors") for folder in (trained, both))
+    assert_same(state, new, except_for=changed)
+    for name in state:
+        assert name.endswith("threshold") != torch.equal(state[name], new[name]) or "num_updates" in name, name
+    assert json.loads((both / "config.json").read_text())["inference_routing"] == "auxiliary"
+
+
+def test_calibrate_sets_the_routing_that_it_is_told(inputs, trained, tmp_path):
+    main = run(
+        calibrate, inputs, tmp_path / "main", "--batches", "1", "--inference-routing", "threshold", model=trained
+    )
+    config = MomaForCausalLM.from_pretrained(main).config
+    assert (config.inference_routing, config.depth_inference_routing) == ("threshold", None)
+    back = run(calibrate, inputs, tmp_path / "back", "--batches", "1", "--inference-routing", "auxiliary", model=main)
+    assert MomaForCausalLM.from_pretrained(back).config.inference_routing == "auxiliary"
+    with pytest.raises(ValueError, match="`--inference-routing` is auxiliary, but `--model` has no auxiliary routers"):
+        run(calibrate, inputs, tmp_path / "never", "--inference-routing", "auxiliary")
+    assert not (tmp_path / "never").exists()
+
+
+def test_folders_of_other_models_are_refused(inputs, trained, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(inputs / "model", other)
+    (other / "checkpoint-2").mkdir()
+    before = sorted(path.name for path in other.rglob("*"))
+    with pytest.raises(ValueError, match="`--output`.*give a new folder"):
+        run(calibrate, inputs, other)
+    for more in ([], ["--resume"]):
+        with pytest.raises(ValueError, match="`--output`.*give a new folder"):
+            auxiliary_run(inputs, other, *more)
+    assert sorted(path.name for path in other.rglob("*")) == before
+
+
+def test_a_released_model_has_no_noise_of_a_training_stage(inputs, tmp_path):
+    model = load_model(inputs / "model", "cpu")
+    model.config.gumbel_noise, model.config.gumbel_noise_steps = 1.0, 100
+    model.save_pretrained(tmp_path / "noisy")
+    folders = ["--model", str(tmp_path / "noisy"), "--processor", str(inputs / "model")]
+    release([*folders, "--output", str(tmp_path / "released")])
+    released = MomaForCausalLM.from_pretrained(tmp_path / "released")
+    assert (released.config.gumbel_noise, released.config.gumbel_noise_steps) == (0.0, None)
+    assert_same(load_file(inputs / "model" / "model.safetensors"), load_file(tmp_path / "released/model.safetensors"))
+
+
+def test_bad_arguments_are_refused(inputs, tmp_path):
+    for name in ("--batches", "--batch-size"):
+        with pytest.raises(SystemExit):
+            run(calibrate, inputs, tmp_path / "never", name, "0")
+    with pytest.raises(SystemExit):
+        auxiliary_run(inputs, tmp_path, "--threshold", "1.5")
+    with pytest.raises(ValueError, match="two are needed"):
+        run(train, inputs, tmp_path / "never", "--steps", "1", "--batch-size", "40")
+    assert not (tmp_path / "never").exists()
+    other = tiny_model(tiny_processor(codes=64))
+    other.save_pretrained(tmp_path / "other")
+    with pytest.raises(ValueError, match="were they made together"):
+        run(calibrate, inputs, tmp_path / "never", model=tmp_path / "other")
+    assert not (tmp_path / "never").exists()

@@ -1,0 +1,190 @@
+# Copyright 2026 The modeling-moma authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from helpers.tiny import tiny_model, tiny_processor
+from modeling_moma.cli.generate import main
+
+
+SIDE, CODES = 16, 32
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    processor = tiny_processor()
+    tiny_model(processor).save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def picture_file(tmp_path):
+    path = tmp_path / "apple.png"
+    values = np.random.default_rng(0).integers(0, 256, (20, 24, 3), dtype=np.uint8)
+    Image.fromarray(values).save(path)
+    return path
+
+
+def copy_folder(folder, target):
+    for path in folder.rglob("*"):
+        if path.is_file():
+            copied = target / path.relative_to(folder)
+            copied.parent.mkdir(parents=True, exist_ok=True)
+            copied.write_bytes(path.read_bytes())
+    return target
+
+
+def test_command_draws_a_picture(model_folder, tmp_path):
+    output = tmp_path / "new" / "picture.png"
+    command = [
+        sys.executable,
+        "-m",
+        "modeling_moma",
+        "generate",
+        "--model",
+        model_folder,
+        "--prompt",
+        "noto: red apple",
+        "--mode",
+        "image",
+    ]
+    done = subprocess.run([*command, "--output", output], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == [str(output)]
+    with Image.open(output) as picture:
+        assert picture.size == (SIDE, SIDE)
+    assert [path.name for path in output.parent.iterdir()] == ["picture.png"]
+
+
+def test_several_prompts_give_numbered_pictures_that_follow_the_seed(model_folder, tmp_path):
+    prompts = ["--prompt", "noto: red apple", "--prompt", "apple"]
+    pixels = {}
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        call = ["--model", str(model_folder), *prompts, "--output", str(tmp_path / f"{name}.png"), "--seed", str(seed)]
+        sampling = ["--temperature", "0.9", "--top-k", "20", "--top-p", "0.9", "--guidance-scale", "2"]
+        assert main([*call, *sampling]) == 0
+        pixels[name] = [Image.open(tmp_path / f"{name}-{index}.png").tobytes() for index in range(2)]
+    assert pixels["a"] == pixels["b"] != pixels["c"]
+
+
+def test_pictures_are_captioned_one_line_each(model_folder, picture_file, capsys):
+    call = ["--model", str(model_folder), "--image", str(picture_file), "--image", str(picture_file)]
+    assert main([*call, "--prompt", "noto:", "--num-beams", "2", "--max-new-tokens", "4"]) == 0
+    first, second, *rest = capsys.readouterr().out.split("\n")
+    assert first == second and rest == [""]
+
+
+def test_interleaved_output_is_written(model_folder, picture_file, tmp_path):
+    call = ["--model", str(model_folder), "--image", str(picture_file), "--mode", "interleaved"]
+    assert main([*call, "--output", str(tmp_path / "out.png")]) == 0
+
+
+@pytest.mark.parametrize("part, file", [("model", "model.safetensors"), ("tokenizer", "vq_model/model.safetensors")])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_checkpoint_with_non_finite_weights_is_refused_by_name(model_folder, tmp_path, capsys, part, file, value):
+    folder = copy_folder(model_folder, tmp_path / "broken")
+    tensors = load_file(folder / file)
+    name = next(name for name in sorted(tensors) if tensors[name].is_floating_point() and tensors[name].ndim > 1)
+    tensors[name].view(-1)[3] = value
+    save_file(tensors, folder / file, metadata={"format": "pt"})
+    assert main(["--model", str(folder), "--prompt", "apple", "--output", str(tmp_path / "p.png")]) == 2
+    error = capsys.readouterr().err
+    assert f"the tensor {name!r} holds NaN or infinite values (1 of" in error
+    assert not (tmp_path / "p.png").exists()
+
+
+def test_truncated_picture_ends_with_a_message_and_no_traceback(model_folder, picture_file):
+    picture_file.write_bytes(picture_file.read_bytes()[:300])
+    command = [sys.executable, "-m", "modeling_moma", "generate", "--model", model_folder, "--image", picture_file]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "apple.png" in done.stderr and "truncated" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ([], "--prompt, --image: give at least one"),
+        (
+            ["--prompt", "a", "--prompt", "b", "--image", "x", "--image", "y", "--image", "z"],
+            "--prompt: given 2 times",
+        ),
+        (["--prompt", "a", "--output", "picture"], "--output: 'picture' has no ending"),
+        (["--prompt", "a", "--output", "x.mpg"], "cannot be written as .mpg (MPEG)"),
+        (["--prompt", "a", "--output", "x.xbm"], "cannot be written as .xbm (XBM)"),
+        (["--prompt", "a", "--output", "x.h5"], "cannot be written as .h5 (HDF5)"),
+        (["--prompt", "a", "--output", "/proc/x.png"], "--output: nothing can be written into '/proc'"),
+        (["--prompt", "a", "--max-new-tokens", "5"], "needs 18 new tokens, but there is room for 5"),
+        (["--image", "missing.png"], "missing.png"),
+    ],
+)
+def test_bad_arguments_end_with_a_message(model_folder, capsys, arguments, message):
+    assert main(["--model", str(model_folder), *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("mode", ["image", "interleaved"])
+def test_where_nothing_can_be_written_is_found_before_anything_is_drawn(tmp_path, capsys, mode):
+    (tmp_path / "folder.png").mkdir()
+    arguments = ["--model", str(tmp_path / "no model is asked for"), "--prompt", "a", "--mode", mode]
+    assert main([*arguments, "--output", str(tmp_path / "folder.png")]) == 2
+    assert "is a folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "option, values",
+    [
+        ("--num-beams", ["0", "-1", "two"]),
+        ("--max-new-tokens", ["0", "-3"]),
+        ("--temperature", ["-1", "nan", "inf"]),
+        ("--top-k", ["-1"]),
+        ("--top-p", ["1.5", "-0.1", "nan"]),
+        ("--guidance-scale", ["nan", "inf", "-2"]),
+    ],
+)
+def test_numbers_out_of_range_are_named(model_folder, capsys, option, values):
+    for value in values:
+        with pytest.raises(SystemExit) as ended:
+            main(["--model", str(model_folder), "--prompt", "a", f"{option}={value}"])
+        assert ended.value.code == 2
+        error = capsys.readouterr().err
+        assert option in error and value in error
+
+
+@pytest.mark.parametrize("prompt", ["<|begin_image|>", "a<|begin_image|><|image_3|><|image_4|>"])
+def test_a_picture_that_the_prompt_begins_is_finished_and_written(model_folder, tmp_path, prompt):
+    output = tmp_path / "picture.png"
+    assert main(["--model", str(model_folder), "--prompt", prompt, "--output", str(output)]) == 0
+    with Image.open(output) as picture:
+        assert picture.size == (SIDE, SIDE)
+
+
+def test_of_a_prompt_with_a_picture_the_drawn_one_is_written(model_folder, picture_file, tmp_path):
+    output = tmp_path / "picture.png"
+    call = ["--model", str(model_folder), "--image", str(picture_file), "--mode", "image", "--output", str(output)]
+    assert main(call) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["apple.png", "picture.png"]
+
+
+def test_missing_model_ends_with_a_message(tmp_path, capsys):
+    assert main(["--model", str(tmp_path / "nothing"), "--prompt", "a"]) == 2
+    assert "nothing" in capsys.readouterr().err

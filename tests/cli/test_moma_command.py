@@ -1,0 +1,56 @@
+# Copyright 2026 The modeling-moma authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The command `moma`: its list of verbs, what it does with a name that is none, and where verbs find their modules."""
+
+import importlib
+import subprocess
+import sys
+
+import pytest
+
+from modeling_moma.cli.main import VERBS, main
+
+
+def test_help_lists_every_verb_with_one_line(capsys):
+    for arguments in (["--help"], ["-h"], []):
+        assert main(arguments) == 0
+        lines = capsys.readouterr().out.splitlines()
+        listed = {line.split()[0]: line for line in lines if line.startswith("  ")}
+        assert list(listed) == list(VERBS)
+        assert all(len(line) < 120 and len(line.split()) > 2 for line in listed.values())
+
+
+def test_unknown_verb_is_named_with_the_known_ones(capsys):
+    assert main(["trian"]) == 2
+    error = capsys.readouterr().err
+    assert "'trian'" in error and all(verb in error for verb in VERBS)
+
+
+@pytest.mark.parametrize("verb", [verb for verb in VERBS if verb != "serve"])
+def test_help_of_a_verb_names_the_command(verb, capsys):
+    with pytest.raises(SystemExit) as exit_info:
+        main([verb, "--help"])
+    assert exit_info.value.code == 0
+    assert capsys.readouterr().out.startswith(f"usage: moma {verb} ")
+
+
+def test_every_verb_has_a_main():
+    for module in VERBS.values():
+        assert callable(importlib.import_module(f"modeling_moma.cli.{module}").main)
+
+
+def test_module_and_command_are_the_same(tmp_path):
+    command = [sys.executable, "-m", "modeling_moma", "plan", "--preset", "moma-90m-4t4i", "--gpus", "1"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and "Recommended" in done.stdout, done.stderr

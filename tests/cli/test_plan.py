@@ -1,0 +1,115 @@
+# Copyright 2026 The modeling-moma authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+import json
+from pathlib import Path
+
+import pytest
+
+from modeling_moma.cli.plan import TABLE, main
+from modeling_moma.configuration_moma import MomaConfig
+
+
+ROOT = Path(__file__).resolve().parents[2]
+DOCUMENT = ROOT / "docs" / "scaling.md"
+
+
+def test_the_table_lists_layouts_that_fit_and_recommends_the_first(capsys):
+    assert main(["--preset", "moma-1.4b-4t4i", "--gpus", "64", "--top", "3", "--steps", "1000"]) == 0
+    table, note = capsys.readouterr().out.split("\n\n")
+    rows = [line.strip("| ").split(" | ") for line in table.splitlines()[2:]]
+    assert len(rows) == 3
+    assert all(float(row[1]) <= 72 for row in rows)
+    assert note.startswith(f"Recommended: {rows[0][0]}, ")
+    assert "1,000 steps take" in note
+    assert "Do not fit, even one sequence at a time: DDP 64 (" in note
+
+
+def test_json_holds_every_layout_in_bytes_and_seconds(capsys):
+    assert main(["--preset", "moma-1.4b-4t4i", "--gpus", "64", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["arguments"]["gpus"] == 64
+    assert report["plans"][0]["layout"]["name"] == "HSDP 8 x 8"
+    assert report["plans"][0]["memory"]["total"] < 72e9 < report["do_not_fit"][0]["least_memory"]
+    exchanges = {item["name"] for plan in report["plans"] for item in plan["collectives"]}
+    assert {"weights", "experts", "tokens to experts"} <= exchanges
+
+
+def test_the_overview_has_the_fastest_layout_of_every_preset(capsys):
+    assert main(["--overview"]) == 0
+    rows = dict(line.strip("| ").split(" | ", 1) for line in capsys.readouterr().out.splitlines()[2:])
+    assert list(rows) == MomaConfig.preset_names()
+    assert rows["moma-90m-4t4i"].startswith("one copy, 9 GB | DDP 8, ")
+    assert rows["moma-1.4b-4t4i"].startswith("does not fit | FSDP 8, 70 GB | HSDP 8 x 8, ")
+
+
+def test_a_config_serves_as_well_as_a_preset(capsys):
+    for config in ("model_cards/moma-emoji", "model_cards/moma-emoji/config.json"):
+        arguments = ["--config", str(ROOT / config), "--gpus", "1", "--sequence-length", "128"]
+        assert main([*arguments, "--tokens-per-gpu", "8192"]) == 0
+        assert "Recommended: one copy" in capsys.readouterr().out
+
+
+def test_where_nothing_fits_the_smallest_need_is_told(capsys):
+    assert main(["--preset", "moma-1.4b-4t4i", "--gpus", "1"]) == 2
+    output = capsys.readouterr()
+    assert output.out == ""
+    assert "no layout fits 1 GPUs of 80 GB: the smallest, one copy, needs 1" in output.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        (["--preset", "moma-90m-4t4i", "--gpus", "9"], "no whole number of nodes"),
+        (["--preset", "moma-90m-4t4i", "--utilization", "2"], "`utilization` is a share"),
+        (["--config", "nowhere"], "nowhere"),
+        (["--write", "nowhere.md"], "nowhere.md"),
+    ],
+)
+def test_bad_arguments_are_told_in_one_line(arguments, match, capsys):
+    assert main(arguments) == 2
+    error = capsys.readouterr().err.strip()
+    assert match in error and error.startswith("error: ")
+
+
+def test_an_incomplete_config_is_told_with_the_likely_cause(capsys):
+    assert main(["--config", str(ROOT / "recipes" / "emoji-4t4i.yaml")]) == 2
+    error = capsys.readouterr().err.strip()
+    assert "emoji-4t4i.yaml: no complete MomaConfig. Does it lack the token layout" in error
+    assert error.startswith("error: ") and "\n" not in error
+
+
+def test_a_folder_without_a_config_is_refused(tmp_path, capsys):
+    assert main(["--config", str(tmp_path)]) == 2
+    assert "the folder has no config.json" in capsys.readouterr().err
+
+
+def test_tables_of_a_document_are_computed_anew(tmp_path, capsys):
+    document = tmp_path / "page.md"
+    document.write_text("before\n<!-- plan: --preset moma-90m-4t4i --gpus 1 -->\nold\n<!-- /plan -->\nafter\n")
+    assert main(["--write", str(document)]) == 0
+    text = document.read_text()
+    assert text.startswith("before\n<!-- plan: --preset moma-90m-4t4i --gpus 1 -->\n| layout |")
+    assert text.endswith("days.\n<!-- /plan -->\nafter\n") or text.endswith("GPU.\n<!-- /plan -->\nafter\n")
+    assert "old" not in text
+    (tmp_path / "none.md").write_text("no table")
+    assert main(["--write", str(tmp_path / "none.md")]) == 2
+    assert "no table between" in capsys.readouterr().err
+
+
+def test_the_page_on_scaling_holds_what_the_script_computes(tmp_path):
+    copy = tmp_path / "scaling.md"
+    copy.write_text(DOCUMENT.read_text())
+    assert len(TABLE.findall(copy.read_text())) >= 5
+    assert main(["--write", str(copy)]) == 0
+    assert copy.read_text() == DOCUMENT.read_text(), "run: moma plan --write docs/scaling.md"

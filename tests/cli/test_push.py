@@ -1,0 +1,393 @@
+# Copyright 2026 The modeling-moma authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""`moma push` before anything is sent: what is listed, what is refused, and why."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+
+from helpers.tiny import tiny_model, tiny_processor
+from modeling_moma.cli import push as push_to_hub
+from modeling_moma.hub.card import check_dataset, measured_numbers, with_datasets
+from modeling_moma.hub.upload import prepare
+from modeling_moma.training.measures import EXPERT_CHOICE
+
+
+METADATA = {
+    "license": "apache-2.0",
+    "library_name": "transformers",
+    "pipeline_tag": "any-to-any",
+    "datasets": ["someone/emoji"],
+    "tags": ["moma"],
+    "model-index": [
+        {
+            "name": "moma-tiny",
+            "results": [
+                {
+                    "task": {"type": "image-to-text"},
+                    "dataset": {"type": "someone/emoji", "name": "Emoji"},
+                    "metrics": [{"type": "accuracy", "name": "label accuracy", "value": 0.191}],
+                }
+            ],
+        }
+    ],
+}
+REPORT = {
+    "pictures": 581,
+    "models": {"model": {"hidden_size": 256}},
+    "loss": {"causal": {"text": 0.9922214, "tokens": 85300}, EXPERT_CHOICE: {"text": 0.9931336}},
+    "captions": {"model": {"label": 0.19104991}, "dense": {"label": 0.1686746}},
+}
+BODY = "\n# A tiny model\n\n![curves](curves.png) and [the report](evaluation.json), `[no](link)`\n"
+
+
+def card(body=BODY, **changes):
+    metadata = {key: value for key, value in {**METADATA, **changes}.items() if value is not None}
+    return f"---\n{yaml.safe_dump(metadata, sort_keys=False)}---\n{body}"
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A folder that is laid out as its repository, and the two that it could be made of."""
+    root, processor = tmp_path_factory.mktemp("push"), tiny_processor()
+    model = tiny_model(processor)
+    model.save_pretrained(root / "model")
+    processor.save_pretrained(root / "processor")
+    (root / "model" / "README.md").write_text(card())
+    (root / "model" / "evaluation.json").write_text(json.dumps(REPORT))
+    (root / "model" / "curves.png").write_bytes(b"a picture")
+    shutil.copytree(root / "processor", root / "whole")
+    shutil.copytree(root / "model", root / "whole", dirs_exist_ok=True)
+    shutil.copytree(root / "whole", root / "shards")
+    (root / "shards" / "model.safetensors").unlink()
+    model.save_pretrained(root / "shards", max_shard_size="40KB")
+    return root
+
+
+@pytest.fixture
+def folder(whole, tmp_path):
+    return Path(shutil.copytree(whole / "whole", tmp_path / "model"))
+
+
+def edit(path: Path, change):
+    """Changes a JSON file in place; `change` gets its content."""
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+def refusal(folder, **arguments) -> str:
+    with pytest.raises(ValueError) as refused:
+        prepare(folder, **arguments)
+    return str(refused.value)
+
+
+def test_a_whole_folder_is_taken_as_it_is(whole):
+    upload = prepare(whole / "whole")
+    files = {str(path.relative_to(whole / "whole")) for path in (whole / "whole").rglob("*") if path.is_file()}
+    assert set(upload.files) == files and not upload.left_out
+
+
+def test_model_and_processor_become_one_repository(whole):
+    upload = prepare(whole / "model", whole / "processor")
+    assert set(upload.files) == set(prepare(whole / "whole").files)
+    assert upload.files["vq_model/model.safetensors"].parent.parent == whole / "processor"
+    assert upload.files["config.json"].parent == whole / "model"
+
+
+def test_a_folder_of_everything_gives_its_processor_only(whole):
+    upload = prepare(whole / "model", whole / "whole")
+    assert set(upload.files) == set(prepare(whole / "whole").files)
+    assert upload.files["model.safetensors"].parent == whole / "model"
+
+
+# path -> what of it is listed, and why
+LEFT = {
+    "training_args.bin": ("training_args.bin", "a pickle"),
+    "trainer_state.json": ("trainer_state.json", "a record of the training"),
+    "run.json": ("run.json", "a record of the training"),
+    "zero_to_fp32.py": ("zero_to_fp32.py", "a tool of the training"),
+    ".hidden": (".hidden", "hidden"),
+    ".env": (".env", "hidden"),
+    "checkpoint-5/model.safetensors": ("checkpoint-5", "a state of the training"),
+    "global_step5/zero.safetensors": ("global_step5", "a state of the training"),
+    "pytorch_model_fsdp_0/__0_0.distcp": ("pytorch_model_fsdp_0", "a state of the training"),
+    "optimizer.safetensors": ("optimizer.safetensors", "a state of the training"),
+    "optimizer_0/shard.json": ("optimizer_0", "a state of the training"),
+    "scheduler.json": ("scheduler.json", "a state of the training"),
+    "vq_model/optimizer.safetensors": ("vq_model/optimizer.safetensors", "a state of the training"),
+    "runs/now.txt": ("runs", "logs of the training"),
+    "logs/now.txt": ("logs", "logs of the training"),
+    "wandb/config.json": ("wandb", "logs of the training"),
+    "cache/notes.txt": ("cache", "a cache"),
+    "hf_token.txt": ("hf_token.txt", "perhaps a secret"),
+    "client_secret.json": ("client_secret.json", "perhaps a secret"),
+    "Credentials.json": ("Credentials.json", "perhaps a secret"),
+    **{
+        name: (name, "no kind of file that a model has")
+        for name in (
+            "last.ckpt",
+            "events.out.tfevents.1",
+            "train.log",
+            "words/data-0.arrow",
+            "shards/__0_0.distcp",
+            "latest",
+            "token",
+            "my.env",
+            "id_rsa",
+        )
+    },
+}
+
+
+@pytest.mark.parametrize("name", LEFT)
+def test_what_training_left_stays_here(folder, name):
+    expected = set(prepare(folder).files)
+    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / name).write_bytes(b"x")
+    upload = prepare(folder)
+    listed, reason = LEFT[name]
+    assert upload.left_out == {listed: reason}
+    assert set(upload.files) == expected
+
+
+def test_a_link_to_a_file_is_the_file_and_one_to_a_folder_stays_here(folder):
+    expected = set(prepare(folder).files)
+    # as in the Hub's cache
+    (folder / "model.safetensors").rename(folder.parent / "blob")
+    (folder / "model.safetensors").symlink_to("../blob")
+    (folder / "loop").symlink_to(".")
+    (folder / "elsewhere").symlink_to(folder.parent)
+    upload = prepare(folder)
+    assert set(upload.files) == expected
+    assert upload.left_out == dict.fromkeys(("loop", "elsewhere"), "a link to a folder")
+    (folder / "vq_model").rename(folder.parent / "vq_model")
+    (folder / "vq_model").symlink_to("../vq_model")
+    assert "vq_model (a link to a folder)" in refusal(folder).splitlines()[-1]
+
+
+@pytest.mark.parametrize("name", ["curves.svg", "again.json"])
+def test_a_link_that_leads_nowhere_is_refused(folder, name):
+    (folder / "curves.svg").symlink_to("lost.svg")
+    (folder / "again.json").symlink_to("again.json")
+    (folder / name).rename(folder / "vq_model" / name)
+    (folder / ({"curves.svg", "again.json"} - {name}).pop()).unlink()
+    assert f"vq_model/{name} is a link to " in refusal(folder)
+
+
+NEEDED = (
+    "config.json generation_config.json processor_config.json tokenizer.json tokenizer_config.json README.md "
+    "vq_model/config.json model.safetensors vq_model/model.safetensors"
+).split()
+
+
+@pytest.mark.parametrize("name", NEEDED)
+def test_a_missing_file_is_named(folder, name):
+    (folder / name).unlink()
+    assert f"{name} is missing" in refusal(folder)
+
+
+def test_every_file_of_code_is_needed(folder):
+    code = sorted(path.name for path in folder.glob("*.py"))
+    assert {"modeling_moma.py", "rotary_moma.py", "processing_moma.py", "trunk_moma_vq.py"} <= set(code)
+    for name in code:
+        aside = (folder / name).rename(folder.parent / name)
+        assert f"{name} is missing" in refusal(folder), name
+        aside.rename(folder / name)
+
+
+def test_all_problems_are_told_at_once(folder):
+    (folder / "generation_config.json").unlink()
+    (folder / "README.md").write_text(card(license=None))
+    assert {line.split(" is ")[0] for line in refusal(folder).splitlines()} == {
+        "generation_config.json",
+        "README.md: license",
+    }
+
+
+def drop_auto(name):
+    return lambda folder: edit(folder / "config.json", lambda config: config["auto_map"].pop(name))
+
+
+def set_config(**fields):
+    return lambda folder: edit(folder / "config.json", lambda config: config.update(fields))
+
+
+def set_auto(reference):
+    return lambda folder: edit(folder / "config.json", lambda config: config["auto_map"].update(AutoModel=reference))
+
+
+def cut(name, size):
+    return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:size])
+
+
+def write(name, text):
+    return lambda folder: (folder / name).write_text(text)
+
+
+def no_image_processor(folder):
+    edit(folder / "processor_config.json", lambda config: config["image_processor"].pop("auto_map"))
+
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
+BROKEN_FILES = {
+    "no AutoConfig": (drop_auto("AutoConfig"), "config.json: auto_map.AutoConfig is missing: saved without"),
+    "no AutoModel": (drop_auto("AutoModel"), "config.json: auto_map.AutoModel is missing"),
+    "no multimodal": (drop_auto("AutoModelForMultimodalLM"), "auto_map.AutoModelForMultimodalLM is missing"),
+    "no image processor": (no_image_processor, "image_processor.auto_map.AutoImageProcessor is missing"),
+    "no such class": (
+        set_auto("modeling_moma.Moma"),
+        "'modeling_moma.Moma', but modeling_moma.py has no class 'Moma'",
+    ),
+    "no such module": (set_auto("modeling_llama.Llama"), "'modeling_llama.Llama', but modeling_llama.py is missing"),
+    "code elsewhere": (set_auto("a/b--modeling_moma.MomaModel"), "'a/b--modeling_moma.MomaModel', code of another"),
+    "no Python": (write("modeling_moma.py", "def broken(:\n"), "modeling_moma.py is no Python"),
+    "no Python within": (write("rotary_moma.py", "def broken(:\n"), "rotary_moma.py is no Python"),
+    "no JSON": (cut("config.json", 100), "config.json cannot be read as JSON"),
+    "no object": (write("tokenizer.json", "[]"), "tokenizer.json holds a list"),
+    "cut weights": (
+        cut("model.safetensors", 5000),
+        "model.safetensors of 5,000 bytes is no readable safetensors file",
+    ),
+    "cut header": (cut("vq_model/model.safetensors", 7), "vq_model/model.safetensors of 7 bytes"),
+    "pointer": (write("model.safetensors", POINTER), "model.safetensors is the pointer of a large file"),
+    "two layouts": (write("model.safetensors.index.json", "{}"), "are both there: one is of an older save"),
+    "other ids": (set_config(begin_image_token_id=7), "begin_image_token_id 7, but the processor has"),
+    "other codes": (set_config(modality_token_ranges={"image": [[9, 19]]}), "modality_token_ranges.image holds 10"),
+}
+
+
+@pytest.mark.parametrize("damage, message", BROKEN_FILES.values(), ids=BROKEN_FILES)
+def test_a_folder_that_would_not_load_is_refused(folder, damage, message):
+    damage(folder)
+    assert message in refusal(folder)
+
+
+def test_shards_are_taken_and_a_lost_or_foreign_one_is_named(whole, tmp_path):
+    folder = shutil.copytree(whole / "shards", tmp_path / "shards")
+    shards = sorted(name for name in prepare(folder).files if name.startswith("model-"))
+    assert len(shards) > 1
+    shutil.copy(folder / shards[1], folder / shards[0])
+    assert f"{shards[0]} lacks" in refusal(folder)
+    (folder / shards[0]).unlink()
+    assert f"{shards[0]} is missing, which model.safetensors.index.json names" in refusal(folder)
+
+
+def test_code_of_two_versions_is_refused(whole, tmp_path):
+    processor = shutil.copytree(whole / "whole", tmp_path / "processor")
+    model = shutil.copytree(whole / "whole", tmp_path / "model")
+    with (processor / "processing_moma.py").open("a") as file:
+        file.write("# changed\n")
+    assert "processing_moma.py of `processor`" in refusal(model, processor=processor)
+
+
+def metric(**fields):
+    index = json.loads(json.dumps(METADATA["model-index"]))
+    index[0]["results"][0]["metrics"][0].update(fields)
+    return index
+
+
+BROKEN_CARDS = {
+    "library": (card(library_name="timm"), "library_name is 'timm', not 'transformers'"),
+    "pipeline": (card(pipeline_tag="text-generation"), "pipeline_tag is 'text-generation', not 'any-to-any'"),
+    "license": (card(license=None), "license is None"),
+    "tags": (card(tags=None), "tags is None"),
+    "no datasets": (card(datasets=None), "datasets is None"),
+    "no id": (card(datasets=["my data"]), "the data set 'my data' is no id of the Hub"),
+    "no head": (BODY, "README.md has no metadata"),
+    "no YAML": ("---\nlicense: [\n---\n", "the metadata cannot be read"),
+    "no results": (card(**{"model-index": [{"name": "x"}]}), "the metadata cannot be read"),
+    "edited": (card(**{"model-index": metric(value=0.2)}), "label accuracy is 0.2, which evaluation.json does not"),
+    "a baseline's": (
+        card(**{"model-index": metric(value=0.1687)}),
+        "is 0.1687, which evaluation.json does not measure",
+    ),
+    "of the oracle": (
+        card(**{"model-index": metric(value=0.9931)}),
+        "is 0.9931, which evaluation.json does not measure",
+    ),
+    "a size": (card(**{"model-index": metric(value=256)}), "is 256, which evaluation.json does not measure"),
+    "text": (card(**{"model-index": metric(value="good")}), "is 'good', which is no number"),
+    "lost picture": (card(BODY.replace("curves", "lost")), "the link 'lost.png' leads to no file"),
+    "link out": (card("[data](../../data/README.md)"), "'../../data/README.md' leads out of the folder"),
+}
+
+
+@pytest.mark.parametrize("text, message", BROKEN_CARDS.values(), ids=BROKEN_CARDS)
+def test_a_card_that_would_mislead_is_refused(folder, text, message):
+    (folder / "README.md").write_text(text)
+    assert message in refusal(folder)
+
+
+def test_numbers_without_a_report_are_refused(folder):
+    (folder / "evaluation.json").unlink()
+    (folder / "README.md").write_text(card("\n# A tiny model\n"))
+    assert "model-index has 1 values, but evaluation.json is missing" in refusal(folder)
+    (folder / "README.md").write_text(card("\n# A tiny model\n", **{"model-index": None}))
+    prepare(folder)
+
+
+def test_a_report_that_is_no_report_is_refused(folder):
+    (folder / "evaluation.json").write_text("[0.191]")
+    assert "evaluation.json holds a list, not an object" in refusal(folder)
+
+
+def test_measured_numbers_are_those_of_the_model_under_causal_routing():
+    assert measured_numbers(REPORT) == [0.9922214, 0.19104991]
+
+
+def test_a_local_data_set_needs_its_id_on_the_hub(folder):
+    (folder.parent / "data" / "emoji").mkdir(parents=True)
+    index = metric()
+    index[0]["results"][0]["dataset"]["type"] = "data/emoji"
+    text = card("see [data](../data/emoji/README.md#splits)".replace("#splits", ""), datasets=["data/emoji"])
+    (folder / "README.md").write_text(text.replace("type: someone/emoji", "type: data/emoji"))
+    message = refusal(folder)
+    assert "'data/emoji' is a path of this machine" in message and "--dataset data/emoji=USER/NAME" in message
+    content = prepare(folder, datasets={"data/emoji": "someone/emoji"}).files["README.md"].decode()
+    assert yaml.safe_load(content.split("---")[1]) == METADATA
+    assert content.endswith("see [data](https://huggingface.co/datasets/someone/emoji)")
+    # the folder keeps its card
+    assert "data/emoji" in (folder / "README.md").read_text()
+
+
+def test_an_id_on_the_hub_may_be_that_of_a_local_folder_too(folder):
+    (folder.parent / "someone" / "emoji").mkdir(parents=True)
+    assert "'someone/emoji' is a path of this machine" in refusal(folder)
+    upload = prepare(folder, datasets={"someone/emoji": "someone/emoji"})
+    assert yaml.safe_load(dict(upload.files)["README.md"].read_text().split("---")[1]) == METADATA
+
+
+def test_a_data_set_that_the_card_does_not_name_cannot_be_mapped(folder):
+    assert "maps 'data/emojis', but the card names ['someone/emoji']" in refusal(
+        folder, datasets={"data/emojis": "someone/emoji"}
+    )
+    assert "maps 'someone/emoji' to 'a/b/c', which is no id" in refusal(folder, datasets={"someone/emoji": "a/b/c"})
+
+
+def test_a_card_without_mapped_data_sets_keeps_its_very_text(folder):
+    assert with_datasets(card(), {}) == card()
+    assert prepare(folder).files["README.md"] == folder / "README.md"
+    assert list(check_dataset("someone/emoji", folder)) == []
+
+
+def test_a_refusal_is_an_exit_code_and_a_message(folder, capsys):
+    (folder / "tokenizer.json").unlink()
+    assert push_to_hub.main(["--model", str(folder), "--repo-id", "someone/moma-tiny"]) == 2
+    assert "refused, nothing was sent:\ntokenizer.json is missing" in capsys.readouterr().err
+    assert push_to_hub.main(["--model", str(folder / "nowhere"), "--repo-id", "someone/moma-tiny"]) == 2
+    assert "nowhere', which is no folder" in capsys.readouterr().err

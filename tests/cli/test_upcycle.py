@@ -1,0 +1,139 @@
+# Copyright 2026 The modeling-moma authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, TrainerState
+
+from helpers.tiny import tiny_model, tiny_processor
+from modeling_moma.cli import upcycle
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A seed as the Trainer saves it."""
+    folder = tmp_path_factory.mktemp("seed") / "checkpoint-5"
+    tiny_model(tiny_processor(), num_experts={"text": 1, "image": 1}).save_pretrained(folder)
+    TrainerState(global_step=5, max_steps=20, train_batch_size=4).save_to_json(str(folder / "trainer_state.json"))
+    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin"):
+        (folder / name).write_bytes(b"of the seed")
+    return folder
+
+
+def run(checkpoint, output, *more, to="4t4i"):
+    upcycle.main(["--model", str(checkpoint), "--to", to, "--output", str(output), *more])
+
+
+def test_folder_is_a_model_with_its_receipt_and_the_position_in_the_data(checkpoint, tmp_path, capsys):
+    before = {path.name: path.read_bytes() for path in checkpoint.iterdir()}
+    output = tmp_path / "runs" / "upcycled"
+    run(checkpoint, output, "--gumbel-noise", "0.5", "--gumbel-noise-steps", "30", "--preserve-function")
+    model = AutoModelForCausalLM.from_pretrained(output)
+    assert model.config.num_experts == {"text": 4, "image": 4}
+    assert (model.config.gumbel_noise, model.config.gumbel_noise_steps) == (0.5, 30)
+    assert model.config.normalize_gates
+    weights, seed = load_file(output / "model.safetensors"), load_file(checkpoint / "model.safetensors")
+    for expert in weights["model.layers.1.mlp.groups.image.experts.down_proj"]:
+        assert torch.equal(expert, seed["model.layers.1.mlp.groups.image.mlp.down_proj.weight"])
+
+    assert (output / "trainer_state.json").read_bytes() == before["trainer_state.json"]
+    receipt = json.loads((output / "upcycling.json").read_text())
+    assert receipt["arguments"]["to"] == "4t4i" and receipt["arguments"]["model"] == str(checkpoint)
+    # two layers of two groups, each with two packed matrices and a router of four tensors
+    assert receipt["data_order"] is None
+    assert receipt["tensors"]["copied"] == 8 and receipt["tensors"]["new"] == 16
+    assert set(receipt["coverage"]) == {"text", "image"}
+    assert receipt["ffn_difference"]["text"][1] == pytest.approx(0, abs=1e-6)
+    assert json.loads(capsys.readouterr().out) == {
+        key: receipt[key] for key in receipt if key not in ("arguments", "data_order")
+    }
+    expected = {"config.json", "generation_config.json", "model.safetensors", "trainer_state.json", "upcycling.json"}
+    # the code comes along, as with every saved model
+    assert {path.name for path in output.iterdir() if path.suffix != ".py"} == expected
+    assert [path.name for path in output.parent.iterdir()] == ["upcycled"]
+    assert {path.name: path.read_bytes() for path in checkpoint.iterdir()} == before
+
+
+def write_run(folder, **run):
+    (folder / "run.json").write_text(json.dumps(run))
+
+
+def test_receipt_tells_what_decided_on_the_order_of_the_seeds_data(checkpoint, tmp_path):
+    seed = tmp_path / "seed"
+    shutil.copytree(checkpoint, seed / "checkpoint-5")
+    shutil.copytree(checkpoint, seed, dirs_exist_ok=True)
+    write_run(seed, examples_a_step=8, first_step=0, arguments={"seed": 3, "batch_size": 4})
+    for source in (seed / "checkpoint-5", seed):
+        run(source, tmp_path / f"from-{source.name}", "--seed", "1", to="2t1i")
+        receipt = json.loads((tmp_path / f"from-{source.name}" / "upcycling.json").read_text())
+        assert receipt["data_order"] == {"seed": 3, "examples_a_step": 8}
+    # as runs were described once
+    write_run(seed, examples_a_step=8)
+    run(seed, tmp_path / "older", to="2t1i")
+    assert json.loads((tmp_path / "older" / "upcycling.json").read_text())["data_order"] is None
+
+
+def test_model_that_is_grown_once_more_keeps_the_order_of_its_data(checkpoint, tmp_path):
+    shutil.copytree(checkpoint, tmp_path / "seed")
+    write_run(tmp_path / "seed", examples_a_step=8, arguments={"seed": 3})
+    run(tmp_path / "seed", tmp_path / "same", to="1t1i")
+    run(tmp_path / "same", tmp_path / "more", to="2t2i")
+    receipt = json.loads((tmp_path / "more" / "upcycling.json").read_text())
+    assert receipt["data_order"] == {"seed": 3, "examples_a_step": 8}
+
+
+def test_seed_of_the_script_decides_everything_random(checkpoint, tmp_path):
+    for name, seed in (("first", "1"), ("again", "1"), ("other", "2")):
+        run(checkpoint, tmp_path / name, "--seed", seed, "--perturbation", "0.1", to="2t1i")
+    first, again, other = (load_file(tmp_path / name / "model.safetensors") for name in ("first", "again", "other"))
+    assert all(torch.equal(tensor, again[name]) for name, tensor in first.items())
+    for name in ("router.weight", "experts.down_proj"):
+        name = f"model.layers.0.mlp.groups.text.{name}"
+        assert not torch.equal(first[name], other[name])
+
+
+def test_model_without_a_trainer_state_gets_none(checkpoint, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(checkpoint)
+    model.save_pretrained(tmp_path / "model")
+    run(tmp_path / "model", tmp_path / "upcycled")
+    assert not (tmp_path / "upcycled" / "trainer_state.json").exists()
+
+
+@pytest.mark.parametrize("to, message", [("4t", "`name` = '4t'"), ("4t4i4t", "'4t4i'"), ("8x", "`num_experts` = 8")])
+def test_bad_target_is_named_and_nothing_is_written(checkpoint, tmp_path, to, message):
+    with pytest.raises(ValueError, match=message):
+        run(checkpoint, tmp_path / "upcycled", to=to)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_folder_with_files_is_refused_and_kept(checkpoint, tmp_path):
+    (tmp_path / "optimizer.pt").write_bytes(b"of another model")
+    with pytest.raises(ValueError, match="`--output`"):
+        run(checkpoint, tmp_path)
+    with pytest.raises(ValueError, match="`--output`"):
+        run(checkpoint, checkpoint)
+    assert [path.name for path in tmp_path.iterdir()] == ["optimizer.pt"]
+
+
+def test_probe_has_rows_of_every_modality():
+    config = tiny_model(tiny_processor()).config
+    ids = upcycle.probe_batch(config, rows=4, length=9)["input_ids"]
+    ((start, stop),) = config.modality_token_ranges["image"]
+    is_image = (ids >= start) & (ids < stop)
+    assert ids.shape == (4, 9)
+    assert is_image.all(dim=1).tolist() == [False, True, False, True]
+    assert is_image.any(dim=1).tolist() == [False, True, False, True]

@@ -1,0 +1,239 @@
+# Copyright 2026 The modeling-moma authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+import json
+import os
+import struct
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from modeling_moma.convert.reading import CheckpointError, CheckpointReader, read_json, read_pickle
+
+
+TENSORS = {
+    "a": torch.arange(12.0).reshape(3, 4),
+    "b": torch.arange(6).reshape(2, 3).to(torch.bfloat16),
+    "c": torch.tensor(7),
+    "d": torch.empty(0, 4),
+    "e": torch.tensor([True, False, True]),
+}
+
+
+def save_single(folder: Path, tensors=TENSORS) -> Path:
+    save_file(tensors, folder / "model.safetensors")
+    return folder
+
+
+def save_sharded(folder: Path, shards=(("a", "b"), ("c", "d", "e")), suffix="safetensors", stem="model") -> Path:
+    weight_map = {}
+    for number, names in enumerate(shards, start=1):
+        shard = f"{stem}-{number:05}-of-{len(shards):05}.{suffix}"
+        tensors = {name: TENSORS[name] for name in names}
+        if suffix == "safetensors":
+            save_file(tensors, folder / shard)
+        else:
+            torch.save(tensors, folder / shard)
+        weight_map |= dict.fromkeys(names, shard)
+    write_index(folder, weight_map, f"{stem}.{suffix}.index.json")
+    return folder
+
+
+def write_index(folder: Path, weight_map: dict, name="model.safetensors.index.json"):
+    (folder / name).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+def read_index(folder: Path) -> dict:
+    return json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+
+
+@pytest.mark.parametrize("save", [save_single, save_sharded])
+def test_every_tensor_is_read_as_it_was_saved(save, tmp_path):
+    reader = CheckpointReader(save(tmp_path))
+    assert set(reader) == set(TENSORS)
+    for name, tensor in TENSORS.items():
+        assert reader.shapes[name] == tuple(tensor.shape)
+        assert reader.dtypes[name] == tensor.dtype
+        assert reader[name].dtype == tensor.dtype
+        assert torch.equal(reader.read(name), tensor)
+
+
+def test_rows_are_read_alone(tmp_path):
+    reader = CheckpointReader(save_single(tmp_path))
+    for rows in (slice(0, 2), slice(1, 3), slice(2, 9), slice(3, 9)):
+        assert torch.equal(reader.read("a", rows), TENSORS["a"][rows])
+
+
+def test_huge_file_is_opened_without_reading_its_data(tmp_path):
+    num_bytes = 1 << 36
+    header = {"big": {"dtype": "F32", "shape": [num_bytes // 4096, 1024], "data_offsets": [0, num_bytes]}}
+    text = json.dumps(header).encode()
+    with (tmp_path / "model.safetensors").open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        file.truncate(8 + len(text) + num_bytes)
+    reader = CheckpointReader(tmp_path)
+    assert reader.shapes["big"] == (num_bytes // 4096, 1024)
+    assert reader.read("big", slice(5, 7)).shape == (2, 1024)
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="reads /proc")
+def test_files_stay_neither_open_nor_mapped(tmp_path):
+    reader = CheckpointReader(save_single(tmp_path))
+    kept = reader.read("a")
+    assert str(tmp_path) not in Path("/proc/self/maps").read_text()
+    descriptors = [os.readlink(link) for link in Path("/proc/self/fd").iterdir() if link.exists()]
+    assert not [path for path in descriptors if str(tmp_path) in path]
+    assert torch.equal(kept, TENSORS["a"])
+
+
+@pytest.mark.parametrize("cut", [1, 40, 300])
+def test_truncated_shard_is_refused_by_name(cut, tmp_path):
+    save_sharded(tmp_path)
+    shard = tmp_path / "model-00001-of-00002.safetensors"
+    os.truncate(shard, max(shard.stat().st_size - cut, 4))
+    with pytest.raises(CheckpointError, match="model-00001-of-00002.safetensors"):
+        CheckpointReader(tmp_path)
+
+
+def test_file_cut_after_opening_is_refused_at_reading(tmp_path):
+    reader = CheckpointReader(save_single(tmp_path, {"a": TENSORS["a"]}))
+    os.truncate(tmp_path / "model.safetensors", (tmp_path / "model.safetensors").stat().st_size - 4)
+    with pytest.raises(CheckpointError, match="ends within the tensor 'a'"):
+        reader.read("a")
+
+
+def test_missing_shard_is_refused_by_name(tmp_path):
+    save_sharded(tmp_path)
+    (tmp_path / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="model-00002-of-00002.safetensors: this shard is missing.*'c'"):
+        CheckpointReader(tmp_path)
+
+
+def test_key_of_the_index_that_the_shard_lacks_is_named(tmp_path):
+    save_sharded(tmp_path)
+    write_index(tmp_path, {**read_index(tmp_path), "lost": "model-00001-of-00002.safetensors"})
+    with pytest.raises(CheckpointError, match="'lost'"):
+        CheckpointReader(tmp_path)
+
+
+def test_key_of_a_shard_that_the_index_lacks_is_named(tmp_path):
+    save_sharded(tmp_path)
+    write_index(tmp_path, {name: shard for name, shard in read_index(tmp_path).items() if name != "b"})
+    with pytest.raises(CheckpointError, match="'b', which the index"):
+        CheckpointReader(tmp_path)
+
+
+def test_index_cannot_point_out_of_the_folder(tmp_path):
+    save_single(tmp_path)
+    folder = tmp_path / "inner"
+    folder.mkdir()
+    write_index(folder, {"a": "../model.safetensors"})
+    with pytest.raises(CheckpointError, match="outside the folder"):
+        CheckpointReader(folder)
+
+
+@pytest.mark.parametrize(
+    "info",
+    [
+        {"dtype": "F32", "shape": [3, 4], "data_offsets": [0, 40]},
+        {"dtype": "F33", "shape": [3, 4], "data_offsets": [0, 48]},
+        {"dtype": "F32", "shape": [3, 4]},
+        {"dtype": "F32", "shape": [3, 4], "data_offsets": [-8, 40]},
+    ],
+)
+def test_header_that_contradicts_itself_is_refused_with_the_key(info, tmp_path):
+    text = json.dumps({"broken": info}).encode()
+    (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + bytes(48))
+    with pytest.raises(CheckpointError, match="model.safetensors.*'broken'"):
+        CheckpointReader(tmp_path)
+
+
+def test_other_files_are_no_safetensors(tmp_path):
+    (tmp_path / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\nsize 5\n")
+    with pytest.raises(CheckpointError, match="no safetensors file"):
+        CheckpointReader(tmp_path)
+
+
+@pytest.mark.parametrize("is_sharded", [False, True])
+def test_pickle_is_refused_by_name_unless_allowed(is_sharded, tmp_path):
+    if is_sharded:
+        save_sharded(tmp_path, suffix="bin", stem="pytorch_model")
+    else:
+        torch.save(TENSORS, tmp_path / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match=r"pytorch_model.*\.bin: a pickle.*--allow-pickle"):
+        CheckpointReader(tmp_path)
+    reader = CheckpointReader(tmp_path, allow_pickle=True)
+    assert set(reader) == set(TENSORS)
+    for name, tensor in TENSORS.items():
+        assert reader.shapes[name] == tuple(tensor.shape)
+        assert torch.equal(reader[name], tensor)
+    assert torch.equal(reader.read("a", slice(1, 3)), TENSORS["a"][1:])
+
+
+class Malicious:
+    def __reduce__(self):
+        return (os.mkdir, ("ran",))
+
+
+def test_allowed_pickle_still_runs_no_code(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"a": Malicious()}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match="pytorch_model.bin"):
+        CheckpointReader(tmp_path, allow_pickle=True)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_truncated_pickle_is_refused_by_name(tmp_path):
+    torch.save(TENSORS, tmp_path / "pytorch_model.bin")
+    os.truncate(tmp_path / "pytorch_model.bin", (tmp_path / "pytorch_model.bin").stat().st_size - 100)
+    with pytest.raises(CheckpointError, match="pytorch_model.bin"):
+        CheckpointReader(tmp_path, allow_pickle=True)
+
+
+def test_training_checkpoint_is_refused_with_what_to_do_and_its_state_dict_alone_is_read(tmp_path):
+    torch.save({"state_dict": TENSORS, "epoch": 3, "callbacks": Malicious()}, tmp_path / "last.ckpt")
+    with pytest.raises(CheckpointError, match=r"last.ckpt.*training code is installed, save the state_dict alone"):
+        read_pickle(tmp_path / "last.ckpt")
+    torch.save({"state_dict": TENSORS, "epoch": 3}, tmp_path / "plain.ckpt")
+    assert read_pickle(tmp_path / "plain.ckpt").keys() == TENSORS.keys()
+    for content in ([TENSORS], {"state_dict": 3}, {"a": 1.0}):
+        torch.save(content, tmp_path / "other.ckpt")
+        with pytest.raises(CheckpointError, match="other.ckpt: it holds no tensors by name"):
+            read_pickle(tmp_path / "other.ckpt")
+
+
+def test_json_is_an_object_or_refused_by_file(tmp_path):
+    path = tmp_path / "settings.json"
+    assert read_json(path, default={}) == {}
+    with pytest.raises(CheckpointError, match="settings.json: no such file"):
+        read_json(path)
+    for text in ('{"a": ', "[1]"):
+        path.write_text(text)
+        with pytest.raises(CheckpointError, match="settings.json.*JSON"):
+            read_json(path, default={})
+
+
+def test_safetensors_win_over_pickles(tmp_path):
+    torch.save({"other": torch.zeros(1)}, tmp_path / "pytorch_model.bin")
+    assert set(CheckpointReader(save_single(tmp_path), allow_pickle=True)) == set(TENSORS)
+
+
+def test_folder_without_weights_or_config_is_refused(tmp_path):
+    with pytest.raises(CheckpointError, match="neither model.safetensors"):
+        CheckpointReader(tmp_path)
+    with pytest.raises(CheckpointError, match="no such folder.*hf download"):
+        CheckpointReader(tmp_path / "absent")
+    with pytest.raises(CheckpointError, match="config.json"):
+        _ = CheckpointReader(save_single(tmp_path)).config

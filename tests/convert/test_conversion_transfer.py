@@ -1,0 +1,193 @@
+# Copyright 2026 The modeling-moma authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+import os
+import platform
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from modeling_moma import MomaConfig, MomaForCausalLM
+from modeling_moma.convert.probe import ProbeResult
+from modeling_moma.convert.reading import CheckpointError, CheckpointReader
+from modeling_moma.convert.transfer import Entry, transfer
+
+
+CONFIG = MomaConfig(
+    vocab_size=48,
+    hidden_size=16,
+    intermediate_size=8,
+    num_hidden_layers=1,
+    num_attention_heads=2,
+    max_position_embeddings=32,
+    image_seq_length=4,
+    modality_token_ranges={"image": [[8, 16]]},
+    begin_image_token_id=16,
+    end_image_token_id=17,
+    num_experts={"text": 1, "image": 1},
+)
+HEAD = "lm_head.weight"
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return MomaForCausalLM(CONFIG)
+
+
+@pytest.fixture
+def reader(model, tmp_path):
+    folder = tmp_path / "source"
+    folder.mkdir()
+    (folder / "config.json").write_text('{"model_type": "moma"}')
+    save_file(model.state_dict(), folder / "model.safetensors")
+    return CheckpointReader(folder)
+
+
+@pytest.fixture
+def entries(model):
+    return [Entry(name, tuple(tensor.shape), (name,)) for name, tensor in model.state_dict().items()]
+
+
+def replaced(entries, name, *new):
+    return [entry for entry in entries if entry.name != name] + list(new)
+
+
+def test_folder_holds_the_tensors_in_shards_of_the_size_asked_for(reader, entries, model, tmp_path):
+    receipt = transfer(reader, CONFIG, entries, tmp_path / "moma", max_shard_size="4KB")
+    shards = sorted((tmp_path / "moma").glob("model-*.safetensors"))
+    assert len(shards) == receipt.files > 1
+    assert receipt.tensor_bytes == 4 * model.num_parameters()
+    largest = max(tensor.nbytes for tensor in model.state_dict().values())
+    for shard in shards:
+        assert sum(tensor.nbytes for tensor in load_file(shard).values()) <= max(4000, largest)
+    loaded, report = MomaForCausalLM.from_pretrained(tmp_path / "moma", output_loading_info=True)
+    assert not any(report.values())
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor)
+
+
+def test_tensors_keep_their_types_unless_one_is_asked_for(reader, entries, model, tmp_path):
+    tensors = {name: tensor if "norm" in name else tensor.half() for name, tensor in model.state_dict().items()}
+    save_file(tensors, reader.folder / "model.safetensors")
+    reader = CheckpointReader(reader.folder)
+    for dtype in (None, torch.bfloat16):
+        transfer(reader, CONFIG, entries, tmp_path / str(dtype), dtype=dtype)
+        loaded = load_file(tmp_path / str(dtype) / "model.safetensors")
+        for name, tensor in tensors.items():
+            assert loaded[name].dtype == (dtype or tensor.dtype)
+            assert torch.equal(loaded[name], tensor.to(loaded[name].dtype))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda entries: replaced(entries, HEAD), f"'{HEAD}': nothing is given"),
+        (lambda entries: [*entries, entries[-1]], "is given 2 times"),
+        (lambda entries: [*entries, Entry("model.other", (1,))], "'model.other'.* no such key"),
+        (lambda entries: replaced(entries, HEAD, Entry(HEAD, (40, 16), (HEAD,))), r"\(40, 16\).*\(48, 16\)"),
+        (lambda entries: replaced(entries, HEAD, Entry(HEAD, (48, 16), ("absent",))), "lacks the key 'absent'"),
+        (
+            lambda entries: replaced(entries, HEAD, Entry(HEAD, (48, 16), (HEAD,), source_shapes=((48, 15),))),
+            r"\(48, 16\).*\(48, 15\)",
+        ),
+        (
+            lambda entries: replaced(entries, HEAD, Entry(HEAD, (48, 16), build=lambda: torch.ones(48, 16))),
+            f"nothing takes the key '{HEAD}'",
+        ),
+    ],
+)
+def test_entries_that_do_not_fit_are_refused_before_any_tensor_is_read(change, message, reader, entries, tmp_path):
+    def build(*tensors):
+        raise AssertionError("read")
+
+    for entry in entries:
+        entry.build = build
+    with pytest.raises(CheckpointError, match=message):
+        transfer(reader, CONFIG, change(entries), tmp_path / "moma")
+    assert not [path for path in tmp_path.iterdir() if "moma" in path.name]
+
+
+def test_left_out_keys_are_counted_by_reason(reader, entries, tmp_path):
+    new = Entry(HEAD, (48, 16), build=lambda: torch.ones(48, 16), kind="new")
+    receipt = transfer(
+        reader, CONFIG, replaced(entries, HEAD, new), tmp_path / "moma", ignored={"lm_*": "made anew", "x": "absent"}
+    )
+    assert receipt.ignored == {"made anew": 1}
+    assert (receipt.taken, receipt.new) == (len(entries) - 1, 1)
+
+
+def test_wrong_result_of_a_builder_and_an_interrupt_leave_nothing(reader, entries, tmp_path):
+    entries[5].build = lambda tensor: tensor[:1]
+    with pytest.raises(CheckpointError, match="came out as"):
+        transfer(reader, CONFIG, entries, tmp_path / "moma")
+
+    def interrupt(tensor):
+        raise KeyboardInterrupt
+
+    entries[5].build = interrupt
+    with pytest.raises(KeyboardInterrupt):
+        transfer(reader, CONFIG, entries, tmp_path / "moma")
+    assert not [path for path in tmp_path.iterdir() if "moma" in path.name]
+
+
+@pytest.mark.parametrize("difference", [2e-3, float("nan")])
+def test_probe_that_fails_leaves_nothing(difference, reader, entries, tmp_path):
+    with pytest.raises(CheckpointError, match="probe batch"):
+        transfer(reader, CONFIG, entries, tmp_path / "moma", probe=lambda converted: ProbeResult(difference))
+    assert not [path for path in tmp_path.iterdir() if "moma" in path.name]
+
+
+def test_left_over_of_a_killed_run_is_cleared_away(reader, entries, tmp_path):
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    node = platform.node()
+    # the last one has been this process's number before it was ours
+    for process in (ended.pid, os.getpid()):
+        aside = tmp_path / f".moma.{node}-{process}-{process}.partial"
+        aside.mkdir()
+        (aside / "model-00001-of-00009.safetensors").write_text("half")
+    others = [f".moma.{node}-{os.getppid()}-1.partial", f".moma.elsewhere-{ended.pid}-1.partial", ".moma.mine.partial"]
+    for name in others:
+        (tmp_path / name).mkdir()
+    transfer(reader, CONFIG, entries, tmp_path / "moma", extras=lambda folder: (folder / "note.txt").write_text("x"))
+    assert {path.name for path in tmp_path.iterdir()} == {"source", "moma", *others}
+    assert not list((tmp_path / "moma").glob("model-*"))
+    assert (tmp_path / "moma" / "note.txt").exists()
+
+
+def test_output_that_comes_to_exist_meanwhile_is_left_alone(reader, entries, tmp_path):
+    def write_the_same(folder):
+        (tmp_path / "moma").mkdir()
+        (tmp_path / "moma" / "config.json").write_text("of another conversion")
+
+    with pytest.raises(CheckpointError, match="not empty"):
+        transfer(reader, CONFIG, entries, tmp_path / "moma", extras=write_the_same)
+    assert {path.name for path in tmp_path.iterdir()} == {"source", "moma"}
+    assert (tmp_path / "moma" / "config.json").read_text() == "of another conversion"
+
+
+def test_hidden_folder_with_all_weights_but_no_config_does_not_load(reader, entries, tmp_path):
+    seen = []
+
+    def probe(converted):
+        with pytest.raises((OSError, ValueError, RuntimeError)):
+            MomaForCausalLM.from_pretrained(converted.folder)
+        seen.append(converted.folder)
+        return ProbeResult(0.0)
+
+    transfer(reader, CONFIG, entries, tmp_path / "moma", probe=probe)
+    assert len(seen) == 1 and not seen[0].exists()

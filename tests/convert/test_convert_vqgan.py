@@ -1,0 +1,153 @@
+# Copyright 2026 The modeling-moma authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from modeling_moma.cli import convert
+from modeling_moma.convert.reading import CheckpointError
+from modeling_moma.convert.vqgan import convert_vqgan, vqgan_config
+from tokenization import MomaVQConfig, MomaVQModel
+
+
+SIZES = {
+    "embed_dim": 8,
+    "num_embeddings": 16,
+    "latent_channels": 12,
+    "base_channels": 32,
+    "channel_multiplier": [1, 2],
+    "num_res_blocks": 1,
+}
+
+
+def vq_model(**fields):
+    torch.manual_seed(0)
+    model = MomaVQModel(MomaVQConfig(**{**SIZES, "resolution": 16, **fields})).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn_like(parameter) * 0.1)
+    return model
+
+
+def taming_names(has_attention):
+    """Every parameter of a taming VQ-GAN of `SIZES`, spelled out."""
+    blocks = ["encoder.down.0.block.0", "encoder.down.1.block.0", "encoder.mid.block_1", "encoder.mid.block_2"]
+    blocks += [f"decoder.up.{level}.block.{index}" for level in (0, 1) for index in (0, 1)]
+    blocks += ["decoder.mid.block_1", "decoder.mid.block_2"]
+    layers = [f"{block}.{layer}" for block in blocks for layer in ("norm1", "conv1", "norm2", "conv2")]
+    attentions = ["encoder.mid.attn_1", "decoder.mid.attn_1"]
+    if has_attention:
+        attentions += ["encoder.down.1.attn.0", "decoder.up.1.attn.0", "decoder.up.1.attn.1"]
+    layers += [f"{attention}.{layer}" for attention in attentions for layer in ("norm", "q", "k", "v", "proj_out")]
+    layers += ["encoder.down.1.block.0.nin_shortcut", "decoder.up.0.block.0.nin_shortcut"]
+    layers += ["encoder.down.0.downsample.conv", "decoder.up.1.upsample.conv", "quant_conv", "post_quant_conv"]
+    layers += [f"{side}.{layer}" for side in ("encoder", "decoder") for layer in ("conv_in", "norm_out", "conv_out")]
+    return {f"{layer}.{part}" for layer in layers for part in ("weight", "bias")} | {"quantize.embedding.weight"}
+
+
+def save_ckpt(model, path, **changes):
+    tensors = {**model.state_dict(), "loss.discriminator.main.0.weight": torch.zeros(2), **changes}
+    torch.save({"state_dict": {name: value for name, value in tensors.items() if value is not None}}, path)
+    return path
+
+
+@pytest.mark.parametrize("attn_resolutions", [None, [8]])
+def test_taming_checkpoint_is_the_same_model_after_conversion(tmp_path, attn_resolutions):
+    source = vq_model(attn_resolutions=attn_resolutions)
+    assert set(source.state_dict()) == taming_names(attn_resolutions is not None)
+    path = save_ckpt(source, tmp_path / "vqgan.ckpt")
+    convert_vqgan(path, tmp_path / "out", allow_pickle=True, resolution=16)
+    converted = MomaVQModel.from_pretrained(tmp_path / "out")
+    assert converted.config.resolution == 16
+    pixels = torch.rand(2, 3, 16, 16) * 2 - 1
+    codes = source.get_image_tokens(pixels)
+    assert torch.equal(converted.get_image_tokens(pixels), codes)
+    assert torch.equal(converted.decode_image_tokens(codes), source.decode_image_tokens(codes))
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{}, {"attn_resolutions": [8, 16]}, {"channel_multiplier": [1, 1, 2], "num_res_blocks": 2}, {"attn_type": None}],
+)
+def test_shapes_tell_the_configuration(fields):
+    config = MomaVQConfig(**{**SIZES, "resolution": 16, **fields})
+    with torch.device("meta"):
+        tensors = MomaVQModel(config).state_dict()
+    found = vqgan_config(tensors, resolution=16).to_dict()
+    found["attn_resolutions"] = sorted(found["attn_resolutions"] or []) or None
+    assert found == config.to_dict()
+
+
+def test_resolution_that_cannot_be_halved_is_refused():
+    with pytest.raises(CheckpointError, match="resolution=15"):
+        vqgan_config(vq_model().state_dict(), resolution=15)
+
+
+def test_safetensors_file_needs_no_permission(tmp_path):
+    source = vq_model()
+    save_file(source.state_dict(), tmp_path / "vqgan.safetensors")
+    model = convert_vqgan(tmp_path / "vqgan.safetensors", tmp_path / "out", resolution=16)
+    assert torch.equal(model.decoder.conv_out.weight, source.decoder.conv_out.weight)
+
+
+def test_command_line_converts_and_refuses(tmp_path, capsys):
+    path = save_ckpt(vq_model(), tmp_path / "vqgan.ckpt")
+    arguments = ["vqgan", "--source", str(path), "--output", str(tmp_path / "out"), "--resolution", "16"]
+    assert convert.main(arguments) == 1
+    assert "--allow-pickle" in capsys.readouterr().err
+    assert convert.main([*arguments, "--allow-pickle"]) == 0
+    assert f"{vq_model().config.num_embeddings} codes" in capsys.readouterr().out
+    assert MomaVQModel.from_pretrained(tmp_path / "out").config.resolution == 16
+
+
+def test_pickle_is_refused_unless_allowed(tmp_path):
+    path = save_ckpt(vq_model(), tmp_path / "vqgan.ckpt")
+    with pytest.raises(CheckpointError, match="vqgan.ckpt.*--allow-pickle"):
+        convert_vqgan(path, tmp_path / "out", resolution=16)
+    assert not (tmp_path / "out").exists()
+
+
+class Trap:
+    def __reduce__(self):
+        return print, ("code of the pickle ran",)
+
+
+def test_objects_in_a_pickle_are_refused_and_not_run(tmp_path, capsys):
+    torch.save({"state_dict": vq_model().state_dict(), "callbacks": Trap()}, tmp_path / "vqgan.ckpt")
+    with pytest.raises(CheckpointError, match="more than tensors.*training code is installed"):
+        convert_vqgan(tmp_path / "vqgan.ckpt", tmp_path / "out", allow_pickle=True)
+    assert "ran" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"decoder.conv_in.weight": None}, "missing: decoder.conv_in.weight"),
+        ({"quantize.proj.weight": torch.zeros(2)}, "unexpected: quantize.proj.weight"),
+        ({"decoder.conv_in.bias": torch.zeros(3)}, r"decoder.conv_in.bias \(3,\), not \(64,\)"),
+        ({"encoder.conv_in.weight": None}, "encoder.conv_in.weight: missing"),
+    ],
+)
+def test_tensors_that_do_not_fit_are_named(tmp_path, changes, message):
+    path = save_ckpt(vq_model(), tmp_path / "vqgan.ckpt", **changes)
+    with pytest.raises(CheckpointError, match=message):
+        convert_vqgan(path, tmp_path / "out", allow_pickle=True, resolution=16)
+    assert not (tmp_path / "out").exists()
+
+
+def test_truncated_file_is_refused(tmp_path):
+    path = save_ckpt(vq_model(), tmp_path / "vqgan.ckpt")
+    path.write_bytes(path.read_bytes()[:-1000])
+    with pytest.raises(CheckpointError, match="vqgan.ckpt: truncated"):
+        convert_vqgan(path, tmp_path / "out", allow_pickle=True, resolution=16)

@@ -1,0 +1,139 @@
+# Copyright 2026 The modeling-moma authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Models and plain loops that tests of calibration and of auxiliary routers share."""
+
+import math
+from collections import defaultdict
+from fractions import Fraction
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from helpers.depth_reference import best_of, pools_of, taken_of
+from helpers.reference import GROUPS
+from helpers.tiny import mixed_ids, tiny_model
+from modeling_moma.routing_moma import MomaRouter
+from modeling_moma.tools.observation import named_routers
+
+
+DEPTH = {"num_hidden_layers": 2, "depth_layers": [0]}
+MODELS = {
+    "4t4i": GROUPS["4t4i"],
+    "8x": GROUPS["8x"],
+    "2t3i": {"num_experts": {"text": 2, "image": 3}, "expert_capacity_factor": {"text": 0.75, "image": 1.5}},
+    "depth": {**GROUPS["4t4i"], **DEPTH, "depth_capacity": 0.4},
+    "depth_by_modality": {**GROUPS["1t1i"], **DEPTH, "depth_capacity": {"text": 0.5, "image": 0.25}},
+    "depth_by_modality_4t4i": {**GROUPS["4t4i"], **DEPTH, "depth_capacity": {"text": 0.5, "image": 0.25}},
+    "depth_by_row": {**GROUPS["8x"], **DEPTH, "depth_capacity": {"text": 0.5, "image": 0.25}, "depth_pool": "row"},
+}
+ALL_MODELS = pytest.mark.parametrize("name", list(MODELS))
+
+
+def build(name, **fields):
+    """A model in eval mode, with auxiliary routers whose probabilities stay clear of 1, where they would tie."""
+    model = tiny_model(**MODELS[name], auxiliary_routers=True, **fields).eval()
+    for router in named_routers(model).values():
+        router.auxiliary.down_proj.weight.data *= 0.1
+    return model
+
+
+def padded_batches():
+    """Three batches of mixed rows of unlike lengths, padded on the right, on the left, and not at all."""
+    batches = []
+    for seed, side in enumerate((1, -1, 0)):
+        ids = mixed_ids(rows=3, length=14, seed=seed)
+        mask = torch.ones_like(ids)
+        if side:
+            mask[0, -4:] = mask[1, -1:] = 0
+            mask = mask if side > 0 else mask.flip(1)
+        batches.append({"input_ids": ids, "attention_mask": mask})
+    return batches
+
+
+def text_only(seed=5):
+    return {"input_ids": torch.randint(26, 40, (2, 9), generator=torch.Generator().manual_seed(seed))}
+
+
+def router_calls(model, batch):
+    """What each router is called with under expert choice, by name."""
+    calls = {}
+
+    def hook(name):
+        return lambda router, args, output: calls.update({name: args})
+
+    handles = [router.register_forward_hook(hook(name)) for name, router in named_routers(model).items()]
+    with torch.no_grad():
+        model.eval()(**batch, routing="expert_choice")
+    for handle in handles:
+        handle.remove()
+    return calls
+
+
+def pools_of_call(config, router, hidden, context, scores):
+    """(cut, score, flat positions, those of members, K) of all that compete with one another."""
+    if isinstance(router, MomaRouter):
+        number = hidden.shape[0]
+        take = min(number, math.ceil(Fraction(str(router.capacity_factor)) * number / router.num_experts))
+        for expert in range(router.num_experts if number else 0):
+            ranked = sorted(range(number), key=lambda position, expert=expert: -scores[position][expert])
+            yield expert, expert, range(number), ranked[:take], take
+        return
+    length = hidden.shape[1]
+    values = [[scores[row * length + place][0] for place in range(length)] for row in range(hidden.shape[0])]
+    for (_, pool), members in pools_of(config, context.modality_BT, context.padding_BT).items():
+        take = taken_of(config, pool, len(members))
+        flat, best = ([row * length + place for row, place in at] for at in (members, best_of(values, members, take)))
+        yield pool, 0, flat, best, take
+
+
+def plain_records(model, batch):
+    """For each router, by plain loops: (cut, true score, probability, is member, input, score's number) of each pair,
+    and the K-th best score of each cut, the mean over its pools."""
+    records = {}
+    for name, (hidden, context) in router_calls(model, batch).items():
+        router = model.get_submodule(name)
+        x_ND = hidden.reshape(-1, hidden.shape[-1]).float()
+        scores = torch.sigmoid(F.linear(x_ND, router.weight)).tolist()
+        inner = F.silu(F.linear(x_ND, router.auxiliary.up_proj.weight))
+        predicted = torch.sigmoid(F.linear(inner, router.auxiliary.down_proj.weight)).tolist()
+        pairs, kth = [], defaultdict(list)
+        for cut, column, positions, best, take in pools_of_call(model.config, router, hidden, context, scores):
+            kth[cut].append(sorted((scores[position][column] for position in positions), reverse=True)[take - 1])
+            for position in positions:
+                is_member = position in best
+                values = (scores[position][column], predicted[position][column], is_member, x_ND[position], column)
+                pairs.append((cut, *values))
+        records[name] = pairs, {cut: sum(values) / len(values) for cut, values in kth.items()}
+    return records
+
+
+def kth_predicted(pairs, cut):
+    mine = [pair for pair in pairs if pair[0] == cut]
+    members = sum(pair[3] for pair in mine)
+    return sorted((pair[2] for pair in mine), reverse=True)[members - 1] if members else None
+
+
+def expected_cuts(model, batches, kind):
+    """Means over the batches that voted and their numbers, `{router: {cut: (mean, votes)}}`."""
+    values = defaultdict(lambda: defaultdict(list))
+    for batch in batches:
+        for name, (pairs, kth) in plain_records(model, batch).items():
+            for cut in {pair[0] for pair in pairs}:
+                values[name][cut].append(kth[cut] if kind == "threshold" else kth_predicted(pairs, cut))
+    return {name: {cut: (sum(v) / len(v), len(v)) for cut, v in cuts.items()} for name, cuts in values.items()}
+
+
+def state_of(model):
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}

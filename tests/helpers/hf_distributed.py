@@ -1,0 +1,57 @@
+# Copyright 2026 The modeling-moma authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Processes on CPUs for Transformers' common tests of parallelism, whose source distribution lacks its own."""
+
+import torch
+
+from helpers.processes import run_group, start_processes
+
+
+__all__ = [
+    "_get_distributed_backend",
+    "_get_distributed_device_type",
+    "_get_rank_device",
+    "_set_rank_device",
+    "_start_rank_processes",
+    "run_distributed",
+]
+
+
+def run_distributed(world_size: int):
+    """Let a function of a rank and more arguments run in all processes of a group at once."""
+
+    def decorate(function):
+        return lambda *args: run_group(function, *args, num_processes=world_size)
+
+    return decorate
+
+
+def _start_rank_processes(function, args, nprocs):
+    start_processes(function, *args, num_processes=nprocs)
+
+
+def _get_distributed_device_type():
+    return "cpu"
+
+
+def _get_distributed_backend():
+    return "gloo"
+
+
+def _get_rank_device(rank):
+    return torch.device("cpu")
+
+
+def _set_rank_device(rank):
+    """One CPU serves all."""

@@ -1,0 +1,203 @@
+# Copyright 2026 The modeling-moma authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+import pytest
+import torch
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_pt_utils import LabelSmoother
+
+from helpers.tiny import tiny_model, tiny_processor
+from modeling_moma import MomaMetricsCallback, initialize_code_embeddings
+from tokenization import MomaDataCollator
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return tiny_processor()
+
+
+def make_trainer(processor, examples, tmp_path, **fields):
+    arguments = TrainingArguments(
+        str(tmp_path),
+        max_steps=4,
+        per_device_train_batch_size=2,
+        per_device_eval_batch_size=2,
+        logging_steps=2,
+        eval_strategy="steps",
+        eval_steps=4,
+        prediction_loss_only=True,
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+    )
+    return Trainer(
+        model=tiny_model(processor, **fields),
+        args=arguments,
+        train_dataset=examples,
+        eval_dataset=examples[:4],
+        data_collator=MomaDataCollator(processor.tokenizer),
+        callbacks=[MomaMetricsCallback()],
+    )
+
+
+def make_examples(processor, length=8):
+    generator = torch.Generator().manual_seed(0)
+    first, stop = processor.image_token_offset, processor.image_token_offset + processor.codebook_size
+    rows = []
+    for _ in range(length):
+        codes = torch.randint(first, stop, (processor.image_seq_length,), generator=generator).tolist()
+        rows.append({"input_ids": [processor.begin_image_token_id, *codes, processor.end_image_token_id, 5, 6]})
+    return rows
+
+
+AUXILIARY = {"auxiliary_routers": True, "inference_routing": "auxiliary", "num_hidden_layers": 3, "depth_layers": [1]}
+
+
+@pytest.mark.parametrize("fields", [{}, AUXILIARY], ids=["plain", "auxiliary"])
+def test_trainer_logs_the_loss_of_each_modality_and_the_load(fields, processor, tmp_path):
+    examples = make_examples(processor)
+    trainer = make_trainer(processor, examples, tmp_path, **fields)
+    trainer.train()
+    training = next(log for log in trainer.state.log_history if "text_loss" in log)
+    evaluation = next(log for log in trainer.state.log_history if "eval_text_loss" in log)
+    # expert choice balances by construction
+    assert training["image_peak_load"] == pytest.approx(1.0)
+    assert 0 < training["image_uncovered"] < 1
+    assert set(evaluation) >= {"eval_image_loss", "eval_text_uncovered", "eval_image_covered_twice"}
+
+    batch = MomaDataCollator(processor.tokenizer)(examples[:4])
+    with torch.no_grad():
+        output = trainer.model.eval()(**batch)
+    for modality in ("text", "image"):
+        assert evaluation[f"eval_{modality}_loss"] == pytest.approx(output.modality_losses[modality].item(), rel=1e-4)
+
+
+def test_the_main_training_moves_no_auxiliary_router(processor, tmp_path):
+    trainer = make_trainer(processor, make_examples(processor), tmp_path, **AUXILIARY)
+    before = {key: value.clone() for key, value in trainer.model.state_dict().items()}
+    trainer.train()
+    moved = {key for key, value in trainer.model.state_dict().items() if not torch.equal(value, before[key])}
+    assert not any(".auxiliary." in key for key in moved)
+    assert {key for key in before if key.endswith(("router.weight", "router.threshold"))} <= moved
+
+
+def test_hooks_are_gone_after_training(processor, tmp_path):
+    trainer = make_trainer(processor, make_examples(processor), tmp_path)
+    trainer.train()
+    assert not any(module._forward_hooks for module in trainer.model.modules())
+
+
+def test_smoothed_labels_are_shifted(processor, tmp_path):
+    examples = make_examples(processor)
+    trainer = make_trainer(processor, examples, tmp_path)
+    trainer.label_smoother = LabelSmoother(epsilon=0.2)
+    batch = MomaDataCollator(processor.tokenizer)(examples[:4])
+    model = trainer.model.eval()
+    with torch.no_grad():
+        log_probs = model(**batch).logits[:, :-1].log_softmax(-1)
+        loss = trainer.compute_loss(model, dict(batch))
+    targets = batch["labels"][:, 1:]
+    expected = -0.8 * log_probs.gather(2, targets.unsqueeze(2)).mean() - 0.2 * log_probs.mean()
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_alike_codes_start_with_alike_embeddings(processor):
+    model = tiny_model(processor, hidden_size=64)
+    codebook = torch.randn(processor.codebook_size, 8)
+    codebook[1] = codebook[0] + 0.01
+    words = model.get_input_embeddings().weight[: processor.image_token_offset].clone()
+    initialize_code_embeddings(model, codebook)
+    weight = model.get_input_embeddings().weight
+    codes = weight[processor.image_token_offset : processor.image_token_offset + processor.codebook_size]
+    distances = torch.cdist(codes, codes)
+    assert distances[0, 1] < 0.1 * distances[0, 2:].min()
+    assert codes.std().item() == pytest.approx(model.config.initializer_range, rel=0.05)
+    assert torch.equal(weight[: processor.image_token_offset], words)
+
+
+@pytest.mark.parametrize("value", [0.0, 0.7])
+def test_codebook_of_equal_vectors_is_refused(processor, value):
+    model = tiny_model(processor)
+    before = model.get_input_embeddings().weight.clone()
+    with pytest.raises(ValueError, match="codebook_KC.*equal"):
+        initialize_code_embeddings(model, torch.full((processor.codebook_size, 8), value))
+    assert torch.equal(model.get_input_embeddings().weight, before)
+
+
+def test_codebook_of_another_size_is_refused(processor):
+    with pytest.raises(ValueError, match="codebook_KC"):
+        initialize_code_embeddings(tiny_model(processor), torch.randn(7, 8))
+
+
+class DrawSamples(TrainerCallback):
+    """Draws after every step, in the mode that the training left the model in."""
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        assert model.training
+        model.generate(torch.tensor([[1, 5]]), generation_mode="image", do_sample=True)
+        with torch.no_grad():
+            model(torch.tensor([[1, 5, 6]]), labels=torch.tensor([[1, 5, 6]]))
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"training_routing": "token_choice"},
+        {"training_routing": "threshold", "routing_warmup_steps": 2},
+        {"num_hidden_layers": 3, "depth_layers": [1], "depth_capacity": {"text": 0.5, "image": 0.25}},
+        {"gumbel_noise": 1.0, "gumbel_noise_steps": 3},
+    ],
+    ids=["expert_choice", "token_choice", "threshold", "depth", "noise"],
+)
+def test_samples_drawn_in_training_mode_move_no_router(fields, processor):
+    model = tiny_model(processor, **fields).train()
+    callback = MomaMetricsCallback()
+    callback.attach(model)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    ids = torch.tensor([[1, 5, 6, processor.begin_image_token_id]])
+    model.generate(ids, generation_mode="image", do_sample=False)
+    for context in (torch.no_grad, torch.inference_mode):
+        with context():
+            model(ids, labels=ids)
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, before[key]), key
+    assert callback._averages(training=True) == {}
+
+
+def test_a_training_that_draws_samples_ends_as_one_that_does_not(processor, tmp_path):
+    states, logs = [], []
+    for callbacks in ([], [DrawSamples()]):
+        torch.manual_seed(0)
+        trainer = make_trainer(processor, make_examples(processor), tmp_path)
+        for callback in callbacks:
+            trainer.add_callback(callback)
+        trainer.train()
+        states.append(trainer.model.state_dict())
+        times = ("runtime", "per_second")
+        history = trainer.state.log_history
+        logs.append([{k: v for k, v in log.items() if not k.endswith(times)} for log in history])
+    for key, value in states[0].items():
+        assert torch.equal(value, states[1][key]), key
+    assert logs[0] == logs[1] and "text_loss" in logs[0][0]
+
+
+def test_steps_with_a_static_cache_are_not_counted(processor):
+    ids = torch.tensor([[1, 5, 6, 7]])
+    averages = []
+    for max_new_tokens in (1, 4):
+        model, callback = tiny_model(processor), MomaMetricsCallback()
+        callback.attach(model)
+        model.generate(ids, max_new_tokens=max_new_tokens, do_sample=False, cache_implementation="static")
+        averages.append(callback._averages(training=False))
+    assert averages[0] == averages[1] != {}

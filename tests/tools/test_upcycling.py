@@ -1,0 +1,553 @@
+# Copyright 2026 The modeling-moma authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+import copy
+import json
+import math
+
+import pytest
+import torch
+from huggingface_hub.errors import StrictDataclassClassValidationError
+
+from helpers.reference import GROUPS, assert_near, context_of, reference_group, swiglu
+from helpers.tiny import mixed_ids, tiny_config, tiny_model
+from modeling_moma import MomaForCausalLM, parse_experts, upcycle, upcycled_config, upcycling_receipt
+from modeling_moma.modality_split_moma import token_modalities
+from modeling_moma.routing_moma import MomaRouter
+
+
+ONE_EACH, FOUR_EACH = {"text": 1, "image": 1}, {"text": 4, "image": 4}
+DEPTH = {"num_hidden_layers": 3, "depth_layers": [0, 2], "depth_capacity": 0.5}
+# fields of the seed, and the target
+CASES = {
+    "4t4i": (GROUPS["1t1i"], FOUR_EACH),
+    "6t2i": (GROUPS["1t1i"], {"text": 6, "image": 2}),
+    "4t1i": (GROUPS["1t1i"], {"text": 4, "image": 1}),
+    "16t4i": (GROUPS["1t1i"], {"text": 16, "image": 4}),
+    "dense to 4t4i": (GROUPS["dense"], FOUR_EACH),
+    "dense to 4t1i": (GROUPS["dense"], {"text": 4, "image": 1}),
+    "dense to 8x": (GROUPS["dense"], 8),
+    "shared": ({**GROUPS["shared"], "num_experts": ONE_EACH}, FOUR_EACH),
+    "dense with shared to 8x": ({"num_experts": 1, "shared_expert_intermediate_size": 24}, 8),
+    "shared_by_modality": ({**GROUPS["shared_by_modality"], "num_experts": ONE_EACH}, FOUR_EACH),
+    "depth": ({**GROUPS["1t1i"], **DEPTH}, FOUR_EACH),
+    "depth by modality": ({**GROUPS["1t1i"], **DEPTH, "depth_capacity": {"text": 0.5, "image": 0.25}}, FOUR_EACH),
+    "dense with depth": ({**GROUPS["dense"], **DEPTH}, 8),
+    "pre": ({**GROUPS["1t1i"], "norm_placement": "pre", "qk_norm": "rmsnorm"}, FOUR_EACH),
+    "gate_after_norm": ({**GROUPS["1t1i"], "gate_after_norm": True, "qk_norm": "layernorm_per_head"}, FOUR_EACH),
+    "uneven": ({**GROUPS["1t1i"], "expert_intermediate_size": {"text": 16, "image": 48}}, FOUR_EACH),
+    "tied": ({**GROUPS["1t1i"], "tie_word_embeddings": True, "attention_bias": True}, FOUR_EACH),
+    "auxiliary": ({**GROUPS["1t1i"], **DEPTH, "auxiliary_routers": True}, FOUR_EACH),
+}
+
+
+def trained_seed(**fields):
+    """A seed whose norms, biases, thresholds and their counts are not those of a fresh model."""
+    seed = tiny_model(**fields)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for tensor in seed.state_dict().values():
+            if tensor.ndim < 2:
+                tensor += torch.rand(tensor.shape, generator=generator) * 0.2
+    return seed
+
+
+def group_of(layer, name):
+    return layer.mlp.groups[name if name in layer.mlp.groups else "all"]
+
+
+def matrices(mlp):
+    return mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight
+
+
+def groups_of(seed, upcycled):
+    """Layer by layer, the groups of the result, each with the seed's."""
+    for seed_layer, layer in zip(seed.model.layers, upcycled.model.layers):
+        for name, group in layer.mlp.groups.items():
+            yield name, group_of(seed_layer, name), group
+
+
+def tokens(rows=64, seed=3):
+    return torch.randn(rows, 16, generator=torch.Generator().manual_seed(seed))
+
+
+def run_group(model, name, group, x_ND, routing):
+    """A group's output and the number of experts that took each token."""
+    context = context_of(model.config, torch.zeros(1, x_ND.shape[0], dtype=torch.long), routing)
+    taken_N = torch.zeros(x_ND.shape[0], dtype=torch.long)
+    _, selection = group.router(x_ND, context)
+    chosen = selection.token_EK.flatten() if routing == "expert_choice" else selection.token_P
+    for token in chosen.tolist():
+        taken_N[token] += 1
+    return group(x_ND, context)[0], taken_N
+
+
+@pytest.mark.parametrize(
+    "name, expected",
+    [
+        ("4t4i", {"text": 4, "image": 4}),
+        ("6t2i", {"text": 6, "image": 2}),
+        ("4t1i", {"text": 4, "image": 1}),
+        ("16t4i", {"text": 16, "image": 4}),
+        ("4i16t", {"text": 16, "image": 4}),
+        ("8x", 8),
+    ],
+)
+def test_names_of_the_paper_are_read(name, expected):
+    assert parse_experts(name) == expected
+
+
+def test_names_of_a_third_modality_are_read():
+    assert parse_experts("4t2i8a", ["text", "image", "audio"]) == {"text": 4, "image": 2, "audio": 8}
+    with pytest.raises(ValueError, match="4t4i4a"):
+        parse_experts("4t2i", ["text", "image", "audio"])
+
+
+@pytest.mark.parametrize(
+    "name", ["4t", "4t4t", "4t4i4t", "4x4i", "t4i", "4t4i8x", "4T4I", "", "x", "4", "4t 4i", "8x\n"]
+)
+def test_other_names_are_refused(name):
+    with pytest.raises(ValueError, match="`name`"):
+        parse_experts(name)
+
+
+def test_modalities_that_begin_alike_are_refused():
+    with pytest.raises(ValueError, match="begin alike"):
+        parse_experts("4t4i", ["text", "image", "ink"])
+
+
+def test_groups_without_experts_are_refused():
+    with pytest.raises(StrictDataclassClassValidationError, match="num_experts"):
+        upcycle(tiny_model(**GROUPS["1t1i"]), parse_experts("0t4i"))
+    with pytest.raises(StrictDataclassClassValidationError, match="lacks"):
+        upcycle(tiny_model(**GROUPS["1t1i"]), {"text": 4})
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_experts_are_copies_and_all_else_is_taken_bit_by_bit(case):
+    fields, target = CASES[case]
+    seed = trained_seed(**fields)
+    before = copy.deepcopy(seed.state_dict())
+    config_before = seed.config.to_dict()
+    upcycled = upcycle(seed, target)
+
+    checked = set()
+    for index, layer in enumerate(upcycled.model.layers):
+        for name, group in layer.mlp.groups.items():
+            prefix = f"model.layers.{index}.mlp.groups.{name}"
+            source = group_of(seed.model.layers[index], name)
+            gate, up, down = matrices(source.mlp)
+            if upcycled.config.group_num_experts(name) == 1:
+                for mine, theirs in zip(matrices(group.mlp), (gate, up, down)):
+                    assert torch.equal(mine, theirs)
+                checked |= {f"{prefix}.mlp.{matrix}_proj.weight" for matrix in ("gate", "up", "down")}
+                continue
+            assert group.experts.gate_up_proj.shape[0] == upcycled.config.group_num_experts(name)
+            for expert in range(upcycled.config.group_num_experts(name)):
+                for row in range(gate.shape[0]):
+                    assert torch.equal(group.experts.gate_up_proj[expert, row], gate[row])
+                    assert torch.equal(group.experts.gate_up_proj[expert, gate.shape[0] + row], up[row])
+                assert torch.equal(group.experts.down_proj[expert], down)
+            assert (group.router.threshold == 0.5).all() and (group.router.balance_bias == 0).all()
+            assert group.router.num_updates == 0
+            assert 0.2 < group.router.weight.std() < 0.4
+            checked |= {
+                key for key in upcycled.state_dict() if key.startswith((f"{prefix}.experts", f"{prefix}.router"))
+            }
+    for key, tensor in upcycled.state_dict().items():
+        if key not in checked:
+            assert torch.equal(tensor, before[key]), key
+            assert tensor.data_ptr() != seed.state_dict()[key].data_ptr(), key
+    untaken = {key for key in before if key not in upcycled.state_dict()}
+    assert all(".groups." in key and ".shared_expert." not in key for key in untaken)
+
+    assert seed.config.to_dict() == config_before
+    assert all(torch.equal(tensor, before[key]) for key, tensor in seed.state_dict().items())
+    assert upcycled.config.num_experts == target
+    changed = {"dtype", "num_experts", "gumbel_noise", "gumbel_noise_steps"}
+    for key, value in upcycled.config.to_dict().items():
+        assert key in changed or value == config_before[key], key
+    assert all(parameter.requires_grad or "auxiliary" in name for name, parameter in upcycled.named_parameters())
+    if upcycled.config.tie_word_embeddings:
+        assert upcycled.lm_head.weight is upcycled.model.embed_tokens.weight
+
+
+def test_routers_of_layers_and_groups_are_drawn_anew():
+    seed = tiny_model(**GROUPS["1t1i"])
+    torch.manual_seed(1)
+    first = upcycle(seed, FOUR_EACH)
+    weights = [group.router.weight for _, _, group in groups_of(seed, first)]
+    assert len({weight.sum().item() for weight in weights}) == len(weights)
+    torch.manual_seed(2)
+    second = upcycle(seed, FOUR_EACH)
+    assert not torch.equal(second.model.layers[0].mlp.groups["text"].router.weight, weights[0])
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_dtype_mode_attention_and_generation_config_are_those_of_the_seed(training):
+    seed = tiny_model(**GROUPS["1t1i"], **DEPTH).to(torch.bfloat16)
+    seed = seed.train(training)
+    seed.set_attn_implementation("eager")
+    seed.generation_config.top_k = 7
+    upcycled = upcycle(seed, FOUR_EACH)
+    for name, tensor in upcycled.state_dict().items():
+        assert tensor.dtype == (torch.float32 if "router." in name else torch.bfloat16), name
+        assert tensor.device == seed.device
+    assert all(module.training == training for module in upcycled.modules())
+    assert upcycled.config._attn_implementation == "eager"
+    assert upcycled.generation_config.top_k == 7
+    assert upcycled.generation_config is not seed.generation_config
+    assert torch.isfinite(upcycled(mixed_ids()).logits).all()
+
+
+def test_fields_of_the_stage_reach_the_config():
+    seed = tiny_model(**GROUPS["1t1i"])
+    config = upcycle(seed, FOUR_EACH).config
+    assert (config.gumbel_noise, config.gumbel_noise_steps, config.normalize_gates) == (1.0, None, False)
+    config = upcycle(
+        seed,
+        FOUR_EACH,
+        preserve_function=True,
+        gumbel_noise=0.5,
+        gumbel_noise_steps=20,
+        expert_capacity_factor={"text": 2.0},
+        auxiliary_routers=True,
+    ).config
+    assert (config.gumbel_noise, config.gumbel_noise_steps, config.normalize_gates) == (0.5, 20, True)
+    assert config.expert_capacity_factor == {"text": 2.0} and config.auxiliary_routers
+    assert seed.config.expert_capacity_factor == 1.0
+
+
+@pytest.mark.parametrize("groups", ["4t4i", "8x"])
+def test_a_seed_with_several_experts_is_refused(groups):
+    with pytest.raises(ValueError, match="`model` has num_experts"):
+        upcycle(tiny_model(**GROUPS[groups]), FOUR_EACH)
+
+
+def test_bad_arguments_are_refused():
+    seed = tiny_model(**GROUPS["1t1i"])
+    with pytest.raises(ValueError, match="`num_experts` = 8"):
+        upcycle(seed, 8)
+    with pytest.raises(ValueError, match="`num_experts` = 8"):
+        upcycled_config(seed.config, 8)
+    with pytest.raises(ValueError, match="`perturbation` = -0.1"):
+        upcycle(seed, FOUR_EACH, perturbation=-0.1)
+    with pytest.raises(StrictDataclassClassValidationError, match="gumbel_noise"):
+        upcycle(tiny_model(**GROUPS["1t1i"], training_routing="threshold"), FOUR_EACH)
+    with pytest.raises(ValueError, match="`model` has no"):
+        upcycle(seed.model, FOUR_EACH)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"intermediate_size": 48},
+        {"num_hidden_layers": 3},
+        {"shared_expert_intermediate_size": 8},
+        {"vocab_size": 48},
+        {"expert_intermediate_size": {"image": 16}},
+    ],
+)
+def test_fields_that_need_weights_which_the_seed_lacks_are_refused(fields):
+    with pytest.raises(ValueError, match=f"`model` has no .*{next(iter(fields))}"):
+        upcycle(tiny_model(**GROUPS["1t1i"]), FOUR_EACH, **fields)
+
+
+@pytest.mark.parametrize("routing", ["expert_choice", "threshold", "token_choice"])
+@pytest.mark.parametrize("case", ["4t4i", "dense to 8x", "shared_by_modality", "uneven"])
+def test_preserved_function_gives_every_covered_token_what_the_seed_gave(case, routing):
+    fields, target = CASES[case]
+    seed = trained_seed(**fields, num_experts_per_tok=1).eval()
+    upcycled = upcycle(seed, target, preserve_function=True)
+    x_ND = tokens()
+    for name, seed_group, group in groups_of(seed, upcycled):
+        group.router.num_experts_per_tok = 2
+        # so high that some tokens get no expert of eight
+        group.router.threshold.fill_(0.7)
+        output, taken_N = run_group(upcycled, name, group, x_ND, routing)
+        expected, _ = reference_group(seed_group, x_ND, routing)
+        is_covered = taken_N > 0
+        assert is_covered.all() if routing == "token_choice" else 0 < is_covered.sum() < len(x_ND)
+        assert (taken_N > 1).any()
+        assert_near(output[is_covered], expected[is_covered], 1e-6)
+        nothing = torch.zeros_like(x_ND)
+        if seed_group.shared_expert is not None:
+            nothing = swiglu(x_ND, *matrices(seed_group.shared_expert))
+        assert_near(output[~is_covered], nothing[~is_covered], 1e-6)
+
+
+@pytest.mark.parametrize(
+    "case", ["4t4i", "dense to 8x", "shared", "shared_by_modality", "depth", "pre", "gate_after_norm"]
+)
+def test_with_one_expert_for_every_token_the_whole_model_is_preserved(case):
+    fields, target = CASES[case]
+    seed = trained_seed(**fields).eval()
+    upcycled = upcycle(seed, target, preserve_function=True)
+    ids = mixed_ids(4, 16)
+    with torch.no_grad():
+        expected = seed(ids, routing="token_choice").logits
+        torch.testing.assert_close(upcycled(ids, routing="token_choice").logits, expected, rtol=1e-5, atol=1e-5)
+        plain = upcycle(seed, target)
+        if upcycled.config.norm_placement == "pre":
+            assert not torch.allclose(plain(ids, routing="token_choice").logits, expected, atol=1e-2)
+
+
+def test_post_norm_cancels_the_gates_of_covered_tokens():
+    seed = trained_seed(**GROUPS["1t1i"]).eval()
+    upcycled = upcycle(seed, FOUR_EACH)
+    hidden = tokens().unsqueeze(0)
+    modality = torch.arange(64).unsqueeze(0) % 2
+    context = context_of(upcycled.config, modality, "expert_choice")
+    for seed_layer, layer in zip(seed.model.layers, upcycled.model.layers):
+        with torch.no_grad():
+            expected = seed_layer._ffn_change(hidden, context)[0]
+            actual = layer._ffn_change(hidden, context)[0]
+            is_covered = layer.mlp(hidden, context)[0][0].abs().sum(-1) > 0
+        assert 16 < is_covered.sum() < 64
+        assert_near(actual[is_covered], expected[is_covered], 1e-3)
+        assert (actual[~is_covered] == 0).all()
+
+
+@torch.no_grad()
+def test_perturbed_copies_differ_by_about_the_asked_share():
+    seed = tiny_model(**GROUPS["dense"])
+    for layer in seed.model.layers:
+        # a spread of its own for each matrix
+        layer.mlp.groups["all"].mlp.up_proj.weight *= 5
+    torch.manual_seed(3)
+    upcycled = upcycle(seed, {"text": 4, "image": 1}, perturbation=0.1)
+    for name, seed_group, group in groups_of(seed, upcycled):
+        if name == "image":
+            assert all(torch.equal(*pair) for pair in zip(matrices(group.mlp), matrices(seed_group.mlp)))
+            continue
+        copies = [(*group.experts.gate_up_proj[e].chunk(2), group.experts.down_proj[e]) for e in range(4)]
+        for mine in copies:
+            for matrix, source in zip(mine, matrices(seed_group.mlp)):
+                assert (matrix - source).std() / source.std() == pytest.approx(0.1, rel=0.15)
+        for first in range(4):
+            for second in range(first):
+                difference = copies[first][0] - copies[second][0]
+                share = difference.std() / seed_group.mlp.gate_proj.weight.std()
+                assert share == pytest.approx(0.1 * math.sqrt(2), rel=0.15)
+    names = [name for name in upcycled.state_dict() if ".groups." not in name]
+    assert all(torch.equal(upcycled.state_dict()[name], seed.state_dict()[name]) for name in names)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_receipt_counts_what_was_taken_copied_and_new(case):
+    fields, target = CASES[case]
+    seed = trained_seed(**fields)
+    upcycled = upcycle(seed, target)
+    receipt = upcycling_receipt(seed, upcycled)
+    counts = {"taken": 0, "copied": 0, "new": 0}
+    for name in upcycled.state_dict():
+        if name in seed.state_dict():
+            counts["taken"] += 1
+        elif ".router." in name:
+            counts["new"] += 1
+        else:
+            counts["copied"] += 1
+    assert receipt.tensors == counts
+    assert all(counts.values())
+    for model, name in ((seed, "seed"), (upcycled, "upcycled")):
+        assert receipt.parameters[name] == sum(parameter.numel() for parameter in model.parameters())
+    assert receipt.coverage == {} and receipt.ffn_difference == {}
+    assert json.loads(json.dumps(receipt.to_dict()))["output_difference"] is None
+
+
+def padded_batch(filler=5):
+    ids = mixed_ids(4, 16)
+    mask = torch.ones_like(ids)
+    mask[1, 10:] = 0
+    mask[3, :7] = 0
+    return {"input_ids": torch.where(mask == 1, ids, filler), "attention_mask": mask}
+
+
+def plain_coverage(upcycled, batch):
+    """Shares by group as lists of one for each layer, counted token by token."""
+    shares = {name: [] for name in upcycled.config.expert_groups}
+    names = {
+        module: path.split(".")[-2] for path, module in upcycled.named_modules() if isinstance(module, MomaRouter)
+    }
+
+    def count(router, args, output):
+        taken = [0] * args[0].shape[0]
+        for row in output[1].token_EK.tolist():
+            for token in row:
+                taken[token] += 1
+        classes = [sum(min(number, 2) == wanted for number in taken) for wanted in range(3)]
+        shares[names[router]].append(([number / len(taken) for number in classes], len(taken)))
+
+    handles = [router.register_forward_hook(count) for router in names]
+    with torch.no_grad():
+        upcycled.eval()(**batch, routing="expert_choice")
+    for handle in handles:
+        handle.remove()
+    return shares
+
+
+@pytest.mark.parametrize("case", ["4t4i", "6t2i", "dense to 8x"])
+def test_receipt_measures_coverage_of_the_tokens_that_are_no_padding(case):
+    fields, target = CASES[case]
+    seed = trained_seed(**fields)
+    upcycled = upcycle(seed, target)
+    batch = padded_batch()
+    receipt = upcycling_receipt(seed, upcycled, batch)
+    modality = token_modalities(seed.config, batch["input_ids"])
+    for index, (name, layers) in enumerate(plain_coverage(upcycled, batch).items()):
+        mine = (batch["attention_mask"] == 1) & ((modality == index) | (name == "all"))
+        assert {number for _, number in layers} == {int(mine.sum())}
+        expected = [sum(share[wanted] for share, _ in layers) / len(layers) for wanted in range(3)]
+        assert receipt.coverage[name] == pytest.approx(expected, abs=1e-6)
+        assert sum(receipt.coverage[name]) == pytest.approx(1, abs=1e-6)
+    # what stands at padding changes nothing
+    again = upcycling_receipt(seed, upcycled, padded_batch(filler=9))
+    assert again.coverage == receipt.coverage
+    assert again.output_difference == pytest.approx(receipt.output_difference, rel=1e-5)
+    for name, differences in receipt.ffn_difference.items():
+        assert again.ffn_difference[name] == pytest.approx(differences, rel=1e-5, nan_ok=True)
+
+
+@pytest.mark.parametrize("preserve_function", [True, False])
+def test_receipt_measures_the_change_of_groups_and_of_the_output(preserve_function):
+    seed = trained_seed(**GROUPS["1t1i"], num_hidden_layers=1)
+    upcycled = upcycle(seed, FOUR_EACH, preserve_function=preserve_function)
+    batch = padded_batch()
+    receipt = upcycling_receipt(seed, upcycled, batch)
+
+    inputs = {}
+    handles = [
+        group.register_forward_hook(lambda group, args, output, name=name: inputs.update({name: (args[0], output[0])}))
+        for name, group in upcycled.model.layers[0].mlp.groups.items()
+    ]
+    with torch.no_grad():
+        actual = upcycled.eval()(**batch, routing="expert_choice").logits
+        expected = seed.eval()(**batch).logits
+    for handle in handles:
+        handle.remove()
+    real = [(b, t) for b, t in (batch["attention_mask"] == 1).nonzero().tolist()]
+    change = math.sqrt(sum((actual[b, t] - expected[b, t]).square().sum().item() for b, t in real))
+    size = math.sqrt(sum(expected[b, t].square().sum().item() for b, t in real))
+    assert receipt.output_difference == pytest.approx(change / size, rel=1e-4)
+
+    for name, (x_ND, output) in inputs.items():
+        _, taken_N = run_group(upcycled, name, upcycled.model.layers[0].mlp.groups[name], x_ND, "expert_choice")
+        reference, _ = reference_group(seed.model.layers[0].mlp.groups[name], x_ND, "expert_choice")
+        for wanted in range(3):
+            mine = [n for n in range(len(x_ND)) if min(taken_N[n], 2) == wanted]
+            change = math.sqrt(sum((output[n] - reference[n]).square().sum().item() for n in mine))
+            size = math.sqrt(sum(reference[n].square().sum().item() for n in mine))
+            assert mine
+            assert receipt.ffn_difference[name][wanted] == pytest.approx(change / size, rel=1e-4, abs=1e-6)
+        uncovered, *covered = receipt.ffn_difference[name]
+        assert uncovered == pytest.approx(1.0)
+        if preserve_function:
+            assert covered == pytest.approx([0, 0], abs=1e-6)
+        else:
+            # fresh routers score about one half
+            assert 0.1 < covered[0] < 0.9
+
+
+def test_receipt_of_depth_layers_compares_the_same_choice_of_tokens():
+    # a model without routers of experts is the seed itself
+    seed = trained_seed(**GROUPS["1t1i"], **DEPTH)
+    same = upcycle(seed, ONE_EACH)
+    receipt = upcycling_receipt(seed, same, padded_batch())
+    assert receipt.output_difference == 0 and receipt.coverage == {}
+    upcycled = upcycle(seed, FOUR_EACH, preserve_function=True)
+    receipt = upcycling_receipt(seed, upcycled, padded_batch())
+    assert receipt.ffn_difference["text"][1] == pytest.approx(0, abs=1e-6)
+
+
+def test_receipt_of_a_batch_without_pictures_is_valid_json():
+    seed = trained_seed(**GROUPS["1t1i"], **DEPTH)
+    ids = torch.full((2, 8), 30) + torch.arange(8)
+    receipt = upcycling_receipt(seed, upcycle(seed, FOUR_EACH), {"input_ids": ids})
+    assert sum(receipt.coverage["text"]) == pytest.approx(1)
+    text = json.dumps(receipt.to_dict(), allow_nan=False)
+    assert json.loads(text)["coverage"]["image"] == [None] * 3
+
+
+@pytest.mark.parametrize("modes", [(True, False), (False, True)])
+def test_receipt_leaves_modes_hooks_and_statistics_as_they_were(modes):
+    seed = trained_seed(**GROUPS["1t1i"])
+    upcycled = upcycle(seed, FOUR_EACH)
+    seed.train(modes[0])
+    upcycled.train(modes[1])
+    before = copy.deepcopy(upcycled.state_dict())
+    upcycling_receipt(seed, upcycled, padded_batch())
+    with pytest.raises(IndexError):
+        upcycling_receipt(seed, upcycled, {"input_ids": torch.full((1, 4), 99)})
+    for model, mode in zip((seed, upcycled), modes):
+        assert all(module.training == mode for module in model.modules())
+        assert not any(isinstance(module, MomaForCausalLM) and module._forward_hooks for module in model.modules())
+        groups = [group for layer in model.model.layers for group in layer.mlp.groups.values()]
+        assert not any(group._forward_hooks for group in groups)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in upcycled.state_dict().items())
+
+
+def test_receipt_works_in_bf16():
+    seed = trained_seed(**GROUPS["1t1i"]).to(torch.bfloat16)
+    upcycled = upcycle(seed, FOUR_EACH, preserve_function=True, perturbation=0.01)
+    receipt = upcycling_receipt(seed, upcycled, padded_batch())
+    assert sum(receipt.coverage["text"]) == pytest.approx(1)
+    assert receipt.ffn_difference["text"][1] < 0.05
+    assert 0 < receipt.output_difference < 2
+
+
+@pytest.mark.parametrize("gumbel_noise", [0.0, 1.0])
+@pytest.mark.parametrize("fields", [{}, {"preserve_function": True}, {"norm_placement": "pre"}])
+def test_experts_part_ways_in_further_training(fields, gumbel_noise):
+    fields = dict(fields)
+    preserve_function = fields.pop("preserve_function", False)
+    seed = trained_seed(**GROUPS["1t1i"], **fields)
+    upcycled = upcycle(seed, FOUR_EACH, preserve_function=preserve_function, gumbel_noise=gumbel_noise)
+    optimizer = torch.optim.AdamW(upcycled.parameters(), lr=3e-3)
+    ids = mixed_ids(8, 16)
+    losses = []
+    for _ in range(8):
+        loss = upcycled(ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert all(math.isfinite(loss) for loss in losses)
+    assert losses[-1] < losses[0]
+    for _, _, group in groups_of(seed, upcycled):
+        assert group.router.num_updates == 8
+        for first in range(4):
+            for second in range(first):
+                for packed in (group.experts.gate_up_proj, group.experts.down_proj):
+                    assert (packed[first] - packed[second]).abs().max() > 1e-3
+
+
+def test_result_is_saved_and_loaded_whole(tmp_path):
+    upcycled = upcycle(trained_seed(**GROUPS["1t1i"], **DEPTH), FOUR_EACH, gumbel_noise_steps=9).eval()
+    upcycled.save_pretrained(tmp_path)
+    loaded = MomaForCausalLM.from_pretrained(tmp_path)
+    assert (loaded.config.num_experts, loaded.config.gumbel_noise_steps) == (FOUR_EACH, 9)
+    assert all(torch.equal(tensor, upcycled.state_dict()[name]) for name, tensor in loaded.state_dict().items())
+
+
+def test_config_can_be_had_without_weights():
+    config = upcycled_config(tiny_config(**GROUPS["dense"]), 8, expert_capacity_factor=2.0)
+    assert (config.num_experts, config.expert_capacity_factor) == (8, 2.0)
+
+
+def test_new_groups_do_not_infer_with_routers_that_know_nothing():
+    seed = tiny_model(**GROUPS["1t1i"], **DEPTH, auxiliary_routers=True, inference_routing="auxiliary")
+    upcycled = upcycle(seed, FOUR_EACH)
+    assert (upcycled.config.inference_routing, upcycled.config.depth_inference_routing) == ("threshold", "auxiliary")
+    # without depth there is nothing to keep
+    seed = tiny_model(**GROUPS["1t1i"], auxiliary_routers=True, inference_routing="auxiliary")
+    assert upcycle(seed, FOUR_EACH).config.depth_inference_routing is None

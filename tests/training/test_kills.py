@@ -1,0 +1,194 @@
+# Copyright 2026 The modeling-moma authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Scripts killed at random moments: a second start goes on, and ends where an uninterrupted run ends."""
+
+import json
+import random
+import shutil
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset, DatasetDict, Features, Image, Value, load_from_disk
+from safetensors.torch import load_file
+
+from helpers.processes import start_script
+from helpers.tiny import noise_pictures, tiny_codes, tiny_processor
+from modeling_moma.cli import pretrain, tokenize
+from modeling_moma.training.checkpoints import last_checkpoint
+
+
+ROOT = Path(__file__).resolve().parents[2]
+KILLS = 20
+STEPS = 120
+# steps that a run gets on after it has begun its first checkpoint; so many kills must not see the last one
+LONGEST_WAIT = 3
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("inputs")
+    processor = tiny_processor()
+    processor.save_pretrained(folder / "processor")
+    tiny_codes(processor, train=12, validation=4).save_to_disk(folder / "codes")
+    config = {"hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4}
+    (folder / "recipe.json").write_text(json.dumps({"model": {**config, "max_position_embeddings": 64}}))
+    return folder
+
+
+def finish(process):
+    process.join(timeout=200)
+    return process.exitcode
+
+
+def pretrain_arguments(inputs, output):
+    paths = {"--processor": inputs / "processor", "--codes": inputs / "codes", "--recipe": inputs / "recipe.json"}
+    sizes = f"--steps {STEPS} --eval-steps {STEPS} --batch-size 2 --save-steps 1 --warmup-steps 2 --logging-steps 1"
+    return [
+        *[str(text) for pair in {**paths, "--output": output}.items() for text in pair],
+        *sizes.split(),
+        "--resume",
+    ]
+
+
+def test_pre_training_killed_twenty_times_ends_as_an_uninterrupted_one(inputs, tmp_path):
+    whole, killed, log = tmp_path / "whole", tmp_path / "killed", tmp_path / "log.txt"
+    began = time.time()
+    assert finish(start_script(pretrain.main, pretrain_arguments(inputs, whole), log)) == 0, log.read_text()
+    seconds_a_step = (time.time() - began) / STEPS
+    moments = random.Random(0)
+    torn = 0
+    for _ in range(KILLS):
+        before = set(killed.glob("checkpoint-*"))
+        process = start_script(pretrain.main, pretrain_arguments(inputs, killed), log)
+        while not set(killed.glob("checkpoint-*")) - before:
+            assert process.is_alive(), log.read_text()[-3000:]
+            time.sleep(0.002)
+        time.sleep(moments.uniform(0, LONGEST_WAIT) * seconds_a_step)
+        assert process.is_alive(), "the training is too short for so many kills"
+        process.kill()
+        process.join()
+        newest = max(killed.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+        torn += str(newest) != last_checkpoint(killed)
+    assert finish(start_script(pretrain.main, pretrain_arguments(inputs, killed), log)) == 0, log.read_text()[-3000:]
+    print(f"{torn} of {KILLS} kills tore a checkpoint")
+    mine, expected = (load_file(folder / "model.safetensors") for folder in (killed, whole))
+    assert mine.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(mine[name], tensor), name
+    losses = [json.loads((folder / "trainer_state.json").read_text())["log_history"] for folder in (killed, whole)]
+    mine, expected = ([log["loss"] for log in history if "loss" in log] for history in losses)
+    assert mine == expected
+
+
+@pytest.mark.parametrize("text", [None, "", '{"epoch": 1, "global_s'], ids=["missing", "empty", "half"])
+def test_checkpoint_whose_state_cannot_be_read_is_passed_over(tmp_path, text, caplog):
+    for step in (9, 10, 100):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text("{}")
+    (tmp_path / "checkpoint-best").mkdir()
+    state = tmp_path / "checkpoint-100" / "trainer_state.json"
+    state.unlink()
+    if text is not None:
+        state.write_text(text)
+    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
+    assert "checkpoint-100 is not whole" in caplog.text
+    assert last_checkpoint(tmp_path / "nowhere") is None
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """A data set of pictures, as `data/emoji` is one."""
+    features = Features({"image": Image(), "style": Value("string"), "label": Value("string")})
+
+    def rows(count):
+        columns = {"image": noise_pictures(count), "style": ["noto"] * count, "label": ["thing"] * count}
+        return Dataset.from_dict(columns, features=features)
+
+    folder = tmp_path_factory.mktemp("pictures")
+    for name, split in DatasetDict(train=rows(96), validation=rows(16), test=rows(16)).items():
+        split.to_parquet(folder / "data" / f"{name}-00000-of-00001.parquet")
+    return folder
+
+
+def test_tokenization_killed_twenty_times_leaves_the_older_codes_or_the_new_ones(inputs, pictures, tmp_path):
+    log = tmp_path / "log.txt"
+
+    def start(output):
+        arguments = {"--processor": inputs / "processor", "--data": pictures, "--output": output}
+        sizes = ["--codings", "3", "--batch-size", "8"]
+        texts = [str(text) for pair in arguments.items() for text in pair]
+        return start_script(tokenize.main, [*texts, *sizes], log)
+
+    began = time.time()
+    assert finish(start(tmp_path / "whole")) == 0, log.read_text()
+    duration = time.time() - began
+    expected = {name: split["codes"][:] for name, split in load_from_disk(str(tmp_path / "whole")).items()}
+    killed = tmp_path / "codes"
+    # those of an earlier processor
+    older = {name: [[[0]]] * len(codes) for name, codes in expected.items()}
+    DatasetDict({name: Dataset.from_dict({"codes": codes}) for name, codes in older.items()}).save_to_disk(killed)
+    moments, found = random.Random(0), older
+    for _ in range(KILLS):
+        process = start(killed)
+        time.sleep(moments.uniform(0, duration))
+        process.kill()
+        process.join()
+        if killed.exists():
+            found = {name: split["codes"][:] for name, split in load_from_disk(str(killed)).items()}
+            assert found in (older, expected)
+    assert finish(start(killed)) == 0, log.read_text()
+    assert {name: split["codes"][:] for name, split in load_from_disk(str(killed)).items()} == expected
+    assert {path.name for path in tmp_path.iterdir()} == {"codes", "whole", "log.txt"}
+
+
+STAGES = {
+    "runs/tokenizer/model.safetensors": "modeling_moma train-image-tokenizer",
+    "runs/processor/processor_config.json": "modeling_moma build-processor",
+    "runs/codes/dataset_dict.json": "modeling_moma tokenize",
+    "runs/4t4i/trainer_state.json": "modeling_moma pretrain, --recipe recipes/emoji-4t4i.yaml",
+    "runs/dense/trainer_state.json": "modeling_moma pretrain, --recipe recipes/emoji-dense.yaml",
+}
+
+
+def test_reproduction_takes_up_what_a_kill_has_left_unfinished(tmp_path):
+    """What `make reproduce` starts, told by a Python that only says what it is asked for."""
+    (tmp_path / "scripts").mkdir()
+    shutil.copy(ROOT / "scripts" / "reproduce.sh", tmp_path / "scripts")
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\necho "$@"\n')
+    python.chmod(0o755)
+
+    def started():
+        command = ["bash", "scripts/reproduce.sh"]
+        output = subprocess.run(command, cwd=tmp_path, env={"PYTHON": str(python)}, capture_output=True, text=True)
+        assert output.returncode == 0, output.stderr
+        return output.stdout
+
+    for file in STAGES:
+        (tmp_path / file).parent.mkdir(parents=True)
+    # a training killed while it saved its model
+    for model in ("4t4i", "dense"):
+        (tmp_path / "runs" / model / "model.safetensors").write_text("")
+    remaining = list(STAGES)
+    while remaining:
+        output = started()
+        for file, stage in STAGES.items():
+            verb, *options = stage.split(", ")
+            calls = [line for line in output.splitlines() if verb in line and all(o in line for o in options)]
+            assert len(calls) == (file in remaining), (file, output)
+        (tmp_path / remaining.pop(0)).write_text("{}")
+    assert "pretrain" not in started()

@@ -1,0 +1,529 @@
+# Copyright 2026 The modeling-moma authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+import json
+import shutil
+import signal
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset, DatasetDict
+from safetensors.torch import load_file
+from transformers import AutoTokenizer, TrainerCallback, get_scheduler
+
+from helpers.tiny import tiny_processor
+from modeling_moma import MomaForCausalLM
+from modeling_moma.cli import upcycle
+from modeling_moma.cli.pretrain import main, parse_arguments
+from modeling_moma.routing_moma import MomaRouter
+from modeling_moma.training import pretraining
+from modeling_moma.training.examples import check_layout, evenly_spaced
+from modeling_moma.training.pretraining import build_trainer
+from modeling_moma.training.stages import data_order, examples_a_step
+
+
+PAD = tiny_processor().tokenizer.pad_token_id
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pretrain")
+    processor = tiny_processor()
+    processor.save_pretrained(folder / "processor")
+    rng = np.random.default_rng(0)
+
+    def split(rows, codings):
+        return Dataset.from_dict(
+            {
+                "codes": rng.integers(
+                    0, processor.codebook_size, (rows, codings, processor.image_seq_length)
+                ).tolist(),
+                "style": ["noto"] * rows,
+                "label": [f"thing {index}" for index in range(rows)],
+                "keywords": [["red", "fruit"]] * rows,
+            }
+        )
+
+    DatasetDict(train=split(12, 3), validation=split(4, 1)).save_to_disk(folder / "codes")
+    config = {"hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config["max_position_embeddings"] = 64
+    (folder / "recipe.json").write_text(json.dumps({"model": config}))
+    (folder / "seed.json").write_text(json.dumps({"model": {**config, "num_experts": {"text": 1, "image": 1}}}))
+    return folder
+
+
+def arguments(inputs, output, *more, start=None):
+    names = ("processor", "codes")
+    paths = [text for name in names for text in (f"--{name}", str(inputs / name))]
+    sizes = "--steps 8 --batch-size 4 --eval-steps 8 --save-steps 4 --logging-steps 1 --warmup-steps 2".split()
+    start = start or ("--recipe", inputs / "recipe.json")
+    return [*paths, *map(str, start), "--output", str(output), *sizes, *more]
+
+
+def last_log(output, key):
+    history = json.loads((output / "trainer_state.json").read_text())["log_history"]
+    return [log[key] for log in history if key in log][-1]
+
+
+class KillAfter(TrainerCallback):
+    """Ends the process's training the hard way, between a step and its log."""
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == 6:
+            raise KeyboardInterrupt(signal.SIGKILL)
+
+
+def test_killed_and_resumed_reaches_the_same_loss_as_uninterrupted(inputs, tmp_path):
+    main(arguments(inputs, tmp_path / "whole"))
+
+    trainer = build_trainer(parse_arguments(arguments(inputs, tmp_path / "killed")))
+    trainer.add_callback(KillAfter())
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert not (tmp_path / "killed" / "model.safetensors").exists()
+    main(arguments(inputs, tmp_path / "killed", "--resume"))
+
+    for key in ("eval_loss", "eval_text_loss", "eval_image_loss"):
+        expected = last_log(tmp_path / "whole", key)
+        assert last_log(tmp_path / "killed", key) == pytest.approx(expected, abs=1e-6)
+    whole, killed = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "killed"))
+    for name, tensor in whole.items():
+        torch.testing.assert_close(killed[name], tensor, rtol=1e-5, atol=1e-6, msg=name)
+
+
+def test_saved_tokenizer_knows_where_the_model_ends(inputs, stages):
+    tokenizer = AutoTokenizer.from_pretrained(stages.whole.output)
+    assert tokenizer.model_max_length == 64 and tokenizer.padding_side == tiny_processor().tokenizer.padding_side
+
+
+def test_loss_falls(inputs, tmp_path):
+    main(arguments(inputs, tmp_path, "--learning-rate", "0.01"))
+    history = json.loads((tmp_path / "trainer_state.json").read_text())["log_history"]
+    losses = [log["eval_loss"] for log in history if "eval_loss" in log]
+    assert losses[-1] < losses[0]
+
+
+class OptimizerAtStart(TrainerCallback):
+    """Keeps what the optimizer knows before the first step."""
+
+    num_states = None
+
+    def on_train_begin(self, args, state, control, optimizer=None, **kwargs):
+        self.num_states = len(optimizer.state)
+
+
+def run(inputs, output, *more, start=None, callbacks=()):
+    """Run the script; tells the batches that the model was trained on, and the trainer at the end."""
+    batches, kept, at_start = [], {}, OptimizerAtStart()
+
+    def record(model, args, kwargs):
+        if model.training:
+            batches.append(kwargs["input_ids"].tolist())
+
+    def build(args):
+        trainer = build_trainer(args)
+        trainer.model.register_forward_pre_hook(record, with_kwargs=True)
+        for callback in (at_start, *callbacks):
+            trainer.add_callback(callback)
+        kept["trainer"] = trainer
+        return trainer
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pretraining, "build_trainer", build)
+        try:
+            main(arguments(inputs, output, *more, start=start))
+        except KeyboardInterrupt:
+            pass
+    trainer = kept["trainer"]
+    return SimpleNamespace(
+        batches=batches,
+        output=output,
+        history=trainer.state.log_history,
+        # none where nothing was left to train
+        last_rate=trainer.lr_scheduler.get_last_lr()[0] if trainer.lr_scheduler else None,
+        num_states=at_start.num_states,
+        trainer=trainer,
+    )
+
+
+class KillAtTheEnd(TrainerCallback):
+    """Ends the process's training after its last checkpoint, with half of the model written."""
+
+    def __init__(self, output):
+        self.output = output
+
+    def on_train_end(self, args, state, control, **kwargs):
+        (self.output / "model.safetensors").write_bytes(b"half")
+        raise KeyboardInterrupt(signal.SIGKILL)
+
+
+def rates(run):
+    return {log["step"]: log["learning_rate"] for log in run.history if "learning_rate" in log}
+
+
+@pytest.fixture(scope="module")
+def stages(inputs, tmp_path_factory):
+    """A seed's whole training, the same stopped at step 3, and what goes on from there with experts."""
+    folder = tmp_path_factory.mktemp("stages")
+    seed = ("--recipe", inputs / "seed.json")
+    whole = run(inputs, folder / "whole", start=seed)
+    stopped = run(inputs, folder / "stopped", "--stop-at", "3", start=seed)
+    upcycle.main(
+        ["--model", str(folder / "stopped" / "checkpoint-3"), "--to", "2t2i", "--output", str(folder / "grown")]
+    )
+    start = ("--model", folder / "grown")
+    continued = run(inputs, folder / "continued", "--eval-steps", "2", start=start)
+    return SimpleNamespace(whole=whole, stopped=stopped, continued=continued, start=start, folder=folder)
+
+
+def test_stopped_training_is_the_whole_one_up_to_there(stages):
+    whole, stopped = stages.whole, stages.stopped
+    assert len(whole.batches) == 8 and stopped.batches == whole.batches[:3]
+    assert rates(stopped) == {step: rate for step, rate in rates(whole).items() if step <= 3}
+    state = json.loads((stopped.output / "trainer_state.json").read_text())
+    assert (state["global_step"], state["max_steps"]) == (3, 8)
+    assert [path.name for path in stopped.output.glob("checkpoint-*")] == ["checkpoint-3"]
+    final, checkpoint = (load_file(f / "model.safetensors") for f in (stopped.output, stopped.output / "checkpoint-3"))
+    assert all(torch.equal(tensor, checkpoint[name]) for name, tensor in final.items())
+
+
+def test_stopped_training_can_be_resumed_to_its_end(stages, inputs, tmp_path):
+    shutil.copytree(stages.stopped.output, tmp_path / "stopped")
+    resumed = run(inputs, tmp_path / "stopped", "--resume", start=("--recipe", inputs / "seed.json"))
+    assert resumed.batches == stages.whole.batches[3:]
+    assert rates(resumed) == rates(stages.whole)
+    whole, mine = (load_file(f / "model.safetensors") for f in (stages.whole.output, resumed.output))
+    for name, tensor in whole.items():
+        torch.testing.assert_close(mine[name], tensor, rtol=1e-5, atol=1e-6, msg=name)
+
+
+def test_stopped_training_that_was_killed_at_its_end_takes_no_further_step(stages, inputs, tmp_path):
+    shutil.copytree(stages.stopped.output / "checkpoint-3", tmp_path / "checkpoint-3")
+    main(arguments(inputs, tmp_path, "--stop-at", "3", "--resume", start=("--recipe", inputs / "seed.json")))
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-3"]
+    assert json.loads((tmp_path / "trainer_state.json").read_text())["global_step"] == 3
+    whole, mine = (load_file(f / "model.safetensors") for f in (stages.stopped.output, tmp_path))
+    assert all(torch.equal(tensor, whole[name]) for name, tensor in mine.items())
+    assert not (tmp_path / "optimizer.pt").exists()
+
+
+def test_checkpoint_that_cannot_be_copied_leaves_no_half_of_itself(stages, inputs, tmp_path):
+    shutil.copytree(stages.stopped.output / "checkpoint-3", tmp_path / "out" / "checkpoint-3")
+    (tmp_path / "out" / "checkpoint-3" / "zz").symlink_to("nowhere")
+    with pytest.raises(shutil.Error):
+        main(
+            arguments(inputs, tmp_path / "out", "--stop-at", "3", "--resume", start=("--recipe", inputs / "seed.json"))
+        )
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"checkpoint-3", "run.json"}
+
+
+@pytest.mark.parametrize("more", [(), ("--stop-at", "3")], ids=["whole", "stopped"])
+def test_training_killed_while_its_model_was_saved_counts_as_unfinished_and_is_repaired(
+    stages, inputs, tmp_path, more
+):
+    start = ("--recipe", inputs / "seed.json")
+    output = tmp_path / "out"
+    run(inputs, output, *more, start=start, callbacks=[KillAtTheEnd(output)])
+    assert (output / "model.safetensors").exists() and not (output / "trainer_state.json").exists()
+    repaired = run(inputs, output, *more, "--resume", start=start)
+    assert repaired.batches == []
+    state = json.loads((output / "trainer_state.json").read_text())
+    assert (state["global_step"], state["max_steps"]) == (3 if more else 8, 8)
+    expected = load_file((stages.stopped if more else stages.whole).output / "model.safetensors")
+    mine = load_file(output / "model.safetensors")
+    assert mine.keys() == expected.keys()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in mine.items())
+
+
+def test_state_is_written_after_the_model(stages):
+    for stage in (stages.whole, stages.stopped, stages.continued):
+        model, state = (stage.output / name for name in ("model.safetensors", "trainer_state.json"))
+        assert model.stat().st_mtime_ns <= state.stat().st_mtime_ns
+
+
+def test_upcycled_model_goes_on_with_the_data_that_its_seed_has_not_seen(stages):
+    assert stages.stopped.batches + stages.continued.batches == stages.whole.batches
+    assert stages.continued.trainer.state.global_step == 8
+    assert json.loads((stages.continued.output / "run.json").read_text())["first_step"] == 3
+
+
+def test_upcycled_model_has_a_fresh_optimizer_and_a_whole_schedule(stages):
+    assert stages.continued.num_states == 0
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.AdamW([parameter], lr=1.5e-3)
+    schedule = get_scheduler("cosine_with_min_lr", optimizer, 2, 5, scheduler_specific_kwargs={"min_lr_rate": 0.02})
+    for step in range(4, 9):
+        assert rates(stages.continued)[step] == pytest.approx(schedule.get_last_lr()[0])
+        optimizer.step()
+        schedule.step()
+    # warm-up from nothing, and the minimum after the last step
+    assert rates(stages.continued)[4] == 0
+    assert stages.continued.last_rate == pytest.approx(0.02 * 1.5e-3)
+
+
+def test_upcycled_model_is_evaluated_as_its_own_arguments_say(stages):
+    steps = [log["step"] for log in stages.continued.history if "eval_loss" in log]
+    # the seed's at 0, where it begins, and every second step; not every eighth as its seed
+    assert steps == [0, 3, 4, 6, 8]
+
+
+def test_killed_and_resumed_continuation_equals_the_uninterrupted(stages, inputs, tmp_path):
+    more = ("--eval-steps", "2")
+    killed = run(inputs, tmp_path / "killed", *more, start=stages.start, callbacks=[KillAfter()])
+    assert [path.name for path in killed.output.glob("checkpoint-*")] == ["checkpoint-4"]
+    resumed = run(inputs, killed.output, *more, "--resume", start=stages.start)
+    assert resumed.num_states > 0
+    assert killed.batches + resumed.batches[2:] == stages.continued.batches
+    assert rates(resumed) == rates(stages.continued)
+    whole, mine = (load_file(f / "model.safetensors") for f in (stages.continued.output, resumed.output))
+    for name, tensor in whole.items():
+        torch.testing.assert_close(mine[name], tensor, rtol=1e-5, atol=1e-6, msg=name)
+
+
+def test_data_position_counts_accumulated_batches(inputs, tmp_path):
+    seed = ("--recipe", inputs / "seed.json")
+    sizes = "--steps 3 --batch-size 2 --gradient-accumulation-steps 2 --eval-steps 9".split()
+    whole = run(inputs, tmp_path / "whole", *sizes, start=seed)
+    stopped = run(inputs, tmp_path / "stopped", *sizes, "--stop-at", "2", start=seed)
+    upcycle.main(["--model", str(stopped.output), "--to", "2t1i", "--output", str(tmp_path / "grown")])
+    continued = run(inputs, tmp_path / "continued", *sizes, start=("--model", tmp_path / "grown"))
+    assert len(whole.batches) == 6
+    assert stopped.batches + continued.batches == whole.batches
+
+
+def test_checkpoint_of_a_seed_starts_without_its_optimizer_too(stages, inputs, tmp_path):
+    checkpoint = stages.stopped.output / "checkpoint-3"
+    assert (checkpoint / "optimizer.pt").is_file()
+    continued = run(inputs, tmp_path / "continued", start=("--model", checkpoint))
+    assert continued.num_states == 0
+    assert continued.batches == stages.whole.batches[3:]
+    assert {step: rate for step, rate in rates(continued).items() if step > 3} == pytest.approx(
+        {step: rate for step, rate in rates(stages.continued).items() if step > 3}
+    )
+
+
+def rows(batches):
+    """Examples without the padding, which depends on the batch."""
+    return sorted([token for token in row if token != PAD] for batch in batches for row in batch)
+
+
+def test_examples_of_a_step_may_be_split_otherwise(stages, inputs, tmp_path):
+    sizes = "--batch-size 2 --gradient-accumulation-steps 2".split()
+    continued = run(inputs, tmp_path / "continued", *sizes, start=stages.start)
+    assert len(continued.batches) == 10
+    assert rows(continued.batches) == rows(stages.continued.batches)
+
+
+def test_order_of_the_data_is_known_of_outputs_checkpoints_and_grown_models(stages, tmp_path, monkeypatch):
+    checkpoint = stages.stopped.output / "checkpoint-3"
+    for folder in (stages.stopped.output, checkpoint, stages.folder / "grown", stages.continued.output):
+        assert data_order(folder) == {"seed": 0, "examples_a_step": 4}, folder
+    monkeypatch.chdir(checkpoint)
+    assert data_order(".") == {"seed": 0, "examples_a_step": 4}
+    assert data_order(tmp_path) is None
+
+
+def test_examples_of_all_devices_count():
+    args = SimpleNamespace(train_batch_size=4, gradient_accumulation_steps=2, world_size=3)
+    assert examples_a_step(args) == 24
+
+
+def test_order_that_cannot_be_checked_is_warned_of(stages, inputs, tmp_path, caplog):
+    shutil.copytree(stages.stopped.output / "checkpoint-3", tmp_path / "model")
+    start = ("--model", tmp_path / "model")
+    trainer = build_trainer(parse_arguments(arguments(inputs, tmp_path / "out", start=start)))
+    assert trainer.first_step == 3
+    (warning,) = [record.getMessage() for record in caplog.records if record.name == "modeling_moma.training.stages"]
+    assert "run.json" in warning and "cannot be checked" in warning and "--restart-data" in warning
+    # what trainer_state.json knows is checked all the same
+    with pytest.raises(ValueError, match="--batch-size.* = 2 is not the 4 .*--restart-data"):
+        build_trainer(parse_arguments(arguments(inputs, tmp_path / "out", "--batch-size", "2", start=start)))
+    caplog.clear()
+    for start in (stages.start, ("--model", stages.stopped.output / "checkpoint-3")):
+        build_trainer(parse_arguments(arguments(inputs, tmp_path / "out", start=start)))
+    assert not [record for record in caplog.records if record.name == "modeling_moma.training.stages"]
+
+
+def test_model_of_a_finished_training_is_refused_as_such_whatever_the_steps(stages, inputs, tmp_path):
+    upcycle.main(["--model", str(stages.whole.output), "--to", "2t2i", "--output", str(tmp_path / "grown")])
+    for model in (stages.whole.output, stages.whole.output / "checkpoint-8", tmp_path / "grown"):
+        for more in ((), ("--steps", "20", "--seed", "1")):
+            args = parse_arguments(arguments(inputs, tmp_path / "out", *more, start=("--model", model)))
+            with pytest.raises(ValueError, match="is finished.* all of its 8 steps.*--restart-data"):
+                build_trainer(args)
+
+
+def test_model_without_a_trainer_state_starts_at_the_first_batch(stages, inputs, tmp_path):
+    model = MomaForCausalLM.from_pretrained(stages.start[1]).to(torch.bfloat16)
+    model.save_pretrained(tmp_path / "model")
+    fresh = run(inputs, tmp_path / "out", "--stop-at", "2", start=("--model", tmp_path / "model"))
+    assert fresh.batches == stages.whole.batches[:2]
+    assert fresh.num_states == 0 and rates(fresh) == {1: 0.0, 2: 0.00075}
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["first_step"] == 0
+    # however it was saved, it learns in fp32
+    assert {parameter.dtype for parameter in fresh.trainer.model.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize(
+    "more, named",
+    [
+        (["--steps", "9"], "`--steps` = 9 is not the 8 "),
+        (["--batch-size", "2"], "`--batch-size` .* = 2 is not the 4 "),
+        (["--gradient-accumulation-steps", "2"], "`--gradient-accumulation-steps` .* = 8 is not the 4 "),
+        (["--seed", "1"], "`--seed` = 1 is not the 0 "),
+        (["--stop-at", "3"], "3 steps"),
+    ],
+)
+def test_continuation_that_would_repeat_data_or_train_nothing_is_refused(stages, inputs, tmp_path, more, named):
+    for model in (stages.start[1], stages.stopped.output / "checkpoint-3"):
+        with pytest.raises(ValueError, match=f"{named}.*--restart-data"):
+            main(arguments(inputs, tmp_path / "out", *more, start=("--model", model)))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("number, indices", [(1, [0]), (3, [0, 3, 6]), (7, [0, 1, 2, 4, 5, 7, 8]), (99, range(10))])
+def test_as_many_examples_are_evaluated_as_asked_for_spread_over_all(number, indices):
+    assert evenly_spaced(list(range(10)), number) == list(indices)
+
+
+def test_all_examples_are_evaluated_by_default(stages, inputs, tmp_path):
+    assert len(stages.whole.trainer.eval_dataset) == 8
+    for number in (3, 5, 8, 9):
+        args = parse_arguments(arguments(inputs, tmp_path, "--eval-examples", str(number)))
+        assert len(build_trainer(args).eval_dataset) == min(number, 8)
+
+
+@pytest.mark.parametrize("number", ["0", "-1", "few"])
+def test_number_of_examples_to_evaluate_is_positive(inputs, tmp_path, number, capsys):
+    with pytest.raises(SystemExit):
+        parse_arguments(arguments(inputs, tmp_path, "--eval-examples", number))
+    assert "--eval-examples" in capsys.readouterr().err
+
+
+def noise_of(inputs, output, *more, start):
+    """The config's noise and the routers'."""
+    trainer = build_trainer(parse_arguments(arguments(inputs, output, *more, start=start)))
+    scales = {module.gumbel_noise for module in trainer.model.modules() if isinstance(module, MomaRouter)}
+    return trainer.model.config.gumbel_noise, scales
+
+
+@pytest.mark.parametrize(
+    "more, expected", [((), 1.0), (("--gumbel-noise", "0"), 0.0), (("--gumbel-noise", "0.5"), 0.5)]
+)
+def test_noise_of_the_routers_is_told_and_can_be_set(stages, inputs, tmp_path, capsys, more, expected):
+    scale, scales = noise_of(inputs, tmp_path, *more, start=stages.start)
+    assert scale == expected and scales == {expected}
+    noise = [line for line in capsys.readouterr().out.splitlines() if "noise" in line]
+    assert noise == ([f"Gumbel noise of scale {expected} on the expert routers, which stays"] if expected else [])
+
+
+def test_noise_that_fades_is_told_with_its_clock(stages, inputs, tmp_path, capsys):
+    source, grown = str(stages.stopped.output), tmp_path / "grown"
+    upcycle.main(["--model", source, "--to", "2t2i", "--gumbel-noise-steps", "30", "--output", str(grown)])
+    output = tmp_path / "out"
+    main(
+        arguments(
+            inputs,
+            output,
+            "--stop-at",
+            "5",
+            *"--batch-size 2 --gradient-accumulation-steps 2".split(),
+            start=("--model", grown),
+        )
+    )
+    assert "of scale 1.0 on the expert routers, fading over 30 training forwards, 0 past" in capsys.readouterr().out
+    # two steps of two batches
+    noise_of(inputs, tmp_path / "more", start=("--model", output))
+    assert "fading over 30 training forwards, 4 past" in capsys.readouterr().out
+
+
+def test_noise_that_was_turned_off_stays_off_in_what_is_saved(stages, inputs, tmp_path):
+    quiet, loud = (
+        run(inputs, tmp_path / scale, "--gumbel-noise", scale, "--stop-at", "6", start=stages.start)
+        for scale in ("0", "3")
+    )
+    assert MomaForCausalLM.from_pretrained(quiet.output).config.gumbel_noise == 0
+    first, second = (load_file(stage.output / "model.safetensors") for stage in (quiet, loud))
+    name = "model.layers.0.mlp.groups.text.router.weight"
+    assert not torch.equal(first[name], second[name])
+
+
+def test_noise_can_be_set_from_nothing_too_and_is_not_negative(inputs, stages, tmp_path, capsys):
+    start = ("--recipe", inputs / "recipe.json")
+    assert noise_of(inputs, tmp_path, start=start)[1] == {0.0}
+    assert "noise" not in capsys.readouterr().out
+    assert noise_of(inputs, tmp_path, "--gumbel-noise", "0.5", start=start)[1] == {0.5}
+    for begin in (start, stages.start):
+        with pytest.raises(Exception, match="gumbel_noise"):
+            noise_of(inputs, tmp_path, "--gumbel-noise=-1", start=begin)
+
+
+def test_restarted_data_begin_at_the_first_batch(stages, inputs, tmp_path):
+    more = ("--restart-data", "--steps", "4")
+    fresh = run(inputs, tmp_path / "out", *more, start=stages.start)
+    whole = run(inputs, tmp_path / "whole", "--steps", "4")
+    assert fresh.batches == whole.batches
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["first_step"] == 0
+
+
+def test_frozen_groups_stay_bit_by_bit_while_others_move(stages, inputs, tmp_path):
+    start = stages.start
+    before = load_file(start[1] / "model.safetensors")
+    run(inputs, tmp_path, "--freeze-groups", "text", "--stop-at", "6", start=start)
+    after = load_file(tmp_path / "model.safetensors")
+    buffers = ("threshold", "balance_bias", "num_updates")
+    for name, tensor in after.items():
+        if name.endswith(buffers):
+            continue
+        moved = not torch.equal(tensor, before[name])
+        assert moved != (".groups.text." in name), name
+    assert any(".groups.text.experts" in name for name in after)
+
+
+def test_unknown_group_to_freeze_is_named(stages, inputs, tmp_path):
+    with pytest.raises(ValueError, match="audio.*text.*image"):
+        build_trainer(
+            parse_arguments(arguments(inputs, tmp_path, "--freeze-groups", "text", "audio", start=stages.start))
+        )
+
+
+@pytest.mark.parametrize(
+    "field, value", [("modality_token_ranges", {"image": [[303, 334]]}), ("eos_token_id", 7), ("image_seq_length", 4)]
+)
+def test_model_that_reads_ids_otherwise_than_the_processor_is_refused(stages, inputs, tmp_path, field, value):
+    model = MomaForCausalLM.from_pretrained(stages.start[1])
+    config = {**model.config.to_dict(), field: value}
+    shutil.copytree(stages.start[1], tmp_path / "model")
+    (tmp_path / "model" / "config.json").write_text(json.dumps({**config, "dtype": "float32"}))
+    with pytest.raises(ValueError, match=f"`--model` has {field} = "):
+        build_trainer(parse_arguments(arguments(inputs, tmp_path / "out", start=("--model", tmp_path / "model"))))
+
+
+def test_embeddings_may_have_more_rows_than_the_processor_has_tokens(stages, inputs, tmp_path):
+    model = MomaForCausalLM.from_pretrained(stages.start[1])
+    rows = model.config.vocab_size
+    model.resize_token_embeddings(rows + 8)
+    model.save_pretrained(tmp_path / "more")
+    build_trainer(parse_arguments(arguments(inputs, tmp_path / "out", start=("--model", tmp_path / "more"))))
+    with pytest.raises(ValueError, match=f"vocab_size = {rows + 8}, the processor's is {rows + 9}"):
+        check_layout(model.config, {"vocab_size": rows + 9})
+
+
+@pytest.mark.parametrize("start", [(), ("--recipe", "r.yaml", "--model", "folder")])
+def test_config_and_model_exclude_each_other_and_one_is_needed(start, capsys):
+    with pytest.raises(SystemExit):
+        parse_arguments(["--processor", "p", "--codes", "c", "--output", "o", *start])
+    message = capsys.readouterr().err
+    assert "--recipe" in message and "--model" in message
