@@ -20,6 +20,7 @@ from transformers.modeling_rope_utils import RopeParameters
 from transformers.models.auto import modeling_auto
 from transformers.utils import auto_docstring
 
+from .frames_moma import ModalityFrame, check_frames, config_frames
 from .parallel_plans_moma import expert_parallel_plan, tensor_parallel_plan
 from .parameter_counts_moma import count_parameters
 from .routing_rules_moma import CAUSAL_ROUTINGS, NOISY_ROUTINGS, RULES, TRAINING_ROUTINGS
@@ -82,6 +83,10 @@ class MomaConfig(PreTrainedConfig):
         Id of the token after a picture's codes.
     image_seq_length (`int`, *optional*, defaults to 1024):
         Codes of one picture.
+    modality_frames (`dict[str, dict[str, int]]`, *optional*):
+        What stands around the codes of modalities other than pictures: `{"audio": {"begin": id, "end": id, "length":
+        codes}}`, `length` `None` where it varies. Both tokens are routed as text. A modality without a frame can be
+        read, but `generate` never writes it.
     norm_placement (`str`, *optional*, defaults to `"post"`):
         `"post"` is the paper's Swin form `h + norm(f(h))`, `"pre"` is `h + f(norm(h))`.
     gate_after_norm (`bool`, *optional*, defaults to `False`):
@@ -184,6 +189,7 @@ class MomaConfig(PreTrainedConfig):
     begin_image_token_id: int | None = 8197
     end_image_token_id: int | None = 8196
     image_seq_length: int = 1024
+    modality_frames: dict[str, dict[str, int | None]] | None = None
 
     norm_placement: str = "post"
     gate_after_norm: bool = False
@@ -266,6 +272,11 @@ class MomaConfig(PreTrainedConfig):
         Text first, then by name: the order of a dict is lost where the configuration is saved.
         """
         return [TEXT, *sorted(self.modality_token_ranges)]
+
+    @property
+    def frames(self) -> dict[str, ModalityFrame]:
+        """The frames of the modalities that can be generated, see [`ModalityFrame`], in the order of `modalities`."""
+        return config_frames(self)
 
     @property
     def expert_groups(self) -> dict[str, list[str]]:
@@ -433,6 +444,7 @@ class MomaConfig(PreTrainedConfig):
                 self.image_seq_length,
                 f"plus two tokens around a picture must fit max_position_embeddings ({self.max_position_embeddings})",
             )
+        check_frames(self)
 
     def validate_experts(self):
         """Check the expert groups: counts, widths, capacities, shared experts."""

@@ -11,13 +11,9 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Pictures inside the stock `generate`: logits processors that keep the output a valid mix of text and pictures.
+"""Text, pictures and other modalities from the stock `generate`, and their codes out of what it generated.
 
-A picture is a begin-of-image token, exactly `config.image_seq_length` codes, and an end-of-image token. Whether a row
-stands inside one is read from its ids at every step, so that beams, drafted candidates and rows in different states
-need no bookkeeping.
-
-Shape suffixes: B rows, T positions, V vocabulary.
+Shape suffixes: B rows, T positions.
 """
 
 import copy
@@ -30,174 +26,25 @@ from transformers.generation import (
     GenerationMixin,
     LogitsProcessor,
     LogitsProcessorList,
-    StoppingCriteria,
     StoppingCriteriaList,
 )
 
-from .configuration_moma import MomaConfig
+from .frames_moma import IMAGE, TEXT, ModalityFrame, open_frame_codes
+from .logits_process_moma import (
+    FittingFrameLogitsProcessor,
+    FrameEndCriteria,
+    FrameLogitsProcessor,
+    OneFrameLogitsProcessor,
+    TextOnlyLogitsProcessor,
+)
 
 
-GENERATION_MODES = ("text", "image", "interleaved")
-IMAGE = "image"
+INTERLEAVED = "interleaved"
+# of a model of text and pictures; another modality that has a frame is a mode by its own name
+GENERATION_MODES = (TEXT, IMAGE, INTERLEAVED)
 # new tokens that the stock loop generates when nobody says how many
 STOCK_NEW_TOKENS = 20
-
-
-class PictureTokens:
-    """Which ids are codes, begin-of-image and end-of-image, and how far a row is into a picture.
-
-    Args:
-        config (`MomaConfig`): gives the ids and the number of codes of one picture.
-
-    Raises:
-        ValueError: the configuration has no picture tokens.
-    """
-
-    def __init__(self, config: MomaConfig):
-        if not self.exist_in(config):
-            raise ValueError(
-                "The configuration has no picture tokens: `modality_token_ranges['image']`, `begin_image_token_id` "
-                f"and `end_image_token_id` are needed, got {config.modality_token_ranges}, "
-                f"{config.begin_image_token_id} and {config.end_image_token_id}. A text-only model can use "
-                "generation_mode='text' alone."
-            )
-        self.ranges = config.modality_token_ranges[IMAGE]
-        self.begin = config.begin_image_token_id
-        self.end = config.end_image_token_id
-        self.length = config.image_seq_length
-        self.code_V = self.is_code(torch.arange(config.vocab_size))
-
-    @staticmethod
-    def exist_in(config: MomaConfig) -> bool:
-        """Whether a model of this configuration can write pictures."""
-        frame = (config.begin_image_token_id, config.end_image_token_id)
-        return IMAGE in config.modality_token_ranges and None not in frame
-
-    def is_code(self, ids: torch.Tensor) -> torch.Tensor:
-        """True where an id is a picture code."""
-        found = torch.zeros_like(ids, dtype=torch.bool)
-        for start, stop in self.ranges:
-            found |= (ids >= start) & (ids < stop)
-        return found
-
-    def to_codes(self, ids: torch.Tensor) -> torch.Tensor:
-        """Code numbers, from 0, of ids that are codes."""
-        codes = torch.zeros_like(ids)
-        first = 0
-        for start, stop in self.ranges:
-            codes = torch.where((ids >= start) & (ids < stop), ids - start + first, codes)
-            first += stop - start
-        return codes
-
-    def open_codes(self, ids_BT: torch.Tensor) -> torch.Tensor:
-        """Codes that each row has written of the picture it is in, `[B]`; -1 for rows that are in none."""
-        # a column before the row, so that rows of codes alone and empty rows have a last id that is no code
-        ids = nn.functional.pad(ids_BT, (1, 0), value=-1)
-        places = torch.arange(ids.shape[1], device=ids.device)
-        last_B = torch.where(self.is_code(ids), 0, places).amax(dim=1)
-        inside_B = ids.gather(1, last_B[:, None])[:, 0] == self.begin
-        return torch.where(inside_B, (ids.shape[1] - 1 - last_B).clamp(max=self.length), -1)
-
-
-class PictureLogitsProcessor(LogitsProcessor):
-    """Inside a picture only codes, after the last of them the end-of-image; outside neither of the two.
-
-    Args:
-        tokens (`PictureTokens`): the ids.
-    """
-
-    def __init__(self, tokens: PictureTokens):
-        self.tokens = tokens
-
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        tokens = self.tokens
-        code_V = tokens.code_V.to(scores.device)
-        count_B = tokens.open_codes(input_ids)
-        scores = scores.masked_fill(code_V != (count_B >= 0)[:, None], -torch.inf)
-        scores[:, tokens.end] = -torch.inf
-        return _force(scores, count_B == tokens.length, tokens.end)
-
-
-class NoPictureLogitsProcessor(LogitsProcessor):
-    """Text only: never a code, begin-of-image or end-of-image.
-
-    Args:
-        tokens (`PictureTokens`): the ids.
-    """
-
-    def __init__(self, tokens: PictureTokens):
-        self.tokens = tokens
-
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        scores = scores.masked_fill(self.tokens.code_V.to(scores.device), -torch.inf)
-        scores[:, [self.tokens.begin, self.tokens.end]] = -torch.inf
-        return scores
-
-
-class OnePictureLogitsProcessor(LogitsProcessor):
-    """Outside a picture: its begin, as long as the row has not finished one, and then the end of the row.
-
-    Args:
-        tokens (`PictureTokens`): the ids.
-        prompt_length (`int`): positions of the prompt, whose own pictures do not count.
-        stop_token_id (`int`): token that ends a row.
-    """
-
-    def __init__(self, tokens: PictureTokens, prompt_length: int, stop_token_id: int):
-        self.tokens = tokens
-        self.prompt_length = prompt_length
-        self.stop_token_id = stop_token_id
-
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        outside_B = self.tokens.open_codes(input_ids) < 0
-        done_B = (input_ids[:, self.prompt_length :] == self.tokens.end).any(dim=1)
-        scores = _force(scores, outside_B & ~done_B, self.tokens.begin)
-        return _force(scores, outside_B & done_B, self.stop_token_id)
-
-
-class FittingPictureLogitsProcessor(LogitsProcessor):
-    """No begin-of-image where the whole picture no longer fits.
-
-    Args:
-        tokens (`PictureTokens`): the ids.
-        max_length (`int`): positions of the prompt and everything generated.
-    """
-
-    def __init__(self, tokens: PictureTokens, max_length: int):
-        self.tokens = tokens
-        self.max_length = max_length
-
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        if input_ids.shape[1] + self.tokens.length + 2 > self.max_length:
-            scores = scores.clone()
-            scores[:, self.tokens.begin] = -torch.inf
-        return scores
-
-
-class PictureEndCriteria(StoppingCriteria):
-    """A row ends with its picture: for beams, whose scores are means over all their tokens, a forced one included.
-
-    Args:
-        tokens (`PictureTokens`): the ids.
-        prompt_length (`int`): positions of the prompt, whose own pictures do not count.
-    """
-
-    def __init__(self, tokens: PictureTokens, prompt_length: int):
-        self.tokens = tokens
-        self.prompt_length = prompt_length
-
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs) -> torch.BoolTensor:
-        return (input_ids[:, -1] == self.tokens.end) & (input_ids.shape[1] > self.prompt_length)
-
-
-GRAMMAR = (PictureLogitsProcessor, NoPictureLogitsProcessor)
-
-
-def _force(scores: torch.Tensor, rows_B: torch.Tensor, token_id: int) -> torch.Tensor:
-    # log-probability 0: a forced token costs a beam nothing, and is possible even where another processor forbade it
-    forced = torch.full_like(scores, -torch.inf)
-    forced[:, token_id] = 0.0
-    return torch.where(rows_B[:, None], forced, scores)
+GRAMMAR = (FrameLogitsProcessor, TextOnlyLogitsProcessor)
 
 
 class MomaGenerationMixin(GenerationMixin):
@@ -213,7 +60,8 @@ class MomaGenerationMixin(GenerationMixin):
         **kwargs,
     ):
         r"""
-        The stock `generate` with a grammar for pictures; all its decoding strategies and arguments are available.
+        The stock `generate` with a grammar for pictures and other modalities; all its decoding strategies and
+        arguments are available.
 
         Args:
             inputs (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
@@ -223,55 +71,36 @@ class MomaGenerationMixin(GenerationMixin):
             logits_processor (`LogitsProcessorList`, *optional*):
                 The caller's own processors; the grammar comes after them.
             generation_mode (`str`, *optional*, defaults to `"text"`):
-                - `"text"` (also `None`): no picture tokens.
-                - `"image"`: one picture in each row and nothing else. Begin-of-image is written unless the prompt
-                  ends with it; a picture that the prompt has begun is finished. Without `max_new_tokens` or
-                  `max_length` the length is what the picture needs.
-                - `"interleaved"`: text, with pictures where the model begins one. A picture that no longer fits into
+                - `"text"` (also `None`): no token of another modality.
+                - `"image"`, or another modality of `config.frames`: one frame (a picture, a sound) in each row and
+                  nothing else. Its begin is written unless the prompt ends with it; a frame that the prompt has begun
+                  is finished. Without `max_new_tokens` or `max_length` the length is what the frame needs; one of
+                  any length may go on to the end of the context.
+                - `"interleaved"`: text, with frames where the model begins one. A frame that no longer fits into
                   `max_new_tokens` is not begun.
             kwargs:
                 As in the stock method. With `guidance_scale` other than 1 and no `negative_prompt_ids`, the
-                unconditional branch sees the beginning token and the picture alone.
+                unconditional branch sees the beginning token and the frame alone.
 
         Returns:
             `torch.LongTensor` or `ModelOutput`: as from the stock method, prompts included. Rows end at
             `config.max_position_embeddings`, whatever length is asked for.
 
         Raises:
-            ValueError: an unknown mode; an empty or all-padding prompt; pictures asked of a text-only model; no room
-                for a whole picture; a prompt that ends inside a picture in text mode; guidance together with a
-                decoding strategy whose unconditional branch would go wrong.
+            ValueError: an unknown mode; an empty or all-padding prompt; a modality that the configuration has no frame
+                for; no room for a whole frame; a prompt that ends inside a frame of a modality that the mode does not
+                write; guidance together with a decoding strategy whose unconditional branch would go wrong.
         """
-        mode = "text" if generation_mode is None else generation_mode
-        if mode not in GENERATION_MODES:
-            raise ValueError(f"`generation_mode` must be one of {GENERATION_MODES}, got {generation_mode!r}.")
+        mode = TEXT if generation_mode is None else generation_mode
+        self._check_mode(mode)
         processors = LogitsProcessorList(logits_processor or [])
         # an assistant model is called with the processors of the model that it drafts for
         if any(isinstance(processor, GRAMMAR) for processor in processors):
             return super().generate(inputs, generation_config, processors, **kwargs)
         prompt = self._prompt_ids(inputs, kwargs)
         _check_prompt(prompt, kwargs)
-        if mode != "text" or PictureTokens.exist_in(self.config):
-            tokens = PictureTokens(self.config)
-            width = prompt.shape[1] or kwargs["inputs_embeds"].shape[1]
-            room = _new_tokens(width, kwargs.get, generation_config)
-            if mode == "image" and room is None:
-                room = int(_missing_tokens(tokens, prompt).max())
-                if generation_config is None:
-                    kwargs["max_new_tokens"] = room
-                else:
-                    generation_config = copy.deepcopy(generation_config)
-                    generation_config.max_new_tokens = room
-            elif room is None:
-                room = _new_tokens(width, {}.get, self.generation_config) or STOCK_NEW_TOKENS
-            processors += self._grammar(mode, tokens, prompt, width, room)
-            if mode == "image":
-                stop = self._stop_token(generation_config, kwargs)
-                processors.append(OnePictureLogitsProcessor(tokens, prompt.shape[1], stop))
-                if (self._option("num_beams", generation_config, kwargs) or 1) > 1:
-                    criteria = [*(kwargs.get("stopping_criteria") or []), PictureEndCriteria(tokens, prompt.shape[1])]
-                    kwargs["stopping_criteria"] = StoppingCriteriaList(criteria)
-            kwargs.update(self._guidance(tokens, prompt, generation_config, kwargs))
+        if self.config.modality_token_ranges:
+            generation_config = self._follow_grammar(mode, prompt, generation_config, processors, kwargs)
         return super().generate(inputs, generation_config, processors, **kwargs)
 
     def _prepare_generated_length(self, generation_config, **kwargs):
@@ -293,8 +122,8 @@ class MomaGenerationMixin(GenerationMixin):
             return output
         stops = generation_config._eos_token_tensor
         for criterion in stopping_criteria:
-            if isinstance(criterion, PictureEndCriteria):
-                stops = torch.cat([stops, stops.new_tensor([criterion.tokens.end])])
+            if isinstance(criterion, FrameEndCriteria):
+                stops = torch.cat([stops, stops.new_tensor([criterion.frame.end])])
         sequences = output if isinstance(output, torch.Tensor) else output.sequences
         # in place, whichever of the two was returned
         new_BT = sequences[:, input_ids.shape[1] :]
@@ -328,33 +157,49 @@ class MomaGenerationMixin(GenerationMixin):
             `torch.LongTensor` of shape `(num_pictures, image_seq_length)`: codes from 0, row by row, in order.
 
         Raises:
-            ValueError: a picture is incomplete, or a code stands outside a picture.
+            ValueError: the model writes no pictures, a picture is incomplete, or a code stands outside a picture.
         """
-        tokens = PictureTokens(self.config)
-        if image_tokens.ndim != 2:
-            raise ValueError(f"`image_tokens` must have two dimensions, got shape {tuple(image_tokens.shape)}.")
-        # what ends too early is completed by ids that are neither code nor end
-        ids = nn.functional.pad(image_tokens, (0, tokens.length + 1), value=-1)
-        row_P, column_P = (ids == tokens.begin).nonzero(as_tuple=True)
-        offsets = torch.arange(1, tokens.length + 2, device=ids.device)
-        pictures = ids[row_P[:, None], column_P[:, None] + offsets]
-        codes, ends = pictures[:, :-1], pictures[:, -1]
-        is_code = tokens.is_code(codes)
-        whole_P = is_code.all(dim=1) & (ends == tokens.end)
-        if not whole_P.all():
-            bad = int((~whole_P).nonzero()[0])
+        return self._frame(IMAGE).read_codes(image_tokens, "image_tokens")
+
+    def decode_modality_tokens(
+        self, ids: torch.LongTensor, modality: str
+    ) -> "torch.LongTensor | list[torch.LongTensor]":
+        """Take the codes of a modality's frames out of token ids, as its codec wants them.
+
+        Args:
+            ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`):
+                Token ids, of which all frames of the modality are taken, also those of the prompt.
+            modality (`str`):
+                One of `config.frames`.
+
+        Returns:
+            Codes from 0, row by row, in order: `torch.LongTensor` of shape `(num_frames, length)`, or where the
+            length of a frame varies a list of `torch.LongTensor` of shape `(num_codes,)`.
+
+        Raises:
+            ValueError: a modality without a frame, a frame that is incomplete, or a code outside a frame.
+        """
+        return self._frame(modality).read_codes(ids)
+
+    def _frame(self, modality: str) -> ModalityFrame:
+        frames = self.config.frames
+        if modality not in frames:
+            fields = "`begin_image_token_id` and `end_image_token_id`" if modality == IMAGE else "`modality_frames`"
             raise ValueError(
-                f"`image_tokens`: the picture at row {int(row_P[bad])}, position {int(column_P[bad])} is incomplete, "
-                f"with {int(is_code[bad].cumprod(dim=0).sum())} codes before another token; a picture has "
-                f"{tokens.length} codes and an end-of-image token. Generate with generation_mode='image'."
+                f"The configuration has no frame for {modality!r}, only for {list(frames)}: "
+                f"`modality_token_ranges[{modality!r}]` and {fields} are needed. A model without frames can use "
+                "generation_mode='text' alone."
             )
-        num_codes = int(tokens.is_code(image_tokens).sum())
-        if num_codes != codes.numel():
-            raise ValueError(
-                f"`image_tokens`: {num_codes - codes.numel()} codes stand outside the {len(codes)} pictures found. "
-                "Pass the sequences from their begin-of-image tokens on."
-            )
-        return tokens.to_codes(codes)
+        return frames[modality]
+
+    def _check_mode(self, mode: str):
+        modes = (TEXT, INTERLEAVED, *self.config.frames)
+        if mode in (IMAGE, *self.config.modality_token_ranges):
+            self._frame(mode)
+        if mode not in modes:
+            raise ValueError(f"`generation_mode` must be one of {modes}, got {mode!r}.")
+        if mode == INTERLEAVED and len(modes) == 2:
+            self._frame(IMAGE)
 
     def _prompt_ids(self, inputs, kwargs):
         """The ids that the loop starts from: none in rows of `inputs_embeds`, the beginning token without a prompt."""
@@ -366,37 +211,85 @@ class MomaGenerationMixin(GenerationMixin):
             return torch.full((1, 1), self.config.bos_token_id or 0, device=self.device)
         return prompt
 
-    def _grammar(self, mode, tokens, prompt, prompt_width, room):
-        """Processors of a mode, after a check that every picture has its room."""
-        open_B = tokens.open_codes(prompt) >= 0
-        if mode == "text":
-            if open_B.any():
-                raise ValueError(
-                    f"The prompt of row {int(open_B.nonzero()[0])} ends inside a picture, which text cannot continue: "
-                    "use generation_mode='image' or 'interleaved', or end the picture."
-                )
-            return [NoPictureLogitsProcessor(tokens)]
-        context = None
+    def _follow_grammar(self, mode, prompt, generation_config, processors, kwargs):
+        """Adds what a mode needs to the processors and the arguments; gives the generation config with its length."""
+        frame = self.config.frames.get(mode)
+        width = prompt.shape[1] or kwargs["inputs_embeds"].shape[1]
+        room = _new_tokens(width, kwargs.get, generation_config)
+        if frame is not None and room is None:
+            room = self._frame_room(frame, prompt, width)
+            if generation_config is None:
+                kwargs["max_new_tokens"] = room
+            else:
+                generation_config = copy.deepcopy(generation_config)
+                generation_config.max_new_tokens = room
+        elif room is None:
+            room = _new_tokens(width, {}.get, self.generation_config) or STOCK_NEW_TOKENS
+        processors += self._grammar(mode, prompt, width, room)
+        if frame is not None:
+            stop = self._stop_token(mode, generation_config, kwargs)
+            processors.append(OneFrameLogitsProcessor(frame, prompt.shape[1], stop))
+            if (self._option("num_beams", generation_config, kwargs) or 1) > 1:
+                criteria = [*(kwargs.get("stopping_criteria") or []), FrameEndCriteria(frame, prompt.shape[1])]
+                kwargs["stopping_criteria"] = StoppingCriteriaList(criteria)
+        if self.config.frames:
+            kwargs.update(self._guidance(prompt, generation_config, kwargs))
+        return generation_config
+
+    def _context_room(self, prompt_width):
+        """Positions of the context after a prompt; `None` where it has no end."""
         # scaled rotary embeddings are made to go beyond
-        if self.config.rope_parameters["rope_type"] == "default":
-            context = self.config.max_position_embeddings - prompt_width
-        missing_B = _missing_tokens(tokens, prompt)
-        needed = int(missing_B.max()) if mode == "image" else int(torch.where(open_B, missing_B, 0).max())
+        if self.config.rope_parameters["rope_type"] != "default":
+            return None
+        return self.config.max_position_embeddings - prompt_width
+
+    def _frame_room(self, frame, prompt, prompt_width):
+        """New tokens for one frame in each row, when nobody says how many."""
+        needed = int(frame.missing_tokens(prompt).max())
+        if frame.length is not None:
+            return needed
+        # at least what is needed, so that a prompt without room for it is refused by its length
+        return max(self.config.max_position_embeddings - prompt_width, needed)
+
+    def _grammar(self, mode, prompt, prompt_width, room):
+        """Processors of a mode, after a check that every frame has its room."""
+        frames = self.config.frames
+        for modality, frame in frames.items():
+            open_B = frame.open_codes(prompt) >= 0
+            if mode not in (modality, INTERLEAVED) and open_B.any():
+                raise ValueError(
+                    f"The prompt of row {int(open_B.nonzero()[0])} ends inside a frame of {modality!r}, which "
+                    f"generation_mode={mode!r} cannot continue: use generation_mode={modality!r} or 'interleaved', or "
+                    "end the frame."
+                )
+        if mode == TEXT:
+            return [TextOnlyLogitsProcessor(self.config)]
+        needed = 0
+        for modality, frame in frames.items():
+            missing_B = frame.missing_tokens(prompt)
+            if mode == INTERLEAVED:
+                missing_B = torch.where(frame.open_codes(prompt) >= 0, missing_B, 0)
+            if mode in (modality, INTERLEAVED):
+                needed = max(needed, int(missing_B.max()))
         if needed > room:
+            advice = "" if mode == INTERLEAVED else f", or leave both out with generation_mode={mode!r}"
             raise ValueError(
-                f"A picture of {tokens.length} codes needs {needed} new tokens, but there is room for {room}: raise "
-                f"`max_new_tokens` to at least {needed} (or `max_length` to {needed + prompt_width}), or leave both "
-                "out with generation_mode='image'."
+                f"A whole frame needs {needed} new tokens, but there is room for {room}: raise "
+                f"`max_new_tokens` to at least {needed} (or `max_length` to {needed + prompt_width}){advice}."
             )
+        context = self._context_room(prompt_width)
         if context is not None and needed > context:
             raise ValueError(
-                f"A prompt of {prompt_width} positions and a picture that needs {needed} new tokens exceed "
+                f"A prompt of {prompt_width} positions and a frame that needs {needed} new tokens exceed "
                 f"`max_position_embeddings` ({self.config.max_position_embeddings}): shorten the prompt."
             )
-        if mode == "image":
-            return [PictureLogitsProcessor(tokens)]
-        fitting = room if context is None else min(room, context)
-        return [PictureLogitsProcessor(tokens), FittingPictureLogitsProcessor(tokens, prompt.shape[1] + fitting)]
+        max_length = prompt.shape[1] + (room if context is None else min(room, context))
+        if mode == INTERLEAVED:
+            return [
+                FrameLogitsProcessor(self.config, max_length),
+                FittingFrameLogitsProcessor(self.config, max_length),
+            ]
+        return [FrameLogitsProcessor(self.config, max_length)]
 
     def _option(self, name, generation_config, kwargs):
         sources = (
@@ -406,15 +299,15 @@ class MomaGenerationMixin(GenerationMixin):
         )
         return next((value for value in sources if value is not None), None)
 
-    def _stop_token(self, generation_config, kwargs):
+    def _stop_token(self, mode, generation_config, kwargs):
         for name in ("eos_token_id", "pad_token_id"):
             value = self._option(name, generation_config, kwargs)
             value = value[0] if isinstance(value, (list, tuple)) else value
             if value is not None:
                 return int(value)
-        raise ValueError("generation_mode='image' needs an `eos_token_id` or a `pad_token_id` to end rows with.")
+        raise ValueError(f"generation_mode={mode!r} needs an `eos_token_id` or a `pad_token_id` to end rows with.")
 
-    def _guidance(self, tokens, prompt, generation_config, kwargs):
+    def _guidance(self, prompt, generation_config, kwargs):
         """The negative prompt of the stock guidance: one row for every row of the loop, unconditional by default."""
         if self._option("guidance_scale", generation_config, kwargs) in (None, 1):
             return {}
@@ -428,7 +321,7 @@ class MomaGenerationMixin(GenerationMixin):
         if ids is None:
             if self.config.bos_token_id is None:
                 return {}
-            ids, mask = _unconditional_prompt(tokens, prompt, self.config.bos_token_id)
+            ids, mask = _unconditional_prompt(self.config.frames, prompt, self.config.bos_token_id)
         elif ids.shape[0] != prompt.shape[0]:
             raise ValueError(
                 f"`negative_prompt_ids` has {ids.shape[0]} rows, but there are {prompt.shape[0]} prompts: each needs "
@@ -465,15 +358,9 @@ def _new_tokens(prompt_width, get_argument, generation_config):
     return None
 
 
-def _missing_tokens(tokens, prompt):
-    """New tokens that complete the picture of each row, `[B]`, its begin included where it has none yet."""
-    open_B = tokens.open_codes(prompt)
-    return torch.where(open_B >= 0, tokens.length - open_B + 1, tokens.length + 2)
-
-
-def _unconditional_prompt(tokens, prompt, bos_token_id):
-    """The beginning token, and what each prompt already holds of an open picture; padded on the left."""
-    open_B = tokens.open_codes(prompt)
+def _unconditional_prompt(frames, prompt, bos_token_id):
+    """The beginning token, and what each prompt already holds of an open frame; padded on the left."""
+    open_B = open_frame_codes(frames, prompt)
     width = prompt.shape[1] + 1
     start_B = torch.where(open_B >= 0, width - 2 - open_B, width - 1)
     ids = nn.functional.pad(prompt, (1, 0)).scatter(1, start_B[:, None], bos_token_id)
@@ -482,13 +369,4 @@ def _unconditional_prompt(tokens, prompt, bos_token_id):
     return ids[:, first:], mask[:, first:]
 
 
-__all__ = [
-    "GENERATION_MODES",
-    "FittingPictureLogitsProcessor",
-    "MomaGenerationMixin",
-    "NoPictureLogitsProcessor",
-    "OnePictureLogitsProcessor",
-    "PictureEndCriteria",
-    "PictureLogitsProcessor",
-    "PictureTokens",
-]
+__all__ = ["GENERATION_MODES", "MomaGenerationMixin"]

@@ -22,7 +22,7 @@ from transformers import AutoProcessor, AutoTokenizer
 from helpers.tiny import noise_pictures, tiny_processor
 from modeling_moma.training.chat import CHAT_TEMPLATE
 from modeling_moma.training.examples import example_ids
-from tokenization.processing_moma import DEFAULT_CHAT_TEMPLATE
+from tokenization.chat_template_moma import DEFAULT_CHAT_TEMPLATE
 
 
 CARD = Path(__file__).resolve().parent.parent / "model_cards" / "moma-emoji"

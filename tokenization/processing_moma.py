@@ -11,60 +11,35 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Text and pictures to token ids with the real picture codes, and token ids back to text and pictures."""
+"""Text, pictures and more to token ids with their real codes, and token ids back to what they stand for."""
 
 import copy
 import os
-import re
 from pathlib import Path
 
 import torch
 from PIL import Image
 from transformers import BatchFeature
 from transformers.image_utils import ImageInput
-from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin, Unpack
+from transformers.processing_utils import MultiModalData, ProcessingKwargs, Unpack
 from transformers.tokenization_utils_base import TextInput
 from transformers.utils import is_torchvision_available
 
+from .chat_template_moma import DEFAULT_CHAT_TEMPLATE
+from .codecs_moma import check_codec, codec_types, load_codecs, save_codecs
+from .coding_moma import CodingMixin, as_list
 from .image_input_moma import flat_sources
 from .image_processing_moma import MomaImageProcessor
 from .image_processing_pil_moma import MomaImageProcessorPil
 from .modeling_moma_vq import MomaVQModel
-from .text_tokenizer_moma import escape_special_tokens, is_escaped, name_image_token, special_beginning
+from .text_tokenizer_moma import IMAGE, escape_special_tokens, is_escaped, name_image_token, special_beginning
+from .token_frames_moma import TokenFrame, replace_placeholders
 
 
 VQ_SUBFOLDER = "vq_model"
-# pictures that go through the VQ model at once, which bounds the memory of a large batch
-ENCODE_CHUNK = 64
 LABEL_PAD_ID = -100
 _ANY_PICTURE = Image.new("L", (1, 1))
 HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
-
-# of a chat template, inside its loop over messages: sets `turn.text`, with a placeholder for every picture
-MESSAGE_TEXT = (
-    "{% set turn = namespace(text='') %}"
-    "{% if message['content'] is string %}"
-    "{% set turn.text = message['content'] %}"
-    "{% else %}"
-    "{% for part in message['content'] %}"
-    "{% if part['type'] == 'image' %}{% set turn.text = turn.text + '<image>' %}"
-    "{% elif part['type'] == 'text' %}{% set turn.text = turn.text + part['text'] %}"
-    "{% else %}{{ raise_exception('content parts must be of type text or image, got ' + part['type']) }}{% endif %}"
-    "{% endfor %}"
-    "{% endif %}"
-)
-# turns end with <eos> and headers with a newline, so that no BPE token straddles the edge of a turn
-DEFAULT_CHAT_TEMPLATE = (
-    "{{ bos_token | default('', true) }}"
-    "{% for message in messages %}" + MESSAGE_TEXT + "{{ message['role'] + '\n' }}"
-    "{% if message['role'] == 'assistant' %}"
-    "{% generation %}{{ turn.text | trim }}{{ eos_token }}{% endgeneration %}"
-    "{% else %}"
-    "{{ turn.text | trim }}{{ eos_token }}"
-    "{% endif %}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ 'assistant\n' }}{% endif %}"
-)
 
 
 class MomaProcessorKwargs(ProcessingKwargs, total=False):
@@ -77,12 +52,15 @@ class MomaProcessorKwargs(ProcessingKwargs, total=False):
 
 
 # trf-ignore: TRF057, documented by hand
-class MomaProcessor(ProcessorMixin):
+class MomaProcessor(CodingMixin):
     r"""
     Joins an image processor, a text tokenizer and a VQ model. Each `<image>` in a text becomes `<|begin_image|>`, the
     `image_seq_length` codes of its picture, and `<|end_image|>`, in `input_ids`; the model needs no pixels. The token
     `<|image_7|>` stands for code 7: written in a text it is that code, as `<eos>` is the end of a turn. Text that you
     do not control goes through [`~MomaProcessor.escape_special_tokens`].
+
+    Other modalities have a codec each, see [`ModalityCodec`]: with `codecs={"audio": codec}` each `<audio>` becomes
+    `<|begin_audio|>`, the codes of its sound, and `<|end_audio|>`, and `processor(text=..., audio=[...])` takes them.
 
     The VQ model runs in float32, in evaluation mode, without gradients; the model that is passed in is put in that
     state. It stays where it is (on the CPU after `from_pretrained`); [`~MomaProcessor.to`] moves it.
@@ -97,6 +75,9 @@ class MomaProcessor(ProcessorMixin):
         chat_template (`str` or `dict[str, str]`, *optional*):
             Jinja template of a conversation; by default `DEFAULT_CHAT_TEMPLATE`, turns of `role`, newline, content,
             `<eos>`, with pictures in any turn.
+        codecs (`dict[str, ModalityCodec]`, *optional*):
+            A codec for each further modality, by its name. The tokenizer needs the tokens of [`add_modality_tokens`]
+            for each.
 
     Attributes:
         image_token, image_token_id: the placeholder, which never occurs in `input_ids`.
@@ -105,6 +86,7 @@ class MomaProcessor(ProcessorMixin):
         image_token_ids (`list[int]`): ids of all codes. Begin and end of image count as text.
         image_seq_length (`int`): codes of one picture.
         codebook_size (`int`): number of codes.
+        frames (`dict[str, TokenFrame]`): ids of begin, codes and end of each modality, by its name.
 
     Raises:
         TypeError: if a part is of the wrong kind.
@@ -116,8 +98,10 @@ class MomaProcessor(ProcessorMixin):
     image_token = "<image>"
     begin_image_token = "<|begin_image|>"
     end_image_token = "<|end_image|>"
+    # items of the modalities with a codec, in the copy of the processor that a call works with
+    _codec_items: dict[str, list] = {}
 
-    def __init__(self, image_processor, tokenizer, vq_model, chat_template=None):
+    def __init__(self, image_processor, tokenizer, vq_model, chat_template=None, codecs=None):
         if chat_template is None:
             chat_template = DEFAULT_CHAT_TEMPLATE
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
@@ -129,6 +113,9 @@ class MomaProcessor(ProcessorMixin):
         self.codebook_size = config.num_embeddings
         self.image_seq_length = (config.resolution // config.downsample_factor) ** 2
         self._check_image_processor(image_processor, config.resolution)
+        self.codecs = dict(codecs or {})
+        for modality, codec in self.codecs.items():
+            check_codec(modality, codec)
         self._read_vocabulary(tokenizer)
 
     def _check_image_processor(self, image_processor, resolution: int):
@@ -142,32 +129,24 @@ class MomaProcessor(ProcessorMixin):
             )
 
     def _read_vocabulary(self, tokenizer):
-        vocab = tokenizer.get_vocab()
-        fix = f"call `add_picture_tokens(tokenizer, {self.codebook_size})` on a tokenizer without picture tokens"
-        for token in (self.image_token, self.begin_image_token, self.end_image_token, "<|image_0|>"):
-            if token not in vocab:
-                raise ValueError(f"tokenizer: it has no token {token!r}; {fix}.")
-        if tokenizer.pad_token_id is None:
-            raise ValueError(f"tokenizer: it has no padding token; {fix}.")
-        count = 0
-        while f"<|image_{count}|>" in vocab:
-            count += 1
-        if count != self.codebook_size:
-            raise ValueError(
-                f"tokenizer: it has {count} picture codes, but the VQ model has num_embeddings={self.codebook_size}; "
-                f"{fix}."
+        image = TokenFrame.from_tokenizer(
+            tokenizer, IMAGE, self.codebook_size, self.image_seq_length, "the VQ model has num_embeddings"
+        )
+        self.frames = {IMAGE: image}
+        for modality, codec in self.codecs.items():
+            source = f"its codec {type(codec).__name__} has num_codes"
+            self.frames[modality] = TokenFrame.from_tokenizer(
+                tokenizer, modality, codec.num_codes, codec.length, source
             )
-        self.image_token_offset = vocab["<|image_0|>"]
-        for code in range(count):
-            token = f"<|image_{code}|>"
-            if vocab[token] != self.image_token_offset + code:
-                raise ValueError(
-                    f"tokenizer: {token!r} has the id {vocab[token]}, but the ids of the codes must follow one "
-                    f"another from {self.image_token_offset} on; {fix}."
-                )
+        # the order in which `MomaConfig` counts modalities
+        self.frames = dict(sorted(self.frames.items()))
+        if tokenizer.pad_token_id is None:
+            raise ValueError("tokenizer: it has no padding token; `add_picture_tokens` adds one.")
+        vocab = tokenizer.get_vocab()
+        self.image_token_offset = image.offset
         self.image_token_id = vocab[self.image_token]
-        self.begin_image_token_id = vocab[self.begin_image_token]
-        self.end_image_token_id = vocab[self.end_image_token]
+        self.begin_image_token_id = image.begin
+        self.end_image_token_id = image.end
         self._vocab_size = max(vocab.values()) + 1
         # tokenizers saved by earlier versions have no name for it
         name_image_token(tokenizer)
@@ -194,27 +173,6 @@ class MomaProcessor(ProcessorMixin):
         self.vq_model.to(device)
         return self
 
-    def token_layout(self) -> dict:
-        """
-        The part of a `MomaConfig` that follows from the vocabulary: `MomaConfig(**processor.token_layout(), ...)`.
-
-        Returns:
-            `dict`: `vocab_size`, `pad_token_id`, `bos_token_id`, `eos_token_id`, `begin_image_token_id`,
-            `end_image_token_id`, `image_seq_length` and `modality_token_ranges` (half-open ranges of ids).
-        """
-        return {
-            "vocab_size": self._vocab_size,
-            "pad_token_id": self.tokenizer.pad_token_id,
-            "bos_token_id": self.tokenizer.bos_token_id,
-            "eos_token_id": self.tokenizer.eos_token_id,
-            "begin_image_token_id": self.begin_image_token_id,
-            "end_image_token_id": self.end_image_token_id,
-            "image_seq_length": self.image_seq_length,
-            "modality_token_ranges": {
-                "image": [[self.image_token_offset, self.image_token_offset + self.codebook_size]]
-            },
-        }
-
     # trf-ignore: TRF057, documented by hand
     def __call__(
         self,
@@ -223,7 +181,7 @@ class MomaProcessor(ProcessorMixin):
         **kwargs: Unpack[MomaProcessorKwargs],
     ) -> BatchFeature:
         r"""
-        Tokenises texts and the pictures in them.
+        Tokenises texts and the pictures, sounds and the like in them.
 
         Args:
             images (`PIL.Image.Image`, `np.ndarray`, `torch.Tensor`, `str`, or a (nested) list of these, *optional*):
@@ -232,24 +190,28 @@ class MomaProcessor(ProcessorMixin):
             text (`str` or `list[str]`):
                 Texts, with `<image>` wherever a picture stands. `""` is a text of the beginning token alone.
             kwargs:
-                Arguments of the tokenizer (`padding`, `padding_side`, `truncation`, `return_tensors`, ...) and the
-                image processor, `return_labels` and `return_mm_token_type_ids`. `sanitize_control_tokens=True` reads
-                what [`~MomaProcessor.escape_special_tokens`] has marked as plain text.
+                Items of each modality with a codec, by its name (`audio=[...]`): one, a list in the order of the
+                placeholders, or a list of one list for each text (so no item may itself be a list). Arguments of the
+                tokenizer (`padding`, `padding_side`, `truncation`, `return_tensors`, ...) and the image processor,
+                `return_labels` and `return_mm_token_type_ids`. `sanitize_control_tokens=True` reads what
+                [`~MomaProcessor.escape_special_tokens`] has marked as plain text.
 
         Returns:
             [`BatchFeature`]: lists, or tensors of shape `(batch_size, sequence_length)` with `return_tensors`:
 
-            - **input_ids** -- Token ids, picture codes included.
+            - **input_ids** -- Token ids, codes included.
             - **attention_mask** -- 0 at padding.
             - **labels** -- With `return_labels=True`: `input_ids`, and -100 at padding and at the first token after
               padding, which would have to predict it.
-            - **mm_token_type_ids** -- With `return_mm_token_type_ids=True`: 1 for picture codes, else 0.
+            - **mm_token_type_ids** -- With `return_mm_token_type_ids=True`: for codes the place of their modality in
+              `MomaConfig.modalities` (1 for pictures where they are the only one), else 0.
 
         Raises:
-            ValueError: if there is no text, if the number of pictures differs from the number of placeholders (in
-                total, or in a row of a nested list), if truncation would cut a picture, if a row holds no token, or if
-                escaped text comes without `sanitize_control_tokens=True`.
+            ValueError: if there is no text, if the number of pictures or items differs from the number of placeholders
+                (in total, or in a row of a nested list), if truncation would cut a picture or item, if a row holds no
+                token, or if escaped text comes without `sanitize_control_tokens=True`.
         """
+        processor = self._with_codec_items(kwargs, text)
         if text is None and images is not None:
             raise ValueError(
                 "text: pictures become part of `input_ids`, so text=None has no place for them; pass "
@@ -261,10 +223,28 @@ class MomaProcessor(ProcessorMixin):
             begin = special_beginning(self.tokenizer) if kwargs.get("add_special_tokens", True) else ""
             kwargs["add_special_tokens"] = False
             text = begin + text if isinstance(text, str) else [begin + sample for sample in text]
-        features = super().__call__(images=images, text=text, **kwargs)
+        features = super(MomaProcessor, processor).__call__(images=images, text=text, **kwargs)
         if return_labels:
             features["labels"] = self._make_labels(features)
         return features
+
+    def _with_codec_items(self, kwargs: dict, text) -> "MomaProcessor":
+        items = {modality: kwargs.pop(modality, None) for modality in self.codecs}
+        items = {modality: value for modality, value in items.items() if value is not None}
+        if not items:
+            return self
+        if text is None:
+            modality = next(iter(items))
+            raise ValueError(
+                f"text: what {modality}= holds becomes part of `input_ids`, so text=None has no place for it; pass "
+                f"'<{modality}>' for each item, or call `encode_items({modality!r}, items)` for the bare codes."
+            )
+        # a copy that knows the items, since the base class would not hand them on
+        processor = copy.copy(self)
+        processor._codec_items = {
+            modality: list(value) if isinstance(value, (list, tuple)) else [value] for modality, value in items.items()
+        }
+        return processor
 
     def escape_special_tokens(self, text: str) -> str:
         """
@@ -301,9 +281,12 @@ class MomaProcessor(ProcessorMixin):
         return images, text, videos, audio
 
     def validate_inputs(self, images=None, text=None, videos=None, audio=None, **kwargs):
-        """Compares the number of pictures with that of placeholders, row by row where `images` is nested."""
+        """Compares the numbers of pictures and items with those of placeholders, row by row where they are nested."""
         if videos is not None or audio is not None:
-            raise ValueError("videos, audio: MoMa reads text and pictures only.")
+            raise ValueError(
+                "videos, audio: this processor reads text and pictures only; give it a codec for more, "
+                "`codecs={'audio': codec}`."
+            )
         if not kwargs.get("sanitize_control_tokens") and any(map(is_escaped, text or [])):
             raise ValueError(
                 "text: it holds marks of `escape_special_tokens`, which need `sanitize_control_tokens=True`."
@@ -313,17 +296,28 @@ class MomaProcessor(ProcessorMixin):
         # the base class counts pictures, and would open them for it
         counted = None if images is None else [_ANY_PICTURE] * sum(1 for _ in flat_sources(images))
         super().validate_inputs(images=counted, text=text, **kwargs)
-        if not isinstance(images, (list, tuple)) or not all(isinstance(row, (list, tuple)) for row in images):
-            return
-        if len(images) != len(text):
-            raise ValueError(
-                f"images: a nested list needs one list per text, got {len(images)} for {len(text)} texts."
-            )
-        for index, (row, sample) in enumerate(zip(images, text)):
-            if len(row) != sample.count(self.image_token):
+        for modality in self.codecs:
+            rows = self._codec_items.get(modality, [])
+            passed, placed = len(_flat(rows)), sum(sample.count(f"<{modality}>") for sample in text or [])
+            if passed != placed:
                 raise ValueError(
-                    f"text[{index}]: the number of {self.image_token} tokens in the prompts should be the same as the "
-                    f"number of images passed, got {sample.count(self.image_token)} and {len(row)}."
+                    f"{modality}: the number of <{modality}> tokens in the prompts should be the same as the number "
+                    f"of items passed, got {placed} and {passed}."
+                )
+            self._check_rows(modality, rows, text)
+        self._check_rows("images", images, text)
+
+    def _check_rows(self, name: str, rows, text: list[str]):
+        if not isinstance(rows, (list, tuple)) or not rows or not all(isinstance(row, (list, tuple)) for row in rows):
+            return
+        if len(rows) != len(text):
+            raise ValueError(f"{name}: a nested list needs one list per text, got {len(rows)} for {len(text)} texts.")
+        placeholder = self.image_token if name == "images" else f"<{name}>"
+        for index, (row, sample) in enumerate(zip(rows, text)):
+            if len(row) != sample.count(placeholder):
+                raise ValueError(
+                    f"text[{index}]: the number of {placeholder} tokens in the prompts should be the same as the "
+                    f"number of {name} passed, got {sample.count(placeholder)} and {len(row)}."
                 )
 
     def _process_images(self, images, **kwargs):
@@ -344,12 +338,24 @@ class MomaProcessor(ProcessorMixin):
         Returns:
             `str`: begin, codes and end of the picture.
         """
-        codes = "".join(f"<|image_{code}|>" for code in image_inputs["image_codes"][image_idx])
-        return f"{self.begin_image_token}{codes}{self.end_image_token}"
+        return self.frames[IMAGE].text(image_inputs["image_codes"][image_idx])
+
+    def get_text_with_replacements(
+        self, text, images_replacements=(), videos_replacements=(), audio_replacements=()
+    ) -> tuple[list[str], list[list[dict]]]:
+        """As in the base class, which see; the placeholders of modalities with a codec are replaced as well."""
+        replacements = {IMAGE: images_replacements}
+        for modality, rows in self._codec_items.items():
+            codes = self.encode_items(modality, _flat(rows))
+            replacements[modality] = [self.frames[modality].text(item_codes) for item_codes in codes]
+        return replace_placeholders(text, replacements)
+
+    def create_mm_token_type_ids(self, input_ids: list) -> list[list[int]]:
+        """For each code the place of its modality in `MomaConfig.modalities`, and 0 for text."""
+        types = {token: place for place, frame in enumerate(self.frames.values(), 1) for token in range(*frame.bounds)}
+        return [[types.get(token, 0) for token in as_list(row)] for row in input_ids]
 
     def _check_special_mm_tokens(self, text, text_inputs, modalities):
-        begin, end = re.escape(self.begin_image_token), re.escape(self.end_image_token)
-        framed = rf"{begin}(?:<\|image_\d+\|>){{{self.image_seq_length}}}{end}"
         masks = text_inputs.get("attention_mask", [None] * len(text))
         for index, (sample, row, mask) in enumerate(zip(text, text_inputs["input_ids"], masks)):
             if len(row) == 0 or (mask is not None and max(mask) == 0):
@@ -357,15 +363,14 @@ class MomaProcessor(ProcessorMixin):
                     f"text[{index}]: {sample!r} gives no token at all; an empty text needs a tokenizer that adds a "
                     "beginning token."
                 )
-            begins = [position for position, token in enumerate(row) if token == self.begin_image_token_id]
-            ends = {position for position, token in enumerate(row) if token == self.end_image_token_id}
-            whole = sum(position + self.image_seq_length + 1 in ends for position in begins)
-            expected = len(re.findall(framed, sample))
-            if whole < expected:
-                raise ValueError(
-                    f"text[{index}]: {expected} pictures stand in the text, but {whole} in `input_ids`: truncation "
-                    "would cut a picture. Raise `max_length` or turn truncation off."
-                )
+            row = as_list(row)
+            for modality, frame in self.frames.items():
+                whole, expected = frame.count_in_ids(row), frame.count_in_text(sample)
+                if whole < expected:
+                    raise ValueError(
+                        f"text[{index}]: {expected} of {modality} stand in the text, but {whole} in `input_ids`: "
+                        "truncation would cut one. Raise `max_length` or turn truncation off."
+                    )
 
     def _get_num_multimodal_tokens(self, image_sizes=None, **kwargs) -> MultiModalData:
         """
@@ -383,188 +388,19 @@ class MomaProcessor(ProcessorMixin):
         count = len(image_sizes)
         return MultiModalData(num_image_tokens=[self.image_seq_length] * count, num_image_patches=[1] * count)
 
-    def encode_pictures(self, images, **kwargs) -> list[list[int]]:
-        """
-        Turns pictures into codes, for instance in `datasets.Dataset.map(..., batched=True)`.
-
-        Args:
-            images (`PIL.Image.Image`, `np.ndarray`, `torch.Tensor`, `str`, or a list of these):
-                Pictures.
-            kwargs:
-                Arguments of the image processor.
-
-        Returns:
-            `list[list[int]]`: for each picture `image_seq_length` codes in `[0, codebook_size)`, in raster order.
-            Their token ids are `image_token_offset` higher.
-
-        Raises:
-            ValueError: if a picture cannot be read, or the image processor does not yield the VQ model's resolution.
-        """
-        kwargs["return_tensors"] = "pt"
-        side = self.vq_model.config.resolution
-        codes, waiting = [], []
-        # one by one: of all pictures but one there are the resized pixels alone, and of no two the files
-        for source in flat_sources(images):
-            pixel_values = self.image_processor([self.image_processor.fetch_images(source)], **kwargs)["pixel_values"]
-            if tuple(pixel_values.shape[-2:]) != (side, side):
-                raise ValueError(
-                    f"images_kwargs: the image processor yields {tuple(pixel_values.shape[-2:])} pixels, but the VQ "
-                    f"model needs {(side, side)}; leave size and crop_size as they are."
-                )
-            waiting.append(pixel_values)
-            if len(waiting) == ENCODE_CHUNK:
-                codes += self._encode(waiting)
-                waiting = []
-        return codes + self._encode(waiting) if waiting else codes
-
-    @torch.no_grad()
-    def _encode(self, pixel_values):
-        pixel_values = torch.cat(pixel_values).to(self.vq_model.device, torch.float32)
-        return self.vq_model.get_image_tokens(pixel_values).tolist()
-
-    def decode_pictures(self, codes: "torch.LongTensor | list[list[int]]") -> list[Image.Image]:
-        """
-        Turns codes into pictures.
-
-        Args:
-            codes (`torch.LongTensor` or nested list of shape `(num_pictures, image_seq_length)`):
-                Codes in `[0, codebook_size)`, not token ids.
-
-        Returns:
-            `list[PIL.Image.Image]`: RGB pictures of the VQ model's resolution.
-
-        Raises:
-            ValueError: if the shape or a code is out of range.
-        """
-        codes = torch.as_tensor(codes, dtype=torch.long)
-        if codes.ndim != 2 or codes.shape[1] != self.image_seq_length:
-            raise ValueError(
-                f"codes: expected the shape (num_pictures, {self.image_seq_length}), got {tuple(codes.shape)}. For "
-                "whole sequences of token ids use `decode_parts`, or the model's `decode_image_tokens` first."
-            )
-        if codes.numel() == 0:
-            return []
-        if codes.min() < 0 or codes.max() >= self.codebook_size:
-            raise ValueError(
-                f"codes: values from {int(codes.min())} to {int(codes.max())} lie outside [0, {self.codebook_size}); "
-                f"subtract image_token_offset={self.image_token_offset} from token ids."
-            )
-        pictures = []
-        for chunk in codes.split(ENCODE_CHUNK):
-            with torch.no_grad():
-                pixel_values = self.vq_model.decode_image_tokens(chunk.to(self.vq_model.device))
-            pictures.extend(self.image_processor.postprocess(pixel_values)["pixel_values"])
-        return pictures
-
-    def decode_parts(self, ids: "torch.LongTensor | list[int]", skip_special_tokens: bool = True, **kwargs) -> list:
-        """
-        Turns one sequence of token ids back into texts and pictures.
-
-        Args:
-            ids (`torch.LongTensor` or `list[int]` of shape `(sequence_length,)`):
-                Token ids. Padding is dropped.
-            skip_special_tokens (`bool`, *optional*, defaults to `True`):
-                Whether to leave special tokens such as `<bos>` out of the texts.
-            kwargs:
-                Further arguments of the tokenizer's `decode`.
-
-        Returns:
-            `list[str | PIL.Image.Image]`: the parts in their order; empty texts are left out.
-
-        Raises:
-            ValueError: if a picture does not consist of exactly `image_seq_length` codes and its end token, or a code
-                stands outside a picture.
-        """
-        ids = ids.tolist() if hasattr(ids, "tolist") else list(ids)
-        ids = [token for token in ids if token != self.tokenizer.pad_token_id]
-        runs, codes = self._split_pictures(ids)
-        pictures = iter(self.decode_pictures(codes) if codes else [])
-        parts = []
-        for run in runs:
-            part = next(pictures) if run is None else self._decode_text(run, skip_special_tokens, kwargs)
-            if part != "":
-                parts.append(part)
-        return parts
-
-    def _decode_text(self, ids: list[int], skip_special_tokens: bool, kwargs: dict) -> str:
-        return self.tokenizer.decode(ids, skip_special_tokens=skip_special_tokens, **kwargs)
-
-    def _split_pictures(self, ids: list[int]) -> tuple[list, list[list[int]]]:
-        # a run is a list of text ids, or None where a picture stands
-        runs, pictures = [[]], []
-        first, stop = self.image_token_offset, self.image_token_offset + self.codebook_size
-        position = 0
-        while position < len(ids):
-            if ids[position] == self.begin_image_token_id:
-                end = position + 1 + self.image_seq_length
-                codes = ids[position + 1 : end]
-                found = next((n for n, token in enumerate(codes) if not first <= token < stop), len(codes))
-                if found != self.image_seq_length or ids[end : end + 1] != [self.end_image_token_id]:
-                    following = ids[position + 1 + found : position + 2 + found]
-                    raise ValueError(
-                        f"ids: the picture at position {position} is incomplete: {found} codes, of "
-                        f"{self.image_seq_length}, and then {following or 'nothing'}, where the id "
-                        f"{self.end_image_token_id} belongs; generate more tokens, or with generation_mode='image'."
-                    )
-                pictures.append([token - first for token in codes])
-                runs += [None, []]
-                position = end + 1
-            elif first <= ids[position] < stop:
-                raise ValueError(
-                    f"ids: the code {ids[position]} at position {position} stands outside a picture; pass the "
-                    f"sequence from its {self.begin_image_token} on."
-                )
-            else:
-                runs[-1].append(ids[position])
-                position += 1
-        return runs, pictures
-
-    def post_process_multimodal_output(
-        self, generated_outputs, skip_special_tokens=True, generation_mode=None, **kwargs
-    ):
-        """
-        Turns what a model generated into what a person can read or see. It serves the `any-to-any` pipeline.
-
-        Args:
-            generated_outputs (`torch.LongTensor`):
-                For `"text"` and `"interleaved"`: token ids of shape `(batch_size, sequence_length)` or
-                `(sequence_length,)`. For `"image"`: codes of shape `(num_pictures, image_seq_length)`, as the model's
-                `decode_image_tokens` gives.
-            skip_special_tokens (`bool`, *optional*, defaults to `True`):
-                Whether to leave special tokens, picture codes among them, out of texts.
-            generation_mode (`str`, *optional*):
-                `"text"` (the default), `"image"` or `"interleaved"`.
-            kwargs:
-                Further arguments of the tokenizer's `decode`.
-
-        Returns:
-            `list[str]`, `list[PIL.Image.Image]`, or a list with the parts (texts and pictures) of each sequence.
-
-        Raises:
-            ValueError: if `generation_mode` is unknown, or a picture is incomplete.
-        """
-        if generation_mode is None or generation_mode == "text":
-            return super().post_process_multimodal_output(generated_outputs, skip_special_tokens, **kwargs)
-        if generation_mode == "image":
-            return self.decode_pictures(generated_outputs)
-        if generation_mode == "interleaved":
-            if hasattr(generated_outputs, "tolist"):
-                generated_outputs = generated_outputs.tolist()
-            if not isinstance(generated_outputs[0], list):
-                generated_outputs = [generated_outputs]
-            return [self.decode_parts(row, skip_special_tokens, **kwargs) for row in generated_outputs]
-        raise ValueError(f"generation_mode: expected 'text', 'image' or 'interleaved', got {generation_mode!r}.")
-
     def to_dict(self) -> dict:
-        """The processor's settings; the VQ weights have files of their own."""
+        """The processor's settings; the VQ weights and the codecs have files of their own."""
         settings = copy.copy(self)
-        del settings.vq_model
-        return super(MomaProcessor, settings).to_dict()
+        del settings.vq_model, settings.codecs
+        output = super(MomaProcessor, settings).to_dict()
+        if self.codecs:
+            output["codec_types"] = codec_types(self.codecs)
+        return output
 
     def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs):
         """
         Writes all parts into one folder: settings, chat template and tokenizer at its top, the VQ model in the
-        subfolder `vq_model`.
+        subfolder `vq_model`, each codec in `{modality}_codec`.
 
         Args:
             save_directory (`str` or `os.PathLike`):
@@ -576,6 +412,9 @@ class MomaProcessor(ProcessorMixin):
 
         Returns:
             `list[str]`: the settings file.
+
+        Raises:
+            ValueError: if a codec has no registered name.
         """
         # the tokenizer saves the side that it was made with, not the one that it was given since
         self.tokenizer.init_kwargs["padding_side"] = self.tokenizer.padding_side
@@ -583,6 +422,7 @@ class MomaProcessor(ProcessorMixin):
         # the base class leaves the map of the files that it has copied on the object, where loading never puts it
         self.__dict__.pop("auto_map", None)
         self.vq_model.save_pretrained(os.path.join(save_directory, VQ_SUBFOLDER))
+        save_codecs(self.codecs, save_directory)
         if push_to_hub:
             repo_id = kwargs.pop("repo_id", Path(save_directory).name)
             self.push_to_hub(repo_id, **kwargs)
@@ -596,6 +436,10 @@ class MomaProcessor(ProcessorMixin):
         image_processor_class = MomaImageProcessorPil if backend == "pil" else MomaImageProcessor
         hub_kwargs = {name: kwargs[name] for name in HUB_KWARGS if name in kwargs}
         vq_model = kwargs.pop("vq_model", None)
+        codecs = kwargs.pop("codecs", None)
+        if codecs is None:
+            types = (processor_dict or {}).get("codec_types") or {}
+            codecs = load_codecs(types, pretrained_model_name_or_path, subfolder, **hub_kwargs)
         # each part takes the settings that it knows, as in the base class
         image_processor = image_processor_class.from_pretrained(
             pretrained_model_name_or_path, subfolder=subfolder, **kwargs
@@ -612,7 +456,13 @@ class MomaProcessor(ProcessorMixin):
                 dtype=torch.float32,
                 **hub_kwargs,
             )
-        return [image_processor, tokenizer, vq_model]
+        # the chat template is among the settings
+        return [image_processor, tokenizer, vq_model, None, codecs]
 
 
-__all__ = ["DEFAULT_CHAT_TEMPLATE", "MomaProcessor"]
+def _flat(rows: list) -> list:
+    is_nested = all(isinstance(row, (list, tuple)) for row in rows)
+    return [item for row in rows for item in row] if is_nested else rows
+
+
+__all__ = ["MomaProcessor"]

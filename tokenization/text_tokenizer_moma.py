@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The text side of the vocabulary: training a byte-level BPE, and adding picture tokens to any fast tokenizer."""
+"""The text side of the vocabulary: training a byte-level BPE, and adding the tokens of other modalities."""
 
 import re
 from collections.abc import Iterable
@@ -24,6 +24,7 @@ from transformers.utils.chat_template_utils import mark_control_tokens
 PAD_TOKEN = "<pad>"
 BOS_TOKEN = "<bos>"
 EOS_TOKEN = "<eos>"
+IMAGE = "image"
 IMAGE_TOKEN = "<image>"
 # what Transformers puts around a control token that is only text
 _MARKS = mark_control_tokens("a", re.compile("a")).split("a")
@@ -88,6 +89,30 @@ def train_text_tokenizer(
     )
 
 
+def check_modality(modality: str):
+    """Raise `ValueError` where a name cannot be that of a modality with codes."""
+    if not isinstance(modality, str) or not modality.isidentifier() or modality == "text":
+        raise ValueError(f"modality: {modality!r} must be a plain name, such as 'audio', and not 'text'.")
+
+
+def modality_tokens(modality: str, num_codes: int) -> list[str]:
+    """
+    Names the tokens of a modality.
+
+    Args:
+        modality (`str`):
+            Its name, such as `"audio"`.
+        num_codes (`int`):
+            Number of different codes.
+
+    Returns:
+        `list[str]`: the placeholder `<audio>`, `<|begin_audio|>`, `<|end_audio|>`, and then the codes in their order,
+        `<|audio_0|>`, `<|audio_1|>`, ...
+    """
+    codes = [f"<|{modality}_{code}|>" for code in range(num_codes)]
+    return [f"<{modality}>", f"<|begin_{modality}|>", f"<|end_{modality}|>", *codes]
+
+
 def picture_code_tokens(codebook_size: int) -> list[str]:
     """
     Names the tokens of the picture codes.
@@ -99,19 +124,13 @@ def picture_code_tokens(codebook_size: int) -> list[str]:
     Returns:
         `list[str]`: `<|image_0|>`, `<|image_1|>`, ..., in the order of the codes.
     """
-    return [f"<|image_{code}|>" for code in range(codebook_size)]
+    return modality_tokens(IMAGE, codebook_size)[3:]
 
 
 def add_picture_tokens(tokenizer: PreTrainedTokenizerFast, codebook_size: int) -> PreTrainedTokenizerFast:
     """
-    Adds the tokens that [`MomaProcessor`] needs to a tokenizer, in place: the placeholder `<image>`,
-    `<|begin_image|>`, `<|end_image|>`, and the codes `<|image_0|>` to `<|image_{codebook_size - 1}|>` with ids that
-    follow one another. A missing padding, beginning or end token is added too (`<pad>`, `<bos>`, `<eos>`). Nothing
-    else changes: a tokenizer that puts no beginning token before a text still puts none. The placeholder is named
-    `tokenizer.image_token`.
-
-    All of them are special tokens, so `decode(..., skip_special_tokens=True)` leaves them out. Calling it again with
-    the same `codebook_size` changes nothing.
+    Adds the tokens that [`MomaProcessor`] needs to a tokenizer, in place: those of [`add_modality_tokens`] for
+    `"image"`. The placeholder `<image>` is named `tokenizer.image_token`.
 
     Args:
         tokenizer (`PreTrainedTokenizerFast`):
@@ -126,18 +145,51 @@ def add_picture_tokens(tokenizer: PreTrainedTokenizerFast, codebook_size: int) -
         TypeError: if `tokenizer` is not a fast tokenizer.
         ValueError: if `codebook_size` is below 1, or the tokenizer already has picture codes of another number.
     """
-    if not getattr(tokenizer, "is_fast", False):
-        raise TypeError(f"tokenizer: expected a fast tokenizer, got {type(tokenizer).__name__}.")
     if codebook_size < 1:
         raise ValueError(f"codebook_size: {codebook_size} must be at least 1.")
-    codes = picture_code_tokens(codebook_size)
+    add_modality_tokens(tokenizer, IMAGE, codebook_size)
+    name_image_token(tokenizer)
+    return tokenizer
+
+
+def add_modality_tokens(tokenizer: PreTrainedTokenizerFast, modality: str, num_codes: int) -> PreTrainedTokenizerFast:
+    """
+    Adds the tokens of a modality to a tokenizer, in place. For `"audio"` they are the placeholder `<audio>`,
+    `<|begin_audio|>`, `<|end_audio|>`, and the codes `<|audio_0|>` to `<|audio_{num_codes - 1}|>` with ids that follow
+    one another. A missing padding, beginning or end token is added too (`<pad>`, `<bos>`, `<eos>`). Nothing else
+    changes: a tokenizer that puts no beginning token before a text still puts none.
+
+    All of them are special tokens, so `decode(..., skip_special_tokens=True)` leaves them out. Calling it again with
+    the same `num_codes` changes nothing.
+
+    Args:
+        tokenizer (`PreTrainedTokenizerFast`):
+            Any fast tokenizer.
+        modality (`str`):
+            A plain name, such as `"audio"`.
+        num_codes (`int`):
+            Number of different codes, `codec.num_codes`.
+
+    Returns:
+        `PreTrainedTokenizerFast`: the same tokenizer.
+
+    Raises:
+        TypeError: if `tokenizer` is not a fast tokenizer.
+        ValueError: if `modality` is no plain name, `num_codes` is below 1, or the tokenizer already has codes of the
+            modality, but another number of them.
+    """
+    if not getattr(tokenizer, "is_fast", False):
+        raise TypeError(f"tokenizer: expected a fast tokenizer, got {type(tokenizer).__name__}.")
+    check_modality(modality)
+    if num_codes < 1:
+        raise ValueError(f"num_codes: {num_codes} must be at least 1.")
+    names = modality_tokens(modality, num_codes)
     vocab = tokenizer.get_vocab()
-    present = sum(code in vocab for code in codes)
-    following = f"<|image_{codebook_size}|>"
-    if present not in (0, codebook_size) or following in vocab:
+    present = sum(code in vocab for code in names[3:])
+    if present not in (0, num_codes) or f"<|{modality}_{num_codes}|>" in vocab:
         raise ValueError(
-            f"codebook_size: the tokenizer already has picture codes, but not exactly {codebook_size} of them; begin "
-            "with a tokenizer without picture tokens."
+            f"num_codes: the tokenizer already has {modality} codes, but not exactly {num_codes} of them; begin with "
+            f"a tokenizer without {modality} tokens."
         )
     missing = {
         name: token
@@ -146,9 +198,7 @@ def add_picture_tokens(tokenizer: PreTrainedTokenizerFast, codebook_size: int) -
     }
     if missing:
         tokenizer.add_special_tokens(missing)
-    names = [IMAGE_TOKEN, BEGIN_IMAGE_TOKEN, END_IMAGE_TOKEN, *codes]
     tokenizer.add_tokens([AddedToken(name, special=True, normalized=False) for name in names], special_tokens=True)
-    name_image_token(tokenizer)
     return tokenizer
 
 
@@ -172,6 +222,11 @@ def is_escaped(text: str) -> bool:
     return isinstance(text, str) and any(mark in text for mark in _MARKS)
 
 
+def unmarked(token: str, group: str) -> str:
+    """A pattern, as a named group, of a token where [`escape_special_tokens`] has not marked it."""
+    return f"(?P<{group}>(?<!{re.escape(_MARKS[0])}){re.escape(token)})"
+
+
 def special_beginning(tokenizer: PreTrainedTokenizerFast) -> str:
     """
     The special tokens that a tokenizer puts before a text, written out.
@@ -188,4 +243,4 @@ def special_beginning(tokenizer: PreTrainedTokenizerFast) -> str:
     return "".join(tokenizer.convert_ids_to_tokens(beginning))
 
 
-__all__ = ["add_picture_tokens", "picture_code_tokens", "train_text_tokenizer"]
+__all__ = ["add_modality_tokens", "add_picture_tokens", "picture_code_tokens", "train_text_tokenizer"]

@@ -13,7 +13,7 @@
 # limitations under the License.
 """The chat template of a model that learnt captions and nothing else."""
 
-from tokenization.processing_moma import MESSAGE_TEXT
+from tokenization.chat_template_moma import MESSAGE_TEXT
 
 
 # a message of the user and its answer are one training example: `<bos> picture caption <eos>` or

@@ -100,17 +100,13 @@ def example_ids(processor, text: str, codes: np.ndarray, picture_first: bool) ->
     """Token ids of one example.
 
     Args:
-        processor (`MomaProcessor`): gives tokenizer, offset of the codes and the tokens around a picture.
+        processor (`MomaProcessor`): gives tokenizer and the ids of a picture.
         text (`str`): the caption, may be empty.
         codes (`np.ndarray`): `[image_seq_length]`.
         picture_first (`bool`): the order of the two.
     """
     tokenizer = processor.tokenizer
-    picture = [
-        processor.begin_image_token_id,
-        *(codes + processor.image_token_offset).tolist(),
-        processor.end_image_token_id,
-    ]
+    picture = processor.picture_ids(codes)
     words = tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
     middle = [*picture, *words] if picture_first else [*words, *picture]
     return [tokenizer.bos_token_id, *middle, tokenizer.eos_token_id]

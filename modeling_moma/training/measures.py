@@ -152,12 +152,10 @@ def write_captions(model, processor, codes: torch.Tensor, batch_size: int, max_n
     Returns:
         `list[str]`: the generated texts.
     """
-    frame = torch.tensor([processor.tokenizer.bos_token_id, processor.begin_image_token_id])
-    end = torch.tensor([processor.end_image_token_id])
+    bos = processor.tokenizer.bos_token_id
     texts = []
     for batch in tqdm(codes.split(batch_size), desc="captions"):
-        rows = len(batch)
-        ids = torch.cat([frame.expand(rows, -1), batch + processor.image_token_offset, end.expand(rows, -1)], dim=1)
+        ids = torch.tensor([[bos, *processor.picture_ids(picture)] for picture in batch])
         ids = ids.to(model.device)
         output = model.generate(
             input_ids=ids,

@@ -305,6 +305,41 @@ def test_a_preset_takes_other_fields():
     assert (config.norm_placement, config.num_experts) == ("pre", {"text": 6, "image": 2})
 
 
+AUDIO = {"modality_token_ranges": {"image": [[8, 24]], "audio": [[30, 36]]}, "num_experts": 2}
+
+
+@pytest.mark.parametrize(
+    ("frames", "message"),
+    [
+        ({"image": {"begin": 26, "end": 27, "length": 4}}, "begin_image_token_id, end_image_token_id"),
+        ({"text": {"begin": 26, "end": 27, "length": 4}}, r"names no modality .* \['audio'\]"),
+        ({"speech": {"begin": 26, "end": 27, "length": 4}}, r"names no modality .* \['audio'\]"),
+        ({"audio": {"begin": 26, "end": 27}}, r"exactly the keys \['begin', 'end', 'length'\]"),
+        ({"audio": {"begin": 26, "end": 27, "length": 4, "codes": 6}}, "exactly the keys"),
+        ({"audio": {"begin": 26, "end": 27, "length": 0}}, "'length' must be a positive number"),
+        ({"audio": {"begin": 26, "end": 27, "length": 63}}, r"must fit max_position_embeddings \(64\)"),
+        ({"audio": {"begin": 26, "end": 40, "length": 4}}, r"'end' must be an id below vocab_size \(40\)"),
+        ({"audio": {"begin": None, "end": 27, "length": 4}}, "'begin' must be an id"),
+        ({"audio": {"begin": 10, "end": 27, "length": 4}}, "'begin' lies inside modality_token_ranges"),
+        ({"audio": {"begin": 26, "end": 26, "length": 4}}, "'end' is also 'begin' of 'audio'"),
+        ({"audio": {"begin": 24, "end": 27, "length": 4}}, "'begin' is also begin_image_token_id"),
+    ],
+)
+def test_frames_that_cannot_be_are_refused_by_name(frames, message):
+    with pytest.raises(StrictDataclassClassValidationError, match=f"`modality_frames` = .*{message}"):
+        tiny_config(**AUDIO, modality_frames=frames)
+
+
+def test_frames_are_one_record_per_modality_in_order():
+    config = tiny_config(**AUDIO, modality_frames={"audio": {"begin": 26, "end": 27, "length": None}})
+    assert list(config.frames) == ["audio", "image"]
+    audio, image = config.frames.values()
+    assert (audio.ranges, audio.begin, audio.end, audio.length) == (((30, 36),), 26, 27, None)
+    assert (image.ranges, image.begin, image.end, image.length) == (((8, 24),), 24, 25, 4)
+    assert list(tiny_config(**AUDIO).frames) == ["image"]
+    assert tiny_config(**AUDIO, begin_image_token_id=None).frames == {}
+
+
 def test_every_field_survives_saving(tmp_path):
     changed = {
         "vocab_size": 50,
@@ -336,6 +371,7 @@ def test_every_field_survives_saving(tmp_path):
         "begin_image_token_id": 8,
         "end_image_token_id": 9,
         "image_seq_length": 9,
+        "modality_frames": {"audio": {"begin": 35, "end": 36, "length": None}},
         "norm_placement": "post",
         "gate_after_norm": True,
         "qk_norm": "rmsnorm",

@@ -19,7 +19,6 @@ import torch
 from transformers import GenerationConfig
 
 from modeling_moma.configuration_moma import MomaConfig
-from modeling_moma.generation_moma import PictureTokens
 from modeling_moma.modeling_moma import MomaForCausalLM
 
 
@@ -329,7 +328,7 @@ def test_guidance_refuses_strategies_that_its_branch_cannot_follow(model, strate
 
 
 def test_state_of_a_row_is_read_from_its_ids():
-    tokens = PictureTokens(make_config())
+    frame = make_config().frames["image"]
     rows = {
         (BOS, 20, 21, 22): -1,
         (20, 21, 22, BEGIN): 0,
@@ -341,8 +340,8 @@ def test_state_of_a_row_is_read_from_its_ids():
         (100, 101, 102): -1,
     }
     for row, expected in rows.items():
-        assert tokens.open_codes(torch.tensor([row])).tolist() == [expected], row
-    assert tokens.open_codes(torch.empty(2, 0, dtype=torch.long)).tolist() == [-1, -1]
+        assert frame.open_codes(torch.tensor([row])).tolist() == [expected], row
+    assert frame.open_codes(torch.empty(2, 0, dtype=torch.long)).tolist() == [-1, -1]
 
 
 def test_decode_image_tokens_gives_codes_in_order(model):
@@ -376,7 +375,7 @@ def test_bad_calls_raise_by_name(model):
     with pytest.raises(ValueError, match="row 1 is all padding"):
         mask = torch.tensor([[1, 1], [0, 0]])
         model.generate(ids.repeat(2, 1), attention_mask=mask, generation_mode="image")
-    with pytest.raises(ValueError, match="row 0 ends inside a picture"):
+    with pytest.raises(ValueError, match="row 0 ends inside a frame of 'image'"):
         model.generate(torch.tensor([[BOS, BEGIN, 110]]), generation_mode="text")
 
 
@@ -386,7 +385,7 @@ def test_text_only_model_generates_text_and_refuses_pictures():
     model = MomaForCausalLM(make_config(**fields, begin_image_token_id=None, end_image_token_id=None)).eval()
     assert model.generate(torch.tensor([[BOS, 20]]), max_new_tokens=3).shape[1] <= 5
     for mode in ("image", "interleaved"):
-        with pytest.raises(ValueError, match="The configuration has no picture tokens"):
+        with pytest.raises(ValueError, match="The configuration has no frame for 'image'"):
             model.generate(torch.tensor([[BOS, 20]]), generation_mode=mode)
 
 

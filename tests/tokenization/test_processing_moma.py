@@ -231,7 +231,7 @@ def test_pictures_in_the_wrong_row_raise_though_the_total_is_right(processor, pi
 
 
 def test_truncation_that_cuts_a_picture_raises(processor, pictures):
-    with pytest.raises(ValueError, match="cut a picture"):
+    with pytest.raises(ValueError, match="would cut one"):
         processor(images=pictures[0], text="<image> red", truncation=True, max_length=LENGTH)
     whole = processor(images=pictures[0], text="<image> red", truncation=True, max_length=LENGTH + 3)
     assert whole["input_ids"][0][-1] == processor.end_image_token_id
@@ -271,7 +271,7 @@ def test_incomplete_and_stray_codes_raise(processor, pictures):
     for broken in (ids[:-1], ids[:-2], ids[:4] + ids[5:], ids[:4] + [5] + ids[5:], ids + ids[:3]):
         with pytest.raises(ValueError, match="incomplete"):
             processor.decode_parts(torch.tensor(broken))
-    with pytest.raises(ValueError, match="outside a picture"):
+    with pytest.raises(ValueError, match="outside a frame of 'image'"):
         processor.decode_parts(ids[1:])
 
 
@@ -347,7 +347,7 @@ def test_parts_that_do_not_fit_raise():
     vq_model = tiny_vq_model()
     with pytest.raises(ValueError, match=r"add_picture_tokens\(tokenizer, 32\)"):
         MomaProcessor(make_image_processor(), make_tokenizer(codes=None), vq_model)
-    with pytest.raises(ValueError, match="it has 8 picture codes, but the VQ model has num_embeddings=32"):
+    with pytest.raises(ValueError, match="it has 8 image codes, but the VQ model has num_embeddings=32"):
         MomaProcessor(make_image_processor(), make_tokenizer(codes=8), vq_model)
     wide = {"height": SIDE, "width": SIDE}
     for misfit in (

@@ -1,0 +1,217 @@
+# Copyright 2026 The modeling-moma authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The frame of a modality in a sequence: a token that begins it, codes, and a token that ends it.
+
+Shape suffixes: B rows, T positions, N frames.
+"""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+
+if TYPE_CHECKING:
+    from .configuration_moma import MomaConfig
+
+
+TEXT = "text"
+IMAGE = "image"
+FRAME_FIELDS = ("begin", "end", "length")
+
+
+@dataclass(frozen=True)
+class ModalityFrame:
+    """How the codes of one picture, one sound or the like stand in a sequence.
+
+    Args:
+        modality (`str`): its name in `config.modality_token_ranges`.
+        ranges (`tuple[tuple[int, int], ...]`): ids of its codes, half-open ranges; code 0 is the first range's first.
+        begin (`int`): id of the token before the codes.
+        end (`int`): id of the token after the codes.
+        length (`int`, *optional*): number of codes; `None` for any number from one on.
+    """
+
+    modality: str
+    ranges: tuple[tuple[int, int], ...]
+    begin: int
+    end: int
+    length: int | None
+
+    @property
+    def fewest_codes(self) -> int:
+        """Codes of the shortest frame."""
+        return 1 if self.length is None else self.length
+
+    def is_code(self, ids: torch.Tensor) -> torch.Tensor:
+        """True where an id is a code of this modality."""
+        return in_ranges(ids, self.ranges)
+
+    def to_codes(self, ids: torch.Tensor) -> torch.Tensor:
+        """Code numbers, from 0, of ids that are codes."""
+        codes = torch.zeros_like(ids)
+        first = 0
+        for start, stop in self.ranges:
+            codes = torch.where((ids >= start) & (ids < stop), ids - start + first, codes)
+            first += stop - start
+        return codes
+
+    def open_codes(self, ids_BT: torch.Tensor) -> torch.Tensor:
+        """Codes that each row has written of the frame it is in, `[B]`; -1 for rows that are in none."""
+        # a column before the row, so that rows of codes alone and empty rows have a last id that is no code
+        ids = nn.functional.pad(ids_BT, (1, 0), value=-1)
+        places = torch.arange(ids.shape[1], device=ids.device)
+        last_B = torch.where(self.is_code(ids), 0, places).amax(dim=1)
+        inside_B = ids.gather(1, last_B[:, None])[:, 0] == self.begin
+        count_B = ids.shape[1] - 1 - last_B
+        if self.length is not None:
+            count_B = count_B.clamp(max=self.length)
+        return torch.where(inside_B, count_B, -1)
+
+    def missing_tokens(self, ids_BT: torch.Tensor) -> torch.Tensor:
+        """Fewest new tokens that complete a frame in each row, `[B]`, its begin included where none is open."""
+        open_B = self.open_codes(ids_BT)
+        return torch.where(open_B >= 0, (self.fewest_codes - open_B).clamp(min=0) + 1, self.fewest_codes + 2)
+
+    def read_codes(self, ids_BT: torch.Tensor, name: str = "ids") -> torch.Tensor | list[torch.Tensor]:
+        """Take the codes of all frames of this modality out of token ids, row by row, in order.
+
+        Args:
+            ids_BT (`torch.LongTensor` of shape `(batch_size, sequence_length)`): token ids.
+            name (`str`, *optional*, defaults to `"ids"`): what errors call them.
+
+        Returns:
+            Codes from 0: `torch.LongTensor` of shape `(num_frames, length)`, or where `length` is `None` a list of
+            `torch.LongTensor` of shape `(num_codes,)`.
+
+        Raises:
+            ValueError: no two dimensions, a frame that is incomplete, or a code outside the frames.
+        """
+        if ids_BT.ndim != 2:
+            raise ValueError(f"`{name}` must have two dimensions, got shape {tuple(ids_BT.shape)}.")
+        # a column after the row, so that no frame runs on into the next one
+        ids = nn.functional.pad(ids_BT, (0, 1), value=-1)
+        width, ids = ids.shape[1], ids.flatten()
+        is_code = self.is_code(ids)
+        others = (~is_code).nonzero()[:, 0]
+        begin_N = (ids == self.begin).nonzero()[:, 0]
+        stop_N = others[torch.searchsorted(others, begin_N, right=True)]
+        count_N = stop_N - begin_N - 1
+        fits_N = count_N >= 1 if self.length is None else count_N == self.length
+        whole_N = fits_N & (ids[stop_N] == self.end)
+        if not whole_N.all():
+            bad = int((~whole_N).nonzero()[0])
+            expected = "any number of codes" if self.length is None else f"{self.length} codes"
+            raise ValueError(
+                f"`{name}`: the {self.modality} at row {int(begin_N[bad]) // width}, position "
+                f"{int(begin_N[bad]) % width} is incomplete, with {int(count_N[bad])} codes before another token; it "
+                f"has {expected} and then the token {self.end}. Generate with generation_mode={self.modality!r}."
+            )
+        outside = int(is_code.sum() - count_N.sum())
+        if outside:
+            raise ValueError(
+                f"`{name}`: {outside} codes stand outside the {len(begin_N)} frames of {self.modality} found. Pass "
+                f"the sequences from the tokens {self.begin} on."
+            )
+        if self.length is None:
+            return [self.to_codes(ids[begin + 1 : stop]) for begin, stop in zip(begin_N.tolist(), stop_N.tolist())]
+        offsets = torch.arange(1, self.length + 1, device=ids.device)
+        return self.to_codes(ids[begin_N[:, None] + offsets])
+
+
+def in_ranges(ids: torch.Tensor, ranges) -> torch.Tensor:
+    """True where an id lies in one of the half-open ranges."""
+    found = torch.zeros_like(ids, dtype=torch.bool)
+    for start, stop in ranges:
+        found |= (ids >= start) & (ids < stop)
+    return found
+
+
+def open_frame_codes(frames: dict[str, ModalityFrame], ids_BT: torch.Tensor) -> torch.Tensor:
+    """Codes that each row has written of the frame it is in, of whatever modality, `[B]`; -1 for rows in none."""
+    nothing_B = torch.full((ids_BT.shape[0],), -1, dtype=torch.long, device=ids_BT.device)
+    return torch.stack([nothing_B, *(frame.open_codes(ids_BT) for frame in frames.values())]).amax(dim=0)
+
+
+def config_frames(config: "MomaConfig") -> dict[str, ModalityFrame]:
+    """The frame of every modality that has one, by its name, in the order of `config.modalities`."""
+    tokens = {modality: [frame[key] for key in FRAME_FIELDS] for modality, frame in _own_frames(config).items()}
+    if config.begin_image_token_id is not None and config.end_image_token_id is not None:
+        tokens[IMAGE] = [config.begin_image_token_id, config.end_image_token_id, config.image_seq_length]
+    return {
+        modality: ModalityFrame(modality, tuple(map(tuple, config.modality_token_ranges[modality])), *tokens[modality])
+        for modality in config.modalities
+        if modality != TEXT and modality in tokens
+    }
+
+
+def check_frames(config: "MomaConfig"):
+    """Check the field `modality_frames` of a configuration whose `modality_token_ranges` are in order.
+
+    Raises:
+        ValueError: a modality that cannot have a frame there, a key too many or too few, an id that is not free, or a
+            length that does not fit.
+    """
+    frames = _own_frames(config)
+    for modality, frame in frames.items():
+        if modality == IMAGE:
+            _refuse(
+                {modality: frame},
+                "the frame of pictures stands in begin_image_token_id, end_image_token_id and image_seq_length",
+            )
+        if modality not in config.modality_token_ranges:
+            known = sorted(set(config.modality_token_ranges) - {IMAGE})
+            _refuse({modality: frame}, f"names no modality of modality_token_ranges that can have one: {known}")
+        if set(frame) != set(FRAME_FIELDS):
+            _refuse({modality: frame}, f"needs exactly the keys {list(FRAME_FIELDS)}")
+        length = frame["length"]
+        if length is not None and length < 1:
+            _refuse({modality: frame}, "'length' must be a positive number of codes, or None for any number")
+        if (length or 1) + 2 > config.max_position_embeddings:
+            _refuse(
+                {modality: frame},
+                "'length' plus two tokens around the codes must fit max_position_embeddings "
+                f"({config.max_position_embeddings})",
+            )
+    _check_frame_ids(config, frames)
+
+
+def _check_frame_ids(config, frames):
+    taken = {}
+    image = config_frames(config).get(IMAGE)
+    if image is not None:
+        taken = {image.begin: "begin_image_token_id", image.end: "end_image_token_id"}
+    codes = [tuple(bounds) for ranges in config.modality_token_ranges.values() for bounds in ranges]
+    for modality, frame in frames.items():
+        for key in ("begin", "end"):
+            token_id = frame[key]
+            if token_id is None or not 0 <= token_id < config.vocab_size:
+                _refuse({modality: frame}, f"{key!r} must be an id below vocab_size ({config.vocab_size})")
+            if any(start <= token_id < stop for start, stop in codes):
+                _refuse({modality: frame}, f"{key!r} lies inside modality_token_ranges: tokens around codes are text")
+            if token_id in taken:
+                _refuse({modality: frame}, f"{key!r} is also {taken[token_id]}: each token needs its own id")
+            taken[token_id] = f"{key!r} of {modality!r}"
+
+
+def _own_frames(config):
+    return config.modality_frames or {}
+
+
+def _refuse(value, demand: str):
+    raise ValueError(f"`modality_frames` = {value!r}: {demand}.")
+
+
+__all__ = ["ModalityFrame", "check_frames", "config_frames"]

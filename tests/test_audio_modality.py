@@ -1,0 +1,352 @@
+# Copyright 2026 The modeling-moma authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Text to sound codes to text: a third modality by a codec's file and an entry, with synthetic tones in WAV files."""
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoProcessor
+
+from helpers.hub_server import HubServer, run_client
+from helpers.mu_law_codec import MuLawCodec
+from helpers.tiny import noise_pictures, tiny_model, tiny_processor
+from modeling_moma import MomaConfig, MomaForCausalLM
+from tokenization import MomaProcessor, add_modality_tokens, register_codec
+from tokenization.codecs_moma import CODECS
+
+
+ROOT = Path(__file__).resolve().parent.parent
+RATE = 800
+TONES = {"low": 50, "middle": 100, "high": 200}
+EXAMPLES = 480
+STEPS = 400
+FIELDS = {
+    "num_experts": {"text": 1, "image": 1, "audio": 1},
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    # a name is one token among fifty
+    "modality_loss_weights": {"text": 5.0},
+}
+PUSH_AND_LOAD = """
+import sys
+import numpy as np
+from transformers import AutoProcessor
+import modeling_moma
+sys.path.append("tests")
+import helpers.mu_law_codec
+
+AutoProcessor.from_pretrained(sys.argv[1]).push_to_hub("someone/sounds")
+processor = AutoProcessor.from_pretrained("someone/sounds")
+print(processor(text=["<audio>"], audio=[np.array([0.5, -0.5])])["input_ids"][0])
+"""
+LOAD_WITHOUT_THE_PACKAGE = """
+import sys
+from transformers import AutoProcessor
+
+class OwnCodec:
+    num_codes, length, save_pretrained, from_pretrained = 256, None, None, None
+
+    def encode(self, items):
+        return [[200, 50] for item in items]
+
+    def decode(self, codes):
+        return codes
+
+own = {"audio": OwnCodec()}
+processor = AutoProcessor.from_pretrained("someone/sounds", trust_remote_code=True, codecs=own)
+assert "tokenization" not in sys.modules and "transformers_modules" in type(processor).__module__
+ids = processor(text=["<audio>"], audio=["one.wav"])["input_ids"][0]
+print(processor.decode_parts(ids))
+try:
+    AutoProcessor.from_pretrained("someone/sounds", trust_remote_code=True)
+except ValueError as error:
+    print(error)
+"""
+
+
+def tone(frequency: float, num_samples: int, shift: int = 0) -> np.ndarray:
+    """A sine, its phase one of sixteen."""
+    return 0.8 * np.sin(2 * np.pi * (frequency * np.arange(num_samples) / RATE + shift / 16))
+
+
+def dominant_frequency(samples: np.ndarray) -> float:
+    spectrum = np.abs(np.fft.rfft(samples * np.hanning(len(samples)), 1024))
+    return spectrum.argmax() * RATE / 1024
+
+
+def make_processor(codec: MuLawCodec | None = None) -> MomaProcessor:
+    """The tiny processor, and a codec of sounds beside its pictures."""
+    codec = codec or MuLawCodec(RATE)
+    pictures = tiny_processor()
+    tokenizer = add_modality_tokens(pictures.tokenizer, "audio", codec.num_codes)
+    return MomaProcessor(pictures.image_processor, tokenizer, pictures.vq_model, codecs={"audio": codec})
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return make_processor()
+
+
+@pytest.fixture(scope="module")
+def codec(processor):
+    return processor.codecs["audio"]
+
+
+@pytest.fixture(scope="module")
+def model(processor):
+    """Trained to name a tone that it hears, and to play one that is named."""
+    rng = np.random.default_rng(0)
+    texts, sounds = [], []
+    for index in range(EXAMPLES):
+        name = list(TONES)[index % 3]
+        sounds.append(tone(TONES[name], int(rng.integers(40, 57)), int(rng.integers(16))))
+        texts.append(f"<audio>{name}<eos>" if index % 2 else f"{name}<audio><eos>")
+    batch = processor(
+        text=texts, audio=sounds, padding=True, padding_side="right", return_labels=True, return_tensors="pt"
+    )
+    model = tiny_model(processor, **FIELDS).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.95), weight_decay=0)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=STEPS)
+    for _ in range(STEPS):
+        rows = torch.from_numpy(rng.choice(EXAMPLES, 16, replace=False))
+        model(**{name: values[rows] for name, values in batch.items()}).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+    return model.eval()
+
+
+def name_of(model, processor, sound) -> str:
+    inputs = processor(text=["<audio>"], audio=[sound], return_tensors="pt")
+    ids = model.generate(**inputs, max_new_tokens=6, do_sample=False)
+    return processor.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+def play(model, processor, name: str) -> np.ndarray:
+    inputs = processor(text=[name], return_tensors="pt")
+    ids = model.generate(**inputs, generation_mode="audio", max_new_tokens=60, do_sample=False)
+    codes = model.decode_modality_tokens(ids, "audio")
+    (sound,) = processor.post_process_multimodal_output(codes, generation_mode="audio")
+    return sound
+
+
+@pytest.mark.parametrize("name", TONES)
+def test_tones_are_named_right(model, processor, codec, name, tmp_path):
+    for shift in range(0, 16, 5):
+        codec.write(tmp_path / "tone.wav", tone(TONES[name], 50, shift))
+        assert name_of(model, processor, tmp_path / "tone.wav") == name
+
+
+@pytest.mark.parametrize("name", TONES)
+def test_named_tones_are_played_right_and_named_again(model, processor, codec, name, tmp_path):
+    codec.write(tmp_path / "played.wav", play(model, processor, name))
+    heard = codec.read(tmp_path / "played.wav")
+    assert len(heard) >= 32
+    assert dominant_frequency(heard) == pytest.approx(TONES[name], abs=RATE / len(heard))
+    assert name_of(model, processor, str(tmp_path / "played.wav")) == name
+
+
+def test_two_seconds_of_a_tone_come_back_from_their_codes(processor, codec, tmp_path):
+    codec.write(tmp_path / "tone.wav", tone(100, 2 * RATE))
+    inputs = processor(text=["<audio>"], audio=[tmp_path / "tone.wav"])
+    (sound,) = processor.decode_parts(inputs["input_ids"][0])
+    assert len(sound) == 2 * RATE
+    # a step of mu-law at this level
+    assert np.abs(sound - tone(100, 2 * RATE)).max() < 0.02
+
+
+def test_placeholders_become_the_codes_of_their_sounds(processor, codec):
+    sounds = [tone(100, 5), tone(200, 9)]
+    first, second = (processor.frame_ids("audio", codes) for codes in codec.encode(sounds))
+    assert len(first) == 7 and len(second) == 11
+    picture = noise_pictures(1)[0]
+    ids = processor(text="<audio> red <image><audio>", audio=sounds, images=picture)["input_ids"][0]
+    red = processor.tokenizer(" red ", add_special_tokens=False)["input_ids"]
+    drawn = processor.picture_ids(processor.encode_pictures([picture])[0])
+    assert ids == [processor.tokenizer.bos_token_id, *first, *red, *drawn, *second]
+    parts = processor.decode_parts(torch.tensor(ids))
+    assert len(parts[0]) == 5 and parts[1] == " red " and parts[2].size == (16, 16) and len(parts[3]) == 9
+
+
+def test_rows_of_a_batch_have_their_own_sounds(processor):
+    out = processor(
+        text=["red", "<audio>", "<audio> and <audio>"],
+        audio=[[], [tone(50, 4)], [tone(100, 3), tone(200, 2)]],
+        padding=True,
+        return_tensors="pt",
+        return_labels=True,
+        return_mm_token_type_ids=True,
+    )
+    is_code = (out["input_ids"] >= processor.frames["audio"].offset) & (
+        out["input_ids"] < processor.frames["audio"].offset + 256
+    )
+    assert is_code.sum(1).tolist() == [0, 4, 5]
+    # the places in `MomaConfig.modalities`
+    assert torch.equal(out["mm_token_type_ids"], is_code.long())
+    picture = processor(text="<image>", images=noise_pictures(1), return_mm_token_type_ids=True)
+    assert set(picture["mm_token_type_ids"][0]) == {0, 2}
+
+
+def test_offsets_of_replacements_are_those_of_the_texts(processor):
+    text = "a <audio> b <image> c"
+    out = processor(text=[text], audio=[tone(50, 3)], images=noise_pictures(1), return_text_replacement_offsets=True)
+    first, second = out["text_replacement_offsets"][0]
+    assert [text[slice(*offsets["span"])] for offsets in (first, second)] == ["<audio>", "<image>"]
+    assert first["new_span"] == (2, 2 + len(first["replacement"]))
+    assert second["new_span"][0] == first["new_span"][1] + len(" b ")
+
+
+def test_escaped_placeholders_are_text(processor):
+    said = processor.escape_special_tokens("<audio><|audio_3|>")
+    out = processor(text=[f"<audio>{said}"], audio=[tone(50, 3)], sanitize_control_tokens=True)
+    assert len([token for token in out["input_ids"][0] if processor.frames["audio"].is_code(token)]) == 3
+    assert processor.decode(out["input_ids"][0][6:]) == "<audio><|audio_3|>"
+
+
+@pytest.mark.parametrize(
+    ("text", "audio", "message"),
+    [
+        (["<audio>"], None, "audio: the number of <audio> tokens .* got 1 and 0"),
+        (["<audio>"], 2, "audio: the number of <audio> tokens .* got 1 and 2"),
+        (["red"], 1, "audio: the number of <audio> tokens .* got 0 and 1"),
+        (None, 1, "text=None has no place"),
+        (["<audio>", ""], [[], 1], r"text\[0\]: the number of <audio> tokens .* got 1 and 0"),
+        (["<audio>", "", ""], [[], 1], "audio: a nested list needs one list per text, got 2 for 3"),
+    ],
+)
+def test_sounds_that_do_not_match_their_placeholders_raise(processor, text, audio, message):
+    if isinstance(audio, int):
+        audio = [tone(50, 4)] * audio
+    elif audio is not None:
+        audio = [[tone(50, 4)] * (count or 0) if isinstance(count, int) else count for count in audio]
+    with pytest.raises(ValueError, match=message):
+        processor(text=text, audio=audio)
+
+
+def test_truncation_that_cuts_a_sound_raises():
+    # one of its own, since a tokenizer remembers a truncation
+    processor = make_processor()
+    with pytest.raises(ValueError, match="1 of audio stand in the text, but 0 in `input_ids`: truncation"):
+        processor(text=["<audio> red"], audio=[tone(50, 8)], truncation=True, max_length=9)
+    whole = processor(text=["<audio> red"], audio=[tone(50, 8)], truncation=True, max_length=11)
+    assert whole["input_ids"][0][-1] == processor.frames["audio"].end
+
+
+def test_codes_that_cannot_be_raise(processor, codec, monkeypatch):
+    audio = processor.frames["audio"]
+    with pytest.raises(ValueError, match="one code at least, got 0"):
+        processor(text=["<audio>"], audio=[np.zeros(0)])
+    with pytest.raises(ValueError, match=r"outside \[0, 256\)"):
+        processor.frame_ids("audio", [3, 256])
+    with pytest.raises(ValueError, match="one image has 16 codes, got 2"):
+        processor.picture_ids([3, 4])
+    with pytest.raises(ValueError, match=r"'speech' is none of \['audio', 'image'\]"):
+        processor.frame_ids("speech", [3])
+    with pytest.raises(ValueError, match="the audio at position 1 is incomplete: 1 codes and then"):
+        processor.decode_parts([5, audio.begin, audio.offset, 5])
+    with pytest.raises(ValueError, match="the audio at position 0 is incomplete: 0 codes and then"):
+        processor.decode_parts([audio.begin, audio.end])
+    with pytest.raises(ValueError, match="outside a frame of 'audio'"):
+        processor.decode_parts([5, audio.offset, audio.end])
+    monkeypatch.setattr(codec, "encode", lambda items: [])
+    with pytest.raises(ValueError, match="codes of 0 items for 1"):
+        processor.encode_items("audio", [tone(50, 4)])
+
+
+def test_parts_that_are_no_codecs_raise():
+    pictures = tiny_processor()
+    parts = (pictures.image_processor, pictures.tokenizer, pictures.vq_model)
+    with pytest.raises(ValueError, match=r"add_modality_tokens\(tokenizer, 'audio', 256\)"):
+        MomaProcessor(*parts, codecs={"audio": MuLawCodec()})
+    with pytest.raises(TypeError, match="Linear is no codec, it lacks num_codes"):
+        MomaProcessor(*parts, codecs={"audio": torch.nn.Linear(1, 1)})
+    with pytest.raises(ValueError, match="'image' is not free"):
+        MomaProcessor(*parts, codecs={"image": MuLawCodec()})
+    for name in ("text", "a b", "../audio", ""):
+        with pytest.raises(ValueError, match="must be a plain name"):
+            MomaProcessor(*parts, codecs={name: MuLawCodec()})
+        with pytest.raises(ValueError, match="must be a plain name"):
+            add_modality_tokens(pictures.tokenizer, name, 8)
+    add_modality_tokens(pictures.tokenizer, "audio", 16)
+    with pytest.raises(ValueError, match="it has 16 audio codes, but its codec MuLawCodec has num_codes=256"):
+        MomaProcessor(*parts, codecs={"audio": MuLawCodec()})
+    with pytest.raises(ValueError, match="videos, audio: this processor reads text and pictures only"):
+        pictures(text=["red"], audio=[tone(50, 4)])
+
+
+def test_token_layout_has_the_frame_of_each_modality(processor):
+    layout = processor.token_layout()
+    vocab = processor.tokenizer.get_vocab()
+    assert layout["modality_frames"] == {
+        "audio": {"begin": vocab["<|begin_audio|>"], "end": vocab["<|end_audio|>"], "length": None}
+    }
+    assert layout["modality_token_ranges"]["audio"] == [[vocab["<|audio_0|>"], vocab["<|audio_255|>"] + 1]]
+    assert "modality_frames" not in tiny_processor().token_layout()
+    frames = MomaConfig(**layout, num_experts=1).frames
+    assert list(frames) == ["audio", "image"]
+    assert (frames["image"].begin, frames["image"].length) == (processor.begin_image_token_id, 16)
+    fixed = make_processor(MuLawCodec(RATE, length=12)).token_layout()
+    assert fixed["modality_frames"]["audio"]["length"] == 12
+
+
+def test_saved_and_loaded_processor_and_model_are_the_same(processor, model, tmp_path):
+    processor.save_pretrained(tmp_path)
+    model.save_pretrained(tmp_path)
+    settings = json.loads((tmp_path / "processor_config.json").read_text())
+    assert settings["codec_types"] == {"audio": "mu_law"} and "codecs" not in settings
+    assert (tmp_path / "audio_codec" / "codec_config.json").exists()
+    loaded_model = MomaForCausalLM.from_pretrained(tmp_path)
+    sound = tone(100, 20)
+    for loaded in (MomaProcessor.from_pretrained(tmp_path), AutoProcessor.from_pretrained(tmp_path)):
+        assert loaded.token_layout() == processor.token_layout() and loaded.chat_template == processor.chat_template
+        inputs = loaded(text=["<audio>low"], audio=[sound], return_tensors="pt")
+        assert torch.equal(
+            inputs["input_ids"], processor(text=["<audio>low"], audio=[sound], return_tensors="pt").input_ids
+        )
+    assert loaded_model.config.frames == model.config.frames
+    with torch.no_grad():
+        assert torch.equal(loaded_model(**inputs).logits, model(**inputs).logits)
+
+
+def test_codecs_are_found_by_their_registered_name(processor, tmp_path, monkeypatch):
+    processor.save_pretrained(tmp_path)
+    monkeypatch.delitem(CODECS, "mu_law")
+    with pytest.raises(ValueError, match="codec 'mu_law' is none of .* import the module that registers it"):
+        MomaProcessor.from_pretrained(tmp_path)
+    own = MuLawCodec(RATE)
+    assert MomaProcessor.from_pretrained(tmp_path, codecs={"audio": own}).codecs["audio"] is own
+    register_codec("mu_law")(MuLawCodec)
+    with pytest.raises(ValueError, match="'mu_law' is already the codec MuLawCodec"):
+        register_codec("mu_law")(dict)
+    monkeypatch.delattr(MuLawCodec, "codec_type")
+    with pytest.raises(ValueError, match=re.escape("put `@register_codec(name)`")):
+        processor.save_pretrained(tmp_path / "again")
+
+
+def test_from_the_hub_with_the_package_and_without(processor, tmp_path):
+    processor.save_pretrained(tmp_path / "saved")
+    with HubServer(tmp_path / "hub").running() as server:
+        home = tmp_path / "home"
+        pushed = run_client(server, home, "-c", PUSH_AND_LOAD, tmp_path / "saved", folder=ROOT)
+        assert pushed.returncode == 0, pushed.stderr[-3000:]
+        remote = run_client(server, home, "-P", "-c", LOAD_WITHOUT_THE_PACKAGE, folder=tmp_path)
+    assert pushed.stdout.strip() == str(processor(text=["<audio>"], audio=[np.array([0.5, -0.5])])["input_ids"][0])
+    assert remote.returncode == 0, remote.stderr[-3000:]
+    parts, refusal = remote.stdout.strip().splitlines()
+    assert parts == "[[200, 50]]"
+    assert "'mu_law' is none of []" in refusal and "codecs={'audio': codec}" in refusal

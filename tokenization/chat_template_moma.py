@@ -1,0 +1,43 @@
+# Copyright 2026 The modeling-moma authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The chat template of a new processor, and the part of it that others share."""
+
+# of a chat template, inside its loop over messages: sets `turn.text`, with a placeholder for every picture
+MESSAGE_TEXT = (
+    "{% set turn = namespace(text='') %}"
+    "{% if message['content'] is string %}"
+    "{% set turn.text = message['content'] %}"
+    "{% else %}"
+    "{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}{% set turn.text = turn.text + '<image>' %}"
+    "{% elif part['type'] == 'text' %}{% set turn.text = turn.text + part['text'] %}"
+    "{% else %}{{ raise_exception('content parts must be of type text or image, got ' + part['type']) }}{% endif %}"
+    "{% endfor %}"
+    "{% endif %}"
+)
+# turns end with <eos> and headers with a newline, so that no BPE token straddles the edge of a turn
+DEFAULT_CHAT_TEMPLATE = (
+    "{{ bos_token | default('', true) }}"
+    "{% for message in messages %}" + MESSAGE_TEXT + "{{ message['role'] + '\n' }}"
+    "{% if message['role'] == 'assistant' %}"
+    "{% generation %}{{ turn.text | trim }}{{ eos_token }}{% endgeneration %}"
+    "{% else %}"
+    "{{ turn.text | trim }}{{ eos_token }}"
+    "{% endif %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant\n' }}{% endif %}"
+)
+
+
+__all__ = ["DEFAULT_CHAT_TEMPLATE", "MESSAGE_TEXT"]

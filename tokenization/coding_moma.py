@@ -1,0 +1,300 @@
+# Copyright 2026 The modeling-moma authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The codes of each modality: items to codes, codes to token ids, and both back again."""
+
+import torch
+from PIL import Image
+from transformers.processing_utils import ProcessorMixin
+
+from .image_input_moma import flat_sources
+from .text_tokenizer_moma import IMAGE
+from .token_frames_moma import TokenFrame, split_frames
+
+
+# pictures that go through the VQ model at once, which bounds the memory of a large batch
+ENCODE_CHUNK = 64
+
+
+class CodingMixin(ProcessorMixin):
+    """The part of [`MomaProcessor`] between items, codes and token ids."""
+
+    def token_layout(self) -> dict:
+        """
+        The part of a `MomaConfig` that follows from the vocabulary: `MomaConfig(**processor.token_layout(), ...)`.
+
+        Returns:
+            `dict`: `vocab_size`, `pad_token_id`, `bos_token_id`, `eos_token_id`, `begin_image_token_id`,
+            `end_image_token_id`, `image_seq_length` and `modality_token_ranges` (half-open ranges of ids); with codecs
+            also `modality_frames`.
+        """
+        layout = {
+            "vocab_size": self._vocab_size,
+            "pad_token_id": self.tokenizer.pad_token_id,
+            "bos_token_id": self.tokenizer.bos_token_id,
+            "eos_token_id": self.tokenizer.eos_token_id,
+            "begin_image_token_id": self.begin_image_token_id,
+            "end_image_token_id": self.end_image_token_id,
+            "image_seq_length": self.image_seq_length,
+            "modality_token_ranges": {modality: [frame.bounds] for modality, frame in self.frames.items()},
+        }
+        if self.codecs:
+            layout["modality_frames"] = {
+                modality: {"begin": frame.begin, "end": frame.end, "length": frame.length}
+                for modality, frame in self.frames.items()
+                if modality != IMAGE
+            }
+        return layout
+
+    def encode_pictures(self, images, **kwargs) -> list[list[int]]:
+        """
+        Turns pictures into codes, for instance in `datasets.Dataset.map(..., batched=True)`.
+
+        Args:
+            images (`PIL.Image.Image`, `np.ndarray`, `torch.Tensor`, `str`, or a list of these):
+                Pictures.
+            kwargs:
+                Arguments of the image processor.
+
+        Returns:
+            `list[list[int]]`: for each picture `image_seq_length` codes in `[0, codebook_size)`, in raster order.
+            Their token ids are `image_token_offset` higher.
+
+        Raises:
+            ValueError: if a picture cannot be read, or the image processor does not yield the VQ model's resolution.
+        """
+        kwargs["return_tensors"] = "pt"
+        side = self.vq_model.config.resolution
+        codes, waiting = [], []
+        # one by one: of all pictures but one there are the resized pixels alone, and of no two the files
+        for source in flat_sources(images):
+            pixel_values = self.image_processor([self.image_processor.fetch_images(source)], **kwargs)["pixel_values"]
+            if tuple(pixel_values.shape[-2:]) != (side, side):
+                raise ValueError(
+                    f"images_kwargs: the image processor yields {tuple(pixel_values.shape[-2:])} pixels, but the VQ "
+                    f"model needs {(side, side)}; leave size and crop_size as they are."
+                )
+            waiting.append(pixel_values)
+            if len(waiting) == ENCODE_CHUNK:
+                codes += self._encode(waiting)
+                waiting = []
+        return codes + self._encode(waiting) if waiting else codes
+
+    @torch.no_grad()
+    def _encode(self, pixel_values):
+        pixel_values = torch.cat(pixel_values).to(self.vq_model.device, torch.float32)
+        return self.vq_model.get_image_tokens(pixel_values).tolist()
+
+    def encode_items(self, modality: str, items: list) -> list[list[int]]:
+        """
+        Turns items of a modality into codes.
+
+        Args:
+            modality (`str`):
+                `"image"`, or a modality with a codec.
+            items (`list`):
+                What its codec takes.
+
+        Returns:
+            `list[list[int]]`: the codes of each item. Token ids are those of `frame_ids`.
+
+        Raises:
+            ValueError: if the modality has no codec, or the codec gives codes that it cannot have.
+        """
+        self._frame(modality)
+        if modality == IMAGE:
+            return self.encode_pictures(items)
+        codes = [[int(code) for code in item_codes] for item_codes in self.codecs[modality].encode(items)]
+        if len(codes) != len(items):
+            raise ValueError(f"{modality}: its codec gave codes of {len(codes)} items for {len(items)}.")
+        for item_codes in codes:
+            self.frames[modality].check_codes(item_codes)
+        return codes
+
+    def decode_items(self, modality: str, codes: "torch.LongTensor | list") -> list:
+        """
+        Turns codes of a modality into items.
+
+        Args:
+            modality (`str`):
+                `"image"`, or a modality with a codec.
+            codes (`torch.LongTensor` or list):
+                Codes of each item, not token ids, as the model's `decode_modality_tokens` gives them.
+
+        Returns:
+            `list`: the items, as the codec makes them.
+
+        Raises:
+            ValueError: if the modality has no codec, or a number or a value of codes is none that it can have.
+        """
+        frame = self._frame(modality)
+        if modality == IMAGE:
+            return self.decode_pictures(codes)
+        codes = [as_list(item_codes) for item_codes in codes]
+        for item_codes in codes:
+            frame.check_codes(item_codes)
+        return [self.codecs[modality].decode(item_codes) for item_codes in codes]
+
+    def picture_ids(self, codes: "torch.LongTensor | list[int]") -> list[int]:
+        """
+        The token ids of one picture: [`~MomaProcessor.frame_ids`] of `"image"`.
+
+        Args:
+            codes (`torch.LongTensor` or `list[int]` of shape `(image_seq_length,)`):
+                Codes of the picture.
+
+        Returns:
+            `list[int]`: begin of image, codes and end of image.
+        """
+        return self.frame_ids(IMAGE, codes)
+
+    def frame_ids(self, modality: str, codes: "torch.LongTensor | list[int]") -> list[int]:
+        """
+        The token ids of one item, as they stand in `input_ids`.
+
+        Args:
+            modality (`str`):
+                `"image"`, or a modality with a codec.
+            codes (`torch.LongTensor` or `list[int]` of shape `(num_codes,)`):
+                Codes of the item, from 0.
+
+        Returns:
+            `list[int]`: its begin, codes and end.
+
+        Raises:
+            ValueError: if the modality has no codec, or a number or a value of codes is none that it can have.
+        """
+        return self._frame(modality).ids(as_list(codes))
+
+    def _frame(self, modality: str) -> TokenFrame:
+        if modality not in self.frames:
+            raise ValueError(
+                f"modality: {modality!r} is none of {list(self.frames)}; pass `codecs={{{modality!r}: codec}}`."
+            )
+        return self.frames[modality]
+
+    def decode_pictures(self, codes: "torch.LongTensor | list[list[int]]") -> list[Image.Image]:
+        """
+        Turns codes into pictures.
+
+        Args:
+            codes (`torch.LongTensor` or nested list of shape `(num_pictures, image_seq_length)`):
+                Codes in `[0, codebook_size)`, not token ids.
+
+        Returns:
+            `list[PIL.Image.Image]`: RGB pictures of the VQ model's resolution.
+
+        Raises:
+            ValueError: if the shape or a code is out of range.
+        """
+        codes = torch.as_tensor(codes, dtype=torch.long)
+        if codes.ndim != 2 or codes.shape[1] != self.image_seq_length:
+            raise ValueError(
+                f"codes: expected the shape (num_pictures, {self.image_seq_length}), got {tuple(codes.shape)}. For "
+                "whole sequences of token ids use `decode_parts`, or the model's `decode_image_tokens` first."
+            )
+        if codes.numel() == 0:
+            return []
+        if codes.min() < 0 or codes.max() >= self.codebook_size:
+            raise ValueError(
+                f"codes: values from {int(codes.min())} to {int(codes.max())} lie outside [0, {self.codebook_size}); "
+                f"subtract image_token_offset={self.image_token_offset} from token ids."
+            )
+        pictures = []
+        for chunk in codes.split(ENCODE_CHUNK):
+            with torch.no_grad():
+                pixel_values = self.vq_model.decode_image_tokens(chunk.to(self.vq_model.device))
+            pictures.extend(self.image_processor.postprocess(pixel_values)["pixel_values"])
+        return pictures
+
+    def decode_parts(self, ids: "torch.LongTensor | list[int]", skip_special_tokens: bool = True, **kwargs) -> list:
+        """
+        Turns one sequence of token ids back into texts, pictures and items of other modalities.
+
+        Args:
+            ids (`torch.LongTensor` or `list[int]` of shape `(sequence_length,)`):
+                Token ids. Padding is dropped.
+            skip_special_tokens (`bool`, *optional*, defaults to `True`):
+                Whether to leave special tokens such as `<bos>` out of the texts.
+            kwargs:
+                Further arguments of the tokenizer's `decode`.
+
+        Returns:
+            `list[str | PIL.Image.Image | Any]`: the parts in their order; empty texts are left out.
+
+        Raises:
+            ValueError: if a picture does not consist of exactly `image_seq_length` codes and its end token, an item of
+                another modality is as broken, or a code stands outside of them.
+        """
+        ids = [token for token in as_list(ids) if token != self.tokenizer.pad_token_id]
+        runs = split_frames(ids, self.frames)
+        items = {
+            modality: iter(self.decode_items(modality, codes))
+            for modality in self.frames
+            if (codes := [run for owner, run in runs if owner == modality])
+        }
+        parts = []
+        for modality, run in runs:
+            part = self._decode_text(run, skip_special_tokens, kwargs) if modality is None else next(items[modality])
+            if modality is not None or part != "":
+                parts.append(part)
+        return parts
+
+    def _decode_text(self, ids: list[int], skip_special_tokens: bool, kwargs: dict) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=skip_special_tokens, **kwargs)
+
+    def post_process_multimodal_output(
+        self, generated_outputs, skip_special_tokens=True, generation_mode=None, **kwargs
+    ):
+        """
+        Turns what a model generated into what a person can read or see. It serves the `any-to-any` pipeline.
+
+        Args:
+            generated_outputs (`torch.LongTensor`):
+                For `"text"` and `"interleaved"`: token ids of shape `(batch_size, sequence_length)` or
+                `(sequence_length,)`. For `"image"`: codes of shape `(num_pictures, image_seq_length)`, as the model's
+                `decode_image_tokens` gives. For a modality with a codec: its codes, as `decode_modality_tokens` gives.
+            skip_special_tokens (`bool`, *optional*, defaults to `True`):
+                Whether to leave special tokens, picture codes among them, out of texts.
+            generation_mode (`str`, *optional*):
+                `"text"` (the default), `"interleaved"`, `"image"` or a modality with a codec.
+            kwargs:
+                Further arguments of the tokenizer's `decode`.
+
+        Returns:
+            `list[str]`, `list[PIL.Image.Image]`, a list of a codec's items, or a list with the parts of each sequence,
+            as `decode_parts` gives them.
+
+        Raises:
+            ValueError: if `generation_mode` is unknown, or a picture is incomplete.
+        """
+        if generation_mode is None or generation_mode == "text":
+            return super().post_process_multimodal_output(generated_outputs, skip_special_tokens, **kwargs)
+        if generation_mode in self.frames:
+            return self.decode_items(generation_mode, generated_outputs)
+        if generation_mode == "interleaved":
+            if hasattr(generated_outputs, "tolist"):
+                generated_outputs = generated_outputs.tolist()
+            if not isinstance(generated_outputs[0], list):
+                generated_outputs = [generated_outputs]
+            return [self.decode_parts(row, skip_special_tokens, **kwargs) for row in generated_outputs]
+        modes = ["text", "interleaved", *self.frames]
+        raise ValueError(f"generation_mode: expected one of {modes}, got {generation_mode!r}.")
+
+
+def as_list(values) -> list[int]:
+    """A list of numbers, of a tensor, an array or any other sequence."""
+    return values.tolist() if hasattr(values, "tolist") else list(values)
+
+
+__all__ = ["CodingMixin"]

@@ -1,0 +1,223 @@
+# Copyright 2026 The modeling-moma authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The frame of a modality in a text and in token ids: a beginning token, codes, and an end token."""
+
+import re
+from dataclasses import dataclass
+
+from .text_tokenizer_moma import IMAGE, modality_tokens, unmarked
+
+
+@dataclass(frozen=True)
+class TokenFrame:
+    """How the codes of one picture, one sound or the like are written.
+
+    Args:
+        modality (`str`): its name; `<modality>` is its placeholder in a text.
+        offset (`int`): id of code 0, which the ids of the other codes follow.
+        num_codes (`int`): number of different codes.
+        begin (`int`): id of the token before the codes, `<|begin_modality|>`.
+        end (`int`): id of the token after the codes, `<|end_modality|>`.
+        length (`int`, *optional*): codes of one frame; `None` for any number from one on.
+    """
+
+    modality: str
+    offset: int
+    num_codes: int
+    begin: int
+    end: int
+    length: int | None
+
+    @classmethod
+    def from_tokenizer(cls, tokenizer, modality: str, num_codes: int, length: int | None, source: str) -> "TokenFrame":
+        """Read the ids out of a tokenizer.
+
+        Args:
+            tokenizer (`PreTrainedTokenizerFast`): with the tokens of [`add_modality_tokens`].
+            modality (`str`): the name.
+            num_codes (`int`): number of different codes.
+            length (`int`, *optional*): codes of one frame.
+            source (`str`): what says so, for errors.
+
+        Raises:
+            ValueError: the tokenizer lacks tokens, has another number of codes, or has them in another order.
+        """
+        vocab = tokenizer.get_vocab()
+        call = f"add_picture_tokens(tokenizer, {num_codes})"
+        if modality != IMAGE:
+            call = f"add_modality_tokens(tokenizer, {modality!r}, {num_codes})"
+        fix = f"call `{call}` on a tokenizer without {modality} tokens"
+        placeholder, begin, end, *codes = modality_tokens(modality, num_codes)
+        for token in (placeholder, begin, end, codes[0]):
+            if token not in vocab:
+                raise ValueError(f"tokenizer: it has no token {token!r}; {fix}.")
+        count = 0
+        while f"<|{modality}_{count}|>" in vocab:
+            count += 1
+        if count != num_codes:
+            raise ValueError(f"tokenizer: it has {count} {modality} codes, but {source}={num_codes}; {fix}.")
+        offset = vocab[codes[0]]
+        for code, token in enumerate(codes):
+            if vocab[token] != offset + code:
+                raise ValueError(
+                    f"tokenizer: {token!r} has the id {vocab[token]}, but the ids of the codes must follow one "
+                    f"another from {offset} on; {fix}."
+                )
+        return cls(modality, offset, num_codes, vocab[begin], vocab[end], length)
+
+    @property
+    def placeholder(self) -> str:
+        """What stands in a text for one frame."""
+        return f"<{self.modality}>"
+
+    @property
+    def bounds(self) -> list[int]:
+        """Half-open range of the ids of the codes."""
+        return [self.offset, self.offset + self.num_codes]
+
+    def is_code(self, token_id: int) -> bool:
+        """Whether an id is a code of this modality."""
+        return self.offset <= token_id < self.offset + self.num_codes
+
+    def check_codes(self, codes: list[int]):
+        """Raise `ValueError` where these cannot be the codes of one frame."""
+        if len(codes) != self.length if self.length is not None else not codes:
+            expected = "one code at least" if self.length is None else f"{self.length} codes"
+            raise ValueError(f"codes: one {self.modality} has {expected}, got {len(codes)}.")
+        if min(codes) < 0 or max(codes) >= self.num_codes:
+            raise ValueError(
+                f"codes: values from {min(codes)} to {max(codes)} lie outside [0, {self.num_codes}); "
+                f"subtract {self.offset} from token ids."
+            )
+
+    def ids(self, codes: list[int]) -> list[int]:
+        """Token ids of a frame with these codes, begin and end included."""
+        self.check_codes(codes)
+        return [self.begin, *(self.offset + code for code in codes), self.end]
+
+    def text(self, codes: list[int]) -> str:
+        """A frame with these codes as text, whose ids are those of [`~TokenFrame.ids`]."""
+        self.check_codes(codes)
+        inner = "".join(f"<|{self.modality}_{code}|>" for code in codes)
+        return f"<|begin_{self.modality}|>{inner}<|end_{self.modality}|>"
+
+    def count_in_text(self, text: str) -> int:
+        """Number of whole frames written out in a text."""
+        times = "+" if self.length is None else f"{{{self.length}}}"
+        name = re.escape(self.modality)
+        return len(re.findall(rf"<\|begin_{name}\|>(?:<\|{name}_\d+\|>){times}<\|end_{name}\|>", text))
+
+    def count_in_ids(self, ids: list[int]) -> int:
+        """Number of whole frames in token ids."""
+        begins = (position for position, token in enumerate(ids) if token == self.begin)
+        return sum(self._is_whole(ids, position, self._stop(ids, position)) for position in begins)
+
+    def read(self, ids: list[int], position: int) -> tuple[list[int], int]:
+        """Codes of the frame that begins at a position, and the position after its end.
+
+        Raises:
+            ValueError: the frame is incomplete.
+        """
+        stop = self._stop(ids, position)
+        if not self._is_whole(ids, position, stop):
+            found = f"{stop - position - 1} codes" + ("" if self.length is None else f", of {self.length},")
+            raise ValueError(
+                f"ids: the {self.modality} at position {position} is incomplete: {found} "
+                f"and then {ids[stop : stop + 1] or 'nothing'}, where the id {self.end} belongs; generate more "
+                f"tokens, or with generation_mode={self.modality!r}."
+            )
+        return [token - self.offset for token in ids[position + 1 : stop]], stop + 1
+
+    def _stop(self, ids, position):
+        stop = position + 1
+        while stop < len(ids) and self.is_code(ids[stop]):
+            stop += 1
+        return stop
+
+    def _is_whole(self, ids, position, stop):
+        count = stop - position - 1
+        return (count >= 1 if self.length is None else count == self.length) and ids[stop : stop + 1] == [self.end]
+
+
+def split_frames(ids: list[int], frames: dict[str, TokenFrame]) -> list[tuple[str | None, list[int]]]:
+    """Cut token ids into runs of text and frames.
+
+    Args:
+        ids (`list[int]`): token ids.
+        frames (`dict[str, TokenFrame]`): by modality.
+
+    Returns:
+        `list[tuple[str | None, list[int]]]`: in order, `(None, ids)` for text and `(modality, codes)` for a frame.
+
+    Raises:
+        ValueError: a frame is incomplete, or a code stands outside one.
+    """
+    by_begin = {frame.begin: frame for frame in frames.values()}
+    runs = [(None, [])]
+    position = 0
+    while position < len(ids):
+        token = ids[position]
+        if token in by_begin:
+            codes, position = by_begin[token].read(ids, position)
+            runs += [(by_begin[token].modality, codes), (None, [])]
+            continue
+        for frame in frames.values():
+            if frame.is_code(token):
+                raise ValueError(
+                    f"ids: the code {token} at position {position} stands outside a frame of {frame.modality!r}; "
+                    f"pass the sequence from its <|begin_{frame.modality}|> on."
+                )
+        runs[-1][1].append(token)
+        position += 1
+    return runs
+
+
+def replace_placeholders(texts: list[str], replacements: dict[str, list[str]]) -> tuple[list[str], list[list[dict]]]:
+    """Write frames where their placeholders stand, those of marked text excepted.
+
+    Args:
+        texts (`list[str]`): texts with placeholders.
+        replacements (`dict[str, list[str]]`): by modality, what takes the place of its placeholders, in their order
+            over all texts.
+
+    Returns:
+        `tuple[list[str], list[list[dict]]]`: the new texts, and for each what `get_text_with_replacements` of
+        Transformers says about its replacements.
+    """
+    waiting = {modality: iter(values) for modality, values in replacements.items() if len(values) > 0}
+    pattern = "|".join(unmarked(f"<{modality}>", group=modality) for modality in waiting) or "(?!)"
+    new_texts, all_offsets = [], []
+    for text in texts:
+        pieces, offsets, last, length = [], [], 0, 0
+        for found in re.finditer(pattern, text):
+            replacement = next(waiting[found.lastgroup])
+            start = length + found.start() - last
+            length = start + len(replacement)
+            pieces += [text[last : found.start()], replacement]
+            last = found.end()
+            offsets.append(
+                {
+                    "type": found.lastgroup,
+                    "span": found.span(),
+                    "new_span": (start, length),
+                    "text": found.group(),
+                    "replacement": replacement,
+                }
+            )
+        new_texts.append("".join([*pieces, text[last:]]))
+        all_offsets.append(offsets)
+    return new_texts, all_offsets
+
+
+__all__ = ["TokenFrame", "replace_placeholders", "split_frames"]
