@@ -11,47 +11,30 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""MoMa model configuration: every size and switch, checked; Table 1's presets; closed-form parameter counts."""
+"""MoMa model configuration: every size and switch, and what follows from them."""
 
 from huggingface_hub.dataclasses import strict
-from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_rope_utils import RopeParameters
-from transformers.models.auto import modeling_auto
 from transformers.utils import auto_docstring
 
-from .frames_moma import ModalityFrame, check_frames, config_frames
+from .configuration_checks_moma import (
+    check_depth,
+    check_experts,
+    check_modalities,
+    check_routing,
+    check_sizes,
+    require,
+)
+from .frames_moma import ModalityFrame, config_frames
 from .parallel_plans_moma import expert_parallel_plan, tensor_parallel_plan
 from .parameter_counts_moma import count_parameters
-from .routing_rules_moma import CAUSAL_ROUTINGS, NOISY_ROUTINGS, RULES, TRAINING_ROUTINGS
+from .presets_moma import preset_fields, preset_names
+from .transformers_gaps_moma import AUTO_MAP
 
 
 TEXT = "text"
 DEPTH_LAYER_TYPE = "moma_depth"
-# saving writes only the saved class's own entry; these let every auto class load the folder by its code
-AUTO_MAP = {
-    "AutoConfig": "configuration_moma.MomaConfig",
-    "AutoModel": "modeling_moma.MomaModel",
-    "AutoModelForCausalLM": "modeling_moma.MomaForCausalLM",
-    "AutoModelForImageTextToText": "modeling_moma.MomaForCausalLM",
-    "AutoModelForMultimodalLM": "modeling_moma.MomaForCausalLM",
-}
-
-# paper's Table 1, dense and MoD columns: layers, hidden size, FFN size before the SwiGLU factor 2/3, heads
-_TABLE_1 = {
-    "90m": (8, 512, 2048, 8),
-    "435m": (24, 1024, 4096, 16),
-    "1.4b": (24, 2048, 8192, 16),
-    "mod-110m": (14, 512, 2048, 8),
-    "mod-635m": (40, 1024, 4096, 16),
-    "mod-2.3b": (32, 2304, 9216, 18),
-}
-_PRESET_EXPERTS = {
-    "dense": 1,
-    "1t1i": {"text": 1, "image": 1},
-    "8x": 8,
-    "4t4i": {"text": 4, "image": 4},
-}
 
 
 @auto_docstring(checkpoint="moma-90m-4t4i")
@@ -220,7 +203,7 @@ class MomaConfig(PreTrainedConfig):
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         if self.head_dim is None and self.num_attention_heads > 0:
-            _require(
+            require(
                 self.hidden_size % self.num_attention_heads == 0,
                 "hidden_size",
                 self.hidden_size,
@@ -244,26 +227,12 @@ class MomaConfig(PreTrainedConfig):
         Raises:
             ValueError: the name is not a preset.
         """
-        if name.lower() not in cls.preset_names():
-            raise ValueError(f"`name` must be one of {cls.preset_names()}, got {name!r}.")
-        size, experts = name.lower().removeprefix("moma-").rsplit("-", 1)
-        num_layers, hidden_size, ffn_size, num_heads = _TABLE_1[size]
-        fields = {
-            "num_hidden_layers": num_layers,
-            "hidden_size": hidden_size,
-            # SwiGLU keeps the matrices' total of a two-matrix FFN; the paper's counts need it unrounded
-            "intermediate_size": 2 * ffn_size // 3,
-            "num_attention_heads": num_heads,
-            "num_experts": _PRESET_EXPERTS[experts],
-        }
-        if size.startswith("mod-"):
-            fields["depth_layers"] = list(range(0, num_layers, 2))
-        return cls(**{**fields, **kwargs})
+        return cls(**{**preset_fields(name), **kwargs})
 
     @staticmethod
     def preset_names() -> list[str]:
         """Names that `from_preset` knows."""
-        return [f"moma-{size}-{experts}" for size in _TABLE_1 for experts in _PRESET_EXPERTS]
+        return preset_names()
 
     @property
     def modalities(self) -> list[str]:
@@ -360,239 +329,23 @@ class MomaConfig(PreTrainedConfig):
 
     def validate_sizes(self):
         """Check sizes, heads and the fields of attention."""
-        for name in (
-            "vocab_size",
-            "hidden_size",
-            "intermediate_size",
-            "num_hidden_layers",
-            "num_attention_heads",
-            "num_key_value_heads",
-            "head_dim",
-            "max_position_embeddings",
-            "image_seq_length",
-        ):
-            _require(getattr(self, name) > 0, name, getattr(self, name), "must be a positive integer")
-        _require(
-            self.num_attention_heads % self.num_key_value_heads == 0,
-            "num_key_value_heads",
-            self.num_key_value_heads,
-            f"must divide num_attention_heads ({self.num_attention_heads}): each serves a group of query heads",
-        )
-        _require(
-            self.head_dim % 2 == 0,
-            "head_dim",
-            self.head_dim,
-            "must be even: rotary embeddings turn pairs of channels. Unset, it is hidden_size // num_attention_heads",
-        )
-        _require(0 <= self.attention_dropout < 1, "attention_dropout", self.attention_dropout, "must be in [0, 1)")
-        _require(self.rms_norm_eps > 0, "rms_norm_eps", self.rms_norm_eps, "must be positive")
-        _require(self.initializer_range > 0, "initializer_range", self.initializer_range, "must be positive")
-        _require(
-            self.pad_token_id is None or 0 <= self.pad_token_id < self.vocab_size,
-            "pad_token_id",
-            self.pad_token_id,
-            f"must be None or below vocab_size ({self.vocab_size})",
-        )
-        _require(self.hidden_act in ACT2FN, "hidden_act", self.hidden_act, "must be an activation of Transformers")
+        check_sizes(self)
 
     def validate_modalities(self):
         """Check the ranges of ids and the tokens around a picture."""
-        _require(
-            TEXT not in self.modality_token_ranges,
-            "modality_token_ranges",
-            self.modality_token_ranges,
-            "must not name 'text': every id outside the ranges is text",
-        )
-        taken = []
-        for modality, ranges in self.modality_token_ranges.items():
-            for bounds in ranges:
-                _require(
-                    len(bounds) == 2 and 0 <= bounds[0] < bounds[1] <= self.vocab_size,
-                    "modality_token_ranges",
-                    {modality: bounds},
-                    f"needs [start, stop) with 0 <= start < stop <= vocab_size ({self.vocab_size})",
-                )
-                for other in taken:
-                    _require(
-                        bounds[1] <= other[0] or other[1] <= bounds[0],
-                        "modality_token_ranges",
-                        {modality: bounds},
-                        f"overlaps {other}: an id has one modality",
-                    )
-                taken.append(bounds)
-        for name in ("begin_image_token_id", "end_image_token_id"):
-            token_id = getattr(self, name)
-            if token_id is None:
-                continue
-            _require(0 <= token_id < self.vocab_size, name, token_id, f"must be below vocab_size ({self.vocab_size})")
-            _require(
-                not any(start <= token_id < stop for start, stop in taken),
-                name,
-                token_id,
-                "lies inside modality_token_ranges: the tokens around a picture are text",
-            )
-        if "image" in self.modality_token_ranges:
-            _require(
-                self.begin_image_token_id is None or self.begin_image_token_id != self.end_image_token_id,
-                "begin_image_token_id",
-                self.begin_image_token_id,
-                "must differ from end_image_token_id",
-            )
-            _require(
-                self.image_seq_length + 2 <= self.max_position_embeddings,
-                "image_seq_length",
-                self.image_seq_length,
-                f"plus two tokens around a picture must fit max_position_embeddings ({self.max_position_embeddings})",
-            )
-        check_frames(self)
+        check_modalities(self)
 
     def validate_experts(self):
         """Check the expert groups: counts, widths, capacities, shared experts."""
-        self._require_modalities("num_experts", complete=True)
-        for group in self.expert_groups:
-            count = self.group_num_experts(group)
-            _require(count >= 1, "num_experts", self.num_experts, "must be at least 1 in every group")
-            capacity = self.group_capacity_factor(group)
-            _require(
-                0 < capacity <= count,
-                "expert_capacity_factor",
-                self.expert_capacity_factor,
-                f"must be in (0, E]: with c = E = {count} every expert takes every token of group {group!r}",
-            )
-        if self.expert_intermediate_size is not None:
-            _require(
-                isinstance(self.num_experts, dict),
-                "expert_intermediate_size",
-                self.expert_intermediate_size,
-                "needs num_experts as a dict: a single group of experts has the width intermediate_size",
-            )
-        for name in ("expert_intermediate_size", "shared_expert_intermediate_size", "expert_capacity_factor"):
-            self._require_modalities(name)
-        for name in ("expert_intermediate_size", "shared_expert_intermediate_size"):
-            value = getattr(self, name)
-            widths = value.values() if isinstance(value, dict) else [] if value is None else [value]
-            _require(all(width > 0 for width in widths), name, value, "must be positive; leave it out for none")
-        for name in ("shared_expert_intermediate_size", "expert_capacity_factor"):
-            _require(
-                isinstance(self.num_experts, dict) or not isinstance(getattr(self, name), dict),
-                name,
-                getattr(self, name),
-                "by modality needs num_experts by modality: a single group of experts serves all",
-            )
-        _require(
-            1 <= self.num_experts_per_tok,
-            "num_experts_per_tok",
-            self.num_experts_per_tok,
-            "must be at least 1",
-        )
-        if any(
-            name in RULES and RULES[name].counts_experts for name in (self.training_routing, self.inference_routing)
-        ):
-            fewest = min(self.group_num_experts(group) for group in self.expert_groups)
-            _require(
-                self.num_experts_per_tok <= fewest,
-                "num_experts_per_tok",
-                self.num_experts_per_tok,
-                f"exceeds the smallest group of experts ({fewest})",
-            )
+        check_experts(self)
 
     def validate_routing(self):
         """Check the switches of norms, routing and losses."""
-        for name, choices in (
-            ("norm_placement", ("pre", "post")),
-            ("qk_norm", ("layernorm", "layernorm_per_head", "rmsnorm", "none")),
-            ("training_routing", TRAINING_ROUTINGS),
-        ):
-            _require(getattr(self, name) in choices, name, getattr(self, name), f"must be one of {choices}")
-        _require(
-            self.inference_routing in CAUSAL_ROUTINGS,
-            "inference_routing",
-            self.inference_routing,
-            f"must be one of {CAUSAL_ROUTINGS}: expert_choice sees the future. To measure it, call "
-            "forward(routing='expert_choice')",
-        )
-        _require(
-            not (self.gate_after_norm and self.norm_placement == "pre"),
-            "gate_after_norm",
-            self.gate_after_norm,
-            "needs norm_placement='post': with 'pre' nothing cancels the gate",
-        )
-        for name in ("threshold_momentum", "depth_threshold_momentum"):
-            _require(0 <= getattr(self, name) < 1, name, getattr(self, name), "must be in [0, 1)")
-        _require(
-            self.gumbel_noise == 0 or self.training_routing in NOISY_ROUTINGS,
-            "gumbel_noise",
-            self.gumbel_noise,
-            f"needs a training_routing of {NOISY_ROUTINGS}: others cut scores where they were found without noise",
-        )
-        _require(
-            self.gumbel_noise_steps is None or self.gumbel_noise_steps > 0,
-            "gumbel_noise_steps",
-            self.gumbel_noise_steps,
-            "must be positive, or None for noise that stays",
-        )
-        for name in ("routing_warmup_steps", "router_bias_update_rate", "z_loss_coef", "gumbel_noise"):
-            _require(getattr(self, name) >= 0, name, getattr(self, name), "must not be negative")
-        self._require_modalities("modality_loss_weights")
-        weights = self.modality_loss_weights or {}
-        _require(
-            all(weight >= 0 for weight in weights.values()),
-            "modality_loss_weights",
-            self.modality_loss_weights,
-            "must not be negative",
-        )
+        check_routing(self)
 
     def validate_depth(self):
         """Check the depth layers and the routing of their tokens."""
-        layers = self.depth_layers or []
-        _require(
-            all(0 <= layer < self.num_hidden_layers for layer in layers) and sorted(set(layers)) == layers,
-            "depth_layers",
-            self.depth_layers,
-            f"must be ascending indices of the {self.num_hidden_layers} layers, counted from 0",
-        )
-        self._require_modalities("depth_capacity", complete=True)
-        for pool in self.depth_pools:
-            capacity = self.pool_depth_capacity(pool)
-            _require(0 < capacity <= 1, "depth_capacity", self.depth_capacity, "is a share of the tokens, in (0, 1]")
-        _require(self.depth_pool in ("batch", "row"), "depth_pool", self.depth_pool, "must be 'batch' or 'row'")
-        for name, choices in (
-            ("depth_training_routing", TRAINING_ROUTINGS),
-            ("depth_inference_routing", CAUSAL_ROUTINGS),
-        ):
-            value = getattr(self, name)
-            _require(
-                value is None or value in choices,
-                name,
-                value,
-                f"must be one of {choices}, or None for {name.removeprefix('depth_')}",
-            )
-        for name in ("inference_routing", "depth_inference_routing"):
-            value = getattr(self, name)
-            _require(
-                value is None or not RULES[value].needs_auxiliary or self.auxiliary_routers,
-                name,
-                value,
-                "needs auxiliary_routers=True, and `moma train-auxiliary-routers` to train them",
-            )
+        check_depth(self)
 
-    def _require_modalities(self, name, complete=False):
-        value = getattr(self, name)
-        if not isinstance(value, dict):
-            return
-        unknown = sorted(set(value) - set(self.modalities))
-        _require(not unknown, name, value, f"names {unknown}, which modality_token_ranges does not define")
-        missing = sorted(set(self.modalities) - set(value)) if complete else []
-        _require(not missing, name, value, f"lacks {missing}: every modality needs its own")
-
-
-def _require(condition: bool, name: str, value, demand: str):
-    if not condition:
-        raise ValueError(f"`{name}` = {value!r}: {demand}.")
-
-
-# looked up by name: by Trainer for the labels that it smooths, by `transformers serve` for what a message may hold
-for _names in (modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, modeling_auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES):
-    _names["moma"] = "MomaForCausalLM"
 
 __all__ = ["MomaConfig"]

@@ -20,8 +20,7 @@ import torch
 from torch import nn
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache, StaticCache
-from transformers.masking_utils import create_causal_mask, find_packed_sequence_indices
-from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import ModelOutput, MoeModelOutputWithPast
 from transformers.modeling_utils import PreTrainedModel, slice_logits_to_keep
 from transformers.processing_utils import Unpack
@@ -30,30 +29,22 @@ from transformers.utils.deprecation import deprecate_kwarg
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from .attention_moma import MomaAttention, MomaDepthAttention
+from .attention_moma import MomaAttention
 from .auxiliary_moma import MomaAuxiliaryRouter
+from .batch_routing_moma import routing_of_batch, seen_positions
 from .configuration_moma import MomaConfig
-from .depth_moma import (
-    MomaDepthRouter,
-    PackedCache,
-    depth_cache_layer,
-    depth_form_of,
-    pack_chosen,
-    packed_causal_mask,
-    packed_position_ids,
-)
+from .decoder_layers_moma import MomaDecoderLayer, MomaDepthDecoderLayer
 from .dispatch_moma import DEFAULT_IMPLEMENTATION, check_grouped_widths
-from .experts_moma import MomaExperts, MomaFeedForward
+from .experts_moma import MomaExperts
 from .generation_moma import MomaGenerationMixin
 from .loss_moma import causal_lm_loss
-from .modality_split_moma import FixedSplit, position_groups, split_modalities, token_modalities
 from .model_card_moma import complete_model_card
 from .norms_moma import MomaHeadLayerNorm, MomaRMSNorm
 from .quantized_layers_moma import use_quantized_layers
 from .rotary_moma import MomaRotaryEmbedding
-from .routing_context_moma import RoutingContext, is_distributed
-from .routing_moma import MomaRouter, MomaRouterBase, update_routers
-from .routing_rules_moma import rule_of
+from .router_base_moma import MomaRouterBase
+from .router_updates_moma import update_routers
+from .routing_moma import MomaRouter
 
 
 @auto_docstring(
@@ -88,120 +79,6 @@ class MomaCausalLMOutput(ModelOutput):
     router_logits: tuple[torch.FloatTensor, ...] | None = None
     modality_losses: dict[str, torch.Tensor] | None = None
     modality_tokens: dict[str, torch.Tensor] | None = None
-
-
-class MomaDecoderLayer(GradientCheckpointingLayer):
-    """Attention and feed-forward, with the norm after (`h + norm(f(h))`, MoMa section 2.2) or before each."""
-
-    def __init__(self, config: MomaConfig, layer_idx: int):
-        super().__init__()
-        self.norm_placement = config.norm_placement
-        self.self_attn = MomaAttention(config, layer_idx)
-        self.mlp = MomaFeedForward(config)
-        self.attention_norm = MomaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.ffn_norm = MomaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-
-    @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        routing_context: RoutingContext,
-        attention_mask: torch.Tensor | None = None,
-        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
-        cache: Cache | None = None,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> torch.Tensor:
-        attention_change = self._attention_change(
-            hidden_states,
-            position_embeddings=position_embeddings,
-            attention_mask=attention_mask,
-            cache=cache,
-            **kwargs,
-        )
-        hidden_states = hidden_states + attention_change
-        return hidden_states + self._ffn_change(hidden_states, routing_context)
-
-    def _attention_change(self, hidden_states, **kwargs):
-        if self.norm_placement == "pre":
-            return self.self_attn(self.attention_norm(hidden_states), **kwargs)[0]
-        return self.attention_norm(self.self_attn(hidden_states, **kwargs)[0])
-
-    def _ffn_change(self, hidden_states, routing_context):
-        if self.norm_placement == "pre":
-            return self.mlp(self.ffn_norm(hidden_states), routing_context)[0]
-        change, gate = self.mlp(hidden_states, routing_context)
-        change = self.ffn_norm(change)
-        # RMSNorm has cancelled the gate of tokens that one expert took
-        return change * gate if gate is not None else change
-
-
-class MomaDepthDecoderLayer(MomaDecoderLayer):
-    """A decoder layer for the tokens that its depth router chooses (MoMa section 2.3).
-
-    Attention and experts see the chosen tokens alone: attention packed to the front of their rows, all else as one row
-    without holes. The whole change that the layer makes to a token is scaled by the token's score. All other tokens
-    leave as they came.
-    """
-
-    def __init__(self, config: MomaConfig, layer_idx: int):
-        super().__init__(config, layer_idx)
-        self.config = config
-        self.layer_idx = layer_idx
-        self.self_attn = MomaDepthAttention(config, layer_idx)
-        self.depth_router = MomaDepthRouter(config)
-        self.capacity = max(config.pool_depth_capacity(pool) for pool in config.depth_pools)
-
-    @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        routing_context: RoutingContext,
-        attention_mask: torch.Tensor | None = None,
-        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
-        cache: Cache | None = None,
-        position_ids: torch.LongTensor | None = None,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> torch.Tensor:
-        is_recorded = bool(kwargs.get("output_attentions", self.config.output_attentions))
-        _, selection = self.depth_router(hidden_states, routing_context)
-        # weights take part in every training step and wherever processes wait for one another; a recorded layer has
-        # attentions in every step
-        keep_empty_rows = self.training or is_distributed() or is_recorded
-        packing = pack_chosen(selection.chosen_BT, routing_context.split, keep_empty_rows)
-        if packing is None:
-            self._skip(hidden_states, cache)
-            return hidden_states
-        slot_RS, past = None, 0
-        if cache is not None:
-            cache_layer = depth_cache_layer(cache, self.layer_idx)
-            slot_RS, past = cache_layer.stored_slots(packing), cache_layer.get_seq_length()
-            cache = PackedCache(cache, packing, self.capacity)
-        for name in ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"):
-            # they describe the rows before packing
-            kwargs.pop(name, None)
-        x_1PD = packing.choose(hidden_states)
-        attention_change_1PD = self._attention_change(
-            x_1PD,
-            position_embeddings=tuple(packing.choose(part) for part in position_embeddings),
-            attention_mask=packed_causal_mask(self.config, packing, routing_context, x_1PD.dtype, slot_RS, past),
-            position_ids=packed_position_ids(packing, routing_context),
-            cache=cache,
-            packing=packing,
-            slot_RS=slot_RS,
-            past=past,
-            is_recorded=is_recorded,
-            **kwargs,
-        )
-        packed_context = routing_context.with_split(packing.split)
-        change_1PD = attention_change_1PD + self._ffn_change(x_1PD + attention_change_1PD, packed_context)
-        return packing.add_back(hidden_states, change_1PD, selection.weight_BT)
-
-    def _skip(self, hidden_states, cache):
-        if cache is None:
-            return
-        depth_cache_layer(cache, self.layer_idx)
-        nothing = hidden_states.new_empty(hidden_states.shape[0], 1, 0, 1)
-        cache.update(nothing, nothing, self.layer_idx, num_skipped=hidden_states.shape[1])
 
 
 @auto_docstring
@@ -330,32 +207,28 @@ class MomaModel(MomaPreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("You must specify exactly one of `input_ids` or `inputs_embeds`.")
-        routing, depth_routing = self._resolve_routing(routing, depth_routing)
         # with the caller's cache this may be a chunk of a longer prompt, and lie wholly in a row's padding
-        whole_prompt = cache is None
+        is_whole_prompt = cache is None
         if use_cache and cache is None:
             cache = DynamicCache(config=self.config)
-        # the paged cache of continuous batching counts no tokens
-        past_length = cache.get_seq_length() if hasattr(cache, "get_seq_length") else 0
         # before the embedding: a bad id of a prompt has to meet our message, not the embedding's
-        if self._is_fixed_step(input_ids, inputs_embeds, routing, past_length):
-            split, modality_BT, padding_BT = self._split_step(
-                input_ids, inputs_embeds, attention_mask, mm_token_type_ids, cache
-            )
-        else:
-            split, modality_BT, padding_BT = self._split(
-                input_ids, inputs_embeds, attention_mask, mm_token_type_ids, past_length, whole_prompt, position_ids
-            )
-        # samples drawn between the steps of a training are no steps; reentrant checkpointing has gradients here
-        track = self.training and torch.is_grad_enabled()
-        context = RoutingContext(routing, split, track, depth_routing, modality_BT, padding_BT)
+        context = routing_of_batch(
+            self.config,
+            input_ids,
+            inputs_embeds,
+            attention_mask,
+            position_ids,
+            mm_token_type_ids,
+            cache,
+            is_whole_prompt,
+            is_training=self.training,
+            routing=routing,
+            depth_routing=depth_routing,
+        )
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
-        # CODEPATH: models with mixture of depths, as recipes/emoji-mod-4t4i.yaml
-        if self.config.depth_layers:
-            self._describe_rows(context, attention_mask, position_ids, cache)
         if position_ids is None:
-            position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past_length
+            position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + seen_positions(cache)
             position_ids = position_ids.unsqueeze(0)
         causal_mask = create_causal_mask(
             config=self.config,
@@ -384,102 +257,6 @@ class MomaModel(MomaPreTrainedModel):
         if context.track:
             update_routers(context, self.config.router_bias_update_rate)
         return MoeModelOutputWithPast(last_hidden_state=hidden_states, cache=cache)
-
-    def _resolve_routing(self, routing, depth_routing):
-        config = self.config
-        if depth_routing is None:
-            depth_routing = routing
-        if depth_routing is None:
-            depth_routing = config.depth_training_routing if self.training else config.depth_inference_routing
-        if routing is None:
-            routing = config.training_routing if self.training else config.inference_routing
-        if depth_routing is None:
-            depth_routing = routing
-        rule_of(routing)
-        rule_of(depth_routing, "depth_routing")
-        # CODEPATH: models with mixture of depths, as recipes/emoji-mod-4t4i.yaml
-        if config.depth_layers:
-            depth_form_of(depth_routing)
-        return routing, depth_routing
-
-    def _describe_rows(self, context, attention_mask, position_ids, cache):
-        if attention_mask is not None and not isinstance(attention_mask, torch.Tensor):
-            raise TypeError(
-                f"`attention_mask` is a {type(attention_mask).__name__}: depth layers can pack tensors only, of shape "
-                "(batch_size, sequence_length) or (batch_size, 1, query_length, key_length)."
-            )
-        if attention_mask is not None and attention_mask.ndim == 4:
-            context.custom_mask_BHQS = attention_mask
-        # where the full layers look for packed documents, too
-        if position_ids is not None and attention_mask is None and cache is None:
-            context.document_BT = find_packed_sequence_indices(position_ids)
-
-    def _is_fixed_step(self, input_ids, inputs_embeds, routing, past_length):
-        """Whether this is a step of one token with a static cache, whose shapes must not depend on the token."""
-        length = (input_ids if input_ids is not None else inputs_embeds).shape[1]
-        # only static layers count in tensors, and only once they hold something
-        is_step = length == 1 and isinstance(past_length, torch.Tensor)
-        # the caches of depth layers take as many tokens as there are
-        return is_step and not self.config.depth_layers and rule_of(routing).is_causal and not self.training
-
-    def _split_step(self, input_ids, inputs_embeds, attention_mask, mm_token_type_ids, cache):
-        past_length = cache.get_seq_length()
-        # a cache that ends before the limit needs no wait for the number of its tokens
-        limit = self.config.max_position_embeddings
-        if cache.get_max_length() > limit:
-            self._check_length(1, past_length)
-        modality_BT = self._modalities(input_ids, inputs_embeds, mm_token_type_ids)
-        padding_BT = None
-        if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2:
-            if attention_mask.shape[1] == 1:
-                self._check_mask(attention_mask, attention_mask.shape[0], 2)
-            padding_BT = attention_mask.index_select(1, past_length.view(1)) == 0
-        split = FixedSplit(list(self.config.expert_groups), position_groups(self.config, modality_BT, padding_BT))
-        return split, modality_BT, padding_BT
-
-    # its wait for the numbers of tokens would break the graph here and in every function around it
-    @torch.compiler.disable
-    def _split(
-        self, input_ids, inputs_embeds, attention_mask, mm_token_type_ids, past_length, whole_prompt, position_ids
-    ):
-        batch_size, length = (input_ids if input_ids is not None else inputs_embeds).shape[:2]
-        if batch_size == 0 or length == 0:
-            name = "input_ids" if input_ids is not None else "inputs_embeds"
-            raise ValueError(f"`{name}` has {batch_size} rows of {length} tokens: the input is empty.")
-        self._check_length(length, past_length, position_ids)
-        modality_BT = self._modalities(input_ids, inputs_embeds, mm_token_type_ids)
-        padding_BT = masked_B = None
-        if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2:
-            self._check_mask(attention_mask, batch_size, past_length + length)
-            padding_BT = attention_mask[:, past_length : past_length + length] == 0
-            masked_B = (attention_mask == 0).all(dim=-1) if whole_prompt else None
-        return split_modalities(self.config, modality_BT, padding_BT, input_ids, masked_B), modality_BT, padding_BT
-
-    def _modalities(self, input_ids, inputs_embeds, mm_token_type_ids):
-        if input_ids is not None:
-            return token_modalities(self.config, input_ids)
-        if mm_token_type_ids is not None:
-            return mm_token_type_ids
-        return torch.zeros(inputs_embeds.shape[:2], dtype=torch.long, device=inputs_embeds.device)
-
-    def _check_mask(self, attention_mask, batch_size, num_positions):
-        if attention_mask.shape[0] == batch_size and attention_mask.shape[1] >= num_positions:
-            return
-        raise ValueError(
-            f"`attention_mask` has the shape {tuple(attention_mask.shape)}, but there are {batch_size} rows of "
-            f"{num_positions} positions or more: with a cache it has to cover the cached positions, too."
-        )
-
-    def _check_length(self, length, past_length, position_ids=None):
-        limit = self.config.max_position_embeddings
-        # scaled rotary embeddings are made to go beyond
-        is_long = self.config.rope_parameters["rope_type"] == "default" and past_length + length > limit
-        # a row of many packed requests is longer than any of them
-        if is_long and (position_ids is None or position_ids.max() >= limit):
-            raise ValueError(
-                f"The sequence has {past_length + length} positions, but `max_position_embeddings` is {limit}: the "
-                "model has never seen later ones. Shorten the input, or set `rope_parameters` to a scaled type."
-            )
 
 
 @auto_docstring

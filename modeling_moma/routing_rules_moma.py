@@ -13,7 +13,7 @@
 # limitations under the License.
 """The rules by which experts, depth layers and tokens choose one another: what each is, apart from what it computes.
 
-A rule is a record here and a function for experts ([`routing_moma`], `@expert_form`), and where depth layers may
+A rule is a record here and a function for experts ([`expert_forms_moma`], `@expert_form`), and where depth layers may
 follow it another one ([`depth_moma`], `@depth_form`). Configuration, costs and calibration read the records.
 """
 

@@ -22,7 +22,7 @@ from unittest.mock import patch
 
 import torch
 
-from modeling_moma import MomaModel
+from modeling_moma import batch_routing_moma
 from tokenization import MomaVQModel
 
 
@@ -54,15 +54,17 @@ class MomaOverrides(Overrides):
         # the test wants outputs of an unscaled model beyond max_position_embeddings to compare a scaled one with; ours
         # refuses them with a ValueError
         if self._testMethodName.startswith("test_model_rope_scaling_from_config"):
-            lifted = patch.object(MomaModel, "_check_length", _check_length_if_scaled(MomaModel._check_length))
+            lifted = patch.object(
+                batch_routing_moma, "check_length", _check_length_if_scaled(batch_routing_moma.check_length)
+            )
             lifted.start()
             self.addCleanup(lifted.stop)
 
 
 def _check_length_if_scaled(check):
-    def checked(model, *args):
-        if model.config.rope_parameters["rope_type"] != "default":
-            check(model, *args)
+    def checked(config, *args):
+        if config.rope_parameters["rope_type"] != "default":
+            check(config, *args)
 
     return checked
 

@@ -21,7 +21,8 @@ from transformers import DynamicCache, StaticCache
 
 from modeling_moma.cache_moma import MomaDepthCacheLayer, MomaStaticDepthCacheLayer
 from modeling_moma.configuration_moma import MomaConfig
-from modeling_moma.depth_moma import DepthSelection, MomaDepthRouter, pack_chosen
+from modeling_moma.depth_moma import DepthSelection, MomaDepthRouter
+from modeling_moma.depth_packing_moma import pack_chosen
 from modeling_moma.modality_split_moma import ModalitySplit
 from modeling_moma.modeling_moma import MomaForCausalLM
 

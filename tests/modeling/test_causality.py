@@ -17,10 +17,11 @@ import torch
 
 from helpers.reference import fields_of
 from helpers.tiny import randomize_auxiliary
-from modeling_moma.configuration_moma import CAUSAL_ROUTINGS, MomaConfig
+from modeling_moma.configuration_moma import MomaConfig
 from modeling_moma.depth_moma import MomaDepthRouter
 from modeling_moma.modeling_moma import MomaForCausalLM
 from modeling_moma.routing_moma import MomaRouter
+from modeling_moma.routing_rules_moma import CAUSAL_ROUTINGS
 
 
 EXPERTS = {"dense": 1, "1t1i": {"text": 1, "image": 1}, "8x": 8, "4t4i": {"text": 4, "image": 4}}

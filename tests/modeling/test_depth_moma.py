@@ -20,12 +20,12 @@ import torch
 from helpers.depth_reference import SelectionLog, pools_of, reference_choice, reference_kth
 from helpers.reference import GROUPS, assert_near, fields_of
 from helpers.tiny import mixed_ids, randomize_auxiliary, tiny_config, tiny_model
-from modeling_moma.configuration_moma import TRAINING_ROUTINGS
 from modeling_moma.depth_moma import MomaDepthRouter
 from modeling_moma.modality_split_moma import split_modalities, token_modalities
+from modeling_moma.router_updates_moma import update_routers
 from modeling_moma.routing_context_moma import RoutingContext
-from modeling_moma.routing_moma import MomaRouter, update_routers
-from modeling_moma.routing_rules_moma import RULES
+from modeling_moma.routing_moma import MomaRouter
+from modeling_moma.routing_rules_moma import RULES, TRAINING_ROUTINGS
 
 
 ROWS, LENGTH = 3, 13

@@ -21,11 +21,10 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 
 from helpers.reference import GROUPS, assert_near, fields_of
 from helpers.tiny import mixed_ids, tiny_config, tiny_model
-from modeling_moma.configuration_moma import TRAINING_ROUTINGS
 from modeling_moma.loss_moma import causal_lm_loss
 from modeling_moma.modality_split_moma import token_modalities
 from modeling_moma.modeling_moma import MomaForCausalLM
-from modeling_moma.routing_rules_moma import RULES
+from modeling_moma.routing_rules_moma import RULES, TRAINING_ROUTINGS
 
 
 AUXILIARY = {

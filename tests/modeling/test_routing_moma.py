@@ -29,11 +29,10 @@ from helpers.reference import (
     trainable,
 )
 from helpers.tiny import mixed_ids, randomize_auxiliary, tiny_config, tiny_model
-from modeling_moma.configuration_moma import TRAINING_ROUTINGS
 from modeling_moma.experts_moma import MomaFeedForward
 from modeling_moma.modality_split_moma import split_modalities, token_modalities
 from modeling_moma.routing_moma import MomaRouter
-from modeling_moma.routing_rules_moma import RULES
+from modeling_moma.routing_rules_moma import RULES, TRAINING_ROUTINGS
 
 
 ROWS, LENGTH = 2, 10

@@ -18,10 +18,16 @@ import torch
 
 from helpers.reference import GROUPS
 from helpers.tiny import mixed_ids, tiny_config, tiny_model
-from modeling_moma.configuration_moma import CAUSAL_ROUTINGS, TRAINING_ROUTINGS
 from modeling_moma.depth_moma import DEPTH_FORMS, depth_form
-from modeling_moma.routing_moma import EXPERT_FORMS, expert_form
-from modeling_moma.routing_rules_moma import NOISY_ROUTINGS, RULES, RoutingRule, rule_of
+from modeling_moma.expert_forms_moma import EXPERT_FORMS, expert_form
+from modeling_moma.routing_rules_moma import (
+    CAUSAL_ROUTINGS,
+    NOISY_ROUTINGS,
+    RULES,
+    TRAINING_ROUTINGS,
+    RoutingRule,
+    rule_of,
+)
 from modeling_moma.selection_moma import Selection
 from modeling_moma.tools.costs import flops_per_token
 

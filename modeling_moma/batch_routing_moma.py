@@ -1,0 +1,216 @@
+# Copyright 2026 The modeling-moma authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""From what the model was called with to the routing of one forward: its rules, its groups of tokens, its checks.
+
+Shape suffixes:
+    B rows, T positions, D hidden size, H heads, Q queries, S positions that the cache has seen and those of the batch.
+"""
+
+import torch
+from transformers.cache_utils import Cache
+from transformers.masking_utils import find_packed_sequence_indices
+
+from .configuration_moma import MomaConfig
+from .depth_moma import depth_form_of
+from .modality_split_moma import FixedSplit, ModalitySplit, position_groups, split_modalities, token_modalities
+from .routing_context_moma import RoutingContext
+from .routing_rules_moma import rule_of
+
+
+def routing_of_batch(
+    config: MomaConfig,
+    input_ids: torch.Tensor | None,
+    inputs_embeds: torch.Tensor | None,
+    attention_mask: torch.Tensor | None,
+    position_ids: torch.Tensor | None,
+    mm_token_type_ids: torch.Tensor | None,
+    cache: Cache | None,
+    is_whole_prompt: bool,
+    is_training: bool,
+    routing: str | None = None,
+    depth_routing: str | None = None,
+) -> RoutingContext:
+    """Describe the routing of one forward to all its layers, and refuse what cannot be routed.
+
+    Args:
+        config (`MomaConfig`): the model's.
+        input_ids (`torch.LongTensor`, *optional*): `[B, T]`; this or `inputs_embeds`.
+        inputs_embeds (`torch.Tensor`, *optional*): `[B, T, D]`.
+        attention_mask (`torch.Tensor`, *optional*): 0 at padding, `[B, S]`, or the caller's own `[B, 1 or H, Q, S]`.
+        position_ids (`torch.LongTensor`, *optional*): `[B, T]`.
+        mm_token_type_ids (`torch.LongTensor`, *optional*): modality of each position of `inputs_embeds`, `[B, T]`.
+        cache (`Cache`, *optional*): of this forward.
+        is_whole_prompt (`bool`): whether no cache came from the caller, so that a row without a token is an error.
+        is_training (`bool`): whether the model is in `train()` mode.
+        routing (`str`, *optional*): the caller's rule for experts.
+        depth_routing (`str`, *optional*): the caller's rule for depth layers.
+
+    Raises:
+        IndexError: an id lies outside the vocabulary.
+        TypeError: depth layers cannot pack this attention mask.
+        ValueError: there is no such rule, or the batch is empty, too long, or does not fit its mask or modalities.
+    """
+    routing, depth_routing = _resolve_rules(config, is_training, routing, depth_routing)
+    past_length = seen_positions(cache)
+    if _is_fixed_step(config, input_ids, inputs_embeds, routing, past_length, is_training):
+        split, modality_BT, padding_BT = _split_step(
+            config, input_ids, inputs_embeds, attention_mask, mm_token_type_ids, past_length, cache.get_max_length()
+        )
+    else:
+        split, modality_BT, padding_BT = _split_batch(
+            config,
+            input_ids,
+            inputs_embeds,
+            attention_mask,
+            position_ids,
+            mm_token_type_ids,
+            past_length,
+            is_whole_prompt,
+        )
+    # samples drawn between the steps of a training are no steps; reentrant checkpointing has gradients here
+    track = is_training and torch.is_grad_enabled()
+    context = RoutingContext(routing, split, track, depth_routing, modality_BT, padding_BT)
+    if config.depth_layers:
+        _describe_rows(context, attention_mask, position_ids, cache)
+    return context
+
+
+def seen_positions(cache: Cache | None) -> int | torch.Tensor:
+    """Positions that came before those of a batch; a tensor from the layers of static caches."""
+    # the paged cache of continuous batching counts no tokens
+    return cache.get_seq_length() if hasattr(cache, "get_seq_length") else 0
+
+
+def check_length(config: MomaConfig, length: int, past_length: int, position_ids: torch.Tensor | None = None):
+    """Refuse positions that an unscaled model has never seen.
+
+    Args:
+        config (`MomaConfig`): gives the limit.
+        length (`int`): positions `T` of the batch.
+        past_length (`int`): positions before them.
+        position_ids (`torch.LongTensor`, *optional*): `[B, T]`.
+
+    Raises:
+        ValueError: the sequence is too long.
+    """
+    limit = config.max_position_embeddings
+    # scaled rotary embeddings are made to go beyond
+    is_long = config.rope_parameters["rope_type"] == "default" and past_length + length > limit
+    # a row of many packed requests is longer than any of them
+    if is_long and (position_ids is None or position_ids.max() >= limit):
+        raise ValueError(
+            f"The sequence has {past_length + length} positions, but `max_position_embeddings` is {limit}: the "
+            "model has never seen later ones. Shorten the input, or set `rope_parameters` to a scaled type."
+        )
+
+
+def _resolve_rules(config, is_training, routing, depth_routing):
+    if depth_routing is None:
+        depth_routing = routing
+    if depth_routing is None:
+        depth_routing = config.depth_training_routing if is_training else config.depth_inference_routing
+    if routing is None:
+        routing = config.training_routing if is_training else config.inference_routing
+    if depth_routing is None:
+        depth_routing = routing
+    rule_of(routing)
+    rule_of(depth_routing, "depth_routing")
+    if config.depth_layers:
+        depth_form_of(depth_routing)
+    return routing, depth_routing
+
+
+def _is_fixed_step(config, input_ids, inputs_embeds, routing, past_length, is_training):
+    """Whether this is a step of one token with a static cache, whose shapes must not depend on the token."""
+    length = (input_ids if input_ids is not None else inputs_embeds).shape[1]
+    # only static layers count in tensors, and only once they hold something
+    is_step = length == 1 and isinstance(past_length, torch.Tensor)
+    # the caches of depth layers take as many tokens as there are
+    return is_step and not config.depth_layers and rule_of(routing).is_causal and not is_training
+
+
+def _split_step(
+    config, input_ids, inputs_embeds, attention_mask, mm_token_type_ids, past_length, max_length
+) -> tuple[FixedSplit, torch.Tensor, torch.Tensor | None]:
+    # a cache that ends before the limit needs no wait for the number of its tokens
+    if max_length > config.max_position_embeddings:
+        check_length(config, 1, past_length)
+    modality_BT = _modalities(config, input_ids, inputs_embeds, mm_token_type_ids)
+    padding_BT = None
+    if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2:
+        if attention_mask.shape[1] == 1:
+            _check_mask(attention_mask, attention_mask.shape[0], 2)
+        padding_BT = attention_mask.index_select(1, past_length.view(1)) == 0
+    split = FixedSplit(list(config.expert_groups), position_groups(config, modality_BT, padding_BT))
+    return split, modality_BT, padding_BT
+
+
+# its wait for the numbers of tokens would break the graph here and in every function around it
+@torch.compiler.disable
+def _split_batch(
+    config,
+    input_ids,
+    inputs_embeds,
+    attention_mask,
+    position_ids,
+    mm_token_type_ids,
+    past_length,
+    is_whole_prompt,
+) -> tuple[ModalitySplit, torch.Tensor, torch.Tensor | None]:
+    batch_size, length = (input_ids if input_ids is not None else inputs_embeds).shape[:2]
+    if batch_size == 0 or length == 0:
+        name = "input_ids" if input_ids is not None else "inputs_embeds"
+        raise ValueError(f"`{name}` has {batch_size} rows of {length} tokens: the input is empty.")
+    check_length(config, length, past_length, position_ids)
+    modality_BT = _modalities(config, input_ids, inputs_embeds, mm_token_type_ids)
+    padding_BT = masked_B = None
+    if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2:
+        _check_mask(attention_mask, batch_size, past_length + length)
+        padding_BT = attention_mask[:, past_length : past_length + length] == 0
+        masked_B = (attention_mask == 0).all(dim=-1) if is_whole_prompt else None
+    return split_modalities(config, modality_BT, padding_BT, input_ids, masked_B), modality_BT, padding_BT
+
+
+def _modalities(config, input_ids, inputs_embeds, mm_token_type_ids):
+    """Modality of each position, `[B, T]`."""
+    if input_ids is not None:
+        return token_modalities(config, input_ids)
+    if mm_token_type_ids is not None:
+        return mm_token_type_ids
+    return torch.zeros(inputs_embeds.shape[:2], dtype=torch.long, device=inputs_embeds.device)
+
+
+def _check_mask(attention_mask, batch_size, num_positions):
+    if attention_mask.shape[0] == batch_size and attention_mask.shape[1] >= num_positions:
+        return
+    raise ValueError(
+        f"`attention_mask` has the shape {tuple(attention_mask.shape)}, but there are {batch_size} rows of "
+        f"{num_positions} positions or more: with a cache it has to cover the cached positions, too."
+    )
+
+
+def _describe_rows(context, attention_mask, position_ids, cache):
+    if attention_mask is not None and not isinstance(attention_mask, torch.Tensor):
+        raise TypeError(
+            f"`attention_mask` is a {type(attention_mask).__name__}: depth layers can pack tensors only, of shape "
+            "(batch_size, sequence_length) or (batch_size, 1, query_length, key_length)."
+        )
+    if attention_mask is not None and attention_mask.ndim == 4:
+        context.custom_mask_BHQS = attention_mask
+    # where the full layers look for packed documents, too
+    if position_ids is not None and attention_mask is None and cache is None:
+        context.document_BT = find_packed_sequence_indices(position_ids)
+
+
+__all__ = ["check_length", "routing_of_batch", "seen_positions"]

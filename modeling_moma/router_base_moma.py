@@ -1,0 +1,77 @@
+# Copyright 2026 The modeling-moma authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""What routers of experts and of depth layers have in common: scores, and the state that inference selects with.
+
+Shape suffixes:
+    D hidden size.
+"""
+
+import torch
+from torch import nn
+from transformers.utils.generic import maybe_autocast
+
+from .auxiliary_moma import Fp32Buffers, MomaAuxiliaryRouter
+from .configuration_moma import MomaConfig
+
+
+class MomaRouterBase(Fp32Buffers, nn.Module):
+    """Sigmoid scores, and the state that lets a router choose without looking at other tokens.
+
+    A score is the sigmoid of a projection, so it depends on its token alone. Everything is fp32: bf16 sigmoids tie,
+    and a tie changes who is chosen.
+    """
+
+    def __init__(
+        self, config: MomaConfig, num_scores: int, num_cuts: int, momentum: float, updates_shape: tuple[int, ...] = ()
+    ):
+        super().__init__()
+        self.momentum = momentum
+        self.warmup_steps = config.routing_warmup_steps
+        self.weight = nn.Parameter(torch.empty(num_scores, config.hidden_size, dtype=torch.float32))
+        # an untrained router scores about 0.5
+        self.threshold = nn.Buffer(torch.full((num_cuts,), 0.5, dtype=torch.float32))
+        self.balance_bias = nn.Buffer(torch.zeros(num_cuts, dtype=torch.float32))
+        self.num_updates = nn.Buffer(torch.zeros(updates_shape, dtype=torch.float32))
+        self.auxiliary = MomaAuxiliaryRouter(config, num_scores, num_cuts) if config.auxiliary_routers else None
+
+    @property
+    def is_frozen(self) -> bool:
+        """Whether the router is as it will be: in a frozen group, or of a model under an adapter.
+
+        It then keeps its cuts, so that the model stays as it was saved, and has neither noise nor warm-up.
+        """
+        return not self.weight.requires_grad
+
+    def logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """`[..., D]` to `[..., scores]`, in fp32 also under autocast."""
+        for module in (self, *self.children()):
+            module.widen_buffers()
+        with maybe_autocast(hidden_states.device.type, enabled=False):
+            return nn.functional.linear(hidden_states.float(), self.weight.float())
+
+    def predicted_scores(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Probabilities of membership by the auxiliary router, `[..., D]` to `[..., scores]`.
+
+        Raises:
+            ValueError: the model has no auxiliary routers.
+        """
+        if self.auxiliary is None:
+            raise ValueError(
+                "`routing` or `depth_routing` = 'auxiliary' needs a model with config.auxiliary_routers=True; "
+                "`moma train-auxiliary-routers` adds and trains them."
+            )
+        return torch.sigmoid(self.auxiliary(hidden_states))
+
+
+__all__ = ["MomaRouterBase"]

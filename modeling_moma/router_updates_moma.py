@@ -1,0 +1,69 @@
+# Copyright 2026 The modeling-moma authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""What a training step moves in the routers, alike on all processes.
+
+Shape suffixes:
+    C cuts of a router (one for each expert, or for each pool of a depth router).
+"""
+
+import torch
+import torch.distributed as dist
+
+from .routing_context_moma import RoutingContext, is_distributed
+from .routing_moma import MomaRouter
+from .routing_rules_moma import RULES
+
+
+@torch.no_grad()
+def update_routers(context: RoutingContext, bias_update_rate: float):
+    """Move thresholds and balance biases after a training step, averaged over all processes in one collective.
+
+    A process without tokens of a group has no say in that group's average.
+    """
+    statistics = {router: record for router, record in context.statistics.items() if not router.is_frozen}
+    if not statistics:
+        return
+    sums = {
+        router: (kth_C * votes_C, shortfall_C * votes_C, votes_C)
+        for router, (kth_C, shortfall_C, votes_C) in statistics.items()
+    }
+    if is_distributed():
+        sums = _sum_over_processes(sums)
+    for router, (kth_C, shortfall_C, votes_C) in sums.items():
+        has_vote_C = votes_C > 0
+        votes_C = votes_C.clamp(min=1)
+        kth_C, shortfall_C = kth_C / votes_C, shortfall_C / votes_C
+        # the plain mean until it has seen enough steps, so that no start value lingers
+        decay = (router.num_updates / (router.num_updates + 1)).clamp(max=router.momentum)
+        router.threshold.copy_(
+            torch.where(has_vote_C, decay * router.threshold + (1 - decay) * kth_C, router.threshold)
+        )
+        router.num_updates.add_((has_vote_C if router.num_updates.ndim else has_vote_C[0]).float())
+        routing = context.routing if isinstance(router, MomaRouter) else context.depth_routing
+        if RULES[routing].moves_bias:
+            step_C = bias_update_rate * torch.sign(shortfall_C)
+            router.balance_bias.copy_(torch.where(has_vote_C, router.balance_bias + step_C, router.balance_bias))
+
+
+def _sum_over_processes(sums):
+    """In one collective, whatever devices the routers are on; each gets its own back where it is."""
+    device = next(iter(sums)).threshold.device
+    rows = [row_C.to(device) for parts in sums.values() for row_C in parts]
+    flat = torch.cat(rows)
+    dist.all_reduce(flat)
+    pieces = (piece for piece in flat.split([row.shape[0] for row in rows]))
+    return {router: tuple(next(pieces).to(router.threshold.device) for _ in parts) for router, parts in sums.items()}
+
+
+__all__ = ["update_routers"]

@@ -1,0 +1,222 @@
+# Copyright 2026 The modeling-moma authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The convolutional blocks of the picture tokenizer, and the encoder and decoder that are built of them."""
+
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from .configuration_moma_vq import GROUP_NORM_GROUPS, MomaVQConfig
+from .trunk_moma_vq import TRUNK_WIDTH, MomaVQTrunk
+
+
+def make_norm(config: MomaVQConfig, channels: int) -> nn.Module:
+    """The normalisation of `config.norm_type` over `channels` channels."""
+    # CODEPATH: Chameleon and taming-transformers; the small configuration of moma-emoji has no norms
+    if config.norm_type == "group":
+        return nn.GroupNorm(num_groups=GROUP_NORM_GROUPS, num_channels=channels, eps=1e-6)
+    return nn.Identity()
+
+
+class MomaVQBranchEnd(nn.Conv2d):
+    """The last convolution of a residual branch. It starts at zero in models without normalisation."""
+
+
+class MomaVQResnetBlock(nn.Module):
+    """Two 3x3 convolutions on a residual branch; a 1x1 convolution on the trunk where the width changes."""
+
+    def __init__(self, config: MomaVQConfig, in_channels: int, out_channels: int):
+        super().__init__()
+        self.norm1 = make_norm(config, in_channels)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, kernel_size=3, padding=1)
+        self.norm2 = make_norm(config, out_channels)
+        self.dropout = nn.Dropout(config.dropout)
+        self.conv2 = MomaVQBranchEnd(out_channels, out_channels, kernel_size=3, padding=1)
+        if in_channels != out_channels:
+            self.nin_shortcut = nn.Conv2d(in_channels, out_channels, kernel_size=1)
+        else:
+            self.nin_shortcut = nn.Identity()
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        branch = self.conv1(F.silu(self.norm1(hidden_states)))
+        branch = self.conv2(self.dropout(F.silu(self.norm2(branch))))
+        return self.nin_shortcut(hidden_states) + branch
+
+
+class MomaVQAttnBlock(nn.Module):
+    """Single-head attention over all positions of a feature map, on a residual branch."""
+
+    def __init__(self, config: MomaVQConfig, channels: int):
+        super().__init__()
+        self.norm = make_norm(config, channels)
+        self.q = nn.Conv2d(channels, channels, kernel_size=1)
+        self.k = nn.Conv2d(channels, channels, kernel_size=1)
+        self.v = nn.Conv2d(channels, channels, kernel_size=1)
+        self.proj_out = MomaVQBranchEnd(channels, channels, kernel_size=1)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        normed = self.norm(hidden_states)
+        query, key, value = (projection(normed).flatten(2).transpose(1, 2) for projection in (self.q, self.k, self.v))
+        attended = F.scaled_dot_product_attention(query[:, None], key[:, None], value[:, None])[:, 0]
+        return hidden_states + self.proj_out(attended.transpose(1, 2).unflatten(2, hidden_states.shape[2:]))
+
+
+# the parameter names of taming-transformers need this level
+class MomaVQDownsample(nn.Module):
+    """Halves both sides by a strided convolution."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, kernel_size=3, stride=2)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        # taming-transformers pads the right and the bottom only
+        return self.conv(F.pad(hidden_states, (0, 1, 0, 1)))
+
+
+# the parameter names of taming-transformers need this level
+class MomaVQUpsample(nn.Module):
+    """Doubles both sides by repetition, then a convolution."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, kernel_size=3, padding=1)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.conv(F.interpolate(hidden_states, scale_factor=2.0, mode="nearest"))
+
+
+class MomaVQLevel(GradientCheckpointingLayer):
+    """Residual blocks (each followed by attention where the configuration asks for it), then a change of the side."""
+
+    def __init__(self, config: MomaVQConfig, in_channels: int, out_channels: int, num_blocks: int, side: int):
+        super().__init__()
+        widths = [in_channels] + [out_channels] * num_blocks
+        self.block = nn.ModuleList(MomaVQResnetBlock(config, *pair) for pair in pairwise(widths))
+        has_attention = config.attn_type == "vanilla" and side in (config.attn_resolutions or ())
+        self.attn = nn.ModuleList(
+            MomaVQAttnBlock(config, out_channels) for _ in range(num_blocks if has_attention else 0)
+        )
+
+    def resize(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return hidden_states
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        for index, block in enumerate(self.block):
+            hidden_states = block(hidden_states)
+            if len(self.attn) > 0:
+                hidden_states = self.attn[index](hidden_states)
+        return self.resize(hidden_states)
+
+
+class MomaVQDownLevel(MomaVQLevel):
+    """A level whose result is halved."""
+
+    def __init__(self, config: MomaVQConfig, in_channels: int, out_channels: int, num_blocks: int, side: int):
+        super().__init__(config, in_channels, out_channels, num_blocks, side)
+        self.downsample = MomaVQDownsample(out_channels)
+
+    def resize(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.downsample(hidden_states)
+
+
+class MomaVQUpLevel(MomaVQLevel):
+    """A level whose result is doubled."""
+
+    def __init__(self, config: MomaVQConfig, in_channels: int, out_channels: int, num_blocks: int, side: int):
+        super().__init__(config, in_channels, out_channels, num_blocks, side)
+        self.upsample = MomaVQUpsample(out_channels)
+
+    def resize(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.upsample(hidden_states)
+
+
+class MomaVQMiddle(nn.Module):
+    """The blocks at the smallest side, where attention lets each position see the whole picture."""
+
+    def __init__(self, config: MomaVQConfig, channels: int):
+        super().__init__()
+        self.block_1 = MomaVQResnetBlock(config, channels, channels)
+        # CODEPATH: None is for configurations of other libraries
+        self.attn_1 = MomaVQAttnBlock(config, channels) if config.attn_type == "vanilla" else nn.Identity()
+        self.block_2 = MomaVQResnetBlock(config, channels, channels)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.block_2(self.attn_1(self.block_1(hidden_states)))
+
+
+class MomaVQEncoder(nn.Module):
+    """Pictures `(batch, in_channels, side, side)` to latents `(batch, latent_channels, grid, grid)`."""
+
+    def __init__(self, config: MomaVQConfig):
+        super().__init__()
+        self.patch_size = config.patch_size
+        widths = [config.base_channels * factor for factor in (1, *config.channel_multiplier)]
+        last_level = len(config.channel_multiplier) - 1
+        self.conv_in = nn.Conv2d(config.in_channels * config.patch_size**2, widths[0], kernel_size=3, padding=1)
+        self.down = nn.ModuleList()
+        for level in range(last_level + 1):
+            level_class = MomaVQLevel if level == last_level else MomaVQDownLevel
+            side = config.resolution // config.patch_size // 2**level
+            self.down.append(level_class(config, widths[level], widths[level + 1], config.num_res_blocks, side))
+        # CODEPATH: moma-emoji has the trunk, Chameleon has not
+        self.trunk = MomaVQTrunk(config.downsample_factor) if config.use_trunk else None
+        # CODEPATH: as above
+        self.trunk_proj = nn.Conv2d(TRUNK_WIDTH, widths[-1], kernel_size=1) if config.use_trunk else None
+        self.mid = MomaVQMiddle(config, widths[-1])
+        self.norm_out = make_norm(config, widths[-1])
+        self.conv_out = nn.Conv2d(widths[-1], config.latent_channels, kernel_size=3, padding=1)
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        hidden_states = self.conv_in(F.pixel_unshuffle(pixel_values, self.patch_size))
+        for level in self.down:
+            hidden_states = level(hidden_states)
+        if self.trunk is not None:
+            hidden_states = hidden_states + self.trunk_proj(self.trunk(pixel_values))
+        hidden_states = self.mid(hidden_states)
+        return self.conv_out(F.silu(self.norm_out(hidden_states)))
+
+
+class MomaVQDecoder(nn.Module):
+    """Latents `(batch, latent_channels, grid, grid)` to pictures `(batch, in_channels, side, side)`."""
+
+    def __init__(self, config: MomaVQConfig):
+        super().__init__()
+        self.patch_size = config.patch_size
+        widths = [config.base_channels * factor for factor in config.channel_multiplier]
+        # the level below the lowest one is the middle, as wide as the lowest
+        widths.append(widths[-1])
+        self.conv_in = nn.Conv2d(config.latent_channels, widths[-1], kernel_size=3, padding=1)
+        self.mid = MomaVQMiddle(config, widths[-1])
+        # level 0 is the finest, as in the encoder, so the levels run from the last to the first
+        self.up = nn.ModuleList()
+        for level in range(len(config.channel_multiplier)):
+            level_class = MomaVQLevel if level == 0 else MomaVQUpLevel
+            side = config.resolution // config.patch_size // 2**level
+            self.up.append(level_class(config, widths[level + 1], widths[level], config.num_res_blocks + 1, side))
+        self.norm_out = make_norm(config, widths[0])
+        self.conv_out = nn.Conv2d(widths[0], config.in_channels * config.patch_size**2, kernel_size=3, padding=1)
+
+    def forward(self, latents: torch.Tensor) -> torch.Tensor:
+        hidden_states = self.mid(self.conv_in(latents))
+        for level in reversed(self.up):
+            hidden_states = level(hidden_states)
+        hidden_states = self.conv_out(F.silu(self.norm_out(hidden_states)))
+        return F.pixel_shuffle(hidden_states, self.patch_size)
+
+
+__all__ = ["MomaVQBranchEnd", "MomaVQDecoder", "MomaVQEncoder"]

@@ -1,0 +1,104 @@
+# Copyright 2026 The modeling-moma authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The codebook of the picture tokenizer: nearest codes, moving averages, revival and k-means."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers.utils.generic import maybe_autocast
+
+from .configuration_moma_vq import MomaVQConfig
+
+
+# latents compared with the codebook at a time
+ASSIGN_PIECE = 512
+
+
+class MomaVQQuantizer(nn.Module):
+    """The codebook. With `codebook_decay` it follows moving averages of the latents and gets no gradient."""
+
+    def __init__(self, config: MomaVQConfig):
+        super().__init__()
+        self.beta = config.beta
+        self.decay = config.codebook_decay
+        self.revive_threshold = config.revive_threshold
+        self.embedding = nn.Embedding(config.num_embeddings, config.embed_dim)
+        if self.decay is not None:
+            # persistent, so that training can be resumed
+            self.ema_count = nn.Buffer(torch.ones(config.num_embeddings))
+            self.ema_sum = nn.Buffer(torch.zeros(config.num_embeddings, config.embed_dim))
+
+    def assign(self, vectors: torch.Tensor) -> torch.Tensor:
+        """The nearest code of each of `(n, embed_dim)` float32 vectors, as `(n,)` ids."""
+        with maybe_autocast(vectors.device.type, enabled=False):
+            codebook = self.embedding.weight.detach().float()
+            code_lengths = codebook.pow(2).sum(dim=1)
+            nearest = []
+            # in pieces, so that the distances stay in the processor's cache
+            for piece in vectors.split(ASSIGN_PIECE):
+                # Chameleon's order of operations, so that near ties round to the same code
+                distances = piece.pow(2).sum(dim=1, keepdim=True) + code_lengths
+                nearest.append(distances.sub_(piece @ codebook.T, alpha=2).argmin(dim=1))
+            return torch.cat(nearest)
+
+    def lookup(self, image_tokens: torch.Tensor, grid: int) -> torch.Tensor:
+        """Codes `(batch, grid * grid)` to float32 vectors `(batch, embed_dim, grid, grid)`."""
+        return self.embedding(image_tokens).float().unflatten(1, (grid, grid)).permute(0, 3, 1, 2)
+
+    def forward(self, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Latents `(batch, embed_dim, grid, grid)` to quantised latents, the loss, codes `(batch, grid * grid)`."""
+        latents = latents.float()
+        vectors = latents.permute(0, 2, 3, 1).flatten(0, 2)
+        image_tokens = self.assign(vectors.detach()).view(latents.shape[0], -1)
+        codes = self.lookup(image_tokens, latents.shape[-1])
+        commitment = F.mse_loss(latents, codes.detach())
+        if self.decay is None:
+            loss = commitment + self.beta * F.mse_loss(codes, latents.detach())
+        else:
+            loss = self.beta * commitment
+        # straight-through: the gradient of the quantised latents is that of the latents
+        return latents + (codes - latents).detach(), loss, image_tokens
+
+    def update(self, vectors: torch.Tensor, image_tokens: torch.Tensor) -> None:
+        """Move the averages towards `(n, embed_dim)` vectors and their `(n,)` codes, and revive dead codes."""
+        counts = torch.bincount(image_tokens, minlength=self.ema_count.shape[0]).to(self.ema_count.dtype)
+        sums = torch.zeros_like(self.ema_sum).index_add_(0, image_tokens, vectors.to(self.ema_sum.dtype))
+        self.ema_count.lerp_(counts, 1 - self.decay)
+        self.ema_sum.lerp_(sums, 1 - self.decay)
+        dead = self.ema_count < self.revive_threshold
+        picked = torch.randint(vectors.shape[0], dead.shape, device=vectors.device)
+        self.ema_count.masked_fill_(dead, 1.0)
+        self.ema_sum.copy_(torch.where(dead[:, None], vectors[picked].to(self.ema_sum.dtype), self.ema_sum))
+        # what has not been used for hundreds of batches, and is not to be revived, stays what it was
+        is_known = (self.ema_count > torch.finfo(self.ema_count.dtype).tiny)[:, None]
+        means = self.ema_sum / self.ema_count[:, None]
+        self.embedding.weight.copy_(torch.where(is_known, means, self.embedding.weight))
+
+    def fit(self, vectors: torch.Tensor, iterations: int) -> None:
+        """Set the codebook to the k-means centres of `(n, embed_dim)` vectors, and restart the averages there."""
+        num_codes, count = self.embedding.weight.shape[0], vectors.shape[0]
+        order = torch.randperm(count, device=vectors.device)
+        # fewer vectors than codes: some codes start alike, and revival separates them
+        self.embedding.weight.copy_(vectors[order[torch.arange(num_codes, device=vectors.device) % count]])
+        for _ in range(iterations):
+            assigned = self.assign(vectors)
+            sizes = torch.bincount(assigned, minlength=num_codes)[:, None]
+            sums = torch.zeros_like(self.embedding.weight).index_add_(0, assigned, vectors)
+            self.embedding.weight.copy_(torch.where(sizes > 0, sums / sizes.clamp(min=1), self.embedding.weight))
+        if self.decay is not None:
+            self.ema_count.fill_(1.0)
+            self.ema_sum.copy_(self.embedding.weight)
+
+
+__all__ = ["MomaVQQuantizer"]
