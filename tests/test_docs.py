@@ -126,7 +126,7 @@ def commands(code: str) -> list[list[str]]:
 
 def script_of(words: list[str]) -> tuple[str | None, list[str]]:
     """The script of this repository or the verb of `moma` that a command runs, and the words after it."""
-    if words[0] == "moma" and len(words) > 1:
+    if words[0] == "moma" and len(words) > 1 and not words[1].startswith("-"):
         return words[1], words[2:]
     for place, word in enumerate(words):
         if word == "modeling_moma" and words[place - 1] == "-m":
