@@ -6,7 +6,7 @@ PYTEST_FLAGS ?= -n 2 --dist loadfile
 RUN := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 
-.PHONY: quickstart test check docs bench reproduce data clean
+.PHONY: quickstart test check docs dist bench reproduce data clean
 
 quickstart: $(VENV)/.installed-train
 	$(RUN) scripts/quickstart.py --output quickstart
@@ -22,6 +22,12 @@ check: $(INSTALLED)
 
 docs: $(INSTALLED)
 	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict
+
+# the wheel and the source distribution, in dist/
+dist: $(INSTALLED)
+	rm -rf build dist
+	$(RUN) -m build --quiet
+	$(RUN) -m twine check --strict dist/*
 
 # needs npm and rsvg-convert (Debian: librsvg2-bin)
 data: $(INSTALLED)

@@ -11,10 +11,9 @@ from pathlib import Path
 import torch
 from datasets import load_from_disk
 
-from emoji_recipe.routing_comparison import README_MARKER, comparison_report, comparison_section, measure
+from emoji_recipe.routing_comparison import comparison_report, measure
 from modeling_moma.training.files import write_aside
 from modeling_moma.training.measures import load_model, shuffled_held_out
-from modeling_moma.training.tables import between_markers
 from tokenization import MomaProcessor
 
 
@@ -27,9 +26,6 @@ def parse_arguments(arguments=None) -> argparse.Namespace:
         "--split", choices=["validation", "test"], default="test", help="test: calibration has not seen it"
     )
     parser.add_argument("--output", required=True, help="JSON file of the report; a .md of the same name lies beside")
-    parser.add_argument(
-        "--readme", help=f"put the tables between <!-- {README_MARKER} --> and <!-- /{README_MARKER} --> of this file"
-    )
     parser.add_argument(
         "--batch-size", type=int, default=32, help="examples among which tokens compete, as in training"
     )
@@ -45,10 +41,6 @@ def parse_arguments(arguments=None) -> argparse.Namespace:
 
 def main(arguments=None):
     args = parse_arguments(arguments)
-    readme = Path(args.readme) if args.readme else None
-    if readme is not None:
-        # missing markers shall be told before anything is measured
-        between_markers(readme.read_text(), README_MARKER, "")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     processor = MomaProcessor.from_pretrained(args.processor)
     examples = shuffled_held_out(load_from_disk(args.codes)[args.split], processor, args.seed, args.limit)
@@ -67,9 +59,6 @@ def main(arguments=None):
     text = comparison_report(report)
     output = write_aside(args.output, lambda path: path.write_text(json.dumps(report, indent=2) + "\n"))
     write_aside(output.with_suffix(".md"), lambda path: path.write_text(text))
-    if readme is not None:
-        filled = between_markers(readme.read_text(), README_MARKER, comparison_section(report))
-        write_aside(readme, lambda path: path.write_text(filled))
     print(text)
 
 

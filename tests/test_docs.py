@@ -168,6 +168,10 @@ def test_python_of_the_page_runs(page, workplace):
         Image.open(picture).load()
 
 
+def test_readme_is_short():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 160
+
+
 def test_readme_and_quick_start_show_code_that_runs():
     for page in (ROOT / "README.md", DOCS / "quick-start.md"):
         assert sum(block.reason is None for block in blocks(page, "python")) >= 3

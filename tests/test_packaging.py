@@ -2,6 +2,7 @@
 """What a user installs: the files of the wheel, the fence around those that travel, and a second import."""
 
 import ast
+import re
 import shutil
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import yaml
 
 from modeling_moma.configuration_moma import AUTO_MAP
 from modeling_moma.hub.code import PACKAGES, code_closure, code_facts
@@ -61,6 +63,15 @@ def test_wheel_holds_the_packages_and_nothing_else(wheel):
         assert "moma = modeling_moma.cli.main:main" in archive.read(entry_points).decode()
     sources = [path for name in ("modeling_moma", "tokenization") for path in (ROOT / name).rglob("*.py")]
     assert files == {str(path.relative_to(ROOT)) for path in sources}
+
+
+def test_workflow_calls_targets_of_the_makefile():
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())
+    (job,) = workflow["jobs"].values()
+    commands = [step["run"] for step in job["steps"] if "run" in step]
+    assert commands == ["make ${{ matrix.target }}"]
+    targets = set(re.findall(r"^([a-z][\w-]*):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
+    assert set(job["strategy"]["matrix"]["target"]) <= targets
 
 
 def test_import_twice_and_beside_another_moma_does_not_raise():

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 from transformers.image_processing_utils import BatchFeature
-from transformers.image_utils import is_pil_image, is_torch_tensor, is_valid_image
+from transformers.image_utils import PILImageResampling, is_pil_image, is_torch_tensor, is_valid_image
 from transformers.utils import logging
 
 
@@ -219,6 +219,19 @@ class MomaImageInputMixin:
     Reading and writing of pictures for [`MomaImageProcessor`] and [`MomaImageProcessorPil`]. It stands before a
     Transformers backend class in the list of bases.
     """
+
+    do_convert_rgb = True
+    do_resize = True
+    size = {"shortest_edge": 64}
+    default_to_square = False
+    resample = PILImageResampling.LANCZOS
+    do_center_crop = True
+    crop_size = {"height": 64, "width": 64}
+    do_rescale = True
+    rescale_factor = 1 / 255
+    do_normalize = True
+    image_mean = [0.5, 0.5, 0.5]
+    image_std = [0.5, 0.5, 0.5]
 
     @classmethod
     def for_resolution(cls, resolution: int, **kwargs):

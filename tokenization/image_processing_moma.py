@@ -14,7 +14,6 @@
 """Image processor of MoMa, torchvision backend."""
 
 from transformers.image_processing_backends import TorchvisionBackend
-from transformers.image_utils import PILImageResampling
 from transformers.processing_utils import ImagesKwargs, Unpack
 
 from .image_input_moma import MomaImageInputMixin
@@ -53,19 +52,6 @@ class MomaImageProcessor(MomaImageInputMixin, TorchvisionBackend):
         image_std (`list[float]`, *optional*, defaults to `[0.5, 0.5, 0.5]`):
             Standard deviation per channel.
     """
-
-    do_convert_rgb = True
-    do_resize = True
-    size = {"shortest_edge": 64}
-    default_to_square = False
-    resample = PILImageResampling.LANCZOS
-    do_center_crop = True
-    crop_size = {"height": 64, "width": 64}
-    do_rescale = True
-    rescale_factor = 1 / 255
-    do_normalize = True
-    image_mean = [0.5, 0.5, 0.5]
-    image_std = [0.5, 0.5, 0.5]
 
     def __init__(self, **kwargs: Unpack[ImagesKwargs]):
         super().__init__(**kwargs)

@@ -14,7 +14,6 @@
 """Image processor of MoMa, PIL backend."""
 
 from transformers.image_processing_backends import PilBackend
-from transformers.image_utils import PILImageResampling
 from transformers.processing_utils import ImagesKwargs, Unpack
 
 from .image_input_moma import MomaImageInputMixin
@@ -25,47 +24,8 @@ class MomaImageProcessorPil(MomaImageInputMixin, PilBackend):
     r"""
     Resizes, crops and rescales pictures for the VQ model (PIL backend, for where torchvision is missing).
 
-    The shortest edge is resized with Lanczos filtering and the centre is cropped to a square, as Chameleon does: of a
-    picture that is not square the ends of the longer side are lost. Pad it to a square first to keep them. Greyscale,
-    palette, 16-bit greyscale and transparent pictures become 8-bit RGB, transparency composited on white.
-
-    Args:
-        do_convert_rgb (`bool`, *optional*, defaults to `True`):
-            Whether to convert every picture to RGB.
-        do_resize (`bool`, *optional*, defaults to `True`):
-            Whether to resize.
-        size (`dict[str, int]`, *optional*, defaults to `{"shortest_edge": 64}`):
-            Length of the shortest edge after resizing, in pixels.
-        resample (`PILImageResampling`, *optional*, defaults to `LANCZOS`):
-            Filter used when resizing.
-        do_center_crop (`bool`, *optional*, defaults to `True`):
-            Whether to crop the centre.
-        crop_size (`dict[str, int]`, *optional*, defaults to `{"height": 64, "width": 64}`):
-            Height and width after cropping, in pixels. It must equal the resolution of the VQ model.
-        do_rescale (`bool`, *optional*, defaults to `True`):
-            Whether to multiply by `rescale_factor`.
-        rescale_factor (`float`, *optional*, defaults to 1 / 255):
-            Factor that brings 8-bit values to [0, 1].
-        do_normalize (`bool`, *optional*, defaults to `True`):
-            Whether to subtract `image_mean` and divide by `image_std`.
-        image_mean (`list[float]`, *optional*, defaults to `[0.5, 0.5, 0.5]`):
-            Mean per channel. With the default `image_std` the result lies in [-1, 1].
-        image_std (`list[float]`, *optional*, defaults to `[0.5, 0.5, 0.5]`):
-            Standard deviation per channel.
+    Arguments and pixels are those of [`MomaImageProcessor`].
     """
-
-    do_convert_rgb = True
-    do_resize = True
-    size = {"shortest_edge": 64}
-    default_to_square = False
-    resample = PILImageResampling.LANCZOS
-    do_center_crop = True
-    crop_size = {"height": 64, "width": 64}
-    do_rescale = True
-    rescale_factor = 1 / 255
-    do_normalize = True
-    image_mean = [0.5, 0.5, 0.5]
-    image_std = [0.5, 0.5, 0.5]
 
     def __init__(self, **kwargs: Unpack[ImagesKwargs]):
         super().__init__(**kwargs)

@@ -13,7 +13,7 @@ def parse_caption(text: str) -> tuple[str, str] | None:
     Splits `"STYLE: LABEL"`.
 
     Args:
-        text (`str`): a generated caption, such as `"noto: flag: Norway"`, whose label is `"flag: Norway"`.
+        text: a generated caption, such as `"noto: flag: Norway"`, whose label is `"flag: Norway"`.
 
     Returns:
         `tuple[str, str]`: style and label, or `None` where the text is no caption of a known style (keyword captions,

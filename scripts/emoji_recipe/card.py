@@ -18,10 +18,10 @@ def fill_card(card: str, rows: dict[str, Sequence[dict]], sizes: dict[str, int],
     Returns the card with its counts and its `dataset_info` replaced.
 
     Args:
-        card (`str`): the text of a `README.md` with a YAML head and the two `counts` comments.
+        card: the text of a `README.md` with a YAML head and the two `counts` comments.
         rows: the rows of each split, with `style`, `label` and `image` (`{"bytes": ...}`).
-        sizes (`dict[str, int]`): bytes of each split's parquet file.
-        largest_component (`str`): what the largest group of merged cells is.
+        sizes: bytes of each split's parquet file.
+        largest_component: what the largest group of merged cells is.
     """
     head = re.match(r"---\n(.*?)\n---\n", card, flags=re.DOTALL)
     if head is None or _START not in card or _END not in card:

@@ -29,10 +29,10 @@ def drawing_family(style: str) -> str:
     its own.
 
     Args:
-        style (`str`): one of `STYLES`, such as `"fluent flat"`.
+        style: one of `STYLES`, such as `"fluent flat"`.
 
     Returns:
-        `str`: the family, such as `"fluent"`.
+        The family, such as `"fluent"`.
     """
     if style not in DRAWING_FAMILIES:
         raise ValueError(f"`style` is {style!r}, but the styles of this data set are {', '.join(STYLES)}.")
@@ -69,7 +69,7 @@ def merge_cells(cells: Sequence[tuple[str, str]], pictures: Sequence[Hashable]) 
         pictures: the identity of each row's picture, such as a hash of its pixels. Same length as `cells`.
 
     Returns:
-        `list[list[int]]`: components of row numbers, each ascending, ordered by their first row.
+        Components of row numbers, each ascending, ordered by their first row.
     """
     if len(cells) != len(pictures):
         raise ValueError(f"`cells` has {len(cells)} rows and `pictures` has {len(pictures)}: they must be as long.")
@@ -104,13 +104,13 @@ def split_cells(
     Args:
         cells: the (base label, drawing family) cell of each row.
         pictures: the identity of each row's picture. Same length as `cells`.
-        shares (`dict[str, float]`): share of all rows of each held-out split, such as `{"validation": 0.035}`.
-        seed (`int`, defaults to 0): the held-out components are drawn at random with this seed.
-        max_cells (`int`, defaults to 4): components of more cells stay in `train`, so that one cluster of look-alikes
-            (families of equal silhouettes) does not make up a good part of a held-out split.
+        shares: share of all rows of each held-out split, such as `{"validation": 0.035}`.
+        seed: the held-out components are drawn at random with this seed.
+        max_cells: components of more cells stay in `train`, so that one cluster of look-alikes (families of equal
+            silhouettes) does not make up a good part of a held-out split.
 
     Returns:
-        `list[str]`: the split of each row.
+        The split of each row.
     """
     if sum(shares.values()) >= 1 or any(share < 0 for share in shares.values()):
         raise ValueError(f"`shares` is {shares}: shares must be at least 0 and leave a part for `train`.")

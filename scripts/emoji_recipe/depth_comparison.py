@@ -23,10 +23,10 @@ def measure(model, processor, examples: list[dict], batch_size: int) -> dict:
     Held-out losses of a model under its causal routing and under top-k of the batch.
 
     Args:
-        model (`MomaForCausalLM`): in eval mode, with depth layers or without.
-        processor (`MomaProcessor`): its tokenizer pads.
-        examples (`list[dict]`): `input_ids` each.
-        batch_size (`int`): examples at once, which compete with one another under top-k.
+        model: in eval mode, with depth layers or without.
+        processor: its tokenizer pads.
+        examples: `input_ids` each.
+        batch_size: examples at once, which compete with one another under top-k.
 
     Returns:
         `dict`: `parameters`, `active_parameters`; `loss` and `gap` by routing (all routers under top-k, and with
@@ -57,13 +57,13 @@ def compare(without: Sequence[dict], with_depth: Sequence[dict]) -> dict:
     Means and spreads of both sides, and who wins.
 
     Args:
-        without (`Sequence[dict]`): results of `training_of` and [`measure`] together, one for each seed.
-        with_depth (`Sequence[dict]`): the same of the models with depth layers, in the order of the seeds.
+        without: results of `training_of` and [`measure`] together, one for each seed.
+        with_depth: the same of the models with depth layers, in the order of the seeds.
 
     Returns:
-        `dict`: `loss` and `gap` of each side by routing as `spread`; `flops_ratio` (with over without) and whether
-        all are `equal_flops`; `difference` (with minus without) of each causal loss with its `winner` in the mean and
-        the number of `seeds_for_winner`.
+        `loss` and `gap` of each side by routing as `spread`; `flops_ratio` (with over without) and whether all are
+        `equal_flops`; `difference` (with minus without) of each causal loss with its `winner` in the mean and the
+        number of `seeds_for_winner`.
 
     Raises:
         ValueError: the sides have different seeds.

@@ -27,16 +27,16 @@ def noise_sweep(
     threshold. Experts choose by threshold throughout.
 
     Args:
-        model (`MomaForCausalLM`): in eval mode, with depth layers.
-        processor (`MomaProcessor`): its tokenizer pads.
-        examples (`list[dict]`): `input_ids` each.
-        batch_size (`int`): examples at once, which compete with one another under top-k.
-        sigmas (`Sequence[float]`): shares of flipped decisions.
-        seed (`int`, *optional*, defaults to 0): of the flips.
+        model: in eval mode, with depth layers.
+        processor: its tokenizer pads.
+        examples: `input_ids` each.
+        batch_size: examples at once, which compete with one another under top-k.
+        sigmas: shares of flipped decisions.
+        seed: of the flips.
 
     Returns:
-        `dict`: `noise`, for each sigma the `loss` and the share that was `flipped` indeed; `threshold`, its
-        `loss`, `error_rate` against top-k and that of each of the `layers`, with their load.
+        `noise`, for each sigma the `loss` and the share that was `flipped` indeed; `threshold`, its `loss`,
+        `error_rate` against top-k and that of each of the `layers`, with their load.
     """
 
     def measure(depth_routing, name):
@@ -69,9 +69,9 @@ def break_even(sigmas: Sequence[float], losses: Sequence[float], line: float) ->
     Share of flipped decisions at which a loss rises above a line, linear between the points.
 
     Args:
-        sigmas (`Sequence[float]`): ascending.
-        losses (`Sequence[float]`): one for each.
-        line (`float`): the loss of the model without depth.
+        sigmas: ascending.
+        losses: one for each.
+        line: the loss of the model without depth.
 
     Returns:
         `float`, or `None` when the loss never crosses the line: it is above from the start, or below to the end.
@@ -88,8 +88,8 @@ def summarize(sweeps: Sequence[dict], baselines: Sequence[dict]) -> dict:
     Means and spreads over models, and break-even points.
 
     Args:
-        sweeps (`Sequence[dict]`): results of [`noise_sweep`] over the same sigmas.
-        baselines (`Sequence[dict]`): losses of models without depth.
+        sweeps: results of [`noise_sweep`] over the same sigmas.
+        baselines: losses of models without depth.
 
     Returns:
         `dict`: for each of `LOSSES` the `noise` (a `spread` for each of the `sigmas`), `threshold` and
@@ -158,8 +158,8 @@ def plot_noise(summary: dict, path: str | Path) -> None:
     Draws the losses over the share of flipped decisions, a panel for each of `LOSSES`.
 
     Args:
-        summary (`dict`): from [`summarize`].
-        path (`str` or `Path`): the PNG.
+        summary: from [`summarize`].
+        path: the PNG.
     """
     # the extra `train` brings it
     import matplotlib

@@ -47,9 +47,9 @@ def flipped_depth(model, sigma: float, seed: int = 0) -> Iterator[None]:
     Padding is never flipped. The same seed flips the same decisions, and more of them the larger `sigma` is.
 
     Args:
-        model (`MomaForCausalLM`): with depth layers.
-        sigma (`float`): share of the decisions, in [0, 1].
-        seed (`int`, *optional*, defaults to 0): of the flips.
+        model: with depth layers.
+        sigma: share of the decisions, in [0, 1].
+        seed: of the flips.
 
     Raises:
         ValueError: `sigma` is no share, or the model has no depth layers.
@@ -75,9 +75,9 @@ class DepthTally:
     """Decisions of one depth layer.
 
     Attributes:
-        tokens_M (`torch.LongTensor`): tokens that were decided on, by modality.
-        chosen_M (`torch.LongTensor`): those that the layer processed.
-        wrong_M (`torch.LongTensor`): those on which top-k of the batch, given the same hidden states, differs.
+        tokens_M: tokens that were decided on, by modality.
+        chosen_M: those that the layer processed.
+        wrong_M: those on which top-k of the batch, given the same hidden states, differs.
     """
 
     def __init__(self, num_modalities: int):
@@ -105,7 +105,7 @@ def watched_depth(model) -> Iterator[dict[int, DepthTally]]:
     """Within it, the depth decisions of a model are counted; gives the tallies by layer.
 
     Args:
-        model (`MomaForCausalLM`): in eval mode, with depth layers. Within [`flipped_depth`], the flips are seen.
+        model: in eval mode, with depth layers. Within [`flipped_depth`], the flips are seen.
 
     Raises:
         ValueError: the model is in training mode, or has no depth layers.

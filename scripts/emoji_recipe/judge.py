@@ -21,10 +21,10 @@ class PictureJudge:
     Excluding the asked style's own family makes it a test of what is drawn, not of how one designer draws.
 
     Args:
-        extract (`Callable`): pixel values `[B, 3, H, W]` in [-1, 1] to features `[B, D]`, such as
+        extract: pixel values `[B, 3, H, W]` in [-1, 1] to features `[B, D]`, such as
             `MomaVQPerceptualNetwork().features`.
-        features (`torch.Tensor`): `[N, D]`, of the reference pictures.
-        rows (`Sequence[dict]`): `style`, `label`, `subgroup` and `group` of each reference picture.
+        features: `[N, D]`, of the reference pictures.
+        rows: `style`, `label`, `subgroup` and `group` of each reference picture.
 
     Raises:
         ValueError: features and rows are of different number.
@@ -52,11 +52,11 @@ class PictureJudge:
         Finds the reference picture that each picture resembles most.
 
         Args:
-            batches (`Iterable[torch.Tensor]`): pixel values, in the order of `styles`.
-            styles (`Sequence[str]`): the style that each picture has or should have; its family is left out.
+            batches: pixel values, in the order of `styles`.
+            styles: the style that each picture has or should have; its family is left out.
 
         Returns:
-            `list[dict]`: the row of each neighbour.
+            The row of each neighbour.
 
         Raises:
             ValueError: the number of pictures is not that of styles, or all references are of one family.
@@ -81,7 +81,7 @@ def accuracies(found: Sequence[dict | None], wanted: Sequence[dict]) -> dict[str
         wanted: the true rows. Same length.
 
     Returns:
-        `dict[str, float]`: shares in [0, 1] by level.
+        Shares in [0, 1] by level.
     """
     if len(found) != len(wanted) or not wanted:
         raise ValueError(f"`found` has {len(found)} rows and `wanted` {len(wanted)}: they must be as many, and some.")

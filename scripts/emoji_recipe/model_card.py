@@ -256,11 +256,11 @@ def render_card(report: dict, depth: dict | None = None) -> str:
     Writes the card.
 
     Args:
-        report (`dict`): what scripts/evaluate.py measured, with a dense baseline and the curves of both runs.
-        depth (`dict`, *optional*): what scripts/compare_depth.py measured.
+        report: what scripts/evaluate.py measured, with a dense baseline and the curves of both runs.
+        depth: what scripts/compare_depth.py measured.
 
     Returns:
-        `str`: the text of `README.md`.
+        The text of `README.md`.
 
     Raises:
         ValueError: parts of the report are missing.
@@ -316,8 +316,8 @@ def write_card(folder: str | Path, report: dict | None = None):
     """Writes `README.md` beside a released model.
 
     Args:
-        folder (`str` or `Path`): the model's folder; a `depth_comparison.json` in it becomes part of the card.
-        report (`dict`, *optional*): see [`render_card`]; by default the folder's `evaluation.json`.
+        folder: the model's folder; a `depth_comparison.json` in it becomes part of the card.
+        report: see [`render_card`]; by default the folder's `evaluation.json`.
 
     Raises:
         FileNotFoundError: no report is given, and the folder has none.

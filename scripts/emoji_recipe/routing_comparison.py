@@ -14,7 +14,6 @@ from modeling_moma.training.router_table import AT_PAPER_THRESHOLD, CAUSAL_RULES
 from modeling_moma.training.tables import markdown_table
 
 
-README_MARKER = "routings"
 ORACLE = "expert_choice"
 RULES = {ORACLE: f"oracle: {EXPERT_CHOICE}", **CAUSAL_RULES}
 # largest gap that the best causal rule shall have
@@ -61,14 +60,14 @@ def measure(model, processor, examples: list[dict], batch_size: int) -> dict:
     Held-out losses of a model under each of `RULES`, and how well the causal ones predict the oracle's choice.
 
     Args:
-        model (`MomaForCausalLM`): in eval mode, with trained and calibrated auxiliary routers.
-        processor (`MomaProcessor`): its tokenizer pads.
-        examples (`list[dict]`): `input_ids` each, in an order that mixes their kinds.
-        batch_size (`int`): examples at once, which compete with one another under the oracle.
+        model: in eval mode, with trained and calibrated auxiliary routers.
+        processor: its tokenizer pads.
+        examples: `input_ids` each, in an order that mixes their kinds.
+        batch_size: examples at once, which compete with one another under the oracle.
 
     Returns:
-        `dict`: `loss` by rule; `gap` of each causal rule, the share by which its losses lie above the oracle's; and
-        `routers`, the rows of `auxiliary_report`.
+        `loss` by rule; `gap` of each causal rule, the share by which its losses lie above the oracle's; and `routers`,
+        the rows of `auxiliary_report`.
 
     Raises:
         ValueError: see [`auxiliary_routers`].
@@ -120,8 +119,8 @@ def loss_table(result: dict) -> str:
     return markdown_table(["held-out loss, nats per target token (to oracle)", *LOSSES.values()], rows)
 
 
-def comparison_section(report: dict) -> str:
-    """The report of scripts/compare_routings.py as Markdown without a title, for a README: tables, then words."""
+def comparison_report(report: dict) -> str:
+    """The report of scripts/compare_routings.py as Markdown: tables, then words."""
     settings = (
         f"{report['date']}, `{report['command']}`: one model, {report['examples']} examples of the {report['split']} "
         f"split, both orders of each picture shuffled together, {report['batch_size']} in a batch; the oracle's loss "
@@ -137,9 +136,11 @@ def comparison_section(report: dict) -> str:
     words = [
         textwrap.fill(text, 120, break_long_words=False, break_on_hyphens=False) for text in (note, verdict(report))
     ]
-    return "\n\n".join([loss_table(report), router_table(report["routers"]), *words, settings]) + "\n"
-
-
-def comparison_report(report: dict) -> str:
-    """The report of scripts/compare_routings.py as Markdown."""
-    return f"# One model under several routings\n\n{comparison_section(report)}"
+    parts = [
+        "# One model under several routings",
+        loss_table(report),
+        router_table(report["routers"]),
+        *words,
+        settings,
+    ]
+    return "\n\n".join(parts) + "\n"

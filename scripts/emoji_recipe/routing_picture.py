@@ -32,10 +32,10 @@ class RoutedExample:
     """One sequence with a picture and words, and the experts of each of its tokens.
 
     Attributes:
-        picture (`PIL.Image.Image`): the picture whose codes stand in the sequence.
-        pieces (`list[str | None]`): the text of each token, `None` where it is a picture code; `[T]`.
-        groups (`list[str]`): the expert group of each token, `[T]`.
-        experts (`list[list[list[int]]]`): by layer and token the experts that took it, best gate first; `[L][T][*]`.
+        picture: the picture whose codes stand in the sequence.
+        pieces: the text of each token, `None` where it is a picture code; `[T]`.
+        groups: the expert group of each token, `[T]`.
+        experts: by layer and token the experts that took it, best gate first; `[L][T][*]`.
     """
 
     picture: Image.Image
@@ -50,12 +50,12 @@ def record_routing(model: torch.nn.Module, input_ids: torch.LongTensor) -> tuple
     Runs one sequence through a model in its causal routing, and writes down who took which token.
 
     Args:
-        model (`MomaForCausalLM`): in `eval()` mode.
-        input_ids (`torch.LongTensor`): `[T]`, without padding.
+        model: in `eval()` mode.
+        input_ids: `[T]`, without padding.
 
     Returns:
-        `tuple`: the expert group of each token `[T]`, and by layer and token the experts that took it, best gate
-        first. A group of one expert has no router: expert 0 takes all its tokens.
+        The expert group of each token `[T]`, and by layer and token the experts that took it, best gate first. A group
+        of one expert has no router: expert 0 takes all its tokens.
 
     Raises:
         ValueError: the model is in training mode, whose routing sees the future.
@@ -99,10 +99,10 @@ def route_example(model: torch.nn.Module, processor, picture: Image.Image, capti
     Records the routing of `<bos> picture caption`.
 
     Args:
-        model (`MomaForCausalLM`): in `eval()` mode.
-        processor (`MomaProcessor`): gives ids, and reads them back.
-        picture (`PIL.Image.Image`): the picture.
-        caption (`str`): its caption.
+        model: in `eval()` mode.
+        processor: gives ids, and reads them back.
+        picture: the picture.
+        caption: its caption.
     """
     ids = processor(images=[picture], text=[f"{processor.image_token}{caption}"], return_tensors="pt")["input_ids"][0]
     codes = range(processor.image_token_offset, processor.image_token_offset + processor.codebook_size)
@@ -127,11 +127,11 @@ def draw_routing(examples: Sequence[RoutedExample], config) -> Image.Image:
     patch in the colours of its experts, and the caption's tokens in theirs.
 
     Args:
-        examples (`Sequence[RoutedExample]`): at least one, of models of one configuration.
-        config (`MomaConfig`): gives groups and layers.
+        examples: at least one, of models of one configuration.
+        config: gives groups and layers.
 
     Returns:
-        `PIL.Image.Image`: an RGB picture.
+        An RGB picture.
 
     Raises:
         ValueError: there are no examples.

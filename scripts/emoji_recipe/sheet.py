@@ -25,11 +25,11 @@ class SheetEntry:
     """What the sheet shows of one held-out picture.
 
     Attributes:
-        real (`PIL.Image.Image`): the picture of the data set.
-        reconstructed (`PIL.Image.Image`): the same through the picture tokenizer and back, the ceiling of `drawn`.
-        drawn (`PIL.Image.Image`): what the model drew from the caption.
-        caption (`str`): the true caption.
-        model_caption (`str`): what the model said about the real picture.
+        real: the picture of the data set.
+        reconstructed: the same through the picture tokenizer and back, the ceiling of `drawn`.
+        drawn: what the model drew from the caption.
+        caption: the true caption.
+        model_caption: what the model said about the real picture.
     """
 
     real: Image.Image
@@ -51,12 +51,12 @@ def wrap_text(text: str, font: ImageFont.FreeTypeFont, width: float) -> list[str
     Breaks a text into lines.
 
     Args:
-        text (`str`): one paragraph.
-        font (`ImageFont.FreeTypeFont`): gives the widths.
-        width (`float`): the most pixels of a line; a word that is longer is cut.
+        text: one paragraph.
+        font: gives the widths.
+        width: the most pixels of a line; a word that is longer is cut.
 
     Returns:
-        `list[str]`: the lines, one empty line for an empty text.
+        The lines, one empty line for an empty text.
     """
     lines = [""]
     for word in text.split():
@@ -78,11 +78,11 @@ def draw_contact_sheet(entries: Sequence[SheetEntry], columns: int = COLUMNS) ->
     Draws one card for each entry: the three pictures side by side, the two captions beneath.
 
     Args:
-        entries (`Sequence[SheetEntry]`): at least one.
-        columns (`int`, defaults to 3): cards in a row.
+        entries: at least one.
+        columns: cards in a row.
 
     Returns:
-        `PIL.Image.Image`: an RGB picture.
+        An RGB picture.
 
     Raises:
         ValueError: there are no entries, or `columns` is below 1.

@@ -145,8 +145,8 @@ def read_drawings(cache: Path, skin_tones: bool = False) -> Iterator[Drawing]:
     Matches the packages' pictures with emoji.
 
     Args:
-        cache (`Path`): the folder of `fetch_packages`.
-        skin_tones (`bool`, defaults to `False`): also yields the skin-tone variants.
+        cache: the folder of `fetch_packages`.
+        skin_tones: also yields the skin-tone variants.
     """
     emoji = {
         code_points: item for code_points, item in read_emoji(cache).items() if skin_tones or not item.has_skin_tone

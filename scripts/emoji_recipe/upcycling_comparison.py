@@ -31,14 +31,14 @@ def measure(model, processor, examples: list[dict], batch_size: int) -> dict:
     Held-out losses of a model under its own causal routing, and under top-k of the batch.
 
     Args:
-        model (`MomaForCausalLM`): in eval mode.
-        processor (`MomaProcessor`): its tokenizer pads.
-        examples (`list[dict]`): `input_ids` each.
-        batch_size (`int`): examples at once, which compete with one another under top-k.
+        model: in eval mode.
+        processor: its tokenizer pads.
+        examples: `input_ids` each.
+        batch_size: examples at once, which compete with one another under top-k.
 
     Returns:
-        `dict`: `training_routing`, `inference_routing` and the settings of the config that upcycling touches; `loss`
-        by routing, `CAUSAL` and `EXPERT_CHOICE`.
+        `training_routing`, `inference_routing` and the settings of the config that upcycling touches; `loss` by
+        routing, `CAUSAL` and `EXPERT_CHOICE`.
     """
     config = model.config
     names = ("training_routing", "inference_routing", "gumbel_noise", "gumbel_noise_steps", "normalize_gates")
@@ -58,11 +58,11 @@ def by_seed_length(scratch: Sequence[dict], upcycled: Sequence[dict]) -> dict[in
     Sorts runs by the length of their seed, so that those of each length pair up with those from scratch.
 
     Args:
-        scratch (`Sequence[dict]`): results of `training_of`, runs from scratch.
-        upcycled (`Sequence[dict]`): runs that began with a seed.
+        scratch: results of `training_of`, runs from scratch.
+        upcycled: runs that began with a seed.
 
     Returns:
-        `dict[int, list[dict]]`: runs by steps of their seed, ascending, 0 from scratch; each in the order of `seed`.
+        Runs by steps of their seed, ascending, 0 from scratch; each in the order of `seed`.
 
     Raises:
         ValueError: a run is on the wrong side, or a length lacks a seed that another one has.
@@ -95,7 +95,7 @@ def compare(groups: dict[int, list[dict]]) -> dict:
     Means and spreads for each length of the seed, and their differences to training from scratch.
 
     Args:
-        groups (`dict[int, list[dict]]`): from [`by_seed_length`], with what [`measure`] found.
+        groups: from [`by_seed_length`], with what [`measure`] found.
 
     Returns:
         `dict`: `seeds`, `steps`, `inference_routing`, `training_routing`; `lengths`, one entry for each length of the
@@ -194,8 +194,8 @@ def comparison_report(report: dict, plot: str) -> str:
     The report of scripts/compare_upcycling.py as Markdown.
 
     Args:
-        report (`dict`): what it writes as JSON.
-        plot (`str`): where [`plot_upcycling`] has drawn, relative to the report.
+        report: what it writes as JSON.
+        plot: where [`plot_upcycling`] has drawn, relative to the report.
     """
     summary = report["summary"]
     rows, run_rows = [], []
@@ -263,9 +263,9 @@ def plot_upcycling(groups: dict[int, list[dict]], summary: dict, path: str | Pat
     the seed (MoMa figure 6).
 
     Args:
-        groups (`dict[int, list[dict]]`): as given to [`compare`].
-        summary (`dict`): its result.
-        path (`str` or `Path`): the PNG.
+        groups: as given to [`compare`].
+        summary: its result.
+        path: the PNG.
     """
     # the extra `train` brings it
     import matplotlib

@@ -17,8 +17,7 @@ from tokenization import MomaVQModel
 class Overrides:
     """
     Attributes:
-        skipped (`dict[str, str]`): reasons by name of a test; a parametrised test goes by its name before the
-            parameters.
+        skipped: reasons by name of a test; a parametrised test goes by its name before the parameters.
     """
 
     skipped: dict[str, str] = {}
@@ -99,9 +98,9 @@ class VQOverrides(Overrides):
     """For every configuration of the VQ model.
 
     Attributes:
-        has_attentions (`bool`): for the suite, whether there is attention of Transformers' interface, which can be
-            switched and returned. Here it is a block among convolutions that always calls SDPA.
-        test_resize_embeddings (`bool`): for the suite, whether the vocabulary can grow. The codebook is trained whole.
+        has_attentions: for the suite, whether there is attention of Transformers' interface, which can be switched and
+            returned. Here it is a block among convolutions that always calls SDPA.
+        test_resize_embeddings: for the suite, whether the vocabulary can grow. The codebook is trained whole.
     """
 
     has_attentions = False
@@ -191,7 +190,7 @@ class ParallelOverrides(Overrides):
     """For tensor parallelism, expert parallelism and FSDP.
 
     Attributes:
-        overridden (`dict[str, dict]`): fields of the config by name of a test.
+        overridden: fields of the config by name of a test.
     """
 
     skipped = {

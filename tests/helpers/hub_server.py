@@ -376,8 +376,8 @@ class HubServer(ThreadingHTTPServer):
 
     Attributes:
         store ([`Store`]): all that was pushed.
-        endpoint (`str`): what `HF_ENDPOINT` must be.
-        requests (`list[tuple[str, str]]`): method and path of what was answered.
+        endpoint: what `HF_ENDPOINT` must be.
+        requests: method and path of what was answered.
     """
 
     daemon_threads = True
@@ -428,11 +428,11 @@ def run_client(server: HubServer, home: Path, *command, token: str | None = TOKE
     """Run Python in a process that knows no other Hub than the server, and nothing of this machine's settings for it.
 
     Args:
-        server (`HubServer`): the Hub.
-        home (`Path`): where the client caches.
+        server: the Hub.
+        home: where the client caches.
         command: arguments of Python.
-        token (`str`, *optional*): the client's; none for a stranger.
-        folder (`Path`, *optional*): where the process starts.
+        token: the client's; none for a stranger.
+        folder: where the process starts.
     """
     foreign = ("HF_", "HUGGING", "TRANSFORMERS_", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "PYTHONPATH")
     environment = {name: value for name, value in os.environ.items() if not name.upper().startswith(foreign)}

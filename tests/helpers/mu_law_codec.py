@@ -15,9 +15,9 @@ class MuLawCodec:
     """Sounds to codes and back. Items are arrays of samples in [-1, 1], or paths of mono WAV files of 16 bits.
 
     Args:
-        rate (`int`, defaults to 800): samples, and so codes, of one second.
-        bits (`int`, defaults to 8): of a code.
-        length (`int`, *optional*): codes of every sound; any number without it.
+        rate: samples, and so codes, of one second.
+        bits: of a code.
+        length: codes of every sound; any number without it.
     """
 
     def __init__(self, rate: int = 800, bits: int = 8, length: int | None = None):

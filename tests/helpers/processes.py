@@ -55,8 +55,8 @@ def start_processes(work, *args, num_processes: int = 2):
     """Call `work(rank, *args)` in processes of their own, and raise what one of them raises.
 
     Args:
-        work (`Callable`): a function of a module, so that processes can import it.
-        num_processes (`int`, *optional*, defaults to 2): how many.
+        work: a function of a module, so that processes can import it.
+        num_processes: how many.
     """
     _start_all(work, args, num_processes)
 
@@ -73,9 +73,9 @@ def start_script(main, arguments: list[str], log: str | Path) -> multiprocessing
     """Call a script's `main(arguments)` in a process of its own, which may be killed.
 
     Args:
-        main (`Callable`): a function of a module, so that the process can import it.
-        arguments (`list[str]`): its own.
-        log (`str` or `Path`): file for what the process prints.
+        main: a function of a module, so that the process can import it.
+        arguments: its own.
+        log: file for what the process prints.
     """
     return start_process(_run_script, main, arguments, log)
 
@@ -85,7 +85,7 @@ def run_group(work, *args, num_processes: int = 2, timeout: float = 60):
     """As [`start_processes`], in processes that form a group.
 
     Args:
-        timeout (`float`, *optional*, defaults to 60): seconds that one process waits for another.
+        timeout: seconds that one process waits for another.
     """
     with tempfile.TemporaryDirectory() as folder:
         _start_all(_join, (f"file://{folder}/rendezvous", num_processes, timeout, work, args), num_processes)

@@ -15,7 +15,6 @@ from emoji_recipe.routing_comparison import (
     RULES,
     auxiliary_routers,
     comparison_report,
-    comparison_section,
     loss_table,
     paper_thresholds,
     router_table,
@@ -28,7 +27,6 @@ from tokenization import MomaDataCollator
 
 
 BATCH = 3
-README = "# Title\n\n<!-- routings -->\n<!-- /routings -->\n\nrest\n"
 
 
 def tiny_codes(processor):
@@ -87,8 +85,7 @@ def arguments(folder, output, *options):
 @pytest.fixture(scope="module")
 def output(folder, tmp_path_factory):
     output = tmp_path_factory.mktemp("report") / "routings.json"
-    (output.parent / "README.md").write_text(README)
-    main(arguments(folder, output, "--readme", output.parent / "README.md"))
+    main(arguments(folder, output))
     return output
 
 
@@ -186,19 +183,10 @@ def test_every_layer_and_group_has_a_row_and_markdown_says_what_the_json_says(ou
     assert "sees the future" in text and report["command"] in text and report["date"] in text
 
 
-def test_readme_gets_the_tables_between_its_markers_and_stays_as_it_is_elsewhere(output, report):
-    text = (output.parent / "README.md").read_text()
-    section = comparison_section(report)
-    assert text == f"# Title\n\n<!-- routings -->\n{section}<!-- /routings -->\n\nrest\n"
-    assert loss_table(report) in section and router_table(report["routers"]) in section
-
-
-def test_readme_without_markers_is_told_before_anything_is_written(folder, tmp_path):
-    (tmp_path / "README.md").write_text("no markers")
-    with pytest.raises(ValueError, match="<!-- routings -->"):
-        main(arguments(folder, tmp_path / "report.json", "--readme", tmp_path / "README.md"))
-    assert [path.name for path in tmp_path.iterdir()] == ["README.md"]
-    assert (tmp_path / "README.md").read_text() == "no markers"
+def test_report_holds_the_tables(output, report):
+    text = output.with_suffix(".md").read_text()
+    assert text == comparison_report(report)
+    assert loss_table(report) in text and router_table(report["routers"]) in text
 
 
 def test_thresholds_come_back_even_after_an_error(model):

@@ -15,7 +15,6 @@ from modeling_moma.cli.upcycle import main as upcycle
 from modeling_moma.training.examples import held_out_examples
 from modeling_moma.training.measures import EXPERT_CHOICE, LOSSES, load_model
 from modeling_moma.training.runs import read_run
-from modeling_moma.training.tables import between_markers
 
 
 STEPS, BATCH = 4, 4
@@ -237,12 +236,3 @@ def test_runs_with_unlike_routings_are_not_compared():
     groups = {0: [known_run(0, 0, 3.0)], 10: [known_run(10, 0, 3.0, inference_routing="auxiliary")]}
     with pytest.raises(ValueError, match="inference_routing"):
         compare(groups)
-
-
-def test_text_between_markers_is_replaced_and_missing_markers_are_told():
-    text = "a\n<!-- x -->\nold\n<!-- /x -->\nb\n"
-    once = between_markers(text, "x", "new\n")
-    assert once == "a\n<!-- x -->\nnew\n<!-- /x -->\nb\n" and between_markers(once, "x", "new") == once
-    for broken in ("a", "<!-- /x --><!-- x -->", text + text, "<!-- x -->"):
-        with pytest.raises(ValueError, match="<!-- x -->"):
-            between_markers(broken, "x", "new")
