@@ -14,6 +14,7 @@ from helpers.hub_server import HubServer, run_client
 from helpers.mu_law_codec import MuLawCodec
 from helpers.tiny import noise_pictures, tiny_model, tiny_processor
 from modeling_moma import MomaConfig, MomaForCausalLM
+from modeling_moma.hub.upload import prepare
 from tokenization import MomaProcessor, add_modality_tokens, register_codec
 from tokenization.codecs_moma import CODECS
 
@@ -30,6 +31,16 @@ FIELDS = {
     # a name is one token among fifty
     "modality_loss_weights": {"text": 5.0},
 }
+CARD = """---
+license: apache-2.0
+library_name: transformers
+pipeline_tag: any-to-any
+datasets: []
+tags: [moma]
+---
+
+# A model of tones
+"""
 PUSH_AND_LOAD = """
 import sys
 import numpy as np
@@ -309,6 +320,20 @@ def test_saved_and_loaded_processor_and_model_are_the_same(processor, model, tmp
     assert loaded_model.config.frames == model.config.frames
     with torch.no_grad():
         assert torch.equal(loaded_model(**inputs).logits, model(**inputs).logits)
+
+
+def test_pushed_folder_has_the_codec_and_one_meaning_of_ids(processor, model, tmp_path):
+    model.save_pretrained(tmp_path / "model")
+    (tmp_path / "model" / "README.md").write_text(CARD)
+    processor.save_pretrained(tmp_path / "processor")
+    files = prepare(tmp_path / "model", tmp_path / "processor").files
+    assert any(name.startswith("audio_codec/") for name in files)
+    path = tmp_path / "model" / "config.json"
+    config = json.loads(path.read_text())
+    config["modality_frames"]["audio"]["begin"] += 1
+    path.write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="modality_frames.audio.begin .*the processor of another model"):
+        prepare(tmp_path / "model", tmp_path / "processor")
 
 
 def test_codecs_are_found_by_their_registered_name(processor, tmp_path, monkeypatch):

@@ -33,6 +33,7 @@ PROCESSOR_FILES = (
     "chat_template.*",
     "additional_chat_templates/*",
     f"{VQ_FOLDER}/*",
+    "*_codec/*",
 )
 # what a repository is made of: pattern of a file's name, in lower case
 SENT = (
@@ -288,18 +289,26 @@ def check_code(files: Mapping[str, Path]) -> Iterator[str]:
 
 
 def check_tokens(files: Mapping[str, Path]) -> Iterator[str]:
-    """Checks that model, tokenizer and picture tokenizer mean the same by a token id."""
+    """Checks that model, tokenizer, picture tokenizer and codecs mean the same by a token id."""
     config, vq_config = read_json(files["config.json"]), read_json(files[f"{VQ_FOLDER}/config.json"])
     tokenizer = read_json(files["tokenizer.json"])
     ids = {token["content"]: token["id"] for token in tokenizer.get("added_tokens", [])}
-    start, stop = ((config.get("modality_token_ranges") or {}).get("image") or [[None, None]])[0]
+    ranges = config.get("modality_token_ranges") or {}
+    start, stop = (ranges.get("image") or [[None, None]])[0]
     codes = sum(f"<|image_{code}|>" in ids for code in range(vq_config.get("num_embeddings") or 0))
-    facts = (
+    facts = [
         ("begin_image_token_id", config.get("begin_image_token_id"), ids.get("<|begin_image|>")),
         ("end_image_token_id", config.get("end_image_token_id"), ids.get("<|end_image|>")),
         ("modality_token_ranges.image starts at", start, ids.get("<|image_0|>")),
         ("modality_token_ranges.image holds", start is not None and stop - start, codes),
-    )
+    ]
+    for modality, frame in (config.get("modality_frames") or {}).items():
+        first = (ranges.get(modality) or [[None]])[0][0]
+        facts += [
+            (f"modality_frames.{modality}.begin", frame.get("begin"), ids.get(f"<|begin_{modality}|>")),
+            (f"modality_frames.{modality}.end", frame.get("end"), ids.get(f"<|end_{modality}|>")),
+            (f"modality_token_ranges.{modality} starts at", first, ids.get(f"<|{modality}_0|>")),
+        ]
     for name, of_model, of_processor in facts:
         if of_model != of_processor:
             yield (
