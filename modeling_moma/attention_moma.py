@@ -19,6 +19,7 @@ from transformers.utils import TransformersKwargs
 from transformers.utils.deprecation import deprecate_kwarg
 
 from .configuration_moma import MomaConfig
+from .depth_packing_moma import DepthPacking, PackedCache
 from .norms_moma import query_key_norm
 
 
@@ -57,7 +58,9 @@ class MomaAttention(nn.Module):
         attn_output, attn_weights = self._attend(query, key, value, attention_mask, cache, **kwargs)
         return self.o_proj(attn_output), attn_weights
 
-    def _project(self, hidden_states, position_embeddings):
+    def _project(
+        self, hidden_states: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         heads = (-1, self.head_dim)
         query = self.q_norm(self.q_proj(hidden_states).unflatten(-1, heads)).transpose(1, 2)
         key = self.k_norm(self.k_proj(hidden_states).unflatten(-1, heads)).transpose(1, 2)
@@ -65,11 +68,20 @@ class MomaAttention(nn.Module):
         query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
         return query, key, value
 
-    def _attend(self, query, key, value, attention_mask, cache, **kwargs):
+    def _attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        cache: Cache | PackedCache | None,
+        **kwargs,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         if cache is not None:
             key, value = cache.update(key, value, self.layer_idx, kwargs=kwargs)
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
+            self.config._attn_implementation,  # pyright: ignore[reportArgumentType]
+            eager_attention_forward,
         )
         attn_output, attn_weights = attention_interface(
             self,
@@ -90,20 +102,20 @@ class MomaDepthAttention(MomaAttention):
 
     def forward(
         self,
-        x_1PD,
-        position_embeddings,
-        attention_mask=None,
-        cache=None,
+        x_1PD: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        attention_mask: torch.Tensor | None = None,
+        cache: PackedCache | None = None,
         *,
-        packing,
-        slot_RS,
-        past,
-        is_recorded,
+        packing: DepthPacking,
+        slot_RS: torch.Tensor | None,
+        past: int,
+        is_recorded: bool,
         **kwargs,
-    ):
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Outputs of the chosen tokens `[1, P, D]`; weights, if recorded, are laid out over all positions."""
-        states_RHCd = (packing.lay_out(states_1HPd) for states_1HPd in self._project(x_1PD, position_embeddings))
-        output_RCD, weights_RHCS = self._attend(*states_RHCd, attention_mask, cache, **kwargs)
+        query, key, value = (packing.lay_out(states_1HPd) for states_1HPd in self._project(x_1PD, position_embeddings))
+        output_RCD, weights_RHCS = self._attend(query, key, value, attention_mask, cache, **kwargs)
         attn_output = self.o_proj(packing.take_out(output_RCD))
         if weights_RHCS is None or not is_recorded:
             return attn_output, None

@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The auxiliary router: a small network that predicts, from one token alone, what a router decides from a batch."""
 
+from collections.abc import Callable
+from typing import Self
+
 import torch
 from torch import nn
 from transformers.utils.generic import maybe_autocast
@@ -8,10 +11,10 @@ from transformers.utils.generic import maybe_autocast
 from .configuration_moma import MomaConfig
 
 
-class Fp32Buffers:
+class Fp32Buffers(nn.Module):
     """For modules whose cuts and counters `model.bfloat16()` and the like must not round."""
 
-    def _apply(self, fn, recurse=True):
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
         kept = dict(self.named_buffers(recurse=False))
         super()._apply(fn, recurse)
         for name, buffer in kept.items():
@@ -39,7 +42,7 @@ class Fp32Linear(nn.Linear):
             return nn.functional.linear(x.float(), self.weight.float())
 
 
-class MomaAuxiliaryRouter(Fp32Buffers, nn.Module):
+class MomaAuxiliaryRouter(Fp32Buffers):
     """Predicts membership in a router's top K: `Sigmoid(SiLU(x W_1) W_2)` (MoMa section 2.4, equations 3 and 4).
 
     It decides whether an expert or a depth layer runs; with what weight is the main router's business. Its parameters

@@ -50,16 +50,24 @@ def routing_of_batch(
         ValueError: there is no such rule, or the batch is empty, too long, or does not fit its mask or modalities.
     """
     routing, depth_routing = _resolve_rules(config, is_training, routing, depth_routing)
+    # the caller gives one of the two
+    inputs: torch.Tensor = input_ids if input_ids is not None else inputs_embeds  # pyright: ignore[reportAssignmentType]
     past_length = seen_positions(cache)
-    if _is_fixed_step(config, input_ids, inputs_embeds, routing, past_length, is_training):
+    if _is_fixed_step(config, inputs, routing, past_length, is_training):
         split, modality_BT, padding_BT = _split_step(
-            config, input_ids, inputs_embeds, attention_mask, mm_token_type_ids, past_length, cache.get_max_length()
+            config,
+            input_ids,
+            inputs,
+            attention_mask,
+            mm_token_type_ids,
+            past_length,  # pyright: ignore[reportArgumentType]
+            cache.get_max_length(),  # pyright: ignore[reportOptionalMemberAccess]
         )
     else:
         split, modality_BT, padding_BT = _split_batch(
             config,
-            input_ids,
-            inputs_embeds,
+            input_ids,  # pyright: ignore[reportCallIssue]
+            inputs,
             attention_mask,
             position_ids,
             mm_token_type_ids,
@@ -77,10 +85,12 @@ def routing_of_batch(
 def seen_positions(cache: Cache | None) -> int | torch.Tensor:
     """Positions that came before those of a batch; a tensor from the layers of static caches."""
     # the paged cache of continuous batching counts no tokens
-    return cache.get_seq_length() if hasattr(cache, "get_seq_length") else 0
+    return cache.get_seq_length() if cache is not None and hasattr(cache, "get_seq_length") else 0
 
 
-def check_length(config: MomaConfig, length: int, past_length: int, position_ids: torch.Tensor | None = None):
+def check_length(
+    config: MomaConfig, length: int, past_length: int | torch.Tensor, position_ids: torch.Tensor | None = None
+):
     """Refuse positions that an unscaled model has never seen.
 
     Args:
@@ -103,7 +113,9 @@ def check_length(config: MomaConfig, length: int, past_length: int, position_ids
         )
 
 
-def _resolve_rules(config, is_training, routing, depth_routing):
+def _resolve_rules(
+    config: MomaConfig, is_training: bool, routing: str | None, depth_routing: str | None
+) -> tuple[str, str]:
     if depth_routing is None:
         depth_routing = routing
     if depth_routing is None:
@@ -119,9 +131,11 @@ def _resolve_rules(config, is_training, routing, depth_routing):
     return routing, depth_routing
 
 
-def _is_fixed_step(config, input_ids, inputs_embeds, routing, past_length, is_training):
+def _is_fixed_step(
+    config: MomaConfig, inputs: torch.Tensor, routing: str, past_length: int | torch.Tensor, is_training: bool
+) -> bool:
     """Whether this is a step of one token with a static cache, whose shapes must not depend on the token."""
-    length = (input_ids if input_ids is not None else inputs_embeds).shape[1]
+    length = inputs.shape[1]
     # only static layers count in tensors, and only once they hold something
     is_step = length == 1 and isinstance(past_length, torch.Tensor)
     # the caches of depth layers take as many tokens as there are
@@ -129,12 +143,18 @@ def _is_fixed_step(config, input_ids, inputs_embeds, routing, past_length, is_tr
 
 
 def _split_step(
-    config, input_ids, inputs_embeds, attention_mask, mm_token_type_ids, past_length, max_length
+    config: MomaConfig,
+    input_ids: torch.Tensor | None,
+    inputs: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    mm_token_type_ids: torch.Tensor | None,
+    past_length: torch.Tensor,
+    max_length: int,
 ) -> tuple[FixedSplit, torch.Tensor, torch.Tensor | None]:
     # a cache that ends before the limit needs no wait for the number of its tokens
     if max_length > config.max_position_embeddings:
         check_length(config, 1, past_length)
-    modality_BT = _modalities(config, input_ids, inputs_embeds, mm_token_type_ids)
+    modality_BT = _modalities(config, input_ids, inputs, mm_token_type_ids)
     padding_BT = None
     if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2:
         if attention_mask.shape[1] == 1:
@@ -147,21 +167,21 @@ def _split_step(
 # its wait for the numbers of tokens would break the graph here and in every function around it
 @torch.compiler.disable
 def _split_batch(
-    config,
-    input_ids,
-    inputs_embeds,
-    attention_mask,
-    position_ids,
-    mm_token_type_ids,
-    past_length,
-    is_whole_prompt,
+    config: MomaConfig,
+    input_ids: torch.Tensor | None,
+    inputs: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    position_ids: torch.Tensor | None,
+    mm_token_type_ids: torch.Tensor | None,
+    past_length: int | torch.Tensor,
+    is_whole_prompt: bool,
 ) -> tuple[ModalitySplit, torch.Tensor, torch.Tensor | None]:
-    batch_size, length = (input_ids if input_ids is not None else inputs_embeds).shape[:2]
+    batch_size, length = inputs.shape[:2]
     if batch_size == 0 or length == 0:
         name = "input_ids" if input_ids is not None else "inputs_embeds"
         raise ValueError(f"`{name}` has {batch_size} rows of {length} tokens: the input is empty.")
     check_length(config, length, past_length, position_ids)
-    modality_BT = _modalities(config, input_ids, inputs_embeds, mm_token_type_ids)
+    modality_BT = _modalities(config, input_ids, inputs, mm_token_type_ids)
     padding_BT = masked_B = None
     if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2:
         _check_mask(attention_mask, batch_size, past_length + length)
@@ -170,16 +190,21 @@ def _split_batch(
     return split_modalities(config, modality_BT, padding_BT, input_ids, masked_B), modality_BT, padding_BT
 
 
-def _modalities(config, input_ids, inputs_embeds, mm_token_type_ids):
+def _modalities(
+    config: MomaConfig,
+    input_ids: torch.Tensor | None,
+    inputs: torch.Tensor,
+    mm_token_type_ids: torch.Tensor | None,
+) -> torch.Tensor:
     """Modality of each position, `[B, T]`."""
     if input_ids is not None:
         return token_modalities(config, input_ids)
     if mm_token_type_ids is not None:
         return mm_token_type_ids
-    return torch.zeros(inputs_embeds.shape[:2], dtype=torch.long, device=inputs_embeds.device)
+    return torch.zeros(inputs.shape[:2], dtype=torch.long, device=inputs.device)
 
 
-def _check_mask(attention_mask, batch_size, num_positions):
+def _check_mask(attention_mask: torch.Tensor, batch_size: int, num_positions: int | torch.Tensor):
     if attention_mask.shape[0] == batch_size and attention_mask.shape[1] >= num_positions:
         return
     raise ValueError(
@@ -188,7 +213,12 @@ def _check_mask(attention_mask, batch_size, num_positions):
     )
 
 
-def _describe_rows(context, attention_mask, position_ids, cache):
+def _describe_rows(
+    context: RoutingContext,
+    attention_mask: torch.Tensor | None,
+    position_ids: torch.Tensor | None,
+    cache: Cache | None,
+):
     if attention_mask is not None and not isinstance(attention_mask, torch.Tensor):
         raise TypeError(
             f"`attention_mask` is a {type(attention_mask).__name__}: depth layers can pack tensors only, of shape "

@@ -7,12 +7,18 @@ Shape suffixes:
 """
 
 import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from transformers.cache_utils import DynamicLayer, StaticLayer
 
 from .capacity_moma import ceil_share, exact_share
 from .configuration_moma import DEPTH_LAYER_TYPE
+
+
+if TYPE_CHECKING:
+    from .depth_packing_moma import DepthPacking
 
 
 # by how much a static layer grows, at least, when a row chooses more tokens than fit
@@ -27,12 +33,31 @@ class _RaggedRows:
         lengths (`list[int]`): stored tokens of each row; empty until a first token is stored.
     """
 
+    cumulative_length: int
+    lengths: list[int]
+    is_initialized: bool
+    # `None` until a first token is stored
+    keys: torch.Tensor
+    values: torch.Tensor
+    slots: torch.Tensor
+    # in its own way in each of the layers
+    _allocate: Callable[..., None]
+    _stored: Callable[["DepthPacking"], tuple[torch.Tensor, torch.Tensor]]
+    _append: Callable[[torch.Tensor, torch.Tensor, "DepthPacking"], None]
+    _select_rows: Callable[[torch.Tensor], None]
+
     def get_seq_length(self) -> int:
         """Tokens seen, chosen or not: what masks and positions count by."""
         return self.cumulative_length
 
     def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args, packing=None, num_skipped: int = 0, **kwargs
+        self,
+        key_states: torch.Tensor,
+        value_states: torch.Tensor,
+        *args,
+        packing: "DepthPacking | None" = None,
+        num_skipped: int = 0,
+        **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Store the chosen tokens of one step.
 
@@ -54,12 +79,12 @@ class _RaggedRows:
             self.lengths = [0] * packing.num_rows
             self._allocate(key_states, value_states, packing.num_rows, **kwargs)
             self.is_initialized = True
-        stored = self._stored(packing)
+        old_keys, old_values = self._stored(packing)
         self._append(key_states, value_states, packing)
         self.cumulative_length += packing.length
         for row, count in zip(packing.rows, packing.counts):
             self.lengths[row] += count
-        return tuple(torch.cat(pair, dim=2) for pair in zip(stored, (key_states, value_states)))
+        return torch.cat((old_keys, key_states), dim=2), torch.cat((old_values, value_states), dim=2)
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Row `i` becomes what row `beam_idx[i]` was."""
@@ -76,14 +101,14 @@ class _RaggedRows:
         if self.is_initialized:
             self._select_rows(torch.arange(len(self.lengths), device=indices.device)[indices])
 
-    def _columns(self, packing):
+    def _columns(self, packing: "DepthPacking") -> tuple[torch.Tensor, torch.Tensor]:
         """Columns of the stored tokens of the rows that take part, and which of them are not holes, `[R, S]`."""
         lengths = [self.lengths[row] for row in packing.rows] if self.is_initialized else [0] * len(packing.rows)
         column_1S = torch.arange(max(lengths), device=packing.row_R.device).unsqueeze(0)
         length_R1 = torch.tensor(lengths, device=packing.row_R.device).unsqueeze(-1)
         return column_1S.expand(len(lengths), -1), column_1S < length_R1
 
-    def _check_crop(self, tokens_to_remove):
+    def _check_crop(self, tokens_to_remove: int):
         if tokens_to_remove > 0:
             raise ValueError(
                 f"`tokens_to_remove` = {tokens_to_remove}: crop takes minus the number of tokens to remove."
@@ -94,7 +119,7 @@ class _RaggedRows:
             )
 
 
-def _new_states(states_RHCd, packing):
+def _new_states(states_RHCd: torch.Tensor, packing: "DepthPacking") -> torch.Tensor:
     """The chosen tokens' states without holes, `[P, H, d]`."""
     return states_RHCd.transpose(1, 2).flatten(0, 1).index_select(0, packing.place_P)
 
@@ -113,9 +138,9 @@ class MomaDepthCacheLayer(_RaggedRows, DynamicLayer):
         super().__init__(**kwargs)
         self.cumulative_length = 0
         self.lengths = []
-        self.slots = None
+        self.slots = None  # pyright: ignore[reportAttributeAccessIssue]
 
-    def stored_slots(self, packing) -> torch.LongTensor:
+    def stored_slots(self, packing: "DepthPacking") -> torch.Tensor:
         """Slots of the stored tokens of the rows that take part, -1 at holes, `[R, S]`."""
         column_RS, is_stored_RS = self._columns(packing)
         if column_RS.shape[1] == 0:
@@ -137,35 +162,39 @@ class MomaDepthCacheLayer(_RaggedRows, DynamicLayer):
     def reset(self) -> None:
         """Forget everything."""
         super().reset()
-        self.lengths, self.slots = [], None
+        self.lengths, self.slots = [], None  # pyright: ignore[reportAttributeAccessIssue]
 
-    def _allocate(self, key_states, value_states, num_rows, **kwargs):
+    def _allocate(self, key_states: torch.Tensor, value_states: torch.Tensor, num_rows: int, **kwargs):
         self.device = key_states.device
         self.keys, self.values = (x.new_empty(0, x.shape[1], x.shape[3]) for x in (key_states, value_states))
         self.slots = torch.empty(0, dtype=torch.int32, device=self.device)
 
-    def _row_of_token(self):
+    def _row_of_token(self) -> torch.Tensor:
         lengths_B = torch.tensor(self.lengths, device=self.slots.device)
         rows_B = torch.arange(len(self.lengths), device=self.slots.device)
         return torch.repeat_interleave(rows_B, lengths_B, output_size=self.slots.shape[0])
 
-    def _flat(self, column_RS, packing):
+    def _flat(self, column_RS: torch.Tensor, packing: "DepthPacking") -> torch.Tensor:
         lengths_B = torch.tensor(self.lengths, device=column_RS.device)
         start_B = lengths_B.cumsum(0) - lengths_B
         # holes of the last row would point behind the end
         return (start_B[packing.row_R].unsqueeze(-1) + column_RS).clamp(max=self.slots.shape[0] - 1)
 
-    def _stored(self, packing):
+    def _stored(self, packing: "DepthPacking") -> tuple[torch.Tensor, torch.Tensor]:
         column_RS, _ = self._columns(packing)
         if column_RS.shape[1] == 0:
-            return tuple(x.new_empty(len(packing.rows), x.shape[1], 0, x.shape[2]) for x in (self.keys, self.values))
+            keys, values = (
+                x.new_empty(len(packing.rows), x.shape[1], 0, x.shape[2]) for x in (self.keys, self.values)
+            )
+            return keys, values
         flat_RS = self._flat(column_RS, packing)
-        return tuple(
+        keys, values = (
             x.index_select(0, flat_RS.flatten()).unflatten(0, flat_RS.shape).transpose(1, 2)
             for x in (self.keys, self.values)
         )
+        return keys, values
 
-    def _append(self, key_states, value_states, packing):
+    def _append(self, key_states: torch.Tensor, value_states: torch.Tensor, packing: "DepthPacking"):
         row_P = packing.token_P // packing.length
         slot_P = (packing.token_P % packing.length + self.cumulative_length).int()
         # row after row: a stable sort puts a row's new tokens behind its old ones
@@ -174,7 +203,7 @@ class MomaDepthCacheLayer(_RaggedRows, DynamicLayer):
         self.values = torch.cat([self.values, _new_states(value_states, packing)]).index_select(0, order_N)
         self.slots = torch.cat([self.slots, slot_P]).index_select(0, order_N)
 
-    def _select_rows(self, rows):
+    def _select_rows(self, rows: torch.Tensor):
         rows = rows.to(self.slots.device)
         lengths_B = torch.tensor(self.lengths, device=rows.device)
         start_B = lengths_B.cumsum(0) - lengths_B
@@ -210,9 +239,9 @@ class MomaStaticDepthCacheLayer(_RaggedRows, StaticLayer):
         super().__init__(max_cache_len, **kwargs)
         self.cumulative_length = 0
         self.lengths = []
-        self.slots = None
+        self.slots = None  # pyright: ignore[reportAttributeAccessIssue]
 
-    def stored_slots(self, packing) -> torch.LongTensor:
+    def stored_slots(self, packing: "DepthPacking") -> torch.Tensor:
         """Slots of the stored tokens of the rows that take part, -1 at holes, `[R, S]`."""
         column_RS, _ = self._columns(packing)
         if column_RS.shape[1] == 0:
@@ -234,7 +263,9 @@ class MomaStaticDepthCacheLayer(_RaggedRows, StaticLayer):
         if self.is_initialized:
             self.slots.fill_(-1)
 
-    def _allocate(self, key_states, value_states, num_rows, capacity=1.0, **kwargs):
+    def _allocate(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, num_rows: int, capacity: float = 1.0, **kwargs
+    ):
         self.device = key_states.device
         num_columns = min(self.max_cache_len, ceil_share(exact_share(capacity), self.max_cache_len))
         self.keys, self.values = (
@@ -242,11 +273,12 @@ class MomaStaticDepthCacheLayer(_RaggedRows, StaticLayer):
         )
         self.slots = torch.full((num_rows, num_columns), -1, device=self.device)
 
-    def _stored(self, packing):
+    def _stored(self, packing: "DepthPacking") -> tuple[torch.Tensor, torch.Tensor]:
         num_columns = self._columns(packing)[0].shape[1]
-        return tuple(x.index_select(0, packing.row_R)[:, :, :num_columns] for x in (self.keys, self.values))
+        keys, values = (x.index_select(0, packing.row_R)[:, :, :num_columns] for x in (self.keys, self.values))
+        return keys, values
 
-    def _append(self, key_states, value_states, packing):
+    def _append(self, key_states: torch.Tensor, value_states: torch.Tensor, packing: "DepthPacking"):
         if self.cumulative_length + packing.length > self.max_cache_len:
             raise ValueError(
                 f"The static cache was made for `max_cache_len` = {self.max_cache_len} tokens, but "
@@ -260,7 +292,7 @@ class MomaStaticDepthCacheLayer(_RaggedRows, StaticLayer):
         self.values[row_P, :, column_P] = _new_states(value_states, packing)
         self.slots[row_P, column_P] = packing.token_P % packing.length + self.cumulative_length
 
-    def _grow(self, needed):
+    def _grow(self, needed: int):
         num_columns = self.keys.shape[2]
         if needed <= num_columns:
             return
@@ -268,7 +300,7 @@ class MomaStaticDepthCacheLayer(_RaggedRows, StaticLayer):
         self.keys, self.values = (torch.nn.functional.pad(x, (0, 0, 0, more)) for x in (self.keys, self.values))
         self.slots = torch.nn.functional.pad(self.slots, (0, more), value=-1)
 
-    def _select_rows(self, rows):
+    def _select_rows(self, rows: torch.Tensor):
         rows = rows.to(self.device)
         self.lengths = [self.lengths[row] for row in rows.tolist()]
         self.keys, self.values, self.slots = (

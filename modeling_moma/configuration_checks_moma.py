@@ -13,19 +13,25 @@
 # limitations under the License.
 """What makes the fields of a configuration contradict themselves or one another, group by group of the fields."""
 
+from typing import TYPE_CHECKING, Any
+
 from transformers.activations import ACT2FN
 
 from .frames_moma import check_frames
 from .routing_rules_moma import CAUSAL_ROUTINGS, NOISY_ROUTINGS, RULES, TRAINING_ROUTINGS
 
 
-def require(condition: bool, name: str, value, demand: str):
+if TYPE_CHECKING:
+    from .configuration_moma import MomaConfig
+
+
+def require(condition: bool, name: str, value: Any, demand: str):
     """Raise a `ValueError` that names a field, its value and what it has to be, unless the condition holds."""
     if not condition:
         raise ValueError(f"`{name}` = {value!r}: {demand}.")
 
 
-def check_sizes(config):
+def check_sizes(config: "MomaConfig"):
     """Check sizes, heads and the fields of attention."""
     for name in (
         "vocab_size",
@@ -63,7 +69,7 @@ def check_sizes(config):
     require(config.hidden_act in ACT2FN, "hidden_act", config.hidden_act, "must be an activation of Transformers")
 
 
-def check_modalities(config):
+def check_modalities(config: "MomaConfig"):
     """Check the ranges of ids and the tokens around a picture."""
     require(
         "text" not in config.modality_token_ranges,
@@ -115,7 +121,7 @@ def check_modalities(config):
     check_frames(config)
 
 
-def check_experts(config):
+def check_experts(config: "MomaConfig"):
     """Check the expert groups: counts, widths, capacities, shared experts."""
     _require_modalities(config, "num_experts", complete=True)
     for group in config.expert_groups:
@@ -166,7 +172,7 @@ def check_experts(config):
         )
 
 
-def check_routing(config):
+def check_routing(config: "MomaConfig"):
     """Check the switches of norms, routing and losses."""
     for name, choices in (
         ("norm_placement", ("pre", "post")),
@@ -213,7 +219,7 @@ def check_routing(config):
     )
 
 
-def check_depth(config):
+def check_depth(config: "MomaConfig"):
     """Check the depth layers and the routing of their tokens."""
     layers = config.depth_layers or []
     require(
@@ -248,7 +254,7 @@ def check_depth(config):
         )
 
 
-def _require_modalities(config, name, complete=False):
+def _require_modalities(config: "MomaConfig", name: str, complete: bool = False):
     value = getattr(config, name)
     if not isinstance(value, dict):
         return

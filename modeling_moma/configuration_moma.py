@@ -13,6 +13,8 @@
 # limitations under the License.
 """MoMa model configuration: every size and switch, and what follows from them."""
 
+from typing import TYPE_CHECKING
+
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_rope_utils import RopeParameters
@@ -147,15 +149,15 @@ class MomaConfig(PreTrainedConfig):
     intermediate_size: int = 1365
     num_hidden_layers: int = 8
     num_attention_heads: int = 8
-    num_key_value_heads: int | None = None
-    head_dim: int | None = None
+    num_key_value_heads: int | None = None  # pyright: ignore[reportAssignmentType, reportRedeclaration]
+    head_dim: int | None = None  # pyright: ignore[reportAssignmentType, reportRedeclaration]
     hidden_act: str = "silu"
     max_position_embeddings: int = 4096
     initializer_range: float = 0.02
     rms_norm_eps: float = 1e-5
     attention_dropout: float | int = 0.0
     attention_bias: bool = False
-    rope_parameters: RopeParameters | dict | None = None
+    rope_parameters: RopeParameters | dict | None = None  # pyright: ignore[reportAssignmentType, reportRedeclaration]
     use_cache: bool = True
     tie_word_embeddings: bool = False
     output_router_logits: bool = False
@@ -163,12 +165,12 @@ class MomaConfig(PreTrainedConfig):
     bos_token_id: int | None = 0
     eos_token_id: int | list[int] | None = 2
 
-    num_experts: int | dict[str, int] | None = None
+    num_experts: int | dict[str, int] | None = None  # pyright: ignore[reportAssignmentType, reportRedeclaration]
     expert_intermediate_size: dict[str, int] | None = None
     shared_expert_intermediate_size: int | dict[str, int] | None = None
     expert_capacity_factor: float | int | dict[str, float] = 1.0
     num_experts_per_tok: int = 1
-    modality_token_ranges: dict[str, list[list[int]]] | None = None
+    modality_token_ranges: dict[str, list[list[int]]] | None = None  # pyright: ignore[reportAssignmentType, reportRedeclaration]
     begin_image_token_id: int | None = 8197
     end_image_token_id: int | None = 8196
     image_seq_length: int = 1024
@@ -194,6 +196,14 @@ class MomaConfig(PreTrainedConfig):
     depth_inference_routing: str | None = None
     z_loss_coef: float = 1e-5
     modality_loss_weights: dict[str, float] | None = None
+
+    if TYPE_CHECKING:
+        # what `__post_init__` leaves; the annotations above are what values are checked against before it
+        num_key_value_heads: int
+        head_dim: int
+        rope_parameters: dict
+        num_experts: int | dict[str, int]
+        modality_token_ranges: dict[str, list[list[int]]]
 
     def __post_init__(self, **kwargs):
         if self.num_experts is None:

@@ -58,12 +58,12 @@ class MomaDecoderLayer(GradientCheckpointingLayer):
         hidden_states = hidden_states + attention_change
         return hidden_states + self._ffn_change(hidden_states, routing_context)
 
-    def _attention_change(self, hidden_states, **kwargs):
+    def _attention_change(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
         if self.norm_placement == "pre":
             return self.self_attn(self.attention_norm(hidden_states), **kwargs)[0]
         return self.attention_norm(self.self_attn(hidden_states, **kwargs)[0])
 
-    def _ffn_change(self, hidden_states, routing_context):
+    def _ffn_change(self, hidden_states: torch.Tensor, routing_context: RoutingContext) -> torch.Tensor:
         if self.norm_placement == "pre":
             return self.mlp(self.ffn_norm(hidden_states), routing_context)[0]
         change, gate = self.mlp(hidden_states, routing_context)
@@ -96,44 +96,51 @@ class MomaDepthDecoderLayer(MomaDecoderLayer):
         attention_mask: torch.Tensor | None = None,
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
         cache: Cache | None = None,
-        position_ids: torch.LongTensor | None = None,
-        **kwargs: Unpack[TransformersKwargs],
+        position_ids: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],  # pyright: ignore[reportGeneralTypeIssues]
     ) -> torch.Tensor:
         is_recorded = bool(kwargs.get("output_attentions", self.config.output_attentions))
         _, selection = self.depth_router(hidden_states, routing_context)
         # weights take part in every training step and wherever processes wait for one another; a recorded layer has
         # attentions in every step
         keep_empty_rows = self.training or is_distributed() or is_recorded
-        packing = pack_chosen(selection.chosen_BT, routing_context.split, keep_empty_rows)
+        packing = pack_chosen(
+            selection.chosen_BT,
+            routing_context.split,  # pyright: ignore[reportCallIssue]
+            keep_empty_rows,
+        )
         if packing is None:
             self._skip(hidden_states, cache)
             return hidden_states
-        slot_RS, past = None, 0
+        packed_cache, slot_RS, past = None, None, 0
         if cache is not None:
             cache_layer = depth_cache_layer(cache, self.layer_idx)
             slot_RS, past = cache_layer.stored_slots(packing), cache_layer.get_seq_length()
-            cache = PackedCache(cache, packing, self.capacity)
+            packed_cache = PackedCache(cache, packing, self.capacity)
         for name in ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"):
             # they describe the rows before packing
             kwargs.pop(name, None)
         x_1PD = packing.choose(hidden_states)
         attention_change_1PD = self._attention_change(
             x_1PD,
-            position_embeddings=tuple(packing.choose(part) for part in position_embeddings),
+            position_embeddings=tuple(
+                packing.choose(part)
+                for part in position_embeddings  # pyright: ignore[reportOptionalIterable]
+            ),
             attention_mask=packed_causal_mask(self.config, packing, routing_context, x_1PD.dtype, slot_RS, past),
             position_ids=packed_position_ids(packing, routing_context),
-            cache=cache,
+            cache=packed_cache,
             packing=packing,
             slot_RS=slot_RS,
             past=past,
             is_recorded=is_recorded,
-            **kwargs,
+            **kwargs,  # pyright: ignore[reportCallIssue]
         )
         packed_context = routing_context.with_split(packing.split)
         change_1PD = attention_change_1PD + self._ffn_change(x_1PD + attention_change_1PD, packed_context)
         return packing.add_back(hidden_states, change_1PD, selection.weight_BT)
 
-    def _skip(self, hidden_states, cache):
+    def _skip(self, hidden_states: torch.Tensor, cache: Cache | None):
         if cache is None:
             return
         depth_cache_layer(cache, self.layer_idx)

@@ -81,10 +81,10 @@ class MomaDepthRouter(MomaRouterBase):
         return logits_BT, DepthSelection(chosen_BT, scores_BT)
 
     @torch.no_grad()
-    def _choose(self, hidden_BTD, scores_BT, context):
-        pool_BT = torch.zeros_like(scores_BT, dtype=torch.long)
+    def _choose(self, hidden_BTD: torch.Tensor, scores_BT: torch.Tensor, context: RoutingContext) -> torch.Tensor:
+        pool_BT: torch.Tensor = torch.zeros_like(scores_BT, dtype=torch.long)
         if len(self.capacities) > 1:
-            pool_BT = context.modality_BT
+            pool_BT = context.modality_BT  # pyright: ignore[reportAssignmentType]
         is_token_BT = torch.ones_like(scores_BT, dtype=torch.bool)
         if context.padding_BT is not None:
             is_token_BT = ~context.padding_BT
@@ -132,7 +132,9 @@ class MomaDepthRouter(MomaRouterBase):
         kth_G = (kth_Q.view(-1, num_modalities) * is_used_BG).sum(0) / is_used_BG.sum(0).clamp(min=1)
         return best_BT, kth_G
 
-    def _load(self, chosen_BT, pool_BT, is_token_BT):
+    def _load(
+        self, chosen_BT: torch.Tensor, pool_BT: torch.Tensor, is_token_BT: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """By how much the share of chosen tokens lags behind the capacity, and whether a pool had tokens at all."""
         in_pool_GBT = torch.stack([(pool_BT == pool) & is_token_BT for pool in range(len(self.capacities))])
         count_G = in_pool_GBT.sum((1, 2))
@@ -176,24 +178,25 @@ class DepthTokens:
         return self._ranks
 
 
+DepthForm = Callable[[DepthTokens], torch.Tensor]
 # how depth layers choose, by the name of a rule of `RULES`
-DEPTH_FORMS: dict[str, Callable[[DepthTokens], torch.Tensor]] = {}
+DEPTH_FORMS: dict[str, DepthForm] = {}
 
 
-def depth_form(name: str) -> Callable:
+def depth_form(name: str) -> Callable[[DepthForm], DepthForm]:
     """Let a function choose for depth layers under a rule of `RULES`.
 
     It is called with [`DepthTokens`] and gives a mask `[B, T]`.
     """
 
-    def keep(function):
+    def keep(function: DepthForm) -> DepthForm:
         DEPTH_FORMS[rule_of(name).name] = function
         return function
 
     return keep
 
 
-def depth_form_of(name: str) -> Callable[[DepthTokens], torch.Tensor]:
+def depth_form_of(name: str) -> DepthForm:
     """How depth layers choose under a rule.
 
     Raises:
@@ -208,12 +211,12 @@ def depth_form_of(name: str) -> Callable[[DepthTokens], torch.Tensor]:
 
 
 @depth_form("expert_choice")
-def _take_the_best(tokens):
+def _take_the_best(tokens: DepthTokens) -> torch.Tensor:
     return tokens.ranks[0]
 
 
 @depth_form("threshold")
-def _take_what_reaches_the_cut(tokens):
+def _take_what_reaches_the_cut(tokens: DepthTokens) -> torch.Tensor:
     router, state, pool_BT = tokens.router, tokens.state, tokens.pool_BT
     chosen_BT = tokens.scores_BT >= state.threshold[pool_BT]
     if tokens.context.track and router.warmup_steps and not router.is_frozen:
@@ -223,12 +226,12 @@ def _take_what_reaches_the_cut(tokens):
 
 
 @depth_form("token_choice")
-def _take_what_passes_the_middle(tokens):
+def _take_what_passes_the_middle(tokens: DepthTokens) -> torch.Tensor:
     return tokens.scores_BT + tokens.state.balance_bias[tokens.pool_BT] >= _MIDDLE
 
 
 @depth_form("auxiliary")
-def _take_what_is_predicted(tokens):
+def _take_what_is_predicted(tokens: DepthTokens) -> torch.Tensor:
     predicted_BT = tokens.router.predicted_scores(tokens.hidden_BTD).squeeze(-1)
     return predicted_BT >= tokens.router.auxiliary.threshold[tokens.pool_BT]
 

@@ -9,6 +9,7 @@ Shape suffixes:
 from dataclasses import dataclass
 
 import torch
+from torch.nn.attention.flex_attention import BlockMask
 from transformers.cache_utils import Cache
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, and_masks, causal_mask_function
 from transformers.masking_utils import packed_sequence_mask_function as same_document
@@ -150,7 +151,7 @@ def packed_causal_mask(
     dtype: torch.dtype,
     slot_RS: torch.Tensor | None = None,
     past: int = 0,
-):
+) -> torch.Tensor | BlockMask | None:
     """The attention mask of packed tokens over cached keys and themselves, in the form that the backend wants.
 
     The keys are the `S` columns of the cache, then the `C` packed tokens. Packing keeps the order of a row, so the
@@ -169,10 +170,10 @@ def packed_causal_mask(
     if config._attn_implementation not in ALL_MASK_ATTENTION_FUNCTIONS:
         return None
     num_rows, num_places = packing.valid_RC.shape
-    num_stored = 0 if slot_RS is None else slot_RS.shape[1]
-    is_key_RK = None
+    num_stored, is_key_RK = 0, None
     # without cached keys every hole comes after its row's tokens, where none of them looks
-    if num_stored:
+    if slot_RS is not None and slot_RS.shape[1]:
+        num_stored = slot_RS.shape[1]
         is_key_RK = torch.cat([slot_RS >= 0, packing.valid_RC], dim=1)
     mask_function = causal_mask_function
     if context.document_BT is not None:
@@ -192,7 +193,9 @@ def packed_causal_mask(
     )
 
 
-def _pack_custom_mask(packing, mask_BHQS, dtype, slot_RS, past):
+def _pack_custom_mask(
+    packing: DepthPacking, mask_BHQS: torch.Tensor, dtype: torch.dtype, slot_RS: torch.Tensor | None, past: int
+) -> torch.Tensor:
     if mask_BHQS.is_floating_point():
         # FSDP casts a layer's arguments, which the context is not
         mask_BHQS = mask_BHQS.to(dtype)
@@ -226,7 +229,9 @@ class PackedCache:
     def __init__(self, cache: Cache, packing: DepthPacking, capacity: float):
         self.cache, self.packing, self.capacity = cache, packing, capacity
 
-    def update(self, keys: torch.Tensor, values: torch.Tensor, layer_idx: int, **kwargs):
+    def update(
+        self, keys: torch.Tensor, values: torch.Tensor, layer_idx: int, **kwargs
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """See [`MomaDepthCacheLayer.update`]."""
         return self.cache.update(keys, values, layer_idx, packing=self.packing, capacity=self.capacity)
 

@@ -9,8 +9,9 @@ Shape suffixes:
     P (token, expert) pairs.
 """
 
+from typing import TYPE_CHECKING
+
 import torch
-from torch import nn
 from transformers.integrations.moe import (
     ALL_EXPERTS_FUNCTIONS,
     batched_mm_experts_forward,
@@ -20,6 +21,10 @@ from transformers.integrations.moe import (
 from .configuration_moma import MomaConfig
 
 
+if TYPE_CHECKING:
+    from .experts_moma import MomaExperts
+
+
 DEFAULT_IMPLEMENTATION = "moma"
 
 # what grouped matrix products want whole words of, in every row
@@ -27,7 +32,7 @@ _WORD_BYTES = 16
 
 
 def moma_experts_forward(
-    self: nn.Module,
+    self: "MomaExperts",
     hidden_states: torch.Tensor,
     top_k_index: torch.Tensor,
     top_k_weights: torch.Tensor,
@@ -36,7 +41,7 @@ def moma_experts_forward(
     """Equal shares as two batched products, all else as grouped products, few rows on an accelerator one by one.
 
     Args:
-        self (`nn.Module`): packed experts, see [`MomaExperts`].
+        self (`MomaExperts`): packed experts.
         hidden_states (`torch.Tensor`): `[P, D]`.
         top_k_index (`torch.LongTensor`): experts of each row, `[P, k]`.
         top_k_weights (`torch.Tensor`): gates, `[P, k]`.
@@ -72,7 +77,8 @@ def check_grouped_widths(config: MomaConfig):
             ("intermediate_size", config.group_intermediate_size(group)),
             ("hidden_size", config.hidden_size),
         ):
-            if config.group_num_experts(group) > 1 and not _is_aligned(size, dtype):
+            # as a string it stands in files alone
+            if config.group_num_experts(group) > 1 and not _is_aligned(size, dtype):  # pyright: ignore[reportArgumentType]
                 raise ValueError(
                     f"`experts_implementation` = 'grouped_mm': grouped products want rows of whole {_WORD_BYTES}-byte "
                     f"words, and {name} is {size} in group {group!r}, in {dtype}. Any width runs with "
@@ -80,11 +86,13 @@ def check_grouped_widths(config: MomaConfig):
                 )
 
 
-def _is_aligned(size, dtype):
+def _is_aligned(size: int, dtype: torch.dtype) -> bool:
     return size * dtype.itemsize % _WORD_BYTES == 0
 
 
-def _run_equal_shares(experts, x_PD, weight_P1, num_taken):
+def _run_equal_shares(
+    experts: "MomaExperts", x_PD: torch.Tensor, weight_P1: torch.Tensor, num_taken: int
+) -> torch.Tensor:
     # weights on the left: the products then read them row by row, and stay transposed in between
     x_EDK = x_PD.unflatten(0, (experts.num_experts, num_taken)).transpose(1, 2)
     gate_EFK, up_EFK = torch.bmm(experts.gate_up_proj, x_EDK).chunk(2, dim=1)
@@ -92,7 +100,9 @@ def _run_equal_shares(experts, x_PD, weight_P1, num_taken):
     return y_EDK.transpose(1, 2).flatten(0, 1) * weight_P1.to(y_EDK.dtype)
 
 
-def _run_sorted(experts, x_ND, expert_Nk, weight_Nk):
+def _run_sorted(
+    experts: "MomaExperts", x_ND: torch.Tensor, expert_Nk: torch.Tensor, weight_Nk: torch.Tensor
+) -> torch.Tensor:
     """One expert after the other, whatever their width, with one wait for how many rows each has."""
     num_slots = expert_Nk.shape[1]
     expert_P, order_P = expert_Nk.flatten().sort()
@@ -105,7 +115,7 @@ def _run_sorted(experts, x_ND, expert_Nk, weight_Nk):
     return y_PD.unflatten(0, expert_Nk.shape).sum(1).to(x_ND.dtype)
 
 
-def _multiply_in_turn(x_PD, weight_EFD, ends_E):
+def _multiply_in_turn(x_PD: torch.Tensor, weight_EFD: torch.Tensor, ends_E: torch.Tensor) -> torch.Tensor:
     # rows after the last end, of experts elsewhere, get zeros
     return torch.ops.transformers.grouped_mm_fallback(x_PD.to(weight_EFD.dtype), weight_EFD.transpose(1, 2), ends_E)
 

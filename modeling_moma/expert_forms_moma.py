@@ -7,27 +7,32 @@ Shape suffixes:
 """
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
 
 from .routing_context_moma import RoutingContext
 from .routing_rules_moma import rule_of
 from .selection_moma import Selection
 
 
+if TYPE_CHECKING:
+    from .routing_moma import MomaRouter
+
+
+ExpertForm = Callable[["MomaRouter", torch.Tensor, torch.Tensor, RoutingContext], Selection]
 # by the name of a rule of `RULES`
-EXPERT_FORMS: dict[str, Callable] = {}
+EXPERT_FORMS: dict[str, ExpertForm] = {}
 
 
-def expert_form(name: str) -> Callable:
+def expert_form(name: str) -> Callable[[ExpertForm], ExpertForm]:
     """Let a function choose for experts under a rule of `RULES`.
 
     It is called with the [`MomaRouter`], its tokens `[N, D]`, their scores `[N, E]` and the context, and gives a
     [`Selection`].
     """
 
-    def keep(function):
+    def keep(function: ExpertForm) -> ExpertForm:
         EXPERT_FORMS[rule_of(name).name] = function
         return function
 
@@ -36,7 +41,7 @@ def expert_form(name: str) -> Callable:
 
 @expert_form("expert_choice")
 def expert_choice(
-    router: nn.Module, x_ND: torch.Tensor, scores_NE: torch.Tensor, context: RoutingContext
+    router: "MomaRouter", x_ND: torch.Tensor, scores_NE: torch.Tensor, context: RoutingContext
 ) -> Selection:
     """Each expert takes its top `K` tokens of the batch (MoMa section 2.2). Not causal: for training."""
     weight_EK, token_EK = scores_NE.t().topk(router.capacity(scores_NE.shape[0]), dim=-1)
@@ -44,7 +49,7 @@ def expert_choice(
 
 
 @expert_form("threshold")
-def threshold(router: nn.Module, x_ND: torch.Tensor, scores_NE: torch.Tensor, context: RoutingContext) -> Selection:
+def threshold(router: "MomaRouter", x_ND: torch.Tensor, scores_NE: torch.Tensor, context: RoutingContext) -> Selection:
     """An expert takes a token iff its score reaches the running mean of the expert's K-th best score.
 
     In the first `routing_warmup_steps` of training it takes its K best tokens of the batch instead.
@@ -59,7 +64,9 @@ def threshold(router: nn.Module, x_ND: torch.Tensor, scores_NE: torch.Tensor, co
 
 
 @expert_form("token_choice")
-def token_choice(router: nn.Module, x_ND: torch.Tensor, scores_NE: torch.Tensor, context: RoutingContext) -> Selection:
+def token_choice(
+    router: "MomaRouter", x_ND: torch.Tensor, scores_NE: torch.Tensor, context: RoutingContext
+) -> Selection:
     """Each token takes its best experts; the balance bias selects but does not weigh (arXiv 2408.15664)."""
     bias_E = context.router_state(router).balance_bias
     expert_Nk = (scores_NE + bias_E).topk(router.num_experts_per_tok, dim=-1).indices
@@ -72,7 +79,7 @@ def token_choice(router: nn.Module, x_ND: torch.Tensor, scores_NE: torch.Tensor,
 
 
 @expert_form("auxiliary")
-def auxiliary(router: nn.Module, x_ND: torch.Tensor, scores_NE: torch.Tensor, context: RoutingContext) -> Selection:
+def auxiliary(router: "MomaRouter", x_ND: torch.Tensor, scores_NE: torch.Tensor, context: RoutingContext) -> Selection:
     """An expert takes a token iff the auxiliary router predicts so; the weight is the main router's (section 2.4)."""
     is_taken_NE = router.predicted_scores(x_ND) >= router.auxiliary.threshold
     return Selection.of_members(is_taken_NE, scores_NE, context.has_fixed_shapes)

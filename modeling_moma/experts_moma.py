@@ -6,16 +6,27 @@ Shape suffixes:
     F inner width of one expert, P (token, expert) pairs.
 """
 
+from collections.abc import Callable
+from typing import TYPE_CHECKING, TypeVar
+
 import torch
 from torch import nn
 from transformers.activations import ACT2FN
-from transformers.integrations import use_experts_implementation
 
 from .configuration_moma import MomaConfig
 from .dispatch_moma import DEFAULT_IMPLEMENTATION
 from .routing_context_moma import RoutingContext
 from .routing_moma import MomaRouter
 from .selection_moma import Selection
+
+
+if TYPE_CHECKING:
+    Class = TypeVar("Class")
+
+    # the library's own says that it gives some module
+    def use_experts_implementation(experts_class: Class) -> Class: ...
+else:
+    from transformers.integrations import use_experts_implementation
 
 
 @use_experts_implementation
@@ -29,6 +40,9 @@ class MomaExperts(nn.Module):
 
     # quantised products fail on inputs without rows: `use_quantized_layers` sets it
     needs_rows = False
+    # what the decorator adds
+    config: MomaConfig
+    _apply_gate: Callable[[torch.Tensor], torch.Tensor]
 
     def __init__(self, config: MomaConfig, group: str):
         super().__init__()
@@ -59,7 +73,7 @@ class MomaExperts(nn.Module):
             output = output.index_add(0, token, expert_output.to(output.dtype))
         return output
 
-    def _run_one(self, expert, x_KD):
+    def _run_one(self, expert: int, x_KD: torch.Tensor) -> torch.Tensor:
         if self.needs_rows and x_KD.shape[0] == 0:
             return self._run_one(expert, x_KD.new_zeros(1, x_KD.shape[1]))[:0]
         gate_up = nn.functional.linear(x_KD, self.gate_up_proj[expert])
@@ -137,8 +151,9 @@ class MomaExpertGroup(nn.Module):
         """Weighted outputs of all pairs, by the implementation that the model is set to."""
         hints = {}
         # expert parallelism brings experts other rows than these, in shares that nobody knows
-        is_known = selection.shape_EK is not None and not getattr(self.experts, "_is_expert_parallel", False)
-        if is_known and self.config._experts_implementation == DEFAULT_IMPLEMENTATION:
+        is_parallel = getattr(self.experts, "_is_expert_parallel", False)
+        is_default = self.config._experts_implementation == DEFAULT_IMPLEMENTATION
+        if selection.shape_EK is not None and not is_parallel and is_default:
             hints["num_taken"] = selection.shape_EK[1]
         return self.experts(rows_PD, selection.expert_P.unsqueeze(-1), selection.weight_P.unsqueeze(-1), **hints)
 

@@ -4,8 +4,9 @@
 Shape suffixes: B rows, T positions, N frames.
 """
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import torch
 from torch import nn
@@ -119,7 +120,7 @@ class ModalityFrame:
         return self.to_codes(ids[begin_N[:, None] + offsets])
 
 
-def in_ranges(ids: torch.Tensor, ranges) -> torch.Tensor:
+def in_ranges(ids: torch.Tensor, ranges: Iterable[Sequence[int]]) -> torch.Tensor:
     """True where an id lies in one of the half-open ranges."""
     found = torch.zeros_like(ids, dtype=torch.bool)
     for start, stop in ranges:
@@ -139,7 +140,11 @@ def config_frames(config: "MomaConfig") -> dict[str, ModalityFrame]:
     if config.begin_image_token_id is not None and config.end_image_token_id is not None:
         tokens[IMAGE] = [config.begin_image_token_id, config.end_image_token_id, config.image_seq_length]
     return {
-        modality: ModalityFrame(modality, tuple(map(tuple, config.modality_token_ranges[modality])), *tokens[modality])
+        modality: ModalityFrame(
+            modality,
+            tuple((start, stop) for start, stop in config.modality_token_ranges[modality]),
+            *tokens[modality],  # pyright: ignore[reportArgumentType]
+        )
         for modality in config.modalities
         if modality != TEXT and modality in tokens
     }
@@ -176,7 +181,7 @@ def check_frames(config: "MomaConfig"):
     _check_frame_ids(config, frames)
 
 
-def _check_frame_ids(config, frames):
+def _check_frame_ids(config: "MomaConfig", frames: dict[str, dict[str, int | None]]):
     taken = {}
     image = config_frames(config).get(IMAGE)
     if image is not None:
@@ -194,11 +199,11 @@ def _check_frame_ids(config, frames):
             taken[token_id] = f"{key!r} of {modality!r}"
 
 
-def _own_frames(config):
+def _own_frames(config: "MomaConfig") -> dict[str, dict[str, int | None]]:
     return config.modality_frames or {}
 
 
-def _refuse(value, demand: str):
+def _refuse(value: dict, demand: str) -> NoReturn:
     raise ValueError(f"`modality_frames` = {value!r}: {demand}.")
 
 

@@ -5,7 +5,8 @@ Shape suffixes: B rows, T positions.
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,7 +17,10 @@ from transformers.generation import (
     LogitsProcessorList,
     StoppingCriteriaList,
 )
+from transformers.generation.candidate_generator import CandidateGenerator
+from transformers.generation.utils import GenerateBeamOutput, GenerateOutput
 
+from .configuration_moma import MomaConfig
 from .frames_moma import IMAGE, TEXT, ModalityFrame, open_frame_codes
 from .logits_process_moma import (
     FittingFrameLogitsProcessor,
@@ -38,6 +42,10 @@ GRAMMAR = (FrameLogitsProcessor, TextOnlyLogitsProcessor)
 class MomaGenerationMixin(GenerationMixin):
     """Adds `generation_mode` to the stock `generate`, and reads the codes out of what it generated."""
 
+    # of the model
+    config: MomaConfig
+    device: torch.device
+
     def generate(
         self,
         inputs: torch.Tensor | None = None,
@@ -46,7 +54,7 @@ class MomaGenerationMixin(GenerationMixin):
         *,
         generation_mode: str | None = "text",
         **kwargs,
-    ):
+    ) -> GenerateOutput | torch.Tensor:
         r"""
         The stock `generate` with a grammar for pictures and other modalities; all its decoding strategies and
         arguments are available.
@@ -84,16 +92,22 @@ class MomaGenerationMixin(GenerationMixin):
         processors = LogitsProcessorList(logits_processor or [])
         # an assistant model is called with the processors of the model that it drafts for
         if any(isinstance(processor, GRAMMAR) for processor in processors):
-            return super().generate(inputs, generation_config, processors, **kwargs)
+            return super().generate(  # pyright: ignore[reportAttributeAccessIssue]
+                inputs, generation_config, processors, **kwargs
+            )
         prompt = self._prompt_ids(inputs, kwargs)
         _check_prompt(prompt, kwargs)
         if self.config.modality_token_ranges:
             generation_config = self._follow_grammar(mode, prompt, generation_config, processors, kwargs)
-        return super().generate(inputs, generation_config, processors, **kwargs)
+        return super().generate(  # pyright: ignore[reportAttributeAccessIssue]
+            inputs, generation_config, processors, **kwargs
+        )
 
-    def _prepare_generated_length(self, generation_config, **kwargs):
+    def _prepare_generated_length(self, generation_config: GenerationConfig, **kwargs) -> GenerationConfig:
         """The stock lengths, but none that leads beyond the positions that the model has seen."""
-        generation_config = super()._prepare_generated_length(generation_config, **kwargs)
+        generation_config = super()._prepare_generated_length(  # pyright: ignore[reportAttributeAccessIssue]
+            generation_config, **kwargs
+        )
         # scaled rotary embeddings are made to go beyond
         if self.config.rope_parameters["rope_type"] == "default":
             # rows of embeddings are not among the ids that are counted
@@ -103,9 +117,18 @@ class MomaGenerationMixin(GenerationMixin):
             generation_config.max_length = min(generation_config.max_length, limit)
         return generation_config
 
-    def _beam_search(self, input_ids, logits_processor, stopping_criteria, generation_config, **kwargs):
+    def _beam_search(
+        self,
+        input_ids: torch.Tensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
+        **kwargs,
+    ) -> GenerateBeamOutput | torch.Tensor:
         """The stock search, whose rows are padded after their end: a padding token of id 0 counts as none there."""
-        output = super()._beam_search(input_ids, logits_processor, stopping_criteria, generation_config, **kwargs)
+        output = super()._beam_search(  # pyright: ignore[reportAttributeAccessIssue]
+            input_ids, logits_processor, stopping_criteria, generation_config, **kwargs
+        )
         if generation_config._pad_token_tensor is None or generation_config._eos_token_tensor is None:
             return output
         stops = generation_config._eos_token_tensor
@@ -119,12 +142,14 @@ class MomaGenerationMixin(GenerationMixin):
         new_BT.masked_fill_(is_stop_BT.cumsum(1) > is_stop_BT.long(), generation_config._pad_token_tensor)
         return output
 
-    def _get_candidate_generator(self, generation_config, *args, **kwargs):
+    def _get_candidate_generator(self, generation_config: GenerationConfig, *args, **kwargs) -> CandidateGenerator:
         """The stock generator of drafts, which may draft beyond the longest row by itself."""
-        generator = super()._get_candidate_generator(generation_config, *args, **kwargs)
+        generator = super()._get_candidate_generator(  # pyright: ignore[reportAttributeAccessIssue]
+            generation_config, *args, **kwargs
+        )
         draft, longest = generator.get_candidates, generation_config.max_length
 
-        def draft_within(input_ids, *args, **kwargs):
+        def draft_within(input_ids: torch.Tensor, *args, **kwargs) -> tuple[torch.Tensor, torch.Tensor | None]:
             candidate_ids, logits = draft(input_ids, *args, **kwargs)
             # the model adds a token of its own to the drafts
             num_drafts = max(0, min(candidate_ids.shape[1], longest - 1) - input_ids.shape[1])
@@ -134,7 +159,7 @@ class MomaGenerationMixin(GenerationMixin):
         generator.get_candidates = draft_within
         return generator
 
-    def decode_image_tokens(self, image_tokens: torch.LongTensor) -> torch.LongTensor:
+    def decode_image_tokens(self, image_tokens: torch.Tensor) -> torch.Tensor | list[torch.Tensor]:
         """Take the pictures' codes out of token ids, as the VQ model and the processor want them.
 
         Args:
@@ -149,9 +174,7 @@ class MomaGenerationMixin(GenerationMixin):
         """
         return self._frame(IMAGE).read_codes(image_tokens, "image_tokens")
 
-    def decode_modality_tokens(
-        self, ids: torch.LongTensor, modality: str
-    ) -> "torch.LongTensor | list[torch.LongTensor]":
+    def decode_modality_tokens(self, ids: torch.Tensor, modality: str) -> torch.Tensor | list[torch.Tensor]:
         """Take the codes of a modality's frames out of token ids, as its codec wants them.
 
         Args:
@@ -189,7 +212,7 @@ class MomaGenerationMixin(GenerationMixin):
         if mode == INTERLEAVED and len(modes) == 2:
             self._frame(IMAGE)
 
-    def _prompt_ids(self, inputs, kwargs):
+    def _prompt_ids(self, inputs: torch.Tensor | None, kwargs: dict) -> torch.Tensor:
         """The ids that the loop starts from: none in rows of `inputs_embeds`, the beginning token without a prompt."""
         prompt = inputs if inputs is not None else kwargs.get("input_ids")
         embeds = kwargs.get("inputs_embeds")
@@ -199,7 +222,14 @@ class MomaGenerationMixin(GenerationMixin):
             return torch.full((1, 1), self.config.bos_token_id or 0, device=self.device)
         return prompt
 
-    def _follow_grammar(self, mode, prompt, generation_config, processors, kwargs):
+    def _follow_grammar(
+        self,
+        mode: str,
+        prompt: torch.Tensor,
+        generation_config: GenerationConfig | None,
+        processors: LogitsProcessorList,
+        kwargs: dict,
+    ) -> GenerationConfig | None:
         """Adds what a mode needs to the processors and the arguments; gives the generation config with its length."""
         frame = self.config.frames.get(mode)
         width = prompt.shape[1] or kwargs["inputs_embeds"].shape[1]
@@ -224,14 +254,14 @@ class MomaGenerationMixin(GenerationMixin):
             kwargs.update(self._guidance(prompt, generation_config, kwargs))
         return generation_config
 
-    def _context_room(self, prompt_width):
+    def _context_room(self, prompt_width: int) -> int | None:
         """Positions of the context after a prompt; `None` where it has no end."""
         # scaled rotary embeddings are made to go beyond
         if self.config.rope_parameters["rope_type"] != "default":
             return None
         return self.config.max_position_embeddings - prompt_width
 
-    def _frame_room(self, frame, prompt, prompt_width):
+    def _frame_room(self, frame: ModalityFrame, prompt: torch.Tensor, prompt_width: int) -> int:
         """New tokens for one frame in each row, when nobody says how many."""
         needed = int(frame.missing_tokens(prompt).max())
         if frame.length is not None:
@@ -239,7 +269,7 @@ class MomaGenerationMixin(GenerationMixin):
         # at least what is needed, so that a prompt without room for it is refused by its length
         return max(self.config.max_position_embeddings - prompt_width, needed)
 
-    def _grammar(self, mode, prompt, prompt_width, room):
+    def _grammar(self, mode: str, prompt: torch.Tensor, prompt_width: int, room: int) -> list[LogitsProcessor]:
         """Processors of a mode, after a check that every frame has its room."""
         frames = self.config.frames
         for modality, frame in frames.items():
@@ -279,7 +309,7 @@ class MomaGenerationMixin(GenerationMixin):
             ]
         return [FrameLogitsProcessor(self.config, max_length)]
 
-    def _option(self, name, generation_config, kwargs):
+    def _option(self, name: str, generation_config: GenerationConfig | None, kwargs: dict) -> Any:
         sources = (
             kwargs.get(name),
             getattr(generation_config, name, None),
@@ -287,7 +317,7 @@ class MomaGenerationMixin(GenerationMixin):
         )
         return next((value for value in sources if value is not None), None)
 
-    def _stop_token(self, mode, generation_config, kwargs):
+    def _stop_token(self, mode: str, generation_config: GenerationConfig | None, kwargs: dict) -> int:
         for name in ("eos_token_id", "pad_token_id"):
             value = self._option(name, generation_config, kwargs)
             value = value[0] if isinstance(value, (list, tuple)) else value
@@ -295,7 +325,9 @@ class MomaGenerationMixin(GenerationMixin):
                 return int(value)
         raise ValueError(f"generation_mode={mode!r} needs an `eos_token_id` or a `pad_token_id` to end rows with.")
 
-    def _guidance(self, prompt, generation_config, kwargs):
+    def _guidance(
+        self, prompt: torch.Tensor, generation_config: GenerationConfig | None, kwargs: dict
+    ) -> dict[str, torch.Tensor | None]:
         """The negative prompt of the stock guidance: one row for every row of the loop, unconditional by default."""
         if self._option("guidance_scale", generation_config, kwargs) in (None, 1):
             return {}
@@ -322,7 +354,7 @@ class MomaGenerationMixin(GenerationMixin):
         }
 
 
-def _check_prompt(prompt, kwargs):
+def _check_prompt(prompt: torch.Tensor, kwargs: dict):
     if prompt.ndim != 2:
         raise ValueError(f"`input_ids` must have two dimensions, rows and positions, got shape {tuple(prompt.shape)}.")
     if prompt.shape[0] == 0 or (prompt.shape[1] == 0 and kwargs.get("inputs_embeds") is None):
@@ -336,17 +368,22 @@ def _check_prompt(prompt, kwargs):
         raise ValueError(f"`attention_mask`: row {row} is all padding; a prompt needs one token at least.")
 
 
-def _new_tokens(prompt_width, get_argument, generation_config):
+def _new_tokens(
+    prompt_width: int, get_argument: Callable[[str], Any], generation_config: GenerationConfig | None
+) -> int | None:
     """Room for new tokens that the arguments, or else a generation config, ask for; `None` without such a wish."""
     for get in (get_argument, lambda name: getattr(generation_config, name, None)):
         if get("max_new_tokens") is not None:
             return get("max_new_tokens")
-        if get("max_length") is not None:
-            return get("max_length") - prompt_width
+        max_length = get("max_length")
+        if max_length is not None:
+            return max_length - prompt_width
     return None
 
 
-def _unconditional_prompt(frames, prompt, bos_token_id):
+def _unconditional_prompt(
+    frames: dict[str, ModalityFrame], prompt: torch.Tensor, bos_token_id: int
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The beginning token, and what each prompt already holds of an open frame; padded on the left."""
     open_B = open_frame_codes(frames, prompt)
     width = prompt.shape[1] + 1

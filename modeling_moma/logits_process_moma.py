@@ -34,7 +34,7 @@ class FrameLogitsProcessor(LogitsProcessor):
         self.outside_V = ~_all_codes(config)
         self.outside_V[[frame.end for frame in self.frames.values()]] = False
 
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         counts = {modality: frame.open_codes(input_ids) for modality, frame in self.frames.items()}
         outside_B = torch.stack(list(counts.values())).amax(dim=0) < 0
         allowed_BV = outside_B[:, None] & self.outside_V.to(scores.device)
@@ -63,7 +63,7 @@ class TextOnlyLogitsProcessor(LogitsProcessor):
         for frame in config.frames.values():
             self.banned_V[[frame.begin, frame.end]] = True
 
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         return scores.masked_fill(self.banned_V.to(scores.device), -torch.inf)
 
 
@@ -81,7 +81,7 @@ class OneFrameLogitsProcessor(LogitsProcessor):
         self.prompt_length = prompt_length
         self.stop_token_id = stop_token_id
 
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         outside_B = self.frame.open_codes(input_ids) < 0
         done_B = (input_ids[:, self.prompt_length :] == self.frame.end).any(dim=1)
         scores = force_token(scores, outside_B & ~done_B, self.frame.begin)
@@ -100,7 +100,7 @@ class FittingFrameLogitsProcessor(LogitsProcessor):
         self.frames = config.frames
         self.max_length = max_length
 
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         room = self.max_length - input_ids.shape[1]
         too_long = [frame.begin for frame in self.frames.values() if frame.fewest_codes + 2 > room]
         if too_long:
@@ -121,7 +121,7 @@ class FrameEndCriteria(StoppingCriteria):
         self.frame = frame
         self.prompt_length = prompt_length
 
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs) -> torch.BoolTensor:
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs) -> torch.Tensor:
         return (input_ids[:, -1] == self.frame.end) & (input_ids.shape[1] > self.prompt_length)
 
 

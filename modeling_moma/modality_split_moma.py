@@ -41,9 +41,10 @@ class ModalitySplit:
 
     def to(self, device: torch.device, non_blocking: bool = False) -> "ModalitySplit":
         """The same split on another device."""
-        tensors = (self.order, self.inverse, self.group_BT)
-        moved = (None if each is None else each.to(device, non_blocking=non_blocking) for each in tensors)
-        return ModalitySplit(self.counts, *moved)
+        order, inverse = (
+            None if each is None else each.to(device, non_blocking=non_blocking) for each in (self.order, self.inverse)
+        )
+        return ModalitySplit(self.counts, order, inverse, self.group_BT.to(device, non_blocking=non_blocking))
 
     def split(self, hidden_BTD: torch.Tensor) -> dict[str, torch.Tensor]:
         """Gather `[B, T, D]` into the groups' tokens, `[N, D]` each."""
@@ -58,7 +59,7 @@ class ModalitySplit:
     def merge(self, groups: dict[str, torch.Tensor], like_BTD: torch.Tensor) -> torch.Tensor:
         """Put the groups' outputs `[N, ...]` back in place, `[B, T, ...]`; padding gets zeros."""
         parts = [groups[name] for name in self.counts]
-        if self.order is None:
+        if self.order is None or self.inverse is None:
             return parts[0].unflatten(0, like_BTD.shape[:2])
         num_padding = self.order.shape[0] - sum(self.counts.values())
         if num_padding:
@@ -157,7 +158,7 @@ def split_modalities(
     return ModalitySplit.from_groups(group_BT, dict(zip(groups, counts)))
 
 
-def _check_bounds(config, low, high, are_ids):
+def _check_bounds(config: MomaConfig, low: int, high: int, are_ids: bool):
     if are_ids and (low < 0 or high >= config.vocab_size):
         bad = low if low < 0 else high
         raise IndexError(

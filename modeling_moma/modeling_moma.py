@@ -15,9 +15,12 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 import torch
+from huggingface_hub import CommitInfo
 from torch import nn
+from torch.nn.attention.flex_attention import BlockMask
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache, StaticCache
 from transformers.masking_utils import create_causal_mask
@@ -71,12 +74,12 @@ class MomaCausalLMOutput(ModelOutput):
         Number of target tokens of each modality.
     """
 
-    loss: torch.FloatTensor | None = None
-    logits: torch.FloatTensor | None = None
+    loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
     cache: Cache | None = None
-    hidden_states: tuple[torch.FloatTensor, ...] | None = None
-    attentions: tuple[torch.FloatTensor, ...] | None = None
-    router_logits: tuple[torch.FloatTensor, ...] | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+    router_logits: tuple[torch.Tensor, ...] | None = None
     modality_losses: dict[str, torch.Tensor] | None = None
     modality_tokens: dict[str, torch.Tensor] | None = None
 
@@ -85,7 +88,7 @@ class MomaCausalLMOutput(ModelOutput):
 class MomaPreTrainedModel(PreTrainedModel):
     config: MomaConfig
     base_model_prefix = "model"
-    input_modalities = ("image", "text")
+    input_modalities = ("image", "text")  # pyright: ignore[reportAssignmentType]
     output_modalities = ("image", "text")
     supports_gradient_checkpointing = True
     _no_split_modules = ["MomaDecoderLayer", "MomaDepthDecoderLayer"]
@@ -106,7 +109,7 @@ class MomaPreTrainedModel(PreTrainedModel):
     _can_set_experts_implementation_cached_value = True
 
     @classmethod
-    def from_pretrained(cls, *args, **kwargs):
+    def from_pretrained(cls, *args, **kwargs) -> Self:
         """See `PreTrainedModel.from_pretrained`; auxiliary routers are frozen, as in a new model."""
         loaded = super().from_pretrained(*args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
@@ -129,7 +132,7 @@ class MomaPreTrainedModel(PreTrainedModel):
             check_grouped_widths(self.config)
         return super().get_correct_experts_implementation(requested_experts)
 
-    def _upload_modified_files(self, working_dir, *args, **kwargs):
+    def _upload_modified_files(self, working_dir: str | Path, *args, **kwargs) -> CommitInfo:
         # the last step of `push_to_hub`, which has written the card before it
         card = Path(working_dir) / "README.md"
         if card.is_file():
@@ -137,7 +140,7 @@ class MomaPreTrainedModel(PreTrainedModel):
         return super()._upload_modified_files(working_dir, *args, **kwargs)
 
     @torch.no_grad()
-    def _init_weights(self, module):
+    def _init_weights(self, module: nn.Module):
         super()._init_weights(module)
         std = self.config.initializer_range
         if isinstance(module, MomaExperts):
@@ -182,16 +185,16 @@ class MomaModel(MomaPreTrainedModel):
     @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         cache: Cache | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
-        mm_token_type_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        mm_token_type_ids: torch.Tensor | None = None,
         use_cache: bool | None = None,
         routing: str | None = None,
         depth_routing: str | None = None,
-        **kwargs: Unpack[TransformersKwargs],
+        **kwargs: Unpack[TransformersKwargs],  # pyright: ignore[reportGeneralTypeIssues]
     ) -> MoeModelOutputWithPast:
         r"""
         mm_token_type_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
@@ -225,21 +228,19 @@ class MomaModel(MomaPreTrainedModel):
             routing=routing,
             depth_routing=depth_routing,
         )
-        if inputs_embeds is None:
-            inputs_embeds = self.embed_tokens(input_ids)
+        hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if position_ids is None:
-            position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + seen_positions(cache)
+            position_ids = torch.arange(hidden_states.shape[1], device=hidden_states.device) + seen_positions(cache)
             position_ids = position_ids.unsqueeze(0)
         causal_mask = create_causal_mask(
             config=self.config,
-            inputs_embeds=inputs_embeds,
+            inputs_embeds=hidden_states,
             attention_mask=attention_mask,
             cache=cache,
             position_ids=position_ids,
             # the columns of a static cache that no token fills yet have to be hidden, in steps of one token too
-            allow_is_causal_skip=not isinstance(cache, StaticCache) or inputs_embeds.shape[1] > 1,
+            allow_is_causal_skip=not isinstance(cache, StaticCache) or hidden_states.shape[1] > 1,
         )
-        hidden_states = inputs_embeds
         position_embeddings = self.rotary_emb(hidden_states, position_ids=position_ids)
         # fewer where the model drafts for itself (`assistant_early_exit`)
         for decoder_layer in self.layers[: self.config.num_hidden_layers]:
@@ -251,7 +252,7 @@ class MomaModel(MomaPreTrainedModel):
                 position_embeddings=position_embeddings,
                 cache=cache,
                 use_cache=use_cache,
-                **kwargs,
+                **kwargs,  # pyright: ignore[reportCallIssue]
             )
         hidden_states = self.norm(hidden_states)
         if context.track:
@@ -263,7 +264,7 @@ class MomaModel(MomaPreTrainedModel):
 class MomaForCausalLM(MomaPreTrainedModel, MomaGenerationMixin):
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
-    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
+    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}  # pyright: ignore[reportAssignmentType]
     _fsdp_plan = {"lm_head": "keep_full_weight"}
 
     def __init__(self, config: MomaConfig):
@@ -275,7 +276,14 @@ class MomaForCausalLM(MomaPreTrainedModel, MomaGenerationMixin):
         self.post_init()
 
     @staticmethod
-    def create_masks_for_generate(config, inputs_embeds, attention_mask=None, cache=None, position_ids=None, **kwargs):
+    def create_masks_for_generate(
+        config: MomaConfig,
+        inputs_embeds: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        cache: Cache | None = None,
+        position_ids: torch.Tensor | None = None,
+        **kwargs,
+    ) -> torch.Tensor | BlockMask | None:
         """The mask of a step; a prompt's is made by the model itself: its routers have to see the padding."""
         # CODEPATH: models with mixture of depths, as recipes/emoji-mod-4t4i.yaml, whose caches are not compiled
         if inputs_embeds.shape[1] > 1 or config.depth_layers:
@@ -289,18 +297,18 @@ class MomaForCausalLM(MomaPreTrainedModel, MomaGenerationMixin):
     @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         cache: Cache | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
-        mm_token_type_ids: torch.LongTensor | None = None,
-        labels: torch.LongTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        mm_token_type_ids: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
         routing: str | None = None,
         depth_routing: str | None = None,
         logits_to_keep: int | torch.Tensor = 0,
-        **kwargs: Unpack[TransformersKwargs],
+        **kwargs: Unpack[TransformersKwargs],  # pyright: ignore[reportGeneralTypeIssues]
     ) -> MomaCausalLMOutput:
         r"""
         mm_token_type_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
@@ -336,7 +344,7 @@ class MomaForCausalLM(MomaPreTrainedModel, MomaGenerationMixin):
             use_cache=use_cache,
             routing=routing,
             depth_routing=depth_routing,
-            **kwargs,
+            **kwargs,  # pyright: ignore[reportCallIssue]
         )
         logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
         loss = modality_losses = modality_tokens = None

@@ -24,7 +24,7 @@ class PresetSize:
 
     def fields(self) -> dict:
         """The fields of [`MomaConfig`] that this size sets."""
-        fields = {
+        fields: dict[str, int | list[int]] = {
             "num_hidden_layers": self.num_layers,
             "hidden_size": self.hidden_size,
             # SwiGLU keeps the matrices' total of a two-matrix FFN; the paper's counts need it unrounded

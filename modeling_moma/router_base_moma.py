@@ -13,12 +13,15 @@ from .auxiliary_moma import Fp32Buffers, MomaAuxiliaryRouter
 from .configuration_moma import MomaConfig
 
 
-class MomaRouterBase(Fp32Buffers, nn.Module):
+class MomaRouterBase(Fp32Buffers):
     """Sigmoid scores, and the state that lets a router choose without looking at other tokens.
 
     A score is the sigmoid of a projection, so it depends on its token alone. Everything is fp32: bf16 sigmoids tie,
     and a tie changes who is chosen.
     """
+
+    # `None` in a model that has none
+    auxiliary: MomaAuxiliaryRouter
 
     def __init__(
         self, config: MomaConfig, num_scores: int, num_cuts: int, momentum: float, updates_shape: tuple[int, ...] = ()
@@ -31,7 +34,9 @@ class MomaRouterBase(Fp32Buffers, nn.Module):
         self.threshold = nn.Buffer(torch.full((num_cuts,), 0.5, dtype=torch.float32))
         self.balance_bias = nn.Buffer(torch.zeros(num_cuts, dtype=torch.float32))
         self.num_updates = nn.Buffer(torch.zeros(updates_shape, dtype=torch.float32))
-        self.auxiliary = MomaAuxiliaryRouter(config, num_scores, num_cuts) if config.auxiliary_routers else None
+        self.auxiliary = (  # pyright: ignore[reportAttributeAccessIssue]
+            MomaAuxiliaryRouter(config, num_scores, num_cuts) if config.auxiliary_routers else None
+        )
 
     @property
     def is_frozen(self) -> bool:
@@ -43,8 +48,9 @@ class MomaRouterBase(Fp32Buffers, nn.Module):
 
     def logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """`[..., D]` to `[..., scores]`, in fp32 also under autocast."""
-        for module in (self, *self.children()):
-            module.widen_buffers()
+        self.widen_buffers()
+        if self.auxiliary is not None:
+            self.auxiliary.widen_buffers()
         with maybe_autocast(hidden_states.device.type, enabled=False):
             return nn.functional.linear(hidden_states.float(), self.weight.float())
 

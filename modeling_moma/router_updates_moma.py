@@ -8,9 +8,14 @@ Shape suffixes:
 import torch
 import torch.distributed as dist
 
+from .router_base_moma import MomaRouterBase
 from .routing_context_moma import RoutingContext, is_distributed
 from .routing_moma import MomaRouter
 from .routing_rules_moma import RULES
+
+
+# of K-th best scores, of shortfalls, and of votes
+Shares = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 @torch.no_grad()
@@ -44,14 +49,18 @@ def update_routers(context: RoutingContext, bias_update_rate: float):
             router.balance_bias.copy_(torch.where(has_vote_C, router.balance_bias + step_C, router.balance_bias))
 
 
-def _sum_over_processes(sums):
+def _sum_over_processes(sums: dict[MomaRouterBase, Shares]) -> dict[MomaRouterBase, Shares]:
     """In one collective, whatever devices the routers are on; each gets its own back where it is."""
     device = next(iter(sums)).threshold.device
     rows = [row_C.to(device) for parts in sums.values() for row_C in parts]
     flat = torch.cat(rows)
     dist.all_reduce(flat)
-    pieces = (piece for piece in flat.split([row.shape[0] for row in rows]))
-    return {router: tuple(next(pieces).to(router.threshold.device) for _ in parts) for router, parts in sums.items()}
+    pieces = iter(flat.split([row.shape[0] for row in rows]))
+    summed = {}
+    for router in sums:
+        kth_C, shortfall_C, votes_C = (next(pieces).to(router.threshold.device) for _ in range(3))
+        summed[router] = (kth_C, shortfall_C, votes_C)
+    return summed
 
 
 __all__ = ["update_routers"]

@@ -6,13 +6,16 @@ Shape suffixes:
     depth router).
 """
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import nn
 
 from .modality_split_moma import FixedSplit, ModalitySplit
+
+
+if TYPE_CHECKING:
+    from .router_base_moma import MomaRouterBase
 
 
 _TENSORS = ("modality_BT", "padding_BT", "document_BT", "custom_mask_BHQS")
@@ -70,13 +73,17 @@ class RoutingContext:
         document_BT: torch.Tensor | None = None,
         custom_mask_BHQS: torch.Tensor | None = None,
     ):
-        self.routing, self.depth_routing = routing, depth_routing
+        self.routing = routing
+        # given wherever there are depth layers
+        self.depth_routing: str = depth_routing  # pyright: ignore[reportAttributeAccessIssue]
         self.split = split
         self.track = track
         self.modality_BT, self.padding_BT, self.document_BT = modality_BT, padding_BT, document_BT
         self.custom_mask_BHQS = custom_mask_BHQS
-        self.statistics, self.state, self.noise = {}, {}, {}
-        self._by_device = {}
+        self.statistics: dict[MomaRouterBase, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
+        self.state: dict[MomaRouterBase, RouterState] = {}
+        self.noise: dict[MomaRouterBase, torch.Tensor] = {}
+        self._by_device: dict[torch.device, RoutingContext] = {}
 
     @property
     def has_fixed_shapes(self) -> bool:
@@ -112,17 +119,17 @@ class RoutingContext:
         """A context of its own for the same tokens, in which experts and depth layers choose by another rule."""
         return self._copy(routing=routing, depth_routing=routing, track=track)
 
-    def _copy(self, **changes):
+    def _copy(self, **changes: Any) -> "RoutingContext":
         names = ("routing", "split", "track", "depth_routing", *_TENSORS)
         return RoutingContext(**{**{name: getattr(self, name) for name in names}, **changes})
 
-    def _view(self, **changes):
+    def _view(self, **changes: Any) -> "RoutingContext":
         view = self._copy(**changes)
         view.statistics, view.state, view.noise = self.statistics, self.state, self.noise
         return view
 
-    def router_state(self, router: nn.Module) -> RouterState:
-        """Buffers of a `MomaRouterBase` to select with.
+    def router_state(self, router: "MomaRouterBase") -> RouterState:
+        """Buffers of a router to select with.
 
         In training they are kept from the forward: recomputation under activation checkpointing comes after
         `update_routers` and has to select the same tokens again.
@@ -134,13 +141,13 @@ class RoutingContext:
             self.state[router] = RouterState(*(buffer.clone() for buffer in buffers))
         return self.state[router]
 
-    def router_noise(self, router: nn.Module, logits: torch.Tensor) -> torch.Tensor:
+    def router_noise(self, router: "MomaRouterBase", logits: torch.Tensor) -> torch.Tensor:
         """Noise for a router's logits, drawn once: recomputation may come with another state of the generator."""
         if router not in self.noise:
             self.noise[router] = logistic_noise_like(logits)
         return self.noise[router]
 
-    def record(self, router: nn.Module, kth_C: torch.Tensor, shortfall_C: torch.Tensor, votes_C: torch.Tensor):
+    def record(self, router: "MomaRouterBase", kth_C: torch.Tensor, shortfall_C: torch.Tensor, votes_C: torch.Tensor):
         """Keep what `update_routers` needs of one router's step, for each of its `C` cuts.
 
         Args:

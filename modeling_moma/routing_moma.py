@@ -63,24 +63,25 @@ class MomaRouter(MomaRouterBase):
         """Tokens `K = ceil(c * N / E)` that one expert takes from `num_tokens`."""
         return min(num_tokens, ceil_share(self.taken_share, num_tokens))
 
-    def _noise_scale(self, context):
+    def _noise_scale(self, context: RoutingContext) -> float | torch.Tensor:
         if self.gumbel_noise_steps is None:
             return self.gumbel_noise
         steps_left = self.gumbel_noise_steps - context.router_state(self).num_updates
         return self.gumbel_noise * (steps_left / self.gumbel_noise_steps).clamp(min=0)
 
-    def _statistics(self, logits_NE, selection, is_noisy):
+    def _statistics(
+        self, logits_NE: torch.Tensor, selection: Selection, is_noisy: bool
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         num_tokens = logits_NE.shape[0]
         if num_tokens == 0:
             zeros_E = logits_NE.new_zeros(self.num_experts)
             return zeros_E, zeros_E, zeros_E
-        is_by_rank = selection.shape_EK is not None
-        if is_by_rank and not is_noisy:
+        if selection.shape_EK is not None and not is_noisy:
             kth_E = selection.weight_EK[:, -1].detach()
         else:
             # inference cuts scores without noise
             kth_E = torch.sigmoid(logits_NE).t().topk(self.capacity(num_tokens), dim=-1).values[:, -1]
-        if is_by_rank:
+        if selection.shape_EK is not None:
             load_E = torch.full_like(kth_E, selection.shape_EK[1])
         else:
             load_E = nn.functional.one_hot(selection.expert_P, self.num_experts).sum(0).float()

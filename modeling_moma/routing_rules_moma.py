@@ -6,6 +6,11 @@ follow it another one ([`depth_moma`], `@depth_form`). Configuration, costs and 
 """
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+
+if TYPE_CHECKING:
+    from .configuration_moma import MomaConfig
 
 
 @dataclass(frozen=True)
@@ -34,7 +39,7 @@ class RoutingRule:
     reads_threshold: bool = False
     needs_auxiliary: bool = False
 
-    def experts_per_token(self, config, group: str) -> float:
+    def experts_per_token(self, config: "MomaConfig", group: str) -> float:
         """Experts of a group that one of its tokens meets on average."""
         return config.num_experts_per_tok if self.counts_experts else config.group_capacity_factor(group)
 
