@@ -17,6 +17,7 @@ test: $(INSTALLED)
 check: $(INSTALLED)
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
+	$(RUN) -m basedpyright --pythonpath $(RUN)
 	$(RUN) -m mlinter modeling_moma
 	$(RUN) -m mlinter tokenization
 

@@ -53,15 +53,18 @@ def routing_of_batch(
     # the caller gives one of the two
     inputs: torch.Tensor = input_ids if input_ids is not None else inputs_embeds  # pyright: ignore[reportAssignmentType]
     past_length = seen_positions(cache)
-    if _is_fixed_step(config, inputs, routing, past_length, is_training):
+    # only static layers count in tensors, and only once they hold something
+    # only static layers count in tensors, and only once they hold something
+    may_fix = _may_fix_shapes(config, inputs, routing, is_training)
+    if may_fix and cache is not None and isinstance(past_length, torch.Tensor):
         split, modality_BT, padding_BT = _split_step(
             config,
             input_ids,
             inputs,
             attention_mask,
             mm_token_type_ids,
-            past_length,  # pyright: ignore[reportArgumentType]
-            cache.get_max_length(),  # pyright: ignore[reportOptionalMemberAccess]
+            past_length,
+            cache.get_max_length(),
         )
     else:
         split, modality_BT, padding_BT = _split_batch(
@@ -131,15 +134,10 @@ def _resolve_rules(
     return routing, depth_routing
 
 
-def _is_fixed_step(
-    config: MomaConfig, inputs: torch.Tensor, routing: str, past_length: int | torch.Tensor, is_training: bool
-) -> bool:
-    """Whether this is a step of one token with a static cache, whose shapes must not depend on the token."""
-    length = inputs.shape[1]
-    # only static layers count in tensors, and only once they hold something
-    is_step = length == 1 and isinstance(past_length, torch.Tensor)
+def _may_fix_shapes(config: MomaConfig, inputs: torch.Tensor, routing: str, is_training: bool) -> bool:
+    """Whether this is a step of one token, whose shapes must not depend on the token if the cache is static."""
     # the caches of depth layers take as many tokens as there are
-    return is_step and not config.depth_layers and rule_of(routing).is_causal and not is_training
+    return inputs.shape[1] == 1 and not config.depth_layers and rule_of(routing).is_causal and not is_training
 
 
 def _split_step(

@@ -82,9 +82,9 @@ class MomaDepthRouter(MomaRouterBase):
 
     @torch.no_grad()
     def _choose(self, hidden_BTD: torch.Tensor, scores_BT: torch.Tensor, context: RoutingContext) -> torch.Tensor:
-        pool_BT: torch.Tensor = torch.zeros_like(scores_BT, dtype=torch.long)
+        pool_BT = torch.zeros_like(scores_BT, dtype=torch.long)
         if len(self.capacities) > 1:
-            pool_BT = context.modality_BT  # pyright: ignore[reportAssignmentType]
+            pool_BT = context.modality_BT
         is_token_BT = torch.ones_like(scores_BT, dtype=torch.bool)
         if context.padding_BT is not None:
             is_token_BT = ~context.padding_BT

@@ -6,7 +6,7 @@ Shape suffixes: B rows, T positions.
 
 import copy
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -39,12 +39,28 @@ STOCK_NEW_TOKENS = 20
 GRAMMAR = (FrameLogitsProcessor, TextOnlyLogitsProcessor)
 
 
-class MomaGenerationMixin(GenerationMixin):
+if TYPE_CHECKING:
+    from transformers._typing import GenerativePreTrainedModel
+
+    # what the stock mixin takes itself to be mixed into
+    class _StockGeneration(GenerativePreTrainedModel, GenerationMixin):
+        hf_quantizer: Any = None
+        encoder: Any = None
+        hf_device_map: dict[str, Any] = {}
+        generation_config: Any = None
+        _is_stateful: bool = False
+        _previous_max_cache_length: int = 0
+
+        def _supports_logits_to_keep(self) -> bool:
+            return True
+else:
+    _StockGeneration = GenerationMixin
+
+
+class MomaGenerationMixin(_StockGeneration):
     """Adds `generation_mode` to the stock `generate`, and reads the codes out of what it generated."""
 
-    # of the model
     config: MomaConfig
-    device: torch.device
 
     def generate(
         self,
@@ -92,22 +108,16 @@ class MomaGenerationMixin(GenerationMixin):
         processors = LogitsProcessorList(logits_processor or [])
         # an assistant model is called with the processors of the model that it drafts for
         if any(isinstance(processor, GRAMMAR) for processor in processors):
-            return super().generate(  # pyright: ignore[reportAttributeAccessIssue]
-                inputs, generation_config, processors, **kwargs
-            )
+            return super().generate(inputs, generation_config, processors, **kwargs)
         prompt = self._prompt_ids(inputs, kwargs)
         _check_prompt(prompt, kwargs)
         if self.config.modality_token_ranges:
             generation_config = self._follow_grammar(mode, prompt, generation_config, processors, kwargs)
-        return super().generate(  # pyright: ignore[reportAttributeAccessIssue]
-            inputs, generation_config, processors, **kwargs
-        )
+        return super().generate(inputs, generation_config, processors, **kwargs)
 
     def _prepare_generated_length(self, generation_config: GenerationConfig, **kwargs) -> GenerationConfig:
         """The stock lengths, but none that leads beyond the positions that the model has seen."""
-        generation_config = super()._prepare_generated_length(  # pyright: ignore[reportAttributeAccessIssue]
-            generation_config, **kwargs
-        )
+        generation_config = super()._prepare_generated_length(generation_config, **kwargs)
         # scaled rotary embeddings are made to go beyond
         if self.config.rope_parameters["rope_type"] == "default":
             # rows of embeddings are not among the ids that are counted
@@ -119,16 +129,14 @@ class MomaGenerationMixin(GenerationMixin):
 
     def _beam_search(
         self,
-        input_ids: torch.Tensor,
+        input_ids: torch.LongTensor,
         logits_processor: LogitsProcessorList,
         stopping_criteria: StoppingCriteriaList,
         generation_config: GenerationConfig,
         **kwargs,
     ) -> GenerateBeamOutput | torch.Tensor:
         """The stock search, whose rows are padded after their end: a padding token of id 0 counts as none there."""
-        output = super()._beam_search(  # pyright: ignore[reportAttributeAccessIssue]
-            input_ids, logits_processor, stopping_criteria, generation_config, **kwargs
-        )
+        output = super()._beam_search(input_ids, logits_processor, stopping_criteria, generation_config, **kwargs)
         if generation_config._pad_token_tensor is None or generation_config._eos_token_tensor is None:
             return output
         stops = generation_config._eos_token_tensor
@@ -144,22 +152,20 @@ class MomaGenerationMixin(GenerationMixin):
 
     def _get_candidate_generator(self, generation_config: GenerationConfig, *args, **kwargs) -> CandidateGenerator:
         """The stock generator of drafts, which may draft beyond the longest row by itself."""
-        generator = super()._get_candidate_generator(  # pyright: ignore[reportAttributeAccessIssue]
-            generation_config, *args, **kwargs
-        )
+        generator = super()._get_candidate_generator(generation_config, *args, **kwargs)
         draft, longest = generator.get_candidates, generation_config.max_length
 
-        def draft_within(input_ids: torch.Tensor, *args, **kwargs) -> tuple[torch.Tensor, torch.Tensor | None]:
+        def draft_within(input_ids: torch.LongTensor, *args, **kwargs) -> tuple[torch.Tensor, torch.Tensor | None]:
             candidate_ids, logits = draft(input_ids, *args, **kwargs)
             # the model adds a token of its own to the drafts
             num_drafts = max(0, min(candidate_ids.shape[1], longest - 1) - input_ids.shape[1])
             candidate_ids = candidate_ids[:, : input_ids.shape[1] + num_drafts]
             return candidate_ids, None if logits is None else logits[:, :num_drafts]
 
-        generator.get_candidates = draft_within
+        generator.get_candidates = draft_within  # pyright: ignore[reportAttributeAccessIssue]
         return generator
 
-    def decode_image_tokens(self, image_tokens: torch.Tensor) -> torch.Tensor | list[torch.Tensor]:
+    def decode_image_tokens(self, image_tokens: torch.Tensor) -> torch.Tensor:
         """Take the pictures' codes out of token ids, as the VQ model and the processor want them.
 
         Args:
@@ -172,7 +178,8 @@ class MomaGenerationMixin(GenerationMixin):
         Raises:
             ValueError: the model writes no pictures, a picture is incomplete, or a code stands outside a picture.
         """
-        return self._frame(IMAGE).read_codes(image_tokens, "image_tokens")
+        # all pictures have one length
+        return self._frame(IMAGE).read_codes(image_tokens, "image_tokens")  # pyright: ignore[reportReturnType]
 
     def decode_modality_tokens(self, ids: torch.Tensor, modality: str) -> torch.Tensor | list[torch.Tensor]:
         """Take the codes of a modality's frames out of token ids, as its codec wants them.

@@ -54,7 +54,8 @@ def causal_lm_loss(
             A padding position is no target and predicts none, on either side. Masks of other forms are passed over.
     """
     if shift_labels is None:
-        shift_labels = nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+        wide_labels = nn.functional.pad(labels, (0, 1), value=ignore_index)  # pyright: ignore[reportArgumentType]
+        shift_labels = wide_labels[..., 1:]
     shift_labels = shift_labels.to(logits.device)
     if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2:
         is_token_BT = attention_mask[:, -shift_labels.shape[-1] :].to(logits.device) != 0

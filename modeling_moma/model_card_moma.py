@@ -3,7 +3,7 @@
 
 from pathlib import Path
 
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, ModelCardData
 
 
 TAGS = ("moma", "mixture-of-experts", "early-fusion")
@@ -16,10 +16,11 @@ def complete_model_card(path: str | Path):
         path (`str` or `Path`): a card's file, which is written anew.
     """
     card = ModelCard.load(path)
-    card.data.library_name = card.data.library_name or "transformers"
-    card.data.pipeline_tag = card.data.pipeline_tag or "any-to-any"
-    tags = card.data.tags or []
-    card.data.tags = [*tags, *(tag for tag in TAGS if tag not in tags)]
+    data: ModelCardData = card.data  # pyright: ignore[reportAssignmentType]
+    data.library_name = data.library_name or "transformers"
+    data.pipeline_tag = data.pipeline_tag or "any-to-any"
+    tags = data.tags or []
+    data.tags = [*tags, *(tag for tag in TAGS if tag not in tags)]
     card.save(path)
 
 

@@ -15,7 +15,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 import torch
 from huggingface_hub import CommitInfo
@@ -107,6 +107,10 @@ class MomaPreTrainedModel(PreTrainedModel):
     }
     # the library looks for the decorator of the experts in this file only
     _can_set_experts_implementation_cached_value = True
+
+    if TYPE_CHECKING:
+        # the library's wrapper says nothing of what it gives
+        def to(self, *args, **kwargs) -> Self: ...
 
     @classmethod
     def from_pretrained(cls, *args, **kwargs) -> Self:

@@ -74,11 +74,12 @@ class RoutingContext:
         custom_mask_BHQS: torch.Tensor | None = None,
     ):
         self.routing = routing
-        # given wherever there are depth layers
+        # both are given wherever there are depth layers
         self.depth_routing: str = depth_routing  # pyright: ignore[reportAttributeAccessIssue]
+        self.modality_BT: torch.Tensor = modality_BT  # pyright: ignore[reportAttributeAccessIssue]
         self.split = split
         self.track = track
-        self.modality_BT, self.padding_BT, self.document_BT = modality_BT, padding_BT, document_BT
+        self.padding_BT, self.document_BT = padding_BT, document_BT
         self.custom_mask_BHQS = custom_mask_BHQS
         self.statistics: dict[MomaRouterBase, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
         self.state: dict[MomaRouterBase, RouterState] = {}

@@ -89,12 +89,12 @@ class Selection:
     @property
     def token_EK(self) -> torch.Tensor:
         """The tokens of each expert where all take `K`, `[E, K]`."""
-        return self.token_P.view(self.shape_EK)
+        return self.token_P.view(self.shape_EK)  # pyright: ignore[reportArgumentType, reportCallIssue]
 
     @property
     def weight_EK(self) -> torch.Tensor:
         """The gates of each expert where all take `K` tokens, `[E, K]`."""
-        return self.weight_P.view(self.shape_EK)
+        return self.weight_P.view(self.shape_EK)  # pyright: ignore[reportArgumentType, reportCallIssue]
 
 
 __all__ = ["Selection"]

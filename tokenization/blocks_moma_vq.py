@@ -173,7 +173,7 @@ class MomaVQEncoder(nn.Module):
         hidden_states = self.conv_in(F.pixel_unshuffle(pixel_values, self.patch_size))
         for level in self.down:
             hidden_states = level(hidden_states)
-        if self.trunk is not None:
+        if self.trunk is not None and self.trunk_proj is not None:
             hidden_states = hidden_states + self.trunk_proj(self.trunk(pixel_values))
         hidden_states = self.mid(hidden_states)
         return self.conv_out(F.silu(self.norm_out(hidden_states)))

@@ -42,6 +42,7 @@ class ModalityCodec(Protocol):
         Returns:
             `list[list[int]]`: for each item its codes in `[0, num_codes)`, one at least.
         """
+        ...
 
     def decode(self, codes: list[int]) -> Any:
         """
@@ -70,6 +71,7 @@ class ModalityCodec(Protocol):
             folder (`str`):
                 The folder.
         """
+        ...
 
 
 def register_codec(name: str):
@@ -99,7 +101,7 @@ def register_codec(name: str):
     return register
 
 
-def check_codec(modality: str, codec):
+def check_codec(modality: str, codec: Any):
     """Raise `ValueError` for a name that no codec can have, and `TypeError` for what is no codec."""
     check_modality(modality)
     if modality in _TAKEN:
@@ -132,7 +134,7 @@ def save_codecs(codecs: dict[str, ModalityCodec], folder: "str | os.PathLike"):
         codecs[modality].save_pretrained(target)
 
 
-def load_codecs(types: dict[str, str], repository: "str | os.PathLike", subfolder: str = "", **hub_kwargs) -> dict:
+def load_codecs(types: dict[str, str], repository: str | os.PathLike, subfolder: str = "", **hub_kwargs: Any) -> dict:
     """
     Reads the codecs of a saved processor.
 
@@ -162,7 +164,7 @@ def load_codecs(types: dict[str, str], repository: "str | os.PathLike", subfolde
     if types and not os.path.isdir(repository):
         hub_kwargs = {key: value for key, value in hub_kwargs.items() if key in _DOWNLOAD_KWARGS}
         patterns = [os.path.join(subfolder, SUBFOLDER.format(modality), "*") for modality in types]
-        repository = snapshot_download(repository, allow_patterns=patterns, **hub_kwargs)
+        repository = snapshot_download(str(repository), allow_patterns=patterns, **hub_kwargs)
     return {
         modality: CODECS[name].from_pretrained(os.path.join(repository, subfolder, SUBFOLDER.format(modality)))
         for modality, name in types.items()

@@ -1,11 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """The codes of each modality: items to codes, codes to token ids, and both back again."""
 
+from typing import Any
+
 import torch
 from PIL import Image
+from transformers import PreTrainedTokenizerFast
 from transformers.processing_utils import ProcessorMixin
 
-from .image_input_moma import flat_sources
+from .codecs_moma import ModalityCodec
+from .image_input_moma import MomaImageInputMixin, flat_sources
+from .modeling_moma_vq import MomaVQModel
 from .text_tokenizer_moma import IMAGE
 from .token_frames_moma import TokenFrame, split_frames
 
@@ -16,6 +21,18 @@ ENCODE_CHUNK = 64
 
 class CodingMixin(ProcessorMixin):
     """The part of [`MomaProcessor`] between items, codes and token ids."""
+
+    tokenizer: PreTrainedTokenizerFast
+    image_processor: MomaImageInputMixin
+    vq_model: MomaVQModel
+    codecs: dict[str, ModalityCodec]
+    frames: dict[str, TokenFrame]
+    codebook_size: int
+    image_seq_length: int
+    image_token_offset: int
+    begin_image_token_id: int
+    end_image_token_id: int
+    _vocab_size: int
 
     def token_layout(self) -> dict:
         """
@@ -44,7 +61,7 @@ class CodingMixin(ProcessorMixin):
             }
         return layout
 
-    def encode_pictures(self, images, **kwargs) -> list[list[int]]:
+    def encode_pictures(self, images: Any, **kwargs) -> list[list[int]]:
         """
         Turns pictures into codes, for instance in `datasets.Dataset.map(..., batched=True)`.
 
@@ -79,9 +96,9 @@ class CodingMixin(ProcessorMixin):
         return codes + self._encode(waiting) if waiting else codes
 
     @torch.no_grad()
-    def _encode(self, pixel_values):
-        pixel_values = torch.cat(pixel_values).to(self.vq_model.device, torch.float32)
-        return self.vq_model.get_image_tokens(pixel_values).tolist()
+    def _encode(self, pixel_values: list[torch.Tensor]) -> list[list[int]]:
+        batch = torch.cat(pixel_values).to(self.vq_model.device, torch.float32)
+        return self.vq_model.get_image_tokens(batch).tolist()
 
     def encode_items(self, modality: str, items: list) -> list[list[int]]:
         """
@@ -109,7 +126,7 @@ class CodingMixin(ProcessorMixin):
             self.frames[modality].check_codes(item_codes)
         return codes
 
-    def decode_items(self, modality: str, codes: "torch.LongTensor | list") -> list:
+    def decode_items(self, modality: str, codes: torch.Tensor | list) -> list:
         """
         Turns codes of a modality into items.
 
@@ -133,7 +150,7 @@ class CodingMixin(ProcessorMixin):
             frame.check_codes(item_codes)
         return [self.codecs[modality].decode(item_codes) for item_codes in codes]
 
-    def picture_ids(self, codes: "torch.LongTensor | list[int]") -> list[int]:
+    def picture_ids(self, codes: torch.Tensor | list[int]) -> list[int]:
         """
         The token ids of one picture: [`~MomaProcessor.frame_ids`] of `"image"`.
 
@@ -146,7 +163,7 @@ class CodingMixin(ProcessorMixin):
         """
         return self.frame_ids(IMAGE, codes)
 
-    def frame_ids(self, modality: str, codes: "torch.LongTensor | list[int]") -> list[int]:
+    def frame_ids(self, modality: str, codes: torch.Tensor | list[int]) -> list[int]:
         """
         The token ids of one item, as they stand in `input_ids`.
 
@@ -171,7 +188,7 @@ class CodingMixin(ProcessorMixin):
             )
         return self.frames[modality]
 
-    def decode_pictures(self, codes: "torch.LongTensor | list[list[int]]") -> list[Image.Image]:
+    def decode_pictures(self, codes: torch.Tensor | list[list[int]]) -> list[Image.Image]:
         """
         Turns codes into pictures.
 
@@ -185,27 +202,27 @@ class CodingMixin(ProcessorMixin):
         Raises:
             ValueError: if the shape or a code is out of range.
         """
-        codes = torch.as_tensor(codes, dtype=torch.long)
-        if codes.ndim != 2 or codes.shape[1] != self.image_seq_length:
+        code_table = torch.as_tensor(codes, dtype=torch.long)
+        if code_table.ndim != 2 or code_table.shape[1] != self.image_seq_length:
             raise ValueError(
-                f"codes: expected the shape (num_pictures, {self.image_seq_length}), got {tuple(codes.shape)}. For "
-                "whole sequences of token ids use `decode_parts`, or the model's `decode_image_tokens` first."
+                f"codes: expected the shape (num_pictures, {self.image_seq_length}), got {tuple(code_table.shape)}. "
+                "For whole sequences of token ids use `decode_parts`, or the model's `decode_image_tokens` first."
             )
-        if codes.numel() == 0:
+        if code_table.numel() == 0:
             return []
-        if codes.min() < 0 or codes.max() >= self.codebook_size:
+        if code_table.min() < 0 or code_table.max() >= self.codebook_size:
             raise ValueError(
-                f"codes: values from {int(codes.min())} to {int(codes.max())} lie outside [0, {self.codebook_size}); "
-                f"subtract image_token_offset={self.image_token_offset} from token ids."
+                f"codes: values from {int(code_table.min())} to {int(code_table.max())} lie outside "
+                f"[0, {self.codebook_size}); subtract image_token_offset={self.image_token_offset} from token ids."
             )
         pictures = []
-        for chunk in codes.split(ENCODE_CHUNK):
+        for chunk in code_table.split(ENCODE_CHUNK):
             with torch.no_grad():
                 pixel_values = self.vq_model.decode_image_tokens(chunk.to(self.vq_model.device))
             pictures.extend(self.image_processor.postprocess(pixel_values)["pixel_values"])
         return pictures
 
-    def decode_parts(self, ids: "torch.LongTensor | list[int]", skip_special_tokens: bool = True, **kwargs) -> list:
+    def decode_parts(self, ids: torch.Tensor | list[int], skip_special_tokens: bool = True, **kwargs) -> list:
         """
         Turns one sequence of token ids back into texts, pictures and items of other modalities.
 
@@ -239,11 +256,17 @@ class CodingMixin(ProcessorMixin):
         return parts
 
     def _decode_text(self, ids: list[int], skip_special_tokens: bool, kwargs: dict) -> str:
-        return self.tokenizer.decode(ids, skip_special_tokens=skip_special_tokens, **kwargs)
+        text = self.tokenizer.decode(ids, skip_special_tokens=skip_special_tokens, **kwargs)
+        # of one sequence
+        return text  # pyright: ignore[reportReturnType]
 
     def post_process_multimodal_output(
-        self, generated_outputs, skip_special_tokens=True, generation_mode=None, **kwargs
-    ):
+        self,
+        generated_outputs: Any,
+        skip_special_tokens: bool = True,
+        generation_mode: str | None = None,
+        **kwargs,
+    ) -> list:
         """
         Turns what a model generated into what a person can read or see. It serves the `any-to-any` pipeline.
 
@@ -280,7 +303,7 @@ class CodingMixin(ProcessorMixin):
         raise ValueError(f"generation_mode: expected one of {modes}, got {generation_mode!r}.")
 
 
-def as_list(values) -> list[int]:
+def as_list(values: Any) -> list[int]:
     """A list of numbers, of a tensor, an array or any other sequence."""
     return values.tolist() if hasattr(values, "tolist") else list(values)
 

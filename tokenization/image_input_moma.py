@@ -10,15 +10,22 @@ import os
 from collections.abc import Iterator
 from io import BytesIO
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
 from urllib.request import urlopen
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 from transformers.image_processing_utils import BatchFeature
-from transformers.image_utils import PILImageResampling, is_pil_image, is_torch_tensor, is_valid_image
+from transformers.image_utils import PILImageResampling, SizeDict, is_pil_image, is_valid_image
 from transformers.utils import logging
 
+
+if TYPE_CHECKING:
+    # or the other one
+    from transformers.image_processing_backends import TorchvisionBackend as _Backend
+else:
+    _Backend = object
 
 logger = logging.get_logger(__name__)
 
@@ -71,7 +78,7 @@ def open_picture(source: str) -> Image.Image:
     return image
 
 
-def _from_base64(source):
+def _from_base64(source: str) -> bytes:
     encoded = source.partition(",")[2] if source.startswith("data:image/") else source
     # tools break lines, and write either alphabet with or without padding
     encoded = "".join(encoded.split()).replace("-", "+").replace("_", "/").rstrip("=")
@@ -85,12 +92,12 @@ def _from_base64(source):
 
 
 @functools.cache
-def _known_formats():
+def _known_formats() -> tuple[str, ...]:
     Image.init()
     return tuple(_FORMATS.intersection(Image.OPEN))
 
 
-def flat_sources(images) -> Iterator:
+def flat_sources(images: Any) -> Iterator:
     """
     Yields the pictures of a nested list one by one, without opening any.
 
@@ -181,12 +188,12 @@ def clean_array_picture(image: "np.ndarray | torch.Tensor", do_rescale: bool | N
     """
     if 0 in image.shape:
         raise ValueError(f"images: got an empty picture of shape {tuple(image.shape)}.")
-    if is_torch_tensor(image):
+    if isinstance(image, torch.Tensor):
         if image.dtype == torch.uint8:
             return image
-        values = image.detach().cpu()
+        tensor = image.detach().cpu()
         # NumPy has no bfloat16
-        values = values.numpy() if not values.is_floating_point() else values.float().numpy()
+        values = tensor.numpy() if not tensor.is_floating_point() else tensor.float().numpy()
     else:
         values = image
     if np.issubdtype(values.dtype, np.complexfloating):
@@ -214,27 +221,23 @@ def clean_array_picture(image: "np.ndarray | torch.Tensor", do_rescale: bool | N
     return np.round(values).astype(np.uint8)
 
 
-class MomaImageInputMixin:
+class MomaImageInputMixin(_Backend):
     """
     Reading and writing of pictures for [`MomaImageProcessor`] and [`MomaImageProcessorPil`]. It stands before a
     Transformers backend class in the list of bases.
     """
 
-    do_convert_rgb = True
-    do_resize = True
-    size = {"shortest_edge": 64}
-    default_to_square = False
-    resample = PILImageResampling.LANCZOS
-    do_center_crop = True
-    crop_size = {"height": 64, "width": 64}
-    do_rescale = True
-    rescale_factor = 1 / 255
-    do_normalize = True
-    image_mean = [0.5, 0.5, 0.5]
-    image_std = [0.5, 0.5, 0.5]
+    size: Any
+    do_center_crop: bool
+    crop_size: Any
+    do_normalize: bool
+    image_mean: list[float]
+    image_std: list[float]
+    do_rescale: bool
+    rescale_factor: float
 
     @classmethod
-    def for_resolution(cls, resolution: int, **kwargs):
+    def for_resolution(cls, resolution: int, **kwargs) -> Self:
         """
         An image processor for a VQ model of this resolution.
 
@@ -247,7 +250,7 @@ class MomaImageInputMixin:
         crop = {"height": resolution, "width": resolution}
         return cls(size={"shortest_edge": resolution}, crop_size=crop, **kwargs)
 
-    def fetch_images(self, image_url_or_urls):
+    def fetch_images(self, image_url_or_urls: Any) -> Any:
         """
         Replaces every path, address or base64 string in a (nested) list by the PIL picture that it names.
 
@@ -271,7 +274,7 @@ class MomaImageInputMixin:
             f"{type(image_url_or_urls).__name__}."
         )
 
-    def process_image(self, image, do_rescale: bool | None = None, **kwargs):
+    def process_image(self, image: Any, do_rescale: bool | None = None, **kwargs) -> Any:
         """
         Turns one picture into the backend's channels-first array, after bringing it to 8 bits. Transparency is
         composited on white.
@@ -282,25 +285,36 @@ class MomaImageInputMixin:
             image = clean_array_picture(image, do_rescale)
         return super().process_image(image, do_rescale=do_rescale, **kwargs)
 
-    def resize(self, image, size, **kwargs):
+    def resize(self, image: Any, size: SizeDict, **kwargs) -> Any:
         """
         Resizes as the backend does; floating point values in 256 steps of their range, [0, 1] where they fit into it.
 
         Filters overshoot floats, and PIL guesses their range.
         """
         is_array = isinstance(image, np.ndarray)
-        values = torch.from_numpy(image) if is_array else image
+        values: torch.Tensor = torch.from_numpy(image) if is_array else image
         if not values.is_floating_point():
             return super().resize(image, size, **kwargs)
         # of each picture, whatever others are resized with it
         low = values.amin((-3, -2, -1), keepdim=True).clamp(max=0)
         width = values.amax((-3, -2, -1), keepdim=True).clamp(min=1) - low
         steps = ((values - low) / width * 255).round().to(torch.uint8)
-        resized = super().resize(steps.numpy() if is_array else steps, size, **kwargs)
+        given: Any = steps.numpy() if is_array else steps
+        resized = super().resize(given, size, **kwargs)
         values = torch.as_tensor(resized).to(values.dtype) / 255 * width + low
         return values.numpy() if is_array else values
 
-    def _preprocess(self, images, do_resize, size, resample, do_center_crop, crop_size, *args, **kwargs):
+    def _preprocess(
+        self,
+        images: list,
+        do_resize: bool,
+        size: SizeDict,
+        resample: PILImageResampling | None,
+        do_center_crop: bool,
+        crop_size: Any,
+        *args,
+        **kwargs,
+    ) -> BatchFeature:
         if do_resize and do_center_crop and size.shortest_edge and not size.longest_edge:
             ratio = max(_LARGEST_RATIO, 2 * math.ceil(max(crop_size.height, crop_size.width) / size.shortest_edge))
             images = [_without_far_ends(image, ratio) for image in images]
@@ -343,7 +357,7 @@ class MomaImageInputMixin:
         return BatchFeature(data={"pixel_values": pixels}, tensor_type=return_tensors)
 
 
-def _without_far_ends(image, ratio: int):
+def _without_far_ends(image: Any, ratio: int) -> Any:
     """The middle of a channels-first picture: a line of pixels, resized whole, takes gigabytes for a file of bytes."""
     height, width = image.shape[-2:]
     longest = ratio * min(height, width)

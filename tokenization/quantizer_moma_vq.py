@@ -62,8 +62,9 @@ class MomaVQQuantizer(nn.Module):
         """Move the averages towards `(n, embed_dim)` vectors and their `(n,)` codes, and revive dead codes."""
         counts = torch.bincount(image_tokens, minlength=self.ema_count.shape[0]).to(self.ema_count.dtype)
         sums = torch.zeros_like(self.ema_sum).index_add_(0, image_tokens, vectors.to(self.ema_sum.dtype))
-        self.ema_count.lerp_(counts, 1 - self.decay)
-        self.ema_sum.lerp_(sums, 1 - self.decay)
+        step = 1 - self.decay  # pyright: ignore[reportOperatorIssue]
+        self.ema_count.lerp_(counts, step)
+        self.ema_sum.lerp_(sums, step)
         dead = self.ema_count < self.revive_threshold
         picked = torch.randint(vectors.shape[0], dead.shape, device=vectors.device)
         self.ema_count.masked_fill_(dead, 1.0)

@@ -3,6 +3,7 @@
 
 import re
 from collections.abc import Iterable
+from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
@@ -179,14 +180,15 @@ def add_modality_tokens(tokenizer: PreTrainedTokenizerFast, modality: str, num_c
             f"num_codes: the tokenizer already has {modality} codes, but not exactly {num_codes} of them; begin with "
             f"a tokenizer without {modality} tokens."
         )
-    missing = {
+    missing: dict[str, Any] = {
         name: token
         for name, token in (("pad_token", PAD_TOKEN), ("bos_token", BOS_TOKEN), ("eos_token", EOS_TOKEN))
         if getattr(tokenizer, name) is None
     }
     if missing:
         tokenizer.add_special_tokens(missing)
-    tokenizer.add_tokens([AddedToken(name, special=True, normalized=False) for name in names], special_tokens=True)
+    tokens: Any = [AddedToken(name, special=True, normalized=False) for name in names]
+    tokenizer.add_tokens(tokens, special_tokens=True)
     return tokenizer
 
 

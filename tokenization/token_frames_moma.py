@@ -4,6 +4,8 @@
 import re
 from dataclasses import dataclass
 
+from transformers import PreTrainedTokenizerFast
+
 from .text_tokenizer_moma import IMAGE, modality_tokens, unmarked
 
 
@@ -28,7 +30,9 @@ class TokenFrame:
     length: int | None
 
     @classmethod
-    def from_tokenizer(cls, tokenizer, modality: str, num_codes: int, length: int | None, source: str) -> "TokenFrame":
+    def from_tokenizer(
+        cls, tokenizer: PreTrainedTokenizerFast, modality: str, num_codes: int, length: int | None, source: str
+    ) -> "TokenFrame":
         """Read the ids out of a tokenizer.
 
         Args:
@@ -127,13 +131,13 @@ class TokenFrame:
             )
         return [token - self.offset for token in ids[position + 1 : stop]], stop + 1
 
-    def _stop(self, ids, position):
+    def _stop(self, ids: list[int], position: int) -> int:
         stop = position + 1
         while stop < len(ids) and self.is_code(ids[stop]):
             stop += 1
         return stop
 
-    def _is_whole(self, ids, position, stop):
+    def _is_whole(self, ids: list[int], position: int, stop: int) -> bool:
         count = stop - position - 1
         return (count >= 1 if self.length is None else count == self.length) and ids[stop : stop + 1] == [self.end]
 
@@ -152,7 +156,7 @@ def split_frames(ids: list[int], frames: dict[str, TokenFrame]) -> list[tuple[st
         ValueError: a frame is incomplete, or a code stands outside one.
     """
     by_begin = {frame.begin: frame for frame in frames.values()}
-    runs = [(None, [])]
+    runs: list[tuple[str | None, list[int]]] = [(None, [])]
     position = 0
     while position < len(ids):
         token = ids[position]
@@ -189,7 +193,7 @@ def replace_placeholders(texts: list[str], replacements: dict[str, list[str]]) -
     for text in texts:
         pieces, offsets, last, length = [], [], 0, 0
         for found in re.finditer(pattern, text):
-            replacement = next(waiting[found.lastgroup])
+            replacement = next(waiting[str(found.lastgroup)])
             start = length + found.start() - last
             length = start + len(replacement)
             pieces += [text[last : found.start()], replacement]

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The first blocks of EfficientNet-Lite0: frozen ImageNet features for the encoder of a picture tokenizer."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -79,13 +81,13 @@ class MomaVQTrunk(nn.Module):
         return F.layer_norm(hidden_states.permute(0, 2, 3, 1), (TRUNK_WIDTH,)).permute(0, 3, 1, 2)
 
     @torch.no_grad()
-    def load_imagenet_weights(self, network: nn.Module):
+    def load_imagenet_weights(self, network: Any):
         """Copy the convolutions of an EfficientNet-Lite0 whose batch norms are folded in.
 
         Args:
             network (`nn.Module`): the `network` of a `MomaVQPerceptualNetwork`.
         """
-        pairs = [(self.stem, network._conv_stem)]
+        pairs: list[tuple[Any, Any]] = [(self.stem, network._conv_stem)]
         for block, source in zip(self.blocks, network._blocks):
             if block.expands:
                 pairs.append((block.expand, source._expand_conv))

@@ -8,11 +8,10 @@ import argparse
 import json
 
 import torch
-from datasets import load_from_disk
 
 from tokenization import MomaProcessor
 
-from ..training.examples import check_layout
+from ..training.examples import check_layout, load_codes
 from ..training.files import write_aside
 from ..training.measures import EXPERT_CHOICE, LOSSES, held_out_loss, load_model, shuffled_held_out
 from ..training.tables import markdown_table
@@ -36,9 +35,9 @@ def evaluate(args: argparse.Namespace) -> dict:
     processor = MomaProcessor.from_pretrained(args.processor or args.model)
     model = load_model(args.model, "cuda" if torch.cuda.is_available() else "cpu")
     check_layout(model.config, processor.token_layout())
-    splits = load_from_disk(args.codes)
+    splits = load_codes(args.codes)
     if args.split not in splits:
-        raise ValueError(f"--split {args.split!r}: `--codes` {args.codes!r} has {', '.join(splits)}.")
+        raise ValueError(f"--split {args.split!r}: `--codes` {args.codes!r} has {', '.join(map(str, splits))}.")
     examples = shuffled_held_out(splits[args.split], processor, args.seed, args.limit)
     rules = {"causal": None, EXPERT_CHOICE: "expert_choice"}
     return {

@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoProcessor, set_seed
 import modeling_moma  # noqa: F401, makes the Auto classes know the model
 
 from ..generation_moma import GENERATION_MODES
+from ..modeling_moma import MomaForCausalLM
 from ..tools.checkpoint_checks import refuse_non_finite
 from ..training.files import write_aside
 
@@ -134,7 +135,10 @@ def generate(args: argparse.Namespace):
     device = "cuda" if torch.cuda.is_available() else "cpu"
     processor = AutoProcessor.from_pretrained(args.model)
     dtype = torch.float32 if device == "cpu" else "auto"
-    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype).to(device).eval()
+    model: MomaForCausalLM = AutoModelForCausalLM.from_pretrained(  # pyright: ignore[reportAssignmentType]
+        args.model, dtype=dtype
+    )
+    model = model.to(device).eval()
     refuse_non_finite(model, args.model)
     refuse_non_finite(processor.vq_model, f"{args.model}, picture tokenizer")
     processor.to(device)

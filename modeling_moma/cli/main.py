@@ -28,7 +28,7 @@ VERBS = {
 def summary(module: str) -> str:
     """The first line of a verb's docstring, read without importing what the verb needs."""
     source = (Path(__file__).parent / f"{module}.py").read_text(encoding="utf-8")
-    return ast.get_docstring(ast.parse(source)).splitlines()[0]
+    return (ast.get_docstring(ast.parse(source)) or "").splitlines()[0]
 
 
 def usage() -> str:

@@ -5,7 +5,6 @@ import argparse
 from pathlib import Path
 
 import torch
-from datasets import load_from_disk
 from transformers import Trainer, TrainingArguments, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -22,7 +21,7 @@ from .. import (
 from ..tools.observation import named_routers
 from ..training.changed_routers import save_with_processor
 from ..training.checkpoints import last_checkpoint
-from ..training.examples import CaptionExamples, check_layout, held_out_examples
+from ..training.examples import CaptionExamples, check_layout, held_out_examples, load_codes
 from ..training.files import refuse_files
 from ..training.measures import held_out_batches, load_model
 from ..training.precision import supports_bf16
@@ -129,7 +128,7 @@ def main(arguments=None):
     args = parse_arguments(arguments)
     check_output(args)
     processor = MomaProcessor.from_pretrained(args.processor)
-    codes = load_from_disk(args.codes)
+    codes = load_codes(args.codes)
     batches = held_out_batches(codes["validation"], processor, args.batch_size, args.seed)
     calibration_batches, report_batches = split_batches(args, batches)
     set_seed(args.seed)

@@ -4,16 +4,24 @@
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import ChameleonConfig, ChameleonForConditionalGeneration
 from transformers.utils import logging
 
+from tokenization import MomaVQModel
 from tokenization.processing_moma import VQ_SUBFOLDER
 
 from .. import MomaConfig, MomaForCausalLM
-from .chameleon_processor import PictureVocabulary, ProcessorError, convert_processor, convert_vq_model
+from .chameleon_processor import (
+    PictureVocabulary,
+    ProcessorError,
+    convert_processor,
+    convert_vq_model,
+    vq_config_of,
+)
 from .fields import SAME_NAMED_FIELDS
 from .generation import convert_generation_config
 from .probe import (
@@ -55,9 +63,9 @@ def config_from_chameleon(config: Mapping) -> MomaConfig:
     """
     source = _source_config(config)
     vocabulary = PictureVocabulary.from_map(source.vocabulary_map)
-    vq = source.vq_config
+    names, vq = source.vocabulary_map or {}, vq_config_of(source)
     special_ids = {
-        field: source.vocabulary_map.get(name, getattr(source, field))
+        field: names.get(name, getattr(source, field))
         for field, name in (("bos_token_id", "<s>"), ("eos_token_id", "</s>"), ("pad_token_id", "<pad>"))
     }
     try:
@@ -108,7 +116,8 @@ def chameleon_entries(reader: CheckpointReader, config: MomaConfig) -> list[Entr
         for name in ("gate_proj", "up_proj", "down_proj"):
             inner = config.intermediate_size
             shape = (width, inner) if name == "down_proj" else (inner, width)
-            for modality, kind in (("text", "taken"), ("image", "copied")):
+            kinds: dict[str, Literal["taken", "copied"]] = {"text": "taken", "image": "copied"}
+            for modality, kind in kinds.items():
                 target = f"{prefix}mlp.groups.{modality}.mlp.{name}.weight"
                 entries.append(Entry(target, shape, (f"{prefix}mlp.{name}.weight",), kind=kind))
     entries.append(Entry("model.norm.weight", (width,), ("model.norm.weight",)))
@@ -194,12 +203,14 @@ def convert_chameleon(
     )
 
 
-def _convert_pictures(reader, vqgan, allow_pickle) -> tuple[Callable[[Path], object] | None, str]:
+def _convert_pictures(
+    reader: CheckpointReader, vqgan: str | Path | None, allow_pickle: bool
+) -> tuple[Callable[[Path], object] | None, str]:
     """What writes the picture tokenizer into a folder, and what the receipt says of it."""
     source = _source_config(reader.config)
     vocabulary = PictureVocabulary.from_map(source.vocabulary_map)
     try:
-        vocabulary.codebook_order(source.vq_config.num_embeddings)
+        vocabulary.codebook_order(vq_config_of(source).num_embeddings)
     except CheckpointError as error:
         logger.warning(f"The language model is converted without a picture tokenizer. {error}")
         return None, "picture tokenizer, left out: the picture ids do not fit the processor"
@@ -226,7 +237,7 @@ def _convert_pictures(reader, vqgan, allow_pickle) -> tuple[Callable[[Path], obj
     return processor.save_pretrained, f"{note}, in the processor"
 
 
-def _save_vq_model(vq_model, folder: Path):
+def _save_vq_model(vq_model: MomaVQModel, folder: Path):
     vq_model.save_pretrained(folder / VQ_SUBFOLDER)
 
 

@@ -11,7 +11,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from tokenizers import AddedToken, Tokenizer
 from torch import nn
-from transformers import ChameleonConfig, ChameleonImageProcessor, PreTrainedTokenizerFast
+from transformers import ChameleonConfig, ChameleonImageProcessor, ChameleonVQVAEConfig, PreTrainedTokenizerFast
 
 from tokenization import MomaImageProcessor, MomaProcessor, MomaVQConfig, MomaVQModel
 from tokenization.text_tokenizer_moma import BEGIN_IMAGE_TOKEN, END_IMAGE_TOKEN, IMAGE_TOKEN, picture_code_tokens
@@ -97,7 +97,7 @@ class PictureVocabulary:
         spans = [[token_id for _, token_id in run] for _, run in runs]
         return [[span[0], span[-1] + 1] for span in spans]
 
-    def codebook_order(self, num_embeddings: int) -> torch.LongTensor:
+    def codebook_order(self, num_embeddings: int) -> torch.Tensor:
         """The source's code of each id, from the first picture id on, `[num_embeddings]`.
 
         Raises:
@@ -141,7 +141,7 @@ def convert_vq_model(
         CheckpointError: `vqgan` is another tokenizer than the checkpoint's, or tensors are missing, extra or
             mis-shaped, each by name; or `vq_config` cannot be expressed.
     """
-    fields = config.vq_config.to_dict()
+    fields = vq_config_of(config).to_dict()
     known = MomaVQConfig().to_dict().keys() - {"model_type", "transformers_version", "dtype"}
     try:
         vq_config = MomaVQConfig(**{name: fields[name] for name in known & fields.keys()})
@@ -158,7 +158,12 @@ def convert_vq_model(
     return model
 
 
-def _check_same_codes(tensors, vqgan):
+def vq_config_of(config: ChameleonConfig) -> ChameleonVQVAEConfig:
+    """The configuration of the source's picture tokenizer, which reading has made a configuration of."""
+    return config.vq_config  # pyright: ignore[reportReturnType]
+
+
+def _check_same_codes(tensors: Mapping[str, torch.Tensor], vqgan: Mapping[str, torch.Tensor]):
     for name, tensor in tensors.items():
         if not name.startswith(_ENCODING_PREFIXES):
             continue

@@ -319,7 +319,7 @@ def _compare(
         (MODEL_FOR_CAUSAL_LM_MAPPING[type(source_config)], source_config, source),
         (MomaForCausalLM, config, converted),
     ):
-        model = streamed_model(model_class, model_config, weights)
+        model = streamed_model(model_class, model_config, weights)  # pyright: ignore[reportArgumentType]
         with torch.no_grad():
             logits.append(model(**batch, use_cache=False).logits[is_token])
     new_ids = sorted(set(range(config.vocab_size)) - set(old_ids))

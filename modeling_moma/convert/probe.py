@@ -80,7 +80,7 @@ def streamed_model(
         model = model_class._from_config(config, dtype=torch.float32)
     attach_align_device_hook(
         model.eval(),
-        execution_device="cpu",
+        execution_device=torch.device("cpu"),
         offload=True,
         weights_map=_TiedWeights(weights, model.all_tied_weights_keys),
         offload_buffers=True,

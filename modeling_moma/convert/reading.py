@@ -5,7 +5,7 @@ import functools
 import json
 import math
 import pickle
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import BinaryIO
 
@@ -115,7 +115,7 @@ class CheckpointReader(Mapping):
             start += first * math.prod(shape[1:]) * dtype.itemsize
             shape = (max(stop - first, 0), *shape[1:])
         tensor = torch.empty(shape, dtype=dtype)
-        buffer = memoryview(tensor.reshape(-1).view(torch.uint8).numpy()) if tensor.numel() else b""
+        buffer = tensor.reshape(-1).view(torch.uint8).numpy().data if tensor.numel() else b""
         with path.open("rb") as file:
             file.seek(start)
             if len(buffer) and file.readinto(buffer) != len(buffer):
@@ -125,7 +125,7 @@ class CheckpointReader(Mapping):
     def _exists(self, name: str) -> bool:
         return (self.folder / name).is_file() or (self.folder / f"{name}.index.json").is_file()
 
-    def _open(self, name: str, open_shard, allowed: bool = True):
+    def _open(self, name: str, open_shard: Callable[[Path], None], allowed: bool = True):
         # Transformers prefers the single file, too
         if (self.folder / name).is_file():
             shards, weight_map = [name], None
@@ -144,7 +144,7 @@ class CheckpointReader(Mapping):
             if Path(shard).name != shard:
                 raise CheckpointError(f"{self.folder / name}: the shard {shard!r} lies outside the folder.")
             if not (self.folder / shard).is_file():
-                missing = [key for key, place in weight_map.items() if place == shard]
+                missing = [key for key, place in (weight_map or {}).items() if place == shard]
                 raise CheckpointError(
                     f"{self.folder / shard}: this shard is missing; by the index it holds {missing[0]!r} and "
                     f"{len(missing) - 1} other tensors."
@@ -161,7 +161,7 @@ class CheckpointReader(Mapping):
             if key not in weight_map:
                 raise CheckpointError(f"{path}: it holds {key!r}, which the index {index.name} does not list.")
 
-    def _add(self, key: str, path: Path, shape, dtype: torch.dtype):
+    def _add(self, key: str, path: Path, shape: Iterable[int], dtype: torch.dtype):
         if key in self.files:
             raise CheckpointError(f"{path}: it holds {key!r}, as does {self.files[key].name}.")
         self.files[key], self.shapes[key], self.dtypes[key] = path, tuple(shape), dtype

@@ -56,6 +56,10 @@ class Entry:
     source_shapes: tuple[tuple[int, ...], ...] | None = None
 
 
+# with the type in which it is written
+TypedEntry = tuple[Entry, torch.dtype]
+
+
 def transfer(
     reader: CheckpointReader,
     config: MomaConfig,
@@ -125,7 +129,7 @@ def transfer(
         config = copy.deepcopy(config)
         config.architectures = [type(model).__name__]
         config.dtype = _main_dtype(typed)
-        custom_object_save(model, aside, config=config)
+        custom_object_save(model, aside, config=config)  # pyright: ignore[reportArgumentType]
         config.save_pretrained(aside)
         # a second conversion may have been faster
         _check_free(output)
@@ -201,7 +205,7 @@ def _check_source(reader: CheckpointReader, entries: Sequence[Entry], ignored: M
     )
 
 
-def _with_dtypes(reader, entries, dtype) -> list[tuple[Entry, torch.dtype]]:
+def _with_dtypes(reader: CheckpointReader, entries: Sequence[Entry], dtype: torch.dtype | None) -> list[TypedEntry]:
     source_sizes = Counter()
     for key in reader:
         if reader.dtypes[key].is_floating_point:
@@ -214,7 +218,7 @@ def _with_dtypes(reader, entries, dtype) -> list[tuple[Entry, torch.dtype]]:
     return typed
 
 
-def _main_dtype(typed) -> torch.dtype:
+def _main_dtype(typed: list[TypedEntry]) -> torch.dtype:
     sizes = Counter()
     for entry, dtype in typed:
         sizes[dtype] += _num_bytes(entry, dtype)
@@ -225,7 +229,7 @@ def _num_bytes(entry: Entry, dtype: torch.dtype) -> int:
     return math.prod(entry.shape) * dtype.itemsize
 
 
-def _plan_shards(typed, max_bytes: int) -> list[list[tuple[Entry, torch.dtype]]]:
+def _plan_shards(typed: list[TypedEntry], max_bytes: int) -> list[list[TypedEntry]]:
     shards, room = [], 0
     for entry, dtype in typed:
         size = _num_bytes(entry, dtype)
@@ -237,7 +241,7 @@ def _plan_shards(typed, max_bytes: int) -> list[list[tuple[Entry, torch.dtype]]]
     return shards
 
 
-def _write_weights(reader: CheckpointReader, shards, folder: Path, total_bytes: int):
+def _write_weights(reader: CheckpointReader, shards: list[list[TypedEntry]], folder: Path, total_bytes: int):
     names = ["model.safetensors"]
     if len(shards) > 1:
         names = [f"model-{number:05}-of-{len(shards):05}.safetensors" for number in range(1, len(shards) + 1)]
@@ -249,10 +253,11 @@ def _write_weights(reader: CheckpointReader, shards, folder: Path, total_bytes: 
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def _write_shard(reader: CheckpointReader, shard, path: Path):
+def _write_shard(reader: CheckpointReader, shard: list[TypedEntry], path: Path):
     # wide types first, so that each tensor lies at a multiple of its item size
     shard = sorted(shard, key=lambda pair: -pair[1].itemsize)
-    header, offset = {"__metadata__": {"format": "pt"}}, 0
+    header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
+    offset = 0
     for entry, dtype in shard:
         stop = offset + _num_bytes(entry, dtype)
         header[entry.name] = {
@@ -270,6 +275,6 @@ def _write_shard(reader: CheckpointReader, shard, path: Path):
             if tensor.shape != tuple(entry.shape):
                 raise CheckpointError(f"{entry.name!r}: it came out as {tuple(tensor.shape)}, not {entry.shape}.")
             if tensor.numel():
-                file.write(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+                file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
             # before the next one is read
             del tensor

@@ -4,6 +4,7 @@
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -83,7 +84,7 @@ def vqgan_config(tensors: Mapping[str, torch.Tensor], resolution: int = 512) -> 
         CheckpointError: a tensor that tells a size is missing, by name; or the sizes fit no model, as a resolution
             that the levels cannot halve.
     """
-    fields = {field: _size(tensors, name, axis) for field, name, axis in _SIZES}
+    fields: dict[str, Any] = {field: _size(tensors, name, axis) for field, name, axis in _SIZES}
     levels = _count(tensors, r"encoder\.down\.(\d+)\.")
     widths = [_size(tensors, f"encoder.down.{level}.block.0.conv1.weight", 0) for level in range(levels)]
     with_attention = [level for level in range(levels) if f"encoder.down.{level}.attn.0.q.weight" in tensors]
@@ -100,13 +101,13 @@ def vqgan_config(tensors: Mapping[str, torch.Tensor], resolution: int = 512) -> 
         raise CheckpointError(f"The sizes of the tensors fit no MomaVQConfig: {error}") from error
 
 
-def _size(tensors, name, axis):
+def _size(tensors: Mapping[str, torch.Tensor], name: str, axis: int) -> int:
     if name not in tensors or tensors[name].ndim <= axis:
         raise CheckpointError(f"{name}: missing, so this is not the layout of taming-transformers.")
     return tensors[name].shape[axis]
 
 
-def _count(tensors, pattern):
+def _count(tensors: Mapping[str, torch.Tensor], pattern: str) -> int:
     return 1 + max((int(match[1]) for name in tensors if (match := re.match(pattern, name))), default=-1)
 
 

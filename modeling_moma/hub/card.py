@@ -9,7 +9,7 @@ from pathlib import Path
 from urllib.parse import unquote
 
 import yaml
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from .folder import read_json
@@ -81,6 +81,8 @@ def with_datasets(text: str, datasets: Mapping[str, str]) -> str:
             raise ValueError(
                 f"`datasets` maps {local!r} to {identifier!r}, which is no id of the Hub: {error}"
             ) from error
+    if head is None:
+        return text
     names = metadata.get("datasets") or []
     metadata["datasets"] = [datasets.get(name, name) for name in ([names] if isinstance(names, str) else names)]
     for entry in metadata.get("model-index") or []:
@@ -110,12 +112,14 @@ def check_card(text: str, files: Mapping[str, Path], folder: str | Path, given: 
         `str`: a problem: the field, its value and the likely cause.
     """
     yield from check_links(text, files)
-    if not _HEAD.match(text):
+    head = _HEAD.match(text)
+    if not head:
         yield "README.md has no metadata: it must begin with a line `---`, YAML, and a second line `---`."
         return
     try:
         card = ModelCard(text)
-        metadata = yaml.safe_load(_HEAD.match(text)[2])
+        data: ModelCardData = card.data  # pyright: ignore[reportAssignmentType]
+        metadata = yaml.safe_load(head[2])
         names = _named_datasets(metadata)
     except (ValueError, TypeError, KeyError, AttributeError, yaml.YAMLError) as error:
         yield f"README.md: the metadata cannot be read: {error}"
@@ -126,10 +130,10 @@ def check_card(text: str, files: Mapping[str, Path], folder: str | Path, given: 
                 f"README.md: {field} is {metadata.get(field)!r}, not {value!r}: by it the Hub knows how the model "
                 "is loaded."
             )
-    if not isinstance(card.data.license, str):
-        yield f"README.md: license is {card.data.license!r}: name that of the weights, such as apache-2.0."
-    if not isinstance(card.data.tags, list) or not card.data.tags:
-        yield f"README.md: tags is {card.data.tags!r}: a list is needed, such as [moma]."
+    if not isinstance(data.license, str):
+        yield f"README.md: license is {data.license!r}: name that of the weights, such as apache-2.0."
+    if not isinstance(data.tags, list) or not data.tags:
+        yield f"README.md: tags is {data.tags!r}: a list is needed, such as [moma]."
     if not isinstance(metadata.get("datasets"), (list, str)):
         yield (
             f"README.md: datasets is {metadata.get('datasets')!r}: list the Hub's ids of what it was trained on, or "
@@ -137,7 +141,7 @@ def check_card(text: str, files: Mapping[str, Path], folder: str | Path, given: 
         )
     for name in names:
         yield from check_dataset(name, folder, is_given=name in given)
-    yield from check_numbers(card, files)
+    yield from check_numbers(data, files)
 
 
 def check_dataset(name: str, folder: str | Path, is_given: bool = False) -> Iterator[str]:
@@ -174,9 +178,9 @@ def check_links(text: str, files: Collection[str]) -> Iterator[str]:
             yield f"README.md: the link {target!r} leads to no file of the folder: renamed, or not copied?"
 
 
-def check_numbers(card: ModelCard, files: Mapping[str, Path]) -> Iterator[str]:
+def check_numbers(data: ModelCardData, files: Mapping[str, Path]) -> Iterator[str]:
     """Checks that every value of `model-index` stands in the folder's report, up to the card's rounding."""
-    results = card.data.eval_results or []
+    results = data.eval_results or []
     if results and EVALUATION_FILE not in files:
         yield (
             f"README.md: model-index has {len(results)} values, but {EVALUATION_FILE} is missing, which must have "

@@ -62,7 +62,8 @@ def prepare(
     """
     files, left_out = gather(model, processor)
     datasets = datasets or {}
-    problems, contents = list(check_files(files)), dict(files)
+    problems = list(check_files(files))
+    contents: dict[str, Path | bytes] = {**files}
     if CARD in files:
         text = files[CARD].read_text(encoding="utf-8")
         try:

@@ -7,10 +7,12 @@ Shape suffixes:
 
 from collections.abc import Iterable
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel, Trainer
+from transformers.utils import ModelOutput
 
 from ..auxiliary_moma import MomaAuxiliaryRouter
 from ..modeling_moma import MomaForCausalLM
@@ -110,6 +112,8 @@ class AuxiliaryRouterTrainer(Trainer):
         ValueError: the model has no auxiliary routers, see [`add_auxiliary_routers`]; or an argument cannot be served.
     """
 
+    model: PreTrainedModel
+
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         require_auxiliary_routers(self.model)
@@ -141,17 +145,17 @@ class AuxiliaryRouterTrainer(Trainer):
         inputs: dict[str, torch.Tensor],
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
-    ):
+    ) -> Any:
         """Mean of the routers' losses of one batch; see `Trainer.compute_loss`."""
         model.eval()
         losses = []
 
-        def observe(record):
+        def observe(record: RouterRecord):
             losses.append(membership_loss(record))
             if self._counts is not None:
                 self._counts.add(record)
 
-        def put_loss(module, args, output):
+        def put_loss(module: nn.Module, args: tuple, output: ModelOutput) -> ModelOutput:
             if not losses:
                 raise ValueError(
                     f"`model` is a {type(module).__name__} whose forward ran none of its routers, so there is nothing "
@@ -190,7 +194,7 @@ class AuxiliaryRouterTrainer(Trainer):
             totals = self._counts.totals("auxiliary")
         finally:
             self._counts = None
-        output.metrics.update(
+        output.metrics.update(  # pyright: ignore[reportOptionalMemberAccess]
             {f"{metric_key_prefix}_{name}": value for name, value in totals.items() if value is not None}
         )
         return output

@@ -7,15 +7,15 @@ Shape suffixes:
     C cuts of a router (one for each expert, or for each pool of a depth router).
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from ..depth_moma import MomaDepthRouter
 from ..routing_rules_moma import RULES
-from .observation import named_routers, run_observed
+from .observation import RouterRecord, named_routers, run_observed
 from .selection_counts import SelectionCounts, sum_over_ranks
 
 
@@ -62,7 +62,7 @@ def calibrate_thresholds(
     return report
 
 
-def _warn_if_unread(config):
+def _warn_if_unread(config: PreTrainedConfig):
     routings = {"inference_routing": config.inference_routing}
     if config.depth_layers:
         routings["depth_inference_routing"] = config.depth_inference_routing or config.inference_routing
@@ -125,12 +125,17 @@ def require_auxiliary_routers(model: PreTrainedModel):
         )
 
 
-def _mean_cuts(model, batches, kth, routing):
+def _mean_cuts(
+    model: PreTrainedModel,
+    batches: Iterable[dict[str, torch.Tensor]],
+    kth: Callable[[RouterRecord], torch.Tensor],
+    routing: str,
+) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """Mean over the batches of all processes, and the number of batches that voted, by router."""
     routers = named_routers(model)
     sums = {name: torch.zeros(2, *router.threshold.shape, dtype=torch.float64) for name, router in routers.items()}
 
-    def observe(record):
+    def observe(record: RouterRecord):
         votes_C = record.votes_C.cpu().double()
         sums[record.name] += torch.stack([kth(record).cpu().double() * votes_C, votes_C])
 
@@ -141,13 +146,20 @@ def _mean_cuts(model, batches, kth, routing):
             pools = model.config.depth_pools if isinstance(routers[name], MomaDepthRouter) else []
             silent = [pool for pool, votes in zip(pools, votes_C) if not votes] if len(pools) > 1 else ""
             logger.warning(f"No batch had tokens for {name} {silent or ''}: what had no vote keeps its threshold.")
-        pair = (kth_C / votes_C.clamp(min=1), votes_C)
-        cuts[name] = tuple(part.to(routers[name].threshold) for part in pair)
+        like_C = routers[name].threshold
+        cuts[name] = ((kth_C / votes_C.clamp(min=1)).to(like_C), votes_C.to(like_C))
     return cuts
 
 
-def _calibrated_report(model, batches, rule, values, cuts, routing):
-    def take(record):
+def _calibrated_report(
+    model: PreTrainedModel,
+    batches: Iterable[dict[str, torch.Tensor]],
+    rule: str,
+    values: str,
+    cuts: dict[str, tuple[torch.Tensor, torch.Tensor]],
+    routing: str,
+) -> list[dict]:
+    def take(record: RouterRecord) -> torch.Tensor:
         mean_C, votes_C = cuts[record.name]
         old_C = record.router.threshold if rule == "threshold" else record.router.auxiliary.threshold
         return getattr(record, values) >= torch.where(votes_C > 0, mean_C, old_C)[record.cut_NS]

@@ -2,14 +2,18 @@
 """What the plain Trainer lacks: losses by modality and the load of the experts in its logs, and a start for codes."""
 
 from collections import defaultdict
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from transformers import TrainerCallback
+from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel, TrainerCallback
 
-from ..depth_moma import MomaDepthRouter
+from ..depth_moma import DepthSelection, MomaDepthRouter
 from ..routing_context_moma import is_distributed
 from ..routing_moma import MomaRouter
+from ..selection_moma import Selection
 
 
 class MomaMetricsCallback(TrainerCallback):
@@ -28,10 +32,10 @@ class MomaMetricsCallback(TrainerCallback):
     """
 
     def __init__(self):
-        self._sums = {True: defaultdict(float), False: defaultdict(float)}
-        self._handles = []
+        self._sums: dict[bool, dict] = {True: defaultdict(float), False: defaultdict(float)}
+        self._handles: list[RemovableHandle] = []
 
-    def on_train_begin(self, args, state, control, model=None, **kwargs):
+    def on_train_begin(self, args, state, control, model: Any = None, **kwargs):
         """Start to listen to the model."""
         self.attach(model)
 
@@ -41,7 +45,7 @@ class MomaMetricsCallback(TrainerCallback):
             handle.remove()
         self._handles = []
 
-    def attach(self, model: torch.nn.Module):
+    def attach(self, model: PreTrainedModel):
         """Listen to a `MomaForCausalLM`; `Trainer.train` calls this, `Trainer.evaluate` alone does not."""
         if self._handles:
             return
@@ -55,7 +59,7 @@ class MomaMetricsCallback(TrainerCallback):
                 modalities = model.config.modalities
                 self._handles.append(module.register_forward_hook(self._depth_hook(modalities)))
 
-    def on_log(self, args, state, control, logs=None, **kwargs):
+    def on_log(self, args, state, control, logs: Any = None, **kwargs):
         """Put the averages into the log and start anew."""
         training = not any(key.startswith("eval_") for key in logs)
         prefix = "" if training else "eval_"
@@ -65,7 +69,7 @@ class MomaMetricsCallback(TrainerCallback):
         if state.log_history:
             state.log_history[-1].update(metrics)
 
-    def _on_forward(self, module, args, output):
+    def _on_forward(self, module: torch.nn.Module, args: tuple, output: Any):
         losses = getattr(output, "modality_losses", None)
         is_sample = module.training and not torch.is_grad_enabled()
         if losses is None or is_sample:
@@ -76,9 +80,9 @@ class MomaMetricsCallback(TrainerCallback):
             sums[f"{modality}_loss", "sum"] += loss * count
             sums[f"{modality}_loss", "count"] += count
 
-    def _router_hook(self, group):
+    def _router_hook(self, group: str) -> Callable:
         @torch.no_grad()
-        def on_route(module, args, output):
+        def on_route(module: MomaRouter, args: tuple, output: tuple[torch.Tensor, Selection]):
             context, (logits_NE, selection) = args[1], output
             is_sample = module.training and not context.track
             if is_sample:
@@ -100,9 +104,9 @@ class MomaMetricsCallback(TrainerCallback):
 
         return on_route
 
-    def _depth_hook(self, modalities):
+    def _depth_hook(self, modalities: list[str]) -> Callable:
         @torch.no_grad()
-        def on_choose(module, args, output):
+        def on_choose(module: MomaDepthRouter, args: tuple, output: tuple[torch.Tensor, DepthSelection]):
             context, (_, selection) = args[1], output
             is_sample = module.training and not context.track
             if is_sample:
@@ -117,12 +121,12 @@ class MomaMetricsCallback(TrainerCallback):
 
         return on_choose
 
-    def _averages(self, training):
+    def _averages(self, training: bool) -> dict[str, float]:
         sums, self._sums[training] = self._sums[training], defaultdict(float)
         parts = [{key: float(value) for key, value in sums.items()}]
         if is_distributed():
             # by name, since a process that saw no token of a modality lacks that modality's
-            parts = [None] * dist.get_world_size()
+            parts = [{}] * dist.get_world_size()
             dist.all_gather_object(parts, {key: float(value) for key, value in sums.items()})
         totals = defaultdict(float)
         for part in parts:

@@ -26,7 +26,7 @@ def initialize_code_embeddings(model: PreTrainedModel, codebook_KC: torch.Tensor
             f"`codebook_KC` has {codebook_KC.shape[0]} vectors, but `modality_token_ranges` gives {modality!r} "
             f"{len(ids)} ids. Is it the codebook of this processor's picture tokenizer?"
         )
-    embeddings = model.get_input_embeddings().weight
+    embeddings: torch.Tensor = model.get_input_embeddings().weight  # pyright: ignore[reportAssignmentType]
     centred_KC = codebook_KC.float() - codebook_KC.float().mean(0)
     if (codebook_KC == codebook_KC[0]).all():
         raise ValueError(

@@ -61,13 +61,13 @@ def flops_per_token(
 
 
 def training_flops(
-    config: MomaConfig, tokens_by_modality: Mapping[str, int], sequence_length: int, routing: str | None = None
+    config: MomaConfig, tokens_by_modality: Mapping[str, float], sequence_length: int, routing: str | None = None
 ) -> float:
     """FLOPs of training on so many tokens of each modality, in sequences of `sequence_length`.
 
     Args:
         config (`MomaConfig`): the model.
-        tokens_by_modality (`Mapping[str, int]`): number of tokens by modality; modalities left out have none.
+        tokens_by_modality (`Mapping[str, float]`): number of tokens by modality; modalities left out have none.
         sequence_length (`int`): positions of one sequence.
         routing (`str`, *optional*): defaults to `config.training_routing`.
 
@@ -95,7 +95,7 @@ def check_config(config):
         raise TypeError(f"`config` must be a MomaConfig, got {type(config).__name__}.")
 
 
-def _attention_flops(config, sequence_length):
+def _attention_flops(config: MomaConfig, sequence_length: float) -> float:
     query_width = config.num_attention_heads * config.head_dim
     key_width = config.num_key_value_heads * config.head_dim
     projections = 2 * config.hidden_size * (2 * query_width + 2 * key_width)
@@ -103,19 +103,21 @@ def _attention_flops(config, sequence_length):
     return projections + 2 * 2 * sequence_length * query_width
 
 
-def _depth_flops(config, modality, sequence_length, feed_forward, rule: RoutingRule):
+def _depth_flops(
+    config: MomaConfig, modality: str, sequence_length: float, feed_forward: float, rule: RoutingRule
+) -> float:
     capacities = [config.pool_depth_capacity(pool) for pool in config.depth_pools]
     num_keys = sum(capacities) / len(capacities) * sequence_length
     share = config.pool_depth_capacity(modality)
     return _router_flops(config, 1, rule) + share * (_attention_flops(config, num_keys) + feed_forward)
 
 
-def _router_flops(config, num_scores, rule: RoutingRule):
+def _router_flops(config: MomaConfig, num_scores: int, rule: RoutingRule) -> int:
     auxiliary = config.hidden_size // 2 * (config.hidden_size + num_scores) if rule.needs_auxiliary else 0
     return 2 * (config.hidden_size * num_scores + auxiliary)
 
 
-def _feed_forward_flops(config, group, rule: RoutingRule):
+def _feed_forward_flops(config: MomaConfig, group: str, rule: RoutingRule) -> float:
     num_experts = config.group_num_experts(group)
     if num_experts == 1:
         used, router = 1, 0
@@ -198,7 +200,7 @@ def eta_by_modality(
     return {name: eta(dense[name], sparse[name]) for name in dense}
 
 
-def _envelope(name, curve):
+def _envelope(name: str, curve: Sequence[tuple[float, float]]) -> tuple[list[float], list[float]]:
     try:
         points = [(float(flops), float(loss)) for flops, loss in curve]
     except (TypeError, ValueError) as error:

@@ -74,7 +74,7 @@ class Layout:
                 )
 
 
-def _tensor_sizes(config):
+def _tensor_sizes(config: MomaConfig) -> dict[str, int]:
     sizes = {name: getattr(config, name) for name in ("num_attention_heads", "num_key_value_heads", "vocab_size")}
     for group in config.expert_groups:
         sizes[f"the inner width of {group!r} experts"] = config.group_intermediate_size(group)

@@ -5,6 +5,7 @@ Counted is training with bf16 products and AdamW: weights, gradients and both mo
 parameter. Gathered weights, FSDP's gradients on the wire and activations of products are bf16.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from ..configuration_moma import MomaConfig
@@ -143,11 +144,11 @@ def activation_bytes(config: MomaConfig, tokens: int, tensor: int = 1, checkpoin
     return tokens * (inputs + ends + max(again, logits))
 
 
-def mean_over_modalities(config, of_modality):
+def mean_over_modalities(config: MomaConfig, of_modality: Callable[[str], float]) -> float:
     return sum(of_modality(modality) for modality in config.modalities) / len(config.modalities)
 
 
-def _group_of(config, modality):
+def _group_of(config: MomaConfig, modality: str) -> str:
     return next(name for name, members in config.expert_groups.items() if modality in members)
 
 
@@ -155,14 +156,14 @@ def experts_per_token(config: MomaConfig) -> float:
     """Packed experts that a token meets on average, modalities equally frequent; 0 without packed experts."""
     check_config(config)
 
-    def used(modality):
+    def used(modality: str) -> float:
         group = _group_of(config, modality)
         return config.group_capacity_factor(group) if config.group_num_experts(group) > 1 else 0
 
     return mean_over_modalities(config, used)
 
 
-def _layer_bytes(config, tensor):
+def _layer_bytes(config: MomaConfig, tensor: int) -> float:
     width = config.hidden_size
     heads = (config.num_attention_heads + config.num_key_value_heads) * config.head_dim
     # norms of the residual stream and what they norm; the inputs of projections
@@ -173,7 +174,7 @@ def _layer_bytes(config, tensor):
     per_head = {"none": 2 * BF16, "rmsnorm": 3 * BF16 + FP32, "layernorm": 4 * BF16, "layernorm_per_head": 4 * BF16}
     attention = heads * per_head[config.qk_norm]
 
-    def feed_forward(modality):
+    def feed_forward(modality: str) -> tuple[float, float]:
         group = _group_of(config, modality)
         routed = config.group_num_experts(group) > 1
         used = config.group_capacity_factor(group) if routed else 1

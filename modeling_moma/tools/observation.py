@@ -14,6 +14,7 @@ from functools import cached_property
 import torch
 from transformers import PreTrainedModel
 
+from ..depth_moma import MomaDepthRouter
 from ..routing_context_moma import RoutingContext
 from ..routing_moma import MomaRouter, MomaRouterBase
 
@@ -58,11 +59,11 @@ class RouterRecord:
         is_token_BT = torch.ones_like(selection.chosen_BT)
         if context.padding_BT is not None:
             is_token_BT = ~context.padding_BT
-        has_pools = len(router.capacities) > 1
+        has_pools = isinstance(router, MomaDepthRouter) and len(router.capacities) > 1
         pool_BT = context.modality_BT if has_pools else torch.zeros_like(is_token_BT, dtype=torch.long)
         per_token = (scores, selection.chosen_BT, pool_BT)
-        columns = [values_BT[is_token_BT].unsqueeze(-1) for values_BT in per_token]
-        return cls(name, router, hidden[is_token_BT], *columns, kth_C, votes_C)
+        scores_NS, is_member_NS, cut_NS = (values_BT[is_token_BT].unsqueeze(-1) for values_BT in per_token)
+        return cls(name, router, hidden[is_token_BT], scores_NS, is_member_NS, cut_NS, kth_C, votes_C)
 
     @cached_property
     def predicted_NS(self) -> torch.Tensor:
@@ -122,9 +123,9 @@ def observed_routers(model: torch.nn.Module, observe: Callable[[RouterRecord], o
         ValueError: the model has no routers.
     """
 
-    def hook(name):
+    def hook(name: str) -> Callable:
         # must return nothing, else the result would replace the router's
-        def on_route(router, args, output):
+        def on_route(router: MomaRouterBase, args: tuple, output: object):
             observe(RouterRecord.of(name, router, *args))
 
         return on_route

@@ -187,12 +187,14 @@ def plan_training(
     return plans, misfits
 
 
-def _speed(plan):
+def _speed(plan: Plan) -> tuple[float, float, float]:
     # of plans that compute as fast, the one whose traffic has the most room to hide
     return plan.seconds, plan.weight_seconds, plan.memory.total
 
 
-def _plans_of(config, layout, tokens_per_gpu, sequence_length, hardware) -> Iterator[Plan]:
+def _plans_of(
+    config: MomaConfig, layout: Layout, tokens_per_gpu: int, sequence_length: int, hardware: Hardware
+) -> Iterator[Plan]:
     # a tensor-parallel group works on the tokens of all its GPUs
     tokens = tokens_per_gpu * layout.tensor
     modalities = config.modalities
@@ -220,7 +222,7 @@ def _plans_of(config, layout, tokens_per_gpu, sequence_length, hardware) -> Iter
             )
 
 
-def _divisors(number):
+def _divisors(number: int) -> list[int]:
     return [size for size in range(1, number + 1) if number % size == 0]
 
 

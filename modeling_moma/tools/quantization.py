@@ -54,7 +54,7 @@ def torchao_config(linear_config, expert_config=None) -> TorchAoConfig:
             )
     configs = {f"re:{pattern}": linear_config for pattern in LINEAR_LAYERS}
     configs |= {f"re:{pattern}": expert_config for pattern in PACKED_EXPERTS}
-    return TorchAoConfig(FqnToConfig(configs))
+    return TorchAoConfig(FqnToConfig(configs))  # pyright: ignore[reportArgumentType]
 
 
 def quantized_share(model: PreTrainedModel) -> float:

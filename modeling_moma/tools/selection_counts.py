@@ -47,11 +47,11 @@ class SelectionCounts:
 
     def totals(self, rule: str) -> dict[str, float | None]:
         """A rule's `accuracy`, `precision`, `recall` and `load` over all routers together, and the `true_load`."""
-        summed = self._ratios(sum(table.sum(1, keepdim=True) for table in self.tables.values()))
+        summed = self._ratios(torch.stack([table.sum(1, keepdim=True) for table in self.tables.values()]).sum(0))
         quality = {name: value for name, value in summed["rules"][rule].items() if name != "loads"}
         return {**quality, "true_load": summed["true_load"]}
 
-    def _ratios(self, table):
+    def _ratios(self, table: torch.Tensor) -> dict:
         tokens_C, members_C, *taken = table.tolist()
         tokens, members = sum(tokens_C), sum(members_C)
         result = {
@@ -72,18 +72,18 @@ class SelectionCounts:
         return result
 
 
-def _ratio(part, whole):
+def _ratio(part: int, whole: int) -> float | None:
     return part / whole if whole else None
 
 
-def _place(name):
+def _place(name: str) -> dict[str, str | int]:
     """Layer and group of a router, read from `"model.layers.0.mlp.groups.text.router"`."""
     parts = name.split(".")
     group = parts[parts.index("groups") + 1] if "groups" in parts else "depth"
     return {"router": name, "layer": int(parts[parts.index("layers") + 1]), "group": group}
 
 
-def sum_over_ranks(tensors, device):
+def sum_over_ranks(tensors: dict[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:
     """Sums of tensors by name, all in one collective."""
     if not is_distributed():
         return tensors

@@ -71,7 +71,7 @@ def training_traffic(
     return [collective for collective in collectives if collective.ranks > 1]
 
 
-def _weight_traffic(config, layout, micro_batches):
+def _weight_traffic(config: MomaConfig, layout: Layout, micro_batches: int) -> list[Collective]:
     parts = parameter_parts(config)
     layers = config.num_hidden_layers
     dense = layers * (parts.matrices / layout.tensor + parts.whole) + parts.ends / layout.tensor
@@ -99,7 +99,9 @@ def _weight_traffic(config, layout, micro_batches):
     return result
 
 
-def _token_traffic(config, layout, tokens, micro_batches, passes):
+def _token_traffic(
+    config: MomaConfig, layout: Layout, tokens: int, micro_batches: int, passes: int
+) -> list[Collective]:
     share = mean_over_modalities(config, config.pool_depth_capacity) if config.depth_layers else 0
     num_depth = len(config.depth_layers or ())
     layers = config.num_hidden_layers - num_depth + share * num_depth

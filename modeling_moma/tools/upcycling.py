@@ -3,13 +3,16 @@
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import torch
+from torch import nn
 
 from ..configuration_moma import TEXT, MomaConfig
+from ..experts_moma import MomaExpertGroup
 from ..modeling_moma import MomaForCausalLM
 from ..routing_moma import MomaRouter
 from ..routing_rules_moma import RULES
@@ -135,7 +138,7 @@ def upcycle(
             parts = [seed_state[part] for part in source]
             copied = torch.stack([torch.cat([_perturbed(part, perturbation) for part in parts]) for _ in tensor])
         else:
-            copied = seed_state.get(source)
+            copied = None if source is None else seed_state.get(source)
         if copied is None or copied.shape != tensor.shape:
             raise ValueError(
                 f"`model` has no {name} of shape {list(tensor.shape)} to copy. Is it a MomaForCausalLM, and do "
@@ -146,7 +149,7 @@ def upcycle(
     return upcycled.train(model.training)
 
 
-def _copied_from(name, seed_state):
+def _copied_from(name: str, seed_state: Mapping[str, torch.Tensor]) -> str | list[str] | None:
     """Where a tensor comes from: a name, the names of the matrices that are packed into it, or None for a new one."""
     # a dense seed has one group that stands for each modality's
     for source in (name, re.sub(r"\.groups\.[^.]+\.", ".groups.all.", name)):
@@ -159,7 +162,7 @@ def _copied_from(name, seed_state):
     return None
 
 
-def _perturbed(matrix, perturbation):
+def _perturbed(matrix: torch.Tensor, perturbation: float) -> torch.Tensor:
     if not perturbation:
         return matrix
     wide = matrix.float()
@@ -192,7 +195,7 @@ class UpcyclingReceipt:
         return _without_nan(asdict(self))
 
 
-def _without_nan(value):
+def _without_nan(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _without_nan(part) for key, part in value.items()}
     if isinstance(value, list):
@@ -250,19 +253,19 @@ def upcycling_receipt(
     return receipt
 
 
-def _routed_groups(model):
+def _routed_groups(model: MomaForCausalLM) -> Iterator[tuple[str, str, MomaExpertGroup]]:
     for path, module in model.named_modules():
-        if isinstance(getattr(module, "router", None), MomaRouter):
+        if isinstance(module, MomaExpertGroup) and isinstance(getattr(module, "router", None), MomaRouter):
             yield path, path.rsplit(".", 1)[-1], module
 
 
-def _seed_group(seed, path, name):
-    groups = seed.get_submodule(path.rsplit(".", 1)[0])
+def _seed_group(seed: MomaForCausalLM, path: str, name: str) -> nn.Module:
+    groups = dict(seed.get_submodule(path.rsplit(".", 1)[0]).named_children())
     return groups[name] if name in groups else groups["all"]
 
 
-def _record_group(name, seed_group, records):
-    def record(group, args, output):
+def _record_group(name: str, seed_group: nn.Module, records: list) -> Callable:
+    def record(group: MomaExpertGroup, args: tuple, output: tuple[torch.Tensor, torch.Tensor]):
         x_ND, context = args
         _, selection = group.router(x_ND, context)
         taken_N = torch.bincount(selection.token_EK.flatten(), minlength=x_ND.shape[0]).clamp(max=2)

@@ -36,7 +36,7 @@ def last_checkpoint(folder: str | Path) -> str | None:
     return None
 
 
-def _is_whole(checkpoint):
+def _is_whole(checkpoint: Path) -> bool:
     try:
         json.loads((checkpoint / TRAINER_STATE_NAME).read_text())
     except (OSError, ValueError):

@@ -3,7 +3,7 @@
 
 import numpy as np
 import torch
-from datasets import Dataset
+from datasets import Dataset, DatasetDict, load_from_disk
 
 from .. import MomaConfig
 
@@ -51,7 +51,7 @@ class CaptionExamples(torch.utils.data.Dataset):
         self.columns = list(zip(codes["style"], codes["label"], codes["keywords"]))
         self.processor = processor
         self.length, self.seed = length, seed
-        self._epoch, self._order = None, None
+        self._epoch, self._order = -1, np.arange(0)
 
     def __len__(self) -> int:
         return self.length
@@ -71,6 +71,11 @@ class CaptionExamples(torch.utils.data.Dataset):
         if not picture_first and rng.random() < UNCONDITIONAL_SHARE:
             text = ""
         return {"input_ids": example_ids(self.processor, text, codes, picture_first)}
+
+
+def load_codes(folder: str) -> DatasetDict:
+    """The splits that `moma tokenize` has written."""
+    return load_from_disk(folder)  # pyright: ignore[reportReturnType]
 
 
 def held_out_examples(codes: Dataset, processor) -> list[dict[str, list[int]]]:

@@ -110,11 +110,11 @@ def path_aside(path: Path) -> Path:
     return own
 
 
-def refuse_files(folder: str, is_fine: Callable[[Path], bool] = lambda path: False):
+def refuse_files(folder: str | Path, is_fine: Callable[[Path], bool] = lambda path: False):
     """Refuse an output folder with files that would mix with those of the model to be written.
 
     Args:
-        folder (`str`): missing folders are fine, and so is what killed writers have left.
+        folder (`str` or `Path`): missing folders are fine, and so is what killed writers have left.
         is_fine (`Callable`, *optional*): whether a path in it may stay; by default none.
 
     Raises:

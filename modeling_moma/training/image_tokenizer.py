@@ -6,6 +6,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -78,7 +79,7 @@ def check_resumed(args: argparse.Namespace, config: MomaVQConfig, begun: dict):
     if args.config:
         now = read_config(args)
         asked |= {name: getattr(now, name) for name in MomaVQConfig.__annotations__}
-    pairs = {name: (getattr(config, name), value) for name, value in asked.items()}
+    pairs: dict[str, tuple[Any, Any]] = {name: (getattr(config, name), value) for name, value in asked.items()}
     pairs |= {f"--{name.replace('_', '-')}": (value, getattr(args, name)) for name, value in begun.items()}
     for name, (then, now) in pairs.items():
         # JSON knows no tuples
@@ -230,12 +231,14 @@ class TokenizerTraining:
         config = self.model.config
         self.targets, self.held_out_targets, self.perceptual = None, None, None
         wants_semantics = config.semantic_dim is not None and config.semantic_weight > 0
-        fresh_trunk = config.use_trunk and self.step == 0
-        if not wants_semantics and not fresh_trunk and config.perceptual_weight == 0:
+        fresh_trunk = self.model.encoder.trunk if self.step == 0 else None
+        if not wants_semantics and fresh_trunk is None and config.perceptual_weight == 0:
             return
-        teacher = MomaVQPerceptualNetwork().to(self.device, memory_format=torch.channels_last)
-        if fresh_trunk:
-            self.model.encoder.trunk.load_imagenet_weights(teacher.network)
+        teacher = MomaVQPerceptualNetwork().to(  # pyright: ignore[reportCallIssue]
+            self.device, memory_format=torch.channels_last
+        )
+        if fresh_trunk is not None:
+            fresh_trunk.load_imagenet_weights(teacher.network)
         if wants_semantics:
             if config.semantic_dim != teacher.feature_dim:
                 raise ValueError(f"semantic_dim={config.semantic_dim}, but the teacher gives {teacher.feature_dim}.")

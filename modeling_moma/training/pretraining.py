@@ -5,8 +5,7 @@ import json
 from pathlib import Path
 
 import torch
-from datasets import load_from_disk
-from transformers import Trainer, TrainingArguments, set_seed
+from transformers import TrainingArguments, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 
 from tokenization import MomaDataCollator, MomaProcessor
@@ -14,7 +13,7 @@ from tokenization import MomaDataCollator, MomaProcessor
 from .. import MomaConfig, MomaForCausalLM, MomaMetricsCallback, freeze_groups, initialize_code_embeddings
 from ..routing_moma import MomaRouter
 from .checkpoints import last_checkpoint
-from .examples import CaptionExamples, check_layout, evenly_spaced, held_out_examples
+from .examples import CaptionExamples, check_layout, evenly_spaced, held_out_examples, load_codes
 from .files import write_aside
 from .precision import supports_bf16
 from .recipe import read_recipe
@@ -83,9 +82,9 @@ def make_training_arguments(args: argparse.Namespace) -> TrainingArguments:
     return TrainingArguments(output_dir=args.output, use_cpu=device == "cpu", **{**fields, **args.trainer})
 
 
-def build_trainer(args: argparse.Namespace) -> Trainer:
+def build_trainer(args: argparse.Namespace) -> StageTrainer:
     processor = MomaProcessor.from_pretrained(args.processor)
-    codes = load_from_disk(args.codes)
+    codes = load_codes(args.codes)
     set_seed(args.seed)
     model = build_model(args, processor)
     config = model.config
@@ -103,7 +102,7 @@ def build_trainer(args: argparse.Namespace) -> Trainer:
         model=model,
         args=training_arguments,
         train_dataset=CaptionExamples(codes["train"], processor, num_examples, args.seed),
-        eval_dataset=evenly_spaced(held_out, args.eval_examples),
+        eval_dataset=evenly_spaced(held_out, args.eval_examples),  # pyright: ignore[reportArgumentType]
         data_collator=MomaDataCollator(processor.tokenizer),
         callbacks=callbacks,
         processing_class=processor.tokenizer,
@@ -142,7 +141,7 @@ def pretrain(args: argparse.Namespace):
     trainer.save_model()
     if trainer.is_world_process_zero():
         # last: the sign of a finished run
-        write_aside(output / TRAINER_STATE_NAME, trainer.state.save_to_json)
+        write_aside(output / TRAINER_STATE_NAME, lambda path: trainer.state.save_to_json(str(path)))
     # a process that ends before the others takes their connections with it
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()

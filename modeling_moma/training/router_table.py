@@ -37,5 +37,5 @@ def router_table(routers: Sequence[dict]) -> str:
     return markdown_table(head, rows)
 
 
-def _percent(share):
+def _percent(share: float | None) -> str:
     return "–" if share is None else f"{100 * share:.1f}"

@@ -3,8 +3,10 @@
 
 import copy
 import json
+from collections.abc import Callable
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 import numpy as np
 from datasets import Dataset
@@ -82,7 +84,7 @@ def read_run(folder: str | Path, tokens: dict[str, float]) -> dict:
         for model in (_seed_config(trained), trained)
     )
 
-    def flops_at(step):
+    def flops_at(step: int) -> float:
         return min(step, first_step) * seed_flops + max(step - first_step, 0) * flops_a_step
 
     points = {
@@ -123,12 +125,14 @@ def _seed_config(config: MomaConfig) -> MomaConfig:
     return seed
 
 
-def _training_curve(history, tokens, flops_at):
+def _training_curve(
+    history: list[dict], tokens: dict[str, float], flops_at: Callable[[int], float]
+) -> list[dict[str, float]]:
     # `<bos>` is no target
     targets = {**tokens, "text": tokens["text"] - 1}
     curve = {}
     for entry in history:
-        losses = {name: entry.get(f"{name}_loss") for name in targets}
+        losses: dict[str, Any] = {name: entry.get(f"{name}_loss") for name in targets}
         if None in losses.values():
             continue
         overall = sum(losses[name] * targets[name] for name in targets) / sum(targets.values())

@@ -44,7 +44,7 @@ class StageTrainer(Trainer):
 
     first_step, earlier_stage = 0, None
 
-    def _load_optimizer_and_scheduler(self, checkpoint):
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None):
         if checkpoint != self.earlier_stage:
             super()._load_optimizer_and_scheduler(checkpoint)
 
@@ -94,7 +94,7 @@ def first_step(args: argparse.Namespace, training_arguments: TrainingArguments) 
             f"{state.max_steps} steps, and no data are left for further ones. {anew}"
         )
     # the data are a permutation that the seed draws of all examples of all steps; examples a step give the place in it
-    checks = [("`--steps`", state.max_steps, args.steps)]
+    checks: list[tuple[str, int | None, int]] = [("`--steps`", state.max_steps, args.steps)]
     order = data_order(args.model)
     if order is None:
         logger.warning(
