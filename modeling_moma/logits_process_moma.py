@@ -118,11 +118,11 @@ class FrameEndCriteria(StoppingCriteria):
     """
 
     def __init__(self, frame: ModalityFrame, prompt_length: int):
-        self.frame = frame
+        self.end_token_id = frame.end
         self.prompt_length = prompt_length
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs) -> torch.Tensor:
-        return (input_ids[:, -1] == self.frame.end) & (input_ids.shape[1] > self.prompt_length)
+        return (input_ids[:, -1] == self.end_token_id) & (input_ids.shape[1] > self.prompt_length)
 
 
 def force_token(scores: torch.Tensor, rows_B: torch.Tensor, token_id: int) -> torch.Tensor:

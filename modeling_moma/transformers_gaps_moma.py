@@ -1,9 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What Transformers lacks for this model and can be filled from outside its classes: entries of its tables.
+"""What Transformers lacks for this model: entries of its tables, and mended steps of its generation loop.
 
-Each names the version that needs it, so that a later one may drop it. Overrides of methods stay with their classes.
+Each names the version that needs it, so that a later one may drop it.
+
+Shape suffixes: B rows, T positions.
 """
 
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers.generation import GenerationConfig, GenerationMixin, LogitsProcessorList, StoppingCriteriaList
+from transformers.generation.candidate_generator import CandidateGenerator
+from transformers.generation.utils import GenerateBeamOutput
 from transformers.models.auto import modeling_auto
 
 
@@ -21,4 +29,81 @@ modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["moma"] = "MomaForCausalLM"  # p
 # 5.24: `transformers serve` looks here by name for what a message may hold, and registered classes are not entered
 modeling_auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES["moma"] = "MomaForCausalLM"  # pyright: ignore[reportArgumentType]
 
-__all__ = ["AUTO_MAP"]
+
+if TYPE_CHECKING:
+    from transformers._typing import GenerativePreTrainedModel
+
+    # what the stock mixin takes itself to be mixed into
+    class _StockGeneration(GenerativePreTrainedModel, GenerationMixin):
+        hf_quantizer: Any = None
+        encoder: Any = None
+        hf_device_map: dict[str, Any] = {}
+        generation_config: Any = None
+        _is_stateful: bool = False
+        _previous_max_cache_length: int = 0
+
+        def _supports_logits_to_keep(self) -> bool:
+            return True
+else:
+    _StockGeneration = GenerationMixin
+
+
+class GenerationGaps(_StockGeneration):
+    """Private steps of the stock `generate`, mended."""
+
+    # 5.24: warns of a length beyond the positions, and then fails there
+    def _prepare_generated_length(self, generation_config: GenerationConfig, **kwargs) -> GenerationConfig:
+        """The stock lengths, but none that leads beyond the positions that the model has seen."""
+        generation_config = super()._prepare_generated_length(generation_config, **kwargs)
+        # scaled rotary embeddings are made to go beyond
+        if self.config.rope_parameters["rope_type"] == "default":
+            # rows of embeddings are not among the ids that are counted
+            width = kwargs["inputs_tensor"].shape[1]
+            is_apart = kwargs["model_input_name"] == "inputs_embeds" and kwargs["input_ids_length"] != width
+            limit = self.config.max_position_embeddings - (width if is_apart else 0)
+            generation_config.max_length = min(generation_config.max_length, limit)
+        return generation_config
+
+    # 5.24: pads beams with the token that it takes for none, where its id is 0
+    def _beam_search(
+        self,
+        input_ids: torch.LongTensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
+        **kwargs,
+    ) -> GenerateBeamOutput | torch.Tensor:
+        """The stock search, whose rows are padded after their end: a padding token of id 0 counts as none there."""
+        output = super()._beam_search(input_ids, logits_processor, stopping_criteria, generation_config, **kwargs)
+        if generation_config._pad_token_tensor is None or generation_config._eos_token_tensor is None:
+            return output
+        stops = generation_config._eos_token_tensor
+        for criterion in stopping_criteria:
+            end_token_id = getattr(criterion, "end_token_id", None)
+            if end_token_id is not None:
+                stops = torch.cat([stops, stops.new_tensor([end_token_id])])
+        sequences = output if isinstance(output, torch.Tensor) else output.sequences
+        # in place, whichever of the two was returned
+        new_BT = sequences[:, input_ids.shape[1] :]
+        is_stop_BT = torch.isin(new_BT, stops)
+        new_BT.masked_fill_(is_stop_BT.cumsum(1) > is_stop_BT.long(), generation_config._pad_token_tensor)
+        return output
+
+    # 5.24: generators that draft without a model draft beyond `max_length`
+    def _get_candidate_generator(self, generation_config: GenerationConfig, *args, **kwargs) -> CandidateGenerator:
+        """The stock generator of drafts, which may draft beyond the longest row by itself."""
+        generator = super()._get_candidate_generator(generation_config, *args, **kwargs)
+        draft, longest = generator.get_candidates, generation_config.max_length
+
+        def draft_within(input_ids: torch.LongTensor, *args, **kwargs) -> tuple[torch.Tensor, torch.Tensor | None]:
+            candidate_ids, logits = draft(input_ids, *args, **kwargs)
+            # the model adds a token of its own to the drafts
+            num_drafts = max(0, min(candidate_ids.shape[1], longest - 1) - input_ids.shape[1])
+            candidate_ids = candidate_ids[:, : input_ids.shape[1] + num_drafts]
+            return candidate_ids, None if logits is None else logits[:, :num_drafts]
+
+        generator.get_candidates = draft_within  # pyright: ignore[reportAttributeAccessIssue]
+        return generator
+
+
+__all__ = ["AUTO_MAP", "GenerationGaps"]

@@ -43,10 +43,10 @@ def main(arguments: list[str] | None = None) -> int:
     Runs one verb.
 
     Args:
-        arguments (`list[str]`, *optional*): the verb and its arguments; by default those of the command line.
+        arguments: the verb and its arguments; by default those of the command line.
 
     Returns:
-        `int`: the exit status; 2 where there is no such verb.
+        The exit status; 2 where there is no such verb.
     """
     verb, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
     if verb in ("-h", "--help"):

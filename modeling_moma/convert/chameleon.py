@@ -50,10 +50,10 @@ def config_from_chameleon(config: Mapping) -> MomaConfig:
     """The MoMa 1t1i configuration that computes what a Chameleon computes.
 
     Args:
-        config (`Mapping`): contents of the `config.json` of a `ChameleonForConditionalGeneration`.
+        config: contents of the `config.json` of a `ChameleonForConditionalGeneration`.
 
     Returns:
-        `MomaConfig`: `norm_placement="post"` where the source has `swin_norm` (34B), else `"pre"` (7B);
+        `norm_placement="post"` where the source has `swin_norm` (34B), else `"pre"` (7B);
         `qk_norm="layernorm_per_head"`; special ids by their names in `vocabulary_map`, as the ids of released
         configurations disagree with it.
 
@@ -100,11 +100,11 @@ def chameleon_entries(reader: CheckpointReader, config: MomaConfig) -> list[Entr
     """How each tensor of the MoMa comes about: all are taken, and the image expert is a copy of the text expert.
 
     Args:
-        reader (`CheckpointReader`): the source.
-        config (`MomaConfig`): as [`config_from_chameleon`] gives.
+        reader: the source.
+        config: as [`config_from_chameleon`] gives.
 
     Returns:
-        `list[Entry]`: layer by layer.
+        Layer by layer.
     """
     width, vocab = config.hidden_size, config.vocab_size
     entries = [Entry("model.embed_tokens.weight", (vocab, width), ("model.embed_tokens.weight",))]
@@ -166,19 +166,19 @@ def convert_chameleon(
     same, and the log and the receipt say what is missing.
 
     Args:
-        source (`str` or `Path`): folder of a `ChameleonForConditionalGeneration`: `config.json`, weights, and best
-            the files of its processor.
-        output (`str` or `Path`): the MoMa's folder; missing or empty.
-        dtype (`torch.dtype`, *optional*): of the output's language model; by default the source's. The probe compares
-            with the source rounded likewise. The picture tokenizer is in float32.
-        allow_pickle (`bool`, *optional*, defaults to `False`): read `pytorch_model.bin` and `vqgan.ckpt`.
-        max_shard_size (`int` or `str`, *optional*, defaults to `"2GB"`): size of the files.
-        probe (`bool`, *optional*, defaults to `True`): compare the logits of both models on a batch.
-        vqgan (`str` or `Path`, *optional*): the original picture tokenizer, which has the decoder that checkpoints of
-            Transformers lack; see [`read_vqgan`].
+        source: folder of a `ChameleonForConditionalGeneration`: `config.json`, weights, and best the files of its
+            processor.
+        output: the MoMa's folder; missing or empty.
+        dtype: of the output's language model; by default the source's. The probe compares with the source rounded
+            likewise. The picture tokenizer is in float32.
+        allow_pickle: read `pytorch_model.bin` and `vqgan.ckpt`.
+        max_shard_size: size of the files.
+        probe: compare the logits of both models on a batch.
+        vqgan: the original picture tokenizer, which has the decoder that checkpoints of Transformers lack; see
+            [`read_vqgan`].
 
     Returns:
-        `Receipt`: counts of keys, and the relative difference of the logits before the source masks the pictures'.
+        Counts of keys, and the relative difference of the logits before the source masks the pictures'.
 
     Raises:
         CheckpointError: the source cannot be read or converted, or `vqgan` is not its picture tokenizer.

@@ -59,8 +59,8 @@ class PictureVocabulary:
     """Which token ids are pictures, and which code of the source's codebook each one stands for.
 
     Attributes:
-        code_of_id (`dict[int, int]`): code of each picture id, by ascending id.
-        begin_id, end_id, placeholder_id (`int`, *optional*): tokens around a picture, and `<image>`.
+        code_of_id: code of each picture id, by ascending id.
+        begin_id, end_id, placeholder_id: tokens around a picture, and `<image>`.
     """
 
     code_of_id: dict[int, int]
@@ -128,14 +128,14 @@ def convert_vq_model(
     Token ids stay the source's, so that logits can be compared id by id.
 
     Args:
-        config (`ChameleonConfig`): the source's.
-        vocabulary (`PictureVocabulary`): the source's.
-        tensors (`Mapping[str, torch.Tensor]`): its tensors under `model.vqmodel.`, without that prefix.
-        vqgan (`Mapping[str, torch.Tensor]`, *optional*): the original tokenizer, which has the decoder that
-            checkpoints of Transformers lack. Without one the result has none either, and refuses to show pictures.
+        config: the source's.
+        vocabulary: the source's.
+        tensors: its tensors under `model.vqmodel.`, without that prefix.
+        vqgan: the original tokenizer, which has the decoder that checkpoints of Transformers lack. Without one the
+            result has none either, and refuses to show pictures.
 
     Returns:
-        `MomaVQModel`: in float32.
+        In float32.
 
     Raises:
         CheckpointError: `vqgan` is another tokenizer than the checkpoint's, or tensors are missing, extra or
@@ -183,9 +183,9 @@ def convert_tokenizer(folder: str | Path, vocabulary: PictureVocabulary) -> PreT
     `<image>` into the text, and pass the pictures to the processor beside it.
 
     Args:
-        folder (`str` or `Path`): holds `tokenizer.json`, and best `tokenizer_config.json`; the chat template lies
-            there, or in `chat_template.jinja` or `chat_template.json`.
-        vocabulary (`PictureVocabulary`): the source's.
+        folder: holds `tokenizer.json`, and best `tokenizer_config.json`; the chat template lies there, or in
+            `chat_template.jinja` or `chat_template.json`.
+        vocabulary: the source's.
 
     Returns:
         `PreTrainedTokenizerFast`, or `None` without `tokenizer.json`.
@@ -263,8 +263,8 @@ def convert_image_processor(folder: str | Path, resolution: int) -> MomaImagePro
     """An image processor that gives the pixel values that the source's gives.
 
     Args:
-        folder (`str` or `Path`): may hold `preprocessor_config.json` or `processor_config.json`.
-        resolution (`int`): side of the pictures where it holds neither.
+        folder: may hold `preprocessor_config.json` or `processor_config.json`.
+        resolution: side of the pictures where it holds neither.
     """
     folder = Path(folder)
     files = [folder / name for name in ("preprocessor_config.json", "processor_config.json")]
@@ -283,9 +283,9 @@ def convert_processor(
     """Join the source's tokenizer and image processor with the converted VQ model.
 
     Args:
-        folder (`str` or `Path`): of the source.
-        vocabulary (`PictureVocabulary`): the source's.
-        vq_model (`MomaVQModel`): see [`convert_vq_model`].
+        folder: of the source.
+        vocabulary: the source's.
+        vq_model: see [`convert_vq_model`].
 
     Returns:
         `MomaProcessor`, or `None` where the folder holds no tokenizer.

@@ -18,9 +18,9 @@ def convert_generation_config(
     """Keep how the source generates, with the padding and beginning tokens of the MoMa, and its end token added.
 
     Args:
-        folder (`Path`): of the source; may hold `generation_config.json`.
-        config (`MomaConfig`): of the target.
-        source (`PreTrainedConfig`, *optional*): of the source, where its own end tokens stop the MoMa as well.
+        folder: of the source; may hold `generation_config.json`.
+        config: of the target.
+        source: of the source, where its own end tokens stop the MoMa as well.
 
     Returns:
         `GenerationConfig`

@@ -57,21 +57,19 @@ def convert_llama(
     channel by channel. All other rows of the source stay where they are.
 
     Args:
-        source (`str` or `Path`): folder of a checkpoint of Transformers, with its tokenizer.
-        output (`str` or `Path`): folder for the model and its processor.
-        processor (`str` or `Path`): folder of a [`MomaProcessor`], whose picture tokenizer the model shall use.
-        image_group (`str`, *optional*, defaults to `"copy"`): `"copy"` starts the image group with the text group's
-            weights, `"new"` with random ones.
-        seed (`int`, *optional*, defaults to 0): of the new weights.
-        dtype (`torch.dtype`, *optional*): of the output; by default the source's. The probe compares with the source
-            rounded likewise.
-        allow_pickle (`bool`, *optional*, defaults to `False`): see [`CheckpointReader`].
-        max_shard_size (`int` or `str`, *optional*, defaults to `"2GB"`): size of the output's files.
-        probe (`bool`, *optional*, defaults to `True`): compare the logits of both models on a batch of text.
+        source: folder of a checkpoint of Transformers, with its tokenizer.
+        output: folder for the model and its processor.
+        processor: folder of a [`MomaProcessor`], whose picture tokenizer the model shall use.
+        image_group: `"copy"` starts the image group with the text group's weights, `"new"` with random ones.
+        seed: of the new weights.
+        dtype: of the output; by default the source's. The probe compares with the source rounded likewise.
+        allow_pickle: see [`CheckpointReader`].
+        max_shard_size: size of the output's files.
+        probe: compare the logits of both models on a batch of text.
 
     Returns:
-        `Receipt`: also saved as `conversion.json`. It says what share of the probability the new tokens have on text:
-            about their share of the vocabulary where the source is undecided, less where it is sure.
+        Also saved as `conversion.json`. It says what share of the probability the new tokens have on text: about their
+        share of the vocabulary where the source is undecided, less where it is sure.
 
     Raises:
         CheckpointError: the source is damaged, or has a feature that MoMa cannot express.
@@ -280,13 +278,13 @@ def extend_rows(old: torch.Tensor, num_rows: int, new_ids: list[int], generator:
     """Give an embedding rows for new tokens: the mean of the old rows, and noise of 0.1 of their standard deviation.
 
     Args:
-        old (`torch.Tensor`): the source's embedding, `[V, D]`.
-        num_rows (`int`): rows of the result.
-        new_ids (`list[int]`): rows to draw: all beyond the old ones, and old ones that no token used.
-        generator (`torch.Generator`): of the noise.
+        old: the source's embedding, `[V, D]`.
+        num_rows: rows of the result.
+        new_ids: rows to draw: all beyond the old ones, and old ones that no token used.
+        generator: of the noise.
 
     Returns:
-        `torch.Tensor`: `[num_rows, D]`, in the type of the old rows.
+        `[num_rows, D]`, in the type of the old rows.
     """
     new = torch.tensor(new_ids)
     is_kept = torch.ones(len(old), dtype=torch.bool)

@@ -20,8 +20,8 @@ class ProbeResult:
     """What a probe batch shows.
 
     Args:
-        relative_difference (`float`): see [`relative_difference`].
-        new_token_probability (`float`, *optional*): see [`new_token_probability`]; None without new tokens.
+        relative_difference: see [`relative_difference`].
+        new_token_probability: see [`new_token_probability`]; None without new tokens.
     """
 
     relative_difference: float
@@ -32,8 +32,8 @@ class ChangedWeights(Mapping):
     """Weights by name, each changed when it is asked for.
 
     Args:
-        weights (`Mapping[str, torch.Tensor]`): as they are.
-        change (`Callable[[str, torch.Tensor], torch.Tensor]`): gets a name and its tensor.
+        weights: as they are.
+        change: gets a name and its tensor.
     """
 
     def __init__(self, weights: Mapping[str, torch.Tensor], change: Callable[[str, torch.Tensor], torch.Tensor]):
@@ -53,8 +53,8 @@ def rounded_weights(weights: Mapping[str, torch.Tensor], dtype: torch.dtype | No
     """Weights in the type that a conversion writes, so that a probe shows errors of the conversion, not the rounding.
 
     Args:
-        weights (`Mapping[str, torch.Tensor]`): the source's.
-        dtype (`torch.dtype`, *optional*): of its floating-point tensors; by default their own.
+        weights: the source's.
+        dtype: of its floating-point tensors; by default their own.
     """
     if dtype is None:
         return weights
@@ -67,13 +67,13 @@ def streamed_model(
     """A model in eval mode that computes in fp32 and holds the weights of one module at a time.
 
     Args:
-        model_class (`type[PreTrainedModel]`): for instance `LlamaForCausalLM`.
-        config (`PreTrainedConfig`): its configuration.
-        weights (`Mapping[str, torch.Tensor]`): parameters and persistent buffers by name, read anew at every use, as a
-            `CheckpointReader`; tied weights may be missing.
+        model_class: for instance `LlamaForCausalLM`.
+        config: its configuration.
+        weights: parameters and persistent buffers by name, read anew at every use, as a `CheckpointReader`; tied
+            weights may be missing.
 
     Returns:
-        `PreTrainedModel`: with parameters on the meta device; call it under `torch.no_grad()`.
+        With parameters on the meta device; call it under `torch.no_grad()`.
     """
     # buffers that are not saved, as rotary frequencies, have to be real
     with init_empty_weights(include_buffers=False):
@@ -92,11 +92,11 @@ def text_batch(token_ids: list[int], seed: int = 0) -> dict[str, torch.Tensor]:
     """A probe batch of two rows of 16 positions, one of them padded on the left.
 
     Args:
-        token_ids (`list[int]`): ids to draw from.
-        seed (`int`, *optional*, defaults to 0): of the draw.
+        token_ids: ids to draw from.
+        seed: of the draw.
 
     Returns:
-        `dict`: `input_ids` and `attention_mask`, `[2, 16]`.
+        `input_ids` and `attention_mask`, `[2, 16]`.
     """
     generator = torch.Generator().manual_seed(seed)
     picks = torch.randint(len(token_ids), (NUM_ROWS, ROW_LENGTH), generator=generator)
@@ -109,11 +109,11 @@ def relative_difference(source: torch.Tensor, converted: torch.Tensor) -> float:
     """`max |a - b| / max |a|` of the source's logits `a` and the converted model's logits `b`.
 
     Args:
-        source (`torch.Tensor`): any shape, padding left out.
-        converted (`torch.Tensor`): the same shape.
+        source: any shape, padding left out.
+        converted: the same shape.
 
     Returns:
-        `float`: NaN where a logit is.
+        NaN where a logit is.
     """
     difference = (source.float() - converted.float()).abs().max()
     return float(difference / source.float().abs().max().clamp_min(torch.finfo(torch.float32).tiny))
@@ -123,11 +123,11 @@ def new_token_probability(logits: torch.Tensor, new_ids: list[int]) -> float:
     """Share of the softmax that falls on new tokens, all together, as the mean over positions.
 
     Args:
-        logits (`torch.Tensor`): of the converted model, `[N, V]`, padding left out.
-        new_ids (`list[int]`): the new tokens.
+        logits: of the converted model, `[N, V]`, padding left out.
+        new_ids: the new tokens.
 
     Returns:
-        `float`: 0 to 1.
+        0 to 1.
     """
     return float(logits.float().softmax(dim=-1)[:, new_ids].sum(dim=-1).mean())
 

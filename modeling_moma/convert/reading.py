@@ -41,17 +41,15 @@ class CheckpointReader(Mapping):
     or open, so that the memory in use is that of the tensors that the caller holds.
 
     Args:
-        folder (`str` or `Path`):
-            Holds `model.safetensors`, or `model.safetensors.index.json` and its shards.
-        allow_pickle (`bool`, *optional*, defaults to `False`):
-            Whether to read `pytorch_model.bin` files where there are no safetensors files, see [`read_pickle`]. One
-            of them is held in memory at a time.
+        folder: Holds `model.safetensors`, or `model.safetensors.index.json` and its shards.
+        allow_pickle: Whether to read `pytorch_model.bin` files where there are no safetensors files, see
+            [`read_pickle`]. One of them is held in memory at a time.
 
     Attributes:
-        config (`dict`): contents of `config.json`.
-        shapes (`dict[str, tuple[int, ...]]`): shape of each tensor, by name.
-        dtypes (`dict[str, torch.dtype]`): its type.
-        files (`dict[str, Path]`): the file it lies in.
+        config: contents of `config.json`.
+        shapes: shape of each tensor, by name.
+        dtypes: its type.
+        files: the file it lies in.
 
     Raises:
         CheckpointError: there are no weights, only pickles that were not allowed, or a shard is missing, cut short or
@@ -95,11 +93,11 @@ class CheckpointReader(Mapping):
         """Read one tensor.
 
         Args:
-            name (`str`): its key.
-            rows (`slice`, *optional*): read these indices of the first dimension only; without a step.
+            name: its key.
+            rows: read these indices of the first dimension only; without a step.
 
         Returns:
-            `torch.Tensor`: on the CPU, in the type of the file.
+            On the CPU, in the type of the file.
 
         Raises:
             KeyError: there is no such tensor.
@@ -206,11 +204,11 @@ def read_json(path: Path, default: dict | None = None) -> dict:
     """Read a JSON object.
 
     Args:
-        path (`Path`): the file.
-        default (`dict`, *optional*): what to return where there is no such file.
+        path: the file.
+        default: what to return where there is no such file.
 
     Returns:
-        `dict`: its contents.
+        Its contents.
 
     Raises:
         CheckpointError: the file is missing and there is no default, or it holds no JSON object.
@@ -247,11 +245,11 @@ def read_pickle(path: Path, map_location: str = "cpu") -> dict[str, torch.Tensor
     Tensors and plain containers are read (`torch.load(weights_only=True)`), and no code of the file is run.
 
     Args:
-        path (`Path`): the file.
-        map_location (`str`, *optional*, defaults to `"cpu"`): device of the tensors; `"meta"` for their shapes alone.
+        path: the file.
+        map_location: device of the tensors; `"meta"` for their shapes alone.
 
     Returns:
-        `dict[str, torch.Tensor]`: what lies beside `"state_dict"` is left out.
+        What lies beside `"state_dict"` is left out.
 
     Raises:
         CheckpointError: other objects in the file, as training checkpoints may hold; no tensors by name; or a file

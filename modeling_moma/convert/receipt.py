@@ -14,18 +14,18 @@ class Receipt:
     """The account of one conversion.
 
     Args:
-        source (`str`): name of the source's folder.
-        model_type (`str`): the source's.
-        taken (`int`): keys of the target that hold a tensor of the source, as it is or rearranged.
-        copied (`int`): keys that hold a further copy of one.
-        new (`int`): keys that were made here.
-        ignored (`dict[str, int]`): keys of the source that the model has no place for, by reason.
-        tensor_bytes (`int`): size of the target's tensors.
-        files (`int`): number of its safetensors files.
-        relative_difference (`float`, *optional*): `max |a - b| / max |a|` of the logits `a` of the source and `b` of
-            the target on a probe batch, in fp32, both of weights in the target's type; None without a probe.
-        new_token_probability (`float`, *optional*): share of the softmax that falls on all new tokens together, the
-            mean over the positions of the probe batch; None without a probe or new tokens.
+        source: name of the source's folder.
+        model_type: the source's.
+        taken: keys of the target that hold a tensor of the source, as it is or rearranged.
+        copied: keys that hold a further copy of one.
+        new: keys that were made here.
+        ignored: keys of the source that the model has no place for, by reason.
+        tensor_bytes: size of the target's tensors.
+        files: number of its safetensors files.
+        relative_difference: `max |a - b| / max |a|` of the logits `a` of the source and `b` of the target on a probe
+            batch, in fp32, both of weights in the target's type; None without a probe.
+        new_token_probability: share of the softmax that falls on all new tokens together, the mean over the positions
+            of the probe batch; None without a probe or new tokens.
     """
 
     source: str

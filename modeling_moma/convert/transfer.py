@@ -38,14 +38,13 @@ class Entry:
     """How one tensor of the target comes about.
 
     Args:
-        name (`str`): its key in `MomaForCausalLM`.
-        shape (`tuple[int, ...]`): its shape.
-        sources (`tuple[str, ...]`): keys of the source that it needs.
-        build (`Callable`): makes it of these tensors.
-        kind (`str`): `"taken"` (a tensor of the source, as it is or rearranged), `"copied"` (a further copy of one
-            that another entry takes) or `"new"`.
-        source_shapes (`tuple[tuple[int, ...], ...]`, *optional*): shapes that the sources must have; by default that
-            of the target.
+        name: its key in `MomaForCausalLM`.
+        shape: its shape.
+        sources: keys of the source that it needs.
+        build: makes it of these tensors.
+        kind: `"taken"` (a tensor of the source, as it is or rearranged), `"copied"` (a further copy of one that
+            another entry takes) or `"new"`.
+        source_shapes: shapes that the sources must have; by default that of the target.
     """
 
     name: str
@@ -82,21 +81,20 @@ def transfer(
     that are no more are cleared away.
 
     Args:
-        reader (`CheckpointReader`): the source.
-        config (`MomaConfig`): of the target.
-        entries (`Sequence[Entry]`): one for every parameter and persistent buffer of the target; none for a tied head.
-        output (`str` or `Path`): the target's folder; missing or empty.
-        ignored (`Mapping[str, str]`, *optional*): patterns (as of `fnmatch`) of keys of the source that may be left
-            out, each with the reason.
-        max_shard_size (`int` or `str`, *optional*, defaults to `"2GB"`): size of the target's files.
-        dtype (`torch.dtype`, *optional*): of the target's floating-point tensors; by default that of their sources.
-        generation_config (`GenerationConfig`, *optional*): by default what follows from `config`.
-        extras (`Callable`, *optional*): writes further files into the folder that it is given, as a processor.
-        probe (`Callable`, *optional*): gets a reader of the written tensors and returns a [`ProbeResult`]; with a
-            relative difference above `LARGEST_DIFFERENCE` the conversion fails.
+        reader: the source.
+        config: of the target.
+        entries: one for every parameter and persistent buffer of the target; none for a tied head.
+        output: the target's folder; missing or empty.
+        ignored: patterns (as of `fnmatch`) of keys of the source that may be left out, each with the reason.
+        max_shard_size: size of the target's files.
+        dtype: of the target's floating-point tensors; by default that of their sources.
+        generation_config: by default what follows from `config`.
+        extras: writes further files into the folder that it is given, as a processor.
+        probe: gets a reader of the written tensors and returns a [`ProbeResult`]; with a relative difference above
+            `LARGEST_DIFFERENCE` the conversion fails.
 
     Returns:
-        `Receipt`: saved in the folder as `conversion.json`, too.
+        Saved in the folder as `conversion.json`, too.
 
     Raises:
         CheckpointError: a key is missing, surplus or of another shape, the output exists or comes to exist meanwhile,

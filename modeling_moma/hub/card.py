@@ -59,11 +59,11 @@ def with_datasets(text: str, datasets: Mapping[str, str]) -> str:
     Puts the Hub's ids of data sets in the place of local paths: in `datasets`, in `model-index`, and in links.
 
     Args:
-        text (`str`): the card.
-        datasets (`Mapping[str, str]`): local path, as the card has it, -> id on the Hub.
+        text: the card.
+        datasets: local path, as the card has it, -> id on the Hub.
 
     Returns:
-        `str`: the card; the very text where `datasets` is empty.
+        The card; the very text where `datasets` is empty.
 
     Raises:
         ValueError: the card names no such data set, or an id is none.
@@ -103,10 +103,10 @@ def check_card(text: str, files: Mapping[str, Path], folder: str | Path, given: 
     Checks a card beside the files that go with it.
 
     Args:
-        text (`str`): the card.
-        files (`Mapping[str, Path]`): path in the repository -> file.
-        folder (`str` or `Path`): where the card lies; tells local paths from ids of the Hub.
-        given (`Collection[str]`, *optional*): data sets that are ids of the Hub, whatever lies in a local folder.
+        text: the card.
+        files: path in the repository -> file.
+        folder: where the card lies; tells local paths from ids of the Hub.
+        given: data sets that are ids of the Hub, whatever lies in a local folder.
 
     Yields:
         `str`: a problem: the field, its value and the likely cause.

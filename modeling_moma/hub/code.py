@@ -47,10 +47,10 @@ def installed_code(references: Iterable[str]) -> dict[str, Path]:
     The installed packages' files for the classes of an `auto_map`, with all that these import.
 
     Args:
-        references (`Iterable[str]`): `module.Class` each.
+        references: `module.Class` each.
 
     Returns:
-        `dict[str, Path]`: name in the repository -> file. Modules that are none of ours are left out.
+        Name in the repository -> file. Modules that are none of ours are left out.
     """
     files = {path.name: path for package in PACKAGES for path in sorted(package.glob("*_moma*.py"))}
     return {name: files[name] for name in sorted(code_closure(files, references))}

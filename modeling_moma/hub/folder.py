@@ -114,13 +114,12 @@ def gather(model: str | Path, processor: str | Path | None = None) -> tuple[dict
     any code gets that of the installed packages.
 
     Args:
-        model (`str` or `Path`): folder of a saved model, laid out as its repository.
-        processor (`str` or `Path`, *optional*): folder whose processor, picture tokenizer and code are added; its
-            files replace those of a processor in `model`.
+        model: folder of a saved model, laid out as its repository.
+        processor: folder whose processor, picture tokenizer and code are added; its files replace those of a processor
+            in `model`.
 
     Returns:
-        `tuple[dict[str, Path], dict[str, str]]`: the file for each path in the repository, and for what is left out
-        the reason.
+        The file for each path in the repository, and for what is left out the reason.
 
     Raises:
         ValueError: a folder is missing, a link leads nowhere, or both have the same file of code with different text.
@@ -190,7 +189,7 @@ def check_files(files: Mapping[str, Path]) -> Iterator[str]:
     Checks that whoever has these files and no package of ours can load the model.
 
     Args:
-        files (`Mapping[str, Path]`): path in the repository -> file.
+        files: path in the repository -> file.
 
     Yields:
         `str`: a problem: the file or field, its value and the likely cause.

@@ -30,8 +30,8 @@ class Upload:
     What a commit will hold.
 
     Args:
-        files (`dict[str, Path | bytes]`): path in the repository -> file, or content where it is not that of a file.
-        left_out (`dict[str, str]`): what of the folder stays here, and why.
+        files: path in the repository -> file, or content where it is not that of a file.
+        left_out: what of the folder stays here, and why.
     """
 
     files: dict[str, Path | bytes]
@@ -50,9 +50,9 @@ def prepare(
     Gathers a repository from local folders and checks it. Sends nothing.
 
     Args:
-        model (`str` or `Path`): folder of a saved model with its card.
-        processor (`str` or `Path`, *optional*): folder of the processor, where `model` has none.
-        datasets (`Mapping[str, str]`, *optional*): ids on the Hub of data sets that the card names by local paths.
+        model: folder of a saved model with its card.
+        processor: folder of the processor, where `model` has none.
+        datasets: ids on the Hub of data sets that the card names by local paths.
 
     Returns:
         [`Upload`]: all files, each of them checked.
@@ -87,10 +87,10 @@ def write_repository(upload: Upload, folder: str | Path) -> Path:
 
     Args:
         upload ([`Upload`]): see [`prepare`].
-        folder (`str` or `Path`): missing or empty.
+        folder: missing or empty.
 
     Returns:
-        `Path`: the folder, which is there whole or not at all.
+        The folder, which is there whole or not at all.
 
     Raises:
         ValueError: the folder holds files.
@@ -121,13 +121,13 @@ def push(
 
     Args:
         upload ([`Upload`]): see [`prepare`].
-        repo_id (`str`): `USER/NAME`, or `NAME` for the user who is logged in.
-        private (`bool`, *optional*, defaults to `False`): whether nobody else shall see a new repository.
-        revision (`str`, *optional*): the branch; by default `main`.
-        message (`str`, *optional*): of the commit.
+        repo_id: `USER/NAME`, or `NAME` for the user who is logged in.
+        private: whether nobody else shall see a new repository.
+        revision: the branch; by default `main`.
+        message: of the commit.
 
     Returns:
-        `CommitInfo`: the commit; the present one if it holds these very files already.
+        The commit; the present one if it holds these very files already.
 
     Raises:
         UploadError: no commit was made, or none is known of; or `private`, but the repository is there and public.

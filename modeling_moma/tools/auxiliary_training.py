@@ -37,10 +37,10 @@ def add_auxiliary_routers(model: MomaForCausalLM) -> MomaForCausalLM:
     does by default stays, too.
 
     Args:
-        model (`MomaForCausalLM`): changed in place, its config's `auxiliary_routers` included.
+        model: changed in place, its config's `auxiliary_routers` included.
 
     Returns:
-        `MomaForCausalLM`: the same model.
+        The same model.
 
     Raises:
         ValueError: the model has auxiliary routers already, or no routers at all.
@@ -61,11 +61,11 @@ def membership_loss(record: RouterRecord) -> torch.Tensor:
     """Binary cross-entropy of membership in the top K.
 
     Args:
-        record (`RouterRecord`): of a router with an auxiliary one.
+        record: of a router with an auxiliary one.
 
     Returns:
-        `torch.Tensor`: a scalar, the mean over (token, expert) pairs in nats, 0 without tokens. Only the auxiliary
-        router gets gradients, and it gets them (zeros) without tokens as well.
+        A scalar, the mean over (token, expert) pairs in nats, 0 without tokens. Only the auxiliary router gets
+        gradients, and it gets them (zeros) without tokens as well.
     """
     logits_NS = record.router.auxiliary(record.hidden_ND.detach())
     target_NS = record.is_member_NS.to(logits_NS.dtype)
@@ -78,7 +78,7 @@ def only_auxiliary_trainable(model: nn.Module):
     """Within this context the auxiliary routers alone require gradients; then every parameter is as it was.
 
     Args:
-        model (`nn.Module`): with auxiliary routers.
+        model: with auxiliary routers.
 
     Raises:
         ValueError: the model has no routers.
@@ -207,8 +207,8 @@ def auxiliary_report(model: PreTrainedModel, batches: Iterable[dict[str, torch.T
     each of them, earlier layers are taken to have chosen well.
 
     Args:
-        model (`PreTrainedModel`): with `config.auxiliary_routers`; not changed.
-        batches (`Iterable[dict[str, torch.Tensor]]`): held-out inputs of the model; `labels` are left out.
+        model: with `config.auxiliary_routers`; not changed.
+        batches: held-out inputs of the model; `labels` are left out.
 
     Returns:
         `list[dict]`: one row for each router, in the order of the forward, fit for JSON:

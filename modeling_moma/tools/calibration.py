@@ -37,13 +37,13 @@ def calibrate_thresholds(
     warning names it. Another one tells where no inference routing of the config would read the thresholds.
 
     Args:
-        model (`PreTrainedModel`): a `MomaForCausalLM` or `MomaModel`; changed in place.
-        batches (`Iterable[dict[str, torch.Tensor]]`): inputs of the model, of the batch size of the training where
-            possible. `labels` are left out. They are run twice.
-        routing (`str`, *optional*, defaults to `"expert_choice"`): the routing under which the hidden states arise.
+        model: a `MomaForCausalLM` or `MomaModel`; changed in place.
+        batches: inputs of the model, of the batch size of the training where possible. `labels` are left out. They are
+            run twice.
+        routing: the routing under which the hidden states arise.
 
     Returns:
-        `list[dict]`: see [`auxiliary_report`], with the rule `"threshold"` alone, on the same batches.
+        See [`auxiliary_report`], with the rule `"threshold"` alone, on the same batches.
 
     Raises:
         ValueError: there is no batch, or the model has no routers.
@@ -87,12 +87,12 @@ def calibrate_auxiliary_thresholds(
     are taken; the report's `load` counts them.
 
     Args:
-        model (`PreTrainedModel`): with `config.auxiliary_routers`, trained; changed in place.
-        batches (`Iterable[dict[str, torch.Tensor]]`): held-out inputs, see [`calibrate_thresholds`].
-        routing (`str`, *optional*, defaults to `"expert_choice"`): the routing under which the hidden states arise.
+        model: with `config.auxiliary_routers`, trained; changed in place.
+        batches: held-out inputs, see [`calibrate_thresholds`].
+        routing: the routing under which the hidden states arise.
 
     Returns:
-        `list[dict]`: see [`auxiliary_report`], with the rule `"auxiliary"` alone, on the same batches.
+        See [`auxiliary_report`], with the rule `"auxiliary"` alone, on the same batches.
 
     Raises:
         ValueError: there is no batch, or the model has no auxiliary routers.
@@ -113,7 +113,7 @@ def require_auxiliary_routers(model: PreTrainedModel):
     """Check that a model has auxiliary routers.
 
     Args:
-        model (`PreTrainedModel`): its config tells.
+        model: its config tells.
 
     Raises:
         ValueError: it has none.

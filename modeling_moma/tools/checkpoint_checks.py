@@ -9,10 +9,8 @@ def refuse_non_finite(model: nn.Module, source: str):
     """Refuse a model whose parameters or buffers hold NaN or infinity.
 
     Args:
-        model (`nn.Module`):
-            The loaded model.
-        source (`str`):
-            Where it came from, for the message.
+        model: The loaded model.
+        source: Where it came from, for the message.
 
     Raises:
         ValueError: names the first such tensor.

@@ -27,14 +27,14 @@ def flops_per_token(
     modalities have capacities of their own, the keys are counted as if all modalities were equally frequent.
 
     Args:
-        config (`MomaConfig`): the model.
-        modality (`str`): a name of `config.modalities`.
-        sequence_length (`int`): positions that the token's attention covers.
-        training (`bool`, *optional*, defaults to `False`): count the backward pass too.
-        routing (`str`, *optional*): by default `config.training_routing` or `config.inference_routing`.
+        config: the model.
+        modality: a name of `config.modalities`.
+        sequence_length: positions that the token's attention covers.
+        training: count the backward pass too.
+        routing: by default `config.training_routing` or `config.inference_routing`.
 
     Returns:
-        `float`: FLOPs.
+        FLOPs.
 
     Raises:
         ValueError: unknown modality or routing, or a length below 1.
@@ -66,13 +66,13 @@ def training_flops(
     """FLOPs of training on so many tokens of each modality, in sequences of `sequence_length`.
 
     Args:
-        config (`MomaConfig`): the model.
-        tokens_by_modality (`Mapping[str, float]`): number of tokens by modality; modalities left out have none.
-        sequence_length (`int`): positions of one sequence.
-        routing (`str`, *optional*): defaults to `config.training_routing`.
+        config: the model.
+        tokens_by_modality: number of tokens by modality; modalities left out have none.
+        sequence_length: positions of one sequence.
+        routing: defaults to `config.training_routing`.
 
     Returns:
-        `float`: FLOPs, forward and backward.
+        FLOPs, forward and backward.
 
     Raises:
         TypeError: `tokens_by_modality` is not a mapping.
@@ -134,9 +134,9 @@ class Eta:
     """A FLOPs saving, or what the curves tell of it.
 
     Attributes:
-        value (`float`): the dense model's FLOPs over the sparse model's at the same loss.
-        bound (`str`): `"exact"`; `"at_most"` when the sparse curve ends before it reaches the dense model's loss;
-            `"at_least"` when its first point is already there.
+        value: the dense model's FLOPs over the sparse model's at the same loss.
+        bound: `"exact"`; `"at_most"` when the sparse curve ends before it reaches the dense model's loss; `"at_least"`
+            when its first point is already there.
     """
 
     value: float
@@ -155,9 +155,8 @@ def eta(dense: Sequence[tuple[float, float]], sparse: Sequence[tuple[float, floa
     lowest). So `eta(curve, curve)` is 1.
 
     Args:
-        dense (`Sequence[tuple[float, float]]`): points `(FLOPs, loss)`, FLOPs ascending. Steps serve as well when a
-            step of both models costs the same.
-        sparse (`Sequence[tuple[float, float]]`): the other model's curve, in the same unit.
+        dense: points `(FLOPs, loss)`, FLOPs ascending. Steps serve as well when a step of both models costs the same.
+        sparse: the other model's curve, in the same unit.
 
     Returns:
         [`Eta`]: the factor, or a bound of it.
@@ -188,9 +187,8 @@ def eta_by_modality(
     """[`eta`] for each loss of two models: `{"overall": ..., "text": ..., "image": ...}` or whatever they name.
 
     Args:
-        dense (`Mapping[str, Sequence[tuple[float, float]]]`): the dense model's curves by name. FLOPs are the model's
-            total, for a modality's loss as well.
-        sparse (`Mapping[str, Sequence[tuple[float, float]]]`): the sparse model's curves, same names.
+        dense: the dense model's curves by name. FLOPs are the model's total, for a modality's loss as well.
+        sparse: the sparse model's curves, same names.
 
     Raises:
         ValueError: the names differ.

@@ -13,11 +13,11 @@ def freeze_groups(model: PreTrainedModel, groups: list[str]) -> int:
     else has been trained, [`calibrate_thresholds`] fits the thresholds to the hidden states of now.
 
     Args:
-        model (`PreTrainedModel`): a `MomaForCausalLM` or `MomaModel`; changed in place.
-        groups (`list[str]`): names of `config.expert_groups`.
+        model: a `MomaForCausalLM` or `MomaModel`; changed in place.
+        groups: names of `config.expert_groups`.
 
     Returns:
-        `int`: parameters that were frozen.
+        Parameters that were frozen.
 
     Raises:
         ValueError: the model has no such group.

@@ -22,10 +22,10 @@ class ParameterParts:
     """Parameters by the way that layouts split them.
 
     Attributes:
-        experts (`int`): packed experts of one layer: sharded, and split by tensor and expert parallelism.
-        matrices (`int`): attention and other feed-forward matrices of one layer: not by expert parallelism.
-        whole (`int`): norms and routers of one layer: sharded only. A depth layer's router is left out.
-        ends (`int`): embedding and head, once if tied: split by tensor parallelism.
+        experts: packed experts of one layer: sharded, and split by tensor and expert parallelism.
+        matrices: attention and other feed-forward matrices of one layer: not by expert parallelism.
+        whole: norms and routers of one layer: sharded only. A depth layer's router is left out.
+        ends: embedding and head, once if tied: split by tensor parallelism.
     """
 
     experts: int
@@ -38,7 +38,7 @@ def parameter_parts(config: MomaConfig) -> ParameterParts:
     """Count the parameters of a layer by how layouts split them; see [`ParameterParts`].
 
     Args:
-        config (`MomaConfig`): the model.
+        config: the model.
     """
     check_config(config)
     width = config.hidden_size
@@ -64,12 +64,12 @@ class Memory:
     """Bytes on one GPU at the peak of a training step.
 
     Attributes:
-        weights (`float`): fp32 weights.
-        gradients (`float`): fp32 gradients.
-        moments (`float`): AdamW's two fp32 moments.
-        working (`float`): bf16 weights in use; under FSDP those of two layers, of embedding and head, and the
-            gradients of one layer before they are sharded.
-        activations (`float`): what the backward pass needs, and the gradient of the logits.
+        weights: fp32 weights.
+        gradients: fp32 gradients.
+        moments: AdamW's two fp32 moments.
+        working: bf16 weights in use; under FSDP those of two layers, of embedding and head, and the gradients of one
+            layer before they are sharded.
+        activations: what the backward pass needs, and the gradient of the logits.
     """
 
     weights: float
@@ -88,11 +88,10 @@ def training_memory(config: MomaConfig, layout: Layout, tokens: int, checkpointi
     """Bytes on one GPU while it trains on `tokens` tokens at once.
 
     Args:
-        config (`MomaConfig`): the model.
-        layout (`Layout`): who holds what.
-        tokens (`int`): tokens of one forward on one data-parallel rank. Ranks of a tensor-parallel group share them.
-        checkpointing (`bool`, *optional*, defaults to `False`): keep the input of each layer and compute the rest
-            again.
+        config: the model.
+        layout: who holds what.
+        tokens: tokens of one forward on one data-parallel rank. Ranks of a tensor-parallel group share them.
+        checkpointing: keep the input of each layer and compute the rest again.
 
     Returns:
         [`Memory`]: without what the CUDA context, communication buffers and fragmentation take.
@@ -121,10 +120,10 @@ def activation_bytes(config: MomaConfig, tokens: int, tensor: int = 1, checkpoin
     them. The residual stream, norms and routers are fp32. `expert_choice` routing and modalities equally frequent.
 
     Args:
-        config (`MomaConfig`): the model.
-        tokens (`int`): tokens of one forward.
-        tensor (`int`, *optional*, defaults to 1): ranks that split heads and inner widths.
-        checkpointing (`bool`, *optional*, defaults to `False`): see [`training_memory`].
+        config: the model.
+        tokens: tokens of one forward.
+        tensor: ranks that split heads and inner widths.
+        checkpointing: see [`training_memory`].
     """
     check_config(config)
     num_depth = len(config.depth_layers or ())

@@ -24,14 +24,14 @@ class RouterRecord:
     """What one router saw in one forward, and whom its top K would hold.
 
     Attributes:
-        name (`str`): of the router among the model's modules.
-        router (`MomaRouterBase`): itself.
-        hidden_ND (`torch.Tensor`): its input, detached, `[N, D]`.
-        scores_NS (`torch.Tensor`): noise-free scores, fp32, `[N, S]`.
-        is_member_NS (`torch.BoolTensor`): membership in the top K, `[N, S]`.
-        cut_NS (`torch.LongTensor`): which of the `C` cuts decides, `[N, S]`.
-        kth_C (`torch.Tensor`): K-th best score as training would record it, `[C]`.
-        votes_C (`torch.Tensor`): 1, or 0 where there was no token to judge by, `[C]`.
+        name: of the router among the model's modules.
+        router: itself.
+        hidden_ND: its input, detached, `[N, D]`.
+        scores_NS: noise-free scores, fp32, `[N, S]`.
+        is_member_NS: membership in the top K, `[N, S]`.
+        cut_NS: which of the `C` cuts decides, `[N, S]`.
+        kth_C: K-th best score as training would record it, `[C]`.
+        votes_C: 1, or 0 where there was no token to judge by, `[C]`.
     """
 
     name: str
@@ -116,8 +116,8 @@ def observed_routers(model: torch.nn.Module, observe: Callable[[RouterRecord], o
     """Within this context `observe` is called inside every forward, after each router.
 
     Args:
-        model (`torch.nn.Module`): its routers have to be in eval mode: in training their scores may carry noise.
-        observe (`Callable`): gets a [`RouterRecord`]; what it returns is ignored.
+        model: its routers have to be in eval mode: in training their scores may carry noise.
+        observe: gets a [`RouterRecord`]; what it returns is ignored.
 
     Raises:
         ValueError: the model has no routers.
@@ -160,10 +160,10 @@ def run_observed(
     """Run batches through the decoder in eval mode, without the head, and show `observe` all routers.
 
     Args:
-        model (`PreTrainedModel`): not changed.
-        batches (`Iterable[dict[str, torch.Tensor]]`): its inputs; `labels` are left out.
-        observe (`Callable`): gets a [`RouterRecord`] of each router and batch.
-        routing (`str`, *optional*, defaults to `"expert_choice"`): the routing under which the hidden states arise.
+        model: not changed.
+        batches: its inputs; `labels` are left out.
+        observe: gets a [`RouterRecord`] of each router and batch.
+        routing: the routing under which the hidden states arise.
 
     Raises:
         ValueError: there is no batch, or the model has no routers.

@@ -20,15 +20,15 @@ class Hardware:
     """Nominal figures of a cluster; the defaults are those of NVIDIA H100 SXM nodes with one 400 Gb/s adapter per GPU.
 
     Attributes:
-        memory (`float`): bytes of one GPU.
-        headroom (`float`): share of the memory that a plan may use; the CUDA context, communication buffers and
-            fragmentation take the rest.
-        flops (`float`): bf16 FLOPs per second of one GPU, dense.
-        utilization (`float`): share of `flops` that a training reaches while it computes.
-        bandwidth (`float`): bytes per second that a GPU sends within its node.
-        network (`float`): bytes per second that a GPU sends to other nodes.
-        latency (`float`): seconds from one GPU to the next.
-        node_size (`int`): GPUs of one node.
+        memory: bytes of one GPU.
+        headroom: share of the memory that a plan may use; the CUDA context, communication buffers and fragmentation
+            take the rest.
+        flops: bf16 FLOPs per second of one GPU, dense.
+        utilization: share of `flops` that a training reaches while it computes.
+        bandwidth: bytes per second that a GPU sends within its node.
+        network: bytes per second that a GPU sends to other nodes.
+        latency: seconds from one GPU to the next.
+        node_size: GPUs of one node.
     """
 
     memory: float = 80 * GIGA
@@ -73,14 +73,14 @@ class Plan:
 
     Attributes:
         layout ([`Layout`]): who holds what.
-        checkpointing (`bool`): whether layers are computed again in the backward pass.
-        sequences (`int`): sequences of one forward on a data-parallel rank.
-        micro_batches (`int`): forwards of a step.
+        checkpointing: whether layers are computed again in the backward pass.
+        sequences: sequences of one forward on a data-parallel rank.
+        micro_batches: forwards of a step.
         memory ([`Memory`]): of one GPU.
-        compute_seconds (`float`): products of one step.
-        weight_seconds (`float`): traffic of weights and gradients, beside the computation.
-        token_seconds (`float`): traffic of tokens, for which the computation waits.
-        collectives (`list[Collective]`): the traffic.
+        compute_seconds: products of one step.
+        weight_seconds: traffic of weights and gradients, beside the computation.
+        token_seconds: traffic of tokens, for which the computation waits.
+        collectives: the traffic.
     """
 
     layout: Layout
@@ -105,9 +105,9 @@ def candidate_layouts(config: MomaConfig, gpus: int, node_size: int) -> list[Lay
     For EP there is HSDP with shard groups as small as EP needs, too.
 
     Args:
-        config (`MomaConfig`): the model, whose sizes decide on TP and EP.
-        gpus (`int`): number of GPUs.
-        node_size (`int`): GPUs of one node. TP stays within it.
+        config: the model, whose sizes decide on TP and EP.
+        gpus: number of GPUs.
+        node_size: GPUs of one node. TP stays within it.
     """
     result = []
     counts = [config.group_num_experts(group) for group in config.expert_groups]
@@ -142,14 +142,14 @@ def plan_training(
     For each layout the fastest of the micro-batches that fit is taken, with and without checkpointing.
 
     Args:
-        config (`MomaConfig`): the model.
-        gpus (`int`): number of GPUs.
-        tokens_per_gpu (`int`): tokens of one optimiser step, divided by `gpus`. Modalities equally frequent.
-        sequence_length (`int`): tokens of one sequence.
+        config: the model.
+        gpus: number of GPUs.
+        tokens_per_gpu: tokens of one optimiser step, divided by `gpus`. Modalities equally frequent.
+        sequence_length: tokens of one sequence.
         hardware ([`Hardware`], *optional*): by default H100 nodes.
 
     Returns:
-        `tuple`: plans that fit, fastest first, and the layouts that do not, with the least memory that they need.
+        Plans that fit, fastest first, and the layouts that do not, with the least memory that they need.
 
     Raises:
         ValueError: a number is below 1, GPUs fill no whole nodes, sequences are longer than the model's positions, or

@@ -19,13 +19,12 @@ def torchao_config(linear_config, expert_config=None) -> TorchAoConfig:
     and thresholds keep their type.
 
     Args:
-        linear_config (`AOBaseConfig`):
-            For the `nn.Linear` layers, as `torchao.quantization.Int8WeightOnlyConfig()`.
-        expert_config (`AOBaseConfig`, *optional*, defaults to `linear_config`):
-            For the packed experts; has to be one that knows parameters of three dimensions, as the int8 ones do.
+        linear_config: For the `nn.Linear` layers, as `torchao.quantization.Int8WeightOnlyConfig()`.
+        expert_config: For the packed experts; has to be one that knows parameters of three dimensions, as the int8
+            ones do.
 
     Returns:
-        `TorchAoConfig`: the `quantization_config` of `from_pretrained`.
+        The `quantization_config` of `from_pretrained`.
 
     Raises:
         ImportError: torchao is not installed.
@@ -61,10 +60,10 @@ def quantized_share(model: PreTrainedModel) -> float:
     """Share of a model's weights, tied ones counted once, that is quantised.
 
     Args:
-        model (`PreTrainedModel`): quantised by torchao or bitsandbytes, or not at all.
+        model: quantised by torchao or bitsandbytes, or not at all.
 
     Returns:
-        `float`: between 0 and 1.
+        Between 0 and 1.
     """
     total = quantized = 0
     for parameter in model.parameters():

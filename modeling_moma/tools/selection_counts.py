@@ -16,7 +16,7 @@ class SelectionCounts:
     """Exact counts of what rules take of a router's tokens, cut by cut, over any number of batches.
 
     Args:
-        rules (`dict[str, Rule]`): by name.
+        rules: by name.
     """
 
     def __init__(self, rules: dict[str, Rule]):

@@ -27,9 +27,9 @@ def parse_experts(name: str, modalities: Sequence[str] = (TEXT, "image")) -> int
     """Read a name of the paper: `"4t4i"` as `{"text": 4, "image": 4}`, `"8x"` as `8`.
 
     Args:
-        name (`str`): numbers of experts, each with the first letter of its modality, or one number and `x` for experts
-            that all modalities share.
-        modalities (`Sequence[str]`, *optional*, defaults to text and image): the model's.
+        name: numbers of experts, each with the first letter of its modality, or one number and `x` for experts that
+            all modalities share.
+        modalities: the model's.
 
     Raises:
         ValueError: the name has another form or does not name every modality once, or two modalities begin alike.
@@ -53,8 +53,8 @@ def upcycled_config(config: MomaConfig, num_experts: int | dict[str, int], **fie
     infers with `"threshold"`; its depth layers keep their routing.
 
     Args:
-        config (`MomaConfig`): the seed's.
-        num_experts (`int` or `dict[str, int]`): see [`MomaConfig`].
+        config: the seed's.
+        num_experts: see [`MomaConfig`].
         fields: further fields that change.
 
     Raises:
@@ -98,19 +98,18 @@ def upcycle(
     of the tokens gets none, so the model's output changes at the switch: [`upcycling_receipt`] says by how much.
 
     Args:
-        model (`MomaForCausalLM`): the seed; not changed.
-        num_experts (`int` or `dict[str, int]`): the target, for example `{"text": 4, "image": 4}`.
-        preserve_function (`bool`, *optional*, defaults to `False`): set `normalize_gates`, so that a token that at
-            least one expert takes gets exactly what the seed gave it. With `norm_placement="post"` the norm does
-            nearly that by itself.
-        perturbation (`float`, *optional*, defaults to 0.0): standard deviation of noise on the copies, as a share of
-            the standard deviation of the copied matrix. Networks that stay alone in their group get none.
-        gumbel_noise (`float`, *optional*, defaults to 1.0): `config.gumbel_noise` of the result.
-        gumbel_noise_steps (`int`, *optional*): `config.gumbel_noise_steps` of the result.
+        model: the seed; not changed.
+        num_experts: the target, for example `{"text": 4, "image": 4}`.
+        preserve_function: set `normalize_gates`, so that a token that at least one expert takes gets exactly what the
+            seed gave it. With `norm_placement="post"` the norm does nearly that by itself.
+        perturbation: standard deviation of noise on the copies, as a share of the standard deviation of the copied
+            matrix. Networks that stay alone in their group get none.
+        gumbel_noise: `config.gumbel_noise` of the result.
+        gumbel_noise_steps: `config.gumbel_noise_steps` of the result.
         fields: further fields of the configuration that change; none that sizes depend on.
 
     Returns:
-        `MomaForCausalLM`: in the seed's dtype, on its device and in its mode.
+        In the seed's dtype, on its device and in its mode.
 
     Raises:
         ValueError: see [`upcycled_config`]; or the perturbation is negative, or the fields ask for weights that the
@@ -174,14 +173,13 @@ class UpcyclingReceipt:
     """What became of a seed.
 
     Attributes:
-        tensors (`dict[str, int]`): numbers of tensors that were `"taken"` as they are, `"copied"` into experts, and
-            that are `"new"`.
-        parameters (`dict[str, int]`): of the `"seed"` and of the `"upcycled"` model.
-        coverage (`dict[str, list[float]]`): shares of a group's tokens that 0, 1, and 2 or more experts took under
-            `expert_choice`, averaged over the layers; by group.
-        output_difference (`float`): norm of the logits' change over the norm of the seed's logits.
-        ffn_difference (`dict[str, list[float]]`): the same for the output of a group, given the same input, of the
-            tokens that 0, 1, and 2 or more experts took, averaged over the layers; by group. NaN where no token was.
+        tensors: numbers of tensors that were `"taken"` as they are, `"copied"` into experts, and that are `"new"`.
+        parameters: of the `"seed"` and of the `"upcycled"` model.
+        coverage: shares of a group's tokens that 0, 1, and 2 or more experts took under `expert_choice`, averaged over
+            the layers; by group.
+        output_difference: norm of the logits' change over the norm of the seed's logits.
+        ffn_difference: the same for the output of a group, given the same input, of the tokens that 0, 1, and 2 or
+            more experts took, averaged over the layers; by group. NaN where no token was.
     """
 
     tensors: dict[str, int]
@@ -212,9 +210,9 @@ def upcycling_receipt(
     Both models choose by rank, without noise.
 
     Args:
-        seed (`MomaForCausalLM`): as given to [`upcycle`].
-        upcycled (`MomaForCausalLM`): what it returned.
-        batch (`dict[str, torch.Tensor]`, *optional*): `input_ids` and `attention_mask` of the probe.
+        seed: as given to [`upcycle`].
+        upcycled: what it returned.
+        batch: `input_ids` and `attention_mask` of the probe.
     """
     seed_state = seed.state_dict()
     sources = [_copied_from(name, seed_state) for name in upcycled.state_dict()]

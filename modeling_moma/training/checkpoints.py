@@ -19,10 +19,10 @@ def last_checkpoint(folder: str | Path) -> str | None:
     killed while it wrote. Such a folder is warned of, and written anew by a run that comes by its step again.
 
     Args:
-        folder (`str` or `Path`): the run's output folder, which may be missing.
+        folder: the run's output folder, which may be missing.
 
     Returns:
-        `str`: the checkpoint's folder, or `None` where none is whole.
+        The checkpoint's folder, or `None` where none is whole.
     """
     steps = {}
     for path in Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):

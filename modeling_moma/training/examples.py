@@ -39,11 +39,11 @@ class CaptionExamples(torch.utils.data.Dataset):
     of the captions are keywords; a tenth of the text-first examples have no caption, which guidance needs.
 
     Args:
-        codes (`datasets.Dataset`): columns `codes` (augmented codings of one picture, `[A, image_seq_length]`),
-            `style`, `label`, `keywords`.
-        processor (`MomaProcessor`): gives the ids.
-        length (`int`): examples of the stream; each pass over the pictures has an order of its own.
-        seed (`int`): of everything random.
+        codes: columns `codes` (augmented codings of one picture, `[A, image_seq_length]`), `style`, `label`,
+            `keywords`.
+        processor: gives the ids.
+        length: examples of the stream; each pass over the pictures has an order of its own.
+        seed: of everything random.
     """
 
     def __init__(self, codes: Dataset, processor, length: int, seed: int = 0):
@@ -93,10 +93,10 @@ def example_ids(processor, text: str, codes: np.ndarray, picture_first: bool) ->
     """Token ids of one example.
 
     Args:
-        processor (`MomaProcessor`): gives tokenizer and the ids of a picture.
-        text (`str`): the caption, may be empty.
-        codes (`np.ndarray`): `[image_seq_length]`.
-        picture_first (`bool`): the order of the two.
+        processor: gives tokenizer and the ids of a picture.
+        text: the caption, may be empty.
+        codes: `[image_seq_length]`.
+        picture_first: the order of the two.
     """
     tokenizer = processor.tokenizer
     picture = processor.picture_ids(codes)

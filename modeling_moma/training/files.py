@@ -20,11 +20,11 @@ def write_aside(path: str | Path, write: Callable[[Path], object]) -> Path:
     Of several writers the last one wins, whole.
 
     Args:
-        path (`str` or `Path`): the target; its folder is made where missing.
-        write (`Callable`): writes to the path that it is given.
+        path: the target; its folder is made where missing.
+        write: writes to the path that it is given.
 
     Returns:
-        `Path`: the target.
+        The target.
     """
     path = Path(path)
     aside = path_aside(path)
@@ -43,11 +43,11 @@ def write_folder_aside(path: str | Path, write: Callable[[Path], object]) -> Pat
     after the other, once all are written.
 
     Args:
-        path (`str` or `Path`): the folder.
-        write (`Callable`): makes and fills the folder that it is given.
+        path: the folder.
+        write: makes and fills the folder that it is given.
 
     Returns:
-        `Path`: the folder.
+        The folder.
     """
     path = Path(path)
     aside = path_aside(path)
@@ -68,11 +68,11 @@ def replace_folder(path: str | Path, write: Callable[[Path], object]) -> Path:
     What is killed between the two renames leaves neither.
 
     Args:
-        path (`str` or `Path`): the folder.
-        write (`Callable`): makes and fills the folder that it is given.
+        path: the folder.
+        write: makes and fills the folder that it is given.
 
     Returns:
-        `Path`: the folder.
+        The folder.
     """
     path = Path(path)
     aside = path_aside(path)
@@ -114,8 +114,8 @@ def refuse_files(folder: str | Path, is_fine: Callable[[Path], bool] = lambda pa
     """Refuse an output folder with files that would mix with those of the model to be written.
 
     Args:
-        folder (`str` or `Path`): missing folders are fine, and so is what killed writers have left.
-        is_fine (`Callable`, *optional*): whether a path in it may stay; by default none.
+        folder: missing folders are fine, and so is what killed writers have left.
+        is_fine: whether a path in it may stay; by default none.
 
     Raises:
         ValueError: names one of the others.

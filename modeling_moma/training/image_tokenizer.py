@@ -68,9 +68,9 @@ def check_resumed(args: argparse.Namespace, config: MomaVQConfig, begun: dict):
     """Compare the command line with what a checkpoint was begun with; what it leaves out is the checkpoint's.
 
     Args:
-        args (`argparse.Namespace`): of the run that goes on.
-        config (`MomaVQConfig`): of the checkpoint.
-        begun (`dict`): the arguments that its run was begun with.
+        args: of the run that goes on.
+        config: of the checkpoint.
+        begun: the arguments that its run was begun with.
 
     Raises:
         ValueError: they differ, so the run would not end as it would have.

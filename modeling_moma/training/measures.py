@@ -41,10 +41,10 @@ def shuffled_held_out(codes: Dataset, processor, seed: int, limit: int | None = 
     """Held-out examples in random order: tokens compete within a batch, which shall hold both orders as in training.
 
     Args:
-        codes (`datasets.Dataset`): columns `codes`, `style`, `label`.
-        processor (`MomaProcessor`): gives the ids.
-        seed (`int`): of the order.
-        limit (`int`, *optional*): take so many of the pictures, drawn at random with that seed.
+        codes: columns `codes`, `style`, `label`.
+        processor: gives the ids.
+        seed: of the order.
+        limit: take so many of the pictures, drawn at random with that seed.
     """
     if limit is not None:
         codes = codes.shuffle(seed=seed).select(range(min(limit, len(codes))))
@@ -58,9 +58,9 @@ def padded_batches(processor, examples: list[dict], batch_size: int) -> list[dic
     Examples as inputs of the model, in their order.
 
     Args:
-        processor (`MomaProcessor`): its tokenizer pads.
-        examples (`list[dict]`): `input_ids` each.
-        batch_size (`int`): examples at once; the last batch may be short.
+        processor: its tokenizer pads.
+        examples: `input_ids` each.
+        batch_size: examples at once; the last batch may be short.
     """
     collate = MomaDataCollator(processor.tokenizer)
     return [collate(examples[start : start + batch_size]) for start in range(0, len(examples), batch_size)]
@@ -71,10 +71,10 @@ def held_out_batches(codes: Dataset, processor, batch_size: int, seed: int) -> l
     Held-out examples as padded batches of one size in random order.
 
     Args:
-        codes (`datasets.Dataset`): see [`shuffled_held_out`].
-        processor (`MomaProcessor`): gives the ids; its tokenizer pads.
-        batch_size (`int`): examples of a batch; a short last one is left out, unless it is the only one.
-        seed (`int`): of the order.
+        codes: see [`shuffled_held_out`].
+        processor: gives the ids; its tokenizer pads.
+        batch_size: examples of a batch; a short last one is left out, unless it is the only one.
+        seed: of the order.
     """
     examples = shuffled_held_out(codes, processor, seed)
     whole = len(examples) // batch_size * batch_size
@@ -95,16 +95,16 @@ def held_out_loss(
     Mean cross-entropy in nats per target token.
 
     Args:
-        model (`MomaForCausalLM`): in eval mode.
-        processor (`MomaProcessor`): its tokenizer pads.
-        examples (`list[dict]`): `input_ids` each; every token but the first is a target.
-        batch_size (`int`): examples at once; under `expert_choice` they compete with one another.
-        routing (`str`, *optional*): the model's inference routing by default.
-        description (`str`): of the progress bar.
-        depth_routing (`str`, *optional*): of depth layers, where it is to differ from `routing`.
+        model: in eval mode.
+        processor: its tokenizer pads.
+        examples: `input_ids` each; every token but the first is a target.
+        batch_size: examples at once; under `expert_choice` they compete with one another.
+        routing: the model's inference routing by default.
+        description: of the progress bar.
+        depth_routing: of depth layers, where it is to differ from `routing`.
 
     Returns:
-        `dict[str, float]`: `overall`, one entry for each modality, and `tokens`, the number of targets.
+        `overall`, one entry for each modality, and `tokens`, the number of targets.
     """
     sums, counts = defaultdict(float), defaultdict(int)
     for batch in tqdm(padded_batches(processor, examples, batch_size), desc=description):
@@ -131,14 +131,14 @@ def write_captions(model, processor, codes: torch.Tensor, batch_size: int, max_n
     Captions pictures greedily.
 
     Args:
-        model (`MomaForCausalLM`): in eval mode.
-        processor (`MomaProcessor`): gives the ids.
-        codes (`torch.LongTensor`): `[N, image_seq_length]`, the pictures.
-        batch_size (`int`): pictures at once.
-        max_new_tokens (`int`, defaults to 32): longest caption.
+        model: in eval mode.
+        processor: gives the ids.
+        codes: `[N, image_seq_length]`, the pictures.
+        batch_size: pictures at once.
+        max_new_tokens: longest caption.
 
     Returns:
-        `list[str]`: the generated texts.
+        The generated texts.
     """
     bos = processor.tokenizer.bos_token_id
     texts = []
@@ -162,15 +162,15 @@ def draw_pictures(model, processor, rows: list[dict], batch_size: int, sampling:
     Draws a picture for each row's caption.
 
     Args:
-        model (`MomaForCausalLM`): in eval mode.
-        processor (`MomaProcessor`): gives the ids.
-        rows (`list[dict]`): `style` and `label` each.
-        batch_size (`int`): pictures at once.
-        sampling (`dict`): arguments of `generate`.
-        seed (`int`): of the sampling.
+        model: in eval mode.
+        processor: gives the ids.
+        rows: `style` and `label` each.
+        batch_size: pictures at once.
+        sampling: arguments of `generate`.
+        seed: of the sampling.
 
     Returns:
-        `torch.LongTensor`: codes `[N, image_seq_length]`.
+        Codes `[N, image_seq_length]`.
     """
     set_seed(seed)
     captions = [label_caption(row["style"], row["label"]) for row in rows]
@@ -204,12 +204,12 @@ def tokenizer_quality(processor, pictures: list[torch.Tensor], codes: torch.Tens
     How well codes keep pictures, and how many codes do the work.
 
     Args:
-        processor (`MomaProcessor`): holds the VQ model.
-        pictures (`list[torch.Tensor]`): batches of pixel values in [-1, 1], all but the last of one size.
-        codes (`torch.LongTensor`): theirs, `[N, image_seq_length]`.
+        processor: holds the VQ model.
+        pictures: batches of pixel values in [-1, 1], all but the last of one size.
+        codes: theirs, `[N, image_seq_length]`.
 
     Returns:
-        `dict[str, float]`: `psnr` (mean over pictures, dB), `codes_used`, `codebook_size`, `perplexity`.
+        `psnr` (mean over pictures, dB), `codes_used`, `codebook_size`, `perplexity`.
     """
     psnr = []
     for batch, decoded in zip(pictures, decode_pictures(processor, codes, len(pictures[0])), strict=True):

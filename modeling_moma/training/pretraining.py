@@ -117,7 +117,7 @@ def pretrain(args: argparse.Namespace):
     Trains to the end, or to `--stop-at`, and writes model, processor and records into the output folder.
 
     Args:
-        args (`argparse.Namespace`): of `moma pretrain`.
+        args: of `moma pretrain`.
     """
     trainer = build_trainer(args)
     output = Path(args.output).absolute()

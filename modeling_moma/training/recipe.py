@@ -22,8 +22,8 @@ class Recipe:
     What a training is made of.
 
     Args:
-        model (`dict[str, Any]`): fields of [`MomaConfig`]; the processor gives those of its token layout.
-        trainer (`dict[str, Any]`): fields of `TrainingArguments`.
+        model: fields of [`MomaConfig`]; the processor gives those of its token layout.
+        trainer: fields of `TrainingArguments`.
     """
 
     model: dict[str, Any]
@@ -35,7 +35,7 @@ def read_recipe(path: str | Path) -> Recipe:
     Reads a recipe.
 
     Args:
-        path (`str` or `Path`): a YAML (or JSON) file with a mapping `model` and perhaps a mapping `trainer`.
+        path: a YAML (or JSON) file with a mapping `model` and perhaps a mapping `trainer`.
 
     Returns:
         [`Recipe`]: its fields are known to `MomaConfig` and `TrainingArguments`, their values are not checked yet.

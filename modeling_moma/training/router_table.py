@@ -25,7 +25,7 @@ def router_table(routers: Sequence[dict]) -> str:
     """Markdown table of how well causal rules hit the oracle's choice, a row for each layer and group.
 
     Args:
-        routers (`Sequence[dict]`): rows of `auxiliary_report`, or of a calibration, which has one rule alone.
+        routers: rows of `auxiliary_report`, or of a calibration, which has one rule alone.
     """
     titles = {rule: title for rule, title in CAUSAL_RULES.items() if rule in routers[0]["rules"]}
     rows = []

@@ -26,12 +26,12 @@ def tokens_of_example(train: Dataset, processor, num_examples: int = 4096) -> di
     Mean numbers of text and picture tokens of a training example.
 
     Args:
-        train (`datasets.Dataset`): columns `style`, `label`, `keywords`.
-        processor (`MomaProcessor`): gives the ids.
-        num_examples (`int`, defaults to 4096): examples of the training stream that are counted.
+        train: columns `style`, `label`, `keywords`.
+        processor: gives the ids.
+        num_examples: examples of the training stream that are counted.
 
     Returns:
-        `dict[str, float]`: `text` (frames of pictures and `<bos>`, `<eos>` included) and `image`.
+        `text` (frames of pictures and `<bos>`, `<eos>` included) and `image`.
     """
     # the lengths do not depend on the codes
     codes = np.zeros((len(train), 1, processor.image_seq_length), dtype=np.int64).tolist()
@@ -47,8 +47,8 @@ def read_run(folder: str | Path, tokens: dict[str, float]) -> dict:
     Reads what `Trainer` has written about a run, finished or not.
 
     Args:
-        folder (`str` or `Path`): the run's output folder.
-        tokens (`dict[str, float]`): tokens of an example by modality, from `tokens_of_example`.
+        folder: the run's output folder.
+        tokens: tokens of an example by modality, from `tokens_of_example`.
 
     Returns:
         `dict`: `steps`, `first_step` (those that the seed of an upcycled run took), `batch_size`, `examples`,
@@ -145,11 +145,11 @@ def training_of(folder: str | Path, tokens: dict[str, float]) -> dict:
     As [`read_run`], of a run of `moma pretrain` that is finished.
 
     Args:
-        folder (`str` or `Path`): the run's output folder.
-        tokens (`dict[str, float]`): tokens of an example by modality, from `tokens_of_example`.
+        folder: the run's output folder.
+        tokens: tokens of an example by modality, from `tokens_of_example`.
 
     Returns:
-        `dict`: `folder`, `seed`, `learning_rate` and `warmup_steps`, then what [`read_run`] tells.
+        `folder`, `seed`, `learning_rate` and `warmup_steps`, then what [`read_run`] tells.
 
     Raises:
         ValueError: no such run lies in the folder, it is not finished, or does not know its arguments.
@@ -191,8 +191,8 @@ def plot_curves(runs: dict[str, dict], path: str | Path) -> None:
     Draws the loss curves of runs over training FLOPs, a panel for text and one for pictures.
 
     Args:
-        runs (`dict[str, dict]`): runs of `read_run` by the name in the legend.
-        path (`str` or `Path`): the PNG.
+        runs: runs of `read_run` by the name in the legend.
+        path: the PNG.
     """
     # the extra `train` brings it
     import matplotlib

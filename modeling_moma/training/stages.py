@@ -56,10 +56,10 @@ def data_order(folder: str | Path) -> dict[str, int] | None:
     """What decided on the order of the data in the training that a model comes from.
 
     Args:
-        folder (`str` or `Path`): output of this script, a checkpoint in it, or what `moma upcycle` made of either.
+        folder: output of this script, a checkpoint in it, or what `moma upcycle` made of either.
 
     Returns:
-        `dict[str, int]`: `seed`, and `examples_a_step` over all devices; `None` where no file tells.
+        `seed`, and `examples_a_step` over all devices; `None` where no file tells.
     """
     folder = Path(folder).resolve()
     run_folder = folder.parent if folder.name.startswith(f"{PREFIX_CHECKPOINT_DIR}-") else folder
