@@ -54,7 +54,6 @@ def routing_of_batch(
     inputs: torch.Tensor = input_ids if input_ids is not None else inputs_embeds  # pyright: ignore[reportAssignmentType]
     past_length = seen_positions(cache)
     # only static layers count in tensors, and only once they hold something
-    # only static layers count in tensors, and only once they hold something
     may_fix = _may_fix_shapes(config, inputs, routing, is_training)
     if may_fix and cache is not None and isinstance(past_length, torch.Tensor):
         split, modality_BT, padding_BT = _split_step(
@@ -202,7 +201,7 @@ def _modalities(
     return torch.zeros(inputs.shape[:2], dtype=torch.long, device=inputs.device)
 
 
-def _check_mask(attention_mask: torch.Tensor, batch_size: int, num_positions: int | torch.Tensor):
+def _check_mask(attention_mask: torch.Tensor, batch_size: int, num_positions: int | torch.Tensor) -> None:
     if attention_mask.shape[0] == batch_size and attention_mask.shape[1] >= num_positions:
         return
     raise ValueError(
@@ -216,7 +215,7 @@ def _describe_rows(
     attention_mask: torch.Tensor | None,
     position_ids: torch.Tensor | None,
     cache: Cache | None,
-):
+) -> None:
     if attention_mask is not None and not isinstance(attention_mask, torch.Tensor):
         raise TypeError(
             f"`attention_mask` is a {type(attention_mask).__name__}: depth layers can pack tensors only, of shape "

@@ -108,7 +108,7 @@ class _RaggedRows:
         length_R1 = torch.tensor(lengths, device=packing.row_R.device).unsqueeze(-1)
         return column_1S.expand(len(lengths), -1), column_1S < length_R1
 
-    def _check_crop(self, tokens_to_remove: int):
+    def _check_crop(self, tokens_to_remove: int) -> None:
         if tokens_to_remove > 0:
             raise ValueError(
                 f"`tokens_to_remove` = {tokens_to_remove}: crop takes minus the number of tokens to remove."
@@ -164,7 +164,7 @@ class MomaDepthCacheLayer(_RaggedRows, DynamicLayer):
         super().reset()
         self.lengths, self.slots = [], None  # pyright: ignore[reportAttributeAccessIssue]
 
-    def _allocate(self, key_states: torch.Tensor, value_states: torch.Tensor, num_rows: int, **kwargs):
+    def _allocate(self, key_states: torch.Tensor, value_states: torch.Tensor, num_rows: int, **kwargs) -> None:
         self.device = key_states.device
         self.keys, self.values = (x.new_empty(0, x.shape[1], x.shape[3]) for x in (key_states, value_states))
         self.slots = torch.empty(0, dtype=torch.int32, device=self.device)
@@ -194,7 +194,7 @@ class MomaDepthCacheLayer(_RaggedRows, DynamicLayer):
         )
         return keys, values
 
-    def _append(self, key_states: torch.Tensor, value_states: torch.Tensor, packing: "DepthPacking"):
+    def _append(self, key_states: torch.Tensor, value_states: torch.Tensor, packing: "DepthPacking") -> None:
         row_P = packing.token_P // packing.length
         slot_P = (packing.token_P % packing.length + self.cumulative_length).int()
         # row after row: a stable sort puts a row's new tokens behind its old ones
@@ -203,7 +203,7 @@ class MomaDepthCacheLayer(_RaggedRows, DynamicLayer):
         self.values = torch.cat([self.values, _new_states(value_states, packing)]).index_select(0, order_N)
         self.slots = torch.cat([self.slots, slot_P]).index_select(0, order_N)
 
-    def _select_rows(self, rows: torch.Tensor):
+    def _select_rows(self, rows: torch.Tensor) -> None:
         rows = rows.to(self.slots.device)
         lengths_B = torch.tensor(self.lengths, device=rows.device)
         start_B = lengths_B.cumsum(0) - lengths_B
@@ -265,7 +265,7 @@ class MomaStaticDepthCacheLayer(_RaggedRows, StaticLayer):
 
     def _allocate(
         self, key_states: torch.Tensor, value_states: torch.Tensor, num_rows: int, capacity: float = 1.0, **kwargs
-    ):
+    ) -> None:
         self.device = key_states.device
         num_columns = min(self.max_cache_len, ceil_share(exact_share(capacity), self.max_cache_len))
         self.keys, self.values = (
@@ -278,7 +278,7 @@ class MomaStaticDepthCacheLayer(_RaggedRows, StaticLayer):
         keys, values = (x.index_select(0, packing.row_R)[:, :, :num_columns] for x in (self.keys, self.values))
         return keys, values
 
-    def _append(self, key_states: torch.Tensor, value_states: torch.Tensor, packing: "DepthPacking"):
+    def _append(self, key_states: torch.Tensor, value_states: torch.Tensor, packing: "DepthPacking") -> None:
         if self.cumulative_length + packing.length > self.max_cache_len:
             raise ValueError(
                 f"The static cache was made for `max_cache_len` = {self.max_cache_len} tokens, but "
@@ -292,7 +292,7 @@ class MomaStaticDepthCacheLayer(_RaggedRows, StaticLayer):
         self.values[row_P, :, column_P] = _new_states(value_states, packing)
         self.slots[row_P, column_P] = packing.token_P % packing.length + self.cumulative_length
 
-    def _grow(self, needed: int):
+    def _grow(self, needed: int) -> None:
         num_columns = self.keys.shape[2]
         if needed <= num_columns:
             return
@@ -300,7 +300,7 @@ class MomaStaticDepthCacheLayer(_RaggedRows, StaticLayer):
         self.keys, self.values = (torch.nn.functional.pad(x, (0, 0, 0, more)) for x in (self.keys, self.values))
         self.slots = torch.nn.functional.pad(self.slots, (0, more), value=-1)
 
-    def _select_rows(self, rows: torch.Tensor):
+    def _select_rows(self, rows: torch.Tensor) -> None:
         rows = rows.to(self.device)
         self.lengths = [self.lengths[row] for row in rows.tolist()]
         self.keys, self.values, self.slots = (

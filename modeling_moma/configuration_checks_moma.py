@@ -254,7 +254,7 @@ def check_depth(config: "MomaConfig"):
         )
 
 
-def _require_modalities(config: "MomaConfig", name: str, complete: bool = False):
+def _require_modalities(config: "MomaConfig", name: str, complete: bool = False) -> None:
     value = getattr(config, name)
     if not isinstance(value, dict):
         return

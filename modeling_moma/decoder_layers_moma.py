@@ -140,7 +140,7 @@ class MomaDepthDecoderLayer(MomaDecoderLayer):
         change_1PD = attention_change_1PD + self._ffn_change(x_1PD + attention_change_1PD, packed_context)
         return packing.add_back(hidden_states, change_1PD, selection.weight_BT)
 
-    def _skip(self, hidden_states: torch.Tensor, cache: Cache | None):
+    def _skip(self, hidden_states: torch.Tensor, cache: Cache | None) -> None:
         if cache is None:
             return
         depth_cache_layer(cache, self.layer_idx)

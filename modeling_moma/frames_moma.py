@@ -181,7 +181,7 @@ def check_frames(config: "MomaConfig"):
     _check_frame_ids(config, frames)
 
 
-def _check_frame_ids(config: "MomaConfig", frames: dict[str, dict[str, int | None]]):
+def _check_frame_ids(config: "MomaConfig", frames: dict[str, dict[str, int | None]]) -> None:
     taken = {}
     image = config_frames(config).get(IMAGE)
     if image is not None:

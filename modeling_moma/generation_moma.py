@@ -141,7 +141,7 @@ class MomaGenerationMixin(GenerationGaps):
             )
         return frames[modality]
 
-    def _check_mode(self, mode: str):
+    def _check_mode(self, mode: str) -> None:
         modes = (TEXT, INTERLEAVED, *self.config.frames)
         if mode in (IMAGE, *self.config.modality_token_ranges):
             self._frame(mode)
@@ -292,7 +292,7 @@ class MomaGenerationMixin(GenerationGaps):
         }
 
 
-def _check_prompt(prompt: torch.Tensor, kwargs: dict):
+def _check_prompt(prompt: torch.Tensor, kwargs: dict) -> None:
     if prompt.ndim != 2:
         raise ValueError(f"`input_ids` must have two dimensions, rows and positions, got shape {tuple(prompt.shape)}.")
     if prompt.shape[0] == 0 or (prompt.shape[1] == 0 and kwargs.get("inputs_embeds") is None):

@@ -158,7 +158,7 @@ def split_modalities(
     return ModalitySplit.from_groups(group_BT, dict(zip(groups, counts)))
 
 
-def _check_bounds(config: MomaConfig, low: int, high: int, are_ids: bool):
+def _check_bounds(config: MomaConfig, low: int, high: int, are_ids: bool) -> None:
     if are_ids and (low < 0 or high >= config.vocab_size):
         bad = low if low < 0 else high
         raise IndexError(

@@ -189,7 +189,7 @@ class MomaVQConfig(PreTrainedConfig):
                 "channel_multiplier."
             )
 
-    def _validate_sizes(self):
+    def _validate_sizes(self) -> None:
         names = (
             "embed_dim",
             "num_embeddings",
@@ -211,7 +211,7 @@ class MomaVQConfig(PreTrainedConfig):
                 f"channel_multiplier={self.channel_multiplier} must hold one factor of at least 1 per level."
             )
 
-    def _validate_loss(self):
+    def _validate_loss(self) -> None:
         for name in ("beta", "revive_threshold", "l1_weight", "l2_weight", "perceptual_weight", "semantic_weight"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative.")

@@ -227,14 +227,19 @@ class MomaImageInputMixin(_Backend):
     Transformers backend class in the list of bases.
     """
 
-    size: Any
-    do_center_crop: bool
-    crop_size: Any
-    do_normalize: bool
-    image_mean: list[float]
-    image_std: list[float]
-    do_rescale: bool
-    rescale_factor: float
+    do_convert_rgb: bool = True
+    do_resize: bool = True
+    # what backends make of it has attributes
+    size: Any = {"shortest_edge": 64}
+    default_to_square: bool = False
+    resample = PILImageResampling.LANCZOS
+    do_center_crop: bool = True
+    crop_size: Any = {"height": 64, "width": 64}
+    do_rescale: bool = True
+    rescale_factor: float = 1 / 255
+    do_normalize: bool = True
+    image_mean: list[float] = [0.5, 0.5, 0.5]
+    image_std: list[float] = [0.5, 0.5, 0.5]
 
     @classmethod
     def for_resolution(cls, resolution: int, **kwargs) -> Self:

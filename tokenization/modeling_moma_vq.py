@@ -131,7 +131,7 @@ class MomaVQModel(PreTrainedModel):
                 module.requires_grad_(False)
 
     @torch.no_grad()
-    def _init_weights(self, module: nn.Module):
+    def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         # CODEPATH: models without norms, as moma-emoji
         if isinstance(module, MomaVQBranchEnd) and self.config.norm_type == "none":

@@ -126,7 +126,7 @@ class MomaProcessor(CodingMixin):
             check_codec(modality, codec)
         self._read_vocabulary(tokenizer)
 
-    def _check_image_processor(self, image_processor: MomaImageInputMixin, resolution: int):
+    def _check_image_processor(self, image_processor: MomaImageInputMixin, resolution: int) -> None:
         crop, edge = image_processor.crop_size, image_processor.size.shortest_edge
         side = (crop.height, crop.width) if image_processor.do_center_crop and crop is not None else None
         # a shortest edge below the crop would be padded with black
@@ -136,7 +136,7 @@ class MomaProcessor(CodingMixin):
                 f"{resolution}; build it with `{type(image_processor).__name__}.for_resolution({resolution})`."
             )
 
-    def _read_vocabulary(self, tokenizer: PreTrainedTokenizerFast):
+    def _read_vocabulary(self, tokenizer: PreTrainedTokenizerFast) -> None:
         image = TokenFrame.from_tokenizer(
             tokenizer, IMAGE, self.codebook_size, self.image_seq_length, "the VQ model has num_embeddings"
         )
@@ -318,7 +318,7 @@ class MomaProcessor(CodingMixin):
             self._check_rows(modality, rows, text or [])
         self._check_rows("images", images, text or [])
 
-    def _check_rows(self, name: str, rows: Any, text: list[str]):
+    def _check_rows(self, name: str, rows: Any, text: list[str]) -> None:
         if not isinstance(rows, (list, tuple)) or not rows or not all(isinstance(row, (list, tuple)) for row in rows):
             return
         if len(rows) != len(text):
@@ -366,7 +366,7 @@ class MomaProcessor(CodingMixin):
         types = {token: place for place, frame in enumerate(self.frames.values(), 1) for token in range(*frame.bounds)}
         return [[types.get(token, 0) for token in as_list(row)] for row in input_ids]
 
-    def _check_special_mm_tokens(self, text: list[str], text_inputs: BatchFeature, modalities: list[str]):
+    def _check_special_mm_tokens(self, text: list[str], text_inputs: BatchFeature, modalities: list[str]) -> None:
         masks = text_inputs.get("attention_mask", [None] * len(text))
         for index, (sample, row, mask) in enumerate(zip(text, text_inputs["input_ids"], masks)):
             if len(row) == 0 or (mask is not None and max(mask) == 0):

@@ -237,7 +237,7 @@ def _convert_pictures(
     return processor.save_pretrained, f"{note}, in the processor"
 
 
-def _save_vq_model(vq_model: MomaVQModel, folder: Path):
+def _save_vq_model(vq_model: MomaVQModel, folder: Path) -> None:
     vq_model.save_pretrained(folder / VQ_SUBFOLDER)
 
 

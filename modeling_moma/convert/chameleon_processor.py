@@ -163,7 +163,7 @@ def vq_config_of(config: ChameleonConfig) -> ChameleonVQVAEConfig:
     return config.vq_config  # pyright: ignore[reportReturnType]
 
 
-def _check_same_codes(tensors: Mapping[str, torch.Tensor], vqgan: Mapping[str, torch.Tensor]):
+def _check_same_codes(tensors: Mapping[str, torch.Tensor], vqgan: Mapping[str, torch.Tensor]) -> None:
     for name, tensor in tensors.items():
         if not name.startswith(_ENCODING_PREFIXES):
             continue

@@ -135,7 +135,7 @@ def _source_config(reader: CheckpointReader) -> PreTrainedConfig:
     return config
 
 
-def _check_tied_head(reader: CheckpointReader, config: MomaConfig):
+def _check_tied_head(reader: CheckpointReader, config: MomaConfig) -> None:
     if not config.tie_word_embeddings or not {EMBEDDING, HEAD} <= reader.shapes.keys():
         return
     for start in range(0, reader.shapes[EMBEDDING][0], STATISTICS_ROWS):

@@ -123,7 +123,7 @@ class CheckpointReader(Mapping):
     def _exists(self, name: str) -> bool:
         return (self.folder / name).is_file() or (self.folder / f"{name}.index.json").is_file()
 
-    def _open(self, name: str, open_shard: Callable[[Path], None], allowed: bool = True):
+    def _open(self, name: str, open_shard: Callable[[Path], None], allowed: bool = True) -> None:
         # Transformers prefers the single file, too
         if (self.folder / name).is_file():
             shards, weight_map = [name], None
@@ -151,7 +151,7 @@ class CheckpointReader(Mapping):
         if weight_map is not None:
             self._compare_with_index(weight_map, self.folder / name)
 
-    def _compare_with_index(self, weight_map: dict[str, str], index: Path):
+    def _compare_with_index(self, weight_map: dict[str, str], index: Path) -> None:
         for key, shard in weight_map.items():
             if key not in self.files or self.files[key].name != shard:
                 raise CheckpointError(f"{index}: by the index {key!r} lies in {shard}, but that file has no such key.")
@@ -159,12 +159,12 @@ class CheckpointReader(Mapping):
             if key not in weight_map:
                 raise CheckpointError(f"{path}: it holds {key!r}, which the index {index.name} does not list.")
 
-    def _add(self, key: str, path: Path, shape: Iterable[int], dtype: torch.dtype):
+    def _add(self, key: str, path: Path, shape: Iterable[int], dtype: torch.dtype) -> None:
         if key in self.files:
             raise CheckpointError(f"{path}: it holds {key!r}, as does {self.files[key].name}.")
         self.files[key], self.shapes[key], self.dtypes[key] = path, tuple(shape), dtype
 
-    def _open_shard(self, path: Path):
+    def _open_shard(self, path: Path) -> None:
         size = path.stat().st_size
         with path.open("rb") as file:
             header, data_start = _read_header(file, path, size)
@@ -188,7 +188,7 @@ class CheckpointReader(Mapping):
                 "Fetch it again."
             )
 
-    def _open_pickle(self, path: Path):
+    def _open_pickle(self, path: Path) -> None:
         for key, tensor in read_pickle(path, map_location="meta").items():
             self._add(key, path, tensor.shape, tensor.dtype)
 

@@ -137,12 +137,12 @@ def transfer(
     return receipt
 
 
-def _check_free(output: Path):
+def _check_free(output: Path) -> None:
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise CheckpointError(f"{output}: it exists and is not empty; choose another output folder.")
 
 
-def _check_difference(difference: float, reader: CheckpointReader):
+def _check_difference(difference: float, reader: CheckpointReader) -> None:
     # a NaN has to fail as well
     if not difference <= LARGEST_DIFFERENCE:
         raise CheckpointError(
@@ -152,7 +152,7 @@ def _check_difference(difference: float, reader: CheckpointReader):
         )
 
 
-def _check_target(model: MomaForCausalLM, entries: Sequence[Entry]):
+def _check_target(model: MomaForCausalLM, entries: Sequence[Entry]) -> None:
     tied = model._tied_weights_keys if model.config.tie_word_embeddings else {}
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name not in tied}
     for name, count in Counter(entry.name for entry in entries).items():
@@ -239,7 +239,7 @@ def _plan_shards(typed: list[TypedEntry], max_bytes: int) -> list[list[TypedEntr
     return shards
 
 
-def _write_weights(reader: CheckpointReader, shards: list[list[TypedEntry]], folder: Path, total_bytes: int):
+def _write_weights(reader: CheckpointReader, shards: list[list[TypedEntry]], folder: Path, total_bytes: int) -> None:
     names = ["model.safetensors"]
     if len(shards) > 1:
         names = [f"model-{number:05}-of-{len(shards):05}.safetensors" for number in range(1, len(shards) + 1)]
@@ -251,7 +251,7 @@ def _write_weights(reader: CheckpointReader, shards: list[list[TypedEntry]], fol
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def _write_shard(reader: CheckpointReader, shard: list[TypedEntry], path: Path):
+def _write_shard(reader: CheckpointReader, shard: list[TypedEntry], path: Path) -> None:
     # wide types first, so that each tensor lies at a multiple of its item size
     shard = sorted(shard, key=lambda pair: -pair[1].itemsize)
     header: dict[str, dict] = {"__metadata__": {"format": "pt"}}

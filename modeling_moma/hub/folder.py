@@ -135,7 +135,7 @@ def gather(model: str | Path, processor: str | Path | None = None) -> tuple[dict
     return files, left_out
 
 
-def _add_processor(files: dict[str, Path], model: Path, processor: Path):
+def _add_processor(files: dict[str, Path], model: Path, processor: Path) -> None:
     added, _ = _walk(processor)
     chosen = {name for name in added if any(fnmatch(name, pattern) for pattern in PROCESSOR_FILES)}
     for name in [name for name in files if any(fnmatch(name, pattern) for pattern in PROCESSOR_FILES)]:

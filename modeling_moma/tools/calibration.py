@@ -62,7 +62,7 @@ def calibrate_thresholds(
     return report
 
 
-def _warn_if_unread(config: PreTrainedConfig):
+def _warn_if_unread(config: PreTrainedConfig) -> None:
     routings = {"inference_routing": config.inference_routing}
     if config.depth_layers:
         routings["depth_inference_routing"] = config.depth_inference_routing or config.inference_routing

@@ -69,7 +69,7 @@ class MomaMetricsCallback(TrainerCallback):
         if state.log_history:
             state.log_history[-1].update(metrics)
 
-    def _on_forward(self, module: torch.nn.Module, args: tuple, output: Any):
+    def _on_forward(self, module: torch.nn.Module, args: tuple, output: Any) -> None:
         losses = getattr(output, "modality_losses", None)
         is_sample = module.training and not torch.is_grad_enabled()
         if losses is None or is_sample:

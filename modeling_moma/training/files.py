@@ -128,7 +128,7 @@ def refuse_files(folder: str | Path, is_fine: Callable[[Path], bool] = lambda pa
         )
 
 
-def _replace_files(source: Path, target: Path):
+def _replace_files(source: Path, target: Path) -> None:
     for path in sorted(source.rglob("*")):
         if path.is_dir():
             (target / path.relative_to(source)).mkdir(exist_ok=True)
@@ -136,14 +136,14 @@ def _replace_files(source: Path, target: Path):
             os.replace(path, target / path.relative_to(source))
 
 
-def _rename(source: Path, target: Path):
+def _rename(source: Path, target: Path) -> None:
     if target.is_dir():
         # not every system renames onto an empty folder
         target.rmdir()
     os.rename(source, target)
 
 
-def _remove(path: Path):
+def _remove(path: Path) -> None:
     if path.is_dir():
         shutil.rmtree(path, ignore_errors=True)
     else:

@@ -44,7 +44,7 @@ class StageTrainer(Trainer):
 
     first_step, earlier_stage = 0, None
 
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None):
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint != self.earlier_stage:
             super()._load_optimizer_and_scheduler(checkpoint)
 
