@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A start for the embeddings of picture codes."""
 
 import torch

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Training some expert groups while the others stay as they are."""
 
 from transformers import PreTrainedModel

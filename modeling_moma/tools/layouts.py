@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How GPUs share a model, and which layouts its sizes allow."""
 
 from dataclasses import dataclass

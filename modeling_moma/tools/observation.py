@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a model's routers see and whom their top K would hold, in eval mode.
 
 Shape suffixes:

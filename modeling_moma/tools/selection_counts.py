@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How well causal rules hit the top K that they stand for, in exact counts.
 
 Shape suffixes:

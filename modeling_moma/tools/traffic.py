@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Bytes between GPUs in a training step, in closed form, by layout."""
 
 import math

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Training of the picture tokenizer on a data set with a column `image`."""
 
 import argparse

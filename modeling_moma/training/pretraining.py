@@ -1,7 +1,9 @@
+# SPDX-License-Identifier: Apache-2.0
 """The model and the Trainer of a pre-training, from a command's arguments."""
 
 import argparse
 import json
+import time
 from pathlib import Path
 
 import torch
@@ -144,4 +146,7 @@ def pretrain(args: argparse.Namespace):
         write_aside(output / TRAINER_STATE_NAME, lambda path: trainer.state.save_to_json(str(path)))
     # a process that ends before the others takes their connections with it
     trainer.accelerator.wait_for_everyone()
+    # torch joins the threads of a group under the interpreter's lock, for which one that ends a barrier may still wait
+    if trainer.accelerator.num_processes > 1:
+        time.sleep(0.2)
     trainer.accelerator.end_training()

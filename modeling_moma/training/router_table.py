@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How well causal rules hit the oracle's choice, as a table."""
 
 from collections.abc import Sequence
