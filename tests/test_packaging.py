@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from importlib.machinery import PathFinder
 from pathlib import Path
 
 import pytest
@@ -72,6 +73,16 @@ def test_workflow_calls_targets_of_the_makefile():
     assert commands == ["make ${{ matrix.target }}"]
     targets = set(re.findall(r"^([a-z][\w-]*):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
     assert set(job["strategy"]["matrix"]["target"]) <= targets
+
+
+def test_no_script_takes_the_name_of_an_installed_package():
+    others = [entry for entry in sys.path if entry and not Path(entry).resolve().is_relative_to(ROOT / "scripts")]
+    names = {path.stem for path in (ROOT / "scripts").iterdir() if path.suffix == ".py" or path.is_dir()} - {
+        "__pycache__"
+    }
+    taken = {name for name in names if PathFinder.find_spec(name, others) is not None}
+    # Transformers imports `emoji` where it is installed
+    assert not taken and "emoji" not in names
 
 
 def test_import_twice_and_beside_another_moma_does_not_raise():
