@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers.activations import ACT2FN
 
-from .frames_moma import check_frames
+from .frames_moma import FRAME_FIELDS, IMAGE, config_frames
 from .routing_rules_moma import CAUSAL_ROUTINGS, NOISY_ROUTINGS, RULES, TRAINING_ROUTINGS
 
 
@@ -119,6 +119,74 @@ def check_modalities(config: "MomaConfig"):
             f"plus two tokens around a picture must fit max_position_embeddings ({config.max_position_embeddings})",
         )
     check_frames(config)
+
+
+def check_frames(config: "MomaConfig"):
+    """Check the tokens around the codes of modalities other than pictures."""
+    for modality, frame in (config.modality_frames or {}).items():
+        own = {modality: frame}
+        require(
+            modality != IMAGE,
+            "modality_frames",
+            own,
+            "the frame of pictures stands in begin_image_token_id, end_image_token_id and image_seq_length",
+        )
+        require(
+            modality in config.modality_token_ranges,
+            "modality_frames",
+            own,
+            "names no modality of modality_token_ranges that can have one: "
+            f"{sorted(set(config.modality_token_ranges) - {IMAGE})}",
+        )
+        require(
+            set(frame) == set(FRAME_FIELDS), "modality_frames", own, f"needs exactly the keys {list(FRAME_FIELDS)}"
+        )
+        length = frame["length"]
+        require(
+            length is None or length >= 1,
+            "modality_frames",
+            own,
+            "'length' must be a positive number of codes, or None for any number",
+        )
+        require(
+            (length or 1) + 2 <= config.max_position_embeddings,
+            "modality_frames",
+            own,
+            "'length' plus two tokens around the codes must fit max_position_embeddings "
+            f"({config.max_position_embeddings})",
+        )
+    _check_frame_ids(config)
+
+
+def _check_frame_ids(config: "MomaConfig"):
+    taken = {}
+    image = config_frames(config).get(IMAGE)
+    if image is not None:
+        taken = {image.begin: "begin_image_token_id", image.end: "end_image_token_id"}
+    codes = [bounds for ranges in config.modality_token_ranges.values() for bounds in ranges]
+    for modality, frame in (config.modality_frames or {}).items():
+        for key in ("begin", "end"):
+            given = frame[key]
+            token_id, own = -1 if given is None else given, {modality: frame}
+            require(
+                0 <= token_id < config.vocab_size,
+                "modality_frames",
+                own,
+                f"{key!r} must be an id below vocab_size ({config.vocab_size})",
+            )
+            require(
+                not any(start <= token_id < stop for start, stop in codes),
+                "modality_frames",
+                own,
+                f"{key!r} lies inside modality_token_ranges: tokens around codes are text",
+            )
+            require(
+                token_id not in taken,
+                "modality_frames",
+                own,
+                f"{key!r} is also {taken.get(token_id)}: each token needs its own id",
+            )
+            taken[token_id] = f"{key!r} of {modality!r}"
 
 
 def check_experts(config: "MomaConfig"):

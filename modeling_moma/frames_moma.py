@@ -6,7 +6,7 @@ Shape suffixes: B rows, T positions, N frames.
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -136,7 +136,9 @@ def open_frame_codes(frames: dict[str, ModalityFrame], ids_BT: torch.Tensor) -> 
 
 def config_frames(config: "MomaConfig") -> dict[str, ModalityFrame]:
     """The frame of every modality that has one, by its name, in the order of `config.modalities`."""
-    tokens = {modality: [frame[key] for key in FRAME_FIELDS] for modality, frame in _own_frames(config).items()}
+    tokens = {
+        modality: [frame[key] for key in FRAME_FIELDS] for modality, frame in (config.modality_frames or {}).items()
+    }
     if config.begin_image_token_id is not None and config.end_image_token_id is not None:
         tokens[IMAGE] = [config.begin_image_token_id, config.end_image_token_id, config.image_seq_length]
     return {
@@ -150,61 +152,4 @@ def config_frames(config: "MomaConfig") -> dict[str, ModalityFrame]:
     }
 
 
-def check_frames(config: "MomaConfig"):
-    """Check the field `modality_frames` of a configuration whose `modality_token_ranges` are in order.
-
-    Raises:
-        ValueError: a modality that cannot have a frame there, a key too many or too few, an id that is not free, or a
-            length that does not fit.
-    """
-    frames = _own_frames(config)
-    for modality, frame in frames.items():
-        if modality == IMAGE:
-            _refuse(
-                {modality: frame},
-                "the frame of pictures stands in begin_image_token_id, end_image_token_id and image_seq_length",
-            )
-        if modality not in config.modality_token_ranges:
-            known = sorted(set(config.modality_token_ranges) - {IMAGE})
-            _refuse({modality: frame}, f"names no modality of modality_token_ranges that can have one: {known}")
-        if set(frame) != set(FRAME_FIELDS):
-            _refuse({modality: frame}, f"needs exactly the keys {list(FRAME_FIELDS)}")
-        length = frame["length"]
-        if length is not None and length < 1:
-            _refuse({modality: frame}, "'length' must be a positive number of codes, or None for any number")
-        if (length or 1) + 2 > config.max_position_embeddings:
-            _refuse(
-                {modality: frame},
-                "'length' plus two tokens around the codes must fit max_position_embeddings "
-                f"({config.max_position_embeddings})",
-            )
-    _check_frame_ids(config, frames)
-
-
-def _check_frame_ids(config: "MomaConfig", frames: dict[str, dict[str, int | None]]) -> None:
-    taken = {}
-    image = config_frames(config).get(IMAGE)
-    if image is not None:
-        taken = {image.begin: "begin_image_token_id", image.end: "end_image_token_id"}
-    codes = [tuple(bounds) for ranges in config.modality_token_ranges.values() for bounds in ranges]
-    for modality, frame in frames.items():
-        for key in ("begin", "end"):
-            token_id = frame[key]
-            if token_id is None or not 0 <= token_id < config.vocab_size:
-                _refuse({modality: frame}, f"{key!r} must be an id below vocab_size ({config.vocab_size})")
-            if any(start <= token_id < stop for start, stop in codes):
-                _refuse({modality: frame}, f"{key!r} lies inside modality_token_ranges: tokens around codes are text")
-            if token_id in taken:
-                _refuse({modality: frame}, f"{key!r} is also {taken[token_id]}: each token needs its own id")
-            taken[token_id] = f"{key!r} of {modality!r}"
-
-
-def _own_frames(config: "MomaConfig") -> dict[str, dict[str, int | None]]:
-    return config.modality_frames or {}
-
-
-def _refuse(value: dict, demand: str) -> NoReturn:
-    raise ValueError(f"`modality_frames` = {value!r}: {demand}.")
-
-
-__all__ = ["ModalityFrame", "check_frames", "config_frames"]
+__all__ = ["FRAME_FIELDS", "IMAGE", "ModalityFrame", "config_frames"]

@@ -37,9 +37,12 @@ class FrameLogitsProcessor(LogitsProcessor):
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         counts = {modality: frame.open_codes(input_ids) for modality, frame in self.frames.items()}
         outside_B = torch.stack(list(counts.values())).amax(dim=0) < 0
-        allowed_BV = outside_B[:, None] & self.outside_V.to(scores.device)
+        # copied in the first step alone
+        self.outside_V = self.outside_V.to(scores.device)
+        allowed_BV = outside_B[:, None] & self.outside_V
         for modality, count_B in counts.items():
-            allowed_BV |= (count_B >= 0)[:, None] & self.codes_V[modality].to(scores.device)
+            self.codes_V[modality] = self.codes_V[modality].to(scores.device)
+            allowed_BV |= (count_B >= 0)[:, None] & self.codes_V[modality]
             if self.frames[modality].length is None:
                 allowed_BV[:, self.frames[modality].end] |= count_B >= 1
         scores = scores.masked_fill(~allowed_BV, -torch.inf)
@@ -64,7 +67,9 @@ class TextOnlyLogitsProcessor(LogitsProcessor):
             self.banned_V[[frame.begin, frame.end]] = True
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        return scores.masked_fill(self.banned_V.to(scores.device), -torch.inf)
+        # copied in the first step alone
+        self.banned_V = self.banned_V.to(scores.device)
+        return scores.masked_fill(self.banned_V, -torch.inf)
 
 
 class OneFrameLogitsProcessor(LogitsProcessor):

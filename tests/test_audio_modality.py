@@ -12,7 +12,7 @@ from transformers import AutoProcessor
 
 from helpers.hub_server import HubServer, run_client
 from helpers.mu_law_codec import MuLawCodec
-from helpers.tiny import noise_pictures, tiny_model, tiny_processor
+from helpers.tiny import CARD, noise_pictures, tiny_model, tiny_processor
 from modeling_moma import MomaConfig, MomaForCausalLM
 from modeling_moma.hub.upload import prepare
 from tokenization import MomaProcessor, add_modality_tokens, register_codec
@@ -31,16 +31,6 @@ FIELDS = {
     # a name is one token among fifty
     "modality_loss_weights": {"text": 5.0},
 }
-CARD = """---
-license: apache-2.0
-library_name: transformers
-pipeline_tag: any-to-any
-datasets: []
-tags: [moma]
----
-
-# A model of tones
-"""
 PUSH_AND_LOAD = """
 import sys
 import numpy as np

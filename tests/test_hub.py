@@ -14,23 +14,13 @@ from PIL import Image
 from helpers.absent import WITHOUT_PACKAGES
 from helpers.hub_server import TOKEN, HubServer, run_client
 from helpers.released import RELEASED, released_repository, skip_without_released_model
-from helpers.tiny import tiny_model, tiny_processor
+from helpers.tiny import CARD, tiny_model, tiny_processor
 from modeling_moma.hub.folder import check_files
 from modeling_moma.model_card_moma import complete_model_card
 
 
 ROOT = Path(__file__).resolve().parent.parent
 REPOSITORY, PLAIN = "someone/moma-tiny", "someone/moma-plain"
-CARD = """---
-license: apache-2.0
-library_name: transformers
-pipeline_tag: any-to-any
-datasets: []
-tags: [moma]
----
-
-# A tiny model
-"""
 AUTO_MAP = {
     "AutoConfig": "configuration_moma.MomaConfig",
     "AutoModel": "modeling_moma.MomaModel",

@@ -5,7 +5,8 @@ import os
 import platform
 import shutil
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
@@ -27,12 +28,9 @@ def write_aside(path: str | Path, write: Callable[[Path], object]) -> Path:
         The target.
     """
     path = Path(path)
-    aside = path_aside(path)
-    try:
+    with _aside(path) as aside:
         write(aside)
         os.replace(aside, path)
-    finally:
-        _remove(aside)
     return path
 
 
@@ -50,15 +48,12 @@ def write_folder_aside(path: str | Path, write: Callable[[Path], object]) -> Pat
         The folder.
     """
     path = Path(path)
-    aside = path_aside(path)
-    try:
+    with _aside(path) as aside:
         write(aside)
         if path.is_dir() and any(path.iterdir()):
             _replace_files(aside, path)
         else:
             _rename(aside, path)
-    finally:
-        _remove(aside)
     return path
 
 
@@ -75,9 +70,8 @@ def replace_folder(path: str | Path, write: Callable[[Path], object]) -> Path:
         The folder.
     """
     path = Path(path)
-    aside = path_aside(path)
-    older = aside.with_name(f"{aside.name.removesuffix(LEFT_OVER)}-older{LEFT_OVER}")
-    try:
+    with _aside(path) as aside:
+        older = aside.with_name(f"{aside.name.removesuffix(LEFT_OVER)}-older{LEFT_OVER}")
         write(aside)
         if path.exists():
             os.rename(path, older)
@@ -87,9 +81,17 @@ def replace_folder(path: str | Path, write: Callable[[Path], object]) -> Path:
             os.rename(older, path)
             raise
         _remove(older)
+    return path
+
+
+@contextmanager
+def _aside(path: Path) -> Iterator[Path]:
+    """[`path_aside`], of which nothing is left in the end."""
+    aside = path_aside(path)
+    try:
+        yield aside
     finally:
         _remove(aside)
-    return path
 
 
 def path_aside(path: Path) -> Path:

@@ -22,8 +22,8 @@ from tokenization.configuration_moma_vq import PRESETS, MomaVQConfig
 from tokenization.modeling_moma_vq import MomaVQModel
 from tokenization.perceptual_moma_vq import MomaVQPerceptualNetwork
 
-from ..training.files import write_folder_aside
-from ..training.precision import supports_bf16
+from .files import write_folder_aside
+from .precision import supports_bf16
 
 
 DEFAULT_PRESET = "small"

@@ -19,6 +19,17 @@ from tokenization import (
 
 
 IMAGE_IDS = (8, 24)
+# what `moma push` asks of a card at least
+CARD = """---
+license: apache-2.0
+library_name: transformers
+pipeline_tag: any-to-any
+datasets: []
+tags: [moma]
+---
+
+# A tiny model
+"""
 TEXTS = ["noto: red apple", "twemoji: green apple", "fluent 3d: castle", "noto tags: fruit, red"]
 
 
