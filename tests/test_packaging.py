@@ -45,6 +45,17 @@ def test_what_travels_imports_only_what_travels_and_what_is_installed():
             assert f"{sibling}.py" in flat, (name, sibling)
 
 
+def test_files_and_functions_of_the_packages_stay_short():
+    for path in (path for package in PACKAGES for path in package.rglob("*.py")):
+        source = path.read_text()
+        assert len(source.splitlines()) <= 500, path
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                body = node.body[1:] if ast.get_docstring(node) else node.body
+                length = body[-1].end_lineno - body[0].lineno + 1 if body else 0
+                assert length <= 60, f"{path}: {node.name} has {length} lines"
+
+
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
     folder = tmp_path_factory.mktemp("wheel")
