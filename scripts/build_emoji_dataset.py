@@ -18,7 +18,8 @@ from tqdm.auto import tqdm
 
 from emoji_recipe.card import count_table, fill_card
 from emoji_recipe.cells import SPLITS, drawing_cell, merge_cells, split_cells
-from emoji_recipe.sources import PACKAGES, fetch_packages, read_drawings, render, require_tools
+from emoji_recipe.sources import PACKAGES, read_drawings, render, require_tools
+from picture_sets.npm import fetch_packages
 
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -57,7 +58,7 @@ def main() -> None:
     args = parse_args()
     require_tools()
     with tqdm(total=len(PACKAGES), desc="packages") as bar:
-        fetch_packages(args.cache, on_done=lambda name: bar.update())
+        fetch_packages(args.cache, PACKAGES, on_done=lambda name: bar.update())
     drawings = list(read_drawings(args.cache, skin_tones=args.skin_tones))
     with ProcessPoolExecutor(args.processes) as pool:
         pictures = list(tqdm(pool.map(render, drawings, chunksize=32), total=len(drawings), desc="rendering"))

@@ -8,9 +8,7 @@ from collections.abc import Sequence
 import yaml
 
 from emoji_recipe.cells import SPLITS, STYLES, drawing_cell
-
-
-_START, _END = "<!-- counts: start -->", "<!-- counts: end -->"
+from picture_sets.counts import replace_counts
 
 
 def fill_card(card: str, rows: dict[str, Sequence[dict]], sizes: dict[str, int], largest_component: str) -> str:
@@ -24,8 +22,8 @@ def fill_card(card: str, rows: dict[str, Sequence[dict]], sizes: dict[str, int],
         largest_component: what the largest group of merged cells is.
     """
     head = re.match(r"---\n(.*?)\n---\n", card, flags=re.DOTALL)
-    if head is None or _START not in card or _END not in card:
-        raise ValueError(f"`card` needs a YAML head between `---` lines and the comments {_START} and {_END}.")
+    if head is None:
+        raise ValueError("`card` needs a YAML head between `---` lines.")
     metadata = yaml.safe_load(head.group(1))
     metadata["dataset_info"]["splits"] = [
         {
@@ -37,12 +35,9 @@ def fill_card(card: str, rows: dict[str, Sequence[dict]], sizes: dict[str, int],
     ]
     metadata["dataset_info"]["download_size"] = sum(sizes.values())
     metadata["dataset_info"]["dataset_size"] = sum(split["num_bytes"] for split in metadata["dataset_info"]["splits"])
-    body = card[head.end() :]
-    before, rest = body.split(_START)
-    after = rest.split(_END)[1]
     counts = count_table(rows) + "\n\n" + count_notes(rows, largest_component)
     yaml_head = yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True)
-    return f"---\n{yaml_head}---\n{before}{_START}\n{counts}\n{_END}{after}"
+    return f"---\n{yaml_head}---\n" + replace_counts(card[head.end() :], counts)
 
 
 def count_table(rows: dict[str, Sequence[dict]]) -> str:

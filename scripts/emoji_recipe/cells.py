@@ -6,6 +6,8 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Hashable, Sequence
 
+from picture_sets.components import linked_groups
+
 
 DRAWING_FAMILIES = {
     "noto": "noto",
@@ -73,20 +75,12 @@ def merge_cells(cells: Sequence[tuple[str, str]], pictures: Sequence[Hashable]) 
     """
     if len(cells) != len(pictures):
         raise ValueError(f"`cells` has {len(cells)} rows and `pictures` has {len(pictures)}: they must be as long.")
-    parent = {cell: cell for cell in cells}
-
-    def root(cell):
-        while parent[cell] != cell:
-            parent[cell] = parent[parent[cell]]
-            cell = parent[cell]
-        return cell
-
-    first_cell = {}
-    for cell, picture in zip(cells, pictures, strict=True):
-        parent[root(cell)] = root(first_cell.setdefault(picture, cell))
+    first, links = {}, []
+    for row, (cell, picture) in enumerate(zip(cells, pictures, strict=True)):
+        links += [(first.setdefault(key, row), row) for key in (("cell", cell), ("picture", picture))]
     components = defaultdict(list)
-    for row, cell in enumerate(cells):
-        components[root(cell)].append(row)
+    for row, group in enumerate(linked_groups(len(cells), links).tolist()):
+        components[group].append(row)
     return list(components.values())
 
 

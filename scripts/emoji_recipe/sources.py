@@ -7,15 +7,17 @@ import json
 import re
 import shutil
 import subprocess
-import tarfile
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image
+
+from picture_sets import npm
+from picture_sets.iconify import icon_svg
+from picture_sets.npm import require_npm
 
 
 PACKAGES = {
@@ -69,47 +71,14 @@ class Picture:
 
 def require_tools() -> None:
     """Raises `RuntimeError` that names the Debian package of the first program missing here."""
-    for program, package in (("npm", "npm"), ("rsvg-convert", "librsvg2-bin")):
-        if shutil.which(program) is None:
-            raise RuntimeError(f"`{program}` is not installed. On Debian: apt-get install {package}")
-
-
-def fetch_packages(cache: Path, on_done: Callable[[str], None] = lambda name: None) -> None:
-    """
-    Downloads every package of `PACKAGES` into `cache` as npm's own archive, in parallel. Archives already there are
-    kept. `on_done` is called with the name of each package that is there.
-    """
-    cache.mkdir(parents=True, exist_ok=True)
-
-    def fetch(name):
-        if not archive_path(cache, name).exists():
-            command = ["npm", "pack", "--silent", f"{name}@{PACKAGES[name]}"]
-            result = subprocess.run(command, cwd=cache, capture_output=True, text=True)
-            if result.returncode != 0 or not archive_path(cache, name).exists():
-                error = "\n".join(result.stderr.strip().splitlines()[-3:])
-                raise RuntimeError(f"`{' '.join(command)}` failed: no network, or no such version? npm says:\n{error}")
-        on_done(name)
-
-    with ThreadPoolExecutor(max_workers=len(PACKAGES)) as pool:
-        list(pool.map(fetch, PACKAGES))
-
-
-def archive_path(cache: Path, name: str) -> Path:
-    """Returns where `npm pack` puts the package `name`."""
-    return cache / f"{name.removeprefix('@').replace('/', '-')}-{PACKAGES[name]}.tgz"
+    require_npm()
+    if shutil.which("rsvg-convert") is None:
+        raise RuntimeError("`rsvg-convert` is not installed. On Debian: apt-get install librsvg2-bin")
 
 
 def read_files(cache: Path, name: str, pattern: str) -> dict[str, bytes]:
-    """Returns the files of a package whose path below `package/` matches the regular expression, keyed by path."""
-    files = {}
-    with tarfile.open(archive_path(cache, name), "r|gz") as archive:
-        for member in archive:
-            path = member.name.removeprefix("package/")
-            if member.isfile() and re.fullmatch(pattern, path):
-                files[path] = archive.extractfile(member).read()
-    if not files:
-        raise ValueError(f"The package {name} {PACKAGES[name]} has no file {pattern!r}: is its archive damaged?")
-    return files
+    """Returns the files of a package of `PACKAGES` whose path below its top folder matches the regular expression."""
+    return npm.read_files(npm.archive_path(cache, name, PACKAGES[name]), pattern)
 
 
 def normalize_code_points(code_points: str) -> str:
@@ -145,7 +114,7 @@ def read_drawings(cache: Path, skin_tones: bool = False) -> Iterator[Drawing]:
     Matches the packages' pictures with emoji.
 
     Args:
-        cache: the folder of `fetch_packages`.
+        cache: the folder of the packages' archives.
         skin_tones: also yields the skin-tone variants.
     """
     emoji = {
@@ -209,7 +178,7 @@ def _iconify_drawings(cache, emoji, style, package):
     for code_points, slug in slugs.items():
         # `keycap: #` and `keycap: *` have the same slug: no telling which of them the icon shows
         if slug in icons and uses[slug] == 1 and slug not in _OTHER_MEANING.get(style, ()):
-            yield Drawing(style, emoji[code_points], _iconify_svg(icon_set, icons[slug]), is_svg=True)
+            yield Drawing(style, emoji[code_points], icon_svg(icon_set, icons[slug]).encode(), is_svg=True)
 
 
 def _iconify_slug(label, style):
@@ -217,17 +186,6 @@ def _iconify_slug(label, style):
     if style == "emojione":
         return re.sub(r"^flag-", "flag-for-", slug)
     return slug.replace("-", "") if style == "fxemoji" else slug
-
-
-def _iconify_svg(icon_set, icon):
-    left, top, width, height = (
-        icon.get(key, icon_set.get(key, default))
-        for key, default in (("left", 0), ("top", 0), ("width", 16), ("height", 16))
-    )
-    return (
-        '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
-        f'width="{width}" height="{height}" viewBox="{left} {top} {width} {height}">{icon["body"]}</svg>'
-    ).encode()
 
 
 def render(drawing: Drawing) -> Picture:

@@ -77,7 +77,8 @@ def test_a_model_with_depth_equals_the_plain_loop(name, routing, training):
                 # the embedding, which nobody looked up; or weights without a token
                 assert gradient is None or not gradient.any(), key
             else:
-                assert_near(gradient, expected_grads[key], 2e-5)
+                # terms of about 1 cancel out, and how they are rounded depends on the processor
+                assert_near(gradient, expected_grads[key], 5e-5, floor=1e-2)
 
 
 class LayerLog:
