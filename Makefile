@@ -6,7 +6,7 @@ PYTEST_FLAGS ?= -n 2 --dist loadfile
 RUN := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 
-.PHONY: quickstart test check docs dist bench reproduce data clean
+.PHONY: quickstart test check docs dist bench reproduce data data-manual data-gloss clean
 
 quickstart: $(VENV)/.installed-train
 	$(RUN) scripts/quickstart.py --output quickstart
@@ -33,6 +33,14 @@ dist: $(INSTALLED)
 # needs npm and rsvg-convert (Debian: librsvg2-bin)
 data: $(INSTALLED)
 	$(RUN) scripts/build_emoji_dataset.py --output data/emoji
+	$(RUN) scripts/build_icons_dataset.py --output data/icons
+
+# need apt-get and dpkg-deb; nothing is installed
+data-manual: $(INSTALLED)
+	$(RUN) scripts/build_manual.py --output data/manual
+
+data-gloss: $(INSTALLED)
+	$(RUN) scripts/build_gloss.py --output data/gloss
 
 bench: $(INSTALLED)
 	$(RUN) benchmarks/expert_dispatch.py

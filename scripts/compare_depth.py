@@ -9,11 +9,11 @@ import sys
 from pathlib import Path
 
 import torch
-from datasets import load_from_disk
 
 from emoji_recipe.depth_comparison import compare, comparison_report, measure
+from modeling_moma.training.examples import open_documents, shuffled_held_out
 from modeling_moma.training.files import write_aside
-from modeling_moma.training.measures import load_model, shuffled_held_out
+from modeling_moma.training.measures import load_model
 from modeling_moma.training.runs import tokens_of_example, training_of
 from tokenization import MomaProcessor
 
@@ -23,7 +23,7 @@ def parse_arguments(arguments=None) -> argparse.Namespace:
     parser.add_argument("--models", nargs="+", required=True, help="runs of pretrain.py without depth layers, by seed")
     parser.add_argument("--depth", nargs="+", required=True, help="runs with depth layers, in the same order of seeds")
     parser.add_argument("--processor", required=True, help="folder of a MomaProcessor")
-    parser.add_argument("--codes", required=True, help="folder that `moma tokenize` wrote")
+    parser.add_argument("--tokens", required=True, help="folder that `moma tokenize` wrote")
     parser.add_argument("--split", choices=["validation", "test"], default="validation")
     parser.add_argument("--output", required=True, help="JSON file of the report; a .md of the same name lies beside")
     parser.add_argument(
@@ -45,12 +45,11 @@ def main(arguments=None):
     args = parse_arguments(arguments)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     processor = MomaProcessor.from_pretrained(args.processor)
-    splits = load_from_disk(args.codes)
-    tokens = tokens_of_example(splits["train"], processor)
+    tokens = tokens_of_example(open_documents(args.tokens, processor)[0], processor)
     folders = {"without": args.models, "with_depth": args.depth}
     # a folder that does not fit shall be told before anything is measured
     runs = {side: [training_of(folder, tokens) for folder in folders[side]] for side in folders}
-    examples = shuffled_held_out(splits[args.split], processor, args.seed, args.limit)
+    examples = shuffled_held_out(open_documents(args.tokens, processor, args.split), args.seed, args.limit)
     for side, parts in runs.items():
         for run in parts:
             model = load_model(run["folder"], device)

@@ -9,11 +9,11 @@ from datetime import date
 from pathlib import Path
 
 import torch
-from datasets import load_from_disk
 
 from emoji_recipe.routing_comparison import comparison_report, measure
+from modeling_moma.training.examples import open_documents, shuffled_held_out
 from modeling_moma.training.files import write_aside
-from modeling_moma.training.measures import load_model, shuffled_held_out
+from modeling_moma.training.measures import load_model
 from tokenization import MomaProcessor
 
 
@@ -21,7 +21,7 @@ def parse_arguments(arguments=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", required=True, help="folder that `moma train-auxiliary-routers` wrote")
     parser.add_argument("--processor", required=True, help="folder of a MomaProcessor")
-    parser.add_argument("--codes", required=True, help="folder that `moma tokenize` wrote")
+    parser.add_argument("--tokens", required=True, help="folder that `moma tokenize` wrote")
     parser.add_argument(
         "--split", choices=["validation", "test"], default="test", help="test: calibration has not seen it"
     )
@@ -43,7 +43,7 @@ def main(arguments=None):
     args = parse_arguments(arguments)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     processor = MomaProcessor.from_pretrained(args.processor)
-    examples = shuffled_held_out(load_from_disk(args.codes)[args.split], processor, args.seed, args.limit)
+    examples = shuffled_held_out(open_documents(args.tokens, processor, args.split), args.seed, args.limit)
     model = load_model(args.model, device)
     report = {
         "command": args.command,

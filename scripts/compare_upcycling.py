@@ -9,11 +9,11 @@ from datetime import date
 from pathlib import Path
 
 import torch
-from datasets import load_from_disk
 
 from emoji_recipe.upcycling_comparison import by_seed_length, compare, comparison_report, measure, plot_upcycling
+from modeling_moma.training.examples import open_documents, shuffled_held_out
 from modeling_moma.training.files import write_aside
-from modeling_moma.training.measures import load_model, shuffled_held_out
+from modeling_moma.training.measures import load_model
 from modeling_moma.training.runs import tokens_of_example, training_of
 from tokenization import MomaProcessor
 
@@ -25,7 +25,7 @@ def parse_arguments(arguments=None) -> argparse.Namespace:
         "--upcycled", nargs="+", required=True, help="runs of pretrain.py --model, one each length and seed, any order"
     )
     parser.add_argument("--processor", required=True, help="folder of a MomaProcessor")
-    parser.add_argument("--codes", required=True, help="folder that `moma tokenize` wrote")
+    parser.add_argument("--tokens", required=True, help="folder that `moma tokenize` wrote")
     parser.add_argument("--split", choices=["validation", "test"], default="validation")
     parser.add_argument(
         "--output", required=True, help="JSON file of the report; a .md and a .png of the same name lie beside"
@@ -47,13 +47,12 @@ def main(arguments=None):
     args = parse_arguments(arguments)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     processor = MomaProcessor.from_pretrained(args.processor)
-    splits = load_from_disk(args.codes)
-    tokens = tokens_of_example(splits["train"], processor)
+    tokens = tokens_of_example(open_documents(args.tokens, processor)[0], processor)
     # a folder that does not fit shall be told before anything is measured
     groups = by_seed_length(
         *([training_of(folder, tokens) for folder in folders] for folders in (args.scratch, args.upcycled))
     )
-    examples = shuffled_held_out(splits[args.split], processor, args.seed, args.limit)
+    examples = shuffled_held_out(open_documents(args.tokens, processor, args.split), args.seed, args.limit)
     for runs in groups.values():
         for run in runs:
             run |= measure(load_model(run["folder"], device), processor, examples, args.batch_size)

@@ -12,11 +12,11 @@ import sys
 from pathlib import Path
 
 import torch
-from datasets import load_from_disk
 
 from emoji_recipe.depth_noise import PAPER_BREAK_EVEN, SIGMAS, TOP_K, noise_report, noise_sweep, plot_noise, summarize
+from modeling_moma.training.examples import open_documents, shuffled_held_out
 from modeling_moma.training.files import write_aside
-from modeling_moma.training.measures import held_out_loss, load_model, shuffled_held_out
+from modeling_moma.training.measures import held_out_loss, load_model
 from tokenization import MomaProcessor
 
 
@@ -25,7 +25,7 @@ def parse_arguments(arguments=None) -> argparse.Namespace:
     parser.add_argument("--models", nargs="+", required=True, help="models with depth layers, for instance seeds")
     parser.add_argument("--baseline", nargs="+", required=True, help="models without, for instance seeds")
     parser.add_argument("--processor", required=True, help="folder of a MomaProcessor")
-    parser.add_argument("--codes", required=True, help="folder that `moma tokenize` wrote")
+    parser.add_argument("--tokens", required=True, help="folder that `moma tokenize` wrote")
     parser.add_argument("--split", default="validation")
     parser.add_argument("--output", required=True, help="JSON file of the report; a PNG of the same name lies beside")
     parser.add_argument("--sigmas", type=float, nargs="+", default=SIGMAS, help="shares of flipped decisions")
@@ -46,8 +46,7 @@ def main(arguments=None):
     args = parse_arguments(arguments)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     processor = MomaProcessor.from_pretrained(args.processor)
-    codes = load_from_disk(args.codes)[args.split]
-    examples = shuffled_held_out(codes, processor, args.seed, args.limit)
+    examples = shuffled_held_out(open_documents(args.tokens, processor, args.split), args.seed, args.limit)
     size = args.batch_size
     baselines = []
     for folder in args.baseline:

@@ -7,13 +7,23 @@ import shlex
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
-from datasets import Dataset, load_dataset
+from datasets import load_dataset
 
-from emoji_recipe.captions import caption_accuracies, label_table, majority_accuracies
-from emoji_recipe.judge import PictureJudge, accuracies, derangement
+from emoji_recipe.captions import (
+    caption_accuracies,
+    emoji_documents,
+    label_caption,
+    label_table,
+    majority_accuracies,
+)
+from emoji_recipe.judge import PictureJudge, accuracies
 from emoji_recipe.model_card import CURVES_FILE, report_table, write_card
 from modeling_moma import MomaForCausalLM
+from modeling_moma.evaluation.captions import derangement
+from modeling_moma.evaluation.features import feature_extractor
+from modeling_moma.training.examples import shuffled_held_out
 from modeling_moma.training.files import write_aside
 from modeling_moma.training.measures import (
     EXPERT_CHOICE,
@@ -23,13 +33,11 @@ from modeling_moma.training.measures import (
     held_out_loss,
     load_model,
     picture_batches,
-    shuffled_held_out,
     tokenizer_quality,
     write_captions,
 )
 from modeling_moma.training.runs import plot_curves, read_run, savings, tokens_of_example
 from tokenization import MomaProcessor
-from tokenization.perceptual_moma_vq import MomaVQPerceptualNetwork
 
 
 NUM_SAMPLES = 12
@@ -113,9 +121,8 @@ class Evaluation:
         self.codes = encode_pictures(self.processor, self.pictures)
 
     def losses(self) -> dict[str, dict]:
-        columns = {name: [row[name] for row in self.rows] for name in ("style", "label")}
-        codes = Dataset.from_dict({"codes": self.codes[:, None].tolist(), **columns})
-        examples = shuffled_held_out(codes, self.processor, self.args.seed)
+        rows = [{**row, "codes": codes[None].numpy()} for row, codes in zip(self.rows, self.codes, strict=True)]
+        examples = shuffled_held_out([emoji_documents(rows, self.processor)], self.args.seed)
         size = self.args.batch_size
 
         def measure(model, routing, name):
@@ -147,8 +154,9 @@ class Evaluation:
     def drawings(self, judge: PictureJudge, neighbours: list[dict]) -> dict:
         args, styles = self.args, [row["style"] for row in self.rows]
         settings = {name: getattr(args, name) for name in ("temperature", "top_k", "top_p", "guidance_scale")}
+        captions = [label_caption(row["style"], row["label"]) for row in self.rows]
         drawn = draw_pictures(
-            self.model, self.processor, self.rows, args.batch_size, {"do_sample": True, **settings}, args.seed
+            self.model, self.processor, captions, args.batch_size, {"do_sample": True, **settings}, args.seed
         )
         found = {
             name: judge.nearest(decode_pictures(self.processor, codes, args.batch_size), styles)
@@ -164,7 +172,10 @@ class Evaluation:
         }
 
     def training(self) -> dict:
-        tokens = tokens_of_example(self.train, self.processor)
+        # the lengths do not depend on the codes
+        codes = np.zeros((1, self.processor.image_seq_length), dtype=np.int64)
+        rows = [{**row, "codes": codes} for row in self.train_rows]
+        tokens = tokens_of_example(emoji_documents(rows, self.processor), self.processor)
         runs = dict(zip(("model", "dense"), (read_run(folder, tokens) for folder in self.args.curves), strict=True))
         return {
             "training": {"tokens_of_example": tokens, **runs},
@@ -172,13 +183,8 @@ class Evaluation:
         }
 
     def judge(self) -> PictureJudge:
-        # a third faster on CPUs
-        layout = {"memory_format": torch.channels_last}
-        network = MomaVQPerceptualNetwork().to(self.device, **layout)
         batches = picture_batches(self.train, self.processor, self.args.batch_size, "features of training pictures")
-        return PictureJudge.from_batches(
-            lambda pictures: network.features(pictures.to(self.device, **layout)), batches, self.train_rows
-        )
+        return PictureJudge.from_batches(feature_extractor(self.device), batches, self.train_rows)
 
     def run(self) -> dict:
         args = self.args

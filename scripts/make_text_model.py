@@ -5,23 +5,23 @@ import argparse
 from pathlib import Path
 
 import torch
-from datasets import load_dataset
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from modeling_moma.training.examples import caption_texts
+from modeling_moma.data.corpus import source_texts
 from modeling_moma.training.files import write_folder_aside
+from modeling_moma.training.recipe import read_recipe
 from tokenization import train_text_tokenizer
 
 
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", default="data/emoji", help="data set whose captions the tokenizer learns from")
+    parser.add_argument("--recipe", default="recipes/emoji.yaml", help="whose captions the tokenizer learns from")
     parser.add_argument("--layers", type=int, default=30)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", required=True)
     args = parser.parse_args(arguments)
     torch.manual_seed(args.seed)
-    tokenizer = train_text_tokenizer(caption_texts(load_dataset(args.data, split="train")), vocab_size=2000)
+    tokenizer = train_text_tokenizer(source_texts(read_recipe(args.recipe).sources, 1_000_000), vocab_size=2000)
     config = LlamaConfig(
         vocab_size=49152,
         hidden_size=576,

@@ -10,10 +10,12 @@ import torch
 from datasets import load_dataset
 from transformers import AutoModelForCausalLM, AutoProcessor, Trainer, TrainingArguments, set_seed
 
+from emoji_recipe.captions import emoji_documents, label_caption
 from emoji_recipe.routing_picture import draw_routing, route_example
 from emoji_recipe.sheet import SheetEntry, draw_contact_sheet
 from modeling_moma import MomaMetricsCallback
-from modeling_moma.training.examples import CaptionExamples, held_out_examples, label_caption
+from modeling_moma.data.stream import DocumentExamples
+from modeling_moma.training.examples import HeldOutExamples
 from modeling_moma.training.files import write_aside
 from tokenization import MomaDataCollator
 
@@ -114,8 +116,10 @@ def encode_rows(rows, processor):
 
 def fine_tune(model, processor, args, folder: Path):
     """A minute with the plain Trainer, to show the interface; it is too short to teach the model much."""
-    train = encode_rows(pick_rows(args.data, "train", FINE_TUNE_PICTURES, args.seed), processor)
-    validation = encode_rows(pick_rows(args.data, "validation", EVALUATION_PICTURES, args.seed), processor)
+    train, validation = (
+        emoji_documents(encode_rows(pick_rows(args.data, split, count, args.seed), processor).to_list(), processor)
+        for split, count in (("train", FINE_TUNE_PICTURES), ("validation", EVALUATION_PICTURES))
+    )
     training_arguments = TrainingArguments(
         output_dir=folder,
         max_steps=args.fine_tune_steps,
@@ -136,8 +140,8 @@ def fine_tune(model, processor, args, folder: Path):
     trainer = Trainer(
         model=model,
         args=training_arguments,
-        train_dataset=CaptionExamples(train, processor, args.fine_tune_steps * args.batch_size, args.seed),
-        eval_dataset=held_out_examples(validation, processor),
+        train_dataset=DocumentExamples([train], [1.0], args.fine_tune_steps * args.batch_size, args.seed),
+        eval_dataset=HeldOutExamples(validation.held_out()),
         data_collator=MomaDataCollator(processor.tokenizer),
         callbacks=[MomaMetricsCallback()],
         processing_class=processor.tokenizer,

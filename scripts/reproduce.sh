@@ -12,16 +12,16 @@ for library in /usr/lib/*/libtcmalloc_minimal.so.4; do
 done
 
 [ -e runs/tokenizer/model.safetensors ] ||
-    "$python" -m modeling_moma train-image-tokenizer --data data/emoji --output runs/tokenizer --resume
+    "$python" -m modeling_moma train-image-tokenizer recipes/emoji.yaml --output runs/tokenizer --resume
 [ -e runs/processor/processor_config.json ] ||
-    "$python" -m modeling_moma build-processor --data data/emoji --tokenizer runs/tokenizer --output runs/processor
-[ -e runs/codes/dataset_dict.json ] ||
-    "$python" -m modeling_moma tokenize --data data/emoji --processor runs/processor --output runs/codes
-for model in 4t4i dense; do
+    "$python" -m modeling_moma build-processor recipes/emoji.yaml --tokenizer runs/tokenizer --output runs/processor
+[ -e runs/tokens/manifest.json ] ||
+    "$python" -m modeling_moma tokenize recipes/emoji.yaml --processor runs/processor --output runs/tokens
+for run in 4t4i:emoji dense:emoji-dense; do
     # written last, when the run is finished
-    [ -e "runs/$model/trainer_state.json" ] ||
-        "$python" -m modeling_moma pretrain --processor runs/processor --codes runs/codes --recipe "recipes/emoji-$model.yaml" \
-            --attn-implementation eager --output "runs/$model" --resume
+    [ -e "runs/${run%:*}/trainer_state.json" ] ||
+        "$python" -m modeling_moma pretrain "recipes/${run#*:}.yaml" --processor runs/processor --tokens runs/tokens \
+            --attn-implementation eager --output "runs/${run%:*}" --resume
 done
 "$python" scripts/release.py --model runs/4t4i --processor runs/processor --output model_cards/moma-emoji
 "$python" scripts/evaluate.py --model model_cards/moma-emoji --baseline runs/dense --curves runs/4t4i runs/dense \

@@ -9,15 +9,16 @@ for library in /usr/lib/*/libtcmalloc_minimal.so.4; do
     [ -e "$library" ] && export LD_PRELOAD=$library
 done
 
-data=(--processor runs/processor --codes runs/codes)
+data=(--processor runs/processor --tokens runs/tokens)
 # a step with depth costs 1.029 of one without
-for run in 4t4i:1200 mod-4t4i:1166; do
+for run in 4t4i:emoji:1200 mod-4t4i:emoji-mod-4t4i:1166; do
+    IFS=: read -r name recipe steps <<< "$run"
     for seed in 0 1 2; do
-        folder=runs/depth/${run%:*}-$seed
+        folder=runs/depth/$name-$seed
         # written last, when the run is finished
         [ -e "$folder/trainer_state.json" ] ||
-            "$python" -m modeling_moma pretrain "${data[@]}" --recipe "recipes/emoji-${run%:*}.yaml" --steps "${run#*:}" \
-                --seed "$seed" --eval-steps "${run#*:}" --attn-implementation eager --output "$folder" --resume
+            "$python" -m modeling_moma pretrain "recipes/$recipe.yaml" "${data[@]}" --steps "$steps" \
+                --seed "$seed" --eval-steps "$steps" --attn-implementation eager --output "$folder" --resume
     done
 done
 "$python" scripts/compare_depth.py "${data[@]}" --split test --models runs/depth/4t4i-{0,1,2} \

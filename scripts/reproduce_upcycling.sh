@@ -10,7 +10,7 @@ for library in /usr/lib/*/libtcmalloc_minimal.so.4; do
 done
 
 runs=runs/upcycling
-data=(--processor runs/processor --codes runs/codes)
+data=(--processor runs/processor --tokens runs/tokens)
 
 train() {
     # written last, when the run is finished
@@ -20,11 +20,11 @@ train() {
 }
 
 for seed in 0 1; do
-    train "4t4i-$seed" --recipe recipes/emoji-plain-4t4i.yaml
+    train "4t4i-$seed" recipes/emoji-plain-4t4i.yaml
     # what its seed would become without upcycling
-    train "1t1i-full-$seed" --recipe recipes/emoji-plain-1t1i.yaml
+    train "1t1i-full-$seed" recipes/emoji-plain-1t1i.yaml
     # one seed run gives all three lengths: 5, 10 and 20 % of the steps
-    train "1t1i-$seed" --recipe recipes/emoji-plain-1t1i.yaml --stop-at 160 --save-steps 40 --save-total-limit 4
+    train "1t1i-$seed" recipes/emoji-plain-1t1i.yaml --stop-at 160 --save-steps 40 --save-total-limit 4
     for length in 40 80 160; do
         [ -e "$runs/seed-$length-$seed/upcycling.json" ] || {
             # what a kill has left there would be refused

@@ -8,8 +8,8 @@ import pytest
 from transformers import AutoProcessor, AutoTokenizer
 
 from helpers.tiny import noise_pictures, tiny_processor
+from modeling_moma.data.encoding import DocumentEncoder
 from modeling_moma.training.chat import CHAT_TEMPLATE
-from modeling_moma.training.examples import example_ids
 from tokenization.chat_template_moma import DEFAULT_CHAT_TEMPLATE
 
 
@@ -137,7 +137,7 @@ def test_chats_of_captions_are_training_examples(pictures):
     for parts, picture_first in (((picture, caption), True), ((caption, picture), False)):
         chat = [{"role": "user", "content": [parts[0]]}, {"role": "assistant", "content": [parts[1]]}]
         (ids,) = processor.apply_chat_template(chat, tokenize=True, return_dict=True)["input_ids"]
-        assert ids == example_ids(processor, "noto: red apple", codes, picture_first)
+        assert ids == DocumentEncoder(processor).caption("noto: red apple", codes, picture_first)
         system = [{"role": "system", "content": "You are a helpful assistant."}]
         (with_system,) = processor.apply_chat_template(system + chat, tokenize=True, return_dict=True)["input_ids"]
         assert with_system == ids

@@ -59,7 +59,7 @@ def test_files_and_functions_of_the_packages_stay_short():
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
     folder = tmp_path_factory.mktemp("wheel")
-    ignored = shutil.ignore_patterns(".*", "model_cards", "data", "runs", "build", "*.egg-info", "site", "quickstart")
+    ignored = shutil.ignore_patterns(".*", "model_cards", "runs", "build", "*.egg-info", "site", "quickstart")
     shutil.copytree(ROOT, folder / "source", ignore=ignored)
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "."]
     done = subprocess.run([*command, "-w", str(folder)], cwd=folder / "source", capture_output=True, text=True)

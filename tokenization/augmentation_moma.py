@@ -11,12 +11,18 @@ MAX_ROTATION = math.radians(8)
 # largest shift, in halves of the side
 MAX_SHIFT = 0.1
 SCALES = (0.9, 1.15)
+FILLS = ("white", "reflection")
 # relative range of the darkness of each colour channel
 MAX_COLOUR_CHANGE = 0.12
+# random numbers that a picture of three channels takes
+NUM_DRAWS = 8
 
 
 def augment_pictures(
-    pixel_values: torch.Tensor, generator: torch.Generator | None = None, probability: float = 0.75
+    pixel_values: torch.Tensor,
+    generator: torch.Generator | None = None,
+    probability: float = 0.75,
+    fill: str = "white",
 ) -> torch.Tensor:
     r"""
     Shift, scale and rotate pictures a little (the corners fill with white) and change their colours a little. White
@@ -29,13 +35,18 @@ def augment_pictures(
             Source of the random numbers, a CPU generator. Equal states give equal pictures.
         probability (`float`, *optional*, defaults to 0.75):
             Share of the pictures that is changed.
+        fill (`str`, *optional*, defaults to `"white"`):
+            What the corners fill with: `"white"`, or `"reflection"` for the picture beyond its edge mirrored, which
+            suits photos.
 
     Returns:
         `torch.FloatTensor` of the same shape, in [-1, 1].
 
     Raises:
-        `ValueError`: `pixel_values` is no batch of floating-point pictures.
+        `ValueError`: `pixel_values` is no batch of floating-point pictures, or `fill` is unknown.
     """
+    if fill not in FILLS:
+        raise ValueError(f"fill={fill!r} is unknown; use one of {FILLS}.")
     if pixel_values.ndim != 4 or not pixel_values.is_floating_point():
         raise ValueError(
             "pixel_values must be floating-point of shape (batch_size, channels, height, width), got "
@@ -55,7 +66,8 @@ def augment_pictures(
     )
     grid = F.affine_grid(matrix, list(pixel_values.shape), align_corners=False)
     # darkness is 0 for white, so what the grid finds outside the picture becomes white
-    darkness = F.grid_sample(1 - pixel_values, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+    padding = "zeros" if fill == "white" else "reflection"
+    darkness = F.grid_sample(1 - pixel_values, grid, mode="bilinear", padding_mode=padding, align_corners=False)
     gain = 1 + MAX_COLOUR_CHANGE * draws[:, 5:]
     result = (1 - darkness * gain[:, :, None, None]).clamp(-1, 1)
     return torch.where(changed[:, None, None, None], result, pixel_values)

@@ -23,23 +23,30 @@ from transformers.utils import auto_docstring
 # the group count of taming-transformers and Chameleon; not in their configurations either
 GROUP_NORM_GROUPS = 32
 
+# a patch of pixels is the first convolution's channel, and no norms: what a CPU can train
+_SMALL: dict[str, Any] = {
+    "embed_dim": 32,
+    "num_embeddings": 1024,
+    "latent_channels": 128,
+    "resolution": 64,
+    "base_channels": 64,
+    "channel_multiplier": [1, 2],
+    "num_res_blocks": 1,
+    "patch_size": 4,
+    "norm_type": "none",
+    "codebook_decay": 0.98,
+    "use_trunk": True,
+    "semantic_dim": 1280,
+    "semantic_weight": 0.5,
+}
+# photos hold more kinds of patches than drawings
+_MEDIUM = {**_SMALL, "resolution": 256, "num_embeddings": 4096}
+
 PRESETS: dict[str, dict[str, Any]] = {
     "full": {},
-    "small": {
-        "embed_dim": 32,
-        "num_embeddings": 1024,
-        "latent_channels": 128,
-        "resolution": 64,
-        "base_channels": 64,
-        "channel_multiplier": [1, 2],
-        "num_res_blocks": 1,
-        "patch_size": 4,
-        "norm_type": "none",
-        "codebook_decay": 0.98,
-        "use_trunk": True,
-        "semantic_dim": 1280,
-        "semantic_weight": 0.5,
-    },
+    "small": _SMALL,
+    "medium-256": {**_MEDIUM, "channel_multiplier": [1, 2, 2]},
+    "medium-1024": _MEDIUM,
 }
 
 
@@ -148,7 +155,8 @@ class MomaVQConfig(PreTrainedConfig):
         Args:
             name (`str`):
                 `"full"`: Chameleon's tokenizer, 512x512 pixels to 1,024 tokens of 8,192 codes. `"small"`: 64x64 pixels
-                to 64 tokens of 1,024 codes, about 3.3 million parameters, trainable on a CPU.
+                to 64 tokens of 1,024 codes, about 3.3 million parameters, trainable on a CPU. `"medium-256"` and
+                `"medium-1024"`: 256x256 pixels to 256 or 1,024 tokens of 4,096 codes, likewise.
             overrides:
                 Fields to change.
 

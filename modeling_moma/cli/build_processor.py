@@ -1,35 +1,55 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Join a picture tokenizer and a text tokenizer, trained on captions, into one processor."""
+"""Join a picture tokenizer and a text tokenizer of a recipe's texts into a processor."""
 
 import argparse
 
 import torch
-from datasets import load_dataset
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from tokenization import MomaImageProcessor, MomaProcessor, MomaVQModel, add_picture_tokens, train_text_tokenizer
 
+from ..data.corpus import source_texts
+from ..data.kinds import InterleavedKind
 from ..training.chat import CHAT_TEMPLATE
-from ..training.examples import caption_texts
 from ..training.files import write_folder_aside
+from ..training.recipe import Recipe, read_recipe
 
 
-def main():
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("recipe", metavar="RECIPE", help="YAML with `sources`, and with `processor` where it differs")
     parser.add_argument("--tokenizer", required=True, help="folder of a trained MomaVQModel")
-    parser.add_argument("--data", required=True, help="data set whose training captions the BPE learns from")
+    parser.add_argument("--vocab-size", type=int, help="text tokens; by default the recipe's, or 2,000")
     parser.add_argument(
-        "--vocab-size", type=int, default=2000, help="text tokens, before the picture tokens are added"
+        "--text-tokenizer", help="folder or Hub name of a text tokenizer to take, in place of a new one"
     )
     parser.add_argument("--output", required=True, help="folder for the processor")
-    args = parser.parse_args()
+    return parser.parse_args(arguments)
 
+
+def text_tokenizer(recipe: Recipe, vocab_size: int | None, given: str | None) -> PreTrainedTokenizerFast:
+    """The tokenizer that is given, or one that learns from the texts of the sources."""
+    given = given or recipe.processor.text_tokenizer
+    if given is not None:
+        return AutoTokenizer.from_pretrained(given)  # pyright: ignore[reportReturnType]
+    texts = source_texts(recipe.sources, recipe.processor.text_rows)
+    return train_text_tokenizer(texts, vocab_size or recipe.processor.vocab_size)
+
+
+def main(arguments: list[str] | None = None):
+    args = parse_arguments(arguments)
+    recipe = read_recipe(args.recipe, needs=("sources",))
     # rounded to bf16 as the released weights are, so that the codes of the training data are those of the release
     vq_model = MomaVQModel.from_pretrained(args.tokenizer, dtype=torch.bfloat16)
-    tokenizer = train_text_tokenizer(caption_texts(load_dataset(args.data, split="train")), args.vocab_size)
+    tokenizer = text_tokenizer(recipe, args.vocab_size, args.text_tokenizer)
     tokenizer = add_picture_tokens(tokenizer, vq_model.config.num_embeddings)
     # prompts of a batch have to end side by side
     tokenizer.padding_side = "left"
     image_processor = MomaImageProcessor.for_resolution(vq_model.config.resolution)
-    processor = MomaProcessor(image_processor, tokenizer, vq_model, chat_template=CHAT_TEMPLATE)
+    kinds = [source.kind for source in recipe.sources]
+    has_chats = any(isinstance(kind, InterleavedKind) and kind.messages is not None for kind in kinds)
+    # a model that learnt from chats is spoken to as in them
+    template = None if has_chats else CHAT_TEMPLATE
+    processor = MomaProcessor(image_processor, tokenizer, vq_model, chat_template=template)
     write_folder_aside(args.output, processor.save_pretrained)
     print(f"{args.output}: {len(tokenizer)} tokens, {processor.image_seq_length} a picture")

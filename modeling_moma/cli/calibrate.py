@@ -4,7 +4,6 @@
 import argparse
 
 import torch
-from datasets import load_from_disk
 
 from tokenization import MomaProcessor
 
@@ -13,7 +12,7 @@ from .. import (
     calibrate_thresholds,
 )
 from ..training.changed_routers import save_with_processor
-from ..training.examples import check_layout
+from ..training.examples import check_layout, open_documents
 from ..training.files import refuse_files
 from ..training.measures import held_out_batches, load_model
 from ..training.router_table import router_table
@@ -26,7 +25,7 @@ def parse_arguments(arguments=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", required=True, help="folder of a trained MomaForCausalLM")
     parser.add_argument("--processor", required=True, help="folder of its MomaProcessor")
-    parser.add_argument("--codes", required=True, help="folder that `moma tokenize` wrote")
+    parser.add_argument("--tokens", required=True, help="folder that `moma tokenize` wrote")
     parser.add_argument("--output", required=True, help="new folder for the model, its processor and the report")
     parser.add_argument(
         "--inference-routing",
@@ -57,8 +56,8 @@ def main(arguments=None):
         )
     if args.inference_routing:
         model.config.inference_routing, model.config.depth_inference_routing = args.inference_routing, None
-    codes = load_from_disk(args.codes)[args.split]
-    batches = held_out_batches(codes, processor, args.batch_size, args.seed)[: args.batches]
+    documents = open_documents(args.tokens, processor, args.split)
+    batches = held_out_batches(documents, processor, args.batch_size, args.seed)[: args.batches]
     report = {"threshold": calibrate_thresholds(model, batches)}
     if model.config.auxiliary_routers:
         report["auxiliary"] = calibrate_auxiliary_thresholds(model, batches)

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measure a model's held-out losses by modality, causal as in `generate`.
+"""Measure a model on held-out data: losses, captions, retrieval by likelihood, drawings.
 
-The loss under `expert_choice` stands beside them with its warning: it sees the future and is no measure of quality.
+Losses are by modality and source, causal as in `generate`. The loss under `expert_choice` stands beside them with its
+warning: it sees the future and is no measure of quality.
 """
 
 import argparse
@@ -11,46 +12,66 @@ import torch
 
 from tokenization import MomaProcessor
 
-from ..training.examples import check_layout, load_codes
+from ..evaluation.measuring import MEASURES, MeasureSettings, measure_sources
+from ..evaluation.report import report_tables
+from ..evaluation.retrieval import DEFAULT_PAIRS
+from ..training.evaluation_data import read_held_out
+from ..training.examples import check_layout
 from ..training.files import write_aside
-from ..training.measures import EXPERT_CHOICE, LOSSES, held_out_loss, load_model, shuffled_held_out
-from ..training.tables import markdown_table
+from ..training.measures import load_model
+
+
+SAMPLING = ("temperature", "top_k", "top_p", "guidance_scale")
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", required=True, help="folder of a MomaForCausalLM")
     parser.add_argument("--processor", help="folder of its MomaProcessor; by default that of the model")
-    parser.add_argument("--codes", required=True, help="folder that `moma tokenize` wrote")
+    parser.add_argument("--tokens", required=True, help="folder that `moma tokenize` wrote")
     parser.add_argument("--split", default="test")
-    parser.add_argument("--limit", type=int, help="measure so many pictures of the split, drawn at random")
+    parser.add_argument("--sources", nargs="+", metavar="NAME", help="measure these alone; by default all")
+    parser.add_argument(
+        "--measures",
+        nargs="+",
+        choices=MEASURES,
+        help="by default losses, and captions where a source has any; retrieval and drawings take longer",
+    )
+    parser.add_argument("--limit", type=int, help="measure so many rows of each source, drawn at random")
     parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--seed", type=int, default=0, help="of the order")
-    parser.add_argument("--output", help="JSON file of the losses")
+    parser.add_argument("--seed", type=int, default=0, help="of the draw, the order and the drawings")
+    parser.add_argument(
+        "--retrieval-pairs", type=int, default=DEFAULT_PAIRS, help="pairs of each source, each ranked among all"
+    )
+    parser.add_argument("--temperature", type=float, default=1.0, help="of the drawings, as the next three")
+    parser.add_argument("--top-k", type=int, default=0, help="0: all codes")
+    parser.add_argument("--top-p", type=float, default=1.0)
+    parser.add_argument("--guidance-scale", type=float, default=1.0, help="1: none")
+    parser.add_argument("--output", help="JSON file of all figures")
     return parser.parse_args(arguments)
 
 
 def evaluate(args: argparse.Namespace) -> dict:
-    """Losses in nats per target token, by the routing under which they arise."""
-    processor = MomaProcessor.from_pretrained(args.processor or args.model)
-    model = load_model(args.model, "cuda" if torch.cuda.is_available() else "cpu")
+    """The figures of [`measure_sources`] by source."""
+    settings = MeasureSettings(
+        None if args.measures is None else tuple(args.measures),
+        args.batch_size,
+        args.seed,
+        args.retrieval_pairs,
+        {"do_sample": True, **{name: getattr(args, name) for name in SAMPLING}},
+    )
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = load_model(args.model, device)
+    processor = MomaProcessor.from_pretrained(args.processor or args.model).to(device)
     check_layout(model.config, processor.token_layout())
-    splits = load_codes(args.codes)
-    if args.split not in splits:
-        raise ValueError(f"--split {args.split!r}: `--codes` {args.codes!r} has {', '.join(map(str, splits))}.")
-    examples = shuffled_held_out(splits[args.split], processor, args.seed, args.limit)
-    rules = {"causal": None, EXPERT_CHOICE: "expert_choice"}
-    return {
-        name: held_out_loss(model, processor, examples, args.batch_size, routing, f"loss: {name}")
-        for name, routing in rules.items()
-    }
+    sources = read_held_out(args.tokens, processor, args.split, args.limit, args.seed, args.sources)
+    return measure_sources(model, processor, sources, settings)
 
 
 def main(arguments: list[str] | None = None):
     args = parse_arguments(arguments)
-    losses = evaluate(args)
-    rows = [[name, *(f"{loss[part]:.4f}" for part in LOSSES)] for name, loss in losses.items()]
-    print(markdown_table(["held-out loss, nats per target token", *LOSSES.values()], rows))
+    sources = evaluate(args)
+    print(report_tables(sources))
     if args.output:
-        report = {"arguments": vars(args), "losses": losses}
+        report = {"arguments": vars(args), "dtype": "float32", "sources": sources}
         write_aside(args.output, lambda path: path.write_text(json.dumps(report, indent=2) + "\n"))

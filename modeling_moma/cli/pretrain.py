@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Train a MoMa on captions and pictures, from a recipe or from a saved model."""
+"""Train a MoMa on tokenized sources, from a recipe or from a saved model."""
 
 import argparse
 
 from ..training.pretraining import pretrain
-from ..training.recipe import read_recipe
+from ..training.recipe import Recipe, read_recipe
 
 
 # field of TrainingArguments -> the flag that wins over a recipe's value, and the value where neither is given
@@ -25,11 +25,12 @@ FLAGS = {
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "recipe_file", metavar="RECIPE", nargs="?", help="YAML of model and trainer, and of sources where they changed"
+    )
     parser.add_argument("--processor", required=True, help="folder of a MomaProcessor")
-    parser.add_argument("--codes", required=True, help="folder that `moma tokenize` wrote")
-    start = parser.add_mutually_exclusive_group(required=True)
-    start.add_argument("--recipe", help="YAML of the fields of model and trainer; the processor gives the token ids")
-    start.add_argument("--model", help="start from this saved model; one that was upcycled goes on in the data")
+    parser.add_argument("--tokens", required=True, help="folder that `moma tokenize` wrote")
+    parser.add_argument("--model", help="start from this saved model; one that was upcycled goes on in the data")
     parser.add_argument(
         "--restart-data", action="store_true", help="begin at the first example, whatever `--model` has seen"
     )
@@ -56,11 +57,16 @@ def make_parser() -> argparse.ArgumentParser:
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line over the recipe over the defaults; what a recipe sets beyond the flags is in `trainer`."""
     parser = make_parser()
-    recipe = parser.parse_args(arguments).recipe
-    fields = dict(read_recipe(recipe).trainer) if recipe else {}
+    first = parser.parse_args(arguments)
+    if first.recipe_file is None and first.model is None:
+        parser.error("give a RECIPE, which says what a new model is like, or `--model` to start from, or both")
+    recipe = read_recipe(first.recipe_file) if first.recipe_file else Recipe()
+    if first.model is None and not recipe.model:
+        parser.error(f"RECIPE {first.recipe_file!r} has no section `model`, and no `--model` is given to start from")
+    fields = dict(recipe.trainer)
     chosen = {flag[2:].replace("-", "_"): fields.pop(name) for name, (flag, _) in FLAGS.items() if name in fields}
     parser.set_defaults(**chosen)
-    return argparse.Namespace(**vars(parser.parse_args(arguments)), trainer=fields)
+    return argparse.Namespace(**vars(parser.parse_args(arguments)), trainer=fields, recipe=recipe)
 
 
 def positive_int(text: str) -> int:

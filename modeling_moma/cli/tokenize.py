@@ -1,55 +1,81 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Turn the pictures of a data set into codes, training pictures in several augmented codings."""
+"""Turn a recipe's sources into token ids, on all cores; a second start goes on after a kill."""
 
 import argparse
+import os
+from pathlib import Path
 
-import torch
-from datasets import DatasetDict, load_dataset
-
-import modeling_moma  # noqa: F401, without it a processor that lies beside a model asks to run the model's code
-from tokenization import MomaProcessor
-from tokenization.augmentation_moma import augment_pictures
-
-from ..training.files import replace_folder
-from ..training.precision import supports_bf16
+from ..data.engines import ENGINES, run_executor
+from ..data.jobs import plan_job, write_job
+from ..data.reports import write_manifest
+from ..data.running import run_tasks
+from ..training.recipe import DataFields, read_recipe
+from ..training.tables import markdown_table
 
 
-def main(arguments=None):
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("recipe", metavar="RECIPE", help="YAML with `sources`, and with `data` where it differs")
     parser.add_argument("--processor", required=True, help="folder of a MomaProcessor")
+    parser.add_argument("--output", required=True, help="folder for the tokens; a second start goes on in it")
     parser.add_argument(
-        "--data", required=True, help="data set with a column `image`, and a split named train to augment"
+        "--processes", type=int, default=len(os.sched_getaffinity(0)), help="by default one for every core"
     )
-    parser.add_argument("--codings", type=int, default=9, help="codings of a training picture; the first is plain")
-    parser.add_argument("--batch-size", type=int, default=128)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", required=True, help="folder for the data set of codes")
+    parser.add_argument("--threads", type=int, default=1, help="of each process")
+    parser.add_argument("--rows-per-shard", type=int, help="by default about 64 shards a split, of 1,024 rows or more")
+    parser.add_argument(
+        "--splits", nargs="+", metavar="SPLIT", help="these alone, `train` among them; by default all that there are"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the changed pictures of further codings")
+    parser.add_argument("--strict", action="store_true", help="stop at the first row that cannot be used")
+    engine = parser.add_argument_group("on a cluster", "shards as tasks of datatrove (extra `scale`)")
+    engine.add_argument("--engine", choices=["processes", *ENGINES], default="processes")
+    engine.add_argument("--tasks", type=int, default=64, help="of datatrove, each writes every so-manieth shard")
+    engine.add_argument("--partition", help="of Slurm")
+    engine.add_argument("--time", default="24:00:00", help="of a Slurm job")
     args = parser.parse_args(arguments)
+    for name in ("processes", "threads", "tasks"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name} {getattr(args, name)} must be 1 or more")
+    if args.engine == "slurm" and not args.partition:
+        parser.error("--engine slurm needs --partition")
+    return args
 
-    processor = MomaProcessor.from_pretrained(args.processor)
-    generator = torch.Generator().manual_seed(args.seed)
 
-    @torch.inference_mode()
-    def encode(batch, num_codings):
-        pictures = processor.image_processor(batch["image"], return_tensors="pt")["pixel_values"]
-        codings = [processor.vq_model.get_image_tokens(pictures)]
-        # augmented codings are noise by intent, so the faster precision serves
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=supports_bf16("cpu")):
-            while len(codings) < num_codings:
-                codings.append(processor.vq_model.get_image_tokens(augment_pictures(pictures, generator, 1.0)))
-        return {"codes": torch.stack(codings, dim=1).tolist()}
+def summary(manifest: dict) -> str:
+    """What was written of each source and what was left out, as a table and lines."""
+    rows, notes = [], []
+    for name, entry in manifest["sources"].items():
+        for split, part in entry["splits"].items():
+            tokens = part["tokens"]
+            rows.append(
+                [f"{name}, {split}", *(f"{n:,}" for n in (part["documents"], tokens["text"], tokens["image"]))]
+            )
+        for split, read in entry["read"].items():
+            for title, counts in (("left out", read["left_out"]), ("changed", read["changed"])):
+                if counts:
+                    listed = ", ".join(f"{count:,} {reason}" for reason, count in counts.items())
+                    notes.append(f"{name}, {split}: {title} of {read['rows']:,} rows: {listed}")
+            notes += [f"  row {row['row']:,}: {row['reason']}: {row['detail']}" for row in read["named"][:5]]
+    return "\n".join([markdown_table(["source", "documents", "text tokens", "picture tokens"], rows), *notes])
 
-    result = DatasetDict()
-    for name, split in load_dataset(args.data).items():
-        result[name] = split.map(
-            encode,
-            batched=True,
-            batch_size=args.batch_size,
-            fn_kwargs={"num_codings": args.codings if name == "train" else 1},
-            remove_columns=["image"],
-            # the generator's state is no part of the fingerprint
-            load_from_cache_file=False,
-            desc=f"{name}: pictures to codes",
-        )
-    # whole, and nothing of another processor's codes beside it
-    replace_folder(args.output, result.save_to_disk)
+
+def main(arguments: list[str] | None = None):
+    args = parse_arguments(arguments)
+    recipe = read_recipe(args.recipe, needs=("sources",))
+    data = recipe.data or DataFields()
+    job = plan_job(
+        recipe.sources, args.processor, data.sequence_length, data.packed, args.seed, args.rows_per_shard, args.splits
+    )
+    write_job(args.output, job)
+    if args.engine == "processes":
+        run_tasks(args.output, job, args.processes, args.threads, args.strict)
+    # a second start on a cluster, after the jobs of the first, only adds up
+    elif not all((Path(args.output) / task.report_name()).is_file() for task in job.tasks()):
+        workers = args.tasks if args.engine == "slurm" else args.processes
+        run_executor(args.output, args.engine, args.tasks, workers, args.strict, args.partition, args.time)
+        if args.engine == "slurm":
+            print(f"submitted; once all tasks are done, the same command writes {args.output}/manifest.json")
+            return
+    manifest = write_manifest(args.output, job)
+    print(summary(manifest))

@@ -18,10 +18,13 @@ from .. import (
     auxiliary_report,
     calibrate_auxiliary_thresholds,
 )
+from ..data.documents import TokenFolder
+from ..data.sources import VALIDATION
+from ..data.stream import DocumentExamples
 from ..tools.observation import named_routers
 from ..training.changed_routers import save_with_processor
 from ..training.checkpoints import last_checkpoint
-from ..training.examples import CaptionExamples, check_layout, held_out_examples, load_codes
+from ..training.examples import check_layout, held_out_sets, open_documents
 from ..training.files import refuse_files
 from ..training.measures import held_out_batches, load_model
 from ..training.precision import supports_bf16
@@ -36,7 +39,7 @@ def parse_arguments(arguments=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", required=True, help="folder of a trained MomaForCausalLM")
     parser.add_argument("--processor", required=True, help="folder of its MomaProcessor")
-    parser.add_argument("--codes", required=True, help="folder that `moma tokenize` wrote")
+    parser.add_argument("--tokens", required=True, help="folder that `moma tokenize` wrote")
     parser.add_argument("--output", required=True, help="new folder: checkpoints, model, processor, report")
     parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--batch-size", type=int, default=32, help="that of the main training, where possible")
@@ -61,7 +64,7 @@ def parse_arguments(arguments=None) -> argparse.Namespace:
     return args
 
 
-def build_trainer(args: argparse.Namespace, model: MomaForCausalLM, processor: MomaProcessor, codes) -> Trainer:
+def build_trainer(args: argparse.Namespace, model: MomaForCausalLM, processor: MomaProcessor) -> Trainer:
     device = model.device.type
     training_arguments = TrainingArguments(
         output_dir=args.output,
@@ -84,12 +87,14 @@ def build_trainer(args: argparse.Namespace, model: MomaForCausalLM, processor: M
         report_to=[],
         seed=args.seed,
     )
+    documents = open_documents(args.tokens, processor)
+    weights = [source.weight for source in TokenFolder(args.tokens, processor).sources()]
     examples_in_all = args.steps * args.batch_size * args.gradient_accumulation_steps
     return AuxiliaryRouterTrainer(
         model=model,
         args=training_arguments,
-        train_dataset=CaptionExamples(codes["train"], processor, examples_in_all, args.seed),
-        eval_dataset=held_out_examples(codes["validation"], processor),
+        train_dataset=DocumentExamples(documents, weights, examples_in_all, args.seed),
+        eval_dataset=held_out_sets(args.tokens, processor),
         data_collator=MomaDataCollator(processor.tokenizer),
         callbacks=[FollowArguments()],
         processing_class=processor.tokenizer,
@@ -128,8 +133,8 @@ def main(arguments=None):
     args = parse_arguments(arguments)
     check_output(args)
     processor = MomaProcessor.from_pretrained(args.processor)
-    codes = load_codes(args.codes)
-    batches = held_out_batches(codes["validation"], processor, args.batch_size, args.seed)
+    held_out = open_documents(args.tokens, processor, VALIDATION)
+    batches = held_out_batches(held_out, processor, args.batch_size, args.seed)
     calibration_batches, report_batches = split_batches(args, batches)
     set_seed(args.seed)
     model = load_model(args.model, "cuda" if torch.cuda.is_available() else "cpu")
@@ -137,7 +142,7 @@ def main(arguments=None):
     if not model.config.auxiliary_routers:
         add_auxiliary_routers(model)
     model.set_attn_implementation(args.attn_implementation)
-    trainer = build_trainer(args, model, processor, codes)
+    trainer = build_trainer(args, model, processor)
     checkpoint = last_checkpoint(args.output) if args.resume else None
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_state()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Train the picture tokenizer on the pictures of a data set; `--resume` goes on after a kill."""
+"""Train the picture tokenizer on a recipe's pictures; `--resume` goes on after a kill."""
 
 import argparse
 from collections.abc import Callable
@@ -7,25 +7,45 @@ from pathlib import Path
 
 from tokenization.configuration_moma_vq import PRESETS
 
-from ..training.image_tokenizer import DEFAULT_PRESET, TokenizerTraining
+from ..training.image_tokenizer import TokenizerTraining
+from ..training.picture_sources import read_picture_sources
+from ..training.tokenizer_settings import DEFAULT_PRESET, SETTINGS, check_flags, check_settings
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "recipe",
+        metavar="RECIPE",
+        help="YAML file with a section `sources` and perhaps `image_tokenizer`, which holds defaults of the flags; or "
+        "a folder, file or name on the Hub that `datasets` opens, with a column `image`",
+    )
+    parser.add_argument("--output", required=True, help="folder for the model, its checkpoint and metrics.json")
+    parser.add_argument("--config", help=f"one of {sorted(PRESETS)} or a JSON file; by default {DEFAULT_PRESET!r}")
+    for name, setting in SETTINGS.items():
+        description = setting.description if setting.default is None else f"{setting.description}; %(default)s"
+        parser.add_argument(
+            f"--{name.replace('_', '-')}",
+            type=setting.kind,
+            default=setting.default,
+            choices=setting.choices,
+            help=description,
+        )
+    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in the output folder")
+    parser.add_argument(
+        "--strict", action="store_true", help="stop at a picture that cannot be used, in place of leaving it out"
+    )
+    return parser
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", required=True, help="data set with the splits train and validation")
-    parser.add_argument("--output", required=True, help="folder for the model, its checkpoint and metrics.json")
-    parser.add_argument("--config", help=f"one of {sorted(PRESETS)} or a JSON file; by default {DEFAULT_PRESET!r}")
-    parser.add_argument("--steps", type=int, default=2400)
-    parser.add_argument("--batch-size", type=int, default=48)
-    parser.add_argument("--learning-rate", type=float, default=1.5e-3)
-    parser.add_argument("--warmup-steps", type=int, default=100)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--save-every", type=int, default=500, help="steps between two checkpoints")
-    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in the output folder")
-    parser.add_argument("--semantic-weight", type=float, default=None, help="default: the configuration's")
-    parser.add_argument("--perceptual-weight", type=float, default=None, help="default: the configuration's")
-    parser.add_argument("--bf16", choices=["auto", "on", "off"], default="auto", help="auto: where the device has it")
-    return parser.parse_args(arguments)
+    """The command line over the recipe over the defaults; `sources` are those with pictures."""
+    parser = make_parser()
+    sources, fields = read_picture_sources(parser.parse_args(arguments).recipe)
+    parser.set_defaults(**check_settings(fields))
+    args = parser.parse_args(arguments)
+    check_flags(args)
+    return argparse.Namespace(**vars(args), sources=sources)
 
 
 def main(arguments: list[str] | None = None, on_step: Callable[[int, dict[str, float]], None] | None = None):

@@ -26,9 +26,9 @@ class MomaMetricsCallback(TrainerCallback):
     - `{modality}_depth_load`: share of the modality's tokens that a depth layer processed, averaged over these layers
       (one router serves all modalities, so their mix in a depth layer may drift away from the data's).
 
-    Evaluation's keys have the prefix `eval_`. Forwards in training mode without gradients, as of samples that another
-    callback draws, are left out. A training loss under `expert_choice` sees the future; the loss that
-    `Trainer.evaluate` reports is causal.
+    Evaluation's keys have the prefix `eval_`, and the set's name behind it where there are several. Forwards in
+    training mode without gradients, as of samples that another callback draws, are left out. A training loss under
+    `expert_choice` sees the future; the loss that `Trainer.evaluate` reports is causal.
     """
 
     def __init__(self):
@@ -61,13 +61,19 @@ class MomaMetricsCallback(TrainerCallback):
 
     def on_log(self, args, state, control, logs: Any = None, **kwargs):
         """Put the averages into the log and start anew."""
-        training = not any(key.startswith("eval_") for key in logs)
-        prefix = "" if training else "eval_"
+        # of one of several evaluation sets the loss is called `eval_{name}_loss`
+        evaluated = next((key for key in logs if key.startswith("eval_") and key.endswith("_loss")), None)
+        training = evaluated is None and not any(key.startswith("eval_") for key in logs)
+        prefix = "" if training else (evaluated or "eval_loss").removesuffix("loss")
         metrics = {f"{prefix}{name}": value for name, value in self._averages(training).items()}
         logs.update(metrics)
         # Trainer has already filed a copy of the log
         if state.log_history:
             state.log_history[-1].update(metrics)
+
+    def discard_evaluation(self):
+        """Forget what was seen in evaluation mode since the last log, such as samples that were generated."""
+        self._sums[False] = defaultdict(float)
 
     def _on_forward(self, module: torch.nn.Module, args: tuple, output: Any) -> None:
         losses = getattr(output, "modality_losses", None)

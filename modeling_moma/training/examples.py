@@ -1,111 +1,102 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Training examples of the emoji data: a caption and a picture's codes, in either order."""
+"""Held-out examples of the sources that a model is trained on, and whether a model reads what a processor writes."""
+
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
-from datasets import Dataset, DatasetDict, load_from_disk
+
+from tokenization import MomaProcessor
 
 from .. import MomaConfig
+from ..data.documents import Documents, TokenFolder
+from ..data.sources import TRAIN, VALIDATION, Source
 
 
-TAG_CAPTION_SHARE = 0.25
-UNCONDITIONAL_SHARE = 0.1
-
-
-def label_caption(style: str, label: str) -> str:
-    """The caption of a picture, `"noto: red apple"`."""
-    return f"{style}: {label}"
-
-
-def tag_caption(style: str, keywords: list[str]) -> str:
-    """A further caption made of keywords, `"noto tags: fruit, red"`; never mistaken for a label."""
-    return f"{style} tags: {', '.join(keywords)}"
-
-
-def caption_texts(split: Dataset) -> list[str]:
-    """All captions of a split, what the text tokenizer is trained on."""
-    texts = []
-    for style, label, keywords in zip(split["style"], split["label"], split["keywords"]):
-        texts.append(label_caption(style, label))
-        if keywords:
-            texts.append(tag_caption(style, keywords))
-    return texts
-
-
-class CaptionExamples(torch.utils.data.Dataset):
-    """A stream of examples in which the index decides everything, so a resumed run sees what the killed one would.
-
-    A picture-first example is `<bos> picture caption <eos>`, the other kind `<bos> caption picture <eos>`. A quarter
-    of the captions are keywords; a tenth of the text-first examples have no caption, which guidance needs.
+class HeldOutExamples(torch.utils.data.Dataset):
+    """
+    Examples that losses are measured on, made when they are asked for.
 
     Args:
-        codes: columns `codes` (augmented codings of one picture, `[A, image_seq_length]`), `style`, `label`,
-            `keywords`.
-        processor: gives the ids.
-        length: examples of the stream; each pass over the pictures has an order of its own.
-        seed: of everything random.
+        held_out: token ids by number, from `Documents.held_out`.
+        number: take so many, evenly spaced; all by default.
     """
 
-    def __init__(self, codes: Dataset, processor, length: int, seed: int = 0):
-        self.codes = np.asarray(codes.with_format("numpy")["codes"], dtype=np.int64)
-        self.columns = list(zip(codes["style"], codes["label"], codes["keywords"]))
-        self.processor = processor
-        self.length, self.seed = length, seed
-        self._epoch, self._order = -1, np.arange(0)
+    def __init__(self, held_out: Sequence[Any], number: int | None = None):
+        self.held_out = held_out
+        self.places = evenly_spaced(range(len(held_out)), number)
 
     def __len__(self) -> int:
-        return self.length
+        return len(self.places)
 
     def __getitem__(self, index: int) -> dict[str, list[int]]:
-        epoch, place = divmod(index, len(self.columns))
-        if epoch != self._epoch:
-            self._epoch, self._order = epoch, np.random.default_rng([self.seed, epoch]).permutation(len(self.columns))
-        rng = np.random.default_rng([self.seed, 1, index])
-        row = self._order[place]
-        style, label, keywords = self.columns[row]
-        codes = self.codes[row, rng.integers(self.codes.shape[1])]
-        picture_first = rng.random() < 0.5
-        text = label_caption(style, label)
-        if keywords and rng.random() < TAG_CAPTION_SHARE:
-            text = tag_caption(style, list(rng.permutation(keywords)))
-        if not picture_first and rng.random() < UNCONDITIONAL_SHARE:
-            text = ""
-        return {"input_ids": example_ids(self.processor, text, codes, picture_first)}
+        return {"input_ids": self.held_out[self.places[index]]}
 
 
-def load_codes(folder: str) -> DatasetDict:
-    """The splits that `moma tokenize` has written."""
-    return load_from_disk(folder)  # pyright: ignore[reportReturnType]
-
-
-def held_out_examples(codes: Dataset, processor) -> list[dict[str, list[int]]]:
-    """Both orders of every picture, un-augmented (the first coding), with its label: what losses are measured on."""
-    first = np.asarray(codes.with_format("numpy")["codes"], dtype=np.int64)[:, 0]
-    rows = list(zip(first, codes["style"], codes["label"]))
-    return [
-        {"input_ids": example_ids(processor, label_caption(style, label), picture, picture_first)}
-        for picture_first in (True, False)
-        for picture, style, label in rows
-    ]
-
-
-def example_ids(processor, text: str, codes: np.ndarray, picture_first: bool) -> list[int]:
-    """Token ids of one example.
+def open_documents(
+    folder: str, processor: MomaProcessor, split: str = TRAIN, sources: Sequence[Source] | None = None
+) -> list[Documents]:
+    """
+    The documents of a split of all sources that have it.
 
     Args:
-        processor: gives tokenizer and the ids of a picture.
-        text: the caption, may be empty.
-        codes: `[image_seq_length]`.
-        picture_first: the order of the two.
+        folder: that `moma tokenize` has written.
+        processor: that it was written with.
+        split: its name.
+        sources: with what is to be read from them; by default as they were tokenized.
+
+    Raises:
+        ValueError: no source has the split.
     """
-    tokenizer = processor.tokenizer
-    picture = processor.picture_ids(codes)
-    words = tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
-    middle = [*picture, *words] if picture_first else [*words, *picture]
-    return [tokenizer.bos_token_id, *middle, tokenizer.eos_token_id]
+    tokens = TokenFolder(folder, processor)
+    chosen = tokens.sources() if sources is None else sources
+    # a source that the folder lacks is refused by name
+    having = [source for source in chosen if split == TRAIN or split in tokens.split_names(source.name)]
+    if not having:
+        names = sorted({name for source in chosen for name in tokens.split_names(source.name)})
+        raise ValueError(f"--split {split!r}: no source of {folder!r} has it, only {names}.")
+    return [tokens.documents(source, split) for source in having]
 
 
-def evenly_spaced(examples: list, number: int | None) -> list:
+def held_out_sets(
+    folder: str, processor: MomaProcessor, sources: Sequence[Source] | None = None, number: int | None = None
+) -> Any:
+    """What `Trainer` evaluates on: the examples of the only source, a mapping of many, or `None` without any."""
+    tokens = TokenFolder(folder, processor)
+    chosen = tokens.sources() if sources is None else sources
+    sets = {
+        source.name: HeldOutExamples(tokens.documents(source, VALIDATION).held_out(), number)
+        for source in chosen
+        if VALIDATION in tokens.split_names(source.name)
+    }
+    if len(chosen) == 1:
+        return next(iter(sets.values()), None)
+    return sets or None
+
+
+def shuffled_held_out(
+    documents: Sequence[Documents], seed: int, limit: int | None = None
+) -> list[dict[str, list[int]]]:
+    """Held-out examples in random order: tokens compete within a batch, which shall hold both orders as in training.
+
+    Args:
+        documents: of each source.
+        seed: of the order.
+        limit: take so many of each source's documents, drawn at random with that seed.
+    """
+    examples: list[dict[str, list[int]]] = []
+    for entry in documents:
+        rows = None
+        if limit is not None:
+            rows = np.random.default_rng(seed).permutation(len(entry))[:limit].tolist()
+        held_out = entry.held_out(rows)
+        examples += [{"input_ids": held_out[index]} for index in range(len(held_out))]
+    order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed)).tolist()
+    return [examples[index] for index in order]
+
+
+def evenly_spaced(examples: Sequence, number: int | None) -> list:
     """So many of the examples; all where there are not more, or without a number."""
     number = min(number or len(examples), len(examples))
     return [examples[index * len(examples) // number] for index in range(number)]

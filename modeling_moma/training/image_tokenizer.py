@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Training of the picture tokenizer on a data set with a column `image`."""
+"""Training of the picture tokenizer on the pictures of a recipe's sources."""
 
 import argparse
+import functools
 import json
 import os
 import shutil
@@ -12,145 +13,49 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from datasets import Dataset, load_dataset
 from tqdm.auto import tqdm
 from transformers import get_cosine_with_min_lr_schedule_with_warmup
 
-from tokenization import MomaImageProcessor
 from tokenization.augmentation_moma import augment_pictures
-from tokenization.configuration_moma_vq import PRESETS, MomaVQConfig
 from tokenization.modeling_moma_vq import MomaVQModel
 from tokenization.perceptual_moma_vq import MomaVQPerceptualNetwork
 
+from .discriminator import AdversarialTraining
 from .files import write_folder_aside
+from .picture_sources import picture_fields
+from .picture_store import PictureStore, open_store, take, to_pixel_values
 from .precision import supports_bf16
+from .reconstruction_measures import PERCEPTUAL_DISTANCE, SAMPLES_FILE, evaluate
+from .semantic_targets import SemanticTargets
+from .tokenizer_settings import DECISIVE, check_resumed, check_same_pictures, read_config
 
 
-DEFAULT_PRESET = "small"
-
-
-STATE_FILE = "training_state.pt"
-
-
-METRICS_FILE = "metrics.json"
-
-
-# arguments without which a run would end elsewhere; the model's own are in its configuration
-DECISIVE = ("steps", "batch_size", "learning_rate", "warmup_steps", "seed")
-
-
-# pictures whose latents give the codebook at the start, and steps between two such starts during warm-up
-CODEBOOK_PICTURES = 256
-
-
+STATE_FILE, METRICS_FILE, REPORT_FILE = "training_state.pt", "metrics.json", "report.json"
+# folder of the decoded pictures
+PICTURES_FOLDER = "pictures"
+# latents that give the codebook at the start, and the fewest pictures that they are of
+CODEBOOK_LATENTS, CODEBOOK_PICTURES = 256 * 64, 32
+# steps between two such starts during warm-up
 CODEBOOK_INTERVAL = 20
 
 
-EVALUATION_BATCH = 128
-
-
-def read_config(args: argparse.Namespace) -> MomaVQConfig:
-    weights = asked_weights(args)
-    name = args.config or DEFAULT_PRESET
-    if name in PRESETS:
-        return MomaVQConfig.from_preset(name, **weights)
-    if not Path(name).is_file():
-        raise ValueError(f"--config {name!r} is neither one of {sorted(PRESETS)} nor a file.")
-    return MomaVQConfig(**{**json.loads(Path(name).read_text()), **weights})
-
-
-def asked_weights(args: argparse.Namespace) -> dict[str, float]:
-    """Weights of the loss that the command line gives."""
-    weights = {"semantic_weight": args.semantic_weight, "perceptual_weight": args.perceptual_weight}
-    return {name: value for name, value in weights.items() if value is not None}
-
-
-def check_resumed(args: argparse.Namespace, config: MomaVQConfig, begun: dict):
-    """Compare the command line with what a checkpoint was begun with; what it leaves out is the checkpoint's.
-
-    Args:
-        args: of the run that goes on.
-        config: of the checkpoint.
-        begun: the arguments that its run was begun with.
-
-    Raises:
-        ValueError: they differ, so the run would not end as it would have.
-    """
-    asked = asked_weights(args)
-    if args.config:
-        now = read_config(args)
-        asked |= {name: getattr(now, name) for name in MomaVQConfig.__annotations__}
-    pairs: dict[str, tuple[Any, Any]] = {name: (getattr(config, name), value) for name, value in asked.items()}
-    pairs |= {f"--{name.replace('_', '-')}": (value, getattr(args, name)) for name, value in begun.items()}
-    for name, (then, now) in pairs.items():
-        # JSON knows no tuples
-        is_same = list(then) == list(now) if isinstance(then, (list, tuple)) and now is not None else then == now
-        if not is_same:
-            raise ValueError(
-                f"--resume: the run in `--output` {args.output!r} was begun with {name} = {then!r}, and this command "
-                f"asks for {now!r}. Resume with the arguments of the first start, or give a new `--output`."
-            )
-
-
-def load_pictures(dataset: Dataset, side: int) -> torch.Tensor:
-    """All pictures of a split, as the processor will show them to the model, in one uint8 tensor `(pictures, 3, side,
-    side)`."""
-    image_processor = MomaImageProcessor.for_resolution(side, do_rescale=False, do_normalize=False)
-    pictures = torch.empty(len(dataset), 3, side, side, dtype=torch.uint8)
-    for index, picture in enumerate(tqdm(dataset["image"], desc="loading pictures", total=len(dataset))):
-        pictures[index] = image_processor(picture, return_tensors="pt")["pixel_values"][0]
-    return pictures
-
-
-def to_pixel_values(pictures: torch.Tensor, device: torch.device) -> torch.Tensor:
-    pixel_values = pictures.to(device).float() / 127.5 - 1
-    return pixel_values.to(memory_format=torch.channels_last)
+@functools.lru_cache(maxsize=2)
+def epoch_order(num_pictures: int, seed: int) -> torch.Tensor:
+    """A random order of all pictures, kept because each step of an epoch asks for it."""
+    return torch.randperm(num_pictures, generator=torch.Generator().manual_seed(seed))
 
 
 def batch_indices(step: int, batch_size: int, num_pictures: int, seed: int) -> torch.Tensor:
     """The pictures of one step: a fresh order for each epoch, known from the step alone, so that runs can resume."""
     epoch, position = divmod(step, max(num_pictures // batch_size, 1))
-    order = torch.randperm(num_pictures, generator=torch.Generator().manual_seed(seed + 7919 * epoch))
+    order = epoch_order(num_pictures, seed + 7919 * epoch)
     return order[position * batch_size : (position + 1) * batch_size]
 
 
-def semantic_targets(
-    teacher: MomaVQPerceptualNetwork, pictures: torch.Tensor, device: torch.device, bf16: bool
-) -> torch.Tensor:
-    """The teacher's features `(pictures, feature_dim)` of pictures without augmentation."""
-    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16):
-        features = [
-            teacher.features(to_pixel_values(batch, device))
-            for batch in tqdm(pictures.split(EVALUATION_BATCH), desc="teacher features")
-        ]
-    return torch.cat(features)
-
-
-@torch.no_grad()
-def evaluate(model: MomaVQModel, pictures: torch.Tensor, targets: torch.Tensor | None) -> dict[str, float]:
-    """Mean PSNR in dB, perplexity of the codes, share of codes in use, mean cosine to the teacher, in float32."""
-    model.eval()
-    psnr, tokens, cosines = [], [], []
-    for start in range(0, len(pictures), EVALUATION_BATCH):
-        pixel_values = to_pixel_values(pictures[start : start + EVALUATION_BATCH], model.device)
-        output = model(pixel_values)
-        # the range of [-1, 1] is 2 wide
-        errors = (output.reconstruction.clamp(-1, 1) - pixel_values).pow(2).mean(dim=(1, 2, 3)).clamp(min=1e-10)
-        psnr.append(10 * torch.log10(4 / errors))
-        tokens.append(output.image_tokens)
-        if targets is not None:
-            wanted = targets[start : start + EVALUATION_BATCH]
-            cosines.append(F.cosine_similarity(output.semantic_prediction, wanted))
-    model.train()
-    tokens = torch.cat(tokens)
-    result = {
-        "psnr": torch.cat(psnr).mean().item(),
-        "perplexity": model.codebook_perplexity(tokens).item(),
-        "codes_used": tokens.unique().numel(),
-    }
-    if targets is not None:
-        result["semantic_cosine"] = torch.cat(cosines).mean().item()
-    return result
+def codebook_pictures(config: Any) -> int:
+    """How many pictures give the codebook at the start: of larger ones, which have more codes, fewer."""
+    codes = (config.resolution // config.downsample_factor) ** 2
+    return max(CODEBOOK_LATENTS // codes, CODEBOOK_PICTURES)
 
 
 def checkpoints(output: Path) -> list[Path]:
@@ -173,32 +78,58 @@ def save_checkpoint(output: Path, step: int, model: MomaVQModel, state: dict, me
             shutil.rmtree(path)
 
 
-def save_model(output: Path, model: MomaVQModel, metrics: list[dict]) -> None:
-    """The finished model and its metrics."""
+def save_model(output: Path, model: MomaVQModel, metrics: list[dict], report: dict[str, Any]) -> None:
+    """The finished model, its metrics, and what became of the pictures."""
 
     def save(folder: Path):
         model.save_pretrained(folder)
-        (folder / METRICS_FILE).write_text(json.dumps(metrics, indent=2) + "\n")
+        for name, content in ((METRICS_FILE, metrics), (REPORT_FILE, report)):
+            (folder / name).write_text(json.dumps(content, indent=2) + "\n")
 
     write_folder_aside(output, save)
 
 
 class TokenizerTraining:
-    """The model, its data and its optimizer; `run` trains to the last step."""
+    """
+    The model, its pictures and its optimizer; `run` trains to the last step.
+
+    Args:
+        args: [`SETTINGS`], `config`, `output`, `resume`, `strict`, and `sources`, those with pictures.
+
+    Raises:
+        ValueError: the sources have too few pictures, or the run cannot be resumed with these arguments.
+        ImportError: the model needs the extra `train`, which is not installed.
+    """
 
     def __init__(self, args: argparse.Namespace):
         self.args = args
         self.output = Path(args.output)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.bf16 = supports_bf16(self.device) if args.bf16 == "auto" else args.bf16 == "on"
-        splits = load_dataset(args.data)
-        for name in ("train", "validation"):
-            if name not in splits or "image" not in splits[name].column_names:
-                raise ValueError(
-                    f"--data {args.data!r} needs a split {name!r} with a column 'image'; it has {splits}."
-                )
+        self.step, self.metrics = 0, []
+        state = self._make_model()
+        self.adversarial = None
+        if args.adversarial_weight > 0:
+            self.adversarial = AdversarialTraining(
+                args.adversarial_weight, args.adversarial_start, self.model.config, args.seed, self.device
+            )
+        self._make_optimizer()
+        self.facts: dict[str, Any] = {"sources": [picture_fields(source) for source in args.sources]}
+        begun = None if state is None else state.get("pictures")
+        # before the pictures of the first start are replaced
+        check_same_pictures(args.output, self.facts, begun)
+        self.store = self._open_pictures()
+        self.facts["pictures"] = len(self.store.train)
+        check_same_pictures(args.output, self.facts, begun)
+        if state is not None:
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.scheduler.load_state_dict(state["scheduler"])
+            if self.adversarial is not None:
+                self.adversarial.load_state_dict(state["adversarial"])
+        self._prepare_teacher()
 
-        self.step, self.metrics, state = 0, [], None
+    def _make_model(self) -> dict[str, Any] | None:
+        args, state = self.args, None
         if args.resume and checkpoints(self.output):
             folder = checkpoints(self.output)[-1]
             self.model = MomaVQModel.from_pretrained(folder)
@@ -210,87 +141,139 @@ class TokenizerTraining:
             torch.manual_seed(args.seed)
             self.model = MomaVQModel(read_config(args))
         self.model = self.model.to(self.device, memory_format=torch.channels_last).train()
+        return state
+
+    def _make_optimizer(self) -> None:
         self.optimizer = torch.optim.AdamW(
             [p for p in self.model.parameters() if p.requires_grad],
-            lr=args.learning_rate,
+            lr=self.args.learning_rate,
             betas=(0.9, 0.99),
             weight_decay=1e-4,
             fused=True,
         )
         self.scheduler = get_cosine_with_min_lr_schedule_with_warmup(
-            self.optimizer, args.warmup_steps, args.steps, min_lr_rate=0.02
+            self.optimizer, self.args.warmup_steps, self.args.steps, min_lr_rate=0.02
         )
-        if state is not None:
-            self.optimizer.load_state_dict(state["optimizer"])
-            self.scheduler.load_state_dict(state["scheduler"])
 
-        side = self.model.config.resolution
-        self.pictures, self.held_out = (load_pictures(splits[name], side) for name in ("train", "validation"))
-        self.prepare_teacher()
+    def _open_pictures(self) -> PictureStore:
+        store = open_store(
+            self.output / PICTURES_FOLDER,
+            self.args.sources,
+            self.model.config.resolution,
+            self.args.held_out_pictures,
+            self.args.strict,
+        )
+        print(store.summary())
+        return store
 
-    def prepare_teacher(self) -> None:
+    def _prepare_teacher(self) -> None:
         config = self.model.config
-        self.targets, self.held_out_targets, self.perceptual = None, None, None
+        self.targets: SemanticTargets | None = None
+        self.perceptual = None
         wants_semantics = config.semantic_dim is not None and config.semantic_weight > 0
         fresh_trunk = self.model.encoder.trunk if self.step == 0 else None
-        if not wants_semantics and fresh_trunk is None and config.perceptual_weight == 0:
+        is_needed = wants_semantics or fresh_trunk is not None or config.perceptual_weight > 0
+        self.teacher = self._load_teacher(is_needed)
+        if self.teacher is None:
             return
-        teacher = MomaVQPerceptualNetwork().to(  # pyright: ignore[reportCallIssue]
-            self.device, memory_format=torch.channels_last
-        )
         if fresh_trunk is not None:
-            fresh_trunk.load_imagenet_weights(teacher.network)
+            fresh_trunk.load_imagenet_weights(self.teacher.network)
         if wants_semantics:
-            if config.semantic_dim != teacher.feature_dim:
-                raise ValueError(f"semantic_dim={config.semantic_dim}, but the teacher gives {teacher.feature_dim}.")
-            features = semantic_targets(teacher, self.pictures, self.device, self.bf16)
-            mean, std = features.mean(dim=0), features.std(dim=0).clamp(min=1e-3)
-            self.targets = (features - mean) / std
-            held_out_features = semantic_targets(teacher, self.held_out, self.device, self.bf16)
-            self.held_out_targets = (held_out_features - mean) / std
+            if config.semantic_dim != self.teacher.feature_dim:
+                raise ValueError(
+                    f"semantic_dim={config.semantic_dim}, but the teacher gives {self.teacher.feature_dim}."
+                )
+            num_uses = self.args.steps * self.args.batch_size
+            self.targets = SemanticTargets(self.teacher, self.store, num_uses, self.bf16, self.device)
         if config.perceptual_weight > 0:
-            self.perceptual = teacher.distance
+            self.perceptual = self.teacher.distance
+
+    def _load_teacher(self, is_needed: bool) -> MomaVQPerceptualNetwork | None:
+        try:
+            teacher = MomaVQPerceptualNetwork()
+        except ImportError as error:
+            if is_needed:
+                raise
+            print(f"{PERCEPTUAL_DISTANCE} is left out of the evaluation: {error}")
+            return None
+        return teacher.to(self.device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
 
     def train_step(self) -> dict[str, float]:
+        """One step of the optimizer; returns what a progress bar shows."""
         # everything random follows from the step, so a resumed run repeats what the killed one would have done
         torch.manual_seed(self.args.seed * 1_000_003 + self.step)
-        chosen = batch_indices(self.step, self.args.batch_size, len(self.pictures), self.args.seed)
-        pixel_values = augment_pictures(to_pixel_values(self.pictures[chosen], self.device))
+        pictures = self.store.train
+        chosen = batch_indices(self.step, self.args.batch_size, len(pictures), self.args.seed)
+        pixel_values = self._augment(to_pixel_values(take(pictures, chosen), self.device))
         # while the learning rate rises, the latents move faster than the averages follow
         if self.step == 0 or (self.step < self.args.warmup_steps and self.step % CODEBOOK_INTERVAL == 0):
-            first = self.pictures[torch.randperm(len(self.pictures))[:CODEBOOK_PICTURES]]
-            self.model.initialize_codebook(to_pixel_values(first, self.device))
-        targets = None if self.targets is None else self.targets[chosen.to(self.targets.device)]
+            first = torch.randperm(len(pictures))[: codebook_pictures(self.model.config)]
+            self.model.initialize_codebook(to_pixel_values(take(pictures, first), self.device))
+        targets = None if self.targets is None else self.targets.of(chosen)
+        adversarial = self.adversarial
+        if adversarial is not None and not adversarial.is_on(self.step):
+            adversarial = None
+        summary = {}
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.bf16):
             output = self.model(pixel_values, semantic_targets=targets, perceptual_distance=self.perceptual)
-        output.loss.backward()
+            loss = output.loss
+            if adversarial is not None:
+                term, summary["adversarial"] = adversarial.term(self.model, output)
+                loss = loss + term
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.scheduler.step()
         if self.model.config.codebook_decay is not None:
             self.model.update_codebook(output.latents, output.image_tokens)
+        if adversarial is not None:
+            with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.bf16):
+                summary["discriminator"] = adversarial.train_step(pixel_values, output.reconstruction)
         self.step += 1
+        return self._summarise(output, pixel_values, loss.item()) | summary
+
+    def _augment(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        if self.args.augmentation == "none":
+            return pixel_values
+        return augment_pictures(pixel_values, fill=self.args.augmentation)
+
+    def _summarise(self, output: Any, pixel_values: torch.Tensor, loss: float) -> dict[str, float]:
         error = F.mse_loss(output.reconstruction.detach(), pixel_values).item()
-        summary = {"loss": output.loss.item(), "psnr": 10 * np.log10(4 / error), "usage": output.codebook_usage.item()}
+        summary = {"loss": loss, "psnr": 10 * np.log10(4 / error), "usage": output.codebook_usage.item()}
         if output.semantic_loss is not None:
             summary["semantic"] = output.semantic_loss.item()
-        if not np.isfinite(summary["loss"]):
-            raise ValueError(f"The loss is {summary['loss']} at step {self.step}; a lower --learning-rate may help.")
+        if not np.isfinite(loss):
+            raise ValueError(f"The loss is {loss} at step {self.step}; a lower --learning-rate may help.")
         return summary
 
     def save(self) -> None:
-        evaluation = evaluate(self.model, self.held_out, self.held_out_targets)
+        """Evaluates on the held-out pictures, and writes samples and a checkpoint."""
+        held_out_targets = None if self.targets is None else self.targets.held_out
+        samples = self.output / SAMPLES_FILE
+        evaluation = evaluate(self.model, self.store.held_out, held_out_targets, self.teacher, samples)
         self.metrics.append({"step": self.step, **evaluation})
         tqdm.write(json.dumps(self.metrics[-1]))
         state = {
             "arguments": {name: getattr(self.args, name) for name in DECISIVE},
+            "pictures": self.facts,
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
         }
+        if self.adversarial is not None:
+            state["adversarial"] = self.adversarial.state_dict()
         save_checkpoint(self.output, self.step, self.model, state, self.metrics)
 
     def run(self, on_step: Callable[[int, dict[str, float]], None] | None = None) -> list[dict]:
+        """
+        Trains to the last step.
+
+        Args:
+            on_step: is called with the number and the summary of each step.
+
+        Returns:
+            The metrics of all evaluations.
+        """
         progress = tqdm(total=self.args.steps, initial=self.step, desc="training")
         while self.step < self.args.steps:
             summary = self.train_step()
@@ -301,5 +284,5 @@ class TokenizerTraining:
             if self.step % self.args.save_every == 0 or self.step == self.args.steps:
                 self.save()
         progress.close()
-        save_model(self.output, self.model, self.metrics)
+        save_model(self.output, self.model, self.metrics, self.store.report)
         return self.metrics

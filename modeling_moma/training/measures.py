@@ -2,7 +2,8 @@
 """What a MoMa and its picture tokenizer do on held-out rows: losses, captions, drawings, reconstructions."""
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from datasets import Dataset
@@ -12,7 +13,8 @@ from transformers import set_seed
 from tokenization import MomaDataCollator
 
 from .. import MomaForCausalLM
-from .examples import held_out_examples, label_caption
+from ..data.documents import Documents
+from .examples import shuffled_held_out
 
 
 # name of that routing in reports, never without its warning
@@ -37,22 +39,6 @@ def load_model(folder: str, device: str) -> MomaForCausalLM:
     return MomaForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device).eval()
 
 
-def shuffled_held_out(codes: Dataset, processor, seed: int, limit: int | None = None) -> list[dict[str, list[int]]]:
-    """Held-out examples in random order: tokens compete within a batch, which shall hold both orders as in training.
-
-    Args:
-        codes: columns `codes`, `style`, `label`.
-        processor: gives the ids.
-        seed: of the order.
-        limit: take so many of the pictures, drawn at random with that seed.
-    """
-    if limit is not None:
-        codes = codes.shuffle(seed=seed).select(range(min(limit, len(codes))))
-    examples = held_out_examples(codes, processor)
-    order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed)).tolist()
-    return [examples[index] for index in order]
-
-
 def padded_batches(processor, examples: list[dict], batch_size: int) -> list[dict[str, torch.Tensor]]:
     """
     Examples as inputs of the model, in their order.
@@ -66,22 +52,61 @@ def padded_batches(processor, examples: list[dict], batch_size: int) -> list[dic
     return [collate(examples[start : start + batch_size]) for start in range(0, len(examples), batch_size)]
 
 
-def held_out_batches(codes: Dataset, processor, batch_size: int, seed: int) -> list[dict]:
+def held_out_batches(documents: Sequence[Documents], processor, batch_size: int, seed: int) -> list[dict]:
     """
     Held-out examples as padded batches of one size in random order.
 
     Args:
-        codes: see [`shuffled_held_out`].
+        documents: of each source.
         processor: gives the ids; its tokenizer pads.
         batch_size: examples of a batch; a short last one is left out, unless it is the only one.
         seed: of the order.
     """
-    examples = shuffled_held_out(codes, processor, seed)
+    examples = shuffled_held_out(documents, seed)
     whole = len(examples) // batch_size * batch_size
     return padded_batches(processor, examples[: whole or None], batch_size)
 
 
+class ModalityLosses:
+    """Adds up the losses of a model's outputs by modality, each batch by its number of targets."""
+
+    def __init__(self):
+        self.sums: dict[str, float] = defaultdict(float)
+        self.counts: dict[str, int] = defaultdict(int)
+
+    def add(self, output):
+        """Add the losses of an output of [`MomaForCausalLM`] that was given labels."""
+        for modality, loss in output.modality_losses.items():
+            count = int(output.modality_tokens[modality])
+            self.sums[modality] += float(loss) * count
+            self.counts[modality] += count
+
+    def means(self) -> dict[str, float]:
+        """`overall`, one entry for each modality (0 without targets), and `tokens`, the number of targets."""
+        total = sum(self.counts.values())
+        result = {"overall": sum(self.sums.values()) / total}
+        result.update({modality: self.sums[modality] / max(count, 1) for modality, count in self.counts.items()})
+        return {**result, "tokens": total}
+
+
 @torch.no_grad()
+def loss_outputs(
+    model,
+    processor,
+    examples: list[dict],
+    batch_size: int,
+    routing: str | None = None,
+    description: str = "loss",
+    depth_routing: str | None = None,
+) -> Iterator[tuple[dict[str, torch.Tensor], Any]]:
+    """Yields each batch of the examples and the model's output for it; see [`held_out_loss`]."""
+    collate = MomaDataCollator(processor.tokenizer)
+    for start in tqdm(range(0, len(examples), batch_size), desc=description):
+        batch = collate(examples[start : start + batch_size])
+        inputs = {name: values.to(model.device) for name, values in batch.items()}
+        yield inputs, model(**inputs, routing=routing, depth_routing=depth_routing)
+
+
 def held_out_loss(
     model,
     processor,
@@ -106,18 +131,10 @@ def held_out_loss(
     Returns:
         `overall`, one entry for each modality, and `tokens`, the number of targets.
     """
-    sums, counts = defaultdict(float), defaultdict(int)
-    for batch in tqdm(padded_batches(processor, examples, batch_size), desc=description):
-        inputs = {name: values.to(model.device) for name, values in batch.items()}
-        output = model(**inputs, routing=routing, depth_routing=depth_routing)
-        for modality, loss in output.modality_losses.items():
-            count = int(output.modality_tokens[modality])
-            sums[modality] += float(loss) * count
-            counts[modality] += count
-    total = sum(counts.values())
-    result = {"overall": sum(sums.values()) / total}
-    result.update({modality: sums[modality] / max(count, 1) for modality, count in counts.items()})
-    return {**result, "tokens": total}
+    losses = ModalityLosses()
+    for _, output in loss_outputs(model, processor, examples, batch_size, routing, description, depth_routing):
+        losses.add(output)
+    return losses.means()
 
 
 def gaps(causal: dict, oracle: dict) -> dict[str, float]:
@@ -157,14 +174,14 @@ def write_captions(model, processor, codes: torch.Tensor, batch_size: int, max_n
 
 
 @torch.inference_mode()
-def draw_pictures(model, processor, rows: list[dict], batch_size: int, sampling: dict, seed: int) -> torch.Tensor:
+def draw_pictures(model, processor, captions: list[str], batch_size: int, sampling: dict, seed: int) -> torch.Tensor:
     """
-    Draws a picture for each row's caption.
+    Draws a picture for each caption; `<image>` and the like in one are the characters that they are.
 
     Args:
         model: in eval mode.
         processor: gives the ids.
-        rows: `style` and `label` each.
+        captions: `[N]`.
         batch_size: pictures at once.
         sampling: arguments of `generate`.
         seed: of the sampling.
@@ -173,11 +190,15 @@ def draw_pictures(model, processor, rows: list[dict], batch_size: int, sampling:
         Codes `[N, image_seq_length]`.
     """
     set_seed(seed)
-    captions = [label_caption(row["style"], row["label"]) for row in rows]
+    texts = [processor.escape_special_tokens(caption) for caption in captions]
     codes = []
-    for start in tqdm(range(0, len(captions), batch_size), desc="drawings"):
+    for start in tqdm(range(0, len(texts), batch_size), desc="drawings"):
         inputs = processor(
-            text=captions[start : start + batch_size], padding=True, padding_side="left", return_tensors="pt"
+            text=texts[start : start + batch_size],
+            padding=True,
+            padding_side="left",
+            sanitize_control_tokens=True,
+            return_tensors="pt",
         ).to(model.device)
         output = model.generate(**inputs, generation_mode="image", **sampling)
         codes.append(model.decode_image_tokens(output).cpu())

@@ -5,21 +5,30 @@ import argparse
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import TrainingArguments, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import IntervalStrategy
 
 from tokenization import MomaDataCollator, MomaProcessor
 
 from .. import MomaConfig, MomaForCausalLM, MomaMetricsCallback, freeze_groups, initialize_code_embeddings
+from ..data.documents import TokenFolder
+from ..data.kinds import CaptionKind
+from ..data.packing import PackedCollator, PackedExamples
+from ..data.sources import VALIDATION, Source
+from ..data.stream import DocumentExamples
 from ..routing_moma import MomaRouter
 from .checkpoints import last_checkpoint
-from .examples import CaptionExamples, check_layout, evenly_spaced, held_out_examples, load_codes
+from .examples import check_layout, held_out_sets, open_documents
+from .feeding import FeedingCallback
 from .files import write_aside
 from .precision import supports_bf16
-from .recipe import read_recipe
+from .recipe import Recipe
 from .runs import RUN_FILE
+from .samples import SampleCallback
 from .stages import FollowArguments, StageTrainer, StopAt, copy_checkpoint, examples_a_step, first_step
 
 
@@ -34,12 +43,18 @@ def build_model(args: argparse.Namespace, processor: MomaProcessor) -> MomaForCa
         model = MomaForCausalLM.from_pretrained(args.model, config=config, dtype=torch.float32)
         check_layout(model.config, processor.token_layout())
     else:
-        fields = {**read_recipe(args.recipe).model, **noise}
-        model = MomaForCausalLM(MomaConfig(**fields, **processor.token_layout()))
+        model = MomaForCausalLM(model_config(args.recipe, processor, noise))
         initialize_code_embeddings(model, processor.vq_model.quantize.embedding.weight)
     freeze_groups(model, args.freeze_groups)
     model.set_attn_implementation(args.attn_implementation)
     return model
+
+
+def model_config(recipe: Recipe, processor: MomaProcessor, overrides: dict[str, Any]) -> MomaConfig:
+    """The configuration of a recipe's model over a processor's vocabulary."""
+    fields = {**recipe.model, **overrides, **processor.token_layout()}
+    preset = fields.pop("preset", None)
+    return MomaConfig(**fields) if preset is None else MomaConfig.from_preset(preset, **fields)
 
 
 def noise_description(model: MomaForCausalLM) -> str | None:
@@ -84,9 +99,47 @@ def make_training_arguments(args: argparse.Namespace) -> TrainingArguments:
     return TrainingArguments(output_dir=args.output, use_cpu=device == "cpu", **{**fields, **args.trainer})
 
 
+def training_stream(
+    args: argparse.Namespace, processor: MomaProcessor, sources: list[Source], num_examples: int
+) -> torch.utils.data.Dataset:
+    """Packed sequences or documents of their own, as the recipe has it, or else the tokens."""
+    tokens = TokenFolder(args.tokens, processor)
+    data = args.recipe.data
+    packed = tokens.manifest["packed"] if data is None else data.packed
+    length = tokens.manifest["sequence_length"] if data is None else data.sequence_length
+    documents = open_documents(args.tokens, processor, sources=sources)
+    weights = [source.weight for source in sources]
+    if not packed:
+        return DocumentExamples(documents, weights, num_examples, args.seed)
+    if length < tokens.manifest["sequence_length"]:
+        raise ValueError(
+            f"RECIPE, data: sequence_length = {length} is shorter than the {tokens.manifest['sequence_length']} that "
+            f"--tokens {args.tokens!r} was tokenized for: some of its captions would fit nowhere."
+        )
+    frames = [(frame.begin, frame.end) for frame in processor.frames.values()]
+    pad_token_id = processor.token_layout()["pad_token_id"]
+    return PackedExamples(documents, weights, length, num_examples, pad_token_id, frames, args.seed)
+
+
+def sample_callback(
+    args: argparse.Namespace, processor: MomaProcessor, sources: list[Source], metrics: MomaMetricsCallback
+) -> list[SampleCallback]:
+    """What draws and captions every so often, where the recipe asks for it."""
+    fields = args.recipe.samples
+    if not fields.every:
+        return []
+    tokens = TokenFolder(args.tokens, processor)
+    held_out = [
+        tokens.documents(source, VALIDATION)
+        for source in sources
+        if isinstance(source.kind, CaptionKind) and VALIDATION in tokens.split_names(source.name)
+    ]
+    return [SampleCallback(fields, processor, held_out, metrics)]  # pyright: ignore[reportArgumentType]
+
+
 def build_trainer(args: argparse.Namespace) -> StageTrainer:
     processor = MomaProcessor.from_pretrained(args.processor)
-    codes = load_codes(args.codes)
+    sources = args.recipe.sources or TokenFolder(args.tokens, processor).sources()
     set_seed(args.seed)
     model = build_model(args, processor)
     config = model.config
@@ -97,20 +150,30 @@ def build_trainer(args: argparse.Namespace) -> StageTrainer:
         print(noise)
     training_arguments = make_training_arguments(args)
     earlier_steps = first_step(args, training_arguments)
-    num_examples = args.steps * examples_a_step(training_arguments)
-    held_out = held_out_examples(codes["validation"], processor)
-    callbacks = [MomaMetricsCallback(), FollowArguments(), *([StopAt(args.stop_at)] if args.stop_at else [])]
+    stream = training_stream(args, processor, sources, args.steps * examples_a_step(training_arguments))
+    if isinstance(stream, PackedExamples):
+        # its order is random already, and a sequence needs what was left of the one before
+        training_arguments.train_sampling_strategy = "sequential"
+        # `source_ids` are counted, and then left out by the trainer itself
+        training_arguments.remove_unused_columns = False
+    held_out = held_out_sets(args.tokens, processor, sources, args.eval_examples)
+    if held_out is None:
+        training_arguments.eval_strategy, training_arguments.eval_on_start = IntervalStrategy.NO, False
+    metrics, feeding = MomaMetricsCallback(), FeedingCallback([source.name for source in sources])
+    callbacks = [metrics, feeding, FollowArguments(), *sample_callback(args, processor, sources, metrics)]
+    if args.stop_at:
+        callbacks.append(StopAt(args.stop_at))
     trainer = StageTrainer(
         model=model,
         args=training_arguments,
-        train_dataset=CaptionExamples(codes["train"], processor, num_examples, args.seed),
-        eval_dataset=evenly_spaced(held_out, args.eval_examples),  # pyright: ignore[reportArgumentType]
-        data_collator=MomaDataCollator(processor.tokenizer),
+        train_dataset=stream,
+        eval_dataset=held_out,
+        data_collator=PackedCollator(MomaDataCollator(processor.tokenizer)),
         callbacks=callbacks,
         processing_class=processor.tokenizer,
     )
-    trainer.first_step = earlier_steps
-    trainer.earlier_stage = args.model
+    trainer.first_step, trainer.earlier_stage, trainer.feeding = earlier_steps, args.model, feeding
+    trainer.processor = processor
     return trainer
 
 
@@ -122,11 +185,12 @@ def pretrain(args: argparse.Namespace):
         args: of `moma pretrain`.
     """
     trainer = build_trainer(args)
+    processor = trainer.processor
     output = Path(args.output).absolute()
     run = {
         "examples_a_step": examples_a_step(trainer.args),
         "first_step": trainer.first_step,
-        "arguments": vars(args),
+        "arguments": {**vars(args), "recipe": args.recipe_file},
     }
     if trainer.is_world_process_zero():
         write_aside(output / RUN_FILE, lambda path: path.write_text(json.dumps(run, indent=2) + "\n"))
@@ -137,11 +201,13 @@ def pretrain(args: argparse.Namespace):
     elif checkpoint is not None and args.stop_at and checkpoint.endswith(f"-{args.stop_at}"):
         # killed between its last checkpoint and its end: the loop would take one more step before it looks
         if trainer.is_world_process_zero():
-            copy_checkpoint(checkpoint, output)
+            copy_checkpoint(checkpoint, output, processor)
         return
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
     if trainer.is_world_process_zero():
+        # the model can be used from its folder alone
+        processor.save_pretrained(output)
         # last: the sign of a finished run
         write_aside(output / TRAINER_STATE_NAME, lambda path: trainer.state.save_to_json(str(path)))
     # a process that ends before the others takes their connections with it

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Recipes: one YAML file that holds the fields of a model and of its training."""
+"""Recipes: one YAML file that says what a training is made of, from its data to its model."""
 
 import dataclasses
 from dataclasses import dataclass, field
@@ -10,10 +10,63 @@ import yaml
 from transformers import TrainingArguments
 
 from ..configuration_moma import MomaConfig
+from ..data.sources import Source, read_sources
 
 
 # what a run decides and not a recipe
 RUN_FIELDS = ("output_dir", "use_cpu", "resume_from_checkpoint")
+
+
+@dataclass(frozen=True)
+class DataFields:
+    """
+    How a training reads its documents.
+
+    Args:
+        sequence_length: tokens of a sequence, and most of a picture with its caption.
+        packed: whether sequences are full of documents; otherwise each is a row of its own, padded.
+    """
+
+    sequence_length: int = 512
+    packed: bool = True
+
+
+@dataclass(frozen=True)
+class ProcessorFields:
+    """
+    How texts become tokens.
+
+    Args:
+        vocab_size: text tokens of a byte-pair encoding that learns from the sources.
+        text_tokenizer: a folder or Hub name of a tokenizer to take instead.
+        text_rows: rows of each source that the encoding learns from, at most.
+    """
+
+    vocab_size: int = 2000
+    text_tokenizer: str | None = None
+    text_rows: int = 1_000_000
+
+
+@dataclass(frozen=True)
+class SampleFields:
+    """
+    What a training draws and says every so often.
+
+    Args:
+        every: steps between two samples; 0 for none.
+        prompts: words to draw pictures from.
+        pictures: held-out pictures to caption, of every source of captions.
+        temperature: of the drawings.
+        guidance_scale: of the drawings, 1 for none.
+        max_new_tokens: longest caption.
+    """
+
+    every: int = 0
+    prompts: list[str] = field(default_factory=list)
+    pictures: int = 4
+    temperature: float = 1.0
+    guidance_scale: float = 1.0
+    max_new_tokens: int = 32
 
 
 @dataclass(frozen=True)
@@ -22,49 +75,90 @@ class Recipe:
     What a training is made of.
 
     Args:
-        model: fields of [`MomaConfig`]; the processor gives those of its token layout.
+        model: fields of [`MomaConfig`], perhaps over a `preset`; the processor gives those of its token layout.
         trainer: fields of `TrainingArguments`.
+        sources: where the data are and what they are.
+        image_tokenizer: settings of the training of the picture tokenizer.
+        processor: see [`ProcessorFields`].
+        data: see [`DataFields`]; `None` where the recipe has no such section.
+        samples: see [`SampleFields`].
     """
 
-    model: dict[str, Any]
+    model: dict[str, Any] = field(default_factory=dict)
     trainer: dict[str, Any] = field(default_factory=dict)
+    sources: list[Source] = field(default_factory=list)
+    image_tokenizer: dict[str, Any] = field(default_factory=dict)
+    processor: ProcessorFields = field(default_factory=ProcessorFields)
+    data: DataFields | None = None
+    samples: SampleFields = field(default_factory=SampleFields)
 
 
-def read_recipe(path: str | Path) -> Recipe:
+def read_recipe(path: str | Path, needs: tuple[str, ...] = ()) -> Recipe:
     """
     Reads a recipe.
 
     Args:
-        path: a YAML (or JSON) file with a mapping `model` and perhaps a mapping `trainer`.
+        path: a YAML (or JSON) file of the sections that [`Recipe`] has.
+        needs: sections that may not be missing.
 
     Returns:
-        [`Recipe`]: its fields are known to `MomaConfig` and `TrainingArguments`, their values are not checked yet.
+        [`Recipe`]: the fields of `model` and `trainer` are known to `MomaConfig` and `TrainingArguments`, their values
+        are not checked yet.
 
     Raises:
         ValueError: the file is missing or no such mapping, or has a section or field that nothing knows.
     """
     path = Path(path)
+    where = f"RECIPE {str(path)!r}"
     if not path.is_file():
-        raise ValueError(f"--recipe {str(path)!r} is no file.")
+        raise ValueError(f"{where} is no file.")
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"--recipe {str(path)!r} cannot be read as YAML: {error}") from error
-    sections = ("model", "trainer")
-    if not isinstance(content, dict) or "model" not in content or not content.keys() <= set(sections):
+        raise ValueError(f"{where} cannot be read as YAML: {error}") from error
+    sections = [entry.name for entry in dataclasses.fields(Recipe)]
+    if not isinstance(content, dict) or not content.keys() <= set(sections):
         found = ", ".join(map(str, content)) if isinstance(content, dict) else type(content).__name__
         raise ValueError(
-            f"--recipe {str(path)!r} must hold the sections `model` and perhaps `trainer`, got {found}: are the "
-            "fields of the model not under `model:`?"
+            f"{where} must hold some of the sections {', '.join(sections)}, got {found}: are the fields of the model "
+            "not under `model:`?"
         )
+    missing = [section for section in needs if section not in content]
+    if missing:
+        raise ValueError(f"{where} has no section {missing[0]!r}, which this command needs.")
+    return _read_sections(where, {name: value or {} for name, value in content.items()})
+
+
+def _read_sections(where: str, content: dict[str, Any]) -> Recipe:
     known = {
-        "model": {entry.name for entry in dataclasses.fields(MomaConfig)},
-        "trainer": {entry.name for entry in dataclasses.fields(TrainingArguments)} - set(RUN_FIELDS),
+        "model": {"preset", *_names(MomaConfig)},
+        "trainer": _names(TrainingArguments) - set(RUN_FIELDS),
+        "processor": _names(ProcessorFields),
+        "data": _names(DataFields),
+        "samples": _names(SampleFields),
     }
-    for section in sections:
-        fields = content.get(section) or {}
-        unknown = sorted(set(fields) - known[section]) if isinstance(fields, dict) else [str(fields)]
+    holders = {"model": "MomaConfig", "trainer": "TrainingArguments that a recipe may set"}
+    for section, names in known.items():
+        fields = content.get(section, {})
+        unknown = sorted(set(fields) - names) if isinstance(fields, dict) else [str(fields)]
         if unknown:
-            where = "MomaConfig" if section == "model" else "TrainingArguments that a recipe may set"
-            raise ValueError(f"--recipe {str(path)!r}, {section}: {unknown[0]!r} is no field of {where}; misspelt?")
-    return Recipe(content["model"] or {}, content.get("trainer") or {})
+            holder = holders.get(section, f"this section ({', '.join(sorted(names))})")
+            raise ValueError(f"{where}, {section}: {unknown[0]!r} is no field of {holder}; misspelt?")
+    if not isinstance(content.get("image_tokenizer", {}), dict):
+        raise ValueError(f"{where}, image_tokenizer: expected a mapping, got {content['image_tokenizer']!r}.")
+    data = DataFields(**content.get("data", {}))
+    if not isinstance(data.sequence_length, int) or data.sequence_length < 1:
+        raise ValueError(f"{where}, data: sequence_length = {data.sequence_length!r} must be 1 or more.")
+    return Recipe(
+        model=content.get("model", {}),
+        trainer=content.get("trainer", {}),
+        sources=read_sources(content["sources"]) if "sources" in content else [],
+        image_tokenizer=content.get("image_tokenizer", {}),
+        processor=ProcessorFields(**content.get("processor", {})),
+        data=data if "data" in content else None,
+        samples=SampleFields(**content.get("samples", {})),
+    )
+
+
+def _names(kind: type) -> set[str]:
+    return {entry.name for entry in dataclasses.fields(kind)}

@@ -8,35 +8,30 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import numpy as np
-from datasets import Dataset
-
 from .. import MomaConfig, training_flops
+from ..data.documents import Documents
+from ..data.stream import DocumentExamples
 from ..tools.costs import eta_by_modality
 from .checkpoints import last_checkpoint
-from .examples import CaptionExamples
 
 
 RUN_FILE = "run.json"
 CURVES = {"overall": "eval_loss", "text": "eval_text_loss", "image": "eval_image_loss"}
 
 
-def tokens_of_example(train: Dataset, processor, num_examples: int = 4096) -> dict[str, float]:
+def tokens_of_example(documents: Documents, processor, num_examples: int = 4096) -> dict[str, float]:
     """
     Mean numbers of text and picture tokens of a training example.
 
     Args:
-        train: columns `style`, `label`, `keywords`.
+        documents: of the only source, each an example of its own with one picture.
         processor: gives the ids.
         num_examples: examples of the training stream that are counted.
 
     Returns:
         `text` (frames of pictures and `<bos>`, `<eos>` included) and `image`.
     """
-    # the lengths do not depend on the codes
-    codes = np.zeros((len(train), 1, processor.image_seq_length), dtype=np.int64).tolist()
-    rows = {name: train[name] for name in ("style", "label", "keywords")}
-    stream = CaptionExamples(Dataset.from_dict({"codes": codes, **rows}), processor, num_examples)
+    stream = DocumentExamples([documents], [1.0], num_examples)
     lengths = [len(stream[index]["input_ids"]) for index in range(num_examples)]
     image = processor.image_seq_length
     return {"text": sum(lengths) / num_examples - image, "image": float(image)}

@@ -4,6 +4,7 @@
 import argparse
 import json
 import shutil
+import time
 from pathlib import Path
 
 from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
@@ -11,6 +12,9 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
+from tokenization import MomaProcessor
+
+from .feeding import FeedingCallback
 from .files import write_aside, write_folder_aside
 from .runs import RUN_FILE
 
@@ -40,9 +44,30 @@ class FollowArguments(TrainerCallback):
 
 
 class StageTrainer(Trainer):
-    """A Trainer whose optimizer and schedule begin where an earlier stage ended."""
+    """A Trainer whose optimizer and schedule begin where an earlier stage ended, and that measures how it is fed.
+
+    Attributes:
+        first_step (`int`): steps that the earlier stage took.
+        earlier_stage (`str` or `None`): its folder.
+        feeding ([`FeedingCallback`] or `None`): told of every batch and how long it was waited for.
+        processor ([`MomaProcessor`]): the one whose ids are trained on.
+    """
 
     first_step, earlier_stage = 0, None
+    feeding: FeedingCallback | None = None
+    processor: MomaProcessor
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        began = time.perf_counter()
+        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if self.feeding is not None:
+            self.feeding.on_batches(batches, time.perf_counter() - began)
+        return batches, num_items
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        # for the figures alone, no model takes them
+        inputs = {name: values for name, values in inputs.items() if name != "source_ids"}
+        return super().training_step(model, inputs, num_items_in_batch)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint != self.earlier_stage:
@@ -121,9 +146,15 @@ def first_step(args: argparse.Namespace, training_arguments: TrainingArguments) 
     return state.global_step
 
 
-def copy_checkpoint(checkpoint: str | Path, output: Path):
-    """Make a run's last checkpoint its result."""
+def copy_checkpoint(checkpoint: str | Path, output: Path, processor: MomaProcessor):
+    """Make a run's last checkpoint, and the processor, its result."""
+
     left_out = shutil.ignore_patterns("optimizer.pt", "scheduler.pt", "rng_state*", TRAINER_STATE_NAME)
-    write_folder_aside(output, lambda folder: shutil.copytree(checkpoint, folder, ignore=left_out))
+
+    def write(folder: Path):
+        shutil.copytree(checkpoint, folder, ignore=left_out)
+        processor.save_pretrained(folder)
+
+    write_folder_aside(output, write)
     # last: the sign of a finished run
     write_aside(output / TRAINER_STATE_NAME, lambda path: shutil.copy(Path(checkpoint) / TRAINER_STATE_NAME, path))

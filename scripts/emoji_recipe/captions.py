@@ -3,9 +3,32 @@
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 from emoji_recipe.cells import STYLES
 from emoji_recipe.judge import LEVELS, accuracies
+from modeling_moma.data.documents import CaptionDocuments
+from modeling_moma.data.encoding import DocumentEncoder
+from modeling_moma.data.kinds import CaptionKind
+from modeling_moma.training.recipe import read_recipe
+
+
+RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "emoji.yaml"
+
+
+def emoji_kind() -> CaptionKind:
+    """What the recipe of the emoji says of their captions."""
+    return read_recipe(RECIPE).sources[0].kind
+
+
+def emoji_documents(rows: Sequence[dict], processor) -> CaptionDocuments:
+    """Training documents of rows with `codes` `[codings, image_seq_length]`, `style`, `label` and `keywords`."""
+    return CaptionDocuments.from_rows("emoji", emoji_kind(), rows, DocumentEncoder(processor))
+
+
+def label_caption(style: str, label: str) -> str:
+    """The caption of a picture, `"noto: red apple"`."""
+    return emoji_kind().templates()[0].render({"style": style, "label": label})
 
 
 def parse_caption(text: str) -> tuple[str, str] | None:

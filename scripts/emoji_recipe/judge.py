@@ -90,13 +90,3 @@ def accuracies(found: Sequence[dict | None], wanted: Sequence[dict]) -> dict[str
         level: sum(row is not None and row[level] == target[level] for row, target in pairs) / len(pairs)
         for level in LEVELS
     }
-
-
-def derangement(length: int, seed: int = 0) -> list[int]:
-    """A random order in which no place keeps its number: one cycle through all of them, known from the seed alone."""
-    if length < 2:
-        raise ValueError(f"`length` is {length}: one place alone cannot move.")
-    cycle = np.random.default_rng(seed).permutation(length)
-    order = np.empty(length, dtype=int)
-    order[cycle] = np.roll(cycle, -1)
-    return order.tolist()

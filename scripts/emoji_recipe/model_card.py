@@ -8,15 +8,17 @@ import yaml
 
 from emoji_recipe.depth_comparison import verdict
 from emoji_recipe.judge import LEVELS
-from modeling_moma.training.examples import TAG_CAPTION_SHARE, UNCONDITIONAL_SHARE
 from modeling_moma.training.files import write_aside
 from modeling_moma.training.measures import EXPERT_CHOICE
+from modeling_moma.training.recipe import read_recipe
 from modeling_moma.training.tables import markdown_table
 
 
 CURVES_FILE = "curves.png"
 EVALUATION_FILE = "evaluation.json"
 DEPTH_FILE = "depth_comparison.json"
+# of the released model
+RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "emoji.yaml"
 
 # smallest shares that the released model shall reach
 AIM_LABEL, AIM_SUBGROUP, AIM_DRAWN = 0.10, 0.45, 0.5
@@ -232,6 +234,8 @@ def _weights(report: dict) -> str:
 
 def depth_section(depth: dict) -> str:
     """What scripts/compare_depth.py found, for the card of a model without depth layers."""
+    # what held the tokens was called otherwise when this was measured
+    command = depth["command"].replace("--codes runs/codes", "--tokens runs/tokens")
     plain, with_depth = (depth["runs"][side][0]["steps"] for side in ("without", "with_depth"))
     return f"""
 ### Mixture of depths
@@ -246,7 +250,7 @@ This model lets no token skip a layer. Short trainings with its recipe, {plain} 
 By
 
 ```bash
-{depth["command"]}
+{command}
 ```
 """
 
@@ -273,6 +277,7 @@ def render_card(report: dict, depth: dict | None = None) -> str:
     settings = report["drawings"]["settings"]
     samples = [[f"{row['style']}: {row['label']}", _cell(row["caption"])] for row in report["captions"]["samples"]]
     tokens, model = report["training"]["tokens_of_example"], report["models"]["model"]
+    captions = read_recipe(RECIPE).sources[0].kind
     values = {
         "parameters": f"{model['parameters'] / 1e6:.1f}M",
         "active": f"{model['active_parameters'] / 1e6:.1f}M",
@@ -284,8 +289,8 @@ def render_card(report: dict, depth: dict | None = None) -> str:
             f"{name}={settings[name]}" for name in ("temperature", "top_k", "top_p", "guidance_scale")
         ),
         "seed": settings["seed"],
-        "tags": f"{100 * TAG_CAPTION_SHARE:.0f} %",
-        "unconditional": f"{100 * UNCONDITIONAL_SHARE:.0f} %",
+        "tags": f"{100 * captions.alternatives[0].share:.0f} %",
+        "unconditional": f"{100 * captions.without_caption:.0f} %",
         "batch_size": report["training"]["model"]["batch_size"],
         "text_tokens": f"{tokens['text']:.1f}",
         "image_tokens": f"{tokens['image']:.0f}",

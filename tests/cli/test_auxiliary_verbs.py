@@ -2,19 +2,18 @@
 import json
 import shutil
 
-import numpy as np
 import pytest
 import torch
-from datasets import Dataset, DatasetDict
 from safetensors.torch import load_file
 
-from helpers.tiny import tiny_model, tiny_processor
+from helpers.tiny import tiny_model, tiny_processor, write_tokens
 from modeling_moma import MomaForCausalLM
 from modeling_moma.cli.calibrate import main as calibrate
 from modeling_moma.cli.train_auxiliary_routers import main as train
 from modeling_moma.tools.auxiliary_training import auxiliary_report
 from modeling_moma.tools.calibration import calibrate_auxiliary_thresholds, calibrate_thresholds
 from modeling_moma.tools.observation import named_routers
+from modeling_moma.training.examples import open_documents
 from modeling_moma.training.measures import held_out_batches, load_model
 from release import main as release
 from tokenization import MomaProcessor
@@ -25,14 +24,7 @@ def inputs(tmp_path_factory):
     """A processor, codes, and a bf16 model with a depth layer; the first two in one folder with it."""
     folder = tmp_path_factory.mktemp("auxiliary")
     processor = tiny_processor()
-    rng = np.random.default_rng(0)
-
-    def split(rows, codings):
-        codes = rng.integers(0, processor.codebook_size, (rows, codings, processor.image_seq_length)).tolist()
-        texts = {"style": ["noto"] * rows, "label": [f"thing {index}" for index in range(rows)]}
-        return Dataset.from_dict({"codes": codes, **texts, "keywords": [["red", "fruit"]] * rows})
-
-    DatasetDict(train=split(12, 3), validation=split(9, 1)).save_to_disk(folder / "codes")
+    write_tokens(folder / "tokens", processor, codings=3, train=12, validation=9)
     model = tiny_model(
         processor, depth_layers=[0], depth_inference_routing="threshold", depth_capacity=0.5, initializer_range=0.2
     )
@@ -44,7 +36,7 @@ def inputs(tmp_path_factory):
 
 def run(script, inputs, output, *more, model=None):
     model = str(model or inputs / "model")
-    paths = ["--processor", str(inputs / "model"), "--codes", str(inputs / "codes"), "--output", str(output)]
+    paths = ["--processor", str(inputs / "model"), "--tokens", str(inputs / "tokens"), "--output", str(output)]
     script(["--model", model, *paths, "--batch-size", "4", *more])
     return output
 
@@ -61,7 +53,7 @@ def trained(inputs, tmp_path_factory):
 
 def batches_of(inputs):
     processor = MomaProcessor.from_pretrained(inputs / "model")
-    return held_out_batches(DatasetDict.load_from_disk(inputs / "codes")["validation"], processor, 4, seed=0)
+    return held_out_batches(open_documents(str(inputs / "tokens"), processor, "validation"), processor, 4, seed=0)
 
 
 def main_weights(folder):

@@ -71,9 +71,9 @@ def test_bad_arguments_are_told_in_one_line(arguments, match, capsys):
 
 
 def test_an_incomplete_config_is_told_with_the_likely_cause(capsys):
-    assert main(["--config", str(ROOT / "recipes" / "emoji-4t4i.yaml")]) == 2
+    assert main(["--config", str(ROOT / "recipes" / "emoji.yaml")]) == 2
     error = capsys.readouterr().err.strip()
-    assert "emoji-4t4i.yaml: no complete MomaConfig. Does it lack the token layout" in error
+    assert "emoji.yaml: no complete MomaConfig. Does it lack the token layout" in error
     assert error.startswith("error: ") and "\n" not in error
 
 

@@ -1,13 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tiny parts that several test files build on: real classes, random weights."""
 
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
 import numpy as np
 import torch
-from datasets import Dataset, DatasetDict
+from datasets import Features, List, Value
+from datasets.arrow_writer import ArrowWriter
 from PIL import Image
 
 from modeling_moma import MomaConfig, MomaForCausalLM
 from modeling_moma.auxiliary_moma import MomaAuxiliaryRouter
+from modeling_moma.data.documents import CaptionDocuments
+from modeling_moma.data.encoding import DocumentEncoder, processor_fingerprint
+from modeling_moma.data.sources import read_sources
 from tokenization import (
     MomaImageProcessor,
     MomaProcessor,
@@ -64,21 +72,65 @@ def tiny_processor(side: int = 16, codes: int = 32) -> MomaProcessor:
     return MomaProcessor(image_processor, tokenizer, tiny_vq_model(side, codes))
 
 
-def tiny_codes(processor: MomaProcessor, **splits: int) -> DatasetDict:
-    """What `moma tokenize` writes, with random codes: so many rows in each split."""
-    rng = np.random.default_rng(0)
+# captions of `data/emoji`, as its recipe has them
+CAPTIONS = {
+    "data": "nowhere",
+    "image": "image",
+    "text": "{style}: {label}",
+    "alternatives": [{"text": "{style} tags: {keywords}", "share": 0.25}],
+}
 
-    def rows_of(rows):
-        return Dataset.from_dict(
-            {
-                "codes": rng.integers(0, processor.codebook_size, (rows, 1, processor.image_seq_length)).tolist(),
-                "style": ["noto"] * rows,
-                "label": [f"thing {index}" for index in range(rows)],
-                "keywords": [["red", "fruit"]] * rows,
-            }
-        )
 
-    return DatasetDict({name: rows_of(rows) for name, rows in splits.items()})
+def tiny_rows(
+    processor: MomaProcessor, count: int, codings: int = 1, seed: int = 0, labels: Sequence[str] = ()
+) -> list[dict]:
+    """Rows of captions with random codes, and with labels in turn where some are given."""
+    rng = np.random.default_rng(seed)
+    codes = rng.integers(0, processor.codebook_size, (count, codings, processor.image_seq_length))
+    names = [labels[index % len(labels)] if labels else f"thing {index}" for index in range(count)]
+    return [
+        {"codes": codes[index], "style": "noto", "label": names[index], "keywords": ["red", "fruit"]}
+        for index in range(count)
+    ]
+
+
+def tiny_documents(processor: MomaProcessor, count: int, *args, **kwargs) -> CaptionDocuments:
+    """Documents of [`tiny_rows`]."""
+    kind = read_sources({"emoji": CAPTIONS})[0].kind
+    rows = tiny_rows(processor, count, *args, **kwargs)
+    return CaptionDocuments.from_rows("emoji", kind, rows, DocumentEncoder(processor))
+
+
+def write_tokens(
+    folder: Path,
+    processor: MomaProcessor,
+    codings: int = 1,
+    packed: bool = False,
+    labels: Sequence[str] = (),
+    **splits: int,
+):
+    """What `moma tokenize` writes, with random codes: so many captions in each split, training codings apart."""
+    entry: dict = {"fields": CAPTIONS, "read": {}, "splits": {}}
+    (folder / "emoji").mkdir(parents=True)
+    for seed, (name, count) in enumerate(splits.items()):
+        rows = tiny_rows(processor, count, codings if name == "train" else 1, seed, labels)
+        table = [{**row, "row": index, "codes": row["codes"].flatten()} for index, row in enumerate(rows)]
+        length = len(table[0]["codes"]) if table else processor.image_seq_length
+        texts = {"style": Value("string"), "label": Value("string"), "keywords": List(Value("string"))}
+        features = Features({"row": Value("int64"), "codes": List(Value("uint16"), length=length), **texts})
+        file = f"emoji/{name}-00000-of-00001.arrow"
+        with ArrowWriter(path=str(folder / file), features=features) as writer:
+            for row in table:
+                writer.write(row)
+            writer.finalize()
+        entry["splits"][name] = {"documents": count, "files": [file]}
+    manifest = {
+        "fingerprint": processor_fingerprint(processor),
+        "sequence_length": 64,
+        "packed": packed,
+        "sources": {"emoji": entry},
+    }
+    (folder / "manifest.json").write_text(json.dumps(manifest))
 
 
 def tiny_config(**kwargs) -> MomaConfig:

@@ -34,7 +34,7 @@ from helpers.parallel_reference import (
     unwrapped,
 )
 from helpers.processes import CRASH_SIGNALS, CRASHES, free_port, run_group
-from helpers.tiny import tiny_codes, tiny_config, tiny_model, tiny_processor
+from helpers.tiny import tiny_config, tiny_model, tiny_processor, write_tokens
 from modeling_moma import MomaForCausalLM
 from modeling_moma.cli import pretrain
 from modeling_moma.modeling_moma import MomaDecoderLayer
@@ -46,9 +46,9 @@ FSDP2 = ROOT / "configs" / "accelerate" / "fsdp2.yaml"
 BF16_STEPS = 5
 
 
-def launch_arguments(path):
+def launch_arguments(path, *more):
     arguments = launch_command_parser().parse_args(
-        ["--config_file", str(path), "--main_process_port", "0", "train.py"]
+        ["--config_file", str(path), "--main_process_port", "0", *more, "train.py"]
     )
     return _validate_launch_command(arguments)[0]
 
@@ -64,6 +64,19 @@ def test_accelerate_reads_every_field(path):
     assert (arguments.mixed_precision, arguments.num_processes) == ("bf16", 8)
     kinds = {"ddp": "multi_gpu", "fsdp2": "use_fsdp", "deepspeed_zero3": "use_deepspeed"}
     assert getattr(arguments, kinds[path.stem])
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp2"])
+def test_several_machines_meet_by_c10d_at_the_first_one(name):
+    path = ROOT / "configs" / "accelerate" / f"{name}.yaml"
+    machines = "--num_machines 2 --machine_rank 1 --main_process_ip first --main_process_port 29500".split()
+    arguments = launch_arguments(path, *machines, "--rdzv_backend", "c10d")
+    assert (arguments.rdzv_backend, arguments.num_machines, arguments.machine_rank) == ("c10d", 2, 1)
+    prepare_multi_gpu_env(arguments)
+    # without an endpoint each machine would wait for itself
+    assert (arguments.rdzv_endpoint, arguments.nproc_per_node) == ("first:29500", "4")
+    # one machine needs none of it
+    assert launch_arguments(path).rdzv_backend == "static"
 
 
 @pytest.mark.parametrize("name", ["4t4i", "depth"])
@@ -196,7 +209,7 @@ def inputs(tmp_path):
     """What pre-training needs, at its smallest."""
     processor = tiny_processor()
     processor.save_pretrained(tmp_path / "processor")
-    tiny_codes(processor, train=12, validation=4).save_to_disk(tmp_path / "codes")
+    write_tokens(tmp_path / "tokens", processor, train=12, validation=4)
     config = {"hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4}
     (tmp_path / "recipe.json").write_text(json.dumps({"model": {**config, "max_position_embeddings": 64}}))
     return tmp_path
@@ -220,9 +233,9 @@ def test_two_launched_processes_pre_train_as_one_that_accumulates(kind, inputs):
         pytest.importorskip("deepspeed", reason="deepspeed is missing: `pip install modeling-moma[deepspeed]`")
 
     def arguments(output, *more):
-        paths = [text for name in ("processor", "codes") for text in (f"--{name}", str(inputs / name))]
+        paths = [text for name in ("processor", "tokens") for text in (f"--{name}", str(inputs / name))]
         sizes = "--steps 3 --batch-size 2 --eval-steps 3 --save-steps 3 --logging-steps 1 --bf16 off".split()
-        return [*paths, "--recipe", str(inputs / "recipe.json"), "--output", str(inputs / output), *sizes, *more]
+        return [*paths, str(inputs / "recipe.json"), "--output", str(inputs / output), *sizes, *more]
 
     def history(output):
         return json.loads((inputs / output / "trainer_state.json").read_text())["log_history"]

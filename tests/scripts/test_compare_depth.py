@@ -4,11 +4,10 @@ import math
 import shutil
 
 import pytest
-from datasets import Dataset
 
 from compare_depth import main, parse_arguments
 from emoji_recipe.depth_comparison import CAUSAL, DEPTH_EXPERT_CHOICE, compare, comparison_report
-from helpers.tiny import tiny_codes, tiny_processor
+from helpers.tiny import tiny_documents, tiny_processor, write_tokens
 from modeling_moma import MomaConfig, training_flops
 from modeling_moma.cli.pretrain import main as pretrain
 from modeling_moma.training.measures import EXPERT_CHOICE, LOSSES, gaps
@@ -21,22 +20,22 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("compare")
     processor = tiny_processor()
     processor.save_pretrained(folder / "processor")
-    tiny_codes(processor, train=12, validation=6, test=4).save_to_disk(folder / "codes")
+    write_tokens(folder / "tokens", processor, train=12, validation=6, test=4)
     config = {"hidden_size": 32, "intermediate_size": 24, "num_attention_heads": 4, "max_position_embeddings": 64}
     depth = {"depth_layers": [0, 2], "depth_training_routing": "threshold"}
     for name, fields in (("plain", {"num_hidden_layers": 2}), ("depth", {"num_hidden_layers": 3, **depth})):
         (folder / f"{name}.json").write_text(json.dumps({"model": {**config, **fields}}))
         for seed in range(2):
             options = f"--steps 2 --batch-size 4 --eval-steps 2 --warmup-steps 1 --seed {seed} --output"
-            paths = {"--processor": "processor", "--codes": "codes", "--recipe": f"{name}.json"}
+            paths = {"--processor": "processor", "--tokens": "tokens"}
             given = [text for option, path in paths.items() for text in (option, str(folder / path))]
-            pretrain([*given, *options.split(), str(folder / f"{name}-{seed}")])
+            pretrain([str(folder / f"{name}.json"), *given, *options.split(), str(folder / f"{name}-{seed}")])
     return folder
 
 
 def arguments(folder, output, models=("plain-0", "plain-1"), depth=("depth-0", "depth-1")):
     runs = ["--models", *(str(folder / name) for name in models), "--depth", *(str(folder / name) for name in depth)]
-    inputs = ["--processor", str(folder / "processor"), "--codes", str(folder / "codes")]
+    inputs = ["--processor", str(folder / "processor"), "--tokens", str(folder / "tokens")]
     return [*runs, *inputs, "--split", "test", "--output", str(output)]
 
 
@@ -159,8 +158,7 @@ def test_the_loser_is_not_called_a_winner():
 
 
 def test_flops_follow_the_tokens_of_the_training_stream(folder):
-    codes = Dataset.from_dict({"style": ["noto"], "label": ["apple"], "keywords": [[]]})
     processor = tiny_processor()
-    tokens = tokens_of_example(codes, processor, 64)
+    tokens = tokens_of_example(tiny_documents(processor, 1), processor, 64)
     fewer = {**tokens, "image": tokens["image"] / 2}
     assert training_of(folder / "plain-0", fewer)["flops"] < training_of(folder / "plain-0", tokens)["flops"]

@@ -2,10 +2,8 @@
 import copy
 import json
 
-import numpy as np
 import pytest
 import torch
-from datasets import Dataset, DatasetDict
 
 from compare_routings import main
 from emoji_recipe.routing_comparison import (
@@ -20,26 +18,18 @@ from emoji_recipe.routing_comparison import (
     router_table,
     verdict,
 )
-from helpers.tiny import tiny_model, tiny_processor
+from helpers.tiny import tiny_documents, tiny_model, tiny_processor, write_tokens
 from modeling_moma.routing_moma import MomaRouterBase
-from modeling_moma.training.measures import LOSSES, load_model, shuffled_held_out
+from modeling_moma.training.examples import shuffled_held_out
+from modeling_moma.training.measures import LOSSES, load_model
 from tokenization import MomaDataCollator
 
 
 BATCH = 3
 
 
-def tiny_codes(processor):
-    rng = np.random.default_rng(0)
-    rows = 4
-    return Dataset.from_dict(
-        {
-            "codes": rng.integers(0, processor.codebook_size, (rows, 1, processor.image_seq_length)).tolist(),
-            "style": ["noto"] * rows,
-            # labels of unlike lengths, so that batches are padded
-            "label": ["apple", "castle of the green apples", "red apple", "fruit"],
-        }
-    )
+# of unlike lengths, so that batches are padded
+LABELS = ["apple", "castle of the green apples", "red apple", "fruit"]
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +38,7 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("routings")
     processor = tiny_processor()
     processor.save_pretrained(folder / "processor")
-    DatasetDict(test=tiny_codes(processor)).save_to_disk(folder / "codes")
+    write_tokens(folder / "tokens", processor, labels=LABELS, test=4)
     model = tiny_model(processor, auxiliary_routers=True, num_experts={"text": 4, "image": 2}, depth_layers=[1])
     with torch.no_grad():
         for router in (module for module in model.modules() if isinstance(module, MomaRouterBase)):
@@ -69,7 +59,7 @@ def model(folder):
 @pytest.fixture(scope="module")
 def batches():
     processor = tiny_processor()
-    examples = shuffled_held_out(tiny_codes(processor), processor, seed=0)
+    examples = shuffled_held_out([tiny_documents(processor, 4, labels=LABELS)], seed=0)
     collate = MomaDataCollator(processor.tokenizer)
     batches = [collate(examples[start : start + BATCH]) for start in range(0, len(examples), BATCH)]
     assert len(examples) == 8 and any((batch["attention_mask"] == 0).any() for batch in batches)
@@ -78,7 +68,7 @@ def batches():
 
 def arguments(folder, output, *options):
     inputs = ["--model", str(folder / "model"), "--processor", str(folder / "processor")]
-    inputs += ["--codes", str(folder / "codes"), "--output", str(output), "--batch-size", str(BATCH)]
+    inputs += ["--tokens", str(folder / "tokens"), "--output", str(output), "--batch-size", str(BATCH)]
     return [*inputs, *map(str, options)]
 
 

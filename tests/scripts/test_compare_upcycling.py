@@ -8,11 +8,11 @@ from PIL import Image
 
 from compare_upcycling import main
 from emoji_recipe.upcycling_comparison import CAUSAL, by_seed_length, compare, comparison_report, settings_of
-from helpers.tiny import tiny_codes, tiny_processor
+from helpers.tiny import tiny_processor, write_tokens
 from modeling_moma import MomaConfig, flops_per_token
 from modeling_moma.cli.pretrain import main as pretrain
 from modeling_moma.cli.upcycle import main as upcycle
-from modeling_moma.training.examples import held_out_examples
+from modeling_moma.training.examples import open_documents
 from modeling_moma.training.measures import EXPERT_CHOICE, LOSSES, load_model
 from modeling_moma.training.runs import read_run
 
@@ -28,7 +28,7 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("compare")
     processor = tiny_processor()
     processor.save_pretrained(folder / "processor")
-    tiny_codes(processor, **SPLITS).save_to_disk(folder / "codes")
+    write_tokens(folder / "tokens", processor, **SPLITS)
     config = {"hidden_size": 32, "intermediate_size": 24, "num_attention_heads": 4, "max_position_embeddings": 64}
     for name, experts in (("4t4i", 4), ("1t1i", 1)):
         num_experts = {"text": experts, "image": experts}
@@ -37,13 +37,13 @@ def folder(tmp_path_factory):
         )
 
     def train(seed, output, *options):
-        paths = ["--processor", str(folder / "processor"), "--codes", str(folder / "codes"), "--output", str(output)]
+        paths = ["--processor", str(folder / "processor"), "--tokens", str(folder / "tokens"), "--output", str(output)]
         settings = f"--steps {STEPS} --batch-size {BATCH} --eval-steps 2 --warmup-steps 1 --logging-steps 1"
         pretrain([*paths, *settings.split(), "--save-steps", "1", "--seed", str(seed), *map(str, options)])
 
     for seed in range(2):
-        train(seed, folder / f"scratch-{seed}", "--recipe", folder / "4t4i.json")
-        train(seed, folder / f"seed-{seed}", "--recipe", folder / "1t1i.json", "--stop-at", max(LENGTHS))
+        train(seed, folder / f"scratch-{seed}", folder / "4t4i.json")
+        train(seed, folder / f"seed-{seed}", folder / "1t1i.json", "--stop-at", max(LENGTHS))
         for length in LENGTHS:
             grown = folder / f"grown-{length}-{seed}"
             upcycle(["--model", f"{folder}/seed-{seed}/checkpoint-{length}", "--to", "4t4i", "--output", str(grown)])
@@ -54,7 +54,7 @@ def folder(tmp_path_factory):
 def arguments(folder, output, lengths=LENGTHS, seeds=(0, 1)):
     scratch = [str(folder / f"scratch-{seed}") for seed in (0, 1)]
     upcycled = [str(folder / f"from-{length}-{seed}") for seed in seeds for length in lengths]
-    inputs = ["--processor", str(folder / "processor"), "--codes", str(folder / "codes")]
+    inputs = ["--processor", str(folder / "processor"), "--tokens", str(folder / "tokens")]
     options = ["--split", "test", "--output", str(output), "--batch-size", "3"]
     return ["--scratch", *scratch, "--upcycled", *upcycled, *inputs, *options]
 
@@ -76,8 +76,8 @@ def test_losses_are_the_means_over_target_tokens_under_the_causal_routing(folder
     model = load_model(folder / "from-2-1", "cpu")
     run = report["runs"]["2"][1]
     sums, counts = {"text": 0.0, "image": 0.0}, {"text": 0, "image": 0}
-    for example in held_out_examples(tiny_codes(processor, **SPLITS)["test"], processor):
-        ids = torch.tensor([example["input_ids"]])
+    for held_out in open_documents(str(folder / "tokens"), processor, "test")[0].held_out():
+        ids = torch.tensor([held_out])
         with torch.inference_mode():
             losses = -model(input_ids=ids).logits[0].log_softmax(-1)
         for place, target in enumerate(ids[0, 1:].tolist()):

@@ -2,10 +2,8 @@
 import json
 import math
 
-import numpy as np
 import pytest
 import torch
-from datasets import Dataset, DatasetDict
 
 from depth_noise import main
 from emoji_recipe.depth_noise import (
@@ -19,8 +17,9 @@ from emoji_recipe.depth_noise import (
     summarize,
 )
 from emoji_recipe.depth_selection import depth_routers, flipped_depth, watched_depth
-from helpers.tiny import tiny_model, tiny_processor
-from modeling_moma.training.measures import held_out_loss, shuffled_held_out
+from helpers.tiny import tiny_documents, tiny_model, tiny_processor, write_tokens
+from modeling_moma.training.examples import shuffled_held_out
+from modeling_moma.training.measures import held_out_loss
 
 
 DEPTH = {"num_hidden_layers": 3, "depth_layers": [0, 2]}
@@ -34,22 +33,8 @@ def processor():
 
 
 @pytest.fixture(scope="module")
-def codes(processor):
-    rng = np.random.default_rng(0)
-    rows = 12
-    return Dataset.from_dict(
-        {
-            "codes": rng.integers(0, processor.codebook_size, (rows, 1, processor.image_seq_length)).tolist(),
-            "style": ["noto"] * rows,
-            "label": (LABELS * 3)[:rows],
-            "keywords": [["red"]] * rows,
-        }
-    )
-
-
-@pytest.fixture(scope="module")
-def examples(codes, processor):
-    return shuffled_held_out(codes, processor, seed=0)
+def examples(processor):
+    return shuffled_held_out([tiny_documents(processor, 12, labels=LABELS)], seed=0)
 
 
 @pytest.fixture(scope="module")
@@ -235,14 +220,14 @@ def test_equal_numbers_give_equal_plots(tmp_path):
     assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
 
 
-def test_script_writes_report_and_plot(model, processor, codes, tmp_path, capsys):
+def test_script_writes_report_and_plot(model, processor, tmp_path, capsys):
     pytest.importorskip("matplotlib")
     model.save_pretrained(tmp_path / "depth")
     tiny_model(processor).save_pretrained(tmp_path / "plain")
     processor.save_pretrained(tmp_path / "processor")
-    DatasetDict(train=codes, validation=codes).save_to_disk(tmp_path / "codes")
-    paths = {name: str(tmp_path / name) for name in ("depth", "plain", "processor", "codes")}
-    options = f"--processor {paths['processor']} --codes {paths['codes']} --limit 6 --sigmas 0.05 0"
+    write_tokens(tmp_path / "tokens", processor, labels=LABELS, train=12, validation=12)
+    paths = {name: str(tmp_path / name) for name in ("depth", "plain", "processor", "tokens")}
+    options = f"--processor {paths['processor']} --tokens {paths['tokens']} --limit 6 --sigmas 0.05 0"
     options += f" --output {tmp_path / 'noise.json'}"
     main(["--models", paths["depth"], paths["depth"], "--baseline", paths["plain"], *options.split()])
     report = json.loads((tmp_path / "noise.json").read_text())

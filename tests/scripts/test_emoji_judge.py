@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 
-from emoji_recipe.judge import PictureJudge, accuracies, derangement
+from emoji_recipe.judge import PictureJudge, accuracies
 from modeling_moma import MomaConfig, training_flops
 from modeling_moma.training.runs import read_run, savings
 
@@ -57,19 +57,6 @@ def test_accuracies_count_each_level_and_no_answer_as_wrong():
     assert accuracies([ROWS[0], ROWS[1], ROWS[2], None], wanted) == {"label": 0.25, "subgroup": 0.5, "group": 0.5}
     with pytest.raises(ValueError, match="wanted"):
         accuracies([], [])
-
-
-@pytest.mark.parametrize("length", [2, 3, 50])
-def test_derangement_moves_every_place_and_depends_on_the_seed_alone(length):
-    order = derangement(length, seed=1)
-    assert sorted(order) == list(range(length))
-    assert all(place != number for place, number in enumerate(order))
-    assert order == derangement(length, seed=1)
-
-
-def test_derangement_of_one_place_is_refused():
-    with pytest.raises(ValueError, match="length"):
-        derangement(1)
 
 
 CONFIG = {

@@ -36,6 +36,16 @@ def test_white_stays_white():
     torch.testing.assert_close(augment_pictures(white, generator(), probability=1.0), white)
 
 
+def test_corners_are_filled_with_the_mirrored_picture_where_asked():
+    black = -torch.ones(32, 3, 16, 16)
+    assert (augment_pictures(black, generator(), probability=1.0) == 1).any()
+    reflected = augment_pictures(black, generator(), probability=1.0, fill="reflection")
+    # colours still change a little
+    assert reflected.max() < -0.7
+    with pytest.raises(ValueError, match="fill='mirror'"):
+        augment_pictures(black, fill="mirror")
+
+
 def test_the_share_of_changed_pictures_is_the_probability():
     pictures = torch.rand(2000, 3, 8, 8, generator=generator()) * 2 - 1
     for probability in (0.0, 0.25, 1.0):

@@ -34,6 +34,12 @@ def test_the_small_preset_gives_64_tokens_of_1024_codes():
     assert config.num_embeddings == 1024
 
 
+@pytest.mark.parametrize(("name", "codes"), [("medium-256", 256), ("medium-1024", 1024)])
+def test_the_medium_presets_give_their_number_of_codes(name, codes):
+    config = MomaVQConfig.from_preset(name)
+    assert config.resolution == 256 and (config.resolution // config.downsample_factor) ** 2 == codes
+
+
 def test_overrides_win_over_the_preset():
     assert MomaVQConfig.from_preset("small", num_embeddings=7).num_embeddings == 7
 

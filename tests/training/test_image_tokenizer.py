@@ -2,17 +2,21 @@
 """Tests of `moma train-image-tokenizer` with a tiny model and data set."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from datasets import Dataset, Features
 from datasets import Image as ImageFeature
 from PIL import Image
 
-from modeling_moma.cli.train_image_tokenizer import main
+from modeling_moma.cli.train_image_tokenizer import main, parse_arguments
 from modeling_moma.training import image_tokenizer
-from tokenization import MomaImageProcessor
+from modeling_moma.training.reconstruction_measures import PERCEPTUAL_DISTANCE
+from modeling_moma.training.tokenizer_settings import read_config
+from tokenization.configuration_moma_vq import MomaVQConfig
 from tokenization.modeling_moma_vq import MomaVQModel
 
 
@@ -50,7 +54,7 @@ def folder(tmp_path_factory):
 
 def arguments(folder, output, *extra, steps=8):
     return [
-        *("--data", str(folder / "data"), "--config", str(folder / "config.json"), "--output", str(output)),
+        *(str(folder / "data"), "--config", str(folder / "config.json"), "--output", str(output)),
         *("--steps", str(steps), "--batch-size", "4", "--save-every", "3", "--warmup-steps", "2", *extra),
     ]
 
@@ -67,30 +71,59 @@ def kill_after(step):
     return on_step
 
 
-def test_a_killed_and_resumed_run_ends_like_an_uninterrupted_one(folder, tmp_path):
+ADVERSARIAL = ("--adversarial-weight", "0.5", "--adversarial-start", "4")
+
+
+@pytest.mark.parametrize("extra", [(), ADVERSARIAL], ids=["plain", "adversarial"])
+def test_a_killed_and_resumed_run_ends_like_an_uninterrupted_one(folder, tmp_path, extra):
     whole, parts = {}, {}
-    main(arguments(folder, tmp_path / "whole"), lambda step, summary: whole.update({step: summary}))
+    main(arguments(folder, tmp_path / "whole", *extra), lambda step, summary: whole.update({step: summary}))
     with pytest.raises(Killed):
-        main(arguments(folder, tmp_path / "parts"), kill_after(5))
+        main(arguments(folder, tmp_path / "parts", *extra, steps=8), kill_after(7 if extra else 5))
     assert not (tmp_path / "parts" / "config.json").exists()
     metrics = main(
-        arguments(folder, tmp_path / "parts", "--resume"), lambda step, summary: parts.update({step: summary})
+        arguments(folder, tmp_path / "parts", "--resume", *extra), lambda step, summary: parts.update({step: summary})
     )
-    assert sorted(parts) == [4, 5, 6, 7, 8]
-    assert parts[8]["loss"] == pytest.approx(whole[8]["loss"], rel=1e-6)
+    assert sorted(parts) == ([7, 8] if extra else [4, 5, 6, 7, 8])
+    assert all(parts[step] == whole[step] for step in parts)
     first = MomaVQModel.from_pretrained(tmp_path / "whole").state_dict()
     second = MomaVQModel.from_pretrained(tmp_path / "parts").state_dict()
-    for name, tensor in first.items():
-        torch.testing.assert_close(second[name], tensor, rtol=1e-5, atol=1e-6)
+    assert all(torch.equal(second[name], tensor) for name, tensor in first.items())
+    states = [
+        torch.load(tmp_path / run / "checkpoint-0000008" / image_tokenizer.STATE_FILE) for run in ("whole", "parts")
+    ]
+    assert ("adversarial" in states[0]) == bool(extra)
+    if extra:
+        for name, tensor in states[0]["adversarial"]["discriminator"].items():
+            assert torch.equal(states[1]["adversarial"]["discriminator"][name], tensor), name
     assert [entry["step"] for entry in metrics] == [3, 6, 8]
+
+
+def test_a_discriminator_changes_nothing_before_its_start(folder, tmp_path):
+    plain, adversarial = {}, {}
+    main(arguments(folder, tmp_path / "plain"), lambda step, summary: plain.update({step: summary}))
+    command = arguments(folder, tmp_path / "adversarial", *ADVERSARIAL)
+    main(command, lambda step, summary: adversarial.update({step: summary}))
+    assert all(adversarial[step] == plain[step] for step in range(1, 5))
+    for step in range(5, 9):
+        assert {"adversarial", "discriminator"} == set(adversarial[step]) - set(plain[step])
+    assert adversarial[6]["loss"] != plain[6]["loss"]
 
 
 def test_the_output_holds_the_model_its_metrics_and_one_checkpoint(folder, tmp_path):
     main(arguments(folder, tmp_path, "--bf16", "off", steps=3))
     names = {path.name for path in tmp_path.iterdir()}
-    assert names == {"config.json", "model.safetensors", "metrics.json", "checkpoint-0000003"}
+    written = {"config.json", "model.safetensors", "metrics.json", "report.json", "samples.png"}
+    assert names == {*written, "pictures", "checkpoint-0000003"}
     (entry,) = json.loads((tmp_path / "metrics.json").read_text())
     assert entry["psnr"] > 0 and 1 <= entry["perplexity"] <= 32 and 1 <= entry["codes_used"] <= 32
+    assert -1 <= entry["ssim"] <= 1 and entry["codes_used_share"] == entry["codes_used"] / 32
+    assert json.loads((tmp_path / "report.json").read_text())["train"] == 20
+    # six held-out pictures above their reconstructions
+    sheet = Image.open(tmp_path / "samples.png")
+    assert sheet.size == (6 * 34 - 2, 2 * 34 - 2)
+    held_out = np.load(tmp_path / "pictures" / "held_out.npy")
+    np.testing.assert_array_equal(np.asarray(sheet)[:32, :32], held_out[0].transpose(1, 2, 0))
 
 
 def test_a_checkpoint_left_half_written_is_not_resumed_from(tmp_path):
@@ -110,7 +143,7 @@ def test_semantic_and_perceptual_terms_are_trained_and_judged(folder, tmp_path):
         lambda step, summary: summaries.append(summary),
     )
     assert all(summary["semantic"] > 0 for summary in summaries)
-    assert -1 <= entry["semantic_cosine"] <= 1
+    assert -1 <= entry["semantic_cosine"] <= 1 and entry[PERCEPTUAL_DISTANCE] > 0
     saved = json.loads((tmp_path / "out" / "config.json").read_text())
     assert saved["semantic_weight"] == 0.5 and saved["perceptual_weight"] == 0.2
 
@@ -125,6 +158,9 @@ def test_semantic_and_perceptual_terms_are_trained_and_judged(folder, tmp_path):
         (["--batch-size", "5"], "--batch-size = 4"),
         (["--learning-rate", "0.1"], "--learning-rate = 0.0015"),
         (["--seed", "1"], "--seed = 0"),
+        (["--resolution", "64"], "resolution = 32"),
+        (["--adversarial-weight", "1"], "--adversarial-weight = 0.0"),
+        (["--augmentation", "none"], "--augmentation = 'white'"),
     ],
 )
 def test_a_run_is_not_resumed_with_other_arguments(folder, tmp_path, change, named):
@@ -139,6 +175,20 @@ def test_a_run_is_not_resumed_with_other_arguments(folder, tmp_path, change, nam
     assert {path.name for path in (tmp_path / "out").iterdir()} == before
 
 
+def test_a_run_is_not_resumed_with_other_pictures(folder, tmp_path):
+    with pytest.raises(Killed):
+        main(arguments(folder, tmp_path / "out"), kill_after(4))
+    before = (tmp_path / "out" / "pictures" / "train.npy").stat()
+    other = shutil.copytree(folder / "data", tmp_path / "data")
+    command = arguments(folder, tmp_path / "out", "--resume")
+    with pytest.raises(ValueError, match="--resume: .*begun with sources"):
+        main([str(other), *command[1:]])
+    assert (tmp_path / "out" / "pictures" / "train.npy").stat() == before
+    # fewer held-out pictures change nothing of the training
+    main([*command, "--held-out-pictures", "5"])
+    assert json.loads((tmp_path / "out" / "report.json").read_text())["held_out"] == 5
+
+
 def test_a_run_is_resumed_in_the_size_of_its_checkpoint_without_its_configuration(folder, tmp_path):
     with pytest.raises(Killed):
         main(arguments(folder, tmp_path / "out", "--semantic-weight", "0.3"), kill_after(4))
@@ -150,27 +200,6 @@ def test_a_run_is_resumed_in_the_size_of_its_checkpoint_without_its_configuratio
     assert saved["resolution"] == 32 and saved["semantic_weight"] == 0.3
 
 
-def test_the_model_is_trained_on_the_pixels_that_the_processor_gives(tmp_path):
-    rng = np.random.default_rng(0)
-    noise = rng.integers(0, 256, (64, 128, 4), dtype=np.uint8)
-    pictures = [
-        # a clear ground, sixteen bits, and sides that differ
-        Image.fromarray(noise[:, :64] * np.array([1, 1, 1, 0], dtype=np.uint8)),
-        Image.fromarray(rng.integers(0, 65536, (64, 64), dtype=np.uint16)),
-        Image.fromarray(noise[..., :3]),
-        Image.fromarray(noise[:40, :40, :3]),
-        Image.fromarray(noise[..., 0]).convert("P"),
-    ]
-    for index, picture in enumerate(pictures):
-        picture.save(tmp_path / f"{index}.png")
-    dataset = Dataset.from_dict({"image": [str(tmp_path / f"{index}.png") for index in range(len(pictures))]})
-    dataset = dataset.cast_column("image", ImageFeature())
-    seen = image_tokenizer.to_pixel_values(image_tokenizer.load_pictures(dataset, 32), torch.device("cpu"))
-    given = MomaImageProcessor.for_resolution(32)(list(dataset["image"]), return_tensors="pt")["pixel_values"]
-    torch.testing.assert_close(seen.contiguous(), given, atol=1e-6, rtol=0)
-    assert seen[0].min() == 1.0
-
-
 def test_an_epoch_shows_each_picture_at_most_once_and_the_next_one_reorders():
     steps = [image_tokenizer.batch_indices(step, 4, 20, seed=0) for step in range(10)]
     epochs = [torch.cat(steps[:5]), torch.cat(steps[5:])]
@@ -178,11 +207,56 @@ def test_an_epoch_shows_each_picture_at_most_once_and_the_next_one_reorders():
     assert not torch.equal(*epochs)
 
 
-def test_an_unknown_configuration_and_a_data_set_without_validation_are_named(folder, tmp_path):
+def test_settings_of_a_recipe_are_the_defaults_of_the_flags(folder, tmp_path):
+    recipe = {
+        "sources": {"squares": {"data": str(folder / "data"), "image": "image", "text": "name"}},
+        "image_tokenizer": {
+            "config": {"preset": "small", "use_trunk": False, "semantic_dim": None, "base_channels": 16},
+            "resolution": 24,
+            "steps": 2,
+            "learning_rate": "1e-3",
+            "bf16": False,
+            "batch_size": 4,
+        },
+    }
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    args = parse_arguments([str(tmp_path / "recipe.yaml"), "--output", "out", "--batch-size", "3"])
+    assert (args.steps, args.batch_size, args.learning_rate, args.bf16) == (2, 3, 1e-3, "off")
+    assert [source.name for source in args.sources] == ["squares"]
+    config = read_config(args)
+    assert (config.resolution, config.base_channels, config.num_embeddings) == (24, 16, 1024)
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"step": 3}, "'step' is no setting.*'steps'"),
+        ({"steps": 2.5}, "steps = 2.5 must be of type int"),
+        ({"batch_size": 0}, "batch_size = 0 must be at least 1"),
+        ({"adversarial_weight": -1}, "adversarial_weight = -1"),
+        ({"augmentation": "mirror"}, "'mirror' is none of"),
+        ({"config": 7}, "config = 7"),
+        ({"config": {"preset": "tiny"}}, "preset = 'tiny' is none of"),
+        ({"config": {"resolutoin": 64}}, "'resolutoin' is no field"),
+    ],
+)
+def test_settings_that_cannot_be_are_named(folder, tmp_path, settings, named):
+    sources = {"squares": {"data": str(folder / "data"), "image": "image", "text": "image"}}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({"sources": sources, "image_tokenizer": settings}))
+    with pytest.raises(ValueError, match=named):
+        main([str(tmp_path / "recipe.yaml"), "--output", str(tmp_path / "out")])
+
+
+def test_an_unknown_configuration_and_a_recipe_without_pictures_are_named(folder, tmp_path):
     with pytest.raises(ValueError, match="nowhere"):
-        main(["--data", str(folder / "data"), "--config", "nowhere", "--output", str(tmp_path)])
-    (tmp_path / "data").mkdir()
-    source = folder / "data" / "train-00000-of-00001.parquet"
-    (tmp_path / "data" / source.name).write_bytes(source.read_bytes())
-    with pytest.raises(ValueError, match="validation"):
-        main(["--data", str(tmp_path / "data"), "--output", str(tmp_path / "out")])
+        main([str(folder / "data"), "--config", "nowhere", "--output", str(tmp_path)])
+    with pytest.raises(ValueError, match="--batch-size = 0"):
+        main([str(folder / "data"), "--batch-size", "0", "--output", str(tmp_path)])
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({"sources": {"glosses": {"data": "a.txt", "text": "text"}}}))
+    with pytest.raises(ValueError, match="no source with pictures, but {'glosses': 'text'}"):
+        main([str(tmp_path / "recipe.yaml"), "--output", str(tmp_path / "out")])
+
+
+def test_larger_pictures_give_the_codebook_from_fewer_of_them():
+    counts = [image_tokenizer.codebook_pictures(MomaVQConfig.from_preset(name)) for name in ("small", "medium-256")]
+    assert counts == [256, 64]

@@ -10,17 +10,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from datasets import Dataset, DatasetDict, Features, Image, Value, load_from_disk
+from datasets import Dataset, Features, Image, Value
 from safetensors.torch import load_file
 
 from helpers.processes import start_script
-from helpers.tiny import noise_pictures, tiny_codes, tiny_processor
+from helpers.tiny import noise_pictures, tiny_processor, write_tokens
 from modeling_moma.cli import pretrain, tokenize
 from modeling_moma.training.checkpoints import last_checkpoint
 
 
 ROOT = Path(__file__).resolve().parents[2]
 KILLS = 20
+TOKENIZER_KILLS = 10
 STEPS = 120
 # steps that a run gets on after it has begun its first checkpoint; so many kills must not see the last one
 LONGEST_WAIT = 3
@@ -31,7 +32,7 @@ def inputs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("inputs")
     processor = tiny_processor()
     processor.save_pretrained(folder / "processor")
-    tiny_codes(processor, train=12, validation=4).save_to_disk(folder / "codes")
+    write_tokens(folder / "tokens", processor, train=12, validation=4)
     config = {"hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4}
     (folder / "recipe.json").write_text(json.dumps({"model": {**config, "max_position_embeddings": 64}}))
     return folder
@@ -43,9 +44,10 @@ def finish(process):
 
 
 def pretrain_arguments(inputs, output):
-    paths = {"--processor": inputs / "processor", "--codes": inputs / "codes", "--recipe": inputs / "recipe.json"}
+    paths = {"--processor": inputs / "processor", "--tokens": inputs / "tokens"}
     sizes = f"--steps {STEPS} --eval-steps {STEPS} --batch-size 2 --save-steps 1 --warmup-steps 2 --logging-steps 1"
     return [
+        str(inputs / "recipe.json"),
         *[str(text) for pair in {**paths, "--output": output}.items() for text in pair],
         *sizes.split(),
         "--resume",
@@ -97,58 +99,45 @@ def test_checkpoint_whose_state_cannot_be_read_is_passed_over(tmp_path, text, ca
     assert last_checkpoint(tmp_path / "nowhere") is None
 
 
-@pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
-    """A data set of pictures, as `data/emoji` is one."""
-    features = Features({"image": Image(), "style": Value("string"), "label": Value("string")})
-
-    def rows(count):
-        columns = {"image": noise_pictures(count), "style": ["noto"] * count, "label": ["thing"] * count}
-        return Dataset.from_dict(columns, features=features)
-
-    folder = tmp_path_factory.mktemp("pictures")
-    for name, split in DatasetDict(train=rows(96), validation=rows(16), test=rows(16)).items():
-        split.to_parquet(folder / "data" / f"{name}-00000-of-00001.parquet")
-    return folder
-
-
-def test_tokenization_killed_twenty_times_leaves_the_older_codes_or_the_new_ones(inputs, pictures, tmp_path):
+def test_tokenization_killed_at_random_moments_ends_as_an_uninterrupted_one(inputs, tmp_path):
     log = tmp_path / "log.txt"
+    rows = {"image": noise_pictures(600), "label": [f"thing {index}" for index in range(600)]}
+    features = Features({"image": Image(), "label": Value("string")})
+    Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "train.parquet")
+    source = {"data": str(tmp_path / "train.parquet"), "image": "image", "text": "label", "codings": 2}
+    (tmp_path / "recipe.json").write_text(json.dumps({"sources": {"things": source}}))
 
     def start(output):
-        arguments = {"--processor": inputs / "processor", "--data": pictures, "--output": output}
-        sizes = ["--codings", "3", "--batch-size", "8"]
-        texts = [str(text) for pair in arguments.items() for text in pair]
-        return start_script(tokenize.main, [*texts, *sizes], log)
+        arguments = [str(tmp_path / "recipe.json"), "--processor", str(inputs / "processor"), "--output", str(output)]
+        return start_script(tokenize.main, [*arguments, "--rows-per-shard", "128", "--processes", "1"], log)
+
+    def contents(output):
+        return {path.relative_to(output): path.read_bytes() for path in output.rglob("*") if path.is_file()}
 
     began = time.time()
     assert finish(start(tmp_path / "whole")) == 0, log.read_text()
     duration = time.time() - began
-    expected = {name: split["codes"][:] for name, split in load_from_disk(str(tmp_path / "whole")).items()}
-    killed = tmp_path / "codes"
-    # those of an earlier processor
-    older = {name: [[[0]]] * len(codes) for name, codes in expected.items()}
-    DatasetDict({name: Dataset.from_dict({"codes": codes}) for name, codes in older.items()}).save_to_disk(killed)
-    moments, found = random.Random(0), older
-    for _ in range(KILLS):
-        process = start(killed)
-        time.sleep(moments.uniform(0, duration))
+    moments, unfinished = random.Random(0), 0
+    for number in range(TOKENIZER_KILLS):
+        process = start(tmp_path / "killed")
+        time.sleep(moments.uniform(0, duration * (number + 1) / TOKENIZER_KILLS))
+        unfinished += process.is_alive()
         process.kill()
         process.join()
-        if killed.exists():
-            found = {name: split["codes"][:] for name, split in load_from_disk(str(killed)).items()}
-            assert found in (older, expected)
-    assert finish(start(killed)) == 0, log.read_text()
-    assert {name: split["codes"][:] for name, split in load_from_disk(str(killed)).items()} == expected
-    assert {path.name for path in tmp_path.iterdir()} == {"codes", "whole", "log.txt"}
+        for path in (tmp_path / "killed").rglob("*.json"):
+            json.loads(path.read_text())
+    assert unfinished > 2
+    assert finish(start(tmp_path / "killed")) == 0, log.read_text()
+    whole, killed = contents(tmp_path / "whole"), contents(tmp_path / "killed")
+    assert {path: content for path, content in killed.items() if ".partial" not in path.name} == whole
 
 
 STAGES = {
     "runs/tokenizer/model.safetensors": "modeling_moma train-image-tokenizer",
     "runs/processor/processor_config.json": "modeling_moma build-processor",
-    "runs/codes/dataset_dict.json": "modeling_moma tokenize",
-    "runs/4t4i/trainer_state.json": "modeling_moma pretrain, --recipe recipes/emoji-4t4i.yaml",
-    "runs/dense/trainer_state.json": "modeling_moma pretrain, --recipe recipes/emoji-dense.yaml",
+    "runs/tokens/manifest.json": "modeling_moma tokenize",
+    "runs/4t4i/trainer_state.json": "modeling_moma pretrain, recipes/emoji.yaml",
+    "runs/dense/trainer_state.json": "modeling_moma pretrain, recipes/emoji-dense.yaml",
 }
 
 

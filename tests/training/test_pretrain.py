@@ -4,22 +4,22 @@ import shutil
 import signal
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
-from datasets import Dataset, DatasetDict
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, TrainerCallback, get_scheduler
 
-from helpers.tiny import tiny_processor
+from helpers.tiny import tiny_processor, write_tokens
 from modeling_moma import MomaForCausalLM
 from modeling_moma.cli import upcycle
 from modeling_moma.cli.pretrain import main, parse_arguments
+from modeling_moma.data.encoding import processor_fingerprint
 from modeling_moma.routing_moma import MomaRouter
 from modeling_moma.training import pretraining
 from modeling_moma.training.examples import check_layout, evenly_spaced
 from modeling_moma.training.pretraining import build_trainer
 from modeling_moma.training.stages import data_order, examples_a_step
+from tokenization import MomaProcessor
 
 
 PAD = tiny_processor().tokenizer.pad_token_id
@@ -30,21 +30,7 @@ def inputs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pretrain")
     processor = tiny_processor()
     processor.save_pretrained(folder / "processor")
-    rng = np.random.default_rng(0)
-
-    def split(rows, codings):
-        return Dataset.from_dict(
-            {
-                "codes": rng.integers(
-                    0, processor.codebook_size, (rows, codings, processor.image_seq_length)
-                ).tolist(),
-                "style": ["noto"] * rows,
-                "label": [f"thing {index}" for index in range(rows)],
-                "keywords": [["red", "fruit"]] * rows,
-            }
-        )
-
-    DatasetDict(train=split(12, 3), validation=split(4, 1)).save_to_disk(folder / "codes")
+    write_tokens(folder / "tokens", processor, codings=3, train=12, validation=4)
     config = {"hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4}
     config["max_position_embeddings"] = 64
     (folder / "recipe.json").write_text(json.dumps({"model": config}))
@@ -53,10 +39,10 @@ def inputs(tmp_path_factory):
 
 
 def arguments(inputs, output, *more, start=None):
-    names = ("processor", "codes")
+    names = ("processor", "tokens")
     paths = [text for name in names for text in (f"--{name}", str(inputs / name))]
     sizes = "--steps 8 --batch-size 4 --eval-steps 8 --save-steps 4 --logging-steps 1 --warmup-steps 2".split()
-    start = start or ("--recipe", inputs / "recipe.json")
+    start = start or (inputs / "recipe.json",)
     return [*paths, *map(str, start), "--output", str(output), *sizes, *more]
 
 
@@ -94,6 +80,14 @@ def test_killed_and_resumed_reaches_the_same_loss_as_uninterrupted(inputs, tmp_p
 def test_saved_tokenizer_knows_where_the_model_ends(inputs, stages):
     tokenizer = AutoTokenizer.from_pretrained(stages.whole.output)
     assert tokenizer.model_max_length == 64 and tokenizer.padding_side == tiny_processor().tokenizer.padding_side
+
+
+@pytest.mark.parametrize("run", ["whole", "stopped"])
+def test_model_can_be_used_from_its_folder_alone(inputs, stages, run):
+    folder = getattr(stages, run).output
+    processor, given = (MomaProcessor.from_pretrained(path) for path in (folder, inputs / "processor"))
+    assert processor_fingerprint(processor) == processor_fingerprint(given)
+    check_layout(MomaForCausalLM.from_pretrained(folder).config, processor.token_layout())
 
 
 def test_loss_falls(inputs, tmp_path):
@@ -165,7 +159,7 @@ def rates(run):
 def stages(inputs, tmp_path_factory):
     """A seed's whole training, the same stopped at step 3, and what goes on from there with experts."""
     folder = tmp_path_factory.mktemp("stages")
-    seed = ("--recipe", inputs / "seed.json")
+    seed = (inputs / "seed.json",)
     whole = run(inputs, folder / "whole", start=seed)
     stopped = run(inputs, folder / "stopped", "--stop-at", "3", start=seed)
     upcycle.main(
@@ -189,7 +183,7 @@ def test_stopped_training_is_the_whole_one_up_to_there(stages):
 
 def test_stopped_training_can_be_resumed_to_its_end(stages, inputs, tmp_path):
     shutil.copytree(stages.stopped.output, tmp_path / "stopped")
-    resumed = run(inputs, tmp_path / "stopped", "--resume", start=("--recipe", inputs / "seed.json"))
+    resumed = run(inputs, tmp_path / "stopped", "--resume", start=(inputs / "seed.json",))
     assert resumed.batches == stages.whole.batches[3:]
     assert rates(resumed) == rates(stages.whole)
     whole, mine = (load_file(f / "model.safetensors") for f in (stages.whole.output, resumed.output))
@@ -199,21 +193,20 @@ def test_stopped_training_can_be_resumed_to_its_end(stages, inputs, tmp_path):
 
 def test_stopped_training_that_was_killed_at_its_end_takes_no_further_step(stages, inputs, tmp_path):
     shutil.copytree(stages.stopped.output / "checkpoint-3", tmp_path / "checkpoint-3")
-    main(arguments(inputs, tmp_path, "--stop-at", "3", "--resume", start=("--recipe", inputs / "seed.json")))
+    main(arguments(inputs, tmp_path, "--stop-at", "3", "--resume", start=(inputs / "seed.json",)))
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-3"]
     assert json.loads((tmp_path / "trainer_state.json").read_text())["global_step"] == 3
     whole, mine = (load_file(f / "model.safetensors") for f in (stages.stopped.output, tmp_path))
     assert all(torch.equal(tensor, whole[name]) for name, tensor in mine.items())
     assert not (tmp_path / "optimizer.pt").exists()
+    assert (tmp_path / "processor_config.json").exists()
 
 
 def test_checkpoint_that_cannot_be_copied_leaves_no_half_of_itself(stages, inputs, tmp_path):
     shutil.copytree(stages.stopped.output / "checkpoint-3", tmp_path / "out" / "checkpoint-3")
     (tmp_path / "out" / "checkpoint-3" / "zz").symlink_to("nowhere")
     with pytest.raises(shutil.Error):
-        main(
-            arguments(inputs, tmp_path / "out", "--stop-at", "3", "--resume", start=("--recipe", inputs / "seed.json"))
-        )
+        main(arguments(inputs, tmp_path / "out", "--stop-at", "3", "--resume", start=(inputs / "seed.json",)))
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"checkpoint-3", "run.json"}
 
 
@@ -221,7 +214,7 @@ def test_checkpoint_that_cannot_be_copied_leaves_no_half_of_itself(stages, input
 def test_training_killed_while_its_model_was_saved_counts_as_unfinished_and_is_repaired(
     stages, inputs, tmp_path, more
 ):
-    start = ("--recipe", inputs / "seed.json")
+    start = (inputs / "seed.json",)
     output = tmp_path / "out"
     run(inputs, output, *more, start=start, callbacks=[KillAtTheEnd(output)])
     assert (output / "model.safetensors").exists() and not (output / "trainer_state.json").exists()
@@ -281,7 +274,7 @@ def test_killed_and_resumed_continuation_equals_the_uninterrupted(stages, inputs
 
 
 def test_data_position_counts_accumulated_batches(inputs, tmp_path):
-    seed = ("--recipe", inputs / "seed.json")
+    seed = (inputs / "seed.json",)
     sizes = "--steps 3 --batch-size 2 --gradient-accumulation-steps 2 --eval-steps 9".split()
     whole = run(inputs, tmp_path / "whole", *sizes, start=seed)
     stopped = run(inputs, tmp_path / "stopped", *sizes, "--stop-at", "2", start=seed)
@@ -449,7 +442,7 @@ def test_noise_that_was_turned_off_stays_off_in_what_is_saved(stages, inputs, tm
 
 
 def test_noise_can_be_set_from_nothing_too_and_is_not_negative(inputs, stages, tmp_path, capsys):
-    start = ("--recipe", inputs / "recipe.json")
+    start = (inputs / "recipe.json",)
     assert noise_of(inputs, tmp_path, start=start)[1] == {0.0}
     assert "noise" not in capsys.readouterr().out
     assert noise_of(inputs, tmp_path, "--gumbel-noise", "0.5", start=start)[1] == {0.5}
@@ -509,9 +502,14 @@ def test_embeddings_may_have_more_rows_than_the_processor_has_tokens(stages, inp
         check_layout(model.config, {"vocab_size": rows + 9})
 
 
-@pytest.mark.parametrize("start", [(), ("--recipe", "r.yaml", "--model", "folder")])
-def test_config_and_model_exclude_each_other_and_one_is_needed(start, capsys):
+def test_recipe_or_model_is_needed(tmp_path, capsys):
+    paths = ["--processor", "p", "--tokens", "c", "--output", "o"]
     with pytest.raises(SystemExit):
-        parse_arguments(["--processor", "p", "--codes", "c", "--output", "o", *start])
+        parse_arguments(paths)
     message = capsys.readouterr().err
-    assert "--recipe" in message and "--model" in message
+    assert "RECIPE" in message and "--model" in message
+    (tmp_path / "r.yaml").write_text("trainer: {max_steps: 3}\n")
+    with pytest.raises(SystemExit):
+        parse_arguments([str(tmp_path / "r.yaml"), *paths])
+    assert "no section `model`" in capsys.readouterr().err
+    assert parse_arguments([str(tmp_path / "r.yaml"), *paths, "--model", "m"]).steps == 3

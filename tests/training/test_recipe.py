@@ -6,25 +6,26 @@ from pathlib import Path
 import pytest
 
 from helpers.tiny import tiny_processor
-from modeling_moma import MomaConfig
 from modeling_moma.cli.pretrain import FLAGS, parse_arguments
-from modeling_moma.training.pretraining import make_training_arguments
+from modeling_moma.training.pretraining import make_training_arguments, model_config
 from modeling_moma.training.recipe import read_recipe
 
 
 RECIPES = sorted((Path(__file__).resolve().parents[2] / "recipes").glob("*.yaml"))
-PATHS = ["--processor", "p", "--codes", "c", "--output", "o"]
+PATHS = ["--processor", "p", "--tokens", "c", "--output", "o"]
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_recipes_that_ship_give_a_model_and_a_training(path):
     recipe = read_recipe(path)
-    config = MomaConfig(**recipe.model, **tiny_processor().token_layout())
+    config = model_config(recipe, tiny_processor(), {})
     assert config.num_parameters() > 0
-    args = parse_arguments([*PATHS, "--recipe", str(path)])
+    args = parse_arguments([str(path), *PATHS])
     settings = make_training_arguments(args)
     for name, value in recipe.trainer.items():
         assert getattr(settings, name) == value, name
+    if recipe.data is not None:
+        assert recipe.data.sequence_length <= config.max_position_embeddings
 
 
 def write(folder, text):
@@ -34,8 +35,8 @@ def write(folder, text):
 
 
 def test_flags_win_over_the_recipe_and_the_recipe_over_defaults(tmp_path):
-    path = write(tmp_path, "model: {}\ntrainer: {max_steps: 7, learning_rate: 0.5, adam_beta2: 0.9, bf16: false}\n")
-    args = parse_arguments([*PATHS, "--recipe", path, "--learning-rate", "0.25", "--bf16", "on"])
+    text = "model: {hidden_size: 8}\ntrainer: {max_steps: 7, learning_rate: 0.5, adam_beta2: 0.9, bf16: false}\n"
+    args = parse_arguments([*PATHS, write(tmp_path, text), "--learning-rate", "0.25", "--bf16", "on"])
     assert (args.steps, args.learning_rate, args.batch_size) == (7, 0.25, FLAGS["per_device_train_batch_size"][1])
     settings = make_training_arguments(args)
     assert (settings.max_steps, settings.learning_rate, settings.adam_beta2) == (7, 0.25, 0.9)
@@ -50,6 +51,10 @@ def test_flags_win_over_the_recipe_and_the_recipe_over_defaults(tmp_path):
         ("model: {}\ntrainer: {max_step: 8}\n", "trainer: 'max_step' is no field of TrainingArguments"),
         ("model: {}\ntrainer: {output_dir: x}\n", "trainer: 'output_dir'"),
         ("model: [1]\n", "model: .*no field of MomaConfig"),
+        ("data: {length: 8}\n", "data: 'length' is no field of this section .packed, sequence_length."),
+        ("data: {sequence_length: 0}\n", "sequence_length = 0 must be 1 or more"),
+        ("samples: {evry: 8}\n", "samples: 'evry' is no field"),
+        ("sources: []\n", "sources: expected a mapping"),
         ("- 1\n", "got list"),
         ("model: {\n", "cannot be read as YAML"),
     ],
@@ -59,6 +64,8 @@ def test_what_nothing_knows_is_refused_by_name(tmp_path, text, message):
         read_recipe(write(tmp_path, text))
 
 
-def test_missing_recipe_is_named():
+def test_missing_recipes_and_sections_are_named(tmp_path):
     with pytest.raises(ValueError, match="nowhere.yaml"):
         read_recipe("nowhere.yaml")
+    with pytest.raises(ValueError, match="has no section 'sources', which this command needs"):
+        read_recipe(write(tmp_path, "model: {}\n"), needs=("sources",))

@@ -1,0 +1,206 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Measure the data pipeline: tokenizing by one and by two processes, its memory, and the stream against a step.
+
+python benchmarks/data_pipeline.py scaling --recipe recipes/emoji.yaml --processor runs/processor
+python benchmarks/data_pipeline.py memory --pictures 100000
+python benchmarks/data_pipeline.py stream --recipe recipes/mixture.yaml --processor P --tokens T
+"""
+
+import argparse
+import json
+import statistics
+import tempfile
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import psutil
+import torch
+from datasets import Dataset, Features, Image, Value, load_dataset
+
+from modeling_moma import MomaForCausalLM
+from modeling_moma.data.jobs import plan_job, write_job
+from modeling_moma.data.packing import PackedExamples
+from modeling_moma.data.running import run_tasks
+from modeling_moma.data.sources import read_sources
+from modeling_moma.training.examples import open_documents
+from modeling_moma.training.pretraining import model_config
+from modeling_moma.training.recipe import read_recipe
+from tokenization import (
+    MomaImageProcessor,
+    MomaProcessor,
+    MomaVQConfig,
+    MomaVQModel,
+    add_picture_tokens,
+    train_text_tokenizer,
+)
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("case", choices=["scaling", "memory", "stream"])
+    parser.add_argument("--recipe", default="recipes/emoji.yaml")
+    parser.add_argument("--processor", help="folder of a MomaProcessor")
+    parser.add_argument("--tokens", help="of `stream`: folder that `moma tokenize` wrote with it")
+    parser.add_argument("--pictures", type=int, default=2048, help="of `scaling` and `memory`")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=8, help="of `stream`: training steps to time")
+    return parser.parse_args(arguments)
+
+
+def repeated_emoji(folder: Path, number: int) -> dict:
+    """A source of so many of the emoji, the set repeated, each a little brighter than the time before."""
+    emoji = load_dataset("data/emoji", split="train").select_columns(["image", "label"])
+
+    def rows():
+        for index in range(number):
+            row = emoji[index % len(emoji)]
+            pixels = np.asarray(row["image"].convert("RGB"), dtype=np.int16) + index // len(emoji)
+            yield {"image": pixels.clip(0, 255).astype(np.uint8), "label": row["label"]}
+
+    features = Features({"image": Image(), "label": Value("string")})
+    Dataset.from_generator(rows, features=features, cache_dir=str(folder / "cache")).to_parquet(
+        folder / "train.parquet"
+    )
+    return {"pictures": {"data": str(folder / "train.parquet"), "image": "image", "text": "label"}}
+
+
+def small_processor(folder: Path) -> str:
+    """A processor that codes thousands of pictures a second: what is measured is everything around it."""
+    torch.manual_seed(0)
+    config = MomaVQConfig.from_preset(
+        "small", channel_multiplier=(1,), base_channels=8, latent_channels=8, use_trunk=False, semantic_dim=None
+    )
+    tokenizer = add_picture_tokens(train_text_tokenizer(["red apple"] * 3, vocab_size=300), config.num_embeddings)
+    processor = MomaProcessor(MomaImageProcessor.for_resolution(64), tokenizer, MomaVQModel(config))
+    processor.save_pretrained(folder)
+    return str(folder)
+
+
+class MemoryWatch:
+    """Samples the private memory of this process and its children, in MiB, every quarter of a second."""
+
+    def __enter__(self) -> "MemoryWatch":
+        self.samples: list[float] = []
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._watch)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *rest):
+        self._done.set()
+        self._thread.join()
+
+    def _watch(self):
+        own = psutil.Process()
+        while not self._done.wait(0.25):
+            total = 0
+            for process in [own, *own.children(recursive=True)]:
+                try:
+                    total += process.memory_full_info().uss
+                except psutil.Error:
+                    continue
+            self.samples.append(total / 2**20)
+
+    def median(self, begin: float, end: float) -> float:
+        """Median of a part of the samples, from 0 to 1."""
+        count = len(self.samples)
+        return statistics.median(self.samples[int(begin * count) : max(int(end * count), int(begin * count) + 1)])
+
+
+def measure_scaling(args: argparse.Namespace) -> dict:
+    """Seconds for the same pictures by one process and by two, in turn."""
+    seconds: dict[int, list[float]] = {1: [], 2: []}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        sources = read_sources(repeated_emoji(folder, args.pictures))
+        job = plan_job(sources, args.processor, 512, True, 0, rows_per_shard=256)
+        for number in range(args.rounds):
+            for processes in seconds:
+                output = folder / f"tokens-{number}-{processes}"
+                write_job(output, job)
+                # the start of a process is no part of what grows with the data
+                run_tasks(output, job, processes)
+                began = {path: path.stat().st_mtime for path in output.rglob("*.json") if path.name != "job.json"}
+                times = sorted(began.values())
+                # between the end of the first shards of all processes and the end of the last shard
+                shards = len(times) - processes
+                seconds[processes].append((times[-1] - times[processes - 1]) / shards)
+    by = {processes: statistics.median(values) for processes, values in seconds.items()}
+    return {"pictures": args.pictures, "seconds_per_shard": seconds, "two_over_one": by[1] / by[2]}
+
+
+def measure_memory(args: argparse.Namespace) -> dict:
+    """Memory of all processes in the course of one long tokenization."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        processor = args.processor or small_processor(folder / "processor")
+        sources = read_sources(repeated_emoji(folder, args.pictures))
+        job = plan_job(sources, processor, 512, True, 0)
+        write_job(folder / "tokens", job)
+        began = time.perf_counter()
+        with MemoryWatch() as watch:
+            run_tasks(folder / "tokens", job, 2)
+        seconds = time.perf_counter() - began
+    return {
+        "pictures": args.pictures,
+        "shards": len(job.tasks()),
+        "seconds": seconds,
+        "mib_second_fifth": watch.median(0.2, 0.4),
+        "mib_last_fifth": watch.median(0.8, 1.0),
+        "mib_peak": max(watch.samples),
+    }
+
+
+def measure_stream(args: argparse.Namespace) -> dict:
+    """Tokens per second of the packed stream, on one thread without workers, and of a training step."""
+    recipe, processor = read_recipe(args.recipe), MomaProcessor.from_pretrained(args.processor)
+    documents = open_documents(args.tokens, processor, sources=recipe.sources)
+    weights = [source.weight for source in recipe.sources]
+    length, batch = recipe.data.sequence_length, recipe.trainer["per_device_train_batch_size"]
+    frames = [(frame.begin, frame.end) for frame in processor.frames.values()]
+    stream = PackedExamples(documents, weights, length, 10**6, processor.tokenizer.pad_token_id, frames)
+    read, counts, padding = [], np.zeros(len(documents)), 0
+    for number in range(args.rounds):
+        began = time.perf_counter()
+        for index in range(512):
+            sources = stream[number * 512 + index]["source_ids"].numpy()
+            counts += np.bincount(sources[sources >= 0], minlength=len(documents))
+            padding += int((sources < 0).sum())
+        read.append(512 * length / (time.perf_counter() - began))
+    model = MomaForCausalLM(model_config(recipe, processor, {})).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+    steps = []
+    for number in range(args.steps + 2):
+        rows = [stream[number * batch + place] for place in range(batch)]
+        inputs = {name: torch.stack([row[name] for row in rows]) for name in rows[0] if name != "source_ids"}
+        began = time.perf_counter()
+        model(**inputs, use_cache=False).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        steps.append(time.perf_counter() - began)
+    step = statistics.median(steps[2:])
+    shares = counts / counts.sum()
+    return {
+        "stream_tokens_per_second": statistics.median(read),
+        "step_tokens_per_second": batch * length / step,
+        "stream_over_step": statistics.median(read) * step / (batch * length),
+        "threads": torch.get_num_threads(),
+        "shares": {source.name: float(share) for source, share in zip(recipe.sources, shares)},
+        "weights": {source.name: source.weight / sum(weights) for source in recipe.sources},
+        "padding_share": padding / (args.rounds * 512 * length),
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> dict:
+    args = parse_arguments(None if arguments is None else list(arguments))
+    measures = {"scaling": measure_scaling, "memory": measure_memory, "stream": measure_stream}
+    report = measures[args.case](args)
+    print(json.dumps(report, indent=2))
+    return report
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,211 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a tokenization has to do: a job of many shards, each of which anybody can write alone."""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, IterableDataset, LargeList, List
+
+from tokenization import MomaProcessor
+
+from ..training.files import write_aside
+from .encoding import processor_fingerprint
+from .kinds import CaptionKind
+from .sources import TRAIN, VALIDATION, Source, read_sources
+
+
+JOB_FILE = "job.json"
+MANIFEST_FILE = "manifest.json"
+FORMAT = 1
+# rows of a shard grow with the data, so that the number of files stays in bounds
+SHARD_ROWS = (1024, 16384)
+TYPICAL_SHARDS = 64
+# pictures that are coded together; rows of a shard are a multiple
+BATCH = 128
+
+
+@dataclass(frozen=True)
+class Task:
+    """
+    One shard of one split of a source.
+
+    Args:
+        source: its name.
+        split: the training's name of the split that is read, `train` or another one.
+        shard: number of the shard, from 0.
+        shards: number of the split's shards.
+    """
+
+    source: str
+    split: str
+    shard: int
+    shards: int
+
+    def file_name(self, split: str) -> str:
+        """File of the rows that go to a split, below the folder of all tokens."""
+        return f"{self.source}/{split}-{self.shard:05d}-of-{self.shards:05d}.arrow"
+
+    def report_name(self) -> str:
+        """File that says what became of the rows; the shard is done where it exists."""
+        return f"{self.source}/{self.split}-{self.shard:05d}-of-{self.shards:05d}.json"
+
+
+@dataclass(frozen=True)
+class Job:
+    """
+    All that decides on the tokens.
+
+    Args:
+        processor: folder of the [`MomaProcessor`].
+        fingerprint: of that processor, from `processor_fingerprint`.
+        sequence_length: longest document that cannot be cut, in tokens.
+        packed: whether training cuts texts wherever a sequence ends; otherwise longer ones are left out.
+        seed: of the changes of pictures that further codings are made of.
+        sources: the recipe's section.
+        splits: of each source and split: `split` (the data set's name), `rows` (`None` where streamed), `shards`,
+            `rows_per_shard`, `list_columns`.
+    """
+
+    processor: str
+    fingerprint: str
+    sequence_length: int
+    packed: bool
+    seed: int
+    sources: dict[str, dict]
+    splits: dict[str, dict[str, dict]]
+
+    def source(self, name: str) -> Source:
+        """The source of that name."""
+        return read_sources({name: self.sources[name]})[0]
+
+    def tasks(self) -> list[Task]:
+        """All shards, in the order of sources and splits."""
+        return [
+            Task(name, split, shard, plan["shards"])
+            for name, splits in self.splits.items()
+            for split, plan in splits.items()
+            for shard in range(plan["shards"])
+        ]
+
+    def output_splits(self, task: Task) -> list[str]:
+        """The splits that the rows of a task go to."""
+        return [TRAIN, VALIDATION] if self.holds_out(task) else [task.split]
+
+    def holds_out(self, task: Task) -> bool:
+        """Whether some of the task's training rows become `validation`."""
+        has_own = VALIDATION in self.splits[task.source]
+        return task.split == TRAIN and not has_own and self.source(task.source).held_out > 0
+
+
+def plan_job(
+    sources: list[Source],
+    processor_folder: str,
+    sequence_length: int,
+    packed: bool,
+    seed: int,
+    rows_per_shard: int | None = None,
+    splits: Sequence[str] | None = None,
+) -> Job:
+    """
+    Looks at every source and says in which shards its tokens will lie.
+
+    Args:
+        sources: of a recipe.
+        processor_folder: folder of a [`MomaProcessor`].
+        sequence_length: see [`Job`], as the next two.
+        packed: see there.
+        seed: see there.
+        rows_per_shard: by default so many that a split has about 64 shards, of 1,024 to 16,384 rows each.
+        splits: leave out all others; `train` must be among them.
+
+    Raises:
+        ValueError: a source cannot be opened, lacks a column, or has no rows.
+    """
+    if splits is not None and TRAIN not in splits:
+        raise ValueError(f"--splits {' '.join(splits)}: {TRAIN!r} must be among them.")
+    processor = MomaProcessor.from_pretrained(processor_folder)
+    plans = {source.name: _plan_source(source, rows_per_shard, splits) for source in sources}
+    return Job(
+        processor=processor_folder,
+        fingerprint=processor_fingerprint(processor),
+        sequence_length=sequence_length,
+        packed=packed,
+        seed=seed,
+        sources={source.name: source.fields() for source in sources},
+        splits=plans,
+    )
+
+
+def _plan_source(source: Source, rows_per_shard: int | None, splits: Sequence[str] | None) -> dict[str, dict]:
+    plan = {}
+    for name, split in source.split_names().items():
+        if splits is not None and name not in splits:
+            continue
+        rows = source.open(split)
+        entry: dict[str, Any] = {"split": split, "list_columns": _list_columns(source, rows)}
+        if isinstance(rows, Dataset):
+            if len(rows) == 0:
+                raise ValueError(f"sources: {source.name!r} yields nothing: its split {split!r} has no rows.")
+            size = rows_per_shard or min(max(SHARD_ROWS[0], len(rows) // TYPICAL_SHARDS), SHARD_ROWS[1])
+            size = -(-size // BATCH) * BATCH
+            entry |= {"rows": len(rows), "rows_per_shard": size, "shards": -(-len(rows) // size)}
+        else:
+            entry |= {"rows": None, "rows_per_shard": None, "shards": rows.num_shards}
+        plan[name] = entry
+    return plan
+
+
+def _list_columns(source: Source, rows: Dataset | IterableDataset) -> list[str]:
+    """The columns of captions that hold lists."""
+    if not isinstance(source.kind, CaptionKind):
+        return []
+    columns = source.kind.text_columns()
+    if rows.features is not None:
+        return [name for name in columns if isinstance(rows.features.get(name), (list, List, LargeList))]
+    first = next(iter(rows), {})
+    return [name for name in columns if isinstance(first.get(name), (list, tuple))]
+
+
+def write_job(folder: str | Path, job: Job) -> Path:
+    """
+    Begins a folder of tokens, or goes on in one that was begun with the same job.
+
+    Raises:
+        ValueError: the folder holds tokens of another job.
+    """
+    path = Path(folder) / JOB_FILE
+    content = {"format": FORMAT, **dataclasses.asdict(job)}
+    if path.is_file():
+        _compare(folder, json.loads(path.read_text(encoding="utf-8")), content)
+        return path
+    return write_aside(path, lambda aside: aside.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8"))
+
+
+def _compare(folder: str | Path, then: dict, now: dict) -> None:
+    # by its fingerprint a processor is the same wherever it lies
+    now = json.loads(json.dumps(now))
+    different = [name for name in now if name != "processor" and then.get(name) != now[name]]
+    if different:
+        name = different[0]
+        raise ValueError(
+            f"--output {str(folder)!r} holds tokens that were begun with another {name}: {then.get(name)!r} then, "
+            f"{now[name]!r} now. Give a new folder, or delete this one."
+        )
+
+
+def read_job(folder: str | Path) -> Job:
+    """The job that a folder of tokens was begun with."""
+    path = Path(folder) / JOB_FILE
+    if not path.is_file():
+        raise ValueError(f"{str(folder)!r} has no {JOB_FILE}: is it a folder that `moma tokenize` writes?")
+    content = json.loads(path.read_text(encoding="utf-8"))
+    if content.pop("format") != FORMAT:
+        raise ValueError(f"{str(path)!r} is of another format than {FORMAT}; tokenize anew with this version.")
+    return Job(**content)
+
+
+__all__ = ["BATCH", "FORMAT", "JOB_FILE", "MANIFEST_FILE", "Job", "Task", "plan_job", "read_job", "write_job"]

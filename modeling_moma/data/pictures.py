@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pictures as data sets hold them, decoded one by one; those that cannot be used are left out with a reason."""
+
+import os
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+from urllib.error import URLError
+
+import numpy as np
+from PIL import Image
+
+from tokenization.image_input_moma import clean_pil_picture, open_picture
+
+
+# the orientation in which a camera held a picture
+_EXIF_ORIENTATION = 0x0112
+
+
+class LeftOut(ValueError):
+    """
+    A row that cannot be trained on.
+
+    Args:
+        reason: of a few fixed ones, what rows are counted by.
+        detail: what is wrong with this one.
+    """
+
+    def __init__(self, reason: str, detail: str = ""):
+        super().__init__(f"{reason}: {detail}" if detail else reason)
+        self.reason, self.detail = reason, detail
+
+
+def read_picture(value: Any, root: str | None = None, min_side: int = 1) -> tuple[Image.Image, list[str]]:
+    """
+    Decodes a picture.
+
+    Args:
+        value: bytes, a path, an `http(s)` address, a PIL picture, or what `datasets` keeps of a picture that it has
+            not decoded (`{"bytes": ..., "path": ...}`).
+        root: folder that relative paths start from.
+        min_side: shortest side in pixels.
+
+    Returns:
+        The picture in an 8-bit mode, upright, its first frame where it is animated; and what was changed for it:
+        `"CMYK"`, `"16 bit"`, `"animated"`, `"EXIF-rotated"`.
+
+    Raises:
+        LeftOut: it is missing, cannot be decoded, or is too small or too large.
+    """
+    try:
+        picture = _open(value, root)
+        changes = _changes(picture)
+        picture = clean_pil_picture(picture)
+    except LeftOut:
+        raise
+    except Image.DecompressionBombError as error:
+        raise LeftOut("picture too large", str(error)) from error
+    except (URLError, TimeoutError, ConnectionError) as error:
+        raise LeftOut("address not reached", str(error)) from error
+    # a decoder may fail in any way
+    except Exception as error:
+        reason = "picture too large" if _is_bomb(error) else "picture damaged"
+        raise LeftOut(reason, str(error)) from error
+    if min(picture.size) < min_side:
+        raise LeftOut("picture too small", f"{picture.width} x {picture.height} pixels")
+    return picture, changes
+
+
+def _open(value: Any, root: str | None) -> Image.Image:
+    if isinstance(value, dict):
+        value = value.get("bytes") or value.get("path")
+    if value is None or (isinstance(value, (str, bytes)) and not value):
+        raise LeftOut("picture missing", "the column is empty")
+    if isinstance(value, Image.Image):
+        return value
+    if isinstance(value, (bytes, bytearray)):
+        return Image.open(BytesIO(value))
+    if isinstance(value, np.ndarray):
+        return Image.fromarray(value)
+    text = os.fspath(value)
+    if text.startswith(("http://", "https://", "data:image/")):
+        return open_picture(text)
+    path = Path(root or "", text)
+    if not path.is_file():
+        raise LeftOut("picture missing", f"there is no file {str(value)!r}")
+    if path.stat().st_size == 0:
+        raise LeftOut("picture damaged", f"{str(value)!r} has no content")
+    return open_picture(str(path))
+
+
+def _changes(picture: Image.Image) -> list[str]:
+    orientation = picture.getexif().get(_EXIF_ORIENTATION, 1) if hasattr(picture, "getexif") else 1
+    found = {
+        "CMYK": picture.mode == "CMYK",
+        "16 bit": picture.mode.startswith("I"),
+        "animated": getattr(picture, "n_frames", 1) > 1,
+        "EXIF-rotated": orientation not in (0, 1),
+    }
+    return [name for name, is_so in found.items() if is_so]
+
+
+def _is_bomb(error: BaseException | None) -> bool:
+    while error is not None and not isinstance(error, Image.DecompressionBombError):
+        error = error.__cause__ or error.__context__
+    return error is not None
+
+
+__all__ = ["LeftOut", "read_picture"]

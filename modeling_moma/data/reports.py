@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What became of the rows of a shard, and of all shards: counts, and the names of those that were left out."""
+
+import json
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..training.files import write_aside
+from .jobs import MANIFEST_FILE, Job, Task
+from .pictures import LeftOut
+from .sources import TRAIN
+
+
+# rows of a manifest that are named; the shards' own reports name all
+NAMED = 20
+
+
+@dataclass
+class ShardReport:
+    """
+    Attributes:
+        rows: rows read.
+        written: documents by split.
+        tokens: by split, `text` (with the frames of documents and pictures) and `image` (codes) of one reading of
+            every document, captions by their first template.
+        left_out: rows, or pictures of interleaved documents, by reason.
+        changed: pictures that were brought into another form, by what they were.
+        named: `row`, `reason` and `detail` of what was left out.
+    """
+
+    rows: int = 0
+    written: Counter = field(default_factory=Counter)
+    tokens: dict[str, Counter] = field(default_factory=dict)
+    left_out: Counter = field(default_factory=Counter)
+    changed: Counter = field(default_factory=Counter)
+    named: list[dict] = field(default_factory=list)
+
+    def leave_out(self, row: int, error: LeftOut) -> None:
+        """Count and name a row."""
+        self.left_out[error.reason] += 1
+        self.named.append({"row": row, "reason": error.reason, "detail": error.detail[:300]})
+
+    def write_document(self, split: str, text: int, image: int) -> None:
+        """Count a document of so many tokens."""
+        self.written[split] += 1
+        self.tokens.setdefault(split, Counter()).update({"text": text, "image": image})
+
+
+def write_report(path: Path, report: ShardReport) -> None:
+    """The shard's report, the sign that the shard is done."""
+    content = vars(report)
+    write_aside(path, lambda aside: aside.write_text(json.dumps(content) + "\n", encoding="utf-8"))
+
+
+def write_manifest(folder: str | Path, job: Job) -> dict[str, Any]:
+    """
+    Adds up the reports of all shards, once all are done.
+
+    Returns:
+        `dict`: `format`, `fingerprint`, `sequence_length`, and `sources`: for each source its fields and, by split,
+        what [`ShardReport`] counts.
+
+    Raises:
+        ValueError: a shard is not done, or nothing of a source is left to train on.
+    """
+    folder = Path(folder)
+    sources: dict[str, Any] = {}
+    for task in job.tasks():
+        path = folder / task.report_name()
+        if not path.is_file():
+            raise ValueError(
+                f"{str(folder)!r}: the shard {task.report_name()!r} is missing; start `moma tokenize` again."
+            )
+        report = json.loads(path.read_text(encoding="utf-8"))
+        entry = sources.setdefault(task.source, {"fields": job.sources[task.source], "read": {}, "splits": {}})
+        _add_up(entry, task, report, job.output_splits(task))
+    for name, entry in sources.items():
+        if entry["splits"][TRAIN]["documents"] == 0:
+            raise ValueError(_nothing_left(name, entry["read"][TRAIN]))
+    manifest = {
+        "fingerprint": job.fingerprint,
+        "sequence_length": job.sequence_length,
+        "packed": job.packed,
+        "sources": sources,
+    }
+    text = json.dumps(manifest, indent=2) + "\n"
+    write_aside(folder / MANIFEST_FILE, lambda aside: aside.write_text(text, encoding="utf-8"))
+    return manifest
+
+
+def _add_up(entry: dict, task: Task, report: dict, splits: list[str]) -> None:
+    read = entry["read"].setdefault(task.split, {"rows": 0, "left_out": {}, "changed": {}, "named": []})
+    read["rows"] += report["rows"]
+    for name in ("left_out", "changed"):
+        read[name] = dict(Counter(read[name]) + Counter(report[name]))
+    read["named"] += [{"shard": task.shard, **row} for row in report["named"]][: NAMED - len(read["named"])]
+    for split in splits:
+        total = entry["splits"].setdefault(split, {"documents": 0, "tokens": {"text": 0, "image": 0}, "files": []})
+        written = report["written"].get(split, 0)
+        total["documents"] += written
+        for modality, number in report["tokens"].get(split, {}).items():
+            total["tokens"][modality] += number
+        if written:
+            total["files"].append(task.file_name(split))
+
+
+def _nothing_left(name: str, read: dict) -> str:
+    reasons = ", ".join(f"{count} {reason}" for reason, count in read["left_out"].items()) or "it has no rows"
+    first = f"; the first: {read['named'][0]['detail']!r}" if read["named"] else ""
+    return f"sources: {name!r} yields nothing to train on: of {read['rows']} rows {reasons}{first}."
+
+
+def read_manifest(folder: str | Path) -> dict[str, Any]:
+    """
+    The manifest of a folder of tokens.
+
+    Raises:
+        ValueError: it has none.
+    """
+    path = Path(folder) / MANIFEST_FILE
+    if not path.is_file():
+        raise ValueError(
+            f"{str(folder)!r} has no {MANIFEST_FILE}: `moma tokenize` writes one once all shards are done; is it the "
+            "right folder, and did it finish?"
+        )
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+__all__ = ["ShardReport", "read_manifest", "write_manifest", "write_report"]

@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tokens as they lie on the disk, mapped into memory: a column of any number of shards, a row at a time."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from datasets import Dataset
+
+
+class ShardTable:
+    """
+    The rows of several Arrow files, of which only those that are asked for are read.
+
+    Args:
+        paths: the files, which have the same columns.
+    """
+
+    def __init__(self, paths: Sequence[str | Path]):
+        self.paths = list(paths)
+        # what `datasets` maps into memory stays there as long as the data set does
+        self._parts = [Dataset.from_file(str(path)) for path in self.paths]
+        self._columns = {
+            name: [chunk for part in self._parts for chunk in part.data.column(name).chunks]
+            for name in (self._parts[0].column_names if self._parts else [])
+        }
+        lengths = [len(chunk) for chunk in next(iter(self._columns.values()), [])]
+        self._numbers: dict[tuple[str, int], tuple[np.ndarray, np.ndarray]] = {}
+        self._starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    @property
+    def column_names(self) -> list[str]:
+        """Names of the columns."""
+        return list(self._columns)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # workers map the files anew
+        return {"paths": self.paths}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["paths"])
+
+    def numbers(self, column: str, row: int) -> np.ndarray:
+        """The list of numbers in a row, not copied."""
+        index, place = self._place(row)
+        if (column, index) not in self._numbers:
+            self._numbers[column, index] = _as_arrays(self._columns[column][index])
+        values, offsets = self._numbers[column, index]
+        return values[offsets[place] : offsets[place + 1]]
+
+    def value(self, column: str, row: int) -> Any:
+        """The text, or the list of texts, in a row."""
+        index, place = self._place(row)
+        return self._columns[column][index][place].as_py()
+
+    def _place(self, row: int) -> tuple[int, int]:
+        if not 0 <= row < len(self):
+            raise IndexError(f"row {row} of {len(self)}")
+        index = int(np.searchsorted(self._starts, row, side="right")) - 1
+        return index, row - int(self._starts[index])
+
+
+def _as_arrays(chunk: pa.ListArray | pa.FixedSizeListArray) -> tuple[np.ndarray, np.ndarray]:
+    """The numbers of all rows of a chunk, not copied, and where each row's begin."""
+    if isinstance(chunk, pa.FixedSizeListArray):
+        offsets = (chunk.offset + np.arange(len(chunk) + 1)) * chunk.type.list_size
+    else:
+        offsets = chunk.offsets.to_numpy()
+    return chunk.values.to_numpy(zero_copy_only=True), offsets
+
+
+__all__ = ["ShardTable"]

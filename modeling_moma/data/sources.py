@@ -1,0 +1,215 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sources of a training: what a recipe calls them, where their rows are, and how `datasets` opens them."""
+
+import dataclasses
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from datasets import (
+    Dataset,
+    Features,
+    Image,
+    IterableDataset,
+    LargeList,
+    List,
+    get_dataset_split_names,
+    load_dataset,
+)
+
+from .kinds import Kind, kind_fields, read_kind
+
+
+TRAIN, VALIDATION = "train", "validation"
+# what a recipe says of any source, whatever its kind
+COMMON_FIELDS = ("data", "load", "splits", "held_out", "weight", "root")
+# readers of single files, by their ending
+READERS = {
+    ".json": "json",
+    ".jsonl": "json",
+    ".ndjson": "json",
+    ".csv": "csv",
+    ".tsv": "csv",
+    ".parquet": "parquet",
+    ".arrow": "arrow",
+    ".txt": "text",
+    ".tar": "webdataset",
+}
+
+
+@dataclass(frozen=True)
+class Source:
+    """
+    One source of a recipe.
+
+    Args:
+        name: the recipe's name for it.
+        data: a folder, a file, a pattern of files, or a name on the Hub.
+        kind: its columns.
+        load: further arguments of `datasets.load_dataset`, such as `name`, `revision` or `streaming`.
+        splits: the data set's name of `train`, `validation` and others, where it differs.
+        held_out: share of the training rows that becomes `validation` where the data set has no such split.
+        weight: its part of the tokens of a mixture, relative to the other sources' weights.
+        root: folder that paths of pictures in the rows start from; by default that of `data`.
+    """
+
+    name: str
+    data: str
+    kind: Kind
+    load: dict[str, Any] = field(default_factory=dict)
+    splits: dict[str, str] = field(default_factory=dict)
+    held_out: float = 0.02
+    weight: float = 1.0
+    root: str | None = None
+
+    def split_names(self) -> dict[str, str]:
+        """
+        The data set's splits by the names that the training gives them: `train`, `validation` and others.
+
+        Raises:
+            ValueError: the data cannot be opened, or have no split to train on.
+        """
+        path, options = self._loading()
+        found = self._call(get_dataset_split_names, path, options)
+        names = {TRAIN: found[0]} if len(found) == 1 else {name: name for name in found}
+        names |= self.splits
+        for name, split in names.items():
+            # a part of one, such as "train[:10%]", is read by `datasets`
+            if split.partition("[")[0] not in found:
+                raise ValueError(
+                    f"sources: {self.name!r}: {self.data!r} has no split {split!r} (for {name!r}), but {found}."
+                )
+        if TRAIN not in names:
+            raise ValueError(
+                f"sources: {self.name!r}: {self.data!r} has the splits {found}, none of which is called 'train'; name "
+                "the one to train on, `splits: {train: ...}`."
+            )
+        return names
+
+    def open(self, split: str) -> Dataset | IterableDataset:
+        """
+        Opens a split, of which no picture is decoded yet where it is streamed.
+
+        Args:
+            split: the data set's own name of it.
+
+        Raises:
+            ValueError: the data cannot be opened, or lack a column of the source.
+        """
+        path, options = self._loading()
+        rows = self._call(load_dataset, path, {**options, "split": split})
+        columns = rows.column_names
+        if columns is None:
+            columns = list(next(iter(rows), {}))
+        missing = [name for name in self.kind.columns() if name not in columns]
+        # a source of no rows has no columns, and is refused once it is read
+        if missing and columns:
+            raise ValueError(f"sources: {self.name!r}: {self.data!r} has no column {missing[0]!r}, but {columns}.")
+        return rows
+
+    def picture_root(self) -> str:
+        """The folder that relative paths of pictures start from."""
+        if self.root is not None:
+            return self.root
+        path = Path(self.data)
+        return str(path if path.is_dir() else path.parent)
+
+    def is_held_out(self, place: str) -> bool:
+        """Whether a training row is one of those that become `validation`, by where it stands."""
+        return zlib.crc32(f"{self.name}/{place}".encode()) < self.held_out * 2**32
+
+    def fields(self) -> dict[str, Any]:
+        """What [`read_sources`] reads."""
+        common = {name: getattr(self, name) for name in COMMON_FIELDS}
+        return {**{name: value for name, value in common.items() if value not in (None, {})}, **kind_fields(self.kind)}
+
+    def _loading(self) -> tuple[str, dict[str, Any]]:
+        path = Path(self.data)
+        if path.is_dir():
+            return self.data, dict(self.load)
+        is_pattern = any(letter in self.data for letter in "*?[")
+        is_local = is_pattern or path.is_file() or path.suffix in READERS
+        if is_local and not is_pattern and not path.is_file():
+            raise ValueError(f"sources: {self.name!r}: there is no file {self.data!r}.")
+        if not is_local:
+            # the name of a data set on the Hub has at most one slash
+            if self.data.startswith((".", "/", "~")) or self.data.count("/") > 1:
+                raise ValueError(f"sources: {self.name!r}: there is no folder {self.data!r}.")
+            return self.data, dict(self.load)
+        if path.suffix not in READERS:
+            raise ValueError(
+                f"sources: {self.name!r}: no reader is known for files that end in {path.suffix!r}, only for those in "
+                f"{sorted(READERS)}; name one and the files, `data: parquet` and `load: {{data_files: ...}}`."
+            )
+        options: dict[str, Any] = {"data_files": self.data}
+        if path.suffix == ".tsv":
+            options["sep"] = "\t"
+        return READERS[path.suffix], {**options, **self.load}
+
+    def _call(self, function: Any, path: str, options: dict[str, Any]) -> Any:
+        if function is get_dataset_split_names:
+            options = {name: value for name, value in options.items() if name not in ("streaming", "split")}
+        try:
+            return function(path, **options)
+        # readers of files fail in any way
+        except Exception as error:
+            raise ValueError(
+                f"sources: {self.name!r}: `datasets` cannot open {self.data!r} ({type(error).__name__}: {error})."
+            ) from error
+
+
+def undecoded_rows(rows: Dataset | IterableDataset) -> Iterator[dict[str, Any]]:
+    """Yields rows whose pictures are `{"bytes": ..., "path": ...}`, in whatever depth of lists they stand."""
+    streamed = rows.to_iterable_dataset() if isinstance(rows, Dataset) else rows
+    if streamed.features is None:
+        # nothing is decoded where nobody knows what it is
+        yield from streamed
+    else:
+        # `decode(False)` would leave JSON as text, too
+        yield from streamed.cast(Features({name: _undecoded(entry) for name, entry in streamed.features.items()}))
+
+
+def _undecoded(feature: Any) -> Any:
+    if isinstance(feature, Image):
+        return Image(mode=feature.mode, decode=False)
+    if isinstance(feature, (List, LargeList)):
+        return dataclasses.replace(feature, feature=_undecoded(feature.feature))
+    if isinstance(feature, dict):
+        return {name: _undecoded(entry) for name, entry in feature.items()}
+    return feature
+
+
+def read_sources(section: Any) -> list[Source]:
+    """
+    The sources of a recipe.
+
+    Args:
+        section: its mapping `sources`, of a name to the fields of [`Source`] and of its kind.
+
+    Raises:
+        ValueError: it is no such mapping, or a field is unknown, missing or out of range.
+    """
+    if not isinstance(section, dict) or not section:
+        raise ValueError(f"sources: expected a mapping of names to sources, got {section!r}.")
+    sources = []
+    for name, fields in section.items():
+        if not isinstance(fields, dict) or not isinstance(fields.get("data"), str):
+            raise ValueError(f"sources: {name!r} needs `data`, a folder, file or name on the Hub; it is {fields!r}.")
+        if not str(name).replace("-", "_").isidentifier():
+            raise ValueError(f"sources: {name!r} becomes the name of a folder: letters, digits, '-' and '_' only.")
+        common = {key: value for key, value in fields.items() if key in COMMON_FIELDS}
+        kind = read_kind(name, {key: value for key, value in fields.items() if key not in COMMON_FIELDS})
+        source = Source(name=str(name), kind=kind, **common)
+        for key, value, is_fine in (
+            ("weight", source.weight, lambda number: number > 0),
+            ("held_out", source.held_out, lambda number: 0 <= number < 1),
+        ):
+            if not isinstance(value, (int, float)) or not is_fine(value):
+                raise ValueError(f"sources: {name!r}: {key} = {value!r} is out of range.")
+        sources.append(source)
+    return sources
+
+
+__all__ = ["TRAIN", "VALIDATION", "Source", "read_sources", "undecoded_rows"]

@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The stream of a training: documents of weighted sources, each known from its number alone."""
+
+from collections.abc import Sequence
+from functools import cached_property
+
+import numpy as np
+import torch
+
+from .documents import Documents, mean_length
+
+
+# entries of the pattern in which sources follow one another where documents are rows of their own
+PATTERN = 1000
+# apart enough that no two sources draw alike
+_SEED_STEP = 1_000_003
+
+
+class DocumentOrder:
+    """
+    The endless order of a source's documents: every pass over them is a permutation of its own.
+
+    Args:
+        documents: of the source.
+        seed: of order and choices.
+    """
+
+    def __init__(self, documents: Documents, seed: int):
+        if len(documents) == 0:
+            raise ValueError(f"sources: {documents.name!r} has no document to train on.")
+        self.documents, self.seed = documents, seed
+        self._epoch, self._order = -1, np.arange(0)
+
+    @cached_property
+    def mean_length(self) -> float:
+        """Tokens of a document, estimated from a few."""
+        return mean_length(self.documents)
+
+    def __getitem__(self, number: int) -> Sequence[int] | np.ndarray:
+        epoch, place = divmod(number, len(self.documents))
+        if epoch != self._epoch:
+            self._epoch, self._order = (
+                epoch,
+                np.random.default_rng([self.seed, epoch]).permutation(len(self.documents)),
+            )
+        return self.documents.ids(int(self._order[place]), np.random.default_rng([self.seed, 1, number]))
+
+
+def document_orders(documents: Sequence[Documents], seed: int) -> list[DocumentOrder]:
+    """An order for each source, of seeds of their own."""
+    return [DocumentOrder(entry, seed + index * _SEED_STEP) for index, entry in enumerate(documents)]
+
+
+class DocumentExamples(torch.utils.data.Dataset):
+    """
+    A stream of examples, a document each, in which the index decides everything: a resumed run sees what the killed
+    one would have seen, whatever the number of workers.
+
+    Args:
+        documents: of each source.
+        weights: each source's part of the tokens, relative to the others'.
+        length: examples of the stream.
+        seed: of everything random.
+    """
+
+    def __init__(self, documents: Sequence[Documents], weights: Sequence[float], length: int, seed: int = 0):
+        self.orders, self.length = document_orders(documents, seed), length
+        self._pattern = _pattern(self.orders, weights)
+        self._counts = np.bincount(self._pattern, minlength=len(documents))
+        # how often an entry's source stands before it in the pattern
+        self._ranks = np.zeros(len(self._pattern), dtype=np.int64)
+        for source in range(len(documents)):
+            members = self._pattern == source
+            self._ranks[members] = np.arange(members.sum())
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> dict[str, Sequence[int] | np.ndarray]:
+        cycle, place = divmod(index, len(self._pattern))
+        source = self._pattern[place]
+        number = cycle * int(self._counts[source]) + int(self._ranks[place])
+        return {"input_ids": self.orders[source][number]}
+
+
+def _pattern(orders: Sequence[DocumentOrder], weights: Sequence[float]) -> np.ndarray:
+    """The source of each example of a cycle: always the one that lags most behind its part of the tokens."""
+    if len(orders) == 1:
+        return np.zeros(1, dtype=np.int64)
+    lengths, served = [order.mean_length for order in orders], np.zeros(len(orders))
+    pattern = np.empty(PATTERN, dtype=np.int64)
+    for place in range(PATTERN):
+        source = int(np.argmin(served / np.asarray(weights)))
+        pattern[place] = source
+        served[source] += lengths[source]
+    return pattern
+
+
+__all__ = ["DocumentExamples", "DocumentOrder", "document_orders"]

@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Texts made of columns: `"label"` is a column, `"{style}: {label}"` a template of two."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from string import Formatter
+from typing import Any
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Template:
+    """
+    Args:
+        text: the name of a column, or a text with names of columns in braces; `{{` is a brace.
+    """
+
+    text: str
+
+    @cached_property
+    def parts(self) -> list[tuple[str, str | None]]:
+        """Pairs of a fixed text and the column after it, if any."""
+        if "{" not in self.text:
+            return [("", self.text)]
+        try:
+            parsed = list(Formatter().parse(self.text))
+        except ValueError as error:
+            raise ValueError(f"template {self.text!r} cannot be read: {error}.") from error
+        if any(name == "" or spec or conversion for _, name, spec, conversion in parsed):
+            raise ValueError(f"template {self.text!r}: braces hold names of columns and nothing else.")
+        return [(fixed, name) for fixed, name, _, _ in parsed]
+
+    @cached_property
+    def columns(self) -> list[str]:
+        """The columns, each once."""
+        return list(dict.fromkeys(name for _, name in self.parts if name is not None))
+
+    def is_full(self, row: Mapping[str, Any]) -> bool:
+        """Whether every column holds something in a row."""
+        return all(_is_something(row[name]) for name in self.columns)
+
+    def render(self, row: Mapping[str, Any], rng: np.random.Generator | None = None) -> str:
+        """
+        The text of a row.
+
+        Args:
+            row: values by column; lists are joined by `", "`.
+            rng: decides on the order of lists, which stays without it.
+
+        Raises:
+            TypeError: a value is neither a text, a number nor a list of these.
+        """
+        return "".join(fixed + ("" if name is None else _as_text(name, row[name], rng)) for fixed, name in self.parts)
+
+
+def _is_something(value: Any) -> bool:
+    if value is None:
+        return False
+    return len(value) > 0 if isinstance(value, (list, tuple)) else str(value).strip() != ""
+
+
+def _as_text(name: str, value: Any, rng: np.random.Generator | None) -> str:
+    if isinstance(value, str):
+        return value
+    if isinstance(value, (list, tuple)):
+        entries = list(value) if rng is None else [value[place] for place in rng.permutation(len(value))]
+        return ", ".join(_as_text(name, entry, None) for entry in entries)
+    if value is None:
+        return ""
+    if isinstance(value, (int, float)):
+        return str(value)
+    raise TypeError(f"column {name!r} holds {type(value).__name__}s; a caption is made of texts, numbers or lists.")
+
+
+__all__ = ["Template"]

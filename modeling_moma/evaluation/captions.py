@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How far generated captions are the right ones: exact match and overlap of words, each beside its floor."""
+
+from collections import Counter
+from collections.abc import Sequence
+from statistics import fmean
+
+import numpy as np
+
+from ..training.measures import write_captions
+from .sources import CaptionedPictures
+
+
+LEAST_NEW_TOKENS = 32
+NUM_SAMPLES = 12
+
+
+def normalise(text: str) -> str:
+    """A text without regard to case, and with single spaces between its words."""
+    return " ".join(text.casefold().split())
+
+
+def word_overlap(text: str, reference: str) -> float:
+    """
+    F1 of the words of two texts, each word as often as it occurs, as SQuAD measures answers; punctuation stays.
+
+    Returns:
+        In [0, 1]; 1 where both have no word.
+    """
+    words, wanted = Counter(normalise(text).split()), Counter(normalise(reference).split())
+    if not words or not wanted:
+        return float(words == wanted)
+    shared = (words & wanted).total()
+    return 2 * shared / (words.total() + wanted.total())
+
+
+def caption_scores(texts: Sequence[str], references: Sequence[str]) -> dict[str, float]:
+    """
+    Means over pairs of a text and its reference.
+
+    Returns:
+        `exact_match`, the share of texts that are the reference but for case and spaces, and `overlap`, the mean F1 of
+        words.
+
+    Raises:
+        ValueError: there are no pairs, or texts and references are of different number.
+    """
+    if len(texts) != len(references) or not texts:
+        raise ValueError(
+            f"there are {len(texts)} texts and {len(references)} references: as many, and some, are needed."
+        )
+    pairs = list(zip(texts, references, strict=True))
+    return {
+        "exact_match": fmean(normalise(text) == normalise(reference) for text, reference in pairs),
+        "overlap": fmean(word_overlap(text, reference) for text, reference in pairs),
+    }
+
+
+def measure_captions(model, processor, rows: CaptionedPictures, batch_size: int, seed: int = 0) -> dict:
+    """
+    Captions pictures greedily and compares with their captions.
+
+    Args:
+        model: in eval mode.
+        processor: gives the ids.
+        rows: pictures and their captions.
+        batch_size: pictures at once.
+        seed: of the floor.
+
+    Returns:
+        `pictures`, their number; `generated`, the scores; `floor`, those of the same texts against the captions of
+        other pictures, `None` for a single picture; `samples`, the first captions and what was generated.
+    """
+    references = rows.captions
+    words = processor.tokenizer(references, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    # room for the longest reference and its end
+    room = max(LEAST_NEW_TOKENS, 1 + max(len(ids) for ids in words))
+    texts = write_captions(model, processor, rows.codes, batch_size, room)
+    floor = None
+    if len(texts) > 1:
+        floor = caption_scores(texts, [references[index] for index in derangement(len(texts), seed)])
+    samples = [
+        {"reference": reference, "generated": text} for reference, text in list(zip(references, texts))[:NUM_SAMPLES]
+    ]
+    return {
+        "pictures": len(texts),
+        "generated": caption_scores(texts, references),
+        "floor": floor,
+        "samples": samples,
+    }
+
+
+def derangement(length: int, seed: int = 0) -> list[int]:
+    """A random order in which no place keeps its number: one cycle through all of them, known from the seed alone."""
+    if length < 2:
+        raise ValueError(f"`length` is {length}: one place alone cannot move.")
+    cycle = np.random.default_rng(seed).permutation(length)
+    order = np.empty(length, dtype=int)
+    order[cycle] = np.roll(cycle, -1)
+    return order.tolist()

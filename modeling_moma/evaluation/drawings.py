@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How alike drawn and real pictures are, on the judge's features, with references by which the figures can be read."""
+
+from collections.abc import Callable
+
+import torch
+
+from ..training.measures import decode_pictures, draw_pictures
+from .distributions import frechet_distance, precision_recall
+from .features import all_features
+from .sources import CaptionedPictures
+
+
+NEIGHBOURS = 3
+# either half must have neighbours enough
+LEAST_PICTURES = 2 * (NEIGHBOURS + 1)
+
+
+def measure_drawings(
+    model,
+    processor,
+    rows: CaptionedPictures,
+    extract: Callable[[torch.Tensor], torch.Tensor],
+    batch_size: int,
+    sampling: dict,
+    seed: int = 0,
+) -> dict:
+    """
+    Draws a picture for each caption and compares all of them with the real ones.
+
+    Args:
+        model: in eval mode.
+        processor: decodes codes.
+        rows: captions, and the real pictures.
+        extract: pixel values `[B, 3, H, W]` in [-1, 1] to features `[B, D]`, such as those of [`feature_extractor`].
+        batch_size: pictures at once.
+        sampling: arguments of `generate`.
+        seed: of the sampling and of the halves.
+
+    Returns:
+        `pictures`, their number; `sampling`; `real`, `"pictures"` or `"reconstructions"`, whichever stands for them;
+        and `comparisons` of [`compare_features`] by name. `drawn` and `reconstructed` are against all real pictures.
+        `real, halves` is of one half of the real pictures against the other, what the best of models would reach;
+        `drawn, halves` is of the drawings for one half's captions against the other half, on as many pictures.
+
+    Raises:
+        ValueError: there are too few pictures, or the picture tokenizer has no decoder.
+    """
+    check_drawings(processor, len(rows))
+    drawn_codes = draw_pictures(model, processor, rows.captions, batch_size, sampling, seed)
+    drawn = all_features(extract, decode_pictures(processor, drawn_codes, batch_size))
+    reconstructed = all_features(extract, decode_pictures(processor, rows.codes, batch_size))
+    real = reconstructed if rows.pictures is None else all_features(extract, rows.pictures)
+    if len(real) != len(rows):
+        raise ValueError(f"`pictures` holds {len(real)} pictures, but `codes` {len(rows)}: one for each is needed.")
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
+    half = len(rows) // 2
+    one, other = order[:half], order[half : 2 * half]
+    comparisons = {"drawn": compare_features(real, drawn)}
+    if rows.pictures is not None:
+        comparisons["reconstructed"] = compare_features(real, reconstructed)
+    comparisons["drawn, halves"] = compare_features(real[other], drawn[one])
+    comparisons["real, halves"] = compare_features(real[other], real[one])
+    return {
+        "pictures": len(rows),
+        "sampling": sampling,
+        "real": "reconstructions" if rows.pictures is None else "pictures",
+        "comparisons": comparisons,
+    }
+
+
+def check_drawings(processor, num_pictures: int):
+    """Raise `ValueError` where drawings could not be compared with so many pictures, before time is spent on them."""
+    if num_pictures < LEAST_PICTURES:
+        raise ValueError(
+            f"drawings: {num_pictures} pictures to compare with, but at least {LEAST_PICTURES} are needed."
+        )
+    if not processor.vq_model.config.use_decoder:
+        raise ValueError("drawings: the picture tokenizer has no decoder (use_decoder=False), so it can show none.")
+
+
+def compare_features(real: torch.Tensor, others: torch.Tensor) -> dict[str, float]:
+    """`pictures` of either side, `frechet_distance`, `precision` and `recall` of others `[N, D]` against real ones."""
+    return {
+        "pictures": len(others),
+        "frechet_distance": frechet_distance(real, others),
+        **precision_recall(real, others, NEIGHBOURS),
+    }

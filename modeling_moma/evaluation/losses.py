@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Causal losses of a source by modality, with the figures that follow from them: perplexity, bits for each code."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+
+from ..configuration_moma import MomaConfig
+from ..frames_moma import TEXT
+from ..router_base_moma import MomaRouterBase
+from ..routing_rules_moma import RULES
+from ..training.measures import EXPERT_CHOICE, ModalityLosses, loss_outputs
+
+
+CAUSAL = "causal"
+# text targets but for the tokens that begin and end a picture or the like, of which most are certain
+WORDS = "words"
+
+
+def source_losses(
+    model, processor, documents: Sequence[dict], batch_size: int, seed: int = 0, name: str = "losses"
+) -> dict[str, dict]:
+    """
+    Losses under the model's inference routing and, where it was trained under `expert_choice`, under that.
+
+    Args:
+        model: a `MomaForCausalLM` in eval mode.
+        processor: its tokenizer pads.
+        documents: `input_ids` each.
+        batch_size: documents at once.
+        seed: of the order under `expert_choice`, in which the documents of a batch compete.
+        name: of the progress bars.
+
+    Returns:
+        [`document_losses`] by the name of the routing; that of `expert_choice` is its warning.
+
+    Raises:
+        ValueError: there are no documents, or one is longer than the model's context.
+    """
+    documents = list(documents)
+    check_lengths(model.config, documents, name)
+    # rows of about one length pad little, and a causal loss does not depend on the neighbours
+    by_length = sorted(documents, key=lambda document: len(document["input_ids"]))
+    result = {CAUSAL: document_losses(model, processor, by_length, batch_size, None, f"{name}, {CAUSAL}")}
+    if trains_by_expert_choice(model):
+        order = torch.randperm(len(documents), generator=torch.Generator().manual_seed(seed)).tolist()
+        mixed = [documents[index] for index in order]
+        result[EXPERT_CHOICE] = document_losses(
+            model, processor, mixed, batch_size, "expert_choice", f"{name}, expert_choice"
+        )
+    return result
+
+
+def check_lengths(config: MomaConfig, documents: list[dict], name: str):
+    """Raise `ValueError` where there are no documents, none with a target, or one is longer than the context."""
+    lengths = [len(document["input_ids"]) for document in documents]
+    if not lengths or max(lengths) < 2:
+        raise ValueError(
+            f"{name}: there are no held-out documents of two tokens or more; was `--limit` or the split 0?"
+        )
+    limit = config.max_position_embeddings
+    # scaled rotary embeddings are made to go beyond
+    if max(lengths) > limit and config.rope_parameters["rope_type"] == "default":
+        raise ValueError(
+            f"{name}: document {lengths.index(max(lengths))} has {max(lengths)} tokens, but the model reads "
+            f"`max_position_embeddings` = {limit}. Tokenize for sequences of that length."
+        )
+
+
+def trains_by_expert_choice(model) -> bool:
+    """Whether the model has routers whose training sees the future, so that such a loss says something of training."""
+    rules = {model.config.training_routing}
+    if model.config.depth_layers:
+        rules.add(model.config.depth_training_routing or model.config.training_routing)
+    has_routers = any(isinstance(module, MomaRouterBase) for module in model.modules())
+    return has_routers and any(not RULES[rule].is_causal for rule in rules)
+
+
+def document_losses(
+    model, processor, documents: Sequence[dict], batch_size: int, routing: str | None, description: str
+) -> dict:
+    """
+    Losses of documents under one routing.
+
+    Returns:
+        In nats per target token: `overall`, and for each modality its loss, `None` where it has no targets. `text`
+        counts all that is no code, the tokens around pictures and `<eos>` too; `words` leaves those around pictures
+        out. `perplexity` is that of `words`. `bits_per_code` holds the loss of each other modality in bits; its
+        targets are codes alone. `targets` holds the numbers of targets, that of all as `overall`.
+    """
+    losses, frames = ModalityLosses(), FrameLosses(model.config)
+    for inputs, output in loss_outputs(model, processor, list(documents), batch_size, routing, description):
+        losses.add(output)
+        frames.add(inputs["labels"], output.logits)
+    sums = {**losses.sums, WORDS: losses.sums[TEXT] - frames.sum}
+    counts = {**losses.counts, WORDS: losses.counts[TEXT] - frames.count}
+    means = {part: sums[part] / counts[part] if counts[part] else None for part in sums}
+    words = means[WORDS]
+    codes = {part: means[part] for part in losses.counts if part != TEXT}
+    total = sum(losses.counts.values())
+    return {
+        "overall": sum(losses.sums.values()) / total,
+        **means,
+        "perplexity": None if words is None else math.exp(words),
+        "bits_per_code": {part: None if nats is None else nats / math.log(2) for part, nats in codes.items()},
+        "targets": {"overall": total, **counts},
+    }
+
+
+class FrameLosses:
+    """Adds up the losses of the tokens that begin and end pictures and the like.
+
+    Attributes:
+        sum (`float`): in nats.
+        count (`int`): number of these targets.
+    """
+
+    def __init__(self, config: MomaConfig):
+        tokens = [token for frame in config.frames.values() for token in (frame.begin, frame.end)]
+        self._tokens = torch.tensor(tokens, dtype=torch.long)
+        self.sum, self.count = 0.0, 0
+
+    def add(self, labels: torch.Tensor, logits: torch.Tensor):
+        """Add those of a batch: labels `[B, T]`, -100 where there is no target, and logits `[B, T, V]`."""
+        targets = labels[:, 1:]
+        is_frame = torch.isin(targets, self._tokens.to(targets.device))
+        self.sum += float(F.cross_entropy(logits[:, :-1][is_frame].float(), targets[is_frame], reduction="sum"))
+        self.count += int(is_frame.sum())

@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The figures of [`measure_sources`] as Markdown tables."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from ..frames_moma import TEXT
+from ..training.measures import LOSSES as MODALITY_NAMES
+from ..training.tables import markdown_table
+from .losses import WORDS
+from .measuring import CAPTIONS, DRAWINGS, LOSSES, RETRIEVAL
+
+
+def report_tables(sources: dict[str, dict]) -> str:
+    """A table for each measure that was taken, one after the other."""
+    tables = {LOSSES: loss_table, CAPTIONS: caption_table, RETRIEVAL: retrieval_table, DRAWINGS: drawing_table}
+    return "\n\n".join(
+        table(taken)
+        for measure, table in tables.items()
+        if (taken := {name: figures[measure] for name, figures in sources.items() if measure in figures})
+    )
+
+
+def loss_table(losses: dict[str, dict]) -> str:
+    """Losses by source and routing, in nats for each target token."""
+    rows = [(name, routing, part) for name, by_routing in losses.items() for routing, part in by_routing.items()]
+    modalities = list(dict.fromkeys(modality for _, _, part in rows for modality in part["bits_per_code"]))
+    names = [MODALITY_NAMES.get(modality, modality) for modality in modalities]
+    codes = [column for name in names for column in (f"{name} codes", f"bits per {name} code")]
+    head = ["loss, nats per target", "overall", "text", "words", "perplexity of words", *codes, "targets"]
+    body = []
+    for name, routing, part in rows:
+        figures = [part["overall"], part.get(TEXT), part[WORDS]]
+        cells = [_number(figure, 4) for figure in figures] + [_number(part["perplexity"], 2)]
+        for modality in modalities:
+            cells += [_number(part.get(modality), 4), _number(part["bits_per_code"].get(modality), 3)]
+        body.append([f"{name}, {routing}", *cells, f"{part['targets']['overall']:,}"])
+    return markdown_table(head, body)
+
+
+def caption_table(captions: dict[str, dict]) -> str:
+    """Exact match and overlap of words by source, with their floors."""
+    body = []
+    for name, part in captions.items():
+        for label, key in ((name, "generated"), (f"{name}, against other pictures' captions", "floor")):
+            scores = part[key] or {}
+            body.append([label, *(_share(scores.get(score)) for score in ("exact_match", "overlap"))])
+            body[-1].append(f"{part['pictures']:,}")
+    return markdown_table(["captions, greedy", "exact match", "overlap of words (F1)", "pictures"], body)
+
+
+def retrieval_table(retrieval: dict[str, dict]) -> str:
+    """Ranks by source, direction and score, with what chance would reach."""
+    body = []
+    for name, part in retrieval.items():
+        for answers in ("captions", "pictures"):
+            for score, figures in part[answers].items():
+                body.append([f"{name}: {answers} by {score}", *_rank_cells(figures), f"{part['pairs']:,}"])
+            chance = next(iter(part[answers].values()))["chance"]
+            body.append([f"{name}: {answers}, chance", *_rank_cells(chance), f"{part['pairs']:,}"])
+    return markdown_table(
+        ["retrieval by log-probability", "recall@1", "recall@5", "mean reciprocal rank", "median rank", "pairs"], body
+    )
+
+
+def _rank_cells(figures: dict[str, Any]) -> Iterator[str]:
+    for name in ("recall@1", "recall@5"):
+        yield _share(figures[name])
+    yield _number(figures["mean_reciprocal_rank"], 3)
+    yield f"{figures['median_rank']:g}"
+
+
+def drawing_table(drawings: dict[str, dict]) -> str:
+    """Comparisons with real pictures by source, each with the number of pictures that it stands on."""
+    body = []
+    for name, part in drawings.items():
+        # a source without pixels has its reconstructions for them
+        label = name if part["real"] == "pictures" else f"{name} (real: reconstructions)"
+        for comparison, figures in part["comparisons"].items():
+            shares = [_share(figures[score]) for score in ("precision", "recall")]
+            distance = _number(figures["frechet_distance"], 2)
+            body.append([f"{label}: {comparison}", distance, *shares, f"{figures['pictures']:,}"])
+    head = [
+        "against real pictures, judge's features",
+        "Frechet distance",
+        "precision",
+        "recall",
+        "pictures on either side",
+    ]
+    return markdown_table(head, body)
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def _share(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.1f} %"

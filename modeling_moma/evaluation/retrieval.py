@@ -1,0 +1,159 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Retrieval by likelihood: where the true caption stands among many for a picture, and the true picture for a caption.
+
+Shape suffixes:
+    N pairs, Q queries, A answers.
+"""
+
+import torch
+
+from .scoring import continuation_log_probs
+from .sources import CaptionedPictures
+
+
+DEFAULT_PAIRS = 64
+RECALL_AT = (1, 5)
+# log-probabilities that rank, by their name in reports
+CAPTION, PICTURE = "caption given picture", "picture given caption"
+
+
+def measure_retrieval(
+    model, processor, rows: CaptionedPictures, batch_size: int, num_pairs: int = DEFAULT_PAIRS, seed: int = 0
+) -> dict:
+    """
+    Ranks every caption for every picture and every picture for every caption, by the model's likelihoods.
+
+    A caption is scored by its words and `<eos>` behind the picture, a picture by its codes behind the caption and the
+    token that begins a picture. Equal captions are one answer, and so are pictures of equal codes.
+
+    Args:
+        model: in eval mode.
+        processor: gives the ids.
+        rows: pictures and their captions.
+        batch_size: continuations at once.
+        num_pairs: so many of the rows, drawn at random.
+        seed: of the draw.
+
+    Returns:
+        `pairs`, and under `captions` and `pictures` the figures of [`rank_figures`] by the score that ranks:
+
+        - `captions`: `CAPTION`, that is `log p(caption | picture)`; the same divided by the number of tokens;
+          `PICTURE`, `log p(picture | caption)`.
+        - `pictures`: `PICTURE`; the same minus `log p(picture)`, the pointwise mutual information of the two;
+          `CAPTION`.
+
+    Raises:
+        ValueError: there are fewer than two pairs.
+    """
+    num_pairs = min(num_pairs, len(rows))
+    if num_pairs < 2:
+        raise ValueError(
+            f"retrieval: {num_pairs} pairs of a picture and its caption; there must be two to tell apart."
+        )
+    chosen = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[:num_pairs].tolist()
+    pictures = [tuple(rows.codes[index].tolist()) for index in chosen]
+    captions = [rows.captions[index] for index in chosen]
+    # each answer once
+    distinct_pictures, distinct_captions = list(dict.fromkeys(pictures)), list(dict.fromkeys(captions))
+    picture_N = torch.tensor([distinct_pictures.index(codes) for codes in pictures])
+    caption_N = torch.tensor([distinct_captions.index(text) for text in captions])
+    of_captions, of_pictures, prior = pair_scores(model, processor, distinct_pictures, distinct_captions, batch_size)
+    lengths = torch.tensor([len(ids) for ids in _caption_ids(processor, distinct_captions)])
+    by_picture = {
+        CAPTION: of_captions,
+        f"{CAPTION}, per token": of_captions / lengths,
+        PICTURE: of_pictures.T,
+    }
+    by_caption = {
+        PICTURE: of_pictures,
+        f"{PICTURE}, less the picture alone": of_pictures - prior,
+        CAPTION: of_captions.T,
+    }
+    return {
+        "pairs": num_pairs,
+        "captions": {name: rank_figures(*ranks(score, picture_N, caption_N)) for name, score in by_picture.items()},
+        "pictures": {name: rank_figures(*ranks(score, caption_N, picture_N)) for name, score in by_caption.items()},
+    }
+
+
+def pair_scores(
+    model, processor, pictures: list[tuple[int, ...]], captions: list[str], batch_size: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """
+    Log-probabilities of all pairs, in nats.
+
+    Args:
+        model: in eval mode.
+        processor: gives the ids.
+        pictures: codes of each.
+        captions: text of each.
+        batch_size: continuations at once.
+
+    Returns:
+        `log p(caption | picture)`, `[pictures, captions]`; `log p(picture | caption)`, `[captions, pictures]`; and
+        `log p(picture)` without any words before it, `[pictures]`.
+    """
+    bos = processor.tokenizer.bos_token_id
+    framed = [processor.picture_ids(list(codes)) for codes in pictures]
+    codes = [ids[1:-1] for ids in framed]
+    words = _caption_ids(processor, captions)
+    shown = [[bos, *ids] for ids in framed]
+    asked = [[bos, *ids[:-1], framed[0][0]] for ids in words]
+    of_captions = continuation_log_probs(model, shown, words, batch_size, "captions of each picture")
+    of_pictures = continuation_log_probs(model, asked, codes, batch_size, "pictures of each caption")
+    prior = continuation_log_probs(model, [[bos, framed[0][0]]], codes, batch_size, "pictures of no caption")[0]
+    return of_captions, of_pictures, prior
+
+
+def _caption_ids(processor, captions: list[str]) -> list[list[int]]:
+    """Ids of captions with `<eos>`; special tokens in a caption are the characters that they are."""
+    tokenizer = processor.tokenizer
+    words = tokenizer(captions, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    return [[*ids, tokenizer.eos_token_id] for ids in words]
+
+
+def ranks(scores_QA: torch.Tensor, query_N: torch.Tensor, answer_N: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    The rank of every pair's answer among those that are wrong for its query.
+
+    Args:
+        scores_QA: higher is better.
+        query_N: the query of each pair.
+        answer_N: its answer. Other answers that the query has in other pairs are right as well and do not count.
+
+    Returns:
+        Ranks `[N]` from 1, a wrong answer of equal score ahead of the right one; and among how many, `[N]`.
+    """
+    is_right_QA = torch.zeros_like(scores_QA, dtype=torch.bool)
+    is_right_QA[query_N, answer_N] = True
+    is_wrong_NA = ~is_right_QA[query_N]
+    own_N1 = scores_QA[query_N, answer_N].unsqueeze(1)
+    is_ahead_NA = is_wrong_NA & (scores_QA[query_N] >= own_N1)
+    return 1 + is_ahead_NA.sum(dim=1), 1 + is_wrong_NA.sum(dim=1)
+
+
+def rank_figures(rank_N: torch.Tensor, candidates_N: torch.Tensor) -> dict:
+    """
+    What is told of ranks, and what chance would reach.
+
+    Args:
+        rank_N: from 1.
+        candidates_N: among how many each.
+
+    Returns:
+        `recall@1`, `recall@5` (shares of pairs of at most that rank), `mean_reciprocal_rank`, `median_rank`, and the
+        same under `chance`, as expected of a random order.
+    """
+    rank, candidates = rank_N.double(), candidates_N.double()
+    harmonic = (1 / torch.arange(1, int(candidates_N.max()) + 1).double()).cumsum(0)
+    return {
+        **{f"recall@{k}": (rank <= k).double().mean().item() for k in RECALL_AT},
+        "mean_reciprocal_rank": (1 / rank).mean().item(),
+        # the mean of the middle two of an even number
+        "median_rank": rank.quantile(0.5).item(),
+        "chance": {
+            **{f"recall@{k}": (k / candidates).clamp(max=1).mean().item() for k in RECALL_AT},
+            "mean_reciprocal_rank": (harmonic[candidates_N - 1] / candidates).mean().item(),
+            "median_rank": ((candidates + 1) / 2).mean().item(),
+        },
+    }

@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The pictures of a recipe's sources, one by one and undecoded: those to train on and those held out."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..data.kinds import InterleavedKind, Kind, PictureKind, TextKind
+from ..data.sources import TRAIN, VALIDATION, Source, undecoded_rows
+from .recipe import read_recipe
+
+
+RECIPES = (".yaml", ".yml")
+# the column of a data set that stands in for a recipe
+PICTURE_COLUMN = "image"
+# fields of a source that change no picture
+OF_TEXTS = ("weight", "text", "alternatives", "picture_first", "without_caption", "codings")
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """
+    A picture before it is decoded.
+
+    Args:
+        source: that it is of.
+        split: the data set's name.
+        row: that it stands in, counted from 0.
+        index: its place among the row's pictures.
+        is_held_out: whether it is not to be trained on.
+        value: what `read_picture` takes.
+    """
+
+    source: Source
+    split: str
+    row: int
+    index: int
+    is_held_out: bool
+    value: Any
+
+    def place(self) -> str:
+        """Where it stands, for errors and reports."""
+        return f"source {self.source.name!r}, split {self.split!r}, row {self.row}, picture {self.index}"
+
+
+def read_picture_sources(place: str) -> tuple[list[Source], dict[str, Any]]:
+    """
+    The sources with pictures that a recipe names.
+
+    Args:
+        place: a YAML file, or else what `datasets` opens with a column `image`: a folder, a file or a name on the Hub.
+
+    Returns:
+        The sources, and the fields of the recipe's section `image_tokenizer`.
+
+    Raises:
+        ValueError: none of the sources has pictures.
+    """
+    if Path(place).suffix not in RECIPES:
+        return [Source(name="pictures", data=place, kind=PictureKind(PICTURE_COLUMN))], {}
+    recipe = read_recipe(place)
+    sources = [source for source in recipe.sources if not isinstance(source.kind, TextKind)]
+    if not sources:
+        kinds = {source.name: source.kind.name for source in recipe.sources}
+        raise ValueError(
+            f"{place!r} has no source with pictures, but {kinds or 'no sources at all'}: a picture tokenizer is "
+            "trained on sources of captions (`image`) or of interleaved documents (`segments`, `images`)."
+        )
+    return sources, recipe.image_tokenizer
+
+
+def picture_fields(source: Source) -> dict[str, Any]:
+    """What decides on which pictures a source gives, for a comparison with those of an earlier start."""
+    fields = {"name": source.name, "kind": source.kind.name, **source.fields()}
+    return {name: value for name, value in fields.items() if name not in OF_TEXTS}
+
+
+def candidates(source: Source) -> Iterator[Candidate]:
+    """
+    Yields a source's pictures in their order, first those of its split `train`.
+
+    Held out are those of its split `validation` or, where it has none, of the rows that [`Source.is_held_out`] names.
+
+    Raises:
+        ValueError: the source cannot be opened.
+    """
+    names = source.split_names()
+    for name in (TRAIN, VALIDATION):
+        if name not in names:
+            continue
+        for row, columns in enumerate(undecoded_rows(source.open(names[name]))):
+            is_held_out = name == VALIDATION or (VALIDATION not in names and source.is_held_out(str(row)))
+            for index, value in enumerate(row_pictures(source.kind, columns)):
+                yield Candidate(source, names[name], row, index, is_held_out, value)
+
+
+def row_pictures(kind: Kind, row: dict[str, Any]) -> list[Any]:
+    """
+    The pictures of a row, undecoded.
+
+    Args:
+        kind: of the row's source.
+        row: its columns.
+    """
+    if isinstance(kind, TextKind):
+        return []
+    if not isinstance(kind, InterleavedKind):
+        return [row[kind.image]]
+    if kind.segments is not None:
+        parts = row[kind.segments]
+    elif kind.images is not None:
+        images = row[kind.images]
+        return images if isinstance(images, list) else [] if images is None else [images]
+    else:
+        messages = row[kind.messages] or []  # pyright: ignore[reportArgumentType]
+        contents = [message.get("content") for message in messages if isinstance(message, dict)]
+        parts = [part for content in contents if isinstance(content, list) for part in content]
+    parts = parts if isinstance(parts, list) else []
+    return [part["image"] for part in parts if isinstance(part, dict) and part.get("image") is not None]

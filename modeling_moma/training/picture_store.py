@@ -1,0 +1,249 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pictures decoded and resized once, in files that are read without being loaded: memory does not grow with them."""
+
+import heapq
+import json
+import os
+import zlib
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+from tokenization import MomaImageProcessor
+
+from ..data.pictures import LeftOut, read_picture
+from ..data.sources import Source
+from .array_file import ArrayWriter, read_array
+from .files import replace_folder
+from .picture_sources import Candidate, candidates, picture_fields
+
+
+TRAIN_FILE, HELD_OUT_FILE, REPORT_FILE = "train.npy", "held_out.npy", "pictures.json"
+# pictures left out that a report describes, beyond their counts
+NUM_EXAMPLES = 20
+# decoders let other threads run, and few are enough to keep the disk busy
+NUM_READERS = min(16, os.cpu_count() or 1)
+
+
+@dataclass(frozen=True)
+class PictureStore:
+    """
+    The pictures of a training, as the processor shows them to the model.
+
+    Args:
+        folder: of the files.
+        train: uint8 `(pictures, 3, side, side)`, memory-mapped.
+        held_out: likewise, those that are not trained on.
+        report: `key` (what the files were made from), `train` and `held_out` (numbers of pictures), `sources` (by
+            name: `train`, `held_out`, `left_out` by reason and `changed` by kind) and `examples` of those left out.
+    """
+
+    folder: Path
+    train: np.ndarray
+    held_out: np.ndarray
+    report: dict[str, Any]
+
+    def summary(self) -> str:
+        """How many pictures there are, and how many were left out and why."""
+        lines = [f"{self.report['train']:,} pictures to train on, {self.report['held_out']:,} held out"]
+        lines += [f"  {name}: {describe(counts)}" for name, counts in self.report["sources"].items()]
+        return "\n".join(lines)
+
+
+def open_store(
+    folder: Path, sources: list[Source], side: int, held_out_pictures: int, is_strict: bool = False
+) -> PictureStore:
+    """
+    Opens the pictures of an earlier start, or reads the sources where it was made from others.
+
+    Args:
+        folder: of the files; its content is replaced where it does not fit.
+        sources: with pictures.
+        side: of the pictures in pixels.
+        held_out_pictures: so many held-out pictures are kept at most, of more a random part.
+        is_strict: refuse sources with a picture that cannot be used.
+
+    Raises:
+        ValueError: there are fewer than two pictures, or `is_strict` and one cannot be used.
+    """
+    key = {
+        "sources": [picture_fields(source) for source in sources],
+        "resolution": side,
+        "held_out_pictures": held_out_pictures,
+    }
+    # as it looks when it is read
+    key = json.loads(json.dumps(key, default=str))
+    report = _read_report(folder)
+    if report.get("key") != key:
+        replace_folder(folder, lambda aside: _write(aside, sources, key, is_strict))
+        report = _read_report(folder)
+    else:
+        print(f"pictures of an earlier start in {str(folder)!r}; remove the folder where the data have changed")
+    if is_strict and report["examples"]:
+        raise ValueError(f"--strict: {report['examples'][0]}.")
+    return PictureStore(folder, read_array(folder / TRAIN_FILE), read_array(folder / HELD_OUT_FILE), report)
+
+
+def take(pictures: np.ndarray, indices: torch.Tensor) -> torch.Tensor:
+    """Pictures of a store by their indices, in memory."""
+    return torch.from_numpy(pictures[indices.numpy()])
+
+
+def to_pixel_values(pictures: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """uint8 pictures `(batch, 3, side, side)` to values in [-1, 1], as the model takes them."""
+    pixel_values = pictures.to(device).float() / 127.5 - 1
+    return pixel_values.to(memory_format=torch.channels_last)
+
+
+def describe(counts: dict[str, Any]) -> str:
+    """A source's entry of a report in words."""
+    text = f"{counts['train']:,} to train on, {counts['held_out']:,} held out"
+    for title, name in (("left out", "left_out"), ("changed", "changed")):
+        if counts[name]:
+            text += f"; {title}: " + ", ".join(f"{reason} {count:,}" for reason, count in counts[name].items())
+    return text
+
+
+def _read_report(folder: Path) -> dict[str, Any]:
+    try:
+        return json.loads((folder / REPORT_FILE).read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+def _write(folder: Path, sources: list[Source], key: dict[str, Any], is_strict: bool) -> None:
+    folder.mkdir(parents=True)
+    shape = (3, key["resolution"], key["resolution"])
+    with ArrayWriter(folder / TRAIN_FILE, shape) as train, ArrayWriter(folder / HELD_OUT_FILE, shape) as held_out:
+        filling = _Filling(sources, train, _Sample(held_out, key["held_out_pictures"]), is_strict)
+        filling.run(MomaImageProcessor.for_resolution(key["resolution"], do_rescale=False, do_normalize=False))
+    totals = {"train": train.count, "held_out": held_out.count}
+    report = {"key": key, **totals, "sources": filling.counts, "examples": filling.examples}
+    (folder / REPORT_FILE).write_text(json.dumps(report, indent=2) + "\n")
+
+
+class _Sample:
+    """The held-out pictures: at most so many of all that are offered, drawn by a hash of where they stand."""
+
+    def __init__(self, writer: ArrayWriter, limit: int):
+        self.writer, self.limit = writer, limit
+        # (-hash, index) of those in the file, the one to give way first
+        self.heap: list[tuple[int, int]] = []
+        # the source of each
+        self.owners: list[str] = []
+
+    def wants(self, candidate: Candidate) -> bool:
+        return len(self.heap) < self.limit or -_hash(candidate) > self.heap[0][0]
+
+    def add(self, candidate: Candidate, picture: np.ndarray) -> None:
+        if not self.wants(candidate):
+            return
+        if len(self.heap) < self.limit:
+            index = len(self.heap)
+            heapq.heappush(self.heap, (-_hash(candidate), index))
+            self.owners.append(candidate.source.name)
+        else:
+            index = self.heap[0][1]
+            heapq.heapreplace(self.heap, (-_hash(candidate), index))
+            self.owners[index] = candidate.source.name
+        self.writer.write(picture, index)
+
+
+def _hash(candidate: Candidate) -> int:
+    place = f"{candidate.source.name}/{candidate.split}/{candidate.row}/{candidate.index}"
+    return zlib.crc32(place.encode())
+
+
+class _Filling:
+    """Reads all pictures of the sources into the two files, and counts what becomes of them."""
+
+    def __init__(self, sources: list[Source], train: ArrayWriter, held_out: _Sample, is_strict: bool):
+        self.sources, self.train, self.held_out, self.is_strict = sources, train, held_out, is_strict
+        self.counts: dict[str, dict[str, Any]] = {
+            source.name: {"train": 0, "held_out": 0, "left_out": Counter(), "changed": Counter()} for source in sources
+        }
+        self.examples: list[str] = []
+        self.last: tuple[Candidate, np.ndarray] | None = None
+
+    def run(self, processor: MomaImageProcessor) -> None:
+        wanted = (
+            candidate
+            for source in self.sources
+            for candidate in candidates(source)
+            if not candidate.is_held_out or self.held_out.wants(candidate)
+        )
+        for candidate, result in tqdm(_read_in_order(wanted, processor), desc="reading pictures", unit=" pictures"):
+            if isinstance(result, LeftOut):
+                self._leave_out(candidate, result)
+            else:
+                self._take(candidate, *result)
+        if self.train.count > 1 and not self.held_out.owners:
+            self._hold_last_out()
+        for owner in self.held_out.owners:
+            self.counts[owner]["held_out"] += 1
+        if self.train.count == 0 or not self.held_out.owners:
+            raise ValueError(
+                "sources: a picture tokenizer needs one picture to train on and another one that is held out, and of "
+                + "; ".join(f"{name!r} there are {describe(counts)}" for name, counts in self.counts.items())
+                + "."
+            )
+
+    def _take(self, candidate: Candidate, picture: np.ndarray, changes: list[str]) -> None:
+        self.counts[candidate.source.name]["changed"].update(changes)
+        if candidate.is_held_out:
+            self.held_out.add(candidate, picture)
+        else:
+            self.train.write(picture)
+            self.counts[candidate.source.name]["train"] += 1
+            self.last = candidate, picture
+
+    def _leave_out(self, candidate: Candidate, error: LeftOut) -> None:
+        example = f"{candidate.place()}: {error}"
+        if self.is_strict:
+            raise ValueError(f"--strict: {example}.") from error
+        self.counts[candidate.source.name]["left_out"][error.reason] += 1
+        if len(self.examples) < NUM_EXAMPLES:
+            self.examples.append(example)
+
+    def _hold_last_out(self) -> None:
+        assert self.last is not None
+        self.train.drop_last()
+        self.counts[self.last[0].source.name]["train"] -= 1
+        self.held_out.add(*self.last)
+
+
+def _read_in_order(
+    wanted: Iterable[Candidate], processor: MomaImageProcessor
+) -> Iterator[tuple[Candidate, tuple[np.ndarray, list[str]] | LeftOut]]:
+    """Decodes pictures in several threads, few at a time, and yields them in their order."""
+    waiting: deque = deque()
+    with ThreadPoolExecutor(NUM_READERS) as pool:
+        for candidate in wanted:
+            waiting.append((candidate, pool.submit(_read, candidate, processor)))
+            if len(waiting) > 2 * NUM_READERS:
+                first, future = waiting.popleft()
+                yield first, future.result()
+        while waiting:
+            first, future = waiting.popleft()
+            yield first, future.result()
+
+
+def _read(candidate: Candidate, processor: MomaImageProcessor) -> tuple[np.ndarray, list[str]] | LeftOut:
+    source = candidate.source
+    try:
+        min_side = getattr(source.kind, "min_side", 1)
+        picture, changes = read_picture(candidate.value, source.picture_root(), min_side)
+        pixels = processor(picture, return_tensors="pt")["pixel_values"][0]
+    except LeftOut as error:
+        return error
+    # what decodes may still have a mode that cannot be converted
+    except (ValueError, TypeError, OSError) as error:
+        return LeftOut("picture damaged", str(error))
+    return pixels.to(torch.uint8).numpy(), changes

@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a model in training draws and says every so often, from fixed prompts and held-out pictures."""
+
+import json
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers import TrainerCallback
+from transformers.utils import logging
+
+from tokenization import MomaProcessor
+
+from ..data.documents import CaptionDocuments
+from ..tools.callbacks import MomaMetricsCallback
+from .files import write_aside
+from .measures import draw_pictures, write_captions
+from .recipe import SampleFields
+
+
+logger = logging.get_logger(__name__)
+
+
+class SampleCallback(TrainerCallback):
+    """
+    Writes `samples/step-000400.png`, a row of drawings of the prompts above a row of held-out pictures, and
+    `samples/step-000400.json`, the prompts and the captions of those pictures. The training's random numbers stay as
+    they are.
+
+    Args:
+        fields: of the recipe.
+        processor: of the training.
+        held_out: documents of every source of captions, whose first pictures are captioned.
+        metrics: which must not count what is generated.
+    """
+
+    def __init__(
+        self,
+        fields: SampleFields,
+        processor: MomaProcessor,
+        held_out: Sequence[CaptionDocuments],
+        metrics: MomaMetricsCallback,
+    ):
+        self.fields, self.processor, self.metrics = fields, processor, metrics
+        pairs = [(entry, row) for entry in held_out for row in range(min(fields.pictures, len(entry)))]
+        self.references = [entry.caption(row) for entry, row in pairs]
+        codes = [torch.as_tensor(entry.codes(row).copy()) for entry, row in pairs]
+        self.codes = torch.stack(codes) if codes else torch.zeros(0, processor.image_seq_length, dtype=torch.long)
+
+    def on_step_end(self, args, state, control, model: Any = None, **kwargs):
+        """Sample where it is time."""
+        if state.global_step % self.fields.every or not state.is_world_process_zero:
+            return
+        if not hasattr(model, "generate"):
+            logger.warning_once(f"No samples: a {type(model).__name__} cannot generate on one process alone.")
+            return
+        was_training = model.training
+        states = random.getstate(), np.random.get_state()
+        devices = [model.device] if model.device.type == "cuda" else []
+        with torch.random.fork_rng(devices):
+            try:
+                self._write(model.eval(), Path(args.output_dir) / "samples", state.global_step, args.seed)
+            finally:
+                random.setstate(states[0])
+                np.random.set_state(states[1])
+                model.train(was_training)
+                self.metrics.discard_evaluation()
+
+    def _write(self, model: Any, folder: Path, step: int, seed: int) -> None:
+        rows, said = [], []
+        if self.fields.prompts:
+            sampling = {
+                "do_sample": True,
+                "top_k": 0,
+                "temperature": self.fields.temperature,
+                "guidance_scale": self.fields.guidance_scale,
+            }
+            drawn = draw_pictures(model, self.processor, list(self.fields.prompts), 16, sampling, seed)
+            rows.append(self.processor.decode_pictures(drawn))
+        if len(self.codes):
+            captions = write_captions(model, self.processor, self.codes, 16, self.fields.max_new_tokens)
+            said = [{"caption": own, "reference": true} for own, true in zip(captions, self.references)]
+            rows.append(self.processor.decode_pictures(self.codes))
+        name = f"step-{step:06d}"
+        if rows:
+            write_aside(folder / f"{name}.png", lambda path: picture_grid(rows).save(path, format="PNG"))
+        text = json.dumps({"step": step, "prompts": list(self.fields.prompts), "captions": said}, indent=2)
+        write_aside(folder / f"{name}.json", lambda path: path.write_text(text + "\n", encoding="utf-8"))
+
+
+def picture_grid(rows: Sequence[Sequence[Image.Image]], gap: int = 4) -> Image.Image:
+    """
+    Rows of equally large pictures on white.
+
+    Args:
+        rows: at least one, of one picture or more.
+        gap: pixels around each.
+    """
+    side = rows[0][0].width
+    width = max(map(len, rows)) * (side + gap) + gap
+    grid = Image.new("RGB", (width, len(rows) * (side + gap) + gap), "white")
+    for line, row in enumerate(rows):
+        for place, picture in enumerate(row):
+            grid.paste(picture, (gap + place * (side + gap), gap + line * (side + gap)))
+    return grid
+
+
+__all__ = ["SampleCallback", "picture_grid"]

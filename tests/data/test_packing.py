@@ -1,0 +1,237 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Packed sequences: full, by weight, no picture cut, documents apart, and the same from anywhere."""
+
+import json
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from datasets import Features, List, Value
+from datasets.arrow_writer import ArrowWriter
+
+from helpers.tiny import tiny_documents, tiny_model, tiny_processor
+from modeling_moma.data.documents import TokenDocuments, cut_place
+from modeling_moma.data.encoding import DocumentEncoder
+from modeling_moma.data.packing import BLOCK, PackedCollator, PackedExamples
+from modeling_moma.data.shards import ShardTable
+
+
+LENGTH = 96
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return tiny_processor()
+
+
+def frames(processor):
+    return [(frame.begin, frame.end) for frame in processor.frames.values()]
+
+
+def write_documents(path, processor, name, documents):
+    features = Features({"input_ids": List(Value("int32"))})
+    with ArrowWriter(path=str(path), features=features) as writer:
+        for ids in documents:
+            writer.write({"input_ids": ids})
+        writer.finalize()
+    return TokenDocuments(name, ShardTable([path]), LENGTH, frames(processor))
+
+
+@pytest.fixture(scope="module")
+def sources(processor, tmp_path_factory):
+    """Captions, texts of a few to many tokens, and documents in which texts and pictures alternate."""
+    folder, encoder, rng = tmp_path_factory.mktemp("packing"), DocumentEncoder(processor), np.random.default_rng(0)
+
+    def words(least, most):
+        return "red apple castle " * int(rng.integers(least, most))
+
+    texts = [encoder.document([words(1, 12)]) for _ in range(40)]
+    codes = rng.integers(0, processor.codebook_size, (80, processor.image_seq_length))
+    mixed = [encoder.document([words(1, 8), codes[2 * n], words(0, 3), codes[2 * n + 1]]) for n in range(30)]
+    return [
+        tiny_documents(processor, 50),
+        write_documents(folder / "texts.arrow", processor, "texts", texts),
+        write_documents(folder / "mixed.arrow", processor, "mixed", mixed),
+    ]
+
+
+def packed(sources, processor, weights=(0.5, 0.25, 0.25), length=2000, seed=0):
+    pad = processor.tokenizer.pad_token_id
+    return PackedExamples(sources, weights, LENGTH, length, pad, frames(processor), seed)
+
+
+def pieces(example):
+    """The documents of a sequence, by where positions begin again."""
+    starts = np.flatnonzero(example["position_ids"].numpy() == 0).tolist()
+    ids = example["input_ids"].tolist()
+    return [ids[start:end] for start, end in zip(starts, [*starts[1:], len(ids)])]
+
+
+def test_no_position_is_padding_and_shares_are_the_weights(sources, processor):
+    weights = (0.5, 0.2, 0.3)
+    examples = packed(sources, processor, weights, length=600)
+    counts = Counter()
+    for index in range(600):
+        example = examples[index]
+        assert (example["source_ids"] >= 0).all() and len(example["input_ids"]) == LENGTH
+        counts.update(example["source_ids"].tolist())
+    shares = [counts[source] / (600 * LENGTH) for source in range(3)]
+    assert shares == pytest.approx(weights, abs=0.02)
+
+
+def test_documents_go_in_whole_or_are_cut_outside_of_pictures(sources, processor):
+    examples = packed(sources, processor)
+    (begin, end), = frames(processor)  # fmt: skip
+    bos, eos = processor.tokenizer.bos_token_id, processor.tokenizer.eos_token_id
+    for index in range(200):
+        example = examples[index]
+        positions, ids, labels = (example[name].tolist() for name in ("position_ids", "input_ids", "labels"))
+        for place, position in enumerate(positions):
+            assert position == 0 or position == positions[place - 1] + 1
+            assert labels[place] == (-100 if position == 0 else ids[place])
+        source = [example["source_ids"][place].item() for place, position in enumerate(positions) if position == 0]
+        for piece, of in zip(pieces(example), source, strict=True):
+            assert piece.count(begin) == piece.count(end)
+            for place in (place for place, token in enumerate(piece) if token == begin):
+                assert piece[place + processor.image_seq_length + 1] == end
+            if of == 0:
+                assert piece[0] == bos and piece[-1] == eos
+
+
+def test_what_is_cut_off_goes_on_in_the_next_sequence(sources, processor):
+    texts = {
+        tuple(sources[source].ids(row, None).tolist()) for source in (1, 2) for row in range(len(sources[source]))
+    }
+    examples = packed(sources[1:], processor, (0.5, 0.5))
+    opened, bos = [], processor.tokenizer.bos_token_id
+    joined = 0
+    for index in range(100):
+        for piece in pieces(examples[index]):
+            if piece[0] != bos:
+                # the oldest of those that it can continue
+                whole = next(
+                    start
+                    for start in opened
+                    if any(text[: len(start) + len(piece)] == (*start, *piece) for text in texts)
+                )
+                opened.remove(whole)
+                piece = [*whole, *piece]
+                joined += 1
+            if tuple(piece) not in texts:
+                opened.append(piece)
+    assert joined > 30 and len(opened) <= 3
+
+
+def test_captions_alone_are_filled_with_beginnings(processor):
+    examples = packed([tiny_documents(processor, 50, labels=["a label of some words", "short"])], processor, (1.0,))
+    begin, end = frames(processor)[0]
+    padding = beginnings = 0
+    for index in range(200):
+        example = examples[index]
+        padding += int((example["source_ids"] < 0).sum())
+        assert ((example["source_ids"] >= 0) | (example["labels"] == -100)).all()
+        for piece in pieces(example):
+            beginnings += processor.tokenizer.eos_token_id not in piece
+            assert piece.count(begin) == piece.count(end)
+    assert beginnings > 100
+    assert padding / (200 * LENGTH) < 0.01
+
+
+def equal(one, other):
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_sequence_is_the_same_wherever_reading_begins(sources, processor):
+    whole = packed(sources, processor)
+    expected = [whole[index] for index in range(BLOCK + 20)]
+    for start in (1, 17, BLOCK - 1, BLOCK, BLOCK + 7):
+        again = packed(sources, processor)
+        assert equal(again[start], expected[start])
+        assert equal(again[start + 3], expected[start + 3]) if start + 3 < len(expected) else True
+    # backwards, too
+    assert equal(whole[5], expected[5])
+    assert not equal(packed(sources, processor, seed=1)[0], expected[0])
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_any_number_of_workers_gives_the_same_batches(sources, processor, workers):
+    examples = packed(sources, processor, length=48)
+    alone = [examples[index] for index in range(48)]
+    collate = PackedCollator(lambda rows: rows)
+    loader = torch.utils.data.DataLoader(examples, batch_size=4, num_workers=workers, collate_fn=collate)
+    for number, batch in enumerate(loader):
+        for place in range(4):
+            assert equal({name: values[place] for name, values in batch.items()}, alone[4 * number + place])
+    rank = torch.utils.data.DataLoader(
+        torch.utils.data.Subset(examples, range(1, 48, 2)), batch_size=4, num_workers=workers, collate_fn=collate
+    )
+    assert torch.equal(next(iter(rank))["input_ids"][1], alone[3]["input_ids"])
+
+
+def test_passes_show_every_document_about_once(sources, processor):
+    """A block begins where the mean length says, so that few documents come twice or not at all."""
+    documents = tiny_documents(processor, 2000)
+    examples = packed([documents], processor, (1.0,), length=8 * BLOCK)
+    seen, begin = Counter(), processor.begin_image_token_id
+    owner = {tuple(documents.codes(row)): row for row in range(2000)}
+    for index in range(8 * BLOCK):
+        for piece in pieces(examples[index]):
+            if begin in piece:
+                start = piece.index(begin) + 1
+                seen[owner[tuple(np.asarray(piece[start : start + 16]) - processor.image_token_offset)]] += 1
+    total = sum(seen.values())
+    passes, rest = divmod(total, 2000)
+    fewest = sum(min(count, passes) for count in seen.values()) / (2000 * passes)
+    print(f"{total} documents, {passes} passes, {fewest:.3f} of them seen so often")
+    assert passes >= 1 and fewest > 0.93
+
+
+def reference_cut(ids, room, frames):
+    if len(ids) <= room:
+        return len(ids)
+    place = room
+    while place:
+        inside = any(ids[:place].count(begin) > ids[:place].count(end) for begin, end in frames)
+        if not inside:
+            return place
+        place -= 1
+    return 0
+
+
+def test_cut_place_is_that_of_a_plain_loop():
+    rng, marks = np.random.default_rng(0), [(8, 9)]
+    for _ in range(300):
+        ids = []
+        while len(ids) < 30:
+            ids += [8, 1, 1, 1, 9] if rng.random() < 0.3 else [int(rng.integers(2, 8))]
+        room = int(rng.integers(1, 40))
+        assert cut_place(np.asarray(ids), room, marks) == reference_cut(ids, room, marks)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("depth", [False, True])
+def test_documents_of_a_sequence_do_not_see_one_another(sources, processor, attention, depth):
+    fields = {"depth_layers": [1], "depth_capacity": 0.5} if depth else {}
+    model = tiny_model(processor, initializer_range=0.2, **fields)
+    model.set_attn_implementation(attention)
+    example = packed(sources, processor)[3]
+    batch = {name: values[None] for name, values in example.items() if name != "source_ids"}
+    with torch.inference_mode():
+        logits = model(**batch, use_cache=False).logits[0]
+        start = 0
+        for piece in pieces(example):
+            alone = model(input_ids=torch.tensor([piece])).logits[0]
+            torch.testing.assert_close(logits[start : start + len(piece)], alone, rtol=0, atol=1e-5)
+            start += len(piece)
+
+
+def test_shards_read_rows_of_any_file(processor, tmp_path):
+    rows = [[1, 2, 3], [], [4], [5, 6]]
+    for number, part in enumerate((rows[:1], rows[1:3], rows[3:])):
+        write_documents(tmp_path / f"{number}.arrow", processor, "x", part)
+    table = ShardTable([tmp_path / f"{number}.arrow" for number in range(3)])
+    assert [table.numbers("input_ids", row).tolist() for row in range(len(table))] == rows
+    with pytest.raises(IndexError):
+        table.numbers("input_ids", 4)
+    assert json.dumps(table.value("input_ids", 3)) == "[5, 6]"

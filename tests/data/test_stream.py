@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Documents of their own: each known from its number, every picture once a pass, sources by their weights."""
+
+import numpy as np
+import pytest
+import torch
+
+from helpers.tiny import CAPTIONS, tiny_documents, tiny_processor, tiny_rows
+from modeling_moma.data.documents import CaptionDocuments
+from modeling_moma.data.encoding import DocumentEncoder
+from modeling_moma.data.sources import read_sources
+from modeling_moma.data.stream import DocumentExamples
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return tiny_processor()
+
+
+@pytest.fixture(scope="module")
+def documents(processor):
+    kind = read_sources({"emoji": CAPTIONS})[0].kind
+    rows = tiny_rows(processor, 6, codings=3)
+    for row in rows[1::2]:
+        row |= {"style": "twemoji", "keywords": []}
+    return CaptionDocuments.from_rows("emoji", kind, rows, DocumentEncoder(processor))
+
+
+def stream(documents, length=600, seed=0):
+    return DocumentExamples([documents], [1.0], length, seed)
+
+
+def decode(processor, example):
+    return processor.tokenizer.decode(example["input_ids"])
+
+
+def test_an_index_always_gives_the_same_example(documents):
+    one, other = (stream(documents, seed=1) for _ in range(2))
+    ahead = [other[index] for index in (599, 3, 100)]
+    assert ahead == [one[index] for index in (599, 3, 100)]
+
+
+def reference_example(processor, rows, index, seed):
+    """The stream of one source of captions, written out."""
+    epoch, place = divmod(index, len(rows))
+    order = np.random.default_rng([seed, epoch]).permutation(len(rows))
+    rng = np.random.default_rng([seed, 1, index])
+    row = rows[order[place]]
+    codes = row["codes"][rng.integers(len(row["codes"]))]
+    picture_first = rng.random() < 0.5
+    text = f"{row['style']}: {row['label']}"
+    if row["keywords"] and rng.random() < 0.25:
+        text = f"{row['style']} tags: {', '.join(rng.permutation(row['keywords']))}"
+    if not picture_first and rng.random() < 0.1:
+        text = ""
+    words = processor.tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
+    picture = processor.picture_ids(codes)
+    middle = [*picture, *words] if picture_first else [*words, *picture]
+    return [processor.tokenizer.bos_token_id, *middle, processor.tokenizer.eos_token_id]
+
+
+def test_examples_are_those_of_the_plain_reference(processor):
+    rows = tiny_rows(processor, 7, codings=3)
+    examples = DocumentExamples([tiny_documents(processor, 7, codings=3)], [1.0], 200, seed=3)
+    for index in range(200):
+        assert examples[index]["input_ids"] == reference_example(processor, rows, index, seed=3)
+
+
+def test_each_pass_shows_every_picture_once(processor, documents):
+    begin, length = processor.begin_image_token_id, processor.image_seq_length
+    owner = {tuple(documents._codes(row, coding)): row for row in range(6) for coding in range(3)}
+    for epoch in range(3):
+        seen = set()
+        for index in range(6 * epoch, 6 * epoch + 6):
+            ids = stream(documents)[index]["input_ids"]
+            start = ids.index(begin) + 1
+            seen.add(owner[tuple(id_ - processor.image_token_offset for id_ in ids[start : start + length])])
+        assert seen == set(range(6))
+
+
+def test_half_of_the_examples_start_with_the_picture(processor, documents):
+    examples = stream(documents)
+    first = [examples[index]["input_ids"][1] == processor.begin_image_token_id for index in range(600)]
+    empty = sum(
+        decode(processor, examples[index]).endswith("<|end_image|><eos>") and first[index] for index in range(600)
+    )
+    assert 0.42 < (sum(first) - empty) / 600 < 0.55
+    # captionless examples, for guidance
+    assert 0.02 < empty / 600 < 0.09
+
+
+def test_held_out_examples_have_both_orders_and_plain_labels(processor, documents):
+    held_out = documents.held_out()
+    assert len(held_out) == 12
+    first, second = (processor.tokenizer.decode(held_out[index]) for index in (0, 6))
+    assert first.startswith("<bos><|begin_image|>") and first.endswith("<|end_image|>noto: thing 0<eos>")
+    assert second.startswith("<bos>noto: thing 0<|begin_image|>")
+    some = documents.held_out([4, 2])
+    assert len(some) == 4 and some[0] == held_out[4] and some[3] == held_out[8]
+    with pytest.raises(IndexError):
+        held_out[12]
+
+
+def test_sources_follow_their_weights_in_tokens(processor):
+    many = [tiny_documents(processor, 5), tiny_documents(processor, 9, labels=["a much longer label than that"])]
+    for weights in ((1.0, 3.0), (0.5, 0.1)):
+        examples = DocumentExamples(many, weights, 3000, seed=0)
+        tokens = np.zeros(2)
+        long = "much longer"
+        for index in range(3000):
+            ids = examples[index]["input_ids"]
+            # captions of keywords and none at all are of either source
+            tokens[examples._pattern[index % len(examples._pattern)]] += len(ids)
+        assert long in processor.tokenizer.decode(many[1].held_out()[0])
+        share = np.asarray(weights) / sum(weights)
+        assert tokens / tokens.sum() == pytest.approx(share, abs=0.02)
+
+
+def test_workers_see_what_one_process_sees(documents):
+    examples = stream(documents, 64)
+    alone = [examples[index]["input_ids"] for index in range(64)]
+    loader = torch.utils.data.DataLoader(examples, batch_size=4, num_workers=2, collate_fn=list)
+    assert [row["input_ids"] for batch in loader for row in batch] == alone

@@ -1,0 +1,355 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tokenizing sources: every kind and form, bad rows left out and counted, restarts, and several processes."""
+
+import csv
+import json
+import struct
+import tarfile
+import zlib
+from io import BytesIO
+
+import numpy as np
+import pytest
+from datasets import Dataset, Features, List, Value, load_dataset
+from datasets import Image as ImageFeature
+from PIL import Image
+
+from helpers.tiny import noise_pictures, tiny_processor
+from modeling_moma.data.documents import TokenFolder
+from modeling_moma.data.jobs import plan_job, read_job, write_job
+from modeling_moma.data.reports import write_manifest
+from modeling_moma.data.running import run_tasks
+from modeling_moma.data.sources import read_sources
+
+
+@pytest.fixture(scope="module")
+def processor(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("processor")
+    tiny_processor().save_pretrained(folder)
+    return str(folder)
+
+
+def tokenize(sources, processor, output, processes=1, strict=False, packed=True, sequence_length=64, **options):
+    job = plan_job(read_sources(sources), processor, sequence_length, packed, seed=0, **options)
+    write_job(output, job)
+    run_tasks(output, job, processes, strict=strict)
+    return write_manifest(output, job)
+
+
+def documents(folder, source, split="train"):
+    tokens = TokenFolder(folder, tiny_processor())
+    entry = next(entry for entry in tokens.sources() if entry.name == source)
+    return tokens.documents(entry, split)
+
+
+def write_photos(folder, pictures, captions, column="caption"):
+    """A folder of pictures, as a camera or a download leaves it, and its `metadata.csv`."""
+    folder.mkdir(exist_ok=True)
+    names = [f"DSC_{index:04d}.jpg" for index in range(len(pictures))]
+    for name, picture in zip(names, pictures):
+        picture.save(folder / name, format="PNG")
+    with open(folder / "metadata.csv", "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["file_name", column])
+        writer.writerows(zip(names, captions))
+    return names
+
+
+def words(documents, row=0):
+    ids = documents.ids(row, np.random.default_rng(0))
+    return tiny_processor().tokenizer.decode(ids)
+
+
+def test_folder_of_photos(processor, tmp_path):
+    write_photos(tmp_path / "photos", noise_pictures(5), [f"photo {index}" for index in range(5)])
+    fields = {"data": str(tmp_path / "photos"), "image": "image", "text": "caption", "held_out": 0.3}
+    manifest = tokenize({"photos": fields}, processor, tmp_path / "tokens")
+    splits = manifest["sources"]["photos"]["splits"]
+    assert splits["train"]["documents"] + splits["validation"]["documents"] == 5
+    assert splits["validation"]["documents"] > 0
+    train = documents(tmp_path / "tokens", "photos")
+    assert train.caption(0).startswith("photo ")
+    held_out = documents(tmp_path / "tokens", "photos", "validation").held_out()
+    assert len(held_out) == 2 * splits["validation"]["documents"]
+
+
+def test_codes_are_those_of_the_processor(processor, tmp_path):
+    pictures = noise_pictures(5)
+    write_photos(tmp_path / "photos", pictures, "abcde")
+    fields = {"data": str(tmp_path / "photos"), "image": "image", "text": "{caption}", "held_out": 0, "codings": 3}
+    tokenize({"photos": fields}, processor, tmp_path / "tokens")
+    train = documents(tmp_path / "tokens", "photos")
+    assert train.num_codings == 3
+    assert [train.codes(row).tolist() for row in range(5)] == tiny_processor().encode_pictures(pictures)
+
+
+def picture_bytes(index=0, side=16):
+    buffer = BytesIO()
+    noise_pictures(index + 1, side)[index].save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def write_tar(path):
+    with tarfile.open(path, "w") as archive:
+        for index in range(3):
+            for ending, content in (("png", picture_bytes(index)), ("txt", f"cap {index}".encode())):
+                entry = tarfile.TarInfo(f"{index}.{ending}")
+                entry.size = len(content)
+                archive.addfile(entry, BytesIO(content))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_tar_and_parquet_and_json_lines(processor, tmp_path, streaming):
+    write_tar(tmp_path / "w.tar")
+    rows = {"image": [{"bytes": picture_bytes(index), "path": None} for index in range(3)], "label": ["a", "b", "c"]}
+    features = Features({"image": ImageFeature(), "label": Value("string")})
+    Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "p.parquet")
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures" / "0.png").write_bytes(picture_bytes(0))
+    segments = [{"type": "text", "text": "one"}, {"type": "image", "image": "pictures/0.png"}, {"text": "two"}]
+    lines = [json.dumps({"segments": segments}), json.dumps({"segments": ["only words"]})]
+    (tmp_path / "d.jsonl").write_text("\n".join(lines))
+    (tmp_path / "t.txt").write_text("first line\n\nsecond line\n")
+    load = {"load": {"streaming": True}} if streaming else {}
+    sources = {
+        "tar": {"data": str(tmp_path / "w.tar"), "image": "png", "text": "txt"},
+        "parquet": {"data": str(tmp_path / "p.parquet"), "image": "image", "text": "{label}!"},
+        "documents": {"data": str(tmp_path / "d.jsonl"), "segments": "segments"},
+        "plain": {"data": str(tmp_path / "t.txt"), "text": "text"},
+    }
+    sources = {name: {**fields, **load, "held_out": 0} for name, fields in sources.items()}
+    manifest = tokenize(sources, processor, tmp_path / "tokens")
+    counts = {name: entry["splits"]["train"]["documents"] for name, entry in manifest["sources"].items()}
+    assert counts == {"tar": 3, "parquet": 3, "documents": 2, "plain": 2}
+    assert documents(tmp_path / "tokens", "parquet").caption(1) == "b!"
+    text = words(documents(tmp_path / "tokens", "documents"))
+    assert text.startswith("<bos>one<|begin_image|>") and text.endswith("<|end_image|>two<eos>")
+    assert words(documents(tmp_path / "tokens", "documents"), 1) == "<bos>only words<eos>"
+    assert words(documents(tmp_path / "tokens", "plain"), 1) == "<bos>second line<eos>"
+    assert manifest["sources"]["plain"]["read"]["train"]["left_out"] == {"text empty": 1}
+
+
+def test_messages_of_trl_with_pictures(processor, tmp_path):
+    chat = [
+        {"role": "user", "content": "what is <image> this <eos>"},
+        {"role": "assistant", "content": "an apple"},
+    ]
+    message = {"role": Value("string"), "content": Value("string")}
+    features = Features({"messages": List(message), "images": List(ImageFeature())})
+    rows = {"messages": [chat, chat], "images": [[{"bytes": picture_bytes(), "path": None}], []]}
+    Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "chat.parquet")
+    fields = {"data": str(tmp_path / "chat.parquet"), "messages": "messages", "images": "images", "held_out": 0}
+    manifest = tokenize({"chat": fields}, processor, tmp_path / "tokens")
+    assert manifest["sources"]["chat"]["read"]["train"]["left_out"] == {"pictures missing in chat": 1}
+    ids = documents(tmp_path / "tokens", "chat").ids(0, np.random.default_rng(0)).tolist()
+    picture = {"type": "image", "image": noise_pictures(1)[0]}
+    parts = [{"type": "text", "text": "what is "}, picture, {"type": "text", "text": " this <eos>"}]
+    expected = tiny_processor().apply_chat_template(
+        [{"role": "user", "content": parts}, {"role": "assistant", "content": [{"type": "text", "text": "an apple"}]}],
+        tokenize=True,
+        return_dict=True,
+        sanitize_control_tokens=True,
+    )["input_ids"]
+    assert ids == expected[0]
+
+
+def bomb():
+    """A picture of 20,000 times 20,000 pixels in some dozens of bytes."""
+
+    def chunk(kind, content):
+        body = kind + content
+        return struct.pack(">I", len(content)) + body + struct.pack(">I", zlib.crc32(body))
+
+    header = struct.pack(">IIBBBBB", 20_000, 20_000, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", b"") + chunk(b"IEND", b"")
+
+
+def write_bad_photos(folder):
+    """A folder with everything that goes wrong; the captions say what."""
+    folder.mkdir()
+    good = noise_pictures(1, 32)[0]
+
+    def saved(picture, format, **options):
+        buffer = BytesIO()
+        picture.save(buffer, format=format, **options)
+        return buffer.getvalue()
+
+    jpeg = saved(good, "JPEG")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    files = {
+        "good": jpeg,
+        "truncated": jpeg[: len(jpeg) // 2],
+        "zero bytes": b"",
+        "cmyk": saved(good.convert("CMYK"), "JPEG"),
+        "sixteen": saved(Image.fromarray(np.arange(1024, dtype=np.uint16).reshape(32, 32) * 60), "PNG"),
+        "animated": saved(good, "GIF", save_all=True, append_images=[good.rotate(90)]),
+        "rotated": saved(good, "JPEG", exif=exif),
+        "one pixel": saved(good.crop((0, 0, 1, 1)), "PNG"),
+        "bomb": bomb(),
+        "empty": jpeg,
+        "special": jpeg,
+        "long": jpeg,
+    }
+    captions = {name: name for name in files} | {
+        "empty": " ",
+        "special": "an <image> and <eos> and <|image_3|>",
+        "long": "word " * 200,
+    }
+    rows = [(f"{name}.jpg", captions[name]) for name in files] + [("missing.jpg", "missing")]
+    for name, content in files.items():
+        (folder / f"{name}.jpg").write_bytes(content)
+    with open(folder / "metadata.csv", "w", newline="") as file:
+        csv.writer(file).writerows([("file_name", "text"), *rows])
+
+
+LEFT_OUT = {
+    "picture damaged": 2,
+    "picture too small": 1,
+    "picture too large": 1,
+    "picture missing": 1,
+    "caption empty": 1,
+    "caption too long": 1,
+}
+
+
+@pytest.fixture
+def bad_photos(tmp_path):
+    write_bad_photos(tmp_path / "photos")
+    return {"photos": {"data": str(tmp_path / "photos"), "image": "image", "text": "text", "held_out": 0}}
+
+
+def test_bad_rows_are_left_out_counted_and_named(processor, bad_photos, tmp_path):
+    manifest = tokenize(bad_photos, processor, tmp_path / "tokens", sequence_length=96)
+    read = manifest["sources"]["photos"]["read"]["train"]
+    assert read["left_out"] == LEFT_OUT
+    assert read["changed"] == {"CMYK": 1, "16 bit": 1, "animated": 1, "EXIF-rotated": 1}
+    assert {row["reason"] for row in read["named"]} == set(LEFT_OUT)
+    assert any("missing.jpg" in row["detail"] for row in read["named"])
+    train = documents(tmp_path / "tokens", "photos")
+    captions = [train.caption(row) for row in range(len(train))]
+    assert captions == ["good", "cmyk", "sixteen", "animated", "rotated", "an <image> and <eos> and <|image_3|>"]
+
+
+def test_special_tokens_in_a_caption_are_words(processor, bad_photos, tmp_path):
+    tokenize(bad_photos, processor, tmp_path / "tokens", sequence_length=96)
+    train, tokens = documents(tmp_path / "tokens", "photos"), tiny_processor()
+    ids = train.encoder.caption(train.caption(5), train.codes(5), True)
+    assert (ids.count(tokens.tokenizer.eos_token_id), ids.count(tokens.image_token_id)) == (1, 0)
+    end = ids.index(tokens.end_image_token_id)
+    assert not set(ids[end + 1 : -1]) & {*tokens.tokenizer.all_special_ids, *tokens.image_token_ids}
+    assert tokens.tokenizer.decode(ids[end + 1 : -1]) == "an <image> and <eos> and <|image_3|>"
+
+
+def test_strict_stops_at_the_first_bad_row_and_names_it(processor, bad_photos, tmp_path):
+    with pytest.raises(ValueError, match="'photos', split 'train', row 1: picture damaged.*--strict"):
+        tokenize(bad_photos, processor, tmp_path / "tokens", strict=True)
+    assert not list((tmp_path / "tokens").rglob("*.arrow"))
+
+
+def test_source_of_nothing_is_refused_with_its_reasons(processor, tmp_path):
+    (tmp_path / "t.txt").write_text("\n\n\n")
+    with pytest.raises(ValueError, match="'plain' yields nothing to train on: of 3 rows 3 text empty"):
+        tokenize({"plain": {"data": str(tmp_path / "t.txt"), "text": "text"}}, processor, tmp_path / "tokens")
+    Dataset.from_dict({"text": []}, features=Features({"text": Value("string")})).to_parquet(tmp_path / "e.parquet")
+    with pytest.raises(ValueError, match="'none'.*no data"):
+        tokenize({"none": {"data": str(tmp_path / "e.parquet"), "text": "text"}}, processor, tmp_path / "other")
+
+
+def test_rows_of_their_own_must_fit_and_packed_ones_need_not(processor, tmp_path):
+    (tmp_path / "t.txt").write_text("short\n" + "long " * 100 + "\n")
+    source = {"plain": {"data": str(tmp_path / "t.txt"), "text": "text", "held_out": 0}}
+    manifest = tokenize(source, processor, tmp_path / "rows", packed=False)
+    assert manifest["sources"]["plain"]["read"]["train"]["left_out"] == {"document too long": 1}
+    assert tokenize(source, processor, tmp_path / "packed")["sources"]["plain"]["splits"]["train"]["documents"] == 2
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory):
+    """A source of several shards, with changed pictures."""
+    folder = tmp_path_factory.mktemp("many")
+    pictures = noise_pictures(300)
+    rows = {"image": pictures, "label": [f"thing {index}" for index in range(300)]}
+    Dataset.from_dict(rows, features=Features({"image": ImageFeature(), "label": Value("string")})).to_parquet(
+        folder / "train.parquet"
+    )
+    return {"many": {"data": str(folder / "train.parquet"), "image": "image", "text": "label", "codings": 2}}
+
+
+def contents(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in sorted(folder.rglob("*.arrow"))}
+
+
+def test_two_processes_write_what_one_writes(processor, many, tmp_path):
+    tokenize(many, processor, tmp_path / "one", rows_per_shard=128)
+    tokenize(many, processor, tmp_path / "two", rows_per_shard=128, processes=2)
+    assert len(contents(tmp_path / "one")) == 6
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+    assert (tmp_path / "one" / "manifest.json").read_text() == (tmp_path / "two" / "manifest.json").read_text()
+
+
+def test_shards_are_as_if_there_were_one(processor, many, tmp_path):
+    tokenize(many, processor, tmp_path / "three", rows_per_shard=128)
+    tokenize(many, processor, tmp_path / "one", rows_per_shard=384)
+    three, one = documents(tmp_path / "three", "many"), documents(tmp_path / "one", "many")
+    assert len(three) == len(one)
+    for row in range(len(one)):
+        assert [three._codes(row, coding).tolist() for coding in range(2)] == [
+            one._codes(row, coding).tolist() for coding in range(2)
+        ]
+
+
+def test_second_start_writes_only_what_is_missing(processor, many, tmp_path):
+    tokenize(many, processor, tmp_path, rows_per_shard=128)
+    expected = contents(tmp_path)
+    lost = tmp_path / "many" / "train-00001-of-00003.json"
+    lost.unlink()
+    kept = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*-00000-*.arrow")}
+    tokenize(many, processor, tmp_path, rows_per_shard=128)
+    assert contents(tmp_path) == expected and lost.exists()
+    assert kept == {path: path.stat().st_mtime_ns for path in kept}
+
+
+def test_other_settings_do_not_mix_into_a_folder(processor, many, tmp_path):
+    tokenize(many, processor, tmp_path, rows_per_shard=128)
+    other = {"many": {**many["many"], "codings": 3}}
+    with pytest.raises(ValueError, match="begun with another sources"):
+        tokenize(other, processor, tmp_path, rows_per_shard=128)
+    other_processor = tiny_processor(codes=16)
+    with pytest.raises(ValueError, match="tokenized with another processor"):
+        TokenFolder(tmp_path, other_processor)
+    assert read_job(tmp_path).sources["many"]["codings"] == 2
+
+
+def test_datasets_opens_the_shards(processor, many, tmp_path):
+    tokenize(many, processor, tmp_path / "tokens", rows_per_shard=128)
+    files = sorted(map(str, (tmp_path / "tokens" / "many").glob("train-*.arrow")))
+    opened = load_dataset("arrow", data_files=files, split="train")
+    assert len(opened) == len(documents(tmp_path / "tokens", "many"))
+    assert len(opened[0]["codes"]) == 2 * 16
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"data": "./nowhere", "text": "text"}, "there is no folder './nowhere'"),
+        ({"data": "nowhere.txt", "text": "text"}, "there is no file 'nowhere.txt'"),
+        ({"data": "t.txt", "text": "words"}, "has no column 'words', but .'text'."),
+        ({"data": "t.txt", "text": "{text}: {style}"}, "has no column 'style', but .'text'."),
+        ({"data": "t.txt", "text": "text", "splits": {"train": "test"}}, "has no split 'test'"),
+        ({"data": "t.txt", "txt": "text"}, "has 'txt', which is no field"),
+        ({"data": "t.txt"}, "has no 'text'"),
+        ({"data": "t.txt", "text": "text", "weight": 0}, "weight = 0 is out of range"),
+        ({"data": "t.txt", "image": "i", "text": "t", "picture_first": 2}, "picture_first = 2 is a share"),
+        ({"data": "t.txt", "segments": "a", "messages": "b"}, "names both `segments` and `messages`"),
+        ({"data": "t.txt", "text": "{"}, "template '{' cannot be read"),
+        ({"text": "text"}, "needs `data`"),
+    ],
+)
+def test_what_is_wrong_with_a_source_is_named(tmp_path, monkeypatch, fields, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "t.txt").write_text("a\n")
+    with pytest.raises(ValueError, match=message):
+        source = read_sources({"mine": fields})[0]
+        source.split_names()
+        source.open("train")

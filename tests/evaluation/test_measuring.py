@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which measures are taken on which source, their tables, and the command from end to end."""
+
+import json
+import sys
+
+import pytest
+import torch
+
+from helpers.tiny import tiny_model, tiny_processor, write_tokens
+from modeling_moma.cli.evaluate import main
+from modeling_moma.data.encoding import DocumentEncoder
+from modeling_moma.evaluation.measuring import MEASURES, MeasureSettings, measure_sources
+from modeling_moma.evaluation.report import report_tables
+from modeling_moma.evaluation.sources import CaptionedPictures, HeldOutSource
+from modeling_moma.training.measures import EXPERT_CHOICE
+
+
+@pytest.fixture(scope="module")
+def sources():
+    """A source of nine captioned pictures, and one of texts."""
+    processor = tiny_processor()
+    codes = torch.randint(0, 32, (9, 16), generator=torch.Generator().manual_seed(0))
+    captions = [f"noto: {word}" for word in "red green apple castle fruit flat fluent tags noto".split()]
+    documents = [
+        {"input_ids": DocumentEncoder(processor).caption(text, picture, True)}
+        for text, picture in zip(captions, codes)
+    ]
+    words = [processor.tokenizer(f"{text}<eos>", add_special_tokens=False)["input_ids"] for text in captions]
+    return processor, {
+        "emoji": HeldOutSource(documents, CaptionedPictures(codes, captions)),
+        "gloss": HeldOutSource([{"input_ids": [1, *ids]} for ids in words]),
+    }
+
+
+def test_each_source_has_the_measures_that_it_allows(sources):
+    processor, sources = sources
+    model = tiny_model(processor)
+    found = measure_sources(model, processor, sources, MeasureSettings(("losses", "retrieval"), batch_size=4))
+    assert set(found["emoji"]) == {"documents", "pictures", "losses", "retrieval", "seconds"}
+    assert set(found["gloss"]) == {"documents", "pictures", "losses", "seconds"}
+    assert (found["emoji"]["pictures"], found["gloss"]["pictures"]) == (9, 0)
+    assert set(found["emoji"]["seconds"]) == {"losses", "retrieval"}
+    # what is asked for by default is no error where it cannot be had
+    texts = measure_sources(model, processor, {"gloss": sources["gloss"]}, MeasureSettings())
+    assert "losses" in texts["gloss"] and "captions" not in texts["gloss"]
+    by_default = measure_sources(model, processor, {"emoji": sources["emoji"]}, MeasureSettings())["emoji"]
+    assert "captions" in by_default and "retrieval" not in by_default
+    json.dumps(found)
+
+
+def test_tables_have_a_row_for_each_source_and_columns_that_line_up(sources):
+    processor, sources = sources
+    found = measure_sources(tiny_model(processor), processor, sources, MeasureSettings(MEASURES[:3], batch_size=4))
+    tables = report_tables(found).split("\n\n")
+    assert len(tables) == 3
+    for table in tables:
+        assert len({line.count("|") for line in table.splitlines()}) == 1
+    losses, captions, retrieval = (
+        {line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")[2:-1]] for line in table.splitlines()}
+        for table in tables
+    )
+    causal = found["emoji"]["losses"]["causal"]
+    assert losses["emoji, causal"][0] == f"{causal['overall']:.4f}"
+    assert losses["emoji, causal"][5] == f"{causal['bits_per_code']['image']:.3f}"
+    # texts have no codes
+    assert losses["gloss, causal"][4:6] == ["-", "-"]
+    assert f"emoji, {EXPERT_CHOICE}" in losses
+    assert captions["emoji"][-1] == "9" and "gloss" not in captions
+    assert retrieval["emoji: captions, chance"][:2] == ["11.1 %", "55.6 %"]
+
+
+def test_wishes_that_cannot_be_met_are_refused_before_anything_is_measured(sources, monkeypatch):
+    processor, sources = sources
+    model = tiny_model(processor)
+    for measure in MEASURES[1:]:
+        with pytest.raises(ValueError, match=f"--measures {measure}. needs pictures with captions, but none of gloss"):
+            measure_sources(model, processor, {"gloss": sources["gloss"]}, MeasureSettings(("losses", measure)))
+    for measures in ((), ("losses", "beauty")):
+        with pytest.raises(ValueError, match="measures"):
+            MeasureSettings(measures)
+    with pytest.raises(ValueError, match="batch_size"):
+        MeasureSettings(batch_size=0)
+    rows = sources["emoji"].captioned
+    few = HeldOutSource([], CaptionedPictures(rows.codes[:7], rows.captions[:7]))
+    # of a package that is not there
+    monkeypatch.setitem(sys.modules, "efficientnet_lite_pytorch", None)
+    with pytest.raises(ImportError, match="extra `train`"):
+        measure_sources(model, processor, {"few": few}, MeasureSettings(("losses", "drawings")))
+    monkeypatch.undo()
+    pytest.importorskip("efficientnet_lite_pytorch", reason="the extra `train` is not installed")
+    # the losses, for which there is no document, would come first
+    with pytest.raises(ValueError, match="at least 8"):
+        measure_sources(model, processor, {"few": few}, MeasureSettings(("losses", "drawings")))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A model with its processor, and codes."""
+    folder = tmp_path_factory.mktemp("evaluate")
+    processor = tiny_processor()
+    processor.save_pretrained(folder / "model")
+    tiny_model(processor, num_experts={"text": 2, "image": 2}).save_pretrained(folder / "model")
+    write_tokens(folder / "tokens", processor, train=4, test=10)
+    return folder
+
+
+def arguments(folder, *more):
+    return ["--model", str(folder / "model"), "--tokens", str(folder / "tokens"), "--batch-size", "4", *more]
+
+
+def test_the_command_writes_and_prints_every_measure(folder, tmp_path, capsys):
+    pytest.importorskip("efficientnet_lite_pytorch", reason="the extra `train` is not installed")
+    sampling = ["--temperature", "0.7", "--top-k", "5", "--guidance-scale", "2"]
+    output = ["--measures", *MEASURES, "--retrieval-pairs", "5", *sampling, "--output", str(tmp_path / "report.json")]
+    main(arguments(folder, *output))
+    report = json.loads((tmp_path / "report.json").read_text())
+    codes = report["sources"]["emoji"]
+    assert report["arguments"]["split"] == "test" and report["arguments"]["top_k"] == 5
+    assert (codes["documents"], codes["pictures"], codes["retrieval"]["pairs"]) == (20, 10, 5)
+    assert set(codes["seconds"]) == set(MEASURES)
+    drawn = {"do_sample": True, "temperature": 0.7, "top_k": 5, "top_p": 1.0, "guidance_scale": 2.0}
+    assert codes["drawings"]["sampling"] == drawn
+    printed = capsys.readouterr().out
+    assert report_tables(report["sources"]) in printed
+    assert "emoji (real: reconstructions): drawn" in printed
+
+
+def test_the_command_measures_losses_and_captions_by_default(folder, tmp_path):
+    main(arguments(folder, "--limit", "3", "--output", str(tmp_path / "report.json")))
+    codes = json.loads((tmp_path / "report.json").read_text())["sources"]["emoji"]
+    assert (codes["documents"], codes["pictures"], list(codes["seconds"])) == (6, 3, ["losses", "captions"])
+
+
+@pytest.mark.parametrize(
+    ("more", "error"),
+    [
+        (("--split", "validation"), r"--split 'validation': no source of .* has it, only .'test', 'train'."),
+        (("--sources", "icons"), r"--sources 'icons'"),
+        (("--limit", "0"), r"--limit 0"),
+    ],
+)
+def test_data_that_is_not_there_is_named(folder, more, error):
+    with pytest.raises(ValueError, match=error):
+        main(arguments(folder, *more))
+
+
+def test_unknown_measures_are_refused_by_the_command(folder, capsys):
+    with pytest.raises(SystemExit):
+        main(arguments(folder, "--measures", "beauty"))
+    assert "drawings" in capsys.readouterr().err

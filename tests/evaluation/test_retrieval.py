@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Ranks by likelihood, with equal captions and equal pictures, against a loop over single pairs."""
+
+from statistics import fmean, median
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from helpers.tiny import tiny_model, tiny_processor
+from modeling_moma.data.encoding import DocumentEncoder
+from modeling_moma.evaluation.retrieval import measure_retrieval, rank_figures, ranks
+from modeling_moma.evaluation.sources import CaptionedPictures
+from modeling_moma.training.measures import padded_batches
+
+
+# the third and the fourth share a caption, the fifth and the sixth a picture
+CAPTIONS = ["noto: red apple", "twemoji: green apple", "castle", "castle", "fruit", "red <eos> fruit", "noto"]
+
+
+@pytest.fixture(scope="module")
+def parts():
+    processor = tiny_processor()
+    codes = torch.randint(0, 32, (7, 16), generator=torch.Generator().manual_seed(0))
+    codes[5] = codes[4]
+    model = tiny_model(processor, num_experts={"text": 2, "image": 2}, initializer_range=0.3)
+    return model, processor, CaptionedPictures(codes, CAPTIONS)
+
+
+@torch.no_grad()
+def target_log_probs(model, ids):
+    """Log-probability of every token but the first, by its place."""
+    logits = model(input_ids=torch.tensor([ids])).logits[0, :-1].double()
+    return [0.0, *(-F.cross_entropy(logits, torch.tensor(ids[1:]), reduction="none")).tolist()]
+
+
+def words_of(processor, caption):
+    return processor.tokenizer(caption, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+
+
+def loop_caption_score(model, processor, codes, caption):
+    words = words_of(processor, caption)
+    ids = [processor.tokenizer.bos_token_id, *processor.picture_ids(codes), *words, processor.tokenizer.eos_token_id]
+    return sum(target_log_probs(model, ids)[-len(words) - 1 :]), len(words) + 1
+
+
+def loop_picture_score(model, processor, codes, caption):
+    words = words_of(processor, caption)
+    ids = [processor.tokenizer.bos_token_id, *words, *processor.picture_ids(codes)]
+    return sum(target_log_probs(model, ids)[-len(codes) - 1 : -1])
+
+
+def loop_ranks(score, queries, answers, is_right):
+    """Ranks of the pairs' own answers; wrong answers that are equal to one another count once."""
+    found = []
+    for row, query in enumerate(queries):
+        own = score(query, answers[row])
+        wrong = {key: answer for key, answer in answers.items() if not is_right(row, key)}
+        distinct = {str(answer): answer for answer in wrong.values()}
+        found.append((1 + sum(score(query, answer) >= own for answer in distinct.values()), 1 + len(distinct)))
+    return found
+
+
+def test_figures_are_those_of_a_loop_over_single_pairs(parts):
+    model, processor, rows = parts
+    found = measure_retrieval(model, processor, rows, batch_size=3)
+    assert found["pairs"] == 7
+    pictures = dict(enumerate(tuple(codes.tolist()) for codes in rows.codes))
+    captions = dict(enumerate(CAPTIONS))
+
+    def same(row, other):
+        return captions[row] == captions[other] or pictures[row] == pictures[other]
+
+    def caption_score(picture, caption):
+        return loop_caption_score(model, processor, picture, caption)[0]
+
+    def per_token(picture, caption):
+        total, count = loop_caption_score(model, processor, picture, caption)
+        return total / count
+
+    def picture_score(caption, picture):
+        return loop_picture_score(model, processor, picture, caption)
+
+    def information(caption, picture):
+        return picture_score(caption, picture) - loop_picture_score(model, processor, picture, "")
+
+    wanted = {
+        "captions": [caption_score, per_token, lambda picture, caption: picture_score(caption, picture)],
+        "pictures": [picture_score, information, lambda caption, picture: caption_score(picture, caption)],
+    }
+    sides = {"captions": (pictures, captions), "pictures": (captions, pictures)}
+    for answers, scores in wanted.items():
+        queries, candidates = sides[answers]
+        for figures, score in zip(found[answers].values(), scores, strict=True):
+            pairs = loop_ranks(score, list(queries.values()), candidates, same)
+            rank, count = zip(*pairs)
+            assert figures["recall@1"] == pytest.approx(fmean(value == 1 for value in rank))
+            assert figures["recall@5"] == pytest.approx(fmean(value <= 5 for value in rank))
+            assert figures["mean_reciprocal_rank"] == pytest.approx(fmean(1 / value for value in rank))
+            assert figures["median_rank"] == median(rank)
+            assert figures["chance"]["recall@1"] == pytest.approx(fmean(1 / value for value in count))
+
+
+def test_equal_answers_are_one_and_equal_scores_count_against():
+    scores = torch.tensor([[3.0, 3.0, 1.0], [0.0, 2.0, 5.0]])
+    # the first query has two right answers, of which neither stands in the other's way
+    rank, candidates = ranks(scores, torch.tensor([0, 0, 1]), torch.tensor([0, 1, 1]))
+    assert rank.tolist() == [1, 1, 2] and candidates.tolist() == [2, 2, 3]
+    rank, candidates = ranks(scores, torch.tensor([0, 1]), torch.tensor([0, 0]))
+    assert rank.tolist() == [2, 3] and candidates.tolist() == [3, 3]
+
+
+def test_a_model_that_tells_nothing_apart_gets_nothing():
+    rank, candidates = ranks(torch.zeros(8, 8), torch.arange(8), torch.arange(8))
+    figures = rank_figures(rank, candidates)
+    assert (figures["recall@1"], figures["recall@5"], figures["median_rank"]) == (0.0, 0.0, 8.0)
+
+
+def test_chance_is_what_random_orders_reach():
+    generator = torch.Generator().manual_seed(0)
+    count = torch.tensor([3, 6, 9, 9])
+    repeats = 20_000
+    candidates = count.repeat(repeats)
+    rank = 1 + (torch.rand(len(candidates), generator=generator) * candidates).long()
+    figures = rank_figures(rank, candidates)
+    chance = figures["chance"]
+    for name in ("recall@1", "recall@5", "mean_reciprocal_rank"):
+        assert figures[name] == pytest.approx(chance[name], abs=0.01)
+    assert chance["recall@5"] == pytest.approx((1 + 5 / 6 + 5 / 9 + 5 / 9) / 4)
+    assert rank_figures(torch.tensor([5]), torch.tensor([9]))["chance"]["median_rank"] == 5
+
+
+def test_pairs_are_drawn_by_the_seed_and_two_are_needed(parts):
+    model, processor, rows = parts
+    two = measure_retrieval(model, processor, rows, 8, num_pairs=3, seed=1)
+    assert two["pairs"] == 3 and two == measure_retrieval(model, processor, rows, 8, num_pairs=3, seed=1)
+    with pytest.raises(ValueError, match="1 pairs"):
+        measure_retrieval(model, processor, CaptionedPictures(rows.codes[:1], CAPTIONS[:1]), 8)
+
+
+def test_a_caption_that_the_model_has_learnt_is_first():
+    processor = tiny_processor()
+    model = tiny_model(processor, num_experts=1).train()
+    codes = torch.randint(0, 32, (4, 16), generator=torch.Generator().manual_seed(1))
+    captions = ["noto: red apple", "castle", "twemoji: green apple", "fruit"]
+    examples = [
+        {"input_ids": DocumentEncoder(processor).caption(text, picture, picture_first)}
+        for text, picture in zip(captions, codes)
+        for picture_first in (True, False)
+    ]
+    (batch,) = padded_batches(processor, examples, 8)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(80):
+        model(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    found = measure_retrieval(model.eval(), processor, CaptionedPictures(codes, captions), 8)
+    for answers in ("captions", "pictures"):
+        assert {name: figures["recall@1"] for name, figures in found[answers].items()} == dict.fromkeys(
+            found[answers], 1.0
+        )

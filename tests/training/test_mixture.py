@@ -1,0 +1,170 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A mixture of every kind of source through the commands, from the files of a user to figures and pictures."""
+
+import json
+import random
+import time
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from helpers.mixture import WEIGHTS, write_mixture
+from helpers.processes import start_script
+from helpers.tiny import tiny_processor
+from modeling_moma.cli import build_processor, pretrain, tokenize
+from modeling_moma.cli.evaluate import main as evaluate
+from modeling_moma.training.evaluation_data import read_held_out
+from modeling_moma.training.pretraining import training_stream
+
+
+KILLS = 10
+STEPS = 60
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("mixture")
+    tiny_processor().save_pretrained(folder / "processor")
+    recipe = write_mixture(folder / "data", max_steps=12, eval_steps=6, save_steps=6, logging_steps=3)
+    tokenize.main(
+        [str(recipe), "--processor", f"{folder}/processor", "--output", f"{folder}/tokens", "--processes", "1"]
+    )
+    return folder
+
+
+def arguments(inputs, output, *more):
+    paths = ["--processor", str(inputs / "processor"), "--tokens", str(inputs / "tokens"), "--output", str(output)]
+    return [str(inputs / "data" / "recipe.yaml"), *paths, *more]
+
+
+@pytest.fixture(scope="module")
+def trained(inputs, tmp_path_factory):
+    output = tmp_path_factory.mktemp("trained")
+    pretrain.main(arguments(inputs, output))
+    return output
+
+
+def history(output):
+    return json.loads((output / "trainer_state.json").read_text())["log_history"]
+
+
+def test_logs_tell_losses_by_source_and_how_the_training_is_fed(trained):
+    logs = history(trained)
+    last = {key: value for log in logs for key, value in log.items()}
+    for source in WEIGHTS:
+        assert last[f"eval_{source}_loss"] > 0 and last[f"eval_{source}_text_loss"] > 0
+    assert last["eval_photos_image_loss"] > 0 and last["eval_pages_image_loss"] > 0
+    # texts hold no picture
+    assert "eval_lines_image_loss" not in last or last["eval_lines_image_loss"] == 0
+    training = [log for log in logs if "loss" in log]
+    assert len(training) == 4
+    for log in training:
+        assert log["padding_share"] == 0 and log["tokens_per_second"] > 0 and 0 <= log["data_wait_share"] < 1
+        assert {"text_loss", "image_loss", "text_peak_load", "image_peak_load"} <= log.keys()
+    shares = [training[-1][f"{source}_share"] for source in WEIGHTS]
+    # of 24 sequences only
+    assert shares == pytest.approx(list(WEIGHTS.values()), abs=0.06)
+
+
+def test_samples_show_drawings_and_captions(trained):
+    names = sorted(path.name for path in (trained / "samples").iterdir())
+    assert names == [f"step-{step:06d}.{ending}" for step in (4, 8, 12) for ending in ("json", "png")]
+    sample = json.loads((trained / "samples" / "step-000008.json").read_text())
+    assert sample["prompts"] == ["thing 1", "thing 2"] and len(sample["captions"]) == 2
+    assert sample["captions"][0]["reference"].startswith("thing ")
+    # two rows of two pictures of 16 pixels
+    assert Image.open(trained / "samples" / "step-000008.png").size == (44, 44)
+
+
+def test_samples_do_not_change_the_training(inputs, trained, tmp_path):
+    recipe = inputs / "data" / "recipe.yaml"
+    (tmp_path / "recipe.yaml").write_text(recipe.read_text().replace("every: 4", "every: 0"))
+    pretrain.main([str(tmp_path / "recipe.yaml"), *arguments(inputs, tmp_path / "out")[1:]])
+    mine, expected = (load_file(folder / "model.safetensors") for folder in (tmp_path / "out", trained))
+    for name, tensor in expected.items():
+        assert torch.equal(mine[name], tensor), name
+
+
+def test_killed_at_random_moments_it_ends_as_an_uninterrupted_one(inputs, tmp_path):
+    log = tmp_path / "log.txt"
+    sizes = ["--steps", str(STEPS), "--eval-steps", str(STEPS), "--save-steps", "1", "--logging-steps", "1"]
+    options = [*sizes, "--bf16", "off", "--resume"]
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text((inputs / "data" / "recipe.yaml").read_text().replace("every: 4", "every: 0"))
+
+    def start(output):
+        return start_script(pretrain.main, [str(recipe), *arguments(inputs, output, *options)[1:]], log)
+
+    def finish(process):
+        process.join(timeout=250)
+        return process.exitcode
+
+    assert finish(start(tmp_path / "whole")) == 0, log.read_text()[-3000:]
+    killed, moments = tmp_path / "killed", random.Random(1)
+    for _ in range(KILLS):
+        before = set(killed.glob("checkpoint-*"))
+        process = start(killed)
+        while not set(killed.glob("checkpoint-*")) - before:
+            assert process.is_alive(), log.read_text()[-3000:]
+            time.sleep(0.002)
+        time.sleep(moments.uniform(0, 0.2))
+        process.kill()
+        process.join()
+    assert finish(start(killed)) == 0, log.read_text()[-3000:]
+    losses = [
+        [entry["loss"] for entry in history(folder) if "loss" in entry] for folder in (killed, tmp_path / "whole")
+    ]
+    assert losses[0] == losses[1] and len(losses[0]) == STEPS
+    mine, expected = (load_file(folder / "model.safetensors") for folder in (killed, tmp_path / "whole"))
+    for name, tensor in expected.items():
+        assert torch.equal(mine[name], tensor), name
+
+
+def test_evaluation_reads_every_source_and_the_pictures_themselves(inputs, trained, tmp_path):
+    options = ["--tokens", str(inputs / "tokens"), "--processor", str(inputs / "processor"), "--split", "validation"]
+    evaluate(["--model", str(trained), *options, "--output", str(tmp_path / "report.json")])
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert set(report["sources"]) == set(WEIGHTS)
+    processor = tiny_processor()
+    held_out = read_held_out(str(inputs / "tokens"), processor, "validation")["photos"].captioned
+    pixel_values = torch.cat(list(held_out.pictures))
+    codes = processor.vq_model.get_image_tokens(pixel_values)
+    assert torch.equal(codes, held_out.codes)
+
+
+def test_processor_learns_the_words_of_every_source(inputs, tmp_path):
+    tiny_processor().vq_model.save_pretrained(tmp_path / "tokenizer")
+    recipe = str(inputs / "data" / "recipe.yaml")
+    options = ["--tokenizer", str(tmp_path / "tokenizer"), "--vocab-size", "290", "--output", str(tmp_path / "out")]
+    build_processor.main([recipe, *options])
+    tokenizer = type(tiny_processor()).from_pretrained(tmp_path / "out").tokenizer
+    vocabulary = set(tokenizer.get_vocab())
+    assert any("castle" in token for token in vocabulary) or any("apple" in token for token in vocabulary)
+    assert tokenizer.padding_side == "left"
+
+
+def test_a_shorter_sequence_than_that_of_the_tokens_is_refused(inputs, tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    text = (inputs / "data" / "recipe.yaml").read_text()
+    recipe.write_text(text.replace("sequence_length: 96", "sequence_length: 48"))
+    with pytest.raises(ValueError, match="sequence_length = 48 is shorter than the 96"):
+        pretrain.main([str(recipe), *arguments(inputs, tmp_path / "out")[1:]])
+
+
+def test_source_that_was_not_tokenized_is_named(inputs, tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text((inputs / "data" / "recipe.yaml").read_text().replace("  photos:", "  pictures:"))
+    with pytest.raises(ValueError, match="has no source 'pictures', but .*'photos'"):
+        pretrain.main([str(recipe), *arguments(inputs, tmp_path / "out")[1:]])
+
+
+def test_shares_are_those_of_the_weights_in_the_long_run(inputs):
+    args = pretrain.parse_arguments(arguments(inputs, inputs / "none"))
+    stream = training_stream(args, tiny_processor(), args.recipe.sources, 500)
+    counts = np.zeros(3)
+    for index in range(500):
+        counts += np.bincount(stream[index]["source_ids"], minlength=3)
+    assert counts / counts.sum() == pytest.approx(list(WEIGHTS.values()), abs=0.02)
