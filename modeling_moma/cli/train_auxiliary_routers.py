@@ -87,14 +87,15 @@ def build_trainer(args: argparse.Namespace, model: MomaForCausalLM, processor: M
         report_to=[],
         seed=args.seed,
     )
-    documents = open_documents(args.tokens, processor)
-    weights = [source.weight for source in TokenFolder(args.tokens, processor).sources()]
+    tokens = TokenFolder(args.tokens, processor)
+    documents = [tokens.documents(source) for source in tokens.sources()]
+    weights = [source.weight for source in tokens.sources()]
     examples_in_all = args.steps * args.batch_size * args.gradient_accumulation_steps
     return AuxiliaryRouterTrainer(
         model=model,
         args=training_arguments,
         train_dataset=DocumentExamples(documents, weights, examples_in_all, args.seed),
-        eval_dataset=held_out_sets(args.tokens, processor),
+        eval_dataset=held_out_sets(tokens),
         data_collator=MomaDataCollator(processor.tokenizer),
         callbacks=[FollowArguments()],
         processing_class=processor.tokenizer,

@@ -59,11 +59,8 @@ def open_documents(
     return [tokens.documents(source, split) for source in having]
 
 
-def held_out_sets(
-    folder: str, processor: MomaProcessor, sources: Sequence[Source] | None = None, number: int | None = None
-) -> Any:
+def held_out_sets(tokens: TokenFolder, sources: Sequence[Source] | None = None, number: int | None = None) -> Any:
     """What `Trainer` evaluates on: the examples of the only source, a mapping of many, or `None` without any."""
-    tokens = TokenFolder(folder, processor)
     chosen = tokens.sources() if sources is None else sources
     sets = {
         source.name: HeldOutExamples(tokens.documents(source, VALIDATION).held_out(), number)

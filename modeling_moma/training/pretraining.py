@@ -22,7 +22,7 @@ from ..data.sources import VALIDATION, Source
 from ..data.stream import DocumentExamples
 from ..routing_moma import MomaRouter
 from .checkpoints import last_checkpoint
-from .examples import check_layout, held_out_sets, open_documents
+from .examples import check_layout, held_out_sets
 from .feeding import FeedingCallback
 from .files import write_aside
 from .precision import supports_bf16
@@ -100,14 +100,13 @@ def make_training_arguments(args: argparse.Namespace) -> TrainingArguments:
 
 
 def training_stream(
-    args: argparse.Namespace, processor: MomaProcessor, sources: list[Source], num_examples: int
+    args: argparse.Namespace, tokens: TokenFolder, sources: list[Source], num_examples: int
 ) -> torch.utils.data.Dataset:
     """Packed sequences or documents of their own, as the recipe has it, or else the tokens."""
-    tokens = TokenFolder(args.tokens, processor)
-    data = args.recipe.data
+    data, processor = args.recipe.data, tokens.encoder.processor
     packed = tokens.manifest["packed"] if data is None else data.packed
     length = tokens.manifest["sequence_length"] if data is None else data.sequence_length
-    documents = open_documents(args.tokens, processor, sources=sources)
+    documents = [tokens.documents(source) for source in sources]
     weights = [source.weight for source in sources]
     if not packed:
         return DocumentExamples(documents, weights, num_examples, args.seed)
@@ -122,24 +121,24 @@ def training_stream(
 
 
 def sample_callback(
-    args: argparse.Namespace, processor: MomaProcessor, sources: list[Source], metrics: MomaMetricsCallback
+    args: argparse.Namespace, tokens: TokenFolder, sources: list[Source], metrics: MomaMetricsCallback
 ) -> list[SampleCallback]:
     """What draws and captions every so often, where the recipe asks for it."""
     fields = args.recipe.samples
     if not fields.every:
         return []
-    tokens = TokenFolder(args.tokens, processor)
     held_out = [
         tokens.documents(source, VALIDATION)
         for source in sources
         if isinstance(source.kind, CaptionKind) and VALIDATION in tokens.split_names(source.name)
     ]
-    return [SampleCallback(fields, processor, held_out, metrics)]  # pyright: ignore[reportArgumentType]
+    return [SampleCallback(fields, tokens.encoder.processor, held_out, metrics)]  # pyright: ignore[reportArgumentType]
 
 
 def build_trainer(args: argparse.Namespace) -> StageTrainer:
     processor = MomaProcessor.from_pretrained(args.processor)
-    sources = args.recipe.sources or TokenFolder(args.tokens, processor).sources()
+    tokens = TokenFolder(args.tokens, processor)
+    sources = args.recipe.sources or tokens.sources()
     set_seed(args.seed)
     model = build_model(args, processor)
     config = model.config
@@ -150,17 +149,17 @@ def build_trainer(args: argparse.Namespace) -> StageTrainer:
         print(noise)
     training_arguments = make_training_arguments(args)
     earlier_steps = first_step(args, training_arguments)
-    stream = training_stream(args, processor, sources, args.steps * examples_a_step(training_arguments))
+    stream = training_stream(args, tokens, sources, args.steps * examples_a_step(training_arguments))
     if isinstance(stream, PackedExamples):
         # its order is random already, and a sequence needs what was left of the one before
         training_arguments.train_sampling_strategy = "sequential"
         # `source_ids` are counted, and then left out by the trainer itself
         training_arguments.remove_unused_columns = False
-    held_out = held_out_sets(args.tokens, processor, sources, args.eval_examples)
+    held_out = held_out_sets(tokens, sources, args.eval_examples)
     if held_out is None:
         training_arguments.eval_strategy, training_arguments.eval_on_start = IntervalStrategy.NO, False
     metrics, feeding = MomaMetricsCallback(), FeedingCallback([source.name for source in sources])
-    callbacks = [metrics, feeding, FollowArguments(), *sample_callback(args, processor, sources, metrics)]
+    callbacks = [metrics, feeding, FollowArguments(), *sample_callback(args, tokens, sources, metrics)]
     if args.stop_at:
         callbacks.append(StopAt(args.stop_at))
     trainer = StageTrainer(

@@ -16,6 +16,7 @@ from helpers.processes import start_script
 from helpers.tiny import tiny_processor
 from modeling_moma.cli import build_processor, pretrain, tokenize
 from modeling_moma.cli.evaluate import main as evaluate
+from modeling_moma.data.documents import TokenFolder
 from modeling_moma.training.evaluation_data import read_held_out
 from modeling_moma.training.pretraining import training_stream
 
@@ -163,7 +164,7 @@ def test_source_that_was_not_tokenized_is_named(inputs, tmp_path):
 
 def test_shares_are_those_of_the_weights_in_the_long_run(inputs):
     args = pretrain.parse_arguments(arguments(inputs, inputs / "none"))
-    stream = training_stream(args, tiny_processor(), args.recipe.sources, 500)
+    stream = training_stream(args, TokenFolder(args.tokens, tiny_processor()), args.recipe.sources, 500)
     counts = np.zeros(3)
     for index in range(500):
         counts += np.bincount(stream[index]["source_ids"], minlength=3)
