@@ -3,6 +3,7 @@
 
 import ast
 import importlib
+import linecache
 import sys
 from pathlib import Path
 
@@ -23,6 +24,9 @@ VERBS = {
     "push": "push",
     "serve": "serve",
 }
+
+# whose messages tell a user what to change
+OWN_PACKAGES = ("modeling_moma", "tokenization")
 
 
 def summary(module: str) -> str:
@@ -46,7 +50,8 @@ def main(arguments: list[str] | None = None) -> int:
         arguments: the verb and its arguments; by default those of the command line.
 
     Returns:
-        The exit status; 2 where there is no such verb.
+        The exit status; 2 where there is no such verb or these packages refuse an input. Any other error passes, with
+        its traceback.
     """
     verb, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
     if verb in ("-h", "--help"):
@@ -57,8 +62,32 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     # what a verb's messages and help call it
     sys.argv = [f"moma {verb}", *rest]
-    status = importlib.import_module(f".{VERBS[verb]}", __package__).main()
+    try:
+        status = importlib.import_module(f".{VERBS[verb]}", __package__).main()
+    except Exception as error:
+        if not is_refusal(error):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     return status if isinstance(status, int) else 0
+
+
+def is_refusal(error: BaseException) -> bool:
+    """Whether these packages raised it, to say what is wrong with an input; a defect keeps its traceback."""
+    # of the checks of a configuration's fields
+    from huggingface_hub.errors import StrictDataclassError
+
+    if isinstance(error, StrictDataclassError):
+        return True
+    if not isinstance(error, (ValueError, OSError)):
+        return False
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    if trace is None or trace.tb_frame.f_globals.get("__name__", "").split(".")[0] not in OWN_PACKAGES:
+        return False
+    # a call that fails, such as `int("")`, ends in our frame as well
+    return linecache.getline(trace.tb_frame.f_code.co_filename, trace.tb_lineno).lstrip().startswith("raise")
 
 
 if __name__ == "__main__":

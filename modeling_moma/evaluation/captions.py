@@ -7,6 +7,7 @@ from statistics import fmean
 
 import numpy as np
 
+from ..data.encoding import DocumentEncoder
 from ..training.measures import write_captions
 from .sources import CaptionedPictures
 
@@ -72,9 +73,9 @@ def measure_captions(model, processor, rows: CaptionedPictures, batch_size: int,
         other pictures, `None` for a single picture; `samples`, the first captions and what was generated.
     """
     references = rows.captions
-    words = processor.tokenizer(references, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    encoder = DocumentEncoder(processor)
     # room for the longest reference and its end
-    room = max(LEAST_NEW_TOKENS, 1 + max(len(ids) for ids in words))
+    room = max(LEAST_NEW_TOKENS, 1 + max(len(encoder.text_ids(text)) for text in references))
     texts = write_captions(model, processor, rows.codes, batch_size, room)
     floor = None
     if len(texts) > 1:

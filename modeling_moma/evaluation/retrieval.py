@@ -7,6 +7,7 @@ Shape suffixes:
 
 import torch
 
+from ..data.encoding import DocumentEncoder
 from .scoring import continuation_log_probs
 from .sources import CaptionedPictures
 
@@ -58,7 +59,9 @@ def measure_retrieval(
     picture_N = torch.tensor([distinct_pictures.index(codes) for codes in pictures])
     caption_N = torch.tensor([distinct_captions.index(text) for text in captions])
     of_captions, of_pictures, prior = pair_scores(model, processor, distinct_pictures, distinct_captions, batch_size)
-    lengths = torch.tensor([len(ids) for ids in _caption_ids(processor, distinct_captions)])
+    encoder = DocumentEncoder(processor)
+    # with the end
+    lengths = torch.tensor([len(encoder.text_ids(text)) + 1 for text in distinct_captions])
     by_picture = {
         CAPTION: of_captions,
         f"{CAPTION}, per token": of_captions / lengths,
@@ -96,20 +99,14 @@ def pair_scores(
     bos = processor.tokenizer.bos_token_id
     framed = [processor.picture_ids(list(codes)) for codes in pictures]
     codes = [ids[1:-1] for ids in framed]
-    words = _caption_ids(processor, captions)
+    encoder = DocumentEncoder(processor)
+    words = [[*encoder.text_ids(text), encoder.eos] for text in captions]
     shown = [[bos, *ids] for ids in framed]
     asked = [[bos, *ids[:-1], framed[0][0]] for ids in words]
     of_captions = continuation_log_probs(model, shown, words, batch_size, "captions of each picture")
     of_pictures = continuation_log_probs(model, asked, codes, batch_size, "pictures of each caption")
     prior = continuation_log_probs(model, [[bos, framed[0][0]]], codes, batch_size, "pictures of no caption")[0]
     return of_captions, of_pictures, prior
-
-
-def _caption_ids(processor, captions: list[str]) -> list[list[int]]:
-    """Ids of captions with `<eos>`; special tokens in a caption are the characters that they are."""
-    tokenizer = processor.tokenizer
-    words = tokenizer(captions, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-    return [[*ids, tokenizer.eos_token_id] for ids in words]
 
 
 def ranks(scores_QA: torch.Tensor, query_N: torch.Tensor, answer_N: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

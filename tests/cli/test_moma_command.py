@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from modeling_moma import MomaConfig
 from modeling_moma.cli.main import VERBS, main
 
 
@@ -25,6 +26,10 @@ def test_unknown_verb_is_named_with_the_known_ones(capsys):
     assert "'trian'" in error and all(verb in error for verb in VERBS)
 
 
+def fail_in_a_call():
+    int("none")
+
+
 @pytest.mark.parametrize("verb", [verb for verb in VERBS if verb != "serve"])
 def test_help_of_a_verb_names_the_command(verb, capsys):
     with pytest.raises(SystemExit) as exit_info:
@@ -36,6 +41,30 @@ def test_help_of_a_verb_names_the_command(verb, capsys):
 def test_every_verb_has_a_main():
     for module in VERBS.values():
         assert callable(importlib.import_module(f"modeling_moma.cli.{module}").main)
+
+
+def test_what_is_wrong_with_an_input_is_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "recipe.yaml").write_text("sources: {photos: {data: photos, image: image, text: label, wieght: 1}}")
+    assert main(["tokenize", "recipe.yaml", "--processor", "none", "--output", "out"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and "wieght" in error and "Traceback" not in error
+
+
+def test_field_of_a_configuration_that_is_out_of_range_is_one_line(monkeypatch, capsys):
+    module = importlib.import_module("modeling_moma.cli.push")
+    monkeypatch.setattr(module, "main", lambda: MomaConfig(hidden_size=-1))
+    assert main(["push"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and "hidden_size" in error
+
+
+def test_defect_keeps_its_traceback(monkeypatch):
+    module = importlib.import_module("modeling_moma.cli.push")
+    monkeypatch.setattr(module, "main", fail_in_a_call)
+    monkeypatch.setattr("modeling_moma.cli.main.OWN_PACKAGES", (__name__.split(".")[0],))
+    with pytest.raises(ValueError, match="invalid literal"):
+        main(["push"])
 
 
 def test_module_and_command_are_the_same(tmp_path):

@@ -80,6 +80,12 @@ def start_script(main, arguments: list[str], log: str | Path) -> multiprocessing
     return start_process(_run_script, main, arguments, log)
 
 
+def start_scripts(main, arguments: list[str], log: str | Path, num_processes: int = 2) -> list[multiprocessing.Process]:
+    """As [`start_script`], in as many processes as `torchrun` would start, which find each other by its variables."""
+    port = free_port()
+    return [start_process(_run_rank, main, arguments, log, rank, num_processes, port) for rank in range(num_processes)]
+
+
 @again_after_a_crash
 def run_group(work, *args, num_processes: int = 2, timeout: float = 60):
     """As [`start_processes`], in processes that form a group.
@@ -111,6 +117,13 @@ def _run_script(main, arguments, log):
         os.dup2(output.fileno(), sys.stdout.fileno())
         os.dup2(output.fileno(), sys.stderr.fileno())
     main(arguments)
+
+
+def _run_rank(main, arguments, log, rank, num_processes, port):
+    rank_variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": num_processes, "LOCAL_WORLD_SIZE": num_processes}
+    variables = {**rank_variables, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in variables.items()})
+    _run_script(main, arguments, log)
 
 
 def _join(rank, rendezvous, num_processes, timeout, work, args):

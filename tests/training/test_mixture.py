@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from helpers.mixture import WEIGHTS, write_mixture
-from helpers.processes import start_script
+from helpers.processes import start_script, start_scripts
 from helpers.tiny import tiny_processor
 from modeling_moma.cli import build_processor, pretrain, tokenize
 from modeling_moma.cli.evaluate import main as evaluate
@@ -89,39 +89,62 @@ def test_samples_do_not_change_the_training(inputs, trained, tmp_path):
         assert torch.equal(mine[name], tensor), name
 
 
+class KilledTraining:
+    """The mixture's training in processes that are killed at random moments, and its uninterrupted twin."""
+
+    def __init__(self, inputs, folder, num_processes):
+        sizes = ["--steps", str(STEPS), "--eval-steps", str(STEPS), "--save-steps", "1", "--logging-steps", "1"]
+        self.options = [*sizes, "--bf16", "off", "--resume"]
+        self.recipe = folder / "recipe.yaml"
+        self.recipe.write_text((inputs / "data" / "recipe.yaml").read_text().replace("every: 4", "every: 0"))
+        self.inputs, self.num_processes, self.log = inputs, num_processes, folder / "log.txt"
+
+    def start(self, output):
+        given = [str(self.recipe), *arguments(self.inputs, output, *self.options)[1:]]
+        if self.num_processes == 1:
+            return [start_script(pretrain.main, given, self.log)]
+        return start_scripts(pretrain.main, given, self.log, self.num_processes)
+
+    def finish(self, output):
+        for process in self.start(output):
+            process.join(timeout=250)
+            assert process.exitcode == 0, self.log.read_text()[-3000:]
+
+    def finish_killed(self, output):
+        moments = random.Random(1)
+        for _ in range(KILLS):
+            before = set(output.glob("checkpoint-*"))
+            processes = self.start(output)
+            while not set(output.glob("checkpoint-*")) - before:
+                assert all(process.is_alive() for process in processes), self.log.read_text()[-3000:]
+                time.sleep(0.002)
+            time.sleep(moments.uniform(0, 0.2))
+            for process in processes:
+                process.kill()
+                process.join()
+        self.finish(output)
+
+
+def losses(output):
+    return [entry["loss"] for entry in history(output) if "loss" in entry]
+
+
 def test_killed_at_random_moments_it_ends_as_an_uninterrupted_one(inputs, tmp_path):
-    log = tmp_path / "log.txt"
-    sizes = ["--steps", str(STEPS), "--eval-steps", str(STEPS), "--save-steps", "1", "--logging-steps", "1"]
-    options = [*sizes, "--bf16", "off", "--resume"]
-    recipe = tmp_path / "recipe.yaml"
-    recipe.write_text((inputs / "data" / "recipe.yaml").read_text().replace("every: 4", "every: 0"))
-
-    def start(output):
-        return start_script(pretrain.main, [str(recipe), *arguments(inputs, output, *options)[1:]], log)
-
-    def finish(process):
-        process.join(timeout=250)
-        return process.exitcode
-
-    assert finish(start(tmp_path / "whole")) == 0, log.read_text()[-3000:]
-    killed, moments = tmp_path / "killed", random.Random(1)
-    for _ in range(KILLS):
-        before = set(killed.glob("checkpoint-*"))
-        process = start(killed)
-        while not set(killed.glob("checkpoint-*")) - before:
-            assert process.is_alive(), log.read_text()[-3000:]
-            time.sleep(0.002)
-        time.sleep(moments.uniform(0, 0.2))
-        process.kill()
-        process.join()
-    assert finish(start(killed)) == 0, log.read_text()[-3000:]
-    losses = [
-        [entry["loss"] for entry in history(folder) if "loss" in entry] for folder in (killed, tmp_path / "whole")
-    ]
-    assert losses[0] == losses[1] and len(losses[0]) == STEPS
-    mine, expected = (load_file(folder / "model.safetensors") for folder in (killed, tmp_path / "whole"))
+    whole, killed, training = tmp_path / "whole", tmp_path / "killed", KilledTraining(inputs, tmp_path, 1)
+    training.finish(whole)
+    training.finish_killed(killed)
+    assert losses(killed) == losses(whole) and len(losses(whole)) == STEPS
+    mine, expected = (load_file(folder / "model.safetensors") for folder in (killed, whole))
     for name, tensor in expected.items():
         assert torch.equal(mine[name], tensor), name
+
+
+def test_two_processes_killed_at_random_moments_end_as_uninterrupted_ones(inputs, tmp_path):
+    whole, killed, training = tmp_path / "whole", tmp_path / "killed", KilledTraining(inputs, tmp_path, 2)
+    training.finish(whole)
+    training.finish_killed(killed)
+    assert len(losses(whole)) == STEPS
+    assert losses(killed) == pytest.approx(losses(whole), abs=1e-5)
 
 
 def test_evaluation_reads_every_source_and_the_pictures_themselves(inputs, trained, tmp_path):
