@@ -18,15 +18,16 @@ from .sources import TRAIN, Source, read_sources
 
 class Documents(Protocol):
     """Documents of one split of one source. `name` is the source's, `can_be_cut` says whether a text of them may
-    go on in another sequence."""
+    go on in another sequence, `has_choice` whether a row is drawn with chance."""
 
     name: str
     can_be_cut: bool
+    has_choice: bool
 
     def __len__(self) -> int: ...
 
-    def ids(self, row: int, rng: np.random.Generator) -> Sequence[int] | np.ndarray:
-        """Token ids of a row, drawn with `rng` where there is a choice."""
+    def ids(self, row: int, rng: np.random.Generator | None) -> Sequence[int] | np.ndarray:
+        """Token ids of a row, drawn with `rng` where there is a choice, without it elsewhere."""
         ...
 
     def held_out(self, rows: Sequence[int] | None = None) -> Sequence[Any]:
@@ -49,7 +50,7 @@ class CaptionDocuments:
         row_number: gives the place of a row in the data that were tokenized; the row's own by default.
     """
 
-    can_be_cut = False
+    can_be_cut, has_choice = False, True
 
     def __init__(
         self,
@@ -181,7 +182,7 @@ class TokenDocuments:
         frames: begin and end ids of pictures and the like.
     """
 
-    can_be_cut = True
+    can_be_cut, has_choice = True, False
 
     def __init__(self, name: str, table: ShardTable, longest: int, frames: Sequence[tuple[int, int]]):
         self.name, self.table, self.longest, self.frames = name, table, longest, frames
@@ -189,7 +190,7 @@ class TokenDocuments:
     def __len__(self) -> int:
         return len(self.table)
 
-    def ids(self, row: int, rng: np.random.Generator) -> np.ndarray:
+    def ids(self, row: int, rng: np.random.Generator | None = None) -> np.ndarray:
         """Ids of a row, not copied."""
         return self.table.numbers("input_ids", row)
 

@@ -2,7 +2,7 @@
 """Documents packed into sequences of one length, each of which knows where its documents begin."""
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -94,7 +94,7 @@ class PackedExamples(torch.utils.data.Dataset):
     def _begin(self, block: int) -> "_Packer":
         tokens = BLOCK * self.sequence_length
         starts = [round(block * tokens * share / order.mean_length) for share, order in zip(self.shares, self.orders)]
-        return _Packer(self.orders, self.shares, starts, self.sequence_length, self.frames)
+        return _Packer(self.orders, self.shares.tolist(), starts, self.sequence_length, self.frames)
 
     def _tensors(self, pieces: list[_Waiting]) -> dict[str, torch.Tensor]:
         ids = np.full(self.sequence_length, self.pad_token_id, dtype=np.int64)
@@ -138,14 +138,15 @@ class _Packer:
     def __init__(
         self,
         orders: Sequence[DocumentOrder],
-        shares: np.ndarray,
+        shares: Sequence[float],
         starts: list[int],
         sequence_length: int,
         frames: Sequence[tuple[int, int]],
     ):
         self.orders, self.shares, self.numbers = orders, shares, list(starts)
         self.length, self.frames = sequence_length, frames
-        self.served = np.zeros(len(orders))
+        self.served = [0] * len(orders)
+        self.next = [order[number] for order, number in zip(orders, starts)]
         self.waiting: deque[_Waiting] = deque()
         self.rests: deque[_Waiting] = deque()
         self.can_be_cut = [order.documents.can_be_cut for order in orders]
@@ -165,7 +166,7 @@ class _Packer:
         if self.rests and cut_place(self.rests[0].ids, room, self.frames):
             return self._cut(self.rests.popleft(), room)
         while len(self.waiting) < BUFFER:
-            self.waiting.append(self._draw(int(np.argmin(self.served / self.shares))))
+            self.waiting.append(self._draw(self._most_behind(range(len(self.orders)))))
         return self._filling(room) or self._drawn_to_fill(room) or self._part(room) or self._beginning(room)
 
     def _filling(self, room: int) -> _Waiting | None:
@@ -184,9 +185,17 @@ class _Packer:
                 return self._cut(entry, room)
         return None
 
+    def _most_behind(self, sources: Iterable[int]) -> int:
+        """The source that is most behind its share once half of its next document is counted.
+
+        Without it a source of long documents would be ahead by half a document in the mean of every block.
+        """
+        return min(sources, key=lambda source: (self.served[source] + len(self.next[source]) / 2) / self.shares[source])
+
     def _draw(self, source: int) -> _Waiting:
-        ids = self.orders[source][self.numbers[source]]
+        ids = self.next[source]
         self.numbers[source] += 1
+        self.next[source] = self.orders[source][self.numbers[source]]
         self.served[source] += len(ids)
         return _Waiting(ids, source, self.can_be_cut[source])
 
@@ -198,8 +207,12 @@ class _Packer:
 
     def _drawn_to_fill(self, room: int) -> _Waiting | None:
         """A further document that can be cut, ahead of its time, which its source makes up for later."""
-        for source in np.flatnonzero(self.can_be_cut):
-            entry = self._draw(int(source))
+        sources = [source for source, can_be_cut in enumerate(self.can_be_cut) if can_be_cut]
+        while sources:
+            # the same one every time would be drawn more often than it can make up for
+            source = self._most_behind(sources)
+            sources.remove(source)
+            entry = self._draw(source)
             if cut_place(entry.ids, room, self.frames) == min(room, len(entry.ids)):
                 return self._cut(entry, room)
             self.waiting.append(entry)

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tokens as they lie on the disk, mapped into memory: a column of any number of shards, a row at a time."""
 
+from bisect import bisect_right
 from collections.abc import Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +30,10 @@ class ShardTable:
         }
         lengths = [len(chunk) for chunk in next(iter(self._columns.values()), [])]
         self._numbers: dict[tuple[str, int], tuple[np.ndarray, np.ndarray]] = {}
-        self._starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+        self._starts = list(accumulate(lengths, initial=0))
 
     def __len__(self) -> int:
-        return int(self._starts[-1])
+        return self._starts[-1]
 
     @property
     def column_names(self) -> list[str]:
@@ -61,8 +63,8 @@ class ShardTable:
     def _place(self, row: int) -> tuple[int, int]:
         if not 0 <= row < len(self):
             raise IndexError(f"row {row} of {len(self)}")
-        index = int(np.searchsorted(self._starts, row, side="right")) - 1
-        return index, row - int(self._starts[index])
+        index = bisect_right(self._starts, row) - 1
+        return index, row - self._starts[index]
 
 
 def _as_arrays(chunk: pa.ListArray | pa.FixedSizeListArray) -> tuple[np.ndarray, np.ndarray]:

@@ -43,7 +43,9 @@ class DocumentOrder:
                 epoch,
                 np.random.default_rng([self.seed, epoch]).permutation(len(self.documents)),
             )
-        return self.documents.ids(int(self._order[place]), np.random.default_rng([self.seed, 1, number]))
+        # which takes longer to make than to read a row
+        rng = np.random.default_rng([self.seed, 1, number]) if self.documents.has_choice else None
+        return self.documents.ids(int(self._order[place]), rng)
 
 
 def document_orders(documents: Sequence[Documents], seed: int) -> list[DocumentOrder]:
