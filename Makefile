@@ -42,11 +42,17 @@ data-manual: $(INSTALLED)
 data-gloss: $(INSTALLED)
 	$(RUN) scripts/build_gloss.py --output data/gloss
 
+# one comparison of speed by its name, `make bench CASE=decode-4t4i`, or all of them and the other measurements
 bench: $(INSTALLED)
+ifdef CASE
+	$(RUN) -m benchmarks $(CASE)
+else
+	$(RUN) -m benchmarks
 	$(RUN) benchmarks/expert_dispatch.py
 	$(RUN) benchmarks/depth_step.py
 	$(RUN) benchmarks/compilation.py
 	$(RUN) benchmarks/quantization.py
+endif
 
 reproduce: $(INSTALLED)
 	PYTHON=$(abspath $(RUN)) scripts/reproduce.sh

@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The causal loss with its parts: each modality's mean, and the z-loss that keeps the softmax's normaliser near 1."""
+"""The causal loss with its parts: each modality's mean, and the z-loss that keeps the softmax's normaliser near 1.
+
+Shape suffixes:
+    B rows, T positions, D hidden size, V vocabulary, N positions in one line.
+"""
 
 from dataclasses import dataclass
 
@@ -24,6 +28,10 @@ class MomaLoss:
     loss: torch.Tensor
     modality_losses: dict[str, torch.Tensor]
     modality_tokens: dict[str, torch.Tensor]
+
+
+# positions whose logits exist at once where they are left out
+CHUNK = 256
 
 
 def causal_lm_loss(
@@ -53,36 +61,133 @@ def causal_lm_loss(
         attention_mask (`torch.Tensor`, *optional*): `[B, S]`, its last `T` columns those of the logits, 0 at padding.
             A padding position is no target and predicts none, on either side. Masks of other forms are passed over.
     """
+    target_N = _targets(labels, shift_labels, attention_mask, ignore_index, logits.device)
+    weighted_N, loss_N = _token_terms(config, logits.reshape(-1, logits.shape[-1]), target_N, training, ignore_index)
+    return _summary(config, weighted_N.sum(), loss_N.detach(), target_N, num_items_in_batch, ignore_index)
+
+
+def chunked_causal_lm_loss(
+    config: MomaConfig,
+    head: nn.Module,
+    hidden_BTD: torch.Tensor,
+    labels: torch.Tensor | None,
+    training: bool,
+    num_items_in_batch: torch.Tensor | int | None = None,
+    ignore_index: int = -100,
+    shift_labels: torch.Tensor | None = None,
+    attention_mask: torch.Tensor | None = None,
+    **kwargs,
+) -> MomaLoss:
+    """As [`causal_lm_loss`], from hidden states and the head: the logits of a few positions exist at once.
+
+    Gradients are computed with the loss, chunk by chunk, so that nothing is computed twice; they cannot be
+    differentiated again.
+
+    Args:
+        config (`MomaConfig`): see [`causal_lm_loss`], as for all others.
+        head (`nn.Module`): gives logits `[N, V]` of hidden states `[N, D]`.
+        hidden_BTD (`torch.Tensor`): `[B, T, D]`.
+    """
+    target_N = _targets(labels, shift_labels, attention_mask, ignore_index, hidden_BTD.device)
+
+    def terms(x_ND: torch.Tensor, chunk_N: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        weighted_N, loss_N = _token_terms(config, head(x_ND), chunk_N, training, ignore_index)
+        return weighted_N.sum(), loss_N.detach()
+
+    parameters = [parameter for parameter in head.parameters() if parameter.requires_grad]
+    total, loss_N = _ChunkedSum.apply(terms, hidden_BTD.flatten(0, 1), target_N, *parameters)
+    return _summary(config, total, loss_N, target_N, num_items_in_batch, ignore_index)
+
+
+class _ChunkedSum(torch.autograd.Function):
+    """A sum over chunks of rows whose gradients are found as they come."""
+
+    @staticmethod
+    def forward(ctx, terms, x_ND: torch.Tensor, target_N: torch.Tensor, *parameters: torch.Tensor):
+        needs_grad = any(ctx.needs_input_grad)
+        total, losses, changes = x_ND.new_zeros((), dtype=torch.float32), [], []
+        sums: list[torch.Tensor] = []
+        for chunk_ND, chunk_N in zip(x_ND.split(CHUNK), target_N.split(CHUNK)):
+            with torch.set_grad_enabled(needs_grad):
+                chunk_ND = chunk_ND.detach().requires_grad_(needs_grad)
+                part, loss_N = terms(chunk_ND, chunk_N)
+            total += part.detach()
+            losses.append(loss_N)
+            if needs_grad:
+                change_ND, *own = torch.autograd.grad(part, [chunk_ND, *parameters])
+                changes.append(change_ND)
+                sums = [before.add_(new) for before, new in zip(sums, own)] if sums else list(own)
+        if needs_grad:
+            ctx.save_for_backward(torch.cat(changes), *sums)
+        loss_N = torch.cat(losses)
+        ctx.mark_non_differentiable(loss_N)
+        return total, loss_N
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, scale: torch.Tensor, _):
+        change_ND, *gradients = (gradient * scale.to(gradient.dtype) for gradient in ctx.saved_tensors)
+        return None, change_ND, None, *gradients
+
+
+def _targets(
+    labels: torch.Tensor | None,
+    shift_labels: torch.Tensor | None,
+    attention_mask: torch.Tensor | None,
+    ignore_index: int,
+    device: torch.device,
+) -> torch.Tensor:
+    """What each position has to predict, in one line."""
     if shift_labels is None:
         wide_labels = nn.functional.pad(labels, (0, 1), value=ignore_index)  # pyright: ignore[reportArgumentType]
         shift_labels = wide_labels[..., 1:]
-    shift_labels = shift_labels.to(logits.device)
+    shift_labels = shift_labels.to(device)
     if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2:
-        is_token_BT = attention_mask[:, -shift_labels.shape[-1] :].to(logits.device) != 0
+        is_token_BT = attention_mask[:, -shift_labels.shape[-1] :].to(device) != 0
         is_target_BT = nn.functional.pad(is_token_BT, (0, 1), value=True)[:, 1:]
         shift_labels = shift_labels.masked_fill(~(is_token_BT & is_target_BT), ignore_index)
-    targets = shift_labels.reshape(-1)
-    logits = logits.float().reshape(-1, logits.shape[-1])
-    token_losses = nn.functional.cross_entropy(logits, targets, ignore_index=ignore_index, reduction="none")
-    valid = targets != ignore_index
-    modality = torch.where(valid, token_modalities(config, targets), -1)
+    return shift_labels.reshape(-1)
 
-    weighted = token_losses
+
+def _token_terms(
+    config: MomaConfig, logits_NV: torch.Tensor, target_N: torch.Tensor, training: bool, ignore_index: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What each token adds to the loss that is minimised, and its cross-entropy."""
+    logits_NV = logits_NV.float()
+    loss_N = nn.functional.cross_entropy(logits_NV, target_N, ignore_index=ignore_index, reduction="none")
+    weighted_N = loss_N
+    is_target_N = target_N != ignore_index
     if training and config.modality_loss_weights:
+        modality_N = torch.where(is_target_N, token_modalities(config, target_N), -1)
         weights = [config.modality_loss_weights.get(name, 1.0) for name in config.modalities]
         # the last entry is that of ignored targets, index -1
-        weighted = token_losses * token_losses.new_tensor([*weights, 0.0])[modality]
+        weighted_N = loss_N * loss_N.new_tensor([*weights, 0.0])[modality_N]
     if training and config.z_loss_coef:
-        target_logits = logits.gather(1, targets.clamp(min=0).unsqueeze(1)).squeeze(1)
-        log_z = (target_logits + token_losses).masked_fill(~valid, 0.0)
-        weighted = weighted + config.z_loss_coef * log_z.square()
-    divisor = valid.sum() if num_items_in_batch is None else num_items_in_batch
-    if torch.is_tensor(divisor):
-        divisor = divisor.to(weighted.device)
+        target_logit_N = logits_NV.gather(1, target_N.clamp(min=0).unsqueeze(1)).squeeze(1)
+        log_z_N = (target_logit_N + loss_N).masked_fill(~is_target_N, 0.0)
+        weighted_N = weighted_N + config.z_loss_coef * log_z_N.square()
+    return weighted_N, loss_N
 
+
+def _summary(
+    config: MomaConfig,
+    total: torch.Tensor,
+    loss_N: torch.Tensor,
+    target_N: torch.Tensor,
+    num_items_in_batch: torch.Tensor | int | None,
+    ignore_index: int,
+) -> MomaLoss:
+    is_target_N = target_N != ignore_index
+    divisor = is_target_N.sum() if num_items_in_batch is None else num_items_in_batch
+    if torch.is_tensor(divisor):
+        divisor = divisor.to(total.device)
+    modality_N = torch.where(is_target_N, token_modalities(config, target_N), -1)
     losses, counts = {}, {}
     for index, name in enumerate(config.modalities):
-        member = modality == index
-        counts[name] = member.sum()
-        losses[name] = (token_losses.detach() * member).sum() / counts[name].clamp(min=1)
-    return MomaLoss(weighted.sum() / divisor, losses, counts)
+        member_N = modality_N == index
+        counts[name] = member_N.sum()
+        losses[name] = (loss_N * member_N).sum() / counts[name].clamp(min=1)
+    return MomaLoss(total / divisor, losses, counts)
+
+
+__all__ = ["CHUNK", "MomaLoss", "causal_lm_loss", "chunked_causal_lm_loss"]

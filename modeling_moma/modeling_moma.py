@@ -40,7 +40,7 @@ from .decoder_layers_moma import MomaDecoderLayer, MomaDepthDecoderLayer
 from .dispatch_moma import DEFAULT_IMPLEMENTATION, check_grouped_widths
 from .experts_moma import MomaExperts
 from .generation_moma import MomaGenerationMixin
-from .loss_moma import causal_lm_loss
+from .loss_moma import causal_lm_loss, chunked_causal_lm_loss
 from .model_card_moma import complete_model_card
 from .norms_moma import MomaHeadLayerNorm, MomaRMSNorm
 from .quantized_layers_moma import use_quantized_layers
@@ -312,6 +312,7 @@ class MomaForCausalLM(MomaPreTrainedModel, MomaGenerationMixin):
         routing: str | None = None,
         depth_routing: str | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        skip_logits: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],  # pyright: ignore[reportGeneralTypeIssues]
     ) -> MomaCausalLMOutput:
         r"""
@@ -324,6 +325,9 @@ class MomaForCausalLM(MomaPreTrainedModel, MomaGenerationMixin):
             See [`MomaModel.forward`].
         depth_routing (`str`, *optional*):
             See [`MomaModel.forward`].
+        skip_logits (`bool`, *optional*):
+            With labels, compute the loss from the logits of a few positions at a time and return none: the memory of
+            a large vocabulary is spared. The loss and its gradients are the same up to rounding.
 
         Example:
 
@@ -350,12 +354,17 @@ class MomaForCausalLM(MomaPreTrainedModel, MomaGenerationMixin):
             depth_routing=depth_routing,
             **kwargs,  # pyright: ignore[reportCallIssue]
         )
-        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
-        loss = modality_losses = modality_tokens = None
-        if labels is not None or kwargs.get("shift_labels") is not None:
-            parts = causal_lm_loss(
-                self.config, logits, labels, training=self.training, attention_mask=attention_mask, **kwargs
-            )
+        hidden_states = slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep)
+        loss = logits = modality_losses = modality_tokens = None
+        has_labels = labels is not None or kwargs.get("shift_labels") is not None
+        if not (skip_logits and has_labels):
+            logits = self.lm_head(hidden_states)
+        if has_labels:
+            arguments = {"training": self.training, "attention_mask": attention_mask, **kwargs}
+            if logits is None:
+                parts = chunked_causal_lm_loss(self.config, self.lm_head, hidden_states, labels, **arguments)
+            else:
+                parts = causal_lm_loss(self.config, logits, labels, **arguments)
             loss, modality_losses, modality_tokens = parts.loss, parts.modality_losses, parts.modality_tokens
         return MomaCausalLMOutput(
             loss=loss,

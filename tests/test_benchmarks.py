@@ -1,14 +1,99 @@
 # SPDX-License-Identifier: Apache-2.0
 import copy
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
+from benchmarks import gate
+from benchmarks.__main__ import main as compare_speed
+from benchmarks.cases import CASES
+from benchmarks.clock import BusyMachineError, Quiet
+from benchmarks.contenders import CONTENDERS, build
 from benchmarks.depth_step import main
+from benchmarks.profiles import PeakMemory
+from benchmarks.shapes import SHAPES, mixed_tokens
 from helpers.tiny import tiny_model, tiny_processor
 
 
 EMOJI = Path(__file__).resolve().parent.parent / "data" / "emoji"
+
+
+@pytest.fixture
+def tiny_cases(monkeypatch):
+    """All cases at a size that takes no time."""
+    for name, case in CASES.items():
+        monkeypatch.setitem(CASES, name, replace(case, shape="tiny", length=64, rows=min(case.rows, 4)))
+
+
+@pytest.mark.parametrize(
+    ("name", "figures"),
+    [
+        ("train-4t4i", (5, 6, 8, 9)),
+        ("train-4t4i-packed", (5, 6, 8, 9)),
+        ("optimizer-4t4i", ()),
+        ("prefill-depth", (6, 8)),
+        ("decode-4t4i-8", (5, 7, 8)),
+    ],
+)
+def test_a_case_is_checked_timed_and_reported(tiny_cases, tmp_path, capsys, name, figures):
+    assert compare_speed([name, "--threads", "1", "--rounds", "1", "--device", "cpu", "--report", str(tmp_path)]) == 0
+    (report,) = tmp_path.iterdir()
+    assert report.read_text() in capsys.readouterr().out
+    lines = [line.strip("| ").split(" | ") for line in report.read_text().splitlines() if line.startswith(f"| {name}")]
+    case = CASES[name]
+    assert [line[2] for line in lines[1:]] == [case.ours, *case.peers]
+    assert float(lines[1][4]) == 1 and float(lines[0][4]) > 0
+    cells = report.read_text().splitlines()[6].split("|")[1:-1]
+    for place in figures:
+        # without the bold of a bar that is not met and the bar of a floor
+        assert float(cells[place].strip().strip("*%").split(" ")[0]) > 0, (place, cells)
+
+
+def test_every_case_names_contenders_and_shapes_that_there_are(capsys):
+    for case in CASES.values():
+        assert {case.ours, *case.peers} <= set(CONTENDERS) and case.shape in SHAPES
+        assert case.kind in ("train", "optimizer", "prefill", "decode")
+    assert compare_speed(["--list"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == len(CASES)
+    with pytest.raises(SystemExit):
+        compare_speed(["no-such-case"])
+    assert "no-such-case" in capsys.readouterr().err
+
+
+def test_the_gate_finds_experts_that_compute_something_else(monkeypatch):
+    model = build("4t4i", SHAPES["tiny"], 64, "cpu")
+    gate.check(copy.deepcopy(model), SHAPES["tiny"])
+    original = torch.bmm
+    monkeypatch.setattr(torch, "bmm", lambda *args: 1.01 * original(*args))
+    with pytest.raises(AssertionError):
+        gate.check(model, SHAPES["tiny"])
+
+
+def test_figures_of_a_busy_machine_are_refused():
+    with Quiet() as quiet:
+        pass
+    quiet.load = 0.5
+    with pytest.raises(BusyMachineError, match=r"0\.50 cores"):
+        quiet.check()
+
+
+def test_tokens_have_the_share_of_words_that_was_asked_for():
+    shape = SHAPES["small"]
+    for share in (0.5, 0.1):
+        ids_BT = mixed_tokens(shape, 8, 2048, share)
+        assert (ids_BT < shape.first_code).float().mean().item() == pytest.approx(share, abs=0.05)
+    assert not torch.equal(ids_BT[0] < shape.first_code, ids_BT[1] < shape.first_code)
+
+
+def test_peak_memory_counts_what_lives_at_once():
+    with PeakMemory() as memory:
+        first = torch.zeros(1000)
+        del first
+        second = torch.ones(500) + torch.ones(500)
+    assert memory.peak == 6000 and memory.now == 2000
+    del second
 
 
 def test_depth_step_runs_both_models_and_reports(tmp_path, capsys):

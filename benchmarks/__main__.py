@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+Compares the speed of our models with that of Transformers' and of one another.
+
+    python -m benchmarks                      all cases, on one thread and on all
+    python -m benchmarks decode-4t4i train-4t4i --threads 1
+    python -m benchmarks --list
+
+Nothing else may run beside it. What is timed is checked first.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from datetime import date
+from pathlib import Path
+
+import torch
+
+from benchmarks.cases import CASES
+from benchmarks.clock import BusyMachineError
+from benchmarks.comparison import Outcome, run_case
+from benchmarks.results import report
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("cases", nargs="*", metavar="CASE", help="by default all")
+    parser.add_argument("--list", action="store_true", help="list the cases and end")
+    parser.add_argument("--threads", choices=["1", "all", "both"], default="both")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--no-details", action="store_true", help="times alone: no FLOPs, bytes, profile and memory")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--report", type=Path, help="folder for a dated report")
+    args = parser.parse_args(arguments)
+    unknown = [name for name in args.cases if name not in CASES]
+    if unknown:
+        parser.error(f"there is no case {unknown[0]!r}; --list names those that there are")
+    return args
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    args = parse_arguments(arguments)
+    if args.list:
+        print("\n".join(f"{case.name}: {case.kind}, {case.ours} / {' '.join(case.peers)}" for case in CASES.values()))
+        return 0
+    numbers = {"1": [1], "all": [torch.get_num_threads()], "both": [1, torch.get_num_threads()]}[args.threads]
+    if args.device == "cuda":
+        numbers = numbers[-1:]
+    outcomes: list[Outcome] = []
+    status = 0
+    for name in args.cases or CASES:
+        for number in dict.fromkeys(numbers):
+            try:
+                outcome = run_case(CASES[name], number, args.rounds, args.device, not args.no_details)
+            except BusyMachineError as error:
+                print(f"{name}, {number} threads: {error}", file=sys.stderr)
+                status = 1
+                continue
+            outcomes.append(outcome)
+            print(f"{name}, {number} threads: {outcome.ratio:.3f}", file=sys.stderr, flush=True)
+    command = " ".join(["python -m benchmarks", *(arguments if arguments is not None else sys.argv[1:])])
+    page = report(outcomes, command, args.rounds, args.device)
+    print(page)
+    if args.report and outcomes:
+        (args.report / f"{date.today()}-speed-{args.device}.md").write_text(page)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The comparisons: what of ours is measured against whom, at which shape, and how it should come out."""
+
+from dataclasses import dataclass, replace
+
+from benchmarks.contenders import PEER_IMPLEMENTATIONS
+
+
+OLMOE = tuple(f"olmoe {name}" for name in PEER_IMPLEMENTATIONS)
+
+
+@dataclass(frozen=True)
+class Case:
+    """
+    One comparison.
+
+    Args:
+        name: by which the command asks for it.
+        ours: a contender.
+        peers: contenders; the ratio is that to the fastest.
+        kind: `"train"`, `"optimizer"`, `"prefill"` or `"decode"`.
+        bar: the largest ratio of time that is wanted, where there is one.
+        rows: of the batch.
+        length: of the sequences.
+        shape: a name of `SHAPES`.
+        dtype: a name of torch's.
+        text_share: share of words among the tokens.
+        packed: whether rows hold several documents.
+        bar_of_floor: the largest ratio to the bytes that a decoding reads, where there is one.
+    """
+
+    name: str
+    ours: str
+    peers: tuple[str, ...]
+    kind: str
+    bar: float | None = None
+    rows: int = 4
+    length: int = 512
+    shape: str = "medium"
+    dtype: str = "bfloat16"
+    text_share: float = 0.5
+    packed: bool = False
+    bar_of_floor: float | None = None
+
+
+def _cases() -> list[Case]:
+    train = Case("train-dense-llama", "dense", ("llama",), "train", 1.00)
+    prefill = replace(train, name="prefill-dense-llama", kind="prefill", rows=1, length=1024)
+    decode = Case("decode-dense-llama", "dense", ("llama",), "decode", 1.02, rows=1)
+    against_dense = replace(train, peers=("dense",))
+    cases = [
+        train,
+        prefill,
+        decode,
+        replace(against_dense, name="train-1t1i", ours="1t1i", bar=1.03, shape="90m"),
+        replace(against_dense, name="train-4t4i", ours="4t4i", bar=1.06),
+        replace(against_dense, name="train-4t4i-fp32", ours="4t4i", bar=1.06, dtype="float32"),
+        replace(against_dense, name="train-4t4i-pictures", ours="4t4i", bar=1.06, text_share=0.1),
+        replace(against_dense, name="train-4t4i-packed", ours="4t4i", bar=1.06, rows=1, length=4096, packed=True),
+        replace(against_dense, name="train-4t4i-small", ours="4t4i", shape="small"),
+        replace(against_dense, name="optimizer-4t4i", ours="4t4i", kind="optimizer"),
+        replace(against_dense, name="train-threshold", ours="4t4i threshold", bar=1.15),
+        replace(against_dense, name="train-token-choice", ours="4t4i token_choice", bar=1.15),
+        replace(against_dense, name="train-4t4i-olmoe", ours="4t4i", peers=OLMOE, bar=0.65),
+        replace(against_dense, name="train-4t4i-mixtral", ours="4t4i", peers=("mixtral grouped_mm",)),
+        replace(against_dense, name="train-depth", ours="mod-4t4i", peers=("4t4i",), bar=1.08),
+        replace(against_dense, name="train-16t16i", ours="16t16i", peers=("4t4i",), bar=1.35),
+        replace(prefill, name="prefill-4t4i", ours="4t4i", peers=("dense",), bar=1.08),
+        replace(prefill, name="prefill-depth", ours="mod-4t4i", peers=("4t4i",), bar=1.08),
+        replace(prefill, name="prefill-4t4i-olmoe", ours="4t4i", peers=OLMOE),
+        replace(decode, name="decode-4t4i", ours="4t4i", peers=("dense",), bar=1.10),
+        replace(decode, name="decode-token-choice", ours="4t4i token_choice", peers=("dense",), bar=1.10),
+        replace(decode, name="decode-4t4i-olmoe", ours="4t4i", peers=OLMOE, bar=1.0),
+        replace(decode, name="decode-depth", ours="mod-4t4i", peers=("4t4i",), bar=1.1),
+        replace(decode, name="decode-depth-8", ours="mod-4t4i", peers=("4t4i",), bar=1.1, rows=8),
+    ]
+    for rows in (8, 32):
+        cases.append(
+            replace(
+                decode, name=f"decode-4t4i-{rows}", ours="4t4i", peers=OLMOE, bar=0.75, rows=rows, bar_of_floor=1.3
+            )
+        )
+    return cases
+
+
+CASES = {case.name: case for case in _cases()}

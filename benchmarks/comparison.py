@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs one case: builds its contenders, checks ours, times them in turn and sets the times against the floors."""
+
+import copy
+import gc
+import statistics
+from dataclasses import dataclass, field
+
+import torch
+
+from benchmarks import floors, gate
+from benchmarks.cases import Case
+from benchmarks.clock import Quiet, in_turn, median_ratio, threads
+from benchmarks.contenders import build
+from benchmarks.profiles import matmul_share, own_seconds, peak_bytes
+from benchmarks.shapes import SHAPES, Shape
+from benchmarks.work import Runner
+from modeling_moma import MomaForCausalLM
+
+
+@dataclass
+class Row:
+    """
+    What one contender did in a case.
+
+    Args:
+        name: the contender.
+        seconds: median of the rounds.
+        ratio: ours to this one, median of the rounds' ratios.
+        rate_share: FLOP/s over those of matrix products of the same shapes, where something is computed at length.
+        floor_ratio: time over the bytes that decoding reads at the bandwidth of the run.
+        matmul_share: share of the operations' time that is matrix products and attention.
+        peak_bytes: what a training step holds at once beside weights, gradients and optimizer.
+    """
+
+    name: str
+    seconds: float
+    ratio: float
+    rate_share: float | None = None
+    floor_ratio: float | None = None
+    matmul_share: float | None = None
+    peak_bytes: int | None = None
+
+
+@dataclass
+class Outcome:
+    """
+    A case on so many threads.
+
+    Args:
+        case: what was compared.
+        num_threads: of torch.
+        load: cores that other processes kept busy.
+        rows: ours first.
+    """
+
+    case: Case
+    num_threads: int
+    load: float
+    rows: list[Row] = field(default_factory=list)
+
+    @property
+    def ratio(self) -> float:
+        """Ours to the fastest peer."""
+        return max(row.ratio for row in self.rows[1:])
+
+    @property
+    def is_met(self) -> bool | None:
+        """Whether every bar is met; `None` where there is none."""
+        bars = []
+        if self.case.bar is not None:
+            bars.append(self.ratio <= self.case.bar)
+        if self.case.bar_of_floor is not None and self.rows[0].floor_ratio is not None:
+            bars.append(self.rows[0].floor_ratio <= self.case.bar_of_floor)
+        return all(bars) if bars else None
+
+
+def run_case(case: Case, num_threads: int, rounds: int, device: str, with_details: bool) -> Outcome:
+    """
+    Compares what a case names.
+
+    Args:
+        case: the comparison.
+        num_threads: for torch.
+        rounds: timings of each contender.
+        device: `"cpu"` or `"cuda"`.
+        with_details: also count FLOPs and bytes, profile, and measure the memory.
+
+    Raises:
+        AssertionError: ours is wrong, so that its time says nothing.
+        BusyMachineError: the machine did something else, and all threads were asked for.
+    """
+    shape, dtype = SHAPES[case.shape], getattr(torch, case.dtype)
+    names = [case.ours, *case.peers]
+    with threads(num_threads):
+        runners = [_runner(case, name, shape, dtype, device) for name in names]
+        with Quiet() as quiet:
+            times = in_turn(runners, rounds)
+        if num_threads > 1:
+            quiet.check()
+        outcome = Outcome(case, num_threads, quiet.load)
+        for name, runner, own in zip(names, runners, times):
+            row = Row(name, statistics.median(own), median_ratio(times[0], own))
+            if with_details:
+                _add_details(row, case, runner, shape, dtype, device)
+            outcome.rows.append(row)
+    del runners
+    gc.collect()
+    return outcome
+
+
+def _runner(case: Case, name: str, shape: Shape, dtype: torch.dtype, device: str) -> Runner:
+    model = build(name, shape, case.length, device)
+    if isinstance(model, MomaForCausalLM):
+        gate.check(copy.deepcopy(model), shape)
+    return Runner(model, shape, case.kind, case.rows, case.length, dtype, case.text_share, case.packed)
+
+
+def _add_details(row: Row, case: Case, runner: Runner, shape: Shape, dtype: torch.dtype, device: str) -> None:
+    if case.kind in ("train", "prefill"):
+        rate = floors.matmul_rate(shape, runner.tokens_per_work, dtype, device)
+        row.rate_share = floors.flops(runner) / row.seconds / rate
+    if case.kind == "decode":
+        row.floor_ratio = row.seconds * floors.bandwidth(device) / floors.bytes_read(runner)
+    if case.kind != "optimizer":
+        row.matmul_share = matmul_share(own_seconds(runner))
+    if case.kind == "train":
+        row.peak_bytes = peak_bytes(runner)

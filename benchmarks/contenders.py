@@ -1,0 +1,172 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The models that are compared, ours and those of Transformers, by name and at any shape."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    OlmoeConfig,
+    OlmoeForCausalLM,
+    PreTrainedModel,
+)
+
+from benchmarks.shapes import Shape, mixed_tokens
+from modeling_moma import MomaConfig, MomaForCausalLM
+from modeling_moma.tools.costs import training_flops
+
+
+# forwards in training mode that bring thresholds to where they stay
+SETTLING_STEPS = 4
+EXPERTS = {
+    "dense": 1,
+    "1t1i": {"text": 1, "image": 1},
+    "8x": 8,
+    "4t4i": {"text": 4, "image": 4},
+    "16t16i": {"text": 16, "image": 16},
+}
+# experts of a sparse peer, of which each token meets one
+PEER_EXPERTS = 8
+PEER_IMPLEMENTATIONS = ("eager", "batched_mm", "grouped_mm")
+
+
+@dataclass(frozen=True)
+class Contender:
+    """
+    A model that takes part.
+
+    Args:
+        name: in reports.
+        build: makes it at a shape, for sequences of a length.
+    """
+
+    name: str
+    build: Callable[[Shape, int], PreTrainedModel]
+
+
+CONTENDERS: dict[str, Contender] = {}
+
+
+def contender(name: str):
+    """Enter a function that builds a model."""
+
+    def keep(build: Callable[[Shape, int], PreTrainedModel]):
+        CONTENDERS[name] = Contender(name, build)
+        return build
+
+    return keep
+
+
+def moma_config(shape: Shape, experts: str, length: int, **fields) -> MomaConfig:
+    """A MoMa whose attention and norms are those of Llama, so that the feed-forward layers are what differs."""
+    return MomaConfig(
+        **{
+            "vocab_size": shape.vocab_size,
+            "hidden_size": shape.hidden_size,
+            "intermediate_size": shape.intermediate_size,
+            "num_hidden_layers": shape.num_layers,
+            "num_attention_heads": shape.num_heads,
+            "max_position_embeddings": max(4096, length),
+            "num_experts": EXPERTS[experts],
+            "modality_token_ranges": {"image": [[shape.first_code, shape.vocab_size]]},
+            "begin_image_token_id": 3,
+            "end_image_token_id": 4,
+            "image_seq_length": shape.picture_length,
+            "norm_placement": "pre",
+            "qk_norm": "none",
+            "z_loss_coef": 0.0,
+            "routing_warmup_steps": 0,
+            **fields,
+        }
+    )
+
+
+def _moma(experts: str, **fields):
+    def build(shape: Shape, length: int) -> MomaForCausalLM:
+        return settled(MomaForCausalLM(moma_config(shape, experts, length, **fields)), shape, length)
+
+    return build
+
+
+def settled(model: MomaForCausalLM, shape: Shape, length: int) -> MomaForCausalLM:
+    """The model with the thresholds that training would have brought it to."""
+    model.train()
+    for seed in range(SETTLING_STEPS):
+        model(mixed_tokens(shape, 4, min(length, 512), seed=seed), routing="expert_choice", use_cache=False)
+    return model
+
+
+for _name in EXPERTS:
+    contender(_name)(_moma(_name))
+for _rule in ("threshold", "token_choice"):
+    contender(f"4t4i {_rule}")(_moma("4t4i", training_routing=_rule, inference_routing=_rule))
+
+
+@contender("mod-4t4i")
+def depth_of_equal_flops(shape: Shape, length: int) -> MomaForCausalLM:
+    """Depth on every other layer, as many layers as come closest to the FLOPs of 4t4i without depth."""
+    tokens = {"text": 1, "image": 1}
+    target = training_flops(moma_config(shape, "4t4i", length), tokens, length)
+
+    def config(num_layers: int) -> MomaConfig:
+        layers = list(range(0, num_layers, 2))
+        return moma_config(shape, "4t4i", length, num_hidden_layers=num_layers, depth_layers=layers)
+
+    candidates = [config(number) for number in range(shape.num_layers, 2 * shape.num_layers + 1)]
+    closest = min(candidates, key=lambda each: abs(training_flops(each, tokens, length) - target))
+    return settled(MomaForCausalLM(closest), shape, length)
+
+
+def _common(shape: Shape, length: int) -> dict:
+    return {
+        "vocab_size": shape.vocab_size,
+        "hidden_size": shape.hidden_size,
+        "intermediate_size": shape.intermediate_size,
+        "num_hidden_layers": shape.num_layers,
+        "num_attention_heads": shape.num_heads,
+        "num_key_value_heads": shape.num_heads,
+        "max_position_embeddings": max(4096, length),
+        "pad_token_id": 1,
+        "bos_token_id": 0,
+        "eos_token_id": 2,
+    }
+
+
+@contender("llama")
+def llama(shape: Shape, length: int) -> PreTrainedModel:
+    return LlamaForCausalLM(LlamaConfig(**_common(shape, length)))
+
+
+def _peer(config_class: type, model_class: type, implementation: str, **fields):
+    def build(shape: Shape, length: int) -> PreTrainedModel:
+        model = model_class(config_class(**_common(shape, length), num_experts_per_tok=1, **fields))
+        model.set_experts_implementation(implementation)
+        return model
+
+    return build
+
+
+for _implementation in PEER_IMPLEMENTATIONS:
+    contender(f"olmoe {_implementation}")(
+        _peer(OlmoeConfig, OlmoeForCausalLM, _implementation, num_experts=PEER_EXPERTS)
+    )
+    contender(f"mixtral {_implementation}")(
+        _peer(MixtralConfig, MixtralForCausalLM, _implementation, num_local_experts=PEER_EXPERTS, sliding_window=None)
+    )
+
+
+def build(name: str, shape: Shape, length: int, device: str) -> PreTrainedModel:
+    """
+    A contender with weights drawn from the same seed each time.
+
+    Raises:
+        ValueError: there is none of that name.
+    """
+    if name not in CONTENDERS:
+        raise ValueError(f"there is no contender {name!r}; there are {sorted(CONTENDERS)}.")
+    torch.manual_seed(0)
+    return CONTENDERS[name].build(shape, length).to(device)

@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is timed: a training step, its optimizer, a prefill, steps of decoding."""
+
+from collections.abc import Callable
+from contextlib import nullcontext
+
+import torch
+from transformers import DynamicCache, PreTrainedModel
+
+from benchmarks.shapes import Shape, mixed_tokens
+
+
+# one piece of work, after what must not be timed
+Work = Callable[[], object]
+# steps of decoding in one piece of work, and the prompt before them
+DECODE_STEPS = 16
+PROMPT_LENGTH = 128
+
+
+class Runner:
+    """
+    One model under one kind of work; `prepare()` is called before each timing, then `work()` is timed.
+
+    Args:
+        model: on its device.
+        shape: gives the ids.
+        kind: `"train"`, `"optimizer"`, `"prefill"` or `"decode"`.
+        rows: of the batch.
+        length: of the sequences.
+        dtype: training runs under autocast to it with fp32 weights, as the Trainer does; inference with weights in it.
+        text_share: share of words among the tokens.
+        packed: split each row into documents of a quarter of its length.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        shape: Shape,
+        kind: str,
+        rows: int,
+        length: int,
+        dtype: torch.dtype,
+        text_share: float = 0.5,
+        packed: bool = False,
+    ):
+        self.kind, self.dtype, self.device = kind, dtype, model.device
+        self.tokens_per_work = rows * (DECODE_STEPS if kind == "decode" else length)
+        is_training = kind in ("train", "optimizer")
+        self.model = model.train(is_training) if is_training else model.to(dtype).eval()
+        total = PROMPT_LENGTH + DECODE_STEPS if kind == "decode" else length
+        self.ids_BT = mixed_tokens(shape, rows, total, text_share).to(self.device)
+        self.more: dict[str, torch.Tensor] = {}
+        if packed:
+            self.more["position_ids"] = (torch.arange(length, device=self.device) % (length // 4)).expand(rows, -1)
+        self.optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, fused=True) if kind == "optimizer" else None
+        self.cache: DynamicCache | None = None
+
+    def prepare(self) -> None:
+        """What a timing needs and does not count."""
+        if self.kind == "train":
+            self.model.zero_grad()
+        elif self.kind == "optimizer":
+            self._step()
+        elif self.kind == "decode":
+            self.cache = DynamicCache(config=self.model.config)
+            self._read(self.ids_BT[:, :PROMPT_LENGTH])
+
+    def work(self) -> None:
+        """What is timed."""
+        if self.kind == "train":
+            self._step()
+        elif self.optimizer is not None:
+            self.optimizer.step()
+        elif self.kind == "prefill":
+            self.cache = DynamicCache(config=self.model.config)
+            self._read(self.ids_BT)
+        else:
+            for place in range(PROMPT_LENGTH, PROMPT_LENGTH + DECODE_STEPS):
+                self._read(self.ids_BT[:, place : place + 1])
+
+    def _step(self) -> None:
+        is_fp32 = self.dtype == torch.float32
+        with nullcontext() if is_fp32 else torch.autocast(self.device.type, self.dtype):
+            loss = self.model(input_ids=self.ids_BT, labels=self.ids_BT, use_cache=False, **self.more).loss
+        loss.backward()
+
+    @torch.no_grad()
+    def _read(self, ids_BT: torch.Tensor) -> None:
+        self.model(input_ids=ids_BT, cache=self.cache, use_cache=True, logits_to_keep=1, **self.more)

@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The loss from chunks of logits against the loss from all of them."""
+
+import pytest
+import torch
+
+from helpers.reference import trainable
+from helpers.tiny import mixed_ids, tiny_model
+from modeling_moma import loss_moma
+
+
+@pytest.mark.parametrize("fields", [{}, {"z_loss_coef": 0.01, "modality_loss_weights": {"text": 3.0}}])
+@pytest.mark.parametrize("tied", [True, False])
+def test_loss_without_logits_is_the_loss_with_them(monkeypatch, fields, tied):
+    monkeypatch.setattr(loss_moma, "CHUNK", 5)
+    model = tiny_model(tie_word_embeddings=tied, **fields).train()
+    ids, mask = mixed_ids(), torch.ones_like(mixed_ids())
+    mask[0, :2] = 0
+    results = []
+    for skip_logits in (False, True):
+        model.zero_grad()
+        out = model(ids, attention_mask=mask, labels=ids, use_cache=False, skip_logits=skip_logits)
+        (2 * out.loss).backward()
+        results.append((out, {name: parameter.grad.clone() for name, parameter in trainable(model)}))
+    (whole, expected), (chunked, gradients) = results
+    assert chunked.logits is None and whole.logits is not None
+    torch.testing.assert_close(chunked.loss, whole.loss)
+    for name, loss in whole.modality_losses.items():
+        torch.testing.assert_close(chunked.modality_losses[name], loss)
+        assert chunked.modality_tokens[name] == whole.modality_tokens[name]
+    for name, gradient in expected.items():
+        torch.testing.assert_close(gradients[name], gradient, rtol=1e-4, atol=1e-6, msg=name)
+    with torch.no_grad():
+        outputs = [model.eval()(ids, labels=ids, skip_logits=skip_logits) for skip_logits in (False, True)]
+    torch.testing.assert_close(outputs[1].loss, outputs[0].loss)
+
+
+def test_loss_without_logits_holds_those_of_a_chunk():
+    from benchmarks.profiles import PeakMemory
+
+    torch.manual_seed(0)
+    model = tiny_model(vocab_size=4096, max_position_embeddings=512).train()
+    ids = torch.randint(0, 60, (8, 512))
+    peaks = []
+    for skip_logits in (False, True):
+        with PeakMemory() as memory:
+            model(ids, labels=ids, use_cache=False, skip_logits=skip_logits).loss.backward()
+        peaks.append(memory.peak)
+        model.zero_grad()
+    logits = 4 * ids.numel() * 4096
+    assert peaks[0] > 2 * logits and peaks[1] < logits / 2
