@@ -26,8 +26,8 @@ class Documents(Protocol):
 
     def __len__(self) -> int: ...
 
-    def ids(self, row: int, rng: np.random.Generator | None) -> Sequence[int] | np.ndarray:
-        """Token ids of a row, drawn with `rng` where there is a choice, without it elsewhere."""
+    def ids(self, row: int, rng: np.random.Generator) -> Sequence[int] | np.ndarray:
+        """Token ids of a row, drawn with `rng` where there is a choice."""
         ...
 
     def held_out(self, rows: Sequence[int] | None = None) -> Sequence[Any]:
@@ -190,7 +190,7 @@ class TokenDocuments:
     def __len__(self) -> int:
         return len(self.table)
 
-    def ids(self, row: int, rng: np.random.Generator | None = None) -> np.ndarray:
+    def ids(self, row: int, rng: np.random.Generator) -> np.ndarray:
         """Ids of a row, not copied."""
         return self.table.numbers("input_ids", row)
 

@@ -190,7 +190,9 @@ class _Packer:
 
         Without it a source of long documents would be ahead by half a document in the mean of every block.
         """
-        return min(sources, key=lambda source: (self.served[source] + len(self.next[source]) / 2) / self.shares[source])
+        return min(
+            sources, key=lambda source: (self.served[source] + len(self.next[source]) / 2) / self.shares[source]
+        )
 
     def _draw(self, source: int) -> _Waiting:
         ids = self.next[source]

@@ -14,6 +14,8 @@ from .documents import Documents, mean_length
 PATTERN = 1000
 # apart enough that no two sources draw alike
 _SEED_STEP = 1_000_003
+# for rows without a choice: a generator of their own would take longer to make than they to read
+_UNUSED = np.random.default_rng(0)
 
 
 class DocumentOrder:
@@ -43,8 +45,7 @@ class DocumentOrder:
                 epoch,
                 np.random.default_rng([self.seed, epoch]).permutation(len(self.documents)),
             )
-        # which takes longer to make than to read a row
-        rng = np.random.default_rng([self.seed, 1, number]) if self.documents.has_choice else None
+        rng = np.random.default_rng([self.seed, 1, number]) if self.documents.has_choice else _UNUSED
         return self.documents.ids(int(self._order[place]), rng)
 
 
