@@ -19,7 +19,7 @@ from transformers.utils import TransformersKwargs
 from transformers.utils.deprecation import deprecate_kwarg
 
 from .configuration_moma import MomaConfig
-from .depth_packing_moma import DepthPacking, PackedCache
+from .depth_packing_moma import DepthPacking, PackedCache, StepCache
 from .norms_moma import query_key_norm
 
 
@@ -42,6 +42,7 @@ class MomaAttention(nn.Module):
         self.k_proj = nn.Linear(config.hidden_size, key_width, bias=config.attention_bias)
         self.v_proj = nn.Linear(config.hidden_size, key_width, bias=config.attention_bias)
         self.o_proj = nn.Linear(query_width, config.hidden_size, bias=config.attention_bias)
+        self.has_norm = config.qk_norm != "none"
         self.q_norm = query_key_norm(config, config.num_attention_heads)
         self.k_norm = query_key_norm(config, config.num_key_value_heads)
 
@@ -62,8 +63,11 @@ class MomaAttention(nn.Module):
         self, hidden_states: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor]
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         heads = (-1, self.head_dim)
-        query = self.q_norm(self.q_proj(hidden_states).unflatten(-1, heads)).transpose(1, 2)
-        key = self.k_norm(self.k_proj(hidden_states).unflatten(-1, heads)).transpose(1, 2)
+        query = self.q_proj(hidden_states).unflatten(-1, heads)
+        key = self.k_proj(hidden_states).unflatten(-1, heads)
+        if self.has_norm:
+            query, key = self.q_norm(query), self.k_norm(key)
+        query, key = query.transpose(1, 2), key.transpose(1, 2)
         value = self.v_proj(hidden_states).unflatten(-1, heads).transpose(1, 2)
         query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
         return query, key, value
@@ -74,7 +78,7 @@ class MomaAttention(nn.Module):
         key: torch.Tensor,
         value: torch.Tensor,
         attention_mask: torch.Tensor | None,
-        cache: Cache | PackedCache | None,
+        cache: Cache | PackedCache | StepCache | None,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         if cache is not None:
@@ -105,15 +109,23 @@ class MomaDepthAttention(MomaAttention):
         x_1PD: torch.Tensor,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         attention_mask: torch.Tensor | None = None,
-        cache: PackedCache | None = None,
+        cache: PackedCache | StepCache | None = None,
         *,
-        packing: DepthPacking,
-        slot_RS: torch.Tensor | None,
-        past: int,
-        is_recorded: bool,
+        packing: DepthPacking | None = None,
+        slot_RS: torch.Tensor | None = None,
+        past: int = 0,
+        is_recorded: bool = False,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Outputs of the chosen tokens `[1, P, D]`; weights, if recorded, are laid out over all positions."""
+        """Outputs of the chosen tokens `[1, P, D]`; weights, if recorded, are laid out over all positions.
+
+        Without a packing the chosen tokens are one in each row, `[R, 1, D]`.
+        """
+        if packing is None:
+            output_R1D, weights = self._attend(
+                *self._project(x_1PD, position_embeddings), attention_mask, cache, **kwargs
+            )
+            return self.o_proj(output_R1D), weights
         query, key, value = (packing.lay_out(states_1HPd) for states_1HPd in self._project(x_1PD, position_embeddings))
         output_RCD, weights_RHCS = self._attend(query, key, value, attention_mask, cache, **kwargs)
         attn_output = self.o_proj(packing.take_out(output_RCD))

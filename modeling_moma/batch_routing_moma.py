@@ -12,7 +12,7 @@ from transformers.masking_utils import find_packed_sequence_indices
 from .configuration_moma import MomaConfig
 from .depth_moma import depth_form_of
 from .modality_split_moma import FixedSplit, ModalitySplit, position_groups, split_modalities, token_modalities
-from .routing_context_moma import RoutingContext
+from .routing_context_moma import RoutingContext, is_distributed
 from .routing_rules_moma import rule_of
 
 
@@ -28,6 +28,7 @@ def routing_of_batch(
     is_training: bool,
     routing: str | None = None,
     depth_routing: str | None = None,
+    is_recorded: bool = False,
 ) -> RoutingContext:
     """Describe the routing of one forward to all its layers, and refuse what cannot be routed.
 
@@ -43,6 +44,7 @@ def routing_of_batch(
         is_training (`bool`): whether the model is in `train()` mode.
         routing (`str`, *optional*): the caller's rule for experts.
         depth_routing (`str`, *optional*): the caller's rule for depth layers.
+        is_recorded (`bool`, *optional*, defaults to `False`): whether each router's logits are asked for.
 
     Raises:
         IndexError: an id lies outside the vocabulary.
@@ -78,7 +80,8 @@ def routing_of_batch(
         )
     # samples drawn between the steps of a training are no steps; reentrant checkpointing has gradients here
     track = is_training and torch.is_grad_enabled()
-    context = RoutingContext(routing, split, track, depth_routing, modality_BT, padding_BT)
+    runs_all = is_training or torch.is_grad_enabled() or is_distributed() or is_recorded
+    context = RoutingContext(routing, split, track, depth_routing, modality_BT, padding_BT, runs_all_groups=runs_all)
     if config.depth_layers:
         _describe_rows(context, attention_mask, position_ids, cache)
     return context

@@ -14,13 +14,15 @@ from transformers.utils.deprecation import deprecate_kwarg
 
 from .attention_moma import MomaAttention, MomaDepthAttention
 from .configuration_moma import MomaConfig
-from .depth_moma import MomaDepthRouter
+from .depth_moma import DepthSelection, MomaDepthRouter
 from .depth_packing_moma import (
     PackedCache,
+    StepCache,
     depth_cache_layer,
     pack_chosen,
     packed_causal_mask,
     packed_position_ids,
+    step_mask,
 )
 from .experts_moma import MomaFeedForward
 from .norms_moma import MomaRMSNorm
@@ -104,6 +106,12 @@ class MomaDepthDecoderLayer(MomaDecoderLayer):
         # weights take part in every training step and wherever processes wait for one another; a recorded layer has
         # attentions in every step
         keep_empty_rows = self.training or is_distributed() or is_recorded
+        for name in ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"):
+            # they describe the rows before packing
+            kwargs.pop(name, None)
+        is_step = hidden_states.shape[1] == 1 and not keep_empty_rows and routing_context.custom_mask_BHQS is None
+        if is_step and cache is not None:
+            return self._step(hidden_states, selection, routing_context, position_embeddings, cache, **kwargs)
         packing = pack_chosen(
             selection.chosen_BT,
             routing_context.split,  # pyright: ignore[reportCallIssue]
@@ -117,9 +125,6 @@ class MomaDepthDecoderLayer(MomaDecoderLayer):
             cache_layer = depth_cache_layer(cache, self.layer_idx)
             slot_RS, past = cache_layer.stored_slots(packing), cache_layer.get_seq_length()
             packed_cache = PackedCache(cache, packing, self.capacity)
-        for name in ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"):
-            # they describe the rows before packing
-            kwargs.pop(name, None)
         x_1PD = packing.choose(hidden_states)
         attention_change_1PD = self._attention_change(
             x_1PD,
@@ -139,6 +144,46 @@ class MomaDepthDecoderLayer(MomaDecoderLayer):
         packed_context = routing_context.with_split(packing.split)
         change_1PD = attention_change_1PD + self._ffn_change(x_1PD + attention_change_1PD, packed_context)
         return packing.add_back(hidden_states, change_1PD, selection.weight_BT)
+
+    def _step(
+        self,
+        hidden_B1D: torch.Tensor,
+        selection: DepthSelection,
+        routing_context: RoutingContext,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None,
+        cache: Cache,
+        **kwargs,
+    ) -> torch.Tensor:
+        """One token in each row: those rows take part that chose it, with nothing to pack."""
+        num_rows = hidden_B1D.shape[0]
+        # the one wait on the device
+        rows = [row for row, is_chosen in enumerate(selection.chosen_BT.flatten().tolist()) if is_chosen]
+        if not rows:
+            self._skip(hidden_B1D, cache)
+            return hidden_B1D
+        lengths = depth_cache_layer(cache, self.layer_idx).step_lengths(rows)
+        weight_R1, x_R1D, context = selection.weight_BT, hidden_B1D, routing_context
+        row_R = None
+        if len(rows) < num_rows:
+            row_R = torch.tensor(rows, device=hidden_B1D.device)
+            weight_R1, x_R1D = weight_R1.index_select(0, row_R), x_R1D.index_select(0, row_R)
+            position_embeddings = tuple(  # pyright: ignore[reportAssignmentType]
+                part if part.shape[0] == 1 else part.index_select(0, row_R)
+                for part in position_embeddings  # pyright: ignore[reportOptionalIterable]
+            )
+            context = routing_context.with_split(
+                routing_context.split.of_rows(row_R)  # pyright: ignore[reportAttributeAccessIssue]
+            )
+        attention_change_R1D = self._attention_change(
+            x_R1D,
+            position_embeddings=position_embeddings,
+            attention_mask=step_mask(self.config, lengths, x_R1D.dtype, x_R1D.device),
+            cache=StepCache(cache, rows, num_rows, self.capacity),
+            **kwargs,
+        )
+        change_R1D = attention_change_R1D + self._ffn_change(x_R1D + attention_change_R1D, context)
+        change_R1D = (change_R1D * weight_R1.unsqueeze(-1).to(change_R1D.dtype)).to(hidden_B1D.dtype)
+        return hidden_B1D + change_R1D if row_R is None else hidden_B1D.index_add(0, row_R, change_R1D)
 
     def _skip(self, hidden_states: torch.Tensor, cache: Cache | None) -> None:
         if cache is None:

@@ -82,16 +82,12 @@ class MomaDepthRouter(MomaRouterBase):
 
     @torch.no_grad()
     def _choose(self, hidden_BTD: torch.Tensor, scores_BT: torch.Tensor, context: RoutingContext) -> torch.Tensor:
-        pool_BT = torch.zeros_like(scores_BT, dtype=torch.long)
-        if len(self.capacities) > 1:
-            pool_BT = context.modality_BT
-        is_token_BT = torch.ones_like(scores_BT, dtype=torch.bool)
+        tokens = DepthTokens(self, context, hidden_BTD, scores_BT)
+        chosen_BT = depth_form_of(context.depth_routing)(tokens)
         if context.padding_BT is not None:
-            is_token_BT = ~context.padding_BT
-        tokens = DepthTokens(self, context, hidden_BTD, scores_BT, pool_BT, is_token_BT)
-        chosen_BT = depth_form_of(context.depth_routing)(tokens) & is_token_BT
+            chosen_BT = chosen_BT & ~context.padding_BT
         if context.track:
-            context.record(self, tokens.ranks[1], *self._load(chosen_BT, pool_BT, is_token_BT))
+            context.record(self, tokens.ranks[1], *self._load(chosen_BT, tokens.pool_BT, tokens.is_token_BT))
         return chosen_BT
 
     def rank(
@@ -152,22 +148,35 @@ class DepthTokens:
         context (`RoutingContext`): of this forward.
         hidden_BTD (`torch.Tensor`): the residual stream, `[B, T, D]`.
         scores_BT (`torch.Tensor`): fp32, detached, `[B, T]`.
-        pool_BT (`torch.LongTensor`): the pool by modality in which each token competes, `[B, T]`.
-        is_token_BT (`torch.BoolTensor`): False at padding, `[B, T]`.
     """
 
     router: MomaDepthRouter
     context: RoutingContext
     hidden_BTD: torch.Tensor
     scores_BT: torch.Tensor
-    pool_BT: torch.Tensor
-    is_token_BT: torch.Tensor
     _ranks: tuple[torch.Tensor, torch.Tensor] | None = None
 
     @property
-    def state(self) -> RouterState:
+    def state(self) -> RouterState | MomaRouterBase:
         """The router's buffers to choose with."""
         return self.context.router_state(self.router)
+
+    @property
+    def pool_BT(self) -> torch.Tensor:
+        """The pool by modality in which each token competes, `[B, T]`."""
+        if len(self.router.capacities) > 1:
+            return self.context.modality_BT
+        return torch.zeros_like(self.scores_BT, dtype=torch.long)
+
+    @property
+    def is_token_BT(self) -> torch.Tensor:
+        """False at padding, `[B, T]`."""
+        padding_BT = self.context.padding_BT
+        return torch.ones_like(self.scores_BT, dtype=torch.bool) if padding_BT is None else ~padding_BT
+
+    def by_pool(self, values_G: torch.Tensor) -> torch.Tensor:
+        """Each token's own of one value for each pool, `[B, T]`, or `[1]` where there is one pool."""
+        return values_G if values_G.shape[0] == 1 else values_G[self.pool_BT]
 
     @property
     def ranks(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -217,23 +226,23 @@ def _take_the_best(tokens: DepthTokens) -> torch.Tensor:
 
 @depth_form("threshold")
 def _take_what_reaches_the_cut(tokens: DepthTokens) -> torch.Tensor:
-    router, state, pool_BT = tokens.router, tokens.state, tokens.pool_BT
-    chosen_BT = tokens.scores_BT >= state.threshold[pool_BT]
+    router, state = tokens.router, tokens.state
+    chosen_BT = tokens.scores_BT >= tokens.by_pool(state.threshold)
     if tokens.context.track and router.warmup_steps and not router.is_frozen:
-        is_warming_G = state.num_updates < router.warmup_steps
-        chosen_BT = torch.where(is_warming_G[pool_BT], tokens.ranks[0], chosen_BT)
+        is_warming = tokens.by_pool(state.num_updates < router.warmup_steps)
+        chosen_BT = torch.where(is_warming, tokens.ranks[0], chosen_BT)
     return chosen_BT
 
 
 @depth_form("token_choice")
 def _take_what_passes_the_middle(tokens: DepthTokens) -> torch.Tensor:
-    return tokens.scores_BT + tokens.state.balance_bias[tokens.pool_BT] >= _MIDDLE
+    return tokens.scores_BT + tokens.by_pool(tokens.state.balance_bias) >= _MIDDLE
 
 
 @depth_form("auxiliary")
 def _take_what_is_predicted(tokens: DepthTokens) -> torch.Tensor:
     predicted_BT = tokens.router.predicted_scores(tokens.hidden_BTD).squeeze(-1)
-    return predicted_BT >= tokens.router.auxiliary.threshold[tokens.pool_BT]
+    return predicted_BT >= tokens.by_pool(tokens.router.auxiliary.threshold)
 
 
 __all__ = ["DEPTH_FORMS", "DepthSelection", "DepthTokens", "MomaDepthRouter", "depth_form", "depth_form_of"]

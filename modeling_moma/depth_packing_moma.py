@@ -236,6 +236,54 @@ class PackedCache:
         return self.cache.update(keys, values, layer_idx, packing=self.packing, capacity=self.capacity)
 
 
+class StepCache:
+    """A view of the model's cache for a step of one token, in which some rows take part."""
+
+    def __init__(self, cache: Cache, rows: list[int], num_rows: int, capacity: float):
+        self.cache, self.rows, self.num_rows, self.capacity = cache, rows, num_rows, capacity
+
+    def update(
+        self, keys: torch.Tensor, values: torch.Tensor, layer_idx: int, **kwargs
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """See [`MomaDepthCacheLayer.update`]."""
+        return self.cache.update(
+            keys, values, layer_idx, rows=self.rows, num_rows=self.num_rows, capacity=self.capacity
+        )
+
+
+def step_mask(
+    config: MomaConfig, lengths: list[int], dtype: torch.dtype, device: torch.device
+) -> torch.Tensor | BlockMask | None:
+    """The attention mask of one token in each of several rows over the row's keys, itself the last of them.
+
+    Args:
+        config (`MomaConfig`): gives the attention implementation.
+        lengths (`list[int]`): keys of each row; those of the fullest are the columns.
+        dtype (`torch.dtype`): of additive masks.
+        device (`torch.device`): of the mask.
+    """
+    num_keys = max(lengths)
+    if min(lengths) == num_keys or config._attn_implementation not in ALL_MASK_ATTENTION_FUNCTIONS:
+        return None
+    length_R1 = torch.tensor(lengths, device=device).unsqueeze(-1)
+    is_key_RS = torch.arange(num_keys, device=device) < length_R1
+    if config._attn_implementation == "sdpa":
+        return is_key_RS[:, None, None]
+    return ALL_MASK_ATTENTION_FUNCTIONS[config._attn_implementation](
+        batch_size=len(lengths),
+        q_length=1,
+        kv_length=num_keys,
+        q_offset=num_keys - 1,
+        kv_offset=0,
+        mask_function=causal_mask_function,
+        attention_mask=is_key_RS,
+        allow_is_causal_skip=False,
+        dtype=dtype,
+        config=config,
+        device=device,
+    )
+
+
 def depth_cache_layer(cache: Cache, layer_idx: int) -> MomaDepthCacheLayer | MomaStaticDepthCacheLayer:
     """The part of a cache that serves a depth layer.
 
@@ -254,8 +302,10 @@ def depth_cache_layer(cache: Cache, layer_idx: int) -> MomaDepthCacheLayer | Mom
 __all__ = [
     "DepthPacking",
     "PackedCache",
+    "StepCache",
     "depth_cache_layer",
     "pack_chosen",
     "packed_causal_mask",
     "packed_position_ids",
+    "step_mask",
 ]

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 DEFAULT_IMPLEMENTATION = "moma"
 
+# of a step on a CPU, where to ask who chose whom costs nothing
+_FEW_ROWS = 128
 # what grouped matrix products want whole words of, in every row
 _WORD_BYTES = 16
 
@@ -37,8 +39,9 @@ def moma_experts_forward(
     top_k_index: torch.Tensor,
     top_k_weights: torch.Tensor,
     num_taken: int | None = None,
+    is_sorted: bool = False,
 ) -> torch.Tensor:
-    """Equal shares as two batched products, all else as grouped products, few rows on an accelerator one by one.
+    """Equal shares as two batched products, all else as grouped products, a few rows one by one.
 
     Args:
         self (`MomaExperts`): packed experts.
@@ -47,18 +50,24 @@ def moma_experts_forward(
         top_k_weights (`torch.Tensor`): gates, `[P, k]`.
         num_taken (`int`, *optional*): the `K` rows of each expert where all have as many and the rows come expert by
             expert, one expert each.
+        is_sorted (`bool`, *optional*, defaults to `False`): whether the rows come expert by expert, one expert each.
 
     Returns:
         `torch.Tensor`: weighted sums, `[P, D]`.
     """
     if num_taken is not None:
         return _run_equal_shares(self, hidden_states, top_k_weights, num_taken)
+    on_host = hidden_states.device.type == "cpu" and not torch.compiler.is_compiling()
+    if on_host and not torch.is_grad_enabled() and top_k_index.numel() <= _FEW_ROWS:
+        return _run_chosen(self, hidden_states, top_k_index, top_k_weights)
     # a compiler that captures dynamic shapes in training must not meet the last question
     may_step = hidden_states.device.type != "cpu" and not torch.is_grad_enabled()
     if may_step and top_k_index.numel() <= self.num_experts:
         return batched_mm_experts_forward(self, hidden_states, top_k_index, top_k_weights)
-    if not all(_is_aligned(size, self.down_proj.dtype) for size in self.down_proj.shape[1:]):
-        return _run_sorted(self, hidden_states, top_k_index, top_k_weights)
+    is_aligned = all(_is_aligned(size, self.down_proj.dtype) for size in self.down_proj.shape[1:])
+    # the library's way gathers and scatters by indexing, whose gradients are slow there, and knows no autocast
+    if on_host or not is_aligned:
+        return _run_sorted(self, hidden_states, top_k_index, top_k_weights, is_sorted)
     return grouped_mm_experts_forward(self, hidden_states, top_k_index, top_k_weights)
 
 
@@ -100,24 +109,55 @@ def _run_equal_shares(
     return y_EDK.transpose(1, 2).flatten(0, 1) * weight_P1.to(y_EDK.dtype)
 
 
-def _run_sorted(
+def _run_chosen(
     experts: "MomaExperts", x_ND: torch.Tensor, expert_Nk: torch.Tensor, weight_Nk: torch.Tensor
+) -> torch.Tensor:
+    """Few rows through the experts that they chose: the weights of those are read once, and no others."""
+    num_slots = expert_Nk.shape[1]
+    expert_P = expert_Nk.flatten().tolist()
+    order = sorted(range(len(expert_P)), key=expert_P.__getitem__)
+    is_sorted = num_slots == 1 and order == list(range(len(order)))
+    order_P = None if is_sorted else torch.tensor(order)
+    rows_PD = x_ND if order_P is None else x_ND.index_select(0, order_P // num_slots)
+    parts, begin = [], 0
+    for expert in sorted(set(expert_P)):
+        end = begin + expert_P.count(expert)
+        parts.append(experts._run_one(expert, rows_PD[begin:end]))
+        begin = end
+    if not parts:
+        return torch.zeros_like(x_ND)
+    y_PD = parts[0] if len(parts) == 1 else torch.cat(parts)
+    if order_P is not None:
+        y_PD = torch.empty_like(y_PD).index_copy_(0, order_P, y_PD)
+    y_PD.mul_(weight_Nk.reshape(-1, 1))
+    return y_PD if num_slots == 1 else y_PD.unflatten(0, expert_Nk.shape).sum(1)
+
+
+def _run_sorted(
+    experts: "MomaExperts", x_ND: torch.Tensor, expert_Nk: torch.Tensor, weight_Nk: torch.Tensor, is_sorted: bool
 ) -> torch.Tensor:
     """One expert after the other, whatever their width, with one wait for how many rows each has."""
     num_slots = expert_Nk.shape[1]
-    expert_P, order_P = expert_Nk.flatten().sort()
+    expert_P, weight_P1, rows_PD, order_P = expert_Nk.flatten(), weight_Nk.reshape(-1, 1), x_ND, None
+    if not is_sorted:
+        expert_P, order_P = expert_P.sort()
+        rows_PD, weight_P1 = x_ND.index_select(0, order_P // num_slots), weight_P1.index_select(0, order_P)
     ends_E = torch.searchsorted(expert_P, torch.arange(experts.num_experts, device=x_ND.device), right=True).int()
-    rows_PD = x_ND.index_select(0, order_P // num_slots)
     gate_up_PF = _multiply_in_turn(rows_PD, experts.gate_up_proj, ends_E)
     y_PD = _multiply_in_turn(experts._apply_gate(gate_up_PF), experts.down_proj, ends_E)
-    y_PD = y_PD * weight_Nk.flatten().index_select(0, order_P).unsqueeze(-1)
+    y_PD = y_PD * weight_P1.to(y_PD.dtype)
+    if order_P is None:
+        return y_PD
     y_PD = torch.zeros_like(y_PD).index_copy(0, order_P, y_PD)
     return y_PD.unflatten(0, expert_Nk.shape).sum(1).to(x_ND.dtype)
 
 
 def _multiply_in_turn(x_PD: torch.Tensor, weight_EFD: torch.Tensor, ends_E: torch.Tensor) -> torch.Tensor:
+    dtype = weight_EFD.dtype
+    if torch.is_autocast_enabled(x_PD.device.type):
+        dtype = torch.get_autocast_dtype(x_PD.device.type)
     # rows after the last end, of experts elsewhere, get zeros
-    return torch.ops.transformers.grouped_mm_fallback(x_PD.to(weight_EFD.dtype), weight_EFD.transpose(1, 2), ends_E)
+    return torch.ops.transformers.grouped_mm_fallback(x_PD.to(dtype), weight_EFD.to(dtype).transpose(1, 2), ends_E)
 
 
 ALL_EXPERTS_FUNCTIONS.register(DEFAULT_IMPLEMENTATION, moma_experts_forward)

@@ -73,9 +73,9 @@ def token_choice(
     if context.has_fixed_shapes:
         is_taken_NE = torch.zeros_like(scores_NE, dtype=torch.bool).scatter_(1, expert_Nk, True)
         return Selection.of_members(is_taken_NE, scores_NE, has_fixed_shapes=True)
-    token_N = torch.arange(scores_NE.shape[0], device=scores_NE.device)
-    token_P = token_N.repeat_interleave(router.num_experts_per_tok)
-    return Selection(token_P, expert_Nk.flatten(), scores_NE.gather(1, expert_Nk).flatten())
+    expert_P, order_P = expert_Nk.flatten().sort(stable=True)
+    weight_P = scores_NE.gather(1, expert_Nk).flatten().index_select(0, order_P)
+    return Selection(order_P // router.num_experts_per_tok, expert_P, weight_P, is_sorted=True)
 
 
 @expert_form("auxiliary")

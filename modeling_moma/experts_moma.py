@@ -115,7 +115,7 @@ class MomaExpertGroup(nn.Module):
         super().__init__()
         self.config = config
         self.num_experts = config.group_num_experts(group)
-        self.normalizes_gates = config.normalize_gates
+        self.normalizes_gates, self.needs_gate = config.normalize_gates, config.gate_after_norm
         if self.num_experts == 1:
             self.mlp = MomaMLP(config, config.group_intermediate_size(group))
         else:
@@ -124,7 +124,7 @@ class MomaExpertGroup(nn.Module):
         shared_size = config.group_shared_intermediate_size(group)
         self.shared_expert = MomaMLP(config, shared_size) if shared_size else None
 
-    def forward(self, x_ND: torch.Tensor, context: RoutingContext) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, x_ND: torch.Tensor, context: RoutingContext) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Run the group, also on zero tokens: its weights take part in every step on every rank.
 
         Args:
@@ -132,20 +132,23 @@ class MomaExpertGroup(nn.Module):
             context (`RoutingContext`): the routing of this forward.
 
         Returns:
-            `tuple`: outputs `[N, D]`, and each token's sum of gates `[N]` (a shared expert counts 1).
+            `tuple`: outputs `[N, D]`, and with `gate_after_norm` each token's sum of gates `[N]` (a shared expert
+            counts 1).
         """
-        gate_N = x_ND.new_zeros(x_ND.shape[0], dtype=torch.float32)
+        num_tokens, selection = x_ND.shape[0], None
         if self.num_experts == 1:
-            y_ND, gate_N = self.mlp(x_ND), gate_N + 1
+            y_ND = self.mlp(x_ND)
         else:
             _, selection = self.router(x_ND, context)
             if self.normalizes_gates:
-                selection = selection.normalized(x_ND.shape[0])
-            rows_PD = self._run_experts(selection.dispatch(x_ND), selection)
-            y_ND, gate_N = selection.combine(rows_PD, x_ND.shape[0])
+                selection = selection.normalized(num_tokens)
+            y_ND = selection.combine(self._run_experts(selection.dispatch(x_ND), selection), num_tokens)
         if self.shared_expert is not None:
-            y_ND, gate_N = y_ND + self.shared_expert(x_ND), gate_N + 1
-        return y_ND, gate_N
+            y_ND = y_ND + self.shared_expert(x_ND)
+        if not self.needs_gate:
+            return y_ND, None
+        gate_N = x_ND.new_ones(num_tokens, dtype=torch.float32) if selection is None else selection.gates(num_tokens)
+        return y_ND, gate_N if self.shared_expert is None else gate_N + 1
 
     def _run_experts(self, rows_PD: torch.Tensor, selection: Selection) -> torch.Tensor:
         """Weighted outputs of all pairs, by the implementation that the model is set to."""
@@ -153,8 +156,10 @@ class MomaExpertGroup(nn.Module):
         # expert parallelism brings experts other rows than these, in shares that nobody knows
         is_parallel = getattr(self.experts, "_is_expert_parallel", False)
         is_default = self.config._experts_implementation == DEFAULT_IMPLEMENTATION
-        if selection.shape_EK is not None and not is_parallel and is_default:
+        if is_default and not is_parallel and selection.shape_EK is not None:
             hints["num_taken"] = selection.shape_EK[1]
+        elif is_default and not is_parallel:
+            hints["is_sorted"] = selection.is_sorted
         return self.experts(rows_PD, selection.expert_P.unsqueeze(-1), selection.weight_P.unsqueeze(-1), **hints)
 
 
@@ -165,6 +170,9 @@ class MomaFeedForward(nn.Module):
         groups.{text,image,...}.   see [`MomaExpertGroup`]; one group named "all" when modalities share it
         shared_expert.             see [`MomaMLP`]; when configured
     """
+
+    # also without a token: set while somebody observes the routers
+    runs_all_groups = False
 
     def __init__(self, config: MomaConfig):
         super().__init__()
@@ -185,14 +193,28 @@ class MomaFeedForward(nn.Module):
         Returns:
             `tuple`: outputs `[B, T, D]`, and with `gate_after_norm` the sum of each token's gates `[B, T, 1]`.
         """
+        runs_all = context.runs_all_groups or self.runs_all_groups
+        names = list(self.groups) if runs_all else context.split.used_groups
+        if len(names) == 1 and context.split.is_whole:
+            y_ND, gate_N = self.groups[names[0]](hidden_states.flatten(0, 1), context)
+            merged = y_ND.view(hidden_states.shape)
+            gate = None if gate_N is None else gate_N.view(*hidden_states.shape[:2], 1).to(merged.dtype)
+            return self._with_shared(hidden_states, merged, gate)
         tokens = context.split.split(hidden_states)
-        outputs = {name: group(tokens[name], context) for name, group in self.groups.items()}
+        # a chunk of padding alone has no tokens in any group
+        names = names or list(self.groups)
+        outputs = {name: self.groups[name](tokens[name], context) for name in names}
         merged = context.split.merge({name: output[0] for name, output in outputs.items()}, hidden_states)
         gate = None
         if self.needs_gate:
-            gate = context.split.merge({name: output[1] for name, output in outputs.items()}, hidden_states)
+            gates = {name: output[1] for name, output in outputs.items()}
+            gate = context.split.merge(gates, hidden_states)  # pyright: ignore[reportArgumentType]
             gate = gate.unsqueeze(-1).to(merged.dtype)
-        if self.shared_expert is not None:
-            merged = merged + self.shared_expert(hidden_states)
-            gate = gate + 1 if gate is not None else None
-        return merged, gate
+        return self._with_shared(hidden_states, merged, gate)
+
+    def _with_shared(
+        self, hidden_BTD: torch.Tensor, merged_BTD: torch.Tensor, gate_BT1: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        if self.shared_expert is None:
+            return merged_BTD, gate_BT1
+        return merged_BTD + self.shared_expert(hidden_BTD), None if gate_BT1 is None else gate_BT1 + 1

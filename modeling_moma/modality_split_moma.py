@@ -12,6 +12,10 @@ import torch
 from .configuration_moma import MomaConfig
 
 
+# positions of a step on a CPU
+_FEW_POSITIONS = 64
+
+
 @dataclass
 class ModalitySplit:
     """Which positions of a batch go to which expert group, computed once per forward and shared by all layers.
@@ -22,6 +26,7 @@ class ModalitySplit:
             positions belong to one group.
         inverse (`torch.LongTensor`, *optional*): the place of each position in `order`.
         group_BT (`torch.LongTensor`): index of each position's group, the number of groups at padding, `[B, T]`.
+        used_groups (`list[str]`): groups that have tokens.
     """
 
     counts: dict[str, int]
@@ -29,15 +34,30 @@ class ModalitySplit:
     inverse: torch.Tensor | None
     group_BT: torch.Tensor
 
+    def __post_init__(self):
+        # all layers ask for it
+        self.used_groups = [name for name, count in self.counts.items() if count]
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all positions belong to one group."""
+        return self.order is None
+
     @classmethod
     def from_groups(cls, group_BT: torch.Tensor, counts: dict[str, int]) -> "ModalitySplit":
         """Lay out positions whose numbers in each group are known to the host, so that nothing waits."""
         group_flat = group_BT.flatten()
-        if len(counts) == 1 and sum(counts.values()) == group_flat.shape[0]:
+        if group_flat.shape[0] in counts.values():
             return cls(counts, None, None, group_BT)
         order = torch.argsort(group_flat, stable=True)
         inverse = torch.empty_like(order).scatter_(0, order, torch.arange(order.shape[0], device=order.device))
         return cls(counts, order, inverse, group_BT)
+
+    def of_rows(self, row_R: torch.Tensor) -> "ModalitySplit":
+        """The split of some of the rows, with one wait on the device."""
+        group_RT = self.group_BT.index_select(0, row_R)
+        groups = group_RT.flatten().tolist()
+        return ModalitySplit.from_groups(group_RT, {name: groups.count(i) for i, name in enumerate(self.counts)})
 
     def to(self, device: torch.device, non_blocking: bool = False) -> "ModalitySplit":
         """The same split on another device."""
@@ -50,17 +70,22 @@ class ModalitySplit:
         """Gather `[B, T, D]` into the groups' tokens, `[N, D]` each."""
         flat = hidden_BTD.flatten(0, 1)
         if self.order is None:
-            return dict.fromkeys(self.counts, flat)
+            return {name: flat if count else flat[:0] for name, count in self.counts.items()}
         num_tokens = sum(self.counts.values())
         # index_select, whose backward is much cheaper than that of indexing on CPU
         groups = flat.index_select(0, self.order[:num_tokens]).split(list(self.counts.values()))
         return dict(zip(self.counts, groups))
 
     def merge(self, groups: dict[str, torch.Tensor], like_BTD: torch.Tensor) -> torch.Tensor:
-        """Put the groups' outputs `[N, ...]` back in place, `[B, T, ...]`; padding gets zeros."""
-        parts = [groups[name] for name in self.counts]
+        """Put the groups' outputs `[N, ...]` back in place, `[B, T, ...]`; padding gets zeros.
+
+        Groups without a token may be missing.
+        """
+        parts = [groups[name] for name in self.counts if name in groups]
         if self.order is None or self.inverse is None:
-            return parts[0].unflatten(0, like_BTD.shape[:2])
+            # products without rows, for the gradients of their weights
+            rows = parts[0] if len(parts) == 1 else torch.cat(parts)
+            return rows.unflatten(0, like_BTD.shape[:2])
         num_padding = self.order.shape[0] - sum(self.counts.values())
         if num_padding:
             parts.append(parts[0].new_zeros(num_padding, *parts[0].shape[1:]))
@@ -85,6 +110,13 @@ class FixedSplit:
     def __post_init__(self):
         # all layers ask for these
         self._is_member_N = [self.group_BT.flatten() == index for index in range(len(self.groups))]
+        # which have tokens is not known
+        self.used_groups = self.groups
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all positions belong to one group: where they may be padding nobody knows."""
+        return False
 
     def to(self, device: torch.device, non_blocking: bool = False) -> "FixedSplit":
         """The same split on another device."""
@@ -143,12 +175,9 @@ def split_modalities(
     group_BT = position_groups(config, modality_BT, padding_BT)
     group_flat = group_BT.flatten()
     checked = modality_BT if input_ids is None else input_ids
-    if masked_B is None:
-        masked_B = torch.zeros_like(group_flat[:1], dtype=torch.bool)
-    # the last two are the number of masked rows and the first of them
-    bounds = torch.stack([checked.min(), checked.max(), masked_B.sum(), masked_B.int().argmax()])
-    counts = torch.stack([(group_flat == index).sum() for index in range(len(groups) + 1)])
-    low, high, num_masked, first_masked, *counts = torch.cat([bounds, counts]).tolist()
+    is_step = group_flat.device.type == "cpu" and group_flat.shape[0] <= _FEW_POSITIONS
+    count = _count_on_host if is_step else _count_on_device
+    low, high, num_masked, first_masked, *counts = count(group_flat, checked, masked_B, len(groups))
     _check_bounds(config, low, high, input_ids is not None)
     if num_masked:
         raise ValueError(
@@ -156,6 +185,28 @@ def split_modalities(
             "or was the mask inverted?"
         )
     return ModalitySplit.from_groups(group_BT, dict(zip(groups, counts)))
+
+
+def _count_on_device(
+    group_flat: torch.Tensor, checked: torch.Tensor, masked_B: torch.Tensor | None, num_groups: int
+) -> list[int]:
+    """Lowest and highest of what is checked, masked rows, the first of them, and positions of each group."""
+    if masked_B is None:
+        masked_B = torch.zeros_like(group_flat[:1], dtype=torch.bool)
+    bounds = torch.stack([checked.min(), checked.max(), masked_B.sum(), masked_B.int().argmax()])
+    counts = torch.stack([(group_flat == index).sum() for index in range(num_groups)])
+    return torch.cat([bounds, counts]).tolist()
+
+
+def _count_on_host(
+    group_flat: torch.Tensor, checked: torch.Tensor, masked_B: torch.Tensor | None, num_groups: int
+) -> list[int]:
+    """As [`_count_on_device`], in less time than its operations take to start."""
+    values, groups = checked.flatten().tolist(), group_flat.tolist()
+    masked = [] if masked_B is None else masked_B.tolist()
+    num_masked = sum(masked)
+    first_masked = masked.index(True) if num_masked else 0
+    return [min(values), max(values), num_masked, first_masked, *(groups.count(index) for index in range(num_groups))]
 
 
 def _check_bounds(config: MomaConfig, low: int, high: int, are_ids: bool) -> None:

@@ -231,6 +231,7 @@ class MomaModel(MomaPreTrainedModel):
             is_training=self.training,
             routing=routing,
             depth_routing=depth_routing,
+            is_recorded=bool(kwargs.get("output_router_logits", self.config.output_router_logits)),
         )
         hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if position_ids is None:

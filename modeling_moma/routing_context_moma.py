@@ -32,7 +32,7 @@ def logistic_noise_like(logits: torch.Tensor) -> torch.Tensor:
 
 
 class RouterState(NamedTuple):
-    """What a router selects with: its buffers, as they were when the forward met it."""
+    """What a router selects with: its buffers of these names, as they were when the forward met it."""
 
     threshold: torch.Tensor
     balance_bias: torch.Tensor
@@ -54,6 +54,9 @@ class RoutingContext:
         padding_BT (`torch.BoolTensor`, *optional*): True where a position is padding, `[B, T]`.
         document_BT (`torch.LongTensor`, *optional*): document of each position in packed rows, `[B, T]`.
         custom_mask_BHQS (`torch.Tensor`, *optional*): the caller's own attention mask, as it came.
+        runs_all_groups (`bool`, *optional*, defaults to `True`): whether groups without a token run, too: their
+            weights take part in every training step and wherever processes wait for one another, and where routers
+            are recorded each has its entry.
 
     Attributes:
         statistics (`dict`): K-th best scores, shortfalls of load and votes, by router. Recomputation under
@@ -72,6 +75,7 @@ class RoutingContext:
         padding_BT: torch.Tensor | None = None,
         document_BT: torch.Tensor | None = None,
         custom_mask_BHQS: torch.Tensor | None = None,
+        runs_all_groups: bool = True,
     ):
         self.routing = routing
         # both are given wherever there are depth layers
@@ -81,6 +85,7 @@ class RoutingContext:
         self.track = track
         self.padding_BT, self.document_BT = padding_BT, document_BT
         self.custom_mask_BHQS = custom_mask_BHQS
+        self.runs_all_groups = runs_all_groups
         self.statistics: dict[MomaRouterBase, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
         self.state: dict[MomaRouterBase, RouterState] = {}
         self.noise: dict[MomaRouterBase, torch.Tensor] = {}
@@ -121,7 +126,7 @@ class RoutingContext:
         return self._copy(routing=routing, depth_routing=routing, track=track)
 
     def _copy(self, **changes: Any) -> "RoutingContext":
-        names = ("routing", "split", "track", "depth_routing", *_TENSORS)
+        names = ("routing", "split", "track", "depth_routing", "runs_all_groups", *_TENSORS)
         return RoutingContext(**{**{name: getattr(self, name) for name in names}, **changes})
 
     def _view(self, **changes: Any) -> "RoutingContext":
@@ -129,16 +134,16 @@ class RoutingContext:
         view.statistics, view.state, view.noise = self.statistics, self.state, self.noise
         return view
 
-    def router_state(self, router: "MomaRouterBase") -> RouterState:
+    def router_state(self, router: "MomaRouterBase") -> "RouterState | MomaRouterBase":
         """Buffers of a router to select with.
 
         In training they are kept from the forward: recomputation under activation checkpointing comes after
         `update_routers` and has to select the same tokens again.
         """
-        buffers = (router.threshold, router.balance_bias, router.num_updates)
         if not self.track:
-            return RouterState(*buffers)
+            return router
         if router not in self.state:
+            buffers = (router.threshold, router.balance_bias, router.num_updates)
             self.state[router] = RouterState(*(buffer.clone() for buffer in buffers))
         return self.state[router]
 

@@ -23,6 +23,7 @@ class Selection:
             come expert by expert.
         has_holes (`bool`): whether pairs of weight 0 stand for tokens that their expert does not take, so that no
             shape depends on who chose whom.
+        is_sorted (`bool`): whether the pairs come expert by expert.
     """
 
     token_P: torch.Tensor
@@ -30,6 +31,7 @@ class Selection:
     weight_P: torch.Tensor
     shape_EK: tuple[int, int] | None = None
     has_holes: bool = False
+    is_sorted: bool = False
 
     @classmethod
     def of_equal_shares(cls, token_EK: torch.Tensor, weight_EK: torch.Tensor, has_holes: bool = False) -> "Selection":
@@ -42,7 +44,7 @@ class Selection:
         """
         num_experts, num_taken = token_EK.shape
         expert_P = torch.arange(num_experts, device=token_EK.device).repeat_interleave(num_taken)
-        return cls(token_EK.flatten(), expert_P, weight_EK.flatten(), (num_experts, num_taken), has_holes)
+        return cls(token_EK.flatten(), expert_P, weight_EK.flatten(), (num_experts, num_taken), has_holes, True)
 
     @classmethod
     def of_members(cls, is_taken_NE: torch.Tensor, scores_NE: torch.Tensor, has_fixed_shapes: bool) -> "Selection":
@@ -56,8 +58,11 @@ class Selection:
         if has_fixed_shapes:
             token_EN = torch.arange(scores_NE.shape[0], device=scores_NE.device).expand(scores_NE.shape[1], -1)
             return cls.of_equal_shares(token_EN, torch.where(is_taken_NE, scores_NE, 0.0).t(), has_holes=True)
-        token_P, expert_P = is_taken_NE.nonzero(as_tuple=True)
-        return cls(token_P, expert_P, scores_NE[token_P, expert_P])
+        # expert by expert, as products want them
+        expert_P, token_P = is_taken_NE.t().nonzero(as_tuple=True)
+        # by one number each, whose gradient is cheaper than that of two on CPU
+        weight_P = scores_NE.flatten().index_select(0, token_P * scores_NE.shape[1] + expert_P)
+        return cls(token_P, expert_P, weight_P, is_sorted=True)
 
     def normalized(self, num_tokens: int) -> "Selection":
         """Gates over the detached sum of their token's, for `config.normalize_gates`."""
@@ -68,9 +73,11 @@ class Selection:
 
     def dispatch(self, x_ND: torch.Tensor) -> torch.Tensor:
         """A row for each pair, `[N, D]` to `[P, D]`."""
+        if x_ND.shape[0] == 1:
+            return x_ND.expand(self.token_P.shape[0], -1)
         return x_ND.index_select(0, self.token_P)
 
-    def combine(self, y_PD: torch.Tensor, num_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def combine(self, y_PD: torch.Tensor, num_tokens: int) -> torch.Tensor:
         """Add the weighted outputs of each token's pairs.
 
         Args:
@@ -78,13 +85,18 @@ class Selection:
             num_tokens (`int`): `N`.
 
         Returns:
-            `tuple`: sums `[N, D]`, and each token's sum of gates `[N]`.
+            `torch.Tensor`: sums `[N, D]`.
         """
         if self.has_holes:
             # an expert that nobody chose may overflow in half precision, and infinity times 0 is no number
             y_PD = torch.where(self.weight_P.unsqueeze(-1) > 0, y_PD, 0.0)
-        y_ND = y_PD.new_zeros(num_tokens, y_PD.shape[1]).index_add(0, self.token_P, y_PD)
-        return y_ND, self.weight_P.new_zeros(num_tokens).index_add(0, self.token_P, self.weight_P)
+        if num_tokens == 1:
+            return y_PD if y_PD.shape[0] == 1 else y_PD.sum(0, keepdim=True)
+        return y_PD.new_zeros(num_tokens, y_PD.shape[1]).index_add(0, self.token_P, y_PD)
+
+    def gates(self, num_tokens: int) -> torch.Tensor:
+        """The sum of each token's gates, `[N]`."""
+        return self.weight_P.new_zeros(num_tokens).index_add(0, self.token_P, self.weight_P)
 
     @property
     def token_EK(self) -> torch.Tensor:

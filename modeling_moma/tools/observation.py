@@ -16,6 +16,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ..depth_moma import MomaDepthRouter
+from ..experts_moma import MomaFeedForward
 from ..routing_context_moma import RoutingContext
 from ..routing_moma import MomaRouter, MomaRouterBase
 
@@ -114,7 +115,7 @@ def named_routers(model: torch.nn.Module) -> dict[str, MomaRouterBase]:
 
 @contextmanager
 def observed_routers(model: torch.nn.Module, observe: Callable[[RouterRecord], object]):
-    """Within this context `observe` is called inside every forward, after each router.
+    """Within this context `observe` is called inside every forward, after each router, also of groups without tokens.
 
     Args:
         model: its routers have to be in eval mode: in training their scores may carry noise.
@@ -132,11 +133,16 @@ def observed_routers(model: torch.nn.Module, observe: Callable[[RouterRecord], o
         return on_route
 
     handles = [router.register_forward_hook(hook(name)) for name, router in named_routers(model).items()]
+    layers = [module for module in model.modules() if isinstance(module, MomaFeedForward)]
+    for layer in layers:
+        layer.runs_all_groups = True
     try:
         yield
     finally:
         for handle in handles:
             handle.remove()
+        for layer in layers:
+            del layer.runs_all_groups
 
 
 @contextmanager

@@ -235,7 +235,8 @@ def upcycling_receipt(
             handles.append(group.register_forward_hook(_record_group(name, _seed_group(seed, path, name), records)))
         # by rank, as both train: the thresholds of fresh routers say nothing yet
         expected, actual = (
-            model(**batch, use_cache=False, routing="expert_choice").logits.float() for model in (seed, upcycled)
+            model(**batch, use_cache=False, routing="expert_choice", output_router_logits=True).logits.float()
+            for model in (seed, upcycled)
         )
     finally:
         for handle in handles:

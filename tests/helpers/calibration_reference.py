@@ -59,11 +59,11 @@ def router_calls(model, batch):
     calls = {}
 
     def hook(name):
-        return lambda router, args, output: calls.update({name: args})
+        return lambda router, args, output: calls.update({name: (args[0].detach(), args[1])})
 
     handles = [router.register_forward_hook(hook(name)) for name, router in named_routers(model).items()]
-    with torch.no_grad():
-        model.eval()(**batch, routing="expert_choice")
+    # without gradients, groups without tokens would rest
+    model.eval()(**batch, routing="expert_choice")
     for handle in handles:
         handle.remove()
     return calls

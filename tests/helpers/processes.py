@@ -80,7 +80,9 @@ def start_script(main, arguments: list[str], log: str | Path) -> multiprocessing
     return start_process(_run_script, main, arguments, log)
 
 
-def start_scripts(main, arguments: list[str], log: str | Path, num_processes: int = 2) -> list[multiprocessing.Process]:
+def start_scripts(
+    main, arguments: list[str], log: str | Path, num_processes: int = 2
+) -> list[multiprocessing.Process]:
     """As [`start_script`], in as many processes as `torchrun` would start, which find each other by its variables."""
     port = free_port()
     return [start_process(_run_rank, main, arguments, log, rank, num_processes, port) for rank in range(num_processes)]

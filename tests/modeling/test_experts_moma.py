@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, batched_mm_experts_forward
 
 from helpers.reference import GROUPS, assert_near, context_of, fields_of, reference_group
@@ -91,9 +92,9 @@ def test_equal_shares_equal_the_same_pairs_in_another_order(width, implementatio
     outputs = [
         selection.combine(group._run_experts(selection.dispatch(x), selection), 7) for selection in (equal, mixed)
     ]
-    assert_near(outputs[0][0], outputs[1][0], relative)
-    assert torch.allclose(outputs[0][1], outputs[1][1])
-    assert not outputs[0][0][5].any()
+    assert_near(outputs[0], outputs[1], relative)
+    assert torch.allclose(equal.gates(7), mixed.gates(7))
+    assert not outputs[0][5].any()
 
 
 @pytest.fixture
@@ -160,3 +161,28 @@ def test_one_token_on_an_accelerator_meets_no_grouped_product(width):
     with torch.no_grad():
         index, weights = torch.zeros(2, 1, dtype=torch.long, device="meta"), torch.ones(2, 1, device="meta")
         assert experts(rows, index, weights).shape == rows.shape
+
+
+class GroupedProducts(TorchDispatchMode):
+    """Types of the operands of all grouped products."""
+
+    def __init__(self):
+        super().__init__()
+        self.dtypes = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if "grouped_mm" in str(func):
+            self.dtypes.append({argument.dtype for argument in args[:2]})
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("routing", ["threshold", "token_choice"])
+def test_products_of_unequal_shares_follow_autocast(routing):
+    config, group = group_of(32, "moma")
+    x = torch.randn(7, config.hidden_size, requires_grad=True)
+    with GroupedProducts() as seen, torch.autocast("cpu", torch.bfloat16):
+        output = run(config, group, x, routing)
+    assert seen.dtypes == [{torch.bfloat16}] * 2
+    assert_near(output, reference_group(group, x, routing)[0], 2e-2)
+    gradients(group, output, x)
+    assert group.experts.gate_up_proj.dtype == torch.float32
