@@ -11,6 +11,8 @@ from transformers.masking_utils import find_packed_sequence_indices
 
 from .configuration_moma import MomaConfig
 from .depth_moma import depth_form_of
+from .dispatch_moma import DEFAULT_IMPLEMENTATION
+from .host_moma import is_on_host
 from .modality_split_moma import FixedSplit, ModalitySplit, position_groups, split_modalities, token_modalities
 from .routing_context_moma import RoutingContext, is_distributed
 from .routing_rules_moma import rule_of
@@ -81,7 +83,12 @@ def routing_of_batch(
     # samples drawn between the steps of a training are no steps; reentrant checkpointing has gradients here
     track = is_training and torch.is_grad_enabled()
     runs_all = is_training or torch.is_grad_enabled() or is_distributed() or is_recorded
-    context = RoutingContext(routing, split, track, depth_routing, modality_BT, padding_BT, runs_all_groups=runs_all)
+    # a row for each pair that there may be costs memory in a backward, and time with kernels that know of no holes
+    is_plain = config._experts_implementation == DEFAULT_IMPLEMENTATION and not torch.compiler.is_compiling()
+    may_wait = is_on_host(inputs) or torch.is_grad_enabled() or is_distributed() or not is_plain
+    context = RoutingContext(
+        routing, split, track, depth_routing, modality_BT, padding_BT, runs_all_groups=runs_all, may_wait=may_wait
+    )
     if config.depth_layers:
         _describe_rows(context, attention_mask, position_ids, cache)
     return context

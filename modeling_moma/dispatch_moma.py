@@ -19,6 +19,7 @@ from transformers.integrations.moe import (
 )
 
 from .configuration_moma import MomaConfig
+from .host_moma import is_on_host
 
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ def moma_experts_forward(
     top_k_weights: torch.Tensor,
     num_taken: int | None = None,
     is_sorted: bool = False,
+    ends_E: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Equal shares as two batched products, all else as grouped products, a few rows one by one.
 
@@ -51,17 +53,21 @@ def moma_experts_forward(
         num_taken (`int`, *optional*): the `K` rows of each expert where all have as many and the rows come expert by
             expert, one expert each.
         is_sorted (`bool`, *optional*, defaults to `False`): whether the rows come expert by expert, one expert each.
+        ends_E (`torch.IntTensor`, *optional*): where each expert's rows end, of sorted rows, `[E]`; what is given for
+            rows after the last end means nothing.
 
     Returns:
         `torch.Tensor`: weighted sums, `[P, D]`.
     """
     if num_taken is not None:
         return _run_equal_shares(self, hidden_states, top_k_weights, num_taken)
-    on_host = hidden_states.device.type == "cpu" and not torch.compiler.is_compiling()
+    on_host = is_on_host(hidden_states) and not torch.compiler.is_compiling()
     if on_host and not torch.is_grad_enabled() and top_k_index.numel() <= _FEW_ROWS:
         return _run_chosen(self, hidden_states, top_k_index, top_k_weights)
+    if ends_E is not None:
+        return _run_sorted(self, hidden_states, top_k_index, top_k_weights, True, ends_E)
     # a compiler that captures dynamic shapes in training must not meet the last question
-    may_step = hidden_states.device.type != "cpu" and not torch.is_grad_enabled()
+    may_step = not is_on_host(hidden_states) and not torch.is_grad_enabled()
     if may_step and top_k_index.numel() <= self.num_experts:
         return batched_mm_experts_forward(self, hidden_states, top_k_index, top_k_weights)
     is_aligned = all(_is_aligned(size, self.down_proj.dtype) for size in self.down_proj.shape[1:])
@@ -134,15 +140,22 @@ def _run_chosen(
 
 
 def _run_sorted(
-    experts: "MomaExperts", x_ND: torch.Tensor, expert_Nk: torch.Tensor, weight_Nk: torch.Tensor, is_sorted: bool
+    experts: "MomaExperts",
+    x_ND: torch.Tensor,
+    expert_Nk: torch.Tensor,
+    weight_Nk: torch.Tensor,
+    is_sorted: bool,
+    ends_E: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """One expert after the other, whatever their width, with one wait for how many rows each has."""
+    """One expert after the other, of any width; where no kernel takes it, with a wait for how many rows each has."""
     num_slots = expert_Nk.shape[1]
     expert_P, weight_P1, rows_PD, order_P = expert_Nk.flatten(), weight_Nk.reshape(-1, 1), x_ND, None
     if not is_sorted:
         expert_P, order_P = expert_P.sort()
         rows_PD, weight_P1 = x_ND.index_select(0, order_P // num_slots), weight_P1.index_select(0, order_P)
-    ends_E = torch.searchsorted(expert_P, torch.arange(experts.num_experts, device=x_ND.device), right=True).int()
+    if ends_E is None:
+        experts_E = torch.arange(experts.num_experts, device=x_ND.device)
+        ends_E = torch.searchsorted(expert_P, experts_E, right=True).int()
     gate_up_PF = _multiply_in_turn(rows_PD, experts.gate_up_proj, ends_E)
     y_PD = _multiply_in_turn(experts._apply_gate(gate_up_PF), experts.down_proj, ends_E)
     y_PD = y_PD * weight_P1.to(y_PD.dtype)
@@ -156,8 +169,13 @@ def _multiply_in_turn(x_PD: torch.Tensor, weight_EFD: torch.Tensor, ends_E: torc
     dtype = weight_EFD.dtype
     if torch.is_autocast_enabled(x_PD.device.type):
         dtype = torch.get_autocast_dtype(x_PD.device.type)
+    x_PD, weight_EDF = x_PD.to(dtype), weight_EFD.to(dtype).transpose(1, 2)
+    # newer than the oldest torch that is supported
+    kernel = getattr(torch.nn.functional, "grouped_mm", None)
+    if kernel is not None and not is_on_host(x_PD) and all(_is_aligned(size, dtype) for size in weight_EFD.shape[1:]):
+        return kernel(x_PD.contiguous(), weight_EDF, offs=ends_E)
     # rows after the last end, of experts elsewhere, get zeros
-    return torch.ops.transformers.grouped_mm_fallback(x_PD.to(dtype), weight_EFD.to(dtype).transpose(1, 2), ends_E)
+    return torch.ops.transformers.grouped_mm_fallback(x_PD, weight_EDF, ends_E)
 
 
 ALL_EXPERTS_FUNCTIONS.register(DEFAULT_IMPLEMENTATION, moma_experts_forward)

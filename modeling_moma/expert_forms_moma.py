@@ -60,7 +60,7 @@ def threshold(router: "MomaRouter", x_ND: torch.Tensor, scores_NE: torch.Tensor,
         token_EK = expert_choice(router, x_ND, scores_NE.detach(), context).token_EK
         is_best_EN = torch.zeros_like(is_taken_NE.t()).scatter_(1, token_EK, True)
         is_taken_NE = torch.where(state.num_updates < router.warmup_steps, is_best_EN.t(), is_taken_NE)
-    return Selection.of_members(is_taken_NE, scores_NE, context.has_fixed_shapes)
+    return Selection.of_members(is_taken_NE, scores_NE, context.has_fixed_shapes, context.may_wait)
 
 
 @expert_form("token_choice")
@@ -82,7 +82,7 @@ def token_choice(
 def auxiliary(router: "MomaRouter", x_ND: torch.Tensor, scores_NE: torch.Tensor, context: RoutingContext) -> Selection:
     """An expert takes a token iff the auxiliary router predicts so; the weight is the main router's (section 2.4)."""
     is_taken_NE = router.predicted_scores(x_ND) >= router.auxiliary.threshold
-    return Selection.of_members(is_taken_NE, scores_NE, context.has_fixed_shapes)
+    return Selection.of_members(is_taken_NE, scores_NE, context.has_fixed_shapes, context.may_wait)
 
 
 __all__ = ["EXPERT_FORMS", "expert_form"]

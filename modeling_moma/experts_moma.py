@@ -159,7 +159,7 @@ class MomaExpertGroup(nn.Module):
         if is_default and not is_parallel and selection.shape_EK is not None:
             hints["num_taken"] = selection.shape_EK[1]
         elif is_default and not is_parallel:
-            hints["is_sorted"] = selection.is_sorted
+            hints.update(is_sorted=selection.is_sorted, ends_E=selection.ends_E)
         return self.experts(rows_PD, selection.expert_P.unsqueeze(-1), selection.weight_P.unsqueeze(-1), **hints)
 
 

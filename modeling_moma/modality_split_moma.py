@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from .configuration_moma import MomaConfig
+from .host_moma import is_on_host
 
 
 # positions of a step on a CPU
@@ -175,7 +176,7 @@ def split_modalities(
     group_BT = position_groups(config, modality_BT, padding_BT)
     group_flat = group_BT.flatten()
     checked = modality_BT if input_ids is None else input_ids
-    is_step = group_flat.device.type == "cpu" and group_flat.shape[0] <= _FEW_POSITIONS
+    is_step = is_on_host(group_flat) and group_flat.shape[0] <= _FEW_POSITIONS
     count = _count_on_host if is_step else _count_on_device
     low, high, num_masked, first_masked, *counts = count(group_flat, checked, masked_B, len(groups))
     _check_bounds(config, low, high, input_ids is not None)

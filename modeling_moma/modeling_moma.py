@@ -234,18 +234,19 @@ class MomaModel(MomaPreTrainedModel):
             is_recorded=bool(kwargs.get("output_router_logits", self.config.output_router_logits)),
         )
         hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        if position_ids is None:
-            position_ids = torch.arange(hidden_states.shape[1], device=hidden_states.device) + seen_positions(cache)
-            position_ids = position_ids.unsqueeze(0)
         causal_mask = create_causal_mask(
             config=self.config,
             inputs_embeds=hidden_states,
             attention_mask=attention_mask,
             cache=cache,
+            # only those of the caller may begin again within a row, for which the mask would wait to look
             position_ids=position_ids,
             # the columns of a static cache that no token fills yet have to be hidden, in steps of one token too
             allow_is_causal_skip=not isinstance(cache, StaticCache) or hidden_states.shape[1] > 1,
         )
+        if position_ids is None:
+            position_ids = torch.arange(hidden_states.shape[1], device=hidden_states.device) + seen_positions(cache)
+            position_ids = position_ids.unsqueeze(0)
         position_embeddings = self.rotary_emb(hidden_states, position_ids=position_ids)
         # fewer where the model drafts for itself (`assistant_early_exit`)
         for decoder_layer in self.layers[: self.config.num_hidden_layers]:

@@ -57,6 +57,7 @@ class RoutingContext:
         runs_all_groups (`bool`, *optional*, defaults to `True`): whether groups without a token run, too: their
             weights take part in every training step and wherever processes wait for one another, and where routers
             are recorded each has its entry.
+        may_wait (`bool`, *optional*, defaults to `True`): whether layers may ask the device for numbers.
 
     Attributes:
         statistics (`dict`): K-th best scores, shortfalls of load and votes, by router. Recomputation under
@@ -76,6 +77,7 @@ class RoutingContext:
         document_BT: torch.Tensor | None = None,
         custom_mask_BHQS: torch.Tensor | None = None,
         runs_all_groups: bool = True,
+        may_wait: bool = True,
     ):
         self.routing = routing
         # both are given wherever there are depth layers
@@ -85,7 +87,7 @@ class RoutingContext:
         self.track = track
         self.padding_BT, self.document_BT = padding_BT, document_BT
         self.custom_mask_BHQS = custom_mask_BHQS
-        self.runs_all_groups = runs_all_groups
+        self.runs_all_groups, self.may_wait = runs_all_groups, may_wait
         self.statistics: dict[MomaRouterBase, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
         self.state: dict[MomaRouterBase, RouterState] = {}
         self.noise: dict[MomaRouterBase, torch.Tensor] = {}
@@ -126,7 +128,7 @@ class RoutingContext:
         return self._copy(routing=routing, depth_routing=routing, track=track)
 
     def _copy(self, **changes: Any) -> "RoutingContext":
-        names = ("routing", "split", "track", "depth_routing", "runs_all_groups", *_TENSORS)
+        names = ("routing", "split", "track", "depth_routing", "runs_all_groups", "may_wait", *_TENSORS)
         return RoutingContext(**{**{name: getattr(self, name) for name in names}, **changes})
 
     def _view(self, **changes: Any) -> "RoutingContext":

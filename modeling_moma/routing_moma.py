@@ -7,7 +7,6 @@ Shape suffixes:
 """
 
 import torch
-from torch import nn
 
 from .capacity_moma import ceil_share, exact_share
 from .configuration_moma import MomaConfig
@@ -84,7 +83,7 @@ class MomaRouter(MomaRouterBase):
         if selection.shape_EK is not None:
             load_E = torch.full_like(kth_E, selection.shape_EK[1])
         else:
-            load_E = nn.functional.one_hot(selection.expert_P, self.num_experts).sum(0).float()
+            load_E = torch.zeros_like(kth_E).index_add(0, selection.expert_P, torch.ones_like(selection.weight_P))
         return kth_E, (load_E.mean() - load_E) / num_tokens, torch.ones_like(kth_E)
 
 

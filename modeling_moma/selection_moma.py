@@ -24,6 +24,8 @@ class Selection:
         has_holes (`bool`): whether pairs of weight 0 stand for tokens that their expert does not take, so that no
             shape depends on who chose whom.
         is_sorted (`bool`): whether the pairs come expert by expert.
+        ends_E (`torch.IntTensor`, *optional*): where each expert's pairs end where that is known to the device alone,
+            `[E]`; later pairs are holes.
     """
 
     token_P: torch.Tensor
@@ -32,6 +34,7 @@ class Selection:
     shape_EK: tuple[int, int] | None = None
     has_holes: bool = False
     is_sorted: bool = False
+    ends_E: torch.Tensor | None = None
 
     @classmethod
     def of_equal_shares(cls, token_EK: torch.Tensor, weight_EK: torch.Tensor, has_holes: bool = False) -> "Selection":
@@ -47,22 +50,39 @@ class Selection:
         return cls(token_EK.flatten(), expert_P, weight_EK.flatten(), (num_experts, num_taken), has_holes, True)
 
     @classmethod
-    def of_members(cls, is_taken_NE: torch.Tensor, scores_NE: torch.Tensor, has_fixed_shapes: bool) -> "Selection":
+    def of_members(
+        cls, is_taken_NE: torch.Tensor, scores_NE: torch.Tensor, has_fixed_shapes: bool, may_wait: bool = True
+    ) -> "Selection":
         """The pairs that a mask names, weighed by their scores.
 
         Args:
             is_taken_NE (`torch.BoolTensor`): True where the expert takes the token, `[N, E]`.
             scores_NE (`torch.Tensor`): `[N, E]`.
             has_fixed_shapes (`bool`): whether all pairs have to be there, with weights of 0 at the others.
+            may_wait (`bool`, *optional*, defaults to `True`): whether the host may ask the device for their number;
+                else all pairs are there, those that are taken before the others.
         """
         if has_fixed_shapes:
             token_EN = torch.arange(scores_NE.shape[0], device=scores_NE.device).expand(scores_NE.shape[1], -1)
             return cls.of_equal_shares(token_EN, torch.where(is_taken_NE, scores_NE, 0.0).t(), has_holes=True)
+        if not may_wait:
+            return cls._of_all_pairs(is_taken_NE, scores_NE)
         # expert by expert, as products want them
         expert_P, token_P = is_taken_NE.t().nonzero(as_tuple=True)
         # by one number each, whose gradient is cheaper than that of two on CPU
         weight_P = scores_NE.flatten().index_select(0, token_P * scores_NE.shape[1] + expert_P)
         return cls(token_P, expert_P, weight_P, is_sorted=True)
+
+    @classmethod
+    def _of_all_pairs(cls, is_taken_NE: torch.Tensor, scores_NE: torch.Tensor) -> "Selection":
+        num_tokens = scores_NE.shape[0]
+        is_taken_P = is_taken_NE.t().flatten()
+        order_P = (~is_taken_P).byte().argsort(stable=True)
+        weight_P = torch.where(is_taken_P, scores_NE.t().flatten(), 0.0).index_select(0, order_P)
+        ends_E = is_taken_NE.sum(0).cumsum(0).int()
+        # a group without a token has no places
+        size = max(num_tokens, 1)
+        return cls(order_P % size, order_P // size, weight_P, has_holes=True, is_sorted=True, ends_E=ends_E)
 
     def normalized(self, num_tokens: int) -> "Selection":
         """Gates over the detached sum of their token's, for `config.normalize_gates`."""

@@ -34,7 +34,7 @@ def tiny_cases(monkeypatch):
         ("train-4t4i-packed", (5, 6, 8, 9)),
         ("optimizer-4t4i", ()),
         ("prefill-depth", (6, 8)),
-        ("decode-4t4i-8", (5, 7, 8)),
+        ("decode-token-choice", (5, 7, 8)),
     ],
 )
 def test_a_case_is_checked_timed_and_reported(tiny_cases, tmp_path, capsys, name, figures):

@@ -78,7 +78,7 @@ def test_a_model_with_depth_equals_the_plain_loop(name, routing, training):
                 assert gradient is None or not gradient.any(), key
             else:
                 # terms of about 1 cancel out, and how they are rounded depends on the processor
-                assert_near(gradient, expected_grads[key], 5e-5, floor=1e-2)
+                assert_near(gradient, expected_grads[key], 2e-4, floor=1e-2)
 
 
 class LayerLog:

@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How often a forward makes the host wait for a device: counted on a CPU that is taken for one."""
+
+import pytest
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import DynamicCache
+
+from helpers.reference import GROUPS, fields_of
+from helpers.tiny import mixed_ids, tiny_model
+from modeling_moma import host_moma
+from modeling_moma.routing_rules_moma import CAUSAL_ROUTINGS
+
+
+# what reads numbers of a tensor, or makes a tensor whose size only its numbers tell
+METHODS = ("tolist", "item", "__bool__", "__int__", "__float__", "__index__", "cpu", "numpy")
+OPERATIONS = ("nonzero", "masked_select", "_local_scalar_dense", "unique", "equal")
+
+
+class Waits(TorchFunctionMode):
+    """Names of the calls that wait."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if getattr(func, "__name__", "") in METHODS:
+            self.names.append(func.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+class WaitingOperations(TorchDispatchMode):
+    """The same below Python, where operations call one another."""
+
+    def __init__(self, names):
+        super().__init__()
+        self.names = names
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.__name__.split(".")[0]
+        if name in OPERATIONS:
+            self.names.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def device(monkeypatch):
+    monkeypatch.setattr(host_moma, "HOSTS", ())
+
+
+def waits_of(forward):
+    waits = Waits()
+    with WaitingOperations(waits.names), waits:
+        forward()
+    return waits.names
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("groups", ["dense", "1t1i", "8x", "4t4i"])
+@pytest.mark.parametrize("routing", CAUSAL_ROUTINGS)
+def test_inference_waits_once_a_forward_for_the_sizes_of_its_groups(device, groups, routing):
+    fields = {} if groups in ("dense", "1t1i") else fields_of(routing)
+    model = tiny_model(
+        **GROUPS[groups], **fields, inference_routing=routing if fields or "aux" not in routing else "threshold"
+    ).eval()
+    ids = mixed_ids()
+    cache = DynamicCache(config=model.config)
+    assert waits_of(lambda: model(ids[:, :8], cache=cache)) == ["tolist"]
+    assert waits_of(lambda: model(ids[:, 8:9], cache=cache)) == ["tolist"]
+
+
+@pytest.mark.parametrize("routing", ["expert_choice", "token_choice"])
+def test_a_training_step_waits_once(device, routing):
+    model = tiny_model(**GROUPS["4t4i"], training_routing=routing).train()
+    ids = mixed_ids()
+    assert waits_of(lambda: model(ids, labels=ids, use_cache=False).loss.backward()) == ["tolist"]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("normalize_gates", [True, False])
+@pytest.mark.parametrize("routing", CAUSAL_ROUTINGS)
+def test_without_waiting_the_outputs_are_the_same(monkeypatch, routing, normalize_gates):
+    model = tiny_model(**GROUPS["4t4i"], **fields_of(routing), normalize_gates=normalize_gates).eval()
+    ids, mask = mixed_ids(), torch.ones_like(mixed_ids())
+    mask[0, :3] = 0
+    expected = model(ids, attention_mask=mask, routing=routing).logits
+    monkeypatch.setattr(host_moma, "HOSTS", ())
+    cache = DynamicCache(config=model.config)
+    parts = [model(ids[:, :7], attention_mask=mask[:, :7], cache=cache, routing=routing).logits]
+    for place in range(7, ids.shape[1]):
+        step = ids[:, place : place + 1]
+        parts.append(model(step, attention_mask=mask[:, : place + 1], cache=cache, routing=routing).logits)
+    found = torch.cat(parts, dim=1)
+    torch.testing.assert_close(found[mask == 1], expected[mask == 1], rtol=1e-4, atol=1e-5)
