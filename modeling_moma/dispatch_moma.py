@@ -128,7 +128,9 @@ def _run_chosen(
     parts, begin = [], 0
     for expert in sorted(set(expert_P)):
         end = begin + expert_P.count(expert)
-        parts.append(experts._run_one(expert, rows_PD[begin:end]))
+        # expert parallelism counts those elsewhere beyond its own
+        is_mine = expert < experts.num_experts
+        parts.append(experts._run_one(expert, rows_PD[begin:end]) if is_mine else torch.zeros_like(rows_PD[begin:end]))
         begin = end
     if not parts:
         return torch.zeros_like(x_ND)

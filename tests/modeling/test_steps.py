@@ -63,6 +63,16 @@ def test_rows_of_several_experts_each_are_summed(chosen):
     torch.testing.assert_close(output_ND, expected_ND, rtol=1e-5, atol=1e-6)
 
 
+@torch.no_grad()
+def test_rows_of_experts_elsewhere_get_zeros(chosen):
+    config, group = group_of("token_choice")
+    x_ND, weight_N1 = torch.randn(4, config.hidden_size), torch.rand(4, 1)
+    elsewhere = group.num_experts
+    output_ND = group.experts(x_ND, torch.tensor([[elsewhere], [1], [elsewhere], [0]]), weight_N1)
+    assert not output_ND[[0, 2]].any()
+    torch.testing.assert_close(output_ND[[3]], weight_N1[3] * group.experts._run_one(0, x_ND[[3]]))
+
+
 def calls_of(model):
     called = []
     for name, module in model.named_modules():
