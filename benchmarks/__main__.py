@@ -49,8 +49,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     numbers = {"1": [1], "all": [torch.get_num_threads()], "both": [1, torch.get_num_threads()]}[args.threads]
     if args.device == "cuda":
         numbers = numbers[-1:]
+    command = " ".join(["python -m benchmarks", *(arguments if arguments is not None else sys.argv[1:])])
     outcomes: list[Outcome] = []
-    status = 0
+    status, page = 0, ""
     for name in args.cases or CASES:
         for number in dict.fromkeys(numbers):
             try:
@@ -61,11 +62,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 continue
             outcomes.append(outcome)
             print(f"{name}, {number} threads: {outcome.ratio:.3f}", file=sys.stderr, flush=True)
-    command = " ".join(["python -m benchmarks", *(arguments if arguments is not None else sys.argv[1:])])
-    page = report(outcomes, command, args.rounds, args.device)
+            page = report(outcomes, command, args.rounds, args.device)
+            if args.report:
+                # after every case: they take long
+                (args.report / f"{date.today()}-speed-{args.device}.md").write_text(page)
     print(page)
-    if args.report and outcomes:
-        (args.report / f"{date.today()}-speed-{args.device}.md").write_text(page)
     return status
 
 

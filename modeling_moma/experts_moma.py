@@ -139,7 +139,9 @@ class MomaExpertGroup(nn.Module):
         if self.num_experts == 1:
             y_ND = self.mlp(x_ND)
         else:
-            _, selection = self.router(x_ND, context)
+            # experts that a server has put in their place know of no pairs without a token
+            is_ours = isinstance(self.experts, MomaExperts)
+            _, selection = self.router(x_ND, context if is_ours else context.with_waits())
             if self.normalizes_gates:
                 selection = selection.normalized(num_tokens)
             y_ND = selection.combine(self._run_experts(selection.dispatch(x_ND), selection), num_tokens)
@@ -155,10 +157,10 @@ class MomaExpertGroup(nn.Module):
         hints = {}
         # expert parallelism brings experts other rows than these, in shares that nobody knows
         is_parallel = getattr(self.experts, "_is_expert_parallel", False)
-        is_default = self.config._experts_implementation == DEFAULT_IMPLEMENTATION
-        if is_default and not is_parallel and selection.shape_EK is not None:
+        takes_hints = self.config._experts_implementation == DEFAULT_IMPLEMENTATION and not is_parallel
+        if takes_hints and selection.shape_EK is not None:
             hints["num_taken"] = selection.shape_EK[1]
-        elif is_default and not is_parallel:
+        elif takes_hints and isinstance(self.experts, MomaExperts):
             hints.update(is_sorted=selection.is_sorted, ends_E=selection.ends_E)
         return self.experts(rows_PD, selection.expert_P.unsqueeze(-1), selection.weight_P.unsqueeze(-1), **hints)
 

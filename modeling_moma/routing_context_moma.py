@@ -123,6 +123,10 @@ class RoutingContext:
         """The same context for a part of the tokens; what routers leave behind lies in this one."""
         return self._view(split=split)
 
+    def with_waits(self) -> "RoutingContext":
+        """The same context, in which layers may ask the device for numbers."""
+        return self if self.may_wait else self._view(may_wait=True)
+
     def with_routing(self, routing: str, track: bool = False) -> "RoutingContext":
         """A context of its own for the same tokens, in which experts and depth layers choose by another rule."""
         return self._copy(routing=routing, depth_routing=routing, track=track)

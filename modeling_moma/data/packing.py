@@ -4,6 +4,7 @@
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,8 @@ from .stream import DocumentOrder, document_orders
 
 # documents that wait for a room that they fit into
 BUFFER = 64
+# of them, those whose beginnings may fill what is left of a sequence
+CANDIDATES = 16
 # sequences whose documents are known without those of the sequences before
 BLOCK = 1024
 IGNORED = -100
@@ -222,7 +225,7 @@ class _Packer:
 
     def _beginning(self, room: int) -> _Waiting | None:
         """The beginning of a caption that comes again whole."""
-        places = [cut_place(entry.ids, room, self.frames) for entry in self.waiting]
+        places = [cut_place(entry.ids, room, self.frames) for entry in islice(self.waiting, CANDIDATES)]
         best = int(np.argmax(places))
         # the first token alone teaches nothing
         if places[best] < 2:
