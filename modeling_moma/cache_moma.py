@@ -88,17 +88,16 @@ class _RaggedRows:
             self._allocate(key_states, value_states, packing.num_rows if packing else num_rows, capacity)
         if packing is None:
             return self._append_step(key_states, value_states, rows)  # pyright: ignore[reportArgumentType]
-        num_columns = self._columns(packing)[0].shape[1]
+        num_columns = self._num_columns(packing)
         old_keys, old_values = (x[:, :, :num_columns].index_select(0, packing.row_R) for x in (self.keys, self.values))
         self._append(key_states, value_states, packing)
         return torch.cat((old_keys, key_states), dim=2), torch.cat((old_values, value_states), dim=2)
 
     def stored_slots(self, packing: "DepthPacking") -> torch.Tensor:
         """Slots of the stored tokens of the rows that take part, -1 at holes, `[R, S]`."""
-        column_RS, _ = self._columns(packing)
-        if column_RS.shape[1] == 0:
-            return torch.full_like(column_RS, -1)
-        return self.slots[:, : column_RS.shape[1]].index_select(0, packing.row_R).long()
+        if not self.is_initialized:
+            return packing.row_R.new_empty(len(packing.rows), 0)
+        return self.slots[:, : self._num_columns(packing)].index_select(0, packing.row_R).long()
 
     def step_lengths(self, rows: list[int]) -> list[int]:
         """Stored tokens of rows once each has stored one more."""
@@ -138,12 +137,9 @@ class _RaggedRows:
             self.slots[self.slots >= self.cumulative_length] = -1
             self.lengths = (self.slots >= 0).sum(1).tolist()
 
-    def _columns(self, packing: "DepthPacking") -> tuple[torch.Tensor, torch.Tensor]:
-        """Columns of the stored tokens of the rows that take part, and which of them are not holes, `[R, S]`."""
-        lengths = [self.lengths[row] for row in packing.rows] if self.is_initialized else [0] * len(packing.rows)
-        column_1S = torch.arange(max(lengths), device=packing.row_R.device).unsqueeze(0)
-        length_R1 = torch.tensor(lengths, device=packing.row_R.device).unsqueeze(-1)
-        return column_1S.expand(len(lengths), -1), column_1S < length_R1
+    def _num_columns(self, packing: "DepthPacking") -> int:
+        """Stored tokens of the fullest of the rows that take part."""
+        return max(self.lengths[row] for row in packing.rows)
 
     def _allocate(self, key_states: torch.Tensor, value_states: torch.Tensor, num_rows: int, capacity: float) -> None:
         self.device, self.lengths = key_states.device, [0] * num_rows
@@ -232,6 +228,12 @@ class MomaDepthCacheLayer(_RaggedRows, DynamicLayer):
     def _more_columns(self, needed: int) -> int:
         # a prompt is stored as it is, steps come one by one
         return needed if self.keys.shape[2] == 0 else needed + _COLUMNS - 1
+
+    def _make_room(self, num_positions: int, needed: int) -> None:
+        if torch.is_grad_enabled():
+            # a backward may want what earlier steps have read
+            self.keys, self.values = self.keys.clone(), self.values.clone()
+        super()._make_room(num_positions, needed)
 
 
 class MomaStaticDepthCacheLayer(_RaggedRows, StaticLayer):

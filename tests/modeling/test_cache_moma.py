@@ -411,3 +411,23 @@ def test_step_with_some_rows_computes_on_these_alone():
         hook.remove()
     assert shapes == [(2, 1, 32)]
     assert [later - sooner for sooner, later in zip(before, cache.layers[2].lengths)] == [1, 0, 1, 0]
+
+
+def test_gradients_flow_back_through_steps():
+    model, ids = make_model(), random_ids(3, 14, 0)
+    layer = model.model.layers[2]
+    chosen_BT = torch.rand(3, 14, generator=torch.Generator().manual_seed(0)) < 0.6
+    gradients = []
+    for places in ([14], [10, 11, 12, 13, 14]):
+        model.zero_grad()
+        cache, start, total = new_cache(model, "dynamic"), 0, 0.0
+        for stop in places:
+            hook = force(layer.depth_router, chosen_BT[:, start:stop])
+            total = total + model(ids[:, start:stop], cache=cache).logits.square().sum()
+            hook.remove()
+            start = stop
+        total.backward()
+        gradients.append({name: parameter.grad for name, parameter in layer.named_parameters()})
+    for name, gradient in gradients[0].items():
+        if gradient is not None:
+            torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-3, atol=1e-4, msg=name)
