@@ -49,7 +49,7 @@ ifdef CASE
 else
 	$(RUN) -m benchmarks
 	$(RUN) benchmarks/expert_dispatch.py
-	$(RUN) benchmarks/depth_step.py
+	$(RUN) -m benchmarks.depth_step
 	$(RUN) benchmarks/compilation.py
 	$(RUN) benchmarks/quantization.py
 endif

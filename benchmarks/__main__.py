@@ -17,10 +17,10 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.cases import CASES
-from benchmarks.clock import BusyMachineError
-from benchmarks.comparison import Outcome, run_case
-from benchmarks.results import report
+from benchmarks.speed.cases import CASES
+from benchmarks.speed.clock import BusyMachineError
+from benchmarks.speed.comparison import Outcome, run_case
+from benchmarks.speed.results import report
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:

@@ -10,19 +10,16 @@ neither matrix products nor attention comes from a profile of further steps.
 import argparse
 import platform
 import statistics
-import time
-from collections import Counter
 from datetime import date
 from pathlib import Path
 
 import torch
-from torch.profiler import ProfilerActivity, profile
 
+from benchmarks.speed.clock import seconds
+from benchmarks.speed.profiles import is_matmul, own_seconds
 from modeling_moma import MomaConfig, MomaForCausalLM, training_flops
 
 
-# aten names that hold one of these are matrix products or attention, forward or backward
-MATMUL_NAMES = ("mm", "linear", "matmul", "addmv", "dot_product", "flash_attention", "efficient_attention")
 PICTURE_CODES = 1024
 PICTURE_LENGTH = 64
 
@@ -63,17 +60,6 @@ def step(model: MomaForCausalLM, ids_BT: torch.Tensor) -> None:
     loss.backward()
 
 
-def seconds(work, device: str) -> float:
-    """Wall-clock time of `work()`, with all that it leaves to the device."""
-    if device == "cuda":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    work()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
-
-
 def measure(args: argparse.Namespace, models: dict, ids_BT: torch.Tensor) -> dict[str, dict[str, float]]:
     """Median seconds of forward and backward, and of AdamW, by model."""
     optimizers = {name: torch.optim.AdamW(model.parameters(), fused=True) for name, model in models.items()}
@@ -92,24 +78,10 @@ def measure(args: argparse.Namespace, models: dict, ids_BT: torch.Tensor) -> dic
 
 def profiled(args: argparse.Namespace, models: dict, ids_BT: torch.Tensor) -> dict[str, dict[str, float]]:
     """Mean seconds that each operation of a step takes by itself, on the device, by model."""
-    on_cuda = args.device == "cuda"
-    activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if on_cuda else [])
-    own = {name: Counter() for name in models}
-    for _ in range(args.profiled):
-        for name, model in models.items():
-            with profile(activities=activities) as profiler:
-                seconds(lambda model=model: step(model, ids_BT), args.device)
-            model.zero_grad()
-            for event in profiler.key_averages():
-                # kernels are counted with the operation that launched them
-                if event.device_type == torch.autograd.DeviceType.CPU:
-                    own_us = event.self_device_time_total if on_cuda else event.self_cpu_time_total
-                    own[name][event.key] += own_us / args.profiled / 1e6
-    return own
-
-
-def is_matmul(name: str) -> bool:
-    return name.startswith("aten::") and any(part in name for part in MATMUL_NAMES)
+    return {
+        name: own_seconds(lambda model=model: step(model, ids_BT), args.device, model.zero_grad, args.profiled)
+        for name, model in models.items()
+    }
 
 
 def report(args: argparse.Namespace, models: dict, times: dict, operations: dict) -> list[str]:
@@ -122,7 +94,7 @@ def report(args: argparse.Namespace, models: dict, times: dict, operations: dict
     lines = [
         f"# A training step with depth, {date.today()}",
         "",
-        f"`python benchmarks/depth_step.py`: 4t4i, {args.layers} layers of {args.hidden_size}, experts of width "
+        f"`python -m benchmarks.depth_step`: 4t4i, {args.layers} layers of {args.hidden_size}, experts of width "
         f"{args.width}, vocabulary of {args.vocab_size}, {args.rows} rows of {args.length} tokens, half of them "
         f"picture codes; depth in layers {depth_layers} at capacity {args.capacity}. bf16 autocast over fp32 weights, "
         f"{args.attn_implementation} attention, expert choice, median of {args.repeats} in turns. "

@@ -63,7 +63,7 @@ def moma_experts_forward(
         return _run_equal_shares(self, hidden_states, top_k_weights, num_taken)
     on_host = is_on_host(hidden_states) and not torch.compiler.is_compiling()
     if on_host and not torch.is_grad_enabled() and top_k_index.numel() <= _FEW_ROWS:
-        return _run_chosen(self, hidden_states, top_k_index, top_k_weights)
+        return _run_chosen(self, hidden_states, top_k_index, top_k_weights, is_sorted)
     if ends_E is not None:
         return _run_sorted(self, hidden_states, top_k_index, top_k_weights, True, ends_E)
     # a compiler that captures dynamic shapes in training must not meet the last question
@@ -116,15 +116,15 @@ def _run_equal_shares(
 
 
 def _run_chosen(
-    experts: "MomaExperts", x_ND: torch.Tensor, expert_Nk: torch.Tensor, weight_Nk: torch.Tensor
+    experts: "MomaExperts", x_ND: torch.Tensor, expert_Nk: torch.Tensor, weight_Nk: torch.Tensor, is_sorted: bool
 ) -> torch.Tensor:
     """Few rows through the experts that they chose: the weights of those are read once, and no others."""
     num_slots = expert_Nk.shape[1]
     expert_P = expert_Nk.flatten().tolist()
-    order = sorted(range(len(expert_P)), key=expert_P.__getitem__)
-    is_sorted = num_slots == 1 and order == list(range(len(order)))
-    order_P = None if is_sorted else torch.tensor(order)
-    rows_PD = x_ND if order_P is None else x_ND.index_select(0, order_P // num_slots)
+    rows_PD, order_P = x_ND, None
+    if not is_sorted:
+        order_P = torch.tensor(sorted(range(len(expert_P)), key=expert_P.__getitem__), dtype=torch.long)
+        rows_PD = x_ND.index_select(0, order_P // num_slots)
     parts, begin = [], 0
     for expert in sorted(set(expert_P)):
         end = begin + expert_P.count(expert)

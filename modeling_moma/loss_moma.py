@@ -2,7 +2,7 @@
 """The causal loss with its parts: each modality's mean, and the z-loss that keeps the softmax's normaliser near 1.
 
 Shape suffixes:
-    B rows, T positions, D hidden size, V vocabulary, N positions in one line.
+    B rows, T positions, D hidden size, V vocabulary, N positions in one line, S either D or V.
 """
 
 from dataclasses import dataclass
@@ -12,6 +12,10 @@ from torch import nn
 
 from .configuration_moma import MomaConfig
 from .modality_split_moma import token_modalities
+
+
+# positions whose logits exist at once where a head makes them
+CHUNK = 256
 
 
 @dataclass
@@ -30,19 +34,16 @@ class MomaLoss:
     modality_tokens: dict[str, torch.Tensor]
 
 
-# positions whose logits exist at once where they are left out
-CHUNK = 256
-
-
 def causal_lm_loss(
     config: MomaConfig,
-    logits: torch.Tensor,
+    states: torch.Tensor,
     labels: torch.Tensor | None,
     training: bool,
     num_items_in_batch: torch.Tensor | int | None = None,
     ignore_index: int = -100,
     shift_labels: torch.Tensor | None = None,
     attention_mask: torch.Tensor | None = None,
+    head: nn.Module | None = None,
     **kwargs,
 ) -> MomaLoss:
     """Next-token cross-entropy, shifted and normalised as `ForCausalLMLoss` of Transformers does it.
@@ -50,9 +51,12 @@ def causal_lm_loss(
     Both need the loss of single tokens, which the library's function does not give; without weights and z-loss the two
     are equal.
 
+    With a head, the logits of 256 positions exist at once. Gradients are then computed with the loss, chunk by chunk,
+    so that nothing is computed twice; they cannot be differentiated again.
+
     Args:
         config (`MomaConfig`): ranges of the modalities, `modality_loss_weights`, `z_loss_coef`.
-        logits (`torch.Tensor`): `[B, T, V]`.
+        states (`torch.Tensor`): logits `[B, T, V]`, or what the head makes them of, `[B, T, D]`.
         labels (`torch.LongTensor`): `[B, T]`, `ignore_index` where no loss is wanted; token t is compared with the
             logits at t - 1.
         training (`bool`): whether to apply modality weights and z-loss.
@@ -60,57 +64,45 @@ def causal_lm_loss(
         shift_labels (`torch.LongTensor`, *optional*): targets that are shifted already; replaces `labels`.
         attention_mask (`torch.Tensor`, *optional*): `[B, S]`, its last `T` columns those of the logits, 0 at padding.
             A padding position is no target and predicts none, on either side. Masks of other forms are passed over.
+        head (`nn.Module`, *optional*): gives logits `[N, V]` of `[N, D]`.
     """
-    target_N = _targets(labels, shift_labels, attention_mask, ignore_index, logits.device)
-    weighted_N, loss_N = _token_terms(config, logits.reshape(-1, logits.shape[-1]), target_N, training, ignore_index)
-    return _summary(config, weighted_N.sum(), loss_N.detach(), target_N, num_items_in_batch, ignore_index)
+    target_N = _targets(labels, shift_labels, attention_mask, ignore_index, states.device)
+    # -1 where no loss is wanted
+    modality_N = torch.where(target_N != ignore_index, token_modalities(config, target_N), -1)
 
-
-def chunked_causal_lm_loss(
-    config: MomaConfig,
-    head: nn.Module,
-    hidden_BTD: torch.Tensor,
-    labels: torch.Tensor | None,
-    training: bool,
-    num_items_in_batch: torch.Tensor | int | None = None,
-    ignore_index: int = -100,
-    shift_labels: torch.Tensor | None = None,
-    attention_mask: torch.Tensor | None = None,
-    **kwargs,
-) -> MomaLoss:
-    """As [`causal_lm_loss`], from hidden states and the head: the logits of a few positions exist at once.
-
-    Gradients are computed with the loss, chunk by chunk, so that nothing is computed twice; they cannot be
-    differentiated again.
-
-    Args:
-        config (`MomaConfig`): see [`causal_lm_loss`], as for all others.
-        head (`nn.Module`): gives logits `[N, V]` of hidden states `[N, D]`.
-        hidden_BTD (`torch.Tensor`): `[B, T, D]`.
-    """
-    target_N = _targets(labels, shift_labels, attention_mask, ignore_index, hidden_BTD.device)
-
-    def terms(x_ND: torch.Tensor, chunk_N: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        weighted_N, loss_N = _token_terms(config, head(x_ND), chunk_N, training, ignore_index)
+    def terms(logits_NV: torch.Tensor, part_N: torch.Tensor, kind_N: torch.Tensor):
+        weighted_N, loss_N = _token_terms(config, logits_NV, part_N, kind_N, training, ignore_index)
         return weighted_N.sum(), loss_N.detach()
 
-    parameters = [parameter for parameter in head.parameters() if parameter.requires_grad]
-    total, loss_N = _ChunkedSum.apply(terms, hidden_BTD.flatten(0, 1), target_N, *parameters)
-    return _summary(config, total, loss_N, target_N, num_items_in_batch, ignore_index)
+    states_NS = states.reshape(-1, states.shape[-1])
+    if head is None:
+        total, loss_N = terms(states_NS, target_N, modality_N)
+    else:
+        parameters = [parameter for parameter in head.parameters() if parameter.requires_grad]
+        total, loss_N = _ChunkedSum.apply(head, terms, states_NS, target_N, modality_N, *parameters)
+    return _summary(config, total, loss_N, modality_N, num_items_in_batch)
 
 
 class _ChunkedSum(torch.autograd.Function):
     """A sum over chunks of rows whose gradients are found as they come."""
 
     @staticmethod
-    def forward(ctx, terms, x_ND: torch.Tensor, target_N: torch.Tensor, *parameters: torch.Tensor):
+    def forward(
+        ctx,
+        head,
+        terms,
+        x_ND: torch.Tensor,
+        target_N: torch.Tensor,
+        modality_N: torch.Tensor,
+        *parameters: torch.Tensor,
+    ):
         needs_grad = any(ctx.needs_input_grad)
         total, losses, changes = x_ND.new_zeros((), dtype=torch.float32), [], []
         sums: list[torch.Tensor] = []
-        for chunk_ND, chunk_N in zip(x_ND.split(CHUNK), target_N.split(CHUNK)):
+        for chunk_ND, *chunks in zip(x_ND.split(CHUNK), target_N.split(CHUNK), modality_N.split(CHUNK)):
             with torch.set_grad_enabled(needs_grad):
                 chunk_ND = chunk_ND.detach().requires_grad_(needs_grad)
-                part, loss_N = terms(chunk_ND, chunk_N)
+                part, loss_N = terms(head(chunk_ND), *chunks)
             total += part.detach()
             losses.append(loss_N)
             if needs_grad:
@@ -127,7 +119,7 @@ class _ChunkedSum(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, scale: torch.Tensor, _):
         change_ND, *gradients = (gradient * scale.to(gradient.dtype) for gradient in ctx.saved_tensors)
-        return None, change_ND, None, *gradients
+        return None, None, change_ND, None, None, *gradients
 
 
 def _targets(
@@ -150,21 +142,24 @@ def _targets(
 
 
 def _token_terms(
-    config: MomaConfig, logits_NV: torch.Tensor, target_N: torch.Tensor, training: bool, ignore_index: int
+    config: MomaConfig,
+    logits_NV: torch.Tensor,
+    target_N: torch.Tensor,
+    modality_N: torch.Tensor,
+    training: bool,
+    ignore_index: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """What each token adds to the loss that is minimised, and its cross-entropy."""
     logits_NV = logits_NV.float()
     loss_N = nn.functional.cross_entropy(logits_NV, target_N, ignore_index=ignore_index, reduction="none")
     weighted_N = loss_N
-    is_target_N = target_N != ignore_index
     if training and config.modality_loss_weights:
-        modality_N = torch.where(is_target_N, token_modalities(config, target_N), -1)
         weights = [config.modality_loss_weights.get(name, 1.0) for name in config.modalities]
         # the last entry is that of ignored targets, index -1
         weighted_N = loss_N * loss_N.new_tensor([*weights, 0.0])[modality_N]
     if training and config.z_loss_coef:
         target_logit_N = logits_NV.gather(1, target_N.clamp(min=0).unsqueeze(1)).squeeze(1)
-        log_z_N = (target_logit_N + loss_N).masked_fill(~is_target_N, 0.0)
+        log_z_N = (target_logit_N + loss_N).masked_fill(modality_N < 0, 0.0)
         weighted_N = weighted_N + config.z_loss_coef * log_z_N.square()
     return weighted_N, loss_N
 
@@ -173,15 +168,12 @@ def _summary(
     config: MomaConfig,
     total: torch.Tensor,
     loss_N: torch.Tensor,
-    target_N: torch.Tensor,
+    modality_N: torch.Tensor,
     num_items_in_batch: torch.Tensor | int | None,
-    ignore_index: int,
 ) -> MomaLoss:
-    is_target_N = target_N != ignore_index
-    divisor = is_target_N.sum() if num_items_in_batch is None else num_items_in_batch
+    divisor = (modality_N >= 0).sum() if num_items_in_batch is None else num_items_in_batch
     if torch.is_tensor(divisor):
         divisor = divisor.to(total.device)
-    modality_N = torch.where(is_target_N, token_modalities(config, target_N), -1)
     losses, counts = {}, {}
     for index, name in enumerate(config.modalities):
         member_N = modality_N == index
@@ -190,4 +182,4 @@ def _summary(
     return MomaLoss(total / divisor, losses, counts)
 
 
-__all__ = ["CHUNK", "MomaLoss", "causal_lm_loss", "chunked_causal_lm_loss"]
+__all__ = ["MomaLoss", "causal_lm_loss"]

@@ -40,7 +40,7 @@ from .decoder_layers_moma import MomaDecoderLayer, MomaDepthDecoderLayer
 from .dispatch_moma import DEFAULT_IMPLEMENTATION, check_grouped_widths
 from .experts_moma import MomaExperts
 from .generation_moma import MomaGenerationMixin
-from .loss_moma import causal_lm_loss, chunked_causal_lm_loss
+from .loss_moma import causal_lm_loss
 from .model_card_moma import complete_model_card
 from .norms_moma import MomaHeadLayerNorm, MomaRMSNorm
 from .quantized_layers_moma import use_quantized_layers
@@ -362,11 +362,15 @@ class MomaForCausalLM(MomaPreTrainedModel, MomaGenerationMixin):
         if not (skip_logits and has_labels):
             logits = self.lm_head(hidden_states)
         if has_labels:
-            arguments = {"training": self.training, "attention_mask": attention_mask, **kwargs}
-            if logits is None:
-                parts = chunked_causal_lm_loss(self.config, self.lm_head, hidden_states, labels, **arguments)
-            else:
-                parts = causal_lm_loss(self.config, logits, labels, **arguments)
+            parts = causal_lm_loss(
+                self.config,
+                hidden_states if logits is None else logits,
+                labels,
+                training=self.training,
+                attention_mask=attention_mask,
+                head=self.lm_head if logits is None else None,
+                **kwargs,
+            )
             loss, modality_losses, modality_tokens = parts.loss, parts.modality_losses, parts.modality_tokens
         return MomaCausalLMOutput(
             loss=loss,

@@ -6,14 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import gate
 from benchmarks.__main__ import main as compare_speed
-from benchmarks.cases import CASES
-from benchmarks.clock import BusyMachineError, Quiet
-from benchmarks.contenders import CONTENDERS, build
 from benchmarks.depth_step import main
-from benchmarks.profiles import PeakMemory
-from benchmarks.shapes import SHAPES, mixed_tokens
+from benchmarks.speed import gate
+from benchmarks.speed.cases import CASES
+from benchmarks.speed.clock import BusyMachineError, Quiet
+from benchmarks.speed.contenders import CONTENDERS, build
+from benchmarks.speed.profiles import PeakMemory
+from benchmarks.speed.shapes import SHAPES, mixed_tokens
 from helpers.tiny import tiny_model, tiny_processor
 
 

@@ -3,7 +3,7 @@
 
 from dataclasses import dataclass, replace
 
-from benchmarks.contenders import PEER_IMPLEMENTATIONS
+from benchmarks.speed.contenders import PEER_IMPLEMENTATIONS
 
 
 OLMOE = tuple(f"olmoe {name}" for name in PEER_IMPLEMENTATIONS)

@@ -3,13 +3,13 @@
 
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 
 import psutil
 import torch
 
-from benchmarks.work import Runner
+from benchmarks.speed.work import Runner
 
 
 # cores that others keep busy above which figures of all threads say nothing: products wait for each other by spinning
@@ -66,13 +66,13 @@ class Quiet:
         return times.user + times.system
 
 
-def seconds(runner: Runner) -> float:
+def seconds(work: Callable[[], object], device: str) -> float:
     """Wall-clock time of one piece of work, with all that it leaves to the device."""
-    runner.prepare()
-    _synchronize(runner)
+    synchronize = torch.cuda.synchronize if device == "cuda" else lambda: None
+    synchronize()
     began = time.perf_counter()
-    runner.work()
-    _synchronize(runner)
+    work()
+    synchronize()
     return time.perf_counter() - began
 
 
@@ -88,7 +88,8 @@ def in_turn(runners: Sequence[Runner], rounds: int, warm_up: int = 2) -> list[li
     times: list[list[float]] = [[] for _ in runners]
     for number in range(warm_up + rounds):
         for runner, own in zip(runners, times):
-            value = seconds(runner)
+            runner.prepare()
+            value = seconds(runner.work, runner.device.type)
             if number >= warm_up:
                 own.append(value)
     return times
@@ -97,8 +98,3 @@ def in_turn(runners: Sequence[Runner], rounds: int, warm_up: int = 2) -> list[li
 def median_ratio(times: Sequence[float], others: Sequence[float]) -> float:
     """The median of the rounds' ratios: what both met in a round cancels."""
     return statistics.median(mine / other for mine, other in zip(times, others))
-
-
-def _synchronize(runner: Runner) -> None:
-    if runner.device.type == "cuda":
-        torch.cuda.synchronize()

@@ -8,13 +8,13 @@ from dataclasses import dataclass, field
 
 import torch
 
-from benchmarks import floors, gate
-from benchmarks.cases import Case
-from benchmarks.clock import Quiet, in_turn, median_ratio, threads
-from benchmarks.contenders import build
-from benchmarks.profiles import matmul_share, own_seconds, peak_bytes
-from benchmarks.shapes import SHAPES, Shape
-from benchmarks.work import Runner
+from benchmarks.speed import floors, gate
+from benchmarks.speed.cases import Case
+from benchmarks.speed.clock import Quiet, in_turn, median_ratio, threads
+from benchmarks.speed.contenders import build
+from benchmarks.speed.profiles import matmul_share, own_seconds, peak_bytes
+from benchmarks.speed.shapes import SHAPES, Shape
+from benchmarks.speed.work import Runner
 from modeling_moma import MomaForCausalLM
 
 
@@ -123,6 +123,6 @@ def _add_details(row: Row, case: Case, runner: Runner, shape: Shape, dtype: torc
     if case.kind == "decode":
         row.floor_ratio = row.seconds * floors.bandwidth(device) / floors.bytes_read(runner)
     if case.kind != "optimizer":
-        row.matmul_share = matmul_share(own_seconds(runner))
+        row.matmul_share = matmul_share(own_seconds(runner.work, device, runner.prepare))
     if case.kind == "train":
         row.peak_bytes = peak_bytes(runner)

@@ -2,7 +2,6 @@
 """The models that are compared, ours and those of Transformers, by name and at any shape."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from transformers import (
@@ -15,7 +14,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from benchmarks.shapes import Shape, mixed_tokens
+from benchmarks.speed.shapes import Shape, mixed_tokens
 from modeling_moma import MomaConfig, MomaForCausalLM
 from modeling_moma.tools.costs import training_flops
 
@@ -34,28 +33,16 @@ PEER_EXPERTS = 8
 PEER_IMPLEMENTATIONS = ("eager", "batched_mm", "grouped_mm")
 
 
-@dataclass(frozen=True)
-class Contender:
-    """
-    A model that takes part.
-
-    Args:
-        name: in reports.
-        build: makes it at a shape, for sequences of a length.
-    """
-
-    name: str
-    build: Callable[[Shape, int], PreTrainedModel]
-
-
-CONTENDERS: dict[str, Contender] = {}
+# makes a model at a shape, for sequences of a length
+Builder = Callable[[Shape, int], PreTrainedModel]
+CONTENDERS: dict[str, Builder] = {}
 
 
 def contender(name: str):
     """Enter a function that builds a model."""
 
-    def keep(build: Callable[[Shape, int], PreTrainedModel]):
-        CONTENDERS[name] = Contender(name, build)
+    def keep(build: Builder) -> Builder:
+        CONTENDERS[name] = build
         return build
 
     return keep
@@ -169,4 +156,4 @@ def build(name: str, shape: Shape, length: int, device: str) -> PreTrainedModel:
     if name not in CONTENDERS:
         raise ValueError(f"there is no contender {name!r}; there are {sorted(CONTENDERS)}.")
     torch.manual_seed(0)
-    return CONTENDERS[name].build(shape, length).to(device)
+    return CONTENDERS[name](shape, length).to(device)

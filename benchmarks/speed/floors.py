@@ -2,14 +2,14 @@
 """What the machine can do at best: the rate of products of a model's shapes, and the bandwidth of its memory."""
 
 import statistics
-import time
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
-from benchmarks.shapes import Shape
-from benchmarks.work import Runner
+from benchmarks.speed.clock import seconds
+from benchmarks.speed.shapes import Shape
+from benchmarks.speed.work import Runner
 
 
 _REPEATS = 9
@@ -92,13 +92,5 @@ def _expert_modules(model: PreTrainedModel) -> list[torch.nn.Module]:
 
 
 def _median_seconds(work, device: str) -> float:
-    times = []
-    for _ in range(_REPEATS + 2):
-        if device == "cuda":
-            torch.cuda.synchronize()
-        began = time.perf_counter()
-        work()
-        if device == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - began)
+    times = [seconds(work, device) for _ in range(_REPEATS + 2)]
     return statistics.median(times[2:])

@@ -6,7 +6,7 @@ import copy
 import torch
 from transformers import DynamicCache
 
-from benchmarks.shapes import Shape, mixed_tokens
+from benchmarks.speed.shapes import Shape, mixed_tokens
 from modeling_moma import MomaForCausalLM
 
 

@@ -3,30 +3,32 @@
 
 import weakref
 from collections import Counter
+from collections.abc import Callable
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from benchmarks.work import Runner
+from benchmarks.speed.clock import seconds
+from benchmarks.speed.work import Runner
 
 
 # aten names that hold one of these are matrix products or attention, forward or backward
 MATMUL_NAMES = ("mm", "linear", "matmul", "addmv", "dot_product", "flash_attention", "efficient_attention")
 
 
-def own_seconds(runner: Runner, repeats: int = 2) -> Counter:
-    """Mean seconds that each operation takes by itself, on the device."""
-    on_cuda = runner.device.type == "cuda"
+def own_seconds(
+    work: Callable[[], object], device: str, prepare: Callable[[], object] = lambda: None, repeats: int = 2
+) -> Counter:
+    """Mean seconds that each operation of a piece of work takes by itself, on the device."""
+    on_cuda = device == "cuda"
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if on_cuda else [])
     own: Counter = Counter()
     for _ in range(repeats):
-        runner.prepare()
+        prepare()
         with profile(activities=activities) as profiler:
-            runner.work()
-            if on_cuda:
-                torch.cuda.synchronize()
+            seconds(work, device)
         for event in profiler.key_averages():
             # kernels are counted with the operation that launched them
             if event.device_type == torch.autograd.DeviceType.CPU:

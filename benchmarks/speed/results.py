@@ -7,7 +7,7 @@ from datetime import date
 
 import torch
 
-from benchmarks.comparison import Outcome
+from benchmarks.speed.comparison import Outcome
 
 
 HEADER = (

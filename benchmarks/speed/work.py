@@ -1,17 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is timed: a training step, its optimizer, a prefill, steps of decoding."""
 
-from collections.abc import Callable
 from contextlib import nullcontext
 
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
-from benchmarks.shapes import Shape, mixed_tokens
+from benchmarks.speed.shapes import Shape, mixed_tokens
 
 
-# one piece of work, after what must not be timed
-Work = Callable[[], object]
 # steps of decoding in one piece of work, and the prompt before them
 DECODE_STEPS = 16
 PROMPT_LENGTH = 128

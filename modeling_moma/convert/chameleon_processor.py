@@ -16,6 +16,7 @@ from transformers import ChameleonConfig, ChameleonImageProcessor, ChameleonVQVA
 from tokenization import MomaImageProcessor, MomaProcessor, MomaVQConfig, MomaVQModel
 from tokenization.text_tokenizer_moma import BEGIN_IMAGE_TOKEN, END_IMAGE_TOKEN, IMAGE_TOKEN, picture_code_tokens
 
+from ..data.encoding import PIXEL_SETTINGS
 from .reading import CheckpointError, read_json
 from .vqgan import has_decoder, load_vq_model
 
@@ -25,19 +26,7 @@ _DIGITS = {chr(ord("A") + digit): str(digit) for digit in range(10)}
 _BEGIN_NAME, _END_NAME = "<racm3:break>", "<eoss>"
 # tensors without which codes would mean other pictures; the decoder may differ
 _ENCODING_PREFIXES = ("encoder.", "quant_conv.", "quantize.")
-_IMAGE_PROCESSOR_FIELDS = (
-    "do_convert_rgb",
-    "do_resize",
-    "size",
-    "resample",
-    "do_center_crop",
-    "crop_size",
-    "do_rescale",
-    "rescale_factor",
-    "do_normalize",
-    "image_mean",
-    "image_std",
-)
+_IMAGE_PROCESSOR_FIELDS = ("do_convert_rgb", *PIXEL_SETTINGS)
 _TOKENIZER_FIELDS = (
     "bos_token",
     "eos_token",

@@ -14,7 +14,7 @@ from tokenization import MomaProcessor
 
 
 # of an image processor, what decides on pixels
-_PIXEL_SETTINGS = (
+PIXEL_SETTINGS = (
     "do_resize",
     "size",
     "resample",
@@ -74,7 +74,7 @@ def processor_fingerprint(processor: MomaProcessor) -> str:
     """A hash of all that decides on the ids of texts and pictures: tokenizer, image processor and VQ weights."""
     digest = hashlib.sha256(plain_backend(processor.tokenizer).to_str().encode())
     settings = processor.image_processor.to_dict()
-    kept = {name: settings.get(name) for name in _PIXEL_SETTINGS}
+    kept = {name: settings.get(name) for name in PIXEL_SETTINGS}
     digest.update(json.dumps(kept, sort_keys=True, default=str).encode())
     for name, values in sorted(processor.vq_model.state_dict().items()):
         digest.update(name.encode())
@@ -82,4 +82,4 @@ def processor_fingerprint(processor: MomaProcessor) -> str:
     return digest.hexdigest()[:32]
 
 
-__all__ = ["DocumentEncoder", "plain_backend", "processor_fingerprint"]
+__all__ = ["PIXEL_SETTINGS", "DocumentEncoder", "plain_backend", "processor_fingerprint"]

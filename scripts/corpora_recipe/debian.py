@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Fetches Debian packages and unpacks them into a cache, without installing them."""
 
+import argparse
 import re
 import shutil
 import subprocess
@@ -11,6 +12,26 @@ from modeling_moma.training.files import replace_folder, write_folder_aside
 
 
 DEFAULT_CACHE = Path.home() / ".cache" / "modeling-moma" / "debian"
+
+
+def corpus_arguments(description: str | None, card: Path, size: str, validation_share: float) -> argparse.Namespace:
+    """
+    The command line of a script that builds a corpus.
+
+    Args:
+        description: of the script.
+        card: in whose folder the corpus lies by default.
+        size: of the package, for the help.
+        validation_share: by default.
+    """
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=card.parent, help="folder of the data set, replaced as a whole")
+    parser.add_argument("--cache", type=Path, default=DEFAULT_CACHE, help=f"folder that keeps the package ({size})")
+    parser.add_argument("--archive", type=Path, help="the package's .deb file, in place of a download")
+    parser.add_argument(
+        "--validation-share", type=float, default=validation_share, help="share of all rows in validation"
+    )
+    return parser.parse_args()
 
 
 @dataclass(frozen=True)

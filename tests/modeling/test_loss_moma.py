@@ -36,7 +36,7 @@ def test_loss_without_logits_is_the_loss_with_them(monkeypatch, fields, tied):
 
 
 def test_loss_without_logits_holds_those_of_a_chunk():
-    from benchmarks.profiles import PeakMemory
+    from benchmarks.speed.profiles import PeakMemory
 
     torch.manual_seed(0)
     model = tiny_model(vocab_size=4096, max_position_embeddings=512).train()
