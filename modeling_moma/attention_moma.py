@@ -7,6 +7,7 @@ Shape suffixes:
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import nn
@@ -21,6 +22,7 @@ from transformers.utils.deprecation import deprecate_kwarg
 from .configuration_moma import MomaConfig
 from .depth_packing_moma import DepthPacking, PackedCache, StepCache
 from .norms_moma import query_key_norm
+from .step_attention_moma import wants_wide_step, wide_step
 
 
 @use_kernelized_func(apply_rotary_pos_emb)
@@ -62,13 +64,13 @@ class MomaAttention(nn.Module):
     def _project(
         self, hidden_states: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor]
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        heads = (-1, self.head_dim)
-        query = self.q_proj(hidden_states).unflatten(-1, heads)
-        key = self.k_proj(hidden_states).unflatten(-1, heads)
+        heads = (*hidden_states.shape[:-1], -1, self.head_dim)
+        query = self.q_proj(hidden_states).view(heads)
+        key = self.k_proj(hidden_states).view(heads)
         if self.has_norm:
             query, key = self.q_norm(query), self.k_norm(key)
         query, key = query.transpose(1, 2), key.transpose(1, 2)
-        value = self.v_proj(hidden_states).unflatten(-1, heads).transpose(1, 2)
+        value = self.v_proj(hidden_states).view(heads).transpose(1, 2)
         query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
         return query, key, value
 
@@ -83,10 +85,10 @@ class MomaAttention(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         if cache is not None:
             key, value = cache.update(key, value, self.layer_idx, kwargs=kwargs)
-        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation,  # pyright: ignore[reportArgumentType]
-            eager_attention_forward,
-        )
+        implementation: str = self.config._attn_implementation  # pyright: ignore[reportAssignmentType]
+        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
+        if wants_wide_step(implementation, query):
+            attention_interface = partial(wide_step, attention_interface)
         attn_output, attn_weights = attention_interface(
             self,
             query,

@@ -28,8 +28,8 @@ class Fp32Buffers(nn.Module):
 
         The values of that moment are rounded; what is added to them later is not lost.
         """
-        for buffer in self.buffers(recurse=False):
-            if buffer.dtype != torch.float32:
+        for buffer in self._buffers.values():
+            if buffer is not None and buffer.dtype != torch.float32:
                 buffer.data = buffer.float()
 
 

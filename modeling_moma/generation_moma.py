@@ -181,10 +181,9 @@ class MomaGenerationMixin(GenerationGaps):
                 generation_config.max_new_tokens = room
         elif room is None:
             room = _new_tokens(width, {}.get, self.generation_config) or STOCK_NEW_TOKENS
-        processors += self._grammar(mode, prompt, width, room)
+        stop = None if frame is None else self._stop_token(mode, generation_config, kwargs)
+        processors += self._grammar(mode, prompt, width, room, stop)
         if frame is not None:
-            stop = self._stop_token(mode, generation_config, kwargs)
-            processors.append(OneFrameLogitsProcessor(frame, prompt.shape[1], stop))
             if (self._option("num_beams", generation_config, kwargs) or 1) > 1:
                 criteria = [*(kwargs.get("stopping_criteria") or []), FrameEndCriteria(frame, prompt.shape[1])]
                 kwargs["stopping_criteria"] = StoppingCriteriaList(criteria)
@@ -207,7 +206,9 @@ class MomaGenerationMixin(GenerationGaps):
         # at least what is needed, so that a prompt without room for it is refused by its length
         return max(self.config.max_position_embeddings - prompt_width, needed)
 
-    def _grammar(self, mode: str, prompt: torch.Tensor, prompt_width: int, room: int) -> list[LogitsProcessor]:
+    def _grammar(
+        self, mode: str, prompt: torch.Tensor, prompt_width: int, room: int, stop: int | None
+    ) -> list[LogitsProcessor]:
         """Processors of a mode, after a check that every frame has its room."""
         frames = self.config.frames
         for modality, frame in frames.items():
@@ -245,7 +246,10 @@ class MomaGenerationMixin(GenerationGaps):
                 FrameLogitsProcessor(self.config, max_length),
                 FittingFrameLogitsProcessor(self.config, max_length),
             ]
-        return [FrameLogitsProcessor(self.config, max_length)]
+        # the mode is that of a frame, whose rows have a last token
+        return [
+            OneFrameLogitsProcessor(self.config, max_length, frames[mode], prompt.shape[1], stop)  # pyright: ignore[reportArgumentType]
+        ]
 
     def _option(self, name: str, generation_config: GenerationConfig | None, kwargs: dict) -> Any:
         sources = (

@@ -29,28 +29,30 @@ class FrameLogitsProcessor(LogitsProcessor):
         self.frames = config.frames
         self.max_length = max_length
         ids_V = torch.arange(config.vocab_size)
-        self.codes_V = {modality: frame.is_code(ids_V) for modality, frame in self.frames.items()}
-        # what rows outside all frames may write
-        self.outside_V = ~_all_codes(config)
-        self.outside_V[[frame.end for frame in self.frames.values()]] = False
+        outside_V = ~_all_codes(config)
+        outside_V[[frame.end for frame in self.frames.values()]] = False
+        allowed_SV = torch.stack([outside_V, *(frame.is_code(ids_V) for frame in self.frames.values())])
+        # what rows may not write: outside all frames, and inside the frame of each modality
+        self.banned_SV = ~allowed_SV
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        counts = {modality: frame.open_codes(input_ids) for modality, frame in self.frames.items()}
-        outside_B = torch.stack(list(counts.values())).amax(dim=0) < 0
+        return self._continued(input_ids, scores, [frame.open_codes(input_ids) for frame in self.frames.values()])
+
+    def _continued(self, input_ids: torch.Tensor, scores: torch.Tensor, counts: list[torch.Tensor]) -> torch.Tensor:
+        """Scores of what may come next, for the codes `[B]` that each row has written of a frame of each modality."""
         # copied in the first step alone
-        self.outside_V = self.outside_V.to(scores.device)
-        allowed_BV = outside_B[:, None] & self.outside_V
-        for modality, count_B in counts.items():
-            self.codes_V[modality] = self.codes_V[modality].to(scores.device)
-            allowed_BV |= (count_B >= 0)[:, None] & self.codes_V[modality]
-            if self.frames[modality].length is None:
-                allowed_BV[:, self.frames[modality].end] |= count_B >= 1
-        scores = scores.masked_fill(~allowed_BV, -torch.inf)
+        self.banned_SV = self.banned_SV.to(scores.device)
+        state_B = sum((count_B >= 0).long() * index for index, count_B in enumerate(counts, start=1))
+        banned_BV = self.banned_SV.index_select(0, state_B)  # pyright: ignore[reportArgumentType]
         is_last_place = input_ids.shape[1] + 1 >= self.max_length
-        for modality, count_B in counts.items():
-            frame = self.frames[modality]
+        frames = list(self.frames.values())
+        for frame, count_B in zip(frames, counts):
+            if frame.length is None:
+                banned_BV[:, frame.end] &= count_B < 1
+        scores = scores.masked_fill(banned_BV, -torch.inf)
+        for frame, count_B in zip(frames, counts):
             must_end_B = (count_B >= 1) & is_last_place if frame.length is None else count_B == frame.length
-            scores = force_token(scores, must_end_B, frame.end)
+            force_token_(scores, must_end_B, frame.end)
         return scores
 
 
@@ -72,25 +74,33 @@ class TextOnlyLogitsProcessor(LogitsProcessor):
         return scores.masked_fill(self.banned_V, -torch.inf)
 
 
-class OneFrameLogitsProcessor(LogitsProcessor):
+class OneFrameLogitsProcessor(FrameLogitsProcessor):
     """Outside a frame: its begin, as long as the row has not finished one, and then the end of the row.
 
     Args:
+        config (`MomaConfig`): gives the frames.
+        max_length (`int`): positions of the prompt and everything generated.
         frame (`ModalityFrame`): the frame that each row writes.
         prompt_length (`int`): positions of the prompt, whose own frames do not count.
         stop_token_id (`int`): token that ends a row.
     """
 
-    def __init__(self, frame: ModalityFrame, prompt_length: int, stop_token_id: int):
+    def __init__(
+        self, config: MomaConfig, max_length: int, frame: ModalityFrame, prompt_length: int, stop_token_id: int
+    ):
+        super().__init__(config, max_length)
         self.frame = frame
         self.prompt_length = prompt_length
         self.stop_token_id = stop_token_id
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        outside_B = self.frame.open_codes(input_ids) < 0
+        counts = [frame.open_codes(input_ids) for frame in self.frames.values()]
+        scores = self._continued(input_ids, scores, counts)
+        outside_B = counts[list(self.frames).index(self.frame.modality)] < 0
         done_B = (input_ids[:, self.prompt_length :] == self.frame.end).any(dim=1)
-        scores = force_token(scores, outside_B & ~done_B, self.frame.begin)
-        return force_token(scores, outside_B & done_B, self.stop_token_id)
+        force_token_(scores, outside_B & ~done_B, self.frame.begin)
+        force_token_(scores, outside_B & done_B, self.stop_token_id)
+        return scores
 
 
 class FittingFrameLogitsProcessor(LogitsProcessor):
@@ -130,12 +140,11 @@ class FrameEndCriteria(StoppingCriteria):
         return (input_ids[:, -1] == self.end_token_id) & (input_ids.shape[1] > self.prompt_length)
 
 
-def force_token(scores: torch.Tensor, rows_B: torch.Tensor, token_id: int) -> torch.Tensor:
-    """Scores that leave one token to some of the rows."""
+def force_token_(scores: torch.Tensor, rows_B: torch.Tensor, token_id: int) -> None:
+    """Leave one token to some of the rows."""
+    scores.masked_fill_(rows_B[:, None], -torch.inf)
     # log-probability 0: a forced token costs a beam nothing, and is possible even where another processor forbade it
-    forced = torch.full_like(scores, -torch.inf)
-    forced[:, token_id] = 0.0
-    return torch.where(rows_B[:, None], forced, scores)
+    scores[:, token_id].masked_fill_(rows_B, 0.0)
 
 
 def _all_codes(config: MomaConfig) -> torch.Tensor:

@@ -40,6 +40,7 @@ from .decoder_layers_moma import MomaDecoderLayer, MomaDepthDecoderLayer
 from .dispatch_moma import DEFAULT_IMPLEMENTATION, check_grouped_widths
 from .experts_moma import MomaExperts
 from .generation_moma import MomaGenerationMixin
+from .growing_cache_moma import let_grow
 from .loss_moma import causal_lm_loss
 from .model_card_moma import complete_model_card
 from .norms_moma import MomaHeadLayerNorm, MomaRMSNorm
@@ -218,6 +219,8 @@ class MomaModel(MomaPreTrainedModel):
         is_whole_prompt = cache is None
         if use_cache and cache is None:
             cache = DynamicCache(config=self.config)
+        if not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            let_grow(cache)
         # before the embedding: a bad id of a prompt has to meet our message, not the embedding's
         context = routing_of_batch(
             self.config,

@@ -67,6 +67,10 @@ class Selection:
             return cls.of_equal_shares(token_EN, torch.where(is_taken_NE, scores_NE, 0.0).t(), has_holes=True)
         if not may_wait:
             return cls._of_all_pairs(is_taken_NE, scores_NE)
+        if scores_NE.shape[0] == 1:
+            expert_P = is_taken_NE.flatten().nonzero().flatten()
+            weight_P = scores_NE.flatten().index_select(0, expert_P)
+            return cls(torch.zeros_like(expert_P), expert_P, weight_P, is_sorted=True)
         # expert by expert, as products want them
         expert_P, token_P = is_taken_NE.t().nonzero(as_tuple=True)
         # by one number each, whose gradient is cheaper than that of two on CPU

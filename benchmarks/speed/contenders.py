@@ -16,11 +16,16 @@ from transformers import (
 
 from benchmarks.speed.shapes import Shape, mixed_tokens
 from modeling_moma import MomaConfig, MomaForCausalLM
+from modeling_moma.router_base_moma import MomaRouterBase
+from modeling_moma.tools.calibration import calibrate_thresholds
 from modeling_moma.tools.costs import training_flops
 
 
-# forwards in training mode that bring thresholds to where they stay
-SETTLING_STEPS = 4
+# batches that thresholds are computed from, and how often: each time changes what later layers read
+SETTLING_BATCHES = 8
+SETTLING_ROUNDS = 2
+# other tokens than those that are timed
+_SETTLING_SEED = 1000
 EXPERTS = {
     "dense": 1,
     "1t1i": {"text": 1, "image": 1},
@@ -80,10 +85,12 @@ def _moma(experts: str, **fields):
 
 
 def settled(model: MomaForCausalLM, shape: Shape, length: int) -> MomaForCausalLM:
-    """The model with the thresholds that training would have brought it to."""
-    model.train()
-    for seed in range(SETTLING_STEPS):
-        model(mixed_tokens(shape, 4, min(length, 512), seed=seed), routing="expert_choice", use_cache=False)
+    """The model with thresholds that let each expert take its share, as those of a trained model do."""
+    seeds = range(_SETTLING_SEED, _SETTLING_SEED + SETTLING_BATCHES)
+    batches = [{"input_ids": mixed_tokens(shape, 4, min(length, 512), seed=seed)} for seed in seeds]
+    if any(isinstance(module, MomaRouterBase) for module in model.modules()):
+        for _ in range(SETTLING_ROUNDS):
+            calibrate_thresholds(model, batches, routing="threshold")
     return model
 
 

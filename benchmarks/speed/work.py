@@ -44,16 +44,23 @@ class Runner:
         self.tokens_per_work = rows * (DECODE_STEPS if kind == "decode" else length)
         is_training = kind in ("train", "optimizer")
         self.model = model.train(is_training) if is_training else model.to(dtype).eval()
-        total = PROMPT_LENGTH + DECODE_STEPS if kind == "decode" else length
-        self.ids_BT = mixed_tokens(shape, rows, total, text_share).to(self.device)
+        self._shape, self._rows, self._text_share, self._seed = shape, rows, text_share, 0
+        self._total = PROMPT_LENGTH + DECODE_STEPS if kind == "decode" else length
+        self._next_tokens()
         self.more: dict[str, torch.Tensor] = {}
         if packed:
             self.more["position_ids"] = (torch.arange(length, device=self.device) % (length // 4)).expand(rows, -1)
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, fused=True) if kind == "optimizer" else None
         self.cache: DynamicCache | None = None
 
+    def _next_tokens(self) -> None:
+        ids_BT = mixed_tokens(self._shape, self._rows, self._total, self._text_share, seed=self._seed)
+        self.ids_BT = ids_BT.to(self.device)
+        self._seed += 1
+
     def prepare(self) -> None:
-        """What a timing needs and does not count."""
+        """What a timing needs and does not count; each time there are other tokens, the same for every contender."""
+        self._next_tokens()
         if self.kind == "train":
             self.model.zero_grad()
         elif self.kind == "optimizer":
