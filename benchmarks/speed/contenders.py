@@ -1,19 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The models that are compared, ours and those of Transformers, by name and at any shape."""
+"""The models that are compared, ours at any shape and those of `peers`, by name."""
 
 from collections.abc import Callable
 
 import torch
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    MixtralConfig,
-    MixtralForCausalLM,
-    OlmoeConfig,
-    OlmoeForCausalLM,
-    PreTrainedModel,
-)
+from transformers import PreTrainedModel
 
+from benchmarks.speed.peers import PEERS
 from benchmarks.speed.shapes import Shape, mixed_tokens
 from modeling_moma import MomaConfig, MomaForCausalLM
 from modeling_moma.router_base_moma import MomaRouterBase
@@ -33,14 +26,9 @@ EXPERTS = {
     "4t4i": {"text": 4, "image": 4},
     "16t16i": {"text": 16, "image": 16},
 }
-# experts of a sparse peer, of which each token meets one
-PEER_EXPERTS = 8
-PEER_IMPLEMENTATIONS = ("eager", "batched_mm", "grouped_mm")
-
-
 # makes a model at a shape, for sequences of a length
 Builder = Callable[[Shape, int], PreTrainedModel]
-CONTENDERS: dict[str, Builder] = {}
+CONTENDERS: dict[str, Builder] = dict(PEERS)
 
 
 def contender(name: str):
@@ -113,44 +101,6 @@ def depth_of_equal_flops(shape: Shape, length: int) -> MomaForCausalLM:
     candidates = [config(number) for number in range(shape.num_layers, 2 * shape.num_layers + 1)]
     closest = min(candidates, key=lambda each: abs(training_flops(each, tokens, length) - target))
     return settled(MomaForCausalLM(closest), shape, length)
-
-
-def _common(shape: Shape, length: int) -> dict:
-    return {
-        "vocab_size": shape.vocab_size,
-        "hidden_size": shape.hidden_size,
-        "intermediate_size": shape.intermediate_size,
-        "num_hidden_layers": shape.num_layers,
-        "num_attention_heads": shape.num_heads,
-        "num_key_value_heads": shape.num_heads,
-        "max_position_embeddings": max(4096, length),
-        "pad_token_id": 1,
-        "bos_token_id": 0,
-        "eos_token_id": 2,
-    }
-
-
-@contender("llama")
-def llama(shape: Shape, length: int) -> PreTrainedModel:
-    return LlamaForCausalLM(LlamaConfig(**_common(shape, length)))
-
-
-def _peer(config_class: type, model_class: type, implementation: str, **fields):
-    def build(shape: Shape, length: int) -> PreTrainedModel:
-        model = model_class(config_class(**_common(shape, length), num_experts_per_tok=1, **fields))
-        model.set_experts_implementation(implementation)
-        return model
-
-    return build
-
-
-for _implementation in PEER_IMPLEMENTATIONS:
-    contender(f"olmoe {_implementation}")(
-        _peer(OlmoeConfig, OlmoeForCausalLM, _implementation, num_experts=PEER_EXPERTS)
-    )
-    contender(f"mixtral {_implementation}")(
-        _peer(MixtralConfig, MixtralForCausalLM, _implementation, num_local_experts=PEER_EXPERTS, sliding_window=None)
-    )
 
 
 def build(name: str, shape: Shape, length: int, device: str) -> PreTrainedModel:

@@ -7,6 +7,7 @@ import shutil
 import time
 from pathlib import Path
 
+import torch
 from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -20,6 +21,8 @@ from .runs import RUN_FILE
 
 
 UPCYCLING_FILE = "upcycling.json"
+# bytes of a batch's fp32 logits above which the loss is computed from a few positions at a time
+LARGEST_LOGITS = 2**28
 
 logger = logging.get_logger(__name__)
 
@@ -68,6 +71,17 @@ class StageTrainer(Trainer):
         # for the figures alone, no model takes them
         inputs = {name: values for name, values in inputs.items() if name != "source_ids"}
         return super().training_step(model, inputs, num_items_in_batch)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        if self._spares_logits(inputs):
+            inputs = {**inputs, "skip_logits": True}
+        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+    def _spares_logits(self, inputs: dict[str, torch.Tensor]) -> bool:
+        """Whether a batch's logits are too large to be made at once, by a head that this process has whole."""
+        is_split = self.is_fsdp_enabled or self.is_deepspeed_enabled or self.args.torch_compile
+        vocab_size = self.accelerator.unwrap_model(self.model).config.vocab_size
+        return not is_split and inputs["input_ids"].numel() * vocab_size * 4 > LARGEST_LOGITS
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint != self.earlier_stage:

@@ -2,6 +2,7 @@
 import json
 import shutil
 import signal
+from functools import wraps
 from types import SimpleNamespace
 
 import pytest
@@ -16,6 +17,7 @@ from modeling_moma.cli.pretrain import main, parse_arguments
 from modeling_moma.data.encoding import processor_fingerprint
 from modeling_moma.routing_moma import MomaRouter
 from modeling_moma.training import pretraining
+from modeling_moma.training import stages as stages_of_trainer
 from modeling_moma.training.examples import check_layout, evenly_spaced
 from modeling_moma.training.pretraining import build_trainer
 from modeling_moma.training.stages import data_order, examples_a_step
@@ -95,6 +97,29 @@ def test_loss_falls(inputs, tmp_path):
     history = json.loads((tmp_path / "trainer_state.json").read_text())["log_history"]
     losses = [log["eval_loss"] for log in history if "eval_loss" in log]
     assert losses[-1] < losses[0]
+
+
+def test_a_large_vocabulary_costs_no_logits_and_changes_nothing(inputs, tmp_path, monkeypatch):
+    main(arguments(inputs, tmp_path / "whole", "--bf16", "off"))
+    monkeypatch.setattr(stages_of_trainer, "LARGEST_LOGITS", 0)
+    skipped = []
+    forward = MomaForCausalLM.forward
+
+    # the trainer reads the signature
+    @wraps(forward)
+    def record(self, *args, **kwargs):
+        output = forward(self, *args, **kwargs)
+        skipped.append(output.logits is None)
+        return output
+
+    monkeypatch.setattr(MomaForCausalLM, "forward", record)
+    main(arguments(inputs, tmp_path / "spared", "--bf16", "off"))
+    assert len(skipped) >= 8 and all(skipped)
+    for key in ("loss", "eval_loss", "eval_text_loss", "eval_image_loss"):
+        assert last_log(tmp_path / "spared", key) == pytest.approx(last_log(tmp_path / "whole", key), rel=1e-4)
+    whole, spared = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "spared"))
+    for name, tensor in whole.items():
+        torch.testing.assert_close(spared[name], tensor, rtol=1e-4, atol=1e-5, msg=name)
 
 
 class OptimizerAtStart(TrainerCallback):
