@@ -54,38 +54,17 @@ class MomaAttention(nn.Module):
         hidden_states: torch.Tensor,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         attention_mask: torch.Tensor | None,
-        cache: Cache | None = None,
+        cache: Cache | PackedCache | StepCache | None = None,
+        packing: DepthPacking | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         query, key, value = self._project(hidden_states, position_embeddings)
-        attn_output, attn_weights = self._attend(query, key, value, attention_mask, cache, **kwargs)
-        return self.o_proj(attn_output), attn_weights
-
-    def _project(
-        self, hidden_states: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor]
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        heads = (*hidden_states.shape[:-1], -1, self.head_dim)
-        query = self.q_proj(hidden_states).view(heads)
-        key = self.k_proj(hidden_states).view(heads)
-        if self.has_norm:
-            query, key = self.q_norm(query), self.k_norm(key)
-        query, key = query.transpose(1, 2), key.transpose(1, 2)
-        value = self.v_proj(hidden_states).view(heads).transpose(1, 2)
-        query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
-        return query, key, value
-
-    def _attend(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        cache: Cache | PackedCache | StepCache | None,
-        **kwargs,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        if packing is not None:
+            query, key, value = packing.lay_out(query), packing.lay_out(key), packing.lay_out(value)
         if cache is not None:
             key, value = cache.update(key, value, self.layer_idx, kwargs=kwargs)
         implementation: str = self.config._attn_implementation  # pyright: ignore[reportAssignmentType]
+        # vLLM reads the source of this method for the one call of the interface and for its scale
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
         if wants_wide_step(implementation, query):
             attention_interface = partial(wide_step, attention_interface)
@@ -100,7 +79,23 @@ class MomaAttention(nn.Module):
             **kwargs,
         )
         # some backends answer with tokens and width alone
-        return attn_output.reshape(query.shape[0], query.shape[2], -1), attn_weights
+        attn_output = attn_output.reshape(query.shape[0], query.shape[2], -1)
+        if packing is not None:
+            attn_output = packing.take_out(attn_output)
+        return self.o_proj(attn_output), attn_weights
+
+    def _project(
+        self, hidden_states: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        heads = (*hidden_states.shape[:-1], -1, self.head_dim)
+        query = self.q_proj(hidden_states).view(heads)
+        key = self.k_proj(hidden_states).view(heads)
+        if self.has_norm:
+            query, key = self.q_norm(query), self.k_norm(key)
+        query, key = query.transpose(1, 2), key.transpose(1, 2)
+        value = self.v_proj(hidden_states).view(heads).transpose(1, 2)
+        query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
+        return query, key, value
 
 
 class MomaDepthAttention(MomaAttention):
@@ -123,14 +118,9 @@ class MomaDepthAttention(MomaAttention):
 
         Without a packing the chosen tokens are one in each row, `[R, 1, D]`.
         """
-        if packing is None:
-            output_R1D, weights = self._attend(
-                *self._project(x_1PD, position_embeddings), attention_mask, cache, **kwargs
-            )
-            return self.o_proj(output_R1D), weights
-        query, key, value = (packing.lay_out(states_1HPd) for states_1HPd in self._project(x_1PD, position_embeddings))
-        output_RCD, weights_RHCS = self._attend(query, key, value, attention_mask, cache, **kwargs)
-        attn_output = self.o_proj(packing.take_out(output_RCD))
-        if weights_RHCS is None or not is_recorded:
-            return attn_output, None
-        return attn_output, packing.unpack_attention(weights_RHCS, slot_RS, past)
+        attn_output, weights_RHCS = super().forward(
+            x_1PD, position_embeddings, attention_mask, cache, packing, **kwargs
+        )
+        if packing is None or weights_RHCS is None:
+            return attn_output, weights_RHCS
+        return attn_output, packing.unpack_attention(weights_RHCS, slot_RS, past) if is_recorded else None
