@@ -53,7 +53,9 @@ def is_accepted(mode, prompt):
     return mode == INTERLEAVED or is_open in ([], [mode])
 
 
-CASES = [(mode, prompt) for mode in (TEXT, IMAGE, AUDIO, INTERLEAVED) for prompt in PROMPTS if is_accepted(mode, prompt)]
+CASES = [
+    (mode, prompt) for mode in (TEXT, IMAGE, AUDIO, INTERLEAVED) for prompt in PROMPTS if is_accepted(mode, prompt)
+]
 
 
 @pytest.mark.parametrize(("mode", "prompt"), CASES)

@@ -107,7 +107,9 @@ def test_a_picture_in_a_message_is_read_as_the_processor_reads_it(client, model,
     picture.save(png, "PNG")
     url = "data:image/png;base64," + base64.b64encode(png.getvalue()).decode()
     content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": "what is it?"}]
-    chat = [{"role": "user", "content": [{"type": "image", "image": picture}, {"type": "text", "text": "what is it?"}]}]
+    chat = [
+        {"role": "user", "content": [{"type": "image", "image": picture}, {"type": "text", "text": "what is it?"}]}
+    ]
     prompt = processor.apply_chat_template(chat, tokenize=True, add_generation_prompt=True, return_dict=True)
     expected = greedy(model, prompt["input_ids"][0])
     messages = [{"role": "user", "content": content}]
