@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The grammar of frames one row and one token at a time, as servers need it: the rules of `generation_mode`.
 
-[`~MomaForCausalLM.generate`] reads a batch of equal length anew in every step. A server has rows of all lengths that come
-and go, so here each row remembers where it stands. Both must allow the same tokens (`tests/serving_vllm/test_grammar.py`).
+`generate` reads a batch of equal length anew in every step. A server has rows of all lengths that come and go, so here
+each row remembers where it stands. Both allow the same tokens (`tests/serving_vllm/test_grammar.py`).
 
 Shape suffixes: V vocabulary.
 """

@@ -29,8 +29,8 @@ def guided_frame(
 ) -> list[int]:
     """Write one frame with guidance: greedily it equals `generate(guidance_scale=...)`.
 
-    Each code takes two requests of one token, with the prompt and without, which a server with a prefix cache answers in
-    a step each.
+    Each code takes two requests of one token, with the prompt and without. A server with a prefix cache computes
+    little more than that token.
 
     Args:
         next_logprobs: asks the server, see [`engine_logprobs`] and [`server_logprobs`].

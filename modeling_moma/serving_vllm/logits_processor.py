@@ -30,8 +30,8 @@ class MomaLogitsProcessor(LogitsProcessor):
     """Keeps every request to its `generation_mode`, as `generate` does.
 
     The mode stands in `SamplingParams(extra_args={"generation_mode": "image"})`, or in a request to the server in
-    `"vllm_xargs": {"generation_mode": "image"}`: `"text"` (the default), `"image"` or another modality that has a frame,
-    `"interleaved"`, or `"free"` for no grammar.
+    `"vllm_xargs": {"generation_mode": "image"}`. It is `"text"` (the default), `"image"` or another modality that
+    has a frame, `"interleaved"`, or `"free"` for no grammar.
 
     Args:
         vllm_config (`VllmConfig`): gives the configuration of the model and its longest row.

@@ -8,8 +8,8 @@ MODEL_TYPE = "moma"
 def register() -> None:
     """Tell vLLM of the architecture, of its sizes and of what it needs to be served.
 
-    vLLM calls this in each of its processes (`vllm.general_plugins` in the package's metadata). Calling it again changes
-    nothing. Models of other packages are not touched.
+    vLLM calls this in each of its processes (`vllm.general_plugins` in the package's metadata). Calling it again
+    changes nothing. Models of other packages are not touched.
     """
     from vllm import ModelRegistry  # pyright: ignore[reportMissingImports]
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP  # pyright: ignore[reportMissingImports]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""vLLM's own server on a folder, started from elsewhere and without `trust_remote_code`, asked by the `openai` client."""
+"""vLLM's own server on a folder, started elsewhere and without `trust_remote_code`, asked by the `openai` client."""
 
 import base64
 import io
