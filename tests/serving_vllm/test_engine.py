@@ -21,7 +21,7 @@ from modeling_moma.serving_vllm import engine_logprobs, guided_frame  # noqa: E4
 @contextmanager
 def engine(folder, **kwargs):
     """vLLM with a model from a folder, without `trust_remote_code`."""
-    llm = vllm.LLM(str(folder), dtype="float32", max_num_seqs=64, **kwargs)
+    llm = vllm.LLM(str(folder), dtype="float32", **{"max_num_seqs": 16, **kwargs})
     try:
         yield llm
     finally:
@@ -117,6 +117,17 @@ def test_pictures_guidance_and_modes(saved, processor):
         assert not text_ids & codes and free_ids & codes
         with pytest.raises(VLLMValidationError, match="must be one of.*'image'.*got 'draw'"):
             llm.generate(words, vllm.SamplingParams(extra_args={"generation_mode": "draw"}), use_tqdm=False)
+
+
+def test_prompts_in_chunks_and_rows_put_off_equal_generate(saved):
+    folder, answers = saved[0]["4t4i, threshold"]
+    # a step holds less than the longest prompt, and the cache 128 tokens: rows wait, and some have to begin again
+    limits = {"max_num_batched_tokens": 24, "num_gpu_blocks_override": 5, "block_size": 32, "disable_log_stats": False}
+    with engine(folder, **limits) as llm:
+        assert max(len(answer.prompt) for answer in answers) > 24
+        assert ask(llm, answers) == [answer.ids for answer in answers]
+        metrics = {metric.name: metric for metric in llm.get_metrics()}
+        assert metrics["vllm:num_preemptions"].value > 0
 
 
 def test_what_cannot_run_is_refused_by_name(saved):
