@@ -15,10 +15,11 @@ from functools import cached_property
 import torch
 from transformers import PreTrainedModel
 
-from ..depth_moma import MomaDepthRouter
+from ..depth_moma import DepthSelection, MomaDepthRouter
 from ..experts_moma import MomaFeedForward
 from ..routing_context_moma import RoutingContext
 from ..routing_moma import MomaRouter, MomaRouterBase
+from ..selection_moma import Selection
 
 
 @dataclass
@@ -31,6 +32,7 @@ class RouterRecord:
         hidden_ND: its input, detached, `[N, D]`.
         scores_NS: noise-free scores, fp32, `[N, S]`.
         is_member_NS: membership in the top K, `[N, S]`.
+        is_taken_NS: whom the forward itself took, under the routing that it ran, `[N, S]`.
         cut_NS: which of the `C` cuts decides, `[N, S]`.
         kth_C: K-th best score as training would record it, `[C]`.
         votes_C: 1, or 0 where there was no token to judge by, `[C]`.
@@ -41,13 +43,21 @@ class RouterRecord:
     hidden_ND: torch.Tensor
     scores_NS: torch.Tensor
     is_member_NS: torch.Tensor
+    is_taken_NS: torch.Tensor
     cut_NS: torch.Tensor
     kth_C: torch.Tensor
     votes_C: torch.Tensor
 
     @classmethod
     @torch.no_grad()
-    def of(cls, name: str, router: MomaRouterBase, hidden: torch.Tensor, context: RoutingContext) -> "RouterRecord":
+    def of(
+        cls,
+        name: str,
+        router: MomaRouterBase,
+        taken: Selection | DepthSelection,
+        hidden: torch.Tensor,
+        context: RoutingContext,
+    ) -> "RouterRecord":
         """Let a router in eval mode choose its top K of the tokens it was called with, whatever the routing was."""
         # a context of its own, so that the model does not learn of the statistics
         oracle = context.with_routing("expert_choice", track=True)
@@ -57,15 +67,18 @@ class RouterRecord:
         if isinstance(router, MomaRouter):
             is_member_NS = torch.zeros_like(scores.t(), dtype=torch.bool).scatter_(1, selection.token_EK, True).t()
             cut_NS = torch.arange(router.num_experts, device=scores.device).expand_as(scores)
-            return cls(name, router, hidden, scores, is_member_NS, cut_NS, kth_C, votes_C)
+            # pairs of weight 0 stand for tokens that nobody took
+            is_taken_NS = torch.zeros_like(is_member_NS)
+            is_taken_NS[taken.token_P, taken.expert_P] = taken.weight_P > 0  # pyright: ignore[reportAttributeAccessIssue]
+            return cls(name, router, hidden, scores, is_member_NS, is_taken_NS, cut_NS, kth_C, votes_C)
         is_token_BT = torch.ones_like(selection.chosen_BT)
         if context.padding_BT is not None:
             is_token_BT = ~context.padding_BT
         has_pools = isinstance(router, MomaDepthRouter) and len(router.capacities) > 1
         pool_BT = context.modality_BT if has_pools else torch.zeros_like(is_token_BT, dtype=torch.long)
-        per_token = (scores, selection.chosen_BT, pool_BT)
-        scores_NS, is_member_NS, cut_NS = (values_BT[is_token_BT].unsqueeze(-1) for values_BT in per_token)
-        return cls(name, router, hidden[is_token_BT], scores_NS, is_member_NS, cut_NS, kth_C, votes_C)
+        per_token = (scores, selection.chosen_BT, taken.chosen_BT, pool_BT)  # pyright: ignore[reportAttributeAccessIssue]
+        by_token = (values_BT[is_token_BT].unsqueeze(-1) for values_BT in per_token)
+        return cls(name, router, hidden[is_token_BT], *by_token, kth_C, votes_C)
 
     @cached_property
     def predicted_NS(self) -> torch.Tensor:
@@ -127,8 +140,8 @@ def observed_routers(model: torch.nn.Module, observe: Callable[[RouterRecord], o
 
     def hook(name: str) -> Callable:
         # must return nothing, else the result would replace the router's
-        def on_route(router: MomaRouterBase, args: tuple, output: object):
-            observe(RouterRecord.of(name, router, *args))
+        def on_route(router: MomaRouterBase, args: tuple, output: tuple):
+            observe(RouterRecord.of(name, router, output[1], *args))
 
         return on_route
 

@@ -9,20 +9,14 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from emoji_recipe.sheet import BACKGROUND, FAINT_COLOR, GAP, MARGIN, TEXT_COLOR, printable
-from modeling_moma.modality_split_moma import token_modalities
-from modeling_moma.routing_moma import MomaRouter
+from modeling_moma.tools.expert_colors import PALETTE, UNCOVERED, expert_colors, fill_stripes
+from modeling_moma.tools.routed_tokens import record_routing
 
 
 PICTURE_SIDE = 192
 CHIP_HEIGHT = 26
 LINE_HEIGHT = 22
 FONT_SIZE = 15
-# far apart for colour-blind eyes, and apart from the grey of uncovered tokens
-PALETTE = (
-    "#0072b2", "#e69f00", "#009e73", "#cc3311", "#ee82c8", "#66ccee", "#8b5fbf", "#c8d22e",
-    "#7a4a1e", "#003f5c", "#ff8f7a", "#2fd3a5",
-)  # fmt: skip
-UNCOVERED = "#b4b4b4"
 # the share of the picture in a patch, and the grey that stands for its black: experts keep their colours
 PICTURE_SHARE, DARKEST = 0.3, 110
 
@@ -44,56 +38,6 @@ class RoutedExample:
     experts: list[list[list[int]]]
 
 
-@torch.no_grad()
-def record_routing(model: torch.nn.Module, input_ids: torch.LongTensor) -> tuple[list[str], list[list[list[int]]]]:
-    """
-    Runs one sequence through a model in its causal routing, and writes down who took which token.
-
-    Args:
-        model: in `eval()` mode.
-        input_ids: `[T]`, without padding.
-
-    Returns:
-        The expert group of each token `[T]`, and by layer and token the experts that took it, best gate first. A group
-        of one expert has no router: expert 0 takes all its tokens.
-
-    Raises:
-        ValueError: the model is in training mode, whose routing sees the future.
-    """
-    if model.training:
-        raise ValueError("`model` is in training mode, whose routing may see the future: call `model.eval()` first.")
-    config = model.config
-    group_of = {modality: group for group, members in config.expert_groups.items() for modality in members}
-    groups = [group_of[config.modalities[index]] for index in token_modalities(config, input_ids).tolist()]
-    singles = {group for group in config.expert_groups if config.group_num_experts(group) == 1}
-    experts = [[[0] if group in singles else [] for group in groups] for _ in range(config.num_hidden_layers)]
-
-    def listener(layer, group):
-        places = [place for place, name in enumerate(groups) if name == group]
-
-        def on_route(module, args, output):
-            chosen = output[1]
-            # best gate first
-            order = chosen.weight_P.argsort(descending=True, stable=True)
-            for token, expert in zip(chosen.token_P[order].tolist(), chosen.expert_P[order].tolist(), strict=True):
-                experts[layer][places[token]].append(expert)
-
-        return on_route
-
-    handles = []
-    for name, module in model.named_modules():
-        if isinstance(module, MomaRouter):
-            # "model.layers.0.mlp.groups.text.router"
-            parts = name.split(".")
-            handles.append(module.register_forward_hook(listener(int(parts[2]), parts[-2])))
-    try:
-        model(input_ids=input_ids[None].to(model.device), use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return groups, experts
-
-
 def route_example(model: torch.nn.Module, processor, picture: Image.Image, caption: str) -> RoutedExample:
     """
     Records the routing of `<bos> picture caption`.
@@ -107,18 +51,13 @@ def route_example(model: torch.nn.Module, processor, picture: Image.Image, capti
     ids = processor(images=[picture], text=[f"{processor.image_token}{caption}"], return_tensors="pt")["input_ids"][0]
     codes = range(processor.image_token_offset, processor.image_token_offset + processor.codebook_size)
     pieces = [None if token in codes else processor.tokenizer.decode([token]) for token in ids.tolist()]
-    return RoutedExample(picture, pieces, *record_routing(model, ids))
+    routed = record_routing(model, ids)
+    return RoutedExample(picture, pieces, routed.groups, routed.experts)
 
 
 def shown_layers(num_layers: int) -> list[int]:
     """First, middle and last layer, each once."""
     return sorted({0, (num_layers - 1) // 2, num_layers - 1})
-
-
-def expert_colors(config) -> dict[tuple[str, int], str]:
-    """A colour for each (group, expert); the groups share none as long as the palette lasts."""
-    pairs = [(group, expert) for group in config.expert_groups for expert in range(config.group_num_experts(group))]
-    return {pair: PALETTE[number % len(PALETTE)] for number, pair in enumerate(pairs)}
 
 
 def draw_routing(examples: Sequence[RoutedExample], config) -> Image.Image:
@@ -192,7 +131,7 @@ def _draw_patches(example, layer, picture, colors):
     for index, place in enumerate(places):
         row, column = divmod(index, grid)
         box = (edges[column], edges[row], edges[column + 1] - 1, edges[row + 1] - 1)
-        _fill_stripes(pen, box, [colors[example.groups[place], expert] for expert in example.experts[layer][place]])
+        fill_stripes(pen, box, [colors[example.groups[place], expert] for expert in example.experts[layer][place]])
     shade = picture.convert("L").point([DARKEST + value * (255 - DARKEST) // 255 for value in range(256)])
     blended = Image.blend(overlay, shade.convert("RGB"), PICTURE_SHARE)
     pen = ImageDraw.Draw(blended)
@@ -202,21 +141,13 @@ def _draw_patches(example, layer, picture, colors):
     return blended
 
 
-def _fill_stripes(pen, box, colors):
-    left, top, right, bottom = box
-    colors = colors or [UNCOVERED]
-    step = (right + 1 - left) / len(colors)
-    for index, color in enumerate(colors):
-        pen.rectangle((left + round(index * step), top, left + round((index + 1) * step) - 1, bottom), fill=color)
-
-
 def _draw_chip(sheet, corner, text, colors, font):
     pen = ImageDraw.Draw(sheet)
     left, top = corner
     right, bottom = left + int(font.getlength(text)) + 7, top + CHIP_HEIGHT - 4
     # the letters stay black on white, the experts are a band beneath
     pen.rectangle((left, top, right, bottom), fill="#f2f2f2")
-    _fill_stripes(pen, (left, bottom - 5, right, bottom), colors)
+    fill_stripes(pen, (left, bottom - 5, right, bottom), colors)
     pen.text((left + 4, top - 1), text, fill=TEXT_COLOR, font=font)
 
 
@@ -245,7 +176,7 @@ def _draw_legend(config, colors, width, font):
         x, y = MARGIN, MARGIN + GAP + (number + 1) * LINE_HEIGHT
         for swatch, text in line:
             if swatch is not None:
-                _fill_stripes(pen, (x, y + 2, x + 15, y + 17), swatch)
+                fill_stripes(pen, (x, y + 2, x + 15, y + 17), swatch)
                 x += 21
             pen.text((x, y), text, fill=TEXT_COLOR, font=font)
             x += int(font.getlength(text)) + 16

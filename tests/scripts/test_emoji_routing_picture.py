@@ -7,21 +7,15 @@ from PIL import Image, ImageColor
 from emoji_recipe.routing_picture import (
     DARKEST,
     LINE_HEIGHT,
-    PALETTE,
     PICTURE_SHARE,
     PICTURE_SIDE,
-    UNCOVERED,
     RoutedExample,
     draw_routing,
-    expert_colors,
-    record_routing,
     shown_layers,
 )
 from emoji_recipe.sheet import MARGIN
 from modeling_moma import MomaConfig, MomaForCausalLM
-
-
-IDS = torch.tensor([0, 24, 8, 9, 10, 11, 25, 30, 31, 32])
+from modeling_moma.tools.expert_colors import PALETTE, UNCOVERED, expert_colors
 
 
 def tiny_model(**kwargs):
@@ -41,43 +35,6 @@ def tiny_model(**kwargs):
         **kwargs,
     )
     return MomaForCausalLM(config).eval()
-
-
-def test_recorded_experts_are_those_whose_threshold_the_score_reaches():
-    model = tiny_model(num_experts={"text": 3, "image": 2})
-    groups, experts = record_routing(model, IDS)
-    assert groups == ["text"] * 2 + ["image"] * 4 + ["text"] * 4
-    with torch.no_grad():
-        logits = model(input_ids=IDS[None], output_router_logits=True).router_logits
-    sizes = set()
-    for layer in range(3):
-        for index, group in enumerate(model.config.expert_groups):
-            router = model.model.layers[layer].mlp.groups[group].router
-            scores = logits[2 * layer + index].sigmoid()
-            places = [place for place, name in enumerate(groups) if name == group]
-            for place, row in zip(places, scores, strict=True):
-                ranked = row.argsort(descending=True).tolist()
-                taken = [expert for expert in ranked if row[expert] >= router.threshold[expert]]
-                assert experts[layer][place] == taken
-                sizes.add(len(taken))
-    # the example holds uncovered tokens, and tokens of several experts
-    assert {0, 1, 2} <= sizes
-
-
-def test_a_group_of_one_expert_takes_all_its_tokens_and_a_shared_group_serves_both_modalities():
-    _, experts = record_routing(tiny_model(num_experts={"text": 1, "image": 1}), IDS)
-    assert experts == [[[0]] * 10] * 3
-    groups, experts = record_routing(tiny_model(num_experts=4, inference_routing="token_choice"), IDS)
-    assert groups == ["all"] * 10
-    assert all(len(chosen) == 1 for layer in experts for chosen in layer)
-
-
-def test_recording_leaves_no_hook_and_refuses_a_model_in_training():
-    model = tiny_model()
-    record_routing(model, IDS)
-    assert not any(module._forward_hooks for name, module in model.named_modules() if name.endswith("router"))
-    with pytest.raises(ValueError, match="eval"):
-        record_routing(model.train(), IDS)
 
 
 def routed(experts_of_codes):

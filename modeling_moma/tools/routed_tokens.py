@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which expert took which token of one sequence, layer by layer."""
+
+from dataclasses import dataclass
+
+import torch
+
+from ..modality_split_moma import token_modalities
+from .observation import RouterRecord, observed_routers
+
+
+@dataclass
+class RoutedTokens:
+    """The experts of each of `T` tokens in each of `L` layers.
+
+    Attributes:
+        groups: the expert group of each token, `[T]`.
+        experts: by layer and token the experts that took it, best gate first, `[L][T][*]`. A group of one expert has no
+            router: expert 0 takes all its tokens.
+        skipped: by layer and token whether a depth layer left the token as it came, `[L][T]`.
+    """
+
+    groups: list[str]
+    experts: list[list[list[int]]]
+    skipped: list[list[bool]]
+
+
+@torch.no_grad()
+def record_routing(model: torch.nn.Module, input_ids: torch.Tensor) -> RoutedTokens:
+    """
+    Runs one sequence through a model in its causal routing, and writes down who took which token.
+
+    Args:
+        model: in `eval()` mode.
+        input_ids: `[T]`, without padding.
+
+    Returns:
+        [`RoutedTokens`].
+
+    Raises:
+        ValueError: the model is in training mode, whose routing sees the future.
+    """
+    if model.training:
+        raise ValueError("`model` is in training mode, whose routing may see the future: call `model.eval()` first.")
+    config = model.config
+    group_of = {modality: group for group, members in config.expert_groups.items() for modality in members}
+    groups = [group_of[config.modalities[index]] for index in token_modalities(config, input_ids).tolist()]
+    singles = {group for group in config.expert_groups if config.group_num_experts(group) == 1}
+    experts = [[[0] if group in singles else [] for group in groups] for _ in range(config.num_hidden_layers)]
+    skipped = [[False] * len(groups) for _ in range(config.num_hidden_layers)]
+
+    def observe(record: RouterRecord):
+        # "model.layers.0.mlp.groups.text.router" or "model.layers.0.depth_router"
+        parts = record.name.split(".")
+        layer = int(parts[parts.index("layers") + 1])
+        if "groups" not in parts:
+            skipped[layer] = (~record.is_taken_NS.squeeze(1)).tolist()
+            return
+        group = parts[parts.index("groups") + 1]
+        # a depth layer asks its depth router first, and its experts see what that has chosen
+        places = [place for place, name in enumerate(groups) if name == group and not skipped[layer][place]]
+        order_NS = record.scores_NS.argsort(dim=1, descending=True, stable=True)
+        for place, order, taken in zip(places, order_NS.tolist(), record.is_taken_NS.tolist(), strict=True):
+            experts[layer][place] = [expert for expert in order if taken[expert]]
+
+    inputs = {"input_ids": input_ids[None].to(model.device), "use_cache": False}
+    if _has_routers(config):
+        with observed_routers(model, observe):
+            model(**inputs)
+    for layer, marks in enumerate(skipped):
+        for place in (place for place, is_skipped in enumerate(marks) if is_skipped):
+            experts[layer][place] = []
+    return RoutedTokens(groups, experts, skipped)
+
+
+def _has_routers(config) -> bool:
+    return bool(config.depth_layers) or any(config.group_num_experts(group) > 1 for group in config.expert_groups)
+
+
+__all__ = ["RoutedTokens", "record_routing"]
