@@ -23,6 +23,7 @@ VERBS = {
     "convert": "convert",
     "push": "push",
     "serve": "serve",
+    "demo": "demo",
 }
 
 # whose messages tell a user what to change

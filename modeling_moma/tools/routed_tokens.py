@@ -15,8 +15,8 @@ class RoutedTokens:
 
     Attributes:
         groups: the expert group of each token, `[T]`.
-        experts: by layer and token the experts that took it, best gate first, `[L][T][*]`. A group of one expert has no
-            router: expert 0 takes all its tokens.
+        experts: by layer and token the experts that took it, best gate first, `[L][T][*]`. A group of one expert has
+            no router: expert 0 takes all its tokens.
         skipped: by layer and token whether a depth layer left the token as it came, `[L][T]`.
     """
 

@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The whole page, and the server that shows it."""
+
+import socket
+
+import gradio as gr
+
+from .caption_tab import caption_tab
+from .draw_tab import draw_tab
+from .examples import Examples
+from .interleaved_tab import interleaved_tab
+from .routing_tab import routing_tab
+from .studio import Studio
+from .uploads import MOST_BYTES
+
+
+# visitors that may wait for the model; one more is told that the queue is full
+MOST_WAITING = 32
+# seconds between two cleanings of uploads, and their age by then
+CLEANING = (3600, 3600)
+ABOUT = "One decoder reads and writes words and pictures: a picture is a row of codes among the words."
+CSS = """
+.moma-words { line-height: 2.2; }
+.moma-legend div { margin: 4px 0; }
+.moma-answer img { margin: 6px 0; }
+.moma-picture img { width: 100%; height: 100%; object-fit: contain; }
+"""
+
+
+def build_page(studio: Studio, examples: Examples | None = None) -> gr.Blocks:
+    """
+    A page of four tabs for one model.
+
+    Args:
+        studio: the model. All visitors share it; what they ask and get stays with each of them.
+        examples: pictures and words to begin with.
+
+    Returns:
+        The page, with its queue.
+    """
+    examples = examples or Examples()
+    # Gradio would tell its makers of each page
+    with gr.Blocks(title=f"{studio.name}: MoMa", analytics_enabled=False, delete_cache=CLEANING) as page:
+        gr.Markdown(f"# {studio.name}\n{ABOUT}")
+        with gr.Tab("Caption"):
+            caption_tab(studio, examples)
+        with gr.Tab("Draw"):
+            draw_tab(studio, examples)
+        with gr.Tab("Interleaved"):
+            interleaved_tab(studio)
+        with gr.Tab("Routing"):
+            routing_tab(studio, examples)
+    return page.queue(max_size=MOST_WAITING)
+
+
+def free_port() -> int:
+    """A port of this machine that nobody listens on now."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def open_page(page: gr.Blocks, host: str | None = None, port: int | None = None) -> str:
+    """
+    Starts the page's server in threads of this process. Nothing is fetched from elsewhere, and nothing is sent there.
+
+    Args:
+        page: of [`build_page`].
+        host: address to listen on; by default `GRADIO_SERVER_NAME`, or this machine alone.
+        port: by default `GRADIO_SERVER_PORT`, or the first free one from 7860; 0 for any free one.
+
+    Returns:
+        The page's address.
+
+    Raises:
+        ValueError: nobody can listen there.
+    """
+    # fonts of the visitor's own system
+    theme = gr.themes.Soft(
+        primary_hue="teal", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
+    )
+    try:
+        _, address, _ = page.launch(
+            server_name=host,
+            server_port=free_port() if port == 0 else port,
+            share=False,
+            inbrowser=False,
+            quiet=True,
+            prevent_thread_lock=True,
+            ssr_mode=False,
+            max_file_size=MOST_BYTES,
+            footer_links=[],
+            run_history=False,
+            show_error=False,
+            theme=theme,
+            css=CSS,
+        )
+    except OSError as error:
+        raise ValueError(f"--host, --port: nobody can listen on {host}:{port} ({error}).") from error
+    return address

@@ -1,0 +1,179 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One layer of the routing of one sequence: patches and words in the colours of their experts."""
+
+import html
+import math
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+from PIL import Image, ImageDraw, ImageFont
+
+from ..tools.expert_colors import UNCOVERED, expert_colors, fill_stripes
+from ..tools.routed_tokens import RoutedTokens
+
+
+SIDE = 384
+# the share of the picture in a patch, and the grey that stands for its black: experts keep their colours
+PICTURE_SHARE, DARKEST = 0.3, 110
+SKIPPED = "#ffffff"
+# patches narrower than this have no room for a number
+LEAST_PATCH = 30
+NUMBER_SIZE = 15
+CHIP = "display:inline-block;padding:2px 6px 8px;border-radius:4px;color:#111;white-space:pre;"
+SWATCH = "display:inline-block;width:14px;height:14px;border-radius:3px;vertical-align:-2px;margin-right:4px;"
+# a bar across a token that the layer left out
+CROSSED = "repeating-linear-gradient(45deg,#ffffff 0 4px,#8a8a8a 4px 6px)"
+
+
+@dataclass
+class RoutedExample:
+    """A sequence of `T` tokens, and the experts of each.
+
+    Attributes:
+        picture: whose codes stand in the sequence, as it was cropped; `None` without one.
+        pieces: the text of each token, `None` where it is a picture code; `[T]`.
+        routed: who took which token.
+    """
+
+    picture: Image.Image | None
+    pieces: list[str | None]
+    routed: RoutedTokens
+
+
+class RoutingView:
+    """Draws layers of routed examples of one model.
+
+    Args:
+        config: of the model.
+    """
+
+    def __init__(self, config: Any):
+        self.config = config
+        self.colors = expert_colors(config)
+
+    def picture(self, example: RoutedExample, layer: int) -> Image.Image | None:
+        """The picture with every patch in the colours and numbers of its experts; `None` without a picture.
+
+        Args:
+            example: a routed sequence.
+            layer: from 0.
+        """
+        if example.picture is None:
+            return None
+        places = [place for place, piece in enumerate(example.pieces) if piece is None]
+        grid = math.isqrt(len(places))
+        edges = [round(index * SIDE / grid) for index in range(grid + 1)]
+        overlay = Image.new("RGB", (SIDE, SIDE), UNCOVERED)
+        boxes = {}
+        for index, place in enumerate(places):
+            row, column = divmod(index, grid)
+            boxes[place] = (edges[column], edges[row], edges[column + 1] - 1, edges[row + 1] - 1)
+            colors = [SKIPPED] if example.routed.skipped[layer][place] else self._colors_of(example, layer, place)
+            fill_stripes(ImageDraw.Draw(overlay), boxes[place], colors)
+        picture = example.picture.convert("L").resize((SIDE, SIDE), Image.Resampling.NEAREST)
+        shade = picture.point([DARKEST + value * (255 - DARKEST) // 255 for value in range(256)])
+        blended = Image.blend(overlay, shade.convert("RGB"), PICTURE_SHARE)
+        pen = ImageDraw.Draw(blended)
+        for place, box in boxes.items():
+            self._mark(pen, box, example.routed, layer, place)
+        for edge in edges[1:-1]:
+            pen.line((edge, 0, edge, SIDE), fill="white")
+            pen.line((0, edge, SIDE, edge), fill="white")
+        return blended
+
+    def words(self, example: RoutedExample, layer: int) -> str:
+        """HTML of the text tokens of a sequence, each with a band in the colours of its experts."""
+        chips = []
+        for place, piece in enumerate(example.pieces):
+            if piece is not None:
+                chips.append(self._chip(example.routed, layer, place, piece))
+        return f'<div class="moma-words">{"".join(chips)}</div>'
+
+    def legend(self, example: RoutedExample, layer: int) -> str:
+        """HTML that says which layer it is, whose colour is whose, and how many tokens each expert took."""
+        routed = example.routed
+        title = f"Layer {layer + 1} of {self.config.num_hidden_layers}"
+        lines = []
+        for group in self.config.expert_groups:
+            places = [place for place, name in enumerate(routed.groups) if name == group]
+            lines.append(self._legend_line(routed, layer, group, places))
+        skipped = sum(routed.skipped[layer])
+        if layer in (self.config.depth_layers or ()):
+            lines.append(
+                f'<div><span style="{SWATCH}background:{CROSSED}"></span>This is a depth layer: it left {skipped} of '
+                f"{len(routed.groups)} tokens as they came.</div>"
+            )
+        processed = [experts for experts, is_out in zip(routed.experts[layer], routed.skipped[layer]) if not is_out]
+        if any(len(experts) != 1 for experts in processed):
+            lines.append("<div>A token may have several experts, best first, or none.</div>")
+        return f'<div class="moma-legend"><b>{title}</b>{"".join(lines)}</div>'
+
+    def _legend_line(self, routed: RoutedTokens, layer: int, group: str, places: list[int]) -> str:
+        name = "All tokens" if group == "all" else {"image": "Patches"}.get(group, html.escape(group.capitalize()))
+        processed = [place for place in places if not routed.skipped[layer][place]]
+        if self.config.group_num_experts(group) == 1:
+            swatch = f'<span style="{SWATCH}background:{self.colors[group, 0]}"></span>'
+            return f"<div>{name}: {swatch}one network for all {len(processed)}, nothing to choose.</div>"
+        taken = Counter(expert for place in processed for expert in routed.experts[layer][place])
+        entries = [
+            f'<span style="{SWATCH}background:{self.colors[group, expert]}"></span>expert {expert}: {taken[expert]}'
+            for expert in range(self.config.group_num_experts(group))
+        ]
+        uncovered = sum(not routed.experts[layer][place] for place in processed)
+        has_shared = self.config.common_shared_intermediate_size or self.config.group_shared_intermediate_size(group)
+        entries.append(
+            f'<span style="{SWATCH}background:{UNCOVERED}"></span>{"only the shared expert" if has_shared else "none"}'
+            f": {uncovered}"
+        )
+        return f"<div>{name} ({len(places)} tokens): {' &nbsp; '.join(entries)}</div>"
+
+    def _colors_of(self, example: RoutedExample, layer: int, place: int) -> list[str]:
+        group = example.routed.groups[place]
+        return [self.colors[group, expert] for expert in example.routed.experts[layer][place]]
+
+    def _mark(self, pen: ImageDraw.ImageDraw, box: tuple, routed: RoutedTokens, layer: int, place: int):
+        """The numbers of a patch's experts; a stroke through one that the layer left out."""
+        left, top, right, bottom = box
+        if routed.skipped[layer][place]:
+            pen.line((left, bottom, right, top), fill="#8a8a8a", width=2)
+            return
+        is_single = self.config.group_num_experts(routed.groups[place]) == 1
+        if is_single or right - left < LEAST_PATCH:
+            return
+        text = " ".join(map(str, routed.experts[layer][place][:3]))
+        center = ((left + right) / 2, (top + bottom) / 2)
+        font = ImageFont.load_default(NUMBER_SIZE)
+        pen.text(center, text, fill="#111", font=font, anchor="mm", stroke_width=2, stroke_fill="white")
+
+    def _chip(self, routed: RoutedTokens, layer: int, place: int, piece: str) -> str:
+        group, experts = routed.groups[place], routed.experts[layer][place]
+        if routed.skipped[layer][place]:
+            band, title = CROSSED, "the layer left it as it came"
+        elif self.config.group_num_experts(group) == 1:
+            band, title = _stripes([self.colors[group, 0]]), "one network, nothing to choose"
+        elif experts:
+            band = _stripes([self.colors[group, expert] for expert in experts])
+            title = ", ".join(f"expert {expert}" for expert in experts)
+        else:
+            band, title = _stripes([UNCOVERED]), "no expert"
+        text = html.escape(_visible(piece))
+        # a wider gap where a word begins
+        margin = "2px 2px 2px 10px" if piece.startswith(" ") else "2px"
+        style = f"{CHIP}margin:{margin};background:{band} bottom/100% 6px no-repeat,#f2f2f2;"
+        return f'<span class="moma-word" style="{style}" title="token {place + 1}: {title}">{text}</span>'
+
+
+def _stripes(colors: list[str]) -> str:
+    """A CSS background of upright stripes."""
+    step = 100 / len(colors)
+    stops = [f"{color} {index * step:.1f}% {(index + 1) * step:.1f}%" for index, color in enumerate(colors)]
+    return f"linear-gradient(to right,{','.join(stops)})"
+
+
+def _visible(piece: str) -> str:
+    """A token's text without the space before it and the marks of special tokens; spaces alone as dots."""
+    return piece.strip().strip("<|>") or piece.replace(" ", "\u00b7").replace("\n", "\u21b5")
+
+
+__all__ = ["RoutedExample", "RoutingView"]

@@ -1,0 +1,222 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One model with its processor, shared by all visitors of a page: what is asked of it, one request at a time."""
+
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from transformers import AutoModelForCausalLM, AutoProcessor, set_seed
+
+import modeling_moma  # noqa: F401, makes the Auto classes know the model
+
+from ..generation_moma import INTERLEAVED
+from ..tools.checkpoint_checks import refuse_non_finite
+from ..tools.routed_tokens import record_routing
+from .partial_pictures import PartialPictures
+from .routing_view import RoutedExample
+from .streaming import stream_ids
+
+
+# of a caption, and of the words beside the pictures of an interleaved answer
+MOST_WORDS = 32
+# so many pictures are shown while one is drawn
+VIEWS = 16
+
+
+@dataclass
+class Studio:
+    """A model and its processor. It keeps nothing of what it is asked.
+
+    Sampling draws from the one random state of the process, so requests wait for each other.
+
+    Args:
+        model: in eval mode.
+        processor: its processor, whose picture tokenizer has a decoder.
+        name: of the model, for people.
+    """
+
+    model: Any
+    processor: Any
+    name: str
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def __post_init__(self):
+        self.partial = PartialPictures(self.processor)
+
+    @property
+    def codes_between_views(self) -> int:
+        """Codes after which a picture that is being drawn is shown anew."""
+        return max(1, self.processor.image_seq_length // VIEWS)
+
+    def caption(self, picture: Image.Image) -> str:
+        """What the model says of a picture, greedily."""
+        inputs = self._inputs("", [picture])
+        with self._lock:
+            ids = self.model.generate(
+                **inputs, generation_mode="text", do_sample=False, max_new_tokens=self._words_room(inputs)
+            )
+        return self.processor.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+
+    def seen(self, picture: Image.Image) -> Image.Image:
+        """What is left of a picture once it is codes: what the model knows of it."""
+        return self.processor.decode_pictures(self.processor.encode_pictures([picture]))[0]
+
+    def draw(
+        self, words: str, count: int = 1, temperature: float = 0.7, guidance_scale: float = 5.0, seed: int = 0
+    ) -> Iterator[tuple[int, list[Image.Image]]]:
+        """
+        Draws pictures of the words, and shows them as their codes arrive.
+
+        Args:
+            words: what to draw; special tokens in them are the characters that they are.
+            count: pictures, drawn side by side.
+            temperature: 0 takes the likeliest code.
+            guidance_scale: 1 for none.
+            seed: of the sampling.
+
+        Yields:
+            The number of codes that each picture has, and the pictures; the last ones are whole.
+
+        Raises:
+            ValueError: the words leave no room for a picture.
+        """
+        inputs = self._inputs(words, [])
+        inputs = {name: values.expand(count, -1) for name, values in inputs.items()}
+        arguments = {"generation_mode": "image", **_sampling(temperature, guidance_scale)}
+        begin, length = self.processor.begin_image_token_id, self.processor.image_seq_length
+        for ids_BT in self._stream(inputs, seed, arguments):
+            rows = [row[row.index(begin) + 1 :][:length] if begin in row else [] for row in ids_BT.tolist()]
+            codes = [[token - self.processor.image_token_offset for token in row] for row in rows]
+            yield min(map(len, codes)), self.partial.decode(codes)
+
+    def answer(
+        self,
+        words: str,
+        pictures: list[Image.Image],
+        temperature: float = 0.7,
+        guidance_scale: float = 1.0,
+        num_pictures: int = 1,
+        seed: int = 0,
+    ) -> Iterator[list[str | Image.Image]]:
+        """
+        Goes on after words and pictures with words and pictures in turn.
+
+        Args:
+            words: `<image>` in them stands for the place of a picture; without one, pictures come before the words.
+            pictures: those of the prompt.
+            temperature: 0 takes the likeliest token.
+            guidance_scale: 1 for none.
+            num_pictures: the answer has room for so many.
+            seed: of the sampling.
+
+        Yields:
+            The parts so far, a picture that is being drawn among them.
+
+        Raises:
+            ValueError: there are more or fewer pictures than places, or the prompt is too long.
+        """
+        inputs = self._inputs(words, pictures)
+        room = self._words_room(inputs, num_pictures * (self.processor.image_seq_length + 2))
+        arguments = {"generation_mode": INTERLEAVED, "max_new_tokens": room}
+        for ids_BT in self._stream(inputs, seed, {**arguments, **_sampling(temperature, guidance_scale)}):
+            yield self.partial.parts(ids_BT[0].tolist())
+
+    def route(self, picture: Image.Image | None, words: str) -> RoutedExample:
+        """
+        Writes down which expert takes which patch and which word.
+
+        Args:
+            picture: comes first, where there is one.
+            words: without any, the caption that the model gives the picture.
+
+        Raises:
+            ValueError: there is neither, or both together are too long.
+        """
+        if picture is None and not words.strip():
+            raise ValueError("Give a picture or words: there is nothing to route yet.")
+        words = words if words.strip() or picture is None else self.caption(picture)
+        ids = self._inputs(words, [] if picture is None else [picture])["input_ids"][0]
+        most = self.model.config.max_position_embeddings
+        if len(ids) > most:
+            raise ValueError(f"These are {len(ids)} tokens, but the model reads {most} at most: shorten the words.")
+        with self._lock:
+            routed = record_routing(self.model, ids)
+        codes = range(
+            self.processor.image_token_offset, self.processor.image_token_offset + self.processor.codebook_size
+        )
+        pieces = [None if token in codes else self.processor.tokenizer.decode([token]) for token in ids.tolist()]
+        shown = None if picture is None else self._as_cropped(picture)
+        return RoutedExample(shown, pieces, routed)
+
+    def _as_cropped(self, picture: Image.Image) -> Image.Image:
+        pixel_values = self.processor.image_processor([picture], return_tensors="pt")["pixel_values"]
+        return self.processor.image_processor.postprocess(pixel_values)["pixel_values"][0]
+
+    def _inputs(self, words: str, pictures: list[Image.Image]) -> dict[str, torch.Tensor]:
+        """Token ids of a prompt `[1, T]`; of its special tokens only the places of pictures are special."""
+        image = self.processor.image_token
+        parts = [self.processor.escape_special_tokens(part) for part in words.split(image)]
+        if len(parts) == 1 and pictures:
+            parts = [""] * len(pictures) + parts
+        if len(parts) - 1 != len(pictures):
+            raise ValueError(
+                f"The words have {len(parts) - 1} places for pictures ({image}), but {len(pictures)} pictures came "
+                "with them: give one for each place, or leave the places out to put all pictures first."
+            )
+        batch = self.processor(
+            images=pictures or None,
+            text=[image.join(parts)],
+            sanitize_control_tokens=True,
+            return_tensors="pt",
+        )
+        return dict(batch.to(self.model.device))
+
+    def _words_room(self, inputs: dict[str, torch.Tensor], more: int = 0) -> int:
+        """New tokens for words and `more` others, as far as the context goes."""
+        length, most = inputs["input_ids"].shape[1], self.model.config.max_position_embeddings
+        if length >= most:
+            raise ValueError(f"The prompt has {length} tokens, but the model reads {most} at most: shorten it.")
+        return min(MOST_WORDS + more, most - length)
+
+    def _stream(self, inputs: dict, seed: int, arguments: dict) -> Iterator[torch.Tensor]:
+        with self._lock:
+            set_seed(seed)
+            yield from stream_ids(self.model, inputs, self.codes_between_views, **arguments)
+
+
+def _sampling(temperature: float, guidance_scale: float) -> dict:
+    """Arguments of `generate`."""
+    chosen: dict = {"guidance_scale": guidance_scale}
+    if temperature == 0:
+        return {**chosen, "do_sample": False}
+    return {**chosen, "do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+
+
+def load_studio(folder: str | Path) -> Studio:
+    """
+    Loads a model and its processor, on the GPU where there is one.
+
+    Args:
+        folder: folder or Hub name.
+
+    Raises:
+        ValueError: weights that are not finite, a model that writes no pictures, or a picture tokenizer without a
+            decoder.
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    processor = AutoProcessor.from_pretrained(folder)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32 if device == "cpu" else "auto")
+    refuse_non_finite(model, str(folder))
+    refuse_non_finite(processor.vq_model, f"{folder}, picture tokenizer")
+    if "image" not in model.config.frames:
+        raise ValueError(f"FOLDER: the model of {str(folder)!r} writes no pictures, so there is nothing to show.")
+    if not processor.vq_model.config.use_decoder:
+        raise ValueError(
+            f"FOLDER: the picture tokenizer of {str(folder)!r} has no decoder (use_decoder=False), so no picture can "
+            "be shown."
+        )
+    return Studio(model.to(device).eval(), processor.to(device), Path(folder).name)
