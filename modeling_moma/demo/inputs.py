@@ -72,7 +72,7 @@ def sampling_inputs(prefix: str, temperature: float, guidance_scale: float) -> t
             info="1: none",
             elem_id=f"{prefix}-guidance",
         ),
-        gr.Number(0, label="Seed", info="Of the same draws", precision=0, elem_id=f"{prefix}-seed"),
+        gr.Number(0, label="Seed", info="Same seed, same answer", precision=0, elem_id=f"{prefix}-seed"),
     )
 
 

@@ -41,7 +41,8 @@ def routing_tab(studio: Studio, examples: Examples):
             taken = picture_examples(examples, picture)
         with gr.Column():
             most = config.num_hidden_layers
-            layer = gr.Slider(1, most, 1, step=1, label="Layer", elem_id="routing-layer", visible=most > 1)
+            # a slider of one place is refused, and nobody needs it
+            layer = gr.Slider(1, max(most, 2), 1, step=1, label="Layer", elem_id="routing-layer", visible=most > 1)
             title("Patches by expert")
             patches = gr.Image(
                 show_label=False,

@@ -9,13 +9,11 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
-from ..tools.expert_colors import UNCOVERED, expert_colors, fill_stripes
+from ..tools.expert_colors import UNCOVERED, expert_colors, fill_stripes, shaded
 from ..tools.routed_tokens import RoutedTokens
 
 
 SIDE = 384
-# the share of the picture in a patch, and the grey that stands for its black: experts keep their colours
-PICTURE_SHARE, DARKEST = 0.3, 110
 SKIPPED = "#ffffff"
 # patches narrower than this have no room for a number
 LEAST_PATCH = 30
@@ -71,9 +69,7 @@ class RoutingView:
             boxes[place] = (edges[column], edges[row], edges[column + 1] - 1, edges[row + 1] - 1)
             colors = [SKIPPED] if example.routed.skipped[layer][place] else self._colors_of(example, layer, place)
             fill_stripes(ImageDraw.Draw(overlay), boxes[place], colors)
-        picture = example.picture.convert("L").resize((SIDE, SIDE), Image.Resampling.NEAREST)
-        shade = picture.point([DARKEST + value * (255 - DARKEST) // 255 for value in range(256)])
-        blended = Image.blend(overlay, shade.convert("RGB"), PICTURE_SHARE)
+        blended = shaded(overlay, example.picture.resize((SIDE, SIDE), Image.Resampling.NEAREST))
         pen = ImageDraw.Draw(blended)
         for place, box in boxes.items():
             self._mark(pen, box, example.routed, layer, place)

@@ -3,7 +3,7 @@
 
 from collections.abc import Sequence
 
-from PIL import ImageDraw
+from PIL import Image, ImageDraw
 
 
 # far apart for colour-blind eyes, and apart from the grey of uncovered tokens
@@ -12,6 +12,8 @@ PALETTE = (
     "#7a4a1e", "#003f5c", "#ff8f7a", "#2fd3a5",
 )  # fmt: skip
 UNCOVERED = "#b4b4b4"
+# the share of the picture in a patch, and the grey that stands for its black: experts keep their colours
+PICTURE_SHARE, DARKEST = 0.3, 110
 
 
 def expert_colors(config) -> dict[tuple[str, int], str]:
@@ -35,4 +37,10 @@ def fill_stripes(pen: ImageDraw.ImageDraw, box: tuple[int, int, int, int], color
         pen.rectangle((left + round(index * step), top, left + round((index + 1) * step) - 1, bottom), fill=color)
 
 
-__all__ = ["PALETTE", "UNCOVERED", "expert_colors", "fill_stripes"]
+def shaded(colors: Image.Image, picture: Image.Image) -> Image.Image:
+    """Colours through which a picture of the same size shows, in grey."""
+    grey = picture.convert("L").point([DARKEST + value * (255 - DARKEST) // 255 for value in range(256)])
+    return Image.blend(colors, grey.convert("RGB"), PICTURE_SHARE)
+
+
+__all__ = ["DARKEST", "PALETTE", "PICTURE_SHARE", "UNCOVERED", "expert_colors", "fill_stripes", "shaded"]

@@ -9,7 +9,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from emoji_recipe.sheet import BACKGROUND, FAINT_COLOR, GAP, MARGIN, TEXT_COLOR, printable
-from modeling_moma.tools.expert_colors import PALETTE, UNCOVERED, expert_colors, fill_stripes
+from modeling_moma.tools.expert_colors import PALETTE, UNCOVERED, expert_colors, fill_stripes, shaded
 from modeling_moma.tools.routed_tokens import record_routing
 
 
@@ -17,8 +17,6 @@ PICTURE_SIDE = 192
 CHIP_HEIGHT = 26
 LINE_HEIGHT = 22
 FONT_SIZE = 15
-# the share of the picture in a patch, and the grey that stands for its black: experts keep their colours
-PICTURE_SHARE, DARKEST = 0.3, 110
 
 
 @dataclass
@@ -132,8 +130,7 @@ def _draw_patches(example, layer, picture, colors):
         row, column = divmod(index, grid)
         box = (edges[column], edges[row], edges[column + 1] - 1, edges[row + 1] - 1)
         fill_stripes(pen, box, [colors[example.groups[place], expert] for expert in example.experts[layer][place]])
-    shade = picture.convert("L").point([DARKEST + value * (255 - DARKEST) // 255 for value in range(256)])
-    blended = Image.blend(overlay, shade.convert("RGB"), PICTURE_SHARE)
+    blended = shaded(overlay, picture)
     pen = ImageDraw.Draw(blended)
     for edge in edges[1:-1]:
         pen.line((edge, 0, edge, PICTURE_SIDE), fill=BACKGROUND)

@@ -1,0 +1,18 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The page of a Hugging Face Space: `moma demo` for the model beside this file, or the one that `MODEL` names."""
+
+import os
+from pathlib import Path
+
+from modeling_moma.demo.examples import Examples
+from modeling_moma.demo.page import build_page, open_page
+from modeling_moma.demo.studio import load_studio
+
+
+HERE = Path(__file__).resolve().parent
+
+demo = build_page(load_studio(os.environ.get("MODEL", HERE / "moma-emoji")), Examples.from_folder(HERE / "examples"))
+
+if __name__ == "__main__":
+    print(open_page(demo), flush=True)
+    demo.block_thread()

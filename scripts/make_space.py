@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Put a Hugging Face Space together: its files, the packages, and the model.
+
+python scripts/make_space.py --output runs/space
+"""
+
+import argparse
+import shutil
+import sys
+from pathlib import Path
+
+
+ROOT = Path(__file__).resolve().parents[1]
+SPACE = ROOT / "model_cards" / "moma-emoji-space"
+MODEL = ROOT / "model_cards" / "moma-emoji"
+PACKAGES = ("modeling_moma", "tokenization")
+# of the model's folder: what it takes to run it
+MODEL_FILES = ("*.json", "*.jinja", "*.safetensors", "vq_model/*")
+
+
+def make_space(output: Path, model: Path = MODEL) -> Path:
+    """
+    Writes a folder that can be pushed as a Space.
+
+    Args:
+        output: the folder; must not exist yet.
+        model: folder of the model with its processor.
+
+    Raises:
+        ValueError: `output` exists, or `model` holds no weights.
+    """
+    if output.exists():
+        raise ValueError(f"--output: {str(output)!r} exists already; name a new folder.")
+    if not (model / "model.safetensors").is_file():
+        raise ValueError(f"--model: {str(model)!r} holds no model.safetensors.")
+    unwanted = shutil.ignore_patterns("__pycache__", "*.pyc")
+    shutil.copytree(SPACE, output, ignore=unwanted)
+    for package in PACKAGES:
+        shutil.copytree(ROOT / package, output / package, ignore=unwanted)
+    for path in (path for pattern in MODEL_FILES for path in model.glob(pattern)):
+        target = output / MODEL.name / path.relative_to(model)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, target)
+    return output
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, required=True, help="a new folder")
+    parser.add_argument("--model", type=Path, default=MODEL, help="folder of the model; by default the released one")
+    args = parser.parse_args(arguments)
+    try:
+        print(make_space(args.output, args.model))
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the page is made of, without a browser: uploads, examples, messages, the command, and pages of every model."""
+
+import io
+import socket
+import struct
+import zlib
+
+import pytest
+from PIL import Image
+
+from helpers.tiny import noise_pictures, tiny_model, tiny_processor
+from modeling_moma.cli.demo import parse_arguments
+from modeling_moma.cli.main import main as moma
+from modeling_moma.demo.examples import Examples
+from modeling_moma.demo.studio import Studio, load_studio
+from modeling_moma.demo.uploads import read_upload
+
+
+def png_of_size(width: int, height: int) -> bytes:
+    """The head of a PNG file, whose pixels do not follow."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    head = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+
+
+def whole_png() -> bytes:
+    data = io.BytesIO()
+    noise_pictures(1, 64)[0].save(data, "PNG")
+    return data.getvalue()
+
+
+@pytest.mark.parametrize(
+    "data, message",
+    [
+        (b"these are words", "not a picture"),
+        (b"", "not a picture"),
+        (whole_png()[:2000], "truncated or damaged"),
+        (png_of_size(8000, 8000), "million pixels"),
+        # what Pillow takes for an attack
+        (png_of_size(60000, 60000), "million pixels"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not a picture"),
+    ],
+    ids=["text", "empty", "truncated", "large", "huge", "eps"],
+)
+def test_uploads_that_are_no_usable_picture_are_refused_without_naming_files(data, message, tmp_path):
+    path = tmp_path / "upload.png"
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=message) as refusal:
+        read_upload(str(path))
+    assert str(tmp_path) not in str(refusal.value)
+
+
+def test_an_upload_is_decoded_and_upright(tmp_path):
+    path = tmp_path / "upload.jpg"
+    exif = Image.Exif()
+    exif[274] = 6
+    Image.new("RGB", (40, 20)).save(path, exif=exif)
+    assert read_upload(str(path)).size == (20, 40)
+
+
+def test_examples_are_the_pictures_and_the_lines_of_a_folder(tmp_path):
+    for name in ("b.png", "a.jpg"):
+        noise_pictures(1)[0].save(tmp_path / name)
+    (tmp_path / "prompts.txt").write_text("noto: red apple\n\ncastle \n")
+    (tmp_path / "notes.md").write_text("no picture")
+    examples = Examples.from_folder(tmp_path)
+    assert [path.rsplit("/", 1)[1] for path in examples.pictures] == ["a.jpg", "b.png"]
+    assert examples.prompts == ["noto: red apple", "castle"]
+    (tmp_path / "none").mkdir()
+    for folder, message in ((tmp_path / "none", "neither"), (tmp_path / "nowhere", "no folder")):
+        with pytest.raises(ValueError, match=message):
+            Examples.from_folder(folder)
+
+
+def test_the_folder_is_needed_outside_a_checkout(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit):
+        parse_arguments([])
+    assert "FOLDER is needed" in capsys.readouterr().err
+    (tmp_path / "model_cards" / "moma-emoji").mkdir(parents=True)
+    assert parse_arguments([]).folder == "model_cards/moma-emoji" and parse_arguments([]).examples is None
+    assert parse_arguments(["other"]).folder == "other"
+
+
+def test_a_model_that_writes_no_pictures_is_refused(tmp_path, monkeypatch):
+    pytest.importorskip("gradio", reason="`pip install 'modeling-moma[demo]'` is missing")
+    processor = tiny_processor()
+    model = tiny_model(processor)
+    model.config.begin_image_token_id = model.config.end_image_token_id = None
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="writes no pictures"):
+        load_studio(tmp_path)
+
+
+def test_missing_examples_and_a_taken_port_are_one_line(tmp_path, capsys):
+    pytest.importorskip("gradio", reason="`pip install 'modeling-moma[demo]'` is missing")
+    assert moma(["demo", str(tmp_path), "--examples", str(tmp_path / "nowhere")]) == 2
+    assert "error: --examples: there is no folder" in capsys.readouterr().err
+    processor = tiny_processor()
+    tiny_model(processor).save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        assert moma(["demo", str(tmp_path), "--port", str(taken.getsockname()[1])]) == 2
+    assert "error: --host, --port: nobody can listen on 127.0.0.1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "fields", [{"num_experts": 1, "num_hidden_layers": 1}, {"depth_layers": [1]}], ids=["dense", "depth"]
+)
+def test_pages_of_other_models_are_built_with_all_tabs_and_phone_nobody(fields):
+    pytest.importorskip("gradio", reason="`pip install 'modeling-moma[demo]'` is missing")
+    from modeling_moma.demo.page import build_page
+
+    processor = tiny_processor()
+    page = build_page(Studio(tiny_model(processor, **fields), processor, "tiny"))
+    try:
+        config = page.get_config_file()
+        tabs = [part["props"]["label"] for part in config["components"] if part["type"] == "tabitem"]
+        assert tabs == ["Caption", "Draw", "Interleaved", "Routing"]
+        assert config["analytics_enabled"] is False
+        # one request at a time works with the model, whatever it asks
+        functions = [function for function in page.fns.values() if function.concurrency_id == "model"]
+        assert len(functions) >= 5 and {function.concurrency_limit for function in functions} == {1}
+    finally:
+        page.close()
+
+
+def test_messages_of_refusals_reach_the_page():
+    gr = pytest.importorskip("gradio", reason="`pip install 'modeling-moma[demo]'` is missing")
+    from modeling_moma.demo.refusals import told_on_the_page
+
+    @told_on_the_page
+    def fails():
+        raise ValueError("too small")
+
+    @told_on_the_page
+    def fails_later():
+        yield 1
+        raise ValueError("too late")
+
+    with pytest.raises(gr.Error, match="too small"):
+        fails()
+    stream = fails_later()
+    assert next(stream) == 1
+    with pytest.raises(gr.Error, match="too late"):
+        next(stream)

@@ -1,0 +1,254 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The page of `moma demo` in a real Chromium, headless: what a visitor does, and what comes of it."""
+
+import io
+import re
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from helpers.released import skip_without_released_model
+from page_pictures import PATIENCE, ROOT, browser, find_browser, served_page
+
+
+EXAMPLES = ROOT / "model_cards" / "moma-emoji-space" / "examples"
+# writes down each picture of the gallery, with what is said of its progress
+WATCH = """() => {
+    window.seen = [];
+    const look = () => {
+        const picture = document.querySelector('#draw-gallery .grid-container img, #draw-gallery img');
+        const said = document.querySelector('#draw-progress textarea, #draw-progress input').value;
+        if (picture && !window.seen.some(([source]) => source === picture.src)) window.seen.push([picture.src, said]);
+    };
+    new MutationObserver(look).observe(document.querySelector('#draw-gallery'), {
+        subtree: true, childList: true, attributes: true, attributeFilter: ['src'],
+    });
+}"""
+PROGRESS = "document.querySelector('#draw-progress textarea, #draw-progress input').value"
+WORDS = "document.querySelector('#caption-words textarea').value"
+PAPER = (226, 230, 232)
+
+
+@pytest.fixture(scope="module")
+def address(tmp_path_factory):
+    pytest.importorskip("gradio", reason="`pip install 'modeling-moma[demo]'` is missing")
+    pytest.importorskip("playwright", reason="`pip install playwright` is missing")
+    if find_browser() is None:
+        pytest.skip("no Chromium is installed: `make browser`, or `apt-get install chromium`")
+    skip_without_released_model()
+    folder = tmp_path_factory.mktemp("page")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GRADIO_TEMP_DIR", str(folder / "uploads"))
+        with served_page(log=folder / "log.txt") as address:
+            yield address
+
+
+@pytest.fixture(scope="module")
+def chromium(address):
+    with browser() as chromium:
+        yield chromium
+
+
+@pytest.fixture
+def visit(address, chromium):
+    """Opens the page as a new visitor; gives the page and the addresses that it asked for."""
+    contexts = []
+
+    def open_page(**options):
+        context = chromium.new_context(**options)
+        contexts.append(context)
+        page = context.new_page()
+        page.set_default_timeout(PATIENCE)
+        page.asked = []
+        page.on("request", lambda request: page.asked.append(request.url))
+        page.goto(address)
+        return page
+
+    yield open_page
+    for context in contexts:
+        context.close()
+
+
+def open_tab(page, name: str):
+    page.get_by_role("tab", name=name).click()
+
+
+def start_drawing(page, words: str, seed: int = 0, count: int = 1):
+    open_tab(page, "Draw")
+    page.locator("#draw-words textarea").fill(words)
+    page.locator("#draw-seed input").fill(str(seed))
+    page.locator("#draw-count input[type=number]").fill(str(count))
+    page.evaluate(WATCH)
+    page.locator("#draw-button").click()
+
+
+def wait_for_drawing(page) -> list[np.ndarray]:
+    """The pictures that were shown while one was drawn, the last one whole."""
+    page.wait_for_function(f"{PROGRESS}.endsWith(' s')")
+    page.wait_for_function("window.seen.length > 1")
+    page.wait_for_timeout(300)
+    sources = [source for source, _ in page.evaluate("window.seen")]
+    return [pixels_of(page, source) for source in sources]
+
+
+def pixels_of(page, source: str) -> np.ndarray:
+    answer = page.request.get(source)
+    assert answer.ok, source
+    return np.asarray(Image.open(io.BytesIO(answer.body())).convert("RGB"))
+
+
+def share_of_paper(pixels: np.ndarray) -> float:
+    return float((pixels == PAPER).all(-1).mean())
+
+
+def message(page) -> str:
+    """What the page tells its visitor, once it does."""
+    toast = page.locator(".toast-body").first
+    toast.wait_for()
+    return toast.inner_text()
+
+
+def test_a_picture_is_drawn_while_the_visitor_looks_and_nobody_else_is_asked(address, visit):
+    page = visit()
+    start_drawing(page, "fluent flat: red heart")
+    views = wait_for_drawing(page)
+    shares = [share_of_paper(pixels) for pixels in views]
+    assert shares[-1] == 0 and len(views) >= 4
+    assert 0 < shares[1] < shares[0], "partial pictures come first, and grow"
+    # red, on white
+    whole = views[-1].reshape(-1, 3).astype(int)
+    assert (whole[:, 0] - whole[:, 1] > 80).mean() > 0.2
+    assert all(url.startswith((address, "data:", "blob:")) for url in page.asked), page.asked
+
+
+def test_an_example_and_an_upload_are_captioned(visit):
+    page = visit()
+    page.get_by_role("tabpanel").locator(".gallery-item").first.click()
+    page.wait_for_function(f"{WORDS} !== ''")
+    assert page.evaluate(WORDS) == "noto: cat face"
+    page.locator("#caption-seen img").wait_for()
+    page.get_by_label("Clear").first.click()
+    page.locator("#caption-picture input[type=file]").set_input_files(EXAMPLES / "noto-sunflower.png")
+    page.locator("#caption-picture img").wait_for()
+    page.locator("#caption-button").click()
+    page.wait_for_function(f"{WORDS} === 'noto: sunflower'")
+
+
+def test_a_pasted_picture_is_captioned(visit):
+    page = visit(permissions=["clipboard-read", "clipboard-write"])
+    data = list((EXAMPLES / "noto-sunflower.png").read_bytes())
+    page.evaluate(
+        "data => navigator.clipboard.write([new ClipboardItem({'image/png': new Blob([new Uint8Array(data)], "
+        "{type: 'image/png'})})])",
+        data,
+    )
+    page.get_by_label("Paste from clipboard").first.click()
+    page.get_by_text("Paste from clipboard").first.click()
+    page.locator("#caption-picture img").wait_for()
+    page.locator("#caption-button").click()
+    page.wait_for_function(f"{WORDS} === 'noto: sunflower'")
+
+
+def test_layers_of_the_routing_are_different_pictures(visit):
+    page = visit()
+    open_tab(page, "Routing")
+    page.get_by_role("tabpanel").locator(".gallery-item").first.click()
+    picture = page.locator("#routing-patches img")
+    picture.wait_for()
+    page.locator("#routing-legend", has_text="Layer 1 of 6").wait_for()
+    assert page.locator("#routing-chips .moma-word").all_inner_texts()[-2:] == ["cat", "face"]
+    first, style = pixels_of(page, picture.get_attribute("src")), page.locator("#routing-chips").inner_html()
+    page.locator("#routing-layer input[type=number]").fill("4")
+    page.keyboard.press("Enter")
+    page.locator("#routing-legend", has_text="Layer 4 of 6").wait_for()
+    page.wait_for_timeout(300)
+    fourth = pixels_of(page, picture.get_attribute("src"))
+    assert first.shape == fourth.shape and (first != fourth).any(-1).mean() > 0.1
+    assert page.locator("#routing-chips").inner_html() != style
+
+
+def test_words_are_answered_with_words_and_a_picture_in_turn(visit):
+    page = visit()
+    open_tab(page, "Interleaved")
+    page.locator("#interleaved-prompt textarea").fill("fluent flat: red")
+    page.locator("#interleaved-button").click()
+    page.locator("#interleaved-answer img").wait_for()
+    # words, then a picture that the label names
+    kinds = page.locator("#interleaved-answer .moma-answer > *").evaluate_all(
+        "parts => parts.map(part => part.tagName)"
+    )
+    assert kinds == ["P", "IMG"]
+    # a picture with words after its place
+    page.locator("#interleaved-prompt input[type=file]").set_input_files(EXAMPLES / "noto-sunflower.png")
+    page.locator("#interleaved-prompt img").first.wait_for()
+    page.locator("#interleaved-prompt textarea").fill("noto:")
+    page.locator("#interleaved-temperature input[type=number]").fill("0")
+    page.locator("#interleaved-button").click()
+    page.locator("#interleaved-answer p", has_text="sunflower").wait_for()
+
+
+@pytest.mark.parametrize(
+    "name, data, told",
+    [
+        ("broken.png", b"these are no pixels", "not a picture that can be read"),
+        ("cut.png", (EXAMPLES / "noto-sunflower.png").read_bytes()[:1500], "truncated or damaged"),
+        ("large.png", b"\x89PNG\r\n\x1a\n" + bytes(11 * 2**20), "maximum allowed size"),
+        ("notes.txt", b"these are words", "Invalid file type"),
+    ],
+)
+def test_a_bad_upload_is_refused_on_the_page(name, data, told, visit, tmp_path):
+    page = visit()
+    (tmp_path / name).write_bytes(data)
+    page.locator("#caption-picture input[type=file]").set_input_files(tmp_path / name)
+    if name in ("broken.png", "cut.png"):
+        page.wait_for_function("document.querySelector('#caption-picture img') !== null")
+        page.locator("#caption-button").click()
+    said = message(page)
+    assert told in said and "/" not in re.sub("image/", "", said), said
+    assert page.evaluate(WORDS) == ""
+
+
+def test_empty_prompts_are_refused_on_the_page(visit):
+    for tab, button, told in (
+        ("Caption", "caption", "no picture yet"),
+        ("Draw", "draw", "no words yet"),
+        ("Interleaved", "interleaved", "prompt is empty"),
+        ("Routing", "routing", "picture or words"),
+    ):
+        page = visit()
+        open_tab(page, tab)
+        page.locator(f"#{button}-button").click()
+        assert told in message(page)
+
+
+def test_two_browsers_at_once_get_their_own_answers(visit):
+    wishes = (("fluent flat: red heart", 0), ("noto: grinning face", 1))
+
+    def draw_alone(words, seed):
+        page = visit()
+        start_drawing(page, words, seed)
+        return wait_for_drawing(page)[-1]
+
+    alone = [draw_alone(*wish) for wish in wishes]
+    assert not np.array_equal(*alone)
+    pages = [visit(), visit()]
+    for page, wish in zip(pages, wishes, strict=True):
+        start_drawing(page, *wish)
+    for page, expected in zip(pages, alone, strict=True):
+        assert np.array_equal(wait_for_drawing(page)[-1], expected)
+
+
+def test_a_drawing_that_is_stopped_or_left_behind_makes_room_for_the_next(visit):
+    page = visit()
+    start_drawing(page, "noto: red apple", count=4)
+    page.wait_for_function("window.seen.length > 0")
+    page.locator("#draw-stop").click()
+    page.wait_for_timeout(1000)
+    assert not page.evaluate(PROGRESS).endswith(" s")
+    start_drawing(page, "noto: red apple", count=4)
+    page.wait_for_function("window.seen.length > 0")
+    page.context.close()
+    page = visit()
+    start_drawing(page, "fluent flat: red heart")
+    assert share_of_paper(wait_for_drawing(page)[-1]) == 0
