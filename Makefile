@@ -9,7 +9,7 @@ PYTEST_FLAGS ?= -n 2 --dist loadfile
 RUN := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 
-.PHONY: quickstart test test-vllm check docs dist bench reproduce data data-manual data-gloss clean
+.PHONY: quickstart browser test test-vllm check docs dist bench reproduce data data-manual data-gloss clean
 
 quickstart: $(VENV)/.installed-train
 	$(RUN) scripts/quickstart.py --output quickstart
@@ -20,6 +20,13 @@ test: $(INSTALLED)
 # the real vLLM on a CPU: its wheel asks for torch 2.13.0+cpu, which PyTorch's own index of CPU wheels has
 test-vllm: $(VLLM_VENV)/.installed
 	OMP_NUM_THREADS=1 $(VLLM_RUN) -m pytest -q tests/serving_vllm
+
+# Chromium for the test of the page: its absence skips that test, so nothing here fails
+browser:
+	@command -v chromium chromium-browser google-chrome > /dev/null || \
+	{ test "$$(id -u)" = 0 && timeout 300 apt-get update -qq && \
+	timeout 600 apt-get install -y -qq --no-install-recommends chromium > /dev/null; } || \
+	echo "no Chromium, and it cannot be installed here: the test of the page is skipped"
 
 check: $(INSTALLED)
 	$(RUN) -m ruff check .

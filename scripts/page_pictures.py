@@ -133,7 +133,7 @@ def use(page, name: str) -> bool:
         page.wait_for_function("document.querySelector('#caption-words textarea').value != ''")
         page.locator("#caption-seen img").wait_for()
     elif name == "draw":
-        page.locator("#draw-words textarea").fill("noto: red apple")
+        page.locator("#draw-words textarea").fill("fluent flat: red heart")
         page.locator("#draw-count input[type=number]").fill("4")
         page.locator("#draw-button").click()
         page.wait_for_function(
@@ -142,8 +142,7 @@ def use(page, name: str) -> bool:
     elif name == "interleaved":
         page.locator("#interleaved-prompt textarea").fill("fluent flat: red")
         page.locator("#interleaved-button").click()
-        page.locator("#interleaved-answer img").wait_for()
-        page.wait_for_timeout(4000)
+        page.locator("#interleaved-answer .moma-whole").wait_for()
     else:
         page.get_by_role("tabpanel").locator(".gallery-item").first.click()
         page.locator("#routing-patches img").wait_for()

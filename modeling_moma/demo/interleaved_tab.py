@@ -37,8 +37,7 @@ def interleaved_tab(studio: Studio):
         parts = []
         for parts in studio.answer(words, pictures, temperature, guidance, int(num_pictures), checked_seed(seed)):
             yield as_html(parts)
-        if not parts:
-            yield "<p>The model had nothing to add.</p>"
+        yield as_html(parts or ["The model had nothing to add."], is_whole=True)
 
     with gr.Row():
         with gr.Column():
@@ -81,8 +80,8 @@ def interleaved_tab(studio: Studio):
     stop.click(None, cancels=events)
 
 
-def as_html(parts: list[str | Image.Image]) -> str:
-    """Words and pictures in turn, as HTML that holds all of them."""
+def as_html(parts: list[str | Image.Image], is_whole: bool = False) -> str:
+    """Words and pictures in turn, as HTML that holds all of them; of the class `moma-whole` once nothing follows."""
     blocks = []
     for part in parts:
         if isinstance(part, str):
@@ -92,4 +91,5 @@ def as_html(parts: list[str | Image.Image]) -> str:
         enlarged(part).save(png, "PNG")
         data = base64.b64encode(png.getvalue()).decode()
         blocks.append(f'<img alt="picture of the answer" width="200" src="data:image/png;base64,{data}">')
-    return f'<div class="moma-answer">{"".join(blocks)}</div>'
+    name = "moma-answer moma-whole" if is_whole else "moma-answer"
+    return f'<div class="{name}">{"".join(blocks)}</div>'
