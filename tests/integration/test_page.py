@@ -74,11 +74,12 @@ def open_tab(page, name: str):
     page.get_by_role("tab", name=name).click()
 
 
-def start_drawing(page, words: str, seed: int = 0, count: int = 1):
+def start_drawing(page, words: str, seed: int = 0, count: int = 1, guidance: float = 1.0):
     open_tab(page, "Draw")
     page.locator("#draw-words textarea").fill(words)
     page.locator("#draw-seed input").fill(str(seed))
     page.locator("#draw-count input[type=number]").fill(str(count))
+    page.locator("#draw-guidance input[type=number]").fill(str(guidance))
     page.evaluate(WATCH)
     page.locator("#draw-button").click()
 
@@ -111,7 +112,7 @@ def message(page) -> str:
 
 def test_a_picture_is_drawn_while_the_visitor_looks_and_nobody_else_is_asked(address, visit):
     page = visit()
-    start_drawing(page, "fluent flat: red heart")
+    start_drawing(page, "fluent flat: red heart", guidance=5.0)
     views = wait_for_drawing(page)
     shares = [share_of_paper(pixels) for pixels in views]
     assert shares[-1] == 0 and len(views) >= 4
@@ -237,12 +238,12 @@ def test_two_browsers_at_once_get_their_own_answers(visit):
 
 def test_a_drawing_that_is_stopped_or_left_behind_makes_room_for_the_next(visit):
     page = visit()
-    start_drawing(page, "noto: red apple", count=4)
+    start_drawing(page, "noto: red apple", count=2)
     page.wait_for_function("window.seen.length > 0")
     page.locator("#draw-stop").click()
-    page.wait_for_timeout(1000)
+    page.wait_for_timeout(500)
     assert not page.evaluate(PROGRESS).endswith(" s")
-    start_drawing(page, "noto: red apple", count=4)
+    start_drawing(page, "noto: red apple", count=2)
     page.wait_for_function("window.seen.length > 0")
     page.context.close()
     page = visit()
