@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Open a page in the browser: captions, drawings, words with pictures, and who took which token.
+"""Open a page in the browser that captions, draws, answers, and shows the routing.
 
 moma demo
 moma demo DIR --port 8000 --examples PICTURES

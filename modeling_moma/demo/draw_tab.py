@@ -60,7 +60,7 @@ def draw_tab(studio: Studio, examples: Examples):
             )
             progress = gr.Textbox(label="Progress", elem_id="draw-progress", interactive=False)
     inputs = [words, count, temperature, guidance, seed]
-    events = [
+    events: list[dict] = [
         trigger(draw, inputs, [gallery, progress], api_name=name, show_progress="hidden", **ONE_AT_A_TIME)
         for trigger, name in ((button.click, "draw"), (words.submit, "draw_on_enter"))
     ]

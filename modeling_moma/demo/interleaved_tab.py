@@ -73,7 +73,7 @@ def interleaved_tab(studio: Studio):
                 min_height=320,
             )
     inputs = [prompt, temperature, guidance, count, seed]
-    events = [
+    events: list[dict] = [
         trigger(answer, inputs, [shown], api_name=name, show_progress="hidden", **ONE_AT_A_TIME)
         for trigger, name in ((button.click, "answer"), (prompt.submit, "answer_on_enter"))
     ]

@@ -77,8 +77,11 @@ class RouterRecord:
         has_pools = isinstance(router, MomaDepthRouter) and len(router.capacities) > 1
         pool_BT = context.modality_BT if has_pools else torch.zeros_like(is_token_BT, dtype=torch.long)
         per_token = (scores, selection.chosen_BT, taken.chosen_BT, pool_BT)  # pyright: ignore[reportAttributeAccessIssue]
-        by_token = (values_BT[is_token_BT].unsqueeze(-1) for values_BT in per_token)
-        return cls(name, router, hidden[is_token_BT], *by_token, kth_C, votes_C)
+        scores_NS, is_member_NS, is_taken_NS, cut_NS = (
+            values_BT[is_token_BT].unsqueeze(-1) for values_BT in per_token
+        )
+        hidden_ND = hidden[is_token_BT]
+        return cls(name, router, hidden_ND, scores_NS, is_member_NS, is_taken_NS, cut_NS, kth_C, votes_C)
 
     @cached_property
     def predicted_NS(self) -> torch.Tensor:

@@ -5,7 +5,9 @@ from dataclasses import dataclass
 
 import torch
 
+from ..configuration_moma import MomaConfig
 from ..modality_split_moma import token_modalities
+from ..modeling_moma import MomaForCausalLM
 from .observation import RouterRecord, observed_routers
 
 
@@ -26,7 +28,7 @@ class RoutedTokens:
 
 
 @torch.no_grad()
-def record_routing(model: torch.nn.Module, input_ids: torch.Tensor) -> RoutedTokens:
+def record_routing(model: MomaForCausalLM, input_ids: torch.Tensor) -> RoutedTokens:
     """
     Runs one sequence through a model in its causal routing, and writes down who took which token.
 
@@ -73,7 +75,7 @@ def record_routing(model: torch.nn.Module, input_ids: torch.Tensor) -> RoutedTok
     return RoutedTokens(groups, experts, skipped)
 
 
-def _has_routers(config) -> bool:
+def _has_routers(config: MomaConfig) -> bool:
     return bool(config.depth_layers) or any(config.group_num_experts(group) > 1 for group in config.expert_groups)
 
 
