@@ -5,11 +5,10 @@ import gradio as gr
 from PIL import Image
 
 from .examples import Examples
-from .inputs import ONE_AT_A_TIME, picture_examples, picture_input, title
+from .inputs import ONE_AT_A_TIME, picture_examples, picture_input, read_picture, title
 from .refusals import told_on_the_page
 from .showing import enlarged
 from .studio import Studio
-from .uploads import read_upload
 
 
 def caption_tab(studio: Studio, examples: Examples):
@@ -19,7 +18,7 @@ def caption_tab(studio: Studio, examples: Examples):
     def caption(path: str | None) -> tuple[str, Image.Image]:
         if path is None:
             raise ValueError("There is no picture yet: upload one, paste one, or take an example.")
-        picture = read_upload(path)
+        picture = read_picture(path)
         return studio.caption(picture), enlarged(studio.seen(picture))
 
     with gr.Row():

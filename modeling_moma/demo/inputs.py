@@ -5,8 +5,11 @@ from typing import Any
 
 import gradio as gr
 from gradio.events import Dependency
+from gradio.utils import get_upload_folder
+from PIL import Image
 
 from .examples import Examples
+from .uploads import read_upload
 
 
 # one request at a time works with the model, whichever tab and browser it comes from; the others wait in the queue
@@ -28,6 +31,11 @@ def picture_input(label: str, elem_id: str) -> gr.Image:
     # Gradio's own opens the file before any of our checks, and its error would name a file of the server
     setattr(picture, "preprocess", lambda payload: None if payload is None else payload.path)  # noqa: B010
     return picture
+
+
+def read_picture(path: str) -> Image.Image:
+    """The picture that a visitor uploaded, pasted or took from the examples; see [`read_upload`]."""
+    return read_upload(path, get_upload_folder())
 
 
 def picture_examples(examples: Examples, picture: gr.Image) -> Dependency | None:
@@ -93,6 +101,7 @@ __all__ = [
     "checked_seed",
     "picture_examples",
     "picture_input",
+    "read_picture",
     "sampling_inputs",
     "title",
     "words_input",

@@ -9,11 +9,10 @@ from collections.abc import Iterator
 import gradio as gr
 from PIL import Image
 
-from .inputs import MOST_CHARACTERS, ONE_AT_A_TIME, checked_seed, sampling_inputs, title
+from .inputs import MOST_CHARACTERS, ONE_AT_A_TIME, checked_seed, read_picture, sampling_inputs, title
 from .refusals import told_on_the_page
 from .showing import enlarged
 from .studio import Studio
-from .uploads import read_upload
 
 
 MOST_PICTURES = 4
@@ -33,7 +32,7 @@ def interleaved_tab(studio: Studio):
             raise ValueError(f"The words have {len(words)} characters, more than {MOST_CHARACTERS}: shorten them.")
         if len(files) > MOST_PICTURES:
             raise ValueError(f"The prompt has {len(files)} pictures, more than {MOST_PICTURES}: leave some out.")
-        pictures = [read_upload(path) for path in files]
+        pictures = [read_picture(path) for path in files]
         parts = []
         for parts in studio.answer(words, pictures, temperature, guidance, int(num_pictures), checked_seed(seed)):
             yield as_html(parts)

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Files that visitors bring: which of them are pictures that can be used."""
 
+from pathlib import Path
+
 from PIL import Image
 
 from tokenization.image_input_moma import clean_pil_picture, open_picture
@@ -11,19 +13,23 @@ MOST_PIXELS = 40_000_000
 TOO_MANY_PIXELS = f"This picture has more than {MOST_PIXELS // 10**6} million pixels: make it smaller."
 
 
-def read_upload(path: str) -> Image.Image:
+def read_upload(path: str, folder: str) -> Image.Image:
     """
     Opens, checks and decodes an uploaded picture.
 
     Args:
-        path: of the file.
+        path: of the file, as the visitor's browser names it.
+        folder: where uploads lie; a request made by hand may name any file of this machine.
 
     Returns:
         The picture, upright, in an 8-bit mode.
 
     Raises:
-        ValueError: it is no picture, damaged, empty or too large; says so to the visitor, without naming files here.
+        ValueError: it was not uploaded, is no picture, damaged, empty or too large; says so to the visitor, without
+            naming files here.
     """
+    if not Path(path).resolve().is_relative_to(Path(folder).resolve()):
+        raise ValueError("This file was not uploaded to this page.")
     try:
         picture = open_picture(path)
     except Exception as error:

@@ -50,7 +50,7 @@ def test_uploads_that_are_no_usable_picture_are_refused_without_naming_files(dat
     path = tmp_path / "upload.png"
     path.write_bytes(data)
     with pytest.raises(ValueError, match=message) as refusal:
-        read_upload(str(path))
+        read_upload(str(path), str(tmp_path))
     assert str(tmp_path) not in str(refusal.value)
 
 
@@ -59,7 +59,16 @@ def test_an_upload_is_decoded_and_upright(tmp_path):
     exif = Image.Exif()
     exif[274] = 6
     Image.new("RGB", (40, 20)).save(path, exif=exif)
-    assert read_upload(str(path)).size == (20, 40)
+    assert read_upload(str(path), str(tmp_path)).size == (20, 40)
+
+
+def test_files_of_this_machine_that_nobody_uploaded_are_refused(tmp_path):
+    noise_pictures(1)[0].save(tmp_path / "mine.png")
+    (tmp_path / "uploads").mkdir()
+    (tmp_path / "uploads" / "link.png").symlink_to(tmp_path / "mine.png")
+    for path in (tmp_path / "mine.png", tmp_path / "uploads" / ".." / "mine.png", tmp_path / "uploads" / "link.png"):
+        with pytest.raises(ValueError, match="not uploaded"):
+            read_upload(str(path), str(tmp_path / "uploads"))
 
 
 def test_examples_are_the_pictures_and_the_lines_of_a_folder(tmp_path):

@@ -209,6 +209,15 @@ def test_a_bad_upload_is_refused_on_the_page(name, data, told, visit, tmp_path):
     assert page.evaluate(WORDS) == ""
 
 
+def test_a_request_made_by_hand_reads_no_file_of_the_server(address, visit):
+    page, calls = visit(), f"{address.rstrip('/')}/gradio_api/call/caption"
+    for extra in ({}, {"meta": {"_type": "gradio.FileData"}}):
+        body = {"data": [{"path": str(EXAMPLES / "noto-sunflower.png"), **extra}]}
+        event = page.request.post(calls, data=body).json()["event_id"]
+        answer = page.request.get(f"{calls}/{event}").text()
+        assert "event: error" in answer and "sunflower" not in answer, answer
+
+
 def test_empty_prompts_are_refused_on_the_page(visit):
     page = visit()
     for tab, button, told in (
