@@ -33,7 +33,15 @@ from .image_input_moma import MomaImageInputMixin, flat_sources
 from .image_processing_moma import MomaImageProcessor
 from .image_processing_pil_moma import MomaImageProcessorPil
 from .modeling_moma_vq import MomaVQModel
-from .text_tokenizer_moma import IMAGE, escape_special_tokens, is_escaped, name_image_token, special_beginning
+from .text_tokenizer_moma import (
+    IMAGE,
+    beginning_ids,
+    escape_special_tokens,
+    is_escaped,
+    name_image_token,
+    special_beginning,
+    with_beginning,
+)
 from .token_frames_moma import TokenFrame, replace_placeholders
 
 
@@ -196,7 +204,8 @@ class MomaProcessor(CodingMixin):
                 Pictures, paths or addresses, in the order of the placeholders. A nested list holds one list for each
                 text, empty where a text has no picture.
             text (`str` or `list[str]`):
-                Texts, with `<image>` wherever a picture stands. `""` is a text of the beginning token alone.
+                Texts, with `<image>` wherever a picture stands. `""` is a text of the beginning token alone,
+                also where the tokenizer puts none before other texts.
             kwargs:
                 Items of each modality with a codec, by its name (`audio=[...]`): one, a list in the order of the
                 placeholders, or a list of one list for each text (so no item may itself be a list). Arguments of the
@@ -227,6 +236,8 @@ class MomaProcessor(CodingMixin):
                 f"{self.image_token!r} for each picture, or call `encode_pictures(images)` for the bare codes."
             )
         return_labels = given.pop("return_labels", self.return_labels)
+        if text is not None and given.get("add_special_tokens", True):
+            text = self._open_empty(text)
         if given.get("sanitize_control_tokens") and text is not None:
             # the tokenizer adds none to text that is marked
             begin = special_beginning(self.tokenizer) if given.get("add_special_tokens", True) else ""
@@ -236,6 +247,14 @@ class MomaProcessor(CodingMixin):
         if return_labels:
             features["labels"] = self._make_labels(features)
         return features
+
+    def _open_empty(self, text: TextInput | list[TextInput]) -> TextInput | list[TextInput]:
+        """The beginning token for empty texts, where the tokenizer would leave them without a token."""
+        is_one = isinstance(text, str)
+        if "" not in ([text] if is_one else text) or beginning_ids(self.tokenizer):
+            return text
+        opening = "".join(self.tokenizer.convert_ids_to_tokens(with_beginning(self.tokenizer, [])))
+        return opening if is_one else [sample or opening for sample in text]
 
     def _with_codec_items(self, kwargs: dict, text: TextInput | list[TextInput] | None) -> "MomaProcessor":
         items = {modality: kwargs.pop(modality, None) for modality in self.codecs}
@@ -371,8 +390,8 @@ class MomaProcessor(CodingMixin):
         for index, (sample, row, mask) in enumerate(zip(text, text_inputs["input_ids"], masks)):
             if len(row) == 0 or (mask is not None and max(mask) == 0):
                 raise ValueError(
-                    f"text[{index}]: {sample!r} gives no token at all; an empty text needs a tokenizer that adds a "
-                    "beginning token."
+                    f"text[{index}]: {sample!r} gives no token at all; an empty text is the beginning token alone, "
+                    "so leave `add_special_tokens` on, and name the tokenizer's `bos_token` if it has none."
                 )
             row = as_list(row)
             for modality, frame in self.frames.items():

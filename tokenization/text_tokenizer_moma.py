@@ -2,7 +2,7 @@
 """The text side of the vocabulary: training a byte-level BPE, and adding the tokens of other modalities."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -217,6 +217,45 @@ def unmarked(token: str, group: str) -> str:
     return f"(?P<{group}>(?<!{re.escape(_MARKS[0])}){re.escape(token)})"
 
 
+def beginning_ids(tokenizer: PreTrainedTokenizerFast) -> list[int]:
+    """
+    The ids that a tokenizer puts before a text, and with which every document of training begins: often the beginning
+    token, and none where the tokenizer adds none, as SmolLM2's, Qwen2's and Qwen3's.
+
+    Args:
+        tokenizer (`PreTrainedTokenizerFast`):
+            Any fast tokenizer.
+
+    Returns:
+        `list[int]`: maybe empty.
+    """
+    ids, bare = tokenizer("a")["input_ids"], tokenizer("a", add_special_tokens=False)["input_ids"]
+    for start in range(len(ids) - len(bare) + 1):
+        if ids[start : start + len(bare)] == bare:
+            return ids[:start]
+    return []
+
+
+def with_beginning(tokenizer: PreTrainedTokenizerFast, ids: Sequence[int]) -> list[int]:
+    """
+    A document's beginning as a model meets it in training and in a prompt: [`beginning_ids`] and then these ids.
+    Nothing at all has the tokenizer's beginning token, since a model needs a token to go on from.
+
+    Args:
+        tokenizer (`PreTrainedTokenizerFast`):
+            Decides what a text begins with.
+        ids (`Sequence[int]`):
+            Of the first text or picture, maybe none.
+
+    Returns:
+        `list[int]`: empty only where there are no ids and the tokenizer has no beginning token.
+    """
+    begun = [*beginning_ids(tokenizer), *ids]
+    if not begun and tokenizer.bos_token_id is not None:
+        begun = [tokenizer.bos_token_id]
+    return begun
+
+
 def special_beginning(tokenizer: PreTrainedTokenizerFast) -> str:
     """
     The special tokens that a tokenizer puts before a text, written out.
@@ -233,4 +272,11 @@ def special_beginning(tokenizer: PreTrainedTokenizerFast) -> str:
     return "".join(tokenizer.convert_ids_to_tokens(beginning))
 
 
-__all__ = ["add_modality_tokens", "add_picture_tokens", "picture_code_tokens", "train_text_tokenizer"]
+__all__ = [
+    "add_modality_tokens",
+    "add_picture_tokens",
+    "beginning_ids",
+    "picture_code_tokens",
+    "train_text_tokenizer",
+    "with_beginning",
+]

@@ -11,6 +11,7 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from tokenization import MomaProcessor
+from tokenization.text_tokenizer_moma import beginning_ids, with_beginning
 
 
 # of an image processor, what decides on pixels
@@ -30,17 +31,23 @@ PIXEL_SETTINGS = (
 
 class DocumentEncoder:
     """
-    Makes documents of texts and of the codes of pictures.
+    Makes documents of texts and of the codes of pictures. They begin as a prompt does: with what the tokenizer puts
+    before a text, `<bos>` or nothing.
 
     Args:
         processor: gives tokenizer and the ids of a picture.
+
+    Attributes:
+        beginning: ids before every document, see [`beginning_ids`].
+        eos: id of the token after it.
     """
 
     def __init__(self, processor: MomaProcessor):
         self.processor = processor
-        layout = processor.token_layout()
-        self.bos: int = layout["bos_token_id"]
-        self.eos: int = layout["eos_token_id"]
+        self.beginning = beginning_ids(processor.tokenizer)
+        # asked once, as documents are made by the thousand
+        self._alone = with_beginning(processor.tokenizer, [])
+        self.eos: int = processor.token_layout()["eos_token_id"]
         self._backend = plain_backend(processor.tokenizer)
 
     def text_ids(self, text: str) -> list[int]:
@@ -48,14 +55,21 @@ class DocumentEncoder:
         return self._backend.encode(text, add_special_tokens=False).ids if text else []
 
     def caption(self, text: str, codes: Any, picture_first: bool) -> list[int]:
-        """`<bos> picture caption <eos>`, or `<bos> caption picture <eos>`, of codes `[image_seq_length]`."""
+        """`<bos> picture caption <eos>`, or `<bos> caption picture <eos>`, of codes `[image_seq_length]`.
+
+        A picture of no caption, second, has `<bos>` before it whatever the tokenizer, as the prompt `""` has.
+        """
         picture, words = self.processor.picture_ids(codes), self.text_ids(text)
-        middle = [*picture, *words] if picture_first else [*words, *picture]
-        return [self.bos, *middle, self.eos]
+        first, second = (picture, words) if picture_first else (words, picture)
+        return [*self.opened(first), *second, self.eos]
+
+    def opened(self, ids: Sequence[int]) -> list[int]:
+        """Ids of the first part of a document with what comes before it, see [`with_beginning`]."""
+        return [*self.beginning, *ids] or self._alone
 
     def document(self, parts: Sequence[Any]) -> list[int]:
         """`<bos> ... <eos>` of texts, and of codes `[image_seq_length]` wherever a part is none."""
-        ids = [self.bos]
+        ids = [*self.beginning]
         for part in parts:
             ids += self.text_ids(part) if isinstance(part, str) else self.processor.picture_ids(part)
         return [*ids, self.eos]

@@ -237,10 +237,11 @@ class ShardWriter:
             raise LeftOut("caption empty", f"nothing in {templates[0].columns}")
         lengths = [len(self.encoder.text_ids(entry.render(columns))) for entry in templates if entry.is_full(columns)]
         # beginning and end of the document and of the picture
-        longest = max(lengths) + self.processor.image_seq_length + 4
+        around = len(self.encoder.beginning) + 3
+        longest = max(lengths) + self.processor.image_seq_length + around
         if longest > self.job.sequence_length:
             raise LeftOut("caption too long", f"{longest} tokens with its picture, over {self.job.sequence_length}")
-        return columns, lengths[0] + 4
+        return columns, lengths[0] + around
 
     @torch.inference_mode()
     def _coded(self, waiting: list[tuple[int, str, dict, int]], pictures: list[torch.Tensor]) -> Iterator:
@@ -293,7 +294,7 @@ class ShardWriter:
                 self._leave_out(index, error)
         if not any(len(part) for part in parts):
             raise LeftOut("document empty", "neither texts nor pictures")
-        return [[self.encoder.bos], *parts, [self.encoder.eos]]
+        return [self.encoder.beginning, *parts, [self.encoder.eos]]
 
     def _read_chat(self, kind: InterleavedKind, row: dict[str, Any]) -> list[Any]:
         text, values = read_messages(kind, row, self.processor)

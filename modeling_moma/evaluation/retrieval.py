@@ -96,16 +96,18 @@ def pair_scores(
         `log p(caption | picture)`, `[pictures, captions]`; `log p(picture | caption)`, `[captions, pictures]`; and
         `log p(picture)` without any words before it, `[pictures]`.
     """
-    bos = processor.tokenizer.bos_token_id
     framed = [processor.picture_ids(list(codes)) for codes in pictures]
     codes = [ids[1:-1] for ids in framed]
     encoder = DocumentEncoder(processor)
     words = [[*encoder.text_ids(text), encoder.eos] for text in captions]
-    shown = [[bos, *ids] for ids in framed]
-    asked = [[bos, *ids[:-1], framed[0][0]] for ids in words]
+    shown = [encoder.opened(ids) for ids in framed]
+    begin = framed[0][0]
+    asked = [[*encoder.opened(ids[:-1]), begin] for ids in words]
     of_captions = continuation_log_probs(model, shown, words, batch_size, "captions of each picture")
     of_pictures = continuation_log_probs(model, asked, codes, batch_size, "pictures of each caption")
-    prior = continuation_log_probs(model, [[bos, framed[0][0]]], codes, batch_size, "pictures of no caption")[0]
+    prior = continuation_log_probs(model, [[*encoder.opened([]), begin]], codes, batch_size, "pictures of no caption")[
+        0
+    ]
     return of_captions, of_pictures, prior
 
 

@@ -11,6 +11,7 @@ from tqdm.auto import tqdm
 from transformers import set_seed
 
 from tokenization import MomaDataCollator
+from tokenization.text_tokenizer_moma import with_beginning
 
 from .. import MomaForCausalLM
 from ..data.documents import Documents
@@ -157,10 +158,9 @@ def write_captions(model, processor, codes: torch.Tensor, batch_size: int, max_n
     Returns:
         The generated texts.
     """
-    bos = processor.tokenizer.bos_token_id
     texts = []
     for batch in tqdm(codes.split(batch_size), desc="captions"):
-        ids = torch.tensor([[bos, *processor.picture_ids(picture)] for picture in batch])
+        ids = torch.tensor([with_beginning(processor.tokenizer, processor.picture_ids(picture)) for picture in batch])
         ids = ids.to(model.device)
         output = model.generate(
             input_ids=ids,

@@ -230,7 +230,7 @@ def test_an_open_picture_may_be_written_as_a_prompt(processor):
     assert ids[-2:] == [processor.begin_image_token_id, processor.image_token_offset + 5]
 
 
-def test_empty_text_without_a_beginning_token_raises(processor):
+def test_empty_text_without_special_tokens_raises(processor):
     with pytest.raises(ValueError, match="no token at all"):
         processor(text=["red", ""], add_special_tokens=False)
 
