@@ -26,6 +26,35 @@ DEFAULT_CHAT_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ 'assistant\n' }}{% endif %}"
 )
+# before a template that wants strings: messages of parts become strings, all others stay what they are
+_PARTS_TO_TEXT = (
+    "{% set flat = namespace(messages=[]) %}"
+    "{% for message in messages %}"
+    "{% if message['content'] is sequence and message['content'] is not string"
+    " and message['content'] is not mapping %}"
+    + MESSAGE_TEXT
+    + "{% set flat.messages = flat.messages + [dict(message, content=turn.text)] %}"
+    "{% else %}{% set flat.messages = flat.messages + [message] %}{% endif %}"
+    "{% endfor %}"
+    "{% set messages = flat.messages %}"
+    # Transformers drops this newline, and reads what follows as the beginning of a line
+    "\n"
+)
 
 
-__all__ = ["DEFAULT_CHAT_TEMPLATE", "MESSAGE_TEXT"]
+def with_picture_parts(template: str) -> str:
+    """
+    A text model's chat template that also takes messages of parts: texts are joined, and `<image>` stands for a
+    picture. Messages that are strings come out as ever.
+
+    Args:
+        template (`str`):
+            Jinja, as Transformers renders it.
+
+    Returns:
+        `str`: the template itself where it has been given pictures already.
+    """
+    return template if template.startswith(_PARTS_TO_TEXT) else _PARTS_TO_TEXT + template
+
+
+__all__ = ["DEFAULT_CHAT_TEMPLATE", "MESSAGE_TEXT", "with_picture_parts"]

@@ -8,7 +8,7 @@ import torch
 from transformers.utils.hub import convert_file_size_to_int
 
 from ..convert.chameleon import convert_chameleon
-from ..convert.llama import IMAGE_GROUPS, convert_llama
+from ..convert.llama import CODE_ROWS, IMAGE_GROUPS, convert_llama
 from ..convert.reading import CheckpointError
 from ..convert.receipt import Receipt
 from ..convert.vqgan import convert_vqgan
@@ -32,7 +32,10 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     vqgan.add_argument("--resolution", type=int, default=512, help="side of its pictures in pixels; taming's have 256")
     llama = subcommands.add_parser("llama", help="a text model: Llama, SmolLM2, Qwen2, Qwen3, Mistral")
     for subcommand in (chameleon, llama):
-        subcommand.add_argument("--source", required=True, help="folder of the checkpoint")
+        kind = (
+            "folder of the checkpoint, or its name on the Hub" if subcommand is llama else "folder of the checkpoint"
+        )
+        subcommand.add_argument("--source", required=True, help=kind)
         subcommand.add_argument("--output", required=True, help="folder to write; missing or empty")
         subcommand.add_argument("--allow-pickle", action="store_true", help="read pytorch_model.bin files as well")
         subcommand.add_argument(
@@ -44,6 +47,13 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         )
     chameleon.add_argument("--vqgan", help="vqgan.ckpt of the image tokenizer, with its decoder")
     llama.add_argument("--processor", required=True, help="folder of the MomaProcessor whose pictures it shall learn")
+    llama.add_argument("--gguf-file", help="file of the source to read in place of its other weights; needs gguf")
+    llama.add_argument(
+        "--code-rows",
+        choices=CODE_ROWS,
+        default="fitted",
+        help="rows of picture codes: fitted so that pictures begin at a uniform loss, or around the mean of all rows",
+    )
     llama.add_argument("--image-group", choices=IMAGE_GROUPS, default="copy", help="weights of the image group")
     llama.add_argument("--seed", type=int, default=0, help="of the new weights")
     return parser.parse_args(argv)
@@ -69,7 +79,9 @@ def convert_checkpoint(args: argparse.Namespace) -> Receipt:
             args.source,
             args.output,
             processor=args.processor,
+            gguf_file=args.gguf_file,
             image_group=args.image_group,
+            code_rows=args.code_rows,
             seed=args.seed,
             **shared,
         )

@@ -22,10 +22,12 @@ class ProbeResult:
     Args:
         relative_difference: see [`relative_difference`].
         new_token_probability: see [`new_token_probability`]; None without new tokens.
+        picture_loss: mean loss of picture codes in nats; None without new tokens.
     """
 
     relative_difference: float
     new_token_probability: float | None = None
+    picture_loss: float | None = None
 
 
 class ChangedWeights(Mapping):

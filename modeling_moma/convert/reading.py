@@ -7,7 +7,7 @@ import math
 import pickle
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import torch
 
@@ -34,7 +34,54 @@ class CheckpointError(ValueError):
     """A checkpoint that cannot be read or converted. The message names the file, key or field at fault."""
 
 
-class CheckpointReader(Mapping):
+class TensorSource(Mapping):
+    """The tensors of a checkpoint, by name; each one is read when it is asked for.
+
+    Attributes:
+        folder: where it lies.
+        label: what the receipt calls it.
+        loading: arguments beside the folder with which `from_pretrained` of Transformers reads it.
+        config: contents of `config.json`, or what a file holds in its place.
+        shapes: shape of each tensor, by name.
+        dtypes: its type.
+        files: the file it lies in.
+    """
+
+    config: Mapping[str, Any]
+    shapes: Mapping[str, tuple[int, ...]]
+    dtypes: Mapping[str, torch.dtype]
+    files: Mapping[str, Path]
+
+    def __init__(self, folder: Path):
+        self.folder, self.label = folder, folder.resolve().name
+        self.loading: dict[str, str] = {}
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self.read(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.shapes)
+
+    def __len__(self) -> int:
+        return len(self.shapes)
+
+    def read(self, name: str, rows: slice | None = None) -> torch.Tensor:
+        """Read one tensor.
+
+        Args:
+            name: its key.
+            rows: read these indices of the first dimension only; without a step.
+
+        Returns:
+            On the CPU.
+
+        Raises:
+            KeyError: there is no such tensor.
+        """
+        raise NotImplementedError
+
+
+class CheckpointReader(TensorSource):
     """The tensors of a checkpoint folder, by name; each one is read from the disk when it is asked for.
 
     Opening reads the headers alone and checks that the files are whole and agree with the index. No file stays mapped
@@ -45,19 +92,13 @@ class CheckpointReader(Mapping):
         allow_pickle: Whether to read `pytorch_model.bin` files where there are no safetensors files, see
             [`read_pickle`]. One of them is held in memory at a time.
 
-    Attributes:
-        config: contents of `config.json`.
-        shapes: shape of each tensor, by name.
-        dtypes: its type.
-        files: the file it lies in.
-
     Raises:
         CheckpointError: there are no weights, only pickles that were not allowed, or a shard is missing, cut short or
             at odds with the index.
     """
 
     def __init__(self, folder: str | Path, allow_pickle: bool = False):
-        self.folder = Path(folder)
+        super().__init__(Path(folder))
         if not self.folder.is_dir():
             raise CheckpointError(
                 f"{folder}: no such folder. Fetch a checkpoint of the Hub with `hf download NAME --local-dir FOLDER`."
@@ -72,25 +113,18 @@ class CheckpointReader(Mapping):
         elif self._exists("pytorch_model.bin"):
             self._open("pytorch_model.bin", self._open_pickle, allow_pickle)
         else:
+            other = sorted(path.name for path in self.folder.glob("*.gguf"))
+            hint = f" It holds {other[0]}: `moma convert llama` reads it with --gguf-file {other[0]}." if other else ""
             raise CheckpointError(
-                f"{folder}: it holds neither model.safetensors nor model.safetensors.index.json with its shards."
+                f"{folder}: it holds neither model.safetensors nor model.safetensors.index.json with its shards.{hint}"
             )
 
     @functools.cached_property
     def config(self) -> dict:
         return read_json(self.folder / "config.json")
 
-    def __getitem__(self, name: str) -> torch.Tensor:
-        return self.read(name)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.shapes)
-
-    def __len__(self) -> int:
-        return len(self.shapes)
-
     def read(self, name: str, rows: slice | None = None) -> torch.Tensor:
-        """Read one tensor.
+        """See [`TensorSource.read`].
 
         Args:
             name: its key.

@@ -26,6 +26,8 @@ class Receipt:
             batch, in fp32, both of weights in the target's type; None without a probe.
         new_token_probability: share of the softmax that falls on all new tokens together, the mean over the positions
             of the probe batch; None without a probe or new tokens.
+        picture_loss: mean loss in nats of the codes of random pictures beside plain words, over the whole vocabulary;
+            None without a probe or new tokens.
     """
 
     source: str
@@ -38,6 +40,7 @@ class Receipt:
     files: int = 0
     relative_difference: float | None = None
     new_token_probability: float | None = None
+    picture_loss: float | None = None
 
     def table(self) -> str:
         """The receipt as lines of `name  value`."""
@@ -53,6 +56,8 @@ class Receipt:
         ]
         if self.new_token_probability is not None:
             rows.append(("probability of new tokens", f"{self.new_token_probability:.2%}"))
+        if self.picture_loss is not None:
+            rows.append(("loss of picture codes", f"{self.picture_loss:.2f} nats"))
         width = max(len(name) for name, _ in rows)
         return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
 

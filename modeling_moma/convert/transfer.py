@@ -14,14 +14,16 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from tqdm.auto import tqdm
 from transformers import GenerationConfig
 from transformers.dynamic_module_utils import custom_object_save
+from transformers.utils import logging
 from transformers.utils.hub import convert_file_size_to_int
 
 from .. import MomaConfig, MomaForCausalLM
 from ..training.files import path_aside
 from .probe import LARGEST_DIFFERENCE, ProbeResult
-from .reading import DTYPES, CheckpointError, CheckpointReader
+from .reading import DTYPES, CheckpointError, CheckpointReader, TensorSource
 from .receipt import Receipt
 
 
@@ -60,7 +62,7 @@ TypedEntry = tuple[Entry, torch.dtype]
 
 
 def transfer(
-    reader: CheckpointReader,
+    reader: TensorSource,
     config: MomaConfig,
     entries: Sequence[Entry],
     output: str | Path,
@@ -101,11 +103,11 @@ def transfer(
             or the probe fails.
     """
     output = Path(output).absolute()
-    _check_free(output)
+    check_free(output)
     with torch.device("meta"):
         model = MomaForCausalLM(config)
     _check_target(model, entries)
-    receipt = _check_source(reader, entries, ignored or {})
+    receipt = check_source(reader, entries, ignored or {})
     typed = _with_dtypes(reader, entries, dtype)
     shards = _plan_shards(typed, convert_file_size_to_int(max_shard_size))
     receipt.tensor_bytes = sum(_num_bytes(entry, dtype) for entry, dtype in typed)
@@ -121,6 +123,7 @@ def transfer(
             result = probe(CheckpointReader(aside))
             receipt.relative_difference = result.relative_difference
             receipt.new_token_probability = result.new_token_probability
+            receipt.picture_loss = result.picture_loss
             _check_difference(receipt.relative_difference, reader)
         receipt.save(aside)
         (generation_config or GenerationConfig.from_model_config(config)).save_pretrained(aside)
@@ -130,19 +133,20 @@ def transfer(
         custom_object_save(model, aside, config=config)  # pyright: ignore[reportArgumentType]
         config.save_pretrained(aside)
         # a second conversion may have been faster
-        _check_free(output)
+        check_free(output)
         os.replace(aside, output)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     return receipt
 
 
-def _check_free(output: Path) -> None:
+def check_free(output: Path) -> None:
+    """Raise `CheckpointError` where a folder holds something already."""
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise CheckpointError(f"{output}: it exists and is not empty; choose another output folder.")
 
 
-def _check_difference(difference: float, reader: CheckpointReader) -> None:
+def _check_difference(difference: float, reader: TensorSource) -> None:
     # a NaN has to fail as well
     if not difference <= LARGEST_DIFFERENCE:
         raise CheckpointError(
@@ -168,7 +172,20 @@ def _check_target(model: MomaForCausalLM, entries: Sequence[Entry]) -> None:
             raise CheckpointError(f"{name!r}: the shape {shapes[name]} is given, but the MoMa model has {shape}.")
 
 
-def _check_source(reader: CheckpointReader, entries: Sequence[Entry], ignored: Mapping[str, str]) -> Receipt:
+def check_source(reader: TensorSource, entries: Sequence[Entry], ignored: Mapping[str, str]) -> Receipt:
+    """Compare the keys and shapes of a source with what the entries need, and count them.
+
+    Args:
+        reader: the source.
+        entries: see [`transfer`].
+        ignored: see [`transfer`].
+
+    Returns:
+        Counts of keys alone.
+
+    Raises:
+        CheckpointError: a key is missing, surplus or of another shape.
+    """
     used = set()
     for entry in entries:
         shapes = entry.source_shapes or (tuple(entry.shape),) * len(entry.sources)
@@ -194,7 +211,7 @@ def _check_source(reader: CheckpointReader, entries: Sequence[Entry], ignored: M
         reasons[reason] += 1
     kinds = Counter(entry.kind for entry in entries)
     return Receipt(
-        source=reader.folder.resolve().name,
+        source=reader.label,
         model_type=reader.config.get("model_type", ""),
         taken=kinds["taken"],
         copied=kinds["copied"],
@@ -203,7 +220,7 @@ def _check_source(reader: CheckpointReader, entries: Sequence[Entry], ignored: M
     )
 
 
-def _with_dtypes(reader: CheckpointReader, entries: Sequence[Entry], dtype: torch.dtype | None) -> list[TypedEntry]:
+def _with_dtypes(reader: TensorSource, entries: Sequence[Entry], dtype: torch.dtype | None) -> list[TypedEntry]:
     source_sizes = Counter()
     for key in reader:
         if reader.dtypes[key].is_floating_point:
@@ -239,19 +256,21 @@ def _plan_shards(typed: list[TypedEntry], max_bytes: int) -> list[list[TypedEntr
     return shards
 
 
-def _write_weights(reader: CheckpointReader, shards: list[list[TypedEntry]], folder: Path, total_bytes: int) -> None:
+def _write_weights(reader: TensorSource, shards: list[list[TypedEntry]], folder: Path, total_bytes: int) -> None:
     names = ["model.safetensors"]
     if len(shards) > 1:
         names = [f"model-{number:05}-of-{len(shards):05}.safetensors" for number in range(1, len(shards) + 1)]
-    for name, shard in zip(names, shards):
-        _write_shard(reader, shard, folder / name)
+    # one bar for all files, in bytes: tensors are of very different size
+    with logging.tqdm(total=total_bytes, desc="tensors", unit="B", unit_scale=True) as progress:
+        for name, shard in zip(names, shards):
+            _write_shard(reader, shard, folder / name, progress)
     if len(shards) > 1:
         weight_map = {entry.name: name for name, shard in zip(names, shards) for entry, _ in shard}
         index = {"metadata": {"total_size": total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def _write_shard(reader: CheckpointReader, shard: list[TypedEntry], path: Path) -> None:
+def _write_shard(reader: TensorSource, shard: list[TypedEntry], path: Path, progress: tqdm) -> None:
     # wide types first, so that each tensor lies at a multiple of its item size
     shard = sorted(shard, key=lambda pair: -pair[1].itemsize)
     header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
@@ -274,5 +293,6 @@ def _write_shard(reader: CheckpointReader, shard: list[TypedEntry], path: Path) 
                 raise CheckpointError(f"{entry.name!r}: it came out as {tuple(tensor.shape)}, not {entry.shape}.")
             if tensor.numel():
                 file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
+            progress.update(_num_bytes(entry, dtype))
             # before the next one is read
             del tensor

@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The tensors of a GGUF file by the names of Transformers, dequantized one at a time."""
+
+import functools
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import init_empty_weights
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
+from transformers.utils import is_gguf_available
+
+from .reading import CheckpointError, TensorSource
+
+
+ROWS_AT_ONCE = 4096
+
+
+@dataclass(frozen=True)
+class _StoredTensor:
+    """A tensor of the file: its name there, its shape as Transformers counts dimensions, and where and how it lies."""
+
+    name: str
+    shape: tuple[int, ...]
+    quantization: Any
+    offset: int
+    stored_shape: tuple[int, ...]
+    stored_type: np.dtype
+
+
+class GgufReader(TensorSource):
+    """The tensors of a GGUF file as Transformers reads it.
+
+    Transformers' own tables of names and rearrangements are used, but a tensor is dequantized when it is asked for,
+    where `from_pretrained(gguf_file=...)` holds the whole model. All come as float32.
+
+    Args:
+        folder: holds the file.
+        file: its name.
+
+    Attributes:
+        source_config: as Transformers makes it of the file.
+
+    Raises:
+        CheckpointError: no such file, the package `gguf` is missing, or Transformers cannot read the file.
+    """
+
+    def __init__(self, folder: str | Path, file: str):
+        super().__init__(Path(folder))
+        self.path, self.label, self.loading = self.folder / file, Path(file).name, {"gguf_file": file}
+        if not self.path.is_file():
+            found = sorted(path.name for path in self.folder.glob("*.gguf")) if self.folder.is_dir() else []
+            raise CheckpointError(f"{self.path}: no such file; of this kind the folder has {found or 'none'}.")
+        if not is_gguf_available():
+            raise CheckpointError(f"{self.path}: it takes the package gguf to read it: pip install '.[gguf]'.")
+        try:
+            self.source_config: PreTrainedConfig = AutoConfig.from_pretrained(self.folder, **self.loading)
+        # what a damaged file makes of the library is anything
+        except Exception as error:
+            reason = " ".join(str(error).split())
+            raise CheckpointError(f"{self.path}: Transformers cannot read it: {reason}") from error
+
+    @functools.cached_property
+    def config(self) -> dict:
+        return self.source_config.to_dict()
+
+    @functools.cached_property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: tensor.shape for name, tensor in self._tensors.items()}
+
+    @functools.cached_property
+    def dtypes(self) -> dict[str, torch.dtype]:
+        return dict.fromkeys(self._tensors, torch.float32)
+
+    @functools.cached_property
+    def files(self) -> dict[str, Path]:
+        return dict.fromkeys(self._tensors, self.path)
+
+    def read(self, name: str, rows: slice | None = None) -> torch.Tensor:
+        """See [`TensorSource.read`]; the whole tensor is dequantized for any rows."""
+        from gguf import dequantize
+
+        tensor = self._tensors[name]
+        count = math.prod(tensor.stored_shape)
+        # read and not mapped: pages of the file would count as this process's memory
+        stored = np.fromfile(self.path, tensor.stored_type, count, offset=tensor.offset).reshape(tensor.stored_shape)
+        values = np.empty(self.shapes[name], dtype=np.float32)
+        # dequantizing takes several times the memory of its result
+        for start in range(0, len(values), ROWS_AT_ONCE):
+            part = slice(start, start + ROWS_AT_ONCE)
+            values[part] = dequantize(stored[part], tensor.quantization)
+        values = self._processor.process(values, tensor.name).weights
+        return torch.from_numpy(np.ascontiguousarray(values if rows is None else values[rows]))
+
+    @functools.cached_property
+    def _processor(self) -> TensorProcessor:
+        return TENSOR_PROCESSORS.get(self._contents[0], TensorProcessor)(config=self.config)
+
+    @functools.cached_property
+    def _contents(self) -> tuple[str, list["_StoredTensor"]]:
+        """The architecture, and where each tensor lies."""
+        from gguf import GGUFReader
+
+        # not kept, since it holds every token of the vocabulary as an array of its own
+        reader = GGUFReader(self.path)
+        field: Any = reader.get_field("general.architecture")
+        return field.contents(), [
+            _StoredTensor(
+                name=tensor.name,
+                shape=tuple(map(int, reversed(tensor.shape))),
+                quantization=tensor.tensor_type,
+                offset=int(tensor.data_offset),
+                stored_shape=tuple(tensor.data.shape),
+                stored_type=tensor.data.dtype,
+            )
+            for tensor in reader.tensors
+        ]
+
+    @functools.cached_property
+    def _tensors(self) -> dict[str, "_StoredTensor"]:
+        with init_empty_weights():
+            model = AutoModelForCausalLM.from_config(self.source_config)
+        try:
+            names = get_gguf_hf_weights_map(model, self._processor)
+        except NotImplementedError as error:
+            raise CheckpointError(f"{self.path}: {error}") from error
+        tensors = self._contents[1]
+        unknown = [tensor.name for tensor in tensors if tensor.name not in names]
+        if unknown:
+            raise CheckpointError(
+                f"{self.path}: Transformers passes over {unknown[0]!r} and {len(unknown) - 1} other tensors, so what "
+                "it makes of this file is another model. Convert the checkpoint that the file was made of."
+            )
+        return {names[tensor.name]: tensor for tensor in tensors}

@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where a checkpoint comes from: a folder, a GGUF file in one, or a name on the Hub."""
+
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+from .gguf import GgufReader
+from .reading import CheckpointError, CheckpointReader, TensorSource
+
+
+# configuration, index and tokenizer; no weights
+_SMALL_FILES = ["*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt"]
+
+
+def open_source(source: str | Path, gguf_file: str | None = None, allow_pickle: bool = False) -> TensorSource:
+    """Open a checkpoint of Transformers.
+
+    Args:
+        source: its folder, or its name on the Hub, which is fetched into the cache of `huggingface_hub`.
+        gguf_file: name of a GGUF file in it to read in place of its other weights.
+        allow_pickle: see [`CheckpointReader`].
+
+    Returns:
+        A reader of its tensors.
+
+    Raises:
+        CheckpointError: there is no such folder and nothing of that name can be fetched, or its files are damaged.
+    """
+    folder = Path(source)
+    is_name = not folder.is_dir()
+    if is_name:
+        folder = fetch(str(source), gguf_file, allow_pickle)
+    reader = CheckpointReader(folder, allow_pickle) if gguf_file is None else GgufReader(folder, gguf_file)
+    if is_name:
+        # the folder's is a hash
+        reader.label = str(source) if gguf_file is None else f"{source}/{gguf_file}"
+    return reader
+
+
+def fetch(name: str, gguf_file: str | None = None, allow_pickle: bool = False) -> Path:
+    """Fetch a repository of the Hub, as far as a conversion reads it.
+
+    Args:
+        name: `owner/name`.
+        gguf_file: fetch these weights alone.
+        allow_pickle: fetch `pytorch_model` files as well.
+
+    Returns:
+        Its folder in the cache.
+
+    Raises:
+        CheckpointError: the Hub cannot be reached and the cache lacks it, or there is no such repository.
+    """
+    weights = ["*.safetensors", *(["pytorch_model*.bin"] if allow_pickle else [])]
+    patterns = [*_SMALL_FILES, *(weights if gguf_file is None else [gguf_file])]
+    try:
+        return Path(snapshot_download(name, allow_patterns=patterns))
+    # the last is what a failed connection raises; the first is one of it
+    except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
+        reason = " ".join(str(error).split())
+        raise CheckpointError(
+            f"{name}: there is no such folder, and as a name on the Hub it cannot be fetched: {reason} Without a "
+            f"network fetch it elsewhere, `hf download {name} --local-dir FOLDER`, and pass --source FOLDER."
+        ) from error
