@@ -178,6 +178,9 @@ def fit_code_rows(
     noise_CD, shared_D = start_CD - mean_D, mean_D
     for number in range(ROUNDS if config.tie_word_embeddings else 1):
         state_ND, kind_N = _states(config, ReplacedWeights(weights, {head: head_VD}), texts, seed=number)
+        # of damaged weights nothing can be fitted; the probe says so
+        if not state_ND.isfinite().all():
+            return start_CD
         fitted_D = _fit_shared(state_ND, kind_N, _log_sum_exp(state_ND, head_VD, texts.code_ids), mean_D, len(codes))
         # half the way, since the states follow
         shared_D = fitted_D if number == 0 else (shared_D + fitted_D) / 2

