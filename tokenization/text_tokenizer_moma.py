@@ -229,7 +229,8 @@ def beginning_ids(tokenizer: PreTrainedTokenizerFast) -> list[int]:
     Returns:
         `list[int]`: maybe empty.
     """
-    ids, bare = tokenizer("a")["input_ids"], tokenizer("a", add_special_tokens=False)["input_ids"]
+    ids: Any = tokenizer("a")["input_ids"]
+    bare: Any = tokenizer("a", add_special_tokens=False)["input_ids"]
     for start in range(len(ids) - len(bare) + 1):
         if ids[start : start + len(bare)] == bare:
             return ids[:start]
@@ -250,10 +251,8 @@ def with_beginning(tokenizer: PreTrainedTokenizerFast, ids: Sequence[int]) -> li
     Returns:
         `list[int]`: empty only where there are no ids and the tokenizer has no beginning token.
     """
-    begun = [*beginning_ids(tokenizer), *ids]
-    if not begun and tokenizer.bos_token_id is not None:
-        begun = [tokenizer.bos_token_id]
-    return begun
+    bos: Any = tokenizer.bos_token_id
+    return [*beginning_ids(tokenizer), *ids] or ([] if bos is None else [bos])
 
 
 def special_beginning(tokenizer: PreTrainedTokenizerFast) -> str:

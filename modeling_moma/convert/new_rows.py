@@ -171,13 +171,16 @@ def fit_code_rows(
     Returns:
         New rows of the head for the codes, `[C, D]`.
     """
+    is_tied = config.tie_word_embeddings
+    # before the head is in memory
+    states = None if is_tied else _states(config, weights, texts, seed=0)
     head_VD = weights[head]
     codes = torch.tensor(texts.code_ids)
     start_CD = head_VD[codes].float()
     mean_D = start_CD.mean(dim=0)
     noise_CD, shared_D = start_CD - mean_D, mean_D
-    for number in range(ROUNDS if config.tie_word_embeddings else 1):
-        state_ND, kind_N = _states(config, ReplacedWeights(weights, {head: head_VD}), texts, seed=number)
+    for number in range(ROUNDS if is_tied else 1):
+        state_ND, kind_N = states or _states(config, ReplacedWeights(weights, {head: head_VD}), texts, seed=number)
         # of damaged weights nothing can be fitted; the probe says so
         if not state_ND.isfinite().all():
             return start_CD

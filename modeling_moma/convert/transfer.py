@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from tqdm.auto import tqdm
 from transformers import GenerationConfig
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils import logging
@@ -263,14 +262,14 @@ def _write_weights(reader: TensorSource, shards: list[list[TypedEntry]], folder:
     # one bar for all files, in bytes: tensors are of very different size
     with logging.tqdm(total=total_bytes, desc="tensors", unit="B", unit_scale=True) as progress:
         for name, shard in zip(names, shards):
-            _write_shard(reader, shard, folder / name, progress)
+            _write_shard(reader, shard, folder / name, progress.update)
     if len(shards) > 1:
         weight_map = {entry.name: name for name, shard in zip(names, shards) for entry, _ in shard}
         index = {"metadata": {"total_size": total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def _write_shard(reader: TensorSource, shard: list[TypedEntry], path: Path, progress: tqdm) -> None:
+def _write_shard(reader: TensorSource, shard: list[TypedEntry], path: Path, wrote: Callable[[int], object]) -> None:
     # wide types first, so that each tensor lies at a multiple of its item size
     shard = sorted(shard, key=lambda pair: -pair[1].itemsize)
     header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
@@ -293,6 +292,6 @@ def _write_shard(reader: TensorSource, shard: list[TypedEntry], path: Path, prog
                 raise CheckpointError(f"{entry.name!r}: it came out as {tuple(tensor.shape)}, not {entry.shape}.")
             if tensor.numel():
                 file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
-            progress.update(_num_bytes(entry, dtype))
+            wrote(_num_bytes(entry, dtype))
             # before the next one is read
             del tensor
