@@ -41,6 +41,7 @@ REASONS = (
     "needs a cluster",
     "needs hours",
     "needs the Hub",
+    "needs a download",
     "needs a checkpoint",
     "needs a server",
     "illustrates an error",
