@@ -19,6 +19,7 @@ from transformers.integrations.moe import (
 )
 
 from .configuration_moma import MomaConfig
+from .experts_in_turn_moma import are_plain, run_in_turn
 from .host_moma import is_on_host
 
 
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 
 DEFAULT_IMPLEMENTATION = "moma"
 
-# of a step on a CPU, where to ask who chose whom costs nothing
+# whose experts are counted faster one by one than by an operation
 _FEW_ROWS = 128
 # what grouped matrix products want whole words of, in every row
 _WORD_BYTES = 16
@@ -43,7 +44,7 @@ def moma_experts_forward(
     is_sorted: bool = False,
     ends_E: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Equal shares as two batched products, all else as grouped products, a few rows one by one.
+    """Equal shares as two batched products; else expert by expert without gradients on a CPU, or as grouped products.
 
     Args:
         self (`MomaExperts`): packed experts.
@@ -59,10 +60,12 @@ def moma_experts_forward(
     Returns:
         `torch.Tensor`: weighted sums, `[P, D]`.
     """
+    on_host = is_on_host(hidden_states) and not torch.compiler.is_compiling()
+    if on_host and torch.is_grad_enabled() and are_plain(self.gate_up_proj, self.down_proj):
+        return _train_in_turn(self, hidden_states, top_k_index, top_k_weights, num_taken, is_sorted)
     if num_taken is not None:
         return _run_equal_shares(self, hidden_states, top_k_weights, num_taken)
-    on_host = is_on_host(hidden_states) and not torch.compiler.is_compiling()
-    if on_host and not torch.is_grad_enabled() and top_k_index.numel() <= _FEW_ROWS:
+    if on_host and not torch.is_grad_enabled():
         return _run_chosen(self, hidden_states, top_k_index, top_k_weights, is_sorted)
     if ends_E is not None:
         return _run_sorted(self, hidden_states, top_k_index, top_k_weights, True, ends_E)
@@ -115,23 +118,49 @@ def _run_equal_shares(
     return y_EDK.transpose(1, 2).flatten(0, 1) * weight_P1.to(y_EDK.dtype)
 
 
+def _train_in_turn(
+    experts: "MomaExperts",
+    x_ND: torch.Tensor,
+    expert_Nk: torch.Tensor,
+    weight_Nk: torch.Tensor,
+    num_taken: int | None,
+    is_sorted: bool,
+) -> torch.Tensor:
+    num_slots = expert_Nk.shape[1]
+    expert_P, weight_P1, rows_PD, order_P = expert_Nk.flatten(), weight_Nk.reshape(-1, 1), x_ND, None
+    if num_taken is None and not is_sorted:
+        expert_P, order_P = expert_P.sort()
+        rows_PD, weight_P1 = x_ND.index_select(0, order_P // num_slots), weight_P1.index_select(0, order_P)
+    if num_taken is not None:
+        counts = [num_taken] * experts.num_experts
+    else:
+        counts = torch.bincount(expert_P, minlength=experts.num_experts).tolist()
+    y_PD = run_in_turn(rows_PD, experts.gate_up_proj, experts.down_proj, counts, experts.act_fn)
+    y_PD = y_PD * weight_P1.to(y_PD.dtype)
+    if order_P is None:
+        return y_PD
+    y_PD = torch.zeros_like(y_PD).index_copy(0, order_P, y_PD)
+    return y_PD.unflatten(0, expert_Nk.shape).sum(1).to(x_ND.dtype)
+
+
 def _run_chosen(
     experts: "MomaExperts", x_ND: torch.Tensor, expert_Nk: torch.Tensor, weight_Nk: torch.Tensor, is_sorted: bool
 ) -> torch.Tensor:
-    """Few rows through the experts that they chose: the weights of those are read once, and no others."""
+    """Rows through the experts that they chose: each expert's weights are read once, and no others.
+
+    What an expert makes of its rows is small enough to stay in the caches.
+    """
     num_slots = expert_Nk.shape[1]
-    expert_P = expert_Nk.flatten().tolist()
-    rows_PD, order_P = x_ND, None
+    expert_P, rows_PD, order_P = expert_Nk.flatten(), x_ND, None
     if not is_sorted:
-        order_P = torch.tensor(sorted(range(len(expert_P)), key=expert_P.__getitem__), dtype=torch.long)
+        expert_P, order_P = expert_P.sort()
         rows_PD = x_ND.index_select(0, order_P // num_slots)
     parts, begin = [], 0
-    for expert in sorted(set(expert_P)):
-        end = begin + expert_P.count(expert)
+    for expert, count in _rows_of_experts(expert_P):
+        rows_KD = rows_PD[begin : begin + count]
         # expert parallelism counts those elsewhere beyond its own
-        is_mine = expert < experts.num_experts
-        parts.append(experts._run_one(expert, rows_PD[begin:end]) if is_mine else torch.zeros_like(rows_PD[begin:end]))
-        begin = end
+        parts.append(experts._run_one(expert, rows_KD) if expert < experts.num_experts else torch.zeros_like(rows_KD))
+        begin += count
     if not parts:
         return torch.zeros_like(x_ND)
     y_PD = parts[0] if len(parts) == 1 else torch.cat(parts)
@@ -139,6 +168,14 @@ def _run_chosen(
         y_PD = torch.empty_like(y_PD).index_copy_(0, order_P, y_PD)
     y_PD.mul_(weight_Nk.reshape(-1, 1))
     return y_PD if num_slots == 1 else y_PD.unflatten(0, expert_Nk.shape).sum(1)
+
+
+def _rows_of_experts(expert_P: torch.Tensor) -> list[tuple[int, int]]:
+    """The experts that occur, in order, and how often each does."""
+    if expert_P.numel() <= _FEW_ROWS:
+        experts = expert_P.tolist()
+        return [(expert, experts.count(expert)) for expert in sorted(set(experts))]
+    return [(expert, count) for expert, count in enumerate(torch.bincount(expert_P).tolist()) if count]
 
 
 def _run_sorted(

@@ -246,10 +246,9 @@ class MomaGenerationMixin(GenerationGaps):
                 FrameLogitsProcessor(self.config, max_length),
                 FittingFrameLogitsProcessor(self.config, max_length),
             ]
-        # the mode is that of a frame, whose rows have a last token
-        return [
-            OneFrameLogitsProcessor(self.config, max_length, frames[mode], prompt.shape[1], stop)  # pyright: ignore[reportArgumentType]
-        ]
+        # rows of a mode that is a frame's have one
+        last: int = stop  # pyright: ignore[reportAssignmentType]
+        return [OneFrameLogitsProcessor(self.config, max_length, frames[mode], prompt.shape[1], last)]
 
     def _option(self, name: str, generation_config: GenerationConfig | None, kwargs: dict) -> Any:
         sources = (

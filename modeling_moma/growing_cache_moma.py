@@ -46,11 +46,19 @@ class MomaGrowingCacheLayer(DynamicLayer):
         Returns:
             `tuple`: all keys and values, `[B, H, S + T, d]`.
         """
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or not self._fits(key_states, value_states):
+        keys, values = self.keys, self.values
+        is_plain = torch.is_grad_enabled() or torch.compiler.is_compiling() or not self.is_initialized
+        # what does not fit is refused by the plain layer
+        if (
+            is_plain
+            or keys is None
+            or values is None
+            or not (_fits_behind(key_states, keys) and _fits_behind(value_states, values))
+        ):
             self._room = None
             return super().update(key_states, value_states, *args, **kwargs)
-        num_stored, num_new = self.keys.shape[2], key_states.shape[2]
-        key_room, value_room = self._room_for(num_stored + num_new)
+        num_stored, num_new = keys.shape[2], key_states.shape[2]
+        key_room, value_room = self._room_for(num_stored + num_new, keys, values)
         key_room.narrow(2, num_stored, num_new).copy_(key_states)
         value_room.narrow(2, num_stored, num_new).copy_(value_states)
         self.keys = key_room.narrow(2, 0, num_stored + num_new)
@@ -63,28 +71,28 @@ class MomaGrowingCacheLayer(DynamicLayer):
         super().reset()
         self._room = None
 
-    def _fits(self, key_states: torch.Tensor, value_states: torch.Tensor) -> bool:
-        if not self.is_initialized or self.keys.numel() == 0:
-            return False
-        # what does not fit is refused by the plain layer
-        return _fits_behind(key_states, self.keys) and _fits_behind(value_states, self.values)
-
-    def _room_for(self, num_columns: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def _room_for(
+        self, num_columns: int, keys_BHSd: torch.Tensor, values_BHSd: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Memory with the stored tokens at its front, for so many or more."""
         if self._room is not None:
-            key_room, value_room, keys, values = self._room
-            is_own = keys is self.keys and values is self.values
+            key_room, value_room, key_view, value_view = self._room
+            is_own = key_view is keys_BHSd and value_view is values_BHSd
             # tensors of inference mode take no writing outside it
             is_writable = torch.is_inference_mode_enabled() or not key_room.is_inference()
             if is_own and is_writable and key_room.shape[2] >= num_columns:
                 return key_room, value_room
+            del key_room, value_room, key_view, value_view
         # let go before there is more
-        self._room = key_room = value_room = keys = values = None
+        self._room = None
         num_columns += max(_FEWEST_SPARE, int(_SPARE_SHARE * num_columns))
-        return _with_room(self.keys, num_columns), _with_room(self.values, num_columns)
+        return _with_room(keys_BHSd, num_columns), _with_room(values_BHSd, num_columns)
 
 
 def _fits_behind(new_BHTd: torch.Tensor, kept_BHSd: torch.Tensor) -> bool:
+    # nothing was stored yet
+    if kept_BHSd.ndim != 4:
+        return False
     (num_rows, num_heads, _, size), (kept_rows, kept_heads, _, kept_size) = new_BHTd.shape, kept_BHSd.shape
     is_alike = num_rows == kept_rows and num_heads == kept_heads and size == kept_size
     return is_alike and new_BHTd.dtype == kept_BHSd.dtype and new_BHTd.device == kept_BHSd.device

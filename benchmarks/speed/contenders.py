@@ -9,16 +9,18 @@ from transformers import PreTrainedModel
 from benchmarks.speed.peers import PEERS
 from benchmarks.speed.shapes import Shape, mixed_tokens
 from modeling_moma import MomaConfig, MomaForCausalLM
+from modeling_moma.attention_moma import MomaAttention
 from modeling_moma.router_base_moma import MomaRouterBase
 from modeling_moma.tools.calibration import calibrate_thresholds
 from modeling_moma.tools.costs import training_flops
 
 
 # batches that thresholds are computed from, and how often: each time changes what later layers read
-SETTLING_BATCHES = 8
-SETTLING_ROUNDS = 2
+SETTLING_BATCHES = 4
+SETTLING_ROUNDS = 1
 # other tokens than those that are timed
 _SETTLING_SEED = 1000
+_ATTENTION_SCALE = 0.02
 EXPERTS = {
     "dense": 1,
     "1t1i": {"text": 1, "image": 1},
@@ -73,7 +75,16 @@ def _moma(experts: str, **fields):
 
 
 def settled(model: MomaForCausalLM, shape: Shape, length: int) -> MomaForCausalLM:
-    """The model with thresholds that let each expert take its share, as those of a trained model do."""
+    """
+    The model with thresholds that let each expert and each depth layer take its share, as those of a trained model do.
+
+    Untrained attention adds nearly the same to all tokens of a row, so that random routers take them all or none of
+    them; made small, it leaves tokens to be told apart by what they are.
+    """
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, MomaAttention):
+                module.o_proj.weight.mul_(_ATTENTION_SCALE)
     seeds = range(_SETTLING_SEED, _SETTLING_SEED + SETTLING_BATCHES)
     batches = [{"input_ids": mixed_tokens(shape, 4, min(length, 512), seed=seed)} for seed in seeds]
     if any(isinstance(module, MomaRouterBase) for module in model.modules()):

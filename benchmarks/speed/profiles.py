@@ -3,7 +3,7 @@
 
 import weakref
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -48,12 +48,17 @@ def matmul_share(own: Counter) -> float:
 
 
 class PeakMemory(TorchDispatchMode):
-    """The most bytes that tensors held at once, of those that were made under it."""
+    """
+    The most bytes that tensors held at once, of those that were made under it.
 
-    def __init__(self):
+    Args:
+        known: tensors that were there before, of which views may be made under it.
+    """
+
+    def __init__(self, known: Iterable[torch.Tensor] = ()):
         super().__init__()
         self.now = self.peak = 0
-        self._seen: weakref.WeakSet = weakref.WeakSet()
+        self._seen: weakref.WeakSet = weakref.WeakSet(tensor.untyped_storage() for tensor in known)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
@@ -79,10 +84,11 @@ def peak_bytes(runner: Runner) -> int:
     """Bytes of what a training step makes and holds at once, without weights, gradients and optimizer."""
     runner.prepare()
     runner.work()
+    known = [runner.ids_BT, *runner.model.parameters(), *runner.model.buffers()]
     # the gradients are there, and stay
     for parameter in runner.model.parameters():
         if parameter.grad is not None:
-            parameter.grad.zero_()
-    with PeakMemory() as memory:
+            known.append(parameter.grad.zero_())
+    with PeakMemory(known) as memory:
         runner.work()
     return memory.peak

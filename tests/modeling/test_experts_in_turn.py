@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+import pytest
+import torch
+from torch import nn
+
+from helpers.tiny import tiny_model
+from modeling_moma.experts_in_turn_moma import are_plain, run_in_turn
+
+
+WIDTH, INNER = 6, 5
+COUNTS = ([3, 1, 2], [0, 4, 0], [0, 0, 0], [2, 0, 1, 3])
+# of three experts; rows of a fourth are of an expert elsewhere
+NUM_EXPERTS = 3
+
+
+def parts(counts, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((sum(counts), WIDTH), (NUM_EXPERTS, 2 * INNER, WIDTH), (NUM_EXPERTS, WIDTH, INNER))
+    return [torch.randn(shape, generator=generator, dtype=dtype).requires_grad_() for shape in shapes]
+
+
+def plain_loop(x_PD, gate_up_EGD, down_EDF, counts):
+    outputs, begin = [], 0
+    for expert, count in enumerate(counts):
+        rows = x_PD[begin : begin + count]
+        begin += count
+        if expert >= NUM_EXPERTS:
+            outputs.append(rows * 0)
+            continue
+        gate, up = (rows @ gate_up_EGD[expert].T).chunk(2, dim=-1)
+        outputs.append((nn.functional.silu(gate) * up) @ down_EDF[expert].T)
+    return torch.cat(outputs)
+
+
+@pytest.mark.parametrize("counts", COUNTS)
+def test_outputs_and_gradients_are_those_of_a_plain_loop(counts):
+    mine, others = parts(counts), parts(counts)
+    output, expected = run_in_turn(*mine, counts, nn.functional.silu), plain_loop(*others, counts)
+    torch.testing.assert_close(output, expected)
+    change = torch.randn(output.shape, dtype=output.dtype, generator=torch.Generator().manual_seed(1))
+    output.backward(change)
+    expected.backward(change)
+    for one, other in zip(mine, others):
+        torch.testing.assert_close(one.grad, other.grad)
+
+
+@pytest.mark.parametrize("frozen", [(0,), (1, 2), (0, 1, 2)])
+def test_what_is_frozen_gets_no_gradient(frozen):
+    mine, others = parts(COUNTS[0]), parts(COUNTS[0])
+    for tensors in (mine, others):
+        for index in frozen:
+            tensors[index].requires_grad_(False)
+    output = run_in_turn(*mine, COUNTS[0], nn.functional.silu)
+    assert output.requires_grad == (len(frozen) < 3)
+    if output.requires_grad:
+        output.sum().backward()
+        plain_loop(*others, COUNTS[0]).sum().backward()
+    for index, (one, other) in enumerate(zip(mine, others)):
+        assert (one.grad is None) == (index in frozen)
+        torch.testing.assert_close(one.grad, other.grad)
+
+
+def test_under_autocast_products_are_in_bf16_and_gradients_in_the_type_of_the_weights():
+    mine, others = parts(COUNTS[0], torch.float32), parts(COUNTS[0], torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        output = run_in_turn(*mine, COUNTS[0], nn.functional.silu)
+    assert output.dtype == torch.bfloat16
+    expected = plain_loop(*others, COUNTS[0])
+    output.float().square().sum().backward()
+    expected.square().sum().backward()
+    torch.testing.assert_close(output.float(), expected, rtol=0.05, atol=0.2)
+    for one, other in zip(mine, others):
+        assert one.grad.dtype == torch.float32
+        assert (one.grad - other.grad).norm() < 0.05 * other.grad.norm()
+
+
+def test_no_copy_of_all_weights_waits_for_the_backward():
+    held = []
+    mine = parts(COUNTS[0], torch.float32)
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: (held.append(x), x)[1], lambda x: x):
+        with torch.autocast("cpu", torch.bfloat16):
+            run_in_turn(*mine, COUNTS[0], nn.functional.silu)
+    weights = {tensor.data_ptr() for tensor in mine[1:]}
+    copies = [x for x in held if x.shape in (mine[1].shape, mine[2].shape) and x.data_ptr() not in weights]
+    assert held and not copies
+
+
+def test_gradients_of_gradients_are_refused():
+    mine = parts(COUNTS[0])
+    output = run_in_turn(*mine, COUNTS[0], nn.functional.silu)
+    (change,) = torch.autograd.grad(output.square().sum(), mine[0], create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        change.sum().backward()
+
+
+def test_weights_of_other_classes_are_left_to_other_ways():
+    class Wrapped(torch.Tensor):
+        pass
+
+    weight = torch.zeros(2, 2)
+    assert are_plain(weight, nn.Parameter(weight))
+    assert not are_plain(weight, weight.as_subclass(Wrapped))
+
+
+@pytest.mark.parametrize("routing", ["expert_choice", "threshold", "token_choice"])
+def test_training_with_and_without_it_is_the_same(routing):
+    ids = torch.randint(5, 60, (2, 12), generator=torch.Generator().manual_seed(0))
+    gradients = []
+    for implementation in ("moma", "eager"):
+        model = tiny_model(vocab_size=64, routing_warmup_steps=0).train()
+        model.set_experts_implementation(implementation)
+        model(ids, labels=ids, routing=routing, use_cache=False).loss.backward()
+        gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradient, gradients[1][name], msg=name)
