@@ -6,10 +6,13 @@ import io
 import os
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
 from contextlib import contextmanager
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -178,9 +181,39 @@ def test_the_server_lists_the_model_and_survives_a_bad_request(client):
     assert [model.id for model in client.models.list()] == [NAME]
     import openai
 
-    with pytest.raises(openai.APIStatusError):
+    with pytest.raises(openai.BadRequestError) as refusal:
         ask(client, [{"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}], 4)
+    assert refusal.value.param == "messages[0].content[0].image_url.url"
     assert ask(client, "noto: flag", 4).choices[0].message.content
+
+
+def test_an_answer_ends_at_a_stop_string(client, model, processor):
+    _, expected = greedy(model, processor, processor(text=["noto: red apple"], return_tensors="pt"), 12)
+    stop = expected.split()[1]
+    for stream in (False, True):
+        settings = {"max_tokens": 12, "temperature": 0, "stop": [stop], "stream": stream}
+        answer = client.completions.create(model=NAME, prompt="noto: red apple", **settings)
+        text = "".join(chunk.choices[0].text for chunk in answer) if stream else answer.choices[0].text
+        assert stop in text and expected.startswith(text) and len(text) < len(expected)
+
+
+def test_a_picture_of_the_web_is_fetched_once(client, model, processor, drawing, tmp_path):
+    picture, _ = drawing
+    picture.save(tmp_path / "disc.png")
+    paths = []
+
+    class Handler(SimpleHTTPRequestHandler):
+        def log_message(self, format, *args):
+            paths.append(self.path)
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=tmp_path)) as web:
+        threading.Thread(target=web.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{web.server_port}/disc.png"
+        answer = ask(client, [{"type": "image_url", "image_url": {"url": address}}], 24)
+        web.shutdown()
+    _, expected = greedy(model, processor, processor(images=[picture], text=["<image>"], return_tensors="pt"), 24)
+    assert answer.choices[0].message.content == expected
+    assert paths == ["/disc.png"]
 
 
 def test_the_model_is_served_by_its_own_code_where_the_package_is_absent(model, processor, tmp_path):

@@ -1,14 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Serve a model over HTTP: `transformers serve`, with its arguments.
+"""Serve a model over HTTP: `transformers serve`, with its arguments, and with checks of what is asked.
 
 The server looks models up by name among those of Transformers. Importing this package registers its classes first.
 """
 
 import sys
 
-from transformers.cli.transformers import main as transformers_main
-
 
 def main():
-    sys.argv = ["transformers", "serve", *sys.argv[1:]]
-    transformers_main()
+    # comes with Transformers
+    import typer
+
+    from ..serving_http.server import CheckedServe
+
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    app.command(help="Serve a model over HTTP in OpenAI's form, as `transformers serve` does.")(CheckedServe)
+    app(["--non-blocking", *sys.argv[1:]], prog_name="moma serve")
