@@ -163,14 +163,14 @@ def bad_requests(model_name: str) -> list[BadRequest]:
     ]
     found += [BadRequest(name, CHAT, {"json": {**good, **change}}, names) for name, (change, names) in fields.items()]
     bare = {"model": model_name, "max_tokens": 4}
-    # only generation finds that there are fewer beams than sequences
-    contradiction = {"generation_config": json.dumps({"num_beams": 1, "num_return_sequences": 2, "do_sample": False})}
+    contradiction = {"generation_config": json.dumps({"guidance_scale": 3.0, "num_beams": 4})}
     found += [
         BadRequest("no prompt", COMPLETIONS, {"json": bare}, "prompt"),
         BadRequest("a prompt of numbers", COMPLETIONS, {"json": {**bare, "prompt": [1, 2]}}, "prompt"),
         BadRequest("a long prompt", COMPLETIONS, {"json": {**bare, "prompt": "a flag " * 2000}}, "prompt"),
         BadRequest("a response to a number", "/v1/responses", {"json": {"model": model_name, "input": 3}}, "input"),
         BadRequest("settings that contradict", CHAT, {"json": {**good, **contradiction}}, "generation_config"),
+        BadRequest("an unknown setting", CHAT, {"json": {**good, "generation_config": '{"colour": 1}'}}, "colour"),
         BadRequest("no JSON", CHAT, {"content": b"{", "headers": {"content-type": "application/json"}}, "body"),
         BadRequest("a list", CHAT, {"json": []}, "body"),
         BadRequest("too many bytes", CHAT, {"json": {**good, "user": "a" * (33 << 20)}}, "body"),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Serve a model over HTTP: `transformers serve`, with its arguments, and with checks of what is asked.
+"""Serve a model over HTTP: `transformers serve`, with its arguments and checks of requests.
 
 The server looks models up by name among those of Transformers. Importing this package registers its classes first.
 """

@@ -121,6 +121,9 @@ def _check_generation_config(text: Any):
         settings = json.loads(text)
         if not isinstance(settings, dict):
             raise ValueError(f"it holds a {type(settings).__name__}")
+        unknown = sorted(set(settings) - set(vars(GenerationConfig())))
+        if unknown:
+            raise ValueError(f"it has no setting {unknown[0]!r}")
         GenerationConfig(**settings).validate()
     except (ValueError, TypeError, AttributeError) as error:
         raise RequestError(
