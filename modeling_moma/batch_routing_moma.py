@@ -59,15 +59,18 @@ def routing_of_batch(
     past_length = seen_positions(cache)
     # only static layers count in tensors, and only once they hold something
     may_fix = _may_fix_shapes(config, inputs, routing, is_training)
-    if may_fix and cache is not None and isinstance(past_length, torch.Tensor):
-        split, modality_BT, padding_BT = _split_step(
+    is_exported = torch.compiler.is_exporting()
+    if is_exported:
+        check_exportable(config, routing, is_training)
+    if is_exported or (may_fix and isinstance(past_length, torch.Tensor)):
+        split, modality_BT, padding_BT = _split_fixed(
             config,
             input_ids,
             inputs,
             attention_mask,
             mm_token_type_ids,
             past_length,
-            cache.get_max_length(),
+            cache.get_max_length() if isinstance(past_length, torch.Tensor) else None,  # pyright: ignore[reportOptionalMemberAccess]
         )
     else:
         split, modality_BT, padding_BT = _split_batch(
@@ -125,6 +128,31 @@ def check_length(
         )
 
 
+def check_exportable(config: MomaConfig, routing: str, is_training: bool):
+    """Refuse what no program of `torch.export` can hold.
+
+    Args:
+        config (`MomaConfig`): the model's.
+        routing (`str`): the rule for experts.
+        is_training (`bool`): whether the model is in `train()` mode.
+
+    Raises:
+        ValueError: there are depth layers, the rule looks at the whole batch, or the model trains.
+    """
+    if config.depth_layers:
+        raise ValueError(
+            f"`depth_layers` is {list(config.depth_layers)}: a model with depth layers cannot be exported, since the "
+            "shapes of what they compute and cache depend on who is chosen."
+        )
+    if is_training:
+        raise ValueError("The model is in `train()` mode, and routers would learn: call `model.eval()` before export.")
+    if not rule_of(routing).is_causal:
+        raise ValueError(
+            f"`routing` is {routing!r}: how many tokens an expert takes depends on the batch, so it cannot be exported. "
+            "Export a causal rule, such as 'threshold'."
+        )
+
+
 def _resolve_rules(
     config: MomaConfig, is_training: bool, routing: str | None, depth_routing: str | None
 ) -> tuple[str, str]:
@@ -149,24 +177,35 @@ def _may_fix_shapes(config: MomaConfig, inputs: torch.Tensor, routing: str, is_t
     return inputs.shape[1] == 1 and not config.depth_layers and rule_of(routing).is_causal and not is_training
 
 
-def _split_step(
+def _split_fixed(
     config: MomaConfig,
     input_ids: torch.Tensor | None,
     inputs: torch.Tensor,
     attention_mask: torch.Tensor | None,
     mm_token_type_ids: torch.Tensor | None,
-    past_length: torch.Tensor,
-    max_length: int,
+    past_length: int | torch.Tensor,
+    max_length: int | None,
 ) -> tuple[FixedSplit, torch.Tensor, torch.Tensor | None]:
-    # a cache that ends before the limit needs no wait for the number of its tokens
-    if max_length > config.max_position_embeddings:
-        check_length(config, 1, past_length)
+    """Every group gets every position: for steps with a static cache of `max_length`, and for programs."""
+    length = inputs.shape[1]
+    # a cache that ends before the limit needs no wait for the number of its tokens, and a program cannot wait
+    if not isinstance(past_length, torch.Tensor):
+        check_length(config, length, past_length)
+    elif max_length > config.max_position_embeddings and not torch.compiler.is_exporting():  # pyright: ignore[reportOptionalOperand]
+        check_length(config, length, past_length)
     modality_BT = _modalities(config, input_ids, inputs, mm_token_type_ids)
     padding_BT = None
     if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2:
-        if attention_mask.shape[1] == 1:
-            _check_mask(attention_mask, attention_mask.shape[0], 2)
-        padding_BT = attention_mask.index_select(1, past_length.view(1)) == 0
+        if not isinstance(past_length, torch.Tensor):
+            _check_mask(attention_mask, inputs.shape[0], past_length + length)
+            padding_BT = attention_mask[:, past_length : past_length + length] == 0
+        else:
+            if length == 1 and attention_mask.shape[1] == 1:
+                _check_mask(attention_mask, inputs.shape[0], 2)
+            places_T = past_length.view(1)
+            if length > 1:
+                places_T = places_T + torch.arange(length, device=places_T.device)
+            padding_BT = attention_mask.index_select(1, places_T) == 0
     split = FixedSplit(list(config.expert_groups), position_groups(config, modality_BT, padding_BT))
     return split, modality_BT, padding_BT
 
@@ -238,4 +277,4 @@ def _describe_rows(
         context.document_BT = find_packed_sequence_indices(position_ids)
 
 
-__all__ = ["check_length", "routing_of_batch", "seen_positions"]
+__all__ = ["check_exportable", "check_length", "routing_of_batch", "seen_positions"]

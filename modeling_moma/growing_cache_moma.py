@@ -22,6 +22,9 @@ class MomaGrowingCacheLayer(DynamicLayer):
     looks on, it is a `DynamicLayer`.
     """
 
+    # not in `__dict__`, where the exporters of Transformers take every tensor for a part of the cache
+    __slots__ = ("_room",)
+
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
         # memory behind keys and values, and the views of it that they are
@@ -31,7 +34,7 @@ class MomaGrowingCacheLayer(DynamicLayer):
     def from_layer(cls, layer: DynamicLayer) -> "MomaGrowingCacheLayer":
         """A layer with the tokens that another one holds."""
         growing = cls()
-        growing.__dict__.update(layer.__dict__)
+        vars(growing).update(vars(layer))
         return growing
 
     def update(
@@ -75,8 +78,10 @@ class MomaGrowingCacheLayer(DynamicLayer):
         self, num_columns: int, keys_BHSd: torch.Tensor, values_BHSd: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Memory with the stored tokens at its front, for so many or more."""
-        if self._room is not None:
-            key_room, value_room, key_view, value_view = self._room
+        # one that was rebuilt from its tensors has none
+        room = getattr(self, "_room", None)
+        if room is not None:
+            key_room, value_room, key_view, value_view = room
             is_own = key_view is keys_BHSd and value_view is values_BHSd
             # tensors of inference mode take no writing outside it
             is_writable = torch.is_inference_mode_enabled() or not key_room.is_inference()
@@ -84,7 +89,7 @@ class MomaGrowingCacheLayer(DynamicLayer):
                 return key_room, value_room
             del key_room, value_room, key_view, value_view
         # let go before there is more
-        self._room = None
+        self._room = room = None
         num_columns += max(_FEWEST_SPARE, int(_SPARE_SHARE * num_columns))
         return _with_room(keys_BHSd, num_columns), _with_room(values_BHSd, num_columns)
 

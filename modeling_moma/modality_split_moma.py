@@ -98,7 +98,7 @@ class FixedSplit:
     """A split whose shapes do not depend on the tokens: every group gets every position, and gives up the others'.
 
     For steps of one token, where a wait on the device for the numbers would cost more than the surplus work, and where
-    `torch.compile` needs every step to look alike.
+    `torch.compile` needs every step to look alike; and for programs of `torch.export`, which hold for any tokens.
 
     Attributes:
         groups (`list[str]`): names of the groups.

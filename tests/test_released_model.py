@@ -50,6 +50,18 @@ def test_the_tokenizer_knows_the_placeholder_and_where_the_model_ends():
     assert tokenizer.image_token == "<image>"
 
 
+def test_the_model_drafts_for_itself_with_its_first_layers():
+    model = AutoModelForCausalLM.from_pretrained(FOLDER, dtype=torch.float32)
+    processor = AutoProcessor.from_pretrained(FOLDER)
+    inputs = processor(text=["noto: red apple"], return_tensors="pt")
+    for mode, length in (("text", 16), ("image", 66)):
+        call = {"generation_mode": mode, "do_sample": False, "max_new_tokens": length}
+        expected = model.generate(**inputs, **call)
+        for early_exit in (1, 3, 5):
+            assert torch.equal(model.generate(**inputs, assistant_early_exit=early_exit, **call), expected)
+        assert torch.equal(model.generate(**inputs, **call), expected)
+
+
 def test_the_folder_as_it_is_loses_what_its_card_says(tmp_path):
     paths = {"--model": FOLDER, "--data": ROOT / "data" / "emoji", "--output": tmp_path / "report.json"}
     arguments = [str(text) for pair in paths.items() for text in pair]

@@ -225,6 +225,12 @@ class MomaVQModel(PreTrainedModel):
         grid = math.isqrt(image_tokens.shape[1])
         if grid == 0 or grid * grid != image_tokens.shape[1]:
             raise ValueError(f"image_tokens has {image_tokens.shape[1]} codes a picture, which fill no square grid.")
+        # a program has no numbers to look at
+        if not torch.compiler.is_exporting():
+            self._check_codes(image_tokens)
+        return self.decode(self.quantize.lookup(image_tokens.long(), grid)).clamp(-1, 1)
+
+    def _check_codes(self, image_tokens: torch.Tensor) -> None:
         size = self.config.num_embeddings
         outside = image_tokens[(image_tokens < 0) | (image_tokens >= size)]
         if outside.numel() > 0:
@@ -232,7 +238,6 @@ class MomaVQModel(PreTrainedModel):
                 f"image_tokens holds {int(outside[0])}, but codes lie in [0, {size}). Vocabulary ids must be turned "
                 "into codes first: subtract the id of the first picture token."
             )
-        return self.decode(self.quantize.lookup(image_tokens.long(), grid)).clamp(-1, 1)
 
     @torch.no_grad()
     def initialize_codebook(self, pixel_values: torch.Tensor, iterations: int = 5) -> None:

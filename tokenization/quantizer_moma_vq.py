@@ -33,8 +33,9 @@ class MomaVQQuantizer(nn.Module):
             codebook = self.embedding.weight.detach().float()
             code_lengths = codebook.pow(2).sum(dim=1)
             nearest = []
-            # in pieces, so that the distances stay in the processor's cache
-            for piece in vectors.split(ASSIGN_PIECE):
+            # in pieces, so that the distances stay in the processor's cache; a program would fix how many
+            pieces = [vectors] if torch.compiler.is_exporting() else vectors.split(ASSIGN_PIECE)
+            for piece in pieces:
                 # Chameleon's order of operations, so that near ties round to the same code
                 distances = piece.pow(2).sum(dim=1, keepdim=True) + code_lengths
                 nearest.append(distances.sub_(piece @ codebook.T, alpha=2).argmin(dim=1))

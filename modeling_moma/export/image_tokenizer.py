@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The picture tokenizer as two ONNX graphs, from pixels to codes and from codes to pixels.
+
+Shape suffixes:
+    B pictures, C channels, H rows and W columns of pixels, S codes of a picture.
+"""
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from tokenization import MomaVQModel
+
+
+# what `torch.onnx` imports, beside torch
+_NEEDED = ("onnx", "onnxscript")
+
+
+class OnnxImageTokenizer(NamedTuple):
+    """Files of [`export_image_tokenizer`].
+
+    Attributes:
+        encoder (`Path`): `pixel_values` fp32 `[B, C, H, W]` in [-1, 1] to `image_tokens` int64 `[B, S]`.
+        decoder (`Path`, *optional*): `image_tokens` to `pixel_values`; `None` where the model has no decoder.
+    """
+
+    encoder: Path
+    decoder: Path | None
+
+
+class _Encoder(nn.Module):
+    def __init__(self, model: MomaVQModel):
+        super().__init__()
+        self.model = model
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        return self.model.get_image_tokens(pixel_values)
+
+
+class _Decoder(nn.Module):
+    def __init__(self, model: MomaVQModel):
+        super().__init__()
+        self.model = model
+
+    def forward(self, image_tokens: torch.Tensor) -> torch.Tensor:
+        return self.model.decode_image_tokens(image_tokens)
+
+
+def export_image_tokenizer(model: MomaVQModel, folder: str | Path) -> OnnxImageTokenizer:
+    """Write `encoder.onnx` and `decoder.onnx`, for any number of pictures of the model's resolution.
+
+    The graphs hold the weights. They check nothing: a code outside the codebook is refused by the runtime, but -1 is
+    read as the last code.
+
+    Args:
+        model (`MomaVQModel`): in fp32, on the CPU; `processor.vq_model` of a [`MomaProcessor`].
+        folder (`str` or `Path`): where to write; made if it is missing.
+
+    Returns:
+        `OnnxImageTokenizer`: the paths of the files.
+
+    Raises:
+        ImportError: `onnx` or `onnxscript` is missing.
+        ValueError: the model's weights are not fp32.
+    """
+    missing = [name for name in _NEEDED if find_spec(name) is None]
+    if missing:
+        raise ImportError(f'Export to ONNX needs {" and ".join(missing)}: pip install "modeling-moma[export]".')
+    if model.dtype != torch.float32:
+        raise ValueError(
+            f"`model` is in {model.dtype}, in which near codes would change places: convert it by `model.float()`."
+        )
+    config, folder = model.config, Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    pixels_BCHW = torch.zeros(2, config.in_channels, config.resolution, config.resolution)
+    encoder = _write(_Encoder(model), "pixel_values", pixels_BCHW, "image_tokens", folder / "encoder.onnx")
+    if model.decoder is None:
+        return OnnxImageTokenizer(encoder, None)
+    codes_BS = torch.zeros(2, (config.resolution // config.downsample_factor) ** 2, dtype=torch.long)
+    decoder = _write(_Decoder(model), "image_tokens", codes_BS, "pixel_values", folder / "decoder.onnx")
+    return OnnxImageTokenizer(encoder, decoder)
+
+
+def _write(module: nn.Module, input_name: str, example: torch.Tensor, output_name: str, path: Path) -> Path:
+    with torch.no_grad():
+        program = torch.onnx.export(
+            module.eval(),
+            (example,),
+            dynamo=True,
+            verbose=False,
+            input_names=[input_name],
+            output_names=[output_name],
+            dynamic_shapes=({0: torch.export.Dim("pictures", min=1)},),
+        )
+    program.save(path, external_data=False)  # pyright: ignore[reportOptionalMemberAccess]
+    return path
+
+
+__all__ = ["OnnxImageTokenizer", "export_image_tokenizer"]

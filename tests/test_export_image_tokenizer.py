@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The picture tokenizer as ONNX graphs, run by ONNX Runtime."""
+
+import importlib
+
+import numpy as np
+import pytest
+import torch
+from datasets import load_dataset
+
+from helpers.released import RELEASED, skip_without_released_model
+from helpers.tiny import noise_pictures, tiny_processor, tiny_vq_model
+from modeling_moma.export.image_tokenizer import export_image_tokenizer
+from tokenization import MomaProcessor
+
+
+pytest.importorskip("onnxscript", reason="ONNX is not here: pip install onnx onnxscript onnxruntime")
+ort = pytest.importorskip("onnxruntime", reason="ONNX Runtime is not here: pip install onnx onnxscript onnxruntime")
+
+
+def run(path, **inputs: np.ndarray) -> np.ndarray:
+    return ort.InferenceSession(path, providers=["CPUExecutionProvider"]).run(None, inputs)[0]
+
+
+def assert_same_codes_and_pixels(processor, pictures, folder):
+    files = export_image_tokenizer(processor.vq_model, folder)
+    pixels = processor.image_processor(pictures, return_tensors="pt")["pixel_values"]
+    codes = processor.vq_model.get_image_tokens(pixels)
+    decoded = processor.vq_model.decode_image_tokens(codes)
+    # other numbers of pictures than the graph was traced with
+    for count in (1, len(pictures)):
+        np.testing.assert_array_equal(run(files.encoder, pixel_values=pixels[:count].numpy()), codes[:count].numpy())
+        pixels_out = run(files.decoder, image_tokens=codes[:count].numpy())
+        np.testing.assert_allclose(pixels_out, decoded[:count].numpy(), atol=1e-4)
+    assert codes.unique().numel() > 8
+    return files, codes
+
+
+def test_graphs_of_a_tiny_tokenizer_give_its_codes_and_pixels(tmp_path):
+    files, codes = assert_same_codes_and_pixels(tiny_processor(), noise_pictures(5), tmp_path / "new" / "onnx")
+    codes[0, 0] = 32
+    with pytest.raises(ort.capi.onnxruntime_pybind11_state.InvalidArgument):
+        run(files.decoder, image_tokens=codes.numpy())
+
+
+def test_graphs_of_the_released_tokenizer_give_its_codes_and_pixels(tmp_path):
+    skip_without_released_model()
+    pictures = load_dataset(str(RELEASED.parents[1] / "data" / "emoji"), split="test")[:24]["image"]
+    assert_same_codes_and_pixels(MomaProcessor.from_pretrained(RELEASED), pictures, tmp_path)
+
+
+def test_a_tokenizer_without_a_decoder_has_an_encoder_alone(tmp_path):
+    model = tiny_vq_model()
+    model.decoder = None
+    files = export_image_tokenizer(model, tmp_path)
+    assert files.decoder is None and files.encoder.is_file()
+    assert [path.name for path in tmp_path.iterdir()] == ["encoder.onnx"]
+
+
+def test_what_cannot_be_exported_is_refused(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="`model` is in torch.bfloat16"):
+        export_image_tokenizer(tiny_vq_model().to(torch.bfloat16), tmp_path)
+    module = importlib.import_module("modeling_moma.export.image_tokenizer")
+    monkeypatch.setattr(module, "_NEEDED", ("onnx", "no_such_package"))
+    with pytest.raises(ImportError, match="needs no_such_package"):
+        export_image_tokenizer(tiny_vq_model(), tmp_path)
