@@ -148,8 +148,8 @@ def check_exportable(config: MomaConfig, routing: str, is_training: bool):
         raise ValueError("The model is in `train()` mode, and routers would learn: call `model.eval()` before export.")
     if not rule_of(routing).is_causal:
         raise ValueError(
-            f"`routing` is {routing!r}: how many tokens an expert takes depends on the batch, so it cannot be exported. "
-            "Export a causal rule, such as 'threshold'."
+            f"`routing` is {routing!r}: how many tokens an expert takes depends on the batch, so it cannot be "
+            "exported. Export a causal rule, such as 'threshold'."
         )
 
 
