@@ -9,7 +9,7 @@ not download. Nothing of it is part of this repository.
 The source distribution has the files at the top of Transformers' `tests` folder and none of its sub-folders. So there
 are no generation tests in it (`tests/generation/test_utils.py`), no export tests and no pipeline tests. Generation is
 covered by our own `tests/modeling/test_generation_moma.py` and `tests/modeling/test_cached_equals_uncached.py`,
-pipelines by `tests/test_pipelines.py`.
+pipelines by `tests/test_pipelines.py`, export by `tests/modeling/test_export.py`.
 """
 
 import subprocess
