@@ -62,6 +62,10 @@ ifdef CASE
 	$(RUN) -m benchmarks $(CASE)
 else
 	$(RUN) -m benchmarks
+	$(RUN) -m benchmarks.sequence_length
+	$(RUN) -m benchmarks.large_vocabulary
+	$(RUN) -m benchmarks.picture_tokenizing
+	$(RUN) -m benchmarks.step_attention
 	$(RUN) benchmarks/expert_dispatch.py
 	$(RUN) -m benchmarks.depth_step
 	$(RUN) benchmarks/compilation.py

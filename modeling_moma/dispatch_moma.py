@@ -44,7 +44,7 @@ def moma_experts_forward(
     is_sorted: bool = False,
     ends_E: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Equal shares as two batched products; else expert by expert without gradients on a CPU, or as grouped products.
+    """Expert by expert on a CPU; elsewhere equal shares as two batched products, and others as grouped products.
 
     Args:
         self (`MomaExperts`): packed experts.
@@ -63,10 +63,10 @@ def moma_experts_forward(
     on_host = is_on_host(hidden_states) and not torch.compiler.is_compiling()
     if on_host and torch.is_grad_enabled() and are_plain(self.gate_up_proj, self.down_proj):
         return _train_in_turn(self, hidden_states, top_k_index, top_k_weights, num_taken, is_sorted)
+    if on_host and not torch.is_grad_enabled():
+        return _run_chosen(self, hidden_states, top_k_index, top_k_weights, is_sorted or num_taken is not None)
     if num_taken is not None:
         return _run_equal_shares(self, hidden_states, top_k_weights, num_taken)
-    if on_host and not torch.is_grad_enabled():
-        return _run_chosen(self, hidden_states, top_k_index, top_k_weights, is_sorted)
     if ends_E is not None:
         return _run_sorted(self, hidden_states, top_k_index, top_k_weights, True, ends_E)
     # a compiler that captures dynamic shapes in training must not meet the last question

@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+import contextlib
 import copy
 from dataclasses import replace
 from pathlib import Path
@@ -6,15 +7,20 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks import drawing, gpu, large_vocabulary, picture_tokenizing, sequence_length
 from benchmarks.__main__ import main as compare_speed
 from benchmarks.depth_step import main
-from benchmarks.speed import gate
+from benchmarks.gpu import main as measure_gpu
+from benchmarks.speed import clock, gate
 from benchmarks.speed.cases import CASES
 from benchmarks.speed.clock import BusyMachineError, Quiet
 from benchmarks.speed.contenders import CONTENDERS, build
 from benchmarks.speed.profiles import PeakMemory
 from benchmarks.speed.shapes import SHAPES, mixed_tokens
 from helpers.tiny import tiny_model, tiny_processor
+from modeling_moma import experts_in_turn_moma
+from modeling_moma.depth_moma import MomaDepthRouter
+from modeling_moma.routing_moma import MomaRouter
 
 
 EMOJI = Path(__file__).resolve().parent.parent / "data" / "emoji"
@@ -65,8 +71,8 @@ def test_every_case_names_contenders_and_shapes_that_there_are(capsys):
 def test_the_gate_finds_experts_that_compute_something_else(monkeypatch):
     model = build("4t4i", SHAPES["tiny"], 64, "cpu")
     gate.check(copy.deepcopy(model), SHAPES["tiny"])
-    original = torch.bmm
-    monkeypatch.setattr(torch, "bmm", lambda *args: 1.01 * original(*args))
+    original = experts_in_turn_moma._gated
+    monkeypatch.setattr(experts_in_turn_moma, "_gated", lambda *args: 1.01 * original(*args))
     with pytest.raises(AssertionError):
         gate.check(model, SHAPES["tiny"])
 
@@ -88,12 +94,74 @@ def test_tokens_have_the_share_of_words_that_was_asked_for():
 
 
 def test_peak_memory_counts_what_lives_at_once():
-    with PeakMemory() as memory:
+    there = torch.zeros(4000)
+    with PeakMemory([there]) as memory:
         first = torch.zeros(1000)
         del first
+        there[5:].add_(1)
         second = torch.ones(500) + torch.ones(500)
     assert memory.peak == 6000 and memory.now == 2000
     del second
+
+
+def test_contenders_give_every_expert_and_depth_layer_its_share():
+    shape = SHAPES["tiny"]
+    model = build("mod-4t4i", shape, 128, "cpu").eval()
+    taken = {"experts": [0, 0], "depth": [0, 0]}
+
+    def count_depth(module, args, output):
+        chosen_BT = output[1].chosen_BT
+        taken["depth"][0] += int(chosen_BT.sum())
+        taken["depth"][1] += chosen_BT.numel()
+
+    def count_experts(module, args, output):
+        taken["experts"][0] += output[1].token_P.numel()
+        taken["experts"][1] += args[0].shape[0]
+
+    for module in model.modules():
+        if isinstance(module, MomaDepthRouter):
+            module.register_forward_hook(count_depth)
+        elif isinstance(module, MomaRouter):
+            module.register_forward_hook(count_experts)
+    with torch.no_grad():
+        for seed in range(8):
+            model(mixed_tokens(shape, 4, 128, seed=seed), use_cache=False)
+    shares = {name: part / whole for name, (part, whole) in taken.items()}
+    assert shares["experts"] == pytest.approx(1, abs=0.1)
+    assert shares["depth"] == pytest.approx(model.config.depth_capacity, abs=0.05)
+
+
+def test_a_gpu_report_holds_cases_and_a_profile(tiny_cases, monkeypatch, tmp_path):
+    arguments = ["--device", "cpu", "--rounds", "1", "--no-tests", "--shape", "tiny", "--report", str(tmp_path)]
+    monkeypatch.setattr(clock, "LARGEST_LOAD", 99.0)
+    assert measure_gpu([*arguments, "--cases", "train-4t4i", "decode-4t4i"]) == 0
+    (report,) = tmp_path.iterdir()
+    page = report.read_text()
+    assert "| train-4t4i |" in page and "| decode-4t4i |" in page and "| aten::mm |" in page
+    monkeypatch.setattr(gpu, "CASE_SECONDS", -1)
+    assert measure_gpu([*arguments, "--cases", "train-4t4i"]) == 0
+    assert "Left out for lack of time: train-4t4i." in report.read_text()
+
+
+def test_a_gpu_that_is_not_there_is_named(capsys):
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    with pytest.raises(SystemExit):
+        measure_gpu([])
+    assert "torch sees no GPU" in capsys.readouterr().err
+
+
+def test_lengths_vocabularies_and_pictures_are_measured(capsys):
+    sequence_length.main(["--shape", "tiny", "--model", "4t4i", "--lengths", "32", "64", "--rounds", "1"])
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith(("| 32 |", "| 64 |"))]
+    assert len(rows) == 2 and all(float(row.split("|")[2]) >= 0 for row in rows)
+    large_vocabulary.main(["--shape", "tiny", "--tokens", "1024", "--rounds", "1"])
+    peaks = [
+        float(line.split("|")[3]) for line in capsys.readouterr().out.splitlines() if "| all" in line or "few" in line
+    ]
+    assert len(peaks) == 2 and peaks[1] < peaks[0]
+    picture_tokenizing.main(["--pictures", "4", "--rounds", "1"])
+    assert 0 < int(capsys.readouterr().out.split("convolutions take ")[1].split("%")[0]) <= 100
 
 
 def test_depth_step_runs_both_models_and_reports(tmp_path, capsys):
@@ -140,3 +208,12 @@ def test_quantization_refuses_a_way_that_changes_what_has_to_stay(part):
     model.get_parameter(name).data += 1
     with pytest.raises(RuntimeError, match=name):
         check_kept(model, full)
+
+
+def test_drawing_is_compared_with_another_commit(monkeypatch, capsys):
+    # the same commit: what is compared is how the comparison works
+    monkeypatch.setattr(drawing, "checkout_of", lambda commit: contextlib.nullcontext(drawing.ROOT))
+    assert drawing.main(["--against", "HEAD", "--rows", "1", "--rounds", "1"]) == 0
+    page = capsys.readouterr().out
+    assert "Both draw the same codes." in page
+    assert 0.2 < float(page.split("This draws ")[1].split(" ")[0]) < 5
