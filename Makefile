@@ -65,7 +65,7 @@ else
 	$(RUN) -m benchmarks.sequence_length
 	$(RUN) -m benchmarks.large_vocabulary
 	$(RUN) -m benchmarks.picture_tokenizing
-	$(RUN) -m benchmarks.step_attention
+	$(RUN) -m benchmarks.decode_parts
 	$(RUN) benchmarks/expert_dispatch.py
 	$(RUN) -m benchmarks.depth_step
 	$(RUN) benchmarks/compilation.py

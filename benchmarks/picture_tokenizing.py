@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
+import modeling_moma  # noqa: F401, so that the Auto classes know the picture tokenizer
 from benchmarks.speed.clock import seconds, threads
 from benchmarks.speed.profiles import own_seconds
 from tokenization import MomaProcessor

@@ -87,16 +87,17 @@ class MomaAttention(nn.Module):
     def _project(
         self, hidden_states: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor]
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        # a view cannot infer the heads of rows without tokens, which depth layers have
-        heads = (-1, self.head_dim)
-        query = self.q_proj(hidden_states).unflatten(-1, heads)
-        key = self.k_proj(hidden_states).unflatten(-1, heads)
+        query, key = self._heads(self.q_proj(hidden_states)), self._heads(self.k_proj(hidden_states))
         if self.has_norm:
             query, key = self.q_norm(query), self.k_norm(key)
         query, key = query.transpose(1, 2), key.transpose(1, 2)
-        value = self.v_proj(hidden_states).unflatten(-1, heads).transpose(1, 2)
+        value = self._heads(self.v_proj(hidden_states)).transpose(1, 2)
         query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
         return query, key, value
+
+    def _heads(self, states: torch.Tensor) -> torch.Tensor:
+        # a view cannot infer the heads of rows without tokens, which depth layers have
+        return states.view(*states.shape[:-1], states.shape[-1] // self.head_dim, self.head_dim)
 
 
 class MomaDepthAttention(MomaAttention):

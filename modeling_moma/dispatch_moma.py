@@ -44,7 +44,9 @@ def moma_experts_forward(
     is_sorted: bool = False,
     ends_E: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Expert by expert on a CPU; elsewhere equal shares as two batched products, and others as grouped products.
+    """Equal shares as two batched products, others expert by expert on a CPU and as grouped products elsewhere.
+
+    On a CPU equal shares run expert by expert, too, where autocast would cast the weights.
 
     Args:
         self (`MomaExperts`): packed experts.
@@ -61,6 +63,9 @@ def moma_experts_forward(
         `torch.Tensor`: weighted sums, `[P, D]`.
     """
     on_host = is_on_host(hidden_states) and not torch.compiler.is_compiling()
+    # a copy of all weights that the backward waits for is what running in turn spares
+    if num_taken is not None and not (on_host and _casts(self.down_proj)):
+        return _run_equal_shares(self, hidden_states, top_k_weights, num_taken)
     if on_host and torch.is_grad_enabled() and are_plain(self.gate_up_proj, self.down_proj):
         return _train_in_turn(self, hidden_states, top_k_index, top_k_weights, num_taken, is_sorted)
     if on_host and not torch.is_grad_enabled():
@@ -102,6 +107,12 @@ def check_grouped_widths(config: MomaConfig):
                     f"words, and {name} is {size} in group {group!r}, in {dtype}. Any width runs with "
                     f"{DEFAULT_IMPLEMENTATION!r}, 'eager' or 'batched_mm'."
                 )
+
+
+def _casts(weight: torch.Tensor) -> bool:
+    """Whether products would cast a weight."""
+    device_type = weight.device.type
+    return torch.is_autocast_enabled(device_type) and torch.get_autocast_dtype(device_type) != weight.dtype
 
 
 def _is_aligned(size: int, dtype: torch.dtype) -> bool:

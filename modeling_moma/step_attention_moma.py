@@ -19,8 +19,8 @@ _CHUNK_ELEMENTS = 2**19
 
 
 def wants_wide_step(implementation: str, query_BHTd: torch.Tensor) -> bool:
-    """Whether [`wide_step`] is the faster way: torch's product of one query with half-precision keys takes two to four
-    times as long on a CPU as widening them first (`python -m benchmarks.step_attention`).
+    """Whether [`wide_step`] is the faster way: torch's product of one query with half-precision keys takes 1.6 to 3.4
+    times as long on a CPU as widening them first (`python -m benchmarks.decode_parts`).
 
     Args:
         implementation (`str`): of the model's attention.
