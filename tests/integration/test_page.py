@@ -80,6 +80,8 @@ def start_drawing(page, words: str, seed: int = 0, count: int = 1, guidance: flo
     page.locator("#draw-seed input").fill(str(seed))
     page.locator("#draw-count input[type=number]").fill(str(count))
     page.locator("#draw-guidance input[type=number]").fill(str(guidance))
+    # the tab is drawn after it was chosen
+    page.wait_for_selector("#draw-gallery", state="attached", timeout=PATIENCE)
     page.evaluate(WATCH)
     page.locator("#draw-button").click()
 
