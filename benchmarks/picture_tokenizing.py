@@ -8,19 +8,12 @@ import argparse
 import statistics
 from collections.abc import Sequence
 
-import numpy as np
 from PIL import Image
 
 import modeling_moma  # noqa: F401, so that the Auto classes know the picture tokenizer
 from benchmarks.speed.clock import seconds, threads
 from benchmarks.speed.profiles import own_seconds
 from tokenization import MomaProcessor
-
-
-def noise_pictures(count: int, side: int) -> list[Image.Image]:
-    """Pictures that all differ."""
-    generator = np.random.default_rng(0)
-    return [Image.fromarray(generator.integers(0, 256, (side, side, 3), dtype=np.uint8)) for _ in range(count)]
 
 
 def convolution_share(processor: MomaProcessor, pictures: list[Image.Image], rounds: int) -> tuple[float, float]:
@@ -51,8 +44,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     processor = MomaProcessor.from_pretrained(args.model)
     side = processor.vq_model.config.resolution
+    pictures = [Image.effect_noise((side, side), 100).convert("RGB") for _ in range(args.pictures)]
     with threads(args.threads):
-        share, rate = convolution_share(processor, noise_pictures(args.pictures, side), args.rounds)
+        share, rate = convolution_share(processor, pictures, args.rounds)
     print(f"{args.pictures} pictures of {side} pixels, {args.threads} thread(s), medians of {args.rounds} rounds:")
     print(f"{rate:.1f} pictures a second; convolutions take {share:.0%} of the time.")
 

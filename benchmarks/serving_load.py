@@ -32,6 +32,7 @@ import torch
 
 from benchmarks.data_pipeline import anonymous_bytes
 from benchmarks.serving_requests import BadRequest, Question, bad_requests, questions
+from scripts.server_process import stop, wait_until_healthy
 
 
 # what a process may hold more of at the end than after its warm-up
@@ -78,32 +79,16 @@ def running_server(model: str, log: Path):
         )
     address = f"http://127.0.0.1:{port}"
     try:
-        end = time.monotonic() + START_SECONDS
-        while not is_healthy(address):
-            if server.poll() is not None or time.monotonic() > end:
-                raise RuntimeError(f"`{' '.join(command)}` did not start: {log.read_text()[-2000:]}")
-            time.sleep(0.2)
+        wait_until_healthy(server, f"{address}/health", log, START_SECONDS)
         yield address, psutil.Process(server.pid)
     finally:
-        server.terminate()
-        try:
-            server.wait(timeout=20)
-        except subprocess.TimeoutExpired:
-            server.kill()
-            server.wait()
+        stop(server)
 
 
 def free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return listener.getsockname()[1]
-
-
-def is_healthy(address: str) -> bool:
-    try:
-        return httpx.get(f"{address}/health", timeout=1, trust_env=False).status_code == 200
-    except httpx.HTTPError:
-        return False
 
 
 def held(process: psutil.Process) -> Held:

@@ -9,6 +9,8 @@ Shape suffixes:
     P (token, expert) pairs.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,7 +21,7 @@ from transformers.integrations.moe import (
 )
 
 from .configuration_moma import MomaConfig
-from .experts_in_turn_moma import are_plain, run_in_turn
+from .experts_in_turn_moma import are_plain, product_dtype, run_in_turn
 from .host_moma import is_on_host
 
 
@@ -64,16 +66,15 @@ def moma_experts_forward(
     """
     on_host = is_on_host(hidden_states) and not torch.compiler.is_compiling()
     # a copy of all weights that the backward waits for is what running in turn spares
-    if num_taken is not None and not (on_host and _casts(self.down_proj)):
+    casts = on_host and product_dtype(self.down_proj) != self.down_proj.dtype
+    if num_taken is not None and not (casts and _runs_in_turn(self)):
         return _run_equal_shares(self, hidden_states, top_k_weights, num_taken)
-    if on_host and torch.is_grad_enabled() and are_plain(self.gate_up_proj, self.down_proj):
-        return _train_in_turn(self, hidden_states, top_k_index, top_k_weights, num_taken, is_sorted)
-    if on_host and not torch.is_grad_enabled():
-        return _run_chosen(self, hidden_states, top_k_index, top_k_weights, is_sorted or num_taken is not None)
-    if num_taken is not None:
-        return _run_equal_shares(self, hidden_states, top_k_weights, num_taken)
+    is_sorted = is_sorted or num_taken is not None
+    if on_host and _runs_in_turn(self):
+        return _run_in_order(self, hidden_states, top_k_index, top_k_weights, is_sorted, _in_turn)
     if ends_E is not None:
-        return _run_sorted(self, hidden_states, top_k_index, top_k_weights, True, ends_E)
+        run = partial(_grouped, ends_E=ends_E)
+        return _run_in_order(self, hidden_states, top_k_index, top_k_weights, True, run)
     # a compiler that captures dynamic shapes in training must not meet the last question
     may_step = not is_on_host(hidden_states) and not torch.is_grad_enabled()
     if may_step and top_k_index.numel() <= self.num_experts:
@@ -81,7 +82,7 @@ def moma_experts_forward(
     is_aligned = all(_is_aligned(size, self.down_proj.dtype) for size in self.down_proj.shape[1:])
     # the library's way gathers and scatters by indexing, whose gradients are slow there, and knows no autocast
     if on_host or not is_aligned:
-        return _run_sorted(self, hidden_states, top_k_index, top_k_weights, is_sorted)
+        return _run_in_order(self, hidden_states, top_k_index, top_k_weights, is_sorted, _grouped)
     return grouped_mm_experts_forward(self, hidden_states, top_k_index, top_k_weights)
 
 
@@ -109,10 +110,9 @@ def check_grouped_widths(config: MomaConfig):
                 )
 
 
-def _casts(weight: torch.Tensor) -> bool:
-    """Whether products would cast a weight."""
-    device_type = weight.device.type
-    return torch.is_autocast_enabled(device_type) and torch.get_autocast_dtype(device_type) != weight.dtype
+def _runs_in_turn(experts: "MomaExperts") -> bool:
+    """Whether each expert can run by itself: without gradients any, with them those of plain weights."""
+    return not torch.is_grad_enabled() or are_plain(experts.gate_up_proj, experts.down_proj)
 
 
 def _is_aligned(size: int, dtype: torch.dtype) -> bool:
@@ -129,56 +129,46 @@ def _run_equal_shares(
     return y_EDK.transpose(1, 2).flatten(0, 1) * weight_P1.to(y_EDK.dtype)
 
 
-def _train_in_turn(
+def _run_in_order(
     experts: "MomaExperts",
     x_ND: torch.Tensor,
     expert_Nk: torch.Tensor,
     weight_Nk: torch.Tensor,
-    num_taken: int | None,
     is_sorted: bool,
+    run: Callable[["MomaExperts", torch.Tensor, torch.Tensor], torch.Tensor],
 ) -> torch.Tensor:
+    """Bring the pairs expert by expert, let `run` make outputs of their rows and experts, and bring those back."""
     num_slots = expert_Nk.shape[1]
     expert_P, weight_P1, rows_PD, order_P = expert_Nk.flatten(), weight_Nk.reshape(-1, 1), x_ND, None
-    if num_taken is None and not is_sorted:
+    if not is_sorted:
         expert_P, order_P = expert_P.sort()
         rows_PD, weight_P1 = x_ND.index_select(0, order_P // num_slots), weight_P1.index_select(0, order_P)
-    if num_taken is not None:
-        counts = [num_taken] * experts.num_experts
+    y_PD = run(experts, rows_PD, expert_P)
+    if run is _in_turn and not torch.is_grad_enabled():
+        # of a step, whose every operation counts
+        y_PD.mul_(weight_P1)
     else:
-        counts = torch.bincount(expert_P, minlength=experts.num_experts).tolist()
-    y_PD = run_in_turn(rows_PD, experts.gate_up_proj, experts.down_proj, counts, experts.act_fn)
-    y_PD = y_PD * weight_P1.to(y_PD.dtype)
+        y_PD = y_PD * weight_P1.to(y_PD.dtype)
     if order_P is None:
         return y_PD
     y_PD = torch.zeros_like(y_PD).index_copy(0, order_P, y_PD)
     return y_PD.unflatten(0, expert_Nk.shape).sum(1).to(x_ND.dtype)
 
 
-def _run_chosen(
-    experts: "MomaExperts", x_ND: torch.Tensor, expert_Nk: torch.Tensor, weight_Nk: torch.Tensor, is_sorted: bool
-) -> torch.Tensor:
-    """Rows through the experts that they chose: each expert's weights are read once, and no others.
-
-    What an expert makes of its rows is small enough to stay in the caches.
-    """
-    num_slots = expert_Nk.shape[1]
-    expert_P, rows_PD, order_P = expert_Nk.flatten(), x_ND, None
-    if not is_sorted:
-        expert_P, order_P = expert_P.sort()
-        rows_PD = x_ND.index_select(0, order_P // num_slots)
+def _in_turn(experts: "MomaExperts", rows_PD: torch.Tensor, expert_P: torch.Tensor) -> torch.Tensor:
+    """Each expert's weights are read once, and no others; what it makes of its rows stays in the caches."""
+    counts = _rows_of_experts(expert_P)
+    if torch.is_grad_enabled():
+        return run_in_turn(rows_PD, experts.gate_up_proj, experts.down_proj, counts, experts.act_fn)
     parts, begin = [], 0
-    for expert, count in _rows_of_experts(expert_P):
+    for expert, count in counts:
         rows_KD = rows_PD[begin : begin + count]
         # expert parallelism counts those elsewhere beyond its own
         parts.append(experts._run_one(expert, rows_KD) if expert < experts.num_experts else torch.zeros_like(rows_KD))
         begin += count
     if not parts:
-        return torch.zeros_like(x_ND)
-    y_PD = parts[0] if len(parts) == 1 else torch.cat(parts)
-    if order_P is not None:
-        y_PD = torch.empty_like(y_PD).index_copy_(0, order_P, y_PD)
-    y_PD.mul_(weight_Nk.reshape(-1, 1))
-    return y_PD if num_slots == 1 else y_PD.unflatten(0, expert_Nk.shape).sum(1)
+        return torch.zeros_like(rows_PD)
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _rows_of_experts(expert_P: torch.Tensor) -> list[tuple[int, int]]:
@@ -189,36 +179,19 @@ def _rows_of_experts(expert_P: torch.Tensor) -> list[tuple[int, int]]:
     return [(expert, count) for expert, count in enumerate(torch.bincount(expert_P).tolist()) if count]
 
 
-def _run_sorted(
-    experts: "MomaExperts",
-    x_ND: torch.Tensor,
-    expert_Nk: torch.Tensor,
-    weight_Nk: torch.Tensor,
-    is_sorted: bool,
-    ends_E: torch.Tensor | None = None,
+def _grouped(
+    experts: "MomaExperts", rows_PD: torch.Tensor, expert_P: torch.Tensor, ends_E: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """One expert after the other, of any width; where no kernel takes it, with a wait for how many rows each has."""
-    num_slots = expert_Nk.shape[1]
-    expert_P, weight_P1, rows_PD, order_P = expert_Nk.flatten(), weight_Nk.reshape(-1, 1), x_ND, None
-    if not is_sorted:
-        expert_P, order_P = expert_P.sort()
-        rows_PD, weight_P1 = x_ND.index_select(0, order_P // num_slots), weight_P1.index_select(0, order_P)
+    """Grouped products, of any width; where no kernel takes it, with a wait for how many rows each expert has."""
     if ends_E is None:
-        experts_E = torch.arange(experts.num_experts, device=x_ND.device)
+        experts_E = torch.arange(experts.num_experts, device=rows_PD.device)
         ends_E = torch.searchsorted(expert_P, experts_E, right=True).int()
     gate_up_PF = _multiply_in_turn(rows_PD, experts.gate_up_proj, ends_E)
-    y_PD = _multiply_in_turn(experts._apply_gate(gate_up_PF), experts.down_proj, ends_E)
-    y_PD = y_PD * weight_P1.to(y_PD.dtype)
-    if order_P is None:
-        return y_PD
-    y_PD = torch.zeros_like(y_PD).index_copy(0, order_P, y_PD)
-    return y_PD.unflatten(0, expert_Nk.shape).sum(1).to(x_ND.dtype)
+    return _multiply_in_turn(experts._apply_gate(gate_up_PF), experts.down_proj, ends_E)
 
 
 def _multiply_in_turn(x_PD: torch.Tensor, weight_EFD: torch.Tensor, ends_E: torch.Tensor) -> torch.Tensor:
-    dtype = weight_EFD.dtype
-    if torch.is_autocast_enabled(x_PD.device.type):
-        dtype = torch.get_autocast_dtype(x_PD.device.type)
+    dtype = product_dtype(weight_EFD)
     x_PD, weight_EDF = x_PD.to(dtype), weight_EFD.to(dtype).transpose(1, 2)
     # newer than the oldest torch that is supported
     kernel = getattr(torch.nn.functional, "grouped_mm", None)

@@ -16,7 +16,7 @@ def run_in_turn(
     x_PD: torch.Tensor,
     gate_up_EGD: torch.Tensor,
     down_EDF: torch.Tensor,
-    counts: Sequence[int],
+    counts: Sequence[tuple[int, int]],
     act_fn: Callable[[torch.Tensor], torch.Tensor],
 ) -> torch.Tensor:
     """SwiGLU experts on rows that come expert by expert, with gradients.
@@ -29,32 +29,34 @@ def run_in_turn(
         x_PD (`torch.Tensor`): `[P, D]`.
         gate_up_EGD (`torch.Tensor`): `[E, 2 * F, D]`.
         down_EDF (`torch.Tensor`): `[E, D, F]`.
-        counts (`Sequence[int]`): rows of each expert, `E` or more numbers; rows of later ones, of experts elsewhere,
-            get zeros.
+        counts (`Sequence[tuple[int, int]]`): the experts that have rows, in order, and how many each has; rows of
+            experts from `E` on, which are elsewhere, get zeros.
         act_fn (`Callable`): between the products, elementwise.
 
     Returns:
         `torch.Tensor`: `[P, D]`, in the type of the products.
     """
-    dtype = gate_up_EGD.dtype
-    if torch.is_autocast_enabled(x_PD.device.type):
-        dtype = torch.get_autocast_dtype(x_PD.device.type)
-    return _InTurn.apply(x_PD.to(dtype), gate_up_EGD, down_EDF, tuple(counts), act_fn)
+    slices, begin = [], 0
+    for expert, count in counts:
+        if expert < gate_up_EGD.shape[0]:
+            slices.append((expert, slice(begin, begin + count)))
+        begin += count
+    return _InTurn.apply(x_PD.to(product_dtype(gate_up_EGD)), gate_up_EGD, down_EDF, slices, act_fn)
 
 
 class _InTurn(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x_PD: torch.Tensor, gate_up_EGD: torch.Tensor, down_EDF: torch.Tensor, counts, act_fn):
+    def forward(ctx, x_PD: torch.Tensor, gate_up_EGD: torch.Tensor, down_EDF: torch.Tensor, slices, act_fn):
         gate_up_PG = x_PD.new_empty(x_PD.shape[0], gate_up_EGD.shape[1])
         y_PD = torch.empty_like(x_PD)
         end = 0
-        for expert, rows in _slices(counts, gate_up_EGD.shape[0]):
+        for expert, rows in slices:
             end = rows.stop
             torch.mm(x_PD[rows], gate_up_EGD[expert].to(x_PD.dtype).t(), out=gate_up_PG[rows])
             inner_KF = _gated(gate_up_PG[rows], act_fn)
             torch.mm(inner_KF, down_EDF[expert].to(x_PD.dtype).t(), out=y_PD[rows])
         y_PD[end:].zero_()
-        ctx.counts, ctx.act_fn = counts, act_fn
+        ctx.slices, ctx.act_fn = slices, act_fn
         ctx.save_for_backward(x_PD, gate_up_PG, gate_up_EGD, down_EDF)
         return y_PD
 
@@ -70,7 +72,7 @@ class _InTurn(torch.autograd.Function):
             for weight, is_needed in zip((gate_up_EGD, down_EDF), needs_weights)
         )
         idle = set(range(gate_up_EGD.shape[0]))
-        for expert, rows in _slices(ctx.counts, gate_up_EGD.shape[0]):
+        for expert, rows in ctx.slices:
             idle.discard(expert)
             inner_change_KF = torch.mm(change_PD[rows], down_EDF[expert].to(x_PD.dtype))
             with torch.enable_grad():
@@ -90,19 +92,15 @@ class _InTurn(torch.autograd.Function):
         return x_change_PD, gate_up_change_EGD, down_change_EDF, None, None
 
 
+def product_dtype(weight: torch.Tensor) -> torch.dtype:
+    """The type in which a product with a weight is computed, autocast or not."""
+    device_type = weight.device.type
+    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else weight.dtype
+
+
 def are_plain(*weights: torch.Tensor) -> bool:
     """Whether weights are tensors that lie whole on this process, neither quantised nor shared out."""
     return all(type(weight) in (torch.Tensor, nn.Parameter) for weight in weights)
-
-
-def _slices(counts: Sequence[int], num_experts: int) -> list[tuple[int, slice]]:
-    """The experts that have rows, and their rows."""
-    slices, begin = [], 0
-    for expert, count in enumerate(counts[:num_experts]):
-        if count:
-            slices.append((expert, slice(begin, begin + count)))
-        begin += count
-    return slices
 
 
 def _gated(gate_up_KG: torch.Tensor, act_fn: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
@@ -110,4 +108,4 @@ def _gated(gate_up_KG: torch.Tensor, act_fn: Callable[[torch.Tensor], torch.Tens
     return act_fn(gate_KF) * up_KF
 
 
-__all__ = ["are_plain", "run_in_turn"]
+__all__ = ["are_plain", "product_dtype", "run_in_turn"]

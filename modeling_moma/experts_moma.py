@@ -76,11 +76,8 @@ class MomaExperts(nn.Module):
     def _run_one(self, expert: int, x_KD: torch.Tensor) -> torch.Tensor:
         if self.needs_rows and x_KD.shape[0] == 0:
             return self._run_one(expert, x_KD.new_zeros(1, x_KD.shape[1]))[:0]
-        gate_up_KF = nn.functional.linear(x_KD, self.gate_up_proj[expert])
-        if torch.is_grad_enabled():
-            return nn.functional.linear(self._apply_gate(gate_up_KF), self.down_proj[expert])
-        gate_KF, up_KF = gate_up_KF.chunk(2, dim=-1)
-        return nn.functional.linear(self.act_fn(gate_KF).mul_(up_KF), self.down_proj[expert])
+        gate_up = nn.functional.linear(x_KD, self.gate_up_proj[expert])
+        return nn.functional.linear(self._apply_gate(gate_up), self.down_proj[expert])
 
 
 class MomaMLP(nn.Module):

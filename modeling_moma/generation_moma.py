@@ -181,7 +181,8 @@ class MomaGenerationMixin(GenerationGaps):
                 generation_config.max_new_tokens = room
         elif room is None:
             room = _new_tokens(width, {}.get, self.generation_config) or STOCK_NEW_TOKENS
-        stop = None if frame is None else self._stop_token(mode, generation_config, kwargs)
+        # only rows of one frame end by a token of the grammar
+        stop = -1 if frame is None else self._stop_token(mode, generation_config, kwargs)
         processors += self._grammar(mode, prompt, width, room, stop)
         if frame is not None:
             if (self._option("num_beams", generation_config, kwargs) or 1) > 1:
@@ -207,7 +208,7 @@ class MomaGenerationMixin(GenerationGaps):
         return max(self.config.max_position_embeddings - prompt_width, needed)
 
     def _grammar(
-        self, mode: str, prompt: torch.Tensor, prompt_width: int, room: int, stop: int | None
+        self, mode: str, prompt: torch.Tensor, prompt_width: int, room: int, stop: int
     ) -> list[LogitsProcessor]:
         """Processors of a mode, after a check that every frame has its room."""
         frames = self.config.frames
@@ -246,9 +247,7 @@ class MomaGenerationMixin(GenerationGaps):
                 FrameLogitsProcessor(self.config, max_length),
                 FittingFrameLogitsProcessor(self.config, max_length),
             ]
-        # rows of a mode that is a frame's have one
-        last: int = stop  # pyright: ignore[reportAssignmentType]
-        return [OneFrameLogitsProcessor(self.config, max_length, frames[mode], prompt.shape[1], last)]
+        return [OneFrameLogitsProcessor(self.config, max_length, frames[mode], prompt.shape[1], stop)]
 
     def _option(self, name: str, generation_config: GenerationConfig | None, kwargs: dict) -> Any:
         sources = (

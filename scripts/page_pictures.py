@@ -19,6 +19,8 @@ from pathlib import Path
 
 from PIL import Image
 
+from server_process import stop
+
 
 ROOT = Path(__file__).resolve().parents[1]
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
@@ -84,16 +86,6 @@ def environment() -> dict[str, str]:
     """Variables of a server that asks nobody: no Hub, and no proxy between the browser and this machine."""
     own = {"HF_HUB_OFFLINE": "1", "NO_PROXY": "127.0.0.1,localhost", "no_proxy": "127.0.0.1,localhost"}
     return {**os.environ, **own, "PYTHONPATH": str(ROOT)}
-
-
-def stop(server: subprocess.Popen):
-    """Ends a server, by force if it has to be."""
-    server.terminate()
-    try:
-        server.wait(timeout=20)
-    except subprocess.TimeoutExpired:
-        server.kill()
-        server.wait()
 
 
 @contextmanager

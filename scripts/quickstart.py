@@ -88,11 +88,11 @@ def show_both_ways(model, processor, rows, args, sheet_path: Path) -> list[str]:
     captions = [label_caption(style, label) for style, label in zip(rows["style"], rows["label"], strict=True)]
     start = time.time()
     model_captions = caption_pictures(model, processor, pictures)
-    print(f"{len(pictures)} held-out pictures captioned in {time.time() - start:.0f} s:")
+    print(f"{len(pictures)} held-out pictures captioned in {time.time() - start:.1f} s:")
     print_captions(captions, model_captions)
     start = time.time()
     drawn = draw_captions(model, processor, captions, args.guidance_scale, args.seed)
-    print(f"{len(drawn)} pictures drawn from held-out captions in {time.time() - start:.0f} s")
+    print(f"{len(drawn)} pictures drawn from held-out captions in {time.time() - start:.1f} s")
     reconstructed = processor.decode_pictures(processor.encode_pictures(pictures))
     entries = map(SheetEntry, pictures, reconstructed, drawn, captions, model_captions)
     sheet = draw_contact_sheet(list(entries))

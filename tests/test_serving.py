@@ -7,9 +7,6 @@ import os
 import subprocess
 import sys
 import threading
-import time
-import urllib.error
-import urllib.request
 from contextlib import contextmanager
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -26,6 +23,7 @@ from helpers.absent import WITHOUT_PACKAGES
 from helpers.processes import free_port
 from helpers.released import released_repository, skip_without_released_model
 from helpers.tiny import tiny_model, tiny_processor
+from server_process import stop, wait_until_healthy
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -37,14 +35,6 @@ from transformers.cli.transformers import main
 
 main()
 """
-
-
-def is_healthy(address: str) -> bool:
-    try:
-        with urllib.request.urlopen(f"{address}/health", timeout=1) as answer:
-            return answer.status == 200
-    except (urllib.error.URLError, OSError):
-        return False
 
 
 @contextmanager
@@ -76,25 +66,14 @@ def running_server(words, folder, cwd):
                 command, cwd=cwd, env={**os.environ, **settings}, stdout=output, stderr=subprocess.STDOUT
             )
         try:
-            end = time.monotonic() + START_SECONDS
-            while server.poll() is None and not is_healthy(f"http://127.0.0.1:{port}"):
-                assert time.monotonic() < end, log.read_text()
-                time.sleep(0.2)
-            if server.poll() is None:
-                yield f"http://127.0.0.1:{port}/v1"
-                return
+            wait_until_healthy(server, f"http://127.0.0.1:{port}/health", log, START_SECONDS)
+            yield f"http://127.0.0.1:{port}/v1"
+            return
+        except RuntimeError:
+            if attempt or "address already in use" not in log.read_text():
+                raise
         finally:
             stop(server)
-        assert attempt == 0 and "address already in use" in log.read_text(), log.read_text()
-
-
-def stop(server: subprocess.Popen):
-    server.terminate()
-    try:
-        server.wait(timeout=20)
-    except subprocess.TimeoutExpired:
-        server.kill()
-        server.wait()
 
 
 @pytest.fixture(scope="module")

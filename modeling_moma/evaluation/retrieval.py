@@ -105,9 +105,8 @@ def pair_scores(
     asked = [[*encoder.opened(ids[:-1]), begin] for ids in words]
     of_captions = continuation_log_probs(model, shown, words, batch_size, "captions of each picture")
     of_pictures = continuation_log_probs(model, asked, codes, batch_size, "pictures of each caption")
-    prior = continuation_log_probs(model, [[*encoder.opened([]), begin]], codes, batch_size, "pictures of no caption")[
-        0
-    ]
+    alone = [[*encoder.opened([]), begin]]
+    (prior,) = continuation_log_probs(model, alone, codes, batch_size, "pictures of no caption")
     return of_captions, of_pictures, prior
 
 

@@ -5,6 +5,7 @@ Shape suffixes:
     B pictures, C channels, H rows and W columns of pixels, S codes of a picture.
 """
 
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
@@ -13,6 +14,8 @@ import torch
 from torch import nn
 
 from tokenization import MomaVQModel
+
+from ..training.files import write_aside
 
 
 # what `torch.onnx` imports, beside torch
@@ -95,7 +98,7 @@ def _write(module: nn.Module, input_name: str, example: torch.Tensor, output_nam
             output_names=[output_name],
             dynamic_shapes=({0: torch.export.Dim("pictures", min=1)},),
         )
-    program.save(path, external_data=False)  # pyright: ignore[reportOptionalMemberAccess]
+    write_aside(path, partial(program.save, external_data=False))  # pyright: ignore[reportOptionalMemberAccess]
     return path
 
 

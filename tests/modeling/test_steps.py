@@ -29,13 +29,13 @@ def group_of(routing, dtype=torch.float32, **fields):
 def chosen(monkeypatch):
     """How many rows went through the experts that they chose."""
     counts = []
-    original = dispatch_moma._run_chosen
+    original = dispatch_moma._in_turn
 
-    def counted(experts, hidden_states, *args):
-        counts.append(len(hidden_states))
-        return original(experts, hidden_states, *args)
+    def counted(experts, rows_PD, expert_P):
+        counts.append(len(rows_PD))
+        return original(experts, rows_PD, expert_P)
 
-    monkeypatch.setattr(dispatch_moma, "_run_chosen", counted)
+    monkeypatch.setattr(dispatch_moma, "_in_turn", counted)
     return counts
 
 
@@ -56,10 +56,13 @@ def test_rows_of_several_experts_each_are_summed(chosen):
     config, group = group_of("token_choice")
     x_ND = torch.randn(5, config.hidden_size)
     expert_Nk, weight_Nk = torch.tensor([[2, 0], [0, 1], [1, 2], [2, 1], [0, 2]]), torch.rand(5, 2)
-    expected_ND = group.experts(x_ND, expert_Nk, weight_Nk)
     with torch.no_grad():
         output_ND = group.experts(x_ND, expert_Nk, weight_Nk)
-    assert chosen == [5]
+        expected_ND = torch.zeros_like(x_ND)
+        for token in range(5):
+            for expert, weight in zip(expert_Nk[token].tolist(), weight_Nk[token]):
+                expected_ND[token] += weight * group.experts._run_one(expert, x_ND[token : token + 1])[0]
+    assert chosen == [10]
     torch.testing.assert_close(output_ND, expected_ND, rtol=1e-5, atol=1e-6)
 
 

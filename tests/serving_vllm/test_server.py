@@ -6,9 +6,6 @@ import io
 import os
 import subprocess
 import sys
-import time
-import urllib.error
-import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -17,6 +14,7 @@ from helpers.processes import free_port
 from helpers.served import CONFIGURATIONS, greedy, prompts, save, served_model
 from helpers.tiny import noise_pictures, tiny_processor
 from modeling_moma.serving_vllm import guided_frame, server_logprobs
+from server_process import stop, wait_until_healthy
 
 
 pytest.importorskip("vllm", reason="vLLM has an environment of its own: `make test-vllm`")
@@ -52,7 +50,7 @@ def client(model, processor, tmp_path_factory):
     with log.open("w") as output:
         server = subprocess.Popen(command, cwd=folder, env=environment, stdout=output, stderr=subprocess.STDOUT)
     try:
-        wait_until_healthy(server, f"http://127.0.0.1:{port}/health", log)
+        wait_until_healthy(server, f"http://127.0.0.1:{port}/health", log, START_SECONDS)
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("NO_PROXY", "127.0.0.1")
             patch.setenv("no_proxy", "127.0.0.1")
@@ -60,24 +58,7 @@ def client(model, processor, tmp_path_factory):
                 yield client
     finally:
         # its engine ends with it
-        server.terminate()
-        try:
-            server.wait(timeout=30)
-        except subprocess.TimeoutExpired:
-            server.kill()
-            server.wait()
-
-
-def wait_until_healthy(server, address, log):
-    end = time.monotonic() + START_SECONDS
-    while True:
-        assert server.poll() is None and time.monotonic() < end, log.read_text()[-6000:]
-        try:
-            with urllib.request.urlopen(address, timeout=1) as answer:
-                if answer.status == 200:
-                    return
-        except (urllib.error.URLError, OSError):
-            time.sleep(0.5)
+        stop(server)
 
 
 def complete(client, answer):

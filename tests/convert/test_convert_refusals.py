@@ -1,0 +1,173 @@
+# SPDX-License-Identifier: Apache-2.0
+import json
+import os
+from importlib.util import find_spec
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from helpers.text_sources import CONFIGS, Q_PROJ, assert_nothing_written, edit_config, edit_tensors, save_source
+from modeling_moma.cli.convert import main
+from modeling_moma.convert.reading import CheckpointError
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"mlp_bias": True}, "mlp_bias"),
+        ({"model_type": "smollm3"}, "smollm3.*rotary"),
+        ({"model_type": "gemma2"}, "model_type.*gemma2"),
+        (
+            {"model_type": "gemma3_text", "tie_word_embeddings": True},
+            "gemma3_text.*both before and after.*times 5.66 at the input",
+        ),
+        (
+            {"model_type": "gemma3", "text_config": {"sliding_window": 512, "final_logit_softcapping": 30.0}},
+            "gemma3.*`sliding_window` = 512.*`final_logit_softcapping` = 30.0",
+        ),
+        (
+            {"model_type": "qwen3_moe", "num_experts": 8, "num_experts_per_tok": 2, "decoder_sparse_step": 2},
+            "qwen3_moe.*softmax over 8 experts, of which the best 2 are kept, not scaled.*layers without experts",
+        ),
+        (
+            {"model_type": "qwen3_moe", "num_experts_per_tok": 1, "norm_topk_prob": True},
+            "qwen3_moe.*a conversion of several experts has not been written",
+        ),
+        ({"model_type": "mistral", "sliding_window": 16}, "sliding_window"),
+        ({"model_type": "mistral"}, "sliding_window"),
+        (
+            {"model_type": "qwen3", "use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1},
+            "sliding_window",
+        ),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "partial"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config"),
+        ({"max_position_embeddings": 16}, "image_seq_length"),
+        ({"hidden_size": "wide"}, "hidden_size"),
+    ],
+)
+def test_feature_that_moma_cannot_express_is_refused_by_field(fields, message, source, convert, tmp_path):
+    edit_config(source, **fields)
+    with pytest.raises(CheckpointError, match=f"config.json.*{message}"):
+        convert(source)
+    assert_nothing_written(tmp_path)
+
+
+def drop(tensors, key):
+    del tensors[key]
+
+
+def add(tensors, key):
+    tensors["model.layers.1.self_attn.sinks"] = torch.zeros(4)
+
+
+def transpose(tensors, key):
+    tensors[key] = tensors[key][:24].contiguous()
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (drop, rf"lacks the key '{Q_PROJ}', of the shape \(32, 32\)"),
+        (add, r"model-.*safetensors: nothing takes the key 'model.layers.1.self_attn.sinks', of the shape \(4,\)"),
+        (transpose, rf"model-.*safetensors: '{Q_PROJ}' has the shape \(24, 32\).*\(32, 32\)"),
+    ],
+)
+def test_missing_extra_and_bent_keys_are_refused_by_name(edit, message, source, convert, tmp_path):
+    edit_tensors(source, Q_PROJ, edit)
+    with pytest.raises(CheckpointError, match=message):
+        convert(source)
+    assert_nothing_written(tmp_path)
+
+
+def test_truncated_shard_is_refused_by_name(source, convert, tmp_path):
+    shard = sorted(source.glob("model-00002-*"))[0]
+    os.truncate(shard, shard.stat().st_size - 1)
+    with pytest.raises(CheckpointError, match=shard.name):
+        convert(source)
+    assert_nothing_written(tmp_path)
+
+
+def test_missing_shard_is_refused_by_name(source, convert, tmp_path):
+    shard = sorted(source.glob("model-00002-*"))[0]
+    shard.unlink()
+    with pytest.raises(CheckpointError, match=shard.name):
+        convert(source)
+    assert_nothing_written(tmp_path)
+
+
+def test_pickle_is_refused_unless_allowed(source, convert, tmp_path):
+    tensors = AutoModelForCausalLM.from_pretrained(source).state_dict()
+    for path in source.glob("model*"):
+        path.unlink()
+    torch.save(tensors, source / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match="pytorch_model.bin.*--allow-pickle"):
+        convert(source)
+    assert_nothing_written(tmp_path)
+    assert convert(source, allow_pickle=True).relative_difference < 1e-5
+
+
+def test_outputs_that_differ_fail_the_conversion(source, convert, tmp_path):
+    edit_tensors(source, Q_PROJ, lambda tensors, key: tensors[key].fill_(torch.nan))
+    with pytest.raises(CheckpointError, match="probe batch"):
+        convert(source)
+    assert_nothing_written(tmp_path)
+    assert convert(source, probe=False).relative_difference is None
+
+
+def test_tied_head_that_differs_is_refused_and_an_equal_one_ignored(tmp_path, tokenizer, convert):
+    source = tmp_path / "source"
+    model = save_source(source, CONFIGS["llama-tied"], tokenizer)
+    path = source / "model.safetensors"
+    tensors = load_file(path)
+    save_file(tensors | {"lm_head.weight": model.lm_head.weight.detach() + 1}, path)
+    with pytest.raises(CheckpointError, match="'lm_head.weight' differs from the embedding"):
+        convert(source)
+    save_file(tensors | {"lm_head.weight": model.lm_head.weight.detach().clone()}, path)
+    assert sum(convert(source).ignored.values()) == 1
+
+
+def test_source_without_tokenizer_is_refused(source, convert, tmp_path):
+    for path in source.glob("tokenizer*"):
+        path.unlink()
+    with pytest.raises(CheckpointError, match="tokenizer"):
+        convert(source)
+    assert_nothing_written(tmp_path)
+
+
+def test_output_that_exists_is_left_alone(source, convert, tmp_path):
+    (tmp_path / "moma").mkdir()
+    (tmp_path / "moma" / "mine.txt").write_text("mine")
+    with pytest.raises(CheckpointError, match="not empty"):
+        convert(source)
+    assert [path.name for path in (tmp_path / "moma").iterdir()] == ["mine.txt"]
+
+
+def test_command_prints_the_receipt_or_one_line_of_error(source, tmp_path, processor_folder, capsys):
+    arguments = ["llama", "--source", str(source), "--output", str(tmp_path / "moma")]
+    arguments += ["--processor", str(processor_folder)]
+    assert main(arguments) == 0
+    assert "keys copied" in capsys.readouterr().out
+    assert main(arguments) == 1
+    assert capsys.readouterr().err.splitlines()[-1].startswith("moma convert: ")
+
+
+@pytest.mark.parametrize("text", ['{"do_sample": ', "[]", '{"temperature": "hot"}', '{"max_new_tokens": "many"}'])
+def test_bad_generation_settings_are_refused_by_file(text, source, convert, tmp_path):
+    (source / "generation_config.json").write_text(text)
+    with pytest.raises(CheckpointError, match="generation_config.json"):
+        convert(source)
+    assert_nothing_written(tmp_path)
+
+
+@pytest.mark.skipif(find_spec("sentencepiece") is not None, reason="sentencepiece would read more")
+@pytest.mark.parametrize("tokenizer_class", ["LlamaTokenizer", "SiglipTokenizer"])
+def test_tokenizer_that_needs_another_library_is_refused_by_file(tokenizer_class, source, convert, tmp_path):
+    for path in source.glob("tokenizer*"):
+        path.unlink()
+    (source / "tokenizer.model").write_bytes(b"pieces")
+    (source / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": tokenizer_class}))
+    with pytest.raises(CheckpointError, match=r"source/tokenizer.model: .*tokenizer.json"):
+        convert(source)
+    assert_nothing_written(tmp_path)
