@@ -20,7 +20,7 @@ from .tools.calibration import calibrate_auxiliary_thresholds, calibrate_thresho
 from .tools.callbacks import MomaMetricsCallback
 from .tools.code_embeddings import initialize_code_embeddings
 from .tools.costs import eta, flops_per_token, training_flops
-from .tools.freezing import freeze_groups
+from .tools.freezing import freeze_all_but, freeze_groups
 from .tools.quantization import quantized_share, torchao_config
 from .tools.upcycling import UpcyclingReceipt, parse_experts, upcycle, upcycled_config, upcycling_receipt
 
@@ -61,6 +61,7 @@ __all__ = [
     "calibrate_thresholds",
     "eta",
     "flops_per_token",
+    "freeze_all_but",
     "freeze_groups",
     "initialize_code_embeddings",
     "parse_experts",

@@ -42,7 +42,16 @@ def make_parser() -> argparse.ArgumentParser:
         "--eval-examples", type=positive_int, help="evaluate on so many held-out examples; by default on all"
     )
     parser.add_argument("--stop-at", type=int, help="stop and save at this step of the schedule, as seeds do")
-    parser.add_argument("--freeze-groups", nargs="+", default=[], help="expert groups whose weights stay as they are")
+    freezing = parser.add_mutually_exclusive_group()
+    freezing.add_argument(
+        "--freeze-groups", nargs="+", default=[], help="expert groups whose weights stay as they are"
+    )
+    freezing.add_argument(
+        "--train-groups",
+        nargs="+",
+        default=[],
+        help="train these expert groups and the rows of their tokens alone: all else stays as it is",
+    )
     parser.add_argument(
         "--gumbel-noise",
         type=float,

@@ -1,17 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Training some expert groups while the others stay as they are."""
+"""Training some expert groups while the others, or all else, stay as they are.
 
-from transformers import PreTrainedModel
+Shape suffixes: V vocabulary.
+"""
 
+from collections.abc import Sequence
+
+import torch
+
+from ..configuration_moma import MomaConfig
 from ..experts_moma import MomaFeedForward
+from ..modality_split_moma import token_modalities
+from ..modeling_moma import MomaPreTrainedModel
 
 
-def freeze_groups(model: PreTrainedModel, groups: list[str]) -> int:
+def freeze_groups(model: MomaPreTrainedModel, groups: list[str]) -> int:
     """Freeze the feed-forward weights of whole expert groups, routers and shared experts included.
 
-    Attention, norms, embeddings and head serve all modalities and go on learning. Routers keep their thresholds and
-    balance biases with their weights, so all that the state dict holds of a frozen group stays bit for bit. Where much
-    else has been trained, [`calibrate_thresholds`] fits the thresholds to the hidden states of now.
+    Attention, norms, embeddings and head serve all modalities and go on learning: [`freeze_all_but`] freezes them,
+    too. Routers keep their thresholds and balance biases with their weights, so all that the state dict holds of a
+    frozen group stays bit for bit. Where much else has been trained, [`calibrate_thresholds`] fits the thresholds to
+    the hidden states of now.
 
     Args:
         model: a `MomaForCausalLM` or `MomaModel`; changed in place.
@@ -23,9 +32,7 @@ def freeze_groups(model: PreTrainedModel, groups: list[str]) -> int:
     Raises:
         ValueError: the model has no such group.
     """
-    unknown = sorted(set(groups) - set(model.config.expert_groups))
-    if unknown:
-        raise ValueError(f"`groups` names {unknown}; the model's groups are {list(model.config.expert_groups)}.")
+    _check_groups(model.config, groups)
     frozen = 0
     for module in model.modules():
         if isinstance(module, MomaFeedForward):
@@ -35,4 +42,57 @@ def freeze_groups(model: PreTrainedModel, groups: list[str]) -> int:
     return frozen
 
 
-__all__ = ["freeze_groups"]
+def freeze_all_but(model: MomaPreTrainedModel, groups: list[str]) -> list[str]:
+    """Freeze everything but whole expert groups and the rows of their tokens in the embeddings and the head.
+
+    A text model that learns pictures keeps its words so: where no picture stands before them they meet no weight that
+    changes, and only the new tokens' logits beside theirs do. The rows are those of the groups' own tokens, and of
+    those that begin and end their frames; what backward gives for all other rows is set to zero.
+
+    Args:
+        model: a `MomaForCausalLM` or `MomaModel`; changed in place. Its embeddings must stay whole: FSDP and DeepSpeed
+            make other tensors of them, which train in every row.
+        groups: names of `config.expert_groups` that go on learning.
+
+    Returns:
+        Names of the matrices of which single rows learn. An optimizer's weight decay would shrink all rows of them, so
+        leave it out there, as `moma pretrain --train-groups` does.
+
+    Raises:
+        ValueError: the model has no such group, or `groups` is empty.
+    """
+    _check_groups(model.config, groups)
+    if not groups:
+        raise ValueError("`groups` is empty: nothing would learn.")
+    model.requires_grad_(False)
+    for module in model.modules():
+        if isinstance(module, MomaFeedForward):
+            for group in groups:
+                module.groups[group].requires_grad_(True)
+    is_learning_V = _tokens_of_groups(model.config, groups)
+    heads = [model.get_input_embeddings(), model.get_output_embeddings()]
+    matrices = {id(head.weight): head.weight for head in heads if head is not None}
+    for weight in matrices.values():
+        weight.requires_grad_(True)
+        weight.register_hook(lambda gradient: gradient * is_learning_V.to(gradient)[:, None])
+    return [name for name, parameter in model.named_parameters() if id(parameter) in matrices]
+
+
+def _check_groups(config: MomaConfig, groups: Sequence[str]):
+    unknown = sorted(set(groups) - set(config.expert_groups))
+    if unknown:
+        raise ValueError(f"`groups` names {unknown}; the model's groups are {list(config.expert_groups)}.")
+
+
+def _tokens_of_groups(config: MomaConfig, groups: Sequence[str]) -> torch.Tensor:
+    """True for the tokens of the groups' modalities and of their frames, `[V]`."""
+    modalities = [modality for group in groups for modality in config.expert_groups[group]]
+    indices = torch.tensor([config.modalities.index(modality) for modality in modalities])
+    is_theirs_V = torch.isin(token_modalities(config, torch.arange(config.vocab_size)), indices)
+    for modality, frame in config.frames.items():
+        if modality in modalities:
+            is_theirs_V[[frame.begin, frame.end]] = True
+    return is_theirs_V
+
+
+__all__ = ["freeze_all_but", "freeze_groups"]

@@ -171,6 +171,8 @@ def build_trainer(args: argparse.Namespace) -> StageTrainer:
         callbacks=callbacks,
         processing_class=processor.tokenizer,
     )
+    if args.train_groups:
+        trainer.train_only(args.train_groups)
     trainer.first_step, trainer.earlier_stage, trainer.feeding = earlier_steps, args.model, feeding
     trainer.processor = processor
     return trainer

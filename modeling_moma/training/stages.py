@@ -5,6 +5,7 @@ import argparse
 import json
 import shutil
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -15,6 +16,7 @@ from transformers.utils import logging
 
 from tokenization import MomaProcessor
 
+from ..tools.freezing import freeze_all_but
 from .feeding import FeedingCallback
 from .files import write_aside, write_folder_aside
 from .runs import RUN_FILE
@@ -54,11 +56,31 @@ class StageTrainer(Trainer):
         earlier_stage (`str` or `None`): its folder.
         feeding ([`FeedingCallback`] or `None`): told of every batch and how long it was waited for.
         processor ([`MomaProcessor`]): the one whose ids are trained on.
+        undecayed (`Sequence[str]`): parameters without weight decay, beside those that never have any.
     """
 
     first_step, earlier_stage = 0, None
     feeding: FeedingCallback | None = None
     processor: MomaProcessor
+    undecayed: Sequence[str] = ()
+
+    def train_only(self, groups: list[str]):
+        """
+        Freezes all but some expert groups and the rows of their tokens, see [`freeze_all_but`].
+
+        Raises:
+            ValueError: the model has no such group, or single rows cannot learn under FSDP and DeepSpeed.
+        """
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise ValueError(
+                f"`--train-groups` {groups} trains single rows of the embeddings, which FSDP and DeepSpeed would "
+                "split: train under DDP, or use `--freeze-groups`."
+            )
+        # decay would move the rows that do not learn
+        self.undecayed = freeze_all_but(self.model, groups)  # pyright: ignore[reportArgumentType]
+
+    def get_decay_parameter_names(self, model):
+        return [name for name in super().get_decay_parameter_names(model) if name not in self.undecayed]
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         began = time.perf_counter()

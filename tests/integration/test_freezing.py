@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One modality's experts learn, the other's stay as they are."""
+"""One modality's experts learn, the other's or all else stay as they are."""
 
 import pytest
+import torch
 
 from helpers.mixed import FirstStep, build_trainer, changed, copied_state, mixed_examples
 from helpers.tiny import tiny_model, tiny_processor
-from modeling_moma import calibrate_thresholds, freeze_groups
+from modeling_moma import calibrate_thresholds, freeze_all_but, freeze_groups
 from tokenization import MomaDataCollator
 
 
@@ -56,3 +57,49 @@ def test_thresholds_of_a_frozen_group_can_be_fitted_afterwards(processor, tmp_pa
     moved = changed(before, model.state_dict())
     assert {name.rsplit(".", 1)[1] for name in moved} == {"threshold", "num_updates"}
     assert any(".groups.text." in name for name in moved)
+
+
+def rows_that_moved(before, after, name):
+    return (before[name] != after[name]).any(-1).nonzero().flatten().tolist()
+
+
+def tokens_of_pictures(config):
+    (frame,) = config.frames.values()
+    return sorted({frame.begin, frame.end, *(id for start, stop in frame.ranges for id in range(start, stop))})
+
+
+@pytest.mark.parametrize("is_tied", [True, False])
+@pytest.mark.parametrize("fields", FIELDS.values(), ids=FIELDS)
+def test_all_but_a_group_and_the_rows_of_its_tokens_stays_bit_by_bit(fields, is_tied, processor, tmp_path):
+    model = tiny_model(processor, **fields, tie_word_embeddings=is_tied)
+    matrices = freeze_all_but(model, ["image"])
+    assert matrices == ["model.embed_tokens.weight"] + ([] if is_tied else ["lm_head.weight"])
+    before = copied_state(model)
+    build_trainer(model, processor, tmp_path, max_steps=3).train()
+    after = model.state_dict()
+    embeddings = {"model.embed_tokens.weight", "lm_head.weight"}
+    moved = {name for name in changed(before, after) - embeddings if not name.endswith("balance_bias")}
+    assert moved == {name for name in before if ".groups.image." in name and not name.endswith("balance_bias")}
+    # every token of pictures is a target, so all of its rows of the head learn
+    assert rows_that_moved(before, after, "lm_head.weight") == tokens_of_pictures(model.config)
+    read = rows_that_moved(before, after, "model.embed_tokens.weight")
+    assert read and set(read) <= set(tokens_of_pictures(model.config))
+
+
+def test_words_are_those_of_before_after_pictures_have_learnt(processor, tmp_path):
+    model = tiny_model(processor, num_experts={"text": 1, "image": 1}, tie_word_embeddings=True).eval()
+    words = processor.tokenizer("red apple", return_tensors="pt")["input_ids"]
+    before = model(words).logits
+    freeze_all_but(model, ["image"])
+    build_trainer(model, processor, tmp_path, max_steps=3, learning_rate=1e-2).train()
+    after = model.eval()(words).logits
+    is_new = torch.zeros(model.config.vocab_size, dtype=torch.bool)
+    is_new[tokens_of_pictures(model.config)] = True
+    assert torch.equal(after[..., ~is_new], before[..., ~is_new])
+    assert not torch.equal(after[..., is_new], before[..., is_new])
+
+
+@pytest.mark.parametrize("groups, said", [(["audio"], "audio.*text.*image"), ([], "nothing would learn")])
+def test_groups_that_cannot_learn_alone_are_refused(groups, said, processor):
+    with pytest.raises(ValueError, match=said):
+        freeze_all_but(tiny_model(processor), groups)
