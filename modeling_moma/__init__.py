@@ -22,7 +22,8 @@ from .tools.code_embeddings import initialize_code_embeddings
 from .tools.costs import eta, flops_per_token, training_flops
 from .tools.freezing import freeze_all_but, freeze_groups
 from .tools.quantization import quantized_share, torchao_config
-from .tools.upcycling import UpcyclingReceipt, parse_experts, upcycle, upcycled_config, upcycling_receipt
+from .tools.upcycling import parse_experts, upcycle, upcycled_config
+from .tools.upcycling_receipt import UpcyclingReceipt, upcycling_receipt
 
 
 # `exist_ok`: the package may be imported anew, or beside a Transformers with a `moma` of its own

@@ -2,25 +2,20 @@
 """Upcycling: a model with one feed-forward network per modality, or one for all, grows experts (MoMa section 2.5)."""
 
 import re
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
-from dataclasses import asdict, dataclass, field
-from typing import Any
 
 import torch
-from torch import nn
 
 from ..configuration_moma import TEXT, MomaConfig
-from ..experts_moma import MomaExpertGroup
 from ..modeling_moma import MomaForCausalLM
-from ..routing_moma import MomaRouter
 from ..routing_rules_moma import RULES
+from .upcycling_sources import kept_groups, shared_size, tensor_sources
 
 
 _TARGET = re.compile(r"(?:\d+[a-z])+")
-# the matrices that are packed into those of experts
-_PACKED = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
+# what `keep_seed` decides on
+_KEPT_SIZES = ("intermediate_size", "shared_expert_intermediate_size")
 
 
 def parse_experts(name: str, modalities: Sequence[str] = (TEXT, "image")) -> int | dict[str, int]:
@@ -46,7 +41,27 @@ def parse_experts(name: str, modalities: Sequence[str] = (TEXT, "image")) -> int
     return {letters[letter]: int(count) for count, letter in parts}
 
 
-def upcycled_config(config: MomaConfig, num_experts: int | dict[str, int], **fields) -> MomaConfig:
+def default_experts(modalities: Sequence[str]) -> dict[str, int]:
+    """The target that leaves text as it is: text keeps its one network, every other modality gets four experts.
+
+    Raises:
+        ValueError: there is text alone.
+    """
+    if list(modalities) == [TEXT]:
+        raise ValueError(
+            f"`num_experts` = None: by default all modalities but text grow, and the model has {list(modalities)} "
+            "alone. Name a target, as '8x'."
+        )
+    return {modality: 1 if modality == TEXT else 4 for modality in modalities}
+
+
+def upcycled_config(
+    config: MomaConfig,
+    num_experts: int | dict[str, int] | None = None,
+    keep_seed: bool = False,
+    expert_intermediate_size: int | dict[str, int] | None = None,
+    **fields,
+) -> MomaConfig:
     """The configuration of a seed with more experts.
 
     Auxiliary routers of new groups know nothing yet, so a seed that infers with `"auxiliary"` becomes a model that
@@ -54,11 +69,17 @@ def upcycled_config(config: MomaConfig, num_experts: int | dict[str, int], **fie
 
     Args:
         config: the seed's.
-        num_experts: see [`MomaConfig`].
+        num_experts: see [`MomaConfig`]; by default 1 for text and 4 for every other modality.
+        keep_seed: the shared expert of a group that grows is as wide as the seed's network, and as its shared experts
+            where it has some, taken together.
+        expert_intermediate_size: with `keep_seed`, inner width of one routed expert in every group that grows, or by
+            group; by default the seed's.
         fields: further fields that change.
 
     Raises:
-        ValueError: the seed has a group of several experts, or groups that the target would have to merge.
+        ValueError: the seed has a group of several experts, or groups that the target would have to merge; a width is
+            given without `keep_seed`, or for a group that does not grow; or `keep_seed` meets a field that it decides
+            on, or `gate_after_norm`, with which a fresh router scales what the shared expert gives.
     """
     grown = {group: config.group_num_experts(group) for group in config.expert_groups}
     if max(grown.values()) > 1:
@@ -66,27 +87,78 @@ def upcycled_config(config: MomaConfig, num_experts: int | dict[str, int], **fie
             f"`model` has num_experts={config.num_experts}: a seed has one expert in every group, whose copies are to "
             "become the experts."
         )
+    if num_experts is None:
+        num_experts = default_experts(config.modalities)
     if isinstance(config.num_experts, dict) and not isinstance(num_experts, dict):
         raise ValueError(
             f"`num_experts` = {num_experts!r}: experts that all modalities share cannot be copies of a seed's "
             "network for each modality."
+        )
+    if expert_intermediate_size is not None and not keep_seed:
+        raise ValueError(
+            f"`expert_intermediate_size` = {expert_intermediate_size!r} needs `keep_seed`: without it experts are "
+            "copies of the seed's network and have its width."
+        )
+    decided = sorted(set(fields) & set(_KEPT_SIZES))
+    if keep_seed and decided:
+        raise ValueError(
+            f"`fields` = {sorted(fields)}: `keep_seed` decides on {decided}; `expert_intermediate_size` gives the "
+            "width of the routed experts."
         )
     inference = {}
     if RULES[config.inference_routing].needs_auxiliary:
         inference = {"inference_routing": "threshold"}
         if config.depth_layers and config.depth_inference_routing is None:
             inference["depth_inference_routing"] = config.inference_routing
-    return MomaConfig.from_dict({**config.to_dict(), **inference, "num_experts": num_experts, **fields})
+    upcycled = MomaConfig.from_dict({**config.to_dict(), **inference, "num_experts": num_experts, **fields})
+    if keep_seed:
+        sizes = _sizes_beside_seed(config, upcycled, expert_intermediate_size)
+        upcycled = MomaConfig.from_dict({**upcycled.to_dict(), **sizes})
+    return upcycled
+
+
+def _sizes_beside_seed(seed: MomaConfig, upcycled: MomaConfig, expert_size: int | dict[str, int] | None) -> dict:
+    """Fields of the widths with which shared experts hold the seed's networks."""
+    grown = [group for group in upcycled.expert_groups if upcycled.group_num_experts(group) > 1]
+    if grown and upcycled.gate_after_norm:
+        raise ValueError(
+            "`keep_seed` does not go with `gate_after_norm`: the gates of fresh routers would scale what the seed's "
+            "network gives. In a seed without shared experts the field changes nothing: give gate_after_norm=False."
+        )
+    if isinstance(expert_size, int):
+        widths = dict.fromkeys(grown, expert_size)
+    else:
+        widths = expert_size or {}
+    if not set(widths) <= set(grown) or (expert_size is not None and not grown):
+        raise ValueError(
+            f"`expert_intermediate_size` = {expert_size!r}: with num_experts={upcycled.num_experts} the groups "
+            f"{grown} grow, all others keep the seed's network and its width."
+        )
+    if not grown:
+        return {}
+    shared = {
+        group: shared_size(seed, group) + (seed.group_intermediate_size(group) if group in grown else 0)
+        for group in upcycled.expert_groups
+    }
+    if "all" in shared:
+        width = widths.get("all", upcycled.intermediate_size)
+        return {"shared_expert_intermediate_size": shared["all"], "intermediate_size": width}
+    return {
+        "shared_expert_intermediate_size": {group: width for group, width in shared.items() if width},
+        "expert_intermediate_size": {**(upcycled.expert_intermediate_size or {}), **widths} or None,
+    }
 
 
 @torch.no_grad()
 def upcycle(
     model: MomaForCausalLM,
-    num_experts: int | dict[str, int],
+    num_experts: int | dict[str, int] | None = None,
     preserve_function: bool = False,
     perturbation: float = 0.0,
     gumbel_noise: float = 1.0,
     gumbel_noise_steps: int | None = None,
+    keep_seed: bool = False,
+    expert_intermediate_size: int | dict[str, int] | None = None,
     **fields,
 ) -> MomaForCausalLM:
     """Grow a seed (1t1i, or dense) into a model with groups of experts, each a copy of the seed's network.
@@ -94,32 +166,41 @@ def upcycle(
     Everything else is copied too, depth routers with their thresholds included; the routers of the new groups are
     fresh. Training goes on with a fresh optimizer and schedule, on the data after those that the seed has seen.
 
-    A fresh router scores about one half. In the paper's form a token's copies are weighed by their scores and a third
-    of the tokens gets none, so the model's output changes at the switch: [`upcycling_receipt`] says by how much.
+    A fresh router scores about one half. In the paper's form (MoMa section 2.5) a token's copies are weighed by their
+    scores and a third of the tokens gets none, so the model's output changes at the switch: [`upcycling_receipt`] says
+    by how much. With `keep_seed` it does not change: the seed's network becomes the group's shared expert, which every
+    token passes, and the routed experts are fresh and begin with adding nothing. The first step of training moves
+    their `down_proj` alone, all else of them and their routers move from the second on.
 
     Args:
         model: the seed; not changed.
-        num_experts: the target, for example `{"text": 4, "image": 4}`.
+        num_experts: the target, for example `{"text": 4, "image": 4}`; by default 1 for text, which thus stays as it
+            is, and 4 for every other modality.
         preserve_function: set `normalize_gates`, so that a token that at least one expert takes gets exactly what the
             seed gave it. With `norm_placement="post"` the norm does nearly that by itself.
         perturbation: standard deviation of noise on the copies, as a share of the standard deviation of the copied
             matrix. Networks that stay alone in their group get none.
         gumbel_noise: `config.gumbel_noise` of the result.
         gumbel_noise_steps: `config.gumbel_noise_steps` of the result.
+        keep_seed: make the seed's network the shared expert of every group that grows, in place of copies. A shared
+            expert that the seed has already becomes one with it, by modality where the target's experts are.
+        expert_intermediate_size: with `keep_seed`, inner width of one routed expert, for all groups that grow or by
+            group; by default the seed's.
         fields: further fields of the configuration that change; none that sizes depend on.
 
     Returns:
         In the seed's dtype, on its device and in its mode.
 
     Raises:
-        ValueError: see [`upcycled_config`]; or the perturbation is negative, or the fields ask for weights that the
-            seed does not have.
+        ValueError: see [`upcycled_config`]; or the perturbation is negative, the fields ask for weights that the seed
+            does not have, or `keep_seed` meets `preserve_function` or a perturbation.
     """
-    if perturbation < 0:
-        raise ValueError(f"`perturbation` = {perturbation}: a standard deviation is not negative.")
+    _check_arguments(keep_seed, preserve_function, perturbation)
     config = upcycled_config(
         model.config,
         num_experts,
+        keep_seed,
+        expert_intermediate_size,
         gumbel_noise=gumbel_noise,
         gumbel_noise_steps=gumbel_noise_steps,
         **({"normalize_gates": True} if preserve_function else {}),
@@ -129,36 +210,57 @@ def upcycle(
     upcycled = MomaForCausalLM._from_config(config, dtype=model.dtype, attn_implementation=attention)
     upcycled.to(model.device)
     seed_state, state = model.state_dict(), upcycled.state_dict()
+    sources = tensor_sources(state, seed_state, kept_groups(model.config, config) if keep_seed else [])
     for name, tensor in state.items():
-        source = _copied_from(name, seed_state)
-        if source is None and "router" in name:
-            continue
-        if isinstance(source, list):
-            parts = [seed_state[part] for part in source]
-            copied = torch.stack([torch.cat([_perturbed(part, perturbation) for part in parts]) for _ in tensor])
-        else:
-            copied = None if source is None else seed_state.get(source)
-        if copied is None or copied.shape != tensor.shape:
-            raise ValueError(
-                f"`model` has no {name} of shape {list(tensor.shape)} to copy. Is it a MomaForCausalLM, and do "
-                f"`fields` = {sorted(fields)} leave its sizes as they are?"
-            )
-        tensor.copy_(copied)
+        if sources[name]:
+            tensor.copy_(_tensor_of(name, tensor, sources[name], seed_state, perturbation, fields))
+        elif name.endswith(".experts.down_proj"):
+            # fresh experts add nothing yet
+            tensor.zero_()
     upcycled.generation_config = deepcopy(model.generation_config)
     return upcycled.train(model.training)
 
 
-def _copied_from(name: str, seed_state: Mapping[str, torch.Tensor]) -> str | list[str] | None:
-    """Where a tensor comes from: a name, the names of the matrices that are packed into it, or None for a new one."""
-    # a dense seed has one group that stands for each modality's
-    for source in (name, re.sub(r"\.groups\.[^.]+\.", ".groups.all.", name)):
-        if source in seed_state:
-            return source
-        prefix, _, packed = source.partition(".experts.")
-        parts = [f"{prefix}.mlp.{matrix}.weight" for matrix in _PACKED.get(packed, ())]
-        if parts and parts[0] in seed_state:
-            return parts
-    return None
+def _check_arguments(keep_seed: bool, preserve_function: bool, perturbation: float):
+    if perturbation < 0:
+        raise ValueError(f"`perturbation` = {perturbation}: a standard deviation is not negative.")
+    if not keep_seed:
+        return
+    if perturbation:
+        raise ValueError(
+            f"`perturbation` = {perturbation} does not go with `keep_seed`: it tells copies apart, and experts beside "
+            "the seed's network are no copies but fresh."
+        )
+    if preserve_function:
+        raise ValueError(
+            "`preserve_function` does not go with `keep_seed`, which preserves the function for every token already. "
+            "Normalised gates for their own sake are the field normalize_gates=True."
+        )
+
+
+def _tensor_of(
+    name: str,
+    tensor: torch.Tensor,
+    sources: Sequence[str],
+    seed_state: Mapping[str, torch.Tensor],
+    perturbation: float,
+    fields: dict,
+) -> torch.Tensor:
+    """What a tensor of the result becomes, joined from its sources."""
+    parts = [seed_state[source] for source in sources if source in seed_state]
+    if parts and ".experts." in name:
+        joined = torch.stack([torch.cat([_perturbed(part, perturbation) for part in parts]) for _ in tensor])
+    elif len(parts) > 1:
+        # networks side by side: the inner width is the rows of what leads in, and the columns of what leads out
+        joined = torch.cat(parts, dim=1 if "down_proj" in name else 0)
+    else:
+        joined = parts[0] if parts else None
+    if joined is None or joined.shape != tensor.shape:
+        raise ValueError(
+            f"`model` has no {name} of shape {list(tensor.shape)} to copy. Is it a MomaForCausalLM, and do "
+            f"`fields` = {sorted(fields)} leave its sizes as they are?"
+        )
+    return joined
 
 
 def _perturbed(matrix: torch.Tensor, perturbation: float) -> torch.Tensor:
@@ -168,114 +270,4 @@ def _perturbed(matrix: torch.Tensor, perturbation: float) -> torch.Tensor:
     return (wide + torch.randn_like(wide) * wide.std() * perturbation).to(matrix.dtype)
 
 
-@dataclass
-class UpcyclingReceipt:
-    """What became of a seed.
-
-    Attributes:
-        tensors: numbers of tensors that were `"taken"` as they are, `"copied"` into experts, and that are `"new"`.
-        parameters: of the `"seed"` and of the `"upcycled"` model.
-        coverage: shares of a group's tokens that 0, 1, and 2 or more experts took under `expert_choice`, averaged over
-            the layers; by group.
-        output_difference: norm of the logits' change over the norm of the seed's logits.
-        ffn_difference: the same for the output of a group, given the same input, of the tokens that 0, 1, and 2 or
-            more experts took, averaged over the layers; by group. NaN where no token was.
-    """
-
-    tensors: dict[str, int]
-    parameters: dict[str, int]
-    coverage: dict[str, list[float]] = field(default_factory=dict)
-    output_difference: float = float("nan")
-    ffn_difference: dict[str, list[float]] = field(default_factory=dict)
-
-    def to_dict(self) -> dict:
-        """For JSON, which has no NaN: `None` instead."""
-        return _without_nan(asdict(self))
-
-
-def _without_nan(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_nan(part) for key, part in value.items()}
-    if isinstance(value, list):
-        return [_without_nan(part) for part in value]
-    return None if value != value else value
-
-
-@torch.no_grad()
-def upcycling_receipt(
-    seed: MomaForCausalLM, upcycled: MomaForCausalLM, batch: dict[str, torch.Tensor] | None = None
-) -> UpcyclingReceipt:
-    """Count what was copied, and measure on a probe batch how much the switch changes.
-
-    Both models choose by rank, without noise.
-
-    Args:
-        seed: as given to [`upcycle`].
-        upcycled: what it returned.
-        batch: `input_ids` and `attention_mask` of the probe.
-    """
-    seed_state = seed.state_dict()
-    sources = [_copied_from(name, seed_state) for name in upcycled.state_dict()]
-    kinds = Counter(
-        "new" if source is None else "taken" if source == name else "copied"
-        for name, source in zip(upcycled.state_dict(), sources)
-    )
-    receipt = UpcyclingReceipt(
-        {kind: kinds[kind] for kind in ("taken", "copied", "new")},
-        {"seed": seed.num_parameters(), "upcycled": upcycled.num_parameters()},
-    )
-    if batch is None:
-        return receipt
-    modes = seed.training, upcycled.training
-    seed.eval()
-    upcycled.eval()
-    records, handles = [], []
-    try:
-        for path, name, group in _routed_groups(upcycled):
-            handles.append(group.register_forward_hook(_record_group(name, _seed_group(seed, path, name), records)))
-        # by rank, as both train: the thresholds of fresh routers say nothing yet
-        expected, actual = (
-            model(**batch, use_cache=False, routing="expert_choice", output_router_logits=True).logits.float()
-            for model in (seed, upcycled)
-        )
-    finally:
-        for handle in handles:
-            handle.remove()
-        seed.train(modes[0])
-        upcycled.train(modes[1])
-    is_token = batch.get("attention_mask", torch.ones_like(batch["input_ids"])) == 1
-    receipt.output_difference = float((actual - expected)[is_token].norm() / expected[is_token].norm())
-    for name in sorted({name for name, _, _ in records}):
-        shares, differences = zip(*[(share, difference) for group, share, difference in records if group == name])
-        receipt.coverage[name] = torch.stack(shares).nanmean(0).tolist()
-        receipt.ffn_difference[name] = torch.stack(differences).nanmean(0).tolist()
-    return receipt
-
-
-def _routed_groups(model: MomaForCausalLM) -> Iterator[tuple[str, str, MomaExpertGroup]]:
-    for path, module in model.named_modules():
-        if isinstance(module, MomaExpertGroup) and isinstance(getattr(module, "router", None), MomaRouter):
-            yield path, path.rsplit(".", 1)[-1], module
-
-
-def _seed_group(seed: MomaForCausalLM, path: str, name: str) -> nn.Module:
-    groups = dict(seed.get_submodule(path.rsplit(".", 1)[0]).named_children())
-    return groups[name] if name in groups else groups["all"]
-
-
-def _record_group(name: str, seed_group: nn.Module, records: list) -> Callable:
-    def record(group: MomaExpertGroup, args: tuple, output: tuple[torch.Tensor, torch.Tensor]):
-        x_ND, context = args
-        _, selection = group.router(x_ND, context)
-        taken_N = torch.bincount(selection.token_EK.flatten(), minlength=x_ND.shape[0]).clamp(max=2)
-        expected_ND = seed_group(x_ND, context)[0].float()
-        change_N = (output[0].float() - expected_ND).square().sum(-1)
-        size_N = expected_ND.square().sum(-1)
-        in_class_CN = taken_N == torch.arange(3, device=taken_N.device).unsqueeze(-1)
-        difference_C = ((in_class_CN * change_N).sum(-1) / (in_class_CN * size_N).sum(-1)).sqrt()
-        records.append((name, in_class_CN.float().mean(-1), difference_C))
-
-    return record
-
-
-__all__ = ["UpcyclingReceipt", "parse_experts", "upcycle", "upcycled_config", "upcycling_receipt"]
+__all__ = ["default_experts", "parse_experts", "upcycle", "upcycled_config"]

@@ -16,7 +16,16 @@ from modeling_moma.batch_routing_moma import check_exportable
 from modeling_moma.routing_moma import MomaRouter
 
 
-LAYOUTS = {"dense": {"num_experts": 1}, **{name: GROUPS[name] for name in ("1t1i", "8x", "4t4i")}}
+LAYOUTS = {
+    "dense": {"num_experts": 1},
+    **{name: GROUPS[name] for name in ("1t1i", "8x", "4t4i")},
+    # as `upcycle(keep_seed=True)` makes it
+    "kept seed": {
+        "num_experts": {"text": 1, "image": 4},
+        "expert_intermediate_size": {"image": 8},
+        "shared_expert_intermediate_size": {"image": 32},
+    },
+}
 LENGTH, STORED = 10, 16
 needs_onnx = pytest.mark.skipif(
     any(importlib.util.find_spec(name) is None for name in ("onnx", "onnxscript", "onnxruntime")),

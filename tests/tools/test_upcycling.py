@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
 import copy
-import json
 import math
 
 import pytest
@@ -9,75 +8,18 @@ from huggingface_hub.errors import StrictDataclassClassValidationError
 
 from helpers.reference import GROUPS, assert_near, context_of, reference_group, swiglu
 from helpers.tiny import mixed_ids, tiny_config, tiny_model
-from modeling_moma import MomaForCausalLM, parse_experts, upcycle, upcycled_config, upcycling_receipt
-from modeling_moma.modality_split_moma import token_modalities
-from modeling_moma.routing_moma import MomaRouter
-
-
-ONE_EACH, FOUR_EACH = {"text": 1, "image": 1}, {"text": 4, "image": 4}
-DEPTH = {"num_hidden_layers": 3, "depth_layers": [0, 2], "depth_capacity": 0.5}
-# fields of the seed, and the target
-CASES = {
-    "4t4i": (GROUPS["1t1i"], FOUR_EACH),
-    "6t2i": (GROUPS["1t1i"], {"text": 6, "image": 2}),
-    "4t1i": (GROUPS["1t1i"], {"text": 4, "image": 1}),
-    "16t4i": (GROUPS["1t1i"], {"text": 16, "image": 4}),
-    "dense to 4t4i": (GROUPS["dense"], FOUR_EACH),
-    "dense to 4t1i": (GROUPS["dense"], {"text": 4, "image": 1}),
-    "dense to 8x": (GROUPS["dense"], 8),
-    "shared": ({**GROUPS["shared"], "num_experts": ONE_EACH}, FOUR_EACH),
-    "dense with shared to 8x": ({"num_experts": 1, "shared_expert_intermediate_size": 24}, 8),
-    "shared_by_modality": ({**GROUPS["shared_by_modality"], "num_experts": ONE_EACH}, FOUR_EACH),
-    "depth": ({**GROUPS["1t1i"], **DEPTH}, FOUR_EACH),
-    "depth by modality": ({**GROUPS["1t1i"], **DEPTH, "depth_capacity": {"text": 0.5, "image": 0.25}}, FOUR_EACH),
-    "dense with depth": ({**GROUPS["dense"], **DEPTH}, 8),
-    "pre": ({**GROUPS["1t1i"], "norm_placement": "pre", "qk_norm": "rmsnorm"}, FOUR_EACH),
-    "gate_after_norm": ({**GROUPS["1t1i"], "gate_after_norm": True, "qk_norm": "layernorm_per_head"}, FOUR_EACH),
-    "uneven": ({**GROUPS["1t1i"], "expert_intermediate_size": {"text": 16, "image": 48}}, FOUR_EACH),
-    "tied": ({**GROUPS["1t1i"], "tie_word_embeddings": True, "attention_bias": True}, FOUR_EACH),
-    "auxiliary": ({**GROUPS["1t1i"], **DEPTH, "auxiliary_routers": True}, FOUR_EACH),
-}
-
-
-def trained_seed(**fields):
-    """A seed whose norms, biases, thresholds and their counts are not those of a fresh model."""
-    seed = tiny_model(**fields)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for tensor in seed.state_dict().values():
-            if tensor.ndim < 2:
-                tensor += torch.rand(tensor.shape, generator=generator) * 0.2
-    return seed
-
-
-def group_of(layer, name):
-    return layer.mlp.groups[name if name in layer.mlp.groups else "all"]
-
-
-def matrices(mlp):
-    return mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight
-
-
-def groups_of(seed, upcycled):
-    """Layer by layer, the groups of the result, each with the seed's."""
-    for seed_layer, layer in zip(seed.model.layers, upcycled.model.layers):
-        for name, group in layer.mlp.groups.items():
-            yield name, group_of(seed_layer, name), group
-
-
-def tokens(rows=64, seed=3):
-    return torch.randn(rows, 16, generator=torch.Generator().manual_seed(seed))
-
-
-def run_group(model, name, group, x_ND, routing):
-    """A group's output and the number of experts that took each token."""
-    context = context_of(model.config, torch.zeros(1, x_ND.shape[0], dtype=torch.long), routing)
-    taken_N = torch.zeros(x_ND.shape[0], dtype=torch.long)
-    _, selection = group.router(x_ND, context)
-    chosen = selection.token_EK.flatten() if routing == "expert_choice" else selection.token_P
-    for token in chosen.tolist():
-        taken_N[token] += 1
-    return group(x_ND, context)[0], taken_N
+from helpers.upcycling import (
+    CASES,
+    DEPTH,
+    FOUR_EACH,
+    group_of,
+    groups_of,
+    matrices,
+    run_group,
+    tokens,
+    trained_seed,
+)
+from modeling_moma import MomaForCausalLM, parse_experts, upcycle, upcycled_config
 
 
 @pytest.mark.parametrize(
@@ -243,7 +185,6 @@ def test_bad_arguments_are_refused():
         {"num_hidden_layers": 3},
         {"shared_expert_intermediate_size": 8},
         {"vocab_size": 48},
-        {"expert_intermediate_size": {"image": 16}},
     ],
 )
 def test_fields_that_need_weights_which_the_seed_lacks_are_refused(fields):
@@ -329,168 +270,6 @@ def test_perturbed_copies_differ_by_about_the_asked_share():
                 assert share == pytest.approx(0.1 * math.sqrt(2), rel=0.15)
     names = [name for name in upcycled.state_dict() if ".groups." not in name]
     assert all(torch.equal(upcycled.state_dict()[name], seed.state_dict()[name]) for name in names)
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_receipt_counts_what_was_taken_copied_and_new(case):
-    fields, target = CASES[case]
-    seed = trained_seed(**fields)
-    upcycled = upcycle(seed, target)
-    receipt = upcycling_receipt(seed, upcycled)
-    counts = {"taken": 0, "copied": 0, "new": 0}
-    for name in upcycled.state_dict():
-        if name in seed.state_dict():
-            counts["taken"] += 1
-        elif ".router." in name:
-            counts["new"] += 1
-        else:
-            counts["copied"] += 1
-    assert receipt.tensors == counts
-    assert all(counts.values())
-    for model, name in ((seed, "seed"), (upcycled, "upcycled")):
-        assert receipt.parameters[name] == sum(parameter.numel() for parameter in model.parameters())
-    assert receipt.coverage == {} and receipt.ffn_difference == {}
-    assert json.loads(json.dumps(receipt.to_dict()))["output_difference"] is None
-
-
-def padded_batch(filler=5):
-    ids = mixed_ids(4, 16)
-    mask = torch.ones_like(ids)
-    mask[1, 10:] = 0
-    mask[3, :7] = 0
-    return {"input_ids": torch.where(mask == 1, ids, filler), "attention_mask": mask}
-
-
-def plain_coverage(upcycled, batch):
-    """Shares by group as lists of one for each layer, counted token by token."""
-    shares = {name: [] for name in upcycled.config.expert_groups}
-    names = {
-        module: path.split(".")[-2] for path, module in upcycled.named_modules() if isinstance(module, MomaRouter)
-    }
-
-    def count(router, args, output):
-        taken = [0] * args[0].shape[0]
-        for row in output[1].token_EK.tolist():
-            for token in row:
-                taken[token] += 1
-        classes = [sum(min(number, 2) == wanted for number in taken) for wanted in range(3)]
-        shares[names[router]].append(([number / len(taken) for number in classes], len(taken)))
-
-    handles = [router.register_forward_hook(count) for router in names]
-    with torch.no_grad():
-        upcycled.eval()(**batch, routing="expert_choice")
-    for handle in handles:
-        handle.remove()
-    return shares
-
-
-@pytest.mark.parametrize("case", ["4t4i", "6t2i", "dense to 8x"])
-def test_receipt_measures_coverage_of_the_tokens_that_are_no_padding(case):
-    fields, target = CASES[case]
-    seed = trained_seed(**fields)
-    upcycled = upcycle(seed, target)
-    batch = padded_batch()
-    receipt = upcycling_receipt(seed, upcycled, batch)
-    modality = token_modalities(seed.config, batch["input_ids"])
-    for index, (name, layers) in enumerate(plain_coverage(upcycled, batch).items()):
-        mine = (batch["attention_mask"] == 1) & ((modality == index) | (name == "all"))
-        assert {number for _, number in layers} == {int(mine.sum())}
-        expected = [sum(share[wanted] for share, _ in layers) / len(layers) for wanted in range(3)]
-        assert receipt.coverage[name] == pytest.approx(expected, abs=1e-6)
-        assert sum(receipt.coverage[name]) == pytest.approx(1, abs=1e-6)
-    # what stands at padding changes nothing
-    again = upcycling_receipt(seed, upcycled, padded_batch(filler=9))
-    assert again.coverage == receipt.coverage
-    assert again.output_difference == pytest.approx(receipt.output_difference, rel=1e-5)
-    for name, differences in receipt.ffn_difference.items():
-        assert again.ffn_difference[name] == pytest.approx(differences, rel=1e-5, nan_ok=True)
-
-
-@pytest.mark.parametrize("preserve_function", [True, False])
-def test_receipt_measures_the_change_of_groups_and_of_the_output(preserve_function):
-    seed = trained_seed(**GROUPS["1t1i"], num_hidden_layers=1)
-    upcycled = upcycle(seed, FOUR_EACH, preserve_function=preserve_function)
-    batch = padded_batch()
-    receipt = upcycling_receipt(seed, upcycled, batch)
-
-    inputs = {}
-    handles = [
-        group.register_forward_hook(lambda group, args, output, name=name: inputs.update({name: (args[0], output[0])}))
-        for name, group in upcycled.model.layers[0].mlp.groups.items()
-    ]
-    with torch.no_grad():
-        actual = upcycled.eval()(**batch, routing="expert_choice").logits
-        expected = seed.eval()(**batch).logits
-    for handle in handles:
-        handle.remove()
-    real = [(b, t) for b, t in (batch["attention_mask"] == 1).nonzero().tolist()]
-    change = math.sqrt(sum((actual[b, t] - expected[b, t]).square().sum().item() for b, t in real))
-    size = math.sqrt(sum(expected[b, t].square().sum().item() for b, t in real))
-    assert receipt.output_difference == pytest.approx(change / size, rel=1e-4)
-
-    for name, (x_ND, output) in inputs.items():
-        _, taken_N = run_group(upcycled, name, upcycled.model.layers[0].mlp.groups[name], x_ND, "expert_choice")
-        reference, _ = reference_group(seed.model.layers[0].mlp.groups[name], x_ND, "expert_choice")
-        for wanted in range(3):
-            mine = [n for n in range(len(x_ND)) if min(taken_N[n], 2) == wanted]
-            change = math.sqrt(sum((output[n] - reference[n]).square().sum().item() for n in mine))
-            size = math.sqrt(sum(reference[n].square().sum().item() for n in mine))
-            assert mine
-            assert receipt.ffn_difference[name][wanted] == pytest.approx(change / size, rel=1e-4, abs=1e-6)
-        uncovered, *covered = receipt.ffn_difference[name]
-        assert uncovered == pytest.approx(1.0)
-        if preserve_function:
-            assert covered == pytest.approx([0, 0], abs=1e-6)
-        else:
-            # fresh routers score about one half
-            assert 0.1 < covered[0] < 0.9
-
-
-def test_receipt_of_depth_layers_compares_the_same_choice_of_tokens():
-    # a model without routers of experts is the seed itself
-    seed = trained_seed(**GROUPS["1t1i"], **DEPTH)
-    same = upcycle(seed, ONE_EACH)
-    receipt = upcycling_receipt(seed, same, padded_batch())
-    assert receipt.output_difference == 0 and receipt.coverage == {}
-    upcycled = upcycle(seed, FOUR_EACH, preserve_function=True)
-    receipt = upcycling_receipt(seed, upcycled, padded_batch())
-    assert receipt.ffn_difference["text"][1] == pytest.approx(0, abs=1e-6)
-
-
-def test_receipt_of_a_batch_without_pictures_is_valid_json():
-    seed = trained_seed(**GROUPS["1t1i"], **DEPTH)
-    ids = torch.full((2, 8), 30) + torch.arange(8)
-    receipt = upcycling_receipt(seed, upcycle(seed, FOUR_EACH), {"input_ids": ids})
-    assert sum(receipt.coverage["text"]) == pytest.approx(1)
-    text = json.dumps(receipt.to_dict(), allow_nan=False)
-    assert json.loads(text)["coverage"]["image"] == [None] * 3
-
-
-@pytest.mark.parametrize("modes", [(True, False), (False, True)])
-def test_receipt_leaves_modes_hooks_and_statistics_as_they_were(modes):
-    seed = trained_seed(**GROUPS["1t1i"])
-    upcycled = upcycle(seed, FOUR_EACH)
-    seed.train(modes[0])
-    upcycled.train(modes[1])
-    before = copy.deepcopy(upcycled.state_dict())
-    upcycling_receipt(seed, upcycled, padded_batch())
-    with pytest.raises(IndexError):
-        upcycling_receipt(seed, upcycled, {"input_ids": torch.full((1, 4), 99)})
-    for model, mode in zip((seed, upcycled), modes):
-        assert all(module.training == mode for module in model.modules())
-        assert not any(isinstance(module, MomaForCausalLM) and module._forward_hooks for module in model.modules())
-        groups = [group for layer in model.model.layers for group in layer.mlp.groups.values()]
-        assert not any(group._forward_hooks for group in groups)
-    assert all(torch.equal(tensor, before[name]) for name, tensor in upcycled.state_dict().items())
-
-
-def test_receipt_works_in_bf16():
-    seed = trained_seed(**GROUPS["1t1i"]).to(torch.bfloat16)
-    upcycled = upcycle(seed, FOUR_EACH, preserve_function=True, perturbation=0.01)
-    receipt = upcycling_receipt(seed, upcycled, padded_batch())
-    assert sum(receipt.coverage["text"]) == pytest.approx(1)
-    assert receipt.ffn_difference["text"][1] < 0.05
-    assert 0 < receipt.output_difference < 2
 
 
 @pytest.mark.parametrize("gumbel_noise", [0.0, 1.0])
