@@ -4,23 +4,43 @@
 import argparse
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import torch
 from transformers.trainer import TRAINER_STATE_NAME
 
-from .. import MomaForCausalLM, parse_experts, upcycle, upcycling_receipt
+from .. import MomaForCausalLM, UpcyclingReceipt, parse_experts, upcycle, upcycling_receipt
+from ..configuration_moma import TEXT
+from ..tools.upcycling import default_experts
 from ..training.files import refuse_files, write_folder_aside
 from ..training.stages import UPCYCLING_FILE, data_order
+
+
+# share of its logits' norm above which a move of text is told
+_TEXT_MOVED = 0.05
 
 
 def parse_arguments(arguments=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", required=True, help="the seed: a saved model, or a checkpoint of its training")
-    parser.add_argument("--to", required=True, help="experts of the result, for example 4t4i, 6t2i or 8x")
+    parser.add_argument(
+        "--to",
+        help="experts of the result, for example 4t4i, 6t2i or 8x; by default text keeps its one network and every "
+        "other modality gets four experts (1t4i), the way for language models",
+    )
     parser.add_argument("--output", required=True, help="folder to write; missing or empty")
     parser.add_argument(
         "--preserve-function", action="store_true", help="tokens that an expert takes get what the seed gave them"
+    )
+    parser.add_argument(
+        "--keep-seed",
+        action="store_true",
+        help="the seed's network becomes the shared expert of each group that grows, beside fresh experts that add "
+        "nothing at first: no output changes at the switch",
+    )
+    parser.add_argument(
+        "--expert-intermediate-size", type=int, help="with --keep-seed, inner width of a fresh expert; else the seed's"
     )
     parser.add_argument("--perturbation", type=float, default=0.0, help="noise on copies, relative to their spread")
     parser.add_argument("--gumbel-noise", type=float, default=1.0, help="scale of the routers' noise in training")
@@ -44,6 +64,18 @@ def probe_batch(config, rows: int = 8, length: int = 64) -> dict[str, torch.Tens
     return {"input_ids": torch.stack(drawn)}
 
 
+def text_moved(receipt: UpcyclingReceipt, modalities: list[str]) -> str | None:
+    """What to say where the switch moves text, `None` where it hardly does."""
+    moved = receipt.output_differences[TEXT]
+    if not moved > _TEXT_MOVED:
+        return None
+    ways = "--keep-seed keeps all of it"
+    if modalities != [TEXT]:
+        name = "".join(f"{count}{modality[0]}" for modality, count in default_experts(modalities).items())
+        ways = f"--to {name}, the default, leaves text as it is, and {ways}"
+    return f"moma upcycle: the switch moves text by {moved:.2f} of its logits' norm: {ways}."
+
+
 def main(arguments=None):
     args = parse_arguments(arguments)
     # what is left of another model there, such as an optimizer, would be taken for this one's
@@ -52,11 +84,13 @@ def main(arguments=None):
     seed = MomaForCausalLM.from_pretrained(args.model)
     upcycled = upcycle(
         seed,
-        parse_experts(args.to, seed.config.modalities),
+        None if args.to is None else parse_experts(args.to, seed.config.modalities),
         preserve_function=args.preserve_function,
         perturbation=args.perturbation,
         gumbel_noise=args.gumbel_noise,
         gumbel_noise_steps=args.gumbel_noise_steps,
+        keep_seed=args.keep_seed,
+        expert_intermediate_size=args.expert_intermediate_size,
     )
     length = min(64, seed.config.max_position_embeddings)
     receipt = upcycling_receipt(seed, upcycled, probe_batch(seed.config, length=length))
@@ -73,3 +107,6 @@ def main(arguments=None):
 
     write_folder_aside(args.output, write)
     print(json.dumps(receipt.to_dict(), indent=2))
+    hint = text_moved(receipt, seed.config.modalities)
+    if hint:
+        print(hint, file=sys.stderr)

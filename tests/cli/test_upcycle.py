@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, TrainerState
 
 from helpers.tiny import tiny_model, tiny_processor
+from modeling_moma import UpcyclingReceipt
 from modeling_moma.cli import upcycle
 
 
@@ -22,8 +23,17 @@ def checkpoint(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def wide_seed(tmp_path_factory):
+    """A seed whose feed-forward layers make much of its output."""
+    folder = tmp_path_factory.mktemp("wide_seed")
+    tiny_model(tiny_processor(), num_experts={"text": 1, "image": 1}, initializer_range=0.2).save_pretrained(folder)
+    return folder
+
+
 def run(checkpoint, output, *more, to="4t4i"):
-    upcycle.main(["--model", str(checkpoint), "--to", to, "--output", str(output), *more])
+    target = [] if to is None else ["--to", to]
+    upcycle.main(["--model", str(checkpoint), *target, "--output", str(output), *more])
 
 
 def test_folder_is_a_model_with_its_receipt_and_the_position_in_the_data(checkpoint, tmp_path, capsys):
@@ -54,6 +64,70 @@ def test_folder_is_a_model_with_its_receipt_and_the_position_in_the_data(checkpo
     assert {path.name for path in output.iterdir() if path.suffix != ".py"} == expected
     assert [path.name for path in output.parent.iterdir()] == ["upcycled"]
     assert {path.name: path.read_bytes() for path in checkpoint.iterdir()} == before
+
+
+def test_without_a_target_text_keeps_its_network(wide_seed, tmp_path, capsys):
+    run(wide_seed, tmp_path / "upcycled", to=None)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "upcycled")
+    assert model.config.num_experts == {"text": 1, "image": 4}
+    receipt = json.loads((tmp_path / "upcycled" / "upcycling.json").read_text())
+    assert receipt["arguments"]["to"] is None
+    assert receipt["output_differences"]["text"] == pytest.approx(0, abs=1e-6)
+    assert receipt["output_differences"]["image"] > 0.05
+    assert "upcycle: " not in capsys.readouterr().err
+
+
+def test_command_says_when_text_has_moved_and_what_leaves_it(wide_seed, tmp_path, capsys):
+    run(wide_seed, tmp_path / "upcycled")
+    printed = capsys.readouterr()
+    moved = json.loads(printed.out)["output_differences"]["text"]
+    assert moved > 0.05
+    (line,) = [line for line in printed.err.splitlines() if line.startswith("moma upcycle: ")]
+    assert f"moves text by {moved:.2f} of its logits' norm" in line
+    assert "--to 1t4i, the default, leaves text as it is" in line and "--keep-seed keeps all of it" in line
+
+
+@pytest.mark.parametrize("moved", [float("nan"), 0.0, 0.05])
+def test_command_is_silent_where_text_hardly_moves(moved):
+    receipt = UpcyclingReceipt({}, {}, output_differences={"text": moved})
+    assert upcycle.text_moved(receipt, ["text", "image"]) is None
+
+
+def test_what_leaves_text_is_named_by_the_models_modalities():
+    receipt = UpcyclingReceipt({}, {}, output_differences={"text": 0.5})
+    assert "--to 1t4a4i, the default" in upcycle.text_moved(receipt, ["text", "audio", "image"])
+    line = upcycle.text_moved(receipt, ["text"])
+    assert "--to" not in line and "--keep-seed" in line
+
+
+def test_seed_is_kept_beside_narrower_experts(wide_seed, tmp_path, capsys):
+    run(wide_seed, tmp_path / "kept", "--keep-seed", "--expert-intermediate-size", "8")
+    model, seed = (AutoModelForCausalLM.from_pretrained(folder) for folder in (tmp_path / "kept", wide_seed))
+    assert model.config.shared_expert_intermediate_size == {"text": 24, "image": 24}
+    assert model.config.expert_intermediate_size == {"text": 8, "image": 8}
+    printed = capsys.readouterr()
+    receipt = json.loads(printed.out)
+    assert receipt["output_differences"] == pytest.approx({"text": 0, "image": 0}, abs=1e-6)
+    # two layers of two groups: three matrices of a shared expert; two packed ones and a router of four tensors
+    assert (receipt["tensors"]["copied"], receipt["tensors"]["new"]) == (12, 24)
+    assert "upcycle: " not in printed.err
+    ids = upcycle.probe_batch(seed.config, length=12)["input_ids"]
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids).logits, seed(ids).logits, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "more, message",
+    [
+        (["--expert-intermediate-size", "8"], "`expert_intermediate_size` = 8 needs `keep_seed`"),
+        (["--keep-seed", "--perturbation", "0.1"], "`perturbation` = 0.1 does not go with `keep_seed`"),
+        (["--keep-seed", "--preserve-function"], "`preserve_function` does not go with `keep_seed`"),
+    ],
+)
+def test_options_that_do_not_go_together_are_named(checkpoint, tmp_path, more, message):
+    with pytest.raises(ValueError, match=message):
+        run(checkpoint, tmp_path / "upcycled", *more)
+    assert list(tmp_path.iterdir()) == []
 
 
 def write_run(folder, **run):
