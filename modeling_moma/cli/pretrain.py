@@ -53,6 +53,11 @@ def make_parser() -> argparse.ArgumentParser:
         help="train these expert groups and the rows of their tokens alone: all else stays as it is",
     )
     parser.add_argument(
+        "--lora-rank",
+        type=int,
+        help="train adapters of this rank in place of the weights, and merge them at the end; needs PEFT",
+    )
+    parser.add_argument(
         "--gumbel-noise",
         type=float,
         help="scale of the routers' noise in training, 0 turns it off; by default what the model's config has",
@@ -69,6 +74,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     first = parser.parse_args(arguments)
     if first.recipe_file is None and first.model is None:
         parser.error("give a RECIPE, which says what a new model is like, or `--model` to start from, or both")
+    if first.lora_rank is not None and (first.train_groups or first.stop_at):
+        # a stage's checkpoint would hold adapters alone
+        parser.error("--lora-rank goes with neither --train-groups nor --stop-at")
     recipe = read_recipe(first.recipe_file) if first.recipe_file else Recipe()
     if first.model is None and not recipe.model:
         parser.error(f"RECIPE {first.recipe_file!r} has no section `model`, and no `--model` is given to start from")

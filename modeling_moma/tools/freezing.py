@@ -69,7 +69,8 @@ def freeze_all_but(model: MomaPreTrainedModel, groups: list[str]) -> list[str]:
         if isinstance(module, MomaFeedForward):
             for group in groups:
                 module.groups[group].requires_grad_(True)
-    is_learning_V = _tokens_of_groups(model.config, groups)
+    modalities = [modality for group in groups for modality in model.config.expert_groups[group]]
+    is_learning_V = learning_tokens(model.config, modalities)
     heads = [model.get_input_embeddings(), model.get_output_embeddings()]
     matrices = {id(head.weight): head.weight for head in heads if head is not None}
     for weight in matrices.values():
@@ -84,9 +85,8 @@ def _check_groups(config: MomaConfig, groups: Sequence[str]):
         raise ValueError(f"`groups` names {unknown}; the model's groups are {list(config.expert_groups)}.")
 
 
-def _tokens_of_groups(config: MomaConfig, groups: Sequence[str]) -> torch.Tensor:
-    """True for the tokens of the groups' modalities and of their frames, `[V]`."""
-    modalities = [modality for group in groups for modality in config.expert_groups[group]]
+def learning_tokens(config: MomaConfig, modalities: Sequence[str]) -> torch.Tensor:
+    """True for the tokens of some modalities and for those that begin and end their frames, `[V]`."""
     indices = torch.tensor([config.modalities.index(modality) for modality in modalities])
     is_theirs_V = torch.isin(token_modalities(config, torch.arange(config.vocab_size)), indices)
     for modality, frame in config.frames.items():

@@ -5,7 +5,7 @@ import argparse
 import json
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import TrainingArguments, set_seed
@@ -21,6 +21,7 @@ from ..data.packing import PackedCollator, PackedExamples
 from ..data.sources import VALIDATION, Source
 from ..data.stream import DocumentExamples
 from ..routing_moma import MomaRouter
+from .adapters import with_adapters
 from .checkpoints import last_checkpoint
 from .examples import check_layout, held_out_sets
 from .feeding import FeedingCallback
@@ -32,7 +33,11 @@ from .samples import SampleCallback
 from .stages import FollowArguments, StageTrainer, StopAt, copy_checkpoint, examples_a_step, first_step
 
 
-def build_model(args: argparse.Namespace, processor: MomaProcessor) -> MomaForCausalLM:
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+
+def build_model(args: argparse.Namespace, processor: MomaProcessor) -> "MomaForCausalLM | PeftModel":
     # routers read it when they are made
     noise = {} if args.gumbel_noise is None else {"gumbel_noise": args.gumbel_noise}
     if args.model:
@@ -45,8 +50,10 @@ def build_model(args: argparse.Namespace, processor: MomaProcessor) -> MomaForCa
     else:
         model = MomaForCausalLM(model_config(args.recipe, processor, noise))
         initialize_code_embeddings(model, processor.vq_model.quantize.embedding.weight)
-    freeze_groups(model, args.freeze_groups)
     model.set_attn_implementation(args.attn_implementation)
+    if args.lora_rank is not None:
+        return with_adapters(model, args.lora_rank, args.freeze_groups)
+    freeze_groups(model, args.freeze_groups)
     return model
 
 
@@ -57,7 +64,7 @@ def model_config(recipe: Recipe, processor: MomaProcessor, overrides: dict[str, 
     return MomaConfig(**fields) if preset is None else MomaConfig.from_preset(preset, **fields)
 
 
-def noise_description(model: MomaForCausalLM) -> str | None:
+def noise_description(model: "MomaForCausalLM | PeftModel") -> str | None:
     """What the noise of the model's expert routers will be in training, `None` without noise."""
     routers = [module for module in model.modules() if isinstance(module, MomaRouter)]
     scale, steps = model.config.gumbel_noise, model.config.gumbel_noise_steps
@@ -145,6 +152,8 @@ def build_trainer(args: argparse.Namespace) -> StageTrainer:
     # saved with the checkpoints; truncation and pipelines cut there
     processor.tokenizer.model_max_length = config.max_position_embeddings
     print(f"{config.num_parameters():,} parameters, {config.num_parameters(active=True):,} active")
+    if args.lora_rank is not None:
+        model.print_trainable_parameters()  # pyright: ignore[reportCallIssue]
     if noise := noise_description(model):
         print(noise)
     training_arguments = make_training_arguments(args)
@@ -205,6 +214,8 @@ def pretrain(args: argparse.Namespace):
             copy_checkpoint(checkpoint, output, processor)
         return
     trainer.train(resume_from_checkpoint=checkpoint)
+    if args.lora_rank is not None:
+        trainer.merge_adapters()
     trainer.save_model()
     if trainer.is_world_process_zero():
         # the model can be used from its folder alone

@@ -79,6 +79,10 @@ class StageTrainer(Trainer):
         # decay would move the rows that do not learn
         self.undecayed = freeze_all_but(self.model, groups)  # pyright: ignore[reportArgumentType]
 
+    def merge_adapters(self):
+        """Make a plain model of one with PEFT's adapters, so that it is saved whole."""
+        self.model = self.model_wrapped = self.model.merge_and_unload()  # pyright: ignore
+
     def get_decay_parameter_names(self, model):
         return [name for name in super().get_decay_parameter_names(model) if name not in self.undecayed]
 

@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Training low-rank adapters (LoRA, arXiv 2106.09685) by PEFT in place of the weights."""
+
+import re
+from collections.abc import Sequence
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
+
+from ..modeling_moma import MomaForCausalLM
+from ..tools.freezing import learning_tokens
+
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+
+_LINEAR = r"(gate_proj|up_proj|down_proj)"
+
+
+def with_adapters(model: MomaForCausalLM, rank: int, frozen_groups: Sequence[str] = ()) -> "PeftModel":
+    """
+    Puts adapters beside attention and expert groups, and lets the rows of all tokens but those of text learn.
+
+    Routers stay as they are. After training, `merge_and_unload()` gives the model with the adapters in its weights.
+
+    Args:
+        model: its weights are frozen.
+        rank: of the adapters; their output is scaled by 2, whatever the rank.
+        frozen_groups: expert groups without adapters.
+
+    Raises:
+        ImportError: PEFT is missing, the extra `finetune`.
+        ValueError: `rank` is below 1, or the model has no such group.
+    """
+    if rank < 1:
+        raise ValueError(f"`--lora-rank` = {rank}: a rank is at least 1.")
+    if find_spec("peft") is None:
+        raise ImportError('`--lora-rank` needs PEFT: `pip install "modeling-moma[finetune]"`.')
+    from peft import LoraConfig, get_peft_model
+
+    config = model.config
+    unknown = sorted(set(frozen_groups) - set(config.expert_groups))
+    if unknown:
+        raise ValueError(f"`--freeze-groups` names {unknown}; the model's groups are {list(config.expert_groups)}.")
+    groups = "|".join(re.escape(group) for group in config.expert_groups if group not in frozen_groups)
+    networks = [r"self_attn\.(q_proj|k_proj|v_proj|o_proj)", rf"mlp\.shared_expert\.{_LINEAR}"]
+    if groups:
+        networks.append(rf"groups\.({groups})\.(mlp|shared_expert)\.{_LINEAR}")
+    packed = [name for name, _ in model.named_parameters() if groups and re.search(rf"\.({groups})\.experts\.", name)]
+    new_modalities = [modality for modality in config.modalities if modality != "text"]
+    matrices = ["embed_tokens"] if config.tie_word_embeddings else ["embed_tokens", "lm_head"]
+    rows = learning_tokens(config, new_modalities).nonzero().flatten().tolist()
+    adapters = LoraConfig(
+        r=rank,
+        lora_alpha=2 * rank,
+        target_modules=rf".*\.({'|'.join(networks)})",
+        target_parameters=packed or None,
+        trainable_token_indices={name: rows for name in matrices} if rows else None,
+    )
+    return get_peft_model(model, adapters)  # pyright: ignore[reportReturnType]
+
+
+__all__ = ["with_adapters"]

@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`moma pretrain --lora-rank`: adapters learn in place of the weights and end up in them."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from helpers.tiny import tiny_processor, write_tokens
+from modeling_moma import MomaForCausalLM, upcycle
+from modeling_moma.cli.pretrain import main, parse_arguments
+from modeling_moma.training.adapters import with_adapters
+
+
+pytest.importorskip("peft")
+
+SHAPES = {
+    "1t1i, tied": {"num_experts": {"text": 1, "image": 1}, "tie_word_embeddings": True},
+    "4t4i": {"num_experts": {"text": 4, "image": 4}},
+    "shared": {"num_experts": {"text": 2, "image": 2}, "shared_expert_intermediate_size": {"text": 8, "image": 8}},
+}
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("adapters")
+    processor = tiny_processor()
+    processor.save_pretrained(folder / "processor")
+    write_tokens(folder / "tokens", processor, codings=1, train=12, validation=4)
+    config = {"hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4}
+    for name, fields in SHAPES.items():
+        recipe = {"model": {**config, "max_position_embeddings": 64, **fields}}
+        (folder / f"{name}.json").write_text(json.dumps(recipe))
+    return folder
+
+
+def arguments(inputs, shape, output, *more):
+    paths = ["--processor", inputs / "processor", "--tokens", inputs / "tokens", "--output", output]
+    sizes = "--steps 6 --batch-size 4 --eval-steps 6 --save-steps 3 --logging-steps 1 --warmup-steps 1".split()
+    return [str(text) for text in (inputs / f"{shape}.json", *paths, *sizes, "--learning-rate", "0.01", *more)]
+
+
+def start(inputs, shape, folder):
+    """A model of that shape, to tell afterwards what has moved."""
+    fields = json.loads((inputs / f"{shape}.json").read_text())["model"]
+    config = MomaForCausalLM.config_class(**fields, **tiny_processor().token_layout())
+    model = MomaForCausalLM(config)
+    model.save_pretrained(folder)
+    return model
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_adapters_learn_and_end_up_in_the_weights(shape, inputs, tmp_path):
+    before = start(inputs, shape, tmp_path / "start").state_dict()
+    more = ("--model", tmp_path / "start", "--lora-rank", "4", "--freeze-groups", "text")
+    main(arguments(inputs, shape, tmp_path / "out", *more))
+    assert not list((tmp_path / "out").glob("adapter*"))
+    model = MomaForCausalLM.from_pretrained(tmp_path / "out")
+    after = model.state_dict()
+    assert after.keys() == before.keys()
+    moved = {name for name in after if not torch.equal(after[name], before[name])}
+    learning = {name for name in before if "self_attn" in name and name.endswith("proj.weight")}
+    learning |= {name for name in before if ".groups.image." in name and "router" not in name}
+    embeddings = {"model.embed_tokens.weight", "lm_head.weight"}
+    assert moved == learning | embeddings
+    (frame,) = model.config.frames.values()
+    pictures = {frame.begin, frame.end, *(id for bounds in frame.ranges for id in range(*bounds))}
+    for name in embeddings:
+        rows = (after[name] != before[name]).any(-1).nonzero().flatten().tolist()
+        assert rows and set(rows) <= pictures
+
+
+def test_a_resumed_run_of_adapters_ends_as_the_whole_one(inputs, tmp_path):
+    more = ("--lora-rank", "4")
+    main(arguments(inputs, "4t4i", tmp_path / "whole", *more))
+    main(arguments(inputs, "4t4i", tmp_path / "again", *more))
+    for left in ("model.safetensors", "trainer_state.json"):
+        (tmp_path / "again" / left).unlink()
+    last = tmp_path / "again" / "checkpoint-6"
+    last.rename(tmp_path / "gone")
+    main(arguments(inputs, "4t4i", tmp_path / "again", *more, "--resume"))
+    whole, again = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "again"))
+    for name, tensor in whole.items():
+        torch.testing.assert_close(again[name], tensor, rtol=1e-5, atol=1e-6, msg=name)
+
+
+def test_adapters_stand_beside_what_an_upcycled_seed_has_kept(inputs, tmp_path):
+    model = upcycle(start(inputs, "1t1i, tied", tmp_path), {"text": 2, "image": 2}, keep_seed=True)
+    names = {name.split("base_model.model.")[1] for name, _ in with_adapters(model, 2).named_parameters()}
+    for group in ("text", "image"):
+        assert any(f"groups.{group}.shared_expert.up_proj.lora_A" in name for name in names)
+        assert any(f"groups.{group}.experts" in name and "lora_A" in name for name in names)
+
+
+@pytest.mark.parametrize(
+    "more, said",
+    [
+        (("--lora-rank", "0"), "--lora-rank.*0"),
+        (("--lora-rank", "4", "--freeze-groups", "audio"), "audio.*text.*image"),
+    ],
+)
+def test_what_cannot_be_adapted_is_refused(more, said, inputs, tmp_path):
+    with pytest.raises(ValueError, match=said):
+        main(arguments(inputs, "4t4i", tmp_path, *more))
+
+
+@pytest.mark.parametrize("other", [("--train-groups", "image"), ("--stop-at", "3")])
+def test_adapters_go_neither_with_groups_alone_nor_with_stages(other, inputs, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        parse_arguments(arguments(inputs, "4t4i", tmp_path, "--lora-rank", "4", *other))
+    assert "--lora-rank goes with neither" in capsys.readouterr().err
