@@ -32,6 +32,10 @@ from .quantizer_moma_vq import MomaVQQuantizer
 from .trunk_moma_vq import MomaVQTrunk
 
 
+# pixels that pass at once on a CPU: what convolutions make of more leaves its caches, and memory is asked for anew
+_HOST_PIXELS = 2**16
+
+
 @auto_docstring(custom_intro="What one pass of [`MomaVQModel`] over a batch of pictures gives.")
 @dataclass
 class MomaVQOutput(ModelOutput):
@@ -203,7 +207,9 @@ class MomaVQModel(PreTrainedModel):
         Raises:
             `ValueError`: wrong shape.
         """
-        return self.quantize(self.encode(pixel_values))[2]
+        self._check_pixel_values(pixel_values)
+        parts = self._parts(pixel_values, pixel_values.shape[-1])
+        return torch.cat([self.quantize(self.encode(part))[2] for part in parts])
 
     @torch.no_grad()
     def decode_image_tokens(self, image_tokens: torch.Tensor) -> torch.Tensor:
@@ -228,7 +234,14 @@ class MomaVQModel(PreTrainedModel):
         # a program has no numbers to look at
         if not torch.compiler.is_exporting():
             self._check_codes(image_tokens)
-        return self.decode(self.quantize.lookup(image_tokens.long(), grid)).clamp(-1, 1)
+        parts = self._parts(image_tokens.long(), grid * self.config.downsample_factor)
+        return torch.cat([self.decode(self.quantize.lookup(part, grid)).clamp(-1, 1) for part in parts])
+
+    def _parts(self, pictures: torch.Tensor, side: int) -> tuple[torch.Tensor, ...]:
+        # a program takes a batch of any size as a whole
+        if pictures.device.type != "cpu" or torch.compiler.is_compiling() or torch.jit.is_tracing():
+            return (pictures,)
+        return pictures.split(max(1, _HOST_PIXELS // side**2))
 
     def _check_codes(self, image_tokens: torch.Tensor) -> None:
         size = self.config.num_embeddings

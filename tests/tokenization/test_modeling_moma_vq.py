@@ -95,6 +95,20 @@ def test_the_full_configuration_has_the_names_and_shapes_of_chameleon_and_of_tam
     assert "decoder.up.0.upsample.conv.weight" not in decoder
 
 
+def test_a_batch_that_passes_in_parts_gives_what_its_pictures_give_alone(model, monkeypatch):
+    pictures = torch.rand(5, 3, 32, 32, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    sizes, encode = [], model.encode
+    monkeypatch.setattr(model, "encode", lambda part: (sizes.append(len(part)), encode(part))[1])
+    monkeypatch.setattr("tokenization.modeling_moma_vq._HOST_PIXELS", 2 * 32 * 32)
+    codes = model.get_image_tokens(pictures)
+    assert sizes == [2, 2, 1] and codes.shape == (5, 16)
+    alone = [encode(picture[None]) for picture in pictures]
+    assert torch.equal(codes, torch.cat([model.quantize(latents)[2] for latents in alone]))
+    decoded = model.decode_image_tokens(codes)
+    expected = torch.cat([model.decode(model.quantize.lookup(row[None], 4)).clamp(-1, 1) for row in codes])
+    torch.testing.assert_close(decoded, expected)
+
+
 @pytest.mark.parametrize("side", [8, 32, 48])
 def test_any_multiple_of_the_factor_encodes_and_decodes(model, side):
     tokens = model.get_image_tokens(torch.rand(2, 3, side, side) * 2 - 1)

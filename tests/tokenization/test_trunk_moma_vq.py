@@ -5,7 +5,7 @@ import torch.nn.functional as F
 
 from tokenization import MomaVQConfig, MomaVQModel
 from tokenization.perceptual_moma_vq import MomaVQPerceptualNetwork
-from tokenization.trunk_moma_vq import TRUNK_WIDTH, MomaVQTrunk
+from tokenization.trunk_moma_vq import TRUNK_WIDTH, MomaVQSameConv, MomaVQTrunk
 
 
 @pytest.fixture(scope="module")
@@ -29,6 +29,21 @@ def test_features_equal_those_of_the_network_the_weights_come_from(trunk, networ
             expected = block(expected)
     expected = F.layer_norm(expected.permute(0, 2, 3, 1), (TRUNK_WIDTH,)).permute(0, 3, 1, 2)
     torch.testing.assert_close(trunk(pictures), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("kernel_size", [1, 3, 5])
+@pytest.mark.parametrize("side", [7, 8])
+def test_convolutions_pad_as_tensorflow_does(side, kernel_size, stride):
+    convolution = MomaVQSameConv(4, 4, kernel_size, stride, groups=4)
+    x = torch.randn(2, 4, side, side)
+    grid = -(-side // stride)
+    padding = max((grid - 1) * stride + kernel_size - side, 0)
+    sides = (padding // 2, padding - padding // 2)
+    expected = F.conv2d(F.pad(x, sides * 2), convolution.weight, convolution.bias, stride, groups=4)
+    assert expected.shape[-1] == grid
+    for layout in (torch.contiguous_format, torch.channels_last):
+        torch.testing.assert_close(convolution(x.contiguous(memory_format=layout)), expected)
 
 
 @pytest.mark.parametrize("side", [32, 64, 96])
