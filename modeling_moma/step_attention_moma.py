@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention of one query in each row on a CPU, where torch's kernel for half precision is slow.
+"""Attention of one query in each row on those CPUs on which torch's kernel for half precision is slow.
 
 Shape suffixes:
     B rows, H heads, G key heads, S keys, d head size.
 """
 
 from collections.abc import Callable
+from functools import cache
 
 import torch
 from torch import nn
@@ -13,14 +14,21 @@ from torch import nn
 from .host_moma import is_on_host
 
 
-_HALVES = (torch.bfloat16, torch.float16)
+# and what torch calls the instructions of a CPU with which its own kernel is the faster one
+_HALVES = {torch.bfloat16: "amx_bf16", torch.float16: "avx512_fp16"}
 # elements of keys that are widened at a time: their copy should stay in the caches
 _CHUNK_ELEMENTS = 2**19
 
 
+@cache
+def _has_instructions(dtype: torch.dtype) -> bool:
+    return bool(torch.cpu.get_capabilities().get(_HALVES[dtype]))
+
+
 def wants_wide_step(implementation: str, query_BHTd: torch.Tensor) -> bool:
     """Whether [`wide_step`] is the faster way: torch's product of one query with half-precision keys takes 1.6 to 3.4
-    times as long on a CPU as widening them first (`python -m benchmarks.decode_parts`).
+    times as long as widening them first on a CPU that has no instructions for it, and a fifth to a half of that on one
+    that has (`python -m benchmarks.decode_parts`).
 
     Args:
         implementation (`str`): of the model's attention.
@@ -30,6 +38,7 @@ def wants_wide_step(implementation: str, query_BHTd: torch.Tensor) -> bool:
         query_BHTd.shape[2] == 1
         and implementation == "sdpa"
         and query_BHTd.dtype in _HALVES
+        and not _has_instructions(query_BHTd.dtype)
         and is_on_host(query_BHTd)
         and not torch.is_grad_enabled()
         and not torch.compiler.is_compiling()

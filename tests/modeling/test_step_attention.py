@@ -45,11 +45,18 @@ def test_it_is_the_attention_of_fp32(monkeypatch, mask, num_groups, elements_at_
     assert torch.equal(output, expected.bfloat16())
 
 
-def test_where_it_is_wanted():
+@pytest.fixture(params=[True, False], ids=["own instructions", "none"])
+def has_instructions(request, monkeypatch):
+    """Both kinds of CPU, whichever this is."""
+    monkeypatch.setattr(step_attention_moma, "_has_instructions", lambda dtype: request.param)
+    return request.param
+
+
+def test_where_it_is_wanted(has_instructions):
     query = torch.zeros(1, 2, 1, 8, dtype=torch.bfloat16)
     assert not wants_wide_step("sdpa", query)
     with torch.no_grad():
-        assert wants_wide_step("sdpa", query) and wants_wide_step("sdpa", query.half())
+        assert wants_wide_step("sdpa", query) == wants_wide_step("sdpa", query.half()) == (not has_instructions)
         assert not wants_wide_step("eager", query)
         assert not wants_wide_step("sdpa", query.float())
         assert not wants_wide_step("sdpa", query.expand(1, 2, 2, 8))
@@ -57,7 +64,7 @@ def test_where_it_is_wanted():
 
 
 @pytest.mark.parametrize("depth_layers", [None, [0]])
-def test_steps_in_bf16_equal_the_whole_in_bf16(depth_layers):
+def test_steps_in_bf16_equal_the_whole_in_bf16(depth_layers, has_instructions):
     model = tiny_model(depth_layers=depth_layers).bfloat16().eval()
     ids = torch.randint(5, 16, (2, 12), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
