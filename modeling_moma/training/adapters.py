@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
+from ..configuration_moma import TEXT
 from ..modeling_moma import MomaForCausalLM
 from ..tools.freezing import learning_tokens
 
@@ -47,7 +48,7 @@ def with_adapters(model: MomaForCausalLM, rank: int, frozen_groups: Sequence[str
     if groups:
         networks.append(rf"groups\.({groups})\.(mlp|shared_expert)\.{_LINEAR}")
     packed = [name for name, _ in model.named_parameters() if groups and re.search(rf"\.({groups})\.experts\.", name)]
-    new_modalities = [modality for modality in config.modalities if modality != "text"]
+    new_modalities = [modality for modality in config.modalities if modality != TEXT]
     matrices = ["embed_tokens"] if config.tie_word_embeddings else ["embed_tokens", "lm_head"]
     rows = learning_tokens(config, new_modalities).nonzero().flatten().tolist()
     adapters = LoraConfig(
