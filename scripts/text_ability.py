@@ -82,8 +82,15 @@ def windows(tokenizer, texts: Sequence[str], length: int) -> list[list[int]]:
 
 @torch.no_grad()
 def perplexity(model, pieces: list[list[int]], pad_token_id: int, batch_size: int, name: str) -> dict[str, float]:
-    """`perplexity` over all pieces, each from its second token on, and `tokens`, their number."""
-    total, count = 0.0, 0
+    """
+    Over all pieces, each from its second token on.
+
+    Returns:
+        `perplexity`, in which a MoMa's picture tokens take part; `perplexity_of_words`, from the probabilities among
+        words, as in text mode, where picture tokens are none; and `tokens`, the number of targets.
+    """
+    total, total_of_words, count = 0.0, 0.0, 0
+    is_word = words_of(model.config)
     by_length = sorted(pieces, key=len)
     for start in tqdm(range(0, len(by_length), batch_size), desc=name):
         batch = by_length[start : start + batch_size]
@@ -92,9 +99,23 @@ def perplexity(model, pieces: list[list[int]], pad_token_id: int, batch_size: in
         mask = torch.tensor([[1] * len(piece) + [0] * (width - len(piece)) for piece in batch])
         logits = model(input_ids=ids, attention_mask=mask).logits
         targets = torch.where(mask.bool(), ids, -100)[:, 1:].flatten()
-        total += float(F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), targets, reduction="sum"))
+        scores = logits[:, :-1].flatten(0, 1).float()
+        total += float(F.cross_entropy(scores, targets, reduction="sum"))
+        of_words = scores.masked_fill_(~is_word, -torch.inf)
+        total_of_words += float(F.cross_entropy(of_words, targets, reduction="sum"))
         count += int((targets >= 0).sum())
-    return {"perplexity": math.exp(total / count), "tokens": count}
+    means = {"perplexity": math.exp(total / count), "perplexity_of_words": math.exp(total_of_words / count)}
+    return {**means, "tokens": count}
+
+
+def words_of(config) -> torch.Tensor:
+    """True for the tokens that are neither codes of a MoMa's pictures nor begin or end them."""
+    is_word = torch.ones(config.vocab_size, dtype=torch.bool)
+    if isinstance(config, modeling_moma.MomaConfig):
+        for frame in config.frames.values():
+            for start, stop in (*frame.ranges, (frame.begin, frame.begin + 1), (frame.end, frame.end + 1)):
+                is_word[start:stop] = False
+    return is_word
 
 
 @torch.no_grad()
@@ -125,7 +146,8 @@ def main(arguments: Sequence[str] | None = None):
     for name, texts in {"gloss": read_glosses(args.gloss), "manual": read_pages(args.manual)}.items():
         pieces = windows(tokenizer, texts, args.window)[: args.limit]
         report[name] = perplexity(model, pieces, tokenizer.pad_token_id, args.batch_size, name)
-        print(f"{name}: perplexity {report[name]['perplexity']:.3f} over {report[name]['tokens']:,} tokens")
+        means = [f"{report[name][part]:.3f}" for part in ("perplexity", "perplexity_of_words")]
+        print(f"{name}: perplexity {means[0]}, among words {means[1]}, over {report[name]['tokens']:,} tokens")
     report["answers"] = answers(model, tokenizer, args.new_tokens)
     write_aside(args.output, lambda path: path.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n"))
 

@@ -33,18 +33,18 @@ def measure(inputs, output, *more):
     return json.loads(output.read_text())
 
 
-def plain_perplexity(inputs, texts, window):
+def plain_perplexity(inputs, texts, window, without=()):
     """Document by document, without padding."""
     model = text_ability.AutoModelForCausalLM.from_pretrained(inputs / "model").eval()
     tokenizer = text_ability.AutoTokenizer.from_pretrained(inputs / "model")
-    losses = []
+    losses, without = [], torch.tensor(without, dtype=torch.long)
     for text in texts:
         ids = tokenizer(text)["input_ids"]
         for start in range(0, len(ids), window):
             piece = torch.tensor([ids[start : start + window]])
             if piece.shape[1] > 1:
                 with torch.no_grad():
-                    scores = model(piece).logits[0].log_softmax(-1)
+                    scores = model(piece).logits[0].index_fill(-1, without, -torch.inf).log_softmax(-1)
                 losses += (-scores[:-1].gather(1, piece[0, 1:, None])).flatten().tolist()
     return math.exp(sum(losses) / len(losses)), len(losses)
 
@@ -56,6 +56,10 @@ def test_perplexities_are_those_of_single_documents(inputs, tmp_path, window):
         perplexity, tokens = plain_perplexity(inputs, texts, window)
         assert report[name]["tokens"] == tokens
         assert report[name]["perplexity"] == pytest.approx(perplexity, rel=1e-4)
+        (frame,) = tiny_model(tiny_processor()).config.frames.values()
+        pictures = [frame.begin, frame.end, *(id for bounds in frame.ranges for id in range(*bounds))]
+        among_words, _ = plain_perplexity(inputs, texts, window, pictures)
+        assert report[name]["perplexity_of_words"] == pytest.approx(among_words, rel=1e-4) and among_words < perplexity
 
 
 def test_twenty_prompts_are_answered(inputs, tmp_path):
