@@ -108,7 +108,9 @@ class _ChunkedSum(torch.autograd.Function):
             if needs_grad:
                 change_ND, *own = torch.autograd.grad(part, [chunk_ND, *parameters])
                 changes.append(change_ND)
-                sums = [before.add_(new) for before, new in zip(sums, own)] if sums else list(own)
+                sums = [before.add_(new) for before, new in zip(sums, own)] if sums else own
+                # or the next chunk's would stand beside them
+                del own
         if needs_grad:
             ctx.save_for_backward(torch.cat(changes), *sums)
         loss_N = torch.cat(losses)
