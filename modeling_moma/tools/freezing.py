@@ -32,7 +32,7 @@ def freeze_groups(model: MomaPreTrainedModel, groups: list[str]) -> int:
     Raises:
         ValueError: the model has no such group.
     """
-    _check_groups(model.config, groups)
+    check_groups(model.config, groups)
     frozen = 0
     for module in model.modules():
         if isinstance(module, MomaFeedForward):
@@ -61,7 +61,7 @@ def freeze_all_but(model: MomaPreTrainedModel, groups: list[str]) -> list[str]:
     Raises:
         ValueError: the model has no such group, or `groups` is empty.
     """
-    _check_groups(model.config, groups)
+    check_groups(model.config, groups)
     if not groups:
         raise ValueError("`groups` is empty: nothing would learn.")
     model.requires_grad_(False)
@@ -79,7 +79,8 @@ def freeze_all_but(model: MomaPreTrainedModel, groups: list[str]) -> list[str]:
     return [name for name, parameter in model.named_parameters() if id(parameter) in matrices]
 
 
-def _check_groups(config: MomaConfig, groups: Sequence[str]):
+def check_groups(config: MomaConfig, groups: Sequence[str]):
+    """Raise `ValueError` where a model has no such expert group."""
     unknown = sorted(set(groups) - set(config.expert_groups))
     if unknown:
         raise ValueError(f"`groups` names {unknown}; the model's groups are {list(config.expert_groups)}.")

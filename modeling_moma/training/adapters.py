@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from ..configuration_moma import TEXT
 from ..modeling_moma import MomaForCausalLM
-from ..tools.freezing import learning_tokens
+from ..tools.freezing import check_groups, learning_tokens
 
 
 if TYPE_CHECKING:
@@ -40,9 +40,7 @@ def with_adapters(model: MomaForCausalLM, rank: int, frozen_groups: Sequence[str
     from peft import LoraConfig, get_peft_model
 
     config = model.config
-    unknown = sorted(set(frozen_groups) - set(config.expert_groups))
-    if unknown:
-        raise ValueError(f"`--freeze-groups` names {unknown}; the model's groups are {list(config.expert_groups)}.")
+    check_groups(config, frozen_groups)
     groups = "|".join(re.escape(group) for group in config.expert_groups if group not in frozen_groups)
     networks = [r"self_attn\.(q_proj|k_proj|v_proj|o_proj)", rf"mlp\.shared_expert\.{_LINEAR}"]
     if groups:

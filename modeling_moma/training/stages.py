@@ -81,7 +81,7 @@ class StageTrainer(Trainer):
 
     def merge_adapters(self):
         """Make a plain model of one with PEFT's adapters, so that it is saved whole."""
-        self.model = self.model_wrapped = self.model.merge_and_unload()  # pyright: ignore
+        self.model = self.model_wrapped = self.model.merge_and_unload()  # pyright: ignore[reportAttributeAccessIssue, reportOptionalMemberAccess, reportCallIssue]
 
     def get_decay_parameter_names(self, model):
         return [name for name in super().get_decay_parameter_names(model) if name not in self.undecayed]

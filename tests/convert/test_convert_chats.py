@@ -18,12 +18,18 @@ INDENTED = "  {% for message in messages %}\n    {{ message.content }}\n  {% end
 NEWLINE_FIRST = "\n\n {{ messages | length }}\n{%- for message in messages %}\n{{ message.content }}{% endfor %}"
 
 
-def test_processor_beside_the_model_reads_text_as_the_source_did(source, convert, tmp_path):
+def converted_chat(source, convert, folder):
+    """The source's tokenizer with a template, and the processor of what it was converted into."""
     with_template = AutoTokenizer.from_pretrained(source)
     with_template.chat_template = CHATML
     with_template.save_pretrained(source)
     convert(source)
-    processor = MomaProcessor.from_pretrained(tmp_path / "moma")
+    processor = MomaProcessor.from_pretrained(folder / "moma")
+    return with_template, processor
+
+
+def test_processor_beside_the_model_reads_text_as_the_source_did(source, convert, tmp_path):
+    with_template, processor = converted_chat(source, convert, tmp_path)
     expected = AutoTokenizer.from_pretrained(source)(TEXTS)["input_ids"]
     assert processor(text=TEXTS)["input_ids"] == expected
     for one in (processor, processor.tokenizer, AutoTokenizer.from_pretrained(tmp_path / "moma")):
@@ -75,11 +81,7 @@ def test_template_of_the_source_takes_pictures_and_leaves_messages_without_conte
 
 
 def test_picture_in_a_chat_becomes_its_codes(source, convert, tmp_path):
-    with_template = AutoTokenizer.from_pretrained(source)
-    with_template.chat_template = CHATML
-    with_template.save_pretrained(source)
-    convert(source)
-    processor = MomaProcessor.from_pretrained(tmp_path / "moma")
+    _, processor = converted_chat(source, convert, tmp_path)
     picture = noise_pictures(1)[0]
     chat = [{"role": "user", "content": [{"type": "image", "image": picture}, {"type": "text", "text": "Name it."}]}]
     ids = processor.apply_chat_template(chat, tokenize=True, return_dict=True, add_generation_prompt=True)["input_ids"]

@@ -498,29 +498,6 @@ def test_frozen_groups_stay_bit_by_bit_while_others_move(stages, inputs, tmp_pat
     assert any(".groups.text.experts" in name for name in after)
 
 
-def test_one_group_and_the_rows_of_its_tokens_learn_alone_under_weight_decay(stages, inputs, tmp_path):
-    before = load_file(stages.start[1] / "model.safetensors")
-    more = ("--train-groups", "image", "--weight-decay", "0.5", "--learning-rate", "0.01", "--stop-at", "6")
-    run(inputs, tmp_path, *more, start=stages.start)
-    after = load_file(tmp_path / "model.safetensors")
-    moved = {name for name, tensor in after.items() if not torch.equal(tensor, before[name])}
-    outside = {name for name in moved if ".groups.image." not in name}
-    assert any(".groups.image.experts" in name for name in moved)
-    assert outside == {"lm_head.weight", "model.embed_tokens.weight"}
-    config = MomaForCausalLM.from_pretrained(tmp_path).config
-    (frame,) = config.frames.values()
-    pictures = {frame.begin, frame.end, *(id for bounds in frame.ranges for id in range(*bounds))}
-    for name in outside:
-        assert set((after[name] != before[name]).any(-1).nonzero().flatten().tolist()) <= pictures
-
-
-def test_freezing_and_training_alone_exclude_each_other(stages, inputs, tmp_path, capsys):
-    both = ("--freeze-groups", "text", "--train-groups", "image")
-    with pytest.raises(SystemExit):
-        parse_arguments(arguments(inputs, tmp_path, *both, start=stages.start))
-    assert "--train-groups: not allowed with argument --freeze-groups" in capsys.readouterr().err
-
-
 def test_unknown_group_to_freeze_is_named(stages, inputs, tmp_path):
     with pytest.raises(ValueError, match="audio.*text.*image"):
         build_trainer(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`moma pretrain --lora-rank`: adapters learn in place of the weights and end up in them."""
+"""`moma pretrain` where not all learns: adapters that end up in the weights, one group and the rows of its tokens."""
 
 import json
 
@@ -50,6 +50,15 @@ def start(inputs, shape, folder):
     return model
 
 
+def tokens_of_pictures(config):
+    (frame,) = config.frames.values()
+    return {frame.begin, frame.end, *(id for bounds in frame.ranges for id in range(*bounds))}
+
+
+def rows_that_moved(before, after, name):
+    return (after[name] != before[name]).any(-1).nonzero().flatten().tolist()
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 def test_adapters_learn_and_end_up_in_the_weights(shape, inputs, tmp_path):
     before = start(inputs, shape, tmp_path / "start").state_dict()
@@ -64,11 +73,9 @@ def test_adapters_learn_and_end_up_in_the_weights(shape, inputs, tmp_path):
     learning |= {name for name in before if ".groups.image." in name and "router" not in name}
     embeddings = {"model.embed_tokens.weight", "lm_head.weight"}
     assert moved == learning | embeddings
-    (frame,) = model.config.frames.values()
-    pictures = {frame.begin, frame.end, *(id for bounds in frame.ranges for id in range(*bounds))}
     for name in embeddings:
-        rows = (after[name] != before[name]).any(-1).nonzero().flatten().tolist()
-        assert rows and set(rows) <= pictures
+        rows = rows_that_moved(before, after, name)
+        assert rows and set(rows) <= tokens_of_pictures(model.config)
 
 
 def test_a_resumed_run_of_adapters_ends_as_the_whole_one(inputs, tmp_path):
@@ -110,3 +117,23 @@ def test_adapters_go_neither_with_groups_alone_nor_with_stages(other, inputs, tm
     with pytest.raises(SystemExit):
         parse_arguments(arguments(inputs, "4t4i", tmp_path, "--lora-rank", "4", *other))
     assert "--lora-rank goes with neither" in capsys.readouterr().err
+
+
+def test_one_group_and_the_rows_of_its_tokens_learn_alone_under_weight_decay(inputs, tmp_path):
+    model = start(inputs, "4t4i", tmp_path / "start")
+    before = model.state_dict()
+    more = ("--model", tmp_path / "start", "--train-groups", "image", "--weight-decay", "0.5")
+    main(arguments(inputs, "4t4i", tmp_path / "out", *more))
+    after = load_file(tmp_path / "out" / "model.safetensors")
+    moved = {name for name, tensor in after.items() if not torch.equal(tensor, before[name])}
+    outside = {name for name in moved if ".groups.image." not in name}
+    assert any(".groups.image.experts" in name for name in moved)
+    assert outside == {"lm_head.weight", "model.embed_tokens.weight"}
+    for name in outside:
+        assert set(rows_that_moved(before, after, name)) <= tokens_of_pictures(model.config)
+
+
+def test_freezing_and_training_alone_exclude_each_other(inputs, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        parse_arguments(arguments(inputs, "4t4i", tmp_path, "--freeze-groups", "text", "--train-groups", "image"))
+    assert "--train-groups: not allowed with argument --freeze-groups" in capsys.readouterr().err
