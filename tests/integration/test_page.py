@@ -63,6 +63,8 @@ def visit(address, chromium):
         page.asked = []
         page.on("request", lambda request: page.asked.append(request.url))
         page.goto(address)
+        # a page is built part by part after it was loaded, and a script finds no part too early
+        page.wait_for_selector("#caption-words textarea", state="attached", timeout=PATIENCE)
         return page
 
     yield open_page
@@ -81,7 +83,8 @@ def start_drawing(page, words: str, seed: int = 0, count: int = 1, guidance: flo
     page.locator("#draw-count input[type=number]").fill(str(count))
     page.locator("#draw-guidance input[type=number]").fill(str(guidance))
     # the tab is drawn after it was chosen
-    page.wait_for_selector("#draw-gallery", state="attached", timeout=PATIENCE)
+    for part in ("#draw-gallery", "#draw-progress textarea, #draw-progress input"):
+        page.wait_for_selector(part, state="attached", timeout=PATIENCE)
     page.evaluate(WATCH)
     page.locator("#draw-button").click()
 
