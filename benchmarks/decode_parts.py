@@ -23,7 +23,7 @@ SIZES = ((1, 128), (1, 1024), (8, 128), (8, 1024), (32, 128))
 HEADS, HEAD_DIM = 8, 64
 # of an expert's first product, and so many of them that no cache holds them
 WIDTH, INNER, EXPERTS = 512, 2736, 100
-ROWS = (1, 2, 8)
+ROWS = (1, 2, 8, 64, 256)
 REPEATS = 30
 
 
@@ -58,7 +58,10 @@ def cache(rows: int, num_keys: int) -> float:
 
 
 def products(num_rows: int, dtype: torch.dtype) -> list[str]:
-    """GB/s at which products read weights beyond the caches: as they are, stored transposed, after being read once."""
+    """
+    GB/s at which products read weights beyond the caches: on the right as they are, stored transposed, after being
+    read once, and on the left.
+    """
     x_ND = torch.randn(num_rows, WIDTH).to(dtype)
     weights = [torch.randn(INNER, WIDTH).to(dtype) for _ in range(EXPERTS)]
     transposed = [weight.t().contiguous().t() for weight in weights]
@@ -71,6 +74,7 @@ def products(num_rows: int, dtype: torch.dtype) -> list[str]:
         [partial(nn.functional.linear, x_ND, weight) for weight in weights],
         [partial(nn.functional.linear, x_ND, weight) for weight in transposed],
         [partial(read_first, weight) for weight in weights],
+        [partial(torch.mm, weight, x_ND.t()) for weight in weights],
         [weight.sum for weight in weights],
     ]
     size = weights[0].nbytes / 1e9
@@ -84,8 +88,8 @@ def main() -> None:
         for rows, num_keys in SIZES:
             print(f"| {rows} | {num_keys} | {attention(rows, num_keys):.1f} | {cache(rows, num_keys):.1f} |")
         print(f"\nGB/s of products of {INNER} x {WIDTH}, {EXPERTS} of them in turn.\n")
-        print("| rows | type | as they are | transposed | read once before | a sum alone |")
-        print("|---:|---|---:|---:|---:|---:|")
+        print("| rows | type | as they are | transposed | read once before | on the left | a sum alone |")
+        print("|---:|---|---:|---:|---:|---:|---:|")
         for dtype in (torch.bfloat16, torch.float32):
             for num_rows in ROWS:
                 print("| " + " | ".join([str(num_rows), str(dtype)[6:], *products(num_rows, dtype)]) + " |")

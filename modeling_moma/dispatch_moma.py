@@ -21,8 +21,8 @@ from transformers.integrations.moe import (
 )
 
 from .configuration_moma import MomaConfig
-from .experts_in_turn_moma import are_plain, product_dtype, run_in_turn
-from .host_moma import is_on_host
+from .experts_in_turn_moma import are_plain, product_dtype, run_in_turn, run_one
+from .host_moma import has_instructions, is_on_host
 
 
 if TYPE_CHECKING:
@@ -115,6 +115,12 @@ def _runs_in_turn(experts: "MomaExperts") -> bool:
     return not torch.is_grad_enabled() or are_plain(experts.gate_up_proj, experts.down_proj)
 
 
+def _multiplies_from_left(experts: "MomaExperts") -> bool:
+    """Whether products have the weights on their left: where matrix units multiply them."""
+    is_half = product_dtype(experts.down_proj) == torch.bfloat16
+    return is_half and has_instructions("amx_bf16") and are_plain(experts.gate_up_proj, experts.down_proj)
+
+
 def _is_aligned(size: int, dtype: torch.dtype) -> bool:
     return size * dtype.itemsize % _WORD_BYTES == 0
 
@@ -160,12 +166,18 @@ def _in_turn(experts: "MomaExperts", rows_PD: torch.Tensor, expert_P: torch.Tens
     counts = _rows_of_experts(expert_P)
     if torch.is_grad_enabled():
         return run_in_turn(rows_PD, experts.gate_up_proj, experts.down_proj, counts, experts.act_fn)
+    has_weights_left = _multiplies_from_left(experts)
     parts, begin = [], 0
     for expert, count in counts:
         rows_KD = rows_PD[begin : begin + count]
-        # expert parallelism counts those elsewhere beyond its own
-        parts.append(experts._run_one(expert, rows_KD) if expert < experts.num_experts else torch.zeros_like(rows_KD))
         begin += count
+        if expert >= experts.num_experts:
+            # expert parallelism counts those elsewhere beyond its own
+            parts.append(torch.zeros_like(rows_KD))
+        elif has_weights_left:
+            parts.append(run_one(rows_KD, experts.gate_up_proj[expert], experts.down_proj[expert], experts.act_fn))
+        else:
+            parts.append(experts._run_one(expert, rows_KD))
     if not parts:
         return torch.zeros_like(rows_PD)
     return parts[0] if len(parts) == 1 else torch.cat(parts)

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where the host reads a tensor without waiting for a device."""
+"""What the host can do: read a tensor without waiting for a device, multiply by matrix units."""
+
+from functools import cache
 
 import torch
 
@@ -13,4 +15,10 @@ def is_on_host(tensor: torch.Tensor) -> bool:
     return tensor.device.type in HOSTS
 
 
-__all__ = ["is_on_host"]
+@cache
+def has_instructions(name: str) -> bool:
+    """Whether the CPU has instructions that torch knows by a name, as `"amx_bf16"`, of matrix units."""
+    return bool(torch.cpu.get_capabilities().get(name))
+
+
+__all__ = ["has_instructions", "is_on_host"]

@@ -6,23 +6,17 @@ Shape suffixes:
 """
 
 from collections.abc import Callable
-from functools import cache
 
 import torch
 from torch import nn
 
-from .host_moma import is_on_host
+from .host_moma import has_instructions, is_on_host
 
 
 # and what torch calls the instructions of a CPU with which its own kernel is the faster one
 _HALVES = {torch.bfloat16: "amx_bf16", torch.float16: "avx512_fp16"}
 # elements of keys that are widened at a time: their copy should stay in the caches
 _CHUNK_ELEMENTS = 2**19
-
-
-@cache
-def _has_instructions(dtype: torch.dtype) -> bool:
-    return bool(torch.cpu.get_capabilities().get(_HALVES[dtype]))
 
 
 def wants_wide_step(implementation: str, query_BHTd: torch.Tensor) -> bool:
@@ -38,7 +32,7 @@ def wants_wide_step(implementation: str, query_BHTd: torch.Tensor) -> bool:
         query_BHTd.shape[2] == 1
         and implementation == "sdpa"
         and query_BHTd.dtype in _HALVES
-        and not _has_instructions(query_BHTd.dtype)
+        and not has_instructions(_HALVES[query_BHTd.dtype])
         and is_on_host(query_BHTd)
         and not torch.is_grad_enabled()
         and not torch.compiler.is_compiling()

@@ -4,7 +4,8 @@ import torch
 from torch import nn
 
 from helpers.tiny import tiny_model
-from modeling_moma.experts_in_turn_moma import are_plain, run_in_turn
+from modeling_moma import dispatch_moma
+from modeling_moma.experts_in_turn_moma import are_plain, run_in_turn, run_one
 
 
 WIDTH, INNER = 6, 5
@@ -46,6 +47,29 @@ def test_outputs_and_gradients_are_those_of_a_plain_loop(counts):
     expected.backward(change)
     for one, other in zip(mine, others):
         torch.testing.assert_close(one.grad, other.grad)
+
+
+@pytest.mark.parametrize("num_rows", [0, 1, 4])
+def test_one_expert_with_its_weights_on_the_left_is_that_of_a_plain_loop(num_rows):
+    x_PD, gate_up_EGD, down_EDF = (each.detach() for each in parts([num_rows, 0, 0]))
+    output = run_one(x_PD, gate_up_EGD[0], down_EDF[0], nn.functional.silu)
+    torch.testing.assert_close(output, plain_loop(x_PD, gate_up_EGD, down_EDF, [num_rows]))
+
+
+@pytest.mark.parametrize("routing", ["threshold", "token_choice"])
+@pytest.mark.parametrize("has_units", [False, True])
+def test_models_in_bf16_compute_as_eager_ones_with_matrix_units_and_without(has_units, routing, monkeypatch):
+    monkeypatch.setattr(dispatch_moma, "has_instructions", lambda name: has_units)
+    called = []
+    monkeypatch.setattr(dispatch_moma, "run_one", lambda *args: (called.append(0), run_one(*args))[1])
+    ids = torch.randint(5, 60, (2, 12), generator=torch.Generator().manual_seed(0))
+    model = tiny_model(vocab_size=64).to(torch.bfloat16).eval()
+    with torch.no_grad():
+        logits = model(ids, routing=routing).logits
+        model.set_experts_implementation("eager")
+        expected = model(ids, routing=routing).logits
+    assert bool(called) == has_units
+    torch.testing.assert_close(logits, expected, rtol=0.05, atol=0.05)
 
 
 @pytest.mark.parametrize("frozen", [(0,), (1, 2), (0, 1, 2)])

@@ -48,7 +48,7 @@ def test_it_is_the_attention_of_fp32(monkeypatch, mask, num_groups, elements_at_
 @pytest.fixture(params=[True, False], ids=["own instructions", "none"])
 def has_instructions(request, monkeypatch):
     """Both kinds of CPU, whichever this is."""
-    monkeypatch.setattr(step_attention_moma, "_has_instructions", lambda dtype: request.param)
+    monkeypatch.setattr(step_attention_moma, "has_instructions", lambda name: request.param)
     return request.param
 
 
