@@ -6,6 +6,7 @@ Shape suffixes: B rows, T positions.
 
 import copy
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ from .logits_process_moma import (
     TextOnlyLogitsProcessor,
 )
 from .transformers_gaps_moma import GenerationGaps
+from .unseen_layers_moma import unseen_layers
 
 
 INTERLEAVED = "interleaved"
@@ -89,12 +91,23 @@ class MomaGenerationMixin(GenerationGaps):
         processors = LogitsProcessorList(logits_processor or [])
         # an assistant model is called with the processors of the model that it drafts for
         if any(isinstance(processor, GRAMMAR) for processor in processors):
-            return super().generate(inputs, generation_config, processors, **kwargs)
+            return self._generate(inputs, generation_config, processors, kwargs)
         prompt = self._prompt_ids(inputs, kwargs)
         _check_prompt(prompt, kwargs)
         if self.config.modality_token_ranges:
             generation_config = self._follow_grammar(mode, prompt, generation_config, processors, kwargs)
-        return super().generate(inputs, generation_config, processors, **kwargs)
+        return self._generate(inputs, generation_config, processors, kwargs)
+
+    def _generate(
+        self,
+        inputs: torch.Tensor | None,
+        generation_config: GenerationConfig | None,
+        processors: LogitsProcessorList,
+        kwargs: dict,
+    ) -> GenerateOutput | torch.Tensor:
+        option = partial(self._option, generation_config=generation_config, kwargs=kwargs)
+        with unseen_layers(self, option, kwargs):  # pyright: ignore[reportArgumentType]
+            return super().generate(inputs, generation_config, processors, **kwargs)
 
     def decode_image_tokens(self, image_tokens: torch.Tensor) -> torch.Tensor:
         """Take the pictures' codes out of token ids, as the VQ model and the processor want them.

@@ -49,6 +49,7 @@ from .rotary_moma import MomaRotaryEmbedding
 from .router_base_moma import MomaRouterBase
 from .router_updates_moma import update_routers
 from .routing_moma import MomaRouter
+from .unseen_layers_moma import layer_mode
 
 
 @auto_docstring(
@@ -252,17 +253,18 @@ class MomaModel(MomaPreTrainedModel):
             position_ids = position_ids.unsqueeze(0)
         position_embeddings = self.rotary_emb(hidden_states, position_ids=position_ids)
         # fewer where the model drafts for itself (`assistant_early_exit`)
-        for decoder_layer in self.layers[: self.config.num_hidden_layers]:
-            hidden_states = decoder_layer(
-                hidden_states,
-                routing_context=context,
-                attention_mask=causal_mask,
-                position_ids=position_ids,
-                position_embeddings=position_embeddings,
-                cache=cache,
-                use_cache=use_cache,
-                **kwargs,  # pyright: ignore[reportCallIssue]
-            )
+        with layer_mode():
+            for decoder_layer in self.layers[: self.config.num_hidden_layers]:
+                hidden_states = decoder_layer(
+                    hidden_states,
+                    routing_context=context,
+                    attention_mask=causal_mask,
+                    position_ids=position_ids,
+                    position_embeddings=position_embeddings,
+                    cache=cache,
+                    use_cache=use_cache,
+                    **kwargs,  # pyright: ignore[reportCallIssue]
+                )
         hidden_states = self.norm(hidden_states)
         if context.track:
             update_routers(context, self.config.router_bias_update_rate)

@@ -6,6 +6,12 @@ from torch import nn
 from transformers.integrations import use_kernel_forward_from_hub
 
 from .configuration_moma import MomaConfig
+from .host_moma import is_on_host
+
+
+_HALVES = (torch.bfloat16, torch.float16)
+# elements that norms take longer to begin with than to compute
+_FEW_ELEMENTS = 2**16
 
 
 @use_kernel_forward_from_hub("RMSNorm")
@@ -17,6 +23,8 @@ class MomaRMSNorm(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         dtype = hidden_states.dtype
+        if is_on_host(hidden_states) and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            return self.weight * _normed_on_host(hidden_states, self.variance_epsilon)
         normed = nn.functional.rms_norm(hidden_states.float(), self.weight.shape, eps=self.variance_epsilon)
         return self.weight * normed.to(dtype)
 
@@ -33,6 +41,18 @@ class MomaHeadLayerNorm(nn.Module):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         normed = nn.functional.layer_norm(hidden_states, self.weight.shape[-1:], eps=self.eps)
         return (normed * self.weight + self.bias).to(hidden_states.dtype)
+
+
+def _normed_on_host(hidden_states: torch.Tensor, eps: float) -> torch.Tensor:
+    """RMSNorm without weights and gradients, of fewer operations than torch's, which has no kernel for it on CPUs."""
+    size = hidden_states.shape[-1]
+    if hidden_states.dtype in _HALVES and hidden_states.numel() <= _FEW_ELEMENTS:
+        # `(x, -x)` has the mean 0, and as variance the mean square of `x`
+        both = torch.cat((hidden_states, -hidden_states), dim=-1)
+        return nn.functional.layer_norm(both, (2 * size,), eps=eps).narrow(-1, 0, size)
+    wide = hidden_states.float()
+    scale = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().add_(size * eps).rsqrt_().mul_(size**0.5)
+    return wide * scale if wide is hidden_states else wide.mul_(scale).to(hidden_states.dtype)
 
 
 def query_key_norm(config: MomaConfig, num_heads: int) -> nn.Module:

@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Inference mode for the layers of a `generate` on a CPU, where nobody sees what they leave.
+
+Tensors of inference mode know no versions and take no part in gradients, so that small operations start sooner.
+Whoever gets hold of one can neither train on it nor write to it: it stays between the layers and in the call's cache.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .host_moma import HOSTS
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+# caches that a call of `generate` makes for itself and leaves to nobody
+_OWN_CACHES = (None, "dynamic")
+# arguments that bring a cache in, let others than the stock loops call the model, or crop caches between its calls
+_SHARED = ("cache", "past_key_values", "custom_generate", "assistant_model")
+# the same, where configurations may name them
+_OPTIONS = ("return_dict_in_generate", "prompt_lookup_num_tokens", "assistant_early_exit")
+
+_are_unseen: ContextVar[bool] = ContextVar("are_unseen", default=False)
+
+
+@contextmanager
+def unseen_layers(model: "PreTrainedModel", option: Callable[[str], Any], arguments: dict[str, Any]) -> Iterator[None]:
+    """Say for a call of `generate` whether anybody sees what its layers make.
+
+    Args:
+        model (`PreTrainedModel`): whose `generate` it is.
+        option (`Callable`): gives what the call's arguments, or else its configurations, say of a name.
+        arguments (`dict`): the call's.
+    """
+    is_shared = any(arguments.get(name) is not None for name in _SHARED) or any(map(option, _OPTIONS))
+    are_unseen = not is_shared and option("cache_implementation") in _OWN_CACHES and not _is_watched(model)
+    token = _are_unseen.set(are_unseen and model.device.type in HOSTS)
+    try:
+        yield
+    finally:
+        _are_unseen.reset(token)
+
+
+def layer_mode() -> AbstractContextManager:
+    """Inference mode inside of a `generate` whose layers nobody sees, else nothing."""
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or not _are_unseen.get():
+        return nullcontext()
+    return torch.inference_mode()
+
+
+def _is_watched(model: "PreTrainedModel") -> bool:
+    """Whether hooks see what layers make, or weights are such as come into being in a forward."""
+    if getattr(model, "is_quantized", False):
+        return True
+    return any(
+        module._forward_hooks or module._forward_pre_hooks or hasattr(module, "_hf_hook") for module in model.modules()
+    )
+
+
+__all__ = ["layer_mode", "unseen_layers"]
