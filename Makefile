@@ -64,6 +64,7 @@ else
 	$(RUN) -m benchmarks
 	$(RUN) -m benchmarks.sequence_length
 	$(RUN) -m benchmarks.large_vocabulary
+	$(RUN) -m benchmarks.kept_memory
 	$(RUN) -m benchmarks.picture_tokenizing
 	$(RUN) -m benchmarks.decode_parts
 	$(RUN) benchmarks/expert_dispatch.py

@@ -130,9 +130,10 @@ def _gate_backward(
     gate_up_GK: torch.Tensor, inner_change_FK: torch.Tensor, act_fn: Callable[[torch.Tensor], torch.Tensor]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """What lay between the products, `[F, K]`, and the gradients of gates and ups, `[G, K]`."""
-    gate_FK, up_FK = gate_up_GK.chunk(2)
+    up_FK = gate_up_GK.chunk(2)[1]
     with torch.enable_grad():
-        gate_FK = gate_FK.detach().requires_grad_()
+        # a part of a leaf: what counts FLOPs by module refuses leaves
+        gate_FK = gate_up_GK.detach().requires_grad_().chunk(2)[0]
         active_FK = act_fn(gate_FK)
     gate_up_change_GK = torch.empty_like(gate_up_GK)
     gate_change_FK, up_change_FK = gate_up_change_GK.chunk(2)

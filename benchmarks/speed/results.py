@@ -29,8 +29,9 @@ def report(outcomes: Sequence[Outcome], command: str, rounds: int, device: str) 
     lines = [
         f"# Speed, {date.today()}",
         "",
-        f"`{command}`: contenders in turn in one process, medians of {rounds} rounds, ratios of each round's times. "
-        f"torch {torch.__version__}, {name}.",
+        f"`{command}`: contenders in turn in one process, medians of {rounds} rounds, ratios of each round's times"
+        + (", freed memory kept. " if device == "cpu" else ". ")
+        + f"torch {torch.__version__}, {name}.",
         "",
         HEADER,
         "|---|---:|---|---|---:|---:|---:|---:|---:|---:|",

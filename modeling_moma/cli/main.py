@@ -26,6 +26,9 @@ VERBS = {
     "demo": "demo",
 }
 
+# whose steps ask for the same memory again and again
+TRAINING = ("train-image-tokenizer", "pretrain", "train-auxiliary-routers")
+
 # whose messages tell a user what to change
 OWN_PACKAGES = ("modeling_moma", "tokenization")
 
@@ -61,6 +64,10 @@ def main(arguments: list[str] | None = None) -> int:
     if verb not in VERBS:
         print(f"moma: there is no verb {verb!r}; it must be one of {', '.join(VERBS)}.", file=sys.stderr)
         return 2
+    if verb in TRAINING:
+        from ..training.allocator import keep_freed_memory
+
+        keep_freed_memory()
     # what a verb's messages and help call it
     sys.argv = [f"moma {verb}", *rest]
     try:
