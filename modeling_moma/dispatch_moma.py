@@ -167,6 +167,8 @@ def _in_turn(experts: "MomaExperts", rows_PD: torch.Tensor, expert_P: torch.Tens
     if torch.is_grad_enabled():
         return run_in_turn(rows_PD, experts.gate_up_proj, experts.down_proj, counts, experts.act_fn)
     has_weights_left = _multiplies_from_left(experts)
+    # a module looks each of them up by name
+    gate_up_EGD, down_EDF, act_fn = experts.gate_up_proj, experts.down_proj, experts.act_fn
     parts, begin = [], 0
     for expert, count in counts:
         rows_KD = rows_PD[begin : begin + count]
@@ -175,7 +177,7 @@ def _in_turn(experts: "MomaExperts", rows_PD: torch.Tensor, expert_P: torch.Tens
             # expert parallelism counts those elsewhere beyond its own
             parts.append(torch.zeros_like(rows_KD))
         elif has_weights_left:
-            parts.append(run_one(rows_KD, experts.gate_up_proj[expert], experts.down_proj[expert], experts.act_fn))
+            parts.append(run_one(rows_KD, gate_up_EGD[expert], down_EDF[expert], act_fn))
         else:
             parts.append(experts._run_one(expert, rows_KD))
     if not parts:

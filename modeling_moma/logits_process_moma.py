@@ -12,6 +12,7 @@ from transformers.generation import LogitsProcessor, StoppingCriteria
 
 from .configuration_moma import MomaConfig
 from .frames_moma import ModalityFrame, in_ranges
+from .host_moma import is_on_host
 
 
 class FrameLogitsProcessor(LogitsProcessor):
@@ -142,6 +143,9 @@ class FrameEndCriteria(StoppingCriteria):
 
 def force_token_(scores: torch.Tensor, rows_B: torch.Tensor, token_id: int) -> None:
     """Leave one token to some of the rows."""
+    # in most steps to none
+    if is_on_host(rows_B) and not rows_B.any():
+        return
     scores.masked_fill_(rows_B[:, None], -torch.inf)
     # log-probability 0: a forced token costs a beam nothing, and is possible even where another processor forbade it
     scores[:, token_id].masked_fill_(rows_B, 0.0)
