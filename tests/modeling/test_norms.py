@@ -16,7 +16,7 @@ def test_norms_are_those_of_llama_with_gradients_and_without(shape, dtype, scale
     generator = torch.Generator().manual_seed(0)
     x = (torch.randn(shape, generator=generator) * scale).to(dtype)
     before = x.clone()
-    mine, theirs = MomaRMSNorm(shape[-1], eps=1e-5).to(dtype), LlamaRMSNorm(shape[-1], eps=1e-5).to(dtype)
+    mine, theirs = MomaRMSNorm(shape[-1], eps=1e-5).to(dtype).eval(), LlamaRMSNorm(shape[-1], eps=1e-5).to(dtype)
     with torch.no_grad():
         mine.weight.uniform_(0.5, 2, generator=generator)
         theirs.weight.copy_(mine.weight)
@@ -28,3 +28,13 @@ def test_norms_are_those_of_llama_with_gradients_and_without(shape, dtype, scale
         torch.testing.assert_close(output, theirs(x), rtol=rtol, atol=1e-5)
     with torch.inference_mode():
         torch.testing.assert_close(mine(x), without)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_training_norms_alike_with_gradients_and_without(dtype):
+    """Activation checkpointing computes layers in both ways, and has to select the same tokens."""
+    norm = MomaRMSNorm(64).to(dtype).train()
+    x = torch.randn(16, 64, generator=torch.Generator().manual_seed(0)).to(dtype)
+    with torch.no_grad():
+        without = norm(x)
+    assert torch.equal(without, norm(x))
