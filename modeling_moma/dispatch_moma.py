@@ -21,7 +21,7 @@ from transformers.integrations.moe import (
 )
 
 from .configuration_moma import MomaConfig
-from .experts_in_turn_moma import are_plain, product_dtype, run_in_turn, run_one
+from .experts_in_turn_moma import are_plain, product_dtype, run_from_left, run_in_turn
 from .host_moma import has_instructions, is_on_host
 
 
@@ -177,7 +177,7 @@ def _in_turn(experts: "MomaExperts", rows_PD: torch.Tensor, expert_P: torch.Tens
             # expert parallelism counts those elsewhere beyond its own
             parts.append(torch.zeros_like(rows_KD))
         elif has_weights_left:
-            parts.append(run_one(rows_KD, gate_up_EGD[expert], down_EDF[expert], act_fn))
+            parts.append(run_from_left(rows_KD, gate_up_EGD[expert], down_EDF[expert], act_fn))
         else:
             parts.append(experts._run_one(expert, rows_KD))
     if not parts:

@@ -93,7 +93,7 @@ class _InTurn(torch.autograd.Function):
         return x_change_PD, gate_up_change_EGD, down_change_EDF, None, None
 
 
-def run_one(
+def run_from_left(
     x_KD: torch.Tensor,
     gate_up_GD: torch.Tensor,
     down_DF: torch.Tensor,
@@ -154,4 +154,4 @@ def are_plain(*weights: torch.Tensor) -> bool:
     return all(type(weight) in (torch.Tensor, nn.Parameter) for weight in weights)
 
 
-__all__ = ["are_plain", "product_dtype", "run_in_turn", "run_one"]
+__all__ = ["are_plain", "product_dtype", "run_from_left", "run_in_turn"]

@@ -5,7 +5,7 @@ from torch import nn
 
 from helpers.tiny import tiny_model
 from modeling_moma import dispatch_moma
-from modeling_moma.experts_in_turn_moma import are_plain, run_in_turn, run_one
+from modeling_moma.experts_in_turn_moma import are_plain, run_from_left, run_in_turn
 
 
 WIDTH, INNER = 6, 5
@@ -52,7 +52,7 @@ def test_outputs_and_gradients_are_those_of_a_plain_loop(counts):
 @pytest.mark.parametrize("num_rows", [0, 1, 4])
 def test_one_expert_with_its_weights_on_the_left_is_that_of_a_plain_loop(num_rows):
     x_PD, gate_up_EGD, down_EDF = (each.detach() for each in parts([num_rows, 0, 0]))
-    output = run_one(x_PD, gate_up_EGD[0], down_EDF[0], nn.functional.silu)
+    output = run_from_left(x_PD, gate_up_EGD[0], down_EDF[0], nn.functional.silu)
     torch.testing.assert_close(output, plain_loop(x_PD, gate_up_EGD, down_EDF, [num_rows]))
 
 
@@ -61,7 +61,7 @@ def test_one_expert_with_its_weights_on_the_left_is_that_of_a_plain_loop(num_row
 def test_models_in_bf16_compute_as_eager_ones_with_matrix_units_and_without(has_units, routing, monkeypatch):
     monkeypatch.setattr(dispatch_moma, "has_instructions", lambda name: has_units)
     called = []
-    monkeypatch.setattr(dispatch_moma, "run_one", lambda *args: (called.append(0), run_one(*args))[1])
+    monkeypatch.setattr(dispatch_moma, "run_from_left", lambda *args: (called.append(0), run_from_left(*args))[1])
     ids = torch.randint(5, 60, (2, 12), generator=torch.Generator().manual_seed(0))
     model = tiny_model(vocab_size=64).to(torch.bfloat16).eval()
     with torch.no_grad():
