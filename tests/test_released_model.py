@@ -74,3 +74,14 @@ def test_the_folder_as_it_is_loses_what_its_card_says(tmp_path):
             assert measured[part] == pytest.approx(report[name][part], abs=1e-4), (name, part)
     shown = " | ".join(f"{losses['causal'][part]:.3f}" for part in ("text", "image", "overall"))
     assert f"| MoMa, causal (threshold) | {shown} |" in card
+
+
+def test_the_folder_as_it_is_draws_the_same_whether_its_layers_are_seen_or_not():
+    model = AutoModelForCausalLM.from_pretrained(FOLDER).eval()
+    assert model.dtype == torch.bfloat16
+    inputs = AutoProcessor.from_pretrained(FOLDER)(
+        text=["noto: red apple", "noto: cat"], padding=True, padding_side="left", return_tensors="pt"
+    )
+    call = {"generation_mode": "image", "do_sample": False}
+    expected = model.generate(**inputs, return_dict_in_generate=True, **call).sequences
+    assert torch.equal(model.generate(**inputs, **call), expected)
