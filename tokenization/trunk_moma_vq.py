@@ -15,22 +15,37 @@ TRUNK_STRIDE = 16
 TRUNK_WIDTH = STAGES[-1][3]
 
 
+# a convolution with what follows it in one pass over the memory; torch's compiler emits it for CPUs
+_KERNEL = "_convolution_pointwise"
+
+
 class MomaVQSameConv(nn.Conv2d):
-    """A convolution that pads as TensorFlow does, more on the right and the bottom; batch norm is folded in."""
+    """A convolution that pads as TensorFlow does, more on the right and the bottom; batch norm is folded in.
+
+    Its outputs are clipped to [0, 6] (ReLU6) where `clips` asks for it, without gradients.
+    """
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int = 1, stride: int = 1, groups: int = 1):
         super().__init__(in_channels, out_channels, kernel_size, stride, groups=groups)
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+    def forward(self, hidden_states: torch.Tensor, clips: bool = False) -> torch.Tensor:
         kernel, stride = self.kernel_size[0], self.stride[0]
         side = hidden_states.shape[-1]
         grid = -(-side // stride)
         padding = max((grid - 1) * stride + kernel - side, 0)
         # a convolution pads both sides alike: by a stride more than before needs, so that its first output is dropped
-        more = padding % 2
+        more, weight = padding % 2, self.weight
         padded = padding // 2 + more * stride
-        output = F.conv2d(hidden_states, self.weight, self.bias, stride, padded, groups=self.groups)
-        return output[..., more : more + grid, more : more + grid]
+        is_fused = clips and _has_kernel(hidden_states, weight)
+        if is_fused and more and self.groups > 1:
+            # of single channels a larger kernel costs less than outputs to drop
+            weight, padded, more = F.pad(weight, (1, 0, 1, 0)), padding // 2 + 1, 0
+        convolve = _convolve_and_clip if is_fused else F.conv2d
+        output = convolve(hidden_states, weight, self.bias, stride, padded, groups=self.groups)
+        if more:
+            output = output[..., more : more + grid, more : more + grid]
+        # in place, since nothing here is kept for a backward
+        return F.relu6(output, inplace=True) if clips and not is_fused else output
 
 
 class MomaVQTrunkBlock(nn.Module):
@@ -46,9 +61,8 @@ class MomaVQTrunkBlock(nn.Module):
         self.is_residual = stride == 1 and in_channels == out_channels
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        # in place, since nothing here is kept for a backward
-        branch = F.relu6(self.expand(hidden_states), inplace=True) if self.expands else hidden_states
-        branch = self.project(F.relu6(self.depthwise(branch), inplace=True))
+        branch = self.expand(hidden_states, clips=True) if self.expands else hidden_states
+        branch = self.project(self.depthwise(branch, clips=True))
         return hidden_states + branch if self.is_residual else branch
 
 
@@ -78,11 +92,12 @@ class MomaVQTrunk(nn.Module):
     @torch.no_grad()
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """`(batch, 3, side, side)` in [-1, 1] to `(batch, TRUNK_WIDTH, grid, grid)`, normed over the channels."""
-        resized = F.interpolate(pixel_values, scale_factor=self.scale, mode="bilinear", align_corners=False)
         # in which convolutions of single channels are several times faster on a CPU
-        resized = resized.contiguous(memory_format=torch.channels_last)
+        pixel_values = pixel_values.contiguous(memory_format=torch.channels_last)
+        resized = F.interpolate(pixel_values, scale_factor=self.scale, mode="bilinear", align_corners=False)
         # [-1, 1] to 0..255, then the scaling that the network was trained with
-        hidden_states = F.relu6(self.stem((resized * 127.5 + 127.5 - 127) / 128), inplace=True)
+        resized = (resized * 127.5).add_(127.5).sub_(127).div_(128)
+        hidden_states = self.stem(resized.contiguous(memory_format=torch.channels_last), clips=True)
         for block in self.blocks:
             hidden_states = block(hidden_states)
         return F.layer_norm(hidden_states.permute(0, 2, 3, 1), (TRUNK_WIDTH,)).permute(0, 3, 1, 2)
@@ -102,6 +117,24 @@ class MomaVQTrunk(nn.Module):
         for target, source in pairs:
             target.weight.copy_(source.weight)
             target.bias.copy_(source.bias)
+
+
+def _has_kernel(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether a convolution and its clipping run in one pass: in fp32, without gradients, on a CPU of oneDNN's."""
+    if x.device.type != "cpu" or torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.is_grad_enabled():
+        return False
+    is_plain = type(weight) is nn.Parameter and x.dtype == weight.dtype == torch.float32
+    if not is_plain or torch.is_autocast_enabled("cpu") or not x.shape[0]:
+        return False
+    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, _KERNEL)
+
+
+def _convolve_and_clip(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, stride: int, padding: int, groups: int
+) -> torch.Tensor:
+    """ReLU6 of a convolution, as `F.relu6(F.conv2d(...))`."""
+    kernel = getattr(torch.ops.mkldnn, _KERNEL)
+    return kernel(x, weight, bias, [padding] * 2, [stride] * 2, [1, 1], groups, "hardtanh", [0.0, 6.0], "")
 
 
 __all__ = ["MomaVQTrunk"]
