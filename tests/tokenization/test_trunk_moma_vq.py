@@ -51,7 +51,12 @@ def fused(monkeypatch):
     """Convolutions that clip in one pass."""
     calls = []
     run = trunk_moma_vq._convolve_and_clip
-    monkeypatch.setattr(trunk_moma_vq, "_convolve_and_clip", lambda *args, **kw: (calls.append(0), run(*args, **kw))[1])
+
+    def spy(*args, **kwargs):
+        calls.append(0)
+        return run(*args, **kwargs)
+
+    monkeypatch.setattr(trunk_moma_vq, "_convolve_and_clip", spy)
     return calls
 
 
