@@ -29,7 +29,7 @@ from .logits_process_moma import (
     TextOnlyLogitsProcessor,
 )
 from .transformers_gaps_moma import GenerationGaps
-from .unseen_layers_moma import unseen_layers
+from .unseen_layers_moma import call_mode, unseen_layers
 
 
 INTERLEAVED = "interleaved"
@@ -89,14 +89,16 @@ class MomaGenerationMixin(GenerationGaps):
         mode = TEXT if generation_mode is None else generation_mode
         self._check_mode(mode)
         processors = LogitsProcessorList(logits_processor or [])
+        # before the grammar adds its own to them
+        arguments = {**kwargs, "logits_processor": logits_processor}
         # an assistant model is called with the processors of the model that it drafts for
         if any(isinstance(processor, GRAMMAR) for processor in processors):
-            return self._generate(inputs, generation_config, processors, kwargs)
+            return self._generate(inputs, generation_config, processors, kwargs, arguments)
         prompt = self._prompt_ids(inputs, kwargs)
         _check_prompt(prompt, kwargs)
         if self.config.modality_token_ranges:
             generation_config = self._follow_grammar(mode, prompt, generation_config, processors, kwargs)
-        return self._generate(inputs, generation_config, processors, kwargs)
+        return self._generate(inputs, generation_config, processors, kwargs, arguments)
 
     def _generate(
         self,
@@ -104,10 +106,15 @@ class MomaGenerationMixin(GenerationGaps):
         generation_config: GenerationConfig | None,
         processors: LogitsProcessorList,
         kwargs: dict,
+        arguments: dict,
     ) -> GenerateOutput | torch.Tensor:
+        """The stock method with all that a mode needs, in inference mode as far as the caller's arguments allow."""
         option = partial(self._option, generation_config=generation_config, kwargs=kwargs)
         with unseen_layers(self, option, kwargs):  # pyright: ignore[reportArgumentType]
-            return super().generate(inputs, generation_config, processors, **kwargs)
+            with call_mode(self, arguments):  # pyright: ignore[reportArgumentType]
+                output = super().generate(inputs, generation_config, processors, **kwargs)
+        # what is of inference mode can be neither trained on nor written to
+        return output.clone() if isinstance(output, torch.Tensor) and output.is_inference() else output
 
     def decode_image_tokens(self, image_tokens: torch.Tensor) -> torch.Tensor:
         """Take the pictures' codes out of token ids, as the VQ model and the processor want them.

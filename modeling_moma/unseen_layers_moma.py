@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Inference mode for the layers of a `generate` on a CPU, where nobody sees what they leave.
+"""Inference mode for a `generate` on a CPU, as far as nobody sees what it makes.
 
 Tensors of inference mode know no versions and take no part in gradients, so that small operations start sooner.
-Whoever gets hold of one can neither train on it nor write to it: it stays between the layers and in the call's cache.
+Whoever gets hold of one can neither train on it nor write to it: it stays between the layers and in the call's cache,
+or, where nothing of the caller's runs in between, in the call.
 """
 
 from collections.abc import Callable, Iterator
@@ -26,6 +27,9 @@ _SHARED = ("cache", "past_key_values", "custom_generate", "assistant_model")
 # the same, where configurations may name them
 _OPTIONS = ("return_dict_in_generate", "prompt_lookup_num_tokens", "assistant_early_exit")
 
+# arguments by which something of the caller's runs between two steps
+_BETWEEN = ("logits_processor", "stopping_criteria", "prefix_allowed_tokens_fn", "streamer")
+
 _are_unseen: ContextVar[bool] = ContextVar("are_unseen", default=False)
 
 
@@ -47,6 +51,20 @@ def unseen_layers(model: "PreTrainedModel", option: Callable[[str], Any], argume
         _are_unseen.reset(token)
 
 
+def call_mode(model: "PreTrainedModel", arguments: dict[str, Any]) -> AbstractContextManager:
+    """Inference mode for a whole `generate` whose layers nobody sees, and whose steps nobody comes between.
+
+    Args:
+        model (`PreTrainedModel`): whose `generate` it is.
+        arguments (`dict`): the caller's, without what was added to them.
+    """
+    # lists may be there and empty
+    is_seen = any(arguments.get(name) not in (None, []) for name in _BETWEEN)
+    # scaled rotary embeddings may keep what they compute in a forward
+    keeps = model.config.rope_parameters["rope_type"] != "default"
+    return nullcontext() if is_seen or keeps or not _are_unseen.get() else torch.inference_mode()
+
+
 def layer_mode() -> AbstractContextManager:
     """Inference mode inside of a `generate` whose layers nobody sees, else nothing."""
     if torch.compiler.is_compiling() or torch.is_grad_enabled() or not _are_unseen.get():
@@ -63,4 +81,4 @@ def _is_watched(model: "PreTrainedModel") -> bool:
     )
 
 
-__all__ = ["layer_mode", "unseen_layers"]
+__all__ = ["call_mode", "layer_mode", "unseen_layers"]

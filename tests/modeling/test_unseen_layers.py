@@ -4,7 +4,7 @@ import torch
 from transformers import DynamicCache, GenerationConfig
 
 from helpers.tiny import tiny_model
-from modeling_moma import decoder_layers_moma
+from modeling_moma import MomaForCausalLM, decoder_layers_moma
 
 
 PROMPT = torch.randint(5, 60, (2, 6), generator=torch.Generator().manual_seed(0))
@@ -59,6 +59,58 @@ def test_every_strategy_gives_the_ids_that_it_gives_without(kwargs, model, modes
         assert modes and all(mode != seen for mode in modes)
         modes.clear()
     assert torch.equal(*found)
+
+
+@pytest.fixture
+def step_modes(monkeypatch):
+    """Whether each step of the stock loop ran in inference mode."""
+    modes = []
+    prepare = MomaForCausalLM.prepare_inputs_for_generation
+
+    def spy(*args, **kwargs):
+        modes.append(torch.is_inference_mode_enabled())
+        return prepare(*args, **kwargs)
+
+    monkeypatch.setattr(MomaForCausalLM, "prepare_inputs_for_generation", spy)
+    return modes
+
+
+class Streamer:
+    def __init__(self):
+        self.parts = []
+
+    def put(self, ids):
+        self.parts.append(ids)
+
+    def end(self):
+        pass
+
+
+def test_steps_run_in_inference_mode_where_nothing_of_the_callers_comes_between(model, step_modes):
+    ids = draw(model, stopping_criteria=[], logits_processor=None)
+    assert step_modes and all(step_modes) and not ids.is_inference()
+    ids += 0
+    step_modes.clear()
+    streamer = Streamer()
+    met = []
+    for kwargs in (
+        {"logits_processor": [lambda ids, scores: (met.append(ids), scores)[1]]},
+        {"stopping_criteria": [lambda ids, scores: (met.append(ids), torch.zeros(2, dtype=torch.bool))[1]]},
+        {"prefix_allowed_tokens_fn": lambda row, ids: (met.append(ids), list(range(5, 60)))[1]},
+    ):
+        assert torch.equal(draw(model, **kwargs)[:, :6], PROMPT)
+    model.generate(PROMPT[:1], max_new_tokens=5, do_sample=False, streamer=streamer)
+    assert step_modes and not any(step_modes)
+    assert met and streamer.parts and not any(each.is_inference() for each in met + streamer.parts)
+
+
+def test_scaled_rotary_embeddings_keep_nothing_of_inference_mode(step_modes):
+    rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
+    model = tiny_model(vocab_size=64, rope_parameters=rope, max_position_embeddings=8).eval()
+    ids = draw(model)
+    assert step_modes and not any(step_modes)
+    model.train()(ids, labels=ids, use_cache=False).loss.backward()
+    assert not any(buffer.is_inference() for buffer in model.buffers())
 
 
 def test_what_the_caller_sees_is_of_no_inference_mode(model, modes):
