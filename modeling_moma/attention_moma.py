@@ -23,6 +23,7 @@ from .configuration_moma import MomaConfig
 from .depth_packing_moma import DepthPacking, PackedCache, StepCache
 from .norms_moma import query_key_norm
 from .step_attention_moma import wants_wide_step, wide_step
+from .step_products_moma import project
 
 
 @use_kernelized_func(apply_rotary_pos_emb)
@@ -82,22 +83,23 @@ class MomaAttention(nn.Module):
         attn_output = attn_output.reshape(query.shape[0], query.shape[2], -1)
         if packing is not None:
             attn_output = packing.take_out(attn_output)
-        return self.o_proj(attn_output), attn_weights
+        return project(self.o_proj, attn_output), attn_weights
 
     def _project(
         self, hidden_states: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor]
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        query, key = self._heads(self.q_proj(hidden_states)), self._heads(self.k_proj(hidden_states))
+        query, key, value = (
+            self._heads(project(layer, hidden_states)) for layer in (self.q_proj, self.k_proj, self.v_proj)
+        )
         if self.has_norm:
             query, key = self.q_norm(query), self.k_norm(key)
-        query, key = query.transpose(1, 2), key.transpose(1, 2)
-        value = self._heads(self.v_proj(hidden_states)).transpose(1, 2)
+        query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
         query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
         return query, key, value
 
     def _heads(self, states: torch.Tensor) -> torch.Tensor:
         # a view cannot infer the heads of rows without tokens, which depth layers have
-        return states.view(*states.shape[:-1], states.shape[-1] // self.head_dim, self.head_dim)
+        return states.contiguous().view(*states.shape[:-1], states.shape[-1] // self.head_dim, self.head_dim)
 
 
 class MomaDepthAttention(MomaAttention):

@@ -22,7 +22,8 @@ from transformers.integrations.moe import (
 
 from .configuration_moma import MomaConfig
 from .experts_in_turn_moma import are_plain, product_dtype, run_from_left, run_in_turn
-from .host_moma import has_instructions, is_on_host
+from .host_moma import is_on_host
+from .step_products_moma import wants_weights_left
 
 
 if TYPE_CHECKING:
@@ -115,12 +116,6 @@ def _runs_in_turn(experts: "MomaExperts") -> bool:
     return not torch.is_grad_enabled() or are_plain(experts.gate_up_proj, experts.down_proj)
 
 
-def _multiplies_from_left(experts: "MomaExperts") -> bool:
-    """Whether products have the weights on their left: where matrix units multiply them."""
-    is_half = product_dtype(experts.down_proj) == torch.bfloat16
-    return is_half and has_instructions("amx_bf16") and are_plain(experts.gate_up_proj, experts.down_proj)
-
-
 def _is_aligned(size: int, dtype: torch.dtype) -> bool:
     return size * dtype.itemsize % _WORD_BYTES == 0
 
@@ -166,9 +161,9 @@ def _in_turn(experts: "MomaExperts", rows_PD: torch.Tensor, expert_P: torch.Tens
     counts = _rows_of_experts(expert_P)
     if torch.is_grad_enabled():
         return run_in_turn(rows_PD, experts.gate_up_proj, experts.down_proj, counts, experts.act_fn)
-    has_weights_left = _multiplies_from_left(experts)
     # a module looks each of them up by name
     gate_up_EGD, down_EDF, act_fn = experts.gate_up_proj, experts.down_proj, experts.act_fn
+    is_plain_half = product_dtype(down_EDF) == torch.bfloat16 and are_plain(gate_up_EGD, down_EDF)
     parts, begin = [], 0
     for expert, count in counts:
         rows_KD = rows_PD[begin : begin + count]
@@ -176,7 +171,7 @@ def _in_turn(experts: "MomaExperts", rows_PD: torch.Tensor, expert_P: torch.Tens
         if expert >= experts.num_experts:
             # expert parallelism counts those elsewhere beyond its own
             parts.append(torch.zeros_like(rows_KD))
-        elif has_weights_left:
+        elif is_plain_half and wants_weights_left(rows_KD, count):
             parts.append(run_from_left(rows_KD, gate_up_EGD[expert], down_EDF[expert], act_fn))
         else:
             parts.append(experts._run_one(expert, rows_KD))

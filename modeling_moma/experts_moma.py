@@ -18,6 +18,7 @@ from .dispatch_moma import DEFAULT_IMPLEMENTATION
 from .routing_context_moma import RoutingContext
 from .routing_moma import MomaRouter
 from .selection_moma import Selection
+from .step_products_moma import project
 
 
 if TYPE_CHECKING:
@@ -96,7 +97,8 @@ class MomaMLP(nn.Module):
         """`[..., D]` to `[..., D]`."""
         if self.needs_rows and x_ND.shape[0] == 0:
             return self(x_ND.new_zeros(1, *x_ND.shape[1:]))[:0]
-        return self.down_proj(self.act_fn(self.gate_proj(x_ND)) * self.up_proj(x_ND))
+        inner_NF = self.act_fn(project(self.gate_proj, x_ND)) * project(self.up_proj, x_ND)
+        return project(self.down_proj, inner_NF)
 
 
 class MomaExpertGroup(nn.Module):

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the host can do: read a tensor without waiting for a device, multiply by matrix units."""
 
+import os
 from functools import cache
 
 import torch
@@ -8,6 +9,8 @@ import torch
 
 # types of devices whose memory is the host's
 HOSTS = ("cpu",)
+# the best instructions that oneDNN, which multiplies in half precision, may use
+_MAX_ISA = "ONEDNN_MAX_CPU_ISA"
 
 
 def is_on_host(tensor: torch.Tensor) -> bool:
@@ -17,7 +20,13 @@ def is_on_host(tensor: torch.Tensor) -> bool:
 
 @cache
 def has_instructions(name: str) -> bool:
-    """Whether the CPU has instructions that torch knows by a name, as `"amx_bf16"`, of matrix units."""
+    """Whether the CPU has instructions that torch knows by a name, as `"amx_bf16"`, of matrix units.
+
+    Matrix units that `ONEDNN_MAX_CPU_ISA` keeps from oneDNN are as good as none.
+    """
+    max_isa = os.environ.get(_MAX_ISA, "AMX").upper()
+    if name.startswith("amx") and max_isa != "DEFAULT" and "AMX" not in max_isa:
+        return False
     return bool(torch.cpu.get_capabilities().get(name))
 
 

@@ -49,6 +49,7 @@ from .rotary_moma import MomaRotaryEmbedding
 from .router_base_moma import MomaRouterBase
 from .router_updates_moma import update_routers
 from .routing_moma import MomaRouter
+from .step_products_moma import project
 from .unseen_layers_moma import layer_mode
 
 
@@ -365,7 +366,7 @@ class MomaForCausalLM(MomaPreTrainedModel, MomaGenerationMixin):
         loss = logits = modality_losses = modality_tokens = None
         has_labels = labels is not None or kwargs.get("shift_labels") is not None
         if not (skip_logits and has_labels):
-            logits = self.lm_head(hidden_states)
+            logits = project(self.lm_head, hidden_states).contiguous()
         if has_labels:
             parts = causal_lm_loss(
                 self.config,

@@ -57,7 +57,7 @@ def _normed_by_layer_norm(hidden_states: torch.Tensor, eps: float) -> torch.Tens
     # `(x, -x)` has the mean 0, and as variance the mean square of `x`
     size = hidden_states.shape[-1]
     both = torch.cat((hidden_states, -hidden_states), dim=-1)
-    return nn.functional.layer_norm(both, (2 * size,), eps=eps).narrow(-1, 0, size)
+    return torch.layer_norm(both, (2 * size,), eps=eps).narrow(-1, 0, size)
 
 
 def query_key_norm(config: MomaConfig, num_heads: int) -> nn.Module:

@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+import copy
+
+import pytest
+import torch
+from torch import nn
+from transformers import DynamicCache
+
+from helpers.tiny import tiny_model
+from modeling_moma import host_moma, step_products_moma
+from modeling_moma.host_moma import has_instructions
+from modeling_moma.step_products_moma import project
+
+
+ROWS = [(1,), (1, 1), (2, 1), (3, 5), (8, 8), (65,), (0, 4)]
+CPUS = {"matrix units": ("amx_bf16", "avx512_bf16"), "bf16": ("avx512_bf16",), "neither": ()}
+
+
+@pytest.fixture(params=CPUS)
+def cpu(request, monkeypatch):
+    """Every kind of CPU, whichever this is."""
+    monkeypatch.setattr(step_products_moma, "has_instructions", lambda name: name in CPUS[request.param])
+    return request.param
+
+
+@pytest.fixture
+def layer():
+    torch.manual_seed(0)
+    return nn.Linear(12, 7, bias=False).bfloat16().eval()
+
+
+@pytest.fixture
+def called(layer):
+    """What the layer itself was called with."""
+    inputs = []
+    linear = nn.functional.linear
+
+    def spy(x, *args):
+        inputs.append(x)
+        return linear(x, *args)
+
+    patch = pytest.MonkeyPatch()
+    patch.setattr(nn.functional, "linear", spy)
+    yield inputs
+    patch.undo()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("rows", ROWS)
+def test_a_product_is_that_of_the_layer(cpu, layer, called, rows):
+    x = torch.randn(*rows, 12).bfloat16()
+    y = project(layer, x)
+    expected = x.float() @ layer.weight.float().T
+    torch.testing.assert_close(y.float(), expected, rtol=2**-7, atol=1e-3)
+    assert y.shape == (*rows, 7) and y.dtype == torch.bfloat16
+    fewest = {"matrix units": 1, "bf16": 16, "neither": 100}[cpu]
+    is_left = fewest <= x.shape[:-1].numel() < 65
+    assert len(called) == (0 if is_left else 1)
+
+
+def test_what_is_more_than_a_product_is_called(layer, called, monkeypatch):
+    monkeypatch.setattr(step_products_moma, "has_instructions", lambda name: True)
+    x = torch.randn(3, 12).bfloat16()
+    # in training and where gradients are wanted
+    project(layer, x)
+    with torch.no_grad():
+        layer.train()
+        project(layer, x)
+        layer.eval()
+        project(copy.deepcopy(layer).float(), x.float())
+        project(nn.Linear(12, 7).bfloat16().eval(), x)
+        project(type("Other", (nn.Linear,), {})(12, 7, bias=False).bfloat16().eval(), x)
+        assert len(called) == 5
+        seen = []
+        for register in (layer.register_forward_hook, layer.register_forward_pre_hook):
+            handle = register(lambda *args: seen.append(0))
+            project(layer, x)
+            handle.remove()
+        layer.forward = lambda x: seen.append(0)
+        project(layer, x)
+        del layer.forward
+        assert len(seen) == 3 and len(called) == 7
+        project(layer, x)
+        assert len(called) == 7
+
+
+def test_weights_of_other_classes_multiply_by_themselves(layer, monkeypatch):
+    class Quantised(torch.Tensor):
+        used = 0
+
+        @classmethod
+        def __torch_function__(cls, func, types, args=(), kwargs=None):
+            cls.used += func is nn.functional.linear
+            return super().__torch_function__(func, types, args, kwargs)
+
+    monkeypatch.setattr(step_products_moma, "has_instructions", lambda name: True)
+    layer.weight = nn.Parameter(layer.weight.detach().as_subclass(Quantised), requires_grad=False)
+    with torch.no_grad():
+        project(layer, torch.randn(3, 12).bfloat16())
+    assert Quantised.used == 1
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("depth_layers", [None, [0]])
+@pytest.mark.parametrize("num_rows", [1, 3, 16])
+def test_steps_of_a_model_equal_those_of_its_layers(cpu, depth_layers, num_rows):
+    model = tiny_model(vocab_size=64, depth_layers=depth_layers, shared_intermediate_size=8).bfloat16().eval()
+    ids = torch.randint(5, 60, (num_rows, 9), generator=torch.Generator().manual_seed(0))
+    found = []
+    for is_hooked in (False, True):
+        # a hook that sees nothing lets a layer be called
+        handles = [
+            module.register_forward_hook(lambda *args: None)
+            for module in model.modules()
+            if is_hooked and type(module) is nn.Linear
+        ]
+        cache = DynamicCache(config=model.config)
+        model(ids[:, :5], cache=cache)
+        found.append(torch.cat([model(ids[:, i : i + 1], cache=cache).logits for i in range(5, 9)], dim=1))
+        for handle in handles:
+            handle.remove()
+    torch.testing.assert_close(*found, rtol=0.02, atol=0.02)
+
+
+def test_matrix_units_that_onednn_may_not_use_are_none(monkeypatch):
+    monkeypatch.setattr(host_moma.torch.cpu, "get_capabilities", lambda: {"amx_bf16": True, "avx512_bf16": True})
+    found = {}
+    for value in (None, "DEFAULT", "AVX512_CORE_AMX", "avx512_core_bf16"):
+        has_instructions.cache_clear()
+        monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
+        if value is not None:
+            monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", value)
+        found[value] = has_instructions("amx_bf16"), has_instructions("avx512_bf16")
+    has_instructions.cache_clear()
+    assert list(found.values()) == [(True, True), (True, True), (True, True), (False, True)]
+
+
+def test_projections_stay_the_plain_layers_that_adapters_and_quantisers_look_for():
+    modules = tiny_model(vocab_size=64, shared_intermediate_size=8).named_modules()
+    assert {type(module) for name, module in modules if name.endswith(("_proj", "lm_head"))} == {nn.Linear}
