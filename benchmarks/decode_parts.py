@@ -60,7 +60,7 @@ def cache(rows: int, num_keys: int) -> float:
 def products(num_rows: int, dtype: torch.dtype) -> list[str]:
     """
     GB/s at which products read weights beyond the caches: on the right as they are, stored transposed, after being
-    read once, and on the left.
+    read once, packed once in oneDNN's own order, and on the left.
     """
     x_ND = torch.randn(num_rows, WIDTH).to(dtype)
     weights = [torch.randn(INNER, WIDTH).to(dtype) for _ in range(EXPERTS)]
@@ -70,15 +70,20 @@ def products(num_rows: int, dtype: torch.dtype) -> list[str]:
         weight.view(torch.float32).sum()
         return nn.functional.linear(x_ND, weight)
 
+    # oneDNN has an order of its own for bf16
+    is_half = dtype == torch.bfloat16
+    pack, multiply = torch.ops.mkldnn._reorder_linear_weight, torch.ops.mkldnn._linear_pointwise
+    packed = [pack(weight, num_rows) for weight in weights] if is_half else []
     ways = [
         [partial(nn.functional.linear, x_ND, weight) for weight in weights],
         [partial(nn.functional.linear, x_ND, weight) for weight in transposed],
         [partial(read_first, weight) for weight in weights],
+        [partial(multiply, x_ND, weight, None, "none", [], "") for weight in packed],
         [partial(torch.mm, weight, x_ND.t()) for weight in weights],
         [weight.sum for weight in weights],
     ]
     size = weights[0].nbytes / 1e9
-    return [f"{size / statistics.median(seconds(work, 'cpu') for work in way):.1f}" for way in ways]
+    return [f"{size / statistics.median(seconds(work, 'cpu') for work in way):.1f}" if way else "" for way in ways]
 
 
 def main() -> None:
@@ -88,8 +93,10 @@ def main() -> None:
         for rows, num_keys in SIZES:
             print(f"| {rows} | {num_keys} | {attention(rows, num_keys):.1f} | {cache(rows, num_keys):.1f} |")
         print(f"\nGB/s of products of {INNER} x {WIDTH}, {EXPERTS} of them in turn.\n")
-        print("| rows | type | as they are | transposed | read once before | on the left | a sum alone |")
-        print("|---:|---|---:|---:|---:|---:|---:|")
+        print(
+            "| rows | type | as they are | transposed | read once before | packed once | on the left | a sum alone |"
+        )
+        print("|---:|---|---:|---:|---:|---:|---:|---:|")
         for dtype in (torch.bfloat16, torch.float32):
             for num_rows in ROWS:
                 print("| " + " | ".join([str(num_rows), str(dtype)[6:], *products(num_rows, dtype)]) + " |")

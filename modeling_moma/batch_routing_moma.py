@@ -13,7 +13,14 @@ from .configuration_moma import MomaConfig
 from .depth_moma import depth_form_of
 from .dispatch_moma import DEFAULT_IMPLEMENTATION
 from .host_moma import is_on_host
-from .modality_split_moma import FixedSplit, ModalitySplit, position_groups, split_modalities, token_modalities
+from .modality_split_moma import (
+    FEW_POSITIONS,
+    FixedSplit,
+    ModalitySplit,
+    position_groups,
+    split_modalities,
+    token_modalities,
+)
 from .routing_context_moma import RoutingContext, is_distributed
 from .routing_rules_moma import rule_of
 
@@ -89,8 +96,17 @@ def routing_of_batch(
     # a row for each pair that there may be costs memory in a backward, and time with kernels that know of no holes
     is_plain = config._experts_implementation == DEFAULT_IMPLEMENTATION and not torch.compiler.is_compiling()
     may_wait = is_on_host(inputs) or torch.is_grad_enabled() or is_distributed() or not is_plain
+    is_few = isinstance(split, ModalitySplit) and is_on_host(inputs) and modality_BT.numel() <= FEW_POSITIONS
     context = RoutingContext(
-        routing, split, track, depth_routing, modality_BT, padding_BT, runs_all_groups=runs_all, may_wait=may_wait
+        routing,
+        split,
+        track,
+        depth_routing,
+        modality_BT,
+        padding_BT,
+        runs_all_groups=runs_all,
+        may_wait=may_wait,
+        is_step=is_few and is_plain and not runs_all and not torch.is_autocast_enabled(inputs.device.type),
     )
     if config.depth_layers:
         _describe_rows(context, attention_mask, position_ids, cache)

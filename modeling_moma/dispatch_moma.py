@@ -161,6 +161,21 @@ def _in_turn(experts: "MomaExperts", rows_PD: torch.Tensor, expert_P: torch.Tens
     counts = _rows_of_experts(expert_P)
     if torch.is_grad_enabled():
         return run_in_turn(rows_PD, experts.gate_up_proj, experts.down_proj, counts, experts.act_fn)
+    return run_counted(experts, rows_PD, counts)
+
+
+def run_counted(experts: "MomaExperts", rows_PD: torch.Tensor, counts: list[tuple[int, int]]) -> torch.Tensor:
+    """Experts one after the other without gradients.
+
+    Args:
+        experts (`MomaExperts`): packed experts.
+        rows_PD (`torch.Tensor`): `[P, D]`, expert by expert.
+        counts (`list[tuple[int, int]]`): the experts that have rows, in order, and how many.
+
+    Returns:
+        `torch.Tensor`: `[P, D]`, not weighed yet; zeros for experts elsewhere, which expert parallelism counts beyond
+        those that are here.
+    """
     # a module looks each of them up by name
     gate_up_EGD, down_EDF, act_fn = experts.gate_up_proj, experts.down_proj, experts.act_fn
     is_plain_half = product_dtype(down_EDF) == torch.bfloat16 and are_plain(gate_up_EGD, down_EDF)
@@ -169,7 +184,6 @@ def _in_turn(experts: "MomaExperts", rows_PD: torch.Tensor, expert_P: torch.Tens
         rows_KD = rows_PD[begin : begin + count]
         begin += count
         if expert >= experts.num_experts:
-            # expert parallelism counts those elsewhere beyond its own
             parts.append(torch.zeros_like(rows_KD))
         elif is_plain_half and wants_weights_left(rows_KD, count):
             parts.append(run_from_left(rows_KD, gate_up_EGD[expert], down_EDF[expert], act_fn))
@@ -213,4 +227,4 @@ def _multiply_in_turn(x_PD: torch.Tensor, weight_EFD: torch.Tensor, ends_E: torc
 ALL_EXPERTS_FUNCTIONS.register(DEFAULT_IMPLEMENTATION, moma_experts_forward)
 
 
-__all__ = ["DEFAULT_IMPLEMENTATION", "check_grouped_widths", "moma_experts_forward"]
+__all__ = ["DEFAULT_IMPLEMENTATION", "check_grouped_widths", "moma_experts_forward", "run_counted"]

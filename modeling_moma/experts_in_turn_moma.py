@@ -115,10 +115,12 @@ def run_from_left(
     """
     if x_KD.shape[0] == 1:
         # products with a vector read weights faster than those with a matrix of one column
-        gate_F, up_F = torch.matmul(gate_up_GD, x_KD[0]).chunk(2)
-        return torch.matmul(down_DF, act_fn(gate_F) * up_F).unsqueeze(0)
+        # autocast knows nothing of `mv`, which begins sooner
+        multiply = torch.mv if x_KD.dtype == gate_up_GD.dtype == torch.bfloat16 else torch.matmul
+        gate_F, up_F = multiply(gate_up_GD, x_KD[0]).chunk(2)
+        return multiply(down_DF, act_fn(gate_F).mul_(up_F)).unsqueeze(0)
     gate_FK, up_FK = torch.mm(gate_up_GD, x_KD.t()).chunk(2)
-    return torch.mm(down_DF, act_fn(gate_FK) * up_FK).t()
+    return torch.mm(down_DF, act_fn(gate_FK).mul_(up_FK)).t()
 
 
 def _columns(values_flat: torch.Tensor, rows: slice, width: int) -> torch.Tensor:

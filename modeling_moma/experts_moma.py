@@ -18,6 +18,7 @@ from .dispatch_moma import DEFAULT_IMPLEMENTATION
 from .routing_context_moma import RoutingContext
 from .routing_moma import MomaRouter
 from .selection_moma import Selection
+from .step_experts_moma import run_step, runs_in_step
 from .step_products_moma import project
 
 
@@ -118,6 +119,8 @@ class MomaExpertGroup(nn.Module):
         self.config = config
         self.num_experts = config.group_num_experts(group)
         self.normalizes_gates, self.needs_gate = config.normalize_gates, config.gate_after_norm
+        # whose gates are the scores, and which nobody wants to know
+        self.takes_steps = not self.normalizes_gates and not self.needs_gate
         if self.num_experts == 1:
             self.mlp = MomaMLP(config, config.group_intermediate_size(group))
         else:
@@ -140,6 +143,10 @@ class MomaExpertGroup(nn.Module):
         num_tokens, selection = x_ND.shape[0], None
         if self.num_experts == 1:
             y_ND = self.mlp(x_ND)
+        elif (
+            self.takes_steps and type(self.experts) is MomaExperts and runs_in_step(self.router, self.experts, context)
+        ):
+            y_ND = run_step(self.router, self.experts, x_ND, context)
         else:
             # experts that a server has put in their place know of no pairs without a token
             is_ours = isinstance(self.experts, MomaExperts)

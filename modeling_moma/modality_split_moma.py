@@ -14,7 +14,7 @@ from .host_moma import is_on_host
 
 
 # positions of a step on a CPU
-_FEW_POSITIONS = 64
+FEW_POSITIONS = 64
 
 
 @dataclass
@@ -50,6 +50,8 @@ class ModalitySplit:
         group_flat = group_BT.flatten()
         if group_flat.shape[0] in counts.values():
             return cls(counts, None, None, group_BT)
+        if group_flat.shape[0] <= FEW_POSITIONS and is_on_host(group_flat) and not torch.compiler.is_compiling():
+            return cls(counts, *_order_on_host(group_flat), group_BT)
         order = torch.argsort(group_flat, stable=True)
         inverse = torch.empty_like(order).scatter_(0, order, torch.arange(order.shape[0], device=order.device))
         return cls(counts, order, inverse, group_BT)
@@ -176,7 +178,7 @@ def split_modalities(
     group_BT = position_groups(config, modality_BT, padding_BT)
     group_flat = group_BT.flatten()
     checked = modality_BT if input_ids is None else input_ids
-    is_step = is_on_host(group_flat) and group_flat.shape[0] <= _FEW_POSITIONS
+    is_step = is_on_host(group_flat) and group_flat.shape[0] <= FEW_POSITIONS
     count = _count_on_host if is_step else _count_on_device
     low, high, num_masked, first_masked, *counts = count(group_flat, checked, masked_B, len(groups))
     _check_bounds(config, low, high, input_ids is not None)
@@ -208,6 +210,15 @@ def _count_on_host(
     num_masked = sum(masked)
     first_masked = masked.index(True) if num_masked else 0
     return [min(values), max(values), num_masked, first_masked, *(groups.count(index) for index in range(num_groups))]
+
+
+def _order_on_host(group_flat: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Positions group by group and their places in that order, in less time than a sort takes to start."""
+    groups = group_flat.tolist()
+    order = sorted(range(len(groups)), key=groups.__getitem__)
+    inverse = sorted(range(len(groups)), key=order.__getitem__)
+    order, inverse = torch.tensor((order, inverse), device=group_flat.device).unbind()
+    return order, inverse
 
 
 def _check_bounds(config: MomaConfig, low: int, high: int, are_ids: bool) -> None:

