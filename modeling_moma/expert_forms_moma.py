@@ -42,10 +42,11 @@ def expert_form(name: str, members: Members | None = None) -> Callable[[ExpertFo
     """
 
     def keep(function: ExpertForm) -> ExpertForm:
-        EXPERT_FORMS[rule_of(name).name] = function
-        STEP_MEMBERS.pop(name, None)
+        own_name = rule_of(name).name
+        EXPERT_FORMS[own_name] = function
+        STEP_MEMBERS.pop(own_name, None)
         if members is not None:
-            STEP_MEMBERS[name] = members
+            STEP_MEMBERS[own_name] = members
         return function
 
     return keep

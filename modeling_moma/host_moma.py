@@ -20,14 +20,16 @@ def is_on_host(tensor: torch.Tensor) -> bool:
 
 @cache
 def has_instructions(name: str) -> bool:
-    """Whether the CPU has instructions that torch knows by a name, as `"amx_bf16"`, of matrix units.
-
-    Matrix units that `ONEDNN_MAX_CPU_ISA` keeps from oneDNN are as good as none.
-    """
-    max_isa = os.environ.get(_MAX_ISA, "AMX").upper()
-    if name.startswith("amx") and max_isa != "DEFAULT" and "AMX" not in max_isa:
-        return False
+    """Whether the CPU has instructions that torch knows by a name, as `"amx_bf16"`, of matrix units."""
     return bool(torch.cpu.get_capabilities().get(name))
 
 
-__all__ = ["has_instructions", "is_on_host"]
+@cache
+def multiplies_with(name: str) -> bool:
+    """Whether products in half precision use such instructions: matrix units may be kept from oneDNN."""
+    max_isa = os.environ.get(_MAX_ISA, "AMX").upper()
+    is_kept = name.startswith("amx") and max_isa != "DEFAULT" and "AMX" not in max_isa
+    return has_instructions(name) and not is_kept
+
+
+__all__ = ["has_instructions", "is_on_host", "multiplies_with"]

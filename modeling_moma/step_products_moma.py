@@ -11,7 +11,7 @@ Shape suffixes:
 import torch
 from torch import nn
 
-from .host_moma import HOSTS, has_instructions
+from .host_moma import HOSTS, multiplies_with
 
 
 # rows from which on it costs more to bring their outputs back into order
@@ -39,8 +39,10 @@ def project(linear: nn.Module, x: torch.Tensor) -> torch.Tensor:
     num_rows = x.shape[:-1].numel()
     if num_rows >= _MANY_ROWS:
         return linear(x)
+    if not wants_weights_left(x, num_rows):
+        return linear(x)
     weight_OI = _plain_weight(linear)
-    if weight_OI is None or not wants_weights_left(x, num_rows):
+    if weight_OI is None:
         return linear(x)
     x_NI = x.reshape(num_rows, x.shape[-1])
     if num_rows == 1:
@@ -60,9 +62,9 @@ def wants_weights_left(x: torch.Tensor, num_rows: int) -> bool:
     """
     if x.device.type not in HOSTS or not num_rows or torch.compiler.is_compiling():
         return False
-    if has_instructions("amx_bf16"):
+    if multiplies_with("amx_bf16"):
         return True
-    return _FEW_ROWS <= num_rows < _MANY_ROWS and has_instructions("avx512_bf16")
+    return _FEW_ROWS <= num_rows < _MANY_ROWS and multiplies_with("avx512_bf16")
 
 
 def _plain_weight(linear: nn.Module) -> torch.Tensor | None:

@@ -59,7 +59,7 @@ def test_one_expert_with_its_weights_on_the_left_is_that_of_a_plain_loop(num_row
 @pytest.mark.parametrize("routing", ["threshold", "token_choice"])
 @pytest.mark.parametrize("has_units", [False, True])
 def test_models_in_bf16_compute_as_eager_ones_with_matrix_units_and_without(has_units, routing, monkeypatch):
-    monkeypatch.setattr(step_products_moma, "has_instructions", lambda name: has_units)
+    monkeypatch.setattr(step_products_moma, "multiplies_with", lambda name: has_units)
     called = []
     monkeypatch.setattr(dispatch_moma, "run_from_left", lambda *args: (called.append(0), run_from_left(*args))[1])
     ids = torch.randint(5, 60, (2, 12), generator=torch.Generator().manual_seed(0))

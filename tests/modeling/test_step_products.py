@@ -8,7 +8,7 @@ from transformers import DynamicCache
 
 from helpers.tiny import tiny_model
 from modeling_moma import host_moma, step_products_moma
-from modeling_moma.host_moma import has_instructions
+from modeling_moma.host_moma import has_instructions, multiplies_with
 from modeling_moma.step_products_moma import project
 
 
@@ -19,7 +19,7 @@ CPUS = {"matrix units": ("amx_bf16", "avx512_bf16"), "bf16": ("avx512_bf16",), "
 @pytest.fixture(params=CPUS)
 def cpu(request, monkeypatch):
     """Every kind of CPU, whichever this is."""
-    monkeypatch.setattr(step_products_moma, "has_instructions", lambda name: name in CPUS[request.param])
+    monkeypatch.setattr(step_products_moma, "multiplies_with", lambda name: name in CPUS[request.param])
     return request.param
 
 
@@ -59,7 +59,7 @@ def test_a_product_is_that_of_the_layer(cpu, layer, called, rows):
 
 
 def test_what_is_more_than_a_product_is_called(layer, called, monkeypatch):
-    monkeypatch.setattr(step_products_moma, "has_instructions", lambda name: True)
+    monkeypatch.setattr(step_products_moma, "multiplies_with", lambda name: True)
     x = torch.randn(3, 12).bfloat16()
     # in training and where gradients are wanted
     project(layer, x)
@@ -93,7 +93,7 @@ def test_weights_of_other_classes_multiply_by_themselves(layer, monkeypatch):
             cls.used += func is nn.functional.linear
             return super().__torch_function__(func, types, args, kwargs)
 
-    monkeypatch.setattr(step_products_moma, "has_instructions", lambda name: True)
+    monkeypatch.setattr(step_products_moma, "multiplies_with", lambda name: True)
     layer.weight = nn.Parameter(layer.weight.detach().as_subclass(Quantised), requires_grad=False)
     with torch.no_grad():
         project(layer, torch.randn(3, 12).bfloat16())
@@ -124,14 +124,18 @@ def test_steps_of_a_model_equal_those_of_its_layers(cpu, depth_layers, num_rows)
 
 def test_matrix_units_that_onednn_may_not_use_are_none(monkeypatch):
     monkeypatch.setattr(host_moma.torch.cpu, "get_capabilities", lambda: {"amx_bf16": True, "avx512_bf16": True})
+    has_instructions.cache_clear()
     found = {}
     for value in (None, "DEFAULT", "AVX512_CORE_AMX", "avx512_core_bf16"):
-        has_instructions.cache_clear()
+        multiplies_with.cache_clear()
         monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
         if value is not None:
             monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", value)
-        found[value] = has_instructions("amx_bf16"), has_instructions("avx512_bf16")
+        found[value] = multiplies_with("amx_bf16"), multiplies_with("avx512_bf16")
+        # attention has kernels of torch's own
+        assert has_instructions("amx_bf16")
     has_instructions.cache_clear()
+    multiplies_with.cache_clear()
     assert list(found.values()) == [(True, True), (True, True), (True, True), (False, True)]
 
 
