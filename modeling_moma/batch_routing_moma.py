@@ -96,18 +96,9 @@ def routing_of_batch(
     # a row for each pair that there may be costs memory in a backward, and time with kernels that know of no holes
     is_plain = config._experts_implementation == DEFAULT_IMPLEMENTATION and not torch.compiler.is_compiling()
     may_wait = is_on_host(inputs) or torch.is_grad_enabled() or is_distributed() or not is_plain
-    is_few = isinstance(split, ModalitySplit) and is_on_host(inputs) and modality_BT.numel() <= FEW_POSITIONS
-    context = RoutingContext(
-        routing,
-        split,
-        track,
-        depth_routing,
-        modality_BT,
-        padding_BT,
-        runs_all_groups=runs_all,
-        may_wait=may_wait,
-        is_step=is_few and is_plain and not runs_all and not torch.is_autocast_enabled(inputs.device.type),
-    )
+    is_step = is_plain and not runs_all and _are_few(inputs, split)
+    flags = {"runs_all_groups": runs_all, "may_wait": may_wait, "is_step": is_step}
+    context = RoutingContext(routing, split, track, depth_routing, modality_BT, padding_BT, **flags)
     if config.depth_layers:
         _describe_rows(context, attention_mask, position_ids, cache)
     return context
@@ -185,6 +176,12 @@ def _resolve_rules(
     if config.depth_layers:
         depth_form_of(depth_routing)
     return routing, depth_routing
+
+
+def _are_few(inputs: torch.Tensor, split: ModalitySplit | FixedSplit) -> bool:
+    """Whether these are positions of a step on a CPU, as few as the host counts by itself, in the model's own type."""
+    is_counted = isinstance(split, ModalitySplit) and is_on_host(inputs) and split.group_BT.numel() <= FEW_POSITIONS
+    return is_counted and not torch.is_autocast_enabled(inputs.device.type)
 
 
 def _may_fix_shapes(config: MomaConfig, inputs: torch.Tensor, routing: str, is_training: bool) -> bool:

@@ -146,7 +146,7 @@ def _run_in_order(
         rows_PD, weight_P1 = x_ND.index_select(0, order_P // num_slots), weight_P1.index_select(0, order_P)
     y_PD = run(experts, rows_PD, expert_P)
     if run is _in_turn and not torch.is_grad_enabled():
-        # of a step, whose every operation counts
+        # nothing is kept for a backward
         y_PD.mul_(weight_P1)
     else:
         y_PD = y_PD * weight_P1.to(y_PD.dtype)
@@ -185,7 +185,7 @@ def run_counted(experts: "MomaExperts", rows_PD: torch.Tensor, counts: list[tupl
         begin += count
         if expert >= experts.num_experts:
             parts.append(torch.zeros_like(rows_KD))
-        elif is_plain_half and wants_weights_left(rows_KD, count):
+        elif is_plain_half and wants_weights_left(count):
             parts.append(run_from_left(rows_KD, gate_up_EGD[expert], down_EDF[expert], act_fn))
         else:
             parts.append(experts._run_one(expert, rows_KD))

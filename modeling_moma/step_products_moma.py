@@ -11,7 +11,7 @@ Shape suffixes:
 import torch
 from torch import nn
 
-from .host_moma import HOSTS, multiplies_with
+from .host_moma import is_on_host, multiplies_with
 
 
 # rows from which on it costs more to bring their outputs back into order
@@ -34,12 +34,10 @@ def project(linear: nn.Module, x: torch.Tensor) -> torch.Tensor:
         `torch.Tensor`: `[..., O]`, perhaps a view of `[O, N]`.
     """
     # first what is decided soonest, as a step has dozens of these, and before a compiler sees a number of rows
-    if x.dtype != torch.bfloat16 or torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if x.dtype != torch.bfloat16 or torch.is_grad_enabled() or torch.compiler.is_compiling() or not is_on_host(x):
         return linear(x)
     num_rows = x.shape[:-1].numel()
-    if num_rows >= _MANY_ROWS:
-        return linear(x)
-    if not wants_weights_left(x, num_rows):
+    if not 0 < num_rows < _MANY_ROWS or not wants_weights_left(num_rows):
         return linear(x)
     weight_OI = _plain_weight(linear)
     if weight_OI is None:
@@ -53,15 +51,12 @@ def project(linear: nn.Module, x: torch.Tensor) -> torch.Tensor:
     return y_NO.view(*x.shape[:-1], weight_OI.shape[0])
 
 
-def wants_weights_left(x: torch.Tensor, num_rows: int) -> bool:
-    """Whether bf16 products of so many rows are faster with a layer's weights on their left.
+def wants_weights_left(num_rows: int) -> bool:
+    """Whether bf16 products of so many rows are faster on this CPU with a layer's weights on their left.
 
     Args:
-        x (`torch.Tensor`): tells the device.
         num_rows (`int`): `N`.
     """
-    if x.device.type not in HOSTS or not num_rows or torch.compiler.is_compiling():
-        return False
     if multiplies_with("amx_bf16"):
         return True
     return _FEW_ROWS <= num_rows < _MANY_ROWS and multiplies_with("avx512_bf16")

@@ -5,10 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor, AutoTokenizer
 
 from evaluate import Evaluation, parse_arguments
+from modeling_moma.experts_moma import MomaExperts
 from modeling_moma.tools.checkpoint_checks import refuse_non_finite
+from tokenization import trunk_moma_vq
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -85,3 +88,26 @@ def test_the_folder_as_it_is_draws_the_same_whether_its_layers_are_seen_or_not()
     call = {"generation_mode": "image", "do_sample": False}
     expected = model.generate(**inputs, return_dict_in_generate=True, **call).sequences
     assert torch.equal(model.generate(**inputs, **call), expected)
+
+
+def test_the_folder_draws_the_same_whether_its_experts_are_watched_or_not():
+    model = AutoModelForCausalLM.from_pretrained(FOLDER, dtype=torch.float32).eval()
+    inputs = AutoProcessor.from_pretrained(FOLDER)(
+        text=["noto: red apple", "noto: cat"], padding=True, padding_side="left", return_tensors="pt"
+    )
+    call = {"generation_mode": "image", "do_sample": False}
+    expected, watched = model.generate(**inputs, **call), []
+    for module in model.modules():
+        if isinstance(module, MomaExperts):
+            module.register_forward_hook(lambda *args: watched.append(0))
+    assert torch.equal(model.generate(**inputs, **call), expected)
+    assert watched
+
+
+def test_the_saved_processor_gives_the_same_codes_in_one_pass_and_in_two(monkeypatch):
+    processor = AutoProcessor.from_pretrained(FOLDER)
+    side = processor.vq_model.config.resolution
+    pictures = [Image.radial_gradient("L").resize((side, side)), Image.linear_gradient("L"), Image.new("RGB", (9, 9))]
+    codes = processor.encode_pictures(pictures * 6)
+    monkeypatch.setattr(trunk_moma_vq, "_has_kernel", lambda *args: False)
+    assert processor.encode_pictures(pictures * 6) == codes

@@ -209,11 +209,7 @@ class MomaVQModel(PreTrainedModel):
         """
         self._check_pixel_values(pixel_values)
         parts = self._parts(pixel_values, pixel_values.shape[-1])
-        return torch.cat([self._nearest(self.encode(part)) for part in parts])
-
-    def _nearest(self, latents: torch.Tensor) -> torch.Tensor:
-        """Codes `(batch_size, grid * grid)` of latents, without what training wants beside them."""
-        return self.quantize.assign(latents.float().permute(0, 2, 3, 1).flatten(0, 2)).view(latents.shape[0], -1)
+        return torch.cat([self.quantize.nearest(self.encode(part)) for part in parts])
 
     @torch.no_grad()
     def decode_image_tokens(self, image_tokens: torch.Tensor) -> torch.Tensor:

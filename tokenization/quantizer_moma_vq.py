@@ -41,6 +41,11 @@ class MomaVQQuantizer(nn.Module):
                 nearest.append(distances.sub_(piece @ codebook.T, alpha=2).argmin(dim=1))
             return torch.cat(nearest)
 
+    def nearest(self, latents: torch.Tensor) -> torch.Tensor:
+        """Latents `(batch, embed_dim, grid, grid)` to codes `(batch, grid * grid)`."""
+        vectors = latents.detach().float().permute(0, 2, 3, 1).flatten(0, 2)
+        return self.assign(vectors).view(latents.shape[0], -1)
+
     def lookup(self, image_tokens: torch.Tensor, grid: int) -> torch.Tensor:
         """Codes `(batch, grid * grid)` to float32 vectors `(batch, embed_dim, grid, grid)`."""
         return self.embedding(image_tokens).float().unflatten(1, (grid, grid)).permute(0, 3, 1, 2)
@@ -48,8 +53,7 @@ class MomaVQQuantizer(nn.Module):
     def forward(self, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Latents `(batch, embed_dim, grid, grid)` to quantised latents, the loss, codes `(batch, grid * grid)`."""
         latents = latents.float()
-        vectors = latents.permute(0, 2, 3, 1).flatten(0, 2)
-        image_tokens = self.assign(vectors.detach()).view(latents.shape[0], -1)
+        image_tokens = self.nearest(latents)
         codes = self.lookup(image_tokens, latents.shape[-1])
         commitment = F.mse_loss(latents, codes.detach())
         if self.decay is None:
