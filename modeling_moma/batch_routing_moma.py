@@ -97,8 +97,17 @@ def routing_of_batch(
     is_plain = config._experts_implementation == DEFAULT_IMPLEMENTATION and not torch.compiler.is_compiling()
     may_wait = is_on_host(inputs) or torch.is_grad_enabled() or is_distributed() or not is_plain
     is_step = is_plain and not runs_all and _are_few(inputs, split)
-    flags = {"runs_all_groups": runs_all, "may_wait": may_wait, "is_step": is_step}
-    context = RoutingContext(routing, split, track, depth_routing, modality_BT, padding_BT, **flags)
+    context = RoutingContext(
+        routing,
+        split,
+        track,
+        depth_routing,
+        modality_BT,
+        padding_BT,
+        runs_all_groups=runs_all,
+        may_wait=may_wait,
+        is_step=is_step,
+    )
     if config.depth_layers:
         _describe_rows(context, attention_mask, position_ids, cache)
     return context
