@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Documents of a source by their number: captions as they are drawn anew, other documents as they were tokenized."""
 
+from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -227,12 +228,34 @@ def cut_place(ids: Sequence[int] | np.ndarray, room: int, frames: Sequence[tuple
     """
     if len(ids) <= room:
         return len(ids)
-    head = np.asarray(ids[:room])
+    spans = frame_spans(ids[:room], frames)
+    return cut_before(room, [begin for begin, _ in spans], [last for _, last in spans])
+
+
+def frame_spans(ids: Sequence[int] | np.ndarray, frames: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """
+    Where the pictures of a document lie.
+
+    Args:
+        ids: `[length]`.
+        frames: begin and end ids of pictures and the like.
+
+    Returns:
+        The places of the first and the last token of each, in their order; `length` for the last one of a picture
+        that does not end.
+    """
+    ids, spans = np.asarray(ids), []
     for begin, end in frames:
-        begun = np.flatnonzero(head == begin)
-        if len(begun) and not (head[begun[-1] :] == end).any():
-            return int(begun[-1])
-    return room
+        begins, ends = np.flatnonzero(ids == begin), np.flatnonzero(ids == end)
+        lasts = np.append(ends, len(ids))[np.searchsorted(ends, begins)]
+        spans += zip(begins.tolist(), lasts.tolist())
+    return sorted(spans)
+
+
+def cut_before(place: int, begins: Sequence[int], lasts: Sequence[int]) -> int:
+    """`place`, or the beginning of the picture that would be cut there, of the spans of [`frame_spans`]."""
+    number = bisect_left(begins, place) - 1
+    return begins[number] if number >= 0 and lasts[number] >= place else place
 
 
 class TokenFolder:
@@ -299,10 +322,20 @@ class TokenFolder:
         return CaptionDocuments.from_table(source.name, source.kind, table, self.encoder)
 
 
-def mean_length(documents: Documents, samples: int = 256) -> float:
-    """Mean number of tokens of a document, of so many spread over all."""
-    rows = np.linspace(0, len(documents) - 1, min(samples, len(documents))).astype(int)
+def mean_length(documents: Documents, samples: int = 4096) -> float:
+    """Mean number of tokens of a document, of so many spread over all; of fewer where each is made anew."""
+    number = min(samples // 16 if documents.has_choice else samples, len(documents))
+    rows = np.linspace(0, len(documents) - 1, number).astype(int)
     return float(np.mean([len(documents.ids(int(row), np.random.default_rng([0, int(row)]))) for row in rows]))
 
 
-__all__ = ["CaptionDocuments", "Documents", "TokenDocuments", "TokenFolder", "cut_place", "mean_length"]
+__all__ = [
+    "CaptionDocuments",
+    "Documents",
+    "TokenDocuments",
+    "TokenFolder",
+    "cut_before",
+    "cut_place",
+    "frame_spans",
+    "mean_length",
+]

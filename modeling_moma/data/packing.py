@@ -1,47 +1,58 @@
 # SPDX-License-Identifier: Apache-2.0
 """Documents packed into sequences of one length, each of which knows where its documents begin."""
 
-from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
 import torch
 
-from .documents import Documents, cut_place
+from .documents import Documents, cut_before, frame_spans
 from .stream import DocumentOrder, document_orders
 
 
-# documents that wait for a room that they fit into
-BUFFER = 64
-# of them, those whose beginnings may fill what is left of a sequence
+# changes whenever the same documents and seed would give other sequences
+PACKING_RULE = "open-documents"
+# documents of a source that are begun and not ended
+OPEN = 8
+# drawn documents among which the next one to begin is chosen, of those that are cut and of those that go in whole
 CANDIDATES = 16
-# sequences whose documents are known without those of the sequences before
+BUFFER = 128
+# tokens of a piece that neither ends its document nor fills its sequence
+LEAST = 16
+# a block, whose documents are known without those of the blocks before, has so many sequences and tokens or more
 BLOCK = 1024
+BLOCK_TOKENS = 2**22
 IGNORED = -100
 
 
 @dataclass
-class _Waiting:
+class _Piece:
     ids: Sequence[int] | np.ndarray
     source: int
-    can_be_cut: bool
 
 
 class PackedExamples(torch.utils.data.Dataset):
     """
     Sequences of `sequence_length` tokens, full of documents.
 
-    Documents go in by their order. One that does not fit waits for a later sequence; a text or an interleaved document
-    is cut instead, never inside of a picture, and goes on in the next sequence, where it is a document of its own.
-    Where no source can be cut, what is left of a sequence is filled with the beginnings of captions, which come again
-    whole, and with padding where these do not fit.
+    Each gap in a sequence goes to the source that is most behind its weight, by the tokens written so far, and has
+    something that goes in. Captions go in whole or wait for a gap. Texts and interleaved documents are cut where a
+    sequence ends, never inside of a picture, and go on in a later one, where the rest is a document of its own; a
+    source has at most 8 of them open, and goes on with the oldest that fills the gap or ends in it. A piece has 16
+    tokens or more unless it ends its document, fills its sequence, or stands before a picture that is too large to
+    share a sequence with it. What no source can fill is padding.
 
-    The index decides everything. Sequences come in blocks of 1,024: where the documents of a block begin follows from
-    their mean length, so that a run resumes anywhere without reading what came before. A fraction of a percent of the
-    documents of a pass are seen twice or left out for it.
+    Shares are kept as long as documents allow it: where pictures or captions leave no room for one another, others
+    come before their turn, and the log of a training tells.
+
+    The index decides everything. Sequences come in blocks of four million tokens, of 1,024 sequences or more: where
+    the documents of a block begin follows from what the first block took of each source and from their mean length,
+    so that a run resumes anywhere without reading more than a block. Around a block's end a few documents are seen
+    twice or left out for it, or are not ended.
 
     Args:
         documents: of each source.
@@ -72,6 +83,7 @@ class PackedExamples(torch.utils.data.Dataset):
         self.sequence_length, self.pad_token_id, self.frames = sequence_length, pad_token_id, list(frames)
         shares = np.asarray(weights, dtype=float)
         self.shares = shares / shares.sum()
+        self.block = max(BLOCK, BLOCK_TOKENS // sequence_length)
         self._block, self._next = -1, 0
         self._packer: _Packer | None = None
 
@@ -83,7 +95,7 @@ class PackedExamples(torch.utils.data.Dataset):
         return {**self.__dict__, "_block": -1, "_next": 0, "_packer": None}
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        block, place = divmod(index, BLOCK)
+        block, place = divmod(index, self.block)
         if self._packer is None or block != self._block or place < self._next:
             self._block, self._next, self._packer = block, 0, self._begin(block)
         # without their tensors, what the next one needs of the earlier ones is quickly made
@@ -94,12 +106,27 @@ class PackedExamples(torch.utils.data.Dataset):
         self._next += 1
         return self._tensors(pieces)
 
-    def _begin(self, block: int) -> "_Packer":
-        tokens = BLOCK * self.sequence_length
-        starts = [round(block * tokens * share / order.mean_length) for share, order in zip(self.shares, self.orders)]
-        return _Packer(self.orders, self.shares.tolist(), starts, self.sequence_length, self.frames)
+    def epochs(self, number: int) -> list[float]:
+        """How many passes over each source so many sequences make, about."""
+        return [number / self.block * documents / len(order.documents) for documents, order in self._a_block()]
 
-    def _tensors(self, pieces: list[_Waiting]) -> dict[str, torch.Tensor]:
+    def _a_block(self) -> list[tuple[float, DocumentOrder]]:
+        """The documents that a block takes of each source, in the mean."""
+        return [(tokens / order.mean_length, order) for tokens, order in zip(self._block_tokens, self.orders)]
+
+    @cached_property
+    def _block_tokens(self) -> list[int]:
+        """Tokens of each source in the first block: shares that cannot be kept, and padding, are in them."""
+        packer = self._begin(0)
+        for _ in range(self.block):
+            packer.next_pieces()
+        return [source.written for source in packer.sources]
+
+    def _begin(self, block: int) -> "_Packer":
+        starts = [round(block * documents) for documents, _ in self._a_block()] if block else [0] * len(self.orders)
+        return _Packer(self.orders, self.shares.tolist(), starts, self.block, self.sequence_length, self.frames)
+
+    def _tensors(self, pieces: list[_Piece]) -> dict[str, torch.Tensor]:
         ids = np.full(self.sequence_length, self.pad_token_id, dtype=np.int64)
         positions, sources = np.zeros(self.sequence_length, dtype=np.int64), np.full(self.sequence_length, -1)
         labels = np.full(self.sequence_length, IGNORED, dtype=np.int64)
@@ -122,6 +149,7 @@ class PackedCollator:
     Puts packed sequences into a batch as they are, and hands other examples on.
 
     There is no attention mask among them: where `position_ids` begin again, a document begins, and attention ends.
+    The number `source` of a document that is an example of its own becomes `source_ids`, as in packed sequences.
 
     Args:
         collate: for examples that are not packed, such as held-out ones.
@@ -132,7 +160,205 @@ class PackedCollator:
     def __call__(self, features: list[dict]) -> dict[str, torch.Tensor]:
         if "position_ids" in features[0]:
             return {name: torch.stack([row[name] for row in features]) for name in features[0]}
-        return self.collate(features)
+        if "source" not in features[0]:
+            return self.collate(features)
+        sources = torch.tensor([row["source"] for row in features])
+        batch = self.collate([{name: row[name] for name in row if name != "source"} for row in features])
+        return {**batch, "source_ids": torch.where(batch["attention_mask"] > 0, sources[:, None], -1)}
+
+
+class _Document:
+    """A document that was drawn, and how much of it is written."""
+
+    def __init__(
+        self, ids: Sequence[int] | np.ndarray, frames: Sequence[tuple[int, int]], length: int, can_be_cut: bool
+    ):
+        self.ids, self.done, self.length, self.can_be_cut, self.drawn_at = ids, 0, length, can_be_cut, 0
+        spans = frame_spans(ids, frames)
+        self.begins, self.lasts = [begin for begin, _ in spans], [last for _, last in spans]
+
+    @property
+    def rest(self) -> int:
+        """Tokens that are not written yet."""
+        return len(self.ids) - self.done
+
+    def part(self, gap: int) -> int:
+        """The most tokens that make a piece in a gap, no picture cut; 0 where none do."""
+        end = self.done + gap
+        if end >= len(self.ids):
+            return self.rest
+        place = cut_before(end, self.begins, self.lasts)
+        part = place - self.done
+        # a token alone has no target
+        return part if part >= LEAST or part == gap > 1 or self._stands_alone(place) else 0
+
+    def parts(self, gap: int) -> list[tuple[int, int]]:
+        """Least and most tokens of all pieces that a gap can hold, from the shortest on."""
+        if not self.can_be_cut:
+            return [(self.rest, self.rest)] if self.rest <= gap else []
+        most, least, ranges = self.part(gap), LEAST, []
+        for number in range(bisect_left(self.begins, self.done), bisect_left(self.begins, self.done + most)):
+            begin, after = self.begins[number] - self.done, self.lasts[number] + 1 - self.done
+            if begin >= least or self._stands_alone(begin + self.done):
+                ranges.append((min(begin, least), begin))
+            least = max(after, LEAST)
+        if most:
+            ranges.append((min(least, most), most))
+        return ranges
+
+    def _stands_alone(self, place: int) -> bool:
+        """Whether the few tokens before a picture fit into no sequence together with it."""
+        number = bisect_left(self.begins, place)
+        is_before = number < len(self.begins) and self.begins[number] == place > self.done
+        return is_before and self.lasts[number] + 1 - self.done > self.length
+
+
+class _Source:
+    """
+    The documents of one source in one block: those that were drawn and wait, and those that are begun and not ended.
+
+    Args:
+        order: of its documents.
+        number: that of its first document in the block.
+        share: its part of the tokens.
+        frames: begin and end ids of pictures and the like.
+        length: tokens of a sequence.
+    """
+
+    candidates = CANDIDATES
+
+    def __init__(
+        self, order: DocumentOrder, number: int, share: float, frames: Sequence[tuple[int, int]], length: int
+    ):
+        self.order, self.number, self.share, self.frames, self.length = order, number, share, frames, length
+        self.written = self.at_hand = 0
+        self.waiting: list[_Document] = []
+        self.open: list[_Document] = []
+
+    def take(self, gap: int, expected: float) -> Sequence[int] | np.ndarray | None:
+        """
+        The source's next piece.
+
+        Args:
+            gap: tokens there is room for.
+            expected: tokens that the source is going to write in its block, about.
+
+        Returns:
+            Its ids, at most `gap`; `None` where nothing goes in.
+        """
+        # what the block will not come to is not drawn, so that its end leaves little behind
+        while len(self.waiting) < self.candidates and (self.at_hand < expected or not self.at_hand):
+            self._draw()
+        chosen = self.choose(gap)
+        return None if chosen is None else self._write(*chosen)
+
+    def choose(self, gap: int) -> tuple[_Document, int] | None:
+        """A document, open ones before others, and how many of its tokens go into the gap."""
+        documents = self.open + self.waiting if len(self.open) < OPEN else self.open
+        for document in documents:
+            part = document.part(gap)
+            if part and part == min(gap, document.rest):
+                return document, part
+        return fullest(documents, gap, gap)
+
+    def _draw(self):
+        can_be_cut = self.order.documents.can_be_cut
+        document = _Document(self.order[self.number], self.frames, self.length, can_be_cut)
+        longest = max((last - begin for begin, last in zip(document.begins, document.lasts)), default=-1) + 1
+        if not can_be_cut:
+            longest = len(document.ids) - 1
+        if longest >= self.length:
+            raise ValueError(
+                f"sources: {self.order.documents.name!r} has {longest + 1} tokens that cannot be cut, a picture and "
+                f"what begins it, or a caption: `sequence_length` is {self.length}."
+            )
+        self.number += 1
+        self.at_hand += document.rest
+        self.waiting.append(document)
+
+    def _write(self, document: _Document, part: int) -> Sequence[int] | np.ndarray:
+        if document.done == 0:
+            self.waiting.remove(document)
+            self.open.append(document)
+        if part == document.rest:
+            self.open.remove(document)
+        document.done += part
+        self.written += part
+        self.at_hand -= part
+        return document.ids[document.done - part : document.done]
+
+
+class _WholeSource(_Source):
+    """A source whose documents go in whole or wait; `has_filler` says that others can be cut."""
+
+    candidates = BUFFER
+
+    def __init__(self, *args, has_filler: bool):
+        super().__init__(*args)
+        self.has_filler, self.sequences = has_filler, 0
+
+    def _draw(self):
+        super()._draw()
+        self.waiting[-1].drawn_at = self.sequences
+
+    def choose(self, gap: int) -> tuple[_Document, int] | None:
+        """The first of those that fill the gap best together, or one that has waited for many sequences."""
+        oldest = self.waiting[0]
+        if gap == self.length:
+            self.sequences += 1
+            if self.sequences - oldest.drawn_at > BUFFER:
+                return oldest, oldest.rest
+        # far from the end of a sequence any of them will do
+        if gap > 4 * max(document.rest for document in self.waiting):
+            return oldest, oldest.rest
+        documents = [document for document in self.waiting if document.rest <= gap]
+        return fullest(documents, gap, gap - LEAST if self.has_filler else gap)
+
+
+def fullest(documents: Sequence[_Document], gap: int, most: int) -> tuple[_Document, int] | None:
+    """
+    The first piece of those that fill a gap best together.
+
+    Args:
+        documents: of which pieces may be taken, the ones to prefer first.
+        gap: tokens there is room for.
+        most: where the gap is not filled, it is to be filled so far at most.
+
+    Returns:
+        One of the documents, and how many of its tokens make the piece; `None` where none goes in.
+    """
+    # bit n of a number says whether pieces of the documents so far may have n tokens together
+    sums, mask = [1], (2 << gap) - 1
+    for document in documents:
+        reached = sums[-1]
+        for low, high in document.parts(gap):
+            reached |= _spread(sums[-1] << low, high - low + 1) & mask
+        sums.append(reached)
+        if reached >> gap & 1:
+            break
+    if not sums[-1] >> gap & 1:
+        sums[-1] &= (2 << max(most, 0)) - 1
+    total, first = sums[-1].bit_length() - 1, None
+    for document, before in zip(reversed(documents[: len(sums) - 1]), reversed(sums[:-1])):
+        if total and not before >> total & 1:
+            part = next(
+                part
+                for low, high in reversed(document.parts(gap))
+                for part in range(high, low - 1, -1)
+                if part <= total and before >> (total - part) & 1
+            )
+            total, first = total - part, (document, part)
+    return first
+
+
+def _spread(bits: int, width: int) -> int:
+    """Every bit, and the `width - 1` above it."""
+    spread, done = bits, 1
+    while done < width:
+        step = min(done, width - done)
+        spread |= spread << step
+        done += step
+    return spread
 
 
 class _Packer:
@@ -143,96 +369,39 @@ class _Packer:
         orders: Sequence[DocumentOrder],
         shares: Sequence[float],
         starts: list[int],
+        num_sequences: int,
         sequence_length: int,
         frames: Sequence[tuple[int, int]],
     ):
-        self.orders, self.shares, self.numbers = orders, shares, list(starts)
-        self.length, self.frames = sequence_length, frames
-        self.served = [0] * len(orders)
-        self.next = [order[number] for order, number in zip(orders, starts)]
-        self.waiting: deque[_Waiting] = deque()
-        self.rests: deque[_Waiting] = deque()
-        self.can_be_cut = [order.documents.can_be_cut for order in orders]
+        self.length, self.rows_left, self.written = sequence_length, num_sequences, 0
+        has_filler = any(order.documents.can_be_cut for order in orders)
+        whole = partial(_WholeSource, has_filler=has_filler)
+        self.sources = [
+            (_Source if order.documents.can_be_cut else whole)(order, start, share, frames, sequence_length)
+            for order, share, start in zip(orders, shares, starts)
+        ]
 
-    def next_pieces(self) -> list[_Waiting]:
+    def next_pieces(self) -> list[_Piece]:
         """The documents, and parts of documents, of the next sequence."""
-        pieces, room = [], self.length
-        while room:
-            piece = self._take(room)
+        pieces, gap = [], self.length
+        while gap:
+            piece = self._take(gap)
             if piece is None:
                 break
             pieces.append(piece)
-            room -= len(piece.ids)
+            gap -= len(piece.ids)
+        self.written += self.length - gap
+        self.rows_left -= 1
         return pieces
 
-    def _take(self, room: int) -> _Waiting | None:
-        if self.rests and cut_place(self.rests[0].ids, room, self.frames):
-            return self._cut(self.rests.popleft(), room)
-        while len(self.waiting) < BUFFER:
-            self.waiting.append(self._draw(self._most_behind(range(len(self.orders)))))
-        return self._filling(room) or self._drawn_to_fill(room) or self._part(room) or self._beginning(room)
-
-    def _filling(self, room: int) -> _Waiting | None:
-        """The first document that goes in whole, or of which a part fills the room."""
-        for place, entry in enumerate(self.waiting):
-            if len(entry.ids) <= room or (entry.can_be_cut and cut_place(entry.ids, room, self.frames) == room):
-                del self.waiting[place]
-                return self._cut(entry, room)
+    def _take(self, gap: int) -> _Piece | None:
+        """A piece of the source that is most behind, of those that have one."""
+        for source in sorted(self.sources, key=lambda source: source.written / source.share):
+            share = max(source.share, source.written / self.written if self.written else 0)
+            ids = source.take(gap, share * self.rows_left * self.length)
+            if ids is not None:
+                return _Piece(ids, self.sources.index(source))
         return None
 
-    def _part(self, room: int) -> _Waiting | None:
-        """The first document of which anything goes in, up to a picture that does not."""
-        for place, entry in enumerate(self.waiting):
-            if entry.can_be_cut and cut_place(entry.ids, room, self.frames):
-                del self.waiting[place]
-                return self._cut(entry, room)
-        return None
 
-    def _most_behind(self, sources: Iterable[int]) -> int:
-        """The source that is most behind its share once half of its next document is counted.
-
-        Without it a source of long documents would be ahead by half a document in the mean of every block.
-        """
-        return min(
-            sources, key=lambda source: (self.served[source] + len(self.next[source]) / 2) / self.shares[source]
-        )
-
-    def _draw(self, source: int) -> _Waiting:
-        ids = self.next[source]
-        self.numbers[source] += 1
-        self.next[source] = self.orders[source][self.numbers[source]]
-        self.served[source] += len(ids)
-        return _Waiting(ids, source, self.can_be_cut[source])
-
-    def _cut(self, entry: _Waiting, room: int) -> _Waiting:
-        place = cut_place(entry.ids, room, self.frames)
-        if place < len(entry.ids):
-            self.rests.append(_Waiting(entry.ids[place:], entry.source, True))
-        return _Waiting(entry.ids[:place], entry.source, entry.can_be_cut)
-
-    def _drawn_to_fill(self, room: int) -> _Waiting | None:
-        """A further document that can be cut, ahead of its time, which its source makes up for later."""
-        sources = [source for source, can_be_cut in enumerate(self.can_be_cut) if can_be_cut]
-        while sources:
-            # the same one every time would be drawn more often than it can make up for
-            source = self._most_behind(sources)
-            sources.remove(source)
-            entry = self._draw(source)
-            if cut_place(entry.ids, room, self.frames) == min(room, len(entry.ids)):
-                return self._cut(entry, room)
-            self.waiting.append(entry)
-        return None
-
-    def _beginning(self, room: int) -> _Waiting | None:
-        """The beginning of a caption that comes again whole."""
-        places = [cut_place(entry.ids, room, self.frames) for entry in islice(self.waiting, CANDIDATES)]
-        best = int(np.argmax(places))
-        # the first token alone teaches nothing
-        if places[best] < 2:
-            return None
-        entry = self.waiting[best]
-        self.served[entry.source] += places[best]
-        return _Waiting(entry.ids[: places[best]], entry.source, False)
-
-
-__all__ = ["BLOCK", "PackedCollator", "PackedExamples"]
+__all__ = ["BLOCK", "PACKING_RULE", "PackedCollator", "PackedExamples"]

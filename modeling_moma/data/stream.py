@@ -2,7 +2,9 @@
 """The stream of a training: documents of weighted sources, each known from its number alone."""
 
 from collections.abc import Sequence
+from copy import copy
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -64,6 +66,9 @@ class DocumentExamples(torch.utils.data.Dataset):
         weights: each source's part of the tokens, relative to the others'.
         length: examples of the stream.
         seed: of everything random.
+
+    Returns:
+        By index a `dict` of `input_ids` and, where there are several sources, `source`, its place among them.
     """
 
     def __init__(self, documents: Sequence[Documents], weights: Sequence[float], length: int, seed: int = 0):
@@ -79,11 +84,19 @@ class DocumentExamples(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return self.length
 
-    def __getitem__(self, index: int) -> dict[str, Sequence[int] | np.ndarray]:
+    def __getitem__(self, index: int) -> dict[str, Any]:
         cycle, place = divmod(index, len(self._pattern))
         source = self._pattern[place]
         number = cycle * int(self._counts[source]) + int(self._ranks[place])
-        return {"input_ids": self.orders[source][number]}
+        # what lies in mapped memory cannot be written to, of which torch warns
+        example = {"input_ids": copy(self.orders[source][number])}
+        return example if len(self.orders) == 1 else {**example, "source": int(source)}
+
+    def epochs(self, number: int) -> list[float]:
+        """How many passes over each source so many examples make."""
+        cycles, rest = divmod(number, len(self._pattern))
+        seen = cycles * self._counts + np.bincount(self._pattern[:rest], minlength=len(self.orders))
+        return [float(count) / len(order.documents) for count, order in zip(seen, self.orders)]
 
 
 def _pattern(orders: Sequence[DocumentOrder], weights: Sequence[float]) -> np.ndarray:

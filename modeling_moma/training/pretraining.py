@@ -108,7 +108,7 @@ def make_training_arguments(args: argparse.Namespace) -> TrainingArguments:
 
 def training_stream(
     args: argparse.Namespace, tokens: TokenFolder, sources: list[Source], num_examples: int
-) -> torch.utils.data.Dataset:
+) -> PackedExamples | DocumentExamples:
     """Packed sequences or documents of their own, as the recipe has it, or else the tokens."""
     data, processor = args.recipe.data, tokens.encoder.processor
     packed = tokens.manifest["packed"] if data is None else data.packed
@@ -162,12 +162,14 @@ def build_trainer(args: argparse.Namespace) -> StageTrainer:
     if isinstance(stream, PackedExamples):
         # its order is random already, and a sequence needs what was left of the one before
         training_arguments.train_sampling_strategy = "sequential"
-        # `source_ids` are counted, and then left out by the trainer itself
-        training_arguments.remove_unused_columns = False
+    # `source_ids` are counted, and then left out by the trainer itself
+    training_arguments.remove_unused_columns = False
     held_out = held_out_sets(tokens, sources, args.eval_examples)
     if held_out is None:
         training_arguments.eval_strategy, training_arguments.eval_on_start = IntervalStrategy.NO, False
-    metrics, feeding = MomaMetricsCallback(), FeedingCallback([source.name for source in sources])
+    weights = {source.name: source.weight for source in sources}
+    feeding = FeedingCallback(weights, stream.epochs, examples_a_step(training_arguments))
+    metrics = MomaMetricsCallback()
     callbacks = [metrics, feeding, FollowArguments(), *sample_callback(args, tokens, sources, metrics)]
     if args.stop_at:
         callbacks.append(StopAt(args.stop_at))

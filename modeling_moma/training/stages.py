@@ -93,6 +93,16 @@ class StageTrainer(Trainer):
             self.feeding.on_batches(batches, time.perf_counter() - began)
         return batches, num_items
 
+    def log(self, logs, start_time=None):
+        if self.feeding is None:
+            return super().log(logs, start_time)
+        if "loss" in logs:
+            logs.update(self.feeding.figures(self.state.global_step))
+        # to Trainer all steps make one epoch, whatever they pass over
+        epoch, self.state.epoch = self.state.epoch, self.feeding.epoch(self.state.global_step)  # pyright: ignore[reportAttributeAccessIssue]
+        super().log(logs, start_time)
+        self.state.epoch = epoch
+
     def training_step(self, model, inputs, num_items_in_batch=None):
         # for the figures alone, no model takes them
         inputs = {name: values for name, values in inputs.items() if name != "source_ids"}

@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A mixture keeps its weights whatever the lengths of its documents, and every document that is begun is ended."""
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from helpers.packed_sources import FRAMES, PAD, account, captions, least_padding, lines, stories
+from modeling_moma.data.packing import OPEN, PackedExamples
+
+
+ROWS = 500
+MIXTURES = {
+    "even": (0.5, 0.3, 0.2),
+    "captions": (0.8, 0.1, 0.1),
+    "captions alone": (1, 0, 0),
+    "stories alone": (0, 1, 0),
+    "lines alone": (0, 0, 1),
+}
+
+
+@pytest.fixture(scope="module")
+def sources():
+    rng = np.random.default_rng(0)
+    return [captions(rng, 1500), stories(rng, 400), lines(rng, 2000)]
+
+
+def packed(documents, weights, length, rows, seed=0):
+    return PackedExamples(documents, weights, length, rows, PAD, FRAMES, seed)
+
+
+@pytest.mark.parametrize("length", [128, 256, 512, 1024, 4096])
+@pytest.mark.parametrize("name", MIXTURES)
+def test_shares_are_the_weights_and_documents_are_ended(sources, name, length):
+    if (name, length) == ("captions", 128):
+        pytest.skip("a whole caption does not fill eight tenths of a row of 128")
+    chosen = [(source, weight) for source, weight in zip(sources, MIXTURES[name]) if weight]
+    documents, weights = zip(*chosen)
+    result = account(packed(documents, weights, length, ROWS), ROWS, documents)
+    shares = np.stack(result.tokens) / np.sum(result.tokens, axis=1, keepdims=True)
+    errors = np.abs(shares - np.asarray(weights) / sum(weights)).max(axis=1)
+    padding = result.padding / (ROWS * length)
+    least = least_padding(result.whole[0], length) if name == "captions alone" else 0
+    begun, ended = sum(result.begun.values()), sum(result.ended.values())
+    print(f"{length} {name}: {100 * errors[-1]:.2f} {100 * errors[99:].max():.2f} points, padding {padding:.4f}, "
+          f"least {least:.4f}, {begun} begun, {ended} ended, {result.most_open} open")  # fmt: skip
+    assert errors[-1] < 0.005 and errors[99:].max() < 0.02
+    assert padding <= least + 0.01
+    assert result.most_open <= OPEN
+    assert begun - ended == sum(len(rests) for rests in result.rests.values())
+    # of what is begun and not open
+    assert ended / (begun - sum(len(rests) for rests in result.rests.values())) >= 0.97
+
+
+def test_little_is_left_open_at_the_end_of_a_block(sources, monkeypatch):
+    monkeypatch.setattr("modeling_moma.data.packing.BLOCK_TOKENS", 0)
+    examples = packed(sources, (0.5, 0.3, 0.2), 256, 1024)
+    result = account(examples, examples.block, sources)
+    assert sum(len(rests) for rests in result.rests.values()) <= 8
+    assert sum(result.ended.values()) >= 0.97 * sum(result.begun.values())
+
+
+@pytest.mark.parametrize("codes", [62, 250])
+def test_pictures_that_fill_half_a_row_or_nearly_all_of_it_do_not_stop_the_stream(codes):
+    rng = np.random.default_rng(codes)
+    documents = [stories(rng, 100, codes=codes, text=(3, 200))]
+    for length in (codes + 4, 2 * codes + 12):
+        result = account(packed(documents, (1,), length, 300), 300, documents, lone_texts=True)
+        # eight open documents whose next token is always a picture would leave whole rows empty
+        assert result.padding / (300 * length) < 0.15
+        assert all((np.diff(np.sum(result.tokens, axis=1)) > 0).tolist())
+        assert result.ended[0] > 10
+
+
+def test_a_picture_larger_than_a_sequence_is_refused():
+    documents = [stories(np.random.default_rng(0), 5, codes=64)]
+    with pytest.raises(ValueError, match=r"'stories' has 67 tokens that cannot be cut.*`sequence_length` is 66"):
+        packed(documents, (1,), 66, 10)[0]
+    assert packed(documents, (1,), 67, 10)[0]["source_ids"].min() >= -1
+
+
+def spread(rng, share):
+    """A pair of bounds of lengths, near or far from one another."""
+    least = int(rng.integers(8, 200))
+    return least, least + int(rng.integers(1, 300) * share)
+
+
+@st.composite
+def mixtures(draw):
+    """One to four sources of any lengths, weights and rows that all of them fit into with room to spare."""
+    rng = np.random.default_rng(draw(st.integers(0, 10**6)))
+    codes = draw(st.sampled_from([4, 16, 64]))
+    kinds = draw(st.lists(st.sampled_from(["captions", "stories", "lines"]), min_size=1, max_size=4))
+    documents = []
+    for kind in kinds:
+        least, most = spread(rng, draw(st.floats(0, 1)))
+        if kind == "captions":
+            documents.append(captions(rng, 200, least + codes, most + codes, codes))
+        elif kind == "lines":
+            documents.append(lines(rng, 200, least, most))
+        else:
+            texts = (draw(st.integers(1, 40)), draw(st.integers(41, 150)))
+            documents.append(stories(rng, 60, least + codes, 20 * most, codes, texts, draw(st.floats(0, 1))))
+    weights = draw(st.lists(st.floats(0.05, 1), min_size=len(kinds), max_size=len(kinds)))
+    whole = [len(ids) for entry in documents if not entry.can_be_cut for ids in entry.documents]
+    longest = max(codes + 3, *whole, 0)
+    return documents, weights, draw(st.integers(longest, 6 * longest)), longest
+
+
+@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(mixtures())
+def test_any_mixture_is_written_piece_by_piece_and_keeps_its_weights(mixture):
+    documents, weights, length, longest = mixture
+    rows = 150
+    result = account(packed(documents, weights, length, rows), rows, documents, lone_texts=True)
+    assert result.most_open <= OPEN
+    shares, wanted = result.tokens[-1] / result.tokens[-1].sum(), np.asarray(weights) / sum(weights)
+    # where a row has room for several of the largest things that are not cut, nothing stands in the way of the weights
+    if length >= 4 * longest:
+        assert np.abs(shares - wanted).max() < 0.02
+        if any(entry.can_be_cut for entry in documents):
+            assert result.padding / (rows * length) < 0.03
