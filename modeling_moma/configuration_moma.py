@@ -101,7 +101,8 @@ class MomaConfig(PreTrainedConfig):
         Training forwards, accumulated ones counted singly, over which the noise falls linearly to nothing. Without it
         the noise stays, as in the paper.
     threshold_momentum (`float`, *optional*, defaults to 0.98):
-        Momentum of the running mean of an expert's K-th best score, the cut of `threshold` routing.
+        Momentum of the running mean that `threshold` routing compares scores with, for each expert: of points midway
+        between its K-th best score in a batch and the next lower one.
     routing_warmup_steps (`int`, *optional*, defaults to 100):
         Training forwards in which `threshold` routing still selects as `expert_choice` does, until the running mean
         has settled.
@@ -116,7 +117,7 @@ class MomaConfig(PreTrainedConfig):
     depth_pool (`str`, *optional*, defaults to `"batch"`):
         Tokens that compete with one another: all of the `"batch"` (MoMa), or those of each `"row"`.
     depth_threshold_momentum (`float`, *optional*, defaults to 0.5):
-        Momentum of the running mean of the K-th best score that cuts under `threshold`. Depth routers see the bare
+        Momentum of the same running mean of depth routers, which cuts under `threshold`. Depth routers see the bare
         residual stream and their scores drift fast: where the cut also selects in training, a mean that lags behind
         lets too few tokens through. Every training forward counts, so small micro-batches may want a higher one.
     depth_training_routing (`str`, *optional*):

@@ -16,6 +16,7 @@ from .configuration_moma import MomaConfig
 from .router_base_moma import MomaRouterBase
 from .routing_context_moma import RouterState, RoutingContext
 from .routing_rules_moma import rule_of
+from .thresholds_moma import lower_scores, thresholds_between
 
 
 # a token's score has to pass this one when `token_choice` decides, the middle of the sigmoid
@@ -43,15 +44,15 @@ class MomaDepthRouter(MomaRouterBase):
     - `expert_choice` takes the `K` best of each pool. Not causal: for training. Of equal scores earlier positions come
       first, and several rows at the last position together, so that equal rows fare alike: `K` may be exceeded by less
       than the number of rows.
-    - `threshold` takes a token iff its score reaches the running mean of the K-th best score; in the first
-      `routing_warmup_steps` of training as above.
+    - `threshold` takes a token iff its score reaches the running mean of the cuts of the batches, midway between the
+      K-th best score and the next lower one; in the first `routing_warmup_steps` of training as above.
     - `token_choice` takes a token iff its score, with a bias that training nudges towards the capacity, is at least
       one half. The bias does not weigh.
     - `auxiliary` takes a token iff the auxiliary router predicts so.
 
     State dict:
         weight           [1, D]  fp32
-        threshold        [G]     fp32, running mean of the K-th best score
+        threshold        [G]     fp32, running mean of each pool's cut
         balance_bias     [G]     fp32
         num_updates      [G]     fp32, training steps that the running mean has seen
         auxiliary.       see [`MomaAuxiliaryRouter`], with `config.auxiliary_routers`
@@ -93,7 +94,7 @@ class MomaDepthRouter(MomaRouterBase):
     def rank(
         self, scores_BT: torch.Tensor, pool_BT: torch.Tensor, is_token_BT: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Membership in the top K of each pool, and the K-th best score of each modality's pools in the mean."""
+        """Membership in the top K of each pool, and the cut of each modality's pools in the mean."""
         num_rows, num_modalities = scores_BT.shape[0], len(self.capacities)
         num_pools = num_modalities
         if self.is_pooled_by_row:
@@ -125,8 +126,11 @@ class MomaDepthRouter(MomaRouterBase):
         is_at_place_BT = place_BT == torch.arange(scores_BT.shape[1], device=place_BT.device)
         best_BT = best_BT | ((scores_BT == kth_BT) & is_at_place_BT)
         is_used_BG = (count_Q[:-1] > 0).view(-1, num_modalities)
-        kth_G = (kth_Q.view(-1, num_modalities) * is_used_BG).sum(0) / is_used_BG.sum(0).clamp(min=1)
-        return best_BT, kth_G
+        lower_N = lower_scores(scores_BT, kth_BT).flatten()
+        lower_Q = kth_Q.new_full((num_pools + 1,), -1.0).scatter_reduce(0, pool_BT.flatten(), lower_N, "amax")[:-1]
+        threshold_QG = thresholds_between(kth_Q, lower_Q).view(-1, num_modalities)
+        threshold_G = (threshold_QG * is_used_BG).sum(0) / is_used_BG.sum(0).clamp(min=1)
+        return best_BT, threshold_G
 
     def _load(
         self, chosen_BT: torch.Tensor, pool_BT: torch.Tensor, is_token_BT: torch.Tensor

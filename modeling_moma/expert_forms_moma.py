@@ -83,7 +83,8 @@ def _predicted(
 
 @expert_form("threshold", _above_thresholds)
 def threshold(router: "MomaRouter", x_ND: torch.Tensor, scores_NE: torch.Tensor, context: RoutingContext) -> Selection:
-    """An expert takes a token iff its score reaches the running mean of the expert's K-th best score.
+    """An expert takes a token iff its score reaches the running mean of the cuts that part the expert's K best from
+    the others, see [`batch_thresholds`].
 
     In the first `routing_warmup_steps` of training it takes its K best tokens of the batch instead.
     """

@@ -14,7 +14,7 @@ from .routing_moma import MomaRouter
 from .routing_rules_moma import RULES
 
 
-# of K-th best scores, of shortfalls, and of votes
+# of the cuts of each batch, of shortfalls, and of votes
 Shares = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
@@ -28,19 +28,19 @@ def update_routers(context: RoutingContext, bias_update_rate: float):
     if not statistics:
         return
     sums = {
-        router: (kth_C * votes_C, shortfall_C * votes_C, votes_C)
-        for router, (kth_C, shortfall_C, votes_C) in statistics.items()
+        router: (threshold_C * votes_C, shortfall_C * votes_C, votes_C)
+        for router, (threshold_C, shortfall_C, votes_C) in statistics.items()
     }
     if is_distributed():
         sums = _sum_over_processes(sums)
-    for router, (kth_C, shortfall_C, votes_C) in sums.items():
+    for router, (threshold_C, shortfall_C, votes_C) in sums.items():
         has_vote_C = votes_C > 0
         votes_C = votes_C.clamp(min=1)
-        kth_C, shortfall_C = kth_C / votes_C, shortfall_C / votes_C
+        threshold_C, shortfall_C = threshold_C / votes_C, shortfall_C / votes_C
         # the plain mean until it has seen enough steps, so that no start value lingers
         decay = (router.num_updates / (router.num_updates + 1)).clamp(max=router.momentum)
         router.threshold.copy_(
-            torch.where(has_vote_C, decay * router.threshold + (1 - decay) * kth_C, router.threshold)
+            torch.where(has_vote_C, decay * router.threshold + (1 - decay) * threshold_C, router.threshold)
         )
         router.num_updates.add_((has_vote_C if router.num_updates.ndim else has_vote_C[0]).float())
         routing = context.routing if isinstance(router, MomaRouter) else context.depth_routing
@@ -58,8 +58,8 @@ def _sum_over_processes(sums: dict[MomaRouterBase, Shares]) -> dict[MomaRouterBa
     pieces = iter(flat.split([row.shape[0] for row in rows]))
     summed = {}
     for router in sums:
-        kth_C, shortfall_C, votes_C = (next(pieces).to(router.threshold.device) for _ in range(3))
-        summed[router] = (kth_C, shortfall_C, votes_C)
+        threshold_C, shortfall_C, votes_C = (next(pieces).to(router.threshold.device) for _ in range(3))
+        summed[router] = (threshold_C, shortfall_C, votes_C)
     return summed
 
 

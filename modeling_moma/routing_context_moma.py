@@ -63,7 +63,7 @@ class RoutingContext:
             without going through the interface.
 
     Attributes:
-        statistics (`dict`): K-th best scores, shortfalls of load and votes, by router. Recomputation under
+        statistics (`dict`): cuts of this batch alone, shortfalls of load and votes, by router. Recomputation under
             activation checkpointing writes the same entry again, so a step counts once.
         state (`dict`): [`RouterState`] by router.
         noise (`dict`): the noise that each router drew, before it is scaled.
@@ -163,13 +163,15 @@ class RoutingContext:
             self.noise[router] = logistic_noise_like(logits)
         return self.noise[router]
 
-    def record(self, router: "MomaRouterBase", kth_C: torch.Tensor, shortfall_C: torch.Tensor, votes_C: torch.Tensor):
+    def record(
+        self, router: "MomaRouterBase", threshold_C: torch.Tensor, shortfall_C: torch.Tensor, votes_C: torch.Tensor
+    ):
         """Keep what `update_routers` needs of one router's step, for each of its `C` cuts.
 
         Args:
             router (`MomaRouterBase`): whose.
-            kth_C (`torch.Tensor`): the K-th best score.
+            threshold_C (`torch.Tensor`): midway between the K-th best score and the next, see [`batch_thresholds`].
             shortfall_C (`torch.Tensor`): by how much the load lags behind its target, as a share of the tokens.
             votes_C (`torch.Tensor`): 1, or 0 where this process had no token to judge by.
         """
-        self.statistics[router] = (kth_C, shortfall_C, votes_C)
+        self.statistics[router] = (threshold_C, shortfall_C, votes_C)

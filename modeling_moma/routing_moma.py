@@ -15,6 +15,7 @@ from .router_base_moma import MomaRouterBase
 from .routing_context_moma import RoutingContext
 from .routing_rules_moma import rule_of
 from .selection_moma import Selection
+from .thresholds_moma import batch_thresholds
 
 
 class MomaRouter(MomaRouterBase):
@@ -22,7 +23,7 @@ class MomaRouter(MomaRouterBase):
 
     State dict:
         weight           [E, D]  fp32
-        threshold        [E]     fp32, running mean of each expert's K-th best score
+        threshold        [E]     fp32, running mean of each expert's cut, see [`batch_thresholds`]
         balance_bias     [E]     fp32, added to the scores when `token_choice` selects
         num_updates      []      fp32, training steps that the running mean has seen
         auxiliary.       see [`MomaAuxiliaryRouter`], with `config.auxiliary_routers`
@@ -75,16 +76,18 @@ class MomaRouter(MomaRouterBase):
         if num_tokens == 0:
             zeros_E = logits_NE.new_zeros(self.num_experts)
             return zeros_E, zeros_E, zeros_E
+        # inference cuts scores without noise
+        scores_EN = torch.sigmoid(logits_NE).t()
         if selection.shape_EK is not None and not is_noisy:
             kth_E = selection.weight_EK[:, -1].detach()
         else:
-            # inference cuts scores without noise
-            kth_E = torch.sigmoid(logits_NE).t().topk(self.capacity(num_tokens), dim=-1).values[:, -1]
+            kth_E = scores_EN.topk(self.capacity(num_tokens), dim=-1).values[:, -1]
         if selection.shape_EK is not None:
             load_E = torch.full_like(kth_E, selection.shape_EK[1])
         else:
             load_E = torch.zeros_like(kth_E).index_add(0, selection.expert_P, torch.ones_like(selection.weight_P))
-        return kth_E, (load_E.mean() - load_E) / num_tokens, torch.ones_like(kth_E)
+        threshold_E = batch_thresholds(scores_EN, kth_E)
+        return threshold_E, (load_E.mean() - load_E) / num_tokens, torch.ones_like(kth_E)
 
 
 __all__ = ["MomaRouter"]

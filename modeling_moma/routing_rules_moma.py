@@ -26,7 +26,7 @@ class RoutingRule:
         moves_bias (`bool`): whether training moves the balance bias.
         counts_experts (`bool`): whether a token meets `config.num_experts_per_tok` experts; else it meets
             `config.expert_capacity_factor` of them on average.
-        reads_threshold (`bool`): whether it compares scores with the running mean of the K-th best.
+        reads_threshold (`bool`): whether it compares scores with the running mean of the batches' cuts.
         needs_auxiliary (`bool`): whether it asks auxiliary routers.
     """
 

@@ -27,11 +27,11 @@ def calibrate_thresholds(
 ) -> list[dict]:
     """Compute the `threshold` of all routers anew, for a model that was trained elsewhere or under other rules.
 
-    A threshold becomes the plain mean of the K-th best scores of the batches, with `K` as in training. `num_updates`
-    becomes the number of batches that had tokens to judge by where it was less, and never falls: it is the clock of
-    `gumbel_noise_steps` and `routing_warmup_steps`, too, and what has run out in training must not begin anew. Nothing
-    else of the model changes, and nothing at all when a batch raises. With several processes each brings its own
-    batches, and all get the same result.
+    A threshold becomes the plain mean of the batches' cuts, each midway between the K-th best score and the next lower
+    one, with `K` as in training. `num_updates` becomes the number of batches that had tokens to judge by where it was
+    less, and never falls: it is the clock of `gumbel_noise_steps` and `routing_warmup_steps`, too, and what has run
+    out in training must not begin anew. Nothing else of the model changes, and nothing at all when a batch raises.
+    With several processes each brings its own batches, and all get the same result.
 
     An expert or pool without tokens in a batch has no vote there. Without any vote it keeps its threshold, and a
     warning names it. Another one tells where no inference routing of the config would read the thresholds.
@@ -51,7 +51,7 @@ def calibrate_thresholds(
     batches = list(batches)
     routers = named_routers(model)
     _warn_if_unread(model.config)
-    cuts = _mean_cuts(model, batches, lambda record: record.kth_C, routing)
+    cuts = _mean_cuts(model, batches, lambda record: record.threshold_C, routing)
     report = _calibrated_report(model, batches, "threshold", "scores_NS", cuts, routing)
     with torch.no_grad():
         for name, (mean_C, votes_C) in cuts.items():
@@ -80,11 +80,11 @@ def calibrate_auxiliary_thresholds(
     """Set the `threshold` of all auxiliary routers so that they take as many tokens as the top K holds.
 
     A classifier that is cut at one half need not take the right number of tokens. Here each expert, and each pool of a
-    depth layer, gets the mean over the batches of its K-th best predicted probability. All else is as in
-    [`calibrate_thresholds`].
+    depth layer, gets the mean over the batches of its cut, midway between the K-th best predicted probability and the
+    next lower one. All else is as in [`calibrate_thresholds`].
 
-    Probabilities of logits above about 17 are all 1 in fp32. When more than K tokens tie so at the cut, all of them
-    are taken; the report's `load` counts them.
+    Probabilities of logits above about 12 are 1 but for rounding, and count as equal. When more than K tokens tie so
+    at the cut, all of them are taken; the report's `load` counts them.
 
     Args:
         model: with `config.auxiliary_routers`, trained; changed in place.
@@ -100,7 +100,7 @@ def calibrate_auxiliary_thresholds(
     batches = list(batches)
     routers = named_routers(model)
     require_auxiliary_routers(model)
-    cuts = _mean_cuts(model, batches, lambda record: record.kth_predicted_C, routing)
+    cuts = _mean_cuts(model, batches, lambda record: record.predicted_threshold_C, routing)
     report = _calibrated_report(model, batches, "auxiliary", "predicted_NS", cuts, routing)
     with torch.no_grad():
         for name, (mean_C, votes_C) in cuts.items():
@@ -128,7 +128,7 @@ def require_auxiliary_routers(model: PreTrainedModel):
 def _mean_cuts(
     model: PreTrainedModel,
     batches: Iterable[dict[str, torch.Tensor]],
-    kth: Callable[[RouterRecord], torch.Tensor],
+    threshold_of: Callable[[RouterRecord], torch.Tensor],
     routing: str,
 ) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """Mean over the batches of all processes, and the number of batches that voted, by router."""
@@ -137,17 +137,17 @@ def _mean_cuts(
 
     def observe(record: RouterRecord):
         votes_C = record.votes_C.cpu().double()
-        sums[record.name] += torch.stack([kth(record).cpu().double() * votes_C, votes_C])
+        sums[record.name] += torch.stack([threshold_of(record).cpu().double() * votes_C, votes_C])
 
     run_observed(model, batches, observe, routing)
     cuts = {}
-    for name, (kth_C, votes_C) in sum_over_ranks(sums, model.device).items():
+    for name, (sum_C, votes_C) in sum_over_ranks(sums, model.device).items():
         if not votes_C.all():
             pools = model.config.depth_pools if isinstance(routers[name], MomaDepthRouter) else []
             silent = [pool for pool, votes in zip(pools, votes_C) if not votes] if len(pools) > 1 else ""
             logger.warning(f"No batch had tokens for {name} {silent or ''}: what had no vote keeps its threshold.")
         like_C = routers[name].threshold
-        cuts[name] = ((kth_C / votes_C.clamp(min=1)).to(like_C), votes_C.to(like_C))
+        cuts[name] = ((sum_C / votes_C.clamp(min=1)).to(like_C), votes_C.to(like_C))
     return cuts
 
 

@@ -20,6 +20,7 @@ from ..experts_moma import MomaFeedForward
 from ..routing_context_moma import RoutingContext
 from ..routing_moma import MomaRouter, MomaRouterBase
 from ..selection_moma import Selection
+from ..thresholds_moma import batch_thresholds
 
 
 @dataclass
@@ -34,7 +35,7 @@ class RouterRecord:
         is_member_NS: membership in the top K, `[N, S]`.
         is_taken_NS: whom the forward itself took, under the routing that it ran, `[N, S]`.
         cut_NS: which of the `C` cuts decides, `[N, S]`.
-        kth_C: K-th best score as training would record it, `[C]`.
+        threshold_C: cuts of this forward alone as training would record them, `[C]`.
         votes_C: 1, or 0 where there was no token to judge by, `[C]`.
     """
 
@@ -45,7 +46,7 @@ class RouterRecord:
     is_member_NS: torch.Tensor
     is_taken_NS: torch.Tensor
     cut_NS: torch.Tensor
-    kth_C: torch.Tensor
+    threshold_C: torch.Tensor
     votes_C: torch.Tensor
 
     @classmethod
@@ -62,7 +63,7 @@ class RouterRecord:
         # a context of its own, so that the model does not learn of the statistics
         oracle = context.with_routing("expert_choice", track=True)
         logits, selection = router.forward(hidden, oracle)
-        kth_C, _, votes_C = oracle.statistics[router]
+        threshold_C, _, votes_C = oracle.statistics[router]
         scores, hidden = torch.sigmoid(logits), hidden.detach()
         if isinstance(router, MomaRouter):
             is_member_NS = torch.zeros_like(scores.t(), dtype=torch.bool).scatter_(1, selection.token_EK, True).t()
@@ -70,7 +71,7 @@ class RouterRecord:
             # pairs of weight 0 stand for tokens that nobody took
             is_taken_NS = torch.zeros_like(is_member_NS)
             is_taken_NS[taken.token_P, taken.expert_P] = taken.weight_P > 0  # pyright: ignore[reportAttributeAccessIssue]
-            return cls(name, router, hidden, scores, is_member_NS, is_taken_NS, cut_NS, kth_C, votes_C)
+            return cls(name, router, hidden, scores, is_member_NS, is_taken_NS, cut_NS, threshold_C, votes_C)
         is_token_BT = torch.ones_like(selection.chosen_BT)
         if context.padding_BT is not None:
             is_token_BT = ~context.padding_BT
@@ -81,7 +82,7 @@ class RouterRecord:
             values_BT[is_token_BT].unsqueeze(-1) for values_BT in per_token
         )
         hidden_ND = hidden[is_token_BT]
-        return cls(name, router, hidden_ND, scores_NS, is_member_NS, is_taken_NS, cut_NS, kth_C, votes_C)
+        return cls(name, router, hidden_ND, scores_NS, is_member_NS, is_taken_NS, cut_NS, threshold_C, votes_C)
 
     @cached_property
     def predicted_NS(self) -> torch.Tensor:
@@ -89,15 +90,16 @@ class RouterRecord:
         return self.router.predicted_scores(self.hidden_ND)
 
     @property
-    def kth_predicted_C(self) -> torch.Tensor:
-        """The least of as many best probabilities as the top K has members, `[C]`; 0 where there is no token."""
-        kth_C = torch.zeros_like(self.kth_C)
-        for cut in range(kth_C.shape[0]):
+    def predicted_threshold_C(self) -> torch.Tensor:
+        """Cuts of the probabilities that as many pass as the top K has members, `[C]`; 0 where there is no token."""
+        threshold_C = torch.zeros_like(self.threshold_C)
+        for cut in range(threshold_C.shape[0]):
             is_mine_NS = self.cut_NS == cut
             members = int(self.is_member_NS[is_mine_NS].sum())
             if members:
-                kth_C[cut] = self.predicted_NS[is_mine_NS].topk(members).values[-1]
-        return kth_C
+                scores_1N = self.predicted_NS[is_mine_NS].unsqueeze(0)
+                threshold_C[cut] = batch_thresholds(scores_1N, scores_1N.topk(members).values[:, -1])[0]
+        return threshold_C
 
 
 # tells which (token, expert) pairs a rule takes, [N, S]; a function of the router's input alone

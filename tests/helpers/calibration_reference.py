@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from helpers.depth_reference import best_of, pools_of, taken_of
-from helpers.reference import GROUPS
+from helpers.reference import GROUPS, reference_cut
 from helpers.tiny import mixed_ids, tiny_model
 from modeling_moma.routing_moma import MomaRouter
 from modeling_moma.tools.observation import named_routers
@@ -88,7 +88,7 @@ def pools_of_call(config, router, hidden, context, scores):
 
 def plain_records(model, batch):
     """For each router, by plain loops: (cut, true score, probability, is member, input, score's number) of each pair,
-    and the K-th best score of each cut, the mean over its pools."""
+    and the value of each cut, the mean over its pools."""
     records = {}
     for name, (hidden, context) in router_calls(model, batch).items():
         router = model.get_submodule(name)
@@ -96,30 +96,30 @@ def plain_records(model, batch):
         scores = torch.sigmoid(F.linear(x_ND, router.weight)).tolist()
         inner = F.silu(F.linear(x_ND, router.auxiliary.up_proj.weight))
         predicted = torch.sigmoid(F.linear(inner, router.auxiliary.down_proj.weight)).tolist()
-        pairs, kth = [], defaultdict(list)
+        pairs, found = [], defaultdict(list)
         for cut, column, positions, best, take in pools_of_call(model.config, router, hidden, context, scores):
-            kth[cut].append(sorted((scores[position][column] for position in positions), reverse=True)[take - 1])
+            found[cut].append(reference_cut([scores[position][column] for position in positions], take))
             for position in positions:
                 is_member = position in best
                 values = (scores[position][column], predicted[position][column], is_member, x_ND[position], column)
                 pairs.append((cut, *values))
-        records[name] = pairs, {cut: sum(values) / len(values) for cut, values in kth.items()}
+        records[name] = pairs, {cut: sum(values) / len(values) for cut, values in found.items()}
     return records
 
 
-def kth_predicted(pairs, cut):
+def predicted_cut(pairs, cut):
     mine = [pair for pair in pairs if pair[0] == cut]
     members = sum(pair[3] for pair in mine)
-    return sorted((pair[2] for pair in mine), reverse=True)[members - 1] if members else None
+    return reference_cut([pair[2] for pair in mine], members) if members else None
 
 
 def expected_cuts(model, batches, kind):
     """Means over the batches that voted and their numbers, `{router: {cut: (mean, votes)}}`."""
     values = defaultdict(lambda: defaultdict(list))
     for batch in batches:
-        for name, (pairs, kth) in plain_records(model, batch).items():
+        for name, (pairs, found) in plain_records(model, batch).items():
             for cut in {pair[0] for pair in pairs}:
-                values[name][cut].append(kth[cut] if kind == "threshold" else kth_predicted(pairs, cut))
+                values[name][cut].append(found[cut] if kind == "threshold" else predicted_cut(pairs, cut))
     return {name: {cut: (sum(v) / len(v), len(v)) for cut, v in cuts.items()} for name, cuts in values.items()}
 
 

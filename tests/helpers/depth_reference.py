@@ -7,7 +7,7 @@ from fractions import Fraction
 import torch
 import torch.nn.functional as F
 
-from helpers.reference import reference_feed_forward, reference_membership
+from helpers.reference import reference_cut, reference_feed_forward, reference_membership
 from modeling_moma.configuration_moma import MomaConfig
 
 
@@ -67,13 +67,13 @@ def reference_choice(config, router, hidden_BTD, scores_BT, modality_BT, routing
     return chosen_BT
 
 
-def reference_kth(config, scores_BT, modality_BT, padding_BT=None) -> list[float | None]:
-    """Mean of the K-th best scores of each modality's pools; `None` where no pool has a token."""
+def reference_cuts(config, scores_BT, modality_BT, padding_BT=None) -> list[float | None]:
+    """Mean of the cuts of each modality's pools; `None` where no pool has a token."""
     found = [[] for _ in config.depth_pools]
     for (_, pool), members in pools_of(config, modality_BT, padding_BT).items():
-        ranked = sorted((scores_BT[row, place].item() for row, place in members), reverse=True)
-        found[pool].append(ranked[taken_of(config, pool, len(members)) - 1])
-    return [sum(scores) / len(scores) if scores else None for scores in found]
+        scores = [scores_BT[row, place].item() for row, place in members]
+        found[pool].append(reference_cut(scores, taken_of(config, pool, len(members))))
+    return [sum(cuts) / len(cuts) if cuts else None for cuts in found]
 
 
 def rotated(x_ND, positions, theta):

@@ -54,6 +54,15 @@ def reference_membership(network, x) -> list[float]:
     return torch.sigmoid(network.down_proj.weight @ inner).tolist()
 
 
+def reference_cut(scores: list[float], take: int) -> float:
+    """Midway between the K-th best score and the next lower one, by plain sorting; just below the lowest of all."""
+    ranked = sorted(scores, reverse=True)
+    kth = ranked[take - 1]
+    # what rounding alone keeps apart is one score
+    lower = [score for score in ranked if score < kth * (1 - 2**-18)]
+    return (kth + lower[0]) / 2 if lower else kth * (1 - 2**-10)
+
+
 def reference_selection(router, scores, routing, x_ND=None) -> list[tuple[int, int]]:
     """(token, expert) pairs that the rules give, by plain sorting; `auxiliary` looks at the tokens themselves."""
     num_tokens, num_experts = scores.shape

@@ -5,7 +5,7 @@ from fractions import Fraction
 import pytest
 import torch
 
-from helpers.depth_reference import SelectionLog, pools_of, reference_choice, reference_kth
+from helpers.depth_reference import SelectionLog, pools_of, reference_choice, reference_cuts
 from helpers.reference import GROUPS, assert_near, fields_of
 from helpers.tiny import mixed_ids, randomize_auxiliary, tiny_config, tiny_model
 from modeling_moma.depth_moma import MomaDepthRouter
@@ -133,7 +133,7 @@ def test_a_share_of_tokens_is_that_of_its_decimal_number(share):
 @pytest.mark.parametrize("pool", ["batch", "row"])
 @pytest.mark.parametrize("capacity", CAPACITIES)
 @pytest.mark.parametrize("routing", RULES)
-def test_the_threshold_is_the_running_mean_of_the_kth_best_score(routing, capacity, pool):
+def test_the_threshold_is_the_running_mean_of_the_cuts(routing, capacity, pool):
     momentum = 0.6
     config, router = build_router(
         depth_capacity=CAPACITIES[capacity],
@@ -150,8 +150,8 @@ def test_the_threshold_is_the_running_mean_of_the_kth_best_score(routing, capaci
         context = context_of(config, modality_BT, padding_BT, routing, track=True)
         router(hidden_BTD, context)
         update_routers(context, 0.001)
-        kth = reference_kth(config, scores_of(router, hidden_BTD), modality_BT, padding_BT)
-        for index, value in enumerate(kth):
+        cuts = reference_cuts(config, scores_of(router, hidden_BTD), modality_BT, padding_BT)
+        for index, value in enumerate(cuts):
             # without a token of its own the pool keeps what it has
             if value is None:
                 assert step == 2 and index == 1
@@ -173,8 +173,8 @@ def test_a_model_moves_its_depth_thresholds_once_a_training_step():
         model(ids)
         decay = min(0.6, step / (step + 1))
         for index in expected:
-            (kth,) = reference_kth(model.config, log.scores[index][-1], token_modalities(model.config, ids))
-            expected[index] = decay * expected[index] + (1 - decay) * kth
+            (cut,) = reference_cuts(model.config, log.scores[index][-1], token_modalities(model.config, ids))
+            expected[index] = decay * expected[index] + (1 - decay) * cut
             router = model.model.layers[index].depth_router
             assert router.threshold.item() == pytest.approx(expected[index], abs=1e-6)
             assert router.num_updates.tolist() == [step + 1]

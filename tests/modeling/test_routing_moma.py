@@ -10,6 +10,7 @@ from helpers.reference import (
     assert_near,
     context_of,
     fields_of,
+    reference_cut,
     reference_feed_forward,
     reference_gated_feed_forward,
     reference_selection,
@@ -193,24 +194,25 @@ def test_the_capacity_is_that_of_the_decimal_factor():
                 assert router.capacity(num_tokens) == min(num_tokens, exact), (factor, num_experts, num_tokens)
 
 
-def kth_scores(model, ids, routing):
-    """K-th best score of each expert in each layer, by plain sorting."""
+def batch_cuts(model, ids, routing):
+    """The cut of each expert in each layer, by plain sorting."""
     output = model(ids, output_router_logits=True, routing=routing)
     routers = [layer.mlp.groups["all"].router for layer in model.model.layers]
-    scores = [torch.sigmoid(logits).sort(dim=0, descending=True).values for logits in output.router_logits]
-    return [score[router.capacity(ids.numel()) - 1] for router, score in zip(routers, scores)]
+    scores = [torch.sigmoid(logits).t().tolist() for logits in output.router_logits]
+    takes = [router.capacity(ids.numel()) for router in routers]
+    return [torch.tensor([reference_cut(line, take) for line in lines]) for lines, take in zip(scores, takes)]
 
 
 @pytest.mark.parametrize("routing", RULES)
-def test_the_threshold_is_the_running_mean_of_the_kth_best_score(routing):
+def test_the_threshold_is_the_running_mean_of_the_cuts(routing):
     model = tiny_model(num_experts=4, threshold_momentum=0.6, **fields_of(routing))
     routers = [layer.mlp.groups["all"].router for layer in model.model.layers]
     expected = None
     for step in range(5):
-        kth = kth_scores(model, mixed_ids(seed=step), routing)
+        cuts = batch_cuts(model, mixed_ids(seed=step), routing)
         decay = min(0.6, step / (step + 1))
         # the first step is copied, the next ones are a plain mean until the momentum is lower
-        expected = kth if step == 0 else [decay * old + (1 - decay) * new for old, new in zip(expected, kth)]
+        expected = cuts if step == 0 else [decay * old + (1 - decay) * new for old, new in zip(expected, cuts)]
         for router, value in zip(routers, expected):
             assert torch.allclose(router.threshold, value, atol=1e-6)
             assert router.num_updates == step + 1

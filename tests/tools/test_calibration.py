@@ -24,7 +24,7 @@ def changed_keys(before, model):
 
 
 @ALL_MODELS
-def test_thresholds_are_the_means_of_the_kth_best_scores_and_nothing_else_changes(name):
+def test_thresholds_are_the_means_of_the_cuts_and_nothing_else_changes(name):
     model = build(name)
     batches = [*padded_batches(), text_only()]
     expected = expected_cuts(model, batches, "threshold")
@@ -44,7 +44,7 @@ def test_thresholds_are_the_means_of_the_kth_best_scores_and_nothing_else_change
 
 
 @ALL_MODELS
-def test_auxiliary_thresholds_are_the_means_of_the_kth_best_probabilities(name):
+def test_auxiliary_thresholds_are_the_means_of_the_cuts_of_probabilities(name):
     model = build(name)
     batches = [*padded_batches(), text_only()]
     expected = expected_cuts(model, batches, "auxiliary")

@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""No threshold that a step or a calibration leaves is a score of its batch, so rounding moves nobody across it."""
+
+import pytest
+import torch
+
+from helpers.calibration_reference import MODELS, build, padded_batches, plain_records
+from helpers.reference import context_of, reference_cut
+from helpers.tiny import mixed_ids, tiny_config, tiny_model
+from modeling_moma.experts_moma import MomaFeedForward
+from modeling_moma.router_updates_moma import update_routers
+from modeling_moma.tools.calibration import calibrate_auxiliary_thresholds, calibrate_thresholds
+from modeling_moma.tools.observation import run_observed
+
+
+# what another kernel makes of a score, generously
+ROUNDING = 1e-6
+ALL_IN = {"num_experts": {"text": 2, "image": 4}, "expert_capacity_factor": {"text": 2.0, "image": 1.0}}
+
+
+def records_of(model, batch):
+    records = {}
+    run_observed(model, [batch], lambda record: records.update({record.name: record}))
+    return records
+
+
+def least_margin(values_NS, threshold_C, cut_NS):
+    """The smallest relative distance of a score from the cut that decides on it."""
+    threshold_NS = threshold_C[cut_NS]
+    return ((values_NS - threshold_NS).abs() / values_NS).min().item()
+
+
+@pytest.mark.parametrize("side", ["unpadded", "padded"])
+@pytest.mark.parametrize("name", [*MODELS, "all_in"])
+def test_after_a_step_no_threshold_is_a_score_of_its_batch(name, side):
+    model = tiny_model(**{**MODELS, "all_in": ALL_IN}[name])
+    batch = padded_batches()[0] if side == "padded" else {"input_ids": mixed_ids(rows=3, length=14)}
+    model(**batch)
+    for key, record in records_of(model, batch).items():
+        assert least_margin(record.scores_NS, record.router.threshold, record.cut_NS) > ROUNDING, key
+        if "depth_router" in key and model.config.depth_pool == "row":
+            # the mean of the rows' cuts parts none of them
+            continue
+        for cut, threshold in enumerate(record.router.threshold):
+            scores = record.scores_NS[record.cut_NS == cut]
+            # of equal tokens the top K may hold some, a threshold all
+            least = scores[record.is_member_NS[record.cut_NS == cut]].min()
+            assert torch.equal(scores >= threshold, scores >= least * (1 - ROUNDING)), key
+
+
+@pytest.mark.parametrize("calibrate", [calibrate_thresholds, calibrate_auxiliary_thresholds])
+@pytest.mark.parametrize("name", MODELS)
+def test_a_calibration_leaves_no_threshold_that_is_a_score_of_its_batch(name, calibrate):
+    model, batch = build(name), padded_batches()[0]
+    calibrate(model, [batch])
+    for key, (pairs, _) in plain_records(model, batch).items():
+        router = model.get_submodule(key)
+        column, cuts = (1, router.threshold) if calibrate is calibrate_thresholds else (2, router.auxiliary.threshold)
+        margins = [abs(pair[column] - cuts[pair[0]].item()) / pair[column] for pair in pairs]
+        assert min(margins) > ROUNDING, key
+
+
+def cuts_after_a_step(x_ND, factor=1.0, weight=None):
+    """A group's router after one step on these tokens, its threshold the batch's cut, and whom the step took."""
+    torch.manual_seed(0)
+    config = tiny_config(num_experts=4, expert_capacity_factor=factor, training_routing="expert_choice")
+    router = MomaFeedForward(config).groups["all"].router
+    torch.nn.init.normal_(router.weight, std=0.5)
+    if weight is not None:
+        router.weight.data = weight
+    context = context_of(config, torch.zeros(1, len(x_ND), dtype=torch.long), "expert_choice", track=True)
+    _, selection = router(x_ND, context)
+    update_routers(context, 0.0)
+    return router, selection
+
+
+def tokens(number):
+    return torch.randn(number, tiny_config().hidden_size, generator=torch.Generator().manual_seed(number))
+
+
+@pytest.mark.parametrize("number", [1, 2, 5, 16, 301])
+@pytest.mark.parametrize("factor", [0.5, 1.0, 3.9, 4.0])
+def test_whoever_is_taken_is_taken_again_however_the_sums_are_rounded(number, factor):
+    x_ND = tokens(number)
+    router, selection = cuts_after_a_step(x_ND, factor)
+    expected_NE = torch.zeros(number, 4, dtype=torch.bool)
+    expected_NE[selection.token_P, selection.expert_P] = True
+    noise = torch.Generator().manual_seed(0)
+    for _ in range(20):
+        logits_NE = router.logits(x_ND)
+        rounded_NE = logits_NE * (1 + 4e-7 * torch.randn(number, 4, generator=noise))
+        assert torch.equal(torch.sigmoid(rounded_NE) >= router.threshold, expected_NE)
+
+
+def test_tokens_that_only_rounding_tells_apart_stay_on_one_side():
+    # rows that begin alike, say: eight copies of each of nine tokens, none of which fits whole into the 18 best
+    copies_ND = tokens(9).repeat_interleave(8, 0)
+    noise = torch.Generator().manual_seed(1)
+    rounded_ND = copies_ND * (1 + 1e-7 * torch.randn(copies_ND.shape, generator=noise))
+    router, _ = cuts_after_a_step(rounded_ND)
+    is_taken_NE = torch.sigmoid(router.logits(rounded_ND)) >= router.threshold
+    assert torch.equal(is_taken_NE, is_taken_NE.view(9, 8, 4)[:, :1].expand(9, 8, 4).reshape(72, 4))
+    assert (is_taken_NE.sum(0) == 24).all()
+
+
+@pytest.mark.parametrize("factor", [0.1, 1.0, 2.3, 4.0])
+@pytest.mark.parametrize("kind", ["spread", "tied", "all equal", "hopeless"])
+def test_a_cut_is_that_of_a_plain_loop(kind, factor):
+    x_ND = tokens(23)
+    # as few values as ties need; sigmoids of -200 are 0
+    x_ND = {"tied": x_ND.round(), "all equal": x_ND[:1].expand(23, -1), "hopeless": 0 * x_ND - 200}.get(kind, x_ND)
+    x_ND = x_ND * torch.eye(x_ND.shape[1])[:4].sum(0)
+    router, _ = cuts_after_a_step(x_ND, factor, weight=torch.eye(x_ND.shape[1])[:4])
+    lines = torch.sigmoid(x_ND[:, :4]).t().tolist()
+    expected = [reference_cut(line, router.capacity(23)) for line in lines]
+    assert router.threshold.tolist() == pytest.approx(expected, abs=1e-7)
