@@ -120,7 +120,7 @@ class MomaDepthAttention(MomaAttention):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Outputs of the chosen tokens `[1, P, D]`; weights, if recorded, are laid out over all positions.
 
-        Without a packing the chosen tokens are one in each row, `[R, 1, D]`.
+        Without a packing the chosen tokens are one in each row, `[R, 1, D]`, or their documents' lengths are given.
         """
         attn_output, weights_RHCS = super().forward(
             x_1PD, position_embeddings, attention_mask, cache, packing, **kwargs

@@ -12,6 +12,7 @@ from transformers.masking_utils import find_packed_sequence_indices
 from .configuration_moma import MomaConfig
 from .depth_moma import depth_form_of
 from .dispatch_moma import DEFAULT_IMPLEMENTATION
+from .document_lengths_moma import goes_by_lengths
 from .host_moma import is_on_host
 from .modality_split_moma import (
     FEW_POSITIONS,
@@ -109,7 +110,7 @@ def routing_of_batch(
         is_step=is_step,
     )
     if config.depth_layers:
-        _describe_rows(context, attention_mask, position_ids, cache)
+        _describe_rows(config, context, attention_mask, position_ids, cache)
     return context
 
 
@@ -282,6 +283,7 @@ def _check_mask(attention_mask: torch.Tensor, batch_size: int, num_positions: in
 
 
 def _describe_rows(
+    config: MomaConfig,
     context: RoutingContext,
     attention_mask: torch.Tensor | None,
     position_ids: torch.Tensor | None,
@@ -295,7 +297,7 @@ def _describe_rows(
     if attention_mask is not None and attention_mask.ndim == 4:
         context.custom_mask_BHQS = attention_mask
     # where the full layers look for packed documents, too
-    if position_ids is not None and attention_mask is None and cache is None:
+    if position_ids is not None and attention_mask is None and cache is None and not goes_by_lengths(config):
         context.document_BT = find_packed_sequence_indices(position_ids)
 
 

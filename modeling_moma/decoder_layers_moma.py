@@ -21,9 +21,9 @@ from .depth_packing_moma import (
     depth_cache_layer,
     pack_chosen,
     packed_causal_mask,
-    packed_position_ids,
     step_mask,
 )
+from .document_lengths_moma import LENGTHS, goes_by_lengths
 from .experts_moma import MomaFeedForward
 from .norms_moma import MomaRMSNorm
 from .routing_context_moma import RoutingContext, is_distributed
@@ -106,9 +106,8 @@ class MomaDepthDecoderLayer(MomaDecoderLayer):
         # weights take part in every training step and wherever processes wait for one another; a recorded layer has
         # attentions in every step
         keep_empty_rows = self.training or is_distributed() or is_recorded
-        for name in ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"):
-            # they describe the rows before packing
-            kwargs.pop(name, None)
+        # they count all tokens
+        lengths = {name: kwargs.pop(name, None) for name in LENGTHS}
         is_step = hidden_states.shape[1] == 1 and not keep_empty_rows and routing_context.custom_mask_BHQS is None
         if is_step and cache is not None:
             return self._step(hidden_states, selection, routing_context, position_embeddings, cache, **kwargs)
@@ -126,19 +125,21 @@ class MomaDepthDecoderLayer(MomaDecoderLayer):
             slot_RS, past = cache_layer.stored_slots(packing), cache_layer.get_seq_length()
             packed_cache = PackedCache(cache, packing, self.capacity)
         x_1PD = packing.choose(hidden_states)
+        if lengths["cu_seq_lens_q"] is not None and goes_by_lengths(self.config) and any(packing.counts):
+            # nothing but lengths tells rows apart, either
+            layout = packing.chosen_lengths(lengths)
+        else:
+            mask = packed_causal_mask(self.config, packing, routing_context, x_1PD.dtype, slot_RS, past)
+            layout = {"attention_mask": mask, "packing": packing, "slot_RS": slot_RS, "past": past}
         attention_change_1PD = self._attention_change(
             x_1PD,
             position_embeddings=tuple(
                 packing.choose(part)
                 for part in position_embeddings  # pyright: ignore[reportOptionalIterable]
             ),
-            attention_mask=packed_causal_mask(self.config, packing, routing_context, x_1PD.dtype, slot_RS, past),
-            position_ids=packed_position_ids(packing, routing_context),
             cache=packed_cache,
-            packing=packing,
-            slot_RS=slot_RS,
-            past=past,
             is_recorded=is_recorded,
+            **layout,
             **kwargs,  # pyright: ignore[reportCallIssue]
         )
         packed_context = routing_context.with_split(packing.split)

@@ -3,10 +3,11 @@
 
 Shape suffixes:
     B rows, T positions, D hidden size, R rows with chosen tokens, C places of a packed row, P chosen tokens, S keys
-    that the cache holds, K = S + C keys of an attention call, H heads.
+    that the cache holds, K = S + C keys of an attention call, H heads, E documents of the batch and one.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.nn.attention.flex_attention import BlockMask
@@ -74,6 +75,16 @@ class DepthPacking:
         weight_P = weight_BT.flatten().index_select(0, self.token_P)
         change_PD = (change_1PD[0] * weight_P.unsqueeze(-1).to(change_1PD.dtype)).to(hidden_BTD.dtype)
         return hidden_BTD.flatten(0, 1).index_add(0, self.token_P, change_PD).view_as(hidden_BTD)
+
+    def chosen_lengths(self, lengths: dict[str, Any]) -> dict[str, Any]:
+        """The lengths of documents without the tokens that were not chosen, see [`packed_lengths`]; some may be 0.
+
+        The longest document stays as long as it was, for the wait that its number would cost.
+        """
+        # chosen tokens lie in the order of the batch: how many come before a document is where it begins among them
+        starts_E = lengths["cu_seq_lens_q"].to(self.token_P.dtype)
+        starts_E = torch.searchsorted(self.token_P, starts_E, out_int32=True)
+        return {**lengths, "cu_seq_lens_q": starts_E, "cu_seq_lens_k": starts_E}
 
     def key_slots(self, slot_RS: torch.Tensor | None, past: int) -> torch.Tensor:
         """Where the keys of an attention call stand among the positions seen, -1 at holes, `[R, S + C]`.
@@ -209,20 +220,6 @@ def _pack_custom_mask(
     return torch.where((slot_RK >= 0)[:, None, None], mask_RHCK, hidden)
 
 
-def packed_position_ids(packing: DepthPacking, context: RoutingContext) -> torch.Tensor | None:
-    """Positions of packed tokens in their documents' packed part, by which flash attention tells documents apart.
-
-    The rotary embedding keeps the true positions; these restart where a document does and have no gaps.
-    """
-    if context.document_BT is None:
-        return None
-    document_RC = packing.pack(context.document_BT)
-    place_RC = torch.arange(document_RC.shape[1], device=document_RC.device).expand_as(document_RC)
-    is_start_RC = torch.ones_like(document_RC, dtype=torch.bool)
-    is_start_RC[:, 1:] = document_RC[:, 1:] != document_RC[:, :-1]
-    return place_RC - torch.where(is_start_RC, place_RC, 0).cummax(dim=1).values
-
-
 class PackedCache:
     """A view of the model's cache that tells a depth layer's part of it where the packed tokens stand."""
 
@@ -306,6 +303,5 @@ __all__ = [
     "depth_cache_layer",
     "pack_chosen",
     "packed_causal_mask",
-    "packed_position_ids",
     "step_mask",
 ]

@@ -38,6 +38,7 @@ from .batch_routing_moma import routing_of_batch, seen_positions
 from .configuration_moma import MomaConfig
 from .decoder_layers_moma import MomaDecoderLayer, MomaDepthDecoderLayer
 from .dispatch_moma import DEFAULT_IMPLEMENTATION, check_grouped_widths
+from .document_lengths_moma import document_lengths, goes_by_lengths
 from .experts_moma import MomaExperts
 from .generation_moma import MomaGenerationMixin
 from .growing_cache_moma import let_grow
@@ -239,16 +240,19 @@ class MomaModel(MomaPreTrainedModel):
             is_recorded=bool(kwargs.get("output_router_logits", self.config.output_router_logits)),
         )
         hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        by_lengths = goes_by_lengths(self.config)
         causal_mask = create_causal_mask(
             config=self.config,
             inputs_embeds=hidden_states,
             attention_mask=attention_mask,
             cache=cache,
             # only those of the caller may begin again within a row, for which the mask would wait to look
-            position_ids=position_ids,
+            position_ids=None if by_lengths else position_ids,
             # the columns of a static cache that no token fills yet have to be hidden, in steps of one token too
             allow_is_causal_skip=not isinstance(cache, StaticCache) or hidden_states.shape[1] > 1,
         )
+        lengths = document_lengths(self, kwargs, hidden_states, attention_mask, causal_mask, position_ids, cache)
+        kwargs.update(lengths)  # pyright: ignore[reportCallIssue, reportArgumentType]
         if position_ids is None:
             position_ids = torch.arange(hidden_states.shape[1], device=hidden_states.device) + seen_positions(cache)
             position_ids = position_ids.unsqueeze(0)
@@ -260,7 +264,8 @@ class MomaModel(MomaPreTrainedModel):
                     hidden_states,
                     routing_context=context,
                     attention_mask=causal_mask,
-                    position_ids=position_ids,
+                    # flash attention would wait in every layer to look for what has been found
+                    position_ids=None if by_lengths and cache is None else position_ids,
                     position_embeddings=position_embeddings,
                     cache=cache,
                     use_cache=use_cache,

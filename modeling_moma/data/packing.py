@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..document_lengths_moma import packed_lengths
 from .documents import Documents, cut_before, frame_spans
 from .stream import DocumentOrder, document_orders
 
@@ -149,6 +150,9 @@ class PackedCollator:
     Puts packed sequences into a batch as they are, and hands other examples on.
 
     There is no attention mask among them: where `position_ids` begin again, a document begins, and attention ends.
+    Flash attention takes no mask of that, so the documents' lengths go along: `cu_seq_lens_q`, `cu_seq_lens_k` (where
+    documents begin in all rows together, and the end of the last row), `max_length_q` and `max_length_k`. Padding at
+    a row's end counts as a document.
     The number `source` of a document that is an example of its own becomes `source_ids`, as in packed sequences.
 
     Args:
@@ -157,9 +161,10 @@ class PackedCollator:
 
     collate: Callable[[list[dict]], dict[str, torch.Tensor]]
 
-    def __call__(self, features: list[dict]) -> dict[str, torch.Tensor]:
+    def __call__(self, features: list[dict]) -> dict[str, Any]:
         if "position_ids" in features[0]:
-            return {name: torch.stack([row[name] for row in features]) for name in features[0]}
+            batch = {name: torch.stack([row[name] for row in features]) for name in features[0]}
+            return batch | packed_lengths(batch["position_ids"])
         if "source" not in features[0]:
             return self.collate(features)
         sources = torch.tensor([row["source"] for row in features])

@@ -142,7 +142,7 @@ def test_any_number_of_workers_gives_the_same_batches(sources, processor, worker
     loader = torch.utils.data.DataLoader(examples, batch_size=4, num_workers=workers, collate_fn=collate)
     for number, batch in enumerate(loader):
         for place in range(4):
-            assert equal({name: values[place] for name, values in batch.items()}, alone[4 * number + place])
+            assert equal({name: batch[name][place] for name in alone[0]}, alone[4 * number + place])
     rank = torch.utils.data.DataLoader(
         torch.utils.data.Subset(examples, range(1, 48, 2)), batch_size=4, num_workers=workers, collate_fn=collate
     )

@@ -5,11 +5,13 @@ import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import DynamicCache
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
+from transformers.masking_utils import flash_attention_mask
 
 from helpers.reference import GROUPS, fields_of
 from helpers.tiny import mixed_ids, tiny_model
 from modeling_moma import host_moma
+from modeling_moma.data.packing import PackedCollator
 from modeling_moma.routing_rules_moma import CAUSAL_ROUTINGS
 
 
@@ -76,6 +78,30 @@ def test_a_training_step_waits_once(device, routing):
     model = tiny_model(**GROUPS["4t4i"], training_routing=routing).train()
     ids = mixed_ids()
     assert waits_of(lambda: model(ids, labels=ids, use_cache=False).loss.backward()) == ["tolist"]
+
+
+def values_alone(module, query, key, value, attention_mask, **kwargs):
+    return value.repeat_interleave(query.shape[1] // value.shape[1], 1).transpose(1, 2), None
+
+
+@pytest.mark.parametrize("fields", [{}, {"depth_layers": [0, 1]}], ids=["full", "depth"])
+@pytest.mark.parametrize("num_rows", [1, 3])
+def test_documents_told_by_lengths_wait_where_nobody_gives_them(device, monkeypatch, num_rows, fields):
+    for interface, function in ((AttentionInterface, values_alone), (AttentionMaskInterface, flash_attention_mask)):
+        monkeypatch.setitem(interface._global_mapping, "by lengths", function)
+    model = tiny_model(**GROUPS["4t4i"], training_routing="expert_choice", **fields).train()
+    model.config._attn_implementation = "by lengths"
+    ids = mixed_ids(num_rows)
+    rows = [{"input_ids": row, "labels": row, "position_ids": torch.arange(12) % 5} for row in ids]
+    batch = PackedCollator(None)(rows)
+    by_hand = {name: batch[name] for name in rows[0]}
+    plain = {"input_ids": ids, "labels": ids}
+
+    def waits(inputs):
+        return waits_of(lambda: model(**inputs, use_cache=False).loss.backward())
+
+    assert waits(batch) == waits(plain)
+    assert waits(by_hand) == waits(plain) + ["tolist"]
 
 
 @torch.no_grad()
