@@ -25,17 +25,23 @@ if TYPE_CHECKING:
 _COLUMNS = 8
 # by how much a static layer grows, at least, when a row chooses more tokens than fit
 _GROWTH = 1.25
+# of keys: the `lengths` of the layer that may write behind them
+_WRITER = "_moma_writer"
 
 
 class _RaggedRows:
     """What both layers share: rows of different lengths behind the interface of a cache layer.
 
+    Of the copies of a layer, however they were made, the first to go on writes behind what all of them have stored,
+    and each other one takes memory of its own when it goes on.
+
     Attributes:
-        keys, values (`torch.Tensor`): each row's stored tokens at its front, `[B, H, S, d]`.
-        slots (`torch.IntTensor`): the index of each stored token among those that its row has seen, -1 where there
-            is none, `[B, S]`.
+        keys, values (`torch.Tensor`): each row's stored tokens at its front, `[B, H, S, d]`. What stands behind them
+            means nothing.
+        slots (`torch.IntTensor`): the index of each stored token among those that its row has seen, `[B, S]`.
         cumulative_length (`int`): tokens seen, chosen or not.
-        lengths (`list[int]`): stored tokens of each row; empty until a first token is stored.
+        lengths (`list[int]`): stored tokens of each row; empty until a first token is stored. Never changed in place:
+            it tells the layer that wrote last from its copies.
     """
 
     cumulative_length: int
@@ -97,7 +103,9 @@ class _RaggedRows:
         """Slots of the stored tokens of the rows that take part, -1 at holes, `[R, S]`."""
         if not self.is_initialized:
             return packing.row_R.new_empty(len(packing.rows), 0)
-        return self.slots[:, : self._num_columns(packing)].index_select(0, packing.row_R).long()
+        slot_RS = self.slots[:, : self._num_columns(packing)].index_select(0, packing.row_R).long()
+        length_R = torch.tensor([self.lengths[row] for row in packing.rows], device=slot_RS.device)
+        return torch.where(_is_stored(slot_RS, length_R), slot_RS, -1)
 
     def step_lengths(self, rows: list[int]) -> list[int]:
         """Stored tokens of rows once each has stored one more."""
@@ -134,8 +142,8 @@ class _RaggedRows:
             )
         self.cumulative_length += tokens_to_remove
         if self.is_initialized:
-            self.slots[self.slots >= self.cumulative_length] = -1
-            self.lengths = (self.slots >= 0).sum(1).tolist()
+            is_stored_BS = _is_stored(self.slots, torch.tensor(self.lengths, device=self.slots.device))
+            self.lengths = (is_stored_BS & (self.slots < self.cumulative_length)).sum(1).tolist()
 
     def _num_columns(self, packing: "DepthPacking") -> int:
         """Stored tokens of the fullest of the rows that take part."""
@@ -149,6 +157,7 @@ class _RaggedRows:
         )
         self.slots = torch.full((num_rows, num_columns), -1, dtype=torch.int32, device=self.device)
         self.is_initialized = True
+        self._note_writer()
 
     def _append(self, key_states: torch.Tensor, value_states: torch.Tensor, packing: "DepthPacking") -> None:
         self._make_room(packing.length, max(self.lengths[row] + n for row, n in zip(packing.rows, packing.counts)))
@@ -159,8 +168,9 @@ class _RaggedRows:
         self.values[row_P, :, column_P] = _new_states(value_states, packing)
         self.slots[row_P, column_P] = (packing.token_P % packing.length + self.cumulative_length).int()
         self.cumulative_length += packing.length
-        for row, count in zip(packing.rows, packing.counts):
-            self.lengths[row] += count
+        more = dict(zip(packing.rows, packing.counts))
+        self.lengths = [length + more.get(row, 0) for row, length in enumerate(self.lengths)]
+        self._note_writer()
 
     def _append_step(
         self, key_states: torch.Tensor, value_states: torch.Tensor, rows: list[int]
@@ -182,16 +192,31 @@ class _RaggedRows:
                 x if is_all else x[:, :, : max(lengths)].index_select(0, row_R) for x in (self.keys, self.values)
             )
         self.cumulative_length += 1
-        for row, length in zip(rows, lengths):
-            self.lengths[row] = length
+        now = dict(zip(rows, lengths))
+        self.lengths = [now.get(row, length) for row, length in enumerate(self.lengths)]
+        self._note_writer()
         return kept_keys[:, :, : max(lengths)], kept_values[:, :, : max(lengths)]
 
     def _make_room(self, num_positions: int, needed: int) -> None:
-        """Columns for rows of at most `needed` stored tokens, as so many positions come."""
+        """Columns of its own for rows of at most `needed` stored tokens, as so many positions come."""
         more = self._more_columns(needed) - self.keys.shape[2] if needed > self.keys.shape[2] else 0
         if more > 0:
             self.keys, self.values = (torch.nn.functional.pad(x, (0, 0, 0, more)) for x in (self.keys, self.values))
             self.slots = torch.nn.functional.pad(self.slots, (0, more), value=-1)
+        # a backward may want what earlier steps have read
+        elif torch.is_grad_enabled() or torch.compiler.is_compiling() or not self._take_memory():
+            self.keys, self.values, self.slots = self.keys.clone(), self.values.clone(), self.slots.clone()
+
+    def _take_memory(self) -> bool:
+        """Whether nobody else has written behind what is stored, and may from now on."""
+        # tensors of inference mode take no writing outside it
+        is_writable = torch.is_inference_mode_enabled() or not self.keys.is_inference()
+        # in one go, for copies that go on in threads of their own
+        return vars(self.keys).pop(_WRITER, None) is self.lengths and is_writable
+
+    def _note_writer(self) -> None:
+        if not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            vars(self.keys)[_WRITER] = self.lengths
 
     def _select_rows(self, rows: torch.Tensor) -> None:
         rows = rows.to(self.device)
@@ -199,6 +224,12 @@ class _RaggedRows:
         self.keys, self.values, self.slots = (
             x.index_select(0, rows.to(x.device)) for x in (self.keys, self.values, self.slots)
         )
+        self._note_writer()
+
+
+def _is_stored(slot_BS: torch.Tensor, length_B: torch.Tensor) -> torch.Tensor:
+    """Which columns hold a row's own tokens, `[B, S]`: behind them a copy may have written."""
+    return torch.arange(slot_BS.shape[1], device=slot_BS.device) < length_B.unsqueeze(-1)
 
 
 def _new_states(states_RHCd: torch.Tensor, packing: "DepthPacking") -> torch.Tensor:
@@ -229,12 +260,6 @@ class MomaDepthCacheLayer(_RaggedRows, DynamicLayer):
         # a prompt is stored as it is, steps come one by one
         return needed if self.keys.shape[2] == 0 else needed + _COLUMNS - 1
 
-    def _make_room(self, num_positions: int, needed: int) -> None:
-        if torch.is_grad_enabled():
-            # a backward may want what earlier steps have read
-            self.keys, self.values = self.keys.clone(), self.values.clone()
-        super()._make_room(num_positions, needed)
-
 
 class MomaStaticDepthCacheLayer(_RaggedRows, StaticLayer):
     """Allocated once, for the share of `max_cache_len` tokens that the layer's capacity lets through.
@@ -256,10 +281,10 @@ class MomaStaticDepthCacheLayer(_RaggedRows, StaticLayer):
 
     def reset(self) -> None:
         """Forget everything, but keep the memory."""
-        super().reset()
-        self.lengths = [0] * len(self.lengths)
-        if self.is_initialized:
-            self.slots.fill_(-1)
+        is_own = self.is_initialized and self._take_memory()
+        self.cumulative_length, self.lengths = 0, [0] * len(self.lengths)
+        if is_own:
+            vars(self.keys)[_WRITER] = self.lengths
 
     def _first_columns(self, capacity: float) -> int:
         return min(self.max_cache_len, ceil_share(exact_share(capacity), self.max_cache_len))

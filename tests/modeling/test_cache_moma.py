@@ -189,6 +189,7 @@ def test_static_layer_allocates_its_capacity_grows_and_drops_nothing():
         step(layer, [[True], [False]])
 
 
+@torch.no_grad()
 def test_static_reset_keeps_the_memory_and_forgets_the_tokens():
     layer = new_layer("static")
     step(layer, torch.ones(2, 40, dtype=torch.bool))
