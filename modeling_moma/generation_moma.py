@@ -110,7 +110,7 @@ class MomaGenerationMixin(GenerationGaps):
     ) -> GenerateOutput | torch.Tensor:
         """The stock method with all that a mode needs, in inference mode as far as the caller's arguments allow."""
         option = partial(self._option, generation_config=generation_config, kwargs=kwargs)
-        with unseen_layers(self, option, kwargs):  # pyright: ignore[reportArgumentType]
+        with unseen_layers(self, option, {**kwargs, "inputs": inputs}):  # pyright: ignore[reportArgumentType]
             with call_mode(self, arguments):  # pyright: ignore[reportArgumentType]
                 output = super().generate(inputs, generation_config, processors, **kwargs)
         # what is of inference mode can be neither trained on nor written to

@@ -15,6 +15,7 @@ from torch import nn
 
 from .dispatch_moma import run_counted
 from .expert_forms_moma import STEP_MEMBERS
+from .onlookers_moma import is_hooked
 from .routing_context_moma import RoutingContext
 from .routing_moma import MomaRouter
 
@@ -34,8 +35,8 @@ def runs_in_step(router: nn.Module, experts: nn.Module, context: RoutingContext)
     if not context.is_step or context.routing not in STEP_MEMBERS:
         return False
     for module in (router, experts):
-        # what wraps a class, shares experts out or watches them shows in one of these
-        if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
+        # what wraps a class, shares experts out or watches them shows in this
+        if is_hooked(module):
             return False
     return type(router) is MomaRouter and not getattr(experts, "_is_expert_parallel", False)
 

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from .host_moma import is_on_host, multiplies_with
+from .onlookers_moma import is_hooked
 
 
 # rows from which on it costs more to bring their outputs back into order
@@ -64,13 +65,14 @@ def wants_weights_left(num_rows: int) -> bool:
 
 def _plain_weight(linear: nn.Module) -> torch.Tensor | None:
     """The weight `[O, I]` in bf16 of a module that, outside of training, does nothing but multiply with it."""
-    if type(linear) is not nn.Linear or linear.training or linear._forward_hooks or linear._forward_pre_hooks:
+    if type(linear) is not nn.Linear or linear.training or is_hooked(linear):
         return None
-    # a module looks its parameters up in three places when asked for them by name
+    # a module looks its parameters up in three places when asked for them by name; what shards weights, or computes
+    # them, keeps them elsewhere
     parameters = linear._parameters
-    weight = parameters["weight"]
-    is_plain = type(weight) is nn.Parameter and weight.dtype == torch.bfloat16 and parameters["bias"] is None
-    return weight if is_plain and "forward" not in vars(linear) else None
+    weight = parameters.get("weight")
+    is_plain = type(weight) is nn.Parameter and weight.dtype == torch.bfloat16
+    return weight if is_plain and "bias" in parameters and parameters["bias"] is None else None
 
 
 __all__ = ["project", "wants_weights_left"]

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .host_moma import HOSTS
+from .onlookers_moma import is_watched
 
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ def unseen_layers(model: "PreTrainedModel", option: Callable[[str], Any], argume
         arguments (`dict`): the call's.
     """
     is_shared = any(arguments.get(name) is not None for name in _SHARED) or any(map(option, _OPTIONS))
-    are_unseen = not is_shared and option("cache_implementation") in _OWN_CACHES and not _is_watched(model)
+    are_unseen = not is_shared and option("cache_implementation") in _OWN_CACHES and not is_watched(model, arguments)
     token = _are_unseen.set(are_unseen and model.device.type in HOSTS)
     try:
         yield
@@ -70,15 +71,6 @@ def layer_mode() -> AbstractContextManager:
     if torch.compiler.is_compiling() or torch.is_grad_enabled() or not _are_unseen.get():
         return nullcontext()
     return torch.inference_mode()
-
-
-def _is_watched(model: "PreTrainedModel") -> bool:
-    """Whether hooks see what layers make, or weights are such as come into being in a forward."""
-    if getattr(model, "is_quantized", False):
-        return True
-    return any(
-        module._forward_hooks or module._forward_pre_hooks or hasattr(module, "_hf_hook") for module in model.modules()
-    )
 
 
 __all__ = ["call_mode", "layer_mode", "unseen_layers"]

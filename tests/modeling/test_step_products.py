@@ -4,9 +4,11 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 from transformers import DynamicCache
 
-from helpers.tiny import tiny_model
+from helpers.processes import run_group
+from helpers.tiny import mixed_ids, tiny_model
 from modeling_moma import host_moma, step_products_moma
 from modeling_moma.host_moma import has_instructions, multiplies_with
 from modeling_moma.step_products_moma import project
@@ -76,12 +78,18 @@ def test_what_is_more_than_a_product_is_called(layer, called, monkeypatch):
             handle = register(lambda *args: seen.append(0))
             project(layer, x)
             handle.remove()
+        handle = nn.modules.module.register_module_forward_hook(lambda *args: seen.append(0))
+        project(layer, x)
+        handle.remove()
+        handle = nn.modules.module.register_module_forward_pre_hook(lambda *args: seen.append(0))
+        project(layer, x)
+        handle.remove()
         layer.forward = lambda x: seen.append(0)
         project(layer, x)
         del layer.forward
-        assert len(seen) == 3 and len(called) == 7
+        assert len(seen) == 5 and len(called) == 9
         project(layer, x)
-        assert len(called) == 7
+        assert len(called) == 9
 
 
 def test_weights_of_other_classes_multiply_by_themselves(layer, monkeypatch):
@@ -98,6 +106,79 @@ def test_weights_of_other_classes_multiply_by_themselves(layer, monkeypatch):
     with torch.no_grad():
         project(layer, torch.randn(3, 12).bfloat16())
     assert Quantised.used == 1
+
+
+def keep_as_a_plain_tensor(layer):
+    """As FSDP1 with `use_orig_params=False` and `torch.nn.utils.weight_norm` do."""
+    weight = layer.weight.detach()
+    del layer.weight
+    layer.weight = weight
+
+
+def keep_under_another_name(layer):
+    """As whoever computes weights by a property."""
+    layer.original = layer.weight
+    del layer._parameters["weight"]
+    vars(layer)["weight"] = layer.original
+
+
+def compute(layer):
+    nn.utils.parametrize.register_parametrization(layer, "weight", nn.Identity())
+
+
+def compute_by_hook(layer):
+    nn.utils.parametrizations.weight_norm(layer)
+
+
+def bias_as_a_plain_tensor(layer):
+    del layer._parameters["bias"]
+    layer.bias = torch.ones(7).bfloat16()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "place", [keep_as_a_plain_tensor, keep_under_another_name, compute, compute_by_hook, bias_as_a_plain_tensor]
+)
+@pytest.mark.parametrize("rows", [1, 16])
+def test_a_weight_that_is_no_parameter_of_its_layer_multiplies_there(place, rows, layer, called, monkeypatch):
+    monkeypatch.setattr(step_products_moma, "multiplies_with", lambda name: True)
+    x = torch.randn(rows, 12).bfloat16()
+    weight = layer.weight.detach().float()
+    place(layer)
+    try:
+        y = project(layer, x)
+    except KeyError as error:
+        y = error
+    assert isinstance(y, torch.Tensor), f"no weight was found: {y!r}"
+    expected = x.float() @ weight.T + (1 if place is bias_as_a_plain_tensor else 0)
+    torch.testing.assert_close(y.float(), expected, rtol=0.02, atol=0.02)
+    assert len(called) == 1
+
+
+def fsdp1_work(rank, folder):
+    """A step and a prompt under FSDP1, whose layers keep weights as plain tensors, on a CPU with matrix units."""
+    step_products_moma.multiplies_with = lambda name: True
+    for fields in ({}, {"depth_layers": [0]}, {"num_experts": 1}):
+        model = tiny_model(shared_intermediate_size=8, **fields).bfloat16().eval()
+        ids = mixed_ids(rows=2, length=9)
+        calls = [ids, ids[:, :1]]
+        with torch.no_grad():
+            expected = [model(call).logits for call in calls]
+            wrapped = FullyShardedDataParallel(model, use_orig_params=False, device_id=torch.device("cpu"))
+            for call, logits in zip(calls, expected):
+                try:
+                    found = wrapped(call).logits
+                except KeyError as error:
+                    found = error
+                assert isinstance(found, torch.Tensor), f"no weight was found: {found!r}"
+                torch.testing.assert_close(found, logits, rtol=0.02, atol=0.02)
+    (folder / f"{rank}").touch()
+
+
+@pytest.mark.parametrize("num_processes", [1, 2])
+def test_a_model_under_fsdp1_is_evaluated_in_bf16(num_processes, tmp_path):
+    run_group(fsdp1_work, tmp_path, num_processes=num_processes)
+    assert len(list(tmp_path.iterdir())) == num_processes
 
 
 @torch.no_grad()

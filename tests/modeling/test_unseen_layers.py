@@ -1,7 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
+import functools
+from contextlib import ExitStack
+
 import pytest
 import torch
-from transformers import DynamicCache, GenerationConfig
+from torch import nn
+from torch.nn.modules import module as of_all_modules
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, GenerationConfig
+from transformers.integrations.moe import ExpertsInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 from helpers.tiny import tiny_model
 from modeling_moma import MomaForCausalLM, decoder_layers_moma
@@ -21,6 +31,7 @@ def modes(monkeypatch):
     modes = []
     forward = decoder_layers_moma.MomaDecoderLayer.forward
 
+    @functools.wraps(forward)
     def spy(*args, **kwargs):
         modes.append(torch.is_inference_mode_enabled())
         return forward(*args, **kwargs)
@@ -149,3 +160,182 @@ def test_a_call_that_fails_leaves_nothing_behind(model, modes):
     with torch.no_grad():
         model(PROMPT)
     assert modes and not any(modes)
+
+
+def keep(seen, value):
+    """Keep every tensor in a call's arguments or outcome."""
+    if isinstance(value, torch.Tensor):
+        seen.append(value)
+    elif isinstance(value, (list, tuple, dict)):
+        for part in value.values() if isinstance(value, dict) else value:
+            keep(seen, part)
+
+
+def a_hook_of_all_modules(model, seen, stack):
+    handle = of_all_modules.register_module_forward_hook(lambda module, args, output: keep(seen, output))
+    stack.callback(handle.remove)
+
+
+def a_hook_before_all_modules(model, seen, stack):
+    handle = of_all_modules.register_module_forward_pre_hook(lambda module, args: keep(seen, args))
+    stack.callback(handle.remove)
+
+
+def a_mode_of_functions(model, seen, stack):
+    class Mode(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            output = func(*args, **(kwargs or {}))
+            keep(seen, output)
+            return output
+
+    stack.enter_context(Mode())
+
+
+def a_mode_of_operations(model, seen, stack):
+    class Mode(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            output = func(*args, **(kwargs or {}))
+            keep(seen, output)
+            return output
+
+    stack.enter_context(Mode())
+
+
+def a_forward_of_its_own(model, seen, stack):
+    forward = model.model.norm.forward
+
+    def kept(x):
+        seen.append(x)
+        return forward(x)
+
+    model.model.norm.forward = kept
+
+
+def a_method_of_its_own(model, seen, stack):
+    prepare = model.prepare_inputs_for_generation
+
+    def kept(*args, **kwargs):
+        inputs = prepare(*args, **kwargs)
+        keep(seen, inputs)
+        return inputs
+
+    model.prepare_inputs_for_generation = kept
+
+
+class Kept(nn.Module):
+    def __init__(self, inner, seen):
+        super().__init__()
+        self.inner = inner
+        self.seen = seen
+
+    def forward(self, *args):
+        keep(self.seen, args)
+        return self.inner(*args)
+
+
+def a_module_of_its_own(model, seen, stack):
+    model.model.norm = Kept(model.model.norm, seen)
+
+
+def a_forward_for_its_class(model, seen, stack):
+    kind = type(model.model.norm)
+    forward = kind.forward
+    stack.callback(setattr, kind, "forward", forward)
+
+    def kept(self, x):
+        seen.append(x)
+        return forward(self, x)
+
+    kind.forward = kept
+
+
+def attention_of_its_own(model, seen, stack):
+    def kept(module, query, key, value, *args, **kwargs):
+        keep(seen, (query, key, value))
+        return sdpa_attention_forward(module, query, key, value, *args, **kwargs)
+
+    for interface, function in ((AttentionInterface, kept), (AttentionMaskInterface, sdpa_mask)):
+        interface.register("kept", function)
+        stack.callback(interface._global_mapping.pop, "kept")
+    model.set_attn_implementation("kept")
+
+
+def experts_of_its_own(model, seen, stack):
+    def kept(experts, x_ND, *args, **kwargs):
+        seen.append(x_ND)
+        return torch.zeros_like(x_ND)
+
+    ExpertsInterface.register("kept", kept)
+    stack.callback(ExpertsInterface._global_mapping.pop, "kept")
+    model.set_experts_implementation("kept")
+
+
+def a_computed_weight(model, seen, stack):
+    class Computed(nn.Module):
+        def forward(self, weight):
+            weight = 2 * weight
+            seen.append(weight)
+            return weight
+
+    nn.utils.parametrize.register_parametrization(model.model.layers[0].self_attn.q_proj, "weight", Computed())
+
+
+class Seen(torch.Tensor):
+    seen = []
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        output = super().__torch_function__(func, types, args, kwargs)
+        if isinstance(output, torch.Tensor):
+            cls.seen.append(output.as_subclass(torch.Tensor))
+        return output
+
+
+def a_weight_of_its_own_class(model, seen, stack):
+    Seen.seen = seen
+    projection = model.model.layers[0].self_attn.q_proj
+    projection.weight = nn.Parameter(projection.weight.detach().as_subclass(Seen), requires_grad=False)
+
+
+@pytest.mark.parametrize(
+    "watch",
+    [
+        a_hook_of_all_modules,
+        a_hook_before_all_modules,
+        a_mode_of_functions,
+        a_mode_of_operations,
+        a_forward_of_its_own,
+        a_method_of_its_own,
+        a_module_of_its_own,
+        a_forward_for_its_class,
+        attention_of_its_own,
+        experts_of_its_own,
+        a_computed_weight,
+        a_weight_of_its_own_class,
+    ],
+    ids=lambda watch: watch.__name__,
+)
+def test_whatever_of_the_callers_sees_a_step_gets_tensors_that_can_be_trained_on(watch, model, step_modes):
+    seen = []
+    with ExitStack() as stack:
+        watch(model, seen, stack)
+        draw(model)
+    assert step_modes and not any(step_modes)
+    assert seen and not any(tensor.is_inference() for tensor in seen)
+    weight = torch.ones(seen[-1].shape, requires_grad=True)
+    (weight * seen[-1]).sum().backward()
+    assert torch.equal(weight.grad, seen[-1].to(weight.dtype))
+
+
+def test_ids_of_a_class_of_their_own_stay_out_of_inference_mode(model, step_modes):
+    Seen.seen = seen = []
+    model.generate(PROMPT.as_subclass(Seen), max_new_tokens=3, do_sample=False)
+    assert step_modes and not any(step_modes)
+    assert seen and not any(tensor.is_inference() for tensor in seen)
+
+
+def test_a_default_device_and_a_hook_that_is_gone_see_nothing(model, step_modes):
+    of_all_modules.register_module_forward_hook(lambda *args: None).remove()
+    with torch.device("cpu"):
+        draw(model)
+    assert step_modes and all(step_modes)
