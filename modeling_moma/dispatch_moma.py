@@ -20,9 +20,9 @@ from transformers.integrations.moe import (
     grouped_mm_experts_forward,
 )
 
-from .configuration_moma import MomaConfig
 from .experts_in_turn_moma import are_plain, product_dtype, run_from_left, run_in_turn
 from .host_moma import is_on_host
+from .padded_experts_moma import is_whole
 from .step_products_moma import wants_weights_left
 
 
@@ -34,8 +34,6 @@ DEFAULT_IMPLEMENTATION = "moma"
 
 # whose experts are counted faster one by one than by an operation
 _FEW_ROWS = 128
-# what grouped matrix products want whole words of, in every row
-_WORD_BYTES = 16
 
 
 def moma_experts_forward(
@@ -80,44 +78,16 @@ def moma_experts_forward(
     may_step = not is_on_host(hidden_states) and not torch.is_grad_enabled()
     if may_step and top_k_index.numel() <= self.num_experts:
         return batched_mm_experts_forward(self, hidden_states, top_k_index, top_k_weights)
-    is_aligned = all(_is_aligned(size, self.down_proj.dtype) for size in self.down_proj.shape[1:])
+    is_aligned = all(is_whole(size, self.down_proj.dtype) for size in self.down_proj.shape[1:])
     # the library's way gathers and scatters by indexing, whose gradients are slow there, and knows no autocast
     if on_host or not is_aligned:
         return _run_in_order(self, hidden_states, top_k_index, top_k_weights, is_sorted, _grouped)
     return grouped_mm_experts_forward(self, hidden_states, top_k_index, top_k_weights)
 
 
-def check_grouped_widths(config: MomaConfig):
-    """Refuse `"grouped_mm"` where torch's grouped products would fail in the middle of a forward.
-
-    Args:
-        config (`MomaConfig`): widths, and the type of the weights.
-
-    Raises:
-        ValueError: rows of a group's weights are not made of whole 16-byte words.
-    """
-    dtype = config.dtype or torch.get_default_dtype()
-    for group in config.expert_groups:
-        for name, size in (
-            ("intermediate_size", config.group_intermediate_size(group)),
-            ("hidden_size", config.hidden_size),
-        ):
-            # as a string it stands in files alone
-            if config.group_num_experts(group) > 1 and not _is_aligned(size, dtype):  # pyright: ignore[reportArgumentType]
-                raise ValueError(
-                    f"`experts_implementation` = 'grouped_mm': grouped products want rows of whole {_WORD_BYTES}-byte "
-                    f"words, and {name} is {size} in group {group!r}, in {dtype}. Any width runs with "
-                    f"{DEFAULT_IMPLEMENTATION!r}, 'eager' or 'batched_mm'."
-                )
-
-
 def _runs_in_turn(experts: "MomaExperts") -> bool:
     """Whether each expert can run by itself: without gradients any, with them those of plain weights."""
     return not torch.is_grad_enabled() or are_plain(experts.gate_up_proj, experts.down_proj)
-
-
-def _is_aligned(size: int, dtype: torch.dtype) -> bool:
-    return size * dtype.itemsize % _WORD_BYTES == 0
 
 
 def _run_equal_shares(
@@ -218,7 +188,7 @@ def _multiply_in_turn(x_PD: torch.Tensor, weight_EFD: torch.Tensor, ends_E: torc
     x_PD, weight_EDF = x_PD.to(dtype), weight_EFD.to(dtype).transpose(1, 2)
     # newer than the oldest torch that is supported
     kernel = getattr(torch.nn.functional, "grouped_mm", None)
-    if kernel is not None and not is_on_host(x_PD) and all(_is_aligned(size, dtype) for size in weight_EFD.shape[1:]):
+    if kernel is not None and not is_on_host(x_PD) and all(is_whole(size, dtype) for size in weight_EFD.shape[1:]):
         return kernel(x_PD.contiguous(), weight_EDF, offs=ends_E)
     # rows after the last end, of experts elsewhere, get zeros
     return torch.ops.transformers.grouped_mm_fallback(x_PD, weight_EDF, ends_E)
@@ -227,4 +197,4 @@ def _multiply_in_turn(x_PD: torch.Tensor, weight_EFD: torch.Tensor, ends_E: torc
 ALL_EXPERTS_FUNCTIONS.register(DEFAULT_IMPLEMENTATION, moma_experts_forward)
 
 
-__all__ = ["DEFAULT_IMPLEMENTATION", "check_grouped_widths", "moma_experts_forward", "run_counted"]
+__all__ = ["DEFAULT_IMPLEMENTATION", "moma_experts_forward", "run_counted"]

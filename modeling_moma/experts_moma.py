@@ -15,6 +15,7 @@ from transformers.activations import ACT2FN
 
 from .configuration_moma import MomaConfig
 from .dispatch_moma import DEFAULT_IMPLEMENTATION
+from .padded_experts_moma import takes_any_width
 from .routing_context_moma import RoutingContext
 from .routing_moma import MomaRouter
 from .selection_moma import Selection
@@ -31,6 +32,7 @@ else:
     from transformers.integrations import use_experts_implementation
 
 
+@takes_any_width
 @use_experts_implementation
 class MomaExperts(nn.Module):
     """SwiGLU experts stored as 3D tensors, called through the experts interface of Transformers.

@@ -37,7 +37,7 @@ from .auxiliary_moma import MomaAuxiliaryRouter
 from .batch_routing_moma import routing_of_batch, seen_positions
 from .configuration_moma import MomaConfig
 from .decoder_layers_moma import MomaDecoderLayer, MomaDepthDecoderLayer
-from .dispatch_moma import DEFAULT_IMPLEMENTATION, check_grouped_widths
+from .dispatch_moma import DEFAULT_IMPLEMENTATION
 from .document_lengths_moma import document_lengths, goes_by_lengths
 from .experts_moma import MomaExperts
 from .generation_moma import MomaGenerationMixin
@@ -132,12 +132,10 @@ class MomaPreTrainedModel(PreTrainedModel):
         """See `PreTrainedModel.get_correct_experts_implementation`; `"moma"` where none is asked for.
 
         Raises:
-            ValueError: there is no such implementation, or `"grouped_mm"` is asked for widths that it refuses.
+            ValueError: there is no such implementation.
         """
         if requested_experts is None:
             return DEFAULT_IMPLEMENTATION
-        if requested_experts == "grouped_mm":
-            check_grouped_widths(self.config)
         return super().get_correct_experts_implementation(requested_experts)
 
     def _upload_modified_files(self, working_dir: str | Path, *args, **kwargs) -> CommitInfo:

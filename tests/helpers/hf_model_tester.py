@@ -38,12 +38,10 @@ class MomaModelTester:
     def get_config(self):
         return MomaConfig(
             hidden_size=self.hidden_size,
-            intermediate_size=32,
             num_hidden_layers=self.num_hidden_layers,
             num_attention_heads=self.num_attention_heads,
             max_position_embeddings=512,
-            **LAYOUT,
-            **self.fields,
+            **{"intermediate_size": 32, **LAYOUT, **self.fields},
         )
 
     def prepare_config_and_inputs_for_common(self):
