@@ -8,7 +8,7 @@ import gradio as gr
 from PIL import Image
 
 from .examples import Examples
-from .inputs import ONE_AT_A_TIME, checked_seed, sampling_inputs, title, words_input
+from .inputs import ONE_AT_A_TIME, checked_seed, checked_words, sampling_inputs, title, words_input
 from .refusals import told_on_the_page
 from .showing import enlarged
 from .studio import Studio
@@ -25,10 +25,11 @@ def draw_tab(studio: Studio, examples: Examples):
     def draw(
         words: str, count: int, temperature: float, guidance: float, seed: float | None
     ) -> Iterator[tuple[list[Image.Image], str]]:
-        if not words.strip():
+        words = checked_words(words).strip()
+        if not words:
             raise ValueError("There are no words yet: say what to draw.")
         start, pictures = time.monotonic(), []
-        for codes, pictures in studio.draw(words.strip(), int(count), temperature, guidance, checked_seed(seed)):
+        for codes, pictures in studio.draw(words, int(count), temperature, guidance, checked_seed(seed)):
             yield [enlarged(picture) for picture in pictures], f"{codes} of {whole} codes"
         seconds = time.monotonic() - start
         yield [enlarged(picture) for picture in pictures], f"{whole} codes in {seconds:.1f} s"

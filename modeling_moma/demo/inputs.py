@@ -59,6 +59,20 @@ def words_input(label: str, elem_id: str, placeholder: str, lines: int = 1) -> g
     )
 
 
+def checked_words(words: str | None) -> str:
+    """Words as a visitor sent them: the place for them has a limit in the browser alone.
+
+    Raises:
+        ValueError: they are too long, or hold half a pair of surrogates.
+    """
+    words = words or ""
+    if len(words) > MOST_CHARACTERS:
+        raise ValueError(f"The words have {len(words)} characters, more than {MOST_CHARACTERS}: shorten them.")
+    if any("\ud800" <= character <= "\udfff" for character in words):
+        raise ValueError("The words hold half a character (a lone surrogate): write them again.")
+    return words
+
+
 def sampling_inputs(prefix: str, temperature: float, guidance_scale: float) -> tuple[gr.Slider, gr.Slider, gr.Number]:
     """Sliders of temperature and guidance, and a seed."""
     return (
@@ -96,9 +110,9 @@ def checked_seed(seed: float | None) -> int:
 
 
 __all__ = [
-    "MOST_CHARACTERS",
     "ONE_AT_A_TIME",
     "checked_seed",
+    "checked_words",
     "picture_examples",
     "picture_input",
     "read_picture",

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import gradio as gr
 from PIL import Image
 
-from .inputs import MOST_CHARACTERS, ONE_AT_A_TIME, checked_seed, read_picture, sampling_inputs, title
+from .inputs import ONE_AT_A_TIME, checked_seed, checked_words, read_picture, sampling_inputs, title
 from .refusals import told_on_the_page
 from .showing import enlarged
 from .studio import Studio
@@ -25,11 +25,9 @@ def interleaved_tab(studio: Studio):
     def answer(
         prompt: dict, temperature: float, guidance: float, num_pictures: int, seed: float | None
     ) -> Iterator[str]:
-        words, files = (prompt.get("text") or "").strip(), prompt.get("files") or []
+        words, files = checked_words(prompt.get("text")).strip(), prompt.get("files") or []
         if not words and not files:
             raise ValueError("The prompt is empty: write words, add a picture, or both.")
-        if len(words) > MOST_CHARACTERS:
-            raise ValueError(f"The words have {len(words)} characters, more than {MOST_CHARACTERS}: shorten them.")
         if len(files) > MOST_PICTURES:
             raise ValueError(f"The prompt has {len(files)} pictures, more than {MOST_PICTURES}: leave some out.")
         pictures = [read_picture(path) for path in files]

@@ -5,7 +5,7 @@ import gradio as gr
 from PIL import Image
 
 from .examples import Examples
-from .inputs import ONE_AT_A_TIME, picture_examples, picture_input, read_picture, title, words_input
+from .inputs import ONE_AT_A_TIME, checked_words, picture_examples, picture_input, read_picture, title, words_input
 from .refusals import told_on_the_page
 from .routing_view import RoutedExample, RoutingView
 from .studio import Studio
@@ -27,7 +27,7 @@ def routing_tab(studio: Studio, examples: Examples):
 
     @told_on_the_page
     def route(path: str | None, words: str, layer: int) -> tuple[RoutedExample, Image.Image | None, str, str]:
-        example = studio.route(None if path is None else read_picture(path), words)
+        example = studio.route(None if path is None else read_picture(path), checked_words(words))
         return example, *show(example, layer)
 
     # of this visitor

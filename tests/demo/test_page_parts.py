@@ -160,3 +160,39 @@ def test_messages_of_refusals_reach_the_page():
     assert next(stream) == 1
     with pytest.raises(gr.Error, match="too late"):
         next(stream)
+
+
+def test_words_of_a_request_made_by_hand_have_the_limit_of_the_page():
+    gr = pytest.importorskip("gradio", reason="`pip install 'modeling-moma[demo]'` is missing")
+    from modeling_moma.demo.page import build_page
+
+    processor = tiny_processor()
+    page = build_page(Studio(tiny_model(processor), processor, "tiny"))
+    seen = []
+
+    def reached(*arguments):
+        seen.append(arguments)
+        raise ValueError("the model is asked")
+
+    sent = {
+        "draw": lambda words: (words, 1, 0.7, 1.0, 0),
+        "answer": lambda words: ({"text": words, "files": []}, 0.7, 1.0, 1, 0),
+        "route": lambda words: (None, words, 1),
+    }
+    try:
+        functions = {function.api_name: function.fn for function in page.fns.values()}
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Studio, "_inputs", reached)
+            for name, arguments in sent.items():
+                for words, said in (
+                    ("a" * 2001, "2001 characters"),
+                    ("a\ud800", "surrogate"),
+                    ("a" * 2000, "is asked"),
+                ):
+                    with pytest.raises(gr.Error, match=said):
+                        answer = functions[name](*arguments(words))
+                        # those that show what is made on the way
+                        list(answer)
+        assert len(seen) == len(sent)
+    finally:
+        page.close()
