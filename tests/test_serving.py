@@ -77,8 +77,24 @@ def running_server(words, folder, cwd):
 
 
 @pytest.fixture(scope="module")
-def client(tmp_path_factory):
-    with served(["-m", "modeling_moma", "serve", NAME], tmp_path_factory.mktemp("server")) as client:
+def web(tmp_path_factory):
+    """A web server of this machine: its port, its folder, and the paths that it was asked for."""
+    folder, paths = tmp_path_factory.mktemp("web"), []
+
+    class Handler(SimpleHTTPRequestHandler):
+        def log_message(self, format, *args):
+            paths.append(self.path)
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=folder)) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server.server_port, folder, paths
+        server.shutdown()
+
+
+@pytest.fixture(scope="module")
+def client(tmp_path_factory, web):
+    words = ["-m", "modeling_moma", "serve", NAME, "--image-hosts", f"127.0.0.1:{web[0]}"]
+    with served(words, tmp_path_factory.mktemp("server")) as client:
         yield client
 
 
@@ -176,20 +192,12 @@ def test_an_answer_ends_at_a_stop_string(client, model, processor):
         assert stop in text and expected.startswith(text) and len(text) < len(expected)
 
 
-def test_a_picture_of_the_web_is_fetched_once(client, model, processor, drawing, tmp_path):
+def test_a_picture_of_a_named_host_is_fetched_once(client, model, processor, drawing, web):
     picture, _ = drawing
-    picture.save(tmp_path / "disc.png")
-    paths = []
-
-    class Handler(SimpleHTTPRequestHandler):
-        def log_message(self, format, *args):
-            paths.append(self.path)
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=tmp_path)) as web:
-        threading.Thread(target=web.serve_forever, daemon=True).start()
-        address = f"http://127.0.0.1:{web.server_port}/disc.png"
-        answer = ask(client, [{"type": "image_url", "image_url": {"url": address}}], 24)
-        web.shutdown()
+    port, folder, paths = web
+    picture.save(folder / "disc.png")
+    address = f"http://127.0.0.1:{port}/disc.png"
+    answer = ask(client, [{"type": "image_url", "image_url": {"url": address}}], 24)
     _, expected = greedy(model, processor, processor(images=[picture], text=["<image>"], return_tensors="pt"), 24)
     assert answer.choices[0].message.content == expected
     assert paths == ["/disc.png"]

@@ -4,15 +4,13 @@
 The server looks models up by name among those of Transformers. Importing this package registers its classes first.
 """
 
-import sys
-
 
 def main():
     # comes with Transformers
     import typer
 
-    from ..serving_http.server import CheckedServe
+    from ..serving_http.command import command
 
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    app.command(help="Serve a model over HTTP in OpenAI's form, as `transformers serve` does.")(CheckedServe)
-    app(["--non-blocking", *sys.argv[1:]], prog_name="moma serve")
+    app.command(help="Serve a model over HTTP in OpenAI's form, as `transformers serve` does.")(command())
+    app(prog_name="moma serve")

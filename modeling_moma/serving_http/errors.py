@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The refusal of a request."""
 
+RETRY_SECONDS = 5
+
 
 class RequestError(ValueError):
     """A field of a request cannot be answered.
@@ -8,7 +10,7 @@ class RequestError(ValueError):
     Args:
         field: its place in the body, as `messages[0].role`.
         reason: what is wrong with it, and what would be right.
-        status: of HTTP, from 400 to 499.
+        status: of HTTP, from 400 to 499; 429 says when to come back.
     """
 
     def __init__(self, field: str, reason: str, status: int = 400):
@@ -20,3 +22,15 @@ class RequestError(ValueError):
         """The answer, in OpenAI's form of errors."""
         error = {"message": str(self), "type": "invalid_request_error", "param": self.field, "code": None}
         return {"error": error}
+
+    def headers(self) -> dict[str, str]:
+        """What goes with the status."""
+        extra = {401: {"WWW-Authenticate": "Bearer"}, 429: {"Retry-After": str(RETRY_SECONDS)}}
+        return extra.get(self.status, {})
+
+
+def short(value: object, most: int = 80) -> str:
+    """A value as a message shows it: bodies may hold pictures."""
+    # the text of a long one is not written for nothing
+    text = repr(value[: most + 1] if isinstance(value, (str, bytes, list)) else value)
+    return text if len(text) <= most else f"{text[: most - 3]}..."

@@ -1,156 +1,300 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checks of what a request says, before the server acts on it. Pictures are checked in `pictures.py`."""
+"""What the fields of a request may be. One that is not named here is refused."""
 
 import json
-from collections.abc import Iterator
-from numbers import Real
-from typing import Any
+import math
+from typing import Annotated, Any, Literal, cast
 
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+)
+from pydantic_core import PydanticCustomError
 from transformers import GenerationConfig
 
-from .errors import RequestError
+from .errors import RequestError, short
+from .limits import (
+    MAX_BEAMS,
+    MAX_BIASES,
+    MAX_CHARACTERS,
+    MAX_DEPTH,
+    MAX_STOP_CHARACTERS,
+    MAX_STOPS,
+    Limits,
+)
 
 
-# name -> lowest and highest value
-NUMBERS: dict[str, tuple[float, float]] = {
-    "temperature": (0, float("inf")),
-    "top_p": (0, 1),
-    "frequency_penalty": (-0.99, float("inf")),
-}
-COUNTS = ("max_tokens", "max_completion_tokens", "max_output_tokens")
-SEED_BITS = 63
-# what the server itself says to the chat template
-TEMPLATE_ARGUMENTS = ("add_generation_prompt", "tools", "return_tensors", "return_dict", "tokenize")
+SEED = 2**63 - 1
 
 
-def check_settings(body: dict[str, Any]):
-    """Check the fields that every kind of request has.
+def _refusal(reason: str) -> PydanticCustomError:
+    # braces would be taken for names of a template
+    return PydanticCustomError("refused", "{reason}", {"reason": reason})
 
-    Raises:
-        RequestError: a value of another type, or out of its range.
+
+def _unused(value: Any) -> Any:
+    if value:
+        raise _refusal("this server does nothing with it: leave it out")
+    return value
+
+
+def _one(value: Any) -> Any:
+    if value != 1 or isinstance(value, bool):
+        raise _refusal("a request has one answer, so it must be 1")
+    return value
+
+
+def _limits(info: ValidationInfo) -> Limits:
+    return cast(Limits, info.context)
+
+
+def _new_tokens(value: int, info: ValidationInfo) -> int:
+    most = _limits(info).max_new_tokens
+    if value > most:
+        raise _refusal(f"it must be at most {most} (`--max-new-tokens`)")
+    return value
+
+
+def _stops(value: Any) -> Any:
+    words = [value] if isinstance(value, str) else value
+    if not isinstance(words, list) or not words or not all(isinstance(word, str) and word for word in words):
+        raise _refusal("it must be a text, or a list of texts, none of them empty")
+    if len(words) > MAX_STOPS or max(map(len, words)) > MAX_STOP_CHARACTERS:
+        raise _refusal(f"it must be at most {MAX_STOPS} texts of at most {MAX_STOP_CHARACTERS} characters each")
+    return value
+
+
+def _template_arguments(value: Any, info: ValidationInfo) -> Any:
+    names = _limits(info).template_arguments
+    for name, argument in value.items():
+        if name not in names:
+            known = ", ".join(sorted(names)) or "there are none"
+            raise _refusal(f"{short(name)} is none of the names of `--template-arguments` ({known})")
+        if argument is not None and not isinstance(argument, (bool, int, float, str)) or len(str(argument)) > 256:
+            raise _refusal(f"{name} must be a short text, a number, true or false")
+    return value
+
+
+Unused = Annotated[Any, AfterValidator(_unused)]
+One = Annotated[Any, AfterValidator(_one)]
+Short = Annotated[str, Field(max_length=512)]
+NewTokens = Annotated[int, Field(ge=1), AfterValidator(_new_tokens)]
+Stops = Annotated[Any, BeforeValidator(_stops)]
+Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+
+
+class _Fields(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class StreamOptions(_Fields):
+    include_usage: bool | None = None
+    include_obfuscation: bool | None = None
+
+
+class Format(_Fields):
+    type: Literal["text"]
+
+
+class TextOptions(_Fields):
+    format: Format | None = None
+    verbosity: Unused = None
+
+
+class GenerationSettings(_Fields):
+    """What `generation_config` may hold: settings of sampling and length."""
+
+    do_sample: bool | None = None
+    early_stopping: bool | None = None
+    renormalize_logits: bool | None = None
+    max_new_tokens: NewTokens | None = None
+    min_new_tokens: Annotated[int, Field(ge=0), AfterValidator(_new_tokens)] | None = None
+    max_time: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    temperature: Annotated[float, Field(gt=0, le=100, allow_inf_nan=False)] | None = None
+    top_k: Annotated[int, Field(ge=0, le=2**20)] | None = None
+    top_p: Share | None = None
+    min_p: Share | None = None
+    typical_p: Share | None = None
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=10, allow_inf_nan=False)] | None = None
+    length_penalty: Annotated[float, Field(ge=-10, le=10, allow_inf_nan=False)] | None = None
+    no_repeat_ngram_size: Annotated[int, Field(ge=0, le=64)] | None = None
+    guidance_scale: Annotated[float, Field(ge=1, le=20, allow_inf_nan=False)] | None = None
+    num_beams: Annotated[int, Field(ge=1, le=MAX_BEAMS)] | None = None
+    num_return_sequences: One = 1
+    stop_strings: Stops = None
+
+
+class Settings(_Fields):
+    """Fields that every kind of request has."""
+
+    model: Short | None = None
+    temperature: Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)] | None = None
+    top_p: Share | None = None
+    seed: Annotated[int, Field(ge=-SEED, le=SEED)] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    generation_config: Annotated[str, Field(max_length=4096)] | None = None
+    user: Short | None = None
+    metadata: Annotated[dict[Short, Short], Field(max_length=16)] | None = None
+    safety_identifier: Short | None = None
+    prompt_cache_key: Short | None = None
+    service_tier: Short | None = None
+    store: Unused = None
+    top_logprobs: Unused = None
+    parallel_tool_calls: bool | None = None
+    tools: Unused = None
+    tool_choice: Literal["none", "auto"] | None = None
+
+
+class CompletionSettings(Settings):
+    """`/v1/completions`."""
+
+    prompt: Annotated[str, Field(min_length=1)]
+    suffix: Short | None = None
+    max_tokens: NewTokens | None = None
+    frequency_penalty: Annotated[float, Field(ge=-0.99, le=2, allow_inf_nan=False)] | None = None
+    presence_penalty: Unused = None
+    stop: Stops = None
+    n: One = 1
+    best_of: One = 1
+    echo: Unused = None
+    logprobs: Unused = None
+    logit_bias: Unused = None
+
+
+class ChatSettings(Settings):
+    """`/v1/chat/completions`."""
+
+    messages: Any = None
+    max_tokens: NewTokens | None = None
+    max_completion_tokens: NewTokens | None = None
+    frequency_penalty: Annotated[float, Field(ge=-0.99, le=2, allow_inf_nan=False)] | None = None
+    presence_penalty: Unused = None
+    stop: Stops = None
+    n: One = 1
+    logprobs: Unused = None
+    logit_bias: (
+        Annotated[
+            dict[
+                Annotated[str, Field(pattern="^[0-9]{1,9}$")],
+                Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)],
+            ],
+            Field(min_length=1, max_length=MAX_BIASES),
+        ]
+        | None
+    ) = None
+    chat_template_kwargs: Annotated[dict[str, Any], AfterValidator(_template_arguments)] | None = None
+    response_format: Format | None = None
+    modalities: list[Literal["text"]] | None = None
+
+
+class ResponseSettings(Settings):
+    """`/v1/responses`."""
+
+    input: Any = None
+    instructions: str | None = None
+    max_output_tokens: NewTokens | None = None
+    text: TextOptions | None = None
+    truncation: Literal["disabled"] | None = None
+    include: Unused = None
+    background: Unused = None
+
+
+def check_settings(body: dict[str, Any], kind: type[Settings], limits: Limits):
     """
-    for name, (low, high) in NUMBERS.items():
-        value = body.get(name)
-        if value is not None and not (_is_number(value) and low <= value <= high):
-            bounds = f"from {low:g} to {high:g}" if high < float("inf") else f"of at least {low:g}"
-            raise RequestError(name, f"{value!r} must be a number {bounds}.")
-    for name in COUNTS:
-        value = body.get(name)
-        if value is not None and not (_is_whole(value) and value > 0):
-            raise RequestError(name, f"{value!r} must be a whole number of at least 1.")
-    seed = body.get("seed")
-    if seed is not None and not (_is_whole(seed) and abs(seed) < 2**SEED_BITS):
-        raise RequestError("seed", f"{seed!r} must be a whole number of at most {SEED_BITS} bits.")
-    for name, kind in (("stream", bool), ("model", str), ("suffix", str), ("tools", list)):
-        if body.get(name) is not None and not isinstance(body[name], kind):
-            raise RequestError(name, f"{body[name]!r} must be of type {kind.__name__}.")
-    _check_stop(body.get("stop"))
-    _check_logit_bias(body.get("logit_bias"))
-    _check_generation_config(body.get("generation_config"))
-    _check_template_arguments(body)
-
-
-def message_parts(messages: Any, field: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The pictures of messages, each part with its place, after a check of all else.
+    Checks all of a body but its messages.
 
     Args:
-        messages: the body's list of messages.
-        field: its name.
+        body: may come back with whole numbers made fractions, where generation takes none.
+        kind: of the request.
+        limits: of the server.
 
     Raises:
-        RequestError: no list of messages, one without a role, or a part of a kind that the model cannot read.
+        RequestError: a text that is none, a number that is not finite, an unknown field (status 422), or a value of
+            another type or out of its range.
     """
-    if not isinstance(messages, list) or not messages:
-        raise RequestError(field, f"{_short(messages)} must be a list of at least one message.")
-    for number, message in enumerate(messages):
-        place = f"{field}[{number}]"
-        if not isinstance(message, dict):
-            raise RequestError(place, f"{_short(message)} must be an object with `role` and `content`.")
-        if not isinstance(message.get("role"), str):
-            raise RequestError(
-                f"{place}.role", f"{_short(message.get('role'))} must be 'user', 'assistant' or 'system'."
-            )
-        if message.get("tool_calls"):
-            raise RequestError(f"{place}.tool_calls", "the model calls no tools.")
-        content = message.get("content")
-        if content is None or isinstance(content, str):
-            continue
-        if not isinstance(content, list):
-            raise RequestError(f"{place}.content", f"{_short(content)} must be a text or a list of parts.")
-        for index, part in enumerate(content):
-            if _is_picture(part, f"{place}.content[{index}]"):
-                yield f"{place}.content[{index}]", part
-
-
-def _is_picture(part: Any, place: str) -> bool:
-    kind = part.get("type") if isinstance(part, dict) else None
-    if kind in ("text", "input_text", "output_text"):
-        if not isinstance(part.get("text"), str):
-            raise RequestError(f"{place}.text", f"{_short(part.get('text'))} must be a text.")
-        return False
-    if kind not in ("image_url", "input_image"):
+    _check_values(body)
+    settings: Any = _validated(kind, body, limits)
+    if limits.pinned is not None and settings.model not in (None, limits.pinned):
+        raise RequestError("model", f"{short(settings.model)} is not served here, only {limits.pinned!r}.", 404)
+    if limits.pinned is None and not (settings.model and settings.model.isprintable()):
         raise RequestError(
-            f"{place}.type", f"{_short(kind)} must be 'text' or 'image_url': the model reads nothing else."
+            "model", "there must be the name or the folder of a model: this server has none of its own."
         )
-    return True
+    if body.get("logit_bias") is not None:
+        body["logit_bias"] = settings.logit_bias
+    if settings.generation_config is not None:
+        _check_generation_config(settings.generation_config, bool(settings.stream), limits)
 
 
-def _check_stop(stop: Any):
-    words = [stop] if isinstance(stop, str) else stop
-    if words is None:
-        return
-    if not isinstance(words, list) or not words or not all(isinstance(word, str) and word for word in words):
-        raise RequestError("stop", f"{_short(stop)} must be a text, or a list of texts, none of them empty.")
+def _check_values(body: dict[str, Any]):
+    """All texts can be encoded and are not too long together, all numbers are finite, and nothing is nested deep."""
+    characters = 0
+    waiting: list[tuple[str, Any, int]] = [("", body, 0)]
+    while waiting:
+        place, value, depth = waiting.pop()
+        if depth > MAX_DEPTH:
+            raise RequestError(place[:80], f"it is nested deeper than {MAX_DEPTH} levels.")
+        if isinstance(value, str):
+            if not value.isascii():
+                _check_encodable(place, value)
+            # pictures have bounds of their own
+            characters += 0 if place.endswith((".image_url", ".image_url.url")) else len(value)
+            if characters > MAX_CHARACTERS:
+                raise RequestError(place, f"the texts have more than {MAX_CHARACTERS:,} characters in all.", 413)
+        elif isinstance(value, float) and not math.isfinite(value):
+            raise RequestError(place, f"{value} is no finite number.")
+        elif isinstance(value, dict):
+            for name in value:
+                _check_encodable(place or "body", name)
+                waiting.append((f"{place}.{name[:64]}" if place else name[:64], value[name], depth + 1))
+        elif isinstance(value, list):
+            waiting += [(f"{place}[{index}]", entry, depth + 1) for index, entry in enumerate(value)]
 
 
-def _check_logit_bias(bias: Any):
-    if bias is None:
-        return
-    if not isinstance(bias, dict) or not all(str(key).isdecimal() and _is_number(bias[key]) for key in bias):
-        raise RequestError("logit_bias", f"{_short(bias)} must give a number for each of some token ids.")
-    if not bias:
-        raise RequestError("logit_bias", "it is empty: leave it out.")
-    # JSON's whole numbers come as such, and generation takes none
-    bias.update({key: float(value) for key, value in bias.items()})
-
-
-def _check_generation_config(text: Any):
-    if text is None:
-        return
+def _check_encodable(place: str, text: str):
     try:
-        settings = json.loads(text)
-        if not isinstance(settings, dict):
-            raise ValueError(f"it holds a {type(settings).__name__}")
-        unknown = sorted(set(settings) - set(vars(GenerationConfig())))
-        if unknown:
-            raise ValueError(f"it has no setting {unknown[0]!r}")
-        GenerationConfig(**settings).validate()
-    except (ValueError, TypeError, AttributeError) as error:
+        text.encode()
+    except UnicodeEncodeError as error:
+        code = ord(text[error.start])
         raise RequestError(
-            "generation_config", f"{_short(text)} must be the JSON of an object of generation settings ({error})."
+            place, f"half a pair of surrogates (\\u{code:04x}) at character {error.start} is no text."
+        ) from None
+
+
+def _validated(kind: type[BaseModel], values: Any, limits: Limits, prefix: str = "") -> BaseModel:
+    try:
+        return kind.model_validate(values, context=limits)
+    except ValidationError as errors:
+        error = errors.errors(include_url=False, include_context=False)[0]
+        place = prefix + ".".join(str(part) for part in error["loc"])
+        if error["type"] == "extra_forbidden":
+            raise RequestError(place[:120], "this server reads no such field.", 422) from None
+        given = "" if error["type"] == "missing" else f"{short(error['input'])}: "
+        raise RequestError(place[:120], f"{given}{error['msg'][0].lower()}{error['msg'][1:]}.") from None
+
+
+def _check_generation_config(text: str, is_stream: bool, limits: Limits):
+    name = "generation_config"
+    try:
+        given = json.loads(text)
+        if not isinstance(given, dict):
+            raise ValueError(f"it holds a {type(given).__name__}")
+    # as deep as a text of this length may be
+    except (ValueError, RecursionError) as error:
+        raise RequestError(
+            name, f"{short(text)} must be the JSON of an object of generation settings ({error})."
         ) from error
-
-
-def _check_template_arguments(body: dict[str, Any]):
-    arguments = body.get("chat_template_kwargs")
-    if "chat_template_kwargs" not in body:
-        return
-    if not isinstance(arguments, dict) or any(name in arguments for name in TEMPLATE_ARGUMENTS):
-        raise RequestError(
-            "chat_template_kwargs",
-            f"{_short(arguments)} must be an object without {', '.join(TEMPLATE_ARGUMENTS)}, which the server sets.",
-        )
-
-
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool)
-
-
-def _short(value: Any) -> str:
-    """A value as a message shows it: bodies may hold pictures."""
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
+    _check_values({name: given})
+    settings: Any = _validated(GenerationSettings, given, limits, f"{name}.")
+    if is_stream and (settings.num_beams or 1) > 1:
+        raise RequestError(f"{name}.num_beams", "beams end together and cannot be streamed: ask for the whole answer.")
+    try:
+        GenerationConfig(**given).validate()
+    except (ValueError, TypeError, AttributeError) as error:
+        raise RequestError(name, f"{short(text)} contradicts itself ({error}).") from error

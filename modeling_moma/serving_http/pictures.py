@@ -5,90 +5,109 @@ import base64
 import binascii
 import io
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
-import httpx
 from PIL import Image
 
 from .errors import RequestError
+from .limits import MAX_PICTURES, MAX_PIXELS
 
 
-# a picture is scaled down to the model's few pixels anyway; one of so many takes 50 MB while it is read
-MAX_PIXELS = 2**24
-MAX_DOWNLOAD_BYTES = 16 << 20
-DOWNLOAD_SECONDS = 10.0
+# what Pillow decodes by itself and people send; its decoders for rare formats are little tried
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
 
 
-def check_picture(part: dict[str, Any], place: str):
-    """Read a picture whole, and put one from the web into the part, so that it is fetched once.
+class Picture:
+    """A picture of a message.
 
     Args:
-        part: of a message, with `image_url` as an object with `url` or as an address itself.
+        part: of the message, with `image_url` as an object with `url` or as an address itself.
         place: of the part in the body.
 
     Raises:
-        RequestError: no address, one that is neither of the web nor base64, a picture that cannot be read, or one of
-            more than `MAX_PIXELS` (status 413).
+        RequestError: there is no address.
     """
-    holder = part.get("image_url")
-    if isinstance(holder, dict):
-        field, address = f"{place}.image_url.url", holder.get("url")
-    else:
-        field, address = f"{place}.image_url", holder
-    if not isinstance(address, str) or not address:
-        raise RequestError(field, "there must be an address: `data:image/png;base64,...`, or of the web.")
-    if address.startswith(("http://", "https://")):
-        content = _download(address, field)
-        address = "data:image/unknown;base64," + base64.b64encode(content).decode()
-        if isinstance(holder, dict):
-            holder["url"] = address
-        else:
-            part["image_url"] = address
-    else:
-        content = _decode(address, field)
-    _check_readable(content, field)
+
+    def __init__(self, part: dict[str, Any], place: str):
+        self.part = part
+        holder = part.get("image_url")
+        address = holder.get("url") if isinstance(holder, dict) else holder
+        self.field = f"{place}.image_url.url" if isinstance(holder, dict) else f"{place}.image_url"
+        if not isinstance(address, str) or not address:
+            raise RequestError(self.field, "there must be an address: `data:image/png;base64,...`, or of the web.")
+        self.address = address
+        self.content: bytes | None = None
+
+    @property
+    def is_of_the_web(self) -> bool:
+        return self.address.lower().startswith(("http://", "https://"))
+
+    def read(self) -> Image.Image:
+        """
+        Opens it, which reads its header alone.
+
+        Raises:
+            RequestError: an address that is neither of the web nor base64, or no picture.
+        """
+        content = _decode(self.address, self.field) if self.content is None else self.content
+        try:
+            return _open(content)
+        except Image.DecompressionBombError as error:
+            raise RequestError(self.field, f"the picture is too large ({error}).", 413) from error
+        # decoders raise whatever they come across in damaged pictures
+        except Exception as error:
+            raise RequestError(self.field, f"it is damaged, or no picture ({_reason(error)}).") from error
+
+
+def read_pictures(pictures: Sequence[Picture]):
+    """
+    Decodes the pictures of a request, and puts them into its messages.
+
+    Raises:
+        RequestError: too many of them, one that cannot be decoded, or more than `MAX_PIXELS` in all (status 413).
+    """
+    if len(pictures) > MAX_PICTURES:
+        raise RequestError(pictures[MAX_PICTURES].field, f"these are more than {MAX_PICTURES} pictures.")
+    opened, pixels = [], 0
+    for picture in pictures:
+        image = picture.read()
+        pixels += image.width * image.height
+        if pixels > MAX_PIXELS:
+            what = f"{image.width} x {image.height} pixels are" if len(opened) == 0 else "all pictures together have"
+            raise RequestError(picture.field, f"{what} more than {MAX_PIXELS:,} pixels: scale them down.", 413)
+        opened.append(image)
+    for picture, image in zip(pictures, opened):
+        try:
+            image.load()
+        except Exception as error:
+            raise RequestError(picture.field, f"it is truncated, damaged or no picture ({_reason(error)}).") from error
+        # the server reads addresses a second time, and files too, but takes a picture as it is
+        picture.part["image_url"] = image
 
 
 def _decode(address: str, field: str) -> bytes:
     # the server would open any other text as a file of its own
     head, comma, encoded = address.partition(",")
     if not (head.startswith("data:image/") and head.endswith(";base64") and comma):
-        raise RequestError(field, f"{address[:40]!r} must begin with `data:image/png;base64,` or with `https://`.")
+        raise RequestError(field, f"{address[:40]!r} must begin with `data:image/png;base64,`.")
     try:
         return base64.b64decode("".join(encoded.split()), validate=True)
     except (binascii.Error, ValueError) as error:
         raise RequestError(field, f"it is no base64 ({error}).") from error
 
 
-def _download(address: str, field: str) -> bytes:
-    content = bytearray()
-    try:
-        with httpx.stream("GET", address, timeout=DOWNLOAD_SECONDS, follow_redirects=True) as response:
-            response.raise_for_status()
-            for chunk in response.iter_bytes():
-                content += chunk
-                if len(content) > MAX_DOWNLOAD_BYTES:
-                    raise RequestError(field, f"it has more than {MAX_DOWNLOAD_BYTES >> 20} MiB.", 413)
-    except (httpx.HTTPError, httpx.InvalidURL) as error:
-        raise RequestError(field, f"{address[:80]!r} cannot be fetched ({error}).") from error
-    return bytes(content)
-
-
-def _check_readable(content: bytes, field: str):
+def _open(content: bytes) -> Image.Image:
     with warnings.catch_warnings():
-        # the bound below is lower
+        # our own bound is lower
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        try:
-            # reads the header alone
-            picture = Image.open(io.BytesIO(content))
-            width, height = picture.size
-            if width * height <= MAX_PIXELS:
-                picture.load()
-        except Image.DecompressionBombError as error:
-            raise RequestError(field, f"the picture is too large ({error}).", 413) from error
-        # decoders raise whatever they come across in damaged pictures
-        except Exception as error:
-            reason = str(error).split(" <")[0]
-            raise RequestError(field, f"it is truncated, damaged or no picture ({reason}).") from error
-    if width * height > MAX_PIXELS:
-        raise RequestError(field, f"{width} x {height} pixels are more than {MAX_PIXELS:,}: scale it down.", 413)
+        return Image.open(io.BytesIO(content), formats=_formats())
+
+
+def _formats() -> list[str]:
+    Image.init()
+    return [name for name in FORMATS if name in Image.OPEN]
+
+
+def _reason(error: Exception) -> str:
+    return str(error).split(" <")[0]

@@ -1,0 +1,240 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What happens between the body of a request and its generation, in place of the server's own handlers."""
+
+import asyncio
+import traceback
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+from jinja2 import TemplateError
+from transformers import StoppingCriteriaList
+from transformers.cli.serving.utils import BaseHandler, GenerateManager
+
+from ..cli.main import is_refusal
+from .downloads import Downloads
+from .errors import RequestError
+from .fields import ChatSettings, CompletionSettings, ResponseSettings, Settings, check_settings
+from .limits import Limits
+from .messages import read_messages
+from .pictures import Picture, read_pictures
+from .tickets import UntilGone, current_ticket
+
+
+# raises where marks of pictures and pictures differ in number
+PROCESSORS = "transformers.processing_utils"
+
+
+@dataclass(frozen=True)
+class Route:
+    """How one kind of request is read.
+
+    Args:
+        settings: what its fields may be.
+        messages: the field with messages; none for a bare prompt.
+        needs_body: whether the handler's last steps take the body as well.
+    """
+
+    settings: type[Settings]
+    messages: str | None = None
+    needs_body: bool = False
+
+
+CHAT = Route(ChatSettings, "messages")
+COMPLETION = Route(CompletionSettings)
+RESPONSE = Route(ResponseSettings, "input", needs_body=True)
+
+
+@dataclass
+class Prompt:
+    """A request that is read: what `generate` takes."""
+
+    model_id: str
+    model: Any
+    processor: Any
+    uses_batching: bool
+    inputs: Any
+    settings: Any
+
+
+class Answering:
+    """Checks a request, reads it in a thread, and leaves the rest to a handler of Transformers' server.
+
+    Args:
+        handler: of the route.
+        route: how its requests are read.
+        limits: of the server.
+        readers: threads that read requests, so that neither a template nor a picture holds up anybody's stream.
+        downloads: of pictures.
+    """
+
+    def __init__(
+        self, handler: BaseHandler, route: Route, limits: Limits, readers: ThreadPoolExecutor, downloads: Downloads
+    ):
+        self.handler: Any = handler
+        self.route, self.limits, self.readers, self.downloads = route, limits, readers, downloads
+
+    async def __call__(self, body: dict[str, Any], request_id: str) -> Any:
+        """Answers a request.
+
+        Raises:
+            RequestError: it cannot be answered.
+        """
+        ticket = current_ticket.get()
+        pictures = await self._in_thread(self.check, body)
+        for picture in pictures:
+            if picture.is_of_the_web:
+                picture.content = await self.downloads.fetch(picture.address, picture.field)
+        await ticket.take_turn()
+        prompt: Prompt = await self._in_thread(self.read, body, pictures)
+        ticket.seed = body.get("seed")
+        try:
+            return await self._generate(body, request_id, prompt)
+        except ValueError as error:
+            # what only generation can tell of settings that the request brought
+            if isinstance(error, RequestError) or body.get("generation_config") is None:
+                raise
+            raise RequestError("generation_config", str(error)) from error
+
+    async def _in_thread(self, work: Callable, *args: Any) -> Any:
+        return await asyncio.get_running_loop().run_in_executor(self.readers, work, *args)
+
+    def check(self, body: dict[str, Any]) -> list[Picture]:
+        """The pictures of a request, after a check of all else that it says."""
+        check_settings(body, self.route.settings, self.limits)
+        field = self.route.messages
+        if field is None or field == "input" and isinstance(body.get(field), str):
+            return []
+        return read_messages(body.get(field), field)
+
+    def read(self, body: dict[str, Any], pictures: list[Picture]) -> Prompt:
+        """Makes tokens of a request."""
+        handler = self.handler
+        handler._validate_request(body)
+        try:
+            model_id, model, processor = handler._resolve_model(body)
+        # a server without a model of its own, asked for one that is not there
+        except (OSError, ValueError) as error:
+            raise RequestError("model", f"{body.get('model')!r} cannot be loaded.", 404) from error
+        modality = handler.model_manager.get_model_modality(model, processor=processor)
+        uses_batching = handler.generation_state.use_continuous_batching(model, modality)
+        read_pictures(pictures)
+        tensors = None if uses_batching else "pt"
+        if self.route.messages is None:
+            tokenizer = getattr(processor, "tokenizer", processor)
+            inputs = tokenizer(body["prompt"], return_tensors=tensors)
+        else:
+            messages = handler._normalize_input(body) if self.route.messages == "input" else body["messages"]
+            arguments = {**handler.chat_template_kwargs, **(body.get("chat_template_kwargs") or {})}
+            try:
+                inputs = processor.apply_chat_template(
+                    handler.get_processor_inputs_from_messages(messages, modality),
+                    **arguments,
+                    add_generation_prompt=True,
+                    return_tensors=tensors,
+                    return_dict=True,
+                    tokenize=True,
+                )
+            except TemplateError as error:
+                raise RequestError(self.route.messages, f"the chat template refuses them: {error}.") from error
+        if not uses_batching:
+            inputs = inputs.to(model.device)
+        # the seed is set where generation begins
+        asked = {name: value for name, value in body.items() if name != "seed"}
+        settings = handler._build_generation_config(asked, model.generation_config, use_cb=uses_batching)
+        settings.max_new_tokens = min(
+            settings.max_new_tokens or self.limits.max_new_tokens, self.limits.max_new_tokens
+        )
+        settings.max_time = min(settings.max_time or self.limits.max_seconds, self.limits.max_seconds)
+        return Prompt(model_id, model, processor, uses_batching, inputs, settings)
+
+    async def _generate(self, body: dict[str, Any], request_id: str, prompt: Prompt) -> Any:
+        manager = self.handler.generation_state.get_manager(prompt.model_id, use_cb=prompt.uses_batching)
+        if prompt.uses_batching:
+            manager.init_cb(prompt.model, prompt.settings)
+        rest = [body] if self.route.needs_body else []
+        arguments = [
+            request_id,
+            prompt.model,
+            prompt.processor,
+            prompt.model_id,
+            *rest,
+            prompt.inputs,
+            prompt.settings,
+        ]
+        arguments.append(manager)
+        if self.route.settings is CompletionSettings:
+            arguments.append(body.get("suffix"))
+        # that of responses streams unless it is told not to
+        if body.get("stream", self.route is RESPONSE):
+            return self.handler._streaming(*arguments)
+        try:
+            return await self.handler._non_streaming(*arguments)
+        except asyncio.CancelledError:
+            if prompt.uses_batching:
+                manager._cb.cancel_request(request_id)
+            raise
+
+
+class CheckedManager(GenerateManager):
+    """Refuses a prompt before its stream begins, where a status can still say so, and ends with its client.
+
+    The server hands `generate` the processor as its tokenizer, which has no vocabulary to look for stop strings in.
+    """
+
+    def generate_streaming(self, model, processor, inputs, gen_config, request_id, response_parser=None):
+        check_prompt(model, inputs, gen_config)
+        tokenizer = getattr(processor, "tokenizer", processor)
+        return super().generate_streaming(model, tokenizer, _ending(inputs), gen_config, request_id, response_parser)
+
+    async def generate_non_streaming(self, model, processor, inputs, gen_config, request_id):
+        check_prompt(model, inputs, gen_config)
+        tokenizer = getattr(processor, "tokenizer", processor)
+        return await super().generate_non_streaming(model, tokenizer, _ending(inputs), gen_config, request_id)
+
+    def submit(self, fn, *args, **kwargs):
+        return super().submit(current_ticket.get().running(fn), *args, **kwargs)
+
+    def async_submit(self, fn, *args, **kwargs):
+        answer = super().async_submit(current_ticket.get().running(fn), *args, **kwargs)
+        # it is set when the generation ends, and an error is none where nobody waits any more
+        answer.add_done_callback(lambda done: done.cancelled() or done.exception())
+        return asyncio.shield(answer)
+
+
+def _ending(inputs: Any) -> dict[str, Any]:
+    """The arguments of `generate`, which stops once the client has gone."""
+    return {**inputs, "stopping_criteria": StoppingCriteriaList([UntilGone(current_ticket.get().gone)])}
+
+
+def check_prompt(model: Any, inputs: Any, gen_config: Any):
+    """Raise a [`RequestError`] for a prompt that is empty or fills the context, or a bias of no token."""
+    length, limit = inputs["input_ids"].shape[-1], getattr(model.config, "max_position_embeddings", None)
+    field, rope = "messages or prompt", getattr(model.config, "rope_parameters", None) or {}
+    if length == 0:
+        raise RequestError(field, "they give an empty prompt.")
+    # scaled rotary embeddings are made to go beyond
+    if limit is not None and rope.get("rope_type") == "default" and length >= limit:
+        raise RequestError(field, f"{length} tokens leave no room for an answer in the model's {limit} positions.")
+    vocabulary = model.get_input_embeddings().num_embeddings
+    unknown = [ids[0] for ids in gen_config.sequence_bias or {} if ids[0] >= vocabulary]
+    if unknown:
+        raise RequestError("logit_bias", f"token {unknown[0]} is none of the {vocabulary} tokens of the model.")
+
+
+async def refuse(_request: Any, error: Exception):
+    """4xx for an input that these packages refuse; anything else is a defect, and stays one."""
+    from fastapi.responses import JSONResponse
+
+    if not isinstance(error, RequestError):
+        if not is_refusal(error) and _raised_in(error) != PROCESSORS:
+            raise error
+        error = RequestError("messages or prompt", str(error))
+    return JSONResponse(error.body(), error.status, error.headers())
+
+
+def _raised_in(error: BaseException) -> str:
+    """The module whose line raised it."""
+    *_, (frame, _line) = traceback.walk_tb(error.__traceback__)
+    return frame.f_globals.get("__name__", "")
