@@ -11,7 +11,7 @@ from tokenization import MomaImageProcessor, MomaProcessor, MomaVQModel, add_pic
 from ..data.corpus import source_texts
 from ..data.kinds import InterleavedKind
 from ..training.chat import CHAT_TEMPLATE
-from ..training.files import write_folder_aside
+from ..training.files import refuse_files, write_folder_aside
 from ..training.recipe import Recipe, read_recipe
 
 
@@ -23,7 +23,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--text-tokenizer", help="folder or Hub name of a text tokenizer to take, in place of a new one"
     )
-    parser.add_argument("--output", required=True, help="folder for the processor")
+    parser.add_argument("--output", required=True, help="new folder for the processor")
     return parser.parse_args(arguments)
 
 
@@ -38,6 +38,8 @@ def text_tokenizer(recipe: Recipe, vocab_size: int | None, given: str | None) ->
 
 def main(arguments: list[str] | None = None):
     args = parse_arguments(arguments)
+    # tokens may be made with a processor that is there, and files that this one lacks would stay
+    refuse_files(args.output)
     recipe = read_recipe(args.recipe, needs=("sources",))
     # rounded to bf16 as the released weights are, so that the codes of the training data are those of the release
     vq_model = MomaVQModel.from_pretrained(args.tokenizer, dtype=torch.bfloat16)

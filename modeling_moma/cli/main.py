@@ -54,8 +54,8 @@ def main(arguments: list[str] | None = None) -> int:
         arguments: the verb and its arguments; by default those of the command line.
 
     Returns:
-        The exit status; 2 where there is no such verb or these packages refuse an input. Any other error passes, with
-        its traceback.
+        The exit status; 2 where there is no such verb or these packages refuse an input, 1 where the disk is full. Any
+        other error passes, with its traceback.
     """
     verb, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
     if verb in ("-h", "--help"):
@@ -73,11 +73,36 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         status = importlib.import_module(f".{VERBS[verb]}", __package__).main()
     except Exception as error:
+        from ..training.disk import full_disk_line, is_disk_full
+
+        if is_disk_full(error):
+            end_progress_bars()
+            print(f"error: {full_disk_line(error, verb, output_of(rest))}", file=sys.stderr)
+            return 1
         if not is_refusal(error):
             raise
+        end_progress_bars()
         print(f"error: {error}", file=sys.stderr)
         return 2
     return status if isinstance(status, int) else 0
+
+
+def end_progress_bars() -> None:
+    """End the lines of bars that an error has left open, so that its own line is one."""
+    from tqdm import tqdm
+
+    for bar in list(getattr(tqdm, "_instances", ())):
+        bar.close()
+
+
+def output_of(arguments: list[str]) -> str | None:
+    """What `--output` names on a command line, `None` without it."""
+    for name, value in zip(arguments, [*arguments[1:], None], strict=True):
+        if name == "--output":
+            return value
+        if name.startswith("--output="):
+            return name.partition("=")[2]
+    return None
 
 
 def is_refusal(error: BaseException) -> bool:

@@ -13,6 +13,7 @@ from tokenization import MomaDataCollator, MomaProcessor
 
 from .. import (
     AuxiliaryRouterTrainer,
+    MomaConfig,
     MomaForCausalLM,
     add_auxiliary_routers,
     auxiliary_report,
@@ -24,12 +25,14 @@ from ..data.stream import DocumentExamples
 from ..tools.observation import named_routers
 from ..training.changed_routers import save_with_processor
 from ..training.checkpoints import last_checkpoint
+from ..training.disk import without_torn_checkpoints
 from ..training.examples import check_layout, held_out_sets, open_documents
 from ..training.files import refuse_files
+from ..training.fingerprints import Facts, RunFingerprint, as_facts, check_output, data_facts, model_facts, step_facts
 from ..training.measures import held_out_batches, load_model
 from ..training.precision import supports_bf16
 from ..training.router_table import router_table
-from ..training.stages import FollowArguments
+from ..training.stages import FollowArguments, ResumedTrainer, examples_a_step
 
 
 REPORT_FILE = "auxiliary_routers.json"
@@ -64,9 +67,13 @@ def parse_arguments(arguments=None) -> argparse.Namespace:
     return args
 
 
-def build_trainer(args: argparse.Namespace, model: MomaForCausalLM, processor: MomaProcessor) -> Trainer:
-    device = model.device.type
-    training_arguments = TrainingArguments(
+class AuxiliaryTraining(ResumedTrainer, AuxiliaryRouterTrainer):
+    """The trainer of this command, which may have no step left to take."""
+
+
+def make_training_arguments(args: argparse.Namespace) -> TrainingArguments:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return TrainingArguments(
         output_dir=args.output,
         max_steps=args.steps,
         per_device_train_batch_size=args.batch_size,
@@ -87,23 +94,49 @@ def build_trainer(args: argparse.Namespace, model: MomaForCausalLM, processor: M
         report_to=[],
         seed=args.seed,
     )
-    tokens = TokenFolder(args.tokens, processor)
+
+
+def run_facts(args: argparse.Namespace, training_arguments: TrainingArguments, tokens: TokenFolder) -> Facts:
+    """What each checkpoint holds of what the run is made of."""
+    manifest = tokens.manifest
+    return as_facts(
+        {
+            "model": {
+                **model_facts(MomaConfig.from_pretrained(args.model), args.model),
+                "processor": manifest["fingerprint"],
+            },
+            "data": data_facts(tokens, tokens.sources(), False, manifest["sequence_length"]),
+            "seed": {"seed": args.seed},
+            "batch": {"examples_a_step": examples_a_step(training_arguments)},
+            "training": step_facts(training_arguments),
+        }
+    )
+
+
+def build_trainer(
+    args: argparse.Namespace,
+    training_arguments: TrainingArguments,
+    model: MomaForCausalLM,
+    tokens: TokenFolder,
+    facts: Facts,
+) -> Trainer:
     documents = [tokens.documents(source) for source in tokens.sources()]
     weights = [source.weight for source in tokens.sources()]
     examples_in_all = args.steps * args.batch_size * args.gradient_accumulation_steps
-    return AuxiliaryRouterTrainer(
+    tokenizer = tokens.encoder.processor.tokenizer
+    return AuxiliaryTraining(
         model=model,
         args=training_arguments,
         train_dataset=DocumentExamples(documents, weights, examples_in_all, args.seed),
         eval_dataset=held_out_sets(tokens),
-        data_collator=MomaDataCollator(processor.tokenizer),
-        callbacks=[FollowArguments()],
-        processing_class=processor.tokenizer,
+        data_collator=MomaDataCollator(tokenizer),
+        callbacks=[RunFingerprint(facts), FollowArguments()],
+        processing_class=tokenizer,
     )
 
 
-def check_output(args: argparse.Namespace):
-    """Raise `ValueError` where the output folder holds what no run of this script that goes on now has left."""
+def refuse_others(args: argparse.Namespace):
+    """Raise `ValueError` where the output folder holds what no run of this command that goes on now has left."""
     has_report = (Path(args.output) / REPORT_FILE).is_file()
 
     def is_own(path: Path) -> bool:
@@ -132,8 +165,12 @@ def split_batches(args: argparse.Namespace, batches: list[dict]) -> tuple[list[d
 
 def main(arguments=None):
     args = parse_arguments(arguments)
-    check_output(args)
+    refuse_others(args)
     processor = MomaProcessor.from_pretrained(args.processor)
+    training_arguments, tokens = make_training_arguments(args), TokenFolder(args.tokens, processor)
+    facts = run_facts(args, training_arguments, tokens)
+    # with files of a run in it, but of which?
+    check_output(args.output, facts, args.resume)
     held_out = open_documents(args.tokens, processor, VALIDATION)
     batches = held_out_batches(held_out, processor, args.batch_size, args.seed)
     calibration_batches, report_batches = split_batches(args, batches)
@@ -143,9 +180,12 @@ def main(arguments=None):
     if not model.config.auxiliary_routers:
         add_auxiliary_routers(model)
     model.set_attn_implementation(args.attn_implementation)
-    trainer = build_trainer(args, model, processor)
+    trainer = build_trainer(args, training_arguments, model, tokens, facts)
     checkpoint = last_checkpoint(args.output) if args.resume else None
-    trainer.train(resume_from_checkpoint=checkpoint)
+    if checkpoint is not None and int(checkpoint.rpartition("-")[2]) >= args.steps:
+        print(f"{args.output}: this run has taken all of its {args.steps} steps; its routers are judged anew.")
+    with without_torn_checkpoints(args.output):
+        trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_state()
     # thresholds are computed in fp32, without the casts that training in bf16 leaves around the forward
     model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)

@@ -12,7 +12,7 @@ from datasets import Dataset, IterableDataset, LargeList, List
 
 from tokenization import MomaProcessor
 
-from ..training.files import write_aside
+from ..training.files import refuse_files, write_aside
 from .encoding import processor_fingerprint
 from .kinds import CaptionKind
 from .sources import TRAIN, VALIDATION, Source, read_sources
@@ -175,13 +175,14 @@ def write_job(folder: str | Path, job: Job) -> Path:
     Begins a folder of tokens, or goes on in one that was begun with the same job.
 
     Raises:
-        ValueError: the folder holds tokens of another job.
+        ValueError: the folder holds tokens of another job, or something else.
     """
     path = Path(folder) / JOB_FILE
     content = {"format": FORMAT, **dataclasses.asdict(job)}
     if path.is_file():
         _compare(folder, json.loads(path.read_text(encoding="utf-8")), content)
         return path
+    refuse_files(str(folder))
     return write_aside(path, lambda aside: aside.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8"))
 
 

@@ -15,7 +15,7 @@ from .documents import Documents, cut_before, frame_spans
 from .stream import DocumentOrder, document_orders
 
 
-# changes whenever the same documents and seed would give other sequences
+# how documents become sequences; runs that packed them by another rule do not go on under this one
 PACKING_RULE = "open-documents"
 # documents of a source that are begun and not ended
 OPEN = 8

@@ -5,7 +5,7 @@ import functools
 import json
 import os
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -121,13 +121,18 @@ class ShardFiles:
         self.counts[split] += 1
 
     def __exit__(self, kind: Any, *rest: Any) -> None:
-        for split, writer in self.writers.items():
-            if self.counts[split] and kind is None:
-                writer.finalize()
-            writer.close()
-            if kind is None and self.counts[split]:
-                os.replace(self.aside[split], self.paths[split])
-            self.aside[split].unlink(missing_ok=True)
+        try:
+            for split, writer in self.writers.items():
+                if self.counts[split] and kind is None:
+                    writer.finalize()
+                # writes what it still holds, for which a full disk has no room
+                with suppress(OSError) if kind is not None else nullcontext():
+                    writer.close()
+                if kind is None and self.counts[split]:
+                    os.replace(self.aside[split], self.paths[split])
+        finally:
+            for aside in self.aside.values():
+                aside.unlink(missing_ok=True)
 
 
 class ShardWriter:

@@ -4,6 +4,7 @@
 import json
 import logging
 from pathlib import Path
+from typing import Any
 
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -24,21 +25,35 @@ def last_checkpoint(folder: str | Path) -> str | None:
     Returns:
         The checkpoint's folder, or `None` where none is whole.
     """
+    for path in _checkpoints(folder):
+        if read_state(path) is not None:
+            return str(path)
+        logger.warning(f"{path} is not whole: its run was killed while it wrote it. It is passed over.")
+    return None
+
+
+def whole_checkpoints(folder: str | Path) -> list[Path]:
+    """All checkpoints of a folder whose state can be read, the newest first."""
+    return [path for path in _checkpoints(folder) if read_state(path) is not None]
+
+
+def torn_checkpoints(folder: str | Path) -> list[Path]:
+    """All checkpoints of a folder that were never written to their end."""
+    return [path for path in _checkpoints(folder) if read_state(path) is None]
+
+
+def read_state(folder: Path) -> dict[str, Any] | None:
+    """The trainer's state in a checkpoint or an output folder, `None` where there is none that can be read."""
+    try:
+        return json.loads((folder / TRAINER_STATE_NAME).read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def _checkpoints(folder: str | Path) -> list[Path]:
     steps = {}
     for path in Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
         step = path.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-")
         if path.is_dir() and step.isdecimal():
             steps[int(step)] = path
-    for step in sorted(steps, reverse=True):
-        if _is_whole(steps[step]):
-            return str(steps[step])
-        logger.warning(f"{steps[step]} is not whole: its run was killed while it wrote it. It is passed over.")
-    return None
-
-
-def _is_whole(checkpoint: Path) -> bool:
-    try:
-        json.loads((checkpoint / TRAINER_STATE_NAME).read_text())
-    except (OSError, ValueError):
-        return False
-    return True
+    return [steps[step] for step in sorted(steps, reverse=True)]

@@ -21,7 +21,7 @@ from tokenization.modeling_moma_vq import MomaVQModel
 from tokenization.perceptual_moma_vq import MomaVQPerceptualNetwork
 
 from .discriminator import AdversarialTraining
-from .files import write_folder_aside
+from .files import refuse_files, write_folder_aside
 from .picture_sources import picture_fields
 from .picture_store import PictureStore, open_store, take, to_pixel_values
 from .precision import supports_bf16
@@ -69,13 +69,36 @@ def save_checkpoint(output: Path, step: int, model: MomaVQModel, state: dict, me
     final = output / f"checkpoint-{step:07d}"
     aside = final.with_suffix(".aside")
     shutil.rmtree(aside, ignore_errors=True)
-    model.save_pretrained(aside)
-    torch.save({"step": step, "metrics": metrics, **state}, aside / STATE_FILE)
+    try:
+        model.save_pretrained(aside)
+        torch.save({"step": step, "metrics": metrics, **state}, aside / STATE_FILE)
+    except BaseException:
+        # what has no room must not take any
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
     shutil.rmtree(final, ignore_errors=True)
     os.replace(aside, final)
     for path in older:
         if path != final:
             shutil.rmtree(path)
+
+
+def check_folder(output: Path, resume: bool) -> None:
+    """
+    Refuses a folder with a run, or a model, that is not to be gone on from.
+
+    Raises:
+        ValueError: names what is in it.
+    """
+    begun = checkpoints(output)
+    if begun and not resume:
+        step = int(begun[-1].name.rpartition("-")[2])
+        raise ValueError(
+            f"`--output` {str(output)!r} holds a run already, {step} steps of it: `--resume` goes on with it. Give "
+            "another `--output`, or delete this folder to start over."
+        )
+    if not begun:
+        refuse_files(str(output), lambda path: path.name != "config.json" and path.suffix != ".safetensors")
 
 
 def save_model(output: Path, model: MomaVQModel, metrics: list[dict], report: dict[str, Any]) -> None:
@@ -97,13 +120,15 @@ class TokenizerTraining:
         args: [`SETTINGS`], `config`, `output`, `resume`, `strict`, and `sources`, those with pictures.
 
     Raises:
-        ValueError: the sources have too few pictures, or the run cannot be resumed with these arguments.
+        ValueError: the sources have too few pictures, the run cannot be resumed with these arguments, or the output
+            folder holds a run and `resume` is not given.
         ImportError: the model needs the extra `train`, which is not installed.
     """
 
     def __init__(self, args: argparse.Namespace):
         self.args = args
         self.output = Path(args.output)
+        check_folder(self.output, args.resume)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.bf16 = supports_bf16(self.device) if args.bf16 == "auto" else args.bf16 == "on"
         self.step, self.metrics = 0, []
@@ -136,7 +161,8 @@ class TokenizerTraining:
             state = torch.load(folder / STATE_FILE, map_location="cpu", weights_only=True)
             check_resumed(args, self.model.config, state.get("arguments", {}))
             self.step, self.metrics = state["step"], state["metrics"]
-            print(f"resuming from step {self.step}")
+            is_done = self.step >= args.steps
+            print("this run has taken all of its steps" if is_done else f"resuming from step {self.step}")
         else:
             torch.manual_seed(args.seed)
             self.model = MomaVQModel(read_config(args))

@@ -4,6 +4,7 @@
 import argparse
 import json
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,9 +24,20 @@ from ..data.stream import DocumentExamples
 from ..routing_moma import MomaRouter
 from .adapters import with_adapters
 from .checkpoints import last_checkpoint
+from .disk import without_torn_checkpoints
 from .examples import check_layout, held_out_sets
 from .feeding import FeedingCallback
 from .files import write_aside
+from .fingerprints import (
+    Facts,
+    RunFingerprint,
+    as_facts,
+    check_output,
+    data_facts,
+    finished_at,
+    model_facts,
+    step_facts,
+)
 from .precision import supports_bf16
 from .recipe import Recipe
 from .runs import RUN_FILE
@@ -37,18 +49,82 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
 
-def build_model(args: argparse.Namespace, processor: MomaProcessor) -> "MomaForCausalLM | PeftModel":
+@dataclass(frozen=True)
+class RunParts:
+    """
+    What a training is made of, but for the model itself.
+
+    Args:
+        processor: of `--processor`.
+        tokens: of `--tokens`.
+        sources: of the recipe, or else of the tokens.
+        config: of the model.
+        training_arguments: of the Trainer.
+        first_step: steps that an earlier stage took.
+        facts: what each checkpoint holds of all this, see [`RunFingerprint`].
+    """
+
+    processor: MomaProcessor
+    tokens: TokenFolder
+    sources: list[Source]
+    config: MomaConfig
+    training_arguments: TrainingArguments
+    first_step: int
+    facts: Facts
+
+
+def read_parts(args: argparse.Namespace) -> RunParts:
+    """What the arguments of `moma pretrain` name, read before anything large is."""
+    processor = MomaProcessor.from_pretrained(args.processor)
+    tokens = TokenFolder(args.tokens, processor)
+    sources = args.recipe.sources or tokens.sources()
+    config = starting_config(args, processor)
+    training_arguments = make_training_arguments(args)
+    earlier_steps = first_step(args, training_arguments)
+    facts = as_facts(
+        {
+            "model": {**model_facts(config, args.model), "processor": tokens.manifest["fingerprint"]},
+            "data": {**data_facts(tokens, sources, *packing(args, tokens)), "earlier_steps": earlier_steps},
+            "seed": {"seed": args.seed, "data_seed": training_arguments.data_seed},
+            "batch": {"examples_a_step": examples_a_step(training_arguments)},
+            "training": {
+                **step_facts(training_arguments),
+                **{name: getattr(args, name) for name in ("lora_rank", "freeze_groups", "train_groups")},
+            },
+        }
+    )
+    return RunParts(processor, tokens, sources, config, training_arguments, earlier_steps, facts)
+
+
+def packing(args: argparse.Namespace, tokens: TokenFolder) -> tuple[bool, int]:
+    """Whether sequences are packed and how long they are, as the recipe has it, or else the tokens."""
+    data = args.recipe.data
+    if data is None:
+        return tokens.manifest["packed"], tokens.manifest["sequence_length"]
+    return data.packed, data.sequence_length
+
+
+def starting_config(args: argparse.Namespace, processor: MomaProcessor) -> MomaConfig:
+    """The configuration of the model that the training starts with."""
     # routers read it when they are made
     noise = {} if args.gumbel_noise is None else {"gumbel_noise": args.gumbel_noise}
+    if not args.model:
+        return model_config(args.recipe, processor, noise)
+    config = MomaConfig.from_pretrained(args.model)
+    # made anew, since what from_pretrained overrides is not checked
+    config = MomaConfig.from_dict({**config.to_dict(), **noise})
+    check_layout(config, processor.token_layout())
+    return config
+
+
+def build_model(
+    args: argparse.Namespace, processor: MomaProcessor, config: MomaConfig
+) -> "MomaForCausalLM | PeftModel":
     if args.model:
-        config = MomaConfig.from_pretrained(args.model)
-        # made anew, since what from_pretrained overrides is not checked
-        config = MomaConfig.from_dict({**config.to_dict(), **noise})
         # whatever dtype it was saved in: steps are too small for bf16 weights
         model = MomaForCausalLM.from_pretrained(args.model, config=config, dtype=torch.float32)
-        check_layout(model.config, processor.token_layout())
     else:
-        model = MomaForCausalLM(model_config(args.recipe, processor, noise))
+        model = MomaForCausalLM(config)
         initialize_code_embeddings(model, processor.vq_model.quantize.embedding.weight)
     model.set_attn_implementation(args.attn_implementation)
     if args.lora_rank is not None:
@@ -110,9 +186,7 @@ def training_stream(
     args: argparse.Namespace, tokens: TokenFolder, sources: list[Source], num_examples: int
 ) -> PackedExamples | DocumentExamples:
     """Packed sequences or documents of their own, as the recipe has it, or else the tokens."""
-    data, processor = args.recipe.data, tokens.encoder.processor
-    packed = tokens.manifest["packed"] if data is None else data.packed
-    length = tokens.manifest["sequence_length"] if data is None else data.sequence_length
+    processor, (packed, length) = tokens.encoder.processor, packing(args, tokens)
     documents = [tokens.documents(source) for source in sources]
     weights = [source.weight for source in sources]
     if not packed:
@@ -142,12 +216,12 @@ def sample_callback(
     return [SampleCallback(fields, tokens.encoder.processor, held_out, metrics)]  # pyright: ignore[reportArgumentType]
 
 
-def build_trainer(args: argparse.Namespace) -> StageTrainer:
-    processor = MomaProcessor.from_pretrained(args.processor)
-    tokens = TokenFolder(args.tokens, processor)
-    sources = args.recipe.sources or tokens.sources()
+def build_trainer(args: argparse.Namespace, parts: RunParts | None = None) -> StageTrainer:
+    parts = read_parts(args) if parts is None else parts
+    processor, tokens, sources = parts.processor, parts.tokens, parts.sources
+    training_arguments = parts.training_arguments
     set_seed(args.seed)
-    model = build_model(args, processor)
+    model = build_model(args, processor, parts.config)
     config = model.config
     # saved with the checkpoints; truncation and pipelines cut there
     processor.tokenizer.model_max_length = config.max_position_embeddings
@@ -156,8 +230,6 @@ def build_trainer(args: argparse.Namespace) -> StageTrainer:
         model.print_trainable_parameters()  # pyright: ignore[reportCallIssue]
     if noise := noise_description(model):
         print(noise)
-    training_arguments = make_training_arguments(args)
-    earlier_steps = first_step(args, training_arguments)
     stream = training_stream(args, tokens, sources, args.steps * examples_a_step(training_arguments))
     if isinstance(stream, PackedExamples):
         # its order is random already, and a sequence needs what was left of the one before
@@ -169,8 +241,8 @@ def build_trainer(args: argparse.Namespace) -> StageTrainer:
         training_arguments.eval_strategy, training_arguments.eval_on_start = IntervalStrategy.NO, False
     weights = {source.name: source.weight for source in sources}
     feeding = FeedingCallback(weights, stream.epochs, examples_a_step(training_arguments))
-    metrics = MomaMetricsCallback()
-    callbacks = [metrics, feeding, FollowArguments(), *sample_callback(args, tokens, sources, metrics)]
+    metrics, fingerprint = MomaMetricsCallback(), RunFingerprint(parts.facts)
+    callbacks = [metrics, feeding, fingerprint, FollowArguments(), *sample_callback(args, tokens, sources, metrics)]
     if args.stop_at:
         callbacks.append(StopAt(args.stop_at))
     trainer = StageTrainer(
@@ -184,9 +256,15 @@ def build_trainer(args: argparse.Namespace) -> StageTrainer:
     )
     if args.train_groups:
         trainer.train_only(args.train_groups)
-    trainer.first_step, trainer.earlier_stage, trainer.feeding = earlier_steps, args.model, feeding
+    trainer.first_step, trainer.earlier_stage, trainer.feeding = parts.first_step, args.model, feeding
     trainer.processor = processor
     return trainer
+
+
+def resumed_checkpoint(args: argparse.Namespace) -> tuple[str | None, int]:
+    """The checkpoint in the output folder that a run goes on from, and the steps that it has taken."""
+    checkpoint = last_checkpoint(args.output) if args.resume else None
+    return checkpoint, 0 if checkpoint is None else int(checkpoint.rpartition("-")[2])
 
 
 def pretrain(args: argparse.Namespace):
@@ -195,29 +273,52 @@ def pretrain(args: argparse.Namespace):
 
     Args:
         args: of `moma pretrain`.
+
+    Raises:
+        ValueError: the output folder holds another run, or this one and `--resume` is not given.
     """
-    trainer = build_trainer(args)
-    processor = trainer.processor
+    parts = read_parts(args)
+    check_output(args.output, parts.facts, args.resume)
+    wanted, done = args.stop_at or args.steps, finished_at(args.output)
+    checkpoint, taken = resumed_checkpoint(args)
+    is_first = parts.training_arguments.process_index == 0
+    if done is not None and done >= wanted:
+        if is_first:
+            print(f"{args.output}: this run has taken {done} of {wanted} steps and is finished; nothing is changed.")
+        return
+    if taken > wanted:
+        raise ValueError(
+            f"`--output` {args.output!r} has taken {taken} steps already, more than the {wanted} of `--steps` and "
+            "`--stop-at`: give at least as many, or another `--output`."
+        )
+    if taken == wanted and is_first:
+        print(f"{args.output}: this run has taken all of its {taken} steps; what is missing is written.")
+    trainer = build_trainer(args, parts)
+    processor = parts.processor
     output = Path(args.output).absolute()
     run = {
         "examples_a_step": examples_a_step(trainer.args),
         "first_step": trainer.first_step,
+        "fingerprint": parts.facts,
         "arguments": {**vars(args), "recipe": args.recipe_file},
     }
     if trainer.is_world_process_zero():
         write_aside(output / RUN_FILE, lambda path: path.write_text(json.dumps(run, indent=2) + "\n"))
-    checkpoint = last_checkpoint(args.output) if args.resume else None
     if checkpoint is None and trainer.first_step:
         # restores the position in the data
         checkpoint = args.model
-    elif checkpoint is not None and args.stop_at and checkpoint.endswith(f"-{args.stop_at}"):
+    elif args.stop_at and taken == args.stop_at:
         # killed between its last checkpoint and its end: the loop would take one more step before it looks
         if trainer.is_world_process_zero():
-            copy_checkpoint(checkpoint, output, processor)
+            copy_checkpoint(str(checkpoint), output, processor)
         return
-    trainer.train(resume_from_checkpoint=checkpoint)
+    with without_torn_checkpoints(output):
+        trainer.train(resume_from_checkpoint=checkpoint)
     if args.lora_rank is not None:
         trainer.merge_adapters()
+    if trainer.is_world_process_zero():
+        # of a stage that was stopped: while another model is written over its own, no run is finished here
+        (output / TRAINER_STATE_NAME).unlink(missing_ok=True)
     trainer.save_model()
     if trainer.is_world_process_zero():
         # the model can be used from its folder alone

@@ -48,7 +48,25 @@ class FollowArguments(TrainerCallback):
         state.compute_steps(args, state.max_steps)
 
 
-class StageTrainer(Trainer):
+class ResumedTrainer(Trainer):
+    """A Trainer that logs no loss of a start that had no step left to take.
+
+    Attributes:
+        has_trained (`bool`): whether this start has taken a step.
+    """
+
+    has_trained = False
+
+    def log(self, logs, start_time=None):
+        if "train_loss" not in logs or self.has_trained:
+            super().log(logs, start_time)
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        self.has_trained = True
+        return super().training_step(model, inputs, num_items_in_batch)
+
+
+class StageTrainer(ResumedTrainer):
     """A Trainer whose optimizer and schedule begin where an earlier stage ended, and that measures how it is fed.
 
     Attributes:

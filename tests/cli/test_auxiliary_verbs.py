@@ -169,6 +169,28 @@ def test_calibrate_sets_the_routing_that_it_is_told(inputs, trained, tmp_path):
     assert not (tmp_path / "never").exists()
 
 
+def test_a_run_goes_on_from_its_own_checkpoints_alone(inputs, trained, tmp_path, capsys):
+    shutil.copytree(trained / "checkpoint-4", tmp_path / "out" / "checkpoint-4")
+    before = sorted((tmp_path / "out").rglob("*"))
+    for more, difference in (
+        (["--seed", "1"], "seed = 0 there and 1"),
+        (["--batch-size", "2"], "examples_a_step = 4"),
+    ):
+        with pytest.raises(ValueError, match=f"holds another run: of checkpoint-4 .*{difference}"):
+            auxiliary_run(inputs, tmp_path / "out", "--resume", *more)
+    other = MomaForCausalLM.from_pretrained(inputs / "model")
+    other.lm_head.weight.data += 1
+    other.save_pretrained(tmp_path / "other")
+    with pytest.raises(ValueError, match="holds another run: of checkpoint-4 .*weights = "):
+        run(train, inputs, tmp_path / "out", "--steps", "4", "--resume", model=tmp_path / "other")
+    assert sorted((tmp_path / "out").rglob("*")) == before
+    capsys.readouterr()
+    auxiliary_run(inputs, tmp_path / "out", "--resume")
+    told = capsys.readouterr().out
+    assert "has taken all of its 4 steps; its routers are judged anew" in told and "train_loss" not in told
+    assert_same(load_file(trained / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors"))
+
+
 def test_folders_of_other_models_are_refused(inputs, trained, tmp_path):
     other = tmp_path / "other"
     shutil.copytree(inputs / "model", other)

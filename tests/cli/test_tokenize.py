@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`moma tokenize` on a cluster: the command that submitted the jobs adds up what they wrote."""
+"""`moma tokenize` on a cluster and `moma build-processor`: what is in their folders when they start."""
 
 import json
 
+import pytest
+
 from helpers.tiny import tiny_processor
-from modeling_moma.cli import tokenize
+from modeling_moma.cli import build_processor, tokenize
 
 
 def test_same_command_after_the_jobs_of_a_cluster_writes_the_manifest(tmp_path, capsys):
@@ -21,3 +23,19 @@ def test_same_command_after_the_jobs_of_a_cluster_writes_the_manifest(tmp_path, 
     tokenize.main([*command, "--engine", "slurm", "--partition", "any"])
     assert json.loads(manifest.read_text()) == expected
     assert "| lines, train | 3 |" in capsys.readouterr().out
+
+
+def test_folders_of_something_else_are_left_as_they_are(tmp_path):
+    processor = tiny_processor()
+    processor.save_pretrained(tmp_path / "processor")
+    processor.vq_model.save_pretrained(tmp_path / "tokenizer")
+    (tmp_path / "lines.txt").write_text("red apple\ncastle\n")
+    (tmp_path / "recipe.yaml").write_text(f"sources: {{lines: {{data: {tmp_path}/lines.txt, text: text}}}}\n")
+    recipe, output = str(tmp_path / "recipe.yaml"), ["--output", str(tmp_path / "processor")]
+    before = {path: path.stat().st_mtime_ns for path in sorted((tmp_path / "processor").rglob("*"))}
+    with pytest.raises(ValueError, match="`--output`.* has files of something else in it"):
+        tokenize.main([recipe, "--processor", str(tmp_path / "processor"), *output, "--processes", "1"])
+    # tokens may be made with the processor that lies there
+    with pytest.raises(ValueError, match="`--output`.* has files of something else in it"):
+        build_processor.main([recipe, "--tokenizer", str(tmp_path / "tokenizer"), "--vocab-size", "290", *output])
+    assert {path: path.stat().st_mtime_ns for path in sorted((tmp_path / "processor").rglob("*"))} == before

@@ -175,6 +175,32 @@ def test_a_run_is_not_resumed_with_other_arguments(folder, tmp_path, change, nam
     assert {path.name for path in (tmp_path / "out").iterdir()} == before
 
 
+@pytest.mark.parametrize("kill", [4, None], ids=["killed", "finished"])
+def test_a_run_is_not_begun_anew_in_its_folder(folder, tmp_path, kill, capsys):
+    output = tmp_path / "out"
+    try:
+        main(arguments(folder, output, "--held-out-pictures", "5"), kill_after(kill))
+    except Killed:
+        pass
+    before = {path: path.stat().st_mtime_ns for path in sorted(output.rglob("*"))}
+    with pytest.raises(
+        ValueError, match=f"'{output}' holds a run already, {3 if kill else 8} steps of it: `--resume`"
+    ):
+        main(arguments(folder, output))
+    assert {path: path.stat().st_mtime_ns for path in sorted(output.rglob("*"))} == before
+    main(arguments(folder, output, "--resume", "--held-out-pictures", "5"))
+    said = "this run has taken all of its steps" if kill is None else "resuming from step 3"
+    assert said in capsys.readouterr().out
+
+
+def test_another_model_is_not_written_over(folder, tmp_path):
+    (tmp_path / "model.safetensors").write_text("of something else")
+    for more in ([], ["--resume"]):
+        with pytest.raises(ValueError, match="has files of something else in it, such as 'model.safetensors'"):
+            main(arguments(folder, tmp_path, *more))
+    assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
+
+
 def test_a_run_is_not_resumed_with_other_pictures(folder, tmp_path):
     with pytest.raises(Killed):
         main(arguments(folder, tmp_path / "out"), kill_after(4))

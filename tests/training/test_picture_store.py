@@ -115,7 +115,7 @@ def test_strict_stops_at_the_first_bad_picture(camera, tmp_path):
     main(command(tmp_path, sources))
     # also where they were left out by an earlier start
     with pytest.raises(ValueError, match="--strict: source 'photos', split 'train', row 14"):
-        main(command(tmp_path, sources, "--strict"))
+        main(command(tmp_path, sources, "--strict", "--resume"))
 
 
 def test_no_picture_left_says_why(tmp_path):

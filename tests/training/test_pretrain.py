@@ -139,8 +139,8 @@ def run(inputs, output, *more, start=None, callbacks=()):
         if model.training:
             batches.append(kwargs["input_ids"].tolist())
 
-    def build(args):
-        trainer = build_trainer(args)
+    def build(*parts):
+        trainer = build_trainer(*parts)
         trainer.model.register_forward_pre_hook(record, with_kwargs=True)
         for callback in (at_start, *callbacks):
             trainer.add_callback(callback)

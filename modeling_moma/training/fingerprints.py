@@ -1,0 +1,203 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run is made of, held by each of its checkpoints, so that no run goes on from those of another."""
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import ExportableState
+
+from .. import MomaConfig
+from ..data.documents import TokenFolder
+from ..data.packing import PACKING_RULE
+from ..data.sources import TRAIN, Source
+from .checkpoints import read_state, whole_checkpoints
+from .files import refuse_files
+from .runs import RUN_FILE
+
+
+# facts by name, in sections
+Facts = dict[str, dict[str, Any]]
+
+# settings of a Trainer that decide on the steps, whatever their number and wherever they are taken
+_OF_STEPS = (
+    *("learning_rate", "weight_decay", "warmup_steps", "optim", "max_grad_norm"),
+    *("adam_beta1", "adam_beta2", "adam_epsilon", "lr_scheduler_type", "lr_scheduler_kwargs"),
+)
+# fields of a source that say where its rows come from: what came of them is in the tokens
+_OF_ROWS = ("data", "load", "splits", "held_out", "root")
+# of a file so many bytes are read, in so many places
+_BLOCK_BYTES, _BLOCKS = 1 << 16, 256
+# letters of a value in a message
+_LONGEST_VALUE = 60
+_WAYS = "Give another `--output`, or delete this folder to start over."
+
+
+class RunFingerprint(TrainerCallback, ExportableState):
+    """
+    Puts what a run is made of into the state that `Trainer` writes last of all into each checkpoint.
+
+    Args:
+        facts: plain values as JSON has them, by section and name.
+    """
+
+    def __init__(self, facts: Facts):
+        self.facts = facts
+
+    def state(self) -> dict[str, Any]:
+        """What `Trainer` saves of it."""
+        return {"args": {"facts": self.facts}, "attributes": {}}
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        """Take the place of what an earlier stage has left, or has not."""
+        state.stateful_callbacks[type(self).__name__] = self.state()  # pyright: ignore[reportArgumentType, reportCallIssue, reportOptionalSubscript]
+
+
+def as_facts(sections: dict[str, dict[str, Any]]) -> Facts:
+    """Facts as they look when they are read."""
+    return json.loads(json.dumps(sections, default=str))
+
+
+def model_facts(config: MomaConfig, folder: str | None) -> dict[str, Any]:
+    """
+    Settings of a model and the source of its weights.
+
+    Args:
+        config: that it is trained with.
+        folder: of the weights that it starts from, or a name on the Hub; `None` where they are new.
+    """
+    # of decoding alone
+    names = [name for name in MomaConfig.__annotations__ if hasattr(config, name) and name != "use_cache"]
+    weights: Any = None
+    if folder is not None:
+        files = sorted(path for kind in ("*.safetensors", "pytorch_model*.bin") for path in Path(folder).glob(kind))
+        # a name on the Hub has no files here
+        weights = files_digest(files) if files else [folder, getattr(config, "_commit_hash", None)]
+    return {**{name: getattr(config, name) for name in names}, "weights": weights}
+
+
+def data_facts(tokens: TokenFolder, sources: Sequence[Source], packed: bool, sequence_length: int) -> dict[str, Any]:
+    """
+    What decides on the rows of a training, wherever the tokens lie.
+
+    Args:
+        tokens: the folder.
+        sources: those that are trained on.
+        packed: whether sequences are packed.
+        sequence_length: of them, in tokens.
+    """
+    facts: dict[str, Any] = {"sources": [source.name for source in sources]}
+    for source in sources:
+        splits = tokens.manifest["sources"].get(source.name, {}).get("splits", {})
+        files = [tokens.folder / name for name in splits.get(TRAIN, {}).get("files", [])]
+        fields = {name: value for name, value in source.fields().items() if name not in _OF_ROWS}
+        facts[f"source {source.name}"] = {**fields, "weight": source.weight, "tokens": files_digest(files)}
+    rule = PACKING_RULE if packed else None
+    return {**facts, "packed": packed, "sequence_length": sequence_length, "packing_rule": rule}
+
+
+def step_facts(arguments: TrainingArguments) -> dict[str, Any]:
+    """The settings of a Trainer's optimizer and schedule."""
+    return {name: getattr(arguments, name) for name in _OF_STEPS}
+
+
+def files_digest(paths: Iterable[Path]) -> str:
+    """A hash of files, of their sizes and of up to 16 MiB that are spread over each, wherever they lie."""
+    digest = hashlib.sha256()
+    for path in paths:
+        size = path.stat().st_size
+        digest.update(f"{size} ".encode())
+        last = max(size - _BLOCK_BYTES, 0)
+        with path.open("rb") as file:
+            for start in sorted({last * number // (_BLOCKS - 1) for number in range(_BLOCKS)}):
+                file.seek(start)
+                digest.update(file.read(_BLOCK_BYTES))
+    return digest.hexdigest()[:32]
+
+
+def check_output(output: str, facts: Facts, resume: bool) -> None:
+    """
+    Refuses an output folder with checkpoints, or a model, that the run to come must not go on from or write over.
+
+    What a run has left that was killed before its first checkpoint is no hindrance.
+
+    Args:
+        output: the folder, which may be missing.
+        facts: of the run to come.
+        resume: whether it is to go on from its own checkpoints.
+
+    Raises:
+        ValueError: names what is in the folder, and what is different in its run.
+    """
+    folder = Path(output)
+    held = {path.name: read_state(path) for path in whole_checkpoints(folder)}
+    if (folder / TRAINER_STATE_NAME).is_file():
+        held[TRAINER_STATE_NAME] = read_state(folder)
+    records = {name: _facts_of_state(state) for name, state in held.items()}
+    # a run may be killed while it writes its model and have no checkpoint
+    if not records and (folder / RUN_FILE).is_file() and any(map(_is_of_model, folder.glob("*"))):
+        records[RUN_FILE] = json.loads((folder / RUN_FILE).read_text()).get("fingerprint")
+    for name, then in records.items():
+        if then is None:
+            raise ValueError(
+                f"`--output` {output!r} holds another run: {name} does not say what it was made of, as those of "
+                f"earlier versions, whose sequences were packed otherwise. {_WAYS}"
+            )
+        different = difference(then, facts)
+        if different:
+            raise ValueError(f"`--output` {output!r} holds another run: of {name} {different}. {_WAYS}")
+    if not records:
+        refuse_files(output, lambda path: not _is_of_model(path))
+    elif not resume:
+        step = max((state["global_step"] for state in held.values() if state), default=0)
+        raise ValueError(
+            f"`--output` {output!r} holds this run already, {step} steps of it: `--resume` goes on with it. {_WAYS}"
+        )
+
+
+def finished_at(output: str | Path) -> int | None:
+    """The step at which the run in a folder was finished, or stopped, with all of its files; `None` before."""
+    state = read_state(Path(output))
+    return None if state is None else state["global_step"]
+
+
+def difference(then: Facts, now: Facts) -> str | None:
+    """The first fact that differs, in words; those that one of both versions does not know are passed over."""
+    for section, facts in now.items():
+        before = then.get(section, {})
+        for name, value in facts.items():
+            if name in before and before[name] != value:
+                return f"the {section} is another, {name} = {_short(before[name])} there and {_short(value)} now"
+    return None
+
+
+def _facts_of_state(state: dict[str, Any] | None) -> Facts | None:
+    record = ((state or {}).get("stateful_callbacks") or {}).get(RunFingerprint.__name__)
+    return record["args"]["facts"] if isinstance(record, dict) else None
+
+
+def _is_of_model(path: Path) -> bool:
+    return path.name == "config.json" or path.suffix == ".safetensors"
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= _LONGEST_VALUE else f"{text[: _LONGEST_VALUE - 3]}..."
+
+
+__all__ = [
+    "Facts",
+    "RunFingerprint",
+    "as_facts",
+    "check_output",
+    "data_facts",
+    "difference",
+    "files_digest",
+    "finished_at",
+    "model_facts",
+    "step_facts",
+]

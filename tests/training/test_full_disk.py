@@ -1,0 +1,186 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Disks that are really full: one line, nothing of what was written is lost, and the same command goes on."""
+
+import json
+import resource
+import shutil
+import subprocess
+
+import pytest
+import torch
+from datasets import Dataset, Features, Image, Value
+from safetensors.torch import load_file
+
+from helpers.tiny import noise_pictures, tiny_processor, write_tokens
+from modeling_moma.cli.main import main
+from modeling_moma.training.checkpoints import last_checkpoint
+
+
+DISK_BYTES = 64 * 2**20
+
+
+class FullDisk:
+    """A file system in memory, with as much room as a test wants."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def leave(self, size):
+        ballast = self.folder / "ballast"
+        ballast.unlink(missing_ok=True)
+        with ballast.open("wb") as file:
+            file.truncate(0)
+            free = shutil.disk_usage(self.folder).free
+            file.write(bytes(max(free - size, 0)))
+
+    def make_room(self):
+        (self.folder / "ballast").unlink(missing_ok=True)
+
+
+class LargestFile:
+    """Where nothing can be mounted: files of this process may have so many bytes, which the system holds it to."""
+
+    def __init__(self, folder):
+        self.folder, self.before = folder, resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def leave(self, size):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (min(size, 1000), self.before[1]))
+
+    def make_room(self):
+        resource.setrlimit(resource.RLIMIT_FSIZE, self.before)
+
+
+@pytest.fixture(params=["full disk", "limit"])
+def disk(request, tmp_path):
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if request.param == "limit":
+        limit = LargestFile(folder)
+        yield limit
+        limit.make_room()
+        return
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={DISK_BYTES}", "tmpfs", str(folder)])
+    if mounted.returncode:
+        pytest.skip("needs the right to mount a file system in memory; the other parameter does without")
+    yield FullDisk(folder)
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("inputs")
+    processor = tiny_processor()
+    processor.save_pretrained(folder / "processor")
+    write_tokens(folder / "tokens", processor, train=12, validation=4)
+    fields = {"hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    (folder / "recipe.json").write_text(json.dumps({"model": {**fields, "max_position_embeddings": 64}}))
+    rows = {"image": noise_pictures(300), "label": [f"thing {index}" for index in range(300)]}
+    features = Features({"image": Image(), "label": Value("string")})
+    Dataset.from_dict(rows, features=features).to_parquet(folder / "train.parquet")
+    source = {"data": str(folder / "train.parquet"), "image": "image", "text": "label", "codings": 4}
+    (folder / "sources.yaml").write_text(json.dumps({"sources": {"things": source}}))
+    return folder
+
+
+def tokenize(inputs, output):
+    options = ["--rows-per-shard", "128", "--processes", "1"]
+    paths = ["--processor", str(inputs / "processor"), "--output", str(output)]
+    return main(["tokenize", str(inputs / "sources.yaml"), *paths, *options])
+
+
+def pretrain(inputs, output):
+    paths = ["--processor", str(inputs / "processor"), "--tokens", str(inputs / "tokens"), "--output", str(output)]
+    sizes = "--steps 4 --batch-size 2 --eval-steps 4 --save-steps 1 --warmup-steps 1 --bf16 off --resume"
+    return main(["pretrain", str(inputs / "recipe.json"), *paths, *sizes.split()])
+
+
+def train_image_tokenizer(inputs, output):
+    config = {"resolution": 16, "patch_size": 4, "channel_multiplier": [1], "base_channels": 16, "latent_channels": 16}
+    config |= {"embed_dim": 8, "num_embeddings": 32, "num_res_blocks": 1, "norm_type": "none"}
+    (inputs / "config.json").write_text(json.dumps(config))
+    sizes = "--steps 4 --batch-size 2 --save-every 2 --warmup-steps 1 --held-out-pictures 4 --bf16 off --resume"
+    paths = [str(inputs / "sources.yaml"), "--config", str(inputs / "config.json"), "--output", str(output)]
+    return main(["train-image-tokenizer", *paths, *sizes.split()])
+
+
+def size_of(folder):
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def assert_one_line(capsys, disk, says):
+    told = capsys.readouterr().err
+    assert "Traceback" not in told
+    (line,) = [line for line in told.splitlines() if line.startswith("error: ")]
+    assert line.startswith("error: the disk is full: ") and str(disk.folder) in line and line.endswith(says)
+
+
+def assert_same_weights(first, second):
+    mine, expected = load_file(first / "model.safetensors"), load_file(second / "model.safetensors")
+    assert mine.keys() == expected.keys() and all(torch.equal(mine[name], expected[name]) for name in expected)
+
+
+def contents(folder, kind):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob(kind)}
+
+
+def test_tokens(inputs, disk, tmp_path, capsys):
+    assert tokenize(inputs, tmp_path / "whole") == 0
+    output = disk.folder / "tokens"
+    for share in (0.02, 0.3, 0.2):
+        disk.leave(int(share * size_of(tmp_path / "whole")))
+        assert tokenize(inputs, output) == 1
+        disk.make_room()
+        assert_one_line(capsys, disk, "The shards that are done are whole. Make room, and the same command goes on.")
+        assert not [path for path in output.rglob("*") if ".partial" in path.name]
+        whole = contents(tmp_path / "whole", "*.arrow")
+        assert contents(output, "*.arrow").items() <= whole.items()
+    assert tokenize(inputs, output) == 0
+    for kind in ("*.arrow", "*.json"):
+        assert contents(output, kind) == contents(tmp_path / "whole", kind)
+
+
+GO_ON = "What was written before is whole. Make room, and the same command with `--resume` goes on."
+
+
+def test_checkpoints(inputs, disk, tmp_path, capsys):
+    assert pretrain(inputs, tmp_path / "whole") == 0
+    size = size_of(tmp_path / "whole" / "checkpoint-4")
+    output = disk.folder / "run"
+    before = None
+    # within the model, the optimizer and what comes after it, of the first checkpoint and of a later one
+    for share in (0.1, 0.2, 0.6, 0.98, 1.5, 1.99):
+        disk.leave(int(share * size))
+        assert pretrain(inputs, output) == 1
+        disk.make_room()
+        assert_one_line(capsys, disk, GO_ON)
+        names = sorted(path.name for path in output.glob("checkpoint-*"))
+        # none that takes room and is of no use
+        assert all((output / name / "trainer_state.json").is_file() for name in names)
+        assert before is None or last_checkpoint(output) is not None
+        before = last_checkpoint(output)
+    assert pretrain(inputs, output) == 0
+    assert_same_weights(output, tmp_path / "whole")
+
+
+def test_checkpoints_of_the_picture_tokenizer(inputs, disk, tmp_path, capsys):
+    assert train_image_tokenizer(inputs, tmp_path / "whole") == 0
+    shutil.copytree(tmp_path / "whole" / "pictures", disk.folder / "run" / "pictures")
+    size = size_of(tmp_path / "whole" / "checkpoint-0000004")
+    for share in (0.1, 0.6, 1.5):
+        disk.leave(int(share * size))
+        assert train_image_tokenizer(inputs, disk.folder / "run") == 1
+        disk.make_room()
+        assert_one_line(capsys, disk, GO_ON)
+        assert not list((disk.folder / "run").glob("*.aside"))
+    assert train_image_tokenizer(inputs, disk.folder / "run") == 0
+    assert_same_weights(disk.folder / "run", tmp_path / "whole")
+
+
+def test_a_damaged_file_is_no_full_disk(inputs, tmp_path, capsys):
+    """What reads torch's files speaks of the same source file as what writes them."""
+    assert pretrain(inputs, tmp_path / "run") == 0
+    (tmp_path / "run" / "trainer_state.json").unlink()
+    (tmp_path / "run" / "checkpoint-4" / "optimizer.pt").write_bytes(b"PK" + bytes(100))
+    with pytest.raises(Exception) as raised:
+        pretrain(inputs, tmp_path / "run")
+    assert "disk" not in str(raised.value)
