@@ -147,6 +147,22 @@ class MomaVQMiddle(nn.Module):
         return self.block_2(self.attn_1(self.block_1(hidden_states)))
 
 
+def _to_patches(pixel_values: torch.Tensor, patch_size: int) -> torch.Tensor:
+    """`F.pixel_unshuffle`, by which a batch of no pictures keeps its old shape."""
+    if pixel_values.shape[0] > 0:
+        return F.pixel_unshuffle(pixel_values, patch_size)
+    _, channels, height, width = pixel_values.shape
+    return pixel_values.reshape(0, channels * patch_size**2, height // patch_size, width // patch_size)
+
+
+def _from_patches(patches: torch.Tensor, patch_size: int) -> torch.Tensor:
+    """`F.pixel_shuffle`, through which no gradient of a batch of no pictures passes."""
+    if patches.shape[0] > 0:
+        return F.pixel_shuffle(patches, patch_size)
+    _, channels, height, width = patches.shape
+    return patches.reshape(0, channels // patch_size**2, height * patch_size, width * patch_size)
+
+
 class MomaVQEncoder(nn.Module):
     """Pictures `(batch, in_channels, side, side)` to latents `(batch, latent_channels, grid, grid)`."""
 
@@ -170,7 +186,7 @@ class MomaVQEncoder(nn.Module):
         self.conv_out = nn.Conv2d(widths[-1], config.latent_channels, kernel_size=3, padding=1)
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        hidden_states = self.conv_in(F.pixel_unshuffle(pixel_values, self.patch_size))
+        hidden_states = self.conv_in(_to_patches(pixel_values, self.patch_size))
         for level in self.down:
             hidden_states = level(hidden_states)
         if self.trunk is not None and self.trunk_proj is not None:
@@ -204,7 +220,7 @@ class MomaVQDecoder(nn.Module):
         for level in reversed(self.up):
             hidden_states = level(hidden_states)
         hidden_states = self.conv_out(F.silu(self.norm_out(hidden_states)))
-        return F.pixel_shuffle(hidden_states, self.patch_size)
+        return _from_patches(hidden_states, self.patch_size)
 
 
 __all__ = ["MomaVQBranchEnd", "MomaVQDecoder", "MomaVQEncoder"]

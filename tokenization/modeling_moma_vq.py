@@ -28,7 +28,7 @@ from transformers.utils.generic import can_return_tuple
 
 from .blocks_moma_vq import MomaVQBranchEnd, MomaVQDecoder, MomaVQEncoder
 from .configuration_moma_vq import MomaVQConfig
-from .quantizer_moma_vq import MomaVQQuantizer
+from .quantizer_moma_vq import MomaVQQuantizer, mean_loss
 from .trunk_moma_vq import MomaVQTrunk
 
 
@@ -41,7 +41,7 @@ _HOST_PIXELS = 2**16
 class MomaVQOutput(ModelOutput):
     r"""
     loss (`torch.FloatTensor` of shape `()`):
-        Weighted sum of the losses below.
+        Weighted sum of the losses below, which are all 0 of no pictures.
     reconstruction_loss (`torch.FloatTensor` of shape `()`):
         `l1_weight` times the mean absolute error plus `l2_weight` times the mean squared error of the pixels.
     commitment_loss (`torch.FloatTensor` of shape `()`):
@@ -254,7 +254,13 @@ class MomaVQModel(PreTrainedModel):
 
     @torch.no_grad()
     def initialize_codebook(self, pixel_values: torch.Tensor, iterations: int = 5) -> None:
-        """Set the codebook to the k-means centres of the latents of `pixel_values`, once before training."""
+        """Set the codebook to the k-means centres of the latents of `pixel_values`, once before training.
+
+        Raises:
+            `ValueError`: there are no pictures.
+        """
+        if pixel_values.shape[0] == 0:
+            raise ValueError("pixel_values holds no pictures: a codebook is made of the latents of one at least.")
         latents = self.encode(pixel_values).float()
         self.quantize.fit(latents.permute(0, 2, 3, 1).flatten(0, 2), iterations)
 
@@ -298,14 +304,14 @@ class MomaVQModel(PreTrainedModel):
         quantized, commitment_loss, image_tokens = self.quantize(latents)
         reconstruction = self.decode(quantized).float()
         target = pixel_values.float()
-        reconstruction_loss = self.config.l1_weight * F.l1_loss(
-            reconstruction, target
-        ) + self.config.l2_weight * F.mse_loss(reconstruction, target)
+        reconstruction_loss = self.config.l1_weight * mean_loss(
+            F.l1_loss, reconstruction, target
+        ) + self.config.l2_weight * mean_loss(F.mse_loss, reconstruction, target)
         loss = reconstruction_loss + commitment_loss
 
         perceptual_loss = None
         if perceptual_distance is not None:
-            perceptual_loss = perceptual_distance(reconstruction, target)
+            perceptual_loss = mean_loss(perceptual_distance, reconstruction, target)
             loss = loss + self.config.perceptual_weight * perceptual_loss
 
         semantic_loss, semantic_prediction = None, None
@@ -339,13 +345,16 @@ class MomaVQModel(PreTrainedModel):
                 f"semantic_targets must have shape {tuple(prediction.shape)} (batch_size, config.semantic_dim), got "
                 f"{tuple(targets.shape)}."
             )
-        targets = targets.float()
-        return (1 - F.cosine_similarity(prediction, targets)).mean() + 0.1 * F.mse_loss(prediction, targets)
+
+        def distance(prediction: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+            return (1 - F.cosine_similarity(prediction, targets)).mean() + 0.1 * F.mse_loss(prediction, targets)
+
+        return mean_loss(distance, prediction, targets.float())
 
     def codebook_perplexity(self, image_tokens: torch.Tensor) -> torch.Tensor:
-        """Exponential of the entropy of the codes: the number of codes in use, if they were used alike."""
+        """Exponential of the entropy of the codes: the number of codes in use, if they were used alike; 1 of none."""
         counts = torch.bincount(image_tokens.flatten(), minlength=self.config.num_embeddings).float()
-        return torch.special.entr(counts / counts.sum()).sum().exp()
+        return torch.special.entr(counts / counts.sum().clamp(min=1)).sum().exp()
 
 
 __all__ = ["MomaVQModel", "MomaVQOutput"]

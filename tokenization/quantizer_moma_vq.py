@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The codebook of the picture tokenizer: nearest codes, moving averages, revival and k-means."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -11,6 +13,13 @@ from .configuration_moma_vq import MomaVQConfig
 
 # latents compared with the codebook at a time
 ASSIGN_PIECE = 512
+
+
+def mean_loss(
+    loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], values: torch.Tensor, targets: torch.Tensor
+) -> torch.Tensor:
+    """A loss that takes the mean, and 0 where there is nothing to take it of."""
+    return loss(values, targets) if values.numel() > 0 else (values - targets).sum()
 
 
 class MomaVQQuantizer(nn.Module):
@@ -44,7 +53,7 @@ class MomaVQQuantizer(nn.Module):
     def nearest(self, latents: torch.Tensor) -> torch.Tensor:
         """Latents `(batch, embed_dim, grid, grid)` to codes `(batch, grid * grid)`."""
         vectors = latents.detach().float().permute(0, 2, 3, 1).flatten(0, 2)
-        return self.assign(vectors).view(latents.shape[0], -1)
+        return self.assign(vectors).view(latents.shape[0], latents.shape[2] * latents.shape[3])
 
     def lookup(self, image_tokens: torch.Tensor, grid: int) -> torch.Tensor:
         """Codes `(batch, grid * grid)` to float32 vectors `(batch, embed_dim, grid, grid)`."""
@@ -55,16 +64,21 @@ class MomaVQQuantizer(nn.Module):
         latents = latents.float()
         image_tokens = self.nearest(latents)
         codes = self.lookup(image_tokens, latents.shape[-1])
-        commitment = F.mse_loss(latents, codes.detach())
+        commitment = mean_loss(F.mse_loss, latents, codes.detach())
         if self.decay is None:
-            loss = commitment + self.beta * F.mse_loss(codes, latents.detach())
+            loss = commitment + self.beta * mean_loss(F.mse_loss, codes, latents.detach())
         else:
             loss = self.beta * commitment
         # straight-through: the gradient of the quantised latents is that of the latents
         return latents + (codes - latents).detach(), loss, image_tokens
 
     def update(self, vectors: torch.Tensor, image_tokens: torch.Tensor) -> None:
-        """Move the averages towards `(n, embed_dim)` vectors and their `(n,)` codes, and revive dead codes."""
+        """Move the averages towards `(n, embed_dim)` vectors and their `(n,)` codes, and revive dead codes.
+
+        Without any vector nothing changes.
+        """
+        if vectors.shape[0] == 0:
+            return
         counts = torch.bincount(image_tokens, minlength=self.ema_count.shape[0]).to(self.ema_count.dtype)
         sums = torch.zeros_like(self.ema_sum).index_add_(0, image_tokens, vectors.to(self.ema_sum.dtype))
         step = 1 - self.decay  # pyright: ignore[reportOperatorIssue]
@@ -95,4 +109,4 @@ class MomaVQQuantizer(nn.Module):
             self.ema_sum.copy_(self.embedding.weight)
 
 
-__all__ = ["MomaVQQuantizer"]
+__all__ = ["MomaVQQuantizer", "mean_loss"]

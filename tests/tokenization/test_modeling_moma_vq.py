@@ -348,3 +348,45 @@ def test_the_small_preset_has_about_four_million_parameters():
     with torch.device("meta"):
         model = MomaVQModel(MomaVQConfig.from_preset("small"))
     assert 3.5e6 < model.num_parameters() < 4.5e6
+
+
+SHAPES_WITHOUT_PICTURES = {
+    "latents": ((0, 8, 8, 8), torch.bfloat16),
+    "reconstruction": ((0, 3, 32, 32), torch.float32),
+    "image_tokens": ((0, 64), torch.long),
+    "semantic_prediction": ((0, 6), torch.float32),
+}
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{}, {"norm_type": "group", "base_channels": 32, "latent_channels": 32}, {"codebook_decay": None}],
+    ids=["small", "norms", "by gradient"],
+)
+def test_no_pictures_give_empty_tensors_and_losses_of_zero(fields):
+    fields = {**SMALL_FIELDS, "patch_size": 4, "channel_multiplier": (1,), **fields}
+    model = MomaVQModel(MomaVQConfig.from_preset("small", **fields)).to(torch.bfloat16)
+    none = torch.zeros(0, 3, 32, 32)
+    for mode in (True, False):
+        model.train(mode)
+        errors = []
+        try:
+            output = model(none, torch.zeros(0, 6), lambda first, second: (first - second).abs().mean())
+        except RuntimeError as error:
+            errors.append(str(error))
+        assert not errors
+        assert {name: (output[name].shape, output[name].dtype) for name in SHAPES_WITHOUT_PICTURES} == {
+            name: (torch.Size(shape), kind) for name, (shape, kind) in SHAPES_WITHOUT_PICTURES.items()
+        }
+        losses = [output[name].item() for name in output if name.endswith("loss")]
+        assert len(losses) == 5 and losses == [0] * 5 and output.codebook_usage == 1
+        codes = model.get_image_tokens(none)
+        assert codes.shape == (0, 64) and codes.dtype == torch.long
+        assert model.decode_image_tokens(codes).shape == model.decode(output.latents).shape == none.shape
+    output.loss.backward()
+    before = copy.deepcopy(model.state_dict())
+    if model.config.codebook_decay is not None:
+        model.update_codebook(output.latents, output.image_tokens)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    with pytest.raises(ValueError, match="pixel_values holds no pictures"):
+        model.initialize_codebook(none)
