@@ -1,6 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """MoMa for Transformers. Importing this package makes the Auto classes of Transformers know its two wings."""
 
+from .tools.import_notices import without_import_notices
+
+
+# Transformers imports torchao for its quantizers and, for its Trainer, PEFT and with that bitsandbytes
+with without_import_notices():
+    import transformers.trainer  # noqa: F401
+
 from transformers import (
     AutoConfig,
     AutoImageProcessor,

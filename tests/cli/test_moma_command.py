@@ -38,6 +38,32 @@ def test_help_of_a_verb_names_the_command(verb, capsys):
     assert capsys.readouterr().out.startswith(f"usage: moma {verb} ")
 
 
+# every verb twice in one process: what an import prints stands in the first answer alone
+_ALL_HELP = """
+import os
+import sys
+from modeling_moma.cli.main import VERBS, main
+for verb in (None, *VERBS):
+    for _ in range(2):
+        os.write(1, b"\\0")
+        try:
+            main(["--help"] if verb is None else [verb, "--help"])
+        except SystemExit as end:
+            assert not end.code, end.code
+        sys.stdout.flush()
+"""
+
+
+def test_help_prints_nothing_but_help(tmp_path):
+    done = subprocess.run([sys.executable, "-c", _ALL_HELP], cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    before, *answers = done.stdout.split("\0")
+    assert before == "" and len(answers) == 2 * (len(VERBS) + 1)
+    for verb, first, second in zip(["VERB", *VERBS], answers[::2], answers[1::2]):
+        assert first == second
+        assert first.strip().lower().startswith(f"usage: moma {verb.lower()} ")
+
+
 def test_every_verb_has_a_main():
     for module in VERBS.values():
         assert callable(importlib.import_module(f"modeling_moma.cli.{module}").main)
@@ -70,4 +96,4 @@ def test_defect_keeps_its_traceback(monkeypatch):
 def test_module_and_command_are_the_same(tmp_path):
     command = [sys.executable, "-m", "modeling_moma", "plan", "--preset", "moma-90m-4t4i", "--gpus", "1"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0 and "Recommended" in done.stdout, done.stderr
+    assert done.returncode == 0 and "Recommended" in done.stdout and done.stderr == "", done.stderr
