@@ -15,10 +15,12 @@ from urllib.request import urlopen
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from transformers.image_processing_utils import BatchFeature
 from transformers.image_utils import PILImageResampling, SizeDict, is_pil_image, is_valid_image
 from transformers.utils import logging
+
+from .large_pictures_moma import load_small, shrink_factor, shrunk_upright, to_8_bits, upright
 
 
 if TYPE_CHECKING:
@@ -127,7 +129,10 @@ def flat_sources(images: Any) -> Iterator:
 
 def clean_pil_picture(image: Image.Image) -> Image.Image:
     """
-    Decodes a PIL picture fully, turns it upright (EXIF orientation) and scales 16-bit greyscale to 8 bits.
+    Decodes a PIL picture, turns it upright (EXIF orientation) and scales 16-bit greyscale to 8 bits.
+
+    A picture of more than 33 million pixels comes out smaller, neither side below 2,048 pixels by that, so that it
+    takes no gigabytes: a JPEG is decoded to a half, a quarter or an eighth, of others squares of pixels are averaged.
 
     Args:
         image (`PIL.Image.Image`):
@@ -141,8 +146,10 @@ def clean_pil_picture(image: Image.Image) -> Image.Image:
             range (mode `F`, or mode `I` outside 0 to 65535).
     """
     try:
-        image.load()
-        image = ImageOps.exif_transpose(image)
+        load_small(image)
+        factor = shrink_factor(image.size)
+        if factor == 1:
+            image = upright(image)
     # a decoder may fail in any way
     except Exception as error:
         if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
@@ -151,21 +158,7 @@ def clean_pil_picture(image: Image.Image) -> Image.Image:
         raise ValueError(f"images: {name} cannot be decoded, the file is truncated or damaged ({error}).") from error
     if 0 in image.size:
         raise ValueError(f"images: got an empty picture of size {image.size}.")
-    if image.mode == "F":
-        raise ValueError(
-            "images: a picture of mode 'F' (floating point) has no known range of values; scale it to 0..255 and "
-            "convert it to mode 'L' first."
-        )
-    if image.mode.startswith("I"):
-        values = np.asarray(image)
-        if values.min() < 0 or values.max() > 65535:
-            raise ValueError(
-                f"images: a picture of mode {image.mode!r} holds values from {values.min()} to {values.max()}, but "
-                "only 16-bit greyscale (0 to 65535) is known; scale it to 8 bits first."
-            )
-        # 257 maps 65535 to 255 exactly; PIL's own conversion clips at 255 and turns most of the picture white
-        image = Image.fromarray(np.round(values / 257.0).astype(np.uint8))
-    return image
+    return to_8_bits(image) if factor == 1 else shrunk_upright(image, factor)
 
 
 def clean_array_picture(image: "np.ndarray | torch.Tensor", do_rescale: bool | None) -> "np.ndarray | torch.Tensor":
@@ -269,7 +262,9 @@ class MomaImageInputMixin(_Backend):
         if isinstance(image_url_or_urls, (list, tuple)):
             return [self.fetch_images(entry) for entry in image_url_or_urls]
         if isinstance(image_url_or_urls, (str, os.PathLike)):
-            return open_picture(os.fspath(image_url_or_urls))
+            picture = open_picture(os.fspath(image_url_or_urls))
+            # the list of all pictures would keep a large one as it was decoded
+            return picture if shrink_factor(picture.size) == 1 else clean_pil_picture(picture)
         if is_valid_image(image_url_or_urls):
             # an array without a channel axis is greyscale, which the library takes for no picture at all
             is_flat = not is_pil_image(image_url_or_urls) and image_url_or_urls.ndim == 2
@@ -279,13 +274,25 @@ class MomaImageInputMixin(_Backend):
             f"{type(image_url_or_urls).__name__}."
         )
 
-    def process_image(self, image: Any, do_rescale: bool | None = None, **kwargs) -> Any:
+    def process_image(
+        self,
+        image: Any,
+        do_rescale: bool | None = None,
+        do_resize: bool | None = None,
+        size: SizeDict | None = None,
+        do_center_crop: bool | None = None,
+        crop_size: Any = None,
+        **kwargs,
+    ) -> Any:
         """
         Turns one picture into the backend's channels-first array, after bringing it to 8 bits. Transparency is
         composited on white.
         """
         if is_pil_image(image):
             image = clean_pil_picture(image)
+            if do_resize and do_center_crop and size is not None and (ratio := _ratio_kept(size, crop_size)):
+                top, left, bottom, right = _middle(image.height, image.width, ratio)
+                image = image.crop((left, top, right, bottom))
         else:
             image = clean_array_picture(image, do_rescale)
         return super().process_image(image, do_rescale=do_rescale, **kwargs)
@@ -320,9 +327,9 @@ class MomaImageInputMixin(_Backend):
         *args,
         **kwargs,
     ) -> BatchFeature:
-        if do_resize and do_center_crop and size.shortest_edge and not size.longest_edge:
-            ratio = max(_LARGEST_RATIO, 2 * math.ceil(max(crop_size.height, crop_size.width) / size.shortest_edge))
-            images = [_without_far_ends(image, ratio) for image in images]
+        if do_resize and do_center_crop and (ratio := _ratio_kept(size, crop_size)):
+            boxes = [_middle(*image.shape[-2:], ratio) for image in images]
+            images = [image[..., top:bottom, left:right] for image, (top, left, bottom, right) in zip(images, boxes)]
         return super()._preprocess(images, do_resize, size, resample, do_center_crop, crop_size, *args, **kwargs)
 
     def postprocess(self, images: torch.Tensor, return_tensors: str = "PIL.Image.Image") -> BatchFeature:
@@ -362,12 +369,18 @@ class MomaImageInputMixin(_Backend):
         return BatchFeature(data={"pixel_values": pixels}, tensor_type=return_tensors)
 
 
-def _without_far_ends(image: Any, ratio: int) -> Any:
-    """The middle of a channels-first picture: a line of pixels, resized whole, takes gigabytes for a file of bytes."""
-    height, width = image.shape[-2:]
+def _ratio_kept(size: SizeDict, crop_size: Any) -> int:
+    """By how much one side of a picture may exceed the other before the rest is certain to be cropped; 0: never."""
+    if not size.shortest_edge or size.longest_edge:
+        return 0
+    return max(_LARGEST_RATIO, 2 * math.ceil(max(crop_size.height, crop_size.width) / size.shortest_edge))
+
+
+def _middle(height: int, width: int, ratio: int) -> tuple[int, int, int, int]:
+    """Top, left, bottom and right of the middle: a line of pixels, resized whole, takes gigabytes for some bytes."""
     longest = ratio * min(height, width)
     # of the same parity, so that the centre stays where it is
     rows = longest + (height - longest) % 2 if height > longest else height
     columns = longest + (width - longest) % 2 if width > longest else width
     top, left = (height - rows) // 2, (width - columns) // 2
-    return image[..., top : top + rows, left : left + columns]
+    return top, left, top + rows, left + columns

@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pictures of many millions of pixels: what they take, and that they look as they did."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tokenization import MomaImageProcessor, MomaImageProcessorPil
+from tokenization.image_input_moma import clean_pil_picture
+
+
+ROOT = Path(__file__).resolve().parents[2]
+BACKENDS = [MomaImageProcessor, MomaImageProcessorPil]
+# kind -> by how many megabytes a process may grow. Pillow takes 4 bytes a pixel of RGB, 2 of 16-bit greyscale, and of this
+# JPEG a quarter of the pixels; peaks only rise, so the smallest comes first
+BOUNDS = {"photo.jpg": 300, "grey.png": 400, "line.png": 600, "rgb.png": 700}
+# prints by how many megabytes the process has grown after each picture
+GROWTH = """
+import sys, warnings
+from PIL import Image
+import tokenization
+def peak():
+    return int(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM"))) // 1024
+warnings.simplefilter("ignore")
+processors = [tokenization.MomaImageProcessor, tokenization.MomaImageProcessorPil]
+processors = [processor.for_resolution(512) for processor in processors]
+for processor in processors:
+    processor(Image.new("RGB", (600, 600)), return_tensors="pt")
+before = peak()
+for path in sys.argv[1:]:
+    for processor in processors:
+        pixels = processor([path], return_tensors="pt")["pixel_values"]
+        assert pixels.shape == (1, 3, 512, 512) and abs(pixels[0, 0] - 0.6).max() < 0.04, pixels[0, 0]
+    print(peak() - before)
+"""
+
+
+def large(folder, kind):
+    """A file of 144 or 120 million pixels, none of them further from 0.6 than 0.04 in its first channel."""
+    size = (200_000, 600) if kind == "line.png" else (12_000, 12_000)
+    picture = Image.new("RGB", size, (204, 30, 60))
+    if kind == "grey.png":
+        picture = Image.fromarray(np.full((12_000, 12_000), 204 * 257, dtype=np.uint16))
+    picture.save(folder / kind)
+    return folder / kind
+
+
+def test_144_million_pixels_take_hardly_more_than_their_decoder(tmp_path):
+    paths = [str(large(tmp_path, kind)) for kind in BOUNDS]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", GROWTH, *paths], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    grown = dict(zip(BOUNDS, map(int, done.stdout.split())))
+    assert {kind: size for kind, size in grown.items() if size > BOUNDS[kind]} == {}
+
+
+def scene(width, height):
+    """Smooth colours that differ everywhere, as a float array `(height, width, 3)`."""
+    rows, columns = np.mgrid[0:height, 0:width]
+    waves = [np.sin(rows / 40) + np.cos(columns / 70), np.sin((rows + columns) / 50) * 2, columns / width * 4 - 2]
+    return (np.stack(waves, axis=-1) + 2) / 4 * 255
+
+
+def in_mode(mode, values):
+    picture = Image.fromarray(values.astype(np.uint8))
+    if mode == "I;16":
+        return Image.fromarray((values[..., 0] * 257).astype(np.uint16))
+    if mode == "P":
+        return picture.quantize(64)
+    if mode in ("RGBA", "LA"):
+        picture.putalpha(Image.fromarray(values[..., 2].astype(np.uint8)))
+    return picture.convert(mode)
+
+
+@pytest.fixture
+def small_limit(monkeypatch):
+    from tokenization import large_pictures_moma
+
+    monkeypatch.setattr(large_pictures_moma, "MOST_PIXELS", 2**15)
+    monkeypatch.setattr(large_pictures_moma, "LEAST_SIDE", 64)
+    monkeypatch.setattr(large_pictures_moma, "_BAND_PIXELS", 2**12)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "LA", "P", "1", "CMYK", "I;16"])
+@pytest.mark.parametrize("size", [(451, 391), (1203, 211)])
+def test_what_is_made_smaller_looks_as_it_did(monkeypatch, small_limit, tmp_path, mode, size):
+    path = tmp_path / ("picture.tif" if mode in ("CMYK", "LA") else "picture.png")
+    in_mode(mode, scene(*size)).save(path)
+    processor = MomaImageProcessor.for_resolution(48)
+    clean = clean_pil_picture(Image.open(path))
+    assert clean.width * clean.height <= 2**15 + 1000 and min(clean.size) >= 64
+    shrunk = processor([str(path)], return_tensors="pt")["pixel_values"]
+    monkeypatch.undo()
+    whole = processor([str(path)], return_tensors="pt")["pixel_values"]
+    # in steps of 1/255
+    difference = (shrunk - whole).abs() * 127.5
+    assert 0 < difference.mean() < (8 if mode in ("P", "1") else 2)
+
+
+def test_transparent_colour_and_orientation_survive(small_limit):
+    values = scene(401, 301)
+    values[:, :200] = (1, 2, 3)
+    picture = Image.fromarray(values.astype(np.uint8))
+    picture.info["transparency"] = (1, 2, 3)
+    picture.getexif()[0x0112] = 6
+    clean = clean_pil_picture(picture)
+    assert clean.mode == "RGBA" and clean.width < clean.height < 301
+    # what was on the left is above, once the picture is turned
+    alpha = np.asarray(clean)[..., 3]
+    half = 200 * clean.height // 401
+    assert (alpha[: half - 2] == 0).all() and (alpha[half + 2 :] == 255).all()
+
+
+def test_no_side_gets_short_and_ordinary_pictures_stay_as_they_are():
+    from tokenization import large_pictures_moma
+
+    assert large_pictures_moma.shrink_factor((12_000, 12_000)) == 3
+    assert large_pictures_moma.shrink_factor((12_000, 8_000)) == 2
+    assert large_pictures_moma.shrink_factor((30_000, 4_000)) == 1
+    assert large_pictures_moma.shrink_factor((5_700, 5_700)) == large_pictures_moma.shrink_factor((1, 1)) == 1
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("size", [(16, 200), (201, 16), (16, 16)])
+def test_far_ends_are_cut_off_before_they_are_converted(backend, size):
+    picture = Image.fromarray(scene(*size).astype(np.uint8))
+    processor = backend.for_resolution(16)
+    processed = processor.process_image(
+        picture,
+        do_rescale=True,
+        do_convert_rgb=True,
+        do_resize=True,
+        size=processor.size,
+        do_center_crop=True,
+        crop_size=processor.crop_size,
+    )
+    assert max(processed.shape[-2:]) <= 8 * 16 + 1
+    array = np.asarray(picture).transpose(2, 0, 1)
+    expected = processor([array], return_tensors="pt")["pixel_values"]
+    assert (processor([picture], return_tensors="pt")["pixel_values"] == expected).all()
