@@ -16,8 +16,8 @@ from tokenization.image_input_moma import clean_pil_picture
 
 ROOT = Path(__file__).resolve().parents[2]
 BACKENDS = [MomaImageProcessor, MomaImageProcessorPil]
-# kind -> by how many megabytes a process may grow. Pillow takes 4 bytes a pixel of RGB, 2 of 16-bit greyscale, and of this
-# JPEG a quarter of the pixels; peaks only rise, so the smallest comes first
+# kind -> by how many megabytes a process may grow. Pillow takes 4 bytes a pixel of RGB, 2 of 16-bit greyscale, and of
+# this JPEG a quarter of the pixels; peaks only rise, so the smallest comes first
 BOUNDS = {"photo.jpg": 300, "grey.png": 400, "line.png": 600, "rgb.png": 700}
 # prints by how many megabytes the process has grown after each picture
 GROWTH = """
