@@ -4,18 +4,31 @@ VENV ?= .venv
 # vLLM pins other versions than ours, so it has an environment of its own
 VLLM_VENV ?= .venv-vllm
 VLLM_RUN := $(VLLM_VENV)/bin/python
+# the tests with the newest releases of everything, and with the lowest that pyproject.toml allows
+NEWEST_VENV ?= .venv-newest
+NEWEST_RUN := $(NEWEST_VENV)/bin/python
+LOWEST_VENV ?= .venv-lowest
+LOWEST_RUN := $(LOWEST_VENV)/bin/python
+# no constraint, folder of wheels or configuration file of the machine's own
+BARE := env -u PIP_CONSTRAINT -u PIP_FIND_LINKS PIP_CONFIG_FILE=/dev/null
 # two test files at a time, each on one core
 PYTEST_FLAGS ?= -n 2 --dist loadfile
 RUN := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 
-.PHONY: quickstart browser test test-vllm check docs dist bench reproduce data data-manual data-gloss clean
+.PHONY: quickstart browser test test-newest test-lowest test-vllm check docs dist bench reproduce data data-manual data-gloss clean
 
 quickstart: $(VENV)/.installed-train
 	$(RUN) scripts/quickstart.py --output quickstart
 
 test: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -q $(PYTEST_FLAGS)
+
+test-newest: $(NEWEST_VENV)/.installed
+	OMP_NUM_THREADS=1 $(NEWEST_RUN) -m pytest -q $(PYTEST_FLAGS)
+
+test-lowest: $(LOWEST_VENV)/.installed
+	OMP_NUM_THREADS=1 $(LOWEST_RUN) -m pytest -q $(PYTEST_FLAGS)
 
 # the real vLLM on a CPU: its wheel asks for torch 2.13.0+cpu, which PyTorch's own index of CPU wheels has
 test-vllm: $(VLLM_VENV)/.installed
@@ -87,6 +100,22 @@ $(INSTALLED): $(VENV)/.installed-train tests/helpers/fetch.py
 	-$(RUN) tests/helpers/fetch.py
 	touch $@
 
+# a second call takes what has been released since; --upgrade alone would leave what the requirements still allow
+$(NEWEST_VENV)/.installed: pyproject.toml tests/helpers/fetch.py
+	$(PYTHON) -m venv $(NEWEST_VENV)
+	$(BARE) $(NEWEST_RUN) -m pip install --quiet --upgrade pip
+	$(BARE) $(NEWEST_RUN) -m pip install --quiet --upgrade --upgrade-strategy eager --editable ".[dev]"
+	-$(BARE) $(NEWEST_RUN) tests/helpers/fetch.py
+	touch $@
+
+$(LOWEST_VENV)/.installed: pyproject.toml tests/helpers/fetch.py tests/helpers/lowest.py
+	$(PYTHON) -m venv $(LOWEST_VENV)
+	$(BARE) $(LOWEST_RUN) -m pip install --quiet --upgrade pip
+	$(LOWEST_RUN) tests/helpers/lowest.py > $(LOWEST_VENV)/constraints.txt
+	$(BARE) $(LOWEST_RUN) -m pip install --quiet --constraint $(LOWEST_VENV)/constraints.txt --editable ".[dev]"
+	-$(BARE) $(LOWEST_RUN) tests/helpers/fetch.py
+	touch $@
+
 # torchaudio and torchcodec come built for CUDA, and `import vllm` fails on them; vLLM's pin of Transformers is older
 # than what this package needs, and pip says so
 $(VLLM_VENV)/.installed: pyproject.toml
@@ -97,4 +126,4 @@ $(VLLM_VENV)/.installed: pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) runs quickstart site
+	rm -rf $(VENV) $(VLLM_VENV) $(NEWEST_VENV) $(LOWEST_VENV) runs quickstart site
