@@ -328,7 +328,7 @@ class MomaImageInputMixin(_Backend):
         **kwargs,
     ) -> BatchFeature:
         if do_resize and do_center_crop and (ratio := _ratio_kept(size, crop_size)):
-            boxes = [_middle(*image.shape[-2:], ratio) for image in images]
+            boxes = [_middle(image.shape[-2], image.shape[-1], ratio) for image in images]
             images = [image[..., top:bottom, left:right] for image, (top, left, bottom, right) in zip(images, boxes)]
         return super()._preprocess(images, do_resize, size, resample, do_center_crop, crop_size, *args, **kwargs)
 

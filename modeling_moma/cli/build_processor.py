@@ -4,15 +4,16 @@
 import argparse
 
 import torch
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
-from tokenization import MomaImageProcessor, MomaProcessor, MomaVQModel, add_picture_tokens, train_text_tokenizer
+from tokenization import MomaImageProcessor, MomaProcessor, add_picture_tokens, train_text_tokenizer
 
 from ..data.corpus import source_texts
 from ..data.kinds import InterleavedKind
 from ..training.chat import CHAT_TEMPLATE
 from ..training.files import refuse_files, write_folder_aside
 from ..training.recipe import Recipe, read_recipe
+from ..training.saved import open_picture_tokenizer, open_text_tokenizer
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -29,9 +30,10 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def text_tokenizer(recipe: Recipe, vocab_size: int | None, given: str | None) -> PreTrainedTokenizerFast:
     """The tokenizer that is given, or one that learns from the texts of the sources."""
-    given = given or recipe.processor.text_tokenizer
     if given is not None:
-        return AutoTokenizer.from_pretrained(given)  # pyright: ignore[reportReturnType]
+        return open_text_tokenizer(given)
+    if recipe.processor.text_tokenizer is not None:
+        return open_text_tokenizer(recipe.processor.text_tokenizer, "RECIPE, processor: text_tokenizer")
     texts = source_texts(recipe.sources, recipe.processor.text_rows)
     return train_text_tokenizer(texts, vocab_size or recipe.processor.vocab_size)
 
@@ -42,7 +44,7 @@ def main(arguments: list[str] | None = None):
     refuse_files(args.output)
     recipe = read_recipe(args.recipe, needs=("sources",))
     # rounded to bf16 as the released weights are, so that the codes of the training data are those of the release
-    vq_model = MomaVQModel.from_pretrained(args.tokenizer, dtype=torch.bfloat16)
+    vq_model = open_picture_tokenizer(args.tokenizer, dtype=torch.bfloat16)
     tokenizer = text_tokenizer(recipe, args.vocab_size, args.text_tokenizer)
     tokenizer = add_picture_tokens(tokenizer, vq_model.config.num_embeddings)
     # prompts of a batch have to end side by side

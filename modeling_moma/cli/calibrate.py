@@ -5,8 +5,6 @@ import argparse
 
 import torch
 
-from tokenization import MomaProcessor
-
 from .. import (
     calibrate_auxiliary_thresholds,
     calibrate_thresholds,
@@ -16,6 +14,7 @@ from ..training.examples import check_layout, open_documents
 from ..training.files import refuse_files
 from ..training.measures import held_out_batches, load_model
 from ..training.router_table import router_table
+from ..training.saved import open_processor
 
 
 REPORT_FILE = "calibration.json"
@@ -46,7 +45,7 @@ def parse_arguments(arguments=None) -> argparse.Namespace:
 def main(arguments=None):
     args = parse_arguments(arguments)
     refuse_files(args.output)
-    processor = MomaProcessor.from_pretrained(args.processor)
+    processor = open_processor(args.processor)
     model = load_model(args.model, "cuda" if torch.cuda.is_available() else "cpu")
     check_layout(model.config, processor.token_layout())
     if args.inference_routing == "auxiliary" and not model.config.auxiliary_routers:

@@ -93,7 +93,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         print(convert(args))
     except CheckpointError as error:
-        print(f"moma convert: {error}", file=sys.stderr)
-        return 1
+        print(f"moma convert: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
     print(args.output)
     return 0

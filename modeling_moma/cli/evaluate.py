@@ -10,8 +10,6 @@ import json
 
 import torch
 
-from tokenization import MomaProcessor
-
 from ..evaluation.measuring import MEASURES, MeasureSettings, measure_sources
 from ..evaluation.report import report_tables
 from ..evaluation.retrieval import DEFAULT_PAIRS
@@ -19,6 +17,7 @@ from ..training.evaluation_data import read_held_out
 from ..training.examples import check_layout
 from ..training.files import write_aside
 from ..training.measures import load_model
+from ..training.saved import open_processor
 
 
 SAMPLING = ("temperature", "top_k", "top_p", "guidance_scale")
@@ -62,7 +61,7 @@ def evaluate(args: argparse.Namespace) -> dict:
     )
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = load_model(args.model, device)
-    processor = MomaProcessor.from_pretrained(args.processor or args.model).to(device)
+    processor = open_processor(args.processor or args.model, "--processor" if args.processor else "--model").to(device)
     check_layout(model.config, processor.token_layout())
     sources = read_held_out(args.tokens, processor, args.split, args.limit, args.seed, args.sources)
     return measure_sources(model, processor, sources, settings)

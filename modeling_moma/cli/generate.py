@@ -12,6 +12,7 @@ from functools import partial
 from io import BytesIO
 from pathlib import Path
 from tempfile import TemporaryFile
+from typing import Any
 
 import torch
 from PIL import Image
@@ -20,9 +21,9 @@ from transformers import AutoModelForCausalLM, AutoProcessor, set_seed
 import modeling_moma  # noqa: F401, makes the Auto classes know the model
 
 from ..generation_moma import GENERATION_MODES
-from ..modeling_moma import MomaForCausalLM
 from ..tools.checkpoint_checks import refuse_non_finite
 from ..training.files import write_aside
+from ..training.saved import MODEL, PROCESSOR, open_saved
 
 
 TEXT_NEW_TOKENS = 32
@@ -133,11 +134,10 @@ def generate(args: argparse.Namespace):
     file_format = picture_format(output) if args.mode != "text" else None
     texts, images = make_rows(args.prompt, args.image)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    processor = AutoProcessor.from_pretrained(args.model)
+    processor: Any = open_saved(PROCESSOR, "--model", args.model, partial(AutoProcessor.from_pretrained, args.model))
     dtype = torch.float32 if device == "cpu" else "auto"
-    model: MomaForCausalLM = AutoModelForCausalLM.from_pretrained(  # pyright: ignore[reportAssignmentType]
-        args.model, dtype=dtype
-    )
+    load = partial(AutoModelForCausalLM.from_pretrained, args.model, dtype=dtype)
+    model: Any = open_saved(MODEL, "--model", args.model, load)
     model = model.to(device).eval()
     refuse_non_finite(model, args.model)
     refuse_non_finite(processor.vq_model, f"{args.model}, picture tokenizer")

@@ -82,7 +82,7 @@ def main(arguments: list[str] | None = None) -> int:
         if not is_refusal(error):
             raise
         end_progress_bars()
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     return status if isinstance(status, int) else 0
 

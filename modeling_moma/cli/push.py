@@ -54,7 +54,10 @@ def main(arguments: list[str] | None = None) -> int:
         else:
             print(push(upload, args.repo_id, args.private, args.revision, args.message).commit_url)
     except ValueError as error:
-        print(f"moma push: refused, nothing was sent:\n{error}", file=sys.stderr)
+        problems = str(error)
+        # many are a list
+        separator = "\n" if "\n" in problems else " "
+        print(f"moma push: refused, nothing was sent:{separator}{problems}", file=sys.stderr)
         return 2
     except UploadError as error:
         print(f"moma push: {error}", file=sys.stderr)

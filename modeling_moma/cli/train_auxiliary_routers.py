@@ -9,7 +9,7 @@ from transformers import Trainer, TrainingArguments, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from tokenization import MomaDataCollator, MomaProcessor
+from tokenization import MomaDataCollator
 
 from .. import (
     AuxiliaryRouterTrainer,
@@ -32,6 +32,7 @@ from ..training.fingerprints import Facts, RunFingerprint, as_facts, check_outpu
 from ..training.measures import held_out_batches, load_model
 from ..training.precision import supports_bf16
 from ..training.router_table import router_table
+from ..training.saved import open_processor
 from ..training.stages import FollowArguments, ResumedTrainer, examples_a_step
 
 
@@ -166,7 +167,7 @@ def split_batches(args: argparse.Namespace, batches: list[dict]) -> tuple[list[d
 def main(arguments=None):
     args = parse_arguments(arguments)
     refuse_others(args)
-    processor = MomaProcessor.from_pretrained(args.processor)
+    processor = open_processor(args.processor)
     training_arguments, tokens = make_training_arguments(args), TokenFolder(args.tokens, processor)
     facts = run_facts(args, training_arguments, tokens)
     # with files of a run in it, but of which?

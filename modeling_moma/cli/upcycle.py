@@ -10,10 +10,11 @@ from pathlib import Path
 import torch
 from transformers.trainer import TRAINER_STATE_NAME
 
-from .. import MomaForCausalLM, UpcyclingReceipt, parse_experts, upcycle, upcycling_receipt
+from .. import UpcyclingReceipt, parse_experts, upcycle, upcycling_receipt
 from ..configuration_moma import TEXT
 from ..tools.upcycling import default_experts
 from ..training.files import refuse_files, write_folder_aside
+from ..training.saved import open_model
 from ..training.stages import UPCYCLING_FILE, data_order
 
 
@@ -81,7 +82,7 @@ def main(arguments=None):
     # what is left of another model there, such as an optimizer, would be taken for this one's
     refuse_files(args.output)
     torch.manual_seed(args.seed)
-    seed = MomaForCausalLM.from_pretrained(args.model)
+    seed = open_model(args.model)
     upcycled = upcycle(
         seed,
         None if args.to is None else parse_experts(args.to, seed.config.modalities),

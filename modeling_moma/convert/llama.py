@@ -16,6 +16,7 @@ from tokenization.chat_template_moma import with_picture_parts
 from tokenization.text_tokenizer_moma import beginning_ids
 
 from .. import MomaConfig, MomaForCausalLM
+from ..training.saved import open_processor
 from .fields import SAME_NAMED_FIELDS
 from .generation import convert_generation_config
 from .gguf import GgufReader
@@ -168,9 +169,9 @@ def _check_tied_head(reader: TensorSource, config: MomaConfig) -> None:
 
 def _with_pictures(reader: TensorSource, processor: str | Path) -> tuple[MomaProcessor, set[int]]:
     try:
-        parts = MomaProcessor.from_pretrained(processor)
-    except (OSError, ValueError, TypeError) as error:
-        raise CheckpointError(f"{processor}: it does not load as a MomaProcessor: {error}") from error
+        parts = open_processor(str(processor))
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error
     try:
         tokenizer = AutoTokenizer.from_pretrained(reader.folder, **reader.loading)
         old_ids = set(tokenizer.get_vocab().values())

@@ -6,6 +6,7 @@ from pathlib import Path
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+from ..hub.names import why_nowhere
 from .gguf import GgufReader
 from .reading import CheckpointError, CheckpointReader, TensorSource
 
@@ -53,6 +54,12 @@ def fetch(name: str, gguf_file: str | None = None, allow_pickle: bool = False) -
     Raises:
         CheckpointError: the Hub cannot be reached and the cache lacks it, or there is no such repository.
     """
+    fetched = (
+        f"Without a network fetch it elsewhere, `hf download {name} --local-dir FOLDER`, and pass --source FOLDER."
+    )
+    problem = why_nowhere(name)
+    if problem is not None:
+        raise CheckpointError(f"{name}: {problem}. {fetched}")
     weights = ["*.safetensors", *(["pytorch_model*.bin"] if allow_pickle else [])]
     patterns = [*_SMALL_FILES, *(weights if gguf_file is None else [gguf_file])]
     try:
@@ -61,6 +68,5 @@ def fetch(name: str, gguf_file: str | None = None, allow_pickle: bool = False) -
     except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
         reason = " ".join(str(error).split())
         raise CheckpointError(
-            f"{name}: there is no such folder, and as a name on the Hub it cannot be fetched: {reason} Without a "
-            f"network fetch it elsewhere, `hf download {name} --local-dir FOLDER`, and pass --source FOLDER."
+            f"{name}: there is no such folder, and as a name on the Hub it cannot be fetched: {reason} {fetched}"
         ) from error

@@ -10,9 +10,8 @@ from typing import Any
 
 from datasets import Dataset, IterableDataset, LargeList, List
 
-from tokenization import MomaProcessor
-
 from ..training.files import refuse_files, write_aside
+from ..training.saved import open_processor
 from .encoding import processor_fingerprint
 from .kinds import CaptionKind
 from .sources import TRAIN, VALIDATION, Source, read_sources
@@ -127,7 +126,7 @@ def plan_job(
     """
     if splits is not None and TRAIN not in splits:
         raise ValueError(f"--splits {' '.join(splits)}: {TRAIN!r} must be among them.")
-    processor = MomaProcessor.from_pretrained(processor_folder)
+    processor = open_processor(processor_folder)
     plans = {source.name: _plan_source(source, rows_per_shard, splits) for source in sources}
     return Job(
         processor=processor_folder,

@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..hub.names import no_folder
 from ..training.files import write_aside
-from .jobs import MANIFEST_FILE, Job, Task
+from .jobs import JOB_FILE, MANIFEST_FILE, Job, Task
 from .pictures import LeftOut
 from .sources import TRAIN
 
@@ -119,13 +120,22 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
     Raises:
         ValueError: it has none.
     """
-    path = Path(folder) / MANIFEST_FILE
+    path, where = Path(folder) / MANIFEST_FILE, f"`--tokens` {str(folder)!r}"
+    if not path.parent.is_dir():
+        raise ValueError(f"{where}: {no_folder(str(folder))}.")
     if not path.is_file():
-        raise ValueError(
-            f"{str(folder)!r} has no {MANIFEST_FILE}: `moma tokenize` writes one once all shards are done; is it the "
-            "right folder, and did it finish?"
-        )
-    return json.loads(path.read_text(encoding="utf-8"))
+        likely = "`moma tokenize` writes one once all shards are done; is that the right folder?"
+        if (path.parent / JOB_FILE).is_file():
+            likely = "`moma tokenize` has not finished there; start it again, and it goes on."
+        raise ValueError(f"{where} has no {MANIFEST_FILE}: {likely}")
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(manifest, dict) and {"fingerprint", "sources"} <= manifest.keys():
+            return manifest
+        problem = "it is not one that `moma tokenize` wrote"
+    except ValueError as error:
+        problem = f"it cannot be read as JSON ({error})"
+    raise ValueError(f"{where}: {MANIFEST_FILE}: {problem}; was it changed by hand? Remove it and tokenize again.")
 
 
 __all__ = ["ShardReport", "read_manifest", "write_manifest", "write_report"]

@@ -19,6 +19,7 @@ from datasets import (
     load_dataset,
 )
 
+from ..hub.names import why_nowhere
 from .kinds import Kind, kind_fields, read_kind
 
 
@@ -134,9 +135,10 @@ class Source:
         if is_local and not is_pattern and not path.is_file():
             raise ValueError(f"sources: {self.name!r}: there is no file {self.data!r}.")
         if not is_local:
-            # the name of a data set on the Hub has at most one slash
-            if self.data.startswith((".", "/", "~")) or self.data.count("/") > 1:
-                raise ValueError(f"sources: {self.name!r}: there is no folder {self.data!r}.")
+            # a reader's own name, such as `parquet`, comes with its files
+            problem = None if {"data_files", "data_dir"} & self.load.keys() else why_nowhere(self.data, "dataset")
+            if problem is not None:
+                raise ValueError(f"sources: {self.name!r}: {problem}.")
             return self.data, dict(self.load)
         if path.suffix not in READERS:
             raise ValueError(

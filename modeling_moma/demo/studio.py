@@ -4,6 +4,7 @@
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import modeling_moma  # noqa: F401, makes the Auto classes know the model
 from ..generation_moma import INTERLEAVED
 from ..tools.checkpoint_checks import refuse_non_finite
 from ..tools.routed_tokens import record_routing
+from ..training.saved import MODEL, PROCESSOR, open_saved
 from .partial_pictures import PartialPictures
 from .routing_view import RoutedExample
 from .streaming import stream_ids
@@ -204,12 +206,15 @@ def load_studio(folder: str | Path) -> Studio:
         folder: folder or Hub name.
 
     Raises:
-        ValueError: weights that are not finite, a model that writes no pictures, or a picture tokenizer without a
-            decoder.
+        ValueError: it cannot be opened, see [`open_saved`]; weights that are not finite, a model that writes no
+            pictures, or a picture tokenizer without a decoder.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    processor = AutoProcessor.from_pretrained(folder)
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32 if device == "cpu" else "auto")
+    load = partial(AutoProcessor.from_pretrained, folder)
+    processor = open_saved(PROCESSOR, "FOLDER", str(folder), load)
+    dtype = torch.float32 if device == "cpu" else "auto"
+    load = partial(AutoModelForCausalLM.from_pretrained, folder, dtype=dtype)
+    model: Any = open_saved(MODEL, "FOLDER", str(folder), load)
     refuse_non_finite(model, str(folder))
     refuse_non_finite(processor.vq_model, f"{folder}, picture tokenizer")
     if "image" not in model.config.frames:

@@ -16,6 +16,7 @@ from tokenization.text_tokenizer_moma import with_beginning
 from .. import MomaForCausalLM
 from ..data.documents import Documents
 from .examples import shuffled_held_out
+from .saved import open_model
 
 
 # name of that routing in reports, never without its warning
@@ -37,7 +38,7 @@ def picture_batches(split: Dataset, processor, batch_size: int, description: str
 
 def load_model(folder: str, device: str) -> MomaForCausalLM:
     """A model in fp32 and eval mode."""
-    return MomaForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device).eval()
+    return open_model(folder, dtype=torch.float32).to(device).eval()
 
 
 def padded_batches(processor, examples: list[dict], batch_size: int) -> list[dict[str, torch.Tensor]]:

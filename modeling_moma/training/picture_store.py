@@ -179,7 +179,9 @@ class _Filling:
             for candidate in candidates(source)
             if not candidate.is_held_out or self.held_out.wants(candidate)
         )
-        for candidate, result in tqdm(_read_in_order(wanted, processor), desc="reading pictures", unit=" pictures"):
+        for candidate, result in tqdm(
+            _read_in_order(wanted, processor), desc="reading pictures", unit=" pictures", delay=1
+        ):
             if isinstance(result, LeftOut):
                 self._leave_out(candidate, result)
             else:

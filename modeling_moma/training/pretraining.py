@@ -42,6 +42,7 @@ from .precision import supports_bf16
 from .recipe import Recipe
 from .runs import RUN_FILE
 from .samples import SampleCallback
+from .saved import MODEL, check_saved, open_model, open_processor
 from .stages import FollowArguments, StageTrainer, StopAt, copy_checkpoint, examples_a_step, first_step
 
 
@@ -75,7 +76,7 @@ class RunParts:
 
 def read_parts(args: argparse.Namespace) -> RunParts:
     """What the arguments of `moma pretrain` name, read before anything large is."""
-    processor = MomaProcessor.from_pretrained(args.processor)
+    processor = open_processor(args.processor)
     tokens = TokenFolder(args.tokens, processor)
     sources = args.recipe.sources or tokens.sources()
     config = starting_config(args, processor)
@@ -110,6 +111,7 @@ def starting_config(args: argparse.Namespace, processor: MomaProcessor) -> MomaC
     noise = {} if args.gumbel_noise is None else {"gumbel_noise": args.gumbel_noise}
     if not args.model:
         return model_config(args.recipe, processor, noise)
+    check_saved(MODEL, "--model", args.model)
     config = MomaConfig.from_pretrained(args.model)
     # made anew, since what from_pretrained overrides is not checked
     config = MomaConfig.from_dict({**config.to_dict(), **noise})
@@ -122,7 +124,7 @@ def build_model(
 ) -> "MomaForCausalLM | PeftModel":
     if args.model:
         # whatever dtype it was saved in: steps are too small for bf16 weights
-        model = MomaForCausalLM.from_pretrained(args.model, config=config, dtype=torch.float32)
+        model = open_model(args.model, config=config, dtype=torch.float32)
     else:
         model = MomaForCausalLM(config)
         initialize_code_embeddings(model, processor.vq_model.quantize.embedding.weight)

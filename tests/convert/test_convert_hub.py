@@ -61,8 +61,8 @@ def test_a_name_is_fetched_and_without_a_network_the_cache_serves(source, tmp_pa
         found, line = convert_both(server, tmp_path, "online", PUSH.format(name=NAME, folder=str(source)))
     assert MomaForCausalLM.from_pretrained(found).num_parameters() > 0
     assert not list((tmp_path / "home").rglob("original.pth"))
-    assert line.startswith("moma convert: someone/missing: there is no such folder")
+    assert line.startswith("moma convert: someone/missing: there is no folder")
 
     _, line = convert_both(server, tmp_path, "offline", "os.environ['HF_HUB_OFFLINE'] = '1'")
-    assert line.startswith("moma convert: someone/missing: there is no such folder")
+    assert line.startswith("moma convert: someone/missing: there is no folder")
     assert "hf download someone/missing --local-dir FOLDER" in line

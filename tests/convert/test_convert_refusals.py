@@ -149,7 +149,7 @@ def test_command_prints_the_receipt_or_one_line_of_error(source, tmp_path, proce
     arguments += ["--processor", str(processor_folder)]
     assert main(arguments) == 0
     assert "keys copied" in capsys.readouterr().out
-    assert main(arguments) == 1
+    assert main(arguments) == 2
     assert capsys.readouterr().err.splitlines()[-1].startswith("moma convert: ")
 
 

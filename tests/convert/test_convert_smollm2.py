@@ -175,11 +175,11 @@ def test_a_folder_with_gguf_alone_says_how(source, tmp_path, capsys):
     from modeling_moma.cli.convert import main
 
     shared = ["--processor", str(RELEASED), "--output", str(tmp_path / "moma")]
-    assert main(["llama", "--source", str(source), *shared]) == 1
+    assert main(["llama", "--source", str(source), *shared]) == 2
     assert f"reads it with --gguf-file {GGUF_FILE}" in capsys.readouterr().err
-    assert main(["llama", "--source", str(source), "--gguf-file", "other.gguf", *shared]) == 1
+    assert main(["llama", "--source", str(source), "--gguf-file", "other.gguf", *shared]) == 2
     assert GGUF_FILE in capsys.readouterr().err
     (tmp_path / "broken.gguf").write_bytes(b"GGUF" + b"\0" * 40)
-    assert main(["llama", "--source", str(tmp_path), "--gguf-file", "broken.gguf", *shared]) == 1
+    assert main(["llama", "--source", str(tmp_path), "--gguf-file", "broken.gguf", *shared]) == 2
     assert "broken.gguf: Transformers cannot read it" in capsys.readouterr().err
     assert not (tmp_path / "moma").exists()

@@ -92,7 +92,7 @@ def test_safetensors_file_needs_no_permission(tmp_path):
 def test_command_line_converts_and_refuses(tmp_path, capsys):
     path = save_ckpt(vq_model(), tmp_path / "vqgan.ckpt")
     arguments = ["vqgan", "--source", str(path), "--output", str(tmp_path / "out"), "--resolution", "16"]
-    assert convert.main(arguments) == 1
+    assert convert.main(arguments) == 2
     assert "--allow-pickle" in capsys.readouterr().err
     assert convert.main([*arguments, "--allow-pickle"]) == 0
     assert f"{vq_model().config.num_embeddings} codes" in capsys.readouterr().out

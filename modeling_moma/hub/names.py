@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Names that are folders here or repositories on the Hub: what is wrong with one that is neither, in a few words."""
+
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Literal
+
+from huggingface_hub import HfApi, constants
+from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
+from huggingface_hub.utils import validate_repo_id
+
+
+# for one answer, before a loader asks again and again
+TIMEOUT_SECONDS = 10
+
+
+def why_nowhere(place: str, kind: Literal["model", "dataset"] = "model") -> str | None:
+    """
+    Why a name that is no folder here cannot be read from the Hub, after one request.
+
+    Args:
+        place: what a user gave.
+        kind: of the repository.
+
+    Returns:
+        What is wrong, as the end of a sentence; `None` where the Hub has it, or its cache on this machine.
+    """
+    missing = no_folder(place)
+    try:
+        validate_repo_id(place)
+    except HFValidationError:
+        return missing
+    # a loader says the rest where there is a copy
+    if place.startswith((".", "~")) or _is_cached(place, kind):
+        return missing if place.startswith((".", "~")) else None
+    if constants.is_offline_mode():
+        return f"{missing}, and the Hub is not asked (HF_HUB_OFFLINE)"
+    try:
+        HfApi().repo_info(place, repo_type=kind, timeout=TIMEOUT_SECONDS)
+    except GatedRepoError:
+        return f"{missing}, and on the Hub that name needs a permission: ask for it on its page and log in"
+    except RepositoryNotFoundError:
+        return f"{missing}, and the Hub has no such {kind}, or it is private and you are not logged in"
+    # clients differ in what they raise where no connection is made
+    except Exception as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        return f"{missing}, and the Hub, where it might be, cannot be reached ({reason[:200]})"
+    return None
+
+
+def _is_cached(place: str, kind: str) -> bool:
+    name = place.replace("/", "--")
+    if (Path(constants.HF_HUB_CACHE) / f"{kind}s--{name}" / "snapshots").is_dir():
+        return True
+    if kind == "model":
+        return False
+    from datasets import config
+
+    return (Path(config.HF_DATASETS_CACHE) / place.replace("/", "___")).is_dir()
+
+
+def no_folder(place: str) -> str:
+    """That there is no such folder, and what beside it is called nearly alike."""
+    return f"there is no folder {place!r}{_suggestion(Path(place))}"
+
+
+def _suggestion(path: Path) -> str:
+    try:
+        names = [entry.name for entry in path.parent.iterdir() if not entry.name.startswith(".")]
+    except OSError:
+        return ""
+    close = get_close_matches(path.name, names, 1, 0.75)
+    return f" (did you mean {str(path.with_name(close[0]))!r}?)" if close else ""
+
+
+__all__ = ["no_folder", "why_nowhere"]

@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a newcomer gives a verb by mistake: one line that names option, value and likely cause, and status 2."""
+
+import json
+import os
+import shlex
+import shutil
+import socket
+
+import pytest
+from huggingface_hub import constants
+
+from helpers.hub_server import HubServer
+from helpers.tiny import noise_pictures, tiny_model, tiny_processor
+from modeling_moma.cli.main import main
+
+
+def write_photos(folder):
+    folder.mkdir(parents=True)
+    for index, picture in enumerate(noise_pictures(12)):
+        picture.save(folder / f"{index}.png")
+    lines = ["file_name,text", *(f"{index}.png,thing {index}" for index in range(12))]
+    (folder / "metadata.csv").write_text("\n".join(lines) + "\n")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder of trainings: whole ones, unfinished ones, damaged ones."""
+    place = tmp_path_factory.mktemp("place")
+    processor = tiny_processor()
+    processor.save_pretrained(place / "proc")
+    processor.vq_model.save_pretrained(place / "vq")
+    tiny_model(processor).save_pretrained(place / "model")
+    for name in ("empty", "begun", "unfinished/checkpoint-20", "tokens", "half-tokens"):
+        (place / name).mkdir(parents=True)
+    for name in ("begun", "unfinished"):
+        (place / name / "run.json").write_text("{}")
+    (place / "half-tokens" / "job.json").write_text("{}")
+    (place / "tokens" / "manifest.json").write_text("{")
+    shutil.copytree(place / "model", place / "no-weights")
+    (place / "no-weights" / "model.safetensors").unlink()
+    shutil.copytree(place / "model", place / "cut")
+    os.truncate(place / "cut" / "model.safetensors", 500)
+    shutil.copytree(place / "proc", place / "half-proc")
+    shutil.rmtree(place / "half-proc" / "vq_model")
+    shutil.copytree(place / "proc", place / "bad-proc")
+    (place / "bad-proc" / "processor_config.json").write_text("{")
+    write_photos(place / "photos")
+    for name, data in (("r", "photos"), ("typo", "phots"), ("deep", "data/photos")):
+        fields = {"data": data, "image": "image", "text": "text", "held_out": 0.3}
+        (place / f"{name}.yaml").write_text(json.dumps({"sources": {"pics": fields}}))
+    return place
+
+
+@pytest.fixture
+def run(place, monkeypatch, capfd):
+    """Runs `moma` there, with a Hub that nobody answers for, and gives its one line."""
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{unused.getsockname()[1]}")
+        monkeypatch.chdir(place)
+
+        def run(line):
+            problem = None
+            try:
+                status = main(shlex.split(line))
+            except SystemExit as end:
+                status = end.code
+            except Exception as error:
+                status, problem = None, f"traceback of {type(error).__name__}"
+            out, err = capfd.readouterr()
+            # progress bars end in a carriage return
+            lines = [part for part in err.splitlines() if part.strip() and "Loading weights" not in part]
+            assert (status, problem, out) == (2, None, "")
+            assert len(lines) == 1, lines
+            return lines[0]
+
+        yield run
+
+
+PRETRAIN = "pretrain --processor proc --output out --tokens"
+UNREACHED = "and the Hub, where it might be, cannot be reached"
+BAD = {
+    "build-processor r.yaml --output out --tokenizer ./vqq": "`--tokenizer` './vqq': there is no folder './vqq'",
+    "build-processor r.yaml --output out --tokenizer mine/vq": f"`--tokenizer` 'mine/vq': .*{UNREACHED}",
+    "build-processor r.yaml --output out --tokenizer empty": "`--tokenizer` 'empty' has no config.json: the folder is",
+    "build-processor r.yaml --output out --tokenizer unfinished": "`moma train-image-tokenizer ... --resume`",
+    "build-processor r.yaml --output out --tokenizer model": "a model of type 'moma', not of a picture tokenizer",
+    "build-processor r.yaml --output out --tokenizer proc": "the folder holds a processor",
+    "build-processor r.yaml --output out --tokenizer r.yaml": "`--tokenizer` 'r.yaml' is a file",
+    "build-processor r.yaml --output out --tokenizer vq --text-tokenizer ./no": "`--text-tokenizer` './no': there is",
+    "tokenize r.yaml --output out --processor porc": f"'porc' (did you mean 'proc'?), {UNREACHED}",
+    "tokenize r.yaml --output out --processor half-proc": "`--processor` 'half-proc' has no vq_model/config.json",
+    "tokenize r.yaml --output out --processor bad-proc": "'bad-proc': the processor in it cannot be read",
+    "tokenize r.yaml --output out --processor model": "has no processor_config.json: the folder holds a model alone",
+    "tokenize typo.yaml --output out --processor proc": "'pics': there is no folder 'phots' (did you mean 'pho",
+    "tokenize deep.yaml --output out --processor proc": f"'pics': there is no folder 'data/photos', {UNREACHED}",
+    "upcycle --output out --model ./modle": "`--model` './modle': there is no folder './modle' (did you mean 'model'",
+    f"{PRETRAIN} tokens --model unfinished": "`--tokens` 'tokens': manifest.json: it cannot be read as JSON",
+    f"{PRETRAIN} tokns --model model": "`--tokens` 'tokns': there is no folder 'tokns' (did you mean 'tokens'?)",
+    f"{PRETRAIN} half-tokens --model model": "`moma tokenize` has not finished there; start it again",
+    f"{PRETRAIN} photos --model model": "`--tokens` 'photos' has no manifest.json",
+    "calibrate --processor proc --tokens tokens --output out --model unfinished": "its training is not finished",
+    "calibrate --processor ./x --tokens tokens --output out --model model": "`--processor` './x': there is no folder",
+    "train-auxiliary-routers --model model --processor vq --tokens tokens --output out": "holds a picture tokenizer",
+    "train-auxiliary-routers --model model --processor proc --tokens no --output out": "`--tokens` 'no': there is no",
+    "evaluate --model model --tokens tokens": "`--model` 'model' has no processor_config.json",
+    "evaluate --model cut --tokens tokens": "`--model` 'cut': the model in it cannot be read",
+    "evaluate --model no-weights --tokens tokens": "has no model.safetensors: its weights are missing",
+    "upcycle --output out --model begun": "its training has not come to a checkpoint yet",
+    "upcycle --output out --model vq": "a model of type 'moma_vq', not of a model",
+    "generate --prompt x --model mdoel": f"`--model` 'mdoel': .*{UNREACHED}",
+    "demo nowhere/at/all": "`FOLDER` 'nowhere/at/all': there is no folder",
+    "convert llama --output out --processor proc --source ./none": "./none: there is no folder './none'",
+    "convert chameleon --output out --source ./none": "./none: no such folder",
+    "push --repo-id a/b --dry-run --model ./none": "`model` is './none', which is no folder",
+    "train-image-tokenizer typo.yaml --output pictures-out": "there is no folder 'phots' (did you mean 'photos'?)",
+}
+
+
+@pytest.mark.parametrize("line", BAD)
+def test_what_is_wrong_is_one_line(run, line):
+    said, expected = run(line), BAD[line]
+    for part in expected.split(".*"):
+        assert part in said
+
+
+def test_name_on_the_hub_is_told_from_one_that_is_not_there(run, place, tmp_path, monkeypatch):
+    with HubServer(tmp_path / "hub").running() as server:
+        monkeypatch.setattr(constants, "ENDPOINT", server.endpoint)
+        said = run("generate --prompt x --model someone/nothing")
+    assert "`--model` 'someone/nothing': there is no folder" in said and "the Hub has no such model" in said
