@@ -4,8 +4,15 @@
 The server looks models up by name among those of Transformers. Importing this package registers its classes first.
 """
 
+import sys
 
-def main():
+
+def main() -> int:
+    from transformers.utils.import_utils import is_serve_available
+
+    if not is_serve_available():
+        print("error: the server needs FastAPI and others: pip install 'modeling-moma[serve]'", file=sys.stderr)
+        return 2
     # comes with Transformers
     import typer
 
@@ -14,3 +21,4 @@ def main():
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     app.command(help="Serve a model over HTTP in OpenAI's form, as `transformers serve` does.")(command())
     app(prog_name="moma serve")
+    return 0

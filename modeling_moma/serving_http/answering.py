@@ -2,6 +2,7 @@
 """What happens between the body of a request and its generation, in place of the server's own handlers."""
 
 import asyncio
+import logging
 import traceback
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -13,15 +14,16 @@ from transformers import StoppingCriteriaList
 from transformers.cli.serving.utils import BaseHandler, GenerateManager
 
 from ..cli.main import is_refusal
-from .downloads import Downloads
+from .downloads import NOT_FETCHED, Downloads
 from .errors import RequestError
 from .fields import ChatSettings, CompletionSettings, ResponseSettings, Settings, check_settings
-from .limits import Limits
+from .limits import DOWNLOAD_SECONDS, MAX_WEB_PICTURES, Limits
 from .messages import read_messages
 from .pictures import Picture, read_pictures
 from .tickets import UntilGone, current_ticket
 
 
+logger = logging.getLogger("uvicorn.error")
 # raises where marks of pictures and pictures differ in number
 PROCESSORS = "transformers.processing_utils"
 
@@ -83,9 +85,7 @@ class Answering:
         """
         ticket = current_ticket.get()
         pictures = await self._in_thread(self.check, body)
-        for picture in pictures:
-            if picture.is_of_the_web:
-                picture.content = await self.downloads.fetch(picture.address, picture.field)
+        await self._fetch([picture for picture in pictures if picture.is_of_the_web])
         await ticket.take_turn()
         prompt: Prompt = await self._in_thread(self.read, body, pictures)
         ticket.seed = body.get("seed")
@@ -96,6 +96,19 @@ class Answering:
             if isinstance(error, RequestError) or body.get("generation_config") is None:
                 raise
             raise RequestError("generation_config", str(error)) from error
+
+    async def _fetch(self, pictures: list[Picture]):
+        if len(pictures) > MAX_WEB_PICTURES:
+            field = pictures[MAX_WEB_PICTURES].field
+            raise RequestError(field, f"these are more than {MAX_WEB_PICTURES} pictures of the web.")
+        field = ""
+        try:
+            async with asyncio.timeout(DOWNLOAD_SECONDS):
+                for picture in pictures:
+                    field = picture.field
+                    picture.content = await self.downloads.fetch(picture.address, field)
+        except TimeoutError as error:
+            raise RequestError(field, NOT_FETCHED) from error
 
     async def _in_thread(self, work: Callable, *args: Any) -> Any:
         return await asyncio.get_running_loop().run_in_executor(self.readers, work, *args)
@@ -116,7 +129,8 @@ class Answering:
             model_id, model, processor = handler._resolve_model(body)
         # a server without a model of its own, asked for one that is not there
         except (OSError, ValueError) as error:
-            raise RequestError("model", f"{body.get('model')!r} cannot be loaded.", 404) from error
+            logger.warning("The model of a request cannot be loaded: %.300s", error)
+            raise RequestError("model", "it cannot be loaded; the log of the server says why.", 404) from error
         modality = handler.model_manager.get_model_modality(model, processor=processor)
         uses_batching = handler.generation_state.use_continuous_batching(model, modality)
         read_pictures(pictures)
@@ -136,17 +150,19 @@ class Answering:
                     return_dict=True,
                     tokenize=True,
                 )
-            except TemplateError as error:
+            except Exception as error:
+                if not _is_of_template(error):
+                    raise
                 raise RequestError(self.route.messages, f"the chat template refuses them: {error}.") from error
         if not uses_batching:
             inputs = inputs.to(model.device)
         # the seed is set where generation begins
         asked = {name: value for name, value in body.items() if name != "seed"}
         settings = handler._build_generation_config(asked, model.generation_config, use_cb=uses_batching)
-        settings.max_new_tokens = min(
-            settings.max_new_tokens or self.limits.max_new_tokens, self.limits.max_new_tokens
-        )
+        if settings.max_new_tokens is not None:
+            settings.max_new_tokens = min(settings.max_new_tokens, self.limits.max_new_tokens)
         settings.max_time = min(settings.max_time or self.limits.max_seconds, self.limits.max_seconds)
+        check_prompt(model, inputs, settings)
         return Prompt(model_id, model, processor, uses_batching, inputs, settings)
 
     async def _generate(self, body: dict[str, Any], request_id: str, prompt: Prompt) -> Any:
@@ -178,18 +194,16 @@ class Answering:
 
 
 class CheckedManager(GenerateManager):
-    """Refuses a prompt before its stream begins, where a status can still say so, and ends with its client.
+    """Generates until an answer is whole or its client has gone.
 
     The server hands `generate` the processor as its tokenizer, which has no vocabulary to look for stop strings in.
     """
 
     def generate_streaming(self, model, processor, inputs, gen_config, request_id, response_parser=None):
-        check_prompt(model, inputs, gen_config)
         tokenizer = getattr(processor, "tokenizer", processor)
         return super().generate_streaming(model, tokenizer, _ending(inputs), gen_config, request_id, response_parser)
 
     async def generate_non_streaming(self, model, processor, inputs, gen_config, request_id):
-        check_prompt(model, inputs, gen_config)
         tokenizer = getattr(processor, "tokenizer", processor)
         return await super().generate_non_streaming(model, tokenizer, _ending(inputs), gen_config, request_id)
 
@@ -210,7 +224,10 @@ def _ending(inputs: Any) -> dict[str, Any]:
 
 def check_prompt(model: Any, inputs: Any, gen_config: Any):
     """Raise a [`RequestError`] for a prompt that is empty or fills the context, or a bias of no token."""
-    length, limit = inputs["input_ids"].shape[-1], getattr(model.config, "max_position_embeddings", None)
+    # rows of ids, or ids alone where requests are batched
+    ids = inputs["input_ids"]
+    length = len(ids) if isinstance(ids, list) else ids.shape[-1]
+    limit = getattr(model.config, "max_position_embeddings", None)
     field, rope = "messages or prompt", getattr(model.config, "rope_parameters", None) or {}
     if length == 0:
         raise RequestError(field, "they give an empty prompt.")
@@ -232,6 +249,12 @@ async def refuse(_request: Any, error: Exception):
             raise error
         error = RequestError("messages or prompt", str(error))
     return JSONResponse(error.body(), error.status, error.headers())
+
+
+def _is_of_template(error: Exception) -> bool:
+    """Whether a template raised it, or what a template called with what it was given."""
+    frames = traceback.walk_tb(error.__traceback__)
+    return isinstance(error, TemplateError) or any(frame.f_code.co_filename == "<template>" for frame, _ in frames)
 
 
 def _raised_in(error: BaseException) -> str:

@@ -29,13 +29,14 @@ class Downloads:
 
     def __init__(self, hosts: ImageHosts, seconds: float = DOWNLOAD_SECONDS, tls: ssl.SSLContext | None = None):
         self.hosts, self.seconds = hosts, seconds
-        self._tls: ssl.SSLContext | bool = tls or True
+        # made once: it reads many certificates
+        self._tls = tls or httpx.create_ssl_context(trust_env=False)
         self._places = asyncio.Semaphore(DOWNLOADS)
         self._waiting = 0
 
     async def fetch(self, address: str, field: str) -> bytes:
         """
-        The content of an address.
+        The content of an address, in the time for one download.
 
         Args:
             address: `http://...` or `https://...`.
@@ -80,8 +81,10 @@ class Downloads:
         return url
 
     async def _follow(self, address: str, field: str) -> bytes:
+        # a connection is kept by its address, but was verified for one name of it
+        limits = httpx.Limits(max_keepalive_connections=0)
         # a proxy, or a file of passwords, would be asked past the checks
-        async with httpx.AsyncClient(trust_env=False, verify=self._tls, timeout=self.seconds) as client:
+        async with httpx.AsyncClient(trust_env=False, verify=self._tls, timeout=self.seconds, limits=limits) as client:
             for _ in range(MAX_REDIRECTS + 1):
                 request = await self._request(client, self._checked(address, field), field)
                 response = await client.send(request, stream=True, follow_redirects=False)

@@ -44,7 +44,7 @@ def _unused(value: Any) -> Any:
 
 
 def _one(value: Any) -> Any:
-    if value != 1 or isinstance(value, bool):
+    if value is not None and (value != 1 or isinstance(value, bool)):
         raise _refusal("a request has one answer, so it must be 1")
     return value
 
@@ -229,7 +229,9 @@ def check_settings(body: dict[str, Any], kind: type[Settings], limits: Limits):
     if body.get("logit_bias") is not None:
         body["logit_bias"] = settings.logit_bias
     if settings.generation_config is not None:
-        _check_generation_config(settings.generation_config, bool(settings.stream), limits)
+        # responses are streamed unless they say otherwise
+        is_stream = kind is ResponseSettings if settings.stream is None else settings.stream
+        _check_generation_config(settings.generation_config, is_stream, limits)
 
 
 def _check_values(body: dict[str, Any]):

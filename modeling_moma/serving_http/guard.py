@@ -97,7 +97,7 @@ class Guard:
         if self.is_local and _host_name(host) not in ("localhost", "127.0.0.1", "::1"):
             raise RequestError("Host", f"{short(host)} is no name of this machine.", 421)
         origin = headers.get("origin")
-        if origin is not None and not self.has_cors and urlsplit(origin).netloc != host:
+        if origin is not None and not self.has_cors and origin.partition("://")[2] != host:
             raise RequestError("Origin", f"pages of {short(origin)} may not ask (`--enable-cors`).", 403)
 
     def _is_preflight(self, scope: MutableMapping[str, Any], headers: Headers) -> bool:

@@ -23,11 +23,12 @@ MAX_MESSAGES = 256
 MAX_PARTS = 64
 # of all texts of a request together
 MAX_CHARACTERS = 200_000
-# a picture is scaled down to the model's few pixels anyway; so many, of all pictures of a request, take 50 MB
-MAX_PICTURES = 16
-MAX_PIXELS = 2**24
+# a picture is scaled down to the model's few pixels anyway; one of so many takes 50 MB while it is read
+MAX_PICTURES, MAX_WEB_PICTURES = 16, 4
+MAX_PIXELS, MAX_PIXELS_TOGETHER = 2**24, 2**26
 
 MAX_DOWNLOAD_BYTES = 16 << 20
+# for all pictures of a request
 DOWNLOAD_SECONDS = 10.0
 # downloads at once, and requests that may wait for one of these places
 DOWNLOADS, WAITING_DOWNLOADS = 4, 4

@@ -11,7 +11,7 @@ from typing import Any
 from PIL import Image
 
 from .errors import RequestError
-from .limits import MAX_PICTURES, MAX_PIXELS
+from .limits import MAX_PICTURES, MAX_PIXELS, MAX_PIXELS_TOGETHER
 
 
 # what Pillow decodes by itself and people send; its decoders for rare formats are little tried
@@ -65,18 +65,22 @@ def read_pictures(pictures: Sequence[Picture]):
     Decodes the pictures of a request, and puts them into its messages.
 
     Raises:
-        RequestError: too many of them, one that cannot be decoded, or more than `MAX_PIXELS` in all (status 413).
+        RequestError: too many of them, one that cannot be decoded, or too many pixels
+            (status 413).
     """
     if len(pictures) > MAX_PICTURES:
         raise RequestError(pictures[MAX_PICTURES].field, f"these are more than {MAX_PICTURES} pictures.")
-    opened, pixels = [], 0
-    for picture in pictures:
-        image = picture.read()
-        pixels += image.width * image.height
+    opened = [picture.read() for picture in pictures]
+    together = 0
+    for picture, image in zip(pictures, opened):
+        pixels = image.width * image.height
+        together += pixels
         if pixels > MAX_PIXELS:
-            what = f"{image.width} x {image.height} pixels are" if len(opened) == 0 else "all pictures together have"
-            raise RequestError(picture.field, f"{what} more than {MAX_PIXELS:,} pixels: scale them down.", 413)
-        opened.append(image)
+            what = f"{image.width} x {image.height} pixels are more than {MAX_PIXELS:,}"
+            raise RequestError(picture.field, f"{what}: scale it down.", 413)
+        if together > MAX_PIXELS_TOGETHER:
+            what = f"with those before it, it has more than {MAX_PIXELS_TOGETHER:,} pixels"
+            raise RequestError(picture.field, f"{what}: scale them down.", 413)
     for picture, image in zip(pictures, opened):
         try:
             image.load()

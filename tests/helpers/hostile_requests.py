@@ -43,13 +43,14 @@ def post(path: str, body: Any) -> Callable[[httpx.Client], list[httpx.Response]]
     return lambda client: [client.post(path, content=json.dumps(body), headers=HEADERS)]
 
 
-def hostile_requests(model: str, local_port: int) -> list[Hostile]:
+def hostile_requests(model: str, local_port: int, held: ExitStack) -> list[Hostile]:
     """
     Some of each kind.
 
     Args:
         model: that is served.
         local_port: where something else of this machine listens.
+        held: closes connections that stay open while others ask.
     """
     good = {"model": model, "messages": message("noto: flag"), "max_tokens": 4, "temperature": 0}
     bare = {"model": model, "prompt": "noto: flag", "max_tokens": 4, "temperature": 0}
@@ -119,7 +120,7 @@ def hostile_requests(model: str, local_port: int) -> list[Hostile]:
         # what holds others up
         Hostile("clients who leave their answers", leaving({**good, **LONG}, 30)),
         Hostile("clients who leave their streams", leaving({**good, **LONG, "stream": True}, 30)),
-        Hostile("clients who write slowly", writing_slowly),
+        Hostile("clients who write slowly", writing_slowly(held, 40)),
         Hostile("more clients than there is room for", crowd({**good, **LONG}, 60), "ask again later", 429),
         picture("a picture that trickles", f"http://127.0.0.1:{local_port}/trickle"),
         settings("20,000 beams", '{"num_beams": 20000}', "num_beams"),
@@ -176,16 +177,16 @@ def leaving(body: dict, clients: int) -> Callable[[httpx.Client], list[httpx.Res
     return send
 
 
-def writing_slowly(client: httpx.Client) -> list[httpx.Response]:
+def writing_slowly(held: ExitStack, clients: int) -> Callable[[httpx.Client], list[httpx.Response]]:
     """Clients who write half of a request; they are still there when an honest one asks."""
-    held = getattr(client, "held", None)
-    if held is None:
-        held = ExitStack()
-        client.held = held  # type: ignore[attr-defined]
-    for _ in range(40):
-        asking = held.enter_context(connection(client))
-        asking.sendall(raw_request(client, {"messages": [], "user": "a" * 500})[:-100])
-    return []
+
+    def send(client: httpx.Client) -> list[httpx.Response]:
+        for _ in range(clients):
+            asking = held.enter_context(connection(client))
+            asking.sendall(raw_request(client, {"messages": [], "user": "a" * 500})[:-100])
+        return []
+
+    return send
 
 
 def crowd(body: dict, clients: int) -> Callable[[httpx.Client], list[httpx.Response]]:
