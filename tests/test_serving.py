@@ -172,6 +172,21 @@ def test_what_is_served_is_text_even_where_the_model_would_draw(client, model, p
     assert "".join(chunk.choices[0].text for chunk in streamed) == expected
 
 
+def test_responses_equal_generate_whole_and_streamed(client, model, processor, drawing):
+    picture, address = drawing
+    parts = [{"type": "input_image", "image_url": address}]
+    for given, inputs in (
+        ("noto: flag", processor(text=["noto: flag"], return_tensors="pt")),
+        ([{"role": "user", "content": parts}], processor(images=[picture], text=["<image>"], return_tensors="pt")),
+    ):
+        _, expected = greedy(model, processor, inputs, 12)
+        settings = {"model": NAME, "max_output_tokens": 12, "temperature": 0}
+        assert client.responses.create(input=given, stream=False, **settings).output_text == expected
+        events = client.responses.create(input=given, stream=True, **settings)
+        streamed = [event.delta for event in events if event.type == "response.output_text.delta"]
+        assert "".join(streamed) == expected != ""
+
+
 def test_the_server_lists_the_model_and_survives_a_bad_request(client):
     assert [model.id for model in client.models.list()] == [NAME]
     import openai
