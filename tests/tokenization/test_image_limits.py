@@ -22,11 +22,15 @@ from pathlib import Path
 
 from tokenization import MomaImageProcessor, MomaImageProcessorPil, MomaProcessor
 
-folder = Path(sys.argv[1])
-"""
 # getrusage would count the memory of the process that started this one
+def peak():
+    return int(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))
+
+folder = Path(sys.argv[1])
+imported = peak()
+"""
 EPILOGUE = """
-print(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))
+print(peak() - imported)
 """
 
 
@@ -46,7 +50,7 @@ def folder(tmp_path_factory):
 
 
 def peak_megabytes(code, folder):
-    """Peak memory of a process that runs the code, what it imports included."""
+    """Peak memory of a process that runs the code, beyond what imports take: twice as much with torch for CUDA."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", PRELUDE + code + EPILOGUE, str(folder)]
     result = subprocess.run(command, env=environment, capture_output=True, text=True)
@@ -60,7 +64,7 @@ processor = MomaProcessor.from_pretrained(folder / "processor")
 codes = processor.encode_pictures([folder / "large.jpg"] * 256)
 assert len(codes) == 256 and codes[0] == codes[-1]
 """
-    assert peak_megabytes(code, folder) < 1000
+    assert peak_megabytes(code, folder) < 600
 
 
 def test_more_pictures_than_a_process_may_open_files(folder):
@@ -75,7 +79,7 @@ offset = processor.image_token_offset
 assert [[token - offset for token in row[2:-1]] for row in inputs["input_ids"]] == codes
 assert len(processor.image_processor(paths)["pixel_values"]) == 2000
 """
-    assert peak_megabytes(code, folder) < 1000
+    assert peak_megabytes(code, folder) < 600
 
 
 @pytest.mark.parametrize("length", [2_000, 60_000])
@@ -85,4 +89,4 @@ def test_a_line_of_pixels_takes_no_gigabytes(folder, backend, length):
 pixels = {backend}.for_resolution(512)(str(folder / "{length}.png"), return_tensors="pt")["pixel_values"]
 assert pixels.shape == (1, 3, 512, 512) and pixels[0, 0].min() == 1 and pixels[0, 1:].max() == -1
 """
-    assert peak_megabytes(code, folder) < 700
+    assert peak_megabytes(code, folder) < 200
