@@ -20,8 +20,8 @@ from transformers.integrations.moe import (
     grouped_mm_experts_forward,
 )
 
-from .experts_in_turn_moma import are_plain, product_dtype, run_from_left, run_in_turn
-from .host_moma import is_on_host
+from .experts_in_turn_moma import are_plain, run_from_left, run_in_turn
+from .host_moma import is_on_host, product_dtype
 from .padded_experts_moma import is_whole
 from .step_products_moma import wants_weights_left
 

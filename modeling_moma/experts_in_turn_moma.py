@@ -11,6 +11,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import nn
 
+from .host_moma import product_dtype
+
 
 def run_in_turn(
     x_PD: torch.Tensor,
@@ -145,15 +147,9 @@ def _gate_backward(
     return active_FK * up_FK, gate_up_change_GK
 
 
-def product_dtype(weight: torch.Tensor) -> torch.dtype:
-    """The type in which a product with a weight is computed, autocast or not."""
-    device_type = weight.device.type
-    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else weight.dtype
-
-
 def are_plain(*weights: torch.Tensor) -> bool:
     """Whether weights are tensors that lie whole on this process, neither quantised nor shared out."""
     return all(type(weight) in (torch.Tensor, nn.Parameter) for weight in weights)
 
 
-__all__ = ["are_plain", "product_dtype", "run_from_left", "run_in_turn"]
+__all__ = ["are_plain", "run_from_left", "run_in_turn"]

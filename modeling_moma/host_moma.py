@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the host can do: read a tensor without waiting for a device, multiply by matrix units."""
+"""What the host can do: read a tensor without waiting for a device, multiply by matrix units; and in which type."""
 
 import os
 from functools import cache
@@ -32,4 +32,10 @@ def multiplies_with(name: str) -> bool:
     return has_instructions(name) and not is_kept
 
 
-__all__ = ["has_instructions", "is_on_host", "multiplies_with"]
+def product_dtype(weight: torch.Tensor) -> torch.dtype:
+    """The type in which a product with a weight is computed, autocast or not."""
+    device_type = weight.device.type
+    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else weight.dtype
+
+
+__all__ = ["has_instructions", "is_on_host", "multiplies_with", "product_dtype"]

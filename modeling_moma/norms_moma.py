@@ -6,7 +6,7 @@ from torch import nn
 from transformers.integrations import use_kernel_forward_from_hub
 
 from .configuration_moma import MomaConfig
-from .host_moma import is_on_host
+from .host_moma import is_on_host, product_dtype
 
 
 _HALVES = (torch.bfloat16, torch.float16)
@@ -49,7 +49,10 @@ def _takes_longer_to_begin(hidden_states: torch.Tensor) -> bool:
     In half precision alone, where the two ways of norming round alike but in the rarest cases.
     """
     is_step = hidden_states.dtype in _HALVES and hidden_states.numel() <= _FEW_ELEMENTS and is_on_host(hidden_states)
-    return is_step and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    if not is_step or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return False
+    # autocast refuses to put tensors of another half precision together
+    return product_dtype(hidden_states) == hidden_states.dtype
 
 
 def _normed_by_layer_norm(hidden_states: torch.Tensor, eps: float) -> torch.Tensor:

@@ -11,7 +11,7 @@ Shape suffixes:
 import torch
 from torch import nn
 
-from .host_moma import is_on_host, multiplies_with
+from .host_moma import is_on_host, multiplies_with, product_dtype
 from .onlookers_moma import is_hooked
 
 
@@ -41,7 +41,8 @@ def project(linear: nn.Module, x: torch.Tensor) -> torch.Tensor:
     if not 0 < num_rows < _MANY_ROWS or not wants_weights_left(num_rows):
         return linear(x)
     weight_OI = _plain_weight(linear)
-    if weight_OI is None:
+    # autocast to another type knows nothing of `mv`
+    if weight_OI is None or product_dtype(weight_OI) != weight_OI.dtype:
         return linear(x)
     x_NI = x.reshape(num_rows, x.shape[-1])
     if num_rows == 1:

@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Weights of one type under autocast to another, against the same weights in fp32 without autocast."""
+
+import contextlib
+import copy
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+from helpers.reference import GROUPS, assert_near
+from helpers.tiny import mixed_ids, tiny_model
+from modeling_moma import step_products_moma
+from modeling_moma.router_base_moma import MomaRouterBase
+
+
+WEIGHTS = [torch.float32, torch.bfloat16, torch.float16]
+AUTOCASTS = [torch.bfloat16, torch.float16]
+MODELS = {
+    "dense": {"num_experts": 1},
+    "layernorm": {"num_experts": 1, "qk_norm": "layernorm", "norm_placement": "pre"},
+    "4t4i": {**GROUPS["4t4i"], "norm_placement": "pre"},
+    "depth": {
+        **GROUPS["4t4i"],
+        "depth_layers": [0],
+        "depth_capacity": {"text": 0.5, "image": 0.5},
+        "qk_norm": "layernorm_per_head",
+    },
+}
+# of the largest value: bf16 keeps eight bits
+RELATIVE = 5e-2
+types = pytest.mark.parametrize(
+    ("weights", "autocast"), [(weights, autocast) for weights in WEIGHTS for autocast in AUTOCASTS], ids=str
+)
+models = pytest.mark.parametrize("name", MODELS)
+
+
+@pytest.fixture(autouse=True)
+def matrix_units(monkeypatch):
+    """Whichever CPU this is."""
+    monkeypatch.setattr(step_products_moma, "multiplies_with", lambda name: True)
+
+
+def both(name, weights):
+    """A model, and what it is in fp32. Experts take all tokens or none, and depth layers all words: no rounding moves
+    a token."""
+    model = tiny_model(**MODELS[name]).to(weights).eval()
+    for module in model.modules():
+        if isinstance(module, MomaRouterBase):
+            half = len(module.threshold) // 2
+            module.threshold[:half], module.threshold[half:] = 0.0, 2.0
+    return model, copy.deepcopy(model).float()
+
+
+@contextlib.contextmanager
+def refusals():
+    """What operations refuse is what a test asserts."""
+    found = []
+    try:
+        yield found
+    except RuntimeError as error:
+        found.append(str(error))
+
+
+@types
+@models
+@pytest.mark.parametrize("rows", [1, 3])
+@torch.no_grad()
+def test_a_forward_and_steps_equal_those_in_fp32(name, rows, weights, autocast):
+    model, oracle = both(name, weights)
+    ids = mixed_ids(rows=rows, seed=1)
+    expected = oracle(ids).logits
+    with refusals() as refused, torch.autocast("cpu", autocast):
+        assert_near(model(ids).logits, expected, RELATIVE)
+        cache = DynamicCache(config=model.config)
+        parts = [model(ids[:, :4], cache=cache).logits]
+        parts += [model(ids[:, i : i + 1], cache=cache).logits for i in range(4, ids.shape[1])]
+        assert_near(torch.cat([part.float() for part in parts], dim=1), expected, RELATIVE)
+    assert not refused
+
+
+@types
+@models
+def test_gradients_equal_those_in_fp32(name, weights, autocast):
+    model, oracle = both(name, weights)
+    ids = mixed_ids(rows=3, seed=1)
+    oracle(ids, labels=ids).loss.backward()
+    with refusals() as refused:
+        with torch.autocast("cpu", autocast):
+            loss = model(ids, labels=ids).loss
+        loss.backward()
+        for (key, parameter), expected in zip(model.named_parameters(), oracle.parameters()):
+            if expected.grad is not None:
+                assert parameter.grad is not None, key
+                assert_near(parameter.grad, expected.grad, 0.15, floor=5e-2)
+    assert not refused
+
+
+@types
+@models
+@pytest.mark.parametrize("rows", [1, 3])
+def test_generate_has_the_logits_of_a_forward_in_fp32(name, rows, weights, autocast):
+    model, oracle = both(name, weights)
+    ids = mixed_ids(rows=rows, seed=1)
+    arguments = {"max_new_tokens": 6, "do_sample": False, "generation_mode": "interleaved", "eos_token_id": []}
+    with refusals() as refused, torch.autocast("cpu", autocast):
+        # the way that nobody looks into, and the other
+        drawn = model.generate(ids, **arguments)
+        output = model.generate(ids, return_dict_in_generate=True, output_logits=True, **arguments)
+    assert not refused
+    assert torch.equal(drawn, output.sequences)
+    with torch.no_grad():
+        expected = oracle(drawn).logits[:, ids.shape[1] - 1 : -1]
+    assert_near(torch.stack(output.logits, dim=1), expected, RELATIVE)
