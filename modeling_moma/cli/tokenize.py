@@ -52,7 +52,11 @@ def summary(manifest: dict) -> str:
                 [f"{name}, {split}", *(f"{n:,}" for n in (part["documents"], tokens["text"], tokens["image"]))]
             )
         for split, read in entry["read"].items():
-            for title, counts in (("left out", read["left_out"]), ("changed", read["changed"])):
+            for title, counts in (
+                ("left out", read["left_out"]),
+                ("pictures left out", read["pictures_left_out"]),
+                ("changed", read["changed"]),
+            ):
                 if counts:
                     listed = ", ".join(f"{count:,} {reason}" for reason, count in counts.items())
                     notes.append(f"{name}, {split}: {title} of {read['rows']:,} rows: {listed}")

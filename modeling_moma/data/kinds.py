@@ -2,7 +2,9 @@
 """The three kinds of sources, told apart by the columns that a recipe names."""
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from typing import Any
 
 from .templates import Template
@@ -128,13 +130,14 @@ Kind = CaptionKind | InterleavedKind | TextKind | PictureKind
 KINDS: dict[str, type] = {kind.name: kind for kind in (CaptionKind, InterleavedKind, TextKind)}
 
 
-def read_kind(source: str, fields: dict[str, Any]) -> Kind:
+def read_kind(source: str, fields: dict[str, Any], common: Sequence[str] = ()) -> Kind:
     """
     The kind of a source, by the columns that it names.
 
     Args:
         source: its name, for errors.
         fields: what a recipe says of it, but for where its data are.
+        common: fields of any source, which may stand beside them, for errors.
 
     Raises:
         ValueError: no kind has these fields, or a value is out of range.
@@ -147,9 +150,14 @@ def read_kind(source: str, fields: dict[str, Any]) -> Kind:
         kind = TextKind
     where = f"sources: {source!r}"
     known = [entry.name for entry in dataclasses.fields(kind)]
-    unknown = sorted(set(fields) - set(known))
+    unknown = sorted(set(fields) - set(known), key=str)
     if unknown:
-        raise ValueError(f"{where} has {unknown[0]!r}, which is no field of a source of {kind.name}s ({known}).")
+        every = [*common, *known]
+        close = get_close_matches(str(unknown[0]), every, 1)
+        meant = f"did you mean {close[0]!r}? " if close else ""
+        raise ValueError(
+            f"{where} has {unknown[0]!r}, which is no field of a source of {kind.name}s: {meant}It takes {every}."
+        )
     missing = [
         entry.name
         for entry in dataclasses.fields(kind)

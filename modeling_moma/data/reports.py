@@ -16,6 +16,7 @@ from .sources import TRAIN
 
 # rows of a manifest that are named; the shards' own reports name all
 NAMED = 20
+COUNTERS = ("left_out", "pictures_left_out", "changed")
 
 
 @dataclass
@@ -26,7 +27,8 @@ class ShardReport:
         written: documents by split.
         tokens: by split, `text` (with the frames of documents and pictures) and `image` (codes) of one reading of
             every document, captions by their first template.
-        left_out: rows, or pictures of interleaved documents, by reason.
+        left_out: rows by reason.
+        pictures_left_out: pictures of interleaved documents, whose rest is written, by reason.
         changed: pictures that were brought into another form, by what they were.
         named: `row`, `reason` and `detail` of what was left out.
     """
@@ -35,12 +37,13 @@ class ShardReport:
     written: Counter = field(default_factory=Counter)
     tokens: dict[str, Counter] = field(default_factory=dict)
     left_out: Counter = field(default_factory=Counter)
+    pictures_left_out: Counter = field(default_factory=Counter)
     changed: Counter = field(default_factory=Counter)
     named: list[dict] = field(default_factory=list)
 
-    def leave_out(self, row: int, error: LeftOut) -> None:
-        """Count and name a row."""
-        self.left_out[error.reason] += 1
+    def leave_out(self, row: int, error: LeftOut, is_whole: bool = True) -> None:
+        """Count and name a row, or a picture of it."""
+        (self.left_out if is_whole else self.pictures_left_out)[error.reason] += 1
         self.named.append({"row": row, "reason": error.reason, "detail": error.detail[:300]})
 
     def write_document(self, split: str, text: int, image: int) -> None:
@@ -92,10 +95,11 @@ def write_manifest(folder: str | Path, job: Job) -> dict[str, Any]:
 
 
 def _add_up(entry: dict, task: Task, report: dict, splits: list[str]) -> None:
-    read = entry["read"].setdefault(task.split, {"rows": 0, "left_out": {}, "changed": {}, "named": []})
+    read = entry["read"].setdefault(task.split, {"rows": 0, **{name: {} for name in COUNTERS}, "named": []})
     read["rows"] += report["rows"]
-    for name in ("left_out", "changed"):
-        read[name] = dict(Counter(read[name]) + Counter(report[name]))
+    for name in COUNTERS:
+        # shards of earlier versions count no pictures apart
+        read[name] = dict(Counter(read[name]) + Counter(report.get(name, {})))
     read["named"] += [{"shard": task.shard, **row} for row in report["named"]][: NAMED - len(read["named"])]
     for split in splits:
         total = entry["splits"].setdefault(split, {"documents": 0, "tokens": {"text": 0, "image": 0}, "files": []})

@@ -5,6 +5,7 @@ import dataclasses
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from glob import glob
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,9 @@ from datasets import (
 )
 
 from ..hub.names import why_nowhere
+from .json_lines import mended_copy
 from .kinds import Kind, kind_fields, read_kind
+from .split_folders import data_files, rows_below, split_folders
 
 
 TRAIN, VALIDATION = "train", "validation"
@@ -100,7 +103,15 @@ class Source:
             ValueError: the data cannot be opened, or lack a column of the source.
         """
         path, options = self._loading()
-        rows = self._call(load_dataset, path, {**options, "split": split})
+        options = {**options, "split": split}
+        try:
+            rows = self._call(load_dataset, path, options)
+        except ValueError:
+            mended = self._mended(path, options)
+            if not mended:
+                raise
+            rows = self._call(load_dataset, path, {**options, "data_files": mended})
+        rows = self._of_split(rows, split)
         columns = rows.column_names
         if columns is None:
             columns = list(next(iter(rows), {}))
@@ -109,6 +120,28 @@ class Source:
         if missing and columns:
             raise ValueError(f"sources: {self.name!r}: {self.data!r} has no column {missing[0]!r}, but {columns}.")
         return rows
+
+    def _mended(self, path: str, options: dict[str, Any]) -> list[str]:
+        """Files of JSON lines with copies in place of those that have broken lines; nothing where none has."""
+        pattern = options.get("data_files")
+        if path != "json" or not isinstance(pattern, str):
+            return []
+        files = [Path(pattern)] if Path(pattern).is_file() else sorted(map(Path, glob(pattern, recursive=True)))
+        copies = [mended_copy(file) for file in files]
+        return [] if copies == files else list(map(str, copies))
+
+    def _of_split(self, rows: Dataset | IterableDataset, split: str) -> Dataset | IterableDataset:
+        """The rows of a split, where one file of captions is that of all splits."""
+        folders = split_folders(Path(self.data)) if Path(self.data).is_dir() else {}
+        if not folders or len(folders) == 1:
+            return rows
+        if not isinstance(rows, Dataset) or split not in folders:
+            raise ValueError(
+                f"sources: {self.name!r}: {self.data!r} has one file of captions above {sorted(folders)}, of which "
+                f"neither a part ({split!r}) nor a stream is read: put the captions of each split into its folder."
+            )
+        column = next((name for name, entry in rows.features.items() if isinstance(entry, Image)), None)
+        return rows if column is None else rows_below(rows, folders[split], column)
 
     def picture_root(self) -> str:
         """The folder that relative paths of pictures start from."""
@@ -129,7 +162,8 @@ class Source:
     def _loading(self) -> tuple[str, dict[str, Any]]:
         path = Path(self.data)
         if path.is_dir():
-            return self.data, dict(self.load)
+            files = {} if {"data_files", "data_dir"} & self.load.keys() else data_files(path)
+            return ("imagefolder", {**self.load, "data_files": files}) if files else (self.data, dict(self.load))
         is_pattern = any(letter in self.data for letter in "*?[")
         is_local = is_pattern or path.is_file() or path.suffix in READERS
         if is_local and not is_pattern and not path.is_file():
@@ -202,14 +236,16 @@ def read_sources(section: Any) -> list[Source]:
         if not str(name).replace("-", "_").isidentifier():
             raise ValueError(f"sources: {name!r} becomes the name of a folder: letters, digits, '-' and '_' only.")
         common = {key: value for key, value in fields.items() if key in COMMON_FIELDS}
-        kind = read_kind(name, {key: value for key, value in fields.items() if key not in COMMON_FIELDS})
+        kind = read_kind(
+            name, {key: value for key, value in fields.items() if key not in COMMON_FIELDS}, COMMON_FIELDS
+        )
         source = Source(name=str(name), kind=kind, **common)
-        for key, value, is_fine in (
-            ("weight", source.weight, lambda number: number > 0),
-            ("held_out", source.held_out, lambda number: 0 <= number < 1),
+        for key, value, is_fine, wanted in (
+            ("weight", source.weight, lambda number: 0 < number < float("inf"), "a number above 0"),
+            ("held_out", source.held_out, lambda number: 0 <= number < 1, "a share, at least 0 and below 1"),
         ):
-            if not isinstance(value, (int, float)) or not is_fine(value):
-                raise ValueError(f"sources: {name!r}: {key} = {value!r} is out of range.")
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not is_fine(value):
+                raise ValueError(f"sources: {name!r}: {key} = {value!r} is out of range: it is {wanted}.")
         sources.append(source)
     return sources
 

@@ -22,6 +22,7 @@ from ..training.files import path_aside
 from ..training.precision import supports_bf16
 from .encoding import DocumentEncoder, processor_fingerprint
 from .jobs import BATCH, Job, Task
+from .json_lines import BROKEN_LINE
 from .kinds import CaptionKind, InterleavedKind, TextKind
 from .pictures import LeftOut, read_picture
 from .reports import ShardReport, write_report
@@ -199,15 +200,18 @@ class ShardWriter:
             place = str(self.start + index) if isinstance(rows, Dataset) else f"{self.task.shard}/{index}"
             split = VALIDATION if self.holds_out and self.source.is_held_out(place) else self.task.split
             self.report.rows += 1
+            if row.get(BROKEN_LINE):
+                self._leave_out(self.start + index, LeftOut("JSON broken", row[BROKEN_LINE]))
+                continue
             yield self.start + index, split, row
 
-    def _leave_out(self, row: int, error: LeftOut) -> None:
+    def _leave_out(self, row: int, error: LeftOut, is_whole: bool = True) -> None:
         if self.strict:
             raise ValueError(
                 f"sources: {self.source.name!r}, split {self.plan['split']!r}, row {row}: {error}. Without `--strict` "
                 "such rows are left out."
             ) from error
-        self.report.leave_out(row, error)
+        self.report.leave_out(row, error, is_whole)
 
     def _picture(self, value: Any, min_side: int) -> torch.Tensor:
         picture, changes = read_picture(value, self.root, min_side)
@@ -296,7 +300,7 @@ class ShardWriter:
                 parts.append(self._picture(part.value, kind.min_side))
             # the rest of the document makes sense without it
             except LeftOut as error:
-                self._leave_out(index, error)
+                self._leave_out(index, error, is_whole=False)
         if not any(len(part) for part in parts):
             raise LeftOut("document empty", "neither texts nor pictures")
         return [self.encoder.beginning, *parts, [self.encoder.eos]]

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..data.json_lines import BROKEN_LINE
 from ..data.kinds import InterleavedKind, Kind, PictureKind, TextKind
 from ..data.sources import TRAIN, VALIDATION, Source, undecoded_rows
 from .recipe import read_recipe
@@ -90,6 +91,8 @@ def candidates(source: Source) -> Iterator[Candidate]:
         if name not in names:
             continue
         for row, columns in enumerate(undecoded_rows(source.open(names[name]))):
+            if columns.get(BROKEN_LINE):
+                continue
             is_held_out = name == VALIDATION or (VALIDATION not in names and source.is_held_out(str(row)))
             for index, value in enumerate(row_pictures(source.kind, columns)):
                 yield Candidate(source, names[name], row, index, is_held_out, value)

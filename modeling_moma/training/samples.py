@@ -17,6 +17,7 @@ from tokenization import MomaProcessor
 
 from ..data.documents import CaptionDocuments
 from ..tools.callbacks import MomaMetricsCallback
+from .examples import evenly_spaced
 from .files import write_aside
 from .measures import draw_pictures, write_captions
 from .recipe import SampleFields
@@ -34,7 +35,7 @@ class SampleCallback(TrainerCallback):
     Args:
         fields: of the recipe.
         processor: of the training.
-        held_out: documents of every source of captions, whose first pictures are captioned.
+        held_out: documents of every source of captions, of whose pictures some, evenly spaced, are captioned.
         metrics: which must not count what is generated.
     """
 
@@ -46,7 +47,11 @@ class SampleCallback(TrainerCallback):
         metrics: MomaMetricsCallback,
     ):
         self.fields, self.processor, self.metrics = fields, processor, metrics
-        pairs = [(entry, row) for entry in held_out for row in range(min(fields.pictures, len(entry)))]
+        # neighbours are often alike: rows are sorted by class
+        chosen = [(entry, min(fields.pictures, len(entry))) for entry in held_out]
+        pairs = [
+            (entry, row) for entry, number in chosen if number for row in evenly_spaced(range(len(entry)), number)
+        ]
         self.references = [entry.caption(row) for entry, row in pairs]
         codes = [torch.as_tensor(entry.codes(row).copy()) for entry, row in pairs]
         self.codes = torch.stack(codes) if codes else torch.zeros(0, processor.image_seq_length, dtype=torch.long)

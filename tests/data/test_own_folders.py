@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Own data as people have them: folders sorted into splits, broken JSON lines, missing pictures, misspelt fields."""
+
+import csv
+import json
+
+import pytest
+from datasets import config
+
+from helpers.tiny import noise_pictures, tiny_documents, tiny_processor
+from modeling_moma import MomaMetricsCallback
+from modeling_moma.cli import tokenize
+from modeling_moma.data.documents import TokenFolder
+from modeling_moma.data.sources import read_sources
+from modeling_moma.training.recipe import SampleFields
+from modeling_moma.training.samples import SampleCallback
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+@pytest.fixture
+def run(tmp_path, capsys):
+    """Tokenizes one source by the command; gives the manifest's entry, the split's captions and what was printed."""
+    tiny_processor().save_pretrained(tmp_path / "processor")
+
+    def run(*flags, **fields):
+        recipe = tmp_path / "recipe.yaml"
+        recipe.write_text(json.dumps({"sources": {"mine": {"held_out": 0, **fields}}}))
+        command = [str(recipe), "--processor", str(tmp_path / "processor"), "--output", str(tmp_path / "tokens")]
+        tokenize.main([*command, "--processes", "1", *flags])
+        tokens = TokenFolder(tmp_path / "tokens", tiny_processor())
+        (source,) = tokens.sources()
+        documents = {name: tokens.documents(source, name) for name in tokens.split_names("mine")}
+        return tokens.manifest["sources"]["mine"], documents, capsys.readouterr().out
+
+    return run
+
+
+def sorted_photos(folder, splits, suffix="csv"):
+    rows = []
+    for split in splits:
+        (folder / split / "deeper").mkdir(parents=True)
+        for index, picture in enumerate(noise_pictures(3)):
+            name = f"{split}/deeper/{index}.png" if index else f"{split}/0.png"
+            picture.save(folder / name)
+            rows.append({"file_name": name, "text": f"{split} {index}"})
+    if suffix == "jsonl":
+        (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+        return
+    with open(folder / "metadata.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, ["file_name", "text"])
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+@pytest.mark.parametrize("suffix", ["csv", "jsonl"])
+@pytest.mark.parametrize("splits", [["train"], ["train", "val"], ["training", "test", "validation"]])
+def test_captions_above_the_folders_of_splits_are_read(run, tmp_path, splits, suffix):
+    sorted_photos(tmp_path / "photos", splits, suffix)
+    problem = None
+    try:
+        _, documents, _ = run(data=str(tmp_path / "photos"), image="image", text="text")
+    except ValueError as error:
+        problem = str(error)
+    assert problem is None
+    names = {"training": "train", "val": "validation"}
+    assert {name: [entry.caption(row) for row in range(len(entry))] for name, entry in documents.items()} == {
+        names.get(split, split): [f"{split} {index}" for index in range(3)] for split in splits
+    }
+
+
+def test_part_or_stream_of_such_a_split_is_refused(tmp_path):
+    sorted_photos(tmp_path / "photos", ["train", "test"])
+    fields = {"data": str(tmp_path / "photos"), "image": "image", "text": "text"}
+    source = read_sources({"mine": fields})[0]
+    with pytest.raises(ValueError, match="one file of captions above.*put the captions of each split into its folder"):
+        source.open("train[:1]")
+
+
+LINES = ['{"text": "one", "n": {"a": [1]}}', '{"text": "two"', "", "{}", '{"text": "three"}', "[1]", "no"]
+
+
+@pytest.mark.parametrize("name", ["d.jsonl", "d.json"])
+def test_broken_json_lines_are_left_out_by_number(run, tmp_path, name):
+    (tmp_path / name).write_text("\n".join(LINES) + "\n")
+    problem = None
+    try:
+        entry, documents, printed = run(data=str(tmp_path / name), text="text")
+    except ValueError as error:
+        problem = str(error)
+    assert problem is None
+    read = entry["read"]["train"]
+    assert read["rows"] == 6 and read["left_out"] == {"JSON broken": 3, "text empty": 1}
+    said = {row["row"]: row["detail"] for row in read["named"] if row["reason"] == "JSON broken"}
+    assert [said[row].partition(":")[0] for row in (1, 4, 5)] == [f"line {n} of {name}" for n in (2, 6, 7)]
+    assert len(documents["train"]) == 2
+    assert "left out of 6 rows: 3 JSON broken" in printed and f"line 2 of {name}: Expecting" in printed
+
+
+def test_strict_stops_at_a_broken_line(run, tmp_path):
+    (tmp_path / "d.jsonl").write_text("\n".join(LINES) + "\n")
+    with pytest.raises(ValueError, match="row 1: JSON broken: line 2 of d.jsonl: Expecting.*Without `--strict`"):
+        run("--strict", data=str(tmp_path / "d.jsonl"), text="text")
+
+
+def test_missing_picture_of_a_page_is_no_row_left_out(run, tmp_path):
+    page = [{"text": "before"}, {"image": "gone.png"}, {"text": "after"}]
+    (tmp_path / "d.jsonl").write_text(json.dumps({"page": page}) + "\n")
+    entry, documents, printed = run(data=str(tmp_path / "d.jsonl"), segments="page")
+    read = entry["read"]["train"]
+    assert len(documents["train"]) == read["rows"] == 1
+    assert (read["left_out"], read.get("pictures_left_out")) == ({}, {"picture missing": 1})
+    assert "pictures left out of 1 rows: 1 picture missing" in printed and "gone.png" in printed
+
+
+@pytest.mark.parametrize(
+    "fields, said",
+    [
+        ({"held_uot": 0.1, "image": "i"}, "'held_uot'.*did you mean 'held_out'.*'data'.*'without_caption'"),
+        ({"wieght": 1}, "'wieght'.*did you mean 'weight'.*'splits'"),
+        ({"segmnets": "s"}, "'segmnets', which is no field"),
+        ({"weight": 0}, "weight = 0 is out of range: it is a number above 0"),
+        ({"weight": float("nan")}, "weight = nan is out of range: it is a number above 0"),
+        ({"held_out": 1}, "held_out = 1 is out of range: it is a share, at least 0 and below 1"),
+        ({"held_out": True}, "held_out = True is out of range"),
+    ],
+)
+def test_misspelt_field_and_value_out_of_range_say_what_may_stand_there(fields, said):
+    with pytest.raises(ValueError, match=said):
+        read_sources({"mine": {"data": "d", "text": "t", **fields}})
+
+
+@pytest.mark.parametrize("pictures, expected", [(0, []), (4, [0, 3, 6, 9]), (20, list(range(12)))])
+def test_sampled_pictures_are_spread(pictures, expected):
+    processor = tiny_processor()
+    documents = tiny_documents(processor, 12)
+    sampling = SampleCallback(SampleFields(every=1, pictures=pictures), processor, [documents], MomaMetricsCallback())
+    assert sampling.references == [documents.caption(row) for row in expected]
+    assert len(sampling.codes) == len(expected)
