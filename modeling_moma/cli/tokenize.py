@@ -3,12 +3,14 @@
 
 import argparse
 import os
+from contextlib import nullcontext
 from pathlib import Path
 
 from ..data.engines import ENGINES, run_executor
 from ..data.jobs import plan_job, write_job
 from ..data.reports import write_manifest
-from ..data.running import run_tasks
+from ..data.running import Workers, run_tasks
+from ..data.sources import Source
 from ..training.recipe import DataFields, read_recipe
 from ..training.tables import markdown_table
 
@@ -22,7 +24,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "--processes", type=int, default=len(os.sched_getaffinity(0)), help="by default one for every core"
     )
     parser.add_argument("--threads", type=int, default=1, help="of each process")
-    parser.add_argument("--rows-per-shard", type=int, help="by default about 64 shards a split, of 1,024 rows or more")
+    parser.add_argument(
+        "--rows-per-shard", type=int, help="by default about 64 shards a split, of 256 pictures and more"
+    )
     parser.add_argument(
         "--splits", nargs="+", metavar="SPLIT", help="these alone, `train` among them; by default all that there are"
     )
@@ -68,16 +72,24 @@ def main(arguments: list[str] | None = None):
     args = parse_arguments(arguments)
     recipe = read_recipe(args.recipe, needs=("sources",))
     data = recipe.data or DataFields()
+    # while they start, this process looks at the sources
+    others = args.processes - 1 if args.engine == "processes" else 0
+    with Workers(others, args.threads, args.processor) if others else nullcontext() as workers:
+        tokenize(args, recipe.sources, data, workers)
+
+
+def tokenize(args: argparse.Namespace, sources: list[Source], data: DataFields, workers: Workers | None) -> None:
+    """Plan and write the tokens, and say what became of the rows."""
     job = plan_job(
-        recipe.sources, args.processor, data.sequence_length, data.packed, args.seed, args.rows_per_shard, args.splits
+        sources, args.processor, data.sequence_length, data.packed, args.seed, args.rows_per_shard, args.splits
     )
     write_job(args.output, job)
     if args.engine == "processes":
-        run_tasks(args.output, job, args.processes, args.threads, args.strict)
+        run_tasks(args.output, job, args.processes, args.threads, args.strict, workers)
     # a second start on a cluster, after the jobs of the first, only adds up
     elif not all((Path(args.output) / task.report_name()).is_file() for task in job.tasks()):
-        workers = args.tasks if args.engine == "slurm" else args.processes
-        run_executor(args.output, args.engine, args.tasks, workers, args.strict, args.partition, args.time)
+        at_once = args.tasks if args.engine == "slurm" else args.processes
+        run_executor(args.output, args.engine, args.tasks, at_once, args.strict, args.partition, args.time)
         if args.engine == "slurm":
             print(f"submitted; once all tasks are done, the same command writes {args.output}/manifest.json")
             return

@@ -14,7 +14,8 @@ from ..training.files import refuse_files, write_aside
 from ..training.saved import open_processor
 from .encoding import processor_fingerprint
 from .kinds import CaptionKind
-from .sources import TRAIN, VALIDATION, Source, read_sources
+from .segments import row_pictures, text_length
+from .sources import TRAIN, VALIDATION, Source, read_sources, undecoded_rows
 
 
 JOB_FILE = "job.json"
@@ -23,8 +24,14 @@ FORMAT = 1
 # rows of a shard grow with the data, so that the number of files stays in bounds
 SHARD_ROWS = (1024, 16384)
 TYPICAL_SHARDS = 64
-# pictures that are coded together; rows of a shard are a multiple
+# pictures that are coded together; rows of a shard of captions are a multiple
 BATCH = 128
+# fewest pictures of a shard, where there are more than that, so that a few thousand are the work of several processes
+SHARD_PICTURES = 256
+# letters of texts that take about as long as a picture
+LETTERS_OF_A_PICTURE = 16384
+# rows, spread over a split, that say what the others hold
+LOOKED_AT = 64
 
 
 @dataclass(frozen=True)
@@ -66,7 +73,7 @@ class Job:
         seed: of the changes of pictures that further codings are made of.
         sources: the recipe's section.
         splits: of each source and split: `split` (the data set's name), `rows` (`None` where streamed), `shards`,
-            `rows_per_shard`, `list_columns`.
+            `pictures` (an estimate), `rows_per_shard`, `list_columns`.
     """
 
     processor: str
@@ -118,7 +125,8 @@ def plan_job(
         sequence_length: see [`Job`], as the next two.
         packed: see there.
         seed: see there.
-        rows_per_shard: by default so many that a split has about 64 shards, of 1,024 to 16,384 rows each.
+        rows_per_shard: by default so many that a split has about 64 shards of 256 pictures or more, or as much text as
+            takes as long; at most 16,384 rows, and 1,024 where there are few.
         splits: leave out all others; `train` must be among them.
 
     Raises:
@@ -149,13 +157,33 @@ def _plan_source(source: Source, rows_per_shard: int | None, splits: Sequence[st
         if isinstance(rows, Dataset):
             if len(rows) == 0:
                 raise ValueError(f"sources: {source.name!r} yields nothing: its split {split!r} has no rows.")
-            size = rows_per_shard or min(max(SHARD_ROWS[0], len(rows) // TYPICAL_SHARDS), SHARD_ROWS[1])
-            size = -(-size // BATCH) * BATCH
-            entry |= {"rows": len(rows), "rows_per_shard": size, "shards": -(-len(rows) // size)}
+            pictures, weight = _row_means(source, rows)
+            size = rows_per_shard or _shard_rows(len(rows), weight)
+            if isinstance(source.kind, CaptionKind):
+                size = -(-size // BATCH) * BATCH
+            entry |= {"rows": len(rows), "pictures": round(len(rows) * pictures), "rows_per_shard": size}
+            entry["shards"] = -(-len(rows) // size)
         else:
-            entry |= {"rows": None, "rows_per_shard": None, "shards": rows.num_shards}
+            entry |= {"rows": None, "pictures": None, "rows_per_shard": None, "shards": rows.num_shards}
         plan[name] = entry
     return plan
+
+
+def _shard_rows(rows: int, weight: float) -> int:
+    """Rows of a shard, of a split whose rows take as long as so many pictures each."""
+    most = min(max(SHARD_ROWS[0], rows // TYPICAL_SHARDS), SHARD_ROWS[1])
+    pictures = max(SHARD_PICTURES, rows * weight / TYPICAL_SHARDS)
+    return max(1, min(most, int(pictures / weight))) if weight else most
+
+
+def _row_means(source: Source, rows: Dataset) -> tuple[float, float]:
+    """Pictures of a row in the mean, and in how many pictures' time it is tokenized, of some rows."""
+    places = sorted({len(rows) * number // LOOKED_AT for number in range(LOOKED_AT)})
+    looked_at = list(undecoded_rows(rows.select(places)))
+    pictures = sum(len(row_pictures(source.kind, row)) for row in looked_at) / len(looked_at)
+    columns = source.kind.columns()
+    letters = sum(text_length({name: row[name] for name in columns}) for row in looked_at) / len(looked_at)
+    return pictures, pictures + letters / LETTERS_OF_A_PICTURE
 
 
 def _list_columns(source: Source, rows: Dataset | IterableDataset) -> list[str]:

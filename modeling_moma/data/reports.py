@@ -24,6 +24,7 @@ class ShardReport:
     """
     Attributes:
         rows: rows read.
+        pictures: pictures coded.
         written: documents by split.
         tokens: by split, `text` (with the frames of documents and pictures) and `image` (codes) of one reading of
             every document, captions by their first template.
@@ -34,6 +35,7 @@ class ShardReport:
     """
 
     rows: int = 0
+    pictures: int = 0
     written: Counter = field(default_factory=Counter)
     tokens: dict[str, Counter] = field(default_factory=dict)
     left_out: Counter = field(default_factory=Counter)

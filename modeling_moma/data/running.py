@@ -1,67 +1,202 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs a tokenization: in one process, in several of this machine, or as a step of datatrove on a cluster."""
 
+import json
 import multiprocessing
 import os
-from concurrent.futures import ProcessPoolExecutor, as_completed
+import threading
+from concurrent.futures import Future, ProcessPoolExecutor, wait
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm.auto import tqdm
 
 from .jobs import Job, Task, read_job
-from .tokenizing import tokenize_shard
+from .kinds import TextKind
+from .tokenizing import loaded_encoder, tokenize_shard
 
 
-def run_tasks(folder: str | Path, job: Job, processes: int, threads: int = 1, strict: bool = False) -> None:
+# seconds between two looks at what the other processes have done
+_LOOK = 0.5
+# of a worker: pictures that all of them have coded
+_coded: Any = None
+
+
+class Workers:
+    """
+    Processes that work beside this one. They are started once, each loads the processor once, and while they do this
+    one may find out what there is to do.
+
+    Args:
+        number: of processes beside this one.
+        threads: of each.
+        processor: folder of a [`MomaProcessor`].
+    """
+
+    def __init__(self, number: int, threads: int, processor: str):
+        # a forked process would share the locks of threads that it does not have
+        context = multiprocessing.get_context("spawn")
+        self.coded = context.Value("q", 0)
+        self.pool = ProcessPoolExecutor(number, context, _begin_worker, (threads, processor, self.coded))
+        for _ in range(number):
+            # a process is started for each
+            self.pool.submit(os.getpid)
+
+    def __enter__(self) -> "Workers":
+        return self
+
+    def __exit__(self, *rest: Any) -> None:
+        self.pool.shutdown(wait=True, cancel_futures=True)
+
+
+def run_tasks(
+    folder: str | Path,
+    job: Job,
+    processes: int,
+    threads: int = 1,
+    strict: bool = False,
+    workers: Workers | None = None,
+) -> None:
     """
     Writes every shard that is missing, each by one process.
 
     Args:
         folder: of all tokens, begun by `write_job`.
         job: what to do.
-        processes: of this machine that work side by side; with 1 it is this one.
+        processes: of this machine that work side by side, this one among them.
         threads: of each process.
         strict: stop at the first row that cannot be used.
+        workers: those beside this one; by default they are started where there are shards for them.
 
     Raises:
         ValueError: what a shard raised.
     """
     tasks = [task for task in job.tasks() if not (Path(folder) / task.report_name()).is_file()]
-    progress = tqdm(total=len(job.tasks()), initial=len(job.tasks()) - len(tasks), desc="shards", unit="shard")
-    if processes == 1 or len(tasks) < 2:
-        before = torch.get_num_threads()
-        torch.set_num_threads(threads)
-        try:
-            for task in tasks:
-                tokenize_shard(folder, job, task, strict)
-                progress.update()
-        finally:
-            torch.set_num_threads(before)
-        progress.close()
-        return
-    # a forked process would share the locks of threads that it does not have
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(processes, len(tasks)), context, _begin_worker, (threads,)) as pool:
-        futures = [pool.submit(_run_one, str(folder), task, strict) for task in tasks]
-        try:
-            for future in as_completed(futures):
-                future.result()
-                progress.update()
-        except BaseException:
-            pool.shutdown(wait=True, cancel_futures=True)
-            raise
-    progress.close()
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with Progress(folder, job) as progress:
+            number = min(processes, len(tasks)) - 1
+            if number < 1:
+                for task in tasks:
+                    tokenize_shard(folder, job, task, strict, progress.add)
+            elif workers is not None:
+                _share(folder, job, tasks, strict, workers, progress)
+            else:
+                with Workers(number, threads, job.processor) as started:
+                    _share(folder, job, tasks, strict, started, progress)
+    finally:
+        torch.set_num_threads(before)
 
 
-def _begin_worker(threads: int) -> None:
+def _share(
+    folder: str | Path, job: Job, tasks: list[Task], strict: bool, workers: Workers, progress: "Progress"
+) -> None:
+    progress.coded = workers.coded
+    futures = [workers.pool.submit(_run_one, str(folder), task, strict) for task in tasks]
+    try:
+        # from the other end, whatever the workers have not begun, and at once: they may still be starting
+        for task, future in zip(reversed(tasks), reversed(futures)):
+            _raise_first(futures)
+            if future.cancel():
+                tokenize_shard(folder, job, task, strict, progress.add)
+        remaining: set[Future] = {future for future in futures if not future.cancelled()}
+        while remaining:
+            _, remaining = wait(remaining, timeout=_LOOK)
+            progress.show()
+            _raise_first(futures)
+    except BaseException:
+        workers.pool.shutdown(wait=True, cancel_futures=True)
+        raise
+
+
+def _raise_first(futures: list[Future]) -> None:
+    for future in futures:
+        if future.done() and not future.cancelled():
+            future.result()
+
+
+class Progress:
+    """
+    A bar of all pictures of a job, or of its shards where nothing has pictures or nobody knows how many.
+
+    Args:
+        folder: of all tokens.
+        job: what to do.
+    """
+
+    def __init__(self, folder: str | Path, job: Job):
+        self.folder, self.job, self.own = Path(folder), job, 0
+        # what other processes have coded, where there are any
+        self.coded: Any = None
+        plans = [plan for splits in job.splits.values() for plan in splits.values()]
+        has_pictures = any(not isinstance(job.source(name).kind, TextKind) for name in job.sources)
+        # a folder that an older version has begun is refused before
+        is_known = has_pictures and all(plan["pictures"] is not None for plan in plans)
+        self.total = sum(plan["pictures"] for plan in plans) if is_known else len(job.tasks())
+        self.counts_pictures = is_known
+        self.done = self._done()
+
+    def __enter__(self) -> "Progress":
+        unit = " pictures" if self.counts_pictures else " shards"
+        self.bar = tqdm(total=self.total, initial=self.done, desc="tokenizing", unit=unit)
+        return self
+
+    def __exit__(self, kind: Any, *rest: Any) -> None:
+        if kind is None:
+            # some were left out, and some may have been an estimate
+            self.bar.n = self.bar.total = self._done()
+        self.bar.close()
+
+    def add(self, pictures: int) -> None:
+        """So many have been coded by this process."""
+        self.own += pictures
+        self.show()
+
+    def show(self) -> None:
+        """Move the bar."""
+        others = 0 if self.coded is None else self.coded.value
+        self.bar.n = self.done + self.own + others if self.counts_pictures else self._done()
+        self.bar.total = max(self.total, self.bar.n)
+        self.bar.refresh()
+
+    def _done(self) -> int:
+        reports = [self.folder / task.report_name() for task in self.job.tasks()]
+        found = [path for path in reports if path.is_file()]
+        if not self.counts_pictures:
+            return len(found)
+        return sum(json.loads(path.read_text(encoding="utf-8"))["pictures"] for path in found)
+
+
+def _begin_worker(threads: int, processor: str, coded: Any) -> None:
+    global _coded
+    _coded = coded
     # the text tokenizer would start a thread for every core
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     torch.set_num_threads(threads)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    # one that cannot be loaded is told of by whoever needs it; here it would be a broken pool
+    with suppress(Exception):
+        loaded_encoder(processor)
+
+
+def _end_with_parent() -> None:
+    # a parent that is killed tells nobody
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+def _add_coded(pictures: int) -> None:
+    with _coded.get_lock():
+        _coded.value += pictures
 
 
 def _run_one(folder: str, task: Task, strict: bool) -> bool:
-    return tokenize_shard(folder, read_job(folder), task, strict)
+    return tokenize_shard(folder, read_job(folder), task, strict, _add_coded)
 
 
-__all__ = ["run_tasks"]
+__all__ = ["Workers", "run_tasks"]

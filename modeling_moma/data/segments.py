@@ -7,7 +7,7 @@ from typing import Any
 
 from tokenization import MomaProcessor
 
-from .kinds import InterleavedKind
+from .kinds import InterleavedKind, Kind, TextKind
 from .pictures import LeftOut
 
 
@@ -46,6 +46,40 @@ def _read_segment(entry: Any) -> str | PictureSegment:
     raise LeftOut(
         "segment unknown", f"{str(entry)[:100]!r} is neither a text nor {{'text': ...}} nor {{'image': ...}}"
     )
+
+
+def row_pictures(kind: Kind, row: dict[str, Any]) -> list[Any]:
+    """
+    The pictures of a row, undecoded.
+
+    Args:
+        kind: of the row's source.
+        row: its columns.
+    """
+    if isinstance(kind, TextKind):
+        return []
+    if not isinstance(kind, InterleavedKind):
+        return [row[kind.image]]
+    if kind.segments is not None:
+        parts = row[kind.segments]
+    elif kind.images is not None:
+        images = row[kind.images]
+        return images if isinstance(images, list) else [] if images is None else [images]
+    else:
+        messages = row[kind.messages] or []  # pyright: ignore[reportArgumentType]
+        contents = [message.get("content") for message in messages if isinstance(message, dict)]
+        parts = [part for content in contents if isinstance(content, list) for part in content]
+    parts = parts if isinstance(parts, list) else []
+    return [part["image"] for part in parts if isinstance(part, dict) and part.get("image") is not None]
+
+
+def text_length(value: Any) -> int:
+    """Letters of all texts in a row, or in a part of one, but for pictures and where they lie."""
+    if isinstance(value, str):
+        return len(value)
+    if isinstance(value, dict):
+        return sum(text_length(part) for name, part in value.items() if name not in ("image", "path", "url", "bytes"))
+    return sum(map(text_length, value)) if isinstance(value, (list, tuple)) else 0
 
 
 def read_messages(kind: InterleavedKind, row: dict[str, Any], processor: MomaProcessor) -> tuple[str, list[Any]]:
@@ -107,4 +141,4 @@ def _plain_part(part: Any, pictures: list) -> dict:
     return {"type": "text", "text": part.get("text") or ""}
 
 
-__all__ = ["PictureSegment", "read_messages", "read_segments"]
+__all__ = ["PictureSegment", "read_messages", "read_segments", "row_pictures", "text_length"]

@@ -4,7 +4,7 @@
 import functools
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
@@ -36,20 +36,31 @@ _SKIPPED_DRAWS = 1 << 22
 
 
 @functools.lru_cache(maxsize=1)
-def load_encoder(folder: str, fingerprint: str) -> DocumentEncoder:
-    """
-    A processor, loaded once in every process.
-
-    Raises:
-        ValueError: it is another one than the job was begun with.
-    """
+def loaded_encoder(folder: str) -> tuple[DocumentEncoder, str]:
+    """A processor, loaded once in every process, and its fingerprint."""
     processor = MomaProcessor.from_pretrained(folder)
-    if processor_fingerprint(processor) != fingerprint:
-        raise ValueError(f"--processor {folder!r} has changed since these tokens were begun; give a new `--output`.")
+    fingerprint = processor_fingerprint(processor)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     # nearly twice as fast on CPUs, with the same codes
     processor.vq_model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-    return DocumentEncoder(processor.to(device))
+    return DocumentEncoder(processor.to(device)), fingerprint
+
+
+def load_encoder(folder: str, fingerprint: str) -> DocumentEncoder:
+    """
+    The encoder of a job.
+
+    Raises:
+        ValueError: the processor is another one than the job was begun with.
+    """
+    encoder, found = loaded_encoder(folder)
+    if found != fingerprint:
+        # of an earlier job of this process
+        loaded_encoder.cache_clear()
+        encoder, found = loaded_encoder(folder)
+    if found != fingerprint:
+        raise ValueError(f"--processor {folder!r} has changed since these tokens were begun; give a new `--output`.")
+    return encoder
 
 
 @functools.lru_cache(maxsize=8)
@@ -64,7 +75,9 @@ def open_rows(name: str, fields: str, split: str) -> Dataset | IterableDataset:
     return read_sources({name: json.loads(fields)})[0].open(split)
 
 
-def tokenize_shard(folder: str | Path, job: Job, task: Task, strict: bool = False) -> bool:
+def tokenize_shard(
+    folder: str | Path, job: Job, task: Task, strict: bool = False, on_work: Callable[[int], object] | None = None
+) -> bool:
     """
     Writes one shard, unless it is there: its tokens aside and renamed, and its report last.
 
@@ -73,6 +86,7 @@ def tokenize_shard(folder: str | Path, job: Job, task: Task, strict: bool = Fals
         job: from `plan_job`.
         task: one of `job.tasks()`.
         strict: stop at the first row that cannot be used.
+        on_work: is called with numbers of pictures that have been coded.
 
     Returns:
         Whether there was anything to do.
@@ -83,7 +97,7 @@ def tokenize_shard(folder: str | Path, job: Job, task: Task, strict: bool = Fals
     folder = Path(folder)
     if (folder / task.report_name()).is_file():
         return False
-    writer = ShardWriter(job, task, load_encoder(job.processor, job.fingerprint), strict)
+    writer = ShardWriter(job, task, load_encoder(job.processor, job.fingerprint), strict, on_work)
     splits = job.output_splits(task)
     documents = writer.documents()
     with ShardFiles(folder, task, splits, writer.features()) as files:
@@ -145,10 +159,19 @@ class ShardWriter:
         task: see there.
         encoder: of the job's processor.
         strict: see there.
+        on_work: see there.
     """
 
-    def __init__(self, job: Job, task: Task, encoder: DocumentEncoder, strict: bool):
+    def __init__(
+        self,
+        job: Job,
+        task: Task,
+        encoder: DocumentEncoder,
+        strict: bool,
+        on_work: Callable[[int], object] | None = None,
+    ):
         self.job, self.task, self.encoder, self.strict = job, task, encoder, strict
+        self.on_work = on_work
         self.source: Source = job.source(task.source)
         self.plan = job.splits[task.source][task.split]
         self.report = ShardReport()
@@ -263,9 +286,15 @@ class ShardWriter:
             while len(codings) < self.codings:
                 codings.append(self._codes(augment_pictures(batch, self.generator, 1.0)))
         codes = torch.stack(codings, dim=1).flatten(1)
+        self._count(len(waiting))
         for (index, split, columns, length), row_codes in zip(waiting, codes.tolist(), strict=True):
             self.report.write_document(split, length, self.processor.image_seq_length)
             yield split, {"row": index, "codes": row_codes, **columns}
+
+    def _count(self, pictures: int) -> None:
+        self.report.pictures += pictures
+        if self.on_work is not None:
+            self.on_work(pictures)
 
     def _codes(self, pixel_values: torch.Tensor) -> torch.Tensor:
         model = self.processor.vq_model
@@ -324,6 +353,7 @@ class ShardWriter:
         pictures = [part for _, _, parts in waiting for part in parts if isinstance(part, torch.Tensor)]
         chunks = [torch.cat(pictures[start : start + BATCH]) for start in range(0, len(pictures), BATCH)]
         codes = iter([row for chunk in chunks for row in self._codes(chunk).tolist()])
+        self._count(len(pictures))
         for index, split, parts in waiting:
             ids, num_pictures = [], 0
             for part in parts:

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from ..data.json_lines import BROKEN_LINE
-from ..data.kinds import InterleavedKind, Kind, PictureKind, TextKind
+from ..data.kinds import PictureKind, TextKind
+from ..data.segments import row_pictures
 from ..data.sources import TRAIN, VALIDATION, Source, undecoded_rows
 from .recipe import read_recipe
 
@@ -96,28 +97,3 @@ def candidates(source: Source) -> Iterator[Candidate]:
             is_held_out = name == VALIDATION or (VALIDATION not in names and source.is_held_out(str(row)))
             for index, value in enumerate(row_pictures(source.kind, columns)):
                 yield Candidate(source, names[name], row, index, is_held_out, value)
-
-
-def row_pictures(kind: Kind, row: dict[str, Any]) -> list[Any]:
-    """
-    The pictures of a row, undecoded.
-
-    Args:
-        kind: of the row's source.
-        row: its columns.
-    """
-    if isinstance(kind, TextKind):
-        return []
-    if not isinstance(kind, InterleavedKind):
-        return [row[kind.image]]
-    if kind.segments is not None:
-        parts = row[kind.segments]
-    elif kind.images is not None:
-        images = row[kind.images]
-        return images if isinstance(images, list) else [] if images is None else [images]
-    else:
-        messages = row[kind.messages] or []  # pyright: ignore[reportArgumentType]
-        contents = [message.get("content") for message in messages if isinstance(message, dict)]
-        parts = [part for content in contents if isinstance(content, list) for part in content]
-    parts = parts if isinstance(parts, list) else []
-    return [part["image"] for part in parts if isinstance(part, dict) and part.get("image") is not None]

@@ -3,6 +3,7 @@
 
 import csv
 import json
+import re
 import struct
 import tarfile
 import zlib
@@ -286,6 +287,44 @@ def test_two_processes_write_what_one_writes(processor, many, tmp_path):
     assert len(contents(tmp_path / "one")) == 6
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
     assert (tmp_path / "one" / "manifest.json").read_text() == (tmp_path / "two" / "manifest.json").read_text()
+
+
+def write_stories(folder, stories, pictures):
+    """Documents of so many pictures each."""
+    for index, picture in enumerate(noise_pictures(pictures)):
+        picture.save(folder / f"{index}.png")
+    parts = [{"image": f"{index}.png"} for index in range(pictures)]
+    rows = [json.dumps({"segments": [f"story {number}", *parts]}) for number in range(stories)]
+    (folder / "stories.jsonl").write_text("\n".join(rows))
+    return {"stories": {"data": str(folder / "stories.jsonl"), "segments": "segments", "held_out": 0}}
+
+
+def test_shards_are_of_pictures_whatever_rows_hold(processor, tmp_path):
+    """Rows of many pictures, or of long texts, are the work of several processes."""
+    stories = plan_job(read_sources(write_stories(tmp_path, 60, 40)), processor, 64, True, 0)
+    entry = stories.splits["stories"]["train"]
+    # 256 pictures are those of six stories
+    assert (entry["rows_per_shard"], entry["shards"]) == (6, 10) and entry["pictures"] == 2400
+    (tmp_path / "lines.txt").write_text("a line\n" * 2000)
+    (tmp_path / "long.txt").write_text(("word " * 20_000 + "\n") * 100)
+    shards = {}
+    for name in ("lines", "long"):
+        sources = {name: {"data": str(tmp_path / f"{name}.txt"), "text": "text"}}
+        shards[name] = plan_job(read_sources(sources), processor, 64, True, 0).splits[name]["train"]["shards"]
+    assert shards["lines"] == 2 and shards["long"] > 1
+
+
+def test_two_processes_write_the_documents_of_one(processor, tmp_path, capsys):
+    sources = write_stories(tmp_path, 30, 20)
+    tokenize(sources, processor, tmp_path / "one")
+    bar = capsys.readouterr().err
+    tokenize(sources, processor, tmp_path / "two", processes=2)
+    assert len(contents(tmp_path / "one")) == 3
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+    # both count pictures
+    for told in (bar, capsys.readouterr().err):
+        assert "600/600" in told and "pictures" in told and "0/600" in told
+        assert any(0 < int(number) < 600 for number in re.findall(r"(\d+)/600 ", told))
 
 
 def test_shards_are_as_if_there_were_one(processor, many, tmp_path):

@@ -63,7 +63,7 @@ def disk(request, tmp_path):
     if mounted.returncode:
         pytest.skip("needs the right to mount a file system in memory; the other parameter does without")
     yield FullDisk(folder)
-    subprocess.run(["umount", str(folder)], check=True)
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
 @pytest.fixture(scope="module")
