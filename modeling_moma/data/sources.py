@@ -2,6 +2,7 @@
 """Sources of a training: what a recipe calls them, where their rows are, and how `datasets` opens them."""
 
 import dataclasses
+import itertools
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -114,7 +115,7 @@ class Source:
         rows = self._of_split(rows, split)
         columns = rows.column_names
         if columns is None:
-            columns = list(next(iter(rows), {}))
+            columns = list(next(undecoded_rows(rows), {}))
         missing = [name for name in self.kind.columns() if name not in columns]
         # a source of no rows has no columns, and is refused once it is read
         if missing and columns:
@@ -197,14 +198,30 @@ class Source:
 
 
 def undecoded_rows(rows: Dataset | IterableDataset) -> Iterator[dict[str, Any]]:
-    """Yields rows whose pictures are `{"bytes": ..., "path": ...}`, in whatever depth of lists they stand."""
+    """
+    Yields rows whose pictures are `{"bytes": ..., "path": ...}`, in whatever depth of lists they stand.
+
+    Raises:
+        ValueError: a file cannot be read any further.
+    """
     streamed = rows.to_iterable_dataset() if isinstance(rows, Dataset) else rows
-    if streamed.features is None:
-        # nothing is decoded where nobody knows what it is
-        yield from streamed
-    else:
+    # nothing is decoded where nobody knows what it is
+    if streamed.features is not None:
         # `decode(False)` would leave JSON as text, too
-        yield from streamed.cast(Features({name: _undecoded(entry) for name, entry in streamed.features.items()}))
+        streamed = streamed.cast(Features({name: _undecoded(entry) for name, entry in streamed.features.items()}))
+    iterator = iter(streamed)
+    for count in itertools.count():
+        try:
+            row = next(iterator)
+        except StopIteration:
+            return
+        # readers of files fail in any way
+        except Exception as error:
+            raise ValueError(
+                f"sources: after {count:,} rows no more can be read; is a file damaged there? "
+                f"({type(error).__name__}: {' '.join(str(error).split())[:300]})"
+            ) from error
+        yield row
 
 
 def _undecoded(feature: Any) -> Any:

@@ -43,7 +43,7 @@ def convert_both(server, tmp_path, name, setting=""):
         "shared, folder = sys.argv[3:], sys.argv[2]\n"
         f"statuses = [main([*shared, '--source', {NAME!r}, '--output', folder + '/found']),\n"
         "    main([*shared, '--source', 'someone/missing', '--output', folder + '/missing'])]\n"
-        "sys.exit(statuses != [0, 1])"
+        "sys.exit(statuses != [0, 2])"
     )
     folder = tmp_path / name
     shared = ["convert", "llama", "--processor", tmp_path / "processor"]

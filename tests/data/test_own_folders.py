@@ -106,6 +106,17 @@ def test_strict_stops_at_a_broken_line(run, tmp_path):
         run("--strict", data=str(tmp_path / "d.jsonl"), text="text")
 
 
+def test_broken_line_of_a_stream_is_told(run, tmp_path):
+    (tmp_path / "d.jsonl").write_text("\n".join(LINES) + "\n")
+    problem = None
+    try:
+        run(data=str(tmp_path / "d.jsonl"), text="text", load={"streaming": True})
+    # whatever the reader raises
+    except Exception as error:
+        problem = error
+    assert isinstance(problem, ValueError) and "rows no more can be read; is a file damaged there?" in str(problem)
+
+
 def test_missing_picture_of_a_page_is_no_row_left_out(run, tmp_path):
     page = [{"text": "before"}, {"image": "gone.png"}, {"text": "after"}]
     (tmp_path / "d.jsonl").write_text(json.dumps({"page": page}) + "\n")
