@@ -246,7 +246,10 @@ def frame_spans(ids: Sequence[int] | np.ndarray, frames: Sequence[tuple[int, int
     """
     ids, spans = np.asarray(ids), []
     for begin, end in frames:
-        begins, ends = np.flatnonzero(ids == begin), np.flatnonzero(ids == end)
+        begins = np.flatnonzero(ids == begin)
+        if not len(begins):
+            continue
+        ends = np.flatnonzero(ids == end)
         lasts = np.append(ends, len(ids))[np.searchsorted(ends, begins)]
         spans += zip(begins.tolist(), lasts.tolist())
     return sorted(spans)

@@ -19,9 +19,11 @@ from .stream import DocumentOrder, document_orders
 PACKING_RULE = "open-documents"
 # documents of a source that are begun and not ended
 OPEN = 8
-# drawn documents among which the next one to begin is chosen, of those that are cut and of those that go in whole
+# drawn documents among which the next one to begin is chosen: of a source whose documents are cut, of one whose
+# documents go in whole, and of that where nothing else fills the gaps that they leave
 CANDIDATES = 16
-BUFFER = 128
+WHOLE = 32
+WHOLE_ALONE = 128
 # tokens of a piece that neither ends its document nor fills its sequence
 LEAST = 16
 # a block, whose documents are known without those of the blocks before, has so many sequences and tokens or more
@@ -178,14 +180,17 @@ class _Document:
     def __init__(
         self, ids: Sequence[int] | np.ndarray, frames: Sequence[tuple[int, int]], length: int, can_be_cut: bool
     ):
-        self.ids, self.done, self.length, self.can_be_cut, self.drawn_at = ids, 0, length, can_be_cut, 0
-        spans = frame_spans(ids, frames)
+        self.ids, self.length, self.can_be_cut, self.drawn_at = ids, length, can_be_cut, 0
+        # tokens that are written, and that are not
+        self.done, self.rest = 0, len(ids)
+        spans = frame_spans(ids, frames) if can_be_cut else []
         self.begins, self.lasts = [begin for begin, _ in spans], [last for _, last in spans]
 
-    @property
-    def rest(self) -> int:
-        """Tokens that are not written yet."""
-        return len(self.ids) - self.done
+    def write(self, part: int) -> Sequence[int] | np.ndarray:
+        """Its next tokens, which are written then."""
+        self.done += part
+        self.rest -= part
+        return self.ids[self.done - part : self.done]
 
     def part(self, gap: int) -> int:
         """The most tokens that make a piece in a gap, no picture cut; 0 where none do."""
@@ -200,7 +205,7 @@ class _Document:
     def parts(self, gap: int) -> list[tuple[int, int]]:
         """Least and most tokens of all pieces that a gap can hold, from the shortest on."""
         if not self.can_be_cut:
-            return [(self.rest, self.rest)] if self.rest <= gap else []
+            return [(self.rest, self.rest)]
         most, least, ranges = self.part(gap), LEAST, []
         for number in range(bisect_left(self.begins, self.done), bisect_left(self.begins, self.done + most)):
             begin, after = self.begins[number] - self.done, self.lasts[number] + 1 - self.done
@@ -287,34 +292,33 @@ class _Source:
             self.open.append(document)
         if part == document.rest:
             self.open.remove(document)
-        document.done += part
         self.written += part
         self.at_hand -= part
-        return document.ids[document.done - part : document.done]
+        return document.write(part)
 
 
 class _WholeSource(_Source):
     """A source whose documents go in whole or wait; `has_filler` says that others can be cut."""
 
-    candidates = BUFFER
-
     def __init__(self, *args, has_filler: bool):
         super().__init__(*args)
-        self.has_filler, self.sequences = has_filler, 0
+        self.has_filler, self.sequences, self.longest = has_filler, 0, 0
+        self.candidates = WHOLE if has_filler else WHOLE_ALONE
 
     def _draw(self):
         super()._draw()
         self.waiting[-1].drawn_at = self.sequences
+        self.longest = max(self.longest, self.waiting[-1].rest)
 
     def choose(self, gap: int) -> tuple[_Document, int] | None:
         """The first of those that fill the gap best together, or one that has waited for many sequences."""
         oldest = self.waiting[0]
         if gap == self.length:
             self.sequences += 1
-            if self.sequences - oldest.drawn_at > BUFFER:
+            if self.sequences - oldest.drawn_at > self.candidates:
                 return oldest, oldest.rest
         # far from the end of a sequence any of them will do
-        if gap > 4 * max(document.rest for document in self.waiting):
+        if gap > (2 if self.has_filler else 4) * self.longest:
             return oldest, oldest.rest
         documents = [document for document in self.waiting if document.rest <= gap]
         return fullest(documents, gap, gap - LEAST if self.has_filler else gap)
@@ -337,7 +341,8 @@ def fullest(documents: Sequence[_Document], gap: int, most: int) -> tuple[_Docum
     for document in documents:
         reached = sums[-1]
         for low, high in document.parts(gap):
-            reached |= _spread(sums[-1] << low, high - low + 1) & mask
+            shifted = sums[-1] << low
+            reached |= (_spread(shifted, high - low + 1) if high > low else shifted) & mask
         sums.append(reached)
         if reached >> gap & 1:
             break
@@ -401,11 +406,13 @@ class _Packer:
 
     def _take(self, gap: int) -> _Piece | None:
         """A piece of the source that is most behind, of those that have one."""
-        for source in sorted(self.sources, key=lambda source: source.written / source.share):
-            share = max(source.share, source.written / self.written if self.written else 0)
-            ids = source.take(gap, share * self.rows_left * self.length)
+        left, written = self.rows_left * self.length, max(self.written, 1)
+        behind = sorted([(source.written / source.share, place) for place, source in enumerate(self.sources)])
+        for _, place in behind:
+            source = self.sources[place]
+            ids = source.take(gap, max(source.share, source.written / written) * left)
             if ids is not None:
-                return _Piece(ids, self.sources.index(source))
+                return _Piece(ids, place)
         return None
 
 
