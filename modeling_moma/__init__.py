@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """MoMa for Transformers. Importing this package makes the Auto classes of Transformers know its two wings."""
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from .tools.import_notices import without_import_notices
 
 
-# Transformers imports torchao for its quantizers and, for its Trainer, PEFT and with that bitsandbytes
+# Transformers imports torchao for its quantizers
 with without_import_notices():
-    import transformers.trainer  # noqa: F401
+    import transformers.modeling_utils  # noqa: F401
 
 from transformers import (
     AutoConfig,
@@ -22,15 +25,33 @@ from tokenization import MomaImageProcessor, MomaImageProcessorPil, MomaProcesso
 
 from .configuration_moma import MomaConfig
 from .modeling_moma import MomaCausalLMOutput, MomaForCausalLM, MomaModel, MomaPreTrainedModel
-from .tools.auxiliary_training import AuxiliaryRouterTrainer, add_auxiliary_routers, auxiliary_report
 from .tools.calibration import calibrate_auxiliary_thresholds, calibrate_thresholds
-from .tools.callbacks import MomaMetricsCallback
 from .tools.code_embeddings import initialize_code_embeddings
 from .tools.costs import eta, flops_per_token, training_flops
 from .tools.freezing import freeze_all_but, freeze_groups
 from .tools.quantization import quantized_share, torchao_config
 from .tools.upcycling import parse_experts, upcycle, upcycled_config
 from .tools.upcycling_receipt import UpcyclingReceipt, upcycling_receipt
+
+
+if TYPE_CHECKING:
+    from .tools.auxiliary_training import AuxiliaryRouterTrainer, add_auxiliary_routers, auxiliary_report
+    from .tools.callbacks import MomaMetricsCallback
+
+# imported when they are asked for: Transformers' Trainer brings PEFT and bitsandbytes along where they are installed
+_OF_TRAINER = {
+    "AuxiliaryRouterTrainer": "auxiliary_training",
+    "MomaMetricsCallback": "callbacks",
+    "add_auxiliary_routers": "auxiliary_training",
+    "auxiliary_report": "auxiliary_training",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _OF_TRAINER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    with without_import_notices():
+        return getattr(importlib.import_module(f".tools.{_OF_TRAINER[name]}", __name__), name)
 
 
 # `exist_ok`: the package may be imported anew, or beside a Transformers with a `moma` of its own

@@ -7,6 +7,8 @@ import linecache
 import sys
 from pathlib import Path
 
+from ..tools.import_notices import without_import_notices
+
 
 # verb -> module of this package with a `main()`, in the order of a model's life
 VERBS = {
@@ -71,7 +73,9 @@ def main(arguments: list[str] | None = None) -> int:
     # what a verb's messages and help call it
     sys.argv = [f"moma {verb}", *rest]
     try:
-        status = importlib.import_module(f".{VERBS[verb]}", __package__).main()
+        with without_import_notices():
+            module = importlib.import_module(f".{VERBS[verb]}", __package__)
+        status = module.main()
     except Exception as error:
         from ..training.disk import full_disk_line, is_disk_full
 

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from transformers import TrainingArguments
 
 from ..configuration_moma import MomaConfig
 from ..data.sources import Source, read_sources
+from ..tools.import_notices import without_import_notices
 
 
 # what a run decides and not a recipe
@@ -130,6 +130,10 @@ def read_recipe(path: str | Path, needs: tuple[str, ...] = ()) -> Recipe:
 
 
 def _read_sections(where: str, content: dict[str, Any]) -> Recipe:
+    # it brings Transformers' Trainer along, which processes that tokenize have no use for
+    with without_import_notices():
+        from transformers import TrainingArguments
+
     known = {
         "model": {"preset", *_names(MomaConfig)},
         "trainer": _names(TrainingArguments) - set(RUN_FIELDS),
