@@ -29,6 +29,11 @@ LEAST = 16
 # a block, whose documents are known without those of the blocks before, has so many sequences and tokens or more
 BLOCK = 1024
 BLOCK_TOKENS = 2**22
+# sequences, and tokens, from which is estimated what a block holds
+SAMPLE = 128
+SAMPLE_TOKENS = 2**18
+# by how much shares may differ from the weights and still count as kept
+TOLERANCE = 0.02
 IGNORED = -100
 
 
@@ -53,9 +58,9 @@ class PackedExamples(torch.utils.data.Dataset):
     come before their turn, and the log of a training tells.
 
     The index decides everything. Sequences come in blocks of four million tokens, of 1,024 sequences or more: where
-    the documents of a block begin follows from what the first block took of each source and from their mean length,
-    so that a run resumes anywhere without reading more than a block. Around a block's end a few documents are seen
-    twice or left out for it, or are not ended.
+    the documents of a block begin follows from what the first sequences take of each source and from the mean length
+    of its documents, so that a run resumes anywhere without reading more than a block. Around a block's end a few
+    documents are seen twice or left out for it, or are not ended.
 
     Args:
         documents: of each source.
@@ -118,12 +123,20 @@ class PackedExamples(torch.utils.data.Dataset):
         return [(tokens / order.mean_length, order) for tokens, order in zip(self._block_tokens, self.orders)]
 
     @cached_property
-    def _block_tokens(self) -> list[int]:
-        """Tokens of each source in the first block: shares that cannot be kept, and padding, are in them."""
+    def _block_tokens(self) -> list[float]:
+        """Tokens of each source in a block: what the weights say of the part that is no padding, or what was measured
+        where the weights cannot be kept."""
+        number = min(BLOCK, max(SAMPLE, SAMPLE_TOKENS // self.sequence_length))
         packer = self._begin(0)
-        for _ in range(self.block):
+        tokens = np.zeros((number, len(self.orders)))
+        for row in range(number):
             packer.next_pieces()
-        return [source.written for source in packer.sources]
+            tokens[row] = [source.written for source in packer.sources]
+        # the first ones have the whole choice of documents before them
+        taken = (tokens[-1] - tokens[number // 2]) / ((number - 1 - number // 2) * self.sequence_length)
+        if np.abs(taken / taken.sum() - self.shares).max() < TOLERANCE:
+            taken = self.shares * taken.sum()
+        return (taken * self.block * self.sequence_length).tolist()
 
     def _begin(self, block: int) -> "_Packer":
         starts = [round(block * documents) for documents, _ in self._a_block()] if block else [0] * len(self.orders)

@@ -9,10 +9,11 @@ from accelerate import PartialState
 from transformers import TrainerCallback
 from transformers.utils import logging
 
+from ..data.packing import TOLERANCE
 
-# rows after which shares are compared with the weights, and by how much they may differ
+
+# rows after which shares are compared with the weights
 ROWS = 300
-TOLERANCE = 0.02
 
 logger = logging.get_logger(__name__)
 
