@@ -12,6 +12,7 @@ from ..data.reports import write_manifest
 from ..data.running import Workers, run_tasks
 from ..data.sources import Source
 from ..training.recipe import DataFields, read_recipe
+from ..training.saved import PROCESSOR, check_saved
 from ..training.tables import markdown_table
 
 
@@ -72,6 +73,8 @@ def main(arguments: list[str] | None = None):
     args = parse_arguments(arguments)
     recipe = read_recipe(args.recipe, needs=("sources",))
     data = recipe.data or DataFields()
+    # what they cannot load they would each tell of
+    check_saved(PROCESSOR, "--processor", args.processor)
     # while they start, this process looks at the sources
     others = args.processes - 1 if args.engine == "processes" else 0
     with Workers(others, args.threads, args.processor) if others else nullcontext() as workers:

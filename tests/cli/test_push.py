@@ -376,6 +376,6 @@ def test_a_card_without_mapped_data_sets_keeps_its_very_text(folder):
 def test_a_refusal_is_an_exit_code_and_a_message(folder, capsys):
     (folder / "tokenizer.json").unlink()
     assert push_to_hub.main(["--model", str(folder), "--repo-id", "someone/moma-tiny"]) == 2
-    assert "refused, nothing was sent:\ntokenizer.json is missing" in capsys.readouterr().err
+    assert "refused, nothing was sent: tokenizer.json is missing" in capsys.readouterr().err
     assert push_to_hub.main(["--model", str(folder / "nowhere"), "--repo-id", "someone/moma-tiny"]) == 2
     assert "nowhere', which is no folder" in capsys.readouterr().err
