@@ -96,7 +96,7 @@ class TokenFrame:
     def ids(self, codes: list[int]) -> list[int]:
         """Token ids of a frame with these codes, begin and end included."""
         self.check_codes(codes)
-        return [self.begin, *(self.offset + code for code in codes), self.end]
+        return [self.begin, *[self.offset + code for code in codes], self.end]
 
     def text(self, codes: list[int]) -> str:
         """A frame with these codes as text, whose ids are those of [`~TokenFrame.ids`]."""

@@ -145,16 +145,16 @@ class PackedExamples(torch.utils.data.Dataset):
     def _tensors(self, pieces: list[_Piece]) -> dict[str, torch.Tensor]:
         ids = np.full(self.sequence_length, self.pad_token_id, dtype=np.int64)
         positions, sources = np.zeros(self.sequence_length, dtype=np.int64), np.full(self.sequence_length, -1)
-        labels = np.full(self.sequence_length, IGNORED, dtype=np.int64)
+        labels, places = np.full(self.sequence_length, IGNORED, dtype=np.int64), np.arange(self.sequence_length)
         start = 0
         for piece in pieces:
             end = start + len(piece.ids)
             ids[start:end] = piece.ids
-            positions[start:end] = np.arange(end - start)
+            positions[start:end] = places[: end - start]
             labels[start + 1 : end] = ids[start + 1 : end]
             sources[start:end] = piece.source
             start = end
-        positions[start:] = np.arange(self.sequence_length - start)
+        positions[start:] = places[: self.sequence_length - start]
         arrays = {"input_ids": ids, "position_ids": positions, "labels": labels, "source_ids": sources}
         return {name: torch.from_numpy(values) for name, values in arrays.items()}
 
@@ -287,9 +287,9 @@ class _Source:
     def _draw(self):
         can_be_cut = self.order.documents.can_be_cut
         document = _Document(self.order[self.number], self.frames, self.length, can_be_cut)
-        longest = max((last - begin for begin, last in zip(document.begins, document.lasts)), default=-1) + 1
-        if not can_be_cut:
-            longest = len(document.ids) - 1
+        longest = len(document.ids) - 1
+        if can_be_cut:
+            longest = 1 + max([last - begin for begin, last in zip(document.begins, document.lasts)], default=-1)
         if longest >= self.length:
             raise ValueError(
                 f"sources: {self.order.documents.name!r} has {longest + 1} tokens that cannot be cut, a picture and "
