@@ -178,11 +178,11 @@ def measure_stream(args: argparse.Namespace) -> dict:
     read, counts, padding = [], np.zeros(len(documents)), 0
     for number in range(args.rounds):
         began = time.perf_counter()
-        for index in range(512):
-            sources = stream[number * 512 + index]["source_ids"].numpy()
-            counts += np.bincount(sources[sources >= 0], minlength=len(documents))
-            padding += int((sources < 0).sum())
+        rows = [stream[number * 512 + index] for index in range(512)]
         read.append(512 * length / (time.perf_counter() - began))
+        sources = torch.cat([row["source_ids"] for row in rows]).numpy()
+        counts += np.bincount(sources[sources >= 0], minlength=len(documents))
+        padding += int((sources < 0).sum())
     model = MomaForCausalLM(model_config(recipe, processor, {})).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
     steps = []
