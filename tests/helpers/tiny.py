@@ -26,6 +26,14 @@ from tokenization import (
 )
 
 
+# a model that trains in seconds
+TRAINED = {
+    "hidden_size": 32,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+}
 IMAGE_IDS = (8, 24)
 # what `moma push` asks of a card at least
 CARD = """---
@@ -131,6 +139,15 @@ def write_tokens(
         "sources": {"emoji": entry},
     }
     (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+def write_training(folder: Path, codings: int = 1, **fields) -> MomaProcessor:
+    """What a pre-training needs at its smallest: `processor`, `tokens`, and `recipe.json` of a model with `fields`."""
+    processor = tiny_processor()
+    processor.save_pretrained(folder / "processor")
+    write_tokens(folder / "tokens", processor, codings=codings, train=12, validation=4)
+    (folder / "recipe.json").write_text(json.dumps({"model": {**TRAINED, **fields}}))
+    return processor
 
 
 def tiny_config(**kwargs) -> MomaConfig:

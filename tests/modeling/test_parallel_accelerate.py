@@ -34,7 +34,7 @@ from helpers.parallel_reference import (
     unwrapped,
 )
 from helpers.processes import CRASH_SIGNALS, CRASHES, free_port, run_group
-from helpers.tiny import tiny_config, tiny_model, tiny_processor, write_tokens
+from helpers.tiny import tiny_config, tiny_model, write_training
 from modeling_moma import MomaForCausalLM
 from modeling_moma.cli import pretrain
 from modeling_moma.modeling_moma import MomaDecoderLayer
@@ -207,11 +207,7 @@ def test_routers_learn_under_fsdp_in_bf16_as_in_one_process(shard, routing, tmp_
 @pytest.fixture
 def inputs(tmp_path):
     """What pre-training needs, at its smallest."""
-    processor = tiny_processor()
-    processor.save_pretrained(tmp_path / "processor")
-    write_tokens(tmp_path / "tokens", processor, train=12, validation=4)
-    config = {"hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4}
-    (tmp_path / "recipe.json").write_text(json.dumps({"model": {**config, "max_position_embeddings": 64}}))
+    write_training(tmp_path)
     return tmp_path
 
 

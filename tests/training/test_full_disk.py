@@ -11,7 +11,7 @@ import torch
 from datasets import Dataset, Features, Image, Value
 from safetensors.torch import load_file
 
-from helpers.tiny import noise_pictures, tiny_processor, write_tokens
+from helpers.tiny import noise_pictures, write_training
 from modeling_moma.cli.main import main
 from modeling_moma.training.checkpoints import last_checkpoint
 
@@ -69,11 +69,7 @@ def disk(request, tmp_path):
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("inputs")
-    processor = tiny_processor()
-    processor.save_pretrained(folder / "processor")
-    write_tokens(folder / "tokens", processor, train=12, validation=4)
-    fields = {"hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
-    (folder / "recipe.json").write_text(json.dumps({"model": {**fields, "max_position_embeddings": 64}}))
+    write_training(folder, num_hidden_layers=1, num_attention_heads=2)
     rows = {"image": noise_pictures(300), "label": [f"thing {index}" for index in range(300)]}
     features = Features({"image": Image(), "label": Value("string")})
     Dataset.from_dict(rows, features=features).to_parquet(folder / "train.parquet")

@@ -14,7 +14,7 @@ from datasets import Dataset, Features, Image, Value
 from safetensors.torch import load_file
 
 from helpers.processes import start_script
-from helpers.tiny import noise_pictures, tiny_processor, write_tokens
+from helpers.tiny import noise_pictures, write_training
 from modeling_moma.cli import pretrain, tokenize
 from modeling_moma.training.checkpoints import last_checkpoint
 
@@ -30,11 +30,7 @@ LONGEST_WAIT = 3
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("inputs")
-    processor = tiny_processor()
-    processor.save_pretrained(folder / "processor")
-    write_tokens(folder / "tokens", processor, train=12, validation=4)
-    config = {"hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4}
-    (folder / "recipe.json").write_text(json.dumps({"model": {**config, "max_position_embeddings": 64}}))
+    write_training(folder)
     return folder
 
 

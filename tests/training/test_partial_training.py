@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from helpers.tiny import tiny_processor, write_tokens
+from helpers.tiny import TRAINED, tiny_processor, write_training
 from modeling_moma import MomaForCausalLM, upcycle
 from modeling_moma.cli.pretrain import main, parse_arguments
 from modeling_moma.training.adapters import with_adapters
@@ -25,12 +25,9 @@ SHAPES = {
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("adapters")
-    processor = tiny_processor()
-    processor.save_pretrained(folder / "processor")
-    write_tokens(folder / "tokens", processor, codings=1, train=12, validation=4)
-    config = {"hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4}
+    write_training(folder)
     for name, fields in SHAPES.items():
-        recipe = {"model": {**config, "max_position_embeddings": 64, **fields}}
+        recipe = {"model": {**TRAINED, **fields}}
         (folder / f"{name}.json").write_text(json.dumps(recipe))
     return folder
 

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, TrainerCallback, get_scheduler
 
-from helpers.tiny import tiny_processor, write_tokens
+from helpers.tiny import TRAINED, tiny_processor, write_training
 from modeling_moma import MomaForCausalLM
 from modeling_moma.cli import upcycle
 from modeling_moma.cli.pretrain import main, parse_arguments
@@ -30,13 +30,8 @@ PAD = tiny_processor().tokenizer.pad_token_id
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pretrain")
-    processor = tiny_processor()
-    processor.save_pretrained(folder / "processor")
-    write_tokens(folder / "tokens", processor, codings=3, train=12, validation=4)
-    config = {"hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4}
-    config["max_position_embeddings"] = 64
-    (folder / "recipe.json").write_text(json.dumps({"model": config}))
-    (folder / "seed.json").write_text(json.dumps({"model": {**config, "num_experts": {"text": 1, "image": 1}}}))
+    write_training(folder, codings=3)
+    (folder / "seed.json").write_text(json.dumps({"model": {**TRAINED, "num_experts": {"text": 1, "image": 1}}}))
     return folder
 
 

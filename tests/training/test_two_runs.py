@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
-from helpers.tiny import tiny_processor, write_tokens
+from helpers.tiny import TRAINED, tiny_processor, write_tokens, write_training
 from modeling_moma.cli.main import main
 from modeling_moma.training import pretraining
 
@@ -62,12 +62,10 @@ def few_objects():
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("inputs")
-    processor = tiny_processor()
-    processor.save_pretrained(folder / "processor")
-    write_tokens(folder / "tokens", processor, train=12, validation=4)
-    write_tokens(folder / "other-tokens", processor, codings=2, train=12, validation=4)
     fields = {"hidden_size": 16, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
-    recipe = {"model": {**fields, "max_position_embeddings": 64}, "data": {"sequence_length": 64, "packed": True}}
+    processor = write_training(folder)
+    write_tokens(folder / "other-tokens", processor, codings=2, train=12, validation=4)
+    recipe = {"model": {**TRAINED, **fields}, "data": {"sequence_length": 64, "packed": True}}
     texts = {"sources": {"emoji": {"data": "nowhere", "image": "image", "text": "{label}"}}}
     for name, more in {
         "recipe": {},
