@@ -16,7 +16,7 @@ PYTEST_FLAGS ?= -n 2 --dist loadfile
 RUN := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 
-.PHONY: quickstart browser test test-newest test-lowest test-vllm check docs dist bench reproduce data data-manual data-gloss clean
+.PHONY: FORCE quickstart browser test test-newest test-lowest test-vllm check docs dist bench reproduce data data-manual data-gloss clean
 
 quickstart: $(VENV)/.installed-train
 	$(RUN) scripts/quickstart.py --output quickstart
@@ -100,8 +100,8 @@ $(INSTALLED): $(VENV)/.installed-train tests/helpers/fetch.py
 	-$(RUN) tests/helpers/fetch.py
 	touch $@
 
-# a second call takes what has been released since; --upgrade alone would leave what the requirements still allow
-$(NEWEST_VENV)/.installed: pyproject.toml tests/helpers/fetch.py
+# made at every call, which takes what has been released since; --upgrade alone would leave what the requirements allow
+$(NEWEST_VENV)/.installed: FORCE
 	$(PYTHON) -m venv $(NEWEST_VENV)
 	$(BARE) $(NEWEST_RUN) -m pip install --quiet --upgrade pip
 	$(BARE) $(NEWEST_RUN) -m pip install --quiet --upgrade --upgrade-strategy eager --editable ".[dev]"

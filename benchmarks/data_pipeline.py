@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Measure the data pipeline: tokenizing by one and by two processes, its memory, and the stream against a step.
 
-python benchmarks/data_pipeline.py scaling --recipe recipes/emoji.yaml --processor runs/processor
+python benchmarks/data_pipeline.py scaling --processor P
 python benchmarks/data_pipeline.py memory --pictures 100000
 python benchmarks/data_pipeline.py stream --recipe recipes/mixture.yaml --processor P --tokens T
 """
@@ -43,7 +43,7 @@ from tokenization import (
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("case", choices=["scaling", "memory", "stream"])
-    parser.add_argument("--recipe", default="recipes/emoji.yaml")
+    parser.add_argument("--recipe", default="recipes/mixture.yaml", help="of `stream`")
     parser.add_argument("--processor", help="folder of a MomaProcessor")
     parser.add_argument("--tokens", help="of `stream`: folder that `moma tokenize` wrote with it")
     parser.add_argument("--pictures", type=int, default=2048, help="of `scaling` and `memory`")

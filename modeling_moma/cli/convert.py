@@ -12,6 +12,7 @@ from ..convert.llama import CODE_ROWS, IMAGE_GROUPS, convert_llama
 from ..convert.reading import CheckpointError
 from ..convert.receipt import Receipt
 from ..convert.vqgan import convert_vqgan
+from ..tools.messages import one_line
 
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -93,7 +94,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         print(convert(args))
     except CheckpointError as error:
-        print(f"moma convert: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"moma convert: {one_line(error)}", file=sys.stderr)
         return 2
     print(args.output)
     return 0

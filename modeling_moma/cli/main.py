@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from ..tools.import_notices import without_import_notices
+from ..tools.messages import one_line
 
 
 # verb -> module of this package with a `main()`, in the order of a model's life
@@ -86,7 +87,7 @@ def main(arguments: list[str] | None = None) -> int:
         if not is_refusal(error):
             raise
         end_progress_bars()
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {one_line(error)}", file=sys.stderr)
         return 2
     return status if isinstance(status, int) else 0
 

@@ -17,6 +17,7 @@ from huggingface_hub.errors import StrictDataclassError
 from ..configuration_moma import MomaConfig
 from ..tools.layouts import Layout
 from ..tools.memory import Memory
+from ..tools.messages import one_line
 from ..tools.planning import GIGA, Hardware, Plan, plan_training
 from ..training.files import write_aside
 
@@ -68,7 +69,7 @@ def read_config(args: argparse.Namespace) -> MomaConfig:
     except (StrictDataclassError, json.JSONDecodeError) as error:
         raise ValueError(
             f"--config {file}: no complete MomaConfig. Does it lack the token layout, as recipes/*.yaml do, which get "
-            f"it from a tokenizer? {' '.join(str(error).split())}"
+            f"it from a tokenizer? {one_line(error)}"
         ) from error
 
 

@@ -39,9 +39,10 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     engine.add_argument("--partition", help="of Slurm")
     engine.add_argument("--time", default="24:00:00", help="of a Slurm job")
     args = parser.parse_args(arguments)
-    for name in ("processes", "threads", "tasks"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name} {getattr(args, name)} must be 1 or more")
+    for name in ("processes", "threads", "rows_per_shard", "tasks"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            parser.error(f"--{name.replace('_', '-')} {value} must be 1 or more")
     if args.engine == "slurm" and not args.partition:
         parser.error("--engine slurm needs --partition")
     return args

@@ -24,16 +24,16 @@ from ..data.sources import VALIDATION
 from ..data.stream import DocumentExamples
 from ..tools.observation import named_routers
 from ..training.changed_routers import save_with_processor
-from ..training.checkpoints import last_checkpoint
+from ..training.checkpoints import checkpoint_step, last_checkpoint
 from ..training.disk import without_torn_checkpoints
 from ..training.examples import check_layout, held_out_sets, open_documents
 from ..training.files import refuse_files
-from ..training.fingerprints import Facts, RunFingerprint, as_facts, check_output, data_facts, model_facts, step_facts
+from ..training.fingerprints import Facts, RunFingerprint, check_output, run_facts
 from ..training.measures import held_out_batches, load_model
 from ..training.precision import supports_bf16
 from ..training.router_table import router_table
 from ..training.saved import open_processor
-from ..training.stages import FollowArguments, ResumedTrainer, examples_a_step
+from ..training.stages import FollowArguments, ResumedTrainer
 
 
 REPORT_FILE = "auxiliary_routers.json"
@@ -97,23 +97,6 @@ def make_training_arguments(args: argparse.Namespace) -> TrainingArguments:
     )
 
 
-def run_facts(args: argparse.Namespace, training_arguments: TrainingArguments, tokens: TokenFolder) -> Facts:
-    """What each checkpoint holds of what the run is made of."""
-    manifest = tokens.manifest
-    return as_facts(
-        {
-            "model": {
-                **model_facts(MomaConfig.from_pretrained(args.model), args.model),
-                "processor": manifest["fingerprint"],
-            },
-            "data": data_facts(tokens, tokens.sources(), False, manifest["sequence_length"]),
-            "seed": {"seed": args.seed},
-            "batch": {"examples_a_step": examples_a_step(training_arguments)},
-            "training": step_facts(training_arguments),
-        }
-    )
-
-
 def build_trainer(
     args: argparse.Namespace,
     training_arguments: TrainingArguments,
@@ -169,7 +152,9 @@ def main(arguments=None):
     refuse_others(args)
     processor = open_processor(args.processor)
     training_arguments, tokens = make_training_arguments(args), TokenFolder(args.tokens, processor)
-    facts = run_facts(args, training_arguments, tokens)
+    packing = (False, tokens.manifest["sequence_length"])
+    config = MomaConfig.from_pretrained(args.model)
+    facts = run_facts(config, args.model, tokens, tokens.sources(), packing, training_arguments)
     # with files of a run in it, but of which?
     check_output(args.output, facts, args.resume)
     held_out = open_documents(args.tokens, processor, VALIDATION)
@@ -183,7 +168,7 @@ def main(arguments=None):
     model.set_attn_implementation(args.attn_implementation)
     trainer = build_trainer(args, training_arguments, model, tokens, facts)
     checkpoint = last_checkpoint(args.output) if args.resume else None
-    if checkpoint is not None and int(checkpoint.rpartition("-")[2]) >= args.steps:
+    if checkpoint is not None and checkpoint_step(checkpoint) >= args.steps:
         print(f"{args.output}: this run has taken all of its {args.steps} steps; its routers are judged anew.")
     with without_torn_checkpoints(args.output):
         trainer.train(resume_from_checkpoint=checkpoint)

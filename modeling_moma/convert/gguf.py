@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
 from transformers.utils import is_gguf_available
 
+from ..tools.messages import one_line
 from .reading import CheckpointError, TensorSource
 
 
@@ -61,7 +62,7 @@ class GgufReader(TensorSource):
             self.source_config: PreTrainedConfig = AutoConfig.from_pretrained(self.folder, **self.loading)
         # what a damaged file makes of the library is anything
         except Exception as error:
-            reason = " ".join(str(error).split())
+            reason = one_line(error)
             raise CheckpointError(f"{self.path}: Transformers cannot read it: {reason}") from error
 
     @functools.cached_property

@@ -16,6 +16,7 @@ from tokenization.chat_template_moma import with_picture_parts
 from tokenization.text_tokenizer_moma import beginning_ids
 
 from .. import MomaConfig, MomaForCausalLM
+from ..tools.messages import one_line
 from ..training.saved import open_processor
 from .fields import SAME_NAMED_FIELDS
 from .generation import convert_generation_config
@@ -149,7 +150,7 @@ def _source_config(reader: TensorSource) -> PreTrainedConfig:
         try:
             config = AutoConfig.from_pretrained(reader.folder)
         except (ValueError, KeyError, TypeError, StrictDataclassError) as error:
-            reason = " ".join(str(error).split())
+            reason = one_line(error)
             raise CheckpointError(f"{where}: Transformers cannot read it: {reason}") from error
     check_features(config, where)
     return config
@@ -181,7 +182,7 @@ def _with_pictures(reader: TensorSource, processor: str | Path) -> tuple[MomaPro
         names = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
         found = (reader.folder / name for name in names if (reader.folder / name).is_file())
         file = next(found, reader.folder / names[0])
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         raise CheckpointError(
             f"{file}: this tokenizer cannot be given picture tokens, which need a tokenizer.json that can be read: "
             f"{reason}"
@@ -214,7 +215,7 @@ def _moma_config(source: PreTrainedConfig, layout: dict, reader: TensorSource) -
             num_experts={"text": 1, "image": 1},
         )
     except (ValueError, StrictDataclassError) as error:
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         raise CheckpointError(f"{reader.folder / 'config.json'}: no MomaConfig can express it: {reason}") from error
 
 

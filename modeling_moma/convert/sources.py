@@ -7,6 +7,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from ..hub.names import why_nowhere
+from ..tools.messages import one_line
 from .gguf import GgufReader
 from .reading import CheckpointError, CheckpointReader, TensorSource
 
@@ -66,7 +67,7 @@ def fetch(name: str, gguf_file: str | None = None, allow_pickle: bool = False) -
         return Path(snapshot_download(name, allow_patterns=patterns))
     # the last is what a failed connection raises; the first is one of it
     except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         raise CheckpointError(
             f"{name}: there is no such folder, and as a name on the Hub it cannot be fetched: {reason} {fetched}"
         ) from error

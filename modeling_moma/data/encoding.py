@@ -1,17 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """Token ids of documents: what stands in a caption or a text is never a special token."""
 
+import functools
 import hashlib
 import json
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from tokenization import MomaProcessor
 from tokenization.text_tokenizer_moma import beginning_ids, with_beginning
+
+from ..training.saved import open_processor
 
 
 # of an image processor, what decides on pixels
@@ -75,6 +79,22 @@ class DocumentEncoder:
         return [*ids, self.eos]
 
 
+@functools.lru_cache(maxsize=1)
+def loaded_encoder(folder: str) -> tuple[DocumentEncoder, str]:
+    """
+    A processor, loaded once in every process, and its fingerprint.
+
+    Raises:
+        ValueError: it cannot be loaded.
+    """
+    processor = open_processor(folder)
+    fingerprint = processor_fingerprint(processor)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    # nearly twice as fast on CPUs, with the same codes
+    processor.vq_model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    return DocumentEncoder(processor.to(device)), fingerprint
+
+
 def plain_backend(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
     """A copy of the tokenizer that reads special tokens in a text as the characters that they are."""
     backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
@@ -96,4 +116,4 @@ def processor_fingerprint(processor: MomaProcessor) -> str:
     return digest.hexdigest()[:32]
 
 
-__all__ = ["PIXEL_SETTINGS", "DocumentEncoder", "plain_backend", "processor_fingerprint"]
+__all__ = ["PIXEL_SETTINGS", "DocumentEncoder", "loaded_encoder", "plain_backend", "processor_fingerprint"]

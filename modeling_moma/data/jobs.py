@@ -11,8 +11,7 @@ from typing import Any
 from datasets import Dataset, IterableDataset, LargeList, List
 
 from ..training.files import refuse_files, write_aside
-from ..training.saved import open_processor
-from .encoding import processor_fingerprint
+from .encoding import loaded_encoder
 from .kinds import CaptionKind
 from .segments import row_pictures, text_length
 from .sources import TRAIN, VALIDATION, Source, read_sources, undecoded_rows
@@ -20,7 +19,7 @@ from .sources import TRAIN, VALIDATION, Source, read_sources, undecoded_rows
 
 JOB_FILE = "job.json"
 MANIFEST_FILE = "manifest.json"
-FORMAT = 1
+FORMAT = 2
 # rows of a shard grow with the data, so that the number of files stays in bounds
 SHARD_ROWS = (1024, 16384)
 TYPICAL_SHARDS = 64
@@ -28,8 +27,8 @@ TYPICAL_SHARDS = 64
 BATCH = 128
 # fewest pictures of a shard, where there are more than that, so that a few thousand are the work of several processes
 SHARD_PICTURES = 256
-# letters of texts that take about as long as a picture
-LETTERS_OF_A_PICTURE = 16384
+# of texts, that take about as long as a picture
+CHARACTERS_PER_PICTURE = 16384
 # rows, spread over a split, that say what the others hold
 LOOKED_AT = 64
 
@@ -134,11 +133,13 @@ def plan_job(
     """
     if splits is not None and TRAIN not in splits:
         raise ValueError(f"--splits {' '.join(splits)}: {TRAIN!r} must be among them.")
-    processor = open_processor(processor_folder)
+    # of an earlier job of this process
+    loaded_encoder.cache_clear()
+    _, fingerprint = loaded_encoder(processor_folder)
     plans = {source.name: _plan_source(source, rows_per_shard, splits) for source in sources}
     return Job(
         processor=processor_folder,
-        fingerprint=processor_fingerprint(processor),
+        fingerprint=fingerprint,
         sequence_length=sequence_length,
         packed=packed,
         seed=seed,
@@ -182,8 +183,8 @@ def _row_means(source: Source, rows: Dataset) -> tuple[float, float]:
     looked_at = list(undecoded_rows(rows.select(places)))
     pictures = sum(len(row_pictures(source.kind, row)) for row in looked_at) / len(looked_at)
     columns = source.kind.columns()
-    letters = sum(text_length({name: row[name] for name in columns}) for row in looked_at) / len(looked_at)
-    return pictures, pictures + letters / LETTERS_OF_A_PICTURE
+    characters = sum(text_length({name: row[name] for name in columns}) for row in looked_at) / len(looked_at)
+    return pictures, pictures + characters / CHARACTERS_PER_PICTURE
 
 
 def _list_columns(source: Source, rows: Dataset | IterableDataset) -> list[str]:

@@ -3,8 +3,8 @@
 
 import hashlib
 import json
-from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from datasets import config
 
@@ -15,21 +15,12 @@ from ..training.files import write_aside
 BROKEN_LINE = "_broken_line"
 
 
-def broken_lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Yields number (from 1) and problem of every line that is no JSON object, empty ones aside."""
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            problem = _problem(line)
-            if problem and line.strip():
-                yield number, problem
-
-
 def is_json_lines(path: Path) -> bool:
     """Whether a file has a JSON object on each line, by its name or its first line."""
     if path.suffix in (".jsonl", ".ndjson"):
         return True
     with path.open("rb") as file:
-        return _problem(file.readline()) is None
+        return _parse(file.readline())[1] is None
 
 
 def mended_copy(path: Path) -> Path:
@@ -38,7 +29,7 @@ def mended_copy(path: Path) -> Path:
 
     Every row of it has the column [`BROKEN_LINE`]; rows of broken lines have no other.
     """
-    if not is_json_lines(path) or next(broken_lines(path), None) is None:
+    if not is_json_lines(path) or not _has_broken_lines(path):
         return path
     facts = path.stat()
     key = hashlib.sha256(f"{path.resolve()} {facts.st_size} {facts.st_mtime_ns}".encode()).hexdigest()[:32]
@@ -54,23 +45,29 @@ def _write(path: Path, target: Path) -> None:
             line = line.strip()
             if not line:
                 continue
-            problem = _problem(line)
+            value, problem = _parse(line)
             if problem is not None:
                 said = f"line {number} of {path.name}: {problem}"
                 out.write(json.dumps({BROKEN_LINE: said}).encode() + b"\n")
                 continue
             # as text, so that all else in the line stays as it is
-            separator = b"" if json.loads(line) == {} else b", "
+            separator = b", " if value else b""
             out.write(line[:-1] + separator + f'"{BROKEN_LINE}": ""}}\n'.encode())
 
 
-def _problem(line: bytes) -> str | None:
+def _has_broken_lines(path: Path) -> bool:
+    with path.open("rb") as file:
+        return any(line.strip() and _parse(line)[1] for line in file)
+
+
+def _parse(line: bytes) -> tuple[Any, str | None]:
+    """The value of a line, and what is wrong with it."""
     try:
         value = json.loads(line)
     # what is no UTF-8 is a ValueError as well
     except ValueError as error:
-        return str(error)
-    return None if isinstance(value, dict) else f"a {type(value).__name__} and no object"
+        return None, str(error)
+    return value, None if isinstance(value, dict) else f"a {type(value).__name__} and no object"
 
 
-__all__ = ["BROKEN_LINE", "broken_lines", "is_json_lines", "mended_copy"]
+__all__ = ["BROKEN_LINE", "mended_copy"]

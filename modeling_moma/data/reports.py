@@ -100,8 +100,7 @@ def _add_up(entry: dict, task: Task, report: dict, splits: list[str]) -> None:
     read = entry["read"].setdefault(task.split, {"rows": 0, **{name: {} for name in COUNTERS}, "named": []})
     read["rows"] += report["rows"]
     for name in COUNTERS:
-        # shards of earlier versions count no pictures apart
-        read[name] = dict(Counter(read[name]) + Counter(report.get(name, {})))
+        read[name] = dict(Counter(read[name]) + Counter(report[name]))
     read["named"] += [{"shard": task.shard, **row} for row in report["named"]][: NAMED - len(read["named"])]
     for split in splits:
         total = entry["splits"].setdefault(split, {"documents": 0, "tokens": {"text": 0, "image": 0}, "files": []})

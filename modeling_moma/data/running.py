@@ -6,31 +6,32 @@ import multiprocessing
 import os
 import threading
 from concurrent.futures import Future, ProcessPoolExecutor, wait
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm.auto import tqdm
 
+from .encoding import loaded_encoder
 from .jobs import Job, Task, read_job
 from .kinds import TextKind
-from .tokenizing import loaded_encoder, tokenize_shard
+from .tokenizing import tokenize_shard
 
 
-# seconds between two looks at what the other processes have done
-_LOOK = 0.5
+# between two looks at what the other processes have done
+POLL_SECONDS = 0.5
 # of a worker: pictures that all of them have coded
 _coded: Any = None
 
 
 class Workers:
     """
-    Processes that work beside this one. They are started once, each loads the processor once, and while they do this
-    one may find out what there is to do.
+    Processes that work beside this one. Each is started once and loads the processor once; while the first one does,
+    this one may find out what there is to do.
 
     Args:
-        number: of processes beside this one.
+        number: of processes beside this one, at most.
         threads: of each.
         processor: folder of a [`MomaProcessor`].
     """
@@ -40,9 +41,8 @@ class Workers:
         context = multiprocessing.get_context("spawn")
         self.coded = context.Value("q", 0)
         self.pool = ProcessPoolExecutor(number, context, _begin_worker, (threads, processor, self.coded))
-        for _ in range(number):
-            # a process is started for each
-            self.pool.submit(os.getpid)
+        # the first one starts now, the others as there are shards for them
+        self.pool.submit(os.getpid)
 
     def __enter__(self) -> "Workers":
         return self
@@ -82,11 +82,11 @@ def run_tasks(
             if number < 1:
                 for task in tasks:
                     tokenize_shard(folder, job, task, strict, progress.add)
-            elif workers is not None:
+                    progress.show()
+                return
+            beside = nullcontext(workers) if workers is not None else Workers(number, threads, job.processor)
+            with beside as workers:
                 _share(folder, job, tasks, strict, workers, progress)
-            else:
-                with Workers(number, threads, job.processor) as started:
-                    _share(folder, job, tasks, strict, started, progress)
     finally:
         torch.set_num_threads(before)
 
@@ -96,20 +96,17 @@ def _share(
 ) -> None:
     progress.coded = workers.coded
     futures = [workers.pool.submit(_run_one, str(folder), task, strict) for task in tasks]
-    try:
-        # from the other end, whatever the workers have not begun, and at once: they may still be starting
-        for task, future in zip(reversed(tasks), reversed(futures)):
-            _raise_first(futures)
-            if future.cancel():
-                tokenize_shard(folder, job, task, strict, progress.add)
-        remaining: set[Future] = {future for future in futures if not future.cancelled()}
-        while remaining:
-            _, remaining = wait(remaining, timeout=_LOOK)
+    # from the other end, whatever the workers have not begun, and at once: they may still be starting
+    for task, future in zip(reversed(tasks), reversed(futures)):
+        _raise_first(futures)
+        if future.cancel():
+            tokenize_shard(folder, job, task, strict, progress.add)
             progress.show()
-            _raise_first(futures)
-    except BaseException:
-        workers.pool.shutdown(wait=True, cancel_futures=True)
-        raise
+    remaining: set[Future] = {future for future in futures if not future.cancelled()}
+    while remaining:
+        _, remaining = wait(remaining, timeout=POLL_SECONDS)
+        progress.show()
+        _raise_first(futures)
 
 
 def _raise_first(futures: list[Future]) -> None:
@@ -133,7 +130,6 @@ class Progress:
         self.coded: Any = None
         plans = [plan for splits in job.splits.values() for plan in splits.values()]
         has_pictures = any(not isinstance(job.source(name).kind, TextKind) for name in job.sources)
-        # a folder that an older version has begun is refused before
         is_known = has_pictures and all(plan["pictures"] is not None for plan in plans)
         self.total = sum(plan["pictures"] for plan in plans) if is_known else len(job.tasks())
         self.counts_pictures = is_known

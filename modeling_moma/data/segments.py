@@ -74,7 +74,7 @@ def row_pictures(kind: Kind, row: dict[str, Any]) -> list[Any]:
 
 
 def text_length(value: Any) -> int:
-    """Letters of all texts in a row, or in a part of one, but for pictures and where they lie."""
+    """Characters of all texts in a row, or in a part of one, but for pictures and where they lie."""
     if isinstance(value, str):
         return len(value)
     if isinstance(value, dict):

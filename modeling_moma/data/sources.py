@@ -22,6 +22,7 @@ from datasets import (
 )
 
 from ..hub.names import why_nowhere
+from ..tools.messages import one_line
 from .json_lines import mended_copy
 from .kinds import Kind, kind_fields, read_kind
 from .split_folders import data_files, rows_below, split_folders
@@ -133,8 +134,8 @@ class Source:
 
     def _of_split(self, rows: Dataset | IterableDataset, split: str) -> Dataset | IterableDataset:
         """The rows of a split, where one file of captions is that of all splits."""
-        folders = split_folders(Path(self.data)) if Path(self.data).is_dir() else {}
-        if not folders or len(folders) == 1:
+        folders = split_folders(Path(self.data)) if self._goes_by_folders() else {}
+        if len(folders) < 2:
             return rows
         if not isinstance(rows, Dataset) or split not in folders:
             raise ValueError(
@@ -160,10 +161,14 @@ class Source:
         common = {name: getattr(self, name) for name in COMMON_FIELDS}
         return {**{name: value for name, value in common.items() if value not in (None, {})}, **kind_fields(self.kind)}
 
+    def _goes_by_folders(self) -> bool:
+        """Whether the data are a folder, and nothing says which of its files are read."""
+        return Path(self.data).is_dir() and not {"data_files", "data_dir"} & self.load.keys()
+
     def _loading(self) -> tuple[str, dict[str, Any]]:
         path = Path(self.data)
         if path.is_dir():
-            files = {} if {"data_files", "data_dir"} & self.load.keys() else data_files(path)
+            files = data_files(path) if self._goes_by_folders() else {}
             return ("imagefolder", {**self.load, "data_files": files}) if files else (self.data, dict(self.load))
         is_pattern = any(letter in self.data for letter in "*?[")
         is_local = is_pattern or path.is_file() or path.suffix in READERS
@@ -219,7 +224,7 @@ def undecoded_rows(rows: Dataset | IterableDataset) -> Iterator[dict[str, Any]]:
         except Exception as error:
             raise ValueError(
                 f"sources: after {count:,} rows no more can be read; is a file damaged there? "
-                f"({type(error).__name__}: {' '.join(str(error).split())[:300]})"
+                f"({type(error).__name__}: {one_line(error, 300)})"
             ) from error
         yield row
 

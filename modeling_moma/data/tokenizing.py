@@ -15,12 +15,11 @@ from datasets.arrow_writer import ArrowWriter
 from PIL import Image
 
 import modeling_moma  # noqa: F401, without it a processor that lies beside a model asks to run the model's code
-from tokenization import MomaProcessor
 from tokenization.augmentation_moma import NUM_DRAWS, augment_pictures
 
 from ..training.files import path_aside
 from ..training.precision import supports_bf16
-from .encoding import DocumentEncoder, processor_fingerprint
+from .encoding import DocumentEncoder, loaded_encoder
 from .jobs import BATCH, Job, Task
 from .json_lines import BROKEN_LINE
 from .kinds import CaptionKind, InterleavedKind, TextKind
@@ -33,17 +32,6 @@ from .templates import Template
 
 # random numbers that are passed over at once
 _SKIPPED_DRAWS = 1 << 22
-
-
-@functools.lru_cache(maxsize=1)
-def loaded_encoder(folder: str) -> tuple[DocumentEncoder, str]:
-    """A processor, loaded once in every process, and its fingerprint."""
-    processor = MomaProcessor.from_pretrained(folder)
-    fingerprint = processor_fingerprint(processor)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    # nearly twice as fast on CPUs, with the same codes
-    processor.vq_model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-    return DocumentEncoder(processor.to(device)), fingerprint
 
 
 def load_encoder(folder: str, fingerprint: str) -> DocumentEncoder:

@@ -7,7 +7,10 @@ from typing import Literal
 
 from huggingface_hub import HfApi, constants
 from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
+from huggingface_hub.file_download import repo_folder_name
 from huggingface_hub.utils import validate_repo_id
+
+from ..tools.messages import one_line
 
 
 # for one answer, before a loader asks again and again
@@ -31,8 +34,8 @@ def why_nowhere(place: str, kind: Literal["model", "dataset"] = "model") -> str 
     except HFValidationError:
         return missing
     # a loader says the rest where there is a copy
-    if place.startswith((".", "~")) or _is_cached(place, kind):
-        return missing if place.startswith((".", "~")) else None
+    if _is_cached(place, kind):
+        return None
     if constants.is_offline_mode():
         return f"{missing}, and the Hub is not asked (HF_HUB_OFFLINE)"
     try:
@@ -43,14 +46,14 @@ def why_nowhere(place: str, kind: Literal["model", "dataset"] = "model") -> str 
         return f"{missing}, and the Hub has no such {kind}, or it is private and you are not logged in"
     # clients differ in what they raise where no connection is made
     except Exception as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        return f"{missing}, and the Hub, where it might be, cannot be reached ({reason[:200]})"
+        reason = one_line(error, 200) or type(error).__name__
+        return f"{missing}, and the Hub, where it might be, cannot be reached ({reason})"
     return None
 
 
 def _is_cached(place: str, kind: str) -> bool:
-    name = place.replace("/", "--")
-    if (Path(constants.HF_HUB_CACHE) / f"{kind}s--{name}" / "snapshots").is_dir():
+    name = repo_folder_name(repo_id=place, repo_type=kind)
+    if (Path(constants.HF_HUB_CACHE) / name / "snapshots").is_dir():
         return True
     if kind == "model":
         return False

@@ -42,6 +42,11 @@ def torn_checkpoints(folder: str | Path) -> list[Path]:
     return [path for path in _checkpoints(folder) if read_state(path) is None]
 
 
+def checkpoint_step(checkpoint: str | Path) -> int:
+    """The step that a checkpoint was written at, by its name."""
+    return int(Path(checkpoint).name.rpartition("-")[2])
+
+
 def read_state(folder: Path) -> dict[str, Any] | None:
     """The trainer's state in a checkpoint or an output folder, `None` where there is none that can be read."""
     try:

@@ -130,6 +130,11 @@ def refuse_files(folder: str | Path, is_fine: Callable[[Path], bool] = lambda pa
         )
 
 
+def is_of_model(path: Path) -> bool:
+    """Whether a file in an output folder is one of a model's own: its settings or weights."""
+    return path.name == "config.json" or path.suffix == ".safetensors"
+
+
 def _replace_files(source: Path, target: Path) -> None:
     for path in sorted(source.rglob("*")):
         if path.is_dir():

@@ -16,8 +16,9 @@ from ..data.documents import TokenFolder
 from ..data.packing import PACKING_RULE
 from ..data.sources import TRAIN, Source
 from .checkpoints import read_state, whole_checkpoints
-from .files import refuse_files
+from .files import is_of_model, refuse_files
 from .runs import RUN_FILE
+from .stages import examples_a_step
 
 
 # facts by name, in sections
@@ -32,7 +33,7 @@ _OF_STEPS = (
 _OF_ROWS = ("data", "load", "splits", "held_out", "root")
 # of a file so many bytes are read, in so many places
 _BLOCK_BYTES, _BLOCKS = 1 << 16, 256
-# letters of a value in a message
+# characters of a value in a message
 _LONGEST_VALUE = 60
 _WAYS = "Give another `--output`, or delete this folder to start over."
 
@@ -57,12 +58,41 @@ class RunFingerprint(TrainerCallback, ExportableState):
         state.stateful_callbacks[type(self).__name__] = self.state()  # pyright: ignore[reportArgumentType, reportCallIssue, reportOptionalSubscript]
 
 
-def as_facts(sections: dict[str, dict[str, Any]]) -> Facts:
-    """Facts as they look when they are read."""
-    return json.loads(json.dumps(sections, default=str))
+def run_facts(
+    config: MomaConfig,
+    weights: str | None,
+    tokens: TokenFolder,
+    sources: Sequence[Source],
+    packing: tuple[bool, int],
+    arguments: TrainingArguments,
+    earlier_steps: int = 0,
+    **training: Any,
+) -> Facts:
+    """
+    What a run is made of, as its checkpoints hold it.
+
+    Args:
+        config: of the model that is trained.
+        weights: folder, or name on the Hub, of those that it starts from; `None` where they are new.
+        tokens: the folder.
+        sources: those that are trained on.
+        packing: whether sequences are packed, and their tokens.
+        arguments: of the Trainer.
+        earlier_steps: steps of an earlier stage, whose data are passed over.
+        training: what else decides on the steps.
+    """
+    facts = {
+        "model": {**_model_facts(config, weights), "processor": tokens.manifest["fingerprint"]},
+        "data": {**_data_facts(tokens, sources, *packing), "earlier_steps": earlier_steps},
+        "seed": {"seed": arguments.seed, "data_seed": arguments.data_seed},
+        "batch": {"examples_a_step": examples_a_step(arguments)},
+        "training": {**{name: getattr(arguments, name) for name in _OF_STEPS}, **training},
+    }
+    # as they look when they are read
+    return json.loads(json.dumps(facts, default=str))
 
 
-def model_facts(config: MomaConfig, folder: str | None) -> dict[str, Any]:
+def _model_facts(config: MomaConfig, folder: str | None) -> dict[str, Any]:
     """
     Settings of a model and the source of its weights.
 
@@ -80,7 +110,7 @@ def model_facts(config: MomaConfig, folder: str | None) -> dict[str, Any]:
     return {**{name: getattr(config, name) for name in names}, "weights": weights}
 
 
-def data_facts(tokens: TokenFolder, sources: Sequence[Source], packed: bool, sequence_length: int) -> dict[str, Any]:
+def _data_facts(tokens: TokenFolder, sources: Sequence[Source], packed: bool, sequence_length: int) -> dict[str, Any]:
     """
     What decides on the rows of a training, wherever the tokens lie.
 
@@ -100,20 +130,15 @@ def data_facts(tokens: TokenFolder, sources: Sequence[Source], packed: bool, seq
     return {**facts, "packed": packed, "sequence_length": sequence_length, "packing_rule": rule}
 
 
-def step_facts(arguments: TrainingArguments) -> dict[str, Any]:
-    """The settings of a Trainer's optimizer and schedule."""
-    return {name: getattr(arguments, name) for name in _OF_STEPS}
-
-
 def files_digest(paths: Iterable[Path]) -> str:
     """A hash of files, of their sizes and of up to 16 MiB that are spread over each, wherever they lie."""
     digest = hashlib.sha256()
     for path in paths:
         size = path.stat().st_size
         digest.update(f"{size} ".encode())
-        last = max(size - _BLOCK_BYTES, 0)
+        step = max(_BLOCK_BYTES, -(-size // _BLOCKS))
         with path.open("rb") as file:
-            for start in sorted({last * number // (_BLOCKS - 1) for number in range(_BLOCKS)}):
+            for start in range(0, size, step):
                 file.seek(start)
                 digest.update(file.read(_BLOCK_BYTES))
     return digest.hexdigest()[:32]
@@ -139,7 +164,7 @@ def check_output(output: str, facts: Facts, resume: bool) -> None:
         held[TRAINER_STATE_NAME] = read_state(folder)
     records = {name: _facts_of_state(state) for name, state in held.items()}
     # a run may be killed while it writes its model and have no checkpoint
-    if not records and (folder / RUN_FILE).is_file() and any(map(_is_of_model, folder.glob("*"))):
+    if not records and (folder / RUN_FILE).is_file() and any(map(is_of_model, folder.glob("*"))):
         records[RUN_FILE] = json.loads((folder / RUN_FILE).read_text()).get("fingerprint")
     for name, then in records.items():
         if then is None:
@@ -151,7 +176,7 @@ def check_output(output: str, facts: Facts, resume: bool) -> None:
         if different:
             raise ValueError(f"`--output` {output!r} holds another run: of {name} {different}. {_WAYS}")
     if not records:
-        refuse_files(output, lambda path: not _is_of_model(path))
+        refuse_files(output, lambda path: not is_of_model(path))
     elif not resume:
         step = max((state["global_step"] for state in held.values() if state), default=0)
         raise ValueError(
@@ -180,10 +205,6 @@ def _facts_of_state(state: dict[str, Any] | None) -> Facts | None:
     return record["args"]["facts"] if isinstance(record, dict) else None
 
 
-def _is_of_model(path: Path) -> bool:
-    return path.name == "config.json" or path.suffix == ".safetensors"
-
-
 def _short(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= _LONGEST_VALUE else f"{text[: _LONGEST_VALUE - 3]}..."
@@ -192,12 +213,9 @@ def _short(value: Any) -> str:
 __all__ = [
     "Facts",
     "RunFingerprint",
-    "as_facts",
     "check_output",
-    "data_facts",
     "difference",
     "files_digest",
     "finished_at",
-    "model_facts",
-    "step_facts",
+    "run_facts",
 ]

@@ -4,7 +4,6 @@
 import argparse
 import functools
 import json
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -20,8 +19,9 @@ from tokenization.augmentation_moma import augment_pictures
 from tokenization.modeling_moma_vq import MomaVQModel
 from tokenization.perceptual_moma_vq import MomaVQPerceptualNetwork
 
+from .checkpoints import checkpoint_step
 from .discriminator import AdversarialTraining
-from .files import refuse_files, write_folder_aside
+from .files import is_of_model, refuse_files, replace_folder, write_folder_aside
 from .picture_sources import picture_fields
 from .picture_store import PictureStore, open_store, take, to_pixel_values
 from .precision import supports_bf16
@@ -60,6 +60,7 @@ def codebook_pictures(config: Any) -> int:
 
 def checkpoints(output: Path) -> list[Path]:
     """The complete checkpoints of a folder, oldest first."""
+    # so earlier versions called what they had not written to its end
     return sorted(path for path in output.glob("checkpoint-*") if path.suffix != ".aside")
 
 
@@ -67,17 +68,12 @@ def save_checkpoint(output: Path, step: int, model: MomaVQModel, state: dict, me
     """Write aside, rename, and only then remove the older checkpoints: a kill at any moment leaves a complete one."""
     older = checkpoints(output)
     final = output / f"checkpoint-{step:07d}"
-    aside = final.with_suffix(".aside")
-    shutil.rmtree(aside, ignore_errors=True)
-    try:
-        model.save_pretrained(aside)
-        torch.save({"step": step, "metrics": metrics, **state}, aside / STATE_FILE)
-    except BaseException:
-        # what has no room must not take any
-        shutil.rmtree(aside, ignore_errors=True)
-        raise
-    shutil.rmtree(final, ignore_errors=True)
-    os.replace(aside, final)
+
+    def write(folder: Path):
+        model.save_pretrained(folder)
+        torch.save({"step": step, "metrics": metrics, **state}, folder / STATE_FILE)
+
+    replace_folder(final, write)
     for path in older:
         if path != final:
             shutil.rmtree(path)
@@ -92,13 +88,13 @@ def check_folder(output: Path, resume: bool) -> None:
     """
     begun = checkpoints(output)
     if begun and not resume:
-        step = int(begun[-1].name.rpartition("-")[2])
+        step = checkpoint_step(begun[-1])
         raise ValueError(
             f"`--output` {str(output)!r} holds a run already, {step} steps of it: `--resume` goes on with it. Give "
             "another `--output`, or delete this folder to start over."
         )
     if not begun:
-        refuse_files(str(output), lambda path: path.name != "config.json" and path.suffix != ".safetensors")
+        refuse_files(str(output), lambda path: not is_of_model(path))
 
 
 def save_model(output: Path, model: MomaVQModel, metrics: list[dict], report: dict[str, Any]) -> None:

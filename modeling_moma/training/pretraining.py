@@ -23,21 +23,12 @@ from ..data.sources import VALIDATION, Source
 from ..data.stream import DocumentExamples
 from ..routing_moma import MomaRouter
 from .adapters import with_adapters
-from .checkpoints import last_checkpoint
+from .checkpoints import checkpoint_step, last_checkpoint
 from .disk import without_torn_checkpoints
 from .examples import check_layout, held_out_sets
 from .feeding import FeedingCallback
 from .files import write_aside
-from .fingerprints import (
-    Facts,
-    RunFingerprint,
-    as_facts,
-    check_output,
-    data_facts,
-    finished_at,
-    model_facts,
-    step_facts,
-)
+from .fingerprints import Facts, RunFingerprint, check_output, finished_at, run_facts
 from .precision import supports_bf16
 from .recipe import Recipe
 from .runs import RUN_FILE
@@ -82,17 +73,9 @@ def read_parts(args: argparse.Namespace) -> RunParts:
     config = starting_config(args, processor)
     training_arguments = make_training_arguments(args)
     earlier_steps = first_step(args, training_arguments)
-    facts = as_facts(
-        {
-            "model": {**model_facts(config, args.model), "processor": tokens.manifest["fingerprint"]},
-            "data": {**data_facts(tokens, sources, *packing(args, tokens)), "earlier_steps": earlier_steps},
-            "seed": {"seed": args.seed, "data_seed": training_arguments.data_seed},
-            "batch": {"examples_a_step": examples_a_step(training_arguments)},
-            "training": {
-                **step_facts(training_arguments),
-                **{name: getattr(args, name) for name in ("lora_rank", "freeze_groups", "train_groups")},
-            },
-        }
+    others = {name: getattr(args, name) for name in ("lora_rank", "freeze_groups", "train_groups")}
+    facts = run_facts(
+        config, args.model, tokens, sources, packing(args, tokens), training_arguments, earlier_steps, **others
     )
     return RunParts(processor, tokens, sources, config, training_arguments, earlier_steps, facts)
 
@@ -266,7 +249,7 @@ def build_trainer(args: argparse.Namespace, parts: RunParts | None = None) -> St
 def resumed_checkpoint(args: argparse.Namespace) -> tuple[str | None, int]:
     """The checkpoint in the output folder that a run goes on from, and the steps that it has taken."""
     checkpoint = last_checkpoint(args.output) if args.resume else None
-    return checkpoint, 0 if checkpoint is None else int(checkpoint.rpartition("-")[2])
+    return checkpoint, 0 if checkpoint is None else checkpoint_step(checkpoint)
 
 
 def pretrain(args: argparse.Namespace):

@@ -9,16 +9,18 @@ from typing import Any, TypeVar
 
 import torch
 from transformers import AutoTokenizer
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 
 from tokenization import MomaProcessor, MomaVQModel
 
 from .. import MomaForCausalLM
 from ..hub.names import why_nowhere
+from ..tools.messages import one_line
 
 
 T = TypeVar("T")
 # any of these
-WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+WEIGHTS = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
 
 
 @dataclass(frozen=True)
@@ -94,10 +96,9 @@ def open_saved(saved: Saved, option: str, place: str, load: Callable[[], T]) -> 
         return load()
     # readers of files fail in any way
     except Exception as error:
-        reason = " ".join(str(error).split())
         raise ValueError(
             f"{where}: the {saved.name} in it cannot be read; is a file of it damaged, or of another version? "
-            f"({type(error).__name__}: {reason[:300]})"
+            f"({type(error).__name__}: {one_line(error, 300)})"
         ) from error
 
 
@@ -157,6 +158,11 @@ def _likely_cause(saved: Saved, folder: Path) -> str:
 
 
 __all__ = [
+    "MODEL",
+    "PICTURE_TOKENIZER",
+    "PROCESSOR",
+    "TEXT_TOKENIZER",
+    "Saved",
     "check_saved",
     "open_model",
     "open_picture_tokenizer",

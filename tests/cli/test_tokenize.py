@@ -39,3 +39,21 @@ def test_folders_of_something_else_are_left_as_they_are(tmp_path):
     with pytest.raises(ValueError, match="`--output`.* has files of something else in it"):
         build_processor.main([recipe, "--tokenizer", str(tmp_path / "tokenizer"), "--vocab-size", "290", *output])
     assert {path: path.stat().st_mtime_ns for path in sorted((tmp_path / "processor").rglob("*"))} == before
+
+
+def test_the_bar_of_texts_counts_shards_as_they_come(tmp_path, capsys):
+    tiny_processor().save_pretrained(tmp_path / "processor")
+    (tmp_path / "lines.txt").write_text("red apple\n" * 30)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"sources: {{lines: {{data: {tmp_path}/lines.txt, text: text, held_out: 0}}}}\n")
+    command = [str(recipe), "--processor", str(tmp_path / "processor"), "--output", str(tmp_path / "tokens")]
+    tokenize.main([*command, "--processes", "1", "--rows-per-shard", "10"])
+    told = capsys.readouterr().err
+    assert all(f"| {number}/3 [" in told for number in range(4))
+
+
+@pytest.mark.parametrize("name, value", [("--rows-per-shard", 0), ("--rows-per-shard", -5), ("--processes", 0)])
+def test_numbers_below_one_are_refused(capsys, name, value):
+    with pytest.raises(SystemExit):
+        tokenize.parse_arguments(["recipe.yaml", "--processor", "P", "--output", "T", name, str(value)])
+    assert f"{name} {value} must be 1 or more" in capsys.readouterr().err

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from helpers.tiny import noise_pictures, write_training
 from modeling_moma.cli.main import main
+from modeling_moma.training import checkpoints
 from modeling_moma.training.checkpoints import last_checkpoint
 
 
@@ -36,6 +37,9 @@ class FullDisk:
     def make_room(self):
         (self.folder / "ballast").unlink(missing_ok=True)
 
+    def rounds(self, shares):
+        return shares
+
 
 class LargestFile:
     """Where nothing can be mounted: files of this process may have so many bytes, which the system holds it to."""
@@ -44,10 +48,15 @@ class LargestFile:
         self.folder, self.before = folder, resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def leave(self, size):
-        resource.setrlimit(resource.RLIMIT_FSIZE, (min(size, 1000), self.before[1]))
+        # above what records and settings take, and below weights and shards
+        resource.setrlimit(resource.RLIMIT_FSIZE, (min(size, 8192), self.before[1]))
 
     def make_room(self):
         resource.setrlimit(resource.RLIMIT_FSIZE, self.before)
+
+    def rounds(self, shares):
+        # whatever is left, the same file is the first that is too large
+        return shares[:1]
 
 
 @pytest.fixture(params=["full disk", "limit"])
@@ -122,7 +131,7 @@ def contents(folder, kind):
 def test_tokens(inputs, disk, tmp_path, capsys):
     assert tokenize(inputs, tmp_path / "whole") == 0
     output = disk.folder / "tokens"
-    for share in (0.02, 0.3, 0.2):
+    for share in disk.rounds((0.02, 0.3, 0.2)):
         disk.leave(int(share * size_of(tmp_path / "whole")))
         assert tokenize(inputs, output) == 1
         disk.make_room()
@@ -138,13 +147,19 @@ def test_tokens(inputs, disk, tmp_path, capsys):
 GO_ON = "What was written before is whole. Make room, and the same command with `--resume` goes on."
 
 
-def test_checkpoints(inputs, disk, tmp_path, capsys):
+def test_checkpoints(inputs, disk, tmp_path, capsys, monkeypatch):
     assert pretrain(inputs, tmp_path / "whole") == 0
     size = size_of(tmp_path / "whole" / "checkpoint-4")
     output = disk.folder / "run"
-    before = None
+    before, torn = None, []
+
+    def torn_checkpoints(folder):
+        torn.append(checkpoints.torn_checkpoints(folder))
+        return torn[-1]
+
+    monkeypatch.setattr("modeling_moma.training.disk.torn_checkpoints", torn_checkpoints)
     # within the model, the optimizer and what comes after it, of the first checkpoint and of a later one
-    for share in (0.1, 0.2, 0.6, 0.98, 1.5, 1.99):
+    for share in disk.rounds((0.1, 0.2, 0.6, 0.98, 1.5, 1.99)):
         disk.leave(int(share * size))
         assert pretrain(inputs, output) == 1
         disk.make_room()
@@ -154,6 +169,7 @@ def test_checkpoints(inputs, disk, tmp_path, capsys):
         assert all((output / name / "trainer_state.json").is_file() for name in names)
         assert before is None or last_checkpoint(output) is not None
         before = last_checkpoint(output)
+    assert any(torn), "no checkpoint was begun on a full disk"
     assert pretrain(inputs, output) == 0
     assert_same_weights(output, tmp_path / "whole")
 
@@ -162,12 +178,12 @@ def test_checkpoints_of_the_picture_tokenizer(inputs, disk, tmp_path, capsys):
     assert train_image_tokenizer(inputs, tmp_path / "whole") == 0
     shutil.copytree(tmp_path / "whole" / "pictures", disk.folder / "run" / "pictures")
     size = size_of(tmp_path / "whole" / "checkpoint-0000004")
-    for share in (0.1, 0.6, 1.5):
+    for share in disk.rounds((0.1, 0.6, 1.5)):
         disk.leave(int(share * size))
         assert train_image_tokenizer(inputs, disk.folder / "run") == 1
         disk.make_room()
         assert_one_line(capsys, disk, GO_ON)
-        assert not list((disk.folder / "run").glob("*.aside"))
+        assert not list((disk.folder / "run").glob("*.partial"))
     assert train_image_tokenizer(inputs, disk.folder / "run") == 0
     assert_same_weights(disk.folder / "run", tmp_path / "whole")
 
