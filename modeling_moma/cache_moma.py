@@ -212,7 +212,12 @@ class _RaggedRows:
         # tensors of inference mode take no writing outside it
         is_writable = torch.is_inference_mode_enabled() or not self.keys.is_inference()
         # in one go, for copies that go on in threads of their own
-        return vars(self.keys).pop(_WRITER, None) is self.lengths and is_writable
+        writer = vars(self.keys).pop(_WRITER, None)
+        if writer is self.lengths:
+            return is_writable
+        if writer is not None:
+            vars(self.keys).setdefault(_WRITER, writer)
+        return False
 
     def _note_writer(self) -> None:
         if not torch.is_grad_enabled() and not torch.compiler.is_compiling():

@@ -262,8 +262,8 @@ class MomaModel(MomaPreTrainedModel):
                     hidden_states,
                     routing_context=context,
                     attention_mask=causal_mask,
-                    # flash attention would wait in every layer to look for what has been found
-                    position_ids=None if by_lengths and cache is None else position_ids,
+                    # flash attention would sync in every layer to look for what has been found
+                    position_ids=None if by_lengths else position_ids,
                     position_embeddings=position_embeddings,
                     cache=cache,
                     use_cache=use_cache,

@@ -151,8 +151,13 @@ def test_a_cache_that_was_never_forked_copies_nothing_in_a_step(model):
 
 
 @torch.no_grad()
-def test_of_a_cache_and_its_fork_the_first_to_go_on_keeps_its_memory():
-    model = make_model()
+@pytest.mark.parametrize("layers", LAYERS)
+def test_of_a_cache_and_its_fork_the_first_to_go_on_keeps_its_memory(layers):
+    model = make_model(**LAYERS[layers])
+    for module in model.modules():
+        # every step stores its token
+        if isinstance(module, MomaDepthRouter):
+            module.threshold.zero_()
     cache = DynamicCache(config=model.config)
     for length in (5, 1):
         model(mixed_ids(length=length), cache=cache)

@@ -5,6 +5,7 @@ import copy
 
 import pytest
 import torch
+import transformers.modeling_flash_attention_utils as flash_utils
 from torch.nn.functional import cross_entropy
 from transformers import DataCollatorWithFlattening, DynamicCache, StaticCache, Trainer, TrainingArguments
 
@@ -197,15 +198,25 @@ def test_generation_is_that_of_sdpa(kernels, name, use_cache):
         assert torch.equal(model.generate(**prompts, **arguments), expected)
 
 
-def test_rows_of_one_document_take_the_plain_kernel_without_a_look_in_every_layer(kernels):
+@pytest.mark.parametrize("use_cache", [False, True])
+@pytest.mark.parametrize("num_rows", [1, 2])
+def test_rows_of_one_document_take_the_plain_kernel_without_a_look_in_every_layer(
+    kernels, monkeypatch, num_rows, use_cache
+):
+    seen, is_packed = [], flash_utils._is_packed_sequence
+    monkeypatch.setattr(
+        flash_utils, "_is_packed_sequence", lambda *arguments: seen.append(arguments[0]) or is_packed(*arguments)
+    )
     model = flash_model("full")
-    ids = mixed_ids(2, LENGTH)
+    ids = mixed_ids(num_rows, LENGTH)
     with torch.no_grad():
         expected = model(ids, use_cache=False).logits
         model.set_attn_implementation("flash_attention_2")
         for positions in (None, torch.arange(LENGTH)[None]):
-            assert (model(ids, position_ids=positions, use_cache=False).logits - expected).abs().max() < 1e-5
+            assert (model(ids, position_ids=positions, use_cache=use_cache).logits - expected).abs().max() < 1e-5
     assert kernels.calls == {"dense": 4}
+    # it looks at positions where it gets them
+    assert seen == [None] * 4
 
 
 @pytest.mark.parametrize("name", ["full", "depth"])
