@@ -1,79 +1,116 @@
 # SPDX-License-Identifier: Apache-2.0
 """MoMa for Transformers. Importing this package makes the Auto classes of Transformers know its two wings."""
 
+import functools
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from .cli.starting import starts_command
 from .tools.import_notices import without_import_notices
 
 
-# Transformers imports torchao for its quantizers
-with without_import_notices():
-    import transformers.modeling_utils  # noqa: F401
-
-from transformers import (
-    AutoConfig,
-    AutoImageProcessor,
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
-    AutoModelForMultimodalLM,
-    AutoProcessor,
-)
-
-from tokenization import MomaImageProcessor, MomaImageProcessorPil, MomaProcessor, MomaVQConfig, MomaVQModel
-
-from .configuration_moma import MomaConfig
-from .modeling_moma import MomaCausalLMOutput, MomaForCausalLM, MomaModel, MomaPreTrainedModel
-from .tools.calibration import calibrate_auxiliary_thresholds, calibrate_thresholds
-from .tools.code_embeddings import initialize_code_embeddings
-from .tools.costs import eta, flops_per_token, training_flops
-from .tools.freezing import freeze_all_but, freeze_groups
-from .tools.quantization import quantized_share, torchao_config
-from .tools.upcycling import parse_experts, upcycle, upcycled_config
-from .tools.upcycling_receipt import UpcyclingReceipt, upcycling_receipt
-
-
 if TYPE_CHECKING:
+    from .configuration_moma import MomaConfig
+    from .modeling_moma import MomaCausalLMOutput, MomaForCausalLM, MomaModel, MomaPreTrainedModel
     from .tools.auxiliary_training import AuxiliaryRouterTrainer, add_auxiliary_routers, auxiliary_report
+    from .tools.calibration import calibrate_auxiliary_thresholds, calibrate_thresholds
     from .tools.callbacks import MomaMetricsCallback
+    from .tools.code_embeddings import initialize_code_embeddings
+    from .tools.costs import eta, flops_per_token, training_flops
+    from .tools.freezing import freeze_all_but, freeze_groups
+    from .tools.quantization import quantized_share, torchao_config
+    from .tools.upcycling import parse_experts, upcycle, upcycled_config
+    from .tools.upcycling_receipt import UpcyclingReceipt, upcycling_receipt
 
-# imported when they are asked for: Transformers' Trainer brings PEFT and bitsandbytes along where they are installed
-_OF_TRAINER = {
-    "AuxiliaryRouterTrainer": "auxiliary_training",
-    "MomaMetricsCallback": "callbacks",
-    "add_auxiliary_routers": "auxiliary_training",
-    "auxiliary_report": "auxiliary_training",
+# module of each public name, imported when the name is asked for: some need Transformers' Trainer, which brings PEFT
+# and bitsandbytes along where they are installed
+_MODULES = {
+    "AuxiliaryRouterTrainer": "tools.auxiliary_training",
+    "MomaCausalLMOutput": "modeling_moma",
+    "MomaConfig": "configuration_moma",
+    "MomaForCausalLM": "modeling_moma",
+    "MomaMetricsCallback": "tools.callbacks",
+    "MomaModel": "modeling_moma",
+    "MomaPreTrainedModel": "modeling_moma",
+    "UpcyclingReceipt": "tools.upcycling_receipt",
+    "add_auxiliary_routers": "tools.auxiliary_training",
+    "auxiliary_report": "tools.auxiliary_training",
+    "calibrate_auxiliary_thresholds": "tools.calibration",
+    "calibrate_thresholds": "tools.calibration",
+    "eta": "tools.costs",
+    "flops_per_token": "tools.costs",
+    "freeze_all_but": "tools.freezing",
+    "freeze_groups": "tools.freezing",
+    "initialize_code_embeddings": "tools.code_embeddings",
+    "parse_experts": "tools.upcycling",
+    "quantized_share": "tools.quantization",
+    "torchao_config": "tools.quantization",
+    "training_flops": "tools.costs",
+    "upcycle": "tools.upcycling",
+    "upcycled_config": "tools.upcycling",
+    "upcycling_receipt": "tools.upcycling_receipt",
 }
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _OF_TRAINER:
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    register_auto_classes()
     with without_import_notices():
-        return getattr(importlib.import_module(f".tools.{_OF_TRAINER[name]}", __name__), name)
+        return getattr(importlib.import_module(f".{_MODULES[name]}", __name__), name)
 
 
-# `exist_ok`: the package may be imported anew, or beside a Transformers with a `moma` of its own
-AutoConfig.register("moma", MomaConfig, exist_ok=True)
-AutoConfig.register("moma_vq", MomaVQConfig, exist_ok=True)
-AutoModel.register(MomaConfig, MomaModel, exist_ok=True)
-AutoModel.register(MomaVQConfig, MomaVQModel, exist_ok=True)
-for _auto_class in (AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM):
-    _auto_class.register(MomaConfig, MomaForCausalLM, exist_ok=True)
-AutoImageProcessor.register(
-    MomaConfig,
-    image_processor_classes={"torchvision": MomaImageProcessor, "pil": MomaImageProcessorPil},
-    exist_ok=True,
-)
-AutoProcessor.register(MomaConfig, MomaProcessor, exist_ok=True)
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_MODULES})
 
-# what is saved then carries its code, and loads with trust_remote_code=True where this package is missing
-MomaConfig.register_for_auto_class()
-MomaModel.register_for_auto_class("AutoModel")
-MomaForCausalLM.register_for_auto_class("AutoModelForCausalLM")
-MomaProcessor.register_for_auto_class()
-MomaImageProcessor.register_for_auto_class()
+
+@functools.cache
+def register_auto_classes() -> None:
+    """
+    Makes the Auto classes of Transformers know the model, its picture tokenizer and its processor. Importing the
+    package does it, but for the command `moma`: that waits until its arguments are read.
+    """
+    # Transformers imports torchao for its quantizers
+    with without_import_notices():
+        import transformers.modeling_utils  # noqa: F401
+    from transformers import (
+        AutoConfig,
+        AutoImageProcessor,
+        AutoModel,
+        AutoModelForCausalLM,
+        AutoModelForImageTextToText,
+        AutoModelForMultimodalLM,
+        AutoProcessor,
+    )
+
+    from tokenization import MomaImageProcessor, MomaImageProcessorPil, MomaProcessor, MomaVQConfig, MomaVQModel
+
+    from .configuration_moma import MomaConfig
+    from .modeling_moma import MomaForCausalLM, MomaModel
+
+    # `exist_ok`: the package may be imported anew, or beside a Transformers with a `moma` of its own
+    AutoConfig.register("moma", MomaConfig, exist_ok=True)
+    AutoConfig.register("moma_vq", MomaVQConfig, exist_ok=True)
+    AutoModel.register(MomaConfig, MomaModel, exist_ok=True)
+    AutoModel.register(MomaVQConfig, MomaVQModel, exist_ok=True)
+    for auto_class in (AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM):
+        auto_class.register(MomaConfig, MomaForCausalLM, exist_ok=True)
+    AutoImageProcessor.register(
+        MomaConfig,
+        image_processor_classes={"torchvision": MomaImageProcessor, "pil": MomaImageProcessorPil},
+        exist_ok=True,
+    )
+    AutoProcessor.register(MomaConfig, MomaProcessor, exist_ok=True)
+    # what is saved then carries its code, and loads with trust_remote_code=True where this package is missing
+    MomaConfig.register_for_auto_class()
+    MomaModel.register_for_auto_class("AutoModel")
+    MomaForCausalLM.register_for_auto_class("AutoModelForCausalLM")
+    MomaProcessor.register_for_auto_class()
+    MomaImageProcessor.register_for_auto_class()
+
+
+if not starts_command():
+    register_auto_classes()
 
 __all__ = [
     "AuxiliaryRouterTrainer",

@@ -2,18 +2,15 @@
 """Join a picture tokenizer and a text tokenizer of a recipe's texts into a processor."""
 
 import argparse
+from typing import TYPE_CHECKING
 
-import torch
-from transformers import PreTrainedTokenizerFast
+from ..tools.import_notices import without_import_notices
 
-from tokenization import MomaImageProcessor, MomaProcessor, add_picture_tokens, train_text_tokenizer
 
-from ..data.corpus import source_texts
-from ..data.kinds import InterleavedKind
-from ..training.chat import CHAT_TEMPLATE
-from ..training.files import refuse_files, write_folder_aside
-from ..training.recipe import Recipe, read_recipe
-from ..training.saved import open_picture_tokenizer, open_text_tokenizer
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+    from ..training.recipe import Recipe
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -28,8 +25,13 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def text_tokenizer(recipe: Recipe, vocab_size: int | None, given: str | None) -> PreTrainedTokenizerFast:
+def text_tokenizer(recipe: "Recipe", vocab_size: int | None, given: str | None) -> "PreTrainedTokenizerFast":
     """The tokenizer that is given, or one that learns from the texts of the sources."""
+    from tokenization import train_text_tokenizer
+
+    from ..data.corpus import source_texts
+    from ..training.saved import open_text_tokenizer
+
     if given is not None:
         return open_text_tokenizer(given)
     if recipe.processor.text_tokenizer is not None:
@@ -38,8 +40,18 @@ def text_tokenizer(recipe: Recipe, vocab_size: int | None, given: str | None) ->
     return train_text_tokenizer(texts, vocab_size or recipe.processor.vocab_size)
 
 
-def main(arguments: list[str] | None = None):
-    args = parse_arguments(arguments)
+def run(args: argparse.Namespace) -> None:
+    with without_import_notices():
+        import torch
+
+        from tokenization import MomaImageProcessor, MomaProcessor, add_picture_tokens
+
+        from ..data.kinds import InterleavedKind
+        from ..training.chat import CHAT_TEMPLATE
+        from ..training.files import refuse_files, write_folder_aside
+        from ..training.recipe import read_recipe
+        from ..training.saved import open_picture_tokenizer
+
     # tokens may be made with a processor that is there, and files that this one lacks would stay
     refuse_files(args.output)
     recipe = read_recipe(args.recipe, needs=("sources",))
@@ -57,3 +69,7 @@ def main(arguments: list[str] | None = None):
     processor = MomaProcessor(image_processor, tokenizer, vq_model, chat_template=template)
     write_folder_aside(args.output, processor.save_pretrained)
     print(f"{args.output}: {len(tokenizer)} tokens, {processor.image_seq_length} a picture")
+
+
+def main(arguments: list[str] | None = None):
+    run(parse_arguments(arguments))

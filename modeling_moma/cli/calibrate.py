@@ -3,24 +3,13 @@
 
 import argparse
 
-import torch
-
-from .. import (
-    calibrate_auxiliary_thresholds,
-    calibrate_thresholds,
-)
-from ..training.changed_routers import save_with_processor
-from ..training.examples import check_layout, open_documents
-from ..training.files import refuse_files
-from ..training.measures import held_out_batches, load_model
-from ..training.router_table import router_table
-from ..training.saved import open_processor
+from ..tools.import_notices import without_import_notices
 
 
 REPORT_FILE = "calibration.json"
 
 
-def parse_arguments(arguments=None) -> argparse.Namespace:
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", required=True, help="folder of a trained MomaForCausalLM")
     parser.add_argument("--processor", required=True, help="folder of its MomaProcessor")
@@ -42,8 +31,18 @@ def parse_arguments(arguments=None) -> argparse.Namespace:
     return args
 
 
-def main(arguments=None):
-    args = parse_arguments(arguments)
+def run(args: argparse.Namespace) -> None:
+    with without_import_notices():
+        import torch
+
+        from .. import calibrate_auxiliary_thresholds, calibrate_thresholds
+        from ..training.changed_routers import save_with_processor
+        from ..training.examples import check_layout, open_documents
+        from ..training.files import refuse_files
+        from ..training.measures import held_out_batches, load_model
+        from ..training.router_table import router_table
+        from ..training.saved import open_processor
+
     refuse_files(args.output)
     processor = open_processor(args.processor)
     model = load_model(args.model, "cuda" if torch.cuda.is_available() else "cpu")
@@ -64,3 +63,7 @@ def main(arguments=None):
         print(router_table(rows))
     facts = {"arguments": vars(args), "batches": len(batches), **report}
     save_with_processor(model, args.model, processor, args.output, REPORT_FILE, facts)
+
+
+def main(arguments: list[str] | None = None):
+    run(parse_arguments(arguments))

@@ -3,26 +3,28 @@
 
 import argparse
 import sys
+from typing import TYPE_CHECKING
 
-import torch
-from transformers.utils.hub import convert_file_size_to_int
-
-from ..convert.chameleon import convert_chameleon
-from ..convert.llama import CODE_ROWS, IMAGE_GROUPS, convert_llama
-from ..convert.reading import CheckpointError
-from ..convert.receipt import Receipt
-from ..convert.vqgan import convert_vqgan
+from ..tools.import_notices import without_import_notices
 from ..tools.messages import one_line
 
 
+if TYPE_CHECKING:
+    from ..convert.receipt import Receipt
+
 DTYPES = ("float32", "bfloat16", "float16")
+# of `convert_llama`
+CODE_ROWS = ("fitted", "mean")
+IMAGE_GROUPS = ("copy", "new")
 
 
 def size(text: str) -> int:
+    from transformers.utils.hub import convert_file_size_to_int
+
     return convert_file_size_to_int(text)
 
 
-def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     subcommands = parser.add_subparsers(dest="family", required=True)
     chameleon = subcommands.add_parser("chameleon", help="Chameleon, or Anole as converted for Transformers")
@@ -57,18 +59,25 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     )
     llama.add_argument("--image-group", choices=IMAGE_GROUPS, default="copy", help="weights of the image group")
     llama.add_argument("--seed", type=int, default=0, help="of the new weights")
-    return parser.parse_args(argv)
+    return parser.parse_args(arguments)
 
 
 def convert(args: argparse.Namespace) -> str:
     """Run one subcommand and return what to print."""
     if args.family == "vqgan":
+        from ..convert.vqgan import convert_vqgan
+
         model = convert_vqgan(args.source, args.output, allow_pickle=args.allow_pickle, resolution=args.resolution)
         return f"{model.config.num_embeddings} codes, {model.num_parameters():,} parameters"
     return convert_checkpoint(args).table()
 
 
-def convert_checkpoint(args: argparse.Namespace) -> Receipt:
+def convert_checkpoint(args: argparse.Namespace) -> "Receipt":
+    import torch
+
+    from ..convert.chameleon import convert_chameleon
+    from ..convert.llama import convert_llama
+
     shared = {
         "dtype": getattr(torch, args.dtype) if args.dtype else None,
         "allow_pickle": args.allow_pickle,
@@ -89,8 +98,10 @@ def convert_checkpoint(args: argparse.Namespace) -> Receipt:
     return convert_chameleon(args.source, args.output, vqgan=args.vqgan, **shared)
 
 
-def main(argv: list[str] | None = None) -> int:
-    args = parse_arguments(argv)
+def run(args: argparse.Namespace) -> int:
+    with without_import_notices():
+        from ..convert.reading import CheckpointError
+
     try:
         print(convert(args))
     except CheckpointError as error:
@@ -98,3 +109,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     print(args.output)
     return 0
+
+
+def main(arguments: list[str] | None = None) -> int:
+    return run(parse_arguments(arguments))

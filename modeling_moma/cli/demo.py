@@ -33,8 +33,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def main(arguments: list[str] | None = None) -> int:
-    args = parse_arguments(arguments)
+def run(args: argparse.Namespace) -> int:
     try:
         from ..demo.page import build_page, open_page
     except ImportError as error:
@@ -51,3 +50,7 @@ def main(arguments: list[str] | None = None) -> int:
     print(f"{args.folder}: {open_page(page, args.host, args.port)}", flush=True)
     page.block_thread()
     return 0
+
+
+def main(arguments: list[str] | None = None) -> int:
+    return run(parse_arguments(arguments))

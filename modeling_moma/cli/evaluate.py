@@ -8,18 +8,12 @@ warning: it sees the future and is no measure of quality.
 import argparse
 import json
 
-import torch
-
-from ..evaluation.measuring import MEASURES, MeasureSettings, measure_sources
-from ..evaluation.report import report_tables
-from ..evaluation.retrieval import DEFAULT_PAIRS
-from ..training.evaluation_data import read_held_out
-from ..training.examples import check_layout
-from ..training.files import write_aside
-from ..training.measures import load_model
-from ..training.saved import open_processor
+from ..tools.import_notices import without_import_notices
 
 
+# of `measure_sources`
+MEASURES = ("losses", "captions", "retrieval", "drawings")
+RETRIEVAL_PAIRS = 64
 SAMPLING = ("temperature", "top_k", "top_p", "guidance_scale")
 
 
@@ -40,7 +34,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--seed", type=int, default=0, help="of the draw, the order and the drawings")
     parser.add_argument(
-        "--retrieval-pairs", type=int, default=DEFAULT_PAIRS, help="pairs of each source, each ranked among all"
+        "--retrieval-pairs", type=int, default=RETRIEVAL_PAIRS, help="pairs of each source, each ranked among all"
     )
     parser.add_argument("--temperature", type=float, default=1.0, help="of the drawings, as the next three")
     parser.add_argument("--top-k", type=int, default=0, help="0: all codes")
@@ -52,6 +46,15 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def evaluate(args: argparse.Namespace) -> dict:
     """The figures of [`measure_sources`] by source."""
+    with without_import_notices():
+        import torch
+
+        from ..evaluation.measuring import MeasureSettings, measure_sources
+        from ..training.evaluation_data import read_held_out
+        from ..training.examples import check_layout
+        from ..training.measures import load_model
+        from ..training.saved import open_processor
+
     settings = MeasureSettings(
         None if args.measures is None else tuple(args.measures),
         args.batch_size,
@@ -67,10 +70,16 @@ def evaluate(args: argparse.Namespace) -> dict:
     return measure_sources(model, processor, sources, settings)
 
 
-def main(arguments: list[str] | None = None):
-    args = parse_arguments(arguments)
+def run(args: argparse.Namespace) -> None:
     sources = evaluate(args)
+    from ..evaluation.report import report_tables
+    from ..training.files import write_aside
+
     print(report_tables(sources))
     if args.output:
         report = {"arguments": vars(args), "dtype": "float32", "sources": sources}
         write_aside(args.output, lambda path: path.write_text(json.dumps(report, indent=2) + "\n"))
+
+
+def main(arguments: list[str] | None = None):
+    run(parse_arguments(arguments))

@@ -14,18 +14,11 @@ from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
 
-import torch
-from PIL import Image
-from transformers import AutoModelForCausalLM, AutoProcessor, set_seed
-
-import modeling_moma  # noqa: F401, makes the Auto classes know the model
-
-from ..generation_moma import GENERATION_MODES
-from ..tools.checkpoint_checks import refuse_non_finite
-from ..training.files import write_aside
-from ..training.saved import MODEL, PROCESSOR, open_saved
+from ..tools.import_notices import without_import_notices
 
 
+# of `MomaForCausalLM.generate`
+GENERATION_MODES = ("text", "image", "interleaved")
 TEXT_NEW_TOKENS = 32
 
 
@@ -107,6 +100,8 @@ def picture_format(path: Path) -> str:
     Raises:
         ValueError: they cannot; a drawing would be lost.
     """
+    from PIL import Image
+
     name = Image.registered_extensions().get(path.suffix.lower())
     if name is None:
         raise ValueError(f"--output: {str(path)!r} has no ending of a picture format, such as .png.")
@@ -130,6 +125,14 @@ def picture_format(path: Path) -> str:
 
 def generate(args: argparse.Namespace):
     """Load, generate, print texts and write pictures."""
+    with without_import_notices():
+        import torch
+        from transformers import AutoModelForCausalLM, AutoProcessor, set_seed
+
+        from ..tools.checkpoint_checks import refuse_non_finite
+        from ..training.files import write_aside
+        from ..training.saved import MODEL, PROCESSOR, open_saved
+
     output = Path(args.output)
     file_format = picture_format(output) if args.mode != "text" else None
     texts, images = make_rows(args.prompt, args.image)
@@ -168,10 +171,14 @@ def generate(args: argparse.Namespace):
             written += 1
 
 
-def main(arguments: list[str] | None = None) -> int:
+def run(args: argparse.Namespace) -> int:
     try:
-        generate(parse_arguments(arguments))
+        generate(args)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def main(arguments: list[str] | None = None) -> int:
+    return run(parse_arguments(arguments))

@@ -7,7 +7,7 @@ import linecache
 import sys
 from pathlib import Path
 
-from ..tools.import_notices import without_import_notices
+from .. import register_auto_classes
 from ..tools.messages import one_line
 
 
@@ -74,9 +74,10 @@ def main(arguments: list[str] | None = None) -> int:
     # what a verb's messages and help call it
     sys.argv = [f"moma {verb}", *rest]
     try:
-        with without_import_notices():
-            module = importlib.import_module(f".{VERBS[verb]}", __package__)
-        status = module.main()
+        module = importlib.import_module(f".{VERBS[verb]}", __package__)
+        args = module.parse_arguments()
+        register_auto_classes()
+        status = module.run(args)
     except Exception as error:
         from ..training.disk import full_disk_line, is_disk_full
 

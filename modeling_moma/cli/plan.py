@@ -11,27 +11,36 @@ import shlex
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from huggingface_hub.errors import StrictDataclassError
-
-from ..configuration_moma import MomaConfig
-from ..tools.layouts import Layout
-from ..tools.memory import Memory
 from ..tools.messages import one_line
-from ..tools.planning import GIGA, Hardware, Plan, plan_training
-from ..training.files import write_aside
 
 
+if TYPE_CHECKING:
+    from ..configuration_moma import MomaConfig
+    from ..tools.layouts import Layout
+    from ..tools.memory import Memory
+    from ..tools.planning import Hardware, Plan
+
+GIGA = 1e9
 TABLE = re.compile(r"(<!-- plan: (.+?) -->\n).*?(<!-- /plan -->)", flags=re.DOTALL)
 SECONDS_PER_DAY = 86400
 OVERVIEW_GPUS = (1, 8, 64, 256)
 
 
-def parse_arguments(arguments=None) -> argparse.Namespace:
-    usual = Hardware()
+def preset(name: str) -> str:
+    from ..configuration_moma import MomaConfig
+
+    names = MomaConfig.preset_names()
+    if name not in names:
+        raise argparse.ArgumentTypeError(f"invalid choice: {name!r} (choose from {', '.join(map(repr, names))})")
+    return name
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--preset", choices=MomaConfig.preset_names(), metavar="NAME", help="as moma-1.4b-4t4i")
+    what.add_argument("--preset", type=preset, metavar="NAME", help="as moma-1.4b-4t4i")
     what.add_argument("--config", help="folder or JSON file of a complete MomaConfig, such as model_cards/moma-emoji")
     what.add_argument("--overview", action="store_true", help="the fastest layout of every preset on 1 to 256 GPUs")
     what.add_argument("--write", metavar="DOCUMENT", help="compute the tables of a document anew")
@@ -39,14 +48,14 @@ def parse_arguments(arguments=None) -> argparse.Namespace:
     parser.add_argument("--tokens-per-gpu", type=int, default=24576, help="of a step, all micro-batches together")
     parser.add_argument("--sequence-length", type=int, default=4096)
     parser.add_argument("--steps", type=int, help="also tell the days of so many steps")
-    parser.add_argument("--gpu-memory", type=float, default=usual.memory / GIGA, help="GB of 1e9 bytes")
-    parser.add_argument("--headroom", type=float, default=usual.headroom, help="share of the memory to use")
-    parser.add_argument("--flops", type=float, default=usual.flops, help="bf16 FLOPs per second of one GPU")
-    parser.add_argument("--utilization", type=float, default=usual.utilization, help="share of them that is reached")
-    parser.add_argument("--bandwidth", type=float, default=usual.bandwidth / GIGA, help="GB/s of a GPU in its node")
-    parser.add_argument("--network", type=float, default=usual.network / GIGA, help="GB/s of a GPU to other nodes")
-    parser.add_argument("--latency", type=float, default=usual.latency, help="seconds from one GPU to the next")
-    parser.add_argument("--node-size", type=int, default=usual.node_size, help="GPUs of a node")
+    parser.add_argument("--gpu-memory", type=float, default=80.0, help="GB of 1e9 bytes")
+    parser.add_argument("--headroom", type=float, default=0.9, help="share of the memory to use")
+    parser.add_argument("--flops", type=float, default=989e12, help="bf16 FLOPs per second of one GPU")
+    parser.add_argument("--utilization", type=float, default=0.4, help="share of them that is reached")
+    parser.add_argument("--bandwidth", type=float, default=450.0, help="GB/s of a GPU in its node")
+    parser.add_argument("--network", type=float, default=50.0, help="GB/s of a GPU to other nodes")
+    parser.add_argument("--latency", type=float, default=5e-6, help="seconds from one GPU to the next")
+    parser.add_argument("--node-size", type=int, default=8, help="GPUs of a node")
     parser.add_argument("--top", type=int, default=6, help="layouts in the table")
     parser.add_argument("--json", action="store_true", help="print all layouts, in bytes and seconds")
     args = parser.parse_args(arguments)
@@ -55,7 +64,11 @@ def parse_arguments(arguments=None) -> argparse.Namespace:
     return args
 
 
-def read_config(args: argparse.Namespace) -> MomaConfig:
+def read_config(args: argparse.Namespace) -> "MomaConfig":
+    from huggingface_hub.errors import StrictDataclassError
+
+    from ..configuration_moma import MomaConfig
+
     if args.preset:
         return MomaConfig.from_preset(args.preset)
     path = Path(args.config)
@@ -73,7 +86,9 @@ def read_config(args: argparse.Namespace) -> MomaConfig:
         ) from error
 
 
-def hardware_of(args: argparse.Namespace) -> Hardware:
+def hardware_of(args: argparse.Namespace) -> "Hardware":
+    from ..tools.planning import Hardware
+
     return Hardware(
         args.gpu_memory * GIGA,
         args.headroom,
@@ -86,7 +101,9 @@ def hardware_of(args: argparse.Namespace) -> Hardware:
     )
 
 
-def compute(args: argparse.Namespace) -> tuple[list[Plan], list[tuple[Layout, Memory]]]:
+def compute(args: argparse.Namespace) -> "tuple[list[Plan], list[tuple[Layout, Memory]]]":
+    from ..tools.planning import plan_training
+
     plans, misfits = plan_training(
         read_config(args), args.gpus, args.tokens_per_gpu, args.sequence_length, hardware_of(args)
     )
@@ -100,7 +117,7 @@ def compute(args: argparse.Namespace) -> tuple[list[Plan], list[tuple[Layout, Me
     return plans, misfits
 
 
-def to_json(args: argparse.Namespace, plans: list[Plan], misfits: list) -> str:
+def to_json(args: argparse.Namespace, plans: "list[Plan]", misfits: list) -> str:
     def layout_of(layout):
         return {"name": str(layout), **asdict(layout)}
 
@@ -123,7 +140,7 @@ def to_json(args: argparse.Namespace, plans: list[Plan], misfits: list) -> str:
     return json.dumps(report, indent=2)
 
 
-def to_table(args: argparse.Namespace, plans: list[Plan], misfits: list) -> str:
+def to_table(args: argparse.Namespace, plans: "list[Plan]", misfits: list) -> str:
     lines = [
         "| layout | GB per GPU | of which activations | sequences at once | layers computed again | compute s "
         "| weights s (GB) | tokens s (GB) | step s |",
@@ -159,6 +176,9 @@ def to_table(args: argparse.Namespace, plans: list[Plan], misfits: list) -> str:
 
 
 def overview(args: argparse.Namespace) -> str:
+    from ..configuration_moma import MomaConfig
+    from ..tools.planning import plan_training
+
     lines = [
         "| preset | " + " | ".join(f"{gpus} GPUs" if gpus > 1 else "1 GPU" for gpus in OVERVIEW_GPUS) + " |",
         "|---|" + "---|" * len(OVERVIEW_GPUS),
@@ -174,6 +194,7 @@ def overview(args: argparse.Namespace) -> str:
 
 def write_tables(document: str) -> int:
     """Compute the tables of a document anew; returns their number."""
+    from ..training.files import write_aside
 
     def compute_anew(match):
         args = parse_arguments(shlex.split(match[2]))
@@ -187,8 +208,7 @@ def write_tables(document: str) -> int:
     return count
 
 
-def main(arguments=None) -> int:
-    args = parse_arguments(arguments)
+def run(args: argparse.Namespace) -> int:
     try:
         if args.write:
             print(f"{args.write}: {write_tables(args.write)} tables")
@@ -201,3 +221,7 @@ def main(arguments=None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def main(arguments: list[str] | None = None) -> int:
+    return run(parse_arguments(arguments))

@@ -3,8 +3,7 @@
 
 import argparse
 
-from ..training.pretraining import pretrain
-from ..training.recipe import Recipe, read_recipe
+from ..tools.import_notices import without_import_notices
 
 
 # field of TrainingArguments -> the flag that wins over a recipe's value, and the value where neither is given
@@ -77,6 +76,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     if first.lora_rank is not None and (first.train_groups or first.stop_at):
         # a stage's checkpoint would hold adapters alone
         parser.error("--lora-rank goes with neither --train-groups nor --stop-at")
+    from ..training.recipe import Recipe, read_recipe
+
     recipe = read_recipe(first.recipe_file) if first.recipe_file else Recipe()
     if first.model is None and not recipe.model:
         parser.error(f"RECIPE {first.recipe_file!r} has no section `model`, and no `--model` is given to start from")
@@ -93,5 +94,12 @@ def positive_int(text: str) -> int:
     return number
 
 
+def run(args: argparse.Namespace) -> None:
+    with without_import_notices():
+        from ..training.pretraining import pretrain
+
+    pretrain(args)
+
+
 def main(arguments: list[str] | None = None):
-    pretrain(parse_arguments(arguments))
+    run(parse_arguments(arguments))

@@ -7,8 +7,6 @@ A folder without code gets that of the installed packages, so that it loads with
 import argparse
 import sys
 
-from ..hub.upload import UploadError, prepare, push, write_repository
-
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
@@ -35,8 +33,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def main(arguments: list[str] | None = None) -> int:
-    args = parse_arguments(arguments)
+def run(args: argparse.Namespace) -> int:
+    from ..hub.upload import UploadError, prepare, push, write_repository
+
     try:
         datasets = dict(pair.split("=", 1) for pair in args.dataset)
         upload = prepare(args.model, args.processor, datasets)
@@ -63,3 +62,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"moma push: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def main(arguments: list[str] | None = None) -> int:
+    return run(parse_arguments(arguments))

@@ -5,15 +5,18 @@ import argparse
 import os
 from contextlib import nullcontext
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from ..data.engines import ENGINES, run_executor
-from ..data.jobs import plan_job, write_job
-from ..data.reports import write_manifest
-from ..data.running import Workers, run_tasks
-from ..data.sources import Source
-from ..training.recipe import DataFields, read_recipe
-from ..training.saved import PROCESSOR, check_saved
-from ..training.tables import markdown_table
+from ..tools.import_notices import without_import_notices
+
+
+if TYPE_CHECKING:
+    from ..data.running import Workers
+    from ..data.sources import Source
+    from ..training.recipe import DataFields
+
+# `datatrove` starts processes of this machine, `slurm` jobs of a cluster
+ENGINES = ("processes", "datatrove", "slurm")
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -34,7 +37,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="of the changed pictures of further codings")
     parser.add_argument("--strict", action="store_true", help="stop at the first row that cannot be used")
     engine = parser.add_argument_group("on a cluster", "shards as tasks of datatrove (extra `scale`)")
-    engine.add_argument("--engine", choices=["processes", *ENGINES], default="processes")
+    engine.add_argument("--engine", choices=ENGINES, default="processes")
     engine.add_argument("--tasks", type=int, default=64, help="of datatrove, each writes every so-manieth shard")
     engine.add_argument("--partition", help="of Slurm")
     engine.add_argument("--time", default="24:00:00", help="of a Slurm job")
@@ -50,6 +53,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def summary(manifest: dict) -> str:
     """What was written of each source and what was left out, as a table and lines."""
+    from ..training.tables import markdown_table
+
     rows, notes = [], []
     for name, entry in manifest["sources"].items():
         for split, part in entry["splits"].items():
@@ -70,8 +75,12 @@ def summary(manifest: dict) -> str:
     return "\n".join([markdown_table(["source", "documents", "text tokens", "picture tokens"], rows), *notes])
 
 
-def main(arguments: list[str] | None = None):
-    args = parse_arguments(arguments)
+def run(args: argparse.Namespace) -> None:
+    with without_import_notices():
+        from ..data.running import Workers
+        from ..training.recipe import DataFields, read_recipe
+        from ..training.saved import PROCESSOR, check_saved
+
     recipe = read_recipe(args.recipe, needs=("sources",))
     data = recipe.data or DataFields()
     # what they cannot load they would each tell of
@@ -82,8 +91,13 @@ def main(arguments: list[str] | None = None):
         tokenize(args, recipe.sources, data, workers)
 
 
-def tokenize(args: argparse.Namespace, sources: list[Source], data: DataFields, workers: Workers | None) -> None:
+def tokenize(args: argparse.Namespace, sources: "list[Source]", data: "DataFields", workers: "Workers | None") -> None:
     """Plan and write the tokens, and say what became of the rows."""
+    from ..data.engines import run_executor
+    from ..data.jobs import plan_job, write_job
+    from ..data.reports import write_manifest
+    from ..data.running import run_tasks
+
     job = plan_job(
         sources, args.processor, data.sequence_length, data.packed, args.seed, args.rows_per_shard, args.splits
     )
@@ -99,3 +113,7 @@ def tokenize(args: argparse.Namespace, sources: list[Source], data: DataFields, 
             return
     manifest = write_manifest(args.output, job)
     print(summary(manifest))
+
+
+def main(arguments: list[str] | None = None):
+    run(parse_arguments(arguments))

@@ -6,23 +6,21 @@ import json
 import shutil
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from transformers.trainer import TRAINER_STATE_NAME
+from ..tools.import_notices import without_import_notices
 
-from .. import UpcyclingReceipt, parse_experts, upcycle, upcycling_receipt
-from ..configuration_moma import TEXT
-from ..tools.upcycling import default_experts
-from ..training.files import refuse_files, write_folder_aside
-from ..training.saved import open_model
-from ..training.stages import UPCYCLING_FILE, data_order
 
+if TYPE_CHECKING:
+    import torch
+
+    from .. import UpcyclingReceipt
 
 # share of its logits' norm above which a move of text is told
 _TEXT_MOVED = 0.05
 
 
-def parse_arguments(arguments=None) -> argparse.Namespace:
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", required=True, help="the seed: a saved model, or a checkpoint of its training")
     parser.add_argument(
@@ -55,8 +53,10 @@ def parse_arguments(arguments=None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def probe_batch(config, rows: int = 8, length: int = 64) -> dict[str, torch.Tensor]:
+def probe_batch(config, rows: int = 8, length: int = 64) -> "dict[str, torch.Tensor]":
     """Random tokens, rows of each modality in turn: the receipt needs no data."""
+    import torch
+
     modality_ids = [torch.cat([torch.arange(*bounds) for bounds in r]) for r in config.modality_token_ranges.values()]
     is_text = torch.ones(config.vocab_size, dtype=torch.bool)
     is_text[torch.cat(modality_ids)] = False
@@ -65,8 +65,11 @@ def probe_batch(config, rows: int = 8, length: int = 64) -> dict[str, torch.Tens
     return {"input_ids": torch.stack(drawn)}
 
 
-def text_moved(receipt: UpcyclingReceipt, modalities: list[str]) -> str | None:
+def text_moved(receipt: "UpcyclingReceipt", modalities: list[str]) -> str | None:
     """What to say where the switch moves text, `None` where it hardly does."""
+    from ..configuration_moma import TEXT
+    from ..tools.upcycling import default_experts
+
     moved = receipt.output_differences[TEXT]
     if not moved > _TEXT_MOVED:
         return None
@@ -77,8 +80,16 @@ def text_moved(receipt: UpcyclingReceipt, modalities: list[str]) -> str | None:
     return f"moma upcycle: the switch moves text by {moved:.2f} of its logits' norm: {ways}."
 
 
-def main(arguments=None):
-    args = parse_arguments(arguments)
+def run(args: argparse.Namespace) -> None:
+    with without_import_notices():
+        import torch
+        from transformers.trainer import TRAINER_STATE_NAME
+
+        from .. import parse_experts, upcycle, upcycling_receipt
+        from ..training.files import refuse_files, write_folder_aside
+        from ..training.saved import open_model
+        from ..training.stages import UPCYCLING_FILE, data_order
+
     # what is left of another model there, such as an optimizer, would be taken for this one's
     refuse_files(args.output)
     torch.manual_seed(args.seed)
@@ -111,3 +122,7 @@ def main(arguments=None):
     hint = text_moved(receipt, seed.config.modalities)
     if hint:
         print(hint, file=sys.stderr)
+
+
+def main(arguments: list[str] | None = None):
+    run(parse_arguments(arguments))

@@ -12,9 +12,6 @@ from .jobs import read_job
 from .tokenizing import tokenize_shard
 
 
-ENGINES = ("datatrove", "slurm")
-
-
 class TokenizeStep:
     """
     A step of a datatrove pipeline: each rank writes every so-manieth shard of a folder of tokens.
@@ -89,4 +86,4 @@ def run_executor(
         raise ValueError(f"{str(folder)!r}: a task of datatrove failed ({error}); start again to go on.") from error
 
 
-__all__ = ["ENGINES", "TokenizeStep", "run_executor"]
+__all__ = ["TokenizeStep", "run_executor"]

@@ -10,7 +10,6 @@ from typer import Option
 
 from .hosts import ImageHosts
 from .limits import Limits
-from .server import CheckedServe
 
 
 DEFAULTS = Limits()
@@ -68,6 +67,8 @@ def serve(
     Raises:
         ValueError: an argument that would let others in unawares.
     """
+    from .server import CheckedServe
+
     names = frozenset(_split(template_arguments))
     if taken := sorted(names & RESERVED):
         raise ValueError(f"--template-arguments: {taken[0]!r} rules the template, and is no variable of it.")
@@ -83,8 +84,8 @@ def serve(
     CheckedServe(limits, api_key, **options)
 
 
-def command() -> Callable:
-    """[`serve`] with all arguments in its signature, which typer reads."""
+def command(take: Callable[..., object]) -> Callable:
+    """A function with all arguments of [`serve`] in its signature, which Typer reads; it gives them to another one."""
     given = dict(inspect.signature(Serve).parameters)
     del given["non_blocking"]
     given["host"] = given["host"].replace(default=HOST)
@@ -92,7 +93,7 @@ def command() -> Callable:
     signature = [value.replace(kind=inspect.Parameter.KEYWORD_ONLY) for value in given.values()] + own
 
     def run(**arguments: Any):
-        serve(**arguments)
+        take(**arguments)
 
     vars(run)["__signature__"] = inspect.Signature(signature)
     return run

@@ -6,11 +6,14 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-from tokenization.configuration_moma_vq import PRESETS, MomaVQConfig
+from typing import TYPE_CHECKING, Any
 
 
+if TYPE_CHECKING:
+    from tokenization import MomaVQConfig
+
+# of `MomaVQConfig.from_preset`
+PRESET_NAMES = ("full", "small", "medium-256", "medium-1024")
 DEFAULT_PRESET = "small"
 
 
@@ -120,7 +123,7 @@ def _checked(where: str, setting: Setting, value: Any) -> Any:
     return result
 
 
-def read_config(args: argparse.Namespace) -> MomaVQConfig:
+def read_config(args: argparse.Namespace) -> "MomaVQConfig":
     """
     The model's configuration.
 
@@ -130,6 +133,8 @@ def read_config(args: argparse.Namespace) -> MomaVQConfig:
     Raises:
         ValueError: `config` is neither a preset, a file nor a mapping of known fields, or its values fit no model.
     """
+    from tokenization.configuration_moma_vq import PRESETS, MomaVQConfig
+
     asked = asked_fields(args)
     given = args.config or DEFAULT_PRESET
     if isinstance(given, dict):
@@ -157,7 +162,7 @@ def asked_fields(args: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(args, name) for name in MODEL_SETTINGS if getattr(args, name) is not None}
 
 
-def check_resumed(args: argparse.Namespace, config: MomaVQConfig, begun: Mapping[str, Any]):
+def check_resumed(args: argparse.Namespace, config: "MomaVQConfig", begun: Mapping[str, Any]):
     """Compare the command line with what a checkpoint was begun with; what it leaves out is the checkpoint's.
 
     Args:
@@ -171,7 +176,7 @@ def check_resumed(args: argparse.Namespace, config: MomaVQConfig, begun: Mapping
     asked = asked_fields(args)
     if args.config:
         now = read_config(args)
-        asked |= {name: getattr(now, name) for name in MomaVQConfig.__annotations__}
+        asked |= {name: getattr(now, name) for name in type(now).__annotations__}
     pairs: dict[str, tuple[Any, Any]] = {name: (getattr(config, name), value) for name, value in asked.items()}
     begun = {**ONCE, **begun}
     pairs |= {f"--{name.replace('_', '-')}": (value, getattr(args, name)) for name, value in begun.items()}

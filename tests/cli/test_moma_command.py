@@ -2,13 +2,26 @@
 """The command `moma`: its list of verbs, what it does with a name that is none, and where verbs find their modules."""
 
 import importlib
+import re
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
+from PIL import Image
 
+from helpers.tiny import tiny_model, tiny_processor
 from modeling_moma import MomaConfig
+from modeling_moma.cli import convert, evaluate, generate, plan
 from modeling_moma.cli.main import VERBS, main
+from modeling_moma.cli.starting import starts_command
+from modeling_moma.convert import llama
+from modeling_moma.evaluation import measuring, retrieval
+from modeling_moma.generation_moma import GENERATION_MODES
+from modeling_moma.tools.planning import GIGA, Hardware
+from modeling_moma.training.tokenizer_settings import PRESET_NAMES
+from tokenization.configuration_moma_vq import PRESETS
 
 
 def test_help_lists_every_verb_with_one_line(capsys):
@@ -64,9 +77,117 @@ def test_help_prints_nothing_but_help(tmp_path):
         assert first.strip().lower().startswith(f"usage: moma {verb.lower()} ")
 
 
+MODULE = [sys.executable, "-m", "modeling_moma"]
+SCRIPT = Path(sys.executable).parent / "moma"
+# on an idle core all verbs but `serve` take a tenth of a second; it shows the arguments of Transformers' own command
+SECONDS, SERVE_SECONDS = 1.0, 4.0
+
+
+def imported(command, *arguments):
+    """Names of the packages that a command imports, and what it prints."""
+    done = subprocess.run([command[0], "-X", "importtime", *command[1:], *arguments], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    names = re.findall(r"^import time:.*\| +([\w.]+)$", done.stderr, flags=re.MULTILINE)
+    return {name.split(".")[0] for name in names}, done.stdout
+
+
+@pytest.mark.parametrize("verb", [None, *(verb for verb in VERBS if verb != "serve")])
+def test_help_needs_neither_torch_nor_transformers(verb):
+    names, text = imported(MODULE, *([] if verb is None else [verb]), "--help")
+    assert "modeling_moma" in names and text.startswith("usage: moma")
+    assert not names & {"torch", "transformers", "datasets", "numpy", "PIL", "huggingface_hub", "tokenization"}
+
+
+@pytest.mark.skipif(not SCRIPT.is_file(), reason="the package is not installed")
+def test_script_needs_neither_torch_nor_transformers():
+    names, text = imported([sys.executable, str(SCRIPT)], "--help")
+    assert text.startswith("usage: moma") and not names & {"torch", "transformers", "tokenization"}
+
+
+@pytest.mark.parametrize("verb", [None, *VERBS])
+def test_help_takes_a_moment(verb):
+    limit = SERVE_SECONDS if verb == "serve" else SECONDS
+
+    def seconds():
+        before = time.perf_counter()
+        done = subprocess.run([*MODULE, *([] if verb is None else [verb]), "--help"], capture_output=True)
+        assert (done.returncode, done.stderr) == (0, b"")
+        return time.perf_counter() - before
+
+    # of a busy machine the best of a few
+    assert any(seconds() < limit for _ in range(5))
+
+
+def test_only_the_command_puts_the_auto_classes_off(tmp_path, monkeypatch):
+    script = tmp_path / "bin" / "moma"
+    script.parent.mkdir()
+    script.write_text("")
+    linked = tmp_path / "moma"
+    linked.symlink_to(script)
+    elsewhere = tmp_path / "elsewhere" / "moma"
+    elsewhere.parent.mkdir()
+    elsewhere.write_text("")
+    monkeypatch.setattr(sys, "executable", str(script.parent / "python"))
+    python = ["python", "-X", "dev", "-m"]
+    for argv, orig_argv, expected in (
+        ([str(script), "--help"], ["python", str(script)], True),
+        ([str(linked)], ["python", str(linked)], True),
+        # of somebody else, not there, or with the command's arguments already taken
+        ([str(elsewhere)], ["python", str(elsewhere)], False),
+        (["moma"], ["python"], False),
+        (["moma plan", "--gpus", "1"], ["python", str(script)], False),
+        (["-m", "--help"], [*python, "modeling_moma", "--help"], True),
+        (["-m"], [*python, "pytest", "-m", "modeling_moma"], False),
+        (["-c"], ["python", "-c", "import modeling_moma"], False),
+        ([""], ["python"], False),
+        ([], ["python"], False),
+    ):
+        monkeypatch.setattr(sys, "argv", argv)
+        monkeypatch.setattr(sys, "orig_argv", orig_argv)
+        assert starts_command() is expected, argv
+
+
+def test_public_name_registers_the_auto_classes_first():
+    code = """
+import sys
+sys.argv, sys.orig_argv = ["-m"], ["python", "-m", "modeling_moma"]
+import modeling_moma
+assert "torch" not in sys.modules and "transformers" not in sys.modules
+modeling_moma.freeze_groups
+from transformers import AutoConfig
+assert type(AutoConfig.for_model("moma")) is modeling_moma.MomaConfig
+assert set(modeling_moma.__all__) <= set(dir(modeling_moma))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_command_loads_a_model_without_its_code(tmp_path):
+    processor = tiny_processor()
+    tiny_model(processor).save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    for path in (tmp_path / "model").glob("*.py"):
+        path.unlink()
+    arguments = ["generate", "--model", "model", "--prompt", "x", "--output", "x.png"]
+    done = subprocess.run([*MODULE, *arguments], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert Image.open(tmp_path / "x.png").size == (16, 16)
+
+
+def test_help_and_library_have_the_same_choices():
+    assert generate.GENERATION_MODES == GENERATION_MODES
+    assert evaluate.MEASURES == measuring.MEASURES
+    assert evaluate.RETRIEVAL_PAIRS == retrieval.DEFAULT_PAIRS
+    assert (convert.CODE_ROWS, convert.IMAGE_GROUPS) == (llama.CODE_ROWS, llama.IMAGE_GROUPS)
+    assert set(PRESET_NAMES) == set(PRESETS)
+    assert plan.GIGA == GIGA
+    assert plan.hardware_of(plan.parse_arguments(["--overview"])) == Hardware()
+
+
 def test_every_verb_has_a_main():
     for module in VERBS.values():
-        assert callable(importlib.import_module(f"modeling_moma.cli.{module}").main)
+        for name in ("parse_arguments", "run", "main"):
+            assert callable(getattr(importlib.import_module(f"modeling_moma.cli.{module}"), name))
 
 
 def test_what_is_wrong_with_an_input_is_one_line(tmp_path, monkeypatch, capsys):
@@ -79,7 +200,7 @@ def test_what_is_wrong_with_an_input_is_one_line(tmp_path, monkeypatch, capsys):
 
 def test_field_of_a_configuration_that_is_out_of_range_is_one_line(monkeypatch, capsys):
     module = importlib.import_module("modeling_moma.cli.push")
-    monkeypatch.setattr(module, "main", lambda: MomaConfig(hidden_size=-1))
+    monkeypatch.setattr(module, "parse_arguments", lambda: MomaConfig(hidden_size=-1))
     assert main(["push"]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and "hidden_size" in error
@@ -87,7 +208,7 @@ def test_field_of_a_configuration_that_is_out_of_range_is_one_line(monkeypatch, 
 
 def test_defect_keeps_its_traceback(monkeypatch):
     module = importlib.import_module("modeling_moma.cli.push")
-    monkeypatch.setattr(module, "main", fail_in_a_call)
+    monkeypatch.setattr(module, "parse_arguments", fail_in_a_call)
     monkeypatch.setattr("modeling_moma.cli.main.OWN_PACKAGES", (__name__.split(".")[0],))
     with pytest.raises(ValueError, match="invalid literal"):
         main(["push"])

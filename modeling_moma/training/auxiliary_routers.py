@@ -1,0 +1,174 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The training of auxiliary routers, from a command's arguments."""
+
+import argparse
+from pathlib import Path
+
+import torch
+from transformers import Trainer, TrainingArguments, set_seed
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from tokenization import MomaDataCollator
+
+from .. import (
+    AuxiliaryRouterTrainer,
+    MomaConfig,
+    MomaForCausalLM,
+    add_auxiliary_routers,
+    auxiliary_report,
+    calibrate_auxiliary_thresholds,
+)
+from ..data.documents import TokenFolder
+from ..data.sources import VALIDATION
+from ..data.stream import DocumentExamples
+from ..tools.observation import named_routers
+from .changed_routers import save_with_processor
+from .checkpoints import checkpoint_step, last_checkpoint
+from .disk import without_torn_checkpoints
+from .examples import check_layout, held_out_sets, open_documents
+from .files import refuse_files
+from .fingerprints import Facts, RunFingerprint, check_output, run_facts
+from .measures import held_out_batches, load_model
+from .precision import supports_bf16
+from .router_table import router_table
+from .saved import open_processor
+from .stages import FollowArguments, ResumedTrainer
+
+
+REPORT_FILE = "auxiliary_routers.json"
+
+
+class AuxiliaryTraining(ResumedTrainer, AuxiliaryRouterTrainer):
+    """The trainer of this command, which may have no step left to take."""
+
+
+def make_training_arguments(args: argparse.Namespace) -> TrainingArguments:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return TrainingArguments(
+        output_dir=args.output,
+        max_steps=args.steps,
+        per_device_train_batch_size=args.batch_size,
+        per_device_eval_batch_size=args.batch_size,
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        learning_rate=args.learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=args.warmup_steps,
+        weight_decay=args.weight_decay,
+        bf16=supports_bf16(device) if args.bf16 == "auto" else args.bf16 == "on",
+        use_cpu=device == "cpu",
+        eval_strategy="steps",
+        eval_steps=args.eval_steps,
+        eval_on_start=True,
+        save_steps=args.save_steps,
+        save_total_limit=args.save_total_limit,
+        logging_steps=args.logging_steps,
+        report_to=[],
+        seed=args.seed,
+    )
+
+
+def build_trainer(
+    args: argparse.Namespace,
+    training_arguments: TrainingArguments,
+    model: MomaForCausalLM,
+    tokens: TokenFolder,
+    facts: Facts,
+) -> Trainer:
+    documents = [tokens.documents(source) for source in tokens.sources()]
+    weights = [source.weight for source in tokens.sources()]
+    examples_in_all = args.steps * args.batch_size * args.gradient_accumulation_steps
+    tokenizer = tokens.encoder.processor.tokenizer
+    return AuxiliaryTraining(
+        model=model,
+        args=training_arguments,
+        train_dataset=DocumentExamples(documents, weights, examples_in_all, args.seed),
+        eval_dataset=held_out_sets(tokens),
+        data_collator=MomaDataCollator(tokenizer),
+        callbacks=[RunFingerprint(facts), FollowArguments()],
+        processing_class=tokenizer,
+    )
+
+
+def refuse_others(args: argparse.Namespace):
+    """Raise `ValueError` where the output folder holds what no run of this command that goes on now has left."""
+    has_report = (Path(args.output) / REPORT_FILE).is_file()
+
+    def is_own(path: Path) -> bool:
+        of_trainer = path.name == TRAINER_STATE_NAME or path.name.startswith(f"{PREFIX_CHECKPOINT_DIR}-")
+        return args.resume and (has_report or of_trainer)
+
+    refuse_files(args.output, is_own)
+
+
+def split_batches(args: argparse.Namespace, batches: list[dict]) -> tuple[list[dict], list[dict]]:
+    """Batches to calibrate on, none with `--threshold`, and batches to report on.
+
+    Raises:
+        ValueError: there are too few.
+    """
+    if args.threshold is not None:
+        return [], batches
+    if len(batches) < 2:
+        raise ValueError(
+            f"`--batch-size` = {args.batch_size} gives {len(batches)} batch of the validation split: two are needed, "
+            "one to calibrate on and one to report on."
+        )
+    half = len(batches) // 2
+    return batches[:half], batches[half:]
+
+
+def train_auxiliary_routers(args: argparse.Namespace) -> None:
+    """
+    Trains the auxiliary routers of a saved model, calibrates them, and saves the model with a report.
+
+    Args:
+        args: of `moma train-auxiliary-routers`.
+
+    Raises:
+        ValueError: the output folder holds another run, or this one and `--resume` is not given.
+    """
+    refuse_others(args)
+    processor = open_processor(args.processor)
+    training_arguments, tokens = make_training_arguments(args), TokenFolder(args.tokens, processor)
+    packing = (False, tokens.manifest["sequence_length"])
+    config = MomaConfig.from_pretrained(args.model)
+    facts = run_facts(config, args.model, tokens, tokens.sources(), packing, training_arguments)
+    # with files of a run in it, but of which?
+    check_output(args.output, facts, args.resume)
+    held_out = open_documents(args.tokens, processor, VALIDATION)
+    batches = held_out_batches(held_out, processor, args.batch_size, args.seed)
+    calibration_batches, report_batches = split_batches(args, batches)
+    set_seed(args.seed)
+    model = load_model(args.model, "cuda" if torch.cuda.is_available() else "cpu")
+    check_layout(model.config, processor.token_layout())
+    if not model.config.auxiliary_routers:
+        add_auxiliary_routers(model)
+    model.set_attn_implementation(args.attn_implementation)
+    trainer = build_trainer(args, training_arguments, model, tokens, facts)
+    checkpoint = last_checkpoint(args.output) if args.resume else None
+    if checkpoint is not None and checkpoint_step(checkpoint) >= args.steps:
+        print(f"{args.output}: this run has taken all of its {args.steps} steps; its routers are judged anew.")
+    with without_torn_checkpoints(args.output):
+        trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.save_state()
+    # thresholds are computed in fp32, without the casts that training in bf16 leaves around the forward
+    model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+
+    if calibration_batches:
+        calibrate_auxiliary_thresholds(model, calibration_batches)
+    else:
+        for router in named_routers(model).values():
+            router.auxiliary.threshold.fill_(args.threshold)
+    rows = auxiliary_report(model, report_batches)
+    print(router_table(rows))
+    model.config.inference_routing, model.config.depth_inference_routing = "auxiliary", None
+    report = {
+        "arguments": vars(args),
+        "steps": trainer.state.global_step,
+        "calibration_batches": len(calibration_batches),
+        "report_batches": len(report_batches),
+        "routers": rows,
+    }
+    if trainer.is_world_process_zero():
+        save_with_processor(model, args.model, processor, args.output, REPORT_FILE, report)
