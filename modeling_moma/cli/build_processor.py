@@ -46,7 +46,6 @@ def run(args: argparse.Namespace) -> None:
 
         from tokenization import MomaImageProcessor, MomaProcessor, add_picture_tokens
 
-        from ..data.kinds import InterleavedKind
         from ..training.chat import CHAT_TEMPLATE
         from ..training.files import refuse_files, write_folder_aside
         from ..training.recipe import read_recipe
@@ -62,10 +61,8 @@ def run(args: argparse.Namespace) -> None:
     # prompts of a batch have to end side by side
     tokenizer.padding_side = "left"
     image_processor = MomaImageProcessor.for_resolution(vq_model.config.resolution)
-    kinds = [source.kind for source in recipe.sources]
-    has_chats = any(isinstance(kind, InterleavedKind) and kind.messages is not None for kind in kinds)
     # a model that learnt from chats is spoken to as in them
-    template = None if has_chats else CHAT_TEMPLATE
+    template = None if any(source.kind.has_chats for source in recipe.sources) else CHAT_TEMPLATE
     processor = MomaProcessor(image_processor, tokenizer, vq_model, chat_template=template)
     write_folder_aside(args.output, processor.save_pretrained)
     print(f"{args.output}: {len(tokenizer)} tokens, {processor.image_seq_length} a picture")

@@ -12,8 +12,7 @@ from datasets import Dataset, IterableDataset, LargeList, List
 
 from ..training.files import refuse_files, write_aside
 from .encoding import loaded_encoder
-from .kinds import CaptionKind
-from .segments import row_pictures, text_length
+from .shard import BATCH
 from .sources import TRAIN, VALIDATION, Source, read_sources, undecoded_rows
 
 
@@ -23,8 +22,6 @@ FORMAT = 2
 # rows of a shard grow with the data, so that the number of files stays in bounds
 SHARD_ROWS = (1024, 16384)
 TYPICAL_SHARDS = 64
-# pictures that are coded together; rows of a shard of captions are a multiple
-BATCH = 128
 # fewest pictures of a shard, where there are more than that, so that a few thousand are the work of several processes
 SHARD_PICTURES = 256
 # of texts, that take about as long as a picture
@@ -160,8 +157,7 @@ def _plan_source(source: Source, rows_per_shard: int | None, splits: Sequence[st
                 raise ValueError(f"sources: {source.name!r} yields nothing: its split {split!r} has no rows.")
             pictures, weight = _row_means(source, rows)
             size = rows_per_shard or _shard_rows(len(rows), weight)
-            if isinstance(source.kind, CaptionKind):
-                size = -(-size // BATCH) * BATCH
+            size = -(-size // source.kind.rows_multiple) * source.kind.rows_multiple
             entry |= {"rows": len(rows), "pictures": round(len(rows) * pictures), "rows_per_shard": size}
             entry["shards"] = -(-len(rows) // size)
         else:
@@ -181,17 +177,26 @@ def _row_means(source: Source, rows: Dataset) -> tuple[float, float]:
     """Pictures of a row in the mean, and in how many pictures' time it is tokenized, of some rows."""
     places = sorted({len(rows) * number // LOOKED_AT for number in range(LOOKED_AT)})
     looked_at = list(undecoded_rows(rows.select(places)))
-    pictures = sum(len(row_pictures(source.kind, row)) for row in looked_at) / len(looked_at)
+    pictures = sum(len(source.kind.row_images(row)) for row in looked_at) / len(looked_at)
     columns = source.kind.columns()
-    characters = sum(text_length({name: row[name] for name in columns}) for row in looked_at) / len(looked_at)
+    characters = sum(_text_length({name: row[name] for name in columns}) for row in looked_at) / len(looked_at)
     return pictures, pictures + characters / CHARACTERS_PER_PICTURE
 
 
+def _text_length(value: Any) -> int:
+    """Characters of all texts in a row, or in a part of one, but for pictures and where they lie."""
+    if isinstance(value, str):
+        return len(value)
+    if isinstance(value, dict):
+        return sum(_text_length(part) for name, part in value.items() if name not in ("image", "path", "url", "bytes"))
+    return sum(map(_text_length, value)) if isinstance(value, (list, tuple)) else 0
+
+
 def _list_columns(source: Source, rows: Dataset | IterableDataset) -> list[str]:
-    """The columns of captions that hold lists."""
-    if not isinstance(source.kind, CaptionKind):
+    """The stored columns that hold lists."""
+    columns = source.kind.stored_columns()
+    if not columns:
         return []
-    columns = source.kind.text_columns()
     if rows.features is not None:
         return [name for name in columns if isinstance(rows.features.get(name), (list, List, LargeList))]
     first = next(iter(rows), {})

@@ -3,55 +3,19 @@
 
 import json
 from collections import Counter
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ..hub.names import no_folder
 from ..training.files import write_aside
 from .jobs import JOB_FILE, MANIFEST_FILE, Job, Task
-from .pictures import LeftOut
+from .shard import ShardReport
 from .sources import TRAIN
 
 
 # rows of a manifest that are named; the shards' own reports name all
 NAMED = 20
 COUNTERS = ("left_out", "pictures_left_out", "changed")
-
-
-@dataclass
-class ShardReport:
-    """
-    Attributes:
-        rows: rows read.
-        pictures: pictures coded.
-        written: documents by split.
-        tokens: by split, `text` (with the frames of documents and pictures) and `image` (codes) of one reading of
-            every document, captions by their first template.
-        left_out: rows by reason.
-        pictures_left_out: pictures of interleaved documents, whose rest is written, by reason.
-        changed: pictures that were brought into another form, by what they were.
-        named: `row`, `reason` and `detail` of what was left out.
-    """
-
-    rows: int = 0
-    pictures: int = 0
-    written: Counter = field(default_factory=Counter)
-    tokens: dict[str, Counter] = field(default_factory=dict)
-    left_out: Counter = field(default_factory=Counter)
-    pictures_left_out: Counter = field(default_factory=Counter)
-    changed: Counter = field(default_factory=Counter)
-    named: list[dict] = field(default_factory=list)
-
-    def leave_out(self, row: int, error: LeftOut, is_whole: bool = True) -> None:
-        """Count and name a row, or a picture of it."""
-        (self.left_out if is_whole else self.pictures_left_out)[error.reason] += 1
-        self.named.append({"row": row, "reason": error.reason, "detail": error.detail[:300]})
-
-    def write_document(self, split: str, text: int, image: int) -> None:
-        """Count a document of so many tokens."""
-        self.written[split] += 1
-        self.tokens.setdefault(split, Counter()).update({"text": text, "image": image})
 
 
 def write_report(path: Path, report: ShardReport) -> None:
@@ -143,4 +107,4 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
     raise ValueError(f"{where}: {MANIFEST_FILE}: {problem}; was it changed by hand? Remove it and tokenize again.")
 
 
-__all__ = ["ShardReport", "read_manifest", "write_manifest", "write_report"]
+__all__ = ["read_manifest", "write_manifest", "write_report"]

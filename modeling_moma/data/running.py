@@ -15,7 +15,6 @@ from tqdm.auto import tqdm
 
 from .encoding import loaded_encoder
 from .jobs import Job, Task, read_job
-from .kinds import TextKind
 from .tokenizing import tokenize_shard
 
 
@@ -129,7 +128,7 @@ class Progress:
         # what other processes have coded, where there are any
         self.coded: Any = None
         plans = [plan for splits in job.splits.values() for plan in splits.values()]
-        has_pictures = any(not isinstance(job.source(name).kind, TextKind) for name in job.sources)
+        has_pictures = any(job.source(name).kind.has_images for name in job.sources)
         is_known = has_pictures and all(plan["pictures"] is not None for plan in plans)
         self.total = sum(plan["pictures"] for plan in plans) if is_known else len(job.tasks())
         self.counts_pictures = is_known

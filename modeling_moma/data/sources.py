@@ -24,7 +24,7 @@ from datasets import (
 from ..hub.names import why_nowhere
 from ..tools.messages import one_line
 from .json_lines import mended_copy
-from .kinds import Kind, kind_fields, read_kind
+from .kinds import SourceKind, read_kind
 from .split_folders import data_files, rows_below, split_folders
 
 
@@ -63,7 +63,7 @@ class Source:
 
     name: str
     data: str
-    kind: Kind
+    kind: SourceKind
     load: dict[str, Any] = field(default_factory=dict)
     splits: dict[str, str] = field(default_factory=dict)
     held_out: float = 0.02
@@ -159,7 +159,7 @@ class Source:
     def fields(self) -> dict[str, Any]:
         """What [`read_sources`] reads."""
         common = {name: getattr(self, name) for name in COMMON_FIELDS}
-        return {**{name: value for name, value in common.items() if value not in (None, {})}, **kind_fields(self.kind)}
+        return {**{name: value for name, value in common.items() if value not in (None, {})}, **self.kind.fields()}
 
     def _goes_by_folders(self) -> bool:
         """Whether the data are a folder, and nothing says which of its files are read."""

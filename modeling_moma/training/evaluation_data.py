@@ -93,7 +93,8 @@ def real_pictures(
         logger.warning(f"Reconstructions stand in for the pictures of {documents.name!r}: {error}")
         return None
     numbers = [documents.row_number(row) for row in rows]
-    values = (row[source.kind.image] for row in undecoded_rows(opened.select(numbers)))  # pyright: ignore
+    rows_there = undecoded_rows(opened.select(numbers))  # pyright: ignore[reportAttributeAccessIssue]
+    values = (value for row in rows_there for value in source.kind.row_images(row))
     return _pixel_batches(processor, values, source.picture_root())
 
 

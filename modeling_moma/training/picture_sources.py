@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..data.json_lines import BROKEN_LINE
-from ..data.kinds import PictureKind, TextKind
-from ..data.segments import row_pictures
+from ..data.kinds import ImageKind
 from ..data.sources import TRAIN, VALIDATION, Source, undecoded_rows
 from .recipe import read_recipe
 
@@ -60,9 +59,9 @@ def read_picture_sources(place: str) -> tuple[list[Source], dict[str, Any]]:
         ValueError: none of the sources has pictures.
     """
     if Path(place).suffix not in RECIPES:
-        return [Source(name="pictures", data=place, kind=PictureKind(PICTURE_COLUMN))], {}
+        return [Source(name="pictures", data=place, kind=ImageKind(PICTURE_COLUMN))], {}
     recipe = read_recipe(place)
-    sources = [source for source in recipe.sources if not isinstance(source.kind, TextKind)]
+    sources = [source for source in recipe.sources if source.kind.has_images]
     if not sources:
         kinds = {source.name: source.kind.name for source in recipe.sources}
         raise ValueError(
@@ -95,5 +94,5 @@ def candidates(source: Source) -> Iterator[Candidate]:
             if columns.get(BROKEN_LINE):
                 continue
             is_held_out = name == VALIDATION or (VALIDATION not in names and source.is_held_out(str(row)))
-            for index, value in enumerate(row_pictures(source.kind, columns)):
+            for index, value in enumerate(source.kind.row_images(columns)):
                 yield Candidate(source, names[name], row, index, is_held_out, value)

@@ -240,8 +240,7 @@ def _read_in_order(
 def _read(candidate: Candidate, processor: MomaImageProcessor) -> tuple[np.ndarray, list[str]] | LeftOut:
     source = candidate.source
     try:
-        min_side = getattr(source.kind, "min_side", 1)
-        picture, changes = read_picture(candidate.value, source.picture_root(), min_side)
+        picture, changes = read_picture(candidate.value, source.picture_root(), source.kind.min_side)
         pixels = processor(picture, return_tensors="pt")["pixel_values"][0]
     except LeftOut as error:
         return error

@@ -17,7 +17,6 @@ from tokenization import MomaDataCollator, MomaProcessor
 
 from .. import MomaConfig, MomaForCausalLM, MomaMetricsCallback, freeze_groups, initialize_code_embeddings
 from ..data.documents import TokenFolder
-from ..data.kinds import CaptionKind
 from ..data.packing import PackedCollator, PackedExamples
 from ..data.sources import VALIDATION, Source
 from ..data.stream import DocumentExamples
@@ -196,7 +195,7 @@ def sample_callback(
     held_out = [
         tokens.documents(source, VALIDATION)
         for source in sources
-        if isinstance(source.kind, CaptionKind) and VALIDATION in tokens.split_names(source.name)
+        if source.kind.has_captions and VALIDATION in tokens.split_names(source.name)
     ]
     return [SampleCallback(fields, tokens.encoder.processor, held_out, metrics)]  # pyright: ignore[reportArgumentType]
 

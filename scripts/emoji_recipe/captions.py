@@ -7,9 +7,8 @@ from pathlib import Path
 
 from emoji_recipe.cells import STYLES
 from emoji_recipe.judge import LEVELS, accuracies
-from modeling_moma.data.documents import CaptionDocuments
 from modeling_moma.data.encoding import DocumentEncoder
-from modeling_moma.data.kinds import CaptionKind
+from modeling_moma.data.kinds.captions import CaptionDocuments, CaptionKind
 from modeling_moma.training.recipe import read_recipe
 
 

@@ -8,7 +8,7 @@ from transformers import AutoTokenizer
 from helpers.text_sources import CHAT, CHATML
 from helpers.tiny import TEXTS, noise_pictures
 from modeling_moma import MomaForCausalLM
-from modeling_moma.data.segments import read_messages
+from modeling_moma.data.kinds.interleaved import read_messages
 from modeling_moma.data.sources import read_sources
 from tokenization import MomaProcessor
 from tokenization.chat_template_moma import with_picture_parts

@@ -17,7 +17,7 @@ from datasets import Image as ImageFeature
 from PIL import Image
 
 from modeling_moma.cli.train_image_tokenizer import main
-from modeling_moma.data.kinds import PictureKind
+from modeling_moma.data.kinds import ImageKind
 from modeling_moma.data.sources import Source
 from modeling_moma.training import picture_store
 from modeling_moma.training.array_file import ArrayWriter, read_array
@@ -164,7 +164,7 @@ def picture_source(folder: Path, count: int, **fields) -> Source:
     folder.mkdir(exist_ok=True)
     pictures = [Image.fromarray(np.full((16, 16, 3), index, dtype=np.uint8)) for index in range(count)]
     Dataset.from_dict({"image": pictures}).cast_column("image", ImageFeature()).to_parquet(folder / "all.parquet")
-    return Source("numbers", str(folder), PictureKind("image"), **fields)
+    return Source("numbers", str(folder), ImageKind("image"), **fields)
 
 
 def test_a_second_start_reads_no_picture_and_other_sources_are_read_anew(tmp_path, monkeypatch):
@@ -200,7 +200,7 @@ def test_the_emoji_are_all_there_in_their_order(tmp_path):
         pytest.skip("the emoji set is not here: a checkout without large files")
     # its training pictures are too many for a test
     splits = {"train": "validation", "validation": "test"}
-    store = open_store(tmp_path / "store", [Source("emoji", str(data), PictureKind("image"), splits=splits)], 64, 1024)
+    store = open_store(tmp_path / "store", [Source("emoji", str(data), ImageKind("image"), splits=splits)], 64, 1024)
     processor = MomaImageProcessor.for_resolution(64, do_rescale=False, do_normalize=False)
     for pictures, split in ((store.train, "validation"), (store.held_out, "test")):
         rows = load_dataset(str(data), split=split)
@@ -225,7 +225,7 @@ def test_the_model_is_trained_on_the_pixels_that_the_processor_gives(tmp_path):
     dataset = Dataset.from_dict({"image": paths}).cast_column("image", ImageFeature())
     dataset.to_parquet(tmp_path / "data" / "train.parquet")
     dataset.select([0]).to_parquet(tmp_path / "data" / "validation.parquet")
-    store = open_store(tmp_path / "store", [Source("mixed", str(tmp_path / "data"), PictureKind("image"))], SIDE, 100)
+    store = open_store(tmp_path / "store", [Source("mixed", str(tmp_path / "data"), ImageKind("image"))], SIDE, 100)
     seen = to_pixel_values(torch.from_numpy(store.train), torch.device("cpu"))
     given = MomaImageProcessor.for_resolution(SIDE)(list(dataset["image"]), return_tensors="pt")["pixel_values"]
     torch.testing.assert_close(seen.contiguous(), given, atol=1e-6, rtol=0)

@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a kind of source is: the columns that a recipe names, and all that the library asks about its rows."""
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from difflib import get_close_matches
+from typing import Any, ClassVar, Self, TypeVar
+
+from datasets import Features, List, Value
+
+from ..encoding import DocumentEncoder
+from ..shard import Shard
+from ..shards import ShardTable
+from ..token_documents import Documents, TokenDocuments
+
+
+class SourceKind(ABC):
+    """
+    The base of all kinds, each a dataclass under [`source_kind`] whose fields are those of a recipe.
+
+    Attributes:
+        name: singular, for messages and manifests.
+        told_by: fields that no other kind has: a source that names one of them is of this kind.
+        hint: its columns in words, for the message to somebody who names too few.
+        has_images: whether rows have images.
+        has_captions: whether its documents are [`CaptionDocuments`].
+        has_chats: whether documents are made by the processor's chat template.
+        rows_multiple: rows of a shard are a multiple of it.
+        min_side: images with a shorter side, in pixels, are left out.
+    """
+
+    name: ClassVar[str]
+    told_by: ClassVar[tuple[str, ...]] = ()
+    hint: ClassVar[str] = ""
+    has_images: ClassVar[bool] = False
+    has_captions: ClassVar[bool] = False
+    rows_multiple: ClassVar[int] = 1
+    min_side: int = 1
+
+    @property
+    def has_chats(self) -> bool:
+        return False
+
+    @classmethod
+    def from_fields(cls, where: str, fields: dict[str, Any]) -> Self:
+        """
+        The kind of a recipe's fields, whose names are known to be its own.
+
+        Args:
+            where: names the source, for errors.
+            fields: by name.
+
+        Raises:
+            ValueError: a value is out of range.
+        """
+        return cls(**fields)
+
+    def fields(self) -> dict[str, Any]:
+        """What [`read_kind`] takes."""
+        fields: dict[str, Any] = dataclasses.asdict(self)  # pyright: ignore[reportArgumentType]
+        return {name: _as_json(value) for name, value in fields.items() if value is not None}
+
+    @abstractmethod
+    def columns(self) -> list[str]:
+        """All columns that are read."""
+
+    def stored_columns(self) -> list[str]:
+        """The columns that are kept beside the codes, since documents are made of them anew for every example."""
+        return []
+
+    def row_texts(self, row: dict[str, Any]) -> Iterator[str]:
+        """Yields the texts of a row, which a text tokenizer learns from."""
+        yield from ()
+
+    def row_images(self, row: dict[str, Any]) -> list[Any]:
+        """The images of a row in their order, not decoded."""
+        return []
+
+    def features(self, shard: Shard) -> Features:
+        """Types of the fields that [`documents`] yields."""
+        return Features({"row": Value("int64"), "input_ids": List(Value("int32"))})
+
+    @abstractmethod
+    def documents(self, shard: Shard) -> Iterator[tuple[str, dict[str, Any]]]:
+        """
+        Yields split and fields of every document of a shard, as they are stored.
+
+        Args:
+            shard: its rows, and what makes ids and codes of them.
+        """
+
+    def stored_documents(self, source: str, table: ShardTable, encoder: DocumentEncoder, longest: int) -> Documents:
+        """
+        Documents to train on, of what [`documents`] yielded.
+
+        Args:
+            source: its name.
+            table: of its shards.
+            encoder: of the processor that it was tokenized with.
+            longest: longest held-out document in tokens.
+        """
+        frames = [(frame.begin, frame.end) for frame in encoder.processor.frames.values()]
+        return TokenDocuments(source, table, longest, frames)
+
+
+# kinds that a recipe may name, by their name
+KINDS: dict[str, type[SourceKind]] = {}
+
+_Kind = TypeVar("_Kind", bound=type[SourceKind])
+
+
+def source_kind(kind: _Kind) -> _Kind:
+    """
+    Makes a kind known to recipes, as a decorator of its dataclass.
+
+    Raises:
+        ValueError: another class has its name or one of the fields that tell it.
+    """
+    for other in KINDS.values():
+        shared = set(other.told_by) & set(kind.told_by)
+        if other.__qualname__ != kind.__qualname__ and (other.name == kind.name or shared):
+            what = f"the field {min(shared)!r}" if shared else f"the name {kind.name!r}"
+            raise ValueError(f"`source_kind`: {kind.__name__} has {what} of {other.__name__}; choose another.")
+    KINDS[kind.name] = kind
+    return kind
+
+
+def read_kind(source: str, fields: dict[str, Any], common: Sequence[str] = ()) -> SourceKind:
+    """
+    The kind of a source, by the columns that it names.
+
+    Args:
+        source: its name, for errors.
+        fields: what a recipe says of it, but for where its data are.
+        common: fields of any source, which may stand beside them, for errors.
+
+    Raises:
+        ValueError: no kind has these fields, or a value is out of range.
+    """
+    # a kind that nothing tells is taken where no other is; one that was registered later is asked first
+    told = [kind for kind in KINDS.values() if fields.keys() & set(kind.told_by)]
+    kind = [*(kind for kind in KINDS.values() if not kind.told_by), *told][-1]
+    where = f"sources: {source!r}"
+    entries = dataclasses.fields(kind)  # pyright: ignore[reportArgumentType]
+    known = [entry.name for entry in entries]
+    unknown = sorted(set(fields) - set(known), key=str)
+    if unknown:
+        every = [*common, *known]
+        close = get_close_matches(str(unknown[0]), every, 1)
+        meant = f"did you mean {close[0]!r}? " if close else ""
+        raise ValueError(
+            f"{where} has {unknown[0]!r}, which is no field of a source of {kind.name}s: {meant}It takes {every}."
+        )
+    missing = [entry.name for entry in entries if entry.default is dataclasses.MISSING and entry.name not in fields]
+    if missing:
+        hints = ", ".join(entry.hint for entry in KINDS.values() if entry.hint)
+        raise ValueError(f"{where} has no {missing[0]!r}: a source names its columns, {hints}.")
+    return kind.from_fields(where, fields)
+
+
+def _as_json(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+__all__ = ["KINDS", "SourceKind", "read_kind", "source_kind"]

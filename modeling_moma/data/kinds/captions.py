@@ -1,0 +1,345 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Images with captions: what is stored of a row, and documents of it that are drawn anew for every example."""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Features, List, Value
+
+from tokenization.augmentation_moma import NUM_DRAWS, augment_pictures
+
+from ...training.precision import supports_bf16
+from ..encoding import DocumentEncoder
+from ..pictures import LeftOut
+from ..shard import BATCH, Shard
+from ..shards import ShardTable
+from ..templates import Template
+from .base import SourceKind, source_kind
+
+
+# random numbers that are passed over at once
+_SKIPPED_DRAWS = 1 << 22
+
+
+@dataclass(frozen=True)
+class Alternative:
+    """
+    A further caption that sometimes stands in for the first one.
+
+    Args:
+        text: a column, or a template such as `"{style} tags: {keywords}"`. Lists are joined by `", "` in random order.
+        share: of the rows in which all of its columns hold something.
+    """
+
+    text: str
+    share: float
+
+
+@source_kind
+@dataclass(frozen=True)
+class CaptionKind(SourceKind):
+    """
+    A picture and its caption in every row: `<bos> picture caption <eos>` or `<bos> caption picture <eos>`.
+
+    Args:
+        image: column of the picture.
+        text: column of the caption, or a template such as `"{style}: {label}"`.
+        alternatives: further captions, tried in their order, the first one that is drawn counts.
+        picture_first: share of the examples in which the picture comes first.
+        without_caption: share of the other examples that have no caption, which guidance needs.
+        codings: codings of a training picture; all but the first are of slightly changed pictures.
+        min_side: pictures with a shorter side, in pixels, are left out.
+    """
+
+    image: str
+    text: str
+    alternatives: tuple[Alternative, ...] = ()
+    picture_first: float = 0.5
+    without_caption: float = 0.1
+    codings: int = 1
+    min_side: int = 8
+
+    name = "caption"
+    told_by = ("image",)
+    hint = "`image` and `text` of captions"
+    has_images = has_captions = True
+    # shards of whole batches
+    rows_multiple = BATCH
+
+    @classmethod
+    def from_fields(cls, where: str, fields: dict[str, Any]) -> "CaptionKind":
+        fields = dict(fields)
+        if "alternatives" in fields:
+            fields["alternatives"] = tuple(_read_alternative(where, entry) for entry in fields["alternatives"])
+        kind = cls(**fields)
+        shares = {"picture_first": kind.picture_first, "without_caption": kind.without_caption}
+        shares |= {f"alternatives[{index}].share": entry.share for index, entry in enumerate(kind.alternatives)}
+        for name, value in shares.items():
+            if not isinstance(value, (int, float)) or not 0 <= value <= 1:
+                raise ValueError(f"{where}: {name} = {value!r} is a share, between 0 and 1.")
+        if not isinstance(kind.codings, int) or kind.codings < 1:
+            raise ValueError(f"{where}: codings = {kind.codings!r} must be 1 or more.")
+        return kind
+
+    def columns(self) -> list[str]:
+        return [self.image, *self.stored_columns()]
+
+    def stored_columns(self) -> list[str]:
+        names = [name for template in self.templates() for name in template.columns]
+        return list(dict.fromkeys(names))
+
+    def templates(self) -> list[Template]:
+        """The caption's template and those of the alternatives."""
+        return [Template(self.text), *(Template(alternative.text) for alternative in self.alternatives)]
+
+    def row_texts(self, row: dict[str, Any]) -> Iterator[str]:
+        yield from (template.render(row) for template in self.templates() if template.is_full(row))
+
+    def row_images(self, row: dict[str, Any]) -> list[Any]:
+        return [row[self.image]]
+
+    def features(self, shard: Shard) -> Features:
+        processor = shard.processor
+        code = Value("uint16" if processor.codebook_size <= 1 << 16 else "int32")
+        columns = {
+            name: List(Value("string")) if name in shard.list_columns else Value("string")
+            for name in self.stored_columns()
+        }
+        codes = List(code, length=self.num_codings(shard) * processor.image_seq_length)
+        return Features({"row": Value("int64"), "codes": codes, **columns})
+
+    def num_codings(self, shard: Shard) -> int:
+        """Codings of each image of a shard; held-out images are not changed."""
+        return self.codings if shard.is_training else 1
+
+    def documents(self, shard: Shard) -> Iterator[tuple[str, dict[str, Any]]]:
+        return _CaptionWriter(self, shard).documents()
+
+    def stored_documents(
+        self, source: str, table: ShardTable, encoder: DocumentEncoder, longest: int
+    ) -> "CaptionDocuments":
+        return CaptionDocuments.from_table(source, self, table, encoder)
+
+
+def _read_alternative(where: str, entry: Any) -> Alternative:
+    names = [part.name for part in dataclasses.fields(Alternative)]
+    if not isinstance(entry, dict) or set(entry) != set(names):
+        raise ValueError(f"{where}: each of `alternatives` is a mapping of {names}, got {entry!r}.")
+    return Alternative(**entry)
+
+
+class _CaptionWriter:
+    """Codes the images of a shard in batches, beside the columns of their captions."""
+
+    def __init__(self, kind: CaptionKind, shard: Shard):
+        self.kind, self.shard, self.num_codings = kind, shard, kind.num_codings(shard)
+        self.generator = augmentation_generator(shard.seed, shard.start * (self.num_codings - 1))
+
+    def documents(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        waiting: list[tuple[int, str, dict, int]] = []
+        images: list[torch.Tensor] = []
+        for index, split, row in self.shard.rows():
+            try:
+                columns, length = self._columns(row)
+                pixel_values = self.shard.pixel_values(row[self.kind.image], self.kind.min_side)
+            except LeftOut as error:
+                self.shard.leave_out(index, error)
+                continue
+            images.append(pixel_values)
+            waiting.append((index, split, columns, length))
+            if len(waiting) == BATCH:
+                yield from self._coded(waiting, images)
+                waiting, images = [], []
+        if waiting:
+            yield from self._coded(waiting, images)
+
+    def _columns(self, row: dict[str, Any]) -> tuple[dict[str, Any], int]:
+        """The columns of a row's captions, and the text tokens of the first one with what stands around it."""
+        shard, templates = self.shard, self.kind.templates()
+        columns = {name: _as_stored(row[name], name in shard.list_columns) for name in self.kind.stored_columns()}
+        if not templates[0].is_full(columns):
+            raise LeftOut("caption empty", f"nothing in {templates[0].columns}")
+        lengths = [len(shard.encoder.text_ids(entry.render(columns))) for entry in templates if entry.is_full(columns)]
+        # beginning and end of the document and of the image
+        around = len(shard.encoder.beginning) + 3
+        longest = max(lengths) + shard.processor.image_seq_length + around
+        if longest > shard.sequence_length:
+            raise LeftOut("caption too long", f"{longest} tokens with its picture, over {shard.sequence_length}")
+        return columns, lengths[0] + around
+
+    @torch.inference_mode()
+    def _coded(self, waiting: list[tuple[int, str, dict, int]], images: list[torch.Tensor]) -> Iterator:
+        shard, batch = self.shard, torch.cat(images)
+        codings = [shard.codes(batch)]
+        device = shard.processor.vq_model.device.type
+        # codings of changed images are noise by intent, so the faster precision serves
+        is_fast = torch.autocast(device, dtype=torch.bfloat16) if supports_bf16(device) else nullcontext()
+        with is_fast:
+            while len(codings) < self.num_codings:
+                codings.append(shard.codes(augment_pictures(batch, self.generator, 1.0)))
+        codes = torch.stack(codings, dim=1).flatten(1)
+        shard.count_images(len(waiting))
+        for (index, split, columns, length), row_codes in zip(waiting, codes.tolist(), strict=True):
+            shard.report.write_document(split, length, shard.processor.image_seq_length)
+            yield split, {"row": index, "codes": row_codes, **columns}
+
+
+def augmentation_generator(seed: int, pictures: int) -> torch.Generator:
+    """The random numbers of changed pictures, behind those of so many pictures that other shards change."""
+    generator = torch.Generator().manual_seed(seed)
+    draws = pictures * NUM_DRAWS
+    while draws:
+        size = min(draws, _SKIPPED_DRAWS)
+        torch.rand(size, generator=generator)
+        draws -= size
+    return generator
+
+
+def _as_stored(value: Any, is_list: bool) -> Any:
+    if is_list:
+        return [str(entry) for entry in value or [] if entry is not None]
+    return "" if value is None else str(value)
+
+
+class CaptionDocuments:
+    """
+    Captions and pictures, in the order, with the caption and with the coding that are drawn.
+
+    Args:
+        name: of the source.
+        kind: its templates and shares.
+        codes: gives the codes `[image_seq_length]` of any coding of a row: `codes(row, coding)`.
+        num_codings: codings of each row.
+        columns: gives the columns of a row that captions are made of: `columns(row)`.
+        length: number of rows.
+        encoder: gives the ids.
+        row_number: gives the place of a row in the data that were tokenized; the row's own by default.
+    """
+
+    can_be_cut, has_choice = False, True
+
+    def __init__(
+        self,
+        name: str,
+        kind: CaptionKind,
+        codes: Callable[[int, int], np.ndarray],
+        num_codings: int,
+        columns: Callable[[int], Mapping[str, Any]],
+        length: int,
+        encoder: DocumentEncoder,
+        row_number: Callable[[int], int] = int,
+    ):
+        self.name, self.kind, self.encoder, self._length = name, kind, encoder, length
+        self._codes, self.num_codings, self._columns = codes, num_codings, columns
+        self._row_number = row_number
+        self._text, *others = kind.templates()
+        self._alternatives = [(entry, part.share) for entry, part in zip(others, kind.alternatives)]
+
+    @classmethod
+    def from_rows(
+        cls, name: str, kind: CaptionKind, rows: Sequence[Mapping[str, Any]], encoder: DocumentEncoder
+    ) -> "CaptionDocuments":
+        """Of rows in memory, with `codes` `[num_codings, image_seq_length]` and the columns of the captions."""
+        reader = _CaptionRows(rows)
+        return cls(name, kind, reader.codes, reader.num_codings, reader.columns, len(rows), encoder)
+
+    @classmethod
+    def from_table(
+        cls, name: str, kind: CaptionKind, table: ShardTable, encoder: DocumentEncoder
+    ) -> "CaptionDocuments":
+        """Of a source's shards."""
+        reader = _CaptionTable(table, kind, encoder.processor.image_seq_length)
+        return cls(name, kind, reader.codes, reader.num_codings, reader.columns, len(table), encoder, reader.number)
+
+    def __len__(self) -> int:
+        return self._length
+
+    def ids(self, row: int, rng: np.random.Generator) -> list[int]:
+        """One example of a row."""
+        columns = self._columns(row)
+        codes = self._codes(row, int(rng.integers(self.num_codings)))
+        picture_first = rng.random() < self.kind.picture_first
+        return self.encoder.caption(self._draw_text(columns, picture_first, rng), codes, picture_first)
+
+    def _draw_text(self, columns: Mapping[str, Any], picture_first: bool, rng: np.random.Generator) -> str:
+        text = None
+        for template, share in self._alternatives:
+            if text is None and template.is_full(columns) and rng.random() < share:
+                text = template.render(columns, rng)
+        if not picture_first and rng.random() < self.kind.without_caption:
+            return ""
+        return self._text.render(columns) if text is None else text
+
+    def caption(self, row: int) -> str:
+        """The caption of a row by the first template."""
+        return self._text.render(self._columns(row))
+
+    def codes(self, row: int) -> np.ndarray:
+        """The codes `[image_seq_length]` of a row's picture as it is."""
+        return self._codes(row, 0)
+
+    def row_number(self, row: int) -> int:
+        """Where a row stood in the split that was tokenized."""
+        return self._row_number(row)
+
+    def held_out(self, rows: Sequence[int] | None = None) -> "HeldOutCaptions":
+        """Both orders of every picture as it is, with its first caption; all pictures first come before the rest."""
+        return HeldOutCaptions(self, range(len(self)) if rows is None else rows)
+
+
+class HeldOutCaptions(Sequence):
+    """Ids of both orders of all captions, made when they are asked for."""
+
+    def __init__(self, documents: CaptionDocuments, rows: Sequence[int]):
+        self.documents, self.rows = documents, rows
+
+    def __len__(self) -> int:
+        return 2 * len(self.rows)
+
+    def __getitem__(self, index):
+        if not 0 <= index < len(self):
+            raise IndexError(f"{index} of {len(self)}")
+        second, place = divmod(index, len(self.rows))
+        documents, row = self.documents, self.rows[place]
+        return documents.encoder.caption(documents.caption(row), documents.codes(row), not second)
+
+
+class _CaptionRows:
+    """Captions in memory."""
+
+    def __init__(self, rows: Sequence[Mapping[str, Any]]):
+        self.rows = rows
+        self.table = np.asarray([row["codes"] for row in rows], dtype=np.int64)
+        self.num_codings = self.table.shape[1]
+
+    def codes(self, row: int, coding: int) -> np.ndarray:
+        return self.table[row, coding]
+
+    def columns(self, row: int) -> Mapping[str, Any]:
+        return self.rows[row]
+
+
+class _CaptionTable:
+    """Captions in shards."""
+
+    def __init__(self, table: ShardTable, kind: CaptionKind, num_codes: int):
+        self.table, self.names, self.num_codes = table, kind.stored_columns(), num_codes
+        self.num_codings = len(table.numbers("codes", 0)) // num_codes if len(table) else 1
+
+    def codes(self, row: int, coding: int) -> np.ndarray:
+        start = coding * self.num_codes
+        return self.table.numbers("codes", row)[start : start + self.num_codes].astype(np.int64)
+
+    def number(self, row: int) -> int:
+        return self.table.value("row", row)
+
+    def columns(self, row: int) -> dict[str, Any]:
+        return {name: self.table.value(name, row) for name in self.names}
+
+
+__all__ = ["Alternative", "CaptionDocuments", "CaptionKind", "augmentation_generator"]

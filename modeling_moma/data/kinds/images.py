@@ -1,0 +1,39 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Images alone."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from ..shard import Shard
+from .base import SourceKind
+
+
+@dataclass(frozen=True)
+class ImageKind(SourceKind):
+    """
+    Images alone, which only an image tokenizer is trained on; no recipe names it.
+
+    Args:
+        image: column of the image.
+        min_side: images with a shorter side, in pixels, are left out.
+    """
+
+    image: str
+    min_side: int = 8
+
+    # reports of earlier runs have it
+    name = "picture"
+    has_images = True
+
+    def columns(self) -> list[str]:
+        return [self.image]
+
+    def row_images(self, row: dict[str, Any]) -> list[Any]:
+        return [row[self.image]]
+
+    def documents(self, shard: Shard) -> Iterator[tuple[str, dict[str, Any]]]:
+        raise ValueError(f"{shard.where} is of images alone, which no model reads.")
+
+
+__all__ = ["ImageKind"]

@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Texts."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from ..pictures import LeftOut
+from ..shard import Shard
+from ..templates import Template
+from .base import SourceKind, source_kind
+
+
+@source_kind
+@dataclass(frozen=True)
+class TextKind(SourceKind):
+    """
+    Texts: `<bos> text <eos>`.
+
+    Args:
+        text: a column, or a template of columns.
+    """
+
+    text: str
+
+    name = "text"
+    hint = "`text` of texts"
+
+    def columns(self) -> list[str]:
+        return list(Template(self.text).columns)
+
+    def row_texts(self, row: dict[str, Any]) -> Iterator[str]:
+        template = Template(self.text)
+        if template.is_full(row):
+            yield template.render(row)
+
+    def documents(self, shard: Shard) -> Iterator[tuple[str, dict[str, Any]]]:
+        template = Template(self.text)
+        for index, split, row in shard.rows():
+            text = template.render(row) if template.is_full(row) else ""
+            if not text.strip():
+                shard.leave_out(index, LeftOut("text empty", f"nothing in {template.columns}"))
+                continue
+            document = shard.document(index, split, shard.encoder.document([text]), 0)
+            if document is not None:
+                yield document
+
+
+__all__ = ["TextKind"]

@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A shard while it is tokenized: its rows, what makes ids and codes of them, and the report of what became of them."""
+
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from .encoding import DocumentEncoder
+from .pictures import LeftOut, read_picture
+
+
+# images that are coded together; rows of a shard of captions are a multiple
+BATCH = 128
+
+
+@dataclass
+class ShardReport:
+    """
+    Attributes:
+        rows: rows read.
+        pictures: pictures coded.
+        written: documents by split.
+        tokens: by split, `text` (with the frames of documents and pictures) and `image` (codes) of one reading of
+            every document, captions by their first template.
+        left_out: rows by reason.
+        pictures_left_out: pictures of interleaved documents, whose rest is written, by reason.
+        changed: pictures that were brought into another form, by what they were.
+        named: `row`, `reason` and `detail` of what was left out.
+    """
+
+    rows: int = 0
+    pictures: int = 0
+    written: Counter = field(default_factory=Counter)
+    tokens: dict[str, Counter] = field(default_factory=dict)
+    left_out: Counter = field(default_factory=Counter)
+    pictures_left_out: Counter = field(default_factory=Counter)
+    changed: Counter = field(default_factory=Counter)
+    named: list[dict] = field(default_factory=list)
+
+    def leave_out(self, row: int, error: LeftOut, is_whole: bool = True) -> None:
+        """Count and name a row, or a picture of it."""
+        (self.left_out if is_whole else self.pictures_left_out)[error.reason] += 1
+        self.named.append({"row": row, "reason": error.reason, "detail": error.detail[:300]})
+
+    def write_document(self, split: str, text: int, image: int) -> None:
+        """Count a document of so many tokens."""
+        self.written[split] += 1
+        self.tokens.setdefault(split, Counter()).update({"text": text, "image": image})
+
+
+@dataclass
+class Shard(ABC):
+    """
+    What a kind of source makes its documents of.
+
+    Args:
+        encoder: gives ids and codes.
+        packed: whether training cuts texts wherever a sequence ends; otherwise longer documents are left out.
+        sequence_length: longest document that cannot be cut, in tokens.
+        list_columns: those of the stored columns that hold lists.
+        is_training: whether the rows are trained on, but for those that are held out.
+        start: number of the first row.
+        seed: of what is drawn.
+        root: folder that relative paths of images start from.
+        where: source and split, for errors.
+        is_strict: whether the first row that cannot be used is an error.
+        on_work: is called with numbers of images that have been coded.
+    """
+
+    encoder: DocumentEncoder
+    packed: bool
+    sequence_length: int
+    list_columns: list[str]
+    is_training: bool
+    start: int
+    seed: int
+    root: str
+    where: str
+    is_strict: bool = False
+    on_work: Callable[[int], object] | None = None
+
+    def __post_init__(self):
+        self.processor, self.report = self.encoder.processor, ShardReport()
+
+    @abstractmethod
+    def rows(self) -> Iterator[tuple[int, str, dict[str, Any]]]:
+        """Yields number, split and columns of every row that can be read."""
+
+    def leave_out(self, row: int, error: LeftOut, is_whole: bool = True) -> None:
+        """
+        Counts a row that cannot be used, or an image of it.
+
+        Raises:
+            ValueError: where the shard is strict.
+        """
+        if self.is_strict:
+            raise ValueError(
+                f"{self.where}, row {row}: {error}. Without `--strict` such rows are left out."
+            ) from error
+        self.report.leave_out(row, error, is_whole)
+
+    def pixel_values(self, value: Any, min_side: int) -> torch.Tensor:
+        """
+        Pixel values `[1, 3, H, W]` of an image as a row holds it.
+
+        Raises:
+            LeftOut: it cannot be used.
+        """
+        picture, changes = read_picture(value, self.root, min_side)
+        self.report.changed.update(changes)
+        return self.processor.image_processor([picture], return_tensors="pt")["pixel_values"]
+
+    def codes(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Codes `[B, image_seq_length]` of pixel values `[B, 3, H, W]`."""
+        model = self.processor.vq_model
+        return model.get_image_tokens(pixel_values.to(model.device, torch.float32)).cpu()
+
+    def count_images(self, number: int) -> None:
+        """So many have been coded."""
+        self.report.pictures += number
+        if self.on_work is not None:
+            self.on_work(number)
+
+    def document(self, row: int, split: str, ids: list[int], num_codes: int) -> tuple[str, dict[str, Any]] | None:
+        """Split and fields of a document of token ids, `None` where it is too long to be trained on."""
+        if not self.packed and len(ids) > self.sequence_length:
+            message = f"{len(ids)} tokens, over {self.sequence_length}; packed training cuts it instead"
+            self.leave_out(row, LeftOut("document too long", message))
+            return None
+        self.report.write_document(split, len(ids) - num_codes, num_codes)
+        return split, {"row": row, "input_ids": ids}
+
+
+__all__ = ["BATCH", "Shard", "ShardReport"]

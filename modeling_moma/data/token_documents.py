@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Documents of a source by their number, and those whose ids were made once: where they may be cut."""
+
+from bisect import bisect_left
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from .shards import ShardTable
+
+
+class Documents(Protocol):
+    """Documents of one split of one source. `name` is the source's, `can_be_cut` says whether a text of them may
+    go on in another sequence, `has_choice` whether a row is drawn with chance."""
+
+    name: str
+    can_be_cut: bool
+    has_choice: bool
+
+    def __len__(self) -> int: ...
+
+    def ids(self, row: int, rng: np.random.Generator) -> Sequence[int] | np.ndarray:
+        """Token ids of a row, drawn with `rng` where there is a choice."""
+        ...
+
+    def held_out(self, rows: Sequence[int] | None = None) -> Sequence[Any]:
+        """What losses are measured on: token ids of every document, or of some rows, without chance."""
+        ...
+
+
+class TokenDocuments:
+    """
+    Documents whose ids were made once, which may be cut in their texts.
+
+    Args:
+        name: of the source.
+        table: with a column `input_ids`.
+        longest: longest held-out document in tokens; longer ones are cut to it.
+        frames: begin and end ids of pictures and the like.
+    """
+
+    can_be_cut, has_choice = True, False
+
+    def __init__(self, name: str, table: ShardTable, longest: int, frames: Sequence[tuple[int, int]]):
+        self.name, self.table, self.longest, self.frames = name, table, longest, frames
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def ids(self, row: int, rng: np.random.Generator) -> np.ndarray:
+        """Ids of a row, not copied."""
+        return self.table.numbers("input_ids", row)
+
+    def held_out(self, rows: Sequence[int] | None = None) -> "HeldOutTokens":
+        """The beginning of every document, as long as a sequence may be."""
+        return HeldOutTokens(self, range(len(self)) if rows is None else rows)
+
+
+class HeldOutTokens(Sequence):
+    """Ids of the beginnings of all documents, read when they are asked for."""
+
+    def __init__(self, documents: TokenDocuments, rows: Sequence[int]):
+        self.documents, self.rows = documents, rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index):
+        ids = self.documents.table.numbers("input_ids", self.rows[index])
+        return ids[: cut_place(ids, self.documents.longest, self.documents.frames)].tolist()
+
+
+def cut_place(ids: Sequence[int] | np.ndarray, room: int, frames: Sequence[tuple[int, int]]) -> int:
+    """
+    How many tokens of a document go into a room, no picture of it cut in two.
+
+    Args:
+        ids: `[length]`.
+        room: tokens there is room for.
+        frames: begin and end ids of pictures and the like.
+
+    Returns:
+        `int`: between 0 and `room`.
+    """
+    if len(ids) <= room:
+        return len(ids)
+    spans = frame_spans(ids[:room], frames)
+    return cut_before(room, [begin for begin, _ in spans], [last for _, last in spans])
+
+
+def frame_spans(ids: Sequence[int] | np.ndarray, frames: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """
+    Where the pictures of a document lie.
+
+    Args:
+        ids: `[length]`.
+        frames: begin and end ids of pictures and the like.
+
+    Returns:
+        The places of the first and the last token of each, in their order; `length` for the last one of a picture
+        that does not end.
+    """
+    ids, spans = np.asarray(ids), []
+    for begin, end in frames:
+        begins = np.flatnonzero(ids == begin)
+        if not len(begins):
+            continue
+        ends = np.flatnonzero(ids == end)
+        lasts = np.append(ends, len(ids))[np.searchsorted(ends, begins)]
+        spans += zip(begins.tolist(), lasts.tolist())
+    return sorted(spans)
+
+
+def cut_before(place: int, begins: Sequence[int], lasts: Sequence[int]) -> int:
+    """`place`, or the beginning of the picture that would be cut there, of the spans of [`frame_spans`]."""
+    number = bisect_left(begins, place) - 1
+    return begins[number] if number >= 0 and lasts[number] >= place else place
+
+
+__all__ = ["Documents", "TokenDocuments", "cut_before", "cut_place", "frame_spans"]

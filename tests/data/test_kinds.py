@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Kinds of sources: how a recipe's columns tell them, and one that is added in a single class."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from io import BytesIO
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+
+from helpers.tiny import noise_pictures, tiny_processor
+from modeling_moma.data.corpus import source_texts
+from modeling_moma.data.documents import TokenFolder
+from modeling_moma.data.jobs import plan_job, write_job
+from modeling_moma.data.kinds import KINDS, CaptionKind, InterleavedKind, SourceKind, TextKind, read_kind, source_kind
+from modeling_moma.data.pictures import LeftOut
+from modeling_moma.data.reports import write_manifest
+from modeling_moma.data.running import run_tasks
+from modeling_moma.data.shard import Shard
+from modeling_moma.data.sources import read_sources
+from modeling_moma.data.stream import DocumentExamples
+from modeling_moma.training.picture_sources import candidates
+
+
+@dataclass(frozen=True)
+class QuizKind(SourceKind):
+    """An image, a question and its answer in every row: `<bos> image question answer <eos>`."""
+
+    photo: str
+    question: str
+    answer: str
+    min_side: int = 8
+
+    name = "quiz"
+    told_by = ("question",)
+    hint = "`photo`, `question` and `answer` of a quiz"
+    has_images = True
+
+    def columns(self) -> list[str]:
+        return [self.photo, self.question, self.answer]
+
+    def row_texts(self, row: dict[str, Any]) -> Iterator[str]:
+        yield from (row[self.question], row[self.answer])
+
+    def row_images(self, row: dict[str, Any]) -> list[Any]:
+        return [row[self.photo]]
+
+    def documents(self, shard: Shard) -> Iterator[tuple[str, dict[str, Any]]]:
+        for index, split, row in shard.rows():
+            try:
+                pixel_values = shard.pixel_values(row[self.photo], self.min_side)
+            except LeftOut as error:
+                shard.leave_out(index, error)
+                continue
+            codes = shard.codes(pixel_values)[0].tolist()
+            shard.count_images(1)
+            ids = shard.encoder.document([codes, f"{row[self.question]} {row[self.answer]}"])
+            document = shard.document(index, split, ids, len(codes))
+            if document is not None:
+                yield document
+
+
+@pytest.fixture
+def quiz(monkeypatch):
+    # taken out again at the end
+    monkeypatch.setitem(KINDS, "quiz", QuizKind)
+    return source_kind(QuizKind)
+
+
+def write_quiz(path, images):
+    def encoded(image):
+        buffer = BytesIO()
+        image.save(buffer, format="PNG")
+        return buffer.getvalue()
+
+    rows = [
+        {"image": encoded(image) if image else None, "q": f"what is {index}", "a": f"number {index}"}
+        for index, image in enumerate(images)
+    ]
+    Dataset.from_list(rows).to_parquet(path)
+
+
+def test_added_kind_goes_from_the_recipe_to_the_stream(quiz, tmp_path):
+    processor = tiny_processor()
+    processor.save_pretrained(tmp_path / "processor")
+    images = noise_pictures(7)
+    write_quiz(str(tmp_path / "quiz.parquet"), [*images, None])
+    fields = {"data": str(tmp_path / "quiz.parquet"), "photo": "image", "question": "q", "answer": "a", "held_out": 0}
+    sources = read_sources({"quiz": fields})
+    assert type(sources[0].kind) is quiz
+    assert list(source_texts(sources, 2)) == ["what is 0", "number 0", "what is 1", "number 1"]
+    assert len([entry for entry in candidates(sources[0]) if entry.value is not None]) == 7
+
+    job = plan_job(sources, str(tmp_path / "processor"), 64, True, seed=0)
+    write_job(tmp_path / "tokens", job)
+    run_tasks(tmp_path / "tokens", job, 1)
+    manifest = write_manifest(tmp_path / "tokens", job)
+    entry = manifest["sources"]["quiz"]
+    assert entry["fields"] == {name: value for name, value in sources[0].fields().items()}
+    assert entry["read"]["train"]["left_out"] == {"picture missing": 1}
+    assert entry["splits"]["train"]["tokens"]["image"] == 7 * processor.image_seq_length
+
+    tokens = TokenFolder(tmp_path / "tokens", processor)
+    documents = tokens.documents(tokens.sources()[0])
+    example = DocumentExamples([documents], [1.0], 7, seed=1)[0]["input_ids"]
+    row = next(row for row in range(7) if np.array_equal(documents.ids(row, np.random.default_rng(0)), example))
+    codes = torch.tensor(processor.encode_pictures([images[row]])[0])
+    ids = processor.picture_ids(codes.tolist())
+    assert list(example[1 : 1 + len(ids)]) == ids
+    assert processor.tokenizer.decode(list(example[1 + len(ids) : -1])) == f"what is {row} number {row}"
+
+
+def test_added_kind_has_the_errors_of_the_others(quiz):
+    with pytest.raises(ValueError, match="'pics' has 'qestion'.*sources? of texts: did you mean"):
+        read_kind("pics", {"text": "label", "qestion": "q"}, ("held_out", "question"))
+    with pytest.raises(ValueError, match="'pics' has 'anser', which is no field of a source of quizs.*'answer'"):
+        read_kind("pics", {"photo": "image", "question": "q", "anser": "a"})
+    with pytest.raises(ValueError, match="has no 'answer': a source names its columns, .*of captions.*of a quiz"):
+        read_kind("pics", {"photo": "image", "question": "q"})
+
+
+def test_two_kinds_cannot_be_told_by_one_field(quiz):
+    @dataclass(frozen=True)
+    class Other(QuizKind):
+        name = "other"
+
+    with pytest.raises(ValueError, match="Other has the field 'question' of QuizKind"):
+        source_kind(Other)
+
+
+def test_columns_tell_the_kind():
+    for fields, kind in (
+        ({"text": "label"}, TextKind),
+        ({"text": "label", "image": "file"}, CaptionKind),
+        ({"segments": "parts"}, InterleavedKind),
+        ({"messages": "chat", "images": "files"}, InterleavedKind),
+    ):
+        found = read_kind("pics", fields)
+        assert type(found) is kind and read_kind("pics", found.fields()) == found
+    assert list(KINDS) == ["caption", "interleaved", "text"]
