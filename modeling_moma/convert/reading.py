@@ -7,9 +7,10 @@ import math
 import pickle
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 
 
 DTYPES = {
@@ -26,8 +27,6 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-# the library that defines the format refuses longer headers, too
-LONGEST_HEADER = 100_000_000
 
 
 class CheckpointError(ValueError):
@@ -199,28 +198,25 @@ class CheckpointReader(TensorSource):
         self.files[key], self.shapes[key], self.dtypes[key] = path, tuple(shape), dtype
 
     def _open_shard(self, path: Path) -> None:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            header, data_start = _read_header(file, path, size)
-        end = data_start
-        for key, info in header.items():
-            if key == "__metadata__":
-                continue
-            try:
-                dtype, shape = DTYPES[info["dtype"]], info["shape"]
-                start, stop = (data_start + offset for offset in info["data_offsets"])
-            except (KeyError, TypeError, ValueError) as error:
-                raise CheckpointError(f"{path}: the header's entry of {key!r} cannot be read: {info!r}.") from error
-            if start < data_start or stop - start != math.prod(shape) * dtype.itemsize:
-                raise CheckpointError(f"{path}: {key!r} has the shape {shape}, but {stop - start} bytes.")
-            self._add(key, path, shape, dtype)
-            self._starts[key] = start
-            end = max(end, stop)
-        if size != end:
+        try:
+            # NumPy's, since torch maps the whole file, for which there may be no memory
+            with safe_open(path, framework="np") as file:
+                slices = {key: file.get_slice(key) for key in file.offset_keys()}
+                found = {key: (tuple(part.get_shape()), part.get_dtype()) for key, part in slices.items()}
+        except (SafetensorError, OSError) as error:
             raise CheckpointError(
-                f"{path}: it has {size} bytes, but its header describes {end}: the file is cut short or damaged. "
-                "Fetch it again."
-            )
+                f"{path}: no safetensors file, or one that is cut short or damaged ({error}). Fetch it again."
+            ) from error
+        for key, (shape, dtype) in found.items():
+            if dtype not in DTYPES:
+                raise CheckpointError(f"{path}: {key!r} is of the type {dtype}, and only {list(DTYPES)} are read.")
+            self._add(key, path, shape, DTYPES[dtype])
+        sizes = {key: math.prod(self.shapes[key]) * self.dtypes[key].itemsize for key in found}
+        # the library takes no file whose tensors do not follow one another up to its end
+        start = path.stat().st_size - sum(sizes.values())
+        for key, size in sizes.items():
+            self._starts[key] = start
+            start += size
 
     def _open_pickle(self, path: Path) -> None:
         for key, tensor in read_pickle(path, map_location="meta").items():
@@ -258,19 +254,6 @@ def read_json(path: Path, default: dict | None = None) -> dict:
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: expected a JSON object, got {type(content).__name__}.")
     return content
-
-
-def _read_header(file: BinaryIO, path: Path, size: int) -> tuple[dict, int]:
-    length = int.from_bytes(file.read(8), "little")
-    if size < 8 or length > min(size - 8, LONGEST_HEADER):
-        raise CheckpointError(f"{path}: it ends within its header, or is no safetensors file. Fetch it again.")
-    try:
-        header = json.loads(file.read(length))
-    except ValueError as error:
-        raise CheckpointError(f"{path}: the header is no JSON: {error}. Fetch the file again.") from error
-    if not isinstance(header, dict):
-        raise CheckpointError(f"{path}: the header is no JSON object. Fetch the file again.")
-    return header, 8 + length
 
 
 def read_pickle(path: Path, map_location: str = "cpu") -> dict[str, torch.Tensor]:
