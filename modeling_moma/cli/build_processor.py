@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Join a picture tokenizer and a text tokenizer of a recipe's texts into a processor."""
 
-import argparse
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated
 
 from ..tools.import_notices import without_import_notices
+from ..utils.fields import Count
+from .arguments import Flag, parse_fields
 
 
 if TYPE_CHECKING:
@@ -13,16 +15,26 @@ if TYPE_CHECKING:
     from ..training.recipe import Recipe
 
 
-def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("recipe", metavar="RECIPE", help="YAML with `sources`, and with `processor` where it differs")
-    parser.add_argument("--tokenizer", required=True, help="folder of a trained MomaVQModel")
-    parser.add_argument("--vocab-size", type=int, help="text tokens; by default the recipe's, or 2,000")
-    parser.add_argument(
-        "--text-tokenizer", help="folder or Hub name of a text tokenizer to take, in place of a new one"
-    )
-    parser.add_argument("--output", required=True, help="new folder for the processor")
-    return parser.parse_args(arguments)
+@dataclass(frozen=True, kw_only=True)
+class Arguments:
+    """
+    Args:
+        recipe: YAML with `sources`, and with `processor` where it differs.
+        tokenizer: folder of a trained MomaVQModel.
+        vocab_size: text tokens; by default the recipe's, or 2,000.
+        text_tokenizer: folder or Hub name of a text tokenizer to take, in place of a new one.
+        output: new folder for the processor.
+    """
+
+    recipe: Annotated[str, Flag(metavar="RECIPE", is_positional=True)]
+    tokenizer: str
+    vocab_size: Count | None = None
+    text_tokenizer: str | None = None
+    output: str
+
+
+def parse_arguments(arguments: list[str] | None = None) -> Arguments:
+    return parse_fields(Arguments, __doc__, arguments)
 
 
 def text_tokenizer(recipe: "Recipe", vocab_size: int | None, given: str | None) -> "PreTrainedTokenizerFast":
@@ -40,7 +52,7 @@ def text_tokenizer(recipe: "Recipe", vocab_size: int | None, given: str | None) 
     return train_text_tokenizer(texts, vocab_size or recipe.processor.vocab_size)
 
 
-def run(args: argparse.Namespace) -> None:
+def run(args: Arguments) -> None:
     with without_import_notices():
         import torch
 

@@ -1,37 +1,48 @@
 # SPDX-License-Identifier: Apache-2.0
 """Compute a model's thresholds anew from held-out batches."""
 
-import argparse
+from dataclasses import dataclass
+from typing import Literal
 
 from ..tools.import_notices import without_import_notices
+from ..utils.fields import Count, Int
+from .arguments import parse_fields
 
 
 REPORT_FILE = "calibration.json"
 
 
-def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", required=True, help="folder of a trained MomaForCausalLM")
-    parser.add_argument("--processor", required=True, help="folder of its MomaProcessor")
-    parser.add_argument("--tokens", required=True, help="folder that `moma tokenize` wrote")
-    parser.add_argument("--output", required=True, help="new folder for the model, its processor and the report")
-    parser.add_argument(
-        "--inference-routing",
-        choices=["threshold", "auxiliary"],
-        help="what the saved model chooses by, in depth layers, too; default: as before",
-    )
-    parser.add_argument("--split", default="validation")
-    parser.add_argument("--batches", type=int, default=16, help="at most so many")
-    parser.add_argument("--batch-size", type=int, default=32, help="that of the training, where possible")
-    parser.add_argument("--seed", type=int, default=0, help="of the choice of examples")
-    args = parser.parse_args(arguments)
-    for name, value in (("--batches", args.batches), ("--batch-size", args.batch_size)):
-        if value < 1:
-            parser.error(f"{name} {value}: at least one is needed to calibrate on")
-    return args
+@dataclass(frozen=True, kw_only=True)
+class Arguments:
+    """
+    Args:
+        model: folder of a trained MomaForCausalLM.
+        processor: folder of its MomaProcessor.
+        tokens: folder that `moma tokenize` wrote.
+        output: new folder for the model, its processor and the report.
+        inference_routing: what the saved model chooses by, in depth layers, too; by default as before.
+        split: of the tokens.
+        batches: at most so many.
+        batch_size: that of the training, where possible.
+        seed: of the choice of examples.
+    """
+
+    model: str
+    processor: str
+    tokens: str
+    output: str
+    inference_routing: Literal["threshold", "auxiliary"] | None = None
+    split: str = "validation"
+    batches: Count = 16
+    batch_size: Count = 32
+    seed: Int = 0
 
 
-def run(args: argparse.Namespace) -> None:
+def parse_arguments(arguments: list[str] | None = None) -> Arguments:
+    return parse_fields(Arguments, __doc__, arguments)
+
+
+def run(args: Arguments) -> None:
     with without_import_notices():
         import torch
 

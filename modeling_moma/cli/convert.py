@@ -3,68 +3,120 @@
 
 import argparse
 import sys
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from pydantic import AfterValidator
 
 from ..tools.import_notices import without_import_notices
 from ..tools.messages import one_line
+from ..utils.fields import Int
+from .arguments import Flag, FlagParser
 
 
 if TYPE_CHECKING:
     from ..convert.receipt import Receipt
 
-DTYPES = ("float32", "bfloat16", "float16")
-# of `convert_llama`
-CODE_ROWS = ("fitted", "mean")
-IMAGE_GROUPS = ("copy", "new")
 
-
-def size(text: str) -> int:
+def _size(text: str) -> str:
     from transformers.utils.hub import convert_file_size_to_int
 
-    return convert_file_size_to_int(text)
+    try:
+        convert_file_size_to_int(text)
+    except ValueError as error:
+        raise ValueError("a size, as 400MB or 2GB") from error
+    return text
 
 
-def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+@dataclass(frozen=True, kw_only=True)
+class Vqgan:
+    """
+    Args:
+        source: vqgan.ckpt, or the same tensors as safetensors.
+        output: folder for a MomaVQModel.
+        allow_pickle: read a .ckpt, a pickle of tensors.
+        resolution: side of its pictures in pixels; taming's have 256.
+    """
+
+    help = "the picture tokenizer of Chameleon or taming-transformers alone"
+
+    source: str
+    output: str
+    allow_pickle: bool = False
+    resolution: Int = 512
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """
+    Args:
+        output: folder to write; missing or empty.
+        allow_pickle: read pytorch_model.bin files as well.
+        max_shard_size: size of one file, as 400MB.
+        dtype: of the output; by default the source's.
+        probe: do not compare the outputs of both models.
+    """
+
+    output: str
+    allow_pickle: bool = False
+    max_shard_size: Annotated[str, AfterValidator(_size)] = "2GB"
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    probe: Annotated[bool, Flag(name="--no-probe")] = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chameleon(Checkpoint):
+    """
+    Args:
+        source: folder of the checkpoint.
+        vqgan: vqgan.ckpt of the image tokenizer, with its decoder.
+    """
+
+    help = "Chameleon, or Anole as converted for Transformers"
+
+    source: str
+    vqgan: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Llama(Checkpoint):
+    """
+    Args:
+        source: folder of the checkpoint, or its name on the Hub.
+        processor: folder of the MomaProcessor whose pictures it shall learn.
+        gguf_file: file of the source to read in place of its other weights; needs gguf.
+        code_rows: rows of picture codes: fitted so that pictures begin at a uniform loss, or around the mean of all
+            rows.
+        image_group: weights of the image group.
+        seed: of the new weights.
+    """
+
+    help = "a text model: Llama, SmolLM2, Qwen2, Qwen3, Mistral"
+
+    source: str
+    processor: str
+    gguf_file: str | None = None
+    # of `convert_llama`
+    code_rows: Literal["fitted", "mean"] = "fitted"
+    image_group: Literal["copy", "new"] = "copy"
+    seed: Int = 0
+
+
+FAMILIES = {"chameleon": Chameleon, "vqgan": Vqgan, "llama": Llama}
+
+
+def parse_arguments(arguments: list[str] | None = None) -> Chameleon | Vqgan | Llama:
     parser = argparse.ArgumentParser(description=__doc__)
-    subcommands = parser.add_subparsers(dest="family", required=True)
-    chameleon = subcommands.add_parser("chameleon", help="Chameleon, or Anole as converted for Transformers")
-    vqgan = subcommands.add_parser("vqgan", help="the picture tokenizer of Chameleon or taming-transformers alone")
-    vqgan.add_argument("--source", required=True, help="vqgan.ckpt, or the same tensors as safetensors")
-    vqgan.add_argument("--output", required=True, help="folder for a MomaVQModel")
-    vqgan.add_argument("--allow-pickle", action="store_true", help="read a .ckpt, a pickle of tensors")
-    vqgan.add_argument("--resolution", type=int, default=512, help="side of its pictures in pixels; taming's have 256")
-    llama = subcommands.add_parser("llama", help="a text model: Llama, SmolLM2, Qwen2, Qwen3, Mistral")
-    for subcommand in (chameleon, llama):
-        kind = (
-            "folder of the checkpoint, or its name on the Hub" if subcommand is llama else "folder of the checkpoint"
-        )
-        subcommand.add_argument("--source", required=True, help=kind)
-        subcommand.add_argument("--output", required=True, help="folder to write; missing or empty")
-        subcommand.add_argument("--allow-pickle", action="store_true", help="read pytorch_model.bin files as well")
-        subcommand.add_argument(
-            "--max-shard-size", type=size, default="2GB", help="size of one file, as 400MB; 2GB by default"
-        )
-        subcommand.add_argument("--dtype", choices=DTYPES, help="of the output; by default the source's")
-        subcommand.add_argument(
-            "--no-probe", dest="probe", action="store_false", help="do not compare the outputs of both models"
-        )
-    chameleon.add_argument("--vqgan", help="vqgan.ckpt of the image tokenizer, with its decoder")
-    llama.add_argument("--processor", required=True, help="folder of the MomaProcessor whose pictures it shall learn")
-    llama.add_argument("--gguf-file", help="file of the source to read in place of its other weights; needs gguf")
-    llama.add_argument(
-        "--code-rows",
-        choices=CODE_ROWS,
-        default="fitted",
-        help="rows of picture codes: fitted so that pictures begin at a uniform loss, or around the mean of all rows",
-    )
-    llama.add_argument("--image-group", choices=IMAGE_GROUPS, default="copy", help="weights of the image group")
-    llama.add_argument("--seed", type=int, default=0, help="of the new weights")
-    return parser.parse_args(arguments)
+    subcommands = parser.add_subparsers(dest="family", required=True, parser_class=FlagParser)
+    parsers = {name: subcommands.add_parser(name, kind=kind, help=kind.help) for name, kind in FAMILIES.items()}
+    given = vars(parser.parse_args(arguments))
+    family = given.pop("family")
+    return FAMILIES[family](**parsers[family].checked(given))
 
 
-def convert(args: argparse.Namespace) -> str:
+def convert(args: Chameleon | Vqgan | Llama) -> str:
     """Run one subcommand and return what to print."""
-    if args.family == "vqgan":
+    if isinstance(args, Vqgan):
         from ..convert.vqgan import convert_vqgan
 
         model = convert_vqgan(args.source, args.output, allow_pickle=args.allow_pickle, resolution=args.resolution)
@@ -72,33 +124,17 @@ def convert(args: argparse.Namespace) -> str:
     return convert_checkpoint(args).table()
 
 
-def convert_checkpoint(args: argparse.Namespace) -> "Receipt":
+def convert_checkpoint(args: Chameleon | Llama) -> "Receipt":
     import torch
 
     from ..convert.chameleon import convert_chameleon
     from ..convert.llama import convert_llama
 
-    shared = {
-        "dtype": getattr(torch, args.dtype) if args.dtype else None,
-        "allow_pickle": args.allow_pickle,
-        "max_shard_size": args.max_shard_size,
-        "probe": args.probe,
-    }
-    if args.family == "llama":
-        return convert_llama(
-            args.source,
-            args.output,
-            processor=args.processor,
-            gguf_file=args.gguf_file,
-            image_group=args.image_group,
-            code_rows=args.code_rows,
-            seed=args.seed,
-            **shared,
-        )
-    return convert_chameleon(args.source, args.output, vqgan=args.vqgan, **shared)
+    given = {**vars(args), "dtype": getattr(torch, args.dtype) if args.dtype else None}
+    return (convert_llama if isinstance(args, Llama) else convert_chameleon)(**given)
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: Chameleon | Vqgan | Llama) -> int:
     with without_import_notices():
         from ..convert.reading import CheckpointError
 

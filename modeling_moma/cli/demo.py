@@ -7,33 +7,49 @@ moma demo DIR --port 8000 --examples PICTURES
 
 import argparse
 import sys
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field
+
+from ..utils.fields import Int
+from .arguments import Flag, FlagParser
 
 
 RELEASED = Path("model_cards/moma-emoji")
 RELEASED_EXAMPLES = Path("model_cards/moma-emoji-space/examples")
 
 
-def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "folder", nargs="?", help=f"folder or Hub name of a model with its processor; in a checkout {RELEASED}"
-    )
-    parser.add_argument(
-        "--host", default="127.0.0.1", help="0.0.0.0 lets other machines in; by default this one alone"
-    )
-    parser.add_argument("--port", type=int, default=7860, help="0 for any free one")
-    parser.add_argument("--examples", help="folder of pictures to offer, and of words to draw in prompts.txt")
-    args = parser.parse_args(arguments)
-    if args.folder is None:
+@dataclass(frozen=True, kw_only=True)
+class Arguments:
+    """
+    Args:
+        folder: folder or Hub name of a model with its processor; in a checkout model_cards/moma-emoji.
+        host: 0.0.0.0 lets other machines in; by default this one alone.
+        port: 0 for any free one.
+        examples: folder of pictures to offer, and of words to draw in prompts.txt.
+    """
+
+    folder: Annotated[str, Flag(metavar="FOLDER", is_positional=True)] = ""
+    host: str = "127.0.0.1"
+    port: Annotated[Int, Field(ge=0, le=65535)] = 7860
+    examples: str | None = None
+
+
+def parse_arguments(arguments: list[str] | None = None) -> Arguments:
+    parser = FlagParser(Arguments, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    given = parser.read(arguments)
+    if given.get("folder") is None:
         if not RELEASED.is_dir():
             parser.error(f"FOLDER is needed: only a checkout has {RELEASED}")
-        args.folder = str(RELEASED)
-        args.examples = args.examples or (str(RELEASED_EXAMPLES) if RELEASED_EXAMPLES.is_dir() else None)
-    return args
+        given["folder"] = str(RELEASED)
+        if RELEASED_EXAMPLES.is_dir():
+            given.setdefault("examples", str(RELEASED_EXAMPLES))
+    return Arguments(**given)
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: Arguments) -> int:
     try:
         from ..demo.page import build_page, open_page
     except ImportError as error:

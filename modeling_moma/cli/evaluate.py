@@ -5,46 +5,63 @@ Losses are by modality and source, causal as in `generate`. The loss under `expe
 warning: it sees the future and is no measure of quality.
 """
 
-import argparse
 import json
+from dataclasses import dataclass
+from typing import Annotated, Literal
 
 from ..tools.import_notices import without_import_notices
+from ..utils.fields import Count, Float, Int
+from .arguments import Flag, parse_fields
 
 
 # of `measure_sources`
-MEASURES = ("losses", "captions", "retrieval", "drawings")
-RETRIEVAL_PAIRS = 64
+Measure = Literal["losses", "captions", "retrieval", "drawings"]
 SAMPLING = ("temperature", "top_k", "top_p", "guidance_scale")
 
 
-def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", required=True, help="folder of a MomaForCausalLM")
-    parser.add_argument("--processor", help="folder of its MomaProcessor; by default that of the model")
-    parser.add_argument("--tokens", required=True, help="folder that `moma tokenize` wrote")
-    parser.add_argument("--split", default="test")
-    parser.add_argument("--sources", nargs="+", metavar="NAME", help="measure these alone; by default all")
-    parser.add_argument(
-        "--measures",
-        nargs="+",
-        choices=MEASURES,
-        help="by default losses, and captions where a source has any; retrieval and drawings take longer",
-    )
-    parser.add_argument("--limit", type=int, help="measure so many rows of each source, drawn at random")
-    parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--seed", type=int, default=0, help="of the draw, the order and the drawings")
-    parser.add_argument(
-        "--retrieval-pairs", type=int, default=RETRIEVAL_PAIRS, help="pairs of each source, each ranked among all"
-    )
-    parser.add_argument("--temperature", type=float, default=1.0, help="of the drawings, as the next three")
-    parser.add_argument("--top-k", type=int, default=0, help="0: all codes")
-    parser.add_argument("--top-p", type=float, default=1.0)
-    parser.add_argument("--guidance-scale", type=float, default=1.0, help="1: none")
-    parser.add_argument("--output", help="JSON file of all figures")
-    return parser.parse_args(arguments)
+@dataclass(frozen=True, kw_only=True)
+class Arguments:
+    """
+    Args:
+        model: folder of a MomaForCausalLM.
+        processor: folder of its MomaProcessor; by default that of the model.
+        tokens: folder that `moma tokenize` wrote.
+        split: of the tokens.
+        sources: measure these alone; by default all.
+        measures: by default losses, and captions where a source has any; retrieval and drawings take longer.
+        limit: measure so many rows of each source, drawn at random.
+        batch_size: rows at once.
+        seed: of the draw, the order and the drawings.
+        retrieval_pairs: pairs of each source, each ranked among all.
+        temperature: of the drawings, as the next three.
+        top_k: 0 for all codes.
+        top_p: draw among codes of this total probability.
+        guidance_scale: 1 for none.
+        output: JSON file of all figures.
+    """
+
+    model: str
+    processor: str | None = None
+    tokens: str
+    split: str = "test"
+    sources: Annotated[list[str] | None, Flag(metavar="NAME")] = None
+    measures: list[Measure] | None = None
+    limit: Count | None = None
+    batch_size: Count = 64
+    seed: Int = 0
+    retrieval_pairs: Int = 64
+    temperature: Float = 1.0
+    top_k: Int = 0
+    top_p: Float = 1.0
+    guidance_scale: Float = 1.0
+    output: str | None = None
 
 
-def evaluate(args: argparse.Namespace) -> dict:
+def parse_arguments(arguments: list[str] | None = None) -> Arguments:
+    return parse_fields(Arguments, __doc__, arguments)
+
+
+def evaluate(args: Arguments) -> dict:
     """The figures of [`measure_sources`] by source."""
     with without_import_notices():
         import torch
@@ -70,7 +87,7 @@ def evaluate(args: argparse.Namespace) -> dict:
     return measure_sources(model, processor, sources, settings)
 
 
-def run(args: argparse.Namespace) -> None:
+def run(args: Arguments) -> None:
     sources = evaluate(args)
     from ..evaluation.report import report_tables
     from ..training.files import write_aside

@@ -6,63 +6,62 @@ moma generate --model DIR --image picture.png --mode text
 """
 
 import argparse
-import math
+import dataclasses
 import sys
+from dataclasses import dataclass, field
 from functools import partial
 from io import BytesIO
 from pathlib import Path
 from tempfile import TemporaryFile
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
 
 from ..tools.import_notices import without_import_notices
+from ..utils.fields import Count, Float, Int, Share
+from .arguments import Flag, parse_fields
 
 
 # of `MomaForCausalLM.generate`
-GENERATION_MODES = ("text", "image", "interleaved")
+Mode = Literal["text", "image", "interleaved"]
 TEXT_NEW_TOKENS = 32
 
 
-def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="folder or Hub name of a model with its processor")
-    parser.add_argument("--prompt", action="append", default=[], help="words; give it again for more rows")
-    parser.add_argument("--image", action="append", default=[], help="picture before the words of its row")
-    parser.add_argument("--mode", choices=GENERATION_MODES, help="by default text with --image, else image")
-    parser.add_argument("--output", default="picture.png", help="where pictures go, numbered if there are several")
-    parser.add_argument(
-        "--max-new-tokens", type=within(int, 1), help=f"by default {TEXT_NEW_TOKENS}, and room for a picture"
-    )
-    parser.add_argument(
-        "--temperature", type=within(float, 0), help="0 takes the likeliest; by default 0 for text, else 1"
-    )
-    parser.add_argument("--top-k", type=within(int, 0), default=0, help="sample among so many tokens, 0 for all")
-    parser.add_argument(
-        "--top-p", type=within(float, 0, 1), default=1.0, help="sample among tokens of this total probability"
-    )
-    parser.add_argument("--num-beams", type=within(int, 1), default=1)
-    parser.add_argument(
-        "--guidance-scale", type=within(float, 0), default=1.0, help="above 1 follows the words more closely"
-    )
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args(arguments)
-    if args.mode is None:
-        args.mode = "text" if args.image else "image"
-    return args
+@dataclass(frozen=True, kw_only=True)
+class Arguments:
+    """
+    Args:
+        model: folder or Hub name of a model with its processor.
+        prompt: words; give it again for more rows.
+        image: picture before the words of its row.
+        mode: by default text with --image, else image.
+        output: where pictures go, numbered if there are several.
+        max_new_tokens: by default 32, and room for a picture.
+        temperature: 0 takes the likeliest; by default 0 for text, else 1.
+        top_k: sample among so many tokens, 0 for all.
+        top_p: sample among tokens of this total probability.
+        num_beams: beams of a search, 1 for none.
+        guidance_scale: above 1 follows the words more closely.
+        seed: of what is drawn.
+    """
+
+    model: str
+    prompt: Annotated[list[str], Flag(is_repeated=True)] = field(default_factory=list)
+    image: Annotated[list[str], Flag(is_repeated=True)] = field(default_factory=list)
+    mode: Mode | None = None
+    output: str = "picture.png"
+    max_new_tokens: Count | None = None
+    temperature: Annotated[Float, Field(ge=0)] | None = None
+    top_k: Annotated[Int, Field(ge=0)] = 0
+    top_p: Share = 1.0
+    num_beams: Count = 1
+    guidance_scale: Annotated[Float, Field(ge=0)] = 1.0
+    seed: Int = 0
 
 
-def within(kind: type, least: float, most: float = math.inf):
-    """A type of arguments: finite numbers between two bounds."""
-
-    def number(text: str):
-        value = kind(text)
-        if not (least <= value <= most and math.isfinite(value)):
-            bounds = f"{least} or more" if most == math.inf else f"between {least} and {most}"
-            raise argparse.ArgumentTypeError(f"{text} is not {bounds}")
-        return value
-
-    # what argparse calls it where the text is no number at all
-    number.__name__ = kind.__name__
-    return number
+def parse_arguments(arguments: list[str] | None = None) -> Arguments:
+    args = parse_fields(Arguments, __doc__, arguments, formatter_class=argparse.RawDescriptionHelpFormatter)
+    return dataclasses.replace(args, mode=args.mode or ("text" if args.image else "image"))
 
 
 def make_rows(prompts: list[str], images: list[str]) -> tuple[list[str], list[list[str]]]:
@@ -78,7 +77,7 @@ def make_rows(prompts: list[str], images: list[str]) -> tuple[list[str], list[li
     return texts, [[image] for image in images]
 
 
-def generation_arguments(args: argparse.Namespace, image_seq_length: int) -> dict:
+def generation_arguments(args: Arguments, image_seq_length: int) -> dict:
     """Arguments of `generate` for the command line's."""
     temperature = args.temperature
     if temperature is None:
@@ -123,7 +122,7 @@ def picture_format(path: Path) -> str:
     return name
 
 
-def generate(args: argparse.Namespace):
+def generate(args: Arguments):
     """Load, generate, print texts and write pictures."""
     with without_import_notices():
         import torch
@@ -171,7 +170,7 @@ def generate(args: argparse.Namespace):
             written += 1
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: Arguments) -> int:
     try:
         generate(args)
     except (ValueError, OSError) as error:

@@ -4,16 +4,19 @@
 Documents hold tables between `<!-- plan: ARGUMENTS -->` and `<!-- /plan -->`; `--write DOCUMENT` computes them anew.
 """
 
-import argparse
 import json
 import re
 import shlex
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
+
+from pydantic import AfterValidator
 
 from ..tools.messages import one_line
+from ..utils.fields import Count, Float, Int
+from .arguments import Flag, parse_fields
 
 
 if TYPE_CHECKING:
@@ -28,49 +31,70 @@ SECONDS_PER_DAY = 86400
 OVERVIEW_GPUS = (1, 8, 64, 256)
 
 
-def preset(name: str) -> str:
+def _preset(name: str) -> str:
     from ..configuration_moma import MomaConfig
 
     names = MomaConfig.preset_names()
     if name not in names:
-        raise argparse.ArgumentTypeError(f"invalid choice: {name!r} (choose from {', '.join(map(repr, names))})")
+        raise ValueError(f"one of {', '.join(map(repr, names))}")
     return name
 
 
-def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--preset", type=preset, metavar="NAME", help="as moma-1.4b-4t4i")
-    what.add_argument("--config", help="folder or JSON file of a complete MomaConfig, such as model_cards/moma-emoji")
-    what.add_argument("--overview", action="store_true", help="the fastest layout of every preset on 1 to 256 GPUs")
-    what.add_argument("--write", metavar="DOCUMENT", help="compute the tables of a document anew")
-    parser.add_argument("--gpus", type=int, default=8)
-    parser.add_argument("--tokens-per-gpu", type=int, default=24576, help="of a step, all micro-batches together")
-    parser.add_argument("--sequence-length", type=int, default=4096)
-    parser.add_argument("--steps", type=int, help="also tell the days of so many steps")
-    parser.add_argument("--gpu-memory", type=float, default=80.0, help="GB of 1e9 bytes")
-    parser.add_argument("--headroom", type=float, default=0.9, help="share of the memory to use")
-    parser.add_argument("--flops", type=float, default=989e12, help="bf16 FLOPs per second of one GPU")
-    parser.add_argument("--utilization", type=float, default=0.4, help="share of them that is reached")
-    parser.add_argument("--bandwidth", type=float, default=450.0, help="GB/s of a GPU in its node")
-    parser.add_argument("--network", type=float, default=50.0, help="GB/s of a GPU to other nodes")
-    parser.add_argument("--latency", type=float, default=5e-6, help="seconds from one GPU to the next")
-    parser.add_argument("--node-size", type=int, default=8, help="GPUs of a node")
-    parser.add_argument("--top", type=int, default=6, help="layouts in the table")
-    parser.add_argument("--json", action="store_true", help="print all layouts, in bytes and seconds")
-    args = parser.parse_args(arguments)
-    if args.top < 1:
-        parser.error(f"--top {args.top}: at least 1 layout")
-    return args
+@dataclass(frozen=True, kw_only=True)
+class Arguments:
+    """
+    Args:
+        preset: as moma-1.4b-4t4i.
+        config: folder or JSON file of a complete MomaConfig, such as model_cards/moma-emoji.
+        overview: the fastest layout of every preset on 1 to 256 GPUs.
+        write: compute the tables of a document anew.
+        gpus: number of them.
+        tokens_per_gpu: of a step, all micro-batches together.
+        sequence_length: tokens of a sequence.
+        steps: also tell the days of so many steps.
+        gpu_memory: GB of 1e9 bytes.
+        headroom: share of the memory to use.
+        flops: bf16 FLOPs per second of one GPU.
+        utilization: share of them that is reached.
+        bandwidth: GB/s of a GPU in its node.
+        network: GB/s of a GPU to other nodes.
+        latency: seconds from one GPU to the next.
+        node_size: GPUs of a node.
+        top: layouts in the table.
+        json: print all layouts, in bytes and seconds.
+    """
+
+    preset: Annotated[str | None, AfterValidator(_preset), Flag(metavar="NAME", one_of="what")] = None
+    config: Annotated[str | None, Flag(one_of="what")] = None
+    overview: Annotated[bool, Flag(one_of="what")] = False
+    write: Annotated[str | None, Flag(metavar="DOCUMENT", one_of="what")] = None
+    gpus: Int = 8
+    tokens_per_gpu: Int = 24576
+    sequence_length: Int = 4096
+    steps: Int | None = None
+    gpu_memory: Float = 80.0
+    headroom: Float = 0.9
+    flops: Float = 989e12
+    utilization: Float = 0.4
+    bandwidth: Float = 450.0
+    network: Float = 50.0
+    latency: Float = 5e-6
+    node_size: Int = 8
+    top: Count = 6
+    json: bool = False
 
 
-def read_config(args: argparse.Namespace) -> "MomaConfig":
+def parse_arguments(arguments: list[str] | None = None) -> Arguments:
+    return parse_fields(Arguments, __doc__, arguments, required=("what",))
+
+
+def read_config(args: Arguments) -> "MomaConfig":
     from huggingface_hub.errors import StrictDataclassError
 
     from ..configuration_moma import MomaConfig
 
-    if args.preset:
-        return MomaConfig.from_preset(args.preset)
+    if args.config is None:
+        return MomaConfig.from_preset(str(args.preset))
     path = Path(args.config)
     if not path.exists():
         raise ValueError(f"--config {path}: no such file or folder")
@@ -86,7 +110,7 @@ def read_config(args: argparse.Namespace) -> "MomaConfig":
         ) from error
 
 
-def hardware_of(args: argparse.Namespace) -> "Hardware":
+def hardware_of(args: Arguments) -> "Hardware":
     from ..tools.planning import Hardware
 
     return Hardware(
@@ -101,7 +125,7 @@ def hardware_of(args: argparse.Namespace) -> "Hardware":
     )
 
 
-def compute(args: argparse.Namespace) -> "tuple[list[Plan], list[tuple[Layout, Memory]]]":
+def compute(args: Arguments) -> "tuple[list[Plan], list[tuple[Layout, Memory]]]":
     from ..tools.planning import plan_training
 
     plans, misfits = plan_training(
@@ -117,7 +141,7 @@ def compute(args: argparse.Namespace) -> "tuple[list[Plan], list[tuple[Layout, M
     return plans, misfits
 
 
-def to_json(args: argparse.Namespace, plans: "list[Plan]", misfits: list) -> str:
+def to_json(args: Arguments, plans: "list[Plan]", misfits: list) -> str:
     def layout_of(layout):
         return {"name": str(layout), **asdict(layout)}
 
@@ -140,7 +164,7 @@ def to_json(args: argparse.Namespace, plans: "list[Plan]", misfits: list) -> str
     return json.dumps(report, indent=2)
 
 
-def to_table(args: argparse.Namespace, plans: "list[Plan]", misfits: list) -> str:
+def to_table(args: Arguments, plans: "list[Plan]", misfits: list) -> str:
     lines = [
         "| layout | GB per GPU | of which activations | sequences at once | layers computed again | compute s "
         "| weights s (GB) | tokens s (GB) | step s |",
@@ -175,7 +199,7 @@ def to_table(args: argparse.Namespace, plans: "list[Plan]", misfits: list) -> st
     return "\n".join(lines)
 
 
-def overview(args: argparse.Namespace) -> str:
+def overview(args: Arguments) -> str:
     from ..configuration_moma import MomaConfig
     from ..tools.planning import plan_training
 
@@ -208,7 +232,7 @@ def write_tables(document: str) -> int:
     return count
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: Arguments) -> int:
     try:
         if args.write:
             print(f"{args.write}: {write_tables(args.write)} tables")

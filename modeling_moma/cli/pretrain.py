@@ -1,76 +1,101 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Train a MoMa on tokenized sources, from a recipe or from a saved model."""
+"""Train a MoMa on tokenized sources, from a recipe or from a saved model.
+
+What the section `trainer` of a recipe says stands in for the defaults of the flags.
+"""
 
 import argparse
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
 
 from ..tools.import_notices import without_import_notices
+from ..utils.fields import Count, Float, Int, read_field
+from .arguments import Flag, FlagParser
 
 
-# field of TrainingArguments -> the flag that wins over a recipe's value, and the value where neither is given
+# below 1 a share of all steps
+Steps = Int | Float
+# field of TrainingArguments -> the flag that wins over a recipe's value
 FLAGS = {
-    "max_steps": ("--steps", 4000),
-    "per_device_train_batch_size": ("--batch-size", 32),
-    "gradient_accumulation_steps": ("--gradient-accumulation-steps", 1),
-    "learning_rate": ("--learning-rate", 1.5e-3),
-    "warmup_steps": ("--warmup-steps", 150),
-    "weight_decay": ("--weight-decay", 0.1),
-    "eval_steps": ("--eval-steps", 400),
-    "save_steps": ("--save-steps", 400),
-    "save_total_limit": ("--save-total-limit", 2),
-    "logging_steps": ("--logging-steps", 50),
-    "seed": ("--seed", 0),
+    "max_steps": "steps",
+    "per_device_train_batch_size": "batch_size",
+    "gradient_accumulation_steps": "gradient_accumulation_steps",
+    "learning_rate": "learning_rate",
+    "warmup_steps": "warmup_steps",
+    "weight_decay": "weight_decay",
+    "eval_steps": "eval_steps",
+    "save_steps": "save_steps",
+    "save_total_limit": "save_total_limit",
+    "logging_steps": "logging_steps",
+    "seed": "seed",
 }
 
 
-def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "recipe_file", metavar="RECIPE", nargs="?", help="YAML of model and trainer, and of sources where they changed"
-    )
-    parser.add_argument("--processor", required=True, help="folder of a MomaProcessor")
-    parser.add_argument("--tokens", required=True, help="folder that `moma tokenize` wrote")
-    parser.add_argument("--model", help="start from this saved model; one that was upcycled goes on in the data")
-    parser.add_argument(
-        "--restart-data", action="store_true", help="begin at the first example, whatever `--model` has seen"
-    )
-    parser.add_argument("--output", required=True, help="folder for checkpoints and the model")
-    for field, (flag, default) in FLAGS.items():
-        kind = float if isinstance(default, float) else int
-        parser.add_argument(flag, type=kind, default=default, help=f"`{field}`; {default} where the recipe has none")
-    parser.add_argument(
-        "--eval-examples", type=positive_int, help="evaluate on so many held-out examples; by default on all"
-    )
-    parser.add_argument("--stop-at", type=int, help="stop and save at this step of the schedule, as seeds do")
-    freezing = parser.add_mutually_exclusive_group()
-    freezing.add_argument(
-        "--freeze-groups", nargs="+", default=[], help="expert groups whose weights stay as they are"
-    )
-    freezing.add_argument(
-        "--train-groups",
-        nargs="+",
-        default=[],
-        help="train these expert groups and the rows of their tokens alone: all else stays as it is",
-    )
-    parser.add_argument(
-        "--lora-rank",
-        type=int,
-        help="train adapters of this rank in place of the weights, and merge them at the end; needs PEFT",
-    )
-    parser.add_argument(
-        "--gumbel-noise",
-        type=float,
-        help="scale of the routers' noise in training, 0 turns it off; by default what the model's config has",
-    )
-    parser.add_argument("--attn-implementation", default="sdpa", help="eager is the faster one on CPUs at this size")
-    parser.add_argument("--bf16", choices=["auto", "on", "off"], default="auto", help="auto: where the device has it")
-    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in the output folder")
-    return parser
+@dataclass(frozen=True, kw_only=True)
+class Arguments:
+    """
+    Args:
+        recipe_file: YAML of model and trainer, and of sources where they changed.
+        processor: folder of a MomaProcessor.
+        tokens: folder that `moma tokenize` wrote.
+        model: start from this saved model; one that was upcycled goes on in the data.
+        restart_data: begin at the first example, whatever `--model` has seen.
+        output: folder for checkpoints and the model.
+        steps: steps of the optimizer in all stages (`max_steps` of a recipe).
+        batch_size: sequences of a device at once (`per_device_train_batch_size` of a recipe).
+        gradient_accumulation_steps: batches of a step.
+        learning_rate: largest one of the schedule.
+        warmup_steps: steps in which the learning rate rises.
+        weight_decay: of the optimizer.
+        eval_steps: steps between two evaluations.
+        save_steps: steps between two checkpoints.
+        save_total_limit: checkpoints to keep.
+        logging_steps: steps between two lines of the log.
+        seed: of weights, order and choices.
+        eval_examples: evaluate on so many held-out examples; by default on all.
+        stop_at: stop and save at this step of the schedule, as seeds do.
+        freeze_groups: expert groups whose weights stay as they are.
+        train_groups: train these expert groups and the rows of their tokens alone: all else stays as it is.
+        lora_rank: train adapters of this rank in place of the weights, and merge them at the end; needs PEFT.
+        gumbel_noise: scale of the routers' noise in training, 0 turns it off; by default what the model's config has.
+        attn_implementation: eager is the faster one on CPUs at this size.
+        bf16: bf16 in training; auto: where the device has it.
+        resume: go on from the last checkpoint in the output folder.
+    """
+
+    recipe_file: Annotated[str | None, Flag(metavar="RECIPE", is_positional=True)] = None
+    processor: str
+    tokens: str
+    model: str | None = None
+    restart_data: bool = False
+    output: str
+    steps: Int = 4000
+    batch_size: Int = 32
+    gradient_accumulation_steps: Int = 1
+    learning_rate: Float = 1.5e-3
+    warmup_steps: Steps = 150
+    weight_decay: Float = 0.1
+    eval_steps: Steps = 400
+    save_steps: Steps = 400
+    save_total_limit: Int | None = 2
+    logging_steps: Steps = 50
+    seed: Int = 0
+    eval_examples: Count | None = None
+    stop_at: Int | None = None
+    freeze_groups: Annotated[list[str], Flag(one_of="freezing")] = field(default_factory=list)
+    train_groups: Annotated[list[str], Flag(one_of="freezing")] = field(default_factory=list)
+    lora_rank: Int | None = None
+    gumbel_noise: Float | None = None
+    attn_implementation: str = "sdpa"
+    bf16: Literal["auto", "on", "off"] = "auto"
+    resume: bool = False
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line over the recipe over the defaults; what a recipe sets beyond the flags is in `trainer`."""
-    parser = make_parser()
-    first = parser.parse_args(arguments)
+    parser = FlagParser(Arguments, description=__doc__)
+    given = parser.read(arguments)
+    first = Arguments(**given)
     if first.recipe_file is None and first.model is None:
         parser.error("give a RECIPE, which says what a new model is like, or `--model` to start from, or both")
     if first.lora_rank is not None and (first.train_groups or first.stop_at):
@@ -81,17 +106,14 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     recipe = read_recipe(first.recipe_file) if first.recipe_file else Recipe()
     if first.model is None and not recipe.model:
         parser.error(f"RECIPE {first.recipe_file!r} has no section `model`, and no `--model` is given to start from")
-    fields = dict(recipe.trainer)
-    chosen = {flag[2:].replace("-", "_"): fields.pop(name) for name, (flag, _) in FLAGS.items() if name in fields}
-    parser.set_defaults(**chosen)
-    return argparse.Namespace(**vars(parser.parse_args(arguments)), trainer=fields, recipe=recipe)
-
-
-def positive_int(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
-    return number
+    trainer = dict(recipe.trainer)
+    where = f"RECIPE {first.recipe_file!r}, trainer"
+    of_recipe = {
+        flag: read_field(Arguments, flag, trainer.pop(name), f"{where}: {name}")
+        for name, flag in FLAGS.items()
+        if trainer.get(name) is not None
+    }
+    return argparse.Namespace(**{**vars(first), **of_recipe, **given}, trainer=trainer, recipe=recipe)
 
 
 def run(args: argparse.Namespace) -> None:

@@ -4,36 +4,55 @@
 A folder without code gets that of the installed packages, so that it loads with `trust_remote_code=True` elsewhere.
 """
 
-import argparse
 import sys
+from dataclasses import dataclass, field
+from typing import Annotated
+
+from pydantic import AfterValidator
+
+from .arguments import Flag, parse_fields
 
 
-def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", required=True, help="folder laid out as the repository, or of a saved model")
-    parser.add_argument("--processor", help="folder of the processor, where the model's folder has none")
-    target = parser.add_mutually_exclusive_group(required=True)
-    target.add_argument("--repo-id", help="USER/NAME on the Hub; made where missing")
-    target.add_argument("--output", help="write the repository into this folder, missing or empty, and send nothing")
-    parser.add_argument("--private", action="store_true", help="let nobody else see a new repository")
-    parser.add_argument("--revision", help="branch, made where missing; default: main")
-    parser.add_argument("--message", default="Upload model and processor", help="of the commit")
-    parser.add_argument(
-        "--dataset",
-        action="append",
-        default=[],
-        metavar="PATH=USER/NAME",
-        help="the Hub's id of a data set that the card names by a local path; may be given again",
-    )
-    parser.add_argument("--dry-run", action="store_true", help="check and list what would be sent, and stop")
-    args = parser.parse_args(arguments)
-    wrong = [pair for pair in args.dataset if not all(pair.partition("="))]
-    if wrong:
-        parser.error(f"--dataset {wrong[0]}: write the path as in the card, =, and the id on the Hub")
-    return args
+def _renamed(pair: str) -> str:
+    if not all(pair.partition("=")):
+        raise ValueError("the path as in the card, =, and the id on the Hub")
+    return pair
 
 
-def run(args: argparse.Namespace) -> int:
+Renamed = Annotated[str, AfterValidator(_renamed)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arguments:
+    """
+    Args:
+        model: folder laid out as the repository, or of a saved model.
+        processor: folder of the processor, where the model's folder has none.
+        repo_id: USER/NAME on the Hub; made where missing.
+        output: write the repository into this folder, missing or empty, and send nothing.
+        private: let nobody else see a new repository.
+        revision: branch, made where missing; main by default.
+        message: of the commit.
+        dataset: the Hub's id of a data set that the card names by a local path; may be given again.
+        dry_run: check and list what would be sent, and stop.
+    """
+
+    model: str
+    processor: str | None = None
+    repo_id: Annotated[str | None, Flag(one_of="target")] = None
+    output: Annotated[str | None, Flag(one_of="target")] = None
+    private: bool = False
+    revision: str | None = None
+    message: str = "Upload model and processor"
+    dataset: Annotated[list[Renamed], Flag(metavar="PATH=USER/NAME", is_repeated=True)] = field(default_factory=list)
+    dry_run: bool = False
+
+
+def parse_arguments(arguments: list[str] | None = None) -> Arguments:
+    return parse_fields(Arguments, __doc__, arguments, required=("target",))
+
+
+def run(args: Arguments) -> int:
     from ..hub.upload import UploadError, prepare, push, write_repository
 
     try:
@@ -50,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
             return 0
         if args.output:
             print(write_repository(upload, args.output))
-        else:
+        elif args.repo_id:
             print(push(upload, args.repo_id, args.private, args.revision, args.message).commit_url)
     except ValueError as error:
         problems = str(error)

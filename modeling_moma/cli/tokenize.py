@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Turn a recipe's sources into token ids, on all cores; a second start goes on after a kill."""
 
-import argparse
 import os
 from contextlib import nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from ..tools.import_notices import without_import_notices
+from ..utils.fields import Count, Int
+from .arguments import Flag, FlagParser
 
 
 if TYPE_CHECKING:
@@ -15,37 +17,46 @@ if TYPE_CHECKING:
     from ..data.sources import Source
     from ..training.recipe import DataFields
 
-# `datatrove` starts processes of this machine, `slurm` jobs of a cluster
-ENGINES = ("processes", "datatrove", "slurm")
+CLUSTER = "on a cluster, shards as tasks of datatrove (extra `scale`)"
 
 
-def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("recipe", metavar="RECIPE", help="YAML with `sources`, and with `data` where it differs")
-    parser.add_argument("--processor", required=True, help="folder of a MomaProcessor")
-    parser.add_argument("--output", required=True, help="folder for the tokens; a second start goes on in it")
-    parser.add_argument(
-        "--processes", type=int, default=len(os.sched_getaffinity(0)), help="by default one for every core"
-    )
-    parser.add_argument("--threads", type=int, default=1, help="of each process")
-    parser.add_argument(
-        "--rows-per-shard", type=int, help="by default about 64 shards a split, of 256 pictures and more"
-    )
-    parser.add_argument(
-        "--splits", nargs="+", metavar="SPLIT", help="these alone, `train` among them; by default all that there are"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="of the changed pictures of further codings")
-    parser.add_argument("--strict", action="store_true", help="stop at the first row that cannot be used")
-    engine = parser.add_argument_group("on a cluster", "shards as tasks of datatrove (extra `scale`)")
-    engine.add_argument("--engine", choices=ENGINES, default="processes")
-    engine.add_argument("--tasks", type=int, default=64, help="of datatrove, each writes every so-manieth shard")
-    engine.add_argument("--partition", help="of Slurm")
-    engine.add_argument("--time", default="24:00:00", help="of a Slurm job")
-    args = parser.parse_args(arguments)
-    for name in ("processes", "threads", "rows_per_shard", "tasks"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            parser.error(f"--{name.replace('_', '-')} {value} must be 1 or more")
+@dataclass(frozen=True, kw_only=True)
+class Arguments:
+    """
+    Args:
+        recipe: YAML with `sources`, and with `data` where it differs.
+        processor: folder of a MomaProcessor.
+        output: folder for the tokens; a second start goes on in it.
+        processes: of this machine; by default one for every core.
+        threads: of each process.
+        rows_per_shard: by default about 64 shards a split, of 256 pictures and more.
+        splits: these alone, `train` among them; by default all that there are.
+        seed: of the changed pictures of further codings.
+        strict: stop at the first row that cannot be used.
+        engine: what starts the tasks, shards of the tokens: this command, datatrove on this machine, or Slurm.
+        tasks: of datatrove, each writes every so-manieth shard.
+        partition: of Slurm.
+        time: longest of a Slurm job.
+    """
+
+    recipe: Annotated[str, Flag(metavar="RECIPE", is_positional=True)]
+    processor: str
+    output: str
+    processes: Count = field(default_factory=lambda: len(os.sched_getaffinity(0)))
+    threads: Count = 1
+    rows_per_shard: Count | None = None
+    splits: Annotated[list[str] | None, Flag(metavar="SPLIT")] = None
+    seed: Int = 0
+    strict: bool = False
+    engine: Annotated[Literal["processes", "datatrove", "slurm"], Flag(section=CLUSTER)] = "processes"
+    tasks: Annotated[Count, Flag(section=CLUSTER)] = 64
+    partition: Annotated[str | None, Flag(section=CLUSTER)] = None
+    time: Annotated[str, Flag(section=CLUSTER)] = "24:00:00"
+
+
+def parse_arguments(arguments: list[str] | None = None) -> Arguments:
+    parser = FlagParser(Arguments, description=__doc__)
+    args = Arguments(**parser.read(arguments))
     if args.engine == "slurm" and not args.partition:
         parser.error("--engine slurm needs --partition")
     return args
@@ -75,7 +86,7 @@ def summary(manifest: dict) -> str:
     return "\n".join([markdown_table(["source", "documents", "text tokens", "picture tokens"], rows), *notes])
 
 
-def run(args: argparse.Namespace) -> None:
+def run(args: Arguments) -> None:
     with without_import_notices():
         from ..data.running import Workers
         from ..training.recipe import DataFields, read_recipe
@@ -91,7 +102,7 @@ def run(args: argparse.Namespace) -> None:
         tokenize(args, recipe.sources, data, workers)
 
 
-def tokenize(args: argparse.Namespace, sources: "list[Source]", data: "DataFields", workers: "Workers | None") -> None:
+def tokenize(args: Arguments, sources: "list[Source]", data: "DataFields", workers: "Workers | None") -> None:
     """Plan and write the tokens, and say what became of the rows."""
     from ..data.engines import run_executor
     from ..data.jobs import plan_job, write_job

@@ -2,37 +2,64 @@
 """Train auxiliary routers, which tell ahead what a model's experts would take."""
 
 import argparse
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from pydantic import Field
 
 from ..tools.import_notices import without_import_notices
+from ..utils.fields import Float, Int
+from .arguments import parse_fields
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arguments:
+    """
+    Args:
+        model: folder of a trained MomaForCausalLM.
+        processor: folder of its MomaProcessor.
+        tokens: folder that `moma tokenize` wrote.
+        output: new folder for checkpoints, model, processor and report.
+        steps: steps of the optimizer.
+        batch_size: that of the main training, where possible.
+        gradient_accumulation_steps: batches of a step.
+        learning_rate: largest one of the schedule.
+        warmup_steps: steps in which the learning rate rises.
+        weight_decay: of the optimizer.
+        eval_steps: steps between two evaluations.
+        save_steps: steps between two checkpoints.
+        save_total_limit: checkpoints to keep.
+        logging_steps: steps between two lines of the log.
+        threshold: take what is at least so probable (the paper: 0.5); by default it is calibrated.
+        seed: of weights and order.
+        attn_implementation: eager is the faster one on CPUs at this size.
+        bf16: bf16 in training; auto: where the device has it.
+        resume: go on from the last checkpoint in the output folder.
+    """
+
+    model: str
+    processor: str
+    tokens: str
+    output: str
+    steps: Int = 500
+    batch_size: Int = 32
+    gradient_accumulation_steps: Int = 1
+    learning_rate: Float = 1e-3
+    warmup_steps: Int = 20
+    weight_decay: Float = 0.0
+    eval_steps: Int = 250
+    save_steps: Int = 250
+    save_total_limit: Int = 1
+    logging_steps: Int = 25
+    threshold: Annotated[Float, Field(gt=0, lt=1)] | None = None
+    seed: Int = 0
+    attn_implementation: str = "sdpa"
+    bf16: Literal["auto", "on", "off"] = "auto"
+    resume: bool = False
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", required=True, help="folder of a trained MomaForCausalLM")
-    parser.add_argument("--processor", required=True, help="folder of its MomaProcessor")
-    parser.add_argument("--tokens", required=True, help="folder that `moma tokenize` wrote")
-    parser.add_argument("--output", required=True, help="new folder: checkpoints, model, processor, report")
-    parser.add_argument("--steps", type=int, default=500)
-    parser.add_argument("--batch-size", type=int, default=32, help="that of the main training, where possible")
-    parser.add_argument("--gradient-accumulation-steps", type=int, default=1)
-    parser.add_argument("--learning-rate", type=float, default=1e-3)
-    parser.add_argument("--warmup-steps", type=int, default=20)
-    parser.add_argument("--weight-decay", type=float, default=0.0)
-    parser.add_argument("--eval-steps", type=int, default=250)
-    parser.add_argument("--save-steps", type=int, default=250)
-    parser.add_argument("--save-total-limit", type=int, default=1, help="checkpoints to keep")
-    parser.add_argument("--logging-steps", type=int, default=25)
-    parser.add_argument(
-        "--threshold", type=float, help="take what is at least so probable (the paper: 0.5); default: calibrate"
-    )
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--attn-implementation", default="sdpa", help="eager is the faster one on CPUs at this size")
-    parser.add_argument("--bf16", choices=["auto", "on", "off"], default="auto", help="auto: where the device has it")
-    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in the output folder")
-    args = parser.parse_args(arguments)
-    if args.threshold is not None and not 0 < args.threshold < 1:
-        parser.error(f"--threshold {args.threshold}: a probability between 0 and 1 is needed")
-    return args
+    return argparse.Namespace(**vars(parse_fields(Arguments, __doc__, arguments)))
 
 
 def run(args: argparse.Namespace) -> None:

@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Grow a dense or 1t1i model into one with groups of experts."""
 
-import argparse
 import json
 import shutil
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..tools.import_notices import without_import_notices
+from ..utils.fields import Float, Int
+from .arguments import parse_fields
 
 
 if TYPE_CHECKING:
@@ -20,37 +22,39 @@ if TYPE_CHECKING:
 _TEXT_MOVED = 0.05
 
 
-def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", required=True, help="the seed: a saved model, or a checkpoint of its training")
-    parser.add_argument(
-        "--to",
-        help="experts of the result, for example 4t4i, 6t2i or 8x; by default text keeps its one network and every "
-        "other modality gets four experts (1t4i), the way for language models",
-    )
-    parser.add_argument("--output", required=True, help="folder to write; missing or empty")
-    parser.add_argument(
-        "--preserve-function", action="store_true", help="tokens that an expert takes get what the seed gave them"
-    )
-    parser.add_argument(
-        "--keep-seed",
-        action="store_true",
-        help="the seed's network becomes the shared expert of each group that grows, beside fresh experts that add "
-        "nothing at first: no output changes at the switch",
-    )
-    parser.add_argument(
-        "--expert-intermediate-size", type=int, help="with --keep-seed, inner width of a fresh expert; else the seed's"
-    )
-    parser.add_argument("--perturbation", type=float, default=0.0, help="noise on copies, relative to their spread")
-    parser.add_argument("--gumbel-noise", type=float, default=1.0, help="scale of the routers' noise in training")
-    parser.add_argument(
-        "--gumbel-noise-steps",
-        type=int,
-        help="training forwards over which it fades; without, it stays. With gradient accumulation every micro-batch "
-        "counts, not the optimizer's steps",
-    )
-    parser.add_argument("--seed", type=int, default=0, help="of routers, perturbation and probe")
-    return parser.parse_args(arguments)
+@dataclass(frozen=True, kw_only=True)
+class Arguments:
+    """
+    Args:
+        model: the seed: a saved model, or a checkpoint of its training.
+        to: experts of the result, for example 4t4i, 6t2i or 8x; by default text keeps its one network and every other
+            modality gets four experts (1t4i), the way for language models.
+        output: folder to write; missing or empty.
+        preserve_function: tokens that an expert takes get what the seed gave them.
+        keep_seed: the seed's network becomes the shared expert of each group that grows, beside fresh experts that add
+            nothing at first: no output changes at the switch.
+        expert_intermediate_size: with --keep-seed, inner width of a fresh expert; else the seed's.
+        perturbation: noise on copies, relative to their spread.
+        gumbel_noise: scale of the routers' noise in training.
+        gumbel_noise_steps: training forwards over which it fades; without, it stays. With gradient accumulation every
+            micro-batch counts, not the optimizer's steps.
+        seed: of routers, perturbation and probe.
+    """
+
+    model: str
+    to: str | None = None
+    output: str
+    preserve_function: bool = False
+    keep_seed: bool = False
+    expert_intermediate_size: Int | None = None
+    perturbation: Float = 0.0
+    gumbel_noise: Float = 1.0
+    gumbel_noise_steps: Int | None = None
+    seed: Int = 0
+
+
+def parse_arguments(arguments: list[str] | None = None) -> Arguments:
+    return parse_fields(Arguments, __doc__, arguments)
 
 
 def probe_batch(config, rows: int = 8, length: int = 64) -> "dict[str, torch.Tensor]":
@@ -80,7 +84,7 @@ def text_moved(receipt: "UpcyclingReceipt", modalities: list[str]) -> str | None
     return f"moma upcycle: the switch moves text by {moved:.2f} of its logits' norm: {ways}."
 
 
-def run(args: argparse.Namespace) -> None:
+def run(args: Arguments) -> None:
     with without_import_notices():
         import torch
         from transformers.trainer import TRAINER_STATE_NAME

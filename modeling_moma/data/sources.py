@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from glob import glob
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from datasets import (
     Dataset,
@@ -20,9 +20,11 @@ from datasets import (
     get_dataset_split_names,
     load_dataset,
 )
+from pydantic import Field
 
 from ..hub.names import why_nowhere
 from ..tools.messages import one_line
+from ..utils.fields import Float, read_field
 from .json_lines import mended_copy
 from .kinds import SourceKind, read_kind
 from .split_folders import data_files, rows_below, split_folders
@@ -66,8 +68,8 @@ class Source:
     kind: SourceKind
     load: dict[str, Any] = field(default_factory=dict)
     splits: dict[str, str] = field(default_factory=dict)
-    held_out: float = 0.02
-    weight: float = 1.0
+    held_out: Annotated[Float, Field(ge=0, lt=1)] = 0.02
+    weight: Annotated[Float, Field(gt=0)] = 1.0
     root: str | None = None
 
     def split_names(self) -> dict[str, str]:
@@ -257,18 +259,16 @@ def read_sources(section: Any) -> list[Source]:
             raise ValueError(f"sources: {name!r} needs `data`, a folder, file or name on the Hub; it is {fields!r}.")
         if not str(name).replace("-", "_").isidentifier():
             raise ValueError(f"sources: {name!r} becomes the name of a folder: letters, digits, '-' and '_' only.")
-        common = {key: value for key, value in fields.items() if key in COMMON_FIELDS}
+        where = f"sources: {name!r}"
+        common = {
+            key: read_field(Source, key, value, f"{where}: {key}")
+            for key, value in fields.items()
+            if key in COMMON_FIELDS
+        }
         kind = read_kind(
             name, {key: value for key, value in fields.items() if key not in COMMON_FIELDS}, COMMON_FIELDS
         )
-        source = Source(name=str(name), kind=kind, **common)
-        for key, value, is_fine, wanted in (
-            ("weight", source.weight, lambda number: 0 < number < float("inf"), "a number above 0"),
-            ("held_out", source.held_out, lambda number: 0 <= number < 1, "a share, at least 0 and below 1"),
-        ):
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not is_fine(value):
-                raise ValueError(f"sources: {name!r}: {key} = {value!r} is out of range: it is {wanted}.")
-        sources.append(source)
+        sources.append(Source(name=str(name), kind=kind, **common))
     return sources
 
 

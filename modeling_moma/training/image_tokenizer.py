@@ -113,7 +113,7 @@ class TokenizerTraining:
     The model, its pictures and its optimizer; `run` trains to the last step.
 
     Args:
-        args: [`SETTINGS`], `config`, `output`, `resume`, `strict`, and `sources`, those with pictures.
+        args: fields of [`TokenizerSettings`], `output`, `resume`, `strict`, and `sources`, those with pictures.
 
     Raises:
         ValueError: the sources have too few pictures, the run cannot be resumed with these arguments, or the output

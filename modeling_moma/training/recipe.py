@@ -4,13 +4,15 @@
 import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import yaml
+from pydantic import Field
 
 from ..configuration_moma import MomaConfig
 from ..data.sources import Source, read_sources
 from ..tools.import_notices import without_import_notices
+from ..utils.fields import Count, Float, Int, read_fields, refuse_unknown
 
 
 # what a run decides and not a recipe
@@ -27,7 +29,7 @@ class DataFields:
         packed: whether sequences are full of documents; otherwise each is a row of its own, padded.
     """
 
-    sequence_length: int = 512
+    sequence_length: Count = 512
     packed: bool = True
 
 
@@ -42,9 +44,9 @@ class ProcessorFields:
         text_rows: rows of each source that the encoding learns from, at most.
     """
 
-    vocab_size: int = 2000
+    vocab_size: Count = 2000
     text_tokenizer: str | None = None
-    text_rows: int = 1_000_000
+    text_rows: Count = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -61,12 +63,12 @@ class SampleFields:
         max_new_tokens: longest caption.
     """
 
-    every: int = 0
+    every: Annotated[Int, Field(ge=0)] = 0
     prompts: list[str] = field(default_factory=list)
-    pictures: int = 4
-    temperature: float = 1.0
-    guidance_scale: float = 1.0
-    max_new_tokens: int = 32
+    pictures: Annotated[Int, Field(ge=0)] = 4
+    temperature: Annotated[Float, Field(ge=0)] = 1.0
+    guidance_scale: Annotated[Float, Field(ge=0)] = 1.0
+    max_new_tokens: Count = 32
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,10 @@ class Recipe:
     processor: ProcessorFields = field(default_factory=ProcessorFields)
     data: DataFields | None = None
     samples: SampleFields = field(default_factory=SampleFields)
+
+
+# whose fields are known and checked when a recipe is read
+SECTIONS = {"processor": ProcessorFields, "data": DataFields, "samples": SampleFields}
 
 
 def read_recipe(path: str | Path, needs: tuple[str, ...] = ()) -> Recipe:
@@ -134,35 +140,24 @@ def _read_sections(where: str, content: dict[str, Any]) -> Recipe:
     with without_import_notices():
         from transformers import TrainingArguments
 
-    known = {
-        "model": {"preset", *_names(MomaConfig)},
-        "trainer": _names(TrainingArguments) - set(RUN_FIELDS),
-        "processor": _names(ProcessorFields),
-        "data": _names(DataFields),
-        "samples": _names(SampleFields),
-    }
-    holders = {"model": "MomaConfig", "trainer": "TrainingArguments that a recipe may set"}
-    for section, names in known.items():
-        fields = content.get(section, {})
-        unknown = sorted(set(fields) - names) if isinstance(fields, dict) else [str(fields)]
-        if unknown:
-            holder = holders.get(section, f"this section ({', '.join(sorted(names))})")
-            raise ValueError(f"{where}, {section}: {unknown[0]!r} is no field of {holder}; misspelt?")
-    if not isinstance(content.get("image_tokenizer", {}), dict):
-        raise ValueError(f"{where}, image_tokenizer: expected a mapping, got {content['image_tokenizer']!r}.")
-    data = DataFields(**content.get("data", {}))
-    if not isinstance(data.sequence_length, int) or data.sequence_length < 1:
-        raise ValueError(f"{where}, data: sequence_length = {data.sequence_length!r} must be 1 or more.")
-    return Recipe(
-        model=content.get("model", {}),
-        trainer=content.get("trainer", {}),
-        sources=read_sources(content["sources"]) if "sources" in content else [],
-        image_tokenizer=content.get("image_tokenizer", {}),
-        processor=ProcessorFields(**content.get("processor", {})),
-        data=data if "data" in content else None,
-        samples=SampleFields(**content.get("samples", {})),
+    for section, value in content.items():
+        if section != "sources" and not isinstance(value, dict):
+            raise ValueError(f"{where}, {section}: expected a mapping of fields, got {value!r}.")
+    refuse_unknown(
+        content.get("model", {}), ["preset", *_names(MomaConfig)], f"{where}, model", "MomaConfig", is_listed=False
     )
+    of_trainer = [name for name in _names(TrainingArguments) if name not in RUN_FIELDS]
+    holder = "TrainingArguments that a recipe may set"
+    refuse_unknown(content.get("trainer", {}), of_trainer, f"{where}, trainer", holder, is_listed=False)
+    sections = {
+        section: read_fields(kind, content[section], f"{where}, {section}")
+        for section, kind in SECTIONS.items()
+        if section in content
+    }
+    others = {section: content[section] for section in ("model", "trainer", "image_tokenizer") if section in content}
+    sources = read_sources(content["sources"]) if "sources" in content else []
+    return Recipe(sources=sources, **others, **sections)
 
 
-def _names(kind: type) -> set[str]:
-    return {entry.name for entry in dataclasses.fields(kind)}
+def _names(kind: type) -> list[str]:
+    return [entry.name for entry in dataclasses.fields(kind)]

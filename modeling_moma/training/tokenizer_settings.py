@@ -6,58 +6,61 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import Field
+
+from ..utils.fields import Count, Float, Int, OnOff, refuse_unknown
 
 
 if TYPE_CHECKING:
     from tokenization import MomaVQConfig
 
-# of `MomaVQConfig.from_preset`
-PRESET_NAMES = ("full", "small", "medium-256", "medium-1024")
 DEFAULT_PRESET = "small"
+NotNegative = Annotated[Float, Field(ge=0)]
 
 
-@dataclass(frozen=True)
-class Setting:
+@dataclass(frozen=True, kw_only=True)
+class TokenizerSettings:
     """
-    A flag, and a field of a recipe's section `image_tokenizer`.
+    Flags of `moma train-image-tokenizer`, and fields of a recipe's section `image_tokenizer`.
 
     Args:
-        kind: of its value.
-        default: where neither flag nor recipe gives one.
-        description: of the flag.
-        smallest: value that is allowed.
-        choices: values that are allowed.
+        config: a preset (full, small, medium-256, medium-1024) or a JSON file, in a recipe also a mapping of fields of
+            MomaVQConfig and perhaps `preset`, the one that they change; small by default.
+        steps: steps of the optimizer.
+        batch_size: pictures of a step.
+        learning_rate: largest one of the schedule.
+        warmup_steps: steps in which the learning rate rises.
+        seed: of weights, order and augmentation.
+        save_every: steps between two checkpoints.
+        resolution: side of the pictures in pixels; the configuration's by default.
+        semantic_weight: of the semantic loss; the configuration's by default.
+        perceptual_weight: of the perceptual loss; the configuration's by default.
+        adversarial_weight: of the patch discriminator's term; 0 for no discriminator.
+        adversarial_start: steps without the discriminator, at the beginning.
+        augmentation: what fills the corners of turned and shifted pictures: white suits drawings, reflection photos.
+        held_out_pictures: held-out pictures that are looked at, at most.
+        bf16: bf16 in training; auto: where the device has it.
     """
 
-    kind: type
-    default: Any
-    description: str
-    smallest: float | None = None
-    choices: tuple[str, ...] | None = None
+    config: str | dict[str, Any] | None = None
+    steps: Count = 2400
+    batch_size: Count = 48
+    learning_rate: NotNegative = 1.5e-3
+    warmup_steps: Annotated[Int, Field(ge=0)] = 100
+    seed: Int = 0
+    save_every: Count = 500
+    resolution: Count | None = None
+    semantic_weight: NotNegative | None = None
+    perceptual_weight: NotNegative | None = None
+    adversarial_weight: NotNegative = 0.0
+    adversarial_start: Annotated[Int, Field(ge=0)] = 0
+    augmentation: Literal["white", "reflection", "none"] = "white"
+    held_out_pictures: Count = 1024
+    bf16: Annotated[Literal["auto", "on", "off"], OnOff] = "auto"
 
 
-SETTINGS = {
-    "steps": Setting(int, 2400, "steps of the optimizer", smallest=1),
-    "batch_size": Setting(int, 48, "pictures of a step", smallest=1),
-    "learning_rate": Setting(float, 1.5e-3, "largest one of the schedule", smallest=0),
-    "warmup_steps": Setting(int, 100, "steps in which the learning rate rises", smallest=0),
-    "seed": Setting(int, 0, "of weights, order and augmentation"),
-    "save_every": Setting(int, 500, "steps between two checkpoints", smallest=1),
-    "resolution": Setting(int, None, "side of the pictures in pixels; the configuration's by default", smallest=1),
-    "semantic_weight": Setting(float, None, "the configuration's by default", smallest=0),
-    "perceptual_weight": Setting(float, None, "the configuration's by default", smallest=0),
-    "adversarial_weight": Setting(float, 0.0, "of the patch discriminator's term; 0: no discriminator", smallest=0),
-    "adversarial_start": Setting(int, 0, "steps without the discriminator, at the beginning", smallest=0),
-    "augmentation": Setting(
-        str,
-        "white",
-        "what fills the corners of turned and shifted pictures: white suits drawings, reflection photos",
-        choices=("white", "reflection", "none"),
-    ),
-    "held_out_pictures": Setting(int, 1024, "held-out pictures that are looked at, at most", smallest=1),
-    "bf16": Setting(str, "auto", "bf16 in training; auto: where the device has it", choices=("auto", "on", "off")),
-}
 # fields of the configuration that have a flag
 MODEL_SETTINGS = ("resolution", "semantic_weight", "perceptual_weight")
 # arguments without which a run would end elsewhere; the model's own are in its configuration
@@ -67,60 +70,6 @@ DECISIVE = (
 )
 # what checkpoints of earlier versions were begun with and do not say
 ONCE = {"adversarial_weight": 0.0, "augmentation": "white"}
-
-
-def check_settings(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """
-    Checks the section `image_tokenizer` of a recipe.
-
-    Args:
-        fields: those of [`SETTINGS`] and `config`: a preset's name, a JSON file, or a mapping of fields of
-            [`MomaVQConfig`] and perhaps `preset`, the one that they change.
-
-    Returns:
-        The fields, their values of the right kind.
-
-    Raises:
-        ValueError: names the field that is unknown or has an impossible value.
-    """
-    where, checked = "image_tokenizer", {}
-    for name, value in fields.items():
-        if name == "config":
-            if not isinstance(value, (str, dict)):
-                raise ValueError(f"{where}: config = {value!r} is neither a name, a file nor a mapping of fields.")
-            checked[name] = value
-        elif name not in SETTINGS:
-            raise ValueError(f"{where}: {name!r} is no setting; it takes {sorted(['config', *SETTINGS])}.")
-        else:
-            checked[name] = _checked(f"{where}: {name}", SETTINGS[name], value)
-    return checked
-
-
-def check_flags(args: argparse.Namespace) -> None:
-    """Refuses numbers out of range, as [`check_settings`] does."""
-    for name, setting in SETTINGS.items():
-        value = getattr(args, name)
-        if value is not None:
-            _checked(f"--{name.replace('_', '-')}", setting, value)
-
-
-def _checked(where: str, setting: Setting, value: Any) -> Any:
-    if isinstance(value, bool) and setting.choices is not None:
-        # YAML reads `on` and `off` as truth
-        value = "on" if value else "off"
-    try:
-        # YAML reads 1e-3 as text
-        result = setting.kind(value)
-        is_fine = not isinstance(value, bool) and (setting.kind is not int or result == float(value))
-    except (TypeError, ValueError):
-        is_fine, result = False, value
-    if not is_fine:
-        raise ValueError(f"{where} = {value!r} must be of type {setting.kind.__name__}.")
-    if setting.smallest is not None and result < setting.smallest:
-        raise ValueError(f"{where} = {value!r} must be at least {setting.smallest}.")
-    if setting.choices is not None and result not in setting.choices:
-        raise ValueError(f"{where} = {value!r} is none of {list(setting.choices)}.")
-    return result
 
 
 def read_config(args: argparse.Namespace) -> "MomaVQConfig":
@@ -150,10 +99,8 @@ def read_config(args: argparse.Namespace) -> "MomaVQConfig":
         fields = json.loads(Path(given).read_text())
     else:
         raise ValueError(f"--config {given!r} is neither one of {sorted(PRESETS)} nor a file.")
-    known = set(MomaVQConfig.__annotations__)
-    unknown = sorted(set(fields) - known) if isinstance(given, dict) else []
-    if unknown:
-        raise ValueError(f"config: {unknown[0]!r} is no field of MomaVQConfig; it has {sorted(known)}.")
+    if isinstance(given, dict):
+        refuse_unknown(fields, list(MomaVQConfig.__annotations__), "config", "MomaVQConfig")
     return MomaVQConfig(**{**fields, **asked})
 
 

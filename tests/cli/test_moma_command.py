@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from PIL import Image
@@ -20,7 +21,8 @@ from modeling_moma.convert import llama
 from modeling_moma.evaluation import measuring, retrieval
 from modeling_moma.generation_moma import GENERATION_MODES
 from modeling_moma.tools.planning import GIGA, Hardware
-from modeling_moma.training.tokenizer_settings import PRESET_NAMES
+from modeling_moma.training.tokenizer_settings import TokenizerSettings
+from modeling_moma.utils.fields import annotations, choices, descriptions
 from tokenization.configuration_moma_vq import PRESETS
 
 
@@ -175,11 +177,13 @@ def test_command_loads_a_model_without_its_code(tmp_path):
 
 
 def test_help_and_library_have_the_same_choices():
-    assert generate.GENERATION_MODES == GENERATION_MODES
-    assert evaluate.MEASURES == measuring.MEASURES
-    assert evaluate.RETRIEVAL_PAIRS == retrieval.DEFAULT_PAIRS
-    assert (convert.CODE_ROWS, convert.IMAGE_GROUPS) == (llama.CODE_ROWS, llama.IMAGE_GROUPS)
-    assert set(PRESET_NAMES) == set(PRESETS)
+    assert get_args(generate.Mode) == GENERATION_MODES
+    assert get_args(evaluate.Measure) == measuring.MEASURES
+    assert evaluate.Arguments.retrieval_pairs == retrieval.DEFAULT_PAIRS
+    of_llama = annotations(convert.Llama)
+    assert choices(of_llama["code_rows"]) == llama.CODE_ROWS
+    assert choices(of_llama["image_group"]) == llama.IMAGE_GROUPS
+    assert f"a preset ({', '.join(PRESETS)})" in descriptions(TokenizerSettings)["config"]
     assert plan.GIGA == GIGA
     assert plan.hardware_of(plan.parse_arguments(["--overview"])) == Hardware()
 

@@ -56,4 +56,4 @@ def test_the_bar_of_texts_counts_shards_as_they_come(tmp_path, capsys):
 def test_numbers_below_one_are_refused(capsys, name, value):
     with pytest.raises(SystemExit):
         tokenize.parse_arguments(["recipe.yaml", "--processor", "P", "--output", "T", name, str(value)])
-    assert f"{name} {value} must be 1 or more" in capsys.readouterr().err
+    assert f"{name} = '{value}' must be at least 1" in capsys.readouterr().err

@@ -115,13 +115,13 @@ def test_missing_picture_of_a_page_is_no_row_left_out(run, tmp_path):
 @pytest.mark.parametrize(
     "fields, said",
     [
-        ({"held_uot": 0.1, "image": "i"}, "'held_uot'.*did you mean 'held_out'.*'data'.*'without_caption'"),
-        ({"wieght": 1}, "'wieght'.*did you mean 'weight'.*'splits'"),
-        ({"segmnets": "s"}, "'segmnets', which is no field"),
-        ({"weight": 0}, "weight = 0 is out of range: it is a number above 0"),
-        ({"weight": float("nan")}, "weight = nan is out of range: it is a number above 0"),
-        ({"held_out": 1}, "held_out = 1 is out of range: it is a share, at least 0 and below 1"),
-        ({"held_out": True}, "held_out = True is out of range"),
+        ({"held_uot": 0.1, "image": "i"}, "'held_uot'.*Did you mean 'held_out'.*'data'.*'without_caption'"),
+        ({"wieght": 1}, "'wieght'.*Did you mean 'weight'.*'splits'"),
+        ({"segmnets": "s"}, "'segmnets' is no field"),
+        ({"weight": 0}, "weight = 0 must be above 0: its part of the tokens"),
+        ({"weight": float("nan")}, "weight = nan must be above 0"),
+        ({"held_out": 1}, "held_out = 1 must be at least 0 and below 1: share of the training rows"),
+        ({"held_out": True}, "held_out = True must be a number"),
     ],
 )
 def test_misspelt_field_and_value_out_of_range_say_what_may_stand_there(fields, said):

@@ -13,6 +13,7 @@ from modeling_moma.data.encoding import DocumentEncoder
 from modeling_moma.evaluation.measuring import MEASURES, MeasureSettings, measure_sources
 from modeling_moma.evaluation.report import report_tables
 from modeling_moma.evaluation.sources import CaptionedPictures, HeldOutSource
+from modeling_moma.training.evaluation_data import read_held_out
 from modeling_moma.training.measures import EXPERT_CHOICE
 
 
@@ -137,7 +138,6 @@ def test_the_command_measures_losses_and_captions_by_default(folder, tmp_path):
     [
         (("--split", "validation"), r"--split 'validation': no source of .* has it, only .'test', 'train'."),
         (("--sources", "icons"), r"--sources 'icons'"),
-        (("--limit", "0"), r"--limit 0"),
     ],
 )
 def test_data_that_is_not_there_is_named(folder, more, error):
@@ -149,3 +149,8 @@ def test_unknown_measures_are_refused_by_the_command(folder, capsys):
     with pytest.raises(SystemExit):
         main(arguments(folder, "--measures", "beauty"))
     assert "drawings" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(arguments(folder, "--limit", "0"))
+    assert "--limit = '0' must be at least 1" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="--limit 0"):
+        read_held_out(str(folder / "tokens"), tiny_processor(), "test", limit=0)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from helpers.tiny import tiny_processor
-from modeling_moma.cli.pretrain import FLAGS, parse_arguments
+from modeling_moma.cli.pretrain import Arguments, parse_arguments
 from modeling_moma.training.pretraining import make_training_arguments, model_config
 from modeling_moma.training.recipe import read_recipe
 
@@ -38,7 +38,7 @@ def write(folder, text):
 def test_flags_win_over_the_recipe_and_the_recipe_over_defaults(tmp_path):
     text = "model: {hidden_size: 8}\ntrainer: {max_steps: 7, learning_rate: 0.5, adam_beta2: 0.9, bf16: false}\n"
     args = parse_arguments([*PATHS, write(tmp_path, text), "--learning-rate", "0.25", "--bf16", "on"])
-    assert (args.steps, args.learning_rate, args.batch_size) == (7, 0.25, FLAGS["per_device_train_batch_size"][1])
+    assert (args.steps, args.learning_rate, args.batch_size) == (7, 0.25, Arguments.batch_size)
     settings = make_training_arguments(args)
     assert (settings.max_steps, settings.learning_rate, settings.adam_beta2) == (7, 0.25, 0.9)
     assert settings.bf16 is False
@@ -48,13 +48,22 @@ def test_flags_win_over_the_recipe_and_the_recipe_over_defaults(tmp_path):
     "text, message",
     [
         ("hidden_size: 8\n", "got hidden_size: are the fields of the model not under `model:`"),
-        ("model: {hiden_size: 8}\n", "model: 'hiden_size' is no field of MomaConfig"),
-        ("model: {}\ntrainer: {max_step: 8}\n", "trainer: 'max_step' is no field of TrainingArguments"),
+        ("model: {hiden_size: 8}\n", "model: 'hiden_size' is no field of MomaConfig. Did you mean 'hidden_size'"),
+        (
+            "model: {}\ntrainer: {max_step: 8}\n",
+            "trainer: 'max_step' is no field of TrainingArguments that a recipe may set. Did you mean 'max_steps'",
+        ),
         ("model: {}\ntrainer: {output_dir: x}\n", "trainer: 'output_dir'"),
-        ("model: [1]\n", "model: .*no field of MomaConfig"),
-        ("data: {length: 8}\n", "data: 'length' is no field of this section .packed, sequence_length."),
-        ("data: {sequence_length: 0}\n", "sequence_length = 0 must be 1 or more"),
-        ("samples: {evry: 8}\n", "samples: 'evry' is no field"),
+        ("model: [1]\n", "model: expected a mapping of fields, got .1."),
+        (
+            "data: {length: 8}\n",
+            "data: 'length' is no field of this section. .*It takes .'packed', 'sequence_length'.",
+        ),
+        ("data: {sequence_length: 0}\n", "sequence_length = 0 must be at least 1: tokens of a sequence"),
+        ("samples: {evry: 8}\n", "samples: 'evry' is no field of this section. Did you mean 'every'"),
+        ("samples: {prompts: red apple}\n", "samples: prompts = 'red apple' must be a list: words to draw"),
+        ("data: {packed: maybe}\n", "data: packed = 'maybe' must be true or false"),
+        ("processor: 7\n", "processor: expected a mapping of fields, got 7"),
         ("sources: []\n", "sources: expected a mapping"),
         ("- 1\n", "got list"),
         ("model: {\n", "cannot be read as YAML"),

@@ -4,11 +4,11 @@
 import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from difflib import get_close_matches
 from typing import Any, ClassVar, Self, TypeVar
 
 from datasets import Features, List, Value
 
+from ...utils.fields import read_fields, refuse_unknown
 from ..encoding import DocumentEncoder
 from ..shard import Shard
 from ..shards import ShardTable
@@ -52,9 +52,9 @@ class SourceKind(ABC):
             fields: by name.
 
         Raises:
-            ValueError: a value is out of range.
+            ValueError: a value is of another type or out of range.
         """
-        return cls(**fields)
+        return read_fields(cls, fields, where)
 
     def fields(self) -> dict[str, Any]:
         """What [`read_kind`] takes."""
@@ -144,14 +144,8 @@ def read_kind(source: str, fields: dict[str, Any], common: Sequence[str] = ()) -
     where = f"sources: {source!r}"
     entries = dataclasses.fields(kind)  # pyright: ignore[reportArgumentType]
     known = [entry.name for entry in entries]
-    unknown = sorted(set(fields) - set(known), key=str)
-    if unknown:
-        every = [*common, *known]
-        close = get_close_matches(str(unknown[0]), every, 1)
-        meant = f"did you mean {close[0]!r}? " if close else ""
-        raise ValueError(
-            f"{where} has {unknown[0]!r}, which is no field of a source of {kind.name}s: {meant}It takes {every}."
-        )
+    # any source has the common ones, so the error lists them as well
+    refuse_unknown(fields, [*common, *known], where, f"a source of {kind.name}s")
     missing = [entry.name for entry in entries if entry.default is dataclasses.MISSING and entry.name not in fields]
     if missing:
         hints = ", ".join(entry.hint for entry in KINDS.values() if entry.hint)

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Images with captions: what is stored of a row, and documents of it that are drawn anew for every example."""
 
-import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from datasets import Features, List, Value
 from tokenization.augmentation_moma import NUM_DRAWS, augment_pictures
 
 from ...training.precision import supports_bf16
+from ...utils.fields import Count, Share
 from ..encoding import DocumentEncoder
 from ..pictures import LeftOut
 from ..shard import BATCH, Shard
@@ -36,8 +36,10 @@ class Alternative:
         share: of the rows in which all of its columns hold something.
     """
 
+    __pydantic_config__ = {"extra": "forbid"}
+
     text: str
-    share: float
+    share: Share
 
 
 @source_kind
@@ -59,10 +61,10 @@ class CaptionKind(SourceKind):
     image: str
     text: str
     alternatives: tuple[Alternative, ...] = ()
-    picture_first: float = 0.5
-    without_caption: float = 0.1
-    codings: int = 1
-    min_side: int = 8
+    picture_first: Share = 0.5
+    without_caption: Share = 0.1
+    codings: Count = 1
+    min_side: Count = 8
 
     name = "caption"
     told_by = ("image",)
@@ -70,21 +72,6 @@ class CaptionKind(SourceKind):
     has_images = has_captions = True
     # shards of whole batches
     rows_multiple = BATCH
-
-    @classmethod
-    def from_fields(cls, where: str, fields: dict[str, Any]) -> "CaptionKind":
-        fields = dict(fields)
-        if "alternatives" in fields:
-            fields["alternatives"] = tuple(_read_alternative(where, entry) for entry in fields["alternatives"])
-        kind = cls(**fields)
-        shares = {"picture_first": kind.picture_first, "without_caption": kind.without_caption}
-        shares |= {f"alternatives[{index}].share": entry.share for index, entry in enumerate(kind.alternatives)}
-        for name, value in shares.items():
-            if not isinstance(value, (int, float)) or not 0 <= value <= 1:
-                raise ValueError(f"{where}: {name} = {value!r} is a share, between 0 and 1.")
-        if not isinstance(kind.codings, int) or kind.codings < 1:
-            raise ValueError(f"{where}: codings = {kind.codings!r} must be 1 or more.")
-        return kind
 
     def columns(self) -> list[str]:
         return [self.image, *self.stored_columns()]
@@ -124,13 +111,6 @@ class CaptionKind(SourceKind):
         self, source: str, table: ShardTable, encoder: DocumentEncoder, longest: int
     ) -> "CaptionDocuments":
         return CaptionDocuments.from_table(source, self, table, encoder)
-
-
-def _read_alternative(where: str, entry: Any) -> Alternative:
-    names = [part.name for part in dataclasses.fields(Alternative)]
-    if not isinstance(entry, dict) or set(entry) != set(names):
-        raise ValueError(f"{where}: each of `alternatives` is a mapping of {names}, got {entry!r}.")
-    return Alternative(**entry)
 
 
 class _CaptionWriter:

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from ...utils.fields import Count
 from ..shard import Shard
 from .base import SourceKind
 
@@ -20,7 +21,7 @@ class ImageKind(SourceKind):
     """
 
     image: str
-    min_side: int = 8
+    min_side: Count = 8
 
     # reports of earlier runs have it
     name = "picture"

@@ -9,6 +9,7 @@ import torch
 
 from tokenization import MomaProcessor
 
+from ...utils.fields import Count, read_fields
 from ..pictures import LeftOut
 from ..shard import BATCH, Shard
 from .base import SourceKind, source_kind
@@ -31,7 +32,7 @@ class InterleavedKind(SourceKind):
     segments: str | None = None
     messages: str | None = None
     images: str | None = None
-    min_side: int = 8
+    min_side: Count = 8
 
     name = "interleaved"
     told_by = ("segments", "messages")
@@ -44,7 +45,7 @@ class InterleavedKind(SourceKind):
 
     @classmethod
     def from_fields(cls, where: str, fields: dict[str, Any]) -> "InterleavedKind":
-        kind = cls(**fields)
+        kind = read_fields(cls, fields, where)
         if (kind.segments is None) == (kind.messages is None):
             raise ValueError(f"{where} names both `segments` and `messages`: documents are one of them.")
         return kind

@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line of a verb from a dataclass: its docstring is the help, its types are the checks."""
+
+import argparse
+import dataclasses
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar, get_args, get_origin
+
+from ..utils.fields import annotations, choices, descriptions, read_field
+
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Flag:
+    """
+    What the type of a field does not say of its flag, in `Annotated`.
+
+    Args:
+        metavar: what stands for the value in help; by default the name of the flag, or its choices.
+        is_positional: an argument by its place, and no flag.
+        is_repeated: a list whose values each have the flag before them, and not all behind one.
+        name: of the flag, where it is not that of the field.
+        one_of: name of a group of flags of which at most one may be given.
+        section: title of the part of the help that it stands in.
+    """
+
+    metavar: str | None = None
+    is_positional: bool = False
+    is_repeated: bool = False
+    name: str | None = None
+    one_of: str | None = None
+    section: str | None = None
+
+
+class FlagParser(argparse.ArgumentParser):
+    """
+    A parser of the fields of a dataclass.
+
+    Args:
+        kind: the dataclass. A field without a default is required; one that is `False` or `True` takes no value.
+        required: groups of which one flag has to be given.
+        options: see `argparse.ArgumentParser`.
+    """
+
+    def __init__(self, kind: type, required: Iterable[str] = (), **options: Any):
+        super().__init__(argument_default=argparse.SUPPRESS, **options)
+        self.kind = kind
+        holders: dict[str, Any] = {}
+        for entry in dataclasses.fields(kind):
+            flag, holder = flag_of(kind, entry.name), self
+            if flag.section is not None:
+                holder = holders.setdefault(flag.section, None) or self.add_argument_group(flag.section)
+                holders[flag.section] = holder
+            if flag.one_of is not None:
+                holder = holders.get(flag.one_of) or self.add_mutually_exclusive_group(
+                    required=flag.one_of in required
+                )
+                holders[flag.one_of] = holder
+            names, how = argument_of(kind, entry)
+            holder.add_argument(*names, **how)
+
+    def read(self, arguments: list[str] | None = None) -> dict[str, Any]:
+        """
+        The values that a command line gives, by name of the field; ends the program where one is not what it may be.
+
+        Args:
+            arguments: by default those of the command.
+        """
+        return self.checked(vars(self.parse_args(arguments)))
+
+    def checked(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Texts of a command line, or of a part of it, as their fields take them; see [`read`]."""
+        try:
+            return {
+                name: read_field(self.kind, name, value, title_of(self.kind, name)) for name, value in given.items()
+            }
+        except ValueError as error:
+            self.error(str(error))
+
+
+def parse_fields(kind: type[T], description: str | None, arguments: list[str] | None = None, **options: Any) -> T:
+    """
+    A dataclass of a command line.
+
+    Args:
+        kind: the dataclass.
+        description: stands above the help of the arguments.
+        arguments: by default those of the command.
+        options: see [`FlagParser`].
+    """
+    return kind(**FlagParser(kind, description=description, **options).read(arguments))
+
+
+def flag_of(kind: type, name: str) -> Flag:
+    """What the type of a field says of its flag."""
+    return next((part for part in get_args(annotations(kind)[name]) if isinstance(part, Flag)), Flag())
+
+
+def title_of(kind: type, name: str) -> str:
+    """What a field is called on the command line."""
+    flag = flag_of(kind, name)
+    return flag.metavar or name.upper() if flag.is_positional else flag.name or f"--{name.replace('_', '-')}"
+
+
+def argument_of(kind: type, entry: dataclasses.Field) -> tuple[list[str], dict[str, Any]]:
+    """Names and options with which argparse gets to know a field. Values stay texts, which [`read_field`] reads."""
+    annotation, flag, title = annotations(kind)[entry.name], flag_of(kind, entry.name), title_of(kind, entry.name)
+    how: dict[str, Any] = {"help": help_of(kind, entry)}
+    if entry.default in (True, False) and isinstance(entry.default, bool):
+        return [title], {**how, "dest": entry.name, "action": "store_false" if entry.default else "store_true"}
+    if flag.metavar is not None:
+        how["metavar"] = flag.metavar
+    elif choices(annotation):
+        how["choices"] = [str(choice) for choice in choices(annotation)]
+    if flag.is_repeated:
+        how["action"] = "append"
+    elif is_list(annotation):
+        how["nargs"] = "+"
+    is_required = entry.default is dataclasses.MISSING and entry.default_factory is dataclasses.MISSING
+    if flag.is_positional:
+        return [entry.name], how if is_required else {**how, "nargs": "?"}
+    return [title], {**how, "dest": entry.name, "required": is_required}
+
+
+def help_of(kind: type, entry: dataclasses.Field) -> str:
+    """What the docstring says of a field, with its default where it has one to tell."""
+    text = descriptions(kind).get(entry.name, "").rstrip(".")
+    has_default = not isinstance(entry.default, bool) and entry.default not in (dataclasses.MISSING, None, "")
+    if has_default and not flag_of(kind, entry.name).is_positional:
+        text = f"{text} (default: {entry.default})".strip()
+    return text.replace("%", "%%")
+
+
+def is_list(annotation: Any) -> bool:
+    """Whether a type is that of lists, or of lists and something else."""
+    return get_origin(annotation) in (list, tuple) or any(is_list(part) for part in get_args(annotation))
+
+
+__all__ = ["Flag", "FlagParser", "flag_of", "help_of", "parse_fields", "title_of"]
