@@ -17,7 +17,10 @@ import torch.multiprocessing as mp
 
 
 # what every process would import; the server does it once and forks
-PRELOADED = ["torch.distributed.tensor", "torch.distributed.fsdp", "transformers.trainer", "modeling_moma", "datasets"]
+PRELOADED = [
+    *("torch.distributed.tensor", "torch.distributed.fsdp", "transformers.trainer", "datasets"),
+    *("modeling_moma", "modeling_moma.training.pretraining"),
+]
 # so often a group of processes may crash, by one of these, before its test fails
 CRASHES = 2
 CRASH_SIGNALS = ("SIGABRT", "SIGSEGV")
