@@ -286,16 +286,20 @@ class MomaImageInputMixin(_Backend):
     ) -> Any:
         """
         Turns one picture into the backend's channels-first array, after bringing it to 8 bits. Transparency is
-        composited on white.
+        composited on white. Of a line of pixels the far ends, which the crop drops, are left out.
         """
+        ratio = _ratio_kept(size, crop_size) if do_resize and do_center_crop and size is not None else 0
         if is_pil_image(image):
             image = clean_pil_picture(image)
-            if do_resize and do_center_crop and size is not None and (ratio := _ratio_kept(size, crop_size)):
+            if ratio:
                 top, left, bottom, right = _middle(image.height, image.width, ratio)
                 image = image.crop((left, top, right, bottom))
-        else:
-            image = clean_array_picture(image, do_rescale)
-        return super().process_image(image, do_rescale=do_rescale, **kwargs)
+            return super().process_image(image, do_rescale=do_rescale, **kwargs)
+        array = super().process_image(clean_array_picture(image, do_rescale), do_rescale=do_rescale, **kwargs)
+        if ratio:
+            top, left, bottom, right = _middle(array.shape[-2], array.shape[-1], ratio)
+            array = array[..., top:bottom, left:right]
+        return array
 
     def resize(self, image: Any, size: SizeDict, **kwargs) -> Any:
         """
@@ -315,22 +319,6 @@ class MomaImageInputMixin(_Backend):
         resized = super().resize(given, size, **kwargs)
         values = torch.as_tensor(resized).to(values.dtype) / 255 * width + low
         return values.numpy() if is_array else values
-
-    def _preprocess(
-        self,
-        images: list,
-        do_resize: bool,
-        size: SizeDict,
-        resample: PILImageResampling | None,
-        do_center_crop: bool,
-        crop_size: Any,
-        *args,
-        **kwargs,
-    ) -> BatchFeature:
-        if do_resize and do_center_crop and (ratio := _ratio_kept(size, crop_size)):
-            boxes = [_middle(image.shape[-2], image.shape[-1], ratio) for image in images]
-            images = [image[..., top:bottom, left:right] for image, (top, left, bottom, right) in zip(images, boxes)]
-        return super()._preprocess(images, do_resize, size, resample, do_center_crop, crop_size, *args, **kwargs)
 
     def postprocess(self, images: torch.Tensor, return_tensors: str = "PIL.Image.Image") -> BatchFeature:
         """
