@@ -1,15 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """`transformers serve`, started as a user starts it and asked by the `openai` client."""
 
-import base64
-import io
-import os
-import subprocess
 import sys
-import threading
 from contextlib import contextmanager
-from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -19,16 +12,16 @@ from PIL import Image
 from transformers import AutoModelForCausalLM, AutoProcessor, ContinuousBatchingConfig, GenerationConfig
 
 import modeling_moma  # noqa: F401, registers the Auto classes
+from benchmarks.serving_requests import address_of, png
 from helpers.absent import WITHOUT_PACKAGES
-from helpers.processes import free_port
+from helpers.recorders import recorder
 from helpers.released import released_repository, skip_without_released_model
 from helpers.tiny import tiny_model, tiny_processor
-from server_process import stop, wait_until_healthy
+from server_process import running
 
 
 ROOT = Path(__file__).resolve().parent.parent
 NAME = "model_cards/moma-emoji"
-START_SECONDS = 120
 # Transformers' own command
 SERVER = """
 from transformers.cli.transformers import main
@@ -44,56 +37,28 @@ def served(words, folder, cwd=ROOT):
         pytest.importorskip(package, reason="`pip install transformers[serving]` is missing")
     openai = pytest.importorskip("openai", reason="`pip install transformers[serving]` is missing")
     skip_without_released_model()
+    command = [sys.executable, *words, "--device", "cpu", "--dtype", "float32", "--host", "127.0.0.1"]
+    # nothing of this machine's settings and cached models
+    variables = {"HF_HOME": str(folder / "home"), "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_UPDATE_CHECK": "1"}
     with pytest.MonkeyPatch.context() as patch:
         for name in ("NO_PROXY", "no_proxy"):
             patch.setenv(name, "127.0.0.1")
-        with running_server(words, folder, cwd) as address, openai.OpenAI(base_url=address, api_key="none") as client:
+        with (
+            running(command, folder / "log.txt", cwd=cwd, variables=variables) as (address, _),
+            openai.OpenAI(base_url=f"{address}/v1", api_key="none") as client,
+        ):
             yield client
 
 
-@contextmanager
-def running_server(words, folder, cwd):
-    """The address of a server, on another port where somebody was faster to take the free one."""
-    log = folder / "log.txt"
-    # nothing of this machine's settings and cached models
-    settings = {"HF_HOME": str(folder / "home"), "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_UPDATE_CHECK": "1"}
-    for attempt in range(2):
-        port = free_port()
-        command = [sys.executable, *words, "--device", "cpu", "--dtype", "float32"]
-        command += ["--host", "127.0.0.1", "--port", str(port)]
-        with log.open("w") as output:
-            server = subprocess.Popen(
-                command, cwd=cwd, env={**os.environ, **settings}, stdout=output, stderr=subprocess.STDOUT
-            )
-        try:
-            wait_until_healthy(server, f"http://127.0.0.1:{port}/health", log, START_SECONDS)
-            yield f"http://127.0.0.1:{port}/v1"
-            return
-        except RuntimeError:
-            if attempt or "address already in use" not in log.read_text():
-                raise
-        finally:
-            stop(server)
-
-
 @pytest.fixture(scope="module")
-def web(tmp_path_factory):
-    """A web server of this machine: its port, its folder, and the paths that it was asked for."""
-    folder, paths = tmp_path_factory.mktemp("web"), []
-
-    class Handler(SimpleHTTPRequestHandler):
-        def log_message(self, format, *args):
-            paths.append(self.path)
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=folder)) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield server.server_port, folder, paths
-        server.shutdown()
+def web():
+    with recorder() as server:
+        yield server
 
 
 @pytest.fixture(scope="module")
 def client(tmp_path_factory, web):
-    words = ["-m", "modeling_moma", "serve", NAME, "--image-hosts", f"127.0.0.1:{web[0]}"]
+    words = ["-m", "modeling_moma", "serve", NAME, "--image-hosts", f"127.0.0.1:{web.server_port}"]
     with served(words, tmp_path_factory.mktemp("server")) as client:
         yield client
 
@@ -114,9 +79,8 @@ def drawing():
     rows, columns = np.mgrid[:64, :64]
     pixels = np.full((64, 64, 3), 255, dtype=np.uint8)
     pixels[(rows - 32) ** 2 + (columns - 32) ** 2 < 400] = (220, 30, 30)
-    picture, png = Image.fromarray(pixels), io.BytesIO()
-    picture.save(png, "PNG")
-    return picture, "data:image/png;base64," + base64.b64encode(png.getvalue()).decode()
+    picture = Image.fromarray(pixels)
+    return picture, address_of(png(picture))
 
 
 def greedy(model, processor, inputs, max_new_tokens, **kwargs):
@@ -209,13 +173,12 @@ def test_an_answer_ends_at_a_stop_string(client, model, processor):
 
 def test_a_picture_of_a_named_host_is_fetched_once(client, model, processor, drawing, web):
     picture, _ = drawing
-    port, folder, paths = web
-    picture.save(folder / "disc.png")
-    address = f"http://127.0.0.1:{port}/disc.png"
+    web.picture, host = png(picture), f"127.0.0.1:{web.server_port}"
+    address = f"http://{host}/disc.png"
     answer = ask(client, [{"type": "image_url", "image_url": {"url": address}}], 24)
     _, expected = greedy(model, processor, processor(images=[picture], text=["<image>"], return_tensors="pt"), 24)
     assert answer.choices[0].message.content == expected
-    assert paths == ["/disc.png"]
+    assert web.asked == [(host, "/disc.png")]
 
 
 def test_the_model_is_served_by_its_own_code_where_the_package_is_absent(model, processor, tmp_path):

@@ -13,9 +13,8 @@ import pytest
 pytest.importorskip("httpx", reason="`pip install transformers[serving]` is missing")
 
 from helpers.recorders import recorder  # noqa: E402
-from modeling_moma.serving_http.downloads import Downloads  # noqa: E402
+from modeling_moma.serving_http.downloads import Downloads, ImageHosts  # noqa: E402
 from modeling_moma.serving_http.errors import RequestError  # noqa: E402
-from modeling_moma.serving_http.hosts import ImageHosts  # noqa: E402
 
 
 @pytest.mark.parametrize(
@@ -72,6 +71,16 @@ def test_a_name_may_lead_to_public_addresses_and_to_those_that_are_named(address
     plain = address.partition("%")[0]
     hosts = ImageHosts.from_entries(["pictures.example", plain])
     assert hosts.may_connect(address, 80, "http") and hosts.may_connect(address, 8080, "http") is is_public
+
+
+@pytest.mark.parametrize(
+    "entry",
+    ["10.0.0.7:99999", "10.0.0.7:0", "[fd00::1]:65536", "[fd00::1]:0", "pictures.example:0", "a.example:70000"],
+)
+def test_a_port_that_there_is_not_is_refused_with_its_host(entry):
+    with pytest.raises(ValueError, match="--image-hosts") as refusal:
+        ImageHosts.from_entries(["pictures.example", entry])
+    assert repr(entry) in str(refusal.value)
 
 
 def fetch(address: str, entries: list[str], seconds: float = 10, tls: ssl.SSLContext | None = None) -> bytes:

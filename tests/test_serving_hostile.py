@@ -3,12 +3,12 @@
 
 import json
 import os
-import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import psutil
 import pytest
@@ -22,12 +22,12 @@ for package in ("fastapi", "uvicorn", "httpx"):
 import httpx  # noqa: E402
 
 from benchmarks.serving_load import FILES, THREADS, Held, held  # noqa: E402
-from benchmarks.serving_requests import CHAT, message  # noqa: E402
-from helpers.hostile_requests import hostile_requests  # noqa: E402
-from helpers.processes import free_port  # noqa: E402
+from benchmarks.serving_requests import CHAT, COMPLETIONS, message  # noqa: E402
+from helpers.hostile_requests import RESPONSES, hostile_requests  # noqa: E402
 from helpers.recorders import recorder  # noqa: E402
 from modeling_moma.cli.main import main as moma  # noqa: E402
-from server_process import stop, wait_until_healthy  # noqa: E402
+from modeling_moma.serving_http.server import RESERVED  # noqa: E402
+from server_process import running  # noqa: E402
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -45,23 +45,16 @@ def hostile_server(folder: Path, arguments: list[str], names: dict, recorders: d
     table, asked, log = folder / "table.json", folder / "asked.jsonl", folder / "log.txt"
     table.write_text(json.dumps({"names": names, "recorders": recorders}))
     asked.touch()
-    port = free_port()
     command = [sys.executable, str(ROOT / "tests/helpers/one_machine.py"), str(table), str(asked), "serve", model]
-    command += ["--device", "cpu", "--dtype", "float32", "--port", str(port), *arguments]
+    command += ["--device", "cpu", "--dtype", "float32", *arguments]
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests"), str(ROOT / "scripts")])
-    settings = {"HF_HOME": str(folder / "home"), "HF_HUB_OFFLINE": "1", "PYTHONPATH": path}
-    with log.open("w") as output:
-        server = subprocess.Popen(
-            command, cwd=ROOT, env={**os.environ, **settings}, stdout=output, stderr=subprocess.STDOUT
-        )
-    address = f"http://127.0.0.1:{port}"
+    variables = {"HF_HOME": str(folder / "home"), "HF_HUB_OFFLINE": "1", "PYTHONPATH": path}
     limits = httpx.Limits(max_keepalive_connections=0)
-    try:
-        wait_until_healthy(server, f"{address}/health", log, 120)
-        with httpx.Client(base_url=address, timeout=20, limits=limits, trust_env=False) as client:
-            yield client, psutil.Process(server.pid), asked
-    finally:
-        stop(server)
+    with (
+        running(command, log, cwd=ROOT, variables=variables) as (address, server),
+        httpx.Client(base_url=address, timeout=20, limits=limits, trust_env=False) as client,
+    ):
+        yield client, psutil.Process(server.pid), asked
 
 
 def asked_elsewhere(path: Path) -> list[dict]:
@@ -153,30 +146,31 @@ NAMES = {
 }
 NOT_FETCHED = "image_url.url: it could not be fetched; the log of the server says why."
 NOT_NAMED = "image_url.url: `--image-hosts` does not name its host and port."
+ASKED = ["pictures.example", f"{PUBLIC} 80"]
 # address, status, message, and what is asked of whom
 FETCHED = [
-    ("http://pictures.example/disc.png", 200, "", ["pictures.example", f"{PUBLIC} 80"]),
+    ("http://pictures.example/disc.png", 200, "", ASKED),
     ("http://rebound.example/disc.png", 200, "", ["rebound.example", f"{PUBLIC} 80"]),
     ("http://private.example/disc.png", 200, "", ["private.example", f"{PRIVATE} 80"]),
     (f"http://{PRIVATE}/disc.png", 200, "", [f"{PRIVATE} 80"]),
-    ("http://pictures.example/redirect?/disc.png", 200, "", ["pictures.example", f"{PUBLIC} 80"] * 2),
+    ("http://pictures.example/redirect?/disc.png", 200, "", ASKED * 2),
     ("http://inside.example/disc.png", 400, NOT_FETCHED, ["inside.example"]),
     ("http://metadata.example/disc.png", 400, NOT_FETCHED, ["metadata.example"]),
     (METADATA := "http://169.254.169.254/latest/", 400, NOT_NAMED, []),
-    (f"http://pictures.example/redirect?{METADATA}", 400, NOT_NAMED, ["pictures.example", f"{PUBLIC} 80"]),
-    ("http://pictures.example/redirect?http://other.example/a", 400, NOT_NAMED, ["pictures.example", f"{PUBLIC} 80"]),
-    ("http://pictures.example/redirect?file:///etc/passwd", 400, "no address", ["pictures.example", f"{PUBLIC} 80"]),
-    ("http://pictures.example/redirect?http://inside.example/", 400, NOT_FETCHED, None),
+    (f"http://pictures.example/redirect?{METADATA}", 400, NOT_NAMED, ASKED),
+    ("http://pictures.example/redirect?http://other.example/a", 400, NOT_NAMED, ASKED),
+    ("http://pictures.example/redirect?file:///etc/passwd", 400, "no address", ASKED),
+    ("http://pictures.example/redirect?http://inside.example/", 400, NOT_FETCHED, [*ASKED, "inside.example"]),
     ("http://other.example/disc.png", 400, NOT_NAMED, []),
     ("http://pictures.example:22/", 400, NOT_NAMED, []),
     ("http://pictures.example@other.example/", 400, NOT_NAMED, []),
     ("http://user:word@pictures.example/disc.png", 400, NOT_NAMED, []),
     ("http://[::ffff:10.0.0.8]:81/", 400, NOT_NAMED, []),
     # a page that is missing, a port where nobody listens and a redirect without an end are told apart by nobody
-    ("http://pictures.example/missing", 400, NOT_FETCHED, ["pictures.example", f"{PUBLIC} 80"]),
+    ("http://pictures.example/missing", 400, NOT_FETCHED, ASKED),
     ("http://pictures.example:8081/disc.png", 400, NOT_FETCHED, ["pictures.example", f"{PUBLIC} 8081"]),
-    ("http://pictures.example/redirect?/redirect", 400, NOT_FETCHED, None),
-    ("http://pictures.example/large", 413, "16 MiB", ["pictures.example", f"{PUBLIC} 80"]),
+    ("http://pictures.example/redirect?/redirect", 400, NOT_FETCHED, ASKED * 4),
+    ("http://pictures.example/large", 413, "16 MiB", ASKED),
 ]
 
 
@@ -211,17 +205,18 @@ def named(tmp_path_factory):
 def test_named_hosts_alone_are_asked_at_the_address_that_was_checked(named, address, status, said, expected):
     client, asked, public, private = named
     asked.write_text("")
+    public.asked.clear()
+    private.asked.clear()
     body = {**HONEST, "messages": message({"type": "image_url", "image_url": {"url": address}})}
     response = client.post(CHAT, json=body)
     assert response.status_code == status and said in response.text, response.text
     lines = asked_elsewhere(asked)
     assert all("escaped" not in line for line in lines)
     found = [value for line in lines for value in line.values()]
-    if expected is not None:
-        assert found == expected
-    assert not {"169.254.169.254 80", "10.0.0.7 80", "127.0.0.1 80", "other.example"} & set(found)
-    if status == 200:
-        assert (public.asked + private.asked)[-1][0] in ("private.example", *NAMES, PRIVATE)
+    assert found == expected
+    # whoever is reached is asked by the name of the address
+    reached = {f"{PUBLIC} 80", f"{PRIVATE} 80"} & set(expected)
+    assert {host for host, _ in public.asked + private.asked} == ({urlsplit(address).hostname} if reached else set())
 
 
 def test_downloads_that_trickle_hold_up_nobody_else(named):
@@ -258,6 +253,43 @@ def test_all_routes_but_health_ask_for_the_key(named):
     assert client.get("/docs").status_code == 404
     assert client.get(CHAT).status_code == 405
     assert honest_answer(client)[1]
+
+
+@pytest.mark.parametrize(
+    ("path", "change"),
+    [
+        (CHAT, {"stop": None}),
+        (CHAT, {"chat_template_kwargs": None, "logit_bias": None, "stream": None}),
+        (CHAT, {"generation_config": '{"stop_strings": null, "max_new_tokens": 4}'}),
+        (COMPLETIONS, {"stop": None}),
+        (RESPONSES, {"parallel_tool_calls": None}),
+    ],
+)
+def test_null_is_as_if_left_out(named, path, change):
+    client, *_ = named
+    asked = {CHAT: HONEST, COMPLETIONS: {"prompt": "noto: flag"}, RESPONSES: {"input": "noto: flag", "stream": False}}
+    answer = client.post(path, json={**asked[path], **change})
+    assert answer.status_code == 200, answer.text
+
+
+def test_this_machine_answers_to_its_addresses_and_to_no_name_that_others_give_it(named):
+    client, *_ = named
+    for host, status in (
+        ("127.0.0.2:8000", 200),
+        ("[::1]:8000", 200),
+        ("localhost", 200),
+        ("127.0.0.2.rebound.example", 421),
+        ("localhost.rebound.example", 421),
+        ("rebound.example", 421),
+        ("0.0.0.0", 421),
+        ("2130706433", 421),
+    ):
+        answer = client.get("/health", headers={"host": host})
+        assert answer.status_code == status, (host, answer.text)
+
+
+def test_what_rules_the_template_is_no_variable_of_it():
+    assert {"sanitize_control_tokens", "chat_template", "tokenize", "truncation", "images", "messages"} <= RESERVED
 
 
 def test_named_arguments_reach_the_template_and_no_others(named):

@@ -13,10 +13,10 @@ def main() -> int:
     if not is_serve_available():
         print("error: the server needs FastAPI and others: pip install 'modeling-moma[serve]'", file=sys.stderr)
         return 2
-    # comes with Transformers
+    # typer comes with Transformers
     import typer
 
-    from ..serving_http.command import command
+    from ..serving_http.server import command
 
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     app.command(help="Serve a model over HTTP in OpenAI's form, as `transformers serve` does.")(command())

@@ -10,21 +10,20 @@ from dataclasses import dataclass
 from typing import Any
 
 from jinja2 import TemplateError
-from transformers import StoppingCriteriaList
-from transformers.cli.serving.utils import BaseHandler, GenerateManager
+from starlette.responses import JSONResponse
+from transformers.cli.serving.utils import BaseHandler
 
 from ..cli.main import is_refusal
 from .downloads import NOT_FETCHED, Downloads
 from .errors import RequestError
 from .fields import ChatSettings, CompletionSettings, ResponseSettings, Settings, check_settings
-from .limits import DOWNLOAD_SECONDS, MAX_WEB_PICTURES, Limits
-from .messages import read_messages
-from .pictures import Picture, read_pictures
-from .tickets import UntilGone, current_ticket
+from .generation import current_request
+from .limits import DOWNLOAD_SECONDS, Limits
+from .messages import Picture, read_messages, read_pictures
 
 
 logger = logging.getLogger("uvicorn.error")
-# raises where marks of pictures and pictures differ in number
+# raises ValueError where placeholders of images and images differ in number
 PROCESSORS = "transformers.processing_utils"
 
 
@@ -83,24 +82,23 @@ class Answering:
         Raises:
             RequestError: it cannot be answered.
         """
-        ticket = current_ticket.get()
+        request = current_request.get()
+        # clients write null for a field that they leave out, which Transformers' handlers take for a value
+        body = {name: value for name, value in body.items() if value is not None}
         pictures = await self._in_thread(self.check, body)
         await self._fetch([picture for picture in pictures if picture.is_of_the_web])
-        await ticket.take_turn()
+        await request.take_turn()
         prompt: Prompt = await self._in_thread(self.read, body, pictures)
-        ticket.seed = body.get("seed")
+        request.seed = body.get("seed")
         try:
             return await self._generate(body, request_id, prompt)
         except ValueError as error:
-            # what only generation can tell of settings that the request brought
+            # some contradictions of a request's `generation_config` show in `generate` alone
             if isinstance(error, RequestError) or body.get("generation_config") is None:
                 raise
             raise RequestError("generation_config", str(error)) from error
 
     async def _fetch(self, pictures: list[Picture]):
-        if len(pictures) > MAX_WEB_PICTURES:
-            field = pictures[MAX_WEB_PICTURES].field
-            raise RequestError(field, f"these are more than {MAX_WEB_PICTURES} pictures of the web.")
         field = ""
         try:
             async with asyncio.timeout(DOWNLOAD_SECONDS):
@@ -127,7 +125,7 @@ class Answering:
         handler._validate_request(body)
         try:
             model_id, model, processor = handler._resolve_model(body)
-        # a server without a model of its own, asked for one that is not there
+        # only a server without a model of its own is asked for one that does not exist
         except (OSError, ValueError) as error:
             logger.warning("The model of a request cannot be loaded: %.300s", error)
             raise RequestError("model", "it cannot be loaded; the log of the server says why.", 404) from error
@@ -140,7 +138,7 @@ class Answering:
             inputs = tokenizer(body["prompt"], return_tensors=tensors)
         else:
             messages = handler._normalize_input(body) if self.route.messages == "input" else body["messages"]
-            arguments = {**handler.chat_template_kwargs, **(body.get("chat_template_kwargs") or {})}
+            arguments = {**handler.chat_template_kwargs, **body.get("chat_template_kwargs", {})}
             try:
                 inputs = processor.apply_chat_template(
                     handler.get_processor_inputs_from_messages(messages, modality),
@@ -156,7 +154,7 @@ class Answering:
                 raise RequestError(self.route.messages, f"the chat template refuses them: {error}.") from error
         if not uses_batching:
             inputs = inputs.to(model.device)
-        # the seed is set where generation begins
+        # the seed is set when generation begins, see `ActiveRequest.running`
         asked = {name: value for name, value in body.items() if name != "seed"}
         settings = handler._build_generation_config(asked, model.generation_config, use_cb=uses_batching)
         if settings.max_new_tokens is not None:
@@ -178,12 +176,11 @@ class Answering:
             *rest,
             prompt.inputs,
             prompt.settings,
+            manager,
         ]
-        arguments.append(manager)
         if self.route.settings is CompletionSettings:
             arguments.append(body.get("suffix"))
-        # that of responses streams unless it is told not to
-        if body.get("stream", self.route is RESPONSE):
+        if body["stream"]:
             return self.handler._streaming(*arguments)
         try:
             return await self.handler._non_streaming(*arguments)
@@ -193,45 +190,16 @@ class Answering:
             raise
 
 
-class CheckedManager(GenerateManager):
-    """Generates until an answer is whole or its client has gone.
-
-    The server hands `generate` the processor as its tokenizer, which has no vocabulary to look for stop strings in.
-    """
-
-    def generate_streaming(self, model, processor, inputs, gen_config, request_id, response_parser=None):
-        tokenizer = getattr(processor, "tokenizer", processor)
-        return super().generate_streaming(model, tokenizer, _ending(inputs), gen_config, request_id, response_parser)
-
-    async def generate_non_streaming(self, model, processor, inputs, gen_config, request_id):
-        tokenizer = getattr(processor, "tokenizer", processor)
-        return await super().generate_non_streaming(model, tokenizer, _ending(inputs), gen_config, request_id)
-
-    def submit(self, fn, *args, **kwargs):
-        return super().submit(current_ticket.get().running(fn), *args, **kwargs)
-
-    def async_submit(self, fn, *args, **kwargs):
-        answer = super().async_submit(current_ticket.get().running(fn), *args, **kwargs)
-        # it is set when the generation ends, and an error is none where nobody waits any more
-        answer.add_done_callback(lambda done: done.cancelled() or done.exception())
-        return asyncio.shield(answer)
-
-
-def _ending(inputs: Any) -> dict[str, Any]:
-    """The arguments of `generate`, which stops once the client has gone."""
-    return {**inputs, "stopping_criteria": StoppingCriteriaList([UntilGone(current_ticket.get().gone)])}
-
-
 def check_prompt(model: Any, inputs: Any, gen_config: Any):
     """Raise a [`RequestError`] for a prompt that is empty or fills the context, or a bias of no token."""
-    # rows of ids, or ids alone where requests are batched
+    # continuous batching takes a list of ids, `generate` a tensor of rows
     ids = inputs["input_ids"]
     length = len(ids) if isinstance(ids, list) else ids.shape[-1]
     limit = getattr(model.config, "max_position_embeddings", None)
     field, rope = "messages or prompt", getattr(model.config, "rope_parameters", None) or {}
     if length == 0:
         raise RequestError(field, "they give an empty prompt.")
-    # scaled rotary embeddings are made to go beyond
+    # scaled rotary embeddings are made to go beyond the model's positions
     if limit is not None and rope.get("rope_type") == "default" and length >= limit:
         raise RequestError(field, f"{length} tokens leave no room for an answer in the model's {limit} positions.")
     vocabulary = model.get_input_embeddings().num_embeddings
@@ -242,8 +210,6 @@ def check_prompt(model: Any, inputs: Any, gen_config: Any):
 
 async def refuse(_request: Any, error: Exception):
     """4xx for an input that these packages refuse; anything else is a defect, and stays one."""
-    from fastapi.responses import JSONResponse
-
     if not isinstance(error, RequestError):
         if not is_refusal(error) and _raised_in(error) != PROCESSORS:
             raise error

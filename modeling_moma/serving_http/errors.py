@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The refusal of a request."""
+"""The error of a request, as HTTP answers it."""
 
 RETRY_SECONDS = 5
 
@@ -31,6 +31,11 @@ class RequestError(ValueError):
 
 def short(value: object, most: int = 80) -> str:
     """A value as a message shows it: bodies may hold pictures."""
-    # the text of a long one is not written for nothing
+    # a long value is cut before it is formatted
     text = repr(value[: most + 1] if isinstance(value, (str, bytes, list)) else value)
     return text if len(text) <= most else f"{text[: most - 3]}..."
+
+
+def short_name(name: str) -> str:
+    """A name as part of a field, without quotation marks."""
+    return short(name).strip("'")

@@ -29,11 +29,11 @@ from .limits import (
 )
 
 
-SEED = 2**63 - 1
+MAX_SEED = 2**63 - 1
 
 
 def _refusal(reason: str) -> PydanticCustomError:
-    # braces would be taken for names of a template
+    # pydantic would take braces of the reason for names of its message template
     return PydanticCustomError("refused", "{reason}", {"reason": reason})
 
 
@@ -85,11 +85,11 @@ One = Annotated[Any, AfterValidator(_one)]
 Short = Annotated[str, Field(max_length=512)]
 NewTokens = Annotated[int, Field(ge=1), AfterValidator(_new_tokens)]
 Stops = Annotated[Any, BeforeValidator(_stops)]
-Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class _Fields(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class StreamOptions(_Fields):
@@ -114,32 +114,49 @@ class GenerationSettings(_Fields):
     renormalize_logits: bool | None = None
     max_new_tokens: NewTokens | None = None
     min_new_tokens: Annotated[int, Field(ge=0), AfterValidator(_new_tokens)] | None = None
-    max_time: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
-    temperature: Annotated[float, Field(gt=0, le=100, allow_inf_nan=False)] | None = None
+    max_time: Annotated[float, Field(gt=0)] | None = None
+    temperature: Annotated[float, Field(gt=0, le=100)] | None = None
     top_k: Annotated[int, Field(ge=0, le=2**20)] | None = None
     top_p: Share | None = None
     min_p: Share | None = None
     typical_p: Share | None = None
-    repetition_penalty: Annotated[float, Field(ge=0.01, le=10, allow_inf_nan=False)] | None = None
-    length_penalty: Annotated[float, Field(ge=-10, le=10, allow_inf_nan=False)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=10)] | None = None
+    length_penalty: Annotated[float, Field(ge=-10, le=10)] | None = None
     no_repeat_ngram_size: Annotated[int, Field(ge=0, le=64)] | None = None
-    guidance_scale: Annotated[float, Field(ge=1, le=20, allow_inf_nan=False)] | None = None
+    guidance_scale: Annotated[float, Field(ge=1, le=20)] | None = None
     num_beams: Annotated[int, Field(ge=1, le=MAX_BEAMS)] | None = None
     num_return_sequences: One = 1
-    stop_strings: Stops = None
+    stop_strings: Stops | None = None
 
 
 class Settings(_Fields):
     """Fields that every kind of request has."""
 
     model: Short | None = None
-    temperature: Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Share | None = None
-    seed: Annotated[int, Field(ge=-SEED, le=SEED)] | None = None
-    stream: bool | None = None
+    seed: Annotated[int, Field(ge=-MAX_SEED, le=MAX_SEED)] | None = None
+    stream: bool = False
     stream_options: StreamOptions | None = None
     generation_config: Annotated[str, Field(max_length=4096)] | None = None
     user: Short | None = None
+
+
+class _Completing(Settings):
+    """Fields of chat and of completions."""
+
+    max_tokens: NewTokens | None = None
+    # the server sets repetition_penalty to 1 + frequency_penalty, which must stay above 0
+    frequency_penalty: Annotated[float, Field(ge=-0.99, le=2)] | None = None
+    presence_penalty: Unused = None
+    stop: Stops | None = None
+    n: One = 1
+    logprobs: Unused = None
+
+
+class _Conversing(Settings):
+    """Fields of chat and of responses."""
+
     metadata: Annotated[dict[Short, Short], Field(max_length=16)] | None = None
     safety_identifier: Short | None = None
     prompt_cache_key: Short | None = None
@@ -151,54 +168,38 @@ class Settings(_Fields):
     tool_choice: Literal["none", "auto"] | None = None
 
 
-class CompletionSettings(Settings):
+class CompletionSettings(_Completing):
     """`/v1/completions`."""
 
     prompt: Annotated[str, Field(min_length=1)]
     suffix: Short | None = None
-    max_tokens: NewTokens | None = None
-    frequency_penalty: Annotated[float, Field(ge=-0.99, le=2, allow_inf_nan=False)] | None = None
-    presence_penalty: Unused = None
-    stop: Stops = None
-    n: One = 1
     best_of: One = 1
     echo: Unused = None
-    logprobs: Unused = None
     logit_bias: Unused = None
 
 
-class ChatSettings(Settings):
+Bias = Annotated[float, Field(ge=-100, le=100)]
+TokenId = Annotated[str, Field(pattern="^[0-9]{1,9}$")]
+
+
+class ChatSettings(_Completing, _Conversing):
     """`/v1/chat/completions`."""
 
     messages: Any = None
-    max_tokens: NewTokens | None = None
     max_completion_tokens: NewTokens | None = None
-    frequency_penalty: Annotated[float, Field(ge=-0.99, le=2, allow_inf_nan=False)] | None = None
-    presence_penalty: Unused = None
-    stop: Stops = None
-    n: One = 1
-    logprobs: Unused = None
-    logit_bias: (
-        Annotated[
-            dict[
-                Annotated[str, Field(pattern="^[0-9]{1,9}$")],
-                Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)],
-            ],
-            Field(min_length=1, max_length=MAX_BIASES),
-        ]
-        | None
-    ) = None
+    logit_bias: Annotated[dict[TokenId, Bias], Field(min_length=1, max_length=MAX_BIASES)] | None = None
     chat_template_kwargs: Annotated[dict[str, Any], AfterValidator(_template_arguments)] | None = None
     response_format: Format | None = None
     modalities: list[Literal["text"]] | None = None
 
 
-class ResponseSettings(Settings):
-    """`/v1/responses`."""
+class ResponseSettings(_Conversing):
+    """`/v1/responses`, which streams unless it is told not to."""
 
     input: Any = None
     instructions: str | None = None
     max_output_tokens: NewTokens | None = None
+    stream: bool = True
     text: TextOptions | None = None
     truncation: Literal["disabled"] | None = None
     include: Unused = None
@@ -210,7 +211,7 @@ def check_settings(body: dict[str, Any], kind: type[Settings], limits: Limits):
     Checks all of a body but its messages.
 
     Args:
-        body: may come back with whole numbers made fractions, where generation takes none.
+        body: without nulls; comes back with `stream`, and with fractions where generation takes no whole numbers.
         kind: of the request.
         limits: of the server.
 
@@ -226,26 +227,25 @@ def check_settings(body: dict[str, Any], kind: type[Settings], limits: Limits):
         raise RequestError(
             "model", "there must be the name or the folder of a model: this server has none of its own."
         )
-    if body.get("logit_bias") is not None:
+    body["stream"] = settings.stream
+    if "logit_bias" in body:
         body["logit_bias"] = settings.logit_bias
     if settings.generation_config is not None:
-        # responses are streamed unless they say otherwise
-        is_stream = kind is ResponseSettings if settings.stream is None else settings.stream
-        _check_generation_config(settings.generation_config, is_stream, limits)
+        _check_generation_config(settings.generation_config, settings.stream, limits)
 
 
 def _check_values(body: dict[str, Any]):
     """All texts can be encoded and are not too long together, all numbers are finite, and nothing is nested deep."""
     characters = 0
-    waiting: list[tuple[str, Any, int]] = [("", body, 0)]
-    while waiting:
-        place, value, depth = waiting.pop()
+    pending: list[tuple[str, Any, int]] = [("", body, 0)]
+    while pending:
+        place, value, depth = pending.pop()
         if depth > MAX_DEPTH:
             raise RequestError(place[:80], f"it is nested deeper than {MAX_DEPTH} levels.")
         if isinstance(value, str):
             if not value.isascii():
                 _check_encodable(place, value)
-            # pictures have bounds of their own
+            # images have bounds of their own
             characters += 0 if place.endswith((".image_url", ".image_url.url")) else len(value)
             if characters > MAX_CHARACTERS:
                 raise RequestError(place, f"the texts have more than {MAX_CHARACTERS:,} characters in all.", 413)
@@ -254,9 +254,9 @@ def _check_values(body: dict[str, Any]):
         elif isinstance(value, dict):
             for name in value:
                 _check_encodable(place or "body", name)
-                waiting.append((f"{place}.{name[:64]}" if place else name[:64], value[name], depth + 1))
+                pending.append((f"{place}.{name[:64]}" if place else name[:64], value[name], depth + 1))
         elif isinstance(value, list):
-            waiting += [(f"{place}[{index}]", entry, depth + 1) for index, entry in enumerate(value)]
+            pending += [(f"{place}[{index}]", entry, depth + 1) for index, entry in enumerate(value)]
 
 
 def _check_encodable(place: str, text: str):
@@ -287,7 +287,7 @@ def _check_generation_config(text: str, is_stream: bool, limits: Limits):
         given = json.loads(text)
         if not isinstance(given, dict):
             raise ValueError(f"it holds a {type(given).__name__}")
-    # as deep as a text of this length may be
+    # RecursionError: 4,096 characters may nest deeper than the parser can follow
     except (ValueError, RecursionError) as error:
         raise RequestError(
             name, f"{short(text)} must be the JSON of an object of generation settings ({error})."

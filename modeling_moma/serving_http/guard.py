@@ -3,6 +3,7 @@
 
 import asyncio
 import hmac
+import ipaddress
 import re
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
@@ -11,9 +12,9 @@ from urllib.parse import urlsplit
 from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
 
-from .errors import RequestError, short
+from .errors import RequestError, short, short_name
+from .generation import ActiveRequest, Admission, current_request
 from .limits import BODY_SECONDS, MAX_BODY_BYTES, MAX_VALUES, SEND_SECONDS
-from .tickets import Desk, Ticket, current_ticket
 
 
 Message = MutableMapping[str, Any]
@@ -27,7 +28,7 @@ ROUTES = {
     ("POST", "/v1/completions"),
     ("POST", "/v1/responses"),
 }
-# of a server without a model of its own
+# only a server without a model of its own answers these
 LOADING = {("POST", "/load_model"), ("POST", "/reset")}
 REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 
@@ -37,7 +38,7 @@ class Guard:
 
     Args:
         app: the server.
-        desk: counts requests.
+        admission: counts requests.
         api_key: which all routes but `/health` ask for, or `None`.
         pinned: the one model that is served, or `None`.
         has_cors: whether pages of other sites may ask.
@@ -48,13 +49,13 @@ class Guard:
     def __init__(
         self,
         app: Callable[..., Awaitable[None]],
-        desk: Desk,
+        admission: Admission,
         api_key: str | None = None,
         pinned: str | None = None,
         has_cors: bool = False,
         is_local: bool = True,
     ):
-        self.app, self.desk, self.pinned = app, desk, pinned
+        self.app, self.admission, self.pinned = app, admission, pinned
         self.api_key = None if api_key is None else api_key.encode()
         self.has_cors, self.is_local = has_cors, is_local
 
@@ -78,15 +79,15 @@ class Guard:
                 return
             if length > MAX_BODY_BYTES:
                 raise RequestError("body", f"{length:,} bytes are more than {MAX_BODY_BYTES:,}.", 413)
-            with self.desk.room_for_body(length):
-                # what is read is not read again to be thrown away
+            with self.admission.room_for_body(length):
+                # a body that is read need not be drained
                 length = 0
                 body = await _read(receive)
-                ticket = self.desk.enter()
+                request = self.admission.enter()
                 try:
-                    await self._attend(ticket, scope, body, receive, send)
+                    await self._attend(request, scope, body, receive, send)
                 finally:
-                    ticket.close()
+                    request.close()
         except RequestError as error:
             await _drain(receive, length)
             answer = JSONResponse(error.body(), error.status, {**error.headers(), "Connection": "close"})
@@ -94,7 +95,7 @@ class Guard:
 
     def _check_origin(self, headers: Headers):
         host = headers.get("host", "")
-        if self.is_local and _host_name(host) not in ("localhost", "127.0.0.1", "::1"):
+        if self.is_local and not is_loopback(_host_name(host)):
             raise RequestError("Host", f"{short(host)} is no name of this machine.", 421)
         origin = headers.get("origin")
         if origin is not None and not self.has_cors and origin.partition("://")[2] != host:
@@ -115,7 +116,7 @@ class Guard:
 
     def _check_route(self, scope: MutableMapping[str, Any]):
         route = (scope["method"], scope["path"])
-        if route in ROUTES or route == ("HEAD", "/health"):
+        if route in ROUTES:
             return
         if route in LOADING:
             if self.pinned is None:
@@ -123,9 +124,9 @@ class Guard:
             raise RequestError(scope["path"], f"this server is pinned to {self.pinned!r}.", 403)
         if any(scope["path"] == path for _, path in ROUTES | LOADING):
             raise RequestError(scope["path"], f"{short(scope['method'])} is not answered here.", 405)
-        raise RequestError(short(scope["path"]).strip("'"), "this server has no such route.", 404)
+        raise RequestError(short_name(scope["path"]), "this server has no such route.", 404)
 
-    async def _attend(self, ticket: Ticket, scope: Any, body: bytes, receive: Receive, send: Send):
+    async def _attend(self, request: ActiveRequest, scope: Any, body: bytes, receive: Receive, send: Send):
         """Runs the server until it has answered, or until the client has gone."""
         bodies: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
         is_answered = False
@@ -133,7 +134,7 @@ class Guard:
         async def replay() -> Message:
             if bodies:
                 return bodies.pop()
-            # the end comes by cancelling
+            # a client that has gone is told to the server by cancelling its task
             await asyncio.get_running_loop().create_future()
             return {"type": "http.disconnect"}
 
@@ -146,26 +147,32 @@ class Guard:
                 raise ConnectionAbortedError("the client does not take its answer") from error
             is_answered = message["type"] == "http.response.body" and not message.get("more_body", False)
 
-        current_ticket.set(ticket)
+        current_request.set(request)
         work = asyncio.ensure_future(self.app(scope, replay, send_in_time))
-        hung_up = asyncio.ensure_future(_hung_up(receive))
+        hung_up = asyncio.ensure_future(_wait_for_disconnect(receive))
         try:
             await asyncio.wait((work, hung_up), return_when=asyncio.FIRST_COMPLETED)
-            if is_answered:
+            if is_answered or work.done():
                 await work
-            elif work.done():
-                work.result()
         except ConnectionAbortedError:
             pass
         finally:
-            ticket.close()
+            request.close()
             for task in (work, hung_up):
                 task.cancel()
-            # their own errors have been raised above, or nobody is left to tell
+            # errors of the tasks have been raised above, or no client is left to tell
             await asyncio.gather(work, hung_up, return_exceptions=True)
 
 
-async def _hung_up(receive: Receive):
+def is_loopback(host: str) -> bool:
+    """Whether an address, or a name that nobody else can give away, is of this machine alone."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+async def _wait_for_disconnect(receive: Receive):
     while (await receive())["type"] != "http.disconnect":
         pass
 
@@ -208,7 +215,7 @@ async def _drain(receive: Receive, length: int):
 
 
 def _is_passed_on(name: bytes, value: bytes) -> bool:
-    # it comes back in the answer, and names the request in the server
+    # the server names the request by this header and sends it back, so it must be harmless
     return name.lower() != b"x-request-id" or REQUEST_ID.fullmatch(value) is not None
 
 

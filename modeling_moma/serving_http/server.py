@@ -1,22 +1,35 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`transformers serve` with checked requests."""
+"""`moma serve`: `transformers serve` with its arguments, those of the checks, and checked requests."""
 
-import ipaddress
+import inspect
 import sys
+import warnings
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
+from PIL import Image
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from transformers.cli.serve import Serve
+from typer import Option
 
-from .answering import CHAT, COMPLETION, RESPONSE, Answering, CheckedManager, refuse
-from .downloads import Downloads
-from .guard import Guard
+from .answering import CHAT, COMPLETION, RESPONSE, Answering, refuse
+from .downloads import Downloads, ImageHosts
+from .generation import Admission, CheckedManager
+from .guard import Guard, is_loopback
 from .limits import MAX_CONNECTIONS, READERS, Limits
-from .tickets import Desk
 
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
+
+DEFAULTS = Limits()
+# an address rather than localhost, which a hosts file may send elsewhere
+HOST = "127.0.0.1"
+# arguments of `apply_chat_template` itself, and what the server or the processor gives to a template
+RESERVED = frozenset("audio bos_token eos_token images messages text videos".split()).union(
+    *[inspect.signature(kind.apply_chat_template).parameters for kind in (ProcessorMixin, PreTrainedTokenizerBase)]
+)
 
 
 class CheckedServe(Serve):
@@ -27,6 +40,7 @@ class CheckedServe(Serve):
 
     Args:
         limits: of requests.
+        image_hosts: that pictures may be fetched from.
         api_key: which all routes but `/health` ask for.
         enable_cors, options: of the command.
 
@@ -34,7 +48,14 @@ class CheckedServe(Serve):
         ValueError: an empty key, or a server of any model that others could reach or that runs the models' own code.
     """
 
-    def __init__(self, limits: Limits, api_key: str | None = None, enable_cors: bool = False, **options):
+    def __init__(
+        self,
+        limits: Limits,
+        image_hosts: ImageHosts,
+        api_key: str | None = None,
+        enable_cors: bool = False,
+        **options,
+    ):
         host, pinned = options["host"], options.get("force_model")
         if api_key is not None and not api_key.strip():
             raise ValueError("--api-key: it is empty; leave it out to let everybody in who reaches the server.")
@@ -46,21 +67,24 @@ class CheckedServe(Serve):
             raise ValueError("--trust-remote-code: requests could have any code run: name the model.")
         if api_key is None and not is_loopback(host):
             print(f"warning: everybody who reaches {host} is let in (--api-key)", file=sys.stderr)
-        self.limits, self.api_key, self.has_cors, self.is_local = limits, api_key, enable_cors, is_loopback(host)
+        self.limits, self.image_hosts = limits, image_hosts
+        self.api_key, self.has_cors, self.is_local = api_key, enable_cors, is_loopback(host)
         super().__init__(enable_cors=enable_cors, non_blocking=True, **options)
 
     def start_server(self):
         """Add the checks, and serve."""
+        # requests are bounded by `MAX_PIXELS`, below where Pillow warns
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         app, limits = cast("FastAPI", self.server.config.app), self.limits
         readers = ThreadPoolExecutor(max_workers=READERS, thread_name_prefix="reader")
-        downloads = Downloads(limits.image_hosts)
+        downloads = Downloads(self.image_hosts)
         for handler, route in (
             (self._chat_handler, CHAT),
             (self._completion_handler, COMPLETION),
             (self._response_handler, RESPONSE),
         ):
             handler.handle_request = Answering(handler, route, limits, readers, downloads)
-        # managers are made at a model's first request, and this one takes its place
+        # Transformers makes a manager at a model's first request; ours is put there before
         managers = self._generation_state._generate_managers
         get_manager = self._generation_state.get_manager
 
@@ -73,7 +97,7 @@ class CheckedServe(Serve):
         app.add_exception_handler(ValueError, refuse)
         app.add_middleware(
             Guard,
-            desk=Desk(limits.max_requests, limits.max_waiting),
+            admission=Admission(limits.max_requests, limits.max_waiting),
             api_key=self.api_key,
             pinned=limits.pinned,
             has_cors=self.has_cors,
@@ -84,9 +108,79 @@ class CheckedServe(Serve):
         self.server.run()
 
 
-def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach an address to listen on."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
+def serve(
+    *,
+    api_key: Annotated[
+        str | None,
+        Option(
+            help="Key that all routes but /health ask for, as `Authorization: Bearer KEY`. Others on this machine see "
+            "arguments: the variable is safer.",
+            envvar="MOMA_API_KEY",
+        ),
+    ] = None,
+    image_hosts: Annotated[
+        list[str] | None,
+        Option(
+            help="Host that pictures may be fetched from, with a port or without; may be repeated. By default none. "
+            "A host at a private address needs the address, or its network, named as well."
+        ),
+    ] = None,
+    template_arguments: Annotated[
+        list[str] | None,
+        Option(help="Name that `chat_template_kwargs` of a request may set; may be repeated. By default none."),
+    ] = None,
+    max_requests: Annotated[int, Option(help="Requests processed concurrently.", min=1)] = DEFAULTS.max_requests,
+    max_waiting: Annotated[
+        int, Option(help="Requests queued beside them; more get status 429.", min=0)
+    ] = DEFAULTS.max_waiting,
+    max_new_tokens: Annotated[
+        int, Option(help="Tokens of an answer that may be asked for.", min=1)
+    ] = DEFAULTS.max_new_tokens,
+    max_seconds: Annotated[
+        float, Option(help="Seconds of generation after which an answer ends.", min=0.1)
+    ] = DEFAULTS.max_seconds,
+    **options: Any,
+):
+    """
+    Serves until it is told to end.
+
+    Args:
+        api_key, image_hosts, template_arguments: who may come, and what they may say.
+        max_requests, max_waiting, max_new_tokens, max_seconds: see [`Limits`].
+        options: of `transformers serve`.
+
+    Raises:
+        ValueError: an argument that would let others in unawares.
+    """
+    names = frozenset(_split(template_arguments))
+    if taken := sorted(names & RESERVED):
+        raise ValueError(f"--template-arguments: {taken[0]!r} rules the template, and is no variable of it.")
+    limits = Limits(
+        max_requests=max_requests,
+        max_waiting=max_waiting,
+        max_new_tokens=max_new_tokens,
+        max_seconds=max_seconds,
+        template_arguments=names,
+        pinned=options["force_model"],
+    )
+    CheckedServe(limits, ImageHosts.from_entries(_split(image_hosts)), api_key, **options)
+
+
+def command() -> Callable:
+    """[`serve`] with all arguments in its signature, which typer reads."""
+    given = dict(inspect.signature(Serve).parameters)
+    del given["non_blocking"]
+    given["host"] = given["host"].replace(default=HOST)
+    own = [value for value in inspect.signature(serve).parameters.values() if value.name != "options"]
+    signature = [value.replace(kind=inspect.Parameter.KEYWORD_ONLY) for value in given.values()] + own
+
+    def run(**arguments: Any):
+        serve(**arguments)
+
+    vars(run)["__signature__"] = inspect.Signature(signature)
+    return run
+
+
+def _split(values: list[str] | None) -> list[str]:
+    """Entries of a repeated argument, or of one with commas."""
+    return [entry for value in values or [] for entry in value.split(",") if entry.strip()]

@@ -3,18 +3,15 @@
 
 import base64
 import io
-import os
-import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from helpers.processes import free_port
 from helpers.served import CONFIGURATIONS, greedy, prompts, save, served_model
 from helpers.tiny import noise_pictures, tiny_processor
 from modeling_moma.serving_vllm import guided_frame, server_logprobs
-from server_process import stop, wait_until_healthy
+from server_process import running
 
 
 pytest.importorskip("vllm", reason="vLLM has an environment of its own: `make test-vllm`")
@@ -39,26 +36,19 @@ def model(processor):
 def client(model, processor, tmp_path_factory):
     folder = tmp_path_factory.mktemp("server")
     saved = save(model, processor, folder, "model")
-    port = free_port()
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(saved)]
     command += ["--served-model-name", NAME, "--dtype", "float32", "--max-logprobs", "-1"]
-    command += ["--host", "127.0.0.1", "--port", str(port), "--max-num-seqs", "64"]
-    # the engine in a process of its own, as vLLM has it
-    environment = {key: value for key, value in os.environ.items() if key != "VLLM_ENABLE_V1_MULTIPROCESSING"}
-    environment.update(NO_PROXY="127.0.0.1", no_proxy="127.0.0.1")
-    log = folder / "log.txt"
-    with log.open("w") as output:
-        server = subprocess.Popen(command, cwd=folder, env=environment, stdout=output, stderr=subprocess.STDOUT)
-    try:
-        wait_until_healthy(server, f"http://127.0.0.1:{port}/health", log, START_SECONDS)
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("NO_PROXY", "127.0.0.1")
-            patch.setenv("no_proxy", "127.0.0.1")
-            with openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0) as client:
-                yield client
-    finally:
-        # its engine ends with it
-        stop(server)
+    command += ["--host", "127.0.0.1", "--max-num-seqs", "64"]
+    # the engine in a process of its own, as vLLM has it, which ends with the server
+    variables = {"VLLM_ENABLE_V1_MULTIPROCESSING": None, "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}
+    with (
+        running(command, folder / "log.txt", seconds=START_SECONDS, cwd=folder, variables=variables) as (address, _),
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        patch.setenv("NO_PROXY", "127.0.0.1")
+        patch.setenv("no_proxy", "127.0.0.1")
+        with openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0) as client:
+            yield client
 
 
 def complete(client, answer):
