@@ -32,7 +32,7 @@ test-lowest: $(LOWEST_VENV)/.installed
 
 # the real vLLM on a CPU: its wheel asks for torch 2.13.0+cpu, which PyTorch's own index of CPU wheels has
 test-vllm: $(VLLM_VENV)/.installed
-	OMP_NUM_THREADS=1 $(VLLM_RUN) -m pytest -q tests/serving_vllm
+	OMP_NUM_THREADS=1 $(VLLM_RUN) -m pytest -q tests/serving/vllm
 
 # Chromium for the test of the page: its absence skips that test, so nothing here fails
 browser:

@@ -75,7 +75,7 @@ def test_wheel_holds_the_packages_and_nothing_else(wheel):
         scripts, plugins = archive.read(entry_points).decode().split("[vllm.general_plugins]")
         assert "moma = modeling_moma.cli.main:main" in scripts
         # where vLLM finds the package
-        assert "moma = modeling_moma.serving_vllm.plugin:register" in plugins
+        assert "moma = modeling_moma.serving.vllm.plugin:register" in plugins
     sources = [path for name in ("modeling_moma", "tokenization") for path in (ROOT / name).rglob("*.py")]
     assert files == {str(path.relative_to(ROOT)) for path in sources}
 

@@ -16,7 +16,7 @@ def main() -> int:
     # typer comes with Transformers
     import typer
 
-    from ..serving_http.server import command
+    from ..serving.http.server import command
 
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     app.command(help="Serve a model over HTTP in OpenAI's form, as `transformers serve` does.")(command())

@@ -13,7 +13,7 @@ from jinja2 import TemplateError
 from starlette.responses import JSONResponse
 from transformers.cli.serving.utils import BaseHandler
 
-from ..cli.main import is_refusal
+from ...cli.main import is_refusal
 from .downloads import NOT_FETCHED, Downloads
 from .errors import RequestError
 from .fields import ChatSettings, CompletionSettings, ResponseSettings, Settings, check_settings

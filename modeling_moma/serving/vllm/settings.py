@@ -9,11 +9,11 @@ from vllm.transformers_utils.model_arch_config_convertor import (  # pyright: ig
     ModelArchConfigConvertorBase,
 )
 
-from ..configuration_moma import MomaConfig
+from ...configuration_moma import MomaConfig
 from .grammar import SERVED_MODES, FrameGrammar
 
 
-GRAMMAR = "modeling_moma.serving_vllm.logits_processor:MomaLogitsProcessor"
+GRAMMAR = "modeling_moma.serving.vllm.logits_processor:MomaLogitsProcessor"
 RUNNER = "VLLM_USE_V2_MODEL_RUNNER"
 
 

@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 
-from ..configuration_moma import MomaConfig
-from ..frames_moma import IMAGE
+from ...configuration_moma import MomaConfig
+from ...frames_moma import IMAGE
 from .grammar import FREE, FrameGrammar, FrameRow
 
 
-# log-probabilities `[V]` of the token after each of some rows of ids
+# takes rows of ids, and gives each the log-probabilities `[V]` of its next token
 NextLogprobs = Callable[[list[list[int]]], Sequence[torch.Tensor]]
 
 
@@ -83,9 +83,10 @@ def guided_frame(
 
 def engine_logprobs(llm: Any) -> NextLogprobs:
     """Ask vLLM's `LLM`, made with `max_logprobs=-1`."""
-    from vllm import SamplingParams  # pyright: ignore[reportMissingImports]
+    # without vLLM pyright takes this folder for it
+    from vllm import SamplingParams  # pyright: ignore[reportAttributeAccessIssue]
 
-    # names of all tokens would take longer than the model
+    # detokenizing the whole vocabulary would take longer than the model
     params = SamplingParams(
         max_tokens=1, temperature=0.0, logprobs=-1, detokenize=False, extra_args={"generation_mode": FREE}
     )
@@ -119,7 +120,7 @@ def server_logprobs(client: Any, model: str, vocab_size: int) -> NextLogprobs:
         )
         choices = sorted(answer.choices, key=lambda choice: choice.index)
         tables = [choice.logprobs.top_logprobs[0] for choice in choices]
-        # tokens are named "token_id:17"
+        # the server names tokens "token_id:17"
         return [_row({int(name.rpartition(":")[2]): value for name, value in table.items()}) for table in tables]
 
     return ask

@@ -20,7 +20,7 @@ from helpers.tiny import tiny_model, tiny_processor
 from server_process import running
 
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[3]
 NAME = "model_cards/moma-emoji"
 # Transformers' own command
 SERVER = """

@@ -9,7 +9,7 @@ from vllm.logger import init_logger  # pyright: ignore[reportMissingImports]
 from vllm.v1.sample.logits_processor import LogitsProcessor  # pyright: ignore[reportMissingImports]
 from vllm.v1.sample.logits_processor.builtin import process_dict_updates  # pyright: ignore[reportMissingImports]
 
-from ..frames_moma import TEXT
+from ...frames_moma import TEXT
 from .grammar import FREE, SERVED_MODES, FrameGrammar, FrameRow
 
 

@@ -2,7 +2,7 @@
 """The grammar of frames one row and one token at a time, as servers need it: the rules of `generation_mode`.
 
 `generate` reads a batch of equal length anew in every step. A server has rows of all lengths that come and go, so here
-each row remembers where it stands. Both allow the same tokens (`tests/serving_vllm/test_grammar.py`).
+each row remembers where it stands. Both allow the same tokens (`tests/serving/vllm/test_grammar.py`).
 
 Shape suffixes: V vocabulary.
 """
@@ -12,13 +12,13 @@ from dataclasses import dataclass
 
 import torch
 
-from ..configuration_moma import MomaConfig
-from ..frames_moma import TEXT, ModalityFrame
-from ..generation_moma import INTERLEAVED
-from ..logits_process_moma import TextOnlyLogitsProcessor
+from ...configuration_moma import MomaConfig
+from ...frames_moma import TEXT, ModalityFrame
+from ...generation_moma import INTERLEAVED
+from ...logits_process_moma import TextOnlyLogitsProcessor
 
 
-# no grammar at all
+# the mode in which no grammar applies
 FREE = "free"
 # modes of the models that this process has been asked to serve
 SERVED_MODES: set[str] = set()
@@ -78,7 +78,7 @@ class FrameGrammar:
             row_R = torch.tensor(rows, device=logits_BV.device)
             if verdict.forced is not None:
                 logits_BV.index_fill_(0, row_R, -torch.inf)
-                # possible even where another processor forbade it
+                # 0 also undoes a ban of another logits processor
                 logits_BV[row_R, verdict.forced] = 0.0
                 continue
             banned_V = ~self._mask(verdict).to(logits_BV.device)

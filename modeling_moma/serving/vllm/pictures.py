@@ -20,7 +20,7 @@ from vllm.multimodal.processing import (  # pyright: ignore[reportMissingImports
 
 
 PLACEHOLDER = "<image>"
-# ids of the codes of each picture
+# the processor's output with the token ids of each image
 PICTURE_IDS = "picture_ids"
 
 

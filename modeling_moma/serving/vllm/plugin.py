@@ -11,21 +11,22 @@ def register() -> None:
     vLLM calls this in each of its processes (`vllm.general_plugins` in the package's metadata). Calling it again
     changes nothing. Models of other packages are not touched.
     """
-    from vllm import ModelRegistry  # pyright: ignore[reportMissingImports]
+    # without vLLM pyright takes this folder for it
+    from vllm import ModelRegistry  # pyright: ignore[reportAttributeAccessIssue]
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP  # pyright: ignore[reportMissingImports]
     from vllm.transformers_utils.model_arch_config_convertor import (  # pyright: ignore[reportMissingImports]
         MODEL_ARCH_CONFIG_CONVERTORS,
     )
 
-    # registers the Auto classes
+    # the import registers the Auto classes
     import modeling_moma  # noqa: F401
 
     from .settings import MomaArchConfigConvertor, MomaServingConfig
 
     MODEL_ARCH_CONFIG_CONVERTORS[MODEL_TYPE] = MomaArchConfigConvertor
     MODELS_CONFIG_MAP[ARCHITECTURE] = MomaServingConfig
-    # by its name, so that no process imports the model before it needs it
-    ModelRegistry.register_model(ARCHITECTURE, "modeling_moma.serving_vllm.model:MomaForVllm")
+    # given by name, the model is imported only by processes that need it
+    ModelRegistry.register_model(ARCHITECTURE, "modeling_moma.serving.vllm.model:MomaForVllm")
 
 
 __all__ = ["ARCHITECTURE", "MODEL_TYPE", "register"]

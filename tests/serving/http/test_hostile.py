@@ -26,11 +26,11 @@ from benchmarks.serving_requests import CHAT, COMPLETIONS, message  # noqa: E402
 from helpers.hostile_requests import RESPONSES, hostile_requests  # noqa: E402
 from helpers.recorders import recorder  # noqa: E402
 from modeling_moma.cli.main import main as moma  # noqa: E402
-from modeling_moma.serving_http.server import RESERVED  # noqa: E402
+from modeling_moma.serving.http.server import RESERVED  # noqa: E402
 from server_process import running  # noqa: E402
 
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[3]
 NAME = "model_cards/moma-emoji"
 # seconds that an honest client may wait
 PATIENCE = 5.0

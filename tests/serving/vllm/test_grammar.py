@@ -13,7 +13,7 @@ from modeling_moma.logits_process_moma import (
     OneFrameLogitsProcessor,
     TextOnlyLogitsProcessor,
 )
-from modeling_moma.serving_vllm import FREE, FrameGrammar, FrameRow
+from modeling_moma.serving.vllm import FREE, FrameGrammar, FrameRow
 
 
 AUDIO = "audio"

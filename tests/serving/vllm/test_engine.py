@@ -15,7 +15,7 @@ vllm = pytest.importorskip("vllm", reason="vLLM has an environment of its own: `
 
 from vllm.exceptions import VLLMValidationError  # noqa: E402
 
-from modeling_moma.serving_vllm import engine_logprobs, guided_frame  # noqa: E402
+from modeling_moma.serving.vllm import engine_logprobs, guided_frame  # noqa: E402
 
 
 @contextmanager
@@ -70,7 +70,7 @@ def saved(processor, tmp_path_factory):
 
 def test_the_plugin_is_found():
     found = {entry.name: entry.value for entry in entry_points(group="vllm.general_plugins")}
-    assert found["moma"] == "modeling_moma.serving_vllm.plugin:register"
+    assert found["moma"] == "modeling_moma.serving.vllm.plugin:register"
 
 
 @pytest.mark.parametrize("name", CONFIGURATIONS)

@@ -10,7 +10,7 @@ import pytest
 
 from helpers.served import CONFIGURATIONS, greedy, prompts, save, served_model
 from helpers.tiny import noise_pictures, tiny_processor
-from modeling_moma.serving_vllm import guided_frame, server_logprobs
+from modeling_moma.serving.vllm import guided_frame, server_logprobs
 from server_process import running
 
 

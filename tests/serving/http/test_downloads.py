@@ -13,8 +13,8 @@ import pytest
 pytest.importorskip("httpx", reason="`pip install transformers[serving]` is missing")
 
 from helpers.recorders import recorder  # noqa: E402
-from modeling_moma.serving_http.downloads import Downloads, ImageHosts  # noqa: E402
-from modeling_moma.serving_http.errors import RequestError  # noqa: E402
+from modeling_moma.serving.http.downloads import Downloads, ImageHosts  # noqa: E402
+from modeling_moma.serving.http.errors import RequestError  # noqa: E402
 
 
 @pytest.mark.parametrize(

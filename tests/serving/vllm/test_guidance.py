@@ -6,7 +6,7 @@ import torch
 
 from helpers.served import greedy, prompts, served_model
 from helpers.tiny import tiny_processor
-from modeling_moma.serving_vllm import guided_frame
+from modeling_moma.serving.vllm import guided_frame
 
 
 @pytest.fixture(scope="module")
