@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pictures while their codes arrive: from `generate` in a thread to what a visitor sees."""
+"""A model as the page asks it: pictures while their codes arrive, from `generate` in a thread to a visitor."""
 
 import threading
 
@@ -8,10 +8,7 @@ import pytest
 import torch
 
 from helpers.tiny import noise_pictures, tiny_model, tiny_processor
-from modeling_moma.demo.partial_pictures import PAPER, PartialPictures
-from modeling_moma.demo.showing import LEAST_SIDE, enlarged
-from modeling_moma.demo.streaming import stream_ids
-from modeling_moma.demo.studio import Studio
+from modeling_moma.demo.studio import PAPER, PartialPictures, Studio, stream_ids
 
 
 # 16 codes of 4 x 4 pixels each
@@ -147,10 +144,3 @@ def test_answers_end_with_the_context_and_a_prompt_without_room_is_refused(studi
         next(studio.answer("red apple " * 200, []))
     with pytest.raises(ValueError, match="shorten"):
         studio.route(None, "red apple " * 200)
-
-
-def test_small_pictures_are_enlarged_by_whole_numbers():
-    picture = noise_pictures(1)[0]
-    shown = enlarged(picture)
-    assert shown.size == (LEAST_SIDE, LEAST_SIDE) and shown.getpixel((15, 15)) == picture.getpixel((0, 0))
-    assert enlarged(shown).size == shown.size
