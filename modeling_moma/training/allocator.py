@@ -20,7 +20,8 @@ def keep_freed_memory() -> bool:
 
     Gradients, logits and activations of a training step on a CPU are as large as those of the step before. Asked for
     anew, each of their pages is cleared and entered again, which takes 12 to 16 % of a step
-    (`python -m benchmarks.kept_memory`). The peak grows by 2 to 5 %, and the process does not shrink before it ends.
+    (`benchmarks/reports/2026-11-27-what-was-tried-cpu.md`). The peak grows by 2 to 5 %, and the process does not
+    shrink before it ends.
 
     Returns:
         Whether it does: not without glibc, nor where the environment sets glibc's allocator already.
