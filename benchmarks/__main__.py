@@ -23,7 +23,7 @@ from benchmarks.speed.cases import CASES
 from benchmarks.speed.clock import BusyMachineError
 from benchmarks.speed.comparison import Outcome, run_case
 from benchmarks.speed.results import report
-from modeling_moma.training.allocator import keep_freed_memory
+from modeling_moma.utils.hardware import keep_freed_memory
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:

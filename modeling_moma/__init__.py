@@ -4,7 +4,7 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from .tools.import_notices import without_import_notices
+from .utils.messages import without_import_notices
 
 
 # Transformers imports torchao for its quantizers
@@ -23,27 +23,27 @@ from transformers import (
 
 from tokenization import MomaImageProcessor, MomaImageProcessorPil, MomaProcessor, MomaVQConfig, MomaVQModel
 
+from .calibration.thresholds import calibrate_auxiliary_thresholds, calibrate_thresholds
 from .configuration_moma import MomaConfig
+from .export.quantization import quantized_share, torchao_config
 from .modeling_moma import MomaCausalLMOutput, MomaForCausalLM, MomaModel, MomaPreTrainedModel
-from .tools.calibration import calibrate_auxiliary_thresholds, calibrate_thresholds
-from .tools.code_embeddings import initialize_code_embeddings
-from .tools.costs import eta, flops_per_token, training_flops
-from .tools.freezing import freeze_all_but, freeze_groups
-from .tools.quantization import quantized_share, torchao_config
-from .tools.upcycling import parse_experts, upcycle, upcycled_config
-from .tools.upcycling_receipt import UpcyclingReceipt, upcycling_receipt
+from .planning.costs import eta, flops_per_token, training_flops
+from .training.code_embeddings import initialize_code_embeddings
+from .training.freezing import freeze_all_but, freeze_groups
+from .upcycling.report import UpcyclingReceipt, upcycling_receipt
+from .upcycling.upcycle import parse_experts, upcycle, upcycled_config
 
 
 if TYPE_CHECKING:
-    from .tools.auxiliary_training import AuxiliaryRouterTrainer, add_auxiliary_routers, auxiliary_report
-    from .tools.callbacks import MomaMetricsCallback
+    from .calibration.auxiliary_training import AuxiliaryRouterTrainer, add_auxiliary_routers, auxiliary_report
+    from .training.metrics_callback import MomaMetricsCallback
 
 # imported when they are asked for: Transformers' Trainer brings PEFT and bitsandbytes along where they are installed
 _OF_TRAINER = {
-    "AuxiliaryRouterTrainer": "auxiliary_training",
-    "MomaMetricsCallback": "callbacks",
-    "add_auxiliary_routers": "auxiliary_training",
-    "auxiliary_report": "auxiliary_training",
+    "AuxiliaryRouterTrainer": "calibration.auxiliary_training",
+    "MomaMetricsCallback": "training.metrics_callback",
+    "add_auxiliary_routers": "calibration.auxiliary_training",
+    "auxiliary_report": "calibration.auxiliary_training",
 }
 
 
@@ -51,7 +51,7 @@ def __getattr__(name: str) -> Any:
     if name not in _OF_TRAINER:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     with without_import_notices():
-        return getattr(importlib.import_module(f".tools.{_OF_TRAINER[name]}", __name__), name)
+        return getattr(importlib.import_module(f".{_OF_TRAINER[name]}", __name__), name)
 
 
 # `exist_ok`: the package may be imported anew, or beside a Transformers with a `moma` of its own

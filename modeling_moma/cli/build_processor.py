@@ -9,11 +9,11 @@ from transformers import PreTrainedTokenizerFast
 from tokenization import MomaImageProcessor, MomaProcessor, add_picture_tokens, train_text_tokenizer
 
 from ..data.corpus import source_texts
+from ..data.encoding import CHAT_TEMPLATE
 from ..data.kinds import InterleavedKind
-from ..training.chat import CHAT_TEMPLATE
-from ..training.files import refuse_files, write_folder_aside
+from ..hub.loading import open_picture_tokenizer, open_text_tokenizer
 from ..training.recipe import Recipe, read_recipe
-from ..training.saved import open_picture_tokenizer, open_text_tokenizer
+from ..utils.atomic_files import refuse_files, write_folder_aside
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:

@@ -9,12 +9,12 @@ from .. import (
     calibrate_auxiliary_thresholds,
     calibrate_thresholds,
 )
-from ..training.changed_routers import save_with_processor
-from ..training.examples import check_layout, open_documents
-from ..training.files import refuse_files
-from ..training.measures import held_out_batches, load_model
-from ..training.router_table import router_table
-from ..training.saved import open_processor
+from ..calibration.auxiliary_training import save_with_processor
+from ..data.examples import check_layout, open_documents
+from ..evaluation.measures import held_out_batches, load_model
+from ..evaluation.report import router_table
+from ..hub.loading import open_processor
+from ..utils.atomic_files import refuse_files
 
 
 REPORT_FILE = "calibration.json"

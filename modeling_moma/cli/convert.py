@@ -10,9 +10,9 @@ from transformers.utils.hub import convert_file_size_to_int
 from ..convert.chameleon import convert_chameleon
 from ..convert.llama import CODE_ROWS, IMAGE_GROUPS, convert_llama
 from ..convert.reading import CheckpointError
-from ..convert.receipt import Receipt
+from ..convert.report import Receipt
 from ..convert.vqgan import convert_vqgan
-from ..tools.messages import one_line
+from ..utils.messages import one_line
 
 
 DTYPES = ("float32", "bfloat16", "float16")

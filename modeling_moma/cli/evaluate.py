@@ -10,14 +10,14 @@ import json
 
 import torch
 
-from ..evaluation.measuring import MEASURES, MeasureSettings, measure_sources
+from ..data.examples import check_layout
+from ..evaluation.evaluate import MEASURES, MeasureSettings, measure_sources
+from ..evaluation.held_out import read_held_out
+from ..evaluation.measures import load_model
 from ..evaluation.report import report_tables
 from ..evaluation.retrieval import DEFAULT_PAIRS
-from ..training.evaluation_data import read_held_out
-from ..training.examples import check_layout
-from ..training.files import write_aside
-from ..training.measures import load_model
-from ..training.saved import open_processor
+from ..hub.loading import open_processor
+from ..utils.atomic_files import write_aside
 
 
 SAMPLING = ("temperature", "top_k", "top_p", "guidance_scale")

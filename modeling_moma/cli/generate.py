@@ -21,9 +21,8 @@ from transformers import AutoModelForCausalLM, AutoProcessor, set_seed
 import modeling_moma  # noqa: F401, makes the Auto classes know the model
 
 from ..generation_moma import GENERATION_MODES
-from ..tools.checkpoint_checks import refuse_non_finite
-from ..training.files import write_aside
-from ..training.saved import MODEL, PROCESSOR, open_saved
+from ..hub.loading import MODEL, PROCESSOR, open_saved, refuse_non_finite
+from ..utils.atomic_files import write_aside
 
 
 TEXT_NEW_TOKENS = 32

@@ -7,8 +7,7 @@ import linecache
 import sys
 from pathlib import Path
 
-from ..tools.import_notices import without_import_notices
-from ..tools.messages import one_line
+from ..utils.messages import one_line, without_import_notices
 
 
 # verb -> module of this package with a `main()`, in the order of a model's life
@@ -68,7 +67,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"moma: there is no verb {verb!r}; it must be one of {', '.join(VERBS)}.", file=sys.stderr)
         return 2
     if verb in TRAINING:
-        from ..training.allocator import keep_freed_memory
+        from ..utils.hardware import keep_freed_memory
 
         keep_freed_memory()
     # what a verb's messages and help call it
@@ -78,7 +77,7 @@ def main(arguments: list[str] | None = None) -> int:
             module = importlib.import_module(f".{VERBS[verb]}", __package__)
         status = module.main()
     except Exception as error:
-        from ..training.disk import full_disk_line, is_disk_full
+        from ..utils.errors import full_disk_line, is_disk_full
 
         if is_disk_full(error):
             end_progress_bars()

@@ -15,11 +15,11 @@ from pathlib import Path
 from huggingface_hub.errors import StrictDataclassError
 
 from ..configuration_moma import MomaConfig
-from ..tools.layouts import Layout
-from ..tools.memory import Memory
-from ..tools.messages import one_line
-from ..tools.planning import GIGA, Hardware, Plan, plan_training
-from ..training.files import write_aside
+from ..planning.layouts import Layout
+from ..planning.memory import Memory
+from ..planning.plans import GIGA, Hardware, Plan, plan_training
+from ..utils.atomic_files import write_aside
+from ..utils.messages import one_line
 
 
 TABLE = re.compile(r"(<!-- plan: (.+?) -->\n).*?(<!-- /plan -->)", flags=re.DOTALL)

@@ -6,14 +6,14 @@ import os
 from contextlib import nullcontext
 from pathlib import Path
 
-from ..data.engines import ENGINES, run_executor
+from ..data.executors import ENGINES, run_executor
 from ..data.jobs import plan_job, write_job
 from ..data.reports import write_manifest
-from ..data.running import Workers, run_tasks
 from ..data.sources import Source
+from ..data.workers import Workers, run_tasks
+from ..hub.loading import PROCESSOR, check_saved
 from ..training.recipe import DataFields, read_recipe
-from ..training.saved import PROCESSOR, check_saved
-from ..training.tables import markdown_table
+from ..utils.markdown import markdown_table
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:

@@ -19,21 +19,20 @@ from .. import (
     auxiliary_report,
     calibrate_auxiliary_thresholds,
 )
+from ..calibration.auxiliary_training import save_with_processor
+from ..calibration.observation import named_routers
 from ..data.documents import TokenFolder
+from ..data.examples import check_layout, held_out_sets, open_documents
 from ..data.sources import VALIDATION
 from ..data.stream import DocumentExamples
-from ..tools.observation import named_routers
-from ..training.changed_routers import save_with_processor
-from ..training.checkpoints import checkpoint_step, last_checkpoint
-from ..training.disk import without_torn_checkpoints
-from ..training.examples import check_layout, held_out_sets, open_documents
-from ..training.files import refuse_files
+from ..evaluation.measures import held_out_batches, load_model
+from ..evaluation.report import router_table
+from ..hub.loading import open_processor
+from ..training.checkpoints import checkpoint_step, last_checkpoint, without_torn_checkpoints
 from ..training.fingerprints import Facts, RunFingerprint, check_output, run_facts
-from ..training.measures import held_out_batches, load_model
-from ..training.precision import supports_bf16
-from ..training.router_table import router_table
-from ..training.saved import open_processor
 from ..training.stages import FollowArguments, ResumedTrainer
+from ..utils.atomic_files import refuse_files
+from ..utils.hardware import supports_bf16
 
 
 REPORT_FILE = "auxiliary_routers.json"

@@ -12,10 +12,10 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from .. import UpcyclingReceipt, parse_experts, upcycle, upcycling_receipt
 from ..configuration_moma import TEXT
-from ..tools.upcycling import default_experts
-from ..training.files import refuse_files, write_folder_aside
-from ..training.saved import open_model
+from ..hub.loading import open_model
 from ..training.stages import UPCYCLING_FILE, data_order
+from ..upcycling.upcycle import default_experts
+from ..utils.atomic_files import refuse_files, write_folder_aside
 
 
 # share of its logits' norm above which a move of text is told

@@ -10,7 +10,7 @@ from typing import Any
 
 from datasets import Dataset, IterableDataset, LargeList, List
 
-from ..training.files import refuse_files, write_aside
+from ..utils.atomic_files import refuse_files, write_aside
 from .encoding import loaded_encoder
 from .kinds import CaptionKind
 from .segments import row_pictures, text_length

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..hub.names import no_folder
-from ..training.files import write_aside
+from ..utils.atomic_files import write_aside
 from .jobs import JOB_FILE, MANIFEST_FILE, Job, Task
 from .pictures import LeftOut
 from .sources import TRAIN

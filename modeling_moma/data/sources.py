@@ -22,7 +22,7 @@ from datasets import (
 )
 
 from ..hub.names import why_nowhere
-from ..tools.messages import one_line
+from ..utils.messages import one_line
 from .json_lines import mended_copy
 from .kinds import Kind, kind_fields, read_kind
 from .split_folders import data_files, rows_below, split_folders

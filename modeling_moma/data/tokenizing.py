@@ -17,8 +17,8 @@ from PIL import Image
 import modeling_moma  # noqa: F401, without it a processor that lies beside a model asks to run the model's code
 from tokenization.augmentation_moma import NUM_DRAWS, augment_pictures
 
-from ..training.files import path_aside
-from ..training.precision import supports_bf16
+from ..utils.atomic_files import path_aside
+from ..utils.hardware import supports_bf16
 from .encoding import DocumentEncoder, loaded_encoder
 from .jobs import BATCH, Job, Task
 from .json_lines import BROKEN_LINE

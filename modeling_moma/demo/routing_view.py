@@ -9,8 +9,7 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
-from ..tools.expert_colors import UNCOVERED, expert_colors, fill_stripes, shaded
-from ..tools.routed_tokens import RoutedTokens
+from ..evaluation.routing_images import UNCOVERED, RoutedTokens, expert_colors, fill_stripes, shaded
 
 
 SIDE = 384

@@ -23,10 +23,9 @@ from transformers.generation.streamers import BaseStreamer
 
 import modeling_moma  # noqa: F401, makes the Auto classes know the model
 
+from ..evaluation.routing_images import record_routing
 from ..generation_moma import INTERLEAVED
-from ..tools.checkpoint_checks import refuse_non_finite
-from ..tools.routed_tokens import record_routing
-from ..training.saved import MODEL, PROCESSOR, open_saved
+from ..hub.loading import MODEL, PROCESSOR, open_saved, refuse_non_finite
 from .routing_view import RoutedExample
 
 

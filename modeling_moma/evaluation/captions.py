@@ -8,8 +8,8 @@ from statistics import fmean
 import numpy as np
 
 from ..data.encoding import DocumentEncoder
-from ..training.measures import write_captions
-from .sources import CaptionedPictures
+from .held_out import CaptionedPictures
+from .measures import write_captions
 
 
 LEAST_NEW_TOKENS = 32

@@ -1,19 +1,38 @@
 # SPDX-License-Identifier: Apache-2.0
 """How alike drawn and real pictures are, on the judge's features, with references by which the figures can be read."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 
-from ..training.measures import decode_pictures, draw_pictures
+from tokenization.perceptual_moma_vq import MomaVQPerceptualNetwork
+
 from .distributions import frechet_distance, precision_recall
-from .features import all_features
-from .sources import CaptionedPictures
+from .held_out import CaptionedPictures
+from .measures import decode_pictures, draw_pictures
 
 
 NEIGHBOURS = 3
 # either half must have neighbours enough
 LEAST_PICTURES = 2 * (NEIGHBOURS + 1)
+
+
+def feature_extractor(device: str | torch.device) -> Callable[[torch.Tensor], torch.Tensor]:
+    """
+    A function from pixel values `[B, 3, H, W]` in [-1, 1] to features `[B, 1280]`.
+
+    Raises:
+        ImportError: the extra `train` is not installed.
+    """
+    # a third faster on CPUs
+    layout = torch.channels_last
+    network = MomaVQPerceptualNetwork().to(device=device, memory_format=layout)  # pyright: ignore[reportCallIssue]
+    return lambda pictures: network.features(pictures.to(device=device, memory_format=layout))
+
+
+def all_features(extract: Callable[[torch.Tensor], torch.Tensor], batches: Iterable[torch.Tensor]) -> torch.Tensor:
+    """Features `[N, D]` of pictures given in batches of pixel values, on the CPU."""
+    return torch.cat([extract(batch).cpu() for batch in batches])
 
 
 def measure_drawings(

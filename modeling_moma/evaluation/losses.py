@@ -11,7 +11,7 @@ from ..configuration_moma import MomaConfig
 from ..frames_moma import TEXT
 from ..router_base_moma import MomaRouterBase
 from ..routing_rules_moma import RULES
-from ..training.measures import EXPERT_CHOICE, ModalityLosses, loss_outputs
+from .measures import EXPERT_CHOICE, ModalityLosses, loss_outputs
 
 
 CAUSAL = "causal"

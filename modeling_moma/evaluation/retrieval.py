@@ -8,8 +8,8 @@ Shape suffixes:
 import torch
 
 from ..data.encoding import DocumentEncoder
+from .held_out import CaptionedPictures
 from .scoring import continuation_log_probs
-from .sources import CaptionedPictures
 
 
 DEFAULT_PAIRS = 64

@@ -15,7 +15,7 @@ from torch import nn
 
 from tokenization import MomaVQModel
 
-from ..training.files import write_aside
+from ..utils.atomic_files import write_aside
 
 
 # what `torch.onnx` imports, beside torch

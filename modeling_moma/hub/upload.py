@@ -10,7 +10,7 @@ from pathlib import Path
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
 
-from ..training.files import refuse_files, write_folder_aside
+from ..utils.atomic_files import refuse_files, write_folder_aside
 from .card import check_card, with_datasets
 from .folder import PROCESSOR_FILES, VQ_FOLDER, check_files, gather
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from ..configuration_moma import TEXT
 from ..modeling_moma import MomaForCausalLM
-from ..tools.freezing import check_groups, learning_tokens
+from .freezing import check_groups, learning_tokens
 
 
 if TYPE_CHECKING:

@@ -11,13 +11,13 @@ from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 
-from .. import MomaConfig
+from ..configuration_moma import MomaConfig
 from ..data.documents import TokenFolder
 from ..data.packing import PACKING_RULE
 from ..data.sources import TRAIN, Source
+from ..utils.atomic_files import is_of_model, refuse_files
 from .checkpoints import read_state, whole_checkpoints
-from .files import is_of_model, refuse_files
-from .runs import RUN_FILE
+from .loss_curves import RUN_FILE
 from .stages import examples_a_step
 
 

@@ -19,12 +19,12 @@ from tokenization.augmentation_moma import augment_pictures
 from tokenization.modeling_moma_vq import MomaVQModel
 from tokenization.perceptual_moma_vq import MomaVQPerceptualNetwork
 
+from ..utils.atomic_files import is_of_model, refuse_files, replace_folder, write_folder_aside
+from ..utils.hardware import supports_bf16
 from .checkpoints import checkpoint_step
 from .discriminator import AdversarialTraining
-from .files import is_of_model, refuse_files, replace_folder, write_folder_aside
 from .picture_sources import picture_fields
 from .picture_store import PictureStore, open_store, take, to_pixel_values
-from .precision import supports_bf16
 from .reconstruction_measures import PERCEPTUAL_DISTANCE, SAMPLES_FILE, evaluate
 from .semantic_targets import SemanticTargets
 from .tokenizer_settings import DECISIVE, check_resumed, check_same_pictures, read_config

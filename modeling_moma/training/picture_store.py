@@ -20,8 +20,8 @@ from tokenization import MomaImageProcessor
 
 from ..data.pictures import LeftOut, read_picture
 from ..data.sources import Source
+from ..utils.atomic_files import replace_folder
 from .array_file import ArrayWriter, read_array
-from .files import replace_folder
 from .picture_sources import Candidate, candidates, picture_fields
 
 

@@ -15,26 +15,29 @@ from transformers.trainer_utils import IntervalStrategy
 
 from tokenization import MomaDataCollator, MomaProcessor
 
-from .. import MomaConfig, MomaForCausalLM, MomaMetricsCallback, freeze_groups, initialize_code_embeddings
+from ..configuration_moma import MomaConfig
 from ..data.documents import TokenFolder
+from ..data.examples import check_layout, held_out_sets
 from ..data.kinds import CaptionKind
 from ..data.packing import PackedCollator, PackedExamples
 from ..data.sources import VALIDATION, Source
 from ..data.stream import DocumentExamples
+from ..hub.loading import MODEL, check_saved, open_model, open_processor
+from ..modeling_moma import MomaForCausalLM
 from ..routing_moma import MomaRouter
+from ..utils.atomic_files import write_aside
+from ..utils.hardware import supports_bf16
 from .adapters import with_adapters
-from .checkpoints import checkpoint_step, last_checkpoint
-from .disk import without_torn_checkpoints
-from .examples import check_layout, held_out_sets
-from .feeding import FeedingCallback
-from .files import write_aside
+from .checkpoints import checkpoint_step, last_checkpoint, without_torn_checkpoints
+from .code_embeddings import initialize_code_embeddings
 from .fingerprints import Facts, RunFingerprint, check_output, finished_at, run_facts
-from .precision import supports_bf16
+from .freezing import freeze_groups
+from .loss_curves import RUN_FILE
+from .metrics_callback import MomaMetricsCallback
 from .recipe import Recipe
-from .runs import RUN_FILE
 from .samples import SampleCallback
-from .saved import MODEL, check_saved, open_model, open_processor
 from .stages import FollowArguments, StageTrainer, StopAt, copy_checkpoint, examples_a_step, first_step
+from .throughput_callback import FeedingCallback
 
 
 if TYPE_CHECKING:

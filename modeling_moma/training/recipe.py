@@ -10,7 +10,7 @@ import yaml
 
 from ..configuration_moma import MomaConfig
 from ..data.sources import Source, read_sources
-from ..tools.import_notices import without_import_notices
+from ..utils.messages import without_import_notices
 
 
 # what a run decides and not a recipe

@@ -16,10 +16,10 @@ from transformers.utils import logging
 
 from tokenization import MomaProcessor
 
-from ..tools.freezing import freeze_all_but
-from .feeding import FeedingCallback
-from .files import write_aside, write_folder_aside
-from .runs import RUN_FILE
+from ..utils.atomic_files import write_aside, write_folder_aside
+from .freezing import freeze_all_but
+from .loss_curves import RUN_FILE
+from .throughput_callback import FeedingCallback
 
 
 UPCYCLING_FILE = "upcycling.json"

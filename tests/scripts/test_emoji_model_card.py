@@ -12,7 +12,7 @@ from huggingface_hub.repocard import RepoCard
 from huggingface_hub.repocard_data import model_index_to_eval_results
 
 from emoji_recipe.model_card import aim_table, card_metadata, render_card, report_table, write_card
-from modeling_moma.training.measures import EXPERT_CHOICE
+from modeling_moma.evaluation.measures import EXPERT_CHOICE
 
 
 ROOT = Path(__file__).resolve().parents[2]
