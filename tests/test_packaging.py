@@ -48,7 +48,8 @@ def test_what_travels_imports_only_what_travels_and_what_is_installed():
 def test_files_and_functions_of_the_packages_stay_short():
     for path in (path for package in PACKAGES for path in package.rglob("*.py")):
         source = path.read_text()
-        assert len(source.splitlines()) <= 500, path
+        # A flat file is read from top to bottom, as a model file of Transformers is.
+        assert len(source.splitlines()) <= (1000 if path.parent in PACKAGES else 500), path
         for node in ast.walk(ast.parse(source)):
             if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
                 body = node.body[1:] if ast.get_docstring(node) else node.body

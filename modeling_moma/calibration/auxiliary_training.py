@@ -20,6 +20,7 @@ from transformers.utils import ModelOutput
 from tokenization import MomaProcessor
 
 from ..auxiliary_moma import MomaAuxiliaryRouter
+from ..errors_moma import InputError
 from ..modeling_moma import MomaForCausalLM
 from ..utils.atomic_files import write_folder_aside
 from .observation import RouterRecord, auxiliary_rule, named_routers, observed_routers, run_observed, threshold_rule
@@ -52,7 +53,7 @@ def add_auxiliary_routers(model: MomaForCausalLM) -> MomaForCausalLM:
         ValueError: the model has auxiliary routers already, or no routers at all.
     """
     if model.config.auxiliary_routers:
-        raise ValueError("`model` has config.auxiliary_routers=True: fresh auxiliary routers would replace its own.")
+        raise InputError("`model` has config.auxiliary_routers=True: fresh auxiliary routers would replace its own.")
     routers = named_routers(model)
     model.config.auxiliary_routers = True
     for router in routers.values():
@@ -124,15 +125,15 @@ class AuxiliaryRouterTrainer(Trainer):
         super().__init__(*args, **kwargs)
         require_auxiliary_routers(self.model)
         if self.model_init is not None:
-            raise ValueError(
+            raise InputError(
                 "`model_init` is given, and train() would put a new model in the place of this one: give `model`."
             )
         if self.args.torch_compile:
-            raise ValueError(
+            raise InputError(
                 "`args` has torch_compile=True, but compiled models skip the hooks that observe routers: leave it out."
             )
         if self.args.n_gpu > 1:
-            raise ValueError(
+            raise InputError(
                 f"`args` has n_gpu = {self.args.n_gpu}, but copies that DataParallel makes lose what hooks observe: "
                 "start one process for each device with torchrun, or show this one a single device."
             )
@@ -163,7 +164,7 @@ class AuxiliaryRouterTrainer(Trainer):
 
         def put_loss(module: nn.Module, args: tuple, output: ModelOutput) -> ModelOutput:
             if not losses:
-                raise ValueError(
+                raise InputError(
                     f"`model` is a {type(module).__name__} whose forward ran none of its routers, so there is nothing "
                     "to learn from: was it compiled, or does it call copies of its layers?"
                 )

@@ -16,6 +16,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ..depth_moma import DepthSelection, MomaDepthRouter
+from ..errors_moma import InputError
 from ..experts_moma import MomaFeedForward
 from ..routing_context_moma import RoutingContext
 from ..routing_moma import MomaRouter, MomaRouterBase
@@ -124,7 +125,7 @@ def named_routers(model: torch.nn.Module) -> dict[str, MomaRouterBase]:
     """
     routers = {name: module for name, module in model.named_modules() if isinstance(module, MomaRouterBase)}
     if not routers:
-        raise ValueError(
+        raise InputError(
             f"`model` is a {type(model).__name__} without routers: it has no group of several experts and no depth "
             "layer, so there is nothing to choose."
         )
@@ -200,4 +201,4 @@ def run_observed(
             inputs = {name: values.to(model.device) for name, values in batch.items() if name != "labels"}
             model.base_model(**inputs, use_cache=False, routing=routing)
     if is_empty:
-        raise ValueError("`batches` is empty: at least one batch has to tell the scores apart.")
+        raise InputError("`batches` is empty: at least one batch has to tell the scores apart.")

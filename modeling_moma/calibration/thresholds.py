@@ -14,6 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from ..depth_moma import MomaDepthRouter
+from ..errors_moma import InputError
 from ..routing_rules_moma import RULES
 from .observation import RouterRecord, named_routers, run_observed
 from .selection_counts import SelectionCounts, sum_over_ranks
@@ -119,7 +120,7 @@ def require_auxiliary_routers(model: PreTrainedModel):
         ValueError: it has none.
     """
     if not model.config.auxiliary_routers:
-        raise ValueError(
+        raise InputError(
             "`model` has config.auxiliary_routers=False: give it some with add_auxiliary_routers(model), or load what "
             "`moma train-auxiliary-routers` wrote."
         )

@@ -16,6 +16,7 @@ from tokenization.chat_template_moma import with_picture_parts
 from tokenization.text_tokenizer_moma import beginning_ids
 
 from ..configuration_moma import MomaConfig
+from ..errors_moma import InputError
 from ..hub.loading import open_processor
 from ..modeling_moma import MomaForCausalLM
 from ..utils.messages import one_line
@@ -93,7 +94,7 @@ def convert_llama(
     """
     for name, value, choices in (("image_group", image_group, IMAGE_GROUPS), ("code_rows", code_rows, CODE_ROWS)):
         if value not in choices:
-            raise ValueError(f"`{name}` must be one of {choices}, got {value!r}.")
+            raise InputError(f"`{name}` must be one of {choices}, got {value!r}.")
     # before minutes are spent on the fit
     check_free(Path(output).absolute())
     reader = open_source(source, gguf_file, allow_pickle)

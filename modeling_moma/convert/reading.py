@@ -11,6 +11,8 @@ from typing import Any, BinaryIO
 
 import torch
 
+from ..errors_moma import InputError
+
 
 DTYPES = {
     "F64": torch.float64,
@@ -30,7 +32,7 @@ DTYPES = {
 LONGEST_HEADER = 100_000_000
 
 
-class CheckpointError(ValueError):
+class CheckpointError(InputError):
     """A checkpoint that cannot be read or converted. The message names the file, key or field at fault."""
 
 

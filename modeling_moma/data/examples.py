@@ -10,6 +10,7 @@ import torch
 from tokenization import MomaProcessor
 
 from ..configuration_moma import MomaConfig
+from ..errors_moma import InputError
 from .documents import Documents, TokenFolder
 from .sources import TRAIN, VALIDATION, Source
 
@@ -55,7 +56,7 @@ def open_documents(
     having = [source for source in chosen if split == TRAIN or split in tokens.split_names(source.name)]
     if not having:
         names = sorted({name for source in chosen for name in tokens.split_names(source.name)})
-        raise ValueError(f"--split {split!r}: no source of {folder!r} has it, only {names}.")
+        raise InputError(f"--split {split!r}: no source of {folder!r} has it, only {names}.")
     return [tokens.documents(source, split) for source in having]
 
 
@@ -105,6 +106,6 @@ def check_layout(config: MomaConfig, layout: dict):
         # rows of the embedding beyond the tokenizer's tokens do no harm
         is_fine = getattr(config, name) >= value if name == "vocab_size" else getattr(config, name) == value
         if not is_fine:
-            raise ValueError(
+            raise InputError(
                 f"`--model` has {name} = {getattr(config, name)}, the processor's is {value}: were they made together?"
             )

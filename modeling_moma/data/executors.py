@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from ..errors_moma import InputError
 from .jobs import read_job
 from .tokenizing import tokenize_shard
 
@@ -86,7 +87,7 @@ def run_executor(
         LocalPipelineExecutor(**shared, start_method="spawn").run()
     # a pool hands on whatever a task raised
     except Exception as error:
-        raise ValueError(f"{str(folder)!r}: a task of datatrove failed ({error}); start again to go on.") from error
+        raise InputError(f"{str(folder)!r}: a task of datatrove failed ({error}); start again to go on.") from error
 
 
 __all__ = ["ENGINES", "TokenizeStep", "run_executor"]

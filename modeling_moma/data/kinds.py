@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
 
+from ..errors_moma import InputError
 from .templates import Template
 
 
@@ -155,7 +156,7 @@ def read_kind(source: str, fields: dict[str, Any], common: Sequence[str] = ()) -
         every = [*common, *known]
         close = get_close_matches(str(unknown[0]), every, 1)
         meant = f"did you mean {close[0]!r}? " if close else ""
-        raise ValueError(
+        raise InputError(
             f"{where} has {unknown[0]!r}, which is no field of a source of {kind.name}s: {meant}It takes {every}."
         )
     missing = [
@@ -164,7 +165,7 @@ def read_kind(source: str, fields: dict[str, Any], common: Sequence[str] = ()) -
         if entry.default is dataclasses.MISSING and entry.name not in fields
     ]
     if missing:
-        raise ValueError(
+        raise InputError(
             f"{where} has no {missing[0]!r}: a source names its columns, `image` and `text` of captions, `segments` "
             "or `messages` of interleaved documents, `text` of texts."
         )
@@ -179,22 +180,22 @@ def read_kind(source: str, fields: dict[str, Any], common: Sequence[str] = ()) -
 def _read_alternative(where: str, entry: Any) -> Alternative:
     names = [part.name for part in dataclasses.fields(Alternative)]
     if not isinstance(entry, dict) or set(entry) != set(names):
-        raise ValueError(f"{where}: each of `alternatives` is a mapping of {names}, got {entry!r}.")
+        raise InputError(f"{where}: each of `alternatives` is a mapping of {names}, got {entry!r}.")
     return Alternative(**entry)
 
 
 def _check(where: str, kind: Kind) -> None:
     if isinstance(kind, InterleavedKind) and (kind.segments is None) == (kind.messages is None):
-        raise ValueError(f"{where} names both `segments` and `messages`: documents are one of them.")
+        raise InputError(f"{where} names both `segments` and `messages`: documents are one of them.")
     if not isinstance(kind, CaptionKind):
         return
     shares = {"picture_first": kind.picture_first, "without_caption": kind.without_caption}
     shares |= {f"alternatives[{index}].share": entry.share for index, entry in enumerate(kind.alternatives)}
     for name, value in shares.items():
         if not isinstance(value, (int, float)) or not 0 <= value <= 1:
-            raise ValueError(f"{where}: {name} = {value!r} is a share, between 0 and 1.")
+            raise InputError(f"{where}: {name} = {value!r} is a share, between 0 and 1.")
     if not isinstance(kind.codings, int) or kind.codings < 1:
-        raise ValueError(f"{where}: codings = {kind.codings!r} must be 1 or more.")
+        raise InputError(f"{where}: codings = {kind.codings!r} must be 1 or more.")
 
 
 def kind_fields(kind: Kind) -> dict[str, Any]:

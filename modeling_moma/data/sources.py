@@ -21,6 +21,7 @@ from datasets import (
     load_dataset,
 )
 
+from ..errors_moma import InputError
 from ..hub.names import why_nowhere
 from ..utils.messages import one_line
 from .json_lines import mended_copy
@@ -84,11 +85,11 @@ class Source:
         for name, split in names.items():
             # a part of one, such as "train[:10%]", is read by `datasets`
             if split.partition("[")[0] not in found:
-                raise ValueError(
+                raise InputError(
                     f"sources: {self.name!r}: {self.data!r} has no split {split!r} (for {name!r}), but {found}."
                 )
         if TRAIN not in names:
-            raise ValueError(
+            raise InputError(
                 f"sources: {self.name!r}: {self.data!r} has the splits {found}, none of which is called 'train'; name "
                 "the one to train on, `splits: {train: ...}`."
             )
@@ -120,7 +121,7 @@ class Source:
         missing = [name for name in self.kind.columns() if name not in columns]
         # a source of no rows has no columns, and is refused once it is read
         if missing and columns:
-            raise ValueError(f"sources: {self.name!r}: {self.data!r} has no column {missing[0]!r}, but {columns}.")
+            raise InputError(f"sources: {self.name!r}: {self.data!r} has no column {missing[0]!r}, but {columns}.")
         return rows
 
     def _mended(self, path: str, options: dict[str, Any]) -> list[str]:
@@ -138,7 +139,7 @@ class Source:
         if len(folders) < 2:
             return rows
         if not isinstance(rows, Dataset) or split not in folders:
-            raise ValueError(
+            raise InputError(
                 f"sources: {self.name!r}: {self.data!r} has one file of captions above {sorted(folders)}, of which "
                 f"neither a part ({split!r}) nor a stream is read: put the captions of each split into its folder."
             )
@@ -173,15 +174,15 @@ class Source:
         is_pattern = any(letter in self.data for letter in "*?[")
         is_local = is_pattern or path.is_file() or path.suffix in READERS
         if is_local and not is_pattern and not path.is_file():
-            raise ValueError(f"sources: {self.name!r}: there is no file {self.data!r}.")
+            raise InputError(f"sources: {self.name!r}: there is no file {self.data!r}.")
         if not is_local:
             # a reader's own name, such as `parquet`, comes with its files
             problem = None if {"data_files", "data_dir"} & self.load.keys() else why_nowhere(self.data, "dataset")
             if problem is not None:
-                raise ValueError(f"sources: {self.name!r}: {problem}.")
+                raise InputError(f"sources: {self.name!r}: {problem}.")
             return self.data, dict(self.load)
         if path.suffix not in READERS:
-            raise ValueError(
+            raise InputError(
                 f"sources: {self.name!r}: no reader is known for files that end in {path.suffix!r}, only for those in "
                 f"{sorted(READERS)}; name one and the files, `data: parquet` and `load: {{data_files: ...}}`."
             )
@@ -197,7 +198,7 @@ class Source:
             return function(path, **options)
         # readers of files fail in any way
         except Exception as error:
-            raise ValueError(
+            raise InputError(
                 f"sources: {self.name!r}: `datasets` cannot open {self.data!r} ({type(error).__name__}: {error})."
             ) from error
 
@@ -222,7 +223,7 @@ def undecoded_rows(rows: Dataset | IterableDataset) -> Iterator[dict[str, Any]]:
             return
         # readers of files fail in any way
         except Exception as error:
-            raise ValueError(
+            raise InputError(
                 f"sources: after {count:,} rows no more can be read; is a file damaged there? "
                 f"({type(error).__name__}: {one_line(error, 300)})"
             ) from error
@@ -250,13 +251,13 @@ def read_sources(section: Any) -> list[Source]:
         ValueError: it is no such mapping, or a field is unknown, missing or out of range.
     """
     if not isinstance(section, dict) or not section:
-        raise ValueError(f"sources: expected a mapping of names to sources, got {section!r}.")
+        raise InputError(f"sources: expected a mapping of names to sources, got {section!r}.")
     sources = []
     for name, fields in section.items():
         if not isinstance(fields, dict) or not isinstance(fields.get("data"), str):
-            raise ValueError(f"sources: {name!r} needs `data`, a folder, file or name on the Hub; it is {fields!r}.")
+            raise InputError(f"sources: {name!r} needs `data`, a folder, file or name on the Hub; it is {fields!r}.")
         if not str(name).replace("-", "_").isidentifier():
-            raise ValueError(f"sources: {name!r} becomes the name of a folder: letters, digits, '-' and '_' only.")
+            raise InputError(f"sources: {name!r} becomes the name of a folder: letters, digits, '-' and '_' only.")
         common = {key: value for key, value in fields.items() if key in COMMON_FIELDS}
         kind = read_kind(
             name, {key: value for key, value in fields.items() if key not in COMMON_FIELDS}, COMMON_FIELDS
@@ -267,7 +268,7 @@ def read_sources(section: Any) -> list[Source]:
             ("held_out", source.held_out, lambda number: 0 <= number < 1, "a share, at least 0 and below 1"),
         ):
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not is_fine(value):
-                raise ValueError(f"sources: {name!r}: {key} = {value!r} is out of range: it is {wanted}.")
+                raise InputError(f"sources: {name!r}: {key} = {value!r} is out of range: it is {wanted}.")
         sources.append(source)
     return sources
 

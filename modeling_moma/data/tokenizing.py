@@ -17,6 +17,7 @@ from PIL import Image
 import modeling_moma  # noqa: F401, without it a processor that lies beside a model asks to run the model's code
 from tokenization.augmentation_moma import NUM_DRAWS, augment_pictures
 
+from ..errors_moma import InputError
 from ..utils.atomic_files import path_aside
 from ..utils.hardware import supports_bf16
 from .encoding import DocumentEncoder, loaded_encoder
@@ -47,7 +48,7 @@ def load_encoder(folder: str, fingerprint: str) -> DocumentEncoder:
         loaded_encoder.cache_clear()
         encoder, found = loaded_encoder(folder)
     if found != fingerprint:
-        raise ValueError(f"--processor {folder!r} has changed since these tokens were begun; give a new `--output`.")
+        raise InputError(f"--processor {folder!r} has changed since these tokens were begun; give a new `--output`.")
     return encoder
 
 
@@ -197,7 +198,7 @@ class ShardWriter:
         elif isinstance(kind, TextKind):
             yield from self._texts(kind)
         else:
-            raise ValueError(f"sources: {self.source.name!r} is of pictures alone, which no model reads.")
+            raise InputError(f"sources: {self.source.name!r} is of pictures alone, which no model reads.")
 
     def _rows(self) -> Iterator[tuple[int, str, dict[str, Any]]]:
         fields = json.dumps(self.job.sources[self.task.source])
@@ -218,7 +219,7 @@ class ShardWriter:
 
     def _leave_out(self, row: int, error: LeftOut, is_whole: bool = True) -> None:
         if self.strict:
-            raise ValueError(
+            raise InputError(
                 f"sources: {self.source.name!r}, split {self.plan['split']!r}, row {row}: {error}. Without `--strict` "
                 "such rows are left out."
             ) from error

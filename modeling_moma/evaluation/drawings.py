@@ -7,6 +7,7 @@ import torch
 
 from tokenization.perceptual_moma_vq import MomaVQPerceptualNetwork
 
+from ..errors_moma import InputError
 from .distributions import frechet_distance, precision_recall
 from .held_out import CaptionedPictures
 from .measures import decode_pictures, draw_pictures
@@ -71,7 +72,7 @@ def measure_drawings(
     reconstructed = all_features(extract, decode_pictures(processor, rows.codes, batch_size))
     real = reconstructed if rows.pictures is None else all_features(extract, rows.pictures)
     if len(real) != len(rows):
-        raise ValueError(f"`pictures` holds {len(real)} pictures, but `codes` {len(rows)}: one for each is needed.")
+        raise InputError(f"`pictures` holds {len(real)} pictures, but `codes` {len(rows)}: one for each is needed.")
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
     half = len(rows) // 2
     one, other = order[:half], order[half : 2 * half]
@@ -91,11 +92,11 @@ def measure_drawings(
 def check_drawings(processor, num_pictures: int):
     """Raise `ValueError` where drawings could not be compared with so many pictures, before time is spent on them."""
     if num_pictures < LEAST_PICTURES:
-        raise ValueError(
+        raise InputError(
             f"drawings: {num_pictures} pictures to compare with, but at least {LEAST_PICTURES} are needed."
         )
     if not processor.vq_model.config.use_decoder:
-        raise ValueError("drawings: the picture tokenizer has no decoder (use_decoder=False), so it can show none.")
+        raise InputError("drawings: the picture tokenizer has no decoder (use_decoder=False), so it can show none.")
 
 
 def compare_features(real: torch.Tensor, others: torch.Tensor) -> dict[str, float]:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ..errors_moma import InputError
 from .captions import measure_captions
 from .drawings import check_drawings, feature_extractor, measure_drawings
 from .held_out import HeldOutSource
@@ -47,9 +48,9 @@ class MeasureSettings:
     def __post_init__(self):
         unknown = [name for name in self.measures or () if name not in MEASURES]
         if unknown or self.measures == ():
-            raise ValueError(f"`measures` has {unknown or 'nothing'} in it; it must be some of {MEASURES}.")
+            raise InputError(f"`measures` has {unknown or 'nothing'} in it; it must be some of {MEASURES}.")
         if self.batch_size < 1:
-            raise ValueError(f"`batch_size` = {self.batch_size}: it must be at least 1.")
+            raise InputError(f"`batch_size` = {self.batch_size}: it must be at least 1.")
 
 
 def measure_sources(model, processor, sources: Mapping[str, HeldOutSource], settings: MeasureSettings) -> dict:
@@ -99,7 +100,7 @@ def _chosen_measures(sources: Mapping[str, HeldOutSource], settings: MeasureSett
     in_need = [name for name in settings.measures if name != LOSSES]
     if in_need and not has_captions:
         names = ", ".join(sources)
-        raise ValueError(f"`--measures {in_need[0]}` needs pictures with captions, but none of {names} has any.")
+        raise InputError(f"`--measures {in_need[0]}` needs pictures with captions, but none of {names} has any.")
     return settings.measures
 
 

@@ -17,6 +17,7 @@ from ..data.examples import open_documents, shuffled_held_out
 from ..data.jobs import JOB_FILE, read_job
 from ..data.pictures import read_picture
 from ..data.sources import TRAIN, undecoded_rows
+from ..errors_moma import InputError
 
 
 # pictures that are decoded at once
@@ -45,9 +46,9 @@ class CaptionedPictures:
 
     def __post_init__(self):
         if self.codes.ndim != 2:
-            raise ValueError(f"`codes` has the shape {tuple(self.codes.shape)}: one row of codes for each picture.")
+            raise InputError(f"`codes` has the shape {tuple(self.codes.shape)}: one row of codes for each picture.")
         if len(self.codes) != len(self.captions):
-            raise ValueError(f"`codes` has {len(self.codes)} rows, but there are {len(self.captions)} captions.")
+            raise InputError(f"`codes` has {len(self.codes)} rows, but there are {len(self.captions)} captions.")
 
     def __len__(self) -> int:
         return len(self.captions)
@@ -89,11 +90,11 @@ def read_held_out(
         ValueError: there is no such split or source, or the limit is none.
     """
     if limit is not None and limit < 1:
-        raise ValueError(f"--limit {limit}: it must be at least 1.")
+        raise InputError(f"--limit {limit}: it must be at least 1.")
     found = {entry.name: entry for entry in open_documents(folder, processor, split)}
     unknown = [name for name in sources or () if name not in found]
     if unknown:
-        raise ValueError(f"--sources {unknown[0]!r}: with a split {split!r} {folder!r} has {list(found)}.")
+        raise InputError(f"--sources {unknown[0]!r}: with a split {split!r} {folder!r} has {list(found)}.")
     chosen = {name: found[name] for name in sources} if sources else found
     return {
         name: _held_out_source(folder, processor, split, documents, seed, limit) for name, documents in chosen.items()

@@ -9,6 +9,7 @@ from PIL import Image, ImageDraw
 
 from ..calibration.observation import RouterRecord, observed_routers
 from ..configuration_moma import MomaConfig
+from ..errors_moma import InputError
 from ..modality_split_moma import token_modalities
 from ..modeling_moma import MomaForCausalLM
 
@@ -55,7 +56,7 @@ def record_routing(model: MomaForCausalLM, input_ids: torch.Tensor) -> RoutedTok
         ValueError: the model is in training mode, whose routing sees the future.
     """
     if model.training:
-        raise ValueError("`model` is in training mode, whose routing may see the future: call `model.eval()` first.")
+        raise InputError("`model` is in training mode, whose routing may see the future: call `model.eval()` first.")
     config = model.config
     group_of = {modality: group for group, members in config.expert_groups.items() for modality in members}
     groups = [group_of[config.modalities[index]] for index in token_modalities(config, input_ids).tolist()]

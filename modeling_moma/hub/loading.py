@@ -14,6 +14,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGH
 
 from tokenization import MomaProcessor, MomaVQModel
 
+from ..errors_moma import InputError
 from ..modeling_moma import MomaForCausalLM
 from ..utils.messages import one_line
 from .names import why_nowhere
@@ -97,7 +98,7 @@ def open_saved(saved: Saved, option: str, place: str, load: Callable[[], T]) -> 
         return load()
     # readers of files fail in any way
     except Exception as error:
-        raise ValueError(
+        raise InputError(
             f"{where}: the {saved.name} in it cannot be read; is a file of it damaged, or of another version? "
             f"({type(error).__name__}: {one_line(error, 300)})"
         ) from error
@@ -107,21 +108,21 @@ def check_saved(saved: Saved, option: str, place: str) -> None:
     """Refuses a place that [`open_saved`] cannot read, by its files alone; arguments and errors are the same."""
     where, folder = f"`{option}` {str(place)!r}", Path(place)
     if folder.is_file():
-        raise ValueError(f"{where} is a file: the folder of a {saved.name} is needed, or its name on the Hub.")
+        raise InputError(f"{where} is a file: the folder of a {saved.name} is needed, or its name on the Hub.")
     if not folder.is_dir():
         problem = why_nowhere(str(place))
         if problem is not None:
-            raise ValueError(f"{where}: {problem}.")
+            raise InputError(f"{where}: {problem}.")
         return
     # PEFT reads those, over a model of another place
     if saved is MODEL and (folder / "adapter_config.json").is_file():
         return
     found = _model_type(folder / "config.json") if saved.model_type else None
     if found not in (None, saved.model_type):
-        raise ValueError(f"{where}: config.json is that of a model of type {found!r}, not of a {saved.name}.")
+        raise InputError(f"{where}: config.json is that of a model of type {found!r}, not of a {saved.name}.")
     missing = next((group[0] for group in saved.files if not any((folder / name).is_file() for name in group)), None)
     if missing is not None:
-        raise ValueError(f"{where} has no {missing}: {_likely_cause(saved, folder)}")
+        raise InputError(f"{where} has no {missing}: {_likely_cause(saved, folder)}")
 
 
 def refuse_non_finite(model: nn.Module, source: str):
@@ -137,7 +138,7 @@ def refuse_non_finite(model: nn.Module, source: str):
     for name, tensor in model.state_dict().items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             count = int((~torch.isfinite(tensor)).sum())
-            raise ValueError(
+            raise InputError(
                 f"{source}: the tensor {name!r} holds NaN or infinite values ({count} of {tensor.numel()}). The "
                 "training run has diverged, or the file is damaged."
             )

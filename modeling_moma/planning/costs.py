@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ..configuration_moma import MomaConfig
+from ..errors_moma import InputError
 from ..routing_rules_moma import RoutingRule, rule_of
 
 
@@ -41,11 +42,11 @@ def flops_per_token(
     """
     check_config(config)
     if modality not in config.modalities:
-        raise ValueError(f"`modality` must be one of {config.modalities}, got {modality!r}.")
+        raise InputError(f"`modality` must be one of {config.modalities}, got {modality!r}.")
     if isinstance(sequence_length, bool) or not isinstance(sequence_length, int):
         raise TypeError(f"`sequence_length` must be an int, got {sequence_length!r}.")
     if sequence_length < 1:
-        raise ValueError(f"`sequence_length` must be at least 1, got {sequence_length}.")
+        raise InputError(f"`sequence_length` must be at least 1, got {sequence_length}.")
     if routing is None:
         routing = config.training_routing if training else config.inference_routing
     rule = rule_of(routing)
@@ -85,7 +86,7 @@ def training_flops(
     total = 0.0
     for modality, count in tokens_by_modality.items():
         if not (math.isfinite(count) and count >= 0):
-            raise ValueError(f"`tokens_by_modality` has {count} tokens of {modality!r}: must be 0 or more.")
+            raise InputError(f"`tokens_by_modality` has {count} tokens of {modality!r}: must be 0 or more.")
         total += count * flops_per_token(config, modality, sequence_length, training=True, routing=routing)
     return total
 
@@ -194,7 +195,7 @@ def eta_by_modality(
         ValueError: the names differ.
     """
     if set(dense) != set(sparse):
-        raise ValueError(f"`dense` has the curves {sorted(dense)}, but `sparse` has {sorted(sparse)}.")
+        raise InputError(f"`dense` has the curves {sorted(dense)}, but `sparse` has {sorted(sparse)}.")
     return {name: eta(dense[name], sparse[name]) for name in dense}
 
 
@@ -204,14 +205,14 @@ def _envelope(name: str, curve: Sequence[tuple[float, float]]) -> tuple[list[flo
     except (TypeError, ValueError) as error:
         raise TypeError(f"`{name}` must be a sequence of (FLOPs, loss) pairs of numbers, got {curve!r}.") from error
     if not points:
-        raise ValueError(f"`{name}` is an empty curve.")
+        raise InputError(f"`{name}` is an empty curve.")
     losses = []
     previous = 0.0
     for flops, loss in points:
         if not (math.isfinite(flops) and math.isfinite(loss)):
-            raise ValueError(f"`{name}` has the point ({flops}, {loss}): FLOPs and loss must be finite.")
+            raise InputError(f"`{name}` has the point ({flops}, {loss}): FLOPs and loss must be finite.")
         if flops <= previous:
-            raise ValueError(f"`{name}` has {flops} FLOPs after {previous}: FLOPs must be positive and ascending.")
+            raise InputError(f"`{name}` has {flops} FLOPs after {previous}: FLOPs must be positive and ascending.")
         previous = flops
         losses.append(min(loss, losses[-1]) if losses else loss)
     return [flops for flops, _ in points], losses

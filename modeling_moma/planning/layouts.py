@@ -4,6 +4,7 @@
 from dataclasses import dataclass
 
 from ..configuration_moma import MomaConfig
+from ..errors_moma import InputError
 
 
 @dataclass(frozen=True)
@@ -53,23 +54,23 @@ class Layout:
         for name in ("replicate", "shard", "tensor", "expert"):
             size = getattr(self, name)
             if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-                raise ValueError(f"`{name}` must be a positive integer, got {size!r}.")
+                raise InputError(f"`{name}` must be a positive integer, got {size!r}.")
         for name, size in _tensor_sizes(config).items():
             if size % self.tensor:
-                raise ValueError(f"`tensor` = {self.tensor} does not divide {name} ({size}).")
+                raise InputError(f"`tensor` = {self.tensor} does not divide {name} ({size}).")
         if self.expert == 1:
             return
         if self.shard % self.expert:
-            raise ValueError(f"`expert` = {self.expert} does not divide the shard group ({self.shard}).")
+            raise InputError(f"`expert` = {self.expert} does not divide the shard group ({self.shard}).")
         counts = [config.group_num_experts(group) for group in config.expert_groups]
         if max(counts) == 1:
-            raise ValueError(f"`expert` = {self.expert}: the model has no group of several experts.")
+            raise InputError(f"`expert` = {self.expert}: the model has no group of several experts.")
         for group, count in zip(config.expert_groups, counts, strict=True):
             if count > 1 and count % self.expert:
-                raise ValueError(f"`expert` = {self.expert} does not divide the {count} experts of group {group!r}.")
+                raise InputError(f"`expert` = {self.expert} does not divide the {count} experts of group {group!r}.")
             # Transformers splits the experts of an expert-parallel rank over the rest of the group, as whole ones
             if count > 1 and self.shard * self.tensor > count:
-                raise ValueError(
+                raise InputError(
                     f"`expert` = {self.expert} in shard groups of {self.shard * self.tensor}: the {count} experts of "
                     f"group {group!r} are not enough for a part on every rank. Use more replicas of smaller groups."
                 )

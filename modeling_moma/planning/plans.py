@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from ..configuration_moma import MomaConfig
+from ..errors_moma import InputError
 from .costs import flops_per_token
 from .layouts import Layout
 from .memory import Memory, training_memory
@@ -43,10 +44,10 @@ class Hardware:
     def __post_init__(self):
         for name, value in vars(self).items():
             if not (math.isfinite(value) and value > 0):
-                raise ValueError(f"`{name}` must be positive and finite, got {value}.")
+                raise InputError(f"`{name}` must be positive and finite, got {value}.")
         for name in ("headroom", "utilization"):
             if getattr(self, name) > 1:
-                raise ValueError(f"`{name}` is a share, at most 1, got {getattr(self, name)}.")
+                raise InputError(f"`{name}` is a share, at most 1, got {getattr(self, name)}.")
 
     def seconds(self, collective: Collective) -> float:
         """Time of an exchange in one step.
@@ -158,15 +159,15 @@ def plan_training(
     hardware = hardware or Hardware()
     for name, value in (("gpus", gpus), ("tokens_per_gpu", tokens_per_gpu), ("sequence_length", sequence_length)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"`{name}` must be a positive integer, got {value!r}.")
+            raise InputError(f"`{name}` must be a positive integer, got {value!r}.")
     if gpus > hardware.node_size and gpus % hardware.node_size:
-        raise ValueError(f"`gpus` = {gpus} fill no whole number of nodes of {hardware.node_size}.")
+        raise InputError(f"`gpus` = {gpus} fill no whole number of nodes of {hardware.node_size}.")
     if sequence_length > config.max_position_embeddings:
-        raise ValueError(
+        raise InputError(
             f"`sequence_length` = {sequence_length} exceeds the model's positions ({config.max_position_embeddings})."
         )
     if tokens_per_gpu % sequence_length:
-        raise ValueError(
+        raise InputError(
             f"`tokens_per_gpu` = {tokens_per_gpu} is no multiple of `sequence_length` ({sequence_length}): a step "
             "would end within a sequence."
         )

@@ -4,6 +4,8 @@
 import torch
 from transformers import PreTrainedModel
 
+from ..errors_moma import InputError
+
 
 @torch.no_grad()
 def initialize_code_embeddings(model: PreTrainedModel, codebook_KC: torch.Tensor, modality: str = "image"):
@@ -23,14 +25,14 @@ def initialize_code_embeddings(model: PreTrainedModel, codebook_KC: torch.Tensor
     config = model.config
     ids = torch.cat([torch.arange(start, stop) for start, stop in config.modality_token_ranges[modality]])
     if len(ids) != codebook_KC.shape[0]:
-        raise ValueError(
+        raise InputError(
             f"`codebook_KC` has {codebook_KC.shape[0]} vectors, but `modality_token_ranges` gives {modality!r} "
             f"{len(ids)} ids. Is it the codebook of this processor's picture tokenizer?"
         )
     embeddings: torch.Tensor = model.get_input_embeddings().weight  # pyright: ignore[reportAssignmentType]
     centred_KC = codebook_KC.float() - codebook_KC.float().mean(0)
     if (codebook_KC == codebook_KC[0]).all():
-        raise ValueError(
+        raise InputError(
             f"`codebook_KC`: all of its {len(ids)} vectors are equal, so that no codes are more alike than others. Is "
             "it the codebook of a trained picture tokenizer?"
         )

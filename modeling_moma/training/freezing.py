@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import torch
 
 from ..configuration_moma import MomaConfig
+from ..errors_moma import InputError
 from ..experts_moma import MomaFeedForward
 from ..modality_split_moma import token_modalities
 from ..modeling_moma import MomaPreTrainedModel
@@ -63,7 +64,7 @@ def freeze_all_but(model: MomaPreTrainedModel, groups: list[str]) -> list[str]:
     """
     check_groups(model.config, groups)
     if not groups:
-        raise ValueError("`groups` is empty: nothing would learn.")
+        raise InputError("`groups` is empty: nothing would learn.")
     model.requires_grad_(False)
     for module in model.modules():
         if isinstance(module, MomaFeedForward):
@@ -83,7 +84,7 @@ def check_groups(config: MomaConfig, groups: Sequence[str]):
     """Raise `ValueError` where a model has no such expert group."""
     unknown = sorted(set(groups) - set(config.expert_groups))
     if unknown:
-        raise ValueError(f"`groups` names {unknown}; the model's groups are {list(config.expert_groups)}.")
+        raise InputError(f"`groups` names {unknown}; the model's groups are {list(config.expert_groups)}.")
 
 
 def learning_tokens(config: MomaConfig, modalities: Sequence[str]) -> torch.Tensor:

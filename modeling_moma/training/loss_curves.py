@@ -11,6 +11,7 @@ from typing import Any
 from ..configuration_moma import MomaConfig
 from ..data.documents import Documents
 from ..data.stream import DocumentExamples
+from ..errors_moma import InputError
 from ..planning.costs import eta_by_modality, training_flops
 from .checkpoints import last_checkpoint
 
@@ -59,14 +60,14 @@ def read_run(folder: str | Path, tokens: dict[str, float]) -> dict:
     folder = Path(folder)
     run_file = folder / RUN_FILE
     if not run_file.is_file():
-        raise ValueError(f"`folder` {str(folder)!r} has no {RUN_FILE}, which `moma pretrain` writes at its start.")
+        raise InputError(f"`folder` {str(folder)!r} has no {RUN_FILE}, which `moma pretrain` writes at its start.")
     # the trainer's state knows neither gradient accumulation nor processes
     described = json.loads(run_file.read_text())
     batch_size, first_step = described["examples_a_step"], described.get("first_step", 0)
     if not (folder / "trainer_state.json").is_file():
         last = last_checkpoint(folder)
         if last is None:
-            raise ValueError(f"`folder` {str(folder)!r} has neither trainer_state.json nor a checkpoint of Trainer.")
+            raise InputError(f"`folder` {str(folder)!r} has neither trainer_state.json nor a checkpoint of Trainer.")
         folder = Path(last)
     state = json.loads((folder / "trainer_state.json").read_text())
     config = MomaConfig.from_pretrained(folder)
@@ -92,7 +93,7 @@ def read_run(folder: str | Path, tokens: dict[str, float]) -> dict:
     }
     curve = list(points.values())
     if not curve:
-        raise ValueError(f"`folder` {str(folder)!r} holds no evaluation with {', '.join(CURVES.values())}.")
+        raise InputError(f"`folder` {str(folder)!r} holds no evaluation with {', '.join(CURVES.values())}.")
     return {
         "steps": steps,
         "first_step": first_step,
@@ -152,9 +153,9 @@ def training_of(folder: str | Path, tokens: dict[str, float]) -> dict:
     run = read_run(folder, tokens)
     arguments = json.loads((Path(folder) / RUN_FILE).read_text()).get("arguments")
     if arguments is None:
-        raise ValueError(f"{RUN_FILE} in `folder` {str(folder)!r} has no `arguments`: was it written by an older run?")
+        raise InputError(f"{RUN_FILE} in `folder` {str(folder)!r} has no `arguments`: was it written by an older run?")
     if run["steps"] < arguments["steps"]:
-        raise ValueError(
+        raise InputError(
             f"`folder` {str(folder)!r} holds {run['steps']} of {arguments['steps']} steps: let the training finish."
         )
     settings = {name: arguments[name] for name in ("seed", "learning_rate", "warmup_steps")}

@@ -22,6 +22,7 @@ from ..data.kinds import CaptionKind
 from ..data.packing import PackedCollator, PackedExamples
 from ..data.sources import VALIDATION, Source
 from ..data.stream import DocumentExamples
+from ..errors_moma import InputError
 from ..hub.loading import MODEL, check_saved, open_model, open_processor
 from ..modeling_moma import MomaForCausalLM
 from ..routing_moma import MomaRouter
@@ -180,7 +181,7 @@ def training_stream(
     if not packed:
         return DocumentExamples(documents, weights, num_examples, args.seed)
     if length < tokens.manifest["sequence_length"]:
-        raise ValueError(
+        raise InputError(
             f"RECIPE, data: sequence_length = {length} is shorter than the {tokens.manifest['sequence_length']} that "
             f"--tokens {args.tokens!r} was tokenized for: some of its captions would fit nowhere."
         )
@@ -275,7 +276,7 @@ def pretrain(args: argparse.Namespace):
             print(f"{args.output}: this run has taken {done} of {wanted} steps and is finished; nothing is changed.")
         return
     if taken > wanted:
-        raise ValueError(
+        raise InputError(
             f"`--output` {args.output!r} has taken {taken} steps already, more than the {wanted} of `--steps` and "
             "`--stop-at`: give at least as many, or another `--output`."
         )

@@ -10,6 +10,7 @@ import yaml
 
 from ..configuration_moma import MomaConfig
 from ..data.sources import Source, read_sources
+from ..errors_moma import InputError
 from ..utils.messages import without_import_notices
 
 
@@ -111,21 +112,21 @@ def read_recipe(path: str | Path, needs: tuple[str, ...] = ()) -> Recipe:
     path = Path(path)
     where = f"RECIPE {str(path)!r}"
     if not path.is_file():
-        raise ValueError(f"{where} is no file.")
+        raise InputError(f"{where} is no file.")
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{where} cannot be read as YAML: {error}") from error
+        raise InputError(f"{where} cannot be read as YAML: {error}") from error
     sections = [entry.name for entry in dataclasses.fields(Recipe)]
     if not isinstance(content, dict) or not content.keys() <= set(sections):
         found = ", ".join(map(str, content)) if isinstance(content, dict) else type(content).__name__
-        raise ValueError(
+        raise InputError(
             f"{where} must hold some of the sections {', '.join(sections)}, got {found}: are the fields of the model "
             "not under `model:`?"
         )
     missing = [section for section in needs if section not in content]
     if missing:
-        raise ValueError(f"{where} has no section {missing[0]!r}, which this command needs.")
+        raise InputError(f"{where} has no section {missing[0]!r}, which this command needs.")
     return _read_sections(where, {name: value or {} for name, value in content.items()})
 
 
@@ -147,12 +148,12 @@ def _read_sections(where: str, content: dict[str, Any]) -> Recipe:
         unknown = sorted(set(fields) - names) if isinstance(fields, dict) else [str(fields)]
         if unknown:
             holder = holders.get(section, f"this section ({', '.join(sorted(names))})")
-            raise ValueError(f"{where}, {section}: {unknown[0]!r} is no field of {holder}; misspelt?")
+            raise InputError(f"{where}, {section}: {unknown[0]!r} is no field of {holder}; misspelt?")
     if not isinstance(content.get("image_tokenizer", {}), dict):
-        raise ValueError(f"{where}, image_tokenizer: expected a mapping, got {content['image_tokenizer']!r}.")
+        raise InputError(f"{where}, image_tokenizer: expected a mapping, got {content['image_tokenizer']!r}.")
     data = DataFields(**content.get("data", {}))
     if not isinstance(data.sequence_length, int) or data.sequence_length < 1:
-        raise ValueError(f"{where}, data: sequence_length = {data.sequence_length!r} must be 1 or more.")
+        raise InputError(f"{where}, data: sequence_length = {data.sequence_length!r} must be 1 or more.")
     return Recipe(
         model=content.get("model", {}),
         trainer=content.get("trainer", {}),

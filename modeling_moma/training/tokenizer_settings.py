@@ -10,6 +10,8 @@ from typing import Any
 
 from tokenization.configuration_moma_vq import PRESETS, MomaVQConfig
 
+from ..errors_moma import InputError
+
 
 DEFAULT_PRESET = "small"
 
@@ -84,10 +86,10 @@ def check_settings(fields: Mapping[str, Any]) -> dict[str, Any]:
     for name, value in fields.items():
         if name == "config":
             if not isinstance(value, (str, dict)):
-                raise ValueError(f"{where}: config = {value!r} is neither a name, a file nor a mapping of fields.")
+                raise InputError(f"{where}: config = {value!r} is neither a name, a file nor a mapping of fields.")
             checked[name] = value
         elif name not in SETTINGS:
-            raise ValueError(f"{where}: {name!r} is no setting; it takes {sorted(['config', *SETTINGS])}.")
+            raise InputError(f"{where}: {name!r} is no setting; it takes {sorted(['config', *SETTINGS])}.")
         else:
             checked[name] = _checked(f"{where}: {name}", SETTINGS[name], value)
     return checked
@@ -112,11 +114,11 @@ def _checked(where: str, setting: Setting, value: Any) -> Any:
     except (TypeError, ValueError):
         is_fine, result = False, value
     if not is_fine:
-        raise ValueError(f"{where} = {value!r} must be of type {setting.kind.__name__}.")
+        raise InputError(f"{where} = {value!r} must be of type {setting.kind.__name__}.")
     if setting.smallest is not None and result < setting.smallest:
-        raise ValueError(f"{where} = {value!r} must be at least {setting.smallest}.")
+        raise InputError(f"{where} = {value!r} must be at least {setting.smallest}.")
     if setting.choices is not None and result not in setting.choices:
-        raise ValueError(f"{where} = {value!r} is none of {list(setting.choices)}.")
+        raise InputError(f"{where} = {value!r} is none of {list(setting.choices)}.")
     return result
 
 
@@ -137,18 +139,18 @@ def read_config(args: argparse.Namespace) -> MomaVQConfig:
         preset = fields.pop("preset", None)
         base = {} if preset is None else PRESETS.get(preset)
         if base is None:
-            raise ValueError(f"config: preset = {preset!r} is none of {sorted(PRESETS)}.")
+            raise InputError(f"config: preset = {preset!r} is none of {sorted(PRESETS)}.")
         fields = {**base, **fields}
     elif given in PRESETS:
         fields = PRESETS[given]
     elif Path(given).is_file():
         fields = json.loads(Path(given).read_text())
     else:
-        raise ValueError(f"--config {given!r} is neither one of {sorted(PRESETS)} nor a file.")
+        raise InputError(f"--config {given!r} is neither one of {sorted(PRESETS)} nor a file.")
     known = set(MomaVQConfig.__annotations__)
     unknown = sorted(set(fields) - known) if isinstance(given, dict) else []
     if unknown:
-        raise ValueError(f"config: {unknown[0]!r} is no field of MomaVQConfig; it has {sorted(known)}.")
+        raise InputError(f"config: {unknown[0]!r} is no field of MomaVQConfig; it has {sorted(known)}.")
     return MomaVQConfig(**{**fields, **asked})
 
 
@@ -179,7 +181,7 @@ def check_resumed(args: argparse.Namespace, config: MomaVQConfig, begun: Mapping
         # JSON knows no tuples
         is_same = list(then) == list(now) if isinstance(then, (list, tuple)) and now is not None else then == now
         if not is_same:
-            raise ValueError(
+            raise InputError(
                 f"--resume: the run in `--output` {args.output!r} was begun with {name} = {then!r}, and this command "
                 f"asks for {now!r}. Resume with the arguments of the first start, or give a new `--output`."
             )
@@ -200,7 +202,7 @@ def check_same_pictures(output: str, now: Mapping[str, Any], begun: Mapping[str,
     for name, fact in now.items():
         then = fact if begun is None else begun[name]
         if fact != then:
-            raise ValueError(
+            raise InputError(
                 f"--resume: the run in `--output` {output!r} was begun with {name} = {then!r}, and now it is "
                 f"{fact!r}. Resume with the data of the first start, or give a new `--output`."
             )

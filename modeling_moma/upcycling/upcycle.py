@@ -8,6 +8,7 @@ from copy import deepcopy
 import torch
 
 from ..configuration_moma import TEXT, MomaConfig
+from ..errors_moma import InputError
 from ..modeling_moma import MomaForCausalLM
 from ..routing_rules_moma import RULES
 from .tensor_sources import kept_groups, shared_size, tensor_sources
@@ -33,11 +34,11 @@ def parse_experts(name: str, modalities: Sequence[str] = (TEXT, "image")) -> int
         return int(name[:-1])
     letters = {modality[0]: modality for modality in modalities}
     if len(letters) < len(modalities):
-        raise ValueError(f"`modalities` = {list(modalities)} begin alike: give the experts as a dict.")
+        raise InputError(f"`modalities` = {list(modalities)} begin alike: give the experts as a dict.")
     parts = re.findall(r"(\d+)([a-z])", name)
     if not _TARGET.fullmatch(name) or sorted(letter for _, letter in parts) != sorted(letters):
         wanted = "".join(f"4{letter}" for letter in letters)
-        raise ValueError(f"`name` = {name!r}: expected experts of {list(modalities)} as in {wanted!r}, or '8x'.")
+        raise InputError(f"`name` = {name!r}: expected experts of {list(modalities)} as in {wanted!r}, or '8x'.")
     return {letters[letter]: int(count) for count, letter in parts}
 
 
@@ -48,7 +49,7 @@ def default_experts(modalities: Sequence[str]) -> dict[str, int]:
         ValueError: there is text alone.
     """
     if list(modalities) == [TEXT]:
-        raise ValueError(
+        raise InputError(
             f"`num_experts` = None: by default all modalities but text grow, and the model has {list(modalities)} "
             "alone. Name a target, as '8x'."
         )
@@ -83,25 +84,25 @@ def upcycled_config(
     """
     grown = {group: config.group_num_experts(group) for group in config.expert_groups}
     if max(grown.values()) > 1:
-        raise ValueError(
+        raise InputError(
             f"`model` has num_experts={config.num_experts}: a seed has one expert in every group, whose copies are to "
             "become the experts."
         )
     if num_experts is None:
         num_experts = default_experts(config.modalities)
     if isinstance(config.num_experts, dict) and not isinstance(num_experts, dict):
-        raise ValueError(
+        raise InputError(
             f"`num_experts` = {num_experts!r}: experts that all modalities share cannot be copies of a seed's "
             "network for each modality."
         )
     if expert_intermediate_size is not None and not keep_seed:
-        raise ValueError(
+        raise InputError(
             f"`expert_intermediate_size` = {expert_intermediate_size!r} needs `keep_seed`: without it experts are "
             "copies of the seed's network and have its width."
         )
     decided = sorted(set(fields) & set(_KEPT_SIZES))
     if keep_seed and decided:
-        raise ValueError(
+        raise InputError(
             f"`fields` = {sorted(fields)}: `keep_seed` decides on {decided}; `expert_intermediate_size` gives the "
             "width of the routed experts."
         )
@@ -121,7 +122,7 @@ def _sizes_beside_seed(seed: MomaConfig, upcycled: MomaConfig, expert_size: int 
     """Fields of the widths with which shared experts hold the seed's networks."""
     grown = [group for group in upcycled.expert_groups if upcycled.group_num_experts(group) > 1]
     if grown and upcycled.gate_after_norm:
-        raise ValueError(
+        raise InputError(
             "`keep_seed` does not go with `gate_after_norm`: the gates of fresh routers would scale what the seed's "
             "network gives. In a seed without shared experts the field changes nothing: give gate_after_norm=False."
         )
@@ -130,7 +131,7 @@ def _sizes_beside_seed(seed: MomaConfig, upcycled: MomaConfig, expert_size: int 
     else:
         widths = expert_size or {}
     if not set(widths) <= set(grown) or (expert_size is not None and not grown):
-        raise ValueError(
+        raise InputError(
             f"`expert_intermediate_size` = {expert_size!r}: with num_experts={upcycled.num_experts} the groups "
             f"{grown} grow, all others keep the seed's network and its width."
         )
@@ -223,16 +224,16 @@ def upcycle(
 
 def _check_arguments(keep_seed: bool, preserve_function: bool, perturbation: float):
     if perturbation < 0:
-        raise ValueError(f"`perturbation` = {perturbation}: a standard deviation is not negative.")
+        raise InputError(f"`perturbation` = {perturbation}: a standard deviation is not negative.")
     if not keep_seed:
         return
     if perturbation:
-        raise ValueError(
+        raise InputError(
             f"`perturbation` = {perturbation} does not go with `keep_seed`: it tells copies apart, and experts beside "
             "the seed's network are no copies but fresh."
         )
     if preserve_function:
-        raise ValueError(
+        raise InputError(
             "`preserve_function` does not go with `keep_seed`, which preserves the function for every token already. "
             "Normalised gates for their own sake are the field normalize_gates=True."
         )
@@ -256,7 +257,7 @@ def _tensor_of(
     else:
         joined = parts[0] if parts else None
     if joined is None or joined.shape != tensor.shape:
-        raise ValueError(
+        raise InputError(
             f"`model` has no {name} of shape {list(tensor.shape)} to copy. Is it a MomaForCausalLM, and do "
             f"`fields` = {sorted(fields)} leave its sizes as they are?"
         )

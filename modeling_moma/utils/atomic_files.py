@@ -11,6 +11,8 @@ from pathlib import Path
 
 import psutil
 
+from ..errors_moma import InputError
+
 
 LEFT_OVER = ".partial"
 
@@ -125,7 +127,7 @@ def refuse_files(folder: str | Path, is_fine: Callable[[Path], bool] = lambda pa
     paths = (path for path in Path(folder).glob("*") if not path.name.endswith(LEFT_OVER))
     others = sorted(path.name for path in paths if not is_fine(path))
     if others:
-        raise ValueError(
+        raise InputError(
             f"`--output` {folder!r} has files of something else in it, such as {others[0]!r}: give a new folder."
         )
 

@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Full disks: how the writers of several libraries say so, and what a user is told."""
+"""Errors that a user reads in one line: bad input, and full disks, which several libraries report each in its way."""
 
 import errno
 import os
 import shutil
 from pathlib import Path
+
+from ..errors_moma import InputError
 
 
 # no room, a user's quota, the largest file that a process may write
@@ -23,6 +25,19 @@ _WAYS = {
     "train-image-tokenizer": _TO_RESUME,
 }
 _OTHER_WAY = "Make room, and give the same command again."
+
+
+def is_input_error(error: BaseException) -> bool:
+    """Whether it says what is wrong with an input; anything else is a defect, and keeps its traceback."""
+    if isinstance(error, InputError):
+        return True
+    # Both take time to import, and have been where one of their errors is raised.
+    from huggingface_hub.errors import StrictDataclassError
+
+    from tokenization.processor_errors_moma import InputError as ProcessorInputError
+
+    # The fields of a configuration are checked by the former.
+    return isinstance(error, (StrictDataclassError, ProcessorInputError))
 
 
 def is_disk_full(error: BaseException | None) -> bool:
@@ -58,4 +73,4 @@ def full_disk_line(error: BaseException, verb: str, output: str | None) -> str:
     return f"the disk is full: {free:.1f} MiB are free at {os.fspath(place)!r}{detail}. {_WAYS.get(verb, _OTHER_WAY)}"
 
 
-__all__ = ["full_disk_line", "is_disk_full"]
+__all__ = ["full_disk_line", "is_disk_full", "is_input_error"]

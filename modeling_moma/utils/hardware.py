@@ -4,8 +4,11 @@
 import ctypes
 import os
 import platform
+from typing import TYPE_CHECKING
 
-import torch
+
+if TYPE_CHECKING:
+    import torch
 
 
 # of `malloc.h`
@@ -16,8 +19,11 @@ _NEVER = -1
 _SETTINGS = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES")
 
 
-def supports_bf16(device: str | torch.device) -> bool:
+def supports_bf16(device: "str | torch.device") -> bool:
     """Whether the device computes in bfloat16 itself; elsewhere it is emulated and slow."""
+    # `moma` asks for memory before it knows whether torch is needed.
+    import torch
+
     if torch.device(device).type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     capabilities = torch.cpu.get_capabilities()

@@ -9,6 +9,8 @@ import pytest
 
 from modeling_moma import MomaConfig
 from modeling_moma.cli.main import VERBS, main
+from modeling_moma.errors_moma import InputError
+from tokenization.processor_errors_moma import InputError as ProcessorInputError
 
 
 def test_help_lists_every_verb_with_one_line(capsys):
@@ -28,6 +30,10 @@ def test_unknown_verb_is_named_with_the_known_ones(capsys):
 
 def fail_in_a_call():
     int("none")
+
+
+def fail_by_a_plain_error():
+    raise ValueError("none of its callers gave this")
 
 
 @pytest.mark.parametrize("verb", [verb for verb in VERBS if verb != "serve"])
@@ -85,12 +91,22 @@ def test_field_of_a_configuration_that_is_out_of_range_is_one_line(monkeypatch, 
     assert error.startswith("error: ") and "hidden_size" in error
 
 
-def test_defect_keeps_its_traceback(monkeypatch):
-    module = importlib.import_module("modeling_moma.cli.push")
-    monkeypatch.setattr(module, "main", fail_in_a_call)
-    monkeypatch.setattr("modeling_moma.cli.main.OWN_PACKAGES", (__name__.split(".")[0],))
-    with pytest.raises(ValueError, match="invalid literal"):
+@pytest.mark.parametrize("error_class", [InputError, ProcessorInputError])
+def test_input_error_of_either_package_is_one_line(error_class, monkeypatch, capsys):
+    def fail():
+        raise error_class("`--model` 'x':\nit is none.")
+
+    monkeypatch.setattr(importlib.import_module("modeling_moma.cli.push"), "main", fail)
+    assert main(["push"]) == 2
+    assert capsys.readouterr().err == "error: `--model` 'x': it is none.\n"
+
+
+@pytest.mark.parametrize("fail", [fail_in_a_call, fail_by_a_plain_error])
+def test_defect_keeps_its_traceback(fail, monkeypatch):
+    monkeypatch.setattr(importlib.import_module("modeling_moma.cli.push"), "main", fail)
+    with pytest.raises(ValueError, match="none") as raised:
         main(["push"])
+    assert raised.type is ValueError
 
 
 def test_module_and_command_are_the_same(tmp_path):

@@ -13,7 +13,7 @@ from jinja2 import TemplateError
 from starlette.responses import JSONResponse
 from transformers.cli.serving.utils import BaseHandler
 
-from ...cli.main import is_refusal
+from ...utils.errors import is_input_error
 from .downloads import NOT_FETCHED, Downloads
 from .errors import RequestError
 from .fields import ChatSettings, CompletionSettings, ResponseSettings, Settings, check_settings
@@ -211,7 +211,7 @@ def check_prompt(model: Any, inputs: Any, gen_config: Any):
 async def refuse(_request: Any, error: Exception):
     """4xx for an input that these packages refuse; anything else is a defect, and stays one."""
     if not isinstance(error, RequestError):
-        if not is_refusal(error) and _raised_in(error) != PROCESSORS:
+        if not is_input_error(error) and _raised_in(error) != PROCESSORS:
             raise error
         error = RequestError("messages or prompt", str(error))
     return JSONResponse(error.body(), error.status, error.headers())
