@@ -11,6 +11,7 @@ from .. import (
 )
 from ..calibration.auxiliary_training import save_with_processor
 from ..data.examples import check_layout, open_documents
+from ..errors_moma import InputError
 from ..evaluation.measures import held_out_batches, load_model
 from ..evaluation.report import router_table
 from ..hub.loading import open_processor
@@ -49,7 +50,7 @@ def main(arguments=None):
     model = load_model(args.model, "cuda" if torch.cuda.is_available() else "cpu")
     check_layout(model.config, processor.token_layout())
     if args.inference_routing == "auxiliary" and not model.config.auxiliary_routers:
-        raise ValueError(
+        raise InputError(
             "`--inference-routing` is auxiliary, but `--model` has no auxiliary routers: "
             "`moma train-auxiliary-routers` adds and trains them."
         )

@@ -15,6 +15,7 @@ from pathlib import Path
 from huggingface_hub.errors import StrictDataclassError
 
 from ..configuration_moma import MomaConfig
+from ..errors_moma import InputError
 from ..planning.layouts import Layout
 from ..planning.memory import Memory
 from ..planning.plans import GIGA, Hardware, Plan, plan_training
@@ -60,14 +61,14 @@ def read_config(args: argparse.Namespace) -> MomaConfig:
         return MomaConfig.from_preset(args.preset)
     path = Path(args.config)
     if not path.exists():
-        raise ValueError(f"--config {path}: no such file or folder")
+        raise InputError(f"--config {path}: no such file or folder")
     file = path / "config.json" if path.is_dir() else path
     if not file.exists():
-        raise ValueError(f"--config {path}: the folder has no config.json; is it that of a saved model?")
+        raise InputError(f"--config {path}: the folder has no config.json; is it that of a saved model?")
     try:
         return MomaConfig.from_json_file(file)
     except (StrictDataclassError, json.JSONDecodeError) as error:
-        raise ValueError(
+        raise InputError(
             f"--config {file}: no complete MomaConfig. Does it lack the token layout, as recipes/*.yaml do, which get "
             f"it from a tokenizer? {one_line(error)}"
         ) from error
@@ -92,7 +93,7 @@ def compute(args: argparse.Namespace) -> tuple[list[Plan], list[tuple[Layout, Me
     )
     if not plans:
         layout, memory = misfits[0]
-        raise ValueError(
+        raise InputError(
             f"no layout fits {args.gpus} GPUs of {args.gpu_memory:g} GB: the smallest, {layout}, needs "
             f"{memory.total / args.headroom / GIGA:.1f} GB with one sequence of {args.sequence_length} at once. Take "
             "more GPUs, larger ones, or shorter sequences."
@@ -182,7 +183,7 @@ def write_tables(document: str) -> int:
 
     text, count = TABLE.subn(compute_anew, Path(document).read_text())
     if not count:
-        raise ValueError(f"{document} has no table between <!-- plan: ARGUMENTS --> and <!-- /plan -->.")
+        raise InputError(f"{document} has no table between <!-- plan: ARGUMENTS --> and <!-- /plan -->.")
     write_aside(document, lambda path: path.write_text(text))
     return count
 

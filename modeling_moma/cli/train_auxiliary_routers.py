@@ -25,6 +25,7 @@ from ..data.documents import TokenFolder
 from ..data.examples import check_layout, held_out_sets, open_documents
 from ..data.sources import VALIDATION
 from ..data.stream import DocumentExamples
+from ..errors_moma import InputError
 from ..evaluation.measures import held_out_batches, load_model
 from ..evaluation.report import router_table
 from ..hub.loading import open_processor
@@ -138,7 +139,7 @@ def split_batches(args: argparse.Namespace, batches: list[dict]) -> tuple[list[d
     if args.threshold is not None:
         return [], batches
     if len(batches) < 2:
-        raise ValueError(
+        raise InputError(
             f"`--batch-size` = {args.batch_size} gives {len(batches)} batch of the validation split: two are needed, "
             "one to calibrate on and one to report on."
         )

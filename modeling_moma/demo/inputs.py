@@ -15,6 +15,8 @@ from PIL import Image
 
 from tokenization.image_input_moma import clean_pil_picture, open_picture
 
+from ..errors_moma import InputError
+
 
 PICTURE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
 PROMPTS = "prompts.txt"
@@ -51,12 +53,12 @@ class Examples:
         """
         folder = Path(folder)
         if not folder.is_dir():
-            raise ValueError(f"--examples: there is no folder {str(folder)!r}.")
+            raise InputError(f"--examples: there is no folder {str(folder)!r}.")
         pictures = sorted(str(path.resolve()) for path in folder.iterdir() if path.suffix.lower() in PICTURE_ENDINGS)
         prompts = folder / PROMPTS
         lines = prompts.read_text(encoding="utf-8").splitlines() if prompts.exists() else []
         if not pictures and not lines:
-            raise ValueError(
+            raise InputError(
                 f"--examples: {str(folder)!r} holds neither pictures ({', '.join(PICTURE_ENDINGS)}) nor a {PROMPTS}."
             )
         return cls(pictures, [line.strip() for line in lines if line.strip()])
@@ -106,24 +108,24 @@ def read_upload(path: str, folder: str) -> Image.Image:
             naming files here.
     """
     if not Path(path).resolve().is_relative_to(Path(folder).resolve()):
-        raise ValueError("This file was not uploaded to this page.")
+        raise InputError("This file was not uploaded to this page.")
     try:
         picture = open_picture(path)
     except Exception as error:
         # Pillow itself raises this for sizes that it takes for an attack
         if isinstance(error.__cause__, Image.DecompressionBombError):
-            raise ValueError(TOO_MANY_PIXELS) from error
-        raise ValueError(
+            raise InputError(TOO_MANY_PIXELS) from error
+        raise InputError(
             "This file is not a picture that can be read: it is damaged or of another kind. Take a PNG, JPEG, WebP or "
             "GIF file."
         ) from error
     # only the header has been read: a small file may hold more pixels than there is memory
     if picture.width * picture.height > MOST_PIXELS:
-        raise ValueError(TOO_MANY_PIXELS)
+        raise InputError(TOO_MANY_PIXELS)
     try:
         return clean_pil_picture(picture)
     except Exception as error:
-        raise ValueError("This picture cannot be decoded: the file is truncated or damaged.") from error
+        raise InputError("This picture cannot be decoded: the file is truncated or damaged.") from error
 
 
 def picture_input(label: str, elem_id: str) -> gr.Image:
@@ -176,9 +178,9 @@ def checked_words(words: str | None) -> str:
     """
     words = words or ""
     if len(words) > MOST_CHARACTERS:
-        raise ValueError(f"The words have {len(words)} characters, more than {MOST_CHARACTERS}: shorten them.")
+        raise InputError(f"The words have {len(words)} characters, more than {MOST_CHARACTERS}: shorten them.")
     if any("\ud800" <= character <= "\udfff" for character in words):
-        raise ValueError("The words hold half a character (a lone surrogate): write them again.")
+        raise InputError("The words hold half a character (a lone surrogate): write them again.")
     return words
 
 
@@ -214,7 +216,7 @@ def checked_seed(seed: float | None) -> int:
         ValueError: it is none.
     """
     if seed is None or not 0 <= seed < 2**32:
-        raise ValueError(f"The seed must be a whole number from 0 to {2**32 - 1}, got {seed}.")
+        raise InputError(f"The seed must be a whole number from 0 to {2**32 - 1}, got {seed}.")
     return int(seed)
 
 

@@ -5,6 +5,7 @@ import socket
 
 import gradio as gr
 
+from ..errors_moma import InputError
 from .inputs import MOST_BYTES, Examples
 from .studio import Studio
 from .tabs import caption_tab, draw_tab, interleaved_tab, routing_tab
@@ -92,5 +93,5 @@ def open_page(page: gr.Blocks, host: str | None = None, port: int | None = None)
             css=CSS,
         )
     except OSError as error:
-        raise ValueError(f"--host, --port: nobody can listen on {host}:{port} ({error}).") from error
+        raise InputError(f"--host, --port: nobody can listen on {host}:{port} ({error}).") from error
     return address

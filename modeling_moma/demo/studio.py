@@ -23,6 +23,7 @@ from transformers.generation.streamers import BaseStreamer
 
 import modeling_moma  # noqa: F401, makes the Auto classes know the model
 
+from ..errors_moma import InputError
 from ..evaluation.routing_images import record_routing
 from ..generation_moma import INTERLEAVED
 from ..hub.loading import MODEL, PROCESSOR, open_saved, refuse_non_finite
@@ -147,12 +148,12 @@ class Studio:
             ValueError: there is neither, or both together are too long.
         """
         if picture is None and not words.strip():
-            raise ValueError("Give a picture or words: there is nothing to route yet.")
+            raise InputError("Give a picture or words: there is nothing to route yet.")
         words = words if words.strip() or picture is None else self.caption(picture)
         ids = self._inputs(words, [] if picture is None else [picture])["input_ids"][0]
         most = self.model.config.max_position_embeddings
         if len(ids) > most:
-            raise ValueError(f"These are {len(ids)} tokens, but the model reads {most} at most: shorten the words.")
+            raise InputError(f"These are {len(ids)} tokens, but the model reads {most} at most: shorten the words.")
         with self._lock:
             routed = record_routing(self.model, ids)
         codes = range(
@@ -173,7 +174,7 @@ class Studio:
         if len(parts) == 1 and pictures:
             parts = [""] * len(pictures) + parts
         if len(parts) - 1 != len(pictures):
-            raise ValueError(
+            raise InputError(
                 f"The words have {len(parts) - 1} places for pictures ({image}), but {len(pictures)} pictures came "
                 "with them: give one for each place, or leave the places out to put all pictures first."
             )
@@ -189,7 +190,7 @@ class Studio:
         """New tokens for words and `more` others, as far as the context goes."""
         length, most = inputs["input_ids"].shape[1], self.model.config.max_position_embeddings
         if length >= most:
-            raise ValueError(f"The prompt has {length} tokens, but the model reads {most} at most: shorten it.")
+            raise InputError(f"The prompt has {length} tokens, but the model reads {most} at most: shorten it.")
         return min(MOST_WORDS + more, most - length)
 
     def _stream(self, inputs: dict, seed: int, arguments: dict) -> Iterator[torch.Tensor]:
@@ -226,9 +227,9 @@ def load_studio(folder: str | Path) -> Studio:
     refuse_non_finite(model, str(folder))
     refuse_non_finite(processor.vq_model, f"{folder}, picture tokenizer")
     if "image" not in model.config.frames:
-        raise ValueError(f"FOLDER: the model of {str(folder)!r} writes no pictures, so there is nothing to show.")
+        raise InputError(f"FOLDER: the model of {str(folder)!r} writes no pictures, so there is nothing to show.")
     if not processor.vq_model.config.use_decoder:
-        raise ValueError(
+        raise InputError(
             f"FOLDER: the picture tokenizer of {str(folder)!r} has no decoder (use_decoder=False), so no picture can "
             "be shown."
         )
@@ -263,7 +264,7 @@ class PartialPictures:
         whole = self.processor.image_seq_length
         for row in rows:
             if len(row) > whole:
-                raise ValueError(f"`rows`: a picture has {whole} codes, got {len(row)}.")
+                raise InputError(f"`rows`: a picture has {whole} codes, got {len(row)}.")
         pictures = self.processor.decode_pictures([row + self.white[len(row) :] for row in rows])
         return [self._cover(picture, len(row)) for picture, row in zip(pictures, rows)]
 
@@ -330,7 +331,7 @@ def stream_ids(model: Any, inputs: dict[str, torch.Tensor], every: int, **argume
         ValueError: `every` is below 1; and whatever `generate` raises.
     """
     if every < 1:
-        raise ValueError(f"`every` must be at least 1, got {every}.")
+        raise InputError(f"`every` must be at least 1, got {every}.")
     # the thread puts steps into it, then None or an error
     steps: queue.SimpleQueue = queue.SimpleQueue()
     stop = threading.Event()

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import gradio as gr
 from PIL import Image
 
+from ..errors_moma import InputError
 from .inputs import (
     ONE_AT_A_TIME,
     Examples,
@@ -40,7 +41,7 @@ def caption_tab(studio: Studio, examples: Examples):
     @show_errors
     def caption(path: str | None) -> tuple[str, Image.Image]:
         if path is None:
-            raise ValueError("There is no picture yet: upload one, paste one, or take an example.")
+            raise InputError("There is no picture yet: upload one, paste one, or take an example.")
         picture = read_picture(path)
         return studio.caption(picture), enlarged(studio.seen(picture))
 
@@ -75,7 +76,7 @@ def draw_tab(studio: Studio, examples: Examples):
     ) -> Iterator[tuple[list[Image.Image], str]]:
         words = checked_words(words).strip()
         if not words:
-            raise ValueError("There are no words yet: say what to draw.")
+            raise InputError("There are no words yet: say what to draw.")
         start, pictures = time.monotonic(), []
         for codes, pictures in studio.draw(words, int(count), temperature, guidance, checked_seed(seed)):
             yield [enlarged(picture) for picture in pictures], f"{codes} of {whole} codes"
@@ -125,9 +126,9 @@ def interleaved_tab(studio: Studio):
     ) -> Iterator[str]:
         words, files = checked_words(prompt.get("text")).strip(), prompt.get("files") or []
         if not words and not files:
-            raise ValueError("The prompt is empty: write words, add a picture, or both.")
+            raise InputError("The prompt is empty: write words, add a picture, or both.")
         if len(files) > MOST_PICTURES:
-            raise ValueError(f"The prompt has {len(files)} pictures, more than {MOST_PICTURES}: leave some out.")
+            raise InputError(f"The prompt has {len(files)} pictures, more than {MOST_PICTURES}: leave some out.")
         pictures = [read_picture(path) for path in files]
         parts = []
         for parts in studio.answer(words, pictures, temperature, guidance, int(num_pictures), checked_seed(seed)):

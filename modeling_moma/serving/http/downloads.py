@@ -13,6 +13,7 @@ from typing import Self
 
 import httpx
 
+from ...errors_moma import InputError
 from .errors import RequestError
 from .limits import DOWNLOAD_SECONDS, DOWNLOADS, MAX_DOWNLOAD_BYTES, MAX_REDIRECTS, WAITING_DOWNLOADS
 
@@ -59,7 +60,7 @@ class ImageHosts:
             # some resolvers read digits and dots as an address even where they are none
             is_name = NAME.fullmatch(host) and not host.rpartition(".")[2].isdigit()
             if port is not None and not 0 < port < 65536 or network is None and not is_name:
-                raise ValueError(
+                raise InputError(
                     f"--image-hosts: {entry!r} must be the name of a host, an address or a network, each with a port "
                     "or without, such as pictures.example.org, 10.0.0.7:8080 or 10.0.0.0/8."
                 )

@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """The error of a request, as HTTP answers it."""
 
+from ...errors_moma import InputError
+
+
 RETRY_SECONDS = 5
 
 
-class RequestError(ValueError):
+class RequestError(InputError):
     """A field of a request cannot be answered.
 
     Args:

@@ -17,6 +17,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 from transformers import GenerationConfig
 
+from ...errors_moma import InputError
 from .errors import RequestError, short
 from .limits import (
     MAX_BEAMS,
@@ -286,7 +287,7 @@ def _check_generation_config(text: str, is_stream: bool, limits: Limits):
     try:
         given = json.loads(text)
         if not isinstance(given, dict):
-            raise ValueError(f"it holds a {type(given).__name__}")
+            raise InputError(f"it holds a {type(given).__name__}")
     # RecursionError: 4,096 characters may nest deeper than the parser can follow
     except (ValueError, RecursionError) as error:
         raise RequestError(

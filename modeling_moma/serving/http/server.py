@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from transformers.cli.serve import Serve
 from typer import Option
 
+from ...errors_moma import InputError
 from .answering import CHAT, COMPLETION, RESPONSE, Answering, refuse
 from .downloads import Downloads, ImageHosts
 from .generation import Admission, CheckedManager
@@ -58,13 +59,13 @@ class CheckedServe(Serve):
     ):
         host, pinned = options["host"], options.get("force_model")
         if api_key is not None and not api_key.strip():
-            raise ValueError("--api-key: it is empty; leave it out to let everybody in who reaches the server.")
+            raise InputError("--api-key: it is empty; leave it out to let everybody in who reaches the server.")
         if pinned is None and not is_loopback(host):
-            raise ValueError(
+            raise InputError(
                 f"--host: {host!r} lets others in, who could have any model and folder loaded: name the model."
             )
         if pinned is None and options.get("trust_remote_code"):
-            raise ValueError("--trust-remote-code: requests could have any code run: name the model.")
+            raise InputError("--trust-remote-code: requests could have any code run: name the model.")
         if api_key is None and not is_loopback(host):
             print(f"warning: everybody who reaches {host} is let in (--api-key)", file=sys.stderr)
         self.limits, self.image_hosts = limits, image_hosts
@@ -154,7 +155,7 @@ def serve(
     """
     names = frozenset(_split(template_arguments))
     if taken := sorted(names & RESERVED):
-        raise ValueError(f"--template-arguments: {taken[0]!r} rules the template, and is no variable of it.")
+        raise InputError(f"--template-arguments: {taken[0]!r} rules the template, and is no variable of it.")
     limits = Limits(
         max_requests=max_requests,
         max_waiting=max_waiting,

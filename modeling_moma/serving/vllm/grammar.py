@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from ...configuration_moma import MomaConfig
+from ...errors_moma import InputError
 from ...frames_moma import TEXT, ModalityFrame
 from ...generation_moma import INTERLEAVED
 from ...logits_process_moma import TextOnlyLogitsProcessor
@@ -110,7 +111,7 @@ class FrameRow:
 
     def __init__(self, grammar: FrameGrammar, mode: str, prompt: Sequence[int], max_length: int):
         if mode not in (TEXT, INTERLEAVED, *grammar.frames):
-            raise ValueError(f"`mode` must be one of {[TEXT, INTERLEAVED, *grammar.frames]}, got {mode!r}.")
+            raise InputError(f"`mode` must be one of {[TEXT, INTERLEAVED, *grammar.frames]}, got {mode!r}.")
         self.grammar = grammar
         self.mode = mode
         self.max_length = max_length

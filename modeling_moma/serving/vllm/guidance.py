@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ...configuration_moma import MomaConfig
+from ...errors_moma import InputError
 from ...frames_moma import IMAGE
 from .grammar import FREE, FrameGrammar, FrameRow
 
@@ -48,17 +49,17 @@ def guided_frame(
         ValueError: a modality without a frame, no beginning token, a negative temperature, or no room for the frame.
     """
     if modality not in config.frames:
-        raise ValueError(f"`modality` must be one of {list(config.frames)}, got {modality!r}.")
+        raise InputError(f"`modality` must be one of {list(config.frames)}, got {modality!r}.")
     if config.bos_token_id is None:
-        raise ValueError("`bos_token_id` of the configuration is None: the row without the prompt begins with it.")
+        raise InputError("`bos_token_id` of the configuration is None: the row without the prompt begins with it.")
     if temperature < 0:
-        raise ValueError(f"`temperature` must be 0 or more, got {temperature}.")
+        raise InputError(f"`temperature` must be 0 or more, got {temperature}.")
     frame = config.frames[modality]
     conditional = list(prompt)
     ids_BT = torch.tensor([conditional])
     missing = int(frame.missing_tokens(ids_BT))
     if len(conditional) + missing > config.max_position_embeddings:
-        raise ValueError(
+        raise InputError(
             f"`prompt` has {len(conditional)} tokens and the frame needs {missing} more, which exceeds "
             f"`max_position_embeddings` ({config.max_position_embeddings}): shorten the prompt."
         )

@@ -9,6 +9,7 @@ from vllm.model_executor.models.interfaces import SupportsMultiModal  # pyright:
 from vllm.model_executor.models.transformers import TransformersForCausalLM  # pyright: ignore[reportMissingImports]
 from vllm.multimodal import MULTIMODAL_REGISTRY  # pyright: ignore[reportMissingImports]
 
+from ...errors_moma import InputError
 from .pictures import PICTURE_IDS, PLACEHOLDER, MomaDummyInputs, MomaPictureInfo, MomaPictureProcessor
 
 
@@ -61,7 +62,7 @@ class MomaForVllm(TransformersForCausalLM, SupportsMultiModal):
             ValueError: there are embeddings without ids.
         """
         if input_ids is None:
-            raise ValueError("`input_ids` is missing: embeddings alone do not tell which experts serve a token.")
+            raise InputError("`input_ids` is missing: embeddings alone do not tell which experts serve a token.")
         return super().forward(input_ids, positions, intermediate_tensors, None)
 
 

@@ -10,6 +10,7 @@ from vllm.transformers_utils.model_arch_config_convertor import (  # pyright: ig
 )
 
 from ...configuration_moma import MomaConfig
+from ...errors_moma import InputError
 from .grammar import SERVED_MODES, FrameGrammar
 
 
@@ -42,12 +43,12 @@ class MomaServingConfig(VerifyAndUpdateConfig):
         config = model_config.hf_config
         check_servable(config)
         if model_config.enable_prompt_embeds:
-            raise ValueError(
+            raise InputError(
                 "`enable_prompt_embeds` cannot be used with a MoMa: the ids of a prompt tell which experts serve it, "
                 "and embeddings have none. Send token ids."
             )
         if os.environ.setdefault(RUNNER, "0") != "0":
-            raise ValueError(
+            raise InputError(
                 f"{RUNNER}={os.environ[RUNNER]}: the grammar of a MoMa is written for vLLM's first model runner. "
                 "Unset the variable."
             )
@@ -67,7 +68,7 @@ class MomaServingConfig(VerifyAndUpdateConfig):
         """
         stages = vllm_config.parallel_config.pipeline_parallel_size
         if stages > 1:
-            raise ValueError(
+            raise InputError(
                 f"`pipeline_parallel_size` is {stages}, but a MoMa needs 1: later stages get no token ids, which tell "
                 "which experts serve a token."
             )
@@ -80,7 +81,7 @@ def check_servable(config: MomaConfig) -> None:
         ValueError: the model has depth layers.
     """
     if config.depth_layers:
-        raise ValueError(
+        raise InputError(
             f"vLLM cannot serve a MoMa with mixture of depths: `depth_layers` is {config.depth_layers}, and in those "
             "layers each row has keys of its own chosen tokens alone, while vLLM's paged cache has a place for every "
             "token in every layer. Use `generate` or `moma serve`."
