@@ -57,6 +57,15 @@ def test_files_and_functions_of_the_packages_stay_short():
                 assert length <= 60, f"{path}: {node.name} has {length} lines"
 
 
+def test_bad_input_is_raised_as_an_input_error():
+    # `moma` shows those in one line, and a plain `ValueError` with its traceback
+    for path in (path for package in PACKAGES for path in package.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Raise) and node.exc is not None:
+                raised = node.exc.func if isinstance(node.exc, ast.Call) else node.exc
+                assert not (isinstance(raised, ast.Name) and raised.id == "ValueError"), f"{path}:{node.lineno}"
+
+
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
     folder = tmp_path_factory.mktemp("wheel")
