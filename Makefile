@@ -32,7 +32,7 @@ test-lowest: $(LOWEST_VENV)/.installed
 
 # the real vLLM on a CPU: its wheel asks for torch 2.13.0+cpu, which PyTorch's own index of CPU wheels has
 test-vllm: $(VLLM_VENV)/.installed
-	OMP_NUM_THREADS=1 $(VLLM_RUN) -m pytest -q tests/serving_vllm
+	OMP_NUM_THREADS=1 $(VLLM_RUN) -m pytest -q tests/serving/vllm
 
 # Chromium for the test of the page: its absence skips that test, so nothing here fails
 browser:
@@ -69,22 +69,9 @@ data-manual: $(INSTALLED)
 data-gloss: $(INSTALLED)
 	$(RUN) scripts/build_gloss.py --output data/gloss
 
-# one comparison of speed by its name, `make bench CASE=decode-4t4i`, or all of them and the other measurements
+# one comparison of speed by its name, `make bench CASE=decode-4t4i`, or all of them
 bench: $(INSTALLED)
-ifdef CASE
 	$(RUN) -m benchmarks $(CASE)
-else
-	$(RUN) -m benchmarks
-	$(RUN) -m benchmarks.sequence_length
-	$(RUN) -m benchmarks.large_vocabulary
-	$(RUN) -m benchmarks.kept_memory
-	$(RUN) -m benchmarks.picture_tokenizing
-	$(RUN) -m benchmarks.decode_parts
-	$(RUN) benchmarks/expert_dispatch.py
-	$(RUN) -m benchmarks.depth_step
-	$(RUN) benchmarks/compilation.py
-	$(RUN) benchmarks/quantization.py
-endif
 
 reproduce: $(INSTALLED)
 	PYTHON=$(abspath $(RUN)) scripts/reproduce.sh

@@ -4,6 +4,7 @@ Compares the speed of our models with that of Transformers' and of one another.
 
     python -m benchmarks                      all cases, on one thread and on all
     python -m benchmarks decode-4t4i train-4t4i --threads 1
+    python -m benchmarks --device cuda --minutes 6 --report benchmarks/reports
     python -m benchmarks --list
 
 Nothing else may run beside it. What is timed is checked first.
@@ -11,6 +12,7 @@ Nothing else may run beside it. What is timed is checked first.
 
 import argparse
 import sys
+import time
 from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
@@ -21,7 +23,7 @@ from benchmarks.speed.cases import CASES
 from benchmarks.speed.clock import BusyMachineError
 from benchmarks.speed.comparison import Outcome, run_case
 from benchmarks.speed.results import report
-from modeling_moma.training.allocator import keep_freed_memory
+from modeling_moma.utils.hardware import keep_freed_memory
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -33,12 +35,15 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--threads", choices=["1", "all", "both"], default="both")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--no-details", action="store_true", help="times alone: no FLOPs, bytes, profile and memory")
+    parser.add_argument("--minutes", type=float, help="begin no further case after these; what is left out is named")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--report", type=Path, help="folder for a dated report")
     args = parser.parse_args(arguments)
     unknown = [name for name in args.cases if name not in CASES]
     if unknown:
         parser.error(f"there is no case {unknown[0]!r}; --list names those that there are")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch sees no GPU here. Is this a build of torch for CPUs?")
     return args
 
 
@@ -55,8 +60,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         numbers = numbers[-1:]
     command = " ".join(["python -m benchmarks", *(arguments if arguments is not None else sys.argv[1:])])
     outcomes: list[Outcome] = []
-    status, page = 0, ""
+    status, page, left_out = 0, "", []
+    end = None if args.minutes is None else time.monotonic() + 60 * args.minutes
     for name in args.cases or CASES:
+        if end is not None and time.monotonic() > end:
+            left_out.append(name)
+            continue
         for number in dict.fromkeys(numbers):
             try:
                 outcome = run_case(CASES[name], number, args.rounds, args.device, not args.no_details)
@@ -71,6 +80,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 # after every case: they take long
                 (args.report / f"{date.today()}-speed-{args.device}.md").write_text(page)
     print(page)
+    if left_out:
+        print(f"Left out for lack of time: {', '.join(left_out)}.", file=sys.stderr)
     return status
 
 

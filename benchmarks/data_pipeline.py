@@ -23,11 +23,11 @@ import torch
 from datasets import Dataset, Features, Image, Value, load_dataset
 
 from modeling_moma import MomaForCausalLM
+from modeling_moma.data.examples import open_documents
 from modeling_moma.data.jobs import plan_job, write_job
 from modeling_moma.data.packing import PackedExamples
-from modeling_moma.data.running import run_tasks
 from modeling_moma.data.sources import read_sources
-from modeling_moma.training.examples import open_documents
+from modeling_moma.data.workers import run_tasks
 from modeling_moma.training.pretraining import model_config
 from modeling_moma.training.recipe import read_recipe
 from tokenization import (

@@ -14,9 +14,7 @@ request is not refused so, something leaks or the server prints a traceback.
 import argparse
 import asyncio
 import random
-import socket
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -32,12 +30,11 @@ import torch
 
 from benchmarks.data_pipeline import anonymous_bytes
 from benchmarks.serving_requests import BadRequest, Question, bad_requests, questions
-from scripts.server_process import stop, wait_until_healthy
+from scripts.server_process import running
 
 
-# what a process may hold more of at the end than after its warm-up
+# the process may have grown by so much at the end since its warm-up
 MEMORY_SHARE, FILES, THREADS = 0.10, 2, 2
-START_SECONDS = 120
 
 
 @dataclass
@@ -71,24 +68,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 @contextmanager
 def running_server(model: str, log: Path):
     """Address and process of `moma serve`, which is ended afterwards."""
-    port = free_port()
     command = [sys.executable, "-m", "modeling_moma", "serve", model, "--device", "cpu", "--dtype", "float32"]
-    with log.open("w") as output:
-        server = subprocess.Popen(
-            [*command, "--host", "127.0.0.1", "--port", str(port)], stdout=output, stderr=subprocess.STDOUT
-        )
-    address = f"http://127.0.0.1:{port}"
-    try:
-        wait_until_healthy(server, f"{address}/health", log, START_SECONDS)
+    with running([*command, "--host", "127.0.0.1"], log) as (address, server):
         yield address, psutil.Process(server.pid)
-    finally:
-        stop(server)
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
 
 
 def held(process: psutil.Process) -> Held:
@@ -146,7 +128,7 @@ class Load:
             self.outcome.faults.append(f"{question.name}: {answer!r}, but `generate` gives {question.answer!r}")
 
     async def _hang_up_in_the_stream(self, question: Question, pieces: int):
-        # long, so that there is something left to cancel
+        # a long answer leaves something to cancel
         body = {**question.body, "stream": True, "max_tokens": 400}
         async with self.client.stream("POST", question.path, json=body) as response:
             async for line in response.aiter_lines():

@@ -6,49 +6,49 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from .cli.starting import starts_command
-from .tools.import_notices import without_import_notices
+from .utils.messages import without_import_notices
 
 
 if TYPE_CHECKING:
+    from .calibration.auxiliary_training import AuxiliaryRouterTrainer, add_auxiliary_routers, auxiliary_report
+    from .calibration.thresholds import calibrate_auxiliary_thresholds, calibrate_thresholds
     from .configuration_moma import MomaConfig
+    from .export.quantization import quantized_share, torchao_config
     from .modeling_moma import MomaCausalLMOutput, MomaForCausalLM, MomaModel, MomaPreTrainedModel
-    from .tools.auxiliary_training import AuxiliaryRouterTrainer, add_auxiliary_routers, auxiliary_report
-    from .tools.calibration import calibrate_auxiliary_thresholds, calibrate_thresholds
-    from .tools.callbacks import MomaMetricsCallback
-    from .tools.code_embeddings import initialize_code_embeddings
-    from .tools.costs import eta, flops_per_token, training_flops
-    from .tools.freezing import freeze_all_but, freeze_groups
-    from .tools.quantization import quantized_share, torchao_config
-    from .tools.upcycling import parse_experts, upcycle, upcycled_config
-    from .tools.upcycling_receipt import UpcyclingReceipt, upcycling_receipt
+    from .planning.costs import eta, flops_per_token, training_flops
+    from .training.code_embeddings import initialize_code_embeddings
+    from .training.freezing import freeze_all_but, freeze_groups
+    from .training.metrics_callback import MomaMetricsCallback
+    from .upcycling.report import UpcyclingReceipt, upcycling_receipt
+    from .upcycling.upcycle import parse_experts, upcycle, upcycled_config
 
 # module of each public name, imported when the name is asked for: some need Transformers' Trainer, which brings PEFT
 # and bitsandbytes along where they are installed
 _MODULES = {
-    "AuxiliaryRouterTrainer": "tools.auxiliary_training",
+    "AuxiliaryRouterTrainer": "calibration.auxiliary_training",
     "MomaCausalLMOutput": "modeling_moma",
     "MomaConfig": "configuration_moma",
     "MomaForCausalLM": "modeling_moma",
-    "MomaMetricsCallback": "tools.callbacks",
+    "MomaMetricsCallback": "training.metrics_callback",
     "MomaModel": "modeling_moma",
     "MomaPreTrainedModel": "modeling_moma",
-    "UpcyclingReceipt": "tools.upcycling_receipt",
-    "add_auxiliary_routers": "tools.auxiliary_training",
-    "auxiliary_report": "tools.auxiliary_training",
-    "calibrate_auxiliary_thresholds": "tools.calibration",
-    "calibrate_thresholds": "tools.calibration",
-    "eta": "tools.costs",
-    "flops_per_token": "tools.costs",
-    "freeze_all_but": "tools.freezing",
-    "freeze_groups": "tools.freezing",
-    "initialize_code_embeddings": "tools.code_embeddings",
-    "parse_experts": "tools.upcycling",
-    "quantized_share": "tools.quantization",
-    "torchao_config": "tools.quantization",
-    "training_flops": "tools.costs",
-    "upcycle": "tools.upcycling",
-    "upcycled_config": "tools.upcycling",
-    "upcycling_receipt": "tools.upcycling_receipt",
+    "UpcyclingReceipt": "upcycling.report",
+    "add_auxiliary_routers": "calibration.auxiliary_training",
+    "auxiliary_report": "calibration.auxiliary_training",
+    "calibrate_auxiliary_thresholds": "calibration.thresholds",
+    "calibrate_thresholds": "calibration.thresholds",
+    "eta": "planning.costs",
+    "flops_per_token": "planning.costs",
+    "freeze_all_but": "training.freezing",
+    "freeze_groups": "training.freezing",
+    "initialize_code_embeddings": "training.code_embeddings",
+    "parse_experts": "upcycling.upcycle",
+    "quantized_share": "export.quantization",
+    "torchao_config": "export.quantization",
+    "training_flops": "planning.costs",
+    "upcycle": "upcycling.upcycle",
+    "upcycled_config": "upcycling.upcycle",
+    "upcycling_receipt": "upcycling.report",
 }
 
 

@@ -13,6 +13,7 @@ from .configuration_moma import MomaConfig
 from .depth_moma import depth_form_of
 from .dispatch_moma import DEFAULT_IMPLEMENTATION
 from .document_lengths_moma import goes_by_lengths
+from .errors_moma import InputError
 from .host_moma import is_on_host
 from .modality_split_moma import (
     FEW_POSITIONS,
@@ -139,7 +140,7 @@ def check_length(
     is_long = config.rope_parameters["rope_type"] == "default" and past_length + length > limit
     # a row of many packed requests is longer than any of them
     if is_long and (position_ids is None or position_ids.max() >= limit):
-        raise ValueError(
+        raise InputError(
             f"The sequence has {past_length + length} positions, but `max_position_embeddings` is {limit}: the "
             "model has never seen later ones. Shorten the input, or set `rope_parameters` to a scaled type."
         )
@@ -157,14 +158,14 @@ def check_exportable(config: MomaConfig, routing: str, is_training: bool):
         ValueError: there are depth layers, the rule looks at the whole batch, or the model trains.
     """
     if config.depth_layers:
-        raise ValueError(
+        raise InputError(
             f"`depth_layers` is {list(config.depth_layers)}: a model with depth layers cannot be exported, since the "
             "shapes of what they compute and cache depend on who is chosen."
         )
     if is_training:
-        raise ValueError("The model is in `train()` mode, and routers would learn: call `model.eval()` before export.")
+        raise InputError("The model is in `train()` mode, and routers would learn: call `model.eval()` before export.")
     if not rule_of(routing).is_causal:
-        raise ValueError(
+        raise InputError(
             f"`routing` is {routing!r}: how many tokens an expert takes depends on the batch, so it cannot be "
             "exported. Export a causal rule, such as 'threshold'."
         )
@@ -248,7 +249,7 @@ def _split_batch(
     batch_size, length = inputs.shape[:2]
     if batch_size == 0 or length == 0:
         name = "input_ids" if input_ids is not None else "inputs_embeds"
-        raise ValueError(f"`{name}` has {batch_size} rows of {length} tokens: the input is empty.")
+        raise InputError(f"`{name}` has {batch_size} rows of {length} tokens: the input is empty.")
     check_length(config, length, past_length, position_ids)
     modality_BT = _modalities(config, input_ids, inputs, mm_token_type_ids)
     padding_BT = masked_B = None
@@ -276,7 +277,7 @@ def _modalities(
 def _check_mask(attention_mask: torch.Tensor, batch_size: int, num_positions: int | torch.Tensor) -> None:
     if attention_mask.shape[0] == batch_size and attention_mask.shape[1] >= num_positions:
         return
-    raise ValueError(
+    raise InputError(
         f"`attention_mask` has the shape {tuple(attention_mask.shape)}, but there are {batch_size} rows of "
         f"{num_positions} positions or more: with a cache it has to cover the cached positions, too."
     )

@@ -15,6 +15,7 @@ from transformers.cache_utils import DynamicLayer, StaticLayer
 
 from .capacity_moma import ceil_share, exact_share
 from .configuration_moma import DEPTH_LAYER_TYPE
+from .errors_moma import InputError
 
 
 if TYPE_CHECKING:
@@ -133,11 +134,11 @@ class _RaggedRows:
             ValueError: the number is positive, or larger than what has been seen.
         """
         if tokens_to_remove > 0:
-            raise ValueError(
+            raise InputError(
                 f"`tokens_to_remove` = {tokens_to_remove}: crop takes minus the number of tokens to remove."
             )
         if -tokens_to_remove > self.cumulative_length:
-            raise ValueError(
+            raise InputError(
                 f"`tokens_to_remove` = {tokens_to_remove}: only {self.cumulative_length} tokens have been seen."
             )
         self.cumulative_length += tokens_to_remove
@@ -299,7 +300,7 @@ class MomaStaticDepthCacheLayer(_RaggedRows, StaticLayer):
 
     def _make_room(self, num_positions: int, needed: int) -> None:
         if self.cumulative_length + num_positions > self.max_cache_len:
-            raise ValueError(
+            raise InputError(
                 f"The static cache was made for `max_cache_len` = {self.max_cache_len} tokens, but "
                 f"{self.cumulative_length + num_positions} have come."
             )

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers.activations import ACT2FN
 
+from .errors_moma import InputError
 from .frames_moma import FRAME_FIELDS, IMAGE, config_frames
 from .routing_rules_moma import CAUSAL_ROUTINGS, NOISY_ROUTINGS, RULES, TRAINING_ROUTINGS
 
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 def require(condition: bool, name: str, value: Any, demand: str):
     """Raise a `ValueError` that names a field, its value and what it has to be, unless the condition holds."""
     if not condition:
-        raise ValueError(f"`{name}` = {value!r}: {demand}.")
+        raise InputError(f"`{name}` = {value!r}: {demand}.")
 
 
 def check_sizes(config: "MomaConfig"):

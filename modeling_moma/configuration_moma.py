@@ -28,6 +28,7 @@ from .configuration_checks_moma import (
     check_sizes,
     require,
 )
+from .errors_moma import InputError
 from .frames_moma import ModalityFrame, config_frames
 from .parallel_plans_moma import expert_parallel_plan, tensor_parallel_plan
 from .parameter_counts_moma import count_parameters
@@ -332,7 +333,7 @@ class MomaConfig(PreTrainedConfig):
             `int`: number of parameters; buffers (thresholds, balance biases) are not counted.
         """
         if modality is not None and modality not in self.modalities:
-            raise ValueError(f"`modality` must be one of {self.modalities}, got {modality!r}.")
+            raise InputError(f"`modality` must be one of {self.modalities}, got {modality!r}.")
         return count_parameters(self, active, modality, exclude_norms_and_routers)
 
     def validate_layer_type(self):

@@ -13,6 +13,7 @@ import torch
 
 from .capacity_moma import ceil_share, exact_share
 from .configuration_moma import MomaConfig
+from .errors_moma import InputError
 from .router_base_moma import MomaRouterBase
 from .routing_context_moma import RouterState, RoutingContext
 from .routing_rules_moma import rule_of
@@ -216,7 +217,7 @@ def depth_form_of(name: str) -> DepthForm:
         ValueError: the rule is none, or is one for experts alone.
     """
     if rule_of(name, "depth_routing").name not in DEPTH_FORMS:
-        raise ValueError(
+        raise InputError(
             f"`depth_routing` = {name!r}: this rule has no form for depth layers; those that have one are "
             f"{sorted(DEPTH_FORMS)}."
         )

@@ -14,6 +14,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, flash_atten
 from transformers.modeling_utils import PreTrainedModel
 
 from .configuration_moma import MomaConfig
+from .errors_moma import InputError
 
 
 # `FlashAttentionKwargs` of Transformers
@@ -79,7 +80,7 @@ def document_lengths(
     config: MomaConfig = model.config  # pyright: ignore[reportAssignmentType]
     # set by torch
     if getattr(model, "_is_replica", False) and LENGTHS[0] in given:
-        raise ValueError(
+        raise InputError(
             f"`{LENGTHS[0]}` counts through all rows, but `DataParallel` has cut it, and may have dropped rows: start "
             "one process for each device with torchrun, or show this one a single device."
         )
@@ -102,9 +103,9 @@ def document_lengths(
         position_BT = position_ids.expand(num_rows, -1)
         lengths = _find_lengths(position_BT, attention_mask, cache)  # pyright: ignore[reportCallIssue]
     if lengths and cache is not None and (config.depth_layers or not is_fresh):
-        raise ValueError(f"{sign}, but to a cache each row is one document: pass `use_cache=False`.")
+        raise InputError(f"{sign}, but to a cache each row is one document: pass `use_cache=False`.")
     if lengths and causal_mask is not None:
-        raise ValueError(
+        raise InputError(
             f"{sign}, and `attention_mask` hides positions: {config._attn_implementation!r} goes by the mask alone, "
             "and documents would see one another. Leave `attention_mask` out: padding behind a row's documents is a "
             "document of its own, whose positions begin again and whose labels are -100."
@@ -116,7 +117,7 @@ def _check_has_positions(config: MomaConfig, starts_E: torch.Tensor | None, num_
     """Refuse documents that only their lengths tell apart, where attention goes by a mask."""
     # whoever registers another attention knows what it goes by
     if starts_E is not None and starts_E.shape[0] > num_rows + 1 and config._attn_implementation in _BY_MASK:
-        raise ValueError(
+        raise InputError(
             f"`{LENGTHS[0]}` has {starts_E.shape[0] - 1} documents in {num_rows} rows, but "
             f"{config._attn_implementation!r} goes by `position_ids`, and there are none: pass those that begin again "
             "with every document."
@@ -126,10 +127,10 @@ def _check_has_positions(config: MomaConfig, starts_E: torch.Tensor | None, num_
 def _check_lengths(lengths: dict[str, Any], num_rows: int) -> None:
     missing = [name for name in LENGTHS if name not in lengths]
     if missing:
-        raise ValueError(f"`{missing[0]}` is missing beside {list(lengths)}: flash attention takes all four or none.")
+        raise InputError(f"`{missing[0]}` is missing beside {list(lengths)}: flash attention takes all four or none.")
     num_entries = lengths[LENGTHS[0]].shape[0]
     if num_entries < num_rows + 1:
-        raise ValueError(
+        raise InputError(
             f"`{LENGTHS[0]}` has {num_entries} entries for {num_rows} rows: it begins with 0 and ends with the number "
             "of tokens in all rows, each of which begins a document. Was it cut with the batch, as `dispatch_batches` "
             "does? Without the four lengths the model finds documents by `position_ids`."

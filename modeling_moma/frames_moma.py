@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from .errors_moma import InputError
+
 
 if TYPE_CHECKING:
     from .configuration_moma import MomaConfig
@@ -89,7 +91,7 @@ class ModalityFrame:
             ValueError: no two dimensions, a frame that is incomplete, or a code outside the frames.
         """
         if ids_BT.ndim != 2:
-            raise ValueError(f"`{name}` must have two dimensions, got shape {tuple(ids_BT.shape)}.")
+            raise InputError(f"`{name}` must have two dimensions, got shape {tuple(ids_BT.shape)}.")
         # a column after the row, so that no frame runs on into the next one
         ids = nn.functional.pad(ids_BT, (0, 1), value=-1)
         width, ids = ids.shape[1], ids.flatten()
@@ -103,14 +105,14 @@ class ModalityFrame:
         if not whole_N.all():
             bad = int((~whole_N).nonzero()[0])
             expected = "any number of codes" if self.length is None else f"{self.length} codes"
-            raise ValueError(
+            raise InputError(
                 f"`{name}`: the {self.modality} at row {int(begin_N[bad]) // width}, position "
                 f"{int(begin_N[bad]) % width} is incomplete, with {int(count_N[bad])} codes before another token; it "
                 f"has {expected} and then the token {self.end}. Generate with generation_mode={self.modality!r}."
             )
         outside = int(is_code.sum() - count_N.sum())
         if outside:
-            raise ValueError(
+            raise InputError(
                 f"`{name}`: {outside} codes stand outside the {len(begin_N)} frames of {self.modality} found. Pass "
                 f"the sequences from the tokens {self.begin} on."
             )

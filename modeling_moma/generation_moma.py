@@ -20,6 +20,7 @@ from transformers.generation import (
 from transformers.generation.utils import GenerateOutput
 
 from .configuration_moma import MomaConfig
+from .errors_moma import InputError
 from .frames_moma import IMAGE, TEXT, ModalityFrame, open_frame_codes
 from .logits_process_moma import (
     FittingFrameLogitsProcessor,
@@ -154,7 +155,7 @@ class MomaGenerationMixin(GenerationGaps):
         frames = self.config.frames
         if modality not in frames:
             fields = "`begin_image_token_id` and `end_image_token_id`" if modality == IMAGE else "`modality_frames`"
-            raise ValueError(
+            raise InputError(
                 f"The configuration has no frame for {modality!r}, only for {list(frames)}: "
                 f"`modality_token_ranges[{modality!r}]` and {fields} are needed. A model without frames can use "
                 "generation_mode='text' alone."
@@ -166,7 +167,7 @@ class MomaGenerationMixin(GenerationGaps):
         if mode in (IMAGE, *self.config.modality_token_ranges):
             self._frame(mode)
         if mode not in modes:
-            raise ValueError(f"`generation_mode` must be one of {modes}, got {mode!r}.")
+            raise InputError(f"`generation_mode` must be one of {modes}, got {mode!r}.")
         if mode == INTERLEAVED and len(modes) == 2:
             self._frame(IMAGE)
 
@@ -235,7 +236,7 @@ class MomaGenerationMixin(GenerationGaps):
         for modality, frame in frames.items():
             open_B = frame.open_codes(prompt) >= 0
             if mode not in (modality, INTERLEAVED) and open_B.any():
-                raise ValueError(
+                raise InputError(
                     f"The prompt of row {int(open_B.nonzero()[0])} ends inside a frame of {modality!r}, which "
                     f"generation_mode={mode!r} cannot continue: use generation_mode={modality!r} or 'interleaved', or "
                     "end the frame."
@@ -251,13 +252,13 @@ class MomaGenerationMixin(GenerationGaps):
                 needed = max(needed, int(missing_B.max()))
         if needed > room:
             advice = "" if mode == INTERLEAVED else f", or leave both out with generation_mode={mode!r}"
-            raise ValueError(
+            raise InputError(
                 f"A whole frame needs {needed} new tokens, but there is room for {room}: raise "
                 f"`max_new_tokens` to at least {needed} (or `max_length` to {needed + prompt_width}){advice}."
             )
         context = self._context_room(prompt_width)
         if context is not None and needed > context:
-            raise ValueError(
+            raise InputError(
                 f"A prompt of {prompt_width} positions and a frame that needs {needed} new tokens exceed "
                 f"`max_position_embeddings` ({self.config.max_position_embeddings}): shorten the prompt."
             )
@@ -283,7 +284,7 @@ class MomaGenerationMixin(GenerationGaps):
             value = value[0] if isinstance(value, (list, tuple)) else value
             if value is not None:
                 return int(value)
-        raise ValueError(f"generation_mode={mode!r} needs an `eos_token_id` or a `pad_token_id` to end rows with.")
+        raise InputError(f"generation_mode={mode!r} needs an `eos_token_id` or a `pad_token_id` to end rows with.")
 
     def _guidance(
         self, prompt: torch.Tensor, generation_config: GenerationConfig | None, kwargs: dict
@@ -293,7 +294,7 @@ class MomaGenerationMixin(GenerationGaps):
             return {}
         for name in ("num_beams", "prompt_lookup_num_tokens", "assistant_model"):
             if self._option(name, generation_config, kwargs) not in (None, 1):
-                raise ValueError(
+                raise InputError(
                     f"`guidance_scale` cannot be combined with `{name}`: the unconditional branch of the stock loop "
                     "follows neither reordered beams nor drafted tokens. Use greedy decoding or sampling."
                 )
@@ -303,7 +304,7 @@ class MomaGenerationMixin(GenerationGaps):
                 return {}
             ids, mask = _unconditional_prompt(self.config.frames, prompt, self.config.bos_token_id)
         elif ids.shape[0] != prompt.shape[0]:
-            raise ValueError(
+            raise InputError(
                 f"`negative_prompt_ids` has {ids.shape[0]} rows, but there are {prompt.shape[0]} prompts: each needs "
                 "one."
             )
@@ -316,16 +317,16 @@ class MomaGenerationMixin(GenerationGaps):
 
 def _check_prompt(prompt: torch.Tensor, kwargs: dict) -> None:
     if prompt.ndim != 2:
-        raise ValueError(f"`input_ids` must have two dimensions, rows and positions, got shape {tuple(prompt.shape)}.")
+        raise InputError(f"`input_ids` must have two dimensions, rows and positions, got shape {tuple(prompt.shape)}.")
     if prompt.shape[0] == 0 or (prompt.shape[1] == 0 and kwargs.get("inputs_embeds") is None):
-        raise ValueError(
+        raise InputError(
             f"`input_ids` is empty, its shape is {tuple(prompt.shape)}: a prompt needs one token at least, such as "
             "the beginning token."
         )
     mask = kwargs.get("attention_mask")
     if isinstance(mask, torch.Tensor) and mask.ndim == 2 and not mask.any(dim=1).all():
         row = int((~mask.any(dim=1)).nonzero()[0])
-        raise ValueError(f"`attention_mask`: row {row} is all padding; a prompt needs one token at least.")
+        raise InputError(f"`attention_mask`: row {row} is all padding; a prompt needs one token at least.")
 
 
 def _new_tokens(

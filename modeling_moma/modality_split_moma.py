@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from .configuration_moma import MomaConfig
+from .errors_moma import InputError
 from .host_moma import is_on_host
 
 
@@ -183,7 +184,7 @@ def split_modalities(
     low, high, num_masked, first_masked, *counts = count(group_flat, checked, masked_B, len(groups))
     _check_bounds(config, low, high, input_ids is not None)
     if num_masked:
-        raise ValueError(
+        raise InputError(
             f"`attention_mask` is 0 in all of row {first_masked}: a row needs at least one token. Is its text empty, "
             "or was the mask inverted?"
         )
@@ -229,7 +230,7 @@ def _check_bounds(config: MomaConfig, low: int, high: int, are_ids: bool) -> Non
             "tokens that the model does not have (see `resize_token_embeddings`), or -100 of the labels?"
         )
     if not are_ids and (low < 0 or high >= len(config.modalities)):
-        raise ValueError(
+        raise InputError(
             f"`mm_token_type_ids` holds {low if low < 0 else high}; the modalities are "
             f"{dict(enumerate(config.modalities))}."
         )

@@ -39,6 +39,7 @@ from .configuration_moma import MomaConfig
 from .decoder_layers_moma import MomaDecoderLayer, MomaDepthDecoderLayer
 from .dispatch_moma import DEFAULT_IMPLEMENTATION
 from .document_lengths_moma import document_lengths, goes_by_lengths
+from .errors_moma import InputError
 from .experts_moma import MomaExperts
 from .generation_moma import MomaGenerationMixin
 from .growing_cache_moma import let_grow
@@ -215,7 +216,7 @@ class MomaModel(MomaPreTrainedModel):
             config.
         """
         if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("You must specify exactly one of `input_ids` or `inputs_embeds`.")
+            raise InputError("You must specify exactly one of `input_ids` or `inputs_embeds`.")
         # with the caller's cache this may be a chunk of a longer prompt, and lie wholly in a row's padding
         is_whole_prompt = cache is None
         if use_cache and cache is None:

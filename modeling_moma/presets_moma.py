@@ -3,6 +3,8 @@
 
 from dataclasses import dataclass
 
+from .errors_moma import InputError
+
 
 @dataclass(frozen=True)
 class PresetSize:
@@ -68,7 +70,7 @@ def preset_fields(name: str) -> dict:
         ValueError: the name is not a preset.
     """
     if name.lower() not in preset_names():
-        raise ValueError(f"`name` must be one of {preset_names()}, got {name!r}.")
+        raise InputError(f"`name` must be one of {preset_names()}, got {name!r}.")
     size, experts = name.lower().removeprefix("moma-").rsplit("-", 1)
     return {**PRESET_SIZES[size].fields(), "num_experts": PRESET_EXPERTS[experts]}
 

@@ -11,6 +11,7 @@ from transformers.utils.generic import maybe_autocast
 
 from .auxiliary_moma import Fp32Buffers, MomaAuxiliaryRouter
 from .configuration_moma import MomaConfig
+from .errors_moma import InputError
 
 
 class MomaRouterBase(Fp32Buffers):
@@ -61,7 +62,7 @@ class MomaRouterBase(Fp32Buffers):
             ValueError: the model has no auxiliary routers.
         """
         if self.auxiliary is None:
-            raise ValueError(
+            raise InputError(
                 "`routing` or `depth_routing` = 'auxiliary' needs a model with config.auxiliary_routers=True; "
                 "`moma train-auxiliary-routers` adds and trains them."
             )

@@ -8,6 +8,8 @@ follow it another one ([`depth_moma`], `@depth_form`). Configuration, costs and 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from .errors_moma import InputError
+
 
 if TYPE_CHECKING:
     from .configuration_moma import MomaConfig
@@ -71,7 +73,7 @@ def rule_of(name: str, argument: str = "routing") -> RoutingRule:
         ValueError: there is no such rule.
     """
     if name not in RULES:
-        raise ValueError(f"`{argument}` must be one of {sorted(RULES)}, got {name!r}.")
+        raise InputError(f"`{argument}` must be one of {sorted(RULES)}, got {name!r}.")
     return RULES[name]
 
 

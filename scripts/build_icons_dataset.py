@@ -30,7 +30,7 @@ from icons_recipe.sets import PACKAGES, fetch_archives, read_brand_names, read_c
 from icons_recipe.splits import SPLITS, split_rows
 from icons_recipe.tags import pool_tags, read_tags
 from icons_recipe.words import HeldOutWords
-from modeling_moma.training.files import write_aside
+from modeling_moma.utils.atomic_files import write_aside
 from picture_sets.npm import require_npm
 
 

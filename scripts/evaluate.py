@@ -21,11 +21,10 @@ from emoji_recipe.captions import (
 from emoji_recipe.judge import PictureJudge, accuracies
 from emoji_recipe.model_card import CURVES_FILE, report_table, write_card
 from modeling_moma import MomaForCausalLM
+from modeling_moma.data.examples import shuffled_held_out
 from modeling_moma.evaluation.captions import derangement
-from modeling_moma.evaluation.features import feature_extractor
-from modeling_moma.training.examples import shuffled_held_out
-from modeling_moma.training.files import write_aside
-from modeling_moma.training.measures import (
+from modeling_moma.evaluation.drawings import feature_extractor
+from modeling_moma.evaluation.measures import (
     EXPERT_CHOICE,
     decode_pictures,
     draw_pictures,
@@ -36,7 +35,8 @@ from modeling_moma.training.measures import (
     tokenizer_quality,
     write_captions,
 )
-from modeling_moma.training.runs import plot_curves, read_run, savings, tokens_of_example
+from modeling_moma.training.loss_curves import plot_curves, read_run, savings, tokens_of_example
+from modeling_moma.utils.atomic_files import write_aside
 from tokenization import MomaProcessor
 
 

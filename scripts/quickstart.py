@@ -14,9 +14,9 @@ from emoji_recipe.captions import emoji_documents, label_caption
 from emoji_recipe.routing_picture import draw_routing, route_example
 from emoji_recipe.sheet import SheetEntry, draw_contact_sheet
 from modeling_moma import MomaMetricsCallback
+from modeling_moma.data.examples import HeldOutExamples
 from modeling_moma.data.stream import DocumentExamples
-from modeling_moma.training.examples import HeldOutExamples
-from modeling_moma.training.files import write_aside
+from modeling_moma.utils.atomic_files import write_aside
 from tokenization import MomaDataCollator
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from modeling_moma import MomaForCausalLM
-from modeling_moma.training.files import write_folder_aside
+from modeling_moma.utils.atomic_files import write_folder_aside
 from tokenization import MomaProcessor
 
 

@@ -8,8 +8,7 @@ import pytest
 from transformers import AutoProcessor, AutoTokenizer
 
 from helpers.tiny import noise_pictures, tiny_processor
-from modeling_moma.data.encoding import DocumentEncoder
-from modeling_moma.training.chat import CHAT_TEMPLATE
+from modeling_moma.data.encoding import CHAT_TEMPLATE, DocumentEncoder
 from tokenization.chat_template_moma import DEFAULT_CHAT_TEMPLATE
 
 

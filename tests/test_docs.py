@@ -49,13 +49,13 @@ REASONS = (
 LINKED = ("model_cards", "data", "configs", "recipes", "scripts")
 # pages whose commands run here, one after the other in one folder
 WORKED_EXAMPLES = (
-    ("docs/start-from-a-text-model.md",),
+    ("docs/how-to/start-from-a-text-model.md",),
     ("docs/how-to/pre-train.md", "docs/how-to/upcycle.md"),
     ("docs/how-to/own-data.md",),
     ("docs/how-to/evaluate.md",),
     ("docs/how-to/push.md",),
     ("docs/concepts/routing.md",),
-    ("docs/scaling.md",),
+    ("docs/how-to/scaling.md",),
     ("README.md",),
 )
 # commands of the shell itself

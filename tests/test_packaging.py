@@ -48,12 +48,22 @@ def test_what_travels_imports_only_what_travels_and_what_is_installed():
 def test_files_and_functions_of_the_packages_stay_short():
     for path in (path for package in PACKAGES for path in package.rglob("*.py")):
         source = path.read_text()
-        assert len(source.splitlines()) <= 500, path
+        # A flat file is read from top to bottom, as a model file of Transformers is.
+        assert len(source.splitlines()) <= (1000 if path.parent in PACKAGES else 500), path
         for node in ast.walk(ast.parse(source)):
             if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
                 body = node.body[1:] if ast.get_docstring(node) else node.body
                 length = body[-1].end_lineno - body[0].lineno + 1 if body else 0
                 assert length <= 60, f"{path}: {node.name} has {length} lines"
+
+
+def test_bad_input_is_raised_as_an_input_error():
+    # `moma` shows those in one line, and a plain `ValueError` with its traceback
+    for path in (path for package in PACKAGES for path in package.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Raise) and node.exc is not None:
+                raised = node.exc.func if isinstance(node.exc, ast.Call) else node.exc
+                assert not (isinstance(raised, ast.Name) and raised.id == "ValueError"), f"{path}:{node.lineno}"
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +85,7 @@ def test_wheel_holds_the_packages_and_nothing_else(wheel):
         scripts, plugins = archive.read(entry_points).decode().split("[vllm.general_plugins]")
         assert "moma = modeling_moma.cli.main:main" in scripts
         # where vLLM finds the package
-        assert "moma = modeling_moma.serving_vllm.plugin:register" in plugins
+        assert "moma = modeling_moma.serving.vllm.plugin:register" in plugins
     sources = [path for name in ("modeling_moma", "tokenization") for path in (ROOT / name).rglob("*.py")]
     assert files == {str(path.relative_to(ROOT)) for path in sources}
 

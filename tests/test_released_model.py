@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor, AutoTo
 
 from evaluate import Evaluation, parse_arguments
 from modeling_moma.experts_moma import MomaExperts
-from modeling_moma.tools.checkpoint_checks import refuse_non_finite
+from modeling_moma.hub.loading import refuse_non_finite
 from tokenization import trunk_moma_vq
 
 

@@ -6,6 +6,8 @@ import math
 import torch
 import torch.nn.functional as F
 
+from .processor_errors_moma import InputError
+
 
 MAX_ROTATION = math.radians(8)
 # largest shift, in halves of the side
@@ -46,9 +48,9 @@ def augment_pictures(
         `ValueError`: `pixel_values` is no batch of floating-point pictures, or `fill` is unknown.
     """
     if fill not in FILLS:
-        raise ValueError(f"fill={fill!r} is unknown; use one of {FILLS}.")
+        raise InputError(f"fill={fill!r} is unknown; use one of {FILLS}.")
     if pixel_values.ndim != 4 or not pixel_values.is_floating_point():
-        raise ValueError(
+        raise InputError(
             "pixel_values must be floating-point of shape (batch_size, channels, height, width), got "
             f"{pixel_values.dtype} of {tuple(pixel_values.shape)}."
         )

@@ -6,6 +6,7 @@ from typing import Any, Protocol
 
 from huggingface_hub import snapshot_download
 
+from .processor_errors_moma import InputError
 from .text_tokenizer_moma import check_modality
 
 
@@ -93,7 +94,7 @@ def register_codec(name: str):
         known = CODECS.get(name)
         # a module that is loaded again makes its classes anew
         if known is not None and known.__qualname__ != codec_class.__qualname__:
-            raise ValueError(f"name: {name!r} is already the codec {known.__qualname__}; choose another.")
+            raise InputError(f"name: {name!r} is already the codec {known.__qualname__}; choose another.")
         CODECS[name] = codec_class
         codec_class.codec_type = name
         return codec_class
@@ -105,7 +106,7 @@ def check_codec(modality: str, codec: Any):
     """Raise `ValueError` for a name that no codec can have, and `TypeError` for what is no codec."""
     check_modality(modality)
     if modality in _TAKEN:
-        raise ValueError(f"codecs: {modality!r} is not free, pictures go through the VQ model; choose another name.")
+        raise InputError(f"codecs: {modality!r} is not free, pictures go through the VQ model; choose another name.")
     missing = [name for name in _MEMBERS if not hasattr(codec, name)]
     if missing:
         raise TypeError(f"codecs[{modality!r}]: {type(codec).__name__} is no codec, it lacks {', '.join(missing)}.")
@@ -125,7 +126,7 @@ def save_codecs(codecs: dict[str, ModalityCodec], folder: "str | os.PathLike"):
     """
     for modality, name in codec_types(codecs).items():
         if name is None:
-            raise ValueError(
+            raise InputError(
                 f"codecs[{modality!r}]: {type(codecs[modality]).__name__} has no name to be loaded by; put "
                 "`@register_codec(name)` above the class."
             )
@@ -157,7 +158,7 @@ def load_codecs(types: dict[str, str], repository: str | os.PathLike, subfolder:
     for modality, name in types.items():
         check_modality(modality)
         if name not in CODECS:
-            raise ValueError(
+            raise InputError(
                 f"codecs: the processor's {modality} codec {name!r} is none of {sorted(CODECS)}; import the module "
                 f"that registers it, or pass `codecs={{{modality!r}: codec}}`."
             )

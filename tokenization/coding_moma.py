@@ -11,6 +11,7 @@ from transformers.processing_utils import ProcessorMixin
 from .codecs_moma import ModalityCodec
 from .image_input_moma import MomaImageInputMixin, flat_sources
 from .modeling_moma_vq import MomaVQModel
+from .processor_errors_moma import InputError
 from .text_tokenizer_moma import IMAGE
 from .token_frames_moma import TokenFrame, split_frames
 
@@ -85,7 +86,7 @@ class CodingMixin(ProcessorMixin):
         for source in flat_sources(images):
             pixel_values = self.image_processor([self.image_processor.fetch_images(source)], **kwargs)["pixel_values"]
             if tuple(pixel_values.shape[-2:]) != (side, side):
-                raise ValueError(
+                raise InputError(
                     f"images_kwargs: the image processor yields {tuple(pixel_values.shape[-2:])} pixels, but the VQ "
                     f"model needs {(side, side)}; leave size and crop_size as they are."
                 )
@@ -121,7 +122,7 @@ class CodingMixin(ProcessorMixin):
             return self.encode_pictures(items)
         codes = [[int(code) for code in item_codes] for item_codes in self.codecs[modality].encode(items)]
         if len(codes) != len(items):
-            raise ValueError(f"{modality}: its codec gave codes of {len(codes)} items for {len(items)}.")
+            raise InputError(f"{modality}: its codec gave codes of {len(codes)} items for {len(items)}.")
         for item_codes in codes:
             self.frames[modality].check_codes(item_codes)
         return codes
@@ -183,7 +184,7 @@ class CodingMixin(ProcessorMixin):
 
     def _frame(self, modality: str) -> TokenFrame:
         if modality not in self.frames:
-            raise ValueError(
+            raise InputError(
                 f"modality: {modality!r} is none of {list(self.frames)}; pass `codecs={{{modality!r}: codec}}`."
             )
         return self.frames[modality]
@@ -204,14 +205,14 @@ class CodingMixin(ProcessorMixin):
         """
         code_table = torch.as_tensor(codes, dtype=torch.long)
         if code_table.ndim != 2 or code_table.shape[1] != self.image_seq_length:
-            raise ValueError(
+            raise InputError(
                 f"codes: expected the shape (num_pictures, {self.image_seq_length}), got {tuple(code_table.shape)}. "
                 "For whole sequences of token ids use `decode_parts`, or the model's `decode_image_tokens` first."
             )
         if code_table.numel() == 0:
             return []
         if code_table.min() < 0 or code_table.max() >= self.codebook_size:
-            raise ValueError(
+            raise InputError(
                 f"codes: values from {int(code_table.min())} to {int(code_table.max())} lie outside "
                 f"[0, {self.codebook_size}); subtract image_token_offset={self.image_token_offset} from token ids."
             )
@@ -300,7 +301,7 @@ class CodingMixin(ProcessorMixin):
                 generated_outputs = [generated_outputs]
             return [self.decode_parts(row, skip_special_tokens, **kwargs) for row in generated_outputs]
         modes = ["text", "interleaved", *self.frames]
-        raise ValueError(f"generation_mode: expected one of {modes}, got {generation_mode!r}.")
+        raise InputError(f"generation_mode: expected one of {modes}, got {generation_mode!r}.")
 
 
 def as_list(values: Any) -> list[int]:

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from .processor_errors_moma import InputError
+
 
 @dataclass
 class MomaDataCollator:
@@ -31,9 +33,9 @@ class MomaDataCollator:
 
     def __post_init__(self):
         if self.tokenizer.pad_token_id is None:
-            raise ValueError("tokenizer: it has no padding token; set `tokenizer.pad_token` first.")
+            raise InputError("tokenizer: it has no padding token; set `tokenizer.pad_token` first.")
         if self.pad_to_multiple_of is not None and self.pad_to_multiple_of < 1:
-            raise ValueError(f"pad_to_multiple_of: {self.pad_to_multiple_of} must be at least 1.")
+            raise InputError(f"pad_to_multiple_of: {self.pad_to_multiple_of} must be at least 1.")
 
     def __call__(self, features: list[dict]) -> dict[str, torch.Tensor]:
         """
@@ -62,7 +64,7 @@ class MomaDataCollator:
         names = rows[0].keys()
         for index, row in enumerate(rows):
             if row.keys() != names:
-                raise ValueError(f"features[{index}]: holds {sorted(row)}, but features[0] holds {sorted(names)}.")
+                raise InputError(f"features[{index}]: holds {sorted(row)}, but features[0] holds {sorted(names)}.")
         length = max(len(row["input_ids"]) for row in rows)
         if self.pad_to_multiple_of is not None:
             length = -(-length // self.pad_to_multiple_of) * self.pad_to_multiple_of
@@ -76,13 +78,13 @@ class MomaDataCollator:
     def _complete(self, index: int, example: dict, known: dict[str, int]) -> dict[str, torch.Tensor]:
         for name in example:
             if name not in known:
-                raise ValueError(f"features[{index}]: `{name}` is not one of {list(known)}; remove that column.")
+                raise InputError(f"features[{index}]: `{name}` is not one of {list(known)}; remove that column.")
         row = {name: torch.as_tensor(values, dtype=torch.long) for name, values in example.items()}
         if "input_ids" not in row or len(row["input_ids"]) == 0:
-            raise ValueError(f"features[{index}]: needs at least one token in `input_ids`.")
+            raise InputError(f"features[{index}]: needs at least one token in `input_ids`.")
         for name, values in row.items():
             if values.shape != row["input_ids"].shape or values.ndim != 1:
-                raise ValueError(
+                raise InputError(
                     f"features[{index}]: `{name}` has the shape {tuple(values.shape)} and `input_ids` the shape "
                     f"{tuple(row['input_ids'].shape)}; both must be one row of the same length."
                 )

@@ -19,6 +19,8 @@ from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.utils import auto_docstring
 
+from .processor_errors_moma import InputError
+
 
 # the group count of taming-transformers and Chameleon; not in their configurations either
 GROUP_NORM_GROUPS = 32
@@ -164,7 +166,7 @@ class MomaVQConfig(PreTrainedConfig):
             `ValueError`: `name` is no preset.
         """
         if name not in PRESETS:
-            raise ValueError(f"name={name!r} is no preset of MomaVQConfig; the presets are {sorted(PRESETS)}.")
+            raise InputError(f"name={name!r} is no preset of MomaVQConfig; the presets are {sorted(PRESETS)}.")
         return cls(**{**PRESETS[name], **overrides})
 
     @property
@@ -177,21 +179,21 @@ class MomaVQConfig(PreTrainedConfig):
         self._validate_sizes()
         self._validate_loss()
         if self.double_latent:
-            raise ValueError("double_latent=True: a vector quantiser has no variance half; use double_latent=False.")
+            raise InputError("double_latent=True: a vector quantiser has no variance half; use double_latent=False.")
         if self.attn_type not in ("vanilla", None):
-            raise ValueError(f"attn_type={self.attn_type!r} is unknown; use 'vanilla' or None.")
+            raise InputError(f"attn_type={self.attn_type!r} is unknown; use 'vanilla' or None.")
         if self.norm_type not in ("group", "none"):
-            raise ValueError(f"norm_type={self.norm_type!r} is unknown; use 'group' or 'none'.")
+            raise InputError(f"norm_type={self.norm_type!r} is unknown; use 'group' or 'none'.")
         if self.norm_type == "group" and self.base_channels % GROUP_NORM_GROUPS != 0:
-            raise ValueError(
+            raise InputError(
                 f"base_channels={self.base_channels} must be a multiple of {GROUP_NORM_GROUPS} with norm_type='group'."
             )
         if self.use_trunk and self.in_channels != 3:
-            raise ValueError(
+            raise InputError(
                 f"use_trunk=True needs in_channels=3, got {self.in_channels}: the trunk has seen RGB only."
             )
         if self.resolution % self.downsample_factor != 0:
-            raise ValueError(
+            raise InputError(
                 f"resolution={self.resolution} must be a multiple of {self.downsample_factor}, that is patch_size="
                 f"{self.patch_size} times 2 for each step between the {len(self.channel_multiplier)} levels of "
                 "channel_multiplier."
@@ -211,22 +213,22 @@ class MomaVQConfig(PreTrainedConfig):
         )
         for name in names:
             if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
+                raise InputError(f"{name}={getattr(self, name)} must be at least 1.")
         if self.semantic_dim is not None and self.semantic_dim < 1:
-            raise ValueError(f"semantic_dim={self.semantic_dim} must be at least 1, or None for no semantic head.")
+            raise InputError(f"semantic_dim={self.semantic_dim} must be at least 1, or None for no semantic head.")
         if len(self.channel_multiplier) == 0 or min(self.channel_multiplier) < 1:
-            raise ValueError(
+            raise InputError(
                 f"channel_multiplier={self.channel_multiplier} must hold one factor of at least 1 per level."
             )
 
     def _validate_loss(self) -> None:
         for name in ("beta", "revive_threshold", "l1_weight", "l2_weight", "perceptual_weight", "semantic_weight"):
             if getattr(self, name) < 0:
-                raise ValueError(f"{name}={getattr(self, name)} must not be negative.")
+                raise InputError(f"{name}={getattr(self, name)} must not be negative.")
         if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout={self.dropout} must lie in [0, 1).")
+            raise InputError(f"dropout={self.dropout} must lie in [0, 1).")
         if self.codebook_decay is not None and not 0 < self.codebook_decay < 1:
-            raise ValueError(
+            raise InputError(
                 f"codebook_decay={self.codebook_decay} must lie in (0, 1); None trains the codebook by gradient."
             )
 

@@ -21,6 +21,7 @@ from transformers.image_utils import PILImageResampling, SizeDict, is_pil_image,
 from transformers.utils import logging
 
 from .large_pictures_moma import load_small, shrink_factor, shrunk_upright, to_8_bits, upright
+from .processor_errors_moma import InputError
 
 
 if TYPE_CHECKING:
@@ -70,7 +71,7 @@ def open_picture(source: str) -> Image.Image:
     # a decoder may fail in any way
     except Exception as error:
         subject = "the file" if is_file or is_address else "no such file exists, and as base64 it"
-        raise ValueError(
+        raise InputError(
             f"images: {source[:200]!r} cannot be opened as a picture: {subject} is truncated, damaged or of "
             f"another kind ({error})."
         ) from error
@@ -87,7 +88,7 @@ def _from_base64(source: str) -> bytes:
     try:
         return base64.b64decode(encoded + "=" * (-len(encoded) % 4), validate=True)
     except (binascii.Error, ValueError) as error:
-        raise ValueError(
+        raise InputError(
             f"images: {source[:200]!r} is neither an existing file, an http(s) address, a data:image address "
             "nor a base64 string."
         ) from error
@@ -155,9 +156,9 @@ def clean_pil_picture(image: Image.Image) -> Image.Image:
         if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
             raise
         name = getattr(image, "filename", "") or "a picture from memory"
-        raise ValueError(f"images: {name} cannot be decoded, the file is truncated or damaged ({error}).") from error
+        raise InputError(f"images: {name} cannot be decoded, the file is truncated or damaged ({error}).") from error
     if 0 in image.size:
-        raise ValueError(f"images: got an empty picture of size {image.size}.")
+        raise InputError(f"images: got an empty picture of size {image.size}.")
     return to_8_bits(image) if factor == 1 else shrunk_upright(image, factor)
 
 
@@ -180,7 +181,7 @@ def clean_array_picture(image: "np.ndarray | torch.Tensor", do_rescale: bool | N
             they are about to be divided by 255.
     """
     if 0 in image.shape:
-        raise ValueError(f"images: got an empty picture of shape {tuple(image.shape)}.")
+        raise InputError(f"images: got an empty picture of shape {tuple(image.shape)}.")
     if isinstance(image, torch.Tensor):
         if image.dtype == torch.uint8:
             return image
@@ -190,10 +191,10 @@ def clean_array_picture(image: "np.ndarray | torch.Tensor", do_rescale: bool | N
     else:
         values = image
     if np.issubdtype(values.dtype, np.complexfloating):
-        raise ValueError(f"images: a picture of type {values.dtype} holds complex numbers, which are no colours.")
+        raise InputError(f"images: a picture of type {values.dtype} holds complex numbers, which are no colours.")
     is_float = np.issubdtype(values.dtype, np.floating)
     if is_float and not np.isfinite(values).all():
-        raise ValueError("images: a picture holds NaN or infinite values.")
+        raise InputError("images: a picture holds NaN or infinite values.")
     if is_float and not do_rescale:
         return values.astype(np.float32)
     if values.dtype == np.bool_:
@@ -201,7 +202,7 @@ def clean_array_picture(image: "np.ndarray | torch.Tensor", do_rescale: bool | N
     if values.dtype == np.uint16:
         return np.round(values / 257.0).astype(np.uint8)
     if values.min() < 0 or values.max() > 255:
-        raise ValueError(
+        raise InputError(
             f"images: a picture of type {values.dtype} holds values from {values.min()} to {values.max()}; expected 0 "
             "to 255, or the type uint16 for 16-bit values."
         )
@@ -286,16 +287,20 @@ class MomaImageInputMixin(_Backend):
     ) -> Any:
         """
         Turns one picture into the backend's channels-first array, after bringing it to 8 bits. Transparency is
-        composited on white.
+        composited on white. Of a line of pixels the far ends, which the crop drops, are left out.
         """
+        ratio = _ratio_kept(size, crop_size) if do_resize and do_center_crop and size is not None else 0
         if is_pil_image(image):
             image = clean_pil_picture(image)
-            if do_resize and do_center_crop and size is not None and (ratio := _ratio_kept(size, crop_size)):
+            if ratio:
                 top, left, bottom, right = _middle(image.height, image.width, ratio)
                 image = image.crop((left, top, right, bottom))
-        else:
-            image = clean_array_picture(image, do_rescale)
-        return super().process_image(image, do_rescale=do_rescale, **kwargs)
+            return super().process_image(image, do_rescale=do_rescale, **kwargs)
+        array = super().process_image(clean_array_picture(image, do_rescale), do_rescale=do_rescale, **kwargs)
+        if ratio:
+            top, left, bottom, right = _middle(array.shape[-2], array.shape[-1], ratio)
+            array = array[..., top:bottom, left:right]
+        return array
 
     def resize(self, image: Any, size: SizeDict, **kwargs) -> Any:
         """
@@ -315,22 +320,6 @@ class MomaImageInputMixin(_Backend):
         resized = super().resize(given, size, **kwargs)
         values = torch.as_tensor(resized).to(values.dtype) / 255 * width + low
         return values.numpy() if is_array else values
-
-    def _preprocess(
-        self,
-        images: list,
-        do_resize: bool,
-        size: SizeDict,
-        resample: PILImageResampling | None,
-        do_center_crop: bool,
-        crop_size: Any,
-        *args,
-        **kwargs,
-    ) -> BatchFeature:
-        if do_resize and do_center_crop and (ratio := _ratio_kept(size, crop_size)):
-            boxes = [_middle(image.shape[-2], image.shape[-1], ratio) for image in images]
-            images = [image[..., top:bottom, left:right] for image, (top, left, bottom, right) in zip(images, boxes)]
-        return super()._preprocess(images, do_resize, size, resample, do_center_crop, crop_size, *args, **kwargs)
 
     def postprocess(self, images: torch.Tensor, return_tensors: str = "PIL.Image.Image") -> BatchFeature:
         """
@@ -353,9 +342,9 @@ class MomaImageInputMixin(_Backend):
         images = torch.as_tensor(images).detach().float().cpu()
         images = images[None] if images.ndim == 3 else images
         if images.ndim != 4 or images.shape[1] != 3:
-            raise ValueError(f"images: expected the shape (batch_size, 3, height, width), got {tuple(images.shape)}.")
+            raise InputError(f"images: expected the shape (batch_size, 3, height, width), got {tuple(images.shape)}.")
         if not torch.isfinite(images).all():
-            raise ValueError("images: the pixel values hold NaN or infinity; the VQ weights may be damaged.")
+            raise InputError("images: the pixel values hold NaN or infinity; the VQ weights may be damaged.")
         if self.do_normalize:
             std = torch.tensor(self.image_std).view(1, 3, 1, 1)
             mean = torch.tensor(self.image_mean).view(1, 3, 1, 1)

@@ -6,6 +6,8 @@ import math
 import numpy as np
 from PIL import Image, ImageOps
 
+from .processor_errors_moma import InputError
+
 
 # pixels above which a picture is made smaller before anything else, a square of some 5,800 a side
 MOST_PIXELS = 2**25
@@ -74,7 +76,7 @@ def to_8_bits(image: Image.Image) -> Image.Image:
         ValueError: its values have no known range (mode `F`, or mode `I` outside 0 to 65535).
     """
     if image.mode == "F":
-        raise ValueError(
+        raise InputError(
             "images: a picture of mode 'F' (floating point) has no known range of values; scale it to 0..255 and "
             "convert it to mode 'L' first."
         )
@@ -82,7 +84,7 @@ def to_8_bits(image: Image.Image) -> Image.Image:
         return image
     values = np.asarray(image)
     if values.min() < 0 or values.max() > 65535:
-        raise ValueError(
+        raise InputError(
             f"images: a picture of mode {image.mode!r} holds values from {values.min()} to {values.max()}, but "
             "only 16-bit greyscale (0 to 65535) is known; scale it to 8 bits first."
         )

@@ -28,6 +28,7 @@ from transformers.utils.generic import can_return_tuple
 
 from .blocks_moma_vq import MomaVQBranchEnd, MomaVQDecoder, MomaVQEncoder
 from .configuration_moma_vq import MomaVQConfig
+from .processor_errors_moma import InputError
 from .quantizer_moma_vq import MomaVQQuantizer, mean_loss
 from .trunk_moma_vq import MomaVQTrunk
 
@@ -152,12 +153,12 @@ class MomaVQModel(PreTrainedModel):
     def _check_pixel_values(self, pixel_values: torch.Tensor) -> None:
         factor, channels = self.config.downsample_factor, self.config.in_channels
         if pixel_values.ndim != 4 or pixel_values.shape[1] != channels:
-            raise ValueError(
+            raise InputError(
                 f"pixel_values must have shape (batch_size, {channels}, side, side), got {tuple(pixel_values.shape)}."
             )
         height, width = pixel_values.shape[2:]
         if height != width or height % factor != 0 or height == 0:
-            raise ValueError(
+            raise InputError(
                 f"pixel_values of {height}x{width} pixels cannot be tokenised: pictures must be square with a side "
                 f"that is a multiple of {factor}. Resize them, for example to {self.config.resolution} pixels a side."
             )
@@ -186,7 +187,7 @@ class MomaVQModel(PreTrainedModel):
             `ValueError`: the model has no decoder.
         """
         if self.decoder is None:
-            raise ValueError(
+            raise InputError(
                 "This picture tokenizer has no decoder (use_decoder=False): it reads pictures, but cannot show any. "
                 "Chameleon's checkpoints lack it; convert again with --vqgan and the original vqgan.ckpt."
             )
@@ -227,10 +228,10 @@ class MomaVQModel(PreTrainedModel):
             `ValueError`: a code outside the codebook, or a number of codes that fills no square.
         """
         if image_tokens.ndim != 2:
-            raise ValueError(f"image_tokens must have shape (batch_size, codes), got {tuple(image_tokens.shape)}.")
+            raise InputError(f"image_tokens must have shape (batch_size, codes), got {tuple(image_tokens.shape)}.")
         grid = math.isqrt(image_tokens.shape[1])
         if grid == 0 or grid * grid != image_tokens.shape[1]:
-            raise ValueError(f"image_tokens has {image_tokens.shape[1]} codes a picture, which fill no square grid.")
+            raise InputError(f"image_tokens has {image_tokens.shape[1]} codes a picture, which fill no square grid.")
         # a program has no numbers to look at
         if not torch.compiler.is_exporting():
             self._check_codes(image_tokens)
@@ -247,7 +248,7 @@ class MomaVQModel(PreTrainedModel):
         size = self.config.num_embeddings
         outside = image_tokens[(image_tokens < 0) | (image_tokens >= size)]
         if outside.numel() > 0:
-            raise ValueError(
+            raise InputError(
                 f"image_tokens holds {int(outside[0])}, but codes lie in [0, {size}). Vocabulary ids must be turned "
                 "into codes first: subtract the id of the first picture token."
             )
@@ -260,7 +261,7 @@ class MomaVQModel(PreTrainedModel):
             `ValueError`: there are no pictures.
         """
         if pixel_values.shape[0] == 0:
-            raise ValueError("pixel_values holds no pictures: a codebook is made of the latents of one at least.")
+            raise InputError("pixel_values holds no pictures: a codebook is made of the latents of one at least.")
         latents = self.encode(pixel_values).float()
         self.quantize.fit(latents.permute(0, 2, 3, 1).flatten(0, 2), iterations)
 
@@ -280,7 +281,7 @@ class MomaVQModel(PreTrainedModel):
             `ValueError`: the codebook of this configuration is trained by gradient.
         """
         if self.config.codebook_decay is None:
-            raise ValueError(
+            raise InputError(
                 "codebook_decay=None: this codebook is trained by gradient and has no averages to update."
             )
         self.quantize.update(latents.detach().float().permute(0, 2, 3, 1).flatten(0, 2), image_tokens.flatten())
@@ -337,11 +338,11 @@ class MomaVQModel(PreTrainedModel):
     def semantic_loss(self, prediction: torch.Tensor | None, targets: torch.Tensor) -> torch.Tensor:
         """1 - cosine, plus a tenth of the mean squared error, which fixes the length."""
         if prediction is None:
-            raise ValueError(
+            raise InputError(
                 "semantic_targets were given, but config.semantic_dim is None: this model has no such head."
             )
         if targets.shape != prediction.shape:
-            raise ValueError(
+            raise InputError(
                 f"semantic_targets must have shape {tuple(prediction.shape)} (batch_size, config.semantic_dim), got "
                 f"{tuple(targets.shape)}."
             )

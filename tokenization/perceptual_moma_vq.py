@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from .processor_errors_moma import InputError
+
 
 # side at which the pooled features are taken
 FEATURE_SIDE = 96
@@ -82,7 +84,7 @@ class MomaVQPerceptualNetwork(nn.Module):
             `ValueError`: the shapes differ.
         """
         if pictures.shape != targets.shape:
-            raise ValueError(
+            raise InputError(
                 f"pictures {tuple(pictures.shape)} and targets {tuple(targets.shape)} must have the same shape."
             )
         with torch.no_grad():

@@ -33,6 +33,7 @@ from .image_input_moma import MomaImageInputMixin, flat_sources
 from .image_processing_moma import MomaImageProcessor
 from .image_processing_pil_moma import MomaImageProcessorPil
 from .modeling_moma_vq import MomaVQModel
+from .processor_errors_moma import InputError
 from .text_tokenizer_moma import (
     IMAGE,
     beginning_ids,
@@ -139,7 +140,7 @@ class MomaProcessor(CodingMixin):
         side = (crop.height, crop.width) if image_processor.do_center_crop and crop is not None else None
         # a shortest edge below the crop would be padded with black
         if side != (resolution, resolution) or (edge is not None and edge < resolution):
-            raise ValueError(
+            raise InputError(
                 f"image_processor: shortest_edge={edge} and a crop of {side} do not fit the VQ model's resolution "
                 f"{resolution}; build it with `{type(image_processor).__name__}.for_resolution({resolution})`."
             )
@@ -157,7 +158,7 @@ class MomaProcessor(CodingMixin):
         # the order in which `MomaConfig` counts modalities
         self.frames = dict(sorted(self.frames.items()))
         if tokenizer.pad_token_id is None:
-            raise ValueError("tokenizer: it has no padding token; `add_picture_tokens` adds one.")
+            raise InputError("tokenizer: it has no padding token; `add_picture_tokens` adds one.")
         vocab = tokenizer.get_vocab()
         self.image_token_offset = image.offset
         self.image_token_id = vocab[self.image_token]
@@ -231,7 +232,7 @@ class MomaProcessor(CodingMixin):
         given: dict[str, Any] = dict(kwargs)
         processor = self._with_codec_items(given, text)
         if text is None and images is not None:
-            raise ValueError(
+            raise InputError(
                 "text: pictures become part of `input_ids`, so text=None has no place for them; pass "
                 f"{self.image_token!r} for each picture, or call `encode_pictures(images)` for the bare codes."
             )
@@ -263,7 +264,7 @@ class MomaProcessor(CodingMixin):
             return self
         if text is None:
             modality = next(iter(items))
-            raise ValueError(
+            raise InputError(
                 f"text: what {modality}= holds becomes part of `input_ids`, so text=None has no place for it; pass "
                 f"'<{modality}>' for each item, or call `encode_items({modality!r}, items)` for the bare codes."
             )
@@ -291,7 +292,7 @@ class MomaProcessor(CodingMixin):
 
     def _make_labels(self, features: BatchFeature) -> torch.Tensor | list[list[int]]:
         if "attention_mask" not in features:
-            raise ValueError("return_labels: labels leave padding out by the attention mask; do not turn it off.")
+            raise InputError("return_labels: labels leave padding out by the attention mask; do not turn it off.")
         ids, mask = features["input_ids"], features["attention_mask"]
         if isinstance(ids, list):
             # of neighbours, the first of which predicts the second
@@ -313,16 +314,16 @@ class MomaProcessor(CodingMixin):
     ):
         """Compares the numbers of pictures and items with those of placeholders, row by row where they are nested."""
         if videos is not None or audio is not None:
-            raise ValueError(
+            raise InputError(
                 "videos, audio: this processor reads text and pictures only; give it a codec for more, "
                 "`codecs={'audio': codec}`."
             )
         if not kwargs.get("sanitize_control_tokens") and any(map(is_escaped, text or [])):
-            raise ValueError(
+            raise InputError(
                 "text: it holds marks of `escape_special_tokens`, which need `sanitize_control_tokens=True`."
             )
         if not text and images is None:
-            raise ValueError(f"text: you need to provide at least one text to call {type(self).__name__}.")
+            raise InputError(f"text: you need to provide at least one text to call {type(self).__name__}.")
         # the base class counts pictures, and would open them for it
         counted = None if images is None else [_ANY_PICTURE] * sum(1 for _ in flat_sources(images))
         super().validate_inputs(images=counted, text=text, **kwargs)
@@ -330,7 +331,7 @@ class MomaProcessor(CodingMixin):
             rows = self._codec_items.get(modality, [])
             passed, placed = len(_flat(rows)), sum(sample.count(f"<{modality}>") for sample in text or [])
             if passed != placed:
-                raise ValueError(
+                raise InputError(
                     f"{modality}: the number of <{modality}> tokens in the prompts should be the same as the number "
                     f"of items passed, got {placed} and {passed}."
                 )
@@ -341,11 +342,11 @@ class MomaProcessor(CodingMixin):
         if not isinstance(rows, (list, tuple)) or not rows or not all(isinstance(row, (list, tuple)) for row in rows):
             return
         if len(rows) != len(text):
-            raise ValueError(f"{name}: a nested list needs one list per text, got {len(rows)} for {len(text)} texts.")
+            raise InputError(f"{name}: a nested list needs one list per text, got {len(rows)} for {len(text)} texts.")
         placeholder = self.image_token if name == "images" else f"<{name}>"
         for index, (row, sample) in enumerate(zip(rows, text)):
             if len(row) != sample.count(placeholder):
-                raise ValueError(
+                raise InputError(
                     f"text[{index}]: the number of {placeholder} tokens in the prompts should be the same as the "
                     f"number of {name} passed, got {sample.count(placeholder)} and {len(row)}."
                 )
@@ -389,7 +390,7 @@ class MomaProcessor(CodingMixin):
         masks = text_inputs.get("attention_mask", [None] * len(text))
         for index, (sample, row, mask) in enumerate(zip(text, text_inputs["input_ids"], masks)):
             if len(row) == 0 or (mask is not None and max(mask) == 0):
-                raise ValueError(
+                raise InputError(
                     f"text[{index}]: {sample!r} gives no token at all; an empty text is the beginning token alone, "
                     "so leave `add_special_tokens` on, and name the tokenizer's `bos_token` if it has none."
                 )
@@ -397,7 +398,7 @@ class MomaProcessor(CodingMixin):
             for modality, frame in self.frames.items():
                 whole, expected = frame.count_in_ids(row), frame.count_in_text(sample)
                 if whole < expected:
-                    raise ValueError(
+                    raise InputError(
                         f"text[{index}]: {expected} of {modality} stand in the text, but {whole} in `input_ids`: "
                         "truncation would cut one. Raise `max_length` or turn truncation off."
                     )

@@ -9,6 +9,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import PreTrainedTokenizerFast
 from transformers.utils.chat_template_utils import mark_control_tokens
 
+from .processor_errors_moma import InputError
+
 
 PAD_TOKEN = "<pad>"
 BOS_TOKEN = "<bos>"
@@ -51,7 +53,7 @@ def train_text_tokenizer(
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     smallest = len(alphabet) + len(special_tokens)
     if vocab_size < smallest:
-        raise ValueError(f"vocab_size: {vocab_size} is too small, all bytes and the special tokens need {smallest}.")
+        raise InputError(f"vocab_size: {vocab_size} is too small, all bytes and the special tokens need {smallest}.")
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -81,7 +83,7 @@ def train_text_tokenizer(
 def check_modality(modality: str):
     """Raise `ValueError` where a name cannot be that of a modality with codes."""
     if not isinstance(modality, str) or not modality.isidentifier() or modality == "text":
-        raise ValueError(f"modality: {modality!r} must be a plain name, such as 'audio', and not 'text'.")
+        raise InputError(f"modality: {modality!r} must be a plain name, such as 'audio', and not 'text'.")
 
 
 def modality_tokens(modality: str, num_codes: int) -> list[str]:
@@ -135,7 +137,7 @@ def add_picture_tokens(tokenizer: PreTrainedTokenizerFast, codebook_size: int) -
         ValueError: if `codebook_size` is below 1, or the tokenizer already has picture codes of another number.
     """
     if codebook_size < 1:
-        raise ValueError(f"codebook_size: {codebook_size} must be at least 1.")
+        raise InputError(f"codebook_size: {codebook_size} must be at least 1.")
     add_modality_tokens(tokenizer, IMAGE, codebook_size)
     name_image_token(tokenizer)
     return tokenizer
@@ -171,12 +173,12 @@ def add_modality_tokens(tokenizer: PreTrainedTokenizerFast, modality: str, num_c
         raise TypeError(f"tokenizer: expected a fast tokenizer, got {type(tokenizer).__name__}.")
     check_modality(modality)
     if num_codes < 1:
-        raise ValueError(f"num_codes: {num_codes} must be at least 1.")
+        raise InputError(f"num_codes: {num_codes} must be at least 1.")
     names = modality_tokens(modality, num_codes)
     vocab = tokenizer.get_vocab()
     present = sum(code in vocab for code in names[3:])
     if present not in (0, num_codes) or f"<|{modality}_{num_codes}|>" in vocab:
-        raise ValueError(
+        raise InputError(
             f"num_codes: the tokenizer already has {modality} codes, but not exactly {num_codes} of them; begin with "
             f"a tokenizer without {modality} tokens."
         )
@@ -264,7 +266,7 @@ def special_beginning(tokenizer: PreTrainedTokenizerFast) -> str:
     """
     beginning, ids = tokenizer("")["input_ids"], tokenizer("a")["input_ids"]
     if ids != [*beginning, *tokenizer("a", add_special_tokens=False)["input_ids"]]:
-        raise ValueError(
+        raise InputError(
             "sanitize_control_tokens: the tokenizer puts special tokens after a text, too; pass "
             "add_special_tokens=False, and write them where they belong."
         )

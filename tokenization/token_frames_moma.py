@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerFast
 
+from .processor_errors_moma import InputError
 from .text_tokenizer_moma import IMAGE, modality_tokens, unmarked
 
 
@@ -53,16 +54,16 @@ class TokenFrame:
         placeholder, begin, end, *codes = modality_tokens(modality, num_codes)
         for token in (placeholder, begin, end, codes[0]):
             if token not in vocab:
-                raise ValueError(f"tokenizer: it has no token {token!r}; {fix}.")
+                raise InputError(f"tokenizer: it has no token {token!r}; {fix}.")
         count = 0
         while f"<|{modality}_{count}|>" in vocab:
             count += 1
         if count != num_codes:
-            raise ValueError(f"tokenizer: it has {count} {modality} codes, but {source}={num_codes}; {fix}.")
+            raise InputError(f"tokenizer: it has {count} {modality} codes, but {source}={num_codes}; {fix}.")
         offset = vocab[codes[0]]
         for code, token in enumerate(codes):
             if vocab[token] != offset + code:
-                raise ValueError(
+                raise InputError(
                     f"tokenizer: {token!r} has the id {vocab[token]}, but the ids of the codes must follow one "
                     f"another from {offset} on; {fix}."
                 )
@@ -86,9 +87,9 @@ class TokenFrame:
         """Raise `ValueError` where these cannot be the codes of one frame."""
         if len(codes) != self.length if self.length is not None else not codes:
             expected = "one code at least" if self.length is None else f"{self.length} codes"
-            raise ValueError(f"codes: one {self.modality} has {expected}, got {len(codes)}.")
+            raise InputError(f"codes: one {self.modality} has {expected}, got {len(codes)}.")
         if min(codes) < 0 or max(codes) >= self.num_codes:
-            raise ValueError(
+            raise InputError(
                 f"codes: values from {min(codes)} to {max(codes)} lie outside [0, {self.num_codes}); "
                 f"subtract {self.offset} from token ids."
             )
@@ -124,7 +125,7 @@ class TokenFrame:
         stop = self._stop(ids, position)
         if not self._is_whole(ids, position, stop):
             found = f"{stop - position - 1} codes" + ("" if self.length is None else f", of {self.length},")
-            raise ValueError(
+            raise InputError(
                 f"ids: the {self.modality} at position {position} is incomplete: {found} "
                 f"and then {ids[stop : stop + 1] or 'nothing'}, where the id {self.end} belongs; generate more "
                 f"tokens, or with generation_mode={self.modality!r}."
@@ -166,7 +167,7 @@ def split_frames(ids: list[int], frames: dict[str, TokenFrame]) -> list[tuple[st
             continue
         for frame in frames.values():
             if frame.is_code(token):
-                raise ValueError(
+                raise InputError(
                     f"ids: the code {token} at position {position} stands outside a frame of {frame.modality!r}; "
                     f"pass the sequence from its <|begin_{frame.modality}|> on."
                 )

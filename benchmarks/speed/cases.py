@@ -70,6 +70,7 @@ def _cases() -> list[Case]:
         replace(against_dense, name="train-4t4i-mixtral", ours="4t4i", peers=("mixtral grouped_mm",)),
         replace(against_dense, name="train-depth", ours="mod-4t4i", peers=("4t4i",), bar=1.08),
         replace(against_dense, name="train-16t16i", ours="16t16i", peers=("4t4i",), bar=1.35),
+        replace(against_dense, name="train-16t16i-long", ours="16t16i", peers=("4t4i",), rows=1, length=4096),
         replace(prefill, name="prefill-4t4i", ours="4t4i", peers=("dense",), bar=1.08),
         replace(prefill, name="prefill-depth", ours="mod-4t4i", peers=("4t4i",), bar=1.08),
         replace(prefill, name="prefill-4t4i-olmoe", ours="4t4i", peers=OLMOE_FOR_ROWS),

@@ -4,8 +4,8 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
-from ..tools.import_notices import without_import_notices
 from ..utils.fields import Count
+from ..utils.messages import without_import_notices
 from .arguments import Flag, parse_fields
 
 
@@ -42,7 +42,7 @@ def text_tokenizer(recipe: "Recipe", vocab_size: int | None, given: str | None) 
     from tokenization import train_text_tokenizer
 
     from ..data.corpus import source_texts
-    from ..training.saved import open_text_tokenizer
+    from ..hub.loading import open_text_tokenizer
 
     if given is not None:
         return open_text_tokenizer(given)
@@ -58,10 +58,10 @@ def run(args: Arguments) -> None:
 
         from tokenization import MomaImageProcessor, MomaProcessor, add_picture_tokens
 
-        from ..training.chat import CHAT_TEMPLATE
-        from ..training.files import refuse_files, write_folder_aside
+        from ..data.encoding import CHAT_TEMPLATE
+        from ..hub.loading import open_picture_tokenizer
         from ..training.recipe import read_recipe
-        from ..training.saved import open_picture_tokenizer
+        from ..utils.atomic_files import refuse_files, write_folder_aside
 
     # tokens may be made with a processor that is there, and files that this one lacks would stay
     refuse_files(args.output)

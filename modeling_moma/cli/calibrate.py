@@ -4,8 +4,9 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from ..tools.import_notices import without_import_notices
+from ..errors_moma import InputError
 from ..utils.fields import Count, Int
+from ..utils.messages import without_import_notices
 from .arguments import parse_fields
 
 
@@ -47,19 +48,19 @@ def run(args: Arguments) -> None:
         import torch
 
         from .. import calibrate_auxiliary_thresholds, calibrate_thresholds
-        from ..training.changed_routers import save_with_processor
-        from ..training.examples import check_layout, open_documents
-        from ..training.files import refuse_files
-        from ..training.measures import held_out_batches, load_model
-        from ..training.router_table import router_table
-        from ..training.saved import open_processor
+        from ..calibration.auxiliary_training import save_with_processor
+        from ..data.examples import check_layout, open_documents
+        from ..evaluation.measures import held_out_batches, load_model
+        from ..evaluation.report import router_table
+        from ..hub.loading import open_processor
+        from ..utils.atomic_files import refuse_files
 
     refuse_files(args.output)
     processor = open_processor(args.processor)
     model = load_model(args.model, "cuda" if torch.cuda.is_available() else "cpu")
     check_layout(model.config, processor.token_layout())
     if args.inference_routing == "auxiliary" and not model.config.auxiliary_routers:
-        raise ValueError(
+        raise InputError(
             "`--inference-routing` is auxiliary, but `--model` has no auxiliary routers: "
             "`moma train-auxiliary-routers` adds and trains them."
         )

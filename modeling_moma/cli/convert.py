@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import AfterValidator
 
-from ..tools.import_notices import without_import_notices
-from ..tools.messages import one_line
+from ..errors_moma import InputError
 from ..utils.fields import Int
+from ..utils.messages import one_line, without_import_notices
 from .arguments import Flag, FlagParser
 
 
 if TYPE_CHECKING:
-    from ..convert.receipt import Receipt
+    from ..convert.report import Receipt
 
 
 def _size(text: str) -> str:
@@ -24,7 +24,7 @@ def _size(text: str) -> str:
     try:
         convert_file_size_to_int(text)
     except ValueError as error:
-        raise ValueError("a size, as 400MB or 2GB") from error
+        raise InputError("a size, as 400MB or 2GB") from error
     return text
 
 

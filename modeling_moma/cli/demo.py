@@ -57,10 +57,10 @@ def run(args: Arguments) -> int:
             raise
         print("error: the page needs Gradio: pip install 'modeling-moma[demo]'", file=sys.stderr)
         return 2
-    from ..demo.examples import Examples
+    from ..demo.inputs import Examples
     from ..demo.studio import load_studio
 
-    # before the model, which takes longer
+    # examples are checked before the model, which takes longer to load
     examples = Examples.from_folder(args.examples) if args.examples else None
     page = build_page(load_studio(args.folder), examples)
     print(f"{args.folder}: {open_page(page, args.host, args.port)}", flush=True)

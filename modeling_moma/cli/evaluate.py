@@ -9,8 +9,8 @@ import json
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from ..tools.import_notices import without_import_notices
 from ..utils.fields import Count, Float, Int
+from ..utils.messages import without_import_notices
 from .arguments import Flag, parse_fields
 
 
@@ -66,11 +66,11 @@ def evaluate(args: Arguments) -> dict:
     with without_import_notices():
         import torch
 
-        from ..evaluation.measuring import MeasureSettings, measure_sources
-        from ..training.evaluation_data import read_held_out
-        from ..training.examples import check_layout
-        from ..training.measures import load_model
-        from ..training.saved import open_processor
+        from ..data.examples import check_layout
+        from ..evaluation.evaluate import MeasureSettings, measure_sources
+        from ..evaluation.held_out import read_held_out
+        from ..evaluation.measures import load_model
+        from ..hub.loading import open_processor
 
     settings = MeasureSettings(
         None if args.measures is None else tuple(args.measures),
@@ -90,7 +90,7 @@ def evaluate(args: Arguments) -> dict:
 def run(args: Arguments) -> None:
     sources = evaluate(args)
     from ..evaluation.report import report_tables
-    from ..training.files import write_aside
+    from ..utils.atomic_files import write_aside
 
     print(report_tables(sources))
     if args.output:

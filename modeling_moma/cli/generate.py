@@ -17,8 +17,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from ..tools.import_notices import without_import_notices
+from ..errors_moma import InputError
 from ..utils.fields import Count, Float, Int, Share
+from ..utils.messages import without_import_notices
 from .arguments import Flag, parse_fields
 
 
@@ -68,10 +69,10 @@ def make_rows(prompts: list[str], images: list[str]) -> tuple[list[str], list[li
     """Texts and pictures of each row; one prompt serves all pictures, one picture all prompts."""
     num_rows = max(len(prompts), len(images))
     if num_rows == 0:
-        raise ValueError("--prompt, --image: give at least one of the two.")
+        raise InputError("--prompt, --image: give at least one of the two.")
     for name, values in (("--prompt", prompts), ("--image", images)):
         if len(values) not in (0, 1, num_rows):
-            raise ValueError(f"{name}: given {len(values)} times for {num_rows} rows; give it once, or for every row.")
+            raise InputError(f"{name}: given {len(values)} times for {num_rows} rows; give it once, or for every row.")
     prompts, images = (values * num_rows if len(values) == 1 else values for values in (prompts, images))
     texts = [("<image>" if images else "") + prompt for prompt in prompts or [""] * num_rows]
     return texts, [[image] for image in images]
@@ -103,22 +104,22 @@ def picture_format(path: Path) -> str:
 
     name = Image.registered_extensions().get(path.suffix.lower())
     if name is None:
-        raise ValueError(f"--output: {str(path)!r} has no ending of a picture format, such as .png.")
+        raise InputError(f"--output: {str(path)!r} has no ending of a picture format, such as .png.")
     try:
         Image.new("RGB", (8, 8)).save(BytesIO(), format=name)
     except (OSError, KeyError, ValueError) as error:
-        raise ValueError(
+        raise InputError(
             f"--output: colour pictures cannot be written as {path.suffix} ({name}); take another ending, such as "
             ".png."
         ) from error
     if path.is_dir():
-        raise ValueError(f"--output: {str(path)!r} is a folder; name a file in it.")
+        raise InputError(f"--output: {str(path)!r} is a folder; name a file in it.")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with TemporaryFile(dir=path.parent):
             pass
     except OSError as error:
-        raise ValueError(f"--output: nothing can be written into {str(path.parent)!r} ({error}).") from error
+        raise InputError(f"--output: nothing can be written into {str(path.parent)!r} ({error}).") from error
     return name
 
 
@@ -128,9 +129,8 @@ def generate(args: Arguments):
         import torch
         from transformers import AutoModelForCausalLM, AutoProcessor, set_seed
 
-        from ..tools.checkpoint_checks import refuse_non_finite
-        from ..training.files import write_aside
-        from ..training.saved import MODEL, PROCESSOR, open_saved
+        from ..hub.loading import MODEL, PROCESSOR, open_saved, refuse_non_finite
+        from ..utils.atomic_files import write_aside
 
     output = Path(args.output)
     file_format = picture_format(output) if args.mode != "text" else None

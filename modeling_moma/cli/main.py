@@ -3,12 +3,11 @@
 
 import ast
 import importlib
-import linecache
 import sys
 from pathlib import Path
 
 from .. import register_auto_classes
-from ..tools.messages import one_line
+from ..utils.messages import one_line
 
 
 # verb -> module of this package with a `main()`, in the order of a model's life
@@ -32,9 +31,6 @@ VERBS = {
 # whose steps ask for the same memory again and again
 TRAINING = ("train-image-tokenizer", "pretrain", "train-auxiliary-routers")
 
-# whose messages tell a user what to change
-OWN_PACKAGES = ("modeling_moma", "tokenization")
-
 
 def summary(module: str) -> str:
     """The first line of a verb's docstring, read without importing what the verb needs."""
@@ -57,8 +53,8 @@ def main(arguments: list[str] | None = None) -> int:
         arguments: the verb and its arguments; by default those of the command line.
 
     Returns:
-        The exit status; 2 where there is no such verb or these packages refuse an input, 1 where the disk is full. Any
-        other error passes, with its traceback.
+        The exit status; 2 where there is no such verb or an input is wrong, 1 where the disk is full. Any other
+        error passes, with its traceback.
     """
     verb, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
     if verb in ("-h", "--help"):
@@ -68,7 +64,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"moma: there is no verb {verb!r}; it must be one of {', '.join(VERBS)}.", file=sys.stderr)
         return 2
     if verb in TRAINING:
-        from ..training.allocator import keep_freed_memory
+        from ..utils.hardware import keep_freed_memory
 
         keep_freed_memory()
     # what a verb's messages and help call it
@@ -79,13 +75,13 @@ def main(arguments: list[str] | None = None) -> int:
         register_auto_classes()
         status = module.run(args)
     except Exception as error:
-        from ..training.disk import full_disk_line, is_disk_full
+        from ..utils.errors import full_disk_line, is_disk_full, is_input_error
 
         if is_disk_full(error):
             end_progress_bars()
             print(f"error: {full_disk_line(error, verb, output_of(rest))}", file=sys.stderr)
             return 1
-        if not is_refusal(error):
+        if not is_input_error(error):
             raise
         end_progress_bars()
         print(f"error: {one_line(error)}", file=sys.stderr)
@@ -109,24 +105,6 @@ def output_of(arguments: list[str]) -> str | None:
         if name.startswith("--output="):
             return name.partition("=")[2]
     return None
-
-
-def is_refusal(error: BaseException) -> bool:
-    """Whether these packages raised it, to say what is wrong with an input; a defect keeps its traceback."""
-    # of the checks of a configuration's fields
-    from huggingface_hub.errors import StrictDataclassError
-
-    if isinstance(error, StrictDataclassError):
-        return True
-    if not isinstance(error, (ValueError, OSError)):
-        return False
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    if trace is None or trace.tb_frame.f_globals.get("__name__", "").split(".")[0] not in OWN_PACKAGES:
-        return False
-    # a call that fails, such as `int("")`, ends in our frame as well
-    return linecache.getline(trace.tb_frame.f_code.co_filename, trace.tb_lineno).lstrip().startswith("raise")
 
 
 if __name__ == "__main__":

@@ -14,16 +14,17 @@ from typing import TYPE_CHECKING, Annotated
 
 from pydantic import AfterValidator
 
-from ..tools.messages import one_line
+from ..errors_moma import InputError
 from ..utils.fields import Count, Float, Int
+from ..utils.messages import one_line
 from .arguments import Flag, parse_fields
 
 
 if TYPE_CHECKING:
     from ..configuration_moma import MomaConfig
-    from ..tools.layouts import Layout
-    from ..tools.memory import Memory
-    from ..tools.planning import Hardware, Plan
+    from ..planning.layouts import Layout
+    from ..planning.memory import Memory
+    from ..planning.plans import Hardware, Plan
 
 GIGA = 1e9
 TABLE = re.compile(r"(<!-- plan: (.+?) -->\n).*?(<!-- /plan -->)", flags=re.DOTALL)
@@ -36,7 +37,7 @@ def _preset(name: str) -> str:
 
     names = MomaConfig.preset_names()
     if name not in names:
-        raise ValueError(f"one of {', '.join(map(repr, names))}")
+        raise InputError(f"one of {', '.join(map(repr, names))}")
     return name
 
 
@@ -97,21 +98,21 @@ def read_config(args: Arguments) -> "MomaConfig":
         return MomaConfig.from_preset(str(args.preset))
     path = Path(args.config)
     if not path.exists():
-        raise ValueError(f"--config {path}: no such file or folder")
+        raise InputError(f"--config {path}: no such file or folder")
     file = path / "config.json" if path.is_dir() else path
     if not file.exists():
-        raise ValueError(f"--config {path}: the folder has no config.json; is it that of a saved model?")
+        raise InputError(f"--config {path}: the folder has no config.json; is it that of a saved model?")
     try:
         return MomaConfig.from_json_file(file)
     except (StrictDataclassError, json.JSONDecodeError) as error:
-        raise ValueError(
+        raise InputError(
             f"--config {file}: no complete MomaConfig. Does it lack the token layout, as recipes/*.yaml do, which get "
             f"it from a tokenizer? {one_line(error)}"
         ) from error
 
 
 def hardware_of(args: Arguments) -> "Hardware":
-    from ..tools.planning import Hardware
+    from ..planning.plans import Hardware
 
     return Hardware(
         args.gpu_memory * GIGA,
@@ -126,14 +127,14 @@ def hardware_of(args: Arguments) -> "Hardware":
 
 
 def compute(args: Arguments) -> "tuple[list[Plan], list[tuple[Layout, Memory]]]":
-    from ..tools.planning import plan_training
+    from ..planning.plans import plan_training
 
     plans, misfits = plan_training(
         read_config(args), args.gpus, args.tokens_per_gpu, args.sequence_length, hardware_of(args)
     )
     if not plans:
         layout, memory = misfits[0]
-        raise ValueError(
+        raise InputError(
             f"no layout fits {args.gpus} GPUs of {args.gpu_memory:g} GB: the smallest, {layout}, needs "
             f"{memory.total / args.headroom / GIGA:.1f} GB with one sequence of {args.sequence_length} at once. Take "
             "more GPUs, larger ones, or shorter sequences."
@@ -201,7 +202,7 @@ def to_table(args: Arguments, plans: "list[Plan]", misfits: list) -> str:
 
 def overview(args: Arguments) -> str:
     from ..configuration_moma import MomaConfig
-    from ..tools.planning import plan_training
+    from ..planning.plans import plan_training
 
     lines = [
         "| preset | " + " | ".join(f"{gpus} GPUs" if gpus > 1 else "1 GPU" for gpus in OVERVIEW_GPUS) + " |",
@@ -218,7 +219,7 @@ def overview(args: Arguments) -> str:
 
 def write_tables(document: str) -> int:
     """Compute the tables of a document anew; returns their number."""
-    from ..training.files import write_aside
+    from ..utils.atomic_files import write_aside
 
     def compute_anew(match):
         args = parse_arguments(shlex.split(match[2]))
@@ -227,7 +228,7 @@ def write_tables(document: str) -> int:
 
     text, count = TABLE.subn(compute_anew, Path(document).read_text())
     if not count:
-        raise ValueError(f"{document} has no table between <!-- plan: ARGUMENTS --> and <!-- /plan -->.")
+        raise InputError(f"{document} has no table between <!-- plan: ARGUMENTS --> and <!-- /plan -->.")
     write_aside(document, lambda path: path.write_text(text))
     return count
 

@@ -8,8 +8,8 @@ import argparse
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-from ..tools.import_notices import without_import_notices
 from ..utils.fields import Count, Float, Int, read_field
+from ..utils.messages import without_import_notices
 from .arguments import Flag, FlagParser
 
 

@@ -10,12 +10,13 @@ from typing import Annotated
 
 from pydantic import AfterValidator
 
+from ..errors_moma import InputError
 from .arguments import Flag, parse_fields
 
 
 def _renamed(pair: str) -> str:
     if not all(pair.partition("=")):
-        raise ValueError("the path as in the card, =, and the id on the Hub")
+        raise InputError("the path as in the card, =, and the id on the Hub")
     return pair
 
 

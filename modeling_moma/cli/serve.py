@@ -7,7 +7,7 @@ The server looks models up by name among those of Transformers. Importing this p
 import sys
 from typing import Any
 
-from ..tools.import_notices import without_import_notices
+from ..utils.messages import without_import_notices
 
 
 def parse_arguments(arguments: list[str] | None = None) -> dict[str, Any]:
@@ -21,7 +21,7 @@ def parse_arguments(arguments: list[str] | None = None) -> dict[str, Any]:
         # comes with Transformers
         import typer
 
-        from ..serving_http.command import command
+        from ..serving.http.command import command
 
     given: dict[str, Any] = {}
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -36,7 +36,7 @@ def parse_arguments(arguments: list[str] | None = None) -> dict[str, Any]:
 
 
 def run(arguments: dict[str, Any]) -> int:
-    from ..serving_http.command import serve
+    from ..serving.http.command import serve
 
     serve(**arguments)
     return 0

@@ -7,14 +7,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from ..tools.import_notices import without_import_notices
 from ..utils.fields import Count, Int
+from ..utils.messages import without_import_notices
 from .arguments import Flag, FlagParser
 
 
 if TYPE_CHECKING:
-    from ..data.running import Workers
     from ..data.sources import Source
+    from ..data.workers import Workers
     from ..training.recipe import DataFields
 
 CLUSTER = "on a cluster, shards as tasks of datatrove (extra `scale`)"
@@ -64,7 +64,7 @@ def parse_arguments(arguments: list[str] | None = None) -> Arguments:
 
 def summary(manifest: dict) -> str:
     """What was written of each source and what was left out, as a table and lines."""
-    from ..training.tables import markdown_table
+    from ..utils.markdown import markdown_table
 
     rows, notes = [], []
     for name, entry in manifest["sources"].items():
@@ -88,9 +88,9 @@ def summary(manifest: dict) -> str:
 
 def run(args: Arguments) -> None:
     with without_import_notices():
-        from ..data.running import Workers
+        from ..data.workers import Workers
+        from ..hub.loading import PROCESSOR, check_saved
         from ..training.recipe import DataFields, read_recipe
-        from ..training.saved import PROCESSOR, check_saved
 
     recipe = read_recipe(args.recipe, needs=("sources",))
     data = recipe.data or DataFields()
@@ -104,10 +104,10 @@ def run(args: Arguments) -> None:
 
 def tokenize(args: Arguments, sources: "list[Source]", data: "DataFields", workers: "Workers | None") -> None:
     """Plan and write the tokens, and say what became of the rows."""
-    from ..data.engines import run_executor
+    from ..data.executors import run_executor
     from ..data.jobs import plan_job, write_job
     from ..data.reports import write_manifest
-    from ..data.running import run_tasks
+    from ..data.workers import run_tasks
 
     job = plan_job(
         sources, args.processor, data.sequence_length, data.packed, args.seed, args.rows_per_shard, args.splits

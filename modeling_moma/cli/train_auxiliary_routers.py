@@ -7,8 +7,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from ..tools.import_notices import without_import_notices
 from ..utils.fields import Float, Int
+from ..utils.messages import without_import_notices
 from .arguments import parse_fields
 
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from ..tools.import_notices import without_import_notices
 from ..training.tokenizer_settings import TokenizerSettings
 from ..utils.fields import read_fields
+from ..utils.messages import without_import_notices
 from .arguments import Flag, FlagParser
 
 

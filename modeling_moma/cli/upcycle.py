@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..tools.import_notices import without_import_notices
 from ..utils.fields import Float, Int
+from ..utils.messages import without_import_notices
 from .arguments import parse_fields
 
 
@@ -72,7 +72,7 @@ def probe_batch(config, rows: int = 8, length: int = 64) -> "dict[str, torch.Ten
 def text_moved(receipt: "UpcyclingReceipt", modalities: list[str]) -> str | None:
     """What to say where the switch moves text, `None` where it hardly does."""
     from ..configuration_moma import TEXT
-    from ..tools.upcycling import default_experts
+    from ..upcycling.upcycle import default_experts
 
     moved = receipt.output_differences[TEXT]
     if not moved > _TEXT_MOVED:
@@ -90,9 +90,9 @@ def run(args: Arguments) -> None:
         from transformers.trainer import TRAINER_STATE_NAME
 
         from .. import parse_experts, upcycle, upcycling_receipt
-        from ..training.files import refuse_files, write_folder_aside
-        from ..training.saved import open_model
+        from ..hub.loading import open_model
         from ..training.stages import UPCYCLING_FILE, data_order
+        from ..utils.atomic_files import refuse_files, write_folder_aside
 
     # what is left of another model there, such as an optimizer, would be taken for this one's
     refuse_files(args.output)

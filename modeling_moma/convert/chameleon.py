@@ -14,7 +14,8 @@ from transformers.utils import logging
 from tokenization import MomaVQModel
 from tokenization.processing_moma import VQ_SUBFOLDER
 
-from .. import MomaConfig, MomaForCausalLM
+from ..configuration_moma import MomaConfig
+from ..modeling_moma import MomaForCausalLM
 from .chameleon_processor import (
     PictureVocabulary,
     ProcessorError,
@@ -22,9 +23,8 @@ from .chameleon_processor import (
     convert_vq_model,
     vq_config_of,
 )
-from .fields import SAME_NAMED_FIELDS
 from .generation import convert_generation_config
-from .probe import (
+from .output_comparison import (
     ChangedWeights,
     ProbeResult,
     relative_difference,
@@ -33,8 +33,8 @@ from .probe import (
     text_batch,
 )
 from .reading import CheckpointError, CheckpointReader
-from .receipt import Receipt
-from .transfer import Entry, transfer
+from .report import Receipt
+from .transfer import SAME_NAMED_FIELDS, Entry, transfer
 from .vqgan import has_decoder, read_vqgan
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from transformers import GenerationConfig, PreTrainedConfig
 
-from .. import MomaConfig
+from ..configuration_moma import MomaConfig
 from .reading import CheckpointError, read_json
 
 

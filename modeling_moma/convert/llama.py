@@ -15,23 +15,16 @@ from tokenization import MomaProcessor, add_picture_tokens
 from tokenization.chat_template_moma import with_picture_parts
 from tokenization.text_tokenizer_moma import beginning_ids
 
-from .. import MomaConfig, MomaForCausalLM
-from ..tools.messages import one_line
-from ..training.saved import open_processor
-from .fields import SAME_NAMED_FIELDS
+from ..configuration_moma import MomaConfig
+from ..errors_moma import InputError
+from ..hub.loading import open_processor
+from ..modeling_moma import MomaForCausalLM
+from ..utils.messages import one_line
+from .embedding_rows import MOST_CODES, ROUNDS, STATISTICS_ROWS, TEXTS, PictureTexts, fit_code_rows, picture_loss
 from .generation import convert_generation_config
 from .gguf import GgufReader
 from .llama_entries import EMBEDDING, HEAD, BuiltWeights, ignored_keys, llama_entries, with_code_rows
-from .new_rows import (
-    MOST_CODES,
-    ROUNDS,
-    STATISTICS_ROWS,
-    TEXTS,
-    PictureTexts,
-    fit_code_rows,
-    picture_loss,
-)
-from .probe import (
+from .output_comparison import (
     ProbeResult,
     new_token_probability,
     relative_difference,
@@ -40,10 +33,10 @@ from .probe import (
     text_batch,
 )
 from .reading import CheckpointError, CheckpointReader, TensorSource
-from .receipt import Receipt
-from .refusals import check_features, check_model_type
+from .report import Receipt
 from .sources import open_source
-from .transfer import Entry, check_free, check_source, transfer
+from .transfer import SAME_NAMED_FIELDS, Entry, check_free, check_source, transfer
+from .unsupported import check_features, check_model_type
 
 
 IMAGE_GROUPS = ("copy", "new")
@@ -101,7 +94,7 @@ def convert_llama(
     """
     for name, value, choices in (("image_group", image_group, IMAGE_GROUPS), ("code_rows", code_rows, CODE_ROWS)):
         if value not in choices:
-            raise ValueError(f"`{name}` must be one of {choices}, got {value!r}.")
+            raise InputError(f"`{name}` must be one of {choices}, got {value!r}.")
     # before minutes are spent on the fit
     check_free(Path(output).absolute())
     reader = open_source(source, gguf_file, allow_pickle)

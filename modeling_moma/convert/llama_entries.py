@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import torch
 from transformers import PreTrainedConfig
 
-from .. import MomaConfig
-from .new_rows import extend_rows
+from ..configuration_moma import MomaConfig
+from .embedding_rows import extend_rows
 from .reading import TensorSource
 from .transfer import Entry
 

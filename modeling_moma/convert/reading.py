@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from ..errors_moma import InputError
+
 
 DTYPES = {
     "F64": torch.float64,
@@ -29,7 +31,7 @@ DTYPES = {
 }
 
 
-class CheckpointError(ValueError):
+class CheckpointError(InputError):
     """A checkpoint that cannot be read or converted. The message names the file, key or field at fault."""
 
 

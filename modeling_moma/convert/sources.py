@@ -7,7 +7,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from ..hub.names import why_nowhere
-from ..tools.messages import one_line
+from ..utils.messages import one_line
 from .gguf import GgufReader
 from .reading import CheckpointError, CheckpointReader, TensorSource
 

@@ -19,13 +19,28 @@ from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils import logging
 from transformers.utils.hub import convert_file_size_to_int
 
-from .. import MomaConfig, MomaForCausalLM
-from ..training.files import path_aside
-from .probe import LARGEST_DIFFERENCE, ProbeResult
+from ..configuration_moma import MomaConfig
+from ..modeling_moma import MomaForCausalLM
+from ..utils.atomic_files import path_aside
+from .output_comparison import LARGEST_DIFFERENCE, ProbeResult
 from .reading import DTYPES, CheckpointError, CheckpointReader, TensorSource
-from .receipt import Receipt
+from .report import Receipt
 
 
+# what a decoder's configuration in Transformers and `MomaConfig` call by the same name
+SAME_NAMED_FIELDS = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "hidden_act",
+    "max_position_embeddings",
+    "initializer_range",
+    "rms_norm_eps",
+    "attention_dropout",
+    "tie_word_embeddings",
+)
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 

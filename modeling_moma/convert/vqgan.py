@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from tokenization import MomaVQConfig, MomaVQModel
 
-from ..training.files import write_folder_aside
+from ..utils.atomic_files import write_folder_aside
 from .reading import CheckpointError, read_pickle
 
 

@@ -7,6 +7,7 @@ import numpy as np
 
 from tokenization import MomaProcessor
 
+from ..errors_moma import InputError
 from .encoding import DocumentEncoder, processor_fingerprint
 from .kinds.captions import CaptionDocuments
 from .reports import read_manifest
@@ -31,7 +32,7 @@ class TokenFolder:
         self.folder, self.manifest = Path(folder), read_manifest(folder)
         self.encoder = DocumentEncoder(processor)
         if self.manifest["fingerprint"] != processor_fingerprint(processor):
-            raise ValueError(
+            raise InputError(
                 f"--tokens {str(folder)!r} was tokenized with another processor than the one given: its ids would "
                 "mean something else. Tokenize anew, or give the processor of that time."
             )
@@ -58,18 +59,18 @@ class TokenFolder:
         """
         entry = self.manifest["sources"].get(source.name)
         if entry is None:
-            raise ValueError(
+            raise InputError(
                 f"--tokens {str(self.folder)!r} has no source {source.name!r}, but {list(self.manifest['sources'])}."
             )
         names = self.split_names(source.name)
         if split not in names:
-            raise ValueError(
+            raise InputError(
                 f"{str(self.folder)!r}, source {source.name!r}: there is no split {split!r}, but {names}."
             )
         table = ShardTable([self.folder / name for name in entry["splits"][split]["files"]])
         missing = [name for name in source.kind.stored_columns() if name not in table.column_names]
         if missing:
-            raise ValueError(
+            raise InputError(
                 f"{str(self.folder)!r}, source {source.name!r}: the column {missing[0]!r} of its captions was not "
                 f"tokenized, only {table.column_names}; tokenize anew."
             )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Token ids of documents: what stands in a caption or a text is never a special token."""
+"""Token ids of documents: what stands in a caption or a text is never a special token; and captions as a chat."""
 
 import functools
 import hashlib
@@ -13,9 +13,10 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from tokenization import MomaProcessor
+from tokenization.chat_template_moma import MESSAGE_TEXT
 from tokenization.text_tokenizer_moma import beginning_ids, with_beginning
 
-from ..training.saved import open_processor
+from ..hub.loading import open_processor
 
 
 # of an image processor, what decides on pixels
@@ -30,6 +31,17 @@ PIXEL_SETTINGS = (
     "do_normalize",
     "image_mean",
     "image_std",
+)
+
+# For a model that learnt captions and nothing else: a message of the user and its answer are one training example,
+# `<bos> picture caption <eos>` or `<bos> caption picture <eos>`. What a system message says has no place in one.
+CHAT_TEMPLATE = (
+    "{% for message in messages %}" + MESSAGE_TEXT + "{% if message['role'] == 'user' %}"
+    "{{ bos_token + (turn.text | trim) }}"
+    "{% elif message['role'] == 'assistant' %}"
+    "{% generation %}{{ (turn.text | trim) + eos_token }}{% endgeneration %}"
+    "{% endif %}"
+    "{% endfor %}"
 )
 
 
@@ -116,4 +128,11 @@ def processor_fingerprint(processor: MomaProcessor) -> str:
     return digest.hexdigest()[:32]
 
 
-__all__ = ["PIXEL_SETTINGS", "DocumentEncoder", "loaded_encoder", "plain_backend", "processor_fingerprint"]
+__all__ = [
+    "CHAT_TEMPLATE",
+    "PIXEL_SETTINGS",
+    "DocumentEncoder",
+    "loaded_encoder",
+    "plain_backend",
+    "processor_fingerprint",
+]

@@ -10,7 +10,8 @@ from typing import Any
 
 from datasets import Dataset, IterableDataset, LargeList, List
 
-from ..training.files import refuse_files, write_aside
+from ..errors_moma import InputError
+from ..utils.atomic_files import refuse_files, write_aside
 from .encoding import loaded_encoder
 from .shard import BATCH
 from .sources import TRAIN, VALIDATION, Source, read_sources, undecoded_rows
@@ -129,7 +130,7 @@ def plan_job(
         ValueError: a source cannot be opened, lacks a column, or has no rows.
     """
     if splits is not None and TRAIN not in splits:
-        raise ValueError(f"--splits {' '.join(splits)}: {TRAIN!r} must be among them.")
+        raise InputError(f"--splits {' '.join(splits)}: {TRAIN!r} must be among them.")
     # of an earlier job of this process
     loaded_encoder.cache_clear()
     _, fingerprint = loaded_encoder(processor_folder)
@@ -154,7 +155,7 @@ def _plan_source(source: Source, rows_per_shard: int | None, splits: Sequence[st
         entry: dict[str, Any] = {"split": split, "list_columns": _list_columns(source, rows)}
         if isinstance(rows, Dataset):
             if len(rows) == 0:
-                raise ValueError(f"sources: {source.name!r} yields nothing: its split {split!r} has no rows.")
+                raise InputError(f"sources: {source.name!r} yields nothing: its split {split!r} has no rows.")
             pictures, weight = _row_means(source, rows)
             size = rows_per_shard or _shard_rows(len(rows), weight)
             size = -(-size // source.kind.rows_multiple) * source.kind.rows_multiple
@@ -225,7 +226,7 @@ def _compare(folder: str | Path, then: dict, now: dict) -> None:
     different = [name for name in now if name != "processor" and then.get(name) != now[name]]
     if different:
         name = different[0]
-        raise ValueError(
+        raise InputError(
             f"--output {str(folder)!r} holds tokens that were begun with another {name}: {then.get(name)!r} then, "
             f"{now[name]!r} now. Give a new folder, or delete this one."
         )
@@ -235,10 +236,10 @@ def read_job(folder: str | Path) -> Job:
     """The job that a folder of tokens was begun with."""
     path = Path(folder) / JOB_FILE
     if not path.is_file():
-        raise ValueError(f"{str(folder)!r} has no {JOB_FILE}: is it a folder that `moma tokenize` writes?")
+        raise InputError(f"{str(folder)!r} has no {JOB_FILE}: is it a folder that `moma tokenize` writes?")
     content = json.loads(path.read_text(encoding="utf-8"))
     if content.pop("format") != FORMAT:
-        raise ValueError(f"{str(path)!r} is of another format than {FORMAT}; tokenize anew with this version.")
+        raise InputError(f"{str(path)!r} is of another format than {FORMAT}; tokenize anew with this version.")
     return Job(**content)
 
 

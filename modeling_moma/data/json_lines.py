@@ -8,7 +8,7 @@ from typing import Any
 
 from datasets import config
 
-from ..training.files import write_aside
+from ..utils.atomic_files import write_aside
 
 
 # column of the copies: what is wrong with the line, empty where nothing is

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from ..document_lengths_moma import packed_lengths
+from ..errors_moma import InputError
 from .documents import Documents, cut_before, frame_spans
 from .stream import DocumentOrder, document_orders
 
@@ -291,7 +292,7 @@ class _Source:
         if can_be_cut:
             longest = 1 + max([last - begin for begin, last in zip(document.begins, document.lasts)], default=-1)
         if longest >= self.length:
-            raise ValueError(
+            raise InputError(
                 f"sources: {self.order.documents.name!r} has {longest + 1} tokens that cannot be cut, a picture and "
                 f"what begins it, or a caption: `sequence_length` is {self.length}."
             )

@@ -12,12 +12,14 @@ from PIL import Image
 
 from tokenization.image_input_moma import clean_pil_picture, open_picture
 
+from ..errors_moma import InputError
+
 
 # the orientation in which a camera held a picture
 _EXIF_ORIENTATION = 0x0112
 
 
-class LeftOut(ValueError):
+class LeftOut(InputError):
     """
     A row that cannot be trained on.
 

@@ -6,8 +6,9 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from ..errors_moma import InputError
 from ..hub.names import no_folder
-from ..training.files import write_aside
+from ..utils.atomic_files import write_aside
 from .jobs import JOB_FILE, MANIFEST_FILE, Job, Task
 from .shard import ShardReport
 from .sources import TRAIN
@@ -40,7 +41,7 @@ def write_manifest(folder: str | Path, job: Job) -> dict[str, Any]:
     for task in job.tasks():
         path = folder / task.report_name()
         if not path.is_file():
-            raise ValueError(
+            raise InputError(
                 f"{str(folder)!r}: the shard {task.report_name()!r} is missing; start `moma tokenize` again."
             )
         report = json.loads(path.read_text(encoding="utf-8"))
@@ -48,7 +49,7 @@ def write_manifest(folder: str | Path, job: Job) -> dict[str, Any]:
         _add_up(entry, task, report, job.output_splits(task))
     for name, entry in sources.items():
         if entry["splits"][TRAIN]["documents"] == 0:
-            raise ValueError(_nothing_left(name, entry["read"][TRAIN]))
+            raise InputError(_nothing_left(name, entry["read"][TRAIN]))
     manifest = {
         "fingerprint": job.fingerprint,
         "sequence_length": job.sequence_length,
@@ -91,12 +92,12 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
     """
     path, where = Path(folder) / MANIFEST_FILE, f"`--tokens` {str(folder)!r}"
     if not path.parent.is_dir():
-        raise ValueError(f"{where}: {no_folder(str(folder))}.")
+        raise InputError(f"{where}: {no_folder(str(folder))}.")
     if not path.is_file():
         likely = "`moma tokenize` writes one once all shards are done; is that the right folder?"
         if (path.parent / JOB_FILE).is_file():
             likely = "`moma tokenize` has not finished there; start it again, and it goes on."
-        raise ValueError(f"{where} has no {MANIFEST_FILE}: {likely}")
+        raise InputError(f"{where} has no {MANIFEST_FILE}: {likely}")
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         if isinstance(manifest, dict) and {"fingerprint", "sources"} <= manifest.keys():
@@ -104,7 +105,7 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
         problem = "it is not one that `moma tokenize` wrote"
     except ValueError as error:
         problem = f"it cannot be read as JSON ({error})"
-    raise ValueError(f"{where}: {MANIFEST_FILE}: {problem}; was it changed by hand? Remove it and tokenize again.")
+    raise InputError(f"{where}: {MANIFEST_FILE}: {problem}; was it changed by hand? Remove it and tokenize again.")
 
 
 __all__ = ["read_manifest", "write_manifest", "write_report"]

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ..errors_moma import InputError
 from .encoding import DocumentEncoder
 from .pictures import LeftOut, read_picture
 
@@ -98,7 +99,7 @@ class Shard(ABC):
             ValueError: where the shard is strict.
         """
         if self.is_strict:
-            raise ValueError(
+            raise InputError(
                 f"{self.where}, row {row}: {error}. Without `--strict` such rows are left out."
             ) from error
         self.report.leave_out(row, error, is_whole)

@@ -22,9 +22,10 @@ from datasets import (
 )
 from pydantic import Field
 
+from ..errors_moma import InputError
 from ..hub.names import why_nowhere
-from ..tools.messages import one_line
 from ..utils.fields import Float, read_field
+from ..utils.messages import one_line
 from .json_lines import mended_copy
 from .kinds import SourceKind, read_kind
 from .split_folders import data_files, rows_below, split_folders
@@ -86,11 +87,11 @@ class Source:
         for name, split in names.items():
             # a part of one, such as "train[:10%]", is read by `datasets`
             if split.partition("[")[0] not in found:
-                raise ValueError(
+                raise InputError(
                     f"sources: {self.name!r}: {self.data!r} has no split {split!r} (for {name!r}), but {found}."
                 )
         if TRAIN not in names:
-            raise ValueError(
+            raise InputError(
                 f"sources: {self.name!r}: {self.data!r} has the splits {found}, none of which is called 'train'; name "
                 "the one to train on, `splits: {train: ...}`."
             )
@@ -122,7 +123,7 @@ class Source:
         missing = [name for name in self.kind.columns() if name not in columns]
         # a source of no rows has no columns, and is refused once it is read
         if missing and columns:
-            raise ValueError(f"sources: {self.name!r}: {self.data!r} has no column {missing[0]!r}, but {columns}.")
+            raise InputError(f"sources: {self.name!r}: {self.data!r} has no column {missing[0]!r}, but {columns}.")
         return rows
 
     def _mended(self, path: str, options: dict[str, Any]) -> list[str]:
@@ -140,7 +141,7 @@ class Source:
         if len(folders) < 2:
             return rows
         if not isinstance(rows, Dataset) or split not in folders:
-            raise ValueError(
+            raise InputError(
                 f"sources: {self.name!r}: {self.data!r} has one file of captions above {sorted(folders)}, of which "
                 f"neither a part ({split!r}) nor a stream is read: put the captions of each split into its folder."
             )
@@ -175,15 +176,15 @@ class Source:
         is_pattern = any(letter in self.data for letter in "*?[")
         is_local = is_pattern or path.is_file() or path.suffix in READERS
         if is_local and not is_pattern and not path.is_file():
-            raise ValueError(f"sources: {self.name!r}: there is no file {self.data!r}.")
+            raise InputError(f"sources: {self.name!r}: there is no file {self.data!r}.")
         if not is_local:
             # a reader's own name, such as `parquet`, comes with its files
             problem = None if {"data_files", "data_dir"} & self.load.keys() else why_nowhere(self.data, "dataset")
             if problem is not None:
-                raise ValueError(f"sources: {self.name!r}: {problem}.")
+                raise InputError(f"sources: {self.name!r}: {problem}.")
             return self.data, dict(self.load)
         if path.suffix not in READERS:
-            raise ValueError(
+            raise InputError(
                 f"sources: {self.name!r}: no reader is known for files that end in {path.suffix!r}, only for those in "
                 f"{sorted(READERS)}; name one and the files, `data: parquet` and `load: {{data_files: ...}}`."
             )
@@ -199,7 +200,7 @@ class Source:
             return function(path, **options)
         # readers of files fail in any way
         except Exception as error:
-            raise ValueError(
+            raise InputError(
                 f"sources: {self.name!r}: `datasets` cannot open {self.data!r} ({type(error).__name__}: {error})."
             ) from error
 
@@ -224,7 +225,7 @@ def undecoded_rows(rows: Dataset | IterableDataset) -> Iterator[dict[str, Any]]:
             return
         # readers of files fail in any way
         except Exception as error:
-            raise ValueError(
+            raise InputError(
                 f"sources: after {count:,} rows no more can be read; is a file damaged there? "
                 f"({type(error).__name__}: {one_line(error, 300)})"
             ) from error
@@ -252,13 +253,13 @@ def read_sources(section: Any) -> list[Source]:
         ValueError: it is no such mapping, or a field is unknown, missing or out of range.
     """
     if not isinstance(section, dict) or not section:
-        raise ValueError(f"sources: expected a mapping of names to sources, got {section!r}.")
+        raise InputError(f"sources: expected a mapping of names to sources, got {section!r}.")
     sources = []
     for name, fields in section.items():
         if not isinstance(fields, dict) or not isinstance(fields.get("data"), str):
-            raise ValueError(f"sources: {name!r} needs `data`, a folder, file or name on the Hub; it is {fields!r}.")
+            raise InputError(f"sources: {name!r} needs `data`, a folder, file or name on the Hub; it is {fields!r}.")
         if not str(name).replace("-", "_").isidentifier():
-            raise ValueError(f"sources: {name!r} becomes the name of a folder: letters, digits, '-' and '_' only.")
+            raise InputError(f"sources: {name!r} becomes the name of a folder: letters, digits, '-' and '_' only.")
         where = f"sources: {name!r}"
         common = {
             key: read_field(Source, key, value, f"{where}: {key}")

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..errors_moma import InputError
 from .documents import Documents, mean_length
 
 
@@ -31,7 +32,7 @@ class DocumentOrder:
 
     def __init__(self, documents: Documents, seed: int):
         if len(documents) == 0:
-            raise ValueError(f"sources: {documents.name!r} has no document to train on.")
+            raise InputError(f"sources: {documents.name!r} has no document to train on.")
         self.documents, self.seed = documents, seed
         self._epoch, self._order = -1, np.arange(0)
 

@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from ..errors_moma import InputError
+
 
 @dataclass(frozen=True)
 class Template:
@@ -27,9 +29,9 @@ class Template:
         try:
             parsed = list(Formatter().parse(self.text))
         except ValueError as error:
-            raise ValueError(f"template {self.text!r} cannot be read: {error}.") from error
+            raise InputError(f"template {self.text!r} cannot be read: {error}.") from error
         if any(name == "" or spec or conversion for _, name, spec, conversion in parsed):
-            raise ValueError(f"template {self.text!r}: braces hold names of columns and nothing else.")
+            raise InputError(f"template {self.text!r}: braces hold names of columns and nothing else.")
         return [(fixed, name) for fixed, name, _, _ in parsed]
 
     @cached_property

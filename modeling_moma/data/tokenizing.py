@@ -14,7 +14,8 @@ from datasets.arrow_writer import ArrowWriter
 
 import modeling_moma  # noqa: F401, without it a processor that lies beside a model asks to run the model's code
 
-from ..training.files import path_aside
+from ..errors_moma import InputError
+from ..utils.atomic_files import path_aside
 from .encoding import DocumentEncoder, loaded_encoder
 from .jobs import BATCH, Job, Task
 from .json_lines import BROKEN_LINE
@@ -37,7 +38,7 @@ def load_encoder(folder: str, fingerprint: str) -> DocumentEncoder:
         loaded_encoder.cache_clear()
         encoder, found = loaded_encoder(folder)
     if found != fingerprint:
-        raise ValueError(f"--processor {folder!r} has changed since these tokens were begun; give a new `--output`.")
+        raise InputError(f"--processor {folder!r} has changed since these tokens were begun; give a new `--output`.")
     return encoder
 
 

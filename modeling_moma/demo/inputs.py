@@ -1,6 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Parts that several tabs of the page share."""
+"""What visitors may send: examples, uploads, words and seeds with their checks, and the parts of the page for them."""
 
+import functools
+import inspect
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
@@ -8,13 +13,119 @@ from gradio.events import Dependency
 from gradio.utils import get_upload_folder
 from PIL import Image
 
-from .examples import Examples
-from .uploads import read_upload
+from tokenization.image_input_moma import clean_pil_picture, open_picture
+
+from ..errors_moma import InputError
 
 
-# one request at a time works with the model, whichever tab and browser it comes from; the others wait in the queue
+PICTURE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
+PROMPTS = "prompts.txt"
+MOST_BYTES = 10 * 2**20
+MOST_PIXELS = 40_000_000
+TOO_MANY_PIXELS = f"This picture has more than {MOST_PIXELS // 10**6} million pixels: make it smaller."
+# requests of all tabs and browsers use the model one at a time; the others wait in the queue
 ONE_AT_A_TIME: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": "model"}
 MOST_CHARACTERS = 2000
+
+
+@dataclass
+class Examples:
+    """Examples of a page.
+
+    Attributes:
+        pictures: paths.
+        prompts: words to draw.
+    """
+
+    pictures: list[str] = field(default_factory=list)
+    prompts: list[str] = field(default_factory=list)
+
+    @classmethod
+    def from_folder(cls, folder: str | Path) -> "Examples":
+        """
+        The pictures of a folder, by name, and the lines of its `prompts.txt`, where it has one.
+
+        Args:
+            folder: holds PNG, JPEG or WebP files.
+
+        Raises:
+            ValueError: there is no such folder, or it holds neither.
+        """
+        folder = Path(folder)
+        if not folder.is_dir():
+            raise InputError(f"--examples: there is no folder {str(folder)!r}.")
+        pictures = sorted(str(path.resolve()) for path in folder.iterdir() if path.suffix.lower() in PICTURE_ENDINGS)
+        prompts = folder / PROMPTS
+        lines = prompts.read_text(encoding="utf-8").splitlines() if prompts.exists() else []
+        if not pictures and not lines:
+            raise InputError(
+                f"--examples: {str(folder)!r} holds neither pictures ({', '.join(PICTURE_ENDINGS)}) nor a {PROMPTS}."
+            )
+        return cls(pictures, [line.strip() for line in lines if line.strip()])
+
+
+def show_errors(function: Callable) -> Callable:
+    """Turns a `ValueError` of a function, or of a generator while it runs, into a message on the page."""
+    if inspect.isgeneratorfunction(function):
+
+        @functools.wraps(function)
+        def generator(*args, **kwargs) -> Iterator:
+            try:
+                yield from function(*args, **kwargs)
+            except ValueError as error:
+                raise _page_error(error) from error
+
+        return generator
+
+    @functools.wraps(function)
+    def call(*args, **kwargs):
+        try:
+            return function(*args, **kwargs)
+        except ValueError as error:
+            raise _page_error(error) from error
+
+    return call
+
+
+def _page_error(error: ValueError) -> gr.Error:
+    """The message of an error, without the traceback in the server's log."""
+    return gr.Error(str(error), print_exception=False)
+
+
+def read_upload(path: str, folder: str) -> Image.Image:
+    """
+    Opens, checks and decodes an uploaded picture.
+
+    Args:
+        path: of the file, as the visitor's browser names it.
+        folder: where uploads lie; a request made by hand may name any file of this machine.
+
+    Returns:
+        The picture, upright, in an 8-bit mode.
+
+    Raises:
+        ValueError: it was not uploaded, is no picture, damaged, empty or too large; says so to the visitor, without
+            naming files here.
+    """
+    if not Path(path).resolve().is_relative_to(Path(folder).resolve()):
+        raise InputError("This file was not uploaded to this page.")
+    try:
+        picture = open_picture(path)
+    except Exception as error:
+        # Pillow itself raises this for sizes that it takes for an attack
+        if isinstance(error.__cause__, Image.DecompressionBombError):
+            raise InputError(TOO_MANY_PIXELS) from error
+        raise InputError(
+            "This file is not a picture that can be read: it is damaged or of another kind. Take a PNG, JPEG, WebP or "
+            "GIF file."
+        ) from error
+    # only the header has been read: a small file may hold more pixels than there is memory
+    if picture.width * picture.height > MOST_PIXELS:
+        raise InputError(TOO_MANY_PIXELS)
+    try:
+        return clean_pil_picture(picture)
+    except Exception as error:
+        raise InputError("This picture cannot be decoded: the file is truncated or damaged.") from error
 
 
 def picture_input(label: str, elem_id: str) -> gr.Image:
@@ -28,7 +139,7 @@ def picture_input(label: str, elem_id: str) -> gr.Image:
         sources=["upload", "clipboard"],
         height=300,
     )
-    # Gradio's own opens the file before any of our checks, and its error would name a file of the server
+    # Gradio's own preprocess opens the file before our checks, and its error would name a file of the server
     setattr(picture, "preprocess", lambda payload: None if payload is None else payload.path)  # noqa: B010
     return picture
 
@@ -67,9 +178,9 @@ def checked_words(words: str | None) -> str:
     """
     words = words or ""
     if len(words) > MOST_CHARACTERS:
-        raise ValueError(f"The words have {len(words)} characters, more than {MOST_CHARACTERS}: shorten them.")
+        raise InputError(f"The words have {len(words)} characters, more than {MOST_CHARACTERS}: shorten them.")
     if any("\ud800" <= character <= "\udfff" for character in words):
-        raise ValueError("The words hold half a character (a lone surrogate): write them again.")
+        raise InputError("The words hold half a character (a lone surrogate): write them again.")
     return words
 
 
@@ -105,18 +216,24 @@ def checked_seed(seed: float | None) -> int:
         ValueError: it is none.
     """
     if seed is None or not 0 <= seed < 2**32:
-        raise ValueError(f"The seed must be a whole number from 0 to {2**32 - 1}, got {seed}.")
+        raise InputError(f"The seed must be a whole number from 0 to {2**32 - 1}, got {seed}.")
     return int(seed)
 
 
 __all__ = [
+    "MOST_BYTES",
+    "MOST_CHARACTERS",
+    "MOST_PIXELS",
     "ONE_AT_A_TIME",
+    "Examples",
     "checked_seed",
     "checked_words",
     "picture_examples",
     "picture_input",
     "read_picture",
+    "read_upload",
     "sampling_inputs",
+    "show_errors",
     "title",
     "words_input",
 ]

@@ -5,18 +5,15 @@ import socket
 
 import gradio as gr
 
-from .caption_tab import caption_tab
-from .draw_tab import draw_tab
-from .examples import Examples
-from .interleaved_tab import interleaved_tab
-from .routing_tab import routing_tab
+from ..errors_moma import InputError
+from .inputs import MOST_BYTES, Examples
 from .studio import Studio
-from .uploads import MOST_BYTES
+from .tabs import caption_tab, draw_tab, interleaved_tab, routing_tab
 
 
-# visitors that may wait for the model; one more is told that the queue is full
+# one visitor more than these that wait for the model is told that the queue is full
 MOST_WAITING = 32
-# seconds between two cleanings of uploads, and their age by then
+# uploads are deleted every hour, once they are an hour old
 CLEANING = (3600, 3600)
 ABOUT = "One decoder reads and writes words and pictures: a picture is a row of codes among the words."
 CSS = """
@@ -39,7 +36,7 @@ def build_page(studio: Studio, examples: Examples | None = None) -> gr.Blocks:
         The page, with its queue.
     """
     examples = examples or Examples()
-    # Gradio would tell its makers of each page
+    # by default Gradio reports each page to its makers
     with gr.Blocks(title=f"{studio.name}: MoMa", analytics_enabled=False, delete_cache=CLEANING) as page:
         gr.Markdown(f"# {studio.name}\n{ABOUT}")
         with gr.Tab("Caption"):
@@ -75,7 +72,7 @@ def open_page(page: gr.Blocks, host: str | None = None, port: int | None = None)
     Raises:
         ValueError: nobody can listen there.
     """
-    # fonts of the visitor's own system
+    # fonts of the visitor's system are not fetched from elsewhere
     theme = gr.themes.Soft(
         primary_hue="teal", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
     )
@@ -96,5 +93,5 @@ def open_page(page: gr.Blocks, host: str | None = None, port: int | None = None)
             css=CSS,
         )
     except OSError as error:
-        raise ValueError(f"--host, --port: nobody can listen on {host}:{port} ({error}).") from error
+        raise InputError(f"--host, --port: nobody can listen on {host}:{port} ({error}).") from error
     return address

@@ -9,8 +9,7 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
-from ..tools.expert_colors import UNCOVERED, expert_colors, fill_stripes, shaded
-from ..tools.routed_tokens import RoutedTokens
+from ..evaluation.routing_images import UNCOVERED, RoutedTokens, expert_colors, fill_stripes, shaded
 
 
 SIDE = 384
@@ -20,7 +19,7 @@ LEAST_PATCH = 30
 NUMBER_SIZE = 15
 CHIP = "display:inline-block;padding:2px 6px 8px;border-radius:4px;color:#111;white-space:pre;"
 SWATCH = "display:inline-block;width:14px;height:14px;border-radius:3px;vertical-align:-2px;margin-right:4px;"
-# a bar across a token that the layer left out
+# the background for a token that the layer left out
 CROSSED = "repeating-linear-gradient(45deg,#ffffff 0 4px,#8a8a8a 4px 6px)"
 
 

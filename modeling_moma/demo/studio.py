@@ -1,6 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One model with its processor, shared by all visitors of a page: what is asked of it, one request at a time."""
+"""One model with its processor, shared by all visitors of a page: what is asked of it, one request at a time.
 
+Answers are shown while they are written: [`stream_ids`] yields ids as `generate` makes them, and [`PartialPictures`]
+shows a picture of which only the first codes are there.
+
+Shape suffixes: B rows, T new tokens so far.
+"""
+
+import math
+import queue
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -10,23 +18,24 @@ from typing import Any
 
 import torch
 from PIL import Image
-from transformers import AutoModelForCausalLM, AutoProcessor, set_seed
+from transformers import AutoModelForCausalLM, AutoProcessor, StoppingCriteria, StoppingCriteriaList, set_seed
+from transformers.generation.streamers import BaseStreamer
 
 import modeling_moma  # noqa: F401, makes the Auto classes know the model
 
+from ..errors_moma import InputError
+from ..evaluation.routing_images import record_routing
 from ..generation_moma import INTERLEAVED
-from ..tools.checkpoint_checks import refuse_non_finite
-from ..tools.routed_tokens import record_routing
-from ..training.saved import MODEL, PROCESSOR, open_saved
-from .partial_pictures import PartialPictures
+from ..hub.loading import MODEL, PROCESSOR, open_saved, refuse_non_finite
 from .routing_view import RoutedExample
-from .streaming import stream_ids
 
 
-# of a caption, and of the words beside the pictures of an interleaved answer
+# new tokens of a caption, and of the words in an interleaved answer
 MOST_WORDS = 32
-# so many pictures are shown while one is drawn
+# so often a picture is shown while it is drawn
 VIEWS = 16
+# the colour of patches that have no code yet
+PAPER = (226, 230, 232)
 
 
 @dataclass
@@ -139,12 +148,12 @@ class Studio:
             ValueError: there is neither, or both together are too long.
         """
         if picture is None and not words.strip():
-            raise ValueError("Give a picture or words: there is nothing to route yet.")
+            raise InputError("Give a picture or words: there is nothing to route yet.")
         words = words if words.strip() or picture is None else self.caption(picture)
         ids = self._inputs(words, [] if picture is None else [picture])["input_ids"][0]
         most = self.model.config.max_position_embeddings
         if len(ids) > most:
-            raise ValueError(f"These are {len(ids)} tokens, but the model reads {most} at most: shorten the words.")
+            raise InputError(f"These are {len(ids)} tokens, but the model reads {most} at most: shorten the words.")
         with self._lock:
             routed = record_routing(self.model, ids)
         codes = range(
@@ -165,7 +174,7 @@ class Studio:
         if len(parts) == 1 and pictures:
             parts = [""] * len(pictures) + parts
         if len(parts) - 1 != len(pictures):
-            raise ValueError(
+            raise InputError(
                 f"The words have {len(parts) - 1} places for pictures ({image}), but {len(pictures)} pictures came "
                 "with them: give one for each place, or leave the places out to put all pictures first."
             )
@@ -181,7 +190,7 @@ class Studio:
         """New tokens for words and `more` others, as far as the context goes."""
         length, most = inputs["input_ids"].shape[1], self.model.config.max_position_embeddings
         if length >= most:
-            raise ValueError(f"The prompt has {length} tokens, but the model reads {most} at most: shorten it.")
+            raise InputError(f"The prompt has {length} tokens, but the model reads {most} at most: shorten it.")
         return min(MOST_WORDS + more, most - length)
 
     def _stream(self, inputs: dict, seed: int, arguments: dict) -> Iterator[torch.Tensor]:
@@ -218,10 +227,139 @@ def load_studio(folder: str | Path) -> Studio:
     refuse_non_finite(model, str(folder))
     refuse_non_finite(processor.vq_model, f"{folder}, picture tokenizer")
     if "image" not in model.config.frames:
-        raise ValueError(f"FOLDER: the model of {str(folder)!r} writes no pictures, so there is nothing to show.")
+        raise InputError(f"FOLDER: the model of {str(folder)!r} writes no pictures, so there is nothing to show.")
     if not processor.vq_model.config.use_decoder:
-        raise ValueError(
+        raise InputError(
             f"FOLDER: the picture tokenizer of {str(folder)!r} has no decoder (use_decoder=False), so no picture can "
             "be shown."
         )
     return Studio(model.to(device).eval(), processor.to(device), Path(folder).name)
+
+
+class PartialPictures:
+    """Shows what codes in raster order make of a picture before the last of them is there.
+
+    The decoder wants all codes, so those of a white picture stand for the missing ones; their patches are then covered
+    with [`PAPER`], so that nobody takes them for part of the drawing.
+
+    Args:
+        processor: a [`MomaProcessor`] whose picture tokenizer has a decoder.
+    """
+
+    def __init__(self, processor: Any):
+        self.processor = processor
+        side = processor.vq_model.config.resolution
+        (self.white,) = processor.encode_pictures([Image.new("RGB", (side, side), "white")])
+
+    def decode(self, rows: list[list[int]]) -> list[Image.Image]:
+        """
+        Pictures of rows of codes, whole or not.
+
+        Args:
+            rows: the first codes of each picture, from 0 and at most `image_seq_length`.
+
+        Raises:
+            ValueError: there are more codes than a picture has.
+        """
+        whole = self.processor.image_seq_length
+        for row in rows:
+            if len(row) > whole:
+                raise InputError(f"`rows`: a picture has {whole} codes, got {len(row)}.")
+        pictures = self.processor.decode_pictures([row + self.white[len(row) :] for row in rows])
+        return [self._cover(picture, len(row)) for picture, row in zip(pictures, rows)]
+
+    def parts(self, ids: list[int]) -> list[str | Image.Image]:
+        """Words and pictures of token ids that may end inside a picture; see `MomaProcessor.decode_parts`."""
+        begin, end = self.processor.begin_image_token_id, self.processor.end_image_token_id
+        last = len(ids) - 1 - ids[::-1].index(begin) if begin in ids else None
+        if last is None or end in ids[last:]:
+            return self.processor.decode_parts(ids)
+        codes = [token - self.processor.image_token_offset for token in ids[last + 1 :]]
+        return [*self.processor.decode_parts(ids[:last]), *self.decode([codes])]
+
+    def _cover(self, picture: Image.Image, count: int) -> Image.Image:
+        grid = math.isqrt(self.processor.image_seq_length)
+        patch = picture.width // grid
+        for place in range(count, grid * grid):
+            row, column = divmod(place, grid)
+            picture.paste(PAPER, (column * patch, row * patch, (column + 1) * patch, (row + 1) * patch))
+        return picture
+
+
+class _Feed(BaseStreamer):
+    """Hands on each step's tokens `[B]`; the first call brings the prompt."""
+
+    def __init__(self, steps: queue.SimpleQueue):
+        self.steps = steps
+        self.is_prompt = True
+
+    def put(self, value: torch.Tensor):
+        if not self.is_prompt:
+            self.steps.put(value)
+        self.is_prompt = False
+
+    def end(self):
+        pass
+
+
+class _Stopped(StoppingCriteria):
+    """Ends all rows once somebody says so."""
+
+    def __init__(self, event: threading.Event):
+        self.event = event
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs) -> torch.Tensor:
+        return torch.full((input_ids.shape[0],), self.event.is_set(), device=input_ids.device)
+
+
+def stream_ids(model: Any, inputs: dict[str, torch.Tensor], every: int, **arguments) -> Iterator[torch.Tensor]:
+    """
+    Runs `generate` in a thread, and yields its new tokens as they arrive.
+
+    Closing the iterator ends the generation after the step that runs, and waits for it.
+
+    Args:
+        model: in eval mode.
+        inputs: of `generate`, prompts `[B, T]`.
+        every: steps between two yields.
+        arguments: further ones of `generate`, without beams.
+
+    Yields:
+        All new ids so far `[B, T]`, last those of the whole generation.
+
+    Raises:
+        ValueError: `every` is below 1; and whatever `generate` raises.
+    """
+    if every < 1:
+        raise InputError(f"`every` must be at least 1, got {every}.")
+    # the thread puts steps into it, then None or an error
+    steps: queue.SimpleQueue = queue.SimpleQueue()
+    stop = threading.Event()
+
+    def run():
+        try:
+            criteria = StoppingCriteriaList([_Stopped(stop)])
+            model.generate(**inputs, streamer=_Feed(steps), stopping_criteria=criteria, **arguments)
+            steps.put(None)
+        # any error is raised again where the ids are awaited
+        except BaseException as error:
+            steps.put(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    columns = []
+    try:
+        while (step := steps.get()) is not None:
+            if isinstance(step, BaseException):
+                raise step
+            columns.append(step)
+            if len(columns) % every == 0:
+                yield torch.stack(columns, dim=1)
+        if len(columns) % every:
+            yield torch.stack(columns, dim=1)
+    finally:
+        stop.set()
+        thread.join()
+
+
+__all__ = ["PAPER", "PartialPictures", "Studio", "load_studio", "stream_ids"]

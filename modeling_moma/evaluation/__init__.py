@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a trained model can do, measured on held-out documents and captioned pictures of any source."""
+"""What a trained model can do on held-out documents and captioned pictures, and which expert takes which token."""

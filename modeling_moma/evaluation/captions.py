@@ -8,8 +8,9 @@ from statistics import fmean
 import numpy as np
 
 from ..data.encoding import DocumentEncoder
-from ..training.measures import write_captions
-from .sources import CaptionedPictures
+from ..errors_moma import InputError
+from .held_out import CaptionedPictures
+from .measures import write_captions
 
 
 LEAST_NEW_TOKENS = 32
@@ -47,7 +48,7 @@ def caption_scores(texts: Sequence[str], references: Sequence[str]) -> dict[str,
         ValueError: there are no pairs, or texts and references are of different number.
     """
     if len(texts) != len(references) or not texts:
-        raise ValueError(
+        raise InputError(
             f"there are {len(texts)} texts and {len(references)} references: as many, and some, are needed."
         )
     pairs = list(zip(texts, references, strict=True))
@@ -94,7 +95,7 @@ def measure_captions(model, processor, rows: CaptionedPictures, batch_size: int,
 def derangement(length: int, seed: int = 0) -> list[int]:
     """A random order in which no place keeps its number: one cycle through all of them, known from the seed alone."""
     if length < 2:
-        raise ValueError(f"`length` is {length}: one place alone cannot move.")
+        raise InputError(f"`length` is {length}: one place alone cannot move.")
     cycle = np.random.default_rng(seed).permutation(length)
     order = np.empty(length, dtype=int)
     order[cycle] = np.roll(cycle, -1)

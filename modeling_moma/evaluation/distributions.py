@@ -7,6 +7,8 @@ Shape suffixes:
 
 import torch
 
+from ..errors_moma import InputError
+
 
 # features whose distances to all others are held at once
 CHUNK = 1024
@@ -85,9 +87,9 @@ def _distances(points_ND: torch.Tensor, centres_MD: torch.Tensor) -> torch.Tenso
 
 def _check(first: torch.Tensor, second: torch.Tensor, least: int):
     if first.ndim != 2 or second.ndim != 2 or first.shape[1] != second.shape[1]:
-        raise ValueError(
+        raise InputError(
             f"features: shapes {tuple(first.shape)} and {tuple(second.shape)}; both must be [N, D], D equal."
         )
     fewest = min(len(first), len(second))
     if fewest < least:
-        raise ValueError(f"features: a set has {fewest} pictures, but at least {least} are needed.")
+        raise InputError(f"features: a set has {fewest} pictures, but at least {least} are needed.")

@@ -8,10 +8,11 @@ import torch
 import torch.nn.functional as F
 
 from ..configuration_moma import MomaConfig
+from ..errors_moma import InputError
 from ..frames_moma import TEXT
 from ..router_base_moma import MomaRouterBase
 from ..routing_rules_moma import RULES
-from ..training.measures import EXPERT_CHOICE, ModalityLosses, loss_outputs
+from .measures import EXPERT_CHOICE, ModalityLosses, loss_outputs
 
 
 CAUSAL = "causal"
@@ -57,13 +58,13 @@ def check_lengths(config: MomaConfig, documents: list[dict], name: str):
     """Raise `ValueError` where there are no documents, none with a target, or one is longer than the context."""
     lengths = [len(document["input_ids"]) for document in documents]
     if not lengths or max(lengths) < 2:
-        raise ValueError(
+        raise InputError(
             f"{name}: there are no held-out documents of two tokens or more; was `--limit` or the split 0?"
         )
     limit = config.max_position_embeddings
     # scaled rotary embeddings are made to go beyond
     if max(lengths) > limit and config.rope_parameters["rope_type"] == "default":
-        raise ValueError(
+        raise InputError(
             f"{name}: document {lengths.index(max(lengths))} has {max(lengths)} tokens, but the model reads "
             f"`max_position_embeddings` = {limit}. Tokenize for sequences of that length."
         )

@@ -1,14 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The figures of [`measure_sources`] as Markdown tables."""
+"""The figures of [`measure_sources`] and of causal routing rules as Markdown tables."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
+from ..calibration.auxiliary_training import PAPER_THRESHOLD
 from ..frames_moma import TEXT
-from ..training.measures import LOSSES as MODALITY_NAMES
-from ..training.tables import markdown_table
+from ..utils.markdown import markdown_table
+from .evaluate import CAPTIONS, DRAWINGS, LOSSES, RETRIEVAL
 from .losses import WORDS
-from .measuring import CAPTIONS, DRAWINGS, LOSSES, RETRIEVAL
+from .measures import LOSSES as MODALITY_NAMES
+
+
+AT_PAPER_THRESHOLD = "auxiliary_0.5"
+# names are those of `auxiliary_report`
+CAUSAL_RULES = {
+    "threshold": "`threshold`",
+    AT_PAPER_THRESHOLD: f"`auxiliary`, cut at {PAPER_THRESHOLD} (the paper)",
+    "auxiliary": "`auxiliary`, calibrated cuts",
+}
+# what tables tell of a rule, of `auxiliary_report`
+QUALITIES = {"accuracy": "acc.", "precision": "prec.", "recall": "rec.", "load": "load"}
 
 
 def report_tables(sources: dict[str, dict]) -> str:
@@ -90,9 +102,29 @@ def drawing_table(drawings: dict[str, dict]) -> str:
     return markdown_table(head, body)
 
 
+def router_table(routers: Sequence[dict]) -> str:
+    """Markdown table of how well causal rules hit the oracle's choice, a row for each layer and group.
+
+    Args:
+        routers: rows of `auxiliary_report`, or of a calibration, which has one rule alone.
+    """
+    titles = {rule: title for rule, title in CAUSAL_RULES.items() if rule in routers[0]["rules"]}
+    rows = []
+    for router in routers:
+        cells = [" / ".join(_percent(router["rules"][rule][name]) for name in QUALITIES) for rule in titles]
+        rows.append([f"{router['layer']}, {router['group']}", _percent(router["true_load"]), *cells])
+    qualities = " / ".join(QUALITIES.values())
+    head = ["layer, group", "oracle's load, %", *(f"{title}: {qualities}, %" for title in titles.values())]
+    return markdown_table(head, rows)
+
+
 def _number(value: float | None, digits: int) -> str:
     return "-" if value is None else f"{value:.{digits}f}"
 
 
 def _share(value: float | None) -> str:
     return "-" if value is None else f"{100 * value:.1f} %"
+
+
+def _percent(share: float | None) -> str:
+    return "–" if share is None else f"{100 * share:.1f}"

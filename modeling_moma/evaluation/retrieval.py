@@ -8,8 +8,9 @@ Shape suffixes:
 import torch
 
 from ..data.encoding import DocumentEncoder
+from ..errors_moma import InputError
+from .held_out import CaptionedPictures
 from .scoring import continuation_log_probs
-from .sources import CaptionedPictures
 
 
 DEFAULT_PAIRS = 64
@@ -48,7 +49,7 @@ def measure_retrieval(
     """
     num_pairs = min(num_pairs, len(rows))
     if num_pairs < 2:
-        raise ValueError(
+        raise InputError(
             f"retrieval: {num_pairs} pairs of a picture and its caption; there must be two to tell apart."
         )
     chosen = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[:num_pairs].tolist()

@@ -12,6 +12,8 @@ import torch
 from tqdm.auto import tqdm
 from transformers import DynamicCache
 
+from ..errors_moma import InputError
+
 
 @torch.inference_mode()
 def continuation_log_probs(
@@ -40,7 +42,7 @@ def continuation_log_probs(
         ValueError: a prefix or a continuation is empty, or the two together are longer than the model's context.
     """
     if not all(map(len, prefixes)) or not all(map(len, continuations)):
-        raise ValueError("`prefixes` or `continuations` has an empty one: each needs one token at least.")
+        raise InputError("`prefixes` or `continuations` has an empty one: each needs one token at least.")
     scores_PC = torch.empty(len(prefixes), len(continuations), dtype=torch.float64)
     # rows of about one length pad little
     order = sorted(range(len(continuations)), key=lambda index: len(continuations[index]))

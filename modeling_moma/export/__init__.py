@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What runs without this package, and without torch: graphs of the picture tokenizer."""
+"""A trained model for use elsewhere: quantised, or as graphs that run without this package and without torch."""

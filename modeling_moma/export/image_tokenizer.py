@@ -15,7 +15,8 @@ from torch import nn
 
 from tokenization import MomaVQModel
 
-from ..training.files import write_aside
+from ..errors_moma import InputError
+from ..utils.atomic_files import write_aside
 
 
 # what `torch.onnx` imports, beside torch
@@ -73,7 +74,7 @@ def export_image_tokenizer(model: MomaVQModel, folder: str | Path) -> OnnxImageT
     if missing:
         raise ImportError(f'Export to ONNX needs {" and ".join(missing)}: pip install "modeling-moma[export]".')
     if model.dtype != torch.float32:
-        raise ValueError(
+        raise InputError(
             f"`model` is in {model.dtype}, in which near codes would change places: convert it by `model.float()`."
         )
     config, folder = model.config, Path(folder)

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A model repository for the Hub: what goes in, what is checked before it leaves, and the one commit."""
+"""Models in folders and on the Hub: how they are opened, what a repository holds, and the one commit of an upload."""

@@ -12,6 +12,7 @@ import yaml
 from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
+from ..errors_moma import InputError
 from .folder import read_json
 
 
@@ -74,11 +75,11 @@ def with_datasets(text: str, datasets: Mapping[str, str]) -> str:
     metadata = yaml.safe_load(head[2]) if head else {}
     for local, identifier in datasets.items():
         if local not in _named_datasets(metadata):
-            raise ValueError(f"`datasets` maps {local!r}, but the card names {_named_datasets(metadata)}: misspelt?")
+            raise InputError(f"`datasets` maps {local!r}, but the card names {_named_datasets(metadata)}: misspelt?")
         try:
             validate_repo_id(identifier)
         except HFValidationError as error:
-            raise ValueError(
+            raise InputError(
                 f"`datasets` maps {local!r} to {identifier!r}, which is no id of the Hub: {error}"
             ) from error
     if head is None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
+from ..errors_moma import InputError
 from .code import code_closure, code_facts, installed_code
 
 
@@ -87,7 +88,7 @@ def _reason_to_stay(path: Path) -> str | None:
     if not any(fnmatch(name, pattern) for pattern in SENT):
         return "no kind of file that a model has"
     if path.is_symlink() and not path.exists():
-        raise ValueError(f"{path} is a link to {os.readlink(path)!r}, where nothing is: moved, or not copied with it?")
+        raise InputError(f"{path} is a link to {os.readlink(path)!r}, where nothing is: moved, or not copied with it?")
     return None if path.is_file() else "no regular file"
 
 
@@ -126,7 +127,7 @@ def gather(model: str | Path, processor: str | Path | None = None) -> tuple[dict
     """
     for name, folder in (("model", model), ("processor", processor)):
         if folder is not None and not Path(folder).is_dir():
-            raise ValueError(f"`{name}` is {str(folder)!r}, which is no folder: save it with save_pretrained first.")
+            raise InputError(f"`{name}` is {str(folder)!r}, which is no folder: save it with save_pretrained first.")
     files, left_out = _walk(Path(model))
     if processor is not None:
         _add_processor(files, Path(model), Path(processor))
@@ -142,7 +143,7 @@ def _add_processor(files: dict[str, Path], model: Path, processor: Path) -> None
         del files[name]
     for name in sorted(chosen | code_closure(added, auto_map_entries({n: added[n] for n in chosen}).values())):
         if name.endswith(".py") and name in files and files[name].read_bytes() != added[name].read_bytes():
-            raise ValueError(
+            raise InputError(
                 f"{name} of `processor` {str(processor)!r} is not that of `model` {str(model)!r}: they were saved by "
                 "different versions of the code; save both again with one."
             )
@@ -158,9 +159,9 @@ def read_json(path: Path) -> dict:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path.name} cannot be read as JSON ({error}): was it written to the end?") from error
+        raise InputError(f"{path.name} cannot be read as JSON ({error}): was it written to the end?") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path.name} holds a {type(content).__name__}, not an object.")
+        raise InputError(f"{path.name} holds a {type(content).__name__}, not an object.")
     return content
 
 

@@ -10,7 +10,7 @@ from huggingface_hub.errors import GatedRepoError, HFValidationError, Repository
 from huggingface_hub.file_download import repo_folder_name
 from huggingface_hub.utils import validate_repo_id
 
-from ..tools.messages import one_line
+from ..utils.messages import one_line
 
 
 # for one answer, before a loader asks again and again

@@ -10,7 +10,8 @@ from pathlib import Path
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
 
-from ..training.files import refuse_files, write_folder_aside
+from ..errors_moma import InputError
+from ..utils.atomic_files import refuse_files, write_folder_aside
 from .card import check_card, with_datasets
 from .folder import PROCESSOR_FILES, VQ_FOLDER, check_files, gather
 
@@ -77,7 +78,7 @@ def prepare(
     if problems and left_out:
         problems.append("Left out: " + ", ".join(f"{name} ({reason})" for name, reason in left_out.items()))
     if problems:
-        raise ValueError("\n".join(dict.fromkeys(problems)))
+        raise InputError("\n".join(dict.fromkeys(problems)))
     return Upload(contents, left_out)
 
 

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Training runs: examples, stages, what they log and leave behind."""
+"""Training runs: recipes, stages, what is frozen, what they log and leave behind."""

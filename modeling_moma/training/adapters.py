@@ -7,8 +7,9 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from ..configuration_moma import TEXT
+from ..errors_moma import InputError
 from ..modeling_moma import MomaForCausalLM
-from ..tools.freezing import check_groups, learning_tokens
+from .freezing import check_groups, learning_tokens
 
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ def with_adapters(model: MomaForCausalLM, rank: int, frozen_groups: Sequence[str
         ValueError: `rank` is below 1, or the model has no such group.
     """
     if rank < 1:
-        raise ValueError(f"`--lora-rank` = {rank}: a rank is at least 1.")
+        raise InputError(f"`--lora-rank` = {rank}: a rank is at least 1.")
     if find_spec("peft") is None:
         raise ImportError('`--lora-rank` needs PEFT: `pip install "modeling-moma[finetune]"`.')
     from peft import LoraConfig, get_peft_model

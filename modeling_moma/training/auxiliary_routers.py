@@ -19,20 +19,20 @@ from .. import (
     auxiliary_report,
     calibrate_auxiliary_thresholds,
 )
+from ..calibration.auxiliary_training import save_with_processor
+from ..calibration.observation import named_routers
 from ..data.documents import TokenFolder
+from ..data.examples import check_layout, held_out_sets, open_documents
 from ..data.sources import VALIDATION
 from ..data.stream import DocumentExamples
-from ..tools.observation import named_routers
-from .changed_routers import save_with_processor
-from .checkpoints import checkpoint_step, last_checkpoint
-from .disk import without_torn_checkpoints
-from .examples import check_layout, held_out_sets, open_documents
-from .files import refuse_files
+from ..errors_moma import InputError
+from ..evaluation.measures import held_out_batches, load_model
+from ..evaluation.report import router_table
+from ..hub.loading import open_processor
+from ..utils.atomic_files import refuse_files
+from ..utils.hardware import supports_bf16
+from .checkpoints import checkpoint_step, last_checkpoint, without_torn_checkpoints
 from .fingerprints import Facts, RunFingerprint, check_output, run_facts
-from .measures import held_out_batches, load_model
-from .precision import supports_bf16
-from .router_table import router_table
-from .saved import open_processor
 from .stages import FollowArguments, ResumedTrainer
 
 
@@ -110,7 +110,7 @@ def split_batches(args: argparse.Namespace, batches: list[dict]) -> tuple[list[d
     if args.threshold is not None:
         return [], batches
     if len(batches) < 2:
-        raise ValueError(
+        raise InputError(
             f"`--batch-size` = {args.batch_size} gives {len(batches)} batch of the validation split: two are needed, "
             "one to calibrate on and one to report on."
         )

@@ -1,13 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which checkpoints of a `Trainer` are whole."""
+"""Which checkpoints of a `Trainer` are whole, and the end of those that a full disk has torn."""
 
 import json
 import logging
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from ..utils.errors import is_disk_full
 
 
 logger = logging.getLogger(__name__)
@@ -40,6 +45,18 @@ def whole_checkpoints(folder: str | Path) -> list[Path]:
 def torn_checkpoints(folder: str | Path) -> list[Path]:
     """All checkpoints of a folder that were never written to their end."""
     return [path for path in _checkpoints(folder) if read_state(path) is None]
+
+
+@contextmanager
+def without_torn_checkpoints(output: str | Path) -> Iterator[None]:
+    """Where the disk is full, remove the checkpoint that was being written: it takes room and is of no use."""
+    try:
+        yield
+    except Exception as error:
+        if is_disk_full(error):
+            for path in torn_checkpoints(output):
+                shutil.rmtree(path, ignore_errors=True)
+        raise
 
 
 def checkpoint_step(checkpoint: str | Path) -> int:

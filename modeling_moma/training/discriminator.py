@@ -9,6 +9,8 @@ from torch import nn
 
 from tokenization.modeling_moma_vq import MomaVQModel, MomaVQOutput
 
+from ..errors_moma import InputError
+
 
 # of pix2pix (arXiv 1611.07004): strided layers, width of the first, slope, deviation of the fresh weights
 NUM_LAYERS, BASE_WIDTH, SLOPE, INITIAL_STD = 3, 64, 0.2, 0.02
@@ -75,7 +77,7 @@ class AdversarialTraining:
 
     def __init__(self, weight: float, start: int, config: Any, seed: int, device: torch.device):
         if config.resolution < SMALLEST_SIDE:
-            raise ValueError(
+            raise InputError(
                 f"adversarial_weight={weight}: pictures of {config.resolution} pixels a side are too small for the "
                 f"discriminator, which needs {SMALLEST_SIDE}."
             )

@@ -11,13 +11,14 @@ from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 
-from .. import MomaConfig
+from ..configuration_moma import MomaConfig
 from ..data.documents import TokenFolder
 from ..data.packing import PACKING_RULE
 from ..data.sources import TRAIN, Source
+from ..errors_moma import InputError
+from ..utils.atomic_files import is_of_model, refuse_files
 from .checkpoints import read_state, whole_checkpoints
-from .files import is_of_model, refuse_files
-from .runs import RUN_FILE
+from .loss_curves import RUN_FILE
 from .stages import examples_a_step
 
 
@@ -168,18 +169,18 @@ def check_output(output: str, facts: Facts, resume: bool) -> None:
         records[RUN_FILE] = json.loads((folder / RUN_FILE).read_text()).get("fingerprint")
     for name, then in records.items():
         if then is None:
-            raise ValueError(
+            raise InputError(
                 f"`--output` {output!r} holds another run: {name} does not say what it was made of, as those of "
                 f"earlier versions, whose sequences were packed otherwise. {_WAYS}"
             )
         different = difference(then, facts)
         if different:
-            raise ValueError(f"`--output` {output!r} holds another run: of {name} {different}. {_WAYS}")
+            raise InputError(f"`--output` {output!r} holds another run: of {name} {different}. {_WAYS}")
     if not records:
         refuse_files(output, lambda path: not is_of_model(path))
     elif not resume:
         step = max((state["global_step"] for state in held.values() if state), default=0)
-        raise ValueError(
+        raise InputError(
             f"`--output` {output!r} holds this run already, {step} steps of it: `--resume` goes on with it. {_WAYS}"
         )
 

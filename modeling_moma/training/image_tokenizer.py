@@ -19,12 +19,13 @@ from tokenization.augmentation_moma import augment_pictures
 from tokenization.modeling_moma_vq import MomaVQModel
 from tokenization.perceptual_moma_vq import MomaVQPerceptualNetwork
 
+from ..errors_moma import InputError
+from ..utils.atomic_files import is_of_model, refuse_files, replace_folder, write_folder_aside
+from ..utils.hardware import supports_bf16
 from .checkpoints import checkpoint_step
 from .discriminator import AdversarialTraining
-from .files import is_of_model, refuse_files, replace_folder, write_folder_aside
 from .picture_sources import picture_fields
 from .picture_store import PictureStore, open_store, take, to_pixel_values
-from .precision import supports_bf16
 from .reconstruction_measures import PERCEPTUAL_DISTANCE, SAMPLES_FILE, evaluate
 from .semantic_targets import SemanticTargets
 from .tokenizer_settings import DECISIVE, check_resumed, check_same_pictures, read_config
@@ -89,7 +90,7 @@ def check_folder(output: Path, resume: bool) -> None:
     begun = checkpoints(output)
     if begun and not resume:
         step = checkpoint_step(begun[-1])
-        raise ValueError(
+        raise InputError(
             f"`--output` {str(output)!r} holds a run already, {step} steps of it: `--resume` goes on with it. Give "
             "another `--output`, or delete this folder to start over."
         )
@@ -202,7 +203,7 @@ class TokenizerTraining:
             fresh_trunk.load_imagenet_weights(self.teacher.network)
         if wants_semantics:
             if config.semantic_dim != self.teacher.feature_dim:
-                raise ValueError(
+                raise InputError(
                     f"semantic_dim={config.semantic_dim}, but the teacher gives {self.teacher.feature_dim}."
                 )
             num_uses = self.args.steps * self.args.batch_size
@@ -266,7 +267,7 @@ class TokenizerTraining:
         if output.semantic_loss is not None:
             summary["semantic"] = output.semantic_loss.item()
         if not np.isfinite(loss):
-            raise ValueError(f"The loss is {loss} at step {self.step}; a lower --learning-rate may help.")
+            raise InputError(f"The loss is {loss} at step {self.step}; a lower --learning-rate may help.")
         return summary
 
     def save(self) -> None:

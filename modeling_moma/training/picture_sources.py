@@ -9,6 +9,7 @@ from typing import Any
 from ..data.json_lines import BROKEN_LINE
 from ..data.kinds import ImageKind
 from ..data.sources import TRAIN, VALIDATION, Source, undecoded_rows
+from ..errors_moma import InputError
 from .recipe import read_recipe
 
 
@@ -64,7 +65,7 @@ def read_picture_sources(place: str) -> tuple[list[Source], dict[str, Any]]:
     sources = [source for source in recipe.sources if source.kind.has_images]
     if not sources:
         kinds = {source.name: source.kind.name for source in recipe.sources}
-        raise ValueError(
+        raise InputError(
             f"{place!r} has no source with pictures, but {kinds or 'no sources at all'}: a picture tokenizer is "
             "trained on sources of captions (`image`) or of interleaved documents (`segments`, `images`)."
         )

@@ -20,8 +20,9 @@ from tokenization import MomaImageProcessor
 
 from ..data.pictures import LeftOut, read_picture
 from ..data.sources import Source
+from ..errors_moma import InputError
+from ..utils.atomic_files import replace_folder
 from .array_file import ArrayWriter, read_array
-from .files import replace_folder
 from .picture_sources import Candidate, candidates, picture_fields
 
 
@@ -87,7 +88,7 @@ def open_store(
     else:
         print(f"pictures of an earlier start in {str(folder)!r}; remove the folder where the data have changed")
     if is_strict and report["examples"]:
-        raise ValueError(f"--strict: {report['examples'][0]}.")
+        raise InputError(f"--strict: {report['examples'][0]}.")
     return PictureStore(folder, read_array(folder / TRAIN_FILE), read_array(folder / HELD_OUT_FILE), report)
 
 
@@ -191,7 +192,7 @@ class _Filling:
         for owner in self.held_out.owners:
             self.counts[owner]["held_out"] += 1
         if self.train.count == 0 or not self.held_out.owners:
-            raise ValueError(
+            raise InputError(
                 "sources: a picture tokenizer needs one picture to train on and another one that is held out, and of "
                 + "; ".join(f"{name!r} there are {describe(counts)}" for name, counts in self.counts.items())
                 + "."
@@ -209,7 +210,7 @@ class _Filling:
     def _leave_out(self, candidate: Candidate, error: LeftOut) -> None:
         example = f"{candidate.place()}: {error}"
         if self.is_strict:
-            raise ValueError(f"--strict: {example}.") from error
+            raise InputError(f"--strict: {example}.") from error
         self.counts[candidate.source.name]["left_out"][error.reason] += 1
         if len(self.examples) < NUM_EXAMPLES:
             self.examples.append(example)

@@ -15,25 +15,29 @@ from transformers.trainer_utils import IntervalStrategy
 
 from tokenization import MomaDataCollator, MomaProcessor
 
-from .. import MomaConfig, MomaForCausalLM, MomaMetricsCallback, freeze_groups, initialize_code_embeddings
+from ..configuration_moma import MomaConfig
 from ..data.documents import TokenFolder
+from ..data.examples import check_layout, held_out_sets
 from ..data.packing import PackedCollator, PackedExamples
 from ..data.sources import VALIDATION, Source
 from ..data.stream import DocumentExamples
+from ..errors_moma import InputError
+from ..hub.loading import MODEL, check_saved, open_model, open_processor
+from ..modeling_moma import MomaForCausalLM
 from ..routing_moma import MomaRouter
+from ..utils.atomic_files import write_aside
+from ..utils.hardware import supports_bf16
 from .adapters import with_adapters
-from .checkpoints import checkpoint_step, last_checkpoint
-from .disk import without_torn_checkpoints
-from .examples import check_layout, held_out_sets
-from .feeding import FeedingCallback
-from .files import write_aside
+from .checkpoints import checkpoint_step, last_checkpoint, without_torn_checkpoints
+from .code_embeddings import initialize_code_embeddings
 from .fingerprints import Facts, RunFingerprint, check_output, finished_at, run_facts
-from .precision import supports_bf16
+from .freezing import freeze_groups
+from .loss_curves import RUN_FILE
+from .metrics_callback import MomaMetricsCallback
 from .recipe import Recipe
-from .runs import RUN_FILE
 from .samples import SampleCallback
-from .saved import MODEL, check_saved, open_model, open_processor
 from .stages import FollowArguments, StageTrainer, StopAt, copy_checkpoint, examples_a_step, first_step
+from .throughput_callback import FeedingCallback
 
 
 if TYPE_CHECKING:
@@ -176,7 +180,7 @@ def training_stream(
     if not packed:
         return DocumentExamples(documents, weights, num_examples, args.seed)
     if length < tokens.manifest["sequence_length"]:
-        raise ValueError(
+        raise InputError(
             f"RECIPE, data: sequence_length = {length} is shorter than the {tokens.manifest['sequence_length']} that "
             f"--tokens {args.tokens!r} was tokenized for: some of its captions would fit nowhere."
         )
@@ -271,7 +275,7 @@ def pretrain(args: argparse.Namespace):
             print(f"{args.output}: this run has taken {done} of {wanted} steps and is finished; nothing is changed.")
         return
     if taken > wanted:
-        raise ValueError(
+        raise InputError(
             f"`--output` {args.output!r} has taken {taken} steps already, more than the {wanted} of `--steps` and "
             "`--stop-at`: give at least as many, or another `--output`."
         )

@@ -11,8 +11,9 @@ from pydantic import Field
 
 from ..configuration_moma import MomaConfig
 from ..data.sources import Source, read_sources
-from ..tools.import_notices import without_import_notices
+from ..errors_moma import InputError
 from ..utils.fields import Count, Float, Int, read_fields, refuse_unknown
+from ..utils.messages import without_import_notices
 
 
 # what a run decides and not a recipe
@@ -117,21 +118,21 @@ def read_recipe(path: str | Path, needs: tuple[str, ...] = ()) -> Recipe:
     path = Path(path)
     where = f"RECIPE {str(path)!r}"
     if not path.is_file():
-        raise ValueError(f"{where} is no file.")
+        raise InputError(f"{where} is no file.")
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{where} cannot be read as YAML: {error}") from error
+        raise InputError(f"{where} cannot be read as YAML: {error}") from error
     sections = [entry.name for entry in dataclasses.fields(Recipe)]
     if not isinstance(content, dict) or not content.keys() <= set(sections):
         found = ", ".join(map(str, content)) if isinstance(content, dict) else type(content).__name__
-        raise ValueError(
+        raise InputError(
             f"{where} must hold some of the sections {', '.join(sections)}, got {found}: are the fields of the model "
             "not under `model:`?"
         )
     missing = [section for section in needs if section not in content]
     if missing:
-        raise ValueError(f"{where} has no section {missing[0]!r}, which this command needs.")
+        raise InputError(f"{where} has no section {missing[0]!r}, which this command needs.")
     return _read_sections(where, {name: value or {} for name, value in content.items()})
 
 
@@ -142,7 +143,7 @@ def _read_sections(where: str, content: dict[str, Any]) -> Recipe:
 
     for section, value in content.items():
         if section != "sources" and not isinstance(value, dict):
-            raise ValueError(f"{where}, {section}: expected a mapping of fields, got {value!r}.")
+            raise InputError(f"{where}, {section}: expected a mapping of fields, got {value!r}.")
     refuse_unknown(
         content.get("model", {}), ["preset", *_names(MomaConfig)], f"{where}, model", "MomaConfig", is_listed=False
     )

@@ -11,7 +11,7 @@ from PIL import Image
 from tokenization.modeling_moma_vq import MomaVQModel
 from tokenization.perceptual_moma_vq import MomaVQPerceptualNetwork
 
-from .files import write_aside
+from ..utils.atomic_files import write_aside
 from .picture_store import to_pixel_values
 
 

@@ -16,10 +16,10 @@ from transformers.utils import logging
 from tokenization import MomaProcessor
 
 from ..data.documents import CaptionDocuments
-from ..tools.callbacks import MomaMetricsCallback
-from .examples import evenly_spaced
-from .files import write_aside
-from .measures import draw_pictures, write_captions
+from ..data.examples import evenly_spaced
+from ..evaluation.measures import draw_pictures, write_captions
+from ..utils.atomic_files import write_aside
+from .metrics_callback import MomaMetricsCallback
 from .recipe import SampleFields
 
 

@@ -9,8 +9,8 @@ from tqdm.auto import tqdm
 
 from tokenization.perceptual_moma_vq import MomaVQPerceptualNetwork
 
+from ..utils.atomic_files import write_aside
 from .array_file import ArrayWriter, read_array
-from .files import write_aside
 from .picture_store import PictureStore, take, to_pixel_values
 
 

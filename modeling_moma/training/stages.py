@@ -16,10 +16,11 @@ from transformers.utils import logging
 
 from tokenization import MomaProcessor
 
-from ..tools.freezing import freeze_all_but
-from .feeding import FeedingCallback
-from .files import write_aside, write_folder_aside
-from .runs import RUN_FILE
+from ..errors_moma import InputError
+from ..utils.atomic_files import write_aside, write_folder_aside
+from .freezing import freeze_all_but
+from .loss_curves import RUN_FILE
+from .throughput_callback import FeedingCallback
 
 
 UPCYCLING_FILE = "upcycling.json"
@@ -90,7 +91,7 @@ class StageTrainer(ResumedTrainer):
             ValueError: the model has no such group, or single rows cannot learn under FSDP and DeepSpeed.
         """
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            raise ValueError(
+            raise InputError(
                 f"`--train-groups` {groups} trains single rows of the embeddings, which FSDP and DeepSpeed would "
                 "split: train under DDP, or use `--freeze-groups`."
             )
@@ -182,7 +183,7 @@ def first_step(args: argparse.Namespace, training_arguments: TrainingArguments) 
     state = TrainerState.load_from_json(str(state_file))
     anew = "--restart-data begins anew in the data."
     if state.global_step == state.max_steps:
-        raise ValueError(
+        raise InputError(
             f"`--model` {args.model!r} comes from a training that is finished: it has taken all of its "
             f"{state.max_steps} steps, and no data are left for further ones. {anew}"
         )
@@ -202,12 +203,12 @@ def first_step(args: argparse.Namespace, training_arguments: TrainingArguments) 
         checks.append((product, order["examples_a_step"], examples_a_step(training_arguments)))
     for name, then, now in checks:
         if then != now:
-            raise ValueError(
+            raise InputError(
                 f"{name} = {now} is not the {then} of the stage that `--model` comes from, so it would meet some of "
                 f"its data again. {anew}"
             )
     if state.global_step >= (args.stop_at or args.steps):
-        raise ValueError(
+        raise InputError(
             f"`--model` has taken {state.global_step} steps already, which `--steps` {args.steps} and `--stop-at` "
             f"{args.stop_at} count, too: nothing is left to train. {anew}"
         )

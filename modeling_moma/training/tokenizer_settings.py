@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
+from ..errors_moma import InputError
 from ..utils.fields import Count, Float, Int, OnOff, refuse_unknown
 
 
@@ -91,14 +92,14 @@ def read_config(args: argparse.Namespace) -> "MomaVQConfig":
         preset = fields.pop("preset", None)
         base = {} if preset is None else PRESETS.get(preset)
         if base is None:
-            raise ValueError(f"config: preset = {preset!r} is none of {sorted(PRESETS)}.")
+            raise InputError(f"config: preset = {preset!r} is none of {sorted(PRESETS)}.")
         fields = {**base, **fields}
     elif given in PRESETS:
         fields = PRESETS[given]
     elif Path(given).is_file():
         fields = json.loads(Path(given).read_text())
     else:
-        raise ValueError(f"--config {given!r} is neither one of {sorted(PRESETS)} nor a file.")
+        raise InputError(f"--config {given!r} is neither one of {sorted(PRESETS)} nor a file.")
     if isinstance(given, dict):
         refuse_unknown(fields, list(MomaVQConfig.__annotations__), "config", "MomaVQConfig")
     return MomaVQConfig(**{**fields, **asked})
@@ -131,7 +132,7 @@ def check_resumed(args: argparse.Namespace, config: "MomaVQConfig", begun: Mappi
         # JSON knows no tuples
         is_same = list(then) == list(now) if isinstance(then, (list, tuple)) and now is not None else then == now
         if not is_same:
-            raise ValueError(
+            raise InputError(
                 f"--resume: the run in `--output` {args.output!r} was begun with {name} = {then!r}, and this command "
                 f"asks for {now!r}. Resume with the arguments of the first start, or give a new `--output`."
             )
@@ -152,7 +153,7 @@ def check_same_pictures(output: str, now: Mapping[str, Any], begun: Mapping[str,
     for name, fact in now.items():
         then = fact if begun is None else begun[name]
         if fact != then:
-            raise ValueError(
+            raise InputError(
                 f"--resume: the run in `--output` {output!r} was begun with {name} = {then!r}, and now it is "
                 f"{fact!r}. Resume with the data of the first start, or give a new `--output`."
             )

@@ -12,13 +12,15 @@ from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_t
 
 from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError
 
+from ..errors_moma import InputError
+
 
 T = TypeVar("T")
 
 
 def _is_number(value: Any) -> Any:
     if isinstance(value, bool):
-        raise ValueError("a number")
+        raise InputError("a number")
     return value
 
 
@@ -49,7 +51,7 @@ def read_fields(kind: type[T], values: Mapping[str, Any], where: str, holder: st
     for entry in entries:
         has_default = entry.default is not dataclasses.MISSING or entry.default_factory is not dataclasses.MISSING
         if not has_default and entry.name not in values:
-            raise ValueError(f"{where}: {holder} needs {entry.name!r}; it has {list(values)}.")
+            raise InputError(f"{where}: {holder} needs {entry.name!r}; it has {list(values)}.")
     return kind(**{name: read_field(kind, name, value, f"{where}: {name}") for name, value in values.items()})
 
 
@@ -76,7 +78,7 @@ def read_field(kind: type, name: str, value: Any, where: str) -> Any:
     bounds = "" if place else _range(annotations(kind)[name])
     said = bounds if bounds and problems[0]["type"] in _OUT_OF_RANGE else f"must be {' or '.join(words)}"
     meaning = descriptions(kind).get(name, "") if not place else ""
-    raise ValueError(
+    raise InputError(
         f"{where}{place} = {problems[0]['input']!r} {said}{': ' if meaning else ''}{meaning.rstrip('.')}."
     )
 
@@ -100,7 +102,7 @@ def refuse_unknown(
     close = get_close_matches(str(unknown[0]), list(known), 1)
     meant = f" Did you mean {close[0]!r}?" if close else "" if is_listed else " Is it misspelt?"
     listed = f" It takes {sorted(known)}." if is_listed else ""
-    raise ValueError(f"{where}: {unknown[0]!r} is no field of {holder}.{meant}{listed}")
+    raise InputError(f"{where}: {unknown[0]!r} is no field of {holder}.{meant}{listed}")
 
 
 @functools.cache

@@ -8,7 +8,7 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
-from modeling_moma.training.files import replace_folder, write_folder_aside
+from modeling_moma.utils.atomic_files import replace_folder, write_folder_aside
 
 
 DEFAULT_CACHE = Path.home() / ".cache" / "modeling-moma" / "debian"

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from modeling_moma.training.files import refuse_files, replace_folder
+from modeling_moma.utils.atomic_files import refuse_files, replace_folder
 
 
 SPLITS = ("train", "validation")

@@ -6,17 +6,19 @@ from pathlib import Path
 
 import yaml
 
-from emoji_recipe.depth_comparison import verdict
 from emoji_recipe.judge import LEVELS
-from modeling_moma.training.files import write_aside
-from modeling_moma.training.measures import EXPERT_CHOICE
+from modeling_moma.evaluation.measures import EXPERT_CHOICE
 from modeling_moma.training.recipe import read_recipe
-from modeling_moma.training.tables import markdown_table
+from modeling_moma.utils.atomic_files import write_aside
+from modeling_moma.utils.markdown import markdown_table
 
 
 CURVES_FILE = "curves.png"
 EVALUATION_FILE = "evaluation.json"
 DEPTH_FILE = "depth_comparison.json"
+DEPTH_TABLES = "depth_comparison.md"
+# the last commit with the script that wrote both
+DEPTH_COMMIT = "b867bcb"
 # of the released model
 RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "emoji.yaml"
 
@@ -232,36 +234,31 @@ def _weights(report: dict) -> str:
     return ", ".join(f"{name} tokens weigh {weight:g} times as much" for name, weight in weights.items()) or "none"
 
 
-def depth_section(depth: dict) -> str:
-    """What scripts/compare_depth.py found, for the card of a model without depth layers."""
-    # what held the tokens was called otherwise when this was measured
-    command = depth["command"].replace("--codes runs/codes", "--tokens runs/tokens")
+def depth_section(depth: dict, findings: str) -> str:
+    """What the study of depth layers found, for the card of a model without them."""
     plain, with_depth = (depth["runs"][side][0]["steps"] for side in ("without", "with_depth"))
     return f"""
 ### Mixture of depths
 
 This model lets no token skip a layer. Short trainings with its recipe, {plain} steps without depth layers and
 {with_depth} with more layers of which every other is one, {depth["summary"]["seeds"]} seeds each, compare on the
-{depth["examples"]} examples of `{depth["split"]}` as follows (all numbers in
-[depth_comparison.md](depth_comparison.md)):
+{depth["examples"]} examples of `{depth["split"]}` as follows:
 
-{verdict(depth["summary"])}
+{findings}
 
-By
-
-```bash
-{command}
-```
+All numbers are in [{DEPTH_TABLES}]({DEPTH_TABLES}), the command is in `{DEPTH_FILE}`. Its script, and
+`scripts/reproduce_depth.sh`, which trains what it compares, are in commit {DEPTH_COMMIT} of the repository.
 """
 
 
-def render_card(report: dict, depth: dict | None = None) -> str:
+def render_card(report: dict, depth: dict | None = None, findings: str = "") -> str:
     """
     Writes the card.
 
     Args:
         report: what scripts/evaluate.py measured, with a dense baseline and the curves of both runs.
-        depth: what scripts/compare_depth.py measured.
+        depth: what the study of depth layers measured.
+        findings: its list of results, in Markdown.
 
     Returns:
         The text of `README.md`.
@@ -314,14 +311,14 @@ def render_card(report: dict, depth: dict | None = None) -> str:
         "sample_table": markdown_table(["picture", "caption"], samples),
     }
     card = f"---\n{head}---\n{_CARD.format(**values)}"
-    return card + depth_section(depth) if depth is not None else card
+    return card + depth_section(depth, findings) if depth is not None else card
 
 
 def write_card(folder: str | Path, report: dict | None = None):
     """Writes `README.md` beside a released model.
 
     Args:
-        folder: the model's folder; a `depth_comparison.json` in it becomes part of the card.
+        folder: the model's folder; a `depth_comparison.json` in it, with its `.md`, becomes part of the card.
         report: see [`render_card`]; by default the folder's `evaluation.json`.
 
     Raises:
@@ -334,7 +331,12 @@ def write_card(folder: str | Path, report: dict | None = None):
             raise FileNotFoundError(f"`folder` {str(folder)!r} has no {EVALUATION_FILE}: see scripts/evaluate.py.")
         report = json.loads(path.read_text())
     depth_path = folder / DEPTH_FILE
-    text = render_card(report, json.loads(depth_path.read_text()) if depth_path.exists() else None)
+    depth, findings = None, ""
+    if depth_path.exists():
+        depth = json.loads(depth_path.read_text())
+        # the tables begin with them
+        findings = (folder / DEPTH_TABLES).read_text().split("\n\n", 1)[0]
+    text = render_card(report, depth, findings)
     write_aside(folder / "README.md", lambda path: path.write_text(text))
 
 

@@ -9,8 +9,14 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from emoji_recipe.sheet import BACKGROUND, FAINT_COLOR, GAP, MARGIN, TEXT_COLOR, printable
-from modeling_moma.tools.expert_colors import PALETTE, UNCOVERED, expert_colors, fill_stripes, shaded
-from modeling_moma.tools.routed_tokens import record_routing
+from modeling_moma.evaluation.routing_images import (
+    PALETTE,
+    UNCOVERED,
+    expert_colors,
+    fill_stripes,
+    record_routing,
+    shaded,
+)
 
 
 PICTURE_SIDE = 192

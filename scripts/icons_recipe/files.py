@@ -11,7 +11,7 @@ from datasets import Dataset, Features, Image, List, Value
 
 from icons_recipe.rows import Row
 from icons_recipe.splits import SPLITS
-from modeling_moma.training.files import write_aside
+from modeling_moma.utils.atomic_files import write_aside
 
 
 FEATURES = Features(

@@ -14,7 +14,7 @@ from icons_recipe.families import merge_alike
 from icons_recipe.near import near_pairs
 from icons_recipe.rows import Row
 from icons_recipe.splits import TEST_FAMILIES
-from modeling_moma.training.files import write_aside
+from modeling_moma.utils.atomic_files import write_aside
 from picture_sets.components import linked_groups
 
 

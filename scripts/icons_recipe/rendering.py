@@ -13,7 +13,7 @@ import resvg_py
 
 from icons_recipe import drawing
 from icons_recipe.sets import ICONIFY, PACKAGES, read_set_files, visible_icons
-from modeling_moma.training.files import write_aside
+from modeling_moma.utils.atomic_files import write_aside
 
 
 _SCHEMA = pa.schema(

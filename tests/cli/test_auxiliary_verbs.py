@@ -8,13 +8,13 @@ from safetensors.torch import load_file
 
 from helpers.tiny import tiny_model, tiny_processor, write_tokens
 from modeling_moma import MomaForCausalLM
+from modeling_moma.calibration.auxiliary_training import auxiliary_report
+from modeling_moma.calibration.observation import named_routers
+from modeling_moma.calibration.thresholds import calibrate_auxiliary_thresholds, calibrate_thresholds
 from modeling_moma.cli.calibrate import main as calibrate
 from modeling_moma.cli.train_auxiliary_routers import main as train
-from modeling_moma.tools.auxiliary_training import auxiliary_report
-from modeling_moma.tools.calibration import calibrate_auxiliary_thresholds, calibrate_thresholds
-from modeling_moma.tools.observation import named_routers
-from modeling_moma.training.examples import open_documents
-from modeling_moma.training.measures import held_out_batches, load_model
+from modeling_moma.data.examples import open_documents
+from modeling_moma.evaluation.measures import held_out_batches, load_model
 from release import main as release
 from tokenization import MomaProcessor
 

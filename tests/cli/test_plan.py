@@ -9,7 +9,7 @@ from modeling_moma.configuration_moma import MomaConfig
 
 
 ROOT = Path(__file__).resolve().parents[2]
-DOCUMENT = ROOT / "docs" / "scaling.md"
+DOCUMENT = ROOT / "docs" / "how-to" / "scaling.md"
 
 
 def test_the_table_lists_layouts_that_fit_and_recommends_the_first(capsys):
@@ -98,6 +98,6 @@ def test_tables_of_a_document_are_computed_anew(tmp_path, capsys):
 def test_the_page_on_scaling_holds_what_the_script_computes(tmp_path):
     copy = tmp_path / "scaling.md"
     copy.write_text(DOCUMENT.read_text())
-    assert len(TABLE.findall(copy.read_text())) >= 5
+    assert len(TABLE.findall(copy.read_text())) >= 3
     assert main(["--write", str(copy)]) == 0
-    assert copy.read_text() == DOCUMENT.read_text(), "run: moma plan --write docs/scaling.md"
+    assert copy.read_text() == DOCUMENT.read_text(), "run: moma plan --write docs/how-to/scaling.md"

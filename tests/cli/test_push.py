@@ -10,9 +10,9 @@ import yaml
 
 from helpers.tiny import tiny_model, tiny_processor
 from modeling_moma.cli import push as push_to_hub
+from modeling_moma.evaluation.measures import EXPERT_CHOICE
 from modeling_moma.hub.card import check_dataset, measured_numbers, with_datasets
 from modeling_moma.hub.upload import prepare
-from modeling_moma.training.measures import EXPERT_CHOICE
 
 
 METADATA = {

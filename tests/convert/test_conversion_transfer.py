@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from modeling_moma import MomaConfig, MomaForCausalLM
-from modeling_moma.convert.probe import ProbeResult
+from modeling_moma.convert.output_comparison import ProbeResult
 from modeling_moma.convert.reading import CheckpointError, CheckpointReader
 from modeling_moma.convert.transfer import Entry, transfer
 

@@ -23,7 +23,7 @@ from transformers import (
 from helpers.text_sources import CONFIGS, Q_PROJ, SIZES, edit_tensors, save_source
 from modeling_moma import MomaForCausalLM
 from modeling_moma.convert.llama import convert_llama
-from modeling_moma.convert.probe import new_token_probability, text_batch
+from modeling_moma.convert.output_comparison import new_token_probability, text_batch
 from modeling_moma.convert.reading import CheckpointError
 from tokenization import MomaProcessor
 

@@ -9,8 +9,8 @@ from transformers import AutoTokenizer
 from helpers.released import RELEASED
 from helpers.tiny import TEXTS, noise_pictures, tiny_model, tiny_processor
 from modeling_moma.data.encoding import DocumentEncoder
+from modeling_moma.evaluation.measures import write_captions
 from modeling_moma.evaluation.retrieval import pair_scores
-from modeling_moma.training.measures import write_captions
 from tokenization import MomaProcessor, train_text_tokenizer
 from tokenization.text_tokenizer_moma import beginning_ids, with_beginning
 

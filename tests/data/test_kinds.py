@@ -18,10 +18,10 @@ from modeling_moma.data.jobs import plan_job, write_job
 from modeling_moma.data.kinds import KINDS, CaptionKind, InterleavedKind, SourceKind, TextKind, read_kind, source_kind
 from modeling_moma.data.pictures import LeftOut
 from modeling_moma.data.reports import write_manifest
-from modeling_moma.data.running import run_tasks
 from modeling_moma.data.shard import Shard
 from modeling_moma.data.sources import read_sources
 from modeling_moma.data.stream import DocumentExamples
+from modeling_moma.data.workers import run_tasks
 from modeling_moma.training.picture_sources import candidates
 
 

@@ -19,8 +19,8 @@ from helpers.tiny import noise_pictures, tiny_processor
 from modeling_moma.data.documents import TokenFolder
 from modeling_moma.data.jobs import plan_job, read_job, write_job
 from modeling_moma.data.reports import write_manifest
-from modeling_moma.data.running import run_tasks
 from modeling_moma.data.sources import read_sources
+from modeling_moma.data.workers import run_tasks
 
 
 @pytest.fixture(scope="module")

@@ -12,9 +12,14 @@ from PIL import Image
 from helpers.tiny import noise_pictures, tiny_model, tiny_processor
 from modeling_moma.cli.demo import parse_arguments
 from modeling_moma.cli.main import main as moma
-from modeling_moma.demo.examples import Examples
-from modeling_moma.demo.studio import Studio, load_studio
-from modeling_moma.demo.uploads import read_upload
+
+
+gr = pytest.importorskip("gradio", reason="`pip install 'modeling-moma[demo]'` is missing")
+
+from modeling_moma.demo.inputs import Examples, read_upload, show_errors  # noqa: E402
+from modeling_moma.demo.page import build_page  # noqa: E402
+from modeling_moma.demo.studio import Studio, load_studio  # noqa: E402
+from modeling_moma.demo.tabs import LEAST_SIDE, enlarged  # noqa: E402
 
 
 def png_of_size(width: int, height: int) -> bytes:
@@ -40,7 +45,7 @@ def whole_png() -> bytes:
         (b"", "not a picture"),
         (whole_png()[:2000], "truncated or damaged"),
         (png_of_size(8000, 8000), "million pixels"),
-        # what Pillow takes for an attack
+        # Pillow takes this size for an attack
         (png_of_size(60000, 60000), "million pixels"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not a picture"),
     ],
@@ -96,7 +101,6 @@ def test_the_folder_is_needed_outside_a_checkout(tmp_path, monkeypatch, capsys):
 
 
 def test_a_model_that_writes_no_pictures_is_refused(tmp_path, monkeypatch):
-    pytest.importorskip("gradio", reason="`pip install 'modeling-moma[demo]'` is missing")
     processor = tiny_processor()
     model = tiny_model(processor)
     model.config.begin_image_token_id = model.config.end_image_token_id = None
@@ -107,7 +111,6 @@ def test_a_model_that_writes_no_pictures_is_refused(tmp_path, monkeypatch):
 
 
 def test_missing_examples_and_a_taken_port_are_one_line(tmp_path, capsys):
-    pytest.importorskip("gradio", reason="`pip install 'modeling-moma[demo]'` is missing")
     assert moma(["demo", str(tmp_path), "--examples", str(tmp_path / "nowhere")]) == 2
     assert "error: --examples: there is no folder" in capsys.readouterr().err
     processor = tiny_processor()
@@ -120,13 +123,17 @@ def test_missing_examples_and_a_taken_port_are_one_line(tmp_path, capsys):
     assert "error: --host, --port: nobody can listen on 127.0.0.1" in capsys.readouterr().err
 
 
+def test_small_pictures_are_enlarged_by_whole_numbers():
+    picture = noise_pictures(1)[0]
+    shown = enlarged(picture)
+    assert shown.size == (LEAST_SIDE, LEAST_SIDE) and shown.getpixel((15, 15)) == picture.getpixel((0, 0))
+    assert enlarged(shown).size == shown.size
+
+
 @pytest.mark.parametrize(
     "fields", [{"num_experts": 1, "num_hidden_layers": 1}, {"depth_layers": [1]}], ids=["dense", "depth"]
 )
 def test_pages_of_other_models_are_built_with_all_tabs_and_phone_nobody(fields):
-    pytest.importorskip("gradio", reason="`pip install 'modeling-moma[demo]'` is missing")
-    from modeling_moma.demo.page import build_page
-
     processor = tiny_processor()
     page = build_page(Studio(tiny_model(processor, **fields), processor, "tiny"))
     try:
@@ -134,22 +141,19 @@ def test_pages_of_other_models_are_built_with_all_tabs_and_phone_nobody(fields):
         tabs = [part["props"]["label"] for part in config["components"] if part["type"] == "tabitem"]
         assert tabs == ["Caption", "Draw", "Interleaved", "Routing"]
         assert config["analytics_enabled"] is False
-        # one request at a time works with the model, whatever it asks
+        # requests of all kinds use the model one at a time
         functions = [function for function in page.fns.values() if function.concurrency_id == "model"]
         assert len(functions) >= 5 and {function.concurrency_limit for function in functions} == {1}
     finally:
         page.close()
 
 
-def test_messages_of_refusals_reach_the_page():
-    gr = pytest.importorskip("gradio", reason="`pip install 'modeling-moma[demo]'` is missing")
-    from modeling_moma.demo.refusals import told_on_the_page
-
-    @told_on_the_page
+def test_messages_of_errors_reach_the_page():
+    @show_errors
     def fails():
         raise ValueError("too small")
 
-    @told_on_the_page
+    @show_errors
     def fails_later():
         yield 1
         raise ValueError("too late")
@@ -163,9 +167,6 @@ def test_messages_of_refusals_reach_the_page():
 
 
 def test_words_of_a_request_made_by_hand_have_the_limit_of_the_page():
-    gr = pytest.importorskip("gradio", reason="`pip install 'modeling-moma[demo]'` is missing")
-    from modeling_moma.demo.page import build_page
-
     processor = tiny_processor()
     page = build_page(Studio(tiny_model(processor), processor, "tiny"))
     seen = []
@@ -191,7 +192,7 @@ def test_words_of_a_request_made_by_hand_have_the_limit_of_the_page():
                 ):
                     with pytest.raises(gr.Error, match=said):
                         answer = functions[name](*arguments(words))
-                        # those that show what is made on the way
+                        # generators run only when they are read
                         list(answer)
         assert len(seen) == len(sent)
     finally:

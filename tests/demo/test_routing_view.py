@@ -11,7 +11,7 @@ from PIL import ImageColor
 from helpers.tiny import noise_pictures, tiny_model, tiny_processor
 from modeling_moma.demo.routing_view import SIDE, RoutingView
 from modeling_moma.demo.studio import Studio
-from modeling_moma.tools.expert_colors import PICTURE_SHARE, UNCOVERED
+from modeling_moma.evaluation.routing_images import PICTURE_SHARE, UNCOVERED
 
 
 GROUPED = {"num_experts": {"text": 3, "image": 3}}

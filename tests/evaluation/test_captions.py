@@ -6,7 +6,7 @@ import torch
 
 from helpers.tiny import tiny_model, tiny_processor
 from modeling_moma.evaluation.captions import caption_scores, derangement, measure_captions, normalise, word_overlap
-from modeling_moma.evaluation.sources import CaptionedPictures
+from modeling_moma.evaluation.held_out import CaptionedPictures
 
 
 def test_case_and_spaces_do_not_count():

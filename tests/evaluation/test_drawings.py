@@ -6,10 +6,9 @@ import torch
 
 from helpers.tiny import tiny_model, tiny_processor, tiny_vq_model
 from modeling_moma.evaluation.distributions import frechet_distance
-from modeling_moma.evaluation.drawings import compare_features, measure_drawings
-from modeling_moma.evaluation.features import feature_extractor
-from modeling_moma.evaluation.sources import CaptionedPictures
-from modeling_moma.training.measures import decode_pictures, draw_pictures
+from modeling_moma.evaluation.drawings import compare_features, feature_extractor, measure_drawings
+from modeling_moma.evaluation.held_out import CaptionedPictures
+from modeling_moma.evaluation.measures import decode_pictures, draw_pictures
 from tokenization import MomaProcessor
 
 

@@ -9,7 +9,7 @@ import torch
 from helpers.tiny import tiny_model, tiny_processor
 from modeling_moma.data.encoding import DocumentEncoder
 from modeling_moma.evaluation.losses import CAUSAL, document_losses, source_losses, trains_by_expert_choice
-from modeling_moma.training.measures import EXPERT_CHOICE, held_out_loss
+from modeling_moma.evaluation.measures import EXPERT_CHOICE, held_out_loss
 
 
 EXPERTS = {"num_experts": {"text": 2, "image": 2}}

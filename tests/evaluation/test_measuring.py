@@ -10,11 +10,10 @@ import torch
 from helpers.tiny import tiny_model, tiny_processor, write_tokens
 from modeling_moma.cli.evaluate import main
 from modeling_moma.data.encoding import DocumentEncoder
-from modeling_moma.evaluation.measuring import MEASURES, MeasureSettings, measure_sources
+from modeling_moma.evaluation.evaluate import MEASURES, MeasureSettings, measure_sources
+from modeling_moma.evaluation.held_out import CaptionedPictures, HeldOutSource, read_held_out
+from modeling_moma.evaluation.measures import EXPERT_CHOICE
 from modeling_moma.evaluation.report import report_tables
-from modeling_moma.evaluation.sources import CaptionedPictures, HeldOutSource
-from modeling_moma.training.evaluation_data import read_held_out
-from modeling_moma.training.measures import EXPERT_CHOICE
 
 
 @pytest.fixture(scope="module")

@@ -9,9 +9,9 @@ import torch.nn.functional as F
 
 from helpers.tiny import tiny_model, tiny_processor
 from modeling_moma.data.encoding import DocumentEncoder
+from modeling_moma.evaluation.held_out import CaptionedPictures
+from modeling_moma.evaluation.measures import padded_batches
 from modeling_moma.evaluation.retrieval import measure_retrieval, rank_figures, ranks
-from modeling_moma.evaluation.sources import CaptionedPictures
-from modeling_moma.training.measures import padded_batches
 
 
 # the third and the fourth share a caption, the fifth and the sixth a picture

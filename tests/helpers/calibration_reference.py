@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from helpers.depth_reference import best_of, pools_of, taken_of
 from helpers.reference import GROUPS, reference_cut
 from helpers.tiny import mixed_ids, tiny_model
+from modeling_moma.calibration.observation import named_routers
 from modeling_moma.routing_moma import MomaRouter
-from modeling_moma.tools.observation import named_routers
 
 
 DEPTH = {"num_hidden_layers": 2, "depth_layers": [0]}

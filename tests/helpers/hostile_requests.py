@@ -18,6 +18,8 @@ METADATA = "http://169.254.169.254/latest/meta-data/"
 LOOPS = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
 # forbids the end of an answer, which then goes on to the last position
 LONG = {"logit_bias": {"2": -100}, "max_tokens": 400}
+RESPONSES = "/v1/responses"
+THOUGHT = {"role": "user", "type": "reasoning", "content": "abc"}
 HEADERS = {"content-type": "application/json"}
 
 
@@ -102,6 +104,7 @@ def hostile_requests(model: str, local_port: int, held: ExitStack) -> list[Hosti
         chat("half a letter", {"messages": message("\ud800")}, "messages"),
         Hostile("half a letter as a prompt", post(COMPLETIONS, {**bare, "prompt": "a\udfff"}), "prompt"),
         chat("the role root", {"messages": [{"role": "root", "content": "a"}]}, "role"),
+        Hostile("a thought that is a message", post(RESPONSES, {"input": [THOUGHT]}), "input[0].type", 400),
         Hostile("a sound", transcription, "audio"),
         Hostile("nested lists", post_text(CHAT, "[" * 200_000), "body"),
         Hostile("millions of values", post_text(CHAT, '{"messages": [' + "[]," * 4_000_000 + "[]]}"), "body", 413),
@@ -116,7 +119,7 @@ def hostile_requests(model: str, local_port: int, held: ExitStack) -> list[Hosti
         # templates
         chat("a name within a template", {"chat_template_kwargs": {"enable_thinking": True}}, "enable_thinking"),
         chat("a template beside the messages", {"chat_template": LOOPS}, "chat_template"),
-        chat("a template within a message", {"messages": [{**text, "chat_template": LOOPS}]}, "chat_template"),
+        chat("a template within a message", {"messages": [{**text, "chat_template": LOOPS}]}, "chat_template", 422),
         # what holds others up
         Hostile("clients who leave their answers", leaving({**good, **LONG}, 30)),
         Hostile("clients who leave their streams", leaving({**good, **LONG, "stream": True}, 30)),
@@ -124,8 +127,8 @@ def hostile_requests(model: str, local_port: int, held: ExitStack) -> list[Hosti
         Hostile("more clients than there is room for", crowd({**good, **LONG}, 60), "ask again later", 429),
         picture("a picture that trickles", f"http://127.0.0.1:{local_port}/trickle"),
         settings("20,000 beams", '{"num_beams": 20000}', "num_beams"),
-        chat("100,000 words to stop at", {"stop": [f"word {n}" for n in range(100_000)]}, "stop"),
-        chat("a long word to stop at", {"stop": "a" * 150_000}, "stop"),
+        chat("100,000 stop strings", {"stop": [f"word {n}" for n in range(100_000)]}, "stop"),
+        chat("a long stop string", {"stop": "a" * 150_000}, "stop"),
         chat("a template of one's own", {"chat_template_kwargs": {"chat_template": LOOPS}}, "chat_template"),
     ]
     return found

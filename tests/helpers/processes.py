@@ -5,7 +5,6 @@ import datetime
 import functools
 import multiprocessing
 import os
-import socket
 import sys
 import tempfile
 import warnings
@@ -14,6 +13,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+
+from server_process import free_port
 
 
 # what every process would import; the server does it once and forks
@@ -24,13 +25,6 @@ PRELOADED = [
 # so often a group of processes may crash, by one of these, before its test fails
 CRASHES = 2
 CRASH_SIGNALS = ("SIGABRT", "SIGSEGV")
-
-
-def free_port() -> int:
-    """A port of this machine that nobody listens on now."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
 
 
 def again_after_a_crash(start):

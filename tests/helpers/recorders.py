@@ -67,5 +67,7 @@ def recorder() -> Iterator[Recorder]:
     """A recorder that answers until the context ends."""
     with Recorder() as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield server
-        server.shutdown()
+        try:
+            yield server
+        finally:
+            server.shutdown()

@@ -33,11 +33,12 @@ from helpers.parallel_reference import (
     train,
     unwrapped,
 )
-from helpers.processes import CRASH_SIGNALS, CRASHES, free_port, run_group
+from helpers.processes import CRASH_SIGNALS, CRASHES, run_group
 from helpers.tiny import tiny_config, tiny_model, write_training
 from modeling_moma import MomaForCausalLM
 from modeling_moma.cli import pretrain
 from modeling_moma.modeling_moma import MomaDecoderLayer
+from server_process import free_port
 
 
 ROOT = Path(__file__).resolve().parents[2]

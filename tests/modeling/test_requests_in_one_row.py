@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What servers rely on: one row of tokens of many requests, each with its own past, equals the requests by themselves.
 
-vLLM calls the base model so. That vLLM itself works is tested in `tests/serving_vllm`; these run without it.
+vLLM calls the base model so. That vLLM itself works is tested in `tests/serving/vllm`; these run without it.
 """
 
 import ast

@@ -8,6 +8,7 @@ from helpers.reference import GROUPS
 from helpers.tiny import mixed_ids, tiny_config, tiny_model
 from modeling_moma.depth_moma import DEPTH_FORMS, depth_form
 from modeling_moma.expert_forms_moma import EXPERT_FORMS, expert_form
+from modeling_moma.planning.costs import flops_per_token
 from modeling_moma.routing_rules_moma import (
     CAUSAL_ROUTINGS,
     NOISY_ROUTINGS,
@@ -17,7 +18,6 @@ from modeling_moma.routing_rules_moma import (
     rule_of,
 )
 from modeling_moma.selection_moma import Selection
-from modeling_moma.tools.costs import flops_per_token
 
 
 DEPTH = {"depth_layers": [1], "depth_capacity": 0.5}

@@ -8,7 +8,7 @@ import torch
 
 from emoji_recipe.judge import PictureJudge, accuracies
 from modeling_moma import MomaConfig, training_flops
-from modeling_moma.training.runs import read_run, savings
+from modeling_moma.training.loss_curves import read_run, savings
 
 
 def row(style, label, subgroup="fruit", group="food"):

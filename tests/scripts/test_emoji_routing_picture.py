@@ -13,7 +13,7 @@ from emoji_recipe.routing_picture import (
 )
 from emoji_recipe.sheet import MARGIN
 from modeling_moma import MomaConfig, MomaForCausalLM
-from modeling_moma.tools.expert_colors import DARKEST, PALETTE, PICTURE_SHARE, UNCOVERED, expert_colors
+from modeling_moma.evaluation.routing_images import DARKEST, PALETTE, PICTURE_SHARE, UNCOVERED, expert_colors
 
 
 def tiny_model(**kwargs):

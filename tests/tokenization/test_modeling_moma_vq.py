@@ -369,12 +369,7 @@ def test_no_pictures_give_empty_tensors_and_losses_of_zero(fields):
     none = torch.zeros(0, 3, 32, 32)
     for mode in (True, False):
         model.train(mode)
-        errors = []
-        try:
-            output = model(none, torch.zeros(0, 6), lambda first, second: (first - second).abs().mean())
-        except RuntimeError as error:
-            errors.append(str(error))
-        assert not errors
+        output = model(none, torch.zeros(0, 6), lambda first, second: (first - second).abs().mean())
         assert {name: (output[name].shape, output[name].dtype) for name in SHAPES_WITHOUT_PICTURES} == {
             name: (torch.Size(shape), kind) for name, (shape, kind) in SHAPES_WITHOUT_PICTURES.items()
         }

@@ -153,11 +153,11 @@ def test_checkpoints(inputs, disk, tmp_path, capsys, monkeypatch):
     output = disk.folder / "run"
     before, torn = None, []
 
-    def torn_checkpoints(folder):
-        torn.append(checkpoints.torn_checkpoints(folder))
+    def torn_checkpoints(folder, find=checkpoints.torn_checkpoints):
+        torn.append(find(folder))
         return torn[-1]
 
-    monkeypatch.setattr("modeling_moma.training.disk.torn_checkpoints", torn_checkpoints)
+    monkeypatch.setattr(checkpoints, "torn_checkpoints", torn_checkpoints)
     # within the model, the optimizer and what comes after it, of the first checkpoint and of a later one
     for share in disk.rounds((0.1, 0.2, 0.6, 0.98, 1.5, 1.99)):
         disk.leave(int(share * size))

@@ -18,7 +18,7 @@ from helpers.tiny import tiny_processor
 from modeling_moma.cli import build_processor, pretrain, tokenize
 from modeling_moma.cli.evaluate import main as evaluate
 from modeling_moma.data.documents import TokenFolder
-from modeling_moma.training.evaluation_data import read_held_out
+from modeling_moma.evaluation.held_out import read_held_out
 from modeling_moma.training.pretraining import training_stream
 
 

@@ -15,10 +15,10 @@ from modeling_moma import MomaForCausalLM
 from modeling_moma.cli import upcycle
 from modeling_moma.cli.pretrain import main, parse_arguments
 from modeling_moma.data.encoding import processor_fingerprint
+from modeling_moma.data.examples import check_layout, evenly_spaced
 from modeling_moma.routing_moma import MomaRouter
 from modeling_moma.training import pretraining
 from modeling_moma.training import stages as stages_of_trainer
-from modeling_moma.training.examples import check_layout, evenly_spaced
 from modeling_moma.training.pretraining import build_trainer
 from modeling_moma.training.stages import data_order, examples_a_step
 from tokenization import MomaProcessor

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Self, TypeVar
 
 from datasets import Features, List, Value
 
+from ...errors_moma import InputError
 from ...utils.fields import read_fields, refuse_unknown
 from ..encoding import DocumentEncoder
 from ..shard import Shard
@@ -121,7 +122,7 @@ def source_kind(kind: _Kind) -> _Kind:
         shared = set(other.told_by) & set(kind.told_by)
         if other.__qualname__ != kind.__qualname__ and (other.name == kind.name or shared):
             what = f"the field {min(shared)!r}" if shared else f"the name {kind.name!r}"
-            raise ValueError(f"`source_kind`: {kind.__name__} has {what} of {other.__name__}; choose another.")
+            raise InputError(f"`source_kind`: {kind.__name__} has {what} of {other.__name__}; choose another.")
     KINDS[kind.name] = kind
     return kind
 
@@ -149,7 +150,7 @@ def read_kind(source: str, fields: dict[str, Any], common: Sequence[str] = ()) -
     missing = [entry.name for entry in entries if entry.default is dataclasses.MISSING and entry.name not in fields]
     if missing:
         hints = ", ".join(entry.hint for entry in KINDS.values() if entry.hint)
-        raise ValueError(f"{where} has no {missing[0]!r}: a source names its columns, {hints}.")
+        raise InputError(f"{where} has no {missing[0]!r}: a source names its columns, {hints}.")
     return kind.from_fields(where, fields)
 
 

@@ -12,8 +12,8 @@ from datasets import Features, List, Value
 
 from tokenization.augmentation_moma import NUM_DRAWS, augment_pictures
 
-from ...training.precision import supports_bf16
 from ...utils.fields import Count, Share
+from ...utils.hardware import supports_bf16
 from ..encoding import DocumentEncoder
 from ..pictures import LeftOut
 from ..shard import BATCH, Shard

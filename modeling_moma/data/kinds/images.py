@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from ...errors_moma import InputError
 from ...utils.fields import Count
 from ..shard import Shard
 from .base import SourceKind
@@ -34,7 +35,7 @@ class ImageKind(SourceKind):
         return [row[self.image]]
 
     def documents(self, shard: Shard) -> Iterator[tuple[str, dict[str, Any]]]:
-        raise ValueError(f"{shard.where} is of images alone, which no model reads.")
+        raise InputError(f"{shard.where} is of images alone, which no model reads.")
 
 
 __all__ = ["ImageKind"]

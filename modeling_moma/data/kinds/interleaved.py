@@ -9,6 +9,7 @@ import torch
 
 from tokenization import MomaProcessor
 
+from ...errors_moma import InputError
 from ...utils.fields import Count, read_fields
 from ..pictures import LeftOut
 from ..shard import BATCH, Shard
@@ -47,7 +48,7 @@ class InterleavedKind(SourceKind):
     def from_fields(cls, where: str, fields: dict[str, Any]) -> "InterleavedKind":
         kind = read_fields(cls, fields, where)
         if (kind.segments is None) == (kind.messages is None):
-            raise ValueError(f"{where} names both `segments` and `messages`: documents are one of them.")
+            raise InputError(f"{where} names both `segments` and `messages`: documents are one of them.")
         return kind
 
     def columns(self) -> list[str]:

@@ -1,0 +1,252 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The four tabs of the page: captions, drawings, answers of words and pictures, and the routing layer by layer."""
+
+import base64
+import html
+import io
+import time
+from collections.abc import Iterator
+
+import gradio as gr
+from PIL import Image
+
+from ..errors_moma import InputError
+from .inputs import (
+    ONE_AT_A_TIME,
+    Examples,
+    checked_seed,
+    checked_words,
+    picture_examples,
+    picture_input,
+    read_picture,
+    sampling_inputs,
+    show_errors,
+    title,
+    words_input,
+)
+from .routing_view import RoutedExample, RoutingView
+from .studio import Studio
+
+
+LEAST_SIDE = 256
+# most pictures of a drawing, of a prompt and of an answer
+MOST_PICTURES = 4
+
+ShownRouting = tuple[Image.Image | None, str, str]
+
+
+def caption_tab(studio: Studio, examples: Examples):
+    """Builds the tab."""
+
+    @show_errors
+    def caption(path: str | None) -> tuple[str, Image.Image]:
+        if path is None:
+            raise InputError("There is no picture yet: upload one, paste one, or take an example.")
+        picture = read_picture(path)
+        return studio.caption(picture), enlarged(studio.seen(picture))
+
+    with gr.Row():
+        with gr.Column():
+            picture = picture_input("Picture", "caption-picture")
+            button = gr.Button("Caption", variant="primary", elem_id="caption-button")
+            taken = picture_examples(examples, picture)
+        with gr.Column():
+            words = gr.Textbox(label="What the model says", elem_id="caption-words", interactive=False, lines=2)
+            title(f"What the model sees of it: {studio.processor.image_seq_length} codes, decoded")
+            seen = gr.Image(
+                show_label=False,
+                elem_id="caption-seen",
+                interactive=False,
+                format="png",
+                height=300,
+                buttons=[],
+            )
+    button.click(caption, [picture], [words, seen], api_name="caption", **ONE_AT_A_TIME)
+    if taken is not None:
+        taken.then(caption, [picture], [words, seen], **ONE_AT_A_TIME)
+
+
+def draw_tab(studio: Studio, examples: Examples):
+    """Builds the tab."""
+    whole = studio.processor.image_seq_length
+
+    @show_errors
+    def draw(
+        words: str, count: int, temperature: float, guidance: float, seed: float | None
+    ) -> Iterator[tuple[list[Image.Image], str]]:
+        words = checked_words(words).strip()
+        if not words:
+            raise InputError("There are no words yet: say what to draw.")
+        start, pictures = time.monotonic(), []
+        for codes, pictures in studio.draw(words, int(count), temperature, guidance, checked_seed(seed)):
+            yield [enlarged(picture) for picture in pictures], f"{codes} of {whole} codes"
+        seconds = time.monotonic() - start
+        yield [enlarged(picture) for picture in pictures], f"{whole} codes in {seconds:.1f} s"
+
+    with gr.Row():
+        with gr.Column(scale=2):
+            words = words_input("Words", "draw-words", "What to draw")
+            with gr.Row():
+                temperature, guidance, seed = sampling_inputs("draw", temperature=0.7, guidance_scale=5.0)
+                count = gr.Slider(
+                    1, MOST_PICTURES, 1, step=1, label="Pictures", info="Drawn side by side", elem_id="draw-count"
+                )
+            with gr.Row():
+                button = gr.Button("Draw", variant="primary", elem_id="draw-button")
+                stop = gr.Button("Stop", elem_id="draw-stop")
+            if examples.prompts:
+                gr.Examples([[prompt] for prompt in examples.prompts], [words], label="For instance")
+        with gr.Column(scale=2):
+            title("Pictures")
+            gallery = gr.Gallery(
+                show_label=False,
+                elem_id="draw-gallery",
+                format="png",
+                columns=2,
+                height=490,
+                object_fit="contain",
+                interactive=False,
+                buttons=["download", "fullscreen"],
+            )
+            progress = gr.Textbox(label="Progress", elem_id="draw-progress", interactive=False)
+    inputs = [words, count, temperature, guidance, seed]
+    events: list[dict] = [
+        trigger(draw, inputs, [gallery, progress], api_name=name, show_progress="hidden", **ONE_AT_A_TIME)
+        for trigger, name in ((button.click, "draw"), (words.submit, "draw_on_enter"))
+    ]
+    stop.click(None, cancels=events)
+
+
+def interleaved_tab(studio: Studio):
+    """Builds the tab."""
+
+    @show_errors
+    def answer(
+        prompt: dict, temperature: float, guidance: float, num_pictures: int, seed: float | None
+    ) -> Iterator[str]:
+        words, files = checked_words(prompt.get("text")).strip(), prompt.get("files") or []
+        if not words and not files:
+            raise InputError("The prompt is empty: write words, add a picture, or both.")
+        if len(files) > MOST_PICTURES:
+            raise InputError(f"The prompt has {len(files)} pictures, more than {MOST_PICTURES}: leave some out.")
+        pictures = [read_picture(path) for path in files]
+        parts = []
+        for parts in studio.answer(words, pictures, temperature, guidance, int(num_pictures), checked_seed(seed)):
+            yield as_html(parts)
+        yield as_html(parts or ["The model had nothing to add."], is_whole=True)
+
+    with gr.Row():
+        with gr.Column():
+            prompt = gr.MultimodalTextbox(
+                label="Prompt of words and pictures",
+                info=f"{studio.processor.image_token} in the words is a picture's place; else pictures come first",
+                elem_id="interleaved-prompt",
+                placeholder="Write words, add pictures",
+                file_types=["image"],
+                file_count="multiple",
+                submit_btn=False,
+            )
+            with gr.Row():
+                temperature, guidance, seed = sampling_inputs("interleaved", temperature=0.5, guidance_scale=1.0)
+                count = gr.Slider(
+                    1,
+                    MOST_PICTURES,
+                    1,
+                    step=1,
+                    label="Pictures",
+                    info="At most",
+                    elem_id="interleaved-count",
+                )
+            with gr.Row():
+                button = gr.Button("Answer", variant="primary", elem_id="interleaved-button")
+                stop = gr.Button("Stop", elem_id="interleaved-stop")
+        with gr.Column():
+            title("Answer")
+            shown = gr.HTML(
+                container=True,
+                padding=True,
+                elem_id="interleaved-answer",
+                min_height=320,
+            )
+    inputs = [prompt, temperature, guidance, count, seed]
+    events: list[dict] = [
+        trigger(answer, inputs, [shown], api_name=name, show_progress="hidden", **ONE_AT_A_TIME)
+        for trigger, name in ((button.click, "answer"), (prompt.submit, "answer_on_enter"))
+    ]
+    stop.click(None, cancels=events)
+
+
+def as_html(parts: list[str | Image.Image], is_whole: bool = False) -> str:
+    """Words and pictures in turn, as HTML that holds all of them; of the class `moma-whole` once nothing follows."""
+    blocks = []
+    for part in parts:
+        if isinstance(part, str):
+            blocks.append(f"<p>{html.escape(part.strip())}</p>")
+            continue
+        png = io.BytesIO()
+        enlarged(part).save(png, "PNG")
+        data = base64.b64encode(png.getvalue()).decode()
+        blocks.append(f'<img alt="picture of the answer" width="200" src="data:image/png;base64,{data}">')
+    name = "moma-answer moma-whole" if is_whole else "moma-answer"
+    return f'<div class="{name}">{"".join(blocks)}</div>'
+
+
+def routing_tab(studio: Studio, examples: Examples):
+    """Builds the tab."""
+    config = studio.model.config
+    view = RoutingView(config)
+
+    def show(example: RoutedExample | None, layer: int) -> ShownRouting:
+        if example is None:
+            return None, "", ""
+        index = int(layer) - 1
+        return view.picture(example, index), view.words(example, index), view.legend(example, index)
+
+    @show_errors
+    def route(path: str | None, words: str, layer: int) -> tuple[RoutedExample, Image.Image | None, str, str]:
+        example = studio.route(None if path is None else read_picture(path), checked_words(words))
+        return example, *show(example, layer)
+
+    # Gradio keeps this state for each visitor
+    example = gr.State(None)
+    with gr.Row():
+        with gr.Column():
+            picture = picture_input("Picture", "routing-picture")
+            words = words_input("Words", "routing-words", "Left empty: the model's own caption of the picture")
+            button = gr.Button("Show the routing", variant="primary", elem_id="routing-button")
+            taken = picture_examples(examples, picture)
+        with gr.Column():
+            most = config.num_hidden_layers
+            # Gradio raises for a slider of one place, which is hidden anyway
+            layer = gr.Slider(1, max(most, 2), 1, step=1, label="Layer", elem_id="routing-layer", visible=most > 1)
+            title("Patches by expert")
+            patches = gr.Image(
+                show_label=False,
+                elem_id="routing-patches",
+                interactive=False,
+                format="png",
+                height=400,
+                buttons=["download", "fullscreen"],
+            )
+            title("Words by expert")
+            chips = gr.HTML(elem_id="routing-chips")
+            legend = gr.HTML(elem_id="routing-legend")
+    outputs = [patches, chips, legend]
+    button.click(route, [picture, words, layer], [example, *outputs], api_name="route", **ONE_AT_A_TIME)
+    if taken is not None:
+        taken.then(route, [picture, words, layer], [example, *outputs], **ONE_AT_A_TIME)
+    layer.change(
+        show,
+        [example, layer],
+        outputs,
+        show_progress="hidden",
+        trigger_mode="always_last",
+        concurrency_limit=None,
+        api_visibility="private",
+    )
+
+
+def enlarged(picture: Image.Image) -> Image.Image:
+    """A picture of at least [`LEAST_SIDE`] pixels, each pixel a square: browsers would blur a small one."""
+    factor = max(1, LEAST_SIDE // picture.width)
+    return picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)

@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Takes the measures that are asked for on every source that allows them, and times them."""
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+
+from ..errors_moma import InputError
+from .captions import measure_captions
+from .drawings import check_drawings, feature_extractor, measure_drawings
+from .held_out import HeldOutSource
+from .losses import source_losses
+from .retrieval import DEFAULT_PAIRS, measure_retrieval
+
+
+LOSSES, CAPTIONS, RETRIEVAL, DRAWINGS = "losses", "captions", "retrieval", "drawings"
+# in the order in which they are taken; all but the first need pictures with captions
+MEASURES = (LOSSES, CAPTIONS, RETRIEVAL, DRAWINGS)
+# what is measured when nobody says what, captions only where there are any
+DEFAULT_MEASURES = (LOSSES, CAPTIONS)
+
+
+@dataclass
+class MeasureSettings:
+    """How to measure.
+
+    Args:
+        measures: some of `MEASURES`; by default `DEFAULT_MEASURES`, as far as the sources allow them.
+        batch_size: documents, pictures or continuations at once.
+        seed: of everything random.
+        retrieval_pairs: pairs of each source among which retrieval ranks.
+        sampling: arguments of `generate` for drawings.
+
+    Raises:
+        ValueError: there is no such measure, or a number is too small.
+    """
+
+    measures: tuple[str, ...] | None = None
+    batch_size: int = 64
+    seed: int = 0
+    retrieval_pairs: int = DEFAULT_PAIRS
+    sampling: dict = field(default_factory=lambda: {"do_sample": True})
+
+    def __post_init__(self):
+        unknown = [name for name in self.measures or () if name not in MEASURES]
+        if unknown or self.measures == ():
+            raise InputError(f"`measures` has {unknown or 'nothing'} in it; it must be some of {MEASURES}.")
+        if self.batch_size < 1:
+            raise InputError(f"`batch_size` = {self.batch_size}: it must be at least 1.")
+
+
+def measure_sources(model, processor, sources: Mapping[str, HeldOutSource], settings: MeasureSettings) -> dict:
+    """
+    Measures a model on every source.
+
+    Args:
+        model: a `MomaForCausalLM` in eval mode.
+        processor: of the same vocabulary.
+        sources: by name.
+        settings: what to measure, and how.
+
+    Returns:
+        For each source `documents` and `pictures`, its numbers; an entry for each measure, as [`source_losses`],
+        [`measure_captions`], [`measure_retrieval`] and [`measure_drawings`] give it; and `seconds` by measure. A
+        source without captions has the losses alone.
+
+    Raises:
+        ImportError: drawings are asked for, and the extra `train` is not installed.
+        ValueError: a measure that needs captions is asked for, and no source has any; or a source is too small for it.
+    """
+    chosen = _chosen_measures(sources, settings)
+    # what is sure to fail does so before hours of other measures
+    extract = feature_extractor(model.device) if DRAWINGS in chosen else None
+    if DRAWINGS in chosen:
+        for source in sources.values():
+            if source.captioned is not None:
+                check_drawings(processor, len(source.captioned))
+    report = {}
+    for name, source in sources.items():
+        num_pictures = 0 if source.captioned is None else len(source.captioned)
+        figures: dict[str, Any] = {"documents": len(source.documents), "pictures": num_pictures}
+        seconds = {}
+        for measure, take in _takers(model, processor, name, source, settings, extract).items():
+            if measure in chosen:
+                start = time.perf_counter()
+                figures[measure] = take()
+                seconds[measure] = round(time.perf_counter() - start, 2)
+        report[name] = {**figures, "seconds": seconds}
+    return report
+
+
+def _chosen_measures(sources: Mapping[str, HeldOutSource], settings: MeasureSettings) -> tuple[str, ...]:
+    has_captions = any(source.captioned is not None for source in sources.values())
+    if settings.measures is None:
+        return DEFAULT_MEASURES
+    in_need = [name for name in settings.measures if name != LOSSES]
+    if in_need and not has_captions:
+        names = ", ".join(sources)
+        raise InputError(f"`--measures {in_need[0]}` needs pictures with captions, but none of {names} has any.")
+    return settings.measures
+
+
+def _takers(
+    model,
+    processor,
+    name: str,
+    source: HeldOutSource,
+    settings: MeasureSettings,
+    extract: Callable[[torch.Tensor], torch.Tensor] | None,
+) -> dict[str, Callable[[], dict]]:
+    """The measures that a source allows, ready to be taken."""
+    size, seed = settings.batch_size, settings.seed
+    takers: dict[str, Callable[[], dict]] = {
+        LOSSES: partial(source_losses, model, processor, source.documents, size, seed, name)
+    }
+    rows = source.captioned
+    if rows is not None:
+        takers[CAPTIONS] = partial(measure_captions, model, processor, rows, size, seed)
+        takers[RETRIEVAL] = partial(measure_retrieval, model, processor, rows, size, settings.retrieval_pairs, seed)
+    if rows is not None and extract is not None:
+        takers[DRAWINGS] = partial(measure_drawings, model, processor, rows, extract, size, settings.sampling, seed)
+    return takers

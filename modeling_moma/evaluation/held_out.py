@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What measures are taken on: held-out documents and captioned pictures of a source that `moma tokenize` wrote."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers.utils import logging
+
+from tokenization import MomaProcessor
+
+from ..data.documents import CaptionDocuments, Documents
+from ..data.examples import open_documents, shuffled_held_out
+from ..data.jobs import JOB_FILE, read_job
+from ..data.pictures import read_picture
+from ..data.sources import TRAIN, undecoded_rows
+from ..errors_moma import InputError
+
+
+# pictures that are decoded at once
+PICTURE_BATCH = 64
+
+logger = logging.get_logger(__name__)
+
+
+@dataclass
+class CaptionedPictures:
+    """Held-out pictures with a caption each.
+
+    Args:
+        codes: the pictures as they are, `[N, image_seq_length]`.
+        captions: `[N]`, what each picture is called.
+        pictures: batches of pixel values `[B, 3, H, W]` in [-1, 1], in the order of `codes`; without them what the
+            picture tokenizer makes of the codes stands for the real pictures.
+
+    Raises:
+        ValueError: codes and captions are of different number, or codes are no table.
+    """
+
+    codes: torch.Tensor
+    captions: list[str]
+    pictures: Iterable[torch.Tensor] | None = None
+
+    def __post_init__(self):
+        if self.codes.ndim != 2:
+            raise InputError(f"`codes` has the shape {tuple(self.codes.shape)}: one row of codes for each picture.")
+        if len(self.codes) != len(self.captions):
+            raise InputError(f"`codes` has {len(self.codes)} rows, but there are {len(self.captions)} captions.")
+
+    def __len__(self) -> int:
+        return len(self.captions)
+
+
+@dataclass
+class HeldOutSource:
+    """The held-out part of one source.
+
+    Args:
+        documents: `input_ids` each, from `<bos>` to `<eos>`; every token but the first is a target.
+        captioned: pictures with captions; none in a source of plain text or interleaved documents.
+    """
+
+    documents: Sequence[dict]
+    captioned: CaptionedPictures | None = None
+
+
+def read_held_out(
+    folder: str,
+    processor: MomaProcessor,
+    split: str,
+    limit: int | None = None,
+    seed: int = 0,
+    sources: Sequence[str] | None = None,
+) -> dict[str, HeldOutSource]:
+    """
+    Held-out documents, and captioned pictures where there are any, by source.
+
+    Args:
+        folder: that `moma tokenize` wrote.
+        processor: gives the ids.
+        split: its name; sources that lack it are left out.
+        limit: take so many documents of a source, drawn at random.
+        seed: of the draw and of the order.
+        sources: names of those to read; all by default.
+
+    Raises:
+        ValueError: there is no such split or source, or the limit is none.
+    """
+    if limit is not None and limit < 1:
+        raise InputError(f"--limit {limit}: it must be at least 1.")
+    found = {entry.name: entry for entry in open_documents(folder, processor, split)}
+    unknown = [name for name in sources or () if name not in found]
+    if unknown:
+        raise InputError(f"--sources {unknown[0]!r}: with a split {split!r} {folder!r} has {list(found)}.")
+    chosen = {name: found[name] for name in sources} if sources else found
+    return {
+        name: _held_out_source(folder, processor, split, documents, seed, limit) for name, documents in chosen.items()
+    }
+
+
+def _held_out_source(
+    folder: str, processor: MomaProcessor, split: str, documents: Documents, seed: int, limit: int | None
+) -> HeldOutSource:
+    captioned = None
+    if isinstance(documents, CaptionDocuments):
+        rows = np.random.default_rng(seed).permutation(len(documents))[:limit].tolist()
+        codes = torch.as_tensor(np.stack([documents.codes(row) for row in rows]))
+        captions = [documents.caption(row) for row in rows]
+        pictures = real_pictures(folder, processor, documents, split, rows)
+        captioned = CaptionedPictures(codes, captions, pictures)
+    return HeldOutSource(shuffled_held_out([documents], seed, limit), captioned)
+
+
+def real_pictures(
+    folder: str, processor: MomaProcessor, documents: CaptionDocuments, split: str, rows: Sequence[int]
+) -> Iterator[torch.Tensor] | None:
+    """
+    Pixel values `[B, 3, H, W]` of rows, from where they were tokenized; `None` where the data cannot be opened any
+    more or were streamed, so that rows have no number.
+    """
+    if not (Path(folder) / JOB_FILE).is_file():
+        return None
+    job = read_job(folder)
+    plans = job.splits[documents.name]
+    plan = plans.get(split, plans[TRAIN])
+    source = job.source(documents.name)
+    if plan["rows"] is None:
+        return None
+    try:
+        opened = source.open(plan["split"])
+    except ValueError as error:
+        logger.warning(f"Reconstructions stand in for the pictures of {documents.name!r}: {error}")
+        return None
+    numbers = [documents.row_number(row) for row in rows]
+    rows_there = undecoded_rows(opened.select(numbers))  # pyright: ignore[reportAttributeAccessIssue]
+    values = (value for row in rows_there for value in source.kind.row_images(row))
+    return _pixel_batches(processor, values, source.picture_root())
+
+
+def _pixel_batches(processor: MomaProcessor, values: Iterable[Any], root: str) -> Iterator[torch.Tensor]:
+    batch = []
+    for value in values:
+        picture, _ = read_picture(value, root)
+        batch.append(processor.image_processor([picture], return_tensors="pt")["pixel_values"])
+        if len(batch) == PICTURE_BATCH:
+            yield torch.cat(batch)
+            batch = []
+    if batch:
+        yield torch.cat(batch)

@@ -1,0 +1,248 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a MoMa and its picture tokenizer do on held-out rows: losses, captions, drawings, reconstructions."""
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from datasets import Dataset
+from tqdm.auto import tqdm
+from transformers import set_seed
+
+from tokenization import MomaDataCollator
+from tokenization.text_tokenizer_moma import with_beginning
+
+from ..data.documents import Documents
+from ..data.examples import shuffled_held_out
+from ..hub.loading import open_model
+from ..modeling_moma import MomaForCausalLM
+
+
+# name of that routing in reports, never without its warning
+EXPERT_CHOICE = "expert_choice (sees the future, not a measure of quality)"
+# losses of `held_out_loss` by their name in reports
+LOSSES = {"text": "text", "image": "picture", "overall": "overall"}
+# trainings within this share of one another's FLOPs count as equal
+EQUAL_FLOPS = 0.02
+# nothing that a saved generation config holds may change a greedy caption
+GREEDY = {"do_sample": False, "num_beams": 1, "guidance_scale": 1.0}
+
+
+def picture_batches(split: Dataset, processor, batch_size: int, description: str) -> Iterator[torch.Tensor]:
+    """Yields the pixel values of a split's pictures, with a progress bar."""
+    for start in tqdm(range(0, len(split), batch_size), desc=description):
+        images = split[start : start + batch_size]["image"]
+        yield processor.image_processor(images, return_tensors="pt")["pixel_values"]
+
+
+def load_model(folder: str, device: str) -> MomaForCausalLM:
+    """A model in fp32 and eval mode."""
+    return open_model(folder, dtype=torch.float32).to(device).eval()
+
+
+def padded_batches(processor, examples: list[dict], batch_size: int) -> list[dict[str, torch.Tensor]]:
+    """
+    Examples as inputs of the model, in their order.
+
+    Args:
+        processor: its tokenizer pads.
+        examples: `input_ids` each.
+        batch_size: examples at once; the last batch may be short.
+    """
+    collate = MomaDataCollator(processor.tokenizer)
+    return [collate(examples[start : start + batch_size]) for start in range(0, len(examples), batch_size)]
+
+
+def held_out_batches(documents: Sequence[Documents], processor, batch_size: int, seed: int) -> list[dict]:
+    """
+    Held-out examples as padded batches of one size in random order.
+
+    Args:
+        documents: of each source.
+        processor: gives the ids; its tokenizer pads.
+        batch_size: examples of a batch; a short last one is left out, unless it is the only one.
+        seed: of the order.
+    """
+    examples = shuffled_held_out(documents, seed)
+    whole = len(examples) // batch_size * batch_size
+    return padded_batches(processor, examples[: whole or None], batch_size)
+
+
+class ModalityLosses:
+    """Adds up the losses of a model's outputs by modality, each batch by its number of targets."""
+
+    def __init__(self):
+        self.sums: dict[str, float] = defaultdict(float)
+        self.counts: dict[str, int] = defaultdict(int)
+
+    def add(self, output):
+        """Add the losses of an output of [`MomaForCausalLM`] that was given labels."""
+        for modality, loss in output.modality_losses.items():
+            count = int(output.modality_tokens[modality])
+            self.sums[modality] += float(loss) * count
+            self.counts[modality] += count
+
+    def means(self) -> dict[str, float]:
+        """`overall`, one entry for each modality (0 without targets), and `tokens`, the number of targets."""
+        total = sum(self.counts.values())
+        result = {"overall": sum(self.sums.values()) / total}
+        result.update({modality: self.sums[modality] / max(count, 1) for modality, count in self.counts.items()})
+        return {**result, "tokens": total}
+
+
+@torch.no_grad()
+def loss_outputs(
+    model,
+    processor,
+    examples: list[dict],
+    batch_size: int,
+    routing: str | None = None,
+    description: str = "loss",
+    depth_routing: str | None = None,
+) -> Iterator[tuple[dict[str, torch.Tensor], Any]]:
+    """Yields each batch of the examples and the model's output for it; see [`held_out_loss`]."""
+    collate = MomaDataCollator(processor.tokenizer)
+    for start in tqdm(range(0, len(examples), batch_size), desc=description):
+        batch = collate(examples[start : start + batch_size])
+        inputs = {name: values.to(model.device) for name, values in batch.items()}
+        yield inputs, model(**inputs, routing=routing, depth_routing=depth_routing)
+
+
+def held_out_loss(
+    model,
+    processor,
+    examples: list[dict],
+    batch_size: int,
+    routing: str | None = None,
+    description: str = "loss",
+    depth_routing: str | None = None,
+) -> dict[str, float]:
+    """
+    Mean cross-entropy in nats per target token.
+
+    Args:
+        model: in eval mode.
+        processor: its tokenizer pads.
+        examples: `input_ids` each; every token but the first is a target.
+        batch_size: examples at once; under `expert_choice` they compete with one another.
+        routing: the model's inference routing by default.
+        description: of the progress bar.
+        depth_routing: of depth layers, where it is to differ from `routing`.
+
+    Returns:
+        `overall`, one entry for each modality, and `tokens`, the number of targets.
+    """
+    losses = ModalityLosses()
+    for _, output in loss_outputs(model, processor, examples, batch_size, routing, description, depth_routing):
+        losses.add(output)
+    return losses.means()
+
+
+def gaps(causal: dict, oracle: dict) -> dict[str, float]:
+    """By which share each causal loss lies above the one that sees the future."""
+    return {name: (causal[name] - oracle[name]) / oracle[name] for name in LOSSES}
+
+
+@torch.inference_mode()
+def write_captions(model, processor, codes: torch.Tensor, batch_size: int, max_new_tokens: int = 32) -> list[str]:
+    """
+    Captions pictures greedily.
+
+    Args:
+        model: in eval mode.
+        processor: gives the ids.
+        codes: `[N, image_seq_length]`, the pictures.
+        batch_size: pictures at once.
+        max_new_tokens: longest caption.
+
+    Returns:
+        The generated texts.
+    """
+    texts = []
+    for batch in tqdm(codes.split(batch_size), desc="captions"):
+        ids = torch.tensor([with_beginning(processor.tokenizer, processor.picture_ids(picture)) for picture in batch])
+        ids = ids.to(model.device)
+        output = model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            generation_mode="text",
+            max_new_tokens=max_new_tokens,
+            **GREEDY,
+        )
+        texts += processor.batch_decode(output[:, ids.shape[1] :], skip_special_tokens=True)
+    return texts
+
+
+@torch.inference_mode()
+def draw_pictures(model, processor, captions: list[str], batch_size: int, sampling: dict, seed: int) -> torch.Tensor:
+    """
+    Draws a picture for each caption; `<image>` and the like in one are the characters that they are.
+
+    Args:
+        model: in eval mode.
+        processor: gives the ids.
+        captions: `[N]`.
+        batch_size: pictures at once.
+        sampling: arguments of `generate`.
+        seed: of the sampling.
+
+    Returns:
+        Codes `[N, image_seq_length]`.
+    """
+    set_seed(seed)
+    texts = [processor.escape_special_tokens(caption) for caption in captions]
+    codes = []
+    for start in tqdm(range(0, len(texts), batch_size), desc="drawings"):
+        inputs = processor(
+            text=texts[start : start + batch_size],
+            padding=True,
+            padding_side="left",
+            sanitize_control_tokens=True,
+            return_tensors="pt",
+        ).to(model.device)
+        output = model.generate(**inputs, generation_mode="image", **sampling)
+        codes.append(model.decode_image_tokens(output).cpu())
+    return torch.cat(codes)
+
+
+@torch.inference_mode()
+def encode_pictures(processor, batches: Iterator[torch.Tensor]) -> torch.Tensor:
+    """Codes `[N, image_seq_length]` of pictures given in batches of pixel values."""
+    device = processor.vq_model.device
+    return torch.cat([processor.vq_model.get_image_tokens(batch.to(device)).cpu() for batch in batches])
+
+
+@torch.inference_mode()
+def decode_pictures(processor, codes: torch.Tensor, batch_size: int) -> Iterator[torch.Tensor]:
+    """Yields pixel values in [-1, 1] of coded pictures."""
+    device = processor.vq_model.device
+    for batch in codes.split(batch_size):
+        yield processor.vq_model.decode_image_tokens(batch.to(device)).clamp(-1, 1).cpu()
+
+
+def tokenizer_quality(processor, pictures: list[torch.Tensor], codes: torch.Tensor) -> dict[str, float]:
+    """
+    How well codes keep pictures, and how many codes do the work.
+
+    Args:
+        processor: holds the VQ model.
+        pictures: batches of pixel values in [-1, 1], all but the last of one size.
+        codes: theirs, `[N, image_seq_length]`.
+
+    Returns:
+        `psnr` (mean over pictures, dB), `codes_used`, `codebook_size`, `perplexity`.
+    """
+    psnr = []
+    for batch, decoded in zip(pictures, decode_pictures(processor, codes, len(pictures[0])), strict=True):
+        errors = (decoded - batch).pow(2).mean(dim=(1, 2, 3)).clamp(min=1e-10)
+        # the range of [-1, 1] is 2 wide
+        psnr.append(10 * torch.log10(4 / errors))
+    shares = torch.bincount(codes.flatten(), minlength=processor.codebook_size).double() / codes.numel()
+    used = shares[shares > 0]
+    return {
+        "psnr": torch.cat(psnr).mean().item(),
+        "codes_used": used.numel(),
+        "codebook_size": processor.codebook_size,
+        "perplexity": (-(used * used.log()).sum()).exp().item(),
+    }

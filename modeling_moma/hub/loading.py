@@ -1,0 +1,194 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Opening what a verb is given: models, processors and tokenizers, in folders or on the Hub, refused in one line."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+from transformers import AutoTokenizer
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
+
+from tokenization import MomaProcessor, MomaVQModel
+
+from ..errors_moma import InputError
+from ..modeling_moma import MomaForCausalLM
+from ..utils.messages import one_line
+from .names import why_nowhere
+
+
+T = TypeVar("T")
+# any of these
+WEIGHTS = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
+
+
+@dataclass(frozen=True)
+class Saved:
+    """
+    What a folder holds that something was saved into.
+
+    Args:
+        name: of the thing, for people.
+        verb: of `moma` that writes such a folder.
+        files: groups of files, of each of which one has to be there.
+        model_type: what `config.json` says, where it has to.
+    """
+
+    name: str
+    verb: str
+    files: tuple[tuple[str, ...], ...]
+    model_type: str | None = None
+
+
+MODEL = Saved("model", "pretrain", (("config.json",), WEIGHTS), "moma")
+PICTURE_TOKENIZER = Saved("picture tokenizer", "train-image-tokenizer", (("config.json",), WEIGHTS), "moma_vq")
+PROCESSOR = Saved(
+    "processor",
+    "build-processor",
+    (
+        ("processor_config.json", "preprocessor_config.json"),
+        ("tokenizer.json", "tokenizer_config.json"),
+        ("vq_model/config.json",),
+        tuple(f"vq_model/{name}" for name in WEIGHTS),
+    ),
+)
+TEXT_TOKENIZER = Saved("text tokenizer", "build-processor", (("tokenizer.json", "tokenizer_config.json"),))
+
+
+def open_model(place: str, option: str = "--model", **kwargs: Any) -> MomaForCausalLM:
+    """A model; see [`open_saved`]."""
+    return open_saved(MODEL, option, place, lambda: MomaForCausalLM.from_pretrained(place, **kwargs))
+
+
+def open_processor(place: str, option: str = "--processor") -> MomaProcessor:
+    """A processor; see [`open_saved`]."""
+    return open_saved(PROCESSOR, option, place, lambda: MomaProcessor.from_pretrained(place))
+
+
+def open_picture_tokenizer(place: str, option: str = "--tokenizer", dtype: torch.dtype = torch.float32) -> MomaVQModel:
+    """A picture tokenizer; see [`open_saved`]."""
+    return open_saved(PICTURE_TOKENIZER, option, place, lambda: MomaVQModel.from_pretrained(place, dtype=dtype))
+
+
+def open_text_tokenizer(place: str, option: str = "--text-tokenizer") -> Any:
+    """A tokenizer of any model; see [`open_saved`]."""
+    return open_saved(TEXT_TOKENIZER, option, place, lambda: AutoTokenizer.from_pretrained(place))
+
+
+def open_saved(saved: Saved, option: str, place: str, load: Callable[[], T]) -> T:
+    """
+    Loads what a folder or a repository on the Hub holds.
+
+    Args:
+        saved: what it shall be.
+        option: of the command line that named it.
+        place: the folder or the name on the Hub.
+        load: reads it.
+
+    Raises:
+        ValueError: there is no such folder or repository, it is unfinished or of another kind, or it is damaged. The
+            message is one line and names option, value and likely cause.
+    """
+    where = f"`{option}` {str(place)!r}"
+    check_saved(saved, option, place)
+    try:
+        return load()
+    # readers of files fail in any way
+    except Exception as error:
+        raise InputError(
+            f"{where}: the {saved.name} in it cannot be read; is a file of it damaged, or of another version? "
+            f"({type(error).__name__}: {one_line(error, 300)})"
+        ) from error
+
+
+def check_saved(saved: Saved, option: str, place: str) -> None:
+    """Refuses a place that [`open_saved`] cannot read, by its files alone; arguments and errors are the same."""
+    where, folder = f"`{option}` {str(place)!r}", Path(place)
+    if folder.is_file():
+        raise InputError(f"{where} is a file: the folder of a {saved.name} is needed, or its name on the Hub.")
+    if not folder.is_dir():
+        problem = why_nowhere(str(place))
+        if problem is not None:
+            raise InputError(f"{where}: {problem}.")
+        return
+    # PEFT reads those, over a model of another place
+    if saved is MODEL and (folder / "adapter_config.json").is_file():
+        return
+    found = _model_type(folder / "config.json") if saved.model_type else None
+    if found not in (None, saved.model_type):
+        raise InputError(f"{where}: config.json is that of a model of type {found!r}, not of a {saved.name}.")
+    missing = next((group[0] for group in saved.files if not any((folder / name).is_file() for name in group)), None)
+    if missing is not None:
+        raise InputError(f"{where} has no {missing}: {_likely_cause(saved, folder)}")
+
+
+def refuse_non_finite(model: nn.Module, source: str):
+    """Refuse a model whose parameters or buffers hold NaN or infinity.
+
+    Args:
+        model: The loaded model.
+        source: Where it came from, for the message.
+
+    Raises:
+        ValueError: names the first such tensor.
+    """
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            count = int((~torch.isfinite(tensor)).sum())
+            raise InputError(
+                f"{source}: the tensor {name!r} holds NaN or infinite values ({count} of {tensor.numel()}). The "
+                "training run has diverged, or the file is damaged."
+            )
+
+
+def _model_type(path: Path) -> str | None:
+    try:
+        return json.loads(path.read_text(encoding="utf-8")).get("model_type")
+    # whoever reads it for good says what is wrong
+    except (OSError, ValueError, AttributeError):
+        return None
+
+
+def _likely_cause(saved: Saved, folder: Path) -> str:
+    checkpoints = sorted(folder.glob("checkpoint-*"), key=lambda path: path.stat().st_mtime)
+    if checkpoints and saved in (MODEL, PICTURE_TOKENIZER):
+        return (
+            f"its training is not finished; go on with `moma {saved.verb} ... --resume`, or name a checkpoint, such "
+            f"as {str(checkpoints[-1])!r}."
+        )
+    if saved in (MODEL, PICTURE_TOKENIZER) and any((folder / name).exists() for name in ("run.json", "pictures")):
+        return f"its training has not come to a checkpoint yet; `moma {saved.verb}` has to finish first."
+    if not any(folder.iterdir()):
+        return "the folder is empty."
+    model_type = _model_type(folder / "config.json")
+    if saved.model_type is not None and model_type == saved.model_type:
+        return "its weights are missing; were they not copied, or was their writing cut off?"
+    found = {
+        "tokens": (folder / "job.json").exists() or (folder / "manifest.json").exists(),
+        "a processor": (folder / "vq_model").exists() and saved is not PROCESSOR,
+        "a picture tokenizer alone": model_type == PICTURE_TOKENIZER.model_type,
+        "a model alone": model_type is not None,
+    }
+    for name, is_so in found.items():
+        if is_so:
+            return f"the folder holds {name}, and not a {saved.name} of `moma {saved.verb}`."
+    return f"`moma {saved.verb}` writes it; is that the right folder, and is it copied whole?"
+
+
+__all__ = [
+    "MODEL",
+    "PICTURE_TOKENIZER",
+    "PROCESSOR",
+    "TEXT_TOKENIZER",
+    "Saved",
+    "check_saved",
+    "open_model",
+    "open_picture_tokenizer",
+    "open_processor",
+    "open_saved",
+    "open_text_tokenizer",
+    "refuse_non_finite",
+]

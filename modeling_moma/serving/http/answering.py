@@ -1,0 +1,229 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What happens between the body of a request and its generation, in place of the server's own handlers."""
+
+import asyncio
+import logging
+import traceback
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+from jinja2 import TemplateError
+from starlette.responses import JSONResponse
+from transformers.cli.serving.utils import BaseHandler
+
+from ...utils.errors import is_input_error
+from .downloads import NOT_FETCHED, Downloads
+from .errors import RequestError
+from .fields import ChatSettings, CompletionSettings, ResponseSettings, Settings, check_settings
+from .generation import current_request
+from .limits import DOWNLOAD_SECONDS, Limits
+from .messages import Picture, read_messages, read_pictures
+
+
+logger = logging.getLogger("uvicorn.error")
+# raises ValueError where placeholders of images and images differ in number
+PROCESSORS = "transformers.processing_utils"
+
+
+@dataclass(frozen=True)
+class Route:
+    """How one kind of request is read.
+
+    Args:
+        settings: what its fields may be.
+        messages: the field with messages; none for a bare prompt.
+        needs_body: whether the handler's last steps take the body as well.
+    """
+
+    settings: type[Settings]
+    messages: str | None = None
+    needs_body: bool = False
+
+
+CHAT = Route(ChatSettings, "messages")
+COMPLETION = Route(CompletionSettings)
+RESPONSE = Route(ResponseSettings, "input", needs_body=True)
+
+
+@dataclass
+class Prompt:
+    """A request that is read: what `generate` takes."""
+
+    model_id: str
+    model: Any
+    processor: Any
+    uses_batching: bool
+    inputs: Any
+    settings: Any
+
+
+class Answering:
+    """Checks a request, reads it in a thread, and leaves the rest to a handler of Transformers' server.
+
+    Args:
+        handler: of the route.
+        route: how its requests are read.
+        limits: of the server.
+        readers: threads that read requests, so that neither a template nor a picture holds up anybody's stream.
+        downloads: of pictures.
+    """
+
+    def __init__(
+        self, handler: BaseHandler, route: Route, limits: Limits, readers: ThreadPoolExecutor, downloads: Downloads
+    ):
+        self.handler: Any = handler
+        self.route, self.limits, self.readers, self.downloads = route, limits, readers, downloads
+
+    async def __call__(self, body: dict[str, Any], request_id: str) -> Any:
+        """Answers a request.
+
+        Raises:
+            RequestError: it cannot be answered.
+        """
+        request = current_request.get()
+        # clients write null for a field that they leave out, which Transformers' handlers take for a value
+        body = {name: value for name, value in body.items() if value is not None}
+        pictures = await self._in_thread(self.check, body)
+        await self._fetch([picture for picture in pictures if picture.is_of_the_web])
+        await request.take_turn()
+        prompt: Prompt = await self._in_thread(self.read, body, pictures)
+        request.seed = body.get("seed")
+        try:
+            return await self._generate(body, request_id, prompt)
+        except ValueError as error:
+            # some contradictions of a request's `generation_config` show in `generate` alone
+            if isinstance(error, RequestError) or body.get("generation_config") is None:
+                raise
+            raise RequestError("generation_config", str(error)) from error
+
+    async def _fetch(self, pictures: list[Picture]):
+        field = ""
+        try:
+            async with asyncio.timeout(DOWNLOAD_SECONDS):
+                for picture in pictures:
+                    field = picture.field
+                    picture.content = await self.downloads.fetch(picture.address, field)
+        except TimeoutError as error:
+            raise RequestError(field, NOT_FETCHED) from error
+
+    async def _in_thread(self, work: Callable, *args: Any) -> Any:
+        return await asyncio.get_running_loop().run_in_executor(self.readers, work, *args)
+
+    def check(self, body: dict[str, Any]) -> list[Picture]:
+        """The pictures of a request, after a check of all else that it says."""
+        check_settings(body, self.route.settings, self.limits)
+        field = self.route.messages
+        if field is None or field == "input" and isinstance(body.get(field), str):
+            return []
+        return read_messages(body.get(field), field)
+
+    def read(self, body: dict[str, Any], pictures: list[Picture]) -> Prompt:
+        """Makes tokens of a request."""
+        handler = self.handler
+        handler._validate_request(body)
+        try:
+            model_id, model, processor = handler._resolve_model(body)
+        # only a server without a model of its own is asked for one that does not exist
+        except (OSError, ValueError) as error:
+            logger.warning("The model of a request cannot be loaded: %.300s", error)
+            raise RequestError("model", "it cannot be loaded; the log of the server says why.", 404) from error
+        modality = handler.model_manager.get_model_modality(model, processor=processor)
+        uses_batching = handler.generation_state.use_continuous_batching(model, modality)
+        read_pictures(pictures)
+        tensors = None if uses_batching else "pt"
+        if self.route.messages is None:
+            tokenizer = getattr(processor, "tokenizer", processor)
+            inputs = tokenizer(body["prompt"], return_tensors=tensors)
+        else:
+            messages = handler._normalize_input(body) if self.route.messages == "input" else body["messages"]
+            arguments = {**handler.chat_template_kwargs, **body.get("chat_template_kwargs", {})}
+            try:
+                inputs = processor.apply_chat_template(
+                    handler.get_processor_inputs_from_messages(messages, modality),
+                    **arguments,
+                    add_generation_prompt=True,
+                    return_tensors=tensors,
+                    return_dict=True,
+                    tokenize=True,
+                )
+            except Exception as error:
+                if not _is_of_template(error):
+                    raise
+                raise RequestError(self.route.messages, f"the chat template refuses them: {error}.") from error
+        if not uses_batching:
+            inputs = inputs.to(model.device)
+        # the seed is set when generation begins, see `ActiveRequest.running`
+        asked = {name: value for name, value in body.items() if name != "seed"}
+        settings = handler._build_generation_config(asked, model.generation_config, use_cb=uses_batching)
+        if settings.max_new_tokens is not None:
+            settings.max_new_tokens = min(settings.max_new_tokens, self.limits.max_new_tokens)
+        settings.max_time = min(settings.max_time or self.limits.max_seconds, self.limits.max_seconds)
+        check_prompt(model, inputs, settings)
+        return Prompt(model_id, model, processor, uses_batching, inputs, settings)
+
+    async def _generate(self, body: dict[str, Any], request_id: str, prompt: Prompt) -> Any:
+        manager = self.handler.generation_state.get_manager(prompt.model_id, use_cb=prompt.uses_batching)
+        if prompt.uses_batching:
+            manager.init_cb(prompt.model, prompt.settings)
+        rest = [body] if self.route.needs_body else []
+        arguments = [
+            request_id,
+            prompt.model,
+            prompt.processor,
+            prompt.model_id,
+            *rest,
+            prompt.inputs,
+            prompt.settings,
+            manager,
+        ]
+        if self.route.settings is CompletionSettings:
+            arguments.append(body.get("suffix"))
+        if body["stream"]:
+            return self.handler._streaming(*arguments)
+        try:
+            return await self.handler._non_streaming(*arguments)
+        except asyncio.CancelledError:
+            if prompt.uses_batching:
+                manager._cb.cancel_request(request_id)
+            raise
+
+
+def check_prompt(model: Any, inputs: Any, gen_config: Any):
+    """Raise a [`RequestError`] for a prompt that is empty or fills the context, or a bias of no token."""
+    # continuous batching takes a list of ids, `generate` a tensor of rows
+    ids = inputs["input_ids"]
+    length = len(ids) if isinstance(ids, list) else ids.shape[-1]
+    limit = getattr(model.config, "max_position_embeddings", None)
+    field, rope = "messages or prompt", getattr(model.config, "rope_parameters", None) or {}
+    if length == 0:
+        raise RequestError(field, "they give an empty prompt.")
+    # scaled rotary embeddings are made to go beyond the model's positions
+    if limit is not None and rope.get("rope_type") == "default" and length >= limit:
+        raise RequestError(field, f"{length} tokens leave no room for an answer in the model's {limit} positions.")
+    vocabulary = model.get_input_embeddings().num_embeddings
+    unknown = [ids[0] for ids in gen_config.sequence_bias or {} if ids[0] >= vocabulary]
+    if unknown:
+        raise RequestError("logit_bias", f"token {unknown[0]} is none of the {vocabulary} tokens of the model.")
+
+
+async def refuse(_request: Any, error: Exception):
+    """4xx for an input that these packages refuse; anything else is a defect, and stays one."""
+    if not isinstance(error, RequestError):
+        if not is_input_error(error) and _raised_in(error) != PROCESSORS:
+            raise error
+        error = RequestError("messages or prompt", str(error))
+    return JSONResponse(error.body(), error.status, error.headers())
+
+
+def _is_of_template(error: Exception) -> bool:
+    """Whether a template raised it, or what a template called with what it was given."""
+    frames = traceback.walk_tb(error.__traceback__)
+    return isinstance(error, TemplateError) or any(frame.f_code.co_filename == "<template>" for frame, _ in frames)
+
+
+def _raised_in(error: BaseException) -> str:
+    """The module whose line raised it."""
+    *_, (frame, _line) = traceback.walk_tb(error.__traceback__)
+    return frame.f_globals.get("__name__", "")

@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Arguments of `moma serve`: those of `transformers serve`, and those of the checks."""
+
+import inspect
+from collections.abc import Callable
+from typing import Annotated, Any
+
+from transformers.cli.serve import Serve
+from typer import Option
+
+from ...errors_moma import InputError
+from .limits import Limits
+
+
+DEFAULTS = Limits()
+# an address rather than localhost, which a hosts file may send elsewhere
+HOST = "127.0.0.1"
+
+
+def serve(
+    *,
+    api_key: Annotated[
+        str | None,
+        Option(
+            help="Key that all routes but /health ask for, as `Authorization: Bearer KEY`. Others on this machine see "
+            "arguments: the variable is safer.",
+            envvar="MOMA_API_KEY",
+        ),
+    ] = None,
+    image_hosts: Annotated[
+        list[str] | None,
+        Option(
+            help="Host that pictures may be fetched from, with a port or without; may be repeated. By default none. "
+            "A host at a private address needs the address, or its network, named as well."
+        ),
+    ] = None,
+    template_arguments: Annotated[
+        list[str] | None,
+        Option(help="Name that `chat_template_kwargs` of a request may set; may be repeated. By default none."),
+    ] = None,
+    max_requests: Annotated[int, Option(help="Requests processed concurrently.", min=1)] = DEFAULTS.max_requests,
+    max_waiting: Annotated[
+        int, Option(help="Requests queued beside them; more get status 429.", min=0)
+    ] = DEFAULTS.max_waiting,
+    max_new_tokens: Annotated[
+        int, Option(help="Tokens of an answer that may be asked for.", min=1)
+    ] = DEFAULTS.max_new_tokens,
+    max_seconds: Annotated[
+        float, Option(help="Seconds of generation after which an answer ends.", min=0.1)
+    ] = DEFAULTS.max_seconds,
+    **options: Any,
+):
+    """
+    Serves until it is told to end.
+
+    Args:
+        api_key, image_hosts, template_arguments: who may come, and what they may say.
+        max_requests, max_waiting, max_new_tokens, max_seconds: see [`Limits`].
+        options: of `transformers serve`.
+
+    Raises:
+        ValueError: an argument that would let others in unawares.
+    """
+    from .downloads import ImageHosts
+    from .server import CheckedServe
+
+    names = frozenset(_split(template_arguments))
+    if taken := sorted(names & reserved_names()):
+        raise InputError(f"--template-arguments: {taken[0]!r} rules the template, and is no variable of it.")
+    limits = Limits(
+        max_requests=max_requests,
+        max_waiting=max_waiting,
+        max_new_tokens=max_new_tokens,
+        max_seconds=max_seconds,
+        template_arguments=names,
+        pinned=options["force_model"],
+    )
+    CheckedServe(limits, ImageHosts.from_entries(_split(image_hosts)), api_key, **options)
+
+
+def reserved_names() -> frozenset[str]:
+    """Arguments of `apply_chat_template` itself, and what the server or the processor gives to a template."""
+    from transformers import PreTrainedTokenizerBase, ProcessorMixin
+
+    return frozenset("audio bos_token eos_token images messages text videos".split()).union(
+        *[inspect.signature(kind.apply_chat_template).parameters for kind in (ProcessorMixin, PreTrainedTokenizerBase)]
+    )
+
+
+def command(take: Callable[..., object]) -> Callable:
+    """A function with all arguments of [`serve`] in its signature, which Typer reads; it gives them to another one."""
+    given = dict(inspect.signature(Serve).parameters)
+    del given["non_blocking"]
+    given["host"] = given["host"].replace(default=HOST)
+    own = [value for value in inspect.signature(serve).parameters.values() if value.name != "options"]
+    signature = [value.replace(kind=inspect.Parameter.KEYWORD_ONLY) for value in given.values()] + own
+
+    def run(**arguments: Any):
+        take(**arguments)
+
+    vars(run)["__signature__"] = inspect.Signature(signature)
+    return run
+
+
+def _split(values: list[str] | None) -> list[str]:
+    """Entries of a repeated argument, or of one with commas."""
+    return [entry for value in values or [] for entry in value.split(",") if entry.strip()]

@@ -1,0 +1,184 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checks of messages and of their pictures: nothing is let through that is not known here."""
+
+import base64
+import binascii
+import io
+from collections.abc import Sequence
+from typing import Any
+
+from PIL import Image
+
+from .errors import RequestError, short, short_name
+from .limits import MAX_MESSAGES, MAX_PARTS, MAX_PICTURES, MAX_PIXELS, MAX_PIXELS_TOGETHER, MAX_WEB_PICTURES
+
+
+ROLES = ("user", "assistant", "system")
+MESSAGE = ("role", "content", "name", "type", "id", "status")
+TEXT_KINDS, PICTURE_KINDS = ("text", "input_text", "output_text"), ("image_url", "input_image")
+TEXT, PICTURE = ("type", "text"), ("type", "image_url", "detail")
+# these formats Pillow decodes by itself and people send; its decoders for rare ones are little tested
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
+
+
+class Picture:
+    """A picture of a message.
+
+    Args:
+        part: of the message, with `image_url` as an object with `url` or as an address itself.
+        place: of the part in the body.
+
+    Raises:
+        RequestError: there is no address.
+    """
+
+    def __init__(self, part: dict[str, Any], place: str):
+        self.part = part
+        holder = part.get("image_url")
+        address = holder.get("url") if isinstance(holder, dict) else holder
+        self.field = f"{place}.image_url.url" if isinstance(holder, dict) else f"{place}.image_url"
+        if not isinstance(address, str) or not address:
+            raise RequestError(self.field, "there must be an address: `data:image/png;base64,...`, or of the web.")
+        self.address = address
+        self.content: bytes | None = None
+
+    @property
+    def is_of_the_web(self) -> bool:
+        return self.address.lower().startswith(("http://", "https://"))
+
+    def read(self) -> Image.Image:
+        """
+        Opens it, which reads its header alone.
+
+        Raises:
+            RequestError: an address that is neither of the web nor base64, or no picture.
+        """
+        content = _decode(self.address, self.field) if self.content is None else self.content
+        try:
+            return Image.open(io.BytesIO(content), formats=_formats())
+        except Image.DecompressionBombError as error:
+            raise RequestError(self.field, f"the picture is too large ({error}).", 413) from error
+        # decoders raise any error for damaged images
+        except Exception as error:
+            raise RequestError(self.field, f"it is damaged, or no picture ({_reason(error)}).") from error
+
+
+def read_messages(messages: Any, field: str) -> list[Picture]:
+    """
+    Checks the messages of a request.
+
+    Args:
+        messages: the body's list of messages.
+        field: its name.
+
+    Returns:
+        Their pictures, not opened yet.
+
+    Raises:
+        RequestError: no list of messages, too many of them or of their pictures, another role, or a part of a kind
+            that the model cannot read.
+    """
+    if not isinstance(messages, list) or not messages:
+        raise RequestError(field, f"{short(messages)} must be a list of at least one message.")
+    if len(messages) > MAX_MESSAGES:
+        raise RequestError(field, f"these are {len(messages)} messages, more than {MAX_MESSAGES}.")
+    pictures = []
+    for number, message in enumerate(messages):
+        place = f"{field}[{number}]"
+        if not isinstance(message, dict):
+            raise RequestError(place, f"{short(message)} must be an object with `role` and `content`.")
+        if message.get("role") not in ROLES:
+            raise RequestError(f"{place}.role", f"{short(message.get('role'))} must be one of {', '.join(ROLES)}.")
+        # Transformers' server silently skips an entry of any other type
+        if message.get("type") not in (None, "", "message"):
+            raise RequestError(f"{place}.type", f"{short(message['type'])} must be 'message', or left out.")
+        _refuse_others(message, MESSAGE, place)
+        content = message.get("content")
+        if content is None or isinstance(content, str):
+            continue
+        if not isinstance(content, list):
+            raise RequestError(f"{place}.content", f"{short(content)} must be a text or a list of parts.")
+        if len(content) > MAX_PARTS:
+            raise RequestError(f"{place}.content", f"these are {len(content)} parts, more than {MAX_PARTS}.")
+        for index, part in enumerate(content):
+            if _is_picture(part, f"{place}.content[{index}]"):
+                pictures.append(Picture(part, f"{place}.content[{index}]"))
+    of_the_web = [picture for picture in pictures if picture.is_of_the_web]
+    for counted, most, kind in (
+        (pictures, MAX_PICTURES, "pictures"),
+        (of_the_web, MAX_WEB_PICTURES, "pictures of the web"),
+    ):
+        if len(counted) > most:
+            raise RequestError(counted[most].field, f"these are more than {most} {kind}.")
+    return pictures
+
+
+def read_pictures(pictures: Sequence[Picture]):
+    """
+    Decodes the pictures of a request, and puts them into its messages.
+
+    Raises:
+        RequestError: one of them cannot be decoded, or too many pixels (status 413).
+    """
+    opened = [picture.read() for picture in pictures]
+    together = 0
+    for picture, image in zip(pictures, opened):
+        pixels = image.width * image.height
+        together += pixels
+        if pixels > MAX_PIXELS:
+            what = f"{image.width} x {image.height} pixels are more than {MAX_PIXELS:,}"
+            raise RequestError(picture.field, f"{what}: scale it down.", 413)
+        if together > MAX_PIXELS_TOGETHER:
+            what = f"with those before it, it has more than {MAX_PIXELS_TOGETHER:,} pixels"
+            raise RequestError(picture.field, f"{what}: scale them down.", 413)
+    for picture, image in zip(pictures, opened):
+        try:
+            image.load()
+        except Exception as error:
+            raise RequestError(picture.field, f"it is truncated, damaged or no picture ({_reason(error)}).") from error
+        # Transformers' server would open an address again, or a file, but takes an image as it is
+        picture.part["image_url"] = image
+
+
+def _is_picture(part: Any, place: str) -> bool:
+    kind = part.get("type") if isinstance(part, dict) else None
+    if kind in TEXT_KINDS:
+        _refuse_others(part, TEXT, place)
+        if not isinstance(part.get("text"), str):
+            raise RequestError(f"{place}.text", f"{short(part.get('text'))} must be a text.")
+        return False
+    if kind not in PICTURE_KINDS:
+        raise RequestError(
+            f"{place}.type", f"{short(kind)} must be 'text' or 'image_url': the model reads nothing else."
+        )
+    _refuse_others(part, PICTURE, place)
+    if isinstance(part.get("image_url"), dict):
+        _refuse_others(part["image_url"], ("url", "detail"), f"{place}.image_url")
+    return True
+
+
+def _refuse_others(given: dict[str, Any], known: tuple[str, ...], place: str):
+    """Clients send back what they got, with empty fields in it; one that says something is refused."""
+    for name, value in given.items():
+        if name not in known and value:
+            raise RequestError(f"{place}.{short_name(name)}", "this server reads no such field.", 422)
+
+
+def _decode(address: str, field: str) -> bytes:
+    # Transformers' server would open any other text as a file of this machine
+    head, comma, encoded = address.partition(",")
+    if not (head.startswith("data:image/") and head.endswith(";base64") and comma):
+        raise RequestError(field, f"{address[:40]!r} must begin with `data:image/png;base64,`.")
+    try:
+        return base64.b64decode("".join(encoded.split()), validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise RequestError(field, f"it is no base64 ({error}).") from error
+
+
+def _formats() -> list[str]:
+    Image.init()
+    return [name for name in FORMATS if name in Image.OPEN]
+
+
+def _reason(error: Exception) -> str:
+    return str(error).split(" <")[0]

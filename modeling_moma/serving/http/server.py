@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`transformers serve` with checked requests."""
+
+import sys
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, cast
+
+from PIL import Image
+from transformers.cli.serve import Serve
+
+from ...errors_moma import InputError
+from .answering import CHAT, COMPLETION, RESPONSE, Answering, refuse
+from .downloads import Downloads, ImageHosts
+from .generation import Admission, CheckedManager
+from .guard import Guard, is_loopback
+from .limits import MAX_CONNECTIONS, READERS, Limits
+
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+
+
+class CheckedServe(Serve):
+    """`transformers serve` whose bad requests are refused by 4xx, before anything is generated.
+
+    With `non_blocking` the command calls `start_server` when all is built, where this class puts its checks in front
+    and then serves until it is told to end.
+
+    Args:
+        limits: of requests.
+        image_hosts: that pictures may be fetched from.
+        api_key: which all routes but `/health` ask for.
+        enable_cors, options: of the command.
+
+    Raises:
+        ValueError: an empty key, or a server of any model that others could reach or that runs the models' own code.
+    """
+
+    def __init__(
+        self,
+        limits: Limits,
+        image_hosts: ImageHosts,
+        api_key: str | None = None,
+        enable_cors: bool = False,
+        **options,
+    ):
+        host, pinned = options["host"], options.get("force_model")
+        if api_key is not None and not api_key.strip():
+            raise InputError("--api-key: it is empty; leave it out to let everybody in who reaches the server.")
+        if pinned is None and not is_loopback(host):
+            raise InputError(
+                f"--host: {host!r} lets others in, who could have any model and folder loaded: name the model."
+            )
+        if pinned is None and options.get("trust_remote_code"):
+            raise InputError("--trust-remote-code: requests could have any code run: name the model.")
+        if api_key is None and not is_loopback(host):
+            print(f"warning: everybody who reaches {host} is let in (--api-key)", file=sys.stderr)
+        self.limits, self.image_hosts = limits, image_hosts
+        self.api_key, self.has_cors, self.is_local = api_key, enable_cors, is_loopback(host)
+        super().__init__(enable_cors=enable_cors, non_blocking=True, **options)
+
+    def start_server(self):
+        """Add the checks, and serve."""
+        # requests are bounded by `MAX_PIXELS`, below where Pillow warns
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        app, limits = cast("FastAPI", self.server.config.app), self.limits
+        readers = ThreadPoolExecutor(max_workers=READERS, thread_name_prefix="reader")
+        downloads = Downloads(self.image_hosts)
+        for handler, route in (
+            (self._chat_handler, CHAT),
+            (self._completion_handler, COMPLETION),
+            (self._response_handler, RESPONSE),
+        ):
+            handler.handle_request = Answering(handler, route, limits, readers, downloads)
+        # Transformers makes a manager at a model's first request; ours is put there before
+        managers = self._generation_state._generate_managers
+        get_manager = self._generation_state.get_manager
+
+        def get_checked_manager(model_id: str, use_cb: bool = False):
+            if not use_cb and model_id not in managers:
+                managers[model_id] = CheckedManager()
+            return get_manager(model_id, use_cb=use_cb)
+
+        self._generation_state.get_manager = get_checked_manager
+        app.add_exception_handler(ValueError, refuse)
+        app.add_middleware(
+            Guard,
+            admission=Admission(limits.max_requests, limits.max_waiting),
+            api_key=self.api_key,
+            pinned=limits.pinned,
+            has_cors=self.has_cors,
+            is_local=self.is_local,
+        )
+        config = self.server.config
+        config.limit_concurrency, config.server_header, config.timeout_graceful_shutdown = MAX_CONNECTIONS, False, 5
+        self.server.run()

@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The model as vLLM runs it: the package's own decoder in vLLM's Transformers backend, with pictures in messages."""
+
+from typing import Any
+
+import torch
+from torch import nn
+from vllm.model_executor.models.interfaces import SupportsMultiModal  # pyright: ignore[reportMissingImports]
+from vllm.model_executor.models.transformers import TransformersForCausalLM  # pyright: ignore[reportMissingImports]
+from vllm.multimodal import MULTIMODAL_REGISTRY  # pyright: ignore[reportMissingImports]
+
+from ...errors_moma import InputError
+from .pictures import PICTURE_IDS, PLACEHOLDER, MomaDummyInputs, MomaPictureInfo, MomaPictureProcessor
+
+
+@MULTIMODAL_REGISTRY.register_processor(
+    MomaPictureProcessor,
+    info=MomaPictureInfo,
+    dummy_inputs=MomaDummyInputs,
+)
+class MomaForVllm(TransformersForCausalLM, SupportsMultiModal):
+    """A MoMa without depth layers.
+
+    A picture is token ids like a word, so the model takes ids and nothing else: what vLLM calls the embeddings of a
+    picture is what the ids give anyway.
+    """
+
+    # the ids tell which experts serve a token
+    requires_raw_input_tokens = True
+
+    @classmethod
+    def get_placeholder_str(cls, modality: str, i: int) -> str | None:
+        """What stands for a picture in a message whose template takes strings alone."""
+        return PLACEHOLDER if modality == "image" else None
+
+    def get_language_model(self) -> nn.Module:
+        """All of it."""
+        return self.model
+
+    def embed_input_ids(
+        self, input_ids: torch.Tensor, multimodal_embeddings: Any = None, *, is_multimodal: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Embeddings of words and codes alike; those of pictures are the same again."""
+        return self.model.get_input_embeddings()(input_ids)
+
+    def embed_multimodal(self, **kwargs: Any) -> list[torch.Tensor]:
+        """Embeddings of the codes of each picture."""
+        pictures = kwargs.get(PICTURE_IDS)
+        return [] if pictures is None else [self.embed_input_ids(ids.flatten()) for ids in pictures]
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None,
+        positions: torch.Tensor,
+        intermediate_tensors: Any = None,
+        inputs_embeds: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """One step over the tokens of all requests, `[tokens]`, as hidden states `[tokens, width]`.
+
+        Raises:
+            ValueError: there are embeddings without ids.
+        """
+        if input_ids is None:
+            raise InputError("`input_ids` is missing: embeddings alone do not tell which experts serve a token.")
+        return super().forward(input_ids, positions, intermediate_tensors, None)
+
+
+__all__ = ["MomaForVllm"]

@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Training some expert groups while the others, or all else, stay as they are.
+
+Shape suffixes: V vocabulary.
+"""
+
+from collections.abc import Sequence
+
+import torch
+
+from ..configuration_moma import MomaConfig
+from ..errors_moma import InputError
+from ..experts_moma import MomaFeedForward
+from ..modality_split_moma import token_modalities
+from ..modeling_moma import MomaPreTrainedModel
+
+
+def freeze_groups(model: MomaPreTrainedModel, groups: list[str]) -> int:
+    """Freeze the feed-forward weights of whole expert groups, routers and shared experts included.
+
+    Attention, norms, embeddings and head serve all modalities and go on learning: [`freeze_all_but`] freezes them,
+    too. Routers keep their thresholds and balance biases with their weights, so all that the state dict holds of a
+    frozen group stays bit for bit. Where much else has been trained, [`calibrate_thresholds`] fits the thresholds to
+    the hidden states of now.
+
+    Args:
+        model: a `MomaForCausalLM` or `MomaModel`; changed in place.
+        groups: names of `config.expert_groups`.
+
+    Returns:
+        Parameters that were frozen.
+
+    Raises:
+        ValueError: the model has no such group.
+    """
+    check_groups(model.config, groups)
+    frozen = 0
+    for module in model.modules():
+        if isinstance(module, MomaFeedForward):
+            for group in set(groups):
+                module.groups[group].requires_grad_(False)
+                frozen += sum(parameter.numel() for parameter in module.groups[group].parameters())
+    return frozen
+
+
+def freeze_all_but(model: MomaPreTrainedModel, groups: list[str]) -> list[str]:
+    """Freeze everything but whole expert groups and the rows of their tokens in the embeddings and the head.
+
+    A text model that learns pictures keeps its words so: where no picture stands before them they meet no weight that
+    changes, and only the new tokens' logits beside theirs do. The rows are those of the groups' own tokens, and of
+    those that begin and end their frames; what backward gives for all other rows is set to zero.
+
+    Args:
+        model: a `MomaForCausalLM` or `MomaModel`; changed in place. Its embeddings must stay whole: FSDP and DeepSpeed
+            make other tensors of them, which train in every row.
+        groups: names of `config.expert_groups` that go on learning.
+
+    Returns:
+        Names of the matrices of which single rows learn. An optimizer's weight decay would shrink all rows of them, so
+        leave it out there, as `moma pretrain --train-groups` does.
+
+    Raises:
+        ValueError: the model has no such group, or `groups` is empty.
+    """
+    check_groups(model.config, groups)
+    if not groups:
+        raise InputError("`groups` is empty: nothing would learn.")
+    model.requires_grad_(False)
+    for module in model.modules():
+        if isinstance(module, MomaFeedForward):
+            for group in groups:
+                module.groups[group].requires_grad_(True)
+    modalities = [modality for group in groups for modality in model.config.expert_groups[group]]
+    is_learning_V = learning_tokens(model.config, modalities)
+    heads = [model.get_input_embeddings(), model.get_output_embeddings()]
+    matrices = {id(head.weight): head.weight for head in heads if head is not None}
+    for weight in matrices.values():
+        weight.requires_grad_(True)
+        weight.register_hook(lambda gradient: gradient * is_learning_V.to(gradient)[:, None])
+    return [name for name, parameter in model.named_parameters() if id(parameter) in matrices]
+
+
+def check_groups(config: MomaConfig, groups: Sequence[str]):
+    """Raise `ValueError` where a model has no such expert group."""
+    unknown = sorted(set(groups) - set(config.expert_groups))
+    if unknown:
+        raise InputError(f"`groups` names {unknown}; the model's groups are {list(config.expert_groups)}.")
+
+
+def learning_tokens(config: MomaConfig, modalities: Sequence[str]) -> torch.Tensor:
+    """True for the tokens of some modalities and for those that begin and end their frames, `[V]`."""
+    indices = torch.tensor([config.modalities.index(modality) for modality in modalities])
+    is_theirs_V = torch.isin(token_modalities(config, torch.arange(config.vocab_size)), indices)
+    for modality, frame in config.frames.items():
+        if modality in modalities:
+            is_theirs_V[[frame.begin, frame.end]] = True
+    return is_theirs_V
+
+
+__all__ = ["freeze_all_but", "freeze_groups"]

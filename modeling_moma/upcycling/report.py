@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What became of a seed: tensors that were taken, copied and made, and by how much the switch changes the output."""
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+
+from ..experts_moma import MomaExpertGroup, MomaFeedForward
+from ..modality_split_moma import token_modalities
+from ..modeling_moma import MomaForCausalLM
+from ..routing_moma import MomaRouter
+from .tensor_sources import kept_groups, tensor_sources
+
+
+@dataclass
+class UpcyclingReceipt:
+    """What became of a seed.
+
+    Attributes:
+        tensors: numbers of tensors that were `"taken"` as they are, `"copied"` into experts, shared ones included, and
+            that are `"new"`.
+        parameters: of the `"seed"` and of the `"upcycled"` model.
+        coverage: shares of a group's tokens that 0, 1, and 2 or more experts took under `expert_choice`, averaged over
+            the layers; by group.
+        output_difference: norm of the logits' change over the norm of the seed's logits.
+        ffn_difference: the same for what a feed-forward layer gives a group's tokens, shared experts included, given
+            the same input, of the tokens that 0, 1, and 2 or more experts took, averaged over the layers; by group.
+            NaN where no token was.
+        output_differences: `output_difference` by modality of the token at the position. NaN where no token was.
+    """
+
+    tensors: dict[str, int]
+    parameters: dict[str, int]
+    coverage: dict[str, list[float]] = field(default_factory=dict)
+    output_difference: float = float("nan")
+    ffn_difference: dict[str, list[float]] = field(default_factory=dict)
+    output_differences: dict[str, float] = field(default_factory=dict)
+
+    def to_dict(self) -> dict:
+        """For JSON, which has no NaN: `None` instead."""
+        return _without_nan(asdict(self))
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nan(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_without_nan(part) for part in value]
+    return None if value != value else value
+
+
+@torch.no_grad()
+def upcycling_receipt(
+    seed: MomaForCausalLM, upcycled: MomaForCausalLM, batch: dict[str, torch.Tensor] | None = None
+) -> UpcyclingReceipt:
+    """Count what was copied, and measure on a probe batch how much the switch changes.
+
+    Both models choose by rank, without noise.
+
+    Args:
+        seed: as given to [`upcycle`].
+        upcycled: what it returned.
+        batch: `input_ids` and `attention_mask` of the probe.
+    """
+    receipt = UpcyclingReceipt(
+        _count_tensors(seed, upcycled), {"seed": seed.num_parameters(), "upcycled": upcycled.num_parameters()}
+    )
+    if batch is None:
+        return receipt
+    modes = seed.training, upcycled.training
+    seed.eval()
+    upcycled.eval()
+    records, handles = [], []
+    try:
+        for name, group, layer, seed_layer in _routed_groups(upcycled, seed):
+            handles.append(group.register_forward_hook(_record_group(name, layer, seed_layer, records)))
+        # by rank, as both train: the thresholds of fresh routers say nothing yet
+        expected, actual = (
+            model(**batch, use_cache=False, routing="expert_choice", output_router_logits=True).logits.float()
+            for model in (seed, upcycled)
+        )
+    finally:
+        for handle in handles:
+            handle.remove()
+        seed.train(modes[0])
+        upcycled.train(modes[1])
+    is_token_BT = batch.get("attention_mask", torch.ones_like(batch["input_ids"])) == 1
+    receipt.output_difference = _difference(actual[is_token_BT], expected[is_token_BT])
+    modality_BT = token_modalities(seed.config, batch["input_ids"])
+    for index, modality in enumerate(seed.config.modalities):
+        is_mine_BT = is_token_BT & (modality_BT == index)
+        receipt.output_differences[modality] = _difference(actual[is_mine_BT], expected[is_mine_BT])
+    for name in sorted({name for name, _, _ in records}):
+        shares, differences = zip(*[(share, difference) for group, share, difference in records if group == name])
+        receipt.coverage[name] = torch.stack(shares).nanmean(0).tolist()
+        receipt.ffn_difference[name] = torch.stack(differences).nanmean(0).tolist()
+    return receipt
+
+
+def _count_tensors(seed: MomaForCausalLM, upcycled: MomaForCausalLM) -> dict[str, int]:
+    sources = tensor_sources(upcycled.state_dict(), seed.state_dict(), kept_groups(seed.config, upcycled.config))
+    kinds = Counter(
+        "new" if not parts else "taken" if parts == [name] else "copied" for name, parts in sources.items()
+    )
+    return {kind: kinds[kind] for kind in ("taken", "copied", "new")}
+
+
+def _difference(actual_NV: torch.Tensor, expected_NV: torch.Tensor) -> float:
+    """Norm of the change over the norm of what was expected; NaN without a token."""
+    return float((actual_NV - expected_NV).norm() / expected_NV.norm())
+
+
+def _routed_groups(
+    upcycled: MomaForCausalLM, seed: MomaForCausalLM
+) -> Iterator[tuple[str, MomaExpertGroup, MomaFeedForward, MomaFeedForward]]:
+    """Every group with a router: its name, itself, its layer and the seed's layer."""
+    for path, layer in upcycled.named_modules():
+        if isinstance(layer, MomaFeedForward):
+            seed_layer = seed.get_submodule(path)
+            for name, group in layer.groups.items():
+                if isinstance(getattr(group, "router", None), MomaRouter):
+                    yield name, group, layer, seed_layer  # pyright: ignore[reportReturnType]
+
+
+def _record_group(name: str, layer: MomaFeedForward, seed_layer: MomaFeedForward, records: list) -> Callable:
+    seed_group = seed_layer.groups[name if name in seed_layer.groups else "all"]
+
+    def record(group: MomaExpertGroup, args: tuple, output: tuple[torch.Tensor, torch.Tensor]):
+        x_ND, context = args
+        _, selection = group.router(x_ND, context)
+        taken_N = torch.bincount(selection.token_EK.flatten(), minlength=x_ND.shape[0]).clamp(max=2)
+        expected_ND = _with_common(seed_layer, x_ND, seed_group(x_ND, context)[0])
+        change_N = (_with_common(layer, x_ND, output[0]) - expected_ND).square().sum(-1)
+        size_N = expected_ND.square().sum(-1)
+        in_class_CN = taken_N == torch.arange(3, device=taken_N.device).unsqueeze(-1)
+        difference_C = ((in_class_CN * change_N).sum(-1) / (in_class_CN * size_N).sum(-1)).sqrt()
+        records.append((name, in_class_CN.float().mean(-1), difference_C))
+
+    return record
+
+
+def _with_common(layer: MomaFeedForward, x_ND: torch.Tensor, y_ND: torch.Tensor) -> torch.Tensor:
+    """A group's outputs in fp32 and those of the expert that all groups share."""
+    return y_ND.float() if layer.shared_expert is None else y_ND.float() + layer.shared_expert(x_ND).float()
+
+
+__all__ = ["UpcyclingReceipt", "upcycling_receipt"]

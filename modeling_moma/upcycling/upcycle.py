@@ -1,0 +1,274 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Upcycling: a model with one feed-forward network per modality, or one for all, grows experts (MoMa section 2.5)."""
+
+import re
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+
+import torch
+
+from ..configuration_moma import TEXT, MomaConfig
+from ..errors_moma import InputError
+from ..modeling_moma import MomaForCausalLM
+from ..routing_rules_moma import RULES
+from .tensor_sources import kept_groups, shared_size, tensor_sources
+
+
+_TARGET = re.compile(r"(?:\d+[a-z])+")
+# what `keep_seed` decides on
+_KEPT_SIZES = ("intermediate_size", "shared_expert_intermediate_size")
+
+
+def parse_experts(name: str, modalities: Sequence[str] = (TEXT, "image")) -> int | dict[str, int]:
+    """Read a name of the paper: `"4t4i"` as `{"text": 4, "image": 4}`, `"8x"` as `8`.
+
+    Args:
+        name: numbers of experts, each with the first letter of its modality, or one number and `x` for experts that
+            all modalities share.
+        modalities: the model's.
+
+    Raises:
+        ValueError: the name has another form or does not name every modality once, or two modalities begin alike.
+    """
+    if re.fullmatch(r"\d+x", name):
+        return int(name[:-1])
+    letters = {modality[0]: modality for modality in modalities}
+    if len(letters) < len(modalities):
+        raise InputError(f"`modalities` = {list(modalities)} begin alike: give the experts as a dict.")
+    parts = re.findall(r"(\d+)([a-z])", name)
+    if not _TARGET.fullmatch(name) or sorted(letter for _, letter in parts) != sorted(letters):
+        wanted = "".join(f"4{letter}" for letter in letters)
+        raise InputError(f"`name` = {name!r}: expected experts of {list(modalities)} as in {wanted!r}, or '8x'.")
+    return {letters[letter]: int(count) for count, letter in parts}
+
+
+def default_experts(modalities: Sequence[str]) -> dict[str, int]:
+    """The target that leaves text as it is: text keeps its one network, every other modality gets four experts.
+
+    Raises:
+        ValueError: there is text alone.
+    """
+    if list(modalities) == [TEXT]:
+        raise InputError(
+            f"`num_experts` = None: by default all modalities but text grow, and the model has {list(modalities)} "
+            "alone. Name a target, as '8x'."
+        )
+    return {modality: 1 if modality == TEXT else 4 for modality in modalities}
+
+
+def upcycled_config(
+    config: MomaConfig,
+    num_experts: int | dict[str, int] | None = None,
+    keep_seed: bool = False,
+    expert_intermediate_size: int | dict[str, int] | None = None,
+    **fields,
+) -> MomaConfig:
+    """The configuration of a seed with more experts.
+
+    Auxiliary routers of new groups know nothing yet, so a seed that infers with `"auxiliary"` becomes a model that
+    infers with `"threshold"`; its depth layers keep their routing.
+
+    Args:
+        config: the seed's.
+        num_experts: see [`MomaConfig`]; by default 1 for text and 4 for every other modality.
+        keep_seed: the shared expert of a group that grows is as wide as the seed's network, and as its shared experts
+            where it has some, taken together.
+        expert_intermediate_size: with `keep_seed`, inner width of one routed expert in every group that grows, or by
+            group; by default the seed's.
+        fields: further fields that change.
+
+    Raises:
+        ValueError: the seed has a group of several experts, or groups that the target would have to merge; a width is
+            given without `keep_seed`, or for a group that does not grow; or `keep_seed` meets a field that it decides
+            on, or `gate_after_norm`, with which a fresh router scales what the shared expert gives.
+    """
+    grown = {group: config.group_num_experts(group) for group in config.expert_groups}
+    if max(grown.values()) > 1:
+        raise InputError(
+            f"`model` has num_experts={config.num_experts}: a seed has one expert in every group, whose copies are to "
+            "become the experts."
+        )
+    if num_experts is None:
+        num_experts = default_experts(config.modalities)
+    if isinstance(config.num_experts, dict) and not isinstance(num_experts, dict):
+        raise InputError(
+            f"`num_experts` = {num_experts!r}: experts that all modalities share cannot be copies of a seed's "
+            "network for each modality."
+        )
+    if expert_intermediate_size is not None and not keep_seed:
+        raise InputError(
+            f"`expert_intermediate_size` = {expert_intermediate_size!r} needs `keep_seed`: without it experts are "
+            "copies of the seed's network and have its width."
+        )
+    decided = sorted(set(fields) & set(_KEPT_SIZES))
+    if keep_seed and decided:
+        raise InputError(
+            f"`fields` = {sorted(fields)}: `keep_seed` decides on {decided}; `expert_intermediate_size` gives the "
+            "width of the routed experts."
+        )
+    inference = {}
+    if RULES[config.inference_routing].needs_auxiliary:
+        inference = {"inference_routing": "threshold"}
+        if config.depth_layers and config.depth_inference_routing is None:
+            inference["depth_inference_routing"] = config.inference_routing
+    upcycled = MomaConfig.from_dict({**config.to_dict(), **inference, "num_experts": num_experts, **fields})
+    if keep_seed:
+        sizes = _sizes_beside_seed(config, upcycled, expert_intermediate_size)
+        upcycled = MomaConfig.from_dict({**upcycled.to_dict(), **sizes})
+    return upcycled
+
+
+def _sizes_beside_seed(seed: MomaConfig, upcycled: MomaConfig, expert_size: int | dict[str, int] | None) -> dict:
+    """Fields of the widths with which shared experts hold the seed's networks."""
+    grown = [group for group in upcycled.expert_groups if upcycled.group_num_experts(group) > 1]
+    if grown and upcycled.gate_after_norm:
+        raise InputError(
+            "`keep_seed` does not go with `gate_after_norm`: the gates of fresh routers would scale what the seed's "
+            "network gives. In a seed without shared experts the field changes nothing: give gate_after_norm=False."
+        )
+    if isinstance(expert_size, int):
+        widths = dict.fromkeys(grown, expert_size)
+    else:
+        widths = expert_size or {}
+    if not set(widths) <= set(grown) or (expert_size is not None and not grown):
+        raise InputError(
+            f"`expert_intermediate_size` = {expert_size!r}: with num_experts={upcycled.num_experts} the groups "
+            f"{grown} grow, all others keep the seed's network and its width."
+        )
+    if not grown:
+        return {}
+    shared = {
+        group: shared_size(seed, group) + (seed.group_intermediate_size(group) if group in grown else 0)
+        for group in upcycled.expert_groups
+    }
+    if "all" in shared:
+        width = widths.get("all", upcycled.intermediate_size)
+        return {"shared_expert_intermediate_size": shared["all"], "intermediate_size": width}
+    return {
+        "shared_expert_intermediate_size": {group: width for group, width in shared.items() if width},
+        "expert_intermediate_size": {**(upcycled.expert_intermediate_size or {}), **widths} or None,
+    }
+
+
+@torch.no_grad()
+def upcycle(
+    model: MomaForCausalLM,
+    num_experts: int | dict[str, int] | None = None,
+    preserve_function: bool = False,
+    perturbation: float = 0.0,
+    gumbel_noise: float = 1.0,
+    gumbel_noise_steps: int | None = None,
+    keep_seed: bool = False,
+    expert_intermediate_size: int | dict[str, int] | None = None,
+    **fields,
+) -> MomaForCausalLM:
+    """Grow a seed (1t1i, or dense) into a model with groups of experts, each a copy of the seed's network.
+
+    Everything else is copied too, depth routers with their thresholds included; the routers of the new groups are
+    fresh. Training goes on with a fresh optimizer and schedule, on the data after those that the seed has seen.
+
+    A fresh router scores about one half. In the paper's form (MoMa section 2.5) a token's copies are weighed by their
+    scores and a third of the tokens gets none, so the model's output changes at the switch: [`upcycling_receipt`] says
+    by how much. With `keep_seed` it does not change: the seed's network becomes the group's shared expert, which every
+    token passes, and the routed experts are fresh and begin with adding nothing. The first step of training moves
+    their `down_proj` alone, all else of them and their routers move from the second on.
+
+    Args:
+        model: the seed; not changed.
+        num_experts: the target, for example `{"text": 4, "image": 4}`; by default 1 for text, which thus stays as it
+            is, and 4 for every other modality.
+        preserve_function: set `normalize_gates`, so that a token that at least one expert takes gets exactly what the
+            seed gave it. With `norm_placement="post"` the norm does nearly that by itself.
+        perturbation: standard deviation of noise on the copies, as a share of the standard deviation of the copied
+            matrix. Networks that stay alone in their group get none.
+        gumbel_noise: `config.gumbel_noise` of the result.
+        gumbel_noise_steps: `config.gumbel_noise_steps` of the result.
+        keep_seed: make the seed's network the shared expert of every group that grows, in place of copies. A shared
+            expert that the seed has already becomes one with it, by modality where the target's experts are.
+        expert_intermediate_size: with `keep_seed`, inner width of one routed expert, for all groups that grow or by
+            group; by default the seed's.
+        fields: further fields of the configuration that change; none that sizes depend on.
+
+    Returns:
+        In the seed's dtype, on its device and in its mode.
+
+    Raises:
+        ValueError: see [`upcycled_config`]; or the perturbation is negative, the fields ask for weights that the seed
+            does not have, or `keep_seed` meets `preserve_function` or a perturbation.
+    """
+    _check_arguments(keep_seed, preserve_function, perturbation)
+    config = upcycled_config(
+        model.config,
+        num_experts,
+        keep_seed,
+        expert_intermediate_size,
+        gumbel_noise=gumbel_noise,
+        gumbel_noise_steps=gumbel_noise_steps,
+        **({"normalize_gates": True} if preserve_function else {}),
+        **fields,
+    )
+    attention = model.config._attn_implementation
+    upcycled = MomaForCausalLM._from_config(config, dtype=model.dtype, attn_implementation=attention)
+    upcycled.to(model.device)
+    seed_state, state = model.state_dict(), upcycled.state_dict()
+    sources = tensor_sources(state, seed_state, kept_groups(model.config, config) if keep_seed else [])
+    for name, tensor in state.items():
+        if sources[name]:
+            tensor.copy_(_tensor_of(name, tensor, sources[name], seed_state, perturbation, fields))
+        elif name.endswith(".experts.down_proj"):
+            # fresh experts add nothing yet
+            tensor.zero_()
+    upcycled.generation_config = deepcopy(model.generation_config)
+    return upcycled.train(model.training)
+
+
+def _check_arguments(keep_seed: bool, preserve_function: bool, perturbation: float):
+    if perturbation < 0:
+        raise InputError(f"`perturbation` = {perturbation}: a standard deviation is not negative.")
+    if not keep_seed:
+        return
+    if perturbation:
+        raise InputError(
+            f"`perturbation` = {perturbation} does not go with `keep_seed`: it tells copies apart, and experts beside "
+            "the seed's network are no copies but fresh."
+        )
+    if preserve_function:
+        raise InputError(
+            "`preserve_function` does not go with `keep_seed`, which preserves the function for every token already. "
+            "Normalised gates for their own sake are the field normalize_gates=True."
+        )
+
+
+def _tensor_of(
+    name: str,
+    tensor: torch.Tensor,
+    sources: Sequence[str],
+    seed_state: Mapping[str, torch.Tensor],
+    perturbation: float,
+    fields: dict,
+) -> torch.Tensor:
+    """What a tensor of the result becomes, joined from its sources."""
+    parts = [seed_state[source] for source in sources if source in seed_state]
+    if parts and ".experts." in name:
+        joined = torch.stack([torch.cat([_perturbed(part, perturbation) for part in parts]) for _ in tensor])
+    elif len(parts) > 1:
+        # networks side by side: the inner width is the rows of what leads in, and the columns of what leads out
+        joined = torch.cat(parts, dim=1 if "down_proj" in name else 0)
+    else:
+        joined = parts[0] if parts else None
+    if joined is None or joined.shape != tensor.shape:
+        raise InputError(
+            f"`model` has no {name} of shape {list(tensor.shape)} to copy. Is it a MomaForCausalLM, and do "
+            f"`fields` = {sorted(fields)} leave its sizes as they are?"
+        )
+    return joined
+
+
+def _perturbed(matrix: torch.Tensor, perturbation: float) -> torch.Tensor:
+    if not perturbation:
+        return matrix
+    wide = matrix.float()
+    return (wide + torch.randn_like(wide) * wide.std() * perturbation).to(matrix.dtype)
+
+
+__all__ = ["default_experts", "parse_experts", "upcycle", "upcycled_config"]

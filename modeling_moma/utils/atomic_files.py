@@ -1,0 +1,159 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Files and folders that are there whole or not at all, whoever else writes them."""
+
+import os
+import platform
+import shutil
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+
+from ..errors_moma import InputError
+
+
+LEFT_OVER = ".partial"
+
+
+def write_aside(path: str | Path, write: Callable[[Path], object]) -> Path:
+    """Write beside the target and rename, so that a kill at any moment leaves the old file or the new one.
+
+    Of several writers the last one wins, whole.
+
+    Args:
+        path: the target; its folder is made where missing.
+        write: writes to the path that it is given.
+
+    Returns:
+        The target.
+    """
+    path = Path(path)
+    with _aside(path) as aside:
+        write(aside)
+        os.replace(aside, path)
+    return path
+
+
+def write_folder_aside(path: str | Path, write: Callable[[Path], object]) -> Path:
+    """As [`write_aside`] for a folder, which is renamed whole where the target is missing or empty.
+
+    Files that are in the target already and are not written again stay; those that are written again are replaced one
+    after the other, once all are written.
+
+    Args:
+        path: the folder.
+        write: makes and fills the folder that it is given.
+
+    Returns:
+        The folder.
+    """
+    path = Path(path)
+    with _aside(path) as aside:
+        write(aside)
+        if path.is_dir() and any(path.iterdir()):
+            _replace_files(aside, path)
+        else:
+            _rename(aside, path)
+    return path
+
+
+def replace_folder(path: str | Path, write: Callable[[Path], object]) -> Path:
+    """As [`write_folder_aside`], but nothing of an older folder stays, and its files never lie beside the new ones.
+
+    What is killed between the two renames leaves neither.
+
+    Args:
+        path: the folder.
+        write: makes and fills the folder that it is given.
+
+    Returns:
+        The folder.
+    """
+    path = Path(path)
+    with _aside(path) as aside:
+        older = aside.with_name(f"{aside.name.removesuffix(LEFT_OVER)}-older{LEFT_OVER}")
+        write(aside)
+        if path.exists():
+            os.rename(path, older)
+        try:
+            os.rename(aside, path)
+        except OSError:
+            os.rename(older, path)
+            raise
+        _remove(older)
+    return path
+
+
+@contextmanager
+def _aside(path: Path) -> Iterator[Path]:
+    """[`path_aside`], of which nothing is left in the end."""
+    aside = path_aside(path)
+    try:
+        yield aside
+    finally:
+        _remove(aside)
+
+
+def path_aside(path: Path) -> Path:
+    """Where this thread writes what becomes `path`: beside it, hidden, and nobody else's.
+
+    The folder of both is made where missing; what killed processes of this machine have left beside `path` is removed.
+    """
+    # another machine may share the disk, and its processes cannot be seen from here
+    start = f".{path.name}.{platform.node()}-"
+    own = path.with_name(f"{start}{os.getpid()}-{threading.get_native_id()}{LEFT_OVER}")
+    own.parent.mkdir(parents=True, exist_ok=True)
+    for other in own.parent.iterdir():
+        process = other.name.removeprefix(start).partition("-")[0]
+        if not other.name.startswith(start) or not other.name.endswith(LEFT_OVER) or not process.isdecimal():
+            continue
+        if other == own or not psutil.pid_exists(int(process)):
+            _remove(other)
+    return own
+
+
+def refuse_files(folder: str | Path, is_fine: Callable[[Path], bool] = lambda path: False):
+    """Refuse an output folder with files that would mix with those of the model to be written.
+
+    Args:
+        folder: missing folders are fine, and so is what killed writers have left.
+        is_fine: whether a path in it may stay; by default none.
+
+    Raises:
+        ValueError: names one of the others.
+    """
+    paths = (path for path in Path(folder).glob("*") if not path.name.endswith(LEFT_OVER))
+    others = sorted(path.name for path in paths if not is_fine(path))
+    if others:
+        raise InputError(
+            f"`--output` {folder!r} has files of something else in it, such as {others[0]!r}: give a new folder."
+        )
+
+
+def is_of_model(path: Path) -> bool:
+    """Whether a file in an output folder is one of a model's own: its settings or weights."""
+    return path.name == "config.json" or path.suffix == ".safetensors"
+
+
+def _replace_files(source: Path, target: Path) -> None:
+    for path in sorted(source.rglob("*")):
+        if path.is_dir():
+            (target / path.relative_to(source)).mkdir(exist_ok=True)
+        else:
+            os.replace(path, target / path.relative_to(source))
+
+
+def _rename(source: Path, target: Path) -> None:
+    if target.is_dir():
+        # not every system renames onto an empty folder
+        target.rmdir()
+    os.rename(source, target)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)

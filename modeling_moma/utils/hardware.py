@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a machine is asked before a training: whether it computes in bf16, and to keep memory for the next step."""
+
+import ctypes
+import os
+import platform
+from typing import TYPE_CHECKING
+
+
+if TYPE_CHECKING:
+    import torch
+
+
+# of `malloc.h`
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+# bytes from which on an allocation is one of its own, given back to the system as soon as it is freed
+_LARGEST_KEPT = 2**30
+_NEVER = -1
+_SETTINGS = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES")
+
+
+def supports_bf16(device: "str | torch.device") -> bool:
+    """Whether the device computes in bfloat16 itself; elsewhere it is emulated and slow."""
+    # `moma` asks for memory before it knows whether torch is needed.
+    import torch
+
+    if torch.device(device).type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    capabilities = torch.cpu.get_capabilities()
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") or capabilities.get("bf16"))
+
+
+def keep_freed_memory() -> bool:
+    """
+    Let glibc keep freed memory for this process, in place of handing large tensors back to the system.
+
+    Gradients, logits and activations of a training step on a CPU are as large as those of the step before. Asked for
+    anew, each of their pages is cleared and entered again, which takes 12 to 16 % of a step
+    (`benchmarks/reports/2026-11-27-what-was-tried-cpu.md`). The peak grows by 2 to 5 %, and the process does not
+    shrink before it ends.
+
+    Returns:
+        Whether it does: not without glibc, nor where the environment sets glibc's allocator already.
+    """
+    if platform.libc_ver()[0] != "glibc" or any(name in os.environ for name in _SETTINGS):
+        return False
+    set_option = ctypes.CDLL(None).mallopt
+    return bool(set_option(_M_MMAP_THRESHOLD, _LARGEST_KEPT)) and bool(set_option(_M_TRIM_THRESHOLD, _NEVER))
+
+
+__all__ = ["keep_freed_memory", "supports_bf16"]

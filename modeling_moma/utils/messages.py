@@ -1,0 +1,42 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What people read at a terminal: errors in one line, and nothing of libraries that nobody uses."""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+# Transformers imports them, used or not: torchao and bitsandbytes tell of kernels that they could not load, torch of
+# how torchao registers its types.
+OPTIONAL_LIBRARIES = ("torchao", "bitsandbytes", "torch.utils._pytree")
+
+
+@contextmanager
+def without_import_notices() -> Iterator[None]:
+    """
+    Drops warnings that [`OPTIONAL_LIBRARIES`] log meanwhile. Their errors pass, and so does all that others say.
+
+    Whoever uses one of them imports it before this package, or sees what it says when it is used.
+    """
+    levels = {name: logging.getLogger(name).level for name in OPTIONAL_LIBRARIES}
+    for name in levels:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)
+
+
+def one_line(error: object, most: int | None = None) -> str:
+    """
+    What an error says, in one line.
+
+    Args:
+        error: or any text.
+        most: characters; the rest is left out.
+    """
+    return " ".join(str(error).split())[:most]
+
+
+__all__ = ["one_line", "without_import_notices"]

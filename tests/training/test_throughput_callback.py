@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a log says of a mixture: shares beside weights, passes, and a warning where they part."""
+
+import logging
+
+import pytest
+import torch
+
+from modeling_moma.training.throughput_callback import FeedingCallback
+
+
+def fed(shares, rows, weights=None):
+    """A callback that was given so many rows of 100 positions, 10 of them padding."""
+    weights = weights or {"photos": 5, "stories": 3, "lines": 2}
+    callback = FeedingCallback(weights, lambda number: [number / 10, number / 20, number / 40], examples_a_step=4)
+    counts = [round(90 * share) for share in shares]
+    row = torch.repeat_interleave(torch.tensor([0, 1, 2, -1]), torch.tensor([*counts, 100 - sum(counts)]))
+    callback.on_batches([{"input_ids": row[None], "source_ids": row[None]} for _ in range(rows)], 0.01)
+    callback.on_step_end(None, None, None)
+    return callback
+
+
+@pytest.fixture
+def warnings(caplog, monkeypatch):
+    # the library's loggers hand nothing on
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    return lambda: [record.getMessage() for record in caplog.records if "mixture" in record.getMessage()]
+
+
+def test_shares_stand_beside_weights_and_padding_is_no_share(warnings):
+    figures = fed([0.5, 0.3, 0.2], 400).figures(step=3)
+    assert [figures[f"{name}_share"] for name in ("photos", "stories", "lines")] == [0.5, 0.3, 0.2]
+    assert [figures[f"{name}_weight"] for name in ("photos", "stories", "lines")] == [0.5, 0.3, 0.2]
+    assert figures["padding_share"] == pytest.approx(0.1)
+    assert [figures[f"{name}_epoch"] for name in ("photos", "stories", "lines")] == [1.2, 0.6, 0.3]
+    assert not warnings()
+
+
+def test_a_mixture_that_is_off_is_warned_of_once_and_not_before_some_hundred_rows(warnings):
+    fed([0.1, 0.5, 0.4], 200).figures(step=1)
+    assert not warnings()
+    callback = fed([0.1, 0.5, 0.4], 400)
+    callback.figures(step=1)
+    (message,) = warnings()
+    assert "photos 0.100 in place of 0.500" in message and "stories 0.500 in place of 0.300" in message
+    callback.on_batches([{"input_ids": torch.zeros(1, 8), "source_ids": torch.zeros(1, 8, dtype=torch.long)}], 0.01)
+    callback.on_step_end(None, None, None)
+    callback.figures(step=2)
+    assert len(warnings()) == 1
+
+
+def test_nothing_is_warned_of_where_a_share_is_off_by_less(warnings):
+    fed([0.511, 0.3, 0.189], 400).figures(step=1)
+    assert not warnings()
+
+
+def test_epoch_is_that_of_the_only_source():
+    several = fed([0.5, 0.3, 0.2], 1)
+    assert several.epoch(5) is None
+    alone = FeedingCallback({"lines": 1.0}, lambda number: [number / 8], examples_a_step=4)
+    assert alone.epoch(5) == 2.5
