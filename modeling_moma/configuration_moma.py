@@ -11,33 +11,162 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""MoMa model configuration: every size and switch, and what follows from them."""
+"""MoMa model configuration: every size and switch, what contradicts what, presets, counts of parameters.
 
-from typing import TYPE_CHECKING
+The rules of routing are known here by their records, see [`RoutingRule`]: the rooms above enter them.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from huggingface_hub.dataclasses import strict
+from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_rope_utils import RopeParameters
 from transformers.utils import auto_docstring
 
-from .configuration_checks_moma import (
-    check_depth,
-    check_experts,
-    check_modalities,
-    check_routing,
-    check_sizes,
-    require,
-)
+from .compat_moma import AUTO_MAP
 from .errors_moma import InputError
-from .frames_moma import ModalityFrame, config_frames
+from .frames_moma import FRAME_FIELDS, IMAGE, TEXT, ModalityFrame
 from .parallel_plans_moma import expert_parallel_plan, tensor_parallel_plan
-from .parameter_counts_moma import count_parameters
-from .presets_moma import preset_fields, preset_names
-from .transformers_gaps_moma import AUTO_MAP
 
 
-TEXT = "text"
 DEPTH_LAYER_TYPE = "moma_depth"
+
+
+@dataclass
+class RoutingRule:
+    """A rule by which experts, depth layers and tokens choose one another.
+
+    Entered with its function for experts by [`routing_rule`], and where depth layers may follow it, with another one
+    by [`depth_rule`].
+
+    Attributes:
+        name (`str`): by which `config.training_routing`, `forward(routing=...)` and the like ask for it.
+        select (`Callable`): gives the (token, expert) pairs of a router's tokens.
+        is_causal (`bool`): whether a token is decided on by itself, so that the rule may serve inference.
+        may_train (`bool`): whether training may follow it.
+        takes_noise (`bool`): whether noise may disturb the choice; other rules compare scores with thresholds that
+            were found without it.
+        moves_bias (`bool`): whether training moves the balance bias.
+        counts_experts (`bool`): whether a token meets `config.num_experts_per_tok` experts; else it meets
+            `config.expert_capacity_factor` of them on average.
+        reads_threshold (`bool`): whether it compares scores with the running mean of the batches' thresholds.
+        needs_auxiliary (`bool`): whether it asks auxiliary routers.
+        choose (`Callable`, *optional*): gives the tokens that a depth layer processes; `None` for a rule of experts
+            alone.
+    """
+
+    name: str
+    select: Callable
+    is_causal: bool
+    may_train: bool
+    takes_noise: bool = False
+    moves_bias: bool = False
+    counts_experts: bool = False
+    reads_threshold: bool = False
+    needs_auxiliary: bool = False
+    choose: Callable | None = None
+
+    def experts_per_token(self, config: "MomaConfig", group: str) -> float:
+        """Experts of a group that one of its tokens meets on average."""
+        return config.num_experts_per_tok if self.counts_experts else config.group_capacity_factor(group)
+
+
+# by name; empty as long as a configuration is all that was loaded, which then takes any name
+RULES: dict[str, RoutingRule] = {}
+
+
+def rule_names(**properties: bool) -> tuple[str, ...]:
+    """Names of the rules with these properties, such as `is_causal=True`."""
+    return tuple(
+        name for name, rule in RULES.items() if all(getattr(rule, key) == value for key, value in properties.items())
+    )
+
+
+def rule_of(name: str, argument: str = "routing") -> RoutingRule:
+    """The rule of a name.
+
+    Args:
+        name (`str`): the rule's.
+        argument (`str`, *optional*, defaults to `"routing"`): who asks, for the message.
+
+    Raises:
+        ValueError: there is no such rule.
+    """
+    if name not in RULES:
+        raise InputError(f"`{argument}` must be one of {sorted(RULES)}, got {name!r}.")
+    return RULES[name]
+
+
+@dataclass(frozen=True)
+class PresetSize:
+    """One size of Table 1.
+
+    Attributes:
+        num_layers (`int`): decoder layers.
+        hidden_size (`int`): width of the residual stream.
+        ffn_size (`int`): inner width of a feed-forward network of two matrices.
+        num_heads (`int`): attention heads.
+        has_depth (`bool`): whether every other layer, from the first on, is a depth layer.
+    """
+
+    num_layers: int
+    hidden_size: int
+    ffn_size: int
+    num_heads: int
+    has_depth: bool = False
+
+    def fields(self) -> dict:
+        """The fields of [`MomaConfig`] that this size sets."""
+        fields: dict[str, int | list[int]] = {
+            "num_hidden_layers": self.num_layers,
+            "hidden_size": self.hidden_size,
+            # SwiGLU keeps the matrices' total of a two-matrix FFN; the paper's counts need it unrounded
+            "intermediate_size": 2 * self.ffn_size // 3,
+            "num_attention_heads": self.num_heads,
+        }
+        if self.has_depth:
+            fields["depth_layers"] = list(range(0, self.num_layers, 2))
+        return fields
+
+
+PRESET_SIZES = {
+    "90m": PresetSize(num_layers=8, hidden_size=512, ffn_size=2048, num_heads=8),
+    "435m": PresetSize(num_layers=24, hidden_size=1024, ffn_size=4096, num_heads=16),
+    "1.4b": PresetSize(num_layers=24, hidden_size=2048, ffn_size=8192, num_heads=16),
+    "mod-110m": PresetSize(num_layers=14, hidden_size=512, ffn_size=2048, num_heads=8, has_depth=True),
+    "mod-635m": PresetSize(num_layers=40, hidden_size=1024, ffn_size=4096, num_heads=16, has_depth=True),
+    "mod-2.3b": PresetSize(num_layers=32, hidden_size=2304, ffn_size=9216, num_heads=18, has_depth=True),
+}
+# `num_experts` by the end of a preset's name
+PRESET_EXPERTS = {
+    "dense": 1,
+    "1t1i": {"text": 1, "image": 1},
+    "8x": 8,
+    "4t4i": {"text": 4, "image": 4},
+}
+
+
+def preset_names() -> list[str]:
+    """Every size with every layout of experts."""
+    return [f"moma-{size}-{experts}" for size in PRESET_SIZES for experts in PRESET_EXPERTS]
+
+
+def preset_fields(name: str) -> dict:
+    """The fields of [`MomaConfig`] that a preset sets.
+
+    Args:
+        name (`str`): one of `preset_names()`, in any case.
+
+    Raises:
+        ValueError: the name is not a preset.
+    """
+    if name.lower() not in preset_names():
+        raise InputError(f"`name` must be one of {preset_names()}, got {name!r}.")
+    size, experts = name.lower().removeprefix("moma-").rsplit("-", 1)
+    return {**PRESET_SIZES[size].fields(), "num_experts": PRESET_EXPERTS[experts]}
 
 
 @auto_docstring(checkpoint="moma-90m-4t4i")
@@ -64,13 +193,13 @@ class MomaConfig(PreTrainedConfig):
         Token ids of every modality but text, as half-open ranges `[start, stop)`. All other ids are text. Modalities
         are counted in the order of their names, whatever the order here.
     begin_image_token_id (`int`, *optional*, defaults to 8197):
-        Id of the token before a picture's codes. Routed as text, as the next one.
+        Id of the token before a image's codes. Routed as text, as the next one.
     end_image_token_id (`int`, *optional*, defaults to 8196):
-        Id of the token after a picture's codes.
+        Id of the token after a image's codes.
     image_seq_length (`int`, *optional*, defaults to 1024):
-        Codes of one picture.
+        Codes of one image.
     modality_frames (`dict[str, dict[str, int]]`, *optional*):
-        What stands around the codes of modalities other than pictures: `{"audio": {"begin": id, "end": id, "length":
+        What stands around the codes of modalities other than images: `{"audio": {"begin": id, "end": id, "length":
         codes}}`, `length` `None` where it varies. Both tokens are routed as text. A modality without a frame can be
         read, but `generate` never writes it.
     norm_placement (`str`, *optional*, defaults to `"post"`):
@@ -97,7 +226,7 @@ class MomaConfig(PreTrainedConfig):
     gumbel_noise (`float`, *optional*, defaults to 0.0):
         Scale of the noise on expert routers' logits in training, 1 is the paper's Gumbel-Sigmoid (MoMa equation 5).
         For the stage after upcycling, where experts begin as copies; it stays on in every later training until it is
-        set to 0. Needs another `training_routing` than `"threshold"`, whose cuts are found without noise.
+        set to 0. Needs another `training_routing` than `"threshold"`, whose thresholds are found without noise.
     gumbel_noise_steps (`int`, *optional*):
         Training forwards, accumulated ones counted singly, over which the noise falls linearly to nothing. Without it
         the noise stays, as in the paper.
@@ -118,9 +247,10 @@ class MomaConfig(PreTrainedConfig):
     depth_pool (`str`, *optional*, defaults to `"batch"`):
         Tokens that compete with one another: all of the `"batch"` (MoMa), or those of each `"row"`.
     depth_threshold_momentum (`float`, *optional*, defaults to 0.5):
-        Momentum of the same running mean of depth routers, which cuts under `threshold`. Depth routers see the bare
-        residual stream and their scores drift fast: where the cut also selects in training, a mean that lags behind
-        lets too few tokens through. Every training forward counts, so small micro-batches may want a higher one.
+        Momentum of the same running mean of depth routers, which `threshold` compares scores with. Depth routers see
+        the bare residual stream and their scores drift fast: where the threshold also selects in training, a mean that
+        lags behind lets too few tokens through. Every training forward counts: small micro-batches may want a higher
+        momentum.
     depth_training_routing (`str`, *optional*):
         Routing of the depth routers in `train()` mode, `training_routing` by default. `"threshold"` trains with the
         selection that inference will use.
@@ -129,7 +259,7 @@ class MomaConfig(PreTrainedConfig):
     z_loss_coef (`float`, *optional*, defaults to 1e-05):
         Weight of the mean of `log(Z)^2` over the target tokens, `Z` the softmax's normaliser (Chameleon section 2.4).
     modality_loss_weights (`dict[str, float]`, *optional*):
-        Weight of one target token of a modality in the training loss; modalities left out weigh 1. Pictures have many
+        Weight of one target token of a modality in the training loss; modalities left out weigh 1. Images have many
         more tokens than their captions: a larger weight for text evens this out. Not applied in `eval()` mode.
 
     Example:
@@ -257,7 +387,18 @@ class MomaConfig(PreTrainedConfig):
     @property
     def frames(self) -> dict[str, ModalityFrame]:
         """The frames of the modalities that can be generated, see [`ModalityFrame`], in the order of `modalities`."""
-        return config_frames(self)
+        tokens = {name: [frame[key] for key in FRAME_FIELDS] for name, frame in (self.modality_frames or {}).items()}
+        if self.begin_image_token_id is not None and self.end_image_token_id is not None:
+            tokens[IMAGE] = [self.begin_image_token_id, self.end_image_token_id, self.image_seq_length]
+        return {
+            name: ModalityFrame(
+                name,
+                tuple((start, stop) for start, stop in self.modality_token_ranges[name]),
+                *tokens[name],  # pyright: ignore[reportArgumentType]
+            )
+            for name in self.modalities
+            if name != TEXT and name in tokens
+        }
 
     @property
     def expert_groups(self) -> dict[str, list[str]]:
@@ -344,7 +485,7 @@ class MomaConfig(PreTrainedConfig):
         check_sizes(self)
 
     def validate_modalities(self):
-        """Check the ranges of ids and the tokens around a picture."""
+        """Check the ranges of ids and the tokens around a image."""
         check_modalities(self)
 
     def validate_experts(self):
@@ -356,8 +497,399 @@ class MomaConfig(PreTrainedConfig):
         check_routing(self)
 
     def validate_depth(self):
-        """Check the depth layers and the routing of their tokens."""
+        """Check the depth layers."""
         check_depth(self)
 
+    def validate_rules(self):
+        """Check the rules by which experts and depth layers choose; the model does it again when it is built."""
+        check_rules(self)
 
-__all__ = ["MomaConfig"]
+
+def count_parameters(config: MomaConfig, active: bool, modality: str | None, exclude_norms_and_routers: bool) -> int:
+    """Parameters of the model of a [`MomaConfig`]; see [`MomaConfig.num_parameters`] for the arguments."""
+    if active and modality is None:
+        return max(count_parameters(config, True, name, exclude_norms_and_routers) for name in config.modalities)
+    width = config.hidden_size
+    embeddings = config.vocab_size * width * (1 if config.tie_word_embeddings else 2)
+    layer = attention_parameters(config) + 3 * width * config.common_shared_intermediate_size
+    layer += sum(
+        _group(config, name, active, exclude_norms_and_routers)
+        for name, members in config.expert_groups.items()
+        if modality is None or modality in members
+    )
+    if not exclude_norms_and_routers:
+        layer += _norms(config)
+    num_depth_layers = len(config.depth_layers or ())
+    layers = (config.num_hidden_layers - num_depth_layers) * layer
+    layers += (
+        num_depth_layers * layer * (1 if modality is None or not active else config.pool_depth_capacity(modality))
+    )
+    if not exclude_norms_and_routers:
+        layers += width + num_depth_layers * router_parameters(config, 1)
+    return round(embeddings + layers)
+
+
+def attention_parameters(config: MomaConfig) -> int:
+    """Matrices and biases of one attention, without the norms of queries and keys."""
+    query_width, key_width = (
+        heads * config.head_dim for heads in (config.num_attention_heads, config.num_key_value_heads)
+    )
+    biases = query_width + 2 * key_width + config.hidden_size if config.attention_bias else 0
+    return config.hidden_size * (2 * query_width + 2 * key_width) + biases
+
+
+def _norms(config: MomaConfig) -> int:
+    qk_norm = {
+        "none": 0,
+        "rmsnorm": 2 * config.head_dim,
+        "layernorm": 4 * config.head_dim,
+        "layernorm_per_head": 2 * config.head_dim * (config.num_attention_heads + config.num_key_value_heads),
+    }
+    return 2 * config.hidden_size + qk_norm[config.qk_norm]
+
+
+def router_parameters(config: MomaConfig, num_scores: int) -> int:
+    """One router of so many scores, its auxiliary router included."""
+    width = config.hidden_size
+    auxiliary = width // 2 * (width + num_scores) if config.auxiliary_routers else 0
+    return num_scores * width + auxiliary
+
+
+def _group(config: MomaConfig, group: str, active: bool, exclude_routers: bool) -> float:
+    num_experts = config.group_num_experts(group)
+    expert = 3 * config.hidden_size * config.group_intermediate_size(group)
+    shared = 3 * config.hidden_size * config.group_shared_intermediate_size(group)
+    if num_experts == 1:
+        return expert + shared
+    router = 0 if exclude_routers else router_parameters(config, num_experts)
+    used = config.group_capacity_factor(group) if active else num_experts
+    return used * expert + shared + router
+
+
+def require(condition: bool, name: str, value: Any, demand: str):
+    """Raise a `ValueError` that names a field, its value and what it has to be, unless the condition holds."""
+    if not condition:
+        raise InputError(f"`{name}` = {value!r}: {demand}.")
+
+
+def check_sizes(config: MomaConfig):
+    """Check sizes, heads and the fields of attention."""
+    for name in (
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "head_dim",
+        "max_position_embeddings",
+        "image_seq_length",
+    ):
+        require(getattr(config, name) > 0, name, getattr(config, name), "must be a positive integer")
+    require(
+        config.num_attention_heads % config.num_key_value_heads == 0,
+        "num_key_value_heads",
+        config.num_key_value_heads,
+        f"must divide num_attention_heads ({config.num_attention_heads}): each serves a group of query heads",
+    )
+    require(
+        config.head_dim % 2 == 0,
+        "head_dim",
+        config.head_dim,
+        "must be even: rotary embeddings turn pairs of channels. Unset, it is hidden_size // num_attention_heads",
+    )
+    require(0 <= config.attention_dropout < 1, "attention_dropout", config.attention_dropout, "must be in [0, 1)")
+    require(config.rms_norm_eps > 0, "rms_norm_eps", config.rms_norm_eps, "must be positive")
+    require(config.initializer_range > 0, "initializer_range", config.initializer_range, "must be positive")
+    require(
+        config.pad_token_id is None or 0 <= config.pad_token_id < config.vocab_size,
+        "pad_token_id",
+        config.pad_token_id,
+        f"must be None or below vocab_size ({config.vocab_size})",
+    )
+    require(config.hidden_act in ACT2FN, "hidden_act", config.hidden_act, "must be an activation of Transformers")
+
+
+def check_modalities(config: MomaConfig):
+    """Check the ranges of ids and the tokens around a image."""
+    require(
+        "text" not in config.modality_token_ranges,
+        "modality_token_ranges",
+        config.modality_token_ranges,
+        "must not name 'text': every id outside the ranges is text",
+    )
+    taken = []
+    for modality, ranges in config.modality_token_ranges.items():
+        for bounds in ranges:
+            require(
+                len(bounds) == 2 and 0 <= bounds[0] < bounds[1] <= config.vocab_size,
+                "modality_token_ranges",
+                {modality: bounds},
+                f"needs [start, stop) with 0 <= start < stop <= vocab_size ({config.vocab_size})",
+            )
+            for other in taken:
+                require(
+                    bounds[1] <= other[0] or other[1] <= bounds[0],
+                    "modality_token_ranges",
+                    {modality: bounds},
+                    f"overlaps {other}: an id has one modality",
+                )
+            taken.append(bounds)
+    for name in ("begin_image_token_id", "end_image_token_id"):
+        token_id = getattr(config, name)
+        if token_id is None:
+            continue
+        require(0 <= token_id < config.vocab_size, name, token_id, f"must be below vocab_size ({config.vocab_size})")
+        require(
+            not any(start <= token_id < stop for start, stop in taken),
+            name,
+            token_id,
+            "lies inside modality_token_ranges: the tokens around a image are text",
+        )
+    if "image" in config.modality_token_ranges:
+        require(
+            config.begin_image_token_id is None or config.begin_image_token_id != config.end_image_token_id,
+            "begin_image_token_id",
+            config.begin_image_token_id,
+            "must differ from end_image_token_id",
+        )
+        require(
+            config.image_seq_length + 2 <= config.max_position_embeddings,
+            "image_seq_length",
+            config.image_seq_length,
+            f"plus two tokens around a image must fit max_position_embeddings ({config.max_position_embeddings})",
+        )
+    check_frames(config)
+
+
+def check_frames(config: MomaConfig):
+    """Check the tokens around the codes of modalities other than images."""
+    for modality, frame in (config.modality_frames or {}).items():
+        own = {modality: frame}
+        require(
+            modality != IMAGE,
+            "modality_frames",
+            own,
+            "the frame of images stands in begin_image_token_id, end_image_token_id and image_seq_length",
+        )
+        require(
+            modality in config.modality_token_ranges,
+            "modality_frames",
+            own,
+            "names no modality of modality_token_ranges that can have one: "
+            f"{sorted(set(config.modality_token_ranges) - {IMAGE})}",
+        )
+        require(
+            set(frame) == set(FRAME_FIELDS), "modality_frames", own, f"needs exactly the keys {list(FRAME_FIELDS)}"
+        )
+        length = frame["length"]
+        require(
+            length is None or length >= 1,
+            "modality_frames",
+            own,
+            "'length' must be a positive number of codes, or None for any number",
+        )
+        require(
+            (length or 1) + 2 <= config.max_position_embeddings,
+            "modality_frames",
+            own,
+            "'length' plus two tokens around the codes must fit max_position_embeddings "
+            f"({config.max_position_embeddings})",
+        )
+    _check_frame_ids(config)
+
+
+def _check_frame_ids(config: MomaConfig):
+    taken = {}
+    image = config.frames.get(IMAGE)
+    if image is not None:
+        taken = {image.begin: "begin_image_token_id", image.end: "end_image_token_id"}
+    codes = [bounds for ranges in config.modality_token_ranges.values() for bounds in ranges]
+    for modality, frame in (config.modality_frames or {}).items():
+        for key in ("begin", "end"):
+            given = frame[key]
+            token_id, own = -1 if given is None else given, {modality: frame}
+            require(
+                0 <= token_id < config.vocab_size,
+                "modality_frames",
+                own,
+                f"{key!r} must be an id below vocab_size ({config.vocab_size})",
+            )
+            require(
+                not any(start <= token_id < stop for start, stop in codes),
+                "modality_frames",
+                own,
+                f"{key!r} lies inside modality_token_ranges: tokens around codes are text",
+            )
+            require(
+                token_id not in taken,
+                "modality_frames",
+                own,
+                f"{key!r} is also {taken.get(token_id)}: each token needs its own id",
+            )
+            taken[token_id] = f"{key!r} of {modality!r}"
+
+
+def check_experts(config: MomaConfig):
+    """Check the expert groups: counts, widths, capacities, shared experts."""
+    _require_modalities(config, "num_experts", complete=True)
+    for group in config.expert_groups:
+        count = config.group_num_experts(group)
+        require(count >= 1, "num_experts", config.num_experts, "must be at least 1 in every group")
+        capacity = config.group_capacity_factor(group)
+        require(
+            0 < capacity <= count,
+            "expert_capacity_factor",
+            config.expert_capacity_factor,
+            f"must be in (0, E]: with c = E = {count} every expert takes every token of group {group!r}",
+        )
+    if config.expert_intermediate_size is not None:
+        require(
+            isinstance(config.num_experts, dict),
+            "expert_intermediate_size",
+            config.expert_intermediate_size,
+            "needs num_experts as a dict: a single group of experts has the width intermediate_size",
+        )
+    for name in ("expert_intermediate_size", "shared_expert_intermediate_size", "expert_capacity_factor"):
+        _require_modalities(config, name)
+    for name in ("expert_intermediate_size", "shared_expert_intermediate_size"):
+        value = getattr(config, name)
+        widths = value.values() if isinstance(value, dict) else [] if value is None else [value]
+        require(all(width > 0 for width in widths), name, value, "must be positive; leave it out for none")
+    for name in ("shared_expert_intermediate_size", "expert_capacity_factor"):
+        require(
+            isinstance(config.num_experts, dict) or not isinstance(getattr(config, name), dict),
+            name,
+            getattr(config, name),
+            "by modality needs num_experts by modality: a single group of experts serves all",
+        )
+    require(
+        1 <= config.num_experts_per_tok,
+        "num_experts_per_tok",
+        config.num_experts_per_tok,
+        "must be at least 1",
+    )
+
+
+def check_routing(config: MomaConfig):
+    """Check the switches of norms, routing and losses, but for the names of rules."""
+    for name, choices in (
+        ("norm_placement", ("pre", "post")),
+        ("qk_norm", ("layernorm", "layernorm_per_head", "rmsnorm", "none")),
+    ):
+        require(getattr(config, name) in choices, name, getattr(config, name), f"must be one of {choices}")
+    require(
+        not (config.gate_after_norm and config.norm_placement == "pre"),
+        "gate_after_norm",
+        config.gate_after_norm,
+        "needs norm_placement='post': with 'pre' nothing cancels the gate",
+    )
+    for name in ("threshold_momentum", "depth_threshold_momentum"):
+        require(0 <= getattr(config, name) < 1, name, getattr(config, name), "must be in [0, 1)")
+    require(
+        config.gumbel_noise_steps is None or config.gumbel_noise_steps > 0,
+        "gumbel_noise_steps",
+        config.gumbel_noise_steps,
+        "must be positive, or None for noise that stays",
+    )
+    for name in ("routing_warmup_steps", "router_bias_update_rate", "z_loss_coef", "gumbel_noise"):
+        require(getattr(config, name) >= 0, name, getattr(config, name), "must not be negative")
+    _require_modalities(config, "modality_loss_weights")
+    weights = config.modality_loss_weights or {}
+    require(
+        all(weight >= 0 for weight in weights.values()),
+        "modality_loss_weights",
+        config.modality_loss_weights,
+        "must not be negative",
+    )
+
+
+def check_depth(config: MomaConfig):
+    """Check the depth layers."""
+    layers = config.depth_layers or []
+    require(
+        all(0 <= layer < config.num_hidden_layers for layer in layers) and sorted(set(layers)) == layers,
+        "depth_layers",
+        config.depth_layers,
+        f"must be ascending indices of the {config.num_hidden_layers} layers, counted from 0",
+    )
+    _require_modalities(config, "depth_capacity", complete=True)
+    for pool in config.depth_pools:
+        capacity = config.pool_depth_capacity(pool)
+        require(0 < capacity <= 1, "depth_capacity", config.depth_capacity, "is a share of the tokens, in (0, 1]")
+    require(config.depth_pool in ("batch", "row"), "depth_pool", config.depth_pool, "must be 'batch' or 'row'")
+
+
+def check_rules(config: MomaConfig):
+    """Check the names of rules, and what rules ask of other fields."""
+    if not RULES:
+        return
+    training, causal, noisy = (rule_names(**{key: True}) for key in ("may_train", "is_causal", "takes_noise"))
+    require(
+        config.training_routing in training,
+        "training_routing",
+        config.training_routing,
+        f"must be one of {training}",
+    )
+    require(
+        config.inference_routing in causal,
+        "inference_routing",
+        config.inference_routing,
+        f"must be one of {causal}: expert_choice sees the future. To measure it, call "
+        "forward(routing='expert_choice')",
+    )
+    for name, choices in (("depth_training_routing", training), ("depth_inference_routing", causal)):
+        value = getattr(config, name)
+        require(
+            value is None or value in choices,
+            name,
+            value,
+            f"must be one of {choices}, or None for {name.removeprefix('depth_')}",
+        )
+    require(
+        config.gumbel_noise == 0 or config.training_routing in noisy,
+        "gumbel_noise",
+        config.gumbel_noise,
+        f"needs a training_routing of {noisy}: others compare scores with thresholds that were found without noise",
+    )
+    if any(RULES[name].counts_experts for name in (config.training_routing, config.inference_routing)):
+        fewest = min(config.group_num_experts(group) for group in config.expert_groups)
+        require(
+            config.num_experts_per_tok <= fewest,
+            "num_experts_per_tok",
+            config.num_experts_per_tok,
+            f"exceeds the smallest group of experts ({fewest})",
+        )
+    for name in ("inference_routing", "depth_inference_routing"):
+        value = getattr(config, name)
+        require(
+            value is None or not RULES[value].needs_auxiliary or config.auxiliary_routers,
+            name,
+            value,
+            "needs auxiliary_routers=True, and `moma train-auxiliary-routers` to train them",
+        )
+
+
+def _require_modalities(config: MomaConfig, name: str, complete: bool = False) -> None:
+    value = getattr(config, name)
+    if not isinstance(value, dict):
+        return
+    unknown = sorted(set(value) - set(config.modalities))
+    require(not unknown, name, value, f"names {unknown}, which modality_token_ranges does not define")
+    missing = sorted(set(config.modalities) - set(value)) if complete else []
+    require(not missing, name, value, f"lacks {missing}: every modality needs its own")
+
+
+__all__ = [
+    "DEPTH_LAYER_TYPE",
+    "PRESET_EXPERTS",
+    "PRESET_SIZES",
+    "RULES",
+    "MomaConfig",
+    "RoutingRule",
+    "attention_parameters",
+    "check_rules",
+    "router_parameters",
+    "rule_names",
+    "rule_of",
+]

@@ -1,23 +1,39 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Mixture of depths: which tokens a layer processes (MoMa section 2.3).
+"""Mixture of depths: which tokens a layer processes, and how (MoMa section 2.3).
 
 Shape suffixes:
     B rows, T positions, D hidden size, N = B * T positions in one line, G pools by modality, Q pools in which tokens
-    compete (G of the batch, or G of each row).
+    compete (G of the batch, or G of each row), P chosen tokens, R rows with chosen tokens.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch import nn
+from transformers.cache_utils import Cache
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs
+from transformers.utils.deprecation import deprecate_kwarg
 
-from .capacity_moma import ceil_share, exact_share
-from .configuration_moma import MomaConfig
-from .errors_moma import InputError
-from .router_base_moma import MomaRouterBase
-from .routing_context_moma import RouterState, RoutingContext
-from .routing_rules_moma import rule_of
-from .thresholds_moma import lower_scores, thresholds_between
+from .configuration_moma import MomaConfig, rule_of
+from .depth_cache_moma import (
+    PackedCache,
+    StepCache,
+    depth_cache_layer,
+    pack_chosen,
+    packed_causal_mask,
+    step_mask,
+)
+from .routing_moma import MomaRouterBase, ceil_share, exact_share, lower_scores, thresholds_between
+from .token_groups_moma import (
+    FLASH_LENGTHS,
+    RouterState,
+    RoutingContext,
+    is_distributed,
+    uses_flash_attention_mask,
+)
 
 
 # a token's score has to pass this one when `token_choice` decides, the middle of the sigmoid
@@ -30,7 +46,7 @@ class DepthSelection:
 
     Attributes:
         chosen_BT (`torch.BoolTensor`): True where the layer processes the token, `[B, T]`.
-        weight_BT (`torch.Tensor`): by what it scales the layer's change, fp32, `[B, T]`.
+        weight_BT (`torch.Tensor`): by what it scales the layer's update, fp32, `[B, T]`.
     """
 
     chosen_BT: torch.Tensor
@@ -45,7 +61,7 @@ class MomaDepthRouter(MomaRouterBase):
     - `expert_choice` takes the `K` best of each pool. Not causal: for training. Of equal scores earlier positions come
       first, and several rows at the last position together, so that equal rows fare alike: `K` may be exceeded by less
       than the number of rows.
-    - `threshold` takes a token iff its score reaches the running mean of the cuts of the batches, midway between the
+    - `threshold` takes a token iff its score reaches the running mean of the batches' thresholds, midway between the
       K-th best score and the next lower one; in the first `routing_warmup_steps` of training as above.
     - `token_choice` takes a token iff its score, with a bias that training nudges towards the capacity, is at least
       one half. The bias does not weigh.
@@ -53,7 +69,7 @@ class MomaDepthRouter(MomaRouterBase):
 
     State dict:
         weight           [1, D]  fp32
-        threshold        [G]     fp32, running mean of each pool's cut
+        threshold        [G]     fp32, running mean of each pool's threshold
         balance_bias     [G]     fp32
         num_updates      [G]     fp32, training steps that the running mean has seen
         auxiliary.       see [`MomaAuxiliaryRouter`], with `config.auxiliary_routers`
@@ -62,9 +78,11 @@ class MomaDepthRouter(MomaRouterBase):
     def __init__(self, config: MomaConfig):
         num_pools = len(config.depth_pools)
         momentum = config.depth_threshold_momentum
-        super().__init__(config, num_scores=1, num_cuts=num_pools, momentum=momentum, updates_shape=(num_pools,))
+        super().__init__(config, num_scores=1, num_thresholds=num_pools, momentum=momentum, updates_shape=(num_pools,))
         self.capacities = [config.pool_depth_capacity(pool) for pool in config.depth_pools]
-        self.taken_shares = [exact_share(capacity) for capacity in self.capacities]
+        self.capacity_fractions = [exact_share(capacity) for capacity in self.capacities]
+        # what a static cache makes room for
+        self.capacity = max(self.capacities)
         self.is_pooled_by_row = config.depth_pool == "row"
 
     def forward(self, hidden_BTD: torch.Tensor, context: RoutingContext) -> tuple[torch.Tensor, DepthSelection]:
@@ -85,7 +103,7 @@ class MomaDepthRouter(MomaRouterBase):
     @torch.no_grad()
     def _choose(self, hidden_BTD: torch.Tensor, scores_BT: torch.Tensor, context: RoutingContext) -> torch.Tensor:
         tokens = DepthTokens(self, context, hidden_BTD, scores_BT)
-        chosen_BT = depth_form_of(context.depth_routing)(tokens)
+        chosen_BT = rule_of(context.depth_routing).choose(tokens)  # pyright: ignore[reportOptionalCall]
         if context.padding_BT is not None:
             chosen_BT = chosen_BT & ~context.padding_BT
         if context.track:
@@ -95,7 +113,7 @@ class MomaDepthRouter(MomaRouterBase):
     def rank(
         self, scores_BT: torch.Tensor, pool_BT: torch.Tensor, is_token_BT: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Membership in the top K of each pool, and the cut of each modality's pools in the mean."""
+        """Membership in the top K of each pool, and the threshold of each modality's pools in the mean."""
         num_rows, num_modalities = scores_BT.shape[0], len(self.capacities)
         num_pools = num_modalities
         if self.is_pooled_by_row:
@@ -109,10 +127,10 @@ class MomaDepthRouter(MomaRouterBase):
         order_N = scores_N.argsort(descending=True, stable=True)
         order_N = order_N[pool_N[order_N].argsort(stable=True)]
         pool_N = pool_N[order_N]
-        # bincount would wait for the largest pool
+        # bincount would sync with the device for the largest pool
         count_Q = torch.zeros(num_pools + 1, dtype=torch.long, device=pool_N.device)
         count_Q.scatter_add_(0, pool_N, torch.ones_like(pool_N))
-        share_2G = torch.tensor(self.taken_shares, device=pool_N.device).t()
+        share_2G = torch.tensor(self.capacity_fractions, device=pool_N.device).t()
         take_Q = ceil_share(share_2G.repeat(1, num_pools // num_modalities), count_Q[:-1])
         take_Q = torch.cat([take_Q, count_Q.new_zeros(1)])
         start_Q = count_Q.cumsum(0) - count_Q
@@ -192,44 +210,34 @@ class DepthTokens:
         return self._ranks
 
 
-DepthForm = Callable[[DepthTokens], torch.Tensor]
-# how depth layers choose, by the name of a rule of `RULES`
-DEPTH_FORMS: dict[str, DepthForm] = {}
+DepthFunction = Callable[[DepthTokens], torch.Tensor]
 
 
-def depth_form(name: str) -> Callable[[DepthForm], DepthForm]:
-    """Let a function choose for depth layers under a rule of `RULES`.
+def depth_rule(name: str) -> Callable[[DepthFunction], DepthFunction]:
+    """Let a function choose for depth layers under a rule that is entered for experts.
 
     It is called with [`DepthTokens`] and gives a mask `[B, T]`.
-    """
 
-    def keep(function: DepthForm) -> DepthForm:
-        DEPTH_FORMS[rule_of(name).name] = function
-        return function
-
-    return keep
-
-
-def depth_form_of(name: str) -> DepthForm:
-    """How depth layers choose under a rule.
+    Args:
+        name (`str`): of the rule.
 
     Raises:
-        ValueError: the rule is none, or is one for experts alone.
+        ValueError: there is no such rule.
     """
-    if rule_of(name, "depth_routing").name not in DEPTH_FORMS:
-        raise InputError(
-            f"`depth_routing` = {name!r}: this rule has no form for depth layers; those that have one are "
-            f"{sorted(DEPTH_FORMS)}."
-        )
-    return DEPTH_FORMS[name]
+
+    def enter(function: DepthFunction) -> DepthFunction:
+        rule_of(name).choose = function
+        return function
+
+    return enter
 
 
-@depth_form("expert_choice")
+@depth_rule("expert_choice")
 def _take_the_best(tokens: DepthTokens) -> torch.Tensor:
     return tokens.ranks[0]
 
 
-@depth_form("threshold")
+@depth_rule("threshold")
 def _take_what_reaches_the_cut(tokens: DepthTokens) -> torch.Tensor:
     router, state = tokens.router, tokens.state
     chosen_BT = tokens.scores_BT >= tokens.by_pool(state.threshold)
@@ -239,15 +247,133 @@ def _take_what_reaches_the_cut(tokens: DepthTokens) -> torch.Tensor:
     return chosen_BT
 
 
-@depth_form("token_choice")
+@depth_rule("token_choice")
 def _take_what_passes_the_middle(tokens: DepthTokens) -> torch.Tensor:
     return tokens.scores_BT + tokens.by_pool(tokens.state.balance_bias) >= _MIDDLE
 
 
-@depth_form("auxiliary")
+@depth_rule("auxiliary")
 def _take_what_is_predicted(tokens: DepthTokens) -> torch.Tensor:
     predicted_BT = tokens.router.predicted_scores(tokens.hidden_BTD).squeeze(-1)
     return predicted_BT >= tokens.by_pool(tokens.router.auxiliary.threshold)
 
 
-__all__ = ["DEPTH_FORMS", "DepthSelection", "DepthTokens", "MomaDepthRouter", "depth_form", "depth_form_of"]
+class DepthLayer(nn.Module):
+    """The forward of a decoder layer for the tokens that its depth router chooses (MoMa section 2.3).
+
+    To be mixed into a decoder layer. Attention and experts see the chosen tokens alone: attention packed to the front
+    of their rows, all else as one row without padding. The whole update that the layer makes to a token is scaled by
+    the token's score. All other tokens leave as they came.
+    """
+
+    config: MomaConfig
+    layer_idx: int
+    depth_router: MomaDepthRouter
+    # what a decoder layer adds to the residual stream, by its attention and by its feed-forward layer
+    attention_update: Callable[..., torch.Tensor]
+    ffn_update: Callable[[torch.Tensor, RoutingContext], torch.Tensor]
+
+    @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        routing_context: RoutingContext,
+        attention_mask: torch.Tensor | None = None,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        cache: Cache | None = None,
+        **kwargs: Unpack[TransformersKwargs],  # pyright: ignore[reportGeneralTypeIssues]
+    ) -> torch.Tensor:
+        is_recorded = bool(kwargs.get("output_attentions", self.config.output_attentions))
+        _, selection = self.depth_router(hidden_states, routing_context)
+        # weights take part in every training step and wherever processes wait for one another; a recorded layer has
+        # attentions in every step
+        keep_empty_rows = self.training or is_distributed() or is_recorded
+        # they count all tokens, as positions do
+        kwargs.pop("position_ids", None)
+        lengths: Any = {name: kwargs.pop(name, None) for name in FLASH_LENGTHS}
+        is_step = hidden_states.shape[1] == 1 and not keep_empty_rows and routing_context.custom_mask_BHQS is None
+        if is_step and cache is not None:
+            return self._step(hidden_states, selection, routing_context, position_embeddings, cache, **kwargs)
+        packing = pack_chosen(
+            selection.chosen_BT,
+            routing_context.split,  # pyright: ignore[reportCallIssue]
+            keep_empty_rows,
+        )
+        if packing is None:
+            self._skip(hidden_states, cache)
+            return hidden_states
+        packing.is_recorded, packed_cache = is_recorded, None
+        if cache is not None:
+            cache_layer = depth_cache_layer(cache, self.layer_idx)
+            packing.slot_RS, packing.past = cache_layer.stored_slots(packing), cache_layer.get_seq_length()
+            packed_cache = PackedCache(cache, packing, self.depth_router.capacity)
+        x_1PD = packing.choose(hidden_states)
+        if lengths["cu_seq_lens_q"] is not None and uses_flash_attention_mask(self.config) and any(packing.counts):
+            # nothing but lengths tells rows apart, either
+            layout = {"attention_mask": None, **packing.chosen_lengths(lengths)}
+        else:
+            mask = packed_causal_mask(self.config, packing, routing_context, x_1PD.dtype)
+            layout = {"attention_mask": mask, "packing": packing}
+        attention_update_1PD = self.attention_update(
+            x_1PD,
+            position_embeddings=tuple(
+                packing.choose(part)
+                for part in position_embeddings  # pyright: ignore[reportOptionalIterable]
+            ),
+            cache=packed_cache,
+            **layout,
+            **kwargs,  # pyright: ignore[reportCallIssue]
+        )
+        packed_context = routing_context.with_split(packing.split)
+        update_1PD = attention_update_1PD + self.ffn_update(x_1PD + attention_update_1PD, packed_context)
+        return packing.add_back(hidden_states, update_1PD, selection.weight_BT)
+
+    def _step(
+        self,
+        hidden_B1D: torch.Tensor,
+        selection: DepthSelection,
+        routing_context: RoutingContext,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None,
+        cache: Cache,
+        **kwargs,
+    ) -> torch.Tensor:
+        """One token in each row: those rows take part that chose it, with nothing to pack."""
+        num_rows = hidden_B1D.shape[0]
+        # the one device sync
+        rows = [row for row, is_chosen in enumerate(selection.chosen_BT.flatten().tolist()) if is_chosen]
+        if not rows:
+            self._skip(hidden_B1D, cache)
+            return hidden_B1D
+        lengths = depth_cache_layer(cache, self.layer_idx).step_lengths(rows)
+        weight_R1, x_R1D, context = selection.weight_BT, hidden_B1D, routing_context
+        row_R = None
+        if len(rows) < num_rows:
+            row_R = torch.tensor(rows, device=hidden_B1D.device)
+            weight_R1, x_R1D = weight_R1.index_select(0, row_R), x_R1D.index_select(0, row_R)
+            position_embeddings = tuple(  # pyright: ignore[reportAssignmentType]
+                part if part.shape[0] == 1 else part.index_select(0, row_R)
+                for part in position_embeddings  # pyright: ignore[reportOptionalIterable]
+            )
+            context = routing_context.with_split(
+                routing_context.split.select_rows(row_R)  # pyright: ignore[reportAttributeAccessIssue]
+            )
+        attention_update_R1D = self.attention_update(
+            x_R1D,
+            position_embeddings=position_embeddings,
+            attention_mask=step_mask(self.config, lengths, x_R1D.dtype, x_R1D.device),
+            cache=StepCache(cache, rows, num_rows, self.depth_router.capacity),
+            **kwargs,
+        )
+        update_R1D = attention_update_R1D + self.ffn_update(x_R1D + attention_update_R1D, context)
+        update_R1D = (update_R1D * weight_R1.unsqueeze(-1).to(update_R1D.dtype)).to(hidden_B1D.dtype)
+        return hidden_B1D + update_R1D if row_R is None else hidden_B1D.index_add(0, row_R, update_R1D)
+
+    def _skip(self, hidden_states: torch.Tensor, cache: Cache | None) -> None:
+        if cache is None:
+            return
+        depth_cache_layer(cache, self.layer_idx)
+        nothing = hidden_states.new_empty(hidden_states.shape[0], 1, 0, 1)
+        cache.update(nothing, nothing, self.layer_idx, num_skipped=hidden_states.shape[1])
+
+
+__all__ = ["DepthLayer", "DepthSelection", "DepthTokens", "MomaDepthRouter", "depth_rule"]

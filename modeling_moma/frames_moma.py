@@ -6,16 +6,11 @@ Shape suffixes: B rows, T positions, N frames.
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from .errors_moma import InputError
-
-
-if TYPE_CHECKING:
-    from .configuration_moma import MomaConfig
 
 
 TEXT = "text"
@@ -25,7 +20,7 @@ FRAME_FIELDS = ("begin", "end", "length")
 
 @dataclass(frozen=True)
 class ModalityFrame:
-    """How the codes of one picture, one sound or the like stand in a sequence.
+    """How the codes of one image, one sound or the like stand in a sequence.
 
     Args:
         modality (`str`): its name in `config.modality_token_ranges`.
@@ -136,22 +131,4 @@ def open_frame_codes(frames: dict[str, ModalityFrame], ids_BT: torch.Tensor) -> 
     return torch.stack([nothing_B, *(frame.open_codes(ids_BT) for frame in frames.values())]).amax(dim=0)
 
 
-def config_frames(config: "MomaConfig") -> dict[str, ModalityFrame]:
-    """The frame of every modality that has one, by its name, in the order of `config.modalities`."""
-    tokens = {
-        modality: [frame[key] for key in FRAME_FIELDS] for modality, frame in (config.modality_frames or {}).items()
-    }
-    if config.begin_image_token_id is not None and config.end_image_token_id is not None:
-        tokens[IMAGE] = [config.begin_image_token_id, config.end_image_token_id, config.image_seq_length]
-    return {
-        modality: ModalityFrame(
-            modality,
-            tuple((start, stop) for start, stop in config.modality_token_ranges[modality]),
-            *tokens[modality],  # pyright: ignore[reportArgumentType]
-        )
-        for modality in config.modalities
-        if modality != TEXT and modality in tokens
-    }
-
-
-__all__ = ["FRAME_FIELDS", "IMAGE", "ModalityFrame", "config_frames"]
+__all__ = ["FRAME_FIELDS", "IMAGE", "TEXT", "ModalityFrame", "in_ranges", "open_frame_codes"]

@@ -1,7 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Text, pictures and other modalities from the stock `generate`, and their codes out of what it generated.
+"""Text, images and other modalities from the stock `generate`, and their codes out of what it generated.
 
-Shape suffixes: B rows, T positions.
+The grammar stands in logits processors, which keep what is written a valid mix of text and of frames of other
+modalities. Whether a row stands inside a frame is read from its ids at every step, so that beams, drafted candidates
+and rows in different states need no bookkeeping.
+
+Shape suffixes: B rows, T positions, V vocabulary.
 """
 
 import copy
@@ -15,33 +19,168 @@ from transformers.generation import (
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
+    StoppingCriteria,
     StoppingCriteriaList,
 )
 from transformers.generation.utils import GenerateOutput
 
+from .compat_moma import GenerationCompat
 from .configuration_moma import MomaConfig
+from .cpu_moma import is_on_cpu, unobserved_inference_mode
 from .errors_moma import InputError
-from .frames_moma import IMAGE, TEXT, ModalityFrame, open_frame_codes
-from .logits_process_moma import (
-    FittingFrameLogitsProcessor,
-    FrameEndCriteria,
-    FrameLogitsProcessor,
-    OneFrameLogitsProcessor,
-    TextOnlyLogitsProcessor,
-)
-from .transformers_gaps_moma import GenerationGaps
-from .unseen_layers_moma import call_mode, unseen_layers
+from .frames_moma import IMAGE, TEXT, ModalityFrame, in_ranges, open_frame_codes
+
+
+class FrameLogitsProcessor(LogitsProcessor):
+    """Inside a frame only its codes and, when it may end, its end; outside neither codes nor ends.
+
+    A frame of fixed length ends after its last code. One of any length may end after its first code, and must end
+    where only one place is left.
+
+    Args:
+        config (`MomaConfig`): gives the frames, and the codes of modalities without one, which are never written.
+        max_length (`int`): positions of the prompt and everything generated.
+    """
+
+    def __init__(self, config: MomaConfig, max_length: int):
+        self.frames = config.frames
+        self.max_length = max_length
+        ids_V = torch.arange(config.vocab_size)
+        outside_V = ~_all_codes(config)
+        outside_V[[frame.end for frame in self.frames.values()]] = False
+        allowed_SV = torch.stack([outside_V, *(frame.is_code(ids_V) for frame in self.frames.values())])
+        # what rows may not write: outside all frames, and inside the frame of each modality
+        self.banned_SV = ~allowed_SV
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        return self._continued(input_ids, scores, [frame.open_codes(input_ids) for frame in self.frames.values()])
+
+    def _continued(self, input_ids: torch.Tensor, scores: torch.Tensor, counts: list[torch.Tensor]) -> torch.Tensor:
+        """Scores of what may come next, for the codes `[B]` that each row has written of a frame of each modality."""
+        # copied in the first step alone
+        self.banned_SV = self.banned_SV.to(scores.device)
+        state_B = sum((count_B >= 0).long() * index for index, count_B in enumerate(counts, start=1))
+        banned_BV = self.banned_SV.index_select(0, state_B)  # pyright: ignore[reportArgumentType]
+        is_last_place = input_ids.shape[1] + 1 >= self.max_length
+        frames = list(self.frames.values())
+        for frame, count_B in zip(frames, counts):
+            if frame.length is None:
+                banned_BV[:, frame.end] &= count_B < 1
+        scores = scores.masked_fill(banned_BV, -torch.inf)
+        for frame, count_B in zip(frames, counts):
+            must_end_B = (count_B >= 1) & is_last_place if frame.length is None else count_B == frame.length
+            force_token_(scores, must_end_B, frame.end)
+        return scores
+
+
+class TextOnlyLogitsProcessor(LogitsProcessor):
+    """Text only: never a code of any modality, nor the begin or end of a frame.
+
+    Args:
+        config (`MomaConfig`): gives the codes and the frames.
+    """
+
+    def __init__(self, config: MomaConfig):
+        self.banned_V = _all_codes(config)
+        for frame in config.frames.values():
+            self.banned_V[[frame.begin, frame.end]] = True
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        # copied in the first step alone
+        self.banned_V = self.banned_V.to(scores.device)
+        return scores.masked_fill(self.banned_V, -torch.inf)
+
+
+class OneFrameLogitsProcessor(FrameLogitsProcessor):
+    """Outside a frame: its begin, as long as the row has not finished one, and then the end of the row.
+
+    Args:
+        config (`MomaConfig`): gives the frames.
+        max_length (`int`): positions of the prompt and everything generated.
+        frame (`ModalityFrame`): the frame that each row writes.
+        prompt_length (`int`): positions of the prompt, whose own frames do not count.
+        stop_token_id (`int`): token that ends a row.
+    """
+
+    def __init__(
+        self, config: MomaConfig, max_length: int, frame: ModalityFrame, prompt_length: int, stop_token_id: int
+    ):
+        super().__init__(config, max_length)
+        self.frame = frame
+        self.prompt_length = prompt_length
+        self.stop_token_id = stop_token_id
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        counts = [frame.open_codes(input_ids) for frame in self.frames.values()]
+        scores = self._continued(input_ids, scores, counts)
+        outside_B = counts[list(self.frames).index(self.frame.modality)] < 0
+        done_B = (input_ids[:, self.prompt_length :] == self.frame.end).any(dim=1)
+        force_token_(scores, outside_B & ~done_B, self.frame.begin)
+        force_token_(scores, outside_B & done_B, self.stop_token_id)
+        return scores
+
+
+class FittingFrameLogitsProcessor(LogitsProcessor):
+    """No begin of a frame where the shortest whole one no longer fits.
+
+    Args:
+        config (`MomaConfig`): gives the frames.
+        max_length (`int`): positions of the prompt and everything generated.
+    """
+
+    def __init__(self, config: MomaConfig, max_length: int):
+        self.frames = config.frames
+        self.max_length = max_length
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        room = self.max_length - input_ids.shape[1]
+        too_long = [frame.begin for frame in self.frames.values() if frame.fewest_codes + 2 > room]
+        if too_long:
+            scores = scores.clone()
+            scores[:, too_long] = -torch.inf
+        return scores
+
+
+class FrameEndCriteria(StoppingCriteria):
+    """A row ends with its frame: for beams, whose scores are means over all their tokens, a forced one included.
+
+    Args:
+        frame (`ModalityFrame`): the frame that each row writes.
+        prompt_length (`int`): positions of the prompt, whose own frames do not count.
+    """
+
+    def __init__(self, frame: ModalityFrame, prompt_length: int):
+        self.end_token_id = frame.end
+        self.prompt_length = prompt_length
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs) -> torch.Tensor:
+        return (input_ids[:, -1] == self.end_token_id) & (input_ids.shape[1] > self.prompt_length)
+
+
+def force_token_(scores: torch.Tensor, rows_B: torch.Tensor, token_id: int) -> None:
+    """Leave one token to some of the rows."""
+    # in most steps to none
+    if is_on_cpu(rows_B) and not rows_B.any():
+        return
+    scores.masked_fill_(rows_B[:, None], -torch.inf)
+    # log-probability 0: a forced token costs a beam nothing, and is possible even where another processor forbade it
+    scores[:, token_id].masked_fill_(rows_B, 0.0)
+
+
+def _all_codes(config: MomaConfig) -> torch.Tensor:
+    ranges = [bounds for ranges in config.modality_token_ranges.values() for bounds in ranges]
+    return in_ranges(torch.arange(config.vocab_size), ranges)
 
 
 INTERLEAVED = "interleaved"
-# of a model of text and pictures; another modality that has a frame is a mode by its own name
+# of a model of text and images; another modality that has a frame is a mode by its own name
 GENERATION_MODES = (TEXT, IMAGE, INTERLEAVED)
 # new tokens that the stock loop generates when nobody says how many
 STOCK_NEW_TOKENS = 20
 GRAMMAR = (FrameLogitsProcessor, TextOnlyLogitsProcessor)
 
 
-class MomaGenerationMixin(GenerationGaps):
+class MomaGenerationMixin(GenerationCompat):
     """Adds `generation_mode` to the stock `generate`, and reads the codes out of what it generated."""
 
     config: MomaConfig
@@ -56,19 +195,19 @@ class MomaGenerationMixin(GenerationGaps):
         **kwargs,
     ) -> GenerateOutput | torch.Tensor:
         r"""
-        The stock `generate` with a grammar for pictures and other modalities; all its decoding strategies and
+        The stock `generate` with a grammar for images and other modalities; all its decoding strategies and
         arguments are available.
 
         Args:
             inputs (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
-                The prompts, padded on the left; also as `input_ids`. They may hold pictures, and may end inside one.
+                The prompts, padded on the left; also as `input_ids`. They may hold images, and may end inside one.
             generation_config (`GenerationConfig`, *optional*):
                 As in the stock method.
             logits_processor (`LogitsProcessorList`, *optional*):
                 The caller's own processors; the grammar comes after them.
             generation_mode (`str`, *optional*, defaults to `"text"`):
                 - `"text"` (also `None`): no token of another modality.
-                - `"image"`, or another modality of `config.frames`: one frame (a picture, a sound) in each row and
+                - `"image"`, or another modality of `config.frames`: one frame (a image, a sound) in each row and
                   nothing else. Its begin is written unless the prompt ends with it; a frame that the prompt has begun
                   is finished. Without `max_new_tokens` or `max_length` the length is what the frame needs; one of
                   any length may go on to the end of the context.
@@ -111,26 +250,25 @@ class MomaGenerationMixin(GenerationGaps):
     ) -> GenerateOutput | torch.Tensor:
         """The stock method with all that a mode needs, in inference mode as far as the caller's arguments allow."""
         option = partial(self._option, generation_config=generation_config, kwargs=kwargs)
-        with unseen_layers(self, option, {**kwargs, "inputs": inputs}):  # pyright: ignore[reportArgumentType]
-            with call_mode(self, arguments):  # pyright: ignore[reportArgumentType]
-                output = super().generate(inputs, generation_config, processors, **kwargs)
-        # what is of inference mode can be neither trained on nor written to
+        with unobserved_inference_mode(self, option, {**arguments, "inputs": inputs}):  # pyright: ignore[reportArgumentType]
+            output = super().generate(inputs, generation_config, processors, **kwargs)
+        # a tensor of inference mode can be neither trained on nor written to
         return output.clone() if isinstance(output, torch.Tensor) and output.is_inference() else output
 
     def decode_image_tokens(self, image_tokens: torch.Tensor) -> torch.Tensor:
-        """Take the pictures' codes out of token ids, as the VQ model and the processor want them.
+        """Take the images' codes out of token ids, as the VQ model and the processor want them.
 
         Args:
             image_tokens (`torch.LongTensor` of shape `(batch_size, sequence_length)`):
-                Token ids, of which all pictures are taken, also those of the prompt.
+                Token ids, of which all images are taken, also those of the prompt.
 
         Returns:
-            `torch.LongTensor` of shape `(num_pictures, image_seq_length)`: codes from 0, row by row, in order.
+            `torch.LongTensor` of shape `(num_images, image_seq_length)`: codes from 0, row by row, in order.
 
         Raises:
-            ValueError: the model writes no pictures, a picture is incomplete, or a code stands outside a picture.
+            ValueError: the model writes no images, a image is incomplete, or a code stands outside a image.
         """
-        # all pictures have one length
+        # all images have one length
         return self._frame(IMAGE).read_codes(image_tokens, "image_tokens")  # pyright: ignore[reportReturnType]
 
     def decode_modality_tokens(self, ids: torch.Tensor, modality: str) -> torch.Tensor | list[torch.Tensor]:
@@ -225,7 +363,7 @@ class MomaGenerationMixin(GenerationGaps):
         needed = int(frame.missing_tokens(prompt).max())
         if frame.length is not None:
             return needed
-        # at least what is needed, so that a prompt without room for it is refused by its length
+        # at least what is needed, so that a prompt without room for it raises by its length
         return max(self.config.max_position_embeddings - prompt_width, needed)
 
     def _grammar(
@@ -355,4 +493,12 @@ def _unconditional_prompt(
     return ids[:, first:], mask[:, first:]
 
 
-__all__ = ["GENERATION_MODES", "MomaGenerationMixin"]
+__all__ = [
+    "GENERATION_MODES",
+    "FittingFrameLogitsProcessor",
+    "FrameEndCriteria",
+    "FrameLogitsProcessor",
+    "MomaGenerationMixin",
+    "OneFrameLogitsProcessor",
+    "TextOnlyLogitsProcessor",
+]

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from .configuration_moma import MomaConfig
-from .modality_split_moma import token_modalities
+from .token_groups_moma import token_modalities
 
 
 # positions whose logits exist at once where a head makes them
@@ -97,7 +97,7 @@ class _ChunkedSum(torch.autograd.Function):
         *parameters: torch.Tensor,
     ):
         needs_grad = any(ctx.needs_input_grad)
-        total, losses, changes = x_ND.new_zeros((), dtype=torch.float32), [], []
+        total, losses, grads = x_ND.new_zeros((), dtype=torch.float32), [], []
         sums: list[torch.Tensor] = []
         for chunk_ND, *chunks in zip(x_ND.split(CHUNK), target_N.split(CHUNK), modality_N.split(CHUNK)):
             with torch.set_grad_enabled(needs_grad):
@@ -106,13 +106,13 @@ class _ChunkedSum(torch.autograd.Function):
             total += part.detach()
             losses.append(loss_N)
             if needs_grad:
-                change_ND, *own = torch.autograd.grad(part, [chunk_ND, *parameters])
-                changes.append(change_ND)
+                grad_ND, *own = torch.autograd.grad(part, [chunk_ND, *parameters])
+                grads.append(grad_ND)
                 sums = [before.add_(new) for before, new in zip(sums, own)] if sums else own
                 # or the next chunk's would stand beside them
                 del own
         if needs_grad:
-            ctx.save_for_backward(torch.cat(changes), *sums)
+            ctx.save_for_backward(torch.cat(grads), *sums)
         loss_N = torch.cat(losses)
         ctx.mark_non_differentiable(loss_N)
         return total, loss_N
@@ -120,8 +120,8 @@ class _ChunkedSum(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, scale: torch.Tensor, _):
-        change_ND, *gradients = (gradient * scale.to(gradient.dtype) for gradient in ctx.saved_tensors)
-        return None, None, change_ND, None, None, *gradients
+        grad_ND, *gradients = (gradient * scale.to(gradient.dtype) for gradient in ctx.saved_tensors)
+        return None, None, grad_ND, None, None, *gradients
 
 
 def _targets(

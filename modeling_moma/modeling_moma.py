@@ -11,48 +11,500 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The MoMa decoder: attention that all modalities share, feed-forward layers split into expert groups."""
+"""The MoMa decoder: attention that all modalities share, feed-forward layers split into groups of experts.
 
+`token_groups_moma.py` finds each modality's tokens, `routing_moma.py` has the routers, and
+`experts_implementations_moma.py` how packed experts multiply; mixture of depths stands in `depth_moma.py`.
+
+Shape suffixes:
+    B rows, T positions, N tokens of one group in the batch, D hidden size, E experts of the group, K tokens that one
+    expert takes, F inner width of one expert, P (token, expert) pairs.
+"""
+
+from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Self, TypeVar
 
 import torch
 from huggingface_hub import CommitInfo
 from torch import nn
 from torch.nn.attention.flex_attention import BlockMask
 from transformers import initialization as init
+from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache, StaticCache
+from transformers.integrations import use_kernel_forward_from_hub, use_kernelized_func
 from transformers.masking_utils import create_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import ModelOutput, MoeModelOutputWithPast
-from transformers.modeling_utils import PreTrainedModel, slice_logits_to_keep
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel, slice_logits_to_keep
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, eager_attention_forward
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, auto_docstring, can_return_tuple
 from transformers.utils.deprecation import deprecate_kwarg
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from .attention_moma import MomaAttention
-from .auxiliary_moma import MomaAuxiliaryRouter
-from .batch_routing_moma import routing_of_batch, seen_positions
-from .configuration_moma import MomaConfig
-from .decoder_layers_moma import MomaDecoderLayer, MomaDepthDecoderLayer
-from .dispatch_moma import DEFAULT_IMPLEMENTATION
-from .document_lengths_moma import document_lengths, goes_by_lengths
+from .compat_moma import complete_model_card
+from .configuration_moma import MomaConfig, check_rules
+from .cpu_moma import CpuAttention, CpuRMSNorm, cpu_form_of, use_cpu_layers
+from .depth_cache_moma import DepthPacking, PackedCache, StepCache
+from .depth_moma import DepthLayer, MomaDepthRouter
 from .errors_moma import InputError
-from .experts_moma import MomaExperts
+from .experts_implementations_moma import DEFAULT_IMPLEMENTATION, may_sync, takes_any_width, takes_hints
 from .generation_moma import MomaGenerationMixin
-from .growing_cache_moma import let_grow
 from .loss_moma import causal_lm_loss
-from .model_card_moma import complete_model_card
-from .norms_moma import MomaHeadLayerNorm, MomaRMSNorm
 from .quantized_layers_moma import use_quantized_layers
-from .rotary_moma import MomaRotaryEmbedding
-from .router_base_moma import MomaRouterBase
-from .router_updates_moma import update_routers
-from .routing_moma import MomaRouter
-from .step_products_moma import project
-from .unseen_layers_moma import layer_mode
+from .routing_moma import MomaAuxiliaryRouter, MomaRouter, MomaRouterBase, update_routers
+from .token_groups_moma import (
+    RoutingContext,
+    document_lengths,
+    routing_of_batch,
+    seen_positions,
+    uses_flash_attention_mask,
+)
+
+
+if TYPE_CHECKING:
+    Class = TypeVar("Class")
+
+    # the library's own says that it gives some module
+    def use_experts_implementation(experts_class: Class) -> Class: ...  # pyright: ignore[reportRedeclaration]
+else:
+    from transformers.integrations import use_experts_implementation
+
+
+@use_kernel_forward_from_hub("RMSNorm")
+class MomaRMSNorm(nn.Module):
+    """RMSNorm over the hidden size, computed in fp32."""
+
+    def __init__(self, hidden_size: int, eps: float = 1e-5):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(hidden_size))
+        self.variance_epsilon = eps
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        dtype = hidden_states.dtype
+        normed = nn.functional.rms_norm(hidden_states.float(), self.weight.shape, eps=self.variance_epsilon)
+        return self.weight * normed.to(dtype)
+
+
+class MomaHeadLayerNorm(nn.Module):
+    """LayerNorm over `head_dim`, with one affine for all heads or one for each (Chameleon's query-key norm)."""
+
+    def __init__(self, shape: tuple[int, ...], eps: float = 1e-5):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(shape))
+        self.bias = nn.Parameter(torch.zeros(shape))
+        self.eps = eps
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        normed = nn.functional.layer_norm(hidden_states, self.weight.shape[-1:], eps=self.eps)
+        return (normed * self.weight + self.bias).to(hidden_states.dtype)
+
+
+def query_key_norm(config: MomaConfig, num_heads: int) -> nn.Module:
+    """The norm of queries or keys that `config.qk_norm` names.
+
+    Args:
+        config (`MomaConfig`): the model's.
+        num_heads (`int`): heads of queries, or of keys.
+    """
+    # CODEPATH: RMSNorm for models trained here, as moma-emoji
+    if config.qk_norm == "rmsnorm":
+        return MomaRMSNorm(config.head_dim, eps=config.rms_norm_eps)
+    # CODEPATH: the presets, as in Chameleon's own code
+    if config.qk_norm == "layernorm":
+        return MomaHeadLayerNorm((config.head_dim,))
+    # CODEPATH: Chameleon checkpoints that were converted to Transformers
+    if config.qk_norm == "layernorm_per_head":
+        return MomaHeadLayerNorm((num_heads, config.head_dim))
+    return nn.Identity()
+
+
+class MomaRotaryEmbedding(nn.Module):
+    """Cosines and sines `[B, T, head_dim]` of positions; scaled types come from `config.rope_parameters`."""
+
+    def __init__(self, config: MomaConfig):
+        super().__init__()
+        self.max_seq_len_cached = config.max_position_embeddings
+        self.original_max_seq_len = config.max_position_embeddings
+        self.config = config
+        self.rope_type = config.rope_parameters["rope_type"]
+        rope_init: Callable = self.compute_default_rope_parameters
+        if self.rope_type != "default":
+            rope_init = ROPE_INIT_FUNCTIONS[self.rope_type]
+        inv_freq, self.attention_scaling = rope_init(config)
+        self.inv_freq = nn.Buffer(inv_freq, persistent=False)
+        self.original_inv_freq = nn.Buffer(inv_freq.clone(), persistent=False)
+
+    @staticmethod
+    def compute_default_rope_parameters(config: MomaConfig, **kwargs) -> tuple[torch.Tensor, float]:
+        """Inverse frequencies `[head_dim / 2]` of plain rotary embeddings, and a scaling of 1."""
+        steps = torch.arange(0, config.head_dim, 2, dtype=torch.float) / config.head_dim
+        return config.rope_parameters["rope_theta"] ** -steps, 1.0
+
+    @dynamic_rope_update
+    def forward(self, x: torch.Tensor, position_ids: torch.LongTensor) -> tuple[torch.Tensor, torch.Tensor]:
+        angles = position_ids[..., None].float() * self.inv_freq.float()
+        angles = torch.cat((angles, angles), dim=-1)
+        cos, sin = angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
+        return cos.to(x.dtype), sin.to(x.dtype)
+
+
+@use_kernelized_func(apply_rotary_pos_emb)
+class MomaAttention(nn.Module):
+    """Causal self-attention over the tokens of all modalities, optionally with normed queries and keys.
+
+    A depth layer gives it the chosen tokens of all rows in one, and their packing: the attention itself sees rows.
+    """
+
+    def __init__(self, config: MomaConfig, layer_idx: int):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = config.head_dim
+        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        self.scaling = self.head_dim**-0.5
+        self.attention_dropout = config.attention_dropout
+        self.is_causal = True
+        query_width = config.num_attention_heads * self.head_dim
+        key_width = config.num_key_value_heads * self.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, query_width, bias=config.attention_bias)
+        self.k_proj = nn.Linear(config.hidden_size, key_width, bias=config.attention_bias)
+        self.v_proj = nn.Linear(config.hidden_size, key_width, bias=config.attention_bias)
+        self.o_proj = nn.Linear(query_width, config.hidden_size, bias=config.attention_bias)
+        self.has_norm = config.qk_norm != "none"
+        self.q_norm = query_key_norm(config, config.num_attention_heads)
+        self.k_norm = query_key_norm(config, config.num_key_value_heads)
+
+    @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        attention_mask: torch.Tensor | None,
+        cache: Cache | PackedCache | StepCache | None = None,
+        packing: DepthPacking | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        query, key, value = self._project(hidden_states, position_embeddings)
+        if packing is not None:
+            query, key, value = packing.lay_out(query), packing.lay_out(key), packing.lay_out(value)
+        if cache is not None:
+            key, value = self.store(cache, key, value, **kwargs)
+        # vLLM reads the source of this method for the one call of the interface and for its scale
+        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.attention_implementation(), eager_attention_forward
+        )
+        attn_output, attn_weights = attention_interface(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=self.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            **kwargs,
+        )
+        # some backends answer with tokens and width alone
+        attn_output = attn_output.reshape(query.shape[0], query.shape[2], -1)
+        if packing is not None:
+            attn_output, attn_weights = packing.take_out(attn_output), packing.unpack_attention(attn_weights)
+        return self.o_proj(attn_output), attn_weights
+
+    def attention_implementation(self) -> str:
+        """The name of the attention that the model is set to."""
+        return self.config._attn_implementation  # pyright: ignore[reportReturnType]
+
+    def store(
+        self, cache: Cache | PackedCache | StepCache, key: torch.Tensor, value: torch.Tensor, **kwargs
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Add keys and values to a cache, `[B, H, T, head_dim]`; gives all that this layer has there."""
+        return cache.update(key, value, self.layer_idx, kwargs=kwargs)
+
+    def _project(
+        self, hidden_states: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        query, key, value = (self._heads(layer(hidden_states)) for layer in (self.q_proj, self.k_proj, self.v_proj))
+        if self.has_norm:
+            query, key = self.q_norm(query), self.k_norm(key)
+        query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+        query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
+        return query, key, value
+
+    def _heads(self, states: torch.Tensor) -> torch.Tensor:
+        # a view cannot infer the heads of rows without tokens, which depth layers have
+        return states.contiguous().view(*states.shape[:-1], states.shape[-1] // self.head_dim, self.head_dim)
+
+
+if TYPE_CHECKING:
+    Class = TypeVar("Class")
+
+    # the library's own says that it gives some module
+    def use_experts_implementation(experts_class: Class) -> Class: ...  # pyright: ignore[reportRedeclaration]
+else:
+    from transformers.integrations import use_experts_implementation
+
+
+@takes_any_width
+@use_experts_implementation
+class MomaExperts(nn.Module):
+    """SwiGLU experts stored as 3D tensors, called through the experts interface of Transformers.
+
+    State dict:
+        gate_up_proj  [E, 2 * F, D]
+        down_proj     [E, D, F]
+    """
+
+    # quantised matmuls fail on inputs without rows: `use_quantized_layers` sets it
+    needs_rows = False
+    # what the decorator adds
+    config: MomaConfig
+    _apply_gate: Callable[[torch.Tensor], torch.Tensor]
+
+    def __init__(self, config: MomaConfig, group: str):
+        super().__init__()
+        self.num_experts = config.group_num_experts(group)
+        width = config.group_intermediate_size(group)
+        self.gate_up_proj = nn.Parameter(torch.empty(self.num_experts, 2 * width, config.hidden_size))
+        self.down_proj = nn.Parameter(torch.empty(self.num_experts, config.hidden_size, width))
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """Run each token through its experts, one expert after the other (the "eager" implementation).
+
+        Args:
+            hidden_states (`torch.Tensor`): `[N, D]`.
+            top_k_index (`torch.LongTensor`): experts of each token, `[N, k]`.
+            top_k_weights (`torch.Tensor`): gates, `[N, k]`.
+
+        Returns:
+            `torch.Tensor`: weighted sums, `[N, D]`.
+        """
+        output = torch.zeros_like(hidden_states)
+        # every expert runs, with zero rows if need be, so that every rank touches every weight
+        for expert in range(self.num_experts):
+            token, slot = torch.where(top_k_index == expert)
+            expert_output = self.run_expert(expert, hidden_states[token]) * top_k_weights[token, slot, None]
+            output = output.index_add(0, token, expert_output.to(output.dtype))
+        return output
+
+    def run_expert(self, expert: int, x_KD: torch.Tensor) -> torch.Tensor:
+        """One expert on its rows, `[K, D]` to `[K, D]`."""
+        if self.needs_rows and x_KD.shape[0] == 0:
+            return self.run_expert(expert, x_KD.new_zeros(1, x_KD.shape[1]))[:0]
+        gate_up = nn.functional.linear(x_KD, self.gate_up_proj[expert])
+        return nn.functional.linear(self._apply_gate(gate_up), self.down_proj[expert])
+
+
+class MomaMLP(nn.Module):
+    """A SwiGLU feed-forward network: the expert of a one-expert group, or a shared expert."""
+
+    needs_rows = False
+
+    def __init__(self, hidden_size: int, intermediate_size: int, hidden_act: str):
+        super().__init__()
+        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
+        self.act_fn = ACT2FN[hidden_act]
+
+    def forward(self, x_ND: torch.Tensor) -> torch.Tensor:
+        """`[..., D]` to `[..., D]`."""
+        if self.needs_rows and x_ND.shape[0] == 0:
+            return self(x_ND.new_zeros(1, *x_ND.shape[1:]))[:0]
+        inner_NF = self.act_fn(self.gate_proj(x_ND)) * self.up_proj(x_ND)
+        return self.down_proj(inner_NF)
+
+
+class MomaExpertGroup(nn.Module):
+    """The experts of one modality, or of all (MoMa section 2.2, equation 1).
+
+    Tokens may be taken by several experts or by none; those that none took get zeros, and the residual stream
+    carries them.
+
+    State dict:
+        router.weight, .threshold, ...   see [`MomaRouter`]; absent with one expert
+        experts.gate_up_proj, .down_proj see [`MomaExperts`]; with one expert `mlp.{gate,up,down}_proj.weight`
+        shared_expert.{gate,up,down}_proj.weight, when configured
+    """
+
+    def __init__(self, config: MomaConfig, group: str):
+        super().__init__()
+        self.num_experts = config.group_num_experts(group)
+        self.normalizes_gates, self.needs_gate = config.normalize_gates, config.gate_after_norm
+        if self.num_experts == 1:
+            self.mlp = MomaMLP(config.hidden_size, config.group_intermediate_size(group), config.hidden_act)
+        else:
+            self.router = MomaRouter(config, group)
+            self.experts = MomaExperts(config, group)
+        shared_size = config.group_shared_intermediate_size(group)
+        self.shared_expert = MomaMLP(config.hidden_size, shared_size, config.hidden_act) if shared_size else None
+
+    def forward(self, x_ND: torch.Tensor, context: RoutingContext) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Run the group, also on zero tokens: its weights take part in every step on every rank.
+
+        Args:
+            x_ND (`torch.Tensor`): the group's tokens, `[N, D]`.
+            context (`RoutingContext`): the routing of this forward.
+
+        Returns:
+            `tuple`: outputs `[N, D]`, and with `gate_after_norm` each token's sum of gates `[N]` (a shared expert
+            counts 1).
+        """
+        num_tokens, selection = x_ND.shape[0], None
+        if self.num_experts == 1:
+            y_ND = self.mlp(x_ND)
+        else:
+            # experts that a server has put in their place know of no pairs without a token
+            is_ours = isinstance(self.experts, MomaExperts)
+            _, selection = self.router(x_ND, context if is_ours else context.with_syncs())
+            if self.normalizes_gates:
+                selection = selection.normalized(num_tokens)
+            # expert parallelism brings experts other rows than these, in unknown shares
+            is_parallel = getattr(self.experts, "_is_expert_parallel", False)
+            may_hint = context.takes_hints and not is_parallel and (is_ours or selection.shape_EK is not None)
+            y_PD = self.experts(
+                selection.dispatch(x_ND),
+                selection.expert_P.unsqueeze(-1),
+                selection.weight_P.unsqueeze(-1),
+                **(selection.hints() if may_hint else {}),
+            )
+            y_ND = selection.combine(y_PD, num_tokens)
+        if self.shared_expert is not None:
+            y_ND = y_ND + self.shared_expert(x_ND)
+        if not self.needs_gate:
+            return y_ND, None
+        gate_N = x_ND.new_ones(num_tokens, dtype=torch.float32) if selection is None else selection.gates(num_tokens)
+        return y_ND, gate_N if self.shared_expert is None else gate_N + 1
+
+
+class MomaFeedForward(nn.Module):
+    """Feed-forward layer with one expert group per modality, and optionally an expert that all tokens share.
+
+    State dict:
+        groups.{text,image,...}.   see [`MomaExpertGroup`]; one group named "all" when modalities share it
+        shared_expert.             see [`MomaMLP`]; when configured
+    """
+
+    # also without a token: set while somebody observes the routers
+    runs_all_groups = False
+
+    def __init__(self, config: MomaConfig):
+        super().__init__()
+        self.groups = nn.ModuleDict({group: MomaExpertGroup(config, group) for group in config.expert_groups})
+        shared_size = config.common_shared_intermediate_size
+        self.shared_expert = MomaMLP(config.hidden_size, shared_size, config.hidden_act) if shared_size else None
+        self.needs_gate = config.gate_after_norm
+
+    def forward(
+        self, hidden_states: torch.Tensor, context: RoutingContext
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Send each token through its modality's group.
+
+        Args:
+            hidden_states (`torch.Tensor`): `[B, T, D]`.
+            context (`RoutingContext`): the routing of this forward.
+
+        Returns:
+            `tuple`: outputs `[B, T, D]`, and with `gate_after_norm` the sum of each token's gates `[B, T, 1]`.
+        """
+        runs_all = context.runs_all_groups or self.runs_all_groups
+        names = list(self.groups) if runs_all else context.split.used_groups
+        if len(names) == 1 and context.split.is_whole:
+            y_ND, gate_N = self.groups[names[0]](hidden_states.flatten(0, 1), context)
+            merged = y_ND.view(hidden_states.shape)
+            gate = None if gate_N is None else gate_N.view(*hidden_states.shape[:2], 1).to(merged.dtype)
+            return self._with_shared(hidden_states, merged, gate)
+        tokens = context.split.split(hidden_states)
+        # a chunk of padding alone has no tokens in any group
+        names = names or list(self.groups)
+        outputs = {name: self.groups[name](tokens[name], context) for name in names}
+        merged = context.split.merge({name: output[0] for name, output in outputs.items()}, hidden_states)
+        gate = None
+        if self.needs_gate:
+            gates = {name: output[1] for name, output in outputs.items()}
+            gate = context.split.merge(gates, hidden_states)  # pyright: ignore[reportArgumentType]
+            gate = gate.unsqueeze(-1).to(merged.dtype)
+        return self._with_shared(hidden_states, merged, gate)
+
+    def _with_shared(
+        self, hidden_BTD: torch.Tensor, merged_BTD: torch.Tensor, gate_BT1: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        if self.shared_expert is None:
+            return merged_BTD, gate_BT1
+        return merged_BTD + self.shared_expert(hidden_BTD), None if gate_BT1 is None else gate_BT1 + 1
+
+
+class MomaDecoderLayer(GradientCheckpointingLayer):
+    """Attention and feed-forward, with the norm after (`h + norm(f(h))`, MoMa section 2.2) or before each."""
+
+    def __init__(self, config: MomaConfig, layer_idx: int):
+        super().__init__()
+        self.norm_placement = config.norm_placement
+        self.self_attn = MomaAttention(config, layer_idx)
+        self.mlp = MomaFeedForward(config)
+        self.attention_norm = MomaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.ffn_norm = MomaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        routing_context: RoutingContext,
+        attention_mask: torch.Tensor | None = None,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        cache: Cache | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> torch.Tensor:
+        hidden_states = hidden_states + self.attention_update(
+            hidden_states,
+            position_embeddings=position_embeddings,
+            attention_mask=attention_mask,
+            cache=cache,
+            **kwargs,
+        )
+        return hidden_states + self.ffn_update(hidden_states, routing_context)
+
+    def attention_update(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
+        """What attention adds to the residual stream."""
+        if self.norm_placement == "pre":
+            return self.self_attn(self.attention_norm(hidden_states), **kwargs)[0]
+        return self.attention_norm(self.self_attn(hidden_states, **kwargs)[0])
+
+    def ffn_update(self, hidden_states: torch.Tensor, routing_context: RoutingContext) -> torch.Tensor:
+        """What the feed-forward layer adds to the residual stream."""
+        if self.norm_placement == "pre":
+            return self.mlp(self.ffn_norm(hidden_states), routing_context)[0]
+        update, gate = self.mlp(hidden_states, routing_context)
+        update = self.ffn_norm(update)
+        # RMSNorm has cancelled the gate of tokens that one expert took
+        return update * gate if gate is not None else update
+
+
+class MomaDepthDecoderLayer(DepthLayer, MomaDecoderLayer):
+    """A decoder layer for the tokens that its depth router chooses, see [`DepthLayer`]."""
+
+    def __init__(self, config: MomaConfig, layer_idx: int):
+        super().__init__(config, layer_idx)
+        self.config = config
+        self.layer_idx = layer_idx
+        self.depth_router = MomaDepthRouter(config)
+
+
+@cpu_form_of(MomaRMSNorm)
+class MomaCpuRMSNorm(CpuRMSNorm, MomaRMSNorm):
+    """[`MomaRMSNorm`] as [`CpuRMSNorm`] computes it."""
+
+
+@cpu_form_of(MomaAttention)
+class MomaCpuAttention(CpuAttention, MomaAttention):
+    """[`MomaAttention`] with what [`CpuAttention`] changes."""
 
 
 @auto_docstring(
@@ -110,12 +562,17 @@ class MomaPreTrainedModel(PreTrainedModel):
         "hidden_states": MomaDecoderLayer,
         "attentions": MomaAttention,
     }
-    # the library looks for the decorator of the experts in this file only
-    _can_set_experts_implementation_cached_value = True
 
     if TYPE_CHECKING:
         # the library's wrapper says nothing of what it gives
         def to(self, *args, **kwargs) -> Self: ...
+
+    def post_init(self):
+        """See `PreTrainedModel.post_init`; layers get their forms for CPUs, which are the plain ones elsewhere."""
+        # a configuration that was loaded before the model's code did not know of any rule
+        check_rules(self.config)
+        super().post_init()
+        use_cpu_layers(self)
 
     @classmethod
     def from_pretrained(cls, *args, **kwargs) -> Self:
@@ -173,7 +630,7 @@ class MomaModel(MomaPreTrainedModel):
         self.vocab_size = config.vocab_size
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
         depth_layers = set(config.depth_layers or ())
-        # depth layers wait for who takes part
+        # data-dependent shapes of depth layers: no full graph
         self._can_compile_fullgraph = not depth_layers
         self.layers = nn.ModuleList(
             [
@@ -221,8 +678,6 @@ class MomaModel(MomaPreTrainedModel):
         is_whole_prompt = cache is None
         if use_cache and cache is None:
             cache = DynamicCache(config=self.config)
-        if not torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            let_grow(cache)
         # before the embedding: a bad id of a prompt has to meet our message, not the embedding's
         context = routing_of_batch(
             self.config,
@@ -237,15 +692,17 @@ class MomaModel(MomaPreTrainedModel):
             routing=routing,
             depth_routing=depth_routing,
             is_recorded=bool(kwargs.get("output_router_logits", self.config.output_router_logits)),
+            may_sync=may_sync(self.config, self.embed_tokens.weight if inputs_embeds is None else inputs_embeds),
+            takes_hints=takes_hints(self.config),
         )
         hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        by_lengths = goes_by_lengths(self.config)
+        by_lengths = uses_flash_attention_mask(self.config)
         causal_mask = create_causal_mask(
             config=self.config,
             inputs_embeds=hidden_states,
             attention_mask=attention_mask,
             cache=cache,
-            # only those of the caller may begin again within a row, for which the mask would wait to look
+            # only those of the caller may begin again within a row, for which the mask would look with a device sync
             position_ids=None if by_lengths else position_ids,
             # the columns of a static cache that no token fills yet have to be hidden, in steps of one token too
             allow_is_causal_skip=not isinstance(cache, StaticCache) or hidden_states.shape[1] > 1,
@@ -257,19 +714,18 @@ class MomaModel(MomaPreTrainedModel):
             position_ids = position_ids.unsqueeze(0)
         position_embeddings = self.rotary_emb(hidden_states, position_ids=position_ids)
         # fewer where the model drafts for itself (`assistant_early_exit`)
-        with layer_mode():
-            for decoder_layer in self.layers[: self.config.num_hidden_layers]:
-                hidden_states = decoder_layer(
-                    hidden_states,
-                    routing_context=context,
-                    attention_mask=causal_mask,
-                    # flash attention would sync in every layer to look for what has been found
-                    position_ids=None if by_lengths else position_ids,
-                    position_embeddings=position_embeddings,
-                    cache=cache,
-                    use_cache=use_cache,
-                    **kwargs,  # pyright: ignore[reportCallIssue]
-                )
+        for decoder_layer in islice(self.layers, self.config.num_hidden_layers):
+            hidden_states = decoder_layer(
+                hidden_states,
+                routing_context=context,
+                attention_mask=causal_mask,
+                # flash attention would look in every layer, with a device sync, for what has been found
+                position_ids=None if by_lengths else position_ids,
+                position_embeddings=position_embeddings,
+                cache=cache,
+                use_cache=use_cache,
+                **kwargs,  # pyright: ignore[reportCallIssue]
+            )
         hidden_states = self.norm(hidden_states)
         if context.track:
             update_routers(context, self.config.router_bias_update_rate)
@@ -331,7 +787,7 @@ class MomaForCausalLM(MomaPreTrainedModel, MomaGenerationMixin):
         mm_token_type_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
             See [`MomaModel.forward`].
         labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
-            Targets, a copy of `input_ids` with -100 where no loss is wanted; shifted inside. Picture codes count like
+            Targets, a copy of `input_ids` with -100 where no loss is wanted; shifted inside. Image codes count like
             words. What `attention_mask` hides is no target and predicts none.
         routing (`str`, *optional*):
             See [`MomaModel.forward`].
@@ -370,7 +826,7 @@ class MomaForCausalLM(MomaPreTrainedModel, MomaGenerationMixin):
         loss = logits = modality_losses = modality_tokens = None
         has_labels = labels is not None or kwargs.get("shift_labels") is not None
         if not (skip_logits and has_labels):
-            logits = project(self.lm_head, hidden_states).contiguous()
+            logits = self.lm_head(hidden_states).contiguous()
         if has_labels:
             parts = causal_lm_loss(
                 self.config,
@@ -394,4 +850,15 @@ class MomaForCausalLM(MomaPreTrainedModel, MomaGenerationMixin):
         )
 
 
-__all__ = ["MomaCausalLMOutput", "MomaForCausalLM", "MomaModel", "MomaPreTrainedModel"]
+__all__ = [
+    "MomaAttention",
+    "MomaCausalLMOutput",
+    "MomaDecoderLayer",
+    "MomaDepthDecoderLayer",
+    "MomaExpertGroup",
+    "MomaExperts",
+    "MomaFeedForward",
+    "MomaForCausalLM",
+    "MomaModel",
+    "MomaPreTrainedModel",
+]

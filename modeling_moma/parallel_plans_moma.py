@@ -5,21 +5,17 @@ Names are relative to [`MomaModel`]; `*` stands for the number of a layer. Fully
 layers of the base model, as Transformers has it by default.
 """
 
-from typing import TYPE_CHECKING
+from typing import Any
 
 
-if TYPE_CHECKING:
-    from .configuration_moma import MomaConfig
-
-
-def tensor_parallel_plan(config: "MomaConfig") -> dict[str, str]:
+def tensor_parallel_plan(config: Any) -> dict[str, str]:
     """A rule for every parameter of the base model.
 
     Heads and inner widths are split. Routers and norms of the residual stream stay whole, so that every process of a
     tensor-parallel group, which share a batch, sends its tokens to the same experts.
 
     Args:
-        config (`MomaConfig`): the model's.
+        config ([`MomaConfig`]): the model's.
 
     Returns:
         `dict[str, str]`: styles of Transformers by name of a module or parameter.
@@ -36,11 +32,11 @@ def tensor_parallel_plan(config: "MomaConfig") -> dict[str, str]:
     return plan | {f"layers.*.{name}": style for name, style in rules.items()}
 
 
-def expert_parallel_plan(config: "MomaConfig") -> dict[str, str] | None:
+def expert_parallel_plan(config: Any) -> dict[str, str] | None:
     """Rules that give each process whole experts of every group. Groups of one expert follow the tensor-parallel plan.
 
     Args:
-        config (`MomaConfig`): the model's; the size of an expert-parallel group has to divide the experts of each of
+        config ([`MomaConfig`]): the model's; the size of an expert-parallel group has to divide the experts of each of
             its groups that has more than one.
 
     Returns:
@@ -58,7 +54,7 @@ def expert_parallel_plan(config: "MomaConfig") -> dict[str, str] | None:
     return plan or None
 
 
-def _attention_rules(config: "MomaConfig") -> dict[str, str]:
+def _attention_rules(config: Any) -> dict[str, str]:
     rules = dict.fromkeys((f"self_attn.{name}_proj" for name in "qkv"), "colwise")
     rules["self_attn.o_proj"] = "rowwise"
     for norm in ("self_attn.q_norm", "self_attn.k_norm"):
@@ -71,7 +67,7 @@ def _attention_rules(config: "MomaConfig") -> dict[str, str]:
     return rules
 
 
-def _group_rules(config: "MomaConfig", group: str) -> dict[str, str]:
+def _group_rules(config: Any, group: str) -> dict[str, str]:
     name = f"mlp.groups.{group}"
     if config.group_num_experts(group) == 1:
         rules = _mlp_rules(f"{name}.mlp")
@@ -91,7 +87,7 @@ def _mlp_rules(name: str) -> dict[str, str]:
     return {f"{name}.gate_proj": "colwise", f"{name}.up_proj": "colwise", f"{name}.down_proj": "rowwise"}
 
 
-def _router_rules(config: "MomaConfig", name: str) -> dict[str, str]:
+def _router_rules(config: Any, name: str) -> dict[str, str]:
     names = [name]
     if config.auxiliary_routers:
         names += [f"{name}.auxiliary", f"{name}.auxiliary.up_proj", f"{name}.auxiliary.down_proj"]

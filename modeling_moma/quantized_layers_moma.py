@@ -1,18 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Feed-forward layers whose weights were quantised: their products take whole matrices, and a row at least.
+"""Feed-forward layers whose weights were quantised: their matmuls take whole matrices, and a row at least.
 
-Quantised products know `linear` alone, and torchao and bitsandbytes fail on inputs without rows. A MoMa meets these in
+Quantised matmuls know `linear` alone, and torchao and bitsandbytes fail on inputs without rows. A MoMa meets these in
 every step: a modality that the batch lacks, an expert that no token chose.
 """
 
+from typing import Any
+
 from torch import nn
 
-from .dispatch_moma import DEFAULT_IMPLEMENTATION
-from .experts_moma import MomaExperts, MomaMLP
+from .experts_implementations_moma import takes_quantized
 
 
 def use_quantized_layers(model: nn.Module):
-    """Let the feed-forward layers of a quantised model run as quantised products need it, in place.
+    """Let the feed-forward layers of a quantised model run as quantised matmuls need it, in place.
 
     Packed experts then run one after the other (`"eager"`), unless the model was set to another implementation than
     the one that it starts with, and layers without a token run on a row of zeros, so that every rank touches every
@@ -23,11 +24,13 @@ def use_quantized_layers(model: nn.Module):
         model (`nn.Module`): a MoMa that torchao or bitsandbytes has quantised.
     """
     for module in model.modules():
-        if isinstance(module, MomaExperts | MomaMLP):
-            module.needs_rows = True
-        if isinstance(module, MomaExperts) and module.config._experts_implementation == DEFAULT_IMPLEMENTATION:
-            # one config serves all layers, and the check of the public setter would refuse nothing here
-            module.config._experts_implementation_internal = "eager"
+        if not hasattr(type(module), "needs_rows"):
+            continue
+        module.needs_rows = True  # pyright: ignore[reportArgumentType]
+        config: Any = getattr(module, "config", None)
+        if config is not None and not takes_quantized(config):
+            # one config serves all layers, and the check of the public setter would find nothing here
+            config._experts_implementation_internal = "eager"
 
 
 __all__ = ["use_quantized_layers"]

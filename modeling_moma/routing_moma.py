@@ -1,21 +1,327 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The router of a group of experts: scores, noise, a selection by the rule of the forward, and its statistics.
+"""How experts and tokens choose one another: scores of a router, and a rule that makes a selection of them.
+
+From top to bottom: what a selection is, the capacity and the threshold of an expert, the routers, the rules (each one
+function under `@routing_rule`), and what a training step moves in the routers.
 
 Shape suffixes:
     D hidden size, N tokens of one group in the batch, E experts of the group, K tokens that one expert takes,
-    P (token, expert) pairs.
+    k experts that one token takes, P (token, expert) pairs, C thresholds of a router (one for each expert, or for each
+    pool of a depth router).
 """
 
-import torch
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from typing import Any, Self, TypeVar
 
-from .capacity_moma import ceil_share, exact_share
-from .configuration_moma import MomaConfig
-from .expert_forms_moma import EXPERT_FORMS
-from .router_base_moma import MomaRouterBase
-from .routing_context_moma import RoutingContext
-from .routing_rules_moma import rule_of
-from .selection_moma import Selection
-from .thresholds_moma import batch_thresholds
+import torch
+import torch.distributed as dist
+from torch import nn
+from transformers.utils.generic import maybe_autocast
+
+from .configuration_moma import RULES, MomaConfig, RoutingRule, rule_of
+from .errors_moma import InputError
+from .token_groups_moma import RoutingContext, is_distributed
+
+
+@dataclass
+class Selection:
+    """(Token, expert) pairs.
+
+    Attributes:
+        token_P (`torch.LongTensor`): positions in the group's tokens, `[P]`. A token may come several times or never.
+        expert_P (`torch.LongTensor`): the expert of each pair, `[P]`.
+        weight_P (`torch.Tensor`): gates, fp32, `[P]`.
+        shape_EK (`tuple[int, int]`, *optional*): where every expert takes as many tokens as the others; the pairs then
+            come expert by expert.
+        has_padding (`bool`): whether pairs of weight 0 stand for tokens that their expert does not take, so that no
+            shape depends on who chose whom.
+        is_sorted (`bool`): whether the pairs come expert by expert.
+        ends_E (`torch.IntTensor`, *optional*): where each expert's pairs end where that is known to the device alone,
+            `[E]`; later pairs are padding.
+    """
+
+    token_P: torch.Tensor
+    expert_P: torch.Tensor
+    weight_P: torch.Tensor
+    shape_EK: tuple[int, int] | None = None
+    has_padding: bool = False
+    is_sorted: bool = False
+    ends_E: torch.Tensor | None = None
+
+    @classmethod
+    def from_topk(cls, token_EK: torch.Tensor, weight_EK: torch.Tensor, has_padding: bool = False) -> "Selection":
+        """Every expert takes the same number of tokens.
+
+        Args:
+            token_EK (`torch.LongTensor`): the tokens of each expert, `[E, K]`.
+            weight_EK (`torch.Tensor`): their gates, `[E, K]`.
+            has_padding (`bool`, *optional*, defaults to `False`): see [`Selection`].
+        """
+        num_experts, num_taken = token_EK.shape
+        expert_P = torch.arange(num_experts, device=token_EK.device).repeat_interleave(num_taken)
+        return cls(token_EK.flatten(), expert_P, weight_EK.flatten(), (num_experts, num_taken), has_padding, True)
+
+    @classmethod
+    def from_mask(
+        cls, is_taken_NE: torch.Tensor, scores_NE: torch.Tensor, has_fixed_shapes: bool, may_sync: bool = True
+    ) -> "Selection":
+        """The pairs that a mask names, weighed by their scores.
+
+        Args:
+            is_taken_NE (`torch.BoolTensor`): True where the expert takes the token, `[N, E]`.
+            scores_NE (`torch.Tensor`): `[N, E]`.
+            has_fixed_shapes (`bool`): whether all pairs have to be there, with weights of 0 at the others.
+            may_sync (`bool`, *optional*, defaults to `True`): whether the device may be asked for their number;
+                else all pairs are there, those that are taken before the others.
+        """
+        if has_fixed_shapes:
+            token_EN = torch.arange(scores_NE.shape[0], device=scores_NE.device).expand(scores_NE.shape[1], -1)
+            return cls.from_topk(token_EN, torch.where(is_taken_NE, scores_NE, 0.0).t(), has_padding=True)
+        if not may_sync:
+            return cls._from_all_pairs(is_taken_NE, scores_NE)
+        # expert by expert, as matmuls want them
+        expert_P, token_P = is_taken_NE.t().nonzero(as_tuple=True)
+        # by one number each, whose gradient is cheaper than that of two on CPU
+        weight_P = scores_NE.flatten().index_select(0, torch.add(expert_P, token_P, alpha=scores_NE.shape[1]))
+        return cls(token_P, expert_P, weight_P, is_sorted=True)
+
+    @classmethod
+    def _from_all_pairs(cls, is_taken_NE: torch.Tensor, scores_NE: torch.Tensor) -> "Selection":
+        num_tokens = scores_NE.shape[0]
+        is_taken_P = is_taken_NE.t().flatten()
+        order_P = (~is_taken_P).byte().argsort(stable=True)
+        weight_P = torch.where(is_taken_P, scores_NE.t().flatten(), 0.0).index_select(0, order_P)
+        ends_E = is_taken_NE.sum(0).cumsum(0).int()
+        # a group without a token has no places
+        size = max(num_tokens, 1)
+        return cls(order_P % size, order_P // size, weight_P, has_padding=True, is_sorted=True, ends_E=ends_E)
+
+    def normalized(self, num_tokens: int) -> "Selection":
+        """Gates over the detached sum of their token's, for `config.normalize_gates`."""
+        weight_P = self.weight_P.detach()
+        total_N = weight_P.new_zeros(num_tokens).index_add(0, self.token_P, weight_P)
+        total_P = total_N.clamp(min=torch.finfo(total_N.dtype).tiny).index_select(0, self.token_P)
+        return replace(self, weight_P=self.weight_P / total_P)
+
+    def dispatch(self, x_ND: torch.Tensor) -> torch.Tensor:
+        """A row for each pair, `[N, D]` to `[P, D]`."""
+        return x_ND.index_select(0, self.token_P)
+
+    def combine(self, y_PD: torch.Tensor, num_tokens: int) -> torch.Tensor:
+        """Add the weighted outputs of each token's pairs.
+
+        Args:
+            y_PD (`torch.Tensor`): `[P, D]`.
+            num_tokens (`int`): `N`.
+
+        Returns:
+            `torch.Tensor`: sums `[N, D]`.
+        """
+        if self.has_padding:
+            # an expert without a token may overflow in half precision, and infinity times 0 is no number
+            y_PD = torch.where(self.weight_P.unsqueeze(-1) > 0, y_PD, 0.0)
+        return y_PD.new_zeros(num_tokens, y_PD.shape[1]).index_add_(0, self.token_P, y_PD)
+
+    def gates(self, num_tokens: int) -> torch.Tensor:
+        """The sum of each token's gates, `[N]`."""
+        return self.weight_P.new_zeros(num_tokens).index_add(0, self.token_P, self.weight_P)
+
+    def hints(self) -> dict[str, Any]:
+        """What an experts implementation that takes hints may know of the pairs."""
+        if self.shape_EK is not None:
+            return {"num_taken": self.shape_EK[1]}
+        return {"is_sorted": self.is_sorted, "ends_E": self.ends_E}
+
+    @property
+    def token_EK(self) -> torch.Tensor:
+        """The tokens of each expert where all take `K`, `[E, K]`."""
+        return self.token_P.view(self.shape_EK)  # pyright: ignore[reportArgumentType, reportCallIssue]
+
+    @property
+    def weight_EK(self) -> torch.Tensor:
+        """The gates of each expert where all take `K` tokens, `[E, K]`."""
+        return self.weight_P.view(self.shape_EK)  # pyright: ignore[reportArgumentType, reportCallIssue]
+
+
+# shares are written by hand: 0.55 means 11 / 20, not the binary number next to it, whose ceiling may be higher
+_LARGEST_DENOMINATOR = 10**6
+
+Count = TypeVar("Count")
+
+
+def exact_share(share: float, parts: int = 1) -> tuple[int, int]:
+    """Numerator and denominator of `share / parts`, for [`ceil_share`]."""
+    exact = Fraction(share).limit_denominator(_LARGEST_DENOMINATOR) / parts
+    return exact.numerator, exact.denominator
+
+
+def ceil_share(share: Iterable[Any], count: Count) -> Count:
+    """`ceil(share * count)`, for integers or for integer tensors.
+
+    Args:
+        share (`tuple`): numerator and denominator.
+        count (`int` or `torch.LongTensor`): of how many.
+    """
+    numerator, denominator = share
+    return -(-numerator * count // denominator)
+
+
+# scores that differ by less, relatively, are taken for one score that was rounded in two ways
+_ROUNDING = 2.0**-18
+# by how much, relatively, a threshold lies below the lowest score where all are taken
+_MARGIN = 2.0**-10
+
+
+def batch_thresholds(scores_CN: torch.Tensor, kth_C: torch.Tensor) -> torch.Tensor:
+    """The thresholds of one batch.
+
+    Args:
+        scores_CN (`torch.Tensor`): between 0 and 1, in any order, `[C, N]` with at least one each.
+        kth_C (`torch.Tensor`): the K-th best of each line, `[C]`.
+
+    Returns:
+        `torch.Tensor`: `[C]`, see [`thresholds_between`].
+    """
+    return thresholds_between(kth_C, lower_scores(scores_CN, kth_C.unsqueeze(-1)).amax(-1))
+
+
+def lower_scores(scores: torch.Tensor, kth: torch.Tensor) -> torch.Tensor:
+    """The scores that are lower than the K-th best by more than rounding, and -1 in the place of all others."""
+    return torch.where(scores < kth * (1 - _ROUNDING), scores, -1.0)
+
+
+def thresholds_between(kth_C: torch.Tensor, lower_C: torch.Tensor) -> torch.Tensor:
+    """Midway between the K-th best scores and the next lower ones.
+
+    Args:
+        kth_C (`torch.Tensor`): the K-th best scores, `[C]`.
+        lower_C (`torch.Tensor`): the next lower ones, -1 where there is none, `[C]`.
+
+    Returns:
+        `torch.Tensor`: `[C]`; just below the K-th best where it is the lowest.
+    """
+    return torch.where(lower_C < 0, kth_C * (1 - _MARGIN), (kth_C + lower_C) / 2)
+
+
+class Fp32Buffers(nn.Module):
+    """For modules whose thresholds and counters `model.bfloat16()` and the like must not round."""
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
+        kept = dict(self.named_buffers(recurse=False))
+        super()._apply(fn, recurse)
+        for name, buffer in kept.items():
+            moved = getattr(self, name)
+            if moved.dtype != buffer.dtype:
+                setattr(self, name, buffer.to(moved.device))
+        return self
+
+    def widen_buffers(self):
+        """Give buffers back the type that `buffer_dtype` of FSDP1 has taken from them, past `_apply`.
+
+        The values of that moment are rounded; what is added to them later is not lost.
+        """
+        for buffer in self._buffers.values():
+            if buffer is not None and buffer.dtype != torch.float32:
+                buffer.data = buffer.float()
+
+
+class Fp32Linear(nn.Linear):
+    """A linear layer that multiplies in fp32, whatever type its weights were given."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """`[..., in_features]` to `[..., out_features]`, in fp32 also under autocast."""
+        with maybe_autocast(x.device.type, enabled=False):
+            return nn.functional.linear(x.float(), self.weight.float())
+
+
+class MomaAuxiliaryRouter(Fp32Buffers):
+    """Predicts membership in a router's top K: `Sigmoid(SiLU(x W_1) W_2)` (MoMa section 2.4, equations 3 and 4).
+
+    It decides whether an expert or a depth layer runs; with what weight is the main router's business. Its parameters
+    are frozen until [`AuxiliaryRouterTrainer`] trains them, so that the main training neither moves nor misses them.
+    Thresholds are compared with fp32 probabilities, which are all 1 for logits above about 17: tokens that tie there
+    are taken or left together.
+
+    State dict:
+        up_proj.weight    [D // 2, D]       fp32
+        down_proj.weight  [scores, D // 2]  fp32
+        threshold         [scores]           fp32, least probability to be taken: 0.5 (the paper's) until calibrated
+    """
+
+    def __init__(self, config: MomaConfig, num_scores: int, num_thresholds: int):
+        super().__init__()
+        inner_size = config.hidden_size // 2
+        self.up_proj = Fp32Linear(config.hidden_size, inner_size, bias=False, dtype=torch.float32)
+        self.down_proj = Fp32Linear(inner_size, num_scores, bias=False, dtype=torch.float32)
+        self.threshold = nn.Buffer(torch.full((num_thresholds,), 0.5, dtype=torch.float32))
+        self.requires_grad_(False)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Logits of membership, `[..., D]` to `[..., scores]`, in fp32 also under autocast."""
+        # modules are called, and not their weights used, so that what gathers split weights sees the call
+        return self.down_proj(nn.functional.silu(self.up_proj(hidden_states)))
+
+
+class MomaRouterBase(Fp32Buffers):
+    """Sigmoid scores, and the state that lets a router choose without looking at other tokens.
+
+    A score is the sigmoid of a projection, so it depends on its token alone. Everything is fp32: bf16 sigmoids tie,
+    and a tie changes who is chosen.
+    """
+
+    # `None` in a model that has none
+    auxiliary: MomaAuxiliaryRouter
+
+    def __init__(
+        self,
+        config: MomaConfig,
+        num_scores: int,
+        num_thresholds: int,
+        momentum: float,
+        updates_shape: tuple[int, ...] = (),
+    ):
+        super().__init__()
+        self.momentum = momentum
+        self.warmup_steps = config.routing_warmup_steps
+        self.weight = nn.Parameter(torch.empty(num_scores, config.hidden_size, dtype=torch.float32))
+        # an untrained router scores about 0.5
+        self.threshold = nn.Buffer(torch.full((num_thresholds,), 0.5, dtype=torch.float32))
+        self.balance_bias = nn.Buffer(torch.zeros(num_thresholds, dtype=torch.float32))
+        self.num_updates = nn.Buffer(torch.zeros(updates_shape, dtype=torch.float32))
+        self.auxiliary = (  # pyright: ignore[reportAttributeAccessIssue]
+            MomaAuxiliaryRouter(config, num_scores, num_thresholds) if config.auxiliary_routers else None
+        )
+
+    @property
+    def is_frozen(self) -> bool:
+        """Whether the router is as it will be: in a frozen group, or of a model under an adapter.
+
+        It then keeps its thresholds, so that the model stays as it was saved, and has neither noise nor warm-up.
+        """
+        return not self.weight.requires_grad
+
+    def logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """`[..., D]` to `[..., scores]`, in fp32 also under autocast."""
+        self.widen_buffers()
+        if self.auxiliary is not None:
+            self.auxiliary.widen_buffers()
+        with maybe_autocast(hidden_states.device.type, enabled=False):
+            return nn.functional.linear(hidden_states.float(), self.weight.float())
+
+    def predicted_scores(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Probabilities of membership by the auxiliary router, `[..., D]` to `[..., scores]`.
+
+        Raises:
+            ValueError: the model has no auxiliary routers.
+        """
+        if self.auxiliary is None:
+            raise InputError(
+                "`routing` or `depth_routing` = 'auxiliary' needs a model with config.auxiliary_routers=True; "
+                "`moma train-auxiliary-routers` adds and trains them."
+            )
+        return torch.sigmoid(self.auxiliary(hidden_states))
 
 
 class MomaRouter(MomaRouterBase):
@@ -23,7 +329,7 @@ class MomaRouter(MomaRouterBase):
 
     State dict:
         weight           [E, D]  fp32
-        threshold        [E]     fp32, running mean of each expert's cut, see [`batch_thresholds`]
+        threshold        [E]     fp32, running mean of each expert's threshold, see [`batch_thresholds`]
         balance_bias     [E]     fp32, added to the scores when `token_choice` selects
         num_updates      []      fp32, training steps that the running mean has seen
         auxiliary.       see [`MomaAuxiliaryRouter`], with `config.auxiliary_routers`
@@ -31,11 +337,13 @@ class MomaRouter(MomaRouterBase):
 
     def __init__(self, config: MomaConfig, group: str):
         num_experts = config.group_num_experts(group)
-        super().__init__(config, num_scores=num_experts, num_cuts=num_experts, momentum=config.threshold_momentum)
+        super().__init__(
+            config, num_scores=num_experts, num_thresholds=num_experts, momentum=config.threshold_momentum
+        )
         self.num_experts = num_experts
         self.num_experts_per_tok = config.num_experts_per_tok
         self.capacity_factor = config.group_capacity_factor(group)
-        self.taken_share = exact_share(self.capacity_factor, num_experts)
+        self.capacity_fraction = exact_share(self.capacity_factor, num_experts)
         self.gumbel_noise, self.gumbel_noise_steps = config.gumbel_noise, config.gumbel_noise_steps
 
     def forward(self, x_ND: torch.Tensor, context: RoutingContext) -> tuple[torch.Tensor, Selection]:
@@ -54,14 +362,17 @@ class MomaRouter(MomaRouterBase):
         is_noisy = self.training and not self.is_frozen and self.gumbel_noise > 0 and rule.takes_noise
         if is_noisy:
             noisy_NE = logits_NE + self._noise_scale(context) * context.router_noise(self, logits_NE)
-        selection = EXPERT_FORMS[rule.name](self, x_ND, torch.sigmoid(noisy_NE), context)
+        scores_NE = torch.sigmoid(noisy_NE)
+        selection = rule.select(self, x_ND, scores_NE, context)
         if context.track:
-            context.record(self, *self._statistics(logits_NE.detach(), selection, is_noisy))
+            # inference compares scores without noise
+            plain_NE = torch.sigmoid(logits_NE.detach()) if is_noisy else scores_NE.detach()
+            context.record(self, *self._statistics(plain_NE, selection, is_noisy))
         return logits_NE, selection
 
     def capacity(self, num_tokens: int) -> int:
         """Tokens `K = ceil(c * N / E)` that one expert takes from `num_tokens`."""
-        return min(num_tokens, ceil_share(self.taken_share, num_tokens))
+        return min(num_tokens, ceil_share(self.capacity_fraction, num_tokens))
 
     def _noise_scale(self, context: RoutingContext) -> float | torch.Tensor:
         if self.gumbel_noise_steps is None:
@@ -70,14 +381,13 @@ class MomaRouter(MomaRouterBase):
         return self.gumbel_noise * (steps_left / self.gumbel_noise_steps).clamp(min=0)
 
     def _statistics(
-        self, logits_NE: torch.Tensor, selection: Selection, is_noisy: bool
+        self, scores_NE: torch.Tensor, selection: Selection, is_noisy: bool
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        num_tokens = logits_NE.shape[0]
+        num_tokens = scores_NE.shape[0]
         if num_tokens == 0:
-            zeros_E = logits_NE.new_zeros(self.num_experts)
+            zeros_E = scores_NE.new_zeros(self.num_experts)
             return zeros_E, zeros_E, zeros_E
-        # inference cuts scores without noise
-        scores_EN = torch.sigmoid(logits_NE).t()
+        scores_EN = scores_NE.t()
         if selection.shape_EK is not None and not is_noisy:
             kth_E = selection.weight_EK[:, -1].detach()
         else:
@@ -90,4 +400,142 @@ class MomaRouter(MomaRouterBase):
         return threshold_E, (load_E.mean() - load_E) / num_tokens, torch.ones_like(kth_E)
 
 
-__all__ = ["MomaRouter"]
+SelectionFunction = Callable[[MomaRouter, torch.Tensor, torch.Tensor, RoutingContext], Selection]
+
+
+def routing_rule(name: str, **properties: Any) -> Callable[[SelectionFunction], SelectionFunction]:
+    """Enter a rule of routing with its function for experts.
+
+    The function is called with the [`MomaRouter`], its tokens `[N, D]`, their scores `[N, E]` and the context, and
+    gives a [`Selection`]. Configuration, costs and calibration read the record.
+
+    Args:
+        name (`str`): of the rule.
+        properties (`bool`): what the rule is, see [`RoutingRule`]; `is_causal` and `may_train` have to be said.
+    """
+
+    def enter(function: SelectionFunction) -> SelectionFunction:
+        RULES[name] = RoutingRule(name, function, **properties)
+        return function
+
+    return enter
+
+
+@routing_rule("expert_choice", is_causal=False, may_train=True, takes_noise=True)
+def expert_choice(
+    router: MomaRouter, x_ND: torch.Tensor, scores_NE: torch.Tensor, context: RoutingContext
+) -> Selection:
+    """Each expert takes its top `K` tokens of the batch (MoMa section 2.2). Not causal: for training."""
+    weight_EK, token_EK = scores_NE.t().topk(router.capacity(scores_NE.shape[0]), dim=-1)
+    return Selection.from_topk(token_EK, weight_EK)
+
+
+@routing_rule("threshold", is_causal=True, may_train=True, reads_threshold=True)
+def threshold(router: MomaRouter, x_ND: torch.Tensor, scores_NE: torch.Tensor, context: RoutingContext) -> Selection:
+    """An expert takes a token iff its score reaches the running mean of the thresholds that part the expert's K
+    best from the others, see [`batch_thresholds`].
+
+    In the first `routing_warmup_steps` of training it takes its K best tokens of the batch instead.
+    """
+    is_taken_NE = scores_NE >= context.router_state(router).threshold
+    if context.track and router.warmup_steps and not router.is_frozen:
+        num_updates = context.router_state(router).num_updates
+        token_EK = expert_choice(router, x_ND, scores_NE.detach(), context).token_EK
+        is_best_EN = torch.zeros_like(is_taken_NE.t()).scatter_(1, token_EK, True)
+        is_taken_NE = torch.where(num_updates < router.warmup_steps, is_best_EN.t(), is_taken_NE)
+    return Selection.from_mask(is_taken_NE, scores_NE, context.has_fixed_shapes, context.may_sync)
+
+
+@routing_rule(
+    "token_choice",
+    is_causal=True,
+    may_train=True,
+    takes_noise=True,
+    moves_bias=True,
+    counts_experts=True,
+)
+def token_choice(
+    router: MomaRouter, x_ND: torch.Tensor, scores_NE: torch.Tensor, context: RoutingContext
+) -> Selection:
+    """Each token takes its best experts; the balance bias selects but does not weigh (arXiv 2408.15664)."""
+    bias_E = context.router_state(router).balance_bias
+    expert_Nk = (scores_NE + bias_E).topk(router.num_experts_per_tok, dim=-1).indices
+    if context.has_fixed_shapes:
+        is_taken_NE = torch.zeros_like(scores_NE, dtype=torch.bool).scatter_(1, expert_Nk, True)
+        return Selection.from_mask(is_taken_NE, scores_NE, has_fixed_shapes=True)
+    expert_P, order_P = expert_Nk.flatten().sort(stable=True)
+    weight_P = scores_NE.gather(1, expert_Nk).flatten().index_select(0, order_P)
+    return Selection(order_P // router.num_experts_per_tok, expert_P, weight_P, is_sorted=True)
+
+
+@routing_rule("auxiliary", is_causal=True, may_train=False, needs_auxiliary=True)
+def auxiliary(router: MomaRouter, x_ND: torch.Tensor, scores_NE: torch.Tensor, context: RoutingContext) -> Selection:
+    """An expert takes a token iff the auxiliary router predicts so; the weight is the main router's (section 2.4)."""
+    is_taken_NE = router.predicted_scores(x_ND) >= router.auxiliary.threshold
+    return Selection.from_mask(is_taken_NE, scores_NE, context.has_fixed_shapes, context.may_sync)
+
+
+# sums over processes: of the batches' thresholds, of load deficits, and how many they are of
+Shares = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+@torch.no_grad()
+def update_routers(context: RoutingContext, bias_update_rate: float):
+    """Move thresholds and balance biases after a training step, averaged over all processes in one collective.
+
+    A process without tokens of a group does not count in that group's average.
+    """
+    statistics = {router: record for router, record in context.statistics.items() if not router.is_frozen}
+    if not statistics:
+        return
+    sums = {
+        router: (threshold_C * count_C, load_deficit_C * count_C, count_C)
+        for router, (threshold_C, load_deficit_C, count_C) in statistics.items()
+    }
+    if is_distributed():
+        sums = _sum_over_processes(sums)
+    for router, (threshold_C, load_deficit_C, count_C) in sums.items():
+        has_count_C = count_C > 0
+        count_C = count_C.clamp(min=1)
+        threshold_C, load_deficit_C = threshold_C / count_C, load_deficit_C / count_C
+        # the plain mean until it has seen enough steps, so that no start value lingers
+        decay = (router.num_updates / (router.num_updates + 1)).clamp(max=router.momentum)
+        router.threshold.copy_(
+            torch.where(has_count_C, decay * router.threshold + (1 - decay) * threshold_C, router.threshold)
+        )
+        router.num_updates.add_((has_count_C if router.num_updates.ndim else has_count_C[0]).float())
+        routing = context.routing if isinstance(router, MomaRouter) else context.depth_routing
+        if RULES[routing].moves_bias:
+            step_C = bias_update_rate * torch.sign(load_deficit_C)
+            router.balance_bias.copy_(torch.where(has_count_C, router.balance_bias + step_C, router.balance_bias))
+
+
+def _sum_over_processes(sums: dict[MomaRouterBase, Shares]) -> dict[MomaRouterBase, Shares]:
+    """In one collective, whatever devices the routers are on; each gets its own back where it is."""
+    device = next(iter(sums)).threshold.device
+    rows = [row_C.to(device) for parts in sums.values() for row_C in parts]
+    flat = torch.cat(rows)
+    dist.all_reduce(flat)
+    pieces = iter(flat.split([row.shape[0] for row in rows]))
+    summed = {}
+    for router in sums:
+        threshold_C, load_deficit_C, count_C = (next(pieces).to(router.threshold.device) for _ in range(3))
+        summed[router] = (threshold_C, load_deficit_C, count_C)
+    return summed
+
+
+__all__ = [
+    "Fp32Buffers",
+    "Fp32Linear",
+    "MomaAuxiliaryRouter",
+    "MomaRouter",
+    "MomaRouterBase",
+    "Selection",
+    "batch_thresholds",
+    "ceil_share",
+    "exact_share",
+    "lower_scores",
+    "routing_rule",
+    "thresholds_between",
+    "update_routers",
+]

@@ -15,8 +15,8 @@ from helpers.absent import WITHOUT_PACKAGES
 from helpers.hub_server import TOKEN, HubServer, run_client
 from helpers.released import RELEASED, released_repository, skip_without_released_model
 from helpers.tiny import CARD, tiny_model, tiny_processor
+from modeling_moma.compat_moma import complete_model_card
 from modeling_moma.hub.folder import check_files
-from modeling_moma.model_card_moma import complete_model_card
 
 
 ROOT = Path(__file__).resolve().parent.parent

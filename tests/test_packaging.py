@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from modeling_moma.configuration_moma import AUTO_MAP
+from modeling_moma.compat_moma import AUTO_MAP
 from modeling_moma.hub.code import PACKAGES, code_closure, code_facts
 
 

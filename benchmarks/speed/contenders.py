@@ -9,10 +9,10 @@ from transformers import PreTrainedModel
 from benchmarks.speed.peers import PEERS
 from benchmarks.speed.shapes import Shape, mixed_tokens
 from modeling_moma import MomaConfig, MomaForCausalLM
-from modeling_moma.attention_moma import MomaAttention
 from modeling_moma.calibration.thresholds import calibrate_thresholds
+from modeling_moma.modeling_moma import MomaAttention
 from modeling_moma.planning.costs import training_flops
-from modeling_moma.router_base_moma import MomaRouterBase
+from modeling_moma.routing_moma import MomaRouterBase
 
 
 # batches that thresholds are computed from, and how often: each time changes what later layers read

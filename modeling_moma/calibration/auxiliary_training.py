@@ -19,9 +19,9 @@ from transformers.utils import ModelOutput
 
 from tokenization import MomaProcessor
 
-from ..auxiliary_moma import MomaAuxiliaryRouter
 from ..errors_moma import InputError
 from ..modeling_moma import MomaForCausalLM
+from ..routing_moma import MomaAuxiliaryRouter
 from ..utils.atomic_files import write_folder_aside
 from .observation import RouterRecord, auxiliary_rule, named_routers, observed_routers, run_observed, threshold_rule
 from .selection_counts import SelectionCounts
@@ -57,8 +57,8 @@ def add_auxiliary_routers(model: MomaForCausalLM) -> MomaForCausalLM:
     routers = named_routers(model)
     model.config.auxiliary_routers = True
     for router in routers.values():
-        num_scores, num_cuts = router.weight.shape[0], router.threshold.shape[0]
-        auxiliary = MomaAuxiliaryRouter(model.config, num_scores, num_cuts)
+        num_scores, num_thresholds = router.weight.shape[0], router.threshold.shape[0]
+        auxiliary = MomaAuxiliaryRouter(model.config, num_scores, num_thresholds)
         auxiliary.apply(model._init_weights)
         router.auxiliary = auxiliary.to(router.weight.device).train(router.training)
     return model

@@ -17,11 +17,9 @@ from transformers import PreTrainedModel
 
 from ..depth_moma import DepthSelection, MomaDepthRouter
 from ..errors_moma import InputError
-from ..experts_moma import MomaFeedForward
-from ..routing_context_moma import RoutingContext
-from ..routing_moma import MomaRouter, MomaRouterBase
-from ..selection_moma import Selection
-from ..thresholds_moma import batch_thresholds
+from ..modeling_moma import MomaFeedForward
+from ..routing_moma import MomaRouter, MomaRouterBase, Selection, batch_thresholds
+from ..token_groups_moma import RoutingContext
 
 
 @dataclass
@@ -37,7 +35,7 @@ class RouterRecord:
         is_taken_NS: whom the forward itself took, under the routing that it ran, `[N, S]`.
         cut_NS: which of the `C` cuts decides, `[N, S]`.
         threshold_C: cuts of this forward alone as training would record them, `[C]`.
-        votes_C: 1, or 0 where there was no token to judge by, `[C]`.
+        count_C: 1, or 0 where there was no token to judge by, `[C]`.
     """
 
     name: str
@@ -48,7 +46,7 @@ class RouterRecord:
     is_taken_NS: torch.Tensor
     cut_NS: torch.Tensor
     threshold_C: torch.Tensor
-    votes_C: torch.Tensor
+    count_C: torch.Tensor
 
     @classmethod
     @torch.no_grad()
@@ -64,7 +62,7 @@ class RouterRecord:
         # a context of its own, so that the model does not learn of the statistics
         oracle = context.with_routing("expert_choice", track=True)
         logits, selection = router.forward(hidden, oracle)
-        threshold_C, _, votes_C = oracle.statistics[router]
+        threshold_C, _, count_C = oracle.statistics[router]
         scores, hidden = torch.sigmoid(logits), hidden.detach()
         if isinstance(router, MomaRouter):
             is_member_NS = torch.zeros_like(scores.t(), dtype=torch.bool).scatter_(1, selection.token_EK, True).t()
@@ -72,7 +70,7 @@ class RouterRecord:
             # pairs of weight 0 stand for tokens that nobody took
             is_taken_NS = torch.zeros_like(is_member_NS)
             is_taken_NS[taken.token_P, taken.expert_P] = taken.weight_P > 0  # pyright: ignore[reportAttributeAccessIssue]
-            return cls(name, router, hidden, scores, is_member_NS, is_taken_NS, cut_NS, threshold_C, votes_C)
+            return cls(name, router, hidden, scores, is_member_NS, is_taken_NS, cut_NS, threshold_C, count_C)
         is_token_BT = torch.ones_like(selection.chosen_BT)
         if context.padding_BT is not None:
             is_token_BT = ~context.padding_BT
@@ -83,7 +81,7 @@ class RouterRecord:
             values_BT[is_token_BT].unsqueeze(-1) for values_BT in per_token
         )
         hidden_ND = hidden[is_token_BT]
-        return cls(name, router, hidden_ND, scores_NS, is_member_NS, is_taken_NS, cut_NS, threshold_C, votes_C)
+        return cls(name, router, hidden_ND, scores_NS, is_member_NS, is_taken_NS, cut_NS, threshold_C, count_C)
 
     @cached_property
     def predicted_NS(self) -> torch.Tensor:

@@ -9,7 +9,7 @@ Shape suffixes:
 import torch
 import torch.distributed as dist
 
-from ..routing_context_moma import is_distributed
+from ..token_groups_moma import is_distributed
 from .observation import RouterRecord, Rule
 
 
@@ -33,8 +33,8 @@ class SelectionCounts:
         for take_NS in takes:
             columns += [take_NS, take_NS & record.is_member_NS]
         flags = torch.stack([column.flatten() for column in columns]).long()
-        num_cuts = record.router.threshold.shape[0]
-        table = torch.zeros(flags.shape[0], num_cuts, dtype=torch.long, device=flags.device)
+        num_thresholds = record.router.threshold.shape[0]
+        table = torch.zeros(flags.shape[0], num_thresholds, dtype=torch.long, device=flags.device)
         table.index_add_(1, record.cut_NS.flatten(), flags)
         self.tables[record.name] = self.tables.get(record.name, 0) + table.cpu()
 

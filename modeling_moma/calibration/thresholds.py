@@ -13,9 +13,9 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
+from ..configuration_moma import RULES
 from ..depth_moma import MomaDepthRouter
 from ..errors_moma import InputError
-from ..routing_rules_moma import RULES
 from .observation import RouterRecord, named_routers, run_observed
 from .selection_counts import SelectionCounts, sum_over_ranks
 
@@ -55,10 +55,10 @@ def calibrate_thresholds(
     cuts = _mean_cuts(model, batches, lambda record: record.threshold_C, routing)
     report = _calibrated_report(model, batches, "threshold", "scores_NS", cuts, routing)
     with torch.no_grad():
-        for name, (mean_C, votes_C) in cuts.items():
+        for name, (mean_C, count_C) in cuts.items():
             router = routers[name]
-            router.threshold.copy_(torch.where(votes_C > 0, mean_C, router.threshold))
-            votes = votes_C if router.num_updates.ndim else votes_C[0]
+            router.threshold.copy_(torch.where(count_C > 0, mean_C, router.threshold))
+            votes = count_C if router.num_updates.ndim else count_C[0]
             router.num_updates.copy_(torch.maximum(router.num_updates, votes))
     return report
 
@@ -104,9 +104,9 @@ def calibrate_auxiliary_thresholds(
     cuts = _mean_cuts(model, batches, lambda record: record.predicted_threshold_C, routing)
     report = _calibrated_report(model, batches, "auxiliary", "predicted_NS", cuts, routing)
     with torch.no_grad():
-        for name, (mean_C, votes_C) in cuts.items():
+        for name, (mean_C, count_C) in cuts.items():
             threshold = routers[name].auxiliary.threshold
-            threshold.copy_(torch.where(votes_C > 0, mean_C, threshold))
+            threshold.copy_(torch.where(count_C > 0, mean_C, threshold))
     return report
 
 
@@ -137,18 +137,18 @@ def _mean_cuts(
     sums = {name: torch.zeros(2, *router.threshold.shape, dtype=torch.float64) for name, router in routers.items()}
 
     def observe(record: RouterRecord):
-        votes_C = record.votes_C.cpu().double()
-        sums[record.name] += torch.stack([threshold_of(record).cpu().double() * votes_C, votes_C])
+        count_C = record.count_C.cpu().double()
+        sums[record.name] += torch.stack([threshold_of(record).cpu().double() * count_C, count_C])
 
     run_observed(model, batches, observe, routing)
     cuts = {}
-    for name, (sum_C, votes_C) in sum_over_ranks(sums, model.device).items():
-        if not votes_C.all():
+    for name, (sum_C, count_C) in sum_over_ranks(sums, model.device).items():
+        if not count_C.all():
             pools = model.config.depth_pools if isinstance(routers[name], MomaDepthRouter) else []
-            silent = [pool for pool, votes in zip(pools, votes_C) if not votes] if len(pools) > 1 else ""
+            silent = [pool for pool, votes in zip(pools, count_C) if not votes] if len(pools) > 1 else ""
             logger.warning(f"No batch had tokens for {name} {silent or ''}: what had no vote keeps its threshold.")
         like_C = routers[name].threshold
-        cuts[name] = ((sum_C / votes_C.clamp(min=1)).to(like_C), votes_C.to(like_C))
+        cuts[name] = ((sum_C / count_C.clamp(min=1)).to(like_C), count_C.to(like_C))
     return cuts
 
 
@@ -161,9 +161,9 @@ def _calibrated_report(
     routing: str,
 ) -> list[dict]:
     def take(record: RouterRecord) -> torch.Tensor:
-        mean_C, votes_C = cuts[record.name]
+        mean_C, count_C = cuts[record.name]
         old_C = record.router.threshold if rule == "threshold" else record.router.auxiliary.threshold
-        return getattr(record, values) >= torch.where(votes_C > 0, mean_C, old_C)[record.cut_NS]
+        return getattr(record, values) >= torch.where(count_C > 0, mean_C, old_C)[record.cut_NS]
 
     counts = SelectionCounts({rule: take})
     run_observed(model, batches, counts.add, routing)

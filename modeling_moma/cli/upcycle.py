@@ -71,7 +71,7 @@ def probe_batch(config, rows: int = 8, length: int = 64) -> "dict[str, torch.Ten
 
 def text_moved(receipt: "UpcyclingReceipt", modalities: list[str]) -> str | None:
     """What to say where the switch moves text, `None` where it hardly does."""
-    from ..configuration_moma import TEXT
+    from ..frames_moma import TEXT
     from ..upcycling.upcycle import default_experts
 
     moved = receipt.output_differences[TEXT]

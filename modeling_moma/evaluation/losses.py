@@ -7,11 +7,10 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
-from ..configuration_moma import MomaConfig
+from ..configuration_moma import RULES, MomaConfig
 from ..errors_moma import InputError
 from ..frames_moma import TEXT
-from ..router_base_moma import MomaRouterBase
-from ..routing_rules_moma import RULES
+from ..routing_moma import MomaRouterBase
 from .measures import EXPERT_CHOICE, ModalityLosses, loss_outputs
 
 

@@ -10,8 +10,8 @@ from PIL import Image, ImageDraw
 from ..calibration.observation import RouterRecord, observed_routers
 from ..configuration_moma import MomaConfig
 from ..errors_moma import InputError
-from ..modality_split_moma import token_modalities
 from ..modeling_moma import MomaForCausalLM
+from ..token_groups_moma import token_modalities
 
 
 # far apart for colour-blind eyes, and apart from the grey of uncovered tokens

@@ -5,9 +5,8 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from ..configuration_moma import MomaConfig
+from ..configuration_moma import MomaConfig, RoutingRule, rule_of
 from ..errors_moma import InputError
-from ..routing_rules_moma import RoutingRule, rule_of
 
 
 def flops_per_token(

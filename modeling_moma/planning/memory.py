@@ -8,8 +8,7 @@ parameter. Gathered weights, FSDP's gradients on the wire and activations of pro
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ..configuration_moma import MomaConfig
-from ..parameter_counts_moma import attention_parameters, router_parameters
+from ..configuration_moma import MomaConfig, attention_parameters, router_parameters
 from .costs import check_config
 from .layouts import Layout
 

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
-from ..configuration_moma import TEXT
 from ..errors_moma import InputError
+from ..frames_moma import TEXT
 from ..modeling_moma import MomaForCausalLM
 from .freezing import check_groups, learning_tokens
 

@@ -11,16 +11,10 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from tokenization import MomaDataCollator
 
-from .. import (
-    AuxiliaryRouterTrainer,
-    MomaConfig,
-    MomaForCausalLM,
-    add_auxiliary_routers,
-    auxiliary_report,
-    calibrate_auxiliary_thresholds,
-)
-from ..calibration.auxiliary_training import save_with_processor
+from .. import AuxiliaryRouterTrainer, auxiliary_report, calibrate_auxiliary_thresholds
+from ..calibration.auxiliary_training import add_auxiliary_routers, save_with_processor
 from ..calibration.observation import named_routers
+from ..configuration_moma import MomaConfig
 from ..data.documents import TokenFolder
 from ..data.examples import check_layout, held_out_sets, open_documents
 from ..data.sources import VALIDATION
@@ -29,6 +23,7 @@ from ..errors_moma import InputError
 from ..evaluation.measures import held_out_batches, load_model
 from ..evaluation.report import router_table
 from ..hub.loading import open_processor
+from ..modeling_moma import MomaForCausalLM
 from ..utils.atomic_files import refuse_files
 from ..utils.hardware import supports_bf16
 from .checkpoints import checkpoint_step, last_checkpoint, without_torn_checkpoints

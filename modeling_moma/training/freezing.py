@@ -10,9 +10,8 @@ import torch
 
 from ..configuration_moma import MomaConfig
 from ..errors_moma import InputError
-from ..experts_moma import MomaFeedForward
-from ..modality_split_moma import token_modalities
-from ..modeling_moma import MomaPreTrainedModel
+from ..modeling_moma import MomaFeedForward, MomaPreTrainedModel
+from ..token_groups_moma import token_modalities
 
 
 def freeze_groups(model: MomaPreTrainedModel, groups: list[str]) -> int:

@@ -11,9 +11,8 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel, TrainerCallback
 
 from ..depth_moma import DepthSelection, MomaDepthRouter
-from ..routing_context_moma import is_distributed
-from ..routing_moma import MomaRouter
-from ..selection_moma import Selection
+from ..routing_moma import MomaRouter, Selection
+from ..token_groups_moma import is_distributed
 
 
 class MomaMetricsCallback(TrainerCallback):
@@ -95,7 +94,7 @@ class MomaMetricsCallback(TrainerCallback):
                 return
             num_tokens = logits_NE.shape[0]
             # in steps with a static cache a router scores the tokens of all groups
-            if num_tokens == 0 or selection.has_holes:
+            if num_tokens == 0 or selection.has_padding:
                 return
             load_E = torch.bincount(selection.expert_P, minlength=module.num_experts).float()
             taken_N = torch.bincount(selection.token_P, minlength=num_tokens)

@@ -8,10 +8,9 @@ from typing import Any
 
 import torch
 
-from ..experts_moma import MomaExpertGroup, MomaFeedForward
-from ..modality_split_moma import token_modalities
-from ..modeling_moma import MomaForCausalLM
+from ..modeling_moma import MomaExpertGroup, MomaFeedForward, MomaForCausalLM
 from ..routing_moma import MomaRouter
+from ..token_groups_moma import token_modalities
 from .tensor_sources import kept_groups, tensor_sources
 
 

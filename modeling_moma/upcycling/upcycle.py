@@ -7,10 +7,10 @@ from copy import deepcopy
 
 import torch
 
-from ..configuration_moma import TEXT, MomaConfig
+from ..configuration_moma import RULES, MomaConfig
 from ..errors_moma import InputError
+from ..frames_moma import TEXT
 from ..modeling_moma import MomaForCausalLM
-from ..routing_rules_moma import RULES
 from .tensor_sources import kept_groups, shared_size, tensor_sources
 
 

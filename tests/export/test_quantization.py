@@ -10,9 +10,8 @@ from transformers import BitsAndBytesConfig, TorchAoConfig
 from helpers.reference import GROUPS
 from helpers.released import RELEASED, skip_without_released_model
 from helpers.tiny import IMAGE_IDS, randomize_auxiliary, tiny_config
-from modeling_moma.experts_moma import MomaExperts
 from modeling_moma.export.quantization import quantized_share, torchao_config
-from modeling_moma.modeling_moma import MomaForCausalLM
+from modeling_moma.modeling_moma import MomaExperts, MomaForCausalLM
 from modeling_moma.quantized_layers_moma import use_quantized_layers
 from tokenization import MomaProcessor
 

@@ -10,7 +10,7 @@ from unittest.mock import patch
 
 import torch
 
-from modeling_moma import batch_routing_moma
+from modeling_moma import token_groups_moma
 from tokenization import MomaVQModel
 
 
@@ -42,7 +42,7 @@ class MomaOverrides(Overrides):
         # refuses them with a ValueError
         if self._testMethodName.startswith("test_model_rope_scaling_from_config"):
             lifted = patch.object(
-                batch_routing_moma, "check_length", _check_length_if_scaled(batch_routing_moma.check_length)
+                token_groups_moma, "check_length", _check_length_if_scaled(token_groups_moma.check_length)
             )
             lifted.start()
             self.addCleanup(lifted.stop)
@@ -56,16 +56,7 @@ def _check_length_if_scaled(check):
     return checked
 
 
-class RouterOverrides(MomaOverrides):
-    """For all configurations with routers."""
-
-    def test_moe_models_record_router_logits(self):
-        """The test skips itself unless the model's file holds the experts; ours have a file of their own."""
-        with patch("inspect.getsource", return_value="@use_experts_implementation"):
-            super().test_moe_models_record_router_logits()
-
-
-class ExpertGroupsOverrides(RouterOverrides):
+class ExpertGroupsOverrides(MomaOverrides):
     """For groups of experts without depth."""
 
     skipped = {
@@ -84,7 +75,7 @@ class DenseOverrides(MomaOverrides):
     }
 
 
-class DepthOverrides(RouterOverrides):
+class DepthOverrides(MomaOverrides):
     """For configurations with depth layers. Nothing is skipped."""
 
     def test_retain_grad_hidden_states_attentions(self):

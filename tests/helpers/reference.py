@@ -7,8 +7,7 @@ from fractions import Fraction
 import torch
 import torch.nn.functional as F
 
-from modeling_moma.modality_split_moma import split_modalities
-from modeling_moma.routing_context_moma import RoutingContext
+from modeling_moma.token_groups_moma import RoutingContext, split_modalities
 
 
 GROUPS = {

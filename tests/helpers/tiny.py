@@ -12,10 +12,10 @@ from datasets.arrow_writer import ArrowWriter
 from PIL import Image
 
 from modeling_moma import MomaConfig, MomaForCausalLM
-from modeling_moma.auxiliary_moma import MomaAuxiliaryRouter
 from modeling_moma.data.documents import CaptionDocuments
 from modeling_moma.data.encoding import DocumentEncoder, processor_fingerprint
 from modeling_moma.data.sources import read_sources
+from modeling_moma.routing_moma import MomaAuxiliaryRouter
 from tokenization import (
     MomaImageProcessor,
     MomaProcessor,

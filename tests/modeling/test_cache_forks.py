@@ -12,8 +12,8 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from helpers.tiny import mixed_ids, tiny_model
+from modeling_moma.cpu_moma import MomaGrowingCacheLayer
 from modeling_moma.depth_moma import MomaDepthRouter
-from modeling_moma.growing_cache_moma import MomaGrowingCacheLayer
 
 
 LAYERS = {"full": {}, "depth": {"depth_layers": [0, 2]}}

@@ -7,12 +7,11 @@ import pytest
 import torch
 from transformers import DynamicCache, StaticCache
 
-from modeling_moma.cache_moma import MomaDepthCacheLayer, MomaStaticDepthCacheLayer
 from modeling_moma.configuration_moma import MomaConfig
+from modeling_moma.depth_cache_moma import MomaDepthCacheLayer, MomaStaticDepthCacheLayer, pack_chosen
 from modeling_moma.depth_moma import DepthSelection, MomaDepthRouter
-from modeling_moma.depth_packing_moma import pack_chosen
-from modeling_moma.modality_split_moma import ModalitySplit
 from modeling_moma.modeling_moma import MomaForCausalLM
+from modeling_moma.token_groups_moma import ModalitySplit
 
 
 HEADS, HEAD_DIM, CAPACITY = 2, 4, 0.25
@@ -336,7 +335,7 @@ def fill(model, ids, prompt_length):
 
 
 def test_depth_layers_hold_little_more_than_the_stored_tokens_of_their_fullest_row():
-    model, ids = make_model(depth_capacity=0.25), random_ids(8, 512, 0)
+    model, ids = make_model(depth_capacity=0.25), random_ids(8, 512, 1)
     calibrate(model, ids, 0.25)
     cache, counts = fill(model, ids, 480)
     config = model.config

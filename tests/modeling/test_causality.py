@@ -5,11 +5,10 @@ import torch
 
 from helpers.reference import fields_of
 from helpers.tiny import randomize_auxiliary
-from modeling_moma.configuration_moma import MomaConfig
+from modeling_moma.configuration_moma import MomaConfig, rule_names
 from modeling_moma.depth_moma import MomaDepthRouter
 from modeling_moma.modeling_moma import MomaForCausalLM
 from modeling_moma.routing_moma import MomaRouter
-from modeling_moma.routing_rules_moma import CAUSAL_ROUTINGS
 
 
 EXPERTS = {"dense": 1, "1t1i": {"text": 1, "image": 1}, "8x": 8, "4t4i": {"text": 4, "image": 4}}
@@ -64,12 +63,12 @@ CASES = [
     (experts, norm, routing)
     for experts in EXPERTS
     for norm in ("post", "pre")
-    for routing in (CAUSAL_ROUTINGS if experts in ("8x", "4t4i") else CAUSAL_ROUTINGS[:1])
+    for routing in (rule_names(is_causal=True) if experts in ("8x", "4t4i") else rule_names(is_causal=True)[:1])
 ] + [
     (experts, "post", routing, depth)
     for depth, names in (("mod", ("dense", "1t1i", "4t4i")), ("mod_by_modality", ("4t4i",)))
     for experts in names
-    for routing in CAUSAL_ROUTINGS
+    for routing in rule_names(is_causal=True)
 ]
 
 

@@ -6,9 +6,9 @@ from transformers.cache_utils import DynamicCache
 from helpers.depth_reference import SelectionLog, reference_logits
 from helpers.reference import GROUPS, assert_near, fields_of, trainable
 from helpers.tiny import mixed_ids, tiny_model
+from modeling_moma.configuration_moma import RULES
 from modeling_moma.depth_moma import DepthSelection
-from modeling_moma.modality_split_moma import token_modalities
-from modeling_moma.routing_rules_moma import RULES
+from modeling_moma.token_groups_moma import token_modalities
 
 
 DEPTH = {"num_hidden_layers": 3, "depth_layers": [0, 2], "depth_capacity": 0.5}

@@ -8,12 +8,10 @@ import torch
 from helpers.depth_reference import SelectionLog, pools_of, reference_choice, reference_cuts
 from helpers.reference import GROUPS, assert_near, fields_of
 from helpers.tiny import mixed_ids, randomize_auxiliary, tiny_config, tiny_model
+from modeling_moma.configuration_moma import RULES, rule_names
 from modeling_moma.depth_moma import MomaDepthRouter
-from modeling_moma.modality_split_moma import split_modalities, token_modalities
-from modeling_moma.router_updates_moma import update_routers
-from modeling_moma.routing_context_moma import RoutingContext
-from modeling_moma.routing_moma import MomaRouter
-from modeling_moma.routing_rules_moma import RULES, TRAINING_ROUTINGS
+from modeling_moma.routing_moma import MomaRouter, update_routers
+from modeling_moma.token_groups_moma import RoutingContext, split_modalities, token_modalities
 
 
 ROWS, LENGTH = 3, 13
@@ -313,7 +311,7 @@ def test_eval_changes_no_router(pool):
 
 
 @pytest.mark.parametrize("name", ["dense", "4t4i"])
-@pytest.mark.parametrize("routing", TRAINING_ROUTINGS)
+@pytest.mark.parametrize("routing", rule_names(may_train=True))
 def test_checkpointing_counts_once_and_selects_the_same(routing, name):
     # the warm-up ends between the second step's forward and its recomputation
     fields = {**GROUPS[name], **DEPTH, "training_routing": routing, "routing_warmup_steps": 2}

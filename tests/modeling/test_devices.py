@@ -10,10 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from helpers.parallel_reference import MODELS
 from helpers.reference import GROUPS
 from helpers.tiny import mixed_ids, tiny_model
-from modeling_moma.modality_split_moma import FixedSplit, split_modalities
-from modeling_moma.router_base_moma import MomaRouterBase
-from modeling_moma.router_updates_moma import update_routers
-from modeling_moma.routing_context_moma import RoutingContext
+from modeling_moma.routing_moma import MomaRouterBase, update_routers
+from modeling_moma.token_groups_moma import FixedSplit, RoutingContext, split_modalities
 
 
 COPIES = (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default)

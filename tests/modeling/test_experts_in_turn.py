@@ -4,8 +4,8 @@ import torch
 from torch import nn
 
 from helpers.tiny import tiny_model
-from modeling_moma import dispatch_moma, step_products_moma
-from modeling_moma.experts_in_turn_moma import are_plain, run_from_left, run_in_turn
+from modeling_moma import cpu_moma
+from modeling_moma.cpu_moma import are_plain, run_from_left, run_with_gradients
 
 
 WIDTH, INNER = 6, 5
@@ -24,7 +24,7 @@ def pairs(counts):
     return [(expert, count) for expert, count in enumerate(counts) if count]
 
 
-def plain_loop(x_PD, gate_up_EGD, down_EDF, counts):
+def plain_loop(x_PD, gate_up_EWD, down_EDF, counts):
     outputs, begin = [], 0
     for expert, count in enumerate(counts):
         rows = x_PD[begin : begin + count]
@@ -32,7 +32,7 @@ def plain_loop(x_PD, gate_up_EGD, down_EDF, counts):
         if expert >= NUM_EXPERTS:
             outputs.append(rows * 0)
             continue
-        gate, up = (rows @ gate_up_EGD[expert].T).chunk(2, dim=-1)
+        gate, up = (rows @ gate_up_EWD[expert].T).chunk(2, dim=-1)
         outputs.append((nn.functional.silu(gate) * up) @ down_EDF[expert].T)
     return torch.cat(outputs)
 
@@ -40,7 +40,7 @@ def plain_loop(x_PD, gate_up_EGD, down_EDF, counts):
 @pytest.mark.parametrize("counts", COUNTS)
 def test_outputs_and_gradients_are_those_of_a_plain_loop(counts):
     mine, others = parts(counts), parts(counts)
-    output, expected = run_in_turn(*mine, pairs(counts), nn.functional.silu), plain_loop(*others, counts)
+    output, expected = run_with_gradients(*mine, pairs(counts), nn.functional.silu), plain_loop(*others, counts)
     torch.testing.assert_close(output, expected)
     change = torch.randn(output.shape, dtype=output.dtype, generator=torch.Generator().manual_seed(1))
     output.backward(change)
@@ -51,17 +51,17 @@ def test_outputs_and_gradients_are_those_of_a_plain_loop(counts):
 
 @pytest.mark.parametrize("num_rows", [0, 1, 4])
 def test_one_expert_with_its_weights_on_the_left_is_that_of_a_plain_loop(num_rows):
-    x_PD, gate_up_EGD, down_EDF = (each.detach() for each in parts([num_rows, 0, 0]))
-    output = run_from_left(x_PD, gate_up_EGD[0], down_EDF[0], nn.functional.silu)
-    torch.testing.assert_close(output, plain_loop(x_PD, gate_up_EGD, down_EDF, [num_rows]))
+    x_PD, gate_up_EWD, down_EDF = (each.detach() for each in parts([num_rows, 0, 0]))
+    output = run_from_left(x_PD, gate_up_EWD[0], down_EDF[0], nn.functional.silu)
+    torch.testing.assert_close(output, plain_loop(x_PD, gate_up_EWD, down_EDF, [num_rows]))
 
 
 @pytest.mark.parametrize("routing", ["threshold", "token_choice"])
 @pytest.mark.parametrize("has_units", [False, True])
 def test_models_in_bf16_compute_as_eager_ones_with_matrix_units_and_without(has_units, routing, monkeypatch):
-    monkeypatch.setattr(step_products_moma, "multiplies_with", lambda name: has_units)
+    monkeypatch.setattr(cpu_moma, "multiplies_with", lambda name: has_units)
     called = []
-    monkeypatch.setattr(dispatch_moma, "run_from_left", lambda *args: (called.append(0), run_from_left(*args))[1])
+    monkeypatch.setattr(cpu_moma, "run_from_left", lambda *args: (called.append(0), run_from_left(*args))[1])
     ids = torch.randint(5, 60, (2, 12), generator=torch.Generator().manual_seed(0))
     model = tiny_model(vocab_size=64).to(torch.bfloat16).eval()
     with torch.no_grad():
@@ -78,7 +78,7 @@ def test_what_is_frozen_gets_no_gradient(frozen):
     for tensors in (mine, others):
         for index in frozen:
             tensors[index].requires_grad_(False)
-    output = run_in_turn(*mine, pairs(COUNTS[0]), nn.functional.silu)
+    output = run_with_gradients(*mine, pairs(COUNTS[0]), nn.functional.silu)
     assert output.requires_grad == (len(frozen) < 3)
     if output.requires_grad:
         output.sum().backward()
@@ -91,7 +91,7 @@ def test_what_is_frozen_gets_no_gradient(frozen):
 def test_under_autocast_products_are_in_bf16_and_gradients_in_the_type_of_the_weights():
     mine, others = parts(COUNTS[0], torch.float32), parts(COUNTS[0], torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
-        output = run_in_turn(*mine, pairs(COUNTS[0]), nn.functional.silu)
+        output = run_with_gradients(*mine, pairs(COUNTS[0]), nn.functional.silu)
     assert output.dtype == torch.bfloat16
     expected = plain_loop(*others, COUNTS[0])
     output.float().square().sum().backward()
@@ -107,7 +107,7 @@ def test_no_copy_of_all_weights_waits_for_the_backward():
     mine = parts(COUNTS[0], torch.float32)
     with torch.autograd.graph.saved_tensors_hooks(lambda x: (held.append(x), x)[1], lambda x: x):
         with torch.autocast("cpu", torch.bfloat16):
-            run_in_turn(*mine, pairs(COUNTS[0]), nn.functional.silu)
+            run_with_gradients(*mine, pairs(COUNTS[0]), nn.functional.silu)
     weights = {tensor.data_ptr() for tensor in mine[1:]}
     copies = [x for x in held if x.shape in (mine[1].shape, mine[2].shape) and x.data_ptr() not in weights]
     assert held and not copies
@@ -115,7 +115,7 @@ def test_no_copy_of_all_weights_waits_for_the_backward():
 
 def test_gradients_of_gradients_are_refused():
     mine = parts(COUNTS[0])
-    output = run_in_turn(*mine, pairs(COUNTS[0]), nn.functional.silu)
+    output = run_with_gradients(*mine, pairs(COUNTS[0]), nn.functional.silu)
     (change,) = torch.autograd.grad(output.square().sum(), mine[0], create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         change.sum().backward()

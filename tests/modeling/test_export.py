@@ -12,8 +12,8 @@ from transformers.exporters.utils import get_leaf_tensors
 
 from helpers.reference import GROUPS, fields_of
 from helpers.tiny import mixed_ids, randomize_auxiliary, tiny_model
-from modeling_moma.batch_routing_moma import check_exportable
 from modeling_moma.routing_moma import MomaRouter
+from modeling_moma.token_groups_moma import check_exportable
 
 
 LAYOUTS = {

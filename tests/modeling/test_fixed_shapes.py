@@ -7,10 +7,9 @@ from transformers import StaticCache
 
 from helpers.reference import GROUPS, fields_of, reference_gated_feed_forward, trainable
 from helpers.tiny import mixed_ids, randomize_auxiliary, tiny_config, tiny_model
-from modeling_moma.experts_moma import MomaFeedForward
-from modeling_moma.modality_split_moma import FixedSplit, position_groups
-from modeling_moma.routing_context_moma import RoutingContext
+from modeling_moma.modeling_moma import MomaFeedForward
 from modeling_moma.routing_moma import MomaRouter
+from modeling_moma.token_groups_moma import FixedSplit, RoutingContext, position_groups
 
 
 CAUSAL = ("threshold", "token_choice", "auxiliary")

@@ -7,7 +7,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from helpers.tiny import tiny_config, tiny_model
-from modeling_moma.growing_cache_moma import MomaGrowingCacheLayer, let_grow
+from modeling_moma.cpu_moma import MomaGrowingCacheLayer, use_growing_layer
 
 
 def new_states(num_tokens: int, rows: int = 2, seed: int = 0, dtype: torch.dtype = torch.float32):
@@ -123,6 +123,7 @@ def test_a_forward_lets_plain_layers_grow_and_leaves_others():
         assert {type(layer) for layer in cache.layers} == {MomaGrowingCacheLayer}
     with_depth = DynamicCache(config=tiny_config(depth_layers=[0]))
     kinds = [type(layer) for layer in with_depth.layers]
-    let_grow(with_depth)
+    for layer_idx in range(2):
+        use_growing_layer(with_depth, layer_idx)
     assert type(with_depth.layers[0]) is kinds[0] is not DynamicLayer
     assert type(with_depth.layers[1]) is MomaGrowingCacheLayer

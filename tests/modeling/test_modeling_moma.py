@@ -9,10 +9,10 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 
 from helpers.reference import GROUPS, assert_near, fields_of
 from helpers.tiny import mixed_ids, tiny_config, tiny_model
+from modeling_moma.configuration_moma import RULES, rule_names
 from modeling_moma.loss_moma import causal_lm_loss
-from modeling_moma.modality_split_moma import token_modalities
 from modeling_moma.modeling_moma import MomaForCausalLM
-from modeling_moma.routing_rules_moma import RULES, TRAINING_ROUTINGS
+from modeling_moma.token_groups_moma import token_modalities
 
 
 AUXILIARY = {
@@ -223,7 +223,7 @@ def test_scaled_rotary_embeddings_may_go_further():
     assert torch.isfinite(model(torch.full((1, 100), 30)).logits).all()
 
 
-@pytest.mark.parametrize("routing", TRAINING_ROUTINGS)
+@pytest.mark.parametrize("routing", rule_names(may_train=True))
 @pytest.mark.parametrize("name", ["dense", "4t4i", "shared"])
 def test_checkpointing_gives_the_same_gradients(name, routing):
     losses, grads = [], []

@@ -97,7 +97,7 @@ def test_processes_equal_a_single_one(name, kind, results, folder):
     state = MomaForCausalLM.from_pretrained(folder / kind / name).state_dict()
     assert state.keys() == single["state"].keys()
     for key, value in single["state"].items():
-        torch.testing.assert_close(state[key], value, atol=1e-5, rtol=1e-5, msg=lambda text, key=key: f"{key}: {text}")
+        torch.testing.assert_close(state[key], value, atol=2e-5, rtol=1e-5, msg=lambda text, key=key: f"{key}: {text}")
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -16,7 +16,7 @@ from transformers import AutoModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from helpers.tiny import tiny_model, tiny_processor
-from modeling_moma.attention_moma import MomaAttention
+from modeling_moma.modeling_moma import MomaAttention
 
 
 SHARED = {"shared_expert_intermediate_size": {"text": 16, "image": 16}}

@@ -8,9 +8,9 @@ import torch
 
 from helpers.reference import GROUPS, assert_near, context_of, fields_of, reference_cut, reference_selection
 from helpers.tiny import mixed_ids, tiny_config, tiny_model
-from modeling_moma.routing_context_moma import logistic_noise_like
+from modeling_moma.configuration_moma import RULES, rule_names
 from modeling_moma.routing_moma import MomaRouter
-from modeling_moma.routing_rules_moma import NOISY_ROUTINGS, RULES
+from modeling_moma.token_groups_moma import logistic_noise_like
 
 
 NUM_TOKENS = 13
@@ -58,7 +58,7 @@ def test_the_noise_is_the_difference_of_two_gumbel_samples():
 
 
 @pytest.mark.parametrize("scale", [0.5, 1])
-@pytest.mark.parametrize("routing", NOISY_ROUTINGS)
+@pytest.mark.parametrize("routing", rule_names(takes_noise=True))
 def test_selection_and_gates_are_noisy_while_logits_and_statistics_are_not(routing, scale):
     config, router, x_ND = build_router(gumbel_noise=scale)
     logits_NE, pairs, weights, context = select(config, router, x_ND, routing)
@@ -110,7 +110,7 @@ def test_the_noise_falls_linearly_to_none(steps_done):
     assert torch.allclose(added_P, scale * noise_of()[token_P, expert_P], atol=1e-3)
 
 
-@pytest.mark.parametrize("routing", NOISY_ROUTINGS)
+@pytest.mark.parametrize("routing", rule_names(takes_noise=True))
 def test_after_its_last_step_the_model_is_one_without_noise(routing):
     fields = {**GROUPS["4t4i"], "training_routing": routing}
     noisy, plain = tiny_model(**fields, gumbel_noise=1, gumbel_noise_steps=2), tiny_model(**fields)
@@ -130,7 +130,7 @@ def test_a_batch_may_lack_a_modality(ids):
         assert torch.isfinite(parameter.grad).all(), name
 
 
-@pytest.mark.parametrize("routing", NOISY_ROUTINGS)
+@pytest.mark.parametrize("routing", rule_names(takes_noise=True))
 @pytest.mark.parametrize("depth", [{}, {"num_hidden_layers": 3, "depth_layers": [0, 2]}], ids=["plain", "depth"])
 @pytest.mark.parametrize("preserve_rng_state", [True, False])
 def test_checkpointing_recomputes_with_the_same_noise(depth, routing, preserve_rng_state):
@@ -154,7 +154,7 @@ def test_checkpointing_recomputes_with_the_same_noise(depth, routing, preserve_r
         assert torch.allclose(states[1][key], value, atol=1e-6), key
 
 
-@pytest.mark.parametrize("routing", NOISY_ROUTINGS)
+@pytest.mark.parametrize("routing", rule_names(takes_noise=True))
 def test_a_scale_of_zero_is_no_noise_and_draws_nothing(routing):
     fields = {**GROUPS["4t4i"], "training_routing": routing}
     silent, plain = tiny_model(**fields, gumbel_noise=0, gumbel_noise_steps=5), tiny_model(**fields)
@@ -171,7 +171,7 @@ def test_a_scale_of_zero_is_no_noise_and_draws_nothing(routing):
         assert torch.equal(value, plain.state_dict()[key]), key
 
 
-@pytest.mark.parametrize("routing", sorted(set(RULES) - set(NOISY_ROUTINGS)))
+@pytest.mark.parametrize("routing", sorted(set(RULES) - set(rule_names(takes_noise=True))))
 def test_scores_that_are_compared_with_clean_cuts_are_clean(routing):
     config, router, x_ND = build_router(gumbel_noise=5.0, routing_warmup_steps=0, **fields_of(routing))
     noisy = select(config, router.train(), x_ND, routing)

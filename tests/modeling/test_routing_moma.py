@@ -18,10 +18,10 @@ from helpers.reference import (
     trainable,
 )
 from helpers.tiny import mixed_ids, randomize_auxiliary, tiny_config, tiny_model
-from modeling_moma.experts_moma import MomaFeedForward
-from modeling_moma.modality_split_moma import split_modalities, token_modalities
+from modeling_moma.configuration_moma import RULES, rule_names
+from modeling_moma.modeling_moma import MomaFeedForward
 from modeling_moma.routing_moma import MomaRouter
-from modeling_moma.routing_rules_moma import RULES, TRAINING_ROUTINGS
+from modeling_moma.token_groups_moma import split_modalities, token_modalities
 
 
 ROWS, LENGTH = 2, 10
@@ -237,7 +237,7 @@ def test_eval_changes_no_router():
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
-@pytest.mark.parametrize("routing", TRAINING_ROUTINGS)
+@pytest.mark.parametrize("routing", rule_names(may_train=True))
 def test_statistics_count_once_under_checkpointing(routing):
     states = []
     for checkpointing in (False, True):

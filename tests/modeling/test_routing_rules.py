@@ -6,50 +6,53 @@ import torch
 
 from helpers.reference import GROUPS
 from helpers.tiny import mixed_ids, tiny_config, tiny_model
-from modeling_moma.depth_moma import DEPTH_FORMS, depth_form
-from modeling_moma.expert_forms_moma import EXPERT_FORMS, expert_form
+from modeling_moma.configuration_moma import RULES, MomaConfig, rule_names, rule_of
+from modeling_moma.depth_moma import depth_rule
+from modeling_moma.modeling_moma import MomaForCausalLM
 from modeling_moma.planning.costs import flops_per_token
-from modeling_moma.routing_rules_moma import (
-    CAUSAL_ROUTINGS,
-    NOISY_ROUTINGS,
-    RULES,
-    TRAINING_ROUTINGS,
-    RoutingRule,
-    rule_of,
-)
-from modeling_moma.selection_moma import Selection
+from modeling_moma.routing_moma import Selection, routing_rule
 
 
 DEPTH = {"depth_layers": [1], "depth_capacity": 0.5}
 
 
 @pytest.fixture
-def first_experts(monkeypatch):
+def first_experts():
     """A rule of its own: every token takes the first two experts."""
-    for table in (EXPERT_FORMS, DEPTH_FORMS):
-        for name, form in list(table.items()):
-            monkeypatch.setitem(table, name, form)
-    rule = RoutingRule("first_experts", is_causal=True, may_train=True, counts_experts=True)
-    monkeypatch.setitem(RULES, rule.name, rule)
 
-    @expert_form(rule.name)
-    def choose(router, x_ND, scores_NE, context):
+    @routing_rule("first_experts", is_causal=True, may_train=True, counts_experts=True)
+    def select(router, x_ND, scores_NE, context):
         is_taken_NE = torch.zeros_like(scores_NE, dtype=torch.bool)
         is_taken_NE[:, :2] = True
-        return Selection.of_members(is_taken_NE, scores_NE, context.has_fixed_shapes)
+        return Selection.from_mask(is_taken_NE, scores_NE, context.has_fixed_shapes)
 
-    yield rule.name
-    EXPERT_FORMS.pop(rule.name)
-    DEPTH_FORMS.pop(rule.name, None)
+    yield "first_experts"
+    RULES.pop("first_experts")
 
 
 def test_names_come_from_the_records():
-    assert set(TRAINING_ROUTINGS) == {"expert_choice", "threshold", "token_choice"}
-    assert set(CAUSAL_ROUTINGS) == {"threshold", "token_choice", "auxiliary"}
-    assert set(NOISY_ROUTINGS) == {"expert_choice", "token_choice"}
-    assert EXPERT_FORMS.keys() == RULES.keys() == DEPTH_FORMS.keys()
+    assert set(rule_names(may_train=True)) == {"expert_choice", "threshold", "token_choice"}
+    assert set(rule_names(is_causal=True)) == {"threshold", "token_choice", "auxiliary"}
+    assert set(rule_names(takes_noise=True)) == {"expert_choice", "token_choice"}
+    assert all(rule.choose is not None for rule in RULES.values())
     with pytest.raises(ValueError, match="`depth_routing` must be one of .*expert_choice.*got 'nearest'"):
         rule_of("nearest", "depth_routing")
+
+
+def test_a_rule_is_one_function_that_configurations_may_name_at_once(first_experts):
+    config = MomaConfig(training_routing=first_experts, inference_routing=first_experts)
+    assert (config.training_routing, config.inference_routing) == (first_experts, first_experts)
+
+
+def test_a_configuration_without_the_code_of_rules_takes_their_names_and_the_model_checks_them():
+    entered = dict(RULES)
+    RULES.clear()
+    try:
+        config = tiny_config(training_routing="nearest")
+    finally:
+        RULES.update(entered)
+    with pytest.raises(ValueError, match="`training_routing` = 'nearest': must be one of"):
+        MomaForCausalLM(config)
 
 
 def test_a_new_rule_decides_who_runs(first_experts):
@@ -77,7 +80,7 @@ def test_a_rule_without_a_depth_form_raises_by_name(first_experts):
 def test_depth_layers_follow_the_form_that_a_rule_brings(first_experts):
     asked = []
 
-    @depth_form(first_experts)
+    @depth_rule(first_experts)
     def choose(tokens):
         asked.append(tokens.scores_BT.shape)
         return torch.zeros_like(tokens.is_token_BT)

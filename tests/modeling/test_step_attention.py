@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 import pytest
 import torch
-from transformers import DynamicCache
+from transformers import AttentionInterface, DynamicCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from helpers.tiny import tiny_model
-from modeling_moma import step_attention_moma
-from modeling_moma.step_attention_moma import wants_wide_step, wide_step
+from modeling_moma import cpu_moma
+from modeling_moma.cpu_moma import CPU_ATTENTION, cpu_attention_forward
 
 
 class Layer(torch.nn.Module):
@@ -30,13 +30,14 @@ def masks(rows: int, num_keys: int):
 @pytest.mark.parametrize("num_groups", [1, 2])
 @pytest.mark.parametrize("elements_at_once", [1, 2 * 4 * 9 * 8, 2**19])
 def test_it_is_the_attention_of_fp32(monkeypatch, mask, num_groups, elements_at_once):
-    monkeypatch.setattr(step_attention_moma, "_CHUNK_ELEMENTS", elements_at_once)
+    monkeypatch.setattr(cpu_moma, "has_instructions", lambda name: False)
+    monkeypatch.setattr(cpu_moma, "_CHUNK_ELEMENTS", elements_at_once)
     torch.manual_seed(0)
     query = torch.randn(5, 4, 1, 8).bfloat16()
     key, value = (torch.randn(5, 4 // num_groups, 9, 8).bfloat16() for _ in range(2))
     layer, attention_mask = Layer(num_groups), masks(5, 9)[mask]
     with torch.no_grad():
-        output, weights = wide_step(sdpa_attention_forward, layer, query, key, value, attention_mask, scaling=0.3)
+        output, weights = cpu_attention_forward(layer, query, key, value, attention_mask, scaling=0.3)
         wide_mask = attention_mask
         if wide_mask is not None and wide_mask.is_floating_point():
             wide_mask = wide_mask.float()
@@ -48,28 +49,60 @@ def test_it_is_the_attention_of_fp32(monkeypatch, mask, num_groups, elements_at_
 @pytest.fixture(params=[True, False], ids=["own instructions", "none"])
 def has_instructions(request, monkeypatch):
     """Both kinds of CPU, whichever this is."""
-    monkeypatch.setattr(step_attention_moma, "has_instructions", lambda name: request.param)
+    monkeypatch.setattr(cpu_moma, "has_instructions", lambda name: request.param)
     return request.param
 
 
-def test_where_it_is_wanted(has_instructions):
-    query = torch.zeros(1, 2, 1, 8, dtype=torch.bfloat16)
-    assert not wants_wide_step("sdpa", query)
+def test_where_it_is_wanted(has_instructions, monkeypatch):
+    types = []
+
+    def attention(module, query, *args, **kwargs):
+        types.append(query.dtype)
+        return query.transpose(1, 2), None
+
+    monkeypatch.setitem(AttentionInterface._global_mapping, "sdpa", attention)
+    query, half = torch.zeros(1, 2, 1, 8, dtype=torch.bfloat16), torch.bfloat16 if has_instructions else torch.float32
+    others = (query.float(), query.expand(1, 2, 2, 8), query.to("meta"))
+    cpu_attention_forward(Layer(1), query, query, query, None)
     with torch.no_grad():
-        assert wants_wide_step("sdpa", query) == wants_wide_step("sdpa", query.half()) == (not has_instructions)
-        assert not wants_wide_step("eager", query)
-        assert not wants_wide_step("sdpa", query.float())
-        assert not wants_wide_step("sdpa", query.expand(1, 2, 2, 8))
-        assert not wants_wide_step("sdpa", query.to("meta"))
+        for x in (query, query.half(), *others):
+            assert cpu_attention_forward(Layer(1), x, x, x, None)[0].dtype == x.dtype
+    halves = [torch.bfloat16, torch.float16] if has_instructions else [half, half]
+    assert types == [torch.bfloat16, *halves, torch.float32, torch.bfloat16, torch.bfloat16]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_models_go_through_it_under_sdpa_alone(implementation, monkeypatch):
+    asked = []
+
+    def spy(*args, **kwargs):
+        asked.append(0)
+        return cpu_attention_forward(*args, **kwargs)
+
+    monkeypatch.setitem(AttentionInterface._global_mapping, CPU_ATTENTION, spy)
+    model = tiny_model(attn_implementation=implementation).eval()
+    model(torch.randint(5, 16, (2, 3)))
+    assert len(asked) == (model.config.num_hidden_layers if implementation == "sdpa" else 0)
 
 
 @pytest.mark.parametrize("depth_layers", [None, [0]])
 def test_steps_in_bf16_equal_the_whole_in_bf16(depth_layers, has_instructions):
     model = tiny_model(depth_layers=depth_layers).bfloat16().eval()
     # of which no score lies so near its threshold that the noise of bf16 decides
-    ids = torch.randint(5, 16, (2, 12), generator=torch.Generator().manual_seed(13))
+    ids = torch.randint(5, 16, (2, 12), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         expected = model(ids, use_cache=False).logits
         cache = DynamicCache(config=model.config)
         steps = [model(ids[:, place : place + 1], cache=cache, use_cache=True).logits for place in range(12)]
     torch.testing.assert_close(torch.cat(steps, 1).float(), expected.float(), rtol=0.05, atol=0.05)
+
+
+@torch.no_grad()
+def test_it_may_be_asked_for_by_its_name_and_gets_a_mask():
+    model = tiny_model().eval()
+    ids, mask = torch.randint(5, 16, (2, 9)), torch.ones(2, 9, dtype=torch.long)
+    mask[0, :4] = 0
+    expected = model(ids, attention_mask=mask).logits
+    model.set_attn_implementation(CPU_ATTENTION)
+    assert torch.equal(model(ids, attention_mask=mask).logits, expected)

@@ -7,11 +7,11 @@ from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from transformers import DynamicCache
 
+from helpers.failures import must_not_raise
 from helpers.processes import run_group
 from helpers.tiny import mixed_ids, tiny_model
-from modeling_moma import host_moma, step_products_moma
-from modeling_moma.host_moma import has_instructions, multiplies_with
-from modeling_moma.step_products_moma import project
+from modeling_moma import cpu_moma
+from modeling_moma.cpu_moma import MomaCpuLinear, has_instructions, multiplies_with, use_cpu_layers
 
 
 ROWS = [(1,), (1, 1), (2, 1), (3, 5), (8, 8), (65,), (0, 4)]
@@ -21,14 +21,20 @@ CPUS = {"matrix units": ("amx_bf16", "avx512_bf16"), "bf16": ("avx512_bf16",), "
 @pytest.fixture(params=CPUS)
 def cpu(request, monkeypatch):
     """Every kind of CPU, whichever this is."""
-    monkeypatch.setattr(step_products_moma, "multiplies_with", lambda name: name in CPUS[request.param])
+    monkeypatch.setattr(cpu_moma, "multiplies_with", lambda name: name in CPUS[request.param])
     return request.param
+
+
+def cpu_layer(layer):
+    """In bf16, with the form for CPUs."""
+    use_cpu_layers(layer)
+    return layer.bfloat16().eval()
 
 
 @pytest.fixture
 def layer():
     torch.manual_seed(0)
-    return nn.Linear(12, 7, bias=False).bfloat16().eval()
+    return cpu_layer(nn.Linear(12, 7, bias=False))
 
 
 @pytest.fixture
@@ -51,7 +57,7 @@ def called(layer):
 @pytest.mark.parametrize("rows", ROWS)
 def test_a_product_is_that_of_the_layer(cpu, layer, called, rows):
     x = torch.randn(*rows, 12).bfloat16()
-    y = project(layer, x)
+    y = layer(x)
     expected = x.float() @ layer.weight.float().T
     torch.testing.assert_close(y.float(), expected, rtol=2**-7, atol=1e-3)
     assert y.shape == (*rows, 7) and y.dtype == torch.bfloat16
@@ -61,35 +67,20 @@ def test_a_product_is_that_of_the_layer(cpu, layer, called, rows):
 
 
 def test_what_is_more_than_a_product_is_called(layer, called, monkeypatch):
-    monkeypatch.setattr(step_products_moma, "multiplies_with", lambda name: True)
+    monkeypatch.setattr(cpu_moma, "multiplies_with", lambda name: True)
     x = torch.randn(3, 12).bfloat16()
     # in training and where gradients are wanted
-    project(layer, x)
+    layer(x)
     with torch.no_grad():
         layer.train()
-        project(layer, x)
+        layer(x)
         layer.eval()
-        project(copy.deepcopy(layer).float(), x.float())
-        project(nn.Linear(12, 7).bfloat16().eval(), x)
-        project(type("Other", (nn.Linear,), {})(12, 7, bias=False).bfloat16().eval(), x)
+        copy.deepcopy(layer).float()(x.float())
+        cpu_layer(nn.Linear(12, 7))(x)
+        cpu_layer(type("Other", (nn.Linear,), {})(12, 7, bias=False))(x)
         assert len(called) == 5
-        seen = []
-        for register in (layer.register_forward_hook, layer.register_forward_pre_hook):
-            handle = register(lambda *args: seen.append(0))
-            project(layer, x)
-            handle.remove()
-        handle = nn.modules.module.register_module_forward_hook(lambda *args: seen.append(0))
-        project(layer, x)
-        handle.remove()
-        handle = nn.modules.module.register_module_forward_pre_hook(lambda *args: seen.append(0))
-        project(layer, x)
-        handle.remove()
-        layer.forward = lambda x: seen.append(0)
-        project(layer, x)
-        del layer.forward
-        assert len(seen) == 5 and len(called) == 9
-        project(layer, x)
-        assert len(called) == 9
+        layer(x)
+        assert len(called) == 5
 
 
 def test_weights_of_other_classes_multiply_by_themselves(layer, monkeypatch):
@@ -101,10 +92,10 @@ def test_weights_of_other_classes_multiply_by_themselves(layer, monkeypatch):
             cls.used += func is nn.functional.linear
             return super().__torch_function__(func, types, args, kwargs)
 
-    monkeypatch.setattr(step_products_moma, "multiplies_with", lambda name: True)
+    monkeypatch.setattr(cpu_moma, "multiplies_with", lambda name: True)
     layer.weight = nn.Parameter(layer.weight.detach().as_subclass(Quantised), requires_grad=False)
     with torch.no_grad():
-        project(layer, torch.randn(3, 12).bfloat16())
+        layer(torch.randn(3, 12).bfloat16())
     assert Quantised.used == 1
 
 
@@ -141,15 +132,12 @@ def bias_as_a_plain_tensor(layer):
 )
 @pytest.mark.parametrize("rows", [1, 16])
 def test_a_weight_that_is_no_parameter_of_its_layer_multiplies_there(place, rows, layer, called, monkeypatch):
-    monkeypatch.setattr(step_products_moma, "multiplies_with", lambda name: True)
+    monkeypatch.setattr(cpu_moma, "multiplies_with", lambda name: True)
     x = torch.randn(rows, 12).bfloat16()
     weight = layer.weight.detach().float()
     place(layer)
-    try:
-        y = project(layer, x)
-    except KeyError as error:
-        y = error
-    assert isinstance(y, torch.Tensor), f"no weight was found: {y!r}"
+    with must_not_raise(KeyError):
+        y = layer(x)
     expected = x.float() @ weight.T + (1 if place is bias_as_a_plain_tensor else 0)
     torch.testing.assert_close(y.float(), expected, rtol=0.02, atol=0.02)
     assert len(called) == 1
@@ -157,7 +145,7 @@ def test_a_weight_that_is_no_parameter_of_its_layer_multiplies_there(place, rows
 
 def fsdp1_work(rank, folder):
     """A step and a prompt under FSDP1, whose layers keep weights as plain tensors, on a CPU with matrix units."""
-    step_products_moma.multiplies_with = lambda name: True
+    cpu_moma.multiplies_with = lambda name: True
     for fields in ({}, {"depth_layers": [0]}, {"num_experts": 1}):
         model = tiny_model(shared_intermediate_size=8, **fields).bfloat16().eval()
         ids = mixed_ids(rows=2, length=9)
@@ -166,11 +154,8 @@ def fsdp1_work(rank, folder):
             expected = [model(call).logits for call in calls]
             wrapped = FullyShardedDataParallel(model, use_orig_params=False, device_id=torch.device("cpu"))
             for call, logits in zip(calls, expected):
-                try:
+                with must_not_raise(KeyError):
                     found = wrapped(call).logits
-                except KeyError as error:
-                    found = error
-                assert isinstance(found, torch.Tensor), f"no weight was found: {found!r}"
                 torch.testing.assert_close(found, logits, rtol=0.02, atol=0.02)
     (folder / f"{rank}").touch()
 
@@ -184,27 +169,20 @@ def test_a_model_under_fsdp1_is_evaluated_in_bf16(num_processes, tmp_path):
 @torch.no_grad()
 @pytest.mark.parametrize("depth_layers", [None, [0]])
 @pytest.mark.parametrize("num_rows", [1, 3, 16])
-def test_steps_of_a_model_equal_those_of_its_layers(cpu, depth_layers, num_rows):
+def test_steps_of_a_model_equal_those_of_plain_layers(cpu, depth_layers, num_rows):
     model = tiny_model(vocab_size=64, depth_layers=depth_layers, shared_intermediate_size=8).bfloat16().eval()
     ids = torch.randint(5, 60, (num_rows, 9), generator=torch.Generator().manual_seed(0))
     found = []
-    for is_hooked in (False, True):
-        # a hook that sees nothing lets a layer be called
-        handles = [
-            module.register_forward_hook(lambda *args: None)
-            for module in model.modules()
-            if is_hooked and type(module) is nn.Linear
-        ]
+    for has_forms in (True, False):
+        use_cpu_layers(model, has_forms)
         cache = DynamicCache(config=model.config)
         model(ids[:, :5], cache=cache)
         found.append(torch.cat([model(ids[:, i : i + 1], cache=cache).logits for i in range(5, 9)], dim=1))
-        for handle in handles:
-            handle.remove()
     torch.testing.assert_close(*found, rtol=0.02, atol=0.02)
 
 
 def test_matrix_units_that_onednn_may_not_use_are_none(monkeypatch):
-    monkeypatch.setattr(host_moma.torch.cpu, "get_capabilities", lambda: {"amx_bf16": True, "avx512_bf16": True})
+    monkeypatch.setattr(cpu_moma.torch.cpu, "get_capabilities", lambda: {"amx_bf16": True, "avx512_bf16": True})
     has_instructions.cache_clear()
     found = {}
     for value in (None, "DEFAULT", "AVX512_CORE_AMX", "avx512_core_bf16"):
@@ -220,6 +198,7 @@ def test_matrix_units_that_onednn_may_not_use_are_none(monkeypatch):
     assert list(found.values()) == [(True, True), (True, True), (True, True), (False, True)]
 
 
-def test_projections_stay_the_plain_layers_that_adapters_and_quantisers_look_for():
+def test_projections_are_linear_layers_to_adapters_and_quantisers():
     modules = tiny_model(vocab_size=64, shared_intermediate_size=8).named_modules()
-    assert {type(module) for name, module in modules if name.endswith(("_proj", "lm_head"))} == {nn.Linear}
+    classes = {type(module) for name, module in modules if name.endswith(("_proj", "lm_head"))}
+    assert classes == {MomaCpuLinear} and issubclass(MomaCpuLinear, nn.Linear)

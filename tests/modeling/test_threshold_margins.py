@@ -9,8 +9,8 @@ from helpers.reference import context_of, reference_cut
 from helpers.tiny import mixed_ids, tiny_config, tiny_model
 from modeling_moma.calibration.observation import run_observed
 from modeling_moma.calibration.thresholds import calibrate_auxiliary_thresholds, calibrate_thresholds
-from modeling_moma.experts_moma import MomaFeedForward
-from modeling_moma.router_updates_moma import update_routers
+from modeling_moma.modeling_moma import MomaFeedForward
+from modeling_moma.routing_moma import update_routers
 
 
 # what another kernel makes of a score, generously

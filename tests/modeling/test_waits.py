@@ -10,9 +10,9 @@ from transformers.masking_utils import flash_attention_mask
 
 from helpers.reference import GROUPS, fields_of
 from helpers.tiny import mixed_ids, tiny_model
-from modeling_moma import host_moma
+from modeling_moma import cpu_moma
+from modeling_moma.configuration_moma import rule_names
 from modeling_moma.data.packing import PackedCollator
-from modeling_moma.routing_rules_moma import CAUSAL_ROUTINGS
 
 
 # what reads numbers of a tensor, or makes a tensor whose size only its numbers tell
@@ -49,7 +49,7 @@ class WaitingOperations(TorchDispatchMode):
 
 @pytest.fixture
 def device(monkeypatch):
-    monkeypatch.setattr(host_moma, "HOSTS", ())
+    monkeypatch.setattr(cpu_moma, "_CPU", ())
 
 
 def waits_of(forward):
@@ -61,7 +61,7 @@ def waits_of(forward):
 
 @torch.no_grad()
 @pytest.mark.parametrize("groups", ["dense", "1t1i", "8x", "4t4i"])
-@pytest.mark.parametrize("routing", CAUSAL_ROUTINGS)
+@pytest.mark.parametrize("routing", rule_names(is_causal=True))
 def test_inference_waits_once_a_forward_for_the_sizes_of_its_groups(device, groups, routing):
     fields = {} if groups in ("dense", "1t1i") else fields_of(routing)
     model = tiny_model(
@@ -106,13 +106,13 @@ def test_documents_told_by_lengths_wait_where_nobody_gives_them(device, monkeypa
 
 @torch.no_grad()
 @pytest.mark.parametrize("normalize_gates", [True, False])
-@pytest.mark.parametrize("routing", CAUSAL_ROUTINGS)
+@pytest.mark.parametrize("routing", rule_names(is_causal=True))
 def test_without_waiting_the_outputs_are_the_same(monkeypatch, routing, normalize_gates):
     model = tiny_model(**GROUPS["4t4i"], **fields_of(routing), normalize_gates=normalize_gates).eval()
     ids, mask = mixed_ids(), torch.ones_like(mixed_ids())
     mask[0, :3] = 0
     expected = model(ids, attention_mask=mask, routing=routing).logits
-    monkeypatch.setattr(host_moma, "HOSTS", ())
+    monkeypatch.setattr(cpu_moma, "_CPU", ())
     cache = DynamicCache(config=model.config)
     parts = [model(ids[:, :7], attention_mask=mask[:, :7], cache=cache, routing=routing).logits]
     for place in range(7, ids.shape[1]):

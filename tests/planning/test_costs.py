@@ -8,10 +8,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from helpers.reference import GROUPS
 from helpers.tiny import IMAGE_IDS, tiny_config
-from modeling_moma.auxiliary_moma import MomaAuxiliaryRouter
 from modeling_moma.configuration_moma import MomaConfig
 from modeling_moma.modeling_moma import MomaForCausalLM
 from modeling_moma.planning.costs import Eta, eta, eta_by_modality, flops_per_token, training_flops
+from modeling_moma.routing_moma import MomaAuxiliaryRouter
 
 
 # capacities divide these numbers of tokens, so K = ceil(c * N / E) rounds nothing

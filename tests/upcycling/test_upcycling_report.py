@@ -9,8 +9,8 @@ import torch
 from helpers.reference import GROUPS, reference_group
 from helpers.upcycling import CASES, DEPTH, FOUR_EACH, ONE_EACH, padded_batch, run_group, trained_seed
 from modeling_moma import MomaForCausalLM, upcycle, upcycling_receipt
-from modeling_moma.modality_split_moma import token_modalities
 from modeling_moma.routing_moma import MomaRouter
+from modeling_moma.token_groups_moma import token_modalities
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -15,8 +15,7 @@ import torch
 from ...configuration_moma import MomaConfig
 from ...errors_moma import InputError
 from ...frames_moma import TEXT, ModalityFrame
-from ...generation_moma import INTERLEAVED
-from ...logits_process_moma import TextOnlyLogitsProcessor
+from ...generation_moma import INTERLEAVED, TextOnlyLogitsProcessor
 
 
 # the mode in which no grammar applies

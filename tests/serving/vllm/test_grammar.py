@@ -6,8 +6,8 @@ import torch
 
 from helpers.tiny import tiny_config
 from modeling_moma.frames_moma import IMAGE, TEXT
-from modeling_moma.generation_moma import INTERLEAVED
-from modeling_moma.logits_process_moma import (
+from modeling_moma.generation_moma import (
+    INTERLEAVED,
     FittingFrameLogitsProcessor,
     FrameLogitsProcessor,
     OneFrameLogitsProcessor,

@@ -8,13 +8,22 @@ from torch import nn
 from torch.nn.modules import module as of_all_modules
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, GenerationConfig
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    DynamicCache,
+    GenerationConfig,
+    MaxTimeCriteria,
+    MinNewTokensLengthLogitsProcessor,
+    TextIteratorStreamer,
+)
 from transformers.integrations.moe import ExpertsInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from helpers.tiny import tiny_model
-from modeling_moma import MomaForCausalLM, decoder_layers_moma
+from modeling_moma import MomaForCausalLM
+from modeling_moma.modeling_moma import MomaDecoderLayer
 
 
 PROMPT = torch.randint(5, 60, (2, 6), generator=torch.Generator().manual_seed(0))
@@ -29,14 +38,14 @@ def model():
 def modes(monkeypatch):
     """Whether each layer ran in inference mode."""
     modes = []
-    forward = decoder_layers_moma.MomaDecoderLayer.forward
+    forward = MomaDecoderLayer.forward
 
     @functools.wraps(forward)
     def spy(*args, **kwargs):
         modes.append(torch.is_inference_mode_enabled())
         return forward(*args, **kwargs)
 
-    monkeypatch.setattr(decoder_layers_moma.MomaDecoderLayer, "forward", spy)
+    monkeypatch.setattr(MomaDecoderLayer, "forward", spy)
     return modes
 
 
@@ -86,6 +95,13 @@ def step_modes(monkeypatch):
     return modes
 
 
+class Words:
+    """What a streamer of Transformers asks of a tokenizer."""
+
+    def decode(self, ids, **kwargs):
+        return " ".join(map(str, ids)) + "\n" if isinstance(ids, list) else str(ids)
+
+
 class Streamer:
     def __init__(self):
         self.parts = []
@@ -113,6 +129,18 @@ def test_steps_run_in_inference_mode_where_nothing_of_the_callers_comes_between(
     model.generate(PROMPT[:1], max_new_tokens=5, do_sample=False, streamer=streamer)
     assert step_modes and not any(step_modes)
     assert met and streamer.parts and not any(each.is_inference() for each in met + streamer.parts)
+
+
+def test_steps_run_in_inference_mode_beside_objects_of_the_librarys(model, step_modes):
+    kwargs = {
+        "logits_processor": [MinNewTokensLengthLogitsProcessor(6, 2, 2)],
+        "stopping_criteria": [MaxTimeCriteria(60)],
+    }
+    draw(model, **kwargs)
+    streamer = TextIteratorStreamer(Words())
+    ids = model.generate(PROMPT[:1], max_new_tokens=5, do_sample=False, streamer=streamer)
+    assert step_modes and all(step_modes)
+    assert "".join(streamer).split() == [str(token) for token in ids[0].tolist()]
 
 
 def test_scaled_rotary_embeddings_keep_nothing_of_inference_mode(step_modes):

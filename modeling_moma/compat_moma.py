@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What Transformers lacks for this model: entries of its tables, and mended steps of its generation loop.
+"""What Transformers lacks for this model: entries of its tables, steps of its loop, the card that it writes.
 
 Each names the version that needs it, so that a later one may drop it.
 
 Shape suffixes: B rows, T positions.
 """
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from huggingface_hub import ModelCard, ModelCardData
 from transformers.generation import GenerationConfig, GenerationMixin, LogitsProcessorList, StoppingCriteriaList
 from transformers.generation.candidate_generator import CandidateGenerator
 from transformers.generation.utils import GenerateBeamOutput
@@ -48,7 +50,7 @@ else:
     _StockGeneration = GenerationMixin
 
 
-class GenerationGaps(_StockGeneration):
+class GenerationCompat(_StockGeneration):
     """Private steps of the stock `generate`, mended."""
 
     # 5.24: warns of a length beyond the positions, and then fails there
@@ -106,4 +108,22 @@ class GenerationGaps(_StockGeneration):
         return generator
 
 
-__all__ = ["AUTO_MAP", "GenerationGaps"]
+CARD_TAGS = ("moma", "mixture-of-experts", "early-fusion")
+
+
+def complete_model_card(path: str | Path):
+    """Fill in what the author of a card left open: library, task and tags. License and data are the author's to name.
+
+    Args:
+        path (`str` or `Path`): a card's file, which is written anew.
+    """
+    card = ModelCard.load(path)
+    data: ModelCardData = card.data  # pyright: ignore[reportAssignmentType]
+    data.library_name = data.library_name or "transformers"
+    data.pipeline_tag = data.pipeline_tag or "any-to-any"
+    tags = data.tags or []
+    data.tags = [*tags, *(tag for tag in CARD_TAGS if tag not in tags)]
+    card.save(path)
+
+
+__all__ = ["AUTO_MAP", "GenerationCompat", "complete_model_card"]

@@ -1,0 +1,686 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What runs faster on a CPU than the classes of the model as they are written, and gives what they give.
+
+Layers are exchanged by [`use_cpu_layers`], which every model calls when it is built: a layer gets a class of the same
+mathematics, whose forward falls back to that of the plain class wherever something is not as it wants it (another
+device, another type, gradients, a compiler), so that models may be moved, trained, wrapped and saved as before.
+[`run_sequentially`] is what the experts implementation `"moma"` does on a CPU, [`unobserved_inference_mode`] what
+`generate` runs in. What each gains stands in `docs/how-to/performance.md`.
+
+Shape suffixes:
+    B rows, H heads, G key heads, S stored tokens or keys, T new tokens, d head size; N rows, I inputs, O outputs of a
+    linear layer; P (token, expert) pairs, expert by expert, K pairs of one expert, D hidden size, E experts of the
+    group, F inner width of one expert, W = 2 * F, flat for what lies expert by expert, each one's `[W, K]`.
+"""
+
+import os
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.module import _has_any_global_hook
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+
+
+# the best instructions that oneDNN, which multiplies in half precision, may use
+_MAX_ISA = "ONEDNN_MAX_CPU_ISA"
+_HALVES = (torch.bfloat16, torch.float16)
+_CPU = ("cpu",)
+
+# each class of layers that has a form for CPUs, and that form
+CPU_LAYERS: dict[type[nn.Module], type[nn.Module]] = {}
+Class = type[nn.Module]
+
+
+def cpu_form_of(plain: Class) -> Callable[[Class], Class]:
+    """Enter a subclass with the same state as the form of a class that [`use_cpu_layers`] puts in its place.
+
+    Args:
+        plain (`type`): a class of layers.
+    """
+
+    def enter(form: Class) -> Class:
+        CPU_LAYERS[plain] = form
+        return form
+
+    return enter
+
+
+def use_cpu_layers(model: nn.Module, enabled: bool = True):
+    """Exchange the classes of a model's layers for their forms for CPUs, in place, or give them their own back.
+
+    Layers of any other class, subclasses included, stay as they are. A second call changes nothing.
+
+    Args:
+        model (`nn.Module`): any.
+        enabled (`bool`, *optional*, defaults to `True`): `False` gives the layers their own classes back.
+    """
+    classes = CPU_LAYERS if enabled else {form: plain for plain, form in CPU_LAYERS.items()}
+    for module in model.modules():
+        form = classes.get(type(module))
+        if form is not None:
+            module.__class__ = form
+
+
+def is_on_cpu(tensor: torch.Tensor) -> bool:
+    """Whether `tensor.tolist()` costs no device sync."""
+    return tensor.device.type in _CPU
+
+
+@cache
+def has_instructions(name: str) -> bool:
+    """Whether the CPU has instructions that torch knows by a name, as `"amx_bf16"`, of matrix units."""
+    return bool(torch.cpu.get_capabilities().get(name))
+
+
+@cache
+def multiplies_with(name: str) -> bool:
+    """Whether matmuls in half precision use such instructions: matrix units may be kept from oneDNN."""
+    max_isa = os.environ.get(_MAX_ISA, "AMX").upper()
+    is_kept = name.startswith("amx") and max_isa != "DEFAULT" and "AMX" not in max_isa
+    return has_instructions(name) and not is_kept
+
+
+def matmul_dtype(weight: torch.Tensor) -> torch.dtype:
+    """The type in which a matmul with a weight is computed, autocast or not."""
+    device_type = weight.device.type
+    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else weight.dtype
+
+
+def _is_inference() -> bool:
+    return not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
+# rows from which on it costs more to bring their outputs back into order
+_MANY_ROWS = 65
+# rows below which a CPU without matrix units multiplies faster with weights on the right
+_FEW_ROWS = 16
+
+
+def wants_weights_left(num_rows: int) -> bool:
+    """Whether bf16 matmuls of so many rows are faster on this CPU with a layer's weights on their left.
+
+    Args:
+        num_rows (`int`): `N`.
+    """
+    if multiplies_with("amx_bf16"):
+        return True
+    return _FEW_ROWS <= num_rows < _MANY_ROWS and multiplies_with("avx512_bf16")
+
+
+@cpu_form_of(nn.Linear)
+class MomaCpuLinear(nn.Linear):
+    """`nn.Linear` with the weights on the left, for the few rows of a step of decoding.
+
+    oneDNN wants the right operand of a bf16 matmul in an order of its own: to bring a few rows into it costs less than
+    a layer's weights (`benchmarks/reports/2026-11-27-what-was-tried-cpu.md`).
+    """
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """`[..., I]` to `[..., O]`, perhaps a view of `[O, N]`."""
+        # first what is decided soonest, as a step has dozens of these, and before a compiler sees a number of rows
+        if input.dtype != torch.bfloat16 or self.training or not _is_inference() or not is_on_cpu(input):
+            return super().forward(input)
+        num_rows = input.shape[:-1].numel()
+        if not 0 < num_rows < _MANY_ROWS or not wants_weights_left(num_rows):
+            return super().forward(input)
+        weight_OI = self._plain_weight()
+        # autocast to another type knows nothing of `mv`
+        if weight_OI is None or matmul_dtype(weight_OI) != weight_OI.dtype:
+            return super().forward(input)
+        x_NI = input.reshape(num_rows, input.shape[-1])
+        if num_rows == 1:
+            # matmuls with a vector read weights faster than those with a matrix of one column
+            y_NO = torch.mv(weight_OI, x_NI[0])
+        else:
+            y_NO = torch.mm(weight_OI, x_NI.t()).t()
+        return y_NO.view(*input.shape[:-1], weight_OI.shape[0])
+
+    def _plain_weight(self) -> torch.Tensor | None:
+        """The weight `[O, I]` in bf16, neither quantised nor distributed, of a layer without a bias."""
+        # what shards weights, or computes them, keeps them elsewhere
+        weight, bias = self._parameters.get("weight"), self._parameters.get("bias", self)
+        is_plain = type(weight) is nn.Parameter and weight.dtype == torch.bfloat16
+        return weight if is_plain and bias is None else None
+
+
+# elements of which a norm takes longer to start than to compute
+_FEW_ELEMENTS = 2**16
+
+
+class CpuRMSNorm(nn.Module):
+    """To be mixed into an RMSNorm with `weight` and `variance_epsilon`: the norm of a step by torch's LayerNorm.
+
+    In half precision alone, where the two ways of norming round alike but in the rarest cases.
+    """
+
+    weight: nn.Parameter
+    variance_epsilon: float
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """`[..., D]` to `[..., D]`."""
+        is_step = hidden_states.dtype in _HALVES and hidden_states.numel() <= _FEW_ELEMENTS
+        # autocast raises where it puts tensors of two half precisions together
+        if (
+            not is_step
+            or self.training
+            or not is_on_cpu(hidden_states)
+            or not _is_inference()
+            or matmul_dtype(hidden_states) != hidden_states.dtype
+        ):
+            return super().forward(hidden_states)
+        # torch has no kernel of RMSNorm for CPUs; `(x, -x)` has the mean 0, and as variance the mean square of `x`
+        size = hidden_states.shape[-1]
+        both = torch.cat((hidden_states, -hidden_states), dim=-1)
+        return self.weight * torch.layer_norm(both, (2 * size,), eps=self.variance_epsilon).narrow(-1, 0, size)
+
+
+# instructions of a CPU with which torch's own kernel of attention is the faster one
+_ATTENTION_INSTRUCTIONS = {torch.bfloat16: "amx_bf16", torch.float16: "avx512_fp16"}
+# by which it may also be asked for: `model.set_attn_implementation("moma_cpu")`
+CPU_ATTENTION = "moma_cpu"
+# elements of keys that are widened at a time: their copy should stay in the caches
+_CHUNK_ELEMENTS = 2**19
+
+
+class CpuAttention(nn.Module):
+    """To be mixed into an attention layer: attention of a step, and caches that grow in place."""
+
+    config: Any
+    layer_idx: int
+
+    def attention_implementation(self) -> str:
+        """As that of the plain class, with [`cpu_attention_forward`] in place of `"sdpa"`."""
+        name = super().attention_implementation()  # pyright: ignore[reportAttributeAccessIssue]
+        return CPU_ATTENTION if name == "sdpa" and _lacks_instructions() else name
+
+    def store(
+        self, cache: Cache, key: torch.Tensor, value: torch.Tensor, **kwargs
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As that of the plain class, in a layer of the cache that grows in place."""
+        if _is_inference():
+            use_growing_layer(cache, self.layer_idx)
+        return super().store(cache, key, value, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+@cache
+def _lacks_instructions() -> bool:
+    return not all(map(has_instructions, _ATTENTION_INSTRUCTIONS.values()))
+
+
+def cpu_attention_forward(
+    module: nn.Module,
+    query_BHTd: torch.Tensor,
+    key_BGSd: torch.Tensor,
+    value_BGSd: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    **kwargs,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The library's `"sdpa"`; of one query in each row in fp32, a few rows at a time, where that is faster.
+
+    torch's matmul of one query with half-precision keys takes 1.6 to 3.4 times as long as widening them first on a CPU
+    that has no instructions for it, and a fifth to a half of that on one that has
+    (`benchmarks/reports/2026-11-27-what-was-tried-cpu.md`).
+
+    Args:
+        module (`nn.Module`): the attention layer.
+        query_BHTd (`torch.Tensor`): `[B, H, T, d]`.
+        key_BGSd (`torch.Tensor`): `[B, G, S, d]`.
+        value_BGSd (`torch.Tensor`): `[B, G, S, d]`.
+        attention_mask (`torch.Tensor`, *optional*): `[B or 1, 1 or H, T, S]`, of Booleans or added to the scores.
+
+    Returns:
+        `tuple`: outputs `[B, T, H, d]` in the type of the query, and no weights.
+    """
+    attention: Callable = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    dtype = query_BHTd.dtype
+    is_step = query_BHTd.shape[2] == 1 and dtype in _HALVES and is_on_cpu(query_BHTd) and _is_inference()
+    if not is_step or has_instructions(_ATTENTION_INSTRUCTIONS[dtype]):
+        return attention(module, query_BHTd, key_BGSd, value_BGSd, attention_mask, **kwargs)
+    if attention_mask is not None and attention_mask.is_floating_point():
+        attention_mask = attention_mask.float()
+    num_rows, parts = query_BHTd.shape[0], []
+    rows_at_once = max(1, _CHUNK_ELEMENTS // max(key_BGSd.numel() // num_rows, 1))
+    for first in range(0, num_rows, rows_at_once):
+        rows = slice(first, first + rows_at_once)
+        mask = attention_mask
+        if mask is not None and mask.shape[0] > 1:
+            mask = mask[rows]
+        query, key, value = (x[rows].float() for x in (query_BHTd, key_BGSd, value_BGSd))
+        parts.append(attention(module, query, key, value, mask, **kwargs)[0])
+    return (parts[0] if len(parts) == 1 else torch.cat(parts)).to(dtype), None
+
+
+ALL_ATTENTION_FUNCTIONS.register(CPU_ATTENTION, cpu_attention_forward)
+# without it a model that is set to this name would get no mask
+ALL_MASK_ATTENTION_FUNCTIONS.register(CPU_ATTENTION, sdpa_mask)
+
+
+# columns to spare, and the share of the stored tokens that there are at least
+_FEWEST_SPARE = 32
+_SPARE_SHARE = 0.25
+# of keys: memory behind them and behind values, and those values
+_MEMORY = "_moma_memory"
+
+
+class MomaGrowingCacheLayer(DynamicLayer):
+    """A `DynamicLayer` that writes new tokens behind the stored ones, where that one copies all of them each time.
+
+    `keys` and `values` are views of memory with spare columns, which belong to the last views alone. Of the copies of
+    a layer, however they were made, the first to go on writes there, and each other one takes memory of its own when
+    it goes on. Whatever sets keys or values anew (`crop`, `reorder_cache`, ...) gives the spare columns up: what other
+    tensors still see is never written over. Changing `keys` in place changes them for all views and copies.
+    Where gradients are wanted, or a compiler looks on, it is a `DynamicLayer`.
+    """
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Store new tokens.
+
+        Args:
+            key_states (`torch.Tensor`): `[B, H, T, d]`.
+            value_states (`torch.Tensor`): `[B, H, T, d]`.
+
+        Returns:
+            `tuple`: all keys and values, `[B, H, S + T, d]`.
+        """
+        keys, values = self.keys, self.values
+        is_plain = torch.is_grad_enabled() or torch.compiler.is_compiling() or not self.is_initialized
+        # the plain layer raises at what does not fit
+        if (
+            is_plain
+            or keys is None
+            or values is None
+            or not (_fits_behind(key_states, keys) and _fits_behind(value_states, values))
+        ):
+            return super().update(key_states, value_states, *args, **kwargs)
+        num_stored, num_new = keys.shape[2], key_states.shape[2]
+        key_memory, value_memory = _memory_for(num_stored + num_new, keys, values)
+        key_memory.narrow(2, num_stored, num_new).copy_(key_states)
+        value_memory.narrow(2, num_stored, num_new).copy_(value_states)
+        self.keys = key_memory.narrow(2, 0, num_stored + num_new)
+        self.values = value_memory.narrow(2, 0, num_stored + num_new)
+        # not in the layer's `__dict__`, where the exporters of Transformers take every tensor for a part of the cache
+        vars(self.keys)[_MEMORY] = key_memory, value_memory, self.values
+        return self.keys, self.values
+
+
+def _memory_for(
+    num_columns: int, keys_BHSd: torch.Tensor, values_BHSd: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Memory with the stored tokens at its front, for so many columns or more, which no other copy writes to."""
+    # taken away in one go, for copies that go on in threads of their own
+    memory = vars(keys_BHSd).pop(_MEMORY, None)
+    if memory is not None:
+        key_memory, value_memory, value_view = memory
+        # tensors of inference mode take no writing outside it
+        is_writable = torch.is_inference_mode_enabled() or not key_memory.is_inference()
+        if value_view is values_BHSd and is_writable and key_memory.shape[2] >= num_columns:
+            return key_memory, value_memory
+    num_columns += max(_FEWEST_SPARE, int(_SPARE_SHARE * num_columns))
+    return _with_spare_columns(keys_BHSd, num_columns), _with_spare_columns(values_BHSd, num_columns)
+
+
+def _fits_behind(new_BHTd: torch.Tensor, kept_BHSd: torch.Tensor) -> bool:
+    # nothing was stored yet
+    if kept_BHSd.ndim != 4:
+        return False
+    (num_rows, num_heads, _, size), (kept_rows, kept_heads, _, kept_size) = new_BHTd.shape, kept_BHSd.shape
+    is_alike = num_rows == kept_rows and num_heads == kept_heads and size == kept_size
+    return is_alike and new_BHTd.dtype == kept_BHSd.dtype and new_BHTd.device == kept_BHSd.device
+
+
+def _with_spare_columns(kept_BHSd: torch.Tensor, num_columns: int) -> torch.Tensor:
+    memory = kept_BHSd.new_empty(*kept_BHSd.shape[:2], num_columns, kept_BHSd.shape[3])
+    memory.narrow(2, 0, kept_BHSd.shape[2]).copy_(kept_BHSd)
+    return memory
+
+
+def use_growing_layer(cache: Cache, layer_idx: int) -> None:
+    """Make a growing layer of a dynamic cache's plain one, with what it holds."""
+    if type(cache) is not DynamicCache or cache.offloading:
+        return
+    if cache.layer_class_to_replicate is DynamicLayer:
+        cache.layer_class_to_replicate = MomaGrowingCacheLayer
+    # the same object, which other caches may hold too
+    if layer_idx < len(cache.layers) and type(cache.layers[layer_idx]) is DynamicLayer:
+        cache.layers[layer_idx].__class__ = MomaGrowingCacheLayer  # pyright: ignore[reportAttributeAccessIssue]
+
+
+# rows below which a count in Python is faster than `bincount`
+_FEW_PAIRS = 128
+
+
+def run_sequentially(experts: Any, rows_PD: torch.Tensor, expert_P: torch.Tensor) -> torch.Tensor:
+    """SwiGLU experts one after the other: each one's weights are read once, and what it computes stays in the caches.
+
+    Args:
+        experts ([`MomaExperts`]): packed experts.
+        rows_PD (`torch.Tensor`): `[P, D]`, expert by expert.
+        expert_P (`torch.LongTensor`): the expert of each row, `[P]`; those beyond the experts that are here, which
+            expert parallelism counts, get zeros.
+
+    Returns:
+        `torch.Tensor`: `[P, D]`, not weighed yet.
+    """
+    counts = _rows_of_experts(expert_P)
+    # a module looks each of them up by name
+    gate_up_EWD, down_EDF, act_fn = experts.gate_up_proj, experts.down_proj, experts.act_fn
+    if torch.is_grad_enabled():
+        return run_with_gradients(rows_PD, gate_up_EWD, down_EDF, counts, act_fn)
+    is_plain_half = matmul_dtype(down_EDF) == torch.bfloat16 and are_plain(gate_up_EWD, down_EDF)
+    parts, begin = [], 0
+    for expert, count in counts:
+        rows_KD = rows_PD[begin : begin + count]
+        begin += count
+        if expert >= experts.num_experts:
+            parts.append(torch.zeros_like(rows_KD))
+        elif is_plain_half and wants_weights_left(count):
+            parts.append(run_from_left(rows_KD, gate_up_EWD[expert], down_EDF[expert], act_fn))
+        else:
+            parts.append(experts.run_expert(expert, rows_KD))
+    if not parts:
+        return torch.zeros_like(rows_PD)
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _rows_of_experts(expert_P: torch.Tensor) -> list[tuple[int, int]]:
+    """The experts that occur, in order, and how often each does."""
+    if expert_P.numel() <= _FEW_PAIRS:
+        experts = expert_P.tolist()
+        return [(expert, experts.count(expert)) for expert in sorted(set(experts))]
+    return [(expert, count) for expert, count in enumerate(torch.bincount(expert_P).tolist()) if count]
+
+
+def run_with_gradients(
+    x_PD: torch.Tensor,
+    gate_up_EWD: torch.Tensor,
+    down_EDF: torch.Tensor,
+    counts: Sequence[tuple[int, int]],
+    act_fn: Callable[[torch.Tensor], torch.Tensor],
+) -> torch.Tensor:
+    """SwiGLU experts on rows that come expert by expert, with gradients.
+
+    What an expert makes of its rows stays in the caches. Under autocast its weights are cast when it runs, in the
+    forward and again in the backward: no copy of all weights is kept in between, and gradients reach the weights in
+    their own type. Gradients of gradients raise.
+
+    Args:
+        x_PD (`torch.Tensor`): `[P, D]`.
+        gate_up_EWD (`torch.Tensor`): `[E, 2 * F, D]`.
+        down_EDF (`torch.Tensor`): `[E, D, F]`.
+        counts (`Sequence[tuple[int, int]]`): the experts that have rows, in order, and how many each has; rows of
+            experts from `E` on, which are elsewhere, get zeros.
+        act_fn (`Callable`): between the matmuls, elementwise.
+
+    Returns:
+        `torch.Tensor`: `[P, D]`, in the type of the matmuls.
+    """
+    slices, begin = [], 0
+    for expert, count in counts:
+        if expert < gate_up_EWD.shape[0]:
+            slices.append((expert, slice(begin, begin + count)))
+        begin += count
+    return _Sequential.apply(x_PD.to(matmul_dtype(gate_up_EWD)), gate_up_EWD, down_EDF, slices, act_fn)
+
+
+class _Sequential(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x_PD: torch.Tensor, gate_up_EWD: torch.Tensor, down_EDF: torch.Tensor, slices, act_fn):
+        width = gate_up_EWD.shape[1]
+        gate_up_flat = x_PD.new_empty(x_PD.shape[0] * width)
+        y_PD = torch.empty_like(x_PD)
+        end = 0
+        for expert, rows in slices:
+            end = rows.stop
+            gate_up_WD, down_DF = gate_up_EWD[expert].to(x_PD.dtype), down_EDF[expert].to(x_PD.dtype)
+            gate_up_WK = _columns(gate_up_flat, rows, width)
+            y_PD[rows] = _multiply_from_left(x_PD[rows], gate_up_WD, down_DF, act_fn, gate_up_WK)
+        y_PD[end:].zero_()
+        ctx.slices, ctx.act_fn = slices, act_fn
+        ctx.save_for_backward(x_PD, gate_up_flat, gate_up_EWD, down_EDF)
+        return y_PD
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_PD: torch.Tensor):
+        x_PD, gate_up_flat, gate_up_EWD, down_EDF = ctx.saved_tensors
+        needs_x, *needs_weights = ctx.needs_input_grad[:3]
+        grad_PD = grad_PD.to(x_PD.dtype)
+        x_grad_PD = torch.zeros_like(x_PD) if needs_x else None
+        gate_up_grad_EWD, down_grad_EDF = (
+            torch.empty_like(weight) if is_needed else None
+            for weight, is_needed in zip((gate_up_EWD, down_EDF), needs_weights)
+        )
+        idle = set(range(gate_up_EWD.shape[0]))
+        for expert, rows in ctx.slices:
+            idle.discard(expert)
+            grad_DK = grad_PD[rows].t().contiguous()
+            inner_grad_FK = torch.mm(down_EDF[expert].to(x_PD.dtype).t(), grad_DK)
+            gate_up_WK = _columns(gate_up_flat, rows, gate_up_EWD.shape[1])
+            inner_FK, gate_up_grad_WK = _gate_backward(gate_up_WK, inner_grad_FK, ctx.act_fn)
+            if down_grad_EDF is not None:
+                down_grad_EDF[expert].copy_(torch.mm(grad_DK, inner_FK.t()))
+            if gate_up_grad_EWD is not None:
+                gate_up_grad_EWD[expert].copy_(torch.mm(gate_up_grad_WK, x_PD[rows]))
+            if x_grad_PD is not None:
+                torch.mm(gate_up_grad_WK.t(), gate_up_EWD[expert].to(x_PD.dtype), out=x_grad_PD[rows])
+        for expert in idle:
+            for weight_grad in (gate_up_grad_EWD, down_grad_EDF):
+                if weight_grad is not None:
+                    weight_grad[expert].zero_()
+        return x_grad_PD, gate_up_grad_EWD, down_grad_EDF, None, None
+
+
+def run_from_left(
+    x_KD: torch.Tensor,
+    gate_up_WD: torch.Tensor,
+    down_DF: torch.Tensor,
+    act_fn: Callable[[torch.Tensor], torch.Tensor],
+) -> torch.Tensor:
+    """One SwiGLU expert without gradients, with its weights on the left of the matmuls.
+
+    Matrix units want the right operand of a product in an order of their own: to bring a few tokens into it costs
+    less than an expert's weights (`benchmarks/reports/2026-11-27-what-was-tried-cpu.md`).
+
+    Args:
+        x_KD (`torch.Tensor`): `[K, D]`.
+        gate_up_WD (`torch.Tensor`): `[2 * F, D]`.
+        down_DF (`torch.Tensor`): `[D, F]`.
+        act_fn (`Callable`): between the matmuls, elementwise.
+
+    Returns:
+        `torch.Tensor`: `[K, D]`, a view of `[D, K]`.
+    """
+    if x_KD.shape[0] == 1:
+        # matmuls with a vector read weights faster than those with a matrix of one column
+        # autocast knows nothing of `mv`, which begins sooner
+        multiply = torch.mv if x_KD.dtype == gate_up_WD.dtype == torch.bfloat16 else torch.matmul
+        gate_F, up_F = multiply(gate_up_WD, x_KD[0]).chunk(2)
+        return multiply(down_DF, act_fn(gate_F).mul_(up_F)).unsqueeze(0)
+    return _multiply_from_left(x_KD, gate_up_WD, down_DF, act_fn)
+
+
+def _multiply_from_left(
+    x_KD: torch.Tensor,
+    gate_up_WD: torch.Tensor,
+    down_DF: torch.Tensor,
+    act_fn: Callable[[torch.Tensor], torch.Tensor],
+    gate_up_WK: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """`[K, D]`, a view of `[D, K]`; gates and ups are written where the caller wants to keep them."""
+    gate_FK, up_FK = torch.mm(gate_up_WD, x_KD.t(), out=gate_up_WK).chunk(2)
+    return torch.mm(down_DF, act_fn(gate_FK) * up_FK).t()
+
+
+def _columns(values_flat: torch.Tensor, rows: slice, width: int) -> torch.Tensor:
+    """One expert's `[W, K]` of what lies in memory expert by expert."""
+    return values_flat[rows.start * width : rows.stop * width].view(width, rows.stop - rows.start)
+
+
+def _gate_backward(
+    gate_up_WK: torch.Tensor, inner_grad_FK: torch.Tensor, act_fn: Callable[[torch.Tensor], torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What lay between the matmuls, `[F, K]`, and the gradients of gates and ups, `[W, K]`."""
+    up_FK = gate_up_WK.chunk(2)[1]
+    with torch.enable_grad():
+        # a part of a leaf: what counts FLOPs by module raises at leaves
+        gate_FK = gate_up_WK.detach().requires_grad_().chunk(2)[0]
+        active_FK = act_fn(gate_FK)
+    gate_up_grad_WK = torch.empty_like(gate_up_WK)
+    gate_grad_FK, up_grad_FK = gate_up_grad_WK.chunk(2)
+    gate_grad_FK.copy_(torch.autograd.grad(active_FK, gate_FK, inner_grad_FK * up_FK)[0])
+    active_FK = active_FK.detach()
+    torch.mul(inner_grad_FK, active_FK, out=up_grad_FK)
+    return active_FK * up_FK, gate_up_grad_WK
+
+
+def are_plain(*weights: torch.Tensor) -> bool:
+    """Whether weights are tensors that lie whole on this process, neither quantised nor shared out."""
+    return all(type(weight) in (torch.Tensor, nn.Parameter) for weight in weights)
+
+
+# caches that a call of `generate` makes for itself and leaves to nobody
+_OWN_CACHES = (None, "dynamic")
+# arguments that bring a cache in, let others than the stock loops call the model, or crop caches between its calls
+_SHARED = ("cache", "past_key_values", "custom_generate", "assistant_model")
+# the same, where configurations may name them
+_OPTIONS = ("return_dict_in_generate", "prompt_lookup_num_tokens", "assistant_early_exit")
+# arguments by which something of the caller's runs between two steps
+_BETWEEN = ("logits_processor", "stopping_criteria", "prefix_allowed_tokens_fn", "streamer")
+# packages whose modules and functions keep no tensor of a step: torch, the library, and this one by the name that it
+# is loaded under
+_KNOWN = {"torch", "transformers", __name__.partition(".")[0]}
+_PLAIN = (torch.Tensor, nn.Parameter)
+
+
+def unobserved_inference_mode(
+    model: PreTrainedModel, option: Callable[[str], Any], arguments: dict[str, Any]
+) -> AbstractContextManager:
+    """Inference mode for a `generate` on a CPU whose layers and steps nobody of the caller's sees, else nothing.
+
+    Tensors of inference mode know no versions and take no part in gradients, so that small operations start sooner.
+    Whoever gets hold of one can neither train on it nor write to it: it has to stay in the call.
+
+    Args:
+        model (`PreTrainedModel`): whose `generate` it is.
+        option (`Callable`): gives what the call's arguments, or else its configurations, say of a name.
+        arguments (`dict`): the caller's.
+    """
+    is_shared = any(arguments.get(name) is not None for name in _SHARED) or any(map(option, _OPTIONS))
+    is_seen = (
+        is_shared
+        or model.device.type not in _CPU
+        or option("cache_implementation") not in _OWN_CACHES
+        or any(map(_is_foreign, _between(arguments)))
+        # scaled rotary embeddings may keep what they compute in a forward
+        or model.config.rope_parameters["rope_type"] != "default"
+        or is_observed(model, arguments)
+    )
+    return nullcontext() if is_seen else torch.inference_mode()
+
+
+def _between(arguments: dict[str, Any]) -> list[Any]:
+    """What runs between two steps: processors, criteria, streamers, one by one."""
+    found = []
+    for name in _BETWEEN:
+        value = arguments.get(name)
+        found += value if isinstance(value, (list, tuple)) else [] if value is None else [value]
+    return found
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Whether a call of a module does more than the forward of its class.
+
+    Args:
+        module (`nn.Module`): any.
+    """
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or _has_any_global_hook() or "forward" in vars(module)
+    )
+
+
+def is_observed(model: PreTrainedModel, arguments: dict[str, Any]) -> bool:
+    """Whether code of the caller's sees what layers make, or weights are such as come into being in a forward.
+
+    Args:
+        model (`PreTrainedModel`): whose layers.
+        arguments (`dict`): what it is called with.
+    """
+    return (
+        getattr(model, "is_quantized", False)
+        # who stands in for a method of the model
+        or any(callable(getattr(type(model), name, None)) for name in vars(model))
+        or any(isinstance(value, torch.Tensor) and type(value) not in _PLAIN for value in arguments.values())
+        or _is_traced()
+        or any(map(_is_foreign, _interfaces(model)))
+        or any(map(_is_observed_layer, model.modules()))
+    )
+
+
+def _is_traced() -> bool:
+    """Whether a mode sees every operation; that of a default device minds only those that make tensors."""
+    modes = [mode for mode in _get_current_function_mode_stack() if not isinstance(mode, DeviceContext)]
+    return bool(modes or _get_current_dispatch_mode_stack())
+
+
+def _interfaces(model: PreTrainedModel) -> list[Any]:
+    """The functions by which attention and experts run, where they are not those of the classes."""
+    attention, experts = model.config._attn_implementation, model.config._experts_implementation
+    found = [registry.get(attention) for registry in (ALL_ATTENTION_FUNCTIONS, ALL_MASK_ATTENTION_FUNCTIONS)]
+    return [function for function in (*found, ALL_EXPERTS_FUNCTIONS.get(experts)) if function is not None]
+
+
+def _is_foreign(thing: Any) -> bool:
+    """Whether a class or a function is the caller's."""
+    return str(getattr(thing, "__module__", None)).partition(".")[0] not in _KNOWN
+
+
+def _is_observed_layer(module: nn.Module) -> bool:
+    """Whether somebody sees what one module makes, or its weights come into being in a forward."""
+    kind = type(module)
+    return (
+        is_hooked(module)
+        # Accelerate's
+        or hasattr(module, "_hf_hook")
+        or _is_foreign(kind)
+        or _is_foreign(kind.forward)
+        or "parametrizations" in module._modules
+        or any(x is not None and type(x) not in _PLAIN for x in module._parameters.values())
+        or any(x is not None and type(x) not in _PLAIN for x in module._buffers.values())
+    )
+
+
+__all__ = [
+    "CPU_ATTENTION",
+    "CPU_LAYERS",
+    "CpuAttention",
+    "CpuRMSNorm",
+    "MomaCpuLinear",
+    "MomaGrowingCacheLayer",
+    "are_plain",
+    "cpu_form_of",
+    "cpu_attention_forward",
+    "unobserved_inference_mode",
+    "has_instructions",
+    "is_observed",
+    "is_on_cpu",
+    "matmul_dtype",
+    "multiplies_with",
+    "run_from_left",
+    "run_sequentially",
+    "run_with_gradients",
+    "use_cpu_layers",
+    "use_growing_layer",
+    "wants_weights_left",
+]

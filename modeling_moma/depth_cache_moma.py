@@ -1,0 +1,599 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Mixture of depths: how the chosen tokens are packed for a layer, masked, cached and put back (MoMa section 2.3).
+
+A cache keeps for each row of a depth layer the keys of its own chosen tokens, and no others.
+
+Shape suffixes:
+    B rows, T positions, D hidden size, R rows with chosen tokens, C places of a packed row, P chosen tokens, S columns
+    that the cache holds, K = S + C keys of an attention call, H heads, d head size, E documents of the batch and one.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn.attention.flex_attention import BlockMask
+from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, and_masks, causal_mask_function
+from transformers.masking_utils import packed_sequence_mask_function as same_document
+from transformers.modeling_flash_attention_utils import FlashAttentionKwargs
+
+from .configuration_moma import DEPTH_LAYER_TYPE, MomaConfig
+from .errors_moma import InputError
+from .routing_moma import ceil_share, exact_share
+from .token_groups_moma import ModalitySplit, RoutingContext
+
+
+# columns by which a dynamic layer grows at once
+_COLUMNS = 8
+# by how much a static layer grows, at least, when a row chooses more tokens than fit
+_GROWTH = 1.25
+# of keys: the `lengths` of the layer that may write behind them
+_WRITER = "_moma_writer"
+
+
+class _RaggedRows:
+    """What both layers share: rows of different lengths behind the interface of a cache layer.
+
+    Of the copies of a layer, however they were made, the first to go on writes behind what all of them have stored,
+    and each other one takes memory of its own when it goes on.
+
+    Attributes:
+        keys, values (`torch.Tensor`): each row's stored tokens at its front, `[B, H, S, d]`. What stands behind them
+            means nothing.
+        slots (`torch.IntTensor`): the index of each stored token among those that its row has seen, `[B, S]`.
+        cumulative_length (`int`): tokens seen, chosen or not.
+        lengths (`list[int]`): stored tokens of each row; empty until a first token is stored. Never changed in place:
+            it tells the layer that wrote last from its copies.
+    """
+
+    cumulative_length: int
+    lengths: list[int]
+    is_initialized: bool
+    # `None` until a first token is stored
+    keys: torch.Tensor
+    values: torch.Tensor
+    slots: torch.Tensor
+    # in its own way in each of the layers: columns to begin with, and those that so many tokens need
+    _first_columns: Callable[[float], int]
+    _more_columns: Callable[[int], int]
+
+    def get_seq_length(self) -> int:
+        """Tokens seen, chosen or not: what masks and positions count by."""
+        return self.cumulative_length
+
+    def update(
+        self,
+        key_states: torch.Tensor,
+        value_states: torch.Tensor,
+        *args,
+        packing: "DepthPacking | None" = None,
+        rows: list[int] | None = None,
+        num_rows: int = 0,
+        num_skipped: int = 0,
+        capacity: float = 1.0,
+        **kwargs,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Store the chosen tokens of one step.
+
+        Args:
+            key_states (`torch.Tensor`): keys of the packed rows, padding slots included, `[R, H, C, d]`.
+            value_states (`torch.Tensor`): values, alike.
+            packing (`DepthPacking`, *optional*): where they stand.
+            rows (`list[int]`, *optional*): in place of `packing`, the rows that take part in a step of one token.
+            num_rows (`int`, *optional*): of the batch, with `rows`.
+            num_skipped (`int`, *optional*): positions of a step in which no token was chosen, without both.
+            capacity (`float`, *optional*): the share of tokens that a static layer makes room for.
+
+        Returns:
+            `tuple`: keys and values of the rows that take part, `[R, H, S + C, d]`: with `packing` the stored ones,
+            with padding slots after the last of each row, then the new ones; with `rows` all of a row's one after the
+            other, with padding slots after the last.
+        """
+        if packing is None and rows is None:
+            self.cumulative_length += num_skipped
+            return key_states, value_states
+        if not self.is_initialized:
+            self._allocate(key_states, value_states, packing.num_rows if packing else num_rows, capacity)
+        if packing is None:
+            return self._append_step(key_states, value_states, rows)  # pyright: ignore[reportArgumentType]
+        num_columns = self._num_columns(packing)
+        old_keys, old_values = (x[:, :, :num_columns].index_select(0, packing.row_R) for x in (self.keys, self.values))
+        self._append(key_states, value_states, packing)
+        return torch.cat((old_keys, key_states), dim=2), torch.cat((old_values, value_states), dim=2)
+
+    def stored_slots(self, packing: "DepthPacking") -> torch.Tensor:
+        """Slots of the stored tokens of the rows that take part, -1 at padding slots, `[R, S]`."""
+        if not self.is_initialized:
+            return packing.row_R.new_empty(len(packing.rows), 0)
+        slot_RS = self.slots[:, : self._num_columns(packing)].index_select(0, packing.row_R).long()
+        length_R = torch.tensor([self.lengths[row] for row in packing.rows], device=slot_RS.device)
+        return torch.where(_is_stored(slot_RS, length_R), slot_RS, -1)
+
+    def step_lengths(self, rows: list[int]) -> list[int]:
+        """Stored tokens of rows once each has stored one more."""
+        return [self.lengths[row] + 1 for row in rows] if self.is_initialized else [1] * len(rows)
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """Row `i` becomes what row `beam_idx[i]` was."""
+        if self.is_initialized:
+            self._select_rows(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row `repeats` times."""
+        if self.is_initialized:
+            self._select_rows(torch.arange(len(self.lengths)).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep the rows at `indices`."""
+        if self.is_initialized:
+            self._select_rows(torch.arange(len(self.lengths), device=indices.device)[indices])
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last `-tokens_to_remove` tokens seen, and those of them that were stored.
+
+        Raises:
+            ValueError: the number is positive, or larger than what has been seen.
+        """
+        if tokens_to_remove > 0:
+            raise InputError(
+                f"`tokens_to_remove` = {tokens_to_remove}: crop takes minus the number of tokens to remove."
+            )
+        if -tokens_to_remove > self.cumulative_length:
+            raise InputError(
+                f"`tokens_to_remove` = {tokens_to_remove}: only {self.cumulative_length} tokens have been seen."
+            )
+        self.cumulative_length += tokens_to_remove
+        if self.is_initialized:
+            is_stored_BS = _is_stored(self.slots, torch.tensor(self.lengths, device=self.slots.device))
+            self.lengths = (is_stored_BS & (self.slots < self.cumulative_length)).sum(1).tolist()
+
+    def _num_columns(self, packing: "DepthPacking") -> int:
+        """Stored tokens of the fullest of the rows that take part."""
+        return max(self.lengths[row] for row in packing.rows)
+
+    def _allocate(self, key_states: torch.Tensor, value_states: torch.Tensor, num_rows: int, capacity: float) -> None:
+        self.device, self.lengths = key_states.device, [0] * num_rows
+        num_columns = self._first_columns(capacity)
+        self.keys, self.values = (
+            x.new_zeros(num_rows, x.shape[1], num_columns, x.shape[3]) for x in (key_states, value_states)
+        )
+        self.slots = torch.zeros(num_rows, num_columns, dtype=torch.int32, device=self.device)
+        self.is_initialized = True
+        self._note_writer()
+
+    def _append(self, key_states: torch.Tensor, value_states: torch.Tensor, packing: "DepthPacking") -> None:
+        new_lengths = {row: self.lengths[row] + count for row, count in zip(packing.rows, packing.counts)}
+        self._make_columns(packing.length, max(new_lengths.values()))
+        row_P = packing.token_P // packing.length
+        lengths_B = torch.tensor(self.lengths, device=self.device)
+        column_P = lengths_B[row_P] + packing.place_P % packing.index_RC.shape[1]
+        self.keys[row_P, :, column_P] = _new_states(key_states, packing)
+        self.values[row_P, :, column_P] = _new_states(value_states, packing)
+        self.slots[row_P, column_P] = (packing.token_P % packing.length + self.cumulative_length).int()
+        self.cumulative_length += packing.length
+        self._set_lengths(new_lengths)
+
+    def _append_step(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, rows: list[int]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        lengths = self.step_lengths(rows)
+        self._make_columns(1, max(lengths))
+        if len(rows) == 1:
+            row, column = rows[0], lengths[0] - 1
+            self.keys[row, :, column], self.values[row, :, column] = key_states[0, :, 0], value_states[0, :, 0]
+            self.slots[row, column] = self.cumulative_length
+            kept_keys, kept_values = self.keys[row : row + 1], self.values[row : row + 1]
+        else:
+            row_R = torch.tensor(rows, device=self.device)
+            column_R = torch.tensor(lengths, device=self.device) - 1
+            self.keys[row_R, :, column_R], self.values[row_R, :, column_R] = key_states[:, :, 0], value_states[:, :, 0]
+            self.slots[row_R, column_R] = self.cumulative_length
+            is_all = len(rows) == len(self.lengths)
+            kept_keys, kept_values = (
+                x if is_all else x[:, :, : max(lengths)].index_select(0, row_R) for x in (self.keys, self.values)
+            )
+        self.cumulative_length += 1
+        self._set_lengths(dict(zip(rows, lengths)))
+        return kept_keys[:, :, : max(lengths)], kept_values[:, :, : max(lengths)]
+
+    def _set_lengths(self, new_lengths: dict[int, int]) -> None:
+        """Stored tokens of the rows that have more now, in a list that no copy has."""
+        self.lengths = [new_lengths.get(row, length) for row, length in enumerate(self.lengths)]
+        self._note_writer()
+
+    def _make_columns(self, num_positions: int, needed: int) -> None:
+        """Columns of its own for rows of at most `needed` stored tokens, as so many positions come."""
+        more = self._more_columns(needed) - self.keys.shape[2] if needed > self.keys.shape[2] else 0
+        if more > 0:
+            self.keys, self.values = (torch.nn.functional.pad(x, (0, 0, 0, more)) for x in (self.keys, self.values))
+            self.slots = torch.nn.functional.pad(self.slots, (0, more))
+        # a backward may want what earlier steps have read
+        elif torch.is_grad_enabled() or torch.compiler.is_compiling() or not self._take_memory():
+            self.keys, self.values, self.slots = self.keys.clone(), self.values.clone(), self.slots.clone()
+
+    def _take_memory(self) -> bool:
+        """Whether nobody else has written behind what is stored, and may from now on."""
+        # tensors of inference mode take no writing outside it
+        is_writable = torch.is_inference_mode_enabled() or not self.keys.is_inference()
+        # in one go, for copies that go on in threads of their own
+        writer = vars(self.keys).pop(_WRITER, None)
+        if writer is self.lengths:
+            return is_writable
+        if writer is not None:
+            vars(self.keys).setdefault(_WRITER, writer)
+        return False
+
+    def _note_writer(self) -> None:
+        if not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            vars(self.keys)[_WRITER] = self.lengths
+
+    def _select_rows(self, rows: torch.Tensor) -> None:
+        rows = rows.to(self.device)
+        self.lengths = [self.lengths[row] for row in rows.tolist()]
+        self.keys, self.values, self.slots = (
+            x.index_select(0, rows.to(x.device)) for x in (self.keys, self.values, self.slots)
+        )
+        self._note_writer()
+
+
+def _is_stored(slot_BS: torch.Tensor, length_B: torch.Tensor) -> torch.Tensor:
+    """Which columns hold a row's own tokens, `[B, S]`: behind them a copy may have written."""
+    return torch.arange(slot_BS.shape[1], device=slot_BS.device) < length_B.unsqueeze(-1)
+
+
+def _new_states(states_RHCd: torch.Tensor, packing: "DepthPacking") -> torch.Tensor:
+    """The chosen tokens' states without padding slots, `[P, H, d]`."""
+    return states_RHCd.transpose(1, 2).flatten(0, 1).index_select(0, packing.place_P)
+
+
+class MomaDepthCacheLayer(_RaggedRows, DynamicLayer):
+    """Grows with the fullest row's chosen tokens, a few columns at a time."""
+
+    _layer_type = DEPTH_LAYER_TYPE
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.cumulative_length = 0
+        self.lengths = []
+        self.slots = None  # pyright: ignore[reportAttributeAccessIssue]
+
+    def reset(self) -> None:
+        """Forget everything."""
+        super().reset()
+        self.lengths, self.slots = [], None  # pyright: ignore[reportAttributeAccessIssue]
+
+    def _first_columns(self, capacity: float) -> int:
+        return 0
+
+    def _more_columns(self, needed: int) -> int:
+        # a prompt is stored as it is, steps come one by one
+        return needed if self.keys.shape[2] == 0 else needed + _COLUMNS - 1
+
+
+class MomaStaticDepthCacheLayer(_RaggedRows, StaticLayer):
+    """Allocated once, for the share of `max_cache_len` tokens that the layer's capacity lets through.
+
+    The capacity holds in the mean, not for every row: a row that chooses more makes the layer grow, by a quarter at
+    least and up to `max_cache_len`. Nothing is ever dropped. Steps choose different numbers of tokens, so the layer
+    cannot be compiled.
+    """
+
+    _layer_type = DEPTH_LAYER_TYPE
+    is_compileable = False
+    supports_early_init = False
+
+    def __init__(self, max_cache_len: int, **kwargs):
+        super().__init__(max_cache_len, **kwargs)
+        self.cumulative_length = 0
+        self.lengths = []
+        self.slots = None  # pyright: ignore[reportAttributeAccessIssue]
+
+    def reset(self) -> None:
+        """Forget everything, but keep the memory."""
+        is_own = self.is_initialized and self._take_memory()
+        self.cumulative_length, self.lengths = 0, [0] * len(self.lengths)
+        if is_own:
+            vars(self.keys)[_WRITER] = self.lengths
+
+    def _first_columns(self, capacity: float) -> int:
+        return min(self.max_cache_len, ceil_share(exact_share(capacity), self.max_cache_len))
+
+    def _more_columns(self, needed: int) -> int:
+        return min(self.max_cache_len, max(needed, math.ceil(_GROWTH * self.keys.shape[2])))
+
+    def _make_columns(self, num_positions: int, needed: int) -> None:
+        if self.cumulative_length + num_positions > self.max_cache_len:
+            raise InputError(
+                f"The static cache was made for `max_cache_len` = {self.max_cache_len} tokens, but "
+                f"{self.cumulative_length + num_positions} have come."
+            )
+        super()._make_columns(num_positions, needed)
+
+
+@dataclass
+class DepthPacking:
+    """The chosen tokens of a depth layer at the front of the rows that have any, in order.
+
+    Attributes:
+        num_rows (`int`): rows `B` of the batch.
+        length (`int`): positions `T` of the batch.
+        rows (`list[int]`): the `R` rows that take part.
+        counts (`list[int]`): chosen tokens of each of those rows.
+        row_R (`torch.LongTensor`): the same as `rows`, on the device.
+        index_RC (`torch.LongTensor`): the position of each place's token in its row, `[R, C]`.
+        valid_RC (`torch.BoolTensor`): False at the padding slots after a row's last token, `[R, C]`.
+        token_P (`torch.LongTensor`): chosen positions in the flat batch, `[P]`.
+        place_P (`torch.LongTensor`): their places in the flat packed rows, `[P]`.
+        split (`ModalitySplit`): expert groups of the chosen tokens, as one row `[1, P]`.
+        slot_RS (`torch.LongTensor`, *optional*): where the cached keys stood, -1 at padding, `[R, S]`.
+        past (`int`, *optional*, defaults to 0): positions seen before this forward.
+        is_recorded (`bool`, *optional*, defaults to `False`): whether somebody asks for attention weights.
+    """
+
+    num_rows: int
+    length: int
+    rows: list[int]
+    counts: list[int]
+    row_R: torch.Tensor
+    index_RC: torch.Tensor
+    valid_RC: torch.Tensor
+    token_P: torch.Tensor
+    place_P: torch.Tensor
+    split: ModalitySplit
+    slot_RS: torch.Tensor | None = None
+    past: int = 0
+    is_recorded: bool = False
+
+    def pack(self, x_BT: torch.Tensor) -> torch.Tensor:
+        """`[B, T, ...]` to `[R, C, ...]`; one row is taken to stand for all.
+
+        Padding slots hold some token of their row.
+        """
+        return x_BT.expand(self.num_rows, *x_BT.shape[1:])[self.row_R.unsqueeze(-1), self.index_RC]
+
+    def choose(self, x_BTD: torch.Tensor) -> torch.Tensor:
+        """The chosen tokens of all rows in one, `[B, T, D]` to `[1, P, D]`; one row is taken to stand for all."""
+        token_P = self.token_P if x_BTD.shape[0] > 1 else self.token_P % self.length
+        # index_select, whose backward is much cheaper than that of indexing on CPU
+        return x_BTD.flatten(0, 1).index_select(0, token_P).unsqueeze(0)
+
+    def lay_out(self, states_1HPd: torch.Tensor) -> torch.Tensor:
+        """Heads of the chosen tokens in packed rows, `[1, H, P, d]` to `[R, H, C, d]`, with zeros at padding slots."""
+        states_PHd = states_1HPd.squeeze(0).transpose(0, 1)
+        rows = states_PHd.new_zeros(self.valid_RC.numel(), *states_PHd.shape[1:])
+        rows = rows.index_copy(0, self.place_P, states_PHd)
+        return rows.unflatten(0, self.valid_RC.shape).transpose(1, 2)
+
+    def take_out(self, x_RCD: torch.Tensor) -> torch.Tensor:
+        """The chosen tokens without the padding slots, `[R, C, D]` to `[1, P, D]`."""
+        return x_RCD.flatten(0, 1).index_select(0, self.place_P).unsqueeze(0)
+
+    def add_back(self, hidden_BTD: torch.Tensor, update_1PD: torch.Tensor, weight_BT: torch.Tensor) -> torch.Tensor:
+        """Add the weighted updates of the chosen tokens; the others leave bit for bit as they came."""
+        weight_P = weight_BT.flatten().index_select(0, self.token_P)
+        update_PD = (update_1PD[0] * weight_P.unsqueeze(-1).to(update_1PD.dtype)).to(hidden_BTD.dtype)
+        return hidden_BTD.flatten(0, 1).index_add(0, self.token_P, update_PD).view_as(hidden_BTD)
+
+    def chosen_lengths(self, lengths: FlashAttentionKwargs) -> FlashAttentionKwargs:
+        """The lengths of documents without the tokens that were not chosen, see [`packed_lengths`]; some may be 0.
+
+        The longest document stays as long as it was, for the device sync that its number would cost.
+        """
+        # chosen tokens lie in the order of the batch: how many come before a document is where it begins among them
+        starts_E: Any = lengths.get("cu_seq_lens_q")
+        starts_E = torch.searchsorted(self.token_P, starts_E.to(self.token_P.dtype), out_int32=True)
+        return {**lengths, "cu_seq_lens_q": starts_E, "cu_seq_lens_k": starts_E}
+
+    def key_slots(self) -> torch.Tensor:
+        """Where the keys of an attention call stand among the positions seen, -1 at padding, `[R, S + C]`."""
+        slot_RC = torch.where(self.valid_RC, self.index_RC + self.past, -1)
+        return slot_RC if self.slot_RS is None else torch.cat([self.slot_RS, slot_RC], dim=1)
+
+    def unpack_attention(self, weights_RHCS: torch.Tensor | None) -> torch.Tensor | None:
+        """Lay attention weights out over all positions seen, with zeros for the tokens that passed by.
+
+        Args:
+            weights_RHCS (`torch.Tensor`, *optional*): `[R, H, C, S + C]`.
+
+        Returns:
+            `torch.Tensor`: `[B, H, T, past + T]`; `None` where nobody asks for it.
+        """
+        if weights_RHCS is None or not self.is_recorded:
+            return None
+        slot_RK = self.key_slots()
+        num_heads, num_places = weights_RHCS.shape[1:3]
+        is_key_RK = slot_RK >= 0
+        target_RHCK = slot_RK.clamp(min=0)[:, None, None].expand(-1, num_heads, num_places, -1)
+        wide = weights_RHCS.new_zeros(*weights_RHCS.shape[:3], self.past + self.length)
+        wide = wide.scatter_add(-1, target_RHCK, weights_RHCS * is_key_RK[:, None, None])
+        wide_PH = wide.transpose(1, 2).flatten(0, 1).index_select(0, self.place_P)
+        full = wide_PH.new_zeros(self.num_rows * self.length, *wide_PH.shape[1:]).index_copy(0, self.token_P, wide_PH)
+        return full.unflatten(0, (self.num_rows, self.length)).transpose(1, 2)
+
+
+# its device sync for the numbers of tokens would break the graph here and in every function around it
+@torch.compiler.disable
+def pack_chosen(chosen_BT: torch.Tensor, split: ModalitySplit, keep_empty_rows: bool) -> DepthPacking | None:
+    """Pack the chosen tokens of each row to its front, with one device sync.
+
+    Args:
+        chosen_BT (`torch.BoolTensor`): `[B, T]`, False at padding.
+        split (`ModalitySplit`): expert groups of the batch.
+        keep_empty_rows (`bool`): whether rows without a chosen token take part: in training all weights must.
+
+    Returns:
+        `DepthPacking`, or `None` when no row takes part.
+    """
+    num_rows, length = chosen_BT.shape
+    groups = list(split.counts)
+    in_group = [(chosen_BT & (split.group_BT == index)).sum() for index in range(len(groups))]
+    numbers = torch.cat([chosen_BT.sum(1), torch.stack(in_group)]).tolist()
+    row_counts, group_counts = numbers[:num_rows], numbers[num_rows:]
+    rows = [row for row, count in enumerate(row_counts) if count or keep_empty_rows]
+    if not rows:
+        return None
+    counts = [row_counts[row] for row in rows]
+    num_places, num_chosen = max(1, *counts), sum(counts)
+    device = chosen_BT.device
+    row_R, count_R = torch.tensor([rows, counts], device=device)
+    index_RC = (~chosen_BT).byte().argsort(dim=1, stable=True).index_select(0, row_R)[:, :num_places]
+    valid_RC = torch.arange(num_places, device=device) < count_R.unsqueeze(-1)
+    # the size is known, so no device sync is needed
+    row_P = torch.repeat_interleave(torch.arange(len(rows), device=device), count_R, output_size=num_chosen)
+    start_R = count_R.cumsum(0) - count_R
+    place_P = row_P * num_places + torch.arange(num_chosen, device=device) - start_R[row_P]
+    token_P = row_R[row_P] * length + index_RC.flatten()[place_P]
+    group_1P = split.group_BT.flatten()[token_P].unsqueeze(0)
+    packed_split = ModalitySplit.from_groups(group_1P, dict(zip(groups, group_counts)))
+    return DepthPacking(num_rows, length, rows, counts, row_R, index_RC, valid_RC, token_P, place_P, packed_split)
+
+
+def packed_causal_mask(
+    config: MomaConfig,
+    packing: DepthPacking,
+    context: RoutingContext,
+    dtype: torch.dtype,
+) -> torch.Tensor | BlockMask | None:
+    """The attention mask of packed tokens over cached keys and themselves, in the form that the backend wants.
+
+    The keys are the `S` columns of the cache, then the `C` packed tokens. Packing keeps the order of a row, so the
+    order of the columns is the causal one.
+
+    Args:
+        config (`MomaConfig`): gives the attention implementation.
+        packing (`DepthPacking`): the queries.
+        context (`RoutingContext`): documents and the caller's own mask.
+        dtype (`torch.dtype`): of additive masks.
+    """
+    if context.custom_mask_BHQS is not None:
+        return _pack_custom_mask(packing, context.custom_mask_BHQS, dtype)
+    if config._attn_implementation not in ALL_MASK_ATTENTION_FUNCTIONS:
+        return None
+    num_rows, num_places = packing.valid_RC.shape
+    num_stored, is_key_RK = 0, None
+    # without cached keys every padding slot comes after its row's tokens, where none of them looks
+    if packing.slot_RS is not None and packing.slot_RS.shape[1]:
+        num_stored = packing.slot_RS.shape[1]
+        is_key_RK = torch.cat([packing.slot_RS >= 0, packing.valid_RC], dim=1)
+    mask_function = causal_mask_function
+    if context.document_BT is not None:
+        mask_function = and_masks(mask_function, same_document(packing.pack(context.document_BT)))
+    return ALL_MASK_ATTENTION_FUNCTIONS[config._attn_implementation](
+        batch_size=num_rows,
+        q_length=num_places,
+        kv_length=num_stored + num_places,
+        q_offset=num_stored,
+        kv_offset=0,
+        mask_function=mask_function,
+        attention_mask=is_key_RK,
+        allow_is_causal_skip=context.document_BT is None,
+        dtype=dtype,
+        config=config,
+        device=packing.valid_RC.device,
+    )
+
+
+def _pack_custom_mask(packing: DepthPacking, mask_BHQS: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    if mask_BHQS.is_floating_point():
+        # FSDP casts a layer's arguments, which the context is not
+        mask_BHQS = mask_BHQS.to(dtype)
+    slot_RK = packing.key_slots()
+    mask_RHQS = mask_BHQS.expand(packing.num_rows, -1, -1, -1).index_select(0, packing.row_R)
+    query_RHCS = packing.index_RC[:, None, :, None].expand(-1, mask_RHQS.shape[1], -1, mask_RHQS.shape[3])
+    mask_RHCS = mask_RHQS.gather(2, query_RHCS)
+    key_RHCK = slot_RK.clamp(min=0)[:, None, None].expand(*mask_RHCS.shape[:3], -1)
+    mask_RHCK = mask_RHCS.gather(3, key_RHCK)
+    hidden = False if mask_RHCK.dtype == torch.bool else torch.finfo(mask_RHCK.dtype).min
+    return torch.where((slot_RK >= 0)[:, None, None], mask_RHCK, hidden)
+
+
+class PackedCache:
+    """A view of the model's cache that tells a depth layer's part of it where the packed tokens stand."""
+
+    def __init__(self, cache: Cache, packing: DepthPacking, capacity: float):
+        self.cache, self.packing, self.capacity = cache, packing, capacity
+
+    def update(
+        self, keys: torch.Tensor, values: torch.Tensor, layer_idx: int, **kwargs
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """See [`MomaDepthCacheLayer.update`]."""
+        return self.cache.update(keys, values, layer_idx, packing=self.packing, capacity=self.capacity)
+
+
+class StepCache:
+    """A view of the model's cache for a step of one token, in which some rows take part."""
+
+    def __init__(self, cache: Cache, rows: list[int], num_rows: int, capacity: float):
+        self.cache, self.rows, self.num_rows, self.capacity = cache, rows, num_rows, capacity
+
+    def update(
+        self, keys: torch.Tensor, values: torch.Tensor, layer_idx: int, **kwargs
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """See [`MomaDepthCacheLayer.update`]."""
+        return self.cache.update(
+            keys, values, layer_idx, rows=self.rows, num_rows=self.num_rows, capacity=self.capacity
+        )
+
+
+def step_mask(
+    config: MomaConfig, lengths: list[int], dtype: torch.dtype, device: torch.device
+) -> torch.Tensor | BlockMask | None:
+    """The attention mask of one token in each of several rows over the row's keys, itself the last of them.
+
+    Args:
+        config (`MomaConfig`): gives the attention implementation.
+        lengths (`list[int]`): keys of each row; those of the fullest are the columns.
+        dtype (`torch.dtype`): of additive masks.
+        device (`torch.device`): of the mask.
+    """
+    num_keys = max(lengths)
+    if min(lengths) == num_keys or config._attn_implementation not in ALL_MASK_ATTENTION_FUNCTIONS:
+        return None
+    length_R1 = torch.tensor(lengths, device=device).unsqueeze(-1)
+    is_key_RS = torch.arange(num_keys, device=device) < length_R1
+    if config._attn_implementation == "sdpa":
+        return is_key_RS[:, None, None]
+    return ALL_MASK_ATTENTION_FUNCTIONS[config._attn_implementation](
+        batch_size=len(lengths),
+        q_length=1,
+        kv_length=num_keys,
+        q_offset=num_keys - 1,
+        kv_offset=0,
+        mask_function=causal_mask_function,
+        attention_mask=is_key_RS,
+        allow_is_causal_skip=False,
+        dtype=dtype,
+        config=config,
+        device=device,
+    )
+
+
+def depth_cache_layer(cache: Cache, layer_idx: int) -> MomaDepthCacheLayer | MomaStaticDepthCacheLayer:
+    """The part of a cache that serves a depth layer.
+
+    Raises:
+        TypeError: the cache does not know of depth layers.
+    """
+    layer = cache.layers[layer_idx] if layer_idx < len(cache.layers) else None
+    if not isinstance(layer, MomaDepthCacheLayer | MomaStaticDepthCacheLayer):
+        raise TypeError(
+            f"`cache` has a {type(layer).__name__} for layer {layer_idx}, a {DEPTH_LAYER_TYPE!r} layer. Build it "
+            "from the model's config: DynamicCache(config=model.config) or StaticCache(model.config, max_cache_len)."
+        )
+    return layer
+
+
+__all__ = [
+    "DepthPacking",
+    "MomaDepthCacheLayer",
+    "MomaStaticDepthCacheLayer",
+    "PackedCache",
+    "StepCache",
+    "depth_cache_layer",
+    "pack_chosen",
+    "packed_causal_mask",
+    "step_mask",
+]

@@ -1,0 +1,241 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How packed experts multiply: implementations for the experts interface of Transformers, by name.
+
+`model.set_experts_implementation(name)` picks one of these, of Transformers' own or of a caller's, for every mode and
+every rule. A model starts with `"moma"`.
+
+Shape suffixes:
+    D hidden size, E experts of the group, K tokens that one expert takes, F inner width of one expert, W = 2 * F,
+    P (token, expert) pairs.
+"""
+
+import functools
+from collections.abc import Callable
+from functools import partial
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+from transformers.integrations.moe import (
+    ALL_EXPERTS_FUNCTIONS,
+    batched_mm_experts_forward,
+    grouped_mm_experts_forward,
+)
+
+from .configuration_moma import MomaConfig
+from .cpu_moma import are_plain, is_on_cpu, matmul_dtype, run_sequentially
+from .token_groups_moma import is_distributed
+
+
+DEFAULT_IMPLEMENTATION = "moma"
+
+
+def moma_experts_forward(
+    self: Any,
+    hidden_states: torch.Tensor,
+    top_k_index: torch.Tensor,
+    top_k_weights: torch.Tensor,
+    num_taken: int | None = None,
+    is_sorted: bool = False,
+    ends_E: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Equal shares as two batched matmuls, others expert by expert on a CPU and as grouped matmuls elsewhere.
+
+    On a CPU equal shares run expert by expert, too, where autocast would cast the weights.
+
+    Args:
+        self (`MomaExperts`): packed experts.
+        hidden_states (`torch.Tensor`): `[P, D]`.
+        top_k_index (`torch.LongTensor`): experts of each row, `[P, k]`.
+        top_k_weights (`torch.Tensor`): gates, `[P, k]`.
+        num_taken (`int`, *optional*): the `K` rows of each expert where all have as many and the rows come expert by
+            expert, one expert each.
+        is_sorted (`bool`, *optional*, defaults to `False`): whether the rows come expert by expert, one expert each.
+        ends_E (`torch.IntTensor`, *optional*): where each expert's rows end, of sorted rows, `[E]`; what is given for
+            rows after the last end means nothing.
+
+    Returns:
+        `torch.Tensor`: weighted sums, `[P, D]`.
+    """
+    on_host = is_on_cpu(hidden_states) and not torch.compiler.is_compiling()
+    # running one expert after the other spares a copy of all weights that is kept for the backward
+    casts = on_host and matmul_dtype(self.down_proj) != self.down_proj.dtype
+    if num_taken is not None and not (casts and _runs_sequentially(self)):
+        return _run_equal_shares(self, hidden_states, top_k_weights, num_taken)
+    is_sorted = is_sorted or num_taken is not None
+    if on_host and _runs_sequentially(self):
+        return _run_in_order(self, hidden_states, top_k_index, top_k_weights, is_sorted, run_sequentially)
+    if ends_E is not None:
+        run = partial(_grouped, ends_E=ends_E)
+        return _run_in_order(self, hidden_states, top_k_index, top_k_weights, True, run)
+    # a compiler that captures dynamic shapes in training must not meet the last question
+    may_step = not is_on_cpu(hidden_states) and not torch.is_grad_enabled()
+    if may_step and top_k_index.numel() <= self.num_experts:
+        return batched_mm_experts_forward(self, hidden_states, top_k_index, top_k_weights)
+    is_aligned = all(is_whole(size, self.down_proj.dtype) for size in self.down_proj.shape[1:])
+    # the library's way gathers and scatters by indexing, whose gradients are slow there, and knows no autocast
+    if on_host or not is_aligned:
+        return _run_in_order(self, hidden_states, top_k_index, top_k_weights, is_sorted, _grouped)
+    return grouped_mm_experts_forward(self, hidden_states, top_k_index, top_k_weights)
+
+
+def _runs_sequentially(experts: Any) -> bool:
+    """Whether each expert can run by itself: without gradients any, with them those of plain weights."""
+    return not torch.is_grad_enabled() or are_plain(experts.gate_up_proj, experts.down_proj)
+
+
+def _run_equal_shares(experts: Any, x_PD: torch.Tensor, weight_P1: torch.Tensor, num_taken: int) -> torch.Tensor:
+    # weights on the left: the matmuls then read them row by row, and stay transposed in between
+    x_EDK = x_PD.unflatten(0, (experts.num_experts, num_taken)).transpose(1, 2)
+    gate_EFK, up_EFK = torch.bmm(experts.gate_up_proj, x_EDK).chunk(2, dim=1)
+    y_EDK = torch.bmm(experts.down_proj, experts.act_fn(gate_EFK) * up_EFK)
+    return y_EDK.transpose(1, 2).flatten(0, 1) * weight_P1.to(y_EDK.dtype)
+
+
+def _run_in_order(
+    experts: Any,
+    x_ND: torch.Tensor,
+    expert_Nk: torch.Tensor,
+    weight_Nk: torch.Tensor,
+    is_sorted: bool,
+    run: Callable[[Any, torch.Tensor, torch.Tensor], torch.Tensor],
+) -> torch.Tensor:
+    """Bring the pairs expert by expert, let `run` make outputs of their rows and experts, and bring those back."""
+    num_slots = expert_Nk.shape[1]
+    expert_P, weight_P1, rows_PD, order_P = expert_Nk.flatten(), weight_Nk.reshape(-1, 1), x_ND, None
+    if not is_sorted:
+        expert_P, order_P = expert_P.sort()
+        rows_PD, weight_P1 = x_ND.index_select(0, order_P // num_slots), weight_P1.index_select(0, order_P)
+    y_PD = run(experts, rows_PD, expert_P)
+    if run is run_sequentially and not torch.is_grad_enabled():
+        # nothing is kept for a backward
+        y_PD.mul_(weight_P1)
+    else:
+        y_PD = y_PD * weight_P1.to(y_PD.dtype)
+    if order_P is None:
+        return y_PD
+    y_PD = torch.zeros_like(y_PD).index_copy(0, order_P, y_PD)
+    return y_PD.unflatten(0, expert_Nk.shape).sum(1).to(x_ND.dtype)
+
+
+def _grouped(
+    experts: Any, rows_PD: torch.Tensor, expert_P: torch.Tensor, ends_E: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Grouped matmuls, of any width; where no kernel takes it, with a device sync for the rows of each expert."""
+    if ends_E is None:
+        experts_E = torch.arange(experts.num_experts, device=rows_PD.device)
+        ends_E = torch.searchsorted(expert_P, experts_E, right=True).int()
+    gate_up_PF = _grouped_mm(rows_PD, experts.gate_up_proj, ends_E)
+    return _grouped_mm(experts._apply_gate(gate_up_PF), experts.down_proj, ends_E)
+
+
+def _grouped_mm(x_PD: torch.Tensor, weight_EFD: torch.Tensor, ends_E: torch.Tensor) -> torch.Tensor:
+    dtype = matmul_dtype(weight_EFD)
+    x_PD, weight_EDF = x_PD.to(dtype), weight_EFD.to(dtype).transpose(1, 2)
+    if not is_on_cpu(x_PD) and all(is_whole(size, dtype) for size in weight_EFD.shape[1:]):
+        return nn.functional.grouped_mm(x_PD.contiguous(), weight_EDF, offs=ends_E)
+    # rows after the last end, of experts elsewhere, get zeros
+    return torch.ops.transformers.grouped_mm_fallback(x_PD, weight_EDF, ends_E)
+
+
+# it makes use of what `Selection.hints` says of the pairs
+moma_experts_forward.takes_hints = True
+# and multiplies with slices of weights, which quantised ones do not allow
+moma_experts_forward.takes_quantized = False
+ALL_EXPERTS_FUNCTIONS.register(DEFAULT_IMPLEMENTATION, moma_experts_forward)
+
+
+def takes_hints(config: MomaConfig) -> bool:
+    """Whether a model's experts implementation makes use of what [`Selection.hints`] says of the pairs."""
+    return getattr(_implementation(config), "takes_hints", False)
+
+
+def takes_quantized(config: MomaConfig) -> bool:
+    """Whether a model's experts implementation multiplies with quantised weights, for all that it says of itself."""
+    return getattr(_implementation(config), "takes_quantized", True)
+
+
+def may_sync(config: MomaConfig, inputs: torch.Tensor) -> bool:
+    """Whether layers may ask the device how many tokens an expert takes.
+
+    Else there is a row for each pair of token and expert, of which the implementation leaves those out that are not
+    taken: that costs memory in a backward, and time with other implementations.
+
+    Args:
+        config (`MomaConfig`): the model's.
+        inputs (`torch.Tensor`): any of the batch.
+    """
+    takes_all_pairs = takes_hints(config) and not torch.compiler.is_compiling()
+    return is_on_cpu(inputs) or torch.is_grad_enabled() or is_distributed() or not takes_all_pairs
+
+
+def _implementation(config: MomaConfig) -> Any:
+    return ALL_EXPERTS_FUNCTIONS.get(config._experts_implementation)
+
+
+Class = TypeVar("Class", bound=type[nn.Module])
+
+# what grouped matmuls want whole words of, in every row, on every device
+_WORD_BYTES = 16
+
+
+def is_whole(size: int, dtype: torch.dtype) -> bool:
+    """Whether rows of so many elements are made of whole words."""
+    return size * dtype.itemsize % _WORD_BYTES == 0
+
+
+def takes_any_width(experts_class: Class) -> Class:
+    """Let a class of the experts interface run `"grouped_mm"` at any width, which it pads for the call.
+
+    Args:
+        experts_class (`type`): with `gate_up_proj` `[E, 2 * F, D]` and `down_proj` `[E, D, F]`.
+    """
+    forward: Any = experts_class.forward
+
+    @functools.wraps(forward)
+    def padded_forward(self: Any, hidden_states: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+        size, width = self.down_proj.shape[1:]
+        dtype = self.down_proj.dtype
+        # the implementation of the library that multiplies with weights as they are
+        if (
+            (is_whole(size, dtype) and is_whole(width, dtype))
+            or _implementation(self.config) is not grouped_mm_experts_forward
+            or not are_plain(self.gate_up_proj, self.down_proj)
+        ):
+            return forward(self, hidden_states, *args, **kwargs)
+        more_size, more_width = _missing(size, dtype), _missing(width, dtype)
+        rows_PD = nn.functional.pad(hidden_states, (0, more_size))
+        return forward(_PaddedExperts(self, more_size, more_width), rows_PD, *args, **kwargs)[:, :size]
+
+    experts_class.forward = padded_forward
+    return experts_class
+
+
+def _missing(size: int, dtype: torch.dtype) -> int:
+    return -size % (_WORD_BYTES // dtype.itemsize)
+
+
+class _PaddedExperts:
+    """Experts with wider weights, in all else what they are; no module, so that what wraps theirs runs once."""
+
+    def __init__(self, experts: Any, more_size: int, more_width: int):
+        self.experts = experts
+        gate_EFD, up_EFD = experts.gate_up_proj.chunk(2, dim=1)
+        padding = (0, more_size, 0, more_width)
+        # zeros make zeros of whatever lies between them
+        self.gate_up_proj = torch.cat([nn.functional.pad(part, padding) for part in (gate_EFD, up_EFD)], dim=1)
+        self.down_proj = nn.functional.pad(experts.down_proj, (0, more_width, 0, more_size))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.experts, name)
+
+
+__all__ = [
+    "DEFAULT_IMPLEMENTATION",
+    "is_whole",
+    "may_sync",
+    "moma_experts_forward",
+    "takes_any_width",
+    "takes_hints",
+    "takes_quantized",
+]

@@ -1,0 +1,818 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From what the model was called with to the groups of tokens that experts see, found once per forward.
+
+Which positions belong to which modality and go to which expert group, which documents they are of, and what else one
+forward tells all its layers; with the checks of a batch.
+
+Shape suffixes:
+    B rows, T positions, D hidden size, N tokens of one group in the batch, H heads, Q queries, S positions that the
+    cache has seen and those of the batch, C thresholds of a router (one for each expert, or for each pool of a depth
+    router), E documents of the batch and one.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from transformers.cache_utils import Cache
+from transformers.masking_utils import (
+    ALL_MASK_ATTENTION_FUNCTIONS,
+    find_packed_sequence_indices,
+    flash_attention_mask,
+)
+from transformers.modeling_flash_attention_utils import FlashAttentionKwargs
+from transformers.modeling_utils import PreTrainedModel
+
+from .configuration_moma import RULES, MomaConfig, rule_of
+from .errors_moma import InputError
+
+
+@dataclass
+class ModalitySplit:
+    """Which positions of a batch go to which expert group, computed once per forward and shared by all layers.
+
+    Attributes:
+        counts (`dict[str, int]`): tokens of each group.
+        order (`torch.LongTensor`, *optional*): flat positions `[B * T]`, group by group, padding last. `None` when all
+            positions belong to one group.
+        inverse (`torch.LongTensor`, *optional*): the place of each position in `order`.
+        group_BT (`torch.LongTensor`): index of each position's group, the number of groups at padding, `[B, T]`.
+        used_groups (`list[str]`): groups that have tokens.
+    """
+
+    counts: dict[str, int]
+    order: torch.Tensor | None
+    inverse: torch.Tensor | None
+    group_BT: torch.Tensor
+
+    def __post_init__(self):
+        # all layers ask for it
+        self.used_groups = [name for name, count in self.counts.items() if count]
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all positions belong to one group."""
+        return self.order is None
+
+    @classmethod
+    def from_groups(cls, group_BT: torch.Tensor, counts: dict[str, int]) -> "ModalitySplit":
+        """Lay out positions whose numbers in each group are known, without a device sync."""
+        group_flat = group_BT.flatten()
+        if group_flat.shape[0] in counts.values():
+            return cls(counts, None, None, group_BT)
+        order = torch.argsort(group_flat, stable=True)
+        inverse = torch.empty_like(order).scatter_(0, order, torch.arange(order.shape[0], device=order.device))
+        return cls(counts, order, inverse, group_BT)
+
+    def select_rows(self, row_R: torch.Tensor) -> "ModalitySplit":
+        """The split of some of the rows, with one device sync."""
+        group_RT = self.group_BT.index_select(0, row_R)
+        groups = group_RT.flatten().tolist()
+        return ModalitySplit.from_groups(group_RT, {name: groups.count(i) for i, name in enumerate(self.counts)})
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> "ModalitySplit":
+        """The same split on another device."""
+        order, inverse = (
+            None if each is None else each.to(device, non_blocking=non_blocking) for each in (self.order, self.inverse)
+        )
+        return ModalitySplit(self.counts, order, inverse, self.group_BT.to(device, non_blocking=non_blocking))
+
+    def split(self, hidden_BTD: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Gather `[B, T, D]` into the groups' tokens, `[N, D]` each."""
+        flat = hidden_BTD.flatten(0, 1)
+        if self.order is None:
+            return {name: flat if count else flat[:0] for name, count in self.counts.items()}
+        num_tokens = sum(self.counts.values())
+        # index_select, whose backward is much cheaper than that of indexing on CPU
+        groups = flat.index_select(0, self.order[:num_tokens]).split(list(self.counts.values()))
+        return dict(zip(self.counts, groups))
+
+    def merge(self, groups: dict[str, torch.Tensor], like_BTD: torch.Tensor) -> torch.Tensor:
+        """Put the groups' outputs `[N, ...]` back in place, `[B, T, ...]`; padding gets zeros.
+
+        Groups without a token may be missing.
+        """
+        parts = [groups[name] for name in self.counts if name in groups]
+        if self.order is None or self.inverse is None:
+            # matmuls without rows, for the gradients of their weights
+            rows = parts[0] if len(parts) == 1 else torch.cat(parts)
+            return rows.unflatten(0, like_BTD.shape[:2])
+        num_padding = self.order.shape[0] - sum(self.counts.values())
+        if num_padding:
+            parts.append(parts[0].new_zeros(num_padding, *parts[0].shape[1:]))
+        return torch.cat(parts).index_select(0, self.inverse).unflatten(0, like_BTD.shape[:2])
+
+
+@dataclass
+class FixedSplit:
+    """A split whose shapes do not depend on the tokens: every group gets every position, and gives up the others'.
+
+    For steps of one token, where a device sync for the numbers would cost more than the surplus work, and where
+    `torch.compile` needs every step to look alike; and for programs of `torch.export`, which hold for any tokens.
+
+    Attributes:
+        groups (`list[str]`): names of the groups.
+        group_BT (`torch.LongTensor`): index of each position's group, the number of groups at padding, `[B, T]`.
+    """
+
+    groups: list[str]
+    group_BT: torch.Tensor
+
+    def __post_init__(self):
+        # all layers ask for these
+        self._is_member_N = [self.group_BT.flatten() == index for index in range(len(self.groups))]
+        # which have tokens is not known
+        self.used_groups = self.groups
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all positions belong to one group: where they may be padding nobody knows."""
+        return False
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> "FixedSplit":
+        """The same split on another device."""
+        return FixedSplit(self.groups, self.group_BT.to(device, non_blocking=non_blocking))
+
+    def split(self, hidden_BTD: torch.Tensor) -> dict[str, torch.Tensor]:
+        """All positions for each group, `[B * T, D]`."""
+        return dict.fromkeys(self.groups, hidden_BTD.flatten(0, 1))
+
+    def merge(self, groups: dict[str, torch.Tensor], like_BTD: torch.Tensor) -> torch.Tensor:
+        """Each position's output from its own group, `[B, T, ...]`; padding gets zeros."""
+        merged = torch.zeros_like(groups[self.groups[0]])
+        for name, is_member_N in zip(self.groups, self._is_member_N):
+            merged = torch.where(is_member_N.view(-1, *[1] * (merged.ndim - 1)), groups[name], merged)
+        return merged.unflatten(0, like_BTD.shape[:2])
+
+
+def token_modalities(config: MomaConfig, input_ids: torch.Tensor) -> torch.Tensor:
+    """Modality of each token id, an index into `config.modalities`."""
+    modality = torch.zeros_like(input_ids)
+    for index, name in enumerate(config.modalities[1:], start=1):
+        for start, stop in config.modality_token_ranges[name]:
+            modality = torch.where((input_ids >= start) & (input_ids < stop), index, modality)
+    return modality
+
+
+def position_groups(config: MomaConfig, modality_BT: torch.Tensor, padding_BT: torch.Tensor | None) -> torch.Tensor:
+    """Index of each position's expert group, the number of groups at padding, `[B, T]`."""
+    num_groups = len(config.modalities) if isinstance(config.num_experts, dict) else 1
+    # one group serves every modality, or each modality has its own in the same order
+    group_BT = modality_BT if num_groups > 1 else torch.zeros_like(modality_BT)
+    return group_BT if padding_BT is None else torch.where(padding_BT, num_groups, group_BT)
+
+
+def split_modalities(
+    config: MomaConfig,
+    modality_BT: torch.Tensor,
+    padding_BT: torch.Tensor | None = None,
+    input_ids: torch.Tensor | None = None,
+    masked_B: torch.Tensor | None = None,
+) -> ModalitySplit:
+    """Assign every position to its expert group, with one device sync.
+
+    Args:
+        config (`MomaConfig`): gives the groups and the size of the vocabulary.
+        modality_BT (`torch.LongTensor`): modality of each position, `[B, T]`.
+        padding_BT (`torch.BoolTensor`, *optional*): True where a position is padding, `[B, T]`.
+        input_ids (`torch.LongTensor`, *optional*): checked against the vocabulary in the same device sync.
+        masked_B (`torch.BoolTensor`, *optional*): True where a whole row is padding, cached positions included, `[B]`.
+
+    Raises:
+        IndexError: an id lies outside the vocabulary.
+        ValueError: a modality index is not one of `config.modalities`, or a row is all padding.
+    """
+    groups = list(config.expert_groups)
+    group_BT = position_groups(config, modality_BT, padding_BT)
+    group_flat = group_BT.flatten()
+    checked = modality_BT if input_ids is None else input_ids
+    low, high, num_masked, first_masked, *counts = _count(group_flat, checked, masked_B, len(groups))
+    _check_bounds(config, low, high, input_ids is not None)
+    if num_masked:
+        raise InputError(
+            f"`attention_mask` is 0 in all of row {first_masked}: a row needs at least one token. Is its text empty, "
+            "or was the mask inverted?"
+        )
+    return ModalitySplit.from_groups(group_BT, dict(zip(groups, counts)))
+
+
+def _count(
+    group_flat: torch.Tensor, checked: torch.Tensor, masked_B: torch.Tensor | None, num_groups: int
+) -> list[int]:
+    """Lowest and highest of what is checked, masked rows, the first of them, and positions of each group."""
+    if masked_B is None:
+        masked_B = torch.zeros_like(group_flat[:1], dtype=torch.bool)
+    bounds = torch.stack([checked.min(), checked.max(), masked_B.sum(), masked_B.int().argmax()])
+    counts = torch.stack([(group_flat == index).sum() for index in range(num_groups)])
+    return torch.cat([bounds, counts]).tolist()
+
+
+def _check_bounds(config: MomaConfig, low: int, high: int, are_ids: bool) -> None:
+    if are_ids and (low < 0 or high >= config.vocab_size):
+        bad = low if low < 0 else high
+        raise IndexError(
+            f"`input_ids` holds the id {bad}, outside the vocabulary of {config.vocab_size}. Was the tokenizer given "
+            "tokens that the model does not have (see `resize_token_embeddings`), or -100 of the labels?"
+        )
+    if not are_ids and (low < 0 or high >= len(config.modalities)):
+        raise InputError(
+            f"`mm_token_type_ids` holds {low if low < 0 else high}; the modalities are "
+            f"{dict(enumerate(config.modalities))}."
+        )
+
+
+_TENSORS = ("modality_BT", "padding_BT", "document_BT", "custom_mask_BHQS")
+
+
+def is_distributed() -> bool:
+    """Whether other processes take part."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def logistic_noise_like(logits: torch.Tensor) -> torch.Tensor:
+    """Differences of two independent Gumbel samples, `G' - G''` of MoMa equation 5: standard logistic samples."""
+    return torch.rand_like(logits).logit(eps=1e-6)
+
+
+class RouterState(NamedTuple):
+    """What a router selects with: its buffers of these names, as they were when the forward met it."""
+
+    threshold: torch.Tensor
+    balance_bias: torch.Tensor
+    num_updates: torch.Tensor
+
+
+class RoutingContext:
+    """What one forward of the model tells all its layers, and what their routers leave behind.
+
+    Not a dataclass: FSDP rebuilds the dataclasses, dicts and lists among a layer's arguments when it casts them, and
+    what routers leave in such a copy is lost. Objects of other classes go through as they are.
+
+    Args:
+        routing (`str`): a name of `RULES`, for experts.
+        split (`ModalitySplit` or `FixedSplit`): positions of each group.
+        track (`bool`): whether routers record statistics (in training steps, which have gradients).
+        depth_routing (`str`, *optional*): a name of `RULES`, for depth layers.
+        modality_BT (`torch.LongTensor`, *optional*): modality of each position, `[B, T]`.
+        padding_BT (`torch.BoolTensor`, *optional*): True where a position is padding, `[B, T]`.
+        document_BT (`torch.LongTensor`, *optional*): document of each position in packed rows, `[B, T]`.
+        custom_mask_BHQS (`torch.Tensor`, *optional*): the caller's own attention mask, as it came.
+        runs_all_groups (`bool`, *optional*, defaults to `True`): whether groups without a token run, too: their
+            weights take part in every training step and wherever processes wait for one another, and where routers
+            are recorded each has its entry.
+        may_sync (`bool`, *optional*, defaults to `True`): whether layers may ask the device for numbers.
+        takes_hints (`bool`, *optional*, defaults to `False`): whether the experts implementation makes use of what a
+            selection knows of its pairs.
+
+    Attributes:
+        statistics (`dict`): thresholds of this batch alone, load deficits and counts, by router. Recomputation under
+            activation checkpointing writes the same entry again, so a step counts once.
+        state (`dict`): [`RouterState`] by router.
+        noise (`dict`): the noise that each router drew, before it is scaled.
+    """
+
+    def __init__(
+        self,
+        routing: str,
+        split: ModalitySplit | FixedSplit,
+        track: bool = False,
+        depth_routing: str | None = None,
+        modality_BT: torch.Tensor | None = None,
+        padding_BT: torch.Tensor | None = None,
+        document_BT: torch.Tensor | None = None,
+        custom_mask_BHQS: torch.Tensor | None = None,
+        runs_all_groups: bool = True,
+        may_sync: bool = True,
+        takes_hints: bool = False,
+    ):
+        self.routing = routing
+        # both are given wherever there are depth layers
+        self.depth_routing: str = depth_routing  # pyright: ignore[reportAttributeAccessIssue]
+        self.modality_BT: torch.Tensor = modality_BT  # pyright: ignore[reportAttributeAccessIssue]
+        self.split = split
+        self.track = track
+        self.padding_BT, self.document_BT = padding_BT, document_BT
+        self.custom_mask_BHQS = custom_mask_BHQS
+        self.runs_all_groups, self.may_sync, self.takes_hints = runs_all_groups, may_sync, takes_hints
+        self.statistics: dict[Any, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
+        self.state: dict[Any, RouterState] = {}
+        self.noise: dict[Any, torch.Tensor] = {}
+        self._by_device: dict[torch.device, RoutingContext] = {}
+
+    @property
+    def has_fixed_shapes(self) -> bool:
+        """Whether no shape may depend on who chooses whom."""
+        return isinstance(self.split, FixedSplit)
+
+    def to(self, device: torch.device | int | str, non_blocking: bool = False) -> "RoutingContext":
+        """The same context for layers on another device, which Accelerate's hooks ask for; what routers leave behind
+        lies in this one.
+
+        Args:
+            device (`torch.device`, `int` or `str`): of the layer.
+            non_blocking (`bool`, *optional*, defaults to `False`): as in `torch.Tensor.to`.
+        """
+        device = torch.device(device)
+        if device == self.split.group_BT.device:
+            return self
+        # once for all layers of a device
+        if device not in self._by_device:
+            tensors = {name: getattr(self, name) for name in _TENSORS}
+            moved = {
+                name: None if tensor is None else tensor.to(device, non_blocking=non_blocking)
+                for name, tensor in tensors.items()
+            }
+            self._by_device[device] = self._view(split=self.split.to(device, non_blocking), **moved)
+        return self._by_device[device]
+
+    def with_split(self, split: ModalitySplit) -> "RoutingContext":
+        """The same context for a part of the tokens; what routers leave behind lies in this one."""
+        return self._view(split=split)
+
+    def with_syncs(self) -> "RoutingContext":
+        """The same context, in which layers may ask the device for numbers."""
+        return self if self.may_sync else self._view(may_sync=True)
+
+    def with_routing(self, routing: str, track: bool = False) -> "RoutingContext":
+        """A context of its own for the same tokens, in which experts and depth layers choose by another rule."""
+        return self._copy(routing=routing, depth_routing=routing, track=track)
+
+    def _copy(self, **changes: Any) -> "RoutingContext":
+        names = ("routing", "split", "track", "depth_routing", "runs_all_groups", "may_sync", "takes_hints", *_TENSORS)
+        return RoutingContext(**{**{name: getattr(self, name) for name in names}, **changes})
+
+    def _view(self, **changes: Any) -> "RoutingContext":
+        view = self._copy(**changes)
+        view.statistics, view.state, view.noise = self.statistics, self.state, self.noise
+        return view
+
+    def router_state(self, router: Any) -> "Any":
+        """Buffers of a router to select with.
+
+        In training they are kept from the forward: recomputation under activation checkpointing comes after
+        `update_routers` and has to select the same tokens again.
+        """
+        if not self.track:
+            return router
+        if router not in self.state:
+            buffers = (router.threshold, router.balance_bias, router.num_updates)
+            self.state[router] = RouterState(*(buffer.clone() for buffer in buffers))
+        return self.state[router]
+
+    def router_noise(self, router: Any, logits: torch.Tensor) -> torch.Tensor:
+        """Noise for a router's logits, drawn once: recomputation may come with another state of the generator."""
+        if router not in self.noise:
+            self.noise[router] = logistic_noise_like(logits)
+        return self.noise[router]
+
+    def record(self, router: Any, threshold_C: torch.Tensor, load_deficit_C: torch.Tensor, count_C: torch.Tensor):
+        """Keep what `update_routers` needs of one router's step, for each of its `C` thresholds.
+
+        Args:
+            router ([`MomaRouterBase`]): whose.
+            threshold_C (`torch.Tensor`): midway between the K-th best score and the next, see [`batch_thresholds`].
+            load_deficit_C (`torch.Tensor`): by how much the load lags behind its target, as a share of the tokens.
+            count_C (`torch.Tensor`): 1, or 0 where this process had no token to judge by.
+        """
+        self.statistics[router] = (threshold_C, load_deficit_C, count_C)
+
+
+def routing_of_batch(
+    config: MomaConfig,
+    input_ids: torch.Tensor | None,
+    inputs_embeds: torch.Tensor | None,
+    attention_mask: torch.Tensor | None,
+    position_ids: torch.Tensor | None,
+    mm_token_type_ids: torch.Tensor | None,
+    cache: Cache | None,
+    is_whole_prompt: bool,
+    is_training: bool,
+    routing: str | None = None,
+    depth_routing: str | None = None,
+    is_recorded: bool = False,
+    may_sync: bool = True,
+    takes_hints: bool = False,
+) -> RoutingContext:
+    """Describe the routing of one forward to all its layers, and raise where something cannot be routed.
+
+    Args:
+        config (`MomaConfig`): the model's.
+        input_ids (`torch.LongTensor`, *optional*): `[B, T]`; this or `inputs_embeds`.
+        inputs_embeds (`torch.Tensor`, *optional*): `[B, T, D]`.
+        attention_mask (`torch.Tensor`, *optional*): 0 at padding, `[B, S]`, or the caller's own `[B, 1 or H, Q, S]`.
+        position_ids (`torch.LongTensor`, *optional*): `[B, T]`.
+        mm_token_type_ids (`torch.LongTensor`, *optional*): modality of each position of `inputs_embeds`, `[B, T]`.
+        cache (`Cache`, *optional*): of this forward.
+        is_whole_prompt (`bool`): whether no cache came from the caller, so that a row without a token is an error.
+        is_training (`bool`): whether the model is in `train()` mode.
+        routing (`str`, *optional*): the caller's rule for experts.
+        depth_routing (`str`, *optional*): the caller's rule for depth layers.
+        is_recorded (`bool`, *optional*, defaults to `False`): whether each router's logits are asked for.
+        may_sync (`bool`, *optional*, defaults to `True`): whether layers may ask the device for numbers.
+        takes_hints (`bool`, *optional*, defaults to `False`): whether the experts implementation takes hints.
+
+    Raises:
+        IndexError: an id lies outside the vocabulary.
+        TypeError: depth layers cannot pack this attention mask.
+        ValueError: there is no such rule, or the batch is empty, too long, or does not fit its mask or modalities.
+    """
+    routing, depth_routing = _resolve_rules(config, is_training, routing, depth_routing)
+    # the caller gives one of the two
+    inputs: torch.Tensor = input_ids if input_ids is not None else inputs_embeds  # pyright: ignore[reportAssignmentType]
+    past_length = seen_positions(cache)
+    # only static layers count in tensors, and only once they hold something
+    may_fix = _may_fix_shapes(config, inputs, routing, is_training)
+    is_exported = torch.compiler.is_exporting()
+    if is_exported:
+        check_exportable(config, routing, is_training)
+    if is_exported or (may_fix and isinstance(past_length, torch.Tensor)):
+        split, modality_BT, padding_BT = _split_fixed(
+            config,
+            input_ids,
+            inputs,
+            attention_mask,
+            mm_token_type_ids,
+            past_length,
+            cache.get_max_length() if isinstance(past_length, torch.Tensor) else None,  # pyright: ignore[reportOptionalMemberAccess]
+        )
+    else:
+        split, modality_BT, padding_BT = _split_batch(
+            config,
+            input_ids,  # pyright: ignore[reportCallIssue]
+            inputs,
+            attention_mask,
+            position_ids,
+            mm_token_type_ids,
+            past_length,
+            is_whole_prompt,
+        )
+    # samples drawn between the steps of a training are no steps; reentrant checkpointing has gradients here
+    has_gradients = torch.is_grad_enabled()
+    context = RoutingContext(
+        routing,
+        split,
+        is_training and has_gradients,
+        depth_routing,
+        modality_BT,
+        padding_BT,
+        runs_all_groups=is_training or has_gradients or is_distributed() or is_recorded,
+        may_sync=may_sync,
+        takes_hints=takes_hints,
+    )
+    if config.depth_layers:
+        _describe_rows(config, context, attention_mask, position_ids, cache)
+    return context
+
+
+def seen_positions(cache: Cache | None) -> int | torch.Tensor:
+    """Positions that came before those of a batch; a tensor from the layers of static caches."""
+    # the paged cache of continuous batching counts no tokens
+    return cache.get_seq_length() if cache is not None and hasattr(cache, "get_seq_length") else 0
+
+
+def check_length(
+    config: MomaConfig, length: int, past_length: int | torch.Tensor, position_ids: torch.Tensor | None = None
+):
+    """Raise at positions that an unscaled model has never seen.
+
+    Args:
+        config (`MomaConfig`): gives the limit.
+        length (`int`): positions `T` of the batch.
+        past_length (`int`): positions before them.
+        position_ids (`torch.LongTensor`, *optional*): `[B, T]`.
+
+    Raises:
+        ValueError: the sequence is too long.
+    """
+    limit = config.max_position_embeddings
+    # scaled rotary embeddings are made to go beyond
+    is_long = config.rope_parameters["rope_type"] == "default" and past_length + length > limit
+    # a row of many packed requests is longer than any of them
+    if is_long and (position_ids is None or position_ids.max() >= limit):
+        raise InputError(
+            f"The sequence has {past_length + length} positions, but `max_position_embeddings` is {limit}: the "
+            "model has never seen later ones. Shorten the input, or set `rope_parameters` to a scaled type."
+        )
+
+
+def check_exportable(config: MomaConfig, routing: str, is_training: bool):
+    """Raise at what no program of `torch.export` can hold.
+
+    Args:
+        config (`MomaConfig`): the model's.
+        routing (`str`): the rule for experts.
+        is_training (`bool`): whether the model is in `train()` mode.
+
+    Raises:
+        ValueError: there are depth layers, the rule looks at the whole batch, or the model trains.
+    """
+    if config.depth_layers:
+        raise InputError(
+            f"`depth_layers` is {list(config.depth_layers)}: a model with depth layers cannot be exported, since the "
+            "shapes of what they compute and cache depend on who is chosen."
+        )
+    if is_training:
+        raise InputError("The model is in `train()` mode, and routers would learn: call `model.eval()` before export.")
+    if not rule_of(routing).is_causal:
+        raise InputError(
+            f"`routing` is {routing!r}: how many tokens an expert takes depends on the batch, so it cannot be "
+            "exported. Export a causal rule, such as 'threshold'."
+        )
+
+
+def _resolve_rules(
+    config: MomaConfig, is_training: bool, routing: str | None, depth_routing: str | None
+) -> tuple[str, str]:
+    if depth_routing is None:
+        depth_routing = routing
+    if depth_routing is None:
+        depth_routing = config.depth_training_routing if is_training else config.depth_inference_routing
+    if routing is None:
+        routing = config.training_routing if is_training else config.inference_routing
+    if depth_routing is None:
+        depth_routing = routing
+    rule_of(routing)
+    if rule_of(depth_routing, "depth_routing").choose is None and config.depth_layers:
+        with_depth = sorted(name for name, rule in RULES.items() if rule.choose is not None)
+        raise InputError(
+            f"`depth_routing` = {depth_routing!r}: this rule has no form for depth layers; those that have one are "
+            f"{with_depth}."
+        )
+    return routing, depth_routing
+
+
+def _may_fix_shapes(config: MomaConfig, inputs: torch.Tensor, routing: str, is_training: bool) -> bool:
+    """Whether this is a step of one token, whose shapes must not depend on the token if the cache is static."""
+    # the caches of depth layers take as many tokens as there are
+    return inputs.shape[1] == 1 and not config.depth_layers and rule_of(routing).is_causal and not is_training
+
+
+def _split_fixed(
+    config: MomaConfig,
+    input_ids: torch.Tensor | None,
+    inputs: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    mm_token_type_ids: torch.Tensor | None,
+    past_length: int | torch.Tensor,
+    max_length: int | None,
+) -> tuple[FixedSplit, torch.Tensor, torch.Tensor | None]:
+    """Every group gets every position: for steps with a static cache of `max_length`, and for programs."""
+    length = inputs.shape[1]
+    # a cache that ends before the limit needs no device sync for the number of its tokens, and a program cannot sync
+    if not isinstance(past_length, torch.Tensor):
+        check_length(config, length, past_length)
+    elif max_length > config.max_position_embeddings and not torch.compiler.is_exporting():  # pyright: ignore[reportOptionalOperand]
+        check_length(config, length, past_length)
+    modality_BT = _modalities(config, input_ids, inputs, mm_token_type_ids)
+    padding_BT = None
+    if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2:
+        if not isinstance(past_length, torch.Tensor):
+            _check_mask(attention_mask, inputs.shape[0], past_length + length)
+            padding_BT = attention_mask[:, past_length : past_length + length] == 0
+        else:
+            if length == 1 and attention_mask.shape[1] == 1:
+                _check_mask(attention_mask, inputs.shape[0], 2)
+            places_T = past_length.view(1)
+            if length > 1:
+                places_T = places_T + torch.arange(length, device=places_T.device)
+            padding_BT = attention_mask.index_select(1, places_T) == 0
+    split = FixedSplit(list(config.expert_groups), position_groups(config, modality_BT, padding_BT))
+    return split, modality_BT, padding_BT
+
+
+# its device sync for the numbers of tokens would break the graph here and in every function around it
+@torch.compiler.disable
+def _split_batch(
+    config: MomaConfig,
+    input_ids: torch.Tensor | None,
+    inputs: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    position_ids: torch.Tensor | None,
+    mm_token_type_ids: torch.Tensor | None,
+    past_length: int | torch.Tensor,
+    is_whole_prompt: bool,
+) -> tuple[ModalitySplit, torch.Tensor, torch.Tensor | None]:
+    batch_size, length = inputs.shape[:2]
+    if batch_size == 0 or length == 0:
+        name = "input_ids" if input_ids is not None else "inputs_embeds"
+        raise InputError(f"`{name}` has {batch_size} rows of {length} tokens: the input is empty.")
+    check_length(config, length, past_length, position_ids)
+    modality_BT = _modalities(config, input_ids, inputs, mm_token_type_ids)
+    padding_BT = masked_B = None
+    if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2:
+        _check_mask(attention_mask, batch_size, past_length + length)
+        padding_BT = attention_mask[:, past_length : past_length + length] == 0
+        masked_B = (attention_mask == 0).all(dim=-1) if is_whole_prompt else None
+    return split_modalities(config, modality_BT, padding_BT, input_ids, masked_B), modality_BT, padding_BT
+
+
+def _modalities(
+    config: MomaConfig,
+    input_ids: torch.Tensor | None,
+    inputs: torch.Tensor,
+    mm_token_type_ids: torch.Tensor | None,
+) -> torch.Tensor:
+    """Modality of each position, `[B, T]`."""
+    if input_ids is not None:
+        return token_modalities(config, input_ids)
+    if mm_token_type_ids is not None:
+        return mm_token_type_ids
+    return torch.zeros(inputs.shape[:2], dtype=torch.long, device=inputs.device)
+
+
+def _check_mask(attention_mask: torch.Tensor, batch_size: int, num_positions: int | torch.Tensor) -> None:
+    if attention_mask.shape[0] == batch_size and attention_mask.shape[1] >= num_positions:
+        return
+    raise InputError(
+        f"`attention_mask` has the shape {tuple(attention_mask.shape)}, but there are {batch_size} rows of "
+        f"{num_positions} positions or more: with a cache it has to cover the cached positions, too."
+    )
+
+
+def _describe_rows(
+    config: MomaConfig,
+    context: RoutingContext,
+    attention_mask: torch.Tensor | None,
+    position_ids: torch.Tensor | None,
+    cache: Cache | None,
+) -> None:
+    if attention_mask is not None and not isinstance(attention_mask, torch.Tensor):
+        raise TypeError(
+            f"`attention_mask` is a {type(attention_mask).__name__}: depth layers can pack tensors only, of shape "
+            "(batch_size, sequence_length) or (batch_size, 1, query_length, key_length)."
+        )
+    if attention_mask is not None and attention_mask.ndim == 4:
+        context.custom_mask_BHQS = attention_mask
+    # where the full layers look for packed documents, too
+    if position_ids is not None and attention_mask is None and cache is None and not uses_flash_attention_mask(config):
+        context.document_BT = find_packed_sequence_indices(position_ids)
+
+
+# names of the lengths, those of queries' first
+FLASH_LENGTHS = tuple(FlashAttentionKwargs.__annotations__)
+# what Transformers gives masks of pairs, which tell documents apart by `position_ids`
+_BY_MASK = ("sdpa", "eager", "flex_attention")
+
+
+def uses_flash_attention_mask(config: MomaConfig) -> bool:
+    """Whether no mask can tell attention of documents, as with flash attention of any version and kernel."""
+    return ALL_MASK_ATTENTION_FUNCTIONS.get(config._attn_implementation) is flash_attention_mask
+
+
+def packed_lengths(position_ids: torch.Tensor) -> FlashAttentionKwargs:
+    """Where the documents of packed rows lie in the flattened batch, with one device sync.
+
+    A document begins with each row, and where a position does not follow the one before it, which is Transformers'
+    rule for masks.
+
+    Args:
+        position_ids (`torch.LongTensor`): `[B, T]`.
+
+    Returns:
+        `FlashAttentionKwargs`: `cu_seq_lens_q` and `cu_seq_lens_k` are one
+        `torch.IntTensor` `[E]` of the documents' first tokens and the end of the batch; `max_length_q` and
+        `max_length_k` are the tokens of the longest document, an `int`.
+    """
+    return _lengths_between(position_ids.diff() != 1)
+
+
+def document_lengths(
+    model: PreTrainedModel,
+    given: Mapping[str, Any],
+    inputs_BTD: torch.Tensor,
+    attention_mask: Any,
+    causal_mask: Any,
+    position_ids: torch.Tensor | None,
+    cache: Cache | None,
+) -> FlashAttentionKwargs:
+    """The lengths by which flash attention tells the documents of this forward apart.
+
+    They are the caller's, or else those of `position_ids` that begin again within a row: Transformers looks for these
+    in batches of one row alone.
+
+    Args:
+        model (`PreTrainedModel`): whose config gives the attention implementation.
+        given (`Mapping`): the caller's further arguments, with lengths or without.
+        inputs_BTD (`torch.Tensor`): the embedded tokens, `[B, T, D]`.
+        attention_mask (`torch.Tensor`, *optional*): the caller's.
+        causal_mask (`torch.Tensor`, *optional*): what attention gets in its place.
+        position_ids (`torch.LongTensor`, *optional*): the caller's, `[B, T]` or `[1, T]`.
+        cache (`Cache`, *optional*): of this forward.
+
+    Returns:
+        `FlashAttentionKwargs`: see [`packed_lengths`]; empty where there is nothing to tell
+        apart, or attention goes by a mask.
+
+    Raises:
+        ValueError: documents would see one another, or rows would be lost.
+    """
+    config: MomaConfig = model.config  # pyright: ignore[reportAssignmentType]
+    # set by torch
+    if getattr(model, "_is_replica", False) and FLASH_LENGTHS[0] in given:
+        raise InputError(
+            f"`{FLASH_LENGTHS[0]}` counts through all rows, but `DataParallel` has cut it, and may have dropped rows: "
+            "start one process for each device with torchrun, or show this one a single device."
+        )
+    # continuous batching gives a paged cache, and lengths that belong to it
+    if cache is not None and not hasattr(cache, "get_seq_length"):
+        return {}
+    num_rows, length = inputs_BTD.shape[:2]
+    if not uses_flash_attention_mask(config):
+        if position_ids is None and attention_mask is None and cache is None:
+            _check_has_positions(config, given.get(FLASH_LENGTHS[0]), num_rows)
+        return {}
+    # keys of a cache that holds something, or has room for it, are not those of the batch
+    is_fresh = cache is None or cache.get_mask_sizes(length, 0)[0] == length
+    lengths: Any = {name: given[name] for name in FLASH_LENGTHS if given.get(name) is not None}
+    sign = f"`{FLASH_LENGTHS[0]}` is given"
+    if lengths:
+        _check_lengths(lengths, num_rows)
+    elif position_ids is not None and length > 1 and is_fresh:
+        sign = "`position_ids` begin again within a row"
+        position_BT = position_ids.expand(num_rows, -1)
+        lengths = _find_lengths(position_BT, attention_mask, cache)  # pyright: ignore[reportCallIssue]
+    if lengths and cache is not None and (config.depth_layers or not is_fresh):
+        raise InputError(f"{sign}, but to a cache each row is one document: pass `use_cache=False`.")
+    if lengths and causal_mask is not None:
+        raise InputError(
+            f"{sign}, and `attention_mask` hides positions: {config._attn_implementation!r} goes by the mask alone, "
+            "and documents would see one another. Leave `attention_mask` out: padding behind a row's documents is a "
+            "document of its own, whose positions begin again and whose labels are -100."
+        )
+    return lengths
+
+
+def _check_has_positions(config: MomaConfig, starts_E: torch.Tensor | None, num_rows: int) -> None:
+    """Raise at documents that only their lengths tell apart, where attention goes by a mask."""
+    # whoever registers another attention knows what it goes by
+    if starts_E is not None and starts_E.shape[0] > num_rows + 1 and config._attn_implementation in _BY_MASK:
+        raise InputError(
+            f"`{FLASH_LENGTHS[0]}` has {starts_E.shape[0] - 1} documents in {num_rows} rows, but "
+            f"{config._attn_implementation!r} goes by `position_ids`, and there are none: pass those that begin again "
+            "with every document."
+        )
+
+
+def _check_lengths(lengths: Mapping[str, Any], num_rows: int) -> None:
+    missing = [name for name in FLASH_LENGTHS if name not in lengths]
+    if missing:
+        raise InputError(f"`{missing[0]}` is missing beside {list(lengths)}: flash attention takes all four or none.")
+    num_entries = lengths[FLASH_LENGTHS[0]].shape[0]
+    if num_entries < num_rows + 1:
+        raise InputError(
+            f"`{FLASH_LENGTHS[0]}` has {num_entries} entries for {num_rows} rows: it begins with 0 and ends with the "
+            "number of tokens in all rows, each of which begins a document. Was it cut with the batch, as "
+            "`dispatch_batches` does? Without the four lengths the model finds documents by `position_ids`."
+        )
+
+
+# its device sync for the number of documents would break the graph here and in every function around it
+@torch.compiler.disable
+def _find_lengths(position_BT: torch.Tensor, attention_mask: Any, cache: Cache | None) -> FlashAttentionKwargs:
+    """Lengths by positions, empty where each row is one document."""
+    # a row of a cache may have gaps
+    is_start_BT = position_BT.diff() < 1 if cache is not None else position_BT.diff() != 1
+    if attention_mask is not None:
+        if attention_mask.ndim != 2:
+            return {}
+        # positions of padding mean nothing
+        is_token_BT = attention_mask[:, : position_BT.shape[1]] != 0
+        is_start_BT = is_start_BT & is_token_BT[:, 1:] & is_token_BT[:, :-1]
+    lengths: Any = _lengths_between(is_start_BT)
+    return lengths if lengths["cu_seq_lens_q"].shape[0] > position_BT.shape[0] + 1 else {}
+
+
+def _lengths_between(is_start_BT: torch.Tensor) -> FlashAttentionKwargs:
+    """Lengths of documents, which begin where it is said of all positions but a row's first."""
+    is_start_BT = torch.nn.functional.pad(is_start_BT, (1, 0), value=True)
+    place_T = torch.arange(is_start_BT.shape[1], device=is_start_BT.device)
+    start_BT = torch.where(is_start_BT, place_T, 0).cummax(dim=1).values
+    num_documents, longest = torch.stack([is_start_BT.sum(), (place_T - start_BT).max() + 1]).tolist()
+    # their number is known, so no device sync is needed
+    first_E = is_start_BT.flatten().byte().argsort(descending=True, stable=True)[:num_documents]
+    cumulative_E = torch.nn.functional.pad(first_E, (0, 1), value=is_start_BT.numel()).int()
+    lengths: Any = dict(zip(FLASH_LENGTHS, (cumulative_E, cumulative_E, longest, longest)))
+    return lengths
+
+
+__all__ = [
+    "FLASH_LENGTHS",
+    "FixedSplit",
+    "ModalitySplit",
+    "RouterState",
+    "RoutingContext",
+    "check_exportable",
+    "check_length",
+    "document_lengths",
+    "is_distributed",
+    "logistic_noise_like",
+    "packed_lengths",
+    "position_groups",
+    "routing_of_batch",
+    "seen_positions",
+    "split_modalities",
+    "token_modalities",
+    "uses_flash_attention_mask",
+]
