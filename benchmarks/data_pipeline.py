@@ -35,7 +35,7 @@ from tokenization import (
     MomaProcessor,
     MomaVQConfig,
     MomaVQModel,
-    add_picture_tokens,
+    add_image_tokens,
     train_text_tokenizer,
 )
 
@@ -75,7 +75,7 @@ def small_processor(folder: Path) -> str:
     config = MomaVQConfig.from_preset(
         "small", channel_multiplier=(1,), base_channels=8, latent_channels=8, use_trunk=False, semantic_dim=None
     )
-    tokenizer = add_picture_tokens(train_text_tokenizer(["red apple"] * 3, vocab_size=300), config.num_embeddings)
+    tokenizer = add_image_tokens(train_text_tokenizer(["red apple"] * 3, vocab_size=300), config.num_embeddings)
     processor = MomaProcessor(MomaImageProcessor.for_resolution(64), tokenizer, MomaVQModel(config))
     processor.save_pretrained(folder)
     return str(folder)

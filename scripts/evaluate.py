@@ -26,9 +26,9 @@ from modeling_moma.evaluation.captions import derangement
 from modeling_moma.evaluation.drawings import feature_extractor
 from modeling_moma.evaluation.measures import (
     EXPERT_CHOICE,
-    decode_pictures,
+    decode_images,
     draw_pictures,
-    encode_pictures,
+    encode_images,
     held_out_loss,
     load_model,
     picture_batches,
@@ -118,7 +118,7 @@ class Evaluation:
         everything = [row for split in splits.values() for row in split.remove_columns("image").to_list()]
         self.table = label_table(everything)
         self.pictures = list(picture_batches(held_out, self.processor, args.batch_size, "held-out pictures"))
-        self.codes = encode_pictures(self.processor, self.pictures)
+        self.codes = encode_images(self.processor, self.pictures)
 
     def losses(self) -> dict[str, dict]:
         rows = [{**row, "codes": codes[None].numpy()} for row, codes in zip(self.rows, self.codes, strict=True)]
@@ -159,7 +159,7 @@ class Evaluation:
             self.model, self.processor, captions, args.batch_size, {"do_sample": True, **settings}, args.seed
         )
         found = {
-            name: judge.nearest(decode_pictures(self.processor, codes, args.batch_size), styles)
+            name: judge.nearest(decode_images(self.processor, codes, args.batch_size), styles)
             for name, codes in (("reconstructed", self.codes), ("drawn", drawn))
         }
         others = [self.rows[index] for index in derangement(len(self.rows), args.seed)]

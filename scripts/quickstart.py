@@ -93,7 +93,7 @@ def show_both_ways(model, processor, rows, args, sheet_path: Path) -> list[str]:
     start = time.time()
     drawn = draw_captions(model, processor, captions, args.guidance_scale, args.seed)
     print(f"{len(drawn)} pictures drawn from held-out captions in {time.time() - start:.1f} s")
-    reconstructed = processor.decode_pictures(processor.encode_pictures(pictures))
+    reconstructed = processor.decode_images(processor.encode_images(pictures))
     entries = map(SheetEntry, pictures, reconstructed, drawn, captions, model_captions)
     sheet = draw_contact_sheet(list(entries))
     write_aside(sheet_path, lambda path: sheet.save(path, format="PNG"))
@@ -104,7 +104,7 @@ def show_both_ways(model, processor, rows, args, sheet_path: Path) -> list[str]:
 def encode_rows(rows, processor):
     """Codes of the rows' pictures, one coding each, as the examples want them."""
     return rows.map(
-        lambda batch: {"codes": [[codes] for codes in processor.encode_pictures(batch["image"])]},
+        lambda batch: {"codes": [[codes] for codes in processor.encode_images(batch["image"])]},
         batched=True,
         batch_size=64,
         remove_columns=["image"],

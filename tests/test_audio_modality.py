@@ -166,7 +166,7 @@ def test_placeholders_become_the_codes_of_their_sounds(processor, codec):
     picture = noise_pictures(1)[0]
     ids = processor(text="<audio> red <image><audio>", audio=sounds, images=picture)["input_ids"][0]
     red = processor.tokenizer(" red ", add_special_tokens=False)["input_ids"]
-    drawn = processor.picture_ids(processor.encode_pictures([picture])[0])
+    drawn = processor.image_ids(processor.encode_images([picture])[0])
     assert ids == [processor.tokenizer.bos_token_id, *first, *red, *drawn, *second]
     parts = processor.decode_parts(torch.tensor(ids))
     assert len(parts[0]) == 5 and parts[1] == " red " and parts[2].size == (16, 16) and len(parts[3]) == 9
@@ -243,7 +243,7 @@ def test_codes_that_cannot_be_raise(processor, codec, monkeypatch):
     with pytest.raises(ValueError, match=r"outside \[0, 256\)"):
         processor.frame_ids("audio", [3, 256])
     with pytest.raises(ValueError, match="one image has 16 codes, got 2"):
-        processor.picture_ids([3, 4])
+        processor.image_ids([3, 4])
     with pytest.raises(ValueError, match=r"'speech' is none of \['audio', 'image'\]"):
         processor.frame_ids("speech", [3])
     with pytest.raises(ValueError, match="the audio at position 1 is incomplete: 1 codes and then"):
@@ -274,7 +274,7 @@ def test_parts_that_are_no_codecs_raise():
     add_modality_tokens(pictures.tokenizer, "audio", 16)
     with pytest.raises(ValueError, match="it has 16 audio codes, but its codec MuLawCodec has num_codes=256"):
         MomaProcessor(*parts, codecs={"audio": MuLawCodec()})
-    with pytest.raises(ValueError, match="videos, audio: this processor reads text and pictures only"):
+    with pytest.raises(ValueError, match="videos, audio: this processor reads text and images only"):
         pictures(text=["red"], audio=[tone(50, 4)])
 
 

@@ -47,8 +47,8 @@ def conversation(pictures):
     ]
 
 
-def picture_ids(processor, picture):
-    (codes,) = processor.encode_pictures([picture])
+def image_ids(processor, picture):
+    (codes,) = processor.encode_images([picture])
     ids = [code + processor.image_token_offset for code in codes]
     return [processor.begin_image_token_id, *ids, processor.end_image_token_id]
 
@@ -70,9 +70,9 @@ def test_the_assistant_mask_covers_its_words_its_pictures_and_the_end(processor,
     eos = processor.tokenizer.eos_token_id
     named = [*words(processor, "noto: red apple"), eos]
     drawn = [
-        *picture_ids(processor, pictures[2]),
+        *image_ids(processor, pictures[2]),
         *words(processor, " and "),
-        *picture_ids(processor, pictures[3]),
+        *image_ids(processor, pictures[3]),
         eos,
     ]
     learnt = [ids[mask.bool()].tolist() for ids, mask in zip(out["input_ids"], out["assistant_masks"])]
@@ -131,7 +131,7 @@ def test_other_contents_are_refused(processor):
 def test_chats_of_captions_are_training_examples(pictures):
     processor = tiny_processor()
     processor.chat_template = CHAT_TEMPLATE
-    codes = np.asarray(processor.encode_pictures(pictures[:1])[0])
+    codes = np.asarray(processor.encode_images(pictures[:1])[0])
     picture, caption = {"type": "image", "image": pictures[0]}, {"type": "text", "text": "noto: red apple"}
     for parts, picture_first in (((picture, caption), True), ((caption, picture), False)):
         chat = [{"role": "user", "content": [parts[0]]}, {"role": "assistant", "content": [parts[1]]}]

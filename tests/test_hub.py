@@ -83,7 +83,7 @@ for key, (repository, revision) in targets.items():
     prompt = processor(text=["noto: red apple"], return_tensors="pt")
     ids = model.generate(**prompt, generation_mode="image", do_sample=False)
     results["codes"] = model.decode_image_tokens(ids)
-    results["drawn"] = torch.tensor(bytearray(processor.decode_pictures(results["codes"])[0].tobytes())) / 255
+    results["drawn"] = torch.tensor(bytearray(processor.decode_images(results["codes"])[0].tobytes())) / 255
 assert not {"modeling_moma", "tokenization"} & set(sys.modules)
 torch.save(results, output)
 """
@@ -235,7 +235,7 @@ def test_generate_draws_the_same_picture_without_the_packages(stranger, models, 
         models["second"].generate(**prompt, generation_mode="image", do_sample=False)
     )
     assert torch.equal(stranger["codes"], codes)
-    drawn = torch.tensor(bytearray(processor.decode_pictures(codes)[0].tobytes())) / 255
+    drawn = torch.tensor(bytearray(processor.decode_images(codes)[0].tobytes())) / 255
     assert_near(stranger["drawn"], drawn, 1.5 / 255)
 
 

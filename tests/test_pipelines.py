@@ -81,7 +81,7 @@ def test_words_in_a_picture_out(any_to_any, model, processor):
     (answer,) = any_to_any(text="noto: red apple", generation_mode="image")
     inputs = processor(text="noto: red apple", return_tensors="pt")
     codes = model.decode_image_tokens(model.generate(**inputs, generation_mode="image", do_sample=False))
-    (expected,) = processor.decode_pictures(codes)
+    (expected,) = processor.decode_images(codes)
     assert answer["generated_image"].size == (16, 16)
     assert np.array_equal(answer["generated_image"], expected)
 

@@ -108,6 +108,6 @@ def test_the_saved_processor_gives_the_same_codes_in_one_pass_and_in_two(monkeyp
     processor = AutoProcessor.from_pretrained(FOLDER)
     side = processor.vq_model.config.resolution
     pictures = [Image.radial_gradient("L").resize((side, side)), Image.linear_gradient("L"), Image.new("RGB", (9, 9))]
-    codes = processor.encode_pictures(pictures * 6)
-    monkeypatch.setattr(trunk_moma_vq, "_has_kernel", lambda *args: False)
-    assert processor.encode_pictures(pictures * 6) == codes
+    codes = processor.encode_images(pictures * 6)
+    monkeypatch.setattr(trunk_moma_vq, "_can_fuse", lambda *args: False)
+    assert processor.encode_images(pictures * 6) == codes

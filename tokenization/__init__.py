@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pictures and words in, token ids out, and back. Knows nothing of the transformer."""
+"""Images and text to token ids, and back: image tokenizer, image processors, text tokenizer and processor.
 
-from .augmentation_moma import augment_pictures
+Nothing here depends on the model.
+"""
+
+from .augmentation_moma import augment_images
 from .chat_template_moma import DEFAULT_CHAT_TEMPLATE
 from .codecs_moma import ModalityCodec, register_codec
 from .collation_moma import MomaDataCollator
@@ -11,8 +14,12 @@ from .image_processing_pil_moma import MomaImageProcessorPil
 from .modeling_moma_vq import MomaVQModel, MomaVQOutput
 from .perceptual_moma_vq import MomaVQPerceptualNetwork
 from .processing_moma import MomaProcessor
-from .text_tokenizer_moma import add_modality_tokens, add_picture_tokens, train_text_tokenizer
+from .renamed_moma import renamed
+from .text_tokenizer_moma import add_image_tokens, add_modality_tokens, train_text_tokenizer
 
+
+add_picture_tokens = renamed("add_picture_tokens", add_image_tokens)
+augment_pictures = renamed("augment_pictures", augment_images)
 
 __all__ = [
     "DEFAULT_CHAT_TEMPLATE",
@@ -25,9 +32,9 @@ __all__ = [
     "MomaVQModel",
     "MomaVQOutput",
     "MomaVQPerceptualNetwork",
+    "add_image_tokens",
     "add_modality_tokens",
-    "add_picture_tokens",
-    "augment_pictures",
+    "augment_images",
     "register_codec",
     "train_text_tokenizer",
 ]

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The chat template of a new processor, and the part of it that others share."""
+"""The default chat template, and templates that turn messages of parts into text with placeholders."""
 
-# of a chat template, inside its loop over messages: sets `turn.text`, with a placeholder for every picture
+# Jinja for the body of a loop over messages: sets `turn.text`, with a placeholder for each image.
 MESSAGE_TEXT = (
     "{% set turn = namespace(text='') %}"
     "{% if message['content'] is string %}"
@@ -14,7 +14,7 @@ MESSAGE_TEXT = (
     "{% endfor %}"
     "{% endif %}"
 )
-# turns end with <eos> and headers with a newline, so that no BPE token straddles the edge of a turn
+# Turns end with <eos> and headers with a newline, so that no BPE token crosses the edge of a turn.
 DEFAULT_CHAT_TEMPLATE = (
     "{{ bos_token | default('', true) }}"
     "{% for message in messages %}" + MESSAGE_TEXT + "{{ message['role'] + '\n' }}"
@@ -26,7 +26,7 @@ DEFAULT_CHAT_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ 'assistant\n' }}{% endif %}"
 )
-# before a template that wants strings: messages of parts become strings, all others stay what they are
+# Jinja to put in front of a template that expects strings: messages of parts become strings, others stay.
 _PARTS_TO_TEXT = (
     "{% set flat = namespace(messages=[]) %}"
     "{% for message in messages %}"
@@ -37,24 +37,24 @@ _PARTS_TO_TEXT = (
     "{% else %}{% set flat.messages = flat.messages + [message] %}{% endif %}"
     "{% endfor %}"
     "{% set messages = flat.messages %}"
-    # Transformers drops this newline, and reads what follows as the beginning of a line
+    # Transformers drops this newline, and reads the template after it as the beginning of a line
     "\n"
 )
 
 
-def with_picture_parts(template: str) -> str:
-    """
-    A text model's chat template that also takes messages of parts: texts are joined, and `<image>` stands for a
-    picture. Messages that are strings come out as ever.
+def with_image_parts(template: str) -> str:
+    """Make a text model's chat template take messages of parts: texts are joined, an image becomes `<image>`.
+
+    Messages that are strings are rendered as before.
 
     Args:
         template (`str`):
             Jinja, as Transformers renders it.
 
     Returns:
-        `str`: the template itself where it has been given pictures already.
+        `str`: the new template; the same one where this function has made it already.
     """
     return template if template.startswith(_PARTS_TO_TEXT) else _PARTS_TO_TEXT + template
 
 
-__all__ = ["DEFAULT_CHAT_TEMPLATE", "MESSAGE_TEXT", "with_picture_parts"]
+__all__ = ["DEFAULT_CHAT_TEMPLATE", "MESSAGE_TEXT", "with_image_parts"]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Codecs: what turns the items of a modality other than text and pictures into codes, and codes into items."""
+"""Codecs: modalities beside text and images bring a class that turns items into codes and back."""
 
 import os
 from typing import Any, Protocol
@@ -10,44 +10,44 @@ from .processor_errors_moma import InputError
 from .text_tokenizer_moma import check_modality
 
 
-# one folder deep, since `push_to_hub` of Transformers goes no deeper
+# The folder of a codec lies directly in the processor's: `push_to_hub` of Transformers uploads no deeper ones.
 SUBFOLDER = "{}_codec"
 CODECS: dict[str, type] = {}
-_MEMBERS = ("num_codes", "length", "encode", "decode", "save_pretrained", "from_pretrained")
+_REQUIRED_MEMBERS = ("num_codes", "length", "encode", "decode", "save_pretrained", "from_pretrained")
 _DOWNLOAD_KWARGS = ("cache_dir", "force_download", "local_files_only", "revision", "token")
-# names of arguments that the processor's call has already
-_TAKEN = ("image", "images", "videos")
+# Names that the processor's call uses for arguments of its own.
+_RESERVED_NAMES = ("image", "images", "videos")
 
 
 class ModalityCodec(Protocol):
-    """
-    What a codec has to have; no base class is needed. [`register_codec`] gives it the name by which a saved processor
-    finds it again.
+    """The attributes and methods of a codec; no base class is needed.
+
+    [`register_codec`] gives it the name by which a saved processor finds it again.
 
     Attributes:
-        num_codes (`int`): number of different codes.
-        length (`int`, *optional*): codes of one item; `None` where it varies.
+        num_codes (`int`):
+            Number of different codes.
+        length (`int`, *optional*):
+            Codes of one item; `None` where it varies.
     """
 
     num_codes: int
     length: int | None
 
     def encode(self, items: list) -> list[list[int]]:
-        """
-        Turns items into codes.
+        """Turn items into codes.
 
         Args:
             items (`list`):
                 Whatever the codec takes: arrays, paths.
 
         Returns:
-            `list[list[int]]`: for each item its codes in `[0, num_codes)`, one at least.
+            `list[list[int]]`: for each item its codes in `[0, num_codes)`, at least one.
         """
         ...
 
     def decode(self, codes: list[int]) -> Any:
-        """
-        Turns the codes of one item into that item.
+        """Turn the codes of one item into that item.
 
         Args:
             codes (`list[int]`):
@@ -55,8 +55,7 @@ class ModalityCodec(Protocol):
         """
 
     def save_pretrained(self, folder: str):
-        """
-        Writes the codec into a folder of its own: files, and no folders.
+        """Write the codec into a folder of its own: files, and no folders.
 
         Args:
             folder (`str`):
@@ -65,8 +64,7 @@ class ModalityCodec(Protocol):
 
     @classmethod
     def from_pretrained(cls, folder: str) -> "ModalityCodec":
-        """
-        Reads what `save_pretrained` has written.
+        """Read what `save_pretrained` has written.
 
         Args:
             folder (`str`):
@@ -76,23 +74,22 @@ class ModalityCodec(Protocol):
 
 
 def register_codec(name: str):
-    """
-    Makes a class of codecs known by a name, which a saved processor keeps.
+    """Register a codec class under a name, which a saved processor keeps.
 
     Args:
         name (`str`):
             The name.
 
     Returns:
-        A decorator of classes, which changes nothing else about them.
+        `Callable[[type], type]`: a class decorator, which also sets `codec_type` to the name.
 
     Raises:
-        ValueError: if another class has the name.
+        ValueError: another class has the name already.
     """
 
     def register(codec_class: type) -> type:
         known = CODECS.get(name)
-        # a module that is loaded again makes its classes anew
+        # a reloaded module registers a new class of the same name
         if known is not None and known.__qualname__ != codec_class.__qualname__:
             raise InputError(f"name: {name!r} is already the codec {known.__qualname__}; choose another.")
         CODECS[name] = codec_class
@@ -103,26 +100,42 @@ def register_codec(name: str):
 
 
 def check_codec(modality: str, codec: Any):
-    """Raise `ValueError` for a name that no codec can have, and `TypeError` for what is no codec."""
+    """Check the name and the members of a codec.
+
+    Args:
+        modality (`str`):
+            Name of the modality.
+        codec ([`ModalityCodec`]):
+            The codec.
+
+    Raises:
+        ValueError: the name is no plain name, or the processor's call uses it already.
+        TypeError: the codec lacks attributes or methods of [`ModalityCodec`].
+    """
     check_modality(modality)
-    if modality in _TAKEN:
-        raise InputError(f"codecs: {modality!r} is not free, pictures go through the VQ model; choose another name.")
-    missing = [name for name in _MEMBERS if not hasattr(codec, name)]
+    if modality in _RESERVED_NAMES:
+        raise InputError(f"codecs: {modality!r} is not free, images go through the VQ model; choose another name.")
+    missing = [name for name in _REQUIRED_MEMBERS if not hasattr(codec, name)]
     if missing:
         raise TypeError(f"codecs[{modality!r}]: {type(codec).__name__} is no codec, it lacks {', '.join(missing)}.")
 
 
 def codec_types(codecs: dict[str, ModalityCodec]) -> dict[str, str | None]:
-    """The registered name of each codec, `None` for one that has none."""
+    """Return the registered name of each codec, `None` for one that has none."""
     return {modality: getattr(codec, "codec_type", None) for modality, codec in codecs.items()}
 
 
 def save_codecs(codecs: dict[str, ModalityCodec], folder: "str | os.PathLike"):
-    """
-    Writes each codec into the subfolder `{modality}_codec`.
+    """Write each codec into the subfolder `{modality}_codec`.
+
+    Args:
+        codecs (`dict[str, ModalityCodec]`):
+            By modality.
+        folder (`str` or `os.PathLike`):
+            Folder of the processor.
 
     Raises:
-        ValueError: if a codec has no name by which it could be found again.
+        ValueError: a codec is not registered, so a saved processor could not find it.
     """
     for modality, name in codec_types(codecs).items():
         if name is None:
@@ -136,8 +149,7 @@ def save_codecs(codecs: dict[str, ModalityCodec], folder: "str | os.PathLike"):
 
 
 def load_codecs(types: dict[str, str], repository: str | os.PathLike, subfolder: str = "", **hub_kwargs: Any) -> dict:
-    """
-    Reads the codecs of a saved processor.
+    """Read the codecs of a saved processor.
 
     Args:
         types (`dict[str, str]`):
@@ -145,15 +157,15 @@ def load_codecs(types: dict[str, str], repository: str | os.PathLike, subfolder:
         repository (`str` or `os.PathLike`):
             Folder or Hub name of the processor.
         subfolder (`str`, *optional*, defaults to `""`):
-            Where in it the processor is.
-        hub_kwargs:
+            Subfolder of the processor in it.
+        hub_kwargs (`Any`):
             Arguments of downloads, such as `revision`.
 
     Returns:
         `dict[str, ModalityCodec]`: by modality.
 
     Raises:
-        ValueError: if a name is not registered.
+        ValueError: a name is not registered.
     """
     for modality, name in types.items():
         check_modality(modality)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ragged examples become padded batches with labels."""
+"""The data collator: examples of different lengths become a padded batch with labels."""
 
 from dataclasses import dataclass
 
@@ -11,12 +11,11 @@ from .processor_errors_moma import InputError
 
 @dataclass
 class MomaDataCollator:
-    """
-    Pads tokenised examples to one length. The padding token and side are the tokenizer's.
+    """Pad tokenised examples to one length, with the padding token and side of the tokenizer.
 
     `DataCollatorForLanguageModeling` marks padding by its id, which loses the end-of-text labels of a tokenizer that
-    pads with `<eos>`; here the attention mask decides. What follows padding is no label either: padding on the left
-    would else have to predict the first token of its row. `mm_token_type_ids` are padded as well.
+    pads with `<eos>`; here the attention mask decides. The token after padding is no label either: the padding before
+    it would have to predict it. `mm_token_type_ids` are padded as well.
 
     Args:
         tokenizer (`PreTrainedTokenizerBase`):
@@ -24,7 +23,7 @@ class MomaDataCollator:
         pad_to_multiple_of (`int`, *optional*):
             Round the length of a batch up to a multiple of this number of tokens.
         label_pad_token_id (`int`, *optional*, defaults to -100):
-            Label of padding and of what follows it, ignored by the loss.
+            Label of padding and of the token after it, ignored by the loss.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -38,20 +37,19 @@ class MomaDataCollator:
             raise InputError(f"pad_to_multiple_of: {self.pad_to_multiple_of} must be at least 1.")
 
     def __call__(self, features: list[dict]) -> dict[str, torch.Tensor]:
-        """
-        Pads a list of examples.
+        """Pad a list of examples.
 
         Args:
             features (`list[dict]`):
                 Each holds `input_ids`, and may hold `attention_mask`, `labels` and `mm_token_type_ids` of the same
-                length. Where `labels` are missing they are the `input_ids`, so text and picture tokens are learnt.
+                length. Where `labels` are missing they are the `input_ids`, so text and image tokens are learnt.
 
         Returns:
             `dict[str, torch.Tensor]`: `input_ids`, `attention_mask`, `labels` and, where given, `mm_token_type_ids`,
             each of shape `(batch_size, sequence_length)`.
 
         Raises:
-            ValueError: if an example is empty, holds an unknown field or fields of different lengths, or if a field is
+            ValueError: an example is empty, holds an unknown field or fields of different lengths, or if a field is
                 given for some of the examples only.
         """
         padding = {
@@ -70,7 +68,7 @@ class MomaDataCollator:
             length = -(-length // self.pad_to_multiple_of) * self.pad_to_multiple_of
         batch = {name: self._pad([row[name] for row in rows], length, padding[name]) for name in names}
         is_padding = batch["attention_mask"] == 0
-        # the label after padding would be what a padding position has to predict
+        # a position predicts the next label, so the first token after padding gets none
         is_padding[:, 1:] |= is_padding[:, :-1].clone()
         batch["labels"].masked_fill_(is_padding, self.label_pad_token_id)
         return batch

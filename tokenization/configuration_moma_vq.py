@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Configuration of the MoMa picture tokenizer."""
+"""Configuration of the MoMa image tokenizer."""
 
 from typing import Any
 
@@ -22,10 +22,10 @@ from transformers.utils import auto_docstring
 from .processor_errors_moma import InputError
 
 
-# the group count of taming-transformers and Chameleon; not in their configurations either
+# The number of groups in taming-transformers and Chameleon, which is in neither configuration.
 GROUP_NORM_GROUPS = 32
 
-# a patch of pixels is the first convolution's channel, and no norms: what a CPU can train
+# Small enough to train on a CPU: patches of pixels are folded into channels, and there are no norms.
 _SMALL: dict[str, Any] = {
     "embed_dim": 32,
     "num_embeddings": 1024,
@@ -41,7 +41,7 @@ _SMALL: dict[str, Any] = {
     "semantic_dim": 1280,
     "semantic_weight": 0.5,
 }
-# photos hold more kinds of patches than drawings
+# More codes than "small": photos hold more kinds of patches than drawings.
 _MEDIUM = {**_SMALL, "resolution": 256, "num_embeddings": 4096}
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -65,9 +65,9 @@ class MomaVQConfig(PreTrainedConfig):
     latent_channels (`int`, *optional*, defaults to 256):
         Channels between the encoder (or decoder) and the 1x1 convolutions around the codebook.
     resolution (`int`, *optional*, defaults to 512):
-        Side of the pictures in pixels. Other sides work too, as long as `downsample_factor` divides them.
+        Side of the images in pixels. Other sides work too, as long as `downsample_factor` divides them.
     in_channels (`int`, *optional*, defaults to 3):
-        Colour channels of a picture.
+        Colour channels of an image.
     base_channels (`int`, *optional*, defaults to 128):
         Channels after the first convolution.
     channel_multiplier (`list[int]`, *optional*, defaults to `(1, 1, 2, 2, 4)`):
@@ -93,12 +93,12 @@ class MomaVQConfig(PreTrainedConfig):
     revive_threshold (`float`, *optional*, defaults to 0.1):
         A code used less often than this (moving average of uses per batch) is replaced by a latent of the batch.
     use_decoder (`bool`, *optional*, defaults to `True`):
-        Whether there is a decoder. Chameleon's checkpoints have none: such a tokenizer reads pictures, but shows none.
+        Whether there is a decoder. Chameleon's checkpoints have none: such a tokenizer reads images, but shows none.
     use_trunk (`bool`, *optional*, defaults to `False`):
         Whether the encoder also sees the frozen features of an EfficientNet-Lite0 trained on ImageNet, about 0.7
-        million parameters: codes can then carry what a picture shows, not only how it looks.
+        million parameters: codes can then carry what an image shows, not only how it looks.
     semantic_dim (`int`, *optional*):
-        Width of the feature vector that the codes of a picture have to predict together. `None`: no such head.
+        Width of the feature vector that the codes of an image have to predict together. `None`: no such head.
     semantic_hidden_size (`int`, *optional*, defaults to 256):
         Hidden width of that head.
     l1_weight (`float`, *optional*, defaults to 1.0):
@@ -151,19 +151,21 @@ class MomaVQConfig(PreTrainedConfig):
 
     @classmethod
     def from_preset(cls, name: str, **overrides) -> "MomaVQConfig":
-        r"""
-        A named configuration.
+        r"""Build a named configuration.
 
         Args:
             name (`str`):
                 `"full"`: Chameleon's tokenizer, 512x512 pixels to 1,024 tokens of 8,192 codes. `"small"`: 64x64 pixels
                 to 64 tokens of 1,024 codes, about 3.3 million parameters, trainable on a CPU. `"medium-256"` and
                 `"medium-1024"`: 256x256 pixels to 256 or 1,024 tokens of 4,096 codes, likewise.
-            overrides:
-                Fields to change.
+            overrides (`Any`):
+                Fields that replace those of the preset.
+
+        Returns:
+            [`MomaVQConfig`]: the configuration.
 
         Raises:
-            `ValueError`: `name` is no preset.
+            ValueError: `name` is not a preset, or a field is invalid.
         """
         if name not in PRESETS:
             raise InputError(f"name={name!r} is no preset of MomaVQConfig; the presets are {sorted(PRESETS)}.")
@@ -175,7 +177,7 @@ class MomaVQConfig(PreTrainedConfig):
         return self.patch_size * 2 ** (len(self.channel_multiplier) - 1)
 
     def validate_architecture(self):
-        """Refuse values from which no model can be built, naming the field."""
+        """Raise `ValueError`, with the field's name, for values from which no model can be built."""
         self._validate_sizes()
         self._validate_loss()
         if self.double_latent:
@@ -190,7 +192,7 @@ class MomaVQConfig(PreTrainedConfig):
             )
         if self.use_trunk and self.in_channels != 3:
             raise InputError(
-                f"use_trunk=True needs in_channels=3, got {self.in_channels}: the trunk has seen RGB only."
+                f"use_trunk=True needs in_channels=3, got {self.in_channels}: the trunk was trained on RGB images."
             )
         if self.resolution % self.downsample_factor != 0:
             raise InputError(

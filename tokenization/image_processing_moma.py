@@ -21,16 +21,15 @@ from .image_input_moma import MomaImageInputMixin
 
 # trf-ignore: TRF057, documented by hand
 class MomaImageProcessor(MomaImageInputMixin, TorchvisionBackend):
-    r"""
-    Resizes, crops and rescales pictures for the VQ model (torchvision backend).
+    r"""Resizes, crops and rescales images for the VQ model (torchvision backend).
 
     The shortest edge is resized with Lanczos filtering and the centre is cropped to a square, as Chameleon does: of a
-    picture that is not square the ends of the longer side are lost. Pad it to a square first to keep them. Greyscale,
-    palette, 16-bit greyscale and transparent pictures become 8-bit RGB, transparency composited on white.
+    image that is not square the ends of the longer side are lost. Pad it to a square first to keep them. Greyscale,
+    palette, 16-bit greyscale and transparent images become 8-bit RGB, transparency composited on white.
 
     Args:
         do_convert_rgb (`bool`, *optional*, defaults to `True`):
-            Whether to convert every picture to RGB.
+            Whether to convert every image to RGB.
         do_resize (`bool`, *optional*, defaults to `True`):
             Whether to resize.
         size (`dict[str, int]`, *optional*, defaults to `{"shortest_edge": 64}`):

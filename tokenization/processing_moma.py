@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Text, pictures and more to token ids with their real codes, and token ids back to what they stand for."""
+"""The processor: texts, images and items of other modalities to token ids, and back."""
 
 import copy
 import os
@@ -27,9 +27,9 @@ from transformers.tokenization_utils_base import TextInput
 from transformers.utils import is_torchvision_available
 
 from .chat_template_moma import DEFAULT_CHAT_TEMPLATE
+from .code_conversion_moma import CodeConversionMixin, as_list
 from .codecs_moma import ModalityCodec, check_codec, codec_types, load_codecs, save_codecs
-from .coding_moma import CodingMixin, as_list
-from .image_input_moma import MomaImageInputMixin, flat_sources
+from .image_input_moma import MomaImageInputMixin, iter_image_sources
 from .image_processing_moma import MomaImageProcessor
 from .image_processing_pil_moma import MomaImageProcessorPil
 from .modeling_moma_vq import MomaVQModel
@@ -48,59 +48,71 @@ from .token_frames_moma import TokenFrame, replace_placeholders
 
 VQ_SUBFOLDER = "vq_model"
 LABEL_PAD_ID = -100
-_ANY_PICTURE = Image.new("L", (1, 1))
+_ANY_IMAGE = Image.new("L", (1, 1))
 HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
 
 
 class MomaProcessorKwargs(ProcessingKwargs, total=False):
-    """
-    return_labels (`bool`, *optional*, defaults to `False`):
-        Whether to return `labels`: a copy of `input_ids` with -100 at padding and at the first token after it.
+    """Arguments of a call of [`MomaProcessor`], beside those of Transformers.
+
+    Args:
+        return_labels (`bool`, *optional*, defaults to `False`):
+            Whether to return `labels`: a copy of `input_ids` with -100 at padding and at the first token after it.
     """
 
     return_labels: bool
 
 
 # trf-ignore: TRF057, documented by hand
-class MomaProcessor(CodingMixin):
-    r"""
-    Joins an image processor, a text tokenizer and a VQ model. Each `<image>` in a text becomes `<|begin_image|>`, the
-    `image_seq_length` codes of its picture, and `<|end_image|>`, in `input_ids`; the model needs no pixels. The token
-    `<|image_7|>` stands for code 7: written in a text it is that code, as `<eos>` is the end of a turn. Text that you
-    do not control goes through [`~MomaProcessor.escape_special_tokens`].
+class MomaProcessor(CodeConversionMixin):
+    r"""Join an image processor, a text tokenizer and a VQ model.
+
+    Each `<image>` in a text becomes `<|begin_image|>`, the `image_seq_length` codes of its image, and `<|end_image|>`,
+    in `input_ids`; the model needs no pixels. The token `<|image_7|>` stands for code 7: written in a text it is that
+    code, as `<eos>` is the end of a turn. Text that you do not control goes through
+    [`~MomaProcessor.escape_special_tokens`].
 
     Other modalities have a codec each, see [`ModalityCodec`]: with `codecs={"audio": codec}` each `<audio>` becomes
     `<|begin_audio|>`, the codes of its sound, and `<|end_audio|>`, and `processor(text=..., audio=[...])` takes them.
 
-    The VQ model runs in float32, in evaluation mode, without gradients; the model that is passed in is put in that
-    state. It stays where it is (on the CPU after `from_pretrained`); [`~MomaProcessor.to`] moves it.
+    The VQ model runs in float32, in evaluation mode, without gradients; the model that is passed in is put into that
+    state. It stays on its device (the CPU after `from_pretrained`); [`~MomaProcessor.to`] moves it.
 
     Args:
         image_processor ([`MomaImageProcessor`] or [`MomaImageProcessorPil`]):
             Its `crop_size` must equal the VQ model's resolution.
         tokenizer (`PreTrainedTokenizerFast`):
-            A tokenizer with the picture tokens of [`add_picture_tokens`].
+            A tokenizer with the image tokens of [`add_image_tokens`].
         vq_model ([`MomaVQModel`]):
             Turns pixel values into codes and back.
         chat_template (`str` or `dict[str, str]`, *optional*):
             Jinja template of a conversation; by default `DEFAULT_CHAT_TEMPLATE`, turns of `role`, newline, content,
-            `<eos>`, with pictures in any turn.
+            `<eos>`, with images in any turn.
         codecs (`dict[str, ModalityCodec]`, *optional*):
             A codec for each further modality, by its name. The tokenizer needs the tokens of [`add_modality_tokens`]
             for each.
 
     Attributes:
-        image_token, image_token_id: the placeholder, which never occurs in `input_ids`.
-        begin_image_token, begin_image_token_id, end_image_token, end_image_token_id: the frame of a picture.
-        image_token_offset (`int`): id of code 0.
-        image_token_ids (`list[int]`): ids of all codes. Begin and end of image count as text.
-        image_seq_length (`int`): codes of one picture.
-        codebook_size (`int`): number of codes.
-        frames (`dict[str, TokenFrame]`): ids of begin, codes and end of each modality, by its name.
+        image_token (`str`):
+            The placeholder of an image in a text, which never occurs in `input_ids`; its id is `image_token_id`.
+        begin_image_token (`str`):
+            The token before the codes of an image; its id is `begin_image_token_id`.
+        end_image_token (`str`):
+            The token after the codes of an image; its id is `end_image_token_id`.
+        image_token_offset (`int`):
+            Id of code 0.
+        image_token_ids (`list[int]`):
+            Ids of all codes. Begin and end of image count as text.
+        image_seq_length (`int`):
+            Codes of one image.
+        codebook_size (`int`):
+            Number of codes.
+        frames (`dict[str, TokenFrame]`):
+            Ids of begin, codes and end of each modality, by its name.
 
     Raises:
-        TypeError: if a part is of the wrong kind.
-        ValueError: if the parts do not fit together.
+        TypeError: the VQ model or a codec is of the wrong kind.
+        ValueError: the parts do not fit together.
     """
 
     valid_processor_kwargs = MomaProcessorKwargs
@@ -108,7 +120,7 @@ class MomaProcessor(CodingMixin):
     image_token = "<image>"
     begin_image_token = "<|begin_image|>"
     end_image_token = "<|end_image|>"
-    # items of the modalities with a codec, in the copy of the processor that a call works with
+    # items of the modalities with a codec, set on the copy of the processor that a call works with
     _codec_items: dict[str, list] = {}
 
     def __init__(
@@ -122,7 +134,7 @@ class MomaProcessor(CodingMixin):
         if chat_template is None:
             chat_template = DEFAULT_CHAT_TEMPLATE
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
-        # custom code may exist twice in one process, so its classes are recognised by what they can do
+        # code from the Hub makes a second class of the same name, so the class says nothing
         if not hasattr(vq_model, "get_image_tokens") or not hasattr(vq_model, "decode_image_tokens"):
             raise TypeError(f"vq_model: expected a MomaVQModel, got {type(vq_model).__name__}.")
         self.vq_model = vq_model.float().eval()
@@ -138,7 +150,7 @@ class MomaProcessor(CodingMixin):
     def _check_image_processor(self, image_processor: MomaImageInputMixin, resolution: int) -> None:
         crop, edge = image_processor.crop_size, image_processor.size.shortest_edge
         side = (crop.height, crop.width) if image_processor.do_center_crop and crop is not None else None
-        # a shortest edge below the crop would be padded with black
+        # a crop larger than the shortest edge would be padded with black
         if side != (resolution, resolution) or (edge is not None and edge < resolution):
             raise InputError(
                 f"image_processor: shortest_edge={edge} and a crop of {side} do not fit the VQ model's resolution "
@@ -155,34 +167,35 @@ class MomaProcessor(CodingMixin):
             self.frames[modality] = TokenFrame.from_tokenizer(
                 tokenizer, modality, codec.num_codes, codec.length, source
             )
-        # the order in which `MomaConfig` counts modalities
+        # `MomaConfig` numbers modalities in this order
         self.frames = dict(sorted(self.frames.items()))
         if tokenizer.pad_token_id is None:
-            raise InputError("tokenizer: it has no padding token; `add_picture_tokens` adds one.")
+            raise InputError("tokenizer: it has no padding token; `add_image_tokens` adds one.")
         vocab = tokenizer.get_vocab()
         self.image_token_offset = image.offset
         self.image_token_id = vocab[self.image_token]
         self.begin_image_token_id = image.begin
         self.end_image_token_id = image.end
         self._vocab_size = max(vocab.values()) + 1
-        # tokenizers saved by earlier versions have no name for it
+        # tokenizers of earlier versions were saved without `image_token`
         name_image_token(tokenizer)
 
     @property
     def image_token_ids(self) -> list[int]:
+        """Ids of all image codes, from `image_token_offset` on."""
         return list(range(self.image_token_offset, self.image_token_offset + self.codebook_size))
 
     @property
     def unused_input_names(self) -> list[str]:
+        """Names that the image processor or the tokenizer returns and the model does not take."""
         return ["pixel_values", "image_codes", "token_type_ids"]
 
     def to(self, device: "str | torch.device") -> "MomaProcessor":
-        """
-        Moves the VQ model. What the processor returns stays on the CPU.
+        """Move the VQ model. What the processor returns stays on the CPU.
 
         Args:
             device (`str` or `torch.device`):
-                Where the VQ model shall run.
+                Device of the VQ model.
 
         Returns:
             [`MomaProcessor`]: itself.
@@ -197,17 +210,16 @@ class MomaProcessor(CodingMixin):
         text: TextInput | list[TextInput] | None = None,
         **kwargs: Unpack[MomaProcessorKwargs],
     ) -> BatchFeature:
-        r"""
-        Tokenises texts and the pictures, sounds and the like in them.
+        r"""Tokenise texts and the images, sounds and other items in them.
 
         Args:
             images (`PIL.Image.Image`, `np.ndarray`, `torch.Tensor`, `str`, or a (nested) list of these, *optional*):
-                Pictures, paths or addresses, in the order of the placeholders. A nested list holds one list for each
-                text, empty where a text has no picture.
+                Images, paths or addresses, in the order of the placeholders. A nested list holds one list for each
+                text, empty where a text has no image.
             text (`str` or `list[str]`):
-                Texts, with `<image>` wherever a picture stands. `""` is a text of the beginning token alone,
+                Texts, with `<image>` wherever an image stands. `""` becomes the beginning token alone,
                 also where the tokenizer puts none before other texts.
-            kwargs:
+            kwargs (`Any`):
                 Items of each modality with a codec, by its name (`audio=[...]`): one, a list in the order of the
                 placeholders, or a list of one list for each text (so no item may itself be a list). Arguments of the
                 tokenizer (`padding`, `padding_side`, `truncation`, `return_tensors`, ...) and the image processor,
@@ -215,32 +227,32 @@ class MomaProcessor(CodingMixin):
                 [`~MomaProcessor.escape_special_tokens`] has marked as plain text.
 
         Returns:
-            [`BatchFeature`]: lists, or tensors of shape `(batch_size, sequence_length)` with `return_tensors`:
+            `BatchFeature`: lists, or tensors of shape `(batch_size, sequence_length)` with `return_tensors`:
 
             - **input_ids** -- Token ids, codes included.
             - **attention_mask** -- 0 at padding.
             - **labels** -- With `return_labels=True`: `input_ids`, and -100 at padding and at the first token after
               padding, which would have to predict it.
             - **mm_token_type_ids** -- With `return_mm_token_type_ids=True`: for codes the place of their modality in
-              `MomaConfig.modalities` (1 for pictures where they are the only one), else 0.
+              `MomaConfig.modalities` (1 for images where they are the only one), else 0.
 
         Raises:
-            ValueError: if there is no text, if the number of pictures or items differs from the number of placeholders
-                (in total, or in a row of a nested list), if truncation would cut a picture or item, if a row holds no
-                token, or if escaped text comes without `sanitize_control_tokens=True`.
+            ValueError: there is no text, the number of images or items differs from the number of placeholders
+                (in total, or in a row of a nested list), truncation would cut an image or item, a row holds no
+                token, or escaped text comes without `sanitize_control_tokens=True`.
         """
         given: dict[str, Any] = dict(kwargs)
         processor = self._with_codec_items(given, text)
         if text is None and images is not None:
             raise InputError(
-                "text: pictures become part of `input_ids`, so text=None has no place for them; pass "
-                f"{self.image_token!r} for each picture, or call `encode_pictures(images)` for the bare codes."
+                "text: images become part of `input_ids`, so text=None has no place for them; pass "
+                f"{self.image_token!r} for each image, or call `encode_images(images)` for the bare codes."
             )
         return_labels = given.pop("return_labels", self.return_labels)
         if text is not None and given.get("add_special_tokens", True):
-            text = self._open_empty(text)
+            text = self._fill_empty_texts(text)
         if given.get("sanitize_control_tokens") and text is not None:
-            # the tokenizer adds none to text that is marked
+            # the tokenizer adds no special tokens to marked text
             begin = special_beginning(self.tokenizer) if given.get("add_special_tokens", True) else ""
             given["add_special_tokens"] = False
             text = begin + text if isinstance(text, str) else [begin + sample for sample in text]
@@ -249,8 +261,8 @@ class MomaProcessor(CodingMixin):
             features["labels"] = self._make_labels(features)
         return features
 
-    def _open_empty(self, text: TextInput | list[TextInput]) -> TextInput | list[TextInput]:
-        """The beginning token for empty texts, where the tokenizer would leave them without a token."""
+    def _fill_empty_texts(self, text: TextInput | list[TextInput]) -> TextInput | list[TextInput]:
+        """Replace empty texts by the beginning token where the tokenizer would give them no token at all."""
         is_one = isinstance(text, str)
         if "" not in ([text] if is_one else text) or beginning_ids(self.tokenizer):
             return text
@@ -268,7 +280,7 @@ class MomaProcessor(CodingMixin):
                 f"text: what {modality}= holds becomes part of `input_ids`, so text=None has no place for it; pass "
                 f"'<{modality}>' for each item, or call `encode_items({modality!r}, items)` for the bare codes."
             )
-        # a copy that knows the items, since the base class would not hand them on
+        # a copy that holds the items, since the base class would not pass them on
         processor = copy.copy(self)
         processor._codec_items = {
             modality: list(value) if isinstance(value, (list, tuple)) else [value] for modality, value in items.items()
@@ -276,9 +288,9 @@ class MomaProcessor(CodingMixin):
         return processor
 
     def escape_special_tokens(self, text: str) -> str:
-        """
-        Marks the special tokens in a text from outside, such as `<eos>`, `<image>` or `<|image_7|>`: a call with
-        `sanitize_control_tokens=True` then reads them as the characters that they are. In a chat
+        """Mark the special tokens in untrusted text, such as `<eos>`, `<image>` or `<|image_7|>`.
+
+        A call with `sanitize_control_tokens=True` then reads them as plain characters. In a chat
         `apply_chat_template(..., sanitize_control_tokens=True)` does it with all that users say.
 
         Args:
@@ -286,7 +298,7 @@ class MomaProcessor(CodingMixin):
                 The text; marks that it holds already are removed.
 
         Returns:
-            `str`: the marked text, to be put together with text of your own.
+            `str`: the marked text, which can be joined with text of your own.
         """
         return escape_special_tokens(self.tokenizer, text)
 
@@ -295,7 +307,7 @@ class MomaProcessor(CodingMixin):
             raise InputError("return_labels: labels leave padding out by the attention mask; do not turn it off.")
         ids, mask = features["input_ids"], features["attention_mask"]
         if isinstance(ids, list):
-            # of neighbours, the first of which predicts the second
+            # a label needs a token and one before it, from which it is predicted
             pairs = [zip(row, row_mask, [1, *row_mask]) for row, row_mask in zip(ids, mask)]
             return [[token if here and before else LABEL_PAD_ID for token, here, before in row] for row in pairs]
         is_label = mask * 1
@@ -303,7 +315,7 @@ class MomaProcessor(CodingMixin):
         return ids * is_label + LABEL_PAD_ID * (1 - is_label)
 
     def prepare_inputs_layout(self, images=None, text=None, videos=None, audio=None, **kwargs):
-        """Drops a list of pictures that holds none, and leaves the others unopened until they are encoded."""
+        """Drop nested lists without any image; images stay unopened until they are encoded."""
         if isinstance(images, (list, tuple)) and all(isinstance(row, (list, tuple)) and not row for row in images):
             images = None
         _, text, videos, audio = super().prepare_inputs_layout(text=text, videos=videos, audio=audio, **kwargs)
@@ -312,10 +324,10 @@ class MomaProcessor(CodingMixin):
     def validate_inputs(
         self, images: Any = None, text: list[str] | None = None, videos: Any = None, audio: Any = None, **kwargs
     ):
-        """Compares the numbers of pictures and items with those of placeholders, row by row where they are nested."""
+        """Raise `ValueError` where the numbers of images, items and placeholders differ, row by row if nested."""
         if videos is not None or audio is not None:
             raise InputError(
-                "videos, audio: this processor reads text and pictures only; give it a codec for more, "
+                "videos, audio: this processor reads text and images only; give it a codec for more, "
                 "`codecs={'audio': codec}`."
             )
         if not kwargs.get("sanitize_control_tokens") and any(map(is_escaped, text or [])):
@@ -324,12 +336,12 @@ class MomaProcessor(CodingMixin):
             )
         if not text and images is None:
             raise InputError(f"text: you need to provide at least one text to call {type(self).__name__}.")
-        # the base class counts pictures, and would open them for it
-        counted = None if images is None else [_ANY_PICTURE] * sum(1 for _ in flat_sources(images))
+        # the base class counts images, and would open each: it gets one small image that often
+        counted = None if images is None else [_ANY_IMAGE] * sum(1 for _ in iter_image_sources(images))
         super().validate_inputs(images=counted, text=text, **kwargs)
         for modality in self.codecs:
             rows = self._codec_items.get(modality, [])
-            passed, placed = len(_flat(rows)), sum(sample.count(f"<{modality}>") for sample in text or [])
+            passed, placed = len(_flatten(rows)), sum(sample.count(f"<{modality}>") for sample in text or [])
             if passed != placed:
                 raise InputError(
                     f"{modality}: the number of <{modality}> tokens in the prompts should be the same as the number "
@@ -352,39 +364,19 @@ class MomaProcessor(CodingMixin):
                 )
 
     def _process_images(self, images: Any, **kwargs) -> tuple[dict[str, list[list[int]]], list[str]]:
-        codes = self.encode_pictures(images, **kwargs)
+        codes = self.encode_images(images, **kwargs)
         processed = {"image_codes": codes}
         return processed, [self.replace_image_token(processed, index) for index in range(len(codes))]
-
-    def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
-        """
-        The text that takes the place of one placeholder.
-
-        Args:
-            image_inputs (`dict`):
-                Holds `image_codes`, a list of codes for each picture.
-            image_idx (`int`):
-                Which picture.
-
-        Returns:
-            `str`: begin, codes and end of the picture.
-        """
-        return self.frames[IMAGE].text(image_inputs["image_codes"][image_idx])
 
     def get_text_with_replacements(
         self, text, images_replacements=(), videos_replacements=(), audio_replacements=()
     ) -> tuple[list[str], list[list[dict]]]:
-        """As in the base class, which see; the placeholders of modalities with a codec are replaced as well."""
+        """Replace the placeholders of images as the base class does, and those of modalities with a codec."""
         replacements = {IMAGE: images_replacements}
         for modality, rows in self._codec_items.items():
-            codes = self.encode_items(modality, _flat(rows))
+            codes = self.encode_items(modality, _flatten(rows))
             replacements[modality] = [self.frames[modality].text(item_codes) for item_codes in codes]
         return replace_placeholders(text, replacements)
-
-    def create_mm_token_type_ids(self, input_ids: list) -> list[list[int]]:
-        """For each code the place of its modality in `MomaConfig.modalities`, and 0 for text."""
-        types = {token: place for place, frame in enumerate(self.frames.values(), 1) for token in range(*frame.bounds)}
-        return [[types.get(token, 0) for token in as_list(row)] for row in input_ids]
 
     def _check_special_mm_tokens(self, text: list[str], text_inputs: BatchFeature, modalities: list[str]) -> None:
         masks = text_inputs.get("attention_mask", [None] * len(text))
@@ -396,20 +388,21 @@ class MomaProcessor(CodingMixin):
                 )
             row = as_list(row)
             for modality, frame in self.frames.items():
-                whole, expected = frame.count_in_ids(row), frame.count_in_text(sample)
-                if whole < expected:
+                found, expected = frame.count_in_ids(row), frame.count_in_text(sample)
+                if found < expected:
                     raise InputError(
-                        f"text[{index}]: {expected} of {modality} stand in the text, but {whole} in `input_ids`: "
+                        f"text[{index}]: {expected} of {modality} stand in the text, but {found} in `input_ids`: "
                         "truncation would cut one. Raise `max_length` or turn truncation off."
                     )
 
     def _get_num_multimodal_tokens(self, image_sizes: list | None = None, **kwargs) -> MultiModalData:
-        """
-        Number of code tokens of pictures, the same for every size.
+        """Count the code tokens of images, the same for every size.
 
         Args:
             image_sizes (`list[list[int]]`, *optional*):
-                Height and width of each picture.
+                Height and width of each image.
+            kwargs (`Any`):
+                Not used.
 
         Returns:
             `MultiModalData`: `num_image_tokens` (begin and end of image count as text) and `num_image_patches`.
@@ -420,7 +413,7 @@ class MomaProcessor(CodingMixin):
         return MultiModalData(num_image_tokens=[self.image_seq_length] * count, num_image_patches=[1] * count)
 
     def to_dict(self) -> dict:
-        """The processor's settings; the VQ weights and the codecs have files of their own."""
+        """Return the settings, without the VQ model and the codecs, which have files of their own."""
         settings = copy.copy(self)
         del settings.vq_model, settings.codecs
         output = super(MomaProcessor, settings).to_dict()
@@ -429,28 +422,29 @@ class MomaProcessor(CodingMixin):
         return output
 
     def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs):
-        """
-        Writes all parts into one folder: settings, chat template and tokenizer at its top, the VQ model in the
-        subfolder `vq_model`, each codec in `{modality}_codec`.
+        """Write all parts into one folder.
+
+        Settings, chat template and tokenizer are at its top, the VQ model is in the subfolder `vq_model`, each codec
+        in `{modality}_codec`.
 
         Args:
             save_directory (`str` or `os.PathLike`):
-                The folder; made where missing.
+                The folder, which is created if it does not exist.
             push_to_hub (`bool`, *optional*, defaults to `False`):
                 Whether to upload the processor as well.
-            kwargs:
+            kwargs (`Any`):
                 `repo_id` (by default the folder's name) and further arguments of `push_to_hub`.
 
         Returns:
             `list[str]`: the settings file.
 
         Raises:
-            ValueError: if a codec has no registered name.
+            ValueError: a codec is not registered.
         """
-        # the tokenizer saves the side that it was made with, not the one that it was given since
+        # the tokenizer saves the padding side of its creation, not a later one
         self.tokenizer.init_kwargs["padding_side"] = self.tokenizer.padding_side
         files = super().save_pretrained(save_directory)
-        # the base class leaves the map of the files that it has copied on the object, where loading never puts it
+        # the base class sets it for the files that it copies and leaves it on the object; loading never sets it
         self.__dict__.pop("auto_map", None)
         self.vq_model.save_pretrained(os.path.join(save_directory, VQ_SUBFOLDER))
         save_codecs(self.codecs, save_directory)
@@ -465,7 +459,7 @@ class MomaProcessor(CodingMixin):
     ) -> list:
         subfolder = kwargs.pop("subfolder", "")
         backend = kwargs.pop("backend", "torchvision" if is_torchvision_available() else "pil")
-        # by class and not by an auto class, so that nothing need be registered for this package or its copy on the Hub
+        # an auto class would need classes that are registered, which those of code from the Hub are not
         image_processor_class = MomaImageProcessorPil if backend == "pil" else MomaImageProcessor
         hub_kwargs = {name: kwargs[name] for name in HUB_KWARGS if name in kwargs}
         vq_model = kwargs.pop("vq_model", None)
@@ -473,11 +467,11 @@ class MomaProcessor(CodingMixin):
         if codecs is None:
             types = (processor_dict or {}).get("codec_types") or {}
             codecs = load_codecs(types, pretrained_model_name_or_path, subfolder, **hub_kwargs)
-        # each part takes the settings that it knows, as in the base class
+        # each part takes the settings that it has, as in the base class
         image_processor = image_processor_class.from_pretrained(
             pretrained_model_name_or_path, subfolder=subfolder, **kwargs
         )
-        # a tokenizer keeps what it does not know, and would save it
+        # a tokenizer would keep and save settings of the image processor
         tokenizer_kwargs = {name: value for name, value in kwargs.items() if not hasattr(image_processor, name)}
         tokenizer = cls._load_tokenizer_from_pretrained(
             "tokenizer", pretrained_model_name_or_path, subfolder=subfolder, **tokenizer_kwargs
@@ -493,7 +487,7 @@ class MomaProcessor(CodingMixin):
         return [image_processor, tokenizer, vq_model, None, codecs]
 
 
-def _flat(rows: list) -> list:
+def _flatten(rows: list) -> list:
     is_nested = all(isinstance(row, (list, tuple)) for row in rows)
     return [item for row in rows for item in row] if is_nested else rows
 

@@ -3,8 +3,7 @@
 
 
 class InputError(ValueError):
-    """
-    What the caller gave is wrong, as the message says with the argument's name and value.
+    """What the caller gave is wrong, as the message says with the argument's name and value.
 
     `modeling_moma` has an `InputError` of its own, since neither of the two packages imports the other on the Hub.
     """

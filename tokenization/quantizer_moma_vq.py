@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The codebook of the picture tokenizer: nearest codes, moving averages, revival and k-means."""
+"""The codebook of the image tokenizer: nearest codes, moving averages, revival and k-means."""
 
 from collections.abc import Callable
 
@@ -11,14 +11,26 @@ from transformers.utils.generic import maybe_autocast
 from .configuration_moma_vq import MomaVQConfig
 
 
-# latents compared with the codebook at a time
-ASSIGN_PIECE = 512
+# Latents compared with the codebook at once, so that the distances stay in the cache of a CPU.
+ASSIGN_CHUNK = 512
 
 
 def mean_loss(
     loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], values: torch.Tensor, targets: torch.Tensor
 ) -> torch.Tensor:
-    """A loss that takes the mean, and 0 where there is nothing to take it of."""
+    """Compute a loss that averages over elements, and 0 where there are none.
+
+    Args:
+        loss (`Callable`):
+            Maps `(values, targets)` to a scalar.
+        values (`torch.Tensor`):
+            Predictions of any shape, maybe empty.
+        targets (`torch.Tensor`):
+            Targets of the same shape.
+
+    Returns:
+        `torch.Tensor` of shape `()`: the loss; the 0 is differentiable, too.
+    """
     return loss(values, targets) if values.numel() > 0 else (values - targets).sum()
 
 
@@ -37,30 +49,30 @@ class MomaVQQuantizer(nn.Module):
             self.ema_sum = nn.Buffer(torch.zeros(config.num_embeddings, config.embed_dim))
 
     def assign(self, vectors: torch.Tensor) -> torch.Tensor:
-        """The nearest code of each of `(n, embed_dim)` float32 vectors, as `(n,)` ids."""
+        """Find the nearest code of each of `(n, embed_dim)` float32 vectors, as `(n,)` ids."""
         with maybe_autocast(vectors.device.type, enabled=False):
             codebook = self.embedding.weight.detach().float()
             code_lengths = codebook.pow(2).sum(dim=1)
             nearest = []
-            # in pieces, so that the distances stay in the processor's cache; a program would fix how many
-            pieces = [vectors] if torch.compiler.is_exporting() else vectors.split(ASSIGN_PIECE)
-            for piece in pieces:
+            # an exported program would fix the number of chunks
+            chunks = [vectors] if torch.compiler.is_exporting() else vectors.split(ASSIGN_CHUNK)
+            for chunk in chunks:
                 # Chameleon's order of operations, so that near ties round to the same code
-                distances = piece.pow(2).sum(dim=1, keepdim=True) + code_lengths
-                nearest.append(distances.sub_(piece @ codebook.T, alpha=2).argmin(dim=1))
+                distances = chunk.pow(2).sum(dim=1, keepdim=True) + code_lengths
+                nearest.append(distances.sub_(chunk @ codebook.T, alpha=2).argmin(dim=1))
             return torch.cat(nearest)
 
     def nearest(self, latents: torch.Tensor) -> torch.Tensor:
-        """Latents `(batch, embed_dim, grid, grid)` to codes `(batch, grid * grid)`."""
+        """Map latents `(batch, embed_dim, grid, grid)` to codes `(batch, grid * grid)`."""
         vectors = latents.detach().float().permute(0, 2, 3, 1).flatten(0, 2)
         return self.assign(vectors).view(latents.shape[0], latents.shape[2] * latents.shape[3])
 
     def lookup(self, image_tokens: torch.Tensor, grid: int) -> torch.Tensor:
-        """Codes `(batch, grid * grid)` to float32 vectors `(batch, embed_dim, grid, grid)`."""
+        """Map codes `(batch, grid * grid)` to float32 vectors `(batch, embed_dim, grid, grid)`."""
         return self.embedding(image_tokens).float().unflatten(1, (grid, grid)).permute(0, 3, 1, 2)
 
     def forward(self, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Latents `(batch, embed_dim, grid, grid)` to quantised latents, the loss, codes `(batch, grid * grid)`."""
+        """Map latents `(batch, embed_dim, grid, grid)` to quantised ones, the loss, and codes `(batch, grid ** 2)`."""
         latents = latents.float()
         image_tokens = self.nearest(latents)
         codes = self.lookup(image_tokens, latents.shape[-1])
@@ -73,9 +85,13 @@ class MomaVQQuantizer(nn.Module):
         return latents + (codes - latents).detach(), loss, image_tokens
 
     def update(self, vectors: torch.Tensor, image_tokens: torch.Tensor) -> None:
-        """Move the averages towards `(n, embed_dim)` vectors and their `(n,)` codes, and revive dead codes.
+        """Move the averages towards vectors and their codes, and revive dead codes.
 
-        Without any vector nothing changes.
+        Args:
+            vectors (`torch.FloatTensor` of shape `(n, embed_dim)`):
+                Latents; without any of them nothing changes.
+            image_tokens (`torch.LongTensor` of shape `(n,)`):
+                Their codes.
         """
         if vectors.shape[0] == 0:
             return
@@ -88,16 +104,23 @@ class MomaVQQuantizer(nn.Module):
         picked = torch.randint(vectors.shape[0], dead.shape, device=vectors.device)
         self.ema_count.masked_fill_(dead, 1.0)
         self.ema_sum.copy_(torch.where(dead[:, None], vectors[picked].to(self.ema_sum.dtype), self.ema_sum))
-        # what has not been used for hundreds of batches, and is not to be revived, stays what it was
+        # a code that is unused for hundreds of batches and not revived has a count near 0, so it keeps its vector
         is_known = (self.ema_count > torch.finfo(self.ema_count.dtype).tiny)[:, None]
         means = self.ema_sum / self.ema_count[:, None]
         self.embedding.weight.copy_(torch.where(is_known, means, self.embedding.weight))
 
     def fit(self, vectors: torch.Tensor, iterations: int) -> None:
-        """Set the codebook to the k-means centres of `(n, embed_dim)` vectors, and restart the averages there."""
+        """Set the codebook to the k-means centres of vectors, and restart the averages there.
+
+        Args:
+            vectors (`torch.FloatTensor` of shape `(n, embed_dim)`):
+                Latents, at least one.
+            iterations (`int`):
+                Steps of k-means.
+        """
         num_codes, count = self.embedding.weight.shape[0], vectors.shape[0]
         order = torch.randperm(count, device=vectors.device)
-        # fewer vectors than codes: some codes start alike, and revival separates them
+        # some codes start alike where there are fewer vectors than codes, and revival separates them
         self.embedding.weight.copy_(vectors[order[torch.arange(num_codes, device=vectors.device) % count]])
         for _ in range(iterations):
             assigned = self.assign(vectors)

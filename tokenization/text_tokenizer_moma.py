@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The text side of the vocabulary: training a byte-level BPE, and adding the tokens of other modalities."""
+"""The vocabulary: training a byte-level BPE, and adding the tokens of other modalities to a tokenizer."""
 
 import re
 from collections.abc import Iterable, Sequence
@@ -17,7 +17,7 @@ BOS_TOKEN = "<bos>"
 EOS_TOKEN = "<eos>"
 IMAGE = "image"
 IMAGE_TOKEN = "<image>"
-# what Transformers puts around a control token that is only text
+# The marks that Transformers puts around a control token that is meant as plain text.
 _MARKS = mark_control_tokens("a", re.compile("a")).split("a")
 BEGIN_IMAGE_TOKEN = "<|begin_image|>"
 END_IMAGE_TOKEN = "<|end_image|>"
@@ -26,15 +26,16 @@ END_IMAGE_TOKEN = "<|end_image|>"
 def train_text_tokenizer(
     texts: Iterable[str], vocab_size: int = 4096, min_frequency: int = 2, show_progress: bool = False
 ) -> PreTrainedTokenizerFast:
-    """
-    Trains a byte-level BPE tokenizer. Any text can be encoded and is decoded unchanged, since all 256 bytes are in the
-    vocabulary. Every sequence begins with `<bos>`; `<eos>` is not added, write it in the text where it belongs.
+    """Train a byte-level BPE tokenizer.
+
+    Any text can be encoded and is decoded unchanged, since all 256 bytes are in the vocabulary. Every sequence begins
+    with `<bos>`; `<eos>` is not added, write it in the text where it belongs.
 
     Args:
         texts (`Iterable[str]`):
             The texts to learn from.
         vocab_size (`int`, *optional*, defaults to 4096):
-            Largest number of tokens, special tokens included. Fewer are made where the texts hold no more.
+            Largest number of tokens, special tokens included. It is less where the texts give fewer merges.
         min_frequency (`int`, *optional*, defaults to 2):
             How often a pair must occur to be merged.
         show_progress (`bool`, *optional*, defaults to `False`):
@@ -44,8 +45,8 @@ def train_text_tokenizer(
         `PreTrainedTokenizerFast`: with `<pad>`, `<bos>` and `<eos>` as ids 0, 1 and 2.
 
     Raises:
-        TypeError: if `texts` is a single string.
-        ValueError: if `vocab_size` has no room for the bytes and the special tokens.
+        TypeError: `texts` is a single string.
+        ValueError: `vocab_size` is too small for the bytes and the special tokens.
     """
     if isinstance(texts, str):
         raise TypeError("texts: expected an iterable of strings, got a single string.")
@@ -81,14 +82,21 @@ def train_text_tokenizer(
 
 
 def check_modality(modality: str):
-    """Raise `ValueError` where a name cannot be that of a modality with codes."""
+    """Raise an error where a name cannot be that of a modality with codes.
+
+    Args:
+        modality (`str`):
+            The name.
+
+    Raises:
+        ValueError: it is not a plain name, or it is `"text"`.
+    """
     if not isinstance(modality, str) or not modality.isidentifier() or modality == "text":
         raise InputError(f"modality: {modality!r} must be a plain name, such as 'audio', and not 'text'.")
 
 
 def modality_tokens(modality: str, num_codes: int) -> list[str]:
-    """
-    Names the tokens of a modality.
+    """List the tokens of a modality.
 
     Args:
         modality (`str`):
@@ -104,9 +112,8 @@ def modality_tokens(modality: str, num_codes: int) -> list[str]:
     return [f"<{modality}>", f"<|begin_{modality}|>", f"<|end_{modality}|>", *codes]
 
 
-def picture_code_tokens(codebook_size: int) -> list[str]:
-    """
-    Names the tokens of the picture codes.
+def image_code_tokens(codebook_size: int) -> list[str]:
+    """List the tokens of the image codes.
 
     Args:
         codebook_size (`int`):
@@ -118,10 +125,10 @@ def picture_code_tokens(codebook_size: int) -> list[str]:
     return modality_tokens(IMAGE, codebook_size)[3:]
 
 
-def add_picture_tokens(tokenizer: PreTrainedTokenizerFast, codebook_size: int) -> PreTrainedTokenizerFast:
-    """
-    Adds the tokens that [`MomaProcessor`] needs to a tokenizer, in place: those of [`add_modality_tokens`] for
-    `"image"`. The placeholder `<image>` is named `tokenizer.image_token`.
+def add_image_tokens(tokenizer: PreTrainedTokenizerFast, codebook_size: int) -> PreTrainedTokenizerFast:
+    """Add the image tokens that [`MomaProcessor`] needs to a tokenizer, in place.
+
+    They are those of [`add_modality_tokens`] for `"image"`. The placeholder `<image>` becomes `tokenizer.image_token`.
 
     Args:
         tokenizer (`PreTrainedTokenizerFast`):
@@ -133,8 +140,8 @@ def add_picture_tokens(tokenizer: PreTrainedTokenizerFast, codebook_size: int) -
         `PreTrainedTokenizerFast`: the same tokenizer.
 
     Raises:
-        TypeError: if `tokenizer` is not a fast tokenizer.
-        ValueError: if `codebook_size` is below 1, or the tokenizer already has picture codes of another number.
+        TypeError: `tokenizer` is not a fast tokenizer.
+        ValueError: `codebook_size` is below 1, or the tokenizer has another number of image codes already.
     """
     if codebook_size < 1:
         raise InputError(f"codebook_size: {codebook_size} must be at least 1.")
@@ -144,11 +151,12 @@ def add_picture_tokens(tokenizer: PreTrainedTokenizerFast, codebook_size: int) -
 
 
 def add_modality_tokens(tokenizer: PreTrainedTokenizerFast, modality: str, num_codes: int) -> PreTrainedTokenizerFast:
-    """
-    Adds the tokens of a modality to a tokenizer, in place. For `"audio"` they are the placeholder `<audio>`,
-    `<|begin_audio|>`, `<|end_audio|>`, and the codes `<|audio_0|>` to `<|audio_{num_codes - 1}|>` with ids that follow
-    one another. A missing padding, beginning or end token is added too (`<pad>`, `<bos>`, `<eos>`). Nothing else
-    changes: a tokenizer that puts no beginning token before a text still puts none.
+    """Add the tokens of a modality to a tokenizer, in place.
+
+    For `"audio"` they are the placeholder `<audio>`, `<|begin_audio|>`, `<|end_audio|>`, and the codes `<|audio_0|>`
+    to `<|audio_{num_codes - 1}|>` with consecutive ids. A missing padding, beginning or end token is added too
+    (`<pad>`, `<bos>`, `<eos>`). Nothing else changes: a tokenizer that puts no beginning token before a text still
+    puts none.
 
     All of them are special tokens, so `decode(..., skip_special_tokens=True)` leaves them out. Calling it again with
     the same `num_codes` changes nothing.
@@ -165,9 +173,9 @@ def add_modality_tokens(tokenizer: PreTrainedTokenizerFast, modality: str, num_c
         `PreTrainedTokenizerFast`: the same tokenizer.
 
     Raises:
-        TypeError: if `tokenizer` is not a fast tokenizer.
-        ValueError: if `modality` is no plain name, `num_codes` is below 1, or the tokenizer already has codes of the
-            modality, but another number of them.
+        TypeError: `tokenizer` is not a fast tokenizer.
+        ValueError: `modality` is not a plain name, `num_codes` is below 1, or the tokenizer has another number of
+            codes of the modality already.
     """
     if not getattr(tokenizer, "is_fast", False):
         raise TypeError(f"tokenizer: expected a fast tokenizer, got {type(tokenizer).__name__}.")
@@ -195,41 +203,63 @@ def add_modality_tokens(tokenizer: PreTrainedTokenizerFast, modality: str, num_c
 
 
 def name_image_token(tokenizer: PreTrainedTokenizerFast):
-    """
-    Names the placeholder of pictures `tokenizer.image_token`, where Transformers looks for it. It is saved with the
-    tokenizer.
+    """Set `tokenizer.image_token`, where Transformers looks for the placeholder. It is saved with the tokenizer.
+
+    Args:
+        tokenizer (`PreTrainedTokenizerFast`):
+            A tokenizer with the image tokens; it is changed in place.
     """
     if getattr(tokenizer, "image_token", None) != IMAGE_TOKEN:
         tokenizer._set_model_specific_special_tokens({"image_token": IMAGE_TOKEN})
 
 
 def escape_special_tokens(tokenizer: PreTrainedTokenizerFast, text: str) -> str:
-    """See [`MomaProcessor.escape_special_tokens`]."""
+    """Mark the special tokens in untrusted text, see [`MomaProcessor.escape_special_tokens`].
+
+    Args:
+        tokenizer (`PreTrainedTokenizerFast`):
+            Its added tokens are marked.
+        text (`str`):
+            The text.
+
+    Returns:
+        `str`: the marked text.
+    """
     tokens = sorted((token.content for token in tokenizer.added_tokens_decoder.values()), key=len, reverse=True)
     return mark_control_tokens(text, re.compile("|".join(map(re.escape, tokens))))
 
 
 def is_escaped(text: str) -> bool:
-    """Whether a text holds marks of [`escape_special_tokens`]."""
+    """Return whether a text holds marks of [`escape_special_tokens`]."""
     return isinstance(text, str) and any(mark in text for mark in _MARKS)
 
 
-def unmarked(token: str, group: str) -> str:
-    """A pattern, as a named group, of a token where [`escape_special_tokens`] has not marked it."""
+def unmarked_pattern(token: str, group: str) -> str:
+    """Build a regular expression for a token that [`escape_special_tokens`] has not marked.
+
+    Args:
+        token (`str`):
+            The token.
+        group (`str`):
+            Name of the group that matches it.
+
+    Returns:
+        `str`: the pattern.
+    """
     return f"(?P<{group}>(?<!{re.escape(_MARKS[0])}){re.escape(token)})"
 
 
 def beginning_ids(tokenizer: PreTrainedTokenizerFast) -> list[int]:
-    """
-    The ids that a tokenizer puts before a text, and with which every document of training begins: often the beginning
-    token, and none where the tokenizer adds none, as SmolLM2's, Qwen2's and Qwen3's.
+    """Return the ids that a tokenizer puts before a text, with which every training document begins.
+
+    Often it is the beginning token. The tokenizers of SmolLM2, Qwen2 and Qwen3 add none.
 
     Args:
         tokenizer (`PreTrainedTokenizerFast`):
             Any fast tokenizer.
 
     Returns:
-        `list[int]`: maybe empty.
+        `list[int]`: the ids, maybe none.
     """
     ids: Any = tokenizer("a")["input_ids"]
     bare: Any = tokenizer("a", add_special_tokens=False)["input_ids"]
@@ -240,15 +270,15 @@ def beginning_ids(tokenizer: PreTrainedTokenizerFast) -> list[int]:
 
 
 def with_beginning(tokenizer: PreTrainedTokenizerFast, ids: Sequence[int]) -> list[int]:
-    """
-    A document's beginning as a model meets it in training and in a prompt: [`beginning_ids`] and then these ids.
-    Nothing at all has the tokenizer's beginning token, since a model needs a token to go on from.
+    """Put [`beginning_ids`] before ids, so that they begin as a document in training and a prompt do.
+
+    Without any ids the result is the tokenizer's beginning token, since a model needs a token to continue.
 
     Args:
         tokenizer (`PreTrainedTokenizerFast`):
             Decides what a text begins with.
         ids (`Sequence[int]`):
-            Of the first text or picture, maybe none.
+            Ids of the first text or image, maybe none.
 
     Returns:
         `list[int]`: empty only where there are no ids and the tokenizer has no beginning token.
@@ -258,11 +288,17 @@ def with_beginning(tokenizer: PreTrainedTokenizerFast, ids: Sequence[int]) -> li
 
 
 def special_beginning(tokenizer: PreTrainedTokenizerFast) -> str:
-    """
-    The special tokens that a tokenizer puts before a text, written out.
+    """Return the special tokens that a tokenizer puts before a text, as text.
+
+    Args:
+        tokenizer (`PreTrainedTokenizerFast`):
+            Any fast tokenizer.
+
+    Returns:
+        `str`: the tokens, maybe none.
 
     Raises:
-        ValueError: if it puts some after a text, too.
+        ValueError: the tokenizer puts special tokens after a text, too.
     """
     beginning, ids = tokenizer("")["input_ids"], tokenizer("a")["input_ids"]
     if ids != [*beginning, *tokenizer("a", add_special_tokens=False)["input_ids"]]:
@@ -275,9 +311,9 @@ def special_beginning(tokenizer: PreTrainedTokenizerFast) -> str:
 
 __all__ = [
     "add_modality_tokens",
-    "add_picture_tokens",
+    "add_image_tokens",
     "beginning_ids",
-    "picture_code_tokens",
+    "image_code_tokens",
     "train_text_tokenizer",
     "with_beginning",
 ]

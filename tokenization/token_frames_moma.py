@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The frame of a modality in a text and in token ids: a beginning token, codes, and an end token."""
+"""Frames: the span of one item in a text and in token ids, which is a begin token, its codes and an end token."""
 
 import re
 from dataclasses import dataclass
@@ -7,20 +7,26 @@ from dataclasses import dataclass
 from transformers import PreTrainedTokenizerFast
 
 from .processor_errors_moma import InputError
-from .text_tokenizer_moma import IMAGE, modality_tokens, unmarked
+from .text_tokenizer_moma import IMAGE, modality_tokens, unmarked_pattern
 
 
 @dataclass(frozen=True)
 class TokenFrame:
-    """How the codes of one picture, one sound or the like are written.
+    """The tokens of one modality, and how an item (one image, one sound) is written with them.
 
     Args:
-        modality (`str`): its name; `<modality>` is its placeholder in a text.
-        offset (`int`): id of code 0, which the ids of the other codes follow.
-        num_codes (`int`): number of different codes.
-        begin (`int`): id of the token before the codes, `<|begin_modality|>`.
-        end (`int`): id of the token after the codes, `<|end_modality|>`.
-        length (`int`, *optional*): codes of one frame; `None` for any number from one on.
+        modality (`str`):
+            Name of the modality; `<modality>` is its placeholder in a text.
+        offset (`int`):
+            Id of code 0. The ids of the other codes follow it.
+        num_codes (`int`):
+            Number of different codes.
+        begin (`int`):
+            Id of the token before the codes, `<|begin_modality|>`.
+        end (`int`):
+            Id of the token after the codes, `<|end_modality|>`.
+        length (`int`, *optional*):
+            Codes of one frame; `None` for any number, at least one.
     """
 
     modality: str
@@ -34,20 +40,28 @@ class TokenFrame:
     def from_tokenizer(
         cls, tokenizer: PreTrainedTokenizerFast, modality: str, num_codes: int, length: int | None, source: str
     ) -> "TokenFrame":
-        """Read the ids out of a tokenizer.
+        """Read the ids from the vocabulary of a tokenizer.
 
         Args:
-            tokenizer (`PreTrainedTokenizerFast`): with the tokens of [`add_modality_tokens`].
-            modality (`str`): the name.
-            num_codes (`int`): number of different codes.
-            length (`int`, *optional*): codes of one frame.
-            source (`str`): what says so, for errors.
+            tokenizer (`PreTrainedTokenizerFast`):
+                A tokenizer with the tokens of [`add_modality_tokens`].
+            modality (`str`):
+                Name of the modality.
+            num_codes (`int`):
+                Number of different codes.
+            length (`int`, *optional*):
+                Codes of one frame.
+            source (`str`):
+                Where `num_codes` comes from, for error messages.
+
+        Returns:
+            [`TokenFrame`]: the frame.
 
         Raises:
             ValueError: the tokenizer lacks tokens, has another number of codes, or has them in another order.
         """
         vocab = tokenizer.get_vocab()
-        call = f"add_picture_tokens(tokenizer, {num_codes})"
+        call = f"add_image_tokens(tokenizer, {num_codes})"
         if modality != IMAGE:
             call = f"add_modality_tokens(tokenizer, {modality!r}, {num_codes})"
         fix = f"call `{call}` on a tokenizer without {modality} tokens"
@@ -71,20 +85,28 @@ class TokenFrame:
 
     @property
     def placeholder(self) -> str:
-        """What stands in a text for one frame."""
+        """The text in place of which one frame is put."""
         return f"<{self.modality}>"
 
     @property
     def bounds(self) -> list[int]:
-        """Half-open range of the ids of the codes."""
+        """The half-open range of the ids of the codes."""
         return [self.offset, self.offset + self.num_codes]
 
     def is_code(self, token_id: int) -> bool:
-        """Whether an id is a code of this modality."""
+        """Return whether a token id is a code of this modality."""
         return self.offset <= token_id < self.offset + self.num_codes
 
     def check_codes(self, codes: list[int]):
-        """Raise `ValueError` where these cannot be the codes of one frame."""
+        """Raise an error where codes cannot be those of one frame.
+
+        Args:
+            codes (`list[int]`):
+                Codes from 0.
+
+        Raises:
+            ValueError: their number, or a value, is invalid.
+        """
         if len(codes) != self.length if self.length is not None else not codes:
             expected = "one code at least" if self.length is None else f"{self.length} codes"
             raise InputError(f"codes: one {self.modality} has {expected}, got {len(codes)}.")
@@ -95,35 +117,66 @@ class TokenFrame:
             )
 
     def ids(self, codes: list[int]) -> list[int]:
-        """Token ids of a frame with these codes, begin and end included."""
+        """Return the token ids of a frame.
+
+        Args:
+            codes (`list[int]`):
+                Codes from 0.
+
+        Returns:
+            `list[int]`: begin, codes and end.
+
+        Raises:
+            ValueError: the number of codes, or a value, is invalid.
+        """
         self.check_codes(codes)
         return [self.begin, *[self.offset + code for code in codes], self.end]
 
     def text(self, codes: list[int]) -> str:
-        """A frame with these codes as text, whose ids are those of [`~TokenFrame.ids`]."""
+        """Return a frame as text, which the tokenizer turns into the ids of [`~TokenFrame.ids`].
+
+        Args:
+            codes (`list[int]`):
+                Codes from 0.
+
+        Returns:
+            `str`: the names of begin, codes and end.
+
+        Raises:
+            ValueError: the number of codes, or a value, is invalid.
+        """
         self.check_codes(codes)
         inner = "".join(f"<|{self.modality}_{code}|>" for code in codes)
         return f"<|begin_{self.modality}|>{inner}<|end_{self.modality}|>"
 
     def count_in_text(self, text: str) -> int:
-        """Number of whole frames written out in a text."""
+        """Count the complete frames that a text spells out."""
         times = "+" if self.length is None else f"{{{self.length}}}"
         name = re.escape(self.modality)
         return len(re.findall(rf"<\|begin_{name}\|>(?:<\|{name}_\d+\|>){times}<\|end_{name}\|>", text))
 
     def count_in_ids(self, ids: list[int]) -> int:
-        """Number of whole frames in token ids."""
+        """Count the complete frames in token ids."""
         begins = (position for position, token in enumerate(ids) if token == self.begin)
-        return sum(self._is_whole(ids, position, self._stop(ids, position)) for position in begins)
+        return sum(self._is_complete(ids, position, self._stop(ids, position)) for position in begins)
 
     def read(self, ids: list[int], position: int) -> tuple[list[int], int]:
-        """Codes of the frame that begins at a position, and the position after its end.
+        """Read the frame that begins at a position.
+
+        Args:
+            ids (`list[int]`):
+                Token ids.
+            position (`int`):
+                Position of its begin token.
+
+        Returns:
+            `tuple[list[int], int]`: its codes from 0, and the position after its end token.
 
         Raises:
             ValueError: the frame is incomplete.
         """
         stop = self._stop(ids, position)
-        if not self._is_whole(ids, position, stop):
+        if not self._is_complete(ids, position, stop):
             found = f"{stop - position - 1} codes" + ("" if self.length is None else f", of {self.length},")
             raise InputError(
                 f"ids: the {self.modality} at position {position} is incomplete: {found} "
@@ -138,17 +191,19 @@ class TokenFrame:
             stop += 1
         return stop
 
-    def _is_whole(self, ids: list[int], position: int, stop: int) -> bool:
+    def _is_complete(self, ids: list[int], position: int, stop: int) -> bool:
         count = stop - position - 1
         return (count >= 1 if self.length is None else count == self.length) and ids[stop : stop + 1] == [self.end]
 
 
 def split_frames(ids: list[int], frames: dict[str, TokenFrame]) -> list[tuple[str | None, list[int]]]:
-    """Cut token ids into runs of text and frames.
+    """Split token ids into runs of text and frames.
 
     Args:
-        ids (`list[int]`): token ids.
-        frames (`dict[str, TokenFrame]`): by modality.
+        ids (`list[int]`):
+            Token ids.
+        frames (`dict[str, TokenFrame]`):
+            By modality.
 
     Returns:
         `list[tuple[str | None, list[int]]]`: in order, `(None, ids)` for text and `(modality, codes)` for a frame.
@@ -177,24 +232,25 @@ def split_frames(ids: list[int], frames: dict[str, TokenFrame]) -> list[tuple[st
 
 
 def replace_placeholders(texts: list[str], replacements: dict[str, list[str]]) -> tuple[list[str], list[list[dict]]]:
-    """Write frames where their placeholders stand, those of marked text excepted.
+    """Replace placeholders by the text of frames, except placeholders that are marked as plain text.
 
     Args:
-        texts (`list[str]`): texts with placeholders.
-        replacements (`dict[str, list[str]]`): by modality, what takes the place of its placeholders, in their order
-            over all texts.
+        texts (`list[str]`):
+            Texts with placeholders.
+        replacements (`dict[str, list[str]]`):
+            By modality, the replacements of its placeholders in their order over all texts.
 
     Returns:
-        `tuple[list[str], list[list[dict]]]`: the new texts, and for each what `get_text_with_replacements` of
-        Transformers says about its replacements.
+        `tuple[list[str], list[list[dict]]]`: the new texts, and for each the records of its replacements in the form
+        of Transformers' `get_text_with_replacements`.
     """
-    waiting = {modality: iter(values) for modality, values in replacements.items() if len(values) > 0}
-    pattern = "|".join(unmarked(f"<{modality}>", group=modality) for modality in waiting) or "(?!)"
+    pending = {modality: iter(values) for modality, values in replacements.items() if len(values) > 0}
+    pattern = "|".join(unmarked_pattern(f"<{modality}>", group=modality) for modality in pending) or "(?!)"
     new_texts, all_offsets = [], []
     for text in texts:
         pieces, offsets, last, length = [], [], 0, 0
         for found in re.finditer(pattern, text):
-            replacement = next(waiting[str(found.lastgroup)])
+            replacement = next(pending[str(found.lastgroup)])
             start = length + found.start() - last
             length = start + len(replacement)
             pieces += [text[last : found.start()], replacement]

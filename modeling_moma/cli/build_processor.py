@@ -56,7 +56,7 @@ def run(args: Arguments) -> None:
     with without_import_notices():
         import torch
 
-        from tokenization import MomaImageProcessor, MomaProcessor, add_picture_tokens
+        from tokenization import MomaImageProcessor, MomaProcessor, add_image_tokens
 
         from ..data.encoding import CHAT_TEMPLATE
         from ..hub.loading import open_picture_tokenizer
@@ -69,7 +69,7 @@ def run(args: Arguments) -> None:
     # rounded to bf16 as the released weights are, so that the codes of the training data are those of the release
     vq_model = open_picture_tokenizer(args.tokenizer, dtype=torch.bfloat16)
     tokenizer = text_tokenizer(recipe, args.vocab_size, args.text_tokenizer)
-    tokenizer = add_picture_tokens(tokenizer, vq_model.config.num_embeddings)
+    tokenizer = add_image_tokens(tokenizer, vq_model.config.num_embeddings)
     # prompts of a batch have to end side by side
     tokenizer.padding_side = "left"
     image_processor = MomaImageProcessor.for_resolution(vq_model.config.resolution)

@@ -154,7 +154,7 @@ def generate(args: Arguments):
     if args.mode == "image":
         # the last one of each row: a prompt may hold others, and the beginning of this one
         codes = torch.cat([model.decode_image_tokens(row.unsqueeze(0))[-1:] for row in ids])
-        rows = [[picture] for picture in processor.decode_pictures(codes)]
+        rows = [[picture] for picture in processor.decode_images(codes)]
     else:
         rows = processor.post_process_multimodal_output(new_ids, generation_mode=args.mode)
     rows = [[row] if isinstance(row, str) else row for row in rows]

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import ChameleonConfig, ChameleonImageProcessor, ChameleonVQVAEConfig, PreTrainedTokenizerFast
 
 from tokenization import MomaImageProcessor, MomaProcessor, MomaVQConfig, MomaVQModel
-from tokenization.text_tokenizer_moma import BEGIN_IMAGE_TOKEN, END_IMAGE_TOKEN, IMAGE_TOKEN, picture_code_tokens
+from tokenization.text_tokenizer_moma import BEGIN_IMAGE_TOKEN, END_IMAGE_TOKEN, IMAGE_TOKEN, image_code_tokens
 
 from ..data.encoding import PIXEL_SETTINGS
 from .reading import CheckpointError, read_json
@@ -186,7 +186,7 @@ def convert_tokenizer(folder: str | Path, vocabulary: PictureVocabulary) -> PreT
     folder = Path(folder)
     if not (folder / "tokenizer.json").is_file():
         return None
-    names = dict(zip(vocabulary.code_of_id, picture_code_tokens(len(vocabulary.code_of_id))))
+    names = dict(zip(vocabulary.code_of_id, image_code_tokens(len(vocabulary.code_of_id))))
     names |= {
         token_id: name
         for token_id, name in (

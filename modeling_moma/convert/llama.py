@@ -11,8 +11,8 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import logging
 
-from tokenization import MomaProcessor, add_picture_tokens
-from tokenization.chat_template_moma import with_picture_parts
+from tokenization import MomaProcessor, add_image_tokens
+from tokenization.chat_template_moma import with_image_parts
 from tokenization.text_tokenizer_moma import beginning_ids
 
 from ..configuration_moma import MomaConfig
@@ -169,7 +169,7 @@ def _with_pictures(reader: TensorSource, processor: str | Path) -> tuple[MomaPro
     try:
         tokenizer = AutoTokenizer.from_pretrained(reader.folder, **reader.loading)
         old_ids = set(tokenizer.get_vocab().values())
-        add_picture_tokens(tokenizer, parts.codebook_size)
+        add_image_tokens(tokenizer, parts.codebook_size)
     # an ImportError is that of a library which a file without tokenizer.json needs
     except (OSError, ValueError, TypeError, KeyError, ImportError) as error:
         names = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
@@ -184,9 +184,9 @@ def _with_pictures(reader: TensorSource, processor: str | Path) -> tuple[MomaPro
     tokenizer.padding_side = "left"
     template = tokenizer.chat_template
     if isinstance(template, dict):
-        template = {name: with_picture_parts(one) for name, one in template.items()}
+        template = {name: with_image_parts(one) for name, one in template.items()}
     elif template is not None:
-        template = with_picture_parts(template)
+        template = with_image_parts(template)
     # the file of the processor's template is the tokenizer's, too
     tokenizer.chat_template = template
     joined = MomaProcessor(parts.image_processor, tokenizer, parts.vq_model, chat_template=template)

@@ -75,7 +75,7 @@ class DocumentEncoder:
 
         A picture of no caption, second, has `<bos>` before it whatever the tokenizer, as the prompt `""` has.
         """
-        picture, words = self.processor.picture_ids(codes), self.text_ids(text)
+        picture, words = self.processor.image_ids(codes), self.text_ids(text)
         first, second = (picture, words) if picture_first else (words, picture)
         return [*self.opened(first), *second, self.eos]
 
@@ -87,7 +87,7 @@ class DocumentEncoder:
         """`<bos> ... <eos>` of texts, and of codes `[image_seq_length]` wherever a part is none."""
         ids = [*self.beginning]
         for part in parts:
-            ids += self.text_ids(part) if isinstance(part, str) else self.processor.picture_ids(part)
+            ids += self.text_ids(part) if isinstance(part, str) else self.processor.image_ids(part)
         return [*ids, self.eos]
 
 

@@ -10,7 +10,7 @@ from urllib.error import URLError
 import numpy as np
 from PIL import Image
 
-from tokenization.image_input_moma import clean_pil_picture, open_picture
+from tokenization.image_input_moma import clean_pil_image, open_image
 
 from ..errors_moma import InputError
 
@@ -53,7 +53,7 @@ def read_picture(value: Any, root: str | None = None, min_side: int = 1) -> tupl
     try:
         picture = _open(value, root)
         changes = _changes(picture)
-        picture = clean_pil_picture(picture)
+        picture = clean_pil_image(picture)
     except LeftOut:
         raise
     except Image.DecompressionBombError as error:
@@ -82,13 +82,13 @@ def _open(value: Any, root: str | None) -> Image.Image:
         return Image.fromarray(value)
     text = os.fspath(value)
     if text.startswith(("http://", "https://", "data:image/")):
-        return open_picture(text)
+        return open_image(text)
     path = Path(root or "", text)
     if not path.is_file():
         raise LeftOut("picture missing", f"there is no file {str(value)!r}")
     if path.stat().st_size == 0:
         raise LeftOut("picture damaged", f"{str(value)!r} has no content")
-    return open_picture(str(path))
+    return open_image(str(path))
 
 
 def _changes(picture: Image.Image) -> list[str]:

@@ -13,7 +13,7 @@ from gradio.events import Dependency
 from gradio.utils import get_upload_folder
 from PIL import Image
 
-from tokenization.image_input_moma import clean_pil_picture, open_picture
+from tokenization.image_input_moma import clean_pil_image, open_image
 
 from ..errors_moma import InputError
 
@@ -110,7 +110,7 @@ def read_upload(path: str, folder: str) -> Image.Image:
     if not Path(path).resolve().is_relative_to(Path(folder).resolve()):
         raise InputError("This file was not uploaded to this page.")
     try:
-        picture = open_picture(path)
+        picture = open_image(path)
     except Exception as error:
         # Pillow itself raises this for sizes that it takes for an attack
         if isinstance(error.__cause__, Image.DecompressionBombError):
@@ -123,7 +123,7 @@ def read_upload(path: str, folder: str) -> Image.Image:
     if picture.width * picture.height > MOST_PIXELS:
         raise InputError(TOO_MANY_PIXELS)
     try:
-        return clean_pil_picture(picture)
+        return clean_pil_image(picture)
     except Exception as error:
         raise InputError("This picture cannot be decoded: the file is truncated or damaged.") from error
 

@@ -74,7 +74,7 @@ class Studio:
 
     def seen(self, picture: Image.Image) -> Image.Image:
         """What is left of a picture once it is codes: what the model knows of it."""
-        return self.processor.decode_pictures(self.processor.encode_pictures([picture]))[0]
+        return self.processor.decode_images(self.processor.encode_images([picture]))[0]
 
     def draw(
         self, words: str, count: int = 1, temperature: float = 0.7, guidance_scale: float = 5.0, seed: int = 0
@@ -249,7 +249,7 @@ class PartialPictures:
     def __init__(self, processor: Any):
         self.processor = processor
         side = processor.vq_model.config.resolution
-        (self.white,) = processor.encode_pictures([Image.new("RGB", (side, side), "white")])
+        (self.white,) = processor.encode_images([Image.new("RGB", (side, side), "white")])
 
     def decode(self, rows: list[list[int]]) -> list[Image.Image]:
         """
@@ -265,7 +265,7 @@ class PartialPictures:
         for row in rows:
             if len(row) > whole:
                 raise InputError(f"`rows`: a picture has {whole} codes, got {len(row)}.")
-        pictures = self.processor.decode_pictures([row + self.white[len(row) :] for row in rows])
+        pictures = self.processor.decode_images([row + self.white[len(row) :] for row in rows])
         return [self._cover(picture, len(row)) for picture, row in zip(pictures, rows)]
 
     def parts(self, ids: list[int]) -> list[str | Image.Image]:

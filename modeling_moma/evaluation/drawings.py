@@ -10,7 +10,7 @@ from tokenization.perceptual_moma_vq import MomaVQPerceptualNetwork
 from ..errors_moma import InputError
 from .distributions import frechet_distance, precision_recall
 from .held_out import CaptionedPictures
-from .measures import decode_pictures, draw_pictures
+from .measures import decode_images, draw_pictures
 
 
 NEIGHBOURS = 3
@@ -68,8 +68,8 @@ def measure_drawings(
     """
     check_drawings(processor, len(rows))
     drawn_codes = draw_pictures(model, processor, rows.captions, batch_size, sampling, seed)
-    drawn = all_features(extract, decode_pictures(processor, drawn_codes, batch_size))
-    reconstructed = all_features(extract, decode_pictures(processor, rows.codes, batch_size))
+    drawn = all_features(extract, decode_images(processor, drawn_codes, batch_size))
+    reconstructed = all_features(extract, decode_images(processor, rows.codes, batch_size))
     real = reconstructed if rows.pictures is None else all_features(extract, rows.pictures)
     if len(real) != len(rows):
         raise InputError(f"`pictures` holds {len(real)} pictures, but `codes` {len(rows)}: one for each is needed.")

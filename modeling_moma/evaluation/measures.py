@@ -161,7 +161,7 @@ def write_captions(model, processor, codes: torch.Tensor, batch_size: int, max_n
     """
     texts = []
     for batch in tqdm(codes.split(batch_size), desc="captions"):
-        ids = torch.tensor([with_beginning(processor.tokenizer, processor.picture_ids(picture)) for picture in batch])
+        ids = torch.tensor([with_beginning(processor.tokenizer, processor.image_ids(picture)) for picture in batch])
         ids = ids.to(model.device)
         output = model.generate(
             input_ids=ids,
@@ -207,14 +207,14 @@ def draw_pictures(model, processor, captions: list[str], batch_size: int, sampli
 
 
 @torch.inference_mode()
-def encode_pictures(processor, batches: Iterator[torch.Tensor]) -> torch.Tensor:
+def encode_images(processor, batches: Iterator[torch.Tensor]) -> torch.Tensor:
     """Codes `[N, image_seq_length]` of pictures given in batches of pixel values."""
     device = processor.vq_model.device
     return torch.cat([processor.vq_model.get_image_tokens(batch.to(device)).cpu() for batch in batches])
 
 
 @torch.inference_mode()
-def decode_pictures(processor, codes: torch.Tensor, batch_size: int) -> Iterator[torch.Tensor]:
+def decode_images(processor, codes: torch.Tensor, batch_size: int) -> Iterator[torch.Tensor]:
     """Yields pixel values in [-1, 1] of coded pictures."""
     device = processor.vq_model.device
     for batch in codes.split(batch_size):
@@ -234,7 +234,7 @@ def tokenizer_quality(processor, pictures: list[torch.Tensor], codes: torch.Tens
         `psnr` (mean over pictures, dB), `codes_used`, `codebook_size`, `perplexity`.
     """
     psnr = []
-    for batch, decoded in zip(pictures, decode_pictures(processor, codes, len(pictures[0])), strict=True):
+    for batch, decoded in zip(pictures, decode_images(processor, codes, len(pictures[0])), strict=True):
         errors = (decoded - batch).pow(2).mean(dim=(1, 2, 3)).clamp(min=1e-10)
         # the range of [-1, 1] is 2 wide
         psnr.append(10 * torch.log10(4 / errors))

@@ -97,7 +97,7 @@ def pair_scores(
         `log p(caption | picture)`, `[pictures, captions]`; `log p(picture | caption)`, `[captions, pictures]`; and
         `log p(picture)` without any words before it, `[pictures]`.
     """
-    framed = [processor.picture_ids(list(codes)) for codes in pictures]
+    framed = [processor.image_ids(list(codes)) for codes in pictures]
     codes = [ids[1:-1] for ids in framed]
     encoder = DocumentEncoder(processor)
     words = [[*encoder.text_ids(text), encoder.eos] for text in captions]

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from tqdm.auto import tqdm
 from transformers import get_cosine_with_min_lr_schedule_with_warmup
 
-from tokenization.augmentation_moma import augment_pictures
+from tokenization.augmentation_moma import augment_images
 from tokenization.modeling_moma_vq import MomaVQModel
 from tokenization.perceptual_moma_vq import MomaVQPerceptualNetwork
 
@@ -259,7 +259,7 @@ class TokenizerTraining:
     def _augment(self, pixel_values: torch.Tensor) -> torch.Tensor:
         if self.args.augmentation == "none":
             return pixel_values
-        return augment_pictures(pixel_values, fill=self.args.augmentation)
+        return augment_images(pixel_values, fill=self.args.augmentation)
 
     def _summarise(self, output: Any, pixel_values: torch.Tensor, loss: float) -> dict[str, float]:
         error = F.mse_loss(output.reconstruction.detach(), pixel_values).item()

@@ -85,11 +85,11 @@ class SampleCallback(TrainerCallback):
                 "guidance_scale": self.fields.guidance_scale,
             }
             drawn = draw_pictures(model, self.processor, list(self.fields.prompts), 16, sampling, seed)
-            rows.append(self.processor.decode_pictures(drawn))
+            rows.append(self.processor.decode_images(drawn))
         if len(self.codes):
             captions = write_captions(model, self.processor, self.codes, 16, self.fields.max_new_tokens)
             said = [{"caption": own, "reference": true} for own, true in zip(captions, self.references)]
-            rows.append(self.processor.decode_pictures(self.codes))
+            rows.append(self.processor.decode_images(self.codes))
         name = f"step-{step:06d}"
         if rows:
             write_aside(folder / f"{name}.png", lambda path: picture_grid(rows).save(path, format="PNG"))

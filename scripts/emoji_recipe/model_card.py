@@ -379,7 +379,7 @@ print(processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_specia
 inputs = processor(text=["noto: red apple"], return_tensors="pt")
 sampling = dict({sampling})
 ids = model.generate(**inputs, generation_mode="image", do_sample=True, **sampling)
-processor.decode_pictures(model.decode_image_tokens(ids))[0].save("apple.png")
+processor.decode_images(model.decode_image_tokens(ids))[0].save("apple.png")
 ```
 
 Without the package, pass `trust_remote_code=True` and leave out the import.

@@ -273,7 +273,7 @@ def test_without_a_decoder_no_picture_can_be_shown(seven_converted):
     assert any("decoder missing" in reason for reason in receipt.ignored)
     assert "decoder missing" in (folder / "conversion.json").read_text()
     with pytest.raises(ValueError, match="no decoder"):
-        MomaProcessor.from_pretrained(folder).decode_pictures([list(range(PICTURE_LENGTH))])
+        MomaProcessor.from_pretrained(folder).decode_images([list(range(PICTURE_LENGTH))])
 
 
 def original_tokenizer(source):
@@ -300,7 +300,7 @@ def test_original_tokenizer_brings_its_decoder(seven, tmp_path):
     assert torch.equal(codes + OFFSET, source.get_image_tokens(pixels).long())
     expected = original.decode_image_tokens(original.get_image_tokens(pixels))
     torch.testing.assert_close(processor.vq_model.decode_image_tokens(codes), expected)
-    assert len(processor.decode_pictures(codes)) == 4
+    assert len(processor.decode_images(codes)) == 4
 
 
 def test_renumbering_leaves_the_sources_codebook_alone():

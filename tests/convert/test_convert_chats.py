@@ -11,7 +11,7 @@ from modeling_moma import MomaForCausalLM
 from modeling_moma.data.kinds.interleaved import read_messages
 from modeling_moma.data.sources import read_sources
 from tokenization import MomaProcessor
-from tokenization.chat_template_moma import with_picture_parts
+from tokenization.chat_template_moma import with_image_parts
 
 
 INDENTED = "  {% for message in messages %}\n    {{ message.content }}\n  {% endfor %}\nend"
@@ -54,7 +54,7 @@ def test_template_of_the_source_stays_for_texts_to_the_character(template, chat,
     expected = tokenizer.apply_chat_template(
         chat, chat_template=template, tokenize=False, add_generation_prompt=prompt
     )
-    changed = with_picture_parts(template)
+    changed = with_image_parts(template)
     assert (
         tokenizer.apply_chat_template(chat, chat_template=changed, tokenize=False, add_generation_prompt=prompt)
         == expected
@@ -64,17 +64,17 @@ def test_template_of_the_source_stays_for_texts_to_the_character(template, chat,
         tokenizer.apply_chat_template(parts, chat_template=changed, tokenize=False, add_generation_prompt=prompt)
         == expected
     )
-    assert with_picture_parts(changed) == changed
+    assert with_image_parts(changed) == changed
 
 
 def test_template_of_the_source_takes_pictures_and_leaves_messages_without_content(tokenizer):
-    changed = with_picture_parts(CHATML)
+    changed = with_image_parts(CHATML)
     text = tokenizer.apply_chat_template(PICTURE_CHAT, chat_template=changed, tokenize=False)
     assert "<|im_start|>user\n<image>Name it.<|im_end|>\n" in text
     calls = "{% for m in messages %}{{ m.role }} {{ m.content is none }} {{ m.tool_calls | default('') }};{% endfor %}"
     chat = [{"role": "assistant", "content": None, "tool_calls": ["add"]}, {"role": "user", "content": "x"}]
     expected = tokenizer.apply_chat_template(chat, chat_template=calls, tokenize=False)
-    assert tokenizer.apply_chat_template(chat, chat_template=with_picture_parts(calls), tokenize=False) == expected
+    assert tokenizer.apply_chat_template(chat, chat_template=with_image_parts(calls), tokenize=False) == expected
     audio = [{"role": "user", "content": [{"type": "audio"}]}]
     with pytest.raises(TemplateError, match="must be of type text or image, got audio"):
         tokenizer.apply_chat_template(audio, chat_template=changed, tokenize=False)
@@ -85,7 +85,7 @@ def test_picture_in_a_chat_becomes_its_codes(source, convert, tmp_path):
     picture = noise_pictures(1)[0]
     chat = [{"role": "user", "content": [{"type": "image", "image": picture}, {"type": "text", "text": "Name it."}]}]
     ids = processor.apply_chat_template(chat, tokenize=True, return_dict=True, add_generation_prompt=True)["input_ids"]
-    frame = processor.picture_ids(processor.encode_pictures([picture])[0])
+    frame = processor.image_ids(processor.encode_images([picture])[0])
     start = ids[0].index(frame[0])
     assert ids[0][start : start + len(frame)] == frame
     # what a training on chats makes of the same messages

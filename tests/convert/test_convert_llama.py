@@ -228,7 +228,7 @@ def test_converted_model_writes_pictures_also_where_one_token_begins_ends_and_pa
     assert model.config.pad_token_id == model.config.bos_token_id == model.config.eos_token_id == 2
     inputs = processor(text=["noto: red apple", "castle"], padding=True, return_tensors="pt")
     ids = model.generate(**inputs, generation_mode="image", do_sample=False)
-    assert len(processor.decode_pictures(model.decode_image_tokens(ids))) == 2
+    assert len(processor.decode_images(model.decode_image_tokens(ids))) == 2
 
 
 def test_generation_settings_of_a_chat_model_stay(source, convert, tmp_path):

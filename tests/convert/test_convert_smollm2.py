@@ -140,11 +140,11 @@ def test_logits_answers_and_chats_are_those_of_the_source(pair, converted):
 @torch.no_grad()
 def test_pictures_begin_at_a_uniform_loss_and_stand_in_chats(pair, converted, emoji_rows):
     model, processor = pair[2], MomaProcessor.from_pretrained(converted[0])
-    codes = torch.tensor(processor.encode_pictures([row["image"] for row in emoji_rows]))
+    codes = torch.tensor(processor.encode_images([row["image"] for row in emoji_rows]))
     losses = []
     for row, own in zip(emoji_rows, codes):
         prompt = processor(text=f"{row['style']}: {row['label']}")["input_ids"][0]
-        ids = torch.tensor([[*prompt, *processor.picture_ids(own)]])
+        ids = torch.tensor([[*prompt, *processor.image_ids(own)]])
         output = model(input_ids=ids, labels=ids)
         losses.append(float(output.modality_losses["image"]))
     assert sum(losses) / len(losses) < 7.5
@@ -158,7 +158,7 @@ def test_pictures_begin_at_a_uniform_loss_and_stand_in_chats(pair, converted, em
     inputs = processor.apply_chat_template(
         chat, tokenize=True, return_dict=True, return_tensors="pt", add_generation_prompt=True
     )
-    frame = processor.picture_ids(codes[0])
+    frame = processor.image_ids(codes[0])
     ids = inputs["input_ids"][0].tolist()
     start = ids.index(frame[0])
     assert ids[start : start + len(frame)] == frame

@@ -32,11 +32,11 @@ def processor(request):
 def test_training_begins_as_the_prompt_does(processor, text):
     encoder = DocumentEncoder(processor)
     picture = noise_pictures(1)[0]
-    codes = processor.encode_pictures([picture])[0]
+    codes = processor.encode_images([picture])[0]
     eos = processor.tokenizer.eos_token_id
 
     prompt = processor(text=text)["input_ids"][0]
-    assert encoder.caption(text, codes, picture_first=False) == [*prompt, *processor.picture_ids(codes), eos]
+    assert encoder.caption(text, codes, picture_first=False) == [*prompt, *processor.image_ids(codes), eos]
 
     prompt = processor(images=[picture], text="<image>")["input_ids"][0]
     assert encoder.caption(text, codes, picture_first=True) == [*prompt, *encoder.text_ids(text), eos]
@@ -44,7 +44,7 @@ def test_training_begins_as_the_prompt_does(processor, text):
 
 def test_documents_of_several_parts_begin_as_the_prompt_does(processor):
     pictures = noise_pictures(2)
-    codes = processor.encode_pictures(pictures)
+    codes = processor.encode_images(pictures)
     encoder = DocumentEncoder(processor)
     for parts, text in (
         (["red", codes[0], "green", codes[1]], "red<image>green<image>"),
@@ -60,7 +60,7 @@ def test_a_tokenizer_that_adds_bos_gives_the_ids_it_always_gave(processor):
     encoder = DocumentEncoder(processor)
     bos, eos = processor.tokenizer.bos_token_id, processor.tokenizer.eos_token_id
     codes = list(range(processor.image_seq_length))
-    picture, words = processor.picture_ids(codes), encoder.text_ids(TEXTS[0])
+    picture, words = processor.image_ids(codes), encoder.text_ids(TEXTS[0])
     first = [bos] if beginning_ids(processor.tokenizer) else []
     assert encoder.caption(TEXTS[0], codes, True) == [*first, *picture, *words, eos]
     assert encoder.caption(TEXTS[0], codes, False) == [*first, *words, *picture, eos]
@@ -101,7 +101,7 @@ def test_an_empty_text_is_the_beginning_token(processor, sanitize):
 def test_measures_ask_as_training_taught(processor):
     model = tiny_model(processor, initializer_range=0.3)
     pictures = noise_pictures(2)
-    codes = torch.tensor(processor.encode_pictures(pictures))
+    codes = torch.tensor(processor.encode_images(pictures))
 
     inputs = processor(images=pictures, text=["<image>"] * 2, return_tensors="pt")
     ids = model.generate(**inputs, generation_mode="text", max_new_tokens=5, do_sample=False)
@@ -112,6 +112,6 @@ def test_measures_ask_as_training_taught(processor):
     for text, scores in (("red", drawn[0]), ("noto", drawn[1]), ("", prior)):
         for picture, score in zip(codes.tolist(), scores):
             prompt = processor(text=text)["input_ids"][0]
-            whole = torch.tensor([[*prompt, *processor.picture_ids(picture)]])
+            whole = torch.tensor([[*prompt, *processor.image_ids(picture)]])
             log_probs = model(input_ids=whole).logits[0, :-1].log_softmax(-1).gather(1, whole[0, 1:, None])
             assert float(log_probs[len(prompt) : -1].sum()) == pytest.approx(float(score), abs=1e-3)

@@ -107,8 +107,8 @@ def test_added_kind_goes_from_the_recipe_to_the_stream(quiz, tmp_path):
     documents = tokens.documents(tokens.sources()[0])
     example = DocumentExamples([documents], [1.0], 7, seed=1)[0]["input_ids"]
     row = next(row for row in range(7) if np.array_equal(documents.ids(row, np.random.default_rng(0)), example))
-    codes = torch.tensor(processor.encode_pictures([images[row]])[0])
-    ids = processor.picture_ids(codes.tolist())
+    codes = torch.tensor(processor.encode_images([images[row]])[0])
+    ids = processor.image_ids(codes.tolist())
     assert list(example[1 : 1 + len(ids)]) == ids
     assert processor.tokenizer.decode(list(example[1 + len(ids) : -1])) == f"what is {row} number {row}"
 

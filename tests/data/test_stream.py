@@ -54,7 +54,7 @@ def reference_example(processor, rows, index, seed):
     if not picture_first and rng.random() < 0.1:
         text = ""
     words = processor.tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
-    picture = processor.picture_ids(codes)
+    picture = processor.image_ids(codes)
     middle = [*picture, *words] if picture_first else [*words, *picture]
     return [processor.tokenizer.bos_token_id, *middle, processor.tokenizer.eos_token_id]
 

@@ -81,7 +81,7 @@ def test_codes_are_those_of_the_processor(processor, tmp_path):
     tokenize({"photos": fields}, processor, tmp_path / "tokens")
     train = documents(tmp_path / "tokens", "photos")
     assert train.num_codings == 3
-    assert [train.codes(row).tolist() for row in range(5)] == tiny_processor().encode_pictures(pictures)
+    assert [train.codes(row).tolist() for row in range(5)] == tiny_processor().encode_images(pictures)
 
 
 def picture_bytes(index=0, side=16):

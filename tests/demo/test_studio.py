@@ -37,13 +37,13 @@ def covered(picture) -> int:
 
 
 def test_patches_without_a_code_are_paper_and_the_others_are_what_the_decoder_makes_of_them(processor):
-    (codes,) = processor.encode_pictures(noise_pictures(1))
-    (whole,) = processor.decode_pictures([codes])
+    (codes,) = processor.encode_images(noise_pictures(1))
+    (whole,) = processor.decode_images([codes])
     partial = PartialPictures(processor)
     none, five, all_of_them = partial.decode([[], codes[:5], codes])
     assert [covered(picture) for picture in (none, five, all_of_them)] == [WHOLE, WHOLE - 5, 0]
     assert np.array_equal(all_of_them, whole)
-    rest = processor.decode_pictures([codes[:5] + partial.white[5:]])[0]
+    rest = processor.decode_images([codes[:5] + partial.white[5:]])[0]
     assert np.array_equal(np.asarray(five)[:PATCH], np.asarray(rest)[:PATCH])
     assert (np.asarray(five)[PATCH:, PATCH:] == PAPER).all()
     with pytest.raises(ValueError, match="16 codes, got 17"):
@@ -51,9 +51,9 @@ def test_patches_without_a_code_are_paper_and_the_others_are_what_the_decoder_ma
 
 
 def test_words_and_an_unfinished_picture_come_as_parts(processor):
-    (codes,) = processor.encode_pictures(noise_pictures(1))
+    (codes,) = processor.encode_images(noise_pictures(1))
     words = processor.tokenizer("red apple", add_special_tokens=False)["input_ids"]
-    picture = processor.picture_ids(codes)
+    picture = processor.image_ids(codes)
     partial = PartialPictures(processor)
     text, whole, unfinished = partial.parts([*words, *picture, *picture[:4]])
     assert text == "red apple" and covered(whole) == 0 and covered(unfinished) == WHOLE - 3
@@ -127,10 +127,10 @@ def test_special_tokens_of_a_visitor_are_characters_and_places_need_their_pictur
     assert processor.tokenizer.eos_token_id not in ids
     assert not set(ids) & set(processor.image_token_ids)
     picture = noise_pictures(1)[0]
-    (codes,) = processor.encode_pictures([picture])
+    (codes,) = processor.encode_images([picture])
     placed = studio._inputs("red <image> apple", [picture])["input_ids"][0].tolist()
     first = studio._inputs("red apple", [picture])["input_ids"][0].tolist()
-    frame = processor.picture_ids(codes)
+    frame = processor.image_ids(codes)
     assert first[1 : 1 + len(frame)] == frame and placed[1 : 1 + len(frame)] != frame
     assert set(frame) <= set(placed)
     with pytest.raises(ValueError, match="2 places for pictures .* but 1 pictures"):

@@ -8,7 +8,7 @@ from helpers.tiny import tiny_model, tiny_processor, tiny_vq_model
 from modeling_moma.evaluation.distributions import frechet_distance
 from modeling_moma.evaluation.drawings import compare_features, feature_extractor, measure_drawings
 from modeling_moma.evaluation.held_out import CaptionedPictures
-from modeling_moma.evaluation.measures import decode_pictures, draw_pictures
+from modeling_moma.evaluation.measures import decode_images, draw_pictures
 from tokenization import MomaProcessor
 
 
@@ -43,9 +43,7 @@ def test_drawings_are_compared_with_reconstructions_where_there_are_no_pixels(pa
         "real, halves": 5,
     }
     drawn = draw_pictures(model, processor, rows.captions, 4, SAMPLING, 0)
-    drawn, real = (
-        mean_colours(torch.cat(list(decode_pictures(processor, codes, 4)))) for codes in (drawn, rows.codes)
-    )
+    drawn, real = (mean_colours(torch.cat(list(decode_images(processor, codes, 4)))) for codes in (drawn, rows.codes))
     assert found["comparisons"]["drawn"] == compare_features(real, drawn)
     assert found == measure(model, processor, rows) != measure(model, processor, rows, seed=1)
 
@@ -56,7 +54,7 @@ def test_real_pictures_have_a_row_for_what_the_codes_keep_of_them(parts):
     # read once, as a stream of batches is
     found = measure(model, processor, CaptionedPictures(rows.codes, rows.captions, iter(real.split(3))))
     assert found["real"] == "pictures"
-    reconstructed = mean_colours(torch.cat(list(decode_pictures(processor, rows.codes, 4))))
+    reconstructed = mean_colours(torch.cat(list(decode_images(processor, rows.codes, 4))))
     comparisons = found["comparisons"]
     assert comparisons["reconstructed"]["frechet_distance"] == frechet_distance(mean_colours(real), reconstructed)
     assert list(comparisons) == ["drawn", "reconstructed", "drawn, halves", "real, halves"]

@@ -27,7 +27,7 @@ def documents(processor):
     pictures = torch.randint(0, processor.codebook_size, (4, processor.image_seq_length), generator=generator)
     tokenizer = processor.tokenizer
     words = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("red apple", "castle: fruit")]
-    two = [*words[0], *processor.picture_ids(pictures[2]), *words[1], *processor.picture_ids(pictures[3])]
+    two = [*words[0], *processor.image_ids(pictures[2]), *words[1], *processor.image_ids(pictures[3])]
     return [
         {"input_ids": DocumentEncoder(processor).caption("noto: red apple", pictures[0], True)},
         {"input_ids": [tokenizer.bos_token_id, *two, tokenizer.eos_token_id]},

@@ -40,13 +40,13 @@ def words_of(processor, caption):
 
 def loop_caption_score(model, processor, codes, caption):
     words = words_of(processor, caption)
-    ids = [processor.tokenizer.bos_token_id, *processor.picture_ids(codes), *words, processor.tokenizer.eos_token_id]
+    ids = [processor.tokenizer.bos_token_id, *processor.image_ids(codes), *words, processor.tokenizer.eos_token_id]
     return sum(target_log_probs(model, ids)[-len(words) - 1 :]), len(words) + 1
 
 
 def loop_picture_score(model, processor, codes, caption):
     words = words_of(processor, caption)
-    ids = [processor.tokenizer.bos_token_id, *words, *processor.picture_ids(codes)]
+    ids = [processor.tokenizer.bos_token_id, *words, *processor.image_ids(codes)]
     return sum(target_log_probs(model, ids)[-len(codes) - 1 : -1])
 
 

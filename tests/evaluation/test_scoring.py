@@ -38,7 +38,7 @@ def loop_score(model, prefix, continuation):
 def test_scores_are_those_of_a_loop_over_single_pairs(fields, batch_size):
     processor = tiny_processor()
     model = tiny_model(processor, initializer_range=0.3, **fields)
-    picture = processor.picture_ids(torch.arange(16))
+    picture = processor.image_ids(torch.arange(16))
     prefixes = [[1], [1, 60, 61, 62], [1, *picture], [1, 70, picture[0]]]
     # the pad id is a token like any other, and the first is no longer than one token
     continuations = [[2], [80, 0, 82, 2], picture[1:-1], [80, 81], [90, 91, 92, 93, 94, 95, 2]]

@@ -251,6 +251,6 @@ def test_the_held_out_loss_of_the_released_model_rises_by_at_most_one_percent(he
     # packed experts are most of the model
     assert quantized_share(model) == pytest.approx(0.333 if name == "bitsandbytes" else 0.948, abs=0.001)
     ids = model.generate(**processor(text=["noto: red apple"], return_tensors="pt"), generation_mode="image")
-    (picture,) = processor.decode_pictures(model.decode_image_tokens(ids))
+    (picture,) = processor.decode_images(model.decode_image_tokens(ids))
     # by the processor's VQ model, which is no part of what is quantised
     assert picture.size == (64, 64)

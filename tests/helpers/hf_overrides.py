@@ -148,8 +148,8 @@ class ProcessorOverrides(Overrides):
         processor = self.get_processor()
         first, stop = processor.image_token_offset, processor.image_token_offset + processor.codebook_size
         codes = [[token - first for token in row if first <= token < stop] for row in inputs["input_ids"].tolist()]
-        self.assertEqual(codes, processor.encode_pictures(self.pictures, rescale_factor=-1.0))
-        self.assertNotEqual(codes, processor.encode_pictures(self.pictures))
+        self.assertEqual(codes, processor.encode_images(self.pictures, rescale_factor=-1.0))
+        self.assertNotEqual(codes, processor.encode_images(self.pictures))
 
     def test_processor_to_json_string(self):
         """The test looks for all arguments in the JSON text, where weights have no place."""

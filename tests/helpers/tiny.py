@@ -21,7 +21,7 @@ from tokenization import (
     MomaProcessor,
     MomaVQConfig,
     MomaVQModel,
-    add_picture_tokens,
+    add_image_tokens,
     train_text_tokenizer,
 )
 
@@ -76,7 +76,7 @@ def tiny_vq_model(side: int = 16, codes: int = 32) -> MomaVQModel:
 def tiny_processor(side: int = 16, codes: int = 32) -> MomaProcessor:
     """A processor of pictures of `side` pixels and `(side / 4) ** 2` codes."""
     image_processor = MomaImageProcessor.for_resolution(side)
-    tokenizer = add_picture_tokens(train_text_tokenizer(TEXTS * 3, vocab_size=300), codes)
+    tokenizer = add_image_tokens(train_text_tokenizer(TEXTS * 3, vocab_size=300), codes)
     return MomaProcessor(image_processor, tokenizer, tiny_vq_model(side, codes))
 
 

@@ -111,7 +111,7 @@ def test_conversations_with_pictures_in_any_turn_are_learnt(processor, pictures,
     assert "pixel_values" not in batch
     for row in batch["labels"]:
         found = codes_in(row, processor) - processor.image_token_offset
-        assert found.tolist() in processor.encode_pictures(pictures[:2])
+        assert found.tolist() in processor.encode_images(pictures[:2])
     before = picture_loss(model, batch)
     trainer.train()
     assert picture_loss(model, batch) < before - 0.3
@@ -128,7 +128,7 @@ def test_loss_of_the_answers_alone_counts_pictures_that_are_answers(processor, p
     )
     labels = one_batch(trainer)["labels"]
     texts = {processor.tokenizer.decode(row[row != -100], skip_special_tokens=False) for row in labels}
-    [codes] = processor.encode_pictures(pictures[:1])
+    [codes] = processor.encode_images(pictures[:1])
     drawn = "".join(["<|begin_image|>", *(f"<|image_{code}|>" for code in codes), "<|end_image|>"])
     assert {text.replace(" ", "") for text in texts} == {f"{drawn}<eos>", "castle<eos>"}
 
@@ -147,7 +147,7 @@ def test_prompts_with_pictures_and_completions_of_words_are_learnt(processor, pi
 
 
 def test_completions_may_hold_the_codes_of_pictures_as_words(processor, pictures, tmp_path):
-    codes = processor.encode_pictures(pictures)
+    codes = processor.encode_images(pictures)
     drawn = [processor.replace_image_token({"image_codes": codes}, index) for index in range(len(codes))]
     dataset = Dataset.from_dict({"prompt": ["<bos>red apple"] * 4, "completion": drawn})
     trainer = build_sft(tiny_model(processor), processor.tokenizer, dataset, tmp_path)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tests of the picture tokenizer's configuration."""
+"""Tests of the image tokenizer's configuration."""
 
 import pytest
 from transformers.models.chameleon.configuration_chameleon import ChameleonVQVAEConfig

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Many, large and hostile pictures take little memory and few files; each case has a process of its own."""
+"""Many, large and hostile images take little memory and few files; each case has a process of its own."""
 
 import os
 import subprocess
@@ -36,7 +36,7 @@ print(peak() - imported)
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A processor, a large photograph-like picture, two lines of pixels, and small pictures."""
+    """A processor, a large photograph-like image, two lines of pixels, and small images."""
     folder = tmp_path_factory.mktemp("limits")
     tiny_processor().save_pretrained(folder / "processor")
     ramp = np.linspace(0, 255, 2000).astype(np.uint8)
@@ -58,21 +58,21 @@ def peak_megabytes(code, folder):
     return int(result.stdout.splitlines()[-1]) / MEGABYTE
 
 
-def test_memory_does_not_grow_with_the_number_of_large_pictures(folder):
+def test_memory_does_not_grow_with_the_number_of_large_images(folder):
     code = """
 processor = MomaProcessor.from_pretrained(folder / "processor")
-codes = processor.encode_pictures([folder / "large.jpg"] * 256)
+codes = processor.encode_images([folder / "large.jpg"] * 256)
 assert len(codes) == 256 and codes[0] == codes[-1]
 """
     assert peak_megabytes(code, folder) < 600
 
 
-def test_more_pictures_than_a_process_may_open_files(folder):
+def test_more_images_than_a_process_may_open_files(folder):
     code = """
 resource.setrlimit(resource.RLIMIT_NOFILE, (1024, 1024))
 processor = MomaProcessor.from_pretrained(folder / "processor")
 paths = [folder / f"small-{index}.png" for index in range(2000)]
-codes = processor.encode_pictures(paths)
+codes = processor.encode_images(paths)
 assert len(codes) == 2000
 inputs = processor(images=[[path] for path in paths], text=["<image>"] * len(paths))
 offset = processor.image_token_offset

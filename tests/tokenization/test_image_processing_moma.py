@@ -48,28 +48,28 @@ def test_both_backends_give_nearly_the_same_pixels_for_every_kind_of_input():
         assert (ours - twin).abs().mean() < 5e-3
 
 
-def test_a_wide_picture_keeps_its_centre(image_processor):
+def test_a_wide_image_keeps_its_centre(image_processor):
     strip = np.zeros((16, 48, 3), dtype=np.uint8)
     strip[:, 16:32] = 255
     assert pixels(image_processor, Image.fromarray(strip)).mean() > 0.95
 
 
 @pytest.mark.parametrize("height, width", [(8, 64), (8, 65), (8, 200), (7, 200), (8, 201), (300, 6), (301, 6)])
-def test_ends_of_a_long_picture_do_not_matter_before_the_crop(image_processor, height, width):
-    # smooth, as the middle may shift by a part of one of the picture's own pixels
+def test_ends_of_a_long_image_do_not_matter_before_the_crop(image_processor, height, width):
+    # smooth, as the middle may shift by a part of one of the image's own pixels
     wave = np.sin(np.arange(height)[:, None] / 3) + np.sin(np.arange(width) / 3)
     array = np.repeat(((wave + 2) * 63)[..., None], 3, axis=-1).astype(np.uint8)
-    pictures = pixels(image_processor, Image.fromarray(array))
-    # by hand: the whole picture is resized, and then its centre taken
+    images = pixels(image_processor, Image.fromarray(array))
+    # by hand: the whole image is resized, and then its centre taken
     scale = 16 / min(height, width)
     whole = Image.fromarray(array).resize((int(width * scale), int(height * scale)), Image.Resampling.LANCZOS)
     left, top = (whole.width - 16) // 2, (whole.height - 16) // 2
     expected = torch.from_numpy(np.array(whole.crop((left, top, left + 16, top + 16)))).permute(2, 0, 1) / 127.5 - 1
     ratio = max(height, width) / min(height, width)
-    assert (pictures[0] - expected).abs().max() < (0.02 if ratio <= 8 else 0.12)
+    assert (images[0] - expected).abs().max() < (0.02 if ratio <= 8 else 0.12)
 
 
-def test_a_picture_that_is_not_cropped_keeps_its_ends(image_processor):
+def test_an_image_that_is_not_cropped_keeps_its_ends(image_processor):
     strip = Image.new("RGB", (400, 2), "white")
     strip.paste("black", (0, 0, 4, 2))
     values = pixels(image_processor, strip, do_center_crop=False)
@@ -84,7 +84,7 @@ def test_transparency_is_composited_on_white(image_processor):
 
 def test_transparent_file_gives_the_same_pixels_from_a_path_and_from_pil(image_processor, tmp_path):
     rgba = Image.fromarray(noise(20, 20, 4), "RGBA")
-    path = tmp_path / "picture.png"
+    path = tmp_path / "image.png"
     rgba.save(path)
     torch.testing.assert_close(pixels(image_processor, str(path)), pixels(image_processor, rgba))
     encoded = base64.b64encode(path.read_bytes()).decode()
@@ -99,14 +99,14 @@ def test_sixteen_bit_greyscale_is_scaled_and_not_clipped(image_processor, tmp_pa
     expected = pixels(image_processor, Image.fromarray(eight))
     sixteen = eight.astype(np.uint16) * 257
     Image.fromarray(sixteen).save(tmp_path / "sixteen.png")
-    with Image.open(tmp_path / "sixteen.png") as picture:
-        torch.testing.assert_close(pixels(image_processor, picture), expected)
+    with Image.open(tmp_path / "sixteen.png") as image:
+        torch.testing.assert_close(pixels(image_processor, image), expected)
     torch.testing.assert_close(pixels(image_processor, str(tmp_path / "sixteen.png")), expected)
     torch.testing.assert_close(pixels(image_processor, sixteen), expected)
     torch.testing.assert_close(pixels(image_processor, Image.fromarray(sixteen.astype(np.int32))), expected)
 
 
-def test_one_channel_and_bilevel_pictures_become_three_channels(image_processor):
+def test_one_channel_and_bilevel_images_become_three_channels(image_processor):
     grey = Image.fromarray(noise()).convert("L")
     values = pixels(image_processor, grey)
     assert torch.equal(values[:, 0], values[:, 1]) and torch.equal(values[:, 0], values[:, 2])
@@ -124,7 +124,7 @@ def test_truncated_file_raises_a_value_error_that_says_so(image_processor, kind,
         image_processor(str(path))
 
 
-def test_truncated_pil_picture_raises_a_value_error_that_says_so(image_processor):
+def test_truncated_pil_image_raises_a_value_error_that_says_so(image_processor):
     buffer = BytesIO()
     Image.fromarray(noise(64, 64)).save(buffer, "PNG")
     with pytest.raises(ValueError, match="truncated"):
@@ -142,8 +142,8 @@ def test_truncated_pil_picture_raises_a_value_error_that_says_so(image_processor
         (np.full((16, 16, 3), 1 + 1j), "complex"),
         (Image.new("F", (16, 16)), "mode 'F'"),
         (Image.fromarray(np.full((16, 16), 70000, dtype=np.int32)), "70000"),
-        ("no/such/picture.png", "neither an existing file"),
-        ("pictures/cat", "no such file exists, and as base64"),
+        ("no/such/image.png", "neither an existing file"),
+        ("images/cat", "no such file exists, and as base64"),
         ("", "no such file exists"),
     ],
 )
@@ -152,19 +152,19 @@ def test_unreadable_values_raise_and_are_named(image_processor, image, message):
         image_processor(image)
 
 
-def saved(picture, kind, **kwargs):
+def saved(image, kind, **kwargs):
     buffer = BytesIO()
-    picture.save(buffer, kind, **kwargs)
+    image.save(buffer, kind, **kwargs)
     return buffer.getvalue()
 
 
 def damaged_files():
     """Files that their decoders refuse in ways of their own."""
-    picture = Image.fromarray(noise(64, 64))
+    image = Image.fromarray(noise(64, 64))
     # a JPEG whose orientation, 6 in one short number, is said to be a text
     exif = Image.Exif()
     exif[0x0112] = 6
-    jpeg = saved(picture, "JPEG", exif=exif)
+    jpeg = saved(image, "JPEG", exif=exif)
     place = jpeg.index(b"\x01\x12\x00\x03") if b"\x01\x12\x00\x03" in jpeg else jpeg.index(b"\x12\x01\x03\x00")
     yield "orientation", jpeg[: place + 2] + jpeg[place + 2 : place + 4].replace(b"\x03", b"\x02") + jpeg[place + 4 :]
     # a PNG of four gigapixels, by its header
@@ -172,18 +172,18 @@ def damaged_files():
     header = b"IHDR" + (65536).to_bytes(4, "big") * 2 + png[24:29]
     yield "bomb", png[:12] + header + zlib.crc32(header).to_bytes(4, "big") + png[33:]
     # what PostScript would do, Ghostscript does
-    yield "postscript", saved(picture, "EPS")
+    yield "postscript", saved(image, "EPS")
     for kind in ("AVIF", "JPEG2000", "TIFF", "GIF", "BMP", "ICO", "WEBP", "PNG"):
         if kind not in Image.SAVE:
             continue
-        data = saved(picture, kind)
+        data = saved(image, kind)
         for seed in range(40):
             rng = np.random.default_rng(seed)
             mutated = bytearray(data)
             for place in rng.integers(0, len(data), size=rng.integers(1, 12)):
                 mutated[place] = rng.integers(256)
             yield f"{kind} {seed}", bytes(mutated)
-    dds = bytearray(saved(picture, "DDS"))
+    dds = bytearray(saved(image, "DDS"))
     dds[84:88] = b"ABCD"
     yield "DDS", bytes(dds)
 
@@ -191,7 +191,7 @@ def damaged_files():
 def test_damaged_files_are_read_or_refused_with_a_value_error(image_processor, tmp_path):
     refused = {}
     for name, data in damaged_files():
-        path = tmp_path / "picture"
+        path = tmp_path / "image"
         path.write_bytes(data)
         try:
             image_processor(str(path))
@@ -202,7 +202,7 @@ def test_damaged_files_are_read_or_refused_with_a_value_error(image_processor, t
 
 
 def test_want_of_file_handles_is_not_called_damage(image_processor, tmp_path):
-    path = tmp_path / "picture.png"
+    path = tmp_path / "image.png"
     Image.fromarray(noise()).save(path)
     # decoders are imported from files of their own
     image_processor(str(path))
@@ -222,11 +222,11 @@ def test_want_of_file_handles_is_not_called_damage(image_processor, tmp_path):
 
 
 def test_base64_is_read_as_tools_write_it(image_processor):
-    picture = Image.fromarray(noise())
-    data = saved(picture, "PNG")
+    image = Image.fromarray(noise())
+    data = saved(image, "PNG")
     encoded, safe = base64.encodebytes(data).decode(), base64.urlsafe_b64encode(data).decode()
     assert "\n" in encoded and set("-_") & set(safe)
-    expected = pixels(image_processor, picture)
+    expected = pixels(image_processor, image)
     for text in (
         encoded,
         safe,
@@ -260,23 +260,23 @@ def test_values_of_any_range_keep_it_and_do_not_depend_on_their_neighbours(image
     torch.testing.assert_close(beside[1:], alone, rtol=0, atol=1e-6)
 
 
-def test_wrong_type_of_picture_raises_type_error(image_processor):
+def test_wrong_type_of_image_raises_type_error(image_processor):
     with pytest.raises(TypeError, match="got int"):
         image_processor([3])
 
 
 def test_postprocess_undoes_preprocess(image_processor):
-    picture = Image.fromarray(noise(16, 16))
-    values = pixels(image_processor, picture)
+    image = Image.fromarray(noise(16, 16))
+    values = pixels(image_processor, image)
     back = image_processor.postprocess(values, return_tensors="PIL.Image.Image")["pixel_values"]
     assert len(back) == 1 and back[0].mode == "RGB"
-    assert np.array_equal(np.array(back[0]), np.array(picture))
+    assert np.array_equal(np.array(back[0]), np.array(image))
     tensor = image_processor.postprocess(values * 3, return_tensors="pt")["pixel_values"]
     assert tensor.dtype == torch.uint8 and tensor.shape == (1, 3, 16, 16)
 
 
 @pytest.mark.parametrize("values", [torch.zeros(2, 4, 8, 8), torch.full((1, 3, 8, 8), float("nan"))])
-def test_postprocess_refuses_what_is_no_picture(image_processor, values):
+def test_postprocess_refuses_what_is_no_image(image_processor, values):
     with pytest.raises(ValueError, match="images"):
         image_processor.postprocess(values)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tests of the picture tokenizer."""
+"""Tests of the image tokenizer."""
 
 import copy
 
@@ -40,7 +40,7 @@ def model():
 
 
 @pytest.fixture
-def pictures():
+def images():
     return torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
 
 
@@ -64,12 +64,12 @@ def test_codes_equal_those_of_chameleon_with_equal_weights(fields):
     result = ours.load_state_dict(theirs.state_dict(), strict=False)
     assert result.unexpected_keys == []
     assert {name.split(".")[0] for name in result.missing_keys} == {"decoder"}
-    pictures = torch.rand(8, 3, 32, 32) * 2 - 1
-    expected = theirs.encode(pictures)
-    tokens = ours.get_image_tokens(pictures)
+    images = torch.rand(8, 3, 32, 32) * 2 - 1
+    expected = theirs.encode(images)
+    tokens = ours.get_image_tokens(images)
     assert torch.equal(tokens.flatten(), expected.image_tokens.flatten())
     assert tokens.unique().numel() > 20
-    torch.testing.assert_close(ours(pictures).commitment_loss, expected.embedding_loss)
+    torch.testing.assert_close(ours(images).commitment_loss, expected.embedding_loss)
 
 
 def test_the_full_configuration_has_the_names_and_shapes_of_chameleon_and_of_tamings_decoder():
@@ -95,14 +95,14 @@ def test_the_full_configuration_has_the_names_and_shapes_of_chameleon_and_of_tam
     assert "decoder.up.0.upsample.conv.weight" not in decoder
 
 
-def test_a_batch_that_passes_in_parts_gives_what_its_pictures_give_alone(model, monkeypatch):
-    pictures = torch.rand(5, 3, 32, 32, generator=torch.Generator().manual_seed(1)) * 2 - 1
+def test_a_batch_that_passes_in_parts_gives_what_its_images_give_alone(model, monkeypatch):
+    images = torch.rand(5, 3, 32, 32, generator=torch.Generator().manual_seed(1)) * 2 - 1
     sizes, encode = [], model.encode
     monkeypatch.setattr(model, "encode", lambda part: (sizes.append(len(part)), encode(part))[1])
-    monkeypatch.setattr("tokenization.modeling_moma_vq._HOST_PIXELS", 2 * 32 * 32)
-    codes = model.get_image_tokens(pictures)
+    monkeypatch.setattr("tokenization.modeling_moma_vq._CPU_PIXELS", 2 * 32 * 32)
+    codes = model.get_image_tokens(images)
     assert sizes == [2, 2, 1] and codes.shape == (5, 16)
-    alone = [encode(picture[None]) for picture in pictures]
+    alone = [encode(image[None]) for image in images]
     assert torch.equal(codes, torch.cat([model.quantize(latents)[2] for latents in alone]))
     decoded = model.decode_image_tokens(codes)
     expected = torch.cat([model.decode(model.quantize.lookup(row[None], 4)).clamp(-1, 1) for row in codes])
@@ -119,7 +119,7 @@ def test_any_multiple_of_the_factor_encodes_and_decodes(model, side):
 
 
 @pytest.mark.parametrize("shape", [(1, 3, 32, 40), (1, 3, 30, 30), (1, 1, 32, 32), (3, 32, 32), (1, 3, 0, 0)])
-def test_pictures_of_another_shape_are_refused(model, shape):
+def test_images_of_another_shape_are_refused(model, shape):
     with pytest.raises(ValueError, match="pixel_values"):
         model.get_image_tokens(torch.zeros(shape))
 
@@ -134,7 +134,7 @@ def test_pictures_of_another_shape_are_refused(model, shape):
         (torch.zeros(1, 0, dtype=torch.long), "0 codes"),
     ],
 )
-def test_codes_that_give_no_picture_are_refused(model, tokens, message):
+def test_codes_that_give_no_image_are_refused(model, tokens, message):
     with pytest.raises(ValueError, match=message):
         model.decode_image_tokens(tokens)
 
@@ -152,18 +152,18 @@ def test_the_position_of_a_code_is_its_raster_position():
     assert difference[:16, 16:].sum() > 0.5 * difference.sum()
 
 
-def test_each_code_can_see_the_whole_picture(model, pictures):
+def test_each_code_can_see_the_whole_image(model, images):
     for name, parameter in model.named_parameters():
         if "encoder" in name:
             torch.nn.init.normal_(parameter, std=0.1)
-    pixel_values = pictures[:1].clone().requires_grad_()
+    pixel_values = images[:1].clone().requires_grad_()
     model.encode(pixel_values)[0, :, 0, 0].sum().backward()
     assert pixel_values.grad[0, :, -8:, -8:].abs().sum() > 0
 
 
-def test_forward_gives_the_weighted_sum_of_its_losses(model, pictures):
+def test_forward_gives_the_weighted_sum_of_its_losses(model, images):
     model.config.perceptual_weight = 0.5
-    output = model(pictures, torch.randn(4, 6), perceptual_distance=lambda a, b: (a - b).abs().mean())
+    output = model(images, torch.randn(4, 6), perceptual_distance=lambda a, b: (a - b).abs().mean())
     expected = (
         output.reconstruction_loss
         + output.commitment_loss
@@ -171,35 +171,35 @@ def test_forward_gives_the_weighted_sum_of_its_losses(model, pictures):
         + model.config.semantic_weight * output.semantic_loss
     )
     torch.testing.assert_close(output.loss, expected)
-    assert torch.equal(output.image_tokens, model.get_image_tokens(pictures))
+    assert torch.equal(output.image_tokens, model.get_image_tokens(images))
     assert 1 <= output.codebook_usage <= 32
-    assert isinstance(model(pictures, return_dict=False), tuple)
+    assert isinstance(model(images, return_dict=False), tuple)
 
 
-def test_a_pass_in_training_mode_changes_no_weight_and_no_buffer(model, pictures):
+def test_a_pass_in_training_mode_changes_no_weight_and_no_buffer(model, images):
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    model.train()(pictures)
+    model.train()(images)
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 
 
-def test_the_reconstruction_trains_the_encoder_straight_through_the_codes(model, pictures):
+def test_the_reconstruction_trains_the_encoder_straight_through_the_codes(model, images):
     # the last convolutions start at zero and would hide what lies before them
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
-    model(pictures).reconstruction_loss.backward()
+    model(images).reconstruction_loss.backward()
     assert model.encoder.conv_in.weight.grad.abs().sum() > 0
     assert model.quantize.embedding.weight.grad is None
 
 
-def test_the_semantic_loss_trains_the_encoder(model, pictures):
-    model(pictures, torch.randn(4, 6)).semantic_loss.backward()
+def test_the_semantic_loss_trains_the_encoder(model, images):
+    model(images, torch.randn(4, 6)).semantic_loss.backward()
     assert model.encoder.conv_in.weight.grad.abs().sum() > 0
 
 
-def test_a_codebook_without_averages_is_trained_by_gradient(pictures):
+def test_a_codebook_without_averages_is_trained_by_gradient(images):
     torch.manual_seed(0)
     model = MomaVQModel(MomaVQConfig.from_preset("small", **{**SMALL_FIELDS, "codebook_decay": None}))
-    output = model(pictures)
+    output = model(images)
     output.loss.backward()
     assert model.quantize.embedding.weight.grad.abs().sum() > 0
     assert not any("ema_" in name for name in model.state_dict())
@@ -238,7 +238,7 @@ def test_codes_that_are_not_revived_stay_what_they_are_without_use(model):
         torch.testing.assert_close(after[code], expected, rtol=1e-3, atol=1e-3)
 
 
-def test_dead_codes_become_latents_of_the_batch(model, pictures):
+def test_dead_codes_become_latents_of_the_batch(model, images):
     model.quantize.ema_count[5] = 0.05
     latents = torch.randn(2, 8, 4, 4) + 10
     tokens = torch.zeros(2, 16, dtype=torch.long)
@@ -249,26 +249,26 @@ def test_dead_codes_become_latents_of_the_batch(model, pictures):
     assert model.quantize.embedding.weight[6].abs().max() < 5
 
 
-def test_the_first_codebook_lies_where_the_latents_lie(model, pictures):
-    latents = model.encode(pictures)
+def test_the_first_codebook_lies_where_the_latents_lie(model, images):
+    latents = model.encode(images)
 
     def error():
         return F.mse_loss(model.quantize(latents)[0], latents).item()
 
     before = error()
-    model.initialize_codebook(pictures)
+    model.initialize_codebook(images)
     assert error() < 0.5 * before
-    assert model(pictures).codebook_usage > 10
+    assert model(images).codebook_usage > 10
 
 
-def test_fewer_latents_than_codes_still_give_a_codebook(model, pictures):
-    model.initialize_codebook(pictures[:1, :, :8, :8])
+def test_fewer_latents_than_codes_still_give_a_codebook(model, images):
+    model.initialize_codebook(images[:1, :, :8, :8])
     assert model.quantize.embedding.weight.isfinite().all()
 
 
-def test_a_few_steps_lower_the_loss(model, pictures):
+def test_a_few_steps_lower_the_loss(model, images):
     torch.manual_seed(0)
-    smooth = F.interpolate(pictures[:, :, :4, :4], size=(32, 32), mode="bilinear")
+    smooth = F.interpolate(images[:, :, :4, :4], size=(32, 32), mode="bilinear")
     targets = torch.randn(4, 6)
     model.train()
     model.initialize_codebook(smooth)
@@ -288,15 +288,15 @@ def test_a_few_steps_lower_the_loss(model, pictures):
 @pytest.mark.parametrize(
     ("targets", "message"), [(torch.zeros(4, 5), r"\(4, 6\)"), (torch.zeros(3, 6), r"semantic_targets")]
 )
-def test_targets_of_another_shape_are_refused(model, pictures, targets, message):
+def test_targets_of_another_shape_are_refused(model, images, targets, message):
     with pytest.raises(ValueError, match=message):
-        model(pictures, targets)
+        model(images, targets)
 
 
-def test_targets_for_a_model_without_the_head_are_refused(pictures):
+def test_targets_for_a_model_without_the_head_are_refused(images):
     model = MomaVQModel(MomaVQConfig.from_preset("small", **{**SMALL_FIELDS, "semantic_dim": None}))
     with pytest.raises(ValueError, match="semantic_dim"):
-        model(pictures, torch.zeros(4, 6))
+        model(images, torch.zeros(4, 6))
 
 
 def test_without_normalisation_each_residual_branch_starts_at_zero(model):
@@ -305,14 +305,14 @@ def test_without_normalisation_each_residual_branch_starts_at_zero(model):
     assert all(block.conv2.weight.abs().max() == 0 and block.conv1.weight.abs().max() > 0 for block in blocks)
 
 
-def test_saving_and_loading_keep_codes_and_averages(model, pictures, tmp_path):
-    model.initialize_codebook(pictures)
-    output = model(pictures)
+def test_saving_and_loading_keep_codes_and_averages(model, images, tmp_path):
+    model.initialize_codebook(images)
+    output = model(images)
     model.update_codebook(output.latents, output.image_tokens)
     model.save_pretrained(tmp_path)
     loaded = MomaVQModel.from_pretrained(tmp_path).eval()
     assert all(torch.equal(tensor, loaded.state_dict()[name]) for name, tensor in model.state_dict().items())
-    assert torch.equal(loaded.get_image_tokens(pictures), model.get_image_tokens(pictures))
+    assert torch.equal(loaded.get_image_tokens(images), model.get_image_tokens(images))
 
 
 def test_weights_of_chameleon_load_by_from_pretrained(tmp_path):
@@ -320,18 +320,18 @@ def test_weights_of_chameleon_load_by_from_pretrained(tmp_path):
     theirs.save_pretrained(tmp_path)
     MomaVQConfig(**CHAMELEON_FIELDS).save_pretrained(tmp_path)
     loaded = MomaVQModel.from_pretrained(tmp_path).eval()
-    pictures = torch.rand(2, 3, 32, 32) * 2 - 1
-    assert torch.equal(loaded.get_image_tokens(pictures).flatten(), theirs.encode(pictures).image_tokens.flatten())
+    images = torch.rand(2, 3, 32, 32) * 2 - 1
+    assert torch.equal(loaded.get_image_tokens(images).flatten(), theirs.encode(images).image_tokens.flatten())
     assert loaded.decoder.conv_in.weight.isfinite().all()
 
 
-def test_a_bfloat16_model_tokenises_float32_pictures(model, pictures):
+def test_a_bfloat16_model_tokenises_float32_images(model, images):
     half = model.to(torch.bfloat16)
-    tokens = half.get_image_tokens(pictures)
+    tokens = half.get_image_tokens(images)
     assert half.decode_image_tokens(tokens).dtype == torch.bfloat16
 
 
-def test_gradient_checkpointing_gives_the_same_gradients(pictures):
+def test_gradient_checkpointing_gives_the_same_gradients(images):
     torch.manual_seed(0)
     model = MomaVQModel(MomaVQConfig.from_preset("small", **SMALL_FIELDS)).train()
     gradients = []
@@ -339,7 +339,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(pictures):
         if checkpointing:
             model.activation_checkpointing_enable()
         model.zero_grad()
-        model(pictures).loss.backward()
+        model(images).loss.backward()
         gradients.append(model.encoder.conv_in.weight.grad.clone())
     torch.testing.assert_close(*gradients)
 
@@ -363,7 +363,7 @@ SHAPES_WITHOUT_PICTURES = {
     [{}, {"norm_type": "group", "base_channels": 32, "latent_channels": 32}, {"codebook_decay": None}],
     ids=["small", "norms", "by gradient"],
 )
-def test_no_pictures_give_empty_tensors_and_losses_of_zero(fields):
+def test_no_images_give_empty_tensors_and_losses_of_zero(fields):
     fields = {**SMALL_FIELDS, "patch_size": 4, "channel_multiplier": (1,), **fields}
     model = MomaVQModel(MomaVQConfig.from_preset("small", **fields)).to(torch.bfloat16)
     none = torch.zeros(0, 3, 32, 32)
@@ -383,5 +383,5 @@ def test_no_pictures_give_empty_tensors_and_losses_of_zero(fields):
     if model.config.codebook_decay is not None:
         model.update_codebook(output.latents, output.image_tokens)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    with pytest.raises(ValueError, match="pixel_values holds no pictures"):
+    with pytest.raises(ValueError, match="pixel_values holds no images"):
         model.initialize_codebook(none)

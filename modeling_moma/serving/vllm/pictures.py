@@ -21,7 +21,7 @@ from vllm.multimodal.processing import (  # pyright: ignore[reportMissingImports
 
 PLACEHOLDER = "<image>"
 # the processor's output with the token ids of each image
-PICTURE_IDS = "picture_ids"
+PICTURE_IDS = "image_ids"
 
 
 @lru_cache(maxsize=2)
@@ -76,7 +76,7 @@ class MomaPictureProcessor(BaseMultiModalProcessor):
 
     def _call_hf_processor(self, hf_data: Mapping[str, Any], hf_kwargs: Mapping[str, Any]) -> BatchFeature:
         processor = self.info.get_hf_processor()
-        codes = torch.tensor(processor.encode_pictures(list(hf_data["images"])))
+        codes = torch.tensor(processor.encode_images(list(hf_data["images"])))
         return BatchFeature({PICTURE_IDS: codes + processor.image_token_offset})
 
     def _get_mm_fields_config(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pictures of many millions of pixels: what they take, and that they look as they did."""
+"""Images of many millions of pixels: what they take, and that they look as they did."""
 
 import os
 import subprocess
@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from tokenization import MomaImageProcessor, MomaImageProcessorPil
-from tokenization.image_input_moma import clean_pil_picture
+from tokenization.image_input_moma import clean_pil_image
 
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -19,7 +19,7 @@ BACKENDS = [MomaImageProcessor, MomaImageProcessorPil]
 # kind -> by how many megabytes a process may grow. Pillow takes 4 bytes a pixel of RGB, 2 of 16-bit greyscale, and of
 # this JPEG a quarter of the pixels; peaks only rise, so the smallest comes first
 BOUNDS = {"photo.jpg": 300, "grey.png": 400, "line.png": 600, "rgb.png": 700}
-# prints by how many megabytes the process has grown after each picture
+# prints by how many megabytes the process has grown after each image
 GROWTH = """
 import sys, warnings
 from PIL import Image
@@ -43,10 +43,10 @@ for path in sys.argv[1:]:
 def large(folder, kind):
     """A file of 144 or 120 million pixels, none of them further from 0.6 than 0.04 in its first channel."""
     size = (200_000, 600) if kind == "line.png" else (12_000, 12_000)
-    picture = Image.new("RGB", size, (204, 30, 60))
+    image = Image.new("RGB", size, (204, 30, 60))
     if kind == "grey.png":
-        picture = Image.fromarray(np.full((12_000, 12_000), 204 * 257, dtype=np.uint16))
-    picture.save(folder / kind)
+        image = Image.fromarray(np.full((12_000, 12_000), 204 * 257, dtype=np.uint16))
+    image.save(folder / kind)
     return folder / kind
 
 
@@ -67,32 +67,32 @@ def scene(width, height):
 
 
 def in_mode(mode, values):
-    picture = Image.fromarray(values.astype(np.uint8))
+    image = Image.fromarray(values.astype(np.uint8))
     if mode == "I;16":
         return Image.fromarray((values[..., 0] * 257).astype(np.uint16))
     if mode == "P":
-        return picture.quantize(64)
+        return image.quantize(64)
     if mode in ("RGBA", "LA"):
-        picture.putalpha(Image.fromarray(values[..., 2].astype(np.uint8)))
-    return picture.convert(mode)
+        image.putalpha(Image.fromarray(values[..., 2].astype(np.uint8)))
+    return image.convert(mode)
 
 
 @pytest.fixture
 def small_limit(monkeypatch):
-    from tokenization import large_pictures_moma
+    from tokenization import large_images_moma
 
-    monkeypatch.setattr(large_pictures_moma, "MOST_PIXELS", 2**15)
-    monkeypatch.setattr(large_pictures_moma, "LEAST_SIDE", 64)
-    monkeypatch.setattr(large_pictures_moma, "_BAND_PIXELS", 2**12)
+    monkeypatch.setattr(large_images_moma, "MOST_PIXELS", 2**15)
+    monkeypatch.setattr(large_images_moma, "LEAST_SIDE", 64)
+    monkeypatch.setattr(large_images_moma, "_BAND_PIXELS", 2**12)
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "LA", "P", "1", "CMYK", "I;16"])
 @pytest.mark.parametrize("size", [(451, 391), (1203, 211)])
 def test_what_is_made_smaller_looks_as_it_did(monkeypatch, small_limit, tmp_path, mode, size):
-    path = tmp_path / ("picture.tif" if mode in ("CMYK", "LA") else "picture.png")
+    path = tmp_path / ("image.tif" if mode in ("CMYK", "LA") else "image.png")
     in_mode(mode, scene(*size)).save(path)
     processor = MomaImageProcessor.for_resolution(48)
-    clean = clean_pil_picture(Image.open(path))
+    clean = clean_pil_image(Image.open(path))
     assert clean.width * clean.height <= 2**15 + 1000 and min(clean.size) >= 64
     shrunk = processor([str(path)], return_tensors="pt")["pixel_values"]
     monkeypatch.undo()
@@ -105,33 +105,33 @@ def test_what_is_made_smaller_looks_as_it_did(monkeypatch, small_limit, tmp_path
 def test_transparent_colour_and_orientation_survive(small_limit):
     values = scene(401, 301)
     values[:, :200] = (1, 2, 3)
-    picture = Image.fromarray(values.astype(np.uint8))
-    picture.info["transparency"] = (1, 2, 3)
-    picture.getexif()[0x0112] = 6
-    clean = clean_pil_picture(picture)
+    image = Image.fromarray(values.astype(np.uint8))
+    image.info["transparency"] = (1, 2, 3)
+    image.getexif()[0x0112] = 6
+    clean = clean_pil_image(image)
     assert clean.mode == "RGBA" and clean.width < clean.height < 301
-    # what was on the left is above, once the picture is turned
+    # what was on the left is above, once the image is turned
     alpha = np.asarray(clean)[..., 3]
     half = 200 * clean.height // 401
     assert (alpha[: half - 2] == 0).all() and (alpha[half + 2 :] == 255).all()
 
 
-def test_no_side_gets_short_and_ordinary_pictures_stay_as_they_are():
-    from tokenization import large_pictures_moma
+def test_no_side_gets_short_and_ordinary_images_stay_as_they_are():
+    from tokenization import large_images_moma
 
-    assert large_pictures_moma.shrink_factor((12_000, 12_000)) == 3
-    assert large_pictures_moma.shrink_factor((12_000, 8_000)) == 2
-    assert large_pictures_moma.shrink_factor((30_000, 4_000)) == 1
-    assert large_pictures_moma.shrink_factor((5_700, 5_700)) == large_pictures_moma.shrink_factor((1, 1)) == 1
+    assert large_images_moma.shrink_factor((12_000, 12_000)) == 3
+    assert large_images_moma.shrink_factor((12_000, 8_000)) == 2
+    assert large_images_moma.shrink_factor((30_000, 4_000)) == 1
+    assert large_images_moma.shrink_factor((5_700, 5_700)) == large_images_moma.shrink_factor((1, 1)) == 1
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("size", [(16, 200), (201, 16), (16, 16)])
 def test_far_ends_are_cut_off_before_they_are_converted(backend, size):
-    picture = Image.fromarray(scene(*size).astype(np.uint8))
+    image = Image.fromarray(scene(*size).astype(np.uint8))
     processor = backend.for_resolution(16)
     processed = processor.process_image(
-        picture,
+        image,
         do_rescale=True,
         do_convert_rgb=True,
         do_resize=True,
@@ -140,6 +140,6 @@ def test_far_ends_are_cut_off_before_they_are_converted(backend, size):
         crop_size=processor.crop_size,
     )
     assert max(processed.shape[-2:]) <= 8 * 16 + 1
-    array = np.asarray(picture).transpose(2, 0, 1)
+    array = np.asarray(image).transpose(2, 0, 1)
     expected = processor([array], return_tensors="pt")["pixel_values"]
-    assert (processor([picture], return_tensors="pt")["pixel_values"] == expected).all()
+    assert (processor([image], return_tensors="pt")["pixel_values"] == expected).all()

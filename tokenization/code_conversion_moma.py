@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The codes of each modality: items to codes, codes to token ids, and both back again."""
+"""Conversions between the items of each modality, their codes and token ids, in both directions."""
 
 from typing import Any
 
@@ -9,19 +9,20 @@ from transformers import PreTrainedTokenizerFast
 from transformers.processing_utils import ProcessorMixin
 
 from .codecs_moma import ModalityCodec
-from .image_input_moma import MomaImageInputMixin, flat_sources
+from .image_input_moma import MomaImageInputMixin, iter_image_sources
 from .modeling_moma_vq import MomaVQModel
 from .processor_errors_moma import InputError
+from .renamed_moma import renamed
 from .text_tokenizer_moma import IMAGE
 from .token_frames_moma import TokenFrame, split_frames
 
 
-# pictures that go through the VQ model at once, which bounds the memory of a large batch
+# Images in one pass of the VQ model, which bounds the memory of a large batch.
 ENCODE_CHUNK = 64
 
 
-class CodingMixin(ProcessorMixin):
-    """The part of [`MomaProcessor`] between items, codes and token ids."""
+class CodeConversionMixin(ProcessorMixin):
+    """The methods of [`MomaProcessor`] that convert between items, codes and token ids."""
 
     tokenizer: PreTrainedTokenizerFast
     image_processor: MomaImageInputMixin
@@ -36,8 +37,9 @@ class CodingMixin(ProcessorMixin):
     _vocab_size: int
 
     def token_layout(self) -> dict:
-        """
-        The part of a `MomaConfig` that follows from the vocabulary: `MomaConfig(**processor.token_layout(), ...)`.
+        """Return the fields of a `MomaConfig` that follow from the vocabulary.
+
+        Use it as `MomaConfig(**processor.token_layout(), ...)`.
 
         Returns:
             `dict`: `vocab_size`, `pad_token_id`, `bos_token_id`, `eos_token_id`, `begin_image_token_id`,
@@ -62,39 +64,38 @@ class CodingMixin(ProcessorMixin):
             }
         return layout
 
-    def encode_pictures(self, images: Any, **kwargs) -> list[list[int]]:
-        """
-        Turns pictures into codes, for instance in `datasets.Dataset.map(..., batched=True)`.
+    def encode_images(self, images: Any, **kwargs) -> list[list[int]]:
+        """Turn images into codes, for instance in `datasets.Dataset.map(..., batched=True)`.
 
         Args:
             images (`PIL.Image.Image`, `np.ndarray`, `torch.Tensor`, `str`, or a list of these):
-                Pictures.
-            kwargs:
+                Images, paths or addresses.
+            kwargs (`Any`):
                 Arguments of the image processor.
 
         Returns:
-            `list[list[int]]`: for each picture `image_seq_length` codes in `[0, codebook_size)`, in raster order.
+            `list[list[int]]`: for each image `image_seq_length` codes in `[0, codebook_size)`, in raster order.
             Their token ids are `image_token_offset` higher.
 
         Raises:
-            ValueError: if a picture cannot be read, or the image processor does not yield the VQ model's resolution.
+            ValueError: an image cannot be read, or the image processor does not yield the VQ model's resolution.
         """
         kwargs["return_tensors"] = "pt"
         side = self.vq_model.config.resolution
-        codes, waiting = [], []
-        # one by one: of all pictures but one there are the resized pixels alone, and of no two the files
-        for source in flat_sources(images):
+        codes, pending = [], []
+        # one by one, so that a single file is open and a single image in memory at its full size
+        for source in iter_image_sources(images):
             pixel_values = self.image_processor([self.image_processor.fetch_images(source)], **kwargs)["pixel_values"]
             if tuple(pixel_values.shape[-2:]) != (side, side):
                 raise InputError(
                     f"images_kwargs: the image processor yields {tuple(pixel_values.shape[-2:])} pixels, but the VQ "
                     f"model needs {(side, side)}; leave size and crop_size as they are."
                 )
-            waiting.append(pixel_values)
-            if len(waiting) == ENCODE_CHUNK:
-                codes += self._encode(waiting)
-                waiting = []
-        return codes + self._encode(waiting) if waiting else codes
+            pending.append(pixel_values)
+            if len(pending) == ENCODE_CHUNK:
+                codes += self._encode(pending)
+                pending = []
+        return codes + self._encode(pending) if pending else codes
 
     @torch.no_grad()
     def _encode(self, pixel_values: list[torch.Tensor]) -> list[list[int]]:
@@ -102,24 +103,23 @@ class CodingMixin(ProcessorMixin):
         return self.vq_model.get_image_tokens(batch).tolist()
 
     def encode_items(self, modality: str, items: list) -> list[list[int]]:
-        """
-        Turns items of a modality into codes.
+        """Turn items of a modality into codes.
 
         Args:
             modality (`str`):
                 `"image"`, or a modality with a codec.
             items (`list`):
-                What its codec takes.
+                Whatever its codec takes.
 
         Returns:
-            `list[list[int]]`: the codes of each item. Token ids are those of `frame_ids`.
+            `list[list[int]]`: the codes of each item, from 0. `frame_ids` turns them into token ids.
 
         Raises:
-            ValueError: if the modality has no codec, or the codec gives codes that it cannot have.
+            ValueError: the modality has no codec, or the codec returns an invalid number or value of codes.
         """
         self._frame(modality)
         if modality == IMAGE:
-            return self.encode_pictures(items)
+            return self.encode_images(items)
         codes = [[int(code) for code in item_codes] for item_codes in self.codecs[modality].encode(items)]
         if len(codes) != len(items):
             raise InputError(f"{modality}: its codec gave codes of {len(codes)} items for {len(items)}.")
@@ -128,45 +128,45 @@ class CodingMixin(ProcessorMixin):
         return codes
 
     def decode_items(self, modality: str, codes: torch.Tensor | list) -> list:
-        """
-        Turns codes of a modality into items.
+        """Turn codes of a modality into items.
 
         Args:
             modality (`str`):
                 `"image"`, or a modality with a codec.
-            codes (`torch.LongTensor` or list):
-                Codes of each item, not token ids, as the model's `decode_modality_tokens` gives them.
+            codes (`torch.LongTensor` or `list`):
+                Codes of each item, not token ids, as the model's `decode_modality_tokens` returns them.
 
         Returns:
-            `list`: the items, as the codec makes them.
+            `list`: the items, as the codec returns them.
 
         Raises:
-            ValueError: if the modality has no codec, or a number or a value of codes is none that it can have.
+            ValueError: the modality has no codec, or the number or a value of the codes is invalid.
         """
         frame = self._frame(modality)
         if modality == IMAGE:
-            return self.decode_pictures(codes)
+            return self.decode_images(codes)
         codes = [as_list(item_codes) for item_codes in codes]
         for item_codes in codes:
             frame.check_codes(item_codes)
         return [self.codecs[modality].decode(item_codes) for item_codes in codes]
 
-    def picture_ids(self, codes: torch.Tensor | list[int]) -> list[int]:
-        """
-        The token ids of one picture: [`~MomaProcessor.frame_ids`] of `"image"`.
+    def image_ids(self, codes: torch.Tensor | list[int]) -> list[int]:
+        """Return the token ids of one image: [`~MomaProcessor.frame_ids`] of `"image"`.
 
         Args:
             codes (`torch.LongTensor` or `list[int]` of shape `(image_seq_length,)`):
-                Codes of the picture.
+                Codes of the image.
 
         Returns:
             `list[int]`: begin of image, codes and end of image.
+
+        Raises:
+            ValueError: the number or a value of the codes is invalid.
         """
         return self.frame_ids(IMAGE, codes)
 
     def frame_ids(self, modality: str, codes: torch.Tensor | list[int]) -> list[int]:
-        """
-        The token ids of one item, as they stand in `input_ids`.
+        """Return the token ids of one item, as they stand in `input_ids`.
 
         Args:
             modality (`str`):
@@ -178,9 +178,38 @@ class CodingMixin(ProcessorMixin):
             `list[int]`: its begin, codes and end.
 
         Raises:
-            ValueError: if the modality has no codec, or a number or a value of codes is none that it can have.
+            ValueError: the modality has no codec, or the number or a value of the codes is invalid.
         """
         return self._frame(modality).ids(as_list(codes))
+
+    def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
+        """Return the text that takes the place of one placeholder.
+
+        Args:
+            image_inputs (`dict`):
+                Holds `image_codes`, a list of codes for each image.
+            image_idx (`int`):
+                Position of the image in it.
+            kwargs (`Any`):
+                Not used.
+
+        Returns:
+            `str`: begin, codes and end of the image.
+        """
+        return self.frames[IMAGE].text(image_inputs["image_codes"][image_idx])
+
+    def create_mm_token_type_ids(self, input_ids: list) -> list[list[int]]:
+        """Return for each code the place of its modality in `MomaConfig.modalities`, and 0 for text.
+
+        Args:
+            input_ids (`list[list[int]]` or `torch.LongTensor` of shape `(batch_size, sequence_length)`):
+                Token ids.
+
+        Returns:
+            `list[list[int]]`: numbers of the same shape.
+        """
+        types = {token: place for place, frame in enumerate(self.frames.values(), 1) for token in range(*frame.bounds)}
+        return [[types.get(token, 0) for token in as_list(row)] for row in input_ids]
 
     def _frame(self, modality: str) -> TokenFrame:
         if modality not in self.frames:
@@ -189,24 +218,23 @@ class CodingMixin(ProcessorMixin):
             )
         return self.frames[modality]
 
-    def decode_pictures(self, codes: torch.Tensor | list[list[int]]) -> list[Image.Image]:
-        """
-        Turns codes into pictures.
+    def decode_images(self, codes: torch.Tensor | list[list[int]]) -> list[Image.Image]:
+        """Turn codes into images.
 
         Args:
-            codes (`torch.LongTensor` or nested list of shape `(num_pictures, image_seq_length)`):
+            codes (`torch.LongTensor` or `list[list[int]]` of shape `(num_images, image_seq_length)`):
                 Codes in `[0, codebook_size)`, not token ids.
 
         Returns:
-            `list[PIL.Image.Image]`: RGB pictures of the VQ model's resolution.
+            `list[PIL.Image.Image]`: RGB images of the VQ model's resolution.
 
         Raises:
-            ValueError: if the shape or a code is out of range.
+            ValueError: the shape is wrong, or a code lies outside the codebook.
         """
         code_table = torch.as_tensor(codes, dtype=torch.long)
         if code_table.ndim != 2 or code_table.shape[1] != self.image_seq_length:
             raise InputError(
-                f"codes: expected the shape (num_pictures, {self.image_seq_length}), got {tuple(code_table.shape)}. "
+                f"codes: expected the shape (num_images, {self.image_seq_length}), got {tuple(code_table.shape)}. "
                 "For whole sequences of token ids use `decode_parts`, or the model's `decode_image_tokens` first."
             )
         if code_table.numel() == 0:
@@ -216,31 +244,30 @@ class CodingMixin(ProcessorMixin):
                 f"codes: values from {int(code_table.min())} to {int(code_table.max())} lie outside "
                 f"[0, {self.codebook_size}); subtract image_token_offset={self.image_token_offset} from token ids."
             )
-        pictures = []
+        images = []
         for chunk in code_table.split(ENCODE_CHUNK):
             with torch.no_grad():
                 pixel_values = self.vq_model.decode_image_tokens(chunk.to(self.vq_model.device))
-            pictures.extend(self.image_processor.postprocess(pixel_values)["pixel_values"])
-        return pictures
+            images.extend(self.image_processor.postprocess(pixel_values)["pixel_values"])
+        return images
 
     def decode_parts(self, ids: torch.Tensor | list[int], skip_special_tokens: bool = True, **kwargs) -> list:
-        """
-        Turns one sequence of token ids back into texts, pictures and items of other modalities.
+        """Turn one sequence of token ids back into texts, images and items of other modalities.
 
         Args:
             ids (`torch.LongTensor` or `list[int]` of shape `(sequence_length,)`):
                 Token ids. Padding is dropped.
             skip_special_tokens (`bool`, *optional*, defaults to `True`):
                 Whether to leave special tokens such as `<bos>` out of the texts.
-            kwargs:
+            kwargs (`Any`):
                 Further arguments of the tokenizer's `decode`.
 
         Returns:
             `list[str | PIL.Image.Image | Any]`: the parts in their order; empty texts are left out.
 
         Raises:
-            ValueError: if a picture does not consist of exactly `image_seq_length` codes and its end token, an item of
-                another modality is as broken, or a code stands outside of them.
+            ValueError: an image does not consist of exactly `image_seq_length` codes and its end token, an item of
+                another modality is incomplete, or a code stands outside of both.
         """
         ids = [token for token in as_list(ids) if token != self.tokenizer.pad_token_id]
         runs = split_frames(ids, self.frames)
@@ -256,9 +283,13 @@ class CodingMixin(ProcessorMixin):
                 parts.append(part)
         return parts
 
+    encode_pictures = renamed("encode_pictures", encode_images)
+    decode_pictures = renamed("decode_pictures", decode_images)
+    picture_ids = renamed("picture_ids", image_ids)
+
     def _decode_text(self, ids: list[int], skip_special_tokens: bool, kwargs: dict) -> str:
         text = self.tokenizer.decode(ids, skip_special_tokens=skip_special_tokens, **kwargs)
-        # of one sequence
+        # one sequence gives a string, a batch a list
         return text  # pyright: ignore[reportReturnType]
 
     def post_process_multimodal_output(
@@ -268,27 +299,26 @@ class CodingMixin(ProcessorMixin):
         generation_mode: str | None = None,
         **kwargs,
     ) -> list:
-        """
-        Turns what a model generated into what a person can read or see. It serves the `any-to-any` pipeline.
+        """Turn what a model generated into texts, images and items, as the `any-to-any` pipeline asks for it.
 
         Args:
             generated_outputs (`torch.LongTensor`):
                 For `"text"` and `"interleaved"`: token ids of shape `(batch_size, sequence_length)` or
-                `(sequence_length,)`. For `"image"`: codes of shape `(num_pictures, image_seq_length)`, as the model's
-                `decode_image_tokens` gives. For a modality with a codec: its codes, as `decode_modality_tokens` gives.
+                `(sequence_length,)`. For `"image"`: codes of shape `(num_images, image_seq_length)`, as the model's
+                `decode_image_tokens` returns. For a modality with a codec: codes of `decode_modality_tokens`.
             skip_special_tokens (`bool`, *optional*, defaults to `True`):
-                Whether to leave special tokens, picture codes among them, out of texts.
+                Whether to leave special tokens, image codes among them, out of texts.
             generation_mode (`str`, *optional*):
                 `"text"` (the default), `"interleaved"`, `"image"` or a modality with a codec.
-            kwargs:
+            kwargs (`Any`):
                 Further arguments of the tokenizer's `decode`.
 
         Returns:
-            `list[str]`, `list[PIL.Image.Image]`, a list of a codec's items, or a list with the parts of each sequence,
-            as `decode_parts` gives them.
+            `list`: texts, images or a codec's items; for `"interleaved"` the parts of each sequence, as `decode_parts`
+            returns them.
 
         Raises:
-            ValueError: if `generation_mode` is unknown, or a picture is incomplete.
+            ValueError: `generation_mode` is unknown, or an image is incomplete.
         """
         if generation_mode is None or generation_mode == "text":
             return super().post_process_multimodal_output(generated_outputs, skip_special_tokens, **kwargs)
@@ -305,8 +335,16 @@ class CodingMixin(ProcessorMixin):
 
 
 def as_list(values: Any) -> list[int]:
-    """A list of numbers, of a tensor, an array or any other sequence."""
+    """Return a list of numbers.
+
+    Args:
+        values (`torch.Tensor`, `np.ndarray` or `Sequence[int]`):
+            The numbers.
+
+    Returns:
+        `list[int]`: the same numbers.
+    """
     return values.tolist() if hasattr(values, "tolist") else list(values)
 
 
-__all__ = ["CodingMixin"]
+__all__ = ["CodeConversionMixin"]

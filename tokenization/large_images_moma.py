@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Images of many millions of pixels: decoded at a smaller size where the format can, else averaged band by band."""
+
+import math
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from .processor_errors_moma import InputError
+
+
+# An image of more pixels, a square of some 5,800 a side, is made smaller before anything else.
+MOST_PIXELS = 2**25
+# No side gets shorter than this by it: image processors resize to less anyway.
+LEAST_SIDE = 2048
+# Pixels of one band: only a band at a time is converted, which bounds the memory.
+_BAND_PIXELS = 2**20
+_EXIF_ORIENTATION = 0x0112
+# Modes of Pillow whose values can be averaged without a conversion.
+_AVERAGED = ("L", "LA", "RGB", "RGBA", "CMYK", "YCbCr")
+
+
+def shrink_factor(size: tuple[int, int]) -> int:
+    """Return the factor by which the sides of an image are divided, 1 for most images.
+
+    Args:
+        size (`tuple[int, int]`):
+            Width and height in pixels.
+
+    Returns:
+        `int`: 1 or more.
+    """
+    wanted = math.ceil(math.sqrt(size[0] * size[1] / MOST_PIXELS))
+    return max(1, min(wanted, min(size) // LEAST_SIDE))
+
+
+def load_reduced(image: Image.Image) -> None:
+    """Decode an image in place; a large JPEG to a half, a quarter or an eighth of its sides.
+
+    Args:
+        image (`PIL.Image.Image`):
+            An image that may not be decoded yet.
+    """
+    factor = shrink_factor(image.size)
+    if factor > 1:
+        # only JPEG is decoded at a smaller size, other formats ignore it
+        image.draft(None, (image.width // factor, image.height // factor))
+    image.load()
+
+
+def shrink_by_averaging(image: Image.Image, factor: int) -> Image.Image:
+    """Divide the sides of a decoded image by averaging squares of pixels, and turn it upright.
+
+    Args:
+        image (`PIL.Image.Image`):
+            An image of any mode.
+        factor (`int`):
+            Side of the squares in pixels.
+
+    Returns:
+        `PIL.Image.Image`: the smaller image, in an 8-bit mode.
+
+    Raises:
+        ValueError: the values of the image have no known range.
+    """
+    orientation = image.getexif().get(_EXIF_ORIENTATION, 1)
+    rows = max(1, _BAND_PIXELS // (image.width * factor)) * factor
+    shrunk = None
+    for top in range(0, image.height, rows):
+        band = image.crop((0, top, image.width, min(top + rows, image.height)))
+        band = _to_averaged_mode(band).reduce(factor)
+        if shrunk is None:
+            shrunk = Image.new(band.mode, (band.width, math.ceil(image.height / factor)))
+        shrunk.paste(band, (0, top // factor))
+    assert shrunk is not None
+    shrunk.getexif()[_EXIF_ORIENTATION] = orientation
+    return apply_orientation(shrunk)
+
+
+def apply_orientation(image: Image.Image) -> Image.Image:
+    """Turn an image as its EXIF orientation says; an image without one is returned as it is."""
+    return image if image.getexif().get(_EXIF_ORIENTATION, 1) == 1 else ImageOps.exif_transpose(image)
+
+
+def _to_averaged_mode(image: Image.Image) -> Image.Image:
+    image = to_8_bits(image)
+    if image.info.get("transparency") is not None or image.mode == "PA":
+        return image.convert("RGBA")
+    return image if image.mode in _AVERAGED else image.convert("L" if image.mode == "1" else "RGB")
+
+
+def to_8_bits(image: Image.Image) -> Image.Image:
+    """Bring a decoded image to an 8-bit mode: 16-bit greyscale is scaled, other modes stay.
+
+    Args:
+        image (`PIL.Image.Image`):
+            An image of any mode.
+
+    Returns:
+        `PIL.Image.Image`: the image, itself where it has 8 bits already.
+
+    Raises:
+        ValueError: the values have no known range (mode `F`, or mode `I` outside 0 to 65535).
+    """
+    if image.mode == "F":
+        raise InputError(
+            "images: an image of mode 'F' (floating point) has no known range of values; scale it to 0..255 and "
+            "convert it to mode 'L' first."
+        )
+    if not image.mode.startswith("I"):
+        return image
+    values = np.asarray(image)
+    if values.min() < 0 or values.max() > 65535:
+        raise InputError(
+            f"images: an image of mode {image.mode!r} holds values from {values.min()} to {values.max()}, but "
+            "only 16-bit greyscale (0 to 65535) is known; scale it to 8 bits first."
+        )
+    # 65535 / 257 is exactly 255; PIL's own conversion clips at 255, which turns most of the image white
+    return Image.fromarray(np.round(values / 257.0).astype(np.uint8))
+
+
+__all__ = [
+    "LEAST_SIDE",
+    "MOST_PIXELS",
+    "load_reduced",
+    "shrink_factor",
+    "shrink_by_averaging",
+    "to_8_bits",
+    "apply_orientation",
+]
