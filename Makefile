@@ -47,6 +47,7 @@ check: $(INSTALLED)
 	$(RUN) -m basedpyright --pythonpath $(RUN)
 	$(RUN) -m mlinter modeling_moma
 	$(RUN) -m mlinter tokenization
+	$(VENV)/bin/lint-imports --no-cache
 
 docs: $(INSTALLED)
 	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict

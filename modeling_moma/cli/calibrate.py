@@ -47,8 +47,8 @@ def run(args: Arguments) -> None:
     with without_import_notices():
         import torch
 
-        from .. import calibrate_auxiliary_thresholds, calibrate_thresholds
         from ..calibration.auxiliary_training import save_with_processor
+        from ..calibration.thresholds import calibrate_auxiliary_thresholds, calibrate_thresholds
         from ..data.examples import check_layout, open_documents
         from ..evaluation.measures import held_out_batches, load_model
         from ..evaluation.report import router_table

@@ -64,7 +64,7 @@ def parse_arguments(arguments: list[str] | None = None) -> Arguments:
 
 def summary(manifest: dict) -> str:
     """What was written of each source and what was left out, as a table and lines."""
-    from ..utils.markdown import markdown_table
+    from ..utils.messages import markdown_table
 
     rows, notes = [], []
     for name, entry in manifest["sources"].items():

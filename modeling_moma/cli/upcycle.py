@@ -16,7 +16,7 @@ from .arguments import parse_fields
 if TYPE_CHECKING:
     import torch
 
-    from .. import UpcyclingReceipt
+    from ..upcycling.report import UpcyclingReceipt
 
 # share of its logits' norm above which a move of text is told
 _TEXT_MOVED = 0.05
@@ -89,9 +89,10 @@ def run(args: Arguments) -> None:
         import torch
         from transformers.trainer import TRAINER_STATE_NAME
 
-        from .. import parse_experts, upcycle, upcycling_receipt
         from ..hub.loading import open_model
         from ..training.stages import UPCYCLING_FILE, data_order
+        from ..upcycling.report import upcycling_receipt
+        from ..upcycling.upcycle import parse_experts, upcycle
         from ..utils.atomic_files import refuse_files, write_folder_aside
 
     # what is left of another model there, such as an optimizer, would be taken for this one's

@@ -12,8 +12,6 @@ from typing import Any
 from datasets import Dataset, Features, IterableDataset
 from datasets.arrow_writer import ArrowWriter
 
-import modeling_moma  # noqa: F401, without it a processor that lies beside a model asks to run the model's code
-
 from ..errors_moma import InputError
 from ..utils.atomic_files import path_aside
 from .encoding import DocumentEncoder, loaded_encoder

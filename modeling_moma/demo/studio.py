@@ -21,8 +21,6 @@ from PIL import Image
 from transformers import AutoModelForCausalLM, AutoProcessor, StoppingCriteria, StoppingCriteriaList, set_seed
 from transformers.generation.streamers import BaseStreamer
 
-import modeling_moma  # noqa: F401, makes the Auto classes know the model
-
 from ..errors_moma import InputError
 from ..evaluation.routing_images import record_routing
 from ..generation_moma import INTERLEAVED

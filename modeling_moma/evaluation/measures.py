@@ -23,8 +23,6 @@ from ..modeling_moma import MomaForCausalLM
 EXPERT_CHOICE = "expert_choice (sees the future, not a measure of quality)"
 # losses of `held_out_loss` by their name in reports
 LOSSES = {"text": "text", "image": "picture", "overall": "overall"}
-# trainings within this share of one another's FLOPs count as equal
-EQUAL_FLOPS = 0.02
 # nothing that a saved generation config holds may change a greedy caption
 GREEDY = {"do_sample": False, "num_beams": 1, "guidance_scale": 1.0}
 
@@ -137,11 +135,6 @@ def held_out_loss(
     for _, output in loss_outputs(model, processor, examples, batch_size, routing, description, depth_routing):
         losses.add(output)
     return losses.means()
-
-
-def gaps(causal: dict, oracle: dict) -> dict[str, float]:
-    """By which share each causal loss lies above the one that sees the future."""
-    return {name: (causal[name] - oracle[name]) / oracle[name] for name in LOSSES}
 
 
 @torch.inference_mode()

@@ -6,7 +6,7 @@ from typing import Any
 
 from ..calibration.auxiliary_training import PAPER_THRESHOLD
 from ..frames_moma import TEXT
-from ..utils.markdown import markdown_table
+from ..utils.messages import markdown_table
 from .evaluate import CAPTIONS, DRAWINGS, LOSSES, RETRIEVAL
 from .losses import WORDS
 from .measures import LOSSES as MODALITY_NAMES

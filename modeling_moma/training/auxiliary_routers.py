@@ -11,9 +11,14 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from tokenization import MomaDataCollator
 
-from .. import AuxiliaryRouterTrainer, auxiliary_report, calibrate_auxiliary_thresholds
-from ..calibration.auxiliary_training import add_auxiliary_routers, save_with_processor
+from ..calibration.auxiliary_training import (
+    AuxiliaryRouterTrainer,
+    add_auxiliary_routers,
+    auxiliary_report,
+    save_with_processor,
+)
 from ..calibration.observation import named_routers
+from ..calibration.thresholds import calibrate_auxiliary_thresholds
 from ..configuration_moma import MomaConfig
 from ..data.documents import TokenFolder
 from ..data.examples import check_layout, held_out_sets, open_documents

@@ -18,8 +18,7 @@ from ..data.sources import TRAIN, Source
 from ..errors_moma import InputError
 from ..utils.atomic_files import is_of_model, refuse_files
 from .checkpoints import read_state, whole_checkpoints
-from .loss_curves import RUN_FILE
-from .stages import examples_a_step
+from .stages import RUN_FILE, examples_a_step
 
 
 # facts by name, in sections

@@ -14,9 +14,9 @@ from ..data.stream import DocumentExamples
 from ..errors_moma import InputError
 from ..planning.costs import eta_by_modality, training_flops
 from .checkpoints import last_checkpoint
+from .stages import RUN_FILE
 
 
-RUN_FILE = "run.json"
 CURVES = {"overall": "eval_loss", "text": "eval_text_loss", "image": "eval_image_loss"}
 
 
@@ -134,32 +134,6 @@ def _training_curve(
         overall = sum(losses[name] * targets[name] for name in targets) / sum(targets.values())
         curve[entry["step"]] = {"step": entry["step"], "flops": flops_at(entry["step"]), "overall": overall, **losses}
     return list(curve.values())
-
-
-def training_of(folder: str | Path, tokens: dict[str, float]) -> dict:
-    """
-    As [`read_run`], of a run of `moma pretrain` that is finished.
-
-    Args:
-        folder: the run's output folder.
-        tokens: tokens of an example by modality, from `tokens_of_example`.
-
-    Returns:
-        `folder`, `seed`, `learning_rate` and `warmup_steps`, then what [`read_run`] tells.
-
-    Raises:
-        ValueError: no such run lies in the folder, it is not finished, or does not know its arguments.
-    """
-    run = read_run(folder, tokens)
-    arguments = json.loads((Path(folder) / RUN_FILE).read_text()).get("arguments")
-    if arguments is None:
-        raise InputError(f"{RUN_FILE} in `folder` {str(folder)!r} has no `arguments`: was it written by an older run?")
-    if run["steps"] < arguments["steps"]:
-        raise InputError(
-            f"`folder` {str(folder)!r} holds {run['steps']} of {arguments['steps']} steps: let the training finish."
-        )
-    settings = {name: arguments[name] for name in ("seed", "learning_rate", "warmup_steps")}
-    return {"folder": str(folder), **settings, **run}
 
 
 def _with_logged_load(config: MomaConfig, history: list[dict]) -> MomaConfig:

@@ -32,11 +32,10 @@ from .checkpoints import checkpoint_step, last_checkpoint, without_torn_checkpoi
 from .code_embeddings import initialize_code_embeddings
 from .fingerprints import Facts, RunFingerprint, check_output, finished_at, run_facts
 from .freezing import freeze_groups
-from .loss_curves import RUN_FILE
 from .metrics_callback import MomaMetricsCallback
 from .recipe import Recipe
 from .samples import SampleCallback
-from .stages import FollowArguments, StageTrainer, StopAt, copy_checkpoint, examples_a_step, first_step
+from .stages import RUN_FILE, FollowArguments, StageTrainer, StopAt, copy_checkpoint, examples_a_step, first_step
 from .throughput_callback import FeedingCallback
 
 

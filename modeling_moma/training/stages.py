@@ -19,11 +19,10 @@ from tokenization import MomaProcessor
 from ..errors_moma import InputError
 from ..utils.atomic_files import write_aside, write_folder_aside
 from .freezing import freeze_all_but
-from .loss_curves import RUN_FILE
 from .throughput_callback import FeedingCallback
 
 
-UPCYCLING_FILE = "upcycling.json"
+RUN_FILE, UPCYCLING_FILE = "run.json", "upcycling.json"
 # bytes of a batch's fp32 logits above which the loss is computed from a few positions at a time
 LARGEST_LOGITS = 2**28
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What people read at a terminal: errors in one line, and nothing of libraries that nobody uses."""
+"""What people read: errors in one line, tables in Markdown, and nothing of libraries that nobody uses."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 
@@ -39,4 +39,10 @@ def one_line(error: object, most: int | None = None) -> str:
     return " ".join(str(error).split())[:most]
 
 
-__all__ = ["one_line", "without_import_notices"]
+def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table whose first column is text and whose others are numbers."""
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+__all__ = ["markdown_table", "one_line", "without_import_notices"]

@@ -10,7 +10,7 @@ from emoji_recipe.judge import LEVELS
 from modeling_moma.evaluation.measures import EXPERT_CHOICE
 from modeling_moma.training.recipe import read_recipe
 from modeling_moma.utils.atomic_files import write_aside
-from modeling_moma.utils.markdown import markdown_table
+from modeling_moma.utils.messages import markdown_table
 
 
 CURVES_FILE = "curves.png"

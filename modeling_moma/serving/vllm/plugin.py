@@ -19,8 +19,6 @@ def register() -> None:
     )
 
     # the import registers the Auto classes
-    import modeling_moma  # noqa: F401
-
     from .settings import MomaArchConfigConvertor, MomaServingConfig
 
     MODEL_ARCH_CONFIG_CONVERTORS[MODEL_TYPE] = MomaArchConfigConvertor
