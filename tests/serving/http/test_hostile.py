@@ -26,7 +26,7 @@ from benchmarks.serving_requests import CHAT, COMPLETIONS, message  # noqa: E402
 from helpers.hostile_requests import RESPONSES, hostile_requests  # noqa: E402
 from helpers.recorders import recorder  # noqa: E402
 from modeling_moma.cli.main import main as moma  # noqa: E402
-from modeling_moma.serving.http.server import RESERVED  # noqa: E402
+from modeling_moma.serving.http.command import reserved_names  # noqa: E402
 from server_process import running  # noqa: E402
 
 
@@ -289,7 +289,7 @@ def test_this_machine_answers_to_its_addresses_and_to_no_name_that_others_give_i
 
 
 def test_what_rules_the_template_is_no_variable_of_it():
-    assert {"sanitize_control_tokens", "chat_template", "tokenize", "truncation", "images", "messages"} <= RESERVED
+    assert {"sanitize_control_tokens", "chat_template", "tokenize", "truncation", "images", "messages"} <= reserved_names()
 
 
 def test_named_arguments_reach_the_template_and_no_others(named):
