@@ -10,7 +10,7 @@ from huggingface_hub.errors import StrictDataclassClassValidationError, StrictDa
 
 from helpers.reference import GROUPS
 from helpers.tiny import IMAGE_IDS, tiny_config
-from modeling_moma.configuration_moma import MomaConfig
+from modeling_moma.configuration_moma import PRESET_EXPERTS, MomaConfig
 from modeling_moma.modeling_moma import MomaForCausalLM
 
 
@@ -416,3 +416,9 @@ def test_modalities_start_with_text_and_go_on_by_name():
     assert config.expert_groups == {"all": ["text", "audio", "image"]}
     config.modality_token_ranges = {"speech": [[30, 40]], "image": [list(IMAGE_IDS)]}
     assert config.modalities == ["text", "image", "speech"]
+
+
+def test_a_preset_is_one_entry(monkeypatch):
+    monkeypatch.setitem(PRESET_EXPERTS, "2t6i", {"text": 2, "image": 6})
+    assert "moma-90m-2t6i" in MomaConfig.preset_names()
+    assert MomaConfig.from_preset("moma-90m-2t6i").num_experts == {"text": 2, "image": 6}

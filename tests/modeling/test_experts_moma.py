@@ -197,3 +197,26 @@ def test_products_of_unequal_shares_follow_autocast(routing):
     assert_near(output, reference_group(group, x, routing)[0], 2e-2)
     gradients(group, output, x)
     assert group.experts.gate_up_proj.dtype == torch.float32
+
+
+@pytest.mark.parametrize("takes_hints", [False, True])
+@pytest.mark.parametrize("routing", ["expert_choice", "threshold"])
+def test_an_implementation_that_is_added_says_itself_whether_it_takes_hints(routing, takes_hints):
+    told = []
+
+    def own(self, hidden_states, top_k_index, top_k_weights, **hints):
+        told.append(set(hints))
+        return batched_mm_experts_forward(self, hidden_states, top_k_index, top_k_weights)
+
+    if takes_hints:
+        own.takes_hints = True
+    ALL_EXPERTS_FUNCTIONS.register("own", own)
+    try:
+        model = tiny_model(**GROUPS["4t4i"]).eval()
+        expected = model(mixed_ids(), routing=routing).logits
+        model.set_experts_implementation("own")
+        torch.testing.assert_close(model(mixed_ids(), routing=routing).logits, expected, rtol=1e-4, atol=1e-5)
+    finally:
+        ALL_EXPERTS_FUNCTIONS._global_mapping.pop("own")
+    hints = {"num_taken"} if routing == "expert_choice" else {"is_sorted", "ends_E"}
+    assert told and all(each == (hints if takes_hints else set()) for each in told)
