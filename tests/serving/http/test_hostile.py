@@ -291,13 +291,6 @@ def test_this_machine_answers_to_its_addresses_and_to_no_name_that_others_give_i
 def test_what_rules_the_template_is_no_variable_of_it():
     names = {"sanitize_control_tokens", "chat_template", "tokenize", "truncation", "images", "messages"}
     assert names <= reserved_names()
-        "sanitize_control_tokens",
-        "chat_template",
-        "tokenize",
-        "truncation",
-        "images",
-        "messages",
-    } <= reserved_names()
 
 
 def test_named_arguments_reach_the_template_and_no_others(named):
