@@ -201,7 +201,7 @@ class CpuAttention(nn.Module):
     def attention_implementation(self) -> str:
         """As that of the plain class, with [`cpu_attention_forward`] in place of `"sdpa"`."""
         name = super().attention_implementation()  # pyright: ignore[reportAttributeAccessIssue]
-        return CPU_ATTENTION if name == "sdpa" and _lacks_instructions() else name
+        return CPU_ATTENTION if name == "sdpa" and _may_lack_instructions() else name
 
     def store(
         self, cache: Cache, key: torch.Tensor, value: torch.Tensor, **kwargs
@@ -212,9 +212,8 @@ class CpuAttention(nn.Module):
         return super().store(cache, key, value, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
 
 
-@cache
-def _lacks_instructions() -> bool:
-    return not all(map(has_instructions, _ATTENTION_INSTRUCTIONS.values()))
+def _may_lack_instructions() -> bool:
+    return not torch.compiler.is_compiling() and not all(map(has_instructions, _ATTENTION_INSTRUCTIONS.values()))
 
 
 def cpu_attention_forward(

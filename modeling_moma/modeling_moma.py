@@ -572,7 +572,9 @@ class MomaPreTrainedModel(PreTrainedModel):
         # a configuration that was loaded before the model's code did not know of any rule
         check_rules(self.config)
         super().post_init()
-        use_cpu_layers(self)
+        # quantizers look for plain linear layers by their class
+        if getattr(self.config, "quantization_config", None) is None:
+            use_cpu_layers(self)
 
     @classmethod
     def from_pretrained(cls, *args, **kwargs) -> Self:
@@ -584,6 +586,7 @@ class MomaPreTrainedModel(PreTrainedModel):
                 module.requires_grad_(False)
         if getattr(model, "is_quantized", False):
             use_quantized_layers(model)
+            use_cpu_layers(model)
         return loaded
 
     def get_correct_experts_implementation(self, requested_experts: str | None) -> str:

@@ -332,7 +332,7 @@ def test_a_plain_push_of_the_configuration_carries_its_code(server, plain):
     files = server.store.files(f"{PLAIN}-config")
     config = json.loads(server.store.blob(files["config.json"]["sha256"]).read_text())
     assert config["auto_map"] == AUTO_MAP
-    assert {"configuration_moma.py", "parameter_counts_moma.py"} <= files.keys()
+    assert {"configuration_moma.py", "compat_moma.py"} <= files.keys()
 
 
 def test_weights_of_an_older_layout_do_not_stay(server, push, folders):

@@ -191,7 +191,7 @@ def test_a_missing_file_is_named(folder, name):
 
 def test_every_file_of_code_is_needed(folder):
     code = sorted(path.name for path in folder.glob("*.py"))
-    assert {"modeling_moma.py", "rotary_moma.py", "processing_moma.py", "trunk_moma_vq.py"} <= set(code)
+    assert {"modeling_moma.py", "routing_moma.py", "processing_moma.py", "trunk_moma_vq.py"} <= set(code)
     for name in code:
         aside = (folder / name).rename(folder.parent / name)
         assert f"{name} is missing" in refusal(folder), name
@@ -244,7 +244,7 @@ BROKEN_FILES = {
     "no such module": (set_auto("modeling_llama.Llama"), "'modeling_llama.Llama', but modeling_llama.py is missing"),
     "code elsewhere": (set_auto("a/b--modeling_moma.MomaModel"), "'a/b--modeling_moma.MomaModel', code of another"),
     "no Python": (write("modeling_moma.py", "def broken(:\n"), "modeling_moma.py is no Python"),
-    "no Python within": (write("rotary_moma.py", "def broken(:\n"), "rotary_moma.py is no Python"),
+    "no Python within": (write("routing_moma.py", "def broken(:\n"), "routing_moma.py is no Python"),
     "no JSON": (cut("config.json", 100), "config.json cannot be read as JSON"),
     "no object": (write("tokenizer.json", "[]"), "tokenizer.json holds a list"),
     "cut weights": (

@@ -58,7 +58,12 @@ def test_a_depth_layer_names_whom_it_left_out_and_its_experts_take_the_others(de
     fields = {"depth_inference_routing": depth_routing, "auxiliary_routers": depth_routing == "auxiliary"}
     model = model_of(num_experts={"text": 1, "image": 3}, depth_layers=[1], depth_capacity=0.5, **fields)
     with torch.no_grad():
-        model.model.layers[1].depth_router.threshold.fill_(0.5)
+        router = model.model.layers[1].depth_router
+        router.threshold.fill_(0.5)
+        if depth_routing == "auxiliary":
+            # predictions on both sides of one half
+            for layer in (router.auxiliary.up_proj, router.auxiliary.down_proj):
+                layer.weight.normal_(generator=torch.Generator().manual_seed(0))
     chosen = []
     handle = model.model.layers[1].depth_router.register_forward_hook(
         lambda module, args, output: chosen.append(output[1].chosen_BT[0].tolist())

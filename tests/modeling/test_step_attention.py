@@ -80,6 +80,7 @@ def test_models_go_through_it_under_sdpa_alone(implementation, monkeypatch):
         asked.append(0)
         return cpu_attention_forward(*args, **kwargs)
 
+    monkeypatch.setattr(cpu_moma, "has_instructions", lambda name: False)
     monkeypatch.setitem(AttentionInterface._global_mapping, CPU_ATTENTION, spy)
     model = tiny_model(attn_implementation=implementation).eval()
     model(torch.randint(5, 16, (2, 3)))

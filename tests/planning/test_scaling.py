@@ -2,7 +2,7 @@
 import pytest
 import torch
 
-from modeling_moma import dispatch_moma
+from modeling_moma import cpu_moma
 from modeling_moma.configuration_moma import MomaConfig
 from modeling_moma.modeling_moma import MomaExperts, MomaForCausalLM
 from modeling_moma.planning.layouts import Layout
@@ -123,7 +123,7 @@ def saved_bytes(config, checkpointing=False):
 @pytest.mark.parametrize("name", CONFIGS)
 def test_activations_are_near_what_a_built_model_keeps(name, monkeypatch):
     # as on an accelerator; a CPU keeps less
-    monkeypatch.setattr(dispatch_moma, "is_on_host", lambda tensor: False)
+    monkeypatch.setattr(cpu_moma, "_CPU", ())
     config = config_of(name)
     # kept are the logits and their log-softmax; their gradients come on top
     gradients = TOKENS * config.vocab_size * 4 * 2
