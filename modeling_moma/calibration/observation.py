@@ -27,15 +27,24 @@ class RouterRecord:
     """What one router saw in one forward, and whom its top K would hold.
 
     Attributes:
-        name: of the router among the model's modules.
-        router: itself.
-        hidden_ND: its input, detached, `[N, D]`.
-        scores_NS: noise-free scores, fp32, `[N, S]`.
-        is_member_NS: membership in the top K, `[N, S]`.
-        is_taken_NS: whom the forward itself took, under the routing that it ran, `[N, S]`.
-        cut_NS: which of the `C` cuts decides, `[N, S]`.
-        threshold_C: cuts of this forward alone as training would record them, `[C]`.
-        count_C: 1, or 0 where there was no token to judge by, `[C]`.
+        name (`str`):
+            of the router among the model's modules.
+        router (`MomaRouterBase`):
+            itself.
+        hidden_ND (`torch.Tensor`):
+            its input, detached, `[N, D]`.
+        scores_NS (`torch.Tensor`):
+            noise-free scores, fp32, `[N, S]`.
+        is_member_NS (`torch.Tensor`):
+            membership in the top K, `[N, S]`.
+        is_taken_NS (`torch.Tensor`):
+            whom the forward itself took, under the routing that it ran, `[N, S]`.
+        cut_NS (`torch.Tensor`):
+            which of the `C` cuts decides, `[N, S]`.
+        threshold_C (`torch.Tensor`):
+            cuts of this forward alone as training would record them, `[C]`.
+        count_C (`torch.Tensor`):
+            1, or 0 where there was no token to judge by, `[C]`.
     """
 
     name: str
@@ -106,17 +115,21 @@ Rule = Callable[[RouterRecord], torch.Tensor]
 
 
 def threshold_rule(record: RouterRecord) -> torch.Tensor:
-    """Whom the routing `threshold` takes."""
+    """Return which tokens the routing `threshold` takes."""
     return record.scores_NS >= record.router.threshold[record.cut_NS]
 
 
 def auxiliary_rule(record: RouterRecord) -> torch.Tensor:
-    """Whom the routing `auxiliary` takes."""
+    """Return which tokens the routing `auxiliary` takes."""
     return record.predicted_NS >= record.router.auxiliary.threshold[record.cut_NS]
 
 
 def named_routers(model: torch.nn.Module) -> dict[str, MomaRouterBase]:
-    """All routers of a model, of experts and of depth layers, by module name.
+    """Return all routers of a model, of experts and of depth layers, by module name.
+
+    Args:
+        model (`torch.nn.Module`):
+            the model.
 
     Raises:
         ValueError: it has none.
@@ -132,11 +145,13 @@ def named_routers(model: torch.nn.Module) -> dict[str, MomaRouterBase]:
 
 @contextmanager
 def observed_routers(model: torch.nn.Module, observe: Callable[[RouterRecord], object]):
-    """Within this context `observe` is called inside every forward, after each router, also of groups without tokens.
+    """Call `observe` inside every forward of this context, after each router, also of groups without tokens.
 
     Args:
-        model: its routers have to be in eval mode: in training their scores may carry noise.
-        observe: gets a [`RouterRecord`]; what it returns is ignored.
+        model (`torch.nn.Module`):
+            its routers have to be in eval mode: in training their scores may carry noise.
+        observe (`Callable`):
+            gets a [`RouterRecord`]; what it returns is ignored.
 
     Raises:
         ValueError: the model has no routers.
@@ -164,7 +179,7 @@ def observed_routers(model: torch.nn.Module, observe: Callable[[RouterRecord], o
 
 @contextmanager
 def evaluation_mode(model: torch.nn.Module):
-    """Within this context the model is in eval mode; then every module gets its own flag back."""
+    """Put the model in eval mode within this context; then every module gets its own flag back."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -184,10 +199,14 @@ def run_observed(
     """Run batches through the decoder in eval mode, without the head, and show `observe` all routers.
 
     Args:
-        model: not changed.
-        batches: its inputs; `labels` are left out.
-        observe: gets a [`RouterRecord`] of each router and batch.
-        routing: the routing under which the hidden states arise.
+        model (`PreTrainedModel`):
+            not changed.
+        batches (`Iterable[dict[str, torch.Tensor]]`):
+            its inputs; `labels` are left out.
+        observe (`Callable`):
+            gets a [`RouterRecord`] of each router and batch.
+        routing (`str`, *optional*, defaults to `"expert_choice"`):
+            the routing under which the hidden states arise.
 
     Raises:
         ValueError: there is no batch, or the model has no routers.

@@ -38,13 +38,16 @@ def calibrate_thresholds(
     warning names it. Another one tells where no inference routing of the config would read the thresholds.
 
     Args:
-        model: a `MomaForCausalLM` or `MomaModel`; changed in place.
-        batches: inputs of the model, of the batch size of the training where possible. `labels` are left out. They are
-            run twice.
-        routing: the routing under which the hidden states arise.
+        model (`PreTrainedModel`):
+            a `MomaForCausalLM` or `MomaModel`; changed in place.
+        batches (`Iterable[dict[str, torch.Tensor]]`):
+            inputs of the model, of the batch size of the training where possible. `labels` are left out. They are run
+            twice.
+        routing (`str`, *optional*, defaults to `"expert_choice"`):
+            the routing under which the hidden states arise.
 
     Returns:
-        See [`auxiliary_report`], with the rule `"threshold"` alone, on the same batches.
+        `list[dict]`: see [`auxiliary_report`], with the rule `"threshold"` alone, on the same batches.
 
     Raises:
         ValueError: there is no batch, or the model has no routers.
@@ -88,12 +91,15 @@ def calibrate_auxiliary_thresholds(
     at the cut, all of them are taken; the report's `load` counts them.
 
     Args:
-        model: with `config.auxiliary_routers`, trained; changed in place.
-        batches: held-out inputs, see [`calibrate_thresholds`].
-        routing: the routing under which the hidden states arise.
+        model (`PreTrainedModel`):
+            with `config.auxiliary_routers`, trained; changed in place.
+        batches (`Iterable[dict[str, torch.Tensor]]`):
+            held-out inputs, see [`calibrate_thresholds`].
+        routing (`str`, *optional*, defaults to `"expert_choice"`):
+            the routing under which the hidden states arise.
 
     Returns:
-        See [`auxiliary_report`], with the rule `"auxiliary"` alone, on the same batches.
+        `list[dict]`: see [`auxiliary_report`], with the rule `"auxiliary"` alone, on the same batches.
 
     Raises:
         ValueError: there is no batch, or the model has no auxiliary routers.
@@ -114,7 +120,8 @@ def require_auxiliary_routers(model: PreTrainedModel):
     """Check that a model has auxiliary routers.
 
     Args:
-        model: its config tells.
+        model (`PreTrainedModel`):
+            its config tells.
 
     Raises:
         ValueError: it has none.
@@ -132,7 +139,7 @@ def _mean_cuts(
     threshold_of: Callable[[RouterRecord], torch.Tensor],
     routing: str,
 ) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """Mean over the batches of all processes, and the number of batches that voted, by router."""
+    """Return mean over the batches of all processes, and the number of batches that voted, by router."""
     routers = named_routers(model)
     sums = {name: torch.zeros(2, *router.threshold.shape, dtype=torch.float64) for name, router in routers.items()}
 
