@@ -47,13 +47,14 @@ _TAKEN_FIELDS = (*SAME_NAMED_FIELDS, "vocab_size", "rope_parameters", "attention
 
 
 def config_from_chameleon(config: Mapping) -> MomaConfig:
-    """The MoMa 1t1i configuration that computes what a Chameleon computes.
+    """Return the MoMa 1t1i configuration that computes what a Chameleon computes.
 
     Args:
-        config: contents of the `config.json` of a `ChameleonForConditionalGeneration`.
+        config (`Mapping`):
+            contents of the `config.json` of a `ChameleonForConditionalGeneration`.
 
     Returns:
-        `norm_placement="post"` where the source has `swin_norm` (34B), else `"pre"` (7B);
+        `MomaConfig`: `norm_placement="post"` where the source has `swin_norm` (34B), else `"pre"` (7B);
         `qk_norm="layernorm_per_head"`; special ids by their names in `vocabulary_map`, as the ids of released
         configurations disagree with it.
 
@@ -97,14 +98,16 @@ def _source_config(config: Mapping) -> ChameleonConfig:
 
 
 def chameleon_entries(reader: CheckpointReader, config: MomaConfig) -> list[Entry]:
-    """How each tensor of the MoMa comes about: all are taken, and the image expert is a copy of the text expert.
+    """Return the source of each tensor: all are taken, and the image expert is a copy of the text expert.
 
     Args:
-        reader: the source.
-        config: as [`config_from_chameleon`] gives.
+        reader (`CheckpointReader`):
+            the source.
+        config (`MomaConfig`):
+            as [`config_from_chameleon`] gives.
 
     Returns:
-        Layer by layer.
+        `list[Entry]`: layer by layer.
     """
     width, vocab = config.hidden_size, config.vocab_size
     entries = [Entry("model.embed_tokens.weight", (vocab, width), ("model.embed_tokens.weight",))]
@@ -166,19 +169,26 @@ def convert_chameleon(
     same, and the log and the receipt say what is missing.
 
     Args:
-        source: folder of a `ChameleonForConditionalGeneration`: `config.json`, weights, and best the files of its
+        source (`str | Path`):
+            folder of a `ChameleonForConditionalGeneration`: `config.json`, weights, and best the files of its
             processor.
-        output: the MoMa's folder; missing or empty.
-        dtype: of the output's language model; by default the source's. The probe compares with the source rounded
+        output (`str | Path`):
+            the MoMa's folder; missing or empty.
+        dtype (`torch.dtype`, *optional*):
+            of the output's language model; by default the source's. The probe compares with the source rounded
             likewise. The picture tokenizer is in float32.
-        allow_pickle: read `pytorch_model.bin` and `vqgan.ckpt`.
-        max_shard_size: size of the files.
-        probe: compare the logits of both models on a batch.
-        vqgan: the original picture tokenizer, which has the decoder that checkpoints of Transformers lack; see
+        allow_pickle (`bool`, *optional*, defaults to `False`):
+            read `pytorch_model.bin` and `vqgan.ckpt`.
+        max_shard_size (`int | str`, *optional*, defaults to `"2GB"`):
+            size of the files.
+        probe (`bool`, *optional*, defaults to `True`):
+            compare the logits of both models on a batch.
+        vqgan (`str | Path`, *optional*):
+            the original picture tokenizer, which has the decoder that checkpoints of Transformers lack; see
             [`read_vqgan`].
 
     Returns:
-        Counts of keys, and the relative difference of the logits before the source masks the pictures'.
+        `Receipt`: counts of keys, and the relative difference of the logits before the source masks the pictures'.
 
     Raises:
         CheckpointError: the source cannot be read or converted, or `vqgan` is not its picture tokenizer.
@@ -206,7 +216,7 @@ def convert_chameleon(
 def _convert_pictures(
     reader: CheckpointReader, vqgan: str | Path | None, allow_pickle: bool
 ) -> tuple[Callable[[Path], object] | None, str]:
-    """What writes the picture tokenizer into a folder, and what the receipt says of it."""
+    """Return a function that writes the picture tokenizer into a folder, and what the report says of it."""
     source = _source_config(reader.config)
     vocabulary = PictureVocabulary.from_map(source.vocabulary_map)
     try:
@@ -242,7 +252,7 @@ def _save_vq_model(vq_model: MomaVQModel, folder: Path) -> None:
 
 
 def _per_head_norms(reader: CheckpointReader, entries: list[Entry]) -> ChangedWeights:
-    """The source's tensors as Transformers wants them, with a row of each query-key norm for each head."""
+    """Return the source's tensors as Transformers wants them, with a row of each query-key norm for each head."""
     builds = {entry.sources[0]: entry.build for entry in entries if entry.source_shapes is not None}
     return ChangedWeights(reader, lambda name, tensor: builds[name](tensor) if name in builds else tensor)
 

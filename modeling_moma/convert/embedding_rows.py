@@ -56,13 +56,17 @@ def extend_rows(old: torch.Tensor, num_rows: int, new_ids: Sequence[int], genera
     """Give an embedding rows for new tokens: the mean of the old rows, and noise of 0.1 of their standard deviation.
 
     Args:
-        old: the source's embedding, `[V, D]`.
-        num_rows: rows of the result.
-        new_ids: rows to draw: all beyond the old ones, and old ones that no token used.
-        generator: of the noise.
+        old (`torch.Tensor`):
+            the source's embedding, `[V, D]`.
+        num_rows (`int`):
+            rows of the result.
+        new_ids (`Sequence[int]`):
+            rows to draw: all beyond the old ones, and old ones that no token used.
+        generator (`torch.Generator`):
+            of the noise.
 
     Returns:
-        `[num_rows, D]`, in the type of the old rows.
+        `torch.Tensor`: `[num_rows, D]`, in the type of the old rows.
     """
     new = torch.tensor(new_ids)
     is_kept = torch.ones(len(old), dtype=torch.bool)
@@ -86,13 +90,20 @@ class PictureTexts:
     """Token ids of texts with a picture each, before the words or after them.
 
     Args:
-        words: ids of each text as a prompt begins, and as it goes on after a picture.
-        opening: ids before a picture that comes first.
-        begin: id of the token before a picture.
-        end: id of the token after it.
-        code_ids: ids of the codes.
-        num_codes: codes of a picture here.
-        odd: ids of words at random, as states before codes are unusual, too, and shall not be taken for these.
+        words (`Sequence[tuple[Sequence[int], Sequence[int]]]`):
+            ids of each text as a prompt begins, and as it goes on after a picture.
+        opening (`Sequence[int]`):
+            ids before a picture that comes first.
+        begin (`int`):
+            id of the token before a picture.
+        end (`int`):
+            id of the token after it.
+        code_ids (`Sequence[int]`):
+            ids of the codes.
+        num_codes (`int`):
+            codes of a picture here.
+        odd (`Sequence[Sequence[int]]`):
+            ids of words at random, as states before codes are unusual, too, and shall not be taken for these.
     """
 
     words: Sequence[tuple[Sequence[int], Sequence[int]]]
@@ -104,7 +115,7 @@ class PictureTexts:
     odd: Sequence[Sequence[int]]
 
     def batch(self, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Ids, padded with -1, and the kind of each position, both `[B, T]`; every seed draws other codes."""
+        """Return ids, padded with -1, and the kind of each position, both `[B, T]`; every seed draws other codes."""
         generator = torch.Generator().manual_seed(seed)
         rows, kinds = [], []
         for place, (opened, plain) in enumerate(self.words):
@@ -154,7 +165,7 @@ def fit_code_rows(
     head: str,
     tick: Callable[[], object] = lambda: None,
 ) -> torch.Tensor:
-    """Rows of the head with which codes follow codes and words follow words, each code as likely as the next.
+    """Return rows of the head with which codes follow codes and words follow words, each code as likely as the next.
 
     A new token whose row is the mean of the others has the mean of their logits, which a model that is sure of its
     words leaves far behind: pictures then begin at a loss far above that of a guess among all tokens. The codes share
@@ -163,14 +174,19 @@ def fit_code_rows(
     as they are.
 
     Args:
-        config: the target's.
-        weights: its tensors by name, with rows of [`extend_rows`].
-        texts: with pictures.
-        head: name of the tensor that gives the logits; that of the embedding where they are tied.
-        tick: called after every round.
+        config (`MomaConfig`):
+            the target's.
+        weights (`Mapping[str, torch.Tensor]`):
+            its tensors by name, with rows of [`extend_rows`].
+        texts (`PictureTexts`):
+            with pictures.
+        head (`str`):
+            name of the tensor that gives the logits; that of the embedding where they are tied.
+        tick (`Callable`, *optional*, defaults to `lambda: None`):
+            called after every round.
 
     Returns:
-        New rows of the head for the codes, `[C, D]`.
+        `torch.Tensor`: new rows of the head for the codes, `[C, D]`.
     """
     is_tied = config.tie_word_embeddings
     # before the head is in memory
@@ -195,13 +211,17 @@ def fit_code_rows(
 
 @torch.no_grad()
 def picture_loss(config: MomaConfig, weights: Mapping[str, torch.Tensor], texts: PictureTexts, head: str) -> float:
-    """Mean cross-entropy of the codes in nats over the whole vocabulary, on codes that no fit has seen.
+    """Return mean cross-entropy of the codes in nats over the whole vocabulary, on codes that no fit has seen.
 
     Args:
-        config: the model's.
-        weights: its tensors by name.
-        texts: with pictures.
-        head: name of the tensor that gives the logits.
+        config (`MomaConfig`):
+            the model's.
+        weights (`Mapping[str, torch.Tensor]`):
+            its tensors by name.
+        texts (`PictureTexts`):
+            with pictures.
+        head (`str`):
+            name of the tensor that gives the logits.
     """
     ids_BT, kind_BT = texts.batch(seed=ROUNDS)
     state_ND, kind_N = _states(config, weights, texts, seed=ROUNDS)
@@ -215,7 +235,7 @@ def picture_loss(config: MomaConfig, weights: Mapping[str, torch.Tensor], texts:
 def _states(
     config: MomaConfig, weights: Mapping[str, torch.Tensor], texts: PictureTexts, seed: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Last hidden states `[N, D]` of all positions and their kinds `[N]`."""
+    """Return last hidden states `[N, D]` of all positions and their kinds `[N]`."""
     ids_BT, kind_BT = texts.batch(seed)
     model = streamed_model(MomaForCausalLM, config, weights)
     output = model.model(input_ids=ids_BT.clamp_min(0), attention_mask=(ids_BT >= 0).long(), use_cache=False)
@@ -223,7 +243,7 @@ def _states(
 
 
 def _log_sum_exp(state_ND: torch.Tensor, head_VD: torch.Tensor, without: Sequence[int]) -> torch.Tensor:
-    """`log sum exp` `[N]` of the logits of all tokens but some, in pieces of the vocabulary."""
+    """Return `log sum exp` `[N]` of the logits of all tokens but some, in pieces of the vocabulary."""
     hidden_V = torch.zeros(len(head_VD))
     hidden_V[list(without)] = -torch.inf
     result_N = torch.full((len(state_ND),), -torch.inf)
@@ -236,7 +256,7 @@ def _log_sum_exp(state_ND: torch.Tensor, head_VD: torch.Tensor, without: Sequenc
 def _fit_shared(
     state_ND: torch.Tensor, kind_N: torch.Tensor, words_N: torch.Tensor, mean_D: torch.Tensor, num_codes: int
 ) -> torch.Tensor:
-    """The vector that all codes share, by Newton's method in the space that the states span."""
+    """Return the vector that all codes share, by Newton's method in the space that the states span."""
     chosen_N = kind_N != NEITHER
     state_ND, kind_N, words_N = state_ND[chosen_N].double(), kind_N[chosen_N], words_N[chosen_N].double()
     is_code_N = (kind_N == CODES).double()
@@ -272,7 +292,7 @@ def _fit_shared(
 
 
 def _levelled(noise_CD: torch.Tensor, state_ND: torch.Tensor) -> torch.Tensor:
-    """Noise without the part that states before codes would see most of, so that no code is likelier than another."""
+    """Return noise without the part that states before codes see most of, so that no code is likelier than another."""
     dimensions = min(LEVELLED, noise_CD.shape[1] // 4)
     _, _, directions_RD = torch.linalg.svd(state_ND, full_matrices=False)
     directions_RD = directions_RD[:dimensions]

@@ -40,11 +40,14 @@ class GgufReader(TensorSource):
     where `from_pretrained(gguf_file=...)` holds the whole model. All come as float32.
 
     Args:
-        folder: holds the file.
-        file: its name.
+        folder (`str | Path`):
+            holds the file.
+        file (`str`):
+            its name.
 
     Attributes:
-        source_config: as Transformers makes it of the file.
+        source_config (`PreTrainedConfig`):
+            as Transformers makes it of the file.
 
     Raises:
         CheckpointError: no such file, the package `gguf` is missing, or Transformers cannot read the file.
@@ -67,18 +70,22 @@ class GgufReader(TensorSource):
 
     @functools.cached_property
     def config(self) -> dict:
+        """The configuration that Transformers reads from the file."""
         return self.source_config.to_dict()
 
     @functools.cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the tensors, by name."""
         return {name: tensor.shape for name, tensor in self._tensors.items()}
 
     @functools.cached_property
     def dtypes(self) -> dict[str, torch.dtype]:
+        """Types of the tensors, by name; what is quantised is read in fp32."""
         return dict.fromkeys(self._tensors, torch.float32)
 
     @functools.cached_property
     def files(self) -> dict[str, Path]:
+        """The file of each tensor, by name."""
         return dict.fromkeys(self._tensors, self.path)
 
     def read(self, name: str, rows: slice | None = None) -> torch.Tensor:

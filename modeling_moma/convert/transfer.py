@@ -45,7 +45,7 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 def unchanged(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor as it is."""
+    """Return the tensor as it is."""
     return tensor
 
 
@@ -54,13 +54,19 @@ class Entry:
     """How one tensor of the target comes about.
 
     Args:
-        name: its key in `MomaForCausalLM`.
-        shape: its shape.
-        sources: keys of the source that it needs.
-        build: makes it of these tensors.
-        kind: `"taken"` (a tensor of the source, as it is or rearranged), `"copied"` (a further copy of one that
-            another entry takes) or `"new"`.
-        source_shapes: shapes that the sources must have; by default that of the target.
+        name (`str`):
+            its key in `MomaForCausalLM`.
+        shape (`tuple[int, ...]`):
+            its shape.
+        sources (`tuple[str, ...]`, *optional*, defaults to `()`):
+            keys of the source that it needs.
+        build (`Callable`, *optional*, defaults to `unchanged`):
+            makes it of these tensors.
+        kind (`Literal["taken", "copied", "new"]`, *optional*, defaults to `"taken"`):
+            `"taken"` (a tensor of the source, as it is or rearranged), `"copied"` (a further copy of one that another
+            entry takes) or `"new"`.
+        source_shapes (`tuple[tuple[int, ...], ...]`, *optional*):
+            shapes that the sources must have; by default that of the target.
     """
 
     name: str
@@ -97,20 +103,30 @@ def transfer(
     that are no more are cleared away.
 
     Args:
-        reader: the source.
-        config: of the target.
-        entries: one for every parameter and persistent buffer of the target; none for a tied head.
-        output: the target's folder; missing or empty.
-        ignored: patterns (as of `fnmatch`) of keys of the source that may be left out, each with the reason.
-        max_shard_size: size of the target's files.
-        dtype: of the target's floating-point tensors; by default that of their sources.
-        generation_config: by default what follows from `config`.
-        extras: writes further files into the folder that it is given, as a processor.
-        probe: gets a reader of the written tensors and returns a [`ProbeResult`]; with a relative difference above
+        reader (`TensorSource`):
+            the source.
+        config (`MomaConfig`):
+            of the target.
+        entries (`Sequence[Entry]`):
+            one for every parameter and persistent buffer of the target; none for a tied head.
+        output (`str | Path`):
+            the target's folder; missing or empty.
+        ignored (`Mapping[str, str]`, *optional*):
+            patterns (as of `fnmatch`) of keys of the source that may be left out, each with the reason.
+        max_shard_size (`int | str`, *optional*, defaults to `"2GB"`):
+            size of the target's files.
+        dtype (`torch.dtype`, *optional*):
+            of the target's floating-point tensors; by default that of their sources.
+        generation_config (`GenerationConfig`, *optional*):
+            by default what follows from `config`.
+        extras (`Callable`, *optional*):
+            writes further files into the folder that it is given, as a processor.
+        probe (`Callable`, *optional*):
+            gets a reader of the written tensors and returns a [`ProbeResult`]; with a relative difference above
             `LARGEST_DIFFERENCE` the conversion fails.
 
     Returns:
-        Saved in the folder as `conversion.json`, too.
+        `Receipt`: saved in the folder as `conversion.json`, too.
 
     Raises:
         CheckpointError: a key is missing, surplus or of another shape, the output exists or comes to exist meanwhile,
@@ -190,12 +206,15 @@ def check_source(reader: TensorSource, entries: Sequence[Entry], ignored: Mappin
     """Compare the keys and shapes of a source with what the entries need, and count them.
 
     Args:
-        reader: the source.
-        entries: see [`transfer`].
-        ignored: see [`transfer`].
+        reader (`TensorSource`):
+            the source.
+        entries (`Sequence[Entry]`):
+            see [`transfer`].
+        ignored (`Mapping[str, str]`):
+            see [`transfer`].
 
     Returns:
-        Counts of keys alone.
+        `Receipt`: counts of keys alone.
 
     Raises:
         CheckpointError: a key is missing, surplus or of another shape.
