@@ -27,8 +27,10 @@ class OnnxImageTokenizer(NamedTuple):
     """Files of [`export_image_tokenizer`].
 
     Attributes:
-        encoder (`Path`): `pixel_values` fp32 `[B, C, H, W]` in [-1, 1] to `image_tokens` int64 `[B, S]`.
-        decoder (`Path`, *optional*): `image_tokens` to `pixel_values`; `None` where the model has no decoder.
+        encoder (`Path`):
+            `pixel_values` fp32 `[B, C, H, W]` in [-1, 1] to `image_tokens` int64 `[B, S]`.
+        decoder (`Path`, *optional*):
+            `image_tokens` to `pixel_values`; `None` where the model has no decoder.
     """
 
     encoder: Path
@@ -60,8 +62,10 @@ def export_image_tokenizer(model: MomaVQModel, folder: str | Path) -> OnnxImageT
     read as the last code.
 
     Args:
-        model (`MomaVQModel`): in fp32, on the CPU; `processor.vq_model` of a [`MomaProcessor`].
-        folder (`str` or `Path`): where to write; made if it is missing.
+        model (`MomaVQModel`):
+            in fp32, on the CPU; `processor.vq_model` of a [`MomaProcessor`].
+        folder (`str` or `Path`):
+            where to write; made if it is missing.
 
     Returns:
         `OnnxImageTokenizer`: the paths of the files.
