@@ -14,13 +14,20 @@ class Collective:
     """One kind of exchange between GPUs, summed over a training step.
 
     Attributes:
-        name: what is exchanged.
-        kind: `"all_gather"`, `"reduce_scatter"`, `"all_reduce"` or `"all_to_all"`.
-        payload: bytes of the whole tensors: gathered, reduced, or one rank's tokens.
-        ranks: size of the group.
-        stride: distance of neighbours in the group, in ranks.
-        calls: how often the exchange starts in the step, each time with its share of the payload.
-        is_overlapped: runs beside the computation, which does not wait for it.
+        name (`str`):
+            what is exchanged.
+        kind (`str`):
+            `"all_gather"`, `"reduce_scatter"`, `"all_reduce"` or `"all_to_all"`.
+        payload (`float`):
+            bytes of the whole tensors: gathered, reduced, or one rank's tokens.
+        ranks (`int`):
+            size of the group.
+        stride (`int`):
+            distance of neighbours in the group, in ranks.
+        calls (`float`):
+            how often the exchange starts in the step, each time with its share of the payload.
+        is_overlapped (`bool`):
+            runs beside the computation, which does not wait for it.
     """
 
     name: str
@@ -48,18 +55,22 @@ class Collective:
 def training_traffic(
     config: MomaConfig, layout: Layout, tokens: int, micro_batches: int = 1, checkpointing: bool = False
 ) -> list[Collective]:
-    """What the GPUs exchange in one optimiser step.
+    """Return what the GPUs exchange in one optimiser step.
 
     Args:
-        config: the model.
-        layout: who holds what.
-        tokens: tokens of one data-parallel rank in the step, over all micro-batches.
-        micro_batches: forwards of the step. FSDP gathers weights twice and scatters gradients once in each; DDP
-            reduces once.
-        checkpointing: tokens are sent a second time when layers are computed again.
+        config (`MomaConfig`):
+            the model.
+        layout (`Layout`):
+            who holds what.
+        tokens (`int`):
+            tokens of one data-parallel rank in the step, over all micro-batches.
+        micro_batches (`int`, *optional*, defaults to `1`):
+            forwards of the step. FSDP gathers weights twice and scatters gradients once in each; DDP reduces once.
+        checkpointing (`bool`, *optional*, defaults to `False`):
+            tokens are sent a second time when layers are computed again.
 
     Returns:
-        Groups of one rank are left out.
+        `list[Collective]`: groups of one rank are left out.
 
     Raises:
         ValueError: the layout does not fit the model.
