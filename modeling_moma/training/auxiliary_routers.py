@@ -44,6 +44,7 @@ class AuxiliaryTraining(ResumedTrainer, AuxiliaryRouterTrainer):
 
 
 def make_training_arguments(args: argparse.Namespace) -> TrainingArguments:
+    """Return the command line's settings of the Trainer."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return TrainingArguments(
         output_dir=args.output,
@@ -75,6 +76,7 @@ def build_trainer(
     tokens: TokenFolder,
     facts: Facts,
 ) -> Trainer:
+    """Return the trainer of the auxiliary routers, with its data."""
     documents = [tokens.documents(source) for source in tokens.sources()]
     weights = [source.weight for source in tokens.sources()]
     examples_in_all = args.steps * args.batch_size * args.gradient_accumulation_steps
@@ -102,7 +104,13 @@ def refuse_others(args: argparse.Namespace):
 
 
 def split_batches(args: argparse.Namespace, batches: list[dict]) -> tuple[list[dict], list[dict]]:
-    """Batches to calibrate on, none with `--threshold`, and batches to report on.
+    """Return batches to calibrate on, none with `--threshold`, and batches to report on.
+
+    Args:
+        args (`argparse.Namespace`):
+            the command line.
+        batches (`list[dict]`):
+            all batches.
 
     Raises:
         ValueError: there are too few.
@@ -119,11 +127,11 @@ def split_batches(args: argparse.Namespace, batches: list[dict]) -> tuple[list[d
 
 
 def train_auxiliary_routers(args: argparse.Namespace) -> None:
-    """
-    Trains the auxiliary routers of a saved model, calibrates them, and saves the model with a report.
+    """Train the auxiliary routers of a saved model, calibrate them, and save the model with a report.
 
     Args:
-        args: of `moma train-auxiliary-routers`.
+        args (`argparse.Namespace`):
+            of `moma train-auxiliary-routers`.
 
     Raises:
         ValueError: the output folder holds another run, or this one and `--resume` is not given.

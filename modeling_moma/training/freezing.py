@@ -23,11 +23,13 @@ def freeze_groups(model: MomaPreTrainedModel, groups: list[str]) -> int:
     the hidden states of now.
 
     Args:
-        model: a `MomaForCausalLM` or `MomaModel`; changed in place.
-        groups: names of `config.expert_groups`.
+        model (`MomaPreTrainedModel`):
+            a `MomaForCausalLM` or `MomaModel`; changed in place.
+        groups (`list[str]`):
+            names of `config.expert_groups`.
 
     Returns:
-        Parameters that were frozen.
+        `int`: parameters that were frozen.
 
     Raises:
         ValueError: the model has no such group.
@@ -50,13 +52,15 @@ def freeze_all_but(model: MomaPreTrainedModel, groups: list[str]) -> list[str]:
     those that begin and end their frames; what backward gives for all other rows is set to zero.
 
     Args:
-        model: a `MomaForCausalLM` or `MomaModel`; changed in place. Its embeddings must stay whole: FSDP and DeepSpeed
+        model (`MomaPreTrainedModel`):
+            a `MomaForCausalLM` or `MomaModel`; changed in place. Its embeddings must stay whole: FSDP and DeepSpeed
             make other tensors of them, which train in every row.
-        groups: names of `config.expert_groups` that go on learning.
+        groups (`list[str]`):
+            names of `config.expert_groups` that go on learning.
 
     Returns:
-        Names of the matrices of which single rows learn. An optimizer's weight decay would shrink all rows of them, so
-        leave it out there, as `moma pretrain --train-groups` does.
+        `list[str]`: names of the matrices of which single rows learn. An optimizer's weight decay would shrink all
+        rows of them, so leave it out there, as `moma pretrain --train-groups` does.
 
     Raises:
         ValueError: the model has no such group, or `groups` is empty.
@@ -87,7 +91,7 @@ def check_groups(config: MomaConfig, groups: Sequence[str]):
 
 
 def learning_tokens(config: MomaConfig, modalities: Sequence[str]) -> torch.Tensor:
-    """True for the tokens of some modalities and for those that begin and end their frames, `[V]`."""
+    """Return True for the tokens of some modalities and for those that begin and end their frames, `[V]`."""
     indices = torch.tensor([config.modalities.index(modality) for modality in modalities])
     is_theirs_V = torch.isin(token_modalities(config, torch.arange(config.vocab_size)), indices)
     for modality, frame in config.frames.items():

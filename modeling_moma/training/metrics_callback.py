@@ -16,7 +16,9 @@ from ..token_groups_moma import is_distributed
 
 
 class MomaMetricsCallback(TrainerCallback):
-    """Adds to what `Trainer` logs, averaged since its last log, for training and for evaluation apart:
+    """Adds figures of modalities and experts to what `Trainer` logs.
+
+    They are averaged since its last log, for training and for evaluation apart:
 
     - `{modality}_loss`: mean cross-entropy of the modality's target tokens, in nats, unweighted;
     - `{group}_uncovered`, `{group}_covered_twice`: shares of the group's tokens that no expert, and that several

@@ -45,17 +45,23 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RunParts:
-    """
-    What a training is made of, but for the model itself.
+    """What a training is made of, but for the model itself.
 
     Args:
-        processor: of `--processor`.
-        tokens: of `--tokens`.
-        sources: of the recipe, or else of the tokens.
-        config: of the model.
-        training_arguments: of the Trainer.
-        first_step: steps that an earlier stage took.
-        facts: what each checkpoint holds of all this, see [`RunFingerprint`].
+        processor (`MomaProcessor`):
+            of `--processor`.
+        tokens (`TokenFolder`):
+            of `--tokens`.
+        sources (`list[Source]`):
+            of the recipe, or else of the tokens.
+        config (`MomaConfig`):
+            of the model.
+        training_arguments (`TrainingArguments`):
+            of the Trainer.
+        first_step (`int`):
+            steps that an earlier stage took.
+        facts (`Facts`):
+            what each checkpoint holds of all this, see [`RunFingerprint`].
     """
 
     processor: MomaProcessor
@@ -68,7 +74,7 @@ class RunParts:
 
 
 def read_parts(args: argparse.Namespace) -> RunParts:
-    """What the arguments of `moma pretrain` name, read before anything large is."""
+    """Return what the arguments of `moma pretrain` name, read before anything large is."""
     processor = open_processor(args.processor)
     tokens = TokenFolder(args.tokens, processor)
     sources = args.recipe.sources or tokens.sources()
@@ -83,7 +89,7 @@ def read_parts(args: argparse.Namespace) -> RunParts:
 
 
 def packing(args: argparse.Namespace, tokens: TokenFolder) -> tuple[bool, int]:
-    """Whether sequences are packed and how long they are, as the recipe has it, or else the tokens."""
+    """Return whether sequences are packed and how long they are, as the recipe has it, or else the tokens."""
     data = args.recipe.data
     if data is None:
         return tokens.manifest["packed"], tokens.manifest["sequence_length"]
@@ -91,7 +97,7 @@ def packing(args: argparse.Namespace, tokens: TokenFolder) -> tuple[bool, int]:
 
 
 def starting_config(args: argparse.Namespace, processor: MomaProcessor) -> MomaConfig:
-    """The configuration of the model that the training starts with."""
+    """Return the configuration of the model that the training starts with."""
     # routers read it when they are made
     noise = {} if args.gumbel_noise is None else {"gumbel_noise": args.gumbel_noise}
     if not args.model:
@@ -107,6 +113,7 @@ def starting_config(args: argparse.Namespace, processor: MomaProcessor) -> MomaC
 def build_model(
     args: argparse.Namespace, processor: MomaProcessor, config: MomaConfig
 ) -> "MomaForCausalLM | PeftModel":
+    """Return the model to train: loaded or fresh, with adapters or frozen groups as the command line says."""
     if args.model:
         # whatever dtype it was saved in: steps are too small for bf16 weights
         model = open_model(args.model, config=config, dtype=torch.float32)
@@ -121,14 +128,14 @@ def build_model(
 
 
 def model_config(recipe: Recipe, processor: MomaProcessor, overrides: dict[str, Any]) -> MomaConfig:
-    """The configuration of a recipe's model over a processor's vocabulary."""
+    """Return the configuration of a recipe's model over a processor's vocabulary."""
     fields = {**recipe.model, **overrides, **processor.token_layout()}
     preset = fields.pop("preset", None)
     return MomaConfig(**fields) if preset is None else MomaConfig.from_preset(preset, **fields)
 
 
 def noise_description(model: "MomaForCausalLM | PeftModel") -> str | None:
-    """What the noise of the model's expert routers will be in training, `None` without noise."""
+    """Return what the noise of the model's expert routers will be in training, `None` without noise."""
     routers = [module for module in model.modules() if isinstance(module, MomaRouter)]
     scale, steps = model.config.gumbel_noise, model.config.gumbel_noise_steps
     if not routers or not scale:
@@ -140,7 +147,7 @@ def noise_description(model: "MomaForCausalLM | PeftModel") -> str | None:
 
 
 def make_training_arguments(args: argparse.Namespace) -> TrainingArguments:
-    """The command line's and the recipe's settings of the Trainer."""
+    """Return the command line's and the recipe's settings of the Trainer."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     fields = {
         "max_steps": args.steps,
@@ -172,7 +179,7 @@ def make_training_arguments(args: argparse.Namespace) -> TrainingArguments:
 def training_stream(
     args: argparse.Namespace, tokens: TokenFolder, sources: list[Source], num_examples: int
 ) -> PackedExamples | DocumentExamples:
-    """Packed sequences or documents of their own, as the recipe has it, or else the tokens."""
+    """Return packed sequences or documents of their own, as the recipe has it, or else the tokens."""
     processor, (packed, length) = tokens.encoder.processor, packing(args, tokens)
     documents = [tokens.documents(source) for source in sources]
     weights = [source.weight for source in sources]
@@ -191,7 +198,7 @@ def training_stream(
 def sample_callback(
     args: argparse.Namespace, tokens: TokenFolder, sources: list[Source], metrics: MomaMetricsCallback
 ) -> list[SampleCallback]:
-    """What draws and captions every so often, where the recipe asks for it."""
+    """Return the callback that draws and captions every so often, where the recipe asks for it."""
     fields = args.recipe.samples
     if not fields.every:
         return []
@@ -204,6 +211,7 @@ def sample_callback(
 
 
 def build_trainer(args: argparse.Namespace, parts: RunParts | None = None) -> StageTrainer:
+    """Return the trainer of a stage, with its model and data."""
     parts = read_parts(args) if parts is None else parts
     processor, tokens, sources = parts.processor, parts.tokens, parts.sources
     training_arguments = parts.training_arguments
@@ -249,17 +257,17 @@ def build_trainer(args: argparse.Namespace, parts: RunParts | None = None) -> St
 
 
 def resumed_checkpoint(args: argparse.Namespace) -> tuple[str | None, int]:
-    """The checkpoint in the output folder that a run goes on from, and the steps that it has taken."""
+    """Return the checkpoint in the output folder that a run goes on from, and the steps that it has taken."""
     checkpoint = last_checkpoint(args.output) if args.resume else None
     return checkpoint, 0 if checkpoint is None else checkpoint_step(checkpoint)
 
 
 def pretrain(args: argparse.Namespace):
-    """
-    Trains to the end, or to `--stop-at`, and writes model, processor and records into the output folder.
+    """Train to the end, or to `--stop-at`, and write model, processor and records into the output folder.
 
     Args:
-        args: of `moma pretrain`.
+        args (`argparse.Namespace`):
+            of `moma pretrain`.
 
     Raises:
         ValueError: the output folder holds another run, or this one and `--resume` is not given.
