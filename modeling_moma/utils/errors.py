@@ -28,7 +28,7 @@ _OTHER_WAY = "Make room, and give the same command again."
 
 
 def is_input_error(error: BaseException) -> bool:
-    """Whether it says what is wrong with an input; anything else is a defect, and keeps its traceback."""
+    """Return whether an error says what is wrong with an input; any other is a defect, and keeps its traceback."""
     if isinstance(error, InputError):
         return True
     # Both take time to import, and have been where one of their errors is raised.
@@ -41,7 +41,7 @@ def is_input_error(error: BaseException) -> bool:
 
 
 def is_disk_full(error: BaseException | None) -> bool:
-    """Whether an error, or one that it came from, says that no room is left to write to."""
+    """Return whether an error, or one that it came from, says that no room is left to write to."""
     seen = set()
     while error is not None and id(error) not in seen:
         seen.add(id(error))
@@ -55,13 +55,15 @@ def is_disk_full(error: BaseException | None) -> bool:
 
 
 def full_disk_line(error: BaseException, verb: str, output: str | None) -> str:
-    """
-    What a user reads in place of a traceback.
+    """Return the line that a user reads in place of a traceback.
 
     Args:
-        error: for which [`is_disk_full`] holds.
-        verb: of `moma`.
-        output: the folder or file that it writes, `None` where it has none.
+        error (`BaseException`):
+            for which [`is_disk_full`] holds.
+        verb (`str`):
+            of `moma`.
+        output (`str | None`):
+            the folder or file that it writes, `None` where it has none.
     """
     named = error.filename if isinstance(error, OSError) and isinstance(error.filename, str) else None
     place = Path(output or named or ".").absolute()

@@ -114,6 +114,14 @@ class MovedModules(MetaPathFinder):
     ) -> ModuleSpec | None:
         """See `importlib.abc.MetaPathFinder`.
 
+        Args:
+            fullname (`str`):
+                name of the module.
+            path (`Sequence[str] | None`):
+                not used.
+            target (`ModuleType`, *optional*):
+                not used.
+
         Raises:
             ModuleNotFoundError: the name is an old one.
         """
