@@ -28,10 +28,16 @@ class CheckedServe(Serve):
     and then serves until it is told to end.
 
     Args:
-        limits: of requests.
-        image_hosts: that pictures may be fetched from.
-        api_key: which all routes but `/health` ask for.
-        enable_cors, options: of the command.
+        limits (`Limits`):
+            of requests.
+        image_hosts (`ImageHosts`):
+            that pictures may be fetched from.
+        api_key (`str`, *optional*):
+            which all routes but `/health` ask for.
+        enable_cors (`bool`, *optional*, defaults to `False`):
+            whether pages of other sites may ask.
+        options (`Any`):
+            further arguments of the command.
 
     Raises:
         ValueError: an empty key, or a server of any model that others could reach or that runs the models' own code.
