@@ -67,9 +67,9 @@ def __dir__() -> list[str]:
 
 @functools.cache
 def register_auto_classes() -> None:
-    """
-    Makes the Auto classes of Transformers know the model, its picture tokenizer and its processor. Importing the
-    package does it, but for the command `moma`: that waits until its arguments are read.
+    """Make the Auto classes of Transformers know the model, its picture tokenizer and its processor.
+
+    Importing the package does it, but for the command `moma`: that waits until its arguments are read.
     """
     # Transformers imports torchao for its quantizers
     with without_import_notices():

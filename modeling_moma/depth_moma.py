@@ -45,8 +45,10 @@ class DepthSelection:
     """What a depth layer does with every token.
 
     Attributes:
-        chosen_BT (`torch.BoolTensor`): True where the layer processes the token, `[B, T]`.
-        weight_BT (`torch.Tensor`): by what it scales the layer's update, fp32, `[B, T]`.
+        chosen_BT (`torch.BoolTensor`):
+            True where the layer processes the token, `[B, T]`.
+        weight_BT (`torch.Tensor`):
+            by what it scales the layer's update, fp32, `[B, T]`.
     """
 
     chosen_BT: torch.Tensor
@@ -66,6 +68,10 @@ class MomaDepthRouter(MomaRouterBase):
     - `token_choice` takes a token iff its score, with a bias that training nudges towards the capacity, is at least
       one half. The bias does not weigh.
     - `auxiliary` takes a token iff the auxiliary router predicts so.
+
+    Args:
+        config (`MomaConfig`):
+            gives the pools, their capacities and the rules.
 
     State dict:
         weight           [1, D]  fp32
@@ -89,8 +95,10 @@ class MomaDepthRouter(MomaRouterBase):
         """Score the tokens and choose.
 
         Args:
-            hidden_BTD (`torch.Tensor`): the residual stream, `[B, T, D]`.
-            context (`RoutingContext`): routing, modality and padding of this forward; padding is never chosen.
+            hidden_BTD (`torch.Tensor`):
+                the residual stream, `[B, T, D]`.
+            context (`RoutingContext`):
+                routing, modality and padding of this forward; padding is never chosen.
 
         Returns:
             `tuple`: router logits `[B, T]` in fp32, and the selection.
@@ -113,7 +121,7 @@ class MomaDepthRouter(MomaRouterBase):
     def rank(
         self, scores_BT: torch.Tensor, pool_BT: torch.Tensor, is_token_BT: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Membership in the top K of each pool, and the threshold of each modality's pools in the mean."""
+        """Return membership in the top K of each pool, and the mean threshold of each modality's pools."""
         num_rows, num_modalities = scores_BT.shape[0], len(self.capacities)
         num_pools = num_modalities
         if self.is_pooled_by_row:
@@ -154,7 +162,7 @@ class MomaDepthRouter(MomaRouterBase):
     def _load(
         self, chosen_BT: torch.Tensor, pool_BT: torch.Tensor, is_token_BT: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """By how much the share of chosen tokens lags behind the capacity, and whether a pool had tokens at all."""
+        """Return how far the share of chosen tokens lags behind the capacity, and whether a pool had tokens at all."""
         in_pool_GBT = torch.stack([(pool_BT == pool) & is_token_BT for pool in range(len(self.capacities))])
         count_G = in_pool_GBT.sum((1, 2))
         chosen_G = (in_pool_GBT & chosen_BT).sum((1, 2))
@@ -167,10 +175,14 @@ class DepthTokens:
     """What a rule chooses from for a depth layer.
 
     Attributes:
-        router (`MomaDepthRouter`): whose scores these are.
-        context (`RoutingContext`): of this forward.
-        hidden_BTD (`torch.Tensor`): the residual stream, `[B, T, D]`.
-        scores_BT (`torch.Tensor`): fp32, detached, `[B, T]`.
+        router (`MomaDepthRouter`):
+            whose scores these are.
+        context (`RoutingContext`):
+            of this forward.
+        hidden_BTD (`torch.Tensor`):
+            the residual stream, `[B, T, D]`.
+        scores_BT (`torch.Tensor`):
+            fp32, detached, `[B, T]`.
     """
 
     router: MomaDepthRouter
@@ -198,7 +210,7 @@ class DepthTokens:
         return torch.ones_like(self.scores_BT, dtype=torch.bool) if padding_BT is None else ~padding_BT
 
     def by_pool(self, values_G: torch.Tensor) -> torch.Tensor:
-        """Each token's own of one value for each pool, `[B, T]`, or `[1]` where there is one pool."""
+        """Give each token its pool's value, `[B, T]`, or `[1]` where there is one pool."""
         return values_G if values_G.shape[0] == 1 else values_G[self.pool_BT]
 
     @property
@@ -219,7 +231,8 @@ def depth_rule(name: str) -> Callable[[DepthFunction], DepthFunction]:
     It is called with [`DepthTokens`] and gives a mask `[B, T]`.
 
     Args:
-        name (`str`): of the rule.
+        name (`str`):
+            of the rule.
 
     Raises:
         ValueError: there is no such rule.
@@ -283,6 +296,7 @@ class DepthLayer(nn.Module):
         cache: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],  # pyright: ignore[reportGeneralTypeIssues]
     ) -> torch.Tensor:
+        """Map hidden states `[B, T, D]` to those after the layer; tokens that were not chosen stay as they are."""
         is_recorded = bool(kwargs.get("output_attentions", self.config.output_attentions))
         _, selection = self.depth_router(hidden_states, routing_context)
         # weights take part in every training step and wherever processes wait for one another; a recorded layer has
@@ -337,7 +351,7 @@ class DepthLayer(nn.Module):
         cache: Cache,
         **kwargs,
     ) -> torch.Tensor:
-        """One token in each row: those rows take part that chose it, with nothing to pack."""
+        """Prepare a step of one token in each row: those rows take part that chose it, with nothing to pack."""
         num_rows = hidden_B1D.shape[0]
         # the one device sync
         rows = [row for row, is_chosen in enumerate(selection.chosen_BT.flatten().tolist()) if is_chosen]

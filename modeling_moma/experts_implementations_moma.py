@@ -39,20 +39,26 @@ def moma_experts_forward(
     is_sorted: bool = False,
     ends_E: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Equal shares as two batched matmuls, others expert by expert on a CPU and as grouped matmuls elsewhere.
+    """Run equal shares as two batched matmuls, others expert by expert on a CPU and as grouped matmuls elsewhere.
 
     On a CPU equal shares run expert by expert, too, where autocast would cast the weights.
 
     Args:
-        self (`MomaExperts`): packed experts.
-        hidden_states (`torch.Tensor`): `[P, D]`.
-        top_k_index (`torch.LongTensor`): experts of each row, `[P, k]`.
-        top_k_weights (`torch.Tensor`): gates, `[P, k]`.
-        num_taken (`int`, *optional*): the `K` rows of each expert where all have as many and the rows come expert by
-            expert, one expert each.
-        is_sorted (`bool`, *optional*, defaults to `False`): whether the rows come expert by expert, one expert each.
-        ends_E (`torch.IntTensor`, *optional*): where each expert's rows end, of sorted rows, `[E]`; what is given for
-            rows after the last end means nothing.
+        self (`MomaExperts`):
+            packed experts.
+        hidden_states (`torch.Tensor`):
+            `[P, D]`.
+        top_k_index (`torch.LongTensor`):
+            experts of each row, `[P, k]`.
+        top_k_weights (`torch.Tensor`):
+            gates, `[P, k]`.
+        num_taken (`int`, *optional*):
+            the `K` rows of each expert where all have as many and the rows come expert by expert, one expert each.
+        is_sorted (`bool`, *optional*, defaults to `False`):
+            whether the rows come expert by expert, one expert each.
+        ends_E (`torch.IntTensor`, *optional*):
+            where each expert's rows end, of sorted rows, `[E]`; what is given for rows after the last end means
+            nothing.
 
     Returns:
         `torch.Tensor`: weighted sums, `[P, D]`.
@@ -80,7 +86,7 @@ def moma_experts_forward(
 
 
 def _runs_sequentially(experts: Any) -> bool:
-    """Whether each expert can run by itself: without gradients any, with them those of plain weights."""
+    """Return whether each expert can run by itself: without gradients any, with them those of plain weights."""
     return not torch.is_grad_enabled() or are_plain(experts.gate_up_proj, experts.down_proj)
 
 
@@ -121,7 +127,7 @@ def _run_in_order(
 def _grouped(
     experts: Any, rows_PD: torch.Tensor, expert_P: torch.Tensor, ends_E: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Grouped matmuls, of any width; where no kernel takes it, with a device sync for the rows of each expert."""
+    """Run grouped matmuls, of any width; where no kernel takes it, with a device sync for the rows of each expert."""
     if ends_E is None:
         experts_E = torch.arange(experts.num_experts, device=rows_PD.device)
         ends_E = torch.searchsorted(expert_P, experts_E, right=True).int()
@@ -146,24 +152,26 @@ ALL_EXPERTS_FUNCTIONS.register(DEFAULT_IMPLEMENTATION, moma_experts_forward)
 
 
 def takes_hints(config: MomaConfig) -> bool:
-    """Whether a model's experts implementation makes use of what [`Selection.hints`] says of the pairs."""
+    """Return whether a model's experts implementation makes use of what [`Selection.hints`] says of the pairs."""
     return getattr(_implementation(config), "takes_hints", False)
 
 
 def takes_quantized(config: MomaConfig) -> bool:
-    """Whether a model's experts implementation multiplies with quantised weights, for all that it says of itself."""
+    """Return whether a model's experts implementation takes quantised weights; one that does not say takes them."""
     return getattr(_implementation(config), "takes_quantized", True)
 
 
 def may_sync(config: MomaConfig, inputs: torch.Tensor) -> bool:
-    """Whether layers may ask the device how many tokens an expert takes.
+    """Return whether layers may ask the device how many tokens an expert takes.
 
     Else there is a row for each pair of token and expert, of which the implementation leaves those out that are not
     taken: that costs memory in a backward, and time with other implementations.
 
     Args:
-        config (`MomaConfig`): the model's.
-        inputs (`torch.Tensor`): any of the batch.
+        config (`MomaConfig`):
+            the model's.
+        inputs (`torch.Tensor`):
+            any of the batch.
     """
     takes_all_pairs = takes_hints(config) and not torch.compiler.is_compiling()
     return is_on_cpu(inputs) or torch.is_grad_enabled() or is_distributed() or not takes_all_pairs
@@ -180,7 +188,7 @@ _WORD_BYTES = 16
 
 
 def is_whole(size: int, dtype: torch.dtype) -> bool:
-    """Whether rows of so many elements are made of whole words."""
+    """Return whether rows of so many elements are made of whole words."""
     return size * dtype.itemsize % _WORD_BYTES == 0
 
 
@@ -188,7 +196,8 @@ def takes_any_width(experts_class: Class) -> Class:
     """Let a class of the experts interface run `"grouped_mm"` at any width, which it pads for the call.
 
     Args:
-        experts_class (`type`): with `gate_up_proj` `[E, 2 * F, D]` and `down_proj` `[E, D, F]`.
+        experts_class (`type`):
+            with `gate_up_proj` `[E, 2 * F, D]` and `down_proj` `[E, D, F]`.
     """
     forward: Any = experts_class.forward
 

@@ -21,7 +21,8 @@ def use_quantized_layers(model: nn.Module):
     itself.
 
     Args:
-        model (`nn.Module`): a MoMa that torchao or bitsandbytes has quantised.
+        model (`nn.Module`):
+            a MoMa that torchao or bitsandbytes has quantised.
     """
     for module in model.modules():
         if not hasattr(type(module), "needs_rows"):
