@@ -41,7 +41,7 @@ from .vqgan import has_decoder, read_vqgan
 logger = logging.get_logger(__name__)
 
 VQ_PREFIX = "model.vqmodel."
-# ours and theirs
+# names of the layer norms here, and in the source
 _LAYER_NORMS = {"attention_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}
 _TAKEN_FIELDS = (*SAME_NAMED_FIELDS, "vocab_size", "rope_parameters", "attention_bias")
 
@@ -141,7 +141,7 @@ def _attention_entries(reader: CheckpointReader, config: MomaConfig, prefix: str
         for part in ("weight", "bias"):
             key, shape = f"{prefix}{name}_norm.{part}", (heads[name], config.head_dim)
             found = reader.shapes.get(key, shape)
-            # one row for each shard of the training, where they have not been repeated for each head yet
+            # original checkpoints have one row per training shard, not yet repeated for each head
             if len(found) == 2 and found != shape and shape[0] % found[0] == 0 and found[1] == shape[1]:
                 yield Entry(key, shape, (key,), partial(_repeat_rows, num_rows=shape[0]), source_shapes=(found,))
             else:
@@ -166,7 +166,7 @@ def convert_chameleon(
 
     The codebook is renumbered, so that code `c` belongs to the `c`-th picture id, as [`MomaProcessor`] wants it.
     Where the picture ids do not allow that, or the folder has no tokenizer, the language model is written all the
-    same, and the log and the receipt say what is missing.
+    same, and the log and the report say what is missing.
 
     Args:
         source (`str | Path`):
@@ -263,7 +263,7 @@ def _compare_logits(
 ) -> ProbeResult:
     pictures = [token_id for bounds in config.modality_token_ranges["image"] for token_id in range(*bounds)]
     texts = sorted(set(range(config.vocab_size)).difference(pictures))
-    # as many of each kind, so that both experts are put to the test
+    # equal numbers of pictures and texts, so that both experts are tested
     batch = text_batch(pictures + texts[: len(pictures)])
     real = batch["attention_mask"].bool()
     logits = []

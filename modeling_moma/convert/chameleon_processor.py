@@ -40,7 +40,7 @@ _TOKENIZER_FIELDS = (
 
 
 class ProcessorError(CheckpointError):
-    """Parts that are whole, but of which no [`MomaProcessor`] can be made."""
+    """Parts that are complete, but of which no [`MomaProcessor`] can be made."""
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,7 @@ def convert_vq_model(
             its tensors under `model.vqmodel.`, without that prefix.
         vqgan (`Mapping[str, torch.Tensor]`, *optional*):
             the original tokenizer, which has the decoder that checkpoints of Transformers lack. Without one the result
-            has none either, and refuses to show pictures.
+            has none either, and raises for pictures.
 
     Returns:
         `MomaVQModel`: in float32.
@@ -245,7 +245,7 @@ def _chat_template(folder: Path, settings: dict) -> str | dict[str, str] | None:
     if (folder / "chat_template.jinja").is_file():
         return (folder / "chat_template.jinja").read_text(encoding="utf-8")
     template = read_json(folder / "chat_template.json", default={}).get("chat_template", settings.get("chat_template"))
-    # several by name
+    # several templates, by name
     return {entry["name"]: entry["template"] for entry in template} if isinstance(template, list) else template
 
 

@@ -21,11 +21,11 @@ from .output_comparison import streamed_model
 # new rows lie around the mean of the old ones, at this share of their spread, to be told apart
 NEW_ROW_SPREAD = 0.1
 STATISTICS_ROWS = 1024
-# of the pictures in the texts that rows are fitted to; longer ones look the same to a model that learnt none
+# codes of a picture in the texts for the fit; longer ones look the same to a model that learnt none
 MOST_CODES = 64
-# with a tied head every fit moves what the model reads, and with it the states that the next one sees
+# fits in a row with a tied head: each moves the embedding, and with it the states that the next one sees
 ROUNDS = 4
-# by how much, in nats, the picture codes shall stay below the words where words follow, beyond even odds
+# margin in nats by which picture codes shall stay below words where words follow
 MARGIN = 2.0
 # weight of the distance from the mean row, against that of the mean error
 RIDGE = 1e-2
@@ -72,7 +72,7 @@ def extend_rows(old: torch.Tensor, num_rows: int, new_ids: Sequence[int], genera
     is_kept = torch.ones(len(old), dtype=torch.bool)
     is_kept[new[new < len(old)]] = False
     total = torch.zeros(2, old.shape[1], dtype=torch.float64)
-    # in pieces, as all rows in double precision would take several times the memory of the embedding
+    # summed in pieces: all rows in double precision would take several times the embedding's memory
     for rows, kept in zip(old.split(STATISTICS_ROWS), is_kept.split(STATISTICS_ROWS)):
         rows = rows[kept].double()
         total += torch.stack([rows.sum(dim=0), rows.square().sum(dim=0)])
@@ -121,7 +121,7 @@ class PictureTexts:
         for place, (opened, plain) in enumerate(self.words):
             picks = torch.randint(len(self.code_ids), (self.num_codes,), generator=generator).tolist()
             picture = [self.begin, *(self.code_ids[pick] for pick in picks), self.end]
-            # what follows the last code is the end, which a picture's grammar gives
+            # the last code is followed by the end token, which the grammar forces: nothing to fit
             of_picture = [CODES] * self.num_codes + [NEITHER, AFTER]
             if place % 2:
                 rows.append([*opened, *picture])
@@ -189,7 +189,7 @@ def fit_code_rows(
         `torch.Tensor`: new rows of the head for the codes, `[C, D]`.
     """
     is_tied = config.tie_word_embeddings
-    # before the head is in memory
+    # computed before the head is loaded, to save memory
     states = None if is_tied else _states(config, weights, texts, seed=0)
     head_VD = weights[head]
     codes = torch.tensor(texts.code_ids)
@@ -198,11 +198,11 @@ def fit_code_rows(
     noise_CD, shared_D = start_CD - mean_D, mean_D
     for number in range(ROUNDS if is_tied else 1):
         state_ND, kind_N = states or _states(config, ReplacedWeights(weights, {head: head_VD}), texts, seed=number)
-        # of damaged weights nothing can be fitted; the probe says so
+        # nothing can be fitted to damaged weights; the probe reports them
         if not state_ND.isfinite().all():
             return start_CD
         fitted_D = _fit_shared(state_ND, kind_N, _log_sum_exp(state_ND, head_VD, texts.code_ids), mean_D, len(codes))
-        # half the way, since the states follow
+        # move half the way only, since the states follow
         shared_D = fitted_D if number == 0 else (shared_D + fitted_D) / 2
         head_VD[codes] = (shared_D + _levelled(noise_CD, state_ND[kind_N == CODES])).to(head_VD.dtype)
         tick()
@@ -211,7 +211,7 @@ def fit_code_rows(
 
 @torch.no_grad()
 def picture_loss(config: MomaConfig, weights: Mapping[str, torch.Tensor], texts: PictureTexts, head: str) -> float:
-    """Return mean cross-entropy of the codes in nats over the whole vocabulary, on codes that no fit has seen.
+    """Return the mean cross-entropy of the codes in nats over the whole vocabulary, on codes that no fit has seen.
 
     Args:
         config (`MomaConfig`):

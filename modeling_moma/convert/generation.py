@@ -29,7 +29,7 @@ def convert_generation_config(
         `GenerationConfig`: the settings.
 
     Raises:
-        CheckpointError: the file cannot be read, or holds settings that Transformers refuses to save.
+        CheckpointError: the file cannot be read, or holds settings that Transformers does not save.
     """
     path = folder / FILE
     try:

@@ -63,7 +63,7 @@ class GgufReader(TensorSource):
             raise CheckpointError(f"{self.path}: it takes the package gguf to read it: pip install '.[gguf]'.")
         try:
             self.source_config: PreTrainedConfig = AutoConfig.from_pretrained(self.folder, **self.loading)
-        # what a damaged file makes of the library is anything
+        # the library raises errors of any type for damaged files
         except Exception as error:
             reason = one_line(error)
             raise CheckpointError(f"{self.path}: Transformers cannot read it: {reason}") from error
@@ -113,7 +113,7 @@ class GgufReader(TensorSource):
         """The architecture, and where each tensor lies."""
         from gguf import GGUFReader
 
-        # not kept, since it holds every token of the vocabulary as an array of its own
+        # the reader is not kept: it holds every token of the vocabulary as a separate array
         reader = GGUFReader(self.path)
         field: Any = reader.get_field("general.architecture")
         return field.contents(), [

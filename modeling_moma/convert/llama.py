@@ -41,7 +41,7 @@ from .unsupported import check_features, check_model_type
 
 IMAGE_GROUPS = ("copy", "new")
 CODE_ROWS = ("fitted", "mean")
-# of a text that code rows are fitted to
+# longest text, in words, that code rows are fitted to
 MOST_WORDS = 24
 # texts of words at random beside them
 ODD_ROWS = 4
@@ -107,7 +107,7 @@ def convert_llama(
     for name, value, choices in (("image_group", image_group, IMAGE_GROUPS), ("code_rows", code_rows, CODE_ROWS)):
         if value not in choices:
             raise InputError(f"`{name}` must be one of {choices}, got {value!r}.")
-    # before minutes are spent on the fit
+    # check the output folder before minutes are spent on the fit
     check_free(Path(output).absolute())
     reader = open_source(source, gguf_file, allow_pickle)
     rounded = rounded_weights(reader, dtype)
@@ -225,7 +225,7 @@ def _moma_config(source: PreTrainedConfig, layout: dict, reader: TensorSource) -
 
 
 def picture_texts(processor: MomaProcessor, old_ids: list[int]) -> PictureTexts:
-    """Return texts with pictures in the ids of a processor.
+    """Return the texts with pictures in the ids of a processor.
 
     Args:
         processor (`MomaProcessor`):

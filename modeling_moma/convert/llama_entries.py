@@ -46,7 +46,7 @@ class BuiltWeights(Mapping):
 
 
 def ignored_keys(config: MomaConfig) -> dict[str, str]:
-    """Return patterns of keys of the source that the target has no place for, with the reasons."""
+    """Return the patterns of keys of the source that the target has no parameter for, with the reasons."""
     ignored = {"model.layers.*.self_attn.rotary_emb.inv_freq": "rotary frequencies, computed anew"}
     if config.tie_word_embeddings:
         ignored[HEAD] = "the head, tied to the embedding"

@@ -10,7 +10,7 @@ from accelerate.hooks import attach_align_device_hook
 from transformers import PreTrainedConfig, PreTrainedModel
 
 
-# of the largest logit, in fp32
+# bound of the relative difference of logits in fp32
 LARGEST_DIFFERENCE = 1e-3
 NUM_ROWS, ROW_LENGTH, NUM_PADDED = 2, 16, 5
 

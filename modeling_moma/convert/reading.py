@@ -94,8 +94,8 @@ class TensorSource(Mapping):
 class CheckpointReader(TensorSource):
     """The tensors of a checkpoint folder, by name; each one is read from the disk when it is asked for.
 
-    Opening reads the headers alone and checks that the files are whole and agree with the index. No file stays mapped
-    or open, so that the memory in use is that of the tensors that the caller holds.
+    Opening reads the headers alone and checks that the files are complete and agree with the index. No file stays
+    mapped or open, so that the memory in use is that of the tensors that the caller holds.
 
     Args:
         folder (`str | Path`):
@@ -240,7 +240,7 @@ class CheckpointReader(TensorSource):
 
     def _unpickled(self, path: Path) -> dict[str, torch.Tensor]:
         if self._pickle is None or self._pickle[0] != path:
-            # the last one goes before the next one comes
+            # free the previous tensor before the next one is read
             self._pickle = None
             self._pickle = (path, read_pickle(path))
         return self._pickle[1]

@@ -25,7 +25,7 @@ class Receipt:
         new (`int`, *optional*, defaults to `0`):
             keys that were made here.
         ignored (`dict[str, int]`, *optional*, defaults to `{}`):
-            keys of the source that the model has no place for, by reason.
+            keys of the source that the model has no parameter for, by reason.
         tensor_bytes (`int`, *optional*, defaults to `0`):
             size of the target's tensors.
         files (`int`, *optional*, defaults to `0`):
@@ -54,7 +54,7 @@ class Receipt:
     picture_loss: float | None = None
 
     def table(self) -> str:
-        """Return the receipt as lines of `name  value`."""
+        """Return the report as lines of `name  value`."""
         difference = self.relative_difference
         rows = [
             ("source", f"{self.source} ({self.model_type})"),

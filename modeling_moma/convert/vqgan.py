@@ -20,7 +20,7 @@ from .reading import CheckpointError, read_pickle
 # the discriminator and the perceptual network of training, which no picture passes at inference
 IGNORED_PREFIX = "loss."
 DECODER_PREFIX = "decoder."
-# whose rows or channels tell a size of the configuration: field, parameter, axis
+# sizes of the configuration read off shapes: field, parameter, axis
 _SIZES = (
     ("base_channels", "encoder.conv_in.weight", 0),
     ("in_channels", "encoder.conv_in.weight", 1),
