@@ -42,7 +42,7 @@ def word_overlap(text: str, reference: str) -> float:
 
 
 def caption_scores(texts: Sequence[str], references: Sequence[str]) -> dict[str, float]:
-    """Return means over pairs of a text and its reference.
+    """Return the means over pairs of a text and its reference.
 
     Args:
         texts (`Sequence[str]`):
@@ -89,9 +89,9 @@ def measure_captions(model, processor, rows: CaptionedPictures, batch_size: int,
     """
     references = rows.captions
     encoder = DocumentEncoder(processor)
-    # room for the longest reference and its end
-    room = max(LEAST_NEW_TOKENS, 1 + max(len(encoder.text_ids(text)) for text in references))
-    texts = write_captions(model, processor, rows.codes, batch_size, room)
+    # enough for the longest reference and its end
+    max_new_tokens = max(LEAST_NEW_TOKENS, 1 + max(len(encoder.text_ids(text)) for text in references))
+    texts = write_captions(model, processor, rows.codes, batch_size, max_new_tokens)
     floor = None
     if len(texts) > 1:
         floor = caption_scores(texts, [references[index] for index in derangement(len(texts), seed)])

@@ -35,7 +35,7 @@ def frechet_distance(first: torch.Tensor, second: torch.Tensor) -> float:
     first, second = first.double(), second.double()
     gap = (first.mean(dim=0) - second.mean(dim=0)).square().sum()
     root_first, root_second = _covariance_root(first), _covariance_root(second)
-    # with C = R^T R the eigenvalues of C1 C2 are the squared singular values of R1 R2^T: no root of tiny numbers
+    # if C = R^T R, the eigenvalues of C1 C2 are the squared singular values of R1 R2^T: no root of tiny numbers
     overlap = torch.linalg.svdvals(root_first @ root_second.T).sum()
     spread = root_first.square().sum() + root_second.square().sum()
     return max(0.0, (gap + spread - 2 * overlap).item())
@@ -86,7 +86,7 @@ def _covered(points_ND: torch.Tensor, centres_MD: torch.Tensor, neighbours: int)
 
 
 def _distances(points_ND: torch.Tensor, centres_MD: torch.Tensor) -> torch.Tensor:
-    # by differences: products would tell equal points apart
+    # distances from differences: matmuls would tell equal points apart
     return torch.cdist(points_ND, centres_MD, compute_mode="donot_use_mm_for_euclid_dist")
 
 

@@ -18,9 +18,9 @@ from .retrieval import DEFAULT_PAIRS, measure_retrieval
 
 
 LOSSES, CAPTIONS, RETRIEVAL, DRAWINGS = "losses", "captions", "retrieval", "drawings"
-# in the order in which they are taken; all but the first need pictures with captions
+# measures run in this order; all but the first need pictures with captions
 MEASURES = (LOSSES, CAPTIONS, RETRIEVAL, DRAWINGS)
-# what is measured when nobody says what, captions only where there are any
+# the default measures; captions only for sources that have them
 DEFAULT_MEASURES = (LOSSES, CAPTIONS)
 
 
@@ -81,7 +81,7 @@ def measure_sources(model, processor, sources: Mapping[str, HeldOutSource], sett
         ValueError: a measure that needs captions is asked for, and no source has any; or a source is too small for it.
     """
     chosen = _chosen_measures(sources, settings)
-    # what is sure to fail does so before hours of other measures
+    # a missing extra should fail now rather than after hours of other measures
     extract = feature_extractor(model.device) if DRAWINGS in chosen else None
     if DRAWINGS in chosen:
         for source in sources.values():

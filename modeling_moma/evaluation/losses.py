@@ -86,7 +86,7 @@ def trains_by_expert_choice(model) -> bool:
 def document_losses(
     model, processor, documents: Sequence[dict], batch_size: int, routing: str | None, description: str
 ) -> dict:
-    """Return losses of documents under one routing.
+    """Return the losses of documents under one routing.
 
     Args:
         model (`MomaForCausalLM`):

@@ -40,7 +40,7 @@ def load_model(folder: str, device: str) -> MomaForCausalLM:
 
 
 def padded_batches(processor, examples: list[dict], batch_size: int) -> list[dict[str, torch.Tensor]]:
-    """Return examples as inputs of the model, in their order.
+    """Return the examples as inputs of the model, in their order.
 
     Args:
         processor (`MomaProcessor`):
@@ -68,8 +68,8 @@ def held_out_batches(documents: Sequence[Documents], processor, batch_size: int,
             of the order.
     """
     examples = shuffled_held_out(documents, seed)
-    whole = len(examples) // batch_size * batch_size
-    return padded_batches(processor, examples[: whole or None], batch_size)
+    num_full = len(examples) // batch_size * batch_size
+    return padded_batches(processor, examples[: num_full or None], batch_size)
 
 
 class ModalityLosses:
@@ -121,7 +121,7 @@ def held_out_loss(
     description: str = "loss",
     depth_routing: str | None = None,
 ) -> dict[str, float]:
-    """Return mean cross-entropy in nats per target token.
+    """Return the mean cross-entropy in nats per target token.
 
     Args:
         model (`MomaForCausalLM`):
@@ -221,7 +221,7 @@ def draw_pictures(model, processor, captions: list[str], batch_size: int, sampli
 
 @torch.inference_mode()
 def encode_images(processor, batches: Iterator[torch.Tensor]) -> torch.Tensor:
-    """Return codes `[N, image_seq_length]` of pictures given in batches of pixel values."""
+    """Return the codes `[N, image_seq_length]` of pictures given in batches of pixel values."""
     device = processor.vq_model.device
     return torch.cat([processor.vq_model.get_image_tokens(batch.to(device)).cpu() for batch in batches])
 

@@ -19,7 +19,7 @@ CAUSAL_RULES = {
     AT_PAPER_THRESHOLD: f"`auxiliary`, cut at {PAPER_THRESHOLD} (the paper)",
     "auxiliary": "`auxiliary`, calibrated cuts",
 }
-# what tables tell of a rule, of `auxiliary_report`
+# columns of the tables: figures of `auxiliary_report` and their headings
 QUALITIES = {"accuracy": "acc.", "precision": "prec.", "recall": "rec.", "load": "load"}
 
 
@@ -34,7 +34,7 @@ def report_tables(sources: dict[str, dict]) -> str:
 
 
 def loss_table(losses: dict[str, dict]) -> str:
-    """Return losses by source and routing, in nats for each target token."""
+    """Return the losses by source and routing, in nats for each target token."""
     rows = [(name, routing, part) for name, by_routing in losses.items() for routing, part in by_routing.items()]
     modalities = list(dict.fromkeys(modality for _, _, part in rows for modality in part["bits_per_code"]))
     names = [MODALITY_NAMES.get(modality, modality) for modality in modalities]

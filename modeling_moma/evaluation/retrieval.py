@@ -60,13 +60,13 @@ def measure_retrieval(
     chosen = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[:num_pairs].tolist()
     pictures = [tuple(rows.codes[index].tolist()) for index in chosen]
     captions = [rows.captions[index] for index in chosen]
-    # each answer once
+    # score each distinct caption once
     distinct_pictures, distinct_captions = list(dict.fromkeys(pictures)), list(dict.fromkeys(captions))
     picture_N = torch.tensor([distinct_pictures.index(codes) for codes in pictures])
     caption_N = torch.tensor([distinct_captions.index(text) for text in captions])
     of_captions, of_pictures, prior = pair_scores(model, processor, distinct_pictures, distinct_captions, batch_size)
     encoder = DocumentEncoder(processor)
-    # with the end
+    # a caption ends with one more token
     lengths = torch.tensor([len(encoder.text_ids(text)) + 1 for text in distinct_captions])
     by_picture = {
         CAPTION: of_captions,

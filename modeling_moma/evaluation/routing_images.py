@@ -14,7 +14,7 @@ from ..modeling_moma import MomaForCausalLM
 from ..token_groups_moma import token_modalities
 
 
-# far apart for colour-blind eyes, and apart from the grey of uncovered tokens
+# colours far apart for colour-blind eyes, and from the grey of uncovered tokens
 PALETTE = (
     "#0072b2", "#e69f00", "#009e73", "#cc3311", "#ee82c8", "#66ccee", "#8b5fbf", "#c8d22e",
     "#7a4a1e", "#003f5c", "#ff8f7a", "#2fd3a5",

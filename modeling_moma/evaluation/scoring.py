@@ -61,7 +61,7 @@ def continuation_log_probs(
 
 
 def _scores(model, cache: DynamicCache, last_V: torch.Tensor, continuations: list[Sequence[int]]) -> torch.Tensor:
-    """Return scores `[B]` of continuations of the prefix that the cache holds, whose last logits are `last_V`."""
+    """Return the scores `[B]` of continuations of the prefix that the cache holds, whose last logits are `last_V`."""
     lengths_B = torch.tensor([len(ids) for ids in continuations])
     rows = [torch.as_tensor(ids, dtype=torch.long) for ids in continuations]
     # id 0 is a token like any other: the mask hides what stands behind the end
