@@ -19,7 +19,7 @@ from ..errors_moma import InputError
 from ..utils.atomic_files import write_aside
 
 
-# what `torch.onnx` imports, beside torch
+# packages that `torch.onnx` imports beside torch
 _NEEDED = ("onnx", "onnxscript")
 
 
@@ -58,7 +58,7 @@ class _Decoder(nn.Module):
 def export_image_tokenizer(model: MomaVQModel, folder: str | Path) -> OnnxImageTokenizer:
     """Write `encoder.onnx` and `decoder.onnx`, for any number of pictures of the model's resolution.
 
-    The graphs hold the weights. They check nothing: a code outside the codebook is refused by the runtime, but -1 is
+    The graphs hold the weights. They check nothing: a code outside the codebook raises in the runtime, but -1 is
     read as the last code.
 
     Args:
