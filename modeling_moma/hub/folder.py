@@ -15,7 +15,7 @@ from .code import code_closure, code_facts, installed_code
 
 VQ_FOLDER = "vq_model"
 
-# name -> what makes it, for whoever lacks it
+# name -> what makes it, for the message where it is missing
 REQUIRED = {
     "config.json": "save the model with save_pretrained",
     "generation_config.json": "save the model, not its configuration alone, with save_pretrained",
@@ -36,12 +36,12 @@ PROCESSOR_FILES = (
     f"{VQ_FOLDER}/*",
     "*_codec/*",
 )
-# what a repository is made of: pattern of a file's name, in lower case
+# files of a repository: patterns of their names, in lower case
 SENT = (
     "*.safetensors *.json *.py *.jinja *.model *.md *.txt *.bib *.cff license notice "
     "*.png *.jpg *.jpeg *.gif *.svg *.webp"
 ).split()
-# what training leaves beside a model, and secrets: pattern of a part of the path, and why it stays here
+# files of training, and secrets, are left out: pattern of a part of the path, and the reason
 LEFT_OUT = {
     ".*": "hidden",
     "__pycache__": "compiled code",
@@ -83,7 +83,7 @@ def _reason_to_stay(path: Path) -> str | None:
         if fnmatch(name, pattern):
             return reason
     if path.is_dir():
-        # it may lead anywhere, and back to the folder itself
+        # a link may lead anywhere, also back to the folder itself
         return "a link to a folder" if path.is_symlink() else None
     if not any(fnmatch(name, pattern) for pattern in SENT):
         return "no kind of file that a model has"
@@ -193,7 +193,7 @@ def auto_map_entries(files: Mapping[str, Path]) -> dict[str, str]:
 
 
 def check_files(files: Mapping[str, Path]) -> Iterator[str]:
-    """Check that whoever has these files and no package of ours can load the model.
+    """Check that the model loads from these files alone, without the package.
 
     Args:
         files (`Mapping[str, Path]`):
@@ -221,7 +221,7 @@ def check_files(files: Mapping[str, Path]) -> Iterator[str]:
 
 
 def check_weights(files: Mapping[str, Path], folder: str = "") -> Iterator[str]:
-    """Check that the weights of a folder (`""` or one that ends with a slash) are whole."""
+    """Check that the weights of a folder (`""` or one that ends with a slash) are complete."""
     single, index = f"{folder}model.safetensors", f"{folder}model.safetensors.index.json"
     if single in files and index in files:
         yield f"{single} and {index} are both there: one is of an older save; remove it."

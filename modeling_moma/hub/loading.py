@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Opening what a verb is given: models, processors and tokenizers, in folders or on the Hub, refused in one line."""
+"""Opening what a subcommand is given: models, processors and tokenizers, in folders or on the Hub."""
 
 import json
 from collections.abc import Callable
@@ -21,7 +21,7 @@ from .names import why_nowhere
 
 
 T = TypeVar("T")
-# any of these
+# names under which weights may be saved
 WEIGHTS = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
 
 
@@ -111,7 +111,7 @@ def open_saved(saved: Saved, option: str, place: str, load: Callable[[], T]) -> 
 
 
 def check_saved(saved: Saved, option: str, place: str) -> None:
-    """Refuse a place that [`open_saved`] cannot read, by its files alone; arguments and errors are the same."""
+    """Raise for a place that [`open_saved`] cannot read, by its files alone; arguments and errors are the same."""
     where, folder = f"`{option}` {str(place)!r}", Path(place)
     if folder.is_file():
         raise InputError(f"{where} is a file: the folder of a {saved.name} is needed, or its name on the Hub.")
@@ -132,7 +132,7 @@ def check_saved(saved: Saved, option: str, place: str) -> None:
 
 
 def refuse_non_finite(model: nn.Module, source: str):
-    """Refuse a model whose parameters or buffers hold NaN or infinity.
+    """Raise for a model whose parameters or buffers hold NaN or infinity.
 
     Args:
         model (`nn.Module`):
@@ -155,7 +155,7 @@ def refuse_non_finite(model: nn.Module, source: str):
 def _model_type(path: Path) -> str | None:
     try:
         return json.loads(path.read_text(encoding="utf-8")).get("model_type")
-    # whoever reads it for good says what is wrong
+    # a file that is damaged is reported where it is really read
     except (OSError, ValueError, AttributeError):
         return None
 

@@ -13,7 +13,7 @@ from huggingface_hub.utils import validate_repo_id
 from ..utils.messages import one_line
 
 
-# for one answer, before a loader asks again and again
+# timeout of this one request, before a loader retries many times
 TIMEOUT_SECONDS = 10
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One commit that holds a whole model, so that every revision on the Hub loads."""
+"""One commit that holds a complete model, so that every revision on the Hub loads."""
 
 import re
 import shutil
@@ -40,7 +40,7 @@ class Upload:
     left_out: dict[str, str]
 
     def size(self, name: str) -> int:
-        """Return bytes of a file."""
+        """Return the bytes of a file."""
         content = self.files[name]
         return len(content) if isinstance(content, bytes) else content.stat().st_size
 
@@ -95,7 +95,7 @@ def write_repository(upload: Upload, folder: str | Path) -> Path:
             missing or empty.
 
     Returns:
-        `Path`: the folder, which is there whole or not at all.
+        `Path`: the folder, which is complete or missing.
 
     Raises:
         ValueError: the folder holds files.
@@ -129,7 +129,7 @@ def push(
         repo_id (`str`):
             `USER/NAME`, or `NAME` for the user who is logged in.
         private (`bool`, *optional*, defaults to `False`):
-            whether nobody else shall see a new repository.
+            whether a new repository is private.
         revision (`str`, *optional*):
             the branch; by default `main`.
         message (`str`, *optional*, defaults to `"Upload model and processor"`):
