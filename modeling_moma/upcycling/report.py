@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What became of a seed: tensors that were taken, copied and made, and by how much the switch changes the output."""
+"""What upcycling made of a source checkpoint: tensors taken, copied and made, and the change of the output."""
 
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -16,7 +16,7 @@ from .tensor_sources import kept_groups, tensor_sources
 
 @dataclass
 class UpcyclingReceipt:
-    """What became of a seed.
+    """What upcycling made of a source checkpoint.
 
     Attributes:
         tensors (`dict[str, int]`):
@@ -28,7 +28,7 @@ class UpcyclingReceipt:
             shares of a group's tokens that 0, 1, and 2 or more experts took under `expert_choice`, averaged over the
             layers; by group.
         output_difference (`float`):
-            norm of the logits' change over the norm of the seed's logits.
+            norm of the logits' change over the norm of the source's logits.
         ffn_difference (`dict[str, list[float]]`):
             the same for what a feed-forward layer gives a group's tokens, shared experts included, given the same
             input, of the tokens that 0, 1, and 2 or more experts took, averaged over the layers; by group. NaN where
@@ -73,11 +73,11 @@ def upcycling_receipt(
         batch (`dict[str, torch.Tensor]`, *optional*):
             `input_ids` and `attention_mask` of the probe.
     """
-    receipt = UpcyclingReceipt(
+    report = UpcyclingReceipt(
         _count_tensors(seed, upcycled), {"seed": seed.num_parameters(), "upcycled": upcycled.num_parameters()}
     )
     if batch is None:
-        return receipt
+        return report
     modes = seed.training, upcycled.training
     seed.eval()
     upcycled.eval()
@@ -85,7 +85,7 @@ def upcycling_receipt(
     try:
         for name, group, layer, seed_layer in _routed_groups(upcycled, seed):
             handles.append(group.register_forward_hook(_record_group(name, layer, seed_layer, records)))
-        # by rank, as both train: the thresholds of fresh routers say nothing yet
+        # route by rank: the thresholds of fresh routers carry no information yet
         expected, actual = (
             model(**batch, use_cache=False, routing="expert_choice", output_router_logits=True).logits.float()
             for model in (seed, upcycled)
@@ -96,16 +96,16 @@ def upcycling_receipt(
         seed.train(modes[0])
         upcycled.train(modes[1])
     is_token_BT = batch.get("attention_mask", torch.ones_like(batch["input_ids"])) == 1
-    receipt.output_difference = _difference(actual[is_token_BT], expected[is_token_BT])
+    report.output_difference = _difference(actual[is_token_BT], expected[is_token_BT])
     modality_BT = token_modalities(seed.config, batch["input_ids"])
     for index, modality in enumerate(seed.config.modalities):
         is_mine_BT = is_token_BT & (modality_BT == index)
-        receipt.output_differences[modality] = _difference(actual[is_mine_BT], expected[is_mine_BT])
+        report.output_differences[modality] = _difference(actual[is_mine_BT], expected[is_mine_BT])
     for name in sorted({name for name, _, _ in records}):
         shares, differences = zip(*[(share, difference) for group, share, difference in records if group == name])
-        receipt.coverage[name] = torch.stack(shares).nanmean(0).tolist()
-        receipt.ffn_difference[name] = torch.stack(differences).nanmean(0).tolist()
-    return receipt
+        report.coverage[name] = torch.stack(shares).nanmean(0).tolist()
+        report.ffn_difference[name] = torch.stack(differences).nanmean(0).tolist()
+    return report
 
 
 def _count_tensors(seed: MomaForCausalLM, upcycled: MomaForCausalLM) -> dict[str, int]:
@@ -117,14 +117,14 @@ def _count_tensors(seed: MomaForCausalLM, upcycled: MomaForCausalLM) -> dict[str
 
 
 def _difference(actual_NV: torch.Tensor, expected_NV: torch.Tensor) -> float:
-    """Return norm of the change over the norm of what was expected; NaN without a token."""
+    """Return the norm of the change over the norm of what was expected; NaN without a token."""
     return float((actual_NV - expected_NV).norm() / expected_NV.norm())
 
 
 def _routed_groups(
     upcycled: MomaForCausalLM, seed: MomaForCausalLM
 ) -> Iterator[tuple[str, MomaExpertGroup, MomaFeedForward, MomaFeedForward]]:
-    """Return every group with a router: its name, itself, its layer and the seed's layer."""
+    """Return every group with a router: its name, itself, its layer and the source's layer."""
     for path, layer in upcycled.named_modules():
         if isinstance(layer, MomaFeedForward):
             seed_layer = seed.get_submodule(path)

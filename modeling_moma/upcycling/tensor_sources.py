@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which tensors of a seed each tensor of the upcycled model is made of, by names."""
+"""Which tensors of a source checkpoint each tensor of the upcycled model is made of, by names."""
 
 import re
 from collections.abc import Collection
@@ -19,7 +19,7 @@ def shared_size(config: MomaConfig, group: str) -> int:
 
 
 def kept_groups(seed: MomaConfig, upcycled: MomaConfig) -> list[str]:
-    """Return groups whose shared expert holds the seed's network, beside experts that are fresh."""
+    """Return groups whose shared expert holds the source's network, beside experts that are fresh."""
     return [
         group
         for group in upcycled.expert_groups
@@ -28,25 +28,25 @@ def kept_groups(seed: MomaConfig, upcycled: MomaConfig) -> list[str]:
 
 
 def tensor_sources(names: Collection[str], seed_names: Collection[str], kept: Collection[str]) -> dict[str, list[str]]:
-    """Return which of the seed's tensors each tensor of the result is made of.
+    """Return which of the source's tensors each tensor of the result is made of.
 
     Args:
         names (`Collection[str]`):
             of the result's tensors.
         seed_names (`Collection[str]`):
-            of the seed's.
+            of the source's.
         kept (`Collection[str]`):
-            groups whose shared expert holds the seed's network, see [`kept_groups`].
+            groups whose shared expert holds the source's network, see [`kept_groups`].
 
     Returns:
         `dict[str, list[str]]`: names by name: the tensor itself, or those that are joined into it. None for a new
-        tensor; its own name for one that has to come from the seed, which lacks it.
+        tensor; its own name for one that has to come from the source, which lacks it.
     """
     return {name: _sources(name, seed_names, kept) for name in names}
 
 
 def _sources(name: str, seed_names: Collection[str], kept: Collection[str]) -> list[str]:
-    # a dense seed has one group that stands for each modality's
+    # a dense source has one group that stands for each modality's
     alike = (name, re.sub(r"\.groups\.[^.]+\.", ".groups.all.", name))
     shared, experts = _SHARED_EXPERT.fullmatch(name), _EXPERTS.fullmatch(name)
     if shared:
