@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files and folders that are there whole or not at all, whoever else writes them."""
+"""Files and folders that are complete or missing, however many processes write them."""
 
 import os
 import platform
@@ -20,7 +20,7 @@ LEFT_OVER = ".partial"
 def write_aside(path: str | Path, write: Callable[[Path], object]) -> Path:
     """Write beside the target and rename, so that a kill at any moment leaves the old file or the new one.
 
-    Of several writers the last one wins, whole.
+    Of several writers the last one wins.
 
     Args:
         path (`str | Path`):
@@ -39,7 +39,7 @@ def write_aside(path: str | Path, write: Callable[[Path], object]) -> Path:
 
 
 def write_folder_aside(path: str | Path, write: Callable[[Path], object]) -> Path:
-    """Write a folder as [`write_aside`] a file; it is renamed whole where the target is missing or empty.
+    """Write a folder as [`write_aside`] a file; it is renamed where the target is missing or empty.
 
     Files that are in the target already and are not written again stay; those that are written again are replaced one
     after the other, once all are written.
@@ -125,7 +125,7 @@ def path_aside(path: Path) -> Path:
 
 
 def refuse_files(folder: str | Path, is_fine: Callable[[Path], bool] = lambda path: False):
-    """Refuse an output folder with files that would mix with those of the model to be written.
+    """Raise for an output folder with files that would mix with those of the model to be written.
 
     Args:
         folder (`str | Path`):
@@ -159,7 +159,7 @@ def _replace_files(source: Path, target: Path) -> None:
 
 def _rename(source: Path, target: Path) -> None:
     if target.is_dir():
-        # not every system renames onto an empty folder
+        # some systems cannot rename onto an empty folder
         target.rmdir()
     os.rename(source, target)
 

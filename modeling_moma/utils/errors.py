@@ -9,15 +9,15 @@ from pathlib import Path
 from ..errors_moma import InputError
 
 
-# no room, a user's quota, the largest file that a process may write
+# no space, a user's quota, the largest file that a process may write
 _CODES = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-# of libraries that keep the text of the system and not its number, or, as torch, neither
+# messages of libraries that keep the system's text without its number, or neither, as torch
 _TEXTS = (
     *("No space left on device", "Disk quota exceeded", "File too large", "Not enough disk space"),
     *("PytorchStreamWriter failed writing", "unexpected pos "),
 )
 _TO_RESUME = "What was written before is whole. Make room, and the same command with `--resume` goes on."
-# verb -> what is safe and how to go on
+# subcommand -> what is safe and how to go on
 _WAYS = {
     "tokenize": "The shards that are done are whole. Make room, and the same command goes on.",
     "pretrain": _TO_RESUME,
@@ -41,7 +41,7 @@ def is_input_error(error: BaseException) -> bool:
 
 
 def is_disk_full(error: BaseException | None) -> bool:
-    """Return whether an error, or one that it came from, says that no room is left to write to."""
+    """Return whether an error, or one that it came from, says that the disk is full."""
     seen = set()
     while error is not None and id(error) not in seen:
         seen.add(id(error))
@@ -70,7 +70,7 @@ def full_disk_line(error: BaseException, verb: str, output: str | None) -> str:
     while not place.exists():
         place = place.parent
     free = shutil.disk_usage(place).free / 2**20
-    # where the disk has room it is a quota, a limit, or another disk, and the system's own words say more
+    # with free space on the disk, a quota or a limit is the cause, and the system's message says more
     detail = "" if free < 1 else f" ({str(error).splitlines()[0] if str(error) else type(error).__name__})"
     return f"the disk is full: {free:.1f} MiB are free at {os.fspath(place)!r}{detail}. {_WAYS.get(verb, _OTHER_WAY)}"
 

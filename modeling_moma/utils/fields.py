@@ -24,7 +24,7 @@ def _is_number(value: Any) -> Any:
     return value
 
 
-# what YAML reads as `true` is no 1, and what it reads as text, such as 1e-3, may be a number
+# YAML's `true` is not the number 1, and text such as 1e-3 may be one
 Int = Annotated[int, BeforeValidator(_is_number)]
 Float = Annotated[float, BeforeValidator(_is_number), Field(allow_inf_nan=False)]
 Share = Annotated[Float, Field(ge=0, le=1)]
@@ -145,7 +145,7 @@ def choices(annotation: Any) -> tuple[Any, ...]:
 
 _OUT_OF_RANGE = ("greater_than", "greater_than_equal", "less_than", "less_than_equal", "finite_number")
 _NAMES = {"missing": "with", "unexpected_keyword_argument": "without"}
-# what a type asks for, by the beginning of the error's name
+# expected type in words, by the first part of pydantic's error name
 _WORDS = {
     "int": "an integer",
     "float": "a number",

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     import torch
 
 
-# of `malloc.h`
+# parameters of `mallopt`, from `malloc.h`
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 # bytes from which on an allocation is one of its own, given back to the system as soon as it is freed
 _LARGEST_KEPT = 2**30

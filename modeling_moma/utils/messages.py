@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What people read: errors in one line, tables in Markdown, and nothing of libraries that nobody uses."""
+"""What people read: errors in one line, tables in Markdown, and no notices of libraries that are not used."""
 
 import logging
 from collections.abc import Iterator, Sequence
