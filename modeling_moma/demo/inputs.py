@@ -132,7 +132,7 @@ def read_upload(path: str, folder: str) -> Image.Image:
 
 
 def picture_input(label: str, elem_id: str) -> gr.Image:
-    """Return a place for a picture that is uploaded or pasted; functions get the path of its file, unopened."""
+    """Return an input for a picture that is uploaded or pasted; functions get the path of its file, unopened."""
     picture = gr.Image(
         label=label,
         elem_id=elem_id,
@@ -167,14 +167,14 @@ def title(text: str):
 
 
 def words_input(label: str, elem_id: str, placeholder: str, lines: int = 1) -> gr.Textbox:
-    """Return a place for words."""
+    """Return an input for words."""
     return gr.Textbox(
         label=label, elem_id=elem_id, placeholder=placeholder, lines=lines, max_lines=6, max_length=MOST_CHARACTERS
     )
 
 
 def checked_words(words: str | None) -> str:
-    """Return words as a visitor sent them: the place for them has a limit in the browser alone.
+    """Return words as a visitor sent them: their input has a limit in the browser alone.
 
     Args:
         words (`str | None`):
@@ -192,7 +192,7 @@ def checked_words(words: str | None) -> str:
 
 
 def sampling_inputs(prefix: str, temperature: float, guidance_scale: float) -> tuple[gr.Slider, gr.Slider, gr.Number]:
-    """Return sliders of temperature and guidance, and a seed."""
+    """Return the sliders of temperature and guidance, and a seed."""
     return (
         gr.Slider(
             0,

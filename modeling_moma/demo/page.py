@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The whole page, and the server that shows it."""
+"""The page, and the server that shows it."""
 
 import socket
 
@@ -52,7 +52,7 @@ def build_page(studio: Studio, examples: Examples | None = None) -> gr.Blocks:
 
 
 def free_port() -> int:
-    """Return a port of this machine that nobody listens on now."""
+    """Return a port of this machine that is free now."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return listener.getsockname()[1]
@@ -73,7 +73,7 @@ def open_page(page: gr.Blocks, host: str | None = None, port: int | None = None)
         `str`: the page's address.
 
     Raises:
-        ValueError: nobody can listen there.
+        ValueError: the address cannot be listened on.
     """
     # fonts of the visitor's system are not fetched from elsewhere
     theme = gr.themes.Soft(

@@ -14,7 +14,7 @@ from ..evaluation.routing_images import UNCOVERED, RoutedTokens, expert_colors, 
 
 SIDE = 384
 SKIPPED = "#ffffff"
-# patches narrower than this have no room for a number
+# patches narrower than this are too small for a number
 LEAST_PATCH = 30
 NUMBER_SIZE = 15
 CHIP = "display:inline-block;padding:2px 6px 8px;border-radius:4px;color:#111;white-space:pre;"

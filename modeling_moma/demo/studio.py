@@ -30,7 +30,7 @@ from .routing_view import RoutedExample
 
 # new tokens of a caption, and of the words in an interleaved answer
 MOST_WORDS = 32
-# so often a picture is shown while it is drawn
+# number of views of a picture while it is drawn
 VIEWS = 16
 # the colour of patches that have no code yet
 PAPER = (226, 230, 232)
@@ -96,10 +96,10 @@ class Studio:
 
         Yields:
             `tuple[int, list[Image.Image]]`: the number of codes that each picture has, and the pictures; the last ones
-            are whole.
+            are complete.
 
         Raises:
-            ValueError: the words leave no room for a picture.
+            ValueError: the words leave too few tokens for a picture.
         """
         inputs = self._inputs(words, [])
         inputs = {name: values.expand(count, -1) for name, values in inputs.items()}
@@ -131,7 +131,7 @@ class Studio:
             guidance_scale (`float`, *optional*, defaults to `1.0`):
                 1 for none.
             num_pictures (`int`, *optional*, defaults to `1`):
-                the answer has room for so many.
+                the answer has tokens for so many.
             seed (`int`, *optional*, defaults to `0`):
                 of the sampling.
 
@@ -212,7 +212,7 @@ class Studio:
 
 
 def _sampling(temperature: float, guidance_scale: float) -> dict:
-    """Return arguments of `generate`."""
+    """Return the arguments of `generate`."""
     chosen: dict = {"guidance_scale": guidance_scale}
     if temperature == 0:
         return {**chosen, "do_sample": False}
@@ -252,7 +252,7 @@ class PartialPictures:
     """Shows what codes in raster order make of a picture before the last of them is there.
 
     The decoder wants all codes, so those of a white picture stand for the missing ones; their patches are then covered
-    with [`PAPER`], so that nobody takes them for part of the drawing.
+    with [`PAPER`], which is told apart from the drawing.
 
     Args:
         processor (`Any`):
@@ -265,7 +265,7 @@ class PartialPictures:
         (self.white,) = processor.encode_images([Image.new("RGB", (side, side), "white")])
 
     def decode(self, rows: list[list[int]]) -> list[Image.Image]:
-        """Return pictures of rows of codes, whole or not.
+        """Return the pictures of rows of codes, complete or not.
 
         Args:
             rows (`list[list[int]]`):
@@ -316,7 +316,7 @@ class _Feed(BaseStreamer):
 
 
 class _Stopped(StoppingCriteria):
-    """Ends all rows once somebody says so."""
+    """Ends all rows once it is told to."""
 
     def __init__(self, event: threading.Event):
         self.event = event
