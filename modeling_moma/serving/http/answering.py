@@ -216,7 +216,7 @@ def check_prompt(model: Any, inputs: Any, gen_config: Any):
         raise RequestError("logit_bias", f"token {unknown[0]} is none of the {vocabulary} tokens of the model.")
 
 
-async def refuse(_request: Any, error: Exception):
+async def answer_input_error(_request: Any, error: Exception):
     """Answer 4xx for an input that these packages do not take; anything else is a defect, and stays one."""
     if not isinstance(error, RequestError):
         if not is_input_error(error) and _raised_in(error) != PROCESSORS:

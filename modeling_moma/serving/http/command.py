@@ -115,5 +115,5 @@ def command(take: Callable[..., object]) -> Callable:
 
 
 def _split(values: list[str] | None) -> list[str]:
-    """Return entries of a repeated argument, or of one with commas."""
+    """Return the entries of a repeated argument, or of one with commas."""
     return [entry for value in values or [] for entry in value.split(",") if entry.strip()]

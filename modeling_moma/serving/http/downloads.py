@@ -112,7 +112,7 @@ class Downloads:
         hosts (`ImageHosts`):
             that may be asked.
         seconds (`float`, *optional*, defaults to `DOWNLOAD_SECONDS`):
-            for one download in all: waiting for a place, names, redirects and content.
+            for one download in all: waiting for a slot, names, redirects and content.
         tls (`ssl.SSLContext`, *optional*):
             how certificates are verified; by default as `httpx` does.
     """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the fields of a request may be. One that is not named here is refused."""
+"""What the fields of a request may be. One that is not named here is an error."""
 
 import json
 import math

@@ -124,7 +124,7 @@ class StopOnDisconnect(StoppingCriteria):
 
 
 class CheckedManager(GenerateManager):
-    """Generates until an answer is whole or its client has gone.
+    """Generates until an answer is complete or its client has gone.
 
     The server hands `generate` the processor as its tokenizer, which has no vocabulary to look for stop strings in.
     """

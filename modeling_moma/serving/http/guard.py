@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What stands before the whole server: routes, keys, sizes, numbers of requests, and clients that hang up."""
+"""What stands before the server: routes, keys, sizes, numbers of requests, and clients that hang up."""
 
 import asyncio
 import hmac
@@ -34,7 +34,7 @@ REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 
 
 class Guard:
-    """Refuses what should not reach the server, and ends what nobody waits for.
+    """Answers what should not reach the server by an error, and ends requests whose client has gone.
 
     Args:
         app (`Callable`):

@@ -95,7 +95,7 @@ def read_messages(messages: Any, field: str) -> list[Picture]:
         # Transformers' server silently skips an entry of any other type
         if message.get("type") not in (None, "", "message"):
             raise RequestError(f"{place}.type", f"{short(message['type'])} must be 'message', or left out.")
-        _refuse_others(message, MESSAGE, place)
+        _check_known(message, MESSAGE, place)
         content = message.get("content")
         if content is None or isinstance(content, str):
             continue
@@ -149,7 +149,7 @@ def read_pictures(pictures: Sequence[Picture]):
 def _is_picture(part: Any, place: str) -> bool:
     kind = part.get("type") if isinstance(part, dict) else None
     if kind in TEXT_KINDS:
-        _refuse_others(part, TEXT, place)
+        _check_known(part, TEXT, place)
         if not isinstance(part.get("text"), str):
             raise RequestError(f"{place}.text", f"{short(part.get('text'))} must be a text.")
         return False
@@ -157,13 +157,13 @@ def _is_picture(part: Any, place: str) -> bool:
         raise RequestError(
             f"{place}.type", f"{short(kind)} must be 'text' or 'image_url': the model reads nothing else."
         )
-    _refuse_others(part, PICTURE, place)
+    _check_known(part, PICTURE, place)
     if isinstance(part.get("image_url"), dict):
-        _refuse_others(part["image_url"], ("url", "detail"), f"{place}.image_url")
+        _check_known(part["image_url"], ("url", "detail"), f"{place}.image_url")
     return True
 
 
-def _refuse_others(given: dict[str, Any], known: tuple[str, ...], place: str):
+def _check_known(given: dict[str, Any], known: tuple[str, ...], place: str):
     """Raise for further fields that are not empty: clients send back what they got, with empty fields in it."""
     for name, value in given.items():
         if name not in known and value:

@@ -53,7 +53,7 @@ def guided_frame(
         `list[int]`: new token ids, from the frame's begin (unless the prompt has it) to its end.
 
     Raises:
-        ValueError: a modality without a frame, no beginning token, a negative temperature, or no room for the frame.
+        ValueError: a modality without a frame, no beginning token, a negative temperature, or no tokens for the frame.
     """
     if modality not in config.frames:
         raise InputError(f"`modality` must be one of {list(config.frames)}, got {modality!r}.")

@@ -40,11 +40,11 @@ class MomaForVllm(TransformersForCausalLM, SupportsMultiModal):
     def embed_input_ids(
         self, input_ids: torch.Tensor, multimodal_embeddings: Any = None, *, is_multimodal: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Return embeddings of words and codes alike; those of pictures are the same again."""
+        """Return the embeddings of words and codes alike; those of pictures are the same again."""
         return self.model.get_input_embeddings()(input_ids)
 
     def embed_multimodal(self, **kwargs: Any) -> list[torch.Tensor]:
-        """Return embeddings of the codes of each picture."""
+        """Return the embeddings of the codes of each picture."""
         pictures = kwargs.get(PICTURE_IDS)
         return [] if pictures is None else [self.embed_input_ids(ids.flatten()) for ids in pictures]
 

@@ -53,7 +53,7 @@ class MomaPictureInfo(BaseProcessingInfo):
         return {}
 
     def get_mm_max_tokens_per_item(self, seq_len: int, mm_counts: Mapping[str, int]) -> Mapping[str, int]:
-        """Return codes of a picture."""
+        """Return the codes of a picture."""
         return {"image": self.ctx.model_config.hf_config.image_seq_length}
 
 

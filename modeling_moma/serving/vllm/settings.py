@@ -35,7 +35,7 @@ class MomaServingConfig(VerifyAndUpdateConfig):
 
     @staticmethod
     def verify_and_update_model_config(model_config: Any) -> None:
-        """Refuse what cannot run, and put the grammar and eager execution in.
+        """Raise for what cannot run, and put the grammar and eager execution in.
 
         Args:
             model_config (`Any`):
@@ -65,7 +65,7 @@ class MomaServingConfig(VerifyAndUpdateConfig):
 
     @staticmethod
     def verify_and_update_config(vllm_config: Any) -> None:
-        """Refuse pipelines.
+        """Raise for pipeline parallelism.
 
         Args:
             vllm_config (`Any`):
