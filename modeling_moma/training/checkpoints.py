@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which checkpoints of a `Trainer` are whole, and the end of those that a full disk has torn."""
+"""Which checkpoints of a `Trainer` are complete, and removal of those that a full disk has cut short."""
 
 import json
 import logging
@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 
 def last_checkpoint(folder: str | Path) -> str | None:
-    """Return the newest whole checkpoint of a run.
+    """Return the newest complete checkpoint of a run.
 
     `Trainer` writes straight into a checkpoint's folder, its state last of all: where no state can be read, a run was
     killed while it wrote. Such a folder is warned of, and written anew by a run that comes by its step again.
@@ -29,7 +29,7 @@ def last_checkpoint(folder: str | Path) -> str | None:
             the run's output folder, which may be missing.
 
     Returns:
-        `str | None`: the checkpoint's folder, or `None` where none is whole.
+        `str | None`: the checkpoint's folder, or `None` where none is complete.
     """
     for path in _checkpoints(folder):
         if read_state(path) is not None:

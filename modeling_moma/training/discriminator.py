@@ -12,7 +12,7 @@ from tokenization.modeling_moma_vq import MomaVQModel, MomaVQOutput
 from ..errors_moma import InputError
 
 
-# of pix2pix (arXiv 1611.07004): strided layers, width of the first, slope, deviation of the fresh weights
+# sizes of pix2pix (arXiv 1611.07004): strided layers, width of the first, slope, deviation of fresh weights
 NUM_LAYERS, BASE_WIDTH, SLOPE, INITIAL_STD = 3, 64, 0.2, 0.02
 # layers beyond it are no wider, in units of the first one's width
 LARGEST_FACTOR = 8

@@ -31,7 +31,7 @@ _OF_STEPS = (
 )
 # fields of a source that say where its rows come from: what came of them is in the tokens
 _OF_ROWS = ("data", "load", "splits", "held_out", "root")
-# of a file so many bytes are read, in so many places
+# bytes of a sampled block, and blocks sampled per file
 _BLOCK_BYTES, _BLOCKS = 1 << 16, 256
 # characters of a value in a message
 _LONGEST_VALUE = 60
@@ -95,12 +95,12 @@ def run_facts(
         "batch": {"examples_a_step": examples_a_step(arguments)},
         "training": {**{name: getattr(arguments, name) for name in _OF_STEPS}, **training},
     }
-    # as they look when they are read
+    # facts are compared as JSON gives them back
     return json.loads(json.dumps(facts, default=str))
 
 
 def _model_facts(config: MomaConfig, folder: str | None) -> dict[str, Any]:
-    """Return settings of a model and the source of its weights.
+    """Return the settings of a model and the source of its weights.
 
     Args:
         config (`MomaConfig`):
@@ -108,12 +108,12 @@ def _model_facts(config: MomaConfig, folder: str | None) -> dict[str, Any]:
         folder (`str | None`):
             of the weights that it starts from, or a name on the Hub; `None` where they are new.
     """
-    # of decoding alone
+    # `use_cache` concerns decoding alone
     names = [name for name in MomaConfig.__annotations__ if hasattr(config, name) and name != "use_cache"]
     weights: Any = None
     if folder is not None:
         files = sorted(path for kind in ("*.safetensors", "pytorch_model*.bin") for path in Path(folder).glob(kind))
-        # a name on the Hub has no files here
+        # a model named by its Hub id has no local files
         weights = files_digest(files) if files else [folder, getattr(config, "_commit_hash", None)]
     return {**{name: getattr(config, name) for name in names}, "weights": weights}
 
@@ -156,7 +156,7 @@ def files_digest(paths: Iterable[Path]) -> str:
 
 
 def check_output(output: str, facts: Facts, resume: bool) -> None:
-    """Refuse an output folder with checkpoints, or a model, that the run to come must not go on from or write over.
+    """Raise for an output folder with checkpoints, or a model, that the run to come must not go on from or write over.
 
     What a run has left that was killed before its first checkpoint is no hindrance.
 

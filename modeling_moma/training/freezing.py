@@ -15,7 +15,7 @@ from ..token_groups_moma import token_modalities
 
 
 def freeze_groups(model: MomaPreTrainedModel, groups: list[str]) -> int:
-    """Freeze the feed-forward weights of whole expert groups, routers and shared experts included.
+    """Freeze the feed-forward weights of some expert groups, routers and shared experts included.
 
     Attention, norms, embeddings and head serve all modalities and go on learning: [`freeze_all_but`] freezes them,
     too. Routers keep their thresholds and balance biases with their weights, so all that the state dict holds of a
@@ -45,7 +45,7 @@ def freeze_groups(model: MomaPreTrainedModel, groups: list[str]) -> int:
 
 
 def freeze_all_but(model: MomaPreTrainedModel, groups: list[str]) -> list[str]:
-    """Freeze everything but whole expert groups and the rows of their tokens in the embeddings and the head.
+    """Freeze everything but some expert groups and the rows of their tokens in the embeddings and the head.
 
     A text model that learns pictures keeps its words so: where no picture stands before them they meet no weight that
     changes, and only the new tokens' logits beside theirs do. The rows are those of the groups' own tokens, and of
@@ -53,8 +53,8 @@ def freeze_all_but(model: MomaPreTrainedModel, groups: list[str]) -> list[str]:
 
     Args:
         model (`MomaPreTrainedModel`):
-            a `MomaForCausalLM` or `MomaModel`; changed in place. Its embeddings must stay whole: FSDP and DeepSpeed
-            make other tensors of them, which train in every row.
+            a `MomaForCausalLM` or `MomaModel`; changed in place. Its embeddings must not be sharded: FSDP and
+            DeepSpeed make other tensors of them, which train in every row.
         groups (`list[str]`):
             names of `config.expert_groups` that go on learning.
 

@@ -61,7 +61,7 @@ def codebook_pictures(config: Any) -> int:
 
 def checkpoints(output: Path) -> list[Path]:
     """Return the complete checkpoints of a folder, oldest first."""
-    # so earlier versions called what they had not written to its end
+    # suffix by which earlier versions marked unfinished checkpoints
     return sorted(path for path in output.glob("checkpoint-*") if path.suffix != ".aside")
 
 
@@ -81,7 +81,7 @@ def save_checkpoint(output: Path, step: int, model: MomaVQModel, state: dict, me
 
 
 def check_folder(output: Path, resume: bool) -> None:
-    """Refuse a folder with a run, or a model, that is not to be gone on from.
+    """Raise for a folder with a run, or a model, that is not to be gone on from.
 
     Args:
         output (`Path`):
@@ -143,7 +143,7 @@ class TokenizerTraining:
         self._make_optimizer()
         self.facts: dict[str, Any] = {"sources": [picture_fields(source) for source in args.sources]}
         begun = None if state is None else state.get("pictures")
-        # before the pictures of the first start are replaced
+        # check first: opening the store may replace the pictures of the first start
         check_same_pictures(args.output, self.facts, begun)
         self.store = self._open_pictures()
         self.facts["pictures"] = len(self.store.train)
@@ -233,7 +233,7 @@ class TokenizerTraining:
         pictures = self.store.train
         chosen = batch_indices(self.step, self.args.batch_size, len(pictures), self.args.seed)
         pixel_values = self._augment(to_pixel_values(take(pictures, chosen), self.device))
-        # while the learning rate rises, the latents move faster than the averages follow
+        # during warm-up the latents move faster than the codebook's averages, so it is initialised again
         if self.step == 0 or (self.step < self.args.warmup_steps and self.step % CODEBOOK_INTERVAL == 0):
             first = torch.randperm(len(pictures))[: codebook_pictures(self.model.config)]
             self.model.initialize_codebook(to_pixel_values(take(pictures, first), self.device))

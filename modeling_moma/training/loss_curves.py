@@ -21,7 +21,7 @@ CURVES = {"overall": "eval_loss", "text": "eval_text_loss", "image": "eval_image
 
 
 def tokens_of_example(documents: Documents, processor, num_examples: int = 4096) -> dict[str, float]:
-    """Return mean numbers of text and picture tokens of a training example.
+    """Return the mean numbers of text and picture tokens of a training example.
 
     Args:
         documents (`Documents`):
@@ -182,6 +182,6 @@ def plot_curves(runs: dict[str, dict], path: str | Path) -> None:
         panel.set(title=title, xlabel="training FLOPs", ylabel="causal validation loss (nats per token)")
         panel.grid(alpha=0.3)
         panel.legend()
-    # without the version in it, equal curves give equal files
+    # no version of Matplotlib in the file, so that equal curves give equal files
     figure.savefig(path, dpi=120, metadata={"Software": None})
     pyplot.close(figure)

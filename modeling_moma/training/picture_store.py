@@ -76,7 +76,7 @@ def open_store(
         held_out_pictures (`int`):
             so many held-out pictures are kept at most, of more a random part.
         is_strict (`bool`, *optional*, defaults to `False`):
-            refuse sources with a picture that cannot be used.
+            reject sources with a picture that cannot be used.
 
     Raises:
         ValueError: there are fewer than two pictures, or `is_strict` and one cannot be used.
@@ -86,7 +86,7 @@ def open_store(
         "resolution": side,
         "held_out_pictures": held_out_pictures,
     }
-    # as it looks when it is read
+    # compare the key as JSON gives it back
     key = json.loads(json.dumps(key, default=str))
     report = _read_report(folder)
     if report.get("key") != key:
@@ -100,7 +100,7 @@ def open_store(
 
 
 def take(pictures: np.ndarray, indices: torch.Tensor) -> torch.Tensor:
-    """Return pictures of a store by their indices, in memory."""
+    """Return the pictures of a store by their indices, in memory."""
     return torch.from_numpy(pictures[indices.numpy()])
 
 
@@ -144,7 +144,7 @@ class _Sample:
         self.writer, self.limit = writer, limit
         # (-hash, index) of those in the file, the one to give way first
         self.heap: list[tuple[int, int]] = []
-        # the source of each
+        # the source of each picture
         self.owners: list[str] = []
 
     def wants(self, candidate: Candidate) -> bool:
@@ -252,7 +252,7 @@ def _read(candidate: Candidate, processor: MomaImageProcessor) -> tuple[np.ndarr
         pixels = processor(picture, return_tensors="pt")["pixel_values"][0]
     except LeftOut as error:
         return error
-    # what decodes may still have a mode that cannot be converted
+    # an image that can be decoded may still have a mode that cannot be converted
     except (ValueError, TypeError, OSError) as error:
         return LeftOut("picture damaged", str(error))
     return pixels.to(torch.uint8).numpy(), changes

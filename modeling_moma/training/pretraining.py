@@ -104,7 +104,7 @@ def starting_config(args: argparse.Namespace, processor: MomaProcessor) -> MomaC
         return model_config(args.recipe, processor, noise)
     check_saved(MODEL, "--model", args.model)
     config = MomaConfig.from_pretrained(args.model)
-    # made anew, since what from_pretrained overrides is not checked
+    # constructed again, since fields that from_pretrained overrides are not checked
     config = MomaConfig.from_dict({**config.to_dict(), **noise})
     check_layout(config, processor.token_layout())
     return config
@@ -115,7 +115,7 @@ def build_model(
 ) -> "MomaForCausalLM | PeftModel":
     """Return the model to train: loaded or fresh, with adapters or frozen groups as the command line says."""
     if args.model:
-        # whatever dtype it was saved in: steps are too small for bf16 weights
+        # fp32 whatever the saved dtype: steps are too small for bf16 weights
         model = open_model(args.model, config=config, dtype=torch.float32)
     else:
         model = MomaForCausalLM(config)
@@ -227,7 +227,7 @@ def build_trainer(args: argparse.Namespace, parts: RunParts | None = None) -> St
         print(noise)
     stream = training_stream(args, tokens, sources, args.steps * examples_a_step(training_arguments))
     if isinstance(stream, PackedExamples):
-        # its order is random already, and a sequence needs what was left of the one before
+        # the stream is shuffled already, and a packed sequence begins with the rest of the one before
         training_arguments.train_sampling_strategy = "sequential"
     # `source_ids` are counted, and then left out by the trainer itself
     training_arguments.remove_unused_columns = False
@@ -303,7 +303,7 @@ def pretrain(args: argparse.Namespace):
         # restores the position in the data
         checkpoint = args.model
     elif args.stop_at and taken == args.stop_at:
-        # killed between its last checkpoint and its end: the loop would take one more step before it looks
+        # a run killed after its last checkpoint has no step left: the loop would take one before it checks
         if trainer.is_world_process_zero():
             copy_checkpoint(str(checkpoint), output, processor)
         return
@@ -312,7 +312,7 @@ def pretrain(args: argparse.Namespace):
     if args.lora_rank is not None:
         trainer.merge_adapters()
     if trainer.is_world_process_zero():
-        # of a stage that was stopped: while another model is written over its own, no run is finished here
+        # a stopped stage left this file: while its model is replaced, no run counts as finished here
         (output / TRAINER_STATE_NAME).unlink(missing_ok=True)
     trainer.save_model()
     if trainer.is_world_process_zero():

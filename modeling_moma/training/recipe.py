@@ -16,7 +16,7 @@ from ..utils.fields import Count, Float, Int, read_fields, refuse_unknown
 from ..utils.messages import without_import_notices
 
 
-# what a run decides and not a recipe
+# the command line decides these, not the recipe
 RUN_FIELDS = ("output_dir", "use_cpu", "resume_from_checkpoint")
 
 
@@ -110,7 +110,7 @@ class Recipe:
     samples: SampleFields = field(default_factory=SampleFields)
 
 
-# whose fields are known and checked when a recipe is read
+# sections whose fields are checked when a recipe is read
 SECTIONS = {"processor": ProcessorFields, "data": DataFields, "samples": SampleFields}
 
 
@@ -152,7 +152,7 @@ def read_recipe(path: str | Path, needs: tuple[str, ...] = ()) -> Recipe:
 
 
 def _read_sections(where: str, content: dict[str, Any]) -> Recipe:
-    # it brings Transformers' Trainer along, which processes that tokenize have no use for
+    # imported late: it imports Transformers' Trainer, which tokenizing processes do not need
     with without_import_notices():
         from transformers import TrainingArguments
 

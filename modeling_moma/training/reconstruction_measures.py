@@ -22,7 +22,7 @@ SAMPLES_FILE = "samples.png"
 NUM_SAMPLES, GAP = 8, 2
 # pixel values lie in [-1, 1]
 VALUE_RANGE = 2.0
-# of Wang et al. 2004: side and deviation of the window in pixels, and the two small constants
+# constants of Wang et al. 2004: side and deviation of the window in pixels, and two stabilisers
 SSIM_SIDE, SSIM_SIGMA, SSIM_K1, SSIM_K2 = 11, 1.5, 0.01, 0.03
 # pictures at once: so many, and so many pixels
 EVALUATION_BATCH, EVALUATION_PIXELS = 128, 128 * 64 * 64
@@ -76,7 +76,7 @@ def _gaussian(side: int) -> torch.Tensor:
 
 
 def evaluation_batch(side: int) -> int:
-    """Return pictures of this side that are looked at at once."""
+    """Return the pictures of this side that are looked at at once."""
     return max(1, min(EVALUATION_BATCH, EVALUATION_PIXELS // side**2))
 
 

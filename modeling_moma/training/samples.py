@@ -103,7 +103,7 @@ class SampleCallback(TrainerCallback):
 
 
 def picture_grid(rows: Sequence[Sequence[Image.Image]], gap: int = 4) -> Image.Image:
-    """Return rows of equally large pictures on white.
+    """Return the rows of equally large pictures on white.
 
     Args:
         rows (`Sequence[Sequence[Image.Image]]`):

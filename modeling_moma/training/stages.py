@@ -111,7 +111,7 @@ class StageTrainer(ResumedTrainer):
         self.undecayed = freeze_all_but(self.model, groups)  # pyright: ignore[reportArgumentType]
 
     def merge_adapters(self):
-        """Make a plain model of one with PEFT's adapters, so that it is saved whole."""
+        """Make a plain model of one with PEFT's adapters, so that its own weights are saved."""
         self.model = self.model_wrapped = self.model.merge_and_unload()  # pyright: ignore[reportAttributeAccessIssue, reportOptionalMemberAccess, reportCallIssue]
 
     def get_decay_parameter_names(self, model):
@@ -132,7 +132,7 @@ class StageTrainer(ResumedTrainer):
             return super().log(logs, start_time)
         if "loss" in logs:
             logs.update(self.feeding.figures(self.state.global_step))
-        # to Trainer all steps make one epoch, whatever they pass over
+        # Trainer counts all steps as one epoch, so the real number of passes is logged instead
         epoch, self.state.epoch = self.state.epoch, self.feeding.epoch(self.state.global_step)  # pyright: ignore[reportAttributeAccessIssue]
         super().log(logs, start_time)
         self.state.epoch = epoch
@@ -150,7 +150,7 @@ class StageTrainer(ResumedTrainer):
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
     def _spares_logits(self, inputs: dict[str, torch.Tensor]) -> bool:
-        """Return whether a batch's logits are too large to be made at once, by a head that is not sharded."""
+        """Return whether a batch's logits are too large to be made at once, by an unsharded head."""
         is_split = self.is_fsdp_enabled or self.is_deepspeed_enabled or self.args.torch_compile
         vocab_size = self.accelerator.unwrap_model(self.model).config.vocab_size
         return not is_split and inputs["input_ids"].numel() * vocab_size * 4 > LARGEST_LOGITS
@@ -186,12 +186,12 @@ def data_order(folder: str | Path) -> dict[str, int] | None:
 
 
 def examples_a_step(args: TrainingArguments) -> int:
-    """Return examples that one optimizer step takes on all devices together."""
+    """Return the examples that one optimizer step takes on all devices together."""
     return args.train_batch_size * args.gradient_accumulation_steps * args.world_size
 
 
 def first_step(args: argparse.Namespace, training_arguments: TrainingArguments) -> int:
-    """Return training steps that the earlier stage of `--model` took, 0 when nothing tells.
+    """Return the training steps that the earlier stage of `--model` took, 0 when nothing tells.
 
     Args:
         args (`argparse.Namespace`):

@@ -112,7 +112,7 @@ class FeedingCallback(TrainerCallback):
         return figures
 
     def epoch(self, step: int) -> float | None:
-        """Return the passes over the only source, `None` with several or where nobody knows."""
+        """Return the passes over the only source, `None` with several or where it is unknown."""
         if self.epochs is None or len(self.sources) != 1:
             return None
         return round(self.epochs(step * self.examples_a_step)[0], 4)

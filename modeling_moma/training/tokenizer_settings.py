@@ -83,7 +83,7 @@ DECISIVE = (
     *("steps", "batch_size", "learning_rate", "warmup_steps", "seed"),
     *("adversarial_weight", "adversarial_start", "augmentation"),
 )
-# what checkpoints of earlier versions were begun with and do not say
+# defaults of earlier versions, whose checkpoints do not record them
 ONCE = {"adversarial_weight": 0.0, "augmentation": "white"}
 
 
@@ -120,7 +120,7 @@ def read_config(args: argparse.Namespace) -> "MomaVQConfig":
 
 
 def asked_fields(args: argparse.Namespace) -> dict[str, Any]:
-    """Return fields of the configuration that flags or the recipe's settings give."""
+    """Return the fields of the configuration that flags or the recipe's settings give."""
     return {name: getattr(args, name) for name in MODEL_SETTINGS if getattr(args, name) is not None}
 
 
