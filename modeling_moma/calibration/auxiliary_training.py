@@ -163,7 +163,7 @@ class AuxiliaryRouterTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
-        """Return mean of the routers' losses of one batch; see `Trainer.compute_loss`."""
+        """Return the mean of the routers' losses of one batch; see `Trainer.compute_loss`."""
         model.eval()
         losses = []
 
@@ -236,9 +236,9 @@ def auxiliary_report(model: PreTrainedModel, batches: Iterable[dict[str, torch.T
         - `tokens` and `true_loads`, lists with an entry for each expert, or each pool of a depth layer. With several
           processes `tokens` are the sum over all: a batch that each of them brings counts once for each;
         - `true_load`, the share of (token, expert) pairs in the top K;
-        - `rules`, with an entry for each rule: `"auxiliary_0.5"` cuts predicted probabilities at one half as the paper
-          does, `"auxiliary"` at the model's auxiliary thresholds, `"threshold"` is the routing of this name. An entry
-          has `accuracy`, `precision`, `recall`, `load`, and `loads` as `true_loads`.
+        - `rules`, with an entry for each rule: `"auxiliary_0.5"` compares predicted probabilities with one half as the
+          paper does, `"auxiliary"` at the model's auxiliary thresholds, `"threshold"` is the routing of this name. An
+          entry has `accuracy`, `precision`, `recall`, `load`, and `loads` as `true_loads`.
 
         All are ratios of counts that are summed up first, `None` where there is nothing to divide by.
 
@@ -259,7 +259,7 @@ def save_with_processor(
     stored = MomaForCausalLM.from_pretrained(source, dtype="auto")
     if model.config.auxiliary_routers and not stored.config.auxiliary_routers:
         add_auxiliary_routers(stored)
-    # what came as bf16 was widened to fp32 and has not changed since, so nothing is lost
+    # bf16 weights were widened to fp32 and have not changed since, so narrowing loses nothing
     stored.load_state_dict(model.state_dict())
     for name in ("inference_routing", "depth_inference_routing"):
         setattr(stored.config, name, getattr(model.config, name))

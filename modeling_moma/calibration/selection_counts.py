@@ -3,7 +3,7 @@
 
 Shape suffixes:
     N tokens that compete for a router, S scores of a token,
-    C cuts of a router (one for each expert, or for each pool of a depth router).
+    C thresholds of a router (one for each expert, or for each pool of a depth router).
 """
 
 import torch
@@ -14,7 +14,7 @@ from .observation import RouterRecord, Rule
 
 
 class SelectionCounts:
-    """Exact counts of what rules take of a router's tokens, cut by cut, over any number of batches.
+    """Exact counts of what rules take of a router's tokens, threshold by threshold, over any number of batches.
 
     Args:
         rules (`dict[str, Rule]`):
@@ -36,7 +36,7 @@ class SelectionCounts:
         flags = torch.stack([column.flatten() for column in columns]).long()
         num_thresholds = record.router.threshold.shape[0]
         table = torch.zeros(flags.shape[0], num_thresholds, dtype=torch.long, device=flags.device)
-        table.index_add_(1, record.cut_NS.flatten(), flags)
+        table.index_add_(1, record.threshold_index_NS.flatten(), flags)
         self.tables[record.name] = self.tables.get(record.name, 0) + table.cpu()
 
     def reduce(self, device: torch.device):
