@@ -14,7 +14,7 @@ def flops_per_token(
 ) -> float:
     """Return FLOPs that one token of a modality costs on average, head included.
 
-    Counted are matrix products, `2 * m * n * k` each, as `torch.utils.flop_counter.FlopCounterMode` counts them:
+    Counted are matmuls, `2 * m * n * k` each, as `torch.utils.flop_counter.FlopCounterMode` counts them:
     attention over all `sequence_length` positions, causal or not; embeddings, norms, activations and rotary embeddings
     are free. A training step is three forwards; what activation checkpointing or a fused attention kernel computes a
     second time is not counted.
@@ -61,7 +61,7 @@ def flops_per_token(
     if num_depth_layers:
         layers += num_depth_layers * _depth_flops(config, modality, sequence_length, feed_forward, rule)
     forward = layers + 2 * config.hidden_size * config.vocab_size
-    # the gradient of a matrix product is two more of its size
+    # the gradient of a matmul is two more of its size
     return 3 * forward if training else forward
 
 

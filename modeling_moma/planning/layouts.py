@@ -73,7 +73,7 @@ class Layout:
         for group, count in zip(config.expert_groups, counts, strict=True):
             if count > 1 and count % self.expert:
                 raise InputError(f"`expert` = {self.expert} does not divide the {count} experts of group {group!r}.")
-            # Transformers splits the experts of an expert-parallel rank over the rest of the group, as whole ones
+            # Transformers splits the experts of an expert-parallel rank over the rest of the group, each unsplit
             if count > 1 and self.shard * self.tensor > count:
                 raise InputError(
                     f"`expert` = {self.expert} in shard groups of {self.shard * self.tensor}: the {count} experts of "

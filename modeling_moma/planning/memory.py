@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Memory per GPU of training a MoMa on many, in closed form, by layout.
 
-Counted is training with bf16 products and AdamW: weights, gradients and both moments are kept in fp32, 16 bytes per
-parameter. Gathered weights, FSDP's gradients on the wire and activations of products are bf16.
+Counted is training with bf16 matmuls and AdamW: weights, gradients and both moments are kept in fp32, 16 bytes per
+parameter. Gathered weights, FSDP's gradients on the wire and activations of matmuls are bf16.
 """
 
 from collections.abc import Callable
@@ -25,7 +25,7 @@ class ParameterParts:
             packed experts of one layer: sharded, and split by tensor and expert parallelism.
         matrices (`int`):
             attention and other feed-forward matrices of one layer: not by expert parallelism.
-        whole (`int`):
+        replicated (`int`):
             norms and routers of one layer: sharded only. A depth layer's router is left out.
         ends (`int`):
             embedding and head, once if tied: split by tensor parallelism.
@@ -33,7 +33,7 @@ class ParameterParts:
 
     experts: int
     matrices: int
-    whole: int
+    replicated: int
     ends: int
 
 
@@ -59,8 +59,8 @@ def parameter_parts(config: MomaConfig) -> ParameterParts:
     ends = config.vocab_size * width * (1 if config.tie_word_embeddings else 2)
     depth_routers = len(config.depth_layers or ()) * router_parameters(config, 1)
     layers = config.num_parameters() - ends - width - depth_routers
-    whole = layers // config.num_hidden_layers - experts - matrices
-    return ParameterParts(experts, matrices, whole, ends)
+    replicated = layers // config.num_hidden_layers - experts - matrices
+    return ParameterParts(experts, matrices, replicated, ends)
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ class Memory:
 
 
 def training_memory(config: MomaConfig, layout: Layout, tokens: int, checkpointing: bool = False) -> Memory:
-    """Return bytes on one GPU while it trains on `tokens` tokens at once.
+    """Return the bytes on one GPU while it trains on `tokens` tokens at once.
 
     Args:
         config (`MomaConfig`):
@@ -114,9 +114,9 @@ def training_memory(config: MomaConfig, layout: Layout, tokens: int, checkpointi
     """
     layout.check(config)
     parts = parameter_parts(config)
-    layer = (parts.matrices + parts.experts / layout.expert) / layout.tensor + parts.whole
+    layer = (parts.matrices + parts.experts / layout.expert) / layout.tensor + parts.replicated
     ends = parts.ends / layout.tensor
-    held = config.num_hidden_layers * ((parts.matrices + parts.experts) / layout.tensor + parts.whole) + ends
+    held = config.num_hidden_layers * ((parts.matrices + parts.experts) / layout.tensor + parts.replicated) + ends
     held /= layout.shard
     if layout.shard > 1:
         working = BF16 * (2 * layer + ends) + BF16 * (layer + ends)
@@ -155,7 +155,7 @@ def activation_bytes(config: MomaConfig, tokens: int, tensor: int = 1, checkpoin
     if not checkpointing:
         return tokens * (num_full * layer + num_depth * depth_layer + ends + logits)
     inputs = config.num_hidden_layers * FP32 * config.hidden_size
-    # when layers are computed again the logits are gone
+    # the logits are freed before layers are recomputed
     again = layer if num_full else depth_layer
     return tokens * (inputs + ends + max(again, logits))
 

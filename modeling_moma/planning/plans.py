@@ -93,7 +93,7 @@ class Plan:
         memory ([`Memory`]):
             of one GPU.
         compute_seconds (`float`):
-            products of one step.
+            matmuls of one step.
         weight_seconds (`float`):
             traffic of weights and gradients, beside the computation.
         token_seconds (`float`):
@@ -216,7 +216,7 @@ def plan_training(
 
 
 def _speed(plan: Plan) -> tuple[float, float, float]:
-    # of plans that compute as fast, the one whose traffic has the most room to hide
+    # among plans that compute as fast, prefer the one whose traffic is easiest to hide
     return plan.seconds, plan.weight_seconds, plan.memory.total
 
 
@@ -227,7 +227,7 @@ def _plans_of(
     tokens = tokens_per_gpu * layout.tensor
     modalities = config.modalities
     flops = sum(flops_per_token(config, modality, sequence_length, training=True) for modality in modalities)
-    # products are split over the tensor-parallel group again
+    # matmuls are split over the tensor-parallel group again
     seconds = tokens_per_gpu * flops / len(modalities) / (hardware.flops * hardware.utilization)
     num_sequences = tokens // sequence_length
     for checkpointing in (False, True):
@@ -242,7 +242,7 @@ def _plans_of(
                 sequences,
                 micro_batches,
                 training_memory(config, layout, sequences * sequence_length, checkpointing),
-                # one forward more on top of three
+                # checkpointing adds one forward to the cost of three
                 seconds * (4 / 3 if checkpointing else 1),
                 overlapped,
                 waited,

@@ -19,7 +19,7 @@ class Collective:
         kind (`str`):
             `"all_gather"`, `"reduce_scatter"`, `"all_reduce"` or `"all_to_all"`.
         payload (`float`):
-            bytes of the whole tensors: gathered, reduced, or one rank's tokens.
+            bytes of the full tensors: gathered, reduced, or one rank's tokens.
         ranks (`int`):
             size of the group.
         stride (`int`):
@@ -85,7 +85,7 @@ def training_traffic(
 def _weight_traffic(config: MomaConfig, layout: Layout, micro_batches: int) -> list[Collective]:
     parts = parameter_parts(config)
     layers = config.num_hidden_layers
-    dense = layers * (parts.matrices / layout.tensor + parts.whole) + parts.ends / layout.tensor
+    dense = layers * (parts.matrices / layout.tensor + parts.replicated) + parts.ends / layout.tensor
     experts = layers * parts.experts / (layout.tensor * layout.expert)
     outer = layout.tensor * layout.shard
     # a call for each layer, and one for embedding and head
@@ -117,11 +117,11 @@ def _token_traffic(
     num_depth = len(config.depth_layers or ())
     layers = config.num_hidden_layers - num_depth + share * num_depth
     stream = tokens * BF16 * config.hidden_size
-    # each way in each pass, group after group
+    # each group sends tokens there and back in each pass
     dispatched = 2 * passes * layers * experts_per_token(config) * stream
     groups = sum(config.group_num_experts(group) > 1 for group in config.expert_groups)
     dispatches = micro_batches * 2 * passes * groups * config.num_hidden_layers
-    # after attention and after the feed-forward layer; the embedding once, the head's input once in the backward pass
+    # all-reduce after attention and after feed-forward, once for the embedding and once for the head's gradient
     reduced = (2 * passes * layers + 2) * stream
     reductions = micro_batches * (2 * passes * config.num_hidden_layers + 2)
     logits = tokens * BF16 * config.vocab_size
