@@ -102,7 +102,7 @@ def register_auto_classes() -> None:
         exist_ok=True,
     )
     AutoProcessor.register(MomaConfig, MomaProcessor, exist_ok=True)
-    # what is saved then carries its code, and loads with trust_remote_code=True where this package is missing
+    # saved folders then carry their code, and load with trust_remote_code=True without this package
     MomaConfig.register_for_auto_class()
     MomaModel.register_for_auto_class("AutoModel")
     MomaForCausalLM.register_for_auto_class("AutoModelForCausalLM")

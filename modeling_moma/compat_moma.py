@@ -35,7 +35,7 @@ modeling_auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES["moma"] = "MomaForCausalLM" 
 if TYPE_CHECKING:
     from transformers._typing import GenerativePreTrainedModel
 
-    # what the stock mixin takes itself to be mixed into
+    # for type checkers: the stock mixin assumes this base class
     class _StockGeneration(GenerativePreTrainedModel, GenerationMixin):
         hf_quantizer: Any = None
         encoder: Any = None
@@ -85,7 +85,7 @@ class GenerationCompat(_StockGeneration):
             if end_token_id is not None:
                 stops = torch.cat([stops, stops.new_tensor([end_token_id])])
         sequences = output if isinstance(output, torch.Tensor) else output.sequences
-        # in place, whichever of the two was returned
+        # edited in place, since `output` may be or hold `sequences`
         new_BT = sequences[:, input_ids.shape[1] :]
         is_stop_BT = torch.isin(new_BT, stops)
         new_BT.masked_fill_(is_stop_BT.cumsum(1) > is_stop_BT.long(), generation_config._pad_token_tensor)

@@ -13,7 +13,7 @@
 # limitations under the License.
 """MoMa model configuration: every size and switch, what contradicts what, presets, counts of parameters.
 
-The rules of routing are known here by their records, see [`RoutingRule`]: the rooms above enter them.
+The rules of routing are known here by their records, see [`RoutingRule`]: the modules above enter them.
 """
 
 from collections.abc import Callable
@@ -79,11 +79,11 @@ class RoutingRule:
     choose: Callable | None = None
 
     def experts_per_token(self, config: "MomaConfig", group: str) -> float:
-        """Return experts of a group that one of its tokens meets on average."""
+        """Return the experts of a group that one of its tokens meets on average."""
         return config.num_experts_per_tok if self.counts_experts else config.group_capacity_factor(group)
 
 
-# by name; empty as long as a configuration is all that was loaded, which then takes any name
+# rules by name, filled by the routing module; while it is not imported, configurations take any name
 RULES: dict[str, RoutingRule] = {}
 
 
@@ -347,7 +347,7 @@ class MomaConfig(PreTrainedConfig):
     modality_loss_weights: dict[str, float] | None = None
 
     if TYPE_CHECKING:
-        # what `__post_init__` leaves; the annotations above are what values are checked against before it
+        # types after `__post_init__`; values are checked against the annotations above before it
         num_key_value_heads: int
         head_dim: int
         rope_parameters: dict
@@ -395,7 +395,7 @@ class MomaConfig(PreTrainedConfig):
 
     @property
     def modalities(self) -> list[str]:
-        """Names of the modalities; a modality's place is its value in `mm_token_type_ids`.
+        """Names of the modalities; a modality's index is its value in `mm_token_type_ids`.
 
         Text first, then by name: the order of a dict is lost where the configuration is saved.
         """
@@ -450,7 +450,7 @@ class MomaConfig(PreTrainedConfig):
         return self.depth_capacity[pool] if isinstance(self.depth_capacity, dict) else self.depth_capacity
 
     def group_num_experts(self, group: str) -> int:
-        """Return experts `E` of a group."""
+        """Return the experts `E` of a group."""
         return self.num_experts[group] if isinstance(self.num_experts, dict) else self.num_experts
 
     def group_intermediate_size(self, group: str) -> int:
@@ -523,7 +523,7 @@ class MomaConfig(PreTrainedConfig):
 
 
 def count_parameters(config: MomaConfig, active: bool, modality: str | None, exclude_norms_and_routers: bool) -> int:
-    """Return parameters of the model of a [`MomaConfig`]; see [`MomaConfig.num_parameters`] for the arguments."""
+    """Return the parameters of the model of a [`MomaConfig`]; see [`MomaConfig.num_parameters`] for the arguments."""
     if active and modality is None:
         return max(count_parameters(config, True, name, exclude_norms_and_routers) for name in config.modalities)
     width = config.hidden_size
@@ -547,7 +547,7 @@ def count_parameters(config: MomaConfig, active: bool, modality: str | None, exc
 
 
 def attention_parameters(config: MomaConfig) -> int:
-    """Return matrices and biases of one attention, without the norms of queries and keys."""
+    """Return the matrices and biases of one attention, without the norms of queries and keys."""
     query_width, key_width = (
         heads * config.head_dim for heads in (config.num_attention_heads, config.num_key_value_heads)
     )

@@ -131,7 +131,7 @@ class MomaCpuLinear(nn.Linear):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Map `[..., I]` to `[..., O]`, perhaps a view of `[O, N]`."""
-        # first what is decided soonest, as a step has dozens of these, and before a compiler sees a number of rows
+        # cheapest questions first: a step has dozens of these calls, and a compiler must not see a number of rows
         if input.dtype != torch.bfloat16 or self.training or not _is_inference() or not is_on_cpu(input):
             return super().forward(input)
         num_rows = input.shape[:-1].numel()
@@ -151,7 +151,7 @@ class MomaCpuLinear(nn.Linear):
 
     def _plain_weight(self) -> torch.Tensor | None:
         """Return the weight `[O, I]` in bf16, neither quantised nor distributed, of a layer without a bias."""
-        # what shards weights, or computes them, keeps them elsewhere
+        # sharded and parametrised layers keep their weights elsewhere
         weight, bias = self._parameters.get("weight"), self._parameters.get("bias", self)
         is_plain = type(weight) is nn.Parameter and weight.dtype == torch.bfloat16
         return weight if is_plain and bias is None else None
@@ -190,7 +190,7 @@ class CpuRMSNorm(nn.Module):
 
 # instructions of a CPU with which torch's own kernel of attention is the faster one
 _ATTENTION_INSTRUCTIONS = {torch.bfloat16: "amx_bf16", torch.float16: "avx512_fp16"}
-# by which it may also be asked for: `model.set_attn_implementation("moma_cpu")`
+# registered name, also for `model.set_attn_implementation("moma_cpu")`
 CPU_ATTENTION = "moma_cpu"
 # elements of keys that are widened at a time: their copy should stay in the caches
 _CHUNK_ELEMENTS = 2**19
@@ -272,14 +272,14 @@ def cpu_attention_forward(
 
 
 ALL_ATTENTION_FUNCTIONS.register(CPU_ATTENTION, cpu_attention_forward)
-# without it a model that is set to this name would get no mask
+# without an entry here, a model that is set to this name gets no mask at all
 ALL_MASK_ATTENTION_FUNCTIONS.register(CPU_ATTENTION, sdpa_mask)
 
 
 # columns to spare, and the share of the stored tokens that there are at least
 _FEWEST_SPARE = 32
 _SPARE_SHARE = 0.25
-# of keys: memory behind them and behind values, and those values
+# attribute of keys: the memory behind keys and values, and those values
 _MEMORY = "_moma_memory"
 
 
@@ -327,7 +327,7 @@ class MomaGrowingCacheLayer(DynamicLayer):
         value_memory.narrow(2, num_stored, num_new).copy_(value_states)
         self.keys = key_memory.narrow(2, 0, num_stored + num_new)
         self.values = value_memory.narrow(2, 0, num_stored + num_new)
-        # not in the layer's `__dict__`, where the exporters of Transformers take every tensor for a part of the cache
+        # kept on the keys: the exporters of Transformers take every tensor in the layer's `__dict__` for cache
         vars(self.keys)[_MEMORY] = key_memory, value_memory, self.values
         return self.keys, self.values
 
@@ -336,7 +336,7 @@ def _memory_for(
     num_columns: int, keys_BHSd: torch.Tensor, values_BHSd: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return memory for so many columns or more, the stored tokens at its front, which no other copy writes to."""
-    # taken away in one go, for copies that go on in threads of their own
+    # popped in one atomic call: copies may run in other threads
     memory = vars(keys_BHSd).pop(_MEMORY, None)
     if memory is not None:
         key_memory, value_memory, value_view = memory
@@ -369,7 +369,7 @@ def use_growing_layer(cache: Cache, layer_idx: int) -> None:
         return
     if cache.layer_class_to_replicate is DynamicLayer:
         cache.layer_class_to_replicate = MomaGrowingCacheLayer
-    # the same object, which other caches may hold too
+    # the class is changed in place, since other caches may hold the same layer
     if layer_idx < len(cache.layers) and type(cache.layers[layer_idx]) is DynamicLayer:
         cache.layers[layer_idx].__class__ = MomaGrowingCacheLayer  # pyright: ignore[reportAttributeAccessIssue]
 
@@ -394,7 +394,7 @@ def run_sequentially(experts: Any, rows_PD: torch.Tensor, expert_P: torch.Tensor
         `torch.Tensor`: `[P, D]`, not weighed yet.
     """
     counts = _rows_of_experts(expert_P)
-    # a module looks each of them up by name
+    # local names: a module looks its attributes up by name
     gate_up_EWD, down_EDF, act_fn = experts.gate_up_proj, experts.down_proj, experts.act_fn
     if torch.is_grad_enabled():
         return run_with_gradients(rows_PD, gate_up_EWD, down_EDF, counts, act_fn)
@@ -515,7 +515,7 @@ def run_from_left(
 ) -> torch.Tensor:
     """Run one SwiGLU expert without gradients, with its weights on the left of the matmuls.
 
-    Matrix units want the right operand of a product in an order of their own: to bring a few tokens into it costs
+    Matrix units want the right operand of a matmul in an order of their own: to bring a few tokens into it costs
     less than an expert's weights (`benchmarks/reports/2026-11-27-what-was-tried-cpu.md`).
 
     Args:
@@ -579,11 +579,11 @@ def are_plain(*weights: torch.Tensor) -> bool:
     return all(type(weight) in (torch.Tensor, nn.Parameter) for weight in weights)
 
 
-# caches that a call of `generate` makes for itself and leaves to nobody
+# caches that a call of `generate` makes for itself and does not return
 _OWN_CACHES = (None, "dynamic")
 # arguments that bring a cache in, let others than the stock loops call the model, or crop caches between its calls
 _SHARED = ("cache", "past_key_values", "custom_generate", "assistant_model")
-# the same, where configurations may name them
+# those of them that configurations may name
 _OPTIONS = ("return_dict_in_generate", "prompt_lookup_num_tokens", "assistant_early_exit")
 # arguments by which something of the caller's runs between two steps
 _BETWEEN = ("logits_processor", "stopping_criteria", "prefix_allowed_tokens_fn", "streamer")
@@ -654,7 +654,7 @@ def is_observed(model: PreTrainedModel, arguments: dict[str, Any]) -> bool:
     """
     return (
         getattr(model, "is_quantized", False)
-        # who stands in for a method of the model
+        # a method of the model was replaced on the instance
         or any(callable(getattr(type(model), name, None)) for name in vars(model))
         or any(isinstance(value, torch.Tensor) and type(value) not in _PLAIN for value in arguments.values())
         or _is_traced()
@@ -686,7 +686,7 @@ def _is_observed_layer(module: nn.Module) -> bool:
     kind = type(module)
     return (
         is_hooked(module)
-        # Accelerate's
+        # the hook of Accelerate
         or hasattr(module, "_hf_hook")
         or _is_foreign(kind)
         or _is_foreign(kind.forward)

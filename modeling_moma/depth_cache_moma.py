@@ -4,7 +4,7 @@
 A cache keeps for each row of a depth layer the keys of its own chosen tokens, and no others.
 
 Shape suffixes:
-    B rows, T positions, D hidden size, R rows with chosen tokens, C places of a packed row, P chosen tokens, S columns
+    B rows, T positions, D hidden size, R rows with chosen tokens, C slots of a packed row, P chosen tokens, S columns
     that the cache holds, K = S + C keys of an attention call, H heads, d head size, E documents of the batch and one.
 """
 
@@ -28,9 +28,9 @@ from .token_groups_moma import ModalitySplit, RoutingContext
 
 # columns by which a dynamic layer grows at once
 _COLUMNS = 8
-# by how much a static layer grows, at least, when a row chooses more tokens than fit
+# least growth factor of a static layer when a row chooses more tokens than fit
 _GROWTH = 1.25
-# of keys: the `lengths` of the layer that may write behind them
+# attribute of keys: the `lengths` of the layer that may write behind them
 _WRITER = "_moma_writer"
 
 
@@ -59,12 +59,12 @@ class _RaggedRows:
     keys: torch.Tensor
     values: torch.Tensor
     slots: torch.Tensor
-    # in its own way in each of the layers: columns to begin with, and those that so many tokens need
+    # subclasses define these: columns to begin with, and columns needed for so many tokens
     _first_columns: Callable[[float], int]
     _more_columns: Callable[[int], int]
 
     def get_seq_length(self) -> int:
-        """Return tokens seen, chosen or not: what masks and positions count by."""
+        """Return the tokens seen, chosen or not: what masks and positions count by."""
         return self.cumulative_length
 
     def update(
@@ -119,7 +119,7 @@ class _RaggedRows:
         return torch.cat((old_keys, key_states), dim=2), torch.cat((old_values, value_states), dim=2)
 
     def stored_slots(self, packing: "DepthPacking") -> torch.Tensor:
-        """Return slots of the stored tokens of the rows that take part, -1 at padding slots, `[R, S]`."""
+        """Return the slots of the stored tokens of the rows that take part, -1 at padding slots, `[R, S]`."""
         if not self.is_initialized:
             return packing.row_R.new_empty(len(packing.rows), 0)
         slot_RS = self.slots[:, : self._num_columns(packing)].index_select(0, packing.row_R).long()
@@ -229,10 +229,10 @@ class _RaggedRows:
             self.keys, self.values, self.slots = self.keys.clone(), self.values.clone(), self.slots.clone()
 
     def _take_memory(self) -> bool:
-        """Return whether nobody else has written behind what is stored, and may from now on."""
+        """Return whether no other copy has written behind what is stored, and reserve the right to."""
         # tensors of inference mode take no writing outside it
         is_writable = torch.is_inference_mode_enabled() or not self.keys.is_inference()
-        # in one go, for copies that go on in threads of their own
+        # popped in one atomic call: copies may run in other threads
         writer = vars(self.keys).pop(_WRITER, None)
         if writer is self.lengths:
             return is_writable
@@ -349,13 +349,13 @@ class DepthPacking:
         row_R (`torch.LongTensor`):
             the same as `rows`, on the device.
         index_RC (`torch.LongTensor`):
-            the position of each place's token in its row, `[R, C]`.
+            the position of each slot's token in its row, `[R, C]`.
         valid_RC (`torch.BoolTensor`):
             False at the padding slots after a row's last token, `[R, C]`.
         token_P (`torch.LongTensor`):
             chosen positions in the flat batch, `[P]`.
         place_P (`torch.LongTensor`):
-            their places in the flat packed rows, `[P]`.
+            their slots in the flat packed rows, `[P]`.
         split (`ModalitySplit`):
             expert groups of the chosen tokens, as one row `[1, P]`.
         slot_RS (`torch.LongTensor`, *optional*):
@@ -363,7 +363,7 @@ class DepthPacking:
         past (`int`, *optional*, defaults to 0):
             positions seen before this forward.
         is_recorded (`bool`, *optional*, defaults to `False`):
-            whether somebody asks for attention weights.
+            whether attention weights are asked for.
     """
 
     num_rows: int
@@ -441,7 +441,7 @@ class DepthPacking:
                 `[R, H, C, S + C]`.
 
         Returns:
-            `torch.Tensor`: `[B, H, T, past + T]`; `None` where nobody asks for it.
+            `torch.Tensor`: `[B, H, T, past + T]`; `None` where it is not asked for.
         """
         if weights_RHCS is None or not self.is_recorded:
             return None
@@ -456,7 +456,7 @@ class DepthPacking:
         return full.unflatten(0, (self.num_rows, self.length)).transpose(1, 2)
 
 
-# its device sync for the numbers of tokens would break the graph here and in every function around it
+# the device sync for numbers of tokens would break the graph here and in every caller
 @torch.compiler.disable
 def pack_chosen(chosen_BT: torch.Tensor, split: ModalitySplit, keep_empty_rows: bool) -> DepthPacking | None:
     """Pack the chosen tokens of each row to its front, with one device sync.
@@ -523,7 +523,7 @@ def packed_causal_mask(
         return None
     num_rows, num_places = packing.valid_RC.shape
     num_stored, is_key_RK = 0, None
-    # without cached keys every padding slot comes after its row's tokens, where none of them looks
+    # no mask for padding slots: without cached keys they come after their row's tokens
     if packing.slot_RS is not None and packing.slot_RS.shape[1]:
         num_stored = packing.slot_RS.shape[1]
         is_key_RK = torch.cat([packing.slot_RS >= 0, packing.valid_RC], dim=1)

@@ -87,7 +87,7 @@ class MomaDepthRouter(MomaRouterBase):
         super().__init__(config, num_scores=1, num_thresholds=num_pools, momentum=momentum, updates_shape=(num_pools,))
         self.capacities = [config.pool_depth_capacity(pool) for pool in config.depth_pools]
         self.capacity_fractions = [exact_share(capacity) for capacity in self.capacities]
-        # what a static cache makes room for
+        # a static cache allocates for the largest capacity
         self.capacity = max(self.capacities)
         self.is_pooled_by_row = config.depth_pool == "row"
 
@@ -128,7 +128,7 @@ class MomaDepthRouter(MomaRouterBase):
             rows_B1 = torch.arange(num_rows, device=scores_BT.device).unsqueeze(-1)
             pool_BT = rows_B1 * num_modalities + pool_BT
             num_pools = num_rows * num_modalities
-        # padding competes in a pool of its own, which takes nobody
+        # padding competes in a pool of its own, which takes no token
         pool_BT = torch.where(is_token_BT, pool_BT, num_pools)
         # position by position, so that none of several equal rows comes before the others
         pool_N, scores_N = pool_BT.t().flatten(), scores_BT.t().flatten()
@@ -147,7 +147,7 @@ class MomaDepthRouter(MomaRouterBase):
         best_BT = best_N.view(-1, num_rows).t()
         last_Q = order_N[(start_Q + take_Q - 1)[:-1].clamp(min=0)]
         kth_Q = scores_N[last_Q]
-        # padding ties with nobody
+        # padding ties with no token
         kth_BT = torch.cat([kth_Q, kth_Q.new_full((1,), torch.inf)])[pool_BT]
         place_BT = torch.cat([last_Q // num_rows, last_Q.new_full((1,), -1)])[pool_BT]
         is_at_place_BT = place_BT == torch.arange(scores_BT.shape[1], device=place_BT.device)
@@ -275,14 +275,14 @@ class DepthLayer(nn.Module):
     """The forward of a decoder layer for the tokens that its depth router chooses (MoMa section 2.3).
 
     To be mixed into a decoder layer. Attention and experts see the chosen tokens alone: attention packed to the front
-    of their rows, all else as one row without padding. The whole update that the layer makes to a token is scaled by
+    of their rows, all else as one row without padding. The update that the layer makes to a token is scaled by
     the token's score. All other tokens leave as they came.
     """
 
     config: MomaConfig
     layer_idx: int
     depth_router: MomaDepthRouter
-    # what a decoder layer adds to the residual stream, by its attention and by its feed-forward layer
+    # the decoder layer defines these two: the residual updates of attention and of the feed-forward layer
     attention_update: Callable[..., torch.Tensor]
     ffn_update: Callable[[torch.Tensor, RoutingContext], torch.Tensor]
 
@@ -302,7 +302,7 @@ class DepthLayer(nn.Module):
         # weights take part in every training step and wherever processes wait for one another; a recorded layer has
         # attentions in every step
         keep_empty_rows = self.training or is_distributed() or is_recorded
-        # they count all tokens, as positions do
+        # not passed on: position ids count all tokens, those that were not chosen too
         kwargs.pop("position_ids", None)
         lengths: Any = {name: kwargs.pop(name, None) for name in FLASH_LENGTHS}
         is_step = hidden_states.shape[1] == 1 and not keep_empty_rows and routing_context.custom_mask_BHQS is None
@@ -353,7 +353,7 @@ class DepthLayer(nn.Module):
     ) -> torch.Tensor:
         """Prepare a step of one token in each row: those rows take part that chose it, with nothing to pack."""
         num_rows = hidden_B1D.shape[0]
-        # the one device sync
+        # the only device sync of the packing
         rows = [row for row, is_chosen in enumerate(selection.chosen_BT.flatten().tolist()) if is_chosen]
         if not rows:
             self._skip(hidden_B1D, cache)

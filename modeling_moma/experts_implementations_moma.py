@@ -63,13 +63,13 @@ def moma_experts_forward(
     Returns:
         `torch.Tensor`: weighted sums, `[P, D]`.
     """
-    on_host = is_on_cpu(hidden_states) and not torch.compiler.is_compiling()
+    on_cpu = is_on_cpu(hidden_states) and not torch.compiler.is_compiling()
     # running one expert after the other spares a copy of all weights that is kept for the backward
-    casts = on_host and matmul_dtype(self.down_proj) != self.down_proj.dtype
+    casts = on_cpu and matmul_dtype(self.down_proj) != self.down_proj.dtype
     if num_taken is not None and not (casts and _runs_sequentially(self)):
         return _run_equal_shares(self, hidden_states, top_k_weights, num_taken)
     is_sorted = is_sorted or num_taken is not None
-    if on_host and _runs_sequentially(self):
+    if on_cpu and _runs_sequentially(self):
         return _run_in_order(self, hidden_states, top_k_index, top_k_weights, is_sorted, run_sequentially)
     if ends_E is not None:
         run = partial(_grouped, ends_E=ends_E)
@@ -80,7 +80,7 @@ def moma_experts_forward(
         return batched_mm_experts_forward(self, hidden_states, top_k_index, top_k_weights)
     is_aligned = all(is_whole(size, self.down_proj.dtype) for size in self.down_proj.shape[1:])
     # the library's way gathers and scatters by indexing, whose gradients are slow there, and knows no autocast
-    if on_host or not is_aligned:
+    if on_cpu or not is_aligned:
         return _run_in_order(self, hidden_states, top_k_index, top_k_weights, is_sorted, _grouped)
     return grouped_mm_experts_forward(self, hidden_states, top_k_index, top_k_weights)
 
@@ -114,7 +114,7 @@ def _run_in_order(
         rows_PD, weight_P1 = x_ND.index_select(0, order_P // num_slots), weight_P1.index_select(0, order_P)
     y_PD = run(experts, rows_PD, expert_P)
     if run is run_sequentially and not torch.is_grad_enabled():
-        # nothing is kept for a backward
+        # without gradients nothing is kept for a backward
         y_PD.mul_(weight_P1)
     else:
         y_PD = y_PD * weight_P1.to(y_PD.dtype)
@@ -144,9 +144,8 @@ def _grouped_mm(x_PD: torch.Tensor, weight_EFD: torch.Tensor, ends_E: torch.Tens
     return torch.ops.transformers.grouped_mm_fallback(x_PD, weight_EDF, ends_E)
 
 
-# it makes use of what `Selection.hints` says of the pairs
+# properties of the implementation: it uses `Selection.hints`, and it slices weights, as quantised ones cannot be
 moma_experts_forward.takes_hints = True
-# and multiplies with slices of weights, which quantised ones do not allow
 moma_experts_forward.takes_quantized = False
 ALL_EXPERTS_FUNCTIONS.register(DEFAULT_IMPLEMENTATION, moma_experts_forward)
 
@@ -183,12 +182,12 @@ def _implementation(config: MomaConfig) -> Any:
 
 Class = TypeVar("Class", bound=type[nn.Module])
 
-# what grouped matmuls want whole words of, in every row, on every device
+# grouped matmuls on any device want rows that are multiples of this many bytes
 _WORD_BYTES = 16
 
 
 def is_whole(size: int, dtype: torch.dtype) -> bool:
-    """Return whether rows of so many elements are made of whole words."""
+    """Return whether rows of so many elements are multiples of [`_WORD_BYTES`]."""
     return size * dtype.itemsize % _WORD_BYTES == 0
 
 

@@ -35,7 +35,7 @@ class FrameLogitsProcessor(LogitsProcessor):
     """Inside a frame only its codes and, when it may end, its end; outside neither codes nor ends.
 
     A frame of fixed length ends after its last code. One of any length may end after its first code, and must end
-    where only one place is left.
+    where only one token is left.
 
     Args:
         config (`MomaConfig`):
@@ -51,7 +51,7 @@ class FrameLogitsProcessor(LogitsProcessor):
         outside_V = ~_all_codes(config)
         outside_V[[frame.end for frame in self.frames.values()]] = False
         allowed_SV = torch.stack([outside_V, *(frame.is_code(ids_V) for frame in self.frames.values())])
-        # what rows may not write: outside all frames, and inside the frame of each modality
+        # banned tokens by state: outside all frames, then inside the frame of each modality
         self.banned_SV = ~allowed_SV
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
@@ -132,7 +132,7 @@ class OneFrameLogitsProcessor(FrameLogitsProcessor):
 
 
 class FittingFrameLogitsProcessor(LogitsProcessor):
-    """No begin of a frame where the shortest whole one no longer fits.
+    """No begin of a frame where the shortest complete one no longer fits.
 
     Args:
         config (`MomaConfig`):
@@ -147,8 +147,8 @@ class FittingFrameLogitsProcessor(LogitsProcessor):
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """Give tokens that begin a frame a score of minus infinity where it would not fit, `[B, V]`."""
-        room = self.max_length - input_ids.shape[1]
-        too_long = [frame.begin for frame in self.frames.values() if frame.fewest_codes + 2 > room]
+        num_new = self.max_length - input_ids.shape[1]
+        too_long = [frame.begin for frame in self.frames.values() if frame.fewest_codes + 2 > num_new]
         if too_long:
             scores = scores.clone()
             scores[:, too_long] = -torch.inf
@@ -176,7 +176,7 @@ class FrameEndCriteria(StoppingCriteria):
 
 def force_token_(scores: torch.Tensor, rows_B: torch.Tensor, token_id: int) -> None:
     """Leave one token to some of the rows."""
-    # in most steps to none
+    # most steps force no row
     if is_on_cpu(rows_B) and not rows_B.any():
         return
     scores.masked_fill_(rows_B[:, None], -torch.inf)
@@ -190,9 +190,9 @@ def _all_codes(config: MomaConfig) -> torch.Tensor:
 
 
 INTERLEAVED = "interleaved"
-# of a model of text and images; another modality that has a frame is a mode by its own name
+# modes of a model of text and images; each further modality with a frame adds one by its name
 GENERATION_MODES = (TEXT, IMAGE, INTERLEAVED)
-# new tokens that the stock loop generates when nobody says how many
+# new tokens that the stock loop generates by default
 STOCK_NEW_TOKENS = 20
 GRAMMAR = (FrameLogitsProcessor, TextOnlyLogitsProcessor)
 
@@ -240,13 +240,13 @@ class MomaGenerationMixin(GenerationCompat):
 
         Raises:
             ValueError: an unknown mode; an empty or all-padding prompt; a modality that the configuration has no frame
-                for; no room for a whole frame; a prompt that ends inside a frame of a modality that the mode does not
+                for; too few tokens for a frame; a prompt that ends inside a frame of a modality that the mode does not
                 write; guidance together with a decoding strategy whose unconditional branch would go wrong.
         """
         mode = TEXT if generation_mode is None else generation_mode
         self._check_mode(mode)
         processors = LogitsProcessorList(logits_processor or [])
-        # before the grammar adds its own to them
+        # arguments keep the caller's list: the grammar adds its own to `processors` alone
         arguments = {**kwargs, "logits_processor": logits_processor}
         # an assistant model is called with the processors of the model that it drafts for
         if any(isinstance(processor, GRAMMAR) for processor in processors):
@@ -285,7 +285,7 @@ class MomaGenerationMixin(GenerationCompat):
         Raises:
             ValueError: the model writes no images, a image is incomplete, or a code stands outside a image.
         """
-        # all images have one length
+        # all images have one length, so this is a tensor
         return self._frame(IMAGE).read_codes(image_tokens, "image_tokens")  # pyright: ignore[reportReturnType]
 
     def decode_modality_tokens(self, ids: torch.Tensor, modality: str) -> torch.Tensor | list[torch.Tensor]:
@@ -347,19 +347,19 @@ class MomaGenerationMixin(GenerationCompat):
         """Add what a mode needs to the processors and arguments, and return the generation config with its length."""
         frame = self.config.frames.get(mode)
         width = prompt.shape[1] or kwargs["inputs_embeds"].shape[1]
-        room = _new_tokens(width, kwargs.get, generation_config)
-        if frame is not None and room is None:
-            room = self._frame_room(frame, prompt, width)
+        num_new = _new_tokens(width, kwargs.get, generation_config)
+        if frame is not None and num_new is None:
+            num_new = self._frame_tokens(frame, prompt, width)
             if generation_config is None:
-                kwargs["max_new_tokens"] = room
+                kwargs["max_new_tokens"] = num_new
             else:
                 generation_config = copy.deepcopy(generation_config)
-                generation_config.max_new_tokens = room
-        elif room is None:
-            room = _new_tokens(width, {}.get, self.generation_config) or STOCK_NEW_TOKENS
-        # only rows of one frame end by a token of the grammar
+                generation_config.max_new_tokens = num_new
+        elif num_new is None:
+            num_new = _new_tokens(width, {}.get, self.generation_config) or STOCK_NEW_TOKENS
+        # a mode of one frame alone ends its rows by a token of the grammar
         stop = -1 if frame is None else self._stop_token(mode, generation_config, kwargs)
-        processors += self._grammar(mode, prompt, width, room, stop)
+        processors += self._grammar(mode, prompt, width, num_new, stop)
         if frame is not None:
             if (self._option("num_beams", generation_config, kwargs) or 1) > 1:
                 criteria = [*(kwargs.get("stopping_criteria") or []), FrameEndCriteria(frame, prompt.shape[1])]
@@ -368,25 +368,25 @@ class MomaGenerationMixin(GenerationCompat):
             kwargs.update(self._guidance(prompt, generation_config, kwargs))
         return generation_config
 
-    def _context_room(self, prompt_width: int) -> int | None:
-        """Return positions of the context after a prompt; `None` where it has no end."""
+    def _context_left(self, prompt_width: int) -> int | None:
+        """Return the positions of the context after a prompt; `None` where it has no end."""
         # scaled rotary embeddings are made to go beyond
         if self.config.rope_parameters["rope_type"] != "default":
             return None
         return self.config.max_position_embeddings - prompt_width
 
-    def _frame_room(self, frame: ModalityFrame, prompt: torch.Tensor, prompt_width: int) -> int:
-        """Return new tokens for one frame in each row, when nobody says how many."""
+    def _frame_tokens(self, frame: ModalityFrame, prompt: torch.Tensor, prompt_width: int) -> int:
+        """Return new tokens for one frame in each row, as the default."""
         needed = int(frame.missing_tokens(prompt).max())
         if frame.length is not None:
             return needed
-        # at least what is needed, so that a prompt without room for it raises by its length
+        # never below what a frame needs: a prompt too long for it raises by its length
         return max(self.config.max_position_embeddings - prompt_width, needed)
 
     def _grammar(
-        self, mode: str, prompt: torch.Tensor, prompt_width: int, room: int, stop: int
+        self, mode: str, prompt: torch.Tensor, prompt_width: int, num_new: int, stop: int
     ) -> list[LogitsProcessor]:
-        """Return processors of a mode, after a check that every frame has its room."""
+        """Return the processors of a mode, after a check that every frame fits."""
         frames = self.config.frames
         for modality, frame in frames.items():
             open_B = frame.open_codes(prompt) >= 0
@@ -405,19 +405,19 @@ class MomaGenerationMixin(GenerationCompat):
                 missing_B = torch.where(frame.open_codes(prompt) >= 0, missing_B, 0)
             if mode in (modality, INTERLEAVED):
                 needed = max(needed, int(missing_B.max()))
-        if needed > room:
+        if needed > num_new:
             advice = "" if mode == INTERLEAVED else f", or leave both out with generation_mode={mode!r}"
             raise InputError(
-                f"A whole frame needs {needed} new tokens, but there is room for {room}: raise "
+                f"A whole frame needs {needed} new tokens, but there is room for {num_new}: raise "
                 f"`max_new_tokens` to at least {needed} (or `max_length` to {needed + prompt_width}){advice}."
             )
-        context = self._context_room(prompt_width)
+        context = self._context_left(prompt_width)
         if context is not None and needed > context:
             raise InputError(
                 f"A prompt of {prompt_width} positions and a frame that needs {needed} new tokens exceed "
                 f"`max_position_embeddings` ({self.config.max_position_embeddings}): shorten the prompt."
             )
-        max_length = prompt.shape[1] + (room if context is None else min(room, context))
+        max_length = prompt.shape[1] + (num_new if context is None else min(num_new, context))
         if mode == INTERLEAVED:
             return [
                 FrameLogitsProcessor(self.config, max_length),

@@ -122,7 +122,7 @@ class _ChunkedSum(torch.autograd.Function):
                 grad_ND, *own = torch.autograd.grad(part, [chunk_ND, *parameters])
                 grads.append(grad_ND)
                 sums = [before.add_(new) for before, new in zip(sums, own)] if sums else own
-                # or the next chunk's would stand beside them
+                # free these gradients before the next chunk makes its own
                 del own
         if needs_grad:
             ctx.save_for_backward(torch.cat(grads), *sums)

@@ -276,7 +276,7 @@ class MomaExperts(nn.Module):
 
     # quantised matmuls fail on inputs without rows: `use_quantized_layers` sets it
     needs_rows = False
-    # what the decorator adds
+    # set by the decorator of the class
     config: MomaConfig
     _apply_gate: Callable[[torch.Tensor], torch.Tensor]
 
@@ -422,7 +422,7 @@ class MomaFeedForward(nn.Module):
         shared_expert.             see [`MomaMLP`]; when configured
     """
 
-    # also without a token: set while somebody observes the routers
+    # run groups without a token, too: set while routers are observed
     runs_all_groups = False
 
     def __init__(self, config: MomaConfig):
@@ -598,7 +598,8 @@ class MomaPreTrainedModel(PreTrainedModel):
 
     if TYPE_CHECKING:
         # the library's wrapper says nothing of what it gives
-        def to(self, *args, **kwargs) -> Self:  # noqa: D102
+        def to(self, *args, **kwargs) -> Self:
+            """Move the model, as `torch.nn.Module.to` does."""
             ...
 
     def post_init(self):
@@ -712,11 +713,11 @@ class MomaModel(MomaPreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise InputError("You must specify exactly one of `input_ids` or `inputs_embeds`.")
-        # with the caller's cache this may be a chunk of a longer prompt, and lie wholly in a row's padding
+        # with a cache from the caller, this may be a chunk of a longer prompt that lies in a row's padding
         is_whole_prompt = cache is None
         if use_cache and cache is None:
             cache = DynamicCache(config=self.config)
-        # before the embedding: a bad id of a prompt has to meet our message, not the embedding's
+        # routing comes before the embedding, so that a bad token id raises the clearer error
         context = routing_of_batch(
             self.config,
             input_ids,
@@ -740,7 +741,7 @@ class MomaModel(MomaPreTrainedModel):
             inputs_embeds=hidden_states,
             attention_mask=attention_mask,
             cache=cache,
-            # only those of the caller may begin again within a row, for which the mask would look with a device sync
+            # only positions of the caller may restart within a row; checking for that costs a device sync
             position_ids=None if by_lengths else position_ids,
             # the columns of a static cache that no token fills yet have to be hidden, in steps of one token too
             allow_is_causal_skip=not isinstance(cache, StaticCache) or hidden_states.shape[1] > 1,

@@ -11,8 +11,8 @@ from typing import Any
 def tensor_parallel_plan(config: Any) -> dict[str, str]:
     """Return a rule for every parameter of the base model.
 
-    Heads and inner widths are split. Routers and norms of the residual stream stay whole, so that every process of a
-    tensor-parallel group, which share a batch, sends its tokens to the same experts.
+    Heads and inner widths are split. Routers and norms of the residual stream are replicated, so that every process of
+    a tensor-parallel group, which share a batch, sends its tokens to the same experts.
 
     Args:
         config ([`MomaConfig`]):
@@ -64,7 +64,7 @@ def _attention_rules(config: Any) -> dict[str, str]:
             # the affine of a head goes where the head goes
             rules |= {f"{norm}.weight": "colwise", f"{norm}.bias": "colwise", norm: "local_params"}
         elif config.qk_norm != "none":
-            # one affine for all heads, of which a process sees its own
+            # all heads share one affine map, and each process has gradients of its own heads only
             rules[norm] = "replicated_with_grad_allreduce"
     return rules
 

@@ -93,9 +93,9 @@ class Selection:
             return cls.from_topk(token_EN, torch.where(is_taken_NE, scores_NE, 0.0).t(), has_padding=True)
         if not may_sync:
             return cls._from_all_pairs(is_taken_NE, scores_NE)
-        # expert by expert, as matmuls want them
+        # sorted by expert, as matmuls want them
         expert_P, token_P = is_taken_NE.t().nonzero(as_tuple=True)
-        # by one number each, whose gradient is cheaper than that of two on CPU
+        # one flat index per pair: on CPU its gradient is cheaper than that of two indices
         weight_P = scores_NE.flatten().index_select(0, torch.add(expert_P, token_P, alpha=scores_NE.shape[1]))
         return cls(token_P, expert_P, weight_P, is_sorted=True)
 
@@ -106,7 +106,7 @@ class Selection:
         order_P = (~is_taken_P).byte().argsort(stable=True)
         weight_P = torch.where(is_taken_P, scores_NE.t().flatten(), 0.0).index_select(0, order_P)
         ends_E = is_taken_NE.sum(0).cumsum(0).int()
-        # a group without a token has no places
+        # a group without a token has an empty index
         size = max(num_tokens, 1)
         return cls(order_P % size, order_P // size, weight_P, has_padding=True, is_sorted=True, ends_E=ends_E)
 
@@ -186,7 +186,7 @@ def ceil_share(share: Iterable[Any], count: Count) -> Count:
 
 # scores that differ by less, relatively, are taken for one score that was rounded in two ways
 _ROUNDING = 2.0**-18
-# by how much, relatively, a threshold lies below the lowest score where all are taken
+# relative distance of a threshold below the lowest score, where all tokens are taken
 _MARGIN = 2.0**-10
 
 
@@ -206,7 +206,7 @@ def batch_thresholds(scores_CN: torch.Tensor, kth_C: torch.Tensor) -> torch.Tens
 
 
 def lower_scores(scores: torch.Tensor, kth: torch.Tensor) -> torch.Tensor:
-    """Return the scores that are lower than the K-th best by more than rounding, and -1 in the place of all others."""
+    """Return the scores that are lower than the K-th best by more than rounding, and -1 elsewhere."""
     return torch.where(scores < kth * (1 - _ROUNDING), scores, -1.0)
 
 
@@ -287,7 +287,7 @@ class MomaAuxiliaryRouter(Fp32Buffers):
         self.requires_grad_(False)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Return logits of membership, `[..., D]` to `[..., scores]`, in fp32 also under autocast."""
+        """Return the logits of membership, `[..., D]` to `[..., scores]`, in fp32 also under autocast."""
         # modules are called, and not their weights used, so that what gathers split weights sees the call
         return self.down_proj(nn.functional.silu(self.up_proj(hidden_states)))
 
@@ -351,7 +351,7 @@ class MomaRouterBase(Fp32Buffers):
             return nn.functional.linear(hidden_states.float(), self.weight.float())
 
     def predicted_scores(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Return probabilities of membership by the auxiliary router, `[..., D]` to `[..., scores]`.
+        """Return the probabilities of membership by the auxiliary router, `[..., D]` to `[..., scores]`.
 
         Args:
             hidden_states (`torch.Tensor`):
@@ -423,7 +423,7 @@ class MomaRouter(MomaRouterBase):
         return logits_NE, selection
 
     def capacity(self, num_tokens: int) -> int:
-        """Return tokens `K = ceil(c * N / E)` that one expert takes from `num_tokens`."""
+        """Return the tokens `K = ceil(c * N / E)` that one expert takes from `num_tokens`."""
         return min(num_tokens, ceil_share(self.capacity_fraction, num_tokens))
 
     def _noise_scale(self, context: RoutingContext) -> float | torch.Tensor:

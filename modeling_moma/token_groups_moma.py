@@ -52,7 +52,7 @@ class ModalitySplit:
     group_BT: torch.Tensor
 
     def __post_init__(self):
-        # all layers ask for it
+        # computed once: all layers ask for it
         self.used_groups = [name for name, count in self.counts.items() if count]
 
     @property
@@ -133,14 +133,14 @@ class FixedSplit:
     group_BT: torch.Tensor
 
     def __post_init__(self):
-        # all layers ask for these
+        # computed once: all layers ask for these masks
         self._is_member_N = [self.group_BT.flatten() == index for index in range(len(self.groups))]
-        # which have tokens is not known
+        # without a device sync it is unknown which groups have tokens
         self.used_groups = self.groups
 
     @property
     def is_whole(self) -> bool:
-        """Whether all positions belong to one group: where they may be padding nobody knows."""
+        """Whether all positions surely belong to one group: padding may make it False."""
         return False
 
     def to(self, device: torch.device, non_blocking: bool = False) -> "FixedSplit":
@@ -160,7 +160,7 @@ class FixedSplit:
 
 
 def token_modalities(config: MomaConfig, input_ids: torch.Tensor) -> torch.Tensor:
-    """Return modality of each token id, an index into `config.modalities`."""
+    """Return the modality of each token id, an index into `config.modalities`."""
     modality = torch.zeros_like(input_ids)
     for index, name in enumerate(config.modalities[1:], start=1):
         for start, stop in config.modality_token_ranges[name]:
@@ -169,7 +169,7 @@ def token_modalities(config: MomaConfig, input_ids: torch.Tensor) -> torch.Tenso
 
 
 def position_groups(config: MomaConfig, modality_BT: torch.Tensor, padding_BT: torch.Tensor | None) -> torch.Tensor:
-    """Return index of each position's expert group, the number of groups at padding, `[B, T]`."""
+    """Return the index of each position's expert group, the number of groups at padding, `[B, T]`."""
     num_groups = len(config.modalities) if isinstance(config.num_experts, dict) else 1
     # one group serves every modality, or each modality has its own in the same order
     group_BT = modality_BT if num_groups > 1 else torch.zeros_like(modality_BT)
@@ -349,7 +349,7 @@ class RoutingContext:
         device = torch.device(device)
         if device == self.split.group_BT.device:
             return self
-        # once for all layers of a device
+        # computed once for all layers of a device
         if device not in self._by_device:
             tensors = {name: getattr(self, name) for name in _TENSORS}
             moved = {
@@ -381,7 +381,7 @@ class RoutingContext:
         return view
 
     def router_state(self, router: Any) -> "Any":
-        """Return buffers of a router to select with.
+        """Return the buffers of a router to select with.
 
         In training they are kept from the forward: recomputation under activation checkpointing comes after
         `update_routers` and has to select the same tokens again.
@@ -473,10 +473,10 @@ def routing_of_batch(
         ValueError: there is no such rule, or the batch is empty, too long, or does not fit its mask or modalities.
     """
     routing, depth_routing = _resolve_rules(config, is_training, routing, depth_routing)
-    # the caller gives one of the two
+    # the caller gives `input_ids` or `inputs_embeds`
     inputs: torch.Tensor = input_ids if input_ids is not None else inputs_embeds  # pyright: ignore[reportAssignmentType]
     past_length = seen_positions(cache)
-    # only static layers count in tensors, and only once they hold something
+    # a cache gives its length as a tensor only if it is static and holds something
     may_fix = _may_fix_shapes(config, inputs, routing, is_training)
     is_exported = torch.compiler.is_exporting()
     if is_exported:
@@ -521,7 +521,7 @@ def routing_of_batch(
 
 
 def seen_positions(cache: Cache | None) -> int | torch.Tensor:
-    """Return positions that came before those of a batch; a tensor from the layers of static caches."""
+    """Return the positions that came before those of a batch; a tensor from the layers of static caches."""
     # the paged cache of continuous batching counts no tokens
     return cache.get_seq_length() if cache is not None and hasattr(cache, "get_seq_length") else 0
 
@@ -643,7 +643,7 @@ def _split_fixed(
     return split, modality_BT, padding_BT
 
 
-# its device sync for the numbers of tokens would break the graph here and in every function around it
+# the device sync for numbers of tokens would break the graph here and in every caller
 @torch.compiler.disable
 def _split_batch(
     config: MomaConfig,
@@ -675,7 +675,7 @@ def _modalities(
     inputs: torch.Tensor,
     mm_token_type_ids: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Return modality of each position, `[B, T]`."""
+    """Return the modality of each position, `[B, T]`."""
     if input_ids is not None:
         return token_modalities(config, input_ids)
     if mm_token_type_ids is not None:
@@ -706,14 +706,14 @@ def _describe_rows(
         )
     if attention_mask is not None and attention_mask.ndim == 4:
         context.custom_mask_BHQS = attention_mask
-    # where the full layers look for packed documents, too
+    # full layers find packed documents under the same condition
     if position_ids is not None and attention_mask is None and cache is None and not uses_flash_attention_mask(config):
         context.document_BT = find_packed_sequence_indices(position_ids)
 
 
 # names of the lengths, those of queries' first
 FLASH_LENGTHS = tuple(FlashAttentionKwargs.__annotations__)
-# what Transformers gives masks of pairs, which tell documents apart by `position_ids`
+# implementations that get a mask of pairs, which tells documents apart by `position_ids`
 _BY_MASK = ("sdpa", "eager", "flex_attention")
 
 
@@ -815,7 +815,7 @@ def document_lengths(
 
 def _check_has_positions(config: MomaConfig, starts_E: torch.Tensor | None, num_rows: int) -> None:
     """Raise at documents that only their lengths tell apart, where attention goes by a mask."""
-    # whoever registers another attention knows what it goes by
+    # an attention registered elsewhere tells documents apart in a way of its own
     if starts_E is not None and starts_E.shape[0] > num_rows + 1 and config._attn_implementation in _BY_MASK:
         raise InputError(
             f"`{FLASH_LENGTHS[0]}` has {starts_E.shape[0] - 1} documents in {num_rows} rows, but "
@@ -837,10 +837,10 @@ def _check_lengths(lengths: Mapping[str, Any], num_rows: int) -> None:
         )
 
 
-# its device sync for the number of documents would break the graph here and in every function around it
+# the device sync for the number of documents would break the graph here and in every caller
 @torch.compiler.disable
 def _find_lengths(position_BT: torch.Tensor, attention_mask: Any, cache: Cache | None) -> FlashAttentionKwargs:
-    """Return lengths by positions, empty where each row is one document."""
+    """Return the lengths by positions, empty where each row is one document."""
     # a row of a cache may have gaps
     is_start_BT = position_BT.diff() < 1 if cache is not None else position_BT.diff() != 1
     if attention_mask is not None:
@@ -859,7 +859,7 @@ def _lengths_between(is_start_BT: torch.Tensor) -> FlashAttentionKwargs:
     place_T = torch.arange(is_start_BT.shape[1], device=is_start_BT.device)
     start_BT = torch.where(is_start_BT, place_T, 0).cummax(dim=1).values
     num_documents, longest = torch.stack([is_start_BT.sum(), (place_T - start_BT).max() + 1]).tolist()
-    # their number is known, so no device sync is needed
+    # the number of documents is known, so no device sync is needed
     first_E = is_start_BT.flatten().byte().argsort(descending=True, stable=True)[:num_documents]
     cumulative_E = torch.nn.functional.pad(first_E, (0, 1), value=is_start_BT.numel()).int()
     lengths: Any = dict(zip(FLASH_LENGTHS, (cumulative_E, cumulative_E, longest, longest)))
