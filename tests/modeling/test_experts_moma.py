@@ -8,6 +8,7 @@ from helpers.failures import must_not_raise
 from helpers.reference import GROUPS, assert_near, context_of, fields_of, reference_group
 from helpers.tiny import mixed_ids, tiny_config, tiny_model
 from modeling_moma.configuration_moma import RULES
+from modeling_moma.experts_implementations_moma import takes_hints
 from modeling_moma.modeling_moma import MomaExpertGroup
 from modeling_moma.routing_moma import Selection
 
@@ -89,9 +90,13 @@ def test_equal_shares_equal_the_same_pairs_in_another_order(width, implementatio
     order_P = torch.randperm(9, generator=torch.Generator().manual_seed(4))
     mixed = Selection(equal.token_P[order_P], equal.expert_P[order_P], equal.weight_P[order_P])
     x = torch.randn(7, config.hidden_size, generator=torch.Generator().manual_seed(1)).to(dtype)
-    outputs = [
-        selection.combine(group._run_experts(selection.dispatch(x), selection), 7) for selection in (equal, mixed)
-    ]
+
+    def run(selection):
+        hints = selection.hints() if takes_hints(config) else {}
+        pairs = selection.expert_P.unsqueeze(-1), selection.weight_P.unsqueeze(-1)
+        return selection.combine(group.experts(selection.dispatch(x), *pairs, **hints), 7)
+
+    outputs = [run(selection) for selection in (equal, mixed)]
     assert_near(outputs[0], outputs[1], relative)
     assert torch.allclose(equal.gates(7), mixed.gates(7))
     assert not outputs[0][5].any()

@@ -239,8 +239,8 @@ def test_post_norm_cancels_the_gates_of_covered_tokens():
     context = context_of(upcycled.config, modality, "expert_choice")
     for seed_layer, layer in zip(seed.model.layers, upcycled.model.layers):
         with torch.no_grad():
-            expected = seed_layer._ffn_change(hidden, context)[0]
-            actual = layer._ffn_change(hidden, context)[0]
+            expected = seed_layer.ffn_update(hidden, context)[0]
+            actual = layer.ffn_update(hidden, context)[0]
             is_covered = layer.mlp(hidden, context)[0][0].abs().sum(-1) > 0
         assert 16 < is_covered.sum() < 64
         assert_near(actual[is_covered], expected[is_covered], 1e-3)
