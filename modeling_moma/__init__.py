@@ -67,9 +67,9 @@ def __dir__() -> list[str]:
 
 @functools.cache
 def register_auto_classes() -> None:
-    """
-    Makes the Auto classes of Transformers know the model, its picture tokenizer and its processor. Importing the
-    package does it, but for the command `moma`: that waits until its arguments are read.
+    """Make the Auto classes of Transformers know the model, its picture tokenizer and its processor.
+
+    Importing the package does it, but for the command `moma`: that waits until its arguments are read.
     """
     # Transformers imports torchao for its quantizers
     with without_import_notices():
@@ -102,7 +102,7 @@ def register_auto_classes() -> None:
         exist_ok=True,
     )
     AutoProcessor.register(MomaConfig, MomaProcessor, exist_ok=True)
-    # what is saved then carries its code, and loads with trust_remote_code=True where this package is missing
+    # saved folders then carry their code, and load with trust_remote_code=True without this package
     MomaConfig.register_for_auto_class()
     MomaModel.register_for_auto_class("AutoModel")
     MomaForCausalLM.register_for_auto_class("AutoModelForCausalLM")

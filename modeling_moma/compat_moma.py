@@ -35,7 +35,7 @@ modeling_auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES["moma"] = "MomaForCausalLM" 
 if TYPE_CHECKING:
     from transformers._typing import GenerativePreTrainedModel
 
-    # what the stock mixin takes itself to be mixed into
+    # for type checkers: the stock mixin assumes this base class
     class _StockGeneration(GenerativePreTrainedModel, GenerationMixin):
         hf_quantizer: Any = None
         encoder: Any = None
@@ -55,7 +55,7 @@ class GenerationCompat(_StockGeneration):
 
     # 5.24: warns of a length beyond the positions, and then fails there
     def _prepare_generated_length(self, generation_config: GenerationConfig, **kwargs) -> GenerationConfig:
-        """The stock lengths, but none that leads beyond the positions that the model has seen."""
+        """Return the stock lengths, but none that leads beyond the positions that the model has seen."""
         generation_config = super()._prepare_generated_length(generation_config, **kwargs)
         # scaled rotary embeddings are made to go beyond
         if self.config.rope_parameters["rope_type"] == "default":
@@ -75,7 +75,7 @@ class GenerationCompat(_StockGeneration):
         generation_config: GenerationConfig,
         **kwargs,
     ) -> GenerateBeamOutput | torch.Tensor:
-        """The stock search, whose rows are padded after their end: a padding token of id 0 counts as none there."""
+        """Run the stock search, and pad rows after their end: it takes a padding token of id 0 for none."""
         output = super()._beam_search(input_ids, logits_processor, stopping_criteria, generation_config, **kwargs)
         if generation_config._pad_token_tensor is None or generation_config._eos_token_tensor is None:
             return output
@@ -85,7 +85,7 @@ class GenerationCompat(_StockGeneration):
             if end_token_id is not None:
                 stops = torch.cat([stops, stops.new_tensor([end_token_id])])
         sequences = output if isinstance(output, torch.Tensor) else output.sequences
-        # in place, whichever of the two was returned
+        # edited in place, since `output` may be or hold `sequences`
         new_BT = sequences[:, input_ids.shape[1] :]
         is_stop_BT = torch.isin(new_BT, stops)
         new_BT.masked_fill_(is_stop_BT.cumsum(1) > is_stop_BT.long(), generation_config._pad_token_tensor)
@@ -93,7 +93,7 @@ class GenerationCompat(_StockGeneration):
 
     # 5.24: generators that draft without a model draft beyond `max_length`
     def _get_candidate_generator(self, generation_config: GenerationConfig, *args, **kwargs) -> CandidateGenerator:
-        """The stock generator of drafts, which may draft beyond the longest row by itself."""
+        """Return the stock generator of drafts, which may draft beyond the longest row by itself."""
         generator = super()._get_candidate_generator(generation_config, *args, **kwargs)
         draft, longest = generator.get_candidates, generation_config.max_length
 
@@ -115,7 +115,8 @@ def complete_model_card(path: str | Path):
     """Fill in what the author of a card left open: library, task and tags. License and data are the author's to name.
 
     Args:
-        path (`str` or `Path`): a card's file, which is written anew.
+        path (`str` or `Path`):
+            a card's file, which is written anew.
     """
     card = ModelCard.load(path)
     data: ModelCardData = card.data  # pyright: ignore[reportAssignmentType]

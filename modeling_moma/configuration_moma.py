@@ -13,7 +13,7 @@
 # limitations under the License.
 """MoMa model configuration: every size and switch, what contradicts what, presets, counts of parameters.
 
-The rules of routing are known here by their records, see [`RoutingRule`]: the rooms above enter them.
+The rules of routing are known here by their records, see [`RoutingRule`]: the modules above enter them.
 """
 
 from collections.abc import Callable
@@ -43,19 +43,28 @@ class RoutingRule:
     by [`depth_rule`].
 
     Attributes:
-        name (`str`): by which `config.training_routing`, `forward(routing=...)` and the like ask for it.
-        select (`Callable`): gives the (token, expert) pairs of a router's tokens.
-        is_causal (`bool`): whether a token is decided on by itself, so that the rule may serve inference.
-        may_train (`bool`): whether training may follow it.
-        takes_noise (`bool`): whether noise may disturb the choice; other rules compare scores with thresholds that
-            were found without it.
-        moves_bias (`bool`): whether training moves the balance bias.
-        counts_experts (`bool`): whether a token meets `config.num_experts_per_tok` experts; else it meets
-            `config.expert_capacity_factor` of them on average.
-        reads_threshold (`bool`): whether it compares scores with the running mean of the batches' thresholds.
-        needs_auxiliary (`bool`): whether it asks auxiliary routers.
-        choose (`Callable`, *optional*): gives the tokens that a depth layer processes; `None` for a rule of experts
-            alone.
+        name (`str`):
+            by which `config.training_routing`, `forward(routing=...)` and the like ask for it.
+        select (`Callable`):
+            gives the (token, expert) pairs of a router's tokens.
+        is_causal (`bool`):
+            whether a token is decided on by itself, so that the rule may serve inference.
+        may_train (`bool`):
+            whether training may follow it.
+        takes_noise (`bool`):
+            whether noise may disturb the choice; other rules compare scores with thresholds that were found without
+            it.
+        moves_bias (`bool`):
+            whether training moves the balance bias.
+        counts_experts (`bool`):
+            whether a token meets `config.num_experts_per_tok` experts; else it meets `config.expert_capacity_factor`
+            of them on average.
+        reads_threshold (`bool`):
+            whether it compares scores with the running mean of the batches' thresholds.
+        needs_auxiliary (`bool`):
+            whether it asks auxiliary routers.
+        choose (`Callable`, *optional*):
+            gives the tokens that a depth layer processes; `None` for a rule of experts alone.
     """
 
     name: str
@@ -70,27 +79,29 @@ class RoutingRule:
     choose: Callable | None = None
 
     def experts_per_token(self, config: "MomaConfig", group: str) -> float:
-        """Experts of a group that one of its tokens meets on average."""
+        """Return the experts of a group that one of its tokens meets on average."""
         return config.num_experts_per_tok if self.counts_experts else config.group_capacity_factor(group)
 
 
-# by name; empty as long as a configuration is all that was loaded, which then takes any name
+# rules by name, filled by the routing module; while it is not imported, configurations take any name
 RULES: dict[str, RoutingRule] = {}
 
 
 def rule_names(**properties: bool) -> tuple[str, ...]:
-    """Names of the rules with these properties, such as `is_causal=True`."""
+    """Return the names of the rules with these properties, such as `is_causal=True`."""
     return tuple(
         name for name, rule in RULES.items() if all(getattr(rule, key) == value for key, value in properties.items())
     )
 
 
 def rule_of(name: str, argument: str = "routing") -> RoutingRule:
-    """The rule of a name.
+    """Return the rule of a name.
 
     Args:
-        name (`str`): the rule's.
-        argument (`str`, *optional*, defaults to `"routing"`): who asks, for the message.
+        name (`str`):
+            the rule's.
+        argument (`str`, *optional*, defaults to `"routing"`):
+            who asks, for the message.
 
     Raises:
         ValueError: there is no such rule.
@@ -105,11 +116,16 @@ class PresetSize:
     """One size of Table 1.
 
     Attributes:
-        num_layers (`int`): decoder layers.
-        hidden_size (`int`): width of the residual stream.
-        ffn_size (`int`): inner width of a feed-forward network of two matrices.
-        num_heads (`int`): attention heads.
-        has_depth (`bool`): whether every other layer, from the first on, is a depth layer.
+        num_layers (`int`):
+            decoder layers.
+        hidden_size (`int`):
+            width of the residual stream.
+        ffn_size (`int`):
+            inner width of a feed-forward network of two matrices.
+        num_heads (`int`):
+            attention heads.
+        has_depth (`bool`):
+            whether every other layer, from the first on, is a depth layer.
     """
 
     num_layers: int
@@ -119,7 +135,7 @@ class PresetSize:
     has_depth: bool = False
 
     def fields(self) -> dict:
-        """The fields of [`MomaConfig`] that this size sets."""
+        """Return the fields of [`MomaConfig`] that this size sets."""
         fields: dict[str, int | list[int]] = {
             "num_hidden_layers": self.num_layers,
             "hidden_size": self.hidden_size,
@@ -150,15 +166,16 @@ PRESET_EXPERTS = {
 
 
 def preset_names() -> list[str]:
-    """Every size with every layout of experts."""
+    """Return every size with every layout of experts."""
     return [f"moma-{size}-{experts}" for size in PRESET_SIZES for experts in PRESET_EXPERTS]
 
 
 def preset_fields(name: str) -> dict:
-    """The fields of [`MomaConfig`] that a preset sets.
+    """Return the fields of [`MomaConfig`] that a preset sets.
 
     Args:
-        name (`str`): one of `preset_names()`, in any case.
+        name (`str`):
+            one of `preset_names()`, in any case.
 
     Raises:
         ValueError: the name is not a preset.
@@ -330,7 +347,7 @@ class MomaConfig(PreTrainedConfig):
     modality_loss_weights: dict[str, float] | None = None
 
     if TYPE_CHECKING:
-        # what `__post_init__` leaves; the annotations above are what values are checked against before it
+        # types after `__post_init__`; values are checked against the annotations above before it
         num_key_value_heads: int
         head_dim: int
         rope_parameters: dict
@@ -363,7 +380,7 @@ class MomaConfig(PreTrainedConfig):
             name (`str`):
                 `moma-{90m,435m,1.4b}-{dense,1t1i,8x,4t4i}`, or with mixture of depths in every other layer
                 `moma-mod-{110m,635m,2.3b}-{dense,1t1i,8x,4t4i}`.
-            kwargs:
+            kwargs (`Any`):
                 Fields that replace the preset's.
 
         Raises:
@@ -373,12 +390,12 @@ class MomaConfig(PreTrainedConfig):
 
     @staticmethod
     def preset_names() -> list[str]:
-        """Names that `from_preset` knows."""
+        """Return the names that `from_preset` knows."""
         return preset_names()
 
     @property
     def modalities(self) -> list[str]:
-        """Names of the modalities; a modality's place is its value in `mm_token_type_ids`.
+        """Names of the modalities; a modality's index is its value in `mm_token_type_ids`.
 
         Text first, then by name: the order of a dict is lost where the configuration is saved.
         """
@@ -433,15 +450,15 @@ class MomaConfig(PreTrainedConfig):
         return self.depth_capacity[pool] if isinstance(self.depth_capacity, dict) else self.depth_capacity
 
     def group_num_experts(self, group: str) -> int:
-        """Experts `E` of a group."""
+        """Return the experts `E` of a group."""
         return self.num_experts[group] if isinstance(self.num_experts, dict) else self.num_experts
 
     def group_intermediate_size(self, group: str) -> int:
-        """Inner width `F` of one expert of a group."""
+        """Return inner width `F` of one expert of a group."""
         return (self.expert_intermediate_size or {}).get(group, self.intermediate_size)
 
     def group_shared_intermediate_size(self, group: str) -> int:
-        """Inner width of a group's own shared expert, 0 without one."""
+        """Return inner width of a group's own shared expert, 0 without one."""
         shared = self.shared_expert_intermediate_size
         return shared.get(group, 0) if isinstance(shared, dict) else 0
 
@@ -452,7 +469,7 @@ class MomaConfig(PreTrainedConfig):
         return shared if isinstance(shared, int) else 0
 
     def group_capacity_factor(self, group: str) -> float:
-        """Capacity factor `c` of a group."""
+        """Return capacity factor `c` of a group."""
         factor = self.expert_capacity_factor
         return factor.get(group, 1.0) if isinstance(factor, dict) else factor
 
@@ -478,7 +495,7 @@ class MomaConfig(PreTrainedConfig):
         return count_parameters(self, active, modality, exclude_norms_and_routers)
 
     def validate_layer_type(self):
-        """`layer_types` is derived and always valid."""
+        """Check nothing: `layer_types` is derived and always valid."""
 
     def validate_sizes(self):
         """Check sizes, heads and the fields of attention."""
@@ -506,7 +523,7 @@ class MomaConfig(PreTrainedConfig):
 
 
 def count_parameters(config: MomaConfig, active: bool, modality: str | None, exclude_norms_and_routers: bool) -> int:
-    """Parameters of the model of a [`MomaConfig`]; see [`MomaConfig.num_parameters`] for the arguments."""
+    """Return the parameters of the model of a [`MomaConfig`]; see [`MomaConfig.num_parameters`] for the arguments."""
     if active and modality is None:
         return max(count_parameters(config, True, name, exclude_norms_and_routers) for name in config.modalities)
     width = config.hidden_size
@@ -530,7 +547,7 @@ def count_parameters(config: MomaConfig, active: bool, modality: str | None, exc
 
 
 def attention_parameters(config: MomaConfig) -> int:
-    """Matrices and biases of one attention, without the norms of queries and keys."""
+    """Return the matrices and biases of one attention, without the norms of queries and keys."""
     query_width, key_width = (
         heads * config.head_dim for heads in (config.num_attention_heads, config.num_key_value_heads)
     )
@@ -549,7 +566,7 @@ def _norms(config: MomaConfig) -> int:
 
 
 def router_parameters(config: MomaConfig, num_scores: int) -> int:
-    """One router of so many scores, its auxiliary router included."""
+    """Return one router of so many scores, its auxiliary router included."""
     width = config.hidden_size
     auxiliary = width // 2 * (width + num_scores) if config.auxiliary_routers else 0
     return num_scores * width + auxiliary

@@ -45,7 +45,8 @@ def cpu_form_of(plain: Class) -> Callable[[Class], Class]:
     """Enter a subclass with the same state as the form of a class that [`use_cpu_layers`] puts in its place.
 
     Args:
-        plain (`type`): a class of layers.
+        plain (`type`):
+            a class of layers.
     """
 
     def enter(form: Class) -> Class:
@@ -61,8 +62,10 @@ def use_cpu_layers(model: nn.Module, enabled: bool = True):
     Layers of any other class, subclasses included, stay as they are. A second call changes nothing.
 
     Args:
-        model (`nn.Module`): any.
-        enabled (`bool`, *optional*, defaults to `True`): `False` gives the layers their own classes back.
+        model (`nn.Module`):
+            any.
+        enabled (`bool`, *optional*, defaults to `True`):
+            `False` gives the layers their own classes back.
     """
     classes = CPU_LAYERS if enabled else {form: plain for plain, form in CPU_LAYERS.items()}
     for module in model.modules():
@@ -72,26 +75,26 @@ def use_cpu_layers(model: nn.Module, enabled: bool = True):
 
 
 def is_on_cpu(tensor: torch.Tensor) -> bool:
-    """Whether `tensor.tolist()` costs no device sync."""
+    """Return whether `tensor.tolist()` costs no device sync."""
     return tensor.device.type in _CPU
 
 
 @cache
 def has_instructions(name: str) -> bool:
-    """Whether the CPU has instructions that torch knows by a name, as `"amx_bf16"`, of matrix units."""
+    """Return whether the CPU has instructions that torch knows by a name, as `"amx_bf16"`, of matrix units."""
     return bool(torch.cpu.get_capabilities().get(name))
 
 
 @cache
 def multiplies_with(name: str) -> bool:
-    """Whether matmuls in half precision use such instructions: matrix units may be kept from oneDNN."""
+    """Return whether matmuls in half precision use such instructions: matrix units may be kept from oneDNN."""
     max_isa = os.environ.get(_MAX_ISA, "AMX").upper()
     is_kept = name.startswith("amx") and max_isa != "DEFAULT" and "AMX" not in max_isa
     return has_instructions(name) and not is_kept
 
 
 def matmul_dtype(weight: torch.Tensor) -> torch.dtype:
-    """The type in which a matmul with a weight is computed, autocast or not."""
+    """Return the type in which a matmul with a weight is computed, autocast or not."""
     device_type = weight.device.type
     return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else weight.dtype
 
@@ -107,10 +110,11 @@ _FEW_ROWS = 16
 
 
 def wants_weights_left(num_rows: int) -> bool:
-    """Whether bf16 matmuls of so many rows are faster on this CPU with a layer's weights on their left.
+    """Return whether bf16 matmuls of so many rows are faster on this CPU with a layer's weights on their left.
 
     Args:
-        num_rows (`int`): `N`.
+        num_rows (`int`):
+            `N`.
     """
     if multiplies_with("amx_bf16"):
         return True
@@ -126,8 +130,8 @@ class MomaCpuLinear(nn.Linear):
     """
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """`[..., I]` to `[..., O]`, perhaps a view of `[O, N]`."""
-        # first what is decided soonest, as a step has dozens of these, and before a compiler sees a number of rows
+        """Map `[..., I]` to `[..., O]`, perhaps a view of `[O, N]`."""
+        # cheapest questions first: a step has dozens of these calls, and a compiler must not see a number of rows
         if input.dtype != torch.bfloat16 or self.training or not _is_inference() or not is_on_cpu(input):
             return super().forward(input)
         num_rows = input.shape[:-1].numel()
@@ -146,8 +150,8 @@ class MomaCpuLinear(nn.Linear):
         return y_NO.view(*input.shape[:-1], weight_OI.shape[0])
 
     def _plain_weight(self) -> torch.Tensor | None:
-        """The weight `[O, I]` in bf16, neither quantised nor distributed, of a layer without a bias."""
-        # what shards weights, or computes them, keeps them elsewhere
+        """Return the weight `[O, I]` in bf16, neither quantised nor distributed, of a layer without a bias."""
+        # sharded and parametrised layers keep their weights elsewhere
         weight, bias = self._parameters.get("weight"), self._parameters.get("bias", self)
         is_plain = type(weight) is nn.Parameter and weight.dtype == torch.bfloat16
         return weight if is_plain and bias is None else None
@@ -167,7 +171,7 @@ class CpuRMSNorm(nn.Module):
     variance_epsilon: float
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """`[..., D]` to `[..., D]`."""
+        """Map `[..., D]` to `[..., D]`."""
         is_step = hidden_states.dtype in _HALVES and hidden_states.numel() <= _FEW_ELEMENTS
         # autocast raises where it puts tensors of two half precisions together
         if (
@@ -186,7 +190,7 @@ class CpuRMSNorm(nn.Module):
 
 # instructions of a CPU with which torch's own kernel of attention is the faster one
 _ATTENTION_INSTRUCTIONS = {torch.bfloat16: "amx_bf16", torch.float16: "avx512_fp16"}
-# by which it may also be asked for: `model.set_attn_implementation("moma_cpu")`
+# registered name, also for `model.set_attn_implementation("moma_cpu")`
 CPU_ATTENTION = "moma_cpu"
 # elements of keys that are widened at a time: their copy should stay in the caches
 _CHUNK_ELEMENTS = 2**19
@@ -199,14 +203,14 @@ class CpuAttention(nn.Module):
     layer_idx: int
 
     def attention_implementation(self) -> str:
-        """As that of the plain class, with [`cpu_attention_forward`] in place of `"sdpa"`."""
+        """Return the implementation of the plain class, with [`cpu_attention_forward`] in place of `"sdpa"`."""
         name = super().attention_implementation()  # pyright: ignore[reportAttributeAccessIssue]
         return CPU_ATTENTION if name == "sdpa" and _may_lack_instructions() else name
 
     def store(
         self, cache: Cache, key: torch.Tensor, value: torch.Tensor, **kwargs
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """As that of the plain class, in a layer of the cache that grows in place."""
+        """Store as the plain class does, in a layer of the cache that grows in place."""
         if _is_inference():
             use_growing_layer(cache, self.layer_idx)
         return super().store(cache, key, value, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
@@ -224,18 +228,25 @@ def cpu_attention_forward(
     attention_mask: torch.Tensor | None,
     **kwargs,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The library's `"sdpa"`; of one query in each row in fp32, a few rows at a time, where that is faster.
+    """Return the library's `"sdpa"`; of one query in each row in fp32, a few rows at a time, where that is faster.
 
     torch's matmul of one query with half-precision keys takes 1.6 to 3.4 times as long as widening them first on a CPU
     that has no instructions for it, and a fifth to a half of that on one that has
     (`benchmarks/reports/2026-11-27-what-was-tried-cpu.md`).
 
     Args:
-        module (`nn.Module`): the attention layer.
-        query_BHTd (`torch.Tensor`): `[B, H, T, d]`.
-        key_BGSd (`torch.Tensor`): `[B, G, S, d]`.
-        value_BGSd (`torch.Tensor`): `[B, G, S, d]`.
-        attention_mask (`torch.Tensor`, *optional*): `[B or 1, 1 or H, T, S]`, of Booleans or added to the scores.
+        module (`nn.Module`):
+            the attention layer.
+        query_BHTd (`torch.Tensor`):
+            `[B, H, T, d]`.
+        key_BGSd (`torch.Tensor`):
+            `[B, G, S, d]`.
+        value_BGSd (`torch.Tensor`):
+            `[B, G, S, d]`.
+        attention_mask (`torch.Tensor`, *optional*):
+            `[B or 1, 1 or H, T, S]`, of Booleans or added to the scores.
+        kwargs (`Any`):
+            further arguments of the attention interface.
 
     Returns:
         `tuple`: outputs `[B, T, H, d]` in the type of the query, and no weights.
@@ -260,14 +271,14 @@ def cpu_attention_forward(
 
 
 ALL_ATTENTION_FUNCTIONS.register(CPU_ATTENTION, cpu_attention_forward)
-# without it a model that is set to this name would get no mask
+# without an entry here, a model that is set to this name gets no mask at all
 ALL_MASK_ATTENTION_FUNCTIONS.register(CPU_ATTENTION, sdpa_mask)
 
 
 # columns to spare, and the share of the stored tokens that there are at least
 _FEWEST_SPARE = 32
 _SPARE_SHARE = 0.25
-# of keys: memory behind them and behind values, and those values
+# attribute of keys: the memory behind keys and values, and those values
 _MEMORY = "_moma_memory"
 
 
@@ -287,8 +298,14 @@ class MomaGrowingCacheLayer(DynamicLayer):
         """Store new tokens.
 
         Args:
-            key_states (`torch.Tensor`): `[B, H, T, d]`.
-            value_states (`torch.Tensor`): `[B, H, T, d]`.
+            key_states (`torch.Tensor`):
+                `[B, H, T, d]`.
+            value_states (`torch.Tensor`):
+                `[B, H, T, d]`.
+            args (`Any`):
+                as the plain layer takes them.
+            kwargs (`Any`):
+                likewise.
 
         Returns:
             `tuple`: all keys and values, `[B, H, S + T, d]`.
@@ -309,7 +326,7 @@ class MomaGrowingCacheLayer(DynamicLayer):
         value_memory.narrow(2, num_stored, num_new).copy_(value_states)
         self.keys = key_memory.narrow(2, 0, num_stored + num_new)
         self.values = value_memory.narrow(2, 0, num_stored + num_new)
-        # not in the layer's `__dict__`, where the exporters of Transformers take every tensor for a part of the cache
+        # kept on the keys: the exporters of Transformers take every tensor in the layer's `__dict__` for cache
         vars(self.keys)[_MEMORY] = key_memory, value_memory, self.values
         return self.keys, self.values
 
@@ -317,8 +334,8 @@ class MomaGrowingCacheLayer(DynamicLayer):
 def _memory_for(
     num_columns: int, keys_BHSd: torch.Tensor, values_BHSd: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Memory with the stored tokens at its front, for so many columns or more, which no other copy writes to."""
-    # taken away in one go, for copies that go on in threads of their own
+    """Return memory for so many columns or more, the stored tokens at its front, which no other copy writes to."""
+    # popped in one atomic call: copies may run in other threads
     memory = vars(keys_BHSd).pop(_MEMORY, None)
     if memory is not None:
         key_memory, value_memory, value_view = memory
@@ -351,7 +368,7 @@ def use_growing_layer(cache: Cache, layer_idx: int) -> None:
         return
     if cache.layer_class_to_replicate is DynamicLayer:
         cache.layer_class_to_replicate = MomaGrowingCacheLayer
-    # the same object, which other caches may hold too
+    # the class is changed in place, since other caches may hold the same layer
     if layer_idx < len(cache.layers) and type(cache.layers[layer_idx]) is DynamicLayer:
         cache.layers[layer_idx].__class__ = MomaGrowingCacheLayer  # pyright: ignore[reportAttributeAccessIssue]
 
@@ -361,19 +378,22 @@ _FEW_PAIRS = 128
 
 
 def run_sequentially(experts: Any, rows_PD: torch.Tensor, expert_P: torch.Tensor) -> torch.Tensor:
-    """SwiGLU experts one after the other: each one's weights are read once, and what it computes stays in the caches.
+    """Run SwiGLU experts one by one: each one's weights are read once, and what it computes stays in the caches.
 
     Args:
-        experts ([`MomaExperts`]): packed experts.
-        rows_PD (`torch.Tensor`): `[P, D]`, expert by expert.
-        expert_P (`torch.LongTensor`): the expert of each row, `[P]`; those beyond the experts that are here, which
-            expert parallelism counts, get zeros.
+        experts ([`MomaExperts`]):
+            packed experts.
+        rows_PD (`torch.Tensor`):
+            `[P, D]`, expert by expert.
+        expert_P (`torch.LongTensor`):
+            the expert of each row, `[P]`; those beyond the experts that are here, which expert parallelism counts, get
+            zeros.
 
     Returns:
         `torch.Tensor`: `[P, D]`, not weighed yet.
     """
     counts = _rows_of_experts(expert_P)
-    # a module looks each of them up by name
+    # local names: a module looks its attributes up by name
     gate_up_EWD, down_EDF, act_fn = experts.gate_up_proj, experts.down_proj, experts.act_fn
     if torch.is_grad_enabled():
         return run_with_gradients(rows_PD, gate_up_EWD, down_EDF, counts, act_fn)
@@ -394,7 +414,7 @@ def run_sequentially(experts: Any, rows_PD: torch.Tensor, expert_P: torch.Tensor
 
 
 def _rows_of_experts(expert_P: torch.Tensor) -> list[tuple[int, int]]:
-    """The experts that occur, in order, and how often each does."""
+    """Return the experts that occur, in order, and how often each does."""
     if expert_P.numel() <= _FEW_PAIRS:
         experts = expert_P.tolist()
         return [(expert, experts.count(expert)) for expert in sorted(set(experts))]
@@ -408,19 +428,24 @@ def run_with_gradients(
     counts: Sequence[tuple[int, int]],
     act_fn: Callable[[torch.Tensor], torch.Tensor],
 ) -> torch.Tensor:
-    """SwiGLU experts on rows that come expert by expert, with gradients.
+    """Run SwiGLU experts on rows that come expert by expert, with gradients.
 
     What an expert makes of its rows stays in the caches. Under autocast its weights are cast when it runs, in the
     forward and again in the backward: no copy of all weights is kept in between, and gradients reach the weights in
     their own type. Gradients of gradients raise.
 
     Args:
-        x_PD (`torch.Tensor`): `[P, D]`.
-        gate_up_EWD (`torch.Tensor`): `[E, 2 * F, D]`.
-        down_EDF (`torch.Tensor`): `[E, D, F]`.
-        counts (`Sequence[tuple[int, int]]`): the experts that have rows, in order, and how many each has; rows of
-            experts from `E` on, which are elsewhere, get zeros.
-        act_fn (`Callable`): between the matmuls, elementwise.
+        x_PD (`torch.Tensor`):
+            `[P, D]`.
+        gate_up_EWD (`torch.Tensor`):
+            `[E, 2 * F, D]`.
+        down_EDF (`torch.Tensor`):
+            `[E, D, F]`.
+        counts (`Sequence[tuple[int, int]]`):
+            the experts that have rows, in order, and how many each has; rows of experts from `E` on, which are
+            elsewhere, get zeros.
+        act_fn (`Callable`):
+            between the matmuls, elementwise.
 
     Returns:
         `torch.Tensor`: `[P, D]`, in the type of the matmuls.
@@ -487,16 +512,20 @@ def run_from_left(
     down_DF: torch.Tensor,
     act_fn: Callable[[torch.Tensor], torch.Tensor],
 ) -> torch.Tensor:
-    """One SwiGLU expert without gradients, with its weights on the left of the matmuls.
+    """Run one SwiGLU expert without gradients, with its weights on the left of the matmuls.
 
-    Matrix units want the right operand of a product in an order of their own: to bring a few tokens into it costs
+    Matrix units want the right operand of a matmul in an order of their own: to bring a few tokens into it costs
     less than an expert's weights (`benchmarks/reports/2026-11-27-what-was-tried-cpu.md`).
 
     Args:
-        x_KD (`torch.Tensor`): `[K, D]`.
-        gate_up_WD (`torch.Tensor`): `[2 * F, D]`.
-        down_DF (`torch.Tensor`): `[D, F]`.
-        act_fn (`Callable`): between the matmuls, elementwise.
+        x_KD (`torch.Tensor`):
+            `[K, D]`.
+        gate_up_WD (`torch.Tensor`):
+            `[2 * F, D]`.
+        down_DF (`torch.Tensor`):
+            `[D, F]`.
+        act_fn (`Callable`):
+            between the matmuls, elementwise.
 
     Returns:
         `torch.Tensor`: `[K, D]`, a view of `[D, K]`.
@@ -517,20 +546,20 @@ def _multiply_from_left(
     act_fn: Callable[[torch.Tensor], torch.Tensor],
     gate_up_WK: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """`[K, D]`, a view of `[D, K]`; gates and ups are written where the caller wants to keep them."""
+    """Return `[K, D]`, a view of `[D, K]`; gates and ups are written where the caller wants to keep them."""
     gate_FK, up_FK = torch.mm(gate_up_WD, x_KD.t(), out=gate_up_WK).chunk(2)
     return torch.mm(down_DF, act_fn(gate_FK) * up_FK).t()
 
 
 def _columns(values_flat: torch.Tensor, rows: slice, width: int) -> torch.Tensor:
-    """One expert's `[W, K]` of what lies in memory expert by expert."""
+    """Return one expert's part, `[W, K]`, of what lies in memory expert by expert."""
     return values_flat[rows.start * width : rows.stop * width].view(width, rows.stop - rows.start)
 
 
 def _gate_backward(
     gate_up_WK: torch.Tensor, inner_grad_FK: torch.Tensor, act_fn: Callable[[torch.Tensor], torch.Tensor]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """What lay between the matmuls, `[F, K]`, and the gradients of gates and ups, `[W, K]`."""
+    """Return what lay between the matmuls, `[F, K]`, and the gradients of gates and ups, `[W, K]`."""
     up_FK = gate_up_WK.chunk(2)[1]
     with torch.enable_grad():
         # a part of a leaf: what counts FLOPs by module raises at leaves
@@ -545,15 +574,15 @@ def _gate_backward(
 
 
 def are_plain(*weights: torch.Tensor) -> bool:
-    """Whether weights are tensors that lie whole on this process, neither quantised nor shared out."""
+    """Return whether weights are plain tensors: neither quantised nor sharded over processes."""
     return all(type(weight) in (torch.Tensor, nn.Parameter) for weight in weights)
 
 
-# caches that a call of `generate` makes for itself and leaves to nobody
+# caches that a call of `generate` makes for itself and does not return
 _OWN_CACHES = (None, "dynamic")
 # arguments that bring a cache in, let others than the stock loops call the model, or crop caches between its calls
 _SHARED = ("cache", "past_key_values", "custom_generate", "assistant_model")
-# the same, where configurations may name them
+# those of them that configurations may name
 _OPTIONS = ("return_dict_in_generate", "prompt_lookup_num_tokens", "assistant_early_exit")
 # arguments by which something of the caller's runs between two steps
 _BETWEEN = ("logits_processor", "stopping_criteria", "prefix_allowed_tokens_fn", "streamer")
@@ -566,15 +595,18 @@ _PLAIN = (torch.Tensor, nn.Parameter)
 def unobserved_inference_mode(
     model: PreTrainedModel, option: Callable[[str], Any], arguments: dict[str, Any]
 ) -> AbstractContextManager:
-    """Inference mode for a `generate` on a CPU whose layers and steps nobody of the caller's sees, else nothing.
+    """Return inference mode for a `generate` on a CPU whose layers and steps have no observers, else nothing.
 
     Tensors of inference mode know no versions and take no part in gradients, so that small operations start sooner.
     Whoever gets hold of one can neither train on it nor write to it: it has to stay in the call.
 
     Args:
-        model (`PreTrainedModel`): whose `generate` it is.
-        option (`Callable`): gives what the call's arguments, or else its configurations, say of a name.
-        arguments (`dict`): the caller's.
+        model (`PreTrainedModel`):
+            whose `generate` it is.
+        option (`Callable`):
+            gives what the call's arguments, or else its configurations, say of a name.
+        arguments (`dict`):
+            the caller's.
     """
     is_shared = any(arguments.get(name) is not None for name in _SHARED) or any(map(option, _OPTIONS))
     is_seen = (
@@ -590,7 +622,7 @@ def unobserved_inference_mode(
 
 
 def _between(arguments: dict[str, Any]) -> list[Any]:
-    """What runs between two steps: processors, criteria, streamers, one by one."""
+    """Return what runs between two steps: processors, criteria, streamers, one by one."""
     found = []
     for name in _BETWEEN:
         value = arguments.get(name)
@@ -599,10 +631,11 @@ def _between(arguments: dict[str, Any]) -> list[Any]:
 
 
 def is_hooked(module: nn.Module) -> bool:
-    """Whether a call of a module does more than the forward of its class.
+    """Return whether a call of a module does more than the forward of its class.
 
     Args:
-        module (`nn.Module`): any.
+        module (`nn.Module`):
+            any.
     """
     return bool(
         module._forward_hooks or module._forward_pre_hooks or _has_any_global_hook() or "forward" in vars(module)
@@ -610,15 +643,17 @@ def is_hooked(module: nn.Module) -> bool:
 
 
 def is_observed(model: PreTrainedModel, arguments: dict[str, Any]) -> bool:
-    """Whether code of the caller's sees what layers make, or weights are such as come into being in a forward.
+    """Return whether code of the caller's sees what layers make, or weights are such as come into being in a forward.
 
     Args:
-        model (`PreTrainedModel`): whose layers.
-        arguments (`dict`): what it is called with.
+        model (`PreTrainedModel`):
+            whose layers.
+        arguments (`dict`):
+            what it is called with.
     """
     return (
         getattr(model, "is_quantized", False)
-        # who stands in for a method of the model
+        # a method of the model was replaced on the instance
         or any(callable(getattr(type(model), name, None)) for name in vars(model))
         or any(isinstance(value, torch.Tensor) and type(value) not in _PLAIN for value in arguments.values())
         or _is_traced()
@@ -628,29 +663,29 @@ def is_observed(model: PreTrainedModel, arguments: dict[str, Any]) -> bool:
 
 
 def _is_traced() -> bool:
-    """Whether a mode sees every operation; that of a default device minds only those that make tensors."""
+    """Return whether a mode sees every operation; that of a default device minds only those that make tensors."""
     modes = [mode for mode in _get_current_function_mode_stack() if not isinstance(mode, DeviceContext)]
     return bool(modes or _get_current_dispatch_mode_stack())
 
 
 def _interfaces(model: PreTrainedModel) -> list[Any]:
-    """The functions by which attention and experts run, where they are not those of the classes."""
+    """Return the functions by which attention and experts run, where they are not those of the classes."""
     attention, experts = model.config._attn_implementation, model.config._experts_implementation
     found = [registry.get(attention) for registry in (ALL_ATTENTION_FUNCTIONS, ALL_MASK_ATTENTION_FUNCTIONS)]
     return [function for function in (*found, ALL_EXPERTS_FUNCTIONS.get(experts)) if function is not None]
 
 
 def _is_foreign(thing: Any) -> bool:
-    """Whether a class or a function is the caller's."""
+    """Return whether a class or a function is the caller's."""
     return str(getattr(thing, "__module__", None)).partition(".")[0] not in _KNOWN
 
 
 def _is_observed_layer(module: nn.Module) -> bool:
-    """Whether somebody sees what one module makes, or its weights come into being in a forward."""
+    """Return whether anything observes what one module makes, or its weights come into being in a forward."""
     kind = type(module)
     return (
         is_hooked(module)
-        # Accelerate's
+        # the hook of Accelerate
         or hasattr(module, "_hf_hook")
         or _is_foreign(kind)
         or _is_foreign(kind.forward)

@@ -4,7 +4,7 @@
 A cache keeps for each row of a depth layer the keys of its own chosen tokens, and no others.
 
 Shape suffixes:
-    B rows, T positions, D hidden size, R rows with chosen tokens, C places of a packed row, P chosen tokens, S columns
+    B rows, T positions, D hidden size, R rows with chosen tokens, C slots of a packed row, P chosen tokens, S columns
     that the cache holds, K = S + C keys of an attention call, H heads, d head size, E documents of the batch and one.
 """
 
@@ -28,9 +28,9 @@ from .token_groups_moma import ModalitySplit, RoutingContext
 
 # columns by which a dynamic layer grows at once
 _COLUMNS = 8
-# by how much a static layer grows, at least, when a row chooses more tokens than fit
+# least growth factor of a static layer when a row chooses more tokens than fit
 _GROWTH = 1.25
-# of keys: the `lengths` of the layer that may write behind them
+# attribute of keys: the `lengths` of the layer that may write behind them
 _WRITER = "_moma_writer"
 
 
@@ -41,12 +41,15 @@ class _RaggedRows:
     and each other one takes memory of its own when it goes on.
 
     Attributes:
-        keys, values (`torch.Tensor`): each row's stored tokens at its front, `[B, H, S, d]`. What stands behind them
-            means nothing.
-        slots (`torch.IntTensor`): the index of each stored token among those that its row has seen, `[B, S]`.
-        cumulative_length (`int`): tokens seen, chosen or not.
-        lengths (`list[int]`): stored tokens of each row; empty until a first token is stored. Never changed in place:
-            it tells the layer that wrote last from its copies.
+        keys, values (`torch.Tensor`):
+            each row's stored tokens at its front, `[B, H, S, d]`. What stands behind them means nothing.
+        slots (`torch.IntTensor`):
+            the index of each stored token among those that its row has seen, `[B, S]`.
+        cumulative_length (`int`):
+            tokens seen, chosen or not.
+        lengths (`list[int]`):
+            stored tokens of each row; empty until a first token is stored. Never changed in place: it tells the layer
+            that wrote last from its copies.
     """
 
     cumulative_length: int
@@ -56,12 +59,12 @@ class _RaggedRows:
     keys: torch.Tensor
     values: torch.Tensor
     slots: torch.Tensor
-    # in its own way in each of the layers: columns to begin with, and those that so many tokens need
+    # subclasses define these: columns to begin with, and columns needed for so many tokens
     _first_columns: Callable[[float], int]
     _more_columns: Callable[[int], int]
 
     def get_seq_length(self) -> int:
-        """Tokens seen, chosen or not: what masks and positions count by."""
+        """Return the tokens seen, chosen or not: what masks and positions count by."""
         return self.cumulative_length
 
     def update(
@@ -79,13 +82,24 @@ class _RaggedRows:
         """Store the chosen tokens of one step.
 
         Args:
-            key_states (`torch.Tensor`): keys of the packed rows, padding slots included, `[R, H, C, d]`.
-            value_states (`torch.Tensor`): values, alike.
-            packing (`DepthPacking`, *optional*): where they stand.
-            rows (`list[int]`, *optional*): in place of `packing`, the rows that take part in a step of one token.
-            num_rows (`int`, *optional*): of the batch, with `rows`.
-            num_skipped (`int`, *optional*): positions of a step in which no token was chosen, without both.
-            capacity (`float`, *optional*): the share of tokens that a static layer makes room for.
+            key_states (`torch.Tensor`):
+                keys of the packed rows, padding slots included, `[R, H, C, d]`.
+            value_states (`torch.Tensor`):
+                values, alike.
+            packing (`DepthPacking`, *optional*):
+                where they stand.
+            rows (`list[int]`, *optional*):
+                in place of `packing`, the rows that take part in a step of one token.
+            num_rows (`int`, *optional*):
+                of the batch, with `rows`.
+            num_skipped (`int`, *optional*):
+                positions of a step in which no token was chosen, without both.
+            capacity (`float`, *optional*):
+                the share of tokens that a static layer has slots for.
+            args (`Any`):
+                as other layers of caches take them; not used.
+            kwargs (`Any`):
+                likewise.
 
         Returns:
             `tuple`: keys and values of the rows that take part, `[R, H, S + C, d]`: with `packing` the stored ones,
@@ -105,7 +119,7 @@ class _RaggedRows:
         return torch.cat((old_keys, key_states), dim=2), torch.cat((old_values, value_states), dim=2)
 
     def stored_slots(self, packing: "DepthPacking") -> torch.Tensor:
-        """Slots of the stored tokens of the rows that take part, -1 at padding slots, `[R, S]`."""
+        """Return the slots of the stored tokens of the rows that take part, -1 at padding slots, `[R, S]`."""
         if not self.is_initialized:
             return packing.row_R.new_empty(len(packing.rows), 0)
         slot_RS = self.slots[:, : self._num_columns(packing)].index_select(0, packing.row_R).long()
@@ -113,11 +127,11 @@ class _RaggedRows:
         return torch.where(_is_stored(slot_RS, length_R), slot_RS, -1)
 
     def step_lengths(self, rows: list[int]) -> list[int]:
-        """Stored tokens of rows once each has stored one more."""
+        """Return stored tokens of rows once each has stored one more."""
         return [self.lengths[row] + 1 for row in rows] if self.is_initialized else [1] * len(rows)
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        """Row `i` becomes what row `beam_idx[i]` was."""
+        """Make row `i` what row `beam_idx[i]` was."""
         if self.is_initialized:
             self._select_rows(beam_idx)
 
@@ -151,7 +165,7 @@ class _RaggedRows:
             self.lengths = (is_stored_BS & (self.slots < self.cumulative_length)).sum(1).tolist()
 
     def _num_columns(self, packing: "DepthPacking") -> int:
-        """Stored tokens of the fullest of the rows that take part."""
+        """Return stored tokens of the fullest of the rows that take part."""
         return max(self.lengths[row] for row in packing.rows)
 
     def _allocate(self, key_states: torch.Tensor, value_states: torch.Tensor, num_rows: int, capacity: float) -> None:
@@ -200,12 +214,12 @@ class _RaggedRows:
         return kept_keys[:, :, : max(lengths)], kept_values[:, :, : max(lengths)]
 
     def _set_lengths(self, new_lengths: dict[int, int]) -> None:
-        """Stored tokens of the rows that have more now, in a list that no copy has."""
+        """Set the stored tokens of the rows that have more now, in a list that no copy has."""
         self.lengths = [new_lengths.get(row, length) for row, length in enumerate(self.lengths)]
         self._note_writer()
 
     def _make_columns(self, num_positions: int, needed: int) -> None:
-        """Columns of its own for rows of at most `needed` stored tokens, as so many positions come."""
+        """Make columns of its own for rows of at most `needed` stored tokens, as so many positions come."""
         more = self._more_columns(needed) - self.keys.shape[2] if needed > self.keys.shape[2] else 0
         if more > 0:
             self.keys, self.values = (torch.nn.functional.pad(x, (0, 0, 0, more)) for x in (self.keys, self.values))
@@ -215,10 +229,10 @@ class _RaggedRows:
             self.keys, self.values, self.slots = self.keys.clone(), self.values.clone(), self.slots.clone()
 
     def _take_memory(self) -> bool:
-        """Whether nobody else has written behind what is stored, and may from now on."""
+        """Return whether no other copy has written behind what is stored, and reserve the right to."""
         # tensors of inference mode take no writing outside it
         is_writable = torch.is_inference_mode_enabled() or not self.keys.is_inference()
-        # in one go, for copies that go on in threads of their own
+        # popped in one atomic call: copies may run in other threads
         writer = vars(self.keys).pop(_WRITER, None)
         if writer is self.lengths:
             return is_writable
@@ -240,12 +254,12 @@ class _RaggedRows:
 
 
 def _is_stored(slot_BS: torch.Tensor, length_B: torch.Tensor) -> torch.Tensor:
-    """Which columns hold a row's own tokens, `[B, S]`: behind them a copy may have written."""
+    """Return which columns hold a row's own tokens, `[B, S]`: behind them a copy may have written."""
     return torch.arange(slot_BS.shape[1], device=slot_BS.device) < length_B.unsqueeze(-1)
 
 
 def _new_states(states_RHCd: torch.Tensor, packing: "DepthPacking") -> torch.Tensor:
-    """The chosen tokens' states without padding slots, `[P, H, d]`."""
+    """Return the chosen tokens' states without padding slots, `[P, H, d]`."""
     return states_RHCd.transpose(1, 2).flatten(0, 1).index_select(0, packing.place_P)
 
 
@@ -279,6 +293,12 @@ class MomaStaticDepthCacheLayer(_RaggedRows, StaticLayer):
     The capacity holds in the mean, not for every row: a row that chooses more makes the layer grow, by a quarter at
     least and up to `max_cache_len`. Nothing is ever dropped. Steps choose different numbers of tokens, so the layer
     cannot be compiled.
+
+    Args:
+        max_cache_len (`int`):
+            positions of the longest sequence.
+        kwargs (`Any`):
+            as for `StaticLayer`.
     """
 
     _layer_type = DEPTH_LAYER_TYPE
@@ -318,19 +338,32 @@ class DepthPacking:
     """The chosen tokens of a depth layer at the front of the rows that have any, in order.
 
     Attributes:
-        num_rows (`int`): rows `B` of the batch.
-        length (`int`): positions `T` of the batch.
-        rows (`list[int]`): the `R` rows that take part.
-        counts (`list[int]`): chosen tokens of each of those rows.
-        row_R (`torch.LongTensor`): the same as `rows`, on the device.
-        index_RC (`torch.LongTensor`): the position of each place's token in its row, `[R, C]`.
-        valid_RC (`torch.BoolTensor`): False at the padding slots after a row's last token, `[R, C]`.
-        token_P (`torch.LongTensor`): chosen positions in the flat batch, `[P]`.
-        place_P (`torch.LongTensor`): their places in the flat packed rows, `[P]`.
-        split (`ModalitySplit`): expert groups of the chosen tokens, as one row `[1, P]`.
-        slot_RS (`torch.LongTensor`, *optional*): where the cached keys stood, -1 at padding, `[R, S]`.
-        past (`int`, *optional*, defaults to 0): positions seen before this forward.
-        is_recorded (`bool`, *optional*, defaults to `False`): whether somebody asks for attention weights.
+        num_rows (`int`):
+            rows `B` of the batch.
+        length (`int`):
+            positions `T` of the batch.
+        rows (`list[int]`):
+            the `R` rows that take part.
+        counts (`list[int]`):
+            chosen tokens of each of those rows.
+        row_R (`torch.LongTensor`):
+            the same as `rows`, on the device.
+        index_RC (`torch.LongTensor`):
+            the position of each slot's token in its row, `[R, C]`.
+        valid_RC (`torch.BoolTensor`):
+            False at the padding slots after a row's last token, `[R, C]`.
+        token_P (`torch.LongTensor`):
+            chosen positions in the flat batch, `[P]`.
+        place_P (`torch.LongTensor`):
+            their slots in the flat packed rows, `[P]`.
+        split (`ModalitySplit`):
+            expert groups of the chosen tokens, as one row `[1, P]`.
+        slot_RS (`torch.LongTensor`, *optional*):
+            where the cached keys stood, -1 at padding, `[R, S]`.
+        past (`int`, *optional*, defaults to 0):
+            positions seen before this forward.
+        is_recorded (`bool`, *optional*, defaults to `False`):
+            whether attention weights are asked for.
     """
 
     num_rows: int
@@ -348,27 +381,31 @@ class DepthPacking:
     is_recorded: bool = False
 
     def pack(self, x_BT: torch.Tensor) -> torch.Tensor:
-        """`[B, T, ...]` to `[R, C, ...]`; one row is taken to stand for all.
+        """Map `[B, T, ...]` to `[R, C, ...]`; one row is taken to stand for all.
 
         Padding slots hold some token of their row.
+
+        Args:
+            x_BT (`torch.Tensor`):
+                `[B, T, ...]` or `[1, T, ...]`.
         """
         return x_BT.expand(self.num_rows, *x_BT.shape[1:])[self.row_R.unsqueeze(-1), self.index_RC]
 
     def choose(self, x_BTD: torch.Tensor) -> torch.Tensor:
-        """The chosen tokens of all rows in one, `[B, T, D]` to `[1, P, D]`; one row is taken to stand for all."""
+        """Return the chosen tokens of all rows in one, `[B, T, D]` to `[1, P, D]`; one row stands for all."""
         token_P = self.token_P if x_BTD.shape[0] > 1 else self.token_P % self.length
         # index_select, whose backward is much cheaper than that of indexing on CPU
         return x_BTD.flatten(0, 1).index_select(0, token_P).unsqueeze(0)
 
     def lay_out(self, states_1HPd: torch.Tensor) -> torch.Tensor:
-        """Heads of the chosen tokens in packed rows, `[1, H, P, d]` to `[R, H, C, d]`, with zeros at padding slots."""
+        """Lay out heads of chosen tokens in rows, `[1, H, P, d]` to `[R, H, C, d]`, with zeros at padding slots."""
         states_PHd = states_1HPd.squeeze(0).transpose(0, 1)
         rows = states_PHd.new_zeros(self.valid_RC.numel(), *states_PHd.shape[1:])
         rows = rows.index_copy(0, self.place_P, states_PHd)
         return rows.unflatten(0, self.valid_RC.shape).transpose(1, 2)
 
     def take_out(self, x_RCD: torch.Tensor) -> torch.Tensor:
-        """The chosen tokens without the padding slots, `[R, C, D]` to `[1, P, D]`."""
+        """Return the chosen tokens without the padding slots, `[R, C, D]` to `[1, P, D]`."""
         return x_RCD.flatten(0, 1).index_select(0, self.place_P).unsqueeze(0)
 
     def add_back(self, hidden_BTD: torch.Tensor, update_1PD: torch.Tensor, weight_BT: torch.Tensor) -> torch.Tensor:
@@ -378,9 +415,13 @@ class DepthPacking:
         return hidden_BTD.flatten(0, 1).index_add(0, self.token_P, update_PD).view_as(hidden_BTD)
 
     def chosen_lengths(self, lengths: FlashAttentionKwargs) -> FlashAttentionKwargs:
-        """The lengths of documents without the tokens that were not chosen, see [`packed_lengths`]; some may be 0.
+        """Return the lengths of documents, counting chosen tokens only, see [`packed_lengths`]; some may be 0.
 
         The longest document stays as long as it was, for the device sync that its number would cost.
+
+        Args:
+            lengths (`FlashAttentionKwargs`):
+                those of all tokens.
         """
         # chosen tokens lie in the order of the batch: how many come before a document is where it begins among them
         starts_E: Any = lengths.get("cu_seq_lens_q")
@@ -388,7 +429,7 @@ class DepthPacking:
         return {**lengths, "cu_seq_lens_q": starts_E, "cu_seq_lens_k": starts_E}
 
     def key_slots(self) -> torch.Tensor:
-        """Where the keys of an attention call stand among the positions seen, -1 at padding, `[R, S + C]`."""
+        """Return where the keys of an attention call stand among the positions seen, -1 at padding, `[R, S + C]`."""
         slot_RC = torch.where(self.valid_RC, self.index_RC + self.past, -1)
         return slot_RC if self.slot_RS is None else torch.cat([self.slot_RS, slot_RC], dim=1)
 
@@ -396,10 +437,11 @@ class DepthPacking:
         """Lay attention weights out over all positions seen, with zeros for the tokens that passed by.
 
         Args:
-            weights_RHCS (`torch.Tensor`, *optional*): `[R, H, C, S + C]`.
+            weights_RHCS (`torch.Tensor`, *optional*):
+                `[R, H, C, S + C]`.
 
         Returns:
-            `torch.Tensor`: `[B, H, T, past + T]`; `None` where nobody asks for it.
+            `torch.Tensor`: `[B, H, T, past + T]`; `None` where it is not asked for.
         """
         if weights_RHCS is None or not self.is_recorded:
             return None
@@ -414,18 +456,21 @@ class DepthPacking:
         return full.unflatten(0, (self.num_rows, self.length)).transpose(1, 2)
 
 
-# its device sync for the numbers of tokens would break the graph here and in every function around it
+# the device sync for numbers of tokens would break the graph here and in every caller
 @torch.compiler.disable
 def pack_chosen(chosen_BT: torch.Tensor, split: ModalitySplit, keep_empty_rows: bool) -> DepthPacking | None:
     """Pack the chosen tokens of each row to its front, with one device sync.
 
     Args:
-        chosen_BT (`torch.BoolTensor`): `[B, T]`, False at padding.
-        split (`ModalitySplit`): expert groups of the batch.
-        keep_empty_rows (`bool`): whether rows without a chosen token take part: in training all weights must.
+        chosen_BT (`torch.BoolTensor`):
+            `[B, T]`, False at padding.
+        split (`ModalitySplit`):
+            expert groups of the batch.
+        keep_empty_rows (`bool`):
+            whether rows without a chosen token take part: in training all weights must.
 
     Returns:
-        `DepthPacking`, or `None` when no row takes part.
+        `DepthPacking` or `None`: the packing, `None` when no row takes part.
     """
     num_rows, length = chosen_BT.shape
     groups = list(split.counts)
@@ -457,16 +502,20 @@ def packed_causal_mask(
     context: RoutingContext,
     dtype: torch.dtype,
 ) -> torch.Tensor | BlockMask | None:
-    """The attention mask of packed tokens over cached keys and themselves, in the form that the backend wants.
+    """Return the attention mask of packed tokens over cached keys and themselves, in the form that the backend wants.
 
     The keys are the `S` columns of the cache, then the `C` packed tokens. Packing keeps the order of a row, so the
     order of the columns is the causal one.
 
     Args:
-        config (`MomaConfig`): gives the attention implementation.
-        packing (`DepthPacking`): the queries.
-        context (`RoutingContext`): documents and the caller's own mask.
-        dtype (`torch.dtype`): of additive masks.
+        config (`MomaConfig`):
+            gives the attention implementation.
+        packing (`DepthPacking`):
+            the queries.
+        context (`RoutingContext`):
+            documents and the caller's own mask.
+        dtype (`torch.dtype`):
+            of additive masks.
     """
     if context.custom_mask_BHQS is not None:
         return _pack_custom_mask(packing, context.custom_mask_BHQS, dtype)
@@ -474,7 +523,7 @@ def packed_causal_mask(
         return None
     num_rows, num_places = packing.valid_RC.shape
     num_stored, is_key_RK = 0, None
-    # without cached keys every padding slot comes after its row's tokens, where none of them looks
+    # no mask for padding slots: without cached keys they come after their row's tokens
     if packing.slot_RS is not None and packing.slot_RS.shape[1]:
         num_stored = packing.slot_RS.shape[1]
         is_key_RK = torch.cat([packing.slot_RS >= 0, packing.valid_RC], dim=1)
@@ -541,13 +590,17 @@ class StepCache:
 def step_mask(
     config: MomaConfig, lengths: list[int], dtype: torch.dtype, device: torch.device
 ) -> torch.Tensor | BlockMask | None:
-    """The attention mask of one token in each of several rows over the row's keys, itself the last of them.
+    """Return the attention mask of one token in each of several rows over the row's keys, itself the last of them.
 
     Args:
-        config (`MomaConfig`): gives the attention implementation.
-        lengths (`list[int]`): keys of each row; those of the fullest are the columns.
-        dtype (`torch.dtype`): of additive masks.
-        device (`torch.device`): of the mask.
+        config (`MomaConfig`):
+            gives the attention implementation.
+        lengths (`list[int]`):
+            keys of each row; those of the fullest are the columns.
+        dtype (`torch.dtype`):
+            of additive masks.
+        device (`torch.device`):
+            of the mask.
     """
     num_keys = max(lengths)
     if min(lengths) == num_keys or config._attn_implementation not in ALL_MASK_ATTENTION_FUNCTIONS:
@@ -572,7 +625,13 @@ def step_mask(
 
 
 def depth_cache_layer(cache: Cache, layer_idx: int) -> MomaDepthCacheLayer | MomaStaticDepthCacheLayer:
-    """The part of a cache that serves a depth layer.
+    """Return the part of a cache that serves a depth layer.
+
+    Args:
+        cache (`Cache`):
+            the model's cache.
+        layer_idx (`int`):
+            index of the layer.
 
     Raises:
         TypeError: the cache does not know of depth layers.

@@ -45,8 +45,10 @@ class DepthSelection:
     """What a depth layer does with every token.
 
     Attributes:
-        chosen_BT (`torch.BoolTensor`): True where the layer processes the token, `[B, T]`.
-        weight_BT (`torch.Tensor`): by what it scales the layer's update, fp32, `[B, T]`.
+        chosen_BT (`torch.BoolTensor`):
+            True where the layer processes the token, `[B, T]`.
+        weight_BT (`torch.Tensor`):
+            by what it scales the layer's update, fp32, `[B, T]`.
     """
 
     chosen_BT: torch.Tensor
@@ -67,6 +69,10 @@ class MomaDepthRouter(MomaRouterBase):
       one half. The bias does not weigh.
     - `auxiliary` takes a token iff the auxiliary router predicts so.
 
+    Args:
+        config (`MomaConfig`):
+            gives the pools, their capacities and the rules.
+
     State dict:
         weight           [1, D]  fp32
         threshold        [G]     fp32, running mean of each pool's threshold
@@ -81,7 +87,7 @@ class MomaDepthRouter(MomaRouterBase):
         super().__init__(config, num_scores=1, num_thresholds=num_pools, momentum=momentum, updates_shape=(num_pools,))
         self.capacities = [config.pool_depth_capacity(pool) for pool in config.depth_pools]
         self.capacity_fractions = [exact_share(capacity) for capacity in self.capacities]
-        # what a static cache makes room for
+        # a static cache allocates for the largest capacity
         self.capacity = max(self.capacities)
         self.is_pooled_by_row = config.depth_pool == "row"
 
@@ -89,8 +95,10 @@ class MomaDepthRouter(MomaRouterBase):
         """Score the tokens and choose.
 
         Args:
-            hidden_BTD (`torch.Tensor`): the residual stream, `[B, T, D]`.
-            context (`RoutingContext`): routing, modality and padding of this forward; padding is never chosen.
+            hidden_BTD (`torch.Tensor`):
+                the residual stream, `[B, T, D]`.
+            context (`RoutingContext`):
+                routing, modality and padding of this forward; padding is never chosen.
 
         Returns:
             `tuple`: router logits `[B, T]` in fp32, and the selection.
@@ -113,14 +121,14 @@ class MomaDepthRouter(MomaRouterBase):
     def rank(
         self, scores_BT: torch.Tensor, pool_BT: torch.Tensor, is_token_BT: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Membership in the top K of each pool, and the threshold of each modality's pools in the mean."""
+        """Return membership in the top K of each pool, and the mean threshold of each modality's pools."""
         num_rows, num_modalities = scores_BT.shape[0], len(self.capacities)
         num_pools = num_modalities
         if self.is_pooled_by_row:
             rows_B1 = torch.arange(num_rows, device=scores_BT.device).unsqueeze(-1)
             pool_BT = rows_B1 * num_modalities + pool_BT
             num_pools = num_rows * num_modalities
-        # padding competes in a pool of its own, which takes nobody
+        # padding competes in a pool of its own, which takes no token
         pool_BT = torch.where(is_token_BT, pool_BT, num_pools)
         # position by position, so that none of several equal rows comes before the others
         pool_N, scores_N = pool_BT.t().flatten(), scores_BT.t().flatten()
@@ -139,7 +147,7 @@ class MomaDepthRouter(MomaRouterBase):
         best_BT = best_N.view(-1, num_rows).t()
         last_Q = order_N[(start_Q + take_Q - 1)[:-1].clamp(min=0)]
         kth_Q = scores_N[last_Q]
-        # padding ties with nobody
+        # padding ties with no token
         kth_BT = torch.cat([kth_Q, kth_Q.new_full((1,), torch.inf)])[pool_BT]
         place_BT = torch.cat([last_Q // num_rows, last_Q.new_full((1,), -1)])[pool_BT]
         is_at_place_BT = place_BT == torch.arange(scores_BT.shape[1], device=place_BT.device)
@@ -154,7 +162,7 @@ class MomaDepthRouter(MomaRouterBase):
     def _load(
         self, chosen_BT: torch.Tensor, pool_BT: torch.Tensor, is_token_BT: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """By how much the share of chosen tokens lags behind the capacity, and whether a pool had tokens at all."""
+        """Return how far the share of chosen tokens lags behind the capacity, and whether a pool had tokens at all."""
         in_pool_GBT = torch.stack([(pool_BT == pool) & is_token_BT for pool in range(len(self.capacities))])
         count_G = in_pool_GBT.sum((1, 2))
         chosen_G = (in_pool_GBT & chosen_BT).sum((1, 2))
@@ -167,10 +175,14 @@ class DepthTokens:
     """What a rule chooses from for a depth layer.
 
     Attributes:
-        router (`MomaDepthRouter`): whose scores these are.
-        context (`RoutingContext`): of this forward.
-        hidden_BTD (`torch.Tensor`): the residual stream, `[B, T, D]`.
-        scores_BT (`torch.Tensor`): fp32, detached, `[B, T]`.
+        router (`MomaDepthRouter`):
+            whose scores these are.
+        context (`RoutingContext`):
+            of this forward.
+        hidden_BTD (`torch.Tensor`):
+            the residual stream, `[B, T, D]`.
+        scores_BT (`torch.Tensor`):
+            fp32, detached, `[B, T]`.
     """
 
     router: MomaDepthRouter
@@ -198,7 +210,7 @@ class DepthTokens:
         return torch.ones_like(self.scores_BT, dtype=torch.bool) if padding_BT is None else ~padding_BT
 
     def by_pool(self, values_G: torch.Tensor) -> torch.Tensor:
-        """Each token's own of one value for each pool, `[B, T]`, or `[1]` where there is one pool."""
+        """Give each token its pool's value, `[B, T]`, or `[1]` where there is one pool."""
         return values_G if values_G.shape[0] == 1 else values_G[self.pool_BT]
 
     @property
@@ -219,7 +231,8 @@ def depth_rule(name: str) -> Callable[[DepthFunction], DepthFunction]:
     It is called with [`DepthTokens`] and gives a mask `[B, T]`.
 
     Args:
-        name (`str`): of the rule.
+        name (`str`):
+            of the rule.
 
     Raises:
         ValueError: there is no such rule.
@@ -262,14 +275,14 @@ class DepthLayer(nn.Module):
     """The forward of a decoder layer for the tokens that its depth router chooses (MoMa section 2.3).
 
     To be mixed into a decoder layer. Attention and experts see the chosen tokens alone: attention packed to the front
-    of their rows, all else as one row without padding. The whole update that the layer makes to a token is scaled by
+    of their rows, all else as one row without padding. The update that the layer makes to a token is scaled by
     the token's score. All other tokens leave as they came.
     """
 
     config: MomaConfig
     layer_idx: int
     depth_router: MomaDepthRouter
-    # what a decoder layer adds to the residual stream, by its attention and by its feed-forward layer
+    # the decoder layer defines these two: the residual updates of attention and of the feed-forward layer
     attention_update: Callable[..., torch.Tensor]
     ffn_update: Callable[[torch.Tensor, RoutingContext], torch.Tensor]
 
@@ -283,12 +296,13 @@ class DepthLayer(nn.Module):
         cache: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],  # pyright: ignore[reportGeneralTypeIssues]
     ) -> torch.Tensor:
+        """Map hidden states `[B, T, D]` to those after the layer; tokens that were not chosen stay as they are."""
         is_recorded = bool(kwargs.get("output_attentions", self.config.output_attentions))
         _, selection = self.depth_router(hidden_states, routing_context)
         # weights take part in every training step and wherever processes wait for one another; a recorded layer has
         # attentions in every step
         keep_empty_rows = self.training or is_distributed() or is_recorded
-        # they count all tokens, as positions do
+        # not passed on: position ids count all tokens, those that were not chosen too
         kwargs.pop("position_ids", None)
         lengths: Any = {name: kwargs.pop(name, None) for name in FLASH_LENGTHS}
         is_step = hidden_states.shape[1] == 1 and not keep_empty_rows and routing_context.custom_mask_BHQS is None
@@ -337,9 +351,9 @@ class DepthLayer(nn.Module):
         cache: Cache,
         **kwargs,
     ) -> torch.Tensor:
-        """One token in each row: those rows take part that chose it, with nothing to pack."""
+        """Prepare a step of one token in each row: those rows take part that chose it, with nothing to pack."""
         num_rows = hidden_B1D.shape[0]
-        # the one device sync
+        # the only device sync of the packing
         rows = [row for row, is_chosen in enumerate(selection.chosen_BT.flatten().tolist()) if is_chosen]
         if not rows:
             self._skip(hidden_B1D, cache)

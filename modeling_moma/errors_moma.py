@@ -3,8 +3,7 @@
 
 
 class InputError(ValueError):
-    """
-    What the caller gave is wrong: an argument, a file, a field of one. The message names it, its value and the cause.
+    """An argument, a file or a field of one is wrong; the message names it, its value and the cause.
 
     `moma` shows it in one line, a server as a bad request. Any other `ValueError` is a defect and keeps its traceback.
     """

@@ -39,31 +39,37 @@ def moma_experts_forward(
     is_sorted: bool = False,
     ends_E: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Equal shares as two batched matmuls, others expert by expert on a CPU and as grouped matmuls elsewhere.
+    """Run equal shares as two batched matmuls, others expert by expert on a CPU and as grouped matmuls elsewhere.
 
     On a CPU equal shares run expert by expert, too, where autocast would cast the weights.
 
     Args:
-        self (`MomaExperts`): packed experts.
-        hidden_states (`torch.Tensor`): `[P, D]`.
-        top_k_index (`torch.LongTensor`): experts of each row, `[P, k]`.
-        top_k_weights (`torch.Tensor`): gates, `[P, k]`.
-        num_taken (`int`, *optional*): the `K` rows of each expert where all have as many and the rows come expert by
-            expert, one expert each.
-        is_sorted (`bool`, *optional*, defaults to `False`): whether the rows come expert by expert, one expert each.
-        ends_E (`torch.IntTensor`, *optional*): where each expert's rows end, of sorted rows, `[E]`; what is given for
-            rows after the last end means nothing.
+        self (`MomaExperts`):
+            packed experts.
+        hidden_states (`torch.Tensor`):
+            `[P, D]`.
+        top_k_index (`torch.LongTensor`):
+            experts of each row, `[P, k]`.
+        top_k_weights (`torch.Tensor`):
+            gates, `[P, k]`.
+        num_taken (`int`, *optional*):
+            the `K` rows of each expert where all have as many and the rows come expert by expert, one expert each.
+        is_sorted (`bool`, *optional*, defaults to `False`):
+            whether the rows come expert by expert, one expert each.
+        ends_E (`torch.IntTensor`, *optional*):
+            where each expert's rows end, of sorted rows, `[E]`; what is given for rows after the last end means
+            nothing.
 
     Returns:
         `torch.Tensor`: weighted sums, `[P, D]`.
     """
-    on_host = is_on_cpu(hidden_states) and not torch.compiler.is_compiling()
+    on_cpu = is_on_cpu(hidden_states) and not torch.compiler.is_compiling()
     # running one expert after the other spares a copy of all weights that is kept for the backward
-    casts = on_host and matmul_dtype(self.down_proj) != self.down_proj.dtype
+    casts = on_cpu and matmul_dtype(self.down_proj) != self.down_proj.dtype
     if num_taken is not None and not (casts and _runs_sequentially(self)):
         return _run_equal_shares(self, hidden_states, top_k_weights, num_taken)
     is_sorted = is_sorted or num_taken is not None
-    if on_host and _runs_sequentially(self):
+    if on_cpu and _runs_sequentially(self):
         return _run_in_order(self, hidden_states, top_k_index, top_k_weights, is_sorted, run_sequentially)
     if ends_E is not None:
         run = partial(_grouped, ends_E=ends_E)
@@ -74,13 +80,13 @@ def moma_experts_forward(
         return batched_mm_experts_forward(self, hidden_states, top_k_index, top_k_weights)
     is_aligned = all(is_whole(size, self.down_proj.dtype) for size in self.down_proj.shape[1:])
     # the library's way gathers and scatters by indexing, whose gradients are slow there, and knows no autocast
-    if on_host or not is_aligned:
+    if on_cpu or not is_aligned:
         return _run_in_order(self, hidden_states, top_k_index, top_k_weights, is_sorted, _grouped)
     return grouped_mm_experts_forward(self, hidden_states, top_k_index, top_k_weights)
 
 
 def _runs_sequentially(experts: Any) -> bool:
-    """Whether each expert can run by itself: without gradients any, with them those of plain weights."""
+    """Return whether each expert can run by itself: without gradients any, with them those of plain weights."""
     return not torch.is_grad_enabled() or are_plain(experts.gate_up_proj, experts.down_proj)
 
 
@@ -108,7 +114,7 @@ def _run_in_order(
         rows_PD, weight_P1 = x_ND.index_select(0, order_P // num_slots), weight_P1.index_select(0, order_P)
     y_PD = run(experts, rows_PD, expert_P)
     if run is run_sequentially and not torch.is_grad_enabled():
-        # nothing is kept for a backward
+        # without gradients nothing is kept for a backward
         y_PD.mul_(weight_P1)
     else:
         y_PD = y_PD * weight_P1.to(y_PD.dtype)
@@ -121,7 +127,7 @@ def _run_in_order(
 def _grouped(
     experts: Any, rows_PD: torch.Tensor, expert_P: torch.Tensor, ends_E: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Grouped matmuls, of any width; where no kernel takes it, with a device sync for the rows of each expert."""
+    """Run grouped matmuls, of any width; where no kernel takes it, with a device sync for the rows of each expert."""
     if ends_E is None:
         experts_E = torch.arange(experts.num_experts, device=rows_PD.device)
         ends_E = torch.searchsorted(expert_P, experts_E, right=True).int()
@@ -138,32 +144,33 @@ def _grouped_mm(x_PD: torch.Tensor, weight_EFD: torch.Tensor, ends_E: torch.Tens
     return torch.ops.transformers.grouped_mm_fallback(x_PD, weight_EDF, ends_E)
 
 
-# it makes use of what `Selection.hints` says of the pairs
+# properties of the implementation: it uses `Selection.hints`, and it slices weights, as quantised ones cannot be
 moma_experts_forward.takes_hints = True
-# and multiplies with slices of weights, which quantised ones do not allow
 moma_experts_forward.takes_quantized = False
 ALL_EXPERTS_FUNCTIONS.register(DEFAULT_IMPLEMENTATION, moma_experts_forward)
 
 
 def takes_hints(config: MomaConfig) -> bool:
-    """Whether a model's experts implementation makes use of what [`Selection.hints`] says of the pairs."""
+    """Return whether a model's experts implementation makes use of what [`Selection.hints`] says of the pairs."""
     return getattr(_implementation(config), "takes_hints", False)
 
 
 def takes_quantized(config: MomaConfig) -> bool:
-    """Whether a model's experts implementation multiplies with quantised weights, for all that it says of itself."""
+    """Return whether a model's experts implementation takes quantised weights; one that does not say takes them."""
     return getattr(_implementation(config), "takes_quantized", True)
 
 
 def may_sync(config: MomaConfig, inputs: torch.Tensor) -> bool:
-    """Whether layers may ask the device how many tokens an expert takes.
+    """Return whether layers may ask the device how many tokens an expert takes.
 
     Else there is a row for each pair of token and expert, of which the implementation leaves those out that are not
     taken: that costs memory in a backward, and time with other implementations.
 
     Args:
-        config (`MomaConfig`): the model's.
-        inputs (`torch.Tensor`): any of the batch.
+        config (`MomaConfig`):
+            the model's.
+        inputs (`torch.Tensor`):
+            any of the batch.
     """
     takes_all_pairs = takes_hints(config) and not torch.compiler.is_compiling()
     return is_on_cpu(inputs) or torch.is_grad_enabled() or is_distributed() or not takes_all_pairs
@@ -175,12 +182,12 @@ def _implementation(config: MomaConfig) -> Any:
 
 Class = TypeVar("Class", bound=type[nn.Module])
 
-# what grouped matmuls want whole words of, in every row, on every device
+# grouped matmuls on any device want rows that are multiples of this many bytes
 _WORD_BYTES = 16
 
 
 def is_whole(size: int, dtype: torch.dtype) -> bool:
-    """Whether rows of so many elements are made of whole words."""
+    """Return whether rows of so many elements are multiples of [`_WORD_BYTES`]."""
     return size * dtype.itemsize % _WORD_BYTES == 0
 
 
@@ -188,7 +195,8 @@ def takes_any_width(experts_class: Class) -> Class:
     """Let a class of the experts interface run `"grouped_mm"` at any width, which it pads for the call.
 
     Args:
-        experts_class (`type`): with `gate_up_proj` `[E, 2 * F, D]` and `down_proj` `[E, D, F]`.
+        experts_class (`type`):
+            with `gate_up_proj` `[E, 2 * F, D]` and `down_proj` `[E, D, F]`.
     """
     forward: Any = experts_class.forward
 

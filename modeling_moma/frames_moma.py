@@ -23,11 +23,16 @@ class ModalityFrame:
     """How the codes of one image, one sound or the like stand in a sequence.
 
     Args:
-        modality (`str`): its name in `config.modality_token_ranges`.
-        ranges (`tuple[tuple[int, int], ...]`): ids of its codes, half-open ranges; code 0 is the first range's first.
-        begin (`int`): id of the token before the codes.
-        end (`int`): id of the token after the codes.
-        length (`int`, *optional*): number of codes; `None` for any number from one on.
+        modality (`str`):
+            its name in `config.modality_token_ranges`.
+        ranges (`tuple[tuple[int, int], ...]`):
+            ids of its codes, half-open ranges; code 0 is the first range's first.
+        begin (`int`):
+            id of the token before the codes.
+        end (`int`):
+            id of the token after the codes.
+        length (`int`, *optional*):
+            number of codes; `None` for any number from one on.
     """
 
     modality: str
@@ -42,11 +47,11 @@ class ModalityFrame:
         return 1 if self.length is None else self.length
 
     def is_code(self, ids: torch.Tensor) -> torch.Tensor:
-        """True where an id is a code of this modality."""
+        """Return True where an id is a code of this modality."""
         return in_ranges(ids, self.ranges)
 
     def to_codes(self, ids: torch.Tensor) -> torch.Tensor:
-        """Code numbers, from 0, of ids that are codes."""
+        """Return code numbers, from 0, of ids that are codes."""
         codes = torch.zeros_like(ids)
         first = 0
         for start, stop in self.ranges:
@@ -55,7 +60,7 @@ class ModalityFrame:
         return codes
 
     def open_codes(self, ids_BT: torch.Tensor) -> torch.Tensor:
-        """Codes that each row has written of the frame it is in, `[B]`; -1 for rows that are in none."""
+        """Return how many codes each row has written of the frame that it is in, `[B]`; -1 for rows in none."""
         # a column before the row, so that rows of codes alone and empty rows have a last id that is no code
         ids = nn.functional.pad(ids_BT, (1, 0), value=-1)
         places = torch.arange(ids.shape[1], device=ids.device)
@@ -67,7 +72,7 @@ class ModalityFrame:
         return torch.where(inside_B, count_B, -1)
 
     def missing_tokens(self, ids_BT: torch.Tensor) -> torch.Tensor:
-        """Fewest new tokens that complete a frame in each row, `[B]`, its begin included where none is open."""
+        """Return fewest new tokens that complete a frame in each row, `[B]`, its begin included where none is open."""
         open_B = self.open_codes(ids_BT)
         return torch.where(open_B >= 0, (self.fewest_codes - open_B).clamp(min=0) + 1, self.fewest_codes + 2)
 
@@ -75,12 +80,14 @@ class ModalityFrame:
         """Take the codes of all frames of this modality out of token ids, row by row, in order.
 
         Args:
-            ids_BT (`torch.LongTensor` of shape `(batch_size, sequence_length)`): token ids.
-            name (`str`, *optional*, defaults to `"ids"`): what errors call them.
+            ids_BT (`torch.LongTensor` of shape `(batch_size, sequence_length)`):
+                token ids.
+            name (`str`, *optional*, defaults to `"ids"`):
+                what errors call them.
 
         Returns:
-            Codes from 0: `torch.LongTensor` of shape `(num_frames, length)`, or where `length` is `None` a list of
-            `torch.LongTensor` of shape `(num_codes,)`.
+            `torch.Tensor | list[torch.Tensor]`: codes from 0: `torch.LongTensor` of shape `(num_frames, length)`, or
+            where `length` is `None` a list of `torch.LongTensor` of shape `(num_codes,)`.
 
         Raises:
             ValueError: no two dimensions, a frame that is incomplete, or a code outside the frames.
@@ -118,7 +125,7 @@ class ModalityFrame:
 
 
 def in_ranges(ids: torch.Tensor, ranges: Iterable[Sequence[int]]) -> torch.Tensor:
-    """True where an id lies in one of the half-open ranges."""
+    """Return True where an id lies in one of the half-open ranges."""
     found = torch.zeros_like(ids, dtype=torch.bool)
     for start, stop in ranges:
         found |= (ids >= start) & (ids < stop)
@@ -126,7 +133,7 @@ def in_ranges(ids: torch.Tensor, ranges: Iterable[Sequence[int]]) -> torch.Tenso
 
 
 def open_frame_codes(frames: dict[str, ModalityFrame], ids_BT: torch.Tensor) -> torch.Tensor:
-    """Codes that each row has written of the frame it is in, of whatever modality, `[B]`; -1 for rows in none."""
+    """Return how many codes each row has written of the frame that it is in, `[B]`; -1 for rows in none."""
     nothing_B = torch.full((ids_BT.shape[0],), -1, dtype=torch.long, device=ids_BT.device)
     return torch.stack([nothing_B, *(frame.open_codes(ids_BT) for frame in frames.values())]).amax(dim=0)
 

@@ -35,11 +35,13 @@ class FrameLogitsProcessor(LogitsProcessor):
     """Inside a frame only its codes and, when it may end, its end; outside neither codes nor ends.
 
     A frame of fixed length ends after its last code. One of any length may end after its first code, and must end
-    where only one place is left.
+    where only one token is left.
 
     Args:
-        config (`MomaConfig`): gives the frames, and the codes of modalities without one, which are never written.
-        max_length (`int`): positions of the prompt and everything generated.
+        config (`MomaConfig`):
+            gives the frames, and the codes of modalities without one, which are never written.
+        max_length (`int`):
+            positions of the prompt and everything generated.
     """
 
     def __init__(self, config: MomaConfig, max_length: int):
@@ -49,14 +51,15 @@ class FrameLogitsProcessor(LogitsProcessor):
         outside_V = ~_all_codes(config)
         outside_V[[frame.end for frame in self.frames.values()]] = False
         allowed_SV = torch.stack([outside_V, *(frame.is_code(ids_V) for frame in self.frames.values())])
-        # what rows may not write: outside all frames, and inside the frame of each modality
+        # banned tokens by state: outside all frames, then inside the frame of each modality
         self.banned_SV = ~allowed_SV
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Give all tokens but those that may come next a score of minus infinity, `[B, V]`."""
         return self._continued(input_ids, scores, [frame.open_codes(input_ids) for frame in self.frames.values()])
 
     def _continued(self, input_ids: torch.Tensor, scores: torch.Tensor, counts: list[torch.Tensor]) -> torch.Tensor:
-        """Scores of what may come next, for the codes `[B]` that each row has written of a frame of each modality."""
+        """Return the scores of what may come next, given how many codes `[B]` of each modality's frame are written."""
         # copied in the first step alone
         self.banned_SV = self.banned_SV.to(scores.device)
         state_B = sum((count_B >= 0).long() * index for index, count_B in enumerate(counts, start=1))
@@ -77,7 +80,8 @@ class TextOnlyLogitsProcessor(LogitsProcessor):
     """Text only: never a code of any modality, nor the begin or end of a frame.
 
     Args:
-        config (`MomaConfig`): gives the codes and the frames.
+        config (`MomaConfig`):
+            gives the codes and the frames.
     """
 
     def __init__(self, config: MomaConfig):
@@ -86,6 +90,7 @@ class TextOnlyLogitsProcessor(LogitsProcessor):
             self.banned_V[[frame.begin, frame.end]] = True
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Give all codes and tokens of frames a score of minus infinity, `[B, V]`."""
         # copied in the first step alone
         self.banned_V = self.banned_V.to(scores.device)
         return scores.masked_fill(self.banned_V, -torch.inf)
@@ -95,11 +100,16 @@ class OneFrameLogitsProcessor(FrameLogitsProcessor):
     """Outside a frame: its begin, as long as the row has not finished one, and then the end of the row.
 
     Args:
-        config (`MomaConfig`): gives the frames.
-        max_length (`int`): positions of the prompt and everything generated.
-        frame (`ModalityFrame`): the frame that each row writes.
-        prompt_length (`int`): positions of the prompt, whose own frames do not count.
-        stop_token_id (`int`): token that ends a row.
+        config (`MomaConfig`):
+            gives the frames.
+        max_length (`int`):
+            positions of the prompt and everything generated.
+        frame (`ModalityFrame`):
+            the frame that each row writes.
+        prompt_length (`int`):
+            positions of the prompt, whose own frames do not count.
+        stop_token_id (`int`):
+            token that ends a row.
     """
 
     def __init__(
@@ -111,6 +121,7 @@ class OneFrameLogitsProcessor(FrameLogitsProcessor):
         self.stop_token_id = stop_token_id
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Give all tokens but those that continue the frame a score of minus infinity, `[B, V]`."""
         counts = [frame.open_codes(input_ids) for frame in self.frames.values()]
         scores = self._continued(input_ids, scores, counts)
         outside_B = counts[list(self.frames).index(self.frame.modality)] < 0
@@ -121,11 +132,13 @@ class OneFrameLogitsProcessor(FrameLogitsProcessor):
 
 
 class FittingFrameLogitsProcessor(LogitsProcessor):
-    """No begin of a frame where the shortest whole one no longer fits.
+    """No begin of a frame where the shortest complete one no longer fits.
 
     Args:
-        config (`MomaConfig`): gives the frames.
-        max_length (`int`): positions of the prompt and everything generated.
+        config (`MomaConfig`):
+            gives the frames.
+        max_length (`int`):
+            positions of the prompt and everything generated.
     """
 
     def __init__(self, config: MomaConfig, max_length: int):
@@ -133,8 +146,9 @@ class FittingFrameLogitsProcessor(LogitsProcessor):
         self.max_length = max_length
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        room = self.max_length - input_ids.shape[1]
-        too_long = [frame.begin for frame in self.frames.values() if frame.fewest_codes + 2 > room]
+        """Give tokens that begin a frame a score of minus infinity where it would not fit, `[B, V]`."""
+        num_new = self.max_length - input_ids.shape[1]
+        too_long = [frame.begin for frame in self.frames.values() if frame.fewest_codes + 2 > num_new]
         if too_long:
             scores = scores.clone()
             scores[:, too_long] = -torch.inf
@@ -145,8 +159,10 @@ class FrameEndCriteria(StoppingCriteria):
     """A row ends with its frame: for beams, whose scores are means over all their tokens, a forced one included.
 
     Args:
-        frame (`ModalityFrame`): the frame that each row writes.
-        prompt_length (`int`): positions of the prompt, whose own frames do not count.
+        frame (`ModalityFrame`):
+            the frame that each row writes.
+        prompt_length (`int`):
+            positions of the prompt, whose own frames do not count.
     """
 
     def __init__(self, frame: ModalityFrame, prompt_length: int):
@@ -154,12 +170,13 @@ class FrameEndCriteria(StoppingCriteria):
         self.prompt_length = prompt_length
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs) -> torch.Tensor:
+        """Return True for rows that have ended their frame, `[B]`."""
         return (input_ids[:, -1] == self.end_token_id) & (input_ids.shape[1] > self.prompt_length)
 
 
 def force_token_(scores: torch.Tensor, rows_B: torch.Tensor, token_id: int) -> None:
     """Leave one token to some of the rows."""
-    # in most steps to none
+    # most steps force no row
     if is_on_cpu(rows_B) and not rows_B.any():
         return
     scores.masked_fill_(rows_B[:, None], -torch.inf)
@@ -173,9 +190,9 @@ def _all_codes(config: MomaConfig) -> torch.Tensor:
 
 
 INTERLEAVED = "interleaved"
-# of a model of text and images; another modality that has a frame is a mode by its own name
+# modes of a model of text and images; each further modality with a frame adds one by its name
 GENERATION_MODES = (TEXT, IMAGE, INTERLEAVED)
-# new tokens that the stock loop generates when nobody says how many
+# new tokens that the stock loop generates by default
 STOCK_NEW_TOKENS = 20
 GRAMMAR = (FrameLogitsProcessor, TextOnlyLogitsProcessor)
 
@@ -194,9 +211,9 @@ class MomaGenerationMixin(GenerationCompat):
         generation_mode: str | None = "text",
         **kwargs,
     ) -> GenerateOutput | torch.Tensor:
-        r"""
-        The stock `generate` with a grammar for images and other modalities; all its decoding strategies and
-        arguments are available.
+        r"""Generate as the stock method does, under a grammar for images and other modalities.
+
+        All decoding strategies and arguments of the stock method are available.
 
         Args:
             inputs (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
@@ -213,7 +230,7 @@ class MomaGenerationMixin(GenerationCompat):
                   any length may go on to the end of the context.
                 - `"interleaved"`: text, with frames where the model begins one. A frame that no longer fits into
                   `max_new_tokens` is not begun.
-            kwargs:
+            kwargs (`Any`):
                 As in the stock method. With `guidance_scale` other than 1 and no `negative_prompt_ids`, the
                 unconditional branch sees the beginning token and the frame alone.
 
@@ -223,13 +240,13 @@ class MomaGenerationMixin(GenerationCompat):
 
         Raises:
             ValueError: an unknown mode; an empty or all-padding prompt; a modality that the configuration has no frame
-                for; no room for a whole frame; a prompt that ends inside a frame of a modality that the mode does not
+                for; too few tokens for a frame; a prompt that ends inside a frame of a modality that the mode does not
                 write; guidance together with a decoding strategy whose unconditional branch would go wrong.
         """
         mode = TEXT if generation_mode is None else generation_mode
         self._check_mode(mode)
         processors = LogitsProcessorList(logits_processor or [])
-        # before the grammar adds its own to them
+        # arguments keep the caller's list: the grammar adds its own to `processors` alone
         arguments = {**kwargs, "logits_processor": logits_processor}
         # an assistant model is called with the processors of the model that it drafts for
         if any(isinstance(processor, GRAMMAR) for processor in processors):
@@ -248,7 +265,7 @@ class MomaGenerationMixin(GenerationCompat):
         kwargs: dict,
         arguments: dict,
     ) -> GenerateOutput | torch.Tensor:
-        """The stock method with all that a mode needs, in inference mode as far as the caller's arguments allow."""
+        """Run the stock method with what a mode needs, in inference mode as far as the caller's arguments allow."""
         option = partial(self._option, generation_config=generation_config, kwargs=kwargs)
         with unobserved_inference_mode(self, option, {**arguments, "inputs": inputs}):  # pyright: ignore[reportArgumentType]
             output = super().generate(inputs, generation_config, processors, **kwargs)
@@ -263,12 +280,12 @@ class MomaGenerationMixin(GenerationCompat):
                 Token ids, of which all images are taken, also those of the prompt.
 
         Returns:
-            `torch.LongTensor` of shape `(num_images, image_seq_length)`: codes from 0, row by row, in order.
+            `torch.LongTensor`: codes from 0, row by row, in order, `(num_images, image_seq_length)`.
 
         Raises:
             ValueError: the model writes no images, a image is incomplete, or a code stands outside a image.
         """
-        # all images have one length
+        # all images have one length, so this is a tensor
         return self._frame(IMAGE).read_codes(image_tokens, "image_tokens")  # pyright: ignore[reportReturnType]
 
     def decode_modality_tokens(self, ids: torch.Tensor, modality: str) -> torch.Tensor | list[torch.Tensor]:
@@ -281,8 +298,8 @@ class MomaGenerationMixin(GenerationCompat):
                 One of `config.frames`.
 
         Returns:
-            Codes from 0, row by row, in order: `torch.LongTensor` of shape `(num_frames, length)`, or where the
-            length of a frame varies a list of `torch.LongTensor` of shape `(num_codes,)`.
+            `torch.LongTensor` or a list of them: codes from 0, row by row, in order, `(num_frames, length)`, or
+            where the length of a frame varies one tensor `(num_codes,)` for each.
 
         Raises:
             ValueError: a modality without a frame, a frame that is incomplete, or a code outside a frame.
@@ -310,7 +327,7 @@ class MomaGenerationMixin(GenerationCompat):
             self._frame(IMAGE)
 
     def _prompt_ids(self, inputs: torch.Tensor | None, kwargs: dict) -> torch.Tensor:
-        """The ids that the loop starts from: none in rows of `inputs_embeds`, the beginning token without a prompt."""
+        """Return the ids that the loop starts from: none with `inputs_embeds`, the first token without a prompt."""
         prompt = inputs if inputs is not None else kwargs.get("input_ids")
         embeds = kwargs.get("inputs_embeds")
         if prompt is None and embeds is not None:
@@ -327,22 +344,22 @@ class MomaGenerationMixin(GenerationCompat):
         processors: LogitsProcessorList,
         kwargs: dict,
     ) -> GenerationConfig | None:
-        """Adds what a mode needs to the processors and the arguments; gives the generation config with its length."""
+        """Add what a mode needs to the processors and arguments, and return the generation config with its length."""
         frame = self.config.frames.get(mode)
         width = prompt.shape[1] or kwargs["inputs_embeds"].shape[1]
-        room = _new_tokens(width, kwargs.get, generation_config)
-        if frame is not None and room is None:
-            room = self._frame_room(frame, prompt, width)
+        num_new = _new_tokens(width, kwargs.get, generation_config)
+        if frame is not None and num_new is None:
+            num_new = self._frame_tokens(frame, prompt, width)
             if generation_config is None:
-                kwargs["max_new_tokens"] = room
+                kwargs["max_new_tokens"] = num_new
             else:
                 generation_config = copy.deepcopy(generation_config)
-                generation_config.max_new_tokens = room
-        elif room is None:
-            room = _new_tokens(width, {}.get, self.generation_config) or STOCK_NEW_TOKENS
-        # only rows of one frame end by a token of the grammar
+                generation_config.max_new_tokens = num_new
+        elif num_new is None:
+            num_new = _new_tokens(width, {}.get, self.generation_config) or STOCK_NEW_TOKENS
+        # a mode of one frame alone ends its rows by a token of the grammar
         stop = -1 if frame is None else self._stop_token(mode, generation_config, kwargs)
-        processors += self._grammar(mode, prompt, width, room, stop)
+        processors += self._grammar(mode, prompt, width, num_new, stop)
         if frame is not None:
             if (self._option("num_beams", generation_config, kwargs) or 1) > 1:
                 criteria = [*(kwargs.get("stopping_criteria") or []), FrameEndCriteria(frame, prompt.shape[1])]
@@ -351,25 +368,25 @@ class MomaGenerationMixin(GenerationCompat):
             kwargs.update(self._guidance(prompt, generation_config, kwargs))
         return generation_config
 
-    def _context_room(self, prompt_width: int) -> int | None:
-        """Positions of the context after a prompt; `None` where it has no end."""
+    def _context_left(self, prompt_width: int) -> int | None:
+        """Return the positions of the context after a prompt; `None` where it has no end."""
         # scaled rotary embeddings are made to go beyond
         if self.config.rope_parameters["rope_type"] != "default":
             return None
         return self.config.max_position_embeddings - prompt_width
 
-    def _frame_room(self, frame: ModalityFrame, prompt: torch.Tensor, prompt_width: int) -> int:
-        """New tokens for one frame in each row, when nobody says how many."""
+    def _frame_tokens(self, frame: ModalityFrame, prompt: torch.Tensor, prompt_width: int) -> int:
+        """Return new tokens for one frame in each row, as the default."""
         needed = int(frame.missing_tokens(prompt).max())
         if frame.length is not None:
             return needed
-        # at least what is needed, so that a prompt without room for it raises by its length
+        # never below what a frame needs: a prompt too long for it raises by its length
         return max(self.config.max_position_embeddings - prompt_width, needed)
 
     def _grammar(
-        self, mode: str, prompt: torch.Tensor, prompt_width: int, room: int, stop: int
+        self, mode: str, prompt: torch.Tensor, prompt_width: int, num_new: int, stop: int
     ) -> list[LogitsProcessor]:
-        """Processors of a mode, after a check that every frame has its room."""
+        """Return the processors of a mode, after a check that every frame fits."""
         frames = self.config.frames
         for modality, frame in frames.items():
             open_B = frame.open_codes(prompt) >= 0
@@ -388,19 +405,19 @@ class MomaGenerationMixin(GenerationCompat):
                 missing_B = torch.where(frame.open_codes(prompt) >= 0, missing_B, 0)
             if mode in (modality, INTERLEAVED):
                 needed = max(needed, int(missing_B.max()))
-        if needed > room:
+        if needed > num_new:
             advice = "" if mode == INTERLEAVED else f", or leave both out with generation_mode={mode!r}"
             raise InputError(
-                f"A whole frame needs {needed} new tokens, but there is room for {room}: raise "
+                f"A whole frame needs {needed} new tokens, but there is room for {num_new}: raise "
                 f"`max_new_tokens` to at least {needed} (or `max_length` to {needed + prompt_width}){advice}."
             )
-        context = self._context_room(prompt_width)
+        context = self._context_left(prompt_width)
         if context is not None and needed > context:
             raise InputError(
                 f"A prompt of {prompt_width} positions and a frame that needs {needed} new tokens exceed "
                 f"`max_position_embeddings` ({self.config.max_position_embeddings}): shorten the prompt."
             )
-        max_length = prompt.shape[1] + (room if context is None else min(room, context))
+        max_length = prompt.shape[1] + (num_new if context is None else min(num_new, context))
         if mode == INTERLEAVED:
             return [
                 FrameLogitsProcessor(self.config, max_length),
@@ -427,7 +444,7 @@ class MomaGenerationMixin(GenerationCompat):
     def _guidance(
         self, prompt: torch.Tensor, generation_config: GenerationConfig | None, kwargs: dict
     ) -> dict[str, torch.Tensor | None]:
-        """The negative prompt of the stock guidance: one row for every row of the loop, unconditional by default."""
+        """Return the negative prompt of the stock guidance for each row of the loop; by default it is empty."""
         if self._option("guidance_scale", generation_config, kwargs) in (None, 1):
             return {}
         for name in ("num_beams", "prompt_lookup_num_tokens", "assistant_model"):
@@ -470,7 +487,7 @@ def _check_prompt(prompt: torch.Tensor, kwargs: dict) -> None:
 def _new_tokens(
     prompt_width: int, get_argument: Callable[[str], Any], generation_config: GenerationConfig | None
 ) -> int | None:
-    """Room for new tokens that the arguments, or else a generation config, ask for; `None` without such a wish."""
+    """Return how many new tokens the arguments, or else a generation config, ask for; `None` where neither does."""
     for get in (get_argument, lambda name: getattr(generation_config, name, None)):
         if get("max_new_tokens") is not None:
             return get("max_new_tokens")
@@ -483,7 +500,7 @@ def _new_tokens(
 def _unconditional_prompt(
     frames: dict[str, ModalityFrame], prompt: torch.Tensor, bos_token_id: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The beginning token, and what each prompt already holds of an open frame; padded on the left."""
+    """Return the beginning token, and what each prompt already holds of an open frame; padded on the left."""
     open_B = open_frame_codes(frames, prompt)
     width = prompt.shape[1] + 1
     start_B = torch.where(open_B >= 0, width - 2 - open_B, width - 1)

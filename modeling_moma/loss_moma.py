@@ -23,10 +23,12 @@ class MomaLoss:
     """A loss to minimise and the plain figures behind it.
 
     Attributes:
-        loss (`torch.Tensor`): scalar, with modality weights and z-loss in training; plain cross-entropy otherwise.
-        modality_losses (`dict[str, torch.Tensor]`): mean cross-entropy in nats of each modality's target tokens,
-            detached; 0 for a modality without targets.
-        modality_tokens (`dict[str, torch.Tensor]`): number of those targets.
+        loss (`torch.Tensor`):
+            scalar, with modality weights and z-loss in training; plain cross-entropy otherwise.
+        modality_losses (`dict[str, torch.Tensor]`):
+            mean cross-entropy in nats of each modality's target tokens, detached; 0 for a modality without targets.
+        modality_tokens (`dict[str, torch.Tensor]`):
+            number of those targets.
     """
 
     loss: torch.Tensor
@@ -46,7 +48,7 @@ def causal_lm_loss(
     head: nn.Module | None = None,
     **kwargs,
 ) -> MomaLoss:
-    """Next-token cross-entropy, shifted and normalised as `ForCausalLMLoss` of Transformers does it.
+    """Return next-token cross-entropy, shifted and normalised as `ForCausalLMLoss` of Transformers does it.
 
     Both need the loss of single tokens, which the library's function does not give; without weights and z-loss the two
     are equal.
@@ -55,16 +57,27 @@ def causal_lm_loss(
     so that nothing is computed twice; they cannot be differentiated again.
 
     Args:
-        config (`MomaConfig`): ranges of the modalities, `modality_loss_weights`, `z_loss_coef`.
-        states (`torch.Tensor`): logits `[B, T, V]`, or what the head makes them of, `[B, T, D]`.
-        labels (`torch.LongTensor`): `[B, T]`, `ignore_index` where no loss is wanted; token t is compared with the
-            logits at t - 1.
-        training (`bool`): whether to apply modality weights and z-loss.
-        num_items_in_batch (`int` or `torch.Tensor`, *optional*): divisor of the sum; the number of targets by default.
-        shift_labels (`torch.LongTensor`, *optional*): targets that are shifted already; replaces `labels`.
-        attention_mask (`torch.Tensor`, *optional*): `[B, S]`, its last `T` columns those of the logits, 0 at padding.
-            A padding position is no target and predicts none, on either side. Masks of other forms are passed over.
-        head (`nn.Module`, *optional*): gives logits `[N, V]` of `[N, D]`.
+        config (`MomaConfig`):
+            ranges of the modalities, `modality_loss_weights`, `z_loss_coef`.
+        states (`torch.Tensor`):
+            logits `[B, T, V]`, or what the head makes them of, `[B, T, D]`.
+        labels (`torch.LongTensor`):
+            `[B, T]`, `ignore_index` where no loss is wanted; token t is compared with the logits at t - 1.
+        training (`bool`):
+            whether to apply modality weights and z-loss.
+        num_items_in_batch (`int` or `torch.Tensor`, *optional*):
+            divisor of the sum; the number of targets by default.
+        shift_labels (`torch.LongTensor`, *optional*):
+            targets that are shifted already; replaces `labels`.
+        attention_mask (`torch.Tensor`, *optional*):
+            `[B, S]`, its last `T` columns those of the logits, 0 at padding. A padding position is no target and
+            predicts none, on either side. Masks of other forms are passed over.
+        head (`nn.Module`, *optional*):
+            gives logits `[N, V]` of `[N, D]`.
+        ignore_index (`int`, *optional*, defaults to -100):
+            label of positions without a loss.
+        kwargs (`Any`):
+            further arguments of `loss_function`, not used.
     """
     target_N = _targets(labels, shift_labels, attention_mask, ignore_index, states.device)
     # -1 where no loss is wanted
@@ -109,7 +122,7 @@ class _ChunkedSum(torch.autograd.Function):
                 grad_ND, *own = torch.autograd.grad(part, [chunk_ND, *parameters])
                 grads.append(grad_ND)
                 sums = [before.add_(new) for before, new in zip(sums, own)] if sums else own
-                # or the next chunk's would stand beside them
+                # free these gradients before the next chunk makes its own
                 del own
         if needs_grad:
             ctx.save_for_backward(torch.cat(grads), *sums)
@@ -131,7 +144,7 @@ def _targets(
     ignore_index: int,
     device: torch.device,
 ) -> torch.Tensor:
-    """What each position has to predict, in one line."""
+    """Return what each position has to predict, in one line."""
     if shift_labels is None:
         wide_labels = nn.functional.pad(labels, (0, 1), value=ignore_index)  # pyright: ignore[reportArgumentType]
         shift_labels = wide_labels[..., 1:]
@@ -151,7 +164,7 @@ def _token_terms(
     training: bool,
     ignore_index: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """What each token adds to the loss that is minimised, and its cross-entropy."""
+    """Return what each token adds to the loss that is minimised, and its cross-entropy."""
     logits_NV = logits_NV.float()
     loss_N = nn.functional.cross_entropy(logits_NV, target_N, ignore_index=ignore_index, reduction="none")
     weighted_N = loss_N

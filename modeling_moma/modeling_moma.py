@@ -106,11 +106,13 @@ class MomaHeadLayerNorm(nn.Module):
 
 
 def query_key_norm(config: MomaConfig, num_heads: int) -> nn.Module:
-    """The norm of queries or keys that `config.qk_norm` names.
+    """Return the norm of queries or keys that `config.qk_norm` names.
 
     Args:
-        config (`MomaConfig`): the model's.
-        num_heads (`int`): heads of queries, or of keys.
+        config (`MomaConfig`):
+            the model's.
+        num_heads (`int`):
+            heads of queries, or of keys.
     """
     # CODEPATH: RMSNorm for models trained here, as moma-emoji
     if config.qk_norm == "rmsnorm":
@@ -142,7 +144,7 @@ class MomaRotaryEmbedding(nn.Module):
 
     @staticmethod
     def compute_default_rope_parameters(config: MomaConfig, **kwargs) -> tuple[torch.Tensor, float]:
-        """Inverse frequencies `[head_dim / 2]` of plain rotary embeddings, and a scaling of 1."""
+        """Return inverse frequencies `[head_dim / 2]` of plain rotary embeddings, and a scaling of 1."""
         steps = torch.arange(0, config.head_dim, 2, dtype=torch.float) / config.head_dim
         return config.rope_parameters["rope_theta"] ** -steps, 1.0
 
@@ -159,6 +161,12 @@ class MomaAttention(nn.Module):
     """Causal self-attention over the tokens of all modalities, optionally with normed queries and keys.
 
     A depth layer gives it the chosen tokens of all rows in one, and their packing: the attention itself sees rows.
+
+    Args:
+        config (`MomaConfig`):
+            the model's.
+        layer_idx (`int`):
+            index of the layer, by which caches know it.
     """
 
     def __init__(self, config: MomaConfig, layer_idx: int):
@@ -190,6 +198,7 @@ class MomaAttention(nn.Module):
         packing: DepthPacking | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Map `[B, T, D]` to `[B, T, D]`, and return weights `[B, H, T, S]` where the implementation makes them."""
         query, key, value = self._project(hidden_states, position_embeddings)
         if packing is not None:
             query, key, value = packing.lay_out(query), packing.lay_out(key), packing.lay_out(value)
@@ -216,13 +225,13 @@ class MomaAttention(nn.Module):
         return self.o_proj(attn_output), attn_weights
 
     def attention_implementation(self) -> str:
-        """The name of the attention that the model is set to."""
+        """Return the name of the attention that the model is set to."""
         return self.config._attn_implementation  # pyright: ignore[reportReturnType]
 
     def store(
         self, cache: Cache | PackedCache | StepCache, key: torch.Tensor, value: torch.Tensor, **kwargs
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Add keys and values to a cache, `[B, H, T, head_dim]`; gives all that this layer has there."""
+        """Add keys and values to a cache, `[B, H, T, head_dim]`, and return all that this layer has there."""
         return cache.update(key, value, self.layer_idx, kwargs=kwargs)
 
     def _project(
@@ -254,6 +263,12 @@ else:
 class MomaExperts(nn.Module):
     """SwiGLU experts stored as 3D tensors, called through the experts interface of Transformers.
 
+    Args:
+        config (`MomaConfig`):
+            the model's.
+        group (`str`):
+            name of the group, a modality or `"all"`.
+
     State dict:
         gate_up_proj  [E, 2 * F, D]
         down_proj     [E, D, F]
@@ -261,7 +276,7 @@ class MomaExperts(nn.Module):
 
     # quantised matmuls fail on inputs without rows: `use_quantized_layers` sets it
     needs_rows = False
-    # what the decorator adds
+    # set by the decorator of the class
     config: MomaConfig
     _apply_gate: Callable[[torch.Tensor], torch.Tensor]
 
@@ -279,9 +294,12 @@ class MomaExperts(nn.Module):
         """Run each token through its experts, one expert after the other (the "eager" implementation).
 
         Args:
-            hidden_states (`torch.Tensor`): `[N, D]`.
-            top_k_index (`torch.LongTensor`): experts of each token, `[N, k]`.
-            top_k_weights (`torch.Tensor`): gates, `[N, k]`.
+            hidden_states (`torch.Tensor`):
+                `[N, D]`.
+            top_k_index (`torch.LongTensor`):
+                experts of each token, `[N, k]`.
+            top_k_weights (`torch.Tensor`):
+                gates, `[N, k]`.
 
         Returns:
             `torch.Tensor`: weighted sums, `[N, D]`.
@@ -295,7 +313,7 @@ class MomaExperts(nn.Module):
         return output
 
     def run_expert(self, expert: int, x_KD: torch.Tensor) -> torch.Tensor:
-        """One expert on its rows, `[K, D]` to `[K, D]`."""
+        """Return one expert on its rows, `[K, D]` to `[K, D]`."""
         if self.needs_rows and x_KD.shape[0] == 0:
             return self.run_expert(expert, x_KD.new_zeros(1, x_KD.shape[1]))[:0]
         gate_up = nn.functional.linear(x_KD, self.gate_up_proj[expert])
@@ -315,7 +333,7 @@ class MomaMLP(nn.Module):
         self.act_fn = ACT2FN[hidden_act]
 
     def forward(self, x_ND: torch.Tensor) -> torch.Tensor:
-        """`[..., D]` to `[..., D]`."""
+        """Map `[..., D]` to `[..., D]`."""
         if self.needs_rows and x_ND.shape[0] == 0:
             return self(x_ND.new_zeros(1, *x_ND.shape[1:]))[:0]
         inner_NF = self.act_fn(self.gate_proj(x_ND)) * self.up_proj(x_ND)
@@ -327,6 +345,12 @@ class MomaExpertGroup(nn.Module):
 
     Tokens may be taken by several experts or by none; those that none took get zeros, and the residual stream
     carries them.
+
+    Args:
+        config (`MomaConfig`):
+            the model's.
+        group (`str`):
+            name of the group, a modality or `"all"`.
 
     State dict:
         router.weight, .threshold, ...   see [`MomaRouter`]; absent with one expert
@@ -350,8 +374,10 @@ class MomaExpertGroup(nn.Module):
         """Run the group, also on zero tokens: its weights take part in every step on every rank.
 
         Args:
-            x_ND (`torch.Tensor`): the group's tokens, `[N, D]`.
-            context (`RoutingContext`): the routing of this forward.
+            x_ND (`torch.Tensor`):
+                the group's tokens, `[N, D]`.
+            context (`RoutingContext`):
+                the routing of this forward.
 
         Returns:
             `tuple`: outputs `[N, D]`, and with `gate_after_norm` each token's sum of gates `[N]` (a shared expert
@@ -387,12 +413,16 @@ class MomaExpertGroup(nn.Module):
 class MomaFeedForward(nn.Module):
     """Feed-forward layer with one expert group per modality, and optionally an expert that all tokens share.
 
+    Args:
+        config (`MomaConfig`):
+            the model's.
+
     State dict:
         groups.{text,image,...}.   see [`MomaExpertGroup`]; one group named "all" when modalities share it
         shared_expert.             see [`MomaMLP`]; when configured
     """
 
-    # also without a token: set while somebody observes the routers
+    # run groups without a token, too: set while routers are observed
     runs_all_groups = False
 
     def __init__(self, config: MomaConfig):
@@ -408,8 +438,10 @@ class MomaFeedForward(nn.Module):
         """Send each token through its modality's group.
 
         Args:
-            hidden_states (`torch.Tensor`): `[B, T, D]`.
-            context (`RoutingContext`): the routing of this forward.
+            hidden_states (`torch.Tensor`):
+                `[B, T, D]`.
+            context (`RoutingContext`):
+                the routing of this forward.
 
         Returns:
             `tuple`: outputs `[B, T, D]`, and with `gate_after_norm` the sum of each token's gates `[B, T, 1]`.
@@ -462,6 +494,7 @@ class MomaDecoderLayer(GradientCheckpointingLayer):
         cache: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
+        """Map hidden states `[B, T, D]` to those after the layer."""
         hidden_states = hidden_states + self.attention_update(
             hidden_states,
             position_embeddings=position_embeddings,
@@ -472,13 +505,13 @@ class MomaDecoderLayer(GradientCheckpointingLayer):
         return hidden_states + self.ffn_update(hidden_states, routing_context)
 
     def attention_update(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
-        """What attention adds to the residual stream."""
+        """Return what attention adds to the residual stream."""
         if self.norm_placement == "pre":
             return self.self_attn(self.attention_norm(hidden_states), **kwargs)[0]
         return self.attention_norm(self.self_attn(hidden_states, **kwargs)[0])
 
     def ffn_update(self, hidden_states: torch.Tensor, routing_context: RoutingContext) -> torch.Tensor:
-        """What the feed-forward layer adds to the residual stream."""
+        """Return what the feed-forward layer adds to the residual stream."""
         if self.norm_placement == "pre":
             return self.mlp(self.ffn_norm(hidden_states), routing_context)[0]
         update, gate = self.mlp(hidden_states, routing_context)
@@ -565,7 +598,9 @@ class MomaPreTrainedModel(PreTrainedModel):
 
     if TYPE_CHECKING:
         # the library's wrapper says nothing of what it gives
-        def to(self, *args, **kwargs) -> Self: ...
+        def to(self, *args, **kwargs) -> Self:
+            """Move the model, as `torch.nn.Module.to` does."""
+            ...
 
     def post_init(self):
         """See `PreTrainedModel.post_init`; layers get their forms for CPUs, which are the plain ones elsewhere."""
@@ -591,6 +626,10 @@ class MomaPreTrainedModel(PreTrainedModel):
 
     def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
         """See `PreTrainedModel.get_correct_experts_implementation`; `"moma"` where none is asked for.
+
+        Args:
+            requested_experts (`str | None`):
+                name of an implementation.
 
         Raises:
             ValueError: there is no such implementation.
@@ -677,11 +716,11 @@ class MomaModel(MomaPreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise InputError("You must specify exactly one of `input_ids` or `inputs_embeds`.")
-        # with the caller's cache this may be a chunk of a longer prompt, and lie wholly in a row's padding
+        # with a cache from the caller, this may be a chunk of a longer prompt that lies in a row's padding
         is_whole_prompt = cache is None
         if use_cache and cache is None:
             cache = DynamicCache(config=self.config)
-        # before the embedding: a bad id of a prompt has to meet our message, not the embedding's
+        # routing comes before the embedding, so that a bad token id raises the clearer error
         context = routing_of_batch(
             self.config,
             input_ids,
@@ -705,7 +744,7 @@ class MomaModel(MomaPreTrainedModel):
             inputs_embeds=hidden_states,
             attention_mask=attention_mask,
             cache=cache,
-            # only those of the caller may begin again within a row, for which the mask would look with a device sync
+            # only positions of the caller may restart within a row; checking for that costs a device sync
             position_ids=None if by_lengths else position_ids,
             # the columns of a static cache that no token fills yet have to be hidden, in steps of one token too
             allow_is_causal_skip=not isinstance(cache, StaticCache) or hidden_states.shape[1] > 1,
@@ -759,7 +798,7 @@ class MomaForCausalLM(MomaPreTrainedModel, MomaGenerationMixin):
         position_ids: torch.Tensor | None = None,
         **kwargs,
     ) -> torch.Tensor | BlockMask | None:
-        """The mask of a step; a prompt's is made by the model itself: its routers have to see the padding."""
+        """Return the mask of a step; a prompt's is made by the model itself: its routers have to see the padding."""
         # CODEPATH: models with mixture of depths, as recipes/emoji-mod-4t4i.yaml, whose caches are not compiled
         if inputs_embeds.shape[1] > 1 or config.depth_layers:
             return attention_mask

@@ -9,13 +9,14 @@ from typing import Any
 
 
 def tensor_parallel_plan(config: Any) -> dict[str, str]:
-    """A rule for every parameter of the base model.
+    """Return a rule for every parameter of the base model.
 
-    Heads and inner widths are split. Routers and norms of the residual stream stay whole, so that every process of a
-    tensor-parallel group, which share a batch, sends its tokens to the same experts.
+    Heads and inner widths are split. Routers and norms of the residual stream are replicated, so that every process of
+    a tensor-parallel group, which share a batch, sends its tokens to the same experts.
 
     Args:
-        config ([`MomaConfig`]): the model's.
+        config ([`MomaConfig`]):
+            the model's.
 
     Returns:
         `dict[str, str]`: styles of Transformers by name of a module or parameter.
@@ -33,11 +34,12 @@ def tensor_parallel_plan(config: Any) -> dict[str, str]:
 
 
 def expert_parallel_plan(config: Any) -> dict[str, str] | None:
-    """Rules that give each process whole experts of every group. Groups of one expert follow the tensor-parallel plan.
+    """Return rules that give each process some experts of every group; groups of one are tensor-parallel.
 
     Args:
-        config ([`MomaConfig`]): the model's; the size of an expert-parallel group has to divide the experts of each of
-            its groups that has more than one.
+        config ([`MomaConfig`]):
+            the model's; the size of an expert-parallel group has to divide the experts of each of its groups that has
+            more than one.
 
     Returns:
         `dict[str, str]`: styles of Transformers by name of a module or parameter; `None` without packed experts.
@@ -62,7 +64,7 @@ def _attention_rules(config: Any) -> dict[str, str]:
             # the affine of a head goes where the head goes
             rules |= {f"{norm}.weight": "colwise", f"{norm}.bias": "colwise", norm: "local_params"}
         elif config.qk_norm != "none":
-            # one affine for all heads, of which a process sees its own
+            # all heads share one affine map, and each process has gradients of its own heads only
             rules[norm] = "replicated_with_grad_allreduce"
     return rules
 

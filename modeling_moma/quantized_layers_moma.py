@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Feed-forward layers whose weights were quantised: their matmuls take whole matrices, and a row at least.
+"""Feed-forward layers whose weights were quantised: their matmuls take all rows of a matrix, and a row at least.
 
 Quantised matmuls know `linear` alone, and torchao and bitsandbytes fail on inputs without rows. A MoMa meets these in
 every step: a modality that the batch lacks, an expert that no token chose.
@@ -21,7 +21,8 @@ def use_quantized_layers(model: nn.Module):
     itself.
 
     Args:
-        model (`nn.Module`): a MoMa that torchao or bitsandbytes has quantised.
+        model (`nn.Module`):
+            a MoMa that torchao or bitsandbytes has quantised.
     """
     for module in model.modules():
         if not hasattr(type(module), "needs_rows"):

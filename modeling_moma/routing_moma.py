@@ -30,16 +30,21 @@ class Selection:
     """(Token, expert) pairs.
 
     Attributes:
-        token_P (`torch.LongTensor`): positions in the group's tokens, `[P]`. A token may come several times or never.
-        expert_P (`torch.LongTensor`): the expert of each pair, `[P]`.
-        weight_P (`torch.Tensor`): gates, fp32, `[P]`.
-        shape_EK (`tuple[int, int]`, *optional*): where every expert takes as many tokens as the others; the pairs then
-            come expert by expert.
-        has_padding (`bool`): whether pairs of weight 0 stand for tokens that their expert does not take, so that no
-            shape depends on who chose whom.
-        is_sorted (`bool`): whether the pairs come expert by expert.
-        ends_E (`torch.IntTensor`, *optional*): where each expert's pairs end where that is known to the device alone,
-            `[E]`; later pairs are padding.
+        token_P (`torch.LongTensor`):
+            positions in the group's tokens, `[P]`. A token may come several times or never.
+        expert_P (`torch.LongTensor`):
+            the expert of each pair, `[P]`.
+        weight_P (`torch.Tensor`):
+            gates, fp32, `[P]`.
+        shape_EK (`tuple[int, int]`, *optional*):
+            where every expert takes as many tokens as the others; the pairs then come expert by expert.
+        has_padding (`bool`):
+            whether pairs of weight 0 stand for tokens that their expert does not take, so that no shape depends on who
+            chose whom.
+        is_sorted (`bool`):
+            whether the pairs come expert by expert.
+        ends_E (`torch.IntTensor`, *optional*):
+            where each expert's pairs end where that is known to the device alone, `[E]`; later pairs are padding.
     """
 
     token_P: torch.Tensor
@@ -52,12 +57,15 @@ class Selection:
 
     @classmethod
     def from_topk(cls, token_EK: torch.Tensor, weight_EK: torch.Tensor, has_padding: bool = False) -> "Selection":
-        """Every expert takes the same number of tokens.
+        """Select the same number of tokens for every expert.
 
         Args:
-            token_EK (`torch.LongTensor`): the tokens of each expert, `[E, K]`.
-            weight_EK (`torch.Tensor`): their gates, `[E, K]`.
-            has_padding (`bool`, *optional*, defaults to `False`): see [`Selection`].
+            token_EK (`torch.LongTensor`):
+                the tokens of each expert, `[E, K]`.
+            weight_EK (`torch.Tensor`):
+                their gates, `[E, K]`.
+            has_padding (`bool`, *optional*, defaults to `False`):
+                see [`Selection`].
         """
         num_experts, num_taken = token_EK.shape
         expert_P = torch.arange(num_experts, device=token_EK.device).repeat_interleave(num_taken)
@@ -67,23 +75,27 @@ class Selection:
     def from_mask(
         cls, is_taken_NE: torch.Tensor, scores_NE: torch.Tensor, has_fixed_shapes: bool, may_sync: bool = True
     ) -> "Selection":
-        """The pairs that a mask names, weighed by their scores.
+        """Return the pairs that a mask names, weighed by their scores.
 
         Args:
-            is_taken_NE (`torch.BoolTensor`): True where the expert takes the token, `[N, E]`.
-            scores_NE (`torch.Tensor`): `[N, E]`.
-            has_fixed_shapes (`bool`): whether all pairs have to be there, with weights of 0 at the others.
-            may_sync (`bool`, *optional*, defaults to `True`): whether the device may be asked for their number;
-                else all pairs are there, those that are taken before the others.
+            is_taken_NE (`torch.BoolTensor`):
+                True where the expert takes the token, `[N, E]`.
+            scores_NE (`torch.Tensor`):
+                `[N, E]`.
+            has_fixed_shapes (`bool`):
+                whether all pairs have to be there, with weights of 0 at the others.
+            may_sync (`bool`, *optional*, defaults to `True`):
+                whether the device may be asked for their number; else all pairs are there, those that are taken before
+                the others.
         """
         if has_fixed_shapes:
             token_EN = torch.arange(scores_NE.shape[0], device=scores_NE.device).expand(scores_NE.shape[1], -1)
             return cls.from_topk(token_EN, torch.where(is_taken_NE, scores_NE, 0.0).t(), has_padding=True)
         if not may_sync:
             return cls._from_all_pairs(is_taken_NE, scores_NE)
-        # expert by expert, as matmuls want them
+        # sorted by expert, as matmuls want them
         expert_P, token_P = is_taken_NE.t().nonzero(as_tuple=True)
-        # by one number each, whose gradient is cheaper than that of two on CPU
+        # one flat index per pair: on CPU its gradient is cheaper than that of two indices
         weight_P = scores_NE.flatten().index_select(0, torch.add(expert_P, token_P, alpha=scores_NE.shape[1]))
         return cls(token_P, expert_P, weight_P, is_sorted=True)
 
@@ -94,27 +106,29 @@ class Selection:
         order_P = (~is_taken_P).byte().argsort(stable=True)
         weight_P = torch.where(is_taken_P, scores_NE.t().flatten(), 0.0).index_select(0, order_P)
         ends_E = is_taken_NE.sum(0).cumsum(0).int()
-        # a group without a token has no places
+        # a group without a token has an empty index
         size = max(num_tokens, 1)
         return cls(order_P % size, order_P // size, weight_P, has_padding=True, is_sorted=True, ends_E=ends_E)
 
     def normalized(self, num_tokens: int) -> "Selection":
-        """Gates over the detached sum of their token's, for `config.normalize_gates`."""
+        """Return gates over the detached sum of their token's, for `config.normalize_gates`."""
         weight_P = self.weight_P.detach()
         total_N = weight_P.new_zeros(num_tokens).index_add(0, self.token_P, weight_P)
         total_P = total_N.clamp(min=torch.finfo(total_N.dtype).tiny).index_select(0, self.token_P)
         return replace(self, weight_P=self.weight_P / total_P)
 
     def dispatch(self, x_ND: torch.Tensor) -> torch.Tensor:
-        """A row for each pair, `[N, D]` to `[P, D]`."""
+        """Return a row for each pair, `[N, D]` to `[P, D]`."""
         return x_ND.index_select(0, self.token_P)
 
     def combine(self, y_PD: torch.Tensor, num_tokens: int) -> torch.Tensor:
         """Add the weighted outputs of each token's pairs.
 
         Args:
-            y_PD (`torch.Tensor`): `[P, D]`.
-            num_tokens (`int`): `N`.
+            y_PD (`torch.Tensor`):
+                `[P, D]`.
+            num_tokens (`int`):
+                `N`.
 
         Returns:
             `torch.Tensor`: sums `[N, D]`.
@@ -125,11 +139,11 @@ class Selection:
         return y_PD.new_zeros(num_tokens, y_PD.shape[1]).index_add_(0, self.token_P, y_PD)
 
     def gates(self, num_tokens: int) -> torch.Tensor:
-        """The sum of each token's gates, `[N]`."""
+        """Return the sum of each token's gates, `[N]`."""
         return self.weight_P.new_zeros(num_tokens).index_add(0, self.token_P, self.weight_P)
 
     def hints(self) -> dict[str, Any]:
-        """What an experts implementation that takes hints may know of the pairs."""
+        """Return what an experts implementation may know of the pairs, if it takes hints."""
         if self.shape_EK is not None:
             return {"num_taken": self.shape_EK[1]}
         return {"is_sorted": self.is_sorted, "ends_E": self.ends_E}
@@ -152,17 +166,19 @@ Count = TypeVar("Count")
 
 
 def exact_share(share: float, parts: int = 1) -> tuple[int, int]:
-    """Numerator and denominator of `share / parts`, for [`ceil_share`]."""
+    """Return numerator and denominator of `share / parts`, for [`ceil_share`]."""
     exact = Fraction(share).limit_denominator(_LARGEST_DENOMINATOR) / parts
     return exact.numerator, exact.denominator
 
 
 def ceil_share(share: Iterable[Any], count: Count) -> Count:
-    """`ceil(share * count)`, for integers or for integer tensors.
+    """Return `ceil(share * count)`, for integers or for integer tensors.
 
     Args:
-        share (`tuple`): numerator and denominator.
-        count (`int` or `torch.LongTensor`): of how many.
+        share (`tuple`):
+            numerator and denominator.
+        count (`int` or `torch.LongTensor`):
+            of how many.
     """
     numerator, denominator = share
     return -(-numerator * count // denominator)
@@ -170,16 +186,18 @@ def ceil_share(share: Iterable[Any], count: Count) -> Count:
 
 # scores that differ by less, relatively, are taken for one score that was rounded in two ways
 _ROUNDING = 2.0**-18
-# by how much, relatively, a threshold lies below the lowest score where all are taken
+# relative distance of a threshold below the lowest score, where all tokens are taken
 _MARGIN = 2.0**-10
 
 
 def batch_thresholds(scores_CN: torch.Tensor, kth_C: torch.Tensor) -> torch.Tensor:
-    """The thresholds of one batch.
+    """Return the thresholds of one batch.
 
     Args:
-        scores_CN (`torch.Tensor`): between 0 and 1, in any order, `[C, N]` with at least one each.
-        kth_C (`torch.Tensor`): the K-th best of each line, `[C]`.
+        scores_CN (`torch.Tensor`):
+            between 0 and 1, in any order, `[C, N]` with at least one each.
+        kth_C (`torch.Tensor`):
+            the K-th best of each line, `[C]`.
 
     Returns:
         `torch.Tensor`: `[C]`, see [`thresholds_between`].
@@ -188,16 +206,18 @@ def batch_thresholds(scores_CN: torch.Tensor, kth_C: torch.Tensor) -> torch.Tens
 
 
 def lower_scores(scores: torch.Tensor, kth: torch.Tensor) -> torch.Tensor:
-    """The scores that are lower than the K-th best by more than rounding, and -1 in the place of all others."""
+    """Return the scores that are lower than the K-th best by more than rounding, and -1 elsewhere."""
     return torch.where(scores < kth * (1 - _ROUNDING), scores, -1.0)
 
 
 def thresholds_between(kth_C: torch.Tensor, lower_C: torch.Tensor) -> torch.Tensor:
-    """Midway between the K-th best scores and the next lower ones.
+    """Return midway between the K-th best scores and the next lower ones.
 
     Args:
-        kth_C (`torch.Tensor`): the K-th best scores, `[C]`.
-        lower_C (`torch.Tensor`): the next lower ones, -1 where there is none, `[C]`.
+        kth_C (`torch.Tensor`):
+            the K-th best scores, `[C]`.
+        lower_C (`torch.Tensor`):
+            the next lower ones, -1 where there is none, `[C]`.
 
     Returns:
         `torch.Tensor`: `[C]`; just below the K-th best where it is the lowest.
@@ -231,7 +251,7 @@ class Fp32Linear(nn.Linear):
     """A linear layer that multiplies in fp32, whatever type its weights were given."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """`[..., in_features]` to `[..., out_features]`, in fp32 also under autocast."""
+        """Map `[..., in_features]` to `[..., out_features]`, in fp32 also under autocast."""
         with maybe_autocast(x.device.type, enabled=False):
             return nn.functional.linear(x.float(), self.weight.float())
 
@@ -243,6 +263,14 @@ class MomaAuxiliaryRouter(Fp32Buffers):
     are frozen until [`AuxiliaryRouterTrainer`] trains them, so that the main training neither moves nor misses them.
     Thresholds are compared with fp32 probabilities, which are all 1 for logits above about 17: tokens that tie there
     are taken or left together.
+
+    Args:
+        config (`MomaConfig`):
+            gives the width `D`.
+        num_scores (`int`):
+            scores of a token.
+        num_thresholds (`int`):
+            thresholds, one for each expert or pool.
 
     State dict:
         up_proj.weight    [D // 2, D]       fp32
@@ -259,7 +287,7 @@ class MomaAuxiliaryRouter(Fp32Buffers):
         self.requires_grad_(False)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Logits of membership, `[..., D]` to `[..., scores]`, in fp32 also under autocast."""
+        """Return the logits of membership, `[..., D]` to `[..., scores]`, in fp32 also under autocast."""
         # modules are called, and not their weights used, so that what gathers split weights sees the call
         return self.down_proj(nn.functional.silu(self.up_proj(hidden_states)))
 
@@ -269,6 +297,18 @@ class MomaRouterBase(Fp32Buffers):
 
     A score is the sigmoid of a projection, so it depends on its token alone. Everything is fp32: bf16 sigmoids tie,
     and a tie changes who is chosen.
+
+    Args:
+        config (`MomaConfig`):
+            gives the width `D`, and whether there is an auxiliary router.
+        num_scores (`int`):
+            scores of a token.
+        num_thresholds (`int`):
+            thresholds, one for each expert or pool.
+        momentum (`float`):
+            of the thresholds' running mean.
+        updates_shape (`tuple[int, ...]`, *optional*, defaults to `()`):
+            shape of `num_updates`.
     """
 
     # `None` in a model that has none
@@ -303,7 +343,7 @@ class MomaRouterBase(Fp32Buffers):
         return not self.weight.requires_grad
 
     def logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """`[..., D]` to `[..., scores]`, in fp32 also under autocast."""
+        """Map `[..., D]` to `[..., scores]`, in fp32 also under autocast."""
         self.widen_buffers()
         if self.auxiliary is not None:
             self.auxiliary.widen_buffers()
@@ -311,7 +351,11 @@ class MomaRouterBase(Fp32Buffers):
             return nn.functional.linear(hidden_states.float(), self.weight.float())
 
     def predicted_scores(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Probabilities of membership by the auxiliary router, `[..., D]` to `[..., scores]`.
+        """Return the probabilities of membership by the auxiliary router, `[..., D]` to `[..., scores]`.
+
+        Args:
+            hidden_states (`torch.Tensor`):
+                `[..., D]`.
 
         Raises:
             ValueError: the model has no auxiliary routers.
@@ -326,6 +370,12 @@ class MomaRouterBase(Fp32Buffers):
 
 class MomaRouter(MomaRouterBase):
     """Scores of a group's tokens for its experts (MoMa equation 1), and the choice between them.
+
+    Args:
+        config (`MomaConfig`):
+            the model's.
+        group (`str`):
+            name of the group, a modality or `"all"`.
 
     State dict:
         weight           [E, D]  fp32
@@ -350,8 +400,10 @@ class MomaRouter(MomaRouterBase):
         """Score the tokens and select.
 
         Args:
-            x_ND (`torch.Tensor`): the group's tokens, `[N, D]`, padding excluded: it must not compete.
-            context (`RoutingContext`): the routing of this forward.
+            x_ND (`torch.Tensor`):
+                the group's tokens, `[N, D]`, padding excluded: it must not compete.
+            context (`RoutingContext`):
+                the routing of this forward.
 
         Returns:
             `tuple`: router logits `[N, E]` in fp32, without noise, and the selection.
@@ -371,7 +423,7 @@ class MomaRouter(MomaRouterBase):
         return logits_NE, selection
 
     def capacity(self, num_tokens: int) -> int:
-        """Tokens `K = ceil(c * N / E)` that one expert takes from `num_tokens`."""
+        """Return the tokens `K = ceil(c * N / E)` that one expert takes from `num_tokens`."""
         return min(num_tokens, ceil_share(self.capacity_fraction, num_tokens))
 
     def _noise_scale(self, context: RoutingContext) -> float | torch.Tensor:
@@ -410,8 +462,10 @@ def routing_rule(name: str, **properties: Any) -> Callable[[SelectionFunction], 
     gives a [`Selection`]. Configuration, costs and calibration read the record.
 
     Args:
-        name (`str`): of the rule.
-        properties (`bool`): what the rule is, see [`RoutingRule`]; `is_causal` and `may_train` have to be said.
+        name (`str`):
+            of the rule.
+        properties (`bool`):
+            what the rule is, see [`RoutingRule`]; `is_causal` and `may_train` have to be said.
     """
 
     def enter(function: SelectionFunction) -> SelectionFunction:
@@ -425,17 +479,28 @@ def routing_rule(name: str, **properties: Any) -> Callable[[SelectionFunction], 
 def expert_choice(
     router: MomaRouter, x_ND: torch.Tensor, scores_NE: torch.Tensor, context: RoutingContext
 ) -> Selection:
-    """Each expert takes its top `K` tokens of the batch (MoMa section 2.2). Not causal: for training."""
+    """Select each expert's top `K` tokens of the batch (MoMa section 2.2). Not causal: for training."""
     weight_EK, token_EK = scores_NE.t().topk(router.capacity(scores_NE.shape[0]), dim=-1)
     return Selection.from_topk(token_EK, weight_EK)
 
 
 @routing_rule("threshold", is_causal=True, may_train=True, reads_threshold=True)
 def threshold(router: MomaRouter, x_ND: torch.Tensor, scores_NE: torch.Tensor, context: RoutingContext) -> Selection:
-    """An expert takes a token iff its score reaches the running mean of the thresholds that part the expert's K
-    best from the others, see [`batch_thresholds`].
+    """Select a token iff its score reaches the running mean of the expert's thresholds.
 
-    In the first `routing_warmup_steps` of training it takes its K best tokens of the batch instead.
+    They part the expert's K best from the others, see [`batch_thresholds`].
+
+    In the first `routing_warmup_steps` of training an expert takes its K best tokens of the batch instead.
+
+    Args:
+        router (`MomaRouter`):
+            the group's router.
+        x_ND (`torch.Tensor`):
+            the group's tokens, `[N, D]`.
+        scores_NE (`torch.Tensor`):
+            their scores, `[N, E]`.
+        context (`RoutingContext`):
+            the routing of this forward.
     """
     is_taken_NE = scores_NE >= context.router_state(router).threshold
     if context.track and router.warmup_steps and not router.is_frozen:
@@ -457,7 +522,7 @@ def threshold(router: MomaRouter, x_ND: torch.Tensor, scores_NE: torch.Tensor, c
 def token_choice(
     router: MomaRouter, x_ND: torch.Tensor, scores_NE: torch.Tensor, context: RoutingContext
 ) -> Selection:
-    """Each token takes its best experts; the balance bias selects but does not weigh (arXiv 2408.15664)."""
+    """Select each token's best experts; the balance bias selects but does not weigh (arXiv 2408.15664)."""
     bias_E = context.router_state(router).balance_bias
     expert_Nk = (scores_NE + bias_E).topk(router.num_experts_per_tok, dim=-1).indices
     if context.has_fixed_shapes:
@@ -470,7 +535,7 @@ def token_choice(
 
 @routing_rule("auxiliary", is_causal=True, may_train=False, needs_auxiliary=True)
 def auxiliary(router: MomaRouter, x_ND: torch.Tensor, scores_NE: torch.Tensor, context: RoutingContext) -> Selection:
-    """An expert takes a token iff the auxiliary router predicts so; the weight is the main router's (section 2.4)."""
+    """Select a token iff the auxiliary router predicts so, weighed by the main router (section 2.4)."""
     is_taken_NE = router.predicted_scores(x_ND) >= router.auxiliary.threshold
     return Selection.from_mask(is_taken_NE, scores_NE, context.has_fixed_shapes, context.may_sync)
 
@@ -484,6 +549,12 @@ def update_routers(context: RoutingContext, bias_update_rate: float):
     """Move thresholds and balance biases after a training step, averaged over all processes in one collective.
 
     A process without tokens of a group does not count in that group's average.
+
+    Args:
+        context (`RoutingContext`):
+            the routing of the forward, whose statistics are taken in.
+        bias_update_rate (`float`):
+            how far a balance bias moves in one step.
     """
     statistics = {router: record for router, record in context.statistics.items() if not router.is_frozen}
     if not statistics:
@@ -511,7 +582,7 @@ def update_routers(context: RoutingContext, bias_update_rate: float):
 
 
 def _sum_over_processes(sums: dict[MomaRouterBase, Shares]) -> dict[MomaRouterBase, Shares]:
-    """In one collective, whatever devices the routers are on; each gets its own back where it is."""
+    """Sum in one collective, whatever devices the routers are on; each gets its own back where it is."""
     device = next(iter(sums)).threshold.device
     rows = [row_C.to(device) for parts in sums.values() for row_C in parts]
     flat = torch.cat(rows)

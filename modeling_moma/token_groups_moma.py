@@ -34,12 +34,16 @@ class ModalitySplit:
     """Which positions of a batch go to which expert group, computed once per forward and shared by all layers.
 
     Attributes:
-        counts (`dict[str, int]`): tokens of each group.
-        order (`torch.LongTensor`, *optional*): flat positions `[B * T]`, group by group, padding last. `None` when all
-            positions belong to one group.
-        inverse (`torch.LongTensor`, *optional*): the place of each position in `order`.
-        group_BT (`torch.LongTensor`): index of each position's group, the number of groups at padding, `[B, T]`.
-        used_groups (`list[str]`): groups that have tokens.
+        counts (`dict[str, int]`):
+            tokens of each group.
+        order (`torch.LongTensor`, *optional*):
+            flat positions `[B * T]`, group by group, padding last. `None` when all positions belong to one group.
+        inverse (`torch.LongTensor`, *optional*):
+            the place of each position in `order`.
+        group_BT (`torch.LongTensor`):
+            index of each position's group, the number of groups at padding, `[B, T]`.
+        used_groups (`list[str]`):
+            groups that have tokens.
     """
 
     counts: dict[str, int]
@@ -48,7 +52,7 @@ class ModalitySplit:
     group_BT: torch.Tensor
 
     def __post_init__(self):
-        # all layers ask for it
+        # computed once: all layers ask for it
         self.used_groups = [name for name, count in self.counts.items() if count]
 
     @property
@@ -67,13 +71,13 @@ class ModalitySplit:
         return cls(counts, order, inverse, group_BT)
 
     def select_rows(self, row_R: torch.Tensor) -> "ModalitySplit":
-        """The split of some of the rows, with one device sync."""
+        """Return the split of some of the rows, with one device sync."""
         group_RT = self.group_BT.index_select(0, row_R)
         groups = group_RT.flatten().tolist()
         return ModalitySplit.from_groups(group_RT, {name: groups.count(i) for i, name in enumerate(self.counts)})
 
     def to(self, device: torch.device, non_blocking: bool = False) -> "ModalitySplit":
-        """The same split on another device."""
+        """Return the same split on another device."""
         order, inverse = (
             None if each is None else each.to(device, non_blocking=non_blocking) for each in (self.order, self.inverse)
         )
@@ -93,6 +97,12 @@ class ModalitySplit:
         """Put the groups' outputs `[N, ...]` back in place, `[B, T, ...]`; padding gets zeros.
 
         Groups without a token may be missing.
+
+        Args:
+            groups (`dict[str, torch.Tensor]`):
+                outputs of each group.
+            like_BTD (`torch.Tensor`):
+                gives shape and type of the result, `[B, T, D]`.
         """
         parts = [groups[name] for name in self.counts if name in groups]
         if self.order is None or self.inverse is None:
@@ -113,34 +123,36 @@ class FixedSplit:
     `torch.compile` needs every step to look alike; and for programs of `torch.export`, which hold for any tokens.
 
     Attributes:
-        groups (`list[str]`): names of the groups.
-        group_BT (`torch.LongTensor`): index of each position's group, the number of groups at padding, `[B, T]`.
+        groups (`list[str]`):
+            names of the groups.
+        group_BT (`torch.LongTensor`):
+            index of each position's group, the number of groups at padding, `[B, T]`.
     """
 
     groups: list[str]
     group_BT: torch.Tensor
 
     def __post_init__(self):
-        # all layers ask for these
+        # computed once: all layers ask for these masks
         self._is_member_N = [self.group_BT.flatten() == index for index in range(len(self.groups))]
-        # which have tokens is not known
+        # without a device sync it is unknown which groups have tokens
         self.used_groups = self.groups
 
     @property
     def is_whole(self) -> bool:
-        """Whether all positions belong to one group: where they may be padding nobody knows."""
+        """Whether all positions surely belong to one group: padding may make it False."""
         return False
 
     def to(self, device: torch.device, non_blocking: bool = False) -> "FixedSplit":
-        """The same split on another device."""
+        """Return the same split on another device."""
         return FixedSplit(self.groups, self.group_BT.to(device, non_blocking=non_blocking))
 
     def split(self, hidden_BTD: torch.Tensor) -> dict[str, torch.Tensor]:
-        """All positions for each group, `[B * T, D]`."""
+        """Give each group all positions, `[B * T, D]`."""
         return dict.fromkeys(self.groups, hidden_BTD.flatten(0, 1))
 
     def merge(self, groups: dict[str, torch.Tensor], like_BTD: torch.Tensor) -> torch.Tensor:
-        """Each position's output from its own group, `[B, T, ...]`; padding gets zeros."""
+        """Return each position's output from its own group, `[B, T, ...]`; padding gets zeros."""
         merged = torch.zeros_like(groups[self.groups[0]])
         for name, is_member_N in zip(self.groups, self._is_member_N):
             merged = torch.where(is_member_N.view(-1, *[1] * (merged.ndim - 1)), groups[name], merged)
@@ -148,7 +160,7 @@ class FixedSplit:
 
 
 def token_modalities(config: MomaConfig, input_ids: torch.Tensor) -> torch.Tensor:
-    """Modality of each token id, an index into `config.modalities`."""
+    """Return the modality of each token id, an index into `config.modalities`."""
     modality = torch.zeros_like(input_ids)
     for index, name in enumerate(config.modalities[1:], start=1):
         for start, stop in config.modality_token_ranges[name]:
@@ -157,7 +169,7 @@ def token_modalities(config: MomaConfig, input_ids: torch.Tensor) -> torch.Tenso
 
 
 def position_groups(config: MomaConfig, modality_BT: torch.Tensor, padding_BT: torch.Tensor | None) -> torch.Tensor:
-    """Index of each position's expert group, the number of groups at padding, `[B, T]`."""
+    """Return the index of each position's expert group, the number of groups at padding, `[B, T]`."""
     num_groups = len(config.modalities) if isinstance(config.num_experts, dict) else 1
     # one group serves every modality, or each modality has its own in the same order
     group_BT = modality_BT if num_groups > 1 else torch.zeros_like(modality_BT)
@@ -174,11 +186,16 @@ def split_modalities(
     """Assign every position to its expert group, with one device sync.
 
     Args:
-        config (`MomaConfig`): gives the groups and the size of the vocabulary.
-        modality_BT (`torch.LongTensor`): modality of each position, `[B, T]`.
-        padding_BT (`torch.BoolTensor`, *optional*): True where a position is padding, `[B, T]`.
-        input_ids (`torch.LongTensor`, *optional*): checked against the vocabulary in the same device sync.
-        masked_B (`torch.BoolTensor`, *optional*): True where a whole row is padding, cached positions included, `[B]`.
+        config (`MomaConfig`):
+            gives the groups and the size of the vocabulary.
+        modality_BT (`torch.LongTensor`):
+            modality of each position, `[B, T]`.
+        padding_BT (`torch.BoolTensor`, *optional*):
+            True where a position is padding, `[B, T]`.
+        input_ids (`torch.LongTensor`, *optional*):
+            checked against the vocabulary in the same device sync.
+        masked_B (`torch.BoolTensor`, *optional*):
+            True where a whole row is padding, cached positions included, `[B]`.
 
     Raises:
         IndexError: an id lies outside the vocabulary.
@@ -201,7 +218,7 @@ def split_modalities(
 def _count(
     group_flat: torch.Tensor, checked: torch.Tensor, masked_B: torch.Tensor | None, num_groups: int
 ) -> list[int]:
-    """Lowest and highest of what is checked, masked rows, the first of them, and positions of each group."""
+    """Return lowest and highest of what is checked, masked rows, the first of them, and positions of each group."""
     if masked_B is None:
         masked_B = torch.zeros_like(group_flat[:1], dtype=torch.bool)
     bounds = torch.stack([checked.min(), checked.max(), masked_B.sum(), masked_B.int().argmax()])
@@ -227,12 +244,12 @@ _TENSORS = ("modality_BT", "padding_BT", "document_BT", "custom_mask_BHQS")
 
 
 def is_distributed() -> bool:
-    """Whether other processes take part."""
+    """Return whether other processes take part."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def logistic_noise_like(logits: torch.Tensor) -> torch.Tensor:
-    """Differences of two independent Gumbel samples, `G' - G''` of MoMa equation 5: standard logistic samples."""
+    """Draw standard logistic samples: differences of independent Gumbel samples, `G' - G''` of MoMa equation 5."""
     return torch.rand_like(logits).logit(eps=1e-6)
 
 
@@ -251,26 +268,38 @@ class RoutingContext:
     what routers leave in such a copy is lost. Objects of other classes go through as they are.
 
     Args:
-        routing (`str`): a name of `RULES`, for experts.
-        split (`ModalitySplit` or `FixedSplit`): positions of each group.
-        track (`bool`): whether routers record statistics (in training steps, which have gradients).
-        depth_routing (`str`, *optional*): a name of `RULES`, for depth layers.
-        modality_BT (`torch.LongTensor`, *optional*): modality of each position, `[B, T]`.
-        padding_BT (`torch.BoolTensor`, *optional*): True where a position is padding, `[B, T]`.
-        document_BT (`torch.LongTensor`, *optional*): document of each position in packed rows, `[B, T]`.
-        custom_mask_BHQS (`torch.Tensor`, *optional*): the caller's own attention mask, as it came.
-        runs_all_groups (`bool`, *optional*, defaults to `True`): whether groups without a token run, too: their
-            weights take part in every training step and wherever processes wait for one another, and where routers
-            are recorded each has its entry.
-        may_sync (`bool`, *optional*, defaults to `True`): whether layers may ask the device for numbers.
-        takes_hints (`bool`, *optional*, defaults to `False`): whether the experts implementation makes use of what a
-            selection knows of its pairs.
+        routing (`str`):
+            a name of `RULES`, for experts.
+        split (`ModalitySplit` or `FixedSplit`):
+            positions of each group.
+        track (`bool`):
+            whether routers record statistics (in training steps, which have gradients).
+        depth_routing (`str`, *optional*):
+            a name of `RULES`, for depth layers.
+        modality_BT (`torch.LongTensor`, *optional*):
+            modality of each position, `[B, T]`.
+        padding_BT (`torch.BoolTensor`, *optional*):
+            True where a position is padding, `[B, T]`.
+        document_BT (`torch.LongTensor`, *optional*):
+            document of each position in packed rows, `[B, T]`.
+        custom_mask_BHQS (`torch.Tensor`, *optional*):
+            the caller's own attention mask, as it came.
+        runs_all_groups (`bool`, *optional*, defaults to `True`):
+            whether groups without a token run, too: their weights take part in every training step and wherever
+            processes wait for one another, and where routers are recorded each has its entry.
+        may_sync (`bool`, *optional*, defaults to `True`):
+            whether layers may ask the device for numbers.
+        takes_hints (`bool`, *optional*, defaults to `False`):
+            whether the experts implementation makes use of what a selection knows of its pairs.
 
     Attributes:
-        statistics (`dict`): thresholds of this batch alone, load deficits and counts, by router. Recomputation under
-            activation checkpointing writes the same entry again, so a step counts once.
-        state (`dict`): [`RouterState`] by router.
-        noise (`dict`): the noise that each router drew, before it is scaled.
+        statistics (`dict`):
+            thresholds of this batch alone, load deficits and counts, by router. Recomputation under activation
+            checkpointing writes the same entry again, so a step counts once.
+        state (`dict`):
+            [`RouterState`] by router.
+        noise (`dict`):
+            the noise that each router drew, before it is scaled.
     """
 
     def __init__(
@@ -307,17 +336,20 @@ class RoutingContext:
         return isinstance(self.split, FixedSplit)
 
     def to(self, device: torch.device | int | str, non_blocking: bool = False) -> "RoutingContext":
-        """The same context for layers on another device, which Accelerate's hooks ask for; what routers leave behind
-        lies in this one.
+        """Return the same context for layers on another device, which Accelerate's hooks ask for.
+
+        What routers leave behind lies in this one.
 
         Args:
-            device (`torch.device`, `int` or `str`): of the layer.
-            non_blocking (`bool`, *optional*, defaults to `False`): as in `torch.Tensor.to`.
+            device (`torch.device`, `int` or `str`):
+                of the layer.
+            non_blocking (`bool`, *optional*, defaults to `False`):
+                as in `torch.Tensor.to`.
         """
         device = torch.device(device)
         if device == self.split.group_BT.device:
             return self
-        # once for all layers of a device
+        # computed once for all layers of a device
         if device not in self._by_device:
             tensors = {name: getattr(self, name) for name in _TENSORS}
             moved = {
@@ -328,15 +360,15 @@ class RoutingContext:
         return self._by_device[device]
 
     def with_split(self, split: ModalitySplit) -> "RoutingContext":
-        """The same context for a part of the tokens; what routers leave behind lies in this one."""
+        """Return the same context for a part of the tokens; what routers leave behind lies in this one."""
         return self._view(split=split)
 
     def with_syncs(self) -> "RoutingContext":
-        """The same context, in which layers may ask the device for numbers."""
+        """Return the same context, in which layers may ask the device for numbers."""
         return self if self.may_sync else self._view(may_sync=True)
 
     def with_routing(self, routing: str, track: bool = False) -> "RoutingContext":
-        """A context of its own for the same tokens, in which experts and depth layers choose by another rule."""
+        """Return a separate context for the same tokens, in which experts and depth layers choose by another rule."""
         return self._copy(routing=routing, depth_routing=routing, track=track)
 
     def _copy(self, **changes: Any) -> "RoutingContext":
@@ -349,10 +381,14 @@ class RoutingContext:
         return view
 
     def router_state(self, router: Any) -> "Any":
-        """Buffers of a router to select with.
+        """Return the buffers of a router to select with.
 
         In training they are kept from the forward: recomputation under activation checkpointing comes after
         `update_routers` and has to select the same tokens again.
+
+        Args:
+            router (`Any`):
+                whose buffers are asked for.
         """
         if not self.track:
             return router
@@ -362,7 +398,7 @@ class RoutingContext:
         return self.state[router]
 
     def router_noise(self, router: Any, logits: torch.Tensor) -> torch.Tensor:
-        """Noise for a router's logits, drawn once: recomputation may come with another state of the generator."""
+        """Return a router's noise, drawn once: recomputation may come with another state of the generator."""
         if router not in self.noise:
             self.noise[router] = logistic_noise_like(logits)
         return self.noise[router]
@@ -371,10 +407,14 @@ class RoutingContext:
         """Keep what `update_routers` needs of one router's step, for each of its `C` thresholds.
 
         Args:
-            router ([`MomaRouterBase`]): whose.
-            threshold_C (`torch.Tensor`): midway between the K-th best score and the next, see [`batch_thresholds`].
-            load_deficit_C (`torch.Tensor`): by how much the load lags behind its target, as a share of the tokens.
-            count_C (`torch.Tensor`): 1, or 0 where this process had no token to judge by.
+            router ([`MomaRouterBase`]):
+                whose.
+            threshold_C (`torch.Tensor`):
+                midway between the K-th best score and the next, see [`batch_thresholds`].
+            load_deficit_C (`torch.Tensor`):
+                by how much the load lags behind its target, as a share of the tokens.
+            count_C (`torch.Tensor`):
+                1, or 0 where this process had no token to judge by.
         """
         self.statistics[router] = (threshold_C, load_deficit_C, count_C)
 
@@ -398,20 +438,34 @@ def routing_of_batch(
     """Describe the routing of one forward to all its layers, and raise where something cannot be routed.
 
     Args:
-        config (`MomaConfig`): the model's.
-        input_ids (`torch.LongTensor`, *optional*): `[B, T]`; this or `inputs_embeds`.
-        inputs_embeds (`torch.Tensor`, *optional*): `[B, T, D]`.
-        attention_mask (`torch.Tensor`, *optional*): 0 at padding, `[B, S]`, or the caller's own `[B, 1 or H, Q, S]`.
-        position_ids (`torch.LongTensor`, *optional*): `[B, T]`.
-        mm_token_type_ids (`torch.LongTensor`, *optional*): modality of each position of `inputs_embeds`, `[B, T]`.
-        cache (`Cache`, *optional*): of this forward.
-        is_whole_prompt (`bool`): whether no cache came from the caller, so that a row without a token is an error.
-        is_training (`bool`): whether the model is in `train()` mode.
-        routing (`str`, *optional*): the caller's rule for experts.
-        depth_routing (`str`, *optional*): the caller's rule for depth layers.
-        is_recorded (`bool`, *optional*, defaults to `False`): whether each router's logits are asked for.
-        may_sync (`bool`, *optional*, defaults to `True`): whether layers may ask the device for numbers.
-        takes_hints (`bool`, *optional*, defaults to `False`): whether the experts implementation takes hints.
+        config (`MomaConfig`):
+            the model's.
+        input_ids (`torch.LongTensor`, *optional*):
+            `[B, T]`; this or `inputs_embeds`.
+        inputs_embeds (`torch.Tensor`, *optional*):
+            `[B, T, D]`.
+        attention_mask (`torch.Tensor`, *optional*):
+            0 at padding, `[B, S]`, or the caller's own `[B, 1 or H, Q, S]`.
+        position_ids (`torch.LongTensor`, *optional*):
+            `[B, T]`.
+        mm_token_type_ids (`torch.LongTensor`, *optional*):
+            modality of each position of `inputs_embeds`, `[B, T]`.
+        cache (`Cache`, *optional*):
+            of this forward.
+        is_whole_prompt (`bool`):
+            whether no cache came from the caller, so that a row without a token is an error.
+        is_training (`bool`):
+            whether the model is in `train()` mode.
+        routing (`str`, *optional*):
+            the caller's rule for experts.
+        depth_routing (`str`, *optional*):
+            the caller's rule for depth layers.
+        is_recorded (`bool`, *optional*, defaults to `False`):
+            whether each router's logits are asked for.
+        may_sync (`bool`, *optional*, defaults to `True`):
+            whether layers may ask the device for numbers.
+        takes_hints (`bool`, *optional*, defaults to `False`):
+            whether the experts implementation takes hints.
 
     Raises:
         IndexError: an id lies outside the vocabulary.
@@ -419,10 +473,10 @@ def routing_of_batch(
         ValueError: there is no such rule, or the batch is empty, too long, or does not fit its mask or modalities.
     """
     routing, depth_routing = _resolve_rules(config, is_training, routing, depth_routing)
-    # the caller gives one of the two
+    # the caller gives `input_ids` or `inputs_embeds`
     inputs: torch.Tensor = input_ids if input_ids is not None else inputs_embeds  # pyright: ignore[reportAssignmentType]
     past_length = seen_positions(cache)
-    # only static layers count in tensors, and only once they hold something
+    # a cache gives its length as a tensor only if it is static and holds something
     may_fix = _may_fix_shapes(config, inputs, routing, is_training)
     is_exported = torch.compiler.is_exporting()
     if is_exported:
@@ -467,7 +521,7 @@ def routing_of_batch(
 
 
 def seen_positions(cache: Cache | None) -> int | torch.Tensor:
-    """Positions that came before those of a batch; a tensor from the layers of static caches."""
+    """Return the positions that came before those of a batch; a tensor from the layers of static caches."""
     # the paged cache of continuous batching counts no tokens
     return cache.get_seq_length() if cache is not None and hasattr(cache, "get_seq_length") else 0
 
@@ -478,10 +532,14 @@ def check_length(
     """Raise at positions that an unscaled model has never seen.
 
     Args:
-        config (`MomaConfig`): gives the limit.
-        length (`int`): positions `T` of the batch.
-        past_length (`int`): positions before them.
-        position_ids (`torch.LongTensor`, *optional*): `[B, T]`.
+        config (`MomaConfig`):
+            gives the limit.
+        length (`int`):
+            positions `T` of the batch.
+        past_length (`int`):
+            positions before them.
+        position_ids (`torch.LongTensor`, *optional*):
+            `[B, T]`.
 
     Raises:
         ValueError: the sequence is too long.
@@ -501,9 +559,12 @@ def check_exportable(config: MomaConfig, routing: str, is_training: bool):
     """Raise at what no program of `torch.export` can hold.
 
     Args:
-        config (`MomaConfig`): the model's.
-        routing (`str`): the rule for experts.
-        is_training (`bool`): whether the model is in `train()` mode.
+        config (`MomaConfig`):
+            the model's.
+        routing (`str`):
+            the rule for experts.
+        is_training (`bool`):
+            whether the model is in `train()` mode.
 
     Raises:
         ValueError: there are depth layers, the rule looks at the whole batch, or the model trains.
@@ -544,7 +605,7 @@ def _resolve_rules(
 
 
 def _may_fix_shapes(config: MomaConfig, inputs: torch.Tensor, routing: str, is_training: bool) -> bool:
-    """Whether this is a step of one token, whose shapes must not depend on the token if the cache is static."""
+    """Return whether this is a step of one token, whose shapes must not depend on the token if the cache is static."""
     # the caches of depth layers take as many tokens as there are
     return inputs.shape[1] == 1 and not config.depth_layers and rule_of(routing).is_causal and not is_training
 
@@ -558,7 +619,7 @@ def _split_fixed(
     past_length: int | torch.Tensor,
     max_length: int | None,
 ) -> tuple[FixedSplit, torch.Tensor, torch.Tensor | None]:
-    """Every group gets every position: for steps with a static cache of `max_length`, and for programs."""
+    """Give every group every position: for steps with a static cache of `max_length`, and for exported programs."""
     length = inputs.shape[1]
     # a cache that ends before the limit needs no device sync for the number of its tokens, and a program cannot sync
     if not isinstance(past_length, torch.Tensor):
@@ -582,7 +643,7 @@ def _split_fixed(
     return split, modality_BT, padding_BT
 
 
-# its device sync for the numbers of tokens would break the graph here and in every function around it
+# the device sync for numbers of tokens would break the graph here and in every caller
 @torch.compiler.disable
 def _split_batch(
     config: MomaConfig,
@@ -614,7 +675,7 @@ def _modalities(
     inputs: torch.Tensor,
     mm_token_type_ids: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Modality of each position, `[B, T]`."""
+    """Return the modality of each position, `[B, T]`."""
     if input_ids is not None:
         return token_modalities(config, input_ids)
     if mm_token_type_ids is not None:
@@ -645,30 +706,31 @@ def _describe_rows(
         )
     if attention_mask is not None and attention_mask.ndim == 4:
         context.custom_mask_BHQS = attention_mask
-    # where the full layers look for packed documents, too
+    # full layers find packed documents under the same condition
     if position_ids is not None and attention_mask is None and cache is None and not uses_flash_attention_mask(config):
         context.document_BT = find_packed_sequence_indices(position_ids)
 
 
 # names of the lengths, those of queries' first
 FLASH_LENGTHS = tuple(FlashAttentionKwargs.__annotations__)
-# what Transformers gives masks of pairs, which tell documents apart by `position_ids`
+# implementations that get a mask of pairs, which tells documents apart by `position_ids`
 _BY_MASK = ("sdpa", "eager", "flex_attention")
 
 
 def uses_flash_attention_mask(config: MomaConfig) -> bool:
-    """Whether no mask can tell attention of documents, as with flash attention of any version and kernel."""
+    """Return whether no mask can tell attention of documents, as with flash attention of any version and kernel."""
     return ALL_MASK_ATTENTION_FUNCTIONS.get(config._attn_implementation) is flash_attention_mask
 
 
 def packed_lengths(position_ids: torch.Tensor) -> FlashAttentionKwargs:
-    """Where the documents of packed rows lie in the flattened batch, with one device sync.
+    """Return where the documents of packed rows lie in the flattened batch, with one device sync.
 
     A document begins with each row, and where a position does not follow the one before it, which is Transformers'
     rule for masks.
 
     Args:
-        position_ids (`torch.LongTensor`): `[B, T]`.
+        position_ids (`torch.LongTensor`):
+            `[B, T]`.
 
     Returns:
         `FlashAttentionKwargs`: `cu_seq_lens_q` and `cu_seq_lens_k` are one
@@ -687,19 +749,26 @@ def document_lengths(
     position_ids: torch.Tensor | None,
     cache: Cache | None,
 ) -> FlashAttentionKwargs:
-    """The lengths by which flash attention tells the documents of this forward apart.
+    """Return the lengths by which flash attention tells the documents of this forward apart.
 
     They are the caller's, or else those of `position_ids` that begin again within a row: Transformers looks for these
     in batches of one row alone.
 
     Args:
-        model (`PreTrainedModel`): whose config gives the attention implementation.
-        given (`Mapping`): the caller's further arguments, with lengths or without.
-        inputs_BTD (`torch.Tensor`): the embedded tokens, `[B, T, D]`.
-        attention_mask (`torch.Tensor`, *optional*): the caller's.
-        causal_mask (`torch.Tensor`, *optional*): what attention gets in its place.
-        position_ids (`torch.LongTensor`, *optional*): the caller's, `[B, T]` or `[1, T]`.
-        cache (`Cache`, *optional*): of this forward.
+        model (`PreTrainedModel`):
+            whose config gives the attention implementation.
+        given (`Mapping`):
+            the caller's further arguments, with lengths or without.
+        inputs_BTD (`torch.Tensor`):
+            the embedded tokens, `[B, T, D]`.
+        attention_mask (`torch.Tensor`, *optional*):
+            the caller's.
+        causal_mask (`torch.Tensor`, *optional*):
+            what attention gets in its place.
+        position_ids (`torch.LongTensor`, *optional*):
+            the caller's, `[B, T]` or `[1, T]`.
+        cache (`Cache`, *optional*):
+            of this forward.
 
     Returns:
         `FlashAttentionKwargs`: see [`packed_lengths`]; empty where there is nothing to tell
@@ -746,7 +815,7 @@ def document_lengths(
 
 def _check_has_positions(config: MomaConfig, starts_E: torch.Tensor | None, num_rows: int) -> None:
     """Raise at documents that only their lengths tell apart, where attention goes by a mask."""
-    # whoever registers another attention knows what it goes by
+    # an attention registered elsewhere tells documents apart in a way of its own
     if starts_E is not None and starts_E.shape[0] > num_rows + 1 and config._attn_implementation in _BY_MASK:
         raise InputError(
             f"`{FLASH_LENGTHS[0]}` has {starts_E.shape[0] - 1} documents in {num_rows} rows, but "
@@ -768,10 +837,10 @@ def _check_lengths(lengths: Mapping[str, Any], num_rows: int) -> None:
         )
 
 
-# its device sync for the number of documents would break the graph here and in every function around it
+# the device sync for the number of documents would break the graph here and in every caller
 @torch.compiler.disable
 def _find_lengths(position_BT: torch.Tensor, attention_mask: Any, cache: Cache | None) -> FlashAttentionKwargs:
-    """Lengths by positions, empty where each row is one document."""
+    """Return the lengths by positions, empty where each row is one document."""
     # a row of a cache may have gaps
     is_start_BT = position_BT.diff() < 1 if cache is not None else position_BT.diff() != 1
     if attention_mask is not None:
@@ -785,12 +854,12 @@ def _find_lengths(position_BT: torch.Tensor, attention_mask: Any, cache: Cache |
 
 
 def _lengths_between(is_start_BT: torch.Tensor) -> FlashAttentionKwargs:
-    """Lengths of documents, which begin where it is said of all positions but a row's first."""
+    """Return the lengths of documents, whose starts are given for all positions but a row's first."""
     is_start_BT = torch.nn.functional.pad(is_start_BT, (1, 0), value=True)
     place_T = torch.arange(is_start_BT.shape[1], device=is_start_BT.device)
     start_BT = torch.where(is_start_BT, place_T, 0).cummax(dim=1).values
     num_documents, longest = torch.stack([is_start_BT.sum(), (place_T - start_BT).max() + 1]).tolist()
-    # their number is known, so no device sync is needed
+    # the number of documents is known, so no device sync is needed
     first_E = is_start_BT.flatten().byte().argsort(descending=True, stable=True)[:num_documents]
     cumulative_E = torch.nn.functional.pad(first_E, (0, 1), value=is_start_BT.numel()).int()
     lengths: Any = dict(zip(FLASH_LENGTHS, (cumulative_E, cumulative_E, longest, longest)))

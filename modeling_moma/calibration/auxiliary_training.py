@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The auxiliary-router stage: everything else is frozen, and small networks learn whom the top K will hold; and the
-saving of a model of which routers alone have changed.
+"""Training of auxiliary routers, and the saving of a model of which routers alone have changed.
+
+All else is frozen; a small network for each router learns to predict which tokens the top K will hold.
 
 Shape suffixes:
     N tokens that compete for a router, S scores of a token.
@@ -44,10 +45,11 @@ def add_auxiliary_routers(model: MomaForCausalLM) -> MomaForCausalLM:
     does by default stays, too.
 
     Args:
-        model: changed in place, its config's `auxiliary_routers` included.
+        model (`MomaForCausalLM`):
+            changed in place, its config's `auxiliary_routers` included.
 
     Returns:
-        The same model.
+        `MomaForCausalLM`: the same model.
 
     Raises:
         ValueError: the model has auxiliary routers already, or no routers at all.
@@ -65,14 +67,15 @@ def add_auxiliary_routers(model: MomaForCausalLM) -> MomaForCausalLM:
 
 
 def membership_loss(record: RouterRecord) -> torch.Tensor:
-    """Binary cross-entropy of membership in the top K.
+    """Return binary cross-entropy of membership in the top K.
 
     Args:
-        record: of a router with an auxiliary one.
+        record (`RouterRecord`):
+            of a router with an auxiliary one.
 
     Returns:
-        A scalar, the mean over (token, expert) pairs in nats, 0 without tokens. Only the auxiliary router gets
-        gradients, and it gets them (zeros) without tokens as well.
+        `torch.Tensor`: a scalar, the mean over (token, expert) pairs in nats, 0 without tokens. Only the auxiliary
+        router gets gradients, and it gets them (zeros) without tokens as well.
     """
     logits_NS = record.router.auxiliary(record.hidden_ND.detach())
     target_NS = record.is_member_NS.to(logits_NS.dtype)
@@ -82,10 +85,11 @@ def membership_loss(record: RouterRecord) -> torch.Tensor:
 
 @contextmanager
 def only_auxiliary_trainable(model: nn.Module):
-    """Within this context the auxiliary routers alone require gradients; then every parameter is as it was.
+    """Let the auxiliary routers alone require gradients within this context; then every parameter is as it was.
 
     Args:
-        model: with auxiliary routers.
+        model (`nn.Module`):
+            with auxiliary routers.
 
     Raises:
         ValueError: the model has no routers.
@@ -114,6 +118,12 @@ class AuxiliaryRouterTrainer(Trainer):
 
     It takes the arguments of `Trainer` but `model_init`. The routers are observed by forward hooks, so it runs neither
     with `torch_compile` nor with several devices in one process.
+
+    Args:
+        args (`Any`):
+            those of `Trainer`.
+        kwargs (`Any`):
+            those of `Trainer`, without `model_init`.
 
     Raises:
         ValueError: the model has no auxiliary routers, see [`add_auxiliary_routers`]; or an argument cannot be served.
@@ -153,7 +163,7 @@ class AuxiliaryRouterTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
-        """Mean of the routers' losses of one batch; see `Trainer.compute_loss`."""
+        """Return the mean of the routers' losses of one batch; see `Trainer.compute_loss`."""
         model.eval()
         losses = []
 
@@ -183,7 +193,7 @@ class AuxiliaryRouterTrainer(Trainer):
 
     @torch.no_grad()
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        """The loss alone; `evaluation_loop` counts what the auxiliary routers take."""
+        """Return the loss alone; `evaluation_loop` counts what the auxiliary routers take."""
         inputs = self._prepare_inputs(inputs)
         with self.compute_loss_context_manager():
             return self.compute_loss(model, inputs).detach(), None, None
@@ -214,8 +224,10 @@ def auxiliary_report(model: PreTrainedModel, batches: Iterable[dict[str, torch.T
     each of them, earlier layers are taken to have chosen well.
 
     Args:
-        model: with `config.auxiliary_routers`; not changed.
-        batches: held-out inputs of the model; `labels` are left out.
+        model (`PreTrainedModel`):
+            with `config.auxiliary_routers`; not changed.
+        batches (`Iterable[dict[str, torch.Tensor]]`):
+            held-out inputs of the model; `labels` are left out.
 
     Returns:
         `list[dict]`: one row for each router, in the order of the forward, fit for JSON:
@@ -224,9 +236,9 @@ def auxiliary_report(model: PreTrainedModel, batches: Iterable[dict[str, torch.T
         - `tokens` and `true_loads`, lists with an entry for each expert, or each pool of a depth layer. With several
           processes `tokens` are the sum over all: a batch that each of them brings counts once for each;
         - `true_load`, the share of (token, expert) pairs in the top K;
-        - `rules`, with an entry for each rule: `"auxiliary_0.5"` cuts predicted probabilities at one half as the paper
-          does, `"auxiliary"` at the model's auxiliary thresholds, `"threshold"` is the routing of this name. An entry
-          has `accuracy`, `precision`, `recall`, `load`, and `loads` as `true_loads`.
+        - `rules`, with an entry for each rule: `"auxiliary_0.5"` compares predicted probabilities with one half as the
+          paper does, `"auxiliary"` at the model's auxiliary thresholds, `"threshold"` is the routing of this name. An
+          entry has `accuracy`, `precision`, `recall`, `load`, and `loads` as `true_loads`.
 
         All are ratios of counts that are summed up first, `None` where there is nothing to divide by.
 
@@ -247,7 +259,7 @@ def save_with_processor(
     stored = MomaForCausalLM.from_pretrained(source, dtype="auto")
     if model.config.auxiliary_routers and not stored.config.auxiliary_routers:
         add_auxiliary_routers(stored)
-    # what came as bf16 was widened to fp32 and has not changed since, so nothing is lost
+    # bf16 weights were widened to fp32 and have not changed since, so narrowing loses nothing
     stored.load_state_dict(model.state_dict())
     for name in ("inference_routing", "depth_inference_routing"):
         setattr(stored.config, name, getattr(model.config, name))

@@ -4,7 +4,7 @@
 Shape suffixes:
     N tokens that compete for a router (one group's, or a depth layer's), padding excluded, D hidden size,
     S scores of a token (one for each expert; one of a depth router),
-    C cuts of a router (one for each expert, or for each pool of a depth router).
+    C thresholds of a router (one for each expert, or for each pool of a depth router).
 """
 
 from collections.abc import Callable, Iterable
@@ -27,15 +27,24 @@ class RouterRecord:
     """What one router saw in one forward, and whom its top K would hold.
 
     Attributes:
-        name: of the router among the model's modules.
-        router: itself.
-        hidden_ND: its input, detached, `[N, D]`.
-        scores_NS: noise-free scores, fp32, `[N, S]`.
-        is_member_NS: membership in the top K, `[N, S]`.
-        is_taken_NS: whom the forward itself took, under the routing that it ran, `[N, S]`.
-        cut_NS: which of the `C` cuts decides, `[N, S]`.
-        threshold_C: cuts of this forward alone as training would record them, `[C]`.
-        count_C: 1, or 0 where there was no token to judge by, `[C]`.
+        name (`str`):
+            of the router among the model's modules.
+        router (`MomaRouterBase`):
+            itself.
+        hidden_ND (`torch.Tensor`):
+            its input, detached, `[N, D]`.
+        scores_NS (`torch.Tensor`):
+            noise-free scores, fp32, `[N, S]`.
+        is_member_NS (`torch.Tensor`):
+            membership in the top K, `[N, S]`.
+        is_taken_NS (`torch.Tensor`):
+            whom the forward itself took, under the routing that it ran, `[N, S]`.
+        threshold_index_NS (`torch.Tensor`):
+            which of the `C` thresholds decides, `[N, S]`.
+        threshold_C (`torch.Tensor`):
+            thresholds of this forward alone as training would record them, `[C]`.
+        count_C (`torch.Tensor`):
+            1, or 0 where there was no token to judge by, `[C]`.
     """
 
     name: str
@@ -44,7 +53,7 @@ class RouterRecord:
     scores_NS: torch.Tensor
     is_member_NS: torch.Tensor
     is_taken_NS: torch.Tensor
-    cut_NS: torch.Tensor
+    threshold_index_NS: torch.Tensor
     threshold_C: torch.Tensor
     count_C: torch.Tensor
 
@@ -66,22 +75,26 @@ class RouterRecord:
         scores, hidden = torch.sigmoid(logits), hidden.detach()
         if isinstance(router, MomaRouter):
             is_member_NS = torch.zeros_like(scores.t(), dtype=torch.bool).scatter_(1, selection.token_EK, True).t()
-            cut_NS = torch.arange(router.num_experts, device=scores.device).expand_as(scores)
-            # pairs of weight 0 stand for tokens that nobody took
+            threshold_index_NS = torch.arange(router.num_experts, device=scores.device).expand_as(scores)
+            # pairs of weight 0 are padding: no expert took the token
             is_taken_NS = torch.zeros_like(is_member_NS)
             is_taken_NS[taken.token_P, taken.expert_P] = taken.weight_P > 0  # pyright: ignore[reportAttributeAccessIssue]
-            return cls(name, router, hidden, scores, is_member_NS, is_taken_NS, cut_NS, threshold_C, count_C)
+            return cls(
+                name, router, hidden, scores, is_member_NS, is_taken_NS, threshold_index_NS, threshold_C, count_C
+            )
         is_token_BT = torch.ones_like(selection.chosen_BT)
         if context.padding_BT is not None:
             is_token_BT = ~context.padding_BT
         has_pools = isinstance(router, MomaDepthRouter) and len(router.capacities) > 1
         pool_BT = context.modality_BT if has_pools else torch.zeros_like(is_token_BT, dtype=torch.long)
         per_token = (scores, selection.chosen_BT, taken.chosen_BT, pool_BT)  # pyright: ignore[reportAttributeAccessIssue]
-        scores_NS, is_member_NS, is_taken_NS, cut_NS = (
+        scores_NS, is_member_NS, is_taken_NS, threshold_index_NS = (
             values_BT[is_token_BT].unsqueeze(-1) for values_BT in per_token
         )
         hidden_ND = hidden[is_token_BT]
-        return cls(name, router, hidden_ND, scores_NS, is_member_NS, is_taken_NS, cut_NS, threshold_C, count_C)
+        return cls(
+            name, router, hidden_ND, scores_NS, is_member_NS, is_taken_NS, threshold_index_NS, threshold_C, count_C
+        )
 
     @cached_property
     def predicted_NS(self) -> torch.Tensor:
@@ -90,14 +103,14 @@ class RouterRecord:
 
     @property
     def predicted_threshold_C(self) -> torch.Tensor:
-        """Cuts of the probabilities that as many pass as the top K has members, `[C]`; 0 where there is no token."""
+        """Thresholds that as many probabilities pass as the top K has members, `[C]`; 0 where there is no token."""
         threshold_C = torch.zeros_like(self.threshold_C)
-        for cut in range(threshold_C.shape[0]):
-            is_mine_NS = self.cut_NS == cut
+        for index in range(threshold_C.shape[0]):
+            is_mine_NS = self.threshold_index_NS == index
             members = int(self.is_member_NS[is_mine_NS].sum())
             if members:
                 scores_1N = self.predicted_NS[is_mine_NS].unsqueeze(0)
-                threshold_C[cut] = batch_thresholds(scores_1N, scores_1N.topk(members).values[:, -1])[0]
+                threshold_C[index] = batch_thresholds(scores_1N, scores_1N.topk(members).values[:, -1])[0]
         return threshold_C
 
 
@@ -106,17 +119,21 @@ Rule = Callable[[RouterRecord], torch.Tensor]
 
 
 def threshold_rule(record: RouterRecord) -> torch.Tensor:
-    """Whom the routing `threshold` takes."""
-    return record.scores_NS >= record.router.threshold[record.cut_NS]
+    """Return which tokens the routing `threshold` takes."""
+    return record.scores_NS >= record.router.threshold[record.threshold_index_NS]
 
 
 def auxiliary_rule(record: RouterRecord) -> torch.Tensor:
-    """Whom the routing `auxiliary` takes."""
-    return record.predicted_NS >= record.router.auxiliary.threshold[record.cut_NS]
+    """Return which tokens the routing `auxiliary` takes."""
+    return record.predicted_NS >= record.router.auxiliary.threshold[record.threshold_index_NS]
 
 
 def named_routers(model: torch.nn.Module) -> dict[str, MomaRouterBase]:
-    """All routers of a model, of experts and of depth layers, by module name.
+    """Return all routers of a model, of experts and of depth layers, by module name.
+
+    Args:
+        model (`torch.nn.Module`):
+            the model.
 
     Raises:
         ValueError: it has none.
@@ -132,18 +149,20 @@ def named_routers(model: torch.nn.Module) -> dict[str, MomaRouterBase]:
 
 @contextmanager
 def observed_routers(model: torch.nn.Module, observe: Callable[[RouterRecord], object]):
-    """Within this context `observe` is called inside every forward, after each router, also of groups without tokens.
+    """Call `observe` inside every forward of this context, after each router, also of groups without tokens.
 
     Args:
-        model: its routers have to be in eval mode: in training their scores may carry noise.
-        observe: gets a [`RouterRecord`]; what it returns is ignored.
+        model (`torch.nn.Module`):
+            its routers have to be in eval mode: in training their scores may carry noise.
+        observe (`Callable`):
+            gets a [`RouterRecord`]; what it returns is ignored.
 
     Raises:
         ValueError: the model has no routers.
     """
 
     def hook(name: str) -> Callable:
-        # must return nothing, else the result would replace the router's
+        # a hook must return nothing, or its result replaces the router's
         def on_route(router: MomaRouterBase, args: tuple, output: tuple):
             observe(RouterRecord.of(name, router, output[1], *args))
 
@@ -164,7 +183,7 @@ def observed_routers(model: torch.nn.Module, observe: Callable[[RouterRecord], o
 
 @contextmanager
 def evaluation_mode(model: torch.nn.Module):
-    """Within this context the model is in eval mode; then every module gets its own flag back."""
+    """Put the model in eval mode within this context; then every module gets its own flag back."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -184,10 +203,14 @@ def run_observed(
     """Run batches through the decoder in eval mode, without the head, and show `observe` all routers.
 
     Args:
-        model: not changed.
-        batches: its inputs; `labels` are left out.
-        observe: gets a [`RouterRecord`] of each router and batch.
-        routing: the routing under which the hidden states arise.
+        model (`PreTrainedModel`):
+            not changed.
+        batches (`Iterable[dict[str, torch.Tensor]]`):
+            its inputs; `labels` are left out.
+        observe (`Callable`):
+            gets a [`RouterRecord`] of each router and batch.
+        routing (`str`, *optional*, defaults to `"expert_choice"`):
+            the routing under which the hidden states arise.
 
     Raises:
         ValueError: there is no batch, or the model has no routers.

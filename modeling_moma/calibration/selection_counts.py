@@ -3,7 +3,7 @@
 
 Shape suffixes:
     N tokens that compete for a router, S scores of a token,
-    C cuts of a router (one for each expert, or for each pool of a depth router).
+    C thresholds of a router (one for each expert, or for each pool of a depth router).
 """
 
 import torch
@@ -14,10 +14,11 @@ from .observation import RouterRecord, Rule
 
 
 class SelectionCounts:
-    """Exact counts of what rules take of a router's tokens, cut by cut, over any number of batches.
+    """Exact counts of what rules take of a router's tokens, threshold by threshold, over any number of batches.
 
     Args:
-        rules: by name.
+        rules (`dict[str, Rule]`):
+            by name.
     """
 
     def __init__(self, rules: dict[str, Rule]):
@@ -35,7 +36,7 @@ class SelectionCounts:
         flags = torch.stack([column.flatten() for column in columns]).long()
         num_thresholds = record.router.threshold.shape[0]
         table = torch.zeros(flags.shape[0], num_thresholds, dtype=torch.long, device=flags.device)
-        table.index_add_(1, record.cut_NS.flatten(), flags)
+        table.index_add_(1, record.threshold_index_NS.flatten(), flags)
         self.tables[record.name] = self.tables.get(record.name, 0) + table.cpu()
 
     def reduce(self, device: torch.device):
@@ -43,11 +44,11 @@ class SelectionCounts:
         self.tables = sum_over_ranks(self.tables, device)
 
     def rows(self) -> list[dict]:
-        """One row for each router, for JSON: see [`auxiliary_report`]."""
+        """Return one row for each router, for JSON: see [`auxiliary_report`]."""
         return [{**_place(name), **self._ratios(table)} for name, table in self.tables.items()]
 
     def totals(self, rule: str) -> dict[str, float | None]:
-        """A rule's `accuracy`, `precision`, `recall` and `load` over all routers together, and the `true_load`."""
+        """Return a rule's `accuracy`, `precision`, `recall`, `load` and the `true_load` over all routers together."""
         summed = self._ratios(torch.stack([table.sum(1, keepdim=True) for table in self.tables.values()]).sum(0))
         quality = {name: value for name, value in summed["rules"][rule].items() if name != "loads"}
         return {**quality, "true_load": summed["true_load"]}
@@ -78,14 +79,14 @@ def _ratio(part: int, whole: int) -> float | None:
 
 
 def _place(name: str) -> dict[str, str | int]:
-    """Layer and group of a router, read from `"model.layers.0.mlp.groups.text.router"`."""
+    """Return layer and group of a router, read from `"model.layers.0.mlp.groups.text.router"`."""
     parts = name.split(".")
     group = parts[parts.index("groups") + 1] if "groups" in parts else "depth"
     return {"router": name, "layer": int(parts[parts.index("layers") + 1]), "group": group}
 
 
 def sum_over_ranks(tensors: dict[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:
-    """Sums of tensors by name, all in one collective."""
+    """Sum tensors by name over all processes, in one collective."""
     if not is_distributed():
         return tensors
     flat = torch.cat([tensor.flatten() for tensor in tensors.values()]).to(device)

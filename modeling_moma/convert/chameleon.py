@@ -41,19 +41,20 @@ from .vqgan import has_decoder, read_vqgan
 logger = logging.get_logger(__name__)
 
 VQ_PREFIX = "model.vqmodel."
-# ours and theirs
+# names of the layer norms here, and in the source
 _LAYER_NORMS = {"attention_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}
 _TAKEN_FIELDS = (*SAME_NAMED_FIELDS, "vocab_size", "rope_parameters", "attention_bias")
 
 
 def config_from_chameleon(config: Mapping) -> MomaConfig:
-    """The MoMa 1t1i configuration that computes what a Chameleon computes.
+    """Return the MoMa 1t1i configuration that computes what a Chameleon computes.
 
     Args:
-        config: contents of the `config.json` of a `ChameleonForConditionalGeneration`.
+        config (`Mapping`):
+            contents of the `config.json` of a `ChameleonForConditionalGeneration`.
 
     Returns:
-        `norm_placement="post"` where the source has `swin_norm` (34B), else `"pre"` (7B);
+        `MomaConfig`: `norm_placement="post"` where the source has `swin_norm` (34B), else `"pre"` (7B);
         `qk_norm="layernorm_per_head"`; special ids by their names in `vocabulary_map`, as the ids of released
         configurations disagree with it.
 
@@ -97,14 +98,16 @@ def _source_config(config: Mapping) -> ChameleonConfig:
 
 
 def chameleon_entries(reader: CheckpointReader, config: MomaConfig) -> list[Entry]:
-    """How each tensor of the MoMa comes about: all are taken, and the image expert is a copy of the text expert.
+    """Return the source of each tensor: all are taken, and the image expert is a copy of the text expert.
 
     Args:
-        reader: the source.
-        config: as [`config_from_chameleon`] gives.
+        reader (`CheckpointReader`):
+            the source.
+        config (`MomaConfig`):
+            as [`config_from_chameleon`] gives.
 
     Returns:
-        Layer by layer.
+        `list[Entry]`: layer by layer.
     """
     width, vocab = config.hidden_size, config.vocab_size
     entries = [Entry("model.embed_tokens.weight", (vocab, width), ("model.embed_tokens.weight",))]
@@ -138,7 +141,7 @@ def _attention_entries(reader: CheckpointReader, config: MomaConfig, prefix: str
         for part in ("weight", "bias"):
             key, shape = f"{prefix}{name}_norm.{part}", (heads[name], config.head_dim)
             found = reader.shapes.get(key, shape)
-            # one row for each shard of the training, where they have not been repeated for each head yet
+            # original checkpoints have one row per training shard, not yet repeated for each head
             if len(found) == 2 and found != shape and shape[0] % found[0] == 0 and found[1] == shape[1]:
                 yield Entry(key, shape, (key,), partial(_repeat_rows, num_rows=shape[0]), source_shapes=(found,))
             else:
@@ -163,22 +166,29 @@ def convert_chameleon(
 
     The codebook is renumbered, so that code `c` belongs to the `c`-th picture id, as [`MomaProcessor`] wants it.
     Where the picture ids do not allow that, or the folder has no tokenizer, the language model is written all the
-    same, and the log and the receipt say what is missing.
+    same, and the log and the report say what is missing.
 
     Args:
-        source: folder of a `ChameleonForConditionalGeneration`: `config.json`, weights, and best the files of its
+        source (`str | Path`):
+            folder of a `ChameleonForConditionalGeneration`: `config.json`, weights, and best the files of its
             processor.
-        output: the MoMa's folder; missing or empty.
-        dtype: of the output's language model; by default the source's. The probe compares with the source rounded
+        output (`str | Path`):
+            the MoMa's folder; missing or empty.
+        dtype (`torch.dtype`, *optional*):
+            of the output's language model; by default the source's. The probe compares with the source rounded
             likewise. The picture tokenizer is in float32.
-        allow_pickle: read `pytorch_model.bin` and `vqgan.ckpt`.
-        max_shard_size: size of the files.
-        probe: compare the logits of both models on a batch.
-        vqgan: the original picture tokenizer, which has the decoder that checkpoints of Transformers lack; see
+        allow_pickle (`bool`, *optional*, defaults to `False`):
+            read `pytorch_model.bin` and `vqgan.ckpt`.
+        max_shard_size (`int | str`, *optional*, defaults to `"2GB"`):
+            size of the files.
+        probe (`bool`, *optional*, defaults to `True`):
+            compare the logits of both models on a batch.
+        vqgan (`str | Path`, *optional*):
+            the original picture tokenizer, which has the decoder that checkpoints of Transformers lack; see
             [`read_vqgan`].
 
     Returns:
-        Counts of keys, and the relative difference of the logits before the source masks the pictures'.
+        `Receipt`: counts of keys, and the relative difference of the logits before the source masks the pictures'.
 
     Raises:
         CheckpointError: the source cannot be read or converted, or `vqgan` is not its picture tokenizer.
@@ -206,7 +216,7 @@ def convert_chameleon(
 def _convert_pictures(
     reader: CheckpointReader, vqgan: str | Path | None, allow_pickle: bool
 ) -> tuple[Callable[[Path], object] | None, str]:
-    """What writes the picture tokenizer into a folder, and what the receipt says of it."""
+    """Return a function that writes the picture tokenizer into a folder, and what the report says of it."""
     source = _source_config(reader.config)
     vocabulary = PictureVocabulary.from_map(source.vocabulary_map)
     try:
@@ -242,7 +252,7 @@ def _save_vq_model(vq_model: MomaVQModel, folder: Path) -> None:
 
 
 def _per_head_norms(reader: CheckpointReader, entries: list[Entry]) -> ChangedWeights:
-    """The source's tensors as Transformers wants them, with a row of each query-key norm for each head."""
+    """Return the source's tensors as Transformers wants them, with a row of each query-key norm for each head."""
     builds = {entry.sources[0]: entry.build for entry in entries if entry.source_shapes is not None}
     return ChangedWeights(reader, lambda name, tensor: builds[name](tensor) if name in builds else tensor)
 
@@ -253,7 +263,7 @@ def _compare_logits(
 ) -> ProbeResult:
     pictures = [token_id for bounds in config.modality_token_ranges["image"] for token_id in range(*bounds)]
     texts = sorted(set(range(config.vocab_size)).difference(pictures))
-    # as many of each kind, so that both experts are put to the test
+    # equal numbers of pictures and texts, so that both experts are tested
     batch = text_batch(pictures + texts[: len(pictures)])
     real = batch["attention_mask"].bool()
     logits = []

@@ -40,7 +40,7 @@ _TOKENIZER_FIELDS = (
 
 
 class ProcessorError(CheckpointError):
-    """Parts that are whole, but of which no [`MomaProcessor`] can be made."""
+    """Parts that are complete, but of which no [`MomaProcessor`] can be made."""
 
 
 @dataclass(frozen=True)
@@ -48,8 +48,14 @@ class PictureVocabulary:
     """Which token ids are pictures, and which code of the source's codebook each one stands for.
 
     Attributes:
-        code_of_id: code of each picture id, by ascending id.
-        begin_id, end_id, placeholder_id: tokens around a picture, and `<image>`.
+        code_of_id (`dict[int, int]`):
+            code of each picture id, by ascending id.
+        begin_id (`int`):
+            token before a picture's codes.
+        end_id (`int`):
+            token after them.
+        placeholder_id (`int`):
+            `<image>`.
     """
 
     code_of_id: dict[int, int]
@@ -60,6 +66,10 @@ class PictureVocabulary:
     @classmethod
     def from_map(cls, vocabulary_map: Mapping[str, int] | None) -> "PictureVocabulary":
         """Read `ChameleonConfig.vocabulary_map`, where `IMGIMGBCZ` is code 12: letters are digits, A is 0.
+
+        Args:
+            vocabulary_map (`Mapping[str, int] | None`):
+                the source's, from token to id.
 
         Raises:
             CheckpointError: no map, no picture in it, or a name that spells no number.
@@ -87,7 +97,11 @@ class PictureVocabulary:
         return [[span[0], span[-1] + 1] for span in spans]
 
     def codebook_order(self, num_embeddings: int) -> torch.Tensor:
-        """The source's code of each id, from the first picture id on, `[num_embeddings]`.
+        """Return the source's code of each id, from the first picture id on, `[num_embeddings]`.
+
+        Args:
+            num_embeddings (`int`):
+                codes of the source's picture tokenizer.
 
         Raises:
             CheckpointError: the ids do not follow one another, or are no permutation of the codebook.
@@ -112,19 +126,23 @@ def convert_vq_model(
     tensors: Mapping[str, torch.Tensor],
     vqgan: Mapping[str, torch.Tensor] | None = None,
 ) -> MomaVQModel:
-    """The source's picture tokenizer with its codebook renumbered: code `c` is the one of the `c`-th picture id.
+    """Return the source's picture tokenizer with a renumbered codebook: code `c` is that of the `c`-th picture id.
 
     Token ids stay the source's, so that logits can be compared id by id.
 
     Args:
-        config: the source's.
-        vocabulary: the source's.
-        tensors: its tensors under `model.vqmodel.`, without that prefix.
-        vqgan: the original tokenizer, which has the decoder that checkpoints of Transformers lack. Without one the
-            result has none either, and refuses to show pictures.
+        config (`ChameleonConfig`):
+            the source's.
+        vocabulary (`PictureVocabulary`):
+            the source's.
+        tensors (`Mapping[str, torch.Tensor]`):
+            its tensors under `model.vqmodel.`, without that prefix.
+        vqgan (`Mapping[str, torch.Tensor]`, *optional*):
+            the original tokenizer, which has the decoder that checkpoints of Transformers lack. Without one the result
+            has none either, and raises for pictures.
 
     Returns:
-        In float32.
+        `MomaVQModel`: in float32.
 
     Raises:
         CheckpointError: `vqgan` is another tokenizer than the checkpoint's, or tensors are missing, extra or
@@ -148,7 +166,7 @@ def convert_vq_model(
 
 
 def vq_config_of(config: ChameleonConfig) -> ChameleonVQVAEConfig:
-    """The configuration of the source's picture tokenizer, which reading has made a configuration of."""
+    """Return the configuration of the source's picture tokenizer, which reading has made a configuration of."""
     return config.vq_config  # pyright: ignore[reportReturnType]
 
 
@@ -166,18 +184,20 @@ def _check_same_codes(tensors: Mapping[str, torch.Tensor], vqgan: Mapping[str, t
 
 
 def convert_tokenizer(folder: str | Path, vocabulary: PictureVocabulary) -> PreTrainedTokenizerFast | None:
-    """The source's tokenizer with its picture tokens renamed to those of [`MomaProcessor`]; ids stay.
+    """Return the source's tokenizer with its picture tokens renamed to those of [`MomaProcessor`]; ids stay.
 
     The chat template stays as it is. One that takes `content` for a string knows no parts of a message: write
     `<image>` into the text, and pass the pictures to the processor beside it.
 
     Args:
-        folder: holds `tokenizer.json`, and best `tokenizer_config.json`; the chat template lies there, or in
+        folder (`str | Path`):
+            holds `tokenizer.json`, and best `tokenizer_config.json`; the chat template lies there, or in
             `chat_template.jinja` or `chat_template.json`.
-        vocabulary: the source's.
+        vocabulary (`PictureVocabulary`):
+            the source's.
 
     Returns:
-        `PreTrainedTokenizerFast`, or `None` without `tokenizer.json`.
+        `PreTrainedTokenizerFast` or `None`: the tokenizer, `None` without `tokenizer.json`.
 
     Raises:
         CheckpointError: a file that cannot be read.
@@ -225,7 +245,7 @@ def _chat_template(folder: Path, settings: dict) -> str | dict[str, str] | None:
     if (folder / "chat_template.jinja").is_file():
         return (folder / "chat_template.jinja").read_text(encoding="utf-8")
     template = read_json(folder / "chat_template.json", default={}).get("chat_template", settings.get("chat_template"))
-    # several by name
+    # several templates, by name
     return {entry["name"]: entry["template"] for entry in template} if isinstance(template, list) else template
 
 
@@ -249,11 +269,13 @@ def _rename_tokens(backend: Tokenizer, names: dict[int, str]) -> Tokenizer:
 
 
 def convert_image_processor(folder: str | Path, resolution: int) -> MomaImageProcessor:
-    """An image processor that gives the pixel values that the source's gives.
+    """Return an image processor that gives the pixel values that the source's gives.
 
     Args:
-        folder: may hold `preprocessor_config.json` or `processor_config.json`.
-        resolution: side of the pictures where it holds neither.
+        folder (`str | Path`):
+            may hold `preprocessor_config.json` or `processor_config.json`.
+        resolution (`int`):
+            side of the pictures where it holds neither.
     """
     folder = Path(folder)
     files = [folder / name for name in ("preprocessor_config.json", "processor_config.json")]
@@ -272,12 +294,15 @@ def convert_processor(
     """Join the source's tokenizer and image processor with the converted VQ model.
 
     Args:
-        folder: of the source.
-        vocabulary: the source's.
-        vq_model: see [`convert_vq_model`].
+        folder (`str | Path`):
+            of the source.
+        vocabulary (`PictureVocabulary`):
+            the source's.
+        vq_model (`MomaVQModel`):
+            see [`convert_vq_model`].
 
     Returns:
-        `MomaProcessor`, or `None` where the folder holds no tokenizer.
+        `MomaProcessor` or `None`: the processor, `None` where the folder holds no tokenizer.
 
     Raises:
         CheckpointError: a file that cannot be read.

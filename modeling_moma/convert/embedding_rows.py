@@ -21,11 +21,11 @@ from .output_comparison import streamed_model
 # new rows lie around the mean of the old ones, at this share of their spread, to be told apart
 NEW_ROW_SPREAD = 0.1
 STATISTICS_ROWS = 1024
-# of the pictures in the texts that rows are fitted to; longer ones look the same to a model that learnt none
+# codes of a picture in the texts for the fit; longer ones look the same to a model that learnt none
 MOST_CODES = 64
-# with a tied head every fit moves what the model reads, and with it the states that the next one sees
+# fits in a row with a tied head: each moves the embedding, and with it the states that the next one sees
 ROUNDS = 4
-# by how much, in nats, the picture codes shall stay below the words where words follow, beyond even odds
+# margin in nats by which picture codes shall stay below words where words follow
 MARGIN = 2.0
 # weight of the distance from the mean row, against that of the mean error
 RIDGE = 1e-2
@@ -56,19 +56,23 @@ def extend_rows(old: torch.Tensor, num_rows: int, new_ids: Sequence[int], genera
     """Give an embedding rows for new tokens: the mean of the old rows, and noise of 0.1 of their standard deviation.
 
     Args:
-        old: the source's embedding, `[V, D]`.
-        num_rows: rows of the result.
-        new_ids: rows to draw: all beyond the old ones, and old ones that no token used.
-        generator: of the noise.
+        old (`torch.Tensor`):
+            the source's embedding, `[V, D]`.
+        num_rows (`int`):
+            rows of the result.
+        new_ids (`Sequence[int]`):
+            rows to draw: all beyond the old ones, and old ones that no token used.
+        generator (`torch.Generator`):
+            of the noise.
 
     Returns:
-        `[num_rows, D]`, in the type of the old rows.
+        `torch.Tensor`: `[num_rows, D]`, in the type of the old rows.
     """
     new = torch.tensor(new_ids)
     is_kept = torch.ones(len(old), dtype=torch.bool)
     is_kept[new[new < len(old)]] = False
     total = torch.zeros(2, old.shape[1], dtype=torch.float64)
-    # in pieces, as all rows in double precision would take several times the memory of the embedding
+    # summed in pieces: all rows in double precision would take several times the embedding's memory
     for rows, kept in zip(old.split(STATISTICS_ROWS), is_kept.split(STATISTICS_ROWS)):
         rows = rows[kept].double()
         total += torch.stack([rows.sum(dim=0), rows.square().sum(dim=0)])
@@ -86,13 +90,20 @@ class PictureTexts:
     """Token ids of texts with a picture each, before the words or after them.
 
     Args:
-        words: ids of each text as a prompt begins, and as it goes on after a picture.
-        opening: ids before a picture that comes first.
-        begin: id of the token before a picture.
-        end: id of the token after it.
-        code_ids: ids of the codes.
-        num_codes: codes of a picture here.
-        odd: ids of words at random, as states before codes are unusual, too, and shall not be taken for these.
+        words (`Sequence[tuple[Sequence[int], Sequence[int]]]`):
+            ids of each text as a prompt begins, and as it goes on after a picture.
+        opening (`Sequence[int]`):
+            ids before a picture that comes first.
+        begin (`int`):
+            id of the token before a picture.
+        end (`int`):
+            id of the token after it.
+        code_ids (`Sequence[int]`):
+            ids of the codes.
+        num_codes (`int`):
+            codes of a picture here.
+        odd (`Sequence[Sequence[int]]`):
+            ids of words at random, as states before codes are unusual, too, and shall not be taken for these.
     """
 
     words: Sequence[tuple[Sequence[int], Sequence[int]]]
@@ -104,13 +115,13 @@ class PictureTexts:
     odd: Sequence[Sequence[int]]
 
     def batch(self, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Ids, padded with -1, and the kind of each position, both `[B, T]`; every seed draws other codes."""
+        """Return ids, padded with -1, and the kind of each position, both `[B, T]`; every seed draws other codes."""
         generator = torch.Generator().manual_seed(seed)
         rows, kinds = [], []
         for place, (opened, plain) in enumerate(self.words):
             picks = torch.randint(len(self.code_ids), (self.num_codes,), generator=generator).tolist()
             picture = [self.begin, *(self.code_ids[pick] for pick in picks), self.end]
-            # what follows the last code is the end, which a picture's grammar gives
+            # the last code is followed by the end token, which the grammar forces: nothing to fit
             of_picture = [CODES] * self.num_codes + [NEITHER, AFTER]
             if place % 2:
                 rows.append([*opened, *picture])
@@ -154,7 +165,7 @@ def fit_code_rows(
     head: str,
     tick: Callable[[], object] = lambda: None,
 ) -> torch.Tensor:
-    """Rows of the head with which codes follow codes and words follow words, each code as likely as the next.
+    """Return rows of the head with which codes follow codes and words follow words, each code as likely as the next.
 
     A new token whose row is the mean of the others has the mean of their logits, which a model that is sure of its
     words leaves far behind: pictures then begin at a loss far above that of a guess among all tokens. The codes share
@@ -163,17 +174,22 @@ def fit_code_rows(
     as they are.
 
     Args:
-        config: the target's.
-        weights: its tensors by name, with rows of [`extend_rows`].
-        texts: with pictures.
-        head: name of the tensor that gives the logits; that of the embedding where they are tied.
-        tick: called after every round.
+        config (`MomaConfig`):
+            the target's.
+        weights (`Mapping[str, torch.Tensor]`):
+            its tensors by name, with rows of [`extend_rows`].
+        texts (`PictureTexts`):
+            with pictures.
+        head (`str`):
+            name of the tensor that gives the logits; that of the embedding where they are tied.
+        tick (`Callable`, *optional*, defaults to `lambda: None`):
+            called after every round.
 
     Returns:
-        New rows of the head for the codes, `[C, D]`.
+        `torch.Tensor`: new rows of the head for the codes, `[C, D]`.
     """
     is_tied = config.tie_word_embeddings
-    # before the head is in memory
+    # computed before the head is loaded, to save memory
     states = None if is_tied else _states(config, weights, texts, seed=0)
     head_VD = weights[head]
     codes = torch.tensor(texts.code_ids)
@@ -182,11 +198,11 @@ def fit_code_rows(
     noise_CD, shared_D = start_CD - mean_D, mean_D
     for number in range(ROUNDS if is_tied else 1):
         state_ND, kind_N = states or _states(config, ReplacedWeights(weights, {head: head_VD}), texts, seed=number)
-        # of damaged weights nothing can be fitted; the probe says so
+        # nothing can be fitted to damaged weights; the probe reports them
         if not state_ND.isfinite().all():
             return start_CD
         fitted_D = _fit_shared(state_ND, kind_N, _log_sum_exp(state_ND, head_VD, texts.code_ids), mean_D, len(codes))
-        # half the way, since the states follow
+        # move half the way only, since the states follow
         shared_D = fitted_D if number == 0 else (shared_D + fitted_D) / 2
         head_VD[codes] = (shared_D + _levelled(noise_CD, state_ND[kind_N == CODES])).to(head_VD.dtype)
         tick()
@@ -195,13 +211,17 @@ def fit_code_rows(
 
 @torch.no_grad()
 def picture_loss(config: MomaConfig, weights: Mapping[str, torch.Tensor], texts: PictureTexts, head: str) -> float:
-    """Mean cross-entropy of the codes in nats over the whole vocabulary, on codes that no fit has seen.
+    """Return the mean cross-entropy of the codes in nats over the whole vocabulary, on codes that no fit has seen.
 
     Args:
-        config: the model's.
-        weights: its tensors by name.
-        texts: with pictures.
-        head: name of the tensor that gives the logits.
+        config (`MomaConfig`):
+            the model's.
+        weights (`Mapping[str, torch.Tensor]`):
+            its tensors by name.
+        texts (`PictureTexts`):
+            with pictures.
+        head (`str`):
+            name of the tensor that gives the logits.
     """
     ids_BT, kind_BT = texts.batch(seed=ROUNDS)
     state_ND, kind_N = _states(config, weights, texts, seed=ROUNDS)
@@ -215,7 +235,7 @@ def picture_loss(config: MomaConfig, weights: Mapping[str, torch.Tensor], texts:
 def _states(
     config: MomaConfig, weights: Mapping[str, torch.Tensor], texts: PictureTexts, seed: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Last hidden states `[N, D]` of all positions and their kinds `[N]`."""
+    """Return last hidden states `[N, D]` of all positions and their kinds `[N]`."""
     ids_BT, kind_BT = texts.batch(seed)
     model = streamed_model(MomaForCausalLM, config, weights)
     output = model.model(input_ids=ids_BT.clamp_min(0), attention_mask=(ids_BT >= 0).long(), use_cache=False)
@@ -223,7 +243,7 @@ def _states(
 
 
 def _log_sum_exp(state_ND: torch.Tensor, head_VD: torch.Tensor, without: Sequence[int]) -> torch.Tensor:
-    """`log sum exp` `[N]` of the logits of all tokens but some, in pieces of the vocabulary."""
+    """Return `log sum exp` `[N]` of the logits of all tokens but some, in pieces of the vocabulary."""
     hidden_V = torch.zeros(len(head_VD))
     hidden_V[list(without)] = -torch.inf
     result_N = torch.full((len(state_ND),), -torch.inf)
@@ -236,7 +256,7 @@ def _log_sum_exp(state_ND: torch.Tensor, head_VD: torch.Tensor, without: Sequenc
 def _fit_shared(
     state_ND: torch.Tensor, kind_N: torch.Tensor, words_N: torch.Tensor, mean_D: torch.Tensor, num_codes: int
 ) -> torch.Tensor:
-    """The vector that all codes share, by Newton's method in the space that the states span."""
+    """Return the vector that all codes share, by Newton's method in the space that the states span."""
     chosen_N = kind_N != NEITHER
     state_ND, kind_N, words_N = state_ND[chosen_N].double(), kind_N[chosen_N], words_N[chosen_N].double()
     is_code_N = (kind_N == CODES).double()
@@ -272,7 +292,7 @@ def _fit_shared(
 
 
 def _levelled(noise_CD: torch.Tensor, state_ND: torch.Tensor) -> torch.Tensor:
-    """Noise without the part that states before codes would see most of, so that no code is likelier than another."""
+    """Return noise without the part that states before codes see most of, so that no code is likelier than another."""
     dimensions = min(LEVELLED, noise_CD.shape[1] // 4)
     _, _, directions_RD = torch.linalg.svd(state_ND, full_matrices=False)
     directions_RD = directions_RD[:dimensions]

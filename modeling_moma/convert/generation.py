@@ -18,15 +18,18 @@ def convert_generation_config(
     """Keep how the source generates, with the padding and beginning tokens of the MoMa, and its end token added.
 
     Args:
-        folder: of the source; may hold `generation_config.json`.
-        config: of the target.
-        source: of the source, where its own end tokens stop the MoMa as well.
+        folder (`Path`):
+            of the source; may hold `generation_config.json`.
+        config (`MomaConfig`):
+            of the target.
+        source (`PreTrainedConfig`, *optional*):
+            of the source, where its own end tokens stop the MoMa as well.
 
     Returns:
-        `GenerationConfig`
+        `GenerationConfig`: the settings.
 
     Raises:
-        CheckpointError: the file cannot be read, or holds settings that Transformers refuses to save.
+        CheckpointError: the file cannot be read, or holds settings that Transformers does not save.
     """
     path = folder / FILE
     try:

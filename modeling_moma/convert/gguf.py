@@ -40,11 +40,14 @@ class GgufReader(TensorSource):
     where `from_pretrained(gguf_file=...)` holds the whole model. All come as float32.
 
     Args:
-        folder: holds the file.
-        file: its name.
+        folder (`str | Path`):
+            holds the file.
+        file (`str`):
+            its name.
 
     Attributes:
-        source_config: as Transformers makes it of the file.
+        source_config (`PreTrainedConfig`):
+            as Transformers makes it of the file.
 
     Raises:
         CheckpointError: no such file, the package `gguf` is missing, or Transformers cannot read the file.
@@ -60,25 +63,29 @@ class GgufReader(TensorSource):
             raise CheckpointError(f"{self.path}: it takes the package gguf to read it: pip install '.[gguf]'.")
         try:
             self.source_config: PreTrainedConfig = AutoConfig.from_pretrained(self.folder, **self.loading)
-        # what a damaged file makes of the library is anything
+        # the library raises errors of any type for damaged files
         except Exception as error:
             reason = one_line(error)
             raise CheckpointError(f"{self.path}: Transformers cannot read it: {reason}") from error
 
     @functools.cached_property
     def config(self) -> dict:
+        """The configuration that Transformers reads from the file."""
         return self.source_config.to_dict()
 
     @functools.cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the tensors, by name."""
         return {name: tensor.shape for name, tensor in self._tensors.items()}
 
     @functools.cached_property
     def dtypes(self) -> dict[str, torch.dtype]:
+        """Types of the tensors, by name; what is quantised is read in fp32."""
         return dict.fromkeys(self._tensors, torch.float32)
 
     @functools.cached_property
     def files(self) -> dict[str, Path]:
+        """The file of each tensor, by name."""
         return dict.fromkeys(self._tensors, self.path)
 
     def read(self, name: str, rows: slice | None = None) -> torch.Tensor:
@@ -106,7 +113,7 @@ class GgufReader(TensorSource):
         """The architecture, and where each tensor lies."""
         from gguf import GGUFReader
 
-        # not kept, since it holds every token of the vocabulary as an array of its own
+        # the reader is not kept: it holds every token of the vocabulary as a separate array
         reader = GGUFReader(self.path)
         field: Any = reader.get_field("general.architecture")
         return field.contents(), [

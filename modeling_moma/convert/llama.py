@@ -41,7 +41,7 @@ from .unsupported import check_features, check_model_type
 
 IMAGE_GROUPS = ("copy", "new")
 CODE_ROWS = ("fitted", "mean")
-# of a text that code rows are fitted to
+# longest text, in words, that code rows are fitted to
 MOST_WORDS = 24
 # texts of words at random beside them
 ODD_ROWS = 4
@@ -69,24 +69,36 @@ def convert_llama(
     messages that are strings, and takes parts with pictures.
 
     Args:
-        source: folder of a checkpoint of Transformers, with its tokenizer, or its name on the Hub.
-        output: folder for the model and its processor.
-        processor: folder of a [`MomaProcessor`], whose picture tokenizer the model shall use.
-        gguf_file: name of a GGUF file of the source to read in place of its other weights. The weights are
-            dequantized, so `dtype` decides on the size; float32 by default.
-        image_group: `"copy"` starts the image group with the text group's weights, `"new"` with random ones.
-        code_rows: `"fitted"` gives the codes' rows of the head a shared vector with which codes follow codes, see
+        source (`str | Path`):
+            folder of a checkpoint of Transformers, with its tokenizer, or its name on the Hub.
+        output (`str | Path`):
+            folder for the model and its processor.
+        processor (`str | Path`):
+            folder of a [`MomaProcessor`], whose picture tokenizer the model shall use.
+        gguf_file (`str`, *optional*):
+            name of a GGUF file of the source to read in place of its other weights. The weights are dequantized, so
+            `dtype` decides on the size; float32 by default.
+        image_group (`str`, *optional*, defaults to `"copy"`):
+            `"copy"` starts the image group with the text group's weights, `"new"` with random ones.
+        code_rows (`str`, *optional*, defaults to `"fitted"`):
+            `"fitted"` gives the codes' rows of the head a shared vector with which codes follow codes, see
             [`fit_code_rows`], so that the loss of pictures begins at that of a guess among the codes. `"mean"` leaves
             them around the mean row.
-        seed: of the new weights.
-        dtype: of the output; by default the source's. The probe compares with the source rounded likewise.
-        allow_pickle: see [`CheckpointReader`].
-        max_shard_size: size of the output's files.
-        probe: compare the logits of both models on a batch of text.
+        seed (`int`, *optional*, defaults to `0`):
+            of the new weights.
+        dtype (`torch.dtype`, *optional*):
+            of the output; by default the source's. The probe compares with the source rounded likewise.
+        allow_pickle (`bool`, *optional*, defaults to `False`):
+            see [`CheckpointReader`].
+        max_shard_size (`int | str`, *optional*, defaults to `"2GB"`):
+            size of the output's files.
+        probe (`bool`, *optional*, defaults to `True`):
+            compare the logits of both models on a batch of text.
 
     Returns:
-        Also saved as `conversion.json`. It says what share of the probability the new tokens have on text: about their
-        share of the vocabulary where the source is undecided, less where it is sure; and the loss of pictures.
+        `Receipt`: also saved as `conversion.json`. It says what share of the probability the new tokens have on text:
+        about their share of the vocabulary where the source is undecided, less where it is sure; and the loss of
+        pictures.
 
     Raises:
         CheckpointError: the source is damaged, or has a feature that MoMa cannot express.
@@ -95,7 +107,7 @@ def convert_llama(
     for name, value, choices in (("image_group", image_group, IMAGE_GROUPS), ("code_rows", code_rows, CODE_ROWS)):
         if value not in choices:
             raise InputError(f"`{name}` must be one of {choices}, got {value!r}.")
-    # before minutes are spent on the fit
+    # check the output folder before minutes are spent on the fit
     check_free(Path(output).absolute())
     reader = open_source(source, gguf_file, allow_pickle)
     rounded = rounded_weights(reader, dtype)
@@ -213,11 +225,13 @@ def _moma_config(source: PreTrainedConfig, layout: dict, reader: TensorSource) -
 
 
 def picture_texts(processor: MomaProcessor, old_ids: list[int]) -> PictureTexts:
-    """Texts with pictures in the ids of a processor.
+    """Return the texts with pictures in the ids of a processor.
 
     Args:
-        processor: of the target.
-        old_ids: the source's tokens.
+        processor (`MomaProcessor`):
+            of the target.
+        old_ids (`list[int]`):
+            the source's tokens.
     """
     generator = torch.Generator().manual_seed(0)
     picks = torch.randint(len(old_ids), (ODD_ROWS, MOST_WORDS), generator=generator)

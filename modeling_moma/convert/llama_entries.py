@@ -21,9 +21,12 @@ class BuiltWeights(Mapping):
     """Tensors of the target by name, each made of the source's when it is asked for.
 
     Args:
-        source: gives the source's tensors.
-        entries: one for each tensor.
-        dtype: of floating-point tensors; by default that of their sources.
+        source (`TensorSource`):
+            gives the source's tensors.
+        entries (`Sequence[Entry]`):
+            one for each tensor.
+        dtype (`torch.dtype`, *optional*):
+            of floating-point tensors; by default that of their sources.
     """
 
     def __init__(self, source: TensorSource, entries: Sequence[Entry], dtype: torch.dtype | None = None):
@@ -43,7 +46,7 @@ class BuiltWeights(Mapping):
 
 
 def ignored_keys(config: MomaConfig) -> dict[str, str]:
-    """Patterns of keys of the source that the target has no place for, with the reasons."""
+    """Return the patterns of keys of the source that the target has no parameter for, with the reasons."""
     ignored = {"model.layers.*.self_attn.rotary_emb.inv_freq": "rotary frequencies, computed anew"}
     if config.tie_word_embeddings:
         ignored[HEAD] = "the head, tied to the embedding"
@@ -53,14 +56,19 @@ def ignored_keys(config: MomaConfig) -> dict[str, str]:
 def llama_entries(
     config: MomaConfig, source: PreTrainedConfig, new_ids: list[int], image_group: str, seed: int
 ) -> list[Entry]:
-    """An entry for every tensor of the target.
+    """Return an entry for every tensor of the target.
 
     Args:
-        config: the target's.
-        source: the source's.
-        new_ids: tokens whose rows are drawn.
-        image_group: `"copy"` or `"new"`.
-        seed: of what is drawn.
+        config (`MomaConfig`):
+            the target's.
+        source (`PreTrainedConfig`):
+            the source's.
+        new_ids (`list[int]`):
+            tokens whose rows are drawn.
+        image_group (`str`):
+            `"copy"` or `"new"`.
+        seed (`int`):
+            of what is drawn.
     """
     width = config.hidden_size
     names = [EMBEDDING] if config.tie_word_embeddings else [EMBEDDING, HEAD]
@@ -82,13 +90,17 @@ def _extend(old: torch.Tensor, num_rows: int, new_ids: list[int], seed: int, pla
 
 
 def with_code_rows(entries: Sequence[Entry], name: str, code_ids: Sequence[int], row_CD: torch.Tensor) -> list[Entry]:
-    """The entries, one of them with other rows for the picture codes.
+    """Return the entries, one of them with other rows for the picture codes.
 
     Args:
-        entries: of [`llama_entries`].
-        name: of the head, or of the embedding where they are tied.
-        code_ids: ids of the codes.
-        row_CD: their rows, `[C, D]`.
+        entries (`Sequence[Entry]`):
+            of [`llama_entries`].
+        name (`str`):
+            of the head, or of the embedding where they are tied.
+        code_ids (`Sequence[int]`):
+            ids of the codes.
+        row_CD (`torch.Tensor`):
+            their rows, `[C, D]`.
     """
 
     def build(extend: Callable[..., torch.Tensor], *sources: torch.Tensor) -> torch.Tensor:

@@ -10,7 +10,7 @@ from accelerate.hooks import attach_align_device_hook
 from transformers import PreTrainedConfig, PreTrainedModel
 
 
-# of the largest logit, in fp32
+# bound of the relative difference of logits in fp32
 LARGEST_DIFFERENCE = 1e-3
 NUM_ROWS, ROW_LENGTH, NUM_PADDED = 2, 16, 5
 
@@ -20,9 +20,12 @@ class ProbeResult:
     """What a probe batch shows.
 
     Args:
-        relative_difference: see [`relative_difference`].
-        new_token_probability: see [`new_token_probability`]; None without new tokens.
-        picture_loss: mean loss of picture codes in nats; None without new tokens.
+        relative_difference (`float`):
+            see [`relative_difference`].
+        new_token_probability (`float`, *optional*):
+            see [`new_token_probability`]; None without new tokens.
+        picture_loss (`float`, *optional*):
+            mean loss of picture codes in nats; None without new tokens.
     """
 
     relative_difference: float
@@ -34,8 +37,10 @@ class ChangedWeights(Mapping):
     """Weights by name, each changed when it is asked for.
 
     Args:
-        weights: as they are.
-        change: gets a name and its tensor.
+        weights (`Mapping[str, torch.Tensor]`):
+            as they are.
+        change (`Callable`):
+            gets a name and its tensor.
     """
 
     def __init__(self, weights: Mapping[str, torch.Tensor], change: Callable[[str, torch.Tensor], torch.Tensor]):
@@ -52,11 +57,13 @@ class ChangedWeights(Mapping):
 
 
 def rounded_weights(weights: Mapping[str, torch.Tensor], dtype: torch.dtype | None) -> Mapping[str, torch.Tensor]:
-    """Weights in the type that a conversion writes, so that a probe shows errors of the conversion, not the rounding.
+    """Return weights in the type that a conversion writes, so that a probe shows its errors, not the rounding.
 
     Args:
-        weights: the source's.
-        dtype: of its floating-point tensors; by default their own.
+        weights (`Mapping[str, torch.Tensor]`):
+            the source's.
+        dtype (`torch.dtype | None`):
+            of its floating-point tensors; by default their own.
     """
     if dtype is None:
         return weights
@@ -66,16 +73,19 @@ def rounded_weights(weights: Mapping[str, torch.Tensor], dtype: torch.dtype | No
 def streamed_model(
     model_class: type[PreTrainedModel], config: PreTrainedConfig, weights: Mapping[str, torch.Tensor]
 ) -> PreTrainedModel:
-    """A model in eval mode that computes in fp32 and holds the weights of one module at a time.
+    """Return a model in eval mode that computes in fp32 and holds the weights of one module at a time.
 
     Args:
-        model_class: for instance `LlamaForCausalLM`.
-        config: its configuration.
-        weights: parameters and persistent buffers by name, read anew at every use, as a `CheckpointReader`; tied
-            weights may be missing.
+        model_class (`type[PreTrainedModel]`):
+            for instance `LlamaForCausalLM`.
+        config (`PreTrainedConfig`):
+            its configuration.
+        weights (`Mapping[str, torch.Tensor]`):
+            parameters and persistent buffers by name, read anew at every use, as a `CheckpointReader`; tied weights
+            may be missing.
 
     Returns:
-        With parameters on the meta device; call it under `torch.no_grad()`.
+        `PreTrainedModel`: with parameters on the meta device; call it under `torch.no_grad()`.
     """
     # buffers that are not saved, as rotary frequencies, have to be real
     with init_empty_weights(include_buffers=False):
@@ -91,14 +101,16 @@ def streamed_model(
 
 
 def text_batch(token_ids: list[int], seed: int = 0) -> dict[str, torch.Tensor]:
-    """A probe batch of two rows of 16 positions, one of them padded on the left.
+    """Return a probe batch of two rows of 16 positions, one of them padded on the left.
 
     Args:
-        token_ids: ids to draw from.
-        seed: of the draw.
+        token_ids (`list[int]`):
+            ids to draw from.
+        seed (`int`, *optional*, defaults to `0`):
+            of the draw.
 
     Returns:
-        `input_ids` and `attention_mask`, `[2, 16]`.
+        `dict[str, torch.Tensor]`: `input_ids` and `attention_mask`, `[2, 16]`.
     """
     generator = torch.Generator().manual_seed(seed)
     picks = torch.randint(len(token_ids), (NUM_ROWS, ROW_LENGTH), generator=generator)
@@ -108,14 +120,16 @@ def text_batch(token_ids: list[int], seed: int = 0) -> dict[str, torch.Tensor]:
 
 
 def relative_difference(source: torch.Tensor, converted: torch.Tensor) -> float:
-    """`max |a - b| / max |a|` of the source's logits `a` and the converted model's logits `b`.
+    """Return `max |a - b| / max |a|` of the source's logits `a` and the converted model's logits `b`.
 
     Args:
-        source: any shape, padding left out.
-        converted: the same shape.
+        source (`torch.Tensor`):
+            any shape, padding left out.
+        converted (`torch.Tensor`):
+            the same shape.
 
     Returns:
-        NaN where a logit is.
+        `float`: NaN where a logit is.
     """
     difference = (source.float() - converted.float()).abs().max()
     return float(difference / source.float().abs().max().clamp_min(torch.finfo(torch.float32).tiny))
@@ -125,11 +139,13 @@ def new_token_probability(logits: torch.Tensor, new_ids: list[int]) -> float:
     """Share of the softmax that falls on new tokens, all together, as the mean over positions.
 
     Args:
-        logits: of the converted model, `[N, V]`, padding left out.
-        new_ids: the new tokens.
+        logits (`torch.Tensor`):
+            of the converted model, `[N, V]`, padding left out.
+        new_ids (`list[int]`):
+            the new tokens.
 
     Returns:
-        0 to 1.
+        `float`: 0 to 1.
     """
     return float(logits.float().softmax(dim=-1)[:, new_ids].sum(dim=-1).mean())
 

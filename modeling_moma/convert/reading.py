@@ -39,13 +39,20 @@ class TensorSource(Mapping):
     """The tensors of a checkpoint, by name; each one is read when it is asked for.
 
     Attributes:
-        folder: where it lies.
-        label: what the receipt calls it.
-        loading: arguments beside the folder with which `from_pretrained` of Transformers reads it.
-        config: contents of `config.json`, or what a file holds in its place.
-        shapes: shape of each tensor, by name.
-        dtypes: its type.
-        files: the file it lies in.
+        folder (`Path`):
+            where it lies.
+        label (`str`):
+            the source's name in the report.
+        loading (`dict[str, str]`):
+            arguments beside the folder with which `from_pretrained` of Transformers reads it.
+        config (`Mapping[str, Any]`):
+            contents of `config.json`, or what a file holds in its place.
+        shapes (`Mapping[str, tuple[int, ...]]`):
+            shape of each tensor, by name.
+        dtypes (`Mapping[str, torch.dtype]`):
+            its type.
+        files (`Mapping[str, Path]`):
+            the file it lies in.
     """
 
     config: Mapping[str, Any]
@@ -70,11 +77,13 @@ class TensorSource(Mapping):
         """Read one tensor.
 
         Args:
-            name: its key.
-            rows: read these indices of the first dimension only; without a step.
+            name (`str`):
+                its key.
+            rows (`slice`, *optional*):
+                read these indices of the first dimension only; without a step.
 
         Returns:
-            On the CPU.
+            `torch.Tensor`: on the CPU.
 
         Raises:
             KeyError: there is no such tensor.
@@ -85,13 +94,15 @@ class TensorSource(Mapping):
 class CheckpointReader(TensorSource):
     """The tensors of a checkpoint folder, by name; each one is read from the disk when it is asked for.
 
-    Opening reads the headers alone and checks that the files are whole and agree with the index. No file stays mapped
-    or open, so that the memory in use is that of the tensors that the caller holds.
+    Opening reads the headers alone and checks that the files are complete and agree with the index. No file stays
+    mapped or open, so that the memory in use is that of the tensors that the caller holds.
 
     Args:
-        folder: Holds `model.safetensors`, or `model.safetensors.index.json` and its shards.
-        allow_pickle: Whether to read `pytorch_model.bin` files where there are no safetensors files, see
-            [`read_pickle`]. One of them is held in memory at a time.
+        folder (`str | Path`):
+            Holds `model.safetensors`, or `model.safetensors.index.json` and its shards.
+        allow_pickle (`bool`, *optional*, defaults to `False`):
+            Whether to read `pytorch_model.bin` files where there are no safetensors files, see [`read_pickle`]. One of
+            them is held in memory at a time.
 
     Raises:
         CheckpointError: there are no weights, only pickles that were not allowed, or a shard is missing, cut short or
@@ -122,17 +133,20 @@ class CheckpointReader(TensorSource):
 
     @functools.cached_property
     def config(self) -> dict:
+        """The checkpoint's `config.json`."""
         return read_json(self.folder / "config.json")
 
     def read(self, name: str, rows: slice | None = None) -> torch.Tensor:
         """See [`TensorSource.read`].
 
         Args:
-            name: its key.
-            rows: read these indices of the first dimension only; without a step.
+            name (`str`):
+                its key.
+            rows (`slice`, *optional*):
+                read these indices of the first dimension only; without a step.
 
         Returns:
-            On the CPU, in the type of the file.
+            `torch.Tensor`: on the CPU, in the type of the file.
 
         Raises:
             KeyError: there is no such tensor.
@@ -226,7 +240,7 @@ class CheckpointReader(TensorSource):
 
     def _unpickled(self, path: Path) -> dict[str, torch.Tensor]:
         if self._pickle is None or self._pickle[0] != path:
-            # the last one goes before the next one comes
+            # free the previous tensor before the next one is read
             self._pickle = None
             self._pickle = (path, read_pickle(path))
         return self._pickle[1]
@@ -236,11 +250,13 @@ def read_json(path: Path, default: dict | None = None) -> dict:
     """Read a JSON object.
 
     Args:
-        path: the file.
-        default: what to return where there is no such file.
+        path (`Path`):
+            the file.
+        default (`dict`, *optional*):
+            what to return where there is no such file.
 
     Returns:
-        Its contents.
+        `dict`: its contents.
 
     Raises:
         CheckpointError: the file is missing and there is no default, or it holds no JSON object.
@@ -264,11 +280,13 @@ def read_pickle(path: Path, map_location: str = "cpu") -> dict[str, torch.Tensor
     Tensors and plain containers are read (`torch.load(weights_only=True)`), and no code of the file is run.
 
     Args:
-        path: the file.
-        map_location: device of the tensors; `"meta"` for their shapes alone.
+        path (`Path`):
+            the file.
+        map_location (`str`, *optional*, defaults to `"cpu"`):
+            device of the tensors; `"meta"` for their shapes alone.
 
     Returns:
-        What lies beside `"state_dict"` is left out.
+        `dict[str, torch.Tensor]`: what lies beside `"state_dict"` is left out.
 
     Raises:
         CheckpointError: other objects in the file, as training checkpoints may hold; no tensors by name; or a file

@@ -20,12 +20,15 @@ def open_source(source: str | Path, gguf_file: str | None = None, allow_pickle: 
     """Open a checkpoint of Transformers.
 
     Args:
-        source: its folder, or its name on the Hub, which is fetched into the cache of `huggingface_hub`.
-        gguf_file: name of a GGUF file in it to read in place of its other weights.
-        allow_pickle: see [`CheckpointReader`].
+        source (`str | Path`):
+            its folder, or its name on the Hub, which is fetched into the cache of `huggingface_hub`.
+        gguf_file (`str`, *optional*):
+            name of a GGUF file in it to read in place of its other weights.
+        allow_pickle (`bool`, *optional*, defaults to `False`):
+            see [`CheckpointReader`].
 
     Returns:
-        A reader of its tensors.
+        `TensorSource`: a reader of its tensors.
 
     Raises:
         CheckpointError: there is no such folder and nothing of that name can be fetched, or its files are damaged.
@@ -45,12 +48,15 @@ def fetch(name: str, gguf_file: str | None = None, allow_pickle: bool = False) -
     """Fetch a repository of the Hub, as far as a conversion reads it.
 
     Args:
-        name: `owner/name`.
-        gguf_file: fetch these weights alone.
-        allow_pickle: fetch `pytorch_model` files as well.
+        name (`str`):
+            `owner/name`.
+        gguf_file (`str`, *optional*):
+            fetch these weights alone.
+        allow_pickle (`bool`, *optional*, defaults to `False`):
+            fetch `pytorch_model` files as well.
 
     Returns:
-        Its folder in the cache.
+        `Path`: its folder in the cache.
 
     Raises:
         CheckpointError: the Hub cannot be reached and the cache lacks it, or there is no such repository.

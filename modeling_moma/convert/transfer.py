@@ -27,7 +27,7 @@ from .reading import DTYPES, CheckpointError, CheckpointReader, TensorSource
 from .report import Receipt
 
 
-# what a decoder's configuration in Transformers and `MomaConfig` call by the same name
+# fields with the same name in `MomaConfig` and in decoder configurations of Transformers
 SAME_NAMED_FIELDS = (
     "hidden_size",
     "intermediate_size",
@@ -45,7 +45,7 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 def unchanged(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor as it is."""
+    """Return the tensor as it is."""
     return tensor
 
 
@@ -54,13 +54,19 @@ class Entry:
     """How one tensor of the target comes about.
 
     Args:
-        name: its key in `MomaForCausalLM`.
-        shape: its shape.
-        sources: keys of the source that it needs.
-        build: makes it of these tensors.
-        kind: `"taken"` (a tensor of the source, as it is or rearranged), `"copied"` (a further copy of one that
-            another entry takes) or `"new"`.
-        source_shapes: shapes that the sources must have; by default that of the target.
+        name (`str`):
+            its key in `MomaForCausalLM`.
+        shape (`tuple[int, ...]`):
+            its shape.
+        sources (`tuple[str, ...]`, *optional*, defaults to `()`):
+            keys of the source that it needs.
+        build (`Callable`, *optional*, defaults to `unchanged`):
+            makes it of these tensors.
+        kind (`Literal["taken", "copied", "new"]`, *optional*, defaults to `"taken"`):
+            `"taken"` (a tensor of the source, as it is or rearranged), `"copied"` (a further copy of one that another
+            entry takes) or `"new"`.
+        source_shapes (`tuple[tuple[int, ...], ...]`, *optional*):
+            shapes that the sources must have; by default that of the target.
     """
 
     name: str
@@ -71,7 +77,7 @@ class Entry:
     source_shapes: tuple[tuple[int, ...], ...] | None = None
 
 
-# with the type in which it is written
+# an entry and the type in which it is written
 TypedEntry = tuple[Entry, torch.dtype]
 
 
@@ -97,20 +103,30 @@ def transfer(
     that are no more are cleared away.
 
     Args:
-        reader: the source.
-        config: of the target.
-        entries: one for every parameter and persistent buffer of the target; none for a tied head.
-        output: the target's folder; missing or empty.
-        ignored: patterns (as of `fnmatch`) of keys of the source that may be left out, each with the reason.
-        max_shard_size: size of the target's files.
-        dtype: of the target's floating-point tensors; by default that of their sources.
-        generation_config: by default what follows from `config`.
-        extras: writes further files into the folder that it is given, as a processor.
-        probe: gets a reader of the written tensors and returns a [`ProbeResult`]; with a relative difference above
+        reader (`TensorSource`):
+            the source.
+        config (`MomaConfig`):
+            of the target.
+        entries (`Sequence[Entry]`):
+            one for every parameter and persistent buffer of the target; none for a tied head.
+        output (`str | Path`):
+            the target's folder; missing or empty.
+        ignored (`Mapping[str, str]`, *optional*):
+            patterns (as of `fnmatch`) of keys of the source that may be left out, each with the reason.
+        max_shard_size (`int | str`, *optional*, defaults to `"2GB"`):
+            size of the target's files.
+        dtype (`torch.dtype`, *optional*):
+            of the target's floating-point tensors; by default that of their sources.
+        generation_config (`GenerationConfig`, *optional*):
+            by default what follows from `config`.
+        extras (`Callable`, *optional*):
+            writes further files into the folder that it is given, as a processor.
+        probe (`Callable`, *optional*):
+            gets a reader of the written tensors and returns a [`ProbeResult`]; with a relative difference above
             `LARGEST_DIFFERENCE` the conversion fails.
 
     Returns:
-        Saved in the folder as `conversion.json`, too.
+        `Receipt`: saved in the folder as `conversion.json`, too.
 
     Raises:
         CheckpointError: a key is missing, surplus or of another shape, the output exists or comes to exist meanwhile,
@@ -121,25 +137,25 @@ def transfer(
     with torch.device("meta"):
         model = MomaForCausalLM(config)
     _check_target(model, entries)
-    receipt = check_source(reader, entries, ignored or {})
+    report = check_source(reader, entries, ignored or {})
     typed = _with_dtypes(reader, entries, dtype)
     shards = _plan_shards(typed, convert_file_size_to_int(max_shard_size))
-    receipt.tensor_bytes = sum(_num_bytes(entry, dtype) for entry, dtype in typed)
-    receipt.files = len(shards)
+    report.tensor_bytes = sum(_num_bytes(entry, dtype) for entry, dtype in typed)
+    report.files = len(shards)
 
     aside = path_aside(output)
     aside.mkdir()
     try:
         if extras is not None:
             extras(aside)
-        _write_weights(reader, shards, aside, receipt.tensor_bytes)
+        _write_weights(reader, shards, aside, report.tensor_bytes)
         if probe is not None:
             result = probe(CheckpointReader(aside))
-            receipt.relative_difference = result.relative_difference
-            receipt.new_token_probability = result.new_token_probability
-            receipt.picture_loss = result.picture_loss
-            _check_difference(receipt.relative_difference, reader)
-        receipt.save(aside)
+            report.relative_difference = result.relative_difference
+            report.new_token_probability = result.new_token_probability
+            report.picture_loss = result.picture_loss
+            _check_difference(report.relative_difference, reader)
+        report.save(aside)
         (generation_config or GenerationConfig.from_model_config(config)).save_pretrained(aside)
         config = copy.deepcopy(config)
         config.architectures = [type(model).__name__]
@@ -151,7 +167,7 @@ def transfer(
         os.replace(aside, output)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
-    return receipt
+    return report
 
 
 def check_free(output: Path) -> None:
@@ -190,12 +206,15 @@ def check_source(reader: TensorSource, entries: Sequence[Entry], ignored: Mappin
     """Compare the keys and shapes of a source with what the entries need, and count them.
 
     Args:
-        reader: the source.
-        entries: see [`transfer`].
-        ignored: see [`transfer`].
+        reader (`TensorSource`):
+            the source.
+        entries (`Sequence[Entry]`):
+            see [`transfer`].
+        ignored (`Mapping[str, str]`):
+            see [`transfer`].
 
     Returns:
-        Counts of keys alone.
+        `Receipt`: counts of keys alone.
 
     Raises:
         CheckpointError: a key is missing, surplus or of another shape.
@@ -259,14 +278,14 @@ def _num_bytes(entry: Entry, dtype: torch.dtype) -> int:
 
 
 def _plan_shards(typed: list[TypedEntry], max_bytes: int) -> list[list[TypedEntry]]:
-    shards, room = [], 0
+    shards, bytes_left = [], 0
     for entry, dtype in typed:
         size = _num_bytes(entry, dtype)
-        if not shards or size > room:
+        if not shards or size > bytes_left:
             shards.append([])
-            room = max_bytes
+            bytes_left = max_bytes
         shards[-1].append((entry, dtype))
-        room -= size
+        bytes_left -= size
     return shards
 
 
@@ -274,7 +293,7 @@ def _write_weights(reader: TensorSource, shards: list[list[TypedEntry]], folder:
     names = ["model.safetensors"]
     if len(shards) > 1:
         names = [f"model-{number:05}-of-{len(shards):05}.safetensors" for number in range(1, len(shards) + 1)]
-    # one bar for all files, in bytes: tensors are of very different size
+    # one progress bar in bytes for all files: tensors differ much in size
     with logging.tqdm(total=total_bytes, desc="tensors", unit="B", unit_scale=True) as progress:
         for name, shard in zip(names, shards):
             _write_shard(reader, shard, folder / name, progress.update)
@@ -308,5 +327,5 @@ def _write_shard(reader: TensorSource, shard: list[TypedEntry], path: Path, wrot
             if tensor.numel():
                 file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
             wrote(_num_bytes(entry, dtype))
-            # before the next one is read
+            # free this tensor before the next one is read
             del tensor

@@ -19,8 +19,10 @@ def check_model_type(config: Mapping[str, Any], where: Path) -> None:
     """Refuse kinds of models that cannot be converted; where much is alike, by all that differs.
 
     Args:
-        config: contents of the source's `config.json`.
-        where: the file, for messages.
+        config (`Mapping[str, Any]`):
+            contents of the source's `config.json`.
+        where (`Path`):
+            the file, for messages.
 
     Raises:
         CheckpointError: the model is none of `MODEL_TYPES`.
@@ -82,8 +84,10 @@ def check_features(config: PreTrainedConfig, where: Path) -> None:
     """Refuse, by its field, what a model of a known kind may have and MoMa lacks.
 
     Args:
-        config: the source's, as Transformers reads it.
-        where: its file, for messages.
+        config (`PreTrainedConfig`):
+            the source's, as Transformers reads it.
+        where (`Path`):
+            its file, for messages.
 
     Raises:
         CheckpointError: biases in feed-forward layers, sliding windows, or rotary embeddings of another kind.

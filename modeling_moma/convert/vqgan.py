@@ -20,7 +20,7 @@ from .reading import CheckpointError, read_pickle
 # the discriminator and the perceptual network of training, which no picture passes at inference
 IGNORED_PREFIX = "loss."
 DECODER_PREFIX = "decoder."
-# whose rows or channels tell a size of the configuration: field, parameter, axis
+# sizes of the configuration read off shapes: field, parameter, axis
 _SIZES = (
     ("base_channels", "encoder.conv_in.weight", 0),
     ("in_channels", "encoder.conv_in.weight", 1),
@@ -34,13 +34,15 @@ def read_vqgan(path: str | Path, *, allow_pickle: bool = False) -> dict[str, tor
     """Read the tensors of an image tokenizer in the original layout, without those of its training losses.
 
     Args:
-        path: `vqgan.ckpt`, a pickle of tensors by name, bare or under `"state_dict"`, beside which only tensors and
+        path (`str | Path`):
+            `vqgan.ckpt`, a pickle of tensors by name, bare or under `"state_dict"`, beside which only tensors and
             plain containers may lie; or the same tensors in a `.safetensors` file.
-        allow_pickle: read pickles, see [`read_pickle`]. Of a training checkpoint with further objects save the
-            `state_dict` alone where the training code is installed.
+        allow_pickle (`bool`, *optional*, defaults to `False`):
+            read pickles, see [`read_pickle`]. Of a training checkpoint with further objects save the `state_dict`
+            alone where the training code is installed.
 
     Returns:
-        Tensors by the names of taming-transformers, on the CPU.
+        `dict[str, torch.Tensor]`: tensors by the names of taming-transformers, on the CPU.
 
     Raises:
         CheckpointError: no such file, a pickle without `allow_pickle`, objects other than tensors in it, or a file
@@ -70,15 +72,17 @@ def read_vqgan(path: str | Path, *, allow_pickle: bool = False) -> dict[str, tor
 
 
 def vqgan_config(tensors: Mapping[str, torch.Tensor], resolution: int = 512) -> MomaVQConfig:
-    """The configuration that the tensors' names and shapes tell.
+    """Return the configuration that the tensors' names and shapes tell.
 
     Args:
-        tensors: as [`read_vqgan`] gives.
-        resolution: side of the pictures in pixels, which no tensor tells: 512 in Chameleon, 256 in most models of
+        tensors (`Mapping[str, torch.Tensor]`):
+            as [`read_vqgan`] gives.
+        resolution (`int`, *optional*, defaults to `512`):
+            side of the pictures in pixels, which no tensor tells: 512 in Chameleon, 256 in most models of
             taming-transformers.
 
     Returns:
-        Of the layout `patch_size=1`, `norm_type="group"`.
+        `MomaVQConfig`: of the layout `patch_size=1`, `norm_type="group"`.
 
     Raises:
         CheckpointError: a tensor that tells a size is missing, by name; or the sizes fit no model, as a resolution
@@ -112,14 +116,16 @@ def _count(tensors: Mapping[str, torch.Tensor], pattern: str) -> int:
 
 
 def load_vq_model(tensors: Mapping[str, torch.Tensor], config: MomaVQConfig) -> MomaVQModel:
-    """A model that holds exactly these tensors.
+    """Return a model that holds exactly these tensors.
 
     Args:
-        tensors: by the names of taming-transformers.
-        config: the model's.
+        tensors (`Mapping[str, torch.Tensor]`):
+            by the names of taming-transformers.
+        config (`MomaVQConfig`):
+            the model's.
 
     Returns:
-        In float32 and evaluation mode.
+        `MomaVQModel`: in float32 and evaluation mode.
 
     Raises:
         CheckpointError: missing, extra or mis-shaped tensors, by name.
@@ -141,7 +147,7 @@ def load_vq_model(tensors: Mapping[str, torch.Tensor], config: MomaVQConfig) -> 
 
 
 def has_decoder(tensors: Mapping[str, torch.Tensor]) -> bool:
-    """Whether there are decoder tensors among these."""
+    """Return whether there are decoder tensors among these."""
     return any(name.startswith(DECODER_PREFIX) for name in tensors)
 
 
@@ -156,14 +162,19 @@ def convert_vqgan(
     """Write a `vqgan.ckpt` as a folder that `MomaVQModel.from_pretrained` loads.
 
     Args:
-        path: see [`read_vqgan`].
-        output: the folder; made where missing, written aside and renamed.
-        allow_pickle: see [`read_vqgan`].
-        resolution: see [`vqgan_config`].
-        config: instead of what the shapes tell.
+        path (`str | Path`):
+            see [`read_vqgan`].
+        output (`str | Path`):
+            the folder; made where missing, written aside and renamed.
+        allow_pickle (`bool`, *optional*, defaults to `False`):
+            see [`read_vqgan`].
+        resolution (`int`, *optional*, defaults to `512`):
+            see [`vqgan_config`].
+        config (`MomaVQConfig`, *optional*):
+            instead of what the shapes tell.
 
     Returns:
-        What was written.
+        `MomaVQModel`: what was written.
 
     Raises:
         CheckpointError: see [`read_vqgan`] and [`load_vq_model`].

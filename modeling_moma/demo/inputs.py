@@ -33,8 +33,10 @@ class Examples:
     """Examples of a page.
 
     Attributes:
-        pictures: paths.
-        prompts: words to draw.
+        pictures (`list[str]`):
+            paths.
+        prompts (`list[str]`):
+            words to draw.
     """
 
     pictures: list[str] = field(default_factory=list)
@@ -42,11 +44,11 @@ class Examples:
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> "Examples":
-        """
-        The pictures of a folder, by name, and the lines of its `prompts.txt`, where it has one.
+        """Return the pictures of a folder, by name, and the lines of its `prompts.txt`, where it has one.
 
         Args:
-            folder: holds PNG, JPEG or WebP files.
+            folder (`str | Path`):
+                holds PNG, JPEG or WebP files.
 
         Raises:
             ValueError: there is no such folder, or it holds neither.
@@ -65,7 +67,7 @@ class Examples:
 
 
 def show_errors(function: Callable) -> Callable:
-    """Turns a `ValueError` of a function, or of a generator while it runs, into a message on the page."""
+    """Turn a `ValueError` of a function, or of a generator while it runs, into a message on the page."""
     if inspect.isgeneratorfunction(function):
 
         @functools.wraps(function)
@@ -88,20 +90,21 @@ def show_errors(function: Callable) -> Callable:
 
 
 def _page_error(error: ValueError) -> gr.Error:
-    """The message of an error, without the traceback in the server's log."""
+    """Return the message of an error, without the traceback in the server's log."""
     return gr.Error(str(error), print_exception=False)
 
 
 def read_upload(path: str, folder: str) -> Image.Image:
-    """
-    Opens, checks and decodes an uploaded picture.
+    """Open, check and decode an uploaded picture.
 
     Args:
-        path: of the file, as the visitor's browser names it.
-        folder: where uploads lie; a request made by hand may name any file of this machine.
+        path (`str`):
+            of the file, as the visitor's browser names it.
+        folder (`str`):
+            where uploads lie; a request made by hand may name any file of this machine.
 
     Returns:
-        The picture, upright, in an 8-bit mode.
+        `Image.Image`: the picture, upright, in an 8-bit mode.
 
     Raises:
         ValueError: it was not uploaded, is no picture, damaged, empty or too large; says so to the visitor, without
@@ -129,7 +132,7 @@ def read_upload(path: str, folder: str) -> Image.Image:
 
 
 def picture_input(label: str, elem_id: str) -> gr.Image:
-    """A place for a picture that is uploaded or pasted; functions get the path of its file, unopened."""
+    """Return an input for a picture that is uploaded or pasted; functions get the path of its file, unopened."""
     picture = gr.Image(
         label=label,
         elem_id=elem_id,
@@ -145,12 +148,12 @@ def picture_input(label: str, elem_id: str) -> gr.Image:
 
 
 def read_picture(path: str) -> Image.Image:
-    """The picture that a visitor uploaded, pasted or took from the examples; see [`read_upload`]."""
+    """Return the picture that a visitor uploaded, pasted or took from the examples; see [`read_upload`]."""
     return read_upload(path, get_upload_folder())
 
 
 def picture_examples(examples: Examples, picture: gr.Image) -> Dependency | None:
-    """Pictures that a click puts into a place for pictures; gives that event, or `None` where there are none."""
+    """Show pictures that a click puts into a picture input; return that event, `None` where there are none."""
     if not examples.pictures:
         return None
     return gr.Examples(
@@ -159,19 +162,23 @@ def picture_examples(examples: Examples, picture: gr.Image) -> Dependency | None
 
 
 def title(text: str):
-    """A heading of what comes below. Labels of Gradio's pictures would cover a part of them."""
+    """Return a heading of what comes below. Labels of Gradio's pictures would cover a part of them."""
     gr.Markdown(f"**{text}**")
 
 
 def words_input(label: str, elem_id: str, placeholder: str, lines: int = 1) -> gr.Textbox:
-    """A place for words."""
+    """Return an input for words."""
     return gr.Textbox(
         label=label, elem_id=elem_id, placeholder=placeholder, lines=lines, max_lines=6, max_length=MOST_CHARACTERS
     )
 
 
 def checked_words(words: str | None) -> str:
-    """Words as a visitor sent them: the place for them has a limit in the browser alone.
+    """Return words as a visitor sent them: their input has a limit in the browser alone.
+
+    Args:
+        words (`str | None`):
+            what the page sent.
 
     Raises:
         ValueError: they are too long, or hold half a pair of surrogates.
@@ -185,7 +192,7 @@ def checked_words(words: str | None) -> str:
 
 
 def sampling_inputs(prefix: str, temperature: float, guidance_scale: float) -> tuple[gr.Slider, gr.Slider, gr.Number]:
-    """Sliders of temperature and guidance, and a seed."""
+    """Return the sliders of temperature and guidance, and a seed."""
     return (
         gr.Slider(
             0,
@@ -210,7 +217,11 @@ def sampling_inputs(prefix: str, temperature: float, guidance_scale: float) -> t
 
 
 def checked_seed(seed: float | None) -> int:
-    """A seed that the samplers take.
+    """Return a seed that the samplers take.
+
+    Args:
+        seed (`float | None`):
+            what the page sent.
 
     Raises:
         ValueError: it is none.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The whole page, and the server that shows it."""
+"""The page, and the server that shows it."""
 
 import socket
 
@@ -25,15 +25,16 @@ CSS = """
 
 
 def build_page(studio: Studio, examples: Examples | None = None) -> gr.Blocks:
-    """
-    A page of four tabs for one model.
+    """Return a page of four tabs for one model.
 
     Args:
-        studio: the model. All visitors share it; what they ask and get stays with each of them.
-        examples: pictures and words to begin with.
+        studio (`Studio`):
+            the model. All visitors share it; what they ask and get stays with each of them.
+        examples (`Examples`, *optional*):
+            pictures and words to begin with.
 
     Returns:
-        The page, with its queue.
+        `gr.Blocks`: the page, with its queue.
     """
     examples = examples or Examples()
     # by default Gradio reports each page to its makers
@@ -51,26 +52,28 @@ def build_page(studio: Studio, examples: Examples | None = None) -> gr.Blocks:
 
 
 def free_port() -> int:
-    """A port of this machine that nobody listens on now."""
+    """Return a port of this machine that is free now."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return listener.getsockname()[1]
 
 
 def open_page(page: gr.Blocks, host: str | None = None, port: int | None = None) -> str:
-    """
-    Starts the page's server in threads of this process. Nothing is fetched from elsewhere, and nothing is sent there.
+    """Start the page's server in threads of this process, which fetches nothing and sends nothing elsewhere.
 
     Args:
-        page: of [`build_page`].
-        host: address to listen on; by default `GRADIO_SERVER_NAME`, or this machine alone.
-        port: by default `GRADIO_SERVER_PORT`, or the first free one from 7860; 0 for any free one.
+        page (`gr.Blocks`):
+            of [`build_page`].
+        host (`str`, *optional*):
+            address to listen on; by default `GRADIO_SERVER_NAME`, or this machine alone.
+        port (`int`, *optional*):
+            by default `GRADIO_SERVER_PORT`, or the first free one from 7860; 0 for any free one.
 
     Returns:
-        The page's address.
+        `str`: the page's address.
 
     Raises:
-        ValueError: nobody can listen there.
+        ValueError: the address cannot be listened on.
     """
     # fonts of the visitor's system are not fetched from elsewhere
     theme = gr.themes.Soft(

@@ -14,7 +14,7 @@ from ..evaluation.routing_images import UNCOVERED, RoutedTokens, expert_colors, 
 
 SIDE = 384
 SKIPPED = "#ffffff"
-# patches narrower than this have no room for a number
+# patches narrower than this are too small for a number
 LEAST_PATCH = 30
 NUMBER_SIZE = 15
 CHIP = "display:inline-block;padding:2px 6px 8px;border-radius:4px;color:#111;white-space:pre;"
@@ -28,9 +28,12 @@ class RoutedExample:
     """A sequence of `T` tokens, and the experts of each.
 
     Attributes:
-        picture: whose codes stand in the sequence, as it was cropped; `None` without one.
-        pieces: the text of each token, `None` where it is a picture code; `[T]`.
-        routed: who took which token.
+        picture (`Image.Image | None`):
+            whose codes stand in the sequence, as it was cropped; `None` without one.
+        pieces (`list[str | None]`):
+            the text of each token, `None` where it is a picture code; `[T]`.
+        routed (`RoutedTokens`):
+            who took which token.
     """
 
     picture: Image.Image | None
@@ -42,7 +45,8 @@ class RoutingView:
     """Draws layers of routed examples of one model.
 
     Args:
-        config: of the model.
+        config (`Any`):
+            of the model.
     """
 
     def __init__(self, config: Any):
@@ -50,11 +54,13 @@ class RoutingView:
         self.colors = expert_colors(config)
 
     def picture(self, example: RoutedExample, layer: int) -> Image.Image | None:
-        """The picture with every patch in the colours and numbers of its experts; `None` without a picture.
+        """Return the picture with every patch in the colours and numbers of its experts; `None` without a picture.
 
         Args:
-            example: a routed sequence.
-            layer: from 0.
+            example (`RoutedExample`):
+                a routed sequence.
+            layer (`int`):
+                from 0.
         """
         if example.picture is None:
             return None
@@ -78,7 +84,7 @@ class RoutingView:
         return blended
 
     def words(self, example: RoutedExample, layer: int) -> str:
-        """HTML of the text tokens of a sequence, each with a band in the colours of its experts."""
+        """Return HTML of the text tokens of a sequence, each with a band in the colours of its experts."""
         chips = []
         for place, piece in enumerate(example.pieces):
             if piece is not None:
@@ -86,7 +92,7 @@ class RoutingView:
         return f'<div class="moma-words">{"".join(chips)}</div>'
 
     def legend(self, example: RoutedExample, layer: int) -> str:
-        """HTML that says which layer it is, whose colour is whose, and how many tokens each expert took."""
+        """Return HTML that says which layer it is, whose colour is whose, and how many tokens each expert took."""
         routed = example.routed
         title = f"Layer {layer + 1} of {self.config.num_hidden_layers}"
         lines = []
@@ -128,7 +134,7 @@ class RoutingView:
         return [self.colors[group, expert] for expert in example.routed.experts[layer][place]]
 
     def _mark(self, pen: ImageDraw.ImageDraw, box: tuple, routed: RoutedTokens, layer: int, place: int):
-        """The numbers of a patch's experts; a stroke through one that the layer left out."""
+        """Return the numbers of a patch's experts; a stroke through one that the layer left out."""
         left, top, right, bottom = box
         if routed.skipped[layer][place]:
             pen.line((left, bottom, right, top), fill="#8a8a8a", width=2)
@@ -160,14 +166,14 @@ class RoutingView:
 
 
 def _stripes(colors: list[str]) -> str:
-    """A CSS background of upright stripes."""
+    """Return a CSS background of upright stripes."""
     step = 100 / len(colors)
     stops = [f"{color} {index * step:.1f}% {(index + 1) * step:.1f}%" for index, color in enumerate(colors)]
     return f"linear-gradient(to right,{','.join(stops)})"
 
 
 def _visible(piece: str) -> str:
-    """A token's text without the space before it and the marks of special tokens; spaces alone as dots."""
+    """Return a token's text without the space before it and the marks of special tokens; spaces alone as dots."""
     return piece.strip().strip("<|>") or piece.replace(" ", "\u00b7").replace("\n", "\u21b5")
 
 

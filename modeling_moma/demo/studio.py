@@ -30,7 +30,7 @@ from .routing_view import RoutedExample
 
 # new tokens of a caption, and of the words in an interleaved answer
 MOST_WORDS = 32
-# so often a picture is shown while it is drawn
+# number of views of a picture while it is drawn
 VIEWS = 16
 # the colour of patches that have no code yet
 PAPER = (226, 230, 232)
@@ -43,9 +43,12 @@ class Studio:
     Sampling draws from the one random state of the process, so requests wait for each other.
 
     Args:
-        model: in eval mode.
-        processor: its processor, whose picture tokenizer has a decoder.
-        name: of the model, for people.
+        model (`Any`):
+            in eval mode.
+        processor (`Any`):
+            its processor, whose picture tokenizer has a decoder.
+        name (`str`):
+            of the model, for people.
     """
 
     model: Any
@@ -62,7 +65,7 @@ class Studio:
         return max(1, self.processor.image_seq_length // VIEWS)
 
     def caption(self, picture: Image.Image) -> str:
-        """What the model says of a picture, greedily."""
+        """Return what the model says of a picture, greedily."""
         inputs = self._inputs("", [picture])
         with self._lock:
             ids = self.model.generate(
@@ -71,27 +74,32 @@ class Studio:
         return self.processor.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
 
     def seen(self, picture: Image.Image) -> Image.Image:
-        """What is left of a picture once it is codes: what the model knows of it."""
+        """Return what is left of a picture once it is codes: what the model knows of it."""
         return self.processor.decode_images(self.processor.encode_images([picture]))[0]
 
     def draw(
         self, words: str, count: int = 1, temperature: float = 0.7, guidance_scale: float = 5.0, seed: int = 0
     ) -> Iterator[tuple[int, list[Image.Image]]]:
-        """
-        Draws pictures of the words, and shows them as their codes arrive.
+        """Draw pictures of the words, and show them as their codes arrive.
 
         Args:
-            words: what to draw; special tokens in them are the characters that they are.
-            count: pictures, drawn side by side.
-            temperature: 0 takes the likeliest code.
-            guidance_scale: 1 for none.
-            seed: of the sampling.
+            words (`str`):
+                what to draw; special tokens in them are the characters that they are.
+            count (`int`, *optional*, defaults to `1`):
+                pictures, drawn side by side.
+            temperature (`float`, *optional*, defaults to `0.7`):
+                0 takes the likeliest code.
+            guidance_scale (`float`, *optional*, defaults to `5.0`):
+                1 for none.
+            seed (`int`, *optional*, defaults to `0`):
+                of the sampling.
 
         Yields:
-            The number of codes that each picture has, and the pictures; the last ones are whole.
+            `tuple[int, list[Image.Image]]`: the number of codes that each picture has, and the pictures; the last ones
+            are complete.
 
         Raises:
-            ValueError: the words leave no room for a picture.
+            ValueError: the words leave too few tokens for a picture.
         """
         inputs = self._inputs(words, [])
         inputs = {name: values.expand(count, -1) for name, values in inputs.items()}
@@ -111,19 +119,24 @@ class Studio:
         num_pictures: int = 1,
         seed: int = 0,
     ) -> Iterator[list[str | Image.Image]]:
-        """
-        Goes on after words and pictures with words and pictures in turn.
+        """Go on after words and pictures with words and pictures in turn.
 
         Args:
-            words: `<image>` in them stands for the place of a picture; without one, pictures come before the words.
-            pictures: those of the prompt.
-            temperature: 0 takes the likeliest token.
-            guidance_scale: 1 for none.
-            num_pictures: the answer has room for so many.
-            seed: of the sampling.
+            words (`str`):
+                `<image>` in them stands for the place of a picture; without one, pictures come before the words.
+            pictures (`list[Image.Image]`):
+                those of the prompt.
+            temperature (`float`, *optional*, defaults to `0.7`):
+                0 takes the likeliest token.
+            guidance_scale (`float`, *optional*, defaults to `1.0`):
+                1 for none.
+            num_pictures (`int`, *optional*, defaults to `1`):
+                the answer has tokens for so many.
+            seed (`int`, *optional*, defaults to `0`):
+                of the sampling.
 
         Yields:
-            The parts so far, a picture that is being drawn among them.
+            `list[str | Image.Image]`: the parts so far, a picture that is being drawn among them.
 
         Raises:
             ValueError: there are more or fewer pictures than places, or the prompt is too long.
@@ -135,12 +148,13 @@ class Studio:
             yield self.partial.parts(ids_BT[0].tolist())
 
     def route(self, picture: Image.Image | None, words: str) -> RoutedExample:
-        """
-        Writes down which expert takes which patch and which word.
+        """Write down which expert takes which patch and which word.
 
         Args:
-            picture: comes first, where there is one.
-            words: without any, the caption that the model gives the picture.
+            picture (`Image.Image | None`):
+                comes first, where there is one.
+            words (`str`):
+                without any, the caption that the model gives the picture.
 
         Raises:
             ValueError: there is neither, or both together are too long.
@@ -166,7 +180,7 @@ class Studio:
         return self.processor.image_processor.postprocess(pixel_values)["pixel_values"][0]
 
     def _inputs(self, words: str, pictures: list[Image.Image]) -> dict[str, torch.Tensor]:
-        """Token ids of a prompt `[1, T]`; of its special tokens only the places of pictures are special."""
+        """Return token ids of a prompt `[1, T]`; of its special tokens only the places of pictures are special."""
         image = self.processor.image_token
         parts = [self.processor.escape_special_tokens(part) for part in words.split(image)]
         if len(parts) == 1 and pictures:
@@ -185,7 +199,7 @@ class Studio:
         return dict(batch.to(self.model.device))
 
     def _words_room(self, inputs: dict[str, torch.Tensor], more: int = 0) -> int:
-        """New tokens for words and `more` others, as far as the context goes."""
+        """Return new tokens for words and `more` others, as far as the context goes."""
         length, most = inputs["input_ids"].shape[1], self.model.config.max_position_embeddings
         if length >= most:
             raise InputError(f"The prompt has {length} tokens, but the model reads {most} at most: shorten it.")
@@ -198,7 +212,7 @@ class Studio:
 
 
 def _sampling(temperature: float, guidance_scale: float) -> dict:
-    """Arguments of `generate`."""
+    """Return the arguments of `generate`."""
     chosen: dict = {"guidance_scale": guidance_scale}
     if temperature == 0:
         return {**chosen, "do_sample": False}
@@ -206,11 +220,11 @@ def _sampling(temperature: float, guidance_scale: float) -> dict:
 
 
 def load_studio(folder: str | Path) -> Studio:
-    """
-    Loads a model and its processor, on the GPU where there is one.
+    """Load a model and its processor, on the GPU where there is one.
 
     Args:
-        folder: folder or Hub name.
+        folder (`str | Path`):
+            folder or Hub name.
 
     Raises:
         ValueError: it cannot be opened, see [`open_saved`]; weights that are not finite, a model that writes no
@@ -238,10 +252,11 @@ class PartialPictures:
     """Shows what codes in raster order make of a picture before the last of them is there.
 
     The decoder wants all codes, so those of a white picture stand for the missing ones; their patches are then covered
-    with [`PAPER`], so that nobody takes them for part of the drawing.
+    with [`PAPER`], which is told apart from the drawing.
 
     Args:
-        processor: a [`MomaProcessor`] whose picture tokenizer has a decoder.
+        processor (`Any`):
+            a [`MomaProcessor`] whose picture tokenizer has a decoder.
     """
 
     def __init__(self, processor: Any):
@@ -250,11 +265,11 @@ class PartialPictures:
         (self.white,) = processor.encode_images([Image.new("RGB", (side, side), "white")])
 
     def decode(self, rows: list[list[int]]) -> list[Image.Image]:
-        """
-        Pictures of rows of codes, whole or not.
+        """Return the pictures of rows of codes, complete or not.
 
         Args:
-            rows: the first codes of each picture, from 0 and at most `image_seq_length`.
+            rows (`list[list[int]]`):
+                the first codes of each picture, from 0 and at most `image_seq_length`.
 
         Raises:
             ValueError: there are more codes than a picture has.
@@ -267,7 +282,7 @@ class PartialPictures:
         return [self._cover(picture, len(row)) for picture, row in zip(pictures, rows)]
 
     def parts(self, ids: list[int]) -> list[str | Image.Image]:
-        """Words and pictures of token ids that may end inside a picture; see `MomaProcessor.decode_parts`."""
+        """Return words and pictures of token ids that may end inside a picture; see `MomaProcessor.decode_parts`."""
         begin, end = self.processor.begin_image_token_id, self.processor.end_image_token_id
         last = len(ids) - 1 - ids[::-1].index(begin) if begin in ids else None
         if last is None or end in ids[last:]:
@@ -301,7 +316,7 @@ class _Feed(BaseStreamer):
 
 
 class _Stopped(StoppingCriteria):
-    """Ends all rows once somebody says so."""
+    """Ends all rows once it is told to."""
 
     def __init__(self, event: threading.Event):
         self.event = event
@@ -311,19 +326,22 @@ class _Stopped(StoppingCriteria):
 
 
 def stream_ids(model: Any, inputs: dict[str, torch.Tensor], every: int, **arguments) -> Iterator[torch.Tensor]:
-    """
-    Runs `generate` in a thread, and yields its new tokens as they arrive.
+    """Run `generate` in a thread, and yield its new tokens as they arrive.
 
     Closing the iterator ends the generation after the step that runs, and waits for it.
 
     Args:
-        model: in eval mode.
-        inputs: of `generate`, prompts `[B, T]`.
-        every: steps between two yields.
-        arguments: further ones of `generate`, without beams.
+        model (`Any`):
+            in eval mode.
+        inputs (`dict[str, torch.Tensor]`):
+            of `generate`, prompts `[B, T]`.
+        every (`int`):
+            steps between two yields.
+        arguments (`Any`):
+            further ones of `generate`, without beams.
 
     Yields:
-        All new ids so far `[B, T]`, last those of the whole generation.
+        `torch.Tensor`: all new ids so far `[B, T]`, last those of the whole generation.
 
     Raises:
         ValueError: `every` is below 1; and whatever `generate` raises.

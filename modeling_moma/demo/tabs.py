@@ -36,7 +36,7 @@ ShownRouting = tuple[Image.Image | None, str, str]
 
 
 def caption_tab(studio: Studio, examples: Examples):
-    """Builds the tab."""
+    """Build the tab."""
 
     @show_errors
     def caption(path: str | None) -> tuple[str, Image.Image]:
@@ -67,7 +67,7 @@ def caption_tab(studio: Studio, examples: Examples):
 
 
 def draw_tab(studio: Studio, examples: Examples):
-    """Builds the tab."""
+    """Build the tab."""
     whole = studio.processor.image_seq_length
 
     @show_errors
@@ -118,7 +118,7 @@ def draw_tab(studio: Studio, examples: Examples):
 
 
 def interleaved_tab(studio: Studio):
-    """Builds the tab."""
+    """Build the tab."""
 
     @show_errors
     def answer(
@@ -177,7 +177,7 @@ def interleaved_tab(studio: Studio):
 
 
 def as_html(parts: list[str | Image.Image], is_whole: bool = False) -> str:
-    """Words and pictures in turn, as HTML that holds all of them; of the class `moma-whole` once nothing follows."""
+    """Return words and pictures in turn as one piece of HTML, of the class `moma-whole` once nothing follows."""
     blocks = []
     for part in parts:
         if isinstance(part, str):
@@ -192,7 +192,7 @@ def as_html(parts: list[str | Image.Image], is_whole: bool = False) -> str:
 
 
 def routing_tab(studio: Studio, examples: Examples):
-    """Builds the tab."""
+    """Build the tab."""
     config = studio.model.config
     view = RoutingView(config)
 
@@ -247,6 +247,6 @@ def routing_tab(studio: Studio, examples: Examples):
 
 
 def enlarged(picture: Image.Image) -> Image.Image:
-    """A picture of at least [`LEAST_SIDE`] pixels, each pixel a square: browsers would blur a small one."""
+    """Return a picture of at least [`LEAST_SIDE`] pixels, each pixel a square: browsers would blur a small one."""
     factor = max(1, LEAST_SIDE // picture.width)
     return picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)

@@ -18,16 +18,21 @@ NUM_SAMPLES = 12
 
 
 def normalise(text: str) -> str:
-    """A text without regard to case, and with single spaces between its words."""
+    """Return a text without regard to case, and with single spaces between its words."""
     return " ".join(text.casefold().split())
 
 
 def word_overlap(text: str, reference: str) -> float:
-    """
-    F1 of the words of two texts, each word as often as it occurs, as SQuAD measures answers; punctuation stays.
+    """Return the F1 of the words of two texts, counted as SQuAD measures answers, but with punctuation.
+
+    Args:
+        text (`str`):
+            what a model wrote.
+        reference (`str`):
+            what it is compared with.
 
     Returns:
-        In [0, 1]; 1 where both have no word.
+        `float`: in [0, 1]; 1 where both have no word.
     """
     words, wanted = Counter(normalise(text).split()), Counter(normalise(reference).split())
     if not words or not wanted:
@@ -37,12 +42,17 @@ def word_overlap(text: str, reference: str) -> float:
 
 
 def caption_scores(texts: Sequence[str], references: Sequence[str]) -> dict[str, float]:
-    """
-    Means over pairs of a text and its reference.
+    """Return the means over pairs of a text and its reference.
+
+    Args:
+        texts (`Sequence[str]`):
+            what a model wrote.
+        references (`Sequence[str]`):
+            one for each text.
 
     Returns:
-        `exact_match`, the share of texts that are the reference but for case and spaces, and `overlap`, the mean F1 of
-        words.
+        `dict[str, float]`: `exact_match`, the share of texts that are the reference but for case and spaces, and
+        `overlap`, the mean F1 of words.
 
     Raises:
         ValueError: there are no pairs, or texts and references are of different number.
@@ -59,25 +69,29 @@ def caption_scores(texts: Sequence[str], references: Sequence[str]) -> dict[str,
 
 
 def measure_captions(model, processor, rows: CaptionedPictures, batch_size: int, seed: int = 0) -> dict:
-    """
-    Captions pictures greedily and compares with their captions.
+    """Caption pictures greedily, and compare the texts with their captions.
 
     Args:
-        model: in eval mode.
-        processor: gives the ids.
-        rows: pictures and their captions.
-        batch_size: pictures at once.
-        seed: of the floor.
+        model (`MomaForCausalLM`):
+            in eval mode.
+        processor (`MomaProcessor`):
+            gives the ids.
+        rows (`CaptionedPictures`):
+            pictures and their captions.
+        batch_size (`int`):
+            pictures at once.
+        seed (`int`, *optional*, defaults to `0`):
+            of the floor.
 
     Returns:
-        `pictures`, their number; `generated`, the scores; `floor`, those of the same texts against the captions of
-        other pictures, `None` for a single picture; `samples`, the first captions and what was generated.
+        `dict`: `pictures`, their number; `generated`, the scores; `floor`, those of the same texts against the
+        captions of other pictures, `None` for a single picture; `samples`, the first captions and what was generated.
     """
     references = rows.captions
     encoder = DocumentEncoder(processor)
-    # room for the longest reference and its end
-    room = max(LEAST_NEW_TOKENS, 1 + max(len(encoder.text_ids(text)) for text in references))
-    texts = write_captions(model, processor, rows.codes, batch_size, room)
+    # enough for the longest reference and its end
+    max_new_tokens = max(LEAST_NEW_TOKENS, 1 + max(len(encoder.text_ids(text)) for text in references))
+    texts = write_captions(model, processor, rows.codes, batch_size, max_new_tokens)
     floor = None
     if len(texts) > 1:
         floor = caption_scores(texts, [references[index] for index in derangement(len(texts), seed)])
@@ -93,7 +107,7 @@ def measure_captions(model, processor, rows: CaptionedPictures, batch_size: int,
 
 
 def derangement(length: int, seed: int = 0) -> list[int]:
-    """A random order in which no place keeps its number: one cycle through all of them, known from the seed alone."""
+    """Return a random permutation of one cycle, so that no index keeps its place; it follows from the seed alone."""
     if length < 2:
         raise InputError(f"`length` is {length}: one place alone cannot move.")
     cycle = np.random.default_rng(seed).permutation(length)

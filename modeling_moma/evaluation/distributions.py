@@ -15,17 +15,18 @@ CHUNK = 1024
 
 
 def frechet_distance(first: torch.Tensor, second: torch.Tensor) -> float:
-    """
-    Squared 2-Wasserstein distance of the Gaussians that have the means and covariances of two sets of features.
+    """Return the squared 2-Wasserstein distance of Gaussians with the means and covariances of two sets of features.
 
     Few pictures make it larger than it would be of many, so compare only figures that stand on equally many.
 
     Args:
-        first: `[N, D]`.
-        second: `[M, D]`.
+        first (`torch.Tensor`):
+            `[N, D]`.
+        second (`torch.Tensor`):
+            `[M, D]`.
 
     Returns:
-        `|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2))`.
+        `float`: `|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2))`.
 
     Raises:
         ValueError: a set has fewer than two features, or the two differ in dimensions.
@@ -34,31 +35,35 @@ def frechet_distance(first: torch.Tensor, second: torch.Tensor) -> float:
     first, second = first.double(), second.double()
     gap = (first.mean(dim=0) - second.mean(dim=0)).square().sum()
     root_first, root_second = _covariance_root(first), _covariance_root(second)
-    # with C = R^T R the eigenvalues of C1 C2 are the squared singular values of R1 R2^T: no root of tiny numbers
+    # if C = R^T R, the eigenvalues of C1 C2 are the squared singular values of R1 R2^T: no root of tiny numbers
     overlap = torch.linalg.svdvals(root_first @ root_second.T).sum()
     spread = root_first.square().sum() + root_second.square().sum()
     return max(0.0, (gap + spread - 2 * overlap).item())
 
 
 def _covariance_root(features_ND: torch.Tensor) -> torch.Tensor:
-    """A matrix R of at most D rows, `R^T R` the unbiased covariance."""
+    """Return a matrix R of at most D rows, `R^T R` the unbiased covariance."""
     num, dimensions = features_ND.shape
     centred = (features_ND - features_ND.mean(dim=0)) / (num - 1) ** 0.5
     return torch.linalg.qr(centred, mode="r")[1] if num > dimensions else centred
 
 
 def precision_recall(real: torch.Tensor, drawn: torch.Tensor, neighbours: int = 3) -> dict[str, float]:
-    """
-    Improved precision and recall (arXiv 1904.06991): a set covers all that is no farther from one of its members than
-    that member's k-th nearest neighbour in the set.
+    """Return improved precision and recall (arXiv 1904.06991).
+
+    A set covers all that is no farther from one of its members than that member's k-th nearest neighbour in the set.
 
     Args:
-        real: features `[N, D]`.
-        drawn: features `[M, D]`.
-        neighbours: k.
+        real (`torch.Tensor`):
+            features `[N, D]`.
+        drawn (`torch.Tensor`):
+            features `[M, D]`.
+        neighbours (`int`, *optional*, defaults to `3`):
+            k.
 
     Returns:
-        `precision`, the share of `drawn` that `real` covers, and `recall`, the share of `real` that `drawn` covers.
+        `dict[str, float]`: `precision`, the share of `drawn` that `real` covers, and `recall`, the share of `real`
+        that `drawn` covers.
 
     Raises:
         ValueError: a set has not more than k features, or the two differ in dimensions.
@@ -72,7 +77,7 @@ def precision_recall(real: torch.Tensor, drawn: torch.Tensor, neighbours: int = 
 
 
 def _covered(points_ND: torch.Tensor, centres_MD: torch.Tensor, neighbours: int) -> torch.Tensor:
-    """True for each point that lies within the reach of a centre, `[N]`."""
+    """Return True for each point that lies within the reach of a centre, `[N]`."""
     # a centre is its own nearest
     reach_M = torch.cat(
         [_distances(chunk, centres_MD).kthvalue(neighbours + 1, dim=1).values for chunk in centres_MD.split(CHUNK)]
@@ -81,7 +86,7 @@ def _covered(points_ND: torch.Tensor, centres_MD: torch.Tensor, neighbours: int)
 
 
 def _distances(points_ND: torch.Tensor, centres_MD: torch.Tensor) -> torch.Tensor:
-    # by differences: products would tell equal points apart
+    # distances from differences: matmuls would tell equal points apart
     return torch.cdist(points_ND, centres_MD, compute_mode="donot_use_mm_for_euclid_dist")
 
 

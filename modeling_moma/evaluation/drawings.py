@@ -19,20 +19,23 @@ LEAST_PICTURES = 2 * (NEIGHBOURS + 1)
 
 
 def feature_extractor(device: str | torch.device) -> Callable[[torch.Tensor], torch.Tensor]:
-    """
-    A function from pixel values `[B, 3, H, W]` in [-1, 1] to features `[B, 1280]`.
+    """Return a function from pixel values `[B, 3, H, W]` in [-1, 1] to features `[B, 1280]`.
+
+    Args:
+        device (`str | torch.device`):
+            where the network runs.
 
     Raises:
         ImportError: the extra `train` is not installed.
     """
-    # a third faster on CPUs
+    # channels_last is a third faster on CPUs
     layout = torch.channels_last
     network = MomaVQPerceptualNetwork().to(device=device, memory_format=layout)  # pyright: ignore[reportCallIssue]
     return lambda pictures: network.features(pictures.to(device=device, memory_format=layout))
 
 
 def all_features(extract: Callable[[torch.Tensor], torch.Tensor], batches: Iterable[torch.Tensor]) -> torch.Tensor:
-    """Features `[N, D]` of pictures given in batches of pixel values, on the CPU."""
+    """Return the features `[N, D]` of pictures given in batches of pixel values, on the CPU."""
     return torch.cat([extract(batch).cpu() for batch in batches])
 
 
@@ -45,23 +48,29 @@ def measure_drawings(
     sampling: dict,
     seed: int = 0,
 ) -> dict:
-    """
-    Draws a picture for each caption and compares all of them with the real ones.
+    """Draw a picture for each caption, and compare all of them with the real ones.
 
     Args:
-        model: in eval mode.
-        processor: decodes codes.
-        rows: captions, and the real pictures.
-        extract: pixel values `[B, 3, H, W]` in [-1, 1] to features `[B, D]`, such as those of [`feature_extractor`].
-        batch_size: pictures at once.
-        sampling: arguments of `generate`.
-        seed: of the sampling and of the halves.
+        model (`MomaForCausalLM`):
+            in eval mode.
+        processor (`MomaProcessor`):
+            decodes codes.
+        rows (`CaptionedPictures`):
+            captions, and the real pictures.
+        extract (`Callable`):
+            pixel values `[B, 3, H, W]` in [-1, 1] to features `[B, D]`, such as those of [`feature_extractor`].
+        batch_size (`int`):
+            pictures at once.
+        sampling (`dict`):
+            arguments of `generate`.
+        seed (`int`, *optional*, defaults to `0`):
+            of the sampling and of the halves.
 
     Returns:
-        `pictures`, their number; `sampling`; `real`, `"pictures"` or `"reconstructions"`, whichever stands for them;
-        and `comparisons` of [`compare_features`] by name. `drawn` and `reconstructed` are against all real pictures.
-        `real, halves` is of one half of the real pictures against the other, what the best of models would reach;
-        `drawn, halves` is of the drawings for one half's captions against the other half, on as many pictures.
+        `dict`: `pictures`, their number; `sampling`; `real`, `"pictures"` or `"reconstructions"`, whichever stands for
+        them; and `comparisons` of [`compare_features`] by name. `drawn` and `reconstructed` are against all real
+        pictures. `real, halves` is of one half of the real pictures against the other, what the best of models would
+        reach; `drawn, halves` is of the drawings for one half's captions against the other half, on as many pictures.
 
     Raises:
         ValueError: there are too few pictures, or the picture tokenizer has no decoder.
@@ -100,7 +109,7 @@ def check_drawings(processor, num_pictures: int):
 
 
 def compare_features(real: torch.Tensor, others: torch.Tensor) -> dict[str, float]:
-    """`pictures` of either side, `frechet_distance`, `precision` and `recall` of others `[N, D]` against real ones."""
+    """Compare features `[N, D]` with real ones: `pictures` on either side, Frechet distance, precision, recall."""
     return {
         "pictures": len(others),
         "frechet_distance": frechet_distance(real, others),

@@ -18,9 +18,9 @@ from .retrieval import DEFAULT_PAIRS, measure_retrieval
 
 
 LOSSES, CAPTIONS, RETRIEVAL, DRAWINGS = "losses", "captions", "retrieval", "drawings"
-# in the order in which they are taken; all but the first need pictures with captions
+# measures run in this order; all but the first need pictures with captions
 MEASURES = (LOSSES, CAPTIONS, RETRIEVAL, DRAWINGS)
-# what is measured when nobody says what, captions only where there are any
+# the default measures; captions only for sources that have them
 DEFAULT_MEASURES = (LOSSES, CAPTIONS)
 
 
@@ -29,11 +29,16 @@ class MeasureSettings:
     """How to measure.
 
     Args:
-        measures: some of `MEASURES`; by default `DEFAULT_MEASURES`, as far as the sources allow them.
-        batch_size: documents, pictures or continuations at once.
-        seed: of everything random.
-        retrieval_pairs: pairs of each source among which retrieval ranks.
-        sampling: arguments of `generate` for drawings.
+        measures (`tuple[str, ...]`, *optional*):
+            some of `MEASURES`; by default `DEFAULT_MEASURES`, as far as the sources allow them.
+        batch_size (`int`, *optional*, defaults to `64`):
+            documents, pictures or continuations at once.
+        seed (`int`, *optional*, defaults to `0`):
+            of everything random.
+        retrieval_pairs (`int`, *optional*, defaults to `DEFAULT_PAIRS`):
+            pairs of each source among which retrieval ranks.
+        sampling (`dict`, *optional*):
+            arguments of `generate` for drawings.
 
     Raises:
         ValueError: there is no such measure, or a number is too small.
@@ -54,26 +59,29 @@ class MeasureSettings:
 
 
 def measure_sources(model, processor, sources: Mapping[str, HeldOutSource], settings: MeasureSettings) -> dict:
-    """
-    Measures a model on every source.
+    """Measure a model on every source.
 
     Args:
-        model: a `MomaForCausalLM` in eval mode.
-        processor: of the same vocabulary.
-        sources: by name.
-        settings: what to measure, and how.
+        model (`MomaForCausalLM`):
+            a `MomaForCausalLM` in eval mode.
+        processor (`MomaProcessor`):
+            of the same vocabulary.
+        sources (`Mapping[str, HeldOutSource]`):
+            by name.
+        settings (`MeasureSettings`):
+            what to measure, and how.
 
     Returns:
-        For each source `documents` and `pictures`, its numbers; an entry for each measure, as [`source_losses`],
-        [`measure_captions`], [`measure_retrieval`] and [`measure_drawings`] give it; and `seconds` by measure. A
-        source without captions has the losses alone.
+        `dict`: for each source `documents` and `pictures`, its numbers; an entry for each measure, as
+        [`source_losses`], [`measure_captions`], [`measure_retrieval`] and [`measure_drawings`] give it; and `seconds`
+        by measure. A source without captions has the losses alone.
 
     Raises:
         ImportError: drawings are asked for, and the extra `train` is not installed.
         ValueError: a measure that needs captions is asked for, and no source has any; or a source is too small for it.
     """
     chosen = _chosen_measures(sources, settings)
-    # what is sure to fail does so before hours of other measures
+    # a missing extra should fail now rather than after hours of other measures
     extract = feature_extractor(model.device) if DRAWINGS in chosen else None
     if DRAWINGS in chosen:
         for source in sources.values():
@@ -112,7 +120,7 @@ def _takers(
     settings: MeasureSettings,
     extract: Callable[[torch.Tensor], torch.Tensor] | None,
 ) -> dict[str, Callable[[], dict]]:
-    """The measures that a source allows, ready to be taken."""
+    """Return the measures that a source allows, ready to be taken."""
     size, seed = settings.batch_size, settings.seed
     takers: dict[str, Callable[[], dict]] = {
         LOSSES: partial(source_losses, model, processor, source.documents, size, seed, name)

@@ -31,10 +31,13 @@ class CaptionedPictures:
     """Held-out pictures with a caption each.
 
     Args:
-        codes: the pictures as they are, `[N, image_seq_length]`.
-        captions: `[N]`, what each picture is called.
-        pictures: batches of pixel values `[B, 3, H, W]` in [-1, 1], in the order of `codes`; without them what the
-            picture tokenizer makes of the codes stands for the real pictures.
+        codes (`torch.Tensor`):
+            the pictures as they are, `[N, image_seq_length]`.
+        captions (`list[str]`):
+            `[N]`, what each picture is called.
+        pictures (`Iterable[torch.Tensor]`, *optional*):
+            batches of pixel values `[B, 3, H, W]` in [-1, 1], in the order of `codes`; without them what the picture
+            tokenizer makes of the codes stands for the real pictures.
 
     Raises:
         ValueError: codes and captions are of different number, or codes are no table.
@@ -59,8 +62,10 @@ class HeldOutSource:
     """The held-out part of one source.
 
     Args:
-        documents: `input_ids` each, from `<bos>` to `<eos>`; every token but the first is a target.
-        captioned: pictures with captions; none in a source of plain text or interleaved documents.
+        documents (`Sequence[dict]`):
+            `input_ids` each, from `<bos>` to `<eos>`; every token but the first is a target.
+        captioned (`CaptionedPictures`, *optional*):
+            pictures with captions; none in a source of plain text or interleaved documents.
     """
 
     documents: Sequence[dict]
@@ -75,16 +80,21 @@ def read_held_out(
     seed: int = 0,
     sources: Sequence[str] | None = None,
 ) -> dict[str, HeldOutSource]:
-    """
-    Held-out documents, and captioned pictures where there are any, by source.
+    """Return held-out documents, and captioned pictures where there are any, by source.
 
     Args:
-        folder: that `moma tokenize` wrote.
-        processor: gives the ids.
-        split: its name; sources that lack it are left out.
-        limit: take so many documents of a source, drawn at random.
-        seed: of the draw and of the order.
-        sources: names of those to read; all by default.
+        folder (`str`):
+            that `moma tokenize` wrote.
+        processor (`MomaProcessor`):
+            gives the ids.
+        split (`str`):
+            its name; sources that lack it are left out.
+        limit (`int`, *optional*):
+            take so many documents of a source, drawn at random.
+        seed (`int`, *optional*, defaults to `0`):
+            of the draw and of the order.
+        sources (`Sequence[str]`, *optional*):
+            names of those to read; all by default.
 
     Raises:
         ValueError: there is no such split or source, or the limit is none.
@@ -117,9 +127,21 @@ def _held_out_source(
 def real_pictures(
     folder: str, processor: MomaProcessor, documents: CaptionDocuments, split: str, rows: Sequence[int]
 ) -> Iterator[torch.Tensor] | None:
-    """
-    Pixel values `[B, 3, H, W]` of rows, from where they were tokenized; `None` where the data cannot be opened any
-    more or were streamed, so that rows have no number.
+    """Return pixel values `[B, 3, H, W]` of rows, from where they were tokenized.
+
+    It is `None` where the data cannot be opened any more, or were streamed, so that rows have no number.
+
+    Args:
+        folder (`str`):
+            the folder of tokens.
+        processor (`MomaProcessor`):
+            prepares the pictures.
+        documents (`CaptionDocuments`):
+            captions of the source.
+        split (`str`):
+            split of the source.
+        rows (`Sequence[int]`):
+            numbers of the rows in that split.
     """
     if not (Path(folder) / JOB_FILE).is_file():
         return None

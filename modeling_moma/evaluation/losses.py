@@ -22,19 +22,24 @@ WORDS = "words"
 def source_losses(
     model, processor, documents: Sequence[dict], batch_size: int, seed: int = 0, name: str = "losses"
 ) -> dict[str, dict]:
-    """
-    Losses under the model's inference routing and, where it was trained under `expert_choice`, under that.
+    """Return losses under the model's inference routing and, where it was trained under `expert_choice`, under that.
 
     Args:
-        model: a `MomaForCausalLM` in eval mode.
-        processor: its tokenizer pads.
-        documents: `input_ids` each.
-        batch_size: documents at once.
-        seed: of the order under `expert_choice`, in which the documents of a batch compete.
-        name: of the progress bars.
+        model (`MomaForCausalLM`):
+            a `MomaForCausalLM` in eval mode.
+        processor (`MomaProcessor`):
+            its tokenizer pads.
+        documents (`Sequence[dict]`):
+            `input_ids` each.
+        batch_size (`int`):
+            documents at once.
+        seed (`int`, *optional*, defaults to `0`):
+            of the order under `expert_choice`, in which the documents of a batch compete.
+        name (`str`, *optional*, defaults to `"losses"`):
+            of the progress bars.
 
     Returns:
-        [`document_losses`] by the name of the routing; that of `expert_choice` is its warning.
+        `dict[str, dict]`: [`document_losses`] by the name of the routing; that of `expert_choice` is its warning.
 
     Raises:
         ValueError: there are no documents, or one is longer than the model's context.
@@ -70,7 +75,7 @@ def check_lengths(config: MomaConfig, documents: list[dict], name: str):
 
 
 def trains_by_expert_choice(model) -> bool:
-    """Whether the model has routers whose training sees the future, so that such a loss says something of training."""
+    """Return whether training routes by `expert_choice`, so that a loss under it says something of training."""
     rules = {model.config.training_routing}
     if model.config.depth_layers:
         rules.add(model.config.depth_training_routing or model.config.training_routing)
@@ -81,14 +86,27 @@ def trains_by_expert_choice(model) -> bool:
 def document_losses(
     model, processor, documents: Sequence[dict], batch_size: int, routing: str | None, description: str
 ) -> dict:
-    """
-    Losses of documents under one routing.
+    """Return the losses of documents under one routing.
+
+    Args:
+        model (`MomaForCausalLM`):
+            in eval mode.
+        processor (`MomaProcessor`):
+            its tokenizer pads.
+        documents (`Sequence[dict]`):
+            examples with `input_ids`.
+        batch_size (`int`):
+            examples at once.
+        routing (`str | None`):
+            a rule for experts, the model's inference routing by default.
+        description (`str`):
+            text of the progress bar.
 
     Returns:
-        In nats per target token: `overall`, and for each modality its loss, `None` where it has no targets. `text`
-        counts all that is no code, the tokens around pictures and `<eos>` too; `words` leaves those around pictures
-        out. `perplexity` is that of `words`. `bits_per_code` holds the loss of each other modality in bits; its
-        targets are codes alone. `targets` holds the numbers of targets, that of all as `overall`.
+        `dict`: in nats per target token: `overall`, and for each modality its loss, `None` where it has no targets.
+        `text` counts all that is no code, the tokens around pictures and `<eos>` too; `words` leaves those around
+        pictures out. `perplexity` is that of `words`. `bits_per_code` holds the loss of each other modality in bits;
+        its targets are codes alone. `targets` holds the numbers of targets, that of all as `overall`.
     """
     losses, frames = ModalityLosses(), FrameLosses(model.config)
     for inputs, output in loss_outputs(model, processor, list(documents), batch_size, routing, description):
@@ -112,9 +130,15 @@ def document_losses(
 class FrameLosses:
     """Adds up the losses of the tokens that begin and end pictures and the like.
 
+    Args:
+        config (`MomaConfig`):
+            gives the frames.
+
     Attributes:
-        sum (`float`): in nats.
-        count (`int`): number of these targets.
+        sum (`float`):
+            in nats.
+        count (`int`):
+            number of these targets.
     """
 
     def __init__(self, config: MomaConfig):

@@ -28,43 +28,48 @@ GREEDY = {"do_sample": False, "num_beams": 1, "guidance_scale": 1.0}
 
 
 def picture_batches(split: Dataset, processor, batch_size: int, description: str) -> Iterator[torch.Tensor]:
-    """Yields the pixel values of a split's pictures, with a progress bar."""
+    """Yield the pixel values of a split's pictures, with a progress bar."""
     for start in tqdm(range(0, len(split), batch_size), desc=description):
         images = split[start : start + batch_size]["image"]
         yield processor.image_processor(images, return_tensors="pt")["pixel_values"]
 
 
 def load_model(folder: str, device: str) -> MomaForCausalLM:
-    """A model in fp32 and eval mode."""
+    """Return a model in fp32 and eval mode."""
     return open_model(folder, dtype=torch.float32).to(device).eval()
 
 
 def padded_batches(processor, examples: list[dict], batch_size: int) -> list[dict[str, torch.Tensor]]:
-    """
-    Examples as inputs of the model, in their order.
+    """Return the examples as inputs of the model, in their order.
 
     Args:
-        processor: its tokenizer pads.
-        examples: `input_ids` each.
-        batch_size: examples at once; the last batch may be short.
+        processor (`MomaProcessor`):
+            its tokenizer pads.
+        examples (`list[dict]`):
+            `input_ids` each.
+        batch_size (`int`):
+            examples at once; the last batch may be short.
     """
     collate = MomaDataCollator(processor.tokenizer)
     return [collate(examples[start : start + batch_size]) for start in range(0, len(examples), batch_size)]
 
 
 def held_out_batches(documents: Sequence[Documents], processor, batch_size: int, seed: int) -> list[dict]:
-    """
-    Held-out examples as padded batches of one size in random order.
+    """Return held-out examples as padded batches of one size in random order.
 
     Args:
-        documents: of each source.
-        processor: gives the ids; its tokenizer pads.
-        batch_size: examples of a batch; a short last one is left out, unless it is the only one.
-        seed: of the order.
+        documents (`Sequence[Documents]`):
+            of each source.
+        processor (`MomaProcessor`):
+            gives the ids; its tokenizer pads.
+        batch_size (`int`):
+            examples of a batch; a short last one is left out, unless it is the only one.
+        seed (`int`):
+            of the order.
     """
     examples = shuffled_held_out(documents, seed)
-    whole = len(examples) // batch_size * batch_size
-    return padded_batches(processor, examples[: whole or None], batch_size)
+    num_full = len(examples) // batch_size * batch_size
+    return padded_batches(processor, examples[: num_full or None], batch_size)
 
 
 class ModalityLosses:
@@ -82,7 +87,7 @@ class ModalityLosses:
             self.counts[modality] += count
 
     def means(self) -> dict[str, float]:
-        """`overall`, one entry for each modality (0 without targets), and `tokens`, the number of targets."""
+        """Return `overall`, one entry for each modality (0 without targets), and `tokens`, the number of targets."""
         total = sum(self.counts.values())
         result = {"overall": sum(self.sums.values()) / total}
         result.update({modality: self.sums[modality] / max(count, 1) for modality, count in self.counts.items()})
@@ -99,7 +104,7 @@ def loss_outputs(
     description: str = "loss",
     depth_routing: str | None = None,
 ) -> Iterator[tuple[dict[str, torch.Tensor], Any]]:
-    """Yields each batch of the examples and the model's output for it; see [`held_out_loss`]."""
+    """Yield each batch of the examples and the model's output for it; see [`held_out_loss`]."""
     collate = MomaDataCollator(processor.tokenizer)
     for start in tqdm(range(0, len(examples), batch_size), desc=description):
         batch = collate(examples[start : start + batch_size])
@@ -116,20 +121,26 @@ def held_out_loss(
     description: str = "loss",
     depth_routing: str | None = None,
 ) -> dict[str, float]:
-    """
-    Mean cross-entropy in nats per target token.
+    """Return the mean cross-entropy in nats per target token.
 
     Args:
-        model: in eval mode.
-        processor: its tokenizer pads.
-        examples: `input_ids` each; every token but the first is a target.
-        batch_size: examples at once; under `expert_choice` they compete with one another.
-        routing: the model's inference routing by default.
-        description: of the progress bar.
-        depth_routing: of depth layers, where it is to differ from `routing`.
+        model (`MomaForCausalLM`):
+            in eval mode.
+        processor (`MomaProcessor`):
+            its tokenizer pads.
+        examples (`list[dict]`):
+            `input_ids` each; every token but the first is a target.
+        batch_size (`int`):
+            examples at once; under `expert_choice` they compete with one another.
+        routing (`str`, *optional*):
+            the model's inference routing by default.
+        description (`str`, *optional*, defaults to `"loss"`):
+            of the progress bar.
+        depth_routing (`str`, *optional*):
+            of depth layers, where it is to differ from `routing`.
 
     Returns:
-        `overall`, one entry for each modality, and `tokens`, the number of targets.
+        `dict[str, float]`: `overall`, one entry for each modality, and `tokens`, the number of targets.
     """
     losses = ModalityLosses()
     for _, output in loss_outputs(model, processor, examples, batch_size, routing, description, depth_routing):
@@ -139,18 +150,22 @@ def held_out_loss(
 
 @torch.inference_mode()
 def write_captions(model, processor, codes: torch.Tensor, batch_size: int, max_new_tokens: int = 32) -> list[str]:
-    """
-    Captions pictures greedily.
+    """Caption pictures greedily.
 
     Args:
-        model: in eval mode.
-        processor: gives the ids.
-        codes: `[N, image_seq_length]`, the pictures.
-        batch_size: pictures at once.
-        max_new_tokens: longest caption.
+        model (`MomaForCausalLM`):
+            in eval mode.
+        processor (`MomaProcessor`):
+            gives the ids.
+        codes (`torch.Tensor`):
+            `[N, image_seq_length]`, the pictures.
+        batch_size (`int`):
+            pictures at once.
+        max_new_tokens (`int`, *optional*, defaults to `32`):
+            longest caption.
 
     Returns:
-        The generated texts.
+        `list[str]`: the generated texts.
     """
     texts = []
     for batch in tqdm(codes.split(batch_size), desc="captions"):
@@ -169,19 +184,24 @@ def write_captions(model, processor, codes: torch.Tensor, batch_size: int, max_n
 
 @torch.inference_mode()
 def draw_pictures(model, processor, captions: list[str], batch_size: int, sampling: dict, seed: int) -> torch.Tensor:
-    """
-    Draws a picture for each caption; `<image>` and the like in one are the characters that they are.
+    """Draw a picture for each caption; `<image>` and the like in one are the characters that they are.
 
     Args:
-        model: in eval mode.
-        processor: gives the ids.
-        captions: `[N]`.
-        batch_size: pictures at once.
-        sampling: arguments of `generate`.
-        seed: of the sampling.
+        model (`MomaForCausalLM`):
+            in eval mode.
+        processor (`MomaProcessor`):
+            gives the ids.
+        captions (`list[str]`):
+            `[N]`.
+        batch_size (`int`):
+            pictures at once.
+        sampling (`dict`):
+            arguments of `generate`.
+        seed (`int`):
+            of the sampling.
 
     Returns:
-        Codes `[N, image_seq_length]`.
+        `torch.Tensor`: codes `[N, image_seq_length]`.
     """
     set_seed(seed)
     texts = [processor.escape_special_tokens(caption) for caption in captions]
@@ -201,30 +221,32 @@ def draw_pictures(model, processor, captions: list[str], batch_size: int, sampli
 
 @torch.inference_mode()
 def encode_images(processor, batches: Iterator[torch.Tensor]) -> torch.Tensor:
-    """Codes `[N, image_seq_length]` of pictures given in batches of pixel values."""
+    """Return the codes `[N, image_seq_length]` of pictures given in batches of pixel values."""
     device = processor.vq_model.device
     return torch.cat([processor.vq_model.get_image_tokens(batch.to(device)).cpu() for batch in batches])
 
 
 @torch.inference_mode()
 def decode_images(processor, codes: torch.Tensor, batch_size: int) -> Iterator[torch.Tensor]:
-    """Yields pixel values in [-1, 1] of coded pictures."""
+    """Yield pixel values in [-1, 1] of coded pictures."""
     device = processor.vq_model.device
     for batch in codes.split(batch_size):
         yield processor.vq_model.decode_image_tokens(batch.to(device)).clamp(-1, 1).cpu()
 
 
 def tokenizer_quality(processor, pictures: list[torch.Tensor], codes: torch.Tensor) -> dict[str, float]:
-    """
-    How well codes keep pictures, and how many codes do the work.
+    """Return how well codes keep pictures, and how many codes do the work.
 
     Args:
-        processor: holds the VQ model.
-        pictures: batches of pixel values in [-1, 1], all but the last of one size.
-        codes: theirs, `[N, image_seq_length]`.
+        processor (`MomaProcessor`):
+            holds the VQ model.
+        pictures (`list[torch.Tensor]`):
+            batches of pixel values in [-1, 1], all but the last of one size.
+        codes (`torch.Tensor`):
+            theirs, `[N, image_seq_length]`.
 
     Returns:
-        `psnr` (mean over pictures, dB), `codes_used`, `codebook_size`, `perplexity`.
+        `dict[str, float]`: `psnr` (mean over pictures, dB), `codes_used`, `codebook_size`, `perplexity`.
     """
     psnr = []
     for batch, decoded in zip(pictures, decode_images(processor, codes, len(pictures[0])), strict=True):

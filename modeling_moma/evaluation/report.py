@@ -19,12 +19,12 @@ CAUSAL_RULES = {
     AT_PAPER_THRESHOLD: f"`auxiliary`, cut at {PAPER_THRESHOLD} (the paper)",
     "auxiliary": "`auxiliary`, calibrated cuts",
 }
-# what tables tell of a rule, of `auxiliary_report`
+# columns of the tables: figures of `auxiliary_report` and their headings
 QUALITIES = {"accuracy": "acc.", "precision": "prec.", "recall": "rec.", "load": "load"}
 
 
 def report_tables(sources: dict[str, dict]) -> str:
-    """A table for each measure that was taken, one after the other."""
+    """Return a table for each measure that was taken, one after the other."""
     tables = {LOSSES: loss_table, CAPTIONS: caption_table, RETRIEVAL: retrieval_table, DRAWINGS: drawing_table}
     return "\n\n".join(
         table(taken)
@@ -34,7 +34,7 @@ def report_tables(sources: dict[str, dict]) -> str:
 
 
 def loss_table(losses: dict[str, dict]) -> str:
-    """Losses by source and routing, in nats for each target token."""
+    """Return the losses by source and routing, in nats for each target token."""
     rows = [(name, routing, part) for name, by_routing in losses.items() for routing, part in by_routing.items()]
     modalities = list(dict.fromkeys(modality for _, _, part in rows for modality in part["bits_per_code"]))
     names = [MODALITY_NAMES.get(modality, modality) for modality in modalities]
@@ -51,7 +51,7 @@ def loss_table(losses: dict[str, dict]) -> str:
 
 
 def caption_table(captions: dict[str, dict]) -> str:
-    """Exact match and overlap of words by source, with their floors."""
+    """Return exact match and overlap of words by source, with their floors."""
     body = []
     for name, part in captions.items():
         for label, key in ((name, "generated"), (f"{name}, against other pictures' captions", "floor")):
@@ -62,7 +62,7 @@ def caption_table(captions: dict[str, dict]) -> str:
 
 
 def retrieval_table(retrieval: dict[str, dict]) -> str:
-    """Ranks by source, direction and score, with what chance would reach."""
+    """Return ranks by source, direction and score, with what chance would reach."""
     body = []
     for name, part in retrieval.items():
         for answers in ("captions", "pictures"):
@@ -83,7 +83,7 @@ def _rank_cells(figures: dict[str, Any]) -> Iterator[str]:
 
 
 def drawing_table(drawings: dict[str, dict]) -> str:
-    """Comparisons with real pictures by source, each with the number of pictures that it stands on."""
+    """Return comparisons with real pictures by source, each with the number of pictures that it stands on."""
     body = []
     for name, part in drawings.items():
         # a source without pixels has its reconstructions for them
@@ -103,10 +103,11 @@ def drawing_table(drawings: dict[str, dict]) -> str:
 
 
 def router_table(routers: Sequence[dict]) -> str:
-    """Markdown table of how well causal rules hit the oracle's choice, a row for each layer and group.
+    """Return markdown table of how well causal rules hit the oracle's choice, a row for each layer and group.
 
     Args:
-        routers: rows of `auxiliary_report`, or of a calibration, which has one rule alone.
+        routers (`Sequence[dict]`):
+            rows of `auxiliary_report`, or of a calibration, which has one rule alone.
     """
     titles = {rule: title for rule, title in CAUSAL_RULES.items() if rule in routers[0]["rules"]}
     rows = []

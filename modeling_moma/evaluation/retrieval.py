@@ -22,22 +22,27 @@ CAPTION, PICTURE = "caption given picture", "picture given caption"
 def measure_retrieval(
     model, processor, rows: CaptionedPictures, batch_size: int, num_pairs: int = DEFAULT_PAIRS, seed: int = 0
 ) -> dict:
-    """
-    Ranks every caption for every picture and every picture for every caption, by the model's likelihoods.
+    """Rank every caption for every picture and every picture for every caption, by the model's likelihoods.
 
     A caption is scored by its words and `<eos>` behind the picture, a picture by its codes behind the caption and the
     token that begins a picture. Equal captions are one answer, and so are pictures of equal codes.
 
     Args:
-        model: in eval mode.
-        processor: gives the ids.
-        rows: pictures and their captions.
-        batch_size: continuations at once.
-        num_pairs: so many of the rows, drawn at random.
-        seed: of the draw.
+        model (`MomaForCausalLM`):
+            in eval mode.
+        processor (`MomaProcessor`):
+            gives the ids.
+        rows (`CaptionedPictures`):
+            pictures and their captions.
+        batch_size (`int`):
+            continuations at once.
+        num_pairs (`int`, *optional*, defaults to `DEFAULT_PAIRS`):
+            so many of the rows, drawn at random.
+        seed (`int`, *optional*, defaults to `0`):
+            of the draw.
 
     Returns:
-        `pairs`, and under `captions` and `pictures` the figures of [`rank_figures`] by the score that ranks:
+        `dict`: `pairs`, and under `captions` and `pictures` the figures of [`rank_figures`] by the score that ranks:
 
         - `captions`: `CAPTION`, that is `log p(caption | picture)`; the same divided by the number of tokens;
           `PICTURE`, `log p(picture | caption)`.
@@ -55,13 +60,13 @@ def measure_retrieval(
     chosen = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[:num_pairs].tolist()
     pictures = [tuple(rows.codes[index].tolist()) for index in chosen]
     captions = [rows.captions[index] for index in chosen]
-    # each answer once
+    # score each distinct caption once
     distinct_pictures, distinct_captions = list(dict.fromkeys(pictures)), list(dict.fromkeys(captions))
     picture_N = torch.tensor([distinct_pictures.index(codes) for codes in pictures])
     caption_N = torch.tensor([distinct_captions.index(text) for text in captions])
     of_captions, of_pictures, prior = pair_scores(model, processor, distinct_pictures, distinct_captions, batch_size)
     encoder = DocumentEncoder(processor)
-    # with the end
+    # a caption ends with one more token
     lengths = torch.tensor([len(encoder.text_ids(text)) + 1 for text in distinct_captions])
     by_picture = {
         CAPTION: of_captions,
@@ -83,19 +88,23 @@ def measure_retrieval(
 def pair_scores(
     model, processor, pictures: list[tuple[int, ...]], captions: list[str], batch_size: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """
-    Log-probabilities of all pairs, in nats.
+    """Return log-probabilities of all pairs, in nats.
 
     Args:
-        model: in eval mode.
-        processor: gives the ids.
-        pictures: codes of each.
-        captions: text of each.
-        batch_size: continuations at once.
+        model (`MomaForCausalLM`):
+            in eval mode.
+        processor (`MomaProcessor`):
+            gives the ids.
+        pictures (`list[tuple[int, ...]]`):
+            codes of each.
+        captions (`list[str]`):
+            text of each.
+        batch_size (`int`):
+            continuations at once.
 
     Returns:
-        `log p(caption | picture)`, `[pictures, captions]`; `log p(picture | caption)`, `[captions, pictures]`; and
-        `log p(picture)` without any words before it, `[pictures]`.
+        `tuple[torch.Tensor, torch.Tensor, torch.Tensor]`: `log p(caption | picture)`, `[pictures, captions]`; `log
+        p(picture | caption)`, `[captions, pictures]`; and `log p(picture)` without any words before it, `[pictures]`.
     """
     framed = [processor.image_ids(list(codes)) for codes in pictures]
     codes = [ids[1:-1] for ids in framed]
@@ -112,16 +121,19 @@ def pair_scores(
 
 
 def ranks(scores_QA: torch.Tensor, query_N: torch.Tensor, answer_N: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """
-    The rank of every pair's answer among those that are wrong for its query.
+    """Return the rank of every pair's answer among those that are wrong for its query.
 
     Args:
-        scores_QA: higher is better.
-        query_N: the query of each pair.
-        answer_N: its answer. Other answers that the query has in other pairs are right as well and do not count.
+        scores_QA (`torch.Tensor`):
+            higher is better.
+        query_N (`torch.Tensor`):
+            the query of each pair.
+        answer_N (`torch.Tensor`):
+            its answer. Other answers that the query has in other pairs are right as well and do not count.
 
     Returns:
-        Ranks `[N]` from 1, a wrong answer of equal score ahead of the right one; and among how many, `[N]`.
+        `tuple[torch.Tensor, torch.Tensor]`: ranks `[N]` from 1, a wrong answer of equal score ahead of the right one;
+        and among how many, `[N]`.
     """
     is_right_QA = torch.zeros_like(scores_QA, dtype=torch.bool)
     is_right_QA[query_N, answer_N] = True
@@ -132,16 +144,17 @@ def ranks(scores_QA: torch.Tensor, query_N: torch.Tensor, answer_N: torch.Tensor
 
 
 def rank_figures(rank_N: torch.Tensor, candidates_N: torch.Tensor) -> dict:
-    """
-    What is told of ranks, and what chance would reach.
+    """Return what is told of ranks, and what chance would reach.
 
     Args:
-        rank_N: from 1.
-        candidates_N: among how many each.
+        rank_N (`torch.Tensor`):
+            from 1.
+        candidates_N (`torch.Tensor`):
+            among how many each.
 
     Returns:
-        `recall@1`, `recall@5` (shares of pairs of at most that rank), `mean_reciprocal_rank`, `median_rank`, and the
-        same under `chance`, as expected of a random order.
+        `dict`: `recall@1`, `recall@5` (shares of pairs of at most that rank), `mean_reciprocal_rank`, `median_rank`,
+        and the same under `chance`, as expected of a random order.
     """
     rank, candidates = rank_N.double(), candidates_N.double()
     harmonic = (1 / torch.arange(1, int(candidates_N.max()) + 1).double()).cumsum(0)

@@ -14,7 +14,7 @@ from ..modeling_moma import MomaForCausalLM
 from ..token_groups_moma import token_modalities
 
 
-# far apart for colour-blind eyes, and apart from the grey of uncovered tokens
+# colours far apart for colour-blind eyes, and from the grey of uncovered tokens
 PALETTE = (
     "#0072b2", "#e69f00", "#009e73", "#cc3311", "#ee82c8", "#66ccee", "#8b5fbf", "#c8d22e",
     "#7a4a1e", "#003f5c", "#ff8f7a", "#2fd3a5",
@@ -29,10 +29,13 @@ class RoutedTokens:
     """The experts of each of `T` tokens in each of `L` layers.
 
     Attributes:
-        groups: the expert group of each token, `[T]`.
-        experts: by layer and token the experts that took it, best gate first, `[L][T][*]`. A group of one expert has
-            no router: expert 0 takes all its tokens.
-        skipped: by layer and token whether a depth layer left the token as it came, `[L][T]`.
+        groups (`list[str]`):
+            the expert group of each token, `[T]`.
+        experts (`list[list[list[int]]]`):
+            by layer and token the experts that took it, best gate first, `[L][T][*]`. A group of one expert has no
+            router: expert 0 takes all its tokens.
+        skipped (`list[list[bool]]`):
+            by layer and token whether a depth layer left the token as it came, `[L][T]`.
     """
 
     groups: list[str]
@@ -42,15 +45,16 @@ class RoutedTokens:
 
 @torch.no_grad()
 def record_routing(model: MomaForCausalLM, input_ids: torch.Tensor) -> RoutedTokens:
-    """
-    Runs one sequence through a model in its causal routing, and writes down who took which token.
+    """Run one sequence through a model in its causal routing, and record which expert took which token.
 
     Args:
-        model: in `eval()` mode.
-        input_ids: `[T]`, without padding.
+        model (`MomaForCausalLM`):
+            in `eval()` mode.
+        input_ids (`torch.Tensor`):
+            `[T]`, without padding.
 
     Returns:
-        [`RoutedTokens`].
+        `RoutedTokens`: which expert took which token.
 
     Raises:
         ValueError: the model is in training mode, whose routing sees the future.
@@ -93,18 +97,21 @@ def _has_routers(config: MomaConfig) -> bool:
 
 
 def expert_colors(config) -> dict[tuple[str, int], str]:
-    """A colour for each (group, expert); the groups share none as long as the palette lasts."""
+    """Return a colour for each (group, expert); the groups share none as long as the palette lasts."""
     pairs = [(group, expert) for group in config.expert_groups for expert in range(config.group_num_experts(group))]
     return {pair: PALETTE[number % len(PALETTE)] for number, pair in enumerate(pairs)}
 
 
 def fill_stripes(pen: ImageDraw.ImageDraw, box: tuple[int, int, int, int], colors: Sequence[str]):
-    """Upright stripes of equal width, grey where there is no colour.
+    """Draw upright stripes of equal width, grey where there is no colour.
 
     Args:
-        pen: of the picture.
-        box: left, top, right and bottom in pixels, the last two included.
-        colors: from left to right.
+        pen (`ImageDraw.ImageDraw`):
+            of the picture.
+        box (`tuple[int, int, int, int]`):
+            left, top, right and bottom in pixels, the last two included.
+        colors (`Sequence[str]`):
+            from left to right.
     """
     left, top, right, bottom = box
     colors = colors or [UNCOVERED]
@@ -114,7 +121,7 @@ def fill_stripes(pen: ImageDraw.ImageDraw, box: tuple[int, int, int, int], color
 
 
 def shaded(colors: Image.Image, picture: Image.Image) -> Image.Image:
-    """Colours through which a picture of the same size shows, in grey."""
+    """Return colours through which a picture of the same size shows, in grey."""
     grey = picture.convert("L").point([DARKEST + value * (255 - DARKEST) // 255 for value in range(256)])
     return Image.blend(colors, grey.convert("RGB"), PICTURE_SHARE)
 

@@ -23,20 +23,24 @@ def continuation_log_probs(
     batch_size: int,
     description: str = "scores",
 ) -> torch.Tensor:
-    """
-    `log p(continuation | prefix)` in nats, summed over the tokens of the continuation.
+    """Return `log p(continuation | prefix)` in nats, summed over the tokens of the continuation.
 
     Every prefix is read once; its continuations go on from the cache of it.
 
     Args:
-        model: a `MomaForCausalLM` in eval mode. Its inference routing is causal, so neighbours do not matter.
-        prefixes: token ids of each, one at least.
-        continuations: token ids of each, one at least.
-        batch_size: continuations at once.
-        description: of the progress bar.
+        model (`MomaForCausalLM`):
+            a `MomaForCausalLM` in eval mode. Its inference routing is causal, so neighbours do not matter.
+        prefixes (`Sequence[Sequence[int]]`):
+            token ids of each, one at least.
+        continuations (`Sequence[Sequence[int]]`):
+            token ids of each, one at least.
+        batch_size (`int`):
+            continuations at once.
+        description (`str`, *optional*, defaults to `"scores"`):
+            of the progress bar.
 
     Returns:
-        `[P, C]`, float64, on the CPU.
+        `torch.Tensor`: `[P, C]`, float64, on the CPU.
 
     Raises:
         ValueError: a prefix or a continuation is empty, or the two together are longer than the model's context.
@@ -57,7 +61,7 @@ def continuation_log_probs(
 
 
 def _scores(model, cache: DynamicCache, last_V: torch.Tensor, continuations: list[Sequence[int]]) -> torch.Tensor:
-    """Scores `[B]` of continuations of the prefix that the cache holds, whose last logits are `last_V`."""
+    """Return the scores `[B]` of continuations of the prefix that the cache holds, whose last logits are `last_V`."""
     lengths_B = torch.tensor([len(ids) for ids in continuations])
     rows = [torch.as_tensor(ids, dtype=torch.long) for ids in continuations]
     # id 0 is a token like any other: the mask hides what stands behind the end

@@ -19,7 +19,7 @@ from ..errors_moma import InputError
 from ..utils.atomic_files import write_aside
 
 
-# what `torch.onnx` imports, beside torch
+# packages that `torch.onnx` imports beside torch
 _NEEDED = ("onnx", "onnxscript")
 
 
@@ -27,8 +27,10 @@ class OnnxImageTokenizer(NamedTuple):
     """Files of [`export_image_tokenizer`].
 
     Attributes:
-        encoder (`Path`): `pixel_values` fp32 `[B, C, H, W]` in [-1, 1] to `image_tokens` int64 `[B, S]`.
-        decoder (`Path`, *optional*): `image_tokens` to `pixel_values`; `None` where the model has no decoder.
+        encoder (`Path`):
+            `pixel_values` fp32 `[B, C, H, W]` in [-1, 1] to `image_tokens` int64 `[B, S]`.
+        decoder (`Path`, *optional*):
+            `image_tokens` to `pixel_values`; `None` where the model has no decoder.
     """
 
     encoder: Path
@@ -56,12 +58,14 @@ class _Decoder(nn.Module):
 def export_image_tokenizer(model: MomaVQModel, folder: str | Path) -> OnnxImageTokenizer:
     """Write `encoder.onnx` and `decoder.onnx`, for any number of pictures of the model's resolution.
 
-    The graphs hold the weights. They check nothing: a code outside the codebook is refused by the runtime, but -1 is
+    The graphs hold the weights. They check nothing: a code outside the codebook raises in the runtime, but -1 is
     read as the last code.
 
     Args:
-        model (`MomaVQModel`): in fp32, on the CPU; `processor.vq_model` of a [`MomaProcessor`].
-        folder (`str` or `Path`): where to write; made if it is missing.
+        model (`MomaVQModel`):
+            in fp32, on the CPU; `processor.vq_model` of a [`MomaProcessor`].
+        folder (`str` or `Path`):
+            where to write; made if it is missing.
 
     Returns:
         `OnnxImageTokenizer`: the paths of the files.

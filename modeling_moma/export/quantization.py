@@ -13,25 +13,25 @@ PACKED_EXPERTS = (r".*\.experts\.(gate_up|down)_proj",)
 
 
 def torchao_config(linear_config, expert_config=None) -> TorchAoConfig:
-    """A torchao configuration for attention, feed-forward layers and packed experts.
+    """Return a torchao configuration for attention, feed-forward layers and packed experts.
 
     By itself torchao takes `nn.Linear` alone, and packed experts are bare parameters. Embedding, head, norms, routers
     and thresholds keep their type.
 
     Args:
-        linear_config: For the `nn.Linear` layers, as `torchao.quantization.Int8WeightOnlyConfig()`.
-        expert_config: For the packed experts; has to be one that knows parameters of three dimensions, as the int8
-            ones do.
+        linear_config (`AOBaseConfig`):
+            For the `nn.Linear` layers, as `torchao.quantization.Int8WeightOnlyConfig()`.
+        expert_config (`AOBaseConfig`, *optional*):
+            For the packed experts; has to be one that knows parameters of three dimensions, as the int8 ones do.
 
     Returns:
-        The `quantization_config` of `from_pretrained`.
+        `TorchAoConfig`: the `quantization_config` of `from_pretrained`.
 
     Raises:
         ImportError: torchao is not installed.
         TypeError: an argument is not a torchao configuration.
 
     Example:
-
     ```python
     >>> from torchao.quantization import Int8WeightOnlyConfig
     >>> from modeling_moma import MomaForCausalLM, torchao_config
@@ -39,7 +39,8 @@ def torchao_config(linear_config, expert_config=None) -> TorchAoConfig:
     >>> model = MomaForCausalLM.from_pretrained(
     ...     "model_cards/moma-emoji", quantization_config=torchao_config(Int8WeightOnlyConfig())
     ... )
-    ```"""
+    ```
+    """
     try:
         from torchao.core.config import AOBaseConfig
         from torchao.quantization import FqnToConfig
@@ -60,10 +61,11 @@ def quantized_share(model: PreTrainedModel) -> float:
     """Share of a model's weights, tied ones counted once, that is quantised.
 
     Args:
-        model: quantised by torchao or bitsandbytes, or not at all.
+        model (`PreTrainedModel`):
+            quantised by torchao or bitsandbytes, or not at all.
 
     Returns:
-        Between 0 and 1.
+        `float`: between 0 and 1.
     """
     total = quantized = 0
     for parameter in model.parameters():

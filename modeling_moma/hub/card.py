@@ -35,7 +35,7 @@ _LINK = re.compile(r"""(?<=\]\()\s*<?(?P<markdown>[^)\s>]+)|\bsrc=["'](?P<html>[
 
 
 def measured_numbers(report: dict) -> list[float]:
-    """All numbers in a report of scripts/evaluate.py that say how good the model is."""
+    """Return all numbers in a report of scripts/evaluate.py that say how good the model is."""
     numbers = []
     for name, value in report.items():
         if name in NOT_MEASURED or NO_QUALITY in name:
@@ -56,15 +56,16 @@ def _named_datasets(metadata: dict) -> list[str]:
 
 
 def with_datasets(text: str, datasets: Mapping[str, str]) -> str:
-    """
-    Puts the Hub's ids of data sets in the place of local paths: in `datasets`, in `model-index`, and in links.
+    """Put the Hub's ids of data sets in the place of local paths: in `datasets`, in `model-index`, and in links.
 
     Args:
-        text: the card.
-        datasets: local path, as the card has it, -> id on the Hub.
+        text (`str`):
+            the card.
+        datasets (`Mapping[str, str]`):
+            local path, as the card has it, -> id on the Hub.
 
     Returns:
-        The card; the very text where `datasets` is empty.
+        `str`: the card; the very text where `datasets` is empty.
 
     Raises:
         ValueError: the card names no such data set, or an id is none.
@@ -100,14 +101,17 @@ def with_datasets(text: str, datasets: Mapping[str, str]) -> str:
 
 
 def check_card(text: str, files: Mapping[str, Path], folder: str | Path, given: Collection[str] = ()) -> Iterator[str]:
-    """
-    Checks a card beside the files that go with it.
+    """Check a card beside the files that go with it.
 
     Args:
-        text: the card.
-        files: path in the repository -> file.
-        folder: where the card lies; tells local paths from ids of the Hub.
-        given: data sets that are ids of the Hub, whatever lies in a local folder.
+        text (`str`):
+            the card.
+        files (`Mapping[str, Path]`):
+            path in the repository -> file.
+        folder (`str | Path`):
+            where the card lies; tells local paths from ids of the Hub.
+        given (`Collection[str]`, *optional*, defaults to `()`):
+            data sets that are ids of the Hub, whatever lies in a local folder.
 
     Yields:
         `str`: a problem: the field, its value and the likely cause.
@@ -146,7 +150,7 @@ def check_card(text: str, files: Mapping[str, Path], folder: str | Path, given: 
 
 
 def check_dataset(name: str, folder: str | Path, is_given: bool = False) -> Iterator[str]:
-    """Checks that a data set is named by an id of the Hub, not by a path of this machine unless it was given as id."""
+    """Check that a data set is named by an id of the Hub, not by a path of this machine unless it was given as id."""
     places = (Path.cwd(), *Path(folder).resolve().parents)
     if not isinstance(name, str):
         yield f"README.md: the data set {name!r} is no text."
@@ -164,7 +168,7 @@ def check_dataset(name: str, folder: str | Path, is_given: bool = False) -> Iter
 
 
 def check_links(text: str, files: Collection[str]) -> Iterator[str]:
-    """Checks that every relative link and picture of the card leads to a file that goes with it."""
+    """Check that every relative link and picture of the card leads to a file that goes with it."""
     for match in _LINK.finditer(_CODE.sub("", text)):
         target = match["markdown"] or match["html"]
         if re.match(r"[a-zA-Z][a-zA-Z0-9+.-]*:|//|#", target):
@@ -180,7 +184,7 @@ def check_links(text: str, files: Collection[str]) -> Iterator[str]:
 
 
 def check_numbers(data: ModelCardData, files: Mapping[str, Path]) -> Iterator[str]:
-    """Checks that every value of `model-index` stands in the folder's report, up to the card's rounding."""
+    """Check that every value of `model-index` stands in the folder's report, up to the card's rounding."""
     results = data.eval_results or []
     if results and EVALUATION_FILE not in files:
         yield (

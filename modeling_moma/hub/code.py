@@ -14,7 +14,11 @@ PACKAGES = (Path(__file__).resolve().parents[1], Path(tokenization.__file__).res
 
 @lru_cache(maxsize=256)
 def code_facts(source: bytes) -> tuple[frozenset[str], frozenset[str]]:
-    """The classes of a module, and the sibling modules that it imports.
+    """Return the classes of a module, and the sibling modules that it imports.
+
+    Args:
+        source (`bytes`):
+            the module's text.
 
     Raises:
         SyntaxError, ValueError: it is no Python.
@@ -27,7 +31,7 @@ def code_facts(source: bytes) -> tuple[frozenset[str], frozenset[str]]:
 
 
 def code_closure(files: Mapping[str, Path], references: Iterable[str]) -> set[str]:
-    """Files of code that the references name, with all that these import relatively, as far as they are there."""
+    """Return the files of code that the references name, with all that these import relatively, where they exist."""
     pending, found = [reference.split("--")[-1].split(".")[0] + ".py" for reference in references], set()
     while pending:
         name = pending.pop()
@@ -43,14 +47,14 @@ def code_closure(files: Mapping[str, Path], references: Iterable[str]) -> set[st
 
 
 def installed_code(references: Iterable[str]) -> dict[str, Path]:
-    """
-    The installed packages' files for the classes of an `auto_map`, with all that these import.
+    """Return the installed packages' files for the classes of an `auto_map`, with all that these import.
 
     Args:
-        references: `module.Class` each.
+        references (`Iterable[str]`):
+            `module.Class` each.
 
     Returns:
-        Name in the repository -> file. Modules that are none of ours are left out.
+        `dict[str, Path]`: name in the repository -> file. Modules that are none of ours are left out.
     """
     files = {path.name: path for package in PACKAGES for path in sorted(package.glob("*_moma*.py"))}
     return {name: files[name] for name in sorted(code_closure(files, references))}

@@ -15,7 +15,7 @@ from .code import code_closure, code_facts, installed_code
 
 VQ_FOLDER = "vq_model"
 
-# name -> what makes it, for whoever lacks it
+# name -> what makes it, for the message where it is missing
 REQUIRED = {
     "config.json": "save the model with save_pretrained",
     "generation_config.json": "save the model, not its configuration alone, with save_pretrained",
@@ -36,12 +36,12 @@ PROCESSOR_FILES = (
     f"{VQ_FOLDER}/*",
     "*_codec/*",
 )
-# what a repository is made of: pattern of a file's name, in lower case
+# files of a repository: patterns of their names, in lower case
 SENT = (
     "*.safetensors *.json *.py *.jinja *.model *.md *.txt *.bib *.cff license notice "
     "*.png *.jpg *.jpeg *.gif *.svg *.webp"
 ).split()
-# what training leaves beside a model, and secrets: pattern of a part of the path, and why it stays here
+# files of training, and secrets, are left out: pattern of a part of the path, and the reason
 LEFT_OUT = {
     ".*": "hidden",
     "__pycache__": "compiled code",
@@ -83,7 +83,7 @@ def _reason_to_stay(path: Path) -> str | None:
         if fnmatch(name, pattern):
             return reason
     if path.is_dir():
-        # it may lead anywhere, and back to the folder itself
+        # a link may lead anywhere, also back to the folder itself
         return "a link to a folder" if path.is_symlink() else None
     if not any(fnmatch(name, pattern) for pattern in SENT):
         return "no kind of file that a model has"
@@ -93,7 +93,7 @@ def _reason_to_stay(path: Path) -> str | None:
 
 
 def _walk(folder: Path) -> tuple[dict[str, Path], dict[str, str]]:
-    """Path in the repository -> file, and what is left out -> why."""
+    """Return the file of each path in the repository, and the reason for each that is left out."""
     files, left_out = {}, {}
     for path in sorted(folder.iterdir()):
         reason = _reason_to_stay(path)
@@ -109,18 +109,21 @@ def _walk(folder: Path) -> tuple[dict[str, Path], dict[str, str]]:
 
 
 def gather(model: str | Path, processor: str | Path | None = None) -> tuple[dict[str, Path], dict[str, str]]:
-    """
-    Lists the files of a repository: those of a kind that a model has, and no states, logs or secrets. Nothing is
-    copied. A link to a file counts as the file, as in the Hub's cache; one to a folder is left out. A folder without
-    any code gets that of the installed packages.
+    """List the files of a repository: those of a kind that a model has, and no states, logs or secrets.
+
+    Nothing is copied. A link to a file counts as the file, as in the Hub's cache; one to a folder is left out. A
+    folder without any code gets that of the installed packages.
 
     Args:
-        model: folder of a saved model, laid out as its repository.
-        processor: folder whose processor, picture tokenizer and code are added; its files replace those of a processor
-            in `model`.
+        model (`str | Path`):
+            folder of a saved model, laid out as its repository.
+        processor (`str | Path`, *optional*):
+            folder whose processor, picture tokenizer and code are added; its files replace those of a processor in
+            `model`.
 
     Returns:
-        The file for each path in the repository, and for what is left out the reason.
+        `tuple[dict[str, Path], dict[str, str]]`: the file for each path in the repository, and for what is left out
+        the reason.
 
     Raises:
         ValueError: a folder is missing, a link leads nowhere, or both have the same file of code with different text.
@@ -151,7 +154,11 @@ def _add_processor(files: dict[str, Path], model: Path, processor: Path) -> None
 
 
 def read_json(path: Path) -> dict:
-    """A JSON file that holds an object.
+    """Return a JSON file that holds an object.
+
+    Args:
+        path (`Path`):
+            the file.
 
     Raises:
         ValueError: it holds something else.
@@ -166,7 +173,7 @@ def read_json(path: Path) -> dict:
 
 
 def auto_map_entries(files: Mapping[str, Path]) -> dict[str, str]:
-    """Where an `auto_map` names a class -> `module.Class`, in all configurations of the files."""
+    """Return every `module.Class` that an `auto_map` in the files' configurations names, by where it does."""
     entries = {}
     for name in ("config.json", "processor_config.json", "tokenizer_config.json", f"{VQ_FOLDER}/config.json"):
         if name not in files:
@@ -186,11 +193,11 @@ def auto_map_entries(files: Mapping[str, Path]) -> dict[str, str]:
 
 
 def check_files(files: Mapping[str, Path]) -> Iterator[str]:
-    """
-    Checks that whoever has these files and no package of ours can load the model.
+    """Check that the model loads from these files alone, without the package.
 
     Args:
-        files: path in the repository -> file.
+        files (`Mapping[str, Path]`):
+            path in the repository -> file.
 
     Yields:
         `str`: a problem: the file or field, its value and the likely cause.
@@ -214,7 +221,7 @@ def check_files(files: Mapping[str, Path]) -> Iterator[str]:
 
 
 def check_weights(files: Mapping[str, Path], folder: str = "") -> Iterator[str]:
-    """Checks that the weights of a folder (`""` or one that ends with a slash) are whole."""
+    """Check that the weights of a folder (`""` or one that ends with a slash) are complete."""
     single, index = f"{folder}model.safetensors", f"{folder}model.safetensors.index.json"
     if single in files and index in files:
         yield f"{single} and {index} are both there: one is of an older save; remove it."
@@ -253,7 +260,7 @@ def _tensor_problems(name: str, path: Path) -> tuple[set[str], list[str]]:
 
 
 def check_code(files: Mapping[str, Path]) -> Iterator[str]:
-    """Checks that each `auto_map` is complete, and that all code it leads to is there."""
+    """Check that each `auto_map` is complete, and that all code it leads to is there."""
     entries = auto_map_entries(files)
     wanted = [f"config.json: auto_map.{name}" for name in CONFIG_CLASSES]
     wanted += ["processor_config.json: auto_map.AutoProcessor"]
@@ -289,7 +296,7 @@ def check_code(files: Mapping[str, Path]) -> Iterator[str]:
 
 
 def check_tokens(files: Mapping[str, Path]) -> Iterator[str]:
-    """Checks that model, tokenizer, picture tokenizer and codecs mean the same by a token id."""
+    """Check that model, tokenizer, picture tokenizer and codecs mean the same by a token id."""
     config, vq_config = read_json(files["config.json"]), read_json(files[f"{VQ_FOLDER}/config.json"])
     tokenizer = read_json(files["tokenizer.json"])
     ids = {token["content"]: token["id"] for token in tokenizer.get("added_tokens", [])}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Opening what a verb is given: models, processors and tokenizers, in folders or on the Hub, refused in one line."""
+"""Opening what a subcommand is given: models, processors and tokenizers, in folders or on the Hub."""
 
 import json
 from collections.abc import Callable
@@ -21,20 +21,23 @@ from .names import why_nowhere
 
 
 T = TypeVar("T")
-# any of these
+# names under which weights may be saved
 WEIGHTS = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
 
 
 @dataclass(frozen=True)
 class Saved:
-    """
-    What a folder holds that something was saved into.
+    """What a folder holds that something was saved into.
 
     Args:
-        name: of the thing, for people.
-        verb: of `moma` that writes such a folder.
-        files: groups of files, of each of which one has to be there.
-        model_type: what `config.json` says, where it has to.
+        name (`str`):
+            of the thing, for people.
+        verb (`str`):
+            of `moma` that writes such a folder.
+        files (`tuple[tuple[str, ...], ...]`):
+            groups of files, of each of which one has to be there.
+        model_type (`str`, *optional*):
+            what `config.json` says, where it has to.
     """
 
     name: str
@@ -59,34 +62,37 @@ TEXT_TOKENIZER = Saved("text tokenizer", "build-processor", (("tokenizer.json", 
 
 
 def open_model(place: str, option: str = "--model", **kwargs: Any) -> MomaForCausalLM:
-    """A model; see [`open_saved`]."""
+    """Return a model; see [`open_saved`]."""
     return open_saved(MODEL, option, place, lambda: MomaForCausalLM.from_pretrained(place, **kwargs))
 
 
 def open_processor(place: str, option: str = "--processor") -> MomaProcessor:
-    """A processor; see [`open_saved`]."""
+    """Return a processor; see [`open_saved`]."""
     return open_saved(PROCESSOR, option, place, lambda: MomaProcessor.from_pretrained(place))
 
 
 def open_picture_tokenizer(place: str, option: str = "--tokenizer", dtype: torch.dtype = torch.float32) -> MomaVQModel:
-    """A picture tokenizer; see [`open_saved`]."""
+    """Return a picture tokenizer; see [`open_saved`]."""
     return open_saved(PICTURE_TOKENIZER, option, place, lambda: MomaVQModel.from_pretrained(place, dtype=dtype))
 
 
 def open_text_tokenizer(place: str, option: str = "--text-tokenizer") -> Any:
-    """A tokenizer of any model; see [`open_saved`]."""
+    """Return a tokenizer of any model; see [`open_saved`]."""
     return open_saved(TEXT_TOKENIZER, option, place, lambda: AutoTokenizer.from_pretrained(place))
 
 
 def open_saved(saved: Saved, option: str, place: str, load: Callable[[], T]) -> T:
-    """
-    Loads what a folder or a repository on the Hub holds.
+    """Load what a folder or a repository on the Hub holds.
 
     Args:
-        saved: what it shall be.
-        option: of the command line that named it.
-        place: the folder or the name on the Hub.
-        load: reads it.
+        saved (`Saved`):
+            what it shall be.
+        option (`str`):
+            of the command line that named it.
+        place (`str`):
+            the folder or the name on the Hub.
+        load (`Callable`):
+            reads it.
 
     Raises:
         ValueError: there is no such folder or repository, it is unfinished or of another kind, or it is damaged. The
@@ -105,7 +111,7 @@ def open_saved(saved: Saved, option: str, place: str, load: Callable[[], T]) -> 
 
 
 def check_saved(saved: Saved, option: str, place: str) -> None:
-    """Refuses a place that [`open_saved`] cannot read, by its files alone; arguments and errors are the same."""
+    """Raise for a place that [`open_saved`] cannot read, by its files alone; arguments and errors are the same."""
     where, folder = f"`{option}` {str(place)!r}", Path(place)
     if folder.is_file():
         raise InputError(f"{where} is a file: the folder of a {saved.name} is needed, or its name on the Hub.")
@@ -126,11 +132,13 @@ def check_saved(saved: Saved, option: str, place: str) -> None:
 
 
 def refuse_non_finite(model: nn.Module, source: str):
-    """Refuse a model whose parameters or buffers hold NaN or infinity.
+    """Raise for a model whose parameters or buffers hold NaN or infinity.
 
     Args:
-        model: The loaded model.
-        source: Where it came from, for the message.
+        model (`nn.Module`):
+            The loaded model.
+        source (`str`):
+            Where it came from, for the message.
 
     Raises:
         ValueError: names the first such tensor.
@@ -147,7 +155,7 @@ def refuse_non_finite(model: nn.Module, source: str):
 def _model_type(path: Path) -> str | None:
     try:
         return json.loads(path.read_text(encoding="utf-8")).get("model_type")
-    # whoever reads it for good says what is wrong
+    # a file that is damaged is reported where it is really read
     except (OSError, ValueError, AttributeError):
         return None
 

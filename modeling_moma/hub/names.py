@@ -13,20 +13,22 @@ from huggingface_hub.utils import validate_repo_id
 from ..utils.messages import one_line
 
 
-# for one answer, before a loader asks again and again
+# timeout of this one request, before a loader retries many times
 TIMEOUT_SECONDS = 10
 
 
 def why_nowhere(place: str, kind: Literal["model", "dataset"] = "model") -> str | None:
-    """
-    Why a name that is no folder here cannot be read from the Hub, after one request.
+    """Return why a name that is no folder here cannot be read from the Hub, after one request.
 
     Args:
-        place: what a user gave.
-        kind: of the repository.
+        place (`str`):
+            what a user gave.
+        kind (`Literal["model", "dataset"]`, *optional*, defaults to `"model"`):
+            of the repository.
 
     Returns:
-        What is wrong, as the end of a sentence; `None` where the Hub has it, or its cache on this machine.
+        `str | None`: what is wrong, as the end of a sentence; `None` where the Hub has it, or its cache on this
+        machine.
     """
     missing = no_folder(place)
     try:
@@ -63,7 +65,7 @@ def _is_cached(place: str, kind: str) -> bool:
 
 
 def no_folder(place: str) -> str:
-    """That there is no such folder, and what beside it is called nearly alike."""
+    """Say that there is no such folder, and what beside it is called nearly alike."""
     return f"there is no folder {place!r}{_suggestion(Path(place))}"
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One commit that holds a whole model, so that every revision on the Hub loads."""
+"""One commit that holds a complete model, so that every revision on the Hub loads."""
 
 import re
 import shutil
@@ -27,19 +27,20 @@ class UploadError(RuntimeError):
 
 @dataclass(frozen=True)
 class Upload:
-    """
-    What a commit will hold.
+    """What a commit will hold.
 
     Args:
-        files: path in the repository -> file, or content where it is not that of a file.
-        left_out: what of the folder stays here, and why.
+        files (`dict[str, Path | bytes]`):
+            path in the repository -> file, or content where it is not that of a file.
+        left_out (`dict[str, str]`):
+            what of the folder stays here, and why.
     """
 
     files: dict[str, Path | bytes]
     left_out: dict[str, str]
 
     def size(self, name: str) -> int:
-        """Bytes of a file."""
+        """Return the bytes of a file."""
         content = self.files[name]
         return len(content) if isinstance(content, bytes) else content.stat().st_size
 
@@ -47,13 +48,15 @@ class Upload:
 def prepare(
     model: str | Path, processor: str | Path | None = None, datasets: Mapping[str, str] | None = None
 ) -> Upload:
-    """
-    Gathers a repository from local folders and checks it. Sends nothing.
+    """Gather a repository from local folders and check it. Nothing is sent.
 
     Args:
-        model: folder of a saved model with its card.
-        processor: folder of the processor, where `model` has none.
-        datasets: ids on the Hub of data sets that the card names by local paths.
+        model (`str | Path`):
+            folder of a saved model with its card.
+        processor (`str | Path`, *optional*):
+            folder of the processor, where `model` has none.
+        datasets (`Mapping[str, str]`, *optional*):
+            ids on the Hub of data sets that the card names by local paths.
 
     Returns:
         [`Upload`]: all files, each of them checked.
@@ -83,15 +86,16 @@ def prepare(
 
 
 def write_repository(upload: Upload, folder: str | Path) -> Path:
-    """
-    Writes a repository into a folder, as it would lie on the Hub.
+    """Write a repository into a folder, as it would lie on the Hub.
 
     Args:
-        upload ([`Upload`]): see [`prepare`].
-        folder: missing or empty.
+        upload ([`Upload`]):
+            see [`prepare`].
+        folder (`str | Path`):
+            missing or empty.
 
     Returns:
-        The folder, which is there whole or not at all.
+        `Path`: the folder, which is complete or missing.
 
     Raises:
         ValueError: the folder holds files.
@@ -117,18 +121,22 @@ def push(
     revision: str | None = None,
     message: str = "Upload model and processor",
 ) -> CommitInfo:
-    """
-    Sends all files and then commits them at once. A repository and a branch that are missing are made.
+    """Send all files, then commit them at once. A repository or branch that is missing is created.
 
     Args:
-        upload ([`Upload`]): see [`prepare`].
-        repo_id: `USER/NAME`, or `NAME` for the user who is logged in.
-        private: whether nobody else shall see a new repository.
-        revision: the branch; by default `main`.
-        message: of the commit.
+        upload ([`Upload`]):
+            see [`prepare`].
+        repo_id (`str`):
+            `USER/NAME`, or `NAME` for the user who is logged in.
+        private (`bool`, *optional*, defaults to `False`):
+            whether a new repository is private.
+        revision (`str`, *optional*):
+            the branch; by default `main`.
+        message (`str`, *optional*, defaults to `"Upload model and processor"`):
+            of the commit.
 
     Returns:
-        The commit; the present one if it holds these very files already.
+        `CommitInfo`: the commit; the present one if it holds these very files already.
 
     Raises:
         UploadError: no commit was made, or none is known of; or `private`, but the repository is there and public.
@@ -158,7 +166,7 @@ def push(
 
 
 def _is_replaced(name: str) -> bool:
-    """Whether a file belongs to the weights or the processor: one of an older revision would change what loads."""
+    """Return whether a file belongs to weights or processor: one of an older revision would change what loads."""
     return _WEIGHTS.fullmatch(name) is not None or any(fnmatch(name, pattern) for pattern in PROCESSOR_FILES)
 
 

@@ -12,9 +12,9 @@ from ..errors_moma import InputError
 def flops_per_token(
     config: MomaConfig, modality: str, sequence_length: int, training: bool = False, routing: str | None = None
 ) -> float:
-    """FLOPs that one token of a modality costs on average, head included.
+    """Return FLOPs that one token of a modality costs on average, head included.
 
-    Counted are matrix products, `2 * m * n * k` each, as `torch.utils.flop_counter.FlopCounterMode` counts them:
+    Counted are matmuls, `2 * m * n * k` each, as `torch.utils.flop_counter.FlopCounterMode` counts them:
     attention over all `sequence_length` positions, causal or not; embeddings, norms, activations and rotary embeddings
     are free. A training step is three forwards; what activation checkpointing or a fused attention kernel computes a
     second time is not counted.
@@ -27,14 +27,19 @@ def flops_per_token(
     modalities have capacities of their own, the keys are counted as if all modalities were equally frequent.
 
     Args:
-        config: the model.
-        modality: a name of `config.modalities`.
-        sequence_length: positions that the token's attention covers.
-        training: count the backward pass too.
-        routing: by default `config.training_routing` or `config.inference_routing`.
+        config (`MomaConfig`):
+            the model.
+        modality (`str`):
+            a name of `config.modalities`.
+        sequence_length (`int`):
+            positions that the token's attention covers.
+        training (`bool`, *optional*, defaults to `False`):
+            count the backward pass too.
+        routing (`str`, *optional*):
+            by default `config.training_routing` or `config.inference_routing`.
 
     Returns:
-        FLOPs.
+        `float`: FLOPs.
 
     Raises:
         ValueError: unknown modality or routing, or a length below 1.
@@ -56,23 +61,27 @@ def flops_per_token(
     if num_depth_layers:
         layers += num_depth_layers * _depth_flops(config, modality, sequence_length, feed_forward, rule)
     forward = layers + 2 * config.hidden_size * config.vocab_size
-    # the gradient of a matrix product is two more of its size
+    # the gradient of a matmul is two more of its size
     return 3 * forward if training else forward
 
 
 def training_flops(
     config: MomaConfig, tokens_by_modality: Mapping[str, float], sequence_length: int, routing: str | None = None
 ) -> float:
-    """FLOPs of training on so many tokens of each modality, in sequences of `sequence_length`.
+    """Return FLOPs of training on so many tokens of each modality, in sequences of `sequence_length`.
 
     Args:
-        config: the model.
-        tokens_by_modality: number of tokens by modality; modalities left out have none.
-        sequence_length: positions of one sequence.
-        routing: defaults to `config.training_routing`.
+        config (`MomaConfig`):
+            the model.
+        tokens_by_modality (`Mapping[str, float]`):
+            number of tokens by modality; modalities left out have none.
+        sequence_length (`int`):
+            positions of one sequence.
+        routing (`str`, *optional*):
+            defaults to `config.training_routing`.
 
     Returns:
-        FLOPs, forward and backward.
+        `float`: FLOPs, forward and backward.
 
     Raises:
         TypeError: `tokens_by_modality` is not a mapping.
@@ -134,8 +143,10 @@ class Eta:
     """A FLOPs saving, or what the curves tell of it.
 
     Attributes:
-        value: the dense model's FLOPs over the sparse model's at the same loss.
-        bound: `"exact"`; `"at_most"` when the sparse curve ends before it reaches the dense model's loss; `"at_least"`
+        value (`float`):
+            the dense model's FLOPs over the sparse model's at the same loss.
+        bound (`str`):
+            `"exact"`; `"at_most"` when the sparse curve ends before it reaches the dense model's loss; `"at_least"`
             when its first point is already there.
     """
 
@@ -147,7 +158,7 @@ class Eta:
 
 
 def eta(dense: Sequence[tuple[float, float]], sparse: Sequence[tuple[float, float]]) -> Eta:
-    """FLOPs saving of a sparse model against a dense one (MoMa footnote 6).
+    """Return FLOPs saving of a sparse model against a dense one (MoMa footnote 6).
 
     A model has the factor eta if it reaches the dense model's final loss with `1 / eta` of its FLOPs. Noise must
     favour neither side: both curves are replaced by their running minimum, linear between the points; the dense
@@ -155,8 +166,10 @@ def eta(dense: Sequence[tuple[float, float]], sparse: Sequence[tuple[float, floa
     lowest). So `eta(curve, curve)` is 1.
 
     Args:
-        dense: points `(FLOPs, loss)`, FLOPs ascending. Steps serve as well when a step of both models costs the same.
-        sparse: the other model's curve, in the same unit.
+        dense (`Sequence[tuple[float, float]]`):
+            points `(FLOPs, loss)`, FLOPs ascending. Steps serve as well when a step of both models costs the same.
+        sparse (`Sequence[tuple[float, float]]`):
+            the other model's curve, in the same unit.
 
     Returns:
         [`Eta`]: the factor, or a bound of it.
@@ -184,11 +197,13 @@ def eta(dense: Sequence[tuple[float, float]], sparse: Sequence[tuple[float, floa
 def eta_by_modality(
     dense: Mapping[str, Sequence[tuple[float, float]]], sparse: Mapping[str, Sequence[tuple[float, float]]]
 ) -> dict[str, Eta]:
-    """[`eta`] for each loss of two models: `{"overall": ..., "text": ..., "image": ...}` or whatever they name.
+    """Return [`eta`] for each loss of two models: `{"overall": ..., "text": ..., "image": ...}` or whatever they name.
 
     Args:
-        dense: the dense model's curves by name. FLOPs are the model's total, for a modality's loss as well.
-        sparse: the sparse model's curves, same names.
+        dense (`Mapping[str, Sequence[tuple[float, float]]]`):
+            the dense model's curves by name. FLOPs are the model's total, for a modality's loss as well.
+        sparse (`Mapping[str, Sequence[tuple[float, float]]]`):
+            the sparse model's curves, same names.
 
     Raises:
         ValueError: the names differ.

@@ -15,10 +15,14 @@ class Layout:
     ranks of a shard group: `expert` consecutive ones hold the experts of every group between them and exchange tokens.
 
     Attributes:
-        replicate: copies of the sharded model: DDP with `shard=1`, HSDP otherwise.
-        shard: ranks over which FSDP shards weights, gradients and moments.
-        tensor: ranks that split attention heads and inner widths.
-        expert: ranks that split the experts of each group.
+        replicate (`int`):
+            copies of the sharded model: DDP with `shard=1`, HSDP otherwise.
+        shard (`int`):
+            ranks over which FSDP shards weights, gradients and moments.
+        tensor (`int`):
+            ranks that split attention heads and inner widths.
+        expert (`int`):
+            ranks that split the experts of each group.
     """
 
     replicate: int = 1
@@ -45,7 +49,8 @@ class Layout:
         """Refuse what the model's sizes forbid.
 
         Args:
-            config: the model.
+            config (`MomaConfig`):
+                the model.
 
         Raises:
             ValueError: a size is below 1, heads, widths or vocabulary do not divide by `tensor`, the experts of a
@@ -68,7 +73,7 @@ class Layout:
         for group, count in zip(config.expert_groups, counts, strict=True):
             if count > 1 and count % self.expert:
                 raise InputError(f"`expert` = {self.expert} does not divide the {count} experts of group {group!r}.")
-            # Transformers splits the experts of an expert-parallel rank over the rest of the group, as whole ones
+            # Transformers splits the experts of an expert-parallel rank over the rest of the group, each unsplit
             if count > 1 and self.shard * self.tensor > count:
                 raise InputError(
                     f"`expert` = {self.expert} in shard groups of {self.shard * self.tensor}: the {count} experts of "

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Memory per GPU of training a MoMa on many, in closed form, by layout.
 
-Counted is training with bf16 products and AdamW: weights, gradients and both moments are kept in fp32, 16 bytes per
-parameter. Gathered weights, FSDP's gradients on the wire and activations of products are bf16.
+Counted is training with bf16 matmuls and AdamW: weights, gradients and both moments are kept in fp32, 16 bytes per
+parameter. Gathered weights, FSDP's gradients on the wire and activations of matmuls are bf16.
 """
 
 from collections.abc import Callable
@@ -21,15 +21,19 @@ class ParameterParts:
     """Parameters by the way that layouts split them.
 
     Attributes:
-        experts: packed experts of one layer: sharded, and split by tensor and expert parallelism.
-        matrices: attention and other feed-forward matrices of one layer: not by expert parallelism.
-        whole: norms and routers of one layer: sharded only. A depth layer's router is left out.
-        ends: embedding and head, once if tied: split by tensor parallelism.
+        experts (`int`):
+            packed experts of one layer: sharded, and split by tensor and expert parallelism.
+        matrices (`int`):
+            attention and other feed-forward matrices of one layer: not by expert parallelism.
+        replicated (`int`):
+            norms and routers of one layer: sharded only. A depth layer's router is left out.
+        ends (`int`):
+            embedding and head, once if tied: split by tensor parallelism.
     """
 
     experts: int
     matrices: int
-    whole: int
+    replicated: int
     ends: int
 
 
@@ -37,7 +41,8 @@ def parameter_parts(config: MomaConfig) -> ParameterParts:
     """Count the parameters of a layer by how layouts split them; see [`ParameterParts`].
 
     Args:
-        config: the model.
+        config (`MomaConfig`):
+            the model.
     """
     check_config(config)
     width = config.hidden_size
@@ -54,8 +59,8 @@ def parameter_parts(config: MomaConfig) -> ParameterParts:
     ends = config.vocab_size * width * (1 if config.tie_word_embeddings else 2)
     depth_routers = len(config.depth_layers or ()) * router_parameters(config, 1)
     layers = config.num_parameters() - ends - width - depth_routers
-    whole = layers // config.num_hidden_layers - experts - matrices
-    return ParameterParts(experts, matrices, whole, ends)
+    replicated = layers // config.num_hidden_layers - experts - matrices
+    return ParameterParts(experts, matrices, replicated, ends)
 
 
 @dataclass(frozen=True)
@@ -63,12 +68,17 @@ class Memory:
     """Bytes on one GPU at the peak of a training step.
 
     Attributes:
-        weights: fp32 weights.
-        gradients: fp32 gradients.
-        moments: AdamW's two fp32 moments.
-        working: bf16 weights in use; under FSDP those of two layers, of embedding and head, and the gradients of one
-            layer before they are sharded.
-        activations: what the backward pass needs, and the gradient of the logits.
+        weights (`float`):
+            fp32 weights.
+        gradients (`float`):
+            fp32 gradients.
+        moments (`float`):
+            AdamW's two fp32 moments.
+        working (`float`):
+            bf16 weights in use; under FSDP those of two layers, of embedding and head, and the gradients of one layer
+            before they are sharded.
+        activations (`float`):
+            what the backward pass needs, and the gradient of the logits.
     """
 
     weights: float
@@ -84,13 +94,17 @@ class Memory:
 
 
 def training_memory(config: MomaConfig, layout: Layout, tokens: int, checkpointing: bool = False) -> Memory:
-    """Bytes on one GPU while it trains on `tokens` tokens at once.
+    """Return the bytes on one GPU while it trains on `tokens` tokens at once.
 
     Args:
-        config: the model.
-        layout: who holds what.
-        tokens: tokens of one forward on one data-parallel rank. Ranks of a tensor-parallel group share them.
-        checkpointing: keep the input of each layer and compute the rest again.
+        config (`MomaConfig`):
+            the model.
+        layout (`Layout`):
+            who holds what.
+        tokens (`int`):
+            tokens of one forward on one data-parallel rank. Ranks of a tensor-parallel group share them.
+        checkpointing (`bool`, *optional*, defaults to `False`):
+            keep the input of each layer and compute the rest again.
 
     Returns:
         [`Memory`]: without what the CUDA context, communication buffers and fragmentation take.
@@ -100,9 +114,9 @@ def training_memory(config: MomaConfig, layout: Layout, tokens: int, checkpointi
     """
     layout.check(config)
     parts = parameter_parts(config)
-    layer = (parts.matrices + parts.experts / layout.expert) / layout.tensor + parts.whole
+    layer = (parts.matrices + parts.experts / layout.expert) / layout.tensor + parts.replicated
     ends = parts.ends / layout.tensor
-    held = config.num_hidden_layers * ((parts.matrices + parts.experts) / layout.tensor + parts.whole) + ends
+    held = config.num_hidden_layers * ((parts.matrices + parts.experts) / layout.tensor + parts.replicated) + ends
     held /= layout.shard
     if layout.shard > 1:
         working = BF16 * (2 * layer + ends) + BF16 * (layer + ends)
@@ -113,16 +127,20 @@ def training_memory(config: MomaConfig, layout: Layout, tokens: int, checkpointi
 
 
 def activation_bytes(config: MomaConfig, tokens: int, tensor: int = 1, checkpointing: bool = False) -> float:
-    """Bytes that the backward pass needs under autocast to bf16, with an attention kernel that stores no scores.
+    """Return the bytes that the backward pass needs under autocast to bf16, with attention that stores no scores.
 
     The peak is where the logits' gradient is made: fp32 logits, their log-softmax and the gradient of each use of
     them. The residual stream, norms and routers are fp32. `expert_choice` routing and modalities equally frequent.
 
     Args:
-        config: the model.
-        tokens: tokens of one forward.
-        tensor: ranks that split heads and inner widths.
-        checkpointing: see [`training_memory`].
+        config (`MomaConfig`):
+            the model.
+        tokens (`int`):
+            tokens of one forward.
+        tensor (`int`, *optional*, defaults to `1`):
+            ranks that split heads and inner widths.
+        checkpointing (`bool`, *optional*, defaults to `False`):
+            see [`training_memory`].
     """
     check_config(config)
     num_depth = len(config.depth_layers or ())
@@ -137,7 +155,7 @@ def activation_bytes(config: MomaConfig, tokens: int, tensor: int = 1, checkpoin
     if not checkpointing:
         return tokens * (num_full * layer + num_depth * depth_layer + ends + logits)
     inputs = config.num_hidden_layers * FP32 * config.hidden_size
-    # when layers are computed again the logits are gone
+    # the logits are freed before layers are recomputed
     again = layer if num_full else depth_layer
     return tokens * (inputs + ends + max(again, logits))
 
@@ -151,7 +169,7 @@ def _group_of(config: MomaConfig, modality: str) -> str:
 
 
 def experts_per_token(config: MomaConfig) -> float:
-    """Packed experts that a token meets on average, modalities equally frequent; 0 without packed experts."""
+    """Return packed experts that a token meets on average, modalities equally frequent; 0 without packed experts."""
     check_config(config)
 
     def used(modality: str) -> float:

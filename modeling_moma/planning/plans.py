@@ -21,15 +21,23 @@ class Hardware:
     """Nominal figures of a cluster; the defaults are those of NVIDIA H100 SXM nodes with one 400 Gb/s adapter per GPU.
 
     Attributes:
-        memory: bytes of one GPU.
-        headroom: share of the memory that a plan may use; the CUDA context, communication buffers and fragmentation
-            take the rest.
-        flops: bf16 FLOPs per second of one GPU, dense.
-        utilization: share of `flops` that a training reaches while it computes.
-        bandwidth: bytes per second that a GPU sends within its node.
-        network: bytes per second that a GPU sends to other nodes.
-        latency: seconds from one GPU to the next.
-        node_size: GPUs of one node.
+        memory (`float`):
+            bytes of one GPU.
+        headroom (`float`):
+            share of the memory that a plan may use; the CUDA context, communication buffers and fragmentation take the
+            rest.
+        flops (`float`):
+            bf16 FLOPs per second of one GPU, dense.
+        utilization (`float`):
+            share of `flops` that a training reaches while it computes.
+        bandwidth (`float`):
+            bytes per second that a GPU sends within its node.
+        network (`float`):
+            bytes per second that a GPU sends to other nodes.
+        latency (`float`):
+            seconds from one GPU to the next.
+        node_size (`int`):
+            GPUs of one node.
     """
 
     memory: float = 80 * GIGA
@@ -56,7 +64,8 @@ class Hardware:
         leaves the node through its own.
 
         Args:
-            collective ([`Collective`]): the exchange.
+            collective ([`Collective`]):
+                the exchange.
         """
         waiting = collective.calls * collective.hops * self.latency
         if collective.ranks * collective.stride <= self.node_size:
@@ -73,15 +82,24 @@ class Plan:
     """One way to train, and what a step of it takes.
 
     Attributes:
-        layout ([`Layout`]): who holds what.
-        checkpointing: whether layers are computed again in the backward pass.
-        sequences: sequences of one forward on a data-parallel rank.
-        micro_batches: forwards of a step.
-        memory ([`Memory`]): of one GPU.
-        compute_seconds: products of one step.
-        weight_seconds: traffic of weights and gradients, beside the computation.
-        token_seconds: traffic of tokens, for which the computation waits.
-        collectives: the traffic.
+        layout ([`Layout`]):
+            who holds what.
+        checkpointing (`bool`):
+            whether layers are computed again in the backward pass.
+        sequences (`int`):
+            sequences of one forward on a data-parallel rank.
+        micro_batches (`int`):
+            forwards of a step.
+        memory ([`Memory`]):
+            of one GPU.
+        compute_seconds (`float`):
+            matmuls of one step.
+        weight_seconds (`float`):
+            traffic of weights and gradients, beside the computation.
+        token_seconds (`float`):
+            traffic of tokens, for which the computation waits.
+        collectives (`list[Collective]`):
+            the traffic.
     """
 
     layout: Layout
@@ -101,14 +119,17 @@ class Plan:
 
 
 def candidate_layouts(config: MomaConfig, gpus: int, node_size: int) -> list[Layout]:
-    """Layouts worth a look: DDP, FSDP over all GPUs, HSDP with a shard group in each node, each with TP and EP.
+    """Return layouts worth a look: DDP, FSDP over all GPUs, HSDP with a shard group in each node, each with TP and EP.
 
     For EP there is HSDP with shard groups as small as EP needs, too.
 
     Args:
-        config: the model, whose sizes decide on TP and EP.
-        gpus: number of GPUs.
-        node_size: GPUs of one node. TP stays within it.
+        config (`MomaConfig`):
+            the model, whose sizes decide on TP and EP.
+        gpus (`int`):
+            number of GPUs.
+        node_size (`int`):
+            GPUs of one node. TP stays within it.
     """
     result = []
     counts = [config.group_num_experts(group) for group in config.expert_groups]
@@ -143,14 +164,20 @@ def plan_training(
     For each layout the fastest of the micro-batches that fit is taken, with and without checkpointing.
 
     Args:
-        config: the model.
-        gpus: number of GPUs.
-        tokens_per_gpu: tokens of one optimiser step, divided by `gpus`. Modalities equally frequent.
-        sequence_length: tokens of one sequence.
-        hardware ([`Hardware`], *optional*): by default H100 nodes.
+        config (`MomaConfig`):
+            the model.
+        gpus (`int`):
+            number of GPUs.
+        tokens_per_gpu (`int`):
+            tokens of one optimiser step, divided by `gpus`. Modalities equally frequent.
+        sequence_length (`int`):
+            tokens of one sequence.
+        hardware ([`Hardware`], *optional*):
+            by default H100 nodes.
 
     Returns:
-        Plans that fit, fastest first, and the layouts that do not, with the least memory that they need.
+        `tuple[list[Plan], list[tuple[Layout, Memory]]]`: plans that fit, fastest first, and the layouts that do not,
+        with the least memory that they need.
 
     Raises:
         ValueError: a number is below 1, GPUs fill no whole nodes, sequences are longer than the model's positions, or
@@ -189,7 +216,7 @@ def plan_training(
 
 
 def _speed(plan: Plan) -> tuple[float, float, float]:
-    # of plans that compute as fast, the one whose traffic has the most room to hide
+    # among plans that compute as fast, prefer the one whose traffic is easiest to hide
     return plan.seconds, plan.weight_seconds, plan.memory.total
 
 
@@ -200,7 +227,7 @@ def _plans_of(
     tokens = tokens_per_gpu * layout.tensor
     modalities = config.modalities
     flops = sum(flops_per_token(config, modality, sequence_length, training=True) for modality in modalities)
-    # products are split over the tensor-parallel group again
+    # matmuls are split over the tensor-parallel group again
     seconds = tokens_per_gpu * flops / len(modalities) / (hardware.flops * hardware.utilization)
     num_sequences = tokens // sequence_length
     for checkpointing in (False, True):
@@ -215,7 +242,7 @@ def _plans_of(
                 sequences,
                 micro_batches,
                 training_memory(config, layout, sequences * sequence_length, checkpointing),
-                # one forward more on top of three
+                # checkpointing adds one forward to the cost of three
                 seconds * (4 / 3 if checkpointing else 1),
                 overlapped,
                 waited,

@@ -14,13 +14,20 @@ class Collective:
     """One kind of exchange between GPUs, summed over a training step.
 
     Attributes:
-        name: what is exchanged.
-        kind: `"all_gather"`, `"reduce_scatter"`, `"all_reduce"` or `"all_to_all"`.
-        payload: bytes of the whole tensors: gathered, reduced, or one rank's tokens.
-        ranks: size of the group.
-        stride: distance of neighbours in the group, in ranks.
-        calls: how often the exchange starts in the step, each time with its share of the payload.
-        is_overlapped: runs beside the computation, which does not wait for it.
+        name (`str`):
+            what is exchanged.
+        kind (`str`):
+            `"all_gather"`, `"reduce_scatter"`, `"all_reduce"` or `"all_to_all"`.
+        payload (`float`):
+            bytes of the full tensors: gathered, reduced, or one rank's tokens.
+        ranks (`int`):
+            size of the group.
+        stride (`int`):
+            distance of neighbours in the group, in ranks.
+        calls (`float`):
+            how often the exchange starts in the step, each time with its share of the payload.
+        is_overlapped (`bool`):
+            runs beside the computation, which does not wait for it.
     """
 
     name: str
@@ -48,18 +55,22 @@ class Collective:
 def training_traffic(
     config: MomaConfig, layout: Layout, tokens: int, micro_batches: int = 1, checkpointing: bool = False
 ) -> list[Collective]:
-    """What the GPUs exchange in one optimiser step.
+    """Return what the GPUs exchange in one optimiser step.
 
     Args:
-        config: the model.
-        layout: who holds what.
-        tokens: tokens of one data-parallel rank in the step, over all micro-batches.
-        micro_batches: forwards of the step. FSDP gathers weights twice and scatters gradients once in each; DDP
-            reduces once.
-        checkpointing: tokens are sent a second time when layers are computed again.
+        config (`MomaConfig`):
+            the model.
+        layout (`Layout`):
+            who holds what.
+        tokens (`int`):
+            tokens of one data-parallel rank in the step, over all micro-batches.
+        micro_batches (`int`, *optional*, defaults to `1`):
+            forwards of the step. FSDP gathers weights twice and scatters gradients once in each; DDP reduces once.
+        checkpointing (`bool`, *optional*, defaults to `False`):
+            tokens are sent a second time when layers are computed again.
 
     Returns:
-        Groups of one rank are left out.
+        `list[Collective]`: groups of one rank are left out.
 
     Raises:
         ValueError: the layout does not fit the model.
@@ -74,7 +85,7 @@ def training_traffic(
 def _weight_traffic(config: MomaConfig, layout: Layout, micro_batches: int) -> list[Collective]:
     parts = parameter_parts(config)
     layers = config.num_hidden_layers
-    dense = layers * (parts.matrices / layout.tensor + parts.whole) + parts.ends / layout.tensor
+    dense = layers * (parts.matrices / layout.tensor + parts.replicated) + parts.ends / layout.tensor
     experts = layers * parts.experts / (layout.tensor * layout.expert)
     outer = layout.tensor * layout.shard
     # a call for each layer, and one for embedding and head
@@ -106,11 +117,11 @@ def _token_traffic(
     num_depth = len(config.depth_layers or ())
     layers = config.num_hidden_layers - num_depth + share * num_depth
     stream = tokens * BF16 * config.hidden_size
-    # each way in each pass, group after group
+    # each group sends tokens there and back in each pass
     dispatched = 2 * passes * layers * experts_per_token(config) * stream
     groups = sum(config.group_num_experts(group) > 1 for group in config.expert_groups)
     dispatches = micro_batches * 2 * passes * groups * config.num_hidden_layers
-    # after attention and after the feed-forward layer; the embedding once, the head's input once in the backward pass
+    # all-reduce after attention and after feed-forward, once for the embedding and once for the head's gradient
     reduced = (2 * passes * layers + 2) * stream
     reductions = micro_batches * (2 * passes * config.num_hidden_layers + 2)
     logits = tokens * BF16 * config.vocab_size

@@ -20,15 +20,17 @@ _LINEAR = r"(gate_proj|up_proj|down_proj)"
 
 
 def with_adapters(model: MomaForCausalLM, rank: int, frozen_groups: Sequence[str] = ()) -> "PeftModel":
-    """
-    Puts adapters beside attention and expert groups, and lets the rows of all tokens but those of text learn.
+    """Put adapters beside attention and expert groups, and let the rows of all tokens but those of text learn.
 
     Routers stay as they are. After training, `merge_and_unload()` gives the model with the adapters in its weights.
 
     Args:
-        model: its weights are frozen.
-        rank: of the adapters; their output is scaled by 2, whatever the rank.
-        frozen_groups: expert groups without adapters.
+        model (`MomaForCausalLM`):
+            its weights are frozen.
+        rank (`int`):
+            of the adapters; their output is scaled by 2, whatever the rank.
+        frozen_groups (`Sequence[str]`, *optional*, defaults to `()`):
+            expert groups without adapters.
 
     Raises:
         ImportError: PEFT is missing, the extra `finetune`.

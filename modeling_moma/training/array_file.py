@@ -8,13 +8,15 @@ import numpy as np
 
 
 class ArrayWriter:
-    """
-    A `.npy` file that is written entry by entry, so that memory holds one of them at a time.
+    """A `.npy` file that is written entry by entry, so that memory holds one of them at a time.
 
     Args:
-        path: the file; one that exists is overwritten.
-        shape: of an entry.
-        dtype: of its numbers.
+        path (`Path`):
+            the file; one that exists is overwritten.
+        shape (`tuple[int, ...]`):
+            of an entry.
+        dtype (`type`, *optional*, defaults to `np.uint8`):
+            of its numbers.
     """
 
     def __init__(self, path: Path, shape: tuple[int, ...], dtype: type = np.uint8):
@@ -28,7 +30,7 @@ class ArrayWriter:
         return self
 
     def __exit__(self, *error) -> None:
-        """Writes how many entries there are, and closes the file."""
+        """Write how many entries there are, and close the file."""
         self._file.seek(0)
         self._write_header()
         if self._file.tell() != self._start:
@@ -36,20 +38,20 @@ class ArrayWriter:
         self._file.close()
 
     def write(self, entry: np.ndarray, index: int | None = None) -> None:
-        """Appends an entry, or replaces that of an index."""
+        """Append an entry, or replace that of an index."""
         place = self.count if index is None else index
         self._file.seek(self._start + place * self._bytes)
         self._file.write(np.ascontiguousarray(entry, dtype=self.dtype).tobytes())
         self.count = max(self.count, place + 1)
 
     def extend(self, entries: np.ndarray) -> None:
-        """Appends several entries, `(entries, *shape)`."""
+        """Append several entries, `(entries, *shape)`."""
         self._file.seek(self._start + self.count * self._bytes)
         self._file.write(np.ascontiguousarray(entries, dtype=self.dtype).tobytes())
         self.count += len(entries)
 
     def drop_last(self) -> None:
-        """Removes the last entry."""
+        """Remove the last entry."""
         self.count -= 1
         self._file.truncate(self._start + self.count * self._bytes)
 
@@ -64,6 +66,6 @@ class ArrayWriter:
 
 
 def read_array(path: Path) -> np.ndarray:
-    """The array of a `.npy` file, of which only what is used is read from the disk."""
+    """Return the array of a `.npy` file, of which only what is used is read from the disk."""
     # "c" and not "r": torch warns of arrays that it must not write to
     return np.load(path, mmap_mode="c")

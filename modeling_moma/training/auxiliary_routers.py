@@ -44,6 +44,7 @@ class AuxiliaryTraining(ResumedTrainer, AuxiliaryRouterTrainer):
 
 
 def make_training_arguments(args: argparse.Namespace) -> TrainingArguments:
+    """Return the command line's settings of the Trainer."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return TrainingArguments(
         output_dir=args.output,
@@ -75,6 +76,7 @@ def build_trainer(
     tokens: TokenFolder,
     facts: Facts,
 ) -> Trainer:
+    """Return the trainer of the auxiliary routers, with its data."""
     documents = [tokens.documents(source) for source in tokens.sources()]
     weights = [source.weight for source in tokens.sources()]
     examples_in_all = args.steps * args.batch_size * args.gradient_accumulation_steps
@@ -90,8 +92,8 @@ def build_trainer(
     )
 
 
-def refuse_others(args: argparse.Namespace):
-    """Raise `ValueError` where the output folder holds what no run of this command that goes on now has left."""
+def check_output_is_own(args: argparse.Namespace):
+    """Raise `ValueError` where the output folder holds files that are not of the run to go on with."""
     has_report = (Path(args.output) / REPORT_FILE).is_file()
 
     def is_own(path: Path) -> bool:
@@ -102,7 +104,13 @@ def refuse_others(args: argparse.Namespace):
 
 
 def split_batches(args: argparse.Namespace, batches: list[dict]) -> tuple[list[dict], list[dict]]:
-    """Batches to calibrate on, none with `--threshold`, and batches to report on.
+    """Return the batches to calibrate on, none with `--threshold`, and batches to report on.
+
+    Args:
+        args (`argparse.Namespace`):
+            the command line.
+        batches (`list[dict]`):
+            all batches.
 
     Raises:
         ValueError: there are too few.
@@ -119,22 +127,22 @@ def split_batches(args: argparse.Namespace, batches: list[dict]) -> tuple[list[d
 
 
 def train_auxiliary_routers(args: argparse.Namespace) -> None:
-    """
-    Trains the auxiliary routers of a saved model, calibrates them, and saves the model with a report.
+    """Train the auxiliary routers of a saved model, calibrate them, and save the model with a report.
 
     Args:
-        args: of `moma train-auxiliary-routers`.
+        args (`argparse.Namespace`):
+            of `moma train-auxiliary-routers`.
 
     Raises:
         ValueError: the output folder holds another run, or this one and `--resume` is not given.
     """
-    refuse_others(args)
+    check_output_is_own(args)
     processor = open_processor(args.processor)
     training_arguments, tokens = make_training_arguments(args), TokenFolder(args.tokens, processor)
     packing = (False, tokens.manifest["sequence_length"])
     config = MomaConfig.from_pretrained(args.model)
     facts = run_facts(config, args.model, tokens, tokens.sources(), packing, training_arguments)
-    # with files of a run in it, but of which?
+    # the folder has files of a run: check of which
     check_output(args.output, facts, args.resume)
     held_out = open_documents(args.tokens, processor, VALIDATION)
     batches = held_out_batches(held_out, processor, args.batch_size, args.seed)

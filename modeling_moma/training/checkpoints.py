@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which checkpoints of a `Trainer` are whole, and the end of those that a full disk has torn."""
+"""Which checkpoints of a `Trainer` are complete, and removal of those that a full disk has cut short."""
 
 import json
 import logging
@@ -19,16 +19,17 @@ logger = logging.getLogger(__name__)
 
 
 def last_checkpoint(folder: str | Path) -> str | None:
-    """The newest whole checkpoint of a run.
+    """Return the newest complete checkpoint of a run.
 
     `Trainer` writes straight into a checkpoint's folder, its state last of all: where no state can be read, a run was
     killed while it wrote. Such a folder is warned of, and written anew by a run that comes by its step again.
 
     Args:
-        folder: the run's output folder, which may be missing.
+        folder (`str | Path`):
+            the run's output folder, which may be missing.
 
     Returns:
-        The checkpoint's folder, or `None` where none is whole.
+        `str | None`: the checkpoint's folder, or `None` where none is complete.
     """
     for path in _checkpoints(folder):
         if read_state(path) is not None:
@@ -38,18 +39,18 @@ def last_checkpoint(folder: str | Path) -> str | None:
 
 
 def whole_checkpoints(folder: str | Path) -> list[Path]:
-    """All checkpoints of a folder whose state can be read, the newest first."""
+    """Return the checkpoints of a folder whose state can be read, the newest first."""
     return [path for path in _checkpoints(folder) if read_state(path) is not None]
 
 
 def torn_checkpoints(folder: str | Path) -> list[Path]:
-    """All checkpoints of a folder that were never written to their end."""
+    """Return the checkpoints of a folder that were never written to their end."""
     return [path for path in _checkpoints(folder) if read_state(path) is None]
 
 
 @contextmanager
 def without_torn_checkpoints(output: str | Path) -> Iterator[None]:
-    """Where the disk is full, remove the checkpoint that was being written: it takes room and is of no use."""
+    """Remove the checkpoint that was being written where the disk is full: it takes space and is of no use."""
     try:
         yield
     except Exception as error:
@@ -60,12 +61,12 @@ def without_torn_checkpoints(output: str | Path) -> Iterator[None]:
 
 
 def checkpoint_step(checkpoint: str | Path) -> int:
-    """The step that a checkpoint was written at, by its name."""
+    """Return the step that a checkpoint was written at, by its name."""
     return int(Path(checkpoint).name.rpartition("-")[2])
 
 
 def read_state(folder: Path) -> dict[str, Any] | None:
-    """The trainer's state in a checkpoint or an output folder, `None` where there is none that can be read."""
+    """Return the trainer's state in a checkpoint or an output folder, `None` where there is none that can be read."""
     try:
         return json.loads((folder / TRAINER_STATE_NAME).read_text())
     except (OSError, ValueError):

@@ -15,9 +15,12 @@ def initialize_code_embeddings(model: PreTrainedModel, codebook_KC: torch.Tensor
     the start. Ids of the modality are taken in ascending order.
 
     Args:
-        model: a fresh `MomaForCausalLM` or `MomaModel`; changed in place.
-        codebook_KC: one vector for each code, `[K, C]`.
-        modality: whose tokens.
+        model (`PreTrainedModel`):
+            a fresh `MomaForCausalLM` or `MomaModel`; changed in place.
+        codebook_KC (`torch.Tensor`):
+            one vector for each code, `[K, C]`.
+        modality (`str`, *optional*, defaults to `"image"`):
+            whose tokens.
 
     Raises:
         ValueError: the modality has another number of ids than the codebook has vectors, or all of these are equal.

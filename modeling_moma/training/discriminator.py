@@ -12,7 +12,7 @@ from tokenization.modeling_moma_vq import MomaVQModel, MomaVQOutput
 from ..errors_moma import InputError
 
 
-# of pix2pix (arXiv 1611.07004): strided layers, width of the first, slope, deviation of the fresh weights
+# sizes of pix2pix (arXiv 1611.07004): strided layers, width of the first, slope, deviation of fresh weights
 NUM_LAYERS, BASE_WIDTH, SLOPE, INITIAL_STD = 3, 64, 0.2, 0.02
 # layers beyond it are no wider, in units of the first one's width
 LARGEST_FACTOR = 8
@@ -24,11 +24,11 @@ LARGEST_RATIO, SMALL = 1e4, 1e-4
 
 
 class PatchDiscriminator(nn.Module):
-    """
-    Pictures `(batch, channels, side, side)` to one verdict for each patch of 70 pixels, above 0 for real ones.
+    """Pictures `(batch, channels, side, side)` to one verdict for each patch of 70 pixels, above 0 for real ones.
 
     Args:
-        channels: of the pictures.
+        channels (`int`, *optional*, defaults to `3`):
+            of the pictures.
     """
 
     def __init__(self, channels: int = 3):
@@ -52,24 +52,29 @@ class PatchDiscriminator(nn.Module):
                 nn.init.normal_(module.weight, 1.0, INITIAL_STD)
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Map `(batch, channels, side, side)` to `(batch, 1, rows, columns)` verdicts."""
         return self.layers(pixel_values)
 
 
 def hinge_loss(real: torch.Tensor, fake: torch.Tensor) -> torch.Tensor:
-    """The discriminator's loss by its verdicts: 0 where real patches are above 1 and reconstructed ones below -1."""
+    """Return the discriminator's loss: 0 where real patches score above 1 and reconstructed ones below -1."""
     return (F.relu(1 - real).mean() + F.relu(1 + fake).mean()) / 2
 
 
 class AdversarialTraining:
-    """
-    A discriminator and its optimizer, and the term that it adds to a picture tokenizer's loss.
+    """A discriminator and its optimizer, and the term that it adds to a picture tokenizer's loss.
 
     Args:
-        weight: of the term, before the adaptive weight.
-        start: first step of discriminator and term, counted from 0; before it nothing of them is computed.
-        config: of the picture tokenizer.
-        seed: of the fresh weights.
-        device: of the picture tokenizer.
+        weight (`float`):
+            of the term, before the adaptive weight.
+        start (`int`):
+            first step of discriminator and term, counted from 0; before it nothing of them is computed.
+        config (`Any`):
+            of the picture tokenizer.
+        seed (`int`):
+            of the fresh weights.
+        device (`torch.device`):
+            of the picture tokenizer.
 
     Raises:
         ValueError: the pictures are too small.
@@ -90,20 +95,21 @@ class AdversarialTraining:
         self.optimizer = torch.optim.Adam(self.discriminator.parameters(), lr=LEARNING_RATE, betas=BETAS)
 
     def is_on(self, step: int) -> bool:
-        """Whether a step has the term."""
+        """Return whether a step has the term."""
         return step >= self.start
 
     def term(self, model: MomaVQModel, output: MomaVQOutput) -> tuple[torch.Tensor, float]:
-        """
-        The term of the tokenizer's loss: reconstructions shall be taken for real.
+        """Return the term of the tokenizer's loss: reconstructions shall be taken for real.
 
         Args:
-            model: has a decoder.
-            output: of its forward pass with gradients.
+            model (`MomaVQModel`):
+                has a decoder.
+            output (`MomaVQOutput`):
+                of its forward pass with gradients.
 
         Returns:
-            The term, its weights included, and the loss without them. The adaptive weight makes its gradient at the
-            decoder's last layer as large as that of the terms which compare pictures.
+            `tuple[torch.Tensor, float]`: the term, its weights included, and the loss without them. The adaptive
+            weight makes its gradient at the decoder's last layer as large as that of the terms which compare pictures.
         """
         self.discriminator.requires_grad_(False)
         loss = -self.discriminator(output.reconstruction).mean()
@@ -118,15 +124,16 @@ class AdversarialTraining:
         return self.weight * ratio * loss, loss.item()
 
     def train_step(self, real: torch.Tensor, fake: torch.Tensor) -> float:
-        """
-        One step of the discriminator.
+        """Take one step of the discriminator.
 
         Args:
-            real: pictures `(batch, channels, side, side)`.
-            fake: their reconstructions, without gradient.
+            real (`torch.Tensor`):
+                pictures `(batch, channels, side, side)`.
+            fake (`torch.Tensor`):
+                their reconstructions, without gradient.
 
         Returns:
-            Its loss.
+            `float`: its loss.
         """
         loss = hinge_loss(self.discriminator(real), self.discriminator(fake.detach()))
         loss.backward()
@@ -135,10 +142,10 @@ class AdversarialTraining:
         return loss.item()
 
     def state_dict(self) -> dict[str, Any]:
-        """All that a resumed run needs."""
+        """Return all that a resumed run needs."""
         return {"discriminator": self.discriminator.state_dict(), "optimizer": self.optimizer.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on from [`AdversarialTraining.state_dict`]."""
+        """Go on from [`AdversarialTraining.state_dict`]."""
         self.discriminator.load_state_dict(state["discriminator"])
         self.optimizer.load_state_dict(state["optimizer"])

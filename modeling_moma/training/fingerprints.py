@@ -31,7 +31,7 @@ _OF_STEPS = (
 )
 # fields of a source that say where its rows come from: what came of them is in the tokens
 _OF_ROWS = ("data", "load", "splits", "held_out", "root")
-# of a file so many bytes are read, in so many places
+# bytes of a sampled block, and blocks sampled per file
 _BLOCK_BYTES, _BLOCKS = 1 << 16, 256
 # characters of a value in a message
 _LONGEST_VALUE = 60
@@ -39,18 +39,18 @@ _WAYS = "Give another `--output`, or delete this folder to start over."
 
 
 class RunFingerprint(TrainerCallback, ExportableState):
-    """
-    Puts what a run is made of into the state that `Trainer` writes last of all into each checkpoint.
+    """Puts what a run is made of into the state that `Trainer` writes last of all into each checkpoint.
 
     Args:
-        facts: plain values as JSON has them, by section and name.
+        facts (`Facts`):
+            plain values as JSON has them, by section and name.
     """
 
     def __init__(self, facts: Facts):
         self.facts = facts
 
     def state(self) -> dict[str, Any]:
-        """What `Trainer` saves of it."""
+        """Return what `Trainer` saves of it."""
         return {"args": {"facts": self.facts}, "attributes": {}}
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -68,18 +68,25 @@ def run_facts(
     earlier_steps: int = 0,
     **training: Any,
 ) -> Facts:
-    """
-    What a run is made of, as its checkpoints hold it.
+    """Return what a run is made of, as its checkpoints hold it.
 
     Args:
-        config: of the model that is trained.
-        weights: folder, or name on the Hub, of those that it starts from; `None` where they are new.
-        tokens: the folder.
-        sources: those that are trained on.
-        packing: whether sequences are packed, and their tokens.
-        arguments: of the Trainer.
-        earlier_steps: steps of an earlier stage, whose data are passed over.
-        training: what else decides on the steps.
+        config (`MomaConfig`):
+            of the model that is trained.
+        weights (`str | None`):
+            folder, or name on the Hub, of those that it starts from; `None` where they are new.
+        tokens (`TokenFolder`):
+            the folder.
+        sources (`Sequence[Source]`):
+            those that are trained on.
+        packing (`tuple[bool, int]`):
+            whether sequences are packed, and their tokens.
+        arguments (`TrainingArguments`):
+            of the Trainer.
+        earlier_steps (`int`, *optional*, defaults to `0`):
+            steps of an earlier stage, whose data are passed over.
+        training (`Any`):
+            what else decides on the steps.
     """
     facts = {
         "model": {**_model_facts(config, weights), "processor": tokens.manifest["fingerprint"]},
@@ -88,37 +95,41 @@ def run_facts(
         "batch": {"examples_a_step": examples_a_step(arguments)},
         "training": {**{name: getattr(arguments, name) for name in _OF_STEPS}, **training},
     }
-    # as they look when they are read
+    # facts are compared as JSON gives them back
     return json.loads(json.dumps(facts, default=str))
 
 
 def _model_facts(config: MomaConfig, folder: str | None) -> dict[str, Any]:
-    """
-    Settings of a model and the source of its weights.
+    """Return the settings of a model and the source of its weights.
 
     Args:
-        config: that it is trained with.
-        folder: of the weights that it starts from, or a name on the Hub; `None` where they are new.
+        config (`MomaConfig`):
+            that it is trained with.
+        folder (`str | None`):
+            of the weights that it starts from, or a name on the Hub; `None` where they are new.
     """
-    # of decoding alone
+    # `use_cache` concerns decoding alone
     names = [name for name in MomaConfig.__annotations__ if hasattr(config, name) and name != "use_cache"]
     weights: Any = None
     if folder is not None:
         files = sorted(path for kind in ("*.safetensors", "pytorch_model*.bin") for path in Path(folder).glob(kind))
-        # a name on the Hub has no files here
+        # a model named by its Hub id has no local files
         weights = files_digest(files) if files else [folder, getattr(config, "_commit_hash", None)]
     return {**{name: getattr(config, name) for name in names}, "weights": weights}
 
 
 def _data_facts(tokens: TokenFolder, sources: Sequence[Source], packed: bool, sequence_length: int) -> dict[str, Any]:
-    """
-    What decides on the rows of a training, wherever the tokens lie.
+    """Return what decides on the rows of a training, wherever the tokens lie.
 
     Args:
-        tokens: the folder.
-        sources: those that are trained on.
-        packed: whether sequences are packed.
-        sequence_length: of them, in tokens.
+        tokens (`TokenFolder`):
+            the folder.
+        sources (`Sequence[Source]`):
+            those that are trained on.
+        packed (`bool`):
+            whether sequences are packed.
+        sequence_length (`int`):
+            of them, in tokens.
     """
     facts: dict[str, Any] = {"sources": [source.name for source in sources]}
     for source in sources:
@@ -131,7 +142,7 @@ def _data_facts(tokens: TokenFolder, sources: Sequence[Source], packed: bool, se
 
 
 def files_digest(paths: Iterable[Path]) -> str:
-    """A hash of files, of their sizes and of up to 16 MiB that are spread over each, wherever they lie."""
+    """Return a hash of files, of their sizes and of up to 16 MiB that are spread over each, wherever they lie."""
     digest = hashlib.sha256()
     for path in paths:
         size = path.stat().st_size
@@ -145,15 +156,17 @@ def files_digest(paths: Iterable[Path]) -> str:
 
 
 def check_output(output: str, facts: Facts, resume: bool) -> None:
-    """
-    Refuses an output folder with checkpoints, or a model, that the run to come must not go on from or write over.
+    """Raise for an output folder with checkpoints, or a model, that the run to come must not go on from or write over.
 
     What a run has left that was killed before its first checkpoint is no hindrance.
 
     Args:
-        output: the folder, which may be missing.
-        facts: of the run to come.
-        resume: whether it is to go on from its own checkpoints.
+        output (`str`):
+            the folder, which may be missing.
+        facts (`Facts`):
+            of the run to come.
+        resume (`bool`):
+            whether it is to go on from its own checkpoints.
 
     Raises:
         ValueError: names what is in the folder, and what is different in its run.
@@ -185,13 +198,13 @@ def check_output(output: str, facts: Facts, resume: bool) -> None:
 
 
 def finished_at(output: str | Path) -> int | None:
-    """The step at which the run in a folder was finished, or stopped, with all of its files; `None` before."""
+    """Return the step at which the run in a folder was finished, or stopped, with all of its files; `None` before."""
     state = read_state(Path(output))
     return None if state is None else state["global_step"]
 
 
 def difference(then: Facts, now: Facts) -> str | None:
-    """The first fact that differs, in words; those that one of both versions does not know are passed over."""
+    """Return the first fact that differs, in words; those that one of both versions does not know are passed over."""
     for section, facts in now.items():
         before = then.get(section, {})
         for name, value in facts.items():

@@ -15,7 +15,7 @@ from ..token_groups_moma import token_modalities
 
 
 def freeze_groups(model: MomaPreTrainedModel, groups: list[str]) -> int:
-    """Freeze the feed-forward weights of whole expert groups, routers and shared experts included.
+    """Freeze the feed-forward weights of some expert groups, routers and shared experts included.
 
     Attention, norms, embeddings and head serve all modalities and go on learning: [`freeze_all_but`] freezes them,
     too. Routers keep their thresholds and balance biases with their weights, so all that the state dict holds of a
@@ -23,11 +23,13 @@ def freeze_groups(model: MomaPreTrainedModel, groups: list[str]) -> int:
     the hidden states of now.
 
     Args:
-        model: a `MomaForCausalLM` or `MomaModel`; changed in place.
-        groups: names of `config.expert_groups`.
+        model (`MomaPreTrainedModel`):
+            a `MomaForCausalLM` or `MomaModel`; changed in place.
+        groups (`list[str]`):
+            names of `config.expert_groups`.
 
     Returns:
-        Parameters that were frozen.
+        `int`: parameters that were frozen.
 
     Raises:
         ValueError: the model has no such group.
@@ -43,20 +45,22 @@ def freeze_groups(model: MomaPreTrainedModel, groups: list[str]) -> int:
 
 
 def freeze_all_but(model: MomaPreTrainedModel, groups: list[str]) -> list[str]:
-    """Freeze everything but whole expert groups and the rows of their tokens in the embeddings and the head.
+    """Freeze everything but some expert groups and the rows of their tokens in the embeddings and the head.
 
     A text model that learns pictures keeps its words so: where no picture stands before them they meet no weight that
     changes, and only the new tokens' logits beside theirs do. The rows are those of the groups' own tokens, and of
     those that begin and end their frames; what backward gives for all other rows is set to zero.
 
     Args:
-        model: a `MomaForCausalLM` or `MomaModel`; changed in place. Its embeddings must stay whole: FSDP and DeepSpeed
-            make other tensors of them, which train in every row.
-        groups: names of `config.expert_groups` that go on learning.
+        model (`MomaPreTrainedModel`):
+            a `MomaForCausalLM` or `MomaModel`; changed in place. Its embeddings must not be sharded: FSDP and
+            DeepSpeed make other tensors of them, which train in every row.
+        groups (`list[str]`):
+            names of `config.expert_groups` that go on learning.
 
     Returns:
-        Names of the matrices of which single rows learn. An optimizer's weight decay would shrink all rows of them, so
-        leave it out there, as `moma pretrain --train-groups` does.
+        `list[str]`: names of the matrices of which single rows learn. An optimizer's weight decay would shrink all
+        rows of them, so leave it out there, as `moma pretrain --train-groups` does.
 
     Raises:
         ValueError: the model has no such group, or `groups` is empty.
@@ -87,7 +91,7 @@ def check_groups(config: MomaConfig, groups: Sequence[str]):
 
 
 def learning_tokens(config: MomaConfig, modalities: Sequence[str]) -> torch.Tensor:
-    """True for the tokens of some modalities and for those that begin and end their frames, `[V]`."""
+    """Return True for the tokens of some modalities and for those that begin and end their frames, `[V]`."""
     indices = torch.tensor([config.modalities.index(modality) for modality in modalities])
     is_theirs_V = torch.isin(token_modalities(config, torch.arange(config.vocab_size)), indices)
     for modality, frame in config.frames.items():

@@ -42,26 +42,26 @@ CODEBOOK_INTERVAL = 20
 
 @functools.lru_cache(maxsize=2)
 def epoch_order(num_pictures: int, seed: int) -> torch.Tensor:
-    """A random order of all pictures, kept because each step of an epoch asks for it."""
+    """Return a random order of all pictures, kept because each step of an epoch asks for it."""
     return torch.randperm(num_pictures, generator=torch.Generator().manual_seed(seed))
 
 
 def batch_indices(step: int, batch_size: int, num_pictures: int, seed: int) -> torch.Tensor:
-    """The pictures of one step: a fresh order for each epoch, known from the step alone, so that runs can resume."""
+    """Return the pictures of one step: each epoch's order follows from the step alone, so that runs can resume."""
     epoch, position = divmod(step, max(num_pictures // batch_size, 1))
     order = epoch_order(num_pictures, seed + 7919 * epoch)
     return order[position * batch_size : (position + 1) * batch_size]
 
 
 def codebook_pictures(config: Any) -> int:
-    """How many pictures give the codebook at the start: of larger ones, which have more codes, fewer."""
+    """Return how many pictures give the codebook at the start: of larger ones, which have more codes, fewer."""
     codes = (config.resolution // config.downsample_factor) ** 2
     return max(CODEBOOK_LATENTS // codes, CODEBOOK_PICTURES)
 
 
 def checkpoints(output: Path) -> list[Path]:
-    """The complete checkpoints of a folder, oldest first."""
-    # so earlier versions called what they had not written to its end
+    """Return the complete checkpoints of a folder, oldest first."""
+    # suffix by which earlier versions marked unfinished checkpoints
     return sorted(path for path in output.glob("checkpoint-*") if path.suffix != ".aside")
 
 
@@ -81,8 +81,13 @@ def save_checkpoint(output: Path, step: int, model: MomaVQModel, state: dict, me
 
 
 def check_folder(output: Path, resume: bool) -> None:
-    """
-    Refuses a folder with a run, or a model, that is not to be gone on from.
+    """Raise for a folder with a run, or a model, that is not to be gone on from.
+
+    Args:
+        output (`Path`):
+            the folder.
+        resume (`bool`):
+            whether a run in it may go on.
 
     Raises:
         ValueError: names what is in it.
@@ -99,7 +104,7 @@ def check_folder(output: Path, resume: bool) -> None:
 
 
 def save_model(output: Path, model: MomaVQModel, metrics: list[dict], report: dict[str, Any]) -> None:
-    """The finished model, its metrics, and what became of the pictures."""
+    """Return the finished model, its metrics, and what became of the pictures."""
 
     def save(folder: Path):
         model.save_pretrained(folder)
@@ -110,11 +115,11 @@ def save_model(output: Path, model: MomaVQModel, metrics: list[dict], report: di
 
 
 class TokenizerTraining:
-    """
-    The model, its pictures and its optimizer; `run` trains to the last step.
+    """The model, its pictures and its optimizer; `run` trains to the last step.
 
     Args:
-        args: fields of [`TokenizerSettings`], `output`, `resume`, `strict`, and `sources`, those with pictures.
+        args (`argparse.Namespace`):
+            fields of [`TokenizerSettings`], `output`, `resume`, `strict`, and `sources`, those with pictures.
 
     Raises:
         ValueError: the sources have too few pictures, the run cannot be resumed with these arguments, or the output
@@ -138,7 +143,7 @@ class TokenizerTraining:
         self._make_optimizer()
         self.facts: dict[str, Any] = {"sources": [picture_fields(source) for source in args.sources]}
         begun = None if state is None else state.get("pictures")
-        # before the pictures of the first start are replaced
+        # check first: opening the store may replace the pictures of the first start
         check_same_pictures(args.output, self.facts, begun)
         self.store = self._open_pictures()
         self.facts["pictures"] = len(self.store.train)
@@ -222,13 +227,13 @@ class TokenizerTraining:
         return teacher.to(self.device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
 
     def train_step(self) -> dict[str, float]:
-        """One step of the optimizer; returns what a progress bar shows."""
+        """Take one step of the optimizer, and return what a progress bar shows."""
         # everything random follows from the step, so a resumed run repeats what the killed one would have done
         torch.manual_seed(self.args.seed * 1_000_003 + self.step)
         pictures = self.store.train
         chosen = batch_indices(self.step, self.args.batch_size, len(pictures), self.args.seed)
         pixel_values = self._augment(to_pixel_values(take(pictures, chosen), self.device))
-        # while the learning rate rises, the latents move faster than the averages follow
+        # during warm-up the latents move faster than the codebook's averages, so it is initialised again
         if self.step == 0 or (self.step < self.args.warmup_steps and self.step % CODEBOOK_INTERVAL == 0):
             first = torch.randperm(len(pictures))[: codebook_pictures(self.model.config)]
             self.model.initialize_codebook(to_pixel_values(take(pictures, first), self.device))
@@ -271,7 +276,7 @@ class TokenizerTraining:
         return summary
 
     def save(self) -> None:
-        """Evaluates on the held-out pictures, and writes samples and a checkpoint."""
+        """Evaluate on the held-out pictures, and write samples and a checkpoint."""
         held_out_targets = None if self.targets is None else self.targets.held_out
         samples = self.output / SAMPLES_FILE
         evaluation = evaluate(self.model, self.store.held_out, held_out_targets, self.teacher, samples)
@@ -288,14 +293,14 @@ class TokenizerTraining:
         save_checkpoint(self.output, self.step, self.model, state, self.metrics)
 
     def run(self, on_step: Callable[[int, dict[str, float]], None] | None = None) -> list[dict]:
-        """
-        Trains to the last step.
+        """Train to the last step.
 
         Args:
-            on_step: is called with the number and the summary of each step.
+            on_step (`Callable`, *optional*):
+                is called with the number and the summary of each step.
 
         Returns:
-            The metrics of all evaluations.
+            `list[dict]`: the metrics of all evaluations.
         """
         progress = tqdm(total=self.args.steps, initial=self.step, desc="training")
         while self.step < self.args.steps:

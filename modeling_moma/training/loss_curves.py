@@ -21,16 +21,18 @@ CURVES = {"overall": "eval_loss", "text": "eval_text_loss", "image": "eval_image
 
 
 def tokens_of_example(documents: Documents, processor, num_examples: int = 4096) -> dict[str, float]:
-    """
-    Mean numbers of text and picture tokens of a training example.
+    """Return the mean numbers of text and picture tokens of a training example.
 
     Args:
-        documents: of the only source, each an example of its own with one picture.
-        processor: gives the ids.
-        num_examples: examples of the training stream that are counted.
+        documents (`Documents`):
+            of the only source, each an example of its own with one picture.
+        processor (`MomaProcessor`):
+            gives the ids.
+        num_examples (`int`, *optional*, defaults to `4096`):
+            examples of the training stream that are counted.
 
     Returns:
-        `text` (frames of pictures and `<bos>`, `<eos>` included) and `image`.
+        `dict[str, float]`: `text` (frames of pictures and `<bos>`, `<eos>` included) and `image`.
     """
     stream = DocumentExamples([documents], [1.0], num_examples)
     lengths = [len(stream[index]["input_ids"]) for index in range(num_examples)]
@@ -39,12 +41,13 @@ def tokens_of_example(documents: Documents, processor, num_examples: int = 4096)
 
 
 def read_run(folder: str | Path, tokens: dict[str, float]) -> dict:
-    """
-    Reads what `Trainer` has written about a run, finished or not.
+    """Read what `Trainer` has written about a run, finished or not.
 
     Args:
-        folder: the run's output folder.
-        tokens: tokens of an example by modality, from `tokens_of_example`.
+        folder (`str | Path`):
+            the run's output folder.
+        tokens (`dict[str, float]`):
+            tokens of an example by modality, from `tokens_of_example`.
 
     Returns:
         `dict`: `steps`, `first_step` (those that the seed of an upcycled run took), `batch_size`, `examples`,
@@ -149,7 +152,7 @@ def _with_logged_load(config: MomaConfig, history: list[dict]) -> MomaConfig:
 
 
 def savings(dense: dict, sparse: dict) -> dict[str, dict]:
-    """Eta (MoMa footnote 6) of two runs of `read_run`, `{"text": {"value": ..., "bound": ...}, ...}`."""
+    """Return eta (MoMa footnote 6) of two runs of `read_run`, `{"text": {"value": ..., "bound": ...}, ...}`."""
     points = [
         {name: [(point["flops"], point[name]) for point in run["curve"]] for name in CURVES} for run in (dense, sparse)
     ]
@@ -157,12 +160,13 @@ def savings(dense: dict, sparse: dict) -> dict[str, dict]:
 
 
 def plot_curves(runs: dict[str, dict], path: str | Path) -> None:
-    """
-    Draws the loss curves of runs over training FLOPs, a panel for text and one for pictures.
+    """Draw the loss curves of runs over training FLOPs, a panel for text and one for pictures.
 
     Args:
-        runs: runs of `read_run` by the name in the legend.
-        path: the PNG.
+        runs (`dict[str, dict]`):
+            runs of `read_run` by the name in the legend.
+        path (`str | Path`):
+            the PNG.
     """
     # the extra `train` brings it
     import matplotlib
@@ -178,6 +182,6 @@ def plot_curves(runs: dict[str, dict], path: str | Path) -> None:
         panel.set(title=title, xlabel="training FLOPs", ylabel="causal validation loss (nats per token)")
         panel.grid(alpha=0.3)
         panel.legend()
-    # without the version in it, equal curves give equal files
+    # no version of Matplotlib in the file, so that equal curves give equal files
     figure.savefig(path, dpi=120, metadata={"Software": None})
     pyplot.close(figure)

@@ -16,7 +16,9 @@ from ..token_groups_moma import is_distributed
 
 
 class MomaMetricsCallback(TrainerCallback):
-    """Adds to what `Trainer` logs, averaged since its last log, for training and for evaluation apart:
+    """Adds figures of modalities and experts to what `Trainer` logs.
+
+    They are averaged since its last log, for training and for evaluation apart:
 
     - `{modality}_loss`: mean cross-entropy of the modality's target tokens, in nats, unweighted;
     - `{group}_uncovered`, `{group}_covered_twice`: shares of the group's tokens that no expert, and that several
@@ -60,7 +62,7 @@ class MomaMetricsCallback(TrainerCallback):
 
     def on_log(self, args, state, control, logs: Any = None, **kwargs):
         """Put the averages into the log and start anew."""
-        # of one of several evaluation sets the loss is called `eval_{name}_loss`
+        # with several evaluation sets the loss is named `eval_{name}_loss`
         evaluated = next((key for key in logs if key.startswith("eval_") and key.endswith("_loss")), None)
         training = evaluated is None and not any(key.startswith("eval_") for key in logs)
         prefix = "" if training else (evaluated or "eval_loss").removesuffix("loss")
@@ -93,7 +95,7 @@ class MomaMetricsCallback(TrainerCallback):
             if is_sample:
                 return
             num_tokens = logits_NE.shape[0]
-            # in steps with a static cache a router scores the tokens of all groups
+            # with a static cache a router scores the tokens of all groups: not counted
             if num_tokens == 0 or selection.has_padding:
                 return
             load_E = torch.bincount(selection.expert_P, minlength=module.num_experts).float()
@@ -130,7 +132,7 @@ class MomaMetricsCallback(TrainerCallback):
         sums, self._sums[training] = self._sums[training], defaultdict(float)
         parts = [{key: float(value) for key, value in sums.items()}]
         if is_distributed():
-            # by name, since a process that saw no token of a modality lacks that modality's
+            # gathered by name: a process without tokens of a modality has no figures for it
             parts = [{}] * dist.get_world_size()
             dist.all_gather_object(parts, {key: float(value) for key, value in sums.items()})
         totals = defaultdict(float)

@@ -22,16 +22,21 @@ OF_TEXTS = ("weight", "text", "alternatives", "picture_first", "without_caption"
 
 @dataclass(frozen=True)
 class Candidate:
-    """
-    A picture before it is decoded.
+    """A picture before it is decoded.
 
     Args:
-        source: that it is of.
-        split: the data set's name.
-        row: that it stands in, counted from 0.
-        index: its place among the row's pictures.
-        is_held_out: whether it is not to be trained on.
-        value: what `read_picture` takes.
+        source (`Source`):
+            that it is of.
+        split (`str`):
+            the data set's name.
+        row (`int`):
+            that it stands in, counted from 0.
+        index (`int`):
+            its place among the row's pictures.
+        is_held_out (`bool`):
+            whether it is not to be trained on.
+        value (`Any`):
+            what `read_picture` takes.
     """
 
     source: Source
@@ -42,19 +47,19 @@ class Candidate:
     value: Any
 
     def place(self) -> str:
-        """Where it stands, for errors and reports."""
+        """Return where it stands, for errors and reports."""
         return f"source {self.source.name!r}, split {self.split!r}, row {self.row}, picture {self.index}"
 
 
 def read_picture_sources(place: str) -> tuple[list[Source], dict[str, Any]]:
-    """
-    The sources with pictures that a recipe names.
+    """Return the sources with pictures that a recipe names.
 
     Args:
-        place: a YAML file, or else what `datasets` opens with a column `image`: a folder, a file or a name on the Hub.
+        place (`str`):
+            a YAML file, or else what `datasets` opens with a column `image`: a folder, a file or a name on the Hub.
 
     Returns:
-        The sources, and the fields of the recipe's section `image_tokenizer`.
+        `tuple[list[Source], dict[str, Any]]`: the sources, and the fields of the recipe's section `image_tokenizer`.
 
     Raises:
         ValueError: none of the sources has pictures.
@@ -73,16 +78,19 @@ def read_picture_sources(place: str) -> tuple[list[Source], dict[str, Any]]:
 
 
 def picture_fields(source: Source) -> dict[str, Any]:
-    """What decides on which pictures a source gives, for a comparison with those of an earlier start."""
+    """Return what decides on which pictures a source gives, for a comparison with those of an earlier start."""
     fields = {"name": source.name, "kind": source.kind.name, **source.fields()}
     return {name: value for name, value in fields.items() if name not in OF_TEXTS}
 
 
 def candidates(source: Source) -> Iterator[Candidate]:
-    """
-    Yields a source's pictures in their order, first those of its split `train`.
+    """Yield a source's pictures in their order, first those of its split `train`.
 
     Held out are those of its split `validation` or, where it has none, of the rows that [`Source.is_held_out`] names.
+
+    Args:
+        source (`Source`):
+            one with pictures.
 
     Raises:
         ValueError: the source cannot be opened.

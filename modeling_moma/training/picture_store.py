@@ -35,15 +35,18 @@ NUM_READERS = min(16, os.cpu_count() or 1)
 
 @dataclass(frozen=True)
 class PictureStore:
-    """
-    The pictures of a training, as the processor shows them to the model.
+    """The pictures of a training, as the processor shows them to the model.
 
     Args:
-        folder: of the files.
-        train: uint8 `(pictures, 3, side, side)`, memory-mapped.
-        held_out: likewise, those that are not trained on.
-        report: `key` (what the files were made from), `train` and `held_out` (numbers of pictures), `sources` (by
-            name: `train`, `held_out`, `left_out` by reason and `changed` by kind) and `examples` of those left out.
+        folder (`Path`):
+            of the files.
+        train (`np.ndarray`):
+            uint8 `(pictures, 3, side, side)`, memory-mapped.
+        held_out (`np.ndarray`):
+            likewise, those that are not trained on.
+        report (`dict[str, Any]`):
+            `key` (what the files were made from), `train` and `held_out` (numbers of pictures), `sources` (by name:
+            `train`, `held_out`, `left_out` by reason and `changed` by kind) and `examples` of those left out.
     """
 
     folder: Path
@@ -52,7 +55,7 @@ class PictureStore:
     report: dict[str, Any]
 
     def summary(self) -> str:
-        """How many pictures there are, and how many were left out and why."""
+        """Return how many pictures there are, and how many were left out and why."""
         lines = [f"{self.report['train']:,} pictures to train on, {self.report['held_out']:,} held out"]
         lines += [f"  {name}: {describe(counts)}" for name, counts in self.report["sources"].items()]
         return "\n".join(lines)
@@ -61,15 +64,19 @@ class PictureStore:
 def open_store(
     folder: Path, sources: list[Source], side: int, held_out_pictures: int, is_strict: bool = False
 ) -> PictureStore:
-    """
-    Opens the pictures of an earlier start, or reads the sources where it was made from others.
+    """Open the pictures of an earlier start, or read the sources where it was made from others.
 
     Args:
-        folder: of the files; its content is replaced where it does not fit.
-        sources: with pictures.
-        side: of the pictures in pixels.
-        held_out_pictures: so many held-out pictures are kept at most, of more a random part.
-        is_strict: refuse sources with a picture that cannot be used.
+        folder (`Path`):
+            of the files; its content is replaced where it does not fit.
+        sources (`list[Source]`):
+            with pictures.
+        side (`int`):
+            of the pictures in pixels.
+        held_out_pictures (`int`):
+            so many held-out pictures are kept at most, of more a random part.
+        is_strict (`bool`, *optional*, defaults to `False`):
+            reject sources with a picture that cannot be used.
 
     Raises:
         ValueError: there are fewer than two pictures, or `is_strict` and one cannot be used.
@@ -79,7 +86,7 @@ def open_store(
         "resolution": side,
         "held_out_pictures": held_out_pictures,
     }
-    # as it looks when it is read
+    # compare the key as JSON gives it back
     key = json.loads(json.dumps(key, default=str))
     report = _read_report(folder)
     if report.get("key") != key:
@@ -93,18 +100,18 @@ def open_store(
 
 
 def take(pictures: np.ndarray, indices: torch.Tensor) -> torch.Tensor:
-    """Pictures of a store by their indices, in memory."""
+    """Return the pictures of a store by their indices, in memory."""
     return torch.from_numpy(pictures[indices.numpy()])
 
 
 def to_pixel_values(pictures: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """uint8 pictures `(batch, 3, side, side)` to values in [-1, 1], as the model takes them."""
+    """Return uint8 pictures `(batch, 3, side, side)` to values in [-1, 1], as the model takes them."""
     pixel_values = pictures.to(device).float() / 127.5 - 1
     return pixel_values.to(memory_format=torch.channels_last)
 
 
 def describe(counts: dict[str, Any]) -> str:
-    """A source's entry of a report in words."""
+    """Return a source's entry of a report in words."""
     text = f"{counts['train']:,} to train on, {counts['held_out']:,} held out"
     for title, name in (("left out", "left_out"), ("changed", "changed")):
         if counts[name]:
@@ -137,7 +144,7 @@ class _Sample:
         self.writer, self.limit = writer, limit
         # (-hash, index) of those in the file, the one to give way first
         self.heap: list[tuple[int, int]] = []
-        # the source of each
+        # the source of each picture
         self.owners: list[str] = []
 
     def wants(self, candidate: Candidate) -> bool:
@@ -225,7 +232,7 @@ class _Filling:
 def _read_in_order(
     wanted: Iterable[Candidate], processor: MomaImageProcessor
 ) -> Iterator[tuple[Candidate, tuple[np.ndarray, list[str]] | LeftOut]]:
-    """Decodes pictures in several threads, few at a time, and yields them in their order."""
+    """Decode pictures in several threads, few at a time, and yield them in their order."""
     waiting: deque = deque()
     with ThreadPoolExecutor(NUM_READERS) as pool:
         for candidate in wanted:
@@ -245,7 +252,7 @@ def _read(candidate: Candidate, processor: MomaImageProcessor) -> tuple[np.ndarr
         pixels = processor(picture, return_tensors="pt")["pixel_values"][0]
     except LeftOut as error:
         return error
-    # what decodes may still have a mode that cannot be converted
+    # an image that can be decoded may still have a mode that cannot be converted
     except (ValueError, TypeError, OSError) as error:
         return LeftOut("picture damaged", str(error))
     return pixels.to(torch.uint8).numpy(), changes

@@ -45,17 +45,23 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RunParts:
-    """
-    What a training is made of, but for the model itself.
+    """What a training is made of, but for the model itself.
 
     Args:
-        processor: of `--processor`.
-        tokens: of `--tokens`.
-        sources: of the recipe, or else of the tokens.
-        config: of the model.
-        training_arguments: of the Trainer.
-        first_step: steps that an earlier stage took.
-        facts: what each checkpoint holds of all this, see [`RunFingerprint`].
+        processor (`MomaProcessor`):
+            of `--processor`.
+        tokens (`TokenFolder`):
+            of `--tokens`.
+        sources (`list[Source]`):
+            of the recipe, or else of the tokens.
+        config (`MomaConfig`):
+            of the model.
+        training_arguments (`TrainingArguments`):
+            of the Trainer.
+        first_step (`int`):
+            steps that an earlier stage took.
+        facts (`Facts`):
+            what each checkpoint holds of all this, see [`RunFingerprint`].
     """
 
     processor: MomaProcessor
@@ -68,7 +74,7 @@ class RunParts:
 
 
 def read_parts(args: argparse.Namespace) -> RunParts:
-    """What the arguments of `moma pretrain` name, read before anything large is."""
+    """Return what the arguments of `moma pretrain` name, read before anything large is."""
     processor = open_processor(args.processor)
     tokens = TokenFolder(args.tokens, processor)
     sources = args.recipe.sources or tokens.sources()
@@ -83,7 +89,7 @@ def read_parts(args: argparse.Namespace) -> RunParts:
 
 
 def packing(args: argparse.Namespace, tokens: TokenFolder) -> tuple[bool, int]:
-    """Whether sequences are packed and how long they are, as the recipe has it, or else the tokens."""
+    """Return whether sequences are packed and how long they are, as the recipe has it, or else the tokens."""
     data = args.recipe.data
     if data is None:
         return tokens.manifest["packed"], tokens.manifest["sequence_length"]
@@ -91,14 +97,14 @@ def packing(args: argparse.Namespace, tokens: TokenFolder) -> tuple[bool, int]:
 
 
 def starting_config(args: argparse.Namespace, processor: MomaProcessor) -> MomaConfig:
-    """The configuration of the model that the training starts with."""
+    """Return the configuration of the model that the training starts with."""
     # routers read it when they are made
     noise = {} if args.gumbel_noise is None else {"gumbel_noise": args.gumbel_noise}
     if not args.model:
         return model_config(args.recipe, processor, noise)
     check_saved(MODEL, "--model", args.model)
     config = MomaConfig.from_pretrained(args.model)
-    # made anew, since what from_pretrained overrides is not checked
+    # constructed again, since fields that from_pretrained overrides are not checked
     config = MomaConfig.from_dict({**config.to_dict(), **noise})
     check_layout(config, processor.token_layout())
     return config
@@ -107,8 +113,9 @@ def starting_config(args: argparse.Namespace, processor: MomaProcessor) -> MomaC
 def build_model(
     args: argparse.Namespace, processor: MomaProcessor, config: MomaConfig
 ) -> "MomaForCausalLM | PeftModel":
+    """Return the model to train: loaded or fresh, with adapters or frozen groups as the command line says."""
     if args.model:
-        # whatever dtype it was saved in: steps are too small for bf16 weights
+        # fp32 whatever the saved dtype: steps are too small for bf16 weights
         model = open_model(args.model, config=config, dtype=torch.float32)
     else:
         model = MomaForCausalLM(config)
@@ -121,14 +128,14 @@ def build_model(
 
 
 def model_config(recipe: Recipe, processor: MomaProcessor, overrides: dict[str, Any]) -> MomaConfig:
-    """The configuration of a recipe's model over a processor's vocabulary."""
+    """Return the configuration of a recipe's model over a processor's vocabulary."""
     fields = {**recipe.model, **overrides, **processor.token_layout()}
     preset = fields.pop("preset", None)
     return MomaConfig(**fields) if preset is None else MomaConfig.from_preset(preset, **fields)
 
 
 def noise_description(model: "MomaForCausalLM | PeftModel") -> str | None:
-    """What the noise of the model's expert routers will be in training, `None` without noise."""
+    """Return what the noise of the model's expert routers will be in training, `None` without noise."""
     routers = [module for module in model.modules() if isinstance(module, MomaRouter)]
     scale, steps = model.config.gumbel_noise, model.config.gumbel_noise_steps
     if not routers or not scale:
@@ -140,7 +147,7 @@ def noise_description(model: "MomaForCausalLM | PeftModel") -> str | None:
 
 
 def make_training_arguments(args: argparse.Namespace) -> TrainingArguments:
-    """The command line's and the recipe's settings of the Trainer."""
+    """Return the command line's and the recipe's settings of the Trainer."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     fields = {
         "max_steps": args.steps,
@@ -172,7 +179,7 @@ def make_training_arguments(args: argparse.Namespace) -> TrainingArguments:
 def training_stream(
     args: argparse.Namespace, tokens: TokenFolder, sources: list[Source], num_examples: int
 ) -> PackedExamples | DocumentExamples:
-    """Packed sequences or documents of their own, as the recipe has it, or else the tokens."""
+    """Return packed sequences or documents of their own, as the recipe has it, or else the tokens."""
     processor, (packed, length) = tokens.encoder.processor, packing(args, tokens)
     documents = [tokens.documents(source) for source in sources]
     weights = [source.weight for source in sources]
@@ -191,7 +198,7 @@ def training_stream(
 def sample_callback(
     args: argparse.Namespace, tokens: TokenFolder, sources: list[Source], metrics: MomaMetricsCallback
 ) -> list[SampleCallback]:
-    """What draws and captions every so often, where the recipe asks for it."""
+    """Return the callback that draws and captions every so often, where the recipe asks for it."""
     fields = args.recipe.samples
     if not fields.every:
         return []
@@ -204,6 +211,7 @@ def sample_callback(
 
 
 def build_trainer(args: argparse.Namespace, parts: RunParts | None = None) -> StageTrainer:
+    """Return the trainer of a stage, with its model and data."""
     parts = read_parts(args) if parts is None else parts
     processor, tokens, sources = parts.processor, parts.tokens, parts.sources
     training_arguments = parts.training_arguments
@@ -219,7 +227,7 @@ def build_trainer(args: argparse.Namespace, parts: RunParts | None = None) -> St
         print(noise)
     stream = training_stream(args, tokens, sources, args.steps * examples_a_step(training_arguments))
     if isinstance(stream, PackedExamples):
-        # its order is random already, and a sequence needs what was left of the one before
+        # the stream is shuffled already, and a packed sequence begins with the rest of the one before
         training_arguments.train_sampling_strategy = "sequential"
     # `source_ids` are counted, and then left out by the trainer itself
     training_arguments.remove_unused_columns = False
@@ -249,17 +257,17 @@ def build_trainer(args: argparse.Namespace, parts: RunParts | None = None) -> St
 
 
 def resumed_checkpoint(args: argparse.Namespace) -> tuple[str | None, int]:
-    """The checkpoint in the output folder that a run goes on from, and the steps that it has taken."""
+    """Return the checkpoint in the output folder that a run goes on from, and the steps that it has taken."""
     checkpoint = last_checkpoint(args.output) if args.resume else None
     return checkpoint, 0 if checkpoint is None else checkpoint_step(checkpoint)
 
 
 def pretrain(args: argparse.Namespace):
-    """
-    Trains to the end, or to `--stop-at`, and writes model, processor and records into the output folder.
+    """Train to the end, or to `--stop-at`, and write model, processor and records into the output folder.
 
     Args:
-        args: of `moma pretrain`.
+        args (`argparse.Namespace`):
+            of `moma pretrain`.
 
     Raises:
         ValueError: the output folder holds another run, or this one and `--resume` is not given.
@@ -295,7 +303,7 @@ def pretrain(args: argparse.Namespace):
         # restores the position in the data
         checkpoint = args.model
     elif args.stop_at and taken == args.stop_at:
-        # killed between its last checkpoint and its end: the loop would take one more step before it looks
+        # a run killed after its last checkpoint has no step left: the loop would take one before it checks
         if trainer.is_world_process_zero():
             copy_checkpoint(str(checkpoint), output, processor)
         return
@@ -304,7 +312,7 @@ def pretrain(args: argparse.Namespace):
     if args.lora_rank is not None:
         trainer.merge_adapters()
     if trainer.is_world_process_zero():
-        # of a stage that was stopped: while another model is written over its own, no run is finished here
+        # a stopped stage left this file: while its model is replaced, no run counts as finished here
         (output / TRAINER_STATE_NAME).unlink(missing_ok=True)
     trainer.save_model()
     if trainer.is_world_process_zero():

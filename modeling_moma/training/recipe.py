@@ -16,18 +16,19 @@ from ..utils.fields import Count, Float, Int, read_fields, refuse_unknown
 from ..utils.messages import without_import_notices
 
 
-# what a run decides and not a recipe
+# the command line decides these, not the recipe
 RUN_FIELDS = ("output_dir", "use_cpu", "resume_from_checkpoint")
 
 
 @dataclass(frozen=True)
 class DataFields:
-    """
-    How a training reads its documents.
+    """How a training reads its documents.
 
     Args:
-        sequence_length: tokens of a sequence, and most of a picture with its caption.
-        packed: whether sequences are full of documents; otherwise each is a row of its own, padded.
+        sequence_length (`int`, *optional*, defaults to `512`):
+            tokens of a sequence, and most of a picture with its caption.
+        packed (`bool`, *optional*, defaults to `True`):
+            whether sequences are full of documents; otherwise each is a row of its own, padded.
     """
 
     sequence_length: Count = 512
@@ -36,13 +37,15 @@ class DataFields:
 
 @dataclass(frozen=True)
 class ProcessorFields:
-    """
-    How texts become tokens.
+    """How texts become tokens.
 
     Args:
-        vocab_size: text tokens of a byte-pair encoding that learns from the sources.
-        text_tokenizer: a folder or Hub name of a tokenizer to take instead.
-        text_rows: rows of each source that the encoding learns from, at most.
+        vocab_size (`int`, *optional*, defaults to `2000`):
+            text tokens of a byte-pair encoding that learns from the sources.
+        text_tokenizer (`str`, *optional*):
+            a folder or Hub name of a tokenizer to take instead.
+        text_rows (`int`, *optional*, defaults to `1000000`):
+            rows of each source that the encoding learns from, at most.
     """
 
     vocab_size: Count = 2000
@@ -52,16 +55,21 @@ class ProcessorFields:
 
 @dataclass(frozen=True)
 class SampleFields:
-    """
-    What a training draws and says every so often.
+    """What a training draws and says every so often.
 
     Args:
-        every: steps between two samples; 0 for none.
-        prompts: words to draw pictures from.
-        pictures: held-out pictures to caption, of every source of captions.
-        temperature: of the drawings.
-        guidance_scale: of the drawings, 1 for none.
-        max_new_tokens: longest caption.
+        every (`int`, *optional*, defaults to `0`):
+            steps between two samples; 0 for none.
+        prompts (`list[str]`, *optional*, defaults to `[]`):
+            words to draw pictures from.
+        pictures (`int`, *optional*, defaults to `4`):
+            held-out pictures to caption, of every source of captions.
+        temperature (`float`, *optional*, defaults to `1.0`):
+            of the drawings.
+        guidance_scale (`float`, *optional*, defaults to `1.0`):
+            of the drawings, 1 for none.
+        max_new_tokens (`int`, *optional*, defaults to `32`):
+            longest caption.
     """
 
     every: Annotated[Int, Field(ge=0)] = 0
@@ -74,17 +82,23 @@ class SampleFields:
 
 @dataclass(frozen=True)
 class Recipe:
-    """
-    What a training is made of.
+    """What a training is made of.
 
     Args:
-        model: fields of [`MomaConfig`], perhaps over a `preset`; the processor gives those of its token layout.
-        trainer: fields of `TrainingArguments`.
-        sources: where the data are and what they are.
-        image_tokenizer: settings of the training of the picture tokenizer.
-        processor: see [`ProcessorFields`].
-        data: see [`DataFields`]; `None` where the recipe has no such section.
-        samples: see [`SampleFields`].
+        model (`dict[str, Any]`, *optional*, defaults to `{}`):
+            fields of [`MomaConfig`], perhaps over a `preset`; the processor gives those of its token layout.
+        trainer (`dict[str, Any]`, *optional*, defaults to `{}`):
+            fields of `TrainingArguments`.
+        sources (`list[Source]`, *optional*, defaults to `[]`):
+            where the data are and what they are.
+        image_tokenizer (`dict[str, Any]`, *optional*, defaults to `{}`):
+            settings of the training of the picture tokenizer.
+        processor (`ProcessorFields`, *optional*):
+            see [`ProcessorFields`].
+        data (`DataFields`, *optional*):
+            see [`DataFields`]; `None` where the recipe has no such section.
+        samples (`SampleFields`, *optional*):
+            see [`SampleFields`].
     """
 
     model: dict[str, Any] = field(default_factory=dict)
@@ -96,17 +110,18 @@ class Recipe:
     samples: SampleFields = field(default_factory=SampleFields)
 
 
-# whose fields are known and checked when a recipe is read
+# sections whose fields are checked when a recipe is read
 SECTIONS = {"processor": ProcessorFields, "data": DataFields, "samples": SampleFields}
 
 
 def read_recipe(path: str | Path, needs: tuple[str, ...] = ()) -> Recipe:
-    """
-    Reads a recipe.
+    """Read a recipe.
 
     Args:
-        path: a YAML (or JSON) file of the sections that [`Recipe`] has.
-        needs: sections that may not be missing.
+        path (`str | Path`):
+            a YAML (or JSON) file of the sections that [`Recipe`] has.
+        needs (`tuple[str, ...]`, *optional*, defaults to `()`):
+            sections that may not be missing.
 
     Returns:
         [`Recipe`]: the fields of `model` and `trainer` are known to `MomaConfig` and `TrainingArguments`, their values
@@ -137,7 +152,7 @@ def read_recipe(path: str | Path, needs: tuple[str, ...] = ()) -> Recipe:
 
 
 def _read_sections(where: str, content: dict[str, Any]) -> Recipe:
-    # it brings Transformers' Trainer along, which processes that tokenize have no use for
+    # imported late: it imports Transformers' Trainer, which tokenizing processes do not need
     with without_import_notices():
         from transformers import TrainingArguments
 

@@ -22,29 +22,32 @@ SAMPLES_FILE = "samples.png"
 NUM_SAMPLES, GAP = 8, 2
 # pixel values lie in [-1, 1]
 VALUE_RANGE = 2.0
-# of Wang et al. 2004: side and deviation of the window in pixels, and the two small constants
+# constants of Wang et al. 2004: side and deviation of the window in pixels, and two stabilisers
 SSIM_SIDE, SSIM_SIGMA, SSIM_K1, SSIM_K2 = 11, 1.5, 0.01, 0.03
 # pictures at once: so many, and so many pixels
 EVALUATION_BATCH, EVALUATION_PIXELS = 128, 128 * 64 * 64
 
 
 def psnr(pictures: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Peak signal-to-noise ratio in dB, `(batch,)`, of pictures `(batch, channels, height, width)` in [-1, 1]."""
+    """Return the PSNR in dB, `(batch,)`, of pictures `(batch, channels, height, width)` in [-1, 1]."""
     errors = (pictures - targets).pow(2).mean(dim=(1, 2, 3)).clamp(min=1e-10)
     return 10 * torch.log10(VALUE_RANGE**2 / errors)
 
 
 def ssim(pictures: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """
-    Structural similarity, -1 to 1, of each picture: the mean over its channels and over all places of a Gaussian
-    window of 11 pixels (smaller where the picture is) that lies within it.
+    """Return the structural similarity, -1 to 1, of each picture.
+
+    It is the mean over its channels and over all places of a Gaussian window of 11 pixels (smaller where the picture
+    is) that lies within it.
 
     Args:
-        pictures: float `(batch, channels, height, width)` in [-1, 1].
-        targets: of the same shape.
+        pictures (`torch.Tensor`):
+            float `(batch, channels, height, width)` in [-1, 1].
+        targets (`torch.Tensor`):
+            of the same shape.
 
     Returns:
-        `(batch,)`.
+        `torch.Tensor`: `(batch,)`.
     """
     channels = pictures.shape[1]
     # the formula compares brightness, which begins at 0
@@ -73,7 +76,7 @@ def _gaussian(side: int) -> torch.Tensor:
 
 
 def evaluation_batch(side: int) -> int:
-    """Pictures of this side that are looked at at once."""
+    """Return the pictures of this side that are looked at at once."""
     return max(1, min(EVALUATION_BATCH, EVALUATION_PIXELS // side**2))
 
 
@@ -85,19 +88,23 @@ def evaluate(
     judge: MomaVQPerceptualNetwork | None = None,
     samples: Path | None = None,
 ) -> dict[str, float]:
-    """
-    What a picture tokenizer makes of held-out pictures, in float32.
+    """Return what a picture tokenizer makes of held-out pictures, in float32.
 
     Args:
-        model: is in training mode afterwards.
-        pictures: uint8 `(pictures, 3, side, side)`.
-        targets: the teacher's features `(pictures, semantic_dim)`, for the mean cosine to them.
-        judge: for the perceptual distance.
-        samples: file for a sheet of some of the pictures, each above its reconstruction.
+        model (`MomaVQModel`):
+            is in training mode afterwards.
+        pictures (`np.ndarray`):
+            uint8 `(pictures, 3, side, side)`.
+        targets (`torch.Tensor`, *optional*):
+            the teacher's features `(pictures, semantic_dim)`, for the mean cosine to them.
+        judge (`MomaVQPerceptualNetwork`, *optional*):
+            for the perceptual distance.
+        samples (`Path`, *optional*):
+            file for a sheet of some of the pictures, each above its reconstruction.
 
     Returns:
-        Means over the pictures of PSNR (dB), SSIM and perceptual distance; `codes_used` and its share of the codebook,
-        `perplexity`, and `semantic_cosine`.
+        `dict[str, float]`: means over the pictures of PSNR (dB), SSIM and perceptual distance; `codes_used` and its
+        share of the codebook, `perplexity`, and `semantic_cosine`.
     """
     model.eval()
     sums: dict[str, float] = {}
@@ -133,7 +140,7 @@ def evaluate(
 
 
 def save_samples(path: Path, pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
-    """Writes pictures `(3, side, side)` in [-1, 1] in a row, the second of each pair below the first."""
+    """Write pictures `(3, side, side)` in [-1, 1] in a row, the second of each pair below the first."""
     side = pairs[0][0].shape[-1]
     sheet = np.full((2 * (side + GAP) - GAP, len(pairs) * (side + GAP) - GAP, 3), 255, dtype=np.uint8)
     for column, pair in enumerate(pairs):

@@ -27,16 +27,21 @@ logger = logging.get_logger(__name__)
 
 
 class SampleCallback(TrainerCallback):
-    """
-    Writes `samples/step-000400.png`, a row of drawings of the prompts above a row of held-out pictures, and
-    `samples/step-000400.json`, the prompts and the captions of those pictures. The training's random numbers stay as
+    """Writes what the model draws and says every so often.
+
+    `samples/step-000400.png` holds a row of drawings of the prompts above a row of held-out pictures, and
+    `samples/step-000400.json` the prompts and the captions of those pictures. The training's random numbers stay as
     they are.
 
     Args:
-        fields: of the recipe.
-        processor: of the training.
-        held_out: documents of every source of captions, of whose pictures some, evenly spaced, are captioned.
-        metrics: which must not count what is generated.
+        fields (`SampleFields`):
+            of the recipe.
+        processor (`MomaProcessor`):
+            of the training.
+        held_out (`Sequence[CaptionDocuments]`):
+            documents of every source of captions, of whose pictures some, evenly spaced, are captioned.
+        metrics (`MomaMetricsCallback`):
+            which must not count what is generated.
     """
 
     def __init__(
@@ -98,12 +103,13 @@ class SampleCallback(TrainerCallback):
 
 
 def picture_grid(rows: Sequence[Sequence[Image.Image]], gap: int = 4) -> Image.Image:
-    """
-    Rows of equally large pictures on white.
+    """Return the rows of equally large pictures on white.
 
     Args:
-        rows: at least one, of one picture or more.
-        gap: pixels around each.
+        rows (`Sequence[Sequence[Image.Image]]`):
+            at least one, of one picture or more.
+        gap (`int`, *optional*, defaults to `4`):
+            pixels around each.
     """
     side = rows[0][0].width
     width = max(map(len, rows)) * (side + gap) + gap

@@ -21,18 +21,22 @@ NUM_STANDARDS = 16_384
 
 
 class SemanticTargets:
-    """
-    Standardised features of pictures without augmentation, float32.
+    """Standardised features of pictures without augmentation, float32.
 
     Where a training is to see each picture at least once, the features of all are computed first and kept beside the
     pictures; a training that ends before has them computed batch by batch.
 
     Args:
-        teacher: gives the features.
-        store: the pictures; its folder takes the file.
-        num_uses: pictures that all batches of the training hold together.
-        bf16: whether the teacher computes in bfloat16.
-        device: of the teacher.
+        teacher (`MomaVQPerceptualNetwork`):
+            gives the features.
+        store (`PictureStore`):
+            the pictures; its folder takes the file.
+        num_uses (`int`):
+            pictures that all batches of the training hold together.
+        bf16 (`bool`):
+            whether the teacher computes in bfloat16.
+        device (`torch.device`):
+            of the teacher.
     """
 
     def __init__(
@@ -53,7 +57,7 @@ class SemanticTargets:
         self.held_out = self._standardise(torch.cat([self._features(batch) for batch in held_out]))
 
     def of(self, indices: torch.Tensor) -> torch.Tensor:
-        """Those of training pictures, `(pictures, feature_dim)`."""
+        """Return the features of training pictures, `(pictures, feature_dim)`."""
         if self.kept is not None:
             return self._standardise(self.kept[indices])
         return self._standardise(self._features(take(self.store.train, indices)))

@@ -36,6 +36,7 @@ class StopAt(TrainerCallback):
         self.step = step
 
     def on_step_end(self, args, state, control, **kwargs):
+        """Stop and save at the step."""
         if state.global_step >= self.step:
             control.should_save = control.should_training_stop = True
         return control
@@ -45,6 +46,7 @@ class FollowArguments(TrainerCallback):
     """Log, evaluate and save as often as the arguments say; a restored state says how often its first run did."""
 
     def on_train_begin(self, args, state, control, **kwargs):
+        """Put the intervals of the arguments into the state."""
         state.compute_steps(args, state.max_steps)
 
 
@@ -52,16 +54,19 @@ class ResumedTrainer(Trainer):
     """A Trainer that logs no loss of a start that had no step left to take.
 
     Attributes:
-        has_trained (`bool`): whether this start has taken a step.
+        has_trained (`bool`):
+            whether this start has taken a step.
     """
 
     has_trained = False
 
     def log(self, logs, start_time=None):
+        """Log, but no summary of a training without a step."""
         if "train_loss" not in logs or self.has_trained:
             super().log(logs, start_time)
 
     def training_step(self, model, inputs, num_items_in_batch=None):
+        """Take a training step, and note that there was one."""
         self.has_trained = True
         return super().training_step(model, inputs, num_items_in_batch)
 
@@ -70,11 +75,16 @@ class StageTrainer(ResumedTrainer):
     """A Trainer whose optimizer and schedule begin where an earlier stage ended, and that measures how it is fed.
 
     Attributes:
-        first_step (`int`): steps that the earlier stage took.
-        earlier_stage (`str` or `None`): its folder.
-        feeding ([`FeedingCallback`] or `None`): told of every batch and how long it was waited for.
-        processor ([`MomaProcessor`]): the one whose ids are trained on.
-        undecayed (`Sequence[str]`): parameters without weight decay, beside those that never have any.
+        first_step (`int`):
+            steps that the earlier stage took.
+        earlier_stage (`str` or `None`):
+            its folder.
+        feeding ([`FeedingCallback`] or `None`):
+            told of every batch and how long it was waited for.
+        processor ([`MomaProcessor`]):
+            the one whose ids are trained on.
+        undecayed (`Sequence[str]`):
+            parameters without weight decay, beside those that never have any.
     """
 
     first_step, earlier_stage = 0, None
@@ -83,8 +93,11 @@ class StageTrainer(ResumedTrainer):
     undecayed: Sequence[str] = ()
 
     def train_only(self, groups: list[str]):
-        """
-        Freezes all but some expert groups and the rows of their tokens, see [`freeze_all_but`].
+        """Freeze all but some expert groups and the rows of their tokens, see [`freeze_all_but`].
+
+        Args:
+            groups (`list[str]`):
+                names of the expert groups that learn.
 
         Raises:
             ValueError: the model has no such group, or single rows cannot learn under FSDP and DeepSpeed.
@@ -98,13 +111,15 @@ class StageTrainer(ResumedTrainer):
         self.undecayed = freeze_all_but(self.model, groups)  # pyright: ignore[reportArgumentType]
 
     def merge_adapters(self):
-        """Make a plain model of one with PEFT's adapters, so that it is saved whole."""
+        """Make a plain model of one with PEFT's adapters, so that its own weights are saved."""
         self.model = self.model_wrapped = self.model.merge_and_unload()  # pyright: ignore[reportAttributeAccessIssue, reportOptionalMemberAccess, reportCallIssue]
 
     def get_decay_parameter_names(self, model):
+        """Return the names of parameters with weight decay, `undecayed` left out."""
         return [name for name in super().get_decay_parameter_names(model) if name not in self.undecayed]
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """Return the batches of a step, and count them."""
         began = time.perf_counter()
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         if self.feeding is not None:
@@ -112,27 +127,30 @@ class StageTrainer(ResumedTrainer):
         return batches, num_items
 
     def log(self, logs, start_time=None):
+        """Log, with the figures of what the training was fed with."""
         if self.feeding is None:
             return super().log(logs, start_time)
         if "loss" in logs:
             logs.update(self.feeding.figures(self.state.global_step))
-        # to Trainer all steps make one epoch, whatever they pass over
+        # Trainer counts all steps as one epoch, so the real number of passes is logged instead
         epoch, self.state.epoch = self.state.epoch, self.feeding.epoch(self.state.global_step)  # pyright: ignore[reportAttributeAccessIssue]
         super().log(logs, start_time)
         self.state.epoch = epoch
 
     def training_step(self, model, inputs, num_items_in_batch=None):
-        # for the figures alone, no model takes them
+        """Take a training step, without `source_ids`."""
+        # `source_ids` serve the figures alone: no model takes them
         inputs = {name: values for name, values in inputs.items() if name != "source_ids"}
         return super().training_step(model, inputs, num_items_in_batch)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """Compute the loss, without all logits at once where they would be large."""
         if self._spares_logits(inputs):
             inputs = {**inputs, "skip_logits": True}
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
     def _spares_logits(self, inputs: dict[str, torch.Tensor]) -> bool:
-        """Whether a batch's logits are too large to be made at once, by a head that this process has whole."""
+        """Return whether a batch's logits are too large to be made at once, by an unsharded head."""
         is_split = self.is_fsdp_enabled or self.is_deepspeed_enabled or self.args.torch_compile
         vocab_size = self.accelerator.unwrap_model(self.model).config.vocab_size
         return not is_split and inputs["input_ids"].numel() * vocab_size * 4 > LARGEST_LOGITS
@@ -142,17 +160,19 @@ class StageTrainer(ResumedTrainer):
             super()._load_optimizer_and_scheduler(checkpoint)
 
     def create_scheduler(self, num_training_steps: int, optimizer=None):
+        """Create the schedule over this stage's own steps."""
         return super().create_scheduler(num_training_steps - self.first_step, optimizer)
 
 
 def data_order(folder: str | Path) -> dict[str, int] | None:
-    """What decided on the order of the data in the training that a model comes from.
+    """Return what decided on the order of the data in the training that a model comes from.
 
     Args:
-        folder: output of this script, a checkpoint in it, or what `moma upcycle` made of either.
+        folder (`str | Path`):
+            output of this script, a checkpoint in it, or what `moma upcycle` made of either.
 
     Returns:
-        `seed`, and `examples_a_step` over all devices; `None` where no file tells.
+        `dict[str, int] | None`: `seed`, and `examples_a_step` over all devices; `None` where no file tells.
     """
     folder = Path(folder).resolve()
     run_folder = folder.parent if folder.name.startswith(f"{PREFIX_CHECKPOINT_DIR}-") else folder
@@ -166,12 +186,18 @@ def data_order(folder: str | Path) -> dict[str, int] | None:
 
 
 def examples_a_step(args: TrainingArguments) -> int:
-    """Examples that one optimizer step takes on all devices together."""
+    """Return the examples that one optimizer step takes on all devices together."""
     return args.train_batch_size * args.gradient_accumulation_steps * args.world_size
 
 
 def first_step(args: argparse.Namespace, training_arguments: TrainingArguments) -> int:
-    """Training steps that the earlier stage of `--model` took, 0 when nothing tells.
+    """Return the training steps that the earlier stage of `--model` took, 0 when nothing tells.
+
+    Args:
+        args (`argparse.Namespace`):
+            the command line.
+        training_arguments (`TrainingArguments`):
+            settings of the Trainer.
 
     Raises:
         ValueError: that stage was finished, took its data in another order, or this one would end before it.
@@ -216,7 +242,6 @@ def first_step(args: argparse.Namespace, training_arguments: TrainingArguments) 
 
 def copy_checkpoint(checkpoint: str | Path, output: Path, processor: MomaProcessor):
     """Make a run's last checkpoint, and the processor, its result."""
-
     left_out = shutil.ignore_patterns("optimizer.pt", "scheduler.pt", "rng_state*", TRAINER_STATE_NAME)
 
     def write(folder: Path):

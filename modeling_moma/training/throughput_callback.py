@@ -19,7 +19,9 @@ logger = logging.get_logger(__name__)
 
 
 class FeedingCallback(TrainerCallback):
-    """Counts what a training is fed with, and gives [`StageTrainer`] the figures for its log, since the last log:
+    """Counts what a training is fed with, and gives [`StageTrainer`] the figures for its log.
+
+    They are those since the last log:
 
     - `tokens_per_second`: of all processes, evaluations and checkpoints left out of the time, padding of the tokens;
     - `padding_share`: share of the positions that hold no token;
@@ -32,9 +34,12 @@ class FeedingCallback(TrainerCallback):
     more than 2 % of all tokens after 300 rows is warned of, once.
 
     Args:
-        weights: of the sources by their names, in the order of `source_ids`; parts of 1.
-        epochs: gives the passes over each source after so many examples.
-        examples_a_step: of all devices together.
+        weights (`Mapping[str, float]`, *optional*):
+            of the sources by their names, in the order of `source_ids`; parts of 1.
+        epochs (`Callable`, *optional*):
+            gives the passes over each source after so many examples.
+        examples_a_step (`int`, *optional*, defaults to `1`):
+            of all devices together.
     """
 
     def __init__(
@@ -81,11 +86,11 @@ class FeedingCallback(TrainerCallback):
             self._started = None
 
     def figures(self, step: int) -> dict[str, float]:
-        """
-        What the log is to say beside the losses, from when on all is counted anew.
+        """Return what the log is to say beside the losses, from when on all is counted anew.
 
         Args:
-            step: of the training, those before a resumption included.
+            step (`int`):
+                of the training, those before a resumption included.
         """
         if not self.positions or not self.seconds:
             return {}
@@ -107,7 +112,7 @@ class FeedingCallback(TrainerCallback):
         return figures
 
     def epoch(self, step: int) -> float | None:
-        """The passes over the only source, `None` with several or where nobody knows."""
+        """Return the passes over the only source, `None` with several or where it is unknown."""
         if self.epochs is None or len(self.sources) != 1:
             return None
         return round(self.epochs(step * self.examples_a_step)[0], 4)

@@ -23,26 +23,40 @@ NotNegative = Annotated[Float, Field(ge=0)]
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizerSettings:
-    """
-    Flags of `moma train-image-tokenizer`, and fields of a recipe's section `image_tokenizer`.
+    """Flags of `moma train-image-tokenizer`, and fields of a recipe's section `image_tokenizer`.
 
     Args:
-        config: a preset (full, small, medium-256, medium-1024) or a JSON file, in a recipe also a mapping of fields of
+        config (`str | dict[str, Any]`, *optional*):
+            a preset (full, small, medium-256, medium-1024) or a JSON file, in a recipe also a mapping of fields of
             MomaVQConfig and perhaps `preset`, the one that they change; small by default.
-        steps: steps of the optimizer.
-        batch_size: pictures of a step.
-        learning_rate: largest one of the schedule.
-        warmup_steps: steps in which the learning rate rises.
-        seed: of weights, order and augmentation.
-        save_every: steps between two checkpoints.
-        resolution: side of the pictures in pixels; the configuration's by default.
-        semantic_weight: of the semantic loss; the configuration's by default.
-        perceptual_weight: of the perceptual loss; the configuration's by default.
-        adversarial_weight: of the patch discriminator's term; 0 for no discriminator.
-        adversarial_start: steps without the discriminator, at the beginning.
-        augmentation: what fills the corners of turned and shifted pictures: white suits drawings, reflection photos.
-        held_out_pictures: held-out pictures that are looked at, at most.
-        bf16: bf16 in training; auto: where the device has it.
+        steps (`int`, *optional*, defaults to `2400`):
+            steps of the optimizer.
+        batch_size (`int`, *optional*, defaults to `48`):
+            pictures of a step.
+        learning_rate (`NotNegative`, *optional*, defaults to `0.0015`):
+            largest one of the schedule.
+        warmup_steps (`int`, *optional*, defaults to `100`):
+            steps in which the learning rate rises.
+        seed (`int`, *optional*, defaults to `0`):
+            of weights, order and augmentation.
+        save_every (`int`, *optional*, defaults to `500`):
+            steps between two checkpoints.
+        resolution (`int`, *optional*):
+            side of the pictures in pixels; the configuration's by default.
+        semantic_weight (`NotNegative`, *optional*):
+            of the semantic loss; the configuration's by default.
+        perceptual_weight (`NotNegative`, *optional*):
+            of the perceptual loss; the configuration's by default.
+        adversarial_weight (`NotNegative`, *optional*, defaults to `0.0`):
+            of the patch discriminator's term; 0 for no discriminator.
+        adversarial_start (`int`, *optional*, defaults to `0`):
+            steps without the discriminator, at the beginning.
+        augmentation (`Literal["white", "reflection", "none"]`, *optional*, defaults to `"white"`):
+            what fills the corners of turned and shifted pictures: white suits drawings, reflection photos.
+        held_out_pictures (`int`, *optional*, defaults to `1024`):
+            held-out pictures that are looked at, at most.
+        bf16 (`Literal["auto", "on", "off"]`, *optional*, defaults to `"auto"`):
+            bf16 in training; auto: where the device has it.
     """
 
     config: str | dict[str, Any] | None = None
@@ -69,16 +83,16 @@ DECISIVE = (
     *("steps", "batch_size", "learning_rate", "warmup_steps", "seed"),
     *("adversarial_weight", "adversarial_start", "augmentation"),
 )
-# what checkpoints of earlier versions were begun with and do not say
+# defaults of earlier versions, whose checkpoints do not record them
 ONCE = {"adversarial_weight": 0.0, "augmentation": "white"}
 
 
 def read_config(args: argparse.Namespace) -> "MomaVQConfig":
-    """
-    The model's configuration.
+    """Return the model's configuration.
 
     Args:
-        args: `config` and [`MODEL_SETTINGS`].
+        args (`argparse.Namespace`):
+            `config` and [`MODEL_SETTINGS`].
 
     Raises:
         ValueError: `config` is neither a preset, a file nor a mapping of known fields, or its values fit no model.
@@ -106,7 +120,7 @@ def read_config(args: argparse.Namespace) -> "MomaVQConfig":
 
 
 def asked_fields(args: argparse.Namespace) -> dict[str, Any]:
-    """Fields of the configuration that flags or the recipe's settings give."""
+    """Return the fields of the configuration that flags or the recipe's settings give."""
     return {name: getattr(args, name) for name in MODEL_SETTINGS if getattr(args, name) is not None}
 
 
@@ -114,9 +128,12 @@ def check_resumed(args: argparse.Namespace, config: "MomaVQConfig", begun: Mappi
     """Compare the command line with what a checkpoint was begun with; what it leaves out is the checkpoint's.
 
     Args:
-        args: of the run that goes on.
-        config: of the checkpoint.
-        begun: the arguments that its run was begun with.
+        args (`argparse.Namespace`):
+            of the run that goes on.
+        config (`MomaVQConfig`):
+            of the checkpoint.
+        begun (`Mapping[str, Any]`):
+            the arguments that its run was begun with.
 
     Raises:
         ValueError: they differ, so the run would not end as it would have.
@@ -139,13 +156,15 @@ def check_resumed(args: argparse.Namespace, config: "MomaVQConfig", begun: Mappi
 
 
 def check_same_pictures(output: str, now: Mapping[str, Any], begun: Mapping[str, Any] | None):
-    """
-    Compare the pictures with those that a checkpoint was trained on.
+    """Compare the pictures with those that a checkpoint was trained on.
 
     Args:
-        output: folder of the run.
-        now: facts about its pictures, by name.
-        begun: what they were at the first start, or `None` in checkpoints of earlier versions.
+        output (`str`):
+            folder of the run.
+        now (`Mapping[str, Any]`):
+            facts about its pictures, by name.
+        begun (`Mapping[str, Any] | None`):
+            what they were at the first start, or `None` in checkpoints of earlier versions.
 
     Raises:
         ValueError: they are others.

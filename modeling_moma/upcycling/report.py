@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What became of a seed: tensors that were taken, copied and made, and by how much the switch changes the output."""
+"""What upcycling made of a source checkpoint: tensors taken, copied and made, and the change of the output."""
 
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -16,19 +16,25 @@ from .tensor_sources import kept_groups, tensor_sources
 
 @dataclass
 class UpcyclingReceipt:
-    """What became of a seed.
+    """What upcycling made of a source checkpoint.
 
     Attributes:
-        tensors: numbers of tensors that were `"taken"` as they are, `"copied"` into experts, shared ones included, and
-            that are `"new"`.
-        parameters: of the `"seed"` and of the `"upcycled"` model.
-        coverage: shares of a group's tokens that 0, 1, and 2 or more experts took under `expert_choice`, averaged over
-            the layers; by group.
-        output_difference: norm of the logits' change over the norm of the seed's logits.
-        ffn_difference: the same for what a feed-forward layer gives a group's tokens, shared experts included, given
-            the same input, of the tokens that 0, 1, and 2 or more experts took, averaged over the layers; by group.
-            NaN where no token was.
-        output_differences: `output_difference` by modality of the token at the position. NaN where no token was.
+        tensors (`dict[str, int]`):
+            numbers of tensors that were `"taken"` as they are, `"copied"` into experts, shared ones included, and that
+            are `"new"`.
+        parameters (`dict[str, int]`):
+            of the `"seed"` and of the `"upcycled"` model.
+        coverage (`dict[str, list[float]]`):
+            shares of a group's tokens that 0, 1, and 2 or more experts took under `expert_choice`, averaged over the
+            layers; by group.
+        output_difference (`float`):
+            norm of the logits' change over the norm of the source's logits.
+        ffn_difference (`dict[str, list[float]]`):
+            the same for what a feed-forward layer gives a group's tokens, shared experts included, given the same
+            input, of the tokens that 0, 1, and 2 or more experts took, averaged over the layers; by group. NaN where
+            no token was.
+        output_differences (`dict[str, float]`):
+            `output_difference` by modality of the token at the position. NaN where no token was.
     """
 
     tensors: dict[str, int]
@@ -39,7 +45,7 @@ class UpcyclingReceipt:
     output_differences: dict[str, float] = field(default_factory=dict)
 
     def to_dict(self) -> dict:
-        """For JSON, which has no NaN: `None` instead."""
+        """Return the fields for JSON, which has no NaN: `None` instead."""
         return _without_nan(asdict(self))
 
 
@@ -60,15 +66,18 @@ def upcycling_receipt(
     Both models choose by rank, without noise.
 
     Args:
-        seed: as given to [`upcycle`].
-        upcycled: what it returned.
-        batch: `input_ids` and `attention_mask` of the probe.
+        seed (`MomaForCausalLM`):
+            as given to [`upcycle`].
+        upcycled (`MomaForCausalLM`):
+            what it returned.
+        batch (`dict[str, torch.Tensor]`, *optional*):
+            `input_ids` and `attention_mask` of the probe.
     """
-    receipt = UpcyclingReceipt(
+    report = UpcyclingReceipt(
         _count_tensors(seed, upcycled), {"seed": seed.num_parameters(), "upcycled": upcycled.num_parameters()}
     )
     if batch is None:
-        return receipt
+        return report
     modes = seed.training, upcycled.training
     seed.eval()
     upcycled.eval()
@@ -76,7 +85,7 @@ def upcycling_receipt(
     try:
         for name, group, layer, seed_layer in _routed_groups(upcycled, seed):
             handles.append(group.register_forward_hook(_record_group(name, layer, seed_layer, records)))
-        # by rank, as both train: the thresholds of fresh routers say nothing yet
+        # route by rank: the thresholds of fresh routers carry no information yet
         expected, actual = (
             model(**batch, use_cache=False, routing="expert_choice", output_router_logits=True).logits.float()
             for model in (seed, upcycled)
@@ -87,16 +96,16 @@ def upcycling_receipt(
         seed.train(modes[0])
         upcycled.train(modes[1])
     is_token_BT = batch.get("attention_mask", torch.ones_like(batch["input_ids"])) == 1
-    receipt.output_difference = _difference(actual[is_token_BT], expected[is_token_BT])
+    report.output_difference = _difference(actual[is_token_BT], expected[is_token_BT])
     modality_BT = token_modalities(seed.config, batch["input_ids"])
     for index, modality in enumerate(seed.config.modalities):
         is_mine_BT = is_token_BT & (modality_BT == index)
-        receipt.output_differences[modality] = _difference(actual[is_mine_BT], expected[is_mine_BT])
+        report.output_differences[modality] = _difference(actual[is_mine_BT], expected[is_mine_BT])
     for name in sorted({name for name, _, _ in records}):
         shares, differences = zip(*[(share, difference) for group, share, difference in records if group == name])
-        receipt.coverage[name] = torch.stack(shares).nanmean(0).tolist()
-        receipt.ffn_difference[name] = torch.stack(differences).nanmean(0).tolist()
-    return receipt
+        report.coverage[name] = torch.stack(shares).nanmean(0).tolist()
+        report.ffn_difference[name] = torch.stack(differences).nanmean(0).tolist()
+    return report
 
 
 def _count_tensors(seed: MomaForCausalLM, upcycled: MomaForCausalLM) -> dict[str, int]:
@@ -108,14 +117,14 @@ def _count_tensors(seed: MomaForCausalLM, upcycled: MomaForCausalLM) -> dict[str
 
 
 def _difference(actual_NV: torch.Tensor, expected_NV: torch.Tensor) -> float:
-    """Norm of the change over the norm of what was expected; NaN without a token."""
+    """Return the norm of the change over the norm of what was expected; NaN without a token."""
     return float((actual_NV - expected_NV).norm() / expected_NV.norm())
 
 
 def _routed_groups(
     upcycled: MomaForCausalLM, seed: MomaForCausalLM
 ) -> Iterator[tuple[str, MomaExpertGroup, MomaFeedForward, MomaFeedForward]]:
-    """Every group with a router: its name, itself, its layer and the seed's layer."""
+    """Return every group with a router: its name, itself, its layer and the source's layer."""
     for path, layer in upcycled.named_modules():
         if isinstance(layer, MomaFeedForward):
             seed_layer = seed.get_submodule(path)
@@ -142,7 +151,7 @@ def _record_group(name: str, layer: MomaFeedForward, seed_layer: MomaFeedForward
 
 
 def _with_common(layer: MomaFeedForward, x_ND: torch.Tensor, y_ND: torch.Tensor) -> torch.Tensor:
-    """A group's outputs in fp32 and those of the expert that all groups share."""
+    """Return a group's outputs in fp32 and those of the expert that all groups share."""
     return y_ND.float() if layer.shared_expert is None else y_ND.float() + layer.shared_expert(x_ND).float()
 
 

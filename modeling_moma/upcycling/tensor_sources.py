@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which tensors of a seed each tensor of the upcycled model is made of, by names."""
+"""Which tensors of a source checkpoint each tensor of the upcycled model is made of, by names."""
 
 import re
 from collections.abc import Collection
@@ -14,12 +14,12 @@ _PACKED = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)
 
 
 def shared_size(config: MomaConfig, group: str) -> int:
-    """Inner width of all shared experts that a group's tokens pass."""
+    """Return inner width of all shared experts that a group's tokens pass."""
     return config.common_shared_intermediate_size + config.group_shared_intermediate_size(group)
 
 
 def kept_groups(seed: MomaConfig, upcycled: MomaConfig) -> list[str]:
-    """Groups whose shared expert holds the seed's network, beside experts that are fresh."""
+    """Return groups whose shared expert holds the source's network, beside experts that are fresh."""
     return [
         group
         for group in upcycled.expert_groups
@@ -28,22 +28,25 @@ def kept_groups(seed: MomaConfig, upcycled: MomaConfig) -> list[str]:
 
 
 def tensor_sources(names: Collection[str], seed_names: Collection[str], kept: Collection[str]) -> dict[str, list[str]]:
-    """Which of the seed's tensors each tensor of the result is made of.
+    """Return which of the source's tensors each tensor of the result is made of.
 
     Args:
-        names: of the result's tensors.
-        seed_names: of the seed's.
-        kept: groups whose shared expert holds the seed's network, see [`kept_groups`].
+        names (`Collection[str]`):
+            of the result's tensors.
+        seed_names (`Collection[str]`):
+            of the source's.
+        kept (`Collection[str]`):
+            groups whose shared expert holds the source's network, see [`kept_groups`].
 
     Returns:
-        Names by name: the tensor itself, or those that are joined into it. None for a new tensor; its own name for one
-        that has to come from the seed, which lacks it.
+        `dict[str, list[str]]`: names by name: the tensor itself, or those that are joined into it. None for a new
+        tensor; its own name for one that has to come from the source, which lacks it.
     """
     return {name: _sources(name, seed_names, kept) for name in names}
 
 
 def _sources(name: str, seed_names: Collection[str], kept: Collection[str]) -> list[str]:
-    # a dense seed has one group that stands for each modality's
+    # a dense source has one group that stands for each modality's
     alike = (name, re.sub(r"\.groups\.[^.]+\.", ".groups.all.", name))
     shared, experts = _SHARED_EXPERT.fullmatch(name), _EXPERTS.fullmatch(name)
     if shared:

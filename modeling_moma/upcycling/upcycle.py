@@ -15,7 +15,7 @@ from .tensor_sources import kept_groups, shared_size, tensor_sources
 
 
 _TARGET = re.compile(r"(?:\d+[a-z])+")
-# what `keep_seed` decides on
+# widths that depend on `keep_seed`
 _KEPT_SIZES = ("intermediate_size", "shared_expert_intermediate_size")
 
 
@@ -23,9 +23,11 @@ def parse_experts(name: str, modalities: Sequence[str] = (TEXT, "image")) -> int
     """Read a name of the paper: `"4t4i"` as `{"text": 4, "image": 4}`, `"8x"` as `8`.
 
     Args:
-        name: numbers of experts, each with the first letter of its modality, or one number and `x` for experts that
-            all modalities share.
-        modalities: the model's.
+        name (`str`):
+            numbers of experts, each with the first letter of its modality, or one number and `x` for experts that all
+            modalities share.
+        modalities (`Sequence[str]`, *optional*, defaults to `(TEXT, "image")`):
+            the model's.
 
     Raises:
         ValueError: the name has another form or does not name every modality once, or two modalities begin alike.
@@ -43,7 +45,11 @@ def parse_experts(name: str, modalities: Sequence[str] = (TEXT, "image")) -> int
 
 
 def default_experts(modalities: Sequence[str]) -> dict[str, int]:
-    """The target that leaves text as it is: text keeps its one network, every other modality gets four experts.
+    """Return the target that leaves text as it is: text keeps its one network, every other modality gets four experts.
+
+    Args:
+        modalities (`Sequence[str]`):
+            those of the source checkpoint.
 
     Raises:
         ValueError: there is text alone.
@@ -63,24 +69,29 @@ def upcycled_config(
     expert_intermediate_size: int | dict[str, int] | None = None,
     **fields,
 ) -> MomaConfig:
-    """The configuration of a seed with more experts.
+    """Return the configuration of a source checkpoint with more experts.
 
-    Auxiliary routers of new groups know nothing yet, so a seed that infers with `"auxiliary"` becomes a model that
-    infers with `"threshold"`; its depth layers keep their routing.
+    Auxiliary routers of new groups know nothing yet, so a source checkpoint that infers with `"auxiliary"` becomes a
+    model that infers with `"threshold"`; its depth layers keep their routing.
 
     Args:
-        config: the seed's.
-        num_experts: see [`MomaConfig`]; by default 1 for text and 4 for every other modality.
-        keep_seed: the shared expert of a group that grows is as wide as the seed's network, and as its shared experts
-            where it has some, taken together.
-        expert_intermediate_size: with `keep_seed`, inner width of one routed expert in every group that grows, or by
-            group; by default the seed's.
-        fields: further fields that change.
+        config (`MomaConfig`):
+            the source's.
+        num_experts (`int | dict[str, int]`, *optional*):
+            see [`MomaConfig`]; by default 1 for text and 4 for every other modality.
+        keep_seed (`bool`, *optional*, defaults to `False`):
+            the shared expert of a group that grows is as wide as the source's network, and as its shared experts where
+            it has some, taken together.
+        expert_intermediate_size (`int | dict[str, int]`, *optional*):
+            with `keep_seed`, inner width of one routed expert in every group that grows, or by group; by default the
+            seed's.
+        fields (`Any`):
+            further fields that change.
 
     Raises:
-        ValueError: the seed has a group of several experts, or groups that the target would have to merge; a width is
-            given without `keep_seed`, or for a group that does not grow; or `keep_seed` meets a field that it decides
-            on, or `gate_after_norm`, with which a fresh router scales what the shared expert gives.
+        ValueError: the source has a group of several experts, or groups that the target would have to merge; a width
+            is given without `keep_seed`, or for a group that does not grow; or `keep_seed` meets a field that it
+            decides on, or `gate_after_norm`, with which a fresh router scales what the shared expert gives.
     """
     grown = {group: config.group_num_experts(group) for group in config.expert_groups}
     if max(grown.values()) > 1:
@@ -119,7 +130,7 @@ def upcycled_config(
 
 
 def _sizes_beside_seed(seed: MomaConfig, upcycled: MomaConfig, expert_size: int | dict[str, int] | None) -> dict:
-    """Fields of the widths with which shared experts hold the seed's networks."""
+    """Return the fields of the widths with which shared experts hold the source's networks."""
     grown = [group for group in upcycled.expert_groups if upcycled.group_num_experts(group) > 1]
     if grown and upcycled.gate_after_norm:
         raise InputError(
@@ -162,39 +173,48 @@ def upcycle(
     expert_intermediate_size: int | dict[str, int] | None = None,
     **fields,
 ) -> MomaForCausalLM:
-    """Grow a seed (1t1i, or dense) into a model with groups of experts, each a copy of the seed's network.
+    """Grow a source checkpoint (1t1i, or dense) into a model whose experts are copies of the source's networks.
 
     Everything else is copied too, depth routers with their thresholds included; the routers of the new groups are
-    fresh. Training goes on with a fresh optimizer and schedule, on the data after those that the seed has seen.
+    fresh. Training goes on with a fresh optimizer and schedule, on the data after those that the source has seen.
 
     A fresh router scores about one half. In the paper's form (MoMa section 2.5) a token's copies are weighed by their
     scores and a third of the tokens gets none, so the model's output changes at the switch: [`upcycling_receipt`] says
-    by how much. With `keep_seed` it does not change: the seed's network becomes the group's shared expert, which every
-    token passes, and the routed experts are fresh and begin with adding nothing. The first step of training moves
-    their `down_proj` alone, all else of them and their routers move from the second on.
+    by how much. With `keep_seed` it does not change: the source's network becomes the group's shared expert, which
+    every token passes, and the routed experts are fresh and begin with adding nothing. The first step of training
+    moves their `down_proj` alone, all else of them and their routers move from the second on.
 
     Args:
-        model: the seed; not changed.
-        num_experts: the target, for example `{"text": 4, "image": 4}`; by default 1 for text, which thus stays as it
-            is, and 4 for every other modality.
-        preserve_function: set `normalize_gates`, so that a token that at least one expert takes gets exactly what the
-            seed gave it. With `norm_placement="post"` the norm does nearly that by itself.
-        perturbation: standard deviation of noise on the copies, as a share of the standard deviation of the copied
-            matrix. Networks that stay alone in their group get none.
-        gumbel_noise: `config.gumbel_noise` of the result.
-        gumbel_noise_steps: `config.gumbel_noise_steps` of the result.
-        keep_seed: make the seed's network the shared expert of every group that grows, in place of copies. A shared
-            expert that the seed has already becomes one with it, by modality where the target's experts are.
-        expert_intermediate_size: with `keep_seed`, inner width of one routed expert, for all groups that grow or by
-            group; by default the seed's.
-        fields: further fields of the configuration that change; none that sizes depend on.
+        model (`MomaForCausalLM`):
+            the source; not changed.
+        num_experts (`int | dict[str, int]`, *optional*):
+            the target, for example `{"text": 4, "image": 4}`; by default 1 for text, which thus stays as it is, and 4
+            for every other modality.
+        preserve_function (`bool`, *optional*, defaults to `False`):
+            set `normalize_gates`, so that a token that at least one expert takes gets exactly what the source gave it.
+            With `norm_placement="post"` the norm does nearly that by itself.
+        perturbation (`float`, *optional*, defaults to `0.0`):
+            standard deviation of noise on the copies, as a share of the standard deviation of the copied matrix.
+            Networks that stay alone in their group get none.
+        gumbel_noise (`float`, *optional*, defaults to `1.0`):
+            `config.gumbel_noise` of the result.
+        gumbel_noise_steps (`int`, *optional*):
+            `config.gumbel_noise_steps` of the result.
+        keep_seed (`bool`, *optional*, defaults to `False`):
+            make the source's network the shared expert of every group that grows, in place of copies. A shared expert
+            that the source has already becomes one with it, by modality where the target's experts are.
+        expert_intermediate_size (`int | dict[str, int]`, *optional*):
+            with `keep_seed`, inner width of one routed expert, for all groups that grow or by group; by default the
+            seed's.
+        fields (`Any`):
+            further fields of the configuration that change; none that sizes depend on.
 
     Returns:
-        In the seed's dtype, on its device and in its mode.
+        `MomaForCausalLM`: in the source's dtype, on its device and in its mode.
 
     Raises:
-        ValueError: see [`upcycled_config`]; or the perturbation is negative, the fields ask for weights that the seed
-            does not have, or `keep_seed` meets `preserve_function` or a perturbation.
+        ValueError: see [`upcycled_config`]; or the perturbation is negative, the fields ask for weights that the
+            source does not have, or `keep_seed` meets `preserve_function` or a perturbation.
     """
     _check_arguments(keep_seed, preserve_function, perturbation)
     config = upcycled_config(
@@ -247,7 +267,7 @@ def _tensor_of(
     perturbation: float,
     fields: dict,
 ) -> torch.Tensor:
-    """What a tensor of the result becomes, joined from its sources."""
+    """Return what a tensor of the result becomes, joined from its sources."""
     parts = [seed_state[source] for source in sources if source in seed_state]
     if parts and ".experts." in name:
         joined = torch.stack([torch.cat([_perturbed(part, perturbation) for part in parts]) for _ in tensor])

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What several rooms borrow: files that are there whole or not at all, tables, errors, messages, hardware."""
+"""What several folders use: files that are complete or missing, tables, errors, messages, hardware."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files and folders that are there whole or not at all, whoever else writes them."""
+"""Files and folders that are complete or missing, however many processes write them."""
 
 import os
 import platform
@@ -20,14 +20,16 @@ LEFT_OVER = ".partial"
 def write_aside(path: str | Path, write: Callable[[Path], object]) -> Path:
     """Write beside the target and rename, so that a kill at any moment leaves the old file or the new one.
 
-    Of several writers the last one wins, whole.
+    Of several writers the last one wins.
 
     Args:
-        path: the target; its folder is made where missing.
-        write: writes to the path that it is given.
+        path (`str | Path`):
+            the target; its folder is made where missing.
+        write (`Callable`):
+            writes to the path that it is given.
 
     Returns:
-        The target.
+        `Path`: the target.
     """
     path = Path(path)
     with _aside(path) as aside:
@@ -37,17 +39,19 @@ def write_aside(path: str | Path, write: Callable[[Path], object]) -> Path:
 
 
 def write_folder_aside(path: str | Path, write: Callable[[Path], object]) -> Path:
-    """As [`write_aside`] for a folder, which is renamed whole where the target is missing or empty.
+    """Write a folder as [`write_aside`] a file; it is renamed where the target is missing or empty.
 
     Files that are in the target already and are not written again stay; those that are written again are replaced one
     after the other, once all are written.
 
     Args:
-        path: the folder.
-        write: makes and fills the folder that it is given.
+        path (`str | Path`):
+            the folder.
+        write (`Callable`):
+            makes and fills the folder that it is given.
 
     Returns:
-        The folder.
+        `Path`: the folder.
     """
     path = Path(path)
     with _aside(path) as aside:
@@ -60,16 +64,18 @@ def write_folder_aside(path: str | Path, write: Callable[[Path], object]) -> Pat
 
 
 def replace_folder(path: str | Path, write: Callable[[Path], object]) -> Path:
-    """As [`write_folder_aside`], but nothing of an older folder stays, and its files never lie beside the new ones.
+    """Write a folder as [`write_folder_aside`], but keep nothing of an older folder, not even for a moment.
 
     What is killed between the two renames leaves neither.
 
     Args:
-        path: the folder.
-        write: makes and fills the folder that it is given.
+        path (`str | Path`):
+            the folder.
+        write (`Callable`):
+            makes and fills the folder that it is given.
 
     Returns:
-        The folder.
+        `Path`: the folder.
     """
     path = Path(path)
     with _aside(path) as aside:
@@ -88,7 +94,7 @@ def replace_folder(path: str | Path, write: Callable[[Path], object]) -> Path:
 
 @contextmanager
 def _aside(path: Path) -> Iterator[Path]:
-    """[`path_aside`], of which nothing is left in the end."""
+    """Yield a [`path_aside`], of which nothing is left in the end."""
     aside = path_aside(path)
     try:
         yield aside
@@ -97,9 +103,13 @@ def _aside(path: Path) -> Iterator[Path]:
 
 
 def path_aside(path: Path) -> Path:
-    """Where this thread writes what becomes `path`: beside it, hidden, and nobody else's.
+    """Return where this thread alone writes what becomes `path`: beside it, and hidden.
 
     The folder of both is made where missing; what killed processes of this machine have left beside `path` is removed.
+
+    Args:
+        path (`Path`):
+            what is written.
     """
     # another machine may share the disk, and its processes cannot be seen from here
     start = f".{path.name}.{platform.node()}-"
@@ -115,11 +125,13 @@ def path_aside(path: Path) -> Path:
 
 
 def refuse_files(folder: str | Path, is_fine: Callable[[Path], bool] = lambda path: False):
-    """Refuse an output folder with files that would mix with those of the model to be written.
+    """Raise for an output folder with files that would mix with those of the model to be written.
 
     Args:
-        folder: missing folders are fine, and so is what killed writers have left.
-        is_fine: whether a path in it may stay; by default none.
+        folder (`str | Path`):
+            missing folders are fine, and so is what killed writers have left.
+        is_fine (`Callable`, *optional*, defaults to `lambda path: False`):
+            whether a path in it may stay; by default none.
 
     Raises:
         ValueError: names one of the others.
@@ -133,7 +145,7 @@ def refuse_files(folder: str | Path, is_fine: Callable[[Path], bool] = lambda pa
 
 
 def is_of_model(path: Path) -> bool:
-    """Whether a file in an output folder is one of a model's own: its settings or weights."""
+    """Return whether a file in an output folder is one of a model's own: its settings or weights."""
     return path.name == "config.json" or path.suffix == ".safetensors"
 
 
@@ -147,7 +159,7 @@ def _replace_files(source: Path, target: Path) -> None:
 
 def _rename(source: Path, target: Path) -> None:
     if target.is_dir():
-        # not every system renames onto an empty folder
+        # some systems cannot rename onto an empty folder
         target.rmdir()
     os.rename(source, target)
 

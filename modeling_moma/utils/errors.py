@@ -9,15 +9,15 @@ from pathlib import Path
 from ..errors_moma import InputError
 
 
-# no room, a user's quota, the largest file that a process may write
+# no space, a user's quota, the largest file that a process may write
 _CODES = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-# of libraries that keep the text of the system and not its number, or, as torch, neither
+# messages of libraries that keep the system's text without its number, or neither, as torch
 _TEXTS = (
     *("No space left on device", "Disk quota exceeded", "File too large", "Not enough disk space"),
     *("PytorchStreamWriter failed writing", "unexpected pos "),
 )
 _TO_RESUME = "What was written before is whole. Make room, and the same command with `--resume` goes on."
-# verb -> what is safe and how to go on
+# subcommand -> what is safe and how to go on
 _WAYS = {
     "tokenize": "The shards that are done are whole. Make room, and the same command goes on.",
     "pretrain": _TO_RESUME,
@@ -28,7 +28,7 @@ _OTHER_WAY = "Make room, and give the same command again."
 
 
 def is_input_error(error: BaseException) -> bool:
-    """Whether it says what is wrong with an input; anything else is a defect, and keeps its traceback."""
+    """Return whether an error says what is wrong with an input; any other is a defect, and keeps its traceback."""
     if isinstance(error, InputError):
         return True
     # Both take time to import, and have been where one of their errors is raised.
@@ -41,7 +41,7 @@ def is_input_error(error: BaseException) -> bool:
 
 
 def is_disk_full(error: BaseException | None) -> bool:
-    """Whether an error, or one that it came from, says that no room is left to write to."""
+    """Return whether an error, or one that it came from, says that the disk is full."""
     seen = set()
     while error is not None and id(error) not in seen:
         seen.add(id(error))
@@ -55,20 +55,22 @@ def is_disk_full(error: BaseException | None) -> bool:
 
 
 def full_disk_line(error: BaseException, verb: str, output: str | None) -> str:
-    """
-    What a user reads in place of a traceback.
+    """Return the line that a user reads in place of a traceback.
 
     Args:
-        error: for which [`is_disk_full`] holds.
-        verb: of `moma`.
-        output: the folder or file that it writes, `None` where it has none.
+        error (`BaseException`):
+            for which [`is_disk_full`] holds.
+        verb (`str`):
+            of `moma`.
+        output (`str | None`):
+            the folder or file that it writes, `None` where it has none.
     """
     named = error.filename if isinstance(error, OSError) and isinstance(error.filename, str) else None
     place = Path(output or named or ".").absolute()
     while not place.exists():
         place = place.parent
     free = shutil.disk_usage(place).free / 2**20
-    # where the disk has room it is a quota, a limit, or another disk, and the system's own words say more
+    # with free space on the disk, a quota or a limit is the cause, and the system's message says more
     detail = "" if free < 1 else f" ({str(error).splitlines()[0] if str(error) else type(error).__name__})"
     return f"the disk is full: {free:.1f} MiB are free at {os.fspath(place)!r}{detail}. {_WAYS.get(verb, _OTHER_WAY)}"
 

@@ -24,7 +24,7 @@ def _is_number(value: Any) -> Any:
     return value
 
 
-# what YAML reads as `true` is no 1, and what it reads as text, such as 1e-3, may be a number
+# YAML's `true` is not the number 1, and text such as 1e-3 may be one
 Int = Annotated[int, BeforeValidator(_is_number)]
 Float = Annotated[float, BeforeValidator(_is_number), Field(allow_inf_nan=False)]
 Share = Annotated[Float, Field(ge=0, le=1)]
@@ -34,14 +34,17 @@ OnOff = BeforeValidator(lambda value: {True: "on", False: "off"}[value] if isins
 
 
 def read_fields(kind: type[T], values: Mapping[str, Any], where: str, holder: str = "this section") -> T:
-    """
-    A dataclass of values by name.
+    """Return a dataclass of values by name.
 
     Args:
-        kind: the dataclass. Its annotations are checked, with what [`Annotated`] says of ranges.
-        values: of a file or a command line.
-        where: names the place of the values, for errors.
-        holder: names the dataclass, for errors.
+        kind (`type[T]`):
+            the dataclass. Its annotations are checked, with what [`Annotated`] says of ranges.
+        values (`Mapping[str, Any]`):
+            of a file or a command line.
+        where (`str`):
+            names the place of the values, for errors.
+        holder (`str`, *optional*, defaults to `"this section"`):
+            names the dataclass, for errors.
 
     Raises:
         ValueError: a name is unknown, a value is missing or not what its field takes.
@@ -56,14 +59,17 @@ def read_fields(kind: type[T], values: Mapping[str, Any], where: str, holder: st
 
 
 def read_field(kind: type, name: str, value: Any, where: str) -> Any:
-    """
-    A value as a field of a dataclass takes it.
+    """Return a value as a field of a dataclass takes it.
 
     Args:
-        kind: the dataclass.
-        name: of the field.
-        value: as a file or a command line has it.
-        where: names the field, for errors.
+        kind (`type`):
+            the dataclass.
+        name (`str`):
+            of the field.
+        value (`Any`):
+            as a file or a command line has it.
+        where (`str`):
+            names the field, for errors.
 
     Raises:
         ValueError: it is of another type, or out of range.
@@ -86,15 +92,19 @@ def read_field(kind: type, name: str, value: Any, where: str) -> Any:
 def refuse_unknown(
     given: Iterable[Any], known: Collection[str], where: str, holder: str, is_listed: bool = True
 ) -> None:
-    """
-    Raises `ValueError` where a name is none of those that are known.
+    """Raise `ValueError` where a name is none of those that are known.
 
     Args:
-        given: names.
-        known: that there are.
-        where: names the place of the names, for errors.
-        holder: names what has the known ones, for errors.
-        is_listed: whether the error lists them all, or only the one that is likely meant.
+        given (`Iterable[Any]`):
+            names.
+        known (`Collection[str]`):
+            that there are.
+        where (`str`):
+            names the place of the names, for errors.
+        holder (`str`):
+            names what has the known ones, for errors.
+        is_listed (`bool`, *optional*, defaults to `True`):
+            whether the error lists them all, or only the one that is likely meant.
     """
     unknown = sorted((name for name in given if name not in known), key=str)
     if not unknown:
@@ -107,27 +117,27 @@ def refuse_unknown(
 
 @functools.cache
 def annotations(kind: type) -> dict[str, Any]:
-    """The types of a dataclass's fields with what is said of them, by name."""
+    """Return the types of a dataclass's fields with what is said of them, by name."""
     return get_type_hints(kind, include_extras=True)
 
 
 @functools.cache
 def descriptions(kind: type) -> dict[str, str]:
-    """What the docstrings of a dataclass and of its bases say of its fields, by name, each in one line."""
+    """Return what the docstrings of a dataclass and of its bases say of its fields, by name, each in one line."""
     found: dict[str, str] = {}
     for base in reversed(kind.__mro__):
         section = re.search(r"^Args:\n((?: +.*\n|\n)*)", inspect.cleandoc(base.__doc__ or "") + "\n", re.MULTILINE)
         name, own = "", {}
         for line in textwrap.dedent(section[1]).splitlines() if section else ():
-            entry = re.match(r"(\w+)(?: \(.*?\))?: (.*)", line)
-            name, text = entry.groups() if entry else (name, line.strip())
+            entry = re.match(r"(\w+)(?: \(.*?\))?:(?: (.*)|$)", line)
+            name, text = (entry[1], entry[2] or "") if entry else (name, line.strip())
             own[name] = f"{own[name]} {text}".strip() if name in own else text
         found |= own
     return found
 
 
 def choices(annotation: Any) -> tuple[Any, ...]:
-    """The values that a type with [`Literal`] names, nothing where it names none."""
+    """Return the values that a type with [`Literal`] names, nothing where it names none."""
     if get_origin(annotation) is Literal:
         return get_args(annotation)
     return tuple(value for part in get_args(annotation) for value in choices(part))
@@ -135,7 +145,7 @@ def choices(annotation: Any) -> tuple[Any, ...]:
 
 _OUT_OF_RANGE = ("greater_than", "greater_than_equal", "less_than", "less_than_equal", "finite_number")
 _NAMES = {"missing": "with", "unexpected_keyword_argument": "without"}
-# what a type asks for, by the beginning of the error's name
+# expected type in words, by the first part of pydantic's error name
 _WORDS = {
     "int": "an integer",
     "float": "a number",
@@ -150,7 +160,7 @@ _WORDS = {
 
 
 def _in_words(problem: Any) -> str:
-    """What a value must be, of an error of pydantic."""
+    """Return what a value must be, of an error of pydantic."""
     kind, told = problem["type"], problem.get("ctx", {})
     if kind == "value_error":
         return str(told["error"])
@@ -164,7 +174,7 @@ def _in_words(problem: Any) -> str:
 
 
 def _range(annotation: Any) -> str:
-    """The range of a number, of all bounds that its type has."""
+    """Return the range of a number, of all bounds that its type has."""
     found: dict[str, float] = {}
     for part in get_args(annotation):
         for bound in getattr(part, "metadata", ()):
@@ -180,7 +190,7 @@ def _bounds(found: Mapping[str, float]) -> str:
 
 
 def _place(problem: Any) -> str:
-    """Where in a value an error is; names of fields follow an index, all other names are those of types."""
+    """Return where in a value an error is; names of fields follow an index, all other names are those of types."""
     # the input is then what ought to hold it
     path: Sequence[int | str] = problem["loc"][:-1] if problem["type"] in _NAMES else problem["loc"]
     parts = zip([None, *path], path)

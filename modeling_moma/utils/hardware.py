@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     import torch
 
 
-# of `malloc.h`
+# parameters of `mallopt`, from `malloc.h`
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 # bytes from which on an allocation is one of its own, given back to the system as soon as it is freed
 _LARGEST_KEPT = 2**30
@@ -20,7 +20,7 @@ _SETTINGS = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES
 
 
 def supports_bf16(device: "str | torch.device") -> bool:
-    """Whether the device computes in bfloat16 itself; elsewhere it is emulated and slow."""
+    """Return whether the device computes in bfloat16 itself; elsewhere it is emulated and slow."""
     # `moma` asks for memory before it knows whether torch is needed.
     import torch
 
@@ -31,8 +31,7 @@ def supports_bf16(device: "str | torch.device") -> bool:
 
 
 def keep_freed_memory() -> bool:
-    """
-    Let glibc keep freed memory for this process, in place of handing large tensors back to the system.
+    """Let glibc keep freed memory for this process, in place of handing large tensors back to the system.
 
     Gradients, logits and activations of a training step on a CPU are as large as those of the step before. Asked for
     anew, each of their pages is cleared and entered again, which takes 12 to 16 % of a step
@@ -40,7 +39,7 @@ def keep_freed_memory() -> bool:
     shrink before it ends.
 
     Returns:
-        Whether it does: not without glibc, nor where the environment sets glibc's allocator already.
+        `bool`: whether it does: not without glibc, nor where the environment sets glibc's allocator already.
     """
     if platform.libc_ver()[0] != "glibc" or any(name in os.environ for name in _SETTINGS):
         return False

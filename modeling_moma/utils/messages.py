@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What people read: errors in one line, tables in Markdown, and nothing of libraries that nobody uses."""
+"""What people read: errors in one line, tables in Markdown, and no notices of libraries that are not used."""
 
 import logging
 from collections.abc import Iterator, Sequence
@@ -13,8 +13,7 @@ OPTIONAL_LIBRARIES = ("torchao", "bitsandbytes", "torch.utils._pytree")
 
 @contextmanager
 def without_import_notices() -> Iterator[None]:
-    """
-    Drops warnings that [`OPTIONAL_LIBRARIES`] log meanwhile. Their errors pass, and so does all that others say.
+    """Drop warnings that [`OPTIONAL_LIBRARIES`] log meanwhile. Their errors pass, and so does all that others say.
 
     Whoever uses one of them imports it before this package, or sees what it says when it is used.
     """
@@ -29,18 +28,19 @@ def without_import_notices() -> Iterator[None]:
 
 
 def one_line(error: object, most: int | None = None) -> str:
-    """
-    What an error says, in one line.
+    """Return what an error says, in one line.
 
     Args:
-        error: or any text.
-        most: characters; the rest is left out.
+        error (`object`):
+            or any text.
+        most (`int`, *optional*):
+            characters; the rest is left out.
     """
     return " ".join(str(error).split())[:most]
 
 
 def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table whose first column is text and whose others are numbers."""
+    """Return a Markdown table whose first column is text and whose others are numbers."""
     lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 

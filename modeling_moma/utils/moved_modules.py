@@ -114,6 +114,14 @@ class MovedModules(MetaPathFinder):
     ) -> ModuleSpec | None:
         """See `importlib.abc.MetaPathFinder`.
 
+        Args:
+            fullname (`str`):
+                name of the module.
+            path (`Sequence[str] | None`):
+                not used.
+            target (`ModuleType`, *optional*):
+                not used.
+
         Raises:
             ModuleNotFoundError: the name is an old one.
         """
@@ -131,7 +139,7 @@ class MovedModules(MetaPathFinder):
 def find_moved_modules() -> None:
     """Let imports of old names say the new ones; a second call changes nothing."""
     if not any(isinstance(finder, MovedModules) for finder in sys.meta_path):
-        # before those of editable installations, which may know a checkout of another time
+        # first in the list: finders of editable installations may know an older checkout
         sys.meta_path.insert(0, MovedModules())
 
 

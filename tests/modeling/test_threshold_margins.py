@@ -24,9 +24,9 @@ def records_of(model, batch):
     return records
 
 
-def least_margin(values_NS, threshold_C, cut_NS):
-    """The smallest relative distance of a score from the cut that decides on it."""
-    threshold_NS = threshold_C[cut_NS]
+def least_margin(values_NS, threshold_C, threshold_index_NS):
+    """The smallest relative distance of a score from the threshold that decides on it."""
+    threshold_NS = threshold_C[threshold_index_NS]
     return ((values_NS - threshold_NS).abs() / values_NS).min().item()
 
 
@@ -37,14 +37,14 @@ def test_after_a_step_no_threshold_is_a_score_of_its_batch(name, side):
     batch = padded_batches()[0] if side == "padded" else {"input_ids": mixed_ids(rows=3, length=14)}
     model(**batch)
     for key, record in records_of(model, batch).items():
-        assert least_margin(record.scores_NS, record.router.threshold, record.cut_NS) > ROUNDING, key
+        assert least_margin(record.scores_NS, record.router.threshold, record.threshold_index_NS) > ROUNDING, key
         if "depth_router" in key and model.config.depth_pool == "row":
-            # the mean of the rows' cuts parts none of them
+            # the mean of the rows' thresholds parts none of them
             continue
         for cut, threshold in enumerate(record.router.threshold):
-            scores = record.scores_NS[record.cut_NS == cut]
+            scores = record.scores_NS[record.threshold_index_NS == cut]
             # of equal tokens the top K may hold some, a threshold all
-            least = scores[record.is_member_NS[record.cut_NS == cut]].min()
+            least = scores[record.is_member_NS[record.threshold_index_NS == cut]].min()
             assert torch.equal(scores >= threshold, scores >= least * (1 - ROUNDING)), key
 
 
@@ -61,7 +61,7 @@ def test_a_calibration_leaves_no_threshold_that_is_a_score_of_its_batch(name, ca
 
 
 def cuts_after_a_step(x_ND, factor=1.0, weight=None):
-    """A group's router after one step on these tokens, its threshold the batch's cut, and whom the step took."""
+    """A group's router after one step on these tokens, its threshold the batch's threshold, and whom the step took."""
     torch.manual_seed(0)
     config = tiny_config(num_experts=4, expert_capacity_factor=factor, training_routing="expert_choice")
     router = MomaFeedForward(config).groups["all"].router

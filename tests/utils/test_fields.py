@@ -39,7 +39,8 @@ class Settings(Base):
     Settings.
 
     Args:
-        rate (`float`, *optional*, defaults to 1.0): largest one: of all.
+        rate (`float`, *optional*, defaults to `1.0`):
+            largest one: of all.
         unused: of nothing.
 
     Returns:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `moma serve` adds to `transformers serve`: bad requests are refused by 4xx and the name of the field.
+"""What `moma serve` adds to `transformers serve`: bad requests get 4xx and the name of the field.
 
 A request takes this path:
 
-1. `Guard`: its route, key, size and client, and whether there is room (guard.py)
+1. `Guard`: its route, key, size and client, and whether there is a free slot (guard.py)
 2. check: its fields and messages, in a thread (fields.py, messages.py)
 3. download: its pictures of the web (downloads.py)
 4. turn: until few enough others are being answered (generation.py)

@@ -32,9 +32,12 @@ class Route:
     """How one kind of request is read.
 
     Args:
-        settings: what its fields may be.
-        messages: the field with messages; none for a bare prompt.
-        needs_body: whether the handler's last steps take the body as well.
+        settings (`type[Settings]`):
+            what its fields may be.
+        messages (`str`, *optional*):
+            the field with messages; none for a bare prompt.
+        needs_body (`bool`, *optional*, defaults to `False`):
+            whether the handler's last steps take the body as well.
     """
 
     settings: type[Settings]
@@ -63,11 +66,16 @@ class Answering:
     """Checks a request, reads it in a thread, and leaves the rest to a handler of Transformers' server.
 
     Args:
-        handler: of the route.
-        route: how its requests are read.
-        limits: of the server.
-        readers: threads that read requests, so that neither a template nor a picture holds up anybody's stream.
-        downloads: of pictures.
+        handler (`BaseHandler`):
+            of the route.
+        route (`Route`):
+            how its requests are read.
+        limits (`Limits`):
+            of the server.
+        readers (`ThreadPoolExecutor`):
+            threads that read requests, so that neither a template nor a picture holds up anybody's stream.
+        downloads (`Downloads`):
+            of pictures.
     """
 
     def __init__(
@@ -77,7 +85,7 @@ class Answering:
         self.route, self.limits, self.readers, self.downloads = route, limits, readers, downloads
 
     async def __call__(self, body: dict[str, Any], request_id: str) -> Any:
-        """Answers a request.
+        """Answer a request.
 
         Raises:
             RequestError: it cannot be answered.
@@ -112,7 +120,7 @@ class Answering:
         return await asyncio.get_running_loop().run_in_executor(self.readers, work, *args)
 
     def check(self, body: dict[str, Any]) -> list[Picture]:
-        """The pictures of a request, after a check of all else that it says."""
+        """Return the pictures of a request, after a check of all else that it says."""
         check_settings(body, self.route.settings, self.limits)
         field = self.route.messages
         if field is None or field == "input" and isinstance(body.get(field), str):
@@ -120,7 +128,7 @@ class Answering:
         return read_messages(body.get(field), field)
 
     def read(self, body: dict[str, Any], pictures: list[Picture]) -> Prompt:
-        """Makes tokens of a request."""
+        """Return the tokens of a request."""
         handler = self.handler
         handler._validate_request(body)
         try:
@@ -208,8 +216,8 @@ def check_prompt(model: Any, inputs: Any, gen_config: Any):
         raise RequestError("logit_bias", f"token {unknown[0]} is none of the {vocabulary} tokens of the model.")
 
 
-async def refuse(_request: Any, error: Exception):
-    """4xx for an input that these packages refuse; anything else is a defect, and stays one."""
+async def answer_input_error(_request: Any, error: Exception):
+    """Answer 4xx for an input that these packages do not take; anything else is a defect, and stays one."""
     if not isinstance(error, RequestError):
         if not is_input_error(error) and _raised_in(error) != PROCESSORS:
             raise error
@@ -218,12 +226,12 @@ async def refuse(_request: Any, error: Exception):
 
 
 def _is_of_template(error: Exception) -> bool:
-    """Whether a template raised it, or what a template called with what it was given."""
+    """Return whether a template raised the error, or what a template called with what it was given."""
     frames = traceback.walk_tb(error.__traceback__)
     return isinstance(error, TemplateError) or any(frame.f_code.co_filename == "<template>" for frame, _ in frames)
 
 
 def _raised_in(error: BaseException) -> str:
-    """The module whose line raised it."""
+    """Return the module whose line raised it."""
     *_, (frame, _line) = traceback.walk_tb(error.__traceback__)
     return frame.f_globals.get("__name__", "")

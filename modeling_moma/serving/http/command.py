@@ -50,13 +50,25 @@ def serve(
     ] = DEFAULTS.max_seconds,
     **options: Any,
 ):
-    """
-    Serves until it is told to end.
+    """Serve until it is told to end.
 
     Args:
-        api_key, image_hosts, template_arguments: who may come, and what they may say.
-        max_requests, max_waiting, max_new_tokens, max_seconds: see [`Limits`].
-        options: of `transformers serve`.
+        api_key (`str`, *optional*):
+            key that all routes but `/health` ask for.
+        image_hosts (`list[str]`, *optional*):
+            hosts that pictures may be fetched from.
+        template_arguments (`list[str]`, *optional*):
+            names that `chat_template_kwargs` of a request may set.
+        max_requests (`int`, *optional*):
+            see [`Limits`], as for the next three.
+        max_waiting (`int`, *optional*):
+            requests queued beside them.
+        max_new_tokens (`int`, *optional*):
+            tokens of an answer.
+        max_seconds (`float`, *optional*):
+            seconds of generation.
+        options (`Any`):
+            of `transformers serve`.
 
     Raises:
         ValueError: an argument that would let others in unawares.
@@ -79,7 +91,7 @@ def serve(
 
 
 def reserved_names() -> frozenset[str]:
-    """Arguments of `apply_chat_template` itself, and what the server or the processor gives to a template."""
+    """Return arguments of `apply_chat_template` itself, and what the server or the processor gives to a template."""
     from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
     return frozenset("audio bos_token eos_token images messages text videos".split()).union(
@@ -88,7 +100,7 @@ def reserved_names() -> frozenset[str]:
 
 
 def command(take: Callable[..., object]) -> Callable:
-    """A function with all arguments of [`serve`] in its signature, which Typer reads; it gives them to another one."""
+    """Return a function with all arguments of [`serve`] in its signature, for Typer; it passes them on."""
     given = dict(inspect.signature(Serve).parameters)
     del given["non_blocking"]
     given["host"] = given["host"].replace(default=HOST)
@@ -103,5 +115,5 @@ def command(take: Callable[..., object]) -> Callable:
 
 
 def _split(values: list[str] | None) -> list[str]:
-    """Entries of a repeated argument, or of one with commas."""
+    """Return the entries of a repeated argument, or of one with commas."""
     return [entry for value in values or [] for entry in value.split(",") if entry.strip()]

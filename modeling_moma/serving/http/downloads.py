@@ -36,8 +36,10 @@ class ImageHosts:
     """A list of hosts that may be asked.
 
     Args:
-        names: of hosts, each with its port, or with `None` for the usual ones of `http` and `https`.
-        networks: of addresses, in the same way; only these may be private, link-local or of this machine.
+        names (`frozenset[tuple[str, int | None]]`, *optional*, defaults to `frozenset()`):
+            of hosts, each with its port, or with `None` for the usual ones of `http` and `https`.
+        networks (`tuple[tuple[Network, int | None], ...]`, *optional*, defaults to `()`):
+            of addresses, in the same way; only these may be private, link-local or of this machine.
     """
 
     names: frozenset[tuple[str, int | None]] = frozenset()
@@ -45,8 +47,11 @@ class ImageHosts:
 
     @classmethod
     def from_entries(cls, entries: Iterable[str]) -> Self:
-        """
-        Reads `HOST`, `HOST:PORT`, `ADDRESS`, `[ADDRESS]:PORT` and `NETWORK/BITS`.
+        """Read `HOST`, `HOST:PORT`, `ADDRESS`, `[ADDRESS]:PORT` and `NETWORK/BITS`.
+
+        Args:
+            entries (`Iterable[str]`):
+                what `--image-hosts` names.
 
         Raises:
             ValueError: an entry is none of these; a pattern or a whole address of the web is none.
@@ -76,7 +81,7 @@ class ImageHosts:
         return bool(self.names or self.networks)
 
     def may_ask(self, host: str, port: int, scheme: str) -> bool:
-        """Whether a request may name this host at this port."""
+        """Return whether a request may name this host at this port."""
         ports = (port, None) if port == USUAL_PORTS[scheme] else (port,)
         address = _address(host)
         if address is None:
@@ -84,7 +89,7 @@ class ImageHosts:
         return self._names_address(address, ports)
 
     def may_connect(self, address: str, port: int, scheme: str) -> bool:
-        """Whether a host may be at this address: a public one, or one that is named itself."""
+        """Return whether a host may be at this address: a public one, or one that is named itself."""
         ip = _address(address)
         if ip is None:
             return False
@@ -104,9 +109,12 @@ class Downloads:
     """A pool of a few downloads at once, apart from all else that the server does.
 
     Args:
-        hosts: that may be asked.
-        seconds: for one download in all: waiting for a place, names, redirects and content.
-        tls: how certificates are verified; by default as `httpx` does.
+        hosts (`ImageHosts`):
+            that may be asked.
+        seconds (`float`, *optional*, defaults to `DOWNLOAD_SECONDS`):
+            for one download in all: waiting for a slot, names, redirects and content.
+        tls (`ssl.SSLContext`, *optional*):
+            how certificates are verified; by default as `httpx` does.
     """
 
     def __init__(self, hosts: ImageHosts, seconds: float = DOWNLOAD_SECONDS, tls: ssl.SSLContext | None = None):
@@ -117,12 +125,13 @@ class Downloads:
         self._inside = 0
 
     async def fetch(self, address: str, field: str) -> bytes:
-        """
-        The content of an address, in the time for one download.
+        """Return the content of an address, in the time for one download.
 
         Args:
-            address: `http://...` or `https://...`.
-            field: its place in the body.
+            address (`str`):
+                `http://...` or `https://...`.
+            field (`str`):
+                its place in the body.
 
         Raises:
             RequestError: a host that is not named or not public, a redirect to one, too many bytes (status 413), too
@@ -175,7 +184,7 @@ class Downloads:
         raise RequestError(field, NOT_FETCHED)
 
     async def _request(self, client: httpx.AsyncClient, url: httpx.URL, field: str) -> httpx.Request:
-        """A request to the one address that the name leads to now; names are not asked again."""
+        """Return a request to the one address that the name leads to now; names are not asked again."""
         host, port = url.raw_host.decode("ascii"), url.port or USUAL_PORTS[url.scheme]
         found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
         addresses = [str(info[4][0]) for info in found]
@@ -215,7 +224,7 @@ def _address(host: str) -> Address | None:
 
 
 def _inner_addresses(address: Address) -> list[Address]:
-    """Those of IPv4 that one of IPv6 leads to: mapped, 6to4, Teredo and NAT64."""
+    """Return the IPv4 addresses that one of IPv6 leads to: mapped, 6to4, Teredo and NAT64."""
     if address.version == 4:
         return []
     inner = [address.ipv4_mapped, address.sixtofour, *(address.teredo or ())]

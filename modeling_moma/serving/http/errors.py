@@ -11,9 +11,12 @@ class RequestError(InputError):
     """A field of a request cannot be answered.
 
     Args:
-        field: its place in the body, as `messages[0].role`.
-        reason: what is wrong with it, and what would be right.
-        status: of HTTP, from 400 to 499; 429 says when to come back.
+        field (`str`):
+            its place in the body, as `messages[0].role`.
+        reason (`str`):
+            what is wrong with it, and what would be right.
+        status (`int`, *optional*, defaults to `400`):
+            of HTTP, from 400 to 499; 429 says when to come back.
     """
 
     def __init__(self, field: str, reason: str, status: int = 400):
@@ -22,23 +25,23 @@ class RequestError(InputError):
         self.status = status
 
     def body(self) -> dict:
-        """The answer, in OpenAI's form of errors."""
+        """Return the answer, in OpenAI's form of errors."""
         error = {"message": str(self), "type": "invalid_request_error", "param": self.field, "code": None}
         return {"error": error}
 
     def headers(self) -> dict[str, str]:
-        """What goes with the status."""
+        """Return the body that goes with the status."""
         extra = {401: {"WWW-Authenticate": "Bearer"}, 429: {"Retry-After": str(RETRY_SECONDS)}}
         return extra.get(self.status, {})
 
 
 def short(value: object, most: int = 80) -> str:
-    """A value as a message shows it: bodies may hold pictures."""
+    """Return a value as a message shows it: bodies may hold pictures."""
     # a long value is cut before it is formatted
     text = repr(value[: most + 1] if isinstance(value, (str, bytes, list)) else value)
     return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
 def short_name(name: str) -> str:
-    """A name as part of a field, without quotation marks."""
+    """Return a name as part of a field, without quotation marks."""
     return short(name).strip("'")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the fields of a request may be. One that is not named here is refused."""
+"""What the fields of a request may be. One that is not named here is an error."""
 
 import json
 import math
@@ -94,15 +94,21 @@ class _Fields(BaseModel):
 
 
 class StreamOptions(_Fields):
+    """`stream_options` of a request."""
+
     include_usage: bool | None = None
     include_obfuscation: bool | None = None
 
 
 class Format(_Fields):
+    """`text.format` of a request."""
+
     type: Literal["text"]
 
 
 class TextOptions(_Fields):
+    """`text` of a request."""
+
     format: Format | None = None
     verbosity: Unused = None
 
@@ -208,13 +214,15 @@ class ResponseSettings(_Conversing):
 
 
 def check_settings(body: dict[str, Any], kind: type[Settings], limits: Limits):
-    """
-    Checks all of a body but its messages.
+    """Check all of a body but its messages.
 
     Args:
-        body: without nulls; comes back with `stream`, and with fractions where generation takes no whole numbers.
-        kind: of the request.
-        limits: of the server.
+        body (`dict[str, Any]`):
+            without nulls; comes back with `stream`, and with fractions where generation takes no whole numbers.
+        kind (`type[Settings]`):
+            of the request.
+        limits (`Limits`):
+            of the server.
 
     Raises:
         RequestError: a text that is none, a number that is not finite, an unknown field (status 422), or a value of
@@ -236,7 +244,7 @@ def check_settings(body: dict[str, Any], kind: type[Settings], limits: Limits):
 
 
 def _check_values(body: dict[str, Any]):
-    """All texts can be encoded and are not too long together, all numbers are finite, and nothing is nested deep."""
+    """Check that texts can be encoded and are short enough, numbers are finite, and nothing is nested deep."""
     characters = 0
     pending: list[tuple[str, Any, int]] = [("", body, 0)]
     while pending:

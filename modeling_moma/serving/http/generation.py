@@ -24,8 +24,10 @@ class Admission:
     """Counts requests.
 
     Args:
-        max_requests: at once.
-        max_waiting: beside them.
+        max_requests (`int`):
+            at once.
+        max_waiting (`int`):
+            beside them.
     """
 
     def __init__(self, max_requests: int, max_waiting: int):
@@ -35,7 +37,7 @@ class Admission:
 
     @contextlib.contextmanager
     def room_for_body(self, length: int) -> Iterator[None]:
-        """Raises a [`RequestError`] (status 429) where too many large bodies are held already."""
+        """Raise a [`RequestError`] (status 429) where too many large bodies are held already."""
         is_large = length > LARGE_BODY_BYTES
         if is_large and self.large >= MAX_LARGE_BODIES:
             raise RequestError("body", f"{self.large} large requests are being answered: ask again later.", 429)
@@ -46,7 +48,7 @@ class Admission:
             self.large -= is_large
 
     def enter(self) -> "ActiveRequest":
-        """Raises a [`RequestError`] (status 429) where too many wait already."""
+        """Raise a [`RequestError`] (status 429) where too many wait already."""
         if self.inside >= self.most:
             raise RequestError("requests", f"{self.inside} are being answered or wait: ask again later.", 429)
         return ActiveRequest(self)
@@ -56,6 +58,10 @@ class ActiveRequest:
     """One request, from its body until its generation has ended or its client has gone.
 
     Used in the thread of the event loop, but for [`running`].
+
+    Args:
+        admission (`Admission`):
+            counts requests.
     """
 
     def __init__(self, admission: Admission):
@@ -66,12 +72,12 @@ class ActiveRequest:
         admission.inside += 1
 
     async def take_turn(self):
-        """Waits until few enough others are being read or generated for."""
+        """Wait until few enough others are being read or generated for."""
         await self.admission.turns.acquire()
         self._has_turn = True
 
     def finish(self):
-        """Makes room for others; what is left is to send the answer."""
+        """Free the slot for others; what is left is to send the answer."""
         if self._has_turn:
             self.admission.turns.release()
         if self._is_inside:
@@ -79,12 +85,12 @@ class ActiveRequest:
         self._has_turn = self._is_inside = False
 
     def close(self):
-        """The request is over, whatever came of it."""
+        """Return the request is over, whatever came of it."""
         self.disconnected.set()
         self.finish()
 
     def running(self, generate: Callable) -> Callable:
-        """`generate` in the thread of generation: not begun for a client that has gone, and its end makes room."""
+        """Run `generate` in its thread: it is not begun for a client that has gone, and its end frees a slot."""
 
         def run(*args: Any, **kwargs: Any) -> Any:
             try:
@@ -113,27 +119,32 @@ class StopOnDisconnect(StoppingCriteria):
         self.disconnected = disconnected
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs) -> Any:
+        """Return True for all rows once the client has gone, `[B]`."""
         return torch.full((input_ids.shape[0],), self.disconnected.is_set(), device=input_ids.device, dtype=torch.bool)
 
 
 class CheckedManager(GenerateManager):
-    """Generates until an answer is whole or its client has gone.
+    """Generates until an answer is complete or its client has gone.
 
     The server hands `generate` the processor as its tokenizer, which has no vocabulary to look for stop strings in.
     """
 
     def generate_streaming(self, model, processor, inputs, gen_config, request_id, response_parser=None):
+        """Stream an answer, which ends once the client has gone."""
         tokenizer = getattr(processor, "tokenizer", processor)
         return super().generate_streaming(model, tokenizer, _ending(inputs), gen_config, request_id, response_parser)
 
     async def generate_non_streaming(self, model, processor, inputs, gen_config, request_id):
+        """Make an answer, which ends once the client has gone."""
         tokenizer = getattr(processor, "tokenizer", processor)
         return await super().generate_non_streaming(model, tokenizer, _ending(inputs), gen_config, request_id)
 
     def submit(self, fn, *args, **kwargs):
+        """Run a function in the thread of generation, for the current request."""
         return super().submit(current_request.get().running(fn), *args, **kwargs)
 
     def async_submit(self, fn, *args, **kwargs):
+        """Run a function in the thread of generation, for the current request, and return an awaitable."""
         answer = super().async_submit(current_request.get().running(fn), *args, **kwargs)
         # reading the error keeps asyncio from logging it as never retrieved when the client has gone
         answer.add_done_callback(lambda done: done.cancelled() or done.exception())
@@ -141,6 +152,6 @@ class CheckedManager(GenerateManager):
 
 
 def _ending(inputs: Any) -> dict[str, Any]:
-    """The arguments of `generate`, which stops once the client has gone."""
+    """Return the arguments of `generate`, which stops once the client has gone."""
     on_disconnect = StopOnDisconnect(current_request.get().disconnected)
     return {**inputs, "stopping_criteria": StoppingCriteriaList([on_disconnect])}

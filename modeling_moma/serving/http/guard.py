@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What stands before the whole server: routes, keys, sizes, numbers of requests, and clients that hang up."""
+"""What stands before the server: routes, keys, sizes, numbers of requests, and clients that hang up."""
 
 import asyncio
 import hmac
@@ -34,16 +34,22 @@ REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 
 
 class Guard:
-    """Refuses what should not reach the server, and ends what nobody waits for.
+    """Answers what should not reach the server by an error, and ends requests whose client has gone.
 
     Args:
-        app: the server.
-        admission: counts requests.
-        api_key: which all routes but `/health` ask for, or `None`.
-        pinned: the one model that is served, or `None`.
-        has_cors: whether pages of other sites may ask.
-        is_local: whether only this machine can reach the server; its names are then the only ones that it answers to,
-            so that no page of the web gets in by a name of its own for this machine.
+        app (`Callable`):
+            the server.
+        admission (`Admission`):
+            counts requests.
+        api_key (`str`, *optional*):
+            which all routes but `/health` ask for, or `None`.
+        pinned (`str`, *optional*):
+            the one model that is served, or `None`.
+        has_cors (`bool`, *optional*, defaults to `False`):
+            whether pages of other sites may ask.
+        is_local (`bool`, *optional*, defaults to `True`):
+            whether only this machine can reach the server; its names are then the only ones that it answers to, so
+            that no page of the web gets in by a name of its own for this machine.
     """
 
     def __init__(
@@ -60,6 +66,7 @@ class Guard:
         self.has_cors, self.is_local = has_cors, is_local
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send):
+        """Answer a request, or raise what is wrong with it as an answer of its own."""
         if scope["type"] == "lifespan":
             await self.app(scope, receive, send)
             return
@@ -102,7 +109,7 @@ class Guard:
             raise RequestError("Origin", f"pages of {short(origin)} may not ask (`--enable-cors`).", 403)
 
     def _is_preflight(self, scope: MutableMapping[str, Any], headers: Headers) -> bool:
-        """A browser's question before it asks, which brings no key and is answered before any route."""
+        """Return a browser's question before it asks, which brings no key and is answered before any route."""
         asks = "origin" in headers and "access-control-request-method" in headers
         return self.has_cors and scope["method"] == "OPTIONS" and asks
 
@@ -127,7 +134,7 @@ class Guard:
         raise RequestError(short_name(scope["path"]), "this server has no such route.", 404)
 
     async def _attend(self, request: ActiveRequest, scope: Any, body: bytes, receive: Receive, send: Send):
-        """Runs the server until it has answered, or until the client has gone."""
+        """Run the server until it has answered, or until the client has gone."""
         bodies: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
         is_answered = False
 
@@ -165,7 +172,7 @@ class Guard:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether an address, or a name that nobody else can give away, is of this machine alone."""
+    """Return whether an address, or a name that no DNS server can give away, is of this machine alone."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -202,7 +209,7 @@ async def _read(receive: Receive) -> bytes:
 
 
 async def _drain(receive: Receive, length: int):
-    """A client that is still sending would find its connection reset, and not the answer."""
+    """Return a client that is still sending would find its connection reset, and not the answer."""
     read, more = 0, 0 < length <= 4 * MAX_BODY_BYTES
     try:
         async with asyncio.timeout(BODY_SECONDS):

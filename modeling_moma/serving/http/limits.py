@@ -45,12 +45,18 @@ class Limits:
     """What the command line sets.
 
     Args:
-        max_requests: that are tokenized or generated for at once; one is generated for at a time.
-        max_waiting: that are queued beside them.
-        max_new_tokens: of an answer, at most.
-        max_seconds: of generation, at most; an answer ends there.
-        template_arguments: names that `chat_template_kwargs` may give to the chat template.
-        pinned: the one model, or `None` where requests choose.
+        max_requests (`int`, *optional*, defaults to `8`):
+            that are tokenized or generated for at once; one is generated for at a time.
+        max_waiting (`int`, *optional*, defaults to `32`):
+            that are queued beside them.
+        max_new_tokens (`int`, *optional*, defaults to `4096`):
+            of an answer, at most.
+        max_seconds (`float`, *optional*, defaults to `120.0`):
+            of generation, at most; an answer ends there.
+        template_arguments (`frozenset[str]`, *optional*, defaults to `frozenset()`):
+            names that `chat_template_kwargs` may give to the chat template.
+        pinned (`str`, *optional*):
+            the one model, or `None` where requests choose.
     """
 
     max_requests: int = 8

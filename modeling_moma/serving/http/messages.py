@@ -25,8 +25,10 @@ class Picture:
     """A picture of a message.
 
     Args:
-        part: of the message, with `image_url` as an object with `url` or as an address itself.
-        place: of the part in the body.
+        part (`dict[str, Any]`):
+            of the message, with `image_url` as an object with `url` or as an address itself.
+        place (`str`):
+            of the part in the body.
 
     Raises:
         RequestError: there is no address.
@@ -44,11 +46,11 @@ class Picture:
 
     @property
     def is_of_the_web(self) -> bool:
+        """Whether it has to be downloaded."""
         return self.address.lower().startswith(("http://", "https://"))
 
     def read(self) -> Image.Image:
-        """
-        Opens it, which reads its header alone.
+        """Open it, which reads its header alone.
 
         Raises:
             RequestError: an address that is neither of the web nor base64, or no picture.
@@ -64,15 +66,16 @@ class Picture:
 
 
 def read_messages(messages: Any, field: str) -> list[Picture]:
-    """
-    Checks the messages of a request.
+    """Check the messages of a request.
 
     Args:
-        messages: the body's list of messages.
-        field: its name.
+        messages (`Any`):
+            the body's list of messages.
+        field (`str`):
+            its name.
 
     Returns:
-        Their pictures, not opened yet.
+        `list[Picture]`: their pictures, not opened yet.
 
     Raises:
         RequestError: no list of messages, too many of them or of their pictures, another role, or a part of a kind
@@ -92,7 +95,7 @@ def read_messages(messages: Any, field: str) -> list[Picture]:
         # Transformers' server silently skips an entry of any other type
         if message.get("type") not in (None, "", "message"):
             raise RequestError(f"{place}.type", f"{short(message['type'])} must be 'message', or left out.")
-        _refuse_others(message, MESSAGE, place)
+        _check_known(message, MESSAGE, place)
         content = message.get("content")
         if content is None or isinstance(content, str):
             continue
@@ -114,8 +117,11 @@ def read_messages(messages: Any, field: str) -> list[Picture]:
 
 
 def read_pictures(pictures: Sequence[Picture]):
-    """
-    Decodes the pictures of a request, and puts them into its messages.
+    """Decode the pictures of a request, and put them into its messages.
+
+    Args:
+        pictures (`Sequence[Picture]`):
+            those that [`read_messages`] found.
 
     Raises:
         RequestError: one of them cannot be decoded, or too many pixels (status 413).
@@ -143,7 +149,7 @@ def read_pictures(pictures: Sequence[Picture]):
 def _is_picture(part: Any, place: str) -> bool:
     kind = part.get("type") if isinstance(part, dict) else None
     if kind in TEXT_KINDS:
-        _refuse_others(part, TEXT, place)
+        _check_known(part, TEXT, place)
         if not isinstance(part.get("text"), str):
             raise RequestError(f"{place}.text", f"{short(part.get('text'))} must be a text.")
         return False
@@ -151,14 +157,14 @@ def _is_picture(part: Any, place: str) -> bool:
         raise RequestError(
             f"{place}.type", f"{short(kind)} must be 'text' or 'image_url': the model reads nothing else."
         )
-    _refuse_others(part, PICTURE, place)
+    _check_known(part, PICTURE, place)
     if isinstance(part.get("image_url"), dict):
-        _refuse_others(part["image_url"], ("url", "detail"), f"{place}.image_url")
+        _check_known(part["image_url"], ("url", "detail"), f"{place}.image_url")
     return True
 
 
-def _refuse_others(given: dict[str, Any], known: tuple[str, ...], place: str):
-    """Clients send back what they got, with empty fields in it; one that says something is refused."""
+def _check_known(given: dict[str, Any], known: tuple[str, ...], place: str):
+    """Raise for further fields that are not empty: clients send back what they got, with empty fields in it."""
     for name, value in given.items():
         if name not in known and value:
             raise RequestError(f"{place}.{short_name(name)}", "this server reads no such field.", 422)

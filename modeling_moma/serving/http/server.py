@@ -10,7 +10,7 @@ from PIL import Image
 from transformers.cli.serve import Serve
 
 from ...errors_moma import InputError
-from .answering import CHAT, COMPLETION, RESPONSE, Answering, refuse
+from .answering import CHAT, COMPLETION, RESPONSE, Answering, answer_input_error
 from .downloads import Downloads, ImageHosts
 from .generation import Admission, CheckedManager
 from .guard import Guard, is_loopback
@@ -22,16 +22,22 @@ if TYPE_CHECKING:
 
 
 class CheckedServe(Serve):
-    """`transformers serve` whose bad requests are refused by 4xx, before anything is generated.
+    """`transformers serve` whose bad requests are answered by 4xx, before anything is generated.
 
     With `non_blocking` the command calls `start_server` when all is built, where this class puts its checks in front
     and then serves until it is told to end.
 
     Args:
-        limits: of requests.
-        image_hosts: that pictures may be fetched from.
-        api_key: which all routes but `/health` ask for.
-        enable_cors, options: of the command.
+        limits (`Limits`):
+            of requests.
+        image_hosts (`ImageHosts`):
+            that pictures may be fetched from.
+        api_key (`str`, *optional*):
+            which all routes but `/health` ask for.
+        enable_cors (`bool`, *optional*, defaults to `False`):
+            whether pages of other sites may ask.
+        options (`Any`):
+            further arguments of the command.
 
     Raises:
         ValueError: an empty key, or a server of any model that others could reach or that runs the models' own code.
@@ -83,7 +89,7 @@ class CheckedServe(Serve):
             return get_manager(model_id, use_cb=use_cb)
 
         self._generation_state.get_manager = get_checked_manager
-        app.add_exception_handler(ValueError, refuse)
+        app.add_exception_handler(ValueError, answer_input_error)
         app.add_middleware(
             Guard,
             admission=Admission(limits.max_requests, limits.max_waiting),

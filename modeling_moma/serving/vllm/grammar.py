@@ -29,10 +29,14 @@ class Verdict:
     """What a row may write next.
 
     Attributes:
-        forced (`int`, *optional*): the one token that it must write; the other fields then say nothing.
-        mask (`str`): what it may write, a name in [`FrameGrammar.masks`].
-        also (`int`, *optional*): one more token that it may write.
-        banned (`tuple[int, ...]`): tokens of the mask that it may not write.
+        forced (`int`, *optional*):
+            the one token that it must write; the other fields then say nothing.
+        mask (`str`):
+            what it may write, a name in [`FrameGrammar.masks`].
+        also (`int`, *optional*):
+            one more token that it may write.
+        banned (`tuple[int, ...]`):
+            tokens of the mask that it may not write.
     """
 
     forced: int | None = None
@@ -45,13 +49,17 @@ class FrameGrammar:
     """What all rows of a model share.
 
     Args:
-        config (`MomaConfig`): gives the frames and the codes.
+        config (`MomaConfig`):
+            gives the frames and the codes.
 
     Attributes:
-        frames (`dict[str, ModalityFrame]`): the frames that rows may hold.
-        stop (`int`, *optional*): token that ends a row after its frame.
-        masks (`dict[str, torch.BoolTensor]`): tokens `[V]` that may be written in text mode (`"text"`), between frames
-            (`"interleaved"`), and in a frame (by its modality).
+        frames (`dict[str, ModalityFrame]`):
+            the frames that rows may hold.
+        stop (`int`, *optional*):
+            token that ends a row after its frame.
+        masks (`dict[str, torch.BoolTensor]`):
+            tokens `[V]` that may be written in text mode (`"text"`), between frames (`"interleaved"`), and in a frame
+            (by its modality).
     """
 
     def __init__(self, config: MomaConfig):
@@ -66,7 +74,7 @@ class FrameGrammar:
 
     @staticmethod
     def modes(config: MomaConfig) -> list[str]:
-        """The values of `generation_mode` that a model has; `"free"` is no grammar."""
+        """Return the values of `generation_mode` that a model has; `"free"` is no grammar."""
         return [TEXT, FREE, *([INTERLEAVED] if config.frames else []), *config.frames]
 
     def restrict(self, logits_BV: torch.Tensor, verdicts: dict[int, Verdict]) -> torch.Tensor:
@@ -99,10 +107,14 @@ class FrameRow:
     """Where one row stands.
 
     Args:
-        grammar (`FrameGrammar`): of its model.
-        mode (`str`): `"text"`, `"interleaved"` or a modality that has a frame.
-        prompt (`Sequence[int]`): ids of the prompt, which may end inside a frame.
-        max_length (`int`): positions of the prompt and all that may be written.
+        grammar (`FrameGrammar`):
+            of its model.
+        mode (`str`):
+            `"text"`, `"interleaved"` or a modality that has a frame.
+        prompt (`Sequence[int]`):
+            ids of the prompt, which may end inside a frame.
+        max_length (`int`):
+            positions of the prompt and all that may be written.
 
     Raises:
         ValueError: the model has no such mode.
@@ -137,7 +149,7 @@ class FrameRow:
         self._length += len(ids)
 
     def verdict(self) -> Verdict:
-        """What may come next."""
+        """Return what may come next."""
         if self.mode == TEXT:
             return Verdict()
         if self._open is not None:

@@ -34,19 +34,26 @@ def guided_frame(
     little more than that token.
 
     Args:
-        next_logprobs: asks the server, see [`engine_logprobs`] and [`server_logprobs`].
-        config: of the model.
-        prompt: token ids of the words, which may end inside a frame.
-        guidance_scale: 1 is no guidance.
-        modality: what to draw, one of `config.frames`.
-        temperature: 0 is greedy.
-        generator: for temperatures above 0.
+        next_logprobs (`NextLogprobs`):
+            asks the server, see [`engine_logprobs`] and [`server_logprobs`].
+        config (`MomaConfig`):
+            of the model.
+        prompt (`Sequence[int]`):
+            token ids of the words, which may end inside a frame.
+        guidance_scale (`float`):
+            1 is no guidance.
+        modality (`str`, *optional*, defaults to `IMAGE`):
+            what to draw, one of `config.frames`.
+        temperature (`float`, *optional*, defaults to `0.0`):
+            0 is greedy.
+        generator (`torch.Generator`, *optional*):
+            for temperatures above 0.
 
     Returns:
-        New token ids, from the frame's begin (unless the prompt has it) to its end.
+        `list[int]`: new token ids, from the frame's begin (unless the prompt has it) to its end.
 
     Raises:
-        ValueError: a modality without a frame, no beginning token, a negative temperature, or no room for the frame.
+        ValueError: a modality without a frame, no beginning token, a negative temperature, or no tokens for the frame.
     """
     if modality not in config.frames:
         raise InputError(f"`modality` must be one of {list(config.frames)}, got {modality!r}.")
@@ -105,9 +112,12 @@ def server_logprobs(client: Any, model: str, vocab_size: int) -> NextLogprobs:
     """Ask vLLM's server, started with `--max-logprobs -1`.
 
     Args:
-        client: an `openai.OpenAI`.
-        model: the name that the server has for the model.
-        vocab_size: `config.vocab_size`.
+        client (`Any`):
+            an `openai.OpenAI`.
+        model (`str`):
+            the name that the server has for the model.
+        vocab_size (`int`):
+            `config.vocab_size`.
     """
 
     def ask(rows: list[list[int]]) -> list[torch.Tensor]:

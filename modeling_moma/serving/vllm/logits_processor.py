@@ -35,14 +35,21 @@ class MomaLogitsProcessor(LogitsProcessor):
     has a frame, `"interleaved"`, or `"free"` for no grammar.
 
     Args:
-        vllm_config (`VllmConfig`): gives the configuration of the model and its longest row.
-        device (`torch.device`): where the logits are.
-        is_pin_memory (`bool`): not used.
+        vllm_config (`VllmConfig`):
+            gives the configuration of the model and its longest row.
+        device (`torch.device`):
+            where the logits are.
+        is_pin_memory (`bool`):
+            not used.
     """
 
     @classmethod
     def validate_params(cls, sampling_params: Any) -> None:
         """Check the mode of a request.
+
+        Args:
+            sampling_params (`Any`):
+                those of vLLM, with the mode among the extra arguments.
 
         Raises:
             ValueError: the model has no such mode.
@@ -60,7 +67,7 @@ class MomaLogitsProcessor(LogitsProcessor):
         self.requests: dict[int, _Request] = {}
 
     def is_argmax_invariant(self) -> bool:
-        """Never: it forbids tokens."""
+        """Return False: it forbids tokens."""
         return False
 
     def update_state(self, batch_update: Any) -> None:

@@ -30,21 +30,21 @@ class MomaForVllm(TransformersForCausalLM, SupportsMultiModal):
 
     @classmethod
     def get_placeholder_str(cls, modality: str, i: int) -> str | None:
-        """What stands for a picture in a message whose template takes strings alone."""
+        """Return what stands for a picture in a message whose template takes strings alone."""
         return PLACEHOLDER if modality == "image" else None
 
     def get_language_model(self) -> nn.Module:
-        """All of it."""
+        """Return the whole model."""
         return self.model
 
     def embed_input_ids(
         self, input_ids: torch.Tensor, multimodal_embeddings: Any = None, *, is_multimodal: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Embeddings of words and codes alike; those of pictures are the same again."""
+        """Return the embeddings of words and codes alike; those of pictures are the same again."""
         return self.model.get_input_embeddings()(input_ids)
 
     def embed_multimodal(self, **kwargs: Any) -> list[torch.Tensor]:
-        """Embeddings of the codes of each picture."""
+        """Return the embeddings of the codes of each picture."""
         pictures = kwargs.get(PICTURE_IDS)
         return [] if pictures is None else [self.embed_input_ids(ids.flatten()) for ids in pictures]
 
@@ -56,7 +56,19 @@ class MomaForVllm(TransformersForCausalLM, SupportsMultiModal):
         inputs_embeds: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        """One step over the tokens of all requests, `[tokens]`, as hidden states `[tokens, width]`.
+        """Run one step over the tokens of all requests, `[tokens]`, and return hidden states `[tokens, width]`.
+
+        Args:
+            input_ids (`torch.Tensor | None`):
+                token ids, `[tokens]`.
+            positions (`torch.Tensor`):
+                position of each token, `[tokens]`.
+            intermediate_tensors (`Any`, *optional*):
+                of pipeline parallelism, not used.
+            inputs_embeds (`torch.Tensor`, *optional*):
+                embeddings, `[tokens, width]`.
+            kwargs (`Any`):
+                not used.
 
         Raises:
             ValueError: there are embeddings without ids.

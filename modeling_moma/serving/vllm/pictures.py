@@ -33,12 +33,12 @@ class MomaPictureInfo(BaseProcessingInfo):
     """What vLLM asks of the processor that lies beside the model."""
 
     def get_hf_processor(self, **kwargs: Any) -> Any:
-        """The processor of the model's folder."""
+        """Return the processor of the model's folder."""
         model_config = self.ctx.model_config
         return _processor(model_config.model, model_config.revision)
 
     def get_supported_mm_limits(self) -> Mapping[str, int | None]:
-        """Any number of pictures, or none where the folder has no processor or the model no frame for them."""
+        """Allow any number of pictures, or none where the folder has no processor or the model no frame for them."""
         model_config = self.ctx.model_config
         found = cached_file(
             model_config.model,
@@ -49,11 +49,11 @@ class MomaPictureInfo(BaseProcessingInfo):
         return {"image": None} if found and "image" in model_config.hf_config.frames else {}
 
     def get_supported_mm_processor_kwargs(self) -> dict[str, set[str]]:
-        """None: a picture has one size."""
+        """Return no arguments: a picture has one size."""
         return {}
 
     def get_mm_max_tokens_per_item(self, seq_len: int, mm_counts: Mapping[str, int]) -> Mapping[str, int]:
-        """Codes of a picture."""
+        """Return the codes of a picture."""
         return {"image": self.ctx.model_config.hf_config.image_seq_length}
 
 
@@ -61,11 +61,11 @@ class MomaDummyInputs(BaseDummyInputsBuilder):
     """What vLLM measures its memory with."""
 
     def get_dummy_text(self, mm_counts: Mapping[str, int]) -> str:
-        """A placeholder for each picture."""
+        """Return a placeholder for each picture."""
         return PLACEHOLDER * mm_counts.get("image", 0)
 
     def get_dummy_mm_data(self, seq_len: int, mm_counts: Mapping[str, int], mm_options: Any) -> dict[str, Any]:
-        """White pictures."""
+        """Return white pictures."""
         side = self.info.get_hf_processor().vq_model.config.resolution
         count = mm_counts.get("image", 0)
         return {"image": self._get_dummy_images(width=side, height=side, num_images=count)}

@@ -22,7 +22,7 @@ class MomaArchConfigConvertor(ModelArchConfigConvertorBase):
     """Sizes of a MoMa. vLLM asks for one number of experts, and would put its own in the place of those it counts."""
 
     def get_num_experts(self) -> int:
-        """None that vLLM has to know of: routing and experts are those of the package."""
+        """Return 0, since routing and experts are those of the package."""
         return 0
 
     def get_num_experts_per_token(self) -> int:
@@ -35,7 +35,11 @@ class MomaServingConfig(VerifyAndUpdateConfig):
 
     @staticmethod
     def verify_and_update_model_config(model_config: Any) -> None:
-        """Refuse what cannot run, and put the grammar and eager execution in.
+        """Raise for what cannot run, and put the grammar and eager execution in.
+
+        Args:
+            model_config (`Any`):
+                vLLM's settings of the model.
 
         Raises:
             ValueError: depth layers, embeddings as prompts, or vLLM's second model runner.
@@ -61,7 +65,11 @@ class MomaServingConfig(VerifyAndUpdateConfig):
 
     @staticmethod
     def verify_and_update_config(vllm_config: Any) -> None:
-        """Refuse pipelines.
+        """Raise for pipeline parallelism.
+
+        Args:
+            vllm_config (`Any`):
+                all settings of vLLM.
 
         Raises:
             ValueError: `pipeline_parallel_size` is above 1.
@@ -76,6 +84,10 @@ class MomaServingConfig(VerifyAndUpdateConfig):
 
 def check_servable(config: MomaConfig) -> None:
     """Check that vLLM can run a model of this configuration.
+
+    Args:
+        config (`MomaConfig`):
+            the model's.
 
     Raises:
         ValueError: the model has depth layers.
