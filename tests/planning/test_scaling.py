@@ -64,7 +64,7 @@ def test_parts_of_the_parameters_are_those_of_a_built_model(name):
         count for name, count in named.items() if any(part.endswith(("norm", "router")) for part in name.split("."))
     )
     assert parts.experts == experts
-    assert parts.whole == whole
+    assert parts.replicated == whole
     assert parts.matrices == sum(named.values()) - experts - whole
     weights = [model.model.embed_tokens.weight, model.lm_head.weight]
     assert parts.ends == sum(weight.numel() for weight in weights[: 1 if config.tie_word_embeddings else 2])
@@ -78,7 +78,7 @@ def test_weights_of_all_gpus_make_up_the_copies_of_the_model(name, layout):
     parts = parameter_parts(config)
     held = layout.gpus / layout.replicate * memory.weights / 4
     # norms and routers are whole on each rank of a tensor-parallel group; the last norm and depth routers are too few
-    replicas = (layout.tensor - 1) * config.num_hidden_layers * parts.whole
+    replicas = (layout.tensor - 1) * config.num_hidden_layers * parts.replicated
     assert held == pytest.approx(config.num_parameters() + replicas, rel=0.001 if name != "depth" else 0.03)
     assert memory.gradients == memory.weights
     assert memory.moments == 2 * memory.weights
@@ -89,7 +89,7 @@ def test_working_weights_under_fsdp_are_two_layers_and_the_ends():
     config = config_of("4t4i")
     parts = parameter_parts(config)
     whole = training_memory(config, Layout(1, 4), TOKENS).working
-    layer = parts.matrices + parts.experts + parts.whole
+    layer = parts.matrices + parts.experts + parts.replicated
     assert whole == 2 * (3 * layer + 2 * parts.ends)
     split = training_memory(config, Layout(1, 4, 1, 4), TOKENS).working
     assert whole - split == pytest.approx(2 * 3 * parts.experts * 3 / 4)
