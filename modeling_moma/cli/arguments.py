@@ -3,11 +3,12 @@
 
 import argparse
 import dataclasses
+import functools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar, get_args, get_origin
 
-from ..utils.fields import annotations, choices, descriptions, read_field
+from ..utils.fields import annotations, choices, descriptions, former_names, read_field, warn_of_former_name
 
 
 T = TypeVar("T")
@@ -60,7 +61,11 @@ class FlagParser(argparse.ArgumentParser):
                 )
                 holders[flag.one_of] = holder
             names, how = argument_of(kind, entry)
-            holder.add_argument(*names, **how)
+            former = former_names(kind).get(entry.name)
+            if former is None:
+                holder.add_argument(*names, **how)
+            else:
+                add_renamed(holder, names[0], f"--{former.replace('_', '-')}", **how)
 
     def read(self, arguments: list[str] | None = None) -> dict[str, Any]:
         """
@@ -79,6 +84,35 @@ class FlagParser(argparse.ArgumentParser):
             }
         except ValueError as error:
             self.error(str(error))
+
+
+class FormerFlag(argparse.Action):
+    """The old name of a flag, which warns; see [`add_renamed`]."""
+
+    def __init__(self, *args: Any, new: str, **options: Any):
+        super().__init__(*args, **options)
+        self.new = new
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None):
+        warn_of_former_name(str(option_string), self.new)
+        setattr(namespace, self.dest, values)
+
+
+def add_renamed(holder: Any, new: str, old: str, **options: Any):
+    """
+    Adds a flag that takes a value, and its old name for one release: it is in no help, and warns.
+
+    Args:
+        holder: a parser, or a group of one.
+        new: the flag.
+        old: what it was called in the release before.
+        options: of `add_argument`.
+    """
+    dest = holder.add_argument(new, **options).dest
+    action = functools.partial(FormerFlag, new=new)
+    holder.add_argument(
+        old, **{**options, "dest": dest, "action": action, "help": argparse.SUPPRESS, "required": False}
+    )
 
 
 def parse_fields(kind: type[T], description: str | None, arguments: list[str] | None = None, **options: Any) -> T:
@@ -139,4 +173,4 @@ def is_list(annotation: Any) -> bool:
     return get_origin(annotation) in (list, tuple) or any(is_list(part) for part in get_args(annotation))
 
 
-__all__ = ["Flag", "FlagParser", "flag_of", "help_of", "parse_fields", "title_of"]
+__all__ = ["Flag", "FlagParser", "add_renamed", "flag_of", "help_of", "parse_fields", "title_of"]

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated
 
 from ..training.tokenizer_settings import TokenizerSettings
-from ..utils.fields import read_fields
+from ..utils.fields import read_fields, with_new_names
 from ..utils.messages import without_import_notices
 from .arguments import Flag, FlagParser
 
@@ -37,6 +37,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         from ..training.picture_sources import read_picture_sources
 
     sources, fields = read_picture_sources(given["recipe"])
+    fields = with_new_names(TokenizerSettings, fields, "image_tokenizer")
     settings = vars(read_fields(TokenizerSettings, fields, "image_tokenizer", "this section"))
     of_recipe = {name: settings[name] for name in fields}
     return argparse.Namespace(**{**vars(Arguments(**given)), **of_recipe, **given}, sources=sources)

@@ -39,7 +39,8 @@ class TokenFolder:
 
     def sources(self) -> list[Source]:
         """The sources, as the recipe had them when they were tokenized."""
-        return read_sources({name: entry["fields"] for name, entry in self.manifest["sources"].items()})
+        fields = {name: entry["fields"] for name, entry in self.manifest["sources"].items()}
+        return read_sources(fields, is_stored=True)
 
     def split_names(self, source: str) -> list[str]:
         """The splits of a source that hold documents."""

@@ -83,7 +83,7 @@ class Job:
 
     def source(self, name: str) -> Source:
         """The source of that name."""
-        return read_sources({name: self.sources[name]})[0]
+        return read_sources({name: self.sources[name]}, is_stored=True)[0]
 
     def tasks(self) -> list[Task]:
         """All shards, in the order of sources and splits."""

@@ -242,12 +242,13 @@ def _undecoded(feature: Any) -> Any:
     return feature
 
 
-def read_sources(section: Any) -> list[Source]:
+def read_sources(section: Any, is_stored: bool = False) -> list[Source]:
     """
     The sources of a recipe.
 
     Args:
         section: its mapping `sources`, of a name to the fields of [`Source`] and of its kind.
+        is_stored: whether it is of a file that a command wrote, which may have old names of fields without a warning.
 
     Raises:
         ValueError: it is no such mapping, or a field is unknown, missing or out of range.
@@ -266,9 +267,8 @@ def read_sources(section: Any) -> list[Source]:
             for key, value in fields.items()
             if key in COMMON_FIELDS
         }
-        kind = read_kind(
-            name, {key: value for key, value in fields.items() if key not in COMMON_FIELDS}, COMMON_FIELDS
-        )
+        own = {key: value for key, value in fields.items() if key not in COMMON_FIELDS}
+        kind = read_kind(name, own, COMMON_FIELDS, is_stored)
         sources.append(Source(name=str(name), kind=kind, **common))
     return sources
 

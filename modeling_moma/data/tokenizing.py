@@ -49,7 +49,7 @@ def open_rows(name: str, fields: str, split: str) -> Dataset | IterableDataset:
         fields: of it, as JSON.
         split: the data set's name of it.
     """
-    return read_sources({name: json.loads(fields)})[0].open(split)
+    return read_sources({name: json.loads(fields)}, is_stored=True)[0].open(split)
 
 
 def tokenize_shard(

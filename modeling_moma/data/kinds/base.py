@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Self, TypeVar
 from datasets import Features, List, Value
 
 from ...errors_moma import InputError
-from ...utils.fields import read_fields, refuse_unknown
+from ...utils.fields import read_fields, refuse_unknown, with_former_names, with_new_names
 from ..encoding import DocumentEncoder
 from ..shard import Shard
 from ..shards import ShardTable
@@ -58,8 +58,9 @@ class SourceKind(ABC):
         return read_fields(cls, fields, where)
 
     def fields(self) -> dict[str, Any]:
-        """What [`read_kind`] takes."""
+        """What [`read_kind`] takes as stored, with the names that folders of the release before have."""
         fields: dict[str, Any] = dataclasses.asdict(self)  # pyright: ignore[reportArgumentType]
+        fields = with_former_names(type(self), fields)
         return {name: _as_json(value) for name, value in fields.items() if value is not None}
 
     @abstractmethod
@@ -127,7 +128,7 @@ def source_kind(kind: _Kind) -> _Kind:
     return kind
 
 
-def read_kind(source: str, fields: dict[str, Any], common: Sequence[str] = ()) -> SourceKind:
+def read_kind(source: str, fields: dict[str, Any], common: Sequence[str] = (), is_stored: bool = False) -> SourceKind:
     """
     The kind of a source, by the columns that it names.
 
@@ -135,6 +136,7 @@ def read_kind(source: str, fields: dict[str, Any], common: Sequence[str] = ()) -
         source: its name, for errors.
         fields: what a recipe says of it, but for where its data are.
         common: fields of any source, which may stand beside them, for errors.
+        is_stored: whether a file of a command has them, and nobody is to be warned of old names.
 
     Raises:
         ValueError: no kind has these fields, or a value is out of range.
@@ -143,6 +145,7 @@ def read_kind(source: str, fields: dict[str, Any], common: Sequence[str] = ()) -
     told = [kind for kind in KINDS.values() if fields.keys() & set(kind.told_by)]
     kind = [*(kind for kind in KINDS.values() if not kind.told_by), *told][-1]
     where = f"sources: {source!r}"
+    fields = with_new_names(kind, fields, where, warns=not is_stored)
     entries = dataclasses.fields(kind)  # pyright: ignore[reportArgumentType]
     known = [entry.name for entry in entries]
     # any source has the common ones, so the error lists them as well
