@@ -2,7 +2,7 @@
 """Measure the data pipeline: tokenizing by one and by two processes, its memory, and the stream against a step.
 
 python benchmarks/data_pipeline.py scaling --processor P
-python benchmarks/data_pipeline.py memory --pictures 100000
+python benchmarks/data_pipeline.py memory --images 100000
 python benchmarks/data_pipeline.py stream --recipe recipes/mixture.yaml --processor P --tokens T
 """
 
@@ -23,6 +23,7 @@ import torch
 from datasets import Dataset, Features, Image, Value, load_dataset
 
 from modeling_moma import MomaForCausalLM
+from modeling_moma.cli.arguments import add_renamed
 from modeling_moma.data.examples import open_documents
 from modeling_moma.data.jobs import plan_job, write_job
 from modeling_moma.data.packing import PackedExamples
@@ -46,7 +47,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--recipe", default="recipes/mixture.yaml", help="of `stream`")
     parser.add_argument("--processor", help="folder of a MomaProcessor")
     parser.add_argument("--tokens", help="of `stream`: folder that `moma tokenize` wrote with it")
-    parser.add_argument("--pictures", type=int, default=2048, help="of `scaling` and `memory`")
+    add_renamed(parser, "--images", "--pictures", type=int, default=2048, help="of `scaling` and `memory`")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=8, help="of `stream`: training steps to time")
     return parser.parse_args(arguments)
@@ -70,7 +71,7 @@ def repeated_emoji(folder: Path, number: int) -> dict:
 
 
 def small_processor(folder: Path) -> str:
-    """A processor that codes thousands of pictures a second: what is measured is everything around it."""
+    """A processor that codes thousands of images a second: what is measured is everything around it."""
     torch.manual_seed(0)
     config = MomaVQConfig.from_preset(
         "small", channel_multiplier=(1,), base_channels=8, latent_channels=8, use_trunk=False, semantic_dim=None
@@ -125,12 +126,12 @@ def anonymous_bytes(process: psutil.Process) -> int:
 
 
 def measure_scaling(args: argparse.Namespace) -> dict:
-    """Seconds of the whole command `moma tokenize` for the same pictures, by one process and by two, in turn."""
+    """Seconds of the whole command `moma tokenize` for the same images, by one process and by two, in turn."""
     seconds: dict[int, list[float]] = {1: [], 2: []}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         recipe = folder / "recipe.json"
-        recipe.write_text(json.dumps({"sources": repeated_emoji(folder, args.pictures)}))
+        recipe.write_text(json.dumps({"sources": repeated_emoji(folder, args.images)}))
         given = [sys.executable, "-m", "modeling_moma", "tokenize", str(recipe), "--processor", args.processor]
         # the first one, which is not counted, leaves what `datasets` keeps of the sources
         for number in range(args.rounds + 1):
@@ -142,7 +143,7 @@ def measure_scaling(args: argparse.Namespace) -> dict:
                 if number:
                     seconds[processes].append(time.perf_counter() - began)
     by = {processes: statistics.median(values) for processes, values in seconds.items()}
-    return {"pictures": args.pictures, "seconds": seconds, "one_over_two": by[1] / by[2]}
+    return {"pictures": args.images, "seconds": seconds, "one_over_two": by[1] / by[2]}
 
 
 def measure_memory(args: argparse.Namespace) -> dict:
@@ -150,7 +151,7 @@ def measure_memory(args: argparse.Namespace) -> dict:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         processor = args.processor or small_processor(folder / "processor")
-        sources = read_sources(repeated_emoji(folder, args.pictures))
+        sources = read_sources(repeated_emoji(folder, args.images))
         job = plan_job(sources, processor, 512, True, 0)
         write_job(folder / "tokens", job)
         began = time.perf_counter()
@@ -158,7 +159,7 @@ def measure_memory(args: argparse.Namespace) -> dict:
             run_tasks(folder / "tokens", job, 2)
         seconds = time.perf_counter() - began
     return {
-        "pictures": args.pictures,
+        "pictures": args.images,
         "shards": len(job.tasks()),
         "seconds": seconds,
         "mib_second_fifth": watch.median(0.2, 0.4),

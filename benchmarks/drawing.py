@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-Pictures a second that a released model draws, in turns with the code of another commit.
+Images a second that a released model draws, in turns with the code of another commit.
 
     python -m benchmarks.drawing --against COMMIT --report benchmarks/reports
 
 Each commit runs in a process of its own, from a checkout of its own, with its own copy of the model. The processes
-take turns, so that only one of them works at a time; before anything is timed both have to draw the same pictures.
+take turns, so that only one of them works at a time; before anything is timed both have to draw the same images.
 """
 
 import argparse
@@ -41,7 +41,7 @@ class Drawer:
     Args:
         checkout: a folder with the packages and the model.
         model: the model's folder in it.
-        rows: pictures at once.
+        rows: images at once.
         dtype: of the weights.
         threads: of torch.
     """
@@ -136,7 +136,7 @@ def report(args: argparse.Namespace, times: list[list[float]], is_same: bool) ->
             f"{args.threads}`: {args.model}, greedy, processes in turn, medians of {args.rounds} rounds. "
             + ("Both draw the same codes." if is_same else "**The two draw other codes.**"),
             "",
-            "| code | pictures a second |",
+            "| code | images a second |",
             "|---|---:|",
             f"| this | {rates[0]:.3f} |",
             f"| {commit} | {rates[1]:.3f} |",
@@ -153,7 +153,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     )
     parser.add_argument("--against", metavar="COMMIT", help="the commit to compare with")
     parser.add_argument("--model", default="model_cards/moma-emoji", help="a folder in both checkouts")
-    parser.add_argument("--rows", type=int, default=16, help="pictures at once")
+    parser.add_argument("--rows", type=int, default=16, help="images at once")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=7)

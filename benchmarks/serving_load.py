@@ -4,7 +4,7 @@
 python -m benchmarks.serving_load --seconds 300 --report benchmarks/reports
 
 `moma serve` runs in a process of its own. Every client asks for greedy answers, streamed or whole, to words, to
-pictures and to bare prompts; each answer has to equal that of `generate` alone. One request in eight is cancelled in
+images and to bare prompts; each answer has to equal that of `generate` alone. One request in eight is cancelled in
 the middle of its stream, one in eight before its answer comes, and one in eight is bad and has to be refused with a
 status from 400 to 499 and a message that names the field. Memory, open files and threads of the server are taken when
 it is idle, after a warm-up of a fifth of the time and at the end. The exit status is 1 where an answer is wrong, a bad

@@ -55,25 +55,23 @@ class BadRequest:
 
 
 def disc(colour: str, pixels: int = 64) -> Image.Image:
-    picture = Image.new("RGB", (pixels, pixels), "white")
-    ImageDraw.Draw(picture).ellipse(
-        (pixels // 6, pixels // 8, pixels - pixels // 4, pixels - pixels // 8), fill=colour
-    )
-    return picture
+    image = Image.new("RGB", (pixels, pixels), "white")
+    ImageDraw.Draw(image).ellipse((pixels // 6, pixels // 8, pixels - pixels // 4, pixels - pixels // 8), fill=colour)
+    return image
 
 
 def address_of(content: bytes) -> str:
     return "data:image/png;base64," + base64.b64encode(content).decode()
 
 
-def png(picture: Image.Image) -> bytes:
+def png(image: Image.Image) -> bytes:
     content = io.BytesIO()
-    picture.save(content, "PNG")
+    image.save(content, "PNG")
     return content.getvalue()
 
 
 def huge_png(side: int) -> bytes:
-    """The beginning of a picture of `side` times `side` pixels: few bytes that a reader allocates much for."""
+    """The beginning of an image of `side` times `side` pixels: few bytes that a reader allocates much for."""
 
     def chunk(name: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
@@ -88,12 +86,12 @@ def message(*parts: dict | str) -> list[dict]:
     return [{"role": "user", "content": content}]
 
 
-def picture_part(address: str) -> dict:
+def image_part(address: str) -> dict:
     return {"type": "image_url", "image_url": {"url": address}}
 
 
 def questions(model_name: str, new_tokens: int) -> list[Question]:
-    """Words and pictures in messages, and bare prompts."""
+    """Words and images in messages, and bare prompts."""
     processor = MomaProcessor.from_pretrained(model_name)
     model = MomaForCausalLM.from_pretrained(model_name, dtype=torch.float32).eval()
 
@@ -112,10 +110,10 @@ def questions(model_name: str, new_tokens: int) -> list[Question]:
         inputs = processor(text=[words], **tensors)
         asked.append(Question(f"prompt {words!r}", COMPLETIONS, {**settings, "prompt": words}, answer(inputs)))
     for colour in COLOURS:
-        picture = disc(colour)
-        inputs = processor(images=[picture], text=["<image>"], **tensors)
-        body = {**settings, "messages": message(picture_part(address_of(png(picture))))}
-        asked.append(Question(f"picture {colour!r}", CHAT, body, answer(inputs)))
+        image = disc(colour)
+        inputs = processor(images=[image], text=["<image>"], **tensors)
+        body = {**settings, "messages": message(image_part(address_of(png(image))))}
+        asked.append(Question(f"image {colour!r}", CHAT, body, answer(inputs)))
     return asked
 
 
@@ -124,15 +122,15 @@ def bad_requests(model_name: str) -> list[BadRequest]:
     good = {"model": model_name, "messages": message("noto: flag"), "max_tokens": 4, "temperature": 0}
     whole = png(disc("red"))
     url = "messages[0].content[0].image_url.url"
-    pictures = {
+    images = {
         "broken base64": "data:image/png;base64,@@@@not base64",
         "base64 that is cut": address_of(whole)[:-7],
-        "no picture": "data:image/png;base64,AAAA",
-        "half a picture": address_of(whole[: len(whole) // 2]),
+        "no image": "data:image/png;base64,AAAA",
+        "half an image": address_of(whole[: len(whole) // 2]),
         "too many pixels": address_of(huge_png(30_000)),
         "many pixels": address_of(huge_png(9_000)),
         "a file of the server": "/etc/hostname",
-        "a host that is not there": "http://127.0.0.1:9/picture.png",
+        "a host that is not there": "http://127.0.0.1:9/image.png",
     }
     fields = {
         "unknown field": ({"colour": "red"}, "colour"),
@@ -142,7 +140,7 @@ def bad_requests(model_name: str) -> list[BadRequest]:
         "no role": ({"messages": [{"content": "a"}]}, "messages[0].role"),
         "an unknown part": ({"messages": message({"type": "smell", "smell": "rose"})}, "messages[0].content[0].type"),
         "a part without words": ({"messages": message({"type": "text"})}, "messages[0].content[0].text"),
-        "a picture without an address": ({"messages": message({"type": "image_url"})}, url.removesuffix(".url")),
+        "an image without an address": ({"messages": message({"type": "image_url"})}, url.removesuffix(".url")),
         "temperature as a word": ({"temperature": "hot"}, "temperature"),
         "temperature below zero": ({"temperature": -1}, "temperature"),
         "top_p above one": ({"top_p": 2}, "top_p"),
@@ -155,11 +153,11 @@ def bad_requests(model_name: str) -> list[BadRequest]:
         "another model": ({"model": "someone/else"}, "someone/else"),
         "a prompt that is too long": ({"messages": message("a flag " * 2000)}, "messages"),
         "the same, streamed": ({"messages": message("a flag " * 2000), "stream": True}, "messages"),
-        "a picture's mark without a picture": ({"messages": message("<image>")}, "image"),
+        "an image's mark without an image": ({"messages": message("<image>")}, "image"),
     }
     found = [
-        BadRequest(name, CHAT, {"json": {**good, "messages": message(picture_part(address))}}, url)
-        for name, address in pictures.items()
+        BadRequest(name, CHAT, {"json": {**good, "messages": message(image_part(address))}}, url)
+        for name, address in images.items()
     ]
     found += [BadRequest(name, CHAT, {"json": {**good, **change}}, names) for name, (change, names) in fields.items()]
     bare = {"model": model_name, "max_tokens": 4}

@@ -32,7 +32,7 @@ def main() -> None:
     """Print a table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="model_cards/moma-emoji", help="folder with a processor")
-    parser.add_argument("--data", default="data/emoji", help="data set whose test pictures are captioned")
+    parser.add_argument("--data", default="data/emoji", help="data set whose test images are captioned")
     parser.add_argument("--requests", type=int, default=64)
     parser.add_argument("--new-tokens", type=int, default=24)
     parser.add_argument("--repeats", type=int, default=3)

@@ -67,7 +67,7 @@ def __dir__() -> list[str]:
 
 @functools.cache
 def register_auto_classes() -> None:
-    """Make the Auto classes of Transformers know the model, its picture tokenizer and its processor.
+    """Make the Auto classes of Transformers know the model, its image tokenizer and its processor.
 
     Importing the package does it, but for the command `moma`: that waits until its arguments are read.
     """

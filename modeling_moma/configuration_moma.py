@@ -210,9 +210,9 @@ class MomaConfig(PreTrainedConfig):
         Token ids of every modality but text, as half-open ranges `[start, stop)`. All other ids are text. Modalities
         are counted in the order of their names, whatever the order here.
     begin_image_token_id (`int`, *optional*, defaults to 8197):
-        Id of the token before a image's codes. Routed as text, as the next one.
+        Id of the token before an image's codes. Routed as text, as the next one.
     end_image_token_id (`int`, *optional*, defaults to 8196):
-        Id of the token after a image's codes.
+        Id of the token after an image's codes.
     image_seq_length (`int`, *optional*, defaults to 1024):
         Codes of one image.
     modality_frames (`dict[str, dict[str, int]]`, *optional*):
@@ -502,7 +502,7 @@ class MomaConfig(PreTrainedConfig):
         check_sizes(self)
 
     def validate_modalities(self):
-        """Check the ranges of ids and the tokens around a image."""
+        """Check the ranges of ids and the tokens around an image."""
         check_modalities(self)
 
     def validate_experts(self):
@@ -628,7 +628,7 @@ def check_sizes(config: MomaConfig):
 
 
 def check_modalities(config: MomaConfig):
-    """Check the ranges of ids and the tokens around a image."""
+    """Check the ranges of ids and the tokens around an image."""
     require(
         "text" not in config.modality_token_ranges,
         "modality_token_ranges",
@@ -661,7 +661,7 @@ def check_modalities(config: MomaConfig):
             not any(start <= token_id < stop for start, stop in taken),
             name,
             token_id,
-            "lies inside modality_token_ranges: the tokens around a image are text",
+            "lies inside modality_token_ranges: the tokens around an image are text",
         )
     if "image" in config.modality_token_ranges:
         require(
@@ -674,7 +674,7 @@ def check_modalities(config: MomaConfig):
             config.image_seq_length + 2 <= config.max_position_embeddings,
             "image_seq_length",
             config.image_seq_length,
-            f"plus two tokens around a image must fit max_position_embeddings ({config.max_position_embeddings})",
+            f"plus two tokens around an image must fit max_position_embeddings ({config.max_position_embeddings})",
         )
     check_frames(config)
 

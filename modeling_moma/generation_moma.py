@@ -224,7 +224,7 @@ class MomaGenerationMixin(GenerationCompat):
                 The caller's own processors; the grammar comes after them.
             generation_mode (`str`, *optional*, defaults to `"text"`):
                 - `"text"` (also `None`): no token of another modality.
-                - `"image"`, or another modality of `config.frames`: one frame (a image, a sound) in each row and
+                - `"image"`, or another modality of `config.frames`: one frame (an image, a sound) in each row and
                   nothing else. Its begin is written unless the prompt ends with it; a frame that the prompt has begun
                   is finished. Without `max_new_tokens` or `max_length` the length is what the frame needs; one of
                   any length may go on to the end of the context.
@@ -283,7 +283,7 @@ class MomaGenerationMixin(GenerationCompat):
             `torch.LongTensor`: codes from 0, row by row, in order, `(num_images, image_seq_length)`.
 
         Raises:
-            ValueError: the model writes no images, a image is incomplete, or a code stands outside a image.
+            ValueError: the model writes no images, an image is incomplete, or a code stands outside an image.
         """
         # all images have one length, so this is a tensor
         return self._frame(IMAGE).read_codes(image_tokens, "image_tokens")  # pyright: ignore[reportReturnType]

@@ -848,7 +848,7 @@ class MomaForCausalLM(MomaPreTrainedModel, MomaGenerationMixin):
 
         >>> model = AutoModelForCausalLM.from_pretrained("model_cards/moma-emoji")
         >>> processor = AutoProcessor.from_pretrained("model_cards/moma-emoji")
-        >>> inputs = processor(images=[Image.open("picture.png")], text=["<image>"], return_tensors="pt")
+        >>> inputs = processor(images=[Image.open("image.png")], text=["<image>"], return_tensors="pt")
         >>> ids = model.generate(**inputs, max_new_tokens=16, generation_mode="text")
         >>> processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         ```"""

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-Builds the emoji data set from npm packages: pictures of the same things by several designers, names and keywords.
+Builds the emoji data set from npm packages: images of the same things by several designers, names and keywords.
 
     python scripts/build_emoji_dataset.py --output data/emoji
 
@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from emoji_recipe.card import count_table, fill_card
 from emoji_recipe.cells import SPLITS, drawing_cell, merge_cells, split_cells
 from emoji_recipe.sources import PACKAGES, read_drawings, render, require_tools
-from picture_sets.npm import fetch_packages
+from image_sets.npm import fetch_packages
 
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -46,10 +46,10 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of the split and of the order of rows")
     parser.add_argument(
-        "--skin-tones", action="store_true", help="add the skin-tone variants (about twice the pictures)"
+        "--skin-tones", action="store_true", help="add the skin-tone variants (about twice the images)"
     )
-    parser.add_argument("--validation-share", type=float, default=0.035, help="share of pictures in validation")
-    parser.add_argument("--test-share", type=float, default=0.05, help="share of pictures in test")
+    parser.add_argument("--validation-share", type=float, default=0.035, help="share of images in validation")
+    parser.add_argument("--test-share", type=float, default=0.05, help="share of images in test")
     parser.add_argument("--processes", type=int, default=2, help="rendering processes")
     return parser.parse_args()
 
@@ -61,13 +61,13 @@ def main() -> None:
         fetch_packages(args.cache, PACKAGES, on_done=lambda name: bar.update())
     drawings = list(read_drawings(args.cache, skin_tones=args.skin_tones))
     with ProcessPoolExecutor(args.processes) as pool:
-        pictures = list(tqdm(pool.map(render, drawings, chunksize=32), total=len(drawings), desc="rendering"))
+        images = list(tqdm(pool.map(render, drawings, chunksize=32), total=len(drawings), desc="rendering"))
 
-    # the same picture of the same style under the same label is one example
-    unique = {(p.pixel_hash, d.style, d.emoji.label): (d, p) for d, p in zip(drawings, pictures, strict=True)}
+    # the same image of the same style under the same label is one example
+    unique = {(p.pixel_hash, d.style, d.emoji.label): (d, p) for d, p in zip(drawings, images, strict=True)}
     examples = [unique[key] for key in sorted(unique, key=lambda key: (key[1], key[2], key[0]))]
     cells = [drawing_cell(drawing.emoji.label, drawing.style) for drawing, _ in examples]
-    hashes = [picture.pixel_hash for _, picture in examples]
+    hashes = [image.pixel_hash for _, image in examples]
     splits = split_cells(cells, hashes, {"validation": args.validation_share, "test": args.test_share}, seed=args.seed)
     random.Random(args.seed).shuffle(order := list(range(len(examples))))
     rows = {split: [to_row(*examples[i]) for i in order if splits[i] == split] for split in SPLITS}
@@ -75,7 +75,7 @@ def main() -> None:
     components = merge_cells(cells, hashes)
     largest = max(components, key=len)
     sample = sorted({cells[row] for row in largest})
-    summary = f"{len(sample)} cells with {len(largest)} pictures, such as {sample[0][1]}: {sample[0][0]}"
+    summary = f"{len(sample)} cells with {len(largest)} images, such as {sample[0][1]}: {sample[0][0]}"
     print(f"{len(drawings)} drawings, {len(drawings) - len(examples)} exact copies dropped")
     print(
         f"{len(set(cells))} cells in {len(components)} groups that stay together; cells of a group, number of groups:"
@@ -89,17 +89,17 @@ def main() -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         Dataset.from_list(rows[split], features=FEATURES).to_parquet(path)
         sizes[split] = path.stat().st_size
-        print(f"{split}: {len(rows[split])} pictures, {sizes[split] / 1e6:.2f} MB")
+        print(f"{split}: {len(rows[split])} images, {sizes[split] / 1e6:.2f} MB")
     card = args.output / "README.md"
     template = card if card.exists() else REPOSITORY / "data" / "emoji" / "README.md"
     card.write_text(fill_card(template.read_text(encoding="utf-8"), rows, sizes, summary), encoding="utf-8")
     print(count_table(rows))
 
 
-def to_row(drawing, picture) -> dict:
+def to_row(drawing, image) -> dict:
     emoji = drawing.emoji
     return {
-        "image": {"bytes": picture.webp, "path": None},
+        "image": {"bytes": image.webp, "path": None},
         "style": drawing.style,
         "label": emoji.label,
         "keywords": list(emoji.keywords),

@@ -30,8 +30,8 @@ from icons_recipe.sets import PACKAGES, fetch_archives, read_brand_names, read_c
 from icons_recipe.splits import SPLITS, split_rows
 from icons_recipe.tags import pool_tags, read_tags
 from icons_recipe.words import HeldOutWords
+from image_sets.npm import require_npm
 from modeling_moma.utils.atomic_files import write_aside
-from picture_sets.npm import require_npm
 
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -79,7 +79,7 @@ def main() -> None:
         )
         for prefix, document in read_set_files(args.cache, EMOJI_FAMILIES.keys() & collections.keys())
     }
-    with tqdm(desc="comparing", unit=" pictures") as bar:
+    with tqdm(desc="comparing", unit=" images") as bar:
         grouped = drop_and_group(rows, slugs, held_out_emoji, args.cache, on_done=bar.update)
     seen_texts = {*COLOURS, *held_out_emoji.train_texts, *(row.full_style for row in grouped.rows)}
     seen_texts |= {category for row in grouped.rows for category in row.categories}
@@ -112,8 +112,8 @@ def write(args, collections, grouped, splits, of_row, dropped) -> None:
     print(f"{HASH_LIST}: {size / 1e6:.2f} MB")
     phrases = json.dumps({"words": splits.words, "pairs": splits.pairs}, indent=1) + "\n"
     write_aside(args.output / "held_out.json", lambda path: path.write_text(phrases, encoding="utf-8"))
-    pictures = Counter(row.set for split in SPLITS for row in rows[split])
-    page = attribution(collections, pictures)
+    images = Counter(row.set for split in SPLITS for row in rows[split])
+    page = attribution(collections, images)
     write_aside(args.output / "LICENSES" / "ATTRIBUTION.md", lambda path: path.write_text(page, encoding="utf-8"))
     summary = {
         "Families": len({row.family for row in grouped.rows}),

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-Builds a corpus of pages in which text and pictures alternate from Debian's package of GIMP's user manual.
+Builds a corpus of pages in which text and images alternate from Debian's package of GIMP's user manual.
 
     python scripts/build_manual.py --output data/manual
 
@@ -12,7 +12,7 @@ from pathlib import Path
 
 from corpora_recipe.debian import corpus_arguments, fetch_package
 from corpora_recipe.folder import fill_counts, read_card, write_corpus
-from corpora_recipe.manual import PACKAGE, PAGES, copy_pictures, count_table, read_manual
+from corpora_recipe.manual import PACKAGE, PAGES, copy_images, count_table, read_manual
 
 
 CARD = Path(__file__).resolve().parent.parent / "data" / "manual" / "README.md"
@@ -24,7 +24,7 @@ def main() -> None:
     manual = read_manual(package.folder / PAGES, args.validation_share)
     counts = count_table(manual, package.version)
     card = fill_counts(read_card(args.output, CARD), counts)
-    write_corpus(args.output, manual.rows, card, lambda folder: copy_pictures(manual, folder))
+    write_corpus(args.output, manual.rows, card, lambda folder: copy_images(manual, folder))
     print(counts)
 
 

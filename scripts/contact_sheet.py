@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Held-out pictures, what a model says of them and what it draws from their captions, on one sheet."""
+"""Held-out images, what a model says of them and what it draws from their captions, on one sheet."""
 
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from modeling_moma.cli.arguments import add_renamed
 from quickstart import load, pick_rows, show_both_ways
 
 
@@ -13,9 +14,9 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--model", required=True, help="folder of a MomaForCausalLM and its MomaProcessor")
     parser.add_argument("--data", default="data/emoji", help="folder of the data set")
     parser.add_argument("--split", default="test")
-    parser.add_argument("--pictures", type=int, default=12)
+    add_renamed(parser, "--images", "--pictures", type=int, default=12)
     parser.add_argument("--guidance-scale", type=float, default=5.0, help="how closely a drawing follows its caption")
-    parser.add_argument("--seed", type=int, default=0, help="of the choice of pictures, and of the drawings")
+    parser.add_argument("--seed", type=int, default=0, help="of the choice of images, and of the drawings")
     parser.add_argument("--output", type=Path, required=True, help="PNG file")
     return parser.parse_args(arguments)
 
@@ -23,7 +24,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 def main(arguments: Sequence[str] | None = None):
     args = parse_arguments(arguments)
     model, processor = load(args.model)
-    show_both_ways(model, processor, pick_rows(args.data, args.split, args.pictures, args.seed), args, args.output)
+    show_both_ways(model, processor, pick_rows(args.data, args.split, args.images, args.seed), args, args.output)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measure a MoMa of captions and pictures on held-out drawings, and write its report and model card."""
+"""Measure a MoMa of captions and images on held-out drawings, and write its report and model card."""
 
 import argparse
 import json
@@ -18,7 +18,7 @@ from emoji_recipe.captions import (
     label_table,
     majority_accuracies,
 )
-from emoji_recipe.judge import PictureJudge, accuracies
+from emoji_recipe.judge import ImageJudge, accuracies
 from emoji_recipe.model_card import CURVES_FILE, report_table, write_card
 from modeling_moma import MomaForCausalLM
 from modeling_moma.data.examples import shuffled_held_out
@@ -27,11 +27,11 @@ from modeling_moma.evaluation.drawings import feature_extractor
 from modeling_moma.evaluation.measures import (
     EXPERT_CHOICE,
     decode_images,
-    draw_pictures,
+    draw_images,
     encode_images,
     held_out_loss,
+    image_batches,
     load_model,
-    picture_batches,
     tokenizer_quality,
     write_captions,
 )
@@ -52,7 +52,7 @@ def parse_arguments(arguments=None) -> argparse.Namespace:
     parser.add_argument("--split", default="test")
     parser.add_argument("--output", required=True, help="JSON file of the report")
     parser.add_argument("--write-card", action="store_true", help="write README.md and the curves beside the model")
-    parser.add_argument("--limit", type=int, help="measure so many pictures of the split, drawn at random")
+    parser.add_argument("--limit", type=int, help="measure so many images of the split, drawn at random")
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--temperature", type=float, default=1.0, help="of the drawings, as the next three")
@@ -63,7 +63,7 @@ def parse_arguments(arguments=None) -> argparse.Namespace:
     if args.write_card and not (args.baseline and args.curves):
         parser.error("--write-card needs --baseline and --curves, whose numbers are part of the card")
     if args.limit is not None and args.limit < 2:
-        parser.error(f"--limit {args.limit}: at least 2 pictures are needed")
+        parser.error(f"--limit {args.limit}: at least 2 images are needed")
     args.command = shlex.join(["python", "scripts/evaluate.py", *(sys.argv[1:] if arguments is None else arguments)])
     return args
 
@@ -117,8 +117,8 @@ class Evaluation:
         self.train_rows = self.train.remove_columns("image").to_list()
         everything = [row for split in splits.values() for row in split.remove_columns("image").to_list()]
         self.table = label_table(everything)
-        self.pictures = list(picture_batches(held_out, self.processor, args.batch_size, "held-out pictures"))
-        self.codes = encode_images(self.processor, self.pictures)
+        self.images = list(image_batches(held_out, self.processor, args.batch_size, "held-out images"))
+        self.codes = encode_images(self.processor, self.images)
 
     def losses(self) -> dict[str, dict]:
         rows = [{**row, "codes": codes[None].numpy()} for row, codes in zip(self.rows, self.codes, strict=True)]
@@ -151,11 +151,11 @@ class Evaluation:
         result["samples"] = [{"style": row["style"], "label": row["label"], "caption": text} for row, text in pairs]
         return result
 
-    def drawings(self, judge: PictureJudge, neighbours: list[dict]) -> dict:
+    def drawings(self, judge: ImageJudge, neighbours: list[dict]) -> dict:
         args, styles = self.args, [row["style"] for row in self.rows]
         settings = {name: getattr(args, name) for name in ("temperature", "top_k", "top_p", "guidance_scale")}
         captions = [label_caption(row["style"], row["label"]) for row in self.rows]
-        drawn = draw_pictures(
+        drawn = draw_images(
             self.model, self.processor, captions, args.batch_size, {"do_sample": True, **settings}, args.seed
         )
         found = {
@@ -182,9 +182,9 @@ class Evaluation:
             "eta": savings(runs["dense"], runs["model"]),
         }
 
-    def judge(self) -> PictureJudge:
-        batches = picture_batches(self.train, self.processor, self.args.batch_size, "features of training pictures")
-        return PictureJudge.from_batches(feature_extractor(self.device), batches, self.train_rows)
+    def judge(self) -> ImageJudge:
+        batches = image_batches(self.train, self.processor, self.args.batch_size, "features of training images")
+        return ImageJudge.from_batches(feature_extractor(self.device), batches, self.train_rows)
 
     def run(self) -> dict:
         args = self.args
@@ -199,13 +199,13 @@ class Evaluation:
             "models": models,
             "image_seq_length": self.processor.image_seq_length,
             "resolution": self.processor.vq_model.config.resolution,
-            "tokenizer": tokenizer_quality(self.processor, self.pictures, self.codes),
+            "tokenizer": tokenizer_quality(self.processor, self.images, self.codes),
             "loss": self.losses(),
         }
         if args.curves:
             report |= self.training()
         judge = self.judge()
-        neighbours = judge.nearest(self.pictures, [row["style"] for row in self.rows])
+        neighbours = judge.nearest(self.images, [row["style"] for row in self.rows])
         report["captions"] = self.captions(neighbours)
         report["drawings"] = self.drawings(judge, neighbours)
         return report

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""See a MoMa at work: caption held-out pictures, draw from held-out captions, fine-tune, save, reload, and again."""
+"""See a MoMa at work: caption held-out images, draw from held-out captions, fine-tune, save, reload, and again."""
 
 import argparse
 import time
@@ -11,18 +11,19 @@ from datasets import load_dataset
 from transformers import AutoModelForCausalLM, AutoProcessor, Trainer, TrainingArguments, set_seed
 
 from emoji_recipe.captions import emoji_documents, label_caption
-from emoji_recipe.routing_picture import draw_routing, route_example
+from emoji_recipe.routing_image import draw_routing, route_example
 from emoji_recipe.sheet import SheetEntry, draw_contact_sheet
 from modeling_moma import MomaMetricsCallback
+from modeling_moma.cli.arguments import add_renamed
 from modeling_moma.data.examples import HeldOutExamples
 from modeling_moma.data.stream import DocumentExamples
 from modeling_moma.utils.atomic_files import write_aside
 from tokenization import MomaDataCollator
 
 
-ROUTED_PICTURES = 3
-FINE_TUNE_PICTURES = 320
-EVALUATION_PICTURES = 32
+ROUTED_IMAGES = 3
+FINE_TUNE_IMAGES = 320
+EVALUATION_IMAGES = 32
 CAPTION_TOKENS = 32
 # as recommended by the card of the released model
 SAMPLING = {"do_sample": True, "temperature": 0.7, "top_k": 0}
@@ -32,8 +33,8 @@ def parse_arguments(arguments=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="model_cards/moma-emoji", help="folder of a model and its processor")
     parser.add_argument("--data", default="data/emoji", help="folder of the data set")
-    parser.add_argument("--output", default="quickstart", help="folder for the pictures and the fine-tuned model")
-    parser.add_argument("--pictures", type=int, default=12, help="held-out pictures to caption and to draw")
+    parser.add_argument("--output", default="quickstart", help="folder for the images and the fine-tuned model")
+    add_renamed(parser, "--images", "--pictures", type=int, default=12, help="held-out images to caption and to draw")
     parser.add_argument("--guidance-scale", type=float, default=5.0, help="how closely a drawing follows its caption")
     parser.add_argument("--fine-tune-steps", type=int, default=40)
     parser.add_argument("--batch-size", type=int, default=32, help="examples of a fine-tuning step")
@@ -53,22 +54,22 @@ def load(folder):
 
 
 def pick_rows(data, split: str, count: int, seed: int):
-    """Random rows of a split, the same ones for a seed; other pictures are not even decoded."""
+    """Random rows of a split, the same ones for a seed; other images are not even decoded."""
     rows = load_dataset(data, split=split)
     order = np.random.default_rng(seed).permutation(len(rows))
     return rows.select(order[: min(count, len(rows))])
 
 
-def caption_pictures(model, processor, pictures: list) -> list[str]:
-    """The model's greedy caption of each picture."""
-    inputs = processor(images=pictures, text=[processor.image_token] * len(pictures), return_tensors="pt")
+def caption_images(model, processor, images: list) -> list[str]:
+    """The model's greedy caption of each image."""
+    inputs = processor(images=images, text=[processor.image_token] * len(images), return_tensors="pt")
     ids = model.generate(**inputs, max_new_tokens=CAPTION_TOKENS, do_sample=False, generation_mode="text")
     words = processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     return [" ".join(caption.split()) for caption in words]
 
 
 def draw_captions(model, processor, captions: list[str], guidance_scale: float, seed: int) -> list:
-    """One sampled picture for each caption."""
+    """One sampled image for each caption."""
     inputs = processor(text=captions, padding=True, padding_side="left", return_tensors="pt")
     set_seed(seed)
     ids = model.generate(**inputs, generation_mode="image", guidance_scale=guidance_scale, **SAMPLING)
@@ -83,18 +84,18 @@ def print_captions(captions: list[str], model_captions: list[str]):
 
 
 def show_both_ways(model, processor, rows, args, sheet_path: Path) -> list[str]:
-    """Captions the rows' pictures, draws from their captions, prints the first and saves all on one sheet."""
-    pictures = [picture.convert("RGB") for picture in rows["image"]]
+    """Captions the rows' images, draws from their captions, prints the first and saves all on one sheet."""
+    images = [image.convert("RGB") for image in rows["image"]]
     captions = [label_caption(style, label) for style, label in zip(rows["style"], rows["label"], strict=True)]
     start = time.time()
-    model_captions = caption_pictures(model, processor, pictures)
-    print(f"{len(pictures)} held-out pictures captioned in {time.time() - start:.1f} s:")
+    model_captions = caption_images(model, processor, images)
+    print(f"{len(images)} held-out images captioned in {time.time() - start:.1f} s:")
     print_captions(captions, model_captions)
     start = time.time()
     drawn = draw_captions(model, processor, captions, args.guidance_scale, args.seed)
-    print(f"{len(drawn)} pictures drawn from held-out captions in {time.time() - start:.1f} s")
-    reconstructed = processor.decode_images(processor.encode_images(pictures))
-    entries = map(SheetEntry, pictures, reconstructed, drawn, captions, model_captions)
+    print(f"{len(drawn)} images drawn from held-out captions in {time.time() - start:.1f} s")
+    reconstructed = processor.decode_images(processor.encode_images(images))
+    entries = map(SheetEntry, images, reconstructed, drawn, captions, model_captions)
     sheet = draw_contact_sheet(list(entries))
     write_aside(sheet_path, lambda path: sheet.save(path, format="PNG"))
     print(f"wrote {sheet_path}")
@@ -102,7 +103,7 @@ def show_both_ways(model, processor, rows, args, sheet_path: Path) -> list[str]:
 
 
 def encode_rows(rows, processor):
-    """Codes of the rows' pictures, one coding each, as the examples want them."""
+    """Codes of the rows' images, one coding each, as the examples want them."""
     return rows.map(
         lambda batch: {"codes": [[codes] for codes in processor.encode_images(batch["image"])]},
         batched=True,
@@ -110,7 +111,7 @@ def encode_rows(rows, processor):
         remove_columns=["image"],
         # the processor's weights are no part of the fingerprint
         load_from_cache_file=False,
-        desc="pictures to codes",
+        desc="images to codes",
     )
 
 
@@ -118,7 +119,7 @@ def fine_tune(model, processor, args, folder: Path):
     """A minute with the plain Trainer, to show the interface; it is too short to teach the model much."""
     train, validation = (
         emoji_documents(encode_rows(pick_rows(args.data, split, count, args.seed), processor).to_list(), processor)
-        for split, count in (("train", FINE_TUNE_PICTURES), ("validation", EVALUATION_PICTURES))
+        for split, count in (("train", FINE_TUNE_IMAGES), ("validation", EVALUATION_IMAGES))
     )
     training_arguments = TrainingArguments(
         output_dir=folder,
@@ -162,15 +163,15 @@ def main(arguments=None):
     total, active = model.config.num_parameters(), model.config.num_parameters(active=True)
     print(f"{total:,} parameters, of which a token meets {active:,}; experts: {model.config.num_experts}")
 
-    print("\n2. Pictures to words and words to pictures, on drawings that no training picture shows")
-    rows = pick_rows(args.data, "test", args.pictures, args.seed)
+    print("\n2. Images to words and words to images, on drawings that no training image shows")
+    rows = pick_rows(args.data, "test", args.images, args.seed)
     captions = show_both_ways(model, processor, rows, args, output / "contact_sheet.png")
     routed = [
-        route_example(model, processor, picture, caption)
-        for picture, caption in zip(rows[:ROUTED_PICTURES]["image"], captions, strict=False)
+        route_example(model, processor, image, caption)
+        for image, caption in zip(rows[:ROUTED_IMAGES]["image"], captions, strict=False)
     ]
-    picture = draw_routing(routed, model.config)
-    write_aside(output / "routing.png", lambda path: picture.save(path, format="PNG"))
+    image = draw_routing(routed, model.config)
+    write_aside(output / "routing.png", lambda path: image.save(path, format="PNG"))
     print(f"wrote {output / 'routing.png'}")
 
     print(f"\n3. Fine-tune for {args.fine_tune_steps} steps with Trainer (to show how; so few steps teach little)")

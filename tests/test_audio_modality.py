@@ -12,7 +12,7 @@ from transformers import AutoProcessor
 
 from helpers.hub_server import HubServer, run_client
 from helpers.mu_law_codec import MuLawCodec
-from helpers.tiny import CARD, noise_pictures, tiny_model, tiny_processor
+from helpers.tiny import CARD, noise_images, tiny_model, tiny_processor
 from modeling_moma import MomaConfig, MomaForCausalLM
 from modeling_moma.hub.upload import prepare
 from tokenization import MomaProcessor, add_modality_tokens, register_codec
@@ -79,11 +79,11 @@ def dominant_frequency(samples: np.ndarray) -> float:
 
 
 def make_processor(codec: MuLawCodec | None = None) -> MomaProcessor:
-    """The tiny processor, and a codec of sounds beside its pictures."""
+    """The tiny processor, and a codec of sounds beside its images."""
     codec = codec or MuLawCodec(RATE)
-    pictures = tiny_processor()
-    tokenizer = add_modality_tokens(pictures.tokenizer, "audio", codec.num_codes)
-    return MomaProcessor(pictures.image_processor, tokenizer, pictures.vq_model, codecs={"audio": codec})
+    images = tiny_processor()
+    tokenizer = add_modality_tokens(images.tokenizer, "audio", codec.num_codes)
+    return MomaProcessor(images.image_processor, tokenizer, images.vq_model, codecs={"audio": codec})
 
 
 @pytest.fixture(scope="module")
@@ -163,10 +163,10 @@ def test_placeholders_become_the_codes_of_their_sounds(processor, codec):
     sounds = [tone(100, 5), tone(200, 9)]
     first, second = (processor.frame_ids("audio", codes) for codes in codec.encode(sounds))
     assert len(first) == 7 and len(second) == 11
-    picture = noise_pictures(1)[0]
-    ids = processor(text="<audio> red <image><audio>", audio=sounds, images=picture)["input_ids"][0]
+    image = noise_images(1)[0]
+    ids = processor(text="<audio> red <image><audio>", audio=sounds, images=image)["input_ids"][0]
     red = processor.tokenizer(" red ", add_special_tokens=False)["input_ids"]
-    drawn = processor.image_ids(processor.encode_images([picture])[0])
+    drawn = processor.image_ids(processor.encode_images([image])[0])
     assert ids == [processor.tokenizer.bos_token_id, *first, *red, *drawn, *second]
     parts = processor.decode_parts(torch.tensor(ids))
     assert len(parts[0]) == 5 and parts[1] == " red " and parts[2].size == (16, 16) and len(parts[3]) == 9
@@ -187,13 +187,13 @@ def test_rows_of_a_batch_have_their_own_sounds(processor):
     assert is_code.sum(1).tolist() == [0, 4, 5]
     # the places in `MomaConfig.modalities`
     assert torch.equal(out["mm_token_type_ids"], is_code.long())
-    picture = processor(text="<image>", images=noise_pictures(1), return_mm_token_type_ids=True)
-    assert set(picture["mm_token_type_ids"][0]) == {0, 2}
+    image = processor(text="<image>", images=noise_images(1), return_mm_token_type_ids=True)
+    assert set(image["mm_token_type_ids"][0]) == {0, 2}
 
 
 def test_offsets_of_replacements_are_those_of_the_texts(processor):
     text = "a <audio> b <image> c"
-    out = processor(text=[text], audio=[tone(50, 3)], images=noise_pictures(1), return_text_replacement_offsets=True)
+    out = processor(text=[text], audio=[tone(50, 3)], images=noise_images(1), return_text_replacement_offsets=True)
     first, second = out["text_replacement_offsets"][0]
     assert [text[slice(*offsets["span"])] for offsets in (first, second)] == ["<audio>", "<image>"]
     assert first["new_span"] == (2, 2 + len(first["replacement"]))
@@ -258,8 +258,8 @@ def test_codes_that_cannot_be_raise(processor, codec, monkeypatch):
 
 
 def test_parts_that_are_no_codecs_raise():
-    pictures = tiny_processor()
-    parts = (pictures.image_processor, pictures.tokenizer, pictures.vq_model)
+    images = tiny_processor()
+    parts = (images.image_processor, images.tokenizer, images.vq_model)
     with pytest.raises(ValueError, match=r"add_modality_tokens\(tokenizer, 'audio', 256\)"):
         MomaProcessor(*parts, codecs={"audio": MuLawCodec()})
     with pytest.raises(TypeError, match="Linear is no codec, it lacks num_codes"):
@@ -270,12 +270,12 @@ def test_parts_that_are_no_codecs_raise():
         with pytest.raises(ValueError, match="must be a plain name"):
             MomaProcessor(*parts, codecs={name: MuLawCodec()})
         with pytest.raises(ValueError, match="must be a plain name"):
-            add_modality_tokens(pictures.tokenizer, name, 8)
-    add_modality_tokens(pictures.tokenizer, "audio", 16)
+            add_modality_tokens(images.tokenizer, name, 8)
+    add_modality_tokens(images.tokenizer, "audio", 16)
     with pytest.raises(ValueError, match="it has 16 audio codes, but its codec MuLawCodec has num_codes=256"):
         MomaProcessor(*parts, codecs={"audio": MuLawCodec()})
     with pytest.raises(ValueError, match="videos, audio: this processor reads text and images only"):
-        pictures(text=["red"], audio=[tone(50, 4)])
+        images(text=["red"], audio=[tone(50, 4)])
 
 
 def test_token_layout_has_the_frame_of_each_modality(processor):

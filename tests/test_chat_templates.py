@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Chats with pictures, in the template of every new processor and in that of the released model."""
+"""Chats with images, in the template of every new processor and in that of the released model."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from transformers import AutoProcessor, AutoTokenizer
 
-from helpers.tiny import noise_pictures, tiny_processor
+from helpers.tiny import noise_images, tiny_processor
 from modeling_moma.data.encoding import CHAT_TEMPLATE, DocumentEncoder
 from tokenization.chat_template_moma import DEFAULT_CHAT_TEMPLATE
 
@@ -24,16 +24,16 @@ def processor(request):
 
 
 @pytest.fixture(scope="module")
-def pictures():
-    return noise_pictures(4)
+def images():
+    return noise_images(4)
 
 
 @pytest.fixture(scope="module")
-def conversation(pictures):
-    """Two pictures in one turn of the user, two around words in one of the assistant."""
-    see, draw = pictures[:2], pictures[2:]
+def conversation(images):
+    """Two images in one turn of the user, two around words in one of the assistant."""
+    see, draw = images[:2], images[2:]
     return [
-        {"role": "user", "content": [{"type": "image", "image": picture} for picture in see]},
+        {"role": "user", "content": [{"type": "image", "image": image} for image in see]},
         {"role": "assistant", "content": "noto: red apple"},
         {"role": "user", "content": [{"type": "text", "text": "castle"}]},
         {
@@ -47,8 +47,8 @@ def conversation(pictures):
     ]
 
 
-def image_ids(processor, picture):
-    (codes,) = processor.encode_images([picture])
+def image_ids(processor, image):
+    (codes,) = processor.encode_images([image])
     ids = [code + processor.image_token_offset for code in codes]
     return [processor.begin_image_token_id, *ids, processor.end_image_token_id]
 
@@ -58,7 +58,7 @@ def words(processor, text):
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_the_assistant_mask_covers_its_words_its_pictures_and_the_end(processor, conversation, pictures, side):
+def test_the_assistant_mask_covers_its_words_its_images_and_the_end(processor, conversation, images, side):
     out = processor.apply_chat_template(
         [conversation, conversation[2:], conversation[:2]],
         tokenize=True,
@@ -70,9 +70,9 @@ def test_the_assistant_mask_covers_its_words_its_pictures_and_the_end(processor,
     eos = processor.tokenizer.eos_token_id
     named = [*words(processor, "noto: red apple"), eos]
     drawn = [
-        *image_ids(processor, pictures[2]),
+        *image_ids(processor, images[2]),
         *words(processor, " and "),
-        *image_ids(processor, pictures[3]),
+        *image_ids(processor, images[3]),
         eos,
     ]
     learnt = [ids[mask.bool()].tolist() for ids, mask in zip(out["input_ids"], out["assistant_masks"])]
@@ -128,15 +128,15 @@ def test_other_contents_are_refused(processor):
         processor.apply_chat_template([{"role": "user", "content": [{"type": "audio", "audio": "a.wav"}]}])
 
 
-def test_chats_of_captions_are_training_examples(pictures):
+def test_chats_of_captions_are_training_examples(images):
     processor = tiny_processor()
     processor.chat_template = CHAT_TEMPLATE
-    codes = np.asarray(processor.encode_images(pictures[:1])[0])
-    picture, caption = {"type": "image", "image": pictures[0]}, {"type": "text", "text": "noto: red apple"}
-    for parts, picture_first in (((picture, caption), True), ((caption, picture), False)):
+    codes = np.asarray(processor.encode_images(images[:1])[0])
+    image, caption = {"type": "image", "image": images[0]}, {"type": "text", "text": "noto: red apple"}
+    for parts, image_first in (((image, caption), True), ((caption, image), False)):
         chat = [{"role": "user", "content": [parts[0]]}, {"role": "assistant", "content": [parts[1]]}]
         (ids,) = processor.apply_chat_template(chat, tokenize=True, return_dict=True)["input_ids"]
-        assert ids == DocumentEncoder(processor).caption("noto: red apple", codes, picture_first)
+        assert ids == DocumentEncoder(processor).caption("noto: red apple", codes, image_first)
         system = [{"role": "system", "content": "You are a helpful assistant."}]
         (with_system,) = processor.apply_chat_template(system + chat, tokenize=True, return_dict=True)["input_ids"]
         assert with_system == ids

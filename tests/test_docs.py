@@ -170,8 +170,8 @@ def test_python_of_the_page_runs(page, workplace):
             # lines of errors are those of the page
             code = "\n" * block.line + block.code
             exec(compile(code, name_of(page), "exec"), namespace)
-    for picture in workplace.glob("*.png"):
-        Image.open(picture).load()
+    for image in workplace.glob("*.png"):
+        Image.open(image).load()
 
 
 def test_readme_is_short():
@@ -233,13 +233,13 @@ def noise(rng: np.random.Generator, side: int) -> Image.Image:
 
 
 def write_emoji(folder: Path):
-    """A data set with the columns of data/emoji: six pictures to train on, eight in each split that is held out."""
+    """A data set with the columns of data/emoji: six images to train on, eight in each split that is held out."""
     folder.mkdir(parents=True)
     rng = np.random.default_rng(0)
     text = Value("string")
     features = Features(image=ImageFeature(), style=text, label=text, keywords=List(text), group=text, subgroup=text)
     for split, rows in (("train", 6), ("validation", 8), ("test", 8)):
-        pictures = [noise(rng, 64) for _ in range(rows)]
+        images = [noise(rng, 64) for _ in range(rows)]
         columns = {
             "style": ["noto", "twemoji"] * (rows // 2),
             "label": ["red apple", "castle"] * (rows // 2),
@@ -247,7 +247,7 @@ def write_emoji(folder: Path):
             "group": ["food & drink"] * rows,
             "subgroup": ["fruit"] * rows,
         }
-        Dataset.from_dict({"image": pictures, **columns}, features=features).to_parquet(folder / f"{split}.parquet")
+        Dataset.from_dict({"image": images, **columns}, features=features).to_parquet(folder / f"{split}.parquet")
 
 
 def write_own_data(folder: Path):

@@ -56,14 +56,14 @@ import torch
 import transformers
 from PIL import Image
 
-picture, output, targets = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
-picture = Image.open(picture)
+image, output, targets = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
+image = Image.open(image)
 results = {"absent": absent, "names": {}}
 for key, (repository, revision) in targets.items():
     there = {"trust_remote_code": True, "revision": revision}
     processor = transformers.AutoProcessor.from_pretrained(repository, **there)
     model = transformers.AutoModelForCausalLM.from_pretrained(repository, **there)
-    inputs = processor(images=[picture], text=["<image>red"], return_tensors="pt")
+    inputs = processor(images=[image], text=["<image>red"], return_tensors="pt")
     with torch.no_grad():
         results[key] = {"input_ids": inputs["input_ids"], "logits": model(**inputs).logits}
     if key != "main":
@@ -74,7 +74,7 @@ for key, (repository, revision) in targets.items():
         if name == "AutoTokenizer":
             results["words"] = part("noto: red apple", return_tensors="pt")["input_ids"]
         elif name == "AutoImageProcessor":
-            results["pixel_values"] = part(picture, return_tensors="pt")["pixel_values"]
+            results["pixel_values"] = part(image, return_tensors="pt")["pixel_values"]
         elif name != "AutoConfig":
             with torch.no_grad():
                 results[name] = part(**inputs)[0]
@@ -120,7 +120,7 @@ def folders(tmp_path_factory, models, processor):
     processor.save_pretrained(root / "shards")
     (root / "shards" / "README.md").write_text(CARD)
     pixels = torch.randint(0, 256, (16, 16, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-    Image.fromarray(pixels.numpy()).save(root / "picture.png")
+    Image.fromarray(pixels.numpy()).save(root / "image.png")
     return root
 
 
@@ -181,7 +181,7 @@ def stranger(server, history, plain, folders, tmp_path_factory):
         "other": (REPOSITORY, "experiments/other"),
         "plain": (PLAIN, None),
     }
-    arguments = (folders / "picture.png", home / "results.pt", json.dumps(targets))
+    arguments = (folders / "image.png", home / "results.pt", json.dumps(targets))
     code = WITHOUT_PACKAGES + STRANGER
     result = run_client(server, home / "home", "-P", "-c", code, *arguments, token=None, folder=home)
     assert result.returncode == 0, result.stderr[-3000:]
@@ -194,7 +194,7 @@ def assert_near(found, expected, tolerance=1e-5):
 
 
 def expected_logits(model, processor, folders):
-    inputs = processor(images=[Image.open(folders / "picture.png")], text=["<image>red"], return_tensors="pt")
+    inputs = processor(images=[Image.open(folders / "image.png")], text=["<image>red"], return_tensors="pt")
     with torch.no_grad():
         return inputs["input_ids"], model(**inputs).logits
 
@@ -212,7 +212,7 @@ def test_every_revision_gives_its_model_and_processor_without_the_packages(
 
 
 def test_every_auto_class_loads_its_part_without_the_packages(stranger, models, processor, folders):
-    model, picture = models["second"], Image.open(folders / "picture.png")
+    model, image = models["second"], Image.open(folders / "image.png")
     assert stranger["names"] == {
         "AutoConfig": "MomaConfig",
         "AutoImageProcessor": "MomaImageProcessor",
@@ -220,16 +220,16 @@ def test_every_auto_class_loads_its_part_without_the_packages(stranger, models, 
         "AutoModelForMultimodalLM": "MomaForCausalLM",
         "AutoTokenizer": "TokenizersBackend",
     }
-    inputs = processor(images=[picture], text=["<image>red"], return_tensors="pt")
+    inputs = processor(images=[image], text=["<image>red"], return_tensors="pt")
     with torch.no_grad():
         assert_near(stranger["AutoModel"], model.model(**inputs)[0])
         assert_near(stranger["AutoModelForMultimodalLM"], model(**inputs)[0])
     assert torch.equal(stranger["words"], processor.tokenizer("noto: red apple", return_tensors="pt")["input_ids"])
-    pixels = processor.image_processor(picture, return_tensors="pt")["pixel_values"]
+    pixels = processor.image_processor(image, return_tensors="pt")["pixel_values"]
     assert torch.equal(stranger["pixel_values"], pixels)
 
 
-def test_generate_draws_the_same_picture_without_the_packages(stranger, models, processor):
+def test_generate_draws_the_same_image_without_the_packages(stranger, models, processor):
     prompt = processor(text=["noto: red apple"], return_tensors="pt")
     codes = models["second"].decode_image_tokens(
         models["second"].generate(**prompt, generation_mode="image", do_sample=False)

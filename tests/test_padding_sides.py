@@ -4,7 +4,7 @@
 import pytest
 import torch
 
-from helpers.tiny import noise_pictures, tiny_model, tiny_processor
+from helpers.tiny import noise_images, tiny_model, tiny_processor
 from tokenization import MomaDataCollator
 
 
@@ -29,10 +29,10 @@ def collated(processor, rows, side):
 
 
 def labelled(processor, side, return_tensors="pt"):
-    images = iter(noise_pictures(2))
-    pictures = [[next(images)] if "<image>" in text else [] for text in TEXTS]
+    noise = iter(noise_images(2))
+    images = [[next(noise)] if "<image>" in text else [] for text in TEXTS]
     return processor(
-        images=pictures,
+        images=images,
         text=TEXTS,
         padding=True,
         padding_side=side,

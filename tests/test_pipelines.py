@@ -12,7 +12,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from helpers.tiny import noise_pictures, tiny_model, tiny_processor
+from helpers.tiny import noise_images, tiny_model, tiny_processor
 from modeling_moma import MomaForCausalLM
 
 
@@ -34,8 +34,8 @@ def any_to_any(model, processor):
 
 
 @pytest.fixture(scope="module")
-def pictures():
-    return noise_pictures(2)
+def images():
+    return noise_images(2)
 
 
 @pytest.fixture(scope="module")
@@ -64,20 +64,20 @@ def greedy(model, processor, inputs, **kwargs):
     return processor.tokenizer.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
-def look(picture):
-    return [{"role": "user", "content": [{"type": "image", "image": picture}, {"type": "text", "text": "name it"}]}]
+def look(image):
+    return [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": "name it"}]}]
 
 
 @pytest.mark.parametrize("task", ["any-to-any", "image-text-to-text"])
-def test_a_picture_in_words_out(task, model, processor, pictures):
+def test_an_image_in_words_out(task, model, processor, images):
     answers = pipeline(task, model=model, processor=processor)(
-        images=pictures[0], text="<image>", max_new_tokens=4, return_full_text=False
+        images=images[0], text="<image>", max_new_tokens=4, return_full_text=False
     )
-    inputs = processor(images=pictures[0], text="<image>", return_tensors="pt")
+    inputs = processor(images=images[0], text="<image>", return_tensors="pt")
     assert [answer["generated_text"] for answer in answers] == greedy(model, processor, inputs, max_new_tokens=4)
 
 
-def test_words_in_a_picture_out(any_to_any, model, processor):
+def test_words_in_an_image_out(any_to_any, model, processor):
     (answer,) = any_to_any(text="noto: red apple", generation_mode="image")
     inputs = processor(text="noto: red apple", return_tensors="pt")
     codes = model.decode_image_tokens(model.generate(**inputs, generation_mode="image", do_sample=False))
@@ -86,7 +86,7 @@ def test_words_in_a_picture_out(any_to_any, model, processor):
     assert np.array_equal(answer["generated_image"], expected)
 
 
-def test_guidance_and_sampling_reach_a_picture(any_to_any):
+def test_guidance_and_sampling_reach_an_image(any_to_any):
     sampling = {"do_sample": True, "temperature": 0.7}
     drawn = []
     for seed, guidance in ((0, 5.0), (0, 5.0), (1, 5.0), (0, 1.0)):
@@ -98,7 +98,7 @@ def test_guidance_and_sampling_reach_a_picture(any_to_any):
     assert not np.array_equal(drawn[0], drawn[3])
 
 
-def test_several_prompts_give_a_picture_each(any_to_any):
+def test_several_prompts_give_an_image_each(any_to_any):
     prompts = ["noto: red apple", "castle"]
     answers = any_to_any(text=prompts, generation_mode="image")
     assert [answer["generated_image"].size for answer in answers] == [(16, 16)] * 2
@@ -107,28 +107,28 @@ def test_several_prompts_give_a_picture_each(any_to_any):
         assert np.array_equal(alone["generated_image"], answer["generated_image"])
 
 
-def test_a_batch_of_unequal_prompts_gives_the_words_of_each_alone(any_to_any, pictures):
-    rows = [("<image>", [pictures[0]]), ("noto: red apple <image>", [pictures[1]])]
+def test_a_batch_of_unequal_prompts_gives_the_words_of_each_alone(any_to_any, images):
+    rows = [("<image>", [images[0]]), ("noto: red apple <image>", [images[1]])]
     wanted = {"max_new_tokens": 4, "return_full_text": False}
-    answers = any_to_any(text=[text for text, _ in rows], images=[images for _, images in rows], **wanted)
-    alone = [any_to_any(text=text, images=images, **wanted)[0] for text, images in rows]
+    answers = any_to_any(text=[text for text, _ in rows], images=[shown for _, shown in rows], **wanted)
+    alone = [any_to_any(text=text, images=shown, **wanted)[0] for text, shown in rows]
     assert [answer["generated_text"] for answer in answers] == [answer["generated_text"] for answer in alone]
 
 
 @pytest.mark.parametrize("task", ["any-to-any", "image-text-to-text"])
-def test_chats_with_pictures(task, model, processor, pictures):
+def test_chats_with_images(task, model, processor, images):
     pipe = pipeline(task, model=model, processor=processor)
-    answers = pipe(text=[look(picture) for picture in pictures], max_new_tokens=4)
+    answers = pipe(text=[look(image) for image in images], max_new_tokens=4)
     assert len(answers) == 2
-    for picture, answer in zip(pictures, answers):
+    for image, answer in zip(images, answers):
         inputs = processor.apply_chat_template(
-            look(picture), tokenize=True, return_dict=True, return_tensors="pt", add_generation_prompt=True
+            look(image), tokenize=True, return_dict=True, return_tensors="pt", add_generation_prompt=True
         )
         turn = answer[0]["generated_text"][-1]
         assert turn == {"role": "assistant", "content": greedy(model, processor, inputs, max_new_tokens=4)[0]}
 
 
-def test_a_chat_is_answered_with_a_picture(any_to_any):
+def test_a_chat_is_answered_with_an_image(any_to_any):
     (answer,) = any_to_any(text=[{"role": "user", "content": "noto: red apple"}], generation_mode="image")
     assert answer["generated_image"].size == (16, 16)
 

@@ -107,7 +107,7 @@ def test_the_folder_draws_the_same_whether_its_experts_are_watched_or_not():
 def test_the_saved_processor_gives_the_same_codes_in_one_pass_and_in_two(monkeypatch):
     processor = AutoProcessor.from_pretrained(FOLDER)
     side = processor.vq_model.config.resolution
-    pictures = [Image.radial_gradient("L").resize((side, side)), Image.linear_gradient("L"), Image.new("RGB", (9, 9))]
-    codes = processor.encode_images(pictures * 6)
+    images = [Image.radial_gradient("L").resize((side, side)), Image.linear_gradient("L"), Image.new("RGB", (9, 9))]
+    codes = processor.encode_images(images * 6)
     monkeypatch.setattr(trunk_moma_vq, "_can_fuse", lambda *args: False)
-    assert processor.encode_images(pictures * 6) == codes
+    assert processor.encode_images(images * 6) == codes

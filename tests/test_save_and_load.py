@@ -32,12 +32,12 @@ from PIL import Image
 from transformers import (AutoConfig, AutoImageProcessor, AutoModel, AutoModelForCausalLM, AutoModelForMultimodalLM,
                           AutoProcessor)
 
-folder, picture, output = sys.argv[1:]
+folder, image, output = sys.argv[1:]
 trust = {"trust_remote_code": True}
 results = {}
 names = {}
 processor = AutoProcessor.from_pretrained(folder, **trust)
-inputs = processor(images=[Image.open(picture)], text=["<image>red"], return_tensors="pt")
+inputs = processor(images=[Image.open(image)], text=["<image>red"], return_tensors="pt")
 results["input_ids"] = inputs["input_ids"]
 for auto in (AutoModel, AutoModelForCausalLM, AutoModelForMultimodalLM):
     model = auto.from_pretrained(folder, **trust)
@@ -50,7 +50,7 @@ results["codes"] = model.decode_image_tokens(model.generate(**prompt, generation
 drawn = processor.post_process_multimodal_output(results["codes"], generation_mode="image")[0]
 results["drawn"] = torch.tensor(bytearray(drawn.tobytes())) / 255
 image_processor = AutoImageProcessor.from_pretrained(folder, **trust)
-results["pixel_values"] = image_processor(Image.open(picture), return_tensors="pt")["pixel_values"]
+results["pixel_values"] = image_processor(Image.open(image), return_tensors="pt")["pixel_values"]
 names["AutoConfig"] = type(AutoConfig.from_pretrained(folder, **trust)).__name__
 names["AutoProcessor"] = type(processor).__name__
 names["AutoImageProcessor"] = type(image_processor).__name__
@@ -108,15 +108,15 @@ def folder(tmp_path_factory, model, processor):
 
 
 @pytest.fixture(scope="module")
-def picture(tmp_path_factory):
-    path = tmp_path_factory.mktemp("pictures") / "picture.png"
+def image(tmp_path_factory):
+    path = tmp_path_factory.mktemp("images") / "image.png"
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(path)
     return path
 
 
-def expected_results(model, processor, picture):
+def expected_results(model, processor, image):
     """What the parts give before they are saved, under the keys of `STRANGER`."""
-    inputs = processor(images=[Image.open(picture)], text=["<image>red"], return_tensors="pt")
+    inputs = processor(images=[Image.open(image)], text=["<image>red"], return_tensors="pt")
     with torch.no_grad():
         hidden, logits = model.model(**inputs)[0], model(**inputs)[0]
     prompt = processor(text=["noto: red apple"], return_tensors="pt")
@@ -129,7 +129,7 @@ def expected_results(model, processor, picture):
         "AutoModelForMultimodalLM": logits,
         "codes": codes,
         "drawn": torch.tensor(bytearray(drawn.tobytes())) / 255,
-        "pixel_values": processor.image_processor(Image.open(picture), return_tensors="pt")["pixel_values"],
+        "pixel_values": processor.image_processor(Image.open(image), return_tensors="pt")["pixel_values"],
     }
 
 
@@ -141,7 +141,7 @@ def assert_same_results(found, expected):
         torch.testing.assert_close(found[name], tensor, rtol=0, atol=tolerance)
 
 
-def test_every_auto_class_loads_the_folder_with_the_package(folder, model, processor, picture):
+def test_every_auto_class_loads_the_folder_with_the_package(folder, model, processor, image):
     autos = (AutoConfig, AutoImageProcessor, AutoModel, AutoModelForCausalLM, AutoModelForMultimodalLM, AutoProcessor)
     loaded = {auto.__name__: auto.from_pretrained(folder) for auto in autos}
     assert {name: type(part).__name__ for name, part in loaded.items()} == NAMES
@@ -149,13 +149,13 @@ def test_every_auto_class_loads_the_folder_with_the_package(folder, model, proce
     assert isinstance(loaded["AutoModelForCausalLM"], MomaForCausalLM)
     assert isinstance(loaded["AutoModel"], MomaModel)
     assert isinstance(loaded["AutoProcessor"], MomaProcessor)
-    expected = expected_results(model, processor, picture)
-    found = expected_results(loaded["AutoModelForCausalLM"], loaded["AutoProcessor"], picture)
+    expected = expected_results(model, processor, image)
+    found = expected_results(loaded["AutoModelForCausalLM"], loaded["AutoProcessor"], image)
     assert_same_results(found, expected)
 
 
 def test_every_auto_class_loads_the_folder_by_its_own_code_without_the_package(
-    folder, model, processor, picture, tmp_path
+    folder, model, processor, image, tmp_path
 ):
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     environment |= {
@@ -164,22 +164,22 @@ def test_every_auto_class_loads_the_folder_by_its_own_code_without_the_package(
         "HF_HUB_OFFLINE": "1",
     }
     output = tmp_path / "results.pt"
-    command = [sys.executable, "-P", "-c", WITHOUT_PACKAGES + STRANGER, str(folder), str(picture), str(output)]
+    command = [sys.executable, "-P", "-c", WITHOUT_PACKAGES + STRANGER, str(folder), str(image), str(output)]
     run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
     assert run.returncode == 0, run.stderr[-3000:]
     found = torch.load(output)
     assert found.pop("names") == NAMES
-    expected = expected_results(model, processor, picture)
+    expected = expected_results(model, processor, image)
     assert_same_results(found, expected)
 
 
-def test_saving_twice_keeps_every_output(folder, model, processor, picture, tmp_path):
+def test_saving_twice_keeps_every_output(folder, model, processor, image, tmp_path):
     AutoModelForCausalLM.from_pretrained(folder).save_pretrained(tmp_path)
     again = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert (tmp_path / "config.json").read_text() == (folder / "config.json").read_text()
     assert again.state_dict().keys() == model.state_dict().keys()
     assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in model.state_dict().items())
-    assert_same_results(expected_results(again, processor, picture), expected_results(model, processor, picture))
+    assert_same_results(expected_results(again, processor, image), expected_results(model, processor, image))
 
 
 def test_routers_stay_in_fp32_in_a_bf16_model(folder, model):

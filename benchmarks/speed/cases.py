@@ -92,7 +92,7 @@ def _cases() -> list[Case]:
             rows=rows,
             bar_of_floor=1.3,
         )
-        # rows at different places of words and pictures, and rows that all draw, as one call of `generate` does
+        # rows at different places of words and images, and rows that all draw, as one call of `generate` does
         cases += [of_rows, replace(of_rows, name=f"decode-4t4i-{rows}-drawing", text_share=0.0)]
     return cases
 

@@ -57,7 +57,7 @@ def moma_config(shape: Shape, experts: str, length: int, **fields) -> MomaConfig
             "modality_token_ranges": {"image": [[shape.first_code, shape.vocab_size]]},
             "begin_image_token_id": 3,
             "end_image_token_id": 4,
-            "image_seq_length": shape.picture_length,
+            "image_seq_length": shape.image_length,
             "norm_placement": "pre",
             "qk_norm": "none",
             "z_loss_coef": 0.0,

@@ -51,7 +51,7 @@ def llama(shape: Shape, length: int) -> PreTrainedModel:
 
 
 def chameleon(shape: Shape, length: int) -> PreTrainedModel:
-    """The dense decoder of words and pictures that MoMa began from; its picture tokenizer is as small as may be."""
+    """The dense decoder of words and images that MoMa began from; its image tokenizer is as small as may be."""
     tokenizer = {"embed_dim": 8, "num_embeddings": 8, "latent_channels": 8, "base_channels": 32}
     tokenizer |= {"channel_multiplier": [1], "num_res_blocks": 1, "resolution": 16}
     return ChameleonForConditionalGeneration(
@@ -71,7 +71,7 @@ def sparse(config_class: type, model_class: type, implementation: str, **fields)
 
 
 class TypedErnie(Ernie4_5_VLMoeForConditionalGeneration):
-    """Tells the model which ids are picture codes, as its processor would."""
+    """Tells the model which ids are image codes, as its processor would."""
 
     first_code = 0
 
@@ -81,7 +81,7 @@ class TypedErnie(Ernie4_5_VLMoeForConditionalGeneration):
 
 
 def ernie(implementation: str) -> Callable:
-    """What builds a model with experts of words and experts of pictures, of which each token chooses one."""
+    """What builds a model with experts of words and experts of images, of which each token chooses one."""
 
     def build(shape: Shape, length: int) -> PreTrainedModel:
         # three parts of the rotary angles, in the shares of the released model

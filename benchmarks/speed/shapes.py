@@ -20,8 +20,8 @@ class Shape:
         intermediate_size: inner width of one feed-forward network, or of one expert.
         num_layers: decoder layers.
         num_heads: attention heads.
-        vocab_size: of which the last half are picture codes.
-        picture_length: codes of one picture.
+        vocab_size: of which the last half are image codes.
+        image_length: codes of one image.
     """
 
     hidden_size: int
@@ -29,16 +29,16 @@ class Shape:
     num_layers: int
     num_heads: int
     vocab_size: int
-    picture_length: int = 64
+    image_length: int = 64
 
     @property
     def first_code(self) -> int:
-        """The id from which on ids are picture codes."""
+        """The id from which on ids are image codes."""
         return self.vocab_size // 2
 
 
 SHAPES = {
-    "tiny": Shape(hidden_size=32, intermediate_size=24, num_layers=2, num_heads=2, vocab_size=128, picture_length=8),
+    "tiny": Shape(hidden_size=32, intermediate_size=24, num_layers=2, num_heads=2, vocab_size=128, image_length=8),
     "small": Shape(hidden_size=256, intermediate_size=688, num_layers=6, num_heads=4, vocab_size=2048),
     # the width of `90m`, rounded up to what grouped products take, under a vocabulary that leaves the layers visible
     "medium": Shape(hidden_size=512, intermediate_size=1368, num_layers=8, num_heads=8, vocab_size=8192),
@@ -49,10 +49,10 @@ SHAPES = {
 
 def mixed_tokens(shape: Shape, rows: int, length: int, text_share: float = 0.5, seed: int = 0) -> torch.Tensor:
     """
-    Ids `[B, T]` of words and of pictures in turns, each row at another place in the turn.
+    Ids `[B, T]` of words and of images in turns, each row at another place in the turn.
 
     Args:
-        shape: gives the vocabulary and the length of a picture.
+        shape: gives the vocabulary and the length of an image.
         rows: `B`.
         length: `T`.
         text_share: share of words.
@@ -61,7 +61,7 @@ def mixed_tokens(shape: Shape, rows: int, length: int, text_share: float = 0.5, 
     generator = torch.Generator().manual_seed(seed)
     words_BT = torch.randint(5, shape.first_code, (rows, length), generator=generator)
     codes_BT = torch.randint(shape.first_code, shape.vocab_size, (rows, length), generator=generator)
-    period = round(shape.picture_length / (1 - text_share))
+    period = round(shape.image_length / (1 - text_share))
     phase_B1 = torch.arange(rows).unsqueeze(1) * period // max(rows, 1)
     place_BT = (torch.arange(length) + phase_B1) % period
-    return torch.where(place_BT < period - shape.picture_length, words_BT, codes_BT)
+    return torch.where(place_BT < period - shape.image_length, words_BT, codes_BT)

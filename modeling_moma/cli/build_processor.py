@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Join a picture tokenizer and a text tokenizer of a recipe's texts into a processor."""
+"""Join an image tokenizer and a text tokenizer of a recipe's texts into a processor."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
@@ -59,7 +59,7 @@ def run(args: Arguments) -> None:
         from tokenization import MomaImageProcessor, MomaProcessor, add_image_tokens
 
         from ..data.encoding import CHAT_TEMPLATE
-        from ..hub.loading import open_picture_tokenizer
+        from ..hub.loading import open_image_tokenizer
         from ..training.recipe import read_recipe
         from ..utils.atomic_files import refuse_files, write_folder_aside
 
@@ -67,7 +67,7 @@ def run(args: Arguments) -> None:
     refuse_files(args.output)
     recipe = read_recipe(args.recipe, needs=("sources",))
     # rounded to bf16 as the released weights are, so that the codes of the training data are those of the release
-    vq_model = open_picture_tokenizer(args.tokenizer, dtype=torch.bfloat16)
+    vq_model = open_image_tokenizer(args.tokenizer, dtype=torch.bfloat16)
     tokenizer = text_tokenizer(recipe, args.vocab_size, args.text_tokenizer)
     tokenizer = add_image_tokens(tokenizer, vq_model.config.num_embeddings)
     # prompts of a batch have to end side by side
@@ -77,7 +77,7 @@ def run(args: Arguments) -> None:
     template = None if any(source.kind.has_chats for source in recipe.sources) else CHAT_TEMPLATE
     processor = MomaProcessor(image_processor, tokenizer, vq_model, chat_template=template)
     write_folder_aside(args.output, processor.save_pretrained)
-    print(f"{args.output}: {len(tokenizer)} tokens, {processor.image_seq_length} a picture")
+    print(f"{args.output}: {len(tokenizer)} tokens, {processor.image_seq_length} an image")
 
 
 def main(arguments: list[str] | None = None):

@@ -35,10 +35,10 @@ class Vqgan:
         source: vqgan.ckpt, or the same tensors as safetensors.
         output: folder for a MomaVQModel.
         allow_pickle: read a .ckpt, a pickle of tensors.
-        resolution: side of its pictures in pixels; taming's have 256.
+        resolution: side of its images in pixels; taming's have 256.
     """
 
-    help = "the picture tokenizer of Chameleon or taming-transformers alone"
+    help = "the image tokenizer of Chameleon or taming-transformers alone"
 
     source: str
     output: str
@@ -83,9 +83,9 @@ class Llama(Checkpoint):
     """
     Args:
         source: folder of the checkpoint, or its name on the Hub.
-        processor: folder of the MomaProcessor whose pictures it shall learn.
+        processor: folder of the MomaProcessor whose images it shall learn.
         gguf_file: file of the source to read in place of its other weights; needs gguf.
-        code_rows: rows of picture codes: fitted so that pictures begin at a uniform loss, or around the mean of all
+        code_rows: rows of image codes: fitted so that images begin at a uniform loss, or around the mean of all
             rows.
         image_group: weights of the image group.
         seed: of the new weights.

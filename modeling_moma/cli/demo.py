@@ -2,7 +2,7 @@
 """Open a page in the browser that captions, draws, answers, and shows the routing.
 
 moma demo
-moma demo DIR --port 8000 --examples PICTURES
+moma demo DIR --port 8000 --examples IMAGES
 """
 
 import argparse
@@ -28,7 +28,7 @@ class Arguments:
         folder: folder or Hub name of a model with its processor; in a checkout model_cards/moma-emoji.
         host: 0.0.0.0 lets other machines in; by default this one alone.
         port: 0 for any free one.
-        examples: folder of pictures to offer, and of words to draw in prompts.txt.
+        examples: folder of images to offer, and of words to draw in prompts.txt.
     """
 
     folder: Annotated[str, Flag(metavar="FOLDER", is_positional=True)] = ""

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Draw a picture from words, caption a picture, or let the model mix both.
+"""Draw an image from words, caption an image, or let the model mix both.
 
-moma generate --model DIR --prompt "noto: red apple" --mode image --output picture.png
-moma generate --model DIR --image picture.png --mode text
+moma generate --model DIR --prompt "noto: red apple" --mode image --output image.png
+moma generate --model DIR --image image.png --mode text
 """
 
 import argparse
@@ -34,10 +34,10 @@ class Arguments:
     Args:
         model: folder or Hub name of a model with its processor.
         prompt: words; give it again for more rows.
-        image: picture before the words of its row.
+        image: image before the words of its row.
         mode: by default text with --image, else image.
-        output: where pictures go, numbered if there are several.
-        max_new_tokens: by default 32, and room for a picture.
+        output: where images go, numbered if there are several.
+        max_new_tokens: by default 32, and room for an image.
         temperature: 0 takes the likeliest; by default 0 for text, else 1.
         top_k: sample among so many tokens, 0 for all.
         top_p: sample among tokens of this total probability.
@@ -50,7 +50,7 @@ class Arguments:
     prompt: Annotated[list[str], Flag(is_repeated=True)] = field(default_factory=list)
     image: Annotated[list[str], Flag(is_repeated=True)] = field(default_factory=list)
     mode: Mode | None = None
-    output: str = "picture.png"
+    output: str = "image.png"
     max_new_tokens: Count | None = None
     temperature: Annotated[Float, Field(ge=0)] | None = None
     top_k: Annotated[Int, Field(ge=0)] = 0
@@ -66,7 +66,7 @@ def parse_arguments(arguments: list[str] | None = None) -> Arguments:
 
 
 def make_rows(prompts: list[str], images: list[str]) -> tuple[list[str], list[list[str]]]:
-    """Texts and pictures of each row; one prompt serves all pictures, one picture all prompts."""
+    """Texts and images of each row; one prompt serves all images, one image all prompts."""
     num_rows = max(len(prompts), len(images))
     if num_rows == 0:
         raise InputError("--prompt, --image: give at least one of the two.")
@@ -94,8 +94,8 @@ def generation_arguments(args: Arguments, image_seq_length: int) -> dict:
     return {**chosen, "do_sample": True, "temperature": temperature, "top_k": args.top_k, "top_p": args.top_p}
 
 
-def picture_format(path: Path) -> str:
-    """Name of the file format for a path's ending, once pictures can be written there.
+def image_format(path: Path) -> str:
+    """Name of the file format for a path's ending, once images can be written there.
 
     Raises:
         ValueError: they cannot; a drawing would be lost.
@@ -104,13 +104,12 @@ def picture_format(path: Path) -> str:
 
     name = Image.registered_extensions().get(path.suffix.lower())
     if name is None:
-        raise InputError(f"--output: {str(path)!r} has no ending of a picture format, such as .png.")
+        raise InputError(f"--output: {str(path)!r} has no ending of an image format, such as .png.")
     try:
         Image.new("RGB", (8, 8)).save(BytesIO(), format=name)
     except (OSError, KeyError, ValueError) as error:
         raise InputError(
-            f"--output: colour pictures cannot be written as {path.suffix} ({name}); take another ending, such as "
-            ".png."
+            f"--output: colour images cannot be written as {path.suffix} ({name}); take another ending, such as .png."
         ) from error
     if path.is_dir():
         raise InputError(f"--output: {str(path)!r} is a folder; name a file in it.")
@@ -124,7 +123,7 @@ def picture_format(path: Path) -> str:
 
 
 def generate(args: Arguments):
-    """Load, generate, print texts and write pictures."""
+    """Load, generate, print texts and write images."""
     with without_import_notices():
         import torch
         from transformers import AutoModelForCausalLM, AutoProcessor, set_seed
@@ -133,7 +132,7 @@ def generate(args: Arguments):
         from ..utils.atomic_files import write_aside
 
     output = Path(args.output)
-    file_format = picture_format(output) if args.mode != "text" else None
+    file_format = image_format(output) if args.mode != "text" else None
     texts, images = make_rows(args.prompt, args.image)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     processor: Any = open_saved(PROCESSOR, "--model", args.model, partial(AutoProcessor.from_pretrained, args.model))
@@ -142,7 +141,7 @@ def generate(args: Arguments):
     model: Any = open_saved(MODEL, "--model", args.model, load)
     model = model.to(device).eval()
     refuse_non_finite(model, args.model)
-    refuse_non_finite(processor.vq_model, f"{args.model}, picture tokenizer")
+    refuse_non_finite(processor.vq_model, f"{args.model}, image tokenizer")
     processor.to(device)
 
     inputs = processor(images=images or None, text=texts, padding=True, padding_side="left", return_tensors="pt").to(
@@ -154,18 +153,18 @@ def generate(args: Arguments):
     if args.mode == "image":
         # the last one of each row: a prompt may hold others, and the beginning of this one
         codes = torch.cat([model.decode_image_tokens(row.unsqueeze(0))[-1:] for row in ids])
-        rows = [[picture] for picture in processor.decode_images(codes)]
+        rows = [[image] for image in processor.decode_images(codes)]
     else:
         rows = processor.post_process_multimodal_output(new_ids, generation_mode=args.mode)
     rows = [[row] if isinstance(row, str) else row for row in rows]
-    num_pictures = sum(not isinstance(part, str) for row in rows for part in row)
+    num_images = sum(not isinstance(part, str) for row in rows for part in row)
     written = 0
     for row in rows:
         for part in row:
             if isinstance(part, str):
                 print(part.strip())
                 continue
-            name = f"{output.stem}-{written}{output.suffix}" if num_pictures > 1 else output.name
+            name = f"{output.stem}-{written}{output.suffix}" if num_images > 1 else output.name
             print(write_aside(output.with_name(name), partial(part.save, format=file_format)))
             written += 1
 

@@ -29,9 +29,9 @@ class Arguments:
         output: folder for the tokens; a second start goes on in it.
         processes: of this machine; by default one for every core.
         threads: of each process.
-        rows_per_shard: by default about 64 shards a split, of 256 pictures and more.
+        rows_per_shard: by default about 64 shards a split, of 256 images and more.
         splits: these alone, `train` among them; by default all that there are.
-        seed: of the changed pictures of further codings.
+        seed: of the changed images of further codings.
         strict: stop at the first row that cannot be used.
         engine: what starts the tasks, shards of the tokens: this command, datatrove on this machine, or Slurm.
         tasks: of datatrove, each writes every so-manieth shard.
@@ -76,14 +76,14 @@ def summary(manifest: dict) -> str:
         for split, read in entry["read"].items():
             for title, counts in (
                 ("left out", read["left_out"]),
-                ("pictures left out", read["pictures_left_out"]),
+                ("images left out", read["pictures_left_out"]),
                 ("changed", read["changed"]),
             ):
                 if counts:
                     listed = ", ".join(f"{count:,} {reason}" for reason, count in counts.items())
                     notes.append(f"{name}, {split}: {title} of {read['rows']:,} rows: {listed}")
             notes += [f"  row {row['row']:,}: {row['reason']}: {row['detail']}" for row in read["named"][:5]]
-    return "\n".join([markdown_table(["source", "documents", "text tokens", "picture tokens"], rows), *notes])
+    return "\n".join([markdown_table(["source", "documents", "text tokens", "image tokens"], rows), *notes])
 
 
 def run(args: Arguments) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Train the picture tokenizer on a recipe's pictures; `--resume` goes on after a kill."""
+"""Train the image tokenizer on a recipe's images; `--resume` goes on after a kill."""
 
 import argparse
 from collections.abc import Callable
@@ -21,7 +21,7 @@ class Arguments(TokenizerSettings):
             a folder, file or name on the Hub that `datasets` opens, with a column `image`.
         output: folder for the model, its checkpoint and metrics.json.
         resume: go on from the last checkpoint in the output folder.
-        strict: stop at a picture that cannot be used, in place of leaving it out.
+        strict: stop at an image that cannot be used, in place of leaving it out.
     """
 
     recipe: Annotated[str, Flag(metavar="RECIPE", is_positional=True)]
@@ -31,12 +31,12 @@ class Arguments(TokenizerSettings):
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    """The command line over the recipe over the defaults; `sources` are those with pictures."""
+    """The command line over the recipe over the defaults; `sources` are those with images."""
     given = FlagParser(Arguments, description=__doc__).read(arguments)
     with without_import_notices():
-        from ..training.picture_sources import read_picture_sources
+        from ..training.image_sources import read_image_sources
 
-    sources, fields = read_picture_sources(given["recipe"])
+    sources, fields = read_image_sources(given["recipe"])
     fields = with_new_names(TokenizerSettings, fields, "image_tokenizer")
     settings = vars(read_fields(TokenizerSettings, fields, "image_tokenizer", "this section"))
     of_recipe = {name: settings[name] for name in fields}

@@ -17,7 +17,7 @@ from tokenization.processing_moma import VQ_SUBFOLDER
 from ..configuration_moma import MomaConfig
 from ..modeling_moma import MomaForCausalLM
 from .chameleon_processor import (
-    PictureVocabulary,
+    ImageVocabulary,
     ProcessorError,
     convert_processor,
     convert_vq_model,
@@ -59,11 +59,11 @@ def config_from_chameleon(config: Mapping) -> MomaConfig:
         configurations disagree with it.
 
     Raises:
-        CheckpointError: another model type, biases in the feed-forward layers, no picture tokens, or fields that
+        CheckpointError: another model type, biases in the feed-forward layers, no image tokens, or fields that
             cannot be read.
     """
     source = _source_config(config)
-    vocabulary = PictureVocabulary.from_map(source.vocabulary_map)
+    vocabulary = ImageVocabulary.from_map(source.vocabulary_map)
     names, vq = source.vocabulary_map or {}, vq_config_of(source)
     special_ids = {
         field: names.get(name, getattr(source, field))
@@ -164,8 +164,8 @@ def convert_chameleon(
 ) -> Receipt:
     """Write a Chameleon checkpoint as a MoMa 1t1i with its processor. Token ids stay the source's.
 
-    The codebook is renumbered, so that code `c` belongs to the `c`-th picture id, as [`MomaProcessor`] wants it.
-    Where the picture ids do not allow that, or the folder has no tokenizer, the language model is written all the
+    The codebook is renumbered, so that code `c` belongs to the `c`-th image id, as [`MomaProcessor`] wants it.
+    Where the image ids do not allow that, or the folder has no tokenizer, the language model is written all the
     same, and the log and the report say what is missing.
 
     Args:
@@ -176,7 +176,7 @@ def convert_chameleon(
             the MoMa's folder; missing or empty.
         dtype (`torch.dtype`, *optional*):
             of the output's language model; by default the source's. The probe compares with the source rounded
-            likewise. The picture tokenizer is in float32.
+            likewise. The image tokenizer is in float32.
         allow_pickle (`bool`, *optional*, defaults to `False`):
             read `pytorch_model.bin` and `vqgan.ckpt`.
         max_shard_size (`int | str`, *optional*, defaults to `"2GB"`):
@@ -184,18 +184,18 @@ def convert_chameleon(
         probe (`bool`, *optional*, defaults to `True`):
             compare the logits of both models on a batch.
         vqgan (`str | Path`, *optional*):
-            the original picture tokenizer, which has the decoder that checkpoints of Transformers lack; see
+            the original image tokenizer, which has the decoder that checkpoints of Transformers lack; see
             [`read_vqgan`].
 
     Returns:
-        `Receipt`: counts of keys, and the relative difference of the logits before the source masks the pictures'.
+        `Receipt`: counts of keys, and the relative difference of the logits before the source masks the images'.
 
     Raises:
-        CheckpointError: the source cannot be read or converted, or `vqgan` is not its picture tokenizer.
+        CheckpointError: the source cannot be read or converted, or `vqgan` is not its image tokenizer.
     """
     reader = CheckpointReader(source, allow_pickle)
     config = config_from_chameleon(reader.config)
-    write_pictures, note = _convert_pictures(reader, vqgan, allow_pickle)
+    write_images, note = _convert_images(reader, vqgan, allow_pickle)
     ignored = {f"{VQ_PREFIX}*": note}
     if config.tie_word_embeddings:
         ignored["lm_head.weight"] = "tied to the embedding"
@@ -208,29 +208,29 @@ def convert_chameleon(
         max_shard_size=max_shard_size,
         dtype=dtype,
         generation_config=convert_generation_config(reader.folder, config),
-        extras=write_pictures,
+        extras=write_images,
         probe=partial(_compare_logits, reader, config, dtype) if probe else None,
     )
 
 
-def _convert_pictures(
+def _convert_images(
     reader: CheckpointReader, vqgan: str | Path | None, allow_pickle: bool
 ) -> tuple[Callable[[Path], object] | None, str]:
-    """Return a function that writes the picture tokenizer into a folder, and what the report says of it."""
+    """Return a function that writes the image tokenizer into a folder, and what the report says of it."""
     source = _source_config(reader.config)
-    vocabulary = PictureVocabulary.from_map(source.vocabulary_map)
+    vocabulary = ImageVocabulary.from_map(source.vocabulary_map)
     try:
         vocabulary.codebook_order(vq_config_of(source).num_embeddings)
     except CheckpointError as error:
-        logger.warning(f"The language model is converted without a picture tokenizer. {error}")
-        return None, "picture tokenizer, left out: the picture ids do not fit the processor"
+        logger.warning(f"The language model is converted without an image tokenizer. {error}")
+        return None, "image tokenizer, left out: the image ids do not fit the processor"
     tensors = {key.removeprefix(VQ_PREFIX): reader.read(key) for key in reader if key.startswith(VQ_PREFIX)}
     original = read_vqgan(vqgan, allow_pickle=allow_pickle) if vqgan is not None else None
     vq_model = convert_vq_model(source, vocabulary, tensors, original)
-    note = "picture tokenizer"
+    note = "image tokenizer"
     if original is None and not has_decoder(tensors):
         logger.warning(
-            "The checkpoint has no decoder for pictures: the model reads pictures, but those it writes cannot be "
+            "The checkpoint has no decoder for images: the model reads images, but those it writes cannot be "
             "shown. Pass the original vqgan.ckpt (--vqgan) to convert it as well."
         )
         note += ", decoder missing"
@@ -261,10 +261,10 @@ def _per_head_norms(reader: CheckpointReader, entries: list[Entry]) -> ChangedWe
 def _compare_logits(
     reader: CheckpointReader, config: MomaConfig, dtype: torch.dtype | None, written: CheckpointReader
 ) -> ProbeResult:
-    pictures = [token_id for bounds in config.modality_token_ranges["image"] for token_id in range(*bounds)]
-    texts = sorted(set(range(config.vocab_size)).difference(pictures))
-    # equal numbers of pictures and texts, so that both experts are tested
-    batch = text_batch(pictures + texts[: len(pictures)])
+    images = [token_id for bounds in config.modality_token_ranges["image"] for token_id in range(*bounds)]
+    texts = sorted(set(range(config.vocab_size)).difference(images))
+    # equal numbers of images and texts, so that both experts are tested
+    batch = text_batch(images + texts[: len(images)])
     real = batch["attention_mask"].bool()
     logits = []
     weights = rounded_weights(_per_head_norms(reader, chameleon_entries(reader, config)), dtype)
@@ -273,7 +273,7 @@ def _compare_logits(
         (MomaForCausalLM, config, written),
     ):
         model = streamed_model(model_class, own_config, tensors)
-        # the source's own forward masks the pictures' logits
+        # the source's own forward masks the images' logits
         logits.append(model.lm_head(model.model(**batch, use_cache=False).last_hidden_state)[real])
     return ProbeResult(relative_difference(*logits))
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The picture side of a Chameleon checkpoint: its vocabulary of codes, VQ model, tokenizer and image processor."""
+"""The image side of a Chameleon checkpoint: its vocabulary of codes, VQ model, tokenizer and image processor."""
 
 import json
 from collections.abc import Mapping
@@ -24,7 +24,7 @@ from .vqgan import has_decoder, load_vq_model
 _CODE_NAME_START, _CODE_NAME_END = "IMGIMG", "Z"
 _DIGITS = {chr(ord("A") + digit): str(digit) for digit in range(10)}
 _BEGIN_NAME, _END_NAME = "<racm3:break>", "<eoss>"
-# tensors without which codes would mean other pictures; the decoder may differ
+# tensors without which codes would mean other images; the decoder may differ
 _ENCODING_PREFIXES = ("encoder.", "quant_conv.", "quantize.")
 _IMAGE_PROCESSOR_FIELDS = ("do_convert_rgb", *PIXEL_SETTINGS)
 _TOKENIZER_FIELDS = (
@@ -44,14 +44,14 @@ class ProcessorError(CheckpointError):
 
 
 @dataclass(frozen=True)
-class PictureVocabulary:
-    """Which token ids are pictures, and which code of the source's codebook each one stands for.
+class ImageVocabulary:
+    """Which token ids are images, and which code of the source's codebook each one stands for.
 
     Attributes:
         code_of_id (`dict[int, int]`):
-            code of each picture id, by ascending id.
+            code of each image id, by ascending id.
         begin_id (`int`):
-            token before a picture's codes.
+            token before an image's codes.
         end_id (`int`):
             token after them.
         placeholder_id (`int`):
@@ -64,7 +64,7 @@ class PictureVocabulary:
     placeholder_id: int | None
 
     @classmethod
-    def from_map(cls, vocabulary_map: Mapping[str, int] | None) -> "PictureVocabulary":
+    def from_map(cls, vocabulary_map: Mapping[str, int] | None) -> "ImageVocabulary":
         """Read `ChameleonConfig.vocabulary_map`, where `IMGIMGBCZ` is code 12: letters are digits, A is 0.
 
         Args:
@@ -72,10 +72,10 @@ class PictureVocabulary:
                 the source's, from token to id.
 
         Raises:
-            CheckpointError: no map, no picture in it, or a name that spells no number.
+            CheckpointError: no map, no image in it, or a name that spells no number.
         """
         if not vocabulary_map:
-            raise CheckpointError("vocabulary_map: config.json has none, so nothing tells which ids are pictures.")
+            raise CheckpointError("vocabulary_map: config.json has none, so nothing tells which ids are images.")
         code_of_id = {}
         for name, token_id in sorted(vocabulary_map.items(), key=lambda item: item[1]):
             if not name.startswith(_CODE_NAME_START):
@@ -85,36 +85,36 @@ class PictureVocabulary:
                 raise CheckpointError(f"vocabulary_map: {name!r} spells no code; expected IMGIMG, letters A to J, Z.")
             code_of_id[token_id] = int("".join(digits))
         if not code_of_id:
-            raise CheckpointError("vocabulary_map: no name begins with IMGIMG, so there are no picture tokens.")
+            raise CheckpointError("vocabulary_map: no name begins with IMGIMG, so there are no image tokens.")
         frame = (vocabulary_map.get(name) for name in (_BEGIN_NAME, _END_NAME, IMAGE_TOKEN))
         return cls(code_of_id, *frame)
 
     @property
     def ranges(self) -> list[list[int]]:
-        """Half-open ranges of the picture ids."""
+        """Half-open ranges of the image ids."""
         runs = groupby(enumerate(self.code_of_id), key=lambda pair: pair[1] - pair[0])
         spans = [[token_id for _, token_id in run] for _, run in runs]
         return [[span[0], span[-1] + 1] for span in spans]
 
     def codebook_order(self, num_embeddings: int) -> torch.Tensor:
-        """Return the source's code of each id, from the first picture id on, `[num_embeddings]`.
+        """Return the source's code of each id, from the first image id on, `[num_embeddings]`.
 
         Args:
             num_embeddings (`int`):
-                codes of the source's picture tokenizer.
+                codes of the source's image tokenizer.
 
         Raises:
             CheckpointError: the ids do not follow one another, or are no permutation of the codebook.
         """
         if len(self.ranges) != 1:
             raise CheckpointError(
-                f"vocabulary_map: the picture ids lie in {len(self.ranges)} ranges, {self.ranges[:4]}, but the "
+                f"vocabulary_map: the image ids lie in {len(self.ranges)} ranges, {self.ranges[:4]}, but the "
                 "processor needs a single one."
             )
         codes = list(self.code_of_id.values())
         if sorted(codes) != list(range(num_embeddings)):
             raise CheckpointError(
-                f"vocabulary_map: its {len(codes)} picture tokens do not name each of the {num_embeddings} codes of "
+                f"vocabulary_map: its {len(codes)} image tokens do not name each of the {num_embeddings} codes of "
                 "vq_config.num_embeddings once."
             )
         return torch.tensor(codes)
@@ -122,24 +122,24 @@ class PictureVocabulary:
 
 def convert_vq_model(
     config: ChameleonConfig,
-    vocabulary: PictureVocabulary,
+    vocabulary: ImageVocabulary,
     tensors: Mapping[str, torch.Tensor],
     vqgan: Mapping[str, torch.Tensor] | None = None,
 ) -> MomaVQModel:
-    """Return the source's picture tokenizer with a renumbered codebook: code `c` is that of the `c`-th picture id.
+    """Return the source's image tokenizer with a renumbered codebook: code `c` is that of the `c`-th image id.
 
     Token ids stay the source's, so that logits can be compared id by id.
 
     Args:
         config (`ChameleonConfig`):
             the source's.
-        vocabulary (`PictureVocabulary`):
+        vocabulary (`ImageVocabulary`):
             the source's.
         tensors (`Mapping[str, torch.Tensor]`):
             its tensors under `model.vqmodel.`, without that prefix.
         vqgan (`Mapping[str, torch.Tensor]`, *optional*):
             the original tokenizer, which has the decoder that checkpoints of Transformers lack. Without one the result
-            has none either, and raises for pictures.
+            has none either, and raises for images.
 
     Returns:
         `MomaVQModel`: in float32.
@@ -166,7 +166,7 @@ def convert_vq_model(
 
 
 def vq_config_of(config: ChameleonConfig) -> ChameleonVQVAEConfig:
-    """Return the configuration of the source's picture tokenizer, which reading has made a configuration of."""
+    """Return the configuration of the source's image tokenizer, which reading has made a configuration of."""
     return config.vq_config  # pyright: ignore[reportReturnType]
 
 
@@ -179,21 +179,21 @@ def _check_same_codes(tensors: Mapping[str, torch.Tensor], vqgan: Mapping[str, t
         if other is None or other.shape != tensor.shape or not torch.allclose(other.to(tensor.dtype), tensor):
             raise CheckpointError(
                 f"vqgan: {name!r} is missing or differs from the checkpoint's 'model.vqmodel.{name}', so its codes "
-                "mean other pictures; pass the tokenizer that the checkpoint was trained with."
+                "mean other images; pass the tokenizer that the checkpoint was trained with."
             )
 
 
-def convert_tokenizer(folder: str | Path, vocabulary: PictureVocabulary) -> PreTrainedTokenizerFast | None:
-    """Return the source's tokenizer with its picture tokens renamed to those of [`MomaProcessor`]; ids stay.
+def convert_tokenizer(folder: str | Path, vocabulary: ImageVocabulary) -> PreTrainedTokenizerFast | None:
+    """Return the source's tokenizer with its image tokens renamed to those of [`MomaProcessor`]; ids stay.
 
     The chat template stays as it is. One that takes `content` for a string knows no parts of a message: write
-    `<image>` into the text, and pass the pictures to the processor beside it.
+    `<image>` into the text, and pass the images to the processor beside it.
 
     Args:
         folder (`str | Path`):
             holds `tokenizer.json`, and best `tokenizer_config.json`; the chat template lies there, or in
             `chat_template.jinja` or `chat_template.json`.
-        vocabulary (`PictureVocabulary`):
+        vocabulary (`ImageVocabulary`):
             the source's.
 
     Returns:
@@ -201,7 +201,7 @@ def convert_tokenizer(folder: str | Path, vocabulary: PictureVocabulary) -> PreT
 
     Raises:
         CheckpointError: a file that cannot be read.
-        ProcessorError: the tokenizer has no token of a picture id, or is no BPE.
+        ProcessorError: the tokenizer has no token of an image id, or is no BPE.
     """
     folder = Path(folder)
     if not (folder / "tokenizer.json").is_file():
@@ -259,7 +259,7 @@ def _rename_tokens(backend: Tokenizer, names: dict[int, str]) -> Tokenizer:
     if not isinstance(model.get("vocab"), dict):
         raise ProcessorError(f"tokenizer.json: tokens of a {model.get('type')} model cannot be renamed, only of BPE.")
     model["vocab"] = {new_name.get(token, token): token_id for token, token_id in model["vocab"].items()}
-    # no text is merged into a picture
+    # no text is merged into an image
     model["merges"] = [
         merge for merge in model.get("merges", []) if not new_name.keys() & {merge[0], merge[1], merge[0] + merge[1]}
     ]
@@ -275,7 +275,7 @@ def convert_image_processor(folder: str | Path, resolution: int) -> MomaImagePro
         folder (`str | Path`):
             may hold `preprocessor_config.json` or `processor_config.json`.
         resolution (`int`):
-            side of the pictures where it holds neither.
+            side of the images where it holds neither.
     """
     folder = Path(folder)
     files = [folder / name for name in ("preprocessor_config.json", "processor_config.json")]
@@ -288,15 +288,13 @@ def convert_image_processor(folder: str | Path, resolution: int) -> MomaImagePro
     return MomaImageProcessor(**{name: settings[name] for name in _IMAGE_PROCESSOR_FIELDS if name in settings})
 
 
-def convert_processor(
-    folder: str | Path, vocabulary: PictureVocabulary, vq_model: MomaVQModel
-) -> MomaProcessor | None:
+def convert_processor(folder: str | Path, vocabulary: ImageVocabulary, vq_model: MomaVQModel) -> MomaProcessor | None:
     """Join the source's tokenizer and image processor with the converted VQ model.
 
     Args:
         folder (`str | Path`):
             of the source.
-        vocabulary (`PictureVocabulary`):
+        vocabulary (`ImageVocabulary`):
             the source's.
         vq_model (`MomaVQModel`):
             see [`convert_vq_model`].
@@ -319,7 +317,7 @@ def convert_processor(
 
 
 __all__ = [
-    "PictureVocabulary",
+    "ImageVocabulary",
     "ProcessorError",
     "convert_image_processor",
     "convert_processor",

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rows of the embedding and of the head for the tokens that a text model gets: pictures begin at a uniform loss.
+"""Rows of the embedding and of the head for the tokens that a text model gets: images begin at a uniform loss.
 
 Shape suffixes:
     B rows of a batch, T positions, N positions in one line, D hidden size, V vocabulary, C codes, R dimensions that
@@ -21,11 +21,11 @@ from .output_comparison import streamed_model
 # new rows lie around the mean of the old ones, at this share of their spread, to be told apart
 NEW_ROW_SPREAD = 0.1
 STATISTICS_ROWS = 1024
-# codes of a picture in the texts for the fit; longer ones look the same to a model that learnt none
+# codes of an image in the texts for the fit; longer ones look the same to a model that learnt none
 MOST_CODES = 64
 # fits in a row with a tied head: each moves the embedding, and with it the states that the next one sees
 ROUNDS = 4
-# margin in nats by which picture codes shall stay below words where words follow
+# margin in nats by which image codes shall stay below words where words follow
 MARGIN = 2.0
 # weight of the distance from the mean row, against that of the mean error
 RIDGE = 1e-2
@@ -47,7 +47,7 @@ TEXTS = (
     "flag: belgium",
     "This is a picture of a house. What can you see in it? A house.",
 )
-# kinds of positions by what follows: a code, a word, a word after the first token, a word after a picture, a word of
+# kinds of positions by what follows: a code, a word, a word after the first token, a word after an image, a word of
 # words at random
 CODES, WORDS, FIRST, AFTER, ODD, NEITHER = range(6)
 
@@ -86,22 +86,22 @@ def extend_rows(old: torch.Tensor, num_rows: int, new_ids: Sequence[int], genera
 
 
 @dataclass
-class PictureTexts:
-    """Token ids of texts with a picture each, before the words or after them.
+class ImageTexts:
+    """Token ids of texts with an image each, before the words or after them.
 
     Args:
         words (`Sequence[tuple[Sequence[int], Sequence[int]]]`):
-            ids of each text as a prompt begins, and as it goes on after a picture.
+            ids of each text as a prompt begins, and as it goes on after an image.
         opening (`Sequence[int]`):
-            ids before a picture that comes first.
+            ids before an image that comes first.
         begin (`int`):
-            id of the token before a picture.
+            id of the token before an image.
         end (`int`):
             id of the token after it.
         code_ids (`Sequence[int]`):
             ids of the codes.
         num_codes (`int`):
-            codes of a picture here.
+            codes of an image here.
         odd (`Sequence[Sequence[int]]`):
             ids of words at random, as states before codes are unusual, too, and shall not be taken for these.
     """
@@ -120,16 +120,16 @@ class PictureTexts:
         rows, kinds = [], []
         for place, (opened, plain) in enumerate(self.words):
             picks = torch.randint(len(self.code_ids), (self.num_codes,), generator=generator).tolist()
-            picture = [self.begin, *(self.code_ids[pick] for pick in picks), self.end]
+            image = [self.begin, *(self.code_ids[pick] for pick in picks), self.end]
             # the last code is followed by the end token, which the grammar forces: nothing to fit
-            of_picture = [CODES] * self.num_codes + [NEITHER, AFTER]
+            of_image = [CODES] * self.num_codes + [NEITHER, AFTER]
             if place % 2:
-                rows.append([*opened, *picture])
-                kinds.append([FIRST, *[WORDS] * (len(opened) - 1), *of_picture])
+                rows.append([*opened, *image])
+                kinds.append([FIRST, *[WORDS] * (len(opened) - 1), *of_image])
             else:
-                rows.append([*self.opening, *picture, *plain])
-                kinds.append([FIRST] * len(self.opening) + of_picture + [WORDS] * len(plain))
-                # the first position of all has a state of its own, alike for words and pictures
+                rows.append([*self.opening, *image, *plain])
+                kinds.append([FIRST] * len(self.opening) + of_image + [WORDS] * len(plain))
+                # the first position of all has a state of its own, alike for words and images
                 if not self.opening:
                     kinds[-1][0] = NEITHER
         for words in self.odd:
@@ -161,14 +161,14 @@ class ReplacedWeights(Mapping):
 def fit_code_rows(
     config: MomaConfig,
     weights: Mapping[str, torch.Tensor],
-    texts: PictureTexts,
+    texts: ImageTexts,
     head: str,
     tick: Callable[[], object] = lambda: None,
 ) -> torch.Tensor:
     """Return rows of the head with which codes follow codes and words follow words, each code as likely as the next.
 
     A new token whose row is the mean of the others has the mean of their logits, which a model that is sure of its
-    words leaves far behind: pictures then begin at a loss far above that of a guess among all tokens. The codes share
+    words leaves far behind: images then begin at a loss far above that of a guess among all tokens. The codes share
     a vector instead, found by a logistic regression on the model's own states: it tells positions before a code from
     positions before a word by `log sum exp` of the codes' logits less that of the words'. The logits of the words stay
     as they are.
@@ -178,8 +178,8 @@ def fit_code_rows(
             the target's.
         weights (`Mapping[str, torch.Tensor]`):
             its tensors by name, with rows of [`extend_rows`].
-        texts (`PictureTexts`):
-            with pictures.
+        texts (`ImageTexts`):
+            with images.
         head (`str`):
             name of the tensor that gives the logits; that of the embedding where they are tied.
         tick (`Callable`, *optional*, defaults to `lambda: None`):
@@ -210,7 +210,7 @@ def fit_code_rows(
 
 
 @torch.no_grad()
-def picture_loss(config: MomaConfig, weights: Mapping[str, torch.Tensor], texts: PictureTexts, head: str) -> float:
+def image_loss(config: MomaConfig, weights: Mapping[str, torch.Tensor], texts: ImageTexts, head: str) -> float:
     """Return the mean cross-entropy of the codes in nats over the whole vocabulary, on codes that no fit has seen.
 
     Args:
@@ -218,8 +218,8 @@ def picture_loss(config: MomaConfig, weights: Mapping[str, torch.Tensor], texts:
             the model's.
         weights (`Mapping[str, torch.Tensor]`):
             its tensors by name.
-        texts (`PictureTexts`):
-            with pictures.
+        texts (`ImageTexts`):
+            with images.
         head (`str`):
             name of the tensor that gives the logits.
     """
@@ -233,7 +233,7 @@ def picture_loss(config: MomaConfig, weights: Mapping[str, torch.Tensor], texts:
 
 
 def _states(
-    config: MomaConfig, weights: Mapping[str, torch.Tensor], texts: PictureTexts, seed: int
+    config: MomaConfig, weights: Mapping[str, torch.Tensor], texts: ImageTexts, seed: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return last hidden states `[N, D]` of all positions and their kinds `[N]`."""
     ids_BT, kind_BT = texts.batch(seed)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Text models of the Llama family (Llama, Qwen2, Qwen3, Mistral) as MoMa 1t1i models with picture tokens."""
+"""Text models of the Llama family (Llama, Qwen2, Qwen3, Mistral) as MoMa 1t1i models with image tokens."""
 
 import functools
 from collections.abc import Mapping
@@ -20,7 +20,7 @@ from ..errors_moma import InputError
 from ..hub.loading import open_processor
 from ..modeling_moma import MomaForCausalLM
 from ..utils.messages import one_line
-from .embedding_rows import MOST_CODES, ROUNDS, STATISTICS_ROWS, TEXTS, PictureTexts, fit_code_rows, picture_loss
+from .embedding_rows import MOST_CODES, ROUNDS, STATISTICS_ROWS, TEXTS, ImageTexts, fit_code_rows, image_loss
 from .generation import convert_generation_config
 from .gguf import GgufReader
 from .llama_entries import EMBEDDING, HEAD, BuiltWeights, ignored_keys, llama_entries, with_code_rows
@@ -61,12 +61,12 @@ def convert_llama(
     max_shard_size: int | str = "2GB",
     probe: bool = True,
 ) -> Receipt:
-    """Convert a text model into a MoMa 1t1i that computes the same logits on text, and can learn pictures.
+    """Convert a text model into a MoMa 1t1i that computes the same logits on text, and can learn images.
 
-    The text group takes the feed-forward weights. The source's tokenizer gets picture tokens; their rows of the
+    The text group takes the feed-forward weights. The source's tokenizer gets image tokens; their rows of the
     embedding, and of an untied head, are drawn around the mean of the old rows with 0.1 of their standard deviation,
     channel by channel. All other rows of the source stay where they are. The chat template of the source stays for
-    messages that are strings, and takes parts with pictures.
+    messages that are strings, and takes parts with images.
 
     Args:
         source (`str | Path`):
@@ -74,7 +74,7 @@ def convert_llama(
         output (`str | Path`):
             folder for the model and its processor.
         processor (`str | Path`):
-            folder of a [`MomaProcessor`], whose picture tokenizer the model shall use.
+            folder of a [`MomaProcessor`], whose image tokenizer the model shall use.
         gguf_file (`str`, *optional*):
             name of a GGUF file of the source to read in place of its other weights. The weights are dequantized, so
             `dtype` decides on the size; float32 by default.
@@ -82,7 +82,7 @@ def convert_llama(
             `"copy"` starts the image group with the text group's weights, `"new"` with random ones.
         code_rows (`str`, *optional*, defaults to `"fitted"`):
             `"fitted"` gives the codes' rows of the head a shared vector with which codes follow codes, see
-            [`fit_code_rows`], so that the loss of pictures begins at that of a guess among the codes. `"mean"` leaves
+            [`fit_code_rows`], so that the loss of images begins at that of a guess among the codes. `"mean"` leaves
             them around the mean row.
         seed (`int`, *optional*, defaults to `0`):
             of the new weights.
@@ -98,7 +98,7 @@ def convert_llama(
     Returns:
         `Receipt`: also saved as `conversion.json`. It says what share of the probability the new tokens have on text:
         about their share of the vocabulary where the source is undecided, less where it is sure; and the loss of
-        pictures.
+        images.
 
     Raises:
         CheckpointError: the source is damaged, or has a feature that MoMa cannot express.
@@ -113,7 +113,7 @@ def convert_llama(
     rounded = rounded_weights(reader, dtype)
     source_config = _source_config(reader)
     num_rows = source_config.vocab_size
-    moma_processor, new_ids = _with_pictures(reader, processor)
+    moma_processor, new_ids = _with_images(reader, processor)
     vocab_size = max(num_rows, moma_processor.token_layout()["vocab_size"])
     new_ids = sorted({*new_ids, *range(num_rows, vocab_size)})
     config = _moma_config(source_config, {**moma_processor.token_layout(), "vocab_size": vocab_size}, reader)
@@ -122,7 +122,7 @@ def convert_llama(
     old_ids = sorted(set(range(num_rows)) - set(new_ids))
     _check_tied_head(reader, config)
     entries = llama_entries(config, source_config, new_ids, image_group, seed)
-    texts = picture_texts(moma_processor, old_ids)
+    texts = image_texts(moma_processor, old_ids)
     ignored = ignored_keys(config)
     check_source(reader, entries, ignored)
     if code_rows == "fitted":
@@ -173,7 +173,7 @@ def _check_tied_head(reader: TensorSource, config: MomaConfig) -> None:
             )
 
 
-def _with_pictures(reader: TensorSource, processor: str | Path) -> tuple[MomaProcessor, set[int]]:
+def _with_images(reader: TensorSource, processor: str | Path) -> tuple[MomaProcessor, set[int]]:
     try:
         parts = open_processor(str(processor))
     except ValueError as error:
@@ -189,7 +189,7 @@ def _with_pictures(reader: TensorSource, processor: str | Path) -> tuple[MomaPro
         file = next(found, reader.folder / names[0])
         reason = one_line(error)
         raise CheckpointError(
-            f"{file}: this tokenizer cannot be given picture tokens, which need a tokenizer.json that can be read: "
+            f"{file}: this tokenizer cannot be given image tokens, which need a tokenizer.json that can be read: "
             f"{reason}"
         ) from error
     # prompts of a batch have to end side by side
@@ -224,8 +224,8 @@ def _moma_config(source: PreTrainedConfig, layout: dict, reader: TensorSource) -
         raise CheckpointError(f"{reader.folder / 'config.json'}: no MomaConfig can express it: {reason}") from error
 
 
-def picture_texts(processor: MomaProcessor, old_ids: list[int]) -> PictureTexts:
-    """Return the texts with pictures in the ids of a processor.
+def image_texts(processor: MomaProcessor, old_ids: list[int]) -> ImageTexts:
+    """Return the texts with images in the ids of a processor.
 
     Args:
         processor (`MomaProcessor`):
@@ -238,7 +238,7 @@ def picture_texts(processor: MomaProcessor, old_ids: list[int]) -> PictureTexts:
     tokenizer, frame = processor.tokenizer, processor.frames["image"]
     opening = beginning_ids(tokenizer)
     plain = [tokenizer(text, add_special_tokens=False)["input_ids"][:MOST_WORDS] for text in TEXTS]
-    return PictureTexts(
+    return ImageTexts(
         words=[([*opening, *ids], ids) for ids in plain],
         opening=opening,
         begin=frame.begin,
@@ -254,10 +254,10 @@ def _head_name(config: MomaConfig) -> str:
 
 
 def _fitted(
-    config: MomaConfig, reader: TensorSource, entries: list[Entry], texts: PictureTexts, dtype: torch.dtype | None
+    config: MomaConfig, reader: TensorSource, entries: list[Entry], texts: ImageTexts, dtype: torch.dtype | None
 ) -> list[Entry]:
     rounds = ROUNDS if config.tie_word_embeddings else 1
-    with logging.tqdm(total=rounds, desc="rows of picture codes") as progress:
+    with logging.tqdm(total=rounds, desc="rows of image codes") as progress:
         rows = fit_code_rows(config, BuiltWeights(reader, entries, dtype), texts, _head_name(config), progress.update)
     return with_code_rows(entries, _head_name(config), texts.code_ids, rows)
 
@@ -267,7 +267,7 @@ def _compare(
     source: Mapping[str, torch.Tensor],
     config: MomaConfig,
     old_ids: list[int],
-    texts: PictureTexts,
+    texts: ImageTexts,
     converted: CheckpointReader,
 ) -> ProbeResult:
     batch = text_batch(old_ids)
@@ -283,4 +283,4 @@ def _compare(
     new_ids = sorted(set(range(config.vocab_size)) - set(old_ids))
     difference = relative_difference(*(part[:, old_ids] for part in logits))
     probability = new_token_probability(logits[1], new_ids)
-    return ProbeResult(difference, probability, picture_loss(config, converted, texts, _head_name(config)))
+    return ProbeResult(difference, probability, image_loss(config, converted, texts, _head_name(config)))

@@ -90,7 +90,7 @@ def _extend(old: torch.Tensor, num_rows: int, new_ids: list[int], seed: int, pla
 
 
 def with_code_rows(entries: Sequence[Entry], name: str, code_ids: Sequence[int], row_CD: torch.Tensor) -> list[Entry]:
-    """Return the entries, one of them with other rows for the picture codes.
+    """Return the entries, one of them with other rows for the image codes.
 
     Args:
         entries (`Sequence[Entry]`):

@@ -24,13 +24,13 @@ class ProbeResult:
             see [`relative_difference`].
         new_token_probability (`float`, *optional*):
             see [`new_token_probability`]; None without new tokens.
-        picture_loss (`float`, *optional*):
-            mean loss of picture codes in nats; None without new tokens.
+        image_loss (`float`, *optional*):
+            mean loss of image codes in nats; None without new tokens.
     """
 
     relative_difference: float
     new_token_probability: float | None = None
-    picture_loss: float | None = None
+    image_loss: float | None = None
 
 
 class ChangedWeights(Mapping):

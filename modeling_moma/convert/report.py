@@ -37,7 +37,7 @@ class Receipt:
             share of the softmax that falls on all new tokens together, the mean over the positions of the probe batch;
             None without a probe or new tokens.
         picture_loss (`float`, *optional*):
-            mean loss in nats of the codes of random pictures beside plain words, over the whole vocabulary; None
+            mean loss in nats of the codes of random images beside plain words, over the whole vocabulary; None
             without a probe or new tokens.
     """
 
@@ -68,7 +68,7 @@ class Receipt:
         if self.new_token_probability is not None:
             rows.append(("probability of new tokens", f"{self.new_token_probability:.2%}"))
         if self.picture_loss is not None:
-            rows.append(("loss of picture codes", f"{self.picture_loss:.2f} nats"))
+            rows.append(("loss of image codes", f"{self.picture_loss:.2f} nats"))
         width = max(len(name) for name, _ in rows)
         return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
 

@@ -17,7 +17,7 @@ from ..utils.atomic_files import write_folder_aside
 from .reading import CheckpointError, read_pickle
 
 
-# the discriminator and the perceptual network of training, which no picture passes at inference
+# the discriminator and the perceptual network of training, which no image passes at inference
 IGNORED_PREFIX = "loss."
 DECODER_PREFIX = "decoder."
 # sizes of the configuration read off shapes: field, parameter, axis
@@ -78,7 +78,7 @@ def vqgan_config(tensors: Mapping[str, torch.Tensor], resolution: int = 512) -> 
         tensors (`Mapping[str, torch.Tensor]`):
             as [`read_vqgan`] gives.
         resolution (`int`, *optional*, defaults to `512`):
-            side of the pictures in pixels, which no tensor tells: 512 in Chameleon, 256 in most models of
+            side of the images in pixels, which no tensor tells: 512 in Chameleon, 256 in most models of
             taming-transformers.
 
     Returns:

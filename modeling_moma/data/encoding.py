@@ -34,7 +34,7 @@ PIXEL_SETTINGS = (
 )
 
 # For a model that learnt captions and nothing else: a message of the user and its answer are one training example,
-# `<bos> picture caption <eos>` or `<bos> caption picture <eos>`. What a system message says has no place in one.
+# `<bos> image caption <eos>` or `<bos> caption image <eos>`. What a system message says has no place in one.
 CHAT_TEMPLATE = (
     "{% for message in messages %}" + MESSAGE_TEXT + "{% if message['role'] == 'user' %}"
     "{{ bos_token + (turn.text | trim) }}"
@@ -47,11 +47,11 @@ CHAT_TEMPLATE = (
 
 class DocumentEncoder:
     """
-    Makes documents of texts and of the codes of pictures. They begin as a prompt does: with what the tokenizer puts
+    Makes documents of texts and of the codes of images. They begin as a prompt does: with what the tokenizer puts
     before a text, `<bos>` or nothing.
 
     Args:
-        processor: gives tokenizer and the ids of a picture.
+        processor: gives tokenizer and the ids of an image.
 
     Attributes:
         beginning: ids before every document, see [`beginning_ids`].
@@ -70,13 +70,13 @@ class DocumentEncoder:
         """Ids of a text, without any that begin or end it; `<image>` and the like are characters in it."""
         return self._backend.encode(text, add_special_tokens=False).ids if text else []
 
-    def caption(self, text: str, codes: Any, picture_first: bool) -> list[int]:
-        """`<bos> picture caption <eos>`, or `<bos> caption picture <eos>`, of codes `[image_seq_length]`.
+    def caption(self, text: str, codes: Any, image_first: bool) -> list[int]:
+        """`<bos> image caption <eos>`, or `<bos> caption image <eos>`, of codes `[image_seq_length]`.
 
-        A picture of no caption, second, has `<bos>` before it whatever the tokenizer, as the prompt `""` has.
+        An image of no caption, second, has `<bos>` before it whatever the tokenizer, as the prompt `""` has.
         """
-        picture, words = self.processor.image_ids(codes), self.text_ids(text)
-        first, second = (picture, words) if picture_first else (words, picture)
+        image, words = self.processor.image_ids(codes), self.text_ids(text)
+        first, second = (image, words) if image_first else (words, image)
         return [*self.opened(first), *second, self.eos]
 
     def opened(self, ids: Sequence[int]) -> list[int]:
@@ -117,7 +117,7 @@ def plain_backend(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
 
 
 def processor_fingerprint(processor: MomaProcessor) -> str:
-    """A hash of all that decides on the ids of texts and pictures: tokenizer, image processor and VQ weights."""
+    """A hash of all that decides on the ids of texts and images: tokenizer, image processor and VQ weights."""
     digest = hashlib.sha256(plain_backend(processor.tokenizer).to_str().encode())
     settings = processor.image_processor.to_dict()
     kept = {name: settings.get(name) for name in PIXEL_SETTINGS}

@@ -23,10 +23,10 @@ FORMAT = 2
 # rows of a shard grow with the data, so that the number of files stays in bounds
 SHARD_ROWS = (1024, 16384)
 TYPICAL_SHARDS = 64
-# fewest pictures of a shard, where there are more than that, so that a few thousand are the work of several processes
-SHARD_PICTURES = 256
-# of texts, that take about as long as a picture
-CHARACTERS_PER_PICTURE = 16384
+# fewest images of a shard, where there are more than that, so that a few thousand are the work of several processes
+SHARD_IMAGES = 256
+# of texts, that take about as long as an image
+CHARACTERS_PER_IMAGE = 16384
 # rows, spread over a split, that say what the others hold
 LOOKED_AT = 64
 
@@ -67,7 +67,7 @@ class Job:
         fingerprint: of that processor, from `processor_fingerprint`.
         sequence_length: longest document that cannot be cut, in tokens.
         packed: whether training cuts texts wherever a sequence ends; otherwise longer ones are left out.
-        seed: of the changes of pictures that further codings are made of.
+        seed: of the changes of images that further codings are made of.
         sources: the recipe's section.
         splits: of each source and split: `split` (the data set's name), `rows` (`None` where streamed), `shards`,
             `pictures` (an estimate), `rows_per_shard`, `list_columns`.
@@ -122,7 +122,7 @@ def plan_job(
         sequence_length: see [`Job`], as the next two.
         packed: see there.
         seed: see there.
-        rows_per_shard: by default so many that a split has about 64 shards of 256 pictures or more, or as much text as
+        rows_per_shard: by default so many that a split has about 64 shards of 256 images or more, or as much text as
             takes as long; at most 16,384 rows, and 1,024 where there are few.
         splits: leave out all others; `train` must be among them.
 
@@ -156,10 +156,10 @@ def _plan_source(source: Source, rows_per_shard: int | None, splits: Sequence[st
         if isinstance(rows, Dataset):
             if len(rows) == 0:
                 raise InputError(f"sources: {source.name!r} yields nothing: its split {split!r} has no rows.")
-            pictures, weight = _row_means(source, rows)
+            images, weight = _row_means(source, rows)
             size = rows_per_shard or _shard_rows(len(rows), weight)
             size = -(-size // source.kind.rows_multiple) * source.kind.rows_multiple
-            entry |= {"rows": len(rows), "pictures": round(len(rows) * pictures), "rows_per_shard": size}
+            entry |= {"rows": len(rows), "pictures": round(len(rows) * images), "rows_per_shard": size}
             entry["shards"] = -(-len(rows) // size)
         else:
             entry |= {"rows": None, "pictures": None, "rows_per_shard": None, "shards": rows.num_shards}
@@ -168,24 +168,24 @@ def _plan_source(source: Source, rows_per_shard: int | None, splits: Sequence[st
 
 
 def _shard_rows(rows: int, weight: float) -> int:
-    """Rows of a shard, of a split whose rows take as long as so many pictures each."""
+    """Rows of a shard, of a split whose rows take as long as so many images each."""
     most = min(max(SHARD_ROWS[0], rows // TYPICAL_SHARDS), SHARD_ROWS[1])
-    pictures = max(SHARD_PICTURES, rows * weight / TYPICAL_SHARDS)
-    return max(1, min(most, int(pictures / weight))) if weight else most
+    images = max(SHARD_IMAGES, rows * weight / TYPICAL_SHARDS)
+    return max(1, min(most, int(images / weight))) if weight else most
 
 
 def _row_means(source: Source, rows: Dataset) -> tuple[float, float]:
-    """Pictures of a row in the mean, and in how many pictures' time it is tokenized, of some rows."""
+    """Images of a row in the mean, and in how many images' time it is tokenized, of some rows."""
     places = sorted({len(rows) * number // LOOKED_AT for number in range(LOOKED_AT)})
     looked_at = list(undecoded_rows(rows.select(places)))
-    pictures = sum(len(source.kind.row_images(row)) for row in looked_at) / len(looked_at)
+    images = sum(len(source.kind.row_images(row)) for row in looked_at) / len(looked_at)
     columns = source.kind.columns()
     characters = sum(_text_length({name: row[name] for name in columns}) for row in looked_at) / len(looked_at)
-    return pictures, pictures + characters / CHARACTERS_PER_PICTURE
+    return images, images + characters / CHARACTERS_PER_IMAGE
 
 
 def _text_length(value: Any) -> int:
-    """Characters of all texts in a row, or in a part of one, but for pictures and where they lie."""
+    """Characters of all texts in a row, or in a part of one, but for images and where they lie."""
     if isinstance(value, str):
         return len(value)
     if isinstance(value, dict):

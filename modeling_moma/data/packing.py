@@ -50,12 +50,12 @@ class PackedExamples(torch.utils.data.Dataset):
 
     Each gap in a sequence goes to the source that is most behind its weight, by the tokens written so far, and has
     something that goes in. Captions go in whole or wait for a gap. Texts and interleaved documents are cut where a
-    sequence ends, never inside of a picture, and go on in a later one, where the rest is a document of its own; a
+    sequence ends, never inside of an image, and go on in a later one, where the rest is a document of its own; a
     source has at most 8 of them open, and goes on with the oldest that fills the gap or ends in it. A piece has 16
-    tokens or more unless it ends its document, fills its sequence, or stands before a picture that is too large to
+    tokens or more unless it ends its document, fills its sequence, or stands before an image that is too large to
     share a sequence with it. What no source can fill is padding.
 
-    Shares are kept as long as documents allow it: where pictures or captions leave no room for one another, others
+    Shares are kept as long as documents allow it: where images or captions leave no room for one another, others
     come before their turn, and the log of a training tells.
 
     The index decides everything. Sequences come in blocks of four million tokens, of 1,024 sequences or more: where
@@ -69,7 +69,7 @@ class PackedExamples(torch.utils.data.Dataset):
         sequence_length: tokens of a sequence.
         length: sequences of the stream.
         pad_token_id: what fills a sequence that nothing else fills.
-        frames: begin and end ids of pictures and the like.
+        frames: begin and end ids of images and the like.
         seed: of everything random.
 
     Returns:
@@ -207,7 +207,7 @@ class _Document:
         return self.ids[self.done - part : self.done]
 
     def part(self, gap: int) -> int:
-        """The most tokens that make a piece in a gap, no picture cut; 0 where none do."""
+        """The most tokens that make a piece in a gap, no image cut; 0 where none do."""
         end = self.done + gap
         if end >= len(self.ids):
             return self.rest
@@ -231,7 +231,7 @@ class _Document:
         return ranges
 
     def _stands_alone(self, place: int) -> bool:
-        """Whether the few tokens before a picture fit into no sequence together with it."""
+        """Whether the few tokens before an image fit into no sequence together with it."""
         number = bisect_left(self.begins, place)
         is_before = number < len(self.begins) and self.begins[number] == place > self.done
         return is_before and self.lasts[number] + 1 - self.done > self.length
@@ -245,7 +245,7 @@ class _Source:
         order: of its documents.
         number: that of its first document in the block.
         share: its part of the tokens.
-        frames: begin and end ids of pictures and the like.
+        frames: begin and end ids of images and the like.
         length: tokens of a sequence.
     """
 
@@ -293,7 +293,7 @@ class _Source:
             longest = 1 + max([last - begin for begin, last in zip(document.begins, document.lasts)], default=-1)
         if longest >= self.length:
             raise InputError(
-                f"sources: {self.order.documents.name!r} has {longest + 1} tokens that cannot be cut, a picture and "
+                f"sources: {self.order.documents.name!r} has {longest + 1} tokens that cannot be cut, an image and "
                 f"what begins it, or a caption: `sequence_length` is {self.length}."
             )
         self.number += 1

@@ -11,7 +11,7 @@ import torch
 
 from ..errors_moma import InputError
 from .encoding import DocumentEncoder
-from .pictures import LeftOut, read_picture
+from .images import LeftOut, read_image
 
 
 # images that are coded together; rows of a shard of captions are a multiple
@@ -23,13 +23,13 @@ class ShardReport:
     """
     Attributes:
         rows: rows read.
-        pictures: pictures coded.
+        pictures: images coded.
         written: documents by split.
-        tokens: by split, `text` (with the frames of documents and pictures) and `image` (codes) of one reading of
+        tokens: by split, `text` (with the frames of documents and images) and `image` (codes) of one reading of
             every document, captions by their first template.
         left_out: rows by reason.
-        pictures_left_out: pictures of interleaved documents, whose rest is written, by reason.
-        changed: pictures that were brought into another form, by what they were.
+        pictures_left_out: images of interleaved documents, whose rest is written, by reason.
+        changed: images that were brought into another form, by what they were.
         named: `row`, `reason` and `detail` of what was left out.
     """
 
@@ -43,7 +43,7 @@ class ShardReport:
     named: list[dict] = field(default_factory=list)
 
     def leave_out(self, row: int, error: LeftOut, is_whole: bool = True) -> None:
-        """Count and name a row, or a picture of it."""
+        """Count and name a row, or an image of it."""
         (self.left_out if is_whole else self.pictures_left_out)[error.reason] += 1
         self.named.append({"row": row, "reason": error.reason, "detail": error.detail[:300]})
 
@@ -111,9 +111,9 @@ class Shard(ABC):
         Raises:
             LeftOut: it cannot be used.
         """
-        picture, changes = read_picture(value, self.root, min_side)
+        image, changes = read_image(value, self.root, min_side)
         self.report.changed.update(changes)
-        return self.processor.image_processor([picture], return_tensors="pt")["pixel_values"]
+        return self.processor.image_processor([image], return_tensors="pt")["pixel_values"]
 
     def codes(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Codes `[B, image_seq_length]` of pixel values `[B, 3, H, W]`."""

@@ -61,7 +61,7 @@ class Source:
         splits: the data set's name of `train`, `validation` and others, where it differs.
         held_out: share of the training rows that becomes `validation` where the data set has no such split.
         weight: its part of the tokens of a mixture, relative to the other sources' weights.
-        root: folder that paths of pictures in the rows start from; by default that of `data`.
+        root: folder that paths of images in the rows start from; by default that of `data`.
     """
 
     name: str
@@ -99,7 +99,7 @@ class Source:
 
     def open(self, split: str) -> Dataset | IterableDataset:
         """
-        Opens a split, of which no picture is decoded yet where it is streamed.
+        Opens a split, of which no image is decoded yet where it is streamed.
 
         Args:
             split: the data set's own name of it.
@@ -148,8 +148,8 @@ class Source:
         column = next((name for name, entry in rows.features.items() if isinstance(entry, Image)), None)
         return rows if column is None else rows_below(rows, folders[split], column)
 
-    def picture_root(self) -> str:
-        """The folder that relative paths of pictures start from."""
+    def image_root(self) -> str:
+        """The folder that relative paths of images start from."""
         if self.root is not None:
             return self.root
         path = Path(self.data)
@@ -207,7 +207,7 @@ class Source:
 
 def undecoded_rows(rows: Dataset | IterableDataset) -> Iterator[dict[str, Any]]:
     """
-    Yields rows whose pictures are `{"bytes": ..., "path": ...}`, in whatever depth of lists they stand.
+    Yields rows whose images are `{"bytes": ..., "path": ...}`, in whatever depth of lists they stand.
 
     Raises:
         ValueError: a file cannot be read any further.

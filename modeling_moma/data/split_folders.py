@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Folders of pictures that are sorted into splits under one `metadata.csv`, which `datasets` passes over."""
+"""Folders of images that are sorted into splits under one `metadata.csv`, which `datasets` passes over."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,12 +30,12 @@ def data_files(folder: Path) -> dict[str, list[str]]:
 
 
 def rows_below(rows: Dataset, folders: Sequence[Path], column: str) -> Dataset:
-    """The rows whose picture lies below one of some folders.
+    """The rows whose image lies below one of some folders.
 
     Args:
         rows: of `imagefolder`.
         folders: of a split.
-        column: of the pictures.
+        column: of the images.
     """
     values: Any = rows.select_columns(column).cast_column(column, Image(decode=False))[column]
     below = [folder.resolve() for folder in folders]

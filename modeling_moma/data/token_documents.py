@@ -37,7 +37,7 @@ class TokenDocuments:
         name: of the source.
         table: with a column `input_ids`.
         longest: longest held-out document in tokens; longer ones are cut to it.
-        frames: begin and end ids of pictures and the like.
+        frames: begin and end ids of images and the like.
     """
 
     can_be_cut, has_choice = True, False
@@ -73,12 +73,12 @@ class HeldOutTokens(Sequence):
 
 def cut_place(ids: Sequence[int] | np.ndarray, room: int, frames: Sequence[tuple[int, int]]) -> int:
     """
-    How many tokens of a document go into a room, no picture of it cut in two.
+    How many tokens of a document go into a room, no image of it cut in two.
 
     Args:
         ids: `[length]`.
         room: tokens there is room for.
-        frames: begin and end ids of pictures and the like.
+        frames: begin and end ids of images and the like.
 
     Returns:
         `int`: between 0 and `room`.
@@ -91,14 +91,14 @@ def cut_place(ids: Sequence[int] | np.ndarray, room: int, frames: Sequence[tuple
 
 def frame_spans(ids: Sequence[int] | np.ndarray, frames: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
     """
-    Where the pictures of a document lie.
+    Where the images of a document lie.
 
     Args:
         ids: `[length]`.
-        frames: begin and end ids of pictures and the like.
+        frames: begin and end ids of images and the like.
 
     Returns:
-        The places of the first and the last token of each, in their order; `length` for the last one of a picture
+        The places of the first and the last token of each, in their order; `length` for the last one of an image
         that does not end.
     """
     ids, spans = np.asarray(ids), []
@@ -113,7 +113,7 @@ def frame_spans(ids: Sequence[int] | np.ndarray, frames: Sequence[tuple[int, int
 
 
 def cut_before(place: int, begins: Sequence[int], lasts: Sequence[int]) -> int:
-    """`place`, or the beginning of the picture that would be cut there, of the spans of [`frame_spans`]."""
+    """`place`, or the beginning of the image that would be cut there, of the spans of [`frame_spans`]."""
     number = bisect_left(begins, place) - 1
     return begins[number] if number >= 0 and lasts[number] >= place else place
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One shard of a tokenization: rows in, token ids and codes of pictures out."""
+"""One shard of a tokenization: rows in, token ids and codes of images out."""
 
 import functools
 import json
@@ -15,9 +15,9 @@ from datasets.arrow_writer import ArrowWriter
 from ..errors_moma import InputError
 from ..utils.atomic_files import path_aside
 from .encoding import DocumentEncoder, loaded_encoder
+from .images import LeftOut
 from .jobs import BATCH, Job, Task
 from .json_lines import BROKEN_LINE
-from .pictures import LeftOut
 from .reports import write_report
 from .shard import Shard
 from .sources import TRAIN, VALIDATION, Source, read_sources, undecoded_rows
@@ -63,7 +63,7 @@ def tokenize_shard(
         job: from `plan_job`.
         task: one of `job.tasks()`.
         strict: stop at the first row that cannot be used.
-        on_work: is called with numbers of pictures that have been coded.
+        on_work: is called with numbers of images that have been coded.
 
     Returns:
         Whether there was anything to do.
@@ -159,7 +159,7 @@ class SourceShard(Shard):
             start=task.shard * (plan["rows_per_shard"] or 0),
             # where rows are streamed, nobody knows how many stand before a shard
             seed=job.seed if plan["rows"] is not None else job.seed + task.shard,
-            root=self.source.picture_root(),
+            root=self.source.image_root(),
             where=f"sources: {self.source.name!r}, split {plan['split']!r}",
             is_strict=strict,
             on_work=on_work,

@@ -20,7 +20,7 @@ from .tokenizing import tokenize_shard
 
 # between two looks at what the other processes have done
 POLL_SECONDS = 0.5
-# of a worker: pictures that all of them have coded
+# of a worker: images that all of them have coded
 _coded: Any = None
 
 
@@ -116,7 +116,7 @@ def _raise_first(futures: list[Future]) -> None:
 
 class Progress:
     """
-    A bar of all pictures of a job, or of its shards where nothing has pictures or nobody knows how many.
+    A bar of all images of a job, or of its shards where nothing has images or nobody knows how many.
 
     Args:
         folder: of all tokens.
@@ -128,14 +128,14 @@ class Progress:
         # what other processes have coded, where there are any
         self.coded: Any = None
         plans = [plan for splits in job.splits.values() for plan in splits.values()]
-        has_pictures = any(job.source(name).kind.has_images for name in job.sources)
-        is_known = has_pictures and all(plan["pictures"] is not None for plan in plans)
+        has_images = any(job.source(name).kind.has_images for name in job.sources)
+        is_known = has_images and all(plan["pictures"] is not None for plan in plans)
         self.total = sum(plan["pictures"] for plan in plans) if is_known else len(job.tasks())
-        self.counts_pictures = is_known
+        self.counts_images = is_known
         self.done = self._done()
 
     def __enter__(self) -> "Progress":
-        unit = " pictures" if self.counts_pictures else " shards"
+        unit = " images" if self.counts_images else " shards"
         self.bar = tqdm(total=self.total, initial=self.done, desc="tokenizing", unit=unit)
         return self
 
@@ -145,22 +145,22 @@ class Progress:
             self.bar.n = self.bar.total = self._done()
         self.bar.close()
 
-    def add(self, pictures: int) -> None:
+    def add(self, images: int) -> None:
         """So many have been coded by this process."""
-        self.own += pictures
+        self.own += images
         self.show()
 
     def show(self) -> None:
         """Move the bar."""
         others = 0 if self.coded is None else self.coded.value
-        self.bar.n = self.done + self.own + others if self.counts_pictures else self._done()
+        self.bar.n = self.done + self.own + others if self.counts_images else self._done()
         self.bar.total = max(self.total, self.bar.n)
         self.bar.refresh()
 
     def _done(self) -> int:
         reports = [self.folder / task.report_name() for task in self.job.tasks()]
         found = [path for path in reports if path.is_file()]
-        if not self.counts_pictures:
+        if not self.counts_images:
             return len(found)
         return sum(json.loads(path.read_text(encoding="utf-8"))["pictures"] for path in found)
 
@@ -185,9 +185,9 @@ def _end_with_parent() -> None:
         os._exit(1)
 
 
-def _add_coded(pictures: int) -> None:
+def _add_coded(images: int) -> None:
     with _coded.get_lock():
-        _coded.value += pictures
+        _coded.value += images
 
 
 def _run_one(folder: str, task: Task, strict: bool) -> bool:

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A page in the browser for one model: captions, drawings, words with pictures, and the routing (extra `demo`)."""
+"""A page in the browser for one model: captions, drawings, words with images, and the routing (extra `demo`)."""

@@ -18,11 +18,11 @@ from tokenization.image_input_moma import clean_pil_image, open_image
 from ..errors_moma import InputError
 
 
-PICTURE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
+IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
 PROMPTS = "prompts.txt"
 MOST_BYTES = 10 * 2**20
 MOST_PIXELS = 40_000_000
-TOO_MANY_PIXELS = f"This picture has more than {MOST_PIXELS // 10**6} million pixels: make it smaller."
+TOO_MANY_PIXELS = f"This image has more than {MOST_PIXELS // 10**6} million pixels: make it smaller."
 # requests of all tabs and browsers use the model one at a time; the others wait in the queue
 ONE_AT_A_TIME: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": "model"}
 MOST_CHARACTERS = 2000
@@ -33,18 +33,18 @@ class Examples:
     """Examples of a page.
 
     Attributes:
-        pictures (`list[str]`):
+        images (`list[str]`):
             paths.
         prompts (`list[str]`):
             words to draw.
     """
 
-    pictures: list[str] = field(default_factory=list)
+    images: list[str] = field(default_factory=list)
     prompts: list[str] = field(default_factory=list)
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> "Examples":
-        """Return the pictures of a folder, by name, and the lines of its `prompts.txt`, where it has one.
+        """Return the images of a folder, by name, and the lines of its `prompts.txt`, where it has one.
 
         Args:
             folder (`str | Path`):
@@ -56,14 +56,14 @@ class Examples:
         folder = Path(folder)
         if not folder.is_dir():
             raise InputError(f"--examples: there is no folder {str(folder)!r}.")
-        pictures = sorted(str(path.resolve()) for path in folder.iterdir() if path.suffix.lower() in PICTURE_ENDINGS)
+        images = sorted(str(path.resolve()) for path in folder.iterdir() if path.suffix.lower() in IMAGE_ENDINGS)
         prompts = folder / PROMPTS
         lines = prompts.read_text(encoding="utf-8").splitlines() if prompts.exists() else []
-        if not pictures and not lines:
+        if not images and not lines:
             raise InputError(
-                f"--examples: {str(folder)!r} holds neither pictures ({', '.join(PICTURE_ENDINGS)}) nor a {PROMPTS}."
+                f"--examples: {str(folder)!r} holds neither images ({', '.join(IMAGE_ENDINGS)}) nor a {PROMPTS}."
             )
-        return cls(pictures, [line.strip() for line in lines if line.strip()])
+        return cls(images, [line.strip() for line in lines if line.strip()])
 
 
 def show_errors(function: Callable) -> Callable:
@@ -95,7 +95,7 @@ def _page_error(error: ValueError) -> gr.Error:
 
 
 def read_upload(path: str, folder: str) -> Image.Image:
-    """Open, check and decode an uploaded picture.
+    """Open, check and decode an uploaded image.
 
     Args:
         path (`str`):
@@ -104,65 +104,63 @@ def read_upload(path: str, folder: str) -> Image.Image:
             where uploads lie; a request made by hand may name any file of this machine.
 
     Returns:
-        `Image.Image`: the picture, upright, in an 8-bit mode.
+        `Image.Image`: the image, upright, in an 8-bit mode.
 
     Raises:
-        ValueError: it was not uploaded, is no picture, damaged, empty or too large; says so to the visitor, without
+        ValueError: it was not uploaded, is no image, damaged, empty or too large; says so to the visitor, without
             naming files here.
     """
     if not Path(path).resolve().is_relative_to(Path(folder).resolve()):
         raise InputError("This file was not uploaded to this page.")
     try:
-        picture = open_image(path)
+        image = open_image(path)
     except Exception as error:
         # Pillow itself raises this for sizes that it takes for an attack
         if isinstance(error.__cause__, Image.DecompressionBombError):
             raise InputError(TOO_MANY_PIXELS) from error
         raise InputError(
-            "This file is not a picture that can be read: it is damaged or of another kind. Take a PNG, JPEG, WebP or "
+            "This file is not an image that can be read: it is damaged or of another kind. Take a PNG, JPEG, WebP or "
             "GIF file."
         ) from error
     # only the header has been read: a small file may hold more pixels than there is memory
-    if picture.width * picture.height > MOST_PIXELS:
+    if image.width * image.height > MOST_PIXELS:
         raise InputError(TOO_MANY_PIXELS)
     try:
-        return clean_pil_image(picture)
+        return clean_pil_image(image)
     except Exception as error:
-        raise InputError("This picture cannot be decoded: the file is truncated or damaged.") from error
+        raise InputError("This image cannot be decoded: the file is truncated or damaged.") from error
 
 
-def picture_input(label: str, elem_id: str) -> gr.Image:
-    """Return an input for a picture that is uploaded or pasted; functions get the path of its file, unopened."""
-    picture = gr.Image(
+def image_input(label: str, elem_id: str) -> gr.Image:
+    """Return an input for an image that is uploaded or pasted; functions get the path of its file, unopened."""
+    image = gr.Image(
         label=label,
         elem_id=elem_id,
-        elem_classes="moma-picture",
+        elem_classes="moma-image",
         type="filepath",
         image_mode=None,
         sources=["upload", "clipboard"],
         height=300,
     )
     # Gradio's own preprocess opens the file before our checks, and its error would name a file of the server
-    setattr(picture, "preprocess", lambda payload: None if payload is None else payload.path)  # noqa: B010
-    return picture
+    setattr(image, "preprocess", lambda payload: None if payload is None else payload.path)  # noqa: B010
+    return image
 
 
-def read_picture(path: str) -> Image.Image:
-    """Return the picture that a visitor uploaded, pasted or took from the examples; see [`read_upload`]."""
+def read_image(path: str) -> Image.Image:
+    """Return the image that a visitor uploaded, pasted or took from the examples; see [`read_upload`]."""
     return read_upload(path, get_upload_folder())
 
 
-def picture_examples(examples: Examples, picture: gr.Image) -> Dependency | None:
-    """Show pictures that a click puts into a picture input; return that event, `None` where there are none."""
-    if not examples.pictures:
+def image_examples(examples: Examples, image: gr.Image) -> Dependency | None:
+    """Show images that a click puts into an image input; return that event, `None` where there are none."""
+    if not examples.images:
         return None
-    return gr.Examples(
-        [[path] for path in examples.pictures], [picture], label="Or take one of these"
-    ).load_input_event
+    return gr.Examples([[path] for path in examples.images], [image], label="Or take one of these").load_input_event
 
 
 def title(text: str):
-    """Return a heading of what comes below. Labels of Gradio's pictures would cover a part of them."""
+    """Return a heading of what comes below. Labels of Gradio's images would cover a part of them."""
     gr.Markdown(f"**{text}**")
 
 
@@ -239,9 +237,9 @@ __all__ = [
     "Examples",
     "checked_seed",
     "checked_words",
-    "picture_examples",
-    "picture_input",
-    "read_picture",
+    "image_examples",
+    "image_input",
+    "read_image",
     "read_upload",
     "sampling_inputs",
     "show_errors",

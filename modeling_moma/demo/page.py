@@ -15,12 +15,12 @@ from .tabs import caption_tab, draw_tab, interleaved_tab, routing_tab
 MOST_WAITING = 32
 # uploads are deleted every hour, once they are an hour old
 CLEANING = (3600, 3600)
-ABOUT = "One decoder reads and writes words and pictures: a picture is a row of codes among the words."
+ABOUT = "One decoder reads and writes words and images: an image is a row of codes among the words."
 CSS = """
 .moma-words { line-height: 2.2; }
 .moma-legend div { margin: 4px 0; }
 .moma-answer img { margin: 6px 0; }
-.moma-picture img { width: 100%; height: 100%; object-fit: contain; }
+.moma-image img { width: 100%; height: 100%; object-fit: contain; }
 """
 
 
@@ -31,7 +31,7 @@ def build_page(studio: Studio, examples: Examples | None = None) -> gr.Blocks:
         studio (`Studio`):
             the model. All visitors share it; what they ask and get stays with each of them.
         examples (`Examples`, *optional*):
-            pictures and words to begin with.
+            images and words to begin with.
 
     Returns:
         `gr.Blocks`: the page, with its queue.

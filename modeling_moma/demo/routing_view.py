@@ -28,15 +28,15 @@ class RoutedExample:
     """A sequence of `T` tokens, and the experts of each.
 
     Attributes:
-        picture (`Image.Image | None`):
+        image (`Image.Image | None`):
             whose codes stand in the sequence, as it was cropped; `None` without one.
         pieces (`list[str | None]`):
-            the text of each token, `None` where it is a picture code; `[T]`.
+            the text of each token, `None` where it is an image code; `[T]`.
         routed (`RoutedTokens`):
             who took which token.
     """
 
-    picture: Image.Image | None
+    image: Image.Image | None
     pieces: list[str | None]
     routed: RoutedTokens
 
@@ -53,8 +53,8 @@ class RoutingView:
         self.config = config
         self.colors = expert_colors(config)
 
-    def picture(self, example: RoutedExample, layer: int) -> Image.Image | None:
-        """Return the picture with every patch in the colours and numbers of its experts; `None` without a picture.
+    def image(self, example: RoutedExample, layer: int) -> Image.Image | None:
+        """Return the image with every patch in the colours and numbers of its experts; `None` without an image.
 
         Args:
             example (`RoutedExample`):
@@ -62,7 +62,7 @@ class RoutingView:
             layer (`int`):
                 from 0.
         """
-        if example.picture is None:
+        if example.image is None:
             return None
         places = [place for place, piece in enumerate(example.pieces) if piece is None]
         grid = math.isqrt(len(places))
@@ -74,7 +74,7 @@ class RoutingView:
             boxes[place] = (edges[column], edges[row], edges[column + 1] - 1, edges[row + 1] - 1)
             colors = [SKIPPED] if example.routed.skipped[layer][place] else self._colors_of(example, layer, place)
             fill_stripes(ImageDraw.Draw(overlay), boxes[place], colors)
-        blended = shaded(overlay, example.picture.resize((SIDE, SIDE), Image.Resampling.NEAREST))
+        blended = shaded(overlay, example.image.resize((SIDE, SIDE), Image.Resampling.NEAREST))
         pen = ImageDraw.Draw(blended)
         for place, box in boxes.items():
             self._mark(pen, box, example.routed, layer, place)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """One model with its processor, shared by all visitors of a page: what is asked of it, one request at a time.
 
-Answers are shown while they are written: [`stream_ids`] yields ids as `generate` makes them, and [`PartialPictures`]
-shows a picture of which only the first codes are there.
+Answers are shown while they are written: [`stream_ids`] yields ids as `generate` makes them, and [`PartialImages`]
+shows an image of which only the first codes are there.
 
 Shape suffixes: B rows, T new tokens so far.
 """
@@ -30,7 +30,7 @@ from .routing_view import RoutedExample
 
 # new tokens of a caption, and of the words in an interleaved answer
 MOST_WORDS = 32
-# number of views of a picture while it is drawn
+# number of views of an image while it is drawn
 VIEWS = 16
 # the colour of patches that have no code yet
 PAPER = (226, 230, 232)
@@ -46,7 +46,7 @@ class Studio:
         model (`Any`):
             in eval mode.
         processor (`Any`):
-            its processor, whose picture tokenizer has a decoder.
+            its processor, whose image tokenizer has a decoder.
         name (`str`):
             of the model, for people.
     """
@@ -57,36 +57,36 @@ class Studio:
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def __post_init__(self):
-        self.partial = PartialPictures(self.processor)
+        self.partial = PartialImages(self.processor)
 
     @property
     def codes_between_views(self) -> int:
-        """Codes after which a picture that is being drawn is shown anew."""
+        """Codes after which an image that is being drawn is shown anew."""
         return max(1, self.processor.image_seq_length // VIEWS)
 
-    def caption(self, picture: Image.Image) -> str:
-        """Return what the model says of a picture, greedily."""
-        inputs = self._inputs("", [picture])
+    def caption(self, image: Image.Image) -> str:
+        """Return what the model says of an image, greedily."""
+        inputs = self._inputs("", [image])
         with self._lock:
             ids = self.model.generate(
                 **inputs, generation_mode="text", do_sample=False, max_new_tokens=self._words_room(inputs)
             )
         return self.processor.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
 
-    def seen(self, picture: Image.Image) -> Image.Image:
-        """Return what is left of a picture once it is codes: what the model knows of it."""
-        return self.processor.decode_images(self.processor.encode_images([picture]))[0]
+    def seen(self, image: Image.Image) -> Image.Image:
+        """Return what is left of an image once it is codes: what the model knows of it."""
+        return self.processor.decode_images(self.processor.encode_images([image]))[0]
 
     def draw(
         self, words: str, count: int = 1, temperature: float = 0.7, guidance_scale: float = 5.0, seed: int = 0
     ) -> Iterator[tuple[int, list[Image.Image]]]:
-        """Draw pictures of the words, and show them as their codes arrive.
+        """Draw images of the words, and show them as their codes arrive.
 
         Args:
             words (`str`):
                 what to draw; special tokens in them are the characters that they are.
             count (`int`, *optional*, defaults to `1`):
-                pictures, drawn side by side.
+                images, drawn side by side.
             temperature (`float`, *optional*, defaults to `0.7`):
                 0 takes the likeliest code.
             guidance_scale (`float`, *optional*, defaults to `5.0`):
@@ -95,11 +95,11 @@ class Studio:
                 of the sampling.
 
         Yields:
-            `tuple[int, list[Image.Image]]`: the number of codes that each picture has, and the pictures; the last ones
+            `tuple[int, list[Image.Image]]`: the number of codes that each image has, and the images; the last ones
             are complete.
 
         Raises:
-            ValueError: the words leave too few tokens for a picture.
+            ValueError: the words leave too few tokens for an image.
         """
         inputs = self._inputs(words, [])
         inputs = {name: values.expand(count, -1) for name, values in inputs.items()}
@@ -113,56 +113,56 @@ class Studio:
     def answer(
         self,
         words: str,
-        pictures: list[Image.Image],
+        images: list[Image.Image],
         temperature: float = 0.7,
         guidance_scale: float = 1.0,
-        num_pictures: int = 1,
+        num_images: int = 1,
         seed: int = 0,
     ) -> Iterator[list[str | Image.Image]]:
-        """Go on after words and pictures with words and pictures in turn.
+        """Go on after words and images with words and images in turn.
 
         Args:
             words (`str`):
-                `<image>` in them stands for the place of a picture; without one, pictures come before the words.
-            pictures (`list[Image.Image]`):
+                `<image>` in them stands for the place of an image; without one, images come before the words.
+            images (`list[Image.Image]`):
                 those of the prompt.
             temperature (`float`, *optional*, defaults to `0.7`):
                 0 takes the likeliest token.
             guidance_scale (`float`, *optional*, defaults to `1.0`):
                 1 for none.
-            num_pictures (`int`, *optional*, defaults to `1`):
+            num_images (`int`, *optional*, defaults to `1`):
                 the answer has tokens for so many.
             seed (`int`, *optional*, defaults to `0`):
                 of the sampling.
 
         Yields:
-            `list[str | Image.Image]`: the parts so far, a picture that is being drawn among them.
+            `list[str | Image.Image]`: the parts so far, an image that is being drawn among them.
 
         Raises:
-            ValueError: there are more or fewer pictures than places, or the prompt is too long.
+            ValueError: there are more or fewer images than places, or the prompt is too long.
         """
-        inputs = self._inputs(words, pictures)
-        room = self._words_room(inputs, num_pictures * (self.processor.image_seq_length + 2))
+        inputs = self._inputs(words, images)
+        room = self._words_room(inputs, num_images * (self.processor.image_seq_length + 2))
         arguments = {"generation_mode": INTERLEAVED, "max_new_tokens": room}
         for ids_BT in self._stream(inputs, seed, {**arguments, **_sampling(temperature, guidance_scale)}):
             yield self.partial.parts(ids_BT[0].tolist())
 
-    def route(self, picture: Image.Image | None, words: str) -> RoutedExample:
+    def route(self, image: Image.Image | None, words: str) -> RoutedExample:
         """Write down which expert takes which patch and which word.
 
         Args:
-            picture (`Image.Image | None`):
+            image (`Image.Image | None`):
                 comes first, where there is one.
             words (`str`):
-                without any, the caption that the model gives the picture.
+                without any, the caption that the model gives the image.
 
         Raises:
             ValueError: there is neither, or both together are too long.
         """
-        if picture is None and not words.strip():
-            raise InputError("Give a picture or words: there is nothing to route yet.")
-        words = words if words.strip() or picture is None else self.caption(picture)
-        ids = self._inputs(words, [] if picture is None else [picture])["input_ids"][0]
+        if image is None and not words.strip():
+            raise InputError("Give an image or words: there is nothing to route yet.")
+        words = words if words.strip() or image is None else self.caption(image)
+        ids = self._inputs(words, [] if image is None else [image])["input_ids"][0]
         most = self.model.config.max_position_embeddings
         if len(ids) > most:
             raise InputError(f"These are {len(ids)} tokens, but the model reads {most} at most: shorten the words.")
@@ -172,26 +172,26 @@ class Studio:
             self.processor.image_token_offset, self.processor.image_token_offset + self.processor.codebook_size
         )
         pieces = [None if token in codes else self.processor.tokenizer.decode([token]) for token in ids.tolist()]
-        shown = None if picture is None else self._as_cropped(picture)
+        shown = None if image is None else self._as_cropped(image)
         return RoutedExample(shown, pieces, routed)
 
-    def _as_cropped(self, picture: Image.Image) -> Image.Image:
-        pixel_values = self.processor.image_processor([picture], return_tensors="pt")["pixel_values"]
+    def _as_cropped(self, image: Image.Image) -> Image.Image:
+        pixel_values = self.processor.image_processor([image], return_tensors="pt")["pixel_values"]
         return self.processor.image_processor.postprocess(pixel_values)["pixel_values"][0]
 
-    def _inputs(self, words: str, pictures: list[Image.Image]) -> dict[str, torch.Tensor]:
-        """Return token ids of a prompt `[1, T]`; of its special tokens only the places of pictures are special."""
+    def _inputs(self, words: str, images: list[Image.Image]) -> dict[str, torch.Tensor]:
+        """Return token ids of a prompt `[1, T]`; of its special tokens only the places of images are special."""
         image = self.processor.image_token
         parts = [self.processor.escape_special_tokens(part) for part in words.split(image)]
-        if len(parts) == 1 and pictures:
-            parts = [""] * len(pictures) + parts
-        if len(parts) - 1 != len(pictures):
+        if len(parts) == 1 and images:
+            parts = [""] * len(images) + parts
+        if len(parts) - 1 != len(images):
             raise InputError(
-                f"The words have {len(parts) - 1} places for pictures ({image}), but {len(pictures)} pictures came "
-                "with them: give one for each place, or leave the places out to put all pictures first."
+                f"The words have {len(parts) - 1} places for images ({image}), but {len(images)} images came "
+                "with them: give one for each place, or leave the places out to put all images first."
             )
         batch = self.processor(
-            images=pictures or None,
+            images=images or None,
             text=[image.join(parts)],
             sanitize_control_tokens=True,
             return_tensors="pt",
@@ -228,7 +228,7 @@ def load_studio(folder: str | Path) -> Studio:
 
     Raises:
         ValueError: it cannot be opened, see [`open_saved`]; weights that are not finite, a model that writes no
-            pictures, or a picture tokenizer without a decoder.
+            images, or an image tokenizer without a decoder.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     load = partial(AutoProcessor.from_pretrained, folder)
@@ -237,26 +237,26 @@ def load_studio(folder: str | Path) -> Studio:
     load = partial(AutoModelForCausalLM.from_pretrained, folder, dtype=dtype)
     model: Any = open_saved(MODEL, "FOLDER", str(folder), load)
     refuse_non_finite(model, str(folder))
-    refuse_non_finite(processor.vq_model, f"{folder}, picture tokenizer")
+    refuse_non_finite(processor.vq_model, f"{folder}, image tokenizer")
     if "image" not in model.config.frames:
-        raise InputError(f"FOLDER: the model of {str(folder)!r} writes no pictures, so there is nothing to show.")
+        raise InputError(f"FOLDER: the model of {str(folder)!r} writes no images, so there is nothing to show.")
     if not processor.vq_model.config.use_decoder:
         raise InputError(
-            f"FOLDER: the picture tokenizer of {str(folder)!r} has no decoder (use_decoder=False), so no picture can "
+            f"FOLDER: the image tokenizer of {str(folder)!r} has no decoder (use_decoder=False), so no image can "
             "be shown."
         )
     return Studio(model.to(device).eval(), processor.to(device), Path(folder).name)
 
 
-class PartialPictures:
-    """Shows what codes in raster order make of a picture before the last of them is there.
+class PartialImages:
+    """Shows what codes in raster order make of an image before the last of them is there.
 
-    The decoder wants all codes, so those of a white picture stand for the missing ones; their patches are then covered
+    The decoder wants all codes, so those of a white image stand for the missing ones; their patches are then covered
     with [`PAPER`], which is told apart from the drawing.
 
     Args:
         processor (`Any`):
-            a [`MomaProcessor`] whose picture tokenizer has a decoder.
+            a [`MomaProcessor`] whose image tokenizer has a decoder.
     """
 
     def __init__(self, processor: Any):
@@ -265,24 +265,24 @@ class PartialPictures:
         (self.white,) = processor.encode_images([Image.new("RGB", (side, side), "white")])
 
     def decode(self, rows: list[list[int]]) -> list[Image.Image]:
-        """Return the pictures of rows of codes, complete or not.
+        """Return the images of rows of codes, complete or not.
 
         Args:
             rows (`list[list[int]]`):
-                the first codes of each picture, from 0 and at most `image_seq_length`.
+                the first codes of each image, from 0 and at most `image_seq_length`.
 
         Raises:
-            ValueError: there are more codes than a picture has.
+            ValueError: there are more codes than an image has.
         """
         whole = self.processor.image_seq_length
         for row in rows:
             if len(row) > whole:
-                raise InputError(f"`rows`: a picture has {whole} codes, got {len(row)}.")
-        pictures = self.processor.decode_images([row + self.white[len(row) :] for row in rows])
-        return [self._cover(picture, len(row)) for picture, row in zip(pictures, rows)]
+                raise InputError(f"`rows`: an image has {whole} codes, got {len(row)}.")
+        images = self.processor.decode_images([row + self.white[len(row) :] for row in rows])
+        return [self._cover(image, len(row)) for image, row in zip(images, rows)]
 
     def parts(self, ids: list[int]) -> list[str | Image.Image]:
-        """Return words and pictures of token ids that may end inside a picture; see `MomaProcessor.decode_parts`."""
+        """Return words and images of token ids that may end inside an image; see `MomaProcessor.decode_parts`."""
         begin, end = self.processor.begin_image_token_id, self.processor.end_image_token_id
         last = len(ids) - 1 - ids[::-1].index(begin) if begin in ids else None
         if last is None or end in ids[last:]:
@@ -290,13 +290,13 @@ class PartialPictures:
         codes = [token - self.processor.image_token_offset for token in ids[last + 1 :]]
         return [*self.processor.decode_parts(ids[:last]), *self.decode([codes])]
 
-    def _cover(self, picture: Image.Image, count: int) -> Image.Image:
+    def _cover(self, image: Image.Image, count: int) -> Image.Image:
         grid = math.isqrt(self.processor.image_seq_length)
-        patch = picture.width // grid
+        patch = image.width // grid
         for place in range(count, grid * grid):
             row, column = divmod(place, grid)
-            picture.paste(PAPER, (column * patch, row * patch, (column + 1) * patch, (row + 1) * patch))
-        return picture
+            image.paste(PAPER, (column * patch, row * patch, (column + 1) * patch, (row + 1) * patch))
+        return image
 
 
 class _Feed(BaseStreamer):
@@ -378,4 +378,4 @@ def stream_ids(model: Any, inputs: dict[str, torch.Tensor], every: int, **argume
         thread.join()
 
 
-__all__ = ["PAPER", "PartialPictures", "Studio", "load_studio", "stream_ids"]
+__all__ = ["PAPER", "PartialImages", "Studio", "load_studio", "stream_ids"]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The four tabs of the page: captions, drawings, answers of words and pictures, and the routing layer by layer."""
+"""The four tabs of the page: captions, drawings, answers of words and images, and the routing layer by layer."""
 
 import base64
 import html
@@ -16,9 +16,9 @@ from .inputs import (
     Examples,
     checked_seed,
     checked_words,
-    picture_examples,
-    picture_input,
-    read_picture,
+    image_examples,
+    image_input,
+    read_image,
     sampling_inputs,
     show_errors,
     title,
@@ -29,8 +29,8 @@ from .studio import Studio
 
 
 LEAST_SIDE = 256
-# most pictures of a drawing, of a prompt and of an answer
-MOST_PICTURES = 4
+# most images of a drawing, of a prompt and of an answer
+MOST_IMAGES = 4
 
 ShownRouting = tuple[Image.Image | None, str, str]
 
@@ -41,15 +41,15 @@ def caption_tab(studio: Studio, examples: Examples):
     @show_errors
     def caption(path: str | None) -> tuple[str, Image.Image]:
         if path is None:
-            raise InputError("There is no picture yet: upload one, paste one, or take an example.")
-        picture = read_picture(path)
-        return studio.caption(picture), enlarged(studio.seen(picture))
+            raise InputError("There is no image yet: upload one, paste one, or take an example.")
+        image = read_image(path)
+        return studio.caption(image), enlarged(studio.seen(image))
 
     with gr.Row():
         with gr.Column():
-            picture = picture_input("Picture", "caption-picture")
+            image = image_input("Image", "caption-image")
             button = gr.Button("Caption", variant="primary", elem_id="caption-button")
-            taken = picture_examples(examples, picture)
+            taken = image_examples(examples, image)
         with gr.Column():
             words = gr.Textbox(label="What the model says", elem_id="caption-words", interactive=False, lines=2)
             title(f"What the model sees of it: {studio.processor.image_seq_length} codes, decoded")
@@ -61,9 +61,9 @@ def caption_tab(studio: Studio, examples: Examples):
                 height=300,
                 buttons=[],
             )
-    button.click(caption, [picture], [words, seen], api_name="caption", **ONE_AT_A_TIME)
+    button.click(caption, [image], [words, seen], api_name="caption", **ONE_AT_A_TIME)
     if taken is not None:
-        taken.then(caption, [picture], [words, seen], **ONE_AT_A_TIME)
+        taken.then(caption, [image], [words, seen], **ONE_AT_A_TIME)
 
 
 def draw_tab(studio: Studio, examples: Examples):
@@ -77,11 +77,11 @@ def draw_tab(studio: Studio, examples: Examples):
         words = checked_words(words).strip()
         if not words:
             raise InputError("There are no words yet: say what to draw.")
-        start, pictures = time.monotonic(), []
-        for codes, pictures in studio.draw(words, int(count), temperature, guidance, checked_seed(seed)):
-            yield [enlarged(picture) for picture in pictures], f"{codes} of {whole} codes"
+        start, images = time.monotonic(), []
+        for codes, images in studio.draw(words, int(count), temperature, guidance, checked_seed(seed)):
+            yield [enlarged(image) for image in images], f"{codes} of {whole} codes"
         seconds = time.monotonic() - start
-        yield [enlarged(picture) for picture in pictures], f"{whole} codes in {seconds:.1f} s"
+        yield [enlarged(image) for image in images], f"{whole} codes in {seconds:.1f} s"
 
     with gr.Row():
         with gr.Column(scale=2):
@@ -89,7 +89,7 @@ def draw_tab(studio: Studio, examples: Examples):
             with gr.Row():
                 temperature, guidance, seed = sampling_inputs("draw", temperature=0.7, guidance_scale=5.0)
                 count = gr.Slider(
-                    1, MOST_PICTURES, 1, step=1, label="Pictures", info="Drawn side by side", elem_id="draw-count"
+                    1, MOST_IMAGES, 1, step=1, label="Images", info="Drawn side by side", elem_id="draw-count"
                 )
             with gr.Row():
                 button = gr.Button("Draw", variant="primary", elem_id="draw-button")
@@ -97,7 +97,7 @@ def draw_tab(studio: Studio, examples: Examples):
             if examples.prompts:
                 gr.Examples([[prompt] for prompt in examples.prompts], [words], label="For instance")
         with gr.Column(scale=2):
-            title("Pictures")
+            title("Images")
             gallery = gr.Gallery(
                 show_label=False,
                 elem_id="draw-gallery",
@@ -122,26 +122,26 @@ def interleaved_tab(studio: Studio):
 
     @show_errors
     def answer(
-        prompt: dict, temperature: float, guidance: float, num_pictures: int, seed: float | None
+        prompt: dict, temperature: float, guidance: float, num_images: int, seed: float | None
     ) -> Iterator[str]:
         words, files = checked_words(prompt.get("text")).strip(), prompt.get("files") or []
         if not words and not files:
-            raise InputError("The prompt is empty: write words, add a picture, or both.")
-        if len(files) > MOST_PICTURES:
-            raise InputError(f"The prompt has {len(files)} pictures, more than {MOST_PICTURES}: leave some out.")
-        pictures = [read_picture(path) for path in files]
+            raise InputError("The prompt is empty: write words, add an image, or both.")
+        if len(files) > MOST_IMAGES:
+            raise InputError(f"The prompt has {len(files)} images, more than {MOST_IMAGES}: leave some out.")
+        images = [read_image(path) for path in files]
         parts = []
-        for parts in studio.answer(words, pictures, temperature, guidance, int(num_pictures), checked_seed(seed)):
+        for parts in studio.answer(words, images, temperature, guidance, int(num_images), checked_seed(seed)):
             yield as_html(parts)
         yield as_html(parts or ["The model had nothing to add."], is_whole=True)
 
     with gr.Row():
         with gr.Column():
             prompt = gr.MultimodalTextbox(
-                label="Prompt of words and pictures",
-                info=f"{studio.processor.image_token} in the words is a picture's place; else pictures come first",
+                label="Prompt of words and images",
+                info=f"{studio.processor.image_token} in the words is an image's place; else images come first",
                 elem_id="interleaved-prompt",
-                placeholder="Write words, add pictures",
+                placeholder="Write words, add images",
                 file_types=["image"],
                 file_count="multiple",
                 submit_btn=False,
@@ -150,10 +150,10 @@ def interleaved_tab(studio: Studio):
                 temperature, guidance, seed = sampling_inputs("interleaved", temperature=0.5, guidance_scale=1.0)
                 count = gr.Slider(
                     1,
-                    MOST_PICTURES,
+                    MOST_IMAGES,
                     1,
                     step=1,
-                    label="Pictures",
+                    label="Images",
                     info="At most",
                     elem_id="interleaved-count",
                 )
@@ -177,7 +177,7 @@ def interleaved_tab(studio: Studio):
 
 
 def as_html(parts: list[str | Image.Image], is_whole: bool = False) -> str:
-    """Return words and pictures in turn as one piece of HTML, of the class `moma-whole` once nothing follows."""
+    """Return words and images in turn as one piece of HTML, of the class `moma-whole` once nothing follows."""
     blocks = []
     for part in parts:
         if isinstance(part, str):
@@ -186,7 +186,7 @@ def as_html(parts: list[str | Image.Image], is_whole: bool = False) -> str:
         png = io.BytesIO()
         enlarged(part).save(png, "PNG")
         data = base64.b64encode(png.getvalue()).decode()
-        blocks.append(f'<img alt="picture of the answer" width="200" src="data:image/png;base64,{data}">')
+        blocks.append(f'<img alt="image of the answer" width="200" src="data:image/png;base64,{data}">')
     name = "moma-answer moma-whole" if is_whole else "moma-answer"
     return f'<div class="{name}">{"".join(blocks)}</div>'
 
@@ -200,21 +200,21 @@ def routing_tab(studio: Studio, examples: Examples):
         if example is None:
             return None, "", ""
         index = int(layer) - 1
-        return view.picture(example, index), view.words(example, index), view.legend(example, index)
+        return view.image(example, index), view.words(example, index), view.legend(example, index)
 
     @show_errors
     def route(path: str | None, words: str, layer: int) -> tuple[RoutedExample, Image.Image | None, str, str]:
-        example = studio.route(None if path is None else read_picture(path), checked_words(words))
+        example = studio.route(None if path is None else read_image(path), checked_words(words))
         return example, *show(example, layer)
 
     # Gradio keeps this state for each visitor
     example = gr.State(None)
     with gr.Row():
         with gr.Column():
-            picture = picture_input("Picture", "routing-picture")
-            words = words_input("Words", "routing-words", "Left empty: the model's own caption of the picture")
+            image = image_input("Image", "routing-image")
+            words = words_input("Words", "routing-words", "Left empty: the model's own caption of the image")
             button = gr.Button("Show the routing", variant="primary", elem_id="routing-button")
-            taken = picture_examples(examples, picture)
+            taken = image_examples(examples, image)
         with gr.Column():
             most = config.num_hidden_layers
             # Gradio raises for a slider of one place, which is hidden anyway
@@ -232,9 +232,9 @@ def routing_tab(studio: Studio, examples: Examples):
             chips = gr.HTML(elem_id="routing-chips")
             legend = gr.HTML(elem_id="routing-legend")
     outputs = [patches, chips, legend]
-    button.click(route, [picture, words, layer], [example, *outputs], api_name="route", **ONE_AT_A_TIME)
+    button.click(route, [image, words, layer], [example, *outputs], api_name="route", **ONE_AT_A_TIME)
     if taken is not None:
-        taken.then(route, [picture, words, layer], [example, *outputs], **ONE_AT_A_TIME)
+        taken.then(route, [image, words, layer], [example, *outputs], **ONE_AT_A_TIME)
     layer.change(
         show,
         [example, layer],
@@ -246,7 +246,7 @@ def routing_tab(studio: Studio, examples: Examples):
     )
 
 
-def enlarged(picture: Image.Image) -> Image.Image:
-    """Return a picture of at least [`LEAST_SIDE`] pixels, each pixel a square: browsers would blur a small one."""
-    factor = max(1, LEAST_SIDE // picture.width)
-    return picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
+def enlarged(image: Image.Image) -> Image.Image:
+    """Return an image of at least [`LEAST_SIDE`] pixels, each pixel a square: browsers would blur a small one."""
+    factor = max(1, LEAST_SIDE // image.width)
+    return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)

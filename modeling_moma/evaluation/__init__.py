@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a trained model can do on held-out documents and captioned pictures, and which expert takes which token."""
+"""What a trained model can do on held-out documents and captioned images, and which expert takes which token."""

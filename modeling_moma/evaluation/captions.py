@@ -9,7 +9,7 @@ import numpy as np
 
 from ..data.encoding import DocumentEncoder
 from ..errors_moma import InputError
-from .held_out import CaptionedPictures
+from .held_out import CaptionedImages
 from .measures import write_captions
 
 
@@ -68,24 +68,24 @@ def caption_scores(texts: Sequence[str], references: Sequence[str]) -> dict[str,
     }
 
 
-def measure_captions(model, processor, rows: CaptionedPictures, batch_size: int, seed: int = 0) -> dict:
-    """Caption pictures greedily, and compare the texts with their captions.
+def measure_captions(model, processor, rows: CaptionedImages, batch_size: int, seed: int = 0) -> dict:
+    """Caption images greedily, and compare the texts with their captions.
 
     Args:
         model (`MomaForCausalLM`):
             in eval mode.
         processor (`MomaProcessor`):
             gives the ids.
-        rows (`CaptionedPictures`):
-            pictures and their captions.
+        rows (`CaptionedImages`):
+            images and their captions.
         batch_size (`int`):
-            pictures at once.
+            images at once.
         seed (`int`, *optional*, defaults to `0`):
             of the floor.
 
     Returns:
         `dict`: `pictures`, their number; `generated`, the scores; `floor`, those of the same texts against the
-        captions of other pictures, `None` for a single picture; `samples`, the first captions and what was generated.
+        captions of other images, `None` for a single image; `samples`, the first captions and what was generated.
     """
     references = rows.captions
     encoder = DocumentEncoder(processor)

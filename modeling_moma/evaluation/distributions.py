@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How alike two sets of pictures are, by their features: Frechet distance, and precision and recall.
+"""How alike two sets of images are, by their features: Frechet distance, and precision and recall.
 
 Shape suffixes:
     N features of a set, D their dimensions, M centres.
@@ -17,7 +17,7 @@ CHUNK = 1024
 def frechet_distance(first: torch.Tensor, second: torch.Tensor) -> float:
     """Return the squared 2-Wasserstein distance of Gaussians with the means and covariances of two sets of features.
 
-    Few pictures make it larger than it would be of many, so compare only figures that stand on equally many.
+    Few images make it larger than it would be of many, so compare only figures that stand on equally many.
 
     Args:
         first (`torch.Tensor`):
@@ -97,4 +97,4 @@ def _check(first: torch.Tensor, second: torch.Tensor, least: int):
         )
     fewest = min(len(first), len(second))
     if fewest < least:
-        raise InputError(f"features: a set has {fewest} pictures, but at least {least} are needed.")
+        raise InputError(f"features: a set has {fewest} images, but at least {least} are needed.")

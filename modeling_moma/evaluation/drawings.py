@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How alike drawn and real pictures are, on the judge's features, with references by which the figures can be read."""
+"""How alike drawn and real images are, on the judge's features, with references by which the figures can be read."""
 
 from collections.abc import Callable, Iterable
 
@@ -9,13 +9,13 @@ from tokenization.perceptual_moma_vq import MomaVQPerceptualNetwork
 
 from ..errors_moma import InputError
 from .distributions import frechet_distance, precision_recall
-from .held_out import CaptionedPictures
-from .measures import decode_images, draw_pictures
+from .held_out import CaptionedImages
+from .measures import decode_images, draw_images
 
 
 NEIGHBOURS = 3
 # either half must have neighbours enough
-LEAST_PICTURES = 2 * (NEIGHBOURS + 1)
+LEAST_IMAGES = 2 * (NEIGHBOURS + 1)
 
 
 def feature_extractor(device: str | torch.device) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -31,36 +31,36 @@ def feature_extractor(device: str | torch.device) -> Callable[[torch.Tensor], to
     # channels_last is a third faster on CPUs
     layout = torch.channels_last
     network = MomaVQPerceptualNetwork().to(device=device, memory_format=layout)  # pyright: ignore[reportCallIssue]
-    return lambda pictures: network.features(pictures.to(device=device, memory_format=layout))
+    return lambda images: network.features(images.to(device=device, memory_format=layout))
 
 
 def all_features(extract: Callable[[torch.Tensor], torch.Tensor], batches: Iterable[torch.Tensor]) -> torch.Tensor:
-    """Return the features `[N, D]` of pictures given in batches of pixel values, on the CPU."""
+    """Return the features `[N, D]` of images given in batches of pixel values, on the CPU."""
     return torch.cat([extract(batch).cpu() for batch in batches])
 
 
 def measure_drawings(
     model,
     processor,
-    rows: CaptionedPictures,
+    rows: CaptionedImages,
     extract: Callable[[torch.Tensor], torch.Tensor],
     batch_size: int,
     sampling: dict,
     seed: int = 0,
 ) -> dict:
-    """Draw a picture for each caption, and compare all of them with the real ones.
+    """Draw an image for each caption, and compare all of them with the real ones.
 
     Args:
         model (`MomaForCausalLM`):
             in eval mode.
         processor (`MomaProcessor`):
             decodes codes.
-        rows (`CaptionedPictures`):
-            captions, and the real pictures.
+        rows (`CaptionedImages`):
+            captions, and the real images.
         extract (`Callable`):
             pixel values `[B, 3, H, W]` in [-1, 1] to features `[B, D]`, such as those of [`feature_extractor`].
         batch_size (`int`):
-            pictures at once.
+            images at once.
         sampling (`dict`):
             arguments of `generate`.
         seed (`int`, *optional*, defaults to `0`):
@@ -69,47 +69,45 @@ def measure_drawings(
     Returns:
         `dict`: `pictures`, their number; `sampling`; `real`, `"pictures"` or `"reconstructions"`, whichever stands for
         them; and `comparisons` of [`compare_features`] by name. `drawn` and `reconstructed` are against all real
-        pictures. `real, halves` is of one half of the real pictures against the other, what the best of models would
-        reach; `drawn, halves` is of the drawings for one half's captions against the other half, on as many pictures.
+        images. `real, halves` is of one half of the real images against the other, what the best of models would
+        reach; `drawn, halves` is of the drawings for one half's captions against the other half, on as many images.
 
     Raises:
-        ValueError: there are too few pictures, or the picture tokenizer has no decoder.
+        ValueError: there are too few images, or the image tokenizer has no decoder.
     """
     check_drawings(processor, len(rows))
-    drawn_codes = draw_pictures(model, processor, rows.captions, batch_size, sampling, seed)
+    drawn_codes = draw_images(model, processor, rows.captions, batch_size, sampling, seed)
     drawn = all_features(extract, decode_images(processor, drawn_codes, batch_size))
     reconstructed = all_features(extract, decode_images(processor, rows.codes, batch_size))
-    real = reconstructed if rows.pictures is None else all_features(extract, rows.pictures)
+    real = reconstructed if rows.images is None else all_features(extract, rows.images)
     if len(real) != len(rows):
-        raise InputError(f"`pictures` holds {len(real)} pictures, but `codes` {len(rows)}: one for each is needed.")
+        raise InputError(f"`images` holds {len(real)} images, but `codes` {len(rows)}: one for each is needed.")
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
     half = len(rows) // 2
     one, other = order[:half], order[half : 2 * half]
     comparisons = {"drawn": compare_features(real, drawn)}
-    if rows.pictures is not None:
+    if rows.images is not None:
         comparisons["reconstructed"] = compare_features(real, reconstructed)
     comparisons["drawn, halves"] = compare_features(real[other], drawn[one])
     comparisons["real, halves"] = compare_features(real[other], real[one])
     return {
         "pictures": len(rows),
         "sampling": sampling,
-        "real": "reconstructions" if rows.pictures is None else "pictures",
+        "real": "reconstructions" if rows.images is None else "pictures",
         "comparisons": comparisons,
     }
 
 
-def check_drawings(processor, num_pictures: int):
-    """Raise `ValueError` where drawings could not be compared with so many pictures, before time is spent on them."""
-    if num_pictures < LEAST_PICTURES:
-        raise InputError(
-            f"drawings: {num_pictures} pictures to compare with, but at least {LEAST_PICTURES} are needed."
-        )
+def check_drawings(processor, num_images: int):
+    """Raise `ValueError` where drawings could not be compared with so many images, before time is spent on them."""
+    if num_images < LEAST_IMAGES:
+        raise InputError(f"drawings: {num_images} images to compare with, but at least {LEAST_IMAGES} are needed.")
     if not processor.vq_model.config.use_decoder:
-        raise InputError("drawings: the picture tokenizer has no decoder (use_decoder=False), so it can show none.")
+        raise InputError("drawings: the image tokenizer has no decoder (use_decoder=False), so it can show none.")
 
 
 def compare_features(real: torch.Tensor, others: torch.Tensor) -> dict[str, float]:
-    """Compare features `[N, D]` with real ones: `pictures` on either side, Frechet distance, precision, recall."""
+    """Compare features `[N, D]` with real ones: `images` on either side, Frechet distance, precision, recall."""
     return {
         "pictures": len(others),
         "frechet_distance": frechet_distance(real, others),

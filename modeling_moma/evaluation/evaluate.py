@@ -18,7 +18,7 @@ from .retrieval import DEFAULT_PAIRS, measure_retrieval
 
 
 LOSSES, CAPTIONS, RETRIEVAL, DRAWINGS = "losses", "captions", "retrieval", "drawings"
-# measures run in this order; all but the first need pictures with captions
+# measures run in this order; all but the first need images with captions
 MEASURES = (LOSSES, CAPTIONS, RETRIEVAL, DRAWINGS)
 # the default measures; captions only for sources that have them
 DEFAULT_MEASURES = (LOSSES, CAPTIONS)
@@ -32,7 +32,7 @@ class MeasureSettings:
         measures (`tuple[str, ...]`, *optional*):
             some of `MEASURES`; by default `DEFAULT_MEASURES`, as far as the sources allow them.
         batch_size (`int`, *optional*, defaults to `64`):
-            documents, pictures or continuations at once.
+            documents, images or continuations at once.
         seed (`int`, *optional*, defaults to `0`):
             of everything random.
         retrieval_pairs (`int`, *optional*, defaults to `DEFAULT_PAIRS`):
@@ -89,8 +89,8 @@ def measure_sources(model, processor, sources: Mapping[str, HeldOutSource], sett
                 check_drawings(processor, len(source.captioned))
     report = {}
     for name, source in sources.items():
-        num_pictures = 0 if source.captioned is None else len(source.captioned)
-        figures: dict[str, Any] = {"documents": len(source.documents), "pictures": num_pictures}
+        num_images = 0 if source.captioned is None else len(source.captioned)
+        figures: dict[str, Any] = {"documents": len(source.documents), "pictures": num_images}
         seconds = {}
         for measure, take in _takers(model, processor, name, source, settings, extract).items():
             if measure in chosen:
@@ -108,7 +108,7 @@ def _chosen_measures(sources: Mapping[str, HeldOutSource], settings: MeasureSett
     in_need = [name for name in settings.measures if name != LOSSES]
     if in_need and not has_captions:
         names = ", ".join(sources)
-        raise InputError(f"`--measures {in_need[0]}` needs pictures with captions, but none of {names} has any.")
+        raise InputError(f"`--measures {in_need[0]}` needs images with captions, but none of {names} has any.")
     return settings.measures
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What measures are taken on: held-out documents and captioned pictures of a source that `moma tokenize` wrote."""
+"""What measures are taken on: held-out documents and captioned images of a source that `moma tokenize` wrote."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -11,33 +11,34 @@ import torch
 from transformers.utils import logging
 
 from tokenization import MomaProcessor
+from tokenization.renamed_moma import renamed
 
 from ..data.documents import CaptionDocuments, Documents
 from ..data.examples import open_documents, shuffled_held_out
+from ..data.images import read_image
 from ..data.jobs import JOB_FILE, read_job
-from ..data.pictures import read_picture
 from ..data.sources import TRAIN, undecoded_rows
 from ..errors_moma import InputError
 
 
-# pictures that are decoded at once
-PICTURE_BATCH = 64
+# images that are decoded at once
+IMAGE_BATCH = 64
 
 logger = logging.get_logger(__name__)
 
 
 @dataclass
-class CaptionedPictures:
-    """Held-out pictures with a caption each.
+class CaptionedImages:
+    """Held-out images with a caption each.
 
     Args:
         codes (`torch.Tensor`):
-            the pictures as they are, `[N, image_seq_length]`.
+            the images as they are, `[N, image_seq_length]`.
         captions (`list[str]`):
-            `[N]`, what each picture is called.
-        pictures (`Iterable[torch.Tensor]`, *optional*):
-            batches of pixel values `[B, 3, H, W]` in [-1, 1], in the order of `codes`; without them what the picture
-            tokenizer makes of the codes stands for the real pictures.
+            `[N]`, what each image is called.
+        images (`Iterable[torch.Tensor]`, *optional*):
+            batches of pixel values `[B, 3, H, W]` in [-1, 1], in the order of `codes`; without them what the image
+            tokenizer makes of the codes stands for the real images.
 
     Raises:
         ValueError: codes and captions are of different number, or codes are no table.
@@ -45,11 +46,11 @@ class CaptionedPictures:
 
     codes: torch.Tensor
     captions: list[str]
-    pictures: Iterable[torch.Tensor] | None = None
+    images: Iterable[torch.Tensor] | None = None
 
     def __post_init__(self):
         if self.codes.ndim != 2:
-            raise InputError(f"`codes` has the shape {tuple(self.codes.shape)}: one row of codes for each picture.")
+            raise InputError(f"`codes` has the shape {tuple(self.codes.shape)}: one row of codes for each image.")
         if len(self.codes) != len(self.captions):
             raise InputError(f"`codes` has {len(self.codes)} rows, but there are {len(self.captions)} captions.")
 
@@ -64,12 +65,12 @@ class HeldOutSource:
     Args:
         documents (`Sequence[dict]`):
             `input_ids` each, from `<bos>` to `<eos>`; every token but the first is a target.
-        captioned (`CaptionedPictures`, *optional*):
-            pictures with captions; none in a source of plain text or interleaved documents.
+        captioned (`CaptionedImages`, *optional*):
+            images with captions; none in a source of plain text or interleaved documents.
     """
 
     documents: Sequence[dict]
-    captioned: CaptionedPictures | None = None
+    captioned: CaptionedImages | None = None
 
 
 def read_held_out(
@@ -80,7 +81,7 @@ def read_held_out(
     seed: int = 0,
     sources: Sequence[str] | None = None,
 ) -> dict[str, HeldOutSource]:
-    """Return held-out documents, and captioned pictures where there are any, by source.
+    """Return held-out documents, and captioned images where there are any, by source.
 
     Args:
         folder (`str`):
@@ -119,12 +120,12 @@ def _held_out_source(
         rows = np.random.default_rng(seed).permutation(len(documents))[:limit].tolist()
         codes = torch.as_tensor(np.stack([documents.codes(row) for row in rows]))
         captions = [documents.caption(row) for row in rows]
-        pictures = real_pictures(folder, processor, documents, split, rows)
-        captioned = CaptionedPictures(codes, captions, pictures)
+        images = real_images(folder, processor, documents, split, rows)
+        captioned = CaptionedImages(codes, captions, images)
     return HeldOutSource(shuffled_held_out([documents], seed, limit), captioned)
 
 
-def real_pictures(
+def real_images(
     folder: str, processor: MomaProcessor, documents: CaptionDocuments, split: str, rows: Sequence[int]
 ) -> Iterator[torch.Tensor] | None:
     """Return pixel values `[B, 3, H, W]` of rows, from where they were tokenized.
@@ -135,7 +136,7 @@ def real_pictures(
         folder (`str`):
             the folder of tokens.
         processor (`MomaProcessor`):
-            prepares the pictures.
+            prepares the images.
         documents (`CaptionDocuments`):
             captions of the source.
         split (`str`):
@@ -154,21 +155,24 @@ def real_pictures(
     try:
         opened = source.open(plan["split"])
     except ValueError as error:
-        logger.warning(f"Reconstructions stand in for the pictures of {documents.name!r}: {error}")
+        logger.warning(f"Reconstructions stand in for the images of {documents.name!r}: {error}")
         return None
     numbers = [documents.row_number(row) for row in rows]
     rows_there = undecoded_rows(opened.select(numbers))  # pyright: ignore[reportAttributeAccessIssue]
     values = (value for row in rows_there for value in source.kind.row_images(row))
-    return _pixel_batches(processor, values, source.picture_root())
+    return _pixel_batches(processor, values, source.image_root())
 
 
 def _pixel_batches(processor: MomaProcessor, values: Iterable[Any], root: str) -> Iterator[torch.Tensor]:
     batch = []
     for value in values:
-        picture, _ = read_picture(value, root)
-        batch.append(processor.image_processor([picture], return_tensors="pt")["pixel_values"])
-        if len(batch) == PICTURE_BATCH:
+        image, _ = read_image(value, root)
+        batch.append(processor.image_processor([image], return_tensors="pt")["pixel_values"])
+        if len(batch) == IMAGE_BATCH:
             yield torch.cat(batch)
             batch = []
     if batch:
         yield torch.cat(batch)
+
+
+CaptionedPictures = renamed("CaptionedPictures", CaptionedImages)

@@ -15,7 +15,7 @@ from .measures import EXPERT_CHOICE, ModalityLosses, loss_outputs
 
 
 CAUSAL = "causal"
-# text targets but for the tokens that begin and end a picture or the like, of which most are certain
+# text targets but for the tokens that begin and end an image or the like, of which most are certain
 WORDS = "words"
 
 
@@ -104,8 +104,8 @@ def document_losses(
 
     Returns:
         `dict`: in nats per target token: `overall`, and for each modality its loss, `None` where it has no targets.
-        `text` counts all that is no code, the tokens around pictures and `<eos>` too; `words` leaves those around
-        pictures out. `perplexity` is that of `words`. `bits_per_code` holds the loss of each other modality in bits;
+        `text` counts all that is no code, the tokens around images and `<eos>` too; `words` leaves those around
+        images out. `perplexity` is that of `words`. `bits_per_code` holds the loss of each other modality in bits;
         its targets are codes alone. `targets` holds the numbers of targets, that of all as `overall`.
     """
     losses, frames = ModalityLosses(), FrameLosses(model.config)
@@ -128,7 +128,7 @@ def document_losses(
 
 
 class FrameLosses:
-    """Adds up the losses of the tokens that begin and end pictures and the like.
+    """Adds up the losses of the tokens that begin and end images and the like.
 
     Args:
         config (`MomaConfig`):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a MoMa and its picture tokenizer do on held-out rows: losses, captions, drawings, reconstructions."""
+"""What a MoMa and its image tokenizer do on held-out rows: losses, captions, drawings, reconstructions."""
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -21,14 +21,12 @@ from ..modeling_moma import MomaForCausalLM
 
 # name of that routing in reports, never without its warning
 EXPERT_CHOICE = "expert_choice (sees the future, not a measure of quality)"
-# losses of `held_out_loss` by their name in reports
-LOSSES = {"text": "text", "image": "picture", "overall": "overall"}
 # nothing that a saved generation config holds may change a greedy caption
 GREEDY = {"do_sample": False, "num_beams": 1, "guidance_scale": 1.0}
 
 
-def picture_batches(split: Dataset, processor, batch_size: int, description: str) -> Iterator[torch.Tensor]:
-    """Yield the pixel values of a split's pictures, with a progress bar."""
+def image_batches(split: Dataset, processor, batch_size: int, description: str) -> Iterator[torch.Tensor]:
+    """Yield the pixel values of a split's images, with a progress bar."""
     for start in tqdm(range(0, len(split), batch_size), desc=description):
         images = split[start : start + batch_size]["image"]
         yield processor.image_processor(images, return_tensors="pt")["pixel_values"]
@@ -150,7 +148,7 @@ def held_out_loss(
 
 @torch.inference_mode()
 def write_captions(model, processor, codes: torch.Tensor, batch_size: int, max_new_tokens: int = 32) -> list[str]:
-    """Caption pictures greedily.
+    """Caption images greedily.
 
     Args:
         model (`MomaForCausalLM`):
@@ -158,9 +156,9 @@ def write_captions(model, processor, codes: torch.Tensor, batch_size: int, max_n
         processor (`MomaProcessor`):
             gives the ids.
         codes (`torch.Tensor`):
-            `[N, image_seq_length]`, the pictures.
+            `[N, image_seq_length]`, the images.
         batch_size (`int`):
-            pictures at once.
+            images at once.
         max_new_tokens (`int`, *optional*, defaults to `32`):
             longest caption.
 
@@ -169,7 +167,7 @@ def write_captions(model, processor, codes: torch.Tensor, batch_size: int, max_n
     """
     texts = []
     for batch in tqdm(codes.split(batch_size), desc="captions"):
-        ids = torch.tensor([with_beginning(processor.tokenizer, processor.image_ids(picture)) for picture in batch])
+        ids = torch.tensor([with_beginning(processor.tokenizer, processor.image_ids(image)) for image in batch])
         ids = ids.to(model.device)
         output = model.generate(
             input_ids=ids,
@@ -183,8 +181,8 @@ def write_captions(model, processor, codes: torch.Tensor, batch_size: int, max_n
 
 
 @torch.inference_mode()
-def draw_pictures(model, processor, captions: list[str], batch_size: int, sampling: dict, seed: int) -> torch.Tensor:
-    """Draw a picture for each caption; `<image>` and the like in one are the characters that they are.
+def draw_images(model, processor, captions: list[str], batch_size: int, sampling: dict, seed: int) -> torch.Tensor:
+    """Draw an image for each caption; `<image>` and the like in one are the characters that they are.
 
     Args:
         model (`MomaForCausalLM`):
@@ -194,7 +192,7 @@ def draw_pictures(model, processor, captions: list[str], batch_size: int, sampli
         captions (`list[str]`):
             `[N]`.
         batch_size (`int`):
-            pictures at once.
+            images at once.
         sampling (`dict`):
             arguments of `generate`.
         seed (`int`):
@@ -221,35 +219,35 @@ def draw_pictures(model, processor, captions: list[str], batch_size: int, sampli
 
 @torch.inference_mode()
 def encode_images(processor, batches: Iterator[torch.Tensor]) -> torch.Tensor:
-    """Return the codes `[N, image_seq_length]` of pictures given in batches of pixel values."""
+    """Return the codes `[N, image_seq_length]` of images given in batches of pixel values."""
     device = processor.vq_model.device
     return torch.cat([processor.vq_model.get_image_tokens(batch.to(device)).cpu() for batch in batches])
 
 
 @torch.inference_mode()
 def decode_images(processor, codes: torch.Tensor, batch_size: int) -> Iterator[torch.Tensor]:
-    """Yield pixel values in [-1, 1] of coded pictures."""
+    """Yield pixel values in [-1, 1] of coded images."""
     device = processor.vq_model.device
     for batch in codes.split(batch_size):
         yield processor.vq_model.decode_image_tokens(batch.to(device)).clamp(-1, 1).cpu()
 
 
-def tokenizer_quality(processor, pictures: list[torch.Tensor], codes: torch.Tensor) -> dict[str, float]:
-    """Return how well codes keep pictures, and how many codes do the work.
+def tokenizer_quality(processor, images: list[torch.Tensor], codes: torch.Tensor) -> dict[str, float]:
+    """Return how well codes keep images, and how many codes do the work.
 
     Args:
         processor (`MomaProcessor`):
             holds the VQ model.
-        pictures (`list[torch.Tensor]`):
+        images (`list[torch.Tensor]`):
             batches of pixel values in [-1, 1], all but the last of one size.
         codes (`torch.Tensor`):
             theirs, `[N, image_seq_length]`.
 
     Returns:
-        `dict[str, float]`: `psnr` (mean over pictures, dB), `codes_used`, `codebook_size`, `perplexity`.
+        `dict[str, float]`: `psnr` (mean over images, dB), `codes_used`, `codebook_size`, `perplexity`.
     """
     psnr = []
-    for batch, decoded in zip(pictures, decode_images(processor, codes, len(pictures[0])), strict=True):
+    for batch, decoded in zip(images, decode_images(processor, codes, len(images[0])), strict=True):
         errors = (decoded - batch).pow(2).mean(dim=(1, 2, 3)).clamp(min=1e-10)
         # the range of [-1, 1] is 2 wide
         psnr.append(10 * torch.log10(4 / errors))

@@ -9,7 +9,6 @@ from ..frames_moma import TEXT
 from ..utils.messages import markdown_table
 from .evaluate import CAPTIONS, DRAWINGS, LOSSES, RETRIEVAL
 from .losses import WORDS
-from .measures import LOSSES as MODALITY_NAMES
 
 
 AT_PAPER_THRESHOLD = "auxiliary_0.5"
@@ -37,8 +36,7 @@ def loss_table(losses: dict[str, dict]) -> str:
     """Return the losses by source and routing, in nats for each target token."""
     rows = [(name, routing, part) for name, by_routing in losses.items() for routing, part in by_routing.items()]
     modalities = list(dict.fromkeys(modality for _, _, part in rows for modality in part["bits_per_code"]))
-    names = [MODALITY_NAMES.get(modality, modality) for modality in modalities]
-    codes = [column for name in names for column in (f"{name} codes", f"bits per {name} code")]
+    codes = [column for name in modalities for column in (f"{name} codes", f"bits per {name} code")]
     head = ["loss, nats per target", "overall", "text", "words", "perplexity of words", *codes, "targets"]
     body = []
     for name, routing, part in rows:
@@ -54,11 +52,11 @@ def caption_table(captions: dict[str, dict]) -> str:
     """Return exact match and overlap of words by source, with their floors."""
     body = []
     for name, part in captions.items():
-        for label, key in ((name, "generated"), (f"{name}, against other pictures' captions", "floor")):
+        for label, key in ((name, "generated"), (f"{name}, against other images' captions", "floor")):
             scores = part[key] or {}
             body.append([label, *(_share(scores.get(score)) for score in ("exact_match", "overlap"))])
             body[-1].append(f"{part['pictures']:,}")
-    return markdown_table(["captions, greedy", "exact match", "overlap of words (F1)", "pictures"], body)
+    return markdown_table(["captions, greedy", "exact match", "overlap of words (F1)", "images"], body)
 
 
 def retrieval_table(retrieval: dict[str, dict]) -> str:
@@ -66,10 +64,14 @@ def retrieval_table(retrieval: dict[str, dict]) -> str:
     body = []
     for name, part in retrieval.items():
         for answers in ("captions", "pictures"):
+            # reports keep the keys of the release before
+            title = f"{name}: {answers.replace('picture', 'image')}"
             for score, figures in part[answers].items():
-                body.append([f"{name}: {answers} by {score}", *_rank_cells(figures), f"{part['pairs']:,}"])
+                body.append(
+                    [f"{title} by {score.replace('picture', 'image')}", *_rank_cells(figures), f"{part['pairs']:,}"]
+                )
             chance = next(iter(part[answers].values()))["chance"]
-            body.append([f"{name}: {answers}, chance", *_rank_cells(chance), f"{part['pairs']:,}"])
+            body.append([f"{title}, chance", *_rank_cells(chance), f"{part['pairs']:,}"])
     return markdown_table(
         ["retrieval by log-probability", "recall@1", "recall@5", "mean reciprocal rank", "median rank", "pairs"], body
     )
@@ -83,7 +85,7 @@ def _rank_cells(figures: dict[str, Any]) -> Iterator[str]:
 
 
 def drawing_table(drawings: dict[str, dict]) -> str:
-    """Return comparisons with real pictures by source, each with the number of pictures that it stands on."""
+    """Return comparisons with real images by source, each with the number of images that it stands on."""
     body = []
     for name, part in drawings.items():
         # a source without pixels has its reconstructions for them
@@ -93,11 +95,11 @@ def drawing_table(drawings: dict[str, dict]) -> str:
             distance = _number(figures["frechet_distance"], 2)
             body.append([f"{label}: {comparison}", distance, *shares, f"{figures['pictures']:,}"])
     head = [
-        "against real pictures, judge's features",
+        "against real images, judge's features",
         "Frechet distance",
         "precision",
         "recall",
-        "pictures on either side",
+        "images on either side",
     ]
     return markdown_table(head, body)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Retrieval by likelihood: where the true caption stands among many for a picture, and the true picture for a caption.
+"""Retrieval by likelihood: where the true caption stands among many for an image, and the true image for a caption.
 
 Shape suffixes:
     N pairs, Q queries, A answers.
@@ -9,31 +9,31 @@ import torch
 
 from ..data.encoding import DocumentEncoder
 from ..errors_moma import InputError
-from .held_out import CaptionedPictures
+from .held_out import CaptionedImages
 from .scoring import continuation_log_probs
 
 
 DEFAULT_PAIRS = 64
 RECALL_AT = (1, 5)
 # log-probabilities that rank, by their name in reports
-CAPTION, PICTURE = "caption given picture", "picture given caption"
+CAPTION, IMAGE = "caption given picture", "picture given caption"
 
 
 def measure_retrieval(
-    model, processor, rows: CaptionedPictures, batch_size: int, num_pairs: int = DEFAULT_PAIRS, seed: int = 0
+    model, processor, rows: CaptionedImages, batch_size: int, num_pairs: int = DEFAULT_PAIRS, seed: int = 0
 ) -> dict:
-    """Rank every caption for every picture and every picture for every caption, by the model's likelihoods.
+    """Rank every caption for every image and every image for every caption, by the model's likelihoods.
 
-    A caption is scored by its words and `<eos>` behind the picture, a picture by its codes behind the caption and the
-    token that begins a picture. Equal captions are one answer, and so are pictures of equal codes.
+    A caption is scored by its words and `<eos>` behind the image, an image by its codes behind the caption and the
+    token that begins an image. Equal captions are one answer, and so are images of equal codes.
 
     Args:
         model (`MomaForCausalLM`):
             in eval mode.
         processor (`MomaProcessor`):
             gives the ids.
-        rows (`CaptionedPictures`):
-            pictures and their captions.
+        rows (`CaptionedImages`):
+            images and their captions.
         batch_size (`int`):
             continuations at once.
         num_pairs (`int`, *optional*, defaults to `DEFAULT_PAIRS`):
@@ -44,9 +44,9 @@ def measure_retrieval(
     Returns:
         `dict`: `pairs`, and under `captions` and `pictures` the figures of [`rank_figures`] by the score that ranks:
 
-        - `captions`: `CAPTION`, that is `log p(caption | picture)`; the same divided by the number of tokens;
-          `PICTURE`, `log p(picture | caption)`.
-        - `pictures`: `PICTURE`; the same minus `log p(picture)`, the pointwise mutual information of the two;
+        - `captions`: `CAPTION`, that is `log p(caption | image)`; the same divided by the number of tokens;
+          `IMAGE`, `log p(image | caption)`.
+        - `pictures`: `IMAGE`; the same minus `log p(image)`, the pointwise mutual information of the two;
           `CAPTION`.
 
     Raises:
@@ -54,39 +54,37 @@ def measure_retrieval(
     """
     num_pairs = min(num_pairs, len(rows))
     if num_pairs < 2:
-        raise InputError(
-            f"retrieval: {num_pairs} pairs of a picture and its caption; there must be two to tell apart."
-        )
+        raise InputError(f"retrieval: {num_pairs} pairs of an image and its caption; there must be two to tell apart.")
     chosen = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[:num_pairs].tolist()
-    pictures = [tuple(rows.codes[index].tolist()) for index in chosen]
+    images = [tuple(rows.codes[index].tolist()) for index in chosen]
     captions = [rows.captions[index] for index in chosen]
     # score each distinct caption once
-    distinct_pictures, distinct_captions = list(dict.fromkeys(pictures)), list(dict.fromkeys(captions))
-    picture_N = torch.tensor([distinct_pictures.index(codes) for codes in pictures])
+    distinct_images, distinct_captions = list(dict.fromkeys(images)), list(dict.fromkeys(captions))
+    image_N = torch.tensor([distinct_images.index(codes) for codes in images])
     caption_N = torch.tensor([distinct_captions.index(text) for text in captions])
-    of_captions, of_pictures, prior = pair_scores(model, processor, distinct_pictures, distinct_captions, batch_size)
+    of_captions, of_images, prior = pair_scores(model, processor, distinct_images, distinct_captions, batch_size)
     encoder = DocumentEncoder(processor)
     # a caption ends with one more token
     lengths = torch.tensor([len(encoder.text_ids(text)) + 1 for text in distinct_captions])
-    by_picture = {
+    by_image = {
         CAPTION: of_captions,
         f"{CAPTION}, per token": of_captions / lengths,
-        PICTURE: of_pictures.T,
+        IMAGE: of_images.T,
     }
     by_caption = {
-        PICTURE: of_pictures,
-        f"{PICTURE}, less the picture alone": of_pictures - prior,
+        IMAGE: of_images,
+        f"{IMAGE}, less the picture alone": of_images - prior,
         CAPTION: of_captions.T,
     }
     return {
         "pairs": num_pairs,
-        "captions": {name: rank_figures(*ranks(score, picture_N, caption_N)) for name, score in by_picture.items()},
-        "pictures": {name: rank_figures(*ranks(score, caption_N, picture_N)) for name, score in by_caption.items()},
+        "captions": {name: rank_figures(*ranks(score, image_N, caption_N)) for name, score in by_image.items()},
+        "pictures": {name: rank_figures(*ranks(score, caption_N, image_N)) for name, score in by_caption.items()},
     }
 
 
 def pair_scores(
-    model, processor, pictures: list[tuple[int, ...]], captions: list[str], batch_size: int
+    model, processor, images: list[tuple[int, ...]], captions: list[str], batch_size: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return log-probabilities of all pairs, in nats.
 
@@ -95,7 +93,7 @@ def pair_scores(
             in eval mode.
         processor (`MomaProcessor`):
             gives the ids.
-        pictures (`list[tuple[int, ...]]`):
+        images (`list[tuple[int, ...]]`):
             codes of each.
         captions (`list[str]`):
             text of each.
@@ -103,21 +101,21 @@ def pair_scores(
             continuations at once.
 
     Returns:
-        `tuple[torch.Tensor, torch.Tensor, torch.Tensor]`: `log p(caption | picture)`, `[pictures, captions]`; `log
-        p(picture | caption)`, `[captions, pictures]`; and `log p(picture)` without any words before it, `[pictures]`.
+        `tuple[torch.Tensor, torch.Tensor, torch.Tensor]`: `log p(caption | image)`, `[images, captions]`; `log
+        p(image | caption)`, `[captions, images]`; and `log p(image)` without any words before it, `[images]`.
     """
-    framed = [processor.image_ids(list(codes)) for codes in pictures]
+    framed = [processor.image_ids(list(codes)) for codes in images]
     codes = [ids[1:-1] for ids in framed]
     encoder = DocumentEncoder(processor)
     words = [[*encoder.text_ids(text), encoder.eos] for text in captions]
     shown = [encoder.opened(ids) for ids in framed]
     begin = framed[0][0]
     asked = [[*encoder.opened(ids[:-1]), begin] for ids in words]
-    of_captions = continuation_log_probs(model, shown, words, batch_size, "captions of each picture")
-    of_pictures = continuation_log_probs(model, asked, codes, batch_size, "pictures of each caption")
+    of_captions = continuation_log_probs(model, shown, words, batch_size, "captions of each image")
+    of_images = continuation_log_probs(model, asked, codes, batch_size, "images of each caption")
     alone = [[*encoder.opened([]), begin]]
-    (prior,) = continuation_log_probs(model, alone, codes, batch_size, "pictures of no caption")
-    return of_captions, of_pictures, prior
+    (prior,) = continuation_log_probs(model, alone, codes, batch_size, "images of no caption")
+    return of_captions, of_images, prior
 
 
 def ranks(scores_QA: torch.Tensor, query_N: torch.Tensor, answer_N: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -20,8 +20,8 @@ PALETTE = (
     "#7a4a1e", "#003f5c", "#ff8f7a", "#2fd3a5",
 )  # fmt: skip
 UNCOVERED = "#b4b4b4"
-# the share of the picture in a patch, and the grey that stands for its black: experts keep their colours
-PICTURE_SHARE, DARKEST = 0.3, 110
+# the share of the image in a patch, and the grey that stands for its black: experts keep their colours
+IMAGE_SHARE, DARKEST = 0.3, 110
 
 
 @dataclass
@@ -107,7 +107,7 @@ def fill_stripes(pen: ImageDraw.ImageDraw, box: tuple[int, int, int, int], color
 
     Args:
         pen (`ImageDraw.ImageDraw`):
-            of the picture.
+            of the image.
         box (`tuple[int, int, int, int]`):
             left, top, right and bottom in pixels, the last two included.
         colors (`Sequence[str]`):
@@ -120,16 +120,16 @@ def fill_stripes(pen: ImageDraw.ImageDraw, box: tuple[int, int, int, int], color
         pen.rectangle((left + round(index * step), top, left + round((index + 1) * step) - 1, bottom), fill=color)
 
 
-def shaded(colors: Image.Image, picture: Image.Image) -> Image.Image:
-    """Return colours through which a picture of the same size shows, in grey."""
-    grey = picture.convert("L").point([DARKEST + value * (255 - DARKEST) // 255 for value in range(256)])
-    return Image.blend(colors, grey.convert("RGB"), PICTURE_SHARE)
+def shaded(colors: Image.Image, image: Image.Image) -> Image.Image:
+    """Return colours through which an image of the same size shows, in grey."""
+    grey = image.convert("L").point([DARKEST + value * (255 - DARKEST) // 255 for value in range(256)])
+    return Image.blend(colors, grey.convert("RGB"), IMAGE_SHARE)
 
 
 __all__ = [
     "DARKEST",
     "PALETTE",
-    "PICTURE_SHARE",
+    "IMAGE_SHARE",
     "UNCOVERED",
     "RoutedTokens",
     "expert_colors",

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The picture tokenizer as two ONNX graphs, from pixels to codes and from codes to pixels.
+"""The image tokenizer as two ONNX graphs, from pixels to codes and from codes to pixels.
 
 Shape suffixes:
-    B pictures, C channels, H rows and W columns of pixels, S codes of a picture.
+    B images, C channels, H rows and W columns of pixels, S codes of an image.
 """
 
 from functools import partial
@@ -56,7 +56,7 @@ class _Decoder(nn.Module):
 
 
 def export_image_tokenizer(model: MomaVQModel, folder: str | Path) -> OnnxImageTokenizer:
-    """Write `encoder.onnx` and `decoder.onnx`, for any number of pictures of the model's resolution.
+    """Write `encoder.onnx` and `decoder.onnx`, for any number of images of the model's resolution.
 
     The graphs hold the weights. They check nothing: a code outside the codebook raises in the runtime, but -1 is
     read as the last code.
@@ -101,7 +101,7 @@ def _write(module: nn.Module, input_name: str, example: torch.Tensor, output_nam
             verbose=False,
             input_names=[input_name],
             output_names=[output_name],
-            dynamic_shapes=({0: torch.export.Dim("pictures", min=1)},),
+            dynamic_shapes=({0: torch.export.Dim("images", min=1)},),
         )
     write_aside(path, partial(program.save, external_data=False))  # pyright: ignore[reportOptionalMemberAccess]
     return path

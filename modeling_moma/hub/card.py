@@ -168,7 +168,7 @@ def check_dataset(name: str, folder: str | Path, is_given: bool = False) -> Iter
 
 
 def check_links(text: str, files: Collection[str]) -> Iterator[str]:
-    """Check that every relative link and picture of the card leads to a file that goes with it."""
+    """Check that every relative link and image of the card leads to a file that goes with it."""
     for match in _LINK.finditer(_CODE.sub("", text)):
         target = match["markdown"] or match["html"]
         if re.match(r"[a-zA-Z][a-zA-Z0-9+.-]*:|//|#", target):

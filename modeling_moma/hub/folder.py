@@ -22,7 +22,7 @@ REQUIRED = {
     "processor_config.json": "the folder holds no processor; give that of the processor with --processor",
     "tokenizer.json": "the folder holds no processor; give that of the processor with --processor",
     "tokenizer_config.json": "the folder holds no processor; give that of the processor with --processor",
-    f"{VQ_FOLDER}/config.json": "the folder holds no picture tokenizer; give that of the processor with --processor",
+    f"{VQ_FOLDER}/config.json": "the folder holds no image tokenizer; give that of the processor with --processor",
     "README.md": "write a model card; docs/how-to/push.md shows the shortest one",
 }
 PROCESSOR_FILES = (
@@ -118,7 +118,7 @@ def gather(model: str | Path, processor: str | Path | None = None) -> tuple[dict
         model (`str | Path`):
             folder of a saved model, laid out as its repository.
         processor (`str | Path`, *optional*):
-            folder whose processor, picture tokenizer and code are added; its files replace those of a processor in
+            folder whose processor, image tokenizer and code are added; its files replace those of a processor in
             `model`.
 
     Returns:
@@ -296,7 +296,7 @@ def check_code(files: Mapping[str, Path]) -> Iterator[str]:
 
 
 def check_tokens(files: Mapping[str, Path]) -> Iterator[str]:
-    """Check that model, tokenizer, picture tokenizer and codecs mean the same by a token id."""
+    """Check that model, tokenizer, image tokenizer and codecs mean the same by a token id."""
     config, vq_config = read_json(files["config.json"]), read_json(files[f"{VQ_FOLDER}/config.json"])
     tokenizer = read_json(files["tokenizer.json"])
     ids = {token["content"]: token["id"] for token in tokenizer.get("added_tokens", [])}

@@ -45,9 +45,14 @@ class Saved:
     files: tuple[tuple[str, ...], ...]
     model_type: str | None = None
 
+    @property
+    def title(self) -> str:
+        """The name with its article."""
+        return f"{'an' if self.name[0] in 'aeiou' else 'a'} {self.name}"
+
 
 MODEL = Saved("model", "pretrain", (("config.json",), WEIGHTS), "moma")
-PICTURE_TOKENIZER = Saved("picture tokenizer", "train-image-tokenizer", (("config.json",), WEIGHTS), "moma_vq")
+IMAGE_TOKENIZER = Saved("image tokenizer", "train-image-tokenizer", (("config.json",), WEIGHTS), "moma_vq")
 PROCESSOR = Saved(
     "processor",
     "build-processor",
@@ -71,9 +76,9 @@ def open_processor(place: str, option: str = "--processor") -> MomaProcessor:
     return open_saved(PROCESSOR, option, place, lambda: MomaProcessor.from_pretrained(place))
 
 
-def open_picture_tokenizer(place: str, option: str = "--tokenizer", dtype: torch.dtype = torch.float32) -> MomaVQModel:
-    """Return a picture tokenizer; see [`open_saved`]."""
-    return open_saved(PICTURE_TOKENIZER, option, place, lambda: MomaVQModel.from_pretrained(place, dtype=dtype))
+def open_image_tokenizer(place: str, option: str = "--tokenizer", dtype: torch.dtype = torch.float32) -> MomaVQModel:
+    """Return an image tokenizer; see [`open_saved`]."""
+    return open_saved(IMAGE_TOKENIZER, option, place, lambda: MomaVQModel.from_pretrained(place, dtype=dtype))
 
 
 def open_text_tokenizer(place: str, option: str = "--text-tokenizer") -> Any:
@@ -114,7 +119,7 @@ def check_saved(saved: Saved, option: str, place: str) -> None:
     """Raise for a place that [`open_saved`] cannot read, by its files alone; arguments and errors are the same."""
     where, folder = f"`{option}` {str(place)!r}", Path(place)
     if folder.is_file():
-        raise InputError(f"{where} is a file: the folder of a {saved.name} is needed, or its name on the Hub.")
+        raise InputError(f"{where} is a file: the folder of {saved.title} is needed, or its name on the Hub.")
     if not folder.is_dir():
         problem = why_nowhere(str(place))
         if problem is not None:
@@ -125,7 +130,7 @@ def check_saved(saved: Saved, option: str, place: str) -> None:
         return
     found = _model_type(folder / "config.json") if saved.model_type else None
     if found not in (None, saved.model_type):
-        raise InputError(f"{where}: config.json is that of a model of type {found!r}, not of a {saved.name}.")
+        raise InputError(f"{where}: config.json is that of a model of type {found!r}, not of {saved.title}.")
     missing = next((group[0] for group in saved.files if not any((folder / name).is_file() for name in group)), None)
     if missing is not None:
         raise InputError(f"{where} has no {missing}: {_likely_cause(saved, folder)}")
@@ -162,12 +167,12 @@ def _model_type(path: Path) -> str | None:
 
 def _likely_cause(saved: Saved, folder: Path) -> str:
     checkpoints = sorted(folder.glob("checkpoint-*"), key=lambda path: path.stat().st_mtime)
-    if checkpoints and saved in (MODEL, PICTURE_TOKENIZER):
+    if checkpoints and saved in (MODEL, IMAGE_TOKENIZER):
         return (
             f"its training is not finished; go on with `moma {saved.verb} ... --resume`, or name a checkpoint, such "
             f"as {str(checkpoints[-1])!r}."
         )
-    if saved in (MODEL, PICTURE_TOKENIZER) and any((folder / name).exists() for name in ("run.json", "pictures")):
+    if saved in (MODEL, IMAGE_TOKENIZER) and any((folder / name).exists() for name in ("run.json", "pictures")):
         return f"its training has not come to a checkpoint yet; `moma {saved.verb}` has to finish first."
     if not any(folder.iterdir()):
         return "the folder is empty."
@@ -177,24 +182,24 @@ def _likely_cause(saved: Saved, folder: Path) -> str:
     found = {
         "tokens": (folder / "job.json").exists() or (folder / "manifest.json").exists(),
         "a processor": (folder / "vq_model").exists() and saved is not PROCESSOR,
-        "a picture tokenizer alone": model_type == PICTURE_TOKENIZER.model_type,
+        "an image tokenizer alone": model_type == IMAGE_TOKENIZER.model_type,
         "a model alone": model_type is not None,
     }
     for name, is_so in found.items():
         if is_so:
-            return f"the folder holds {name}, and not a {saved.name} of `moma {saved.verb}`."
+            return f"the folder holds {name}, and not {saved.title} of `moma {saved.verb}`."
     return f"`moma {saved.verb}` writes it; is that the right folder, and is it copied whole?"
 
 
 __all__ = [
     "MODEL",
-    "PICTURE_TOKENIZER",
+    "IMAGE_TOKENIZER",
     "PROCESSOR",
     "TEXT_TOKENIZER",
     "Saved",
     "check_saved",
     "open_model",
-    "open_picture_tokenizer",
+    "open_image_tokenizer",
     "open_processor",
     "open_saved",
     "open_text_tokenizer",

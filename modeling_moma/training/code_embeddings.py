@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A start for the embeddings of picture codes."""
+"""A start for the embeddings of image codes."""
 
 import torch
 from transformers import PreTrainedModel
@@ -30,14 +30,14 @@ def initialize_code_embeddings(model: PreTrainedModel, codebook_KC: torch.Tensor
     if len(ids) != codebook_KC.shape[0]:
         raise InputError(
             f"`codebook_KC` has {codebook_KC.shape[0]} vectors, but `modality_token_ranges` gives {modality!r} "
-            f"{len(ids)} ids. Is it the codebook of this processor's picture tokenizer?"
+            f"{len(ids)} ids. Is it the codebook of this processor's image tokenizer?"
         )
     embeddings: torch.Tensor = model.get_input_embeddings().weight  # pyright: ignore[reportAssignmentType]
     centred_KC = codebook_KC.float() - codebook_KC.float().mean(0)
     if (codebook_KC == codebook_KC[0]).all():
         raise InputError(
             f"`codebook_KC`: all of its {len(ids)} vectors are equal, so that no codes are more alike than others. Is "
-            "it the codebook of a trained picture tokenizer?"
+            "it the codebook of a trained image tokenizer?"
         )
     projected_KD = centred_KC @ torch.randn(codebook_KC.shape[1], config.hidden_size)
     projected_KD *= config.initializer_range / projected_KD.std()

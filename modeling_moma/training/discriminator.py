@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A discriminator of patches that a picture tokenizer is trained against, as VQGAN (arXiv 2012.09841) is."""
+"""A discriminator of patches that an image tokenizer is trained against, as VQGAN (arXiv 2012.09841) is."""
 
 from typing import Any
 
@@ -16,7 +16,7 @@ from ..errors_moma import InputError
 NUM_LAYERS, BASE_WIDTH, SLOPE, INITIAL_STD = 3, 64, 0.2, 0.02
 # layers beyond it are no wider, in units of the first one's width
 LARGEST_FACTOR = 8
-# smallest picture of which the layers leave a verdict
+# smallest image of which the layers leave a verdict
 SMALLEST_SIDE = 24
 LEARNING_RATE, BETAS = 2e-4, (0.5, 0.9)
 # the adaptive weight before `weight`, and what keeps its quotient finite
@@ -24,11 +24,11 @@ LARGEST_RATIO, SMALL = 1e4, 1e-4
 
 
 class PatchDiscriminator(nn.Module):
-    """Pictures `(batch, channels, side, side)` to one verdict for each patch of 70 pixels, above 0 for real ones.
+    """Images `(batch, channels, side, side)` to one verdict for each patch of 70 pixels, above 0 for real ones.
 
     Args:
         channels (`int`, *optional*, defaults to `3`):
-            of the pictures.
+            of the images.
     """
 
     def __init__(self, channels: int = 3):
@@ -62,7 +62,7 @@ def hinge_loss(real: torch.Tensor, fake: torch.Tensor) -> torch.Tensor:
 
 
 class AdversarialTraining:
-    """A discriminator and its optimizer, and the term that it adds to a picture tokenizer's loss.
+    """A discriminator and its optimizer, and the term that it adds to an image tokenizer's loss.
 
     Args:
         weight (`float`):
@@ -70,20 +70,20 @@ class AdversarialTraining:
         start (`int`):
             first step of discriminator and term, counted from 0; before it nothing of them is computed.
         config (`Any`):
-            of the picture tokenizer.
+            of the image tokenizer.
         seed (`int`):
             of the fresh weights.
         device (`torch.device`):
-            of the picture tokenizer.
+            of the image tokenizer.
 
     Raises:
-        ValueError: the pictures are too small.
+        ValueError: the images are too small.
     """
 
     def __init__(self, weight: float, start: int, config: Any, seed: int, device: torch.device):
         if config.resolution < SMALLEST_SIDE:
             raise InputError(
-                f"adversarial_weight={weight}: pictures of {config.resolution} pixels a side are too small for the "
+                f"adversarial_weight={weight}: images of {config.resolution} pixels a side are too small for the "
                 f"discriminator, which needs {SMALLEST_SIDE}."
             )
         self.weight, self.start = weight, start
@@ -109,7 +109,7 @@ class AdversarialTraining:
 
         Returns:
             `tuple[torch.Tensor, float]`: the term, its weights included, and the loss without them. The adaptive
-            weight makes its gradient at the decoder's last layer as large as that of the terms which compare pictures.
+            weight makes its gradient at the decoder's last layer as large as that of the terms which compare images.
         """
         self.discriminator.requires_grad_(False)
         loss = -self.discriminator(output.reconstruction).mean()
@@ -128,7 +128,7 @@ class AdversarialTraining:
 
         Args:
             real (`torch.Tensor`):
-                pictures `(batch, channels, side, side)`.
+                images `(batch, channels, side, side)`.
             fake (`torch.Tensor`):
                 their reconstructions, without gradient.
 

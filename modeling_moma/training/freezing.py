@@ -47,7 +47,7 @@ def freeze_groups(model: MomaPreTrainedModel, groups: list[str]) -> int:
 def freeze_all_but(model: MomaPreTrainedModel, groups: list[str]) -> list[str]:
     """Freeze everything but some expert groups and the rows of their tokens in the embeddings and the head.
 
-    A text model that learns pictures keeps its words so: where no picture stands before them they meet no weight that
+    A text model that learns images keeps its words so: where no image stands before them they meet no weight that
     changes, and only the new tokens' logits beside theirs do. The rows are those of the groups' own tokens, and of
     those that begin and end their frames; what backward gives for all other rows is set to zero.
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Training of the picture tokenizer on the pictures of a recipe's sources."""
+"""Training of the image tokenizer on the images of a recipe's sources."""
 
 import argparse
 import functools
@@ -24,39 +24,39 @@ from ..utils.atomic_files import is_of_model, refuse_files, replace_folder, writ
 from ..utils.hardware import supports_bf16
 from .checkpoints import checkpoint_step
 from .discriminator import AdversarialTraining
-from .picture_sources import picture_fields
-from .picture_store import PictureStore, open_store, take, to_pixel_values
+from .image_sources import image_fields
+from .image_store import ImageStore, open_store, take, to_pixel_values
 from .reconstruction_measures import PERCEPTUAL_DISTANCE, SAMPLES_FILE, evaluate
 from .semantic_targets import SemanticTargets
-from .tokenizer_settings import DECISIVE, check_resumed, check_same_pictures, read_config
+from .tokenizer_settings import DECISIVE, check_resumed, check_same_images, read_config
 
 
 STATE_FILE, METRICS_FILE, REPORT_FILE = "training_state.pt", "metrics.json", "report.json"
-# folder of the decoded pictures
-PICTURES_FOLDER = "pictures"
-# latents that give the codebook at the start, and the fewest pictures that they are of
-CODEBOOK_LATENTS, CODEBOOK_PICTURES = 256 * 64, 32
+# folder of the decoded images
+IMAGES_FOLDER = "pictures"
+# latents that give the codebook at the start, and the fewest images that they are of
+CODEBOOK_LATENTS, CODEBOOK_IMAGES = 256 * 64, 32
 # steps between two such starts during warm-up
 CODEBOOK_INTERVAL = 20
 
 
 @functools.lru_cache(maxsize=2)
-def epoch_order(num_pictures: int, seed: int) -> torch.Tensor:
-    """Return a random order of all pictures, kept because each step of an epoch asks for it."""
-    return torch.randperm(num_pictures, generator=torch.Generator().manual_seed(seed))
+def epoch_order(num_images: int, seed: int) -> torch.Tensor:
+    """Return a random order of all images, kept because each step of an epoch asks for it."""
+    return torch.randperm(num_images, generator=torch.Generator().manual_seed(seed))
 
 
-def batch_indices(step: int, batch_size: int, num_pictures: int, seed: int) -> torch.Tensor:
-    """Return the pictures of one step: each epoch's order follows from the step alone, so that runs can resume."""
-    epoch, position = divmod(step, max(num_pictures // batch_size, 1))
-    order = epoch_order(num_pictures, seed + 7919 * epoch)
+def batch_indices(step: int, batch_size: int, num_images: int, seed: int) -> torch.Tensor:
+    """Return the images of one step: each epoch's order follows from the step alone, so that runs can resume."""
+    epoch, position = divmod(step, max(num_images // batch_size, 1))
+    order = epoch_order(num_images, seed + 7919 * epoch)
     return order[position * batch_size : (position + 1) * batch_size]
 
 
-def codebook_pictures(config: Any) -> int:
-    """Return how many pictures give the codebook at the start: of larger ones, which have more codes, fewer."""
+def codebook_images(config: Any) -> int:
+    """Return how many images give the codebook at the start: of larger ones, which have more codes, fewer."""
     codes = (config.resolution // config.downsample_factor) ** 2
-    return max(CODEBOOK_LATENTS // codes, CODEBOOK_PICTURES)
+    return max(CODEBOOK_LATENTS // codes, CODEBOOK_IMAGES)
 
 
 def checkpoints(output: Path) -> list[Path]:
@@ -104,7 +104,7 @@ def check_folder(output: Path, resume: bool) -> None:
 
 
 def save_model(output: Path, model: MomaVQModel, metrics: list[dict], report: dict[str, Any]) -> None:
-    """Return the finished model, its metrics, and what became of the pictures."""
+    """Return the finished model, its metrics, and what became of the images."""
 
     def save(folder: Path):
         model.save_pretrained(folder)
@@ -115,14 +115,14 @@ def save_model(output: Path, model: MomaVQModel, metrics: list[dict], report: di
 
 
 class TokenizerTraining:
-    """The model, its pictures and its optimizer; `run` trains to the last step.
+    """The model, its images and its optimizer; `run` trains to the last step.
 
     Args:
         args (`argparse.Namespace`):
-            fields of [`TokenizerSettings`], `output`, `resume`, `strict`, and `sources`, those with pictures.
+            fields of [`TokenizerSettings`], `output`, `resume`, `strict`, and `sources`, those with images.
 
     Raises:
-        ValueError: the sources have too few pictures, the run cannot be resumed with these arguments, or the output
+        ValueError: the sources have too few images, the run cannot be resumed with these arguments, or the output
             folder holds a run and `resume` is not given.
         ImportError: the model needs the extra `train`, which is not installed.
     """
@@ -141,13 +141,13 @@ class TokenizerTraining:
                 args.adversarial_weight, args.adversarial_start, self.model.config, args.seed, self.device
             )
         self._make_optimizer()
-        self.facts: dict[str, Any] = {"sources": [picture_fields(source) for source in args.sources]}
+        self.facts: dict[str, Any] = {"sources": [image_fields(source) for source in args.sources]}
         begun = None if state is None else state.get("pictures")
-        # check first: opening the store may replace the pictures of the first start
-        check_same_pictures(args.output, self.facts, begun)
-        self.store = self._open_pictures()
+        # check first: opening the store may replace the images of the first start
+        check_same_images(args.output, self.facts, begun)
+        self.store = self._open_images()
         self.facts["pictures"] = len(self.store.train)
-        check_same_pictures(args.output, self.facts, begun)
+        check_same_images(args.output, self.facts, begun)
         if state is not None:
             self.optimizer.load_state_dict(state["optimizer"])
             self.scheduler.load_state_dict(state["scheduler"])
@@ -183,12 +183,12 @@ class TokenizerTraining:
             self.optimizer, self.args.warmup_steps, self.args.steps, min_lr_rate=0.02
         )
 
-    def _open_pictures(self) -> PictureStore:
+    def _open_images(self) -> ImageStore:
         store = open_store(
-            self.output / PICTURES_FOLDER,
+            self.output / IMAGES_FOLDER,
             self.args.sources,
             self.model.config.resolution,
-            self.args.held_out_pictures,
+            self.args.held_out_images,
             self.args.strict,
         )
         print(store.summary())
@@ -230,13 +230,13 @@ class TokenizerTraining:
         """Take one step of the optimizer, and return what a progress bar shows."""
         # everything random follows from the step, so a resumed run repeats what the killed one would have done
         torch.manual_seed(self.args.seed * 1_000_003 + self.step)
-        pictures = self.store.train
-        chosen = batch_indices(self.step, self.args.batch_size, len(pictures), self.args.seed)
-        pixel_values = self._augment(to_pixel_values(take(pictures, chosen), self.device))
+        images = self.store.train
+        chosen = batch_indices(self.step, self.args.batch_size, len(images), self.args.seed)
+        pixel_values = self._augment(to_pixel_values(take(images, chosen), self.device))
         # during warm-up the latents move faster than the codebook's averages, so it is initialised again
         if self.step == 0 or (self.step < self.args.warmup_steps and self.step % CODEBOOK_INTERVAL == 0):
-            first = torch.randperm(len(pictures))[: codebook_pictures(self.model.config)]
-            self.model.initialize_codebook(to_pixel_values(take(pictures, first), self.device))
+            first = torch.randperm(len(images))[: codebook_images(self.model.config)]
+            self.model.initialize_codebook(to_pixel_values(take(images, first), self.device))
         targets = None if self.targets is None else self.targets.of(chosen)
         adversarial = self.adversarial
         if adversarial is not None and not adversarial.is_on(self.step):
@@ -276,7 +276,7 @@ class TokenizerTraining:
         return summary
 
     def save(self) -> None:
-        """Evaluate on the held-out pictures, and write samples and a checkpoint."""
+        """Evaluate on the held-out images, and write samples and a checkpoint."""
         held_out_targets = None if self.targets is None else self.targets.held_out
         samples = self.output / SAMPLES_FILE
         evaluation = evaluate(self.model, self.store.held_out, held_out_targets, self.teacher, samples)

@@ -21,18 +21,18 @@ CURVES = {"overall": "eval_loss", "text": "eval_text_loss", "image": "eval_image
 
 
 def tokens_of_example(documents: Documents, processor, num_examples: int = 4096) -> dict[str, float]:
-    """Return the mean numbers of text and picture tokens of a training example.
+    """Return the mean numbers of text and image tokens of a training example.
 
     Args:
         documents (`Documents`):
-            of the only source, each an example of its own with one picture.
+            of the only source, each an example of its own with one image.
         processor (`MomaProcessor`):
             gives the ids.
         num_examples (`int`, *optional*, defaults to `4096`):
             examples of the training stream that are counted.
 
     Returns:
-        `dict[str, float]`: `text` (frames of pictures and `<bos>`, `<eos>` included) and `image`.
+        `dict[str, float]`: `text` (frames of images and `<bos>`, `<eos>` included) and `image`.
     """
     stream = DocumentExamples([documents], [1.0], num_examples)
     lengths = [len(stream[index]["input_ids"]) for index in range(num_examples)]
@@ -160,7 +160,7 @@ def savings(dense: dict, sparse: dict) -> dict[str, dict]:
 
 
 def plot_curves(runs: dict[str, dict], path: str | Path) -> None:
-    """Draw the loss curves of runs over training FLOPs, a panel for text and one for pictures.
+    """Draw the loss curves of runs over training FLOPs, a panel for text and one for images.
 
     Args:
         runs (`dict[str, dict]`):
@@ -175,7 +175,7 @@ def plot_curves(runs: dict[str, dict], path: str | Path) -> None:
     from matplotlib import pyplot
 
     figure, panels = pyplot.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
-    for panel, name, title in zip(panels, ("text", "image"), ("text tokens", "picture tokens"), strict=True):
+    for panel, name, title in zip(panels, ("text", "image"), ("text tokens", "image tokens"), strict=True):
         for label, run in runs.items():
             flops, losses = zip(*[(point["flops"], point[name]) for point in run["curve"]], strict=True)
             panel.plot(flops, losses, marker=".", label=label)

@@ -12,7 +12,7 @@ from pydantic import Field
 from ..configuration_moma import MomaConfig
 from ..data.sources import Source, read_sources
 from ..errors_moma import InputError
-from ..utils.fields import Count, Float, Int, read_fields, refuse_unknown
+from ..utils.fields import Count, Float, FormerName, Int, read_fields, refuse_unknown
 from ..utils.messages import without_import_notices
 
 
@@ -26,7 +26,7 @@ class DataFields:
 
     Args:
         sequence_length (`int`, *optional*, defaults to `512`):
-            tokens of a sequence, and most of a picture with its caption.
+            tokens of a sequence, and most of an image with its caption.
         packed (`bool`, *optional*, defaults to `True`):
             whether sequences are full of documents; otherwise each is a row of its own, padded.
     """
@@ -61,9 +61,9 @@ class SampleFields:
         every (`int`, *optional*, defaults to `0`):
             steps between two samples; 0 for none.
         prompts (`list[str]`, *optional*, defaults to `[]`):
-            words to draw pictures from.
-        pictures (`int`, *optional*, defaults to `4`):
-            held-out pictures to caption, of every source of captions.
+            words to draw images from.
+        images (`int`, *optional*, defaults to `4`):
+            held-out images to caption, of every source of captions.
         temperature (`float`, *optional*, defaults to `1.0`):
             of the drawings.
         guidance_scale (`float`, *optional*, defaults to `1.0`):
@@ -74,7 +74,7 @@ class SampleFields:
 
     every: Annotated[Int, Field(ge=0)] = 0
     prompts: list[str] = field(default_factory=list)
-    pictures: Annotated[Int, Field(ge=0)] = 4
+    images: Annotated[Int, Field(ge=0), FormerName("pictures")] = 4
     temperature: Annotated[Float, Field(ge=0)] = 1.0
     guidance_scale: Annotated[Float, Field(ge=0)] = 1.0
     max_new_tokens: Count = 32
@@ -92,7 +92,7 @@ class Recipe:
         sources (`list[Source]`, *optional*, defaults to `[]`):
             where the data are and what they are.
         image_tokenizer (`dict[str, Any]`, *optional*, defaults to `{}`):
-            settings of the training of the picture tokenizer.
+            settings of the training of the image tokenizer.
         processor (`ProcessorFields`, *optional*):
             see [`ProcessorFields`].
         data (`DataFields`, *optional*):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How well a picture tokenizer keeps held-out pictures: numbers, and a sheet to look at."""
+"""How well an image tokenizer keeps held-out images: numbers, and a sheet to look at."""
 
 from pathlib import Path
 
@@ -12,36 +12,36 @@ from tokenization.modeling_moma_vq import MomaVQModel
 from tokenization.perceptual_moma_vq import MomaVQPerceptualNetwork
 
 from ..utils.atomic_files import write_aside
-from .picture_store import to_pixel_values
+from .image_store import to_pixel_values
 
 
 # name of the distance in reports, never without what it is
 PERCEPTUAL_DISTANCE = "perceptual distance (EfficientNet-lite0 features, not LPIPS)"
 SAMPLES_FILE = "samples.png"
-# pictures of the sheet, and pixels between them
+# images of the sheet, and pixels between them
 NUM_SAMPLES, GAP = 8, 2
 # pixel values lie in [-1, 1]
 VALUE_RANGE = 2.0
 # constants of Wang et al. 2004: side and deviation of the window in pixels, and two stabilisers
 SSIM_SIDE, SSIM_SIGMA, SSIM_K1, SSIM_K2 = 11, 1.5, 0.01, 0.03
-# pictures at once: so many, and so many pixels
+# images at once: so many, and so many pixels
 EVALUATION_BATCH, EVALUATION_PIXELS = 128, 128 * 64 * 64
 
 
-def psnr(pictures: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Return the PSNR in dB, `(batch,)`, of pictures `(batch, channels, height, width)` in [-1, 1]."""
-    errors = (pictures - targets).pow(2).mean(dim=(1, 2, 3)).clamp(min=1e-10)
+def psnr(images: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Return the PSNR in dB, `(batch,)`, of images `(batch, channels, height, width)` in [-1, 1]."""
+    errors = (images - targets).pow(2).mean(dim=(1, 2, 3)).clamp(min=1e-10)
     return 10 * torch.log10(VALUE_RANGE**2 / errors)
 
 
-def ssim(pictures: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Return the structural similarity, -1 to 1, of each picture.
+def ssim(images: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Return the structural similarity, -1 to 1, of each image.
 
-    It is the mean over its channels and over all places of a Gaussian window of 11 pixels (smaller where the picture
+    It is the mean over its channels and over all places of a Gaussian window of 11 pixels (smaller where the image
     is) that lies within it.
 
     Args:
-        pictures (`torch.Tensor`):
+        images (`torch.Tensor`):
             float `(batch, channels, height, width)` in [-1, 1].
         targets (`torch.Tensor`):
             of the same shape.
@@ -49,19 +49,19 @@ def ssim(pictures: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     Returns:
         `torch.Tensor`: `(batch,)`.
     """
-    channels = pictures.shape[1]
+    channels = images.shape[1]
     # the formula compares brightness, which begins at 0
-    pictures, targets = pictures + 1, targets + 1
-    window = _gaussian(min(SSIM_SIDE, *pictures.shape[2:])).to(pictures)
+    images, targets = images + 1, targets + 1
+    window = _gaussian(min(SSIM_SIDE, *images.shape[2:])).to(images)
     window = window.expand(channels, 1, -1, -1).contiguous()
 
     def local_mean(values: torch.Tensor) -> torch.Tensor:
         return F.conv2d(values, window, groups=channels)
 
-    mean, wanted = local_mean(pictures), local_mean(targets)
-    variance = local_mean(pictures * pictures) - mean * mean
+    mean, wanted = local_mean(images), local_mean(targets)
+    variance = local_mean(images * images) - mean * mean
     wanted_variance = local_mean(targets * targets) - wanted * wanted
-    covariance = local_mean(pictures * targets) - mean * wanted
+    covariance = local_mean(images * targets) - mean * wanted
     small1, small2 = (SSIM_K1 * VALUE_RANGE) ** 2, (SSIM_K2 * VALUE_RANGE) ** 2
     brightness = (2 * mean * wanted + small1) / (mean * mean + wanted * wanted + small1)
     structure = (2 * covariance + small2) / (variance + wanted_variance + small2)
@@ -76,43 +76,43 @@ def _gaussian(side: int) -> torch.Tensor:
 
 
 def evaluation_batch(side: int) -> int:
-    """Return the pictures of this side that are looked at at once."""
+    """Return the images of this side that are looked at at once."""
     return max(1, min(EVALUATION_BATCH, EVALUATION_PIXELS // side**2))
 
 
 @torch.no_grad()
 def evaluate(
     model: MomaVQModel,
-    pictures: np.ndarray,
+    images: np.ndarray,
     targets: torch.Tensor | None = None,
     judge: MomaVQPerceptualNetwork | None = None,
     samples: Path | None = None,
 ) -> dict[str, float]:
-    """Return what a picture tokenizer makes of held-out pictures, in float32.
+    """Return what an image tokenizer makes of held-out images, in float32.
 
     Args:
         model (`MomaVQModel`):
             is in training mode afterwards.
-        pictures (`np.ndarray`):
-            uint8 `(pictures, 3, side, side)`.
+        images (`np.ndarray`):
+            uint8 `(images, 3, side, side)`.
         targets (`torch.Tensor`, *optional*):
-            the teacher's features `(pictures, semantic_dim)`, for the mean cosine to them.
+            the teacher's features `(images, semantic_dim)`, for the mean cosine to them.
         judge (`MomaVQPerceptualNetwork`, *optional*):
             for the perceptual distance.
         samples (`Path`, *optional*):
-            file for a sheet of some of the pictures, each above its reconstruction.
+            file for a sheet of some of the images, each above its reconstruction.
 
     Returns:
-        `dict[str, float]`: means over the pictures of PSNR (dB), SSIM and perceptual distance; `codes_used` and its
+        `dict[str, float]`: means over the images of PSNR (dB), SSIM and perceptual distance; `codes_used` and its
         share of the codebook, `perplexity`, and `semantic_cosine`.
     """
     model.eval()
     sums: dict[str, float] = {}
     tokens, sheet = [], []
-    shown = set(np.linspace(0, len(pictures) - 1, min(NUM_SAMPLES, len(pictures))).astype(int).tolist())
-    batch_size = evaluation_batch(pictures.shape[-1])
-    for start in range(0, len(pictures), batch_size):
-        batch = torch.from_numpy(pictures[start : start + batch_size])
+    shown = set(np.linspace(0, len(images) - 1, min(NUM_SAMPLES, len(images))).astype(int).tolist())
+    batch_size = evaluation_batch(images.shape[-1])
+    for start in range(0, len(images), batch_size):
+        batch = torch.from_numpy(images[start : start + batch_size])
         pixel_values = to_pixel_values(batch, model.device)
         output = model(pixel_values)
         found = output.reconstruction.clamp(-1, 1)
@@ -132,7 +132,7 @@ def evaluate(
     codes = torch.cat(tokens)
     used = codes.unique().numel()
     return {
-        **{name: total / len(pictures) for name, total in sums.items()},
+        **{name: total / len(images) for name, total in sums.items()},
         "perplexity": model.codebook_perplexity(codes).item(),
         "codes_used": used,
         "codes_used_share": used / model.config.num_embeddings,
@@ -140,12 +140,12 @@ def evaluate(
 
 
 def save_samples(path: Path, pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
-    """Write pictures `(3, side, side)` in [-1, 1] in a row, the second of each pair below the first."""
+    """Write images `(3, side, side)` in [-1, 1] in a row, the second of each pair below the first."""
     side = pairs[0][0].shape[-1]
     sheet = np.full((2 * (side + GAP) - GAP, len(pairs) * (side + GAP) - GAP, 3), 255, dtype=np.uint8)
     for column, pair in enumerate(pairs):
-        for row, picture in enumerate(pair):
-            pixels = ((picture + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0).cpu().numpy()
+        for row, image in enumerate(pair):
+            pixels = ((image + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0).cpu().numpy()
             top, left = row * (side + GAP), column * (side + GAP)
             sheet[top : top + side, left : left + side] = pixels
     write_aside(path, lambda aside: Image.fromarray(sheet).save(aside, format="PNG"))

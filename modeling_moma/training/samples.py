@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a model in training draws and says every so often, from fixed prompts and held-out pictures."""
+"""What a model in training draws and says every so often, from fixed prompts and held-out images."""
 
 import json
 import random
@@ -17,7 +17,7 @@ from tokenization import MomaProcessor
 
 from ..data.documents import CaptionDocuments
 from ..data.examples import evenly_spaced
-from ..evaluation.measures import draw_pictures, write_captions
+from ..evaluation.measures import draw_images, write_captions
 from ..utils.atomic_files import write_aside
 from .metrics_callback import MomaMetricsCallback
 from .recipe import SampleFields
@@ -29,8 +29,8 @@ logger = logging.get_logger(__name__)
 class SampleCallback(TrainerCallback):
     """Writes what the model draws and says every so often.
 
-    `samples/step-000400.png` holds a row of drawings of the prompts above a row of held-out pictures, and
-    `samples/step-000400.json` the prompts and the captions of those pictures. The training's random numbers stay as
+    `samples/step-000400.png` holds a row of drawings of the prompts above a row of held-out images, and
+    `samples/step-000400.json` the prompts and the captions of those images. The training's random numbers stay as
     they are.
 
     Args:
@@ -39,7 +39,7 @@ class SampleCallback(TrainerCallback):
         processor (`MomaProcessor`):
             of the training.
         held_out (`Sequence[CaptionDocuments]`):
-            documents of every source of captions, of whose pictures some, evenly spaced, are captioned.
+            documents of every source of captions, of whose images some, evenly spaced, are captioned.
         metrics (`MomaMetricsCallback`):
             which must not count what is generated.
     """
@@ -53,7 +53,7 @@ class SampleCallback(TrainerCallback):
     ):
         self.fields, self.processor, self.metrics = fields, processor, metrics
         # neighbours are often alike: rows are sorted by class
-        chosen = [(entry, min(fields.pictures, len(entry))) for entry in held_out]
+        chosen = [(entry, min(fields.images, len(entry))) for entry in held_out]
         pairs = [
             (entry, row) for entry, number in chosen if number for row in evenly_spaced(range(len(entry)), number)
         ]
@@ -89,7 +89,7 @@ class SampleCallback(TrainerCallback):
                 "temperature": self.fields.temperature,
                 "guidance_scale": self.fields.guidance_scale,
             }
-            drawn = draw_pictures(model, self.processor, list(self.fields.prompts), 16, sampling, seed)
+            drawn = draw_images(model, self.processor, list(self.fields.prompts), 16, sampling, seed)
             rows.append(self.processor.decode_images(drawn))
         if len(self.codes):
             captions = write_captions(model, self.processor, self.codes, 16, self.fields.max_new_tokens)
@@ -97,17 +97,17 @@ class SampleCallback(TrainerCallback):
             rows.append(self.processor.decode_images(self.codes))
         name = f"step-{step:06d}"
         if rows:
-            write_aside(folder / f"{name}.png", lambda path: picture_grid(rows).save(path, format="PNG"))
+            write_aside(folder / f"{name}.png", lambda path: image_grid(rows).save(path, format="PNG"))
         text = json.dumps({"step": step, "prompts": list(self.fields.prompts), "captions": said}, indent=2)
         write_aside(folder / f"{name}.json", lambda path: path.write_text(text + "\n", encoding="utf-8"))
 
 
-def picture_grid(rows: Sequence[Sequence[Image.Image]], gap: int = 4) -> Image.Image:
-    """Return the rows of equally large pictures on white.
+def image_grid(rows: Sequence[Sequence[Image.Image]], gap: int = 4) -> Image.Image:
+    """Return the rows of equally large images on white.
 
     Args:
         rows (`Sequence[Sequence[Image.Image]]`):
-            at least one, of one picture or more.
+            at least one, of one image or more.
         gap (`int`, *optional*, defaults to `4`):
             pixels around each.
     """
@@ -115,9 +115,9 @@ def picture_grid(rows: Sequence[Sequence[Image.Image]], gap: int = 4) -> Image.I
     width = max(map(len, rows)) * (side + gap) + gap
     grid = Image.new("RGB", (width, len(rows) * (side + gap) + gap), "white")
     for line, row in enumerate(rows):
-        for place, picture in enumerate(row):
-            grid.paste(picture, (gap + place * (side + gap), gap + line * (side + gap)))
+        for place, image in enumerate(row):
+            grid.paste(image, (gap + place * (side + gap), gap + line * (side + gap)))
     return grid
 
 
-__all__ = ["SampleCallback", "picture_grid"]
+__all__ = ["SampleCallback", "image_grid"]

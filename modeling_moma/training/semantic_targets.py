@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The teacher's features of the training pictures: kept in a file, or computed anew for each batch of a large set."""
+"""The teacher's features of the training images: kept in a file, or computed anew for each batch of a large set."""
 
 from pathlib import Path
 
@@ -11,28 +11,28 @@ from tokenization.perceptual_moma_vq import MomaVQPerceptualNetwork
 
 from ..utils.atomic_files import write_aside
 from .array_file import ArrayWriter, read_array
-from .picture_store import PictureStore, take, to_pixel_values
+from .image_store import ImageStore, take, to_pixel_values
 
 
-# the teacher sees pictures at one small size, whatever theirs is
+# the teacher sees images at one small size, whatever theirs is
 TEACHER_BATCH = 128
-# pictures whose features give mean and deviation where not all are computed
+# images whose features give mean and deviation where not all are computed
 NUM_STANDARDS = 16_384
 
 
 class SemanticTargets:
-    """Standardised features of pictures without augmentation, float32.
+    """Standardised features of images without augmentation, float32.
 
-    Where a training is to see each picture at least once, the features of all are computed first and kept beside the
-    pictures; a training that ends before has them computed batch by batch.
+    Where a training is to see each image at least once, the features of all are computed first and kept beside the
+    images; a training that ends before has them computed batch by batch.
 
     Args:
         teacher (`MomaVQPerceptualNetwork`):
             gives the features.
-        store (`PictureStore`):
-            the pictures; its folder takes the file.
+        store (`ImageStore`):
+            the images; its folder takes the file.
         num_uses (`int`):
-            pictures that all batches of the training hold together.
+            images that all batches of the training hold together.
         bf16 (`bool`):
             whether the teacher computes in bfloat16.
         device (`torch.device`):
@@ -40,7 +40,7 @@ class SemanticTargets:
     """
 
     def __init__(
-        self, teacher: MomaVQPerceptualNetwork, store: PictureStore, num_uses: int, bf16: bool, device: torch.device
+        self, teacher: MomaVQPerceptualNetwork, store: ImageStore, num_uses: int, bf16: bool, device: torch.device
     ):
         self.teacher, self.store, self.bf16, self.device = teacher, store, bf16, device
         self.kept: torch.Tensor | None = None
@@ -57,7 +57,7 @@ class SemanticTargets:
         self.held_out = self._standardise(torch.cat([self._features(batch) for batch in held_out]))
 
     def of(self, indices: torch.Tensor) -> torch.Tensor:
-        """Return the features of training pictures, `(pictures, feature_dim)`."""
+        """Return the features of training images, `(images, feature_dim)`."""
         if self.kept is not None:
             return self._standardise(self.kept[indices])
         return self._standardise(self._features(take(self.store.train, indices)))
@@ -65,9 +65,9 @@ class SemanticTargets:
     def _standardise(self, features: torch.Tensor) -> torch.Tensor:
         return (features.to(self.device) - self.mean) / self.std
 
-    def _features(self, pictures: torch.Tensor) -> torch.Tensor:
+    def _features(self, images: torch.Tensor) -> torch.Tensor:
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.bf16):
-            return self.teacher.features(to_pixel_values(pictures, self.device)).cpu()
+            return self.teacher.features(to_pixel_values(images, self.device)).cpu()
 
     def _open(self, path: Path) -> np.ndarray:
         if not path.exists():
@@ -75,8 +75,8 @@ class SemanticTargets:
         return read_array(path)
 
     def _write(self, path: Path) -> None:
-        pictures = self.store.train
+        images = self.store.train
         with ArrayWriter(path, (self.teacher.feature_dim,), np.float32) as writer:
-            for start in tqdm(range(0, len(pictures), TEACHER_BATCH), desc="teacher features"):
-                batch = torch.from_numpy(pictures[start : start + TEACHER_BATCH])
+            for start in tqdm(range(0, len(images), TEACHER_BATCH), desc="teacher features"):
+                batch = torch.from_numpy(images[start : start + TEACHER_BATCH])
                 writer.extend(self._features(batch).numpy())

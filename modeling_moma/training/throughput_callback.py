@@ -125,7 +125,7 @@ class FeedingCallback(TrainerCallback):
                 f"{name} {share:.3f} in place of {self.weights[name]:.3f}" for name, share in off.items()
             )
             logger.warning(
-                f"the mixture is off after {self.rows} rows: {found} of the tokens. Captions and pictures are not "
+                f"the mixture is off after {self.rows} rows: {found} of the tokens. Captions and images are not "
                 "cut, and may leave no room for one another in sequences of this length: a longer `sequence_length` "
                 "helps, or weights that go with it."
             )

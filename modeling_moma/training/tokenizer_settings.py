@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Settings of a picture tokenizer's training: flags, fields of a recipe, and what a resumed run must repeat."""
+"""Settings of an image tokenizer's training: flags, fields of a recipe, and what a resumed run must repeat."""
 
 import argparse
 import json
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field
 
 from ..errors_moma import InputError
-from ..utils.fields import Count, Float, Int, OnOff, refuse_unknown
+from ..utils.fields import Count, Float, FormerName, Int, OnOff, refuse_unknown
 
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ class TokenizerSettings:
         steps (`int`, *optional*, defaults to `2400`):
             steps of the optimizer.
         batch_size (`int`, *optional*, defaults to `48`):
-            pictures of a step.
+            images of a step.
         learning_rate (`NotNegative`, *optional*, defaults to `0.0015`):
             largest one of the schedule.
         warmup_steps (`int`, *optional*, defaults to `100`):
@@ -42,7 +42,7 @@ class TokenizerSettings:
         save_every (`int`, *optional*, defaults to `500`):
             steps between two checkpoints.
         resolution (`int`, *optional*):
-            side of the pictures in pixels; the configuration's by default.
+            side of the images in pixels; the configuration's by default.
         semantic_weight (`NotNegative`, *optional*):
             of the semantic loss; the configuration's by default.
         perceptual_weight (`NotNegative`, *optional*):
@@ -52,9 +52,9 @@ class TokenizerSettings:
         adversarial_start (`int`, *optional*, defaults to `0`):
             steps without the discriminator, at the beginning.
         augmentation (`Literal["white", "reflection", "none"]`, *optional*, defaults to `"white"`):
-            what fills the corners of turned and shifted pictures: white suits drawings, reflection photos.
-        held_out_pictures (`int`, *optional*, defaults to `1024`):
-            held-out pictures that are looked at, at most.
+            what fills the corners of turned and shifted images: white suits drawings, reflection photos.
+        held_out_images (`int`, *optional*, defaults to `1024`):
+            held-out images that are looked at, at most.
         bf16 (`Literal["auto", "on", "off"]`, *optional*, defaults to `"auto"`):
             bf16 in training; auto: where the device has it.
     """
@@ -72,7 +72,7 @@ class TokenizerSettings:
     adversarial_weight: NotNegative = 0.0
     adversarial_start: Annotated[Int, Field(ge=0)] = 0
     augmentation: Literal["white", "reflection", "none"] = "white"
-    held_out_pictures: Count = 1024
+    held_out_images: Annotated[Count, FormerName("held_out_pictures")] = 1024
     bf16: Annotated[Literal["auto", "on", "off"], OnOff] = "auto"
 
 
@@ -155,14 +155,14 @@ def check_resumed(args: argparse.Namespace, config: "MomaVQConfig", begun: Mappi
             )
 
 
-def check_same_pictures(output: str, now: Mapping[str, Any], begun: Mapping[str, Any] | None):
-    """Compare the pictures with those that a checkpoint was trained on.
+def check_same_images(output: str, now: Mapping[str, Any], begun: Mapping[str, Any] | None):
+    """Compare the images with those that a checkpoint was trained on.
 
     Args:
         output (`str`):
             folder of the run.
         now (`Mapping[str, Any]`):
-            facts about its pictures, by name.
+            facts about its images, by name.
         begun (`Mapping[str, Any] | None`):
             what they were at the first start, or `None` in checkpoints of earlier versions.
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reads GIMP's user manual as documents in which text and pictures alternate."""
+"""Reads GIMP's user manual as documents in which text and images alternate."""
 
 import hashlib
 import io
@@ -19,7 +19,7 @@ from .page import read_page
 
 PACKAGE = "gimp-help-en"
 PAGES = "usr/share/gimp/3.0/help/en"
-# smaller pictures show nothing that a model could read
+# smaller images show nothing that a model could read
 SMALLEST = 16
 # the longest side, in pixels, of drawings that have no pixels of their own
 DRAWN = 64
@@ -32,12 +32,12 @@ class Manual:
 
     Attributes:
         rows: the documents of each split, `{"title": ..., "segments": [...]}`, by the names of their pages.
-        pictures: for each path that documents name, the file that it comes from.
-        left_out: how often a page or a picture was left out, by the reason.
+        images: for each path that documents name, the file that it comes from.
+        left_out: how often a page or an image was left out, by the reason.
     """
 
     rows: dict[str, list[dict]] = field(default_factory=lambda: {split: [] for split in SPLITS})
-    pictures: dict[str, Path] = field(default_factory=dict)
+    images: dict[str, Path] = field(default_factory=dict)
     left_out: Counter = field(default_factory=Counter)
 
 
@@ -45,18 +45,18 @@ def read_manual(folder: Path, validation_share: float) -> Manual:
     """
     Reads every page of a folder of HTML pages. Whole pages go to one split, drawn by a hash of the page's name.
 
-    Pages with nothing but headings are left out, and so are pictures that are missing, that cannot be read or that
+    Pages with nothing but headings are left out, and so are images that are missing, that cannot be read or that
     have fewer than 16 pixels on a side.
 
     Args:
-        folder: the pages; their pictures have paths relative to it.
+        folder: the pages; their images have paths relative to it.
         validation_share: share of pages in `validation`.
     """
     pages = sorted(folder.glob("*.html"))
     if not pages:
         raise ValueError(f"{folder} has no pages (*.html): is it not the folder of the manual?")
     manual = Manual()
-    choose = cache(partial(choose_picture, folder))
+    choose = cache(partial(choose_image, folder))
     for path in pages:
         asked: list[str] = []
         page = read_page(path.read_bytes(), partial(_choose, choose, asked))
@@ -69,37 +69,37 @@ def read_manual(folder: Path, validation_share: float) -> Manual:
             if target is None:
                 manual.left_out[reason] += 1
             else:
-                manual.pictures[target] = folder / source
+                manual.images[target] = folder / source
     return manual
 
 
-def choose_picture(folder: Path, source: str) -> tuple[str | None, str]:
+def choose_image(folder: Path, source: str) -> tuple[str | None, str]:
     """
-    Decides about a picture.
+    Decides about an image.
 
     Args:
         folder: what `source` is relative to.
         source: the `src` of the page.
 
     Returns:
-        The path that documents name and `""`, or None and why the picture is left out.
+        The path that documents name and `""`, or None and why the image is left out.
     """
     path = PurePosixPath(source)
     if not source or path.is_absolute() or ".." in path.parts or not (folder / path).is_file():
-        return None, "pictures without a file"
+        return None, "images without a file"
     try:
         width, height = _size(folder / path)
     except (OSError, ValueError, UnidentifiedImageError, Image.DecompressionBombError):
-        return None, "pictures that cannot be read"
+        return None, "images that cannot be read"
     if min(width, height) < SMALLEST:
-        return None, f"pictures below {SMALLEST} pixels"
+        return None, f"images below {SMALLEST} pixels"
     inside = path if path.parts[0] == "images" else PurePosixPath("images") / path
     return (f"{inside}.png" if path.suffix == ".svg" else str(inside)), ""
 
 
-def copy_pictures(manual: Manual, folder: Path) -> None:
-    """Copies the pictures below `folder` as they are; vector drawings become PNG on white, 64 pixels long."""
-    for target, source in sorted(manual.pictures.items()):
+def copy_images(manual: Manual, folder: Path) -> None:
+    """Copies the images below `folder` as they are; vector drawings become PNG on white, 64 pixels long."""
+    for target, source in sorted(manual.images.items()):
         path = folder / target
         path.parent.mkdir(parents=True, exist_ok=True)
         if source.suffix == ".svg":
@@ -109,17 +109,17 @@ def copy_pictures(manual: Manual, folder: Path) -> None:
 
 
 def count_table(manual: Manual, version: str) -> str:
-    """Returns a Markdown table of each split's documents, pictures and words, and a list of further counts."""
+    """Returns a Markdown table of each split's documents, images and words, and a list of further counts."""
     lines = [
         f"From {PACKAGE} {version}:",
         "",
-        "| split | documents | with pictures | pictures | different pictures | words | bytes of text |",
+        "| split | documents | with images | images | different images | words | bytes of text |",
         "|---|---:|---:|---:|---:|---:|---:|",
     ]
     everything = [row for split in SPLITS for row in manual.rows[split]]
     for name, rows in [*((split, manual.rows[split]) for split in SPLITS), ("all", everything)]:
         texts = [segment["text"] for row in rows for segment in row["segments"] if segment["type"] == "text"]
-        names = _pictures_of(rows)
+        names = _images_of(rows)
         numbers = (
             len(rows),
             sum(any(segment["type"] == "image" for segment in row["segments"]) for row in rows),
@@ -129,19 +129,19 @@ def count_table(manual: Manual, version: str) -> str:
             sum(len(text.encode()) for text in texts),
         )
         lines.append(f"| {name} | " + " | ".join(f"{number:,}" for number in numbers) + " |")
-    hashes = {path: hashlib.sha256(source.read_bytes()).digest() for path, source in manual.pictures.items()}
-    train = {hashes[name] for name in _pictures_of(manual.rows["train"])}
-    held_out = [hashes[name] for name in _pictures_of(manual.rows["validation"])]
-    drawings = sum(source.suffix == ".svg" for source in manual.pictures.values())
-    size = sum(source.stat().st_size for source in manual.pictures.values())
+    hashes = {path: hashlib.sha256(source.read_bytes()).digest() for path, source in manual.images.items()}
+    train = {hashes[name] for name in _images_of(manual.rows["train"])}
+    held_out = [hashes[name] for name in _images_of(manual.rows["validation"])]
+    drawings = sum(source.suffix == ".svg" for source in manual.images.values())
+    size = sum(source.stat().st_size for source in manual.images.values())
     return "\n".join(
         [
             *lines,
             "",
-            f"- Picture files: {len(manual.pictures):,}, {size:,} bytes in the package, {drawings:,} of them vector "
+            f"- Image files: {len(manual.images):,}, {size:,} bytes in the package, {drawings:,} of them vector "
             "drawings.",
-            "- Pictures of `validation` that stand on a page of `train` too: "
-            f"{sum(picture in train for picture in held_out):,} of {len(held_out):,}.",
+            "- Images of `validation` that stand on a page of `train` too: "
+            f"{sum(image in train for image in held_out):,} of {len(held_out):,}.",
             *(f"- Left out, {reason}: {count:,}." for reason, count in sorted(manual.left_out.items())),
         ]
     )
@@ -152,7 +152,7 @@ def _choose(choose: Callable[[str], tuple[str | None, str]], asked: list[str], s
     return choose(source)[0]
 
 
-def _pictures_of(rows: list[dict]) -> list[str]:
+def _images_of(rows: list[dict]) -> list[str]:
     return [segment["image"] for row in rows for segment in row["segments"] if segment["type"] == "image"]
 
 
@@ -165,7 +165,7 @@ def _size(path: Path) -> tuple[int, int]:
 
 
 def _draw(path: Path) -> bytes:
-    picture = bytes(resvg_py.svg_to_bytes(svg_path=str(path), background="white"))
-    with Image.open(io.BytesIO(picture)) as image:
+    png = bytes(resvg_py.svg_to_bytes(svg_path=str(path), background="white"))
+    with Image.open(io.BytesIO(png)) as image:
         side = "width" if image.width >= image.height else "height"
     return bytes(resvg_py.svg_to_bytes(svg_path=str(path), background="white", **{side: DRAWN}))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reads an HTML page of a DocBook manual as text and pictures that alternate."""
+"""Reads an HTML page of a DocBook manual as text and images that alternate."""
 
 import re
 from collections.abc import Callable
@@ -28,21 +28,21 @@ class Page:
     has_text: bool
 
 
-def read_page(data: bytes, picture: Callable[[str], str | None]) -> Page:
+def read_page(data: bytes, image: Callable[[str], str | None]) -> Page:
     """
     Reads a page in the order in which it is read by people. Navigation, marks of footnotes, the bibliography and the
-    signs of notes and tips are left out. Texts that no picture parts are one segment, with an empty line between its
+    signs of notes and tips are left out. Texts that no image parts are one segment, with an empty line between its
     paragraphs.
 
     Args:
         data: the page, HTML in UTF-8.
-        picture: the path to write for the `src` of a picture, or None to leave the picture out.
+        image: the path to write for the `src` of an image, or None to leave the image out.
 
     Returns:
         The page. `has_text` is False where it has nothing but headings.
     """
     root = html.document_fromstring(data, parser=html.HTMLParser(encoding="utf-8"))
-    reader = _Reader(picture)
+    reader = _Reader(image)
     body = root.find("body")
     if body is not None:
         reader.read(body, _Place())
@@ -62,7 +62,7 @@ class _Place:
 
 @dataclass
 class _Reader:
-    picture: Callable[[str], str | None]
+    image: Callable[[str], str | None]
     segments: list[dict] = field(default_factory=list)
     has_text: bool = False
     _text: str = ""
@@ -80,7 +80,7 @@ class _Reader:
             self._text = self._text.rstrip(" ")
             return
         if tag == "img":
-            self._add_picture(element, place)
+            self._add_image(element, place)
             return
         if tag == "br":
             self._gap = max(self._gap, 1)
@@ -132,10 +132,10 @@ class _Reader:
         else:
             self._text += re.sub(r"\s+", " ", text)
 
-    def _add_picture(self, element, place: _Place) -> None:
-        # the picture of a note is a sign in the margin, the same each time
+    def _add_image(self, element, place: _Place) -> None:
+        # the image of a note is a sign in the margin, the same each time
         is_sign = place.in_admonition and (element.get("alt") or "").startswith("[")
-        path = None if is_sign else self.picture(element.get("src") or "")
+        path = None if is_sign else self.image(element.get("src") or "")
         if path is not None:
             self.end_text()
             self.segments.append({"type": "image", "image": path})

@@ -26,7 +26,7 @@ def emoji_documents(rows: Sequence[dict], processor) -> CaptionDocuments:
 
 
 def label_caption(style: str, label: str) -> str:
-    """The caption of a picture, `"noto: red apple"`."""
+    """The caption of an image, `"noto: red apple"`."""
     return emoji_kind().templates()[0].render({"style": style, "label": label})
 
 
@@ -57,7 +57,7 @@ def caption_accuracies(texts: Sequence[str], wanted: Sequence[dict], table: dict
     Scores generated captions. Text that cannot be parsed and labels that the data set lacks count as wrong.
 
     Args:
-        texts: one caption of each picture.
+        texts: one caption of each image.
         wanted: rows with `style`, `label`, `subgroup` and `group`. Same length.
         table: from `label_table`.
 

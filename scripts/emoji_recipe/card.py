@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import yaml
 
 from emoji_recipe.cells import SPLITS, STYLES, drawing_cell
-from picture_sets.counts import replace_counts
+from image_sets.counts import replace_counts
 
 
 def fill_card(card: str, rows: dict[str, Sequence[dict]], sizes: dict[str, int], largest_component: str) -> str:
@@ -41,7 +41,7 @@ def fill_card(card: str, rows: dict[str, Sequence[dict]], sizes: dict[str, int],
 
 
 def count_table(rows: dict[str, Sequence[dict]]) -> str:
-    """Returns a Markdown table of the number of pictures by style and split."""
+    """Returns a Markdown table of the number of images by style and split."""
     counts = Counter((row["style"], split) for split in SPLITS for row in rows[split])
     lines = [f"| style | {' | '.join(SPLITS)} | all |", "|---|" + "---:|" * (len(SPLITS) + 1)]
     for style in STYLES:
@@ -63,7 +63,7 @@ def count_notes(rows: dict[str, Sequence[dict]], largest_component: str) -> str:
             f"- Labels: {len({row['label'] for row in everything}):,}; groups: "
             f"{len({row['group'] for row in everything})}; subgroups: "
             f"{len({row['subgroup'] for row in everything})}; distinct words in labels and keywords: {len(words):,}.",
-            f"- Keywords per picture: {keywords:.1f} on average.",
+            f"- Keywords per image: {keywords:.1f} on average.",
             "- (base label, drawing family) cells: "
             + ", ".join(f"{len(cells[split]):,} in {split}" for split in SPLITS)
             + ".",

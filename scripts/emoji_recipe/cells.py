@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which pictures show the same drawing, and a split that never puts one drawing on both sides."""
+"""Which images show the same drawing, and a split that never puts one drawing on both sides."""
 
 import random
 import re
 from collections import Counter, defaultdict
 from collections.abc import Hashable, Sequence
 
-from picture_sets.components import linked_groups
+from image_sets.components import linked_groups
 
 
 DRAWING_FAMILIES = {
@@ -57,27 +57,27 @@ def base_label(label: str) -> str:
 
 
 def drawing_cell(label: str, style: str) -> tuple[str, str]:
-    """Returns the (base label, drawing family) cell of a picture: pictures of one cell show the same drawing."""
+    """Returns the (base label, drawing family) cell of an image: images of one cell show the same drawing."""
     return base_label(label), drawing_family(style)
 
 
-def merge_cells(cells: Sequence[tuple[str, str]], pictures: Sequence[Hashable]) -> list[list[int]]:
+def merge_cells(cells: Sequence[tuple[str, str]], images: Sequence[Hashable]) -> list[list[int]]:
     """
     Groups rows that must stay on one side of a split: rows of one cell, and rows of cells that contain the same
-    picture (the flag of Norway is also the flag of Bouvet Island).
+    image (the flag of Norway is also the flag of Bouvet Island).
 
     Args:
         cells: the (base label, drawing family) cell of each row.
-        pictures: the identity of each row's picture, such as a hash of its pixels. Same length as `cells`.
+        images: the identity of each row's image, such as a hash of its pixels. Same length as `cells`.
 
     Returns:
         Components of row numbers, each ascending, ordered by their first row.
     """
-    if len(cells) != len(pictures):
-        raise ValueError(f"`cells` has {len(cells)} rows and `pictures` has {len(pictures)}: they must be as long.")
+    if len(cells) != len(images):
+        raise ValueError(f"`cells` has {len(cells)} rows and `images` has {len(images)}: they must be as long.")
     first, links = {}, []
-    for row, (cell, picture) in enumerate(zip(cells, pictures, strict=True)):
-        links += [(first.setdefault(key, row), row) for key in (("cell", cell), ("picture", picture))]
+    for row, (cell, image) in enumerate(zip(cells, images, strict=True)):
+        links += [(first.setdefault(key, row), row) for key in (("cell", cell), ("image", image))]
     components = defaultdict(list)
     for row, group in enumerate(linked_groups(len(cells), links).tolist()):
         components[group].append(row)
@@ -86,18 +86,18 @@ def merge_cells(cells: Sequence[tuple[str, str]], pictures: Sequence[Hashable]) 
 
 def split_cells(
     cells: Sequence[tuple[str, str]],
-    pictures: Sequence[Hashable],
+    images: Sequence[Hashable],
     shares: dict[str, float],
     seed: int = 0,
     max_cells: int = 4,
 ) -> list[str]:
     """
-    Splits rows so that no drawing and no picture stands on both sides, and so that every held-out base label keeps
+    Splits rows so that no drawing and no image stands on both sides, and so that every held-out base label keeps
     the drawing of another family in `train` (a model can know the word, but not this drawing of it).
 
     Args:
         cells: the (base label, drawing family) cell of each row.
-        pictures: the identity of each row's picture. Same length as `cells`.
+        images: the identity of each row's image. Same length as `cells`.
         shares: share of all rows of each held-out split, such as `{"validation": 0.035}`.
         seed: the held-out components are drawn at random with this seed.
         max_cells: components of more cells stay in `train`, so that one cluster of look-alikes (families of equal
@@ -108,7 +108,7 @@ def split_cells(
     """
     if sum(shares.values()) >= 1 or any(share < 0 for share in shares.values()):
         raise ValueError(f"`shares` is {shares}: shares must be at least 0 and leave a part for `train`.")
-    components = merge_cells(cells, pictures)
+    components = merge_cells(cells, images)
     train_families = defaultdict(set)
     for label, family in cells:
         train_families[label].add(family)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Says what a picture shows: the label of the nearest training picture that another designer drew."""
+"""Says what an image shows: the label of the nearest training image that another designer drew."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -15,16 +15,16 @@ LEVELS = ("label", "subgroup", "group")
 
 
 @dataclass
-class PictureJudge:
-    """Nearest neighbour, by the cosine of ImageNet features, among reference pictures of other drawing families.
+class ImageJudge:
+    """Nearest neighbour, by the cosine of ImageNet features, among reference images of other drawing families.
 
     Excluding the asked style's own family makes it a test of what is drawn, not of how one designer draws.
 
     Args:
         extract: pixel values `[B, 3, H, W]` in [-1, 1] to features `[B, D]`, such as
             `MomaVQPerceptualNetwork().features`.
-        features: `[N, D]`, of the reference pictures.
-        rows: `style`, `label`, `subgroup` and `group` of each reference picture.
+        features: `[N, D]`, of the reference images.
+        rows: `style`, `label`, `subgroup` and `group` of each reference image.
 
     Raises:
         ValueError: features and rows are of different number.
@@ -43,31 +43,31 @@ class PictureJudge:
     @classmethod
     def from_batches(
         cls, extract: Callable[[torch.Tensor], torch.Tensor], batches: Iterable[torch.Tensor], rows: Sequence[dict]
-    ) -> "PictureJudge":
-        """Builds the judge from batches of the reference pictures' pixel values."""
+    ) -> "ImageJudge":
+        """Builds the judge from batches of the reference images' pixel values."""
         return cls(extract, torch.cat([extract(batch).cpu() for batch in batches]), rows)
 
     def nearest(self, batches: Iterable[torch.Tensor], styles: Sequence[str]) -> list[dict]:
         """
-        Finds the reference picture that each picture resembles most.
+        Finds the reference image that each image resembles most.
 
         Args:
             batches: pixel values, in the order of `styles`.
-            styles: the style that each picture has or should have; its family is left out.
+            styles: the style that each image has or should have; its family is left out.
 
         Returns:
             The row of each neighbour.
 
         Raises:
-            ValueError: the number of pictures is not that of styles, or all references are of one family.
+            ValueError: the number of images is not that of styles, or all references are of one family.
         """
         features = F.normalize(torch.cat([self.extract(batch).cpu() for batch in batches]).float(), dim=1)
         if len(features) != len(styles):
-            raise ValueError(f"`batches` hold {len(features)} pictures, but `styles` has {len(styles)}.")
+            raise ValueError(f"`batches` hold {len(features)} images, but `styles` has {len(styles)}.")
         families = np.array([drawing_family(style) for style in styles])
         same_family = torch.from_numpy(families[:, None] == self.families[None, :])
         if same_family.all(dim=1).any():
-            raise ValueError(f"`rows` has no picture outside of the families {sorted(set(self.families))}.")
+            raise ValueError(f"`rows` has no image outside of the families {sorted(set(self.families))}.")
         similarity = (features @ self.features.T).masked_fill(same_family, -torch.inf)
         return [self.rows[index] for index in similarity.argmax(dim=1).tolist()]
 
@@ -77,7 +77,7 @@ def accuracies(found: Sequence[dict | None], wanted: Sequence[dict]) -> dict[str
     Shares of rows whose label, subgroup and group are right.
 
     Args:
-        found: a row with `label`, `subgroup` and `group` for each picture, or `None` where there is no answer.
+        found: a row with `label`, `subgroup` and `group` for each image, or `None` where there is no answer.
         wanted: the true rows. Same length.
 
     Returns:

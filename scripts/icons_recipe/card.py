@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from icons_recipe.drawing import COLOURS
 from icons_recipe.rows import Row
 from icons_recipe.splits import SPLITS
-from picture_sets.counts import replace_counts
+from image_sets.counts import replace_counts
 
 
 def fill_card(
@@ -29,7 +29,7 @@ def fill_card(
 
 def count_table(rows: dict[str, Sequence[Row]], sizes: dict[str, int]) -> str:
     """Returns a Markdown table of what each split holds."""
-    lines = ["| split | pictures | cells | names | sets | MB |", "|---|---:|---:|---:|---:|---:|"]
+    lines = ["| split | images | cells | names | sets | MB |", "|---|---:|---:|---:|---:|---:|"]
     for split in SPLITS:
         numbers = [len(rows[split]), *(len(set(values)) for values in _columns(rows[split]))]
         lines.append(f"| {split} | " + " | ".join(f"{n:,}" for n in numbers) + f" | {sizes[split] / 1e6:.1f} |")
@@ -74,29 +74,29 @@ def family_table(rows: dict[str, Sequence[Row]]) -> str:
     return "\n".join([*lines, *(f"| {family} | {', '.join(sorted(members))} |" for family, members in several)])
 
 
-def attribution(collections: dict[str, dict], pictures: Counter) -> str:
+def attribution(collections: dict[str, dict], images: Counter) -> str:
     """
     Returns the attribution of every set as a Markdown page.
 
     Args:
         collections: Iconify's entry of each set.
-        pictures: the number of pictures of each set in this data set.
+        images: the number of images of each set in this data set.
     """
     lines = [
         "# Attribution",
         "",
-        "Written by `scripts/build_icons_dataset.py` from what Iconify says of each set. Changes made to the pictures",
+        "Written by `scripts/build_icons_dataset.py` from what Iconify says of each set. Changes made to the images",
         "of every set: rendered at 64x64 pixels in the middle of a white square, monochrome ones painted in a colour,",
         "animated ones brought to a stand, stored as lossy WebP. The makers named here do not endorse this data set.",
         "",
-        "| set | name | by | licence | pictures |",
+        "| set | name | by | licence | images |",
         "|---|---|---|---|---:|",
     ]
     for prefix, info in collections.items():
         author, licence = info["author"], info["license"]
         lines.append(
             f"| {prefix} | {info['name']} | {_link(author['name'], author.get('url'))} | "
-            f"{_link(licence['spdx'], licence.get('url'))} | {pictures[prefix]:,} |"
+            f"{_link(licence['spdx'], licence.get('url'))} | {images[prefix]:,} |"
         )
     return "\n".join(lines) + "\n"
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Renders icons, colours the monochrome ones, and reduces pictures to what near-identity is measured on."""
+"""Renders icons, colours the monochrome ones, and reduces images to what near-identity is measured on."""
 
 import hashlib
 import io
@@ -9,7 +9,7 @@ import resvg_py
 from PIL import Image
 
 from icons_recipe.animation import settle
-from picture_sets.iconify import icon_svg
+from image_sets.iconify import icon_svg
 
 
 RESOLUTION = 64
@@ -50,7 +50,7 @@ def render_icon(icon_set: dict, icon: dict) -> np.ndarray:
 
 
 def is_grey(pixels: np.ndarray) -> bool:
-    """Tells whether a picture has no colour but black, white and what lies between."""
+    """Tells whether an image has no colour but black, white and what lies between."""
     return bool((pixels == pixels[..., :1]).all())
 
 
@@ -61,24 +61,24 @@ def paint(pixels: np.ndarray, colour: str) -> np.ndarray:
 
 
 def encode(pixels: np.ndarray) -> bytes:
-    """Returns a picture as a lossy WebP file."""
+    """Returns an image as a lossy WebP file."""
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, format="WEBP", quality=WEBP_QUALITY, method=4)
     return buffer.getvalue()
 
 
 def decode(webp: bytes) -> np.ndarray:
-    """Returns the RGB pixels of a stored picture, uint8 of shape (64, 64, 3)."""
+    """Returns the RGB pixels of a stored image, uint8 of shape (64, 64, 3)."""
     return np.asarray(Image.open(io.BytesIO(webp)).convert("RGB"))
 
 
 def small_grey(pixels: np.ndarray, colour: str | None = None) -> np.ndarray:
     """
-    Reduces a picture to 16x16 grey values, as if it had been drawn in black.
+    Reduces an image to 16x16 grey values, as if it had been drawn in black.
 
     Args:
         pixels: uint8 of shape (64, 64, 3).
-        colour: the colour of `COLOURS` that the picture is painted in. By default its own colours turn to grey.
+        colour: the colour of `COLOURS` that the image is painted in. By default its own colours turn to grey.
 
     Returns:
         uint8 of shape (256,), 255 for white.
@@ -92,6 +92,6 @@ def small_grey(pixels: np.ndarray, colour: str | None = None) -> np.ndarray:
     return (255 - blocks).round().astype(np.uint8).reshape(-1)
 
 
-def picture_hash(pixels: np.ndarray) -> str:
-    """Returns the sha256 of a stored picture's RGB pixels, in hexadecimal."""
+def image_hash(pixels: np.ndarray) -> str:
+    """Returns the sha256 of a stored image's RGB pixels, in hexadecimal."""
     return hashlib.sha256(pixels.tobytes()).hexdigest()

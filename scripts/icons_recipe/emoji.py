@@ -33,7 +33,7 @@ _REGIONAL_A = 0x1F1E6
 
 @dataclass(frozen=True)
 class HeldOutEmoji:
-    """What the emoji set holds out: cells of (base label, family), and 16x16 greys of the pictures.
+    """What the emoji set holds out: cells of (base label, family), and 16x16 greys of the images.
 
     `train_greys` are those of its train split, `train_texts` its labels and keywords.
     """

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from picture_sets.components import linked_groups
+from image_sets.components import linked_groups
 
 
 _FAMILIES = {

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes the splits, and the list of all pictures with their hashes."""
+"""Writes the splits, and the list of all images with their hashes."""
 
 import random
 from collections.abc import Callable, Sequence
@@ -40,7 +40,7 @@ _SHARD_ROWS = 60_000
 def to_record(row: Row) -> dict:
     """Returns a row as the data set stores it."""
     return {
-        "image": {"bytes": row.picture, "path": None},
+        "image": {"bytes": row.image, "path": None},
         "label": row.label,
         "style": row.full_style,
         "name": row.name,
@@ -100,7 +100,7 @@ def _shards(split, rows, seed):
 
 def write_hash_list(path: Path, rows: Sequence[Row], of_row: Sequence[str | None], groups: Sequence[int]) -> int:
     """
-    Writes set, icon, name, family, split, group and the first 8 bytes of the hash of every picture in a split.
+    Writes set, icon, name, family, split, group and the first 8 bytes of the hash of every image in a split.
 
     Args:
         path: the file.

@@ -14,15 +14,15 @@ from icons_recipe.families import merge_alike
 from icons_recipe.near import near_pairs
 from icons_recipe.rows import Row
 from icons_recipe.splits import TEST_FAMILIES
+from image_sets.components import linked_groups
 from modeling_moma.utils.atomic_files import write_aside
-from picture_sets.components import linked_groups
 
 
-BLANK, COPY, EMOJI_CELL, EMOJI_PICTURE = (
+BLANK, COPY, EMOJI_CELL, EMOJI_IMAGE = (
     "blank",
     "exact copy under the same style and name",
     "emoji that the emoji set holds out",
-    "near-identical to a picture that the emoji set holds out",
+    "near-identical to an image that the emoji set holds out",
 )
 
 
@@ -49,14 +49,14 @@ def drop_and_group(
     on_done: Callable[[int], None] = lambda count: None,
 ) -> Grouped:
     """
-    Drops blank pictures, exact copies and what the emoji set holds out, and groups the rest.
+    Drops blank images, exact copies and what the emoji set holds out, and groups the rest.
 
     Args:
         rows: all rows.
         held_out_slugs: file names, by set, that the emoji set holds out.
-        emoji: pictures of the emoji set.
+        emoji: images of the emoji set.
         cache: keeps the near-identical pairs for a later run.
-        on_done: called with the number of pictures compared, again and again.
+        on_done: called with the number of images compared, again and again.
     """
     dropped = Counter()
     seen, kept = set(), []
@@ -78,10 +78,10 @@ def drop_and_group(
     pairs = np.unique(np.concatenate([_cached_pairs(part, cache, on_done) for part in greys]), axis=0)
     across = pairs[(pairs[:, 0] < count) & (pairs[:, 1] >= count)]
     of_held_out = across[:, 1] < count + len(emoji.greys)
-    # the whole cell goes with a picture that the emoji set holds out
+    # the whole cell goes with an image that the emoji set holds out
     cells = {kept[row].cell for row in across[of_held_out, 0].tolist()}
     keep = np.array([row.cell not in cells for row in kept])
-    dropped[EMOJI_PICTURE] = int((~keep).sum())
+    dropped[EMOJI_IMAGE] = int((~keep).sum())
     stays = np.array([row.set in EMOJI_FAMILIES for row in kept])
     stays[across[~of_held_out, 0]] = True
     inner = pairs[pairs[:, 1] < count]

@@ -13,17 +13,17 @@ from icons_recipe.rows import Row
 from icons_recipe.words import HeldOutWords
 
 
-PICTURES_PER_CELL = 2
+IMAGES_PER_CELL = 2
 CELLS_PER_FAMILY = 400
 REPEATS, SAMPLED = (
-    f"more than {PICTURES_PER_CELL} pictures, or near-identical ones, of a held-out cell",
+    f"more than {IMAGES_PER_CELL} images, or near-identical ones, of a held-out cell",
     f"more than {CELLS_PER_FAMILY} cells of a family that never trains",
 )
 
 
 def thin_out(rows: Sequence[Row], of_row: Sequence[str | None]) -> tuple[list[str | None], Counter]:
     """
-    Keeps two pictures that differ of each held-out cell, and 400 cells of each family that never trains.
+    Keeps two images that differ of each held-out cell, and 400 cells of each family that never trains.
 
     Args:
         rows: all rows.
@@ -57,7 +57,7 @@ def _choose(rows, numbers):
     chosen, greys = [], []
     for number in sorted(numbers, key=lambda number: _order(rows[number].set, rows[number].icon)):
         grey = np.frombuffer(rows[number].grey, dtype=np.uint8).astype(int)
-        if len(chosen) < PICTURES_PER_CELL and all(np.abs(grey - other).mean() >= LIMIT for other in greys):
+        if len(chosen) < IMAGES_PER_CELL and all(np.abs(grey - other).mean() >= LIMIT for other in greys):
             chosen.append(number)
             greys.append(grey)
     return chosen

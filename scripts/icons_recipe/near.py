@@ -21,7 +21,7 @@ def near_pairs(
     """
     Finds all pairs of rows whose mean absolute difference is below a limit. None is missed.
 
-    The mean difference of a picture is never below that of the same picture at a quarter of its side. So rows are put
+    The mean difference of an image is never below that of the same image at a quarter of its side. So rows are put
     into boxes by their 4x4 values, boxes too far apart are never compared, and the few pairs that are close at 4x4 are
     compared at 8x8, then at 16x16.
 

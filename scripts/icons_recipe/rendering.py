@@ -30,7 +30,7 @@ _SCHEMA = pa.schema(
 
 
 def rendered_folder(cache: Path) -> Path:
-    """Returns the folder of rendered sets, whose name changes with all that changes the pictures."""
+    """Returns the folder of rendered sets, whose name changes with all that changes the images."""
     sizes = (drawing.RESOLUTION, drawing.WEBP_QUALITY, drawing.GREY_SIDE)
     recipe = (resvg_py.__version__, sizes, drawing.COLOURS, drawing.BLACK_SHARE, _SCHEMA.names)
     key = hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:8]
@@ -91,7 +91,7 @@ def _render_row(icon_set, name, icon, has_palette):
         "icon": name,
         "webp": webp,
         "colour": colour,
-        "hash": drawing.picture_hash(stored),
+        "hash": drawing.image_hash(stored),
         "grey": grey.tobytes(),
         "stored_grey": drawing.small_grey(stored, colour).tobytes(),
     }

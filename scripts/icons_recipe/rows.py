@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Puts pictures, names and tags of all sets together into rows."""
+"""Puts images, names and tags of all sets together into rows."""
 
 import json
 from collections.abc import Iterator
@@ -18,9 +18,9 @@ from icons_recipe.tags import MOST_TAGS, package_of
 @dataclass(frozen=True, slots=True)
 class Row:
     """
-    One picture with all that is said of it.
+    One image with all that is said of it.
 
-    `picture` is a WebP file; `grey` and `stored_grey` are the 16x16 grey values of the drawing, in black, and of what
+    `image` is a WebP file; `grey` and `stored_grey` are the 16x16 grey values of the drawing, in black, and of what
     the file holds of it.
     """
 
@@ -34,19 +34,19 @@ class Row:
     categories: tuple[str, ...]
     colour: str | None
     license: str
-    picture: bytes
+    image: bytes
     grey: bytes
     stored_grey: bytes
     hash: str
 
     @property
     def cell(self) -> tuple[str, str]:
-        """The (family, name) cell: pictures of one cell show the same thing by the same maker."""
+        """The (family, name) cell: images of one cell show the same thing by the same maker."""
         return self.family, self.name
 
     @property
     def label(self) -> str:
-        """The name, with the colour before it where the picture has one that is not black."""
+        """The name, with the colour before it where the image has one that is not black."""
         return self.name if self.colour in (None, "black") else f"{self.colour} {self.name}"
 
     @property
@@ -95,7 +95,7 @@ def read_rows(
                 categories=tuple(categories.get(slug, ())),
                 colour=item["colour"],
                 license=collections[prefix]["license"]["spdx"],
-                picture=item["webp"],
+                image=item["webp"],
                 grey=item["grey"],
                 stored_grey=item["stored_grey"],
                 hash=item["hash"],

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from picture_sets.npm import archive_path, fetch_packages, read_files
+from image_sets.npm import archive_path, fetch_packages, read_files
 
 
 ICONIFY = "@iconify/json"

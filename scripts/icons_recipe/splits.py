@@ -31,7 +31,7 @@ class SplitSizes:
     most_word_cells: int = 16
     # that draw a held-out word or pair
     least_families: int = 2
-    # pictures in whose names each word of a pair stands
+    # images in whose names each word of a pair stands
     least_seen: int = 20
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from icons_recipe.names import words
 from icons_recipe.sets import PACKAGES
-from picture_sets.npm import archive_path, read_files
+from image_sets.npm import archive_path, read_files
 
 
 MOST_TAGS = 12

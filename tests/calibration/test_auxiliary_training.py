@@ -340,7 +340,7 @@ def one_of_two(rank, folder):
     os._exit(0)
 
 
-def test_one_rank_may_have_text_only_and_the_other_pictures_only(tmp_path):
+def test_one_rank_may_have_text_only_and_the_other_images_only(tmp_path):
     mp.spawn(one_of_two, args=(tmp_path,), nprocs=2, daemon=True)
     first, second = (torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2))
     assert_same(first["state"], second["state"])

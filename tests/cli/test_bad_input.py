@@ -11,14 +11,14 @@ import pytest
 from huggingface_hub import constants
 
 from helpers.hub_server import HubServer
-from helpers.tiny import noise_pictures, tiny_model, tiny_processor
+from helpers.tiny import noise_images, tiny_model, tiny_processor
 from modeling_moma.cli.main import main
 
 
 def write_photos(folder):
     folder.mkdir(parents=True)
-    for index, picture in enumerate(noise_pictures(12)):
-        picture.save(folder / f"{index}.png")
+    for index, image in enumerate(noise_images(12)):
+        image.save(folder / f"{index}.png")
     lines = ["file_name,text", *(f"{index}.png,thing {index}" for index in range(12))]
     (folder / "metadata.csv").write_text("\n".join(lines) + "\n")
 
@@ -85,7 +85,7 @@ BAD = {
     "build-processor r.yaml --output out --tokenizer mine/vq": f"`--tokenizer` 'mine/vq': .*{UNREACHED}",
     "build-processor r.yaml --output out --tokenizer empty": "`--tokenizer` 'empty' has no config.json: the folder is",
     "build-processor r.yaml --output out --tokenizer unfinished": "`moma train-image-tokenizer ... --resume`",
-    "build-processor r.yaml --output out --tokenizer model": "a model of type 'moma', not of a picture tokenizer",
+    "build-processor r.yaml --output out --tokenizer model": "a model of type 'moma', not of an image tokenizer",
     "build-processor r.yaml --output out --tokenizer proc": "the folder holds a processor",
     "build-processor r.yaml --output out --tokenizer r.yaml": "`--tokenizer` 'r.yaml' is a file",
     "build-processor r.yaml --output out --tokenizer vq --text-tokenizer ./no": "`--text-tokenizer` './no': there is",
@@ -102,7 +102,7 @@ BAD = {
     f"{PRETRAIN} photos --model model": "`--tokens` 'photos' has no manifest.json",
     "calibrate --processor proc --tokens tokens --output out --model unfinished": "its training is not finished",
     "calibrate --processor ./x --tokens tokens --output out --model model": "`--processor` './x': there is no folder",
-    "train-auxiliary-routers --model model --processor vq --tokens tokens --output out": "holds a picture tokenizer",
+    "train-auxiliary-routers --model model --processor vq --tokens tokens --output out": "holds an image tokenizer",
     "train-auxiliary-routers --model model --processor proc --tokens no --output out": "`--tokens` 'no': there is no",
     "evaluate --model model --tokens tokens": "`--model` 'model' has no processor_config.json",
     "evaluate --model cut --tokens tokens": "`--model` 'cut': the model in it cannot be read",
@@ -114,7 +114,7 @@ BAD = {
     "convert llama --output out --processor proc --source ./none": "./none: there is no folder './none'",
     "convert chameleon --output out --source ./none": "./none: no such folder",
     "push --repo-id a/b --dry-run --model ./none": "`model` is './none', which is no folder",
-    "train-image-tokenizer typo.yaml --output pictures-out": "there is no folder 'phots' (did you mean 'photos'?)",
+    "train-image-tokenizer typo.yaml --output images-out": "there is no folder 'phots' (did you mean 'photos'?)",
 }
 
 

@@ -25,7 +25,7 @@ def model_folder(tmp_path_factory):
 
 
 @pytest.fixture
-def picture_file(tmp_path):
+def image_file(tmp_path):
     path = tmp_path / "apple.png"
     values = np.random.default_rng(0).integers(0, 256, (20, 24, 3), dtype=np.uint8)
     Image.fromarray(values).save(path)
@@ -41,8 +41,8 @@ def copy_folder(folder, target):
     return target
 
 
-def test_command_draws_a_picture(model_folder, tmp_path):
-    output = tmp_path / "new" / "picture.png"
+def test_command_draws_an_image(model_folder, tmp_path):
+    output = tmp_path / "new" / "image.png"
     command = [
         sys.executable,
         "-m",
@@ -58,12 +58,12 @@ def test_command_draws_a_picture(model_folder, tmp_path):
     done = subprocess.run([*command, "--output", output], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == [str(output)]
-    with Image.open(output) as picture:
-        assert picture.size == (SIDE, SIDE)
-    assert [path.name for path in output.parent.iterdir()] == ["picture.png"]
+    with Image.open(output) as image:
+        assert image.size == (SIDE, SIDE)
+    assert [path.name for path in output.parent.iterdir()] == ["image.png"]
 
 
-def test_several_prompts_give_numbered_pictures_that_follow_the_seed(model_folder, tmp_path):
+def test_several_prompts_give_numbered_images_that_follow_the_seed(model_folder, tmp_path):
     prompts = ["--prompt", "noto: red apple", "--prompt", "apple"]
     pixels = {}
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
@@ -74,15 +74,15 @@ def test_several_prompts_give_numbered_pictures_that_follow_the_seed(model_folde
     assert pixels["a"] == pixels["b"] != pixels["c"]
 
 
-def test_pictures_are_captioned_one_line_each(model_folder, picture_file, capsys):
-    call = ["--model", str(model_folder), "--image", str(picture_file), "--image", str(picture_file)]
+def test_images_are_captioned_one_line_each(model_folder, image_file, capsys):
+    call = ["--model", str(model_folder), "--image", str(image_file), "--image", str(image_file)]
     assert main([*call, "--prompt", "noto:", "--num-beams", "2", "--max-new-tokens", "4"]) == 0
     first, second, *rest = capsys.readouterr().out.split("\n")
     assert first == second and rest == [""]
 
 
-def test_interleaved_output_is_written(model_folder, picture_file, tmp_path):
-    call = ["--model", str(model_folder), "--image", str(picture_file), "--mode", "interleaved"]
+def test_interleaved_output_is_written(model_folder, image_file, tmp_path):
+    call = ["--model", str(model_folder), "--image", str(image_file), "--mode", "interleaved"]
     assert main([*call, "--output", str(tmp_path / "out.png")]) == 0
 
 
@@ -100,9 +100,9 @@ def test_checkpoint_with_non_finite_weights_is_refused_by_name(model_folder, tmp
     assert not (tmp_path / "p.png").exists()
 
 
-def test_truncated_picture_ends_with_a_message_and_no_traceback(model_folder, picture_file):
-    picture_file.write_bytes(picture_file.read_bytes()[:300])
-    command = [sys.executable, "-m", "modeling_moma", "generate", "--model", model_folder, "--image", picture_file]
+def test_truncated_image_ends_with_a_message_and_no_traceback(model_folder, image_file):
+    image_file.write_bytes(image_file.read_bytes()[:300])
+    command = [sys.executable, "-m", "modeling_moma", "generate", "--model", model_folder, "--image", image_file]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2
     assert "apple.png" in done.stderr and "truncated" in done.stderr and "Traceback" not in done.stderr
@@ -116,7 +116,7 @@ def test_truncated_picture_ends_with_a_message_and_no_traceback(model_folder, pi
             ["--prompt", "a", "--prompt", "b", "--image", "x", "--image", "y", "--image", "z"],
             "--prompt: given 2 times",
         ),
-        (["--prompt", "a", "--output", "picture"], "--output: 'picture' has no ending"),
+        (["--prompt", "a", "--output", "image"], "--output: 'image' has no ending"),
         (["--prompt", "a", "--output", "x.mpg"], "cannot be written as .mpg (MPEG)"),
         (["--prompt", "a", "--output", "x.xbm"], "cannot be written as .xbm (XBM)"),
         (["--prompt", "a", "--output", "x.h5"], "cannot be written as .h5 (HDF5)"),
@@ -159,18 +159,18 @@ def test_numbers_out_of_range_are_named(model_folder, capsys, option, values):
 
 
 @pytest.mark.parametrize("prompt", ["<|begin_image|>", "a<|begin_image|><|image_3|><|image_4|>"])
-def test_a_picture_that_the_prompt_begins_is_finished_and_written(model_folder, tmp_path, prompt):
-    output = tmp_path / "picture.png"
+def test_an_image_that_the_prompt_begins_is_finished_and_written(model_folder, tmp_path, prompt):
+    output = tmp_path / "image.png"
     assert main(["--model", str(model_folder), "--prompt", prompt, "--output", str(output)]) == 0
-    with Image.open(output) as picture:
-        assert picture.size == (SIDE, SIDE)
+    with Image.open(output) as image:
+        assert image.size == (SIDE, SIDE)
 
 
-def test_of_a_prompt_with_a_picture_the_drawn_one_is_written(model_folder, picture_file, tmp_path):
-    output = tmp_path / "picture.png"
-    call = ["--model", str(model_folder), "--image", str(picture_file), "--mode", "image", "--output", str(output)]
+def test_of_a_prompt_with_an_image_the_drawn_one_is_written(model_folder, image_file, tmp_path):
+    output = tmp_path / "image.png"
+    call = ["--model", str(model_folder), "--image", str(image_file), "--mode", "image", "--output", str(output)]
     assert main(call) == 0
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["apple.png", "picture.png"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["apple.png", "image.png"]
 
 
 def test_missing_model_ends_with_a_message(tmp_path, capsys):

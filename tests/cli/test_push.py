@@ -57,7 +57,7 @@ def whole(tmp_path_factory):
     processor.save_pretrained(root / "processor")
     (root / "model" / "README.md").write_text(card())
     (root / "model" / "evaluation.json").write_text(json.dumps(REPORT))
-    (root / "model" / "curves.png").write_bytes(b"a picture")
+    (root / "model" / "curves.png").write_bytes(b"an image")
     shutil.copytree(root / "processor", root / "whole")
     shutil.copytree(root / "model", root / "whole", dirs_exist_ok=True)
     shutil.copytree(root / "whole", root / "shards")
@@ -310,7 +310,7 @@ BROKEN_CARDS = {
     ),
     "a size": (card(**{"model-index": metric(value=256)}), "is 256, which evaluation.json does not measure"),
     "text": (card(**{"model-index": metric(value="good")}), "is 'good', which is no number"),
-    "lost picture": (card(BODY.replace("curves", "lost")), "the link 'lost.png' leads to no file"),
+    "lost image": (card(BODY.replace("curves", "lost")), "the link 'lost.png' leads to no file"),
     "link out": (card("[data](../../data/README.md)"), "'../../data/README.md' leads out of the folder"),
 }
 

@@ -18,13 +18,13 @@ from transformers import (
 from modeling_moma import MomaConfig, MomaForCausalLM
 from modeling_moma.cli.convert import main
 from modeling_moma.convert.chameleon import config_from_chameleon, convert_chameleon
-from modeling_moma.convert.chameleon_processor import PictureVocabulary, convert_tokenizer, convert_vq_model
+from modeling_moma.convert.chameleon_processor import ImageVocabulary, convert_tokenizer, convert_vq_model
 from modeling_moma.convert.reading import CheckpointError
 from tokenization import MomaProcessor, MomaVQConfig, MomaVQModel
 
 
 BEGIN, END, PLACEHOLDER, TURN, OFFSET, CODES = 21, 20, 22, 23, 4, 16
-SIDE, PICTURE_LENGTH, VOCAB = 8, 16, 24 + 256
+SIDE, IMAGE_LENGTH, VOCAB = 8, 16, 24 + 256
 VQ = {
     "embed_dim": 8,
     "num_embeddings": CODES,
@@ -50,7 +50,7 @@ def code_name(code):
 
 
 def vocabulary_map(ids=None):
-    """Picture ids in an order of their own, as in the released vocabulary."""
+    """Image ids in an order of their own, as in the released vocabulary."""
     codes = np.random.default_rng(1).permutation(CODES).tolist()
     ids = ids or range(OFFSET, OFFSET + CODES)
     frame = {"<eoss>": END, "<racm3:break>": BEGIN, "<image>": PLACEHOLDER, "<reserved08706>": TURN}
@@ -125,19 +125,19 @@ def rewrite(folder, **changes):
 
 
 def mixed_batch():
-    """A row of text, and a row with a picture, padded on the left."""
+    """A row of text, and a row with an image, padded on the left."""
     generator = torch.Generator().manual_seed(3)
     text = torch.randint(24, VOCAB, (30,), generator=generator)
-    codes = torch.randint(OFFSET, OFFSET + CODES, (PICTURE_LENGTH,), generator=generator)
-    picture = torch.cat([torch.tensor([1] * 6 + [0, BEGIN]), codes, torch.tensor([END]), text[:5]])
+    codes = torch.randint(OFFSET, OFFSET + CODES, (IMAGE_LENGTH,), generator=generator)
+    image = torch.cat([torch.tensor([1] * 6 + [0, BEGIN]), codes, torch.tensor([END]), text[:5]])
     attention_mask = torch.ones(2, 30, dtype=torch.long)
     attention_mask[1, :6] = 0
-    return {"input_ids": torch.stack([text, picture]), "attention_mask": attention_mask}
+    return {"input_ids": torch.stack([text, image]), "attention_mask": attention_mask}
 
 
 @torch.no_grad()
 def bare_logits(model, **inputs):
-    """Logits before the source masks those of pictures."""
+    """Logits before the source masks those of images."""
     return model.lm_head(model.model(**inputs).last_hidden_state)
 
 
@@ -150,7 +150,7 @@ def pair(request, tmp_path_factory):
     return source, MomaForCausalLM.from_pretrained(folder / "moma").eval(), receipt
 
 
-def test_logits_of_text_and_pictures_equal_the_sources(pair):
+def test_logits_of_text_and_images_equal_the_sources(pair):
     source, converted, receipt = pair
     batch = mixed_batch()
     real = batch["attention_mask"].bool()
@@ -165,7 +165,7 @@ def test_generates_the_sources_tokens(pair, sampling):
     source, converted, _ = pair
     arguments = {**mixed_batch(), "max_new_tokens": 12, "min_new_tokens": 12, "pad_token_id": 1, **sampling}
     torch.manual_seed(5)
-    # MoMa's text mode also forbids the tokens around a picture
+    # MoMa's text mode also forbids the tokens around an image
     expected = source.generate(**arguments, suppress_tokens=[BEGIN, END])
     torch.manual_seed(5)
     found = converted.generate(**arguments, generation_mode="text")
@@ -183,7 +183,7 @@ def test_layout_follows_the_vocabulary_map(pair):
     assert (config.eos_token_id, config.pad_token_id) == (2, 1)
     assert (config.begin_image_token_id, config.end_image_token_id) == (BEGIN, END)
     assert config.modality_token_ranges == {"image": [[OFFSET, OFFSET + CODES]]}
-    assert config.image_seq_length == PICTURE_LENGTH
+    assert config.image_seq_length == IMAGE_LENGTH
     assert receipt.copied == 3 * config.num_hidden_layers and receipt.new == 0
 
 
@@ -231,10 +231,10 @@ def test_processor_gives_the_sources_token_ids(seven, seven_converted):
     found = processor.vq_model.get_image_tokens(pixels) + processor.image_token_offset
     assert torch.equal(found, expected.long())
 
-    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (12, 19, 3), dtype=np.uint8))
-    source_pixels = ChameleonImageProcessor.from_pretrained(folder)(picture, return_tensors="pt")["pixel_values"]
-    assert torch.equal(processor.image_processor(picture, return_tensors="pt")["pixel_values"], source_pixels)
-    ids = processor(text="a <image>", images=[picture])["input_ids"][0]
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (12, 19, 3), dtype=np.uint8))
+    source_pixels = ChameleonImageProcessor.from_pretrained(folder)(image, return_tensors="pt")["pixel_values"]
+    assert torch.equal(processor.image_processor(image, return_tensors="pt")["pixel_values"], source_pixels)
+    ids = processor(text="a <image>", images=[image])["input_ids"][0]
     words = PreTrainedTokenizerFast.from_pretrained(folder)("a ")["input_ids"]
     assert ids == [*words, BEGIN, *source.get_image_tokens(source_pixels)[0].tolist(), END]
 
@@ -257,9 +257,9 @@ def test_words_keep_their_ids(seven, seven_converted):
 
 
 @pytest.mark.parametrize("codes_are_special", [False, True])
-def test_picture_tokens_are_written_in_texts_as_the_processor_names_them(tmp_path, codes_are_special):
+def test_image_tokens_are_written_in_texts_as_the_processor_names_them(tmp_path, codes_are_special):
     save_tokenizer(tmp_path, codes_are_special)
-    tokenizer = convert_tokenizer(tmp_path, PictureVocabulary.from_map(vocabulary_map()))
+    tokenizer = convert_tokenizer(tmp_path, ImageVocabulary.from_map(vocabulary_map()))
     text = "<|begin_image|><|image_0|><|image_15|><|end_image|><image>"
     assert tokenizer(text)["input_ids"] == [0, BEGIN, OFFSET, OFFSET + 15, END, PLACEHOLDER]
     assert len(tokenizer) == VOCAB
@@ -268,12 +268,12 @@ def test_picture_tokens_are_written_in_texts_as_the_processor_names_them(tmp_pat
     assert tokenizer.decode([24, OFFSET, END], skip_special_tokens=True) == tokenizer.decode([24])
 
 
-def test_without_a_decoder_no_picture_can_be_shown(seven_converted):
+def test_without_a_decoder_no_image_can_be_shown(seven_converted):
     folder, receipt = seven_converted
     assert any("decoder missing" in reason for reason in receipt.ignored)
     assert "decoder missing" in (folder / "conversion.json").read_text()
     with pytest.raises(ValueError, match="no decoder"):
-        MomaProcessor.from_pretrained(folder).decode_images([list(range(PICTURE_LENGTH))])
+        MomaProcessor.from_pretrained(folder).decode_images([list(range(IMAGE_LENGTH))])
 
 
 def original_tokenizer(source):
@@ -306,7 +306,7 @@ def test_original_tokenizer_brings_its_decoder(seven, tmp_path):
 def test_renumbering_leaves_the_sources_codebook_alone():
     source = source_model(**PLAIN)
     before = source.model.vqmodel.quantize.embedding.weight.clone()
-    vocabulary = PictureVocabulary.from_map(source.config.vocabulary_map)
+    vocabulary = ImageVocabulary.from_map(source.config.vocabulary_map)
     vq_model = convert_vq_model(source.config, vocabulary, source.model.vqmodel.state_dict())
     assert torch.equal(source.model.vqmodel.quantize.embedding.weight, before)
     assert not torch.equal(vq_model.quantize.embedding.weight, before)
@@ -354,7 +354,7 @@ def test_keys_that_do_not_fit_are_named(seven, tmp_path, changes, message):
     assert not (tmp_path / "moma").exists()
 
 
-def test_scattered_picture_ids_convert_without_a_processor(tmp_path):
+def test_scattered_image_ids_convert_without_a_processor(tmp_path):
     ids = [*range(OFFSET, OFFSET + 8), *range(40, 48)]
     source = source_model(**PLAIN, vocabulary_map=vocabulary_map(ids))
     save_source(source, tmp_path / "source", tokenizer=False)
@@ -446,7 +446,7 @@ def write_template_setting(folder):
 
 
 @pytest.mark.parametrize("write", [write_template_file, write_template_json, write_template_setting])
-def test_chat_template_is_kept_and_takes_pictures_by_the_placeholder(write, seven, tmp_path):
+def test_chat_template_is_kept_and_takes_images_by_the_placeholder(write, seven, tmp_path):
     folder = copy_source(seven, tmp_path)
     write(folder)
     convert_chameleon(folder, tmp_path / "moma", probe=False)
@@ -454,7 +454,7 @@ def test_chat_template_is_kept_and_takes_pictures_by_the_placeholder(write, seve
     text = processor.apply_chat_template([{"role": "user", "content": "what? <image>"}])
     assert text == "what? <image><reserved08706>"
     ids = processor(text=text, images=[Image.new("RGB", (SIDE, SIDE))])["input_ids"][0]
-    assert ids.count(BEGIN) == 1 and ids[-1] == TURN and len(ids) > PICTURE_LENGTH
+    assert ids.count(BEGIN) == 1 and ids[-1] == TURN and len(ids) > IMAGE_LENGTH
 
 
 @pytest.mark.parametrize(
@@ -488,7 +488,7 @@ def test_tokenizer_file_of_another_kind_is_refused_by_name(seven, tmp_path):
         ({"model_type": "llama"}, "model_type.*'llama'"),
         ({"mlp_bias": True}, "mlp_bias"),
         ({"hidden_size": "wide"}, "hidden_size"),
-        ({"max_position_embeddings": PICTURE_LENGTH}, "image_seq_length"),
+        ({"max_position_embeddings": IMAGE_LENGTH}, "image_seq_length"),
         ({"vocabulary_map": None}, "vocabulary_map"),
         ({"vocabulary_map": {"<s>": 0}}, "no name begins with IMGIMG"),
         ({"vocabulary_map": {"IMGIMGAXZ": 4}}, "IMGIMGAXZ"),
@@ -502,6 +502,6 @@ def test_configurations_that_cannot_be_converted_are_refused(seven, fields, mess
 
 def test_every_code_must_have_one_id():
     names = {code_name(code): 4 + code for code in range(3)}
-    assert PictureVocabulary.from_map(names).codebook_order(3).tolist() == [0, 1, 2]
+    assert ImageVocabulary.from_map(names).codebook_order(3).tolist() == [0, 1, 2]
     with pytest.raises(CheckpointError, match="each of the 4 codes"):
-        PictureVocabulary.from_map(names).codebook_order(4)
+        ImageVocabulary.from_map(names).codebook_order(4)

@@ -6,7 +6,7 @@ from jinja2 import TemplateError
 from transformers import AutoTokenizer
 
 from helpers.text_sources import CHAT, CHATML
-from helpers.tiny import TEXTS, noise_pictures
+from helpers.tiny import TEXTS, noise_images
 from modeling_moma import MomaForCausalLM
 from modeling_moma.data.kinds.interleaved import read_messages
 from modeling_moma.data.sources import read_sources
@@ -40,7 +40,7 @@ def test_processor_beside_the_model_reads_text_as_the_source_did(source, convert
     assert processor.tokenizer.model_max_length == config.max_position_embeddings
 
 
-PICTURE_CHAT = [
+IMAGE_CHAT = [
     {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Name it."}]},
     {"role": "assistant", "content": "red apple"},
 ]
@@ -67,9 +67,9 @@ def test_template_of_the_source_stays_for_texts_to_the_character(template, chat,
     assert with_image_parts(changed) == changed
 
 
-def test_template_of_the_source_takes_pictures_and_leaves_messages_without_content(tokenizer):
+def test_template_of_the_source_takes_images_and_leaves_messages_without_content(tokenizer):
     changed = with_image_parts(CHATML)
-    text = tokenizer.apply_chat_template(PICTURE_CHAT, chat_template=changed, tokenize=False)
+    text = tokenizer.apply_chat_template(IMAGE_CHAT, chat_template=changed, tokenize=False)
     assert "<|im_start|>user\n<image>Name it.<|im_end|>\n" in text
     calls = "{% for m in messages %}{{ m.role }} {{ m.content is none }} {{ m.tool_calls | default('') }};{% endfor %}"
     chat = [{"role": "assistant", "content": None, "tool_calls": ["add"]}, {"role": "user", "content": "x"}]
@@ -80,16 +80,16 @@ def test_template_of_the_source_takes_pictures_and_leaves_messages_without_conte
         tokenizer.apply_chat_template(audio, chat_template=changed, tokenize=False)
 
 
-def test_picture_in_a_chat_becomes_its_codes(source, convert, tmp_path):
+def test_image_in_a_chat_becomes_its_codes(source, convert, tmp_path):
     _, processor = converted_chat(source, convert, tmp_path)
-    picture = noise_pictures(1)[0]
-    chat = [{"role": "user", "content": [{"type": "image", "image": picture}, {"type": "text", "text": "Name it."}]}]
+    image = noise_images(1)[0]
+    chat = [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": "Name it."}]}]
     ids = processor.apply_chat_template(chat, tokenize=True, return_dict=True, add_generation_prompt=True)["input_ids"]
-    frame = processor.image_ids(processor.encode_images([picture])[0])
+    frame = processor.image_ids(processor.encode_images([image])[0])
     start = ids[0].index(frame[0])
     assert ids[0][start : start + len(frame)] == frame
     # what a training on chats makes of the same messages
     kind = read_sources({"chats": {"data": "nowhere", "messages": "messages"}})[0].kind
     row = {"messages": [*chat, {"role": "assistant", "content": "red apple"}]}
-    text, pictures = read_messages(kind, row, processor)
-    assert pictures == [picture] and text.count("<image>") == 1
+    text, images = read_messages(kind, row, processor)
+    assert images == [image] and text.count("<image>") == 1

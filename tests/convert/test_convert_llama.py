@@ -127,7 +127,7 @@ def test_sampled_generation_equals_the_source_token_for_token(pair):
     generated = []
     for part in (source, model):
         torch.manual_seed(3)
-        # the stock loop, as the grammar of pictures needs the whole vocabulary
+        # the stock loop, as the grammar of images needs the whole vocabulary
         ids = GenerationMixin.generate(
             part,
             **padded_batch(num_ids),
@@ -161,7 +161,7 @@ def test_old_rows_stay_and_new_rows_lie_around_their_mean(source, convert, token
     original = AutoModelForCausalLM.from_pretrained(source)
     new_ids = torch.arange(len(tokenizer), model.config.vocab_size)
     assert len(new_ids) == 35
-    pictures = slice(*model.config.modality_token_ranges["image"][0])
+    images = slice(*model.config.modality_token_ranges["image"][0])
     for old, rows in (
         (original.model.embed_tokens.weight, model.model.embed_tokens.weight),
         (original.lm_head.weight, model.lm_head.weight),
@@ -170,7 +170,7 @@ def test_old_rows_stay_and_new_rows_lie_around_their_mean(source, convert, token
         assert torch.equal(rows[: len(tokenizer)], kept)
         deviation = (rows[new_ids] - kept.mean(dim=0)) / kept.std(dim=0)
         assert 0.09 < deviation.std() < 0.11
-        assert torch.pdist(rows[pictures]).min() > 0
+        assert torch.pdist(rows[images]).min() > 0
 
 
 def test_rows_beyond_the_tokenizer_stay_where_they_are(source, tmp_path, tokenizer, processor_folder):
@@ -197,15 +197,15 @@ def test_image_group_is_a_copy_or_new(image_group, source, convert, tmp_path):
 
 def test_codes_begin_near_a_uniform_loss_and_old_rows_stay(pair):
     source, model, receipt, num_ids = pair
-    # a guess among 32 codes is 3.5 nats; random small models leave no room to tell words from pictures well
+    # a guess among 32 codes is 3.5 nats; random small models leave no room to tell words from images well
     assert receipt.picture_loss < math.log(32) + 2.5
     for old, rows in (
         (source.get_input_embeddings().weight, model.get_input_embeddings().weight),
         (source.get_output_embeddings().weight, model.get_output_embeddings().weight),
     ):
         assert torch.equal(rows[:num_ids], old[:num_ids])
-    pictures = slice(*model.config.modality_token_ranges["image"][0])
-    assert torch.pdist(model.get_input_embeddings().weight[pictures]).min() > 0
+    images = slice(*model.config.modality_token_ranges["image"][0])
+    assert torch.pdist(model.get_input_embeddings().weight[images]).min() > 0
 
 
 def test_fitted_rows_begin_lower_than_those_of_the_mean(source, tmp_path, processor_folder):
@@ -218,7 +218,7 @@ def test_fitted_rows_begin_lower_than_those_of_the_mean(source, tmp_path, proces
         convert_llama(source, tmp_path / "other", processor=processor_folder, code_rows="best")
 
 
-def test_converted_model_writes_pictures_also_where_one_token_begins_ends_and_pads(source, convert, tmp_path):
+def test_converted_model_writes_images_also_where_one_token_begins_ends_and_pads(source, convert, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(source)
     tokenizer.pad_token = tokenizer.bos_token = tokenizer.eos_token
     tokenizer.save_pretrained(source)

@@ -74,7 +74,7 @@ def converted(source, tmp_path_factory):
     )
     assert run.returncode == 0, run.stderr[-2000:]
     # tqdm's bars
-    assert "tensors: 100%" in run.stderr and "rows of picture codes: 100%" in run.stderr
+    assert "tensors: 100%" in run.stderr and "rows of image codes: 100%" in run.stderr
     kibibytes = re.search(r"^peak (\d+)$", run.stdout, re.MULTILINE)
     assert kibibytes is not None
     return folder / "moma", int(kibibytes[1]) * 1024
@@ -138,7 +138,7 @@ def test_logits_answers_and_chats_are_those_of_the_source(pair, converted):
 
 
 @torch.no_grad()
-def test_pictures_begin_at_a_uniform_loss_and_stand_in_chats(pair, converted, emoji_rows):
+def test_images_begin_at_a_uniform_loss_and_stand_in_chats(pair, converted, emoji_rows):
     model, processor = pair[2], MomaProcessor.from_pretrained(converted[0])
     codes = torch.tensor(processor.encode_images([row["image"] for row in emoji_rows]))
     losses = []

@@ -7,7 +7,7 @@ from tokenizers.processors import ByteLevel, TemplateProcessing
 from transformers import AutoTokenizer
 
 from helpers.released import RELEASED
-from helpers.tiny import TEXTS, noise_pictures, tiny_model, tiny_processor
+from helpers.tiny import TEXTS, noise_images, tiny_model, tiny_processor
 from modeling_moma.data.encoding import DocumentEncoder
 from modeling_moma.evaluation.measures import write_captions
 from modeling_moma.evaluation.retrieval import pair_scores
@@ -31,26 +31,26 @@ def processor(request):
 @pytest.mark.parametrize("text", ["noto: red apple", ""])
 def test_training_begins_as_the_prompt_does(processor, text):
     encoder = DocumentEncoder(processor)
-    picture = noise_pictures(1)[0]
-    codes = processor.encode_images([picture])[0]
+    image = noise_images(1)[0]
+    codes = processor.encode_images([image])[0]
     eos = processor.tokenizer.eos_token_id
 
     prompt = processor(text=text)["input_ids"][0]
-    assert encoder.caption(text, codes, picture_first=False) == [*prompt, *processor.image_ids(codes), eos]
+    assert encoder.caption(text, codes, image_first=False) == [*prompt, *processor.image_ids(codes), eos]
 
-    prompt = processor(images=[picture], text="<image>")["input_ids"][0]
-    assert encoder.caption(text, codes, picture_first=True) == [*prompt, *encoder.text_ids(text), eos]
+    prompt = processor(images=[image], text="<image>")["input_ids"][0]
+    assert encoder.caption(text, codes, image_first=True) == [*prompt, *encoder.text_ids(text), eos]
 
 
 def test_documents_of_several_parts_begin_as_the_prompt_does(processor):
-    pictures = noise_pictures(2)
-    codes = processor.encode_images(pictures)
+    images = noise_images(2)
+    codes = processor.encode_images(images)
     encoder = DocumentEncoder(processor)
     for parts, text in (
         (["red", codes[0], "green", codes[1]], "red<image>green<image>"),
         ([codes[0], "red", codes[1]], "<image>red<image>"),
     ):
-        prompt = processor(images=pictures, text=text)["input_ids"][0]
+        prompt = processor(images=images, text=text)["input_ids"][0]
         assert encoder.document(parts) == [*prompt, processor.tokenizer.eos_token_id]
     assert encoder.document(["red apple"]) == [*processor(text="red apple")["input_ids"][0], encoder.eos]
 
@@ -60,12 +60,12 @@ def test_a_tokenizer_that_adds_bos_gives_the_ids_it_always_gave(processor):
     encoder = DocumentEncoder(processor)
     bos, eos = processor.tokenizer.bos_token_id, processor.tokenizer.eos_token_id
     codes = list(range(processor.image_seq_length))
-    picture, words = processor.image_ids(codes), encoder.text_ids(TEXTS[0])
+    image, words = processor.image_ids(codes), encoder.text_ids(TEXTS[0])
     first = [bos] if beginning_ids(processor.tokenizer) else []
-    assert encoder.caption(TEXTS[0], codes, True) == [*first, *picture, *words, eos]
-    assert encoder.caption(TEXTS[0], codes, False) == [*first, *words, *picture, eos]
-    # without a caption there is nothing else for the picture's first token to follow
-    assert encoder.caption("", codes, False) == [bos, *picture, eos]
+    assert encoder.caption(TEXTS[0], codes, True) == [*first, *image, *words, eos]
+    assert encoder.caption(TEXTS[0], codes, False) == [*first, *words, *image, eos]
+    # without a caption there is nothing else for the image's first token to follow
+    assert encoder.caption("", codes, False) == [bos, *image, eos]
 
 
 def test_the_released_tokenizer_begins_with_its_bos():
@@ -100,18 +100,18 @@ def test_an_empty_text_is_the_beginning_token(processor, sanitize):
 @torch.no_grad()
 def test_measures_ask_as_training_taught(processor):
     model = tiny_model(processor, initializer_range=0.3)
-    pictures = noise_pictures(2)
-    codes = torch.tensor(processor.encode_images(pictures))
+    images = noise_images(2)
+    codes = torch.tensor(processor.encode_images(images))
 
-    inputs = processor(images=pictures, text=["<image>"] * 2, return_tensors="pt")
+    inputs = processor(images=images, text=["<image>"] * 2, return_tensors="pt")
     ids = model.generate(**inputs, generation_mode="text", max_new_tokens=5, do_sample=False)
     expected = processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     assert write_captions(model, processor, codes, batch_size=2, max_new_tokens=5) == expected
 
     _, drawn, prior = pair_scores(model, processor, [tuple(row) for row in codes.tolist()], ["red", "noto"], 2)
     for text, scores in (("red", drawn[0]), ("noto", drawn[1]), ("", prior)):
-        for picture, score in zip(codes.tolist(), scores):
+        for image, score in zip(codes.tolist(), scores):
             prompt = processor(text=text)["input_ids"][0]
-            whole = torch.tensor([[*prompt, *processor.image_ids(picture)]])
+            whole = torch.tensor([[*prompt, *processor.image_ids(image)]])
             log_probs = model(input_ids=whole).logits[0, :-1].log_softmax(-1).gather(1, whole[0, 1:, None])
             assert float(log_probs[len(prompt) : -1].sum()) == pytest.approx(float(score), abs=1e-3)

@@ -80,7 +80,7 @@ def test_no_drawing_is_on_two_sides(text):
     assert not validation & test
 
 
-def test_no_stored_picture_is_on_two_sides(pixels):
+def test_no_stored_image_is_on_two_sides(pixels):
     train, validation, test = (set(pixels[split]) for split in SPLITS)
     assert not train & validation
     assert not train & test
@@ -96,16 +96,16 @@ def test_every_held_out_label_has_another_family_in_train(text):
             assert families[label] - {family}, f"{label} of {family} in {split}"
 
 
-def test_pictures_are_64_pixel_rgb(pixels):
+def test_images_are_64_pixel_rgb(pixels):
     for split in SPLITS:
         assert {(size, mode) for size, mode, _ in pixels[split]} == {((64, 64), "RGB")}
 
 
-def test_no_picture_of_a_style_stands_twice_under_one_label(text, pixels):
+def test_no_image_of_a_style_stands_twice_under_one_label(text, pixels):
     keys = [
-        (row["style"], row["label"], picture)
+        (row["style"], row["label"], image)
         for split in SPLITS
-        for row, picture in zip(text[split], pixels[split], strict=True)
+        for row, image in zip(text[split], pixels[split], strict=True)
     ]
     assert len(keys) == len(set(keys))
 

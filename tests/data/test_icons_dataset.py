@@ -10,10 +10,10 @@ import pyarrow.parquet as pq
 import pytest
 from datasets import load_dataset
 
-from icons_recipe.drawing import COLOURS, decode, picture_hash, small_grey
+from icons_recipe.drawing import COLOURS, decode, image_hash, small_grey
 from icons_recipe.emoji import EMOJI_FAMILIES, emoji_name, read_held_out
 from icons_recipe.files import FEATURES, SAMPLE_ROWS, short_hash
-from icons_recipe.held_out import CELLS_PER_FAMILY, PICTURES_PER_CELL
+from icons_recipe.held_out import CELLS_PER_FAMILY, IMAGES_PER_CELL
 from icons_recipe.near import near_pairs, near_to
 from icons_recipe.sets import LICENSES, PACKAGES
 from icons_recipe.splits import SPLITS, TEST_FAMILIES, SplitSizes
@@ -93,12 +93,12 @@ def test_splits_have_the_columns_of_the_contract_and_a_train_split_where_none_is
     assert icons["test"][0]["image"].size == (64, 64)
 
 
-def test_the_list_holds_every_committed_picture_in_its_split(rows, listed):
+def test_the_list_holds_every_committed_image_in_its_split(rows, listed):
     for split in SPLITS:
         hashes = {(row["set"], row["icon"]): row["hash"] for row in listed[split]}
         assert len(rows[split]) == (SAMPLE_ROWS if split == "train" else len(hashes))
         for row in rows[split]:
-            assert hashes[row["set"], row["icon"]] == short_hash(picture_hash(row["pixels"])), row["icon"]
+            assert hashes[row["set"], row["icon"]] == short_hash(image_hash(row["pixels"])), row["icon"]
 
 
 def test_built_train_files_are_those_of_the_list_and_hold_no_held_out_text(listed, phrases):
@@ -124,12 +124,12 @@ def test_sizes_are_those_of_the_plan(listed, phrases):
     assert len(phrases["pairs"]) == len(set(phrases["pairs"])) == sizes.pairs
 
 
-def test_no_group_cell_or_picture_is_on_two_sides(listed):
+def test_no_group_cell_or_image_is_on_two_sides(listed):
     for key in (lambda row: row["group"], lambda row: (row["family"], row["name"]), lambda row: row["hash"]):
         assert all(len(found) == 1 for found in sides_of(listed, key).values())
 
 
-def test_no_two_committed_splits_hold_near_identical_pictures(rows):
+def test_no_two_committed_splits_hold_near_identical_images(rows):
     splits = [split for split in SPLITS for _ in rows[split]]
     pairs = near_pairs(np.concatenate([greys_of(rows[split]) for split in SPLITS]))
     assert not [(splits[i], splits[j]) for i, j in pairs.tolist() if splits[i] != splits[j]]
@@ -191,12 +191,12 @@ def test_both_words_of_every_pair_are_seen_in_train(listed, phrases):
     assert min(seen[word] for pair in phrases["pairs"] for word in stems(pair)) >= SplitSizes().least_seen / 2
 
 
-def test_held_out_cells_have_at_most_two_pictures(listed):
+def test_held_out_cells_have_at_most_two_images(listed):
     for split in HELD_OUT:
         counts = defaultdict(int)
         for row in listed[split]:
             counts[row["family"], row["name"]] += 1
-        assert max(counts.values()) <= PICTURES_PER_CELL
+        assert max(counts.values()) <= IMAGES_PER_CELL
 
 
 def test_texts_are_complete_lower_case_and_state_the_colour(rows):
@@ -210,7 +210,7 @@ def test_texts_are_complete_lower_case_and_state_the_colour(rows):
                 assert text and text == text.lower()
 
 
-def test_painted_pictures_have_the_colour_that_they_state(rows):
+def test_painted_images_have_the_colour_that_they_state(rows):
     for row in rows["test"]:
         if row["colour"] is not None:
             ink = 255 - row["pixels"].reshape(-1, 3).astype(float)

@@ -11,18 +11,18 @@ import pytest
 import torch
 from datasets import Dataset
 
-from helpers.tiny import noise_pictures, tiny_processor
+from helpers.tiny import noise_images, tiny_processor
 from modeling_moma.data.corpus import source_texts
 from modeling_moma.data.documents import TokenFolder
+from modeling_moma.data.images import LeftOut
 from modeling_moma.data.jobs import plan_job, write_job
 from modeling_moma.data.kinds import KINDS, CaptionKind, InterleavedKind, SourceKind, TextKind, read_kind, source_kind
-from modeling_moma.data.pictures import LeftOut
 from modeling_moma.data.reports import write_manifest
 from modeling_moma.data.shard import Shard
 from modeling_moma.data.sources import read_sources
 from modeling_moma.data.stream import DocumentExamples
 from modeling_moma.data.workers import run_tasks
-from modeling_moma.training.picture_sources import candidates
+from modeling_moma.training.image_sources import candidates
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def write_quiz(path, images):
 def test_added_kind_goes_from_the_recipe_to_the_stream(quiz, tmp_path):
     processor = tiny_processor()
     processor.save_pretrained(tmp_path / "processor")
-    images = noise_pictures(7)
+    images = noise_images(7)
     write_quiz(str(tmp_path / "quiz.parquet"), [*images, None])
     fields = {"data": str(tmp_path / "quiz.parquet"), "photo": "image", "question": "q", "answer": "a", "held_out": 0}
     sources = read_sources({"quiz": fields})
@@ -100,7 +100,7 @@ def test_added_kind_goes_from_the_recipe_to_the_stream(quiz, tmp_path):
     manifest = write_manifest(tmp_path / "tokens", job)
     entry = manifest["sources"]["quiz"]
     assert entry["fields"] == {name: value for name, value in sources[0].fields().items()}
-    assert entry["read"]["train"]["left_out"] == {"picture missing": 1}
+    assert entry["read"]["train"]["left_out"] == {"image missing": 1}
     assert entry["splits"]["train"]["tokens"]["image"] == 7 * processor.image_seq_length
 
     tokens = TokenFolder(tmp_path / "tokens", processor)

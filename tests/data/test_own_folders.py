@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Own data as people have them: folders sorted into splits, broken JSON lines, missing pictures, misspelt fields."""
+"""Own data as people have them: folders sorted into splits, broken JSON lines, missing images, misspelt fields."""
 
 import csv
 import json
@@ -7,7 +7,7 @@ import json
 import pytest
 from datasets import config
 
-from helpers.tiny import noise_pictures, tiny_documents, tiny_processor
+from helpers.tiny import noise_images, tiny_documents, tiny_processor
 from modeling_moma import MomaMetricsCallback
 from modeling_moma.cli import tokenize
 from modeling_moma.data.documents import TokenFolder
@@ -43,9 +43,9 @@ def sorted_photos(folder, splits, suffix="csv"):
     rows = []
     for split in splits:
         (folder / split / "deeper").mkdir(parents=True)
-        for index, picture in enumerate(noise_pictures(3)):
+        for index, image in enumerate(noise_images(3)):
             name = f"{split}/deeper/{index}.png" if index else f"{split}/0.png"
-            picture.save(folder / name)
+            image.save(folder / name)
             rows.append({"file_name": name, "text": f"{split} {index}"})
     if suffix == "jsonl":
         (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
@@ -102,14 +102,14 @@ def test_broken_line_of_a_stream_is_told(run, tmp_path):
         run(data=str(tmp_path / "d.jsonl"), text="text", load={"streaming": True})
 
 
-def test_missing_picture_of_a_page_is_no_row_left_out(run, tmp_path):
+def test_missing_image_of_a_page_is_no_row_left_out(run, tmp_path):
     page = [{"text": "before"}, {"image": "gone.png"}, {"text": "after"}]
     (tmp_path / "d.jsonl").write_text(json.dumps({"page": page}) + "\n")
     entry, documents, printed = run(data=str(tmp_path / "d.jsonl"), segments="page")
     read = entry["read"]["train"]
     assert len(documents["train"]) == read["rows"] == 1
-    assert (read["left_out"], read.get("pictures_left_out")) == ({}, {"picture missing": 1})
-    assert "pictures left out of 1 rows: 1 picture missing" in printed and "gone.png" in printed
+    assert (read["left_out"], read.get("pictures_left_out")) == ({}, {"image missing": 1})
+    assert "images left out of 1 rows: 1 image missing" in printed and "gone.png" in printed
 
 
 @pytest.mark.parametrize(
@@ -129,10 +129,10 @@ def test_misspelt_field_and_value_out_of_range_say_what_may_stand_there(fields, 
         read_sources({"mine": {"data": "d", "text": "t", **fields}})
 
 
-@pytest.mark.parametrize("pictures, expected", [(0, []), (4, [0, 3, 6, 9]), (20, list(range(12)))])
-def test_sampled_pictures_are_spread(pictures, expected):
+@pytest.mark.parametrize("images, expected", [(0, []), (4, [0, 3, 6, 9]), (20, list(range(12)))])
+def test_sampled_images_are_spread(images, expected):
     processor = tiny_processor()
     documents = tiny_documents(processor, 12)
-    sampling = SampleCallback(SampleFields(every=1, pictures=pictures), processor, [documents], MomaMetricsCallback())
+    sampling = SampleCallback(SampleFields(every=1, images=images), processor, [documents], MomaMetricsCallback())
     assert sampling.references == [documents.caption(row) for row in expected]
     assert len(sampling.codes) == len(expected)

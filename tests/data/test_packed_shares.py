@@ -62,18 +62,18 @@ def test_little_is_left_open_at_the_end_of_a_block(sources, monkeypatch):
 
 
 @pytest.mark.parametrize("codes", [62, 250])
-def test_pictures_that_fill_half_a_row_or_nearly_all_of_it_do_not_stop_the_stream(codes):
+def test_images_that_fill_half_a_row_or_nearly_all_of_it_do_not_stop_the_stream(codes):
     rng = np.random.default_rng(codes)
     documents = [stories(rng, 100, codes=codes, text=(3, 200))]
     for length in (codes + 4, 2 * codes + 12):
         result = account(packed(documents, (1,), length, 300), 300, documents, lone_texts=True)
-        # eight open documents whose next token is always a picture would leave whole rows empty
+        # eight open documents whose next token is always an image would leave whole rows empty
         assert result.padding / (300 * length) < 0.15
         assert all((np.diff(np.sum(result.tokens, axis=1)) > 0).tolist())
         assert result.ended[0] > 10
 
 
-def test_a_picture_larger_than_a_sequence_is_refused():
+def test_an_image_larger_than_a_sequence_is_refused():
     documents = [stories(np.random.default_rng(0), 5, codes=64)]
     with pytest.raises(ValueError, match=r"'stories' has 67 tokens that cannot be cut.*`sequence_length` is 66"):
         packed(documents, (1,), 66, 10)[0]

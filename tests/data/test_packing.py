@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Packed sequences: full, by weight, no picture cut, documents apart, and the same from anywhere."""
+"""Packed sequences: full, by weight, no image cut, documents apart, and the same from anywhere."""
 
 import json
 from collections import Counter
@@ -41,7 +41,7 @@ def write_documents(path, processor, name, documents):
 
 @pytest.fixture(scope="module")
 def sources(processor, tmp_path_factory):
-    """Captions, texts of a few to many tokens, and documents in which texts and pictures alternate."""
+    """Captions, texts of a few to many tokens, and documents in which texts and images alternate."""
     folder, encoder, rng = tmp_path_factory.mktemp("packing"), DocumentEncoder(processor), np.random.default_rng(0)
 
     def words(least, most):
@@ -82,7 +82,7 @@ def test_no_position_is_padding_and_shares_are_the_weights(sources, processor):
     assert [counts[source] / total for source in range(3)] == pytest.approx(weights, abs=0.005)
 
 
-def test_documents_go_in_whole_or_are_cut_outside_of_pictures(sources, processor):
+def test_documents_go_in_whole_or_are_cut_outside_of_images(sources, processor):
     examples = packed(sources, processor)
     (begin, end), = frames(processor)  # fmt: skip
     bos, eos = processor.tokenizer.bos_token_id, processor.tokenizer.eos_token_id

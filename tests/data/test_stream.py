@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Documents of their own: each known from its number, every picture once a pass, sources by their weights."""
+"""Documents of their own: each known from its number, every image once a pass, sources by their weights."""
 
 import numpy as np
 import pytest
@@ -47,15 +47,15 @@ def reference_example(processor, rows, index, seed):
     rng = np.random.default_rng([seed, 1, index])
     row = rows[order[place]]
     codes = row["codes"][rng.integers(len(row["codes"]))]
-    picture_first = rng.random() < 0.5
+    image_first = rng.random() < 0.5
     text = f"{row['style']}: {row['label']}"
     if row["keywords"] and rng.random() < 0.25:
         text = f"{row['style']} tags: {', '.join(rng.permutation(row['keywords']))}"
-    if not picture_first and rng.random() < 0.1:
+    if not image_first and rng.random() < 0.1:
         text = ""
     words = processor.tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
-    picture = processor.image_ids(codes)
-    middle = [*picture, *words] if picture_first else [*words, *picture]
+    image = processor.image_ids(codes)
+    middle = [*image, *words] if image_first else [*words, *image]
     return [processor.tokenizer.bos_token_id, *middle, processor.tokenizer.eos_token_id]
 
 
@@ -66,7 +66,7 @@ def test_examples_are_those_of_the_plain_reference(processor):
         assert examples[index]["input_ids"] == reference_example(processor, rows, index, seed=3)
 
 
-def test_each_pass_shows_every_picture_once(processor, documents):
+def test_each_pass_shows_every_image_once(processor, documents):
     begin, length = processor.begin_image_token_id, processor.image_seq_length
     owner = {tuple(documents._codes(row, coding)): row for row in range(6) for coding in range(3)}
     for epoch in range(3):
@@ -78,7 +78,7 @@ def test_each_pass_shows_every_picture_once(processor, documents):
         assert seen == set(range(6))
 
 
-def test_half_of_the_examples_start_with_the_picture(processor, documents):
+def test_half_of_the_examples_start_with_the_image(processor, documents):
     examples = stream(documents)
     first = [examples[index]["input_ids"][1] == processor.begin_image_token_id for index in range(600)]
     empty = sum(

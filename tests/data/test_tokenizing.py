@@ -15,7 +15,7 @@ from datasets import Dataset, Features, List, Value, load_dataset
 from datasets import Image as ImageFeature
 from PIL import Image
 
-from helpers.tiny import noise_pictures, tiny_processor
+from helpers.tiny import noise_images, tiny_processor
 from modeling_moma.data.documents import TokenFolder
 from modeling_moma.data.jobs import plan_job, read_job, write_job
 from modeling_moma.data.reports import write_manifest
@@ -43,12 +43,12 @@ def documents(folder, source, split="train"):
     return tokens.documents(entry, split)
 
 
-def write_photos(folder, pictures, captions, column="caption"):
-    """A folder of pictures, as a camera or a download leaves it, and its `metadata.csv`."""
+def write_photos(folder, images, captions, column="caption"):
+    """A folder of images, as a camera or a download leaves it, and its `metadata.csv`."""
     folder.mkdir(exist_ok=True)
-    names = [f"DSC_{index:04d}.jpg" for index in range(len(pictures))]
-    for name, picture in zip(names, pictures):
-        picture.save(folder / name, format="PNG")
+    names = [f"DSC_{index:04d}.jpg" for index in range(len(images))]
+    for name, image in zip(names, images):
+        image.save(folder / name, format="PNG")
     with open(folder / "metadata.csv", "w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["file_name", column])
@@ -62,7 +62,7 @@ def words(documents, row=0):
 
 
 def test_folder_of_photos(processor, tmp_path):
-    write_photos(tmp_path / "photos", noise_pictures(5), [f"photo {index}" for index in range(5)])
+    write_photos(tmp_path / "photos", noise_images(5), [f"photo {index}" for index in range(5)])
     fields = {"data": str(tmp_path / "photos"), "image": "image", "text": "caption", "held_out": 0.3}
     manifest = tokenize({"photos": fields}, processor, tmp_path / "tokens")
     splits = manifest["sources"]["photos"]["splits"]
@@ -75,25 +75,25 @@ def test_folder_of_photos(processor, tmp_path):
 
 
 def test_codes_are_those_of_the_processor(processor, tmp_path):
-    pictures = noise_pictures(5)
-    write_photos(tmp_path / "photos", pictures, "abcde")
+    images = noise_images(5)
+    write_photos(tmp_path / "photos", images, "abcde")
     fields = {"data": str(tmp_path / "photos"), "image": "image", "text": "{caption}", "held_out": 0, "codings": 3}
     tokenize({"photos": fields}, processor, tmp_path / "tokens")
     train = documents(tmp_path / "tokens", "photos")
     assert train.num_codings == 3
-    assert [train.codes(row).tolist() for row in range(5)] == tiny_processor().encode_images(pictures)
+    assert [train.codes(row).tolist() for row in range(5)] == tiny_processor().encode_images(images)
 
 
-def picture_bytes(index=0, side=16):
+def image_bytes(index=0, side=16):
     buffer = BytesIO()
-    noise_pictures(index + 1, side)[index].save(buffer, format="PNG")
+    noise_images(index + 1, side)[index].save(buffer, format="PNG")
     return buffer.getvalue()
 
 
 def write_tar(path):
     with tarfile.open(path, "w") as archive:
         for index in range(3):
-            for ending, content in (("png", picture_bytes(index)), ("txt", f"cap {index}".encode())):
+            for ending, content in (("png", image_bytes(index)), ("txt", f"cap {index}".encode())):
                 entry = tarfile.TarInfo(f"{index}.{ending}")
                 entry.size = len(content)
                 archive.addfile(entry, BytesIO(content))
@@ -102,11 +102,11 @@ def write_tar(path):
 @pytest.mark.parametrize("streaming", [False, True])
 def test_tar_and_parquet_and_json_lines(processor, tmp_path, streaming):
     write_tar(tmp_path / "w.tar")
-    rows = {"image": [{"bytes": picture_bytes(index), "path": None} for index in range(3)], "label": ["a", "b", "c"]}
+    rows = {"image": [{"bytes": image_bytes(index), "path": None} for index in range(3)], "label": ["a", "b", "c"]}
     features = Features({"image": ImageFeature(), "label": Value("string")})
     Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "p.parquet")
     (tmp_path / "pictures").mkdir()
-    (tmp_path / "pictures" / "0.png").write_bytes(picture_bytes(0))
+    (tmp_path / "pictures" / "0.png").write_bytes(image_bytes(0))
     segments = [{"type": "text", "text": "one"}, {"type": "image", "image": "pictures/0.png"}, {"text": "two"}]
     lines = [json.dumps({"segments": segments}), json.dumps({"segments": ["only words"]})]
     (tmp_path / "d.jsonl").write_text("\n".join(lines))
@@ -130,21 +130,21 @@ def test_tar_and_parquet_and_json_lines(processor, tmp_path, streaming):
     assert manifest["sources"]["plain"]["read"]["train"]["left_out"] == {"text empty": 1}
 
 
-def test_messages_of_trl_with_pictures(processor, tmp_path):
+def test_messages_of_trl_with_images(processor, tmp_path):
     chat = [
         {"role": "user", "content": "what is <image> this <eos>"},
         {"role": "assistant", "content": "an apple"},
     ]
     message = {"role": Value("string"), "content": Value("string")}
     features = Features({"messages": List(message), "images": List(ImageFeature())})
-    rows = {"messages": [chat, chat], "images": [[{"bytes": picture_bytes(), "path": None}], []]}
+    rows = {"messages": [chat, chat], "images": [[{"bytes": image_bytes(), "path": None}], []]}
     Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "chat.parquet")
     fields = {"data": str(tmp_path / "chat.parquet"), "messages": "messages", "images": "images", "held_out": 0}
     manifest = tokenize({"chat": fields}, processor, tmp_path / "tokens")
-    assert manifest["sources"]["chat"]["read"]["train"]["left_out"] == {"pictures missing in chat": 1}
+    assert manifest["sources"]["chat"]["read"]["train"]["left_out"] == {"images missing in chat": 1}
     ids = documents(tmp_path / "tokens", "chat").ids(0, np.random.default_rng(0)).tolist()
-    picture = {"type": "image", "image": noise_pictures(1)[0]}
-    parts = [{"type": "text", "text": "what is "}, picture, {"type": "text", "text": " this <eos>"}]
+    image = {"type": "image", "image": noise_images(1)[0]}
+    parts = [{"type": "text", "text": "what is "}, image, {"type": "text", "text": " this <eos>"}]
     expected = tiny_processor().apply_chat_template(
         [{"role": "user", "content": parts}, {"role": "assistant", "content": [{"type": "text", "text": "an apple"}]}],
         tokenize=True,
@@ -155,7 +155,7 @@ def test_messages_of_trl_with_pictures(processor, tmp_path):
 
 
 def bomb():
-    """A picture of 20,000 times 20,000 pixels in some dozens of bytes."""
+    """An image of 20,000 times 20,000 pixels in some dozens of bytes."""
 
     def chunk(kind, content):
         body = kind + content
@@ -168,11 +168,11 @@ def bomb():
 def write_bad_photos(folder):
     """A folder with everything that goes wrong; the captions say what."""
     folder.mkdir()
-    good = noise_pictures(1, 32)[0]
+    good = noise_images(1, 32)[0]
 
-    def saved(picture, format, **options):
+    def saved(image, format, **options):
         buffer = BytesIO()
-        picture.save(buffer, format=format, **options)
+        image.save(buffer, format=format, **options)
         return buffer.getvalue()
 
     jpeg = saved(good, "JPEG")
@@ -205,10 +205,10 @@ def write_bad_photos(folder):
 
 
 LEFT_OUT = {
-    "picture damaged": 2,
-    "picture too small": 1,
-    "picture too large": 1,
-    "picture missing": 1,
+    "image damaged": 2,
+    "image too small": 1,
+    "image too large": 1,
+    "image missing": 1,
     "caption empty": 1,
     "caption too long": 1,
 }
@@ -243,7 +243,7 @@ def test_special_tokens_in_a_caption_are_words(processor, bad_photos, tmp_path):
 
 
 def test_strict_stops_at_the_first_bad_row_and_names_it(processor, bad_photos, tmp_path):
-    with pytest.raises(ValueError, match="'photos', split 'train', row 1: picture damaged.*--strict"):
+    with pytest.raises(ValueError, match="'photos', split 'train', row 1: image damaged.*--strict"):
         tokenize(bad_photos, processor, tmp_path / "tokens", strict=True)
     assert not list((tmp_path / "tokens").rglob("*.arrow"))
 
@@ -267,10 +267,10 @@ def test_rows_of_their_own_must_fit_and_packed_ones_need_not(processor, tmp_path
 
 @pytest.fixture(scope="module")
 def many(tmp_path_factory):
-    """A source of several shards, with changed pictures."""
+    """A source of several shards, with changed images."""
     folder = tmp_path_factory.mktemp("many")
-    pictures = noise_pictures(300)
-    rows = {"image": pictures, "label": [f"thing {index}" for index in range(300)]}
+    images = noise_images(300)
+    rows = {"image": images, "label": [f"thing {index}" for index in range(300)]}
     Dataset.from_dict(rows, features=Features({"image": ImageFeature(), "label": Value("string")})).to_parquet(
         folder / "train.parquet"
     )
@@ -289,21 +289,21 @@ def test_two_processes_write_what_one_writes(processor, many, tmp_path):
     assert (tmp_path / "one" / "manifest.json").read_text() == (tmp_path / "two" / "manifest.json").read_text()
 
 
-def write_stories(folder, stories, pictures):
-    """Documents of so many pictures each."""
-    for index, picture in enumerate(noise_pictures(pictures)):
-        picture.save(folder / f"{index}.png")
-    parts = [{"image": f"{index}.png"} for index in range(pictures)]
+def write_stories(folder, stories, images):
+    """Documents of so many images each."""
+    for index, image in enumerate(noise_images(images)):
+        image.save(folder / f"{index}.png")
+    parts = [{"image": f"{index}.png"} for index in range(images)]
     rows = [json.dumps({"segments": [f"story {number}", *parts]}) for number in range(stories)]
     (folder / "stories.jsonl").write_text("\n".join(rows))
     return {"stories": {"data": str(folder / "stories.jsonl"), "segments": "segments", "held_out": 0}}
 
 
-def test_shards_are_of_pictures_whatever_rows_hold(processor, tmp_path):
-    """Rows of many pictures, or of long texts, are the work of several processes."""
+def test_shards_are_of_images_whatever_rows_hold(processor, tmp_path):
+    """Rows of many images, or of long texts, are the work of several processes."""
     stories = plan_job(read_sources(write_stories(tmp_path, 60, 40)), processor, 64, True, 0)
     entry = stories.splits["stories"]["train"]
-    # 256 pictures are those of six stories
+    # 256 images are those of six stories
     assert (entry["rows_per_shard"], entry["shards"]) == (6, 10) and entry["pictures"] == 2400
     (tmp_path / "lines.txt").write_text("a line\n" * 2000)
     (tmp_path / "long.txt").write_text(("word " * 20_000 + "\n") * 100)
@@ -321,9 +321,9 @@ def test_two_processes_write_the_documents_of_one(processor, tmp_path, capsys):
     tokenize(sources, processor, tmp_path / "two", processes=2)
     assert len(contents(tmp_path / "one")) == 3
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
-    # both count pictures
+    # both count images
     for told in (bar, capsys.readouterr().err):
-        assert "600/600" in told and "pictures" in told and "0/600" in told
+        assert "600/600" in told and "images" in told and "0/600" in told
         assert any(0 < int(number) < 600 for number in re.findall(r"(\d+)/600 ", told))
 
 
@@ -380,8 +380,8 @@ def test_datasets_opens_the_shards(processor, many, tmp_path):
         ({"data": "t.txt"}, "has no 'text'"),
         ({"data": "t.txt", "text": "text", "weight": 0}, "weight = 0 must be above 0"),
         (
-            {"data": "t.txt", "image": "i", "text": "t", "picture_first": 2},
-            "picture_first = 2 must be between 0 and 1: share of the examples",
+            {"data": "t.txt", "image": "i", "text": "t", "image_first": 2},
+            "image_first = 2 must be between 0 and 1: share of the examples",
         ),
         ({"data": "t.txt", "segments": "a", "messages": "b"}, "names both `segments` and `messages`"),
         ({"data": "t.txt", "text": "{"}, "template '{' cannot be read"),

@@ -9,7 +9,7 @@ import zlib
 import pytest
 from PIL import Image
 
-from helpers.tiny import noise_pictures, tiny_model, tiny_processor
+from helpers.tiny import noise_images, tiny_model, tiny_processor
 from modeling_moma.cli.demo import parse_arguments
 from modeling_moma.cli.main import main as moma
 
@@ -34,24 +34,24 @@ def png_of_size(width: int, height: int) -> bytes:
 
 def whole_png() -> bytes:
     data = io.BytesIO()
-    noise_pictures(1, 64)[0].save(data, "PNG")
+    noise_images(1, 64)[0].save(data, "PNG")
     return data.getvalue()
 
 
 @pytest.mark.parametrize(
     "data, message",
     [
-        (b"these are words", "not a picture"),
-        (b"", "not a picture"),
+        (b"these are words", "not an image"),
+        (b"", "not an image"),
         (whole_png()[:2000], "truncated or damaged"),
         (png_of_size(8000, 8000), "million pixels"),
         # Pillow takes this size for an attack
         (png_of_size(60000, 60000), "million pixels"),
-        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not a picture"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not an image"),
     ],
     ids=["text", "empty", "truncated", "large", "huge", "eps"],
 )
-def test_uploads_that_are_no_usable_picture_are_refused_without_naming_files(data, message, tmp_path):
+def test_uploads_that_are_no_usable_image_are_refused_without_naming_files(data, message, tmp_path):
     path = tmp_path / "upload.png"
     path.write_bytes(data)
     with pytest.raises(ValueError, match=message) as refusal:
@@ -68,7 +68,7 @@ def test_an_upload_is_decoded_and_upright(tmp_path):
 
 
 def test_files_of_this_machine_that_nobody_uploaded_are_refused(tmp_path):
-    noise_pictures(1)[0].save(tmp_path / "mine.png")
+    noise_images(1)[0].save(tmp_path / "mine.png")
     (tmp_path / "uploads").mkdir()
     (tmp_path / "uploads" / "link.png").symlink_to(tmp_path / "mine.png")
     for path in (tmp_path / "mine.png", tmp_path / "uploads" / ".." / "mine.png", tmp_path / "uploads" / "link.png"):
@@ -76,13 +76,13 @@ def test_files_of_this_machine_that_nobody_uploaded_are_refused(tmp_path):
             read_upload(str(path), str(tmp_path / "uploads"))
 
 
-def test_examples_are_the_pictures_and_the_lines_of_a_folder(tmp_path):
+def test_examples_are_the_images_and_the_lines_of_a_folder(tmp_path):
     for name in ("b.png", "a.jpg"):
-        noise_pictures(1)[0].save(tmp_path / name)
+        noise_images(1)[0].save(tmp_path / name)
     (tmp_path / "prompts.txt").write_text("noto: red apple\n\ncastle \n")
-    (tmp_path / "notes.md").write_text("no picture")
+    (tmp_path / "notes.md").write_text("no image")
     examples = Examples.from_folder(tmp_path)
-    assert [path.rsplit("/", 1)[1] for path in examples.pictures] == ["a.jpg", "b.png"]
+    assert [path.rsplit("/", 1)[1] for path in examples.images] == ["a.jpg", "b.png"]
     assert examples.prompts == ["noto: red apple", "castle"]
     (tmp_path / "none").mkdir()
     for folder, message in ((tmp_path / "none", "neither"), (tmp_path / "nowhere", "no folder")):
@@ -100,13 +100,13 @@ def test_the_folder_is_needed_outside_a_checkout(tmp_path, monkeypatch, capsys):
     assert parse_arguments(["other"]).folder == "other"
 
 
-def test_a_model_that_writes_no_pictures_is_refused(tmp_path, monkeypatch):
+def test_a_model_that_writes_no_images_is_refused(tmp_path, monkeypatch):
     processor = tiny_processor()
     model = tiny_model(processor)
     model.config.begin_image_token_id = model.config.end_image_token_id = None
     model.save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="writes no pictures"):
+    with pytest.raises(ValueError, match="writes no images"):
         load_studio(tmp_path)
 
 
@@ -123,10 +123,10 @@ def test_missing_examples_and_a_taken_port_are_one_line(tmp_path, capsys):
     assert "error: --host, --port: nobody can listen on 127.0.0.1" in capsys.readouterr().err
 
 
-def test_small_pictures_are_enlarged_by_whole_numbers():
-    picture = noise_pictures(1)[0]
-    shown = enlarged(picture)
-    assert shown.size == (LEAST_SIDE, LEAST_SIDE) and shown.getpixel((15, 15)) == picture.getpixel((0, 0))
+def test_small_images_are_enlarged_by_whole_numbers():
+    image = noise_images(1)[0]
+    shown = enlarged(image)
+    assert shown.size == (LEAST_SIDE, LEAST_SIDE) and shown.getpixel((15, 15)) == image.getpixel((0, 0))
     assert enlarged(shown).size == shown.size
 
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 from PIL import ImageColor
 
-from helpers.tiny import noise_pictures, tiny_model, tiny_processor
+from helpers.tiny import noise_images, tiny_model, tiny_processor
 from modeling_moma.demo.routing_view import SIDE, RoutingView
 from modeling_moma.demo.studio import Studio
-from modeling_moma.evaluation.routing_images import PICTURE_SHARE, UNCOVERED
+from modeling_moma.evaluation.routing_images import IMAGE_SHARE, UNCOVERED
 
 
 GROUPED = {"num_experts": {"text": 3, "image": 3}}
@@ -33,7 +33,7 @@ def routed_example(**fields):
         if hasattr(layer, "depth_router"):
             layer.depth_router.threshold.fill_(0.5)
     studio = Studio(model, tiny_processor(), "tiny")
-    return studio, studio.route(noise_pictures(1)[0], "red <b>apple")
+    return studio, studio.route(noise_images(1)[0], "red <b>apple")
 
 
 def hue(pixel) -> tuple:
@@ -49,14 +49,14 @@ def test_patches_and_words_have_the_colours_of_their_experts(fields):
     places = [place for place, piece in enumerate(example.pieces) if piece is None]
     assert len(places) == 16
     for layer in range(2):
-        picture = view.picture(example, layer)
-        assert picture.size == (SIDE, SIDE)
+        image = view.image(example, layer)
+        assert image.size == (SIDE, SIDE)
         for index, place in enumerate(places):
             # the left edge of the patch, beside numbers and lines
-            pixel = picture.getpixel((index % 4 * SIDE // 4 + 2, index // 4 * SIDE // 4 + 6))
+            pixel = image.getpixel((index % 4 * SIDE // 4 + 2, index // 4 * SIDE // 4 + 6))
             experts = routed.experts[layer][place]
             color = view.colors[routed.groups[place], experts[0]] if experts else UNCOVERED
-            expected = (1 - PICTURE_SHARE) * np.asarray(hue(ImageColor.getrgb(color)))
+            expected = (1 - IMAGE_SHARE) * np.asarray(hue(ImageColor.getrgb(color)))
             assert np.allclose(hue(pixel), expected, atol=2), (layer, place)
         chips = re.findall(
             r'<span class="moma-word" style="(.*?)" title="(.*?)">(.*?)</span>', view.words(example, layer)
@@ -74,7 +74,7 @@ def test_patches_and_words_have_the_colours_of_their_experts(fields):
 def test_layers_differ_and_the_legend_counts_what_was_taken():
     studio, example = routed_example(**GROUPED)
     view = RoutingView(studio.model.config)
-    assert not np.array_equal(view.picture(example, 0), view.picture(example, 1))
+    assert not np.array_equal(view.image(example, 0), view.image(example, 1))
     for layer in range(2):
         legend = view.legend(example, layer)
         assert f"Layer {layer + 1} of 2" in legend
@@ -100,24 +100,24 @@ def test_a_dense_model_and_a_depth_layer_say_what_they_are():
     assert "depth" not in view.legend(example, 0)
 
 
-def test_words_alone_have_no_picture_and_their_characters_are_escaped():
+def test_words_alone_have_no_image_and_their_characters_are_escaped():
     studio, _ = routed_example(**GROUPED)
     example = studio.route(None, "red <b>apple")
     view = RoutingView(studio.model.config)
-    assert view.picture(example, 0) is None
+    assert view.image(example, 0) is None
     shown = re.sub(r"<span[^>]*>|</span>|<div[^>]*>|</div>", "", view.words(example, 0))
     assert "<" not in shown and "&lt;" in shown
 
 
-def test_a_picture_alone_is_routed_with_its_caption_and_nothing_at_all_is_refused():
+def test_an_image_alone_is_routed_with_its_caption_and_nothing_at_all_is_refused():
     studio, _ = routed_example(**GROUPED)
-    picture = noise_pictures(1)[0]
-    caption = studio.caption(picture)
-    example = studio.route(picture, "  ")
+    image = noise_images(1)[0]
+    caption = studio.caption(image)
+    example = studio.route(image, "  ")
     end = example.pieces.index("<|end_image|>")
     tokenizer = studio.processor.tokenizer
     tokens = tokenizer(caption, add_special_tokens=False)["input_ids"]
     assert example.pieces[end + 1 :] == [tokenizer.decode([token]) for token in tokens]
-    with pytest.raises(ValueError, match="picture or words"):
+    with pytest.raises(ValueError, match="image or words"):
         studio.route(None, " ")
     assert torch.is_grad_enabled()

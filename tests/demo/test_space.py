@@ -10,7 +10,7 @@ import yaml
 
 from helpers.tiny import tiny_model, tiny_processor
 from make_space import ROOT, SPACE, main, make_space
-from page_pictures import environment
+from page_images import environment
 
 
 BUILDS = """
@@ -74,7 +74,7 @@ def test_app_builds_the_page_from_what_lies_in_the_space(tmp_path):
     package, tabs, num_examples = built.stdout.splitlines()[-3:]
     assert package == str(space / "modeling_moma" / "__init__.py")
     assert tabs == "['Caption', 'Draw', 'Interleaved', 'Routing']"
-    # pictures for two tabs, words for one
+    # images for two tabs, words for one
     assert num_examples == "3"
 
 

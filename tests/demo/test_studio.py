@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A model as the page asks it: pictures while their codes arrive, from `generate` in a thread to a visitor."""
+"""A model as the page asks it: images while their codes arrive, from `generate` in a thread to a visitor."""
 
 import threading
 
@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from helpers.tiny import noise_pictures, tiny_model, tiny_processor
-from modeling_moma.demo.studio import PAPER, PartialPictures, Studio, stream_ids
+from helpers.tiny import noise_images, tiny_model, tiny_processor
+from modeling_moma.demo.studio import PAPER, PartialImages, Studio, stream_ids
 
 
 # 16 codes of 4 x 4 pixels each
@@ -30,18 +30,18 @@ def studio(model, processor):
     return Studio(model, processor, "tiny")
 
 
-def covered(picture) -> int:
+def covered(image) -> int:
     """Patches of the paper's colour."""
-    patches = np.asarray(picture).reshape(4, PATCH, 4, PATCH, 3).swapaxes(1, 2).reshape(WHOLE, -1, 3)
+    patches = np.asarray(image).reshape(4, PATCH, 4, PATCH, 3).swapaxes(1, 2).reshape(WHOLE, -1, 3)
     return sum((patch == PAPER).all() for patch in patches)
 
 
 def test_patches_without_a_code_are_paper_and_the_others_are_what_the_decoder_makes_of_them(processor):
-    (codes,) = processor.encode_images(noise_pictures(1))
+    (codes,) = processor.encode_images(noise_images(1))
     (whole,) = processor.decode_images([codes])
-    partial = PartialPictures(processor)
+    partial = PartialImages(processor)
     none, five, all_of_them = partial.decode([[], codes[:5], codes])
-    assert [covered(picture) for picture in (none, five, all_of_them)] == [WHOLE, WHOLE - 5, 0]
+    assert [covered(image) for image in (none, five, all_of_them)] == [WHOLE, WHOLE - 5, 0]
     assert np.array_equal(all_of_them, whole)
     rest = processor.decode_images([codes[:5] + partial.white[5:]])[0]
     assert np.array_equal(np.asarray(five)[:PATCH], np.asarray(rest)[:PATCH])
@@ -50,15 +50,15 @@ def test_patches_without_a_code_are_paper_and_the_others_are_what_the_decoder_ma
         partial.decode([[*codes, 0]])
 
 
-def test_words_and_an_unfinished_picture_come_as_parts(processor):
-    (codes,) = processor.encode_images(noise_pictures(1))
+def test_words_and_an_unfinished_image_come_as_parts(processor):
+    (codes,) = processor.encode_images(noise_images(1))
     words = processor.tokenizer("red apple", add_special_tokens=False)["input_ids"]
-    picture = processor.image_ids(codes)
-    partial = PartialPictures(processor)
-    text, whole, unfinished = partial.parts([*words, *picture, *picture[:4]])
+    image = processor.image_ids(codes)
+    partial = PartialImages(processor)
+    text, whole, unfinished = partial.parts([*words, *image, *image[:4]])
     assert text == "red apple" and covered(whole) == 0 and covered(unfinished) == WHOLE - 3
     assert partial.parts(words) == ["red apple"]
-    assert [covered(part) for part in partial.parts(picture[:1])] == [WHOLE]
+    assert [covered(part) for part in partial.parts(image[:1])] == [WHOLE]
 
 
 def test_the_stream_is_what_generate_gives_step_by_step(model, processor):
@@ -86,12 +86,12 @@ def test_a_stream_that_is_closed_ends_its_thread_and_errors_come_through(model, 
     assert threading.active_count() == before
 
 
-def test_drawing_shows_more_of_each_picture_until_it_is_whole(studio):
+def test_drawing_shows_more_of_each_image_until_it_is_whole(studio):
     views = list(studio.draw("noto: red apple", count=2, temperature=1.0, guidance_scale=2.0, seed=3))
     counts = [codes for codes, _ in views]
     assert counts[0] < WHOLE / 2 and counts == sorted(counts) and counts[-1] == WHOLE
-    for codes, pictures in views:
-        assert [covered(picture) for picture in pictures] == [WHOLE - codes] * 2
+    for codes, images in views:
+        assert [covered(image) for image in images] == [WHOLE - codes] * 2
     last = views[-1][1]
     assert not np.array_equal(*last), "side by side, not the same"
     again = list(studio.draw("noto: red apple", count=2, temperature=1.0, guidance_scale=2.0, seed=3))[-1][1]
@@ -122,23 +122,23 @@ def test_an_abandoned_drawing_leaves_the_model_to_the_next(studio):
     assert list(studio.draw("castle"))[-1][0] == WHOLE
 
 
-def test_special_tokens_of_a_visitor_are_characters_and_places_need_their_pictures(studio, processor):
+def test_special_tokens_of_a_visitor_are_characters_and_places_need_their_images(studio, processor):
     ids = studio._inputs("<eos> <|image_7|>", [])["input_ids"][0].tolist()
     assert processor.tokenizer.eos_token_id not in ids
     assert not set(ids) & set(processor.image_token_ids)
-    picture = noise_pictures(1)[0]
-    (codes,) = processor.encode_images([picture])
-    placed = studio._inputs("red <image> apple", [picture])["input_ids"][0].tolist()
-    first = studio._inputs("red apple", [picture])["input_ids"][0].tolist()
+    image = noise_images(1)[0]
+    (codes,) = processor.encode_images([image])
+    placed = studio._inputs("red <image> apple", [image])["input_ids"][0].tolist()
+    first = studio._inputs("red apple", [image])["input_ids"][0].tolist()
     frame = processor.image_ids(codes)
     assert first[1 : 1 + len(frame)] == frame and placed[1 : 1 + len(frame)] != frame
     assert set(frame) <= set(placed)
-    with pytest.raises(ValueError, match="2 places for pictures .* but 1 pictures"):
-        studio._inputs("<image> and <image>", [picture])
+    with pytest.raises(ValueError, match="2 places for images .* but 1 images"):
+        studio._inputs("<image> and <image>", [image])
 
 
 def test_answers_end_with_the_context_and_a_prompt_without_room_is_refused(studio):
-    for parts in studio.answer("red apple", [], temperature=1.0, num_pictures=4):
+    for parts in studio.answer("red apple", [], temperature=1.0, num_images=4):
         assert parts
     with pytest.raises(ValueError, match="128 at most"):
         next(studio.answer("red apple " * 200, []))

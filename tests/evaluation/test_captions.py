@@ -6,7 +6,7 @@ import torch
 
 from helpers.tiny import tiny_model, tiny_processor
 from modeling_moma.evaluation.captions import caption_scores, derangement, measure_captions, normalise, word_overlap
-from modeling_moma.evaluation.held_out import CaptionedPictures
+from modeling_moma.evaluation.held_out import CaptionedImages
 
 
 def test_case_and_spaces_do_not_count():
@@ -42,9 +42,9 @@ def test_numbers_that_differ_are_refused():
         with pytest.raises(ValueError, match="texts"):
             caption_scores(texts, references)
     with pytest.raises(ValueError, match="codes"):
-        CaptionedPictures(torch.zeros(2, 16, dtype=torch.long), ["one"])
+        CaptionedImages(torch.zeros(2, 16, dtype=torch.long), ["one"])
     with pytest.raises(ValueError, match="row of codes"):
-        CaptionedPictures(torch.zeros(2, dtype=torch.long), ["one", "two"])
+        CaptionedImages(torch.zeros(2, dtype=torch.long), ["one", "two"])
 
 
 @pytest.mark.parametrize("length", [2, 3, 50])
@@ -62,7 +62,7 @@ def test_derangement_of_one_place_is_refused():
 
 @pytest.fixture
 def parts():
-    """A model whose random captions differ and end, and pictures for it."""
+    """A model whose random captions differ and end, and images for it."""
     processor = tiny_processor()
     model = tiny_model(processor, initializer_range=0.5)
     with torch.no_grad():
@@ -72,14 +72,14 @@ def parts():
 
 def test_what_the_model_writes_is_an_exact_match_with_itself_alone(parts):
     model, processor, codes = parts
-    first = measure_captions(model, processor, CaptionedPictures(codes, ["thing"] * 6), 4)
+    first = measure_captions(model, processor, CaptionedImages(codes, ["thing"] * 6), 4)
     assert first["generated"] == {"exact_match": 0.0, "overlap": 0.0} and first["pictures"] == 6
     written = [sample["generated"] for sample in first["samples"]]
     assert all(written) and len(set(written)) == 6
-    again = measure_captions(model, processor, CaptionedPictures(codes, written), 3)
+    again = measure_captions(model, processor, CaptionedImages(codes, written), 3)
     assert again["generated"] == {"exact_match": 1.0, "overlap": 1.0}
     assert again["floor"] == {"exact_match": 0.0, "overlap": pytest.approx(0, abs=0.5)}
-    alone = measure_captions(model, processor, CaptionedPictures(codes[:1], written[:1]), 3)
+    alone = measure_captions(model, processor, CaptionedImages(codes[:1], written[:1]), 3)
     assert alone["floor"] is None and alone["generated"]["exact_match"] == 1.0
 
 
@@ -89,7 +89,7 @@ def test_captions_may_be_as_long_as_the_longest_reference(parts):
         model.lm_head.weight[processor.tokenizer.eos_token_id] = 0
 
     def written(reference):
-        report = measure_captions(model, processor, CaptionedPictures(codes[:1], [reference]), 3)
+        report = measure_captions(model, processor, CaptionedImages(codes[:1], [reference]), 3)
         return report["samples"][0]["generated"]
 
     short, long = written("red"), written("noto: red apple " * 20)

@@ -50,7 +50,7 @@ def test_covariances_that_do_not_commute_equal_the_matrix_square_root():
     assert frechet_distance(first, second) == pytest.approx(expected.item(), rel=1e-9)
 
 
-def test_fewer_pictures_than_dimensions_equal_the_matrix_square_root():
+def test_fewer_images_than_dimensions_equal_the_matrix_square_root():
     first, second = noise(12, 40), 1.5 * noise(9, 40, seed=1) + 0.3
     one, two = first.T.cov(), second.T.cov()
     overlap = symmetric_root(symmetric_root(one) @ two @ symmetric_root(one)).trace()
@@ -59,7 +59,7 @@ def test_fewer_pictures_than_dimensions_equal_the_matrix_square_root():
     assert frechet_distance(first, second) == pytest.approx(expected.item(), rel=1e-5)
 
 
-def test_a_set_is_at_no_distance_from_itself_and_few_pictures_lie_farther_apart():
+def test_a_set_is_at_no_distance_from_itself_and_few_images_lie_farther_apart():
     features = noise(500, 16)
     assert frechet_distance(features, features) == pytest.approx(0, abs=1e-9)
     assert frechet_distance(features, features[torch.randperm(500)] + 2) == pytest.approx(64, rel=1e-9)
@@ -92,15 +92,15 @@ def test_one_kind_of_drawing_is_precise_and_recalls_little():
     found = precision_recall(real, real[:50] + 1e-3)
     assert found["precision"] == 1.0 and found["recall"] == pytest.approx(0.5)
     assert precision_recall(real, noise(50, 8) + 1000) == {"precision": 0.0, "recall": 0.0}
-    # equal pictures have no reach of their own, and still cover themselves
+    # equal images have no reach of their own, and still cover themselves
     alike = torch.ones(5, 8)
     assert precision_recall(alike, alike) == {"precision": 1.0, "recall": 1.0}
 
 
 def test_sets_that_are_too_small_or_of_other_dimensions_are_refused():
-    with pytest.raises(ValueError, match="1 pictures"):
+    with pytest.raises(ValueError, match="1 images"):
         frechet_distance(noise(1, 4), noise(9, 4))
-    with pytest.raises(ValueError, match="3 pictures"):
+    with pytest.raises(ValueError, match="3 images"):
         precision_recall(noise(9, 4), noise(3, 4))
     with pytest.raises(ValueError, match="D equal"):
         frechet_distance(noise(9, 4), noise(9, 5))

@@ -22,16 +22,16 @@ def processor():
 
 @pytest.fixture(scope="module")
 def documents(processor):
-    """Both orders of a picture, two pictures among words, and words alone."""
+    """Both orders of an image, two images among words, and words alone."""
     generator = torch.Generator().manual_seed(0)
-    pictures = torch.randint(0, processor.codebook_size, (4, processor.image_seq_length), generator=generator)
+    images = torch.randint(0, processor.codebook_size, (4, processor.image_seq_length), generator=generator)
     tokenizer = processor.tokenizer
     words = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("red apple", "castle: fruit")]
-    two = [*words[0], *processor.image_ids(pictures[2]), *words[1], *processor.image_ids(pictures[3])]
+    two = [*words[0], *processor.image_ids(images[2]), *words[1], *processor.image_ids(images[3])]
     return [
-        {"input_ids": DocumentEncoder(processor).caption("noto: red apple", pictures[0], True)},
+        {"input_ids": DocumentEncoder(processor).caption("noto: red apple", images[0], True)},
         {"input_ids": [tokenizer.bos_token_id, *two, tokenizer.eos_token_id]},
-        {"input_ids": DocumentEncoder(processor).caption("castle", pictures[1], False)},
+        {"input_ids": DocumentEncoder(processor).caption("castle", images[1], False)},
         {"input_ids": [tokenizer.bos_token_id, *words[1], tokenizer.eos_token_id]},
     ]
 
@@ -67,7 +67,7 @@ def test_losses_are_those_of_a_loop_over_single_targets(processor, documents, ba
     assert found["image"] == pytest.approx(mean(wanted["image"]), abs=1e-5)
     assert found["perplexity"] == pytest.approx(math.exp(mean(wanted["words"])), rel=1e-5)
     assert found["bits_per_code"] == {"image": pytest.approx(mean(wanted["image"]) / math.log(2), abs=1e-5)}
-    # four pictures, the begin and the end of which are text
+    # four images, the begin and the end of which are text
     assert found["targets"] == {
         "overall": len(everything),
         "text": len(wanted["words"]) + 8,

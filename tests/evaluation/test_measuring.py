@@ -11,24 +11,23 @@ from helpers.tiny import tiny_model, tiny_processor, write_tokens
 from modeling_moma.cli.evaluate import main
 from modeling_moma.data.encoding import DocumentEncoder
 from modeling_moma.evaluation.evaluate import MEASURES, MeasureSettings, measure_sources
-from modeling_moma.evaluation.held_out import CaptionedPictures, HeldOutSource, read_held_out
+from modeling_moma.evaluation.held_out import CaptionedImages, HeldOutSource, read_held_out
 from modeling_moma.evaluation.measures import EXPERT_CHOICE
 from modeling_moma.evaluation.report import report_tables
 
 
 @pytest.fixture(scope="module")
 def sources():
-    """A source of nine captioned pictures, and one of texts."""
+    """A source of nine captioned images, and one of texts."""
     processor = tiny_processor()
     codes = torch.randint(0, 32, (9, 16), generator=torch.Generator().manual_seed(0))
     captions = [f"noto: {word}" for word in "red green apple castle fruit flat fluent tags noto".split()]
     documents = [
-        {"input_ids": DocumentEncoder(processor).caption(text, picture, True)}
-        for text, picture in zip(captions, codes)
+        {"input_ids": DocumentEncoder(processor).caption(text, image, True)} for text, image in zip(captions, codes)
     ]
     words = [processor.tokenizer(f"{text}<eos>", add_special_tokens=False)["input_ids"] for text in captions]
     return processor, {
-        "emoji": HeldOutSource(documents, CaptionedPictures(codes, captions)),
+        "emoji": HeldOutSource(documents, CaptionedImages(codes, captions)),
         "gloss": HeldOutSource([{"input_ids": [1, *ids]} for ids in words]),
     }
 
@@ -74,7 +73,7 @@ def test_wishes_that_cannot_be_met_are_refused_before_anything_is_measured(sourc
     processor, sources = sources
     model = tiny_model(processor)
     for measure in MEASURES[1:]:
-        with pytest.raises(ValueError, match=f"--measures {measure}. needs pictures with captions, but none of gloss"):
+        with pytest.raises(ValueError, match=f"--measures {measure}. needs images with captions, but none of gloss"):
             measure_sources(model, processor, {"gloss": sources["gloss"]}, MeasureSettings(("losses", measure)))
     for measures in ((), ("losses", "beauty")):
         with pytest.raises(ValueError, match="measures"):
@@ -82,7 +81,7 @@ def test_wishes_that_cannot_be_met_are_refused_before_anything_is_measured(sourc
     with pytest.raises(ValueError, match="batch_size"):
         MeasureSettings(batch_size=0)
     rows = sources["emoji"].captioned
-    few = HeldOutSource([], CaptionedPictures(rows.codes[:7], rows.captions[:7]))
+    few = HeldOutSource([], CaptionedImages(rows.codes[:7], rows.captions[:7]))
     # of a package that is not there
     monkeypatch.setitem(sys.modules, "efficientnet_lite_pytorch", None)
     with pytest.raises(ImportError, match="extra `train`"):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ranks by likelihood, with equal captions and equal pictures, against a loop over single pairs."""
+"""Ranks by likelihood, with equal captions and equal images, against a loop over single pairs."""
 
 from statistics import fmean, median
 
@@ -9,12 +9,12 @@ import torch.nn.functional as F
 
 from helpers.tiny import tiny_model, tiny_processor
 from modeling_moma.data.encoding import DocumentEncoder
-from modeling_moma.evaluation.held_out import CaptionedPictures
+from modeling_moma.evaluation.held_out import CaptionedImages
 from modeling_moma.evaluation.measures import padded_batches
 from modeling_moma.evaluation.retrieval import measure_retrieval, rank_figures, ranks
 
 
-# the third and the fourth share a caption, the fifth and the sixth a picture
+# the third and the fourth share a caption, the fifth and the sixth an image
 CAPTIONS = ["noto: red apple", "twemoji: green apple", "castle", "castle", "fruit", "red <eos> fruit", "noto"]
 
 
@@ -24,7 +24,7 @@ def parts():
     codes = torch.randint(0, 32, (7, 16), generator=torch.Generator().manual_seed(0))
     codes[5] = codes[4]
     model = tiny_model(processor, num_experts={"text": 2, "image": 2}, initializer_range=0.3)
-    return model, processor, CaptionedPictures(codes, CAPTIONS)
+    return model, processor, CaptionedImages(codes, CAPTIONS)
 
 
 @torch.no_grad()
@@ -44,7 +44,7 @@ def loop_caption_score(model, processor, codes, caption):
     return sum(target_log_probs(model, ids)[-len(words) - 1 :]), len(words) + 1
 
 
-def loop_picture_score(model, processor, codes, caption):
+def loop_image_score(model, processor, codes, caption):
     words = words_of(processor, caption)
     ids = [processor.tokenizer.bos_token_id, *words, *processor.image_ids(codes)]
     return sum(target_log_probs(model, ids)[-len(codes) - 1 : -1])
@@ -65,30 +65,30 @@ def test_figures_are_those_of_a_loop_over_single_pairs(parts):
     model, processor, rows = parts
     found = measure_retrieval(model, processor, rows, batch_size=3)
     assert found["pairs"] == 7
-    pictures = dict(enumerate(tuple(codes.tolist()) for codes in rows.codes))
+    images = dict(enumerate(tuple(codes.tolist()) for codes in rows.codes))
     captions = dict(enumerate(CAPTIONS))
 
     def same(row, other):
-        return captions[row] == captions[other] or pictures[row] == pictures[other]
+        return captions[row] == captions[other] or images[row] == images[other]
 
-    def caption_score(picture, caption):
-        return loop_caption_score(model, processor, picture, caption)[0]
+    def caption_score(image, caption):
+        return loop_caption_score(model, processor, image, caption)[0]
 
-    def per_token(picture, caption):
-        total, count = loop_caption_score(model, processor, picture, caption)
+    def per_token(image, caption):
+        total, count = loop_caption_score(model, processor, image, caption)
         return total / count
 
-    def picture_score(caption, picture):
-        return loop_picture_score(model, processor, picture, caption)
+    def image_score(caption, image):
+        return loop_image_score(model, processor, image, caption)
 
-    def information(caption, picture):
-        return picture_score(caption, picture) - loop_picture_score(model, processor, picture, "")
+    def information(caption, image):
+        return image_score(caption, image) - loop_image_score(model, processor, image, "")
 
     wanted = {
-        "captions": [caption_score, per_token, lambda picture, caption: picture_score(caption, picture)],
-        "pictures": [picture_score, information, lambda caption, picture: caption_score(picture, caption)],
+        "captions": [caption_score, per_token, lambda image, caption: image_score(caption, image)],
+        "pictures": [image_score, information, lambda caption, image: caption_score(image, caption)],
     }
-    sides = {"captions": (pictures, captions), "pictures": (captions, pictures)}
+    sides = {"captions": (images, captions), "pictures": (captions, images)}
     for answers, scores in wanted.items():
         queries, candidates = sides[answers]
         for figures, score in zip(found[answers].values(), scores, strict=True):
@@ -135,7 +135,7 @@ def test_pairs_are_drawn_by_the_seed_and_two_are_needed(parts):
     two = measure_retrieval(model, processor, rows, 8, num_pairs=3, seed=1)
     assert two["pairs"] == 3 and two == measure_retrieval(model, processor, rows, 8, num_pairs=3, seed=1)
     with pytest.raises(ValueError, match="1 pairs"):
-        measure_retrieval(model, processor, CaptionedPictures(rows.codes[:1], CAPTIONS[:1]), 8)
+        measure_retrieval(model, processor, CaptionedImages(rows.codes[:1], CAPTIONS[:1]), 8)
 
 
 def test_a_caption_that_the_model_has_learnt_is_first():
@@ -144,9 +144,9 @@ def test_a_caption_that_the_model_has_learnt_is_first():
     codes = torch.randint(0, 32, (4, 16), generator=torch.Generator().manual_seed(1))
     captions = ["noto: red apple", "castle", "twemoji: green apple", "fruit"]
     examples = [
-        {"input_ids": DocumentEncoder(processor).caption(text, picture, picture_first)}
-        for text, picture in zip(captions, codes)
-        for picture_first in (True, False)
+        {"input_ids": DocumentEncoder(processor).caption(text, image, image_first)}
+        for text, image in zip(captions, codes)
+        for image_first in (True, False)
     ]
     (batch,) = padded_batches(processor, examples, 8)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
@@ -154,7 +154,7 @@ def test_a_caption_that_the_model_has_learnt_is_first():
         model(**batch).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    found = measure_retrieval(model.eval(), processor, CaptionedPictures(codes, captions), 8)
+    found = measure_retrieval(model.eval(), processor, CaptionedImages(codes, captions), 8)
     for answers in ("captions", "pictures"):
         assert {name: figures["recall@1"] for name, figures in found[answers].items()} == dict.fromkeys(
             found[answers], 1.0

@@ -6,7 +6,7 @@ from helpers.tiny import tiny_model
 from modeling_moma.evaluation.routing_images import record_routing
 
 
-# of `tiny_config`: 8 to 23 are codes, 24 and 25 the frame of a picture
+# of `tiny_config`: 8 to 23 are codes, 24 and 25 the frame of an image
 IDS = torch.tensor([0, 24, 8, 9, 10, 11, 25, 30, 31, 32])
 
 

@@ -38,10 +38,10 @@ def loop_score(model, prefix, continuation):
 def test_scores_are_those_of_a_loop_over_single_pairs(fields, batch_size):
     processor = tiny_processor()
     model = tiny_model(processor, initializer_range=0.3, **fields)
-    picture = processor.image_ids(torch.arange(16))
-    prefixes = [[1], [1, 60, 61, 62], [1, *picture], [1, 70, picture[0]]]
+    image = processor.image_ids(torch.arange(16))
+    prefixes = [[1], [1, 60, 61, 62], [1, *image], [1, 70, image[0]]]
     # the pad id is a token like any other, and the first is no longer than one token
-    continuations = [[2], [80, 0, 82, 2], picture[1:-1], [80, 81], [90, 91, 92, 93, 94, 95, 2]]
+    continuations = [[2], [80, 0, 82, 2], image[1:-1], [80, 81], [90, 91, 92, 93, 94, 95, 2]]
     found = continuation_log_probs(model, prefixes, continuations, batch_size)
     wanted = [[loop_score(model, prefix, ids) for ids in continuations] for prefix in prefixes]
     torch.testing.assert_close(found, torch.tensor(wanted, dtype=torch.float64), rtol=1e-5, atol=1e-4)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The picture tokenizer as ONNX graphs, run by ONNX Runtime."""
+"""The image tokenizer as ONNX graphs, run by ONNX Runtime."""
 
 import importlib
 
@@ -9,7 +9,7 @@ import torch
 from datasets import load_dataset
 
 from helpers.released import RELEASED, skip_without_released_model
-from helpers.tiny import noise_pictures, tiny_processor, tiny_vq_model
+from helpers.tiny import noise_images, tiny_processor, tiny_vq_model
 from modeling_moma.export.image_tokenizer import export_image_tokenizer
 from tokenization import MomaProcessor
 
@@ -22,13 +22,13 @@ def run(path, **inputs: np.ndarray) -> np.ndarray:
     return ort.InferenceSession(path, providers=["CPUExecutionProvider"]).run(None, inputs)[0]
 
 
-def assert_same_codes_and_pixels(processor, pictures, folder):
+def assert_same_codes_and_pixels(processor, images, folder):
     files = export_image_tokenizer(processor.vq_model, folder)
-    pixels = processor.image_processor(pictures, return_tensors="pt")["pixel_values"]
+    pixels = processor.image_processor(images, return_tensors="pt")["pixel_values"]
     codes = processor.vq_model.get_image_tokens(pixels)
     decoded = processor.vq_model.decode_image_tokens(codes)
-    # other numbers of pictures than the graph was traced with
-    for count in (1, len(pictures)):
+    # other numbers of images than the graph was traced with
+    for count in (1, len(images)):
         np.testing.assert_array_equal(run(files.encoder, pixel_values=pixels[:count].numpy()), codes[:count].numpy())
         pixels_out = run(files.decoder, image_tokens=codes[:count].numpy())
         np.testing.assert_allclose(pixels_out, decoded[:count].numpy(), atol=1e-4)
@@ -37,7 +37,7 @@ def assert_same_codes_and_pixels(processor, pictures, folder):
 
 
 def test_graphs_of_a_tiny_tokenizer_give_its_codes_and_pixels(tmp_path):
-    files, codes = assert_same_codes_and_pixels(tiny_processor(), noise_pictures(5), tmp_path / "new" / "onnx")
+    files, codes = assert_same_codes_and_pixels(tiny_processor(), noise_images(5), tmp_path / "new" / "onnx")
     codes[0, 0] = 32
     with pytest.raises(ort.capi.onnxruntime_pybind11_state.InvalidArgument):
         run(files.decoder, image_tokens=codes.numpy())
@@ -45,8 +45,8 @@ def test_graphs_of_a_tiny_tokenizer_give_its_codes_and_pixels(tmp_path):
 
 def test_graphs_of_the_released_tokenizer_give_its_codes_and_pixels(tmp_path):
     skip_without_released_model()
-    pictures = load_dataset(str(RELEASED.parents[1] / "data" / "emoji"), split="test")[:24]["image"]
-    assert_same_codes_and_pixels(MomaProcessor.from_pretrained(RELEASED), pictures, tmp_path)
+    images = load_dataset(str(RELEASED.parents[1] / "data" / "emoji"), split="test")[:24]["image"]
+    assert_same_codes_and_pixels(MomaProcessor.from_pretrained(RELEASED), images, tmp_path)
 
 
 def test_a_tokenizer_without_a_decoder_has_an_encoder_alone(tmp_path):

@@ -30,11 +30,11 @@ CONFIGS = {
     },
 }
 TEXT_IDS = torch.arange(26, 34)[None]
-PICTURE_IDS = torch.tensor([[24, *range(IMAGE_IDS[0], IMAGE_IDS[0] + 4), 25]])
+IMAGE_ROW = torch.tensor([[24, *range(IMAGE_IDS[0], IMAGE_IDS[0] + 4), 25]])
 INPUTS = {
-    "mixed": torch.cat([TEXT_IDS, PICTURE_IDS], dim=1),
+    "mixed": torch.cat([TEXT_IDS, IMAGE_ROW], dim=1),
     "text": TEXT_IDS,
-    "codes": PICTURE_IDS[:, 1:5],
+    "codes": IMAGE_ROW[:, 1:5],
     "one": TEXT_IDS[:, :1],
 }
 
@@ -214,7 +214,7 @@ def test_other_arguments_than_torchao_configurations_are_refused():
 
 @pytest.fixture(scope="module")
 def held_out():
-    """Released model in fp32, its processor, and a batch of held-out captions with their pictures."""
+    """Released model in fp32, its processor, and a batch of held-out captions with their images."""
     skip_without_released_model()
     processor = MomaProcessor.from_pretrained(RELEASED)
     rows = load_dataset(str(DATA), split="test").shuffle(seed=0).select(range(48))
@@ -251,6 +251,6 @@ def test_the_held_out_loss_of_the_released_model_rises_by_at_most_one_percent(he
     # packed experts are most of the model
     assert quantized_share(model) == pytest.approx(0.333 if name == "bitsandbytes" else 0.948, abs=0.001)
     ids = model.generate(**processor(text=["noto: red apple"], return_tensors="pt"), generation_mode="image")
-    (picture,) = processor.decode_images(model.decode_image_tokens(ids))
+    (image,) = processor.decode_images(model.decode_image_tokens(ids))
     # by the processor's VQ model, which is no part of what is quantised
-    assert picture.size == (64, 64)
+    assert image.size == (64, 64)

@@ -26,14 +26,14 @@ CACHE = Path(__file__).resolve().parents[2] / ".cache"
 # the files import each other by relative path, so they need a package around them
 PACKAGE = "transformers_common_tests"
 PATTERNS = ("tests/test_*_common.py", "tests/test_*_mixin.py")
-# takes the place of every picture that the tests would load from the web
-PICTURE = "picture.png"
+# takes the place of every image that the tests would load from the web
+IMAGE = "image.png"
 # modules that the files import and that the source distribution lacks: our own, and none with tests in it
 STAND_INS = {
     "../fetch_hub_objects_for_ci.py": f"""from pathlib import Path
 
 def url_to_local_path(url):
-    return str(Path(__file__).with_name("{PICTURE}")) if url.endswith((".png", ".jpg")) else url
+    return str(Path(__file__).with_name("{IMAGE}")) if url.endswith((".png", ".jpg")) else url
 """,
     "__init__.py": "",
     "distributed_testing_utils.py": "from helpers.hf_distributed import *\n",
@@ -80,7 +80,7 @@ def fetch() -> Path:
         path = folder / PACKAGE / name
         path.parent.mkdir(exist_ok=True)
         path.write_text(text)
-    _draw_picture(folder / PICTURE)
+    _draw_image(folder / IMAGE)
     return folder
 
 
@@ -99,7 +99,7 @@ def _unpack(archive: Path, target: Path):
                 (target / path.name).write_bytes(tar.extractfile(member).read())
 
 
-def _draw_picture(path: Path):
+def _draw_image(path: Path):
     # smooth areas, sharp edges and three channels that differ, as a photograph has
     shapes = [Image.effect_mandelbrot((640, 480), (x, -1.2, x + 3, 1.2), 60) for x in (-2.2, -1.9, -1.6)]
     Image.merge("RGB", shapes).save(path)

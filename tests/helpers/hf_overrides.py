@@ -139,17 +139,17 @@ class ProcessorOverrides(Overrides):
     """For the processor. Its VQ model is no part that the suite knows, and pixels never leave it."""
 
     def prepare_images_inputs(self, *args, **kwargs):
-        """Remembers the pictures for the check below."""
-        self.pictures = super().prepare_images_inputs(*args, **kwargs)
-        return self.pictures
+        """Remembers the images for the check below."""
+        self.images = super().prepare_images_inputs(*args, **kwargs)
+        return self.images
 
     def _check_modality_outputs(self, inputs, modality):
         """The suite looks for negative pixels to see whether `rescale_factor=-1` was heeded. Here the codes tell."""
         processor = self.get_processor()
         first, stop = processor.image_token_offset, processor.image_token_offset + processor.codebook_size
         codes = [[token - first for token in row if first <= token < stop] for row in inputs["input_ids"].tolist()]
-        self.assertEqual(codes, processor.encode_images(self.pictures, rescale_factor=-1.0))
-        self.assertNotEqual(codes, processor.encode_images(self.pictures))
+        self.assertEqual(codes, processor.encode_images(self.images, rescale_factor=-1.0))
+        self.assertNotEqual(codes, processor.encode_images(self.images))
 
     def test_processor_to_json_string(self):
         """The test looks for all arguments in the JSON text, where weights have no place."""

@@ -11,7 +11,7 @@ from typing import Any
 
 import httpx
 
-from benchmarks.serving_requests import CHAT, COMPLETIONS, address_of, disc, huge_png, message, picture_part, png
+from benchmarks.serving_requests import CHAT, COMPLETIONS, address_of, disc, huge_png, image_part, message, png
 
 
 METADATA = "http://169.254.169.254/latest/meta-data/"
@@ -63,22 +63,22 @@ def hostile_requests(model: str, local_port: int, held: ExitStack) -> list[Hosti
     def settings(name: str, given: str, names: str) -> Hostile:
         return chat(name, {"generation_config": given}, names)
 
-    def picture(name: str, address: str, names: str = "image_url.url") -> Hostile:
-        return chat(name, {"messages": message(picture_part(address))}, names)
+    def image(name: str, address: str, names: str = "image_url.url") -> Hostile:
+        return chat(name, {"messages": message(image_part(address))}, names)
 
     text, whole = message("a")[0], address_of(png(disc("red")))
     found = [
         # addresses that nobody outside may have asked
-        picture("the metadata of a cloud", METADATA),
-        picture("another server of this machine", f"http://127.0.0.1:{local_port}/secret.png"),
-        picture("the same, of IPv6", f"http://[::1]:{local_port}/secret.png"),
-        picture("the same, as one number", f"http://2130706433:{local_port}/secret.png"),
-        picture("the same, in capitals", f"HTTP://LOCALHOST:{local_port}/secret.png"),
-        picture("a private address", "https://10.0.0.7/secret.png"),
-        picture("a name that redirects", "http://pictures.example/to-metadata"),
-        picture("a name with a password", "http://user:word@pictures.example/disc.png"),
-        picture("a file", "/etc/hostname"),
-        picture("a file by its address", "file:///etc/hostname"),
+        image("the metadata of a cloud", METADATA),
+        image("another server of this machine", f"http://127.0.0.1:{local_port}/secret.png"),
+        image("the same, of IPv6", f"http://[::1]:{local_port}/secret.png"),
+        image("the same, as one number", f"http://2130706433:{local_port}/secret.png"),
+        image("the same, in capitals", f"HTTP://LOCALHOST:{local_port}/secret.png"),
+        image("a private address", "https://10.0.0.7/secret.png"),
+        image("a name that redirects", "http://images.example/to-metadata"),
+        image("a name with a password", "http://user:word@images.example/disc.png"),
+        image("a file", "/etc/hostname"),
+        image("a file by its address", "file:///etc/hostname"),
         # work of a few bytes
         chat("1,000,000 answers", {"n": 1_000_000}, "n", 400),
         chat("many likeliest tokens", {"logprobs": True, "top_logprobs": 1_000_000}, "logprobs"),
@@ -93,10 +93,8 @@ def hostile_requests(model: str, local_port: int, held: ExitStack) -> list[Hosti
         chat("an infinite penalty", {"frequency_penalty": float("inf")}, "frequency_penalty"),
         chat("a penalty that nobody reads", {"presence_penalty": 1e308}, "presence_penalty"),
         chat("many messages", {"messages": message("a") * 5000}, "messages"),
-        chat("many pictures", {"messages": message(*[picture_part(whole)] * 60)}, "messages"),
-        chat(
-            "a picture of 900 million pixels", {"messages": message(picture_part(address_of(huge_png(30_000))))}, "url"
-        ),
+        chat("many images", {"messages": message(*[image_part(whole)] * 60)}, "messages"),
+        chat("an image of 900 million pixels", {"messages": message(image_part(address_of(huge_png(30_000))))}, "url"),
         Hostile("many prompts", post(COMPLETIONS, {**bare, "prompt": ["a"] * 1000}), "prompt"),
         Hostile("the best of many", post(COMPLETIONS, {**bare, "best_of": 1000}), "best_of"),
         Hostile("a prompt of 20 MB", post(COMPLETIONS, {**bare, "prompt": "a flag " * 3_000_000}), "prompt"),
@@ -113,7 +111,7 @@ def hostile_requests(model: str, local_port: int, held: ExitStack) -> list[Hosti
         # the server itself
         Hostile("another model is loaded", post("/load_model", {"model": "/etc"}), "load_model"),
         Hostile("the model is unloaded", post("/reset", {}), "reset"),
-        Hostile("decisions about a picture", post("/v1/systemone", {"assets": {"a": {"url": METADATA}}}), "systemone"),
+        Hostile("decisions about an image", post("/v1/systemone", {"assets": {"a": {"url": METADATA}}}), "systemone"),
         Hostile("a name that a page of the web gave this machine", other_host(good), "Host"),
         Hostile("a page of the web", from_page(good), "Origin"),
         # templates
@@ -125,7 +123,7 @@ def hostile_requests(model: str, local_port: int, held: ExitStack) -> list[Hosti
         Hostile("clients who leave their streams", leaving({**good, **LONG, "stream": True}, 30)),
         Hostile("clients who write slowly", writing_slowly(held, 40)),
         Hostile("more clients than there is room for", crowd({**good, **LONG}, 60), "ask again later", 429),
-        picture("a picture that trickles", f"http://127.0.0.1:{local_port}/trickle"),
+        image("an image that trickles", f"http://127.0.0.1:{local_port}/trickle"),
         settings("20,000 beams", '{"num_beams": 20000}', "num_beams"),
         chat("100,000 stop strings", {"stop": [f"word {n}" for n in range(100_000)]}, "stop"),
         chat("a long stop string", {"stop": "a" * 150_000}, "stop"),

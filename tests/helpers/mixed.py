@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the tests of trainers share: ragged examples of words and pictures, and what one step does to a model."""
+"""What the tests of trainers share: ragged examples of words and images, and what one step does to a model."""
 
 from dataclasses import dataclass, field
 
@@ -10,9 +10,9 @@ from tokenization import MomaDataCollator, MomaProcessor
 
 
 def mixed_examples(processor: MomaProcessor, rows: int = 12) -> list[dict]:
-    """Words alone, a picture after its caption, and a picture before it, in turn; of different lengths.
+    """Words alone, an image after its caption, and an image before it, in turn; of different lengths.
 
-    Captions before their pictures have no labels, so that the numbers of targets differ too.
+    Captions before their images have no labels, so that the numbers of targets differ too.
     """
     generator = torch.Generator().manual_seed(0)
 
@@ -24,13 +24,13 @@ def mixed_examples(processor: MomaProcessor, rows: int = 12) -> list[dict]:
     for row in range(rows):
         words = [processor.tokenizer.bos_token_id, *draw(10, 200, 3 + 2 * row)]
         codes = draw(offset, offset + processor.codebook_size, processor.image_seq_length)
-        picture = [processor.begin_image_token_id, *codes, processor.end_image_token_id]
+        image = [processor.begin_image_token_id, *codes, processor.end_image_token_id]
         if row % 3 == 0:
             examples.append({"input_ids": words, "labels": words})
         elif row % 3 == 1:
-            examples.append({"input_ids": words + picture, "labels": [-100] * len(words) + picture})
+            examples.append({"input_ids": words + image, "labels": [-100] * len(words) + image})
         else:
-            examples.append({"input_ids": picture + words, "labels": picture + words})
+            examples.append({"input_ids": image + words, "labels": image + words})
     return examples
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A tiny mixture on the disk: captioned pictures, documents of text and pictures, and texts, with its recipe."""
+"""A tiny mixture on the disk: captioned images, documents of text and images, and texts, with its recipe."""
 
 import json
 from pathlib import Path
@@ -7,7 +7,7 @@ from pathlib import Path
 import yaml
 from datasets import Dataset, Features, Image, Value
 
-from helpers.tiny import noise_pictures
+from helpers.tiny import noise_images
 
 
 MODEL = {
@@ -24,12 +24,12 @@ WEIGHTS = {"photos": 0.5, "pages": 0.2, "lines": 0.3}
 def write_mixture(folder: Path, **trainer) -> Path:
     """Writes the data and `recipe.yaml` into a folder; the recipe's paths are absolute."""
     folder.mkdir(parents=True, exist_ok=True)
-    pictures = noise_pictures(60)
-    rows = {"image": pictures[:40], "label": [f"thing {index}" for index in range(40)]}
+    images = noise_images(60)
+    rows = {"image": images[:40], "label": [f"thing {index}" for index in range(40)]}
     features = Features({"image": Image(), "label": Value("string")})
     Dataset.from_dict(rows, features=features).to_parquet(folder / "photos.parquet")
-    for index, picture in enumerate(pictures[40:]):
-        picture.save(folder / f"{index}.png")
+    for index, image in enumerate(images[40:]):
+        image.save(folder / f"{index}.png")
     pages = [
         {"segments": [{"text": "red apple " * (index % 7 + 1)}, {"image": f"{index}.png"}, {"text": "castle"}]}
         for index in range(20)
@@ -48,7 +48,7 @@ def write_mixture(folder: Path, **trainer) -> Path:
         "data": {"sequence_length": 96, "packed": True},
         "model": MODEL,
         "trainer": {"per_device_train_batch_size": 2, "warmup_steps": 2, "learning_rate": 0.003, **trainer},
-        "samples": {"every": 4, "prompts": ["thing 1", "thing 2"], "pictures": 2, "max_new_tokens": 4},
+        "samples": {"every": 4, "prompts": ["thing 1", "thing 2"], "images": 2, "max_new_tokens": 4},
     }
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe, sort_keys=False))

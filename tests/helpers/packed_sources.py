@@ -35,26 +35,26 @@ def words(rng, number):
     return rng.integers(*WORDS, number).tolist()
 
 
-def picture(rng, codes):
+def image(rng, codes):
     return [BEGIN, *words(rng, codes), END]
 
 
 def captions(rng, number, least=70, most=110, codes=16):
-    """Captions of so many tokens in all, a picture of so many codes first."""
+    """Captions of so many tokens in all, an image of so many codes first."""
     lengths = rng.integers(least, most + 1, number)
     return ArrayDocuments(
-        "captions", [[BOS, *picture(rng, codes), *words(rng, n - codes - 4), EOS] for n in lengths], can_be_cut=False
+        "captions", [[BOS, *image(rng, codes), *words(rng, n - codes - 4), EOS] for n in lengths], can_be_cut=False
     )
 
 
-def stories(rng, number, least=200, most=4000, codes=16, text=(20, 110), picture_first=0.95):
-    """Documents of about so many tokens in which pictures and texts alternate."""
+def stories(rng, number, least=200, most=4000, codes=16, text=(20, 110), image_first=0.95):
+    """Documents of about so many tokens in which images and texts alternate."""
     documents = []
     for _ in range(number):
         length = np.exp(rng.uniform(np.log(least), np.log(most)))
-        ids = [BOS] + ([] if rng.random() < picture_first else words(rng, int(rng.integers(*text))))
+        ids = [BOS] + ([] if rng.random() < image_first else words(rng, int(rng.integers(*text))))
         while len(ids) < length:
-            ids += picture(rng, codes) + words(rng, int(rng.integers(*text)))
+            ids += image(rng, codes) + words(rng, int(rng.integers(*text)))
         documents.append([*ids, EOS])
     return ArrayDocuments("stories", documents, can_be_cut=True)
 
@@ -90,14 +90,14 @@ def read_pieces(example):
 
 def account(examples, rows, documents, lone_texts=False):
     """
-    Reads a stream and checks every piece of it: whole pictures, no piece too short, each the beginning of a
+    Reads a stream and checks every piece of it: whole images, no piece too short, each the beginning of a
     document of its source or the next tokens of one that is open, captions whole.
 
     Args:
         examples: `PackedExamples`.
         rows: so many of them.
         documents: its sources.
-        lone_texts: a text of a few tokens before a picture may stand alone.
+        lone_texts: a text of a few tokens before an image may stand alone.
     """
     by_beginning = [{_first_word(ids): ids for ids in entry.documents} for entry in documents]
     result, counts = Account(), np.zeros(len(documents), dtype=np.int64)
@@ -118,7 +118,7 @@ def _first_word(ids):
 
 
 def _check_piece(result, by_beginning, documents, source, ids, fills, lone_texts):
-    assert (ids == BEGIN).sum() == (ids == END).sum(), "a picture is cut"
+    assert (ids == BEGIN).sum() == (ids == END).sum(), "an image is cut"
     assert not (len(ids) == 1 and ids[0] == BOS), "<bos> alone"
     ends = ids[-1] == EOS
     assert len(ids) >= 16 or ends or fills or lone_texts, f"a piece of {len(ids)} tokens"

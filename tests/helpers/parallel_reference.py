@@ -31,10 +31,10 @@ MODELS = {
         "tie_word_embeddings": True,
     },
 }
-TEXT, PICTURES, MIXED = torch.arange(26, 38).view(2, 6), torch.arange(8, 20).view(2, 6), mixed_ids(2, 6)
+TEXT, IMAGES, MIXED = torch.arange(26, 38).view(2, 6), torch.arange(8, 20).view(2, 6), mixed_ids(2, 6)
 # step by step, the batch of each group of processes that share one
-ONE_BATCH = [(TEXT,), (PICTURES,), (MIXED,)]
-TWO_BATCHES = [(TEXT, PICTURES), (PICTURES, MIXED), (TEXT, PICTURES)]
+ONE_BATCH = [(TEXT,), (IMAGES,), (MIXED,)]
+TWO_BATCHES = [(TEXT, IMAGES), (IMAGES, MIXED), (TEXT, IMAGES)]
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:

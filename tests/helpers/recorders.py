@@ -11,14 +11,14 @@ from benchmarks.serving_requests import disc, png
 
 
 class Recorder(ThreadingHTTPServer):
-    """Answers `/redirect?ADDRESS`, `/trickle`, `/large` and `/missing` as they say, and all else with a picture."""
+    """Answers `/redirect?ADDRESS`, `/trickle`, `/large` and `/missing` as they say, and all else with an image."""
 
     daemon_threads = True
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.asked: list[tuple[str, str]] = []
-        self.picture = png(disc("red"))
+        self.image = png(disc("red"))
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -36,7 +36,7 @@ class _Handler(BaseHTTPRequestHandler):
         elif action == "/trickle":
             self._trickle()
         else:
-            self._answer(200, self.server.picture)
+            self._answer(200, self.server.image)
 
     def _answer(self, status: int, content: bytes, **headers: str):
         self.send_response(status)

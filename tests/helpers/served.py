@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from helpers.tiny import noise_pictures, tiny_model
+from helpers.tiny import noise_images, tiny_model
 
 
 SHARED = {"shared_expert_intermediate_size": {"text": 16, "image": 16}}
@@ -45,11 +45,11 @@ def served_model(processor, **fields):
 
 
 def prompts(processor) -> list[list[int]]:
-    """Eight: words, pictures, and both in either order."""
-    pictures = noise_pictures(3)
+    """Eight: words, images, and both in either order."""
+    noise = noise_images(3)
     texts = ["noto: red apple", "castle", "<image>", "<image>noto", "a fish<image>", "<image>red<image>"]
     texts += ["fluent 3d: " * 6, "x"]
-    taken = iter([*pictures, *pictures])
+    taken = iter([*noise, *noise])
     rows = []
     for text in texts:
         images = [next(taken) for _ in range(text.count("<image>"))]

@@ -42,7 +42,7 @@ Q_PROJ = "model.layers.1.self_attn.q_proj.weight"
 CHAT = [
     {"role": "system", "content": "Be brief."},
     {"role": "user", "content": " What is <image>? "},
-    {"role": "assistant", "content": "A place\nfor a picture."},
+    {"role": "assistant", "content": "A place\nfor an image."},
 ]
 CHATML = (
     "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}{{ '<|im_start|>system\n"

@@ -49,14 +49,14 @@ tags: [moma]
 TEXTS = ["noto: red apple", "twemoji: green apple", "fluent 3d: castle", "noto tags: fruit, red"]
 
 
-def noise_pictures(count: int, side: int = 16) -> list[Image.Image]:
-    """Pictures that all differ."""
+def noise_images(count: int, side: int = 16) -> list[Image.Image]:
+    """Images that all differ."""
     rng = np.random.default_rng(0)
     return [Image.fromarray(rng.integers(0, 256, (side, side, 3), dtype=np.uint8)) for _ in range(count)]
 
 
 def tiny_vq_model(side: int = 16, codes: int = 32) -> MomaVQModel:
-    """A picture tokenizer of four pixels a code."""
+    """An image tokenizer of four pixels a code."""
     torch.manual_seed(0)
     config = MomaVQConfig(
         resolution=side,
@@ -74,7 +74,7 @@ def tiny_vq_model(side: int = 16, codes: int = 32) -> MomaVQModel:
 
 
 def tiny_processor(side: int = 16, codes: int = 32) -> MomaProcessor:
-    """A processor of pictures of `side` pixels and `(side / 4) ** 2` codes."""
+    """A processor of images of `side` pixels and `(side / 4) ** 2` codes."""
     image_processor = MomaImageProcessor.for_resolution(side)
     tokenizer = add_image_tokens(train_text_tokenizer(TEXTS * 3, vocab_size=300), codes)
     return MomaProcessor(image_processor, tokenizer, tiny_vq_model(side, codes))
@@ -151,7 +151,7 @@ def write_training(folder: Path, codings: int = 1, **fields) -> MomaProcessor:
 
 
 def tiny_config(**kwargs) -> MomaConfig:
-    """A configuration of some thousand parameters: 40 ids, of which 8 to 23 are picture codes."""
+    """A configuration of some thousand parameters: 40 ids, of which 8 to 23 are image codes."""
     fields = {
         "vocab_size": 40,
         "hidden_size": 16,

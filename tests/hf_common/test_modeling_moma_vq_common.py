@@ -13,7 +13,7 @@ from tokenization import MomaVQConfig, MomaVQModel
 
 
 class MomaVQModelTester:
-    """A tiny configuration and pictures, with the attributes that the mixin reads."""
+    """A tiny configuration and images, with the attributes that the mixin reads."""
 
     batch_size = 3
     is_training = True

@@ -12,7 +12,7 @@ from tokenization import MomaProcessor
 
 class MomaProcessingTest(ProcessorOverrides, ProcessorTesterMixin, unittest.TestCase):
     processor_class = MomaProcessor
-    # pictures are part of the text
+    # images are part of the text
     images_input_name = "input_ids"
 
     @classmethod

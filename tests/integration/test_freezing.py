@@ -63,7 +63,7 @@ def rows_that_moved(before, after, name):
     return (before[name] != after[name]).any(-1).nonzero().flatten().tolist()
 
 
-def tokens_of_pictures(config):
+def tokens_of_images(config):
     (frame,) = config.frames.values()
     return sorted({frame.begin, frame.end, *(id for start, stop in frame.ranges for id in range(start, stop))})
 
@@ -80,13 +80,13 @@ def test_all_but_a_group_and_the_rows_of_its_tokens_stays_bit_by_bit(fields, is_
     embeddings = {"model.embed_tokens.weight", "lm_head.weight"}
     moved = {name for name in changed(before, after) - embeddings if not name.endswith("balance_bias")}
     assert moved == {name for name in before if ".groups.image." in name and not name.endswith("balance_bias")}
-    # every token of pictures is a target, so all of its rows of the head learn
-    assert rows_that_moved(before, after, "lm_head.weight") == tokens_of_pictures(model.config)
+    # every token of images is a target, so all of its rows of the head learn
+    assert rows_that_moved(before, after, "lm_head.weight") == tokens_of_images(model.config)
     read = rows_that_moved(before, after, "model.embed_tokens.weight")
-    assert read and set(read) <= set(tokens_of_pictures(model.config))
+    assert read and set(read) <= set(tokens_of_images(model.config))
 
 
-def test_words_are_those_of_before_after_pictures_have_learnt(processor, tmp_path):
+def test_words_are_those_of_before_after_images_have_learnt(processor, tmp_path):
     model = tiny_model(processor, num_experts={"text": 1, "image": 1}, tie_word_embeddings=True).eval()
     words = processor.tokenizer("red apple", return_tensors="pt")["input_ids"]
     before = model(words).logits
@@ -94,7 +94,7 @@ def test_words_are_those_of_before_after_pictures_have_learnt(processor, tmp_pat
     build_trainer(model, processor, tmp_path, max_steps=3, learning_rate=1e-2).train()
     after = model.eval()(words).logits
     is_new = torch.zeros(model.config.vocab_size, dtype=torch.bool)
-    is_new[tokens_of_pictures(model.config)] = True
+    is_new[tokens_of_images(model.config)] = True
     assert torch.equal(after[..., ~is_new], before[..., ~is_new])
     assert not torch.equal(after[..., is_new], before[..., is_new])
 

@@ -9,17 +9,17 @@ import pytest
 from PIL import Image
 
 from helpers.released import skip_without_released_model
-from page_pictures import PATIENCE, ROOT, browser, find_browser, served_page
+from page_images import PATIENCE, ROOT, browser, find_browser, served_page
 
 
 EXAMPLES = ROOT / "model_cards" / "moma-emoji-space" / "examples"
-# writes down each picture of the gallery, with what is said of its progress
+# writes down each image of the gallery, with what is said of its progress
 WATCH = """() => {
     window.seen = [];
     const look = () => {
-        const picture = document.querySelector('#draw-gallery .grid-container img, #draw-gallery img');
+        const image = document.querySelector('#draw-gallery .grid-container img, #draw-gallery img');
         const said = document.querySelector('#draw-progress textarea, #draw-progress input').value;
-        if (picture && !window.seen.some(([source]) => source === picture.src)) window.seen.push([picture.src, said]);
+        if (image && !window.seen.some(([source]) => source === image.src)) window.seen.push([image.src, said]);
     };
     new MutationObserver(look).observe(document.querySelector('#draw-gallery'), {
         subtree: true, childList: true, attributes: true, attributeFilter: ['src'],
@@ -90,7 +90,7 @@ def start_drawing(page, words: str, seed: int = 0, count: int = 1, guidance: flo
 
 
 def wait_for_drawing(page) -> list[np.ndarray]:
-    """The pictures that were shown while one was drawn, the last one whole."""
+    """The images that were shown while one was drawn, the last one whole."""
     # an earlier drawing may have ended with the same words
     page.wait_for_function(f"window.seen.length > 2 && {PROGRESS}.endsWith(' s')")
     page.wait_for_timeout(300)
@@ -115,13 +115,13 @@ def message(page) -> str:
     return toast.inner_text()
 
 
-def test_a_picture_is_drawn_while_the_visitor_looks_and_nobody_else_is_asked(address, visit):
+def test_an_image_is_drawn_while_the_visitor_looks_and_nobody_else_is_asked(address, visit):
     page = visit()
     start_drawing(page, "fluent flat: red heart", guidance=5.0)
     views = wait_for_drawing(page)
     shares = [share_of_paper(pixels) for pixels in views]
     assert shares[-1] == 0 and len(views) >= 4
-    assert 0 < shares[1] < shares[0], "partial pictures come first, and grow"
+    assert 0 < shares[1] < shares[0], "partial images come first, and grow"
     # red, on white
     whole = views[-1].reshape(-1, 3).astype(int)
     assert (whole[:, 0] - whole[:, 1] > 80).mean() > 0.2
@@ -134,14 +134,14 @@ def test_an_example_and_an_upload_are_captioned(visit):
     page.wait_for_function(f"{WORDS} !== ''")
     assert page.evaluate(WORDS) == "noto: cat face"
     page.locator("#caption-seen img").wait_for()
-    page.locator("#caption-picture").get_by_label("Remove Image").click()
-    page.locator("#caption-picture input[type=file]").set_input_files(EXAMPLES / "noto-sunflower.png")
-    page.locator("#caption-picture img").wait_for()
+    page.locator("#caption-image").get_by_label("Remove Image").click()
+    page.locator("#caption-image input[type=file]").set_input_files(EXAMPLES / "noto-sunflower.png")
+    page.locator("#caption-image img").wait_for()
     page.locator("#caption-button").click()
     page.wait_for_function(f"{WORDS} === 'noto: sunflower'")
 
 
-def test_a_pasted_picture_is_captioned(visit):
+def test_a_pasted_image_is_captioned(visit):
     page = visit(permissions=["clipboard-read", "clipboard-write"])
     data = list((EXAMPLES / "noto-sunflower.png").read_bytes())
     page.evaluate(
@@ -150,41 +150,41 @@ def test_a_pasted_picture_is_captioned(visit):
         data,
     )
     page.get_by_label("Paste from clipboard").first.click()
-    page.locator("#caption-picture img").wait_for()
+    page.locator("#caption-image img").wait_for()
     page.locator("#caption-button").click()
     page.wait_for_function(f"{WORDS} === 'noto: sunflower'")
 
 
-def test_layers_of_the_routing_are_different_pictures(visit):
+def test_layers_of_the_routing_are_different_images(visit):
     page = visit()
     open_tab(page, "Routing")
     page.get_by_role("tabpanel").locator(".gallery-item").first.click()
-    picture = page.locator("#routing-patches img")
-    picture.wait_for()
+    image = page.locator("#routing-patches img")
+    image.wait_for()
     page.locator("#routing-legend", has_text="Layer 1 of 6").wait_for()
     assert page.locator("#routing-chips .moma-word").all_inner_texts()[-2:] == ["cat", "face"]
-    first, style = pixels_of(page, picture.get_attribute("src")), page.locator("#routing-chips").inner_html()
+    first, style = pixels_of(page, image.get_attribute("src")), page.locator("#routing-chips").inner_html()
     page.locator("#routing-layer input[type=number]").fill("4")
     page.keyboard.press("Enter")
     page.locator("#routing-legend", has_text="Layer 4 of 6").wait_for()
     page.wait_for_timeout(300)
-    fourth = pixels_of(page, picture.get_attribute("src"))
+    fourth = pixels_of(page, image.get_attribute("src"))
     assert first.shape == fourth.shape and (first != fourth).any(-1).mean() > 0.1
     assert page.locator("#routing-chips").inner_html() != style
 
 
-def test_words_are_answered_with_words_and_a_picture_in_turn(visit):
+def test_words_are_answered_with_words_and_an_image_in_turn(visit):
     page = visit()
     open_tab(page, "Interleaved")
     page.locator("#interleaved-prompt textarea").fill("fluent flat: red")
     page.locator("#interleaved-button").click()
     page.locator("#interleaved-answer .moma-whole img").wait_for()
-    # words, then a picture of them
+    # words, then an image of them
     kinds = page.locator("#interleaved-answer .moma-answer > *").evaluate_all(
         "parts => parts.map(part => part.tagName)"
     )
     assert kinds == ["P", "IMG"]
-    # a picture with words after its place
+    # an image with words after its place
     page.locator("#interleaved-prompt input[type=file]").set_input_files(EXAMPLES / "noto-sunflower.png")
     page.locator("#interleaved-prompt img").first.wait_for()
     page.locator("#interleaved-prompt textarea").fill("noto:")
@@ -196,7 +196,7 @@ def test_words_are_answered_with_words_and_a_picture_in_turn(visit):
 @pytest.mark.parametrize(
     "name, data, told",
     [
-        ("broken.png", b"these are no pixels", "not a picture that can be read"),
+        ("broken.png", b"these are no pixels", "not an image that can be read"),
         ("cut.png", (EXAMPLES / "noto-sunflower.png").read_bytes()[:1500], "truncated or damaged"),
         ("large.png", b"\x89PNG\r\n\x1a\n" + bytes(11 * 2**20), "maximum allowed size"),
         ("notes.txt", b"these are words", "Invalid file type"),
@@ -205,9 +205,9 @@ def test_words_are_answered_with_words_and_a_picture_in_turn(visit):
 def test_a_bad_upload_is_refused_on_the_page(name, data, told, visit, tmp_path):
     page = visit()
     (tmp_path / name).write_bytes(data)
-    page.locator("#caption-picture input[type=file]").set_input_files(tmp_path / name)
+    page.locator("#caption-image input[type=file]").set_input_files(tmp_path / name)
     if name in ("broken.png", "cut.png"):
-        page.wait_for_function("document.querySelector('#caption-picture img') !== null")
+        page.wait_for_function("document.querySelector('#caption-image img') !== null")
         page.locator("#caption-button").click()
     said = message(page)
     assert told in said and "/" not in re.sub("image/", "", said), said
@@ -226,10 +226,10 @@ def test_a_request_made_by_hand_reads_no_file_of_the_server(address, visit):
 def test_empty_prompts_are_refused_on_the_page(visit):
     page = visit()
     for tab, button, told in (
-        ("Caption", "caption", "no picture yet"),
+        ("Caption", "caption", "no image yet"),
         ("Draw", "draw", "no words yet"),
         ("Interleaved", "interleaved", "prompt is empty"),
-        ("Routing", "routing", "picture or words"),
+        ("Routing", "routing", "image or words"),
     ):
         open_tab(page, tab)
         page.locator(f"#{button}-button").click()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`SFTTrainer` of TRL with picture codes among the labels."""
+"""`SFTTrainer` of TRL with image codes among the labels."""
 
 import numpy as np
 import pytest
@@ -9,7 +9,7 @@ from datasets import Image as ImageFeature
 from transformers import Trainer
 
 from helpers.mixed import losses, mixed_examples
-from helpers.tiny import noise_pictures, tiny_model, tiny_processor
+from helpers.tiny import noise_images, tiny_model, tiny_processor
 from modeling_moma import MomaMetricsCallback
 
 
@@ -29,8 +29,8 @@ def processor():
 
 
 @pytest.fixture(scope="module")
-def pictures():
-    return noise_pictures(4)
+def images():
+    return noise_images(4)
 
 
 def build_sft(model, processing_class, dataset, output, trainer_class=trl.SFTTrainer, callbacks=(), **fields):
@@ -59,8 +59,8 @@ def tokenised(processor, rows=4):
     return Dataset.from_list(mixed_examples(processor, rows))
 
 
-def talks(pictures):
-    """One asks for a picture and gets it, the other shows one and is told what it is."""
+def talks(images):
+    """One asks for an image and gets it, the other shows one and is told what it is."""
     parts = List({"type": Value("string"), "text": Value("string")})
     features = Features(messages=List({"role": Value("string"), "content": parts}), images=List(ImageFeature()))
 
@@ -72,7 +72,7 @@ def talks(pictures):
 
     draw = [turn("user", "red apple"), turn("assistant", None)]
     read = [turn("user", None, "what is it?"), turn("assistant", "castle")]
-    rows = {"messages": [draw, read], "images": [[picture] for picture in pictures[:2]]}
+    rows = {"messages": [draw, read], "images": [[image] for image in images[:2]]}
     return Dataset.from_dict(rows, features=features)
 
 
@@ -86,55 +86,55 @@ def codes_in(ids, processor):
 
 
 @torch.no_grad()
-def picture_loss(model, batch):
+def image_loss(model, batch):
     return model.eval()(**batch).modality_losses["image"].item()
 
 
-def test_tokenised_pictures_are_learnt(processor, tmp_path):
+def test_tokenised_images_are_learnt(processor, tmp_path):
     model = tiny_model(processor)
     callback = MomaMetricsCallback()
     dataset = tokenised(processor)
     trainer = build_sft(model, processor.tokenizer, dataset, tmp_path, max_steps=10, callbacks=[callback])
     batch = one_batch(trainer)
     assert len(codes_in(batch["labels"], processor)) == 2 * processor.image_seq_length
-    before = picture_loss(model, batch)
+    before = image_loss(model, batch)
     trainer.train()
-    assert picture_loss(model, batch) < before - 0.3
+    assert image_loss(model, batch) < before - 0.3
     # loads of experts are logged here, too; the losses by modality need the model's own loss
     assert losses(trainer, "image_uncovered") and not losses(trainer, "image_loss")
 
 
-def test_conversations_with_pictures_in_any_turn_are_learnt(processor, pictures, tmp_path):
+def test_conversations_with_images_in_any_turn_are_learnt(processor, images, tmp_path):
     model = tiny_model(processor)
-    trainer = build_sft(model, processor, talks(pictures), tmp_path, max_steps=10, per_device_train_batch_size=2)
+    trainer = build_sft(model, processor, talks(images), tmp_path, max_steps=10, per_device_train_batch_size=2)
     batch = one_batch(trainer)
     assert "pixel_values" not in batch
     for row in batch["labels"]:
         found = codes_in(row, processor) - processor.image_token_offset
-        assert found.tolist() in processor.encode_images(pictures[:2])
-    before = picture_loss(model, batch)
+        assert found.tolist() in processor.encode_images(images[:2])
+    before = image_loss(model, batch)
     trainer.train()
-    assert picture_loss(model, batch) < before - 0.3
+    assert image_loss(model, batch) < before - 0.3
 
 
-def test_loss_of_the_answers_alone_counts_pictures_that_are_answers(processor, pictures, tmp_path):
+def test_loss_of_the_answers_alone_counts_images_that_are_answers(processor, images, tmp_path):
     trainer = build_sft(
         tiny_model(processor),
         processor,
-        talks(pictures),
+        talks(images),
         tmp_path,
         per_device_train_batch_size=2,
         assistant_only_loss=True,
     )
     labels = one_batch(trainer)["labels"]
     texts = {processor.tokenizer.decode(row[row != -100], skip_special_tokens=False) for row in labels}
-    [codes] = processor.encode_images(pictures[:1])
+    [codes] = processor.encode_images(images[:1])
     drawn = "".join(["<|begin_image|>", *(f"<|image_{code}|>" for code in codes), "<|end_image|>"])
     assert {text.replace(" ", "") for text in texts} == {f"{drawn}<eos>", "castle<eos>"}
 
 
-def test_prompts_with_pictures_and_completions_of_words_are_learnt(processor, pictures, tmp_path):
-    rows = {"prompt": ["<bos><image>"] * 4, "completion": ["red apple"] * 4, "images": [[one] for one in pictures]}
+def test_prompts_with_images_and_completions_of_words_are_learnt(processor, images, tmp_path):
+    rows = {"prompt": ["<bos><image>"] * 4, "completion": ["red apple"] * 4, "images": [[one] for one in images]}
     features = Features(prompt=Value("string"), completion=Value("string"), images=List(ImageFeature()))
     trainer = build_sft(
         tiny_model(processor), processor, Dataset.from_dict(rows, features=features), tmp_path, max_steps=2
@@ -146,15 +146,15 @@ def test_prompts_with_pictures_and_completions_of_words_are_learnt(processor, pi
     assert all(np.isfinite(losses(trainer)))
 
 
-def test_completions_may_hold_the_codes_of_pictures_as_words(processor, pictures, tmp_path):
-    codes = processor.encode_images(pictures)
+def test_completions_may_hold_the_codes_of_images_as_words(processor, images, tmp_path):
+    codes = processor.encode_images(images)
     drawn = [processor.replace_image_token({"image_codes": codes}, index) for index in range(len(codes))]
     dataset = Dataset.from_dict({"prompt": ["<bos>red apple"] * 4, "completion": drawn})
     trainer = build_sft(tiny_model(processor), processor.tokenizer, dataset, tmp_path)
     labels = one_batch(trainer)["labels"]
     found = codes_in(labels, processor).unflatten(0, (4, -1)) - processor.image_token_offset
     assert sorted(found.tolist()) == sorted(codes)
-    # begin and end of the picture, and the end of the text
+    # begin and end of the image, and the end of the text
     assert (labels != -100).sum() == 4 * (processor.image_seq_length + 3)
 
 

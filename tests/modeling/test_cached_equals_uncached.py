@@ -14,9 +14,9 @@ from modeling_moma.routing_moma import MomaRouter
 PAD, BOS, EOS, BEGIN, END = 0, 1, 2, 3, 4
 START, STOP, LENGTH = 100, 200, 8
 EXPERTS = {"dense": 1, "1t1i": {"text": 1, "image": 1}, "8x": 8, "4t4i": {"text": 4, "image": 4}}
-PICTURE = [BEGIN, *range(START, START + LENGTH), END]
+IMAGE = [BEGIN, *range(START, START + LENGTH), END]
 # three lengths, padded by 0, 3 and 7
-ROWS = [[BOS, *PICTURE, 20, 21, 20, 21], [BOS, 30, 31, *range(40, 49)], [BOS, 50, 51, 52, 53, 54, 55, 56]]
+ROWS = [[BOS, *IMAGE, 20, 21, 20, 21], [BOS, 30, 31, *range(40, 49)], [BOS, 50, 51, 52, 53, 54, 55, 56]]
 
 STRATEGIES = {
     "greedy": {"do_sample": False},

@@ -33,13 +33,13 @@ def training_graphs(fields: dict) -> int:
     """Graphs that one training forward of a small model is compiled into: graph breaks, plus 1."""
     torch.manual_seed(0)
     small = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
-    pictures = {
+    images = {
         "begin_image_token_id": 5,
         "end_image_token_id": 6,
         "image_seq_length": 4,
         "modality_token_ranges": {"image": [[32, 64]]},
     }
-    config = MomaConfig(**{"num_hidden_layers": 2, **small, **pictures, **fields})
+    config = MomaConfig(**{"num_hidden_layers": 2, **small, **images, **fields})
     model = MomaForCausalLM(config).train()
     ids_BT = torch.randint(7, 64, (2, 16))
     torch._dynamo.reset()
@@ -75,7 +75,7 @@ def test_threshold_training_has_one_graph_break_where_dynamic_shapes_are_capture
         assert training_graphs(KINDS["4t4i, `threshold`"]) <= 2
 
 
-def test_compiled_training_equals_plain_training_for_any_mixture_of_text_and_pictures():
+def test_compiled_training_equals_plain_training_for_any_mixture_of_text_and_images():
     model, plain = reference_model(**GROUPS["4t4i"]), reference_model(**GROUPS["4t4i"])
     compiled = torch.compile(model, backend="aot_eager")
     for num_words in (6, 9, 4, 12):

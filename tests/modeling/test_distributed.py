@@ -21,25 +21,25 @@ MODELS = {
         "auxiliary_routers": True,
     },
 }
-BATCHES = {"text": torch.arange(26, 38).view(2, 6), "pictures": torch.arange(8, 20).view(2, 6)}
+BATCHES = {"text": torch.arange(26, 38).view(2, 6), "images": torch.arange(8, 20).view(2, 6)}
 STEPS = 2
 
 
 def build(name, routing):
     model = tiny_model(**MODELS[name], training_routing=routing)
     if name == "depth":
-        # the first layer prefers any word to any picture code
+        # the first layer prefers any word to any image code
         direction = torch.zeros(model.config.hidden_size)
         direction[0] = 3.0
         embeddings = model.get_input_embeddings().weight.data
         embeddings[BATCHES["text"].flatten()] += direction
-        embeddings[BATCHES["pictures"].flatten()] -= direction
+        embeddings[BATCHES["images"].flatten()] -= direction
         model.model.layers[0].depth_router.weight.data += direction
     return model
 
 
 def train(rank, folder, name, routing):
-    """One of two processes: text only on rank 0, pictures only on rank 1."""
+    """One of two processes: text only on rank 0, images only on rank 1."""
     model = build(name, routing)
     log = SelectionLog(model)
     wrapped = DistributedDataParallel(model, find_unused_parameters=False)
@@ -103,7 +103,7 @@ def run_two(tmp_path, name, routing):
         ("depth_by_modality", "expert_choice"),
     ],
 )
-def test_one_rank_may_be_text_only_and_the_other_pictures_only(name, routing, tmp_path):
+def test_one_rank_may_be_text_only_and_the_other_images_only(name, routing, tmp_path):
     first, second = run_two(tmp_path, name, routing)
     losses, gradients, states = single_process(name, routing)
     assert first["losses"] == pytest.approx(losses[0], abs=1e-5)

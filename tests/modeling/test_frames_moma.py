@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Generation with frames of several modalities: pictures of six codes, sounds of any length; speech has no frame."""
+"""Generation with frames of several modalities: images of six codes, sounds of any length; speech has no frame."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from modeling_moma.modeling_moma import MomaForCausalLM
 PAD, BOS, EOS = 1, 0, 2
 FRAMES = {"image": (3, 4, range(100, 140), 6), "audio": (5, 6, range(140, 160), None)}
 SPEECH = range(160, 170)
-PICTURE = [3, 100, 101, 102, 103, 104, 105, 4]
+IMAGE = [3, 100, 101, 102, 103, 104, 105, 4]
 SOUND = [5, 140, 141, 6]
 STRATEGIES = {
     "greedy": {"do_sample": False},
@@ -58,9 +58,9 @@ def batch(*rows):
     return {"input_ids": ids, "attention_mask": mask}
 
 
-TEXTS = batch([BOS, 20, 21], [BOS, *PICTURE, 30], [BOS, *SOUND, *PICTURE])
+TEXTS = batch([BOS, 20, 21], [BOS, *IMAGE, 30], [BOS, *SOUND, *IMAGE])
 # no sound yet, one begun, one with a code, and a whole one behind
-SOUNDS = batch([BOS, 20, 21], [BOS, *PICTURE, 5], [BOS, 40, 5, 141], [BOS, *SOUND, 30])
+SOUNDS = batch([BOS, 20, 21], [BOS, *IMAGE, 5], [BOS, 40, 5, 141], [BOS, *SOUND, 30])
 MIXED = batch([BOS, 20, 21], [BOS, 3, 101], [BOS, 40, 5, 141])
 
 
@@ -241,7 +241,7 @@ def test_bad_calls_raise_with_the_numbers(model):
 
 
 def test_codes_of_sounds_are_read_in_order(model):
-    ids = torch.tensor([[*SOUND, 20, 5, 159, 6], [*PICTURE], [20] * 4 + SOUND])
+    ids = torch.tensor([[*SOUND, 20, 5, 159, 6], [*IMAGE], [20] * 4 + SOUND])
     assert [codes.tolist() for codes in model.decode_modality_tokens(ids, "audio")] == [[0, 1], [19], [0, 1]]
     assert model.decode_modality_tokens(ids, "image").tolist() == [[0, 1, 2, 3, 4, 5]]
     assert model.decode_modality_tokens(torch.tensor([[20, 21]]), "audio") == []

@@ -13,7 +13,7 @@ from modeling_moma.modeling_moma import MomaForCausalLM
 PAD, BOS, EOS, BEGIN, END = 1, 0, 2, 3, 4
 START, STOP, LENGTH = 100, 160, 6
 CODES = [100, 101, 102, 103, 104, 105]
-PICTURE = [BEGIN, *CODES, END]
+IMAGE = [BEGIN, *CODES, END]
 
 
 def make_config(**kwargs):
@@ -50,8 +50,8 @@ def batch(*rows):
     return {"input_ids": ids, "attention_mask": mask}
 
 
-# three rows in different states: no picture yet, a whole one behind, and a begun one
-STATES = batch([BOS, 20, 21, 22], [BOS, *PICTURE, 30, BEGIN], [BOS, 40, BEGIN, 110, 111])
+# three rows in different states: no image yet, a whole one behind, and a begun one
+STATES = batch([BOS, 20, 21, 22], [BOS, *IMAGE, 30, BEGIN], [BOS, 40, BEGIN, 110, 111])
 TEXTS = batch([BOS, 20, 21, 22, 23, 24], [BOS, 30])
 
 STRATEGIES = {
@@ -93,13 +93,13 @@ def assert_grammar(rows):
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES.values(), ids=STRATEGIES.keys())
-def test_image_mode_gives_every_row_exactly_one_picture(model, strategy):
+def test_image_mode_gives_every_row_exactly_one_image(model, strategy):
     torch.manual_seed(0)
     out = model.generate(**STATES, generation_mode="image", **strategy)
     assert_grammar(out)
     copies = strategy.get("num_return_sequences", 1)
     width = STATES["input_ids"].shape[1]
-    # one new picture where none was begun; the begun ones are finished
+    # one new image where none was begun; the begun ones are finished
     expected = torch.tensor([1, 2, 1]).repeat_interleave(copies)
     assert torch.equal((out == END).sum(1), expected)
     assert out.shape == (3 * copies, width + LENGTH + 2)
@@ -141,11 +141,11 @@ def test_beams_of_a_text_that_ends_early_are_padded(model):
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES.values(), ids=STRATEGIES.keys())
-def test_image_mode_ends_the_row_after_the_picture_when_there_is_more_room(model, strategy):
+def test_image_mode_ends_the_row_after_the_image_when_there_is_more_room(model, strategy):
     torch.manual_seed(0)
     out = model.generate(**STATES, generation_mode="image", max_new_tokens=30, **strategy)
     assert_grammar(out)
-    # beams end with the picture itself
+    # beams end with the image itself
     end = [] if "num_beams" in strategy else [EOS]
     for row in out[:, STATES["input_ids"].shape[1] :].tolist():
         tail = row[row.index(END) + 1 :]
@@ -154,7 +154,7 @@ def test_image_mode_ends_the_row_after_the_picture_when_there_is_more_room(model
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES.values(), ids=STRATEGIES.keys())
-def test_text_mode_writes_no_picture_token(model, strategy):
+def test_text_mode_writes_no_image_token(model, strategy):
     torch.manual_seed(0)
     out = model.generate(**TEXTS, max_new_tokens=25, **strategy)
     new = out[:, TEXTS["input_ids"].shape[1] :]
@@ -164,20 +164,20 @@ def test_text_mode_writes_no_picture_token(model, strategy):
 @pytest.mark.parametrize("strategy", STRATEGIES.values(), ids=STRATEGIES.keys())
 def test_interleaved_mode_keeps_the_grammar_and_begins_only_what_fits(model, strategy):
     torch.manual_seed(0)
-    # without the bias an untrained model hardly ever begins a picture
+    # without the bias an untrained model hardly ever begins an image
     bias = {(BEGIN,): 6.0}
-    pictures = 0
+    images = 0
     for max_new_tokens in (LENGTH + 1, LENGTH + 2, 29):
         out = model.generate(
             **STATES, generation_mode="interleaved", max_new_tokens=max_new_tokens, sequence_bias=bias, **strategy
         )
         assert_grammar(out)
-        pictures += int((out == END).sum())
+        images += int((out == END).sum())
     # 3 begun or finished in the prompts of each of the 3 calls
-    assert pictures > 3 * 3 * strategy.get("num_return_sequences", 1)
+    assert images > 3 * 3 * strategy.get("num_return_sequences", 1)
 
 
-def test_interleaved_mode_writes_text_alone_when_no_picture_fits(model):
+def test_interleaved_mode_writes_text_alone_when_no_image_fits(model):
     bias = {(BEGIN,): 50.0}
     call = {**TEXTS, "generation_mode": "interleaved", "sequence_bias": bias, "do_sample": False}
     width = TEXTS["input_ids"].shape[1]
@@ -185,20 +185,20 @@ def test_interleaved_mode_writes_text_alone_when_no_picture_fits(model):
     assert (model.generate(**call, max_new_tokens=LENGTH + 2)[:, width:] == BEGIN).any(1).all()
 
 
-def test_interleaved_pictures_stay_inside_the_context():
+def test_interleaved_images_stay_inside_the_context():
     torch.manual_seed(0)
     model = MomaForCausalLM(make_config(max_position_embeddings=20)).eval()
     bias = {(BEGIN,): 50.0, (EOS,): 30.0}
     call = {"generation_mode": "interleaved", "sequence_bias": bias, "do_sample": False, "max_new_tokens": 40}
-    # 20 positions hold one more picture after 12, none after 13
-    for length, pictures in ((12, 1), (13, 0)):
+    # 20 positions hold one more image after 12, none after 13
+    for length, images in ((12, 1), (13, 0)):
         out = model.generate(torch.full((1, length), 30), **call)
         assert_grammar(out)
-        assert int((out == END).sum()) == pictures
+        assert int((out == END).sum()) == images
 
 
-def test_whole_pictures_of_the_prompt_do_not_count_as_the_drawn_one(model):
-    ids = torch.tensor([[BOS, *PICTURE, 20]])
+def test_whole_images_of_the_prompt_do_not_count_as_the_drawn_one(model):
+    ids = torch.tensor([[BOS, *IMAGE, 20]])
     out = model.generate(ids, generation_mode="image", do_sample=False)
     assert_grammar(out)
     assert int((out == END).sum()) == 2
@@ -215,7 +215,7 @@ def test_prompt_lookup_keeps_the_grammar_and_equals_greedy(model, mode, row):
     assert_grammar(looked_up)
 
 
-def test_assistant_model_drafts_pictures_under_the_same_grammar(model):
+def test_assistant_model_drafts_images_under_the_same_grammar(model):
     torch.manual_seed(1)
     assistant = MomaForCausalLM(make_config(num_hidden_layers=1)).eval()
     ids = torch.tensor([[BOS, 20, 21]])
@@ -226,7 +226,7 @@ def test_assistant_model_drafts_pictures_under_the_same_grammar(model):
 @pytest.mark.parametrize(
     "call", [{"min_new_tokens": 20}, {"suppress_tokens": [BEGIN, END, EOS]}, {"repetition_penalty": 5.0}]
 )
-def test_picture_is_whole_against_processors_that_forbid_its_frame(model, call):
+def test_image_is_whole_against_processors_that_forbid_its_frame(model, call):
     torch.manual_seed(0)
     out = model.generate(**STATES, generation_mode="image", max_new_tokens=30, do_sample=True, **call)
     assert_grammar(out)
@@ -248,7 +248,7 @@ def test_too_few_new_tokens_raise_with_the_numbers(model):
         model.generate(torch.tensor([[BOS, BEGIN, 110, 111]]), generation_mode="interleaved", max_new_tokens=4)
 
 
-def test_picture_beyond_the_context_raises_before_generating(model):
+def test_image_beyond_the_context_raises_before_generating(model):
     with pytest.raises(ValueError, match=r"A prompt of 90 positions .* needs 8 new tokens .*max_position_embeddings"):
         model.generate(torch.full((1, 90), 30), generation_mode="image")
 
@@ -261,7 +261,7 @@ def test_generation_config_without_a_limit_is_sized_and_left_alone(model):
     assert config.to_dict() == before
 
 
-def test_rows_of_a_batch_get_the_picture_that_they_get_alone(model):
+def test_rows_of_a_batch_get_the_image_that_they_get_alone(model):
     together = model.generate(**STATES, generation_mode="image", do_sample=False, max_new_tokens=LENGTH + 3)
     for row in range(3):
         ids = STATES["input_ids"][row][STATES["attention_mask"][row] == 1][None]
@@ -270,7 +270,7 @@ def test_rows_of_a_batch_get_the_picture_that_they_get_alone(model):
         assert torch.equal(together[row, STATES["input_ids"].shape[1] :][: len(new)], new)
 
 
-def test_guidance_of_one_changes_nothing_and_more_changes_the_picture(model):
+def test_guidance_of_one_changes_nothing_and_more_changes_the_image(model):
     plain = model.generate(**STATES, generation_mode="image", do_sample=False)
     assert torch.equal(plain, model.generate(**STATES, generation_mode="image", do_sample=False, guidance_scale=1.0))
     guided = model.generate(**STATES, generation_mode="image", do_sample=False, guidance_scale=3.0)
@@ -278,7 +278,7 @@ def test_guidance_of_one_changes_nothing_and_more_changes_the_picture(model):
 
 
 @torch.no_grad()
-def test_guidance_mixes_with_the_branch_of_the_beginning_token_and_the_picture(model):
+def test_guidance_mixes_with_the_branch_of_the_beginning_token_and_the_image(model):
     scale = 3.0
     out = model.generate(**STATES, generation_mode="image", do_sample=False, guidance_scale=scale)
     for row, mask in zip(out, STATES["attention_mask"]):
@@ -334,7 +334,7 @@ def test_state_of_a_row_is_read_from_its_ids():
 
 def test_decode_image_tokens_gives_codes_in_order(model):
     other = [BEGIN, *(token + 10 for token in CODES), END]
-    ids = torch.tensor([[*PICTURE, 20, *other], [30] * 9 + PICTURE])
+    ids = torch.tensor([[*IMAGE, 20, *other], [30] * 9 + IMAGE])
     first, second = [code - START for code in CODES], [code - START + 10 for code in CODES]
     assert model.decode_image_tokens(ids).tolist() == [first, second, first]
     assert model.decode_image_tokens(torch.tensor([[20, 21]])).shape == (0, LENGTH)
@@ -346,10 +346,10 @@ def test_decode_image_tokens_gives_codes_in_order(model):
         ([20, BEGIN, 100, 101], "row 0, position 1 is incomplete, with 2 codes"),
         ([BEGIN, *CODES], "incomplete, with 6 codes"),
         ([BEGIN, *CODES[:5], END, 20, 21], "incomplete, with 5 codes"),
-        ([20, 100, *PICTURE], "1 codes stand outside"),
+        ([20, 100, *IMAGE], "1 codes stand outside"),
     ],
 )
-def test_decode_image_tokens_refuses_parts_of_pictures(model, row, message):
+def test_decode_image_tokens_refuses_parts_of_images(model, row, message):
     with pytest.raises(ValueError, match=message):
         model.decode_image_tokens(torch.tensor([row]))
 
@@ -367,7 +367,7 @@ def test_bad_calls_raise_by_name(model):
         model.generate(torch.tensor([[BOS, BEGIN, 110]]), generation_mode="text")
 
 
-def test_text_only_model_generates_text_and_refuses_pictures():
+def test_text_only_model_generates_text_and_refuses_images():
     torch.manual_seed(0)
     fields = {"modality_token_ranges": {}, "num_experts": 2}
     model = MomaForCausalLM(make_config(**fields, begin_image_token_id=None, end_image_token_id=None)).eval()
@@ -377,7 +377,7 @@ def test_text_only_model_generates_text_and_refuses_pictures():
             model.generate(torch.tensor([[BOS, 20]]), generation_mode=mode)
 
 
-def test_embedded_prompts_get_whole_pictures(model):
+def test_embedded_prompts_get_whole_images(model):
     embeds = model.get_input_embeddings()(torch.tensor([[BOS, 20, 21]]))
     out = model.generate(inputs_embeds=embeds, generation_mode="image", do_sample=False)
     assert_grammar(out)

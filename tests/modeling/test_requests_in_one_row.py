@@ -92,10 +92,10 @@ def processor():
 
 @pytest.fixture(scope="module")
 def requests(processor):
-    """Token ids of three requests, one with a whole picture."""
-    picture = [processor.begin_image_token_id, *processor.image_token_ids[:16], processor.end_image_token_id]
+    """Token ids of three requests, one with a whole image."""
+    image = [processor.begin_image_token_id, *processor.image_token_ids[:16], processor.end_image_token_id]
     words = [processor.tokenizer(text)["input_ids"] for text in ("noto: red apple", "castle", "twemoji: fish")]
-    return [words[0], words[1] + picture, words[2]]
+    return [words[0], words[1] + image, words[2]]
 
 
 def spread_thresholds(model):

@@ -120,7 +120,7 @@ def test_after_its_last_step_the_model_is_one_without_noise(routing):
         assert torch.equal(noisy(ids).logits, plain(ids).logits) == (step >= 2)
 
 
-@pytest.mark.parametrize("ids", [torch.full((2, 6), 30), torch.full((2, 6), 10)], ids=["text only", "pictures only"])
+@pytest.mark.parametrize("ids", [torch.full((2, 6), 30), torch.full((2, 6), 10)], ids=["text only", "images only"])
 def test_a_batch_may_lack_a_modality(ids):
     model = tiny_model(**GROUPS["4t4i"], gumbel_noise=1.0, gumbel_noise_steps=3)
     loss = model(ids, labels=ids).loss

@@ -158,7 +158,7 @@ def test_padding_does_not_change_who_is_selected():
 
 
 @pytest.mark.parametrize("routing", RULES)
-@pytest.mark.parametrize("ids", [torch.full((2, 6), 30), torch.full((2, 6), 10)], ids=["text only", "pictures only"])
+@pytest.mark.parametrize("ids", [torch.full((2, 6), 30), torch.full((2, 6), 10)], ids=["text only", "images only"])
 def test_a_batch_may_lack_a_modality(ids, routing):
     model = tiny_model(**GROUPS["4t4i"], **fields_of(routing))
     output = model(ids, labels=ids, routing=routing)

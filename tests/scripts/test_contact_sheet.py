@@ -8,8 +8,8 @@ from helpers.released import RELEASED, skip_without_released_model
 def test_a_sheet_shows_what_a_model_says_and_draws(tmp_path, capsys):
     skip_without_released_model()
     output = tmp_path / "sheet.png"
-    contact_sheet.main(["--model", str(RELEASED), "--pictures", "2", "--output", str(output)])
+    contact_sheet.main(["--model", str(RELEASED), "--images", "2", "--output", str(output)])
     printed = capsys.readouterr().out
-    assert "2 held-out pictures captioned" in printed and f"wrote {output}" in printed
+    assert "2 held-out images captioned" in printed and f"wrote {output}" in printed
     with Image.open(output) as sheet:
         assert min(sheet.size) > 128

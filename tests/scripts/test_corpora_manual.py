@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pages of a manual become segments of text and pictures, and a folder of documents that `datasets` opens."""
+"""Pages of a manual become segments of text and images, and a folder of documents that `datasets` opens."""
 
 import json
 
@@ -8,7 +8,7 @@ from datasets import load_dataset
 from PIL import Image
 
 from corpora_recipe.folder import SPLITS, fill_counts, split_of, write_corpus
-from corpora_recipe.manual import copy_pictures, count_table, read_manual
+from corpora_recipe.manual import copy_images, count_table, read_manual
 from corpora_recipe.page import read_page
 
 
@@ -47,7 +47,7 @@ def body(text):
     return read(f"<html><head><title>T</title></head><body>{text}</body></html>")
 
 
-def picture(path, size, **kwargs):
+def image(path, size, **kwargs):
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", size, "red").save(path, **kwargs)
 
@@ -74,7 +74,7 @@ def test_page_is_read_in_order_without_navigation():
     ]
 
 
-def test_texts_around_a_picture_that_is_left_out_are_one():
+def test_texts_around_an_image_that_is_left_out_are_one():
     page = read("<html><body><p>Press <img src='a.png'/> now.</p></body></html>", leave_out=["a.png"])
     assert page.segments == [{"type": "text", "text": "Press now."}]
 
@@ -84,7 +84,7 @@ def test_headings_alone_are_no_text():
     assert body("<h1>Filters</h1><p>Blur</p>").has_text
 
 
-def test_pictures_follow_one_another_without_empty_texts():
+def test_images_follow_one_another_without_empty_texts():
     page = body("<p><img src='a.png'/> <img src='b.png'/></p>")
     assert [segment["image"] for segment in page.segments] == ["a.png", "b.png"]
 
@@ -92,9 +92,9 @@ def test_pictures_follow_one_another_without_empty_texts():
 @pytest.fixture
 def pages(tmp_path):
     folder = tmp_path / "pages"
-    picture(folder / "images/sub/options.png", (40, 30))
-    picture(folder / "images/icon.png", (16, 16))
-    picture(folder / "images/dot.png", (16, 15))
+    image(folder / "images/sub/options.png", (40, 30))
+    image(folder / "images/icon.png", (16, 16))
+    image(folder / "images/dot.png", (16, 15))
     (folder / "images/cut.png").write_bytes((folder / "images/sub/options.png").read_bytes()[:60])
     svg = '<svg xmlns="http://www.w3.org/2000/svg" width="32" height="16"><rect width="16" height="16"/></svg>'
     (folder / "images/wide.svg").write_text(svg)
@@ -116,18 +116,18 @@ def test_what_is_left_out_is_counted(pages):
     assert manual.rows["validation"] == []
     assert manual.left_out == {
         "pages without text": 1,
-        "pictures below 16 pixels": 1,
-        "pictures that cannot be read": 1,
-        "pictures without a file": 2,
+        "images below 16 pixels": 1,
+        "images that cannot be read": 1,
+        "images without a file": 2,
     }
-    assert set(manual.pictures) == {"images/icon.png", "images/sub/options.png", "images/wide.svg.png"}
+    assert set(manual.images) == {"images/icon.png", "images/sub/options.png", "images/wide.svg.png"}
     assert "| train | 3 | 2 | 3 | 3 |" in count_table(manual, "1-1")
 
 
 def test_folder_is_what_datasets_opens_and_is_built_equal_twice(pages, tmp_path):
     def build(output):
         manual = read_manual(pages, validation_share=0.5)
-        write_corpus(output, manual.rows, "card", lambda folder: copy_pictures(manual, folder))
+        write_corpus(output, manual.rows, "card", lambda folder: copy_images(manual, folder))
         return {path.relative_to(output): path.read_bytes() for path in output.rglob("*") if path.is_file()}
 
     output = tmp_path / "manual"

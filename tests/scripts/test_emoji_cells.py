@@ -38,14 +38,14 @@ def test_unknown_style_is_refused_by_name():
         drawing_family("openmoji")
 
 
-def test_cells_that_share_a_picture_are_merged_through_a_chain():
+def test_cells_that_share_an_image_are_merged_through_a_chain():
     cells = [("a", "x"), ("b", "x"), ("b", "x"), ("c", "x"), ("d", "x"), ("a", "y")]
-    pictures = [1, 1, 2, 2, 3, 4]
-    assert sorted(map(sorted, merge_cells(cells, pictures))) == [[0, 1, 2, 3], [4], [5]]
+    images = [1, 1, 2, 2, 3, 4]
+    assert sorted(map(sorted, merge_cells(cells, images))) == [[0, 1, 2, 3], [4], [5]]
 
 
-def test_rows_and_pictures_of_different_number_are_refused():
-    with pytest.raises(ValueError, match="pictures"):
+def test_rows_and_images_of_different_number_are_refused():
+    with pytest.raises(ValueError, match="images"):
         merge_cells([("a", "x")], [])
 
 
@@ -53,20 +53,20 @@ def make_rows():
     cells = [
         (f"label {i}", family) for i in range(200) for family in ("x", "y", "z") for _ in range(1 + (family == "z"))
     ]
-    # every tenth label of one family has the picture of the label before it
-    pictures = [
+    # every tenth label of one family has the image of the label before it
+    images = [
         (family, i - (family == "x" and i % 10 == 9), copy if family == "z" else 0)
         for i in range(200)
         for family in ("x", "y", "z")
         for copy in range(1 + (family == "z"))
     ]
-    return cells, pictures
+    return cells, images
 
 
-def test_split_keeps_cells_pictures_and_labels_apart_and_hits_the_shares():
-    cells, pictures = make_rows()
-    splits = split_cells(cells, pictures, {"validation": 0.1, "test": 0.2}, seed=3)
-    for keys in (cells, pictures):
+def test_split_keeps_cells_images_and_labels_apart_and_hits_the_shares():
+    cells, images = make_rows()
+    splits = split_cells(cells, images, {"validation": 0.1, "test": 0.2}, seed=3)
+    for keys in (cells, images):
         sides = {}
         for key, split in zip(keys, splits, strict=True):
             assert sides.setdefault(key, split) == split
@@ -77,16 +77,16 @@ def test_split_keeps_cells_pictures_and_labels_apart_and_hits_the_shares():
 
 
 def test_split_depends_on_the_seed_alone():
-    cells, pictures = make_rows()
-    first, again, other = (split_cells(cells, pictures, {"test": 0.1}, seed=seed) for seed in (0, 0, 1))
+    cells, images = make_rows()
+    first, again, other = (split_cells(cells, images, {"test": 0.1}, seed=seed) for seed in (0, 0, 1))
     assert first == again
     assert first != other
 
 
 def test_labels_of_one_family_and_large_groups_stay_in_train():
     cells = [(f"label {i}", family) for i in range(6) for family in ("x", "y")] + [("alone", "x")]
-    pictures = ["same" if family == "x" and label != "alone" else (label, family) for label, family in cells]
-    splits = split_cells(cells, pictures, {"test": 0.9}, max_cells=4)
+    images = ["same" if family == "x" and label != "alone" else (label, family) for label, family in cells]
+    splits = split_cells(cells, images, {"test": 0.9}, max_cells=4)
     held_out = {cell for cell, split in zip(cells, splits, strict=True) if split == "test"}
     assert held_out == {(f"label {i}", "y") for i in range(6)}
 

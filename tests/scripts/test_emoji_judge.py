@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 
-from emoji_recipe.judge import PictureJudge, accuracies
+from emoji_recipe.judge import ImageJudge, accuracies
 from modeling_moma import MomaConfig, training_flops
 from modeling_moma.training.loss_curves import read_run, savings
 
@@ -17,19 +17,19 @@ def row(style, label, subgroup="fruit", group="food"):
 
 ROWS = [row("noto", "apple"), row("fluent", "pear"), row("twemoji", "cat", "animal", "nature")]
 # mean colours stand for features
-PICTURES = torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]])[:, :, None, None].expand(-1, -1, 4, 4)
+IMAGES = torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]])[:, :, None, None].expand(-1, -1, 4, 4)
 
 
-def mean_colour(pictures):
-    return pictures.mean(dim=(2, 3))
+def mean_colour(images):
+    return images.mean(dim=(2, 3))
 
 
 @pytest.fixture
 def judge():
-    return PictureJudge.from_batches(mean_colour, PICTURES.split(2), ROWS)
+    return ImageJudge.from_batches(mean_colour, IMAGES.split(2), ROWS)
 
 
-def test_nearest_is_the_most_similar_picture_of_another_family(judge):
+def test_nearest_is_the_most_similar_image_of_another_family(judge):
     reddish = torch.tensor([0.9, 0.5, 0.1])[None, :, None, None].expand(4, -1, 4, 4)
     found = judge.nearest(reddish.split(3), ["emojione", "noto", "fluent 3d", "fluent"])
     assert [neighbour["label"] for neighbour in found] == ["apple", "pear", "apple", "apple"]
@@ -45,11 +45,11 @@ def test_similarity_is_the_angle_and_not_the_length(judge):
 
 def test_counts_that_differ_and_a_missing_other_family_are_refused(judge):
     with pytest.raises(ValueError, match="styles"):
-        judge.nearest([PICTURES], ["noto"])
+        judge.nearest([IMAGES], ["noto"])
     with pytest.raises(ValueError, match="families"):
-        PictureJudge(mean_colour, torch.eye(3)[:1], ROWS[:1]).nearest([PICTURES[:1]], ["noto"])
+        ImageJudge(mean_colour, torch.eye(3)[:1], ROWS[:1]).nearest([IMAGES[:1]], ["noto"])
     with pytest.raises(ValueError, match="features"):
-        PictureJudge(mean_colour, torch.eye(3), ROWS[:2])
+        ImageJudge(mean_colour, torch.eye(3), ROWS[:2])
 
 
 def test_accuracies_count_each_level_and_no_answer_as_wrong():

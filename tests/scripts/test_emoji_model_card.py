@@ -104,7 +104,7 @@ def test_card_prints_the_report_and_its_command():
     for text in (
         REPORT["command"],
         "12.3M parameters, 6.5M",
-        "4 text, 4 picture experts in each of 6 layers",
+        "4 text, 4 image experts in each of 6 layers",
         "| MoMa, causal (threshold) | 1.111 | 4.111 | 3.555 |",
         f"| MoMa, {EXPERT_CHOICE} | 1.011 | 4.011 | 3.444 |",
         "| dense, causal | 1.222 | 4.222 | 3.666 |",
@@ -165,7 +165,7 @@ DEPTH = {
     "runs": {"without": [{"steps": 90}], "with_depth": [{"steps": 80}]},
     "summary": {"seeds": 2},
 }
-FINDINGS = "- Causal text loss: better without depth.\n- Causal picture loss: better without depth."
+FINDINGS = "- Causal text loss: better without depth.\n- Causal image loss: better without depth."
 
 
 def test_card_tells_what_depth_would_lose():

@@ -5,9 +5,9 @@ from PIL import Image, ImageFont
 
 from emoji_recipe.sheet import (
     GAP,
+    IMAGE_SIDE,
     LINE_HEIGHT,
     MARGIN,
-    PICTURE_SIDE,
     SheetEntry,
     draw_contact_sheet,
     printable,
@@ -23,15 +23,15 @@ def entry(caption="noto: red apple", model_caption="noto: tomato"):
 
 
 @pytest.mark.parametrize(("count", "columns", "rows"), [(1, 1, 1), (3, 3, 1), (12, 3, 4), (13, 3, 5)])
-def test_every_entry_has_its_card_with_the_three_pictures_in_order(count, columns, rows):
+def test_every_entry_has_its_card_with_the_three_images_in_order(count, columns, rows):
     sheet = draw_contact_sheet([entry() for _ in range(count)])
-    card = (3 * PICTURE_SIDE + 2 * GAP, LINE_HEIGHT + PICTURE_SIDE + GAP + 2 * LINE_HEIGHT)
+    card = (3 * IMAGE_SIDE + 2 * GAP, LINE_HEIGHT + IMAGE_SIDE + GAP + 2 * LINE_HEIGHT)
     assert sheet.size == (columns * (card[0] + MARGIN) + MARGIN, rows * (card[1] + MARGIN) + MARGIN)
     left = MARGIN + (count - 1) % columns * (card[0] + MARGIN)
     top = MARGIN + (rows - 1) * (card[1] + MARGIN) + LINE_HEIGHT
-    centres = [left + place * (PICTURE_SIDE + GAP) + PICTURE_SIDE // 2 for place in range(3)]
+    centres = [left + place * (IMAGE_SIDE + GAP) + IMAGE_SIDE // 2 for place in range(3)]
     expected = [Image.new("RGB", (1, 1), color).getpixel((0, 0)) for color in COLORS]
-    assert [sheet.getpixel((x, top + PICTURE_SIDE // 2)) for x in centres] == expected
+    assert [sheet.getpixel((x, top + IMAGE_SIDE // 2)) for x in centres] == expected
 
 
 def test_captions_are_written_and_a_long_one_makes_room():

@@ -17,8 +17,8 @@ from icons_recipe.families import maker_family, merge_alike
 from icons_recipe.near import near_pairs, near_to
 from icons_recipe.rows import Row
 from icons_recipe.sets import ICONIFY, PACKAGES, read_set_files
-from picture_sets.components import linked_groups
-from picture_sets.npm import archive_path, read_files
+from image_sets.components import linked_groups
+from image_sets.npm import archive_path, read_files
 
 
 pytest.importorskip("resvg_py")
@@ -132,10 +132,10 @@ def make_row(icon, name, family, grey, prefix="some-set"):
     values = grey.astype(np.uint8).tobytes()
     lists = {"aliases": (), "keywords": (), "categories": ()}
     said = {"set": prefix, "icon": icon, "name": name, "family": family, "style": "", "license": "MIT"}
-    return Row(**said, **lists, colour=None, picture=b"", grey=values, stored_grey=values, hash=icon)
+    return Row(**said, **lists, colour=None, image=b"", grey=values, stored_grey=values, hash=icon)
 
 
-def test_blank_and_emoji_pictures_are_dropped_with_their_cell_and_the_rest_is_grouped(tmp_path):
+def test_blank_and_emoji_images_are_dropped_with_their_cell_and_the_rest_is_grouped(tmp_path):
     generator = np.random.default_rng(1)
     a, b, c, d, held, trained = generator.integers(0, 200, (6, 256))
     rows = [
@@ -158,7 +158,7 @@ def test_blank_and_emoji_pictures_are_dropped_with_their_cell_and_the_rest_is_gr
         assert found.stays.tolist() == [False, False, False, False, True, True]
         assert found.pairs.tolist() == [[0, 1], [3, 5]]
         assert found.dropped[grouping.BLANK] == found.dropped[grouping.EMOJI_CELL] == 1
-        assert found.dropped[grouping.EMOJI_PICTURE] == 2
+        assert found.dropped[grouping.EMOJI_IMAGE] == 2
 
 
 def test_greys_of_another_shape_are_refused():

@@ -6,7 +6,7 @@ from collections import defaultdict
 import numpy as np
 import pytest
 
-from icons_recipe.held_out import CELLS_PER_FAMILY, PICTURES_PER_CELL, thin_out, without_held_out
+from icons_recipe.held_out import CELLS_PER_FAMILY, IMAGES_PER_CELL, thin_out, without_held_out
 from icons_recipe.rows import Row
 from icons_recipe.splits import SplitSizes, split_rows
 from icons_recipe.words import HeldOutWords, stems
@@ -18,7 +18,7 @@ SIZES = SplitSizes(validation=20, test=40, words=10, pairs=10, most_word_cells=3
 
 
 def make_rows():
-    """Returns families, names and groups: two pictures a cell, and some cells of two families merged."""
+    """Returns families, names and groups: two images a cell, and some cells of two families merged."""
     names = [*FIRST, *(f"{a} {b}" for i, a in enumerate(FIRST) for b in FIRST[i + 1 : i + 9 : 2])]
     cells = [(family, name) for name in names for family in FAMILIES for _ in range(2)]
     group_of = {}
@@ -90,15 +90,15 @@ def test_split_depends_on_the_seed_alone():
 
 def make_row(icon, name="house", family="x", grey=0, **changed):
     fields = {"aliases": (), "keywords": (), "categories": (), "colour": None, "license": "MIT", "style": ""}
-    picture = {"picture": b"", "grey": bytes([grey] * 256), "stored_grey": b"", "hash": ""}
-    return Row(set=family, icon=icon, family=family, name=name, **(fields | picture | changed))
+    image = {"image": b"", "grey": bytes([grey] * 256), "stored_grey": b"", "hash": ""}
+    return Row(set=family, icon=icon, family=family, name=name, **(fields | image | changed))
 
 
-def test_two_different_pictures_of_a_held_out_cell_are_kept_and_all_that_trains():
+def test_two_different_images_of_a_held_out_cell_are_kept_and_all_that_trains():
     rows = [make_row(f"icon {number}", grey=grey) for number, grey in enumerate((0, 3, 100, 103, 200, 203))]
     kept, dropped = thin_out(rows, ["test"] * 6)
     greys = [row.grey[0] // 100 for row, split in zip(rows, kept, strict=True) if split]
-    assert len(greys) == PICTURES_PER_CELL == len(set(greys))
+    assert len(greys) == IMAGES_PER_CELL == len(set(greys))
     assert sum(dropped.values()) == 4
     assert thin_out(rows, ["train"] * 6) == (["train"] * 6, {})
 

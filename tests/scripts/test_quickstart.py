@@ -43,13 +43,13 @@ def data_folder(tmp_path):
 
 def test_everything_is_written_reported_and_loads_again(model_folder, data_folder, tmp_path, capsys):
     output = tmp_path / "output"
-    arguments = ["--model", model_folder, "--data", data_folder, "--output", output, "--pictures", "4"]
+    arguments = ["--model", model_folder, "--data", data_folder, "--output", output, "--images", "4"]
     arguments += ["--fine-tune-steps", "2", "--batch-size", "4"]
     quickstart.main(list(map(str, arguments)))
     printed = capsys.readouterr().out
     for name in ("contact_sheet.png", "routing.png", "contact_sheet_fine_tuned.png"):
-        with Image.open(output / name) as picture:
-            assert picture.width > 400 and len(picture.convert("RGB").getcolors(2**24)) > 10
+        with Image.open(output / name) as image:
+            assert image.width > 400 and len(image.convert("RGB").getcolors(2**24)) > 10
         assert name in printed
     assert not list(output.glob(".*.partial"))
     assert printed.count("noto: apple") == 8
@@ -75,11 +75,11 @@ def test_a_missing_folder_is_named_and_not_looked_for_on_the_hub(data_folder, ca
 def test_losses_that_a_newcomer_sees_are_those_of_the_card(tmp_path, capsys):
     skip_without_released_model()
     arguments = ["--model", RELEASED, "--data", RELEASED.parents[1] / "data" / "emoji", "--output", tmp_path]
-    arguments += ["--pictures", "1", "--fine-tune-steps", "1", "--batch-size", "16"]
+    arguments += ["--images", "1", "--fine-tune-steps", "1", "--batch-size", "16"]
     quickstart.main(list(map(str, arguments)))
     logged = re.findall(r"'(eval_\w*loss)': '([\d.]+)'", capsys.readouterr().out)
     card = json.loads((RELEASED / "evaluation.json").read_text())["loss"]["causal"]
     expected = {"eval_loss": card["overall"], "eval_text_loss": card["text"], "eval_image_loss": card["image"]}
     assert {name for name, _ in logged} == expected.keys()
-    # of other pictures, and before and after a step
+    # of other images, and before and after a step
     assert all(abs(float(loss) - expected[name]) < 0.1 for name, loss in logged), logged

@@ -350,7 +350,7 @@ def test_the_small_preset_has_about_four_million_parameters():
     assert 3.5e6 < model.num_parameters() < 4.5e6
 
 
-SHAPES_WITHOUT_PICTURES = {
+SHAPES_WITHOUT_IMAGES = {
     "latents": ((0, 8, 8, 8), torch.bfloat16),
     "reconstruction": ((0, 3, 32, 32), torch.float32),
     "image_tokens": ((0, 64), torch.long),
@@ -370,8 +370,8 @@ def test_no_images_give_empty_tensors_and_losses_of_zero(fields):
     for mode in (True, False):
         model.train(mode)
         output = model(none, torch.zeros(0, 6), lambda first, second: (first - second).abs().mean())
-        assert {name: (output[name].shape, output[name].dtype) for name in SHAPES_WITHOUT_PICTURES} == {
-            name: (torch.Size(shape), kind) for name, (shape, kind) in SHAPES_WITHOUT_PICTURES.items()
+        assert {name: (output[name].shape, output[name].dtype) for name in SHAPES_WITHOUT_IMAGES} == {
+            name: (torch.Size(shape), kind) for name, (shape, kind) in SHAPES_WITHOUT_IMAGES.items()
         }
         losses = [output[name].item() for name in output if name.endswith("loss")]
         assert len(losses) == 5 and losses == [0] * 5 and output.codebook_usage == 1

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import tokenization
-from helpers.tiny import noise_pictures, tiny_processor
+from helpers.tiny import noise_images, tiny_processor
 
 
 @pytest.fixture(scope="module")
@@ -15,8 +15,8 @@ def processor():
 
 @pytest.mark.parametrize("old, new", [("encode_pictures", "encode_images"), ("picture_ids", "image_ids")])
 def test_old_methods_warn_with_the_new_name_and_give_the_same(processor, old, new):
-    codes = processor.encode_images(noise_pictures(2))
-    argument = noise_pictures(2) if old == "encode_pictures" else codes[0]
+    codes = processor.encode_images(noise_images(2))
+    argument = noise_images(2) if old == "encode_pictures" else codes[0]
     with pytest.warns(FutureWarning, match=rf"`{old}` is `{new}` now") as caught:
         found = getattr(processor, old)(argument)
     assert found == getattr(processor, new)(argument)
@@ -25,7 +25,7 @@ def test_old_methods_warn_with_the_new_name_and_give_the_same(processor, old, ne
 
 
 def test_old_decoder_warns_with_the_new_name_and_gives_the_same(processor):
-    codes = processor.encode_images(noise_pictures(1))
+    codes = processor.encode_images(noise_images(1))
     with pytest.warns(FutureWarning, match="`decode_pictures` is `decode_images` now"):
         (found,) = processor.decode_pictures(codes)
     assert found.tobytes() == processor.decode_images(codes)[0].tobytes()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tests of the patch discriminator that a picture tokenizer may be trained against."""
+"""Tests of the patch discriminator that an image tokenizer may be trained against."""
 
 import pytest
 import torch
@@ -17,21 +17,21 @@ CONFIG = MomaVQConfig.from_preset(
 )
 
 
-def smooth_pictures(count, generator):
-    """Pictures of a few soft spots, in [-1, 1]."""
+def smooth_images(count, generator):
+    """Images of a few soft spots, in [-1, 1]."""
     small = torch.rand(count, 3, 4, 4, generator=generator) * 2 - 1
     return torch.nn.functional.interpolate(small, size=(32, 32), mode="bilinear")
 
 
-def test_the_discriminator_learns_to_tell_pictures_from_noise():
+def test_the_discriminator_learns_to_tell_images_from_noise():
     generator = torch.Generator().manual_seed(0)
     training = AdversarialTraining(1.0, 0, CONFIG, seed=0, device=CPU)
     for _ in range(12):
         noise = torch.rand(8, 3, 32, 32, generator=generator) * 2 - 1
-        loss = training.train_step(smooth_pictures(8, generator), noise)
+        loss = training.train_step(smooth_images(8, generator), noise)
     assert loss < 0.3
     with torch.no_grad():
-        real = training.discriminator(smooth_pictures(16, generator))
+        real = training.discriminator(smooth_images(16, generator))
         fake = training.discriminator(torch.rand(16, 3, 32, 32, generator=generator) * 2 - 1)
     assert real.mean() > 0.3 and fake.mean() < -0.3
 
@@ -64,7 +64,7 @@ def test_the_term_pulls_at_the_last_layer_as_hard_as_the_pixels_do():
     torch.manual_seed(0)
     model = MomaVQModel(CONFIG)
     training = AdversarialTraining(0.5, 0, CONFIG, seed=0, device=CPU)
-    output = model(smooth_pictures(4, torch.Generator().manual_seed(0)))
+    output = model(smooth_images(4, torch.Generator().manual_seed(0)))
     term, plain = training.term(model, output)
     by_term, by_pixels = gradients(model, term), gradients(model, output.reconstruction_loss)
     assert by_term.norm() == pytest.approx(0.5 * by_pixels.norm().item(), rel=0.02)
@@ -85,7 +85,7 @@ def test_it_begins_at_its_start_and_leaves_the_random_numbers_alone():
         assert torch.equal(other.discriminator.state_dict()[name], tensor)
 
 
-def test_pictures_too_small_for_it_are_refused():
+def test_images_too_small_for_it_are_refused():
     config = MomaVQConfig.from_preset("small", resolution=16)
-    with pytest.raises(ValueError, match="adversarial_weight=1.0: pictures of 16 pixels"):
+    with pytest.raises(ValueError, match="adversarial_weight=1.0: images of 16 pixels"):
         AdversarialTraining(1.0, 0, config, seed=0, device=CPU)

@@ -11,7 +11,7 @@ import torch
 from datasets import Dataset, Features, Image, Value
 from safetensors.torch import load_file
 
-from helpers.tiny import noise_pictures, write_training
+from helpers.tiny import noise_images, write_training
 from modeling_moma.cli.main import main
 from modeling_moma.training import checkpoints
 from modeling_moma.training.checkpoints import last_checkpoint
@@ -79,7 +79,7 @@ def disk(request, tmp_path):
 def inputs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("inputs")
     write_training(folder, num_hidden_layers=1, num_attention_heads=2)
-    rows = {"image": noise_pictures(300), "label": [f"thing {index}" for index in range(300)]}
+    rows = {"image": noise_images(300), "label": [f"thing {index}" for index in range(300)]}
     features = Features({"image": Image(), "label": Value("string")})
     Dataset.from_dict(rows, features=features).to_parquet(folder / "train.parquet")
     source = {"data": str(folder / "train.parquet"), "image": "image", "text": "label", "codings": 4}
@@ -103,7 +103,7 @@ def train_image_tokenizer(inputs, output):
     config = {"resolution": 16, "patch_size": 4, "channel_multiplier": [1], "base_channels": 16, "latent_channels": 16}
     config |= {"embed_dim": 8, "num_embeddings": 32, "num_res_blocks": 1, "norm_type": "none"}
     (inputs / "config.json").write_text(json.dumps(config))
-    sizes = "--steps 4 --batch-size 2 --save-every 2 --warmup-steps 1 --held-out-pictures 4 --bf16 off --resume"
+    sizes = "--steps 4 --batch-size 2 --save-every 2 --warmup-steps 1 --held-out-images 4 --bf16 off --resume"
     paths = [str(inputs / "sources.yaml"), "--config", str(inputs / "config.json"), "--output", str(output)]
     return main(["train-image-tokenizer", *paths, *sizes.split()])
 
@@ -174,7 +174,7 @@ def test_checkpoints(inputs, disk, tmp_path, capsys, monkeypatch):
     assert_same_weights(output, tmp_path / "whole")
 
 
-def test_checkpoints_of_the_picture_tokenizer(inputs, disk, tmp_path, capsys):
+def test_checkpoints_of_the_image_tokenizer(inputs, disk, tmp_path, capsys):
     assert train_image_tokenizer(inputs, tmp_path / "whole") == 0
     shutil.copytree(tmp_path / "whole" / "pictures", disk.folder / "run" / "pictures")
     size = size_of(tmp_path / "whole" / "checkpoint-0000004")

@@ -27,13 +27,13 @@ def folder(tmp_path_factory):
     generator = np.random.default_rng(0)
     (folder / "data").mkdir()
     for split, size in (("train", 20), ("validation", 6)):
-        pictures = []
+        images = []
         for _ in range(size):
-            picture = np.full((32, 32, 3), 255, dtype=np.uint8)
+            image = np.full((32, 32, 3), 255, dtype=np.uint8)
             row, column = generator.integers(0, 20, size=2)
-            picture[row : row + 12, column : column + 12] = generator.integers(0, 255, size=3)
-            pictures.append(Image.fromarray(picture))
-        dataset = Dataset.from_dict({"image": pictures}, features=Features({"image": ImageFeature()}))
+            image[row : row + 12, column : column + 12] = generator.integers(0, 255, size=3)
+            images.append(Image.fromarray(image))
+        dataset = Dataset.from_dict({"image": images}, features=Features({"image": ImageFeature()}))
         dataset.to_parquet(folder / "data" / f"{split}-00000-of-00001.parquet")
     config = {
         "base_channels": 16,
@@ -119,7 +119,7 @@ def test_the_output_holds_the_model_its_metrics_and_one_checkpoint(folder, tmp_p
     assert entry["psnr"] > 0 and 1 <= entry["perplexity"] <= 32 and 1 <= entry["codes_used"] <= 32
     assert -1 <= entry["ssim"] <= 1 and entry["codes_used_share"] == entry["codes_used"] / 32
     assert json.loads((tmp_path / "report.json").read_text())["train"] == 20
-    # six held-out pictures above their reconstructions
+    # six held-out images above their reconstructions
     sheet = Image.open(tmp_path / "samples.png")
     assert sheet.size == (6 * 34 - 2, 2 * 34 - 2)
     held_out = np.load(tmp_path / "pictures" / "held_out.npy")
@@ -179,7 +179,7 @@ def test_a_run_is_not_resumed_with_other_arguments(folder, tmp_path, change, nam
 def test_a_run_is_not_begun_anew_in_its_folder(folder, tmp_path, kill, capsys):
     output = tmp_path / "out"
     try:
-        main(arguments(folder, output, "--held-out-pictures", "5"), kill_after(kill))
+        main(arguments(folder, output, "--held-out-images", "5"), kill_after(kill))
     except Killed:
         pass
     before = {path: path.stat().st_mtime_ns for path in sorted(output.rglob("*"))}
@@ -188,7 +188,7 @@ def test_a_run_is_not_begun_anew_in_its_folder(folder, tmp_path, kill, capsys):
     ):
         main(arguments(folder, output))
     assert {path: path.stat().st_mtime_ns for path in sorted(output.rglob("*"))} == before
-    main(arguments(folder, output, "--resume", "--held-out-pictures", "5"))
+    main(arguments(folder, output, "--resume", "--held-out-images", "5"))
     said = "this run has taken all of its steps" if kill is None else "resuming from step 3"
     assert said in capsys.readouterr().out
 
@@ -201,7 +201,7 @@ def test_another_model_is_not_written_over(folder, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
 
 
-def test_a_run_is_not_resumed_with_other_pictures(folder, tmp_path):
+def test_a_run_is_not_resumed_with_other_images(folder, tmp_path):
     with pytest.raises(Killed):
         main(arguments(folder, tmp_path / "out"), kill_after(4))
     before = (tmp_path / "out" / "pictures" / "train.npy").stat()
@@ -210,8 +210,8 @@ def test_a_run_is_not_resumed_with_other_pictures(folder, tmp_path):
     with pytest.raises(ValueError, match="--resume: .*begun with sources"):
         main([str(other), *command[1:]])
     assert (tmp_path / "out" / "pictures" / "train.npy").stat() == before
-    # fewer held-out pictures change nothing of the training
-    main([*command, "--held-out-pictures", "5"])
+    # fewer held-out images change nothing of the training
+    main([*command, "--held-out-images", "5"])
     assert json.loads((tmp_path / "out" / "report.json").read_text())["held_out"] == 5
 
 
@@ -226,7 +226,7 @@ def test_a_run_is_resumed_in_the_size_of_its_checkpoint_without_its_configuratio
     assert saved["resolution"] == 32 and saved["semantic_weight"] == 0.3
 
 
-def test_an_epoch_shows_each_picture_at_most_once_and_the_next_one_reorders():
+def test_an_epoch_shows_each_image_at_most_once_and_the_next_one_reorders():
     steps = [image_tokenizer.batch_indices(step, 4, 20, seed=0) for step in range(10)]
     epochs = [torch.cat(steps[:5]), torch.cat(steps[5:])]
     assert all(sorted(epoch.tolist()) == list(range(20)) for epoch in epochs)
@@ -273,17 +273,17 @@ def test_settings_that_cannot_be_are_named(folder, tmp_path, settings, named):
         main([str(tmp_path / "recipe.yaml"), "--output", str(tmp_path / "out")])
 
 
-def test_an_unknown_configuration_and_a_recipe_without_pictures_are_named(folder, tmp_path, capsys):
+def test_an_unknown_configuration_and_a_recipe_without_images_are_named(folder, tmp_path, capsys):
     with pytest.raises(ValueError, match="nowhere"):
         main([str(folder / "data"), "--config", "nowhere", "--output", str(tmp_path)])
     with pytest.raises(SystemExit):
         main([str(folder / "data"), "--batch-size", "0", "--output", str(tmp_path)])
-    assert "--batch-size = '0' must be at least 1: pictures of a step" in capsys.readouterr().err
+    assert "--batch-size = '0' must be at least 1: images of a step" in capsys.readouterr().err
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({"sources": {"glosses": {"data": "a.txt", "text": "text"}}}))
-    with pytest.raises(ValueError, match="no source with pictures, but {'glosses': 'text'}"):
+    with pytest.raises(ValueError, match="no source with images, but {'glosses': 'text'}"):
         main([str(tmp_path / "recipe.yaml"), "--output", str(tmp_path / "out")])
 
 
-def test_larger_pictures_give_the_codebook_from_fewer_of_them():
-    counts = [image_tokenizer.codebook_pictures(MomaVQConfig.from_preset(name)) for name in ("small", "medium-256")]
+def test_larger_images_give_the_codebook_from_fewer_of_them():
+    counts = [image_tokenizer.codebook_images(MomaVQConfig.from_preset(name)) for name in ("small", "medium-256")]
     assert counts == [256, 64]

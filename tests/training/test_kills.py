@@ -14,7 +14,7 @@ from datasets import Dataset, Features, Image, Value
 from safetensors.torch import load_file
 
 from helpers.processes import start_script
-from helpers.tiny import noise_pictures, write_training
+from helpers.tiny import noise_images, write_training
 from modeling_moma.cli import pretrain, tokenize
 from modeling_moma.training.checkpoints import last_checkpoint
 
@@ -97,7 +97,7 @@ def test_checkpoint_whose_state_cannot_be_read_is_passed_over(tmp_path, text, ca
 
 def test_tokenization_killed_at_random_moments_ends_as_an_uninterrupted_one(inputs, tmp_path):
     log = tmp_path / "log.txt"
-    rows = {"image": noise_pictures(600), "label": [f"thing {index}" for index in range(600)]}
+    rows = {"image": noise_images(600), "label": [f"thing {index}" for index in range(600)]}
     features = Features({"image": Image(), "label": Value("string")})
     Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "train.parquet")
     source = {"data": str(tmp_path / "train.parquet"), "image": "image", "text": "label", "codings": 2}

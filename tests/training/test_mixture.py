@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A mixture of every kind of source through the commands, from the files of a user to figures and pictures."""
+"""A mixture of every kind of source through the commands, from the files of a user to figures and images."""
 
 import json
 import random
@@ -59,7 +59,7 @@ def test_logs_tell_losses_by_source_and_how_the_training_is_fed(trained):
     for source in WEIGHTS:
         assert last[f"eval_{source}_loss"] > 0 and last[f"eval_{source}_text_loss"] > 0
     assert last["eval_photos_image_loss"] > 0 and last["eval_pages_image_loss"] > 0
-    # texts hold no picture
+    # texts hold no image
     assert "eval_lines_image_loss" not in last or last["eval_lines_image_loss"] == 0
     training = [log for log in logs if "loss" in log]
     assert len(training) == 4
@@ -103,7 +103,7 @@ def test_samples_show_drawings_and_captions(trained):
     sample = json.loads((trained / "samples" / "step-000008.json").read_text())
     assert sample["prompts"] == ["thing 1", "thing 2"] and len(sample["captions"]) == 2
     assert sample["captions"][0]["reference"].startswith("thing ")
-    # two rows of two pictures of 16 pixels
+    # two rows of two images of 16 pixels
     assert Image.open(trained / "samples" / "step-000008.png").size == (44, 44)
 
 
@@ -174,14 +174,14 @@ def test_two_processes_killed_at_random_moments_end_as_uninterrupted_ones(inputs
     assert losses(killed) == pytest.approx(losses(whole), abs=1e-5)
 
 
-def test_evaluation_reads_every_source_and_the_pictures_themselves(inputs, trained, tmp_path):
+def test_evaluation_reads_every_source_and_the_images_themselves(inputs, trained, tmp_path):
     options = ["--tokens", str(inputs / "tokens"), "--processor", str(inputs / "processor"), "--split", "validation"]
     evaluate(["--model", str(trained), *options, "--output", str(tmp_path / "report.json")])
     report = json.loads((tmp_path / "report.json").read_text())
     assert set(report["sources"]) == set(WEIGHTS)
     processor = tiny_processor()
     held_out = read_held_out(str(inputs / "tokens"), processor, "validation")["photos"].captioned
-    pixel_values = torch.cat(list(held_out.pictures))
+    pixel_values = torch.cat(list(held_out.images))
     codes = processor.vq_model.get_image_tokens(pixel_values)
     assert torch.equal(codes, held_out.codes)
 
@@ -207,8 +207,8 @@ def test_a_shorter_sequence_than_that_of_the_tokens_is_refused(inputs, tmp_path)
 
 def test_source_that_was_not_tokenized_is_named(inputs, tmp_path):
     recipe = tmp_path / "recipe.yaml"
-    recipe.write_text((inputs / "data" / "recipe.yaml").read_text().replace("  photos:", "  pictures:"))
-    with pytest.raises(ValueError, match="has no source 'pictures', but .*'photos'"):
+    recipe.write_text((inputs / "data" / "recipe.yaml").read_text().replace("  photos:", "  images:"))
+    with pytest.raises(ValueError, match="has no source 'images', but .*'photos'"):
         pretrain.main([str(recipe), *arguments(inputs, tmp_path / "out")[1:]])
 
 

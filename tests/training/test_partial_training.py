@@ -47,7 +47,7 @@ def start(inputs, shape, folder):
     return model
 
 
-def tokens_of_pictures(config):
+def tokens_of_images(config):
     (frame,) = config.frames.values()
     return {frame.begin, frame.end, *(id for bounds in frame.ranges for id in range(*bounds))}
 
@@ -72,7 +72,7 @@ def test_adapters_learn_and_end_up_in_the_weights(shape, inputs, tmp_path):
     assert moved == learning | embeddings
     for name in embeddings:
         rows = rows_that_moved(before, after, name)
-        assert rows and set(rows) <= tokens_of_pictures(model.config)
+        assert rows and set(rows) <= tokens_of_images(model.config)
 
 
 def test_a_resumed_run_of_adapters_ends_as_the_whole_one(inputs, tmp_path):
@@ -127,7 +127,7 @@ def test_one_group_and_the_rows_of_its_tokens_learn_alone_under_weight_decay(inp
     assert any(".groups.image.experts" in name for name in moved)
     assert outside == {"lm_head.weight", "model.embed_tokens.weight"}
     for name in outside:
-        assert set(rows_that_moved(before, after, name)) <= tokens_of_pictures(model.config)
+        assert set(rows_that_moved(before, after, name)) <= tokens_of_images(model.config)
 
 
 def test_freezing_and_training_alone_exclude_each_other(inputs, tmp_path, capsys):

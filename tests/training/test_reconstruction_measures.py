@@ -51,13 +51,13 @@ def test_ssim_is_that_of_its_formula(side):
     assert ssim(*[values.float() for values in scaled]).tolist() == pytest.approx(expected, rel=1e-4)
 
 
-def test_psnr_is_that_of_each_picture():
-    pictures = torch.zeros(2, 3, 4, 4)
+def test_psnr_is_that_of_each_image():
+    images = torch.zeros(2, 3, 4, 4)
     targets = torch.stack([torch.full((3, 4, 4), 0.2), torch.full((3, 4, 4), 0.02)])
-    assert psnr(pictures, targets).tolist() == pytest.approx([20, 40])
+    assert psnr(images, targets).tolist() == pytest.approx([20, 40])
 
 
-def test_larger_pictures_are_looked_at_in_smaller_batches():
+def test_larger_images_are_looked_at_in_smaller_batches():
     assert [evaluation_batch(side) for side in (32, 64, 256, 512, 4096)] == [128, 128, 8, 2, 1]
 
 
@@ -68,13 +68,13 @@ def test_means_do_not_depend_on_the_batches_and_the_judge_may_be_missing(tmp_pat
         "small", use_trunk=False, semantic_dim=None, base_channels=16, latent_channels=16, num_embeddings=32
     )
     model = MomaVQModel(config)
-    pictures = np.random.default_rng(0).integers(0, 256, (5, 3, 32, 32), dtype=np.uint8)
+    images = np.random.default_rng(0).integers(0, 256, (5, 3, 32, 32), dtype=np.uint8)
     judge = MomaVQPerceptualNetwork()
-    whole = evaluate(model, pictures, judge=judge, samples=tmp_path / "samples.png")
+    whole = evaluate(model, images, judge=judge, samples=tmp_path / "samples.png")
     assert set(whole) == {"psnr", "ssim", PERCEPTUAL_DISTANCE, "perplexity", "codes_used", "codes_used_share"}
     assert Image.open(tmp_path / "samples.png").size == (5 * 34 - 2, 66) and model.training
     monkeypatch.setattr("modeling_moma.training.reconstruction_measures.EVALUATION_BATCH", 2)
-    parts = evaluate(model, pictures, judge=judge)
+    parts = evaluate(model, images, judge=judge)
     assert parts == pytest.approx(whole, rel=1e-4)
-    assert set(whole) - set(evaluate(model, pictures)) == {PERCEPTUAL_DISTANCE}
+    assert set(whole) - set(evaluate(model, images)) == {PERCEPTUAL_DISTANCE}
     assert math.isfinite(whole[PERCEPTUAL_DISTANCE]) and whole["codes_used_share"] == whole["codes_used"] / 32

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tests of the features that the codes of a picture have to predict."""
+"""Tests of the features that the codes of an image have to predict."""
 
 import numpy as np
 import pytest
 import torch
 
-from modeling_moma.training.picture_store import PictureStore, to_pixel_values
+from modeling_moma.training.image_store import ImageStore, to_pixel_values
 from modeling_moma.training.semantic_targets import SemanticTargets
 from tokenization.perceptual_moma_vq import MomaVQPerceptualNetwork
 
@@ -22,11 +22,11 @@ def teacher():
 @pytest.fixture
 def store(tmp_path):
     rng = np.random.default_rng(0)
-    pictures = rng.integers(0, 256, (9, 3, 24, 24), dtype=np.uint8)
-    return PictureStore(tmp_path, pictures[:6], pictures[6:], {})
+    images = rng.integers(0, 256, (9, 3, 24, 24), dtype=np.uint8)
+    return ImageStore(tmp_path, images[:6], images[6:], {})
 
 
-def test_features_are_standardised_over_the_training_pictures(teacher, store):
+def test_features_are_standardised_over_the_training_images(teacher, store):
     targets = SemanticTargets(teacher, store, num_uses=6, bf16=False, device=CPU)
     given = targets.of(torch.arange(6))
     torch.testing.assert_close(given.mean(dim=0), torch.zeros(teacher.feature_dim), atol=1e-5, rtol=0)

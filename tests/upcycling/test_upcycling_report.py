@@ -138,7 +138,7 @@ def test_receipt_of_depth_layers_compares_the_same_choice_of_tokens():
     assert receipt.ffn_difference["text"][1] == pytest.approx(0, abs=1e-6)
 
 
-def test_receipt_of_a_batch_without_pictures_is_valid_json():
+def test_receipt_of_a_batch_without_images_is_valid_json():
     seed = trained_seed(**GROUPS["1t1i"], **DEPTH)
     ids = torch.full((2, 8), 30) + torch.arange(8)
     receipt = upcycling_receipt(seed, upcycle(seed, FOUR_EACH), {"input_ids": ids})

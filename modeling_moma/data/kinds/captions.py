@@ -4,7 +4,7 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -12,10 +12,10 @@ from datasets import Features, List, Value
 
 from tokenization.augmentation_moma import NUM_DRAWS, augment_images
 
-from ...utils.fields import Count, Share
+from ...utils.fields import Count, FormerName, Share
 from ...utils.hardware import supports_bf16
 from ..encoding import DocumentEncoder
-from ..pictures import LeftOut
+from ..images import LeftOut
 from ..shard import BATCH, Shard
 from ..shards import ShardTable
 from ..templates import Template
@@ -46,22 +46,22 @@ class Alternative:
 @dataclass(frozen=True)
 class CaptionKind(SourceKind):
     """
-    A picture and its caption in every row: `<bos> picture caption <eos>` or `<bos> caption picture <eos>`.
+    An image and its caption in every row: `<bos> image caption <eos>` or `<bos> caption image <eos>`.
 
     Args:
-        image: column of the picture.
+        image: column of the image.
         text: column of the caption, or a template such as `"{style}: {label}"`.
         alternatives: further captions, tried in their order, the first one that is drawn counts.
-        picture_first: share of the examples in which the picture comes first.
+        image_first: share of the examples in which the image comes first.
         without_caption: share of the other examples that have no caption, which guidance needs.
-        codings: codings of a training picture; all but the first are of slightly changed pictures.
-        min_side: pictures with a shorter side, in pixels, are left out.
+        codings: codings of a training image; all but the first are of slightly changed images.
+        min_side: images with a shorter side, in pixels, are left out.
     """
 
     image: str
     text: str
     alternatives: tuple[Alternative, ...] = ()
-    picture_first: Share = 0.5
+    image_first: Annotated[Share, FormerName("picture_first")] = 0.5
     without_caption: Share = 0.1
     codings: Count = 1
     min_side: Count = 8
@@ -149,7 +149,7 @@ class _CaptionWriter:
         around = len(shard.encoder.beginning) + 3
         longest = max(lengths) + shard.processor.image_seq_length + around
         if longest > shard.sequence_length:
-            raise LeftOut("caption too long", f"{longest} tokens with its picture, over {shard.sequence_length}")
+            raise LeftOut("caption too long", f"{longest} tokens with its image, over {shard.sequence_length}")
         return columns, lengths[0] + around
 
     @torch.inference_mode()
@@ -169,10 +169,10 @@ class _CaptionWriter:
             yield split, {"row": index, "codes": row_codes, **columns}
 
 
-def augmentation_generator(seed: int, pictures: int) -> torch.Generator:
-    """The random numbers of changed pictures, behind those of so many pictures that other shards change."""
+def augmentation_generator(seed: int, images: int) -> torch.Generator:
+    """The random numbers of changed images, behind those of so many images that other shards change."""
     generator = torch.Generator().manual_seed(seed)
-    draws = pictures * NUM_DRAWS
+    draws = images * NUM_DRAWS
     while draws:
         size = min(draws, _SKIPPED_DRAWS)
         torch.rand(size, generator=generator)
@@ -188,7 +188,7 @@ def _as_stored(value: Any, is_list: bool) -> Any:
 
 class CaptionDocuments:
     """
-    Captions and pictures, in the order, with the caption and with the coding that are drawn.
+    Captions and images, in the order, with the caption and with the coding that are drawn.
 
     Args:
         name: of the source.
@@ -243,15 +243,15 @@ class CaptionDocuments:
         """One example of a row."""
         columns = self._columns(row)
         codes = self._codes(row, int(rng.integers(self.num_codings)))
-        picture_first = rng.random() < self.kind.picture_first
-        return self.encoder.caption(self._draw_text(columns, picture_first, rng), codes, picture_first)
+        image_first = rng.random() < self.kind.image_first
+        return self.encoder.caption(self._draw_text(columns, image_first, rng), codes, image_first)
 
-    def _draw_text(self, columns: Mapping[str, Any], picture_first: bool, rng: np.random.Generator) -> str:
+    def _draw_text(self, columns: Mapping[str, Any], image_first: bool, rng: np.random.Generator) -> str:
         text = None
         for template, share in self._alternatives:
             if text is None and template.is_full(columns) and rng.random() < share:
                 text = template.render(columns, rng)
-        if not picture_first and rng.random() < self.kind.without_caption:
+        if not image_first and rng.random() < self.kind.without_caption:
             return ""
         return self._text.render(columns) if text is None else text
 
@@ -260,7 +260,7 @@ class CaptionDocuments:
         return self._text.render(self._columns(row))
 
     def codes(self, row: int) -> np.ndarray:
-        """The codes `[image_seq_length]` of a row's picture as it is."""
+        """The codes `[image_seq_length]` of a row's image as it is."""
         return self._codes(row, 0)
 
     def row_number(self, row: int) -> int:
@@ -268,7 +268,7 @@ class CaptionDocuments:
         return self._row_number(row)
 
     def held_out(self, rows: Sequence[int] | None = None) -> "HeldOutCaptions":
-        """Both orders of every picture as it is, with its first caption; all pictures first come before the rest."""
+        """Both orders of every image as it is, with its first caption; all images first come before the rest."""
         return HeldOutCaptions(self, range(len(self)) if rows is None else rows)
 
 

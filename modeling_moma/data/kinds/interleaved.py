@@ -11,7 +11,7 @@ from tokenization import MomaProcessor
 
 from ...errors_moma import InputError
 from ...utils.fields import Count, read_fields
-from ..pictures import LeftOut
+from ..images import LeftOut
 from ..shard import BATCH, Shard
 from .base import SourceKind, source_kind
 
@@ -20,14 +20,14 @@ from .base import SourceKind, source_kind
 @dataclass(frozen=True)
 class InterleavedKind(SourceKind):
     """
-    Documents in which texts and pictures alternate: `<bos> text picture text ... <eos>`.
+    Documents in which texts and images alternate: `<bos> text image text ... <eos>`.
 
     Args:
         segments: column with a list of segments, each a text, `{"text": ...}` or `{"image": ...}`.
         messages: instead of it, a column of chat messages, as TRL takes them; the processor's chat template gives the
             document.
-        images: with `messages`, the column that lists their pictures in order.
-        min_side: documents with a smaller picture, in pixels, are left out.
+        images: with `messages`, the column that lists their images in order.
+        min_side: documents with a smaller image, in pixels, are left out.
     """
 
     segments: str | None = None
@@ -110,7 +110,7 @@ class _InterleavedWriter:
         """Ids of texts, and pixel values wherever an image stands."""
         shard, parts = self.shard, []
         for part in read_segments(self.kind, row):
-            if not isinstance(part, PictureSegment):
+            if not isinstance(part, ImageSegment):
                 parts.append(shard.encoder.text_ids(part))
                 continue
             try:
@@ -119,7 +119,7 @@ class _InterleavedWriter:
             except LeftOut as error:
                 shard.leave_out(index, error, is_whole=False)
         if not any(len(part) for part in parts):
-            raise LeftOut("document empty", "neither texts nor pictures")
+            raise LeftOut("document empty", "neither texts nor images")
         return [shard.encoder.beginning, *parts, [shard.encoder.eos]]
 
     def _read_chat(self, row: dict[str, Any]) -> list[Any]:
@@ -157,15 +157,15 @@ class _InterleavedWriter:
 
 
 @dataclass(frozen=True)
-class PictureSegment:
-    """A picture in a document, as the row holds it: bytes, path, address or what `datasets` keeps of one."""
+class ImageSegment:
+    """An image in a document, as the row holds it: bytes, path, address or what `datasets` keeps of one."""
 
     value: Any
 
 
-def read_segments(kind: InterleavedKind, row: dict[str, Any]) -> list[str | PictureSegment]:
+def read_segments(kind: InterleavedKind, row: dict[str, Any]) -> list[str | ImageSegment]:
     """
-    The texts and pictures of a row in their order.
+    The texts and images of a row in their order.
 
     Args:
         kind: names the column `segments`.
@@ -178,14 +178,14 @@ def read_segments(kind: InterleavedKind, row: dict[str, Any]) -> list[str | Pict
     return [part for part in map(_read_segment, row[str(kind.segments)] or []) if part != ""]
 
 
-def _read_segment(entry: Any) -> str | PictureSegment:
+def _read_segment(entry: Any) -> str | ImageSegment:
     if isinstance(entry, str):
         return entry
     if isinstance(entry, dict):
         # rows of one table have all columns, those that do not apply as None
         text, image = entry.get("text"), entry.get("image")
         if image is not None and entry.get("type", "image") in ("image", None):
-            return PictureSegment(image)
+            return ImageSegment(image)
         if isinstance(text, str) and entry.get("type", "text") in ("text", None):
             return text
     raise LeftOut(
@@ -195,11 +195,11 @@ def _read_segment(entry: Any) -> str | PictureSegment:
 
 def read_messages(kind: InterleavedKind, row: dict[str, Any], processor: MomaProcessor) -> tuple[str, list[Any]]:
     """
-    A chat in the form of the processor's template, and its pictures in order.
+    A chat in the form of the processor's template, and its images in order.
 
     Args:
         kind: names the columns `messages` and perhaps `images`.
-        row: with these. Messages have `role` and `content`, a text (in which `<image>` stands for the next picture) or
+        row: with these. Messages have `role` and `content`, a text (in which `<image>` stands for the next image) or
             a list of `{"type": "text", "text": ...}` and `{"type": "image"}`; TRL's format.
         processor: gives the template.
 
@@ -207,7 +207,7 @@ def read_messages(kind: InterleavedKind, row: dict[str, Any], processor: MomaPro
         The text, special tokens in messages marked as plain text, and a value for each `<image>` in it.
 
     Raises:
-        LeftOut: messages are malformed, or pictures and placeholders are of different number.
+        LeftOut: messages are malformed, or images and placeholders are of different number.
     """
     listed = list(row[kind.images] or []) if kind.images is not None else []
     own, messages = [], []
@@ -227,10 +227,10 @@ def read_messages(kind: InterleavedKind, row: dict[str, Any], processor: MomaPro
     except Exception as error:
         raise LeftOut("chat not readable", str(error)) from error
     wanted = sum(part["type"] == "image" for message in messages for part in message["content"])
-    pictures = own or listed
-    if len(pictures) != wanted:
-        raise LeftOut("pictures missing in chat", f"{wanted} placeholders and {len(pictures)} pictures")
-    return text, pictures  # pyright: ignore[reportReturnType]
+    images = own or listed
+    if len(images) != wanted:
+        raise LeftOut("images missing in chat", f"{wanted} placeholders and {len(images)} images")
+    return text, images  # pyright: ignore[reportReturnType]
 
 
 def _split_placeholders(text: str, placeholder: str) -> Iterator[dict]:
@@ -241,15 +241,15 @@ def _split_placeholders(text: str, placeholder: str) -> Iterator[dict]:
             yield {"type": "text", "text": part}
 
 
-def _plain_part(part: Any, pictures: list) -> dict:
+def _plain_part(part: Any, images: list) -> dict:
     if not isinstance(part, dict):
         raise LeftOut("chat not readable", f"a part of a message is {str(part)[:100]!r}")
     for name in ("image", "url", "path"):
         if part.get("type") == "image" and part.get(name) is not None:
-            pictures.append(part[name])
+            images.append(part[name])
     if part.get("type") == "image":
         return {"type": "image"}
     return {"type": "text", "text": part.get("text") or ""}
 
 
-__all__ = ["InterleavedKind", "PictureSegment", "read_messages", "read_segments"]
+__all__ = ["InterleavedKind", "ImageSegment", "read_messages", "read_segments"]

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from ..pictures import LeftOut
+from ..images import LeftOut
 from ..shard import Shard
 from ..templates import Template
 from .base import SourceKind, source_kind

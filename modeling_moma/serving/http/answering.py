@@ -19,7 +19,7 @@ from .errors import RequestError
 from .fields import ChatSettings, CompletionSettings, ResponseSettings, Settings, check_settings
 from .generation import current_request
 from .limits import DOWNLOAD_SECONDS, Limits
-from .messages import Picture, read_messages, read_pictures
+from .messages import MessageImage, read_images, read_messages
 
 
 logger = logging.getLogger("uvicorn.error")
@@ -73,9 +73,9 @@ class Answering:
         limits (`Limits`):
             of the server.
         readers (`ThreadPoolExecutor`):
-            threads that read requests, so that neither a template nor a picture holds up anybody's stream.
+            threads that read requests, so that neither a template nor an image holds up anybody's stream.
         downloads (`Downloads`):
-            of pictures.
+            of images.
     """
 
     def __init__(
@@ -93,10 +93,10 @@ class Answering:
         request = current_request.get()
         # clients write null for a field that they leave out, which Transformers' handlers take for a value
         body = {name: value for name, value in body.items() if value is not None}
-        pictures = await self._in_thread(self.check, body)
-        await self._fetch([picture for picture in pictures if picture.is_of_the_web])
+        images = await self._in_thread(self.check, body)
+        await self._fetch([image for image in images if image.is_of_the_web])
         await request.take_turn()
-        prompt: Prompt = await self._in_thread(self.read, body, pictures)
+        prompt: Prompt = await self._in_thread(self.read, body, images)
         request.seed = body.get("seed")
         try:
             return await self._generate(body, request_id, prompt)
@@ -106,28 +106,28 @@ class Answering:
                 raise
             raise RequestError("generation_config", str(error)) from error
 
-    async def _fetch(self, pictures: list[Picture]):
+    async def _fetch(self, images: list[MessageImage]):
         field = ""
         try:
             async with asyncio.timeout(DOWNLOAD_SECONDS):
-                for picture in pictures:
-                    field = picture.field
-                    picture.content = await self.downloads.fetch(picture.address, field)
+                for image in images:
+                    field = image.field
+                    image.content = await self.downloads.fetch(image.address, field)
         except TimeoutError as error:
             raise RequestError(field, NOT_FETCHED) from error
 
     async def _in_thread(self, work: Callable, *args: Any) -> Any:
         return await asyncio.get_running_loop().run_in_executor(self.readers, work, *args)
 
-    def check(self, body: dict[str, Any]) -> list[Picture]:
-        """Return the pictures of a request, after a check of all else that it says."""
+    def check(self, body: dict[str, Any]) -> list[MessageImage]:
+        """Return the images of a request, after a check of all else that it says."""
         check_settings(body, self.route.settings, self.limits)
         field = self.route.messages
         if field is None or field == "input" and isinstance(body.get(field), str):
             return []
         return read_messages(body.get(field), field)
 
-    def read(self, body: dict[str, Any], pictures: list[Picture]) -> Prompt:
+    def read(self, body: dict[str, Any], images: list[MessageImage]) -> Prompt:
         """Return the tokens of a request."""
         handler = self.handler
         handler._validate_request(body)
@@ -139,7 +139,7 @@ class Answering:
             raise RequestError("model", "it cannot be loaded; the log of the server says why.", 404) from error
         modality = handler.model_manager.get_model_modality(model, processor=processor)
         uses_batching = handler.generation_state.use_continuous_batching(model, modality)
-        read_pictures(pictures)
+        read_images(images)
         tensors = None if uses_batching else "pt"
         if self.route.messages is None:
             tokenizer = getattr(processor, "tokenizer", processor)

@@ -30,7 +30,7 @@ def serve(
     image_hosts: Annotated[
         list[str] | None,
         Option(
-            help="Host that pictures may be fetched from, with a port or without; may be repeated. By default none. "
+            help="Host that images may be fetched from, with a port or without; may be repeated. By default none. "
             "A host at a private address needs the address, or its network, named as well."
         ),
     ] = None,
@@ -56,7 +56,7 @@ def serve(
         api_key (`str`, *optional*):
             key that all routes but `/health` ask for.
         image_hosts (`list[str]`, *optional*):
-            hosts that pictures may be fetched from.
+            hosts that images may be fetched from.
         template_arguments (`list[str]`, *optional*):
             names that `chat_template_kwargs` of a request may set.
         max_requests (`int`, *optional*):

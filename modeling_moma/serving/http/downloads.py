@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pictures of the web: which hosts and addresses may be asked (`--image-hosts`), and their download."""
+"""Images of the web: which hosts and addresses may be asked (`--image-hosts`), and their download."""
 
 import asyncio
 import ipaddress
@@ -67,7 +67,7 @@ class ImageHosts:
             if port is not None and not 0 < port < 65536 or network is None and not is_name:
                 raise InputError(
                     f"--image-hosts: {entry!r} must be the name of a host, an address or a network, each with a port "
-                    "or without, such as pictures.example.org, 10.0.0.7:8080 or 10.0.0.0/8."
+                    "or without, such as images.example.org, 10.0.0.7:8080 or 10.0.0.0/8."
                 )
             if network is not None:
                 networks.append((network, port))
@@ -139,14 +139,14 @@ class Downloads:
         """
         url = self._checked(address, field)
         if self._inside >= DOWNLOADS + WAITING_DOWNLOADS:
-            raise RequestError(field, "too many pictures of the web are being fetched: ask again later.", 429)
+            raise RequestError(field, "too many images of the web are being fetched: ask again later.", 429)
         self._inside += 1
         try:
             async with asyncio.timeout(self.seconds), self._places:
                 return await self._follow(url, field)
         except (httpx.HTTPError, httpx.InvalidURL, OSError) as error:
             # a message that tells failures apart would let clients scan hosts and ports
-            logger.warning("A picture could not be fetched: %.200r: %.200r", address, error)
+            logger.warning("An image could not be fetched: %.200r: %.200r", address, error)
             raise RequestError(field, NOT_FETCHED) from error
         finally:
             self._inside -= 1
@@ -155,7 +155,7 @@ class Downloads:
         if not self.hosts:
             raise RequestError(
                 field,
-                "pictures of the web are not fetched (`--image-hosts` is not set): send `data:image/png;base64,`.",
+                "images of the web are not fetched (`--image-hosts` is not set): send `data:image/png;base64,`.",
             )
         try:
             url = httpx.URL(address)

@@ -36,7 +36,7 @@ class RequestError(InputError):
 
 
 def short(value: object, most: int = 80) -> str:
-    """Return a value as a message shows it: bodies may hold pictures."""
+    """Return a value as a message shows it: bodies may hold images."""
     # a long value is cut before it is formatted
     text = repr(value[: most + 1] if isinstance(value, (str, bytes, list)) else value)
     return text if len(text) <= most else f"{text[: most - 3]}..."

@@ -22,7 +22,7 @@ MAX_PARTS = 64
 # all texts of a request are counted together
 MAX_CHARACTERS = 200_000
 # an image of this many pixels takes 50 MB while it is read, and is then scaled down to the model's few
-MAX_PICTURES, MAX_WEB_PICTURES = 16, 4
+MAX_IMAGES, MAX_WEB_IMAGES = 16, 4
 MAX_PIXELS, MAX_PIXELS_TOGETHER = 2**24, 2**26
 
 MAX_DOWNLOAD_BYTES = 16 << 20

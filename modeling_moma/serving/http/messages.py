@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checks of messages and of their pictures: nothing is let through that is not known here."""
+"""Checks of messages and of their images: nothing is let through that is not known here."""
 
 import base64
 import binascii
@@ -10,19 +10,19 @@ from typing import Any
 from PIL import Image
 
 from .errors import RequestError, short, short_name
-from .limits import MAX_MESSAGES, MAX_PARTS, MAX_PICTURES, MAX_PIXELS, MAX_PIXELS_TOGETHER, MAX_WEB_PICTURES
+from .limits import MAX_IMAGES, MAX_MESSAGES, MAX_PARTS, MAX_PIXELS, MAX_PIXELS_TOGETHER, MAX_WEB_IMAGES
 
 
 ROLES = ("user", "assistant", "system")
 MESSAGE = ("role", "content", "name", "type", "id", "status")
-TEXT_KINDS, PICTURE_KINDS = ("text", "input_text", "output_text"), ("image_url", "input_image")
-TEXT, PICTURE = ("type", "text"), ("type", "image_url", "detail")
+TEXT_KINDS, IMAGE_KINDS = ("text", "input_text", "output_text"), ("image_url", "input_image")
+TEXT, IMAGE = ("type", "text"), ("type", "image_url", "detail")
 # these formats Pillow decodes by itself and people send; its decoders for rare ones are little tested
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
 
 
-class Picture:
-    """A picture of a message.
+class MessageImage:
+    """An image of a message.
 
     Args:
         part (`dict[str, Any]`):
@@ -53,19 +53,19 @@ class Picture:
         """Open it, which reads its header alone.
 
         Raises:
-            RequestError: an address that is neither of the web nor base64, or no picture.
+            RequestError: an address that is neither of the web nor base64, or no image.
         """
         content = _decode(self.address, self.field) if self.content is None else self.content
         try:
             return Image.open(io.BytesIO(content), formats=_formats())
         except Image.DecompressionBombError as error:
-            raise RequestError(self.field, f"the picture is too large ({error}).", 413) from error
+            raise RequestError(self.field, f"the image is too large ({error}).", 413) from error
         # decoders raise any error for damaged images
         except Exception as error:
-            raise RequestError(self.field, f"it is damaged, or no picture ({_reason(error)}).") from error
+            raise RequestError(self.field, f"it is damaged, or no image ({_reason(error)}).") from error
 
 
-def read_messages(messages: Any, field: str) -> list[Picture]:
+def read_messages(messages: Any, field: str) -> list[MessageImage]:
     """Check the messages of a request.
 
     Args:
@@ -75,17 +75,17 @@ def read_messages(messages: Any, field: str) -> list[Picture]:
             its name.
 
     Returns:
-        `list[Picture]`: their pictures, not opened yet.
+        `list[MessageImage]`: their images, not opened yet.
 
     Raises:
-        RequestError: no list of messages, too many of them or of their pictures, another role, or a part of a kind
+        RequestError: no list of messages, too many of them or of their images, another role, or a part of a kind
             that the model cannot read.
     """
     if not isinstance(messages, list) or not messages:
         raise RequestError(field, f"{short(messages)} must be a list of at least one message.")
     if len(messages) > MAX_MESSAGES:
         raise RequestError(field, f"these are {len(messages)} messages, more than {MAX_MESSAGES}.")
-    pictures = []
+    images = []
     for number, message in enumerate(messages):
         place = f"{field}[{number}]"
         if not isinstance(message, dict):
@@ -104,60 +104,60 @@ def read_messages(messages: Any, field: str) -> list[Picture]:
         if len(content) > MAX_PARTS:
             raise RequestError(f"{place}.content", f"these are {len(content)} parts, more than {MAX_PARTS}.")
         for index, part in enumerate(content):
-            if _is_picture(part, f"{place}.content[{index}]"):
-                pictures.append(Picture(part, f"{place}.content[{index}]"))
-    of_the_web = [picture for picture in pictures if picture.is_of_the_web]
+            if _is_image(part, f"{place}.content[{index}]"):
+                images.append(MessageImage(part, f"{place}.content[{index}]"))
+    of_the_web = [image for image in images if image.is_of_the_web]
     for counted, most, kind in (
-        (pictures, MAX_PICTURES, "pictures"),
-        (of_the_web, MAX_WEB_PICTURES, "pictures of the web"),
+        (images, MAX_IMAGES, "images"),
+        (of_the_web, MAX_WEB_IMAGES, "images of the web"),
     ):
         if len(counted) > most:
             raise RequestError(counted[most].field, f"these are more than {most} {kind}.")
-    return pictures
+    return images
 
 
-def read_pictures(pictures: Sequence[Picture]):
-    """Decode the pictures of a request, and put them into its messages.
+def read_images(images: Sequence[MessageImage]):
+    """Decode the images of a request, and put them into its messages.
 
     Args:
-        pictures (`Sequence[Picture]`):
+        images (`Sequence[MessageImage]`):
             those that [`read_messages`] found.
 
     Raises:
         RequestError: one of them cannot be decoded, or too many pixels (status 413).
     """
-    opened = [picture.read() for picture in pictures]
+    opened = [image.read() for image in images]
     together = 0
-    for picture, image in zip(pictures, opened):
-        pixels = image.width * image.height
+    for image, decoded in zip(images, opened):
+        pixels = decoded.width * decoded.height
         together += pixels
         if pixels > MAX_PIXELS:
-            what = f"{image.width} x {image.height} pixels are more than {MAX_PIXELS:,}"
-            raise RequestError(picture.field, f"{what}: scale it down.", 413)
+            what = f"{decoded.width} x {decoded.height} pixels are more than {MAX_PIXELS:,}"
+            raise RequestError(image.field, f"{what}: scale it down.", 413)
         if together > MAX_PIXELS_TOGETHER:
             what = f"with those before it, it has more than {MAX_PIXELS_TOGETHER:,} pixels"
-            raise RequestError(picture.field, f"{what}: scale them down.", 413)
-    for picture, image in zip(pictures, opened):
+            raise RequestError(image.field, f"{what}: scale them down.", 413)
+    for image, decoded in zip(images, opened):
         try:
-            image.load()
+            decoded.load()
         except Exception as error:
-            raise RequestError(picture.field, f"it is truncated, damaged or no picture ({_reason(error)}).") from error
+            raise RequestError(image.field, f"it is truncated, damaged or no image ({_reason(error)}).") from error
         # Transformers' server would open an address again, or a file, but takes an image as it is
-        picture.part["image_url"] = image
+        image.part["image_url"] = decoded
 
 
-def _is_picture(part: Any, place: str) -> bool:
+def _is_image(part: Any, place: str) -> bool:
     kind = part.get("type") if isinstance(part, dict) else None
     if kind in TEXT_KINDS:
         _check_known(part, TEXT, place)
         if not isinstance(part.get("text"), str):
             raise RequestError(f"{place}.text", f"{short(part.get('text'))} must be a text.")
         return False
-    if kind not in PICTURE_KINDS:
+    if kind not in IMAGE_KINDS:
         raise RequestError(
             f"{place}.type", f"{short(kind)} must be 'text' or 'image_url': the model reads nothing else."
         )
-    _check_known(part, PICTURE, place)
+    _check_known(part, IMAGE, place)
     if isinstance(part.get("image_url"), dict):
         _check_known(part["image_url"], ("url", "detail"), f"{place}.image_url")
     return True

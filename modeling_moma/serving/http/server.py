@@ -31,7 +31,7 @@ class CheckedServe(Serve):
         limits (`Limits`):
             of requests.
         image_hosts (`ImageHosts`):
-            that pictures may be fetched from.
+            that images may be fetched from.
         api_key (`str`, *optional*):
             which all routes but `/health` ask for.
         enable_cors (`bool`, *optional*, defaults to `False`):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The model as vLLM runs it: the package's own decoder in vLLM's Transformers backend, with pictures in messages."""
+"""The model as vLLM runs it: the package's own decoder in vLLM's Transformers backend, with images in messages."""
 
 from typing import Any
 
@@ -10,19 +10,19 @@ from vllm.model_executor.models.transformers import TransformersForCausalLM  # p
 from vllm.multimodal import MULTIMODAL_REGISTRY  # pyright: ignore[reportMissingImports]
 
 from ...errors_moma import InputError
-from .pictures import PICTURE_IDS, PLACEHOLDER, MomaDummyInputs, MomaPictureInfo, MomaPictureProcessor
+from .images import IMAGE_IDS, PLACEHOLDER, MomaDummyInputs, MomaMultiModalInfo, MomaMultiModalProcessor
 
 
 @MULTIMODAL_REGISTRY.register_processor(
-    MomaPictureProcessor,
-    info=MomaPictureInfo,
+    MomaMultiModalProcessor,
+    info=MomaMultiModalInfo,
     dummy_inputs=MomaDummyInputs,
 )
 class MomaForVllm(TransformersForCausalLM, SupportsMultiModal):
     """A MoMa without depth layers.
 
-    A picture is token ids like a word, so the model takes ids and nothing else: what vLLM calls the embeddings of a
-    picture is what the ids give anyway.
+    An image is token ids like a word, so the model takes ids and nothing else: what vLLM calls the embeddings of an
+    image is what the ids give anyway.
     """
 
     # the ids tell which experts serve a token
@@ -30,7 +30,7 @@ class MomaForVllm(TransformersForCausalLM, SupportsMultiModal):
 
     @classmethod
     def get_placeholder_str(cls, modality: str, i: int) -> str | None:
-        """Return what stands for a picture in a message whose template takes strings alone."""
+        """Return what stands for an image in a message whose template takes strings alone."""
         return PLACEHOLDER if modality == "image" else None
 
     def get_language_model(self) -> nn.Module:
@@ -40,13 +40,13 @@ class MomaForVllm(TransformersForCausalLM, SupportsMultiModal):
     def embed_input_ids(
         self, input_ids: torch.Tensor, multimodal_embeddings: Any = None, *, is_multimodal: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Return the embeddings of words and codes alike; those of pictures are the same again."""
+        """Return the embeddings of words and codes alike; those of images are the same again."""
         return self.model.get_input_embeddings()(input_ids)
 
     def embed_multimodal(self, **kwargs: Any) -> list[torch.Tensor]:
-        """Return the embeddings of the codes of each picture."""
-        pictures = kwargs.get(PICTURE_IDS)
-        return [] if pictures is None else [self.embed_input_ids(ids.flatten()) for ids in pictures]
+        """Return the embeddings of the codes of each image."""
+        images = kwargs.get(IMAGE_IDS)
+        return [] if images is None else [self.embed_input_ids(ids.flatten()) for ids in images]
 
     def forward(
         self,

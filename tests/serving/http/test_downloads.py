@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which hosts and addresses pictures may come from, in time and with a certificate of the host's own name."""
+"""Which hosts and addresses images may come from, in time and with a certificate of the host's own name."""
 
 import asyncio
 import datetime
@@ -20,13 +20,13 @@ from modeling_moma.serving.http.errors import RequestError  # noqa: E402
 @pytest.mark.parametrize(
     ("entries", "allowed", "forbidden"),
     [
-        ([], [], ["https://pictures.example", "http://127.0.0.1"]),
+        ([], [], ["https://images.example", "http://127.0.0.1"]),
         (
-            ["Pictures.Example"],
-            ["https://pictures.example", "http://pictures.example:80", "https://PICTURES.example:443"],
-            ["http://pictures.example:443", "http://a.pictures.example", "http://pictures.example.", "http://example"],
+            ["Images.Example"],
+            ["https://images.example", "http://images.example:80", "https://IMAGES.example:443"],
+            ["http://images.example:443", "http://a.images.example", "http://images.example.", "http://example"],
         ),
-        (["pictures.example:8080"], ["http://pictures.example:8080"], ["http://pictures.example"]),
+        (["images.example:8080"], ["http://images.example:8080"], ["http://images.example"]),
         (["10.0.0.0/8"], ["http://10.1.2.3"], ["http://11.0.0.1", "http://10.1.2.3:81", "http://010.1.2.3"]),
         (["[fd00::1]:90"], ["http://[fd00::1]:90"], ["http://[fd00::1]", "http://[fd00::2]:90"]),
         (["localhost:90"], ["http://localhost:90", "http://127.0.0.1:90"], ["http://localhost"]),
@@ -66,20 +66,20 @@ def test_hosts_are_asked_where_they_are_named_with_their_ports(entries, allowed,
     ],
 )
 def test_a_name_may_lead_to_public_addresses_and_to_those_that_are_named(address, is_public):
-    hosts = ImageHosts.from_entries(["pictures.example"])
+    hosts = ImageHosts.from_entries(["images.example"])
     assert hosts.may_connect(address, 80, "http") is is_public
     plain = address.partition("%")[0]
-    hosts = ImageHosts.from_entries(["pictures.example", plain])
+    hosts = ImageHosts.from_entries(["images.example", plain])
     assert hosts.may_connect(address, 80, "http") and hosts.may_connect(address, 8080, "http") is is_public
 
 
 @pytest.mark.parametrize(
     "entry",
-    ["10.0.0.7:99999", "10.0.0.7:0", "[fd00::1]:65536", "[fd00::1]:0", "pictures.example:0", "a.example:70000"],
+    ["10.0.0.7:99999", "10.0.0.7:0", "[fd00::1]:65536", "[fd00::1]:0", "images.example:0", "a.example:70000"],
 )
 def test_a_port_that_there_is_not_is_refused_with_its_host(entry):
     with pytest.raises(ValueError, match="--image-hosts") as refusal:
-        ImageHosts.from_entries(["pictures.example", entry])
+        ImageHosts.from_entries(["images.example", entry])
     assert repr(entry) in str(refusal.value)
 
 
@@ -95,7 +95,7 @@ def test_a_download_has_a_time_in_all_and_not_for_each_of_its_pieces():
         assert 1 < time.monotonic() - began < 3
 
 
-@pytest.mark.parametrize(("name", "is_right"), [("pictures.example", True), ("other.example", False)])
+@pytest.mark.parametrize(("name", "is_right"), [("images.example", True), ("other.example", False)])
 def test_a_certificate_is_verified_for_the_name_and_not_for_the_address(name, is_right, tmp_path, monkeypatch):
     pytest.importorskip("cryptography", reason="nothing here makes certificates")
     path = certificate(tmp_path, name)
@@ -106,24 +106,24 @@ def test_a_certificate_is_verified_for_the_name_and_not_for_the_address(name, is
 
     def resolve(host, *rest, **more):
         asked.append(host)
-        return real("127.0.0.1" if host == "pictures.example" else host, *rest, **more)
+        return real("127.0.0.1" if host == "images.example" else host, *rest, **more)
 
     monkeypatch.setattr(socket, "getaddrinfo", resolve)
     with recorder() as web:
         web.socket = context.wrap_socket(web.socket, server_side=True)
         port = web.server_port
         address, entries = (
-            f"https://pictures.example:{port}/disc.png",
-            [f"pictures.example:{port}", f"127.0.0.1:{port}"],
+            f"https://images.example:{port}/disc.png",
+            [f"images.example:{port}", f"127.0.0.1:{port}"],
         )
         if is_right:
-            assert fetch(address, entries, tls=trusted) == web.picture
-            assert web.asked == [(f"pictures.example:{port}", "/disc.png")]
+            assert fetch(address, entries, tls=trusted) == web.image
+            assert web.asked == [(f"images.example:{port}", "/disc.png")]
         else:
             with pytest.raises(RequestError, match="could not be fetched"):
                 fetch(address, entries, tls=trusted)
             assert web.asked == []
-    assert asked.count("pictures.example") == 1
+    assert asked.count("images.example") == 1
 
 
 def certificate(folder, name: str):

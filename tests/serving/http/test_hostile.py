@@ -89,7 +89,7 @@ def faults_of(hostile, client) -> list[str]:
 
 def test_no_hostile_request_holds_up_an_honest_one_or_asks_anybody(tmp_path):
     with recorder() as local, recorder() as metadata, recorder() as elsewhere:
-        names = {"pictures.example": ["93.184.216.34"]}
+        names = {"images.example": ["93.184.216.34"]}
         recorders = {
             f"127.0.0.1 {local.server_port}": local.server_port,
             "169.254.169.254 80": metadata.server_port,
@@ -131,12 +131,10 @@ def settled(process, before: Held, seconds: float = 5) -> Held:
     return now
 
 
-HOSTS = (
-    "pictures.example,pictures.example:8081,rebound.example,inside.example,private.example,10.0.0.8,metadata.example"
-)
+HOSTS = "images.example,images.example:8081,rebound.example,inside.example,private.example,10.0.0.8,metadata.example"
 PUBLIC, PRIVATE = "93.184.216.34", "10.0.0.8"
 NAMES = {
-    "pictures.example": [PUBLIC],
+    "images.example": [PUBLIC],
     # the second question, if there were one, would lead here
     "rebound.example": [PUBLIC, "127.0.0.1"],
     "inside.example": ["10.0.0.7"],
@@ -146,31 +144,31 @@ NAMES = {
 }
 NOT_FETCHED = "image_url.url: it could not be fetched; the log of the server says why."
 NOT_NAMED = "image_url.url: `--image-hosts` does not name its host and port."
-ASKED = ["pictures.example", f"{PUBLIC} 80"]
+ASKED = ["images.example", f"{PUBLIC} 80"]
 # address, status, message, and what is asked of whom
 FETCHED = [
-    ("http://pictures.example/disc.png", 200, "", ASKED),
+    ("http://images.example/disc.png", 200, "", ASKED),
     ("http://rebound.example/disc.png", 200, "", ["rebound.example", f"{PUBLIC} 80"]),
     ("http://private.example/disc.png", 200, "", ["private.example", f"{PRIVATE} 80"]),
     (f"http://{PRIVATE}/disc.png", 200, "", [f"{PRIVATE} 80"]),
-    ("http://pictures.example/redirect?/disc.png", 200, "", ASKED * 2),
+    ("http://images.example/redirect?/disc.png", 200, "", ASKED * 2),
     ("http://inside.example/disc.png", 400, NOT_FETCHED, ["inside.example"]),
     ("http://metadata.example/disc.png", 400, NOT_FETCHED, ["metadata.example"]),
     (METADATA := "http://169.254.169.254/latest/", 400, NOT_NAMED, []),
-    (f"http://pictures.example/redirect?{METADATA}", 400, NOT_NAMED, ASKED),
-    ("http://pictures.example/redirect?http://other.example/a", 400, NOT_NAMED, ASKED),
-    ("http://pictures.example/redirect?file:///etc/passwd", 400, "no address", ASKED),
-    ("http://pictures.example/redirect?http://inside.example/", 400, NOT_FETCHED, [*ASKED, "inside.example"]),
+    (f"http://images.example/redirect?{METADATA}", 400, NOT_NAMED, ASKED),
+    ("http://images.example/redirect?http://other.example/a", 400, NOT_NAMED, ASKED),
+    ("http://images.example/redirect?file:///etc/passwd", 400, "no address", ASKED),
+    ("http://images.example/redirect?http://inside.example/", 400, NOT_FETCHED, [*ASKED, "inside.example"]),
     ("http://other.example/disc.png", 400, NOT_NAMED, []),
-    ("http://pictures.example:22/", 400, NOT_NAMED, []),
-    ("http://pictures.example@other.example/", 400, NOT_NAMED, []),
-    ("http://user:word@pictures.example/disc.png", 400, NOT_NAMED, []),
+    ("http://images.example:22/", 400, NOT_NAMED, []),
+    ("http://images.example@other.example/", 400, NOT_NAMED, []),
+    ("http://user:word@images.example/disc.png", 400, NOT_NAMED, []),
     ("http://[::ffff:10.0.0.8]:81/", 400, NOT_NAMED, []),
     # a page that is missing, a port where nobody listens and a redirect without an end are told apart by nobody
-    ("http://pictures.example/missing", 400, NOT_FETCHED, ASKED),
-    ("http://pictures.example:8081/disc.png", 400, NOT_FETCHED, ["pictures.example", f"{PUBLIC} 8081"]),
-    ("http://pictures.example/redirect?/redirect", 400, NOT_FETCHED, ASKED * 4),
-    ("http://pictures.example/large", 413, "16 MiB", ASKED),
+    ("http://images.example/missing", 400, NOT_FETCHED, ASKED),
+    ("http://images.example:8081/disc.png", 400, NOT_FETCHED, ["images.example", f"{PUBLIC} 8081"]),
+    ("http://images.example/redirect?/redirect", 400, NOT_FETCHED, ASKED * 4),
+    ("http://images.example/large", 413, "16 MiB", ASKED),
 ]
 
 
@@ -223,7 +221,7 @@ def test_downloads_that_trickle_hold_up_nobody_else(named):
     client, *_ = named
     body = {
         **HONEST,
-        "messages": message({"type": "image_url", "image_url": {"url": "http://pictures.example/trickle"}}),
+        "messages": message({"type": "image_url", "image_url": {"url": "http://images.example/trickle"}}),
     }
     with ThreadPoolExecutor(16) as pool:
         began = time.monotonic()
@@ -326,7 +324,7 @@ def test_a_seed_gives_the_same_answer_whoever_else_asks(named):
         (["--trust-remote-code"], "--trust-remote-code: requests could have any code run"),
         ([NAME, "--api-key", " "], "--api-key: it is empty"),
         ([NAME, "--image-hosts", "*.example"], "--image-hosts: '*.example' must be the name of a host"),
-        ([NAME, "--image-hosts", "https://pictures.example"], "--image-hosts: 'https://pictures.example' must be"),
+        ([NAME, "--image-hosts", "https://images.example"], "--image-hosts: 'https://images.example' must be"),
         ([NAME, "--image-hosts", "1.2.3"], "--image-hosts: '1.2.3' must be"),
         ([NAME, "--template-arguments", "chat_template"], "--template-arguments: 'chat_template' rules the template"),
     ],

@@ -79,8 +79,8 @@ def drawing():
     rows, columns = np.mgrid[:64, :64]
     pixels = np.full((64, 64, 3), 255, dtype=np.uint8)
     pixels[(rows - 32) ** 2 + (columns - 32) ** 2 < 400] = (220, 30, 30)
-    picture = Image.fromarray(pixels)
-    return picture, address_of(png(picture))
+    image = Image.fromarray(pixels)
+    return image, address_of(png(image))
 
 
 def greedy(model, processor, inputs, max_new_tokens, **kwargs):
@@ -110,11 +110,11 @@ def test_words_are_streamed_and_equal_greedy_generation(client, model, processor
     assert chunks[-1].usage.prompt_tokens == inputs["input_ids"].shape[1]
 
 
-def test_a_picture_in_the_message_is_named_as_generate_names_it(client, model, processor, drawing):
-    picture, address = drawing
+def test_an_image_in_the_message_is_named_as_generate_names_it(client, model, processor, drawing):
+    image, address = drawing
     content = [{"type": "image_url", "image_url": {"url": address}}]
     streamed = "".join(chunk.choices[0].delta.content or "" for chunk in ask(client, content, 24, stream=True))
-    inputs = processor(images=[picture], text=["<image>"], return_tensors="pt")
+    inputs = processor(images=[image], text=["<image>"], return_tensors="pt")
     new_ids, expected = greedy(model, processor, inputs, 24)
     assert streamed == expected and ": " in expected
     whole = ask(client, content, 24)
@@ -137,11 +137,11 @@ def test_what_is_served_is_text_even_where_the_model_would_draw(client, model, p
 
 
 def test_responses_equal_generate_whole_and_streamed(client, model, processor, drawing):
-    picture, address = drawing
+    image, address = drawing
     parts = [{"type": "input_image", "image_url": address}]
     for given, inputs in (
         ("noto: flag", processor(text=["noto: flag"], return_tensors="pt")),
-        ([{"role": "user", "content": parts}], processor(images=[picture], text=["<image>"], return_tensors="pt")),
+        ([{"role": "user", "content": parts}], processor(images=[image], text=["<image>"], return_tensors="pt")),
     ):
         _, expected = greedy(model, processor, inputs, 12)
         settings = {"model": NAME, "max_output_tokens": 12, "temperature": 0}
@@ -171,12 +171,12 @@ def test_an_answer_ends_at_a_stop_string(client, model, processor):
         assert stop in text and expected.startswith(text) and len(text) < len(expected)
 
 
-def test_a_picture_of_a_named_host_is_fetched_once(client, model, processor, drawing, web):
-    picture, _ = drawing
-    web.picture, host = png(picture), f"127.0.0.1:{web.server_port}"
+def test_an_image_of_a_named_host_is_fetched_once(client, model, processor, drawing, web):
+    image, _ = drawing
+    web.image, host = png(image), f"127.0.0.1:{web.server_port}"
     address = f"http://{host}/disc.png"
     answer = ask(client, [{"type": "image_url", "image_url": {"url": address}}], 24)
-    _, expected = greedy(model, processor, processor(images=[picture], text=["<image>"], return_tensors="pt"), 24)
+    _, expected = greedy(model, processor, processor(images=[image], text=["<image>"], return_tensors="pt"), 24)
     assert answer.choices[0].message.content == expected
     assert web.asked == [(host, "/disc.png")]
 
@@ -193,10 +193,10 @@ def test_the_model_is_served_by_its_own_code_where_the_package_is_absent(model, 
 def test_continuous_batching_equals_generate_for_a_model_without_depth():
     processor = tiny_processor()
     model = tiny_model(processor, num_key_value_heads=2)
-    picture = [processor.begin_image_token_id, *processor.image_token_ids[:16], processor.end_image_token_id]
+    image = [processor.begin_image_token_id, *processor.image_token_ids[:16], processor.end_image_token_id]
     prompts = [processor.tokenizer(text)["input_ids"] for text in ("noto: red", "castle", "fluent 3d: ca")]
-    prompts[1] = prompts[1] + picture
-    # no grammar of pictures applies here
+    prompts[1] = prompts[1] + image
+    # no grammar of images applies here
     not_words = [processor.begin_image_token_id, processor.end_image_token_id, *processor.image_token_ids]
     settings = GenerationConfig(
         max_new_tokens=6, do_sample=False, eos_token_id=2, pad_token_id=0, suppress_tokens=not_words

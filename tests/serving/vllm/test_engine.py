@@ -8,7 +8,7 @@ from importlib.metadata import entry_points
 import pytest
 
 from helpers.served import CONFIGURATIONS, greedy, prompts, save, served_model
-from helpers.tiny import noise_pictures, tiny_processor
+from helpers.tiny import noise_images, tiny_processor
 
 
 vllm = pytest.importorskip("vllm", reason="vLLM has an environment of its own: `make test-vllm`")
@@ -80,25 +80,25 @@ def test_greedy_tokens_equal_generate(saved, processor, name):
     with engine(folder) as llm:
         got = ask(llm, answers)
     assert got == [answer.ids for answer in answers]
-    # the prompts tell the models apart, and pictures are whole
+    # the prompts tell the models apart, and images are whole
     assert len({tuple(answer.ids) for answer in answers}) > 6
     for answer in answers:
         if answer.mode == "image":
             assert answer.ids[0] == begin and answer.ids[-1] == end and len(answer.ids) == 18
 
 
-def test_pictures_guidance_and_modes(saved, processor):
+def test_images_guidance_and_modes(saved, processor):
     made, guided, _ = saved
     folder, answers = made["4t4i, threshold"]
-    picture = noise_pictures(1)[0]
+    image = noise_images(1)[0]
     with engine(folder, max_logprobs=-1) as llm:
         config = llm.llm_engine.model_config.hf_config
-        # a picture in the prompt, through the multimodal processor, becomes the ids of the processor
+        # an image in the prompt, through the multimodal processor, becomes the ids of the processor
         params = vllm.SamplingParams(temperature=0.0, max_tokens=len(answers[2].ids))
-        prompt = {"prompt": "<image>", "multi_modal_data": {"image": picture}}
+        prompt = {"prompt": "<image>", "multi_modal_data": {"image": image}}
         output = llm.generate([prompt, prompt], params, use_tqdm=False)
         assert output[0].prompt_token_ids == answers[2].prompt
-        # the second is read from the cache of pictures
+        # the second is read from the cache of images
         assert [list(one.outputs[0].token_ids) for one in output] == [answers[2].ids] * 2
         written = guided_frame(engine_logprobs(llm), config, guided.prompt, guidance_scale=3.0)
         assert written == guided.ids

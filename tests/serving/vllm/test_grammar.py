@@ -17,7 +17,7 @@ from modeling_moma.serving.vllm import FREE, FrameGrammar, FrameRow
 
 
 AUDIO = "audio"
-# pictures of four codes, sounds of any number
+# images of four codes, sounds of any number
 CONFIG = tiny_config(
     modality_token_ranges={IMAGE: [[8, 16], [20, 24]], AUDIO: [[30, 36]]},
     num_experts={TEXT: 1, IMAGE: 1, AUDIO: 1},
@@ -26,14 +26,14 @@ CONFIG = tiny_config(
 BEGIN, END = CONFIG.begin_image_token_id, CONFIG.end_image_token_id
 PROMPTS = {
     "words": [1, 26, 27],
-    "a whole picture": [1, BEGIN, 8, 9, 20, 21, END, 26],
-    "inside a picture": [1, 26, BEGIN, 8, 23],
-    "at the end of a picture's codes": [1, BEGIN, 8, 9, 20, 21],
+    "a whole image": [1, BEGIN, 8, 9, 20, 21, END, 26],
+    "inside an image": [1, 26, BEGIN, 8, 23],
+    "at the end of an image's codes": [1, BEGIN, 8, 9, 20, 21],
     "one code too many": [1, BEGIN, 8, 9, 20, 21, 22],
     "inside a sound": [1, 36, 30, 31],
     "a sound just begun": [26, 36],
     "a code outside": [1, 8, 26],
-    "codes of another modality in a picture": [1, BEGIN, 8, 30],
+    "codes of another modality in an image": [1, BEGIN, 8, 30],
 }
 
 
@@ -84,7 +84,7 @@ def test_every_step_allows_what_the_stock_processors_allow(mode, prompt):
 def test_rows_of_a_batch_have_verdicts_of_their_own():
     grammar = FrameGrammar(CONFIG)
     modes = [TEXT, IMAGE, INTERLEAVED, IMAGE]
-    prompts = [PROMPTS["words"], PROMPTS["inside a picture"], PROMPTS["words"], PROMPTS["words"]]
+    prompts = [PROMPTS["words"], PROMPTS["inside an image"], PROMPTS["words"], PROMPTS["words"]]
     rows = [FrameRow(grammar, mode, prompt, 40) for mode, prompt in zip(modes, prompts)]
     logits = torch.randn(6, CONFIG.vocab_size)
     verdicts = {index: row.verdict() for index, row in enumerate(rows)}

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from helpers.served import CONFIGURATIONS, greedy, prompts, save, served_model
-from helpers.tiny import noise_pictures, tiny_processor
+from helpers.tiny import noise_images, tiny_processor
 from modeling_moma.serving.vllm import guided_frame, server_logprobs
 from server_process import running
 
@@ -61,7 +61,7 @@ def complete(client, answer):
 
 
 def test_64_requests_at_once_equal_generate(client, model, processor):
-    # words of all lengths, pictures in prompts, and every eighth a picture to be drawn
+    # words of all lengths, images in prompts, and every eighth an image to be drawn
     words = prompts(processor)[6]
     rows = [words[: len(words) - cut] for cut in range(10)]
     answers = [greedy(model, row) for row in rows + prompts(processor)[2:6]]
@@ -73,14 +73,12 @@ def test_64_requests_at_once_equal_generate(client, model, processor):
     assert got == [answer.ids for answer in wanted]
 
 
-def test_a_picture_in_a_message_is_read_as_the_processor_reads_it(client, model, processor):
-    picture, png = noise_pictures(1)[0], io.BytesIO()
-    picture.save(png, "PNG")
+def test_an_image_in_a_message_is_read_as_the_processor_reads_it(client, model, processor):
+    image, png = noise_images(1)[0], io.BytesIO()
+    image.save(png, "PNG")
     url = "data:image/png;base64," + base64.b64encode(png.getvalue()).decode()
     content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": "what is it?"}]
-    chat = [
-        {"role": "user", "content": [{"type": "image", "image": picture}, {"type": "text", "text": "what is it?"}]}
-    ]
+    chat = [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": "what is it?"}]}]
     prompt = processor.apply_chat_template(chat, tokenize=True, add_generation_prompt=True, return_dict=True)
     expected = greedy(model, prompt["input_ids"][0])
     messages = [{"role": "user", "content": content}]
@@ -94,7 +92,7 @@ def test_a_picture_in_a_message_is_read_as_the_processor_reads_it(client, model,
         assert got.choices[0].message.content == text
 
 
-def test_a_drawn_picture_decodes(client, model, processor):
+def test_a_drawn_image_decodes(client, model, processor):
     expected = greedy(model, prompts(processor)[0], "image", None)
     ids = complete(client, expected)
     parts = processor.decode_parts(ids)

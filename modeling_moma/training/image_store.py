@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pictures decoded and resized once, in files that are read without being loaded: memory does not grow with them."""
+"""Images decoded and resized once, in files that are read without being loaded: memory does not grow with them."""
 
 import heapq
 import json
@@ -18,34 +18,34 @@ from tqdm.auto import tqdm
 
 from tokenization import MomaImageProcessor
 
-from ..data.pictures import LeftOut, read_picture
+from ..data.images import LeftOut, read_image
 from ..data.sources import Source
 from ..errors_moma import InputError
 from ..utils.atomic_files import replace_folder
 from .array_file import ArrayWriter, read_array
-from .picture_sources import Candidate, candidates, picture_fields
+from .image_sources import Candidate, candidates, image_fields
 
 
 TRAIN_FILE, HELD_OUT_FILE, REPORT_FILE = "train.npy", "held_out.npy", "pictures.json"
-# pictures left out that a report describes, beyond their counts
+# images left out that a report describes, beyond their counts
 NUM_EXAMPLES = 20
 # decoders let other threads run, and few are enough to keep the disk busy
 NUM_READERS = min(16, os.cpu_count() or 1)
 
 
 @dataclass(frozen=True)
-class PictureStore:
-    """The pictures of a training, as the processor shows them to the model.
+class ImageStore:
+    """The images of a training, as the processor shows them to the model.
 
     Args:
         folder (`Path`):
             of the files.
         train (`np.ndarray`):
-            uint8 `(pictures, 3, side, side)`, memory-mapped.
+            uint8 `(images, 3, side, side)`, memory-mapped.
         held_out (`np.ndarray`):
             likewise, those that are not trained on.
         report (`dict[str, Any]`):
-            `key` (what the files were made from), `train` and `held_out` (numbers of pictures), `sources` (by name:
+            `key` (what the files were made from), `train` and `held_out` (numbers of images), `sources` (by name:
             `train`, `held_out`, `left_out` by reason and `changed` by kind) and `examples` of those left out.
     """
 
@@ -55,36 +55,36 @@ class PictureStore:
     report: dict[str, Any]
 
     def summary(self) -> str:
-        """Return how many pictures there are, and how many were left out and why."""
-        lines = [f"{self.report['train']:,} pictures to train on, {self.report['held_out']:,} held out"]
+        """Return how many images there are, and how many were left out and why."""
+        lines = [f"{self.report['train']:,} images to train on, {self.report['held_out']:,} held out"]
         lines += [f"  {name}: {describe(counts)}" for name, counts in self.report["sources"].items()]
         return "\n".join(lines)
 
 
 def open_store(
-    folder: Path, sources: list[Source], side: int, held_out_pictures: int, is_strict: bool = False
-) -> PictureStore:
-    """Open the pictures of an earlier start, or read the sources where it was made from others.
+    folder: Path, sources: list[Source], side: int, held_out_images: int, is_strict: bool = False
+) -> ImageStore:
+    """Open the images of an earlier start, or read the sources where it was made from others.
 
     Args:
         folder (`Path`):
             of the files; its content is replaced where it does not fit.
         sources (`list[Source]`):
-            with pictures.
+            with images.
         side (`int`):
-            of the pictures in pixels.
-        held_out_pictures (`int`):
-            so many held-out pictures are kept at most, of more a random part.
+            of the images in pixels.
+        held_out_images (`int`):
+            so many held-out images are kept at most, of more a random part.
         is_strict (`bool`, *optional*, defaults to `False`):
-            reject sources with a picture that cannot be used.
+            reject sources with an image that cannot be used.
 
     Raises:
-        ValueError: there are fewer than two pictures, or `is_strict` and one cannot be used.
+        ValueError: there are fewer than two images, or `is_strict` and one cannot be used.
     """
     key = {
-        "sources": [picture_fields(source) for source in sources],
+        "sources": [image_fields(source) for source in sources],
         "resolution": side,
-        "held_out_pictures": held_out_pictures,
+        "held_out_pictures": held_out_images,
     }
     # compare the key as JSON gives it back
     key = json.loads(json.dumps(key, default=str))
@@ -93,20 +93,20 @@ def open_store(
         replace_folder(folder, lambda aside: _write(aside, sources, key, is_strict))
         report = _read_report(folder)
     else:
-        print(f"pictures of an earlier start in {str(folder)!r}; remove the folder where the data have changed")
+        print(f"images of an earlier start in {str(folder)!r}; remove the folder where the data have changed")
     if is_strict and report["examples"]:
         raise InputError(f"--strict: {report['examples'][0]}.")
-    return PictureStore(folder, read_array(folder / TRAIN_FILE), read_array(folder / HELD_OUT_FILE), report)
+    return ImageStore(folder, read_array(folder / TRAIN_FILE), read_array(folder / HELD_OUT_FILE), report)
 
 
-def take(pictures: np.ndarray, indices: torch.Tensor) -> torch.Tensor:
-    """Return the pictures of a store by their indices, in memory."""
-    return torch.from_numpy(pictures[indices.numpy()])
+def take(images: np.ndarray, indices: torch.Tensor) -> torch.Tensor:
+    """Return the images of a store by their indices, in memory."""
+    return torch.from_numpy(images[indices.numpy()])
 
 
-def to_pixel_values(pictures: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Return uint8 pictures `(batch, 3, side, side)` to values in [-1, 1], as the model takes them."""
-    pixel_values = pictures.to(device).float() / 127.5 - 1
+def to_pixel_values(images: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Return uint8 images `(batch, 3, side, side)` to values in [-1, 1], as the model takes them."""
+    pixel_values = images.to(device).float() / 127.5 - 1
     return pixel_values.to(memory_format=torch.channels_last)
 
 
@@ -138,19 +138,19 @@ def _write(folder: Path, sources: list[Source], key: dict[str, Any], is_strict: 
 
 
 class _Sample:
-    """The held-out pictures: at most so many of all that are offered, drawn by a hash of where they stand."""
+    """The held-out images: at most so many of all that are offered, drawn by a hash of where they stand."""
 
     def __init__(self, writer: ArrayWriter, limit: int):
         self.writer, self.limit = writer, limit
         # (-hash, index) of those in the file, the one to give way first
         self.heap: list[tuple[int, int]] = []
-        # the source of each picture
+        # the source of each image
         self.owners: list[str] = []
 
     def wants(self, candidate: Candidate) -> bool:
         return len(self.heap) < self.limit or -_hash(candidate) > self.heap[0][0]
 
-    def add(self, candidate: Candidate, picture: np.ndarray) -> None:
+    def add(self, candidate: Candidate, image: np.ndarray) -> None:
         if not self.wants(candidate):
             return
         if len(self.heap) < self.limit:
@@ -161,7 +161,7 @@ class _Sample:
             index = self.heap[0][1]
             heapq.heapreplace(self.heap, (-_hash(candidate), index))
             self.owners[index] = candidate.source.name
-        self.writer.write(picture, index)
+        self.writer.write(image, index)
 
 
 def _hash(candidate: Candidate) -> int:
@@ -170,7 +170,7 @@ def _hash(candidate: Candidate) -> int:
 
 
 class _Filling:
-    """Reads all pictures of the sources into the two files, and counts what becomes of them."""
+    """Reads all images of the sources into the two files, and counts what becomes of them."""
 
     def __init__(self, sources: list[Source], train: ArrayWriter, held_out: _Sample, is_strict: bool):
         self.sources, self.train, self.held_out, self.is_strict = sources, train, held_out, is_strict
@@ -188,7 +188,7 @@ class _Filling:
             if not candidate.is_held_out or self.held_out.wants(candidate)
         )
         for candidate, result in tqdm(
-            _read_in_order(wanted, processor), desc="reading pictures", unit=" pictures", delay=1
+            _read_in_order(wanted, processor), desc="reading images", unit=" images", delay=1
         ):
             if isinstance(result, LeftOut):
                 self._leave_out(candidate, result)
@@ -200,19 +200,19 @@ class _Filling:
             self.counts[owner]["held_out"] += 1
         if self.train.count == 0 or not self.held_out.owners:
             raise InputError(
-                "sources: a picture tokenizer needs one picture to train on and another one that is held out, and of "
+                "sources: an image tokenizer needs one image to train on and another one that is held out, and of "
                 + "; ".join(f"{name!r} there are {describe(counts)}" for name, counts in self.counts.items())
                 + "."
             )
 
-    def _take(self, candidate: Candidate, picture: np.ndarray, changes: list[str]) -> None:
+    def _take(self, candidate: Candidate, image: np.ndarray, changes: list[str]) -> None:
         self.counts[candidate.source.name]["changed"].update(changes)
         if candidate.is_held_out:
-            self.held_out.add(candidate, picture)
+            self.held_out.add(candidate, image)
         else:
-            self.train.write(picture)
+            self.train.write(image)
             self.counts[candidate.source.name]["train"] += 1
-            self.last = candidate, picture
+            self.last = candidate, image
 
     def _leave_out(self, candidate: Candidate, error: LeftOut) -> None:
         example = f"{candidate.place()}: {error}"
@@ -232,7 +232,7 @@ class _Filling:
 def _read_in_order(
     wanted: Iterable[Candidate], processor: MomaImageProcessor
 ) -> Iterator[tuple[Candidate, tuple[np.ndarray, list[str]] | LeftOut]]:
-    """Decode pictures in several threads, few at a time, and yield them in their order."""
+    """Decode images in several threads, few at a time, and yield them in their order."""
     waiting: deque = deque()
     with ThreadPoolExecutor(NUM_READERS) as pool:
         for candidate in wanted:
@@ -248,11 +248,11 @@ def _read_in_order(
 def _read(candidate: Candidate, processor: MomaImageProcessor) -> tuple[np.ndarray, list[str]] | LeftOut:
     source = candidate.source
     try:
-        picture, changes = read_picture(candidate.value, source.picture_root(), source.kind.min_side)
-        pixels = processor(picture, return_tensors="pt")["pixel_values"][0]
+        image, changes = read_image(candidate.value, source.image_root(), source.kind.min_side)
+        pixels = processor(image, return_tensors="pt")["pixel_values"][0]
     except LeftOut as error:
         return error
     # an image that can be decoded may still have a mode that cannot be converted
     except (ValueError, TypeError, OSError) as error:
-        return LeftOut("picture damaged", str(error))
+        return LeftOut("image damaged", str(error))
     return pixels.to(torch.uint8).numpy(), changes

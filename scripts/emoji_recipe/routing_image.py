@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which expert took which token: recorded from one forward of a model, and drawn over pictures and captions."""
+"""Which expert took which token: recorded from one forward of a model, and drawn over images and captions."""
 
 import math
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ from modeling_moma.evaluation.routing_images import (
 )
 
 
-PICTURE_SIDE = 192
+IMAGE_SIDE = 192
 CHIP_HEIGHT = 26
 LINE_HEIGHT = 22
 FONT_SIZE = 15
@@ -27,36 +27,36 @@ FONT_SIZE = 15
 
 @dataclass
 class RoutedExample:
-    """One sequence with a picture and words, and the experts of each of its tokens.
+    """One sequence with an image and words, and the experts of each of its tokens.
 
     Attributes:
-        picture: the picture whose codes stand in the sequence.
-        pieces: the text of each token, `None` where it is a picture code; `[T]`.
+        image: the image whose codes stand in the sequence.
+        pieces: the text of each token, `None` where it is an image code; `[T]`.
         groups: the expert group of each token, `[T]`.
         experts: by layer and token the experts that took it, best gate first; `[L][T][*]`.
     """
 
-    picture: Image.Image
+    image: Image.Image
     pieces: list[str | None]
     groups: list[str]
     experts: list[list[list[int]]]
 
 
-def route_example(model: torch.nn.Module, processor, picture: Image.Image, caption: str) -> RoutedExample:
+def route_example(model: torch.nn.Module, processor, image: Image.Image, caption: str) -> RoutedExample:
     """
-    Records the routing of `<bos> picture caption`.
+    Records the routing of `<bos> image caption`.
 
     Args:
         model: in `eval()` mode.
         processor: gives ids, and reads them back.
-        picture: the picture.
+        image: the image.
         caption: its caption.
     """
-    ids = processor(images=[picture], text=[f"{processor.image_token}{caption}"], return_tensors="pt")["input_ids"][0]
+    ids = processor(images=[image], text=[f"{processor.image_token}{caption}"], return_tensors="pt")["input_ids"][0]
     codes = range(processor.image_token_offset, processor.image_token_offset + processor.codebook_size)
     pieces = [None if token in codes else processor.tokenizer.decode([token]) for token in ids.tolist()]
     routed = record_routing(model, ids)
-    return RoutedExample(picture, pieces, routed.groups, routed.experts)
+    return RoutedExample(image, pieces, routed.groups, routed.experts)
 
 
 def shown_layers(num_layers: int) -> list[int]:
@@ -66,7 +66,7 @@ def shown_layers(num_layers: int) -> list[int]:
 
 def draw_routing(examples: Sequence[RoutedExample], config) -> Image.Image:
     """
-    Draws each example as a row: the picture, then for the first, the middle and the last layer the picture with each
+    Draws each example as a row: the image, then for the first, the middle and the last layer the image with each
     patch in the colours of its experts, and the caption's tokens in theirs.
 
     Args:
@@ -74,7 +74,7 @@ def draw_routing(examples: Sequence[RoutedExample], config) -> Image.Image:
         config: gives groups and layers.
 
     Returns:
-        An RGB picture.
+        An RGB image.
 
     Raises:
         ValueError: there are no examples.
@@ -84,10 +84,10 @@ def draw_routing(examples: Sequence[RoutedExample], config) -> Image.Image:
     font = ImageFont.load_default(FONT_SIZE)
     colors = expert_colors(config)
     layers = shown_layers(config.num_hidden_layers)
-    width = 2 * MARGIN + (len(layers) + 1) * (PICTURE_SIDE + MARGIN) - MARGIN
-    chips = [_place_chips(example, font, PICTURE_SIDE) for example in examples]
+    width = 2 * MARGIN + (len(layers) + 1) * (IMAGE_SIDE + MARGIN) - MARGIN
+    chips = [_place_chips(example, font, IMAGE_SIDE) for example in examples]
     heights = [
-        LINE_HEIGHT + PICTURE_SIDE + GAP + max(y + CHIP_HEIGHT for _, _, y, _ in placed) + MARGIN for placed in chips
+        LINE_HEIGHT + IMAGE_SIDE + GAP + max(y + CHIP_HEIGHT for _, _, y, _ in placed) + MARGIN for placed in chips
     ]
     legend = _draw_legend(config, colors, width, font)
     sheet = Image.new("RGB", (width, legend.height + sum(heights)), BACKGROUND)
@@ -95,15 +95,15 @@ def draw_routing(examples: Sequence[RoutedExample], config) -> Image.Image:
     pen = ImageDraw.Draw(sheet)
     top = legend.height
     for example, placed, height in zip(examples, chips, heights, strict=True):
-        picture = example.picture.convert("RGB").resize((PICTURE_SIDE, PICTURE_SIDE), Image.Resampling.NEAREST)
-        pen.text((MARGIN, top), "picture", fill=FAINT_COLOR, font=font)
-        sheet.paste(picture, (MARGIN, top + LINE_HEIGHT))
+        image = example.image.convert("RGB").resize((IMAGE_SIDE, IMAGE_SIDE), Image.Resampling.NEAREST)
+        pen.text((MARGIN, top), "image", fill=FAINT_COLOR, font=font)
+        sheet.paste(image, (MARGIN, top + LINE_HEIGHT))
         for column, layer in enumerate(layers, start=1):
-            left = MARGIN + column * (PICTURE_SIDE + MARGIN)
+            left = MARGIN + column * (IMAGE_SIDE + MARGIN)
             pen.text((left, top), f"layer {layer + 1} of {config.num_hidden_layers}", fill=TEXT_COLOR, font=font)
-            sheet.paste(_draw_patches(example, layer, picture, colors), (left, top + LINE_HEIGHT))
+            sheet.paste(_draw_patches(example, layer, image, colors), (left, top + LINE_HEIGHT))
             for place, x, y, text in placed:
-                box = (left + x, top + LINE_HEIGHT + PICTURE_SIDE + GAP + y)
+                box = (left + x, top + LINE_HEIGHT + IMAGE_SIDE + GAP + y)
                 chosen = [colors[example.groups[place], expert] for expert in example.experts[layer][place]]
                 _draw_chip(sheet, box, text, chosen, font)
         top += height
@@ -125,22 +125,22 @@ def _place_chips(example, font, width):
     return placed
 
 
-def _draw_patches(example, layer, picture, colors):
-    """The picture with every patch in the colours of its experts: in halves or stripes where several took it."""
+def _draw_patches(example, layer, image, colors):
+    """The image with every patch in the colours of its experts: in halves or stripes where several took it."""
     places = [place for place, piece in enumerate(example.pieces) if piece is None]
     grid = math.isqrt(len(places))
-    overlay = Image.new("RGB", picture.size, UNCOVERED)
+    overlay = Image.new("RGB", image.size, UNCOVERED)
     pen = ImageDraw.Draw(overlay)
-    edges = [round(index * PICTURE_SIDE / grid) for index in range(grid + 1)]
+    edges = [round(index * IMAGE_SIDE / grid) for index in range(grid + 1)]
     for index, place in enumerate(places):
         row, column = divmod(index, grid)
         box = (edges[column], edges[row], edges[column + 1] - 1, edges[row + 1] - 1)
         fill_stripes(pen, box, [colors[example.groups[place], expert] for expert in example.experts[layer][place]])
-    blended = shaded(overlay, picture)
+    blended = shaded(overlay, image)
     pen = ImageDraw.Draw(blended)
     for edge in edges[1:-1]:
-        pen.line((edge, 0, edge, PICTURE_SIDE), fill=BACKGROUND)
-        pen.line((0, edge, PICTURE_SIDE, edge), fill=BACKGROUND)
+        pen.line((edge, 0, edge, IMAGE_SIDE), fill=BACKGROUND)
+        pen.line((0, edge, IMAGE_SIDE, edge), fill=BACKGROUND)
     return blended
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pictures in messages: vLLM's multimodal processor puts their token ids where the placeholder stood."""
+"""Images in messages: vLLM's multimodal processor puts their token ids where the placeholder stood."""
 
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
@@ -21,7 +21,7 @@ from vllm.multimodal.processing import (  # pyright: ignore[reportMissingImports
 
 PLACEHOLDER = "<image>"
 # the processor's output with the token ids of each image
-PICTURE_IDS = "image_ids"
+IMAGE_IDS = "image_ids"
 
 
 @lru_cache(maxsize=2)
@@ -29,7 +29,7 @@ def _processor(folder: str, revision: str | None) -> Any:
     return AutoProcessor.from_pretrained(folder, revision=revision)
 
 
-class MomaPictureInfo(BaseProcessingInfo):
+class MomaMultiModalInfo(BaseProcessingInfo):
     """What vLLM asks of the processor that lies beside the model."""
 
     def get_hf_processor(self, **kwargs: Any) -> Any:
@@ -38,7 +38,7 @@ class MomaPictureInfo(BaseProcessingInfo):
         return _processor(model_config.model, model_config.revision)
 
     def get_supported_mm_limits(self) -> Mapping[str, int | None]:
-        """Allow any number of pictures, or none where the folder has no processor or the model no frame for them."""
+        """Allow any number of images, or none where the folder has no processor or the model no frame for them."""
         model_config = self.ctx.model_config
         found = cached_file(
             model_config.model,
@@ -49,11 +49,11 @@ class MomaPictureInfo(BaseProcessingInfo):
         return {"image": None} if found and "image" in model_config.hf_config.frames else {}
 
     def get_supported_mm_processor_kwargs(self) -> dict[str, set[str]]:
-        """Return no arguments: a picture has one size."""
+        """Return no arguments: an image has one size."""
         return {}
 
     def get_mm_max_tokens_per_item(self, seq_len: int, mm_counts: Mapping[str, int]) -> Mapping[str, int]:
-        """Return the codes of a picture."""
+        """Return the codes of an image."""
         return {"image": self.ctx.model_config.hf_config.image_seq_length}
 
 
@@ -61,40 +61,40 @@ class MomaDummyInputs(BaseDummyInputsBuilder):
     """What vLLM measures its memory with."""
 
     def get_dummy_text(self, mm_counts: Mapping[str, int]) -> str:
-        """Return a placeholder for each picture."""
+        """Return a placeholder for each image."""
         return PLACEHOLDER * mm_counts.get("image", 0)
 
     def get_dummy_mm_data(self, seq_len: int, mm_counts: Mapping[str, int], mm_options: Any) -> dict[str, Any]:
-        """Return white pictures."""
+        """Return white images."""
         side = self.info.get_hf_processor().vq_model.config.resolution
         count = mm_counts.get("image", 0)
         return {"image": self._get_dummy_images(width=side, height=side, num_images=count)}
 
 
-class MomaPictureProcessor(BaseMultiModalProcessor):
-    """Codes of pictures by the model's own processor; they are computed where requests come in."""
+class MomaMultiModalProcessor(BaseMultiModalProcessor):
+    """Codes of images by the model's own processor; they are computed where requests come in."""
 
     def _call_hf_processor(self, hf_data: Mapping[str, Any], hf_kwargs: Mapping[str, Any]) -> BatchFeature:
         processor = self.info.get_hf_processor()
         codes = torch.tensor(processor.encode_images(list(hf_data["images"])))
-        return BatchFeature({PICTURE_IDS: codes + processor.image_token_offset})
+        return BatchFeature({IMAGE_IDS: codes + processor.image_token_offset})
 
     def _get_mm_fields_config(
         self, hf_inputs: BatchFeature, hf_processor_mm_kwargs: Mapping[str, Any]
     ) -> Mapping[str, Any]:
-        return {PICTURE_IDS: MultiModalFieldConfig.batched("image")}
+        return {IMAGE_IDS: MultiModalFieldConfig.batched("image")}
 
     def _get_prompt_updates(
         self, mm_items: Any, hf_processor_mm_kwargs: Mapping[str, Any], out_mm_kwargs: Any
     ) -> Sequence[Any]:
         processor = self.info.get_hf_processor()
 
-        def picture(index: int) -> Any:
-            ids = out_mm_kwargs["image"][index][PICTURE_IDS].data.flatten().tolist()
+        def image(index: int) -> Any:
+            ids = out_mm_kwargs["image"][index][IMAGE_IDS].data.flatten().tolist()
             frame = [processor.begin_image_token_id, *ids, processor.end_image_token_id]
             return PromptUpdateDetails.select_token_ids(frame, processor.image_token_ids)
 
-        return [PromptReplacement(modality="image", target=[processor.image_token_id], replacement=picture)]
+        return [PromptReplacement(modality="image", target=[processor.image_token_id], replacement=image)]
 
 
-__all__ = ["PICTURE_IDS", "PLACEHOLDER", "MomaDummyInputs", "MomaPictureInfo", "MomaPictureProcessor"]
+__all__ = ["IMAGE_IDS", "PLACEHOLDER", "MomaDummyInputs", "MomaMultiModalInfo", "MomaMultiModalProcessor"]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tests of the pictures that a picture tokenizer is trained on: which they are, and what becomes of bad ones."""
+"""Tests of the images that an image tokenizer is trained on: which they are, and what becomes of bad ones."""
 
 import csv
 import json
@@ -19,9 +19,9 @@ from PIL import Image
 from modeling_moma.cli.train_image_tokenizer import main
 from modeling_moma.data.kinds import ImageKind
 from modeling_moma.data.sources import Source
-from modeling_moma.training import picture_store
+from modeling_moma.training import image_store
 from modeling_moma.training.array_file import ArrayWriter, read_array
-from modeling_moma.training.picture_store import open_store, to_pixel_values
+from modeling_moma.training.image_store import open_store, to_pixel_values
 from tokenization import MomaImageProcessor
 
 
@@ -53,8 +53,8 @@ def write_camera_folder(folder: Path, num_good: int = 10) -> Path:
     rng = np.random.default_rng(0)
     names = []
 
-    def save(name, picture, **options):
-        picture.save(folder / name, **options)
+    def save(name, image, **options):
+        image.save(folder / name, **options)
         names.append(name)
 
     for index in range(num_good):
@@ -74,11 +74,11 @@ def write_camera_folder(folder: Path, num_good: int = 10) -> Path:
     names += [*contents, "gone.jpg"]
     with open(folder / "metadata.csv", "w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerows([("file_name", "caption"), *((name, f"a picture, {name}") for name in names)])
+        writer.writerows([("file_name", "caption"), *((name, f"an image, {name}") for name in names)])
     return folder
 
 
-LEFT_OUT = {"picture too small": 1, "picture damaged": 2, "picture too large": 1, "picture missing": 1}
+LEFT_OUT = {"image too small": 1, "image damaged": 2, "image too large": 1, "image missing": 1}
 CHANGED = {"CMYK": 1, "16 bit": 1, "animated": 1, "EXIF-rotated": 1}
 
 
@@ -104,13 +104,13 @@ def test_photos_with_bad_ones_among_them_train_and_are_counted(camera, tmp_path,
     assert counts["left_out"] == LEFT_OUT and counts["changed"] == CHANGED
     assert counts["train"] + counts["held_out"] == 14 and counts["held_out"] >= 1
     assert len(report["examples"]) == 5 and any("row 15" in example for example in report["examples"])
-    assert "picture damaged 2" in capsys.readouterr().out
+    assert "image damaged 2" in capsys.readouterr().out
     assert np.load(tmp_path / "out" / "pictures" / "train.npy").shape == (counts["train"], 3, SIDE, SIDE)
 
 
-def test_strict_stops_at_the_first_bad_picture(camera, tmp_path):
+def test_strict_stops_at_the_first_bad_image(camera, tmp_path):
     sources = {"photos": {"data": str(camera), "image": "image", "text": "caption"}}
-    with pytest.raises(ValueError, match="--strict: source 'photos', split 'train', row 14.*picture too small"):
+    with pytest.raises(ValueError, match="--strict: source 'photos', split 'train', row 14.*image too small"):
         main(command(tmp_path, sources, "--strict"))
     main(command(tmp_path, sources))
     # also where they were left out by an earlier start
@@ -118,16 +118,16 @@ def test_strict_stops_at_the_first_bad_picture(camera, tmp_path):
         main(command(tmp_path, sources, "--strict", "--resume"))
 
 
-def test_no_picture_left_says_why(tmp_path):
+def test_no_image_left_says_why(tmp_path):
     folder = write_camera_folder(tmp_path / "photos", num_good=0)
     for name in ("cmyk.jpg", "deep.png", "moving.gif", "turned.jpg"):
         (folder / name).unlink()
-    with pytest.raises(ValueError, match="0 to train on, 0 held out; left out: .*picture missing 5"):
+    with pytest.raises(ValueError, match="0 to train on, 0 held out; left out: .*image missing 5"):
         main(command(tmp_path, {"photos": {"data": str(folder), "image": "image", "text": "caption"}}))
     assert not (tmp_path / "out" / "pictures").exists()
 
 
-def test_documents_give_all_of_their_pictures(tmp_path):
+def test_documents_give_all_of_their_images(tmp_path):
     rng = np.random.default_rng(0)
     for index in range(7):
         noise(rng).save(tmp_path / f"{index}.png")
@@ -139,7 +139,7 @@ def test_documents_give_all_of_their_pictures(tmp_path):
     (tmp_path / "pages.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     chats = [{"messages": [{"role": "user", "content": "What?"}], "images": ["6.png"]}] * 2
     (tmp_path / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in chats))
-    (tmp_path / "a.txt").write_text("no picture\n")
+    (tmp_path / "a.txt").write_text("no image\n")
     sources = {
         "pages": {"data": str(tmp_path / "pages.jsonl"), "segments": "segments", "held_out": 0},
         "words": {"data": str(tmp_path / "a.txt"), "text": "text"},
@@ -149,7 +149,7 @@ def test_documents_give_all_of_their_pictures(tmp_path):
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["sources"]["pages"] == {
         **{"train": 6, "held_out": 0},
-        **{"left_out": {"picture missing": 1}, "changed": {}},
+        **{"left_out": {"image missing": 1}, "changed": {}},
     }
     # nothing else was held out, so the last one is
     assert report["sources"]["chats"] == {"train": 1, "held_out": 1, "left_out": {}, "changed": {}}
@@ -159,21 +159,21 @@ def test_documents_give_all_of_their_pictures(tmp_path):
     np.testing.assert_array_equal(seen, wanted)
 
 
-def picture_source(folder: Path, count: int, **fields) -> Source:
-    """A source of `count` pictures, each of one colour: its number."""
+def image_source(folder: Path, count: int, **fields) -> Source:
+    """A source of `count` images, each of one colour: its number."""
     folder.mkdir(exist_ok=True)
-    pictures = [Image.fromarray(np.full((16, 16, 3), index, dtype=np.uint8)) for index in range(count)]
-    Dataset.from_dict({"image": pictures}).cast_column("image", ImageFeature()).to_parquet(folder / "all.parquet")
+    images = [Image.fromarray(np.full((16, 16, 3), index, dtype=np.uint8)) for index in range(count)]
+    Dataset.from_dict({"image": images}).cast_column("image", ImageFeature()).to_parquet(folder / "all.parquet")
     return Source("numbers", str(folder), ImageKind("image"), **fields)
 
 
-def test_a_second_start_reads_no_picture_and_other_sources_are_read_anew(tmp_path, monkeypatch):
-    source = picture_source(tmp_path / "data", 12)
+def test_a_second_start_reads_no_image_and_other_sources_are_read_anew(tmp_path, monkeypatch):
+    source = image_source(tmp_path / "data", 12)
     first = open_store(tmp_path / "store", [source], 16, 100)
     assert sorted([*first.train[:, 0, 0, 0], *first.held_out[:, 0, 0, 0]]) == list(range(12))
     reads = []
-    read = picture_store.read_picture
-    monkeypatch.setattr(picture_store, "read_picture", lambda *args: reads.append(args) or read(*args))
+    read = image_store.read_image
+    monkeypatch.setattr(image_store, "read_image", lambda *args: reads.append(args) or read(*args))
     again = open_store(tmp_path / "store", [source], 16, 100)
     assert not reads and again.report == first.report
     np.testing.assert_array_equal(again.train, first.train)
@@ -182,8 +182,8 @@ def test_a_second_start_reads_no_picture_and_other_sources_are_read_anew(tmp_pat
     assert {path.name for path in tmp_path.iterdir()} == {"data", "store"}
 
 
-def test_held_out_pictures_are_a_part_of_bounded_size(tmp_path):
-    source = picture_source(tmp_path / "data", 60, held_out=0.5)
+def test_held_out_images_are_a_part_of_bounded_size(tmp_path):
+    source = image_source(tmp_path / "data", 60, held_out=0.5)
     everything = open_store(tmp_path / "all", [source], 16, 100)
     held_out = [row for row in range(60) if source.is_held_out(str(row))]
     assert everything.held_out[:, 0, 0, 0].tolist() == held_out
@@ -198,20 +198,20 @@ def test_the_emoji_are_all_there_in_their_order(tmp_path):
     data = Path(__file__).resolve().parents[2] / "data" / "emoji"
     if not (data / "data").exists():
         pytest.skip("the emoji set is not here: a checkout without large files")
-    # its training pictures are too many for a test
+    # its training images are too many for a test
     splits = {"train": "validation", "validation": "test"}
     store = open_store(tmp_path / "store", [Source("emoji", str(data), ImageKind("image"), splits=splits)], 64, 1024)
     processor = MomaImageProcessor.for_resolution(64, do_rescale=False, do_normalize=False)
-    for pictures, split in ((store.train, "validation"), (store.held_out, "test")):
+    for images, split in ((store.train, "validation"), (store.held_out, "test")):
         rows = load_dataset(str(data), split=split)
-        wanted = [processor(picture, return_tensors="np")["pixel_values"][0] for picture in rows["image"]]
-        np.testing.assert_array_equal(pictures, wanted)
+        wanted = [processor(image, return_tensors="np")["pixel_values"][0] for image in rows["image"]]
+        np.testing.assert_array_equal(images, wanted)
 
 
 def test_the_model_is_trained_on_the_pixels_that_the_processor_gives(tmp_path):
     rng = np.random.default_rng(0)
     values = rng.integers(0, 256, (64, 128, 4), dtype=np.uint8)
-    pictures = [
+    images = [
         # a clear ground, sixteen bits, and sides that differ
         Image.fromarray(values[:, :64] * np.array([1, 1, 1, 0], dtype=np.uint8)),
         Image.fromarray(rng.integers(0, 65536, (64, 64), dtype=np.uint16)),
@@ -219,9 +219,9 @@ def test_the_model_is_trained_on_the_pixels_that_the_processor_gives(tmp_path):
         Image.fromarray(values[:40, :40, :3]),
         Image.fromarray(values[..., 0]).convert("P"),
     ]
-    for index, picture in enumerate(pictures):
-        picture.save(tmp_path / f"{index}.png")
-    paths = [str(tmp_path / f"{index}.png") for index in range(len(pictures))]
+    for index, image in enumerate(images):
+        image.save(tmp_path / f"{index}.png")
+    paths = [str(tmp_path / f"{index}.png") for index in range(len(images))]
     dataset = Dataset.from_dict({"image": paths}).cast_column("image", ImageFeature())
     dataset.to_parquet(tmp_path / "data" / "train.parquet")
     dataset.select([0]).to_parquet(tmp_path / "data" / "validation.parquet")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pictures as data sets hold them, decoded one by one; those that cannot be used are left out with a reason."""
+"""Images as data sets hold them, decoded one by one; those that cannot be used are left out with a reason."""
 
 import os
 from io import BytesIO
@@ -11,11 +11,12 @@ import numpy as np
 from PIL import Image
 
 from tokenization.image_input_moma import clean_pil_image, open_image
+from tokenization.renamed_moma import renamed
 
 from ..errors_moma import InputError
 
 
-# the orientation in which a camera held a picture
+# the orientation in which a camera held an image
 _EXIF_ORIENTATION = 0x0112
 
 
@@ -33,47 +34,47 @@ class LeftOut(InputError):
         self.reason, self.detail = reason, detail
 
 
-def read_picture(value: Any, root: str | None = None, min_side: int = 1) -> tuple[Image.Image, list[str]]:
+def read_image(value: Any, root: str | None = None, min_side: int = 1) -> tuple[Image.Image, list[str]]:
     """
-    Decodes a picture.
+    Decodes an image.
 
     Args:
-        value: bytes, a path, an `http(s)` address, a PIL picture, or what `datasets` keeps of a picture that it has
+        value: bytes, a path, an `http(s)` address, a PIL image, or what `datasets` keeps of an image that it has
             not decoded (`{"bytes": ..., "path": ...}`).
         root: folder that relative paths start from.
         min_side: shortest side in pixels.
 
     Returns:
-        The picture in an 8-bit mode, upright, its first frame where it is animated; and what was changed for it:
+        The image in an 8-bit mode, upright, its first frame where it is animated; and what was changed for it:
         `"CMYK"`, `"16 bit"`, `"animated"`, `"EXIF-rotated"`.
 
     Raises:
         LeftOut: it is missing, cannot be decoded, or is too small or too large.
     """
     try:
-        picture = _open(value, root)
-        changes = _changes(picture)
-        picture = clean_pil_image(picture)
+        image = _open(value, root)
+        changes = _changes(image)
+        image = clean_pil_image(image)
     except LeftOut:
         raise
     except Image.DecompressionBombError as error:
-        raise LeftOut("picture too large", str(error)) from error
+        raise LeftOut("image too large", str(error)) from error
     except (URLError, TimeoutError, ConnectionError) as error:
         raise LeftOut("address not reached", str(error)) from error
     # a decoder may fail in any way
     except Exception as error:
-        reason = "picture too large" if _is_bomb(error) else "picture damaged"
+        reason = "image too large" if _is_bomb(error) else "image damaged"
         raise LeftOut(reason, str(error)) from error
-    if min(picture.size) < min_side:
-        raise LeftOut("picture too small", f"{picture.width} x {picture.height} pixels")
-    return picture, changes
+    if min(image.size) < min_side:
+        raise LeftOut("image too small", f"{image.width} x {image.height} pixels")
+    return image, changes
 
 
 def _open(value: Any, root: str | None) -> Image.Image:
     if isinstance(value, dict):
         value = value.get("bytes") or value.get("path")
     if value is None or (isinstance(value, (str, bytes)) and not value):
-        raise LeftOut("picture missing", "the column is empty")
+        raise LeftOut("image missing", "the column is empty")
     if isinstance(value, Image.Image):
         return value
     if isinstance(value, (bytes, bytearray)):
@@ -85,18 +86,18 @@ def _open(value: Any, root: str | None) -> Image.Image:
         return open_image(text)
     path = Path(root or "", text)
     if not path.is_file():
-        raise LeftOut("picture missing", f"there is no file {str(value)!r}")
+        raise LeftOut("image missing", f"there is no file {str(value)!r}")
     if path.stat().st_size == 0:
-        raise LeftOut("picture damaged", f"{str(value)!r} has no content")
+        raise LeftOut("image damaged", f"{str(value)!r} has no content")
     return open_image(str(path))
 
 
-def _changes(picture: Image.Image) -> list[str]:
-    orientation = picture.getexif().get(_EXIF_ORIENTATION, 1) if hasattr(picture, "getexif") else 1
+def _changes(image: Image.Image) -> list[str]:
+    orientation = image.getexif().get(_EXIF_ORIENTATION, 1) if hasattr(image, "getexif") else 1
     found = {
-        "CMYK": picture.mode == "CMYK",
-        "16 bit": picture.mode.startswith("I"),
-        "animated": getattr(picture, "n_frames", 1) > 1,
+        "CMYK": image.mode == "CMYK",
+        "16 bit": image.mode.startswith("I"),
+        "animated": getattr(image, "n_frames", 1) > 1,
         "EXIF-rotated": orientation not in (0, 1),
     }
     return [name for name, is_so in found.items() if is_so]
@@ -108,4 +109,6 @@ def _is_bomb(error: BaseException | None) -> bool:
     return error is not None
 
 
-__all__ = ["LeftOut", "read_picture"]
+read_picture = renamed("read_picture", read_image)
+
+__all__ = ["LeftOut", "read_image"]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The pictures of a recipe's sources, one by one and undecoded: those to train on and those held out."""
+"""The images of a recipe's sources, one by one and undecoded: those to train on and those held out."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,14 +15,14 @@ from .recipe import read_recipe
 
 RECIPES = (".yaml", ".yml")
 # the column of a data set that stands in for a recipe
-PICTURE_COLUMN = "image"
-# fields of a source that change no picture
+IMAGE_COLUMN = "image"
+# fields of a source that change no image
 OF_TEXTS = ("weight", "text", "alternatives", "picture_first", "without_caption", "codings")
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A picture before it is decoded.
+    """An image before it is decoded.
 
     Args:
         source (`Source`):
@@ -32,11 +32,11 @@ class Candidate:
         row (`int`):
             that it stands in, counted from 0.
         index (`int`):
-            its place among the row's pictures.
+            its place among the row's images.
         is_held_out (`bool`):
             whether it is not to be trained on.
         value (`Any`):
-            what `read_picture` takes.
+            what `read_image` takes.
     """
 
     source: Source
@@ -48,11 +48,11 @@ class Candidate:
 
     def place(self) -> str:
         """Return where it stands, for errors and reports."""
-        return f"source {self.source.name!r}, split {self.split!r}, row {self.row}, picture {self.index}"
+        return f"source {self.source.name!r}, split {self.split!r}, row {self.row}, image {self.index}"
 
 
-def read_picture_sources(place: str) -> tuple[list[Source], dict[str, Any]]:
-    """Return the sources with pictures that a recipe names.
+def read_image_sources(place: str) -> tuple[list[Source], dict[str, Any]]:
+    """Return the sources with images that a recipe names.
 
     Args:
         place (`str`):
@@ -62,35 +62,35 @@ def read_picture_sources(place: str) -> tuple[list[Source], dict[str, Any]]:
         `tuple[list[Source], dict[str, Any]]`: the sources, and the fields of the recipe's section `image_tokenizer`.
 
     Raises:
-        ValueError: none of the sources has pictures.
+        ValueError: none of the sources has images.
     """
     if Path(place).suffix not in RECIPES:
-        return [Source(name="pictures", data=place, kind=ImageKind(PICTURE_COLUMN))], {}
+        return [Source(name="pictures", data=place, kind=ImageKind(IMAGE_COLUMN))], {}
     recipe = read_recipe(place)
     sources = [source for source in recipe.sources if source.kind.has_images]
     if not sources:
         kinds = {source.name: source.kind.name for source in recipe.sources}
         raise InputError(
-            f"{place!r} has no source with pictures, but {kinds or 'no sources at all'}: a picture tokenizer is "
+            f"{place!r} has no source with images, but {kinds or 'no sources at all'}: an image tokenizer is "
             "trained on sources of captions (`image`) or of interleaved documents (`segments`, `images`)."
         )
     return sources, recipe.image_tokenizer
 
 
-def picture_fields(source: Source) -> dict[str, Any]:
-    """Return what decides on which pictures a source gives, for a comparison with those of an earlier start."""
+def image_fields(source: Source) -> dict[str, Any]:
+    """Return what decides on which images a source gives, for a comparison with those of an earlier start."""
     fields = {"name": source.name, "kind": source.kind.name, **source.fields()}
     return {name: value for name, value in fields.items() if name not in OF_TEXTS}
 
 
 def candidates(source: Source) -> Iterator[Candidate]:
-    """Yield a source's pictures in their order, first those of its split `train`.
+    """Yield a source's images in their order, first those of its split `train`.
 
     Held out are those of its split `validation` or, where it has none, of the rows that [`Source.is_held_out`] names.
 
     Args:
         source (`Source`):
-            one with pictures.
+            one with images.
 
     Raises:
         ValueError: the source cannot be opened.

@@ -4,16 +4,16 @@ import pytest
 import torch
 from PIL import Image, ImageColor
 
-from emoji_recipe.routing_picture import (
+from emoji_recipe.routing_image import (
+    IMAGE_SIDE,
     LINE_HEIGHT,
-    PICTURE_SIDE,
     RoutedExample,
     draw_routing,
     shown_layers,
 )
 from emoji_recipe.sheet import MARGIN
 from modeling_moma import MomaConfig, MomaForCausalLM
-from modeling_moma.evaluation.routing_images import DARKEST, PALETTE, PICTURE_SHARE, UNCOVERED, expert_colors
+from modeling_moma.evaluation.routing_images import DARKEST, IMAGE_SHARE, PALETTE, UNCOVERED, expert_colors
 
 
 def tiny_model(**kwargs):
@@ -44,9 +44,9 @@ def routed(experts_of_codes):
 
 
 def blended(color):
-    """A patch's colour with the black picture in it."""
+    """A patch's colour with the black image in it."""
     channels = ImageColor.getrgb(color)
-    return tuple(round((1 - PICTURE_SHARE) * channel + PICTURE_SHARE * DARKEST) for channel in channels)
+    return tuple(round((1 - IMAGE_SHARE) * channel + IMAGE_SHARE * DARKEST) for channel in channels)
 
 
 def close(found, expected):
@@ -57,10 +57,10 @@ def test_patches_have_their_experts_colours_in_raster_order_stripes_for_several_
     config = tiny_model(num_experts={"text": 2, "image": 3}).config
     colors = expert_colors(config)
     sheet = draw_routing([routed([[0], [], [2, 1], [1]])], config)
-    # the picture itself is black: its top left corner gives the place of the row
+    # the image itself is black: its top left corner gives the place of the row
     column = [sheet.getpixel((MARGIN + 1, y)) for y in range(sheet.height)]
     top = column.index((0, 0, 0), MARGIN + 4 * LINE_HEIGHT)
-    left, quarter = MARGIN + PICTURE_SIDE + MARGIN, PICTURE_SIDE // 4
+    left, quarter = MARGIN + IMAGE_SIDE + MARGIN, IMAGE_SIDE // 4
     expected = {
         (1, 1): colors["image", 0],
         (3, 1): UNCOVERED,
@@ -87,4 +87,4 @@ def test_no_example_is_refused_and_every_example_has_its_row():
     with pytest.raises(ValueError, match="examples"):
         draw_routing([], config)
     one, two = (draw_routing([routed([[0], [], [2, 1], [1]])] * count, config) for count in (1, 2))
-    assert two.height - one.height > PICTURE_SIDE
+    assert two.height - one.height > IMAGE_SIDE

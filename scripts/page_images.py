@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pictures of the page of `moma demo` for the documentation, from the page itself in Debian's Chromium.
+"""Images of the page of `moma demo` for the documentation, from the page itself in Debian's Chromium.
 
-python scripts/page_pictures.py --output docs/images
+python scripts/page_images.py --output docs/images
 
 It needs the extras `demo` and `dev`, and Chromium (`apt-get install chromium`).
 """
@@ -104,7 +104,7 @@ def browser() -> Iterator:
 
 
 def photograph(address: str, output: Path) -> list[Path]:
-    """Uses each tab as a visitor would, and writes a picture of it."""
+    """Uses each tab as a visitor would, and writes an image of it."""
     with browser() as chromium:
         page = chromium.new_page(viewport=VIEW)
         page.set_default_timeout(PATIENCE)
@@ -157,7 +157,7 @@ def shoot(page, path: Path) -> Path:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=ROOT / "docs" / "images", help="folder for the pictures")
+    parser.add_argument("--output", type=Path, default=ROOT / "docs" / "images", help="folder for the images")
     args = parser.parse_args(arguments)
     if find_browser() is None:
         print("error: no Chromium is installed: apt-get install chromium", file=sys.stderr)

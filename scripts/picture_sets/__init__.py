@@ -1,2 +1,0 @@
-# SPDX-License-Identifier: Apache-2.0
-"""What the builders of picture sets share: npm packages, Iconify's format, groups of rows, counts in a card."""
