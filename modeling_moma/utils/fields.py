@@ -37,13 +37,14 @@ OnOff = BeforeValidator(lambda value: {True: "on", False: "off"}[value] if isins
 
 @dataclass(frozen=True)
 class FormerName:
-    """
-    What a field was called in the release before, in `Annotated`. Recipes and command lines may say it for one
-    release more, and are warned. Files that record fields, such as `job.json`, keep it, so that a run may go on in a
-    folder of that release.
+    """What a field was called in the release before, in `Annotated`.
+
+    Recipes and command lines may say it for one release more, and are warned. Files that record fields, such as
+    `job.json`, keep it, so that a run may go on in a folder of that release.
 
     Args:
-        name: the old name.
+        name (`str`):
+            The old name.
     """
 
     name: str
@@ -133,7 +134,7 @@ def refuse_unknown(
 
 
 def former_names(kind: type) -> dict[str, str]:
-    """The old names of a dataclass's fields by their new ones, of those that have one; see [`FormerName`]."""
+    """Give the old names of a dataclass's fields by their new ones; see [`FormerName`]."""
     return {
         name: part.name
         for name, annotation in annotations(kind).items()
@@ -143,14 +144,17 @@ def former_names(kind: type) -> dict[str, str]:
 
 
 def with_new_names(kind: type, values: Mapping[str, Any], where: str, warns: bool = True) -> dict[str, Any]:
-    """
-    Values under the names that the fields of a dataclass have now.
+    """Values under the names that the fields of a dataclass have now.
 
     Args:
-        kind: the dataclass.
-        values: by name, new or old.
-        where: names the place of the values, for the warning and errors.
-        warns: whether old names are to be said anew, which only a person can do.
+        kind (`type`):
+            The dataclass.
+        values (`Mapping[str, Any]`):
+            By name, new or old.
+        where (`str`):
+            The place of the values, for the warning and errors.
+        warns (`bool`, *optional*, defaults to `True`):
+            Whether to warn of old names.
 
     Raises:
         ValueError: a field is given by both of its names.
