@@ -41,7 +41,7 @@ class DepthParallelTest(ParallelOverrides, MomaParallelTests, unittest.TestCase)
     fields = {"num_experts": {"text": 4, "image": 4}, "depth_layers": [0]}
     skipped = {
         **ParallelOverrides.skipped,
-        "test_tp_generation_quantized": "it wants the same greedy tokens of weights that were rounded to float8 whole and "
-        "in shards: scores of an untrained depth router lie nearer to their threshold than that rounding. The class above "
+        "test_tp_generation_quantized": "it wants the same greedy tokens of weights that were rounded to float8 whole "
+        "and in shards: scores of an untrained depth router lie nearer to their threshold than that. The class above "
         "runs it",
     }
