@@ -5,7 +5,7 @@ Layers are exchanged by [`use_cpu_layers`], which every model calls when it is b
 mathematics, whose forward falls back to that of the plain class wherever something is not as it wants it (another
 device, another type, gradients, a compiler), so that models may be moved, trained, wrapped and saved as before.
 [`run_sequentially`] is what the experts implementation `"moma"` does on a CPU, [`unobserved_inference_mode`] what
-`generate` runs in. What each gains stands in `docs/how-to/performance.md`.
+`generate` runs in. What each gains stands in `benchmarks/reports/2026-11-27-what-was-tried-cpu.md`.
 
 Shape suffixes:
     B rows, H heads, G key heads, S stored tokens or keys, T new tokens, d head size; N rows, I inputs, O outputs of a

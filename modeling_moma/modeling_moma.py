@@ -249,15 +249,6 @@ class MomaAttention(nn.Module):
         return states.contiguous().view(*states.shape[:-1], states.shape[-1] // self.head_dim, self.head_dim)
 
 
-if TYPE_CHECKING:
-    Class = TypeVar("Class")
-
-    # the library's own says that it gives some module
-    def use_experts_implementation(experts_class: Class) -> Class: ...  # pyright: ignore[reportRedeclaration]
-else:
-    from transformers.integrations import use_experts_implementation
-
-
 @takes_any_width
 @use_experts_implementation
 class MomaExperts(nn.Module):
