@@ -182,6 +182,8 @@ def _implementation(config: MomaConfig) -> Any:
 
 Class = TypeVar("Class", bound=type[nn.Module])
 
+# the implementation of the library that multiplies with weights as they are
+_GROUPED = "grouped_mm"
 # grouped matmuls on any device want rows that are multiples of this many bytes
 _WORD_BYTES = 16
 
@@ -204,10 +206,9 @@ def takes_any_width(experts_class: Class) -> Class:
     def padded_forward(self: Any, hidden_states: torch.Tensor, *args, **kwargs) -> torch.Tensor:
         size, width = self.down_proj.shape[1:]
         dtype = self.down_proj.dtype
-        # the implementation of the library that multiplies with weights as they are
         if (
             (is_whole(size, dtype) and is_whole(width, dtype))
-            or _implementation(self.config) is not grouped_mm_experts_forward
+            or self.config._experts_implementation != _GROUPED
             or not are_plain(self.gate_up_proj, self.down_proj)
         ):
             return forward(self, hidden_states, *args, **kwargs)

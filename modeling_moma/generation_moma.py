@@ -298,7 +298,7 @@ class MomaGenerationMixin(GenerationCompat):
                 One of `config.frames`.
 
         Returns:
-            `torch.LongTensor` or a list of them: codes from 0, row by row, in order, `(num_frames, length)`, or
+            `torch.LongTensor | list[torch.LongTensor]`: codes from 0, row by row, in order, `(num_frames, length)`, or
             where the length of a frame varies one tensor `(num_codes,)` for each.
 
         Raises:

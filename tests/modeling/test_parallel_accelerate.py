@@ -25,6 +25,7 @@ from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from helpers.parallel_reference import (
     MIXED,
     MODELS,
+    SEED,
     TWO_BATCHES,
     assert_steps_equal,
     buffers_of,
@@ -82,7 +83,7 @@ def test_several_machines_meet_by_c10d_at_the_first_one(name):
 
 @pytest.mark.parametrize("name", ["4t4i", "depth"])
 def test_named_classes_are_in_the_model(name):
-    model = tiny_model(**MODELS[name])
+    model = tiny_model(seed=SEED, **MODELS[name])
     names = []
     for path in CONFIGS:
         config = ClusterConfig.from_yaml_file(path)
@@ -127,7 +128,7 @@ def fsdp2_work(rank, folder, overrides):
 @pytest.mark.parametrize("checkpointing", ["false", "true"])
 def test_fsdp2_equals_a_single_process(checkpointing, tmp_path):
     for name, fields in MODELS.items():
-        tiny_model(**fields).save_pretrained(tmp_path / name)
+        tiny_model(seed=SEED, **fields).save_pretrained(tmp_path / name)
     run_group(fsdp2_work, tmp_path, {"FSDP_ACTIVATION_CHECKPOINTING": checkpointing})
     results = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     for name in MODELS:
