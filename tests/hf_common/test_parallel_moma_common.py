@@ -6,7 +6,7 @@ import unittest
 from transformers_common_tests import test_expert_parallel_mixin, test_fsdp_mixin, test_tensor_parallel_mixin
 
 from helpers.hf_model_tester import MomaModelTester
-from helpers.hf_overrides import DenseParallelOverrides, ParallelOverrides
+from helpers.hf_overrides import DenseParallelOverrides, DepthParallelOverrides, ParallelOverrides
 from modeling_moma import MomaForCausalLM, MomaModel
 
 
@@ -37,11 +37,5 @@ class ExpertGroupsParallelTest(ParallelOverrides, MomaParallelTests, unittest.Te
     fields = {"num_experts": {"text": 4, "image": 4}}
 
 
-class DepthParallelTest(ParallelOverrides, MomaParallelTests, unittest.TestCase):
+class DepthParallelTest(DepthParallelOverrides, MomaParallelTests, unittest.TestCase):
     fields = {"num_experts": {"text": 4, "image": 4}, "depth_layers": [0]}
-    skipped = {
-        **ParallelOverrides.skipped,
-        "test_tp_generation_quantized": "it wants the same greedy tokens of weights that were rounded to float8 whole "
-        "and in shards: scores of an untrained depth router lie nearer to their threshold than that. The class above "
-        "runs it",
-    }
