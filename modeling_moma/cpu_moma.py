@@ -613,7 +613,7 @@ def unobserved_inference_mode(
         is_shared
         or model.device.type not in _CPU
         or option("cache_implementation") not in _OWN_CACHES
-        or any(map(_is_foreign, _between(arguments)))
+        or any(map(_runs_foreign_code, _between(arguments)))
         # scaled rotary embeddings may keep what they compute in a forward
         or model.config.rope_parameters["rope_type"] != "default"
         or is_observed(model, arguments)
@@ -628,6 +628,12 @@ def _between(arguments: dict[str, Any]) -> list[Any]:
         value = arguments.get(name)
         found += value if isinstance(value, (list, tuple)) else [] if value is None else [value]
     return found
+
+
+def _runs_foreign_code(thing: Any) -> bool:
+    """Return whether a processor, criterion or streamer is the caller's, or keeps a function that is."""
+    kept = getattr(thing, "__dict__", {}).values()
+    return any(map(_is_foreign, (thing, *filter(callable, kept))))
 
 
 def is_hooked(module: nn.Module) -> bool:
@@ -703,9 +709,8 @@ __all__ = [
     "MomaCpuLinear",
     "MomaGrowingCacheLayer",
     "are_plain",
-    "cpu_form_of",
     "cpu_attention_forward",
-    "unobserved_inference_mode",
+    "cpu_form_of",
     "has_instructions",
     "is_observed",
     "is_on_cpu",
@@ -714,6 +719,7 @@ __all__ = [
     "run_from_left",
     "run_sequentially",
     "run_with_gradients",
+    "unobserved_inference_mode",
     "use_cpu_layers",
     "use_growing_layer",
     "wants_weights_left",

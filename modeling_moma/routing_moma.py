@@ -275,7 +275,7 @@ class MomaAuxiliaryRouter(Fp32Buffers):
     State dict:
         up_proj.weight    [D // 2, D]       fp32
         down_proj.weight  [scores, D // 2]  fp32
-        threshold         [scores]           fp32, least probability to be taken: 0.5 (the paper's) until calibrated
+        threshold         [C]              fp32, least probability to be taken: 0.5 (the paper's) until calibrated
     """
 
     def __init__(self, config: MomaConfig, num_scores: int, num_thresholds: int):

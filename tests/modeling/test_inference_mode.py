@@ -15,6 +15,7 @@ from transformers import (
     GenerationConfig,
     MaxTimeCriteria,
     MinNewTokensLengthLogitsProcessor,
+    PrefixConstrainedLogitsProcessor,
     TextIteratorStreamer,
 )
 from transformers.integrations.moe import ExpertsInterface
@@ -123,6 +124,11 @@ def test_steps_run_in_inference_mode_where_nothing_of_the_callers_comes_between(
     for kwargs in (
         {"logits_processor": [lambda ids, scores: (met.append(ids), scores)[1]]},
         {"stopping_criteria": [lambda ids, scores: (met.append(ids), torch.zeros(2, dtype=torch.bool))[1]]},
+        {
+            "logits_processor": [
+                PrefixConstrainedLogitsProcessor(lambda row, ids: (met.append(ids), list(range(5, 60)))[1], 1)
+            ]
+        },
         {"prefix_allowed_tokens_fn": lambda row, ids: (met.append(ids), list(range(5, 60)))[1]},
     ):
         assert torch.equal(draw(model, **kwargs)[:, :6], PROMPT)
