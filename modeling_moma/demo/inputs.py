@@ -160,7 +160,7 @@ def image_examples(examples: Examples, image: gr.Image) -> Dependency | None:
 
 
 def title(text: str):
-    """Return a heading of what comes below. Labels of Gradio's images would cover a part of them."""
+    """Show a heading of what comes below. Labels of Gradio's images would cover a part of them."""
     gr.Markdown(f"**{text}**")
 
 

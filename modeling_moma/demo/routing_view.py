@@ -134,7 +134,7 @@ class RoutingView:
         return [self.colors[group, expert] for expert in example.routed.experts[layer][place]]
 
     def _mark(self, pen: ImageDraw.ImageDraw, box: tuple, routed: RoutedTokens, layer: int, place: int):
-        """Return the numbers of a patch's experts; a stroke through one that the layer left out."""
+        """Draw the numbers of a patch's experts; a stroke through one that the layer left out."""
         left, top, right, bottom = box
         if routed.skipped[layer][place]:
             pen.line((left, bottom, right, top), fill="#8a8a8a", width=2)

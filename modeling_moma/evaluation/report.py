@@ -11,11 +11,10 @@ from .evaluate import CAPTIONS, DRAWINGS, LOSSES, RETRIEVAL
 from .losses import WORDS
 
 
-AT_PAPER_THRESHOLD = "auxiliary_0.5"
 # names are those of `auxiliary_report`
 CAUSAL_RULES = {
     "threshold": "`threshold`",
-    AT_PAPER_THRESHOLD: f"`auxiliary`, cut at {PAPER_THRESHOLD} (the paper)",
+    "auxiliary_0.5": f"`auxiliary`, cut at {PAPER_THRESHOLD} (the paper)",
     "auxiliary": "`auxiliary`, calibrated cuts",
 }
 # columns of the tables: figures of `auxiliary_report` and their headings
@@ -105,7 +104,7 @@ def drawing_table(drawings: dict[str, dict]) -> str:
 
 
 def router_table(routers: Sequence[dict]) -> str:
-    """Return markdown table of how well causal rules hit the oracle's choice, a row for each layer and group.
+    """Return a Markdown table of how well causal rules hit the oracle's choice, a row for each layer and group.
 
     Args:
         routers (`Sequence[dict]`):

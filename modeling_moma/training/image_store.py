@@ -105,7 +105,7 @@ def take(images: np.ndarray, indices: torch.Tensor) -> torch.Tensor:
 
 
 def to_pixel_values(images: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Return uint8 images `(batch, 3, side, side)` to values in [-1, 1], as the model takes them."""
+    """Turn uint8 images `(batch, 3, side, side)` into values in [-1, 1], as the model takes them."""
     pixel_values = images.to(device).float() / 127.5 - 1
     return pixel_values.to(memory_format=torch.channels_last)
 

@@ -169,7 +169,7 @@ def data_order(folder: str | Path) -> dict[str, int] | None:
 
     Args:
         folder (`str | Path`):
-            output of this script, a checkpoint in it, or what `moma upcycle` made of either.
+            output of `moma pretrain`, a checkpoint in it, or what `moma upcycle` made of either.
 
     Returns:
         `dict[str, int] | None`: `seed`, and `examples_a_step` over all devices; `None` where no file tells.

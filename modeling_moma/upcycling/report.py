@@ -124,7 +124,7 @@ def _difference(actual_NV: torch.Tensor, expected_NV: torch.Tensor) -> float:
 def _routed_groups(
     upcycled: MomaForCausalLM, seed: MomaForCausalLM
 ) -> Iterator[tuple[str, MomaExpertGroup, MomaFeedForward, MomaFeedForward]]:
-    """Return every group with a router: its name, itself, its layer and the source's layer."""
+    """Yield every group with a router: its name, itself, its layer and the source's layer."""
     for path, layer in upcycled.named_modules():
         if isinstance(layer, MomaFeedForward):
             seed_layer = seed.get_submodule(path)

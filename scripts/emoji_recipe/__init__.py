@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Builds the emoji data set: sources and rendering, split by drawing, card."""
+"""What is of the emoji alone: how their data set is built, and how a model of it is judged, shown and described."""

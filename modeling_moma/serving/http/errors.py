@@ -30,7 +30,7 @@ class RequestError(InputError):
         return {"error": error}
 
     def headers(self) -> dict[str, str]:
-        """Return the body that goes with the status."""
+        """Return the headers that go with the status."""
         extra = {401: {"WWW-Authenticate": "Bearer"}, 429: {"Retry-After": str(RETRY_SECONDS)}}
         return extra.get(self.status, {})
 

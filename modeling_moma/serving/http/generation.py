@@ -85,7 +85,7 @@ class ActiveRequest:
         self._has_turn = self._is_inside = False
 
     def close(self):
-        """Return the request is over, whatever came of it."""
+        """End the request, whatever came of it."""
         self.disconnected.set()
         self.finish()
 

@@ -66,7 +66,7 @@ class Guard:
         self.has_cors, self.is_local = has_cors, is_local
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send):
-        """Answer a request, or raise what is wrong with it as an answer of its own."""
+        """Have a request answered by the server, or say what is wrong with it."""
         if scope["type"] == "lifespan":
             await self.app(scope, receive, send)
             return
@@ -109,7 +109,7 @@ class Guard:
             raise RequestError("Origin", f"pages of {short(origin)} may not ask (`--enable-cors`).", 403)
 
     def _is_preflight(self, scope: MutableMapping[str, Any], headers: Headers) -> bool:
-        """Return a browser's question before it asks, which brings no key and is answered before any route."""
+        """Return whether a browser asks if it may ask, which brings no key and is answered before any route."""
         asks = "origin" in headers and "access-control-request-method" in headers
         return self.has_cors and scope["method"] == "OPTIONS" and asks
 
@@ -209,7 +209,7 @@ async def _read(receive: Receive) -> bytes:
 
 
 async def _drain(receive: Receive, length: int):
-    """Return a client that is still sending would find its connection reset, and not the answer."""
+    """Read on, since a client that is still sending would find its connection reset, and not the answer."""
     read, more = 0, 0 < length <= 4 * MAX_BODY_BYTES
     try:
         async with asyncio.timeout(BODY_SECONDS):
