@@ -109,15 +109,14 @@ def photograph(address: str, output: Path) -> list[Path]:
         page = chromium.new_page(viewport=VIEW)
         page.set_default_timeout(PATIENCE)
         page.goto(address)
-        written = [
-            shoot(page, output / f"page-{name}.png")
-            for name in ("caption", "draw", "interleaved", "routing")
-            if use(page, name)
-        ]
+        written = []
+        for name in ("caption", "draw", "interleaved", "routing"):
+            use(page, name)
+            written.append(shoot(page, output / f"page-{name}.png"))
     return written
 
 
-def use(page, name: str) -> bool:
+def use(page, name: str) -> None:
     """Opens a tab and lets the model answer in it."""
     page.get_by_role("tab", name=name.capitalize()).click()
     if name == "caption":
@@ -141,7 +140,6 @@ def use(page, name: str) -> bool:
         page.locator("#routing-layer input[type=number]").fill("3")
         page.keyboard.press("Enter")
         page.wait_for_timeout(2000)
-    return True
 
 
 def shoot(page, path: Path) -> Path:

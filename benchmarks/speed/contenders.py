@@ -15,16 +15,14 @@ from modeling_moma.planning.costs import training_flops
 from modeling_moma.routing_moma import MomaRouterBase
 
 
-# batches that thresholds are computed from, and how often: each time changes what later layers read
+# batches that thresholds are computed from
 SETTLING_BATCHES = 4
-SETTLING_ROUNDS = 1
 # other tokens than those that are timed
 _SETTLING_SEED = 1000
 _ATTENTION_SCALE = 0.02
 EXPERTS = {
     "dense": 1,
     "1t1i": {"text": 1, "image": 1},
-    "8x": 8,
     "4t4i": {"text": 4, "image": 4},
     "16t16i": {"text": 16, "image": 16},
 }
@@ -88,8 +86,7 @@ def settled(model: MomaForCausalLM, shape: Shape, length: int) -> MomaForCausalL
     seeds = range(_SETTLING_SEED, _SETTLING_SEED + SETTLING_BATCHES)
     batches = [{"input_ids": mixed_tokens(shape, 4, min(length, 512), seed=seed)} for seed in seeds]
     if any(isinstance(module, MomaRouterBase) for module in model.modules()):
-        for _ in range(SETTLING_ROUNDS):
-            calibrate_thresholds(model, batches, routing="threshold")
+        calibrate_thresholds(model, batches, routing="threshold")
     return model
 
 

@@ -43,7 +43,6 @@ SHAPES = {
     # the width of `90m`, rounded up to what grouped products take, under a vocabulary that leaves the layers visible
     "medium": Shape(hidden_size=512, intermediate_size=1368, num_layers=8, num_heads=8, vocab_size=8192),
     "90m": Shape(hidden_size=512, intermediate_size=1368, num_layers=8, num_heads=8, vocab_size=65536),
-    "435m": Shape(hidden_size=1024, intermediate_size=2736, num_layers=24, num_heads=16, vocab_size=65536),
 }
 
 

@@ -107,7 +107,7 @@ def check_drawings(processor, num_images: int):
 
 
 def compare_features(real: torch.Tensor, others: torch.Tensor) -> dict[str, float]:
-    """Compare features `[N, D]` with real ones: `images` on either side, Frechet distance, precision, recall."""
+    """Compare features `[N, D]` with real ones: `pictures` on either side, Frechet distance, precision, recall."""
     return {
         "pictures": len(others),
         "frechet_distance": frechet_distance(real, others),

@@ -23,6 +23,14 @@ from ..modeling_moma import MomaForCausalLM
 EXPERT_CHOICE = "expert_choice (sees the future, not a measure of quality)"
 # nothing that a saved generation config holds may change a greedy caption
 GREEDY = {"do_sample": False, "num_beams": 1, "guidance_scale": 1.0}
+# pixel values lie in [-1, 1]
+VALUE_RANGE = 2.0
+
+
+def psnr(images: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Return the PSNR in dB, `(batch,)`, of images `(batch, channels, height, width)` in [-1, 1]."""
+    errors = (images - targets).pow(2).mean(dim=(1, 2, 3)).clamp(min=1e-10)
+    return 10 * torch.log10(VALUE_RANGE**2 / errors)
 
 
 def image_batches(split: Dataset, processor, batch_size: int, description: str) -> Iterator[torch.Tensor]:
@@ -100,14 +108,13 @@ def loss_outputs(
     batch_size: int,
     routing: str | None = None,
     description: str = "loss",
-    depth_routing: str | None = None,
 ) -> Iterator[tuple[dict[str, torch.Tensor], Any]]:
     """Yield each batch of the examples and the model's output for it; see [`held_out_loss`]."""
     collate = MomaDataCollator(processor.tokenizer)
     for start in tqdm(range(0, len(examples), batch_size), desc=description):
         batch = collate(examples[start : start + batch_size])
         inputs = {name: values.to(model.device) for name, values in batch.items()}
-        yield inputs, model(**inputs, routing=routing, depth_routing=depth_routing)
+        yield inputs, model(**inputs, routing=routing)
 
 
 def held_out_loss(
@@ -117,7 +124,6 @@ def held_out_loss(
     batch_size: int,
     routing: str | None = None,
     description: str = "loss",
-    depth_routing: str | None = None,
 ) -> dict[str, float]:
     """Return the mean cross-entropy in nats per target token.
 
@@ -134,14 +140,12 @@ def held_out_loss(
             the model's inference routing by default.
         description (`str`, *optional*, defaults to `"loss"`):
             of the progress bar.
-        depth_routing (`str`, *optional*):
-            of depth layers, where it is to differ from `routing`.
 
     Returns:
         `dict[str, float]`: `overall`, one entry for each modality, and `tokens`, the number of targets.
     """
     losses = ModalityLosses()
-    for _, output in loss_outputs(model, processor, examples, batch_size, routing, description, depth_routing):
+    for _, output in loss_outputs(model, processor, examples, batch_size, routing, description):
         losses.add(output)
     return losses.means()
 
@@ -246,15 +250,12 @@ def tokenizer_quality(processor, images: list[torch.Tensor], codes: torch.Tensor
     Returns:
         `dict[str, float]`: `psnr` (mean over images, dB), `codes_used`, `codebook_size`, `perplexity`.
     """
-    psnr = []
-    for batch, decoded in zip(images, decode_images(processor, codes, len(images[0])), strict=True):
-        errors = (decoded - batch).pow(2).mean(dim=(1, 2, 3)).clamp(min=1e-10)
-        # the range of [-1, 1] is 2 wide
-        psnr.append(10 * torch.log10(4 / errors))
+    decoded = decode_images(processor, codes, len(images[0]))
+    ratios = [psnr(found, batch) for found, batch in zip(decoded, images, strict=True)]
     shares = torch.bincount(codes.flatten(), minlength=processor.codebook_size).double() / codes.numel()
     used = shares[shares > 0]
     return {
-        "psnr": torch.cat(psnr).mean().item(),
+        "psnr": torch.cat(ratios).mean().item(),
         "codes_used": used.numel(),
         "codebook_size": processor.codebook_size,
         "perplexity": (-(used * used.log()).sum()).exp().item(),

@@ -3,10 +3,8 @@
 
 import copy
 import json
-from collections.abc import Callable
 from pathlib import Path
 from statistics import fmean
-from typing import Any
 
 from ..configuration_moma import MomaConfig
 from ..data.documents import Documents
@@ -53,9 +51,8 @@ def read_run(folder: str | Path, tokens: dict[str, float]) -> dict:
         `dict`: `steps`, `first_step` (those that the seed of an upcycled run took), `batch_size`, `examples`,
         `seconds` (wall clock of the last start; `None` for unfinished runs), `timed_steps` (those of the last start;
         `None` where the trainer did not say), `flops` (the seed's included; of depth layers at the mean load that was
-        logged, not at their capacity), `depth_load` (that load by modality, or `None`) and two lists of `step`,
-        `flops`, `overall`, `text` and `image` (losses in nats): `curve` of the evaluations and `training_curve` of
-        what was logged in training, under the training routing.
+        logged, not at their capacity) and `curve`, of each evaluation `step`, `flops`, `overall`, `text` and `image`
+        (losses in nats).
 
     Raises:
         ValueError: no run lies in the folder, or it holds no evaluation by modality.
@@ -105,9 +102,7 @@ def read_run(folder: str | Path, tokens: dict[str, float]) -> dict:
         "seconds": summary.get("train_runtime"),
         "timed_steps": _timed_steps(summary, batch_size),
         "flops": flops_at(steps),
-        "depth_load": trained.depth_capacity if trained is not config else None,
         "curve": curve,
-        "training_curve": _training_curve(history, tokens, flops_at),
     }
 
 
@@ -122,21 +117,6 @@ def _seed_config(config: MomaConfig) -> MomaConfig:
     seed = copy.deepcopy(config)
     seed.num_experts = dict.fromkeys(config.num_experts, 1) if isinstance(config.num_experts, dict) else 1
     return seed
-
-
-def _training_curve(
-    history: list[dict], tokens: dict[str, float], flops_at: Callable[[int], float]
-) -> list[dict[str, float]]:
-    # `<bos>` is no target
-    targets = {**tokens, "text": tokens["text"] - 1}
-    curve = {}
-    for entry in history:
-        losses: dict[str, Any] = {name: entry.get(f"{name}_loss") for name in targets}
-        if None in losses.values():
-            continue
-        overall = sum(losses[name] * targets[name] for name in targets) / sum(targets.values())
-        curve[entry["step"]] = {"step": entry["step"], "flops": flops_at(entry["step"]), "overall": overall, **losses}
-    return list(curve.values())
 
 
 def _with_logged_load(config: MomaConfig, history: list[dict]) -> MomaConfig:

@@ -11,6 +11,7 @@ from PIL import Image
 from tokenization.modeling_moma_vq import MomaVQModel
 from tokenization.perceptual_moma_vq import MomaVQPerceptualNetwork
 
+from ..evaluation.measures import VALUE_RANGE, psnr
 from ..utils.atomic_files import write_aside
 from .image_store import to_pixel_values
 
@@ -20,18 +21,10 @@ PERCEPTUAL_DISTANCE = "perceptual distance (EfficientNet-lite0 features, not LPI
 SAMPLES_FILE = "samples.png"
 # images of the sheet, and pixels between them
 NUM_SAMPLES, GAP = 8, 2
-# pixel values lie in [-1, 1]
-VALUE_RANGE = 2.0
 # constants of Wang et al. 2004: side and deviation of the window in pixels, and two stabilisers
 SSIM_SIDE, SSIM_SIGMA, SSIM_K1, SSIM_K2 = 11, 1.5, 0.01, 0.03
 # images at once: so many, and so many pixels
 EVALUATION_BATCH, EVALUATION_PIXELS = 128, 128 * 64 * 64
-
-
-def psnr(images: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Return the PSNR in dB, `(batch,)`, of images `(batch, channels, height, width)` in [-1, 1]."""
-    errors = (images - targets).pow(2).mean(dim=(1, 2, 3)).clamp(min=1e-10)
-    return 10 * torch.log10(VALUE_RANGE**2 / errors)
 
 
 def ssim(images: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

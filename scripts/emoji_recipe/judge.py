@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from emoji_recipe.cells import drawing_family
+from modeling_moma.evaluation.drawings import all_features
 
 
 LEVELS = ("label", "subgroup", "group")
@@ -45,7 +46,7 @@ class ImageJudge:
         cls, extract: Callable[[torch.Tensor], torch.Tensor], batches: Iterable[torch.Tensor], rows: Sequence[dict]
     ) -> "ImageJudge":
         """Builds the judge from batches of the reference images' pixel values."""
-        return cls(extract, torch.cat([extract(batch).cpu() for batch in batches]), rows)
+        return cls(extract, all_features(extract, batches), rows)
 
     def nearest(self, batches: Iterable[torch.Tensor], styles: Sequence[str]) -> list[dict]:
         """
@@ -61,7 +62,7 @@ class ImageJudge:
         Raises:
             ValueError: the number of images is not that of styles, or all references are of one family.
         """
-        features = F.normalize(torch.cat([self.extract(batch).cpu() for batch in batches]).float(), dim=1)
+        features = F.normalize(all_features(self.extract, batches).float(), dim=1)
         if len(features) != len(styles):
             raise ValueError(f"`batches` hold {len(features)} images, but `styles` has {len(styles)}.")
         families = np.array([drawing_family(style) for style in styles])

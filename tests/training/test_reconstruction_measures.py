@@ -8,11 +8,11 @@ import pytest
 import torch
 from PIL import Image
 
+from modeling_moma.evaluation.measures import psnr
 from modeling_moma.training.reconstruction_measures import (
     PERCEPTUAL_DISTANCE,
     evaluate,
     evaluation_batch,
-    psnr,
     ssim,
 )
 from tokenization.configuration_moma_vq import MomaVQConfig
