@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoProcessor, StoppingCriteria, 
 from transformers.generation.streamers import BaseStreamer
 
 from ..errors_moma import InputError
-from ..evaluation.routing_images import record_routing
+from ..evaluation.routing_images import record_routing, token_pieces
 from ..generation_moma import INTERLEAVED
 from ..hub.loading import MODEL, PROCESSOR, open_saved, refuse_non_finite
 from .routing_view import RoutedExample
@@ -168,12 +168,8 @@ class Studio:
             raise InputError(f"These are {len(ids)} tokens, but the model reads {most} at most: shorten the words.")
         with self._lock:
             routed = record_routing(self.model, ids)
-        codes = range(
-            self.processor.image_token_offset, self.processor.image_token_offset + self.processor.codebook_size
-        )
-        pieces = [None if token in codes else self.processor.tokenizer.decode([token]) for token in ids.tolist()]
         shown = None if image is None else self._as_cropped(image)
-        return RoutedExample(shown, pieces, routed)
+        return RoutedExample(shown, token_pieces(self.processor, ids), routed)
 
     def _as_cropped(self, image: Image.Image) -> Image.Image:
         pixel_values = self.processor.image_processor([image], return_tensors="pt")["pixel_values"]

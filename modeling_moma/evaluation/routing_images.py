@@ -92,6 +92,12 @@ def record_routing(model: MomaForCausalLM, input_ids: torch.Tensor) -> RoutedTok
     return RoutedTokens(groups, experts, skipped)
 
 
+def token_pieces(processor, input_ids: torch.Tensor) -> list[str | None]:
+    """Return the text of each token of `[T]`, `None` where it is an image code."""
+    codes = range(processor.image_token_offset, processor.image_token_offset + processor.codebook_size)
+    return [None if token in codes else processor.tokenizer.decode([token]) for token in input_ids.tolist()]
+
+
 def _has_routers(config: MomaConfig) -> bool:
     return bool(config.depth_layers) or any(config.group_num_experts(group) > 1 for group in config.expert_groups)
 
@@ -136,4 +142,5 @@ __all__ = [
     "fill_stripes",
     "record_routing",
     "shaded",
+    "token_pieces",
 ]

@@ -54,7 +54,7 @@ def flops_per_token(
     if routing is None:
         routing = config.training_routing if training else config.inference_routing
     rule = rule_of(routing)
-    group = next(name for name, members in config.expert_groups.items() if modality in members)
+    group = group_of(config, modality)
     feed_forward = _feed_forward_flops(config, group, rule)
     num_depth_layers = len(config.depth_layers or ())
     layers = (config.num_hidden_layers - num_depth_layers) * (_attention_flops(config, sequence_length) + feed_forward)
@@ -102,6 +102,10 @@ def training_flops(
 def check_config(config):
     if not isinstance(config, MomaConfig):
         raise TypeError(f"`config` must be a MomaConfig, got {type(config).__name__}.")
+
+
+def group_of(config: MomaConfig, modality: str) -> str:
+    return next(name for name, members in config.expert_groups.items() if modality in members)
 
 
 def _attention_flops(config: MomaConfig, sequence_length: float) -> float:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from ..configuration_moma import MomaConfig, attention_parameters, router_parameters
-from .costs import check_config
+from .costs import check_config, group_of
 from .layouts import Layout
 
 
@@ -164,16 +164,12 @@ def mean_over_modalities(config: MomaConfig, of_modality: Callable[[str], float]
     return sum(of_modality(modality) for modality in config.modalities) / len(config.modalities)
 
 
-def _group_of(config: MomaConfig, modality: str) -> str:
-    return next(name for name, members in config.expert_groups.items() if modality in members)
-
-
 def experts_per_token(config: MomaConfig) -> float:
     """Return packed experts that a token meets on average, modalities equally frequent; 0 without packed experts."""
     check_config(config)
 
     def used(modality: str) -> float:
-        group = _group_of(config, modality)
+        group = group_of(config, modality)
         return config.group_capacity_factor(group) if config.group_num_experts(group) > 1 else 0
 
     return mean_over_modalities(config, used)
@@ -191,7 +187,7 @@ def _layer_bytes(config: MomaConfig, tensor: int) -> float:
     attention = heads * per_head[config.qk_norm]
 
     def feed_forward(modality: str) -> tuple[float, float]:
-        group = _group_of(config, modality)
+        group = group_of(config, modality)
         routed = config.group_num_experts(group) > 1
         used = config.group_capacity_factor(group) if routed else 1
         shared = config.group_shared_intermediate_size(group) + config.common_shared_intermediate_size

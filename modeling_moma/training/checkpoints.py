@@ -31,7 +31,7 @@ def last_checkpoint(folder: str | Path) -> str | None:
     Returns:
         `str | None`: the checkpoint's folder, or `None` where none is complete.
     """
-    for path in _checkpoints(folder):
+    for path in numbered_checkpoints(folder):
         if read_state(path) is not None:
             return str(path)
         logger.warning(f"{path} is not whole: its run was killed while it wrote it. It is passed over.")
@@ -40,12 +40,12 @@ def last_checkpoint(folder: str | Path) -> str | None:
 
 def whole_checkpoints(folder: str | Path) -> list[Path]:
     """Return the checkpoints of a folder whose state can be read, the newest first."""
-    return [path for path in _checkpoints(folder) if read_state(path) is not None]
+    return [path for path in numbered_checkpoints(folder) if read_state(path) is not None]
 
 
 def torn_checkpoints(folder: str | Path) -> list[Path]:
     """Return the checkpoints of a folder that were never written to their end."""
-    return [path for path in _checkpoints(folder) if read_state(path) is None]
+    return [path for path in numbered_checkpoints(folder) if read_state(path) is None]
 
 
 @contextmanager
@@ -73,7 +73,8 @@ def read_state(folder: Path) -> dict[str, Any] | None:
         return None
 
 
-def _checkpoints(folder: str | Path) -> list[Path]:
+def numbered_checkpoints(folder: str | Path) -> list[Path]:
+    """Return the folders of a run that are named as checkpoints with a step, the newest first."""
     steps = {}
     for path in Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
         step = path.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-")

@@ -22,7 +22,7 @@ from tokenization.perceptual_moma_vq import MomaVQPerceptualNetwork
 from ..errors_moma import InputError
 from ..utils.atomic_files import is_of_model, refuse_files, replace_folder, write_folder_aside
 from ..utils.hardware import supports_bf16
-from .checkpoints import checkpoint_step
+from .checkpoints import checkpoint_step, numbered_checkpoints
 from .discriminator import AdversarialTraining
 from .image_sources import image_fields
 from .image_store import ImageStore, open_store, take, to_pixel_values
@@ -61,8 +61,7 @@ def codebook_images(config: Any) -> int:
 
 def checkpoints(output: Path) -> list[Path]:
     """Return the complete checkpoints of a folder, oldest first."""
-    # suffix by which earlier versions marked unfinished checkpoints
-    return sorted(path for path in output.glob("checkpoint-*") if path.suffix != ".aside")
+    return numbered_checkpoints(output)[::-1]
 
 
 def save_checkpoint(output: Path, step: int, model: MomaVQModel, state: dict, metrics: list[dict]) -> None:
@@ -104,7 +103,7 @@ def check_folder(output: Path, resume: bool) -> None:
 
 
 def save_model(output: Path, model: MomaVQModel, metrics: list[dict], report: dict[str, Any]) -> None:
-    """Return the finished model, its metrics, and what became of the images."""
+    """Write the finished model, its metrics, and what became of the images."""
 
     def save(folder: Path):
         model.save_pretrained(folder)

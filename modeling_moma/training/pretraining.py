@@ -33,7 +33,7 @@ from .code_embeddings import initialize_code_embeddings
 from .fingerprints import Facts, RunFingerprint, check_output, finished_at, run_facts
 from .freezing import freeze_groups
 from .metrics_callback import MomaMetricsCallback
-from .recipe import Recipe
+from .recipe import DataFields, Recipe, SampleFields
 from .samples import SampleCallback
 from .stages import RUN_FILE, FollowArguments, StageTrainer, StopAt, copy_checkpoint, examples_a_step, first_step
 from .throughput_callback import FeedingCallback
@@ -82,15 +82,13 @@ def read_parts(args: argparse.Namespace) -> RunParts:
     training_arguments = make_training_arguments(args)
     earlier_steps = first_step(args, training_arguments)
     others = {name: getattr(args, name) for name in ("lora_rank", "freeze_groups", "train_groups")}
-    facts = run_facts(
-        config, args.model, tokens, sources, packing(args, tokens), training_arguments, earlier_steps, **others
-    )
+    packed = packing(args.recipe.data, tokens)
+    facts = run_facts(config, args.model, tokens, sources, packed, training_arguments, earlier_steps, **others)
     return RunParts(processor, tokens, sources, config, training_arguments, earlier_steps, facts)
 
 
-def packing(args: argparse.Namespace, tokens: TokenFolder) -> tuple[bool, int]:
+def packing(data: DataFields | None, tokens: TokenFolder) -> tuple[bool, int]:
     """Return whether sequences are packed and how long they are, as the recipe has it, or else the tokens."""
-    data = args.recipe.data
     if data is None:
         return tokens.manifest["packed"], tokens.manifest["sequence_length"]
     return data.packed, data.sequence_length
@@ -180,7 +178,7 @@ def training_stream(
     args: argparse.Namespace, tokens: TokenFolder, sources: list[Source], num_examples: int
 ) -> PackedExamples | DocumentExamples:
     """Return packed sequences or documents of their own, as the recipe has it, or else the tokens."""
-    processor, (packed, length) = tokens.encoder.processor, packing(args, tokens)
+    processor, (packed, length) = tokens.encoder.processor, packing(args.recipe.data, tokens)
     documents = [tokens.documents(source) for source in sources]
     weights = [source.weight for source in sources]
     if not packed:
@@ -196,10 +194,9 @@ def training_stream(
 
 
 def sample_callback(
-    args: argparse.Namespace, tokens: TokenFolder, sources: list[Source], metrics: MomaMetricsCallback
+    fields: SampleFields, tokens: TokenFolder, sources: list[Source], metrics: MomaMetricsCallback
 ) -> list[SampleCallback]:
     """Return the callback that draws and captions every so often, where the recipe asks for it."""
-    fields = args.recipe.samples
     if not fields.every:
         return []
     held_out = [
@@ -237,7 +234,8 @@ def build_trainer(args: argparse.Namespace, parts: RunParts | None = None) -> St
     weights = {source.name: source.weight for source in sources}
     feeding = FeedingCallback(weights, stream.epochs, examples_a_step(training_arguments))
     metrics, fingerprint = MomaMetricsCallback(), RunFingerprint(parts.facts)
-    callbacks = [metrics, feeding, fingerprint, FollowArguments(), *sample_callback(args, tokens, sources, metrics)]
+    samples = sample_callback(args.recipe.samples, tokens, sources, metrics)
+    callbacks = [metrics, feeding, fingerprint, FollowArguments(), *samples]
     if args.stop_at:
         callbacks.append(StopAt(args.stop_at))
     trainer = StageTrainer(

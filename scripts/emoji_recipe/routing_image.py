@@ -16,6 +16,7 @@ from modeling_moma.evaluation.routing_images import (
     fill_stripes,
     record_routing,
     shaded,
+    token_pieces,
 )
 
 
@@ -53,10 +54,8 @@ def route_example(model: torch.nn.Module, processor, image: Image.Image, caption
         caption: its caption.
     """
     ids = processor(images=[image], text=[f"{processor.image_token}{caption}"], return_tensors="pt")["input_ids"][0]
-    codes = range(processor.image_token_offset, processor.image_token_offset + processor.codebook_size)
-    pieces = [None if token in codes else processor.tokenizer.decode([token]) for token in ids.tolist()]
     routed = record_routing(model, ids)
-    return RoutedExample(image, pieces, routed.groups, routed.experts)
+    return RoutedExample(image, token_pieces(processor, ids), routed.groups, routed.experts)
 
 
 def shown_layers(num_layers: int) -> list[int]:
