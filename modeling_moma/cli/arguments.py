@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar, get_args, get_origin
 
+from ..errors_moma import InputError
 from ..utils.fields import annotations, choices, descriptions, former_names, read_field, warn_of_former_name
 
 
@@ -53,7 +54,7 @@ class FlagParser(argparse.ArgumentParser):
         for entry in dataclasses.fields(kind):
             flag, holder = flag_of(kind, entry.name), self
             if flag.section is not None:
-                holder = holders.setdefault(flag.section, None) or self.add_argument_group(flag.section)
+                holder = holders.get(flag.section) or self.add_argument_group(flag.section)
                 holders[flag.section] = holder
             if flag.one_of is not None:
                 holder = holders.get(flag.one_of) or self.add_mutually_exclusive_group(
@@ -82,7 +83,7 @@ class FlagParser(argparse.ArgumentParser):
             return {
                 name: read_field(self.kind, name, value, title_of(self.kind, name)) for name, value in given.items()
             }
-        except ValueError as error:
+        except InputError as error:
             self.error(str(error))
 
 
@@ -143,7 +144,7 @@ def argument_of(kind: type, entry: dataclasses.Field) -> tuple[list[str], dict[s
     """Names and options with which argparse gets to know a field. Values stay texts, which [`read_field`] reads."""
     annotation, flag, title = annotations(kind)[entry.name], flag_of(kind, entry.name), title_of(kind, entry.name)
     how: dict[str, Any] = {"help": help_of(kind, entry)}
-    if entry.default in (True, False) and isinstance(entry.default, bool):
+    if isinstance(entry.default, bool):
         return [title], {**how, "dest": entry.name, "action": "store_false" if entry.default else "store_true"}
     if flag.metavar is not None:
         how["metavar"] = flag.metavar
@@ -173,4 +174,4 @@ def is_list(annotation: Any) -> bool:
     return get_origin(annotation) in (list, tuple) or any(is_list(part) for part in get_args(annotation))
 
 
-__all__ = ["Flag", "FlagParser", "add_renamed", "flag_of", "help_of", "parse_fields", "title_of"]
+__all__ = ["Flag", "FlagParser", "add_renamed", "parse_fields"]

@@ -9,7 +9,7 @@ import json
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from ..utils.fields import Count, Float, Int
+from ..utils.fields import Count, Float, Int, Seed
 from ..utils.messages import without_import_notices
 from .arguments import Flag, parse_fields
 
@@ -48,7 +48,7 @@ class Arguments:
     measures: list[Measure] | None = None
     limit: Count | None = None
     batch_size: Count = 64
-    seed: Int = 0
+    seed: Seed = 0
     retrieval_pairs: Int = 64
     temperature: Float = 1.0
     top_k: Int = 0

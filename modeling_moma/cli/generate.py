@@ -7,7 +7,6 @@ moma generate --model DIR --image image.png --mode text
 
 import argparse
 import dataclasses
-import sys
 from dataclasses import dataclass, field
 from functools import partial
 from io import BytesIO
@@ -18,7 +17,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from ..errors_moma import InputError
-from ..utils.fields import Count, Float, Int, Share
+from ..utils.fields import Count, Float, Int, Seed, Share
 from ..utils.messages import without_import_notices
 from .arguments import Flag, parse_fields
 
@@ -57,7 +56,7 @@ class Arguments:
     top_p: Share = 1.0
     num_beams: Count = 1
     guidance_scale: Annotated[Float, Field(ge=0)] = 1.0
-    seed: Int = 0
+    seed: Seed = 0
 
 
 def parse_arguments(arguments: list[str] | None = None) -> Arguments:
@@ -122,7 +121,7 @@ def image_format(path: Path) -> str:
     return name
 
 
-def generate(args: Arguments):
+def run(args: Arguments) -> None:
     """Load, generate, print texts and write images."""
     with without_import_notices():
         import torch
@@ -144,9 +143,12 @@ def generate(args: Arguments):
     refuse_non_finite(processor.vq_model, f"{args.model}, image tokenizer")
     processor.to(device)
 
-    inputs = processor(images=images or None, text=texts, padding=True, padding_side="left", return_tensors="pt").to(
-        device
-    )
+    try:
+        inputs = processor(images=images or None, text=texts, padding=True, padding_side="left", return_tensors="pt")
+    # an address that is not reached, or Transformers' own check of texts against images
+    except (ValueError, OSError) as error:
+        raise InputError(str(error)) from error
+    inputs = inputs.to(device)
     set_seed(args.seed)
     ids = model.generate(**inputs, **generation_arguments(args, model.config.image_seq_length))
     new_ids = ids[:, inputs["input_ids"].shape[1] :]
@@ -169,14 +171,5 @@ def generate(args: Arguments):
             written += 1
 
 
-def run(args: Arguments) -> int:
-    try:
-        generate(args)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
-
-
-def main(arguments: list[str] | None = None) -> int:
-    return run(parse_arguments(arguments))
+def main(arguments: list[str] | None = None):
+    run(parse_arguments(arguments))

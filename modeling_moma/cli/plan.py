@@ -7,7 +7,6 @@ Documents hold tables between `<!-- plan: ARGUMENTS -->` and `<!-- /plan -->`; `
 import json
 import re
 import shlex
-import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -104,7 +103,8 @@ def read_config(args: Arguments) -> "MomaConfig":
         raise InputError(f"--config {path}: the folder has no config.json; is it that of a saved model?")
     try:
         return MomaConfig.from_json_file(file)
-    except (StrictDataclassError, json.JSONDecodeError) as error:
+    # TypeError is a file that holds no object
+    except (StrictDataclassError, ValueError, TypeError, OSError) as error:
         raise InputError(
             f"--config {file}: no complete MomaConfig. Does it lack the token layout, as recipes/*.yaml do, which get "
             f"it from a tokenizer? {one_line(error)}"
@@ -222,31 +222,37 @@ def write_tables(document: str) -> int:
     from ..utils.atomic_files import write_aside
 
     def compute_anew(match):
-        args = parse_arguments(shlex.split(match[2]))
+        try:
+            words = shlex.split(match[2])
+        except ValueError as error:
+            raise InputError(f"{document}: the arguments {match[2]!r} cannot be read: {error}.") from error
+        args = parse_arguments(words)
         table = overview(args) if args.overview else to_table(args, *compute(args))
         return f"{match[1]}{table}\n{match[3]}"
 
-    text, count = TABLE.subn(compute_anew, Path(document).read_text())
+    try:
+        text = Path(document).read_text()
+    except (ValueError, OSError) as error:
+        raise InputError(f"--write {document}: {error}") from error
+    text, count = TABLE.subn(compute_anew, text)
     if not count:
         raise InputError(f"{document} has no table between <!-- plan: ARGUMENTS --> and <!-- /plan -->.")
-    write_aside(document, lambda path: path.write_text(text))
+    try:
+        write_aside(document, lambda path: path.write_text(text))
+    except OSError as error:
+        raise InputError(f"--write {document}: {error}") from error
     return count
 
 
-def run(args: Arguments) -> int:
-    try:
-        if args.write:
-            print(f"{args.write}: {write_tables(args.write)} tables")
-        elif args.overview:
-            print(overview(args))
-        else:
-            plans, misfits = compute(args)
-            print(to_json(args, plans, misfits) if args.json else to_table(args, plans, misfits))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+def run(args: Arguments) -> None:
+    if args.write:
+        print(f"{args.write}: {write_tables(args.write)} tables")
+    elif args.overview:
+        print(overview(args))
+    else:
+        plans, misfits = compute(args)
+        print(to_json(args, plans, misfits) if args.json else to_table(args, plans, misfits))
 
 
-def main(arguments: list[str] | None = None) -> int:
-    return run(parse_arguments(arguments))
+def main(arguments: list[str] | None = None):
+    run(parse_arguments(arguments))

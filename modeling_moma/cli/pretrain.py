@@ -8,7 +8,7 @@ import argparse
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-from ..utils.fields import Count, Float, Int, read_field
+from ..utils.fields import Count, Float, Int, Seed, read_field
 from ..utils.messages import without_import_notices
 from .arguments import Flag, FlagParser
 
@@ -79,7 +79,7 @@ class Arguments:
     save_steps: Steps = 400
     save_total_limit: Int | None = 2
     logging_steps: Steps = 50
-    seed: Int = 0
+    seed: Seed = 0
     eval_examples: Count | None = None
     stop_at: Int | None = None
     freeze_groups: Annotated[list[str], Flag(one_of="freezing")] = field(default_factory=list)

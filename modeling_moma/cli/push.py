@@ -72,7 +72,7 @@ def run(args: Arguments) -> int:
             print(write_repository(upload, args.output))
         elif args.repo_id:
             print(push(upload, args.repo_id, args.private, args.revision, args.message).commit_url)
-    except ValueError as error:
+    except InputError as error:
         problems = str(error)
         # many are a list
         separator = "\n" if "\n" in problems else " "

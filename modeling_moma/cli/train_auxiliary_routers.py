@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from ..utils.fields import Float, Int
+from ..utils.fields import Float, Int, Seed
 from ..utils.messages import without_import_notices
 from .arguments import parse_fields
 
@@ -52,7 +52,7 @@ class Arguments:
     save_total_limit: Int = 1
     logging_steps: Int = 25
     threshold: Annotated[Float, Field(gt=0, lt=1)] | None = None
-    seed: Int = 0
+    seed: Seed = 0
     attn_implementation: str = "sdpa"
     bf16: Literal["auto", "on", "off"] = "auto"
     resume: bool = False

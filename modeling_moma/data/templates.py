@@ -52,7 +52,7 @@ class Template:
             rng: decides on the order of lists, which stays without it.
 
         Raises:
-            TypeError: a value is neither a text, a number nor a list of these.
+            ValueError: a value is neither a text, a number nor a list of these.
         """
         return "".join(fixed + ("" if name is None else _as_text(name, row[name], rng)) for fixed, name in self.parts)
 
@@ -73,7 +73,7 @@ def _as_text(name: str, value: Any, rng: np.random.Generator | None) -> str:
         return ""
     if isinstance(value, (int, float)):
         return str(value)
-    raise TypeError(f"column {name!r} holds {type(value).__name__}s; a caption is made of texts, numbers or lists.")
+    raise InputError(f"column {name!r} holds {type(value).__name__}s; a caption is made of texts, numbers or lists.")
 
 
 __all__ = ["Template"]

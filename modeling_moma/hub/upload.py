@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 
+import yaml
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
 
 from ..errors_moma import InputError
@@ -69,10 +70,13 @@ def prepare(
     problems = list(check_files(files))
     contents: dict[str, Path | bytes] = {**files}
     if CARD in files:
-        text = files[CARD].read_text(encoding="utf-8")
+        try:
+            text = files[CARD].read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise InputError("\n".join([*problems, f"README.md is no text in UTF-8: {error}"])) from error
         try:
             changed = with_datasets(text, datasets)
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, yaml.YAMLError) as error:
             # a card that cannot be read is told by its check
             changed, problems = text, [*problems, f"README.md: {error}"]
         problems += check_card(changed, files, Path(model), given=datasets.values())

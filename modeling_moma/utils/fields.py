@@ -31,6 +31,8 @@ Int = Annotated[int, BeforeValidator(_is_number)]
 Float = Annotated[float, BeforeValidator(_is_number), Field(allow_inf_nan=False)]
 Share = Annotated[Float, Field(ge=0, le=1)]
 Count = Annotated[Int, Field(ge=1)]
+# NumPy takes no other, and Transformers seeds it together with torch
+Seed = Annotated[Int, Field(ge=0, lt=2**32)]
 # YAML reads the words as truth
 OnOff = BeforeValidator(lambda value: {True: "on", False: "off"}[value] if isinstance(value, bool) else value)
 
@@ -275,6 +277,7 @@ __all__ = [
     "FormerName",
     "Int",
     "OnOff",
+    "Seed",
     "Share",
     "annotations",
     "choices",

@@ -9,10 +9,15 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from helpers.tiny import tiny_model, tiny_processor
-from modeling_moma.cli.generate import main
+from modeling_moma.cli.main import main as moma
+from modeling_moma.modeling_moma import MomaForCausalLM
 
 
 SIDE, CODES = 16, 32
+
+
+def main(arguments):
+    return moma(["generate", *arguments])
 
 
 @pytest.fixture(scope="module")
@@ -123,6 +128,8 @@ def test_truncated_image_ends_with_a_message_and_no_traceback(model_folder, imag
         (["--prompt", "a", "--output", "/proc/x.png"], "--output: nothing can be written into '/proc'"),
         (["--prompt", "a", "--max-new-tokens", "5"], "needs 18 new tokens, but there is room for 5"),
         (["--image", "missing.png"], "missing.png"),
+        (["--image", "http://127.0.0.1:1/x.png"], "Connection refused"),
+        (["--prompt", "<image>"], "no images were passed"),
     ],
 )
 def test_bad_arguments_end_with_a_message(model_folder, capsys, arguments, message):
@@ -147,6 +154,7 @@ def test_where_nothing_can_be_written_is_found_before_anything_is_drawn(tmp_path
         ("--top-k", ["-1"]),
         ("--top-p", ["1.5", "-0.1", "nan"]),
         ("--guidance-scale", ["nan", "inf", "-2"]),
+        ("--seed", ["-1", "4294967296"]),
     ],
 )
 def test_numbers_out_of_range_are_named(model_folder, capsys, option, values):
@@ -171,6 +179,15 @@ def test_of_a_prompt_with_an_image_the_drawn_one_is_written(model_folder, image_
     call = ["--model", str(model_folder), "--image", str(image_file), "--mode", "image", "--output", str(output)]
     assert main(call) == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["apple.png", "image.png"]
+
+
+def test_defect_keeps_its_traceback(model_folder, monkeypatch):
+    def fail(*args, **kwargs):
+        raise ValueError("none of the arguments did this")
+
+    monkeypatch.setattr(MomaForCausalLM, "generate", fail)
+    with pytest.raises(ValueError, match="none of the arguments"):
+        main(["--model", str(model_folder), "--prompt", "a", "--mode", "text"])
 
 
 def test_missing_model_ends_with_a_message(tmp_path, capsys):

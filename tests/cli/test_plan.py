@@ -4,12 +4,19 @@ from pathlib import Path
 
 import pytest
 
-from modeling_moma.cli.plan import TABLE, main
+from modeling_moma.cli.main import main as moma
+from modeling_moma.cli.plan import TABLE
 from modeling_moma.configuration_moma import MomaConfig
+from modeling_moma.planning import plans
+from modeling_moma.utils import atomic_files
 
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENT = ROOT / "docs" / "how-to" / "scaling.md"
+
+
+def main(arguments):
+    return moma(["plan", *arguments])
 
 
 def test_the_table_lists_layouts_that_fit_and_recommends_the_first(capsys):
@@ -77,6 +84,32 @@ def test_an_incomplete_config_is_told_with_the_likely_cause(capsys):
     assert error.startswith("error: ") and "\n" not in error
 
 
+@pytest.mark.parametrize(
+    ("option", "content", "match"),
+    [
+        ("--config", b"[1]", "no complete MomaConfig"),
+        ("--config", b"\xff", "no complete MomaConfig"),
+        ("--write", b"\xff", "can't decode byte 0xff"),
+        ("--write", b'<!-- plan: --preset "moma -->\n<!-- /plan -->\n', "cannot be read: No closing quotation"),
+    ],
+)
+def test_a_file_of_something_else_is_told_in_one_line(option, content, match, tmp_path, capsys):
+    path = tmp_path / "file"
+    path.write_bytes(content)
+    assert main([option, str(path)]) == 2
+    error = capsys.readouterr().err.strip()
+    assert match in error and str(path) in error and error.startswith("error: ") and "\n" not in error
+
+
+def test_defect_keeps_its_traceback(monkeypatch):
+    def fail(*args):
+        raise ValueError("none of the arguments did this")
+
+    monkeypatch.setattr(plans, "plan_training", fail)
+    with pytest.raises(ValueError, match="none of the arguments"):
+        main(["--preset", "moma-90m-4t4i"])
+
+
 def test_a_folder_without_a_config_is_refused(tmp_path, capsys):
     assert main(["--config", str(tmp_path)]) == 2
     assert "the folder has no config.json" in capsys.readouterr().err
@@ -93,6 +126,17 @@ def test_tables_of_a_document_are_computed_anew(tmp_path, capsys):
     (tmp_path / "none.md").write_text("no table")
     assert main(["--write", str(tmp_path / "none.md")]) == 2
     assert "no table between" in capsys.readouterr().err
+
+
+def test_a_document_that_cannot_be_written_is_told_in_one_line(tmp_path, monkeypatch, capsys):
+    def refuse(*args):
+        raise PermissionError("not here")
+
+    monkeypatch.setattr(atomic_files, "write_aside", refuse)
+    document = tmp_path / "page.md"
+    document.write_text("<!-- plan: --preset moma-90m-4t4i --gpus 1 -->\n<!-- /plan -->\n")
+    assert main(["--write", str(document)]) == 2
+    assert capsys.readouterr().err == f"error: --write {document}: not here\n"
 
 
 def test_the_page_on_scaling_holds_what_the_script_computes(tmp_path):

@@ -11,6 +11,7 @@ import yaml
 from helpers.tiny import tiny_model, tiny_processor
 from modeling_moma.cli import push as push_to_hub
 from modeling_moma.evaluation.measures import EXPERT_CHOICE
+from modeling_moma.hub import upload as uploading
 from modeling_moma.hub.card import check_dataset, measured_numbers, with_datasets
 from modeling_moma.hub.upload import prepare
 
@@ -360,6 +361,13 @@ def test_an_id_on_the_hub_may_be_that_of_a_local_folder_too(folder):
     assert yaml.safe_load(dict(upload.files)["README.md"].read_text().split("---")[1]) == METADATA
 
 
+def test_a_card_that_cannot_be_read_is_told_where_data_sets_are_mapped_too(folder):
+    (folder / "README.md").write_text("---\nlicense: [\n---\n")
+    assert "the metadata cannot be read" in refusal(folder, datasets={"data/emoji": "someone/emoji"})
+    (folder / "README.md").write_bytes(b"\xff")
+    assert "README.md is no text in UTF-8" in refusal(folder)
+
+
 def test_a_data_set_that_the_card_does_not_name_cannot_be_mapped(folder):
     assert "maps 'data/emojis', but the card names ['someone/emoji']" in refusal(
         folder, datasets={"data/emojis": "someone/emoji"}
@@ -379,3 +387,12 @@ def test_a_refusal_is_an_exit_code_and_a_message(folder, capsys):
     assert "refused, nothing was sent: tokenizer.json is missing" in capsys.readouterr().err
     assert push_to_hub.main(["--model", str(folder / "nowhere"), "--repo-id", "someone/moma-tiny"]) == 2
     assert "nowhere', which is no folder" in capsys.readouterr().err
+
+
+def test_defect_keeps_its_traceback(folder, monkeypatch):
+    def fail(*args):
+        raise ValueError("none of the arguments did this")
+
+    monkeypatch.setattr(uploading, "prepare", fail)
+    with pytest.raises(ValueError, match="none of the arguments"):
+        push_to_hub.main(["--model", str(folder), "--repo-id", "someone/moma-tiny"])

@@ -21,7 +21,9 @@ from modeling_moma.data.reports import write_manifest
 from modeling_moma.data.shard import Shard
 from modeling_moma.data.sources import read_sources
 from modeling_moma.data.stream import DocumentExamples
+from modeling_moma.data.templates import Template
 from modeling_moma.data.workers import run_tasks
+from modeling_moma.errors_moma import InputError
 from modeling_moma.training.image_sources import candidates
 
 
@@ -141,3 +143,8 @@ def test_columns_tell_the_kind():
         found = read_kind("pics", fields)
         assert type(found) is kind and read_kind("pics", found.fields()) == found
     assert list(KINDS) == ["caption", "interleaved", "text"]
+
+
+def test_column_of_something_else_than_a_caption_is_named():
+    with pytest.raises(InputError, match="column 'label' holds dicts; a caption is made of texts"):
+        Template("{style}: {label}").render({"style": "noto", "label": {"en": "apple"}})
