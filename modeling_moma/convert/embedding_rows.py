@@ -7,6 +7,7 @@ Shape suffixes:
 """
 
 import math
+from collections import ChainMap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -141,22 +142,6 @@ class ImageTexts:
         return torch.tensor(rows), torch.tensor(kinds)
 
 
-class ReplacedWeights(Mapping):
-    """Weights by name, some of them replaced."""
-
-    def __init__(self, weights: Mapping[str, torch.Tensor], replaced: Mapping[str, torch.Tensor]):
-        self.weights, self.replaced = weights, replaced
-
-    def __getitem__(self, name: str) -> torch.Tensor:
-        return self.replaced[name] if name in self.replaced else self.weights[name]
-
-    def __iter__(self):
-        return iter(self.weights)
-
-    def __len__(self) -> int:
-        return len(self.weights)
-
-
 @torch.no_grad()
 def fit_code_rows(
     config: MomaConfig,
@@ -197,7 +182,8 @@ def fit_code_rows(
     mean_D = start_CD.mean(dim=0)
     noise_CD, shared_D = start_CD - mean_D, mean_D
     for number in range(ROUNDS if is_tied else 1):
-        state_ND, kind_N = states or _states(config, ReplacedWeights(weights, {head: head_VD}), texts, seed=number)
+        moved = ChainMap({head: head_VD}, weights)  # pyright: ignore[reportArgumentType]
+        state_ND, kind_N = states or _states(config, moved, texts, seed=number)
         # nothing can be fitted to damaged weights; the probe reports them
         if not state_ND.isfinite().all():
             return start_CD

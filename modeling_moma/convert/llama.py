@@ -176,7 +176,7 @@ def _check_tied_head(reader: TensorSource, config: MomaConfig) -> None:
 def _with_images(reader: TensorSource, processor: str | Path) -> tuple[MomaProcessor, set[int]]:
     try:
         parts = open_processor(str(processor))
-    except ValueError as error:
+    except InputError as error:
         raise CheckpointError(str(error)) from error
     try:
         tokenizer = AutoTokenizer.from_pretrained(reader.folder, **reader.loading)
