@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""MoMa for Transformers. Importing this package makes the Auto classes of Transformers know its two wings."""
+"""MoMa for Transformers. Importing this package makes the Auto classes of Transformers know its models."""
 
 import functools
 import importlib

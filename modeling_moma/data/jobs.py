@@ -13,7 +13,6 @@ from datasets import Dataset, IterableDataset, LargeList, List
 from ..errors_moma import InputError
 from ..utils.atomic_files import refuse_files, write_aside
 from .encoding import loaded_encoder
-from .shard import BATCH
 from .sources import TRAIN, VALIDATION, Source, read_sources, undecoded_rows
 
 
@@ -216,7 +215,7 @@ def write_job(folder: str | Path, job: Job) -> Path:
     if path.is_file():
         _compare(folder, json.loads(path.read_text(encoding="utf-8")), content)
         return path
-    refuse_files(str(folder))
+    refuse_files(folder)
     return write_aside(path, lambda aside: aside.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8"))
 
 
@@ -243,4 +242,4 @@ def read_job(folder: str | Path) -> Job:
     return Job(**content)
 
 
-__all__ = ["BATCH", "FORMAT", "JOB_FILE", "MANIFEST_FILE", "Job", "Task", "plan_job", "read_job", "write_job"]
+__all__ = ["FORMAT", "JOB_FILE", "MANIFEST_FILE", "Job", "Task", "plan_job", "read_job", "write_job"]

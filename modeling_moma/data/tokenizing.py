@@ -16,10 +16,10 @@ from ..errors_moma import InputError
 from ..utils.atomic_files import path_aside
 from .encoding import DocumentEncoder, loaded_encoder
 from .images import LeftOut
-from .jobs import BATCH, Job, Task
+from .jobs import Job, Task
 from .json_lines import BROKEN_LINE
 from .reports import write_report
-from .shard import Shard
+from .shard import BATCH, Shard
 from .sources import TRAIN, VALIDATION, Source, read_sources, undecoded_rows
 
 

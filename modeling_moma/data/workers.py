@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs a tokenization: in one process, in several of this machine, or as a step of datatrove on a cluster."""
+"""Runs a tokenization on this machine, in one process or in several."""
 
 import json
 import multiprocessing

@@ -86,7 +86,8 @@ def replace_folder(path: str | Path, write: Callable[[Path], object]) -> Path:
         try:
             os.rename(aside, path)
         except OSError:
-            os.rename(older, path)
+            if older.exists():
+                os.rename(older, path)
             raise
         _remove(older)
     return path
@@ -140,7 +141,7 @@ def refuse_files(folder: str | Path, is_fine: Callable[[Path], bool] = lambda pa
     others = sorted(path.name for path in paths if not is_fine(path))
     if others:
         raise InputError(
-            f"`--output` {folder!r} has files of something else in it, such as {others[0]!r}: give a new folder."
+            f"`--output` {str(folder)!r} has files of something else in it, such as {others[0]!r}: give a new folder."
         )
 
 

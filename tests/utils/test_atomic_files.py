@@ -151,9 +151,19 @@ def test_folder_that_cannot_be_put_in_place_leaves_the_older_one(tmp_path, monke
     assert [child.name for child in tmp_path.iterdir()] == ["codes"]
 
 
+def test_folder_that_cannot_be_put_in_place_says_why(tmp_path, monkeypatch):
+    def refuse(source, target):
+        raise PermissionError("not here")
+
+    monkeypatch.setattr(os, "rename", refuse)
+    with pytest.raises(PermissionError, match="not here"):
+        replace_folder(tmp_path / "codes", fill_with("new", "one"))
+    assert not list(tmp_path.iterdir())
+
+
 def test_left_overs_do_not_make_a_folder_one_of_something_else(tmp_path):
     path_aside(tmp_path / "report.json").write_text("half")
     refuse_files(str(tmp_path))
     (tmp_path / "weights").write_text("")
-    with pytest.raises(ValueError, match="'weights'"):
-        refuse_files(str(tmp_path))
+    with pytest.raises(ValueError, match=f"`--output` '{tmp_path}' has files of something else .* 'weights'"):
+        refuse_files(tmp_path)
