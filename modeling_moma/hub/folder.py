@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator, Mapping
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
@@ -179,17 +180,26 @@ def auto_map_entries(files: Mapping[str, Path]) -> dict[str, str]:
         if name not in files:
             continue
         content = read_json(files[name])
-        nested = content.get("image_processor") or {}
+        nested = _object_in(content, "image_processor", name)
         for place, auto_map in (
-            ("auto_map", content.get("auto_map")),
-            ("image_processor.auto_map", nested.get("auto_map")),
+            ("auto_map", _object_in(content, "auto_map", name)),
+            ("image_processor.auto_map", _object_in(nested, "auto_map", f"{name}: image_processor")),
         ):
-            for auto, references in (auto_map or {}).items():
+            for auto, references in auto_map.items():
                 # tokenizers name a slow and a fast class, either of which may be missing
                 for reference in references if isinstance(references, list) else [references]:
+                    if not isinstance(reference, str | None):
+                        raise InputError(f"{name}: {place}.{auto} is {reference!r}, not a class: edited by hand?")
                     if reference is not None:
                         entries[f"{name}: {place}.{auto}"] = reference
     return entries
+
+
+def _object_in(content: dict, field: str, where: str) -> dict:
+    value = content.get(field) or {}
+    if not isinstance(value, dict):
+        raise InputError(f"{where}: {field} is {value!r}, not an object: edited by hand?")
+    return value
 
 
 def check_files(files: Mapping[str, Path]) -> Iterator[str]:
@@ -232,10 +242,11 @@ def check_weights(files: Mapping[str, Path], folder: str = "") -> Iterator[str]:
     else:
         try:
             weight_map = read_json(files[index])["weight_map"]
-        except (ValueError, KeyError) as error:
+            shards = sorted(set(weight_map.values()))
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
             yield f"{index} has no readable weight_map ({error}): was it written to the end?"
             return
-        for shard in sorted(set(weight_map.values())):
+        for shard in shards:
             name, expected = f"{folder}{shard}", {key for key, file in weight_map.items() if file == shard}
             if name not in files:
                 yield f"{name} is missing, which {index} names: copy all shards."
@@ -298,7 +309,21 @@ def check_code(files: Mapping[str, Path]) -> Iterator[str]:
 def check_tokens(files: Mapping[str, Path]) -> Iterator[str]:
     """Check that model, tokenizer, image tokenizer and codecs mean the same by a token id."""
     config, vq_config = read_json(files["config.json"]), read_json(files[f"{VQ_FOLDER}/config.json"])
-    tokenizer = read_json(files["tokenizer.json"])
+    try:
+        facts = _token_facts(config, vq_config, read_json(files["tokenizer.json"]))
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
+        yield f"config.json, tokenizer.json: the tokens in them cannot be compared ({error}): edited by hand?"
+        return
+    for name, of_model, of_processor in facts:
+        if of_model != of_processor:
+            yield (
+                f"config.json: {name} {of_model}, but the processor has {of_processor} there: it is the processor of "
+                "another model."
+            )
+
+
+def _token_facts(config: dict, vq_config: dict, tokenizer: dict) -> list[tuple[str, Any, Any]]:
+    """Return what model and processor each say of the tokens, by what it is."""
     ids = {token["content"]: token["id"] for token in tokenizer.get("added_tokens", [])}
     ranges = config.get("modality_token_ranges") or {}
     start, stop = (ranges.get("image") or [[None, None]])[0]
@@ -316,9 +341,4 @@ def check_tokens(files: Mapping[str, Path]) -> Iterator[str]:
             (f"modality_frames.{modality}.end", frame.get("end"), ids.get(f"<|end_{modality}|>")),
             (f"modality_token_ranges.{modality} starts at", first, ids.get(f"<|{modality}_0|>")),
         ]
-    for name, of_model, of_processor in facts:
-        if of_model != of_processor:
-            yield (
-                f"config.json: {name} {of_model}, but the processor has {of_processor} there: it is the processor of "
-                "another model."
-            )
+    return facts

@@ -255,6 +255,10 @@ BROKEN_FILES = {
     "cut header": (cut("vq_model/model.safetensors", 7), "vq_model/model.safetensors of 7 bytes"),
     "pointer": (write("model.safetensors", POINTER), "model.safetensors is the pointer of a large file"),
     "two layouts": (write("model.safetensors.index.json", "{}"), "are both there: one is of an older save"),
+    "no auto_map": (set_config(auto_map=["x"]), "config.json: auto_map is ['x'], not an object"),
+    "no class": (set_auto(3), "config.json: auto_map.AutoModel is 3, not a class"),
+    "no range": (set_config(modality_token_ranges={"image": [[1]]}), "the tokens in them cannot be compared"),
+    "no frame": (set_config(modality_frames={"image": 3}), "the tokens in them cannot be compared"),
     "other ids": (set_config(begin_image_token_id=7), "begin_image_token_id 7, but the processor has"),
     "other codes": (set_config(modality_token_ranges={"image": [[9, 19]]}), "modality_token_ranges.image holds 10"),
 }
@@ -264,6 +268,12 @@ BROKEN_FILES = {
 def test_a_folder_that_would_not_load_is_refused(folder, damage, message):
     damage(folder)
     assert message in refusal(folder)
+
+
+def test_index_without_a_map_of_shards_is_refused(whole, tmp_path):
+    folder = shutil.copytree(whole / "shards", tmp_path / "shards")
+    edit(folder / "model.safetensors.index.json", lambda index: index.update(weight_map=["model-1.safetensors"]))
+    assert "model.safetensors.index.json has no readable weight_map" in refusal(folder)
 
 
 def test_shards_are_taken_and_a_lost_or_foreign_one_is_named(whole, tmp_path):
