@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
 import pytest
-import torch
 from PIL import Image, ImageColor
 
 from emoji_recipe.routing_image import (
@@ -12,27 +11,12 @@ from emoji_recipe.routing_image import (
     shown_layers,
 )
 from emoji_recipe.sheet import MARGIN
-from modeling_moma import MomaConfig, MomaForCausalLM
+from helpers.tiny import tiny_config
 from modeling_moma.evaluation.routing_images import DARKEST, IMAGE_SHARE, PALETTE, UNCOVERED, expert_colors
 
 
-def tiny_model(**kwargs):
-    torch.manual_seed(0)
-    config = MomaConfig(
-        vocab_size=40,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        max_position_embeddings=64,
-        modality_token_ranges={"image": [[8, 24]]},
-        begin_image_token_id=24,
-        end_image_token_id=25,
-        image_seq_length=4,
-        initializer_range=0.5,
-        **kwargs,
-    )
-    return MomaForCausalLM(config).eval()
+def config_of(**num_experts):
+    return tiny_config(num_hidden_layers=3, num_experts=num_experts)
 
 
 def routed(experts_of_codes):
@@ -54,7 +38,7 @@ def close(found, expected):
 
 
 def test_patches_have_their_experts_colours_in_raster_order_stripes_for_several_and_grey_for_none():
-    config = tiny_model(num_experts={"text": 2, "image": 3}).config
+    config = config_of(text=2, image=3)
     colors = expert_colors(config)
     sheet = draw_routing([routed([[0], [], [2, 1], [1]])], config)
     # the image itself is black: its top left corner gives the place of the row
@@ -73,7 +57,7 @@ def test_patches_have_their_experts_colours_in_raster_order_stripes_for_several_
 
 
 def test_every_expert_of_every_group_has_its_own_colour():
-    colors = expert_colors(tiny_model(num_experts={"text": 4, "image": 4}).config)
+    colors = expert_colors(config_of(text=4, image=4))
     assert len(set(colors.values())) == 8
     assert UNCOVERED not in PALETTE
 
@@ -83,7 +67,7 @@ def test_shown_layers_are_first_middle_and_last():
 
 
 def test_no_example_is_refused_and_every_example_has_its_row():
-    config = tiny_model(num_experts={"text": 2, "image": 3}).config
+    config = config_of(text=2, image=3)
     with pytest.raises(ValueError, match="examples"):
         draw_routing([], config)
     one, two = (draw_routing([routed([[0], [], [2, 1], [1]])] * count, config) for count in (1, 2))
