@@ -259,8 +259,8 @@ def write_own_data(folder: Path):
         noise(rng, 48).save(folder / "photos" / name)
     lines = ["file_name,caption", *(f'{name},"a beach at dusk, {name}"' for name in names)]
     (folder / "photos" / "metadata.csv").write_text("\n".join(lines) + "\n")
-    (folder / "pictures").mkdir()
-    noise(rng, 48).save(folder / "pictures" / "bowl.jpg")
+    (folder / "images").mkdir()
+    noise(rng, 48).save(folder / "images" / "bowl.jpg")
     # the very lines that the page shows
     shown = [line for line in (DOCS / "how-to" / "own-data.md").read_text().splitlines() if line.startswith('{"')]
     pages, chats = ([line for line in shown if key in json.loads(line)] for key in ("segments", "messages"))

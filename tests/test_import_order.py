@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`make check` holds the order of rooms and model files: import-linter finds each fault that is planted here."""
+"""`make check` holds the order of folders and model files: import-linter finds each fault that is planted here."""
 
 import shutil
 import subprocess
@@ -10,7 +10,6 @@ import pytest
 
 
 ROOT = Path(__file__).resolve().parent.parent
-LAYERS = "each importing only from those below it"
 FAULTS = {
     "upwards": ({"modeling_moma/frames_moma.py": "from .modeling_moma import MomaModel\n"}, "frames_moma -> "),
     "upwards for types alone": (
@@ -25,7 +24,7 @@ FAULTS = {
         "siblings BROKEN",
     ),
     "a file that no layer names": ({"modeling_moma/extra_moma.py": ""}, "extra_moma"),
-    "a room from the tokenizer": (
+    "a folder from the tokenizer": (
         {"tokenization/extra_moma.py": "import modeling_moma.utils\n"},
         "of the model BROKEN",
     ),

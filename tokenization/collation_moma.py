@@ -49,7 +49,7 @@ class MomaDataCollator:
             each of shape `(batch_size, sequence_length)`.
 
         Raises:
-            ValueError: an example is empty, holds an unknown field or fields of different lengths, or if a field is
+            ValueError: an example is empty, holds an unknown field or fields of different lengths, or a field is
                 given for some of the examples only.
         """
         padding = {

@@ -145,7 +145,7 @@ def clean_pil_image(image: Image.Image) -> Image.Image:
 
     Raises:
         ValueError: the file is truncated or damaged, the image is empty, or its values have no known range
-             (mode `F`, or mode `I` outside 0 to 65535).
+            (mode `F`, or mode `I` outside 0 to 65535).
     """
     try:
         load_reduced(image)
@@ -293,7 +293,7 @@ class MomaImageInputMixin(_Backend):
         """Turn one image into the backend's channels-first array.
 
         It is brought to 8 bits, transparency composited on white. Of a side much longer than the other the far ends,
-        which the centre crop drops, are left out before anything is converted.
+        which the centre crop drops, are left out before resizing.
 
         Args:
             image (`PIL.Image.Image`, `np.ndarray` or `torch.Tensor`):
