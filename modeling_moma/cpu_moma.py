@@ -13,6 +13,7 @@ Shape suffixes:
     group, F inner width of one expert, W = 2 * F, flat for what lies expert by expert, each one's `[W, K]`.
 """
 
+import math
 import os
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -134,20 +135,20 @@ class MomaCpuLinear(nn.Linear):
         # cheapest questions first: a step has dozens of these calls, and a compiler must not see a number of rows
         if input.dtype != torch.bfloat16 or self.training or not _is_inference() or not is_on_cpu(input):
             return super().forward(input)
-        num_rows = input.shape[:-1].numel()
+        *rows, size = input.shape
+        num_rows = math.prod(rows)
         if not 0 < num_rows < _MANY_ROWS or not wants_weights_left(num_rows):
             return super().forward(input)
         weight_OI = self._plain_weight()
         # autocast to another type knows nothing of `mv`
         if weight_OI is None or matmul_dtype(weight_OI) != weight_OI.dtype:
             return super().forward(input)
-        x_NI = input.reshape(num_rows, input.shape[-1])
         if num_rows == 1:
             # matmuls with a vector read weights faster than those with a matrix of one column
-            y_NO = torch.mv(weight_OI, x_NI[0])
+            y_NO = torch.mv(weight_OI, input.flatten())
         else:
-            y_NO = torch.mm(weight_OI, x_NI.t()).t()
-        return y_NO.view(*input.shape[:-1], weight_OI.shape[0])
+            y_NO = torch.mm(weight_OI, input.reshape(num_rows, size).t()).t()
+        return y_NO.view(*rows, weight_OI.shape[0])
 
     def _plain_weight(self) -> torch.Tensor | None:
         """Return the weight `[O, I]` in bf16, neither quantised nor distributed, of a layer without a bias."""
@@ -398,10 +399,8 @@ def run_sequentially(experts: Any, rows_PD: torch.Tensor, expert_P: torch.Tensor
     if torch.is_grad_enabled():
         return run_with_gradients(rows_PD, gate_up_EWD, down_EDF, counts, act_fn)
     is_plain_half = matmul_dtype(down_EDF) == torch.bfloat16 and are_plain(gate_up_EWD, down_EDF)
-    parts, begin = [], 0
-    for expert, count in counts:
-        rows_KD = rows_PD[begin : begin + count]
-        begin += count
+    parts = []
+    for (expert, count), rows_KD in zip(counts, rows_PD.split([count for _, count in counts])):
         if expert >= experts.num_experts:
             parts.append(torch.zeros_like(rows_KD))
         elif is_plain_half and wants_weights_left(count):
@@ -534,7 +533,7 @@ def run_from_left(
         # matmuls with a vector read weights faster than those with a matrix of one column
         # autocast knows nothing of `mv`, which begins sooner
         multiply = torch.mv if x_KD.dtype == gate_up_WD.dtype == torch.bfloat16 else torch.matmul
-        gate_F, up_F = multiply(gate_up_WD, x_KD[0]).chunk(2)
+        gate_F, up_F = multiply(gate_up_WD, x_KD.flatten()).chunk(2)
         return multiply(down_DF, act_fn(gate_F).mul_(up_F)).unsqueeze(0)
     return _multiply_from_left(x_KD, gate_up_WD, down_DF, act_fn)
 

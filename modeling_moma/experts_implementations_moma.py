@@ -64,12 +64,13 @@ def moma_experts_forward(
         `torch.Tensor`: weighted sums, `[P, D]`.
     """
     on_cpu = is_on_cpu(hidden_states) and not torch.compiler.is_compiling()
-    # running one expert after the other spares a copy of all weights that is kept for the backward
-    casts = on_cpu and matmul_dtype(self.down_proj) != self.down_proj.dtype
-    if num_taken is not None and not (casts and _runs_sequentially(self)):
-        return _run_equal_shares(self, hidden_states, top_k_weights, num_taken)
-    is_sorted = is_sorted or num_taken is not None
-    if on_cpu and _runs_sequentially(self):
+    runs_sequentially = on_cpu and _runs_sequentially(self)
+    if num_taken is not None:
+        # running one expert after the other spares a copy of all weights that is kept for the backward
+        if not runs_sequentially or matmul_dtype(self.down_proj) == self.down_proj.dtype:
+            return _run_equal_shares(self, hidden_states, top_k_weights, num_taken)
+        is_sorted = True
+    if runs_sequentially:
         return _run_in_order(self, hidden_states, top_k_index, top_k_weights, is_sorted, run_sequentially)
     if ends_E is not None:
         run = partial(_grouped, ends_E=ends_E)
@@ -107,11 +108,11 @@ def _run_in_order(
     run: Callable[[Any, torch.Tensor, torch.Tensor], torch.Tensor],
 ) -> torch.Tensor:
     """Bring the pairs expert by expert, let `run` make outputs of their rows and experts, and bring those back."""
-    num_slots = expert_Nk.shape[1]
-    expert_P, weight_P1, rows_PD, order_P = expert_Nk.flatten(), weight_Nk.reshape(-1, 1), x_ND, None
+    expert_P, weight_P1, rows_PD, order_P = expert_Nk.flatten(), weight_Nk, x_ND, None
     if not is_sorted:
         expert_P, order_P = expert_P.sort()
-        rows_PD, weight_P1 = x_ND.index_select(0, order_P // num_slots), weight_P1.index_select(0, order_P)
+        rows_PD = x_ND.index_select(0, order_P // expert_Nk.shape[1])
+        weight_P1 = weight_Nk.reshape(-1, 1).index_select(0, order_P)
     y_PD = run(experts, rows_PD, expert_P)
     if run is run_sequentially and not torch.is_grad_enabled():
         # without gradients nothing is kept for a backward
@@ -204,13 +205,12 @@ def takes_any_width(experts_class: Class) -> Class:
 
     @functools.wraps(forward)
     def padded_forward(self: Any, hidden_states: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+        if self.config._experts_implementation != _GROUPED:
+            return forward(self, hidden_states, *args, **kwargs)
         size, width = self.down_proj.shape[1:]
         dtype = self.down_proj.dtype
-        if (
-            (is_whole(size, dtype) and is_whole(width, dtype))
-            or self.config._experts_implementation != _GROUPED
-            or not are_plain(self.gate_up_proj, self.down_proj)
-        ):
+        is_aligned = is_whole(size, dtype) and is_whole(width, dtype)
+        if is_aligned or not are_plain(self.gate_up_proj, self.down_proj):
             return forward(self, hidden_states, *args, **kwargs)
         more_size, more_width = _missing(size, dtype), _missing(width, dtype)
         rows_PD = nn.functional.pad(hidden_states, (0, more_size))
