@@ -393,7 +393,7 @@ def run_sequentially(experts: Any, rows_PD: torch.Tensor, expert_P: torch.Tensor
     Returns:
         `torch.Tensor`: `[P, D]`, not weighed yet.
     """
-    counts = _rows_of_experts(expert_P)
+    counts = _rows_of_experts(expert_P, experts.num_experts)
     # local names: a module looks its attributes up by name
     gate_up_EWD, down_EDF, act_fn = experts.gate_up_proj, experts.down_proj, experts.act_fn
     if torch.is_grad_enabled():
@@ -412,12 +412,19 @@ def run_sequentially(experts: Any, rows_PD: torch.Tensor, expert_P: torch.Tensor
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def _rows_of_experts(expert_P: torch.Tensor) -> list[tuple[int, int]]:
+def _rows_of_experts(expert_P: torch.Tensor, num_experts: int) -> list[tuple[int, int]]:
     """Return the experts that occur, in order, and how often each does."""
     if expert_P.numel() <= _FEW_PAIRS:
         experts = expert_P.tolist()
         return [(expert, experts.count(expert)) for expert in sorted(set(experts))]
-    return [(expert, count) for expert, count in enumerate(torch.bincount(expert_P).tolist()) if count]
+    if is_on_cpu(expert_P):
+        counts = torch.bincount(expert_P).tolist()
+    else:
+        # one device sync, of which `bincount` has three; experts elsewhere count as one
+        experts_E = torch.arange(num_experts, device=expert_P.device)
+        ends = [0, *torch.searchsorted(expert_P, experts_E, right=True).tolist(), expert_P.numel()]
+        counts = [end - begin for begin, end in zip(ends, ends[1:])]
+    return [(expert, count) for expert, count in enumerate(counts) if count]
 
 
 def run_with_gradients(

@@ -50,10 +50,13 @@ class _RaggedRows:
         lengths (`list[int]`):
             stored tokens of each row; empty until a first token is stored. Never changed in place: it tells the layer
             that wrote last from its copies.
+        length_B (`torch.LongTensor`):
+            the same on the device, `[B]`.
     """
 
     cumulative_length: int
     lengths: list[int]
+    length_B: torch.Tensor
     is_initialized: bool
     # `None` until a first token is stored
     keys: torch.Tensor
@@ -74,6 +77,7 @@ class _RaggedRows:
         *args,
         packing: "DepthPacking | None" = None,
         rows: list[int] | None = None,
+        row_R: torch.Tensor | None = None,
         num_rows: int = 0,
         num_skipped: int = 0,
         capacity: float = 1.0,
@@ -90,6 +94,8 @@ class _RaggedRows:
                 where they stand.
             rows (`list[int]`, *optional*):
                 in place of `packing`, the rows that take part in a step of one token.
+            row_R (`torch.LongTensor`, *optional*):
+                the same on the device, `[R]`; `None` where all rows take part.
             num_rows (`int`, *optional*):
                 of the batch, with `rows`.
             num_skipped (`int`, *optional*):
@@ -112,7 +118,7 @@ class _RaggedRows:
         if not self.is_initialized:
             self._allocate(key_states, value_states, packing.num_rows if packing else num_rows, capacity)
         if packing is None:
-            return self._append_step(key_states, value_states, rows)  # pyright: ignore[reportArgumentType]
+            return self._append_step(key_states, value_states, rows, row_R)  # pyright: ignore[reportArgumentType]
         num_columns = self._num_columns(packing)
         old_keys, old_values = (x[:, :, :num_columns].index_select(0, packing.row_R) for x in (self.keys, self.values))
         self._append(key_states, value_states, packing)
@@ -123,12 +129,20 @@ class _RaggedRows:
         if not self.is_initialized:
             return packing.row_R.new_empty(len(packing.rows), 0)
         slot_RS = self.slots[:, : self._num_columns(packing)].index_select(0, packing.row_R).long()
-        length_R = torch.tensor([self.lengths[row] for row in packing.rows], device=slot_RS.device)
+        length_R = self.length_B.index_select(0, packing.row_R)
         return torch.where(_is_stored(slot_RS, length_R), slot_RS, -1)
 
     def step_lengths(self, rows: list[int]) -> list[int]:
         """Return stored tokens of rows once each has stored one more."""
         return [self.lengths[row] + 1 for row in rows] if self.is_initialized else [1] * len(rows)
+
+    def step_keys(self, rows: list[int], row_R: torch.Tensor | None) -> torch.Tensor | None:
+        """Return which columns hold keys of rows once each has stored one more, `[R, S]`; `None` where all do."""
+        lengths = self.step_lengths(rows)
+        if min(lengths) == max(lengths):
+            return None
+        length_R = self.length_B if row_R is None else self.length_B.index_select(0, row_R)
+        return torch.arange(max(lengths), device=length_R.device) <= length_R.unsqueeze(-1)
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Make row `i` what row `beam_idx[i]` was."""
@@ -161,8 +175,9 @@ class _RaggedRows:
             )
         self.cumulative_length += tokens_to_remove
         if self.is_initialized:
-            is_stored_BS = _is_stored(self.slots, torch.tensor(self.lengths, device=self.slots.device))
-            self.lengths = (is_stored_BS & (self.slots < self.cumulative_length)).sum(1).tolist()
+            is_kept_BS = _is_stored(self.slots, self.length_B) & (self.slots < self.cumulative_length)
+            self.length_B = is_kept_BS.sum(1)
+            self.lengths = self.length_B.tolist()
 
     def _num_columns(self, packing: "DepthPacking") -> int:
         """Return stored tokens of the fullest of the rows that take part."""
@@ -175,6 +190,7 @@ class _RaggedRows:
             x.new_zeros(num_rows, x.shape[1], num_columns, x.shape[3]) for x in (key_states, value_states)
         )
         self.slots = torch.zeros(num_rows, num_columns, dtype=torch.int32, device=self.device)
+        self.length_B = torch.zeros(num_rows, dtype=torch.long, device=self.device)
         self.is_initialized = True
         self._note_writer()
 
@@ -182,16 +198,15 @@ class _RaggedRows:
         new_lengths = {row: self.lengths[row] + count for row, count in zip(packing.rows, packing.counts)}
         self._make_columns(packing.length, max(new_lengths.values()))
         row_P = packing.token_P // packing.length
-        lengths_B = torch.tensor(self.lengths, device=self.device)
-        column_P = lengths_B[row_P] + packing.place_P % packing.index_RC.shape[1]
+        column_P = self.length_B[row_P] + packing.place_P % packing.num_places
         self.keys[row_P, :, column_P] = _new_states(key_states, packing)
         self.values[row_P, :, column_P] = _new_states(value_states, packing)
         self.slots[row_P, column_P] = (packing.token_P % packing.length + self.cumulative_length).int()
         self.cumulative_length += packing.length
-        self._set_lengths(new_lengths)
+        self._set_lengths(new_lengths, self.length_B + packing.count_B)
 
     def _append_step(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, rows: list[int]
+        self, key_states: torch.Tensor, value_states: torch.Tensor, rows: list[int], row_R: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         lengths = self.step_lengths(rows)
         self._make_columns(1, max(lengths))
@@ -201,21 +216,26 @@ class _RaggedRows:
             self.slots[row, column] = self.cumulative_length
             kept_keys, kept_values = self.keys[row : row + 1], self.values[row : row + 1]
         else:
-            row_R = torch.tensor(rows, device=self.device)
-            column_R = torch.tensor(lengths, device=self.device) - 1
-            self.keys[row_R, :, column_R], self.values[row_R, :, column_R] = key_states[:, :, 0], value_states[:, :, 0]
-            self.slots[row_R, column_R] = self.cumulative_length
-            is_all = len(rows) == len(self.lengths)
+            place_R = torch.arange(len(rows), device=self.device) if row_R is None else row_R
+            column_R = self.length_B if row_R is None else self.length_B.index_select(0, row_R)
+            self.keys[place_R, :, column_R], self.values[place_R, :, column_R] = (
+                x[:, :, 0] for x in (key_states, value_states)
+            )
+            self.slots[place_R, column_R] = torch.full_like(self.slots[:1, 0], self.cumulative_length)
             kept_keys, kept_values = (
-                x if is_all else x[:, :, : max(lengths)].index_select(0, row_R) for x in (self.keys, self.values)
+                x if row_R is None else x[:, :, : max(lengths)].index_select(0, row_R)
+                for x in (self.keys, self.values)
             )
         self.cumulative_length += 1
-        self._set_lengths(dict(zip(rows, lengths)))
+        one_R = torch.ones_like(self.length_B[: len(rows)])
+        length_B = self.length_B + 1 if row_R is None else self.length_B.index_add(0, row_R, one_R)
+        self._set_lengths(dict(zip(rows, lengths)), length_B)
         return kept_keys[:, :, : max(lengths)], kept_values[:, :, : max(lengths)]
 
-    def _set_lengths(self, new_lengths: dict[int, int]) -> None:
+    def _set_lengths(self, new_lengths: dict[int, int], length_B: torch.Tensor) -> None:
         """Set the stored tokens of the rows that have more now, in a list that no copy has."""
         self.lengths = [new_lengths.get(row, length) for row, length in enumerate(self.lengths)]
+        self.length_B = length_B
         self._note_writer()
 
     def _make_columns(self, num_positions: int, needed: int) -> None:
@@ -247,8 +267,8 @@ class _RaggedRows:
     def _select_rows(self, rows: torch.Tensor) -> None:
         rows = rows.to(self.device)
         self.lengths = [self.lengths[row] for row in rows.tolist()]
-        self.keys, self.values, self.slots = (
-            x.index_select(0, rows.to(x.device)) for x in (self.keys, self.values, self.slots)
+        self.keys, self.values, self.slots, self.length_B = (
+            x.index_select(0, rows.to(x.device)) for x in (self.keys, self.values, self.slots, self.length_B)
         )
         self._note_writer()
 
@@ -315,6 +335,8 @@ class MomaStaticDepthCacheLayer(_RaggedRows, StaticLayer):
         """Forget everything, but keep the memory."""
         is_own = self.is_initialized and self._take_memory()
         self.cumulative_length, self.lengths = 0, [0] * len(self.lengths)
+        if self.is_initialized:
+            self.length_B = torch.zeros_like(self.length_B)
         if is_own:
             vars(self.keys)[_WRITER] = self.lengths
 
@@ -346,12 +368,8 @@ class DepthPacking:
             the `R` rows that take part.
         counts (`list[int]`):
             chosen tokens of each of those rows.
-        row_R (`torch.LongTensor`):
-            the same as `rows`, on the device.
-        index_RC (`torch.LongTensor`):
-            the position of each slot's token in its row, `[R, C]`.
-        valid_RC (`torch.BoolTensor`):
-            False at the padding slots after a row's last token, `[R, C]`.
+        count_B (`torch.LongTensor`):
+            chosen tokens of each row of the batch, `[B]`.
         token_P (`torch.LongTensor`):
             chosen positions in the flat batch, `[P]`.
         place_P (`torch.LongTensor`):
@@ -370,15 +388,54 @@ class DepthPacking:
     length: int
     rows: list[int]
     counts: list[int]
-    row_R: torch.Tensor
-    index_RC: torch.Tensor
-    valid_RC: torch.Tensor
+    count_B: torch.Tensor
     token_P: torch.Tensor
     place_P: torch.Tensor
     split: ModalitySplit
     slot_RS: torch.Tensor | None = None
     past: int = 0
     is_recorded: bool = False
+    # made where they are asked for; functools.cached_property takes a lock, which breaks the graph of a compiler
+    _row_R: torch.Tensor | None = None
+    _place_T: torch.Tensor | None = None
+
+    @property
+    def num_places(self) -> int:
+        """Slots `C` of a packed row."""
+        return max(1, *self.counts)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all rows take part."""
+        return len(self.rows) == self.num_rows
+
+    @property
+    def row_R(self) -> torch.Tensor:
+        """The same as `rows`, on the device, `[R]`."""
+        if self._row_R is None:
+            rows_B = torch.arange(self.num_rows, device=self.token_P.device)
+            self._row_R = rows_B if self.is_whole else places_of(self.count_B > 0, len(self.rows))
+        return self._row_R
+
+    @property
+    def index_RC(self) -> torch.Tensor:
+        """The position of each slot's token in its row, `[R, C]`; padding slots have the last one."""
+        num_rows, num_places = len(self.rows), self.num_places
+        last_RC = self.token_P.new_full((num_rows * num_places,), self.length - 1)
+        return last_RC.index_copy(0, self.place_P, self.token_P % self.length).view(num_rows, num_places)
+
+    @property
+    def valid_RC(self) -> torch.Tensor:
+        """False at the padding slots after a row's last token, `[R, C]`."""
+        count_R = self.count_B if self.is_whole else self.count_B.index_select(0, self.row_R)
+        return torch.arange(self.num_places, device=count_R.device) < count_R.unsqueeze(-1)
+
+    @property
+    def position_P(self) -> torch.Tensor:
+        """The position of each chosen token in its row, `[P]`."""
+        if self._place_T is None:
+            self._place_T = self.token_P % self.length if self.num_rows > 1 else self.token_P
+        return self._place_T
 
     def pack(self, x_BT: torch.Tensor) -> torch.Tensor:
         """Map `[B, T, ...]` to `[R, C, ...]`; one row is taken to stand for all.
@@ -393,16 +450,17 @@ class DepthPacking:
 
     def choose(self, x_BTD: torch.Tensor) -> torch.Tensor:
         """Return the chosen tokens of all rows in one, `[B, T, D]` to `[1, P, D]`; one row stands for all."""
-        token_P = self.token_P if x_BTD.shape[0] > 1 else self.token_P % self.length
+        token_P = self.token_P if x_BTD.shape[0] > 1 else self.position_P
         # index_select, whose backward is much cheaper than that of indexing on CPU
         return x_BTD.flatten(0, 1).index_select(0, token_P).unsqueeze(0)
 
     def lay_out(self, states_1HPd: torch.Tensor) -> torch.Tensor:
         """Lay out heads of chosen tokens in rows, `[1, H, P, d]` to `[R, H, C, d]`, with zeros at padding slots."""
         states_PHd = states_1HPd.squeeze(0).transpose(0, 1)
-        rows = states_PHd.new_zeros(self.valid_RC.numel(), *states_PHd.shape[1:])
+        shape_RC = len(self.rows), self.num_places
+        rows = states_PHd.new_zeros(math.prod(shape_RC), *states_PHd.shape[1:])
         rows = rows.index_copy(0, self.place_P, states_PHd)
-        return rows.unflatten(0, self.valid_RC.shape).transpose(1, 2)
+        return rows.unflatten(0, shape_RC).transpose(1, 2)
 
     def take_out(self, x_RCD: torch.Tensor) -> torch.Tensor:
         """Return the chosen tokens without the padding slots, `[R, C, D]` to `[1, P, D]`."""
@@ -474,26 +532,38 @@ def pack_chosen(chosen_BT: torch.Tensor, split: ModalitySplit, keep_empty_rows: 
     """
     num_rows, length = chosen_BT.shape
     groups = list(split.counts)
-    in_group = [(chosen_BT & (split.group_BT == index)).sum() for index in range(len(groups))]
-    numbers = torch.cat([chosen_BT.sum(1), torch.stack(in_group)]).tolist()
+    count_B = chosen_BT.sum(1)
+    group_BT = torch.where(chosen_BT, split.group_BT, len(groups))
+    index_G11 = torch.arange(len(groups), device=chosen_BT.device).view(-1, 1, 1)
+    numbers = torch.cat([count_B, (group_BT == index_G11).sum((1, 2))]).tolist()
     row_counts, group_counts = numbers[:num_rows], numbers[num_rows:]
     rows = [row for row, count in enumerate(row_counts) if count or keep_empty_rows]
     if not rows:
         return None
     counts = [row_counts[row] for row in rows]
-    num_places, num_chosen = max(1, *counts), sum(counts)
-    device = chosen_BT.device
-    row_R, count_R = torch.tensor([rows, counts], device=device)
-    index_RC = (~chosen_BT).byte().argsort(dim=1, stable=True).index_select(0, row_R)[:, :num_places]
-    valid_RC = torch.arange(num_places, device=device) < count_R.unsqueeze(-1)
-    # the size is known, so no device sync is needed
-    row_P = torch.repeat_interleave(torch.arange(len(rows), device=device), count_R, output_size=num_chosen)
-    start_R = count_R.cumsum(0) - count_R
-    place_P = row_P * num_places + torch.arange(num_chosen, device=device) - start_R[row_P]
-    token_P = row_R[row_P] * length + index_RC.flatten()[place_P]
-    group_1P = split.group_BT.flatten()[token_P].unsqueeze(0)
+    num_places = max(1, *counts)
+    token_P = places_of(chosen_BT.flatten(), sum(counts))
+    # one before each row's first slot, where the row takes part
+    if len(rows) == num_rows:
+        before_B = torch.arange(-1, num_rows * num_places - 1, num_places, device=chosen_BT.device)
+    else:
+        before_B = (count_B > 0).cumsum(0) * num_places - (num_places + 1)
+    place_P = (chosen_BT.cumsum(1) + before_B.unsqueeze(-1)).flatten().index_select(0, token_P)
+    group_1P = split.group_BT.flatten().index_select(0, token_P).unsqueeze(0)
     packed_split = ModalitySplit.from_groups(group_1P, dict(zip(groups, group_counts)))
-    return DepthPacking(num_rows, length, rows, counts, row_R, index_RC, valid_RC, token_P, place_P, packed_split)
+    return DepthPacking(num_rows, length, rows, counts, count_B, token_P, place_P, packed_split)
+
+
+def places_of(is_wanted_N: torch.Tensor, number: int) -> torch.Tensor:
+    """Return the places of what is True, in order, where their number is known: so no device sync is needed.
+
+    Args:
+        is_wanted_N (`torch.BoolTensor`):
+            in one line.
+        number (`int`):
+            of those that are True.
+    """
+    return is_wanted_N.byte().argsort(descending=True, stable=True)[:number]
 
 
 def packed_causal_mask(
@@ -521,7 +591,7 @@ def packed_causal_mask(
         return _pack_custom_mask(packing, context.custom_mask_BHQS, dtype)
     if config._attn_implementation not in ALL_MASK_ATTENTION_FUNCTIONS:
         return None
-    num_rows, num_places = packing.valid_RC.shape
+    num_rows, num_places = len(packing.rows), packing.num_places
     num_stored, is_key_RK = 0, None
     # no mask for padding slots: without cached keys they come after their row's tokens
     if packing.slot_RS is not None and packing.slot_RS.shape[1]:
@@ -541,7 +611,7 @@ def packed_causal_mask(
         allow_is_causal_skip=context.document_BT is None,
         dtype=dtype,
         config=config,
-        device=packing.valid_RC.device,
+        device=packing.token_P.device,
     )
 
 
@@ -575,42 +645,44 @@ class PackedCache:
 class StepCache:
     """A view of the model's cache for a step of one token, in which some rows take part."""
 
-    def __init__(self, cache: Cache, rows: list[int], num_rows: int, capacity: float):
-        self.cache, self.rows, self.num_rows, self.capacity = cache, rows, num_rows, capacity
+    def __init__(self, cache: Cache, rows: list[int], row_R: torch.Tensor | None, num_rows: int, capacity: float):
+        self.cache, self.rows, self.row_R, self.num_rows, self.capacity = cache, rows, row_R, num_rows, capacity
 
     def update(
         self, keys: torch.Tensor, values: torch.Tensor, layer_idx: int, **kwargs
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """See [`MomaDepthCacheLayer.update`]."""
         return self.cache.update(
-            keys, values, layer_idx, rows=self.rows, num_rows=self.num_rows, capacity=self.capacity
+            keys,
+            values,
+            layer_idx,
+            rows=self.rows,
+            row_R=self.row_R,
+            num_rows=self.num_rows,
+            capacity=self.capacity,
         )
 
 
 def step_mask(
-    config: MomaConfig, lengths: list[int], dtype: torch.dtype, device: torch.device
+    config: MomaConfig, is_key_RS: torch.Tensor | None, dtype: torch.dtype
 ) -> torch.Tensor | BlockMask | None:
     """Return the attention mask of one token in each of several rows over the row's keys, itself the last of them.
 
     Args:
         config (`MomaConfig`):
             gives the attention implementation.
-        lengths (`list[int]`):
-            keys of each row; those of the fullest are the columns.
+        is_key_RS (`torch.BoolTensor`, *optional*):
+            which columns hold keys of their row; `None` where all do.
         dtype (`torch.dtype`):
             of additive masks.
-        device (`torch.device`):
-            of the mask.
     """
-    num_keys = max(lengths)
-    if min(lengths) == num_keys or config._attn_implementation not in ALL_MASK_ATTENTION_FUNCTIONS:
+    if is_key_RS is None or config._attn_implementation not in ALL_MASK_ATTENTION_FUNCTIONS:
         return None
-    length_R1 = torch.tensor(lengths, device=device).unsqueeze(-1)
-    is_key_RS = torch.arange(num_keys, device=device) < length_R1
+    num_rows, num_keys = is_key_RS.shape
     if config._attn_implementation == "sdpa":
         return is_key_RS[:, None, None]
     return ALL_MASK_ATTENTION_FUNCTIONS[config._attn_implementation](
-        batch_size=len(lengths),
+        batch_size=num_rows,
         q_length=1,
         kv_length=num_keys,
         q_offset=num_keys - 1,
@@ -620,7 +692,7 @@ def step_mask(
         allow_is_causal_skip=False,
         dtype=dtype,
         config=config,
-        device=device,
+        device=is_key_RS.device,
     )
 
 
@@ -654,5 +726,6 @@ __all__ = [
     "depth_cache_layer",
     "pack_chosen",
     "packed_causal_mask",
+    "places_of",
     "step_mask",
 ]

@@ -24,12 +24,15 @@ from .depth_cache_moma import (
     depth_cache_layer,
     pack_chosen,
     packed_causal_mask,
+    places_of,
     step_mask,
 )
 from .routing_moma import MomaRouterBase, ceil_share, exact_share, lower_scores, thresholds_between
 from .token_groups_moma import (
     FLASH_LENGTHS,
+    ModalitySplit,
     RouterState,
+    RouterStatistics,
     RoutingContext,
     is_distributed,
     uses_flash_attention_mask,
@@ -115,59 +118,106 @@ class MomaDepthRouter(MomaRouterBase):
         if context.padding_BT is not None:
             chosen_BT = chosen_BT & ~context.padding_BT
         if context.track:
-            context.record(self, tokens.ranks[1], *self._load(chosen_BT, tokens.pool_BT, tokens.is_token_BT))
+            moves_bias = rule_of(context.depth_routing).moves_bias
+            ranks, load_deficit_G = tokens.ranks, None
+            if moves_bias:
+                load_deficit_G = self._load_deficit(chosen_BT, ranks.member_LGN, ranks.count_LG)
+            count_G = None if ranks.count_LG is None else (ranks.count_LG.sum(0) > 0).float()
+            context.record(self, RouterStatistics(ranks.kth_G, ranks.lower_G, load_deficit_G, count_G))
         return chosen_BT
 
     def rank(
-        self, scores_BT: torch.Tensor, pool_BT: torch.Tensor, is_token_BT: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return membership in the top K of each pool, and the mean threshold of each modality's pools."""
-        num_rows, num_modalities = scores_BT.shape[0], len(self.capacities)
-        num_pools = num_modalities
-        if self.is_pooled_by_row:
-            rows_B1 = torch.arange(num_rows, device=scores_BT.device).unsqueeze(-1)
-            pool_BT = rows_B1 * num_modalities + pool_BT
-            num_pools = num_rows * num_modalities
-        # padding competes in a pool of its own, which takes no token
-        pool_BT = torch.where(is_token_BT, pool_BT, num_pools)
-        # position by position, so that none of several equal rows comes before the others
-        pool_N, scores_N = pool_BT.t().flatten(), scores_BT.t().flatten()
-        order_N = scores_N.argsort(descending=True, stable=True)
-        order_N = order_N[pool_N[order_N].argsort(stable=True)]
-        pool_N = pool_N[order_N]
-        # bincount would sync with the device for the largest pool
-        count_Q = torch.zeros(num_pools + 1, dtype=torch.long, device=pool_N.device)
-        count_Q.scatter_add_(0, pool_N, torch.ones_like(pool_N))
-        share_2G = torch.tensor(self.capacity_fractions, device=pool_N.device).t()
-        take_Q = ceil_share(share_2G.repeat(1, num_pools // num_modalities), count_Q[:-1])
-        take_Q = torch.cat([take_Q, count_Q.new_zeros(1)])
-        start_Q = count_Q.cumsum(0) - count_Q
-        rank_N = torch.arange(pool_N.shape[0], device=pool_N.device) - start_Q[pool_N]
-        best_N = torch.zeros_like(is_token_BT.flatten()).scatter_(0, order_N, rank_N < take_Q[pool_N])
-        best_BT = best_N.view(-1, num_rows).t()
-        last_Q = order_N[(start_Q + take_Q - 1)[:-1].clamp(min=0)]
-        kth_Q = scores_N[last_Q]
-        # padding ties with no token
-        kth_BT = torch.cat([kth_Q, kth_Q.new_full((1,), torch.inf)])[pool_BT]
-        place_BT = torch.cat([last_Q // num_rows, last_Q.new_full((1,), -1)])[pool_BT]
-        is_at_place_BT = place_BT == torch.arange(scores_BT.shape[1], device=place_BT.device)
-        best_BT = best_BT | ((scores_BT == kth_BT) & is_at_place_BT)
-        is_used_BG = (count_Q[:-1] > 0).view(-1, num_modalities)
-        lower_N = lower_scores(scores_BT, kth_BT).flatten()
-        lower_Q = kth_Q.new_full((num_pools + 1,), -1.0).scatter_reduce(0, pool_BT.flatten(), lower_N, "amax")[:-1]
-        threshold_QG = thresholds_between(kth_Q, lower_Q).view(-1, num_modalities)
-        threshold_G = (threshold_QG * is_used_BG).sum(0) / is_used_BG.sum(0).clamp(min=1)
-        return best_BT, threshold_G
+        self, scores_BT: torch.Tensor, pool_BT: torch.Tensor | None, is_token_BT: torch.Tensor | None
+    ) -> "DepthRanks":
+        """Return membership in the top K of each pool, and where each modality's pools part.
 
-    def _load(
-        self, chosen_BT: torch.Tensor, pool_BT: torch.Tensor, is_token_BT: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return how far the share of chosen tokens lags behind the capacity, and whether a pool had tokens at all."""
-        in_pool_GBT = torch.stack([(pool_BT == pool) & is_token_BT for pool in range(len(self.capacities))])
-        count_G = in_pool_GBT.sum((1, 2))
-        chosen_G = (in_pool_GBT & chosen_BT).sum((1, 2))
-        capacity_G = torch.tensor(self.capacities, dtype=torch.float32, device=count_G.device)
-        return capacity_G - chosen_G / count_G.clamp(min=1), (count_G > 0).float()
+        Args:
+            scores_BT (`torch.Tensor`):
+                between 0 and 1, `[B, T]`.
+            pool_BT (`torch.LongTensor`, *optional*):
+                the pool by modality, `[B, T]`; `None` where there is one.
+            is_token_BT (`torch.BoolTensor`, *optional*):
+                False at padding, `[B, T]`; `None` where there is none.
+        """
+        scores_LGN, member_LGN = self._lines(scores_BT).unsqueeze(1), None
+        if pool_BT is not None:
+            pools_G1 = torch.arange(len(self.capacities), device=scores_BT.device).unsqueeze(-1)
+            member_LGN = self._lines(pool_BT).unsqueeze(1) == pools_G1
+        if is_token_BT is not None:
+            is_token_L1N = self._lines(is_token_BT).unsqueeze(1)
+            member_LGN = is_token_L1N if member_LGN is None else member_LGN & is_token_L1N
+        count_LG, count = None, scores_LGN.shape[-1]
+        if member_LGN is not None:
+            # scores of tokens are higher
+            scores_LGN = torch.where(member_LGN, scores_LGN, -1.0)
+            count = count_LG = member_LGN.sum(-1)
+        sorted_LGN, order_LGN = scores_LGN.sort(dim=-1, descending=True, stable=True)
+        kth_LG1, place_LG1 = (self._at_last(x_LGN, count) for x_LGN in (sorted_LGN, order_LGN))
+        tokens_at_place = scores_LGN.shape[-1] // scores_BT.shape[1]
+        if tokens_at_place > 1:
+            # rows that come together at the last position
+            place_LG1 = (place_LG1 // tokens_at_place + 1) * tokens_at_place - 1
+        place_N = torch.arange(scores_LGN.shape[-1], device=scores_BT.device)
+        best_LGN = (scores_LGN > kth_LG1) | ((scores_LGN == kth_LG1) & (place_N <= place_LG1))
+        if member_LGN is not None:
+            best_LGN = best_LGN & member_LGN
+        best_LN = best_LGN[:, 0] if best_LGN.shape[1] == 1 else best_LGN.any(1)
+        best_BT = best_LN if self.is_pooled_by_row else best_LN.view(-1, scores_BT.shape[0]).t()
+        kth_LG, lower_LG = kth_LG1.squeeze(-1), lower_scores(scores_LGN, kth_LG1).amax(-1)
+        if not self.is_pooled_by_row:
+            return DepthRanks(best_BT, kth_LG[0], lower_LG[0], member_LGN, count_LG)
+        threshold_LG = thresholds_between(kth_LG, lower_LG)
+        is_used_LG = torch.ones_like(threshold_LG) if count_LG is None else count_LG > 0
+        threshold_G = (threshold_LG * is_used_LG).sum(0) / is_used_LG.sum(0).clamp(min=1)
+        return DepthRanks(best_BT, threshold_G, threshold_G, member_LGN, count_LG)
+
+    def _lines(self, x_BT: torch.Tensor) -> torch.Tensor:
+        """Return lines of tokens that may compete, `[L, N]`: each row, or all rows position by position."""
+        # so that none of several equal rows comes before the others
+        return x_BT if self.is_pooled_by_row else x_BT.t().reshape(1, -1)
+
+    def _at_last(self, x_LGN: torch.Tensor, count: "int | torch.Tensor") -> torch.Tensor:
+        """Return what stands at the last place that is within a pool's capacity, `[L, G, 1]`."""
+        if not isinstance(count, torch.Tensor):
+            last = ceil_share(self.capacity_fractions[0], count) - 1
+            return x_LGN[..., last : last + 1]
+        taken = [ceil_share(share, part) for share, part in zip(self.capacity_fractions, count.split(1, dim=1))]
+        last_LG1 = (torch.cat(taken, dim=1) - 1).clamp(min=0).unsqueeze(-1)
+        return x_LGN.gather(-1, last_LG1)
+
+    def _load_deficit(
+        self, chosen_BT: torch.Tensor, member_LGN: torch.Tensor | None, count_LG: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Return how far the share of chosen tokens lags behind the capacity, `[G]`."""
+        chosen_L1N = self._lines(chosen_BT).unsqueeze(1)
+        if member_LGN is None or count_LG is None:
+            return self.capacity - chosen_L1N.sum((0, 2)) / chosen_BT.numel()
+        share_G = (member_LGN & chosen_L1N).sum((0, 2)) / count_LG.sum(0).clamp(min=1)
+        return torch.cat([capacity - part for capacity, part in zip(self.capacities, share_G.split(1))])
+
+
+@dataclass
+class DepthRanks:
+    """What the top K of each pool are, in `L` lines of `N` tokens: each row, or all rows position by position.
+
+    Attributes:
+        best_BT (`torch.BoolTensor`):
+            membership, `[B, T]`.
+        kth_G (`torch.Tensor`):
+            the K-th best scores, or the means of the rows' thresholds, `[G]`.
+        lower_G (`torch.Tensor`):
+            see [`RouterStatistics`], `[G]`.
+        member_LGN (`torch.BoolTensor`, *optional*):
+            tokens of each pool; `None` where there is one, and no padding.
+        count_LG (`torch.LongTensor`, *optional*):
+            how many these are.
+    """
+
+    best_BT: torch.Tensor
+    kth_G: torch.Tensor
+    lower_G: torch.Tensor
+    member_LGN: torch.Tensor | None
+    count_LG: torch.Tensor | None
 
 
 @dataclass
@@ -189,7 +239,7 @@ class DepthTokens:
     context: RoutingContext
     hidden_BTD: torch.Tensor
     scores_BT: torch.Tensor
-    _ranks: tuple[torch.Tensor, torch.Tensor] | None = None
+    _ranks: DepthRanks | None = None
 
     @property
     def state(self) -> RouterState | MomaRouterBase:
@@ -214,11 +264,14 @@ class DepthTokens:
         return values_G if values_G.shape[0] == 1 else values_G[self.pool_BT]
 
     @property
-    def ranks(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def ranks(self) -> DepthRanks:
         """See [`MomaDepthRouter.rank`]; only training and rules that look at the batch need it."""
         # functools.cached_property takes a lock, which breaks the graph of a compiled forward
         if self._ranks is None:
-            self._ranks = self.router.rank(self.scores_BT, self.pool_BT, self.is_token_BT)
+            has_pools, padding_BT = len(self.router.capacities) > 1, self.context.padding_BT
+            self._ranks = self.router.rank(
+                self.scores_BT, self.pool_BT if has_pools else None, None if padding_BT is None else ~padding_BT
+            )
         return self._ranks
 
 
@@ -247,7 +300,7 @@ def depth_rule(name: str) -> Callable[[DepthFunction], DepthFunction]:
 
 @depth_rule("expert_choice")
 def _take_the_best(tokens: DepthTokens) -> torch.Tensor:
-    return tokens.ranks[0]
+    return tokens.ranks.best_BT
 
 
 @depth_rule("threshold")
@@ -256,7 +309,7 @@ def _take_what_reaches_the_cut(tokens: DepthTokens) -> torch.Tensor:
     chosen_BT = tokens.scores_BT >= tokens.by_pool(state.threshold)
     if tokens.context.track and router.warmup_steps and not router.is_frozen:
         is_warming = tokens.by_pool(state.num_updates < router.warmup_steps)
-        chosen_BT = torch.where(is_warming, tokens.ranks[0], chosen_BT)
+        chosen_BT = torch.where(is_warming, tokens.ranks.best_BT, chosen_BT)
     return chosen_BT
 
 
@@ -353,29 +406,32 @@ class DepthLayer(nn.Module):
     ) -> torch.Tensor:
         """Prepare a step of one token in each row: those rows take part that chose it, with nothing to pack."""
         num_rows = hidden_B1D.shape[0]
-        # the only device sync of the packing
-        rows = [row for row, is_chosen in enumerate(selection.chosen_BT.flatten().tolist()) if is_chosen]
+        split = routing_context.split
+        # the only device sync of the packing; a token of no group stays outside
+        groups = torch.where(selection.chosen_BT, split.group_BT, -1).flatten().tolist()
+        rows = [row for row, group in enumerate(groups) if group >= 0]
         if not rows:
             self._skip(hidden_B1D, cache)
             return hidden_B1D
-        lengths = depth_cache_layer(cache, self.layer_idx).step_lengths(rows)
         weight_R1, x_R1D, context = selection.weight_BT, hidden_B1D, routing_context
         row_R = None
         if len(rows) < num_rows:
-            row_R = torch.tensor(rows, device=hidden_B1D.device)
+            row_R = places_of(selection.chosen_BT.flatten(), len(rows))
             weight_R1, x_R1D = weight_R1.index_select(0, row_R), x_R1D.index_select(0, row_R)
             position_embeddings = tuple(  # pyright: ignore[reportAssignmentType]
                 part if part.shape[0] == 1 else part.index_select(0, row_R)
                 for part in position_embeddings  # pyright: ignore[reportOptionalIterable]
             )
+            counts = {name: groups.count(index) for index, name in enumerate(split.counts)}  # pyright: ignore[reportAttributeAccessIssue]
             context = routing_context.with_split(
-                routing_context.split.select_rows(row_R)  # pyright: ignore[reportAttributeAccessIssue]
+                ModalitySplit.from_groups(split.group_BT.index_select(0, row_R), counts)
             )
+        is_key_RS = depth_cache_layer(cache, self.layer_idx).step_keys(rows, row_R)
         attention_update_R1D = self.attention_update(
             x_R1D,
             position_embeddings=position_embeddings,
-            attention_mask=step_mask(self.config, lengths, x_R1D.dtype, x_R1D.device),
-            cache=StepCache(cache, rows, num_rows, self.depth_router.capacity),
+            attention_mask=step_mask(self.config, is_key_RS, x_R1D.dtype),
+            cache=StepCache(cache, rows, row_R, num_rows, self.depth_router.capacity),
             **kwargs,
         )
         update_R1D = attention_update_R1D + self.ffn_update(x_R1D + attention_update_R1D, context)

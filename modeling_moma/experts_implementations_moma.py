@@ -10,7 +10,7 @@ Shape suffixes:
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, TypeVar
 
@@ -24,7 +24,7 @@ from transformers.integrations.moe import (
 
 from .configuration_moma import MomaConfig
 from .cpu_moma import are_plain, is_on_cpu, matmul_dtype, run_sequentially
-from .token_groups_moma import is_distributed
+from .token_groups_moma import PairForm, is_distributed
 
 
 DEFAULT_IMPLEMENTATION = "moma"
@@ -73,17 +73,33 @@ def moma_experts_forward(
     if runs_sequentially:
         return _run_in_order(self, hidden_states, top_k_index, top_k_weights, is_sorted, run_sequentially)
     if ends_E is not None:
+        if torch.is_grad_enabled():
+            hidden_states = _without_rest(hidden_states, ends_E)
         run = partial(_grouped, ends_E=ends_E)
         return _run_in_order(self, hidden_states, top_k_index, top_k_weights, True, run)
     # a compiler that captures dynamic shapes in training must not meet the last question
     may_step = not is_on_cpu(hidden_states) and not torch.is_grad_enabled()
     if may_step and top_k_index.numel() <= self.num_experts:
         return batched_mm_experts_forward(self, hidden_states, top_k_index, top_k_weights)
-    is_aligned = all(is_whole(size, self.down_proj.dtype) for size in self.down_proj.shape[1:])
-    # the library's way gathers and scatters by indexing, whose gradients are slow there, and knows no autocast
-    if on_cpu or not is_aligned:
+    has_kernel = _has_kernel(matmul_dtype(self.down_proj), self.down_proj.shape[1:])
+    # one device sync, where each product would have its own
+    if not has_kernel and not torch.compiler.is_compiling() and _runs_sequentially(self):
+        return _run_in_order(self, hidden_states, top_k_index, top_k_weights, is_sorted, run_sequentially)
+    # the library's way gathers and scatters by indexing and knows no autocast, but rows of experts elsewhere
+    if on_cpu or is_sorted or not has_kernel:
         return _run_in_order(self, hidden_states, top_k_index, top_k_weights, is_sorted, _grouped)
     return grouped_mm_experts_forward(self, hidden_states, top_k_index, top_k_weights)
+
+
+def _without_rest(x_PD: torch.Tensor, ends_E: torch.Tensor) -> torch.Tensor:
+    """Return rows with zeros after the last end: kernels leave these rows of a gradient as memory was."""
+    is_used_P = torch.arange(x_PD.shape[0], device=x_PD.device) < ends_E[-1]
+    return torch.where(is_used_P.unsqueeze(-1), x_PD, 0.0)
+
+
+def _has_kernel(dtype: torch.dtype, sizes: Iterable[int]) -> bool:
+    """Return whether a device multiplies rows of these sizes by groups; torch does it one by one elsewhere."""
+    return dtype == torch.bfloat16 and all(is_whole(size, dtype) for size in sizes)
 
 
 def _runs_sequentially(experts: Any) -> bool:
@@ -131,7 +147,7 @@ def _grouped(
     """Run grouped matmuls, of any width; where no kernel takes it, with a device sync for the rows of each expert."""
     if ends_E is None:
         experts_E = torch.arange(experts.num_experts, device=rows_PD.device)
-        ends_E = torch.searchsorted(expert_P, experts_E, right=True).int()
+        ends_E = torch.searchsorted(expert_P, experts_E, right=True, out_int32=True)
     gate_up_PF = _grouped_mm(rows_PD, experts.gate_up_proj, ends_E)
     return _grouped_mm(experts._apply_gate(gate_up_PF), experts.down_proj, ends_E)
 
@@ -161,20 +177,38 @@ def takes_quantized(config: MomaConfig) -> bool:
     return getattr(_implementation(config), "takes_quantized", True)
 
 
-def may_sync(config: MomaConfig, inputs: torch.Tensor) -> bool:
-    """Return whether layers may ask the device how many tokens an expert takes.
+# bytes that rows of pairs which no expert takes may cost in a backward of the whole model
+_AFFORDABLE_BYTES = 2**28
+# tokens of which all experts multiply all in the time that it takes to read their weights
+_FEW_TOKENS = 64
 
-    Else there is a row for each pair of token and expert, of which the implementation leaves those out that are not
-    taken: that costs memory in a backward, and time with other implementations.
+
+def form_of_pairs(config: MomaConfig, input_ids: torch.Tensor | None, states: torch.Tensor) -> PairForm:
+    """Return in what form selections have their pairs: without a device sync where that costs little.
+
+    A row for each pair of token and expert costs memory in a backward, and time with implementations that run it.
 
     Args:
         config (`MomaConfig`):
             the model's.
-        inputs (`torch.Tensor`):
-            any of the batch.
+        input_ids (`torch.LongTensor`, *optional*):
+            `[B, T]`.
+        states (`torch.Tensor`):
+            the weight that embeds them, or in place of ids what was embedded, `[B, T, D]`.
     """
     takes_all_pairs = takes_hints(config) and not torch.compiler.is_compiling()
-    return is_on_cpu(inputs) or torch.is_grad_enabled() or is_distributed() or not takes_all_pairs
+    if is_on_cpu(states) or is_distributed() or not takes_all_pairs:
+        return PairForm.COUNTED
+    num_tokens = (states if input_ids is None else input_ids).shape[:2].numel()
+    dtype = matmul_dtype(states)
+    widths = [config.group_intermediate_size(group) for group in config.expert_groups]
+    form = PairForm.SORTED if _has_kernel(dtype, (config.hidden_size, *widths)) else PairForm.FIXED
+    if not torch.is_grad_enabled():
+        return form if form is PairForm.SORTED or num_tokens <= _FEW_TOKENS else PairForm.COUNTED
+    most_experts = max(config.group_num_experts(group) for group in config.expert_groups)
+    row_size = 2 * config.hidden_size + 3 * max(widths)
+    num_bytes = num_tokens * most_experts * row_size * dtype.itemsize * config.num_hidden_layers
+    return form if num_bytes <= _AFFORDABLE_BYTES else PairForm.COUNTED
 
 
 def _implementation(config: MomaConfig) -> Any:
@@ -241,8 +275,8 @@ class _PaddedExperts:
 
 __all__ = [
     "DEFAULT_IMPLEMENTATION",
+    "form_of_pairs",
     "is_whole",
-    "may_sync",
     "moma_experts_forward",
     "takes_any_width",
     "takes_hints",

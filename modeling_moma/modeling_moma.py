@@ -53,7 +53,7 @@ from .cpu_moma import CpuAttention, CpuRMSNorm, cpu_form_of, use_cpu_layers
 from .depth_cache_moma import DepthPacking, PackedCache, StepCache
 from .depth_moma import DepthLayer, MomaDepthRouter
 from .errors_moma import InputError
-from .experts_implementations_moma import DEFAULT_IMPLEMENTATION, may_sync, takes_any_width, takes_hints
+from .experts_implementations_moma import DEFAULT_IMPLEMENTATION, form_of_pairs, takes_any_width, takes_hints
 from .generation_moma import MomaGenerationMixin
 from .loss_moma import causal_lm_loss
 from .quantized_layers_moma import use_quantized_layers
@@ -86,9 +86,9 @@ class MomaRMSNorm(nn.Module):
         self.variance_epsilon = eps
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        dtype = hidden_states.dtype
-        normed = nn.functional.rms_norm(hidden_states.float(), self.weight.shape, eps=self.variance_epsilon)
-        return self.weight * normed.to(dtype)
+        # half precision is widened within, except that autocast gives fp32 back
+        normed = nn.functional.rms_norm(hidden_states, self.weight.shape, eps=self.variance_epsilon)
+        return self.weight * normed.to(hidden_states.dtype)
 
 
 class MomaHeadLayerNorm(nn.Module):
@@ -388,7 +388,8 @@ class MomaExpertGroup(nn.Module):
             may_hint = context.takes_hints and not is_parallel and (is_ours or selection.shape_EK is not None)
             y_PD = self.experts(
                 selection.dispatch(x_ND),
-                selection.expert_P.unsqueeze(-1),
+                # of equal shares, hints say it all
+                (selection.expert if may_hint else selection.expert_P).unsqueeze(-1),
                 selection.weight_P.unsqueeze(-1),
                 **(selection.hints() if may_hint else {}),
             )
@@ -725,7 +726,9 @@ class MomaModel(MomaPreTrainedModel):
             routing=routing,
             depth_routing=depth_routing,
             is_recorded=bool(kwargs.get("output_router_logits", self.config.output_router_logits)),
-            may_sync=may_sync(self.config, self.embed_tokens.weight if inputs_embeds is None else inputs_embeds),
+            pairs=form_of_pairs(
+                self.config, input_ids, self.embed_tokens.weight if inputs_embeds is None else inputs_embeds
+            ),
             takes_hints=takes_hints(self.config),
         )
         hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds

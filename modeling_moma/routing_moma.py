@@ -22,7 +22,7 @@ from transformers.utils.generic import maybe_autocast
 
 from .configuration_moma import RULES, MomaConfig, RoutingRule, rule_of
 from .errors_moma import InputError
-from .token_groups_moma import RoutingContext, is_distributed
+from .token_groups_moma import RouterState, RouterStatistics, RoutingContext, is_distributed
 
 
 @dataclass
@@ -32,8 +32,9 @@ class Selection:
     Attributes:
         token_P (`torch.LongTensor`):
             positions in the group's tokens, `[P]`. A token may come several times or never.
-        expert_P (`torch.LongTensor`):
-            the expert of each pair, `[P]`.
+        expert (`torch.LongTensor`):
+            the expert of each pair, `[P]`, or where every expert takes as many tokens as the others `[E, K]`, which
+            then may be a view of `[E, 1]`.
         weight_P (`torch.Tensor`):
             gates, fp32, `[P]`.
         shape_EK (`tuple[int, int]`, *optional*):
@@ -48,7 +49,7 @@ class Selection:
     """
 
     token_P: torch.Tensor
-    expert_P: torch.Tensor
+    expert: torch.Tensor
     weight_P: torch.Tensor
     shape_EK: tuple[int, int] | None = None
     has_padding: bool = False
@@ -68,8 +69,8 @@ class Selection:
                 see [`Selection`].
         """
         num_experts, num_taken = token_EK.shape
-        expert_P = torch.arange(num_experts, device=token_EK.device).repeat_interleave(num_taken)
-        return cls(token_EK.flatten(), expert_P, weight_EK.flatten(), (num_experts, num_taken), has_padding, True)
+        expert_EK = torch.arange(num_experts, device=token_EK.device).unsqueeze(-1).expand(-1, num_taken)
+        return cls(token_EK.flatten(), expert_EK, weight_EK.flatten(), (num_experts, num_taken), has_padding, True)
 
     @classmethod
     def from_mask(
@@ -147,6 +148,11 @@ class Selection:
         if self.shape_EK is not None:
             return {"num_taken": self.shape_EK[1]}
         return {"is_sorted": self.is_sorted, "ends_E": self.ends_E}
+
+    @property
+    def expert_P(self) -> torch.Tensor:
+        """The expert of each pair, `[P]`."""
+        return self.expert.flatten()
 
     @property
     def token_EK(self) -> torch.Tensor:
@@ -419,7 +425,7 @@ class MomaRouter(MomaRouterBase):
         if context.track:
             # inference compares scores without noise
             plain_NE = torch.sigmoid(logits_NE.detach()) if is_noisy else scores_NE.detach()
-            context.record(self, *self._statistics(plain_NE, selection, is_noisy))
+            context.record(self, self._statistics(plain_NE, selection, is_noisy, rule.moves_bias))
         return logits_NE, selection
 
     def capacity(self, num_tokens: int) -> int:
@@ -433,23 +439,24 @@ class MomaRouter(MomaRouterBase):
         return self.gumbel_noise * (steps_left / self.gumbel_noise_steps).clamp(min=0)
 
     def _statistics(
-        self, scores_NE: torch.Tensor, selection: Selection, is_noisy: bool
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        self, scores_NE: torch.Tensor, selection: Selection, is_noisy: bool, moves_bias: bool
+    ) -> RouterStatistics:
         num_tokens = scores_NE.shape[0]
         if num_tokens == 0:
             zeros_E = scores_NE.new_zeros(self.num_experts)
-            return zeros_E, zeros_E, zeros_E
+            return RouterStatistics(zeros_E, zeros_E, zeros_E if moves_bias else None, zeros_E)
         scores_EN = scores_NE.t()
-        if selection.shape_EK is not None and not is_noisy:
+        is_topk = selection.shape_EK is not None and not selection.has_padding
+        if is_topk and not is_noisy:
             kth_E = selection.weight_EK[:, -1].detach()
         else:
             kth_E = scores_EN.topk(self.capacity(num_tokens), dim=-1).values[:, -1]
-        if selection.shape_EK is not None:
-            load_E = torch.full_like(kth_E, selection.shape_EK[1])
-        else:
-            load_E = torch.zeros_like(kth_E).index_add(0, selection.expert_P, torch.ones_like(selection.weight_P))
-        threshold_E = batch_thresholds(scores_EN, kth_E)
-        return threshold_E, (load_E.mean() - load_E) / num_tokens, torch.ones_like(kth_E)
+        lower_E = lower_scores(scores_EN, kth_E.unsqueeze(-1)).amax(-1)
+        if not moves_bias:
+            return RouterStatistics(kth_E, lower_E)
+        is_taken_P = (selection.weight_P > 0).float() if selection.has_padding else torch.ones_like(selection.weight_P)
+        load_E = torch.zeros_like(kth_E).index_add(0, selection.expert_P, is_taken_P)
+        return RouterStatistics(kth_E, lower_E, (load_E.mean() - load_E) / num_tokens)
 
 
 SelectionFunction = Callable[[MomaRouter, torch.Tensor, torch.Tensor, RoutingContext], Selection]
@@ -540,10 +547,6 @@ def auxiliary(router: MomaRouter, x_ND: torch.Tensor, scores_NE: torch.Tensor, c
     return Selection.from_mask(is_taken_NE, scores_NE, context.has_fixed_shapes, context.may_sync)
 
 
-# sums over processes: of the batches' thresholds, of load deficits, and how many they are of
-Shares = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-
-
 @torch.no_grad()
 def update_routers(context: RoutingContext, bias_update_rate: float):
     """Move thresholds and balance biases after a training step, averaged over all processes in one collective.
@@ -556,43 +559,103 @@ def update_routers(context: RoutingContext, bias_update_rate: float):
         bias_update_rate (`float`):
             how far a balance bias moves in one step.
     """
-    statistics = {router: record for router, record in context.statistics.items() if not router.is_frozen}
-    if not statistics:
-        return
-    sums = {
-        router: (threshold_C * count_C, load_deficit_C * count_C, count_C)
-        for router, (threshold_C, load_deficit_C, count_C) in statistics.items()
-    }
-    if is_distributed():
-        sums = _sum_over_processes(sums)
-    for router, (threshold_C, load_deficit_C, count_C) in sums.items():
-        has_count_C = count_C > 0
-        count_C = count_C.clamp(min=1)
-        threshold_C, load_deficit_C = threshold_C / count_C, load_deficit_C / count_C
-        # the plain mean until it has seen enough steps, so that no start value lingers
-        decay = (router.num_updates / (router.num_updates + 1)).clamp(max=router.momentum)
-        router.threshold.copy_(
-            torch.where(has_count_C, decay * router.threshold + (1 - decay) * threshold_C, router.threshold)
+    kinds: dict[Any, dict[MomaRouterBase, RouterStatistics]] = {}
+    for router, statistics in context.statistics.items():
+        if not router.is_frozen:
+            kind = isinstance(router, MomaRouter), router.momentum, router.threshold.device
+            kinds.setdefault(kind, {})[router] = statistics
+    stacks = [RouterStack.of(statistics) for statistics in kinds.values()]
+    if is_distributed() and stacks:
+        _average_over_processes(stacks)
+    for (is_of_experts, *_), stack in zip(kinds, stacks):
+        rule = RULES[context.routing if is_of_experts else context.depth_routing]
+        stack.update(context.state, bias_update_rate if rule.moves_bias else None)
+
+
+@dataclass
+class RouterStack:
+    """The routers of one kind on one device, which move together: every operation is one launch for all of them.
+
+    Attributes:
+        routers (`list[MomaRouterBase]`):
+            one after the other, with `S` thresholds in all.
+        threshold_S (`torch.Tensor`):
+            of this batch alone.
+        load_deficit_S (`torch.Tensor`, *optional*):
+            see [`RouterStatistics`].
+        count_S (`torch.Tensor`):
+            processes that had tokens to judge by.
+    """
+
+    routers: list[MomaRouterBase]
+    threshold_S: torch.Tensor
+    load_deficit_S: torch.Tensor | None
+    count_S: torch.Tensor
+
+    @classmethod
+    def of(cls, statistics: dict[MomaRouterBase, RouterStatistics]) -> "RouterStack":
+        """Stack what the routers saw."""
+        kth_S, lower_S = (
+            torch.cat([getattr(each, name) for each in statistics.values()]) for name in ("kth_C", "lower_C")
         )
-        router.num_updates.add_((has_count_C if router.num_updates.ndim else has_count_C[0]).float())
-        routing = context.routing if isinstance(router, MomaRouter) else context.depth_routing
-        if RULES[routing].moves_bias:
-            step_C = bias_update_rate * torch.sign(load_deficit_C)
-            router.balance_bias.copy_(torch.where(has_count_C, router.balance_bias + step_C, router.balance_bias))
+        ones_C = kth_S.new_ones(max(each.kth_C.shape[0] for each in statistics.values()))
+        counts = [
+            ones_C[: each.kth_C.shape[0]] if each.count_C is None else each.count_C for each in statistics.values()
+        ]
+        deficits = [each.load_deficit_C for each in statistics.values() if each.load_deficit_C is not None]
+        return cls(
+            list(statistics),
+            thresholds_between(kth_S, lower_S),
+            torch.cat(deficits) if deficits else None,
+            torch.cat(counts),
+        )
+
+    def update(self, state: dict[Any, RouterState], bias_update_rate: float | None) -> None:
+        """Move the routers' buffers, and keep in `state` what they were."""
+        routers = self.routers
+        sizes = [router.threshold.shape[0] for router in routers]
+        before_S = torch.cat([router.threshold for router in routers])
+        bias_S = torch.cat([router.balance_bias for router in routers])
+        updates_S = torch.cat([router.num_updates.expand(size) for router, size in zip(routers, sizes)])
+        old = [part.split(sizes) for part in (before_S, bias_S)]
+        state.update(zip(routers, map(RouterState, *old, self._counters(updates_S, sizes))))
+        has_count_S = self.count_S > 0
+        # the plain mean until it has seen enough steps, so that no start value lingers
+        decay_S = (updates_S / (updates_S + 1)).clamp(max=routers[0].momentum)
+        mean_S = decay_S * before_S + (1 - decay_S) * self.threshold_S
+        threshold_S = torch.where(has_count_S, mean_S, before_S)
+        torch._foreach_copy_([router.threshold for router in routers], list(threshold_S.split(sizes)))
+        counters = self._counters(updates_S + has_count_S, sizes)
+        torch._foreach_copy_([router.num_updates for router in routers], counters)
+        if bias_update_rate is not None and self.load_deficit_S is not None:
+            step_S = bias_update_rate * torch.sign(self.load_deficit_S)
+            bias_S = torch.where(has_count_S, bias_S + step_S, bias_S)
+            torch._foreach_copy_([router.balance_bias for router in routers], list(bias_S.split(sizes)))
+
+    def _counters(self, updates_S: torch.Tensor, sizes: list[int]) -> list[torch.Tensor]:
+        """Return each router's own, of the shape of its `num_updates`."""
+        parts = updates_S.split(sizes)
+        return [part if router.num_updates.ndim else part[0] for router, part in zip(self.routers, parts)]
 
 
-def _sum_over_processes(sums: dict[MomaRouterBase, Shares]) -> dict[MomaRouterBase, Shares]:
-    """Sum in one collective, whatever devices the routers are on; each gets its own back where it is."""
-    device = next(iter(sums)).threshold.device
-    rows = [row_C.to(device) for parts in sums.values() for row_C in parts]
-    flat = torch.cat(rows)
+def _average_over_processes(stacks: list[RouterStack]) -> None:
+    """Average in one collective, whatever devices the routers are on; each gets its own back where it is."""
+    device = stacks[0].count_S.device
+    rows = []
+    for stack in stacks:
+        figures = (stack.threshold_S, stack.load_deficit_S)
+        rows += [row_S * stack.count_S for row_S in figures if row_S is not None] + [stack.count_S]
+    flat = torch.cat([row.to(device) for row in rows])
     dist.all_reduce(flat)
     pieces = iter(flat.split([row.shape[0] for row in rows]))
-    summed = {}
-    for router in sums:
-        threshold_C, load_deficit_C, count_C = (next(pieces).to(router.threshold.device) for _ in range(3))
-        summed[router] = (threshold_C, load_deficit_C, count_C)
-    return summed
+    for stack in stacks:
+        threshold_S = next(pieces)
+        load_deficit_S = None if stack.load_deficit_S is None else next(pieces)
+        count_S = next(pieces)
+        divisor_S, here = count_S.clamp(min=1), stack.count_S.device
+        stack.threshold_S = (threshold_S / divisor_S).to(here)
+        stack.load_deficit_S = None if load_deficit_S is None else (load_deficit_S / divisor_S).to(here)
+        stack.count_S = count_S.to(here)
 
 
 __all__ = [

@@ -12,6 +12,7 @@ Shape suffixes:
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any, NamedTuple
 
 import torch
@@ -69,12 +70,6 @@ class ModalitySplit:
         order = torch.argsort(group_flat, stable=True)
         inverse = torch.empty_like(order).scatter_(0, order, torch.arange(order.shape[0], device=order.device))
         return cls(counts, order, inverse, group_BT)
-
-    def select_rows(self, row_R: torch.Tensor) -> "ModalitySplit":
-        """Return the split of some of the rows, with one device sync."""
-        group_RT = self.group_BT.index_select(0, row_R)
-        groups = group_RT.flatten().tolist()
-        return ModalitySplit.from_groups(group_RT, {name: groups.count(i) for i, name in enumerate(self.counts)})
 
     def to(self, device: torch.device, non_blocking: bool = False) -> "ModalitySplit":
         """Return the same split on another device."""
@@ -153,9 +148,9 @@ class FixedSplit:
 
     def merge(self, groups: dict[str, torch.Tensor], like_BTD: torch.Tensor) -> torch.Tensor:
         """Return each position's output from its own group, `[B, T, ...]`; padding gets zeros."""
-        merged = torch.zeros_like(groups[self.groups[0]])
+        merged: Any = 0.0
         for name, is_member_N in zip(self.groups, self._is_member_N):
-            merged = torch.where(is_member_N.view(-1, *[1] * (merged.ndim - 1)), groups[name], merged)
+            merged = torch.where(is_member_N.view(-1, *[1] * (groups[name].ndim - 1)), groups[name], merged)
         return merged.unflatten(0, like_BTD.shape[:2])
 
 
@@ -253,12 +248,45 @@ def logistic_noise_like(logits: torch.Tensor) -> torch.Tensor:
     return torch.rand_like(logits).logit(eps=1e-6)
 
 
+class PairForm(Enum):
+    """In what form a selection has its (token, expert) pairs where their number is known to the device alone.
+
+    - `COUNTED`: no others, for a device sync.
+    - `SORTED`: a row for each token and expert, those that are taken first: an implementation leaves the others out.
+    - `FIXED`: a row for each token and expert, expert by expert, which all run.
+    """
+
+    COUNTED = "counted"
+    SORTED = "sorted"
+    FIXED = "fixed"
+
+
 class RouterState(NamedTuple):
     """What a router selects with: its buffers of these names, as they were when the forward met it."""
 
     threshold: torch.Tensor
     balance_bias: torch.Tensor
     num_updates: torch.Tensor
+
+
+class RouterStatistics(NamedTuple):
+    """What one router saw in one forward, for each of its `C` thresholds.
+
+    Attributes:
+        kth_C (`torch.Tensor`):
+            the K-th best scores.
+        lower_C (`torch.Tensor`):
+            the next lower ones, see `thresholds_between`; equal to `kth_C` where those are thresholds already.
+        load_deficit_C (`torch.Tensor`, *optional*):
+            by how much the load lags behind its target, as a share of the tokens; `None` where no bias moves.
+        count_C (`torch.Tensor`, *optional*):
+            1, or 0 where this process had no token to judge by; `None` stands for ones.
+    """
+
+    kth_C: torch.Tensor
+    lower_C: torch.Tensor
+    load_deficit_C: torch.Tensor | None = None
+    count_C: torch.Tensor | None = None
 
 
 class RoutingContext:
@@ -287,17 +315,17 @@ class RoutingContext:
         runs_all_groups (`bool`, *optional*, defaults to `True`):
             whether groups without a token run, too: their weights take part in every training step and wherever
             processes wait for one another, and where routers are recorded each has its entry.
-        may_sync (`bool`, *optional*, defaults to `True`):
-            whether layers may ask the device for numbers.
+        pairs (`PairForm`, *optional*, defaults to `PairForm.COUNTED`):
+            in what form a selection has its pairs.
         takes_hints (`bool`, *optional*, defaults to `False`):
             whether the experts implementation makes use of what a selection knows of its pairs.
 
     Attributes:
         statistics (`dict`):
-            thresholds of this batch alone, load deficits and counts, by router. Recomputation under activation
-            checkpointing writes the same entry again, so a step counts once.
+            [`RouterStatistics`] of this batch alone, by router. Recomputation under activation checkpointing writes
+            the same entry again, so a step counts once.
         state (`dict`):
-            [`RouterState`] by router.
+            [`RouterState`] of the routers that have moved since, by router.
         noise (`dict`):
             the noise that each router drew, before it is scaled.
     """
@@ -313,7 +341,7 @@ class RoutingContext:
         document_BT: torch.Tensor | None = None,
         custom_mask_BHQS: torch.Tensor | None = None,
         runs_all_groups: bool = True,
-        may_sync: bool = True,
+        pairs: PairForm = PairForm.COUNTED,
         takes_hints: bool = False,
     ):
         self.routing = routing
@@ -324,8 +352,8 @@ class RoutingContext:
         self.track = track
         self.padding_BT, self.document_BT = padding_BT, document_BT
         self.custom_mask_BHQS = custom_mask_BHQS
-        self.runs_all_groups, self.may_sync, self.takes_hints = runs_all_groups, may_sync, takes_hints
-        self.statistics: dict[Any, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
+        self.runs_all_groups, self.pairs, self.takes_hints = runs_all_groups, pairs, takes_hints
+        self.statistics: dict[Any, RouterStatistics] = {}
         self.state: dict[Any, RouterState] = {}
         self.noise: dict[Any, torch.Tensor] = {}
         self._by_device: dict[torch.device, RoutingContext] = {}
@@ -333,7 +361,12 @@ class RoutingContext:
     @property
     def has_fixed_shapes(self) -> bool:
         """Whether no shape may depend on who chooses whom."""
-        return isinstance(self.split, FixedSplit)
+        return isinstance(self.split, FixedSplit) or self.pairs is PairForm.FIXED
+
+    @property
+    def may_sync(self) -> bool:
+        """Whether the device may be asked for the number of pairs."""
+        return self.pairs is PairForm.COUNTED
 
     def to(self, device: torch.device | int | str, non_blocking: bool = False) -> "RoutingContext":
         """Return the same context for layers on another device, which Accelerate's hooks ask for.
@@ -365,14 +398,14 @@ class RoutingContext:
 
     def with_syncs(self) -> "RoutingContext":
         """Return the same context, in which layers may ask the device for numbers."""
-        return self if self.may_sync else self._view(may_sync=True)
+        return self if self.may_sync else self._view(pairs=PairForm.COUNTED)
 
     def with_routing(self, routing: str, track: bool = False) -> "RoutingContext":
         """Return a separate context for the same tokens, in which experts and depth layers choose by another rule."""
         return self._copy(routing=routing, depth_routing=routing, track=track)
 
     def _copy(self, **changes: Any) -> "RoutingContext":
-        names = ("routing", "split", "track", "depth_routing", "runs_all_groups", "may_sync", "takes_hints", *_TENSORS)
+        names = ("routing", "split", "track", "depth_routing", "runs_all_groups", "pairs", "takes_hints", *_TENSORS)
         return RoutingContext(**{**{name: getattr(self, name) for name in names}, **changes})
 
     def _view(self, **changes: Any) -> "RoutingContext":
@@ -383,19 +416,14 @@ class RoutingContext:
     def router_state(self, router: Any) -> "Any":
         """Return the buffers of a router to select with.
 
-        In training they are kept from the forward: recomputation under activation checkpointing comes after
-        `update_routers` and has to select the same tokens again.
+        Recomputation under activation checkpointing comes after `update_routers`, which has kept what they were, and
+        has to select the same tokens again.
 
         Args:
             router (`Any`):
                 whose buffers are asked for.
         """
-        if not self.track:
-            return router
-        if router not in self.state:
-            buffers = (router.threshold, router.balance_bias, router.num_updates)
-            self.state[router] = RouterState(*(buffer.clone() for buffer in buffers))
-        return self.state[router]
+        return self.state.get(router, router)
 
     def router_noise(self, router: Any, logits: torch.Tensor) -> torch.Tensor:
         """Return a router's noise, drawn once: recomputation may come with another state of the generator."""
@@ -403,20 +431,16 @@ class RoutingContext:
             self.noise[router] = logistic_noise_like(logits)
         return self.noise[router]
 
-    def record(self, router: Any, threshold_C: torch.Tensor, load_deficit_C: torch.Tensor, count_C: torch.Tensor):
-        """Keep what `update_routers` needs of one router's step, for each of its `C` thresholds.
+    def record(self, router: Any, statistics: RouterStatistics):
+        """Keep what `update_routers` needs of one router's step.
 
         Args:
             router ([`MomaRouterBase`]):
                 whose.
-            threshold_C (`torch.Tensor`):
-                midway between the K-th best score and the next, see [`batch_thresholds`].
-            load_deficit_C (`torch.Tensor`):
-                by how much the load lags behind its target, as a share of the tokens.
-            count_C (`torch.Tensor`):
-                1, or 0 where this process had no token to judge by.
+            statistics ([`RouterStatistics`]):
+                of its batch.
         """
-        self.statistics[router] = (threshold_C, load_deficit_C, count_C)
+        self.statistics[router] = statistics
 
 
 def routing_of_batch(
@@ -432,7 +456,7 @@ def routing_of_batch(
     routing: str | None = None,
     depth_routing: str | None = None,
     is_recorded: bool = False,
-    may_sync: bool = True,
+    pairs: PairForm = PairForm.COUNTED,
     takes_hints: bool = False,
 ) -> RoutingContext:
     """Describe the routing of one forward to all its layers, and raise where something cannot be routed.
@@ -462,8 +486,8 @@ def routing_of_batch(
             the caller's rule for depth layers.
         is_recorded (`bool`, *optional*, defaults to `False`):
             whether each router's logits are asked for.
-        may_sync (`bool`, *optional*, defaults to `True`):
-            whether layers may ask the device for numbers.
+        pairs (`PairForm`, *optional*, defaults to `PairForm.COUNTED`):
+            in what form selections have their pairs.
         takes_hints (`bool`, *optional*, defaults to `False`):
             whether the experts implementation takes hints.
 
@@ -512,7 +536,7 @@ def routing_of_batch(
         modality_BT,
         padding_BT,
         runs_all_groups=is_training or has_gradients or is_distributed() or is_recorded,
-        may_sync=may_sync,
+        pairs=pairs,
         takes_hints=takes_hints,
     )
     if config.depth_layers:
@@ -870,7 +894,9 @@ __all__ = [
     "FLASH_LENGTHS",
     "FixedSplit",
     "ModalitySplit",
+    "PairForm",
     "RouterState",
+    "RouterStatistics",
     "RoutingContext",
     "check_exportable",
     "check_length",

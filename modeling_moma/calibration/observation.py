@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from ..depth_moma import DepthSelection, MomaDepthRouter
 from ..errors_moma import InputError
 from ..modeling_moma import MomaFeedForward
-from ..routing_moma import MomaRouter, MomaRouterBase, Selection, batch_thresholds
+from ..routing_moma import MomaRouter, MomaRouterBase, Selection, batch_thresholds, thresholds_between
 from ..token_groups_moma import RoutingContext
 
 
@@ -71,7 +71,9 @@ class RouterRecord:
         # a context of its own, so that the model does not learn of the statistics
         oracle = context.with_routing("expert_choice", track=True)
         logits, selection = router.forward(hidden, oracle)
-        threshold_C, _, count_C = oracle.statistics[router]
+        statistics = oracle.statistics[router]
+        threshold_C = thresholds_between(statistics.kth_C, statistics.lower_C)
+        count_C = torch.ones_like(threshold_C) if statistics.count_C is None else statistics.count_C
         scores, hidden = torch.sigmoid(logits), hidden.detach()
         if isinstance(router, MomaRouter):
             is_member_NS = torch.zeros_like(scores.t(), dtype=torch.bool).scatter_(1, selection.token_EK, True).t()

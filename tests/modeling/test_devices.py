@@ -11,7 +11,7 @@ from helpers.parallel_reference import MODELS
 from helpers.reference import GROUPS
 from helpers.tiny import mixed_ids, tiny_model
 from modeling_moma.routing_moma import MomaRouterBase, update_routers
-from modeling_moma.token_groups_moma import FixedSplit, RoutingContext, split_modalities
+from modeling_moma.token_groups_moma import FixedSplit, RouterStatistics, RoutingContext, split_modalities
 
 
 COPIES = (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default)
@@ -89,7 +89,7 @@ def test_a_context_moves_whole_and_once_and_shares_what_routers_leave():
     ]
     assert left == []
     assert moved.split.counts == split.counts
-    moved.record("router", *[torch.zeros(1)] * 3)
+    moved.record("router", RouterStatistics(torch.zeros(1), torch.zeros(1)))
     assert "router" in context.statistics and moved.state is context.state and moved.noise is context.noise
     assert (moved.routing, moved.depth_routing, moved.track) == ("threshold", "expert_choice", True)
 
@@ -110,7 +110,7 @@ def test_routers_are_updated_each_on_its_device(name):
                 setattr(router, buffer, torch.empty_like(getattr(router, buffer), device="lazy"))
         context = RoutingContext("token_choice", split=None, track=True, depth_routing="token_choice")
         for router in routers:
-            context.record(router, *(torch.rand_like(router.threshold) for _ in range(3)))
+            context.record(router, RouterStatistics(*(torch.rand_like(router.threshold) for _ in range(4))))
         # a fake tensor refuses an operation with another device
         update_routers(context, bias_update_rate=0.1)
         devices = {str(router.threshold.device) for router in routers}

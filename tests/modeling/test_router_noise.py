@@ -9,7 +9,7 @@ import torch
 from helpers.reference import GROUPS, assert_near, context_of, fields_of, reference_cut, reference_selection
 from helpers.tiny import mixed_ids, tiny_config, tiny_model
 from modeling_moma.configuration_moma import RULES, rule_names
-from modeling_moma.routing_moma import MomaRouter
+from modeling_moma.routing_moma import MomaRouter, thresholds_between
 from modeling_moma.token_groups_moma import logistic_noise_like
 
 
@@ -73,7 +73,8 @@ def test_selection_and_gates_are_noisy_while_logits_and_statistics_are_not(routi
     # of 13 tokens for 4 experts
     lines = torch.sigmoid(clean_NE).t().tolist()
     cut_E = torch.tensor([reference_cut(line, math.ceil(NUM_TOKENS / 4)) for line in lines])
-    assert_near(context.statistics[router][0], cut_E, 1e-6)
+    statistics = context.statistics[router]
+    assert_near(thresholds_between(statistics.kth_C, statistics.lower_C), cut_E, 1e-6)
     (gradient,) = torch.autograd.grad(weights.sum(), router.weight)
     (wanted,) = torch.autograd.grad(noisy_NE[token_P, expert_P].sum(), router.weight)
     assert_near(gradient, wanted, 1e-5)
@@ -83,7 +84,7 @@ def test_the_load_that_the_balance_bias_sees_is_that_of_the_noisy_selection():
     config, router, x_ND = build_router(gumbel_noise=2.0)
     _, pairs, _, context = select(config, router, x_ND, "token_choice")
     load_E = torch.tensor([sum(expert == e for _, expert in pairs) for e in range(4)])
-    assert_near(context.statistics[router][1], (load_E.float().mean() - load_E) / NUM_TOKENS, 1e-5)
+    assert_near(context.statistics[router].load_deficit_C, (load_E.float().mean() - load_E) / NUM_TOKENS, 1e-5)
 
 
 @pytest.mark.parametrize("routing", RULES)

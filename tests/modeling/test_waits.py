@@ -10,14 +10,18 @@ from transformers.masking_utils import flash_attention_mask
 
 from helpers.reference import GROUPS, fields_of
 from helpers.tiny import mixed_ids, tiny_model
-from modeling_moma import cpu_moma
+from modeling_moma import cpu_moma, experts_implementations_moma
 from modeling_moma.configuration_moma import rule_names
 from modeling_moma.data.packing import PackedCollator
 
 
 # what reads numbers of a tensor, or makes a tensor whose size only its numbers tell
 METHODS = ("tolist", "item", "__bool__", "__int__", "__float__", "__index__", "cpu", "numpy")
-OPERATIONS = ("nonzero", "masked_select", "_local_scalar_dense", "unique", "equal")
+# what copies numbers of a list to a device
+UPLOADS = ("tensor", "as_tensor", "new_tensor")
+OPERATIONS = ("nonzero", "masked_select", "_local_scalar_dense", "unique", "equal", "bincount")
+# kernels of groups, where there is none for a type or a size
+FALLBACKS = ("grouped_mm_fallback", "grouped_mm_fallback_backward")
 
 
 class Waits(TorchFunctionMode):
@@ -28,8 +32,9 @@ class Waits(TorchFunctionMode):
         self.names = []
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        if getattr(func, "__name__", "") in METHODS:
-            self.names.append(func.__name__)
+        name = getattr(func, "__name__", "")
+        if name in METHODS or (name in UPLOADS and any(isinstance(arg, list) and arg for arg in args)):
+            self.names.append(name)
         return func(*args, **(kwargs or {}))
 
 
@@ -42,7 +47,9 @@ class WaitingOperations(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.__name__.split(".")[0]
-        if name in OPERATIONS:
+        if name in OPERATIONS or name in FALLBACKS:
+            self.names.append(name)
+        if name == "_grouped_mm" and args[0].dtype != torch.bfloat16:
             self.names.append(name)
         return func(*args, **(kwargs or {}))
 
@@ -73,11 +80,125 @@ def test_inference_waits_once_a_forward_for_the_sizes_of_its_groups(device, grou
     assert waits_of(lambda: model(ids[:, 8:9], cache=cache)) == ["tolist"]
 
 
-@pytest.mark.parametrize("routing", ["expert_choice", "token_choice"])
-def test_a_training_step_waits_once(device, routing):
-    model = tiny_model(**GROUPS["4t4i"], training_routing=routing).train()
+@pytest.fixture
+def kernel(monkeypatch):
+    """A kernel as on a GPU: what it leaves behind the last end, in outputs and in gradients, is no number."""
+    grouped = torch.nn.functional.grouped_mm
+
+    class Kernel(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x_PD, weight_EDF, ends_E):
+            ctx.save_for_backward(x_PD, weight_EDF, ends_E)
+            return unwritten(grouped(x_PD, weight_EDF, offs=ends_E), ends_E)
+
+        @staticmethod
+        def backward(ctx, grad_PF):
+            x_PD, weight_EDF, ends_E = ctx.saved_tensors
+            begins = [0, *ends_E.view(torch.int32).numpy().tolist()]
+            x_grad_PD, weight_grad_EDF = torch.full_like(x_PD, torch.nan), torch.zeros_like(weight_EDF)
+            for expert, (begin, end) in enumerate(zip(begins, begins[1:])):
+                x_grad_PD[begin:end] = grad_PF[begin:end] @ weight_EDF[expert].t()
+                weight_grad_EDF[expert] = x_PD[begin:end].t() @ grad_PF[begin:end]
+            return x_grad_PD, weight_grad_EDF, None
+
+    def unwritten(y_PF, ends_E):
+        return torch.where(torch.arange(len(y_PF)).unsqueeze(-1) < ends_E[-1], y_PF, torch.nan)
+
+    monkeypatch.setattr(torch.nn.functional, "grouped_mm", lambda x, weight, offs: Kernel.apply(x, weight, offs))
+    # the project's own kernel takes any type here, so that gradients can be compared closely
+    monkeypatch.setattr(experts_implementations_moma, "_has_kernel", lambda dtype, sizes: True)
+
+
+PRECISIONS = {"fp32": (torch.float32, False), "bf16": (torch.bfloat16, False), "autocast": (torch.float32, True)}
+
+
+@pytest.mark.parametrize("skip_logits", [False, True])
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("groups", ["8x", "4t4i"])
+@pytest.mark.parametrize("routing", rule_names(may_train=True))
+def test_a_training_step_waits_once(device, routing, groups, precision, skip_logits):
+    dtype, is_autocast = PRECISIONS[precision]
+    fields = {"modality_loss_weights": {"text": 3.0}, "z_loss_coef": 0.01, "routing_warmup_steps": 2}
+    model = tiny_model(**GROUPS[groups], **fields, training_routing=routing).to(dtype).train()
     ids = mixed_ids()
-    assert waits_of(lambda: model(ids, labels=ids, use_cache=False).loss.backward()) == ["tolist"]
+
+    def step():
+        with torch.autocast("cpu", torch.bfloat16, enabled=is_autocast):
+            loss = model(ids, labels=ids, use_cache=False, skip_logits=skip_logits).loss
+        loss.backward()
+
+    waits = waits_of(step)
+    # torch's kernel of groups for CPUs looks at the ends
+    assert [name for name in waits if name != "_local_scalar_dense"] == ["tolist"]
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("form", ["sorted", "fixed", "counted"])
+@pytest.mark.parametrize("routing", rule_names(may_train=True))
+def test_training_without_waiting_is_the_same(monkeypatch, request, routing, form, checkpointing):
+    fields = {**GROUPS["4t4i"], **fields_of(routing), "training_routing": routing, "gate_after_norm": True}
+    found = []
+    for is_device in (False, True):
+        if is_device:
+            if form == "sorted":
+                request.getfixturevalue("kernel")
+            elif form == "counted":
+                monkeypatch.setattr(experts_implementations_moma, "_AFFORDABLE_BYTES", 0)
+            monkeypatch.setattr(cpu_moma, "_CPU", ())
+        model = tiny_model(**fields, normalize_gates=True).train()
+        if checkpointing:
+            model.activation_checkpointing_enable()
+        for seed in range(2):
+            ids, mask = mixed_ids(seed=seed), torch.ones_like(mixed_ids())
+            mask[0, :3] = 0
+            model.zero_grad()
+            output = model(ids, labels=ids, attention_mask=mask, use_cache=False)
+            output.loss.backward()
+        found.append(
+            {
+                "logits": output.logits[mask == 1],
+                **{name: weight.grad for name, weight in model.named_parameters()},
+                **dict(model.named_buffers()),
+            }
+        )
+    for name, value in found[0].items():
+        torch.testing.assert_close(found[1][name], value, rtol=1e-4, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("depth_routing", ["expert_choice", "threshold", "token_choice"])
+@pytest.mark.parametrize("capacity", [0.5, {"text": 0.5, "image": 0.7}])
+@pytest.mark.parametrize("pool", ["batch", "row"])
+def test_a_depth_layer_waits_once_more(device, pool, capacity, depth_routing):
+    fields = {**GROUPS["4t4i"], "training_routing": "expert_choice"}
+    plain = tiny_model(**fields)
+    model = tiny_model(**fields, depth_layers=[0, 1], depth_capacity=capacity, depth_pool=pool)
+    ids, mask = mixed_ids(3), torch.ones_like(mixed_ids(3))
+    mask[0, :3] = 0
+    given = {"input_ids": ids, "labels": ids, "depth_routing": depth_routing, "use_cache": False}
+    # the library looks at a mask of padding
+    for more in ({}, {"attention_mask": mask}):
+        inputs = {**given, **more}
+        waits = [waits_of(lambda each=each, inputs=inputs: each(**inputs).loss.backward()) for each in (plain, model)]
+        assert sorted(waits[1]) == sorted(waits[0] + ["tolist"] * 2)
+    model.eval()
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        assert waits_of(lambda: model(ids[:, :8], cache=cache)) == ["tolist"] * 3
+        for place in range(8, 12):
+            assert waits_of(lambda place=place: model(ids[:, place : place + 1], cache=cache)) == ["tolist"] * 3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("routing", rule_names(is_causal=True))
+def test_without_a_kernel_a_long_prompt_waits_twice_a_group_for_all_products(device, monkeypatch, routing, dtype):
+    monkeypatch.setattr(experts_implementations_moma, "_FEW_TOKENS", 8)
+    monkeypatch.setattr(experts_implementations_moma, "_has_kernel", lambda dtype, sizes: False)
+    model = tiny_model(**GROUPS["4t4i"], **fields_of(routing), inference_routing=routing).to(dtype).eval()
+    with torch.no_grad():
+        names = waits_of(lambda: model(mixed_ids()))
+    num_groups = 2 * model.config.num_hidden_layers
+    a_choice = [] if routing == "token_choice" else ["nonzero"] * num_groups
+    assert sorted(names) == sorted(["tolist"] * (1 + num_groups) + a_choice)
 
 
 def values_alone(module, query, key, value, attention_mask, **kwargs):
