@@ -11,11 +11,14 @@ import torch
 from torch import nn
 
 from .configuration_moma import MomaConfig
+from .cpu_moma import is_on_cpu
 from .token_groups_moma import token_modalities
 
 
-# positions whose logits exist at once where a head makes them
+# positions whose logits exist at once on a CPU where a head makes them
 CHUNK = 256
+# bytes of such logits on another device, where many small chunks are many launches
+_CHUNK_BYTES = 2**28
 
 
 @dataclass
@@ -53,8 +56,8 @@ def causal_lm_loss(
     Both need the loss of single tokens, which the library's function does not give; without weights and z-loss the two
     are equal.
 
-    With a head, the logits of 256 positions exist at once. Gradients are then computed with the loss, chunk by chunk,
-    so that nothing is computed twice; they cannot be differentiated again.
+    With a head, the logits of a chunk of positions exist at once. Gradients are then computed with the loss, chunk by
+    chunk, so that nothing is computed twice; they cannot be differentiated again.
 
     Args:
         config (`MomaConfig`):
@@ -82,17 +85,23 @@ def causal_lm_loss(
     target_N = _targets(labels, shift_labels, attention_mask, ignore_index, states.device)
     # -1 where no loss is wanted
     modality_N = torch.where(target_N != ignore_index, token_modalities(config, target_N), -1)
+    weight_N = _weights(config, modality_N) if training and config.modality_loss_weights else None
+    z_loss_coef = config.z_loss_coef if training else 0.0
 
-    def terms(logits_NV: torch.Tensor, part_N: torch.Tensor, kind_N: torch.Tensor):
-        weighted_N, loss_N = _token_terms(config, logits_NV, part_N, kind_N, training, ignore_index)
+    def terms(logits_NV: torch.Tensor, rows: slice):
+        part_N, weights = target_N[rows], None if weight_N is None else weight_N[rows]
+        weighted_N, loss_N = _token_terms(logits_NV, part_N, weights, z_loss_coef, ignore_index)
         return weighted_N.sum(), loss_N.detach()
 
     states_NS = states.reshape(-1, states.shape[-1])
     if head is None:
-        total, loss_N = terms(states_NS, target_N, modality_N)
+        total, loss_N = terms(states_NS, slice(None))
     else:
         parameters = [parameter for parameter in head.parameters() if parameter.requires_grad]
-        total, loss_N = _ChunkedSum.apply(head, terms, states_NS, target_N, modality_N, *parameters)
+        chunk_size = CHUNK
+        if not is_on_cpu(states):
+            chunk_size = max(CHUNK, _CHUNK_BYTES // (config.vocab_size * torch.float32.itemsize))
+        total, loss_N = _ChunkedSum.apply(head, terms, chunk_size, states_NS, *parameters)
     return _summary(config, total, loss_N, modality_N, num_items_in_batch)
 
 
@@ -104,18 +113,17 @@ class _ChunkedSum(torch.autograd.Function):
         ctx,
         head,
         terms,
+        chunk_size: int,
         x_ND: torch.Tensor,
-        target_N: torch.Tensor,
-        modality_N: torch.Tensor,
         *parameters: torch.Tensor,
     ):
         needs_grad = any(ctx.needs_input_grad)
         total, losses, grads = x_ND.new_zeros((), dtype=torch.float32), [], []
         sums: list[torch.Tensor] = []
-        for chunk_ND, *chunks in zip(x_ND.split(CHUNK), target_N.split(CHUNK), modality_N.split(CHUNK)):
+        for index, chunk_ND in enumerate(x_ND.split(chunk_size)):
             with torch.set_grad_enabled(needs_grad):
                 chunk_ND = chunk_ND.detach().requires_grad_(needs_grad)
-                part, loss_N = terms(head(chunk_ND), *chunks)
+                part, loss_N = terms(head(chunk_ND), slice(index * chunk_size, (index + 1) * chunk_size))
             total += part.detach()
             losses.append(loss_N)
             if needs_grad:
@@ -134,7 +142,16 @@ class _ChunkedSum(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, scale: torch.Tensor, _):
         grad_ND, *gradients = (gradient * scale.to(gradient.dtype) for gradient in ctx.saved_tensors)
-        return None, None, grad_ND, None, None, *gradients
+        return None, None, None, grad_ND, *gradients
+
+
+def _weights(config: MomaConfig, modality_N: torch.Tensor) -> torch.Tensor:
+    """Return the weight of each target's modality, 0 for those that are ignored."""
+    weight_N = torch.zeros_like(modality_N, dtype=torch.float32)
+    for index, name in enumerate(config.modalities):
+        # a list of weights would be copied to the device
+        weight_N = torch.where(modality_N == index, config.modality_loss_weights.get(name, 1.0), weight_N)  # pyright: ignore[reportOptionalMemberAccess]
+    return weight_N
 
 
 def _targets(
@@ -157,25 +174,20 @@ def _targets(
 
 
 def _token_terms(
-    config: MomaConfig,
     logits_NV: torch.Tensor,
     target_N: torch.Tensor,
-    modality_N: torch.Tensor,
-    training: bool,
+    weight_N: torch.Tensor | None,
+    z_loss_coef: float,
     ignore_index: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return what each token adds to the loss that is minimised, and its cross-entropy."""
     logits_NV = logits_NV.float()
     loss_N = nn.functional.cross_entropy(logits_NV, target_N, ignore_index=ignore_index, reduction="none")
-    weighted_N = loss_N
-    if training and config.modality_loss_weights:
-        weights = [config.modality_loss_weights.get(name, 1.0) for name in config.modalities]
-        # the last entry is that of ignored targets, index -1
-        weighted_N = loss_N * loss_N.new_tensor([*weights, 0.0])[modality_N]
-    if training and config.z_loss_coef:
+    weighted_N = loss_N if weight_N is None else loss_N * weight_N
+    if z_loss_coef:
         target_logit_N = logits_NV.gather(1, target_N.clamp(min=0).unsqueeze(1)).squeeze(1)
-        log_z_N = (target_logit_N + loss_N).masked_fill(modality_N < 0, 0.0)
-        weighted_N = weighted_N + config.z_loss_coef * log_z_N.square()
+        log_z_N = (target_logit_N + loss_N).masked_fill(target_N == ignore_index, 0.0)
+        weighted_N = weighted_N + z_loss_coef * log_z_N.square()
     return weighted_N, loss_N
 
 

@@ -6,14 +6,19 @@ import torch
 
 from helpers.reference import trainable
 from helpers.tiny import mixed_ids, tiny_model
-from modeling_moma import loss_moma
+from modeling_moma import cpu_moma, loss_moma
 
 
 @pytest.mark.parametrize("fields", [{}, {"z_loss_coef": 0.01, "modality_loss_weights": {"text": 3.0}}])
 @pytest.mark.parametrize("tied", [True, False])
-def test_loss_without_logits_is_the_loss_with_them(monkeypatch, fields, tied):
+@pytest.mark.parametrize("num_device_rows", [None, 2, 7, 100])
+def test_loss_without_logits_is_the_loss_with_them(monkeypatch, fields, tied, num_device_rows):
+    """On a CPU and on a device, whose chunks have as many rows as their bytes allow."""
     monkeypatch.setattr(loss_moma, "CHUNK", 5)
     model = tiny_model(tie_word_embeddings=tied, **fields).train()
+    if num_device_rows is not None:
+        monkeypatch.setattr(cpu_moma, "_CPU", ())
+        monkeypatch.setattr(loss_moma, "_CHUNK_BYTES", num_device_rows * 4 * model.config.vocab_size)
     ids, mask = mixed_ids(), torch.ones_like(mixed_ids())
     mask[0, :2] = 0
     results = []
