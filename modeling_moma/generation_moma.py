@@ -151,7 +151,9 @@ class FittingFrameLogitsProcessor(LogitsProcessor):
         too_long = [frame.begin for frame in self.frames.values() if frame.fewest_codes + 2 > num_new]
         if too_long:
             scores = scores.clone()
-            scores[:, too_long] = -torch.inf
+            # a list of them would be copied to the device
+            for token_id in too_long:
+                scores[:, token_id] = -torch.inf
         return scores
 
 

@@ -13,6 +13,8 @@ from .configuration_moma_vq import MomaVQConfig
 
 # Latents compared with the codebook at once, so that the distances stay in the cache of a CPU.
 ASSIGN_CHUNK = 512
+# Elements of the distances that another device makes at once, for fewer launches.
+_DEVICE_ELEMENTS = 2**26
 
 
 def mean_loss(
@@ -55,7 +57,10 @@ class MomaVQQuantizer(nn.Module):
             code_lengths = codebook.pow(2).sum(dim=1)
             nearest = []
             # an exported program would fix the number of chunks
-            chunks = [vectors] if torch.compiler.is_exporting() else vectors.split(ASSIGN_CHUNK)
+            chunk_size = ASSIGN_CHUNK
+            if vectors.device.type != "cpu":
+                chunk_size = max(ASSIGN_CHUNK, _DEVICE_ELEMENTS // codebook.shape[0])
+            chunks = [vectors] if torch.compiler.is_exporting() else vectors.split(chunk_size)
             for chunk in chunks:
                 # Chameleon's order of operations, so that near ties round to the same code
                 distances = chunk.pow(2).sum(dim=1, keepdim=True) + code_lengths
@@ -95,7 +100,9 @@ class MomaVQQuantizer(nn.Module):
         """
         if vectors.shape[0] == 0:
             return
-        counts = torch.bincount(image_tokens, minlength=self.ema_count.shape[0]).to(self.ema_count.dtype)
+        # bincount would wait for the device
+        ones = torch.ones_like(image_tokens, dtype=self.ema_count.dtype)
+        counts = torch.zeros_like(self.ema_count).index_add_(0, image_tokens, ones)
         sums = torch.zeros_like(self.ema_sum).index_add_(0, image_tokens, vectors.to(self.ema_sum.dtype))
         step = 1 - self.decay  # pyright: ignore[reportOperatorIssue]
         self.ema_count.lerp_(counts, step)

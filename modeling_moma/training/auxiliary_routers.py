@@ -148,7 +148,7 @@ def train_auxiliary_routers(args: argparse.Namespace) -> None:
     batches = held_out_batches(held_out, processor, args.batch_size, args.seed)
     calibration_batches, report_batches = split_batches(args, batches)
     set_seed(args.seed)
-    model = load_model(args.model, "cuda" if torch.cuda.is_available() else "cpu")
+    model = load_model(args.model, training_arguments.device)
     check_layout(model.config, processor.token_layout())
     if not model.config.auxiliary_routers:
         add_auxiliary_routers(model)

@@ -4,7 +4,7 @@
 Shape suffixes: V vocabulary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -79,8 +79,21 @@ def freeze_all_but(model: MomaPreTrainedModel, groups: list[str]) -> list[str]:
     matrices = {id(head.weight): head.weight for head in heads if head is not None}
     for weight in matrices.values():
         weight.requires_grad_(True)
-        weight.register_hook(lambda gradient: gradient * is_learning_V.to(gradient)[:, None])
+        weight.register_hook(_keep_rows(is_learning_V))
     return [name for name, parameter in model.named_parameters() if id(parameter) in matrices]
+
+
+def _keep_rows(is_kept_V: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Return a hook that sets the other rows of a gradient to zero."""
+    weight_V1 = is_kept_V.unsqueeze(-1)
+
+    def keep(gradient: torch.Tensor) -> torch.Tensor:
+        nonlocal weight_V1
+        # copied to the device in the first backward alone
+        weight_V1 = weight_V1.to(gradient)
+        return gradient * weight_V1
+
+    return keep
 
 
 def check_groups(config: MomaConfig, groups: Sequence[str]):

@@ -2,7 +2,7 @@
 """What the plain Trainer lacks: losses by modality and the load of the experts in its logs, and a start for codes."""
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, TrainerCallback
 
 from ..depth_moma import DepthSelection, MomaDepthRouter
 from ..routing_moma import MomaRouter, Selection
-from ..token_groups_moma import is_distributed
+from ..token_groups_moma import FixedSplit, is_distributed
 
 
 class MomaMetricsCallback(TrainerCallback):
@@ -96,10 +96,15 @@ class MomaMetricsCallback(TrainerCallback):
                 return
             num_tokens = logits_NE.shape[0]
             # with a static cache a router scores the tokens of all groups: not counted
-            if num_tokens == 0 or selection.has_padding:
+            if num_tokens == 0 or isinstance(context.split, FixedSplit):
                 return
-            load_E = torch.bincount(selection.expert_P, minlength=module.num_experts).float()
-            taken_N = torch.bincount(selection.token_P, minlength=num_tokens)
+            load_E, taken_N = logits_NE.new_zeros(module.num_experts), logits_NE.new_zeros(num_tokens)
+            is_pair_P = torch.ones_like(selection.weight_P)
+            if selection.has_padding:
+                is_pair_P = (selection.weight_P > 0).to(load_E)
+            # bincount would wait for the device
+            load_E.index_add_(0, selection.expert_P, is_pair_P)
+            taken_N.index_add_(0, selection.token_P, is_pair_P)
             sums = self._sums[module.training]
             for name, value in (
                 ("uncovered", (taken_N == 0).float().mean()),
@@ -130,17 +135,30 @@ class MomaMetricsCallback(TrainerCallback):
 
     def _averages(self, training: bool) -> dict[str, float]:
         sums, self._sums[training] = self._sums[training], defaultdict(float)
-        parts = [{key: float(value) for key, value in sums.items()}]
+        parts = [_as_numbers(sums)]
         if is_distributed():
             # gathered by name: a process without tokens of a modality has no figures for it
-            parts = [{}] * dist.get_world_size()
-            dist.all_gather_object(parts, {key: float(value) for key, value in sums.items()})
+            own, parts = parts[0], [{}] * dist.get_world_size()
+            dist.all_gather_object(parts, own)
         totals = defaultdict(float)
         for part in parts:
             for key, value in part.items():
                 totals[key] += value
         names = sorted({name for name, _ in totals})
         return {name: totals[name, "sum"] / totals[name, "count"] for name in names if totals[name, "count"] > 0}
+
+
+def _as_numbers(values: Mapping[Any, torch.Tensor | float]) -> dict[Any, float]:
+    """Return scalars as numbers, with one device sync for all of a device and a type."""
+    numbers, alike = {}, defaultdict(dict)
+    for key, value in values.items():
+        if isinstance(value, torch.Tensor):
+            alike[value.device, value.dtype][key] = value
+        else:
+            numbers[key] = float(value)
+    for tensors in alike.values():
+        numbers |= zip(tensors, map(float, torch.stack(list(tensors.values())).tolist()))
+    return numbers
 
 
 __all__ = ["MomaMetricsCallback"]

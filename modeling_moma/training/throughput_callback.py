@@ -52,13 +52,15 @@ class FeedingCallback(TrainerCallback):
         self.weights = {name: weight / total for name, weight in (weights or {}).items()}
         self.sources = list(self.weights)
         self.epochs, self.examples_a_step = epochs, examples_a_step
-        self.by_source = torch.zeros(len(self.sources), dtype=torch.long)
+        # where the batches are, so that counting waits for no device
+        self.by_source: torch.Tensor | int = 0
         self.rows, self._has_warned = 0, False
         self._started: float | None = None
         self._clear()
 
     def _clear(self):
-        self.tokens = self.positions = 0
+        self.tokens: torch.Tensor | int = 0
+        self.positions = 0
         self.waited = self.seconds = 0.0
 
     def on_batches(self, batches: Sequence[dict[str, torch.Tensor]], seconds: float):
@@ -70,12 +72,12 @@ class FeedingCallback(TrainerCallback):
         for batch in batches:
             source_ids = batch.get("source_ids")
             if source_ids is not None:
-                known = source_ids[source_ids >= 0]
-                self.tokens += known.numel()
+                self.tokens = self.tokens + (source_ids >= 0).sum()
                 if len(self.sources) > 1:
-                    self.by_source += torch.bincount(known.flatten(), minlength=len(self.sources)).cpu()
+                    index_S1 = torch.arange(len(self.sources), device=source_ids.device).unsqueeze(-1)
+                    self.by_source = self.by_source + (source_ids.flatten() == index_S1).sum(1)
             else:
-                self.tokens += int(batch["attention_mask"].sum())
+                self.tokens = self.tokens + batch["attention_mask"].sum()
             self.positions += batch["input_ids"].numel()
             self.rows += len(batch["input_ids"])
 
@@ -94,14 +96,16 @@ class FeedingCallback(TrainerCallback):
         """
         if not self.positions or not self.seconds:
             return {}
+        tokens = int(self.tokens)
         figures = {
-            "tokens_per_second": round(self.tokens * PartialState().num_processes / self.seconds, 1),
-            "padding_share": round(1 - self.tokens / self.positions, 6),
+            "tokens_per_second": round(tokens * PartialState().num_processes / self.seconds, 1),
+            "padding_share": round(1 - tokens / self.positions, 6),
             "data_wait_share": round(self.waited / self.seconds, 6),
         }
-        counted = int(self.by_source.sum())
+        by_source = torch.as_tensor(self.by_source).cpu()
+        counted = int(by_source.sum())
         if counted:
-            shares = dict(zip(self.sources, (self.by_source / counted).tolist()))
+            shares = dict(zip(self.sources, (by_source / counted).tolist()))
             for name, share in shares.items():
                 figures |= {f"{name}_share": round(share, 5), f"{name}_weight": round(self.weights[name], 5)}
             self._compare(shares)

@@ -5,7 +5,13 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_pt_utils import LabelSmoother
 
 from helpers.tiny import tiny_model, tiny_processor
-from modeling_moma import MomaMetricsCallback, initialize_code_embeddings
+from modeling_moma import (
+    MomaMetricsCallback,
+    cpu_moma,
+    experts_implementations_moma,
+    initialize_code_embeddings,
+)
+from modeling_moma.configuration_moma import rule_names
 from tokenization import MomaDataCollator
 
 
@@ -178,6 +184,26 @@ def test_a_training_that_draws_samples_ends_as_one_that_does_not(processor, tmp_
     for key, value in states[0].items():
         assert torch.equal(value, states[1][key]), key
     assert logs[0] == logs[1] and "text_loss" in logs[0][0]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("has_kernel", [True, False])
+@pytest.mark.parametrize("routing", rule_names())
+def test_figures_are_the_same_where_a_selection_has_a_row_for_every_pair(monkeypatch, processor, routing, has_kernel):
+    batch = MomaDataCollator(processor.tokenizer)(make_examples(processor))
+    averages = []
+    for is_device in (False, True):
+        if is_device:
+            monkeypatch.setattr(cpu_moma, "_CPU", ())
+            monkeypatch.setattr(experts_implementations_moma, "_has_kernel", lambda dtype, sizes: has_kernel)
+            monkeypatch.setattr(torch, "bincount", None)
+        model, callback = tiny_model(processor, auxiliary_routers=True), MomaMetricsCallback()
+        callback.attach(model)
+        model(**batch, routing=routing)
+        averages.append(callback._averages(training=False))
+    assert averages[1] == pytest.approx(averages[0], rel=1e-5)
+    figures = ("uncovered", "covered_twice", "peak_load")
+    assert set(averages[0]) >= {f"{group}_{name}" for group in ("text", "image") for name in figures}
 
 
 def test_steps_with_a_static_cache_are_not_counted(processor):
