@@ -25,6 +25,7 @@ class Arguments:
         split: of the tokens.
         batches: at most so many.
         batch_size: that of the training, where possible.
+        dtype: of the weights while batches are looked at; the saved model keeps its own.
         seed: of the choice of examples.
     """
 
@@ -36,6 +37,7 @@ class Arguments:
     split: str = "validation"
     batches: Count = 16
     batch_size: Count = 32
+    dtype: Literal["float32", "bfloat16"] = "float32"
     seed: Int = 0
 
 
@@ -57,7 +59,7 @@ def run(args: Arguments) -> None:
 
     refuse_files(args.output)
     processor = open_processor(args.processor)
-    model = load_model(args.model, "cuda" if torch.cuda.is_available() else "cpu")
+    model = load_model(args.model, "cuda" if torch.cuda.is_available() else "cpu", args.dtype)
     check_layout(model.config, processor.token_layout())
     if args.inference_routing == "auxiliary" and not model.config.auxiliary_routers:
         raise InputError(

@@ -3,7 +3,7 @@
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from datasets import Dataset
@@ -40,9 +40,11 @@ def image_batches(split: Dataset, processor, batch_size: int, description: str) 
         yield processor.image_processor(images, return_tensors="pt")["pixel_values"]
 
 
-def load_model(folder: str, device: str) -> MomaForCausalLM:
-    """Return a model in fp32 and eval mode."""
-    return open_model(folder, dtype=torch.float32).to(device).eval()
+def load_model(
+    folder: str, device: str | torch.device, dtype: Literal["float32", "bfloat16"] = "float32"
+) -> MomaForCausalLM:
+    """Return a model in eval mode."""
+    return open_model(folder, dtype=getattr(torch, dtype)).to(device).eval()
 
 
 def padded_batches(processor, examples: list[dict], batch_size: int) -> list[dict[str, torch.Tensor]]:
