@@ -547,7 +547,6 @@ def auxiliary(router: MomaRouter, x_ND: torch.Tensor, scores_NE: torch.Tensor, c
     return Selection.from_mask(is_taken_NE, scores_NE, context.has_fixed_shapes, context.may_sync)
 
 
-@torch.no_grad()
 def update_routers(context: RoutingContext, bias_update_rate: float):
     """Move thresholds and balance biases after a training step, averaged over all processes in one collective.
 
@@ -559,17 +558,19 @@ def update_routers(context: RoutingContext, bias_update_rate: float):
         bias_update_rate (`float`):
             how far a balance bias moves in one step.
     """
-    kinds: dict[Any, dict[MomaRouterBase, RouterStatistics]] = {}
+    kinds: dict[Any, list[tuple[MomaRouterBase, RouterStatistics]]] = {}
     for router, statistics in context.statistics.items():
         if not router.is_frozen:
-            kind = isinstance(router, MomaRouter), router.momentum, router.threshold.device
-            kinds.setdefault(kind, {})[router] = statistics
-    stacks = [RouterStack.of(statistics) for statistics in kinds.values()]
-    if is_distributed() and stacks:
-        _average_over_processes(stacks)
-    for (is_of_experts, *_), stack in zip(kinds, stacks):
-        rule = RULES[context.routing if is_of_experts else context.depth_routing]
-        stack.update(context.state, bias_update_rate if rule.moves_bias else None)
+            routing = context.routing if isinstance(router, MomaRouter) else context.depth_routing
+            kind = RULES[routing].moves_bias, isinstance(router, MomaRouter), router.momentum, router.threshold.device
+            kinds.setdefault(kind, []).append((router, statistics))
+    # not as a decorator: a compiler leaves functions alone that name nothing of torch
+    with torch.no_grad():
+        stacks = [RouterStack.of(pairs, moves_bias=kind[0]) for kind, pairs in kinds.items()]
+        if is_distributed() and stacks:
+            _average_over_processes(stacks)
+        for stack in stacks:
+            stack.update(context.state, bias_update_rate)
 
 
 @dataclass
@@ -593,24 +594,22 @@ class RouterStack:
     count_S: torch.Tensor
 
     @classmethod
-    def of(cls, statistics: dict[MomaRouterBase, RouterStatistics]) -> "RouterStack":
-        """Stack what the routers saw."""
-        kth_S, lower_S = (
-            torch.cat([getattr(each, name) for each in statistics.values()]) for name in ("kth_C", "lower_C")
-        )
-        ones_C = kth_S.new_ones(max(each.kth_C.shape[0] for each in statistics.values()))
-        counts = [
-            ones_C[: each.kth_C.shape[0]] if each.count_C is None else each.count_C for each in statistics.values()
-        ]
-        deficits = [each.load_deficit_C for each in statistics.values() if each.load_deficit_C is not None]
+    def of(cls, pairs: list[tuple[MomaRouterBase, RouterStatistics]], moves_bias: bool) -> "RouterStack":
+        """Stack what the routers saw; load deficits only where biases move."""
+        kth_S = torch.cat([each.kth_C for _, each in pairs])
+        lower_S = torch.cat([each.lower_C for _, each in pairs])
+        deficits: Any = [each.load_deficit_C for _, each in pairs]
+        sizes = [each.kth_C.shape[0] for _, each in pairs]
+        ones_C = kth_S.new_ones(max(sizes))
+        counts = [ones_C[:size] if each.count_C is None else each.count_C for size, (_, each) in zip(sizes, pairs)]
         return cls(
-            list(statistics),
+            [router for router, _ in pairs],
             thresholds_between(kth_S, lower_S),
-            torch.cat(deficits) if deficits else None,
+            torch.cat(deficits) if moves_bias else None,
             torch.cat(counts),
         )
 
-    def update(self, state: dict[Any, RouterState], bias_update_rate: float | None) -> None:
+    def update(self, state: dict[Any, RouterState], bias_update_rate: float) -> None:
         """Move the routers' buffers, and keep in `state` what they were."""
         routers = self.routers
         sizes = [router.threshold.shape[0] for router in routers]
@@ -627,7 +626,7 @@ class RouterStack:
         torch._foreach_copy_([router.threshold for router in routers], list(threshold_S.split(sizes)))
         counters = self._counters(updates_S + has_count_S, sizes)
         torch._foreach_copy_([router.num_updates for router in routers], counters)
-        if bias_update_rate is not None and self.load_deficit_S is not None:
+        if self.load_deficit_S is not None:
             step_S = bias_update_rate * torch.sign(self.load_deficit_S)
             bias_S = torch.where(has_count_S, bias_S + step_S, bias_S)
             torch._foreach_copy_([router.balance_bias for router in routers], list(bias_S.split(sizes)))
