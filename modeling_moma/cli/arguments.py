@@ -17,16 +17,21 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Flag:
-    """
-    What the type of a field does not say of its flag, in `Annotated`.
+    """What the type of a field does not say of its flag, in `Annotated`.
 
     Args:
-        metavar: what stands for the value in help; by default the name of the flag, or its choices.
-        is_positional: an argument by its place, and no flag.
-        is_repeated: a list whose values each have the flag before them, and not all behind one.
-        name: of the flag, where it is not that of the field.
-        one_of: name of a group of flags of which at most one may be given.
-        section: title of the part of the help that it stands in.
+        metavar (`str`, *optional*):
+            what stands for the value in help; by default the name of the flag, or its choices.
+        is_positional (`bool`, *optional*, defaults to `False`):
+            an argument by its place, and no flag.
+        is_repeated (`bool`, *optional*, defaults to `False`):
+            a list whose values each have the flag before them, and not all behind one.
+        name (`str`, *optional*):
+            of the flag, where it is not that of the field.
+        one_of (`str`, *optional*):
+            name of a group of flags of which at most one may be given.
+        section (`str`, *optional*):
+            title of the part of the help that it stands in.
     """
 
     metavar: str | None = None
@@ -38,13 +43,15 @@ class Flag:
 
 
 class FlagParser(argparse.ArgumentParser):
-    """
-    A parser of the fields of a dataclass.
+    """A parser of the fields of a dataclass.
 
     Args:
-        kind: the dataclass. A field without a default is required; one that is `False` or `True` takes no value.
-        required: groups of which one flag has to be given.
-        options: see `argparse.ArgumentParser`.
+        kind (`type`):
+            the dataclass. A field without a default is required; one that is `False` or `True` takes no value.
+        required (`Iterable[str]`, *optional*, defaults to `()`):
+            groups of which one flag has to be given.
+        options (`Any`):
+            see `argparse.ArgumentParser`.
     """
 
     def __init__(self, kind: type, required: Iterable[str] = (), **options: Any):
@@ -69,11 +76,11 @@ class FlagParser(argparse.ArgumentParser):
                 add_renamed(holder, names[0], f"--{former.replace('_', '-')}", **how)
 
     def read(self, arguments: list[str] | None = None) -> dict[str, Any]:
-        """
-        The values that a command line gives, by name of the field; ends the program where one is not what it may be.
+        """Return the values that a command line gives, by field; end the program where one is not what it may be.
 
         Args:
-            arguments: by default those of the command.
+            arguments (`list[str]`, *optional*):
+                by default those of the command.
         """
         return self.checked(vars(self.parse_args(arguments)))
 
@@ -100,14 +107,17 @@ class FormerFlag(argparse.Action):
 
 
 def add_renamed(holder: Any, new: str, old: str, **options: Any):
-    """
-    Adds a flag that takes a value, and its old name for one release: it is in no help, and warns.
+    """Add a flag that takes a value, and its old name for one release: it is in no help, and warns.
 
     Args:
-        holder: a parser, or a group of one.
-        new: the flag.
-        old: what it was called in the release before.
-        options: of `add_argument`.
+        holder (`Any`):
+            a parser, or a group of one.
+        new (`str`):
+            the flag.
+        old (`str`):
+            what it was called in the release before.
+        options (`Any`):
+            of `add_argument`.
     """
     dest = holder.add_argument(new, **options).dest
     action = functools.partial(FormerFlag, new=new)
@@ -117,25 +127,28 @@ def add_renamed(holder: Any, new: str, old: str, **options: Any):
 
 
 def parse_fields(kind: type[T], description: str | None, arguments: list[str] | None = None, **options: Any) -> T:
-    """
-    A dataclass of a command line.
+    """Return a dataclass of a command line.
 
     Args:
-        kind: the dataclass.
-        description: stands above the help of the arguments.
-        arguments: by default those of the command.
-        options: see [`FlagParser`].
+        kind (`type[T]`):
+            the dataclass.
+        description (`str | None`):
+            stands above the help of the arguments.
+        arguments (`list[str]`, *optional*):
+            by default those of the command.
+        options (`Any`):
+            see [`FlagParser`].
     """
     return kind(**FlagParser(kind, description=description, **options).read(arguments))
 
 
 def flag_of(kind: type, name: str) -> Flag:
-    """What the type of a field says of its flag."""
+    """Return what the type of a field says of its flag."""
     return next((part for part in get_args(annotations(kind)[name]) if isinstance(part, Flag)), Flag())
 
 
 def title_of(kind: type, name: str) -> str:
-    """What a field is called on the command line."""
+    """Return what a field is called on the command line."""
     flag = flag_of(kind, name)
     return flag.metavar or name.upper() if flag.is_positional else flag.name or f"--{name.replace('_', '-')}"
 
@@ -161,7 +174,7 @@ def argument_of(kind: type, entry: dataclasses.Field) -> tuple[list[str], dict[s
 
 
 def help_of(kind: type, entry: dataclasses.Field) -> str:
-    """What the docstring says of a field, with its default where it has one to tell."""
+    """Return what the docstring says of a field, with its default where it has one to tell."""
     text = descriptions(kind).get(entry.name, "").rstrip(".")
     has_default = not isinstance(entry.default, bool) and entry.default not in (dataclasses.MISSING, None, "")
     if has_default and not flag_of(kind, entry.name).is_positional:
@@ -170,7 +183,7 @@ def help_of(kind: type, entry: dataclasses.Field) -> str:
 
 
 def is_list(annotation: Any) -> bool:
-    """Whether a type is that of lists, or of lists and something else."""
+    """Return whether a type is that of lists, or of lists and something else."""
     return get_origin(annotation) in (list, tuple) or any(is_list(part) for part in get_args(annotation))
 
 

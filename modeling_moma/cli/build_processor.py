@@ -17,13 +17,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
-    """
+    """Flags of `moma build-processor`.
+
     Args:
-        recipe: YAML with `sources`, and with `processor` where it differs.
-        tokenizer: folder of a trained MomaVQModel.
-        vocab_size: text tokens; by default the recipe's, or 2,000.
-        text_tokenizer: folder or Hub name of a text tokenizer to take, in place of a new one.
-        output: new folder for the processor.
+        recipe (`str`):
+            YAML with `sources`, and with `processor` where it differs.
+        tokenizer (`str`):
+            folder of a trained MomaVQModel.
+        vocab_size (`int`, *optional*):
+            text tokens; by default the recipe's, or 2,000.
+        text_tokenizer (`str`, *optional*):
+            folder or Hub name of a text tokenizer to take, in place of a new one.
+        output (`str`):
+            new folder for the processor.
     """
 
     recipe: Annotated[str, Flag(metavar="RECIPE", is_positional=True)]
@@ -38,7 +44,7 @@ def parse_arguments(arguments: list[str] | None = None) -> Arguments:
 
 
 def text_tokenizer(recipe: "Recipe", vocab_size: int | None, given: str | None) -> "PreTrainedTokenizerFast":
-    """The tokenizer that is given, or one that learns from the texts of the sources."""
+    """Return the tokenizer that is given, or one that learns from the texts of the sources."""
     from tokenization import train_text_tokenizer
 
     from ..data.corpus import source_texts

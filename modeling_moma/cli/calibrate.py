@@ -15,18 +15,29 @@ REPORT_FILE = "calibration.json"
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
-    """
+    """Flags of `moma calibrate`.
+
     Args:
-        model: folder of a trained MomaForCausalLM.
-        processor: folder of its MomaProcessor.
-        tokens: folder that `moma tokenize` wrote.
-        output: new folder for the model, its processor and the report.
-        inference_routing: what the saved model chooses by, in depth layers, too; by default as before.
-        split: of the tokens.
-        batches: at most so many.
-        batch_size: that of the training, where possible.
-        dtype: of the weights while batches are looked at; the saved model keeps its own.
-        seed: of the choice of examples.
+        model (`str`):
+            folder of a trained MomaForCausalLM.
+        processor (`str`):
+            folder of its MomaProcessor.
+        tokens (`str`):
+            folder that `moma tokenize` wrote.
+        output (`str`):
+            new folder for the model, its processor and the report.
+        inference_routing (`Literal["threshold", "auxiliary"]`, *optional*):
+            what the saved model chooses by, in depth layers, too; by default as before.
+        split (`str`, *optional*, defaults to `"validation"`):
+            of the tokens.
+        batches (`int`, *optional*, defaults to `16`):
+            at most so many.
+        batch_size (`int`, *optional*, defaults to `32`):
+            that of the training, where possible.
+        dtype (`Literal["float32", "bfloat16"]`, *optional*, defaults to `"float32"`):
+            of the weights while batches are looked at; the saved model keeps its own.
+        seed (`int`, *optional*, defaults to `0`):
+            of the choice of examples.
     """
 
     model: str

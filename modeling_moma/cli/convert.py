@@ -30,12 +30,17 @@ def _size(text: str) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Vqgan:
-    """
+    """Flags of `moma convert vqgan`.
+
     Args:
-        source: vqgan.ckpt, or the same tensors as safetensors.
-        output: folder for a MomaVQModel.
-        allow_pickle: read a .ckpt, a pickle of tensors.
-        resolution: side of its images in pixels; taming's have 256.
+        source (`str`):
+            vqgan.ckpt, or the same tensors as safetensors.
+        output (`str`):
+            folder for a MomaVQModel.
+        allow_pickle (`bool`, *optional*, defaults to `False`):
+            read a .ckpt, a pickle of tensors.
+        resolution (`int`, *optional*, defaults to `512`):
+            side of its images in pixels; taming's have 256.
     """
 
     help = "the image tokenizer of Chameleon or taming-transformers alone"
@@ -48,13 +53,19 @@ class Vqgan:
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """
+    """Flags that `moma convert chameleon` and `moma convert llama` share.
+
     Args:
-        output: folder to write; missing or empty.
-        allow_pickle: read pytorch_model.bin files as well.
-        max_shard_size: size of one file, as 400MB.
-        dtype: of the output; by default the source's.
-        probe: do not compare the outputs of both models.
+        output (`str`):
+            folder to write; missing or empty.
+        allow_pickle (`bool`, *optional*, defaults to `False`):
+            read pytorch_model.bin files as well.
+        max_shard_size (`str`, *optional*, defaults to `"2GB"`):
+            size of one file, as 400MB.
+        dtype (`Literal["float32", "bfloat16", "float16"]`, *optional*):
+            of the output; by default the source's.
+        probe (`bool`, *optional*, defaults to `True`):
+            do not compare the outputs of both models.
     """
 
     output: str
@@ -66,10 +77,13 @@ class Checkpoint:
 
 @dataclass(frozen=True, kw_only=True)
 class Chameleon(Checkpoint):
-    """
+    """Flags of `moma convert chameleon`.
+
     Args:
-        source: folder of the checkpoint.
-        vqgan: vqgan.ckpt of the image tokenizer, with its decoder.
+        source (`str`):
+            folder of the checkpoint.
+        vqgan (`str`, *optional*):
+            vqgan.ckpt of the image tokenizer, with its decoder.
     """
 
     help = "Chameleon, or Anole as converted for Transformers"
@@ -80,15 +94,21 @@ class Chameleon(Checkpoint):
 
 @dataclass(frozen=True, kw_only=True)
 class Llama(Checkpoint):
-    """
+    """Flags of `moma convert llama`.
+
     Args:
-        source: folder of the checkpoint, or its name on the Hub.
-        processor: folder of the MomaProcessor whose images it shall learn.
-        gguf_file: file of the source to read in place of its other weights; needs gguf.
-        code_rows: rows of image codes: fitted so that images begin at a uniform loss, or around the mean of all
-            rows.
-        image_group: weights of the image group.
-        seed: of the new weights.
+        source (`str`):
+            folder of the checkpoint, or its name on the Hub.
+        processor (`str`):
+            folder of the MomaProcessor whose images it shall learn.
+        gguf_file (`str`, *optional*):
+            file of the source to read in place of its other weights; needs gguf.
+        code_rows (`Literal["fitted", "mean"]`, *optional*, defaults to `"fitted"`):
+            rows of image codes: fitted so that images begin at a uniform loss, or around the mean of all rows.
+        image_group (`Literal["copy", "new"]`, *optional*, defaults to `"copy"`):
+            weights of the image group.
+        seed (`int`, *optional*, defaults to `0`):
+            of the new weights.
     """
 
     help = "a text model: Llama, SmolLM2, Qwen2, Qwen3, Mistral"
@@ -125,6 +145,7 @@ def convert(args: Chameleon | Vqgan | Llama) -> str:
 
 
 def convert_checkpoint(args: Chameleon | Llama) -> "Receipt":
+    """Convert a checkpoint of a language model; see [`convert_llama`] and [`convert_chameleon`]."""
     import torch
 
     from ..convert.chameleon import convert_chameleon

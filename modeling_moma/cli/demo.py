@@ -23,12 +23,17 @@ RELEASED_EXAMPLES = Path("model_cards/moma-emoji-space/examples")
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
-    """
+    """Flags of `moma demo`.
+
     Args:
-        folder: folder or Hub name of a model with its processor; in a checkout model_cards/moma-emoji.
-        host: 0.0.0.0 lets other machines in; by default this one alone.
-        port: 0 for any free one.
-        examples: folder of images to offer, and of words to draw in prompts.txt.
+        folder (`str`, *optional*):
+            folder or Hub name of a model with its processor; in a checkout model_cards/moma-emoji.
+        host (`str`, *optional*, defaults to `"127.0.0.1"`):
+            0.0.0.0 lets other machines in; by default this one alone.
+        port (`int`, *optional*, defaults to `7860`):
+            0 for any free one.
+        examples (`str`, *optional*):
+            folder of images to offer, and of words to draw in prompts.txt.
     """
 
     folder: Annotated[str, Flag(metavar="FOLDER", is_positional=True)] = ""

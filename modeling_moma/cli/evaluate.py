@@ -21,24 +21,41 @@ SAMPLING = ("temperature", "top_k", "top_p", "guidance_scale")
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
-    """
+    """Flags of `moma evaluate`.
+
     Args:
-        model: folder of a MomaForCausalLM.
-        processor: folder of its MomaProcessor; by default that of the model.
-        tokens: folder that `moma tokenize` wrote.
-        split: of the tokens.
-        sources: measure these alone; by default all.
-        measures: by default losses, and captions where a source has any; retrieval and drawings take longer.
-        limit: measure so many rows of each source, drawn at random.
-        batch_size: rows at once.
-        dtype: of the weights; a GPU multiplies groups of experts in bfloat16 alone without waiting.
-        seed: of the draw, the order and the drawings.
-        retrieval_pairs: pairs of each source, each ranked among all.
-        temperature: of the drawings, as the next three.
-        top_k: 0 for all codes.
-        top_p: draw among codes of this total probability.
-        guidance_scale: 1 for none.
-        output: JSON file of all figures.
+        model (`str`):
+            folder of a MomaForCausalLM.
+        processor (`str`, *optional*):
+            folder of its MomaProcessor; by default that of the model.
+        tokens (`str`):
+            folder that `moma tokenize` wrote.
+        split (`str`, *optional*, defaults to `"test"`):
+            of the tokens.
+        sources (`list[str]`, *optional*):
+            measure these alone; by default all.
+        measures (`list[Literal["losses", "captions", "retrieval", "drawings"]]`, *optional*):
+            by default losses, and captions where a source has any; retrieval and drawings take longer.
+        limit (`int`, *optional*):
+            measure so many rows of each source, drawn at random.
+        batch_size (`int`, *optional*, defaults to `64`):
+            rows at once.
+        dtype (`Literal["float32", "bfloat16"]`, *optional*, defaults to `"float32"`):
+            of the weights; a GPU multiplies groups of experts in bfloat16 alone without waiting.
+        seed (`int`, *optional*, defaults to `0`):
+            of the draw, the order and the drawings.
+        retrieval_pairs (`int`, *optional*, defaults to `64`):
+            pairs of each source, each ranked among all.
+        temperature (`float`, *optional*, defaults to `1.0`):
+            of the drawings, as the next three.
+        top_k (`int`, *optional*, defaults to `0`):
+            0 for all codes.
+        top_p (`float`, *optional*, defaults to `1.0`):
+            draw among codes of this total probability.
+        guidance_scale (`float`, *optional*, defaults to `1.0`):
+            1 for none.
+        output (`str`, *optional*):
+            JSON file of all figures.
     """
 
     model: str
@@ -64,7 +81,7 @@ def parse_arguments(arguments: list[str] | None = None) -> Arguments:
 
 
 def evaluate(args: Arguments) -> dict:
-    """The figures of [`measure_sources`] by source."""
+    """Return the figures of [`measure_sources`] by source."""
     with without_import_notices():
         import torch
 

@@ -29,20 +29,33 @@ TEXT_NEW_TOKENS = 32
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
-    """
+    """Flags of `moma generate`.
+
     Args:
-        model: folder or Hub name of a model with its processor.
-        prompt: words; give it again for more rows.
-        image: image before the words of its row.
-        mode: by default text with --image, else image.
-        output: where images go, numbered if there are several.
-        max_new_tokens: by default 32, and room for an image.
-        temperature: 0 takes the likeliest; by default 0 for text, else 1.
-        top_k: sample among so many tokens, 0 for all.
-        top_p: sample among tokens of this total probability.
-        num_beams: beams of a search, 1 for none.
-        guidance_scale: above 1 follows the words more closely.
-        seed: of what is drawn.
+        model (`str`):
+            folder or Hub name of a model with its processor.
+        prompt (`list[str]`, *optional*, defaults to `[]`):
+            words; give it again for more rows.
+        image (`list[str]`, *optional*, defaults to `[]`):
+            image before the words of its row.
+        mode (`Literal["text", "image", "interleaved"]`, *optional*):
+            by default text with --image, else image.
+        output (`str`, *optional*, defaults to `"image.png"`):
+            where images go, numbered if there are several.
+        max_new_tokens (`int`, *optional*):
+            by default 32, and room for an image.
+        temperature (`float`, *optional*):
+            0 takes the likeliest; by default 0 for text, else 1.
+        top_k (`int`, *optional*, defaults to `0`):
+            sample among so many tokens, 0 for all.
+        top_p (`float`, *optional*, defaults to `1.0`):
+            sample among tokens of this total probability.
+        num_beams (`int`, *optional*, defaults to `1`):
+            beams of a search, 1 for none.
+        guidance_scale (`float`, *optional*, defaults to `1.0`):
+            above 1 follows the words more closely.
+        seed (`int`, *optional*, defaults to `0`):
+            of what is drawn.
     """
 
     model: str
@@ -94,7 +107,11 @@ def generation_arguments(args: Arguments, image_seq_length: int) -> dict:
 
 
 def image_format(path: Path) -> str:
-    """Name of the file format for a path's ending, once images can be written there.
+    """Return the name of the file format for a path's ending, once images can be written there.
+
+    Args:
+        path (`Path`):
+            of an image; its folder is made.
 
     Raises:
         ValueError: they cannot; a drawing would be lost.

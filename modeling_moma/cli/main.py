@@ -33,24 +33,24 @@ TRAINING = ("train-image-tokenizer", "pretrain", "train-auxiliary-routers")
 
 
 def summary(module: str) -> str:
-    """The first line of a verb's docstring, read without importing what the verb needs."""
+    """Return the first line of a verb's docstring, read without importing what the verb needs."""
     source = (Path(__file__).parent / f"{module}.py").read_text(encoding="utf-8")
     return (ast.get_docstring(ast.parse(source)) or "").splitlines()[0]
 
 
 def usage() -> str:
-    """The list of verbs, one line each."""
+    """Return the list of verbs, one line each."""
     width = max(map(len, VERBS))
     lines = [f"  {verb:<{width}}  {summary(module)}" for verb, module in VERBS.items()]
     return "\n".join(["usage: moma VERB [ARGUMENTS]", "", *lines, "", "`moma VERB --help` lists a verb's arguments."])
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """
-    Runs one verb.
+    """Run one verb.
 
     Args:
-        arguments: the verb and its arguments; by default those of the command line.
+        arguments (`list[str]`, *optional*):
+            the verb and its arguments; by default those of the command line.
 
     Returns:
         The exit status; 2 where there is no such verb or an input is wrong, 1 where the disk is full. Any other
@@ -98,7 +98,7 @@ def end_progress_bars() -> None:
 
 
 def output_of(arguments: list[str]) -> str | None:
-    """What `--output` names on a command line, `None` without it."""
+    """Return what `--output` names on a command line, `None` without it."""
     for name, value in zip(arguments, [*arguments[1:], None], strict=True):
         if name == "--output":
             return value

@@ -42,26 +42,45 @@ def _preset(name: str) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
-    """
+    """Flags of `moma plan`.
+
     Args:
-        preset: as moma-1.4b-4t4i.
-        config: folder or JSON file of a complete MomaConfig, such as model_cards/moma-emoji.
-        overview: the fastest layout of every preset on 1 to 256 GPUs.
-        write: compute the tables of a document anew.
-        gpus: number of them.
-        tokens_per_gpu: of a step, all micro-batches together.
-        sequence_length: tokens of a sequence.
-        steps: also tell the days of so many steps.
-        gpu_memory: GB of 1e9 bytes.
-        headroom: share of the memory to use.
-        flops: bf16 FLOPs per second of one GPU.
-        utilization: share of them that is reached.
-        bandwidth: GB/s of a GPU in its node.
-        network: GB/s of a GPU to other nodes.
-        latency: seconds from one GPU to the next.
-        node_size: GPUs of a node.
-        top: layouts in the table.
-        json: print all layouts, in bytes and seconds.
+        preset (`str`, *optional*):
+            as moma-1.4b-4t4i.
+        config (`str`, *optional*):
+            folder or JSON file of a complete MomaConfig, such as model_cards/moma-emoji.
+        overview (`bool`, *optional*, defaults to `False`):
+            the fastest layout of every preset on 1 to 256 GPUs.
+        write (`str`, *optional*):
+            compute the tables of a document anew.
+        gpus (`int`, *optional*, defaults to `8`):
+            number of them.
+        tokens_per_gpu (`int`, *optional*, defaults to `24576`):
+            of a step, all micro-batches together.
+        sequence_length (`int`, *optional*, defaults to `4096`):
+            tokens of a sequence.
+        steps (`int`, *optional*):
+            also tell the days of so many steps.
+        gpu_memory (`float`, *optional*, defaults to `80.0`):
+            GB of 1e9 bytes.
+        headroom (`float`, *optional*, defaults to `0.9`):
+            share of the memory to use.
+        flops (`float`, *optional*, defaults to `989000000000000.0`):
+            bf16 FLOPs per second of one GPU.
+        utilization (`float`, *optional*, defaults to `0.4`):
+            share of them that is reached.
+        bandwidth (`float`, *optional*, defaults to `450.0`):
+            GB/s of a GPU in its node.
+        network (`float`, *optional*, defaults to `50.0`):
+            GB/s of a GPU to other nodes.
+        latency (`float`, *optional*, defaults to `5e-06`):
+            seconds from one GPU to the next.
+        node_size (`int`, *optional*, defaults to `8`):
+            GPUs of a node.
+        top (`int`, *optional*, defaults to `6`):
+            layouts in the table.
+        json (`bool`, *optional*, defaults to `False`):
+            print all layouts, in bytes and seconds.
     """
 
     preset: Annotated[str | None, AfterValidator(_preset), Flag(metavar="NAME", one_of="what")] = None
@@ -89,6 +108,7 @@ def parse_arguments(arguments: list[str] | None = None) -> Arguments:
 
 
 def read_config(args: Arguments) -> "MomaConfig":
+    """Return the configuration of `--preset` or `--config`."""
     from huggingface_hub.errors import StrictDataclassError
 
     from ..configuration_moma import MomaConfig
@@ -112,6 +132,7 @@ def read_config(args: Arguments) -> "MomaConfig":
 
 
 def hardware_of(args: Arguments) -> "Hardware":
+    """Return the hardware that the flags describe, in bytes where they say GB."""
     from ..planning.plans import Hardware
 
     return Hardware(
@@ -127,6 +148,7 @@ def hardware_of(args: Arguments) -> "Hardware":
 
 
 def compute(args: Arguments) -> "tuple[list[Plan], list[tuple[Layout, Memory]]]":
+    """Return the plans, the fastest first, and the layouts that do not fit with the memory that they need."""
     from ..planning.plans import plan_training
 
     plans, misfits = plan_training(
@@ -143,6 +165,8 @@ def compute(args: Arguments) -> "tuple[list[Plan], list[tuple[Layout, Memory]]]"
 
 
 def to_json(args: Arguments, plans: "list[Plan]", misfits: list) -> str:
+    """Return what [`compute`] returns, and its arguments, as JSON in bytes and seconds."""
+
     def layout_of(layout):
         return {"name": str(layout), **asdict(layout)}
 
@@ -166,6 +190,7 @@ def to_json(args: Arguments, plans: "list[Plan]", misfits: list) -> str:
 
 
 def to_table(args: Arguments, plans: "list[Plan]", misfits: list) -> str:
+    """Return the fastest plans as a Markdown table, and the recommended one in words."""
     lines = [
         "| layout | GB per GPU | of which activations | sequences at once | layers computed again | compute s "
         "| weights s (GB) | tokens s (GB) | step s |",
@@ -201,6 +226,7 @@ def to_table(args: Arguments, plans: "list[Plan]", misfits: list) -> str:
 
 
 def overview(args: Arguments) -> str:
+    """Return a Markdown table of the fastest layout of every preset on several numbers of GPUs."""
     from ..configuration_moma import MomaConfig
     from ..planning.plans import plan_training
 
@@ -218,7 +244,7 @@ def overview(args: Arguments) -> str:
 
 
 def write_tables(document: str) -> int:
-    """Compute the tables of a document anew; returns their number."""
+    """Compute the tables of a document anew, and return their number."""
     from ..utils.atomic_files import write_aside
 
     def compute_anew(match):

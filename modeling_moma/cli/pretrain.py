@@ -33,34 +33,61 @@ FLAGS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
-    """
+    """Flags of `moma pretrain`.
+
     Args:
-        recipe_file: YAML of model and trainer, and of sources where they changed.
-        processor: folder of a MomaProcessor.
-        tokens: folder that `moma tokenize` wrote.
-        model: start from this saved model; one that was upcycled goes on in the data.
-        restart_data: begin at the first example, whatever `--model` has seen.
-        output: folder for checkpoints and the model.
-        steps: steps of the optimizer in all stages (`max_steps` of a recipe).
-        batch_size: sequences of a device at once (`per_device_train_batch_size` of a recipe).
-        gradient_accumulation_steps: batches of a step.
-        learning_rate: largest one of the schedule.
-        warmup_steps: steps in which the learning rate rises.
-        weight_decay: of the optimizer.
-        eval_steps: steps between two evaluations.
-        save_steps: steps between two checkpoints.
-        save_total_limit: checkpoints to keep.
-        logging_steps: steps between two lines of the log.
-        seed: of weights, order and choices.
-        eval_examples: evaluate on so many held-out examples; by default on all.
-        stop_at: stop and save at this step of the schedule, as seeds do.
-        freeze_groups: expert groups whose weights stay as they are.
-        train_groups: train these expert groups and the rows of their tokens alone: all else stays as it is.
-        lora_rank: train adapters of this rank in place of the weights, and merge them at the end; needs PEFT.
-        gumbel_noise: scale of the routers' noise in training, 0 turns it off; by default what the model's config has.
-        attn_implementation: eager is the faster one on CPUs at this size.
-        bf16: bf16 in training; auto: where the device has it.
-        resume: go on from the last checkpoint in the output folder.
+        recipe_file (`str`, *optional*):
+            YAML of model and trainer, and of sources where they changed.
+        processor (`str`):
+            folder of a MomaProcessor.
+        tokens (`str`):
+            folder that `moma tokenize` wrote.
+        model (`str`, *optional*):
+            start from this saved model; one that was upcycled goes on in the data.
+        restart_data (`bool`, *optional*, defaults to `False`):
+            begin at the first example, whatever `--model` has seen.
+        output (`str`):
+            folder for checkpoints and the model.
+        steps (`int`, *optional*, defaults to `4000`):
+            steps of the optimizer in all stages (`max_steps` of a recipe).
+        batch_size (`int`, *optional*, defaults to `32`):
+            sequences of a device at once (`per_device_train_batch_size` of a recipe).
+        gradient_accumulation_steps (`int`, *optional*, defaults to `1`):
+            batches of a step.
+        learning_rate (`float`, *optional*, defaults to `0.0015`):
+            largest one of the schedule.
+        warmup_steps (`int | float`, *optional*, defaults to `150`):
+            steps in which the learning rate rises.
+        weight_decay (`float`, *optional*, defaults to `0.1`):
+            of the optimizer.
+        eval_steps (`int | float`, *optional*, defaults to `400`):
+            steps between two evaluations.
+        save_steps (`int | float`, *optional*, defaults to `400`):
+            steps between two checkpoints.
+        save_total_limit (`int | None`, *optional*, defaults to `2`):
+            checkpoints to keep.
+        logging_steps (`int | float`, *optional*, defaults to `50`):
+            steps between two lines of the log.
+        seed (`int`, *optional*, defaults to `0`):
+            of weights, order and choices.
+        eval_examples (`int`, *optional*):
+            evaluate on so many held-out examples; by default on all.
+        stop_at (`int`, *optional*):
+            stop and save at this step of the schedule, as seeds do.
+        freeze_groups (`list[str]`, *optional*, defaults to `[]`):
+            expert groups whose weights stay as they are.
+        train_groups (`list[str]`, *optional*, defaults to `[]`):
+            train these expert groups and the rows of their tokens alone: all else stays as it is.
+        lora_rank (`int`, *optional*):
+            train adapters of this rank in place of the weights, and merge them at the end; needs PEFT.
+        gumbel_noise (`float`, *optional*):
+            scale of the routers' noise in training, 0 turns it off; by default what the model's config has.
+        attn_implementation (`str`, *optional*, defaults to `"sdpa"`):
+            eager is the faster one on CPUs at this size.
+        bf16 (`Literal["auto", "on", "off"]`, *optional*, defaults to `"auto"`):
+            bf16 in training; auto: where the device has it.
+        resume (`bool`, *optional*, defaults to `False`):
+            go on from the last checkpoint in the output folder.
     """
 
     recipe_file: Annotated[str | None, Flag(metavar="RECIPE", is_positional=True)] = None
@@ -92,7 +119,7 @@ class Arguments:
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    """The command line over the recipe over the defaults; what a recipe sets beyond the flags is in `trainer`."""
+    """Return the command line over the recipe over the defaults; `trainer` is what a recipe sets beyond the flags."""
     parser = FlagParser(Arguments, description=__doc__)
     given = parser.read(arguments)
     first = Arguments(**given)

@@ -25,17 +25,27 @@ Renamed = Annotated[str, AfterValidator(_renamed)]
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
-    """
+    """Flags of `moma push`.
+
     Args:
-        model: folder laid out as the repository, or of a saved model.
-        processor: folder of the processor, where the model's folder has none.
-        repo_id: USER/NAME on the Hub; made where missing.
-        output: write the repository into this folder, missing or empty, and send nothing.
-        private: let nobody else see a new repository.
-        revision: branch, made where missing; main by default.
-        message: of the commit.
-        dataset: the Hub's id of a data set that the card names by a local path; may be given again.
-        dry_run: check and list what would be sent, and stop.
+        model (`str`):
+            folder laid out as the repository, or of a saved model.
+        processor (`str`, *optional*):
+            folder of the processor, where the model's folder has none.
+        repo_id (`str`, *optional*):
+            USER/NAME on the Hub; made where missing.
+        output (`str`, *optional*):
+            write the repository into this folder, missing or empty, and send nothing.
+        private (`bool`, *optional*, defaults to `False`):
+            let nobody else see a new repository.
+        revision (`str`, *optional*):
+            branch, made where missing; main by default.
+        message (`str`, *optional*, defaults to `"Upload model and processor"`):
+            of the commit.
+        dataset (`list[str]`, *optional*, defaults to `[]`):
+            the Hub's id of a data set that the card names by a local path; may be given again.
+        dry_run (`bool`, *optional*, defaults to `False`):
+            check and list what would be sent, and stop.
     """
 
     model: str

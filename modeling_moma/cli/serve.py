@@ -11,7 +11,7 @@ from ..utils.messages import without_import_notices
 
 
 def parse_arguments(arguments: list[str] | None = None) -> dict[str, Any]:
-    """The arguments of `serve`, as Typer reads them from the signature of Transformers' command."""
+    """Return the arguments of `serve`, as Typer reads them from the signature of Transformers' command."""
     with without_import_notices():
         from transformers.utils.import_utils import is_serve_available
 

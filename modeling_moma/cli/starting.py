@@ -9,9 +9,9 @@ PACKAGE, COMMANDS = "modeling_moma", ("moma", "moma.exe")
 
 
 def starts_command() -> bool:
-    """
-    Whether this process is at the beginning of `moma ...` or `python -m modeling_moma ...`. It is no longer once the
-    command has taken its arguments, nor in processes that the command starts.
+    """Return whether this process is at the beginning of `moma ...` or `python -m modeling_moma ...`.
+
+    It is no longer once the command has taken its arguments, nor in processes that the command starts.
 
     Returns:
         `bool`: `True` only for the script that an installation puts beside its interpreter, so that a program of

@@ -22,21 +22,35 @@ CLUSTER = "on a cluster, shards as tasks of datatrove (extra `scale`)"
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
-    """
+    """Flags of `moma tokenize`.
+
     Args:
-        recipe: YAML with `sources`, and with `data` where it differs.
-        processor: folder of a MomaProcessor.
-        output: folder for the tokens; a second start goes on in it.
-        processes: of this machine; by default one for every core.
-        threads: of each process.
-        rows_per_shard: by default about 64 shards a split, of 256 images and more.
-        splits: these alone, `train` among them; by default all that there are.
-        seed: of the changed images of further codings.
-        strict: stop at the first row that cannot be used.
-        engine: what starts the tasks, shards of the tokens: this command, datatrove on this machine, or Slurm.
-        tasks: of datatrove, each writes every so-manieth shard.
-        partition: of Slurm.
-        time: longest of a Slurm job.
+        recipe (`str`):
+            YAML with `sources`, and with `data` where it differs.
+        processor (`str`):
+            folder of a MomaProcessor.
+        output (`str`):
+            folder for the tokens; a second start goes on in it.
+        processes (`int`, *optional*):
+            of this machine; by default one for every core.
+        threads (`int`, *optional*, defaults to `1`):
+            of each process.
+        rows_per_shard (`int`, *optional*):
+            by default about 64 shards a split, of 256 images and more.
+        splits (`list[str]`, *optional*):
+            these alone, `train` among them; by default all that there are.
+        seed (`int`, *optional*, defaults to `0`):
+            of the changed images of further codings.
+        strict (`bool`, *optional*, defaults to `False`):
+            stop at the first row that cannot be used.
+        engine (`Literal["processes", "datatrove", "slurm"]`, *optional*, defaults to `"processes"`):
+            what starts the tasks, shards of the tokens: this command, datatrove on this machine, or Slurm.
+        tasks (`int`, *optional*, defaults to `64`):
+            of datatrove, each writes every so-manieth shard.
+        partition (`str`, *optional*):
+            of Slurm.
+        time (`str`, *optional*, defaults to `"24:00:00"`):
+            longest of a Slurm job.
     """
 
     recipe: Annotated[str, Flag(metavar="RECIPE", is_positional=True)]
@@ -63,7 +77,7 @@ def parse_arguments(arguments: list[str] | None = None) -> Arguments:
 
 
 def summary(manifest: dict) -> str:
-    """What was written of each source and what was left out, as a table and lines."""
+    """Return what was written of each source and what was left out, as a table and lines."""
     from ..utils.messages import markdown_table
 
     rows, notes = [], []

@@ -14,27 +14,47 @@ from .arguments import parse_fields
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
-    """
+    """Flags of `moma train-auxiliary-routers`.
+
     Args:
-        model: folder of a trained MomaForCausalLM.
-        processor: folder of its MomaProcessor.
-        tokens: folder that `moma tokenize` wrote.
-        output: new folder for checkpoints, model, processor and report.
-        steps: steps of the optimizer.
-        batch_size: that of the main training, where possible.
-        gradient_accumulation_steps: batches of a step.
-        learning_rate: largest one of the schedule.
-        warmup_steps: steps in which the learning rate rises.
-        weight_decay: of the optimizer.
-        eval_steps: steps between two evaluations.
-        save_steps: steps between two checkpoints.
-        save_total_limit: checkpoints to keep.
-        logging_steps: steps between two lines of the log.
-        threshold: take what is at least so probable (the paper: 0.5); by default it is calibrated.
-        seed: of weights and order.
-        attn_implementation: eager is the faster one on CPUs at this size.
-        bf16: bf16 in training; auto: where the device has it.
-        resume: go on from the last checkpoint in the output folder.
+        model (`str`):
+            folder of a trained MomaForCausalLM.
+        processor (`str`):
+            folder of its MomaProcessor.
+        tokens (`str`):
+            folder that `moma tokenize` wrote.
+        output (`str`):
+            new folder for checkpoints, model, processor and report.
+        steps (`int`, *optional*, defaults to `500`):
+            steps of the optimizer.
+        batch_size (`int`, *optional*, defaults to `32`):
+            that of the main training, where possible.
+        gradient_accumulation_steps (`int`, *optional*, defaults to `1`):
+            batches of a step.
+        learning_rate (`float`, *optional*, defaults to `0.001`):
+            largest one of the schedule.
+        warmup_steps (`int`, *optional*, defaults to `20`):
+            steps in which the learning rate rises.
+        weight_decay (`float`, *optional*, defaults to `0.0`):
+            of the optimizer.
+        eval_steps (`int`, *optional*, defaults to `250`):
+            steps between two evaluations.
+        save_steps (`int`, *optional*, defaults to `250`):
+            steps between two checkpoints.
+        save_total_limit (`int`, *optional*, defaults to `1`):
+            checkpoints to keep.
+        logging_steps (`int`, *optional*, defaults to `25`):
+            steps between two lines of the log.
+        threshold (`float`, *optional*):
+            take what is at least so probable (the paper: 0.5); by default it is calibrated.
+        seed (`int`, *optional*, defaults to `0`):
+            of weights and order.
+        attn_implementation (`str`, *optional*, defaults to `"sdpa"`):
+            eager is the faster one on CPUs at this size.
+        bf16 (`Literal["auto", "on", "off"]`, *optional*, defaults to `"auto"`):
+            bf16 in training; auto: where the device has it.
+        resume (`bool`, *optional*, defaults to `False`):
+            go on from the last checkpoint in the output folder.
     """
 
     model: str

@@ -15,13 +15,18 @@ from .arguments import Flag, FlagParser
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments(TokenizerSettings):
-    """
+    """Flags of `moma train-image-tokenizer`.
+
     Args:
-        recipe: YAML file with a section `sources` and perhaps `image_tokenizer`, which holds defaults of the flags; or
-            a folder, file or name on the Hub that `datasets` opens, with a column `image`.
-        output: folder for the model, its checkpoint and metrics.json.
-        resume: go on from the last checkpoint in the output folder.
-        strict: stop at an image that cannot be used, in place of leaving it out.
+        recipe (`str`):
+            YAML file with a section `sources` and perhaps `image_tokenizer`, which holds defaults of the flags; or a
+            folder, file or name on the Hub that `datasets` opens, with a column `image`.
+        output (`str`):
+            folder for the model, its checkpoint and metrics.json.
+        resume (`bool`, *optional*, defaults to `False`):
+            go on from the last checkpoint in the output folder.
+        strict (`bool`, *optional*, defaults to `False`):
+            stop at an image that cannot be used, in place of leaving it out.
     """
 
     recipe: Annotated[str, Flag(metavar="RECIPE", is_positional=True)]
@@ -31,7 +36,7 @@ class Arguments(TokenizerSettings):
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    """The command line over the recipe over the defaults; `sources` are those with images."""
+    """Return the command line over the recipe over the defaults; `sources` are those with images."""
     given = FlagParser(Arguments, description=__doc__).read(arguments)
     with without_import_notices():
         from ..training.image_sources import read_image_sources

@@ -24,21 +24,32 @@ _TEXT_MOVED = 0.05
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
-    """
+    """Flags of `moma upcycle`.
+
     Args:
-        model: the seed: a saved model, or a checkpoint of its training.
-        to: experts of the result, for example 4t4i, 6t2i or 8x; by default text keeps its one network and every other
+        model (`str`):
+            the seed: a saved model, or a checkpoint of its training.
+        to (`str`, *optional*):
+            experts of the result, for example 4t4i, 6t2i or 8x; by default text keeps its one network and every other
             modality gets four experts (1t4i), the way for language models.
-        output: folder to write; missing or empty.
-        preserve_function: tokens that an expert takes get what the seed gave them.
-        keep_seed: the seed's network becomes the shared expert of each group that grows, beside fresh experts that add
+        output (`str`):
+            folder to write; missing or empty.
+        preserve_function (`bool`, *optional*, defaults to `False`):
+            tokens that an expert takes get what the seed gave them.
+        keep_seed (`bool`, *optional*, defaults to `False`):
+            the seed's network becomes the shared expert of each group that grows, beside fresh experts that add
             nothing at first: no output changes at the switch.
-        expert_intermediate_size: with --keep-seed, inner width of a fresh expert; else the seed's.
-        perturbation: noise on copies, relative to their spread.
-        gumbel_noise: scale of the routers' noise in training.
-        gumbel_noise_steps: training forwards over which it fades; without, it stays. With gradient accumulation every
-            micro-batch counts, not the optimizer's steps.
-        seed: of routers, perturbation and probe.
+        expert_intermediate_size (`int`, *optional*):
+            with --keep-seed, inner width of a fresh expert; else the seed's.
+        perturbation (`float`, *optional*, defaults to `0.0`):
+            noise on copies, relative to their spread.
+        gumbel_noise (`float`, *optional*, defaults to `1.0`):
+            scale of the routers' noise in training.
+        gumbel_noise_steps (`int`, *optional*):
+            training forwards over which it fades; without, it stays. With gradient accumulation every micro-batch
+            counts, not the optimizer's steps.
+        seed (`int`, *optional*, defaults to `0`):
+            of routers, perturbation and probe.
     """
 
     model: str
@@ -70,7 +81,7 @@ def probe_batch(config, rows: int = 8, length: int = 64) -> "dict[str, torch.Ten
 
 
 def text_moved(receipt: "UpcyclingReceipt", modalities: list[str]) -> str | None:
-    """What to say where the switch moves text, `None` where it hardly does."""
+    """Return what to say where the switch moves text, `None` where it hardly does."""
     from ..frames_moma import TEXT
     from ..upcycling.upcycle import default_experts
 

@@ -8,12 +8,13 @@ from .sources import TRAIN, Source, undecoded_rows
 
 
 def source_texts(sources: Sequence[Source], rows: int) -> Iterator[str]:
-    """
-    Yields all texts of the training rows: every caption of a row, the texts of a document.
+    """Yield all texts of the training rows: every caption of a row, the texts of a document.
 
     Args:
-        sources: of a recipe.
-        rows: of each source, at most.
+        sources (`Sequence[Source]`):
+            of a recipe.
+        rows (`int`):
+            of each source, at most.
     """
     for source in sources:
         opened = source.open(source.split_names()[TRAIN])

@@ -17,12 +17,13 @@ from .token_documents import Documents, TokenDocuments, cut_before, cut_place, f
 
 
 class TokenFolder:
-    """
-    A folder that `moma tokenize` has written.
+    """A folder that `moma tokenize` has written.
 
     Args:
-        folder: with a manifest.
-        processor: that it was written with.
+        folder (`str | Path`):
+            with a manifest.
+        processor (`MomaProcessor`):
+            that it was written with.
 
     Raises:
         ValueError: it is no such folder, or was written with another processor.
@@ -38,22 +39,23 @@ class TokenFolder:
             )
 
     def sources(self) -> list[Source]:
-        """The sources, as the recipe had them when they were tokenized."""
+        """Return the sources, as the recipe had them when they were tokenized."""
         fields = {name: entry["fields"] for name, entry in self.manifest["sources"].items()}
         return read_sources(fields, is_stored=True)
 
     def split_names(self, source: str) -> list[str]:
-        """The splits of a source that hold documents."""
+        """Return the splits of a source that hold documents."""
         splits = self.manifest["sources"][source]["splits"]
         return [name for name, entry in splits.items() if entry["documents"]]
 
     def documents(self, source: Source, split: str = TRAIN) -> Documents:
-        """
-        The documents of a split.
+        """Return the documents of a split.
 
         Args:
-            source: one of the folder; what a caption is made of may have changed since, its columns may not.
-            split: one of its splits.
+            source (`Source`):
+                one of the folder; what a caption is made of may have changed since, its columns may not.
+            split (`str`, *optional*, defaults to `TRAIN`):
+                one of its splits.
 
         Raises:
             ValueError: there is no such source or split, or a column was not tokenized.
@@ -79,7 +81,7 @@ class TokenFolder:
 
 
 def mean_length(documents: Documents, samples: int = 4096) -> float:
-    """Mean number of tokens of a document, of so many spread over all; of fewer where each is made anew."""
+    """Return the mean number of tokens of a document, of so many spread over all; of fewer where each is made anew."""
     number = min(samples // 16 if documents.has_choice else samples, len(documents))
     rows = np.linspace(0, len(documents) - 1, number).astype(int)
     return float(np.mean([len(documents.ids(int(row), np.random.default_rng([0, int(row)]))) for row in rows]))

@@ -46,16 +46,19 @@ CHAT_TEMPLATE = (
 
 
 class DocumentEncoder:
-    """
-    Makes documents of texts and of the codes of images. They begin as a prompt does: with what the tokenizer puts
-    before a text, `<bos>` or nothing.
+    """Makes documents of texts and of the codes of images.
+
+    They begin as a prompt does: with what the tokenizer puts before a text, `<bos>` or nothing.
 
     Args:
-        processor: gives tokenizer and the ids of an image.
+        processor (`MomaProcessor`):
+            gives tokenizer and the ids of an image.
 
     Attributes:
-        beginning: ids before every document, see [`beginning_ids`].
-        eos: id of the token after it.
+        beginning (`list[int]`):
+            ids before every document, see [`beginning_ids`].
+        eos (`int`):
+            id of the token after it.
     """
 
     def __init__(self, processor: MomaProcessor):
@@ -67,24 +70,32 @@ class DocumentEncoder:
         self._backend = plain_backend(processor.tokenizer)
 
     def text_ids(self, text: str) -> list[int]:
-        """Ids of a text, without any that begin or end it; `<image>` and the like are characters in it."""
+        """Return the ids of a text, without any that begin or end it; `<image>` and the like are characters in it."""
         return self._backend.encode(text, add_special_tokens=False).ids if text else []
 
     def caption(self, text: str, codes: Any, image_first: bool) -> list[int]:
-        """`<bos> image caption <eos>`, or `<bos> caption image <eos>`, of codes `[image_seq_length]`.
+        """Return the ids of `<bos> image caption <eos>`, or of `<bos> caption image <eos>`.
 
         An image of no caption, second, has `<bos>` before it whatever the tokenizer, as the prompt `""` has.
+
+        Args:
+            text (`str`):
+                the caption, perhaps empty.
+            codes (`Any`):
+                `[image_seq_length]`, of the image.
+            image_first (`bool`):
+                whether the image comes before the caption.
         """
         image, words = self.processor.image_ids(codes), self.text_ids(text)
         first, second = (image, words) if image_first else (words, image)
         return [*self.opened(first), *second, self.eos]
 
     def opened(self, ids: Sequence[int]) -> list[int]:
-        """Ids of the first part of a document with what comes before it, see [`with_beginning`]."""
+        """Return the ids of the first part of a document with what comes before it, see [`with_beginning`]."""
         return [*self.beginning, *ids] or self._alone
 
     def document(self, parts: Sequence[Any]) -> list[int]:
-        """`<bos> ... <eos>` of texts, and of codes `[image_seq_length]` wherever a part is none."""
+        """Return the ids of `<bos> ... <eos>` of texts, and of codes `[image_seq_length]` where a part is none."""
         ids = [*self.beginning]
         for part in parts:
             ids += self.text_ids(part) if isinstance(part, str) else self.processor.image_ids(part)
@@ -93,8 +104,11 @@ class DocumentEncoder:
 
 @functools.lru_cache(maxsize=1)
 def loaded_encoder(folder: str) -> tuple[DocumentEncoder, str]:
-    """
-    A processor, loaded once in every process, and its fingerprint.
+    """Return a processor, loaded once in every process, and its fingerprint.
+
+    Args:
+        folder (`str`):
+            of the processor.
 
     Raises:
         ValueError: it cannot be loaded.
@@ -108,7 +122,7 @@ def loaded_encoder(folder: str) -> tuple[DocumentEncoder, str]:
 
 
 def plain_backend(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
-    """A copy of the tokenizer that reads special tokens in a text as the characters that they are."""
+    """Return a copy of the tokenizer that reads special tokens in a text as the characters that they are."""
     backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     backend.encode_special_tokens = True
     backend.no_truncation()
@@ -117,7 +131,7 @@ def plain_backend(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
 
 
 def processor_fingerprint(processor: MomaProcessor) -> str:
-    """A hash of all that decides on the ids of texts and images: tokenizer, image processor and VQ weights."""
+    """Return a hash of all that decides on the ids of texts and images: tokenizer, image processor and VQ weights."""
     digest = hashlib.sha256(plain_backend(processor.tokenizer).to_str().encode())
     settings = processor.image_processor.to_dict()
     kept = {name: settings.get(name) for name in PIXEL_SETTINGS}

@@ -16,12 +16,13 @@ from .sources import TRAIN, VALIDATION, Source
 
 
 class HeldOutExamples(torch.utils.data.Dataset):
-    """
-    Examples that losses are measured on, made when they are asked for.
+    """Examples that losses are measured on, made when they are asked for.
 
     Args:
-        held_out: token ids by number, from `Documents.held_out`.
-        number: take so many, evenly spaced; all by default.
+        held_out (`Sequence[Any]`):
+            token ids by number, from `Documents.held_out`.
+        number (`int`, *optional*):
+            take so many, evenly spaced; all by default.
     """
 
     def __init__(self, held_out: Sequence[Any], number: int | None = None):
@@ -38,14 +39,17 @@ class HeldOutExamples(torch.utils.data.Dataset):
 def open_documents(
     folder: str, processor: MomaProcessor, split: str = TRAIN, sources: Sequence[Source] | None = None
 ) -> list[Documents]:
-    """
-    The documents of a split of all sources that have it.
+    """Return the documents of a split of all sources that have it.
 
     Args:
-        folder: that `moma tokenize` has written.
-        processor: that it was written with.
-        split: its name.
-        sources: with what is to be read from them; by default as they were tokenized.
+        folder (`str`):
+            that `moma tokenize` has written.
+        processor (`MomaProcessor`):
+            that it was written with.
+        split (`str`, *optional*, defaults to `TRAIN`):
+            its name.
+        sources (`Sequence[Source]`, *optional*):
+            with what is to be read from them; by default as they were tokenized.
 
     Raises:
         ValueError: no source has the split.
@@ -61,7 +65,7 @@ def open_documents(
 
 
 def held_out_sets(tokens: TokenFolder, sources: Sequence[Source] | None = None, number: int | None = None) -> Any:
-    """What `Trainer` evaluates on: the examples of the only source, a mapping of many, or `None` without any."""
+    """Return what `Trainer` evaluates on: the examples of the only source, those of many by name, or `None`."""
     chosen = tokens.sources() if sources is None else sources
     sets = {
         source.name: HeldOutExamples(tokens.documents(source, VALIDATION).held_out(), number)
@@ -76,12 +80,17 @@ def held_out_sets(tokens: TokenFolder, sources: Sequence[Source] | None = None, 
 def shuffled_held_out(
     documents: Sequence[Documents], seed: int, limit: int | None = None
 ) -> list[dict[str, list[int]]]:
-    """Held-out examples in random order: tokens compete within a batch, which shall hold both orders as in training.
+    """Return held-out examples in random order.
+
+    Tokens compete within a batch, which shall hold images before and after their captions, as in training.
 
     Args:
-        documents: of each source.
-        seed: of the order.
-        limit: take so many of each source's documents, drawn at random with that seed.
+        documents (`Sequence[Documents]`):
+            of each source.
+        seed (`int`):
+            of the order.
+        limit (`int`, *optional*):
+            take so many of each source's documents, drawn at random with that seed.
     """
     examples: list[dict[str, list[int]]] = []
     for entry in documents:
@@ -95,7 +104,7 @@ def shuffled_held_out(
 
 
 def evenly_spaced(examples: Sequence, number: int | None) -> list:
-    """So many of the examples; all where there are not more, or without a number."""
+    """Return so many of the examples; all where there are not more, or without a number."""
     number = min(number or len(examples), len(examples))
     return [examples[index * len(examples) // number] for index in range(number)]
 

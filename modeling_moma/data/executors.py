@@ -14,12 +14,13 @@ from .tokenizing import tokenize_shard
 
 
 class TokenizeStep:
-    """
-    A step of a datatrove pipeline: each rank writes every so-manieth shard of a folder of tokens.
+    """A step of a datatrove pipeline: each rank writes one in `world_size` shards of a folder of tokens.
 
     Args:
-        folder: begun by `write_job`, on a disk that all nodes share.
-        strict: stop at the first row that cannot be used.
+        folder (`str | Path`):
+            begun by `write_job`, on a disk that all nodes share.
+        strict (`bool`, *optional*, defaults to `False`):
+            stop at the first row that cannot be used.
     """
 
     # what datatrove calls it in its logs
@@ -29,6 +30,16 @@ class TokenizeStep:
         self.folder, self.strict = str(folder), strict
 
     def __call__(self, data: Any, rank: int = 0, world_size: int = 1) -> Iterable:
+        """Write the shards of one rank, then pass on what the step before it gave.
+
+        Args:
+            data (`Any`):
+                documents of the step before it, or `None`.
+            rank (`int`, *optional*, defaults to `0`):
+                of this task.
+            world_size (`int`, *optional*, defaults to `1`):
+                tasks of the pipeline.
+        """
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
         torch.set_num_threads(1)
         job = read_job(self.folder)
@@ -46,17 +57,25 @@ def run_executor(
     partition: str | None = None,
     time: str = "24:00:00",
 ) -> None:
-    """
-    Starts a tokenization in datatrove. A task that was killed is run again by the next start, and goes on.
+    """Start a tokenization in datatrove.
+
+    A task that was killed is run again by the next start, and goes on.
 
     Args:
-        folder: begun by `write_job`.
-        engine: `"datatrove"`, processes of this machine, or `"slurm"`, jobs of a cluster, which this only submits.
-        tasks: of datatrove, at most as many as there are shards.
-        workers: tasks at a time.
-        strict: stop at the first row that cannot be used.
-        partition: of Slurm.
-        time: longest time of a Slurm job, `"HH:MM:SS"`.
+        folder (`str | Path`):
+            begun by `write_job`.
+        engine (`str`):
+            `"datatrove"`, processes of this machine, or `"slurm"`, jobs of a cluster, which this only submits.
+        tasks (`int`):
+            of datatrove, at most as many as there are shards.
+        workers (`int`):
+            tasks at a time.
+        strict (`bool`, *optional*, defaults to `False`):
+            stop at the first row that cannot be used.
+        partition (`str`, *optional*):
+            of Slurm.
+        time (`str`, *optional*, defaults to `"24:00:00"`):
+            longest time of a Slurm job, `"HH:MM:SS"`.
 
     Raises:
         ImportError: datatrove is missing.

@@ -21,12 +21,13 @@ _EXIF_ORIENTATION = 0x0112
 
 
 class LeftOut(InputError):
-    """
-    A row that cannot be trained on.
+    """A row that cannot be trained on.
 
     Args:
-        reason: of a few fixed ones, what rows are counted by.
-        detail: what is wrong with this one.
+        reason (`str`):
+            of a few fixed ones, what rows are counted by.
+        detail (`str`, *optional*):
+            what is wrong with this one.
     """
 
     def __init__(self, reason: str, detail: str = ""):
@@ -35,14 +36,16 @@ class LeftOut(InputError):
 
 
 def read_image(value: Any, root: str | None = None, min_side: int = 1) -> tuple[Image.Image, list[str]]:
-    """
-    Decodes an image.
+    """Decode an image.
 
     Args:
-        value: bytes, a path, an `http(s)` address, a PIL image, or what `datasets` keeps of an image that it has
-            not decoded (`{"bytes": ..., "path": ...}`).
-        root: folder that relative paths start from.
-        min_side: shortest side in pixels.
+        value (`Any`):
+            bytes, a path, an `http(s)` address, a PIL image, or what `datasets` keeps of an image that it has not
+            decoded (`{"bytes": ..., "path": ...}`).
+        root (`str`, *optional*):
+            folder that relative paths start from.
+        min_side (`int`, *optional*, defaults to `1`):
+            shortest side in pixels.
 
     Returns:
         The image in an 8-bit mode, upright, its first frame where it is animated; and what was changed for it:

@@ -32,14 +32,17 @@ LOOKED_AT = 64
 
 @dataclass(frozen=True)
 class Task:
-    """
-    One shard of one split of a source.
+    """One shard of one split of a source.
 
     Args:
-        source: its name.
-        split: the training's name of the split that is read, `train` or another one.
-        shard: number of the shard, from 0.
-        shards: number of the split's shards.
+        source (`str`):
+            its name.
+        split (`str`):
+            the training's name of the split that is read, `train` or another one.
+        shard (`int`):
+            number of the shard, from 0.
+        shards (`int`):
+            number of the split's shards.
     """
 
     source: str
@@ -58,17 +61,23 @@ class Task:
 
 @dataclass(frozen=True)
 class Job:
-    """
-    All that decides on the tokens.
+    """All that decides on the tokens.
 
     Args:
-        processor: folder of the [`MomaProcessor`].
-        fingerprint: of that processor, from `processor_fingerprint`.
-        sequence_length: longest document that cannot be cut, in tokens.
-        packed: whether training cuts texts wherever a sequence ends; otherwise longer ones are left out.
-        seed: of the changes of images that further codings are made of.
-        sources: the recipe's section.
-        splits: of each source and split: `split` (the data set's name), `rows` (`None` where streamed), `shards`,
+        processor (`str`):
+            folder of the [`MomaProcessor`].
+        fingerprint (`str`):
+            of that processor, from `processor_fingerprint`.
+        sequence_length (`int`):
+            longest document that cannot be cut, in tokens.
+        packed (`bool`):
+            whether training cuts texts wherever a sequence ends; otherwise longer ones are left out.
+        seed (`int`):
+            of the changes of images that further codings are made of.
+        sources (`dict[str, dict]`):
+            the recipe's section.
+        splits (`dict[str, dict[str, dict]]`):
+            of each source and split: `split` (the data set's name), `rows` (`None` where streamed), `shards`,
             `pictures` (an estimate), `rows_per_shard`, `list_columns`.
     """
 
@@ -81,11 +90,11 @@ class Job:
     splits: dict[str, dict[str, dict]]
 
     def source(self, name: str) -> Source:
-        """The source of that name."""
+        """Return the source of that name."""
         return read_sources({name: self.sources[name]}, is_stored=True)[0]
 
     def tasks(self) -> list[Task]:
-        """All shards, in the order of sources and splits."""
+        """Return all shards, in the order of sources and splits."""
         return [
             Task(name, split, shard, plan["shards"])
             for name, splits in self.splits.items()
@@ -94,11 +103,11 @@ class Job:
         ]
 
     def output_splits(self, task: Task) -> list[str]:
-        """The splits that the rows of a task go to."""
+        """Return the splits that the rows of a task go to."""
         return [TRAIN, VALIDATION] if self.holds_out(task) else [task.split]
 
     def holds_out(self, task: Task) -> bool:
-        """Whether some of the task's training rows become `validation`."""
+        """Return whether some of the task's training rows become `validation`."""
         has_own = VALIDATION in self.splits[task.source]
         return task.split == TRAIN and not has_own and self.source(task.source).held_out > 0
 
@@ -112,18 +121,24 @@ def plan_job(
     rows_per_shard: int | None = None,
     splits: Sequence[str] | None = None,
 ) -> Job:
-    """
-    Looks at every source and says in which shards its tokens will lie.
+    """Look at every source and say in which shards its tokens will lie.
 
     Args:
-        sources: of a recipe.
-        processor_folder: folder of a [`MomaProcessor`].
-        sequence_length: see [`Job`], as the next two.
-        packed: see there.
-        seed: see there.
-        rows_per_shard: by default so many that a split has about 64 shards of 256 images or more, or as much text as
-            takes as long; at most 16,384 rows, and 1,024 where there are few.
-        splits: leave out all others; `train` must be among them.
+        sources (`list[Source]`):
+            of a recipe.
+        processor_folder (`str`):
+            folder of a [`MomaProcessor`].
+        sequence_length (`int`):
+            see [`Job`], as the next two.
+        packed (`bool`):
+            see there.
+        seed (`int`):
+            see there.
+        rows_per_shard (`int`, *optional*):
+            by default so many that a split has about 64 shards of 256 images or more, or as much text as takes as
+            long; at most 16,384 rows, and 1,024 where there are few.
+        splits (`Sequence[str]`, *optional*):
+            leave out all others; `train` must be among them.
 
     Raises:
         ValueError: a source cannot be opened, lacks a column, or has no rows.
@@ -167,14 +182,14 @@ def _plan_source(source: Source, rows_per_shard: int | None, splits: Sequence[st
 
 
 def _shard_rows(rows: int, weight: float) -> int:
-    """Rows of a shard, of a split whose rows take as long as so many images each."""
+    """Return the rows of a shard, of a split whose rows take as long as so many images each."""
     most = min(max(SHARD_ROWS[0], rows // TYPICAL_SHARDS), SHARD_ROWS[1])
     images = max(SHARD_IMAGES, rows * weight / TYPICAL_SHARDS)
     return max(1, min(most, int(images / weight))) if weight else most
 
 
 def _row_means(source: Source, rows: Dataset) -> tuple[float, float]:
-    """Images of a row in the mean, and in how many images' time it is tokenized, of some rows."""
+    """Return the images of a row in the mean, and in how many images' time it is tokenized, of some rows."""
     places = sorted({len(rows) * number // LOOKED_AT for number in range(LOOKED_AT)})
     looked_at = list(undecoded_rows(rows.select(places)))
     images = sum(len(source.kind.row_images(row)) for row in looked_at) / len(looked_at)
@@ -184,7 +199,7 @@ def _row_means(source: Source, rows: Dataset) -> tuple[float, float]:
 
 
 def _text_length(value: Any) -> int:
-    """Characters of all texts in a row, or in a part of one, but for images and where they lie."""
+    """Return the characters of all texts in a row, or in a part of one, but for images and where they lie."""
     if isinstance(value, str):
         return len(value)
     if isinstance(value, dict):
@@ -193,7 +208,7 @@ def _text_length(value: Any) -> int:
 
 
 def _list_columns(source: Source, rows: Dataset | IterableDataset) -> list[str]:
-    """The stored columns that hold lists."""
+    """Return the stored columns that hold lists."""
     columns = source.kind.stored_columns()
     if not columns:
         return []
@@ -204,8 +219,13 @@ def _list_columns(source: Source, rows: Dataset | IterableDataset) -> list[str]:
 
 
 def write_job(folder: str | Path, job: Job) -> Path:
-    """
-    Begins a folder of tokens, or goes on in one that was begun with the same job.
+    """Begin a folder of tokens, or go on in one that was begun with the same job.
+
+    Args:
+        folder (`str | Path`):
+            new, or that of the job.
+        job (`Job`):
+            from [`plan_job`].
 
     Raises:
         ValueError: the folder holds tokens of another job, or something else.
@@ -232,7 +252,7 @@ def _compare(folder: str | Path, then: dict, now: dict) -> None:
 
 
 def read_job(folder: str | Path) -> Job:
-    """The job that a folder of tokens was begun with."""
+    """Return the job that a folder of tokens was begun with."""
     path = Path(folder) / JOB_FILE
     if not path.is_file():
         raise InputError(f"{str(folder)!r} has no {JOB_FILE}: is it a folder that `moma tokenize` writes?")

@@ -16,7 +16,7 @@ BROKEN_LINE = "_broken_line"
 
 
 def is_json_lines(path: Path) -> bool:
-    """Whether a file has a JSON object on each line, by its name or its first line."""
+    """Return whether a file has a JSON object on each line, by its name or its first line."""
     if path.suffix in (".jsonl", ".ndjson"):
         return True
     with path.open("rb") as file:
@@ -24,10 +24,13 @@ def is_json_lines(path: Path) -> bool:
 
 
 def mended_copy(path: Path) -> Path:
-    """
-    A copy, beside what `datasets` keeps, of a file with broken lines; the file itself where none is broken.
+    """Return a copy, beside what `datasets` keeps, of a file with broken lines; the file itself where none is broken.
 
     Every row of it has the column [`BROKEN_LINE`]; rows of broken lines have no other.
+
+    Args:
+        path (`Path`):
+            of the file.
     """
     if not is_json_lines(path) or not _has_broken_lines(path):
         return path
@@ -61,7 +64,7 @@ def _has_broken_lines(path: Path) -> bool:
 
 
 def _parse(line: bytes) -> tuple[Any, str | None]:
-    """The value of a line, and what is wrong with it."""
+    """Return the value of a line, and what is wrong with it."""
     try:
         value = json.loads(line)
     # what is no UTF-8 is a ValueError as well

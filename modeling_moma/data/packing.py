@@ -45,8 +45,7 @@ class _Piece:
 
 
 class PackedExamples(torch.utils.data.Dataset):
-    """
-    Sequences of `sequence_length` tokens, full of documents.
+    """Sequences of `sequence_length` tokens, full of documents.
 
     Each gap in a sequence goes to the source that is most behind its weight, by the tokens written so far, and has
     something that goes in. Captions go in whole or wait for a gap. Texts and interleaved documents are cut where a
@@ -64,13 +63,20 @@ class PackedExamples(torch.utils.data.Dataset):
     documents are seen twice or left out for it, or are not ended.
 
     Args:
-        documents: of each source.
-        weights: each source's part of the tokens, relative to the others'.
-        sequence_length: tokens of a sequence.
-        length: sequences of the stream.
-        pad_token_id: what fills a sequence that nothing else fills.
-        frames: begin and end ids of images and the like.
-        seed: of everything random.
+        documents (`Sequence[Documents]`):
+            of each source.
+        weights (`Sequence[float]`):
+            each source's part of the tokens, relative to the others'.
+        sequence_length (`int`):
+            tokens of a sequence.
+        length (`int`):
+            sequences of the stream.
+        pad_token_id (`int`):
+            what fills a sequence that nothing else fills.
+        frames (`Sequence[tuple[int, int]]`):
+            begin and end ids of images and the like.
+        seed (`int`, *optional*, defaults to `0`):
+            of everything random.
 
     Returns:
         By index a `dict` of tensors `[sequence_length]`: `input_ids`; `position_ids`, which begin again with every
@@ -116,17 +122,20 @@ class PackedExamples(torch.utils.data.Dataset):
         return self._tensors(pieces)
 
     def epochs(self, number: int) -> list[float]:
-        """How many passes over each source so many sequences make, about."""
+        """Return how many passes over each source so many sequences make, about."""
         return [number / self.block * documents / len(order.documents) for documents, order in self._a_block()]
 
     def _a_block(self) -> list[tuple[float, DocumentOrder]]:
-        """The documents that a block takes of each source, in the mean."""
+        """Return the documents that a block takes of each source, in the mean."""
         return [(tokens / order.mean_length, order) for tokens, order in zip(self._block_tokens, self.orders)]
 
     @cached_property
     def _block_tokens(self) -> list[float]:
-        """Tokens of each source in a block: what the weights say of the part that is no padding, or what was measured
-        where the weights cannot be kept."""
+        """Tokens of each source in a block.
+
+        They are what the weights say of the part that is no padding, or what was measured where the weights cannot be
+        kept.
+        """
         number = min(BLOCK, max(SAMPLE, SAMPLE_TOKENS // self.sequence_length))
         packer = self._begin(0)
         tokens = np.zeros((number, len(self.orders)))
@@ -162,8 +171,7 @@ class PackedExamples(torch.utils.data.Dataset):
 
 @dataclass
 class PackedCollator:
-    """
-    Puts packed sequences into a batch as they are, and hands other examples on.
+    """Puts packed sequences into a batch as they are, and hands other examples on.
 
     There is no attention mask among them: where `position_ids` begin again, a document begins, and attention ends.
     Flash attention takes no mask of that, so the documents' lengths go along: `cu_seq_lens_q`, `cu_seq_lens_k` (where
@@ -172,12 +180,14 @@ class PackedCollator:
     The number `source` of a document that is an example of its own becomes `source_ids`, as in packed sequences.
 
     Args:
-        collate: for examples that are not packed, such as held-out ones.
+        collate (`Callable[[list[dict]], dict[str, torch.Tensor]]`):
+            for examples that are not packed, such as held-out ones.
     """
 
     collate: Callable[[list[dict]], dict[str, torch.Tensor]]
 
     def __call__(self, features: list[dict]) -> dict[str, Any]:
+        """Return a batch of examples, tensors `[batch, length]`."""
         if "position_ids" in features[0]:
             batch = {name: torch.stack([row[name] for row in features]) for name in features[0]}
             return batch | packed_lengths(batch["position_ids"])
@@ -201,13 +211,13 @@ class _Document:
         self.begins, self.lasts = [begin for begin, _ in spans], [last for _, last in spans]
 
     def write(self, part: int) -> Sequence[int] | np.ndarray:
-        """Its next tokens, which are written then."""
+        """Return its next tokens, which are written then."""
         self.done += part
         self.rest -= part
         return self.ids[self.done - part : self.done]
 
     def part(self, gap: int) -> int:
-        """The most tokens that make a piece in a gap, no image cut; 0 where none do."""
+        """Return the most tokens that make a piece in a gap, no image cut; 0 where none do."""
         end = self.done + gap
         if end >= len(self.ids):
             return self.rest
@@ -217,7 +227,7 @@ class _Document:
         return part if part >= LEAST or part == gap > 1 or self._stands_alone(place) else 0
 
     def parts(self, gap: int) -> list[tuple[int, int]]:
-        """Least and most tokens of all pieces that a gap can hold, from the shortest on."""
+        """Return the least and most tokens of all pieces that a gap can hold, from the shortest on."""
         if not self.can_be_cut:
             return [(self.rest, self.rest)]
         most, least, ranges = self.part(gap), LEAST, []
@@ -231,22 +241,26 @@ class _Document:
         return ranges
 
     def _stands_alone(self, place: int) -> bool:
-        """Whether the few tokens before an image fit into no sequence together with it."""
+        """Return whether the few tokens before an image fit into no sequence together with it."""
         number = bisect_left(self.begins, place)
         is_before = number < len(self.begins) and self.begins[number] == place > self.done
         return is_before and self.lasts[number] + 1 - self.done > self.length
 
 
 class _Source:
-    """
-    The documents of one source in one block: those that were drawn and wait, and those that are begun and not ended.
+    """The documents of one source in one block: those that wait, and those that are begun and not ended.
 
     Args:
-        order: of its documents.
-        number: that of its first document in the block.
-        share: its part of the tokens.
-        frames: begin and end ids of images and the like.
-        length: tokens of a sequence.
+        order (`DocumentOrder`):
+            of its documents.
+        number (`int`):
+            that of its first document in the block.
+        share (`float`):
+            its part of the tokens.
+        frames (`Sequence[tuple[int, int]]`):
+            begin and end ids of images and the like.
+        length (`int`):
+            tokens of a sequence.
     """
 
     candidates = CANDIDATES
@@ -260,12 +274,13 @@ class _Source:
         self.open: list[_Document] = []
 
     def take(self, gap: int, expected: float) -> Sequence[int] | np.ndarray | None:
-        """
-        The source's next piece.
+        """Return the source's next piece.
 
         Args:
-            gap: tokens there is room for.
-            expected: tokens that the source is going to write in its block, about.
+            gap (`int`):
+                tokens there is room for.
+            expected (`float`):
+                tokens that the source is going to write in its block, about.
 
         Returns:
             Its ids, at most `gap`; `None` where nothing goes in.
@@ -277,7 +292,7 @@ class _Source:
         return None if chosen is None else self._write(*chosen)
 
     def choose(self, gap: int) -> tuple[_Document, int] | None:
-        """A document, open ones before others, and how many of its tokens go into the gap."""
+        """Return a document, open ones before others, and how many of its tokens go into the gap."""
         documents = self.open + self.waiting if len(self.open) < OPEN else self.open
         for document in documents:
             part = document.part(gap)
@@ -325,7 +340,7 @@ class _WholeSource(_Source):
         self.longest = max(self.longest, self.waiting[-1].rest)
 
     def choose(self, gap: int) -> tuple[_Document, int] | None:
-        """The first of those that fill the gap best together, or one that has waited for many sequences."""
+        """Return the first of those that fill the gap best together, or one that has waited for many sequences."""
         oldest = self.waiting[0]
         if gap == self.length:
             self.sequences += 1
@@ -339,13 +354,15 @@ class _WholeSource(_Source):
 
 
 def fullest(documents: Sequence[_Document], gap: int, most: int) -> tuple[_Document, int] | None:
-    """
-    The first piece of those that fill a gap best together.
+    """Return the first piece of those that fill a gap best together.
 
     Args:
-        documents: of which pieces may be taken, the ones to prefer first.
-        gap: tokens there is room for.
-        most: where the gap is not filled, it is to be filled so far at most.
+        documents (`Sequence[_Document]`):
+            of which pieces may be taken, the ones to prefer first.
+        gap (`int`):
+            tokens there is room for.
+        most (`int`):
+            where the gap is not filled, it is to be filled so far at most.
 
     Returns:
         One of the documents, and how many of its tokens make the piece; `None` where none goes in.
@@ -406,7 +423,7 @@ class _Packer:
         ]
 
     def next_pieces(self) -> list[_Piece]:
-        """The documents, and parts of documents, of the next sequence."""
+        """Return the documents, and parts of documents, of the next sequence."""
         pieces, gap = [], self.length
         while gap:
             piece = self._take(gap)
@@ -419,7 +436,7 @@ class _Packer:
         return pieces
 
     def _take(self, gap: int) -> _Piece | None:
-        """A piece of the source that is most behind, of those that have one."""
+        """Return a piece of the source that is most behind, of those that have one."""
         left, written = self.rows_left * self.length, max(self.written, 1)
         behind = sorted([(source.written / source.share, place) for place, source in enumerate(self.sources)])
         for _, place in behind:

@@ -20,14 +20,19 @@ COUNTERS = ("left_out", "pictures_left_out", "changed")
 
 
 def write_report(path: Path, report: ShardReport) -> None:
-    """The shard's report, the sign that the shard is done."""
+    """Write the shard's report, the sign that the shard is done."""
     content = vars(report)
     write_aside(path, lambda aside: aside.write_text(json.dumps(content) + "\n", encoding="utf-8"))
 
 
 def write_manifest(folder: str | Path, job: Job) -> dict[str, Any]:
-    """
-    Adds up the reports of all shards, once all are done.
+    """Add up the reports of all shards, once all are done.
+
+    Args:
+        folder (`str | Path`):
+            of the tokens.
+        job (`Job`):
+            that they were written for.
 
     Returns:
         `dict`: `format`, `fingerprint`, `sequence_length`, and `sources`: for each source its fields and, by split,
@@ -84,8 +89,11 @@ def _nothing_left(name: str, read: dict) -> str:
 
 
 def read_manifest(folder: str | Path) -> dict[str, Any]:
-    """
-    The manifest of a folder of tokens.
+    """Return the manifest of a folder of tokens.
+
+    Args:
+        folder (`str | Path`):
+            that `moma tokenize` has written.
 
     Raises:
         ValueError: it has none.

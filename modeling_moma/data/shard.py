@@ -20,17 +20,26 @@ BATCH = 128
 
 @dataclass
 class ShardReport:
-    """
+    """What became of the rows of a shard.
+
     Attributes:
-        rows: rows read.
-        pictures: images coded.
-        written: documents by split.
-        tokens: by split, `text` (with the frames of documents and images) and `image` (codes) of one reading of
-            every document, captions by their first template.
-        left_out: rows by reason.
-        pictures_left_out: images of interleaved documents, whose rest is written, by reason.
-        changed: images that were brought into another form, by what they were.
-        named: `row`, `reason` and `detail` of what was left out.
+        rows (`int`):
+            rows read.
+        pictures (`int`):
+            images coded.
+        written (`Counter`):
+            documents by split.
+        tokens (`dict[str, Counter]`):
+            by split, `text` (with the frames of documents and images) and `image` (codes) of one reading of every
+            document, captions by their first template.
+        left_out (`Counter`):
+            rows by reason.
+        pictures_left_out (`Counter`):
+            images of interleaved documents, whose rest is written, by reason.
+        changed (`Counter`):
+            images that were brought into another form, by what they were.
+        named (`list[dict]`):
+            `row`, `reason` and `detail` of what was left out.
     """
 
     rows: int = 0
@@ -55,21 +64,31 @@ class ShardReport:
 
 @dataclass
 class Shard(ABC):
-    """
-    What a kind of source makes its documents of.
+    """What a kind of source makes its documents of.
 
     Args:
-        encoder: gives ids and codes.
-        packed: whether training cuts texts wherever a sequence ends; otherwise longer documents are left out.
-        sequence_length: longest document that cannot be cut, in tokens.
-        list_columns: those of the stored columns that hold lists.
-        is_training: whether the rows are trained on, but for those that are held out.
-        start: number of the first row.
-        seed: of what is drawn.
-        root: folder that relative paths of images start from.
-        where: source and split, for errors.
-        is_strict: whether the first row that cannot be used is an error.
-        on_work: is called with numbers of images that have been coded.
+        encoder (`DocumentEncoder`):
+            gives ids and codes.
+        packed (`bool`):
+            whether training cuts texts wherever a sequence ends; otherwise longer documents are left out.
+        sequence_length (`int`):
+            longest document that cannot be cut, in tokens.
+        list_columns (`list[str]`):
+            those of the stored columns that hold lists.
+        is_training (`bool`):
+            whether the rows are trained on, but for those that are held out.
+        start (`int`):
+            number of the first row.
+        seed (`int`):
+            of what is drawn.
+        root (`str`):
+            folder that relative paths of images start from.
+        where (`str`):
+            source and split, for errors.
+        is_strict (`bool`, *optional*, defaults to `False`):
+            whether the first row that cannot be used is an error.
+        on_work (`Callable[[int], object]`, *optional*):
+            is called with numbers of images that have been coded.
     """
 
     encoder: DocumentEncoder
@@ -89,11 +108,18 @@ class Shard(ABC):
 
     @abstractmethod
     def rows(self) -> Iterator[tuple[int, str, dict[str, Any]]]:
-        """Yields number, split and columns of every row that can be read."""
+        """Yield number, split and columns of every row that can be read."""
 
     def leave_out(self, row: int, error: LeftOut, is_whole: bool = True) -> None:
-        """
-        Counts a row that cannot be used, or an image of it.
+        """Count a row that cannot be used, or an image of it.
+
+        Args:
+            row (`int`):
+                its number.
+            error (`LeftOut`):
+                what is wrong with it.
+            is_whole (`bool`, *optional*, defaults to `True`):
+                whether it is left out, and not an image of it alone.
 
         Raises:
             ValueError: where the shard is strict.
@@ -105,8 +131,13 @@ class Shard(ABC):
         self.report.leave_out(row, error, is_whole)
 
     def pixel_values(self, value: Any, min_side: int) -> torch.Tensor:
-        """
-        Pixel values `[1, 3, H, W]` of an image as a row holds it.
+        """Return the pixel values `[1, 3, H, W]` of an image as a row holds it.
+
+        Args:
+            value (`Any`):
+                see [`read_image`].
+            min_side (`int`):
+                shortest side in pixels.
 
         Raises:
             LeftOut: it cannot be used.
@@ -116,18 +147,18 @@ class Shard(ABC):
         return self.processor.image_processor([image], return_tensors="pt")["pixel_values"]
 
     def codes(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Codes `[B, image_seq_length]` of pixel values `[B, 3, H, W]`."""
+        """Return the codes `[B, image_seq_length]` of pixel values `[B, 3, H, W]`."""
         model = self.processor.vq_model
         return model.get_image_tokens(pixel_values.to(model.device, torch.float32)).cpu()
 
     def count_images(self, number: int) -> None:
-        """So many have been coded."""
+        """Count images that have been coded."""
         self.report.pictures += number
         if self.on_work is not None:
             self.on_work(number)
 
     def document(self, row: int, split: str, ids: list[int], num_codes: int) -> tuple[str, dict[str, Any]] | None:
-        """Split and fields of a document of token ids, `None` where it is too long to be trained on."""
+        """Return split and fields of a document of token ids, `None` where it is too long to be trained on."""
         if not self.packed and len(ids) > self.sequence_length:
             message = f"{len(ids)} tokens, over {self.sequence_length}; packed training cuts it instead"
             self.leave_out(row, LeftOut("document too long", message))

@@ -13,11 +13,11 @@ from datasets import Dataset
 
 
 class ShardTable:
-    """
-    The rows of several Arrow files, of which only those that are asked for are read.
+    """The rows of several Arrow files, of which only those that are asked for are read.
 
     Args:
-        paths: the files, which have the same columns.
+        paths (`Sequence[str | Path]`):
+            the files, which have the same columns.
     """
 
     def __init__(self, paths: Sequence[str | Path]):
@@ -48,7 +48,7 @@ class ShardTable:
         self.__init__(state["paths"])
 
     def numbers(self, column: str, row: int) -> np.ndarray:
-        """The list of numbers in a row, not copied."""
+        """Return the list of numbers in a row, not copied."""
         index, place = self._place(row)
         if (column, index) not in self._numbers:
             self._numbers[column, index] = _as_arrays(self._columns[column][index])
@@ -56,7 +56,7 @@ class ShardTable:
         return values[offsets[place] : offsets[place + 1]]
 
     def value(self, column: str, row: int) -> Any:
-        """The text, or the list of texts, in a row."""
+        """Return the text, or the list of texts, in a row."""
         index, place = self._place(row)
         return self._columns[column][index][place].as_py()
 
@@ -68,7 +68,7 @@ class ShardTable:
 
 
 def _as_arrays(chunk: pa.ListArray | pa.FixedSizeListArray) -> tuple[np.ndarray, np.ndarray]:
-    """The numbers of all rows of a chunk, not copied, and where each row's begin."""
+    """Return the numbers of all rows of a chunk, not copied, and where each row's begin."""
     if isinstance(chunk, pa.FixedSizeListArray):
         offsets = (chunk.offset + np.arange(len(chunk) + 1)) * chunk.type.list_size
     else:

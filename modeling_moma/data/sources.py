@@ -50,18 +50,25 @@ READERS = {
 
 @dataclass(frozen=True)
 class Source:
-    """
-    One source of a recipe.
+    """One source of a recipe.
 
     Args:
-        name: the recipe's name for it.
-        data: a folder, a file, a pattern of files, or a name on the Hub.
-        kind: its columns.
-        load: further arguments of `datasets.load_dataset`, such as `name`, `revision` or `streaming`.
-        splits: the data set's name of `train`, `validation` and others, where it differs.
-        held_out: share of the training rows that becomes `validation` where the data set has no such split.
-        weight: its part of the tokens of a mixture, relative to the other sources' weights.
-        root: folder that paths of images in the rows start from; by default that of `data`.
+        name (`str`):
+            the recipe's name for it.
+        data (`str`):
+            a folder, a file, a pattern of files, or a name on the Hub.
+        kind (`SourceKind`):
+            its columns.
+        load (`dict[str, Any]`, *optional*, defaults to `{}`):
+            further arguments of `datasets.load_dataset`, such as `name`, `revision` or `streaming`.
+        splits (`dict[str, str]`, *optional*, defaults to `{}`):
+            the data set's name of `train`, `validation` and others, where it differs.
+        held_out (`float`, *optional*, defaults to `0.02`):
+            share of the training rows that becomes `validation` where the data set has no such split.
+        weight (`float`, *optional*, defaults to `1.0`):
+            its part of the tokens of a mixture, relative to the other sources' weights.
+        root (`str`, *optional*):
+            folder that paths of images in the rows start from; by default that of `data`.
     """
 
     name: str
@@ -74,8 +81,7 @@ class Source:
     root: str | None = None
 
     def split_names(self) -> dict[str, str]:
-        """
-        The data set's splits by the names that the training gives them: `train`, `validation` and others.
+        """Return the data set's splits by the names that the training gives them: `train`, `validation` and others.
 
         Raises:
             ValueError: the data cannot be opened, or have no split to train on.
@@ -98,11 +104,11 @@ class Source:
         return names
 
     def open(self, split: str) -> Dataset | IterableDataset:
-        """
-        Opens a split, of which no image is decoded yet where it is streamed.
+        """Open a split, of which no image is decoded yet where it is streamed.
 
         Args:
-            split: the data set's own name of it.
+            split (`str`):
+                the data set's own name of it.
 
         Raises:
             ValueError: the data cannot be opened, or lack a column of the source.
@@ -136,7 +142,7 @@ class Source:
         return [] if copies == files else list(map(str, copies))
 
     def _of_split(self, rows: Dataset | IterableDataset, split: str) -> Dataset | IterableDataset:
-        """The rows of a split, where one file of captions is that of all splits."""
+        """Return the rows of a split, where one file of captions is that of all splits."""
         folders = split_folders(Path(self.data)) if self._goes_by_folders() else {}
         if len(folders) < 2:
             return rows
@@ -149,23 +155,23 @@ class Source:
         return rows if column is None else rows_below(rows, folders[split], column)
 
     def image_root(self) -> str:
-        """The folder that relative paths of images start from."""
+        """Return the folder that relative paths of images start from."""
         if self.root is not None:
             return self.root
         path = Path(self.data)
         return str(path if path.is_dir() else path.parent)
 
     def is_held_out(self, place: str) -> bool:
-        """Whether a training row is one of those that become `validation`, by where it stands."""
+        """Return whether a training row is one of those that become `validation`, by where it stands."""
         return zlib.crc32(f"{self.name}/{place}".encode()) < self.held_out * 2**32
 
     def fields(self) -> dict[str, Any]:
-        """What [`read_sources`] reads."""
+        """Return what [`read_sources`] reads."""
         common = {name: getattr(self, name) for name in COMMON_FIELDS}
         return {**{name: value for name, value in common.items() if value not in (None, {})}, **self.kind.fields()}
 
     def _goes_by_folders(self) -> bool:
-        """Whether the data are a folder, and nothing says which of its files are read."""
+        """Return whether the data are a folder, and nothing says which of its files are read."""
         return Path(self.data).is_dir() and not {"data_files", "data_dir"} & self.load.keys()
 
     def _loading(self) -> tuple[str, dict[str, Any]]:
@@ -206,8 +212,11 @@ class Source:
 
 
 def undecoded_rows(rows: Dataset | IterableDataset) -> Iterator[dict[str, Any]]:
-    """
-    Yields rows whose images are `{"bytes": ..., "path": ...}`, in whatever depth of lists they stand.
+    """Yield rows whose images are `{"bytes": ..., "path": ...}`, in whatever depth of lists they stand.
+
+    Args:
+        rows (`Dataset | IterableDataset`):
+            of a split.
 
     Raises:
         ValueError: a file cannot be read any further.
@@ -243,12 +252,13 @@ def _undecoded(feature: Any) -> Any:
 
 
 def read_sources(section: Any, is_stored: bool = False) -> list[Source]:
-    """
-    The sources of a recipe.
+    """Return the sources of a recipe.
 
     Args:
-        section: its mapping `sources`, of a name to the fields of [`Source`] and of its kind.
-        is_stored: whether it is of a file that a command wrote, which may have old names of fields without a warning.
+        section (`Any`):
+            its mapping `sources`, of a name to the fields of [`Source`] and of its kind.
+        is_stored (`bool`, *optional*, defaults to `False`):
+            whether it is of a file that a command wrote, which may have old names of fields without a warning.
 
     Raises:
         ValueError: it is no such mapping, or a field is unknown, missing or out of range.

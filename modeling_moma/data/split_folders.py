@@ -14,7 +14,7 @@ METADATA = FolderBasedBuilder.METADATA_FILENAMES
 
 
 def split_folders(folder: Path) -> dict[str, list[Path]]:
-    """The folders of a data set's splits, where one file of captions stands above all of them; else nothing."""
+    """Return the folders of a data set's splits, where one file of captions stands above all of them; else nothing."""
     if not any((folder / name).is_file() for name in METADATA):
         return {}
     named = {str(split): [folder / name for name in names] for split, names in SPLIT_KEYWORDS.items()}
@@ -24,18 +24,21 @@ def split_folders(folder: Path) -> dict[str, list[Path]]:
 
 
 def data_files(folder: Path) -> dict[str, list[str]]:
-    """What `imagefolder` reads for each split; it gives every row of the metadata to each, see [`rows_below`]."""
+    """Return what `imagefolder` reads for each split; each gets every row of the metadata, see [`rows_below`]."""
     metadata = [str(folder / name) for name in METADATA if (folder / name).is_file()]
     return {split: [*(f"{path}/**" for path in paths), *metadata] for split, paths in split_folders(folder).items()}
 
 
 def rows_below(rows: Dataset, folders: Sequence[Path], column: str) -> Dataset:
-    """The rows whose image lies below one of some folders.
+    """Return the rows whose image lies below one of some folders.
 
     Args:
-        rows: of `imagefolder`.
-        folders: of a split.
-        column: of the images.
+        rows (`Dataset`):
+            of `imagefolder`.
+        folders (`Sequence[Path]`):
+            of a split.
+        column (`str`):
+            of the images.
     """
     values: Any = rows.select_columns(column).cast_column(column, Image(decode=False))[column]
     below = [folder.resolve() for folder in folders]

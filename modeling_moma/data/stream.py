@@ -22,12 +22,13 @@ _UNUSED = np.random.default_rng(0)
 
 
 class DocumentOrder:
-    """
-    The endless order of a source's documents: every pass over them is a permutation of its own.
+    """The endless order of a source's documents: every pass over them is a permutation of its own.
 
     Args:
-        documents: of the source.
-        seed: of order and choices.
+        documents (`Documents`):
+            of the source.
+        seed (`int`):
+            of order and choices.
     """
 
     def __init__(self, documents: Documents, seed: int):
@@ -53,20 +54,24 @@ class DocumentOrder:
 
 
 def document_orders(documents: Sequence[Documents], seed: int) -> list[DocumentOrder]:
-    """An order for each source, of seeds of their own."""
+    """Return an order for each source, of seeds of their own."""
     return [DocumentOrder(entry, seed + index * _SEED_STEP) for index, entry in enumerate(documents)]
 
 
 class DocumentExamples(torch.utils.data.Dataset):
-    """
-    A stream of examples, a document each, in which the index decides everything: a resumed run sees what the killed
-    one would have seen, whatever the number of workers.
+    """A stream of examples, a document each, in which the index decides everything.
+
+    A resumed run sees what the killed one would have seen, whatever the number of workers.
 
     Args:
-        documents: of each source.
-        weights: each source's part of the tokens, relative to the others'.
-        length: examples of the stream.
-        seed: of everything random.
+        documents (`Sequence[Documents]`):
+            of each source.
+        weights (`Sequence[float]`):
+            each source's part of the tokens, relative to the others'.
+        length (`int`):
+            examples of the stream.
+        seed (`int`, *optional*, defaults to `0`):
+            of everything random.
 
     Returns:
         By index a `dict` of `input_ids` and, where there are several sources, `source`, its place among them.
@@ -94,14 +99,14 @@ class DocumentExamples(torch.utils.data.Dataset):
         return example if len(self.orders) == 1 else {**example, "source": int(source)}
 
     def epochs(self, number: int) -> list[float]:
-        """How many passes over each source so many examples make."""
+        """Return how many passes over each source so many examples make."""
         cycles, rest = divmod(number, len(self._pattern))
         seen = cycles * self._counts + np.bincount(self._pattern[:rest], minlength=len(self.orders))
         return [float(count) / len(order.documents) for count, order in zip(seen, self.orders)]
 
 
 def _pattern(orders: Sequence[DocumentOrder], weights: Sequence[float]) -> np.ndarray:
-    """The source of each example of a cycle: always the one that lags most behind its part of the tokens."""
+    """Return the source of each example of a cycle: always the one that lags most behind its part of the tokens."""
     if len(orders) == 1:
         return np.zeros(1, dtype=np.int64)
     lengths, served = [order.mean_length for order in orders], np.zeros(len(orders))

@@ -14,9 +14,11 @@ from ..errors_moma import InputError
 
 @dataclass(frozen=True)
 class Template:
-    """
+    """A text with places for the columns of a row.
+
     Args:
-        text: the name of a column, or a text with names of columns in braces; `{{` is a brace.
+        text (`str`):
+            the name of a column, or a text with names of columns in braces; `{{` is a brace.
     """
 
     text: str
@@ -40,16 +42,17 @@ class Template:
         return list(dict.fromkeys(name for _, name in self.parts if name is not None))
 
     def is_full(self, row: Mapping[str, Any]) -> bool:
-        """Whether every column holds something in a row."""
+        """Return whether every column holds something in a row."""
         return all(_is_something(row[name]) for name in self.columns)
 
     def render(self, row: Mapping[str, Any], rng: np.random.Generator | None = None) -> str:
-        """
-        The text of a row.
+        """Return the text of a row.
 
         Args:
-            row: values by column; lists are joined by `", "`.
-            rng: decides on the order of lists, which stays without it.
+            row (`Mapping[str, Any]`):
+                values by column; lists are joined by `", "`.
+            rng (`np.random.Generator`, *optional*):
+                decides on the order of lists, which stays without it.
 
         Raises:
             ValueError: a value is neither a text, a number nor a list of these.

@@ -11,8 +11,16 @@ from .shards import ShardTable
 
 
 class Documents(Protocol):
-    """Documents of one split of one source. `name` is the source's, `can_be_cut` says whether a text of them may
-    go on in another sequence, `has_choice` whether a row is drawn with chance."""
+    """Documents of one split of one source.
+
+    Attributes:
+        name (`str`):
+            of the source.
+        can_be_cut (`bool`):
+            whether a text of them may go on in another sequence.
+        has_choice (`bool`):
+            whether a row is drawn with chance.
+    """
 
     name: str
     can_be_cut: bool
@@ -21,23 +29,26 @@ class Documents(Protocol):
     def __len__(self) -> int: ...
 
     def ids(self, row: int, rng: np.random.Generator) -> Sequence[int] | np.ndarray:
-        """Token ids of a row, drawn with `rng` where there is a choice."""
+        """Return the token ids of a row, drawn with `rng` where there is a choice."""
         ...
 
     def held_out(self, rows: Sequence[int] | None = None) -> Sequence[Any]:
-        """What losses are measured on: token ids of every document, or of some rows, without chance."""
+        """Return what losses are measured on: token ids of every document, or of some rows, without chance."""
         ...
 
 
 class TokenDocuments:
-    """
-    Documents whose ids were made once, which may be cut in their texts.
+    """Documents whose ids were made once, which may be cut in their texts.
 
     Args:
-        name: of the source.
-        table: with a column `input_ids`.
-        longest: longest held-out document in tokens; longer ones are cut to it.
-        frames: begin and end ids of images and the like.
+        name (`str`):
+            of the source.
+        table (`ShardTable`):
+            with a column `input_ids`.
+        longest (`int`):
+            longest held-out document in tokens; longer ones are cut to it.
+        frames (`Sequence[tuple[int, int]]`):
+            begin and end ids of images and the like.
     """
 
     can_be_cut, has_choice = True, False
@@ -49,11 +60,11 @@ class TokenDocuments:
         return len(self.table)
 
     def ids(self, row: int, rng: np.random.Generator) -> np.ndarray:
-        """Ids of a row, not copied."""
+        """Return the ids of a row, not copied."""
         return self.table.numbers("input_ids", row)
 
     def held_out(self, rows: Sequence[int] | None = None) -> "HeldOutTokens":
-        """The beginning of every document, as long as a sequence may be."""
+        """Return the beginning of every document, as long as a sequence may be."""
         return HeldOutTokens(self, range(len(self)) if rows is None else rows)
 
 
@@ -72,13 +83,15 @@ class HeldOutTokens(Sequence):
 
 
 def cut_place(ids: Sequence[int] | np.ndarray, room: int, frames: Sequence[tuple[int, int]]) -> int:
-    """
-    How many tokens of a document go into a room, no image of it cut in two.
+    """Return how many tokens of a document go into a room, no image of it cut in two.
 
     Args:
-        ids: `[length]`.
-        room: tokens there is room for.
-        frames: begin and end ids of images and the like.
+        ids (`Sequence[int] | np.ndarray`):
+            `[length]`.
+        room (`int`):
+            tokens there is room for.
+        frames (`Sequence[tuple[int, int]]`):
+            begin and end ids of images and the like.
 
     Returns:
         `int`: between 0 and `room`.
@@ -90,12 +103,13 @@ def cut_place(ids: Sequence[int] | np.ndarray, room: int, frames: Sequence[tuple
 
 
 def frame_spans(ids: Sequence[int] | np.ndarray, frames: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-    """
-    Where the images of a document lie.
+    """Return where the images of a document lie.
 
     Args:
-        ids: `[length]`.
-        frames: begin and end ids of images and the like.
+        ids (`Sequence[int] | np.ndarray`):
+            `[length]`.
+        frames (`Sequence[tuple[int, int]]`):
+            begin and end ids of images and the like.
 
     Returns:
         The places of the first and the last token of each, in their order; `length` for the last one of an image
@@ -113,7 +127,7 @@ def frame_spans(ids: Sequence[int] | np.ndarray, frames: Sequence[tuple[int, int
 
 
 def cut_before(place: int, begins: Sequence[int], lasts: Sequence[int]) -> int:
-    """`place`, or the beginning of the image that would be cut there, of the spans of [`frame_spans`]."""
+    """Return `place`, or the beginning of the image that would be cut there, of the spans of [`frame_spans`]."""
     number = bisect_left(begins, place) - 1
     return begins[number] if number >= 0 and lasts[number] >= place else place
 

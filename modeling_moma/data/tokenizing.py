@@ -24,8 +24,13 @@ from .sources import TRAIN, VALIDATION, Source, read_sources, undecoded_rows
 
 
 def load_encoder(folder: str, fingerprint: str) -> DocumentEncoder:
-    """
-    The encoder of a job.
+    """Return the encoder of a job.
+
+    Args:
+        folder (`str`):
+            of the processor.
+        fingerprint (`str`):
+            of the processor that the job was begun with.
 
     Raises:
         ValueError: the processor is another one than the job was begun with.
@@ -42,12 +47,15 @@ def load_encoder(folder: str, fingerprint: str) -> DocumentEncoder:
 
 @functools.lru_cache(maxsize=8)
 def open_rows(name: str, fields: str, split: str) -> Dataset | IterableDataset:
-    """A split of a source, opened once in every process: its files may take long to list.
+    """Return a split of a source, opened once in every process: its files may take long to list.
 
     Args:
-        name: of the source.
-        fields: of it, as JSON.
-        split: the data set's name of it.
+        name (`str`):
+            of the source.
+        fields (`str`):
+            of it, as JSON.
+        split (`str`):
+            the data set's name of it.
     """
     return read_sources({name: json.loads(fields)}, is_stored=True)[0].open(split)
 
@@ -55,15 +63,19 @@ def open_rows(name: str, fields: str, split: str) -> Dataset | IterableDataset:
 def tokenize_shard(
     folder: str | Path, job: Job, task: Task, strict: bool = False, on_work: Callable[[int], object] | None = None
 ) -> bool:
-    """
-    Writes one shard, unless it is there: its tokens aside and renamed, and its report last.
+    """Write one shard, unless it is there: its tokens aside and renamed, and its report last.
 
     Args:
-        folder: of all tokens.
-        job: from `plan_job`.
-        task: one of `job.tasks()`.
-        strict: stop at the first row that cannot be used.
-        on_work: is called with numbers of images that have been coded.
+        folder (`str | Path`):
+            of all tokens.
+        job (`Job`):
+            from `plan_job`.
+        task (`Task`):
+            one of `job.tasks()`.
+        strict (`bool`, *optional*, defaults to `False`):
+            stop at the first row that cannot be used.
+        on_work (`Callable[[int], object]`, *optional*):
+            is called with numbers of images that have been coded.
 
     Returns:
         Whether there was anything to do.
@@ -87,10 +99,14 @@ class ShardFiles:
     """The Arrow files of a shard, one for each split, which are there whole or not at all.
 
     Args:
-        folder: of all tokens.
-        task: the shard.
-        splits: that its rows go to.
-        features: of its documents.
+        folder (`Path`):
+            of all tokens.
+        task (`Task`):
+            the shard.
+        splits (`list[str]`):
+            that its rows go to.
+        features (`Features`):
+            of its documents.
     """
 
     def __init__(self, folder: Path, task: Task, splits: list[str], features: Features):
@@ -127,15 +143,19 @@ class ShardFiles:
 
 
 class SourceShard(Shard):
-    """
-    A shard whose rows are read from its source.
+    """A shard whose rows are read from its source.
 
     Args:
-        job: see [`tokenize_shard`], as the others.
-        task: see there.
-        encoder: of the job's processor.
-        strict: see there.
-        on_work: see there.
+        job (`Job`):
+            see [`tokenize_shard`], as the others.
+        task (`Task`):
+            see there.
+        encoder (`DocumentEncoder`):
+            of the job's processor.
+        strict (`bool`):
+            see there.
+        on_work (`Callable[[int], object]`, *optional*):
+            see there.
     """
 
     def __init__(
@@ -166,7 +186,7 @@ class SourceShard(Shard):
         )
 
     def rows(self) -> Iterator[tuple[int, str, dict[str, Any]]]:
-        """Yields number, split and columns of every row that can be read."""
+        """Yield number, split and columns of every row that can be read."""
         fields = json.dumps(self.job.sources[self.task.source])
         rows = open_rows(self.task.source, fields, self.plan["split"])
         if isinstance(rows, Dataset):

@@ -25,14 +25,18 @@ _coded: Any = None
 
 
 class Workers:
-    """
-    Processes that work beside this one. Each is started once and loads the processor once; while the first one does,
-    this one may find out what there is to do.
+    """Processes that work beside this one.
+
+    Each is started once and loads the processor once; while the first one does, this one may find out what there is to
+    do.
 
     Args:
-        number: of processes beside this one, at most.
-        threads: of each.
-        processor: folder of a [`MomaProcessor`].
+        number (`int`):
+            of processes beside this one, at most.
+        threads (`int`):
+            of each.
+        processor (`str`):
+            folder of a [`MomaProcessor`].
     """
 
     def __init__(self, number: int, threads: int, processor: str):
@@ -58,16 +62,21 @@ def run_tasks(
     strict: bool = False,
     workers: Workers | None = None,
 ) -> None:
-    """
-    Writes every shard that is missing, each by one process.
+    """Write every shard that is missing, each by one process.
 
     Args:
-        folder: of all tokens, begun by `write_job`.
-        job: what to do.
-        processes: of this machine that work side by side, this one among them.
-        threads: of each process.
-        strict: stop at the first row that cannot be used.
-        workers: those beside this one; by default they are started where there are shards for them.
+        folder (`str | Path`):
+            of all tokens, begun by `write_job`.
+        job (`Job`):
+            what to do.
+        processes (`int`):
+            of this machine that work side by side, this one among them.
+        threads (`int`, *optional*, defaults to `1`):
+            of each process.
+        strict (`bool`, *optional*, defaults to `False`):
+            stop at the first row that cannot be used.
+        workers (`Workers`, *optional*):
+            those beside this one; by default they are started where there are shards for them.
 
     Raises:
         ValueError: what a shard raised.
@@ -115,12 +124,13 @@ def _raise_first(futures: list[Future]) -> None:
 
 
 class Progress:
-    """
-    A bar of all images of a job, or of its shards where nothing has images or nobody knows how many.
+    """A bar of all images of a job, or of its shards where nothing has images or nobody knows how many.
 
     Args:
-        folder: of all tokens.
-        job: what to do.
+        folder (`str | Path`):
+            of all tokens.
+        job (`Job`):
+            what to do.
     """
 
     def __init__(self, folder: str | Path, job: Job):
@@ -146,7 +156,7 @@ class Progress:
         self.bar.close()
 
     def add(self, images: int) -> None:
-        """So many have been coded by this process."""
+        """Count images that this process has coded."""
         self.own += images
         self.show()
 

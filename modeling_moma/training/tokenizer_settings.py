@@ -33,7 +33,7 @@ class TokenizerSettings:
             steps of the optimizer.
         batch_size (`int`, *optional*, defaults to `48`):
             images of a step.
-        learning_rate (`NotNegative`, *optional*, defaults to `0.0015`):
+        learning_rate (`float`, *optional*, defaults to `0.0015`):
             largest one of the schedule.
         warmup_steps (`int`, *optional*, defaults to `100`):
             steps in which the learning rate rises.
@@ -43,11 +43,11 @@ class TokenizerSettings:
             steps between two checkpoints.
         resolution (`int`, *optional*):
             side of the images in pixels; the configuration's by default.
-        semantic_weight (`NotNegative`, *optional*):
+        semantic_weight (`float`, *optional*):
             of the semantic loss; the configuration's by default.
-        perceptual_weight (`NotNegative`, *optional*):
+        perceptual_weight (`float`, *optional*):
             of the perceptual loss; the configuration's by default.
-        adversarial_weight (`NotNegative`, *optional*, defaults to `0.0`):
+        adversarial_weight (`float`, *optional*, defaults to `0.0`):
             of the patch discriminator's term; 0 for no discriminator.
         adversarial_start (`int`, *optional*, defaults to `0`):
             steps without the discriminator, at the beginning.

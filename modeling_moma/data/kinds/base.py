@@ -17,18 +17,25 @@ from ..token_documents import Documents, TokenDocuments
 
 
 class SourceKind(ABC):
-    """
-    The base of all kinds, each a dataclass under [`source_kind`] whose fields are those of a recipe.
+    """The base of all kinds, each a dataclass under [`source_kind`] whose fields are those of a recipe.
 
     Attributes:
-        name: singular, for messages and manifests.
-        told_by: fields that no other kind has: a source that names one of them is of this kind.
-        hint: its columns in words, for the message to somebody who names too few.
-        has_images: whether rows have images.
-        has_captions: whether its documents are [`CaptionDocuments`].
-        has_chats: whether documents are made by the processor's chat template.
-        rows_multiple: rows of a shard are a multiple of it.
-        min_side: images with a shorter side, in pixels, are left out.
+        name (`ClassVar[str]`):
+            singular, for messages and manifests.
+        told_by (`ClassVar[tuple[str, ...]]`, *optional*, defaults to `()`):
+            fields that no other kind has: a source that names one of them is of this kind.
+        hint (`ClassVar[str]`, *optional*):
+            its columns in words, for the message to somebody who names too few.
+        has_images (`ClassVar[bool]`, *optional*, defaults to `False`):
+            whether rows have images.
+        has_captions (`ClassVar[bool]`, *optional*, defaults to `False`):
+            whether its documents are [`CaptionDocuments`].
+        has_chats (`bool`):
+            whether documents are made by the processor's chat template.
+        rows_multiple (`ClassVar[int]`, *optional*, defaults to `1`):
+            rows of a shard are a multiple of it.
+        min_side (`int`, *optional*, defaults to `1`):
+            images with a shorter side, in pixels, are left out.
     """
 
     name: ClassVar[str]
@@ -41,16 +48,18 @@ class SourceKind(ABC):
 
     @property
     def has_chats(self) -> bool:
+        """Whether documents are made by the processor's chat template."""
         return False
 
     @classmethod
     def from_fields(cls, where: str, fields: dict[str, Any]) -> Self:
-        """
-        The kind of a recipe's fields, whose names are known to be its own.
+        """Return the kind of a recipe's fields, whose names are known to be its own.
 
         Args:
-            where: names the source, for errors.
-            fields: by name.
+            where (`str`):
+                names the source, for errors.
+            fields (`dict[str, Any]`):
+                by name.
 
         Raises:
             ValueError: a value is of another type or out of range.
@@ -58,49 +67,52 @@ class SourceKind(ABC):
         return read_fields(cls, fields, where)
 
     def fields(self) -> dict[str, Any]:
-        """What [`read_kind`] takes as stored, with the names that folders of the release before have."""
+        """Return what [`read_kind`] takes as stored, with the names that folders of the release before have."""
         fields: dict[str, Any] = dataclasses.asdict(self)  # pyright: ignore[reportArgumentType]
         fields = with_former_names(type(self), fields)
         return {name: _as_json(value) for name, value in fields.items() if value is not None}
 
     @abstractmethod
     def columns(self) -> list[str]:
-        """All columns that are read."""
+        """Return all columns that are read."""
 
     def stored_columns(self) -> list[str]:
-        """The columns that are kept beside the codes, since documents are made of them anew for every example."""
+        """Return the columns that are kept beside the codes: documents are made of them anew for every example."""
         return []
 
     def row_texts(self, row: dict[str, Any]) -> Iterator[str]:
-        """Yields the texts of a row, which a text tokenizer learns from."""
+        """Yield the texts of a row, which a text tokenizer learns from."""
         yield from ()
 
     def row_images(self, row: dict[str, Any]) -> list[Any]:
-        """The images of a row in their order, not decoded."""
+        """Return the images of a row in their order, not decoded."""
         return []
 
     def features(self, shard: Shard) -> Features:
-        """Types of the fields that [`documents`] yields."""
+        """Return the types of the fields that [`documents`] yields."""
         return Features({"row": Value("int64"), "input_ids": List(Value("int32"))})
 
     @abstractmethod
     def documents(self, shard: Shard) -> Iterator[tuple[str, dict[str, Any]]]:
-        """
-        Yields split and fields of every document of a shard, as they are stored.
+        """Yield split and fields of every document of a shard, as they are stored.
 
         Args:
-            shard: its rows, and what makes ids and codes of them.
+            shard (`Shard`):
+                its rows, and what makes ids and codes of them.
         """
 
     def stored_documents(self, source: str, table: ShardTable, encoder: DocumentEncoder, longest: int) -> Documents:
-        """
-        Documents to train on, of what [`documents`] yielded.
+        """Return documents to train on, of what [`documents`] yielded.
 
         Args:
-            source: its name.
-            table: of its shards.
-            encoder: of the processor that it was tokenized with.
-            longest: longest held-out document in tokens.
+            source (`str`):
+                its name.
+            table (`ShardTable`):
+                of its shards.
+            encoder (`DocumentEncoder`):
+                of the processor that it was tokenized with.
+            longest (`int`):
+                longest held-out document in tokens.
         """
         frames = [(frame.begin, frame.end) for frame in encoder.processor.frames.values()]
         return TokenDocuments(source, table, longest, frames)
@@ -113,8 +125,11 @@ _Kind = TypeVar("_Kind", bound=type[SourceKind])
 
 
 def source_kind(kind: _Kind) -> _Kind:
-    """
-    Makes a kind known to recipes, as a decorator of its dataclass.
+    """Make a kind known to recipes, as a decorator of its dataclass.
+
+    Args:
+        kind (`type[SourceKind]`):
+            the dataclass.
 
     Raises:
         ValueError: another class has its name or one of the fields that tell it.
@@ -129,14 +144,17 @@ def source_kind(kind: _Kind) -> _Kind:
 
 
 def read_kind(source: str, fields: dict[str, Any], common: Sequence[str] = (), is_stored: bool = False) -> SourceKind:
-    """
-    The kind of a source, by the columns that it names.
+    """Return the kind of a source, by the columns that it names.
 
     Args:
-        source: its name, for errors.
-        fields: what a recipe says of it, but for where its data are.
-        common: fields of any source, which may stand beside them, for errors.
-        is_stored: whether a file of a command has them, and nobody is to be warned of old names.
+        source (`str`):
+            its name, for errors.
+        fields (`dict[str, Any]`):
+            what a recipe says of it, but for where its data are.
+        common (`Sequence[str]`, *optional*, defaults to `()`):
+            fields of any source, which may stand beside them, for errors.
+        is_stored (`bool`, *optional*, defaults to `False`):
+            whether a file of a command has them, and nobody is to be warned of old names.
 
     Raises:
         ValueError: no kind has these fields, or a value is out of range.

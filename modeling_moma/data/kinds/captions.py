@@ -28,12 +28,13 @@ _SKIPPED_DRAWS = 1 << 22
 
 @dataclass(frozen=True)
 class Alternative:
-    """
-    A further caption that sometimes stands in for the first one.
+    """A further caption that sometimes stands in for the first one.
 
     Args:
-        text: a column, or a template such as `"{style} tags: {keywords}"`. Lists are joined by `", "` in random order.
-        share: of the rows in which all of its columns hold something.
+        text (`str`):
+            a column, or a template such as `"{style} tags: {keywords}"`. Lists are joined by `", "` in random order.
+        share (`float`):
+            of the rows in which all of its columns hold something.
     """
 
     __pydantic_config__ = {"extra": "forbid"}
@@ -45,17 +46,23 @@ class Alternative:
 @source_kind
 @dataclass(frozen=True)
 class CaptionKind(SourceKind):
-    """
-    An image and its caption in every row: `<bos> image caption <eos>` or `<bos> caption image <eos>`.
+    """An image and its caption in every row: `<bos> image caption <eos>` or `<bos> caption image <eos>`.
 
     Args:
-        image: column of the image.
-        text: column of the caption, or a template such as `"{style}: {label}"`.
-        alternatives: further captions, tried in their order, the first one that is drawn counts.
-        image_first: share of the examples in which the image comes first.
-        without_caption: share of the other examples that have no caption, which guidance needs.
-        codings: codings of a training image; all but the first are of slightly changed images.
-        min_side: images with a shorter side, in pixels, are left out.
+        image (`str`):
+            column of the image.
+        text (`str`):
+            column of the caption, or a template such as `"{style}: {label}"`.
+        alternatives (`tuple[Alternative, ...]`, *optional*, defaults to `()`):
+            further captions, tried in their order, the first one that is drawn counts.
+        image_first (`float`, *optional*, defaults to `0.5`):
+            share of the examples in which the image comes first.
+        without_caption (`float`, *optional*, defaults to `0.1`):
+            share of the other examples that have no caption, which guidance needs.
+        codings (`int`, *optional*, defaults to `1`):
+            codings of a training image; all but the first are of slightly changed images.
+        min_side (`int`, *optional*, defaults to `8`):
+            images with a shorter side, in pixels, are left out.
     """
 
     image: str
@@ -81,7 +88,7 @@ class CaptionKind(SourceKind):
         return list(dict.fromkeys(names))
 
     def templates(self) -> list[Template]:
-        """The caption's template and those of the alternatives."""
+        """Return the caption's template and those of the alternatives."""
         return [Template(self.text), *(Template(alternative.text) for alternative in self.alternatives)]
 
     def row_texts(self, row: dict[str, Any]) -> Iterator[str]:
@@ -101,7 +108,7 @@ class CaptionKind(SourceKind):
         return Features({"row": Value("int64"), "codes": codes, **columns})
 
     def num_codings(self, shard: Shard) -> int:
-        """Codings of each image of a shard; held-out images are not changed."""
+        """Return the codings of each image of a shard; held-out images are not changed."""
         return self.codings if shard.is_training else 1
 
     def documents(self, shard: Shard) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -139,7 +146,7 @@ class _CaptionWriter:
             yield from self._coded(waiting, images)
 
     def _columns(self, row: dict[str, Any]) -> tuple[dict[str, Any], int]:
-        """The columns of a row's captions, and the text tokens of the first one with what stands around it."""
+        """Return the columns of a row's captions, and the text tokens of the first one with what stands around it."""
         shard, templates = self.shard, self.kind.templates()
         columns = {name: _as_stored(row[name], name in shard.list_columns) for name in self.kind.stored_columns()}
         if not templates[0].is_full(columns):
@@ -170,7 +177,7 @@ class _CaptionWriter:
 
 
 def augmentation_generator(seed: int, images: int) -> torch.Generator:
-    """The random numbers of changed images, behind those of so many images that other shards change."""
+    """Return the random numbers of changed images, behind those of so many images that other shards change."""
     generator = torch.Generator().manual_seed(seed)
     draws = images * NUM_DRAWS
     while draws:
@@ -187,18 +194,25 @@ def _as_stored(value: Any, is_list: bool) -> Any:
 
 
 class CaptionDocuments:
-    """
-    Captions and images, in the order, with the caption and with the coding that are drawn.
+    """Captions and images, in the order, with the caption and with the coding that are drawn.
 
     Args:
-        name: of the source.
-        kind: its templates and shares.
-        codes: gives the codes `[image_seq_length]` of any coding of a row: `codes(row, coding)`.
-        num_codings: codings of each row.
-        columns: gives the columns of a row that captions are made of: `columns(row)`.
-        length: number of rows.
-        encoder: gives the ids.
-        row_number: gives the place of a row in the data that were tokenized; the row's own by default.
+        name (`str`):
+            of the source.
+        kind (`CaptionKind`):
+            its templates and shares.
+        codes (`Callable[[int, int], np.ndarray]`):
+            gives the codes `[image_seq_length]` of any coding of a row: `codes(row, coding)`.
+        num_codings (`int`):
+            codings of each row.
+        columns (`Callable[[int], Mapping[str, Any]]`):
+            gives the columns of a row that captions are made of: `columns(row)`.
+        length (`int`):
+            number of rows.
+        encoder (`DocumentEncoder`):
+            gives the ids.
+        row_number (`Callable[[int], int]`, *optional*, defaults to `int`):
+            gives the place of a row in the data that were tokenized; the row's own by default.
     """
 
     can_be_cut, has_choice = False, True
@@ -256,11 +270,11 @@ class CaptionDocuments:
         return self._text.render(columns) if text is None else text
 
     def caption(self, row: int) -> str:
-        """The caption of a row by the first template."""
+        """Return the caption of a row by the first template."""
         return self._text.render(self._columns(row))
 
     def codes(self, row: int) -> np.ndarray:
-        """The codes `[image_seq_length]` of a row's image as it is."""
+        """Return the codes `[image_seq_length]` of a row's image as it is."""
         return self._codes(row, 0)
 
     def row_number(self, row: int) -> int:

@@ -13,12 +13,13 @@ from .base import SourceKind
 
 @dataclass(frozen=True)
 class ImageKind(SourceKind):
-    """
-    Images alone, which only an image tokenizer is trained on; no recipe names it.
+    """Images alone, which only an image tokenizer is trained on; no recipe names it.
 
     Args:
-        image: column of the image.
-        min_side: images with a shorter side, in pixels, are left out.
+        image (`str`):
+            column of the image.
+        min_side (`int`, *optional*, defaults to `8`):
+            images with a shorter side, in pixels, are left out.
     """
 
     image: str

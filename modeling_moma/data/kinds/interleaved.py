@@ -19,15 +19,18 @@ from .base import SourceKind, source_kind
 @source_kind
 @dataclass(frozen=True)
 class InterleavedKind(SourceKind):
-    """
-    Documents in which texts and images alternate: `<bos> text image text ... <eos>`.
+    """Documents in which texts and images alternate: `<bos> text image text ... <eos>`.
 
     Args:
-        segments: column with a list of segments, each a text, `{"text": ...}` or `{"image": ...}`.
-        messages: instead of it, a column of chat messages, as TRL takes them; the processor's chat template gives the
+        segments (`str`, *optional*):
+            column with a list of segments, each a text, `{"text": ...}` or `{"image": ...}`.
+        messages (`str`, *optional*):
+            instead of it, a column of chat messages, as TRL takes them; the processor's chat template gives the
             document.
-        images: with `messages`, the column that lists their images in order.
-        min_side: documents with a smaller image, in pixels, are left out.
+        images (`str`, *optional*):
+            with `messages`, the column that lists their images in order.
+        min_side (`int`, *optional*, defaults to `8`):
+            documents with a smaller image, in pixels, are left out.
     """
 
     segments: str | None = None
@@ -107,7 +110,7 @@ class _InterleavedWriter:
         yield from self._coded(waiting)
 
     def _read_segments(self, index: int, row: dict[str, Any]) -> list[Any]:
-        """Ids of texts, and pixel values wherever an image stands."""
+        """Return the ids of texts, and pixel values wherever an image stands."""
         shard, parts = self.shard, []
         for part in read_segments(self.kind, row):
             if not isinstance(part, ImageSegment):
@@ -123,7 +126,7 @@ class _InterleavedWriter:
         return [shard.encoder.beginning, *parts, [shard.encoder.eos]]
 
     def _read_chat(self, row: dict[str, Any]) -> list[Any]:
-        """Ids of a chat in the form of the processor's template, and pixel values wherever an image stands."""
+        """Return the ids of a chat in the form of the processor's template, and pixel values where an image stands."""
         processor = self.shard.processor
         text, values = read_messages(self.kind, row, processor)
         if not text:
@@ -164,12 +167,13 @@ class ImageSegment:
 
 
 def read_segments(kind: InterleavedKind, row: dict[str, Any]) -> list[str | ImageSegment]:
-    """
-    The texts and images of a row in their order.
+    """Return the texts and images of a row in their order.
 
     Args:
-        kind: names the column `segments`.
-        row: with that column, a list whose entries are texts, `{"text": ...}`, `{"image": ...}` or `{"type": "text",
+        kind (`InterleavedKind`):
+            names the column `segments`.
+        row (`dict[str, Any]`):
+            with that column, a list whose entries are texts, `{"text": ...}`, `{"image": ...}` or `{"type": "text",
             "text": ...}`.
 
     Raises:
@@ -194,14 +198,16 @@ def _read_segment(entry: Any) -> str | ImageSegment:
 
 
 def read_messages(kind: InterleavedKind, row: dict[str, Any], processor: MomaProcessor) -> tuple[str, list[Any]]:
-    """
-    A chat in the form of the processor's template, and its images in order.
+    """Return a chat in the form of the processor's template, and its images in order.
 
     Args:
-        kind: names the columns `messages` and perhaps `images`.
-        row: with these. Messages have `role` and `content`, a text (in which `<image>` stands for the next image) or
-            a list of `{"type": "text", "text": ...}` and `{"type": "image"}`; TRL's format.
-        processor: gives the template.
+        kind (`InterleavedKind`):
+            names the columns `messages` and perhaps `images`.
+        row (`dict[str, Any]`):
+            with these. Messages have `role` and `content`, a text (in which `<image>` stands for the next image) or a
+            list of `{"type": "text", "text": ...}` and `{"type": "image"}`; TRL's format.
+        processor (`MomaProcessor`):
+            gives the template.
 
     Returns:
         The text, special tokens in messages marked as plain text, and a value for each `<image>` in it.

@@ -14,11 +14,11 @@ from .base import SourceKind, source_kind
 @source_kind
 @dataclass(frozen=True)
 class TextKind(SourceKind):
-    """
-    Texts: `<bos> text <eos>`.
+    """Texts: `<bos> text <eos>`.
 
     Args:
-        text: a column, or a template of columns.
+        text (`str`):
+            a column, or a template of columns.
     """
 
     text: str
