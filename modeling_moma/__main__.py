@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`python -m modeling_moma VERB`, as `moma VERB`."""
+"""`python -m modeling_moma SUBCOMMAND`, as `moma SUBCOMMAND`."""
 
 import sys
 

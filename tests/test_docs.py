@@ -28,7 +28,7 @@ from PIL import Image
 
 import modeling_moma
 import tokenization
-from modeling_moma.cli.main import VERBS
+from modeling_moma.cli.main import SUBCOMMANDS
 from modeling_moma.cli.main import main as moma
 
 
@@ -119,7 +119,7 @@ def commands(code: str) -> list[list[str]]:
 
 
 def script_of(words: list[str]) -> tuple[str | None, list[str]]:
-    """The script of this repository or the verb of `moma` that a command runs, and the words after it."""
+    """The script of this repository or the subcommand of `moma` that a command runs, and the words after it."""
     if words[0] == "moma" and len(words) > 1 and not words[1].startswith("-"):
         return words[1], words[2:]
     for place, word in enumerate(words):
@@ -133,12 +133,12 @@ def script_of(words: list[str]) -> tuple[str | None, list[str]]:
 
 @cache
 def options_of(script: str, subcommand: tuple[str, ...]) -> set[str]:
-    """Options that a script or a verb names in its help."""
+    """Options that a script or a subcommand names in its help."""
     printed, argv = io.StringIO(), sys.argv
     sys.argv = [script, *subcommand, "--help"]
     try:
         with contextlib.redirect_stdout(printed), pytest.raises(SystemExit):
-            if script in VERBS:
+            if script in SUBCOMMANDS:
                 moma([script, *subcommand, "--help"])
             else:
                 runpy.run_path(str(ROOT / script), run_name="__main__")
@@ -207,10 +207,10 @@ def test_commands_of_the_page_exist(page):
         script, arguments = script_of(words)
         if script is None:
             continue
-        assert script in VERBS or (ROOT / script).is_file(), words
+        assert script in SUBCOMMANDS or (ROOT / script).is_file(), words
         used = {word.split("=")[0] for word in arguments if re.match(r"--?[a-zA-Z]", word)}
         # the server's own options are those of Transformers
-        if used and (script.endswith(".py") or script in VERBS) and script != "serve":
+        if used and (script.endswith(".py") or script in SUBCOMMANDS) and script != "serve":
             first = next(place for place, word in enumerate(arguments) if word.startswith("-"))
             known = options_of(script, tuple(arguments[:first]))
             assert used <= known, f"{script} knows no {sorted(used - known)}"
@@ -308,10 +308,10 @@ def test_commands_of_the_worked_example_run_one_after_the_other(pages, workplace
             continue
         script, arguments = script_of(words)
         name = Path(script).stem
-        # a script and a verb may have one name
+        # a script and a subcommand may have one name
         arguments = shrink(script if script in SMALLER else name, arguments)
         monkeypatch.setattr(sys, "argv", [script, *arguments])
-        result = moma([script, *arguments]) if script in VERBS else importlib.import_module(name).main()
+        result = moma([script, *arguments]) if script in SUBCOMMANDS else importlib.import_module(name).main()
         expected = int(following[3]) if following[:3] == ["test", "$?", "="] else 0
         assert (result if isinstance(result, int) else 0) == expected, words
         # a model of no sense may write words alone

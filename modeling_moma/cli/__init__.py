@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command `moma`: a thin driver for each verb."""
+"""The command `moma`: a thin driver for each subcommand."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line of a verb from a dataclass: its docstring is the help, its types are the checks."""
+"""The command line of a subcommand from a dataclass: its docstring is the help, its types are the checks."""
 
 import argparse
 import dataclasses

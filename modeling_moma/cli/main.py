@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`moma VERB ...`, also `python -m modeling_moma VERB ...`: gives the other arguments to the module of the verb."""
+"""`moma SUBCOMMAND ...`, also `python -m modeling_moma SUBCOMMAND ...`, each of which is a module beside this one.
+
+Each has `parse_arguments(arguments=None)`, `run(args)`, which may return an exit status, and `main(arguments=None)`, which
+is both. Only what `parse_arguments` needs is imported with it, so that help takes no time.
+"""
 
 import ast
 import importlib
@@ -10,8 +14,8 @@ from .. import register_auto_classes
 from ..utils.messages import one_line
 
 
-# verb -> module of this package with a `main()`, in the order of a model's life
-VERBS = {
+# subcommand -> module, in the order of a model's life
+SUBCOMMANDS = {
     "train-image-tokenizer": "train_image_tokenizer",
     "build-processor": "build_processor",
     "tokenize": "tokenize",
@@ -33,44 +37,46 @@ TRAINING = ("train-image-tokenizer", "pretrain", "train-auxiliary-routers")
 
 
 def summary(module: str) -> str:
-    """Return the first line of a verb's docstring, read without importing what the verb needs."""
+    """Return the first line of a subcommand's docstring, read without importing what the subcommand needs."""
     source = (Path(__file__).parent / f"{module}.py").read_text(encoding="utf-8")
     return (ast.get_docstring(ast.parse(source)) or "").splitlines()[0]
 
 
 def usage() -> str:
-    """Return the list of verbs, one line each."""
-    width = max(map(len, VERBS))
-    lines = [f"  {verb:<{width}}  {summary(module)}" for verb, module in VERBS.items()]
-    return "\n".join(["usage: moma VERB [ARGUMENTS]", "", *lines, "", "`moma VERB --help` lists a verb's arguments."])
+    """Return the list of subcommands, one line each."""
+    width = max(map(len, SUBCOMMANDS))
+    lines = [f"  {subcommand:<{width}}  {summary(module)}" for subcommand, module in SUBCOMMANDS.items()]
+    note = "`moma SUBCOMMAND --help` lists the arguments of one."
+    return "\n".join(["usage: moma SUBCOMMAND [ARGUMENTS]", "", *lines, "", note])
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one verb.
+    """Run one subcommand.
 
     Args:
         arguments (`list[str]`, *optional*):
-            the verb and its arguments; by default those of the command line.
+            the subcommand and its arguments; by default those of the command line.
 
     Returns:
-        The exit status; 2 where there is no such verb or an input is wrong, 1 where the disk is full. Any other
+        The exit status; 2 where there is no such subcommand or an input is wrong, 1 where the disk is full. Any other
         error passes, with its traceback.
     """
-    verb, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
-    if verb in ("-h", "--help"):
+    subcommand, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    if subcommand in ("-h", "--help"):
         print(usage())
         return 0
-    if verb not in VERBS:
-        print(f"moma: there is no verb {verb!r}; it must be one of {', '.join(VERBS)}.", file=sys.stderr)
+    if subcommand not in SUBCOMMANDS:
+        known = ", ".join(SUBCOMMANDS)
+        print(f"moma: there is no subcommand {subcommand!r}; it must be one of {known}.", file=sys.stderr)
         return 2
-    if verb in TRAINING:
+    if subcommand in TRAINING:
         from ..utils.hardware import keep_freed_memory
 
         keep_freed_memory()
-    # what a verb's messages and help call it
-    sys.argv = [f"moma {verb}", *rest]
+    # what a subcommand's messages and help call it
+    sys.argv = [f"moma {subcommand}", *rest]
     try:
-        module = importlib.import_module(f".{VERBS[verb]}", __package__)
+        module = importlib.import_module(f".{SUBCOMMANDS[subcommand]}", __package__)
         args = module.parse_arguments()
         register_auto_classes()
         status = module.run(args)
@@ -79,7 +85,7 @@ def main(arguments: list[str] | None = None) -> int:
 
         if is_disk_full(error):
             end_progress_bars()
-            print(f"error: {full_disk_line(error, verb, output_of(rest))}", file=sys.stderr)
+            print(f"error: {full_disk_line(error, subcommand, output_of(rest))}", file=sys.stderr)
             return 1
         if not is_input_error(error):
             raise

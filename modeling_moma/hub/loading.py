@@ -32,7 +32,7 @@ class Saved:
     Args:
         name (`str`):
             of the thing, for people.
-        verb (`str`):
+        subcommand (`str`):
             of `moma` that writes such a folder.
         files (`tuple[tuple[str, ...], ...]`):
             groups of files, of each of which one has to be there.
@@ -41,7 +41,7 @@ class Saved:
     """
 
     name: str
-    verb: str
+    subcommand: str
     files: tuple[tuple[str, ...], ...]
     model_type: str | None = None
 
@@ -169,11 +169,11 @@ def _likely_cause(saved: Saved, folder: Path) -> str:
     checkpoints = sorted(folder.glob("checkpoint-*"), key=lambda path: path.stat().st_mtime)
     if checkpoints and saved in (MODEL, IMAGE_TOKENIZER):
         return (
-            f"its training is not finished; go on with `moma {saved.verb} ... --resume`, or name a checkpoint, such "
-            f"as {str(checkpoints[-1])!r}."
+            f"its training is not finished; go on with `moma {saved.subcommand} ... --resume`, or name a checkpoint, "
+            f"such as {str(checkpoints[-1])!r}."
         )
     if saved in (MODEL, IMAGE_TOKENIZER) and any((folder / name).exists() for name in ("run.json", "pictures")):
-        return f"its training has not come to a checkpoint yet; `moma {saved.verb}` has to finish first."
+        return f"its training has not come to a checkpoint yet; `moma {saved.subcommand}` has to finish first."
     if not any(folder.iterdir()):
         return "the folder is empty."
     model_type = _model_type(folder / "config.json")
@@ -187,8 +187,8 @@ def _likely_cause(saved: Saved, folder: Path) -> str:
     }
     for name, is_so in found.items():
         if is_so:
-            return f"the folder holds {name}, and not {saved.title} of `moma {saved.verb}`."
-    return f"`moma {saved.verb}` writes it; is that the right folder, and is it copied whole?"
+            return f"the folder holds {name}, and not {saved.title} of `moma {saved.subcommand}`."
+    return f"`moma {saved.subcommand}` writes it; is that the right folder, and is it copied whole?"
 
 
 __all__ = [

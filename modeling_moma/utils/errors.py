@@ -54,13 +54,13 @@ def is_disk_full(error: BaseException | None) -> bool:
     return False
 
 
-def full_disk_line(error: BaseException, verb: str, output: str | None) -> str:
+def full_disk_line(error: BaseException, subcommand: str, output: str | None) -> str:
     """Return the line that a user reads in place of a traceback.
 
     Args:
         error (`BaseException`):
             for which [`is_disk_full`] holds.
-        verb (`str`):
+        subcommand (`str`):
             of `moma`.
         output (`str | None`):
             the folder or file that it writes, `None` where it has none.
@@ -72,7 +72,8 @@ def full_disk_line(error: BaseException, verb: str, output: str | None) -> str:
     free = shutil.disk_usage(place).free / 2**20
     # with free space on the disk, a quota or a limit is the cause, and the system's message says more
     detail = "" if free < 1 else f" ({str(error).splitlines()[0] if str(error) else type(error).__name__})"
-    return f"the disk is full: {free:.1f} MiB are free at {os.fspath(place)!r}{detail}. {_WAYS.get(verb, _OTHER_WAY)}"
+    way = _WAYS.get(subcommand, _OTHER_WAY)
+    return f"the disk is full: {free:.1f} MiB are free at {os.fspath(place)!r}{detail}. {way}"
 
 
 __all__ = ["full_disk_line", "is_disk_full", "is_input_error"]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a newcomer gives a verb by mistake: one line that names option, value and likely cause, and status 2."""
+"""What a newcomer gives a subcommand by mistake: one line that names option, value and likely cause, and status 2."""
 
 import json
 import os

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command `moma`: its list of verbs, what it does with a name that is none, and where verbs find their modules."""
+"""The command `moma`: its subcommands, what it does with a name that is none, and where it finds their modules."""
 
 import importlib
 import re
@@ -15,7 +15,7 @@ from PIL import Image
 from helpers.tiny import tiny_model, tiny_processor
 from modeling_moma import MomaConfig
 from modeling_moma.cli import convert, evaluate, generate, plan
-from modeling_moma.cli.main import VERBS, main
+from modeling_moma.cli.main import SUBCOMMANDS, main
 from modeling_moma.cli.starting import starts_command
 from modeling_moma.convert import llama
 from modeling_moma.errors_moma import InputError
@@ -29,19 +29,19 @@ from tokenization.configuration_moma_vq import PRESETS
 from tokenization.processor_errors_moma import InputError as ProcessorInputError
 
 
-def test_help_lists_every_verb_with_one_line(capsys):
+def test_help_lists_every_subcommand_with_one_line(capsys):
     for arguments in (["--help"], ["-h"], []):
         assert main(arguments) == 0
         lines = capsys.readouterr().out.splitlines()
         listed = {line.split()[0]: line for line in lines if line.startswith("  ")}
-        assert list(listed) == list(VERBS)
+        assert list(listed) == list(SUBCOMMANDS)
         assert all(len(line) < 120 and len(line.split()) > 2 for line in listed.values())
 
 
-def test_unknown_verb_is_named_with_the_known_ones(capsys):
+def test_unknown_subcommand_is_named_with_the_known_ones(capsys):
     assert main(["trian"]) == 2
     error = capsys.readouterr().err
-    assert "'trian'" in error and all(verb in error for verb in VERBS)
+    assert "'trian'" in error and all(subcommand in error for subcommand in SUBCOMMANDS)
 
 
 def fail_in_a_call():
@@ -52,24 +52,24 @@ def fail_by_a_plain_error():
     raise ValueError("none of its callers gave this")
 
 
-@pytest.mark.parametrize("verb", [verb for verb in VERBS if verb != "serve"])
-def test_help_of_a_verb_names_the_command(verb, capsys):
+@pytest.mark.parametrize("subcommand", [subcommand for subcommand in SUBCOMMANDS if subcommand != "serve"])
+def test_help_of_a_subcommand_names_the_command(subcommand, capsys):
     with pytest.raises(SystemExit) as exit_info:
-        main([verb, "--help"])
+        main([subcommand, "--help"])
     assert exit_info.value.code == 0
-    assert capsys.readouterr().out.startswith(f"usage: moma {verb} ")
+    assert capsys.readouterr().out.startswith(f"usage: moma {subcommand} ")
 
 
-# every verb twice in one process: what an import prints stands in the first answer alone
+# every subcommand twice in one process: what an import prints stands in the first answer alone
 _ALL_HELP = """
 import os
 import sys
-from modeling_moma.cli.main import VERBS, main
-for verb in (None, *VERBS):
+from modeling_moma.cli.main import SUBCOMMANDS, main
+for subcommand in (None, *SUBCOMMANDS):
     for _ in range(2):
         os.write(1, b"\\0")
         try:
-            main(["--help"] if verb is None else [verb, "--help"])
+            main(["--help"] if subcommand is None else [subcommand, "--help"])
         except SystemExit as end:
             assert not end.code, end.code
         sys.stdout.flush()
@@ -80,15 +80,15 @@ def test_help_prints_nothing_but_help(tmp_path):
     done = subprocess.run([sys.executable, "-c", _ALL_HELP], cwd=tmp_path, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
     before, *answers = done.stdout.split("\0")
-    assert before == "" and len(answers) == 2 * (len(VERBS) + 1)
-    for verb, first, second in zip(["VERB", *VERBS], answers[::2], answers[1::2]):
+    assert before == "" and len(answers) == 2 * (len(SUBCOMMANDS) + 1)
+    for subcommand, first, second in zip(["SUBCOMMAND", *SUBCOMMANDS], answers[::2], answers[1::2]):
         assert first == second
-        assert first.strip().lower().startswith(f"usage: moma {verb.lower()} ")
+        assert first.strip().lower().startswith(f"usage: moma {subcommand.lower()} ")
 
 
 MODULE = [sys.executable, "-m", "modeling_moma"]
 SCRIPT = Path(sys.executable).parent / "moma"
-# on an idle core all verbs but `serve` take a tenth of a second; it shows the arguments of Transformers' own command
+# on an idle core all but `serve` take a tenth of a second; it shows the arguments of Transformers' own command
 SECONDS, SERVE_SECONDS = 1.0, 4.0
 
 
@@ -100,9 +100,9 @@ def imported(command, *arguments):
     return {name.split(".")[0] for name in names}, done.stdout
 
 
-@pytest.mark.parametrize("verb", [None, *(verb for verb in VERBS if verb != "serve")])
-def test_help_needs_neither_torch_nor_transformers(verb):
-    names, text = imported(MODULE, *([] if verb is None else [verb]), "--help")
+@pytest.mark.parametrize("subcommand", [None, *(subcommand for subcommand in SUBCOMMANDS if subcommand != "serve")])
+def test_help_needs_neither_torch_nor_transformers(subcommand):
+    names, text = imported(MODULE, *([] if subcommand is None else [subcommand]), "--help")
     assert "modeling_moma" in names and text.startswith("usage: moma")
     assert not names & {"torch", "transformers", "datasets", "numpy", "PIL", "huggingface_hub", "tokenization"}
 
@@ -113,9 +113,9 @@ def test_script_needs_neither_torch_nor_transformers():
     assert text.startswith("usage: moma") and not names & {"torch", "transformers", "tokenization"}
 
 
-@pytest.mark.parametrize("verb", [None, *VERBS])
-def test_help_takes_a_moment(verb):
-    limit = SERVE_SECONDS if verb == "serve" else SECONDS
+@pytest.mark.parametrize("subcommand", [None, *SUBCOMMANDS])
+def test_help_takes_a_moment(subcommand):
+    limit = SERVE_SECONDS if subcommand == "serve" else SECONDS
 
     def seconds():
         # of the processor: other programs do not lengthen it
@@ -124,7 +124,7 @@ def test_help_takes_a_moment(verb):
 
     def run_help():
         before = seconds()
-        done = subprocess.run([*MODULE, *([] if verb is None else [verb]), "--help"], capture_output=True)
+        done = subprocess.run([*MODULE, *([] if subcommand is None else [subcommand]), "--help"], capture_output=True)
         assert (done.returncode, done.stderr) == (0, b"")
         return seconds() - before
 
@@ -199,8 +199,8 @@ def test_help_and_library_have_the_same_choices():
     assert plan.hardware_of(plan.parse_arguments(["--overview"])) == Hardware()
 
 
-def test_every_verb_has_a_main():
-    for module in VERBS.values():
+def test_every_subcommand_has_a_main():
+    for module in SUBCOMMANDS.values():
         for name in ("parse_arguments", "run", "main"):
             assert callable(getattr(importlib.import_module(f"modeling_moma.cli.{module}"), name))
 

@@ -160,8 +160,8 @@ def test_reproduction_takes_up_what_a_kill_has_left_unfinished(tmp_path):
     while remaining:
         output = started()
         for file, stage in STAGES.items():
-            verb, *options = stage.split(", ")
-            calls = [line for line in output.splitlines() if verb in line and all(o in line for o in options)]
+            subcommand, *options = stage.split(", ")
+            calls = [line for line in output.splitlines() if subcommand in line and all(o in line for o in options)]
             assert len(calls) == (file in remaining), (file, output)
         (tmp_path / remaining.pop(0)).write_text("{}")
     assert "pretrain" not in started()
