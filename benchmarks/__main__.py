@@ -19,10 +19,11 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.speed.cases import CASES
+from benchmarks.speed.cases import CASES, FORMER_NAMES
 from benchmarks.speed.clock import BusyMachineError
 from benchmarks.speed.comparison import Outcome, run_case
 from benchmarks.speed.results import report
+from modeling_moma.utils.fields import warn_of_former_name
 from modeling_moma.utils.hardware import keep_freed_memory
 
 
@@ -39,6 +40,9 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--report", type=Path, help="folder for a dated report")
     args = parser.parse_args(arguments)
+    for name in FORMER_NAMES.keys() & args.cases:
+        warn_of_former_name(f"case {name!r}", repr(FORMER_NAMES[name]))
+    args.cases = [FORMER_NAMES.get(name, name) for name in args.cases]
     unknown = [name for name in args.cases if name not in CASES]
     if unknown:
         parser.error(f"there is no case {unknown[0]!r}; --list names those that there are")

@@ -9,9 +9,11 @@ import torch
 import yaml
 from datasets import Dataset
 
+import benchmarks.__main__ as benchmarks
 import contact_sheet
 import quickstart
 from benchmarks import data_pipeline
+from benchmarks.speed.cases import CASES
 from helpers.tiny import noise_images, tiny_processor
 from modeling_moma.cli.train_image_tokenizer import parse_arguments
 from modeling_moma.data.jobs import Job, plan_job, read_job, write_job
@@ -78,6 +80,7 @@ def test_a_folder_of_tokens_of_the_release_before_goes_on_without_a_warning(sour
 
 
 def test_old_names_in_python_warn_and_make_the_new_ones():
+    from modeling_moma.convert.report import Receipt
     from modeling_moma.data.images import read_picture
     from modeling_moma.evaluation.held_out import CaptionedPictures
 
@@ -88,6 +91,16 @@ def test_old_names_in_python_warn_and_make_the_new_ones():
     (image,) = noise_images(1)
     with pytest.warns(FutureWarning, match="`read_picture` is `read_image` now"):
         assert read_picture(image)[0].size == image.size
+    receipt = Receipt("folder", "llama", image_loss=2.0)
+    assert "image_loss" in dataclasses.asdict(receipt) and "picture_loss" not in dataclasses.asdict(receipt)
+    with pytest.warns(FutureWarning, match="`picture_loss` is `image_loss` now"):
+        assert receipt.picture_loss == 2.0
+
+
+def test_the_old_name_of_a_case_of_the_benchmarks_warns_and_means_the_new_one():
+    with pytest.warns(FutureWarning, match="case 'train-4t4i-pictures' is 'train-4t4i-images' now"):
+        args = benchmarks.parse_arguments(["decode-4t4i", "train-4t4i-pictures"])
+    assert args.cases == ["decode-4t4i", "train-4t4i-images"] and set(args.cases) <= set(CASES)
 
 
 @pytest.mark.parametrize(

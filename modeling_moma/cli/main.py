@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """`moma SUBCOMMAND ...`, also `python -m modeling_moma SUBCOMMAND ...`, each of which is a module beside this one.
 
-Each has `parse_arguments(arguments=None)`, `run(args)`, which may return an exit status, and `main(arguments=None)`, which
-is both. Only what `parse_arguments` needs is imported with it, so that help takes no time.
+Each has `parse_arguments(arguments=None)`, `run(args)`, which may return an exit status, and `main(arguments=None)`,
+which is both. Only what `parse_arguments` needs is imported with it, so that help takes no time.
 """
 
 import ast

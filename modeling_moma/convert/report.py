@@ -5,6 +5,8 @@ import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from ..utils.fields import warn_of_former_name
+
 
 RECEIPT_FILE = "conversion.json"
 
@@ -36,7 +38,7 @@ class Receipt:
         new_token_probability (`float`, *optional*):
             share of the softmax that falls on all new tokens together, the mean over the positions of the probe batch;
             None without a probe or new tokens.
-        picture_loss (`float`, *optional*):
+        image_loss (`float`, *optional*):
             mean loss in nats of the codes of random images beside plain words, over the whole vocabulary; None
             without a probe or new tokens.
     """
@@ -51,7 +53,13 @@ class Receipt:
     files: int = 0
     relative_difference: float | None = None
     new_token_probability: float | None = None
-    picture_loss: float | None = None
+    image_loss: float | None = None
+
+    @property
+    def picture_loss(self) -> float | None:
+        """The old name of `image_loss`, for one release."""
+        warn_of_former_name("`picture_loss`", "`image_loss`")
+        return self.image_loss
 
     def table(self) -> str:
         """Return the report as lines of `name  value`."""
@@ -67,8 +75,8 @@ class Receipt:
         ]
         if self.new_token_probability is not None:
             rows.append(("probability of new tokens", f"{self.new_token_probability:.2%}"))
-        if self.picture_loss is not None:
-            rows.append(("loss of image codes", f"{self.picture_loss:.2f} nats"))
+        if self.image_loss is not None:
+            rows.append(("loss of image codes", f"{self.image_loss:.2f} nats"))
         width = max(len(name) for name, _ in rows)
         return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
 

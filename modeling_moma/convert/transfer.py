@@ -153,7 +153,7 @@ def transfer(
             result = probe(CheckpointReader(aside))
             report.relative_difference = result.relative_difference
             report.new_token_probability = result.new_token_probability
-            report.picture_loss = result.image_loss
+            report.image_loss = result.image_loss
             _check_difference(report.relative_difference, reader)
         report.save(aside)
         (generation_config or GenerationConfig.from_model_config(config)).save_pretrained(aside)

@@ -198,7 +198,7 @@ def test_image_group_is_a_copy_or_new(image_group, source, convert, tmp_path):
 def test_codes_begin_near_a_uniform_loss_and_old_rows_stay(pair):
     source, model, receipt, num_ids = pair
     # a guess among 32 codes is 3.5 nats; random small models leave no room to tell words from images well
-    assert receipt.picture_loss < math.log(32) + 2.5
+    assert receipt.image_loss < math.log(32) + 2.5
     for old, rows in (
         (source.get_input_embeddings().weight, model.get_input_embeddings().weight),
         (source.get_output_embeddings().weight, model.get_output_embeddings().weight),
@@ -210,7 +210,7 @@ def test_codes_begin_near_a_uniform_loss_and_old_rows_stay(pair):
 
 def test_fitted_rows_begin_lower_than_those_of_the_mean(source, tmp_path, processor_folder):
     losses = {
-        rows: convert_llama(source, tmp_path / rows, processor=processor_folder, code_rows=rows).picture_loss
+        rows: convert_llama(source, tmp_path / rows, processor=processor_folder, code_rows=rows).image_loss
         for rows in ("mean", "fitted")
     }
     assert losses["fitted"] < losses["mean"] - 0.5

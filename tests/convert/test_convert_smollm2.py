@@ -104,7 +104,7 @@ def test_peak_memory_and_receipt(converted):
     assert (receipt["source"], receipt["taken"], receipt["copied"], receipt["new"]) == (GGUF_FILE, 272, 90, 0)
     assert receipt["relative_difference"] < 1e-5
     # a guess among the 1,024 codes is 6.93 nats, one among all tokens 10.82
-    assert receipt["picture_loss"] < 7.5
+    assert receipt["image_loss"] < 7.5
     assert receipt["new_token_probability"] < 0.03
 
 
