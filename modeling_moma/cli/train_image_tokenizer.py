@@ -1,16 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """Train the image tokenizer on a recipe's images; `--resume` goes on after a kill."""
 
-import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from ..training.tokenizer_settings import TokenizerSettings
 from ..utils.fields import read_fields, with_new_names
 from ..utils.messages import without_import_notices
 from .arguments import Flag, FlagParser
+
+
+if TYPE_CHECKING:
+    from ..data.sources import Source
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,8 +38,20 @@ class Arguments(TokenizerSettings):
     strict: bool = False
 
 
-def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    """Return the command line over the recipe over the defaults; `sources` are those with images."""
+@dataclass(frozen=True, kw_only=True)
+class Run(Arguments):
+    """The flags, and what their recipe says.
+
+    Args:
+        sources (`list[Source]`):
+            those with images.
+    """
+
+    sources: "list[Source]"
+
+
+def parse_arguments(arguments: list[str] | None = None) -> Run:
+    """Return the command line over the recipe over the defaults."""
     given = FlagParser(Arguments, description=__doc__).read(arguments)
     with without_import_notices():
         from ..training.image_sources import read_image_sources
@@ -45,15 +60,15 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     fields = with_new_names(TokenizerSettings, fields, "image_tokenizer")
     settings = vars(read_fields(TokenizerSettings, fields, "image_tokenizer", "this section"))
     of_recipe = {name: settings[name] for name in fields}
-    return argparse.Namespace(**{**vars(Arguments(**given)), **of_recipe, **given}, sources=sources)
+    return Run(**{**of_recipe, **given}, sources=sources)
 
 
-def run(args: argparse.Namespace, on_step: Callable[[int, dict[str, float]], None] | None = None) -> list[dict]:
+def run(args: Run, on_step: Callable[[int, dict[str, float]], None] | None = None) -> list[dict]:
     with without_import_notices():
         from ..training.image_tokenizer import TokenizerTraining
 
     Path(args.output).mkdir(parents=True, exist_ok=True)
-    return TokenizerTraining(args).run(on_step)
+    return TokenizerTraining(args, args.sources, args.output, args.resume, args.strict).run(on_step)
 
 
 def main(

@@ -30,10 +30,10 @@ from ..evaluation.report import router_table
 from ..hub.loading import open_processor
 from ..modeling_moma import MomaForCausalLM
 from ..utils.atomic_files import refuse_files
-from ..utils.hardware import supports_bf16
+from ..utils.hardware import trains_in_bf16
 from .checkpoints import checkpoint_step, last_checkpoint, without_torn_checkpoints
 from .fingerprints import Facts, RunFingerprint, check_output, run_facts
-from .stages import FollowArguments, ResumedTrainer
+from .stages import FollowArguments, ResumedTrainer, examples_a_step
 
 
 REPORT_FILE = "auxiliary_routers.json"
@@ -56,7 +56,7 @@ def make_training_arguments(args: argparse.Namespace) -> TrainingArguments:
         lr_scheduler_type="cosine",
         warmup_steps=args.warmup_steps,
         weight_decay=args.weight_decay,
-        bf16=supports_bf16(device) if args.bf16 == "auto" else args.bf16 == "on",
+        bf16=trains_in_bf16(args.bf16, device),
         use_cpu=device == "cpu",
         eval_strategy="steps",
         eval_steps=args.eval_steps,
@@ -69,22 +69,16 @@ def make_training_arguments(args: argparse.Namespace) -> TrainingArguments:
     )
 
 
-def build_trainer(
-    args: argparse.Namespace,
-    training_arguments: TrainingArguments,
-    model: MomaForCausalLM,
-    tokens: TokenFolder,
-    facts: Facts,
-) -> Trainer:
+def build_trainer(args: TrainingArguments, model: MomaForCausalLM, tokens: TokenFolder, facts: Facts) -> Trainer:
     """Return the trainer of the auxiliary routers, with its data."""
     documents = [tokens.documents(source) for source in tokens.sources()]
     weights = [source.weight for source in tokens.sources()]
-    examples_in_all = args.steps * args.batch_size * args.gradient_accumulation_steps
+    num_examples = args.max_steps * examples_a_step(args)
     tokenizer = tokens.encoder.processor.tokenizer
     return AuxiliaryTraining(
         model=model,
-        args=training_arguments,
-        train_dataset=DocumentExamples(documents, weights, examples_in_all, args.seed),
+        args=args,
+        train_dataset=DocumentExamples(documents, weights, num_examples, args.seed),
         eval_dataset=held_out_sets(tokens),
         data_collator=MomaDataCollator(tokenizer),
         callbacks=[RunFingerprint(facts), FollowArguments()],
@@ -92,34 +86,32 @@ def build_trainer(
     )
 
 
-def check_output_is_own(args: argparse.Namespace):
+def check_output_is_own(output: str, resume: bool):
     """Raise `ValueError` where the output folder holds files that are not of the run to go on with."""
-    has_report = (Path(args.output) / REPORT_FILE).is_file()
+    has_report = (Path(output) / REPORT_FILE).is_file()
 
     def is_own(path: Path) -> bool:
         of_trainer = path.name == TRAINER_STATE_NAME or path.name.startswith(f"{PREFIX_CHECKPOINT_DIR}-")
-        return args.resume and (has_report or of_trainer)
+        return resume and (has_report or of_trainer)
 
-    refuse_files(args.output, is_own)
+    refuse_files(output, is_own)
 
 
-def split_batches(args: argparse.Namespace, batches: list[dict]) -> tuple[list[dict], list[dict]]:
-    """Return the batches to calibrate on, none with `--threshold`, and batches to report on.
+def split_batches(batches: list[dict], batch_size: int) -> tuple[list[dict], list[dict]]:
+    """Return batches to calibrate on, and batches to report on.
 
     Args:
-        args (`argparse.Namespace`):
-            the command line.
         batches (`list[dict]`):
             all batches.
+        batch_size (`int`):
+            examples of one, for the error.
 
     Raises:
         ValueError: there are too few.
     """
-    if args.threshold is not None:
-        return [], batches
     if len(batches) < 2:
         raise InputError(
-            f"`--batch-size` = {args.batch_size} gives {len(batches)} batch of the validation split: two are needed, "
+            f"`--batch-size` = {batch_size} gives {len(batches)} batch of the validation split: two are needed, "
             "one to calibrate on and one to report on."
         )
     half = len(batches) // 2
@@ -136,7 +128,7 @@ def train_auxiliary_routers(args: argparse.Namespace) -> None:
     Raises:
         ValueError: the output folder holds another run, or this one and `--resume` is not given.
     """
-    check_output_is_own(args)
+    check_output_is_own(args.output, args.resume)
     processor = open_processor(args.processor)
     training_arguments, tokens = make_training_arguments(args), TokenFolder(args.tokens, processor)
     packing = (False, tokens.manifest["sequence_length"])
@@ -146,14 +138,16 @@ def train_auxiliary_routers(args: argparse.Namespace) -> None:
     check_output(args.output, facts, args.resume)
     held_out = open_documents(args.tokens, processor, VALIDATION)
     batches = held_out_batches(held_out, processor, args.batch_size, args.seed)
-    calibration_batches, report_batches = split_batches(args, batches)
+    threshold, calibration_batches, report_batches = args.threshold, [], batches
+    if threshold is None:
+        calibration_batches, report_batches = split_batches(batches, args.batch_size)
     set_seed(args.seed)
     model = load_model(args.model, training_arguments.device)
     check_layout(model.config, processor.token_layout())
     if not model.config.auxiliary_routers:
         add_auxiliary_routers(model)
     model.set_attn_implementation(args.attn_implementation)
-    trainer = build_trainer(args, training_arguments, model, tokens, facts)
+    trainer = build_trainer(training_arguments, model, tokens, facts)
     checkpoint = last_checkpoint(args.output) if args.resume else None
     if checkpoint is not None and checkpoint_step(checkpoint) >= args.steps:
         print(f"{args.output}: this run has taken all of its {args.steps} steps; its routers are judged anew.")
@@ -163,11 +157,11 @@ def train_auxiliary_routers(args: argparse.Namespace) -> None:
     # thresholds are computed in fp32, without the casts that training in bf16 leaves around the forward
     model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
 
-    if calibration_batches:
+    if threshold is None:
         calibrate_auxiliary_thresholds(model, calibration_batches)
     else:
         for router in named_routers(model).values():
-            router.auxiliary.threshold.fill_(args.threshold)
+            router.auxiliary.threshold.fill_(threshold)
     rows = auxiliary_report(model, report_batches)
     print(router_table(rows))
     model.config.inference_routing, model.config.depth_inference_routing = "auxiliary", None

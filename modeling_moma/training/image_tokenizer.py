@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Training of the image tokenizer on the images of a recipe's sources."""
 
-import argparse
 import functools
 import json
 import shutil
@@ -19,16 +18,18 @@ from tokenization.augmentation_moma import augment_images
 from tokenization.modeling_moma_vq import MomaVQModel
 from tokenization.perceptual_moma_vq import MomaVQPerceptualNetwork
 
+from ..data.sources import Source
 from ..errors_moma import InputError
 from ..utils.atomic_files import is_of_model, refuse_files, replace_folder, write_folder_aside
-from ..utils.hardware import supports_bf16
+from ..utils.errors import MissingExtraError, needs_extra
+from ..utils.hardware import trains_in_bf16
 from .checkpoints import checkpoint_step, numbered_checkpoints
 from .discriminator import AdversarialTraining
 from .image_sources import image_fields
 from .image_store import ImageStore, open_store, take, to_pixel_values
 from .reconstruction_measures import PERCEPTUAL_DISTANCE, SAMPLES_FILE, evaluate
 from .semantic_targets import SemanticTargets
-from .tokenizer_settings import DECISIVE, check_resumed, check_same_images, read_config
+from .tokenizer_settings import DECISIVE, TokenizerSettings, check_resumed, check_same_images, read_config
 
 
 STATE_FILE, METRICS_FILE, REPORT_FILE = "training_state.pt", "metrics.json", "report.json"
@@ -117,8 +118,16 @@ class TokenizerTraining:
     """The model, its images and its optimizer; `run` trains to the last step.
 
     Args:
-        args (`argparse.Namespace`):
-            fields of [`TokenizerSettings`], `output`, `resume`, `strict`, and `sources`, those with images.
+        settings (`TokenizerSettings`):
+            of the command line and the recipe.
+        sources (`list[Source]`):
+            those with images.
+        output (`str | Path`):
+            folder of the run.
+        resume (`bool`, *optional*, defaults to `False`):
+            whether to go on from the last checkpoint there.
+        strict (`bool`, *optional*, defaults to `False`):
+            whether to stop at an image that cannot be used.
 
     Raises:
         ValueError: the sources have too few images, the run cannot be resumed with these arguments, or the output
@@ -126,27 +135,33 @@ class TokenizerTraining:
         ImportError: the model needs the extra `train`, which is not installed.
     """
 
-    def __init__(self, args: argparse.Namespace):
-        self.args = args
-        self.output = Path(args.output)
-        check_folder(self.output, args.resume)
+    def __init__(
+        self,
+        settings: TokenizerSettings,
+        sources: list[Source],
+        output: str | Path,
+        resume: bool = False,
+        strict: bool = False,
+    ):
+        self.settings, self.sources, self.output, self.strict = settings, sources, Path(output), strict
+        check_folder(self.output, resume)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.bf16 = supports_bf16(self.device) if args.bf16 == "auto" else args.bf16 == "on"
+        self.bf16 = trains_in_bf16(settings.bf16, self.device)
         self.step, self.metrics = 0, []
-        state = self._make_model()
+        state = self._make_model(resume)
         self.adversarial = None
-        if args.adversarial_weight > 0:
+        if settings.adversarial_weight > 0:
             self.adversarial = AdversarialTraining(
-                args.adversarial_weight, args.adversarial_start, self.model.config, args.seed, self.device
+                settings.adversarial_weight, settings.adversarial_start, self.model.config, settings.seed, self.device
             )
         self._make_optimizer()
-        self.facts: dict[str, Any] = {"sources": [image_fields(source) for source in args.sources]}
+        self.facts: dict[str, Any] = {"sources": [image_fields(source) for source in sources]}
         begun = None if state is None else state.get("pictures")
         # check first: opening the store may replace the images of the first start
-        check_same_images(args.output, self.facts, begun)
+        check_same_images(str(output), self.facts, begun)
         self.store = self._open_images()
         self.facts["pictures"] = len(self.store.train)
-        check_same_images(args.output, self.facts, begun)
+        check_same_images(str(output), self.facts, begun)
         if state is not None:
             self.optimizer.load_state_dict(state["optimizer"])
             self.scheduler.load_state_dict(state["scheduler"])
@@ -154,41 +169,41 @@ class TokenizerTraining:
                 self.adversarial.load_state_dict(state["adversarial"])
         self._prepare_teacher()
 
-    def _make_model(self) -> dict[str, Any] | None:
-        args, state = self.args, None
-        if args.resume and checkpoints(self.output):
+    def _make_model(self, resume: bool) -> dict[str, Any] | None:
+        settings, state = self.settings, None
+        if resume and checkpoints(self.output):
             folder = checkpoints(self.output)[-1]
             self.model = MomaVQModel.from_pretrained(folder)
             state = torch.load(folder / STATE_FILE, map_location="cpu", weights_only=True)
-            check_resumed(args, self.model.config, state.get("arguments", {}))
+            check_resumed(str(self.output), settings, self.model.config, state.get("arguments", {}))
             self.step, self.metrics = state["step"], state["metrics"]
-            is_done = self.step >= args.steps
+            is_done = self.step >= settings.steps
             print("this run has taken all of its steps" if is_done else f"resuming from step {self.step}")
         else:
-            torch.manual_seed(args.seed)
-            self.model = MomaVQModel(read_config(args))
+            torch.manual_seed(settings.seed)
+            self.model = MomaVQModel(read_config(settings))
         self.model = self.model.to(self.device, memory_format=torch.channels_last).train()
         return state
 
     def _make_optimizer(self) -> None:
         self.optimizer = torch.optim.AdamW(
             [p for p in self.model.parameters() if p.requires_grad],
-            lr=self.args.learning_rate,
+            lr=self.settings.learning_rate,
             betas=(0.9, 0.99),
             weight_decay=1e-4,
             fused=True,
         )
         self.scheduler = get_cosine_with_min_lr_schedule_with_warmup(
-            self.optimizer, self.args.warmup_steps, self.args.steps, min_lr_rate=0.02
+            self.optimizer, self.settings.warmup_steps, self.settings.steps, min_lr_rate=0.02
         )
 
     def _open_images(self) -> ImageStore:
         store = open_store(
             self.output / IMAGES_FOLDER,
-            self.args.sources,
+            self.sources,
             self.model.config.resolution,
-            self.args.held_out_images,
-            self.args.strict,
+            self.settings.held_out_images,
+            self.strict,
         )
         print(store.summary())
         return store
@@ -210,15 +225,16 @@ class TokenizerTraining:
                 raise InputError(
                     f"semantic_dim={config.semantic_dim}, but the teacher gives {self.teacher.feature_dim}."
                 )
-            num_uses = self.args.steps * self.args.batch_size
+            num_uses = self.settings.steps * self.settings.batch_size
             self.targets = SemanticTargets(self.teacher, self.store, num_uses, self.bf16, self.device)
         if config.perceptual_weight > 0:
             self.perceptual = self.teacher.distance
 
     def _load_teacher(self, is_needed: bool) -> MomaVQPerceptualNetwork | None:
         try:
-            teacher = MomaVQPerceptualNetwork()
-        except ImportError as error:
+            with needs_extra("this image tokenizer needs features of images", "train"):
+                teacher = MomaVQPerceptualNetwork()
+        except MissingExtraError as error:
             if is_needed:
                 raise
             print(f"{PERCEPTUAL_DISTANCE} is left out of the evaluation: {error}")
@@ -228,12 +244,12 @@ class TokenizerTraining:
     def train_step(self) -> dict[str, float]:
         """Take one step of the optimizer, and return what a progress bar shows."""
         # everything random follows from the step, so a resumed run repeats what the killed one would have done
-        torch.manual_seed(self.args.seed * 1_000_003 + self.step)
+        torch.manual_seed(self.settings.seed * 1_000_003 + self.step)
         images = self.store.train
-        chosen = batch_indices(self.step, self.args.batch_size, len(images), self.args.seed)
+        chosen = batch_indices(self.step, self.settings.batch_size, len(images), self.settings.seed)
         pixel_values = self._augment(to_pixel_values(take(images, chosen), self.device))
         # during warm-up the latents move faster than the codebook's averages, so it is initialised again
-        if self.step == 0 or (self.step < self.args.warmup_steps and self.step % CODEBOOK_INTERVAL == 0):
+        if self.step == 0 or (self.step < self.settings.warmup_steps and self.step % CODEBOOK_INTERVAL == 0):
             first = torch.randperm(len(images))[: codebook_images(self.model.config)]
             self.model.initialize_codebook(to_pixel_values(take(images, first), self.device))
         targets = None if self.targets is None else self.targets.of(chosen)
@@ -261,9 +277,9 @@ class TokenizerTraining:
         return self._summarise(output, pixel_values, loss.item()) | summary
 
     def _augment(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        if self.args.augmentation == "none":
+        if self.settings.augmentation == "none":
             return pixel_values
-        return augment_images(pixel_values, fill=self.args.augmentation)
+        return augment_images(pixel_values, fill=self.settings.augmentation)
 
     def _summarise(self, output: Any, pixel_values: torch.Tensor, loss: float) -> dict[str, float]:
         error = F.mse_loss(output.reconstruction.detach(), pixel_values).item()
@@ -282,7 +298,7 @@ class TokenizerTraining:
         self.metrics.append({"step": self.step, **evaluation})
         tqdm.write(json.dumps(self.metrics[-1]))
         state = {
-            "arguments": {name: getattr(self.args, name) for name in DECISIVE},
+            "arguments": {name: getattr(self.settings, name) for name in DECISIVE},
             "pictures": self.facts,
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
@@ -301,14 +317,14 @@ class TokenizerTraining:
         Returns:
             `list[dict]`: the metrics of all evaluations.
         """
-        progress = tqdm(total=self.args.steps, initial=self.step, desc="training")
-        while self.step < self.args.steps:
+        progress = tqdm(total=self.settings.steps, initial=self.step, desc="training")
+        while self.step < self.settings.steps:
             summary = self.train_step()
             progress.update()
             progress.set_postfix({name: f"{value:.3f}" for name, value in summary.items()})
             if on_step is not None:
                 on_step(self.step, summary)
-            if self.step % self.args.save_every == 0 or self.step == self.args.steps:
+            if self.step % self.settings.save_every == 0 or self.step == self.settings.steps:
                 self.save()
         progress.close()
         save_model(self.output, self.model, self.metrics, self.store.report)

@@ -26,7 +26,7 @@ from ..hub.loading import MODEL, check_saved, open_model, open_processor
 from ..modeling_moma import MomaForCausalLM
 from ..routing_moma import MomaRouter
 from ..utils.atomic_files import write_aside
-from ..utils.hardware import supports_bf16
+from ..utils.hardware import trains_in_bf16
 from .adapters import with_adapters
 from .checkpoints import checkpoint_step, last_checkpoint, without_torn_checkpoints
 from .code_embeddings import initialize_code_embeddings
@@ -78,9 +78,9 @@ def read_parts(args: argparse.Namespace) -> RunParts:
     processor = open_processor(args.processor)
     tokens = TokenFolder(args.tokens, processor)
     sources = args.recipe.sources or tokens.sources()
-    config = starting_config(args, processor)
+    config = starting_config(args.model, args.recipe, args.gumbel_noise, processor)
     training_arguments = make_training_arguments(args)
-    earlier_steps = first_step(args, training_arguments)
+    earlier_steps = first_step(args.model, training_arguments, args.stop_at, args.restart_data)
     others = {name: getattr(args, name) for name in ("lora_rank", "freeze_groups", "train_groups")}
     packed = packing(args.recipe.data, tokens)
     facts = run_facts(config, args.model, tokens, sources, packed, training_arguments, earlier_steps, **others)
@@ -94,14 +94,16 @@ def packing(data: DataFields | None, tokens: TokenFolder) -> tuple[bool, int]:
     return data.packed, data.sequence_length
 
 
-def starting_config(args: argparse.Namespace, processor: MomaProcessor) -> MomaConfig:
-    """Return the configuration of the model that the training starts with."""
+def starting_config(
+    folder: str | None, recipe: Recipe, gumbel_noise: float | None, processor: MomaProcessor
+) -> MomaConfig:
+    """Return the configuration that the training starts with: of a saved model, or else of the recipe."""
     # routers read it when they are made
-    noise = {} if args.gumbel_noise is None else {"gumbel_noise": args.gumbel_noise}
-    if not args.model:
-        return model_config(args.recipe, processor, noise)
-    check_saved(MODEL, "--model", args.model)
-    config = MomaConfig.from_pretrained(args.model)
+    noise = {} if gumbel_noise is None else {"gumbel_noise": gumbel_noise}
+    if not folder:
+        return model_config(recipe, processor, noise)
+    check_saved(MODEL, "--model", folder)
+    config = MomaConfig.from_pretrained(folder)
     # constructed again, since fields that from_pretrained overrides are not checked
     config = MomaConfig.from_dict({**config.to_dict(), **noise})
     check_layout(config, processor.token_layout())
@@ -160,7 +162,7 @@ def make_training_arguments(args: argparse.Namespace) -> TrainingArguments:
         "adam_beta2": 0.95,
         "max_grad_norm": 1.0,
         "optim": "adamw_torch_fused",
-        "bf16": supports_bf16(device) if args.bf16 == "auto" else args.bf16 == "on",
+        "bf16": trains_in_bf16(args.bf16, device),
         "eval_strategy": "steps",
         "eval_steps": args.eval_steps,
         "eval_on_start": True,
@@ -175,22 +177,22 @@ def make_training_arguments(args: argparse.Namespace) -> TrainingArguments:
 
 
 def training_stream(
-    args: argparse.Namespace, tokens: TokenFolder, sources: list[Source], num_examples: int
+    data: DataFields | None, tokens: TokenFolder, sources: list[Source], num_examples: int, seed: int
 ) -> PackedExamples | DocumentExamples:
     """Return packed sequences or documents of their own, as the recipe has it, or else the tokens."""
-    processor, (packed, length) = tokens.encoder.processor, packing(args.recipe.data, tokens)
+    processor, (packed, length) = tokens.encoder.processor, packing(data, tokens)
     documents = [tokens.documents(source) for source in sources]
     weights = [source.weight for source in sources]
     if not packed:
-        return DocumentExamples(documents, weights, num_examples, args.seed)
+        return DocumentExamples(documents, weights, num_examples, seed)
     if length < tokens.manifest["sequence_length"]:
         raise InputError(
             f"RECIPE, data: sequence_length = {length} is shorter than the {tokens.manifest['sequence_length']} that "
-            f"--tokens {args.tokens!r} was tokenized for: some of its captions would fit nowhere."
+            f"--tokens {str(tokens.folder)!r} was tokenized for: some of its captions would fit nowhere."
         )
     frames = [(frame.begin, frame.end) for frame in processor.frames.values()]
     pad_token_id = processor.token_layout()["pad_token_id"]
-    return PackedExamples(documents, weights, length, num_examples, pad_token_id, frames, args.seed)
+    return PackedExamples(documents, weights, length, num_examples, pad_token_id, frames, seed)
 
 
 def sample_callback(
@@ -222,7 +224,8 @@ def build_trainer(args: argparse.Namespace, parts: RunParts | None = None) -> St
         model.print_trainable_parameters()  # pyright: ignore[reportCallIssue]
     if noise := noise_description(model):
         print(noise)
-    stream = training_stream(args, tokens, sources, args.steps * examples_a_step(training_arguments))
+    num_examples = args.steps * examples_a_step(training_arguments)
+    stream = training_stream(args.recipe.data, tokens, sources, num_examples, args.seed)
     if isinstance(stream, PackedExamples):
         # the stream is shuffled already, and a packed sequence begins with the rest of the one before
         training_arguments.train_sampling_strategy = "sequential"
@@ -254,9 +257,9 @@ def build_trainer(args: argparse.Namespace, parts: RunParts | None = None) -> St
     return trainer
 
 
-def resumed_checkpoint(args: argparse.Namespace) -> tuple[str | None, int]:
+def resumed_checkpoint(output: str, resume: bool) -> tuple[str | None, int]:
     """Return the checkpoint in the output folder that a run goes on from, and the steps that it has taken."""
-    checkpoint = last_checkpoint(args.output) if args.resume else None
+    checkpoint = last_checkpoint(output) if resume else None
     return checkpoint, 0 if checkpoint is None else checkpoint_step(checkpoint)
 
 
@@ -273,7 +276,7 @@ def pretrain(args: argparse.Namespace):
     parts = read_parts(args)
     check_output(args.output, parts.facts, args.resume)
     wanted, done = args.stop_at or args.steps, finished_at(args.output)
-    checkpoint, taken = resumed_checkpoint(args)
+    checkpoint, taken = resumed_checkpoint(args.output, args.resume)
     is_first = parts.training_arguments.process_index == 0
     if done is not None and done >= wanted:
         if is_first:

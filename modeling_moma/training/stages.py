@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Trainings in stages: where an earlier one stopped, whether the data go on from there, and when a run is finished."""
 
-import argparse
 import json
 import shutil
 import time
@@ -190,52 +189,58 @@ def examples_a_step(args: TrainingArguments) -> int:
     return args.train_batch_size * args.gradient_accumulation_steps * args.world_size
 
 
-def first_step(args: argparse.Namespace, training_arguments: TrainingArguments) -> int:
+def first_step(
+    model: str | None, args: TrainingArguments, stop_at: int | None = None, restart_data: bool = False
+) -> int:
     """Return the training steps that the earlier stage of `--model` took, 0 when nothing tells.
 
     Args:
-        args (`argparse.Namespace`):
-            the command line.
-        training_arguments (`TrainingArguments`):
-            settings of the Trainer.
+        model (`str | None`):
+            folder that the training starts from, `None` for a new model.
+        args (`TrainingArguments`):
+            of this stage.
+        stop_at (`int`, *optional*):
+            step of the schedule at which this stage ends; by default the last one.
+        restart_data (`bool`, *optional*, defaults to `False`):
+            whether to begin at the first example whatever the model has seen.
 
     Raises:
         ValueError: that stage was finished, took its data in another order, or this one would end before it.
     """
-    state_file = Path(args.model or "") / TRAINER_STATE_NAME
-    if not args.model or args.restart_data or not state_file.is_file():
+    state_file = Path(model or "") / TRAINER_STATE_NAME
+    if not model or restart_data or not state_file.is_file():
         return 0
     state = TrainerState.load_from_json(str(state_file))
     anew = "--restart-data begins anew in the data."
     if state.global_step == state.max_steps:
         raise InputError(
-            f"`--model` {args.model!r} comes from a training that is finished: it has taken all of its "
+            f"`--model` {model!r} comes from a training that is finished: it has taken all of its "
             f"{state.max_steps} steps, and no data are left for further ones. {anew}"
         )
     # the data are a permutation that the seed draws of all examples of all steps; examples a step give the place in it
-    checks: list[tuple[str, int | None, int]] = [("`--steps`", state.max_steps, args.steps)]
-    order = data_order(args.model)
+    checks: list[tuple[str, int | None, int]] = [("`--steps`", state.max_steps, args.max_steps)]
+    order = data_order(model)
     if order is None:
         logger.warning(
-            f"`--model` {args.model!r} does not come with the {RUN_FILE} of its training, so the order of the data "
+            f"`--model` {model!r} does not come with the {RUN_FILE} of its training, so the order of the data "
             f"cannot be checked: with another --seed or --gradient-accumulation-steps, or another number of devices, "
             f"some would come again. {anew}"
         )
-        checks.append(("`--batch-size` times devices", state.train_batch_size, training_arguments.train_batch_size))
+        checks.append(("`--batch-size` times devices", state.train_batch_size, args.train_batch_size))
     else:
         product = "`--batch-size` times `--gradient-accumulation-steps` times devices"
         checks.append(("`--seed`", order["seed"], args.seed))
-        checks.append((product, order["examples_a_step"], examples_a_step(training_arguments)))
+        checks.append((product, order["examples_a_step"], examples_a_step(args)))
     for name, then, now in checks:
         if then != now:
             raise InputError(
                 f"{name} = {now} is not the {then} of the stage that `--model` comes from, so it would meet some of "
                 f"its data again. {anew}"
             )
-    if state.global_step >= (args.stop_at or args.steps):
+    if state.global_step >= (stop_at or args.max_steps):
         raise InputError(
-            f"`--model` has taken {state.global_step} steps already, which `--steps` {args.steps} and `--stop-at` "
-            f"{args.stop_at} count, too: nothing is left to train. {anew}"
+            f"`--model` has taken {state.global_step} steps already, which `--steps` {args.max_steps} and `--stop-at` "
+            f"{stop_at} count, too: nothing is left to train. {anew}"
         )
     return state.global_step
 

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Settings of an image tokenizer's training: flags, fields of a recipe, and what a resumed run must repeat."""
 
-import argparse
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -87,20 +86,20 @@ DECISIVE = (
 ONCE = {"adversarial_weight": 0.0, "augmentation": "white"}
 
 
-def read_config(args: argparse.Namespace) -> "MomaVQConfig":
+def read_config(settings: TokenizerSettings) -> "MomaVQConfig":
     """Return the model's configuration.
 
     Args:
-        args (`argparse.Namespace`):
-            `config` and [`MODEL_SETTINGS`].
+        settings (`TokenizerSettings`):
+            `config` and [`MODEL_SETTINGS`] of it.
 
     Raises:
         ValueError: `config` is neither a preset, a file nor a mapping of known fields, or its values fit no model.
     """
     from tokenization.configuration_moma_vq import PRESETS, MomaVQConfig
 
-    asked = asked_fields(args)
-    given = args.config or DEFAULT_PRESET
+    asked = asked_fields(settings)
+    given = settings.config or DEFAULT_PRESET
     if isinstance(given, dict):
         fields = dict(given)
         preset = fields.pop("preset", None)
@@ -119,16 +118,18 @@ def read_config(args: argparse.Namespace) -> "MomaVQConfig":
     return MomaVQConfig(**{**fields, **asked})
 
 
-def asked_fields(args: argparse.Namespace) -> dict[str, Any]:
+def asked_fields(settings: TokenizerSettings) -> dict[str, Any]:
     """Return the fields of the configuration that flags or the recipe's settings give."""
-    return {name: getattr(args, name) for name in MODEL_SETTINGS if getattr(args, name) is not None}
+    return {name: getattr(settings, name) for name in MODEL_SETTINGS if getattr(settings, name) is not None}
 
 
-def check_resumed(args: argparse.Namespace, config: "MomaVQConfig", begun: Mapping[str, Any]):
-    """Compare the command line with what a checkpoint was begun with; what it leaves out is the checkpoint's.
+def check_resumed(output: str, settings: TokenizerSettings, config: "MomaVQConfig", begun: Mapping[str, Any]):
+    """Compare the settings with what a checkpoint was begun with; what they leave out is the checkpoint's.
 
     Args:
-        args (`argparse.Namespace`):
+        output (`str`):
+            folder of the run.
+        settings (`TokenizerSettings`):
             of the run that goes on.
         config (`MomaVQConfig`):
             of the checkpoint.
@@ -138,19 +139,19 @@ def check_resumed(args: argparse.Namespace, config: "MomaVQConfig", begun: Mappi
     Raises:
         ValueError: they differ, so the run would not end as it would have.
     """
-    asked = asked_fields(args)
-    if args.config:
-        now = read_config(args)
+    asked = asked_fields(settings)
+    if settings.config:
+        now = read_config(settings)
         asked |= {name: getattr(now, name) for name in type(now).__annotations__}
     pairs: dict[str, tuple[Any, Any]] = {name: (getattr(config, name), value) for name, value in asked.items()}
     begun = {**ONCE, **begun}
-    pairs |= {f"--{name.replace('_', '-')}": (value, getattr(args, name)) for name, value in begun.items()}
+    pairs |= {f"--{name.replace('_', '-')}": (value, getattr(settings, name)) for name, value in begun.items()}
     for name, (then, now) in pairs.items():
         # JSON knows no tuples
         is_same = list(then) == list(now) if isinstance(then, (list, tuple)) and now is not None else then == now
         if not is_same:
             raise InputError(
-                f"--resume: the run in `--output` {args.output!r} was begun with {name} = {then!r}, and this command "
+                f"--resume: the run in `--output` {output!r} was begun with {name} = {then!r}, and this command "
                 f"asks for {now!r}. Resume with the arguments of the first start, or give a new `--output`."
             )
 

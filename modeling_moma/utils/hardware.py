@@ -30,6 +30,18 @@ def supports_bf16(device: "str | torch.device") -> bool:
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") or capabilities.get("bf16"))
 
 
+def trains_in_bf16(choice: str, device: "str | torch.device") -> bool:
+    """Return whether a training computes in bfloat16.
+
+    Args:
+        choice (`str`):
+            `"on"`, `"off"`, or `"auto"` for where the device does so itself, see [`supports_bf16`].
+        device (`str | torch.device`):
+            of the training.
+    """
+    return supports_bf16(device) if choice == "auto" else choice == "on"
+
+
 def keep_freed_memory() -> bool:
     """Let glibc keep freed memory for this process, in place of handing large tensors back to the system.
 
@@ -47,4 +59,4 @@ def keep_freed_memory() -> bool:
     return bool(set_option(_M_MMAP_THRESHOLD, _LARGEST_KEPT)) and bool(set_option(_M_TRIM_THRESHOLD, _NEVER))
 
 
-__all__ = ["keep_freed_memory", "supports_bf16"]
+__all__ = ["keep_freed_memory", "supports_bf16", "trains_in_bf16"]
