@@ -338,7 +338,10 @@ class MomaProcessor(CodeConversionMixin):
             raise InputError(f"text: you need to provide at least one text to call {type(self).__name__}.")
         # the base class counts images, and would open each: it gets one small image that often
         counted = None if images is None else [_ANY_IMAGE] * sum(1 for _ in iter_image_sources(images))
-        super().validate_inputs(images=counted, text=text, **kwargs)
+        try:
+            super().validate_inputs(images=counted, text=text, **kwargs)
+        except ValueError as error:
+            raise InputError(f"text, images: {error}") from error
         for modality in self.codecs:
             rows = self._codec_items.get(modality, [])
             passed, placed = len(_flatten(rows)), sum(sample.count(f"<{modality}>") for sample in text or [])

@@ -6,13 +6,14 @@ moma demo DIR --port 8000 --examples IMAGES
 """
 
 import argparse
-import sys
+import importlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 from pydantic import Field
 
+from ..utils.errors import needs_extra
 from ..utils.fields import Int
 from .arguments import Flag, FlagParser
 
@@ -55,14 +56,10 @@ def parse_arguments(arguments: list[str] | None = None) -> Arguments:
 
 
 def run(args: Arguments) -> int:
-    try:
-        from ..demo.page import build_page, open_page
-    except ImportError as error:
-        if error.name != "gradio":
-            raise
-        print("error: the page needs Gradio: pip install 'modeling-moma[demo]'", file=sys.stderr)
-        return 2
+    with needs_extra("the page needs Gradio", "demo"):
+        importlib.import_module("gradio")
     from ..demo.inputs import Examples
+    from ..demo.page import build_page, open_page
     from ..demo.studio import load_studio
 
     # examples are checked before the model, which takes longer to load

@@ -162,9 +162,9 @@ def run(args: Arguments) -> None:
 
     try:
         inputs = processor(images=images or None, text=texts, padding=True, padding_side="left", return_tensors="pt")
-    # an address that is not reached, or Transformers' own check of texts against images
-    except (ValueError, OSError) as error:
-        raise InputError(str(error)) from error
+    # an address that is not reached, a file that cannot be read
+    except OSError as error:
+        raise InputError(f"--image: {error}") from error
     inputs = inputs.to(device)
     set_seed(args.seed)
     ids = model.generate(**inputs, **generation_arguments(args, model.config.image_seq_length))

@@ -58,8 +58,8 @@ def main(arguments: list[str] | None = None) -> int:
             the subcommand and its arguments; by default those of the command line.
 
     Returns:
-        The exit status; 2 where there is no such subcommand or an input is wrong, 1 where the disk is full. Any other
-        error passes, with its traceback.
+        The exit status; 2 where there is no such subcommand, an input is wrong or an extra is missing, 1 where the
+        disk is full. Any other error passes, with its traceback.
     """
     subcommand, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
     if subcommand in ("-h", "--help"):
@@ -81,13 +81,13 @@ def main(arguments: list[str] | None = None) -> int:
         register_auto_classes()
         status = module.run(args)
     except Exception as error:
-        from ..utils.errors import full_disk_line, is_disk_full, is_input_error
+        from ..utils.errors import MissingExtraError, full_disk_line, is_disk_full, is_input_error
 
         if is_disk_full(error):
             end_progress_bars()
             print(f"error: {full_disk_line(error, subcommand, output_of(rest))}", file=sys.stderr)
             return 1
-        if not is_input_error(error):
+        if not (isinstance(error, MissingExtraError) or is_input_error(error)):
             raise
         end_progress_bars()
         print(f"error: {one_line(error)}", file=sys.stderr)

@@ -4,9 +4,9 @@
 The server looks models up by name among those of Transformers. Importing this package registers its classes first.
 """
 
-import sys
 from typing import Any
 
+from ..utils.errors import MissingExtraError
 from ..utils.messages import without_import_notices
 
 
@@ -16,8 +16,7 @@ def parse_arguments(arguments: list[str] | None = None) -> dict[str, Any]:
         from transformers.utils.import_utils import is_serve_available
 
         if not is_serve_available():
-            print("error: the server needs FastAPI and others: pip install 'modeling-moma[serve]'", file=sys.stderr)
-            raise SystemExit(2)
+            raise MissingExtraError('the server needs FastAPI and others: pip install "modeling-moma[serve]"')
         # comes with Transformers
         import typer
 

@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
 from transformers.utils import is_gguf_available
 
+from ..utils.errors import MissingExtraError
 from ..utils.messages import one_line
 from .reading import CheckpointError, TensorSource
 
@@ -50,7 +51,8 @@ class GgufReader(TensorSource):
             as Transformers makes it of the file.
 
     Raises:
-        CheckpointError: no such file, the package `gguf` is missing, or Transformers cannot read the file.
+        CheckpointError: no such file, or Transformers cannot read it.
+        ImportError: gguf is missing, the extra of that name.
     """
 
     def __init__(self, folder: str | Path, file: str):
@@ -60,7 +62,7 @@ class GgufReader(TensorSource):
             found = sorted(path.name for path in self.folder.glob("*.gguf")) if self.folder.is_dir() else []
             raise CheckpointError(f"{self.path}: no such file; of this kind the folder has {found or 'none'}.")
         if not is_gguf_available():
-            raise CheckpointError(f"{self.path}: it takes the package gguf to read it: pip install '.[gguf]'.")
+            raise MissingExtraError(f'{self.path}: to read it needs gguf: pip install "modeling-moma[gguf]"')
         try:
             self.source_config: PreTrainedConfig = AutoConfig.from_pretrained(self.folder, **self.loading)
         # the library raises errors of any type for damaged files

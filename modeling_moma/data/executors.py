@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ..errors_moma import InputError
+from ..utils.errors import needs_extra
 from .jobs import read_job
 from .tokenizing import tokenize_shard
 
@@ -81,10 +82,8 @@ def run_executor(
         ImportError: datatrove is missing.
         ValueError: a task failed.
     """
-    try:
+    with needs_extra(f"--engine {engine} needs datatrove", "scale"):
         from datatrove.executor import LocalPipelineExecutor, SlurmPipelineExecutor
-    except ImportError as error:
-        raise ImportError(f"--engine {engine} needs datatrove: install the extra `scale` of this package.") from error
     job = read_job(folder)
     tasks = min(tasks, len(job.tasks()))
     # of datatrove's own marks of what is done; whether a shard is there decides, so that nothing is taken on trust

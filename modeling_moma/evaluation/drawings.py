@@ -2,12 +2,14 @@
 """How alike drawn and real images are, on the judge's features, with references by which the figures can be read."""
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 
 from tokenization.perceptual_moma_vq import MomaVQPerceptualNetwork
 
 from ..errors_moma import InputError
+from ..utils.errors import needs_extra
 from .distributions import frechet_distance, precision_recall
 from .held_out import CaptionedImages
 from .measures import decode_images, draw_images
@@ -30,7 +32,9 @@ def feature_extractor(device: str | torch.device) -> Callable[[torch.Tensor], to
     """
     # channels_last is a third faster on CPUs
     layout = torch.channels_last
-    network = MomaVQPerceptualNetwork().to(device=device, memory_format=layout)  # pyright: ignore[reportCallIssue]
+    with needs_extra("drawings need features of images", "train"):
+        network: Any = MomaVQPerceptualNetwork()
+    network.to(device=device, memory_format=layout)
     return lambda images: network.features(images.to(device=device, memory_format=layout))
 
 

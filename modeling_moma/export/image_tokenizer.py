@@ -17,6 +17,7 @@ from tokenization import MomaVQModel
 
 from ..errors_moma import InputError
 from ..utils.atomic_files import write_aside
+from ..utils.errors import MissingExtraError
 
 
 # packages that `torch.onnx` imports beside torch
@@ -76,7 +77,7 @@ def export_image_tokenizer(model: MomaVQModel, folder: str | Path) -> OnnxImageT
     """
     missing = [name for name in _NEEDED if find_spec(name) is None]
     if missing:
-        raise ImportError(f'Export to ONNX needs {" and ".join(missing)}: pip install "modeling-moma[export]".')
+        raise MissingExtraError(f'export to ONNX needs {" and ".join(missing)}: pip install "modeling-moma[export]"')
     if model.dtype != torch.float32:
         raise InputError(
             f"`model` is in {model.dtype}, in which near codes would change places: convert it by `model.float()`."

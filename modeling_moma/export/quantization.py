@@ -3,6 +3,8 @@
 
 from transformers import PreTrainedModel, TorchAoConfig
 
+from ..utils.errors import needs_extra
+
 
 # names of modules and parameters, matched in full
 LINEAR_LAYERS = (
@@ -41,11 +43,9 @@ def torchao_config(linear_config, expert_config=None) -> TorchAoConfig:
     ... )
     ```
     """
-    try:
+    with needs_extra("`torchao_config` needs torchao", "quantize"):
         from torchao.core.config import AOBaseConfig
         from torchao.quantization import FqnToConfig
-    except ImportError as error:
-        raise ImportError("torchao_config needs torchao: pip install torchao.") from error
     expert_config = linear_config if expert_config is None else expert_config
     for name, value in (("linear_config", linear_config), ("expert_config", expert_config)):
         if not isinstance(value, AOBaseConfig):

@@ -10,12 +10,19 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 from transformers import AutoTokenizer
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
+from transformers.utils import (
+    ADAPTER_CONFIG_NAME,
+    SAFE_WEIGHTS_INDEX_NAME,
+    SAFE_WEIGHTS_NAME,
+    WEIGHTS_INDEX_NAME,
+    WEIGHTS_NAME,
+)
 
 from tokenization import MomaProcessor, MomaVQModel
 
 from ..errors_moma import InputError
 from ..modeling_moma import MomaForCausalLM
+from ..utils.errors import needs_extra
 from ..utils.messages import one_line
 from .names import why_nowhere
 
@@ -107,6 +114,10 @@ def open_saved(saved: Saved, option: str, place: str, load: Callable[[], T]) -> 
     check_saved(saved, option, place)
     try:
         return load()
+    except ImportError as error:
+        extra = "finetune" if (Path(place) / ADAPTER_CONFIG_NAME).is_file() else "quantize"
+        with needs_extra(f"{where}: the {saved.name} in it needs another library", extra):
+            raise error
     # readers of files fail in any way
     except Exception as error:
         raise InputError(
@@ -126,7 +137,7 @@ def check_saved(saved: Saved, option: str, place: str) -> None:
             raise InputError(f"{where}: {problem}.")
         return
     # PEFT reads those, over a model of another place
-    if saved is MODEL and (folder / "adapter_config.json").is_file():
+    if saved is MODEL and (folder / ADAPTER_CONFIG_NAME).is_file():
         return
     found = _model_type(folder / "config.json") if saved.model_type else None
     if found not in (None, saved.model_type):

@@ -3,12 +3,12 @@
 
 import re
 from collections.abc import Sequence
-from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from ..errors_moma import InputError
 from ..frames_moma import TEXT
 from ..modeling_moma import MomaForCausalLM
+from ..utils.errors import needs_extra
 from .freezing import check_groups, learning_tokens
 
 
@@ -38,9 +38,8 @@ def with_adapters(model: MomaForCausalLM, rank: int, frozen_groups: Sequence[str
     """
     if rank < 1:
         raise InputError(f"`--lora-rank` = {rank}: a rank is at least 1.")
-    if find_spec("peft") is None:
-        raise ImportError('`--lora-rank` needs PEFT: `pip install "modeling-moma[finetune]"`.')
-    from peft import LoraConfig, get_peft_model
+    with needs_extra("`--lora-rank` needs PEFT", "finetune"):
+        from peft import LoraConfig, get_peft_model
 
     config = model.config
     check_groups(config, frozen_groups)

@@ -11,6 +11,7 @@ from ..data.documents import Documents
 from ..data.stream import DocumentExamples
 from ..errors_moma import InputError
 from ..planning.costs import eta_by_modality, training_flops
+from ..utils.errors import needs_extra
 from .checkpoints import last_checkpoint
 from .stages import RUN_FILE
 
@@ -148,11 +149,11 @@ def plot_curves(runs: dict[str, dict], path: str | Path) -> None:
         path (`str | Path`):
             the PNG.
     """
-    # the extra `train` brings it
-    import matplotlib
+    with needs_extra("the figure needs Matplotlib", "train"):
+        import matplotlib
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+        matplotlib.use("Agg")
+        from matplotlib import pyplot
 
     figure, panels = pyplot.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
     for panel, name, title in zip(panels, ("text", "image"), ("text tokens", "image tokens"), strict=True):

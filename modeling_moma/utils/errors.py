@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Errors that a user reads in one line: bad input, and full disks, which several libraries report each in its way."""
+"""Errors that a user reads in one line: bad input, missing extras, full disks, which every library reports its way."""
 
 import errno
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from ..errors_moma import InputError
@@ -25,6 +27,26 @@ _WAYS = {
     "train-image-tokenizer": _TO_RESUME,
 }
 _OTHER_WAY = "Make room, and give the same command again."
+
+
+class MissingExtraError(ImportError):
+    """A library that an extra of this package brings is not installed; the message says how to get it."""
+
+
+@contextmanager
+def needs_extra(what: str, extra: str) -> Iterator[None]:
+    """Raise [`MissingExtraError`] in place of any ImportError in the block.
+
+    Args:
+        what (`str`):
+            what needs which libraries, as `"--lora-rank needs PEFT"`.
+        extra (`str`):
+            of this package, which brings them.
+    """
+    try:
+        yield
+    except ImportError as error:
+        raise MissingExtraError(f'{what} ({error}): pip install "modeling-moma[{extra}]"') from error
 
 
 def is_input_error(error: BaseException) -> bool:
@@ -76,4 +98,4 @@ def full_disk_line(error: BaseException, subcommand: str, output: str | None) ->
     return f"the disk is full: {free:.1f} MiB are free at {os.fspath(place)!r}{detail}. {way}"
 
 
-__all__ = ["full_disk_line", "is_disk_full", "is_input_error"]
+__all__ = ["MissingExtraError", "full_disk_line", "is_disk_full", "is_input_error", "needs_extra"]
