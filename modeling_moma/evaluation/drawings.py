@@ -32,7 +32,7 @@ def feature_extractor(device: str | torch.device) -> Callable[[torch.Tensor], to
     """
     # channels_last is a third faster on CPUs
     layout = torch.channels_last
-    with needs_extra("drawings need features of images", "train"):
+    with needs_extra("drawings are compared by a trained network", "train"):
         network: Any = MomaVQPerceptualNetwork()
     network.to(device=device, memory_format=layout)
     return lambda images: network.features(images.to(device=device, memory_format=layout))

@@ -109,17 +109,18 @@ def open_saved(saved: Saved, option: str, place: str, load: Callable[[], T]) -> 
     Raises:
         ValueError: there is no such folder or repository, it is unfinished or of another kind, or it is damaged. The
             message is one line and names option, value and likely cause.
+        ImportError: the model is quantised, or has adapters, and the library for that is missing.
     """
     where = f"`{option}` {str(place)!r}"
     check_saved(saved, option, place)
     try:
         return load()
-    except ImportError as error:
-        extra = "finetune" if (Path(place) / ADAPTER_CONFIG_NAME).is_file() else "quantize"
-        with needs_extra(f"{where}: the {saved.name} in it needs another library", extra):
-            raise error
     # readers of files fail in any way
     except Exception as error:
+        if saved is MODEL and isinstance(error, ImportError):
+            extra = "finetune" if (Path(place) / ADAPTER_CONFIG_NAME).is_file() else "quantize"
+            with needs_extra(f"{where}: the model in it needs a library that is not installed", extra):
+                raise
         raise InputError(
             f"{where}: the {saved.name} in it cannot be read; is a file of it damaged, or of another version? "
             f"({type(error).__name__}: {one_line(error, 300)})"

@@ -232,7 +232,7 @@ class TokenizerTraining:
 
     def _load_teacher(self, is_needed: bool) -> MomaVQPerceptualNetwork | None:
         try:
-            with needs_extra("this image tokenizer needs features of images", "train"):
+            with needs_extra("images are compared by a trained network", "train"):
                 teacher = MomaVQPerceptualNetwork()
         except MissingExtraError as error:
             if is_needed:
