@@ -9,4 +9,9 @@ class InputError(ValueError):
     """
 
 
-__all__ = ["InputError"]
+EACH_DEVICE = (
+    "start one process for each device with torchrun, or show this one a single device (CUDA_VISIBLE_DEVICES=0)."
+)
+
+
+__all__ = ["EACH_DEVICE", "InputError"]

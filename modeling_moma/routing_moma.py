@@ -21,7 +21,7 @@ from torch import nn
 from transformers.utils.generic import maybe_autocast
 
 from .configuration_moma import RULES, MomaConfig, RoutingRule, rule_of
-from .errors_moma import InputError
+from .errors_moma import EACH_DEVICE, InputError
 from .token_groups_moma import RouterState, RouterStatistics, RoutingContext, is_distributed
 
 
@@ -347,6 +347,12 @@ class MomaRouterBase(Fp32Buffers):
         It then keeps its thresholds, so that the model stays as it was saved, and has neither noise nor warm-up.
         """
         return not self.weight.requires_grad
+
+    def _replicate_for_data_parallel(self):
+        # torch's: the copies of later devices are thrown away after each forward, and their thresholds with them
+        if self.training:
+            raise InputError(f"`DataParallel` trains copies of routers, which lose what they learn: {EACH_DEVICE}")
+        return super()._replicate_for_data_parallel()
 
     def logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Map `[..., D]` to `[..., scores]`, in fp32 also under autocast."""

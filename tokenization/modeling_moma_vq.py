@@ -14,7 +14,8 @@
 """The MoMa image tokenizer: a VQ-GAN encoder, codebook and decoder, and the losses that train them."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
 
@@ -29,8 +30,22 @@ from transformers.utils.generic import can_return_tuple
 from .blocks_moma_vq import MomaVQBranchEnd, MomaVQDecoder, MomaVQEncoder
 from .configuration_moma_vq import MomaVQConfig
 from .processor_errors_moma import InputError
-from .quantizer_moma_vq import MomaVQQuantizer, mean_loss
+from .quantizer_moma_vq import MomaVQQuantizer, code_counts, mean_loss
 from .trunk_moma_vq import MomaVQTrunk
+
+
+@contextmanager
+def _without_tf32() -> Iterator[None]:
+    """Let CUDA compute float32 in float32: in TF32, torch's default for convolutions, other codes are nearest."""
+    settings = (torch.backends.cudnn.conv, torch.backends.cuda.matmul)  # pyright: ignore[reportAttributeAccessIssue]
+    before = [setting.fp32_precision for setting in settings]
+    try:
+        for setting in settings:
+            setting.fp32_precision = "ieee"
+        yield
+    finally:
+        for setting, value in zip(settings, before):
+            setting.fp32_precision = value
 
 
 # Pixels in one pass on a CPU: feature maps of more fall out of its caches and need newly allocated memory.
@@ -230,7 +245,10 @@ class MomaVQModel(PreTrainedModel):
         """
         self._check_pixel_values(pixel_values)
         chunks = self._chunks(pixel_values, pixel_values.shape[-1])
-        return torch.cat([self.quantize.nearest(self.encode(chunk)) for chunk in chunks])
+        # codes are kept as data, and have to mean the same wherever they were made; a compiled program sets no flags
+        is_plain_cuda = pixel_values.device.type == "cuda" and not torch.compiler.is_compiling()
+        with _without_tf32() if is_plain_cuda else nullcontext():
+            return torch.cat([self.quantize.nearest(self.encode(chunk)) for chunk in chunks])
 
     @torch.no_grad()
     def decode_image_tokens(self, image_tokens: torch.Tensor) -> torch.Tensor:
@@ -403,7 +421,7 @@ class MomaVQModel(PreTrainedModel):
         Returns:
             `torch.FloatTensor` of shape `()`: from 1 to `num_embeddings`; 1 without any code.
         """
-        counts = torch.bincount(image_tokens.flatten(), minlength=self.config.num_embeddings).float()
+        counts = code_counts(image_tokens, self.config.num_embeddings)
         return torch.special.entr(counts / counts.sum().clamp(min=1)).sum().exp()
 
 

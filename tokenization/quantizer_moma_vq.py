@@ -11,10 +11,10 @@ from transformers.utils.generic import maybe_autocast
 from .configuration_moma_vq import MomaVQConfig
 
 
-# Latents compared with the codebook at once, so that the distances stay in the cache of a CPU.
+# Latents compared with the codebook at once: on a CPU so many that the distances stay in its cache, elsewhere so many
+# that they take 256 MiB.
 ASSIGN_CHUNK = 512
-# Elements of the distances that another device makes at once, for fewer launches.
-_DEVICE_ELEMENTS = 2**26
+_ASSIGN_DISTANCES = 2**26
 
 
 def mean_loss(
@@ -34,6 +34,23 @@ def mean_loss(
         `torch.Tensor` of shape `()`: the loss; the 0 is differentiable, too.
     """
     return loss(values, targets) if values.numel() > 0 else (values - targets).sum()
+
+
+def code_counts(image_tokens: torch.Tensor, num_codes: int) -> torch.Tensor:
+    """Count how often each code is among image tokens, without a wait for the device as `bincount` has.
+
+    Args:
+        image_tokens (`torch.LongTensor` of any shape):
+            Codes in `[0, num_codes)`, fewer than 2 ** 24.
+        num_codes (`int`):
+            Codes that there are.
+
+    Returns:
+        `torch.FloatTensor` of shape `(num_codes,)`: the counts.
+    """
+    tokens = image_tokens.flatten()
+    ones = torch.ones(tokens.shape, device=tokens.device)
+    return torch.zeros(num_codes, device=tokens.device).index_add_(0, tokens, ones)
 
 
 class MomaVQQuantizer(nn.Module):
@@ -56,11 +73,9 @@ class MomaVQQuantizer(nn.Module):
             codebook = self.embedding.weight.detach().float()
             code_lengths = codebook.pow(2).sum(dim=1)
             nearest = []
+            size = ASSIGN_CHUNK if vectors.device.type == "cpu" else max(1, _ASSIGN_DISTANCES // len(codebook))
             # an exported program would fix the number of chunks
-            chunk_size = ASSIGN_CHUNK
-            if vectors.device.type != "cpu":
-                chunk_size = max(ASSIGN_CHUNK, _DEVICE_ELEMENTS // codebook.shape[0])
-            chunks = [vectors] if torch.compiler.is_exporting() else vectors.split(chunk_size)
+            chunks = [vectors] if torch.compiler.is_exporting() else vectors.split(size)
             for chunk in chunks:
                 # Chameleon's order of operations, so that near ties round to the same code
                 distances = chunk.pow(2).sum(dim=1, keepdim=True) + code_lengths
@@ -100,9 +115,7 @@ class MomaVQQuantizer(nn.Module):
         """
         if vectors.shape[0] == 0:
             return
-        # bincount would wait for the device
-        ones = torch.ones_like(image_tokens, dtype=self.ema_count.dtype)
-        counts = torch.zeros_like(self.ema_count).index_add_(0, image_tokens, ones)
+        counts = code_counts(image_tokens, self.ema_count.shape[0]).to(self.ema_count.dtype)
         sums = torch.zeros_like(self.ema_sum).index_add_(0, image_tokens, vectors.to(self.ema_sum.dtype))
         step = 1 - self.decay  # pyright: ignore[reportOperatorIssue]
         self.ema_count.lerp_(counts, step)
@@ -131,7 +144,7 @@ class MomaVQQuantizer(nn.Module):
         self.embedding.weight.copy_(vectors[order[torch.arange(num_codes, device=vectors.device) % count]])
         for _ in range(iterations):
             assigned = self.assign(vectors)
-            sizes = torch.bincount(assigned, minlength=num_codes)[:, None]
+            sizes = code_counts(assigned, num_codes)[:, None]
             sums = torch.zeros_like(self.embedding.weight).index_add_(0, assigned, vectors)
             self.embedding.weight.copy_(torch.where(sizes > 0, sums / sizes.clamp(min=1), self.embedding.weight))
         if self.decay is not None:
@@ -139,4 +152,4 @@ class MomaVQQuantizer(nn.Module):
             self.ema_sum.copy_(self.embedding.weight)
 
 
-__all__ = ["MomaVQQuantizer", "mean_loss"]
+__all__ = ["MomaVQQuantizer", "code_counts", "mean_loss"]

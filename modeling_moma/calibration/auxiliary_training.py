@@ -24,6 +24,7 @@ from ..errors_moma import InputError
 from ..modeling_moma import MomaForCausalLM
 from ..routing_moma import MomaAuxiliaryRouter
 from ..utils.atomic_files import write_folder_aside
+from ..utils.hardware import refuse_data_parallel
 from .observation import RouterRecord, auxiliary_rule, named_routers, observed_routers, run_observed, threshold_rule
 from .selection_counts import SelectionCounts
 from .thresholds import require_auxiliary_routers
@@ -142,11 +143,7 @@ class AuxiliaryRouterTrainer(Trainer):
             raise InputError(
                 "`args` has torch_compile=True, but compiled models skip the hooks that observe routers: leave it out."
             )
-        if self.args.n_gpu > 1:
-            raise InputError(
-                f"`args` has n_gpu = {self.args.n_gpu}, but copies that DataParallel makes lose what hooks observe: "
-                "start one process for each device with torchrun, or show this one a single device."
-            )
+        refuse_data_parallel(self.args)
         # the loss is a mean already: accumulated steps are to be averaged
         self.model_accepts_loss_kwargs = False
         self._counts = None

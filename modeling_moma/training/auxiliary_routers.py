@@ -30,10 +30,10 @@ from ..evaluation.report import router_table
 from ..hub.loading import open_processor
 from ..modeling_moma import MomaForCausalLM
 from ..utils.atomic_files import refuse_files
-from ..utils.hardware import trains_in_bf16
+from ..utils.hardware import on_one_gpu, trains_in_bf16
 from .checkpoints import checkpoint_step, last_checkpoint, without_torn_checkpoints
 from .fingerprints import Facts, RunFingerprint, check_output, run_facts
-from .stages import FollowArguments, ResumedTrainer, examples_a_step
+from .stages import FollowArguments, ResumedTrainer, examples_a_step, feeding_fields
 
 
 REPORT_FILE = "auxiliary_routers.json"
@@ -46,7 +46,7 @@ class AuxiliaryTraining(ResumedTrainer, AuxiliaryRouterTrainer):
 def make_training_arguments(args: argparse.Namespace) -> TrainingArguments:
     """Return the command line's settings of the Trainer."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return TrainingArguments(
+    training_arguments = TrainingArguments(
         output_dir=args.output,
         max_steps=args.steps,
         per_device_train_batch_size=args.batch_size,
@@ -66,7 +66,9 @@ def make_training_arguments(args: argparse.Namespace) -> TrainingArguments:
         logging_steps=args.logging_steps,
         report_to=[],
         seed=args.seed,
+        **feeding_fields(device),
     )
+    return on_one_gpu(training_arguments)
 
 
 def build_trainer(args: TrainingArguments, model: MomaForCausalLM, tokens: TokenFolder, facts: Facts) -> Trainer:

@@ -274,21 +274,24 @@ class TokenizerTraining:
             with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.bf16):
                 summary["discriminator"] = adversarial.train_step(pixel_values, output.reconstruction)
         self.step += 1
-        return self._summarise(output, pixel_values, loss.item()) | summary
+        return self._summarise(output, pixel_values, loss) | summary
 
     def _augment(self, pixel_values: torch.Tensor) -> torch.Tensor:
         if self.settings.augmentation == "none":
             return pixel_values
         return augment_images(pixel_values, fill=self.settings.augmentation)
 
-    def _summarise(self, output: Any, pixel_values: torch.Tensor, loss: float) -> dict[str, float]:
-        error = F.mse_loss(output.reconstruction.detach(), pixel_values).item()
-        summary = {"loss": loss, "psnr": 10 * np.log10(4 / error), "usage": output.codebook_usage.item()}
+    def _summarise(self, output: Any, pixel_values: torch.Tensor, loss: torch.Tensor) -> dict[str, float]:
+        error = F.mse_loss(output.reconstruction.detach(), pixel_values)
+        figures = {"loss": loss, "psnr": error, "usage": output.codebook_usage}
         if output.semantic_loss is not None:
-            summary["semantic"] = output.semantic_loss.item()
-        if not np.isfinite(loss):
-            raise InputError(f"The loss is {loss} at step {self.step}; a lower --learning-rate may help.")
-        return summary
+            figures["semantic"] = output.semantic_loss
+        # read at once: each read waits for the device
+        values = torch.stack([value.detach().float() for value in figures.values()]).tolist()
+        summary = dict(zip(figures, values))
+        if not np.isfinite(summary["loss"]):
+            raise InputError(f"The loss is {summary['loss']} at step {self.step}; a lower --learning-rate may help.")
+        return {**summary, "psnr": 10 * np.log10(4 / summary["psnr"])}
 
     def save(self) -> None:
         """Evaluate on the held-out images, and write samples and a checkpoint."""

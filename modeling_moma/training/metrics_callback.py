@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, TrainerCallback
 from ..depth_moma import DepthSelection, MomaDepthRouter
 from ..routing_moma import MomaRouter, Selection
 from ..token_groups_moma import FixedSplit, is_distributed
+from ..utils.hardware import refuse_data_parallel
 
 
 class MomaMetricsCallback(TrainerCallback):
@@ -38,6 +39,7 @@ class MomaMetricsCallback(TrainerCallback):
 
     def on_train_begin(self, args, state, control, model: Any = None, **kwargs):
         """Start to listen to the model."""
+        refuse_data_parallel(args)
         self.attach(model)
 
     def on_train_end(self, args, state, control, **kwargs):

@@ -26,7 +26,7 @@ from ..hub.loading import MODEL, check_saved, open_model, open_processor
 from ..modeling_moma import MomaForCausalLM
 from ..routing_moma import MomaRouter
 from ..utils.atomic_files import write_aside
-from ..utils.hardware import trains_in_bf16
+from ..utils.hardware import on_one_gpu, trains_in_bf16
 from .adapters import with_adapters
 from .checkpoints import checkpoint_step, last_checkpoint, without_torn_checkpoints
 from .code_embeddings import initialize_code_embeddings
@@ -35,7 +35,16 @@ from .freezing import freeze_groups
 from .metrics_callback import MomaMetricsCallback
 from .recipe import DataFields, Recipe, SampleFields
 from .samples import SampleCallback
-from .stages import RUN_FILE, FollowArguments, StageTrainer, StopAt, copy_checkpoint, examples_a_step, first_step
+from .stages import (
+    RUN_FILE,
+    FollowArguments,
+    StageTrainer,
+    StopAt,
+    copy_checkpoint,
+    examples_a_step,
+    feeding_fields,
+    first_step,
+)
 from .throughput_callback import FeedingCallback
 
 
@@ -172,8 +181,12 @@ def make_training_arguments(args: argparse.Namespace) -> TrainingArguments:
         "logging_steps": args.logging_steps,
         "report_to": [],
         "seed": args.seed,
+        **feeding_fields(device),
     }
-    return TrainingArguments(output_dir=args.output, use_cpu=device == "cpu", **{**fields, **args.trainer})
+    training_arguments = TrainingArguments(
+        output_dir=args.output, use_cpu=device == "cpu", **{**fields, **args.trainer}
+    )
+    return on_one_gpu(training_arguments)
 
 
 def training_stream(

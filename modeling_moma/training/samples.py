@@ -90,16 +90,24 @@ class SampleCallback(TrainerCallback):
                 "guidance_scale": self.fields.guidance_scale,
             }
             drawn = draw_images(model, self.processor, list(self.fields.prompts), 16, sampling, seed)
-            rows.append(self.processor.decode_images(drawn))
+            rows.append(self._decode(drawn, model.device))
         if len(self.codes):
             captions = write_captions(model, self.processor, self.codes, 16, self.fields.max_new_tokens)
             said = [{"caption": own, "reference": true} for own, true in zip(captions, self.references)]
-            rows.append(self.processor.decode_images(self.codes))
+            rows.append(self._decode(self.codes, model.device))
         name = f"step-{step:06d}"
         if rows:
             write_aside(folder / f"{name}.png", lambda path: image_grid(rows).save(path, format="PNG"))
         text = json.dumps({"step": step, "prompts": list(self.fields.prompts), "captions": said}, indent=2)
         write_aside(folder / f"{name}.json", lambda path: path.write_text(text + "\n", encoding="utf-8"))
+
+    def _decode(self, codes: torch.Tensor, device: torch.device) -> list[Image.Image]:
+        # there for the time of decoding alone: workers that load data may be given the processor
+        before = self.processor.vq_model.device
+        try:
+            return self.processor.to(device).decode_images(codes)
+        finally:
+            self.processor.to(before)
 
 
 def image_grid(rows: Sequence[Sequence[Image.Image]], gap: int = 4) -> Image.Image:

@@ -6,6 +6,7 @@ import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
@@ -182,6 +183,24 @@ def data_order(folder: str | Path) -> dict[str, int] | None:
     if (folder / UPCYCLING_FILE).is_file():
         return json.loads((folder / UPCYCLING_FILE).read_text()).get("data_order")
     return None
+
+
+def feeding_fields(device: str) -> dict[str, Any]:
+    """Return the settings of the Trainer by which a step waits for its device no more often than it has to.
+
+    Batches go to a GPU from pinned memory, beside its work, and no step reads its loss: a loss that is no number is
+    logged as it is.
+
+    Args:
+        device (`str`):
+            `"cuda"` or `"cpu"`.
+    """
+    on_gpu = device == "cuda"
+    return {
+        "dataloader_pin_memory": on_gpu,
+        "accelerator_config": {"non_blocking": on_gpu},
+        "logging_nan_inf_filter": False,
+    }
 
 
 def examples_a_step(args: TrainingArguments) -> int:

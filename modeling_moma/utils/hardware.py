@@ -1,14 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a machine is asked before a training: whether it computes in bf16, and to keep memory for the next step."""
+"""What a machine is asked before a training: bf16, one GPU for each process, memory kept for the next step."""
 
 import ctypes
 import os
 import platform
 from typing import TYPE_CHECKING
 
+from ..errors_moma import EACH_DEVICE, InputError
+
 
 if TYPE_CHECKING:
     import torch
+    from transformers import TrainingArguments
 
 
 # parameters of `mallopt`, from `malloc.h`
@@ -42,6 +45,41 @@ def trains_in_bf16(choice: str, device: "str | torch.device") -> bool:
     return supports_bf16(device) if choice == "auto" else choice == "on"
 
 
+def on_one_gpu(args: "TrainingArguments") -> "TrainingArguments":
+    """Let a training that was started as one process take one GPU of those that it sees, and say so.
+
+    Args:
+        args (`TrainingArguments`):
+            changed in place.
+
+    Returns:
+        `TrainingArguments`: the same.
+    """
+    if args.n_gpu > 1:
+        from transformers.utils import logging
+
+        logging.get_logger(__name__).warning(
+            f"{args.n_gpu} GPUs are visible, and this process trains on the first: `torchrun --nproc-per-node "
+            f"{args.n_gpu} -m modeling_moma` in place of `moma` trains on all. CUDA_VISIBLE_DEVICES chooses another."
+        )
+        args._n_gpu = 1
+    return args
+
+
+def refuse_data_parallel(args: "TrainingArguments"):
+    """Raise `ValueError` where `Trainer` would take `DataParallel`, as it does for several GPUs of one process.
+
+    Args:
+        args (`TrainingArguments`):
+            of the Trainer.
+    """
+    if args.n_gpu > 1:
+        raise InputError(
+            f"`args` has n_gpu = {args.n_gpu}, but copies that DataParallel makes lose what routers learn and what "
+            f"hooks observe: {EACH_DEVICE}"
+        )
+
+
 def keep_freed_memory() -> bool:
     """Let glibc keep freed memory for this process, in place of handing large tensors back to the system.
 
@@ -59,4 +97,4 @@ def keep_freed_memory() -> bool:
     return bool(set_option(_M_MMAP_THRESHOLD, _LARGEST_KEPT)) and bool(set_option(_M_TRIM_THRESHOLD, _NEVER))
 
 
-__all__ = ["keep_freed_memory", "supports_bf16", "trains_in_bf16"]
+__all__ = ["keep_freed_memory", "on_one_gpu", "refuse_data_parallel", "supports_bf16", "trains_in_bf16"]

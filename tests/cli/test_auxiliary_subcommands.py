@@ -5,6 +5,7 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import TrainingArguments
 
 from helpers.tiny import tiny_model, tiny_processor, write_tokens
 from modeling_moma import MomaForCausalLM
@@ -15,6 +16,7 @@ from modeling_moma.cli.calibrate import main as calibrate
 from modeling_moma.cli.train_auxiliary_routers import main as train
 from modeling_moma.data.examples import open_documents
 from modeling_moma.evaluation.measures import held_out_batches, load_model
+from modeling_moma.training import auxiliary_routers
 from release import main as release
 from tokenization import MomaProcessor
 
@@ -229,3 +231,16 @@ def test_bad_arguments_are_refused(inputs, tmp_path):
     with pytest.raises(ValueError, match="were they made together"):
         run(calibrate, inputs, tmp_path / "never", model=tmp_path / "other")
     assert not (tmp_path / "never").exists()
+
+
+def test_every_process_loads_onto_its_own_device(inputs, tmp_path, monkeypatch):
+    class Loaded(Exception):
+        pass
+
+    def load(folder, device):
+        raise Loaded(str(device))
+
+    monkeypatch.setattr(auxiliary_routers, "load_model", load)
+    monkeypatch.setattr(TrainingArguments, "device", torch.device("cuda", 3))
+    with pytest.raises(Loaded, match="cuda:3"):
+        auxiliary_run(inputs, tmp_path)

@@ -103,3 +103,17 @@ def test_words_are_those_of_before_after_images_have_learnt(processor, tmp_path)
 def test_groups_that_cannot_learn_alone_are_refused(groups, said, processor):
     with pytest.raises(ValueError, match=said):
         freeze_all_but(tiny_model(processor), groups)
+
+
+def test_rows_that_learn_are_moved_to_the_device_once(processor):
+    model = tiny_model(processor)
+    freeze_all_but(model, ["image"])
+    for weight in (model.get_input_embeddings().weight, model.get_output_embeddings().weight):
+        (keep_rows,) = weight._backward_hooks.values()
+        rows = []
+        for dtype in (torch.float32, torch.float32):
+            keep_rows(torch.ones_like(weight, dtype=dtype))
+            rows += [
+                cell.cell_contents for cell in keep_rows.__closure__ if isinstance(cell.cell_contents, torch.Tensor)
+            ]
+        assert rows[0].dtype == torch.float32 and rows[0] is rows[1]

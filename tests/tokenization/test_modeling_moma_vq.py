@@ -6,11 +6,13 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.models.chameleon.configuration_chameleon import ChameleonVQVAEConfig
 from transformers.models.chameleon.modeling_chameleon import ChameleonVQVAE
 
 from tokenization.configuration_moma_vq import MomaVQConfig
 from tokenization.modeling_moma_vq import MomaVQModel
+from tokenization.quantizer_moma_vq import ASSIGN_CHUNK, code_counts
 
 
 CHAMELEON_FIELDS = {
@@ -385,3 +387,67 @@ def test_no_images_give_empty_tensors_and_losses_of_zero(fields):
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     with pytest.raises(ValueError, match="pixel_values holds no images"):
         model.initialize_codebook(none)
+
+
+class Operations(TorchDispatchMode):
+    """Counts what a device would launch."""
+
+    number = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.number += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_off_a_cpu_codes_are_found_in_few_operations(model):
+    vectors = torch.zeros(64 * 1024, 8, device="meta")
+    quantizer = copy.deepcopy(model.quantize).to("meta")
+    with Operations() as operations:
+        assert quantizer.assign(vectors).shape == (64 * 1024,)
+    assert operations.number < 40
+    # distances of a larger codebook are never there all at once
+    quantizer.embedding.weight = torch.nn.Parameter(torch.zeros(2**17, 8, device="meta"))
+    with Operations() as more:
+        quantizer.assign(vectors)
+    assert more.number > 5 * 64 * 1024 / 512
+
+
+def test_codes_do_not_depend_on_how_many_are_found_at_once(model):
+    vectors = torch.randn(2 * ASSIGN_CHUNK + 5, 8)
+    expected = torch.cat([model.quantize.assign(part) for part in vectors.split(7)])
+    assert torch.equal(model.quantize.assign(vectors), expected)
+
+
+def test_counts_of_codes_are_those_of_bincount():
+    codes = torch.randint(0, 30, (5, 7))
+    assert torch.equal(code_counts(codes, 32), torch.bincount(codes.flatten(), minlength=32).float())
+    assert torch.equal(code_counts(codes[:0], 32), torch.zeros(32))
+
+
+class SaysCuda(torch.Tensor):
+    """A tensor that is taken for one of CUDA."""
+
+    device = torch.device("cuda", 0)  # pyright: ignore[reportAssignmentType, reportIncompatibleMethodOverride]
+
+
+def test_codes_are_computed_without_tf32(model, images, monkeypatch):
+    def precisions():
+        return torch.backends.cudnn.conv.fp32_precision, torch.backends.cuda.matmul.fp32_precision
+
+    before, seen, encode = precisions(), [], model.encode
+
+    def record(pixel_values):
+        seen.append(precisions())
+        return encode(pixel_values.as_subclass(torch.Tensor))
+
+    monkeypatch.setattr(model, "encode", record)
+    assert "ieee" not in before
+    codes = model.get_image_tokens(images)
+    assert torch.equal(model.get_image_tokens(images.as_subclass(SaysCuda)), codes)
+    assert seen == [*[before] * (len(seen) - 1), ("ieee", "ieee")] and precisions() == before
+    with pytest.raises(ValueError, match="must have shape"):
+        model.get_image_tokens(images[0].as_subclass(SaysCuda))
+    monkeypatch.setattr(model.quantize, "nearest", lambda latents: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        model.get_image_tokens(images.as_subclass(SaysCuda))
+    assert precisions() == before

@@ -15,11 +15,15 @@ from safetensors.torch import load_file
 from helpers.mixture import WEIGHTS, write_mixture
 from helpers.processes import start_script, start_scripts
 from helpers.tiny import tiny_processor
+from modeling_moma import MomaMetricsCallback
 from modeling_moma.cli import build_processor, pretrain, tokenize
 from modeling_moma.cli.evaluate import main as evaluate
 from modeling_moma.data.documents import TokenFolder
 from modeling_moma.evaluation.held_out import read_held_out
 from modeling_moma.training.pretraining import training_stream
+from modeling_moma.training.recipe import SampleFields
+from modeling_moma.training.samples import SampleCallback
+from tokenization import MomaProcessor
 
 
 KILLS = 10
@@ -105,6 +109,16 @@ def test_samples_show_drawings_and_captions(trained):
     assert sample["captions"][0]["reference"].startswith("thing ")
     # two rows of two images of 16 pixels
     assert Image.open(trained / "samples" / "step-000008.png").size == (44, 44)
+
+
+def test_samples_are_decoded_where_the_model_is(inputs, monkeypatch):
+    processor = MomaProcessor.from_pretrained(inputs / "processor")
+    moves = []
+    monkeypatch.setattr(processor, "to", lambda device: moves.append(str(device)) or processor)
+    callback = SampleCallback(SampleFields(every=1), processor, [], MomaMetricsCallback())
+    codes = torch.zeros(2, processor.image_seq_length, dtype=torch.long)
+    assert len(callback._decode(codes, torch.device("cuda", 0))) == 2
+    assert moves == ["cuda:0", "cpu"]
 
 
 def test_samples_do_not_change_the_training(inputs, trained, tmp_path):

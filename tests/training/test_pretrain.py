@@ -533,3 +533,17 @@ def test_recipe_or_model_is_needed(tmp_path, capsys):
         parse_arguments([str(tmp_path / "r.yaml"), *paths])
     assert "no section `model`" in capsys.readouterr().err
     assert parse_arguments([str(tmp_path / "r.yaml"), *paths, "--model", "m"]).steps == 3
+
+
+def test_a_loss_that_is_no_number_is_logged_and_a_recipe_wins(inputs, tmp_path):
+    args = parse_arguments(arguments(inputs, tmp_path / "out"))
+    made = pretraining.make_training_arguments(args)
+    assert not made.logging_nan_inf_filter and not made.dataloader_pin_memory
+    args.trainer = {"logging_nan_inf_filter": True, "accelerator_config": {"non_blocking": True}}
+    made = pretraining.make_training_arguments(args)
+    assert made.logging_nan_inf_filter and made.accelerator_config.non_blocking
+
+
+def test_batches_go_to_a_gpu_from_pinned_memory():
+    fields = stages_of_trainer.feeding_fields("cuda")
+    assert fields["dataloader_pin_memory"] and fields["accelerator_config"] == {"non_blocking": True}

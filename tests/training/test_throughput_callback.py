@@ -59,3 +59,24 @@ def test_epoch_is_that_of_the_only_source():
     assert several.epoch(5) is None
     alone = FeedingCallback({"lines": 1.0}, lambda number: [number / 8], examples_a_step=4)
     assert alone.epoch(5) == 2.5
+
+
+@pytest.mark.parametrize("weights", [{"lines": 1.0}, {"photos": 1.0, "lines": 1.0}])
+def test_counting_a_batch_waits_for_no_device(weights):
+    callback = FeedingCallback(weights)
+    # no number of such a tensor can be read
+    ids, mask = (torch.zeros(2, 8, dtype=torch.long, device="meta") for _ in range(2))
+    callback.on_batches([{"input_ids": ids, "source_ids": ids}, {"input_ids": ids, "attention_mask": mask}], 0.01)
+    assert callback.tokens.device.type == "meta" and callback.positions == 32 and callback.rows == 4
+
+
+def test_tokens_are_those_that_no_padding_fills():
+    callback = FeedingCallback({"photos": 1.0, "lines": 1.0})
+    for _ in range(3):
+        ids = torch.tensor([[0, 0, 1, -1], [1, 1, 1, -1]])
+        callback.on_batches(
+            [{"input_ids": ids, "source_ids": ids}, {"input_ids": ids, "attention_mask": ids >= 0}], 0.01
+        )
+    assert int(callback.tokens) == 36 and callback.by_source.tolist() == [6, 12]
+    callback.on_step_end(None, None, None)
+    assert callback.figures(step=3)["padding_share"] == 0.25
