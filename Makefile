@@ -70,9 +70,9 @@ data-manual: $(INSTALLED)
 data-gloss: $(INSTALLED)
 	$(RUN) scripts/build_gloss.py --output data/gloss
 
-# one comparison of speed by its name, `make bench CASE=decode-4t4i`, or all of them
+# one comparison of speed by its name, `make bench CASE=decode-4t4i`, or all of them; on a GPU where there is one
 bench: $(INSTALLED)
-	$(RUN) -m benchmarks $(CASE)
+	$(RUN) -m benchmarks $(CASE) --report benchmarks/reports
 
 reproduce: $(INSTALLED)
 	PYTHON=$(abspath $(RUN)) scripts/reproduce.sh

@@ -4,17 +4,18 @@ Compares the speed of our models with that of Transformers' and of one another.
 
     python -m benchmarks                      all cases, on one thread and on all
     python -m benchmarks decode-4t4i train-4t4i --threads 1
-    python -m benchmarks --device cuda --minutes 6 --report benchmarks/reports
+    python -m benchmarks --device cuda --minutes 30 --report benchmarks/reports
     python -m benchmarks --list
 
-Nothing else may run beside it. What is timed is checked first.
+Nothing else may run beside it. What is timed is checked first. A case that fails is told and does not end the others.
 """
 
 import argparse
+import gc
 import sys
 import time
+import traceback
 from collections.abc import Sequence
-from datetime import date
 from pathlib import Path
 
 import torch
@@ -22,7 +23,7 @@ import torch
 from benchmarks.speed.cases import CASES, FORMER_NAMES
 from benchmarks.speed.clock import BusyMachineError
 from benchmarks.speed.comparison import Outcome, run_case
-from benchmarks.speed.results import report
+from benchmarks.speed.results import environment, report, report_file
 from modeling_moma.utils.fields import warn_of_former_name
 from modeling_moma.utils.hardware import keep_freed_memory
 
@@ -38,7 +39,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--no-details", action="store_true", help="times alone: no FLOPs, bytes, profile and memory")
     parser.add_argument("--minutes", type=float, help="begin no further case after these; what is left out is named")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--report", type=Path, help="folder for a dated report")
+    parser.add_argument("--report", type=Path, help="folder for a dated report, which replaces none")
     args = parser.parse_args(arguments)
     for name in FORMER_NAMES.keys() & args.cases:
         warn_of_former_name(f"case {name!r}", repr(FORMER_NAMES[name]))
@@ -64,29 +65,49 @@ def main(arguments: Sequence[str] | None = None) -> int:
         numbers = numbers[-1:]
     command = " ".join(["python -m benchmarks", *(arguments if arguments is not None else sys.argv[1:])])
     outcomes: list[Outcome] = []
-    status, page, left_out = 0, "", []
+    status, not_measured, machine = 0, {}, environment(args.device)
+    file = None if args.report is None else report_file(args.report, args.device)
     end = None if args.minutes is None else time.monotonic() + 60 * args.minutes
-    for name in args.cases or CASES:
+    for name in args.cases or [name for name, case in CASES.items() if args.device == "cuda" or not case.needs]:
         if end is not None and time.monotonic() > end:
-            left_out.append(name)
+            not_measured[name] = "the time was over"
+            continue
+        if missing := CASES[name].missing(args.device):
+            not_measured[name] = f"needs {missing}"
             continue
         for number in dict.fromkeys(numbers):
             try:
                 outcome = run_case(CASES[name], number, args.rounds, args.device, not args.no_details)
-            except BusyMachineError as error:
+            except Exception as error:
+                # one that does not fit, or a kernel that is missing, says as much of a machine as a figure
+                not_measured[name] = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+                if not isinstance(error, BusyMachineError):
+                    traceback.print_exc()
                 print(f"{name}, {number} threads: {error}", file=sys.stderr)
                 status = 1
                 continue
+            finally:
+                # what contenders held
+                gc.collect()
+                if args.device == "cuda":
+                    torch.cuda.empty_cache()
             outcomes.append(outcome)
             print(f"{name}, {number} threads: {outcome.ratio:.3f}", file=sys.stderr, flush=True)
-            page = report(outcomes, command, args.rounds, args.device)
-            if args.report:
-                # after every case: they take long
-                (args.report / f"{date.today()}-speed-{args.device}.md").write_text(page)
+            write(file, report(outcomes, command, args.rounds, args.device, machine, not_measured))
+    page = report(outcomes, command, args.rounds, args.device, machine, not_measured)
+    write(file, page)
     print(page)
-    if left_out:
-        print(f"Left out for lack of time: {', '.join(left_out)}.", file=sys.stderr)
+    for name, reason in not_measured.items():
+        print(f"Not measured: {name}: {reason}", file=sys.stderr)
+    if file is not None:
+        print(f"Written: {file}", file=sys.stderr)
     return status
+
+
+def write(file: Path | None, page: str) -> None:
+    """Writes a report after every case, since they take long."""
+    if file is not None:
+        file.write_text(page)
 
 
 if __name__ == "__main__":

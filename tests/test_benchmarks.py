@@ -2,6 +2,7 @@
 import contextlib
 import copy
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +13,8 @@ from benchmarks.speed import gate
 from benchmarks.speed.cases import CASES
 from benchmarks.speed.clock import BusyMachineError, Quiet
 from benchmarks.speed.contenders import CONTENDERS, build
-from benchmarks.speed.profiles import PeakMemory
+from benchmarks.speed.profiles import PeakMemory, count_calls
+from benchmarks.speed.results import environment
 from benchmarks.speed.shapes import SHAPES, mixed_tokens
 from modeling_moma.depth_moma import MomaDepthRouter
 from modeling_moma.routing_moma import MomaRouter
@@ -125,7 +127,49 @@ def test_contenders_give_every_expert_and_depth_layer_its_share():
 
 def test_cases_that_the_time_does_not_suffice_for_are_named(tiny_cases, capsys):
     assert compare_speed(["train-4t4i", "--device", "cpu", "--minutes", "-1"]) == 0
-    assert "Left out for lack of time: train-4t4i." in capsys.readouterr().err
+    output = capsys.readouterr()
+    assert "- train-4t4i: the time was over" in output.out and "train-4t4i: the time was over" in output.err
+
+
+def test_a_case_that_fails_ends_no_other_and_stands_in_the_report(tiny_cases, tmp_path, monkeypatch, capsys):
+    def fail(*args):
+        raise torch.OutOfMemoryError("no room\nfor it")
+
+    monkeypatch.setitem(CONTENDERS, "dense", fail)
+    command = ["train-4t4i", "train-16t16i", "--threads", "1", "--rounds", "1", "--no-details", "--device", "cpu"]
+    for _ in range(2):
+        assert compare_speed([*command, "--report", str(tmp_path)]) == 1
+    # an earlier report of the day stays
+    reports = [path.read_text() for path in tmp_path.iterdir()]
+    assert len(reports) == 2
+    for page in reports:
+        assert "- train-4t4i: OutOfMemoryError: no room for it" in page
+        assert "| train-16t16i | 1 | 16t16i | 4t4i |" in page
+    assert "Written: " in capsys.readouterr().err
+
+
+def test_cases_for_a_gpu_are_left_out_without_one(capsys):
+    names = [name for name, case in CASES.items() if case.needs]
+    assert names and CASES["train-4t4i"].missing("cpu") is None
+    assert compare_speed([*names[:1], "--device", "cpu"]) == 0
+    assert f"- {names[0]}: needs a GPU" in capsys.readouterr().out
+
+
+def test_a_report_names_versions_and_machine():
+    said = environment("cpu")
+    for name in (f"torch {torch.__version__}", "Transformers 5.", "flash-attn ", "Python 3.", "CPU ("):
+        assert name in said
+
+
+def test_launches_and_waits_are_those_of_the_runtime():
+    counts = {
+        "cudaLaunchKernel": 7,
+        "cuLaunchKernelEx": 2,
+        "cudaStreamSynchronize": 3,
+        "aten::mm": 5,
+        "cudaMemcpyAsync": 4,
+    }
+    assert count_calls(SimpleNamespace(key=key, count=number) for key, number in counts.items()) == (9, 3)
 
 
 def test_a_gpu_that_is_not_there_is_named(capsys):

@@ -3,6 +3,8 @@
 
 from dataclasses import dataclass, replace
 
+from transformers.utils import is_flash_attn_2_available
+
 from benchmarks.speed.peers import IMPLEMENTATIONS
 
 
@@ -29,6 +31,7 @@ class Case:
         dtype: a name of torch's.
         text_share: share of words among the tokens.
         packed: whether rows hold several documents.
+        needs: `"cuda"`, or `"flash-attn"` beside it, where a machine without them leaves the case out.
         bar_of_floor: the largest ratio to the bytes that a decoding reads, where there is one.
     """
 
@@ -44,6 +47,15 @@ class Case:
     text_share: float = 0.5
     packed: bool = False
     bar_of_floor: float | None = None
+    needs: str | None = None
+
+    def missing(self, device: str) -> str | None:
+        """What the case needs and is not there."""
+        if self.needs is None:
+            return None
+        if device != "cuda":
+            return "a GPU"
+        return "flash-attn" if self.needs == "flash-attn" and not is_flash_attn_2_available() else None
 
 
 def _cases() -> list[Case]:
@@ -94,6 +106,18 @@ def _cases() -> list[Case]:
         )
         # rows at different places of words and images, and rows that all draw, as one call of `generate` does
         cases += [of_rows, replace(of_rows, name=f"decode-4t4i-{rows}-drawing", text_share=0.0)]
+    # the sizes above leave a GPU idle between launches; these keep it busy, and answer what there is to choose there
+    large = replace(against_dense, shape="large", length=2048, needs="cuda")
+    packed = replace(train, ours="4t4i flash_attention_2", peers=("4t4i",), rows=4, length=4096, packed=True, bar=None)
+    cases += [
+        replace(large, name="train-4t4i-large", ours="4t4i", bar=None),
+        replace(large, name="train-token-choice-large", ours="4t4i token_choice", bar=None),
+        replace(large, name="train-4t4i-large-olmoe", ours="4t4i", peers=("olmoe grouped_mm",), bar=None),
+        replace(large, name="train-4t4i-grouped", ours="4t4i", peers=("4t4i grouped_mm",), bar=None),
+        replace(large, name="prefill-4t4i-large", kind="prefill", ours="4t4i", bar=None),
+        replace(large, name="decode-4t4i-large", kind="decode", ours="4t4i", rows=8, bar=None),
+        replace(packed, name="train-4t4i-packed-flash", needs="flash-attn"),
+    ]
     return cases
 
 

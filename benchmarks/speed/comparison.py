@@ -12,9 +12,9 @@ from benchmarks.speed import floors, gate
 from benchmarks.speed.cases import Case
 from benchmarks.speed.clock import Quiet, in_turn, median_ratio, threads
 from benchmarks.speed.contenders import build
-from benchmarks.speed.profiles import matmul_share, own_seconds, peak_bytes
+from benchmarks.speed.profiles import device_calls, matmul_share, own_seconds, peak_bytes
 from benchmarks.speed.shapes import SHAPES, Shape
-from benchmarks.speed.work import Runner
+from benchmarks.speed.work import DECODE_STEPS, Runner
 from modeling_moma import MomaForCausalLM
 
 
@@ -35,6 +35,8 @@ class Row:
         floor_ratio: time over the bytes that decoding reads at the bandwidth of the run.
         matmul_share: share of the operations' time that is matrix products and attention.
         peak_bytes: what a training step holds at once beside weights, gradients and optimizer.
+        launches: kernels that a step starts on a GPU.
+        waits: how often the host waits for the GPU in a step.
     """
 
     name: str
@@ -44,6 +46,8 @@ class Row:
     floor_ratio: float | None = None
     matmul_share: float | None = None
     peak_bytes: int | None = None
+    launches: float | None = None
+    waits: float | None = None
 
 
 @dataclass
@@ -92,7 +96,7 @@ def run_case(case: Case, num_threads: int, rounds: int, device: str, with_detail
 
     Raises:
         AssertionError: ours is wrong, so that its time says nothing.
-        BusyMachineError: the machine did something else, and all threads were asked for.
+        BusyMachineError: the machine did something else, and all threads of a CPU were asked for.
     """
     shape, dtype = SHAPES[case.shape], getattr(torch, case.dtype)
     names = [case.ours, *case.peers]
@@ -100,7 +104,8 @@ def run_case(case: Case, num_threads: int, rounds: int, device: str, with_detail
         runners = [_runner(case, name, shape, dtype, device) for name in names]
         with Quiet() as quiet:
             times = in_turn(runners, rounds * (_DECODE_ROUNDS if case.kind == "decode" else 1))
-        if num_threads > 1:
+        # beside a GPU the host has cores to spare, and a server is never quite idle: the load is told
+        if num_threads > 1 and device == "cpu":
             quiet.check()
         outcome = Outcome(case, num_threads, quiet.load)
         for name, runner, own in zip(names, runners, times):
@@ -130,3 +135,6 @@ def _add_details(row: Row, case: Case, runner: Runner, shape: Shape, dtype: torc
         row.matmul_share = matmul_share(own_seconds(runner.work, device, runner.prepare))
     if case.kind == "train":
         row.peak_bytes = peak_bytes(runner)
+    if device == "cuda":
+        steps = DECODE_STEPS if case.kind == "decode" else 1
+        row.launches, row.waits = (number / steps for number in device_calls(runner.work, runner.prepare))

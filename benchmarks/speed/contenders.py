@@ -96,6 +96,19 @@ for _rule in ("threshold", "token_choice"):
     contender(f"4t4i {_rule}")(_moma("4t4i", training_routing=_rule, inference_routing=_rule))
 
 
+def _with(setting: str, value: str):
+    def build(shape: Shape, length: int) -> PreTrainedModel:
+        model = CONTENDERS["4t4i"](shape, length)
+        getattr(model, f"set_{setting}_implementation")(value)
+        return model
+
+    return build
+
+
+contender("4t4i grouped_mm")(_with("experts", "grouped_mm"))
+contender("4t4i flash_attention_2")(_with("attn", "flash_attention_2"))
+
+
 @contender("mod-4t4i")
 def depth_of_equal_flops(shape: Shape, length: int) -> MomaForCausalLM:
     """Depth on every other layer, as many layers as come closest to the FLOPs of 4t4i without depth."""

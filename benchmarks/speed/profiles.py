@@ -37,14 +37,30 @@ def own_seconds(
     return own
 
 
+def device_calls(work: Callable[[], object], prepare: Callable[[], object]) -> tuple[int, int]:
+    """Kernels that a piece of work starts on a GPU, and how often the host waits for it meanwhile."""
+    prepare()
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+        work()
+    return count_calls(profiler.key_averages())
+
+
+def count_calls(events: Iterable) -> tuple[int, int]:
+    """Launches and waits among the calls of CUDA's runtime that a profile holds."""
+    counts = Counter({event.key: event.count for event in events})
+    launches = sum(number for name, number in counts.items() if name.startswith(("cudaLaunch", "cuLaunch")))
+    return launches, sum(counts[name] for name in ("cudaStreamSynchronize", "cudaEventSynchronize", "cudaMemcpy"))
+
+
 def is_matmul(name: str) -> bool:
     """Whether an operation is a matrix product or attention."""
     return any(part in name for part in MATMUL_NAMES) and "::" in name
 
 
-def matmul_share(own: Counter) -> float:
-    """The share of operations' time that is matrix products and attention."""
-    return sum(value for name, value in own.items() if is_matmul(name)) / sum(own.values())
+def matmul_share(own: Counter) -> float | None:
+    """The share of operations' time that is matrix products and attention; `None` where a GPU may not be profiled."""
+    total = sum(own.values())
+    return sum(value for name, value in own.items() if is_matmul(name)) / total if total else None
 
 
 class PeakMemory(TorchDispatchMode):

@@ -2,8 +2,10 @@
 """Tables of what was compared."""
 
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import date
+from importlib import metadata
+from pathlib import Path
 
 import torch
 
@@ -16,7 +18,49 @@ HEADER = (
 )
 
 
-def report(outcomes: Sequence[Outcome], command: str, rounds: int, device: str) -> str:
+# beside torch, what decides on the kernels that run
+_LIBRARIES = {"Transformers": "transformers", "flash-attn": "flash-attn", "kernels": "kernels", "Triton": "triton"}
+
+
+def report_file(folder: Path, device: str) -> Path:
+    """A dated file that is not there yet."""
+    name, number = f"{date.today()}-speed-{device}", 1
+    while (path := folder / (f"{name}.md" if number == 1 else f"{name}-{number}.md")).exists():
+        number += 1
+    return path
+
+
+def environment(device: str) -> str:
+    """What runs the cases: versions, and the machine."""
+    cuda = f" (CUDA {torch.version.cuda})" if device == "cuda" else ""
+    versions = [f"torch {torch.__version__}{cuda}"]
+    versions += [f"{name} {_version(package)}" for name, package in _LIBRARIES.items()]
+    machine = f"CPU ({_cpu_name()})"
+    if device == "cuda":
+        gpu = torch.cuda.get_device_properties(0)
+        free, total = torch.cuda.mem_get_info()
+        machine = (
+            f"{torch.cuda.get_device_name()}, compute capability {gpu.major}.{gpu.minor}, {total / 2**30:.0f} GiB "
+            f"({free / 2**30:.0f} free at the start), beside {machine}"
+        )
+    return f"{', '.join(versions)}, Python {platform.python_version()}; {machine}"
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def report(
+    outcomes: Sequence[Outcome],
+    command: str,
+    rounds: int,
+    device: str,
+    machine: str,
+    not_measured: Mapping[str, str],
+) -> str:
     """A page of all cases.
 
     Args:
@@ -24,25 +68,34 @@ def report(outcomes: Sequence[Outcome], command: str, rounds: int, device: str) 
         command: that measured it.
         rounds: timings of each contender.
         device: where.
+        machine: see [`environment`].
+        not_measured: why, by case.
     """
-    name = torch.cuda.get_device_name() if device == "cuda" else f"CPU ({_cpu_name()})"
     lines = [
         f"# Speed, {date.today()}",
         "",
         f"`{command}`: contenders in turn in one process, medians of {rounds} rounds, ratios of each round's times"
         + (", freed memory kept. " if device == "cpu" else ". ")
-        + f"torch {torch.__version__}, {name}.",
+        + f"{machine}.",
         "",
         HEADER,
         "|---|---:|---|---|---:|---:|---:|---:|---:|---:|",
     ]
     lines += [_line(outcome) for outcome in outcomes]
-    lines += ["", "Each contender's own figures:", "", "| case | threads | contender | seconds | ours to it |"]
-    lines.append("|---|---:|---|---:|---:|")
+    more = " launches a step | waits a step |" if device == "cuda" else ""
+    lines += ["", "Each contender's own figures:", "", f"| case | threads | contender | seconds | ours to it |{more}"]
+    lines.append("|---|---:|---|---:|---:|" + ("---:|---:|" if more else ""))
     for outcome in outcomes:
         for row in outcome.rows:
-            cells = (outcome.case.name, outcome.num_threads, row.name, f"{row.seconds:.4f}", f"{row.ratio:.3f}")
+            cells = [outcome.case.name, outcome.num_threads, row.name, f"{row.seconds:.4f}", f"{row.ratio:.3f}"]
+            if more:
+                cells += ["" if number is None else f"{number:.0f}" for number in (row.launches, row.waits)]
             lines.append("| " + " | ".join(map(str, cells)) + " |")
+    if device == "cuda" and outcomes:
+        load = max(outcome.load for outcome in outcomes)
+        lines += ["", f"Other processes kept at most {load:.2f} cores of the host busy meanwhile."]
+    if not_measured:
+        lines += ["", "Not measured:", "", *(f"- {name}: {reason}" for name, reason in not_measured.items())]
     return "\n".join(lines) + "\n"
 
 

@@ -42,6 +42,7 @@ SHAPES = {
     "small": Shape(hidden_size=256, intermediate_size=688, num_layers=6, num_heads=4, vocab_size=2048),
     # the width of `90m`, rounded up to what grouped products take, under a vocabulary that leaves the layers visible
     "medium": Shape(hidden_size=512, intermediate_size=1368, num_layers=8, num_heads=8, vocab_size=8192),
+    "large": Shape(hidden_size=1024, intermediate_size=2736, num_layers=12, num_heads=16, vocab_size=8192),
     "90m": Shape(hidden_size=512, intermediate_size=1368, num_layers=8, num_heads=8, vocab_size=65536),
 }
 

@@ -2,11 +2,14 @@
 """What is timed: a training step, its optimizer, a prefill, steps of decoding."""
 
 from contextlib import nullcontext
+from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from transformers import DynamicCache, PreTrainedModel
 
 from benchmarks.speed.shapes import Shape, mixed_tokens
+from modeling_moma.token_groups_moma import packed_lengths
 
 
 # steps of decoding in one piece of work, and the prompt before them
@@ -47,9 +50,13 @@ class Runner:
         self._shape, self._rows, self._text_share, self._seed = shape, rows, text_share, 0
         self._total = PROMPT_LENGTH + DECODE_STEPS if kind == "decode" else length
         self._next_tokens()
-        self.more: dict[str, torch.Tensor] = {}
+        self.more: dict[str, Any] = {}
         if packed:
-            self.more["position_ids"] = (torch.arange(length, device=self.device) % (length // 4)).expand(rows, -1)
+            position_ids = (torch.arange(length) % (length // 4)).expand(rows, -1)
+            # as a training brings them: flash attention goes by lengths
+            self.more = {"position_ids": position_ids.to(self.device)}
+            if "flash" in (model.config._attn_implementation or ""):
+                self.more |= send_to_device(dict(packed_lengths(position_ids)), self.device)
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, fused=True) if kind == "optimizer" else None
         self.cache: DynamicCache | None = None
 
