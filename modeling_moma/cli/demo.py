@@ -15,6 +15,7 @@ from pydantic import Field
 
 from ..utils.errors import needs_extra
 from ..utils.fields import Int
+from ..utils.messages import without_import_notices
 from .arguments import Flag, FlagParser
 
 
@@ -56,7 +57,7 @@ def parse_arguments(arguments: list[str] | None = None) -> Arguments:
 
 
 def run(args: Arguments) -> int:
-    with needs_extra("the page needs Gradio", "demo"):
+    with needs_extra("the page needs Gradio", "demo"), without_import_notices():
         importlib.import_module("gradio")
     from ..demo.inputs import Examples
     from ..demo.page import build_page, open_page

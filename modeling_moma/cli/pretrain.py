@@ -128,7 +128,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     if first.lora_rank is not None and (first.train_groups or first.stop_at):
         # a stage's checkpoint would hold adapters alone
         parser.error("--lora-rank goes with neither --train-groups nor --stop-at")
-    from ..training.recipe import Recipe, read_recipe
+    with without_import_notices():
+        from ..training.recipe import Recipe, read_recipe
 
     recipe = read_recipe(first.recipe_file) if first.recipe_file else Recipe()
     if first.model is None and not recipe.model:

@@ -11,6 +11,7 @@ from typing import Annotated
 from pydantic import AfterValidator
 
 from ..errors_moma import InputError
+from ..utils.messages import without_import_notices
 from .arguments import Flag, parse_fields
 
 
@@ -64,7 +65,8 @@ def parse_arguments(arguments: list[str] | None = None) -> Arguments:
 
 
 def run(args: Arguments) -> int:
-    from ..hub.upload import UploadError, prepare, push, write_repository
+    with without_import_notices():
+        from ..hub.upload import UploadError, prepare, push, write_repository
 
     try:
         datasets = dict(pair.split("=", 1) for pair in args.dataset)
