@@ -49,7 +49,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .compat_moma import complete_model_card
 from .configuration_moma import MomaConfig, check_rules
-from .cpu_moma import CpuAttention, CpuRMSNorm, cpu_form_of, use_cpu_layers
+from .cpu_moma import CpuAttention, CpuRMSNorm, MomaCpuLinear, cpu_form_of, use_cpu_layers
 from .depth_cache_moma import DepthPacking, PackedCache, StepCache
 from .depth_moma import DepthLayer, MomaDepthRouter
 from .errors_moma import InputError
@@ -782,6 +782,12 @@ class MomaForCausalLM(MomaPreTrainedModel, MomaGenerationMixin):
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
+
+    def set_output_embeddings(self, new_embeddings: nn.Module):
+        """See `PreTrainedModel.set_output_embeddings`; `resize_token_embeddings` makes a plain layer of any head."""
+        if isinstance(self.lm_head, MomaCpuLinear):
+            use_cpu_layers(new_embeddings)
+        super().set_output_embeddings(new_embeddings)
 
     @staticmethod
     def create_masks_for_generate(

@@ -124,3 +124,15 @@ def test_subclasses_and_layers_of_others_stay_as_they_are():
     layers = nn.ModuleList([nn.Linear(2, 2), Own(2, 2), nn.LayerNorm(2)])
     use_cpu_layers(layers)
     assert [type(layer) for layer in layers] == [MomaCpuLinear, Own, nn.LayerNorm]
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_resized_head_keeps_its_form(tied):
+    model = tiny_model(tie_word_embeddings=tied)
+    rows = model.config.vocab_size + 8
+    model.resize_token_embeddings(rows)
+    assert type(model.lm_head) is MomaCpuLinear and model.lm_head.weight.shape[0] == rows
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
+    use_cpu_layers(model, False)
+    model.resize_token_embeddings(rows + 8)
+    assert type(model.lm_head) is nn.Linear
