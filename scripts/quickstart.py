@@ -129,6 +129,8 @@ def fine_tune(model, processor, args, folder: Path):
         learning_rate=1e-4,
         weight_decay=0.1,
         use_cpu=not torch.cuda.is_available(),
+        # torch warns where there is nothing to pin memory for
+        dataloader_pin_memory=torch.cuda.is_available(),
         eval_strategy="steps",
         eval_steps=args.fine_tune_steps,
         eval_on_start=True,
