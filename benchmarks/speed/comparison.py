@@ -137,4 +137,7 @@ def _add_details(row: Row, case: Case, runner: Runner, shape: Shape, dtype: torc
         row.peak_bytes = peak_bytes(runner)
     if device == "cuda":
         steps = DECODE_STEPS if case.kind == "decode" else 1
-        row.launches, row.waits = (number / steps for number in device_calls(runner.work, runner.prepare))
+        launches, waits = device_calls(runner.work, runner.prepare)
+        # none where a GPU may not be profiled
+        if launches:
+            row.launches, row.waits = launches / steps, waits / steps
