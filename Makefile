@@ -9,6 +9,9 @@ NEWEST_VENV ?= .venv-newest
 NEWEST_RUN := $(NEWEST_VENV)/bin/python
 LOWEST_VENV ?= .venv-lowest
 LOWEST_RUN := $(LOWEST_VENV)/bin/python
+# a torch that is built for CUDA, which a device is pretended to where there is none
+CUDA_VENV ?= .venv-cuda
+CUDA_RUN := $(CUDA_VENV)/bin/python tests/helpers/cuda/launch.py
 # no constraint, folder of wheels or configuration file of the machine's own
 BARE := env -u PIP_CONSTRAINT -u PIP_FIND_LINKS PIP_CONFIG_FILE=/dev/null
 # two test files at a time, each on one core
@@ -16,7 +19,7 @@ PYTEST_FLAGS ?= -n 2 --dist loadfile
 RUN := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 
-.PHONY: FORCE quickstart browser test test-newest test-lowest test-vllm check docs dist bench reproduce data data-manual data-gloss clean
+.PHONY: FORCE quickstart browser test test-newest test-lowest test-cuda count-cuda test-vllm check docs dist bench reproduce data data-manual data-gloss clean
 
 quickstart: $(VENV)/.installed-train
 	$(RUN) scripts/quickstart.py --output quickstart
@@ -29,6 +32,13 @@ test-newest: $(NEWEST_VENV)/.installed
 
 test-lowest: $(LOWEST_VENV)/.installed
 	OMP_NUM_THREADS=1 $(LOWEST_RUN) -m pytest -q $(PYTEST_FLAGS)
+
+test-cuda: $(CUDA_VENV)/.installed
+	OMP_NUM_THREADS=1 $(CUDA_RUN) -m pytest -q $(PYTEST_FLAGS) tests/cuda
+
+# launches of kernels and waits for the device: `make count-cuda CASE=4t4i`, or all of them
+count-cuda: $(CUDA_VENV)/.installed
+	OMP_NUM_THREADS=1 $(CUDA_RUN) -m helpers.cuda.count $(if $(CASE),"$(CASE)")
 
 # the real vLLM on a CPU: its wheel asks for torch 2.13.0+cpu, which PyTorch's own index of CPU wheels has
 test-vllm: $(VLLM_VENV)/.installed
@@ -96,6 +106,13 @@ $(NEWEST_VENV)/.installed: FORCE
 	-$(BARE) $(NEWEST_RUN) tests/helpers/fetch.py
 	touch $@
 
+# made at every call, as that with the newest releases
+$(CUDA_VENV)/.installed: FORCE
+	$(PYTHON) -m venv $(CUDA_VENV)
+	$(BARE) $(CUDA_VENV)/bin/python -m pip install --quiet --upgrade pip
+	$(BARE) $(CUDA_VENV)/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager --editable . pytest pytest-timeout pytest-xdist
+	touch $@
+
 $(LOWEST_VENV)/.installed: pyproject.toml tests/helpers/fetch.py tests/helpers/lowest.py
 	$(PYTHON) -m venv $(LOWEST_VENV)
 	$(BARE) $(LOWEST_RUN) -m pip install --quiet --upgrade pip
@@ -114,4 +131,4 @@ $(VLLM_VENV)/.installed: pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) $(NEWEST_VENV) $(LOWEST_VENV) runs quickstart site
+	rm -rf $(VENV) $(VLLM_VENV) $(NEWEST_VENV) $(LOWEST_VENV) $(CUDA_VENV) runs quickstart site
