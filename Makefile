@@ -110,7 +110,7 @@ $(NEWEST_VENV)/.installed: FORCE
 $(CUDA_VENV)/.installed: FORCE
 	$(PYTHON) -m venv $(CUDA_VENV)
 	$(BARE) $(CUDA_VENV)/bin/python -m pip install --quiet --upgrade pip
-	$(BARE) $(CUDA_VENV)/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager --editable . pytest pytest-timeout pytest-xdist
+	$(BARE) $(CUDA_VENV)/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager --editable ".[train]" pytest pytest-timeout pytest-xdist
 	touch $@
 
 $(LOWEST_VENV)/.installed: pyproject.toml tests/helpers/fetch.py tests/helpers/lowest.py

@@ -73,7 +73,7 @@ def place() -> str:
     return outside or "?"
 
 
-@dataclass
+@dataclass(eq=False)
 class Counts:
     """What a computation asked of a device.
 
@@ -157,15 +157,17 @@ class CudaTensor(torch.Tensor):
 
     @staticmethod
     def __new__(cls, values: torch.Tensor):
-        tensor = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
-            cls,
-            values.size(),
-            strides=values.stride(),
-            storage_offset=values.storage_offset(),
-            dtype=values.dtype,
-            layout=values.layout,
-            device=CUDA,
-        )
+        # in inference mode a view of a parameter has to be an ordinary tensor, and all others may be one
+        with torch.inference_mode(False):
+            tensor = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+                cls,
+                values.size(),
+                strides=values.stride(),
+                storage_offset=values.storage_offset(),
+                dtype=values.dtype,
+                layout=values.layout,
+                device=CUDA,
+            )
         tensor.values = values
         return tensor
 
@@ -280,7 +282,7 @@ class Operations(TorchDispatchMode):
         """Runs an operation on the CPU, and counts what CUDA would have done."""
         leaves = tree_leaves((args, kwargs))
         tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
-        # a guess of the device is worth nothing where it is no argument but a default
+        # by position or by name
         asked = next((leaf.type for leaf in leaves if isinstance(leaf, torch.device)), None)
         on_device = any(map(is_on_device, tensors))
         if not on_device and asked != "cuda":
