@@ -33,7 +33,7 @@ from torch import nn
 from torch.nn.attention.flex_attention import BlockMask
 from transformers import initialization as init
 from transformers.activations import ACT2FN
-from transformers.cache_utils import Cache, DynamicCache, StaticCache
+from transformers.cache_utils import Cache, DynamicCache
 from transformers.integrations import use_kernel_forward_from_hub, use_kernelized_func
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -60,7 +60,8 @@ from .quantized_layers_moma import use_quantized_layers
 from .routing_moma import MomaAuxiliaryRouter, MomaRouter, MomaRouterBase, update_routers
 from .token_groups_moma import (
     RoutingContext,
-    document_lengths,
+    causal_mask_of,
+    check_whole_lengths,
     routing_of_batch,
     seen_positions,
     uses_flash_attention_mask,
@@ -708,10 +709,7 @@ class MomaModel(MomaPreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise InputError("You must specify exactly one of `input_ids` or `inputs_embeds`.")
-        # with a cache from the caller, this may be a chunk of a longer prompt that lies in a row's padding
-        is_whole_prompt = cache is None
-        if use_cache and cache is None:
-            cache = DynamicCache(config=self.config)
+        check_whole_lengths(self, kwargs)
         # routing comes before the embedding, so that a bad token id raises the clearer error
         context = routing_of_batch(
             self.config,
@@ -721,7 +719,6 @@ class MomaModel(MomaPreTrainedModel):
             position_ids,
             mm_token_type_ids,
             cache,
-            is_whole_prompt,
             is_training=self.training,
             routing=routing,
             depth_routing=depth_routing,
@@ -730,21 +727,14 @@ class MomaModel(MomaPreTrainedModel):
                 self.config, input_ids, self.embed_tokens.weight if inputs_embeds is None else inputs_embeds
             ),
             takes_hints=takes_hints(self.config),
+            given=kwargs,
         )
+        # a cache would take the documents of a row for one
+        if use_cache and cache is None and not context.has_documents:
+            cache = DynamicCache(config=self.config)
         hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        by_lengths = uses_flash_attention_mask(self.config)
-        causal_mask = create_causal_mask(
-            config=self.config,
-            inputs_embeds=hidden_states,
-            attention_mask=attention_mask,
-            cache=cache,
-            # only positions of the caller may restart within a row; checking for that costs a device sync
-            position_ids=None if by_lengths else position_ids,
-            # the columns of a static cache that no token fills yet have to be hidden, in steps of one token too
-            allow_is_causal_skip=not isinstance(cache, StaticCache) or hidden_states.shape[1] > 1,
-        )
-        lengths = document_lengths(self, kwargs, hidden_states, attention_mask, causal_mask, position_ids, cache)
-        kwargs.update(lengths)  # pyright: ignore[reportCallIssue, reportArgumentType]
+        causal_mask = causal_mask_of(self.config, hidden_states, attention_mask, cache, context)
+        kwargs.update(context.lengths or {})  # pyright: ignore[reportCallIssue, reportArgumentType]
         if position_ids is None:
             position_ids = torch.arange(hidden_states.shape[1], device=hidden_states.device) + seen_positions(cache)
             position_ids = position_ids.unsqueeze(0)
@@ -756,7 +746,7 @@ class MomaModel(MomaPreTrainedModel):
                 routing_context=context,
                 attention_mask=causal_mask,
                 # flash attention would look in every layer, with a device sync, for what has been found
-                position_ids=None if by_lengths else position_ids,
+                position_ids=None if uses_flash_attention_mask(self.config) else position_ids,
                 position_embeddings=position_embeddings,
                 cache=cache,
                 use_cache=use_cache,

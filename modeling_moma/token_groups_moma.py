@@ -10,18 +10,22 @@ Shape suffixes:
     router), E documents of the batch and one.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any, NamedTuple
+from types import MappingProxyType
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 import torch.distributed as dist
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, StaticCache
 from transformers.masking_utils import (
     ALL_MASK_ATTENTION_FUNCTIONS,
-    find_packed_sequence_indices,
+    and_masks,
+    causal_mask_function,
+    create_causal_mask,
     flash_attention_mask,
+    packed_sequence_mask_function,
 )
 from transformers.modeling_flash_attention_utils import FlashAttentionKwargs
 from transformers.modeling_utils import PreTrainedModel
@@ -196,29 +200,45 @@ def split_modalities(
         IndexError: an id lies outside the vocabulary.
         ValueError: a modality index is not one of `config.modalities`, or a row is all padding.
     """
+    return _split_and_read(config, modality_BT, padding_BT, input_ids, masked_B)[0]
+
+
+def _split_and_read(
+    config: MomaConfig,
+    modality_BT: torch.Tensor,
+    padding_BT: torch.Tensor | None,
+    input_ids: torch.Tensor | None,
+    masked_B: torch.Tensor | None,
+    others: Sequence[torch.Tensor] = (),
+) -> tuple[ModalitySplit, list[int]]:
+    """Return the split, and in the same device sync what other numbers are."""
     groups = list(config.expert_groups)
     group_BT = position_groups(config, modality_BT, padding_BT)
-    group_flat = group_BT.flatten()
     checked = modality_BT if input_ids is None else input_ids
-    low, high, num_masked, first_masked, *counts = _count(group_flat, checked, masked_B, len(groups))
+    numbers = _count(group_BT.flatten(), checked, masked_B, len(groups), others)
+    low, high, num_masked, first_masked, *counts = numbers[: 4 + len(groups)]
     _check_bounds(config, low, high, input_ids is not None)
     if num_masked:
         raise InputError(
             f"`attention_mask` is 0 in all of row {first_masked}: a row needs at least one token. Is its text empty, "
             "or was the mask inverted?"
         )
-    return ModalitySplit.from_groups(group_BT, dict(zip(groups, counts)))
+    return ModalitySplit.from_groups(group_BT, dict(zip(groups, counts))), numbers[4 + len(groups) :]
 
 
 def _count(
-    group_flat: torch.Tensor, checked: torch.Tensor, masked_B: torch.Tensor | None, num_groups: int
+    group_flat: torch.Tensor,
+    checked: torch.Tensor,
+    masked_B: torch.Tensor | None,
+    num_groups: int,
+    others: Sequence[torch.Tensor],
 ) -> list[int]:
-    """Return lowest and highest of what is checked, masked rows, the first of them, and positions of each group."""
+    """Return lowest and highest of what is checked, masked rows, the first of them, positions of groups, others."""
     if masked_B is None:
         masked_B = torch.zeros_like(group_flat[:1], dtype=torch.bool)
     bounds = torch.stack([checked.min(), checked.max(), masked_B.sum(), masked_B.int().argmax()])
     counts = torch.stack([(group_flat == index).sum() for index in range(num_groups)])
-    return torch.cat([bounds, counts]).tolist()
+    return torch.cat([bounds, counts, *(other.view(1) for other in others)]).tolist()
 
 
 def _check_bounds(config: MomaConfig, low: int, high: int, are_ids: bool) -> None:
@@ -259,6 +279,13 @@ class PairForm(Enum):
     COUNTED = "counted"
     SORTED = "sorted"
     FIXED = "fixed"
+
+
+class Documents(NamedTuple):
+    """What keeps the documents of packed rows apart, in the form that attention takes; nothing in other rows."""
+
+    document_BT: torch.Tensor | None = None
+    lengths: FlashAttentionKwargs | None = None
 
 
 class RouterState(NamedTuple):
@@ -312,6 +339,8 @@ class RoutingContext:
             document of each position in packed rows, `[B, T]`.
         custom_mask_BHQS (`torch.Tensor`, *optional*):
             the caller's own attention mask, as it came.
+        lengths (`FlashAttentionKwargs`, *optional*):
+            where documents of packed rows lie, for flash attention, see [`packed_lengths`].
         runs_all_groups (`bool`, *optional*, defaults to `True`):
             whether groups without a token run, too: their weights take part in every training step and wherever
             processes wait for one another, and where routers are recorded each has its entry.
@@ -340,6 +369,7 @@ class RoutingContext:
         padding_BT: torch.Tensor | None = None,
         document_BT: torch.Tensor | None = None,
         custom_mask_BHQS: torch.Tensor | None = None,
+        lengths: FlashAttentionKwargs | None = None,
         runs_all_groups: bool = True,
         pairs: PairForm = PairForm.COUNTED,
         takes_hints: bool = False,
@@ -352,6 +382,7 @@ class RoutingContext:
         self.track = track
         self.padding_BT, self.document_BT = padding_BT, document_BT
         self.custom_mask_BHQS = custom_mask_BHQS
+        self.lengths = lengths
         self.runs_all_groups, self.pairs, self.takes_hints = runs_all_groups, pairs, takes_hints
         self.statistics: dict[Any, RouterStatistics] = {}
         self.state: dict[Any, RouterState] = {}
@@ -367,6 +398,18 @@ class RoutingContext:
     def may_sync(self) -> bool:
         """Whether the device may be asked for the number of pairs."""
         return self.pairs is PairForm.COUNTED
+
+    @property
+    def has_documents(self) -> bool:
+        """Whether rows hold several documents, which do not see one another."""
+        return self.document_BT is not None or self.lengths is not None
+
+    @property
+    def has_padding(self) -> bool:
+        """Whether a position may be padding; without a device sync it is unknown."""
+        if self.padding_BT is None or not isinstance(self.split, ModalitySplit):
+            return self.padding_BT is not None
+        return sum(self.split.counts.values()) < self.padding_BT.numel()
 
     def to(self, device: torch.device | int | str, non_blocking: bool = False) -> "RoutingContext":
         """Return the same context for layers on another device, which Accelerate's hooks ask for.
@@ -451,13 +494,13 @@ def routing_of_batch(
     position_ids: torch.Tensor | None,
     mm_token_type_ids: torch.Tensor | None,
     cache: Cache | None,
-    is_whole_prompt: bool,
     is_training: bool,
     routing: str | None = None,
     depth_routing: str | None = None,
     is_recorded: bool = False,
     pairs: PairForm = PairForm.COUNTED,
     takes_hints: bool = False,
+    given: Mapping[str, Any] = MappingProxyType({}),
 ) -> RoutingContext:
     """Describe the routing of one forward to all its layers, and raise where something cannot be routed.
 
@@ -475,9 +518,8 @@ def routing_of_batch(
         mm_token_type_ids (`torch.LongTensor`, *optional*):
             modality of each position of `inputs_embeds`, `[B, T]`.
         cache (`Cache`, *optional*):
-            of this forward.
-        is_whole_prompt (`bool`):
-            whether no cache came from the caller, so that a row without a token is an error.
+            the caller's. With it, this may be a chunk of a longer prompt that lies in a row's padding; without it, a
+            row without a token is an error.
         is_training (`bool`):
             whether the model is in `train()` mode.
         routing (`str`, *optional*):
@@ -490,11 +532,14 @@ def routing_of_batch(
             in what form selections have their pairs.
         takes_hints (`bool`, *optional*, defaults to `False`):
             whether the experts implementation takes hints.
+        given (`Mapping`, *optional*):
+            the caller's further arguments, with lengths of documents or without.
 
     Raises:
         IndexError: an id lies outside the vocabulary.
         TypeError: depth layers cannot pack this attention mask.
-        ValueError: there is no such rule, or the batch is empty, too long, or does not fit its mask or modalities.
+        ValueError: there is no such rule, documents of packed rows would see one another, or the batch is empty, too
+            long, or does not fit its mask or modalities.
     """
     routing, depth_routing = _resolve_rules(config, is_training, routing, depth_routing)
     # the caller gives `input_ids` or `inputs_embeds`
@@ -505,6 +550,7 @@ def routing_of_batch(
     is_exported = torch.compiler.is_exporting()
     if is_exported:
         check_exportable(config, routing, is_training)
+    documents = Documents()
     if is_exported or (may_fix and isinstance(past_length, torch.Tensor)):
         split, modality_BT, padding_BT = _split_fixed(
             config,
@@ -515,8 +561,12 @@ def routing_of_batch(
             past_length,
             cache.get_max_length() if isinstance(past_length, torch.Tensor) else None,  # pyright: ignore[reportOptionalMemberAccess]
         )
+        # a program holds for rows of several documents, too, where its inputs may say so
+        if is_exported and position_ids is not None and attention_mask is None and cache is None:
+            begins_BT = _begins(position_ids.expand(inputs.shape[0], -1))
+            documents = Documents(None if uses_flash_attention_mask(config) else begins_BT.cumsum(1))
     else:
-        split, modality_BT, padding_BT = _split_batch(
+        split, modality_BT, padding_BT, documents = _split_batch(
             config,
             input_ids,  # pyright: ignore[reportCallIssue]
             inputs,
@@ -524,7 +574,8 @@ def routing_of_batch(
             position_ids,
             mm_token_type_ids,
             past_length,
-            is_whole_prompt,
+            cache,
+            given,
         )
     # samples drawn between the steps of a training are no steps; reentrant checkpointing has gradients here
     has_gradients = torch.is_grad_enabled()
@@ -535,12 +586,14 @@ def routing_of_batch(
         depth_routing,
         modality_BT,
         padding_BT,
+        documents.document_BT,
+        lengths=documents.lengths,
         runs_all_groups=is_training or has_gradients or is_distributed() or is_recorded,
         pairs=pairs,
         takes_hints=takes_hints,
     )
     if config.depth_layers:
-        _describe_rows(config, context, attention_mask, position_ids, cache)
+        _describe_rows(context, attention_mask)
     return context
 
 
@@ -677,8 +730,9 @@ def _split_batch(
     position_ids: torch.Tensor | None,
     mm_token_type_ids: torch.Tensor | None,
     past_length: int | torch.Tensor,
-    is_whole_prompt: bool,
-) -> tuple[ModalitySplit, torch.Tensor, torch.Tensor | None]:
+    cache: Cache | None,
+    given: Mapping[str, Any],
+) -> tuple[ModalitySplit, torch.Tensor, torch.Tensor | None, Documents]:
     batch_size, length = inputs.shape[:2]
     if batch_size == 0 or length == 0:
         name = "input_ids" if input_ids is not None else "inputs_embeds"
@@ -689,8 +743,13 @@ def _split_batch(
     if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2:
         _check_mask(attention_mask, batch_size, past_length + length)
         padding_BT = attention_mask[:, past_length : past_length + length] == 0
-        masked_B = (attention_mask == 0).all(dim=-1) if is_whole_prompt else None
-    return split_modalities(config, modality_BT, padding_BT, input_ids, masked_B), modality_BT, padding_BT
+        masked_B = (attention_mask == 0).all(dim=-1) if cache is None else None
+    search = _DocumentSearch(config, given, inputs, attention_mask, padding_BT, position_ids, cache, past_length)
+    others = list(search.questions.values())
+    split, numbers = _split_and_read(config, modality_BT, padding_BT, input_ids, masked_B, others)
+    has_padding = sum(split.counts.values()) < modality_BT.numel()
+    documents = search.documents(dict(zip(search.questions, numbers)), has_padding)
+    return split, modality_BT, padding_BT, documents
 
 
 def _modalities(
@@ -716,13 +775,7 @@ def _check_mask(attention_mask: torch.Tensor, batch_size: int, num_positions: in
     )
 
 
-def _describe_rows(
-    config: MomaConfig,
-    context: RoutingContext,
-    attention_mask: torch.Tensor | None,
-    position_ids: torch.Tensor | None,
-    cache: Cache | None,
-) -> None:
+def _describe_rows(context: RoutingContext, attention_mask: torch.Tensor | None) -> None:
     if attention_mask is not None and not isinstance(attention_mask, torch.Tensor):
         raise TypeError(
             f"`attention_mask` is a {type(attention_mask).__name__}: depth layers can pack tensors only, of shape "
@@ -730,15 +783,10 @@ def _describe_rows(
         )
     if attention_mask is not None and attention_mask.ndim == 4:
         context.custom_mask_BHQS = attention_mask
-    # full layers find packed documents under the same condition
-    if position_ids is not None and attention_mask is None and cache is None and not uses_flash_attention_mask(config):
-        context.document_BT = find_packed_sequence_indices(position_ids)
 
 
 # names of the lengths, those of queries' first
 FLASH_LENGTHS = tuple(FlashAttentionKwargs.__annotations__)
-# implementations that get a mask of pairs, which tells documents apart by `position_ids`
-_BY_MASK = ("sdpa", "eager", "flex_attention")
 
 
 def uses_flash_attention_mask(config: MomaConfig) -> bool:
@@ -761,91 +809,169 @@ def packed_lengths(position_ids: torch.Tensor) -> FlashAttentionKwargs:
         `torch.IntTensor` `[E]` of the documents' first tokens and the end of the batch; `max_length_q` and
         `max_length_k` are the tokens of the longest document, an `int`.
     """
-    return _lengths_between(position_ids.diff() != 1)
+    is_start_BT = _with_rows(_begins(position_ids))
+    return _lengths_of(is_start_BT, *torch.stack(_number_and_longest(is_start_BT)).tolist())
 
 
-def document_lengths(
-    model: PreTrainedModel,
-    given: Mapping[str, Any],
-    inputs_BTD: torch.Tensor,
-    attention_mask: Any,
-    causal_mask: Any,
-    position_ids: torch.Tensor | None,
-    cache: Cache | None,
-) -> FlashAttentionKwargs:
-    """Return the lengths by which flash attention tells the documents of this forward apart.
-
-    They are the caller's, or else those of `position_ids` that begin again within a row: Transformers looks for these
-    in batches of one row alone.
+def check_whole_lengths(model: PreTrainedModel, given: Mapping[str, Any]) -> None:
+    """Raise at lengths of documents that `DataParallel` has cut.
 
     Args:
         model (`PreTrainedModel`):
-            whose config gives the attention implementation.
+            which may be a replica.
         given (`Mapping`):
-            the caller's further arguments, with lengths or without.
-        inputs_BTD (`torch.Tensor`):
-            the embedded tokens, `[B, T, D]`.
-        attention_mask (`torch.Tensor`, *optional*):
-            the caller's.
-        causal_mask (`torch.Tensor`, *optional*):
-            what attention gets in its place.
-        position_ids (`torch.LongTensor`, *optional*):
-            the caller's, `[B, T]` or `[1, T]`.
-        cache (`Cache`, *optional*):
-            of this forward.
-
-    Returns:
-        `FlashAttentionKwargs`: see [`packed_lengths`]; empty where there is nothing to tell
-        apart, or attention goes by a mask.
+            the caller's further arguments.
 
     Raises:
-        ValueError: documents would see one another, or rows would be lost.
+        ValueError: rows would be lost.
     """
-    config: MomaConfig = model.config  # pyright: ignore[reportAssignmentType]
     # set by torch
     if getattr(model, "_is_replica", False) and FLASH_LENGTHS[0] in given:
         raise InputError(
             f"`{FLASH_LENGTHS[0]}` counts through all rows, but `DataParallel` has cut it, and may have dropped rows: "
             "start one process for each device with torchrun, or show this one a single device."
         )
-    # continuous batching gives a paged cache, and lengths that belong to it
-    if cache is not None and not hasattr(cache, "get_seq_length"):
-        return {}
-    num_rows, length = inputs_BTD.shape[:2]
-    if not uses_flash_attention_mask(config):
-        if position_ids is None and attention_mask is None and cache is None:
-            _check_has_positions(config, given.get(FLASH_LENGTHS[0]), num_rows)
-        return {}
-    # keys of a cache that holds something, or has room for it, are not those of the batch
-    is_fresh = cache is None or cache.get_mask_sizes(length, 0)[0] == length
-    lengths: Any = {name: given[name] for name in FLASH_LENGTHS if given.get(name) is not None}
-    sign = f"`{FLASH_LENGTHS[0]}` is given"
-    if lengths:
-        _check_lengths(lengths, num_rows)
-    elif position_ids is not None and length > 1 and is_fresh:
-        sign = "`position_ids` begin again within a row"
-        position_BT = position_ids.expand(num_rows, -1)
-        lengths = _find_lengths(position_BT, attention_mask, cache)  # pyright: ignore[reportCallIssue]
-    if lengths and cache is not None and (config.depth_layers or not is_fresh):
-        raise InputError(f"{sign}, but to a cache each row is one document: pass `use_cache=False`.")
-    if lengths and causal_mask is not None:
-        raise InputError(
-            f"{sign}, and `attention_mask` hides positions: {config._attn_implementation!r} goes by the mask alone, "
-            "and documents would see one another. Leave `attention_mask` out: padding behind a row's documents is a "
-            "document of its own, whose positions begin again and whose labels are -100."
-        )
-    return lengths
 
 
-def _check_has_positions(config: MomaConfig, starts_E: torch.Tensor | None, num_rows: int) -> None:
-    """Raise at documents that only their lengths tell apart, where attention goes by a mask."""
-    # an attention registered elsewhere tells documents apart in a way of its own
-    if starts_E is not None and starts_E.shape[0] > num_rows + 1 and config._attn_implementation in _BY_MASK:
-        raise InputError(
-            f"`{FLASH_LENGTHS[0]}` has {starts_E.shape[0] - 1} documents in {num_rows} rows, but "
-            f"{config._attn_implementation!r} goes by `position_ids`, and there are none: pass those that begin again "
-            "with every document."
-        )
+class _DocumentSearch:
+    """Finds the documents of packed rows; how many there are is read together with the numbers of the split.
+
+    Flash attention goes by the caller's lengths. Where there are none, and under other attentions, a document begins
+    where a position does not follow the one before it. To a cache each row is one document.
+
+    Attributes:
+        questions (`dict[str, torch.Tensor]`):
+            numbers that have to be read.
+    """
+
+    def __init__(
+        self,
+        config: MomaConfig,
+        given: Mapping[str, Any],
+        inputs: torch.Tensor,
+        attention_mask: Any,
+        padding_BT: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
+        cache: Cache | None,
+        past_length: int | torch.Tensor,
+    ):
+        self.attention, self.by_lengths = config._attn_implementation, uses_flash_attention_mask(config)
+        self.has_cache, self.padding_BT = cache is not None, padding_BT
+        self.num_rows, self.length = inputs.shape[:2]
+        self.questions: dict[str, torch.Tensor] = {}
+        self.begins_BT: torch.Tensor | None = None
+        self.is_start_BT: torch.Tensor | None = None
+        self.lengths: Any = {name: given[name] for name in FLASH_LENGTHS if given.get(name) is not None}
+        custom_mask = attention_mask if padding_BT is None else None
+        if custom_mask is not None and self.by_lengths:
+            raise InputError(
+                f"`attention_mask` has the shape {tuple(custom_mask.shape)}: {self.attention!r} takes 0 and 1 for "
+                "each position, (batch_size, sequence_length). For other masks choose 'sdpa' or 'eager'."
+            )
+        # continuous batching gives a paged cache, and lengths that belong to it; an attention registered elsewhere
+        # tells documents apart in a way of its own, and the caller's own mask does
+        is_paged = cache is not None and not hasattr(cache, "get_seq_length")
+        if custom_mask is not None or is_paged or self.attention not in ALL_MASK_ATTENTION_FUNCTIONS:
+            self.lengths = {}
+        elif self.by_lengths and self.lengths:
+            _check_lengths(self.lengths, self.num_rows)
+            self._ask_of_lengths(self.lengths[FLASH_LENGTHS[0]])
+        elif position_ids is not None:
+            # a tensor comes from a static cache that holds something
+            is_later = isinstance(past_length, torch.Tensor) or past_length > 0
+            if is_later and attention_mask is None:
+                self.questions["restarts"] = (position_ids[:, 0] == 0).sum()
+            if self.length > 1:
+                self._ask_of_positions(position_ids.expand(self.num_rows, -1))
+        else:
+            self._check_positions("there are none")
+
+    def _ask_of_lengths(self, starts_E: torch.Tensor) -> None:
+        row_B = torch.arange(self.num_rows, device=starts_E.device, dtype=starts_E.dtype) * self.length
+        place_B = torch.searchsorted(starts_E, row_B).clamp(max=starts_E.shape[0] - 1)
+        self.questions["end"], self.questions["rows"] = starts_E[-1], (starts_E[place_B] == row_B).sum()
+        if self.padding_BT is not None:
+            self._ask_of_starts(self._starts(starts_E))
+
+    def _ask_of_positions(self, position_BT: torch.Tensor) -> None:
+        self.begins_BT = _begins(position_BT, self.padding_BT, may_jump=self.has_cache)
+        self.questions["begins"] = self.begins_BT.sum()
+        if self.by_lengths and not self.has_cache:
+            self._ask_of_starts(self.begins_BT)
+        if self.lengths:
+            # documents of the lengths that are not all padding
+            place_BT = _places(self._starts(self.lengths[FLASH_LENGTHS[0]]))
+            self.questions["given"] = _begins(place_BT, self.padding_BT).sum()
+
+    def _ask_of_starts(self, begins_BT: torch.Tensor) -> None:
+        # each run of padding is a document of its own
+        if self.padding_BT is not None:
+            begins_BT = begins_BT | torch.nn.functional.pad(self.padding_BT.diff(), (1, 0))
+        self.is_start_BT = _with_rows(begins_BT)
+        self.questions["number"], self.questions["longest"] = _number_and_longest(self.is_start_BT)
+
+    def _starts(self, starts_E: torch.Tensor) -> torch.Tensor:
+        """Return where documents begin by their lengths, `[B, T]`."""
+        num_positions = self.num_rows * self.length
+        is_start_N = torch.zeros(num_positions + 1, dtype=torch.bool, device=starts_E.device)
+        is_start_N = is_start_N.index_fill(0, starts_E.clamp(0, num_positions).long(), True)
+        return is_start_N[:-1].view(self.num_rows, self.length)
+
+    def documents(self, answers: Mapping[str, int], has_padding: bool) -> Documents:
+        """Return what was found.
+
+        Args:
+            answers (`Mapping`):
+                to the questions.
+            has_padding (`bool`):
+                whether some position of the batch is padding.
+
+        Raises:
+            ValueError: documents would see one another.
+        """
+        if self.by_lengths and self.lengths:
+            num_positions = self.num_rows * self.length
+            if answers["end"] != num_positions or answers["rows"] != self.num_rows:
+                raise InputError(
+                    f"`{FLASH_LENGTHS[0]}` ends with {answers['end']}, and {answers['rows']} of {self.num_rows} rows "
+                    f"begin a document by it; the batch has {num_positions} positions. {_CUT_LENGTHS}"
+                )
+            if self.has_cache:
+                self._refuse(f"`{FLASH_LENGTHS[0]}` is given")
+            return Documents(lengths=self._found_lengths(answers) if has_padding else self.lengths)
+        if answers.get("restarts"):
+            self._refuse("`position_ids` begin again at 0 behind what the cache holds")
+        if not answers.get("begins"):
+            if answers.get("given"):
+                self._check_positions("they never begin again")
+            return Documents()
+        if self.has_cache:
+            self._refuse("`position_ids` begin again within a row")
+        if self.by_lengths:
+            return Documents(lengths=self._found_lengths(answers))
+        return Documents(self.begins_BT.cumsum(1))  # pyright: ignore[reportOptionalMemberAccess]
+
+    def _found_lengths(self, answers: Mapping[str, int]) -> FlashAttentionKwargs:
+        return _lengths_of(self.is_start_BT, answers["number"], answers["longest"])  # pyright: ignore[reportArgumentType]
+
+    def _check_positions(self, reason: str) -> None:
+        """Raise at documents that only their lengths tell apart, where attention goes by positions."""
+        starts_E = self.lengths.get(FLASH_LENGTHS[0])
+        if starts_E is not None and starts_E.shape[0] > self.num_rows + 1:
+            raise InputError(
+                f"`{FLASH_LENGTHS[0]}` has {starts_E.shape[0] - 1} documents in {self.num_rows} rows, but "
+                f"{self.attention!r} goes by `position_ids`, and {reason}: pass those that begin again with every "
+                "document."
+            )
+
+    def _refuse(self, sign: str) -> NoReturn:
+        raise InputError(f"{sign}, but to a cache each row is one document: pass `use_cache=False`, and no cache.")
+
+
+_CUT_LENGTHS = (
+    "It begins with 0 and ends with the number of positions in all rows, each of which begins a document. Was it cut "
+    "with the batch, as `dispatch_batches` does? Without the four lengths the model finds documents by `position_ids`."
+)
 
 
 def _check_lengths(lengths: Mapping[str, Any], num_rows: int) -> None:
@@ -854,40 +980,114 @@ def _check_lengths(lengths: Mapping[str, Any], num_rows: int) -> None:
         raise InputError(f"`{missing[0]}` is missing beside {list(lengths)}: flash attention takes all four or none.")
     num_entries = lengths[FLASH_LENGTHS[0]].shape[0]
     if num_entries < num_rows + 1:
-        raise InputError(
-            f"`{FLASH_LENGTHS[0]}` has {num_entries} entries for {num_rows} rows: it begins with 0 and ends with the "
-            "number of tokens in all rows, each of which begins a document. Was it cut with the batch, as "
-            "`dispatch_batches` does? Without the four lengths the model finds documents by `position_ids`."
-        )
+        raise InputError(f"`{FLASH_LENGTHS[0]}` has {num_entries} entries for {num_rows} rows. {_CUT_LENGTHS}")
 
 
-# the device sync for the number of documents would break the graph here and in every caller
-@torch.compiler.disable
-def _find_lengths(position_BT: torch.Tensor, attention_mask: Any, cache: Cache | None) -> FlashAttentionKwargs:
-    """Return the lengths by positions, empty where each row is one document."""
-    # a row of a cache may have gaps
-    is_start_BT = position_BT.diff() < 1 if cache is not None else position_BT.diff() != 1
-    if attention_mask is not None:
-        if attention_mask.ndim != 2:
-            return {}
-        # positions of padding mean nothing
-        is_token_BT = attention_mask[:, : position_BT.shape[1]] != 0
-        is_start_BT = is_start_BT & is_token_BT[:, 1:] & is_token_BT[:, :-1]
-    lengths: Any = _lengths_between(is_start_BT)
-    return lengths if lengths["cu_seq_lens_q"].shape[0] > position_BT.shape[0] + 1 else {}
+def _begins(position_BT: torch.Tensor, padding_BT: torch.Tensor | None = None, may_jump: bool = False) -> torch.Tensor:
+    """Return which tokens begin a document within their row, by their positions, `[B, T]`.
+
+    Args:
+        position_BT (`torch.LongTensor`):
+            `[B, T]`.
+        padding_BT (`torch.BoolTensor`, *optional*):
+            True where a position is padding, which says nothing: tokens around it may count it or not.
+        may_jump (`bool`, *optional*, defaults to `False`):
+            whether a document's positions may leave some out.
+    """
+    if padding_BT is None:
+        step_BS = position_BT.diff()
+        return torch.nn.functional.pad(step_BS < 1 if may_jump else step_BS != 1, (1, 0))
+    place_T = torch.arange(position_BT.shape[1], device=position_BT.device)
+    last_BT = torch.where(padding_BT, -1, place_T).cummax(dim=1).values
+    before_BT = torch.nn.functional.pad(last_BT[:, :-1], (1, 0), value=-1)
+    step_BT = position_BT - position_BT.gather(1, before_BT.clamp(min=0))
+    begins_BT = step_BT < 1
+    if not may_jump:
+        begins_BT = begins_BT | (step_BT > 1) & (before_BT == place_T - 1)
+    return begins_BT & ~padding_BT & (before_BT >= 0)
 
 
-def _lengths_between(is_start_BT: torch.Tensor) -> FlashAttentionKwargs:
-    """Return the lengths of documents, whose starts are given for all positions but a row's first."""
-    is_start_BT = torch.nn.functional.pad(is_start_BT, (1, 0), value=True)
+def _with_rows(begins_BT: torch.Tensor) -> torch.Tensor:
+    """Return where documents begin, with the first of each row, `[B, T]`."""
+    return torch.nn.functional.pad(begins_BT[:, 1:], (1, 0), value=True)
+
+
+def _number_and_longest(is_start_BT: torch.Tensor) -> list[torch.Tensor]:
+    return [is_start_BT.sum(), _places(is_start_BT).max() + 1]
+
+
+def _places(is_start_BT: torch.Tensor) -> torch.Tensor:
+    """Return the place of each position in its document, `[B, T]`."""
     place_T = torch.arange(is_start_BT.shape[1], device=is_start_BT.device)
-    start_BT = torch.where(is_start_BT, place_T, 0).cummax(dim=1).values
-    num_documents, longest = torch.stack([is_start_BT.sum(), (place_T - start_BT).max() + 1]).tolist()
+    return place_T - torch.where(is_start_BT, place_T, 0).cummax(dim=1).values
+
+
+def _lengths_of(is_start_BT: torch.Tensor, number: int, longest: int) -> FlashAttentionKwargs:
+    """Return the lengths of documents that begin at some positions, so many of them."""
     # the number of documents is known, so no device sync is needed
-    first_E = is_start_BT.flatten().byte().argsort(descending=True, stable=True)[:num_documents]
+    first_E = is_start_BT.flatten().byte().argsort(descending=True, stable=True)[:number]
     cumulative_E = torch.nn.functional.pad(first_E, (0, 1), value=is_start_BT.numel()).int()
     lengths: Any = dict(zip(FLASH_LENGTHS, (cumulative_E, cumulative_E, longest, longest)))
     return lengths
+
+
+def causal_mask_of(
+    config: MomaConfig, inputs_BTD: torch.Tensor, attention_mask: Any, cache: Cache | None, context: RoutingContext
+) -> Any:
+    """Return the attention mask that all full layers of a forward share, in the form that attention takes.
+
+    Args:
+        config (`MomaConfig`):
+            gives the attention implementation.
+        inputs_BTD (`torch.Tensor`):
+            the embedded tokens, `[B, T, D]`.
+        attention_mask (`torch.Tensor` or `BlockMask`, *optional*):
+            the caller's.
+        cache (`Cache`, *optional*):
+            of this forward.
+        context (`RoutingContext`):
+            documents and padding.
+    """
+    if context.lengths is not None:
+        return None
+    num_rows, length = inputs_BTD.shape[:2]
+    is_padding_mask = isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2
+    num_keys = length if cache is None or not is_padding_mask else cache.get_mask_sizes(length, 0)[0]
+    if is_padding_mask and not context.has_padding and attention_mask.shape[1] == num_keys == length:
+        # what it hides has been counted: nothing
+        attention_mask = None
+    if context.document_BT is None:
+        mask = create_causal_mask(
+            config=config,
+            inputs_embeds=inputs_BTD,
+            attention_mask=attention_mask,
+            cache=cache,
+            # the columns of a static cache that no token fills yet have to be hidden, in steps of one token too
+            allow_is_causal_skip=not isinstance(cache, StaticCache) or length > 1,
+        )
+    else:
+        mask = ALL_MASK_ATTENTION_FUNCTIONS[config._attn_implementation](
+            batch_size=num_rows,
+            q_length=length,
+            kv_length=length,
+            mask_function=and_masks(causal_mask_function, packed_sequence_mask_function(context.document_BT)),
+            attention_mask=None if attention_mask is None else attention_mask.to(inputs_BTD.device, torch.bool),
+            allow_is_causal_skip=False,
+            dtype=inputs_BTD.dtype,
+            config=config,
+            device=inputs_BTD.device,
+        )
+    if config._attn_implementation == "sdpa" and mask is not None and mask.dtype == torch.bool:
+        return _additive(mask, inputs_BTD)
+    return mask
+
+
+def _additive(mask_BHQS: torch.Tensor, inputs_BTD: torch.Tensor) -> torch.Tensor:
+    """Return what is added to the scores, in their type: every layer makes and keeps that of a mask of Booleans."""
+    device, dtype = mask_BHQS.device, inputs_BTD.dtype
+    if torch.is_autocast_enabled(device.type):
+        dtype = torch.get_autocast_dtype(device.type)
+    return torch.where(mask_BHQS, torch.zeros((), dtype=dtype, device=device), -torch.inf)
 
 
 __all__ = [
@@ -898,9 +1098,10 @@ __all__ = [
     "RouterState",
     "RouterStatistics",
     "RoutingContext",
+    "causal_mask_of",
     "check_exportable",
     "check_length",
-    "document_lengths",
+    "check_whole_lengths",
     "is_distributed",
     "logistic_noise_like",
     "packed_lengths",

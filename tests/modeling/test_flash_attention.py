@@ -6,87 +6,29 @@ import copy
 import pytest
 import torch
 import transformers.modeling_flash_attention_utils as flash_utils
-from torch.nn.functional import cross_entropy
-from transformers import DataCollatorWithFlattening, DynamicCache, StaticCache, Trainer, TrainingArguments
+from transformers import DataCollatorWithFlattening, Trainer, TrainingArguments
 
 from helpers.flash import FLASH, HALF, stand_in_flash
-from helpers.tiny import mixed_ids, tiny_model
+from helpers.packed_rows import (
+    LENGTH,
+    MODELS,
+    ROWS,
+    largest_difference,
+    logits_and_gradients,
+    model_of,
+    packed_rows,
+    refused,
+    restarting,
+    second_documents,
+)
+from helpers.tiny import mixed_ids
 from modeling_moma.data.packing import PackedCollator
-
-
-DEPTH = {"num_hidden_layers": 4, "depth_layers": [0, 2], "depth_capacity": 0.5}
-MODELS = {
-    "full": {"num_hidden_layers": 2},
-    "depth": DEPTH,
-    "rare depth": {**DEPTH, "depth_capacity": 0.1, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8},
-}
-LENGTH = 64
-# two documents in each row, and what is left
-ROWS = {"full rows": [[40, 24]] * 5, "padded": [[30, 22], [10, 54], [48, 1], [5, 40], [33, 31]]}
 
 
 @pytest.fixture
 def kernels():
     with stand_in_flash() as kernels:
         yield kernels
-
-
-def flash_model(name="full", seed=0, **fields):
-    fields = {"norm_placement": "pre", "routing_warmup_steps": 0, "training_routing": "threshold", **fields}
-    model = tiny_model(seed=seed, initializer_range=0.2, **{**fields, **MODELS[name]}).eval()
-    cuts = torch.Generator().manual_seed(1)
-    for module, buffer in model.named_buffers():
-        if module.endswith("router.threshold"):
-            buffer.copy_(0.5 + 0.05 * torch.randn(buffer.shape, generator=cuts))
-    return model
-
-
-def restarting(lengths):
-    """Positions of a row of documents of these lengths, and of the padding behind them."""
-    lengths = [*lengths, LENGTH - sum(lengths)]
-    return torch.cat([torch.arange(length) for length in lengths])
-
-
-def packed_rows(layout, seed=0):
-    """Rows of a stream of packed documents; another seed gives other first documents."""
-    rows = []
-    ids, others = mixed_ids(len(layout), LENGTH), mixed_ids(len(layout), LENGTH, seed)
-    for index, lengths in enumerate(layout):
-        row, positions = ids[index].clone(), restarting(lengths)
-        row[: lengths[0]] = others[index, : lengths[0]]
-        row[sum(lengths) :] = 0
-        labels = torch.where(positions > 0, row, -100)
-        labels[sum(lengths) :] = -100
-        rows.append({"input_ids": row, "position_ids": positions, "labels": labels})
-    return rows
-
-
-def second_documents(layout):
-    """Where the rows' second documents lie, `[B, T]`."""
-    is_second = torch.zeros(len(layout), LENGTH, dtype=torch.bool)
-    for row, (first, second) in enumerate(layout):
-        is_second[row, first : first + second] = True
-    return is_second
-
-
-def logits_and_gradients(model, batch, is_counted_BT):
-    """Logits, and gradients of some tokens' loss: those of the embedded tokens, and those of the weights."""
-    # a training step moves the buffers of routers
-    model = copy.deepcopy(model)
-    embeds = model.get_input_embeddings()(batch["input_ids"]).detach().requires_grad_()
-    # the mean of embeddings that stand in place of ids would be a mean over rows of another meaning
-    kinds = ((batch["input_ids"] >= 8) & (batch["input_ids"] < 24)).long()
-    inputs = {name: values for name, values in batch.items() if name not in ("input_ids", "labels")}
-    logits = model(inputs_embeds=embeds, mm_token_type_ids=kinds, use_cache=False, **inputs).logits
-    is_target_BT = is_counted_BT[:, 1:] & is_counted_BT[:, :-1]
-    loss = cross_entropy(logits[:, :-1][is_target_BT], batch["input_ids"][:, 1:][is_target_BT], reduction="sum")
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    first, *others = torch.autograd.grad(loss, [embeds, *parameters], allow_unused=True)
-    return logits.detach(), first, [grad for grad in others if grad is not None]
-
-
-def largest_difference(one, other):
-    return max((a - b).abs().max().item() for a, b in zip(one, other, strict=True))
 
 
 @pytest.mark.parametrize(("given", "checkpointing"), [(True, False), (True, True), (False, False)])
@@ -96,7 +38,7 @@ def largest_difference(one, other):
 def test_the_second_document_does_not_see_the_first(kernels, name, num_rows, layout, given, checkpointing):
     layout = ROWS[layout][:num_rows]
     # what differs is no rounding then
-    model = flash_model(name).double()
+    model = model_of(name).double()
     if checkpointing:
         model.train().gradient_checkpointing_enable()
     is_second = second_documents(layout)
@@ -126,7 +68,7 @@ def test_the_second_document_does_not_see_the_first(kernels, name, num_rows, lay
 @pytest.mark.parametrize("implementation", FLASH)
 @pytest.mark.parametrize("name", ["full", "depth"])
 def test_every_kernel_is_told(kernels, name, implementation):
-    model = flash_model(name)
+    model = model_of(name)
     batches = [PackedCollator(None)(packed_rows(ROWS["padded"], seed)) for seed in (0, 1)]
     model.set_attn_implementation(implementation)
     with torch.no_grad():
@@ -139,7 +81,7 @@ def test_every_kernel_is_told(kernels, name, implementation):
 @pytest.mark.parametrize("lengths", [True, False])
 @pytest.mark.parametrize("name", ["full", "depth"])
 def test_flattened_batches_of_transformers_stay_apart(kernels, name, lengths):
-    model = flash_model(name)
+    model = model_of(name)
     model.set_attn_implementation("flash_attention_2")
     documents = [ids[:length].tolist() for ids, length in zip(mixed_ids(3, 20), (20, 3, 11))]
     collate = DataCollatorWithFlattening(return_flash_attn_kwargs=lengths)
@@ -151,7 +93,7 @@ def test_flattened_batches_of_transformers_stay_apart(kernels, name, lengths):
 
 
 def test_one_row_of_positions_stands_for_all(kernels):
-    model = flash_model("depth")
+    model = model_of("depth")
     ids, positions = mixed_ids(3, LENGTH), restarting([20, 44])[None]
     with torch.no_grad():
         expected = model(ids, position_ids=positions.expand(3, -1), use_cache=False).logits
@@ -172,7 +114,7 @@ def padding(*lengths, side):
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("name", ["full", "depth"])
 def test_positions_of_padded_rows_are_not_taken_for_documents(kernels, name, side, use_cache):
-    model = flash_model(name)
+    model = model_of(name)
     ids, mask = mixed_ids(3, LENGTH), padding(20, 0, 7, side=side)
     # as `generate` counts them
     positions = (mask.cumsum(-1) - 1).masked_fill(mask == 0, 0)
@@ -187,7 +129,7 @@ def test_positions_of_padded_rows_are_not_taken_for_documents(kernels, name, sid
 @pytest.mark.parametrize("name", ["full", "depth"])
 @pytest.mark.parametrize("use_cache", [False, True])
 def test_generation_is_that_of_sdpa(kernels, name, use_cache):
-    model = flash_model(name)
+    model = model_of(name)
     ids, mask = mixed_ids(3, 20), padding(20, 0, 7, side="left")[:, :20].clone()
     mask[0, 12:] = 1
     arguments = {"max_new_tokens": 8, "do_sample": False, "use_cache": use_cache, "eos_token_id": None}
@@ -207,7 +149,7 @@ def test_rows_of_one_document_take_the_plain_kernel_without_a_look_in_every_laye
     monkeypatch.setattr(
         flash_utils, "_is_packed_sequence", lambda *arguments: seen.append(arguments[0]) or is_packed(*arguments)
     )
-    model = flash_model("full")
+    model = model_of("full")
     ids = mixed_ids(num_rows, LENGTH)
     with torch.no_grad():
         expected = model(ids, use_cache=False).logits
@@ -222,7 +164,7 @@ def test_rows_of_one_document_take_the_plain_kernel_without_a_look_in_every_laye
 @pytest.mark.parametrize("name", ["full", "depth"])
 def test_under_autocast_kernels_get_half_precision(name):
     batch = PackedCollator(None)(packed_rows(ROWS["padded"]))
-    model = flash_model(name)
+    model = model_of(name)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16), stand_in_flash(HALF):
         expected = model(**batch, use_cache=False).loss
         model.set_attn_implementation("flash_attention_2")
@@ -253,7 +195,7 @@ def trained(model, attention, tmp_path, **arguments):
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("name", ["full", "depth"])
 def test_a_step_of_trainer_is_that_of_sdpa(kernels, name, checkpointing, tmp_path):
-    model = flash_model(name)
+    model = model_of(name)
     loss, expected = trained(model, "sdpa", tmp_path)
     kernels.calls.clear()
     flash_loss, weights = trained(model, "flash_attention_2", tmp_path, gradient_checkpointing=checkpointing)
@@ -265,7 +207,7 @@ def test_a_step_of_trainer_is_that_of_sdpa(kernels, name, checkpointing, tmp_pat
 
 
 def test_what_flash_attention_refuses_the_stand_in_refuses():
-    model = flash_model()
+    model = model_of()
     with torch.no_grad(), stand_in_flash(HALF) as kernels:
         model.set_attn_implementation("flash_attention_2")
         with pytest.raises(RuntimeError, match="only support fp16 and bf16"):
@@ -281,63 +223,52 @@ def test_what_flash_attention_refuses_the_stand_in_refuses():
                 kernels.second()[1](states, states, states, starts, starts, longest, longest)
 
 
-def refused(model, *args, **kwargs):
-    with pytest.raises(ValueError) as error, torch.no_grad():
-        model(*args, **kwargs)
-    assert "\n" not in str(error.value)
-    return str(error.value)
-
-
 @pytest.mark.parametrize("given", [True, False])
-def test_documents_beside_padding_that_a_mask_hides_are_refused(kernels, given):
-    model = flash_model()
-    model.set_attn_implementation("flash_attention_2")
+@pytest.mark.parametrize("name", ["full", "depth"])
+def test_padding_that_a_mask_hides_is_no_part_of_a_document(kernels, name, given):
+    model = model_of(name)
     batch = PackedCollator(None)(packed_rows(ROWS["padded"]))
-    if not given:
-        batch = {key: batch[key] for key in ("input_ids", "position_ids")}
-    message = refused(model, **batch, attention_mask=(batch["input_ids"] > 0).long(), use_cache=False)
-    assert "`attention_mask` hides positions" in message and "Leave `attention_mask` out" in message
-    assert ("`cu_seq_lens_q` is given" if given else "`position_ids` begin again") in message
-
-
-def test_documents_are_refused_where_a_cache_takes_a_row_for_one(kernels):
-    batch = {key: values for key, values in PackedCollator(None)(packed_rows(ROWS["full rows"])).items()}
-    by_hand = {key: batch[key] for key in ("input_ids", "position_ids")}
-    for name in ("full", "depth"):
-        model = flash_model(name)
-        with torch.no_grad():
-            expected = model(**by_hand, use_cache=False).logits
+    batch["attention_mask"] = (torch.stack([torch.arange(LENGTH) < sum(lengths) for lengths in ROWS["padded"]])).long()
+    # positions of padding say nothing
+    by_hand = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+    by_hand["position_ids"] = batch["position_ids"].masked_fill(batch["attention_mask"] == 0, 1)
+    inputs = batch if given else by_hand
+    with torch.no_grad():
+        expected = model(**by_hand, use_cache=False).logits
         model.set_attn_implementation("flash_attention_2")
-        for inputs in (batch, by_hand):
-            if name == "depth":
-                assert "`use_cache=False`" in refused(model, **inputs, use_cache=True)
-                continue
-            # keys and queries are the same tokens still
-            with torch.no_grad():
-                assert (model(**inputs, use_cache=True).logits - expected).abs().max() < 1e-5
-        full = DynamicCache(config=model.config)
-        with torch.no_grad():
-            model(mixed_ids(5, 4), cache=full)
-        caches = [full, StaticCache(model.config, 128)] if name == "full" else [full]
-        for cache in caches:
-            assert "`use_cache=False`" in refused(model, **batch, cache=cache)
+        logits = model(**inputs, use_cache=False).logits
+    assert (logits - expected)[batch["attention_mask"].bool()].abs().max() < 1e-5
+    assert not kernels.calls["dense"]
+
+
+def test_masks_of_pairs_are_refused(kernels):
+    model = model_of()
+    model.set_attn_implementation("flash_attention_2")
+    mask = torch.ones(2, 1, 8, 8, dtype=torch.bool).tril()
+    message = refused(model, mixed_ids(2, 8), attention_mask=mask, use_cache=False)
+    assert "`attention_mask` has the shape (2, 1, 8, 8)" in message and "choose 'sdpa'" in message
 
 
 def test_lengths_that_do_not_fit_are_refused(kernels):
-    model = flash_model()
+    model = model_of()
     batch = PackedCollator(None)(packed_rows(ROWS["full rows"][:4]))
     model.set_attn_implementation("flash_attention_2")
     # what Accelerate does to batches that one process reads for all
     cut = {key: values[:2] if isinstance(values, torch.Tensor) else values for key, values in batch.items()}
     message = refused(model, **cut, use_cache=False)
     assert "`cu_seq_lens_q` has 2 entries for 2 rows" in message and "`dispatch_batches`" in message
+    starts = batch["cu_seq_lens_q"]
+    wrong = {"ends with 232": starts - 24, "ends with 256, and 3 of 4 rows": starts[torch.arange(len(starts)) != 2]}
+    for sign, lengths in wrong.items():
+        inputs = {**batch, "cu_seq_lens_q": lengths, "cu_seq_lens_k": lengths}
+        assert sign in refused(model, **inputs, use_cache=False)
     del batch["max_length_k"]
     assert "`max_length_k` is missing" in refused(model, **batch, use_cache=False)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "flash_attention_2"])
 def test_rows_that_data_parallel_would_lose_are_refused(kernels, attention):
-    model = flash_model()
+    model = model_of()
     model.set_attn_implementation(attention)
     batch = PackedCollator(None)(packed_rows(ROWS["full rows"][:4]))
     replica = copy.copy(model)
@@ -349,12 +280,21 @@ def test_rows_that_data_parallel_would_lose_are_refused(kernels, attention):
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_lengths_change_nothing_where_attention_goes_by_a_mask(attention):
     for name in ("full", "depth"):
-        model = flash_model(name)
+        model = model_of(name)
         model.set_attn_implementation(attention)
         batch = PackedCollator(None)(packed_rows(ROWS["padded"]))
         plain = {key: batch[key] for key in ("input_ids", "position_ids", "labels")}
         with torch.no_grad():
             assert torch.equal(model(**batch, use_cache=False).logits, model(**plain, use_cache=False).logits)
         del batch["position_ids"]
-        message = refused(model, **batch, use_cache=False)
-        assert f"'{attention}' goes by `position_ids`, and there are none" in message
+        for more in (
+            {"use_cache": False},
+            {"use_cache": True},
+            {"attention_mask": torch.ones_like(batch["input_ids"])},
+        ):
+            message = refused(model, **batch, **more)
+            assert f"'{attention}' goes by `position_ids`, and there are none" in message
+        batch["position_ids"] = torch.arange(LENGTH)[None]
+        assert "they never begin again" in refused(model, **batch, use_cache=False)
+        batch["attention_mask"] = (batch["input_ids"] > 0).long()
+        assert "they never begin again" in refused(model, **batch, use_cache=False)

@@ -207,11 +207,12 @@ def values_alone(module, query, key, value, attention_mask, **kwargs):
 
 @pytest.mark.parametrize("fields", [{}, {"depth_layers": [0, 1]}], ids=["full", "depth"])
 @pytest.mark.parametrize("num_rows", [1, 3])
-def test_documents_told_by_lengths_wait_where_nobody_gives_them(device, monkeypatch, num_rows, fields):
+@pytest.mark.parametrize("attention", ["by lengths", "sdpa", "eager"])
+def test_documents_of_packed_rows_cost_no_further_wait(device, monkeypatch, attention, num_rows, fields):
     for interface, function in ((AttentionInterface, values_alone), (AttentionMaskInterface, flash_attention_mask)):
         monkeypatch.setitem(interface._global_mapping, "by lengths", function)
     model = tiny_model(**GROUPS["4t4i"], training_routing="expert_choice", **fields).train()
-    model.config._attn_implementation = "by lengths"
+    model.config._attn_implementation = attention
     ids = mixed_ids(num_rows)
     rows = [{"input_ids": row, "labels": row, "position_ids": torch.arange(12) % 5} for row in ids]
     batch = PackedCollator(None)(rows)
@@ -221,8 +222,11 @@ def test_documents_told_by_lengths_wait_where_nobody_gives_them(device, monkeypa
     def waits(inputs):
         return waits_of(lambda: model(**inputs, use_cache=False).loss.backward())
 
-    assert waits(batch) == waits(plain)
-    assert waits(by_hand) == waits(plain) + ["tolist"]
+    hides_nothing = {"attention_mask": torch.ones_like(ids)}
+    expected = waits(plain)
+    assert expected.count("tolist") == 1 + 2 * len(fields)
+    for inputs in (batch, by_hand, {**by_hand, **hides_nothing}):
+        assert waits(inputs) == expected
 
 
 @torch.no_grad()
