@@ -5,11 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import CompileConfig
+from transformers import CompileConfig, StaticCache
 
-from helpers.reference import GROUPS
+from helpers.reference import GROUPS, fields_of
+from helpers.tiny import mixed_ids, randomize_auxiliary
 from helpers.tiny import tiny_model as reference_model
 from modeling_moma import MomaConfig, MomaForCausalLM
+from modeling_moma.configuration_moma import rule_names
 
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "how-to" / "performance.md"
@@ -111,3 +113,56 @@ def test_a_compiled_step_is_one_graph_and_gives_the_same_tokens(name, mode):
     compiled = model.generate(ids, cache_implementation="static", compile_config=compile_config, **arguments)
     assert torch.equal(compiled, expected)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+def step_of(model, ids, cache, num_seen, room=16):
+    """What `generate` gives the model in a step of one token with a static cache."""
+    mask = (torch.arange(room) <= num_seen).expand(ids.shape[0], 1, 1, room).clone()
+    positions = torch.full((ids.shape[0], 1), num_seen)
+    step = ids[:, num_seen : num_seen + 1].clone()
+    return {"input_ids": step, "attention_mask": mask, "position_ids": positions, "cache": cache}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("routing", rule_names(is_causal=True))
+@pytest.mark.parametrize("name", ["dense", "1t1i", "8x", "4t4i"])
+def test_a_step_is_one_graph_under_every_causal_rule(name, routing):
+    has_routers = name in ("8x", "4t4i")
+    model = reference_model(**GROUPS[name], **(fields_of(routing) if has_routers else {})).eval()
+    randomize_auxiliary(model)
+    routing = routing if has_routers or routing != "auxiliary" else None
+    ids = mixed_ids()
+    step = torch.compile(model, fullgraph=True, dynamic=False, backend="eager")
+    outputs = []
+    for forward in (model, step):
+        cache = StaticCache(model.config, max_cache_len=16)
+        model(ids[:, :8], cache=cache, routing=routing)
+        calls = [step_of(model, ids, cache, place) for place in range(8, 11)]
+        outputs.append(torch.cat([forward(**call, routing=routing).logits for call in calls]))
+    torch.testing.assert_close(*outputs, atol=1e-6, rtol=0)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+@torch.no_grad()
+def test_a_step_of_a_depth_layer_is_no_graph_for_who_takes_part_is_read_from_the_device():
+    model = reference_model(**GROUPS["4t4i"], depth_layers=[0]).eval()
+    ids, cache = mixed_ids(), StaticCache(model.config, max_cache_len=16)
+    model(ids[:, :8], cache=cache)
+    # `generate` asks the cache
+    assert not cache.is_compileable
+    step = torch.compile(model, fullgraph=True, backend="eager")
+    with pytest.raises(torch._dynamo.exc.Unsupported, match=r"torch\.compiler\.disable"):
+        step(**step_of(model, ids, cache, 8))
+
+
+def test_compiled_training_on_packed_rows_equals_plain_training():
+    ids, positions = mixed_ids(3), (torch.arange(12) % 5)[None]
+    losses, gradients = [], []
+    for is_compiled in (False, True):
+        model = reference_model(**GROUPS["4t4i"], training_routing="threshold", num_hidden_layers=1).train()
+        forward = torch.compile(model, backend="eager") if is_compiled else model
+        losses.append(forward(ids, position_ids=positions, labels=ids, use_cache=False).loss)
+        losses[-1].backward()
+        gradients.append([parameter.grad for parameter in model.parameters() if parameter.grad is not None])
+    torch.testing.assert_close(*losses)
+    torch.testing.assert_close(*gradients)
