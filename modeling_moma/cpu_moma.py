@@ -97,7 +97,9 @@ def multiplies_with(name: str) -> bool:
 def matmul_dtype(weight: torch.Tensor) -> torch.dtype:
     """Return the type in which a matmul with a weight is computed, autocast or not."""
     device_type = weight.device.type
-    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else weight.dtype
+    # autocast raises at the type of tensors without data
+    is_cast = device_type != "meta" and torch.is_autocast_enabled(device_type)
+    return torch.get_autocast_dtype(device_type) if is_cast else weight.dtype
 
 
 def _is_inference() -> bool:

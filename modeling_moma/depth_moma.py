@@ -27,15 +27,14 @@ from .depth_cache_moma import (
     places_of,
     step_mask,
 )
+from .documents_moma import FLASH_LENGTHS, uses_flash_attention_mask
 from .routing_moma import MomaRouterBase, ceil_share, exact_share, lower_scores, thresholds_between
 from .token_groups_moma import (
-    FLASH_LENGTHS,
     ModalitySplit,
     RouterState,
     RouterStatistics,
     RoutingContext,
     is_distributed,
-    uses_flash_attention_mask,
 )
 
 

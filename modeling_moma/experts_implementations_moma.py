@@ -197,9 +197,11 @@ def form_of_pairs(config: MomaConfig, input_ids: torch.Tensor | None, states: to
             the weight that embeds them, or in place of ids what was embedded, `[B, T, D]`.
     """
     takes_all_pairs = takes_hints(config) and not torch.compiler.is_compiling()
-    if is_on_cpu(states) or is_distributed() or not takes_all_pairs:
+    # weights that are loaded when they are needed are not where the layers compute
+    inputs = states if input_ids is None else input_ids
+    if is_on_cpu(inputs) or is_distributed() or not takes_all_pairs:
         return PairForm.COUNTED
-    num_tokens = (states if input_ids is None else input_ids).shape[:2].numel()
+    num_tokens = inputs.shape[:2].numel()
     dtype = matmul_dtype(states)
     widths = [config.group_intermediate_size(group) for group in config.expert_groups]
     form = PairForm.SORTED if _has_kernel(dtype, (config.hidden_size, *widths)) else PairForm.FIXED

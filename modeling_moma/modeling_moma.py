@@ -52,6 +52,7 @@ from .configuration_moma import MomaConfig, check_rules
 from .cpu_moma import CpuAttention, CpuRMSNorm, MomaCpuLinear, cpu_form_of, use_cpu_layers
 from .depth_cache_moma import DepthPacking, PackedCache, StepCache
 from .depth_moma import DepthLayer, MomaDepthRouter
+from .documents_moma import causal_mask_of, check_whole_lengths, uses_flash_attention_mask
 from .errors_moma import InputError
 from .experts_implementations_moma import DEFAULT_IMPLEMENTATION, form_of_pairs, takes_any_width, takes_hints
 from .generation_moma import MomaGenerationMixin
@@ -60,11 +61,8 @@ from .quantized_layers_moma import use_quantized_layers
 from .routing_moma import MomaAuxiliaryRouter, MomaRouter, MomaRouterBase, update_routers
 from .token_groups_moma import (
     RoutingContext,
-    causal_mask_of,
-    check_whole_lengths,
     routing_of_batch,
     seen_positions,
-    uses_flash_attention_mask,
 )
 
 
@@ -730,10 +728,12 @@ class MomaModel(MomaPreTrainedModel):
             given=kwargs,
         )
         # a cache would take the documents of a row for one
-        if use_cache and cache is None and not context.has_documents:
+        if use_cache and cache is None and not context.documents.are_packed:
             cache = DynamicCache(config=self.config)
         hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        causal_mask = causal_mask_of(self.config, hidden_states, attention_mask, cache, context)
+        causal_mask = causal_mask_of(
+            self.config, hidden_states, attention_mask, cache, context.documents, context.has_padding
+        )
         kwargs.update(context.lengths or {})  # pyright: ignore[reportCallIssue, reportArgumentType]
         if position_ids is None:
             position_ids = torch.arange(hidden_states.shape[1], device=hidden_states.device) + seen_positions(cache)

@@ -9,7 +9,7 @@ from accelerate.utils import send_to_device
 from transformers import DynamicCache, PreTrainedModel
 
 from benchmarks.speed.shapes import Shape, mixed_tokens
-from modeling_moma.token_groups_moma import packed_lengths
+from modeling_moma.documents_moma import packed_lengths
 
 
 # steps of decoding in one piece of work, and the prompt before them

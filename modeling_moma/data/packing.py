@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..documents_moma import packed_lengths
 from ..errors_moma import InputError
-from ..token_groups_moma import packed_lengths
 from .documents import Documents, cut_before, frame_spans
 from .stream import DocumentOrder, document_orders
 

@@ -39,7 +39,7 @@ MOVED = {
     "demo.uploads": "demo.inputs",
     "depth_packing_moma": "depth_cache_moma",
     "dispatch_moma": "experts_implementations_moma",
-    "document_lengths_moma": "token_groups_moma",
+    "document_lengths_moma": "documents_moma",
     "evaluation.features": "evaluation.drawings",
     "evaluation.measuring": "evaluation.evaluate",
     "evaluation.sources": "evaluation.held_out",

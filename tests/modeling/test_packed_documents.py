@@ -24,7 +24,7 @@ from helpers.packed_rows import (
 )
 from helpers.tiny import mixed_ids, tiny_model
 from modeling_moma.data.packing import PackedCollator
-from modeling_moma.token_groups_moma import packed_lengths
+from modeling_moma.documents_moma import packed_lengths
 
 
 PADDING = "padding"
