@@ -256,8 +256,9 @@ def save_with_processor(
     stored = MomaForCausalLM.from_pretrained(source, dtype="auto")
     if model.config.auxiliary_routers and not stored.config.auxiliary_routers:
         add_auxiliary_routers(stored)
-    # bf16 weights were widened to fp32 and have not changed since, so narrowing loses nothing
-    stored.load_state_dict(model.state_dict())
+    # routers are fp32 in every model; the other weights may have been loaded in another type
+    for name, router in named_routers(model).items():
+        stored.get_submodule(name).load_state_dict(router.state_dict())
     for name in ("inference_routing", "depth_inference_routing"):
         setattr(stored.config, name, getattr(model.config, name))
 

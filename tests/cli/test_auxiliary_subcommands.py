@@ -158,6 +158,16 @@ def test_calibrate_changes_thresholds_alone(inputs, trained, tmp_path):
     assert json.loads((both / "config.json").read_text())["inference_routing"] == "auxiliary"
 
 
+def test_calibrate_in_bf16_keeps_the_weights_of_an_fp32_model_bit_by_bit(inputs, tmp_path):
+    source = inputs / "fp32"
+    found = run(calibrate, inputs, tmp_path / "half", "--batches", "2", "--dtype", "bfloat16", model=source)
+    assert_same(main_weights(source), main_weights(found), except_for=["threshold", "num_updates"])
+    before, after = (MomaForCausalLM.from_pretrained(folder) for folder in (source, found))
+    for name, router in named_routers(before).items():
+        assert not torch.equal(router.threshold, after.get_submodule(name).threshold)
+    assert json.loads((found / "config.json").read_text())["dtype"] == "float32"
+
+
 def test_calibrate_sets_the_routing_that_it_is_told(inputs, trained, tmp_path):
     main = run(
         calibrate, inputs, tmp_path / "main", "--batches", "1", "--inference-routing", "threshold", model=trained
