@@ -152,11 +152,12 @@ class FixedSplit:
 
 def token_modalities(config: MomaConfig, input_ids: torch.Tensor) -> torch.Tensor:
     """Return the modality of each token id, an index into `config.modalities`."""
-    modality: Any = 0
+    modality = None
     for index, name in enumerate(config.modalities[1:], start=1):
         for start, stop in config.modality_token_ranges[name]:
-            modality = torch.where((input_ids >= start) & (input_ids < stop), index, modality)
-    return modality if isinstance(modality, torch.Tensor) else torch.zeros_like(input_ids)
+            is_within = (input_ids >= start) & (input_ids < stop)
+            modality = is_within * index if modality is None else torch.where(is_within, index, modality)
+    return torch.zeros_like(input_ids) if modality is None else modality
 
 
 def position_groups(config: MomaConfig, modality_BT: torch.Tensor, padding_BT: torch.Tensor | None) -> torch.Tensor:

@@ -9,7 +9,7 @@ from helpers.cuda.compare import both, on_device
 from helpers.cuda.limits import excess
 from helpers.reference import GROUPS
 from helpers.tiny import mixed_ids, tiny_model
-from modeling_moma import modeling_moma
+from modeling_moma import documents_moma
 from modeling_moma.routing_moma import MomaRouterBase
 
 
@@ -30,8 +30,8 @@ def test_a_wait_in_a_router_is_beyond_the_limits(device, monkeypatch):
 
 
 def test_a_mask_of_the_cpu_is_refused(device, monkeypatch):
-    create = modeling_moma.create_causal_mask
-    monkeypatch.setattr(modeling_moma, "create_causal_mask", lambda *args, **kwargs: create(*args, **kwargs).cpu())
+    create = documents_moma.create_causal_mask
+    monkeypatch.setattr(documents_moma, "create_causal_mask", lambda *args, **kwargs: create(*args, **kwargs).cpu())
     model, copied = both(tiny_model(**GROUPS["4t4i"]))
     ids = mixed_ids()
     padding = torch.ones_like(ids)
