@@ -397,7 +397,7 @@ class DepthPacking:
     is_recorded: bool = False
     # made where they are asked for; functools.cached_property takes a lock, which breaks the graph of a compiler
     _row_R: torch.Tensor | None = None
-    _place_T: torch.Tensor | None = None
+    _position_P: torch.Tensor | None = None
 
     @property
     def num_places(self) -> int:
@@ -433,9 +433,9 @@ class DepthPacking:
     @property
     def position_P(self) -> torch.Tensor:
         """The position of each chosen token in its row, `[P]`."""
-        if self._place_T is None:
-            self._place_T = self.token_P % self.length if self.num_rows > 1 else self.token_P
-        return self._place_T
+        if self._position_P is None:
+            self._position_P = self.token_P % self.length if self.num_rows > 1 else self.token_P
+        return self._position_P
 
     def pack(self, x_BT: torch.Tensor) -> torch.Tensor:
         """Map `[B, T, ...]` to `[R, C, ...]`; one row is taken to stand for all.

@@ -49,7 +49,7 @@ def moma_experts_forward(
         hidden_states (`torch.Tensor`):
             `[P, D]`.
         top_k_index (`torch.LongTensor`):
-            experts of each row, `[P, k]`.
+            experts of each row, `[P, k]`; with `num_taken` perhaps `[E, K, 1]`, a view.
         top_k_weights (`torch.Tensor`):
             gates, `[P, k]`.
         num_taken (`int`, *optional*):

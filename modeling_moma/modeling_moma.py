@@ -85,7 +85,7 @@ class MomaRMSNorm(nn.Module):
         self.variance_epsilon = eps
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        # half precision is widened within, except that autocast gives fp32 back
+        # rms_norm computes half precision in fp32, and under autocast returns fp32
         normed = nn.functional.rms_norm(hidden_states, self.weight.shape, eps=self.variance_epsilon)
         return self.weight * normed.to(hidden_states.dtype)
 
@@ -387,7 +387,7 @@ class MomaExpertGroup(nn.Module):
             may_hint = context.takes_hints and not is_parallel and (is_ours or selection.shape_EK is not None)
             y_PD = self.experts(
                 selection.dispatch(x_ND),
-                # of equal shares, hints say it all
+                # equal shares come expert by expert, as hints say, so that `[E, K]` needs no copy
                 (selection.expert if may_hint else selection.expert_P).unsqueeze(-1),
                 selection.weight_P.unsqueeze(-1),
                 **(selection.hints() if may_hint else {}),
