@@ -406,7 +406,7 @@ class DepthLayer(nn.Module):
         """Prepare a step of one token in each row: those rows take part that chose it, with nothing to pack."""
         num_rows = hidden_B1D.shape[0]
         split = routing_context.split
-        # the only device sync of the packing; a token of no group stays outside
+        # the only device sync of the packing; -1 where a row's token is not chosen
         groups = torch.where(selection.chosen_BT, split.group_BT, -1).flatten().tolist()
         rows = [row for row, group in enumerate(groups) if group >= 0]
         if not rows:
