@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+Trains the study's grid of recipes, seeds and budgets, and adds a row to its results for each one that is finished.
+
+    python scripts/study.py --work FOLDER --prepare      tokenizer, processor and tokens, once
+    python scripts/study.py --work FOLDER --processes 2  train what the plan has and the results lack
+    python scripts/study.py --list                       what is finished and what is not
+
+Everything resumes: a killed run goes on from its last checkpoint. Processes have one thread each. Checkpoints stay in
+`--work`; what was measured goes to `--results`.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from study_recipe.grid import PLAN, Run
+from study_recipe.preparing import prepare
+from study_recipe.rows import add_row, has_row
+from study_recipe.training import Study, forget, train_branch
+
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, help="folder of the tokens and the checkpoints, outside the repository")
+    parser.add_argument("--results", type=Path, default=REPOSITORY / "docs" / "study" / "runs.parquet")
+    parser.add_argument("--recipe", type=Path, default=REPOSITORY / "recipes" / "study.yaml")
+    parser.add_argument("--prepare", action="store_true", help="make tokenizer, processor and tokens")
+    parser.add_argument("--processes", type=int, default=1, help="runs side by side, one thread each")
+    parser.add_argument("--minutes", type=float, help="begin no further branch after these")
+    parser.add_argument("--only", nargs="+", metavar="RUN", help="take these runs of the plan alone")
+    parser.add_argument("--list", action="store_true")
+    args = parser.parse_args(arguments)
+    if args.work is None and not args.list:
+        parser.error("--work: give a folder for tokens and checkpoints")
+    unknown = set(args.only or ()) - {run.name for run in PLAN}
+    if unknown:
+        parser.error(f"--only {min(unknown)!r}: the plan has no such run; --list names those that there are")
+    return args
+
+
+def main(arguments: list[str] | None = None) -> int:
+    args = parse_arguments(arguments)
+    runs = [run for run in PLAN if not args.only or run.name in args.only]
+    if args.list:
+        for run in runs:
+            done = [has_row(args.results, run.name, budget) for budget in run.budgets]
+            budgets = ", ".join(f"{budget}M{' done' if is_done else ''}" for budget, is_done in zip(run.budgets, done))
+            print(f"{run.name}: {budgets}")
+        return 0
+    study = Study(args.recipe, args.work / "processor", args.work / "tokens", args.work / "runs")
+    if args.prepare:
+        prepare(study, args.work)
+        return 0
+    if args.processes > 1:
+        return start_processes(args, sys.argv[1:] if arguments is None else arguments)
+    end = None if args.minutes is None else time.monotonic() + 60 * args.minutes
+    for run in runs:
+        work_on(study, run, args.results, end)
+    return 0
+
+
+def start_processes(args: argparse.Namespace, arguments: list[str]) -> int:
+    """Start workers of one thread each; they take turns at what is left."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    command = [sys.executable, __file__, *arguments, "--processes", "1"]
+    args.work.mkdir(parents=True, exist_ok=True)
+    workers = []
+    for number in range(args.processes):
+        with (args.work / f"worker-{number}.log").open("a") as log:
+            workers.append(subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT))
+    return max(worker.wait() for worker in workers)
+
+
+def work_on(study: Study, run: Run, results: Path, end: float | None) -> None:
+    """Train the branches of a run that have no row yet, unless another process does."""
+    # importing torch's training takes seconds, which --list and a wrong flag need not wait for
+    from study_recipe.measuring import row
+
+    (study.runs / run.name).mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(study.runs / run.name / ".lock", timeout=0):
+            for budget in sorted(run.budgets):
+                if has_row(results, run.name, budget):
+                    continue
+                if end is not None and time.monotonic() > end:
+                    return
+                print(f"{run.name}: {budget} million tokens", flush=True)
+                checkpoint = train_branch(study, run, budget)
+                add_row(results, row(study, run, budget, checkpoint, REPOSITORY))
+                forget(study, run, budget)
+    except Timeout:
+        print(f"{run.name}: another process is at it", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,192 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the study trains: recipes of equal training FLOPs a token, sizes, seeds and budgets of tokens."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from modeling_moma.errors_moma import InputError
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How runs count and when they change.
+
+    Args:
+        rows (`int`, *optional*, defaults to `16`):
+            of a step.
+        row_tokens (`int`, *optional*, defaults to `512`):
+            positions of a row.
+        longest (`int`, *optional*, defaults to `100`):
+            millions of tokens for which the stream is made that all runs read.
+        warmup_steps (`int`, *optional*, defaults to `100`):
+            in which the learning rate rises.
+        curve_steps (`int`, *optional*, defaults to `122`):
+            of a million tokens, 999,424 to be exact, and between two points of a curve: budgets end with one.
+        decay (`float`, *optional*, defaults to `0.2`):
+            of a budget's steps, those in which the learning rate falls to 0.
+    """
+
+    rows: int = 16
+    row_tokens: int = 512
+    longest: int = 100
+    warmup_steps: int = 100
+    curve_steps: int = 122
+    decay: float = 0.2
+
+    @property
+    def step_tokens(self) -> int:
+        """Positions of a step."""
+        return self.rows * self.row_tokens
+
+    def steps(self, millions: int) -> int:
+        """Return the steps of a budget in millions of tokens."""
+        return millions * self.curve_steps
+
+    def branch_step(self, millions: int) -> int:
+        """Return the step of a budget at which its decay leaves the trunk."""
+        return round((1 - self.decay) * self.steps(millions))
+
+
+@dataclass(frozen=True)
+class Size:
+    """A size of the model.
+
+    Args:
+        hidden_size (`int`):
+            width `D`; a dense feed-forward network is twice as wide.
+        layers (`int`):
+            their number.
+        learning_rate (`float`):
+            largest one of the dense model.
+    """
+
+    hidden_size: int
+    layers: int
+    learning_rate: float
+
+
+# by their active parameters without embeddings, in millions
+SIZES = {
+    "0.5M": Size(128, 3, 4e-3),
+    "1M": Size(160, 4, 3e-3),
+    "2.5M": Size(256, 4, 2e-3),
+}
+
+TWO = ("text", "image")
+
+
+def _groups(text: int, image: int) -> dict[str, int]:
+    return {"text": text, "image": image}
+
+
+def recipe_fields(recipe: str, width: int) -> dict[str, Any]:
+    """Return the fields of `MomaConfig` that make a recipe of the dense model.
+
+    Args:
+        recipe (`str`):
+            one of [`RECIPES`].
+        width (`int`):
+            inner width of the dense model's feed-forward network, which a token's experts have together.
+
+    Raises:
+        ValueError: there is no such recipe.
+    """
+    if recipe not in RECIPES:
+        raise InputError(f"recipe {recipe!r}: it must be one of {list(RECIPES)}.")
+    fields = dict(RECIPES[recipe])
+    routed = fields.pop("routed", 1.0)
+    fields.setdefault("intermediate_size", round(routed * width))
+    if shared := fields.pop("shared", None):
+        size = round(shared * width)
+        is_pool = isinstance(fields["num_experts"], int)
+        fields["shared_expert_intermediate_size"] = size if is_pool else dict.fromkeys(TWO, size)
+    return fields
+
+
+# `routed` and `shared` are widths of an expert over that of the dense network
+RECIPES: dict[str, dict[str, Any]] = {
+    "dense": {"num_experts": 1},
+    "1t1i": {"num_experts": _groups(1, 1)},
+    "8x": {"num_experts": 8},
+    "4t4i": {"num_experts": _groups(4, 4)},
+    "6t2i": {"num_experts": _groups(6, 2)},
+    "8x-shared": {"num_experts": 8, "routed": 0.5, "shared": 0.5},
+    "4t4i-shared": {"num_experts": _groups(4, 4), "routed": 0.5, "shared": 0.5},
+    "6t2i-shared": {"num_experts": _groups(6, 2), "routed": 0.5, "shared": 0.5},
+    # capacity 1.25 and 2 at equal FLOPs: the share that a token meets stays
+    "4t4i-c1.25": {"num_experts": _groups(4, 4), "expert_capacity_factor": 1.25, "routed": 0.8},
+    "4t4i-c2": {"num_experts": _groups(4, 4), "expert_capacity_factor": 2.0, "routed": 0.5},
+    "8t8i-c2": {"num_experts": _groups(8, 8), "expert_capacity_factor": 2.0, "routed": 0.5},
+    "8t8i-c2-shared": {
+        "num_experts": _groups(8, 8),
+        "expert_capacity_factor": 2.0,
+        "routed": 0.25,
+        "shared": 0.5,
+    },
+    "4t4i-token-choice": {"num_experts": _groups(4, 4), "training_routing": "token_choice"},
+    "4t4i-token-choice-shared": {
+        "num_experts": _groups(4, 4),
+        "training_routing": "token_choice",
+        "routed": 0.5,
+        "shared": 0.5,
+    },
+    "4t4i-threshold": {"num_experts": _groups(4, 4), "training_routing": "threshold"},
+    "8x-token-choice": {"num_experts": 8, "training_routing": "token_choice"},
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """A trunk of one learning rate, and the decays that branch off it.
+
+    Args:
+        recipe (`str`):
+            see [`RECIPES`].
+        size (`str`):
+            see [`SIZES`].
+        seed (`int`):
+            of weights and of the order of the data, which is one for all recipes.
+        budgets (`tuple[int, ...]`):
+            millions of tokens at which a decay ends.
+        rate (`float`, *optional*, defaults to `1.0`):
+            the learning rate over that of the size.
+        data (`str`, *optional*, defaults to `"all"`):
+            `"twelfth"`: a twelfth of the icons, read twelve times as often.
+    """
+
+    recipe: str
+    size: str
+    seed: int
+    budgets: tuple[int, ...]
+    rate: float = 1.0
+    data: str = "all"
+
+    @property
+    def name(self) -> str:
+        """The run's folder."""
+        rate = "" if self.rate == 1 else f"-rate{self.rate:g}"
+        data = "" if self.data == "all" else f"-{self.data}"
+        return f"{self.size}-{self.recipe}{rate}{data}-seed{self.seed}"
+
+    @property
+    def learning_rate(self) -> float:
+        """Largest learning rate."""
+        return self.rate * SIZES[self.size].learning_rate
+
+
+def model_fields(run: Run) -> dict[str, Any]:
+    """Return a run's section `model`, over that of `recipes/study.yaml`."""
+    size = SIZES[run.size]
+    fields = {"hidden_size": size.hidden_size, "num_hidden_layers": size.layers}
+    return fields | recipe_fields(run.recipe, 2 * size.hidden_size)
+
+
+# in the order in which they are trained: first what decides on the learning rate, then what the study claims
+PLAN: tuple[Run, ...] = (
+    *(Run(recipe, "0.5M", 0, (5,), rate) for rate in (0.5, 1.0, 2.0) for recipe in ("dense", "4t4i-shared")),
+    *(
+        Run(recipe, "0.5M", seed, (10, 20))
+        for seed in (1, 2)
+        for recipe in ("dense", "1t1i", "8x", "4t4i", "6t2i", "4t4i-shared", "8x-shared", "4t4i-token-choice")
+    ),
+)

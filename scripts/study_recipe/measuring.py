@@ -1,0 +1,254 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the study measures of a finished branch: held-out losses, and what its training has cost."""
+
+import dataclasses
+import json
+import platform
+import subprocess
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from modeling_moma.configuration_moma import MomaConfig
+from modeling_moma.data.documents import TokenFolder
+from modeling_moma.data.packing import PackedExamples
+from modeling_moma.evaluation.held_out import read_held_out
+from modeling_moma.evaluation.losses import CAUSAL, source_losses
+from modeling_moma.evaluation.measures import load_model
+from modeling_moma.planning.costs import flops_per_token
+from modeling_moma.training.pretraining import training_stream
+from modeling_moma.training.recipe import read_recipe
+from tokenization import MomaProcessor
+
+from .grid import Run
+from .training import Study, log_of
+
+
+# held-out documents of each source and split in a row of the study
+DOCUMENTS = 2000
+SPLITS = ("validation", "test")
+# rows of the stream in which documents are counted
+COUNTED_ROWS = 2000
+
+
+@dataclasses.dataclass(frozen=True)
+class Counts:
+    """What a stream of packed rows is made of.
+
+    Args:
+        tokens (`dict[str, float]`):
+            share of each modality among its tokens.
+        length (`dict[str, float]`):
+            tokens of the document that a token of each modality stands in, in the mean.
+        shares (`dict[str, dict[str, float]]`):
+            share of each source's modalities among the tokens.
+    """
+
+    tokens: dict[str, float]
+    length: dict[str, float]
+    shares: dict[str, dict[str, float]]
+
+
+def count_stream(stream: PackedExamples, sources: Sequence[str], config: MomaConfig) -> Counts:
+    """Count the documents of a stream of rows.
+
+    Args:
+        stream (`PackedExamples`):
+            of which all rows are read.
+        sources (`Sequence[str]`):
+            their names, in the stream's order.
+        config (`MomaConfig`):
+            tells modalities by ids.
+    """
+    number, length = dict.fromkeys(config.modalities, 0), dict.fromkeys(config.modalities, 0.0)
+    by_source = {source: dict.fromkeys(config.modalities, 0) for source in sources}
+    for index in range(len(stream)):
+        row = stream[index]
+        is_token = row["source_ids"] >= 0
+        document = (row["position_ids"] == 0).cumsum(0) - 1
+        length_of_document = torch.bincount(document, weights=is_token.double())
+        length_of_token = length_of_document[document]
+        for modality, is_modality in modality_masks(row["input_ids"], config).items():
+            chosen = is_modality & is_token
+            number[modality] += int(chosen.sum())
+            length[modality] += float(length_of_token[chosen].sum())
+            for source, count in enumerate(torch.bincount(row["source_ids"][chosen], minlength=len(sources)).tolist()):
+                by_source[sources[source]][modality] += count
+    total = sum(number.values())
+    return Counts(
+        {name: count / total for name, count in number.items()},
+        {name: length[name] / max(count, 1) for name, count in number.items()},
+        {name: {modality: count / total for modality, count in found.items()} for name, found in by_source.items()},
+    )
+
+
+def modality_masks(ids: torch.Tensor, config: MomaConfig) -> dict[str, torch.Tensor]:
+    """Return which ids are tokens of each modality."""
+    masks = {}
+    is_other = torch.zeros_like(ids, dtype=torch.bool)
+    for name, ranges in config.modality_token_ranges.items():
+        masks[name] = torch.zeros_like(is_other)
+        for begin, end in ranges:
+            masks[name] |= (ids >= begin) & (ids < end)
+        is_other |= masks[name]
+    return {**masks, "text": ~is_other}
+
+
+def flops_a_token(config: MomaConfig, counts: Counts, with_head: bool) -> float:
+    """Return training FLOPs of a token in the mean, attention counted over documents and not over rows.
+
+    Args:
+        config (`MomaConfig`):
+            the model.
+        counts ([`Counts`]):
+            of the stream.
+        with_head (`bool`):
+            whether logits count.
+    """
+    total = 0.0
+    for modality, share in counts.tokens.items():
+        # FLOPs are linear in the length
+        one, two = (flops_per_token(config, modality, length, training=True) for length in (1, 2))
+        total += share * (one + (two - one) * (counts.length[modality] - 1))
+    head = 3 * 2 * config.hidden_size * config.vocab_size
+    return total if with_head else total - head
+
+
+def counts_of(study: Study, run: Run, config: MomaConfig) -> Counts:
+    """Return the counts of a run's stream."""
+    recipe = read_recipe(study.recipe)
+    tokens = TokenFolder(study.tokens / run.data, MomaProcessor.from_pretrained(study.processor))
+    stream = training_stream(recipe.data, tokens, recipe.sources, COUNTED_ROWS, run.seed)
+    if not isinstance(stream, PackedExamples):
+        raise TypeError("the study counts packed rows.")
+    return count_stream(stream, [source.name for source in recipe.sources], config)
+
+
+def held_out_losses(study: Study, run: Run, checkpoint: Path) -> list[dict[str, Any]]:
+    """Return the losses of every split, routing, source and modality, a `dict` each.
+
+    Args:
+        study ([`Study`]):
+            see there.
+        run ([`Run`]):
+            see there.
+        checkpoint (`Path`):
+            of the end of a branch.
+    """
+    model, processor = load_model(str(checkpoint), "cpu"), MomaProcessor.from_pretrained(study.processor)
+    found = []
+    for split in SPLITS:
+        for source, held_out in read_held_out(str(study.tokens / run.data), processor, split, DOCUMENTS).items():
+            losses = source_losses(model, processor, held_out.documents, 64, name=f"{split} {source}")
+            for routing, measured in losses.items():
+                # the name of the other one is a warning
+                short = routing if routing == CAUSAL else "oracle"
+                for modality, targets in measured["targets"].items():
+                    if targets and modality != "overall":
+                        entry = {"split": split, "routing": short, "source": source, "modality": modality}
+                        found.append({**entry, "loss": measured[modality], "targets": targets})
+    return found
+
+
+def curve(log: list[dict[str, Any]], step_tokens: int) -> list[dict[str, float]]:
+    """Return a point for each million tokens: what was logged of training and of the held-out documents.
+
+    Args:
+        log (`list[dict]`):
+            the Trainer's.
+        step_tokens (`int`):
+            positions of a step.
+    """
+    points: dict[int, dict[str, float]] = {}
+    for entry in log:
+        numbers = {name: float(value) for name, value in entry.items() if isinstance(value, (int, float))}
+        points.setdefault(entry["step"], {}).update(numbers)
+    chosen = ("_loss", "_uncovered", "_covered_twice", "_peak_load", "learning_rate", "grad_norm", "tokens_per_second")
+    return [
+        {
+            "tokens": float(step * step_tokens),
+            **{name: value for name, value in point.items() if name.endswith(chosen) or name == "loss"},
+        }
+        for step, point in sorted(points.items())
+    ]
+
+
+def training_seconds(log: list[dict[str, Any]], step_tokens: int) -> float:
+    """Return the seconds that steps took, evaluations left out, over all starts of a run."""
+    seconds, before = 0.0, 0
+    for entry in log:
+        if "tokens_per_second" in entry:
+            tokens = (entry["step"] - before) * step_tokens * (1 - entry["padding_share"])
+            seconds, before = seconds + tokens / entry["tokens_per_second"], entry["step"]
+    return seconds
+
+
+def hardware() -> dict[str, Any]:
+    """Return what the run was trained on."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    flags = next((line for line in lines if line.startswith("flags")), "")
+    return {
+        "processor": names[0] if names else platform.processor(),
+        "amx": "amx_bf16" in flags,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
+
+
+def revision(repository: Path) -> str:
+    """Return the commit of the code, with a mark where files differ from it."""
+    command = ["git", "-C", str(repository), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def row(study: Study, run: Run, millions: int, checkpoint: Path, repository: Path) -> dict[str, Any]:
+    """Return the row of a finished branch.
+
+    Args:
+        study ([`Study`]):
+            see there.
+        run ([`Run`]):
+            see there.
+        millions (`int`):
+            the budget.
+        checkpoint (`Path`):
+            the branch's last.
+        repository (`Path`):
+            whose commit is named.
+
+    Returns:
+        `dict`: plain values; `config`, `hardware`, `counts`, `curve` and `losses` are JSON.
+    """
+    config, log = MomaConfig.from_pretrained(checkpoint), log_of(checkpoint)
+    counts = counts_of(study, run, config)
+    flops = {name: flops_a_token(config, counts, name == "with_head") for name in ("with_head", "without_head")}
+    embeddings, steps = config.vocab_size * config.hidden_size, study.pace.steps(millions)
+    nested: Mapping[str, Any] = {
+        "config": config.to_diff_dict(),
+        "hardware": hardware(),
+        "counts": dataclasses.asdict(counts),
+        "curve": curve(log, study.pace.step_tokens),
+        "losses": held_out_losses(study, run, checkpoint),
+    }
+    return {
+        "run": run.name,
+        "recipe": run.recipe,
+        "size": run.size,
+        "seed": run.seed,
+        "data": run.data,
+        "learning_rate": run.learning_rate,
+        "budget": millions,
+        "steps": steps,
+        "tokens": steps * study.pace.step_tokens,
+        "active_parameters": config.num_parameters(active=True) - embeddings,
+        "parameters": config.num_parameters() - embeddings,
+        "embeddings": embeddings,
+        "flops_a_token": flops["with_head"],
+        "flops_a_token_without_head": flops["without_head"],
+        "seconds": training_seconds(log, study.pace.step_tokens),
+        "revision": revision(repository),
+        **{name: json.dumps(value) for name, value in nested.items()},
+    }

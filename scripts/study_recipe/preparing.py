@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Image tokenizer, processor and tokens of the study, made by the commands of the package."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import yaml
+
+from modeling_moma.utils.atomic_files import write_aside
+
+from .training import Study
+
+
+# of the icons, what the runs read twelve times as often
+TWELFTH = "train[:8.333%]"
+
+
+def prepare(study: Study, work: Path) -> None:
+    """Make what all runs read; what is there already is kept.
+
+    Args:
+        study ([`Study`]):
+            see there.
+        work (`Path`):
+            folder of everything that is made.
+    """
+    tokenizer = work / "tokenizer"
+    if not (tokenizer / "config.json").is_file():
+        moma("train-image-tokenizer", study.recipe, "--output", tokenizer, "--resume")
+    if not (study.processor / "processor_config.json").is_file():
+        moma("build-processor", study.recipe, "--tokenizer", tokenizer, "--output", study.processor)
+    twelfth = work / "twelfth.yaml"
+    write_aside(twelfth, lambda path: path.write_text(twelfth_recipe(study.recipe)))
+    for name, recipe in (("all", study.recipe), ("twelfth", twelfth)):
+        moma("tokenize", recipe, "--processor", study.processor, "--output", study.tokens / name)
+
+
+def moma(command: str, *arguments: str | Path) -> None:
+    """Run a command of the package."""
+    subprocess.run([sys.executable, "-m", "modeling_moma", command, *map(str, arguments)], check=True)
+
+
+def twelfth_recipe(recipe: Path) -> str:
+    """Return the recipe with a twelfth of the icons to train on, as YAML."""
+    content = yaml.safe_load(recipe.read_text())
+    content["sources"]["icons"]["splits"] = {**content["sources"]["icons"].get("splits", {}), "train": TWELFTH}
+    return yaml.safe_dump(content, sort_keys=False)

@@ -1,0 +1,326 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tables and figures of the study, from its rows alone."""
+
+import json
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+from modeling_moma.errors_moma import InputError
+
+from .rows import NESTED
+
+
+# columns of a table: what is measured, and its name
+PARTS = {"overall": "all", "image": "image", "text": "text"}
+BASELINE = "dense"
+# kinds of a loss: of the training batches, of held-out documents with experts that see the batch, and causal
+TRAINING, ORACLE, CAUSAL = "training", "oracle", "causal"
+
+# a law of mixtures of experts (arXiv 2502.05172): loss of E experts, N active parameters and D tokens
+LAW_OF_PARAMETERS = (35.91, -0.2285, -0.1889, 0.0098)
+LAW_OF_TOKENS = (35.98, 0.5529, -0.1775, -0.0259)
+LAW_FLOOR = 1.3637
+LAW_SMALLEST, LAW_LARGEST = 2.0732, 290.45
+
+
+def opened(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a row of the file with its JSON read."""
+    return {name: json.loads(value) if name in NESTED else value for name, value in row.items()}
+
+
+def losses_of(row: Mapping[str, Any], kind: str, split: str) -> dict[str, float] | None:
+    """Return a row's losses in nats a target, the mean over the tokens of the training's mixture.
+
+    Args:
+        row (`Mapping`):
+            an opened row.
+        kind (`str`):
+            `"training"`, `"oracle"` or `"causal"`. The first is the mean over the last million tokens. Without routers
+            that see the batch the oracle's is the causal loss.
+        split (`str`):
+            of held-out documents; the training's loss has none.
+
+    Returns:
+        `dict[str, float] | None`: `overall`, `text`, `image`; `None` where they were not measured.
+    """
+    shares = row["counts"]["shares"]
+    if kind == TRAINING:
+        last = next((point for point in reversed(row["curve"]) if "image_loss" in point), None)
+        if last is None:
+            return None
+        by_modality = {name: last[f"{name}_loss"] for name in ("image", "text")}
+        weights = row["counts"]["tokens"]
+        return {**by_modality, "overall": sum(weights[name] * by_modality[name] for name in by_modality)}
+    found = {entry["routing"] for entry in row["losses"]}
+    routing = kind if kind in found else CAUSAL
+    sums, weights = defaultdict(float), defaultdict(float)
+    for entry in row["losses"]:
+        if (entry["split"], entry["routing"]) == (split, routing) and entry["modality"] in ("image", "text"):
+            weight = shares[entry["source"]][entry["modality"]]
+            for part in (entry["modality"], "overall"):
+                sums[part] += weight * entry["loss"]
+                weights[part] += weight
+    return {part: sums[part] / weights[part] for part in sums if weights[part]} or None
+
+
+def tokens_needed(curve: Sequence[tuple[float, float]], loss: float) -> float:
+    """Return the tokens at which a curve reaches a loss, linear in their logarithm between and beyond its points.
+
+    Args:
+        curve (`Sequence[tuple[float, float]]`):
+            two or more pairs of tokens and loss.
+        loss (`float`):
+            in nats.
+
+    Raises:
+        ValueError: the curve has fewer points, or does not fall.
+    """
+    points = sorted(curve)
+    if len(points) < 2:
+        raise InputError(f"`curve` has {len(points)} points: two are needed to tell how it falls.")
+    falls = [(before, after) for before, after in zip(points, points[1:])]
+    if any(after[1] >= before[1] for before, after in falls):
+        raise InputError(f"`curve` does not fall: {points}.")
+    # beyond its ends the nearest piece goes on
+    before, after = next((piece for piece in falls if loss >= piece[1][1]), falls[-1])
+    share = (before[1] - loss) / (before[1] - after[1])
+    return math.exp(math.log(before[0]) + share * (math.log(after[0]) - math.log(before[0])))
+
+
+@dataclass(frozen=True)
+class Saving:
+    """What dense needs over what a recipe needed.
+
+    Args:
+        tokens (`float`):
+            eta: dense's tokens over the recipe's for one loss, times dense's training FLOPs a token over the recipe's.
+        seconds (`float`):
+            the same in seconds of training.
+    """
+
+    tokens: float
+    seconds: float
+
+
+def saving(row: Mapping[str, Any], dense: Sequence[Mapping[str, Any]], kind: str, split: str, part: str) -> Saving:
+    """Return what a row saves over the dense rows of its size and seed, the head counted.
+
+    Args:
+        row (`Mapping`):
+            an opened row.
+        dense (`Sequence[Mapping]`):
+            of two budgets or more.
+        kind (`str`):
+            of the loss, see [`losses_of`].
+        split (`str`):
+            see [`losses_of`].
+        part (`str`):
+            `overall`, `text` or `image`.
+    """
+    curve = [(float(other["tokens"]), _part(other, kind, split, part)) for other in dense]
+    ratio = tokens_needed(curve, _part(row, kind, split, part)) / row["tokens"]
+    flops = dense[0]["flops_a_token"] / row["flops_a_token"]
+    seconds = fmean(other["seconds"] / other["tokens"] for other in dense) / (row["seconds"] / row["tokens"])
+    return Saving(ratio * flops, ratio * seconds)
+
+
+def _part(row: Mapping[str, Any], kind: str, split: str, part: str) -> float:
+    losses = losses_of(row, kind, split)
+    if losses is None:
+        raise InputError(f"{row['run']}, {row['budget']}M: there is no {kind} loss of {split}.")
+    return losses[part]
+
+
+def partners(row: Mapping[str, Any], rows: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Return the dense rows that a row is compared with: of its size, seed and data, one for each budget."""
+    same = ("size", "seed", "data")
+    found = [other for other in rows if other["recipe"] == BASELINE and all(other[name] == row[name] for name in same)]
+    by_rate: dict[float, list] = defaultdict(list)
+    for other in found:
+        by_rate[other["learning_rate"]].append(other)
+    # a sweep of the learning rate has one budget each
+    return max(by_rate.values(), key=len, default=[])
+
+
+def spread(values: Sequence[float], digits: int) -> str:
+    """Return a mean with the standard deviation over seeds, where there are several."""
+    mean = f"{fmean(values):.{digits}f}"
+    return mean if len(values) < 2 else f"{mean} ± {stdev(values):.{digits}f}"
+
+
+def grouped(rows: Iterable[Mapping[str, Any]]) -> dict[tuple, list[Mapping[str, Any]]]:
+    """Return the seeds of each recipe and budget."""
+    groups: dict[tuple, list] = defaultdict(list)
+    for row in rows:
+        groups[row["size"], row["data"], row["budget"], row["learning_rate"], row["recipe"]].append(row)
+    return dict(sorted(groups.items()))
+
+
+def loss_table(rows: Sequence[Mapping[str, Any]], split: str) -> str:
+    """Return causal losses of a split, a line for each recipe and budget."""
+    header = ["size", "data", "tokens", "rate", "recipe", "seeds", *PARTS.values(), "tokens/s"]
+    lines = []
+    for (size, data, budget, rate, recipe), seeds in grouped(rows).items():
+        losses = [_losses(row, CAUSAL, split) for row in seeds]
+        columns = [spread([entry[part] for entry in losses], 4) for part in PARTS]
+        speed = fmean(row["tokens"] / row["seconds"] for row in seeds)
+        lines.append([size, data, f"{budget}M", f"{rate:g}", recipe, str(len(seeds)), *columns, f"{speed:,.0f}"])
+    return table(header, lines)
+
+
+def _losses(row: Mapping[str, Any], kind: str, split: str) -> dict[str, float]:
+    return {part: _part(row, kind, split, part) for part in PARTS}
+
+
+def saving_table(rows: Sequence[Mapping[str, Any]], split: str) -> str:
+    """Return eta by three losses, a line for each recipe and budget that dense rows can be compared with."""
+    header = ["size", "data", "tokens", "recipe", "seeds"]
+    header += [f"{kind}, {name}" for kind in (TRAINING, ORACLE, CAUSAL) for name in PARTS.values()]
+    header.append("causal, all, in seconds")
+    lines = []
+    for (size, data, budget, _, recipe), seeds in grouped(rows).items():
+        compared = [(row, partners(row, rows)) for row in seeds if recipe != BASELINE]
+        compared = [(row, dense) for row, dense in compared if len(dense) > 1]
+        if not compared:
+            continue
+        columns = []
+        for kind in (TRAINING, ORACLE, CAUSAL):
+            for part in PARTS:
+                columns.append(spread([saving(row, dense, kind, split, part).tokens for row, dense in compared], 2))
+        seconds = [saving(row, dense, CAUSAL, split, "overall").seconds for row, dense in compared]
+        lines.append([size, data, f"{budget}M", recipe, str(len(compared)), *columns, spread(seconds, 2)])
+    return table(header, lines)
+
+
+def coverage_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return the shares of tokens that no expert took, at the end of the training."""
+    header = ["size", "tokens", "recipe", "without an expert, image", "text", "all (one pool)"]
+    lines = []
+    for (size, data, budget, _, recipe), seeds in grouped(rows).items():
+        last = [next((point for point in reversed(row["curve"]) if _uncovered(point)), {}) for row in seeds]
+        shares = [[point[f"{group}_uncovered"] for point in last if f"{group}_uncovered" in point] for group in GROUPS]
+        if data == "all" and any(shares):
+            cells = [f"{100 * fmean(share):.0f} %" if share else "" for share in shares]
+            lines.append([size, f"{budget}M", recipe, *cells])
+    return table(header, lines)
+
+
+GROUPS = ("image", "text", "all")
+
+
+def _uncovered(point: Mapping[str, float]) -> bool:
+    return any(f"{group}_uncovered" in point for group in GROUPS)
+
+
+def cost_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return what a token of each recipe costs."""
+    header = ["size", "recipe", "active", "all", "embeddings", "MFLOPs a token", "without head", "over dense"]
+    lines, seen = [], {}
+    for row in rows:
+        seen.setdefault((row["size"], row["recipe"]), row)
+    for (size, recipe), row in sorted(seen.items()):
+        dense = seen.get((size, BASELINE), row)
+        millions = [f"{row[name] / 1e6:.3f} M" for name in ("active_parameters", "parameters", "embeddings")]
+        flops = [f"{row[name] / 1e6:.3f}" for name in ("flops_a_token", "flops_a_token_without_head")]
+        ratio = row["flops_a_token_without_head"] / dense["flops_a_token_without_head"]
+        lines.append([size, recipe, *millions, *flops, f"{ratio:.3f}"])
+    return table(header, lines)
+
+
+def law_loss(experts: int, parameters: float, tokens: float) -> float:
+    """Return the loss by the law, in its own units.
+
+    Args:
+        experts (`int`):
+            number of experts `E`, 1 for a dense model.
+        parameters (`float`):
+            active ones `N`.
+        tokens (`float`):
+            `D`.
+    """
+    transformed = 1 / (1 / (experts - 1 + 1 / (1 / LAW_SMALLEST - 1 / LAW_LARGEST)) + 1 / LAW_LARGEST)
+    total = LAW_FLOOR
+    for (scale, of_experts, exponent, slope), count in (
+        (LAW_OF_PARAMETERS, parameters),
+        (LAW_OF_TOKENS, tokens),
+    ):
+        total += scale * transformed**of_experts * count ** (exponent + slope * math.log(transformed))
+    return total
+
+
+def law_saving(experts: int, parameters: float, tokens: float) -> float:
+    """Return eta by the law: the tokens that a dense model needs for what `tokens` give experts, over those."""
+    wanted = law_loss(experts, parameters, tokens)
+    low, high = math.log(tokens) - 8, math.log(tokens) + 8
+    for _ in range(80):
+        middle = (low + high) / 2
+        low, high = (low, middle) if law_loss(1, parameters, math.exp(middle)) < wanted else (middle, high)
+    return math.exp(low) / tokens
+
+
+def slope_table(rows: Sequence[Mapping[str, Any]], recipes: Sequence[str], split: str) -> str:
+    """Return eta over tokens by active parameter, with what the law gives for four experts."""
+    header = ["size", "recipe", "tokens by active parameter", "eta, causal, all", "law, 4 experts"]
+    lines = []
+    for (size, data, budget, _, recipe), seeds in grouped(rows).items():
+        compared = [(row, partners(row, rows)) for row in seeds if recipe in recipes and data == "all"]
+        compared = [(row, dense) for row, dense in compared if len(dense) > 1]
+        if compared:
+            row = compared[0][0]
+            values = [saving(entry, dense, CAUSAL, split, "overall").tokens for entry, dense in compared]
+            predicted = law_saving(4, row["active_parameters"], row["tokens"])
+            ratio = row["tokens"] / row["active_parameters"]
+            lines.append([f"{size}, {budget}M", recipe, f"{ratio:.0f}", spread(values, 2), f"{predicted:.2f}"])
+    return table(header, lines)
+
+
+def table(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    """Return a table in Markdown."""
+    rows = [list(header), ["---"] * len(header), *map(list, lines)]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in rows)
+
+
+def draw_savings(rows: Sequence[Mapping[str, Any]], split: str, path: Path) -> None:
+    """Draw eta over tokens, a panel for each part and a line for each recipe.
+
+    Args:
+        rows (`Sequence[Mapping]`):
+            opened rows.
+        split (`str`):
+            of the causal losses.
+        path (`Path`):
+            the SVG.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    # equal figures give equal files
+    matplotlib.rcParams["svg.hashsalt"] = "study"
+    figure, panels = pyplot.subplots(1, len(PARTS), figsize=(11, 3.6), sharey=True, layout="constrained")
+    by_recipe: dict[str, dict[int, list[Any]]] = defaultdict(lambda: defaultdict(list))
+    for (size, data, budget, _, recipe), seeds in grouped(rows).items():
+        if size == "0.5M" and data == "all" and recipe != BASELINE:
+            by_recipe[recipe][budget] += [(row, partners(row, rows)) for row in seeds]
+    for panel, (part, title) in zip(panels, PARTS.items(), strict=True):
+        for recipe, budgets in by_recipe.items():
+            points = {
+                budget: fmean(saving(row, dense, CAUSAL, split, part).tokens for row, dense in compared)
+                for budget, compared in sorted(budgets.items())
+                if all(len(dense) > 1 for _, dense in compared)
+            }
+            if points:
+                panel.plot(list(points), list(points.values()), marker="o", markersize=3, linewidth=1, label=recipe)
+        panel.axhline(1.0, color="black", linewidth=0.8)
+        panel.set(title=title, xlabel="million tokens", xscale="log")
+        panel.grid(alpha=0.3)
+    panels[0].set_ylabel("eta over dense, causal")
+    panels[-1].legend(fontsize=6, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    figure.savefig(path, metadata={"Date": None, "Creator": None})
+    pyplot.close(figure)

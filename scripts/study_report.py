@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+Writes the tables and the figure of docs/study.md from the study's rows.
+
+    python scripts/study_report.py
+
+What stands between `<!-- study: start -->` and `<!-- study: end -->` of the page is replaced.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from modeling_moma.utils.atomic_files import write_aside
+from study_recipe.reporting import (
+    BASELINE,
+    cost_table,
+    coverage_table,
+    draw_savings,
+    loss_table,
+    opened,
+    saving_table,
+    slope_table,
+)
+from study_recipe.rows import read_rows
+
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+START, END = "<!-- study: start -->", "<!-- study: end -->"
+# recipes are chosen by the first and claimed by the second
+CHOOSING, CLAIMING = "validation", "test"
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, default=REPOSITORY / "docs" / "study" / "runs.parquet")
+    parser.add_argument("--page", type=Path, default=REPOSITORY / "docs" / "study.md")
+    parser.add_argument("--figure", type=Path, default=REPOSITORY / "docs" / "images" / "study-eta.svg")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    args = parse_arguments(arguments)
+    rows = [opened(row) for row in read_rows(args.results)]
+    if not rows:
+        print(f"--results {str(args.results)!r} has no rows: scripts/study.py writes them.", file=sys.stderr)
+        return 1
+    text = args.page.read_text()
+    if START not in text or END not in text:
+        print(f"--page {str(args.page)!r} lacks {START} or {END}.", file=sys.stderr)
+        return 1
+    before, _, rest = text.partition(START)
+    after = rest.partition(END)[2]
+    draw_savings(rows, CLAIMING, args.figure)
+    page = f"{before}{START}\n{tables(rows)}\n{END}{after}"
+    write_aside(args.page, lambda path: path.write_text(page))
+    print(f"{args.page}: {len(rows)} rows")
+    return 0
+
+
+def tables(rows: list[dict]) -> str:
+    """Returns all tables, each under its heading."""
+    others = sorted({row["recipe"] for row in rows} - {BASELINE})
+    parts = {
+        "Cost of a token": cost_table(rows),
+        f"Causal losses on `{CHOOSING}`": loss_table(rows, CHOOSING),
+        f"Causal losses on `{CLAIMING}`": loss_table(rows, CLAIMING),
+        f"Eta on `{CHOOSING}`": saving_table(rows, CHOOSING),
+        f"Eta on `{CLAIMING}`": saving_table(rows, CLAIMING),
+        "Eta over tokens by active parameter": slope_table(rows, others, CLAIMING),
+        "Tokens that no expert took": coverage_table(rows),
+    }
+    return "\n".join(f"### {title}\n\n{content}\n" for title, content in parts.items())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

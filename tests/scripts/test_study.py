@@ -1,0 +1,265 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The study: recipes of equal cost, one stream of data, runs that resume, rows that are kept, figures that follow."""
+
+import json
+import multiprocessing
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import pyarrow.parquet
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from helpers.mixture import WEIGHTS, write_mixture
+from helpers.tiny import tiny_processor
+from modeling_moma import MomaConfig
+from modeling_moma.cli import tokenize
+from modeling_moma.data.documents import TokenFolder
+from modeling_moma.errors_moma import InputError
+from modeling_moma.planning.costs import flops_per_token
+from modeling_moma.training.pretraining import training_stream
+from modeling_moma.training.recipe import read_recipe
+from modeling_moma.training.stages import StopAt
+from study_recipe import reporting
+from study_recipe.grid import PLAN, RECIPES, SIZES, Pace, Run, model_fields
+from study_recipe.measuring import SPLITS, count_stream, flops_a_token, row
+from study_recipe.rows import add_row, has_row, read_rows
+from study_recipe.training import Study, train_branch
+
+
+ROOT = Path(__file__).resolve().parents[2]
+# a million has four steps here
+PACE = Pace(rows=2, row_tokens=96, longest=12, warmup_steps=2, curve_steps=4)
+SMALL, LARGE = 5, 10
+RUN = Run("4t4i-shared", "0.5M", 1, (SMALL, LARGE))
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("study")
+    tiny_processor().save_pretrained(folder / "processor")
+    recipe = write_mixture(folder / "data")
+    content = yaml.safe_load(recipe.read_text())
+    del content["samples"]
+    for source in content["sources"].values():
+        source["splits"] = {"train": "train[10:]", "validation": "train[:5]", "test": "train[5:10]"}
+        del source["held_out"]
+    recipe.write_text(yaml.safe_dump(content, sort_keys=False))
+    tokens = folder / "tokens" / "all"
+    tokenize.main([str(recipe), "--processor", f"{folder}/processor", "--output", str(tokens), "--processes", "1"])
+    return Study(recipe, folder / "processor", folder / "tokens", folder / "runs", PACE)
+
+
+def stream_of(study, length=40, seed=1):
+    recipe, processor = read_recipe(study.recipe), tiny_processor()
+    return training_stream(recipe.data, TokenFolder(study.tokens / "all", processor), recipe.sources, length, seed)
+
+
+def config_of(recipe, size="0.5M"):
+    base = yaml.safe_load((ROOT / "recipes" / "study.yaml").read_text())["model"]
+    layout = {**tiny_processor().token_layout(), "vocab_size": 3000}
+    return MomaConfig(**base | model_fields(Run(recipe, size, 0, ())) | layout)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_every_recipe_costs_what_dense_costs_but_for_its_routers(size):
+    counts = count_of(text=0.3, image=0.7, length=80.0)
+    dense = flops_a_token(config_of("dense", size), counts, with_head=False)
+    for recipe in RECIPES:
+        config = config_of(recipe, size)
+        routers = 3 * 2 * config.hidden_size * 16 * config.num_hidden_layers
+        # widths are whole numbers
+        assert -0.002 * dense <= flops_a_token(config, counts, with_head=False) - dense <= routers + 0.002 * dense
+
+
+@pytest.mark.parametrize("size, millions", [("0.5M", 0.5), ("1M", 1.0), ("2.5M", 2.5)])
+def test_sizes_have_the_active_parameters_that_they_are_called_by(size, millions):
+    config = config_of("dense", size)
+    active = config.num_parameters(active=True) - config.vocab_size * config.hidden_size
+    assert active / 1e6 == pytest.approx(millions, rel=0.06)
+
+
+def count_of(text, image, length):
+    from study_recipe.measuring import Counts
+
+    return Counts({"text": text, "image": image}, {"text": length, "image": length}, {})
+
+
+def test_flops_are_those_of_every_document_alone(study):
+    stream, config = stream_of(study), small_config()
+    counts = count_stream(stream, list(WEIGHTS), config)
+    total, number = 0.0, 0
+    for index in range(len(stream)):
+        example = stream[index]
+        starts = [*(example["position_ids"] == 0).nonzero().flatten().tolist(), len(example["position_ids"])]
+        for start, end in zip(starts, starts[1:]):
+            if example["source_ids"][start] < 0:
+                continue
+            for token in example["input_ids"][start:end].tolist():
+                modality = "image" if is_code(config, token) else "text"
+                total += flops_per_token(config, modality, end - start, training=True)
+                number += 1
+    assert flops_a_token(config, counts, with_head=True) == pytest.approx(total / number, rel=1e-9)
+    assert sum(counts.tokens.values()) == pytest.approx(1)
+    by_source = {name: sum(shares.values()) for name, shares in counts.shares.items()}
+    assert by_source == pytest.approx(WEIGHTS, abs=0.08)
+
+
+def small_config():
+    fields = {"hidden_size": 32, "intermediate_size": 24, "num_attention_heads": 4, "num_hidden_layers": 2}
+    return MomaConfig(**fields, num_experts=8, **tiny_processor().token_layout())
+
+
+def is_code(config, token):
+    return any(begin <= token < end for begin, end in config.modality_token_ranges["image"])
+
+
+def test_a_stopped_run_ends_as_one_that_was_not_and_a_larger_budget_goes_on(study, tmp_path, monkeypatch):
+    whole = replace(study, runs=tmp_path / "whole")
+    first = train_branch(whole, RUN, SMALL)
+    last = train_branch(whole, RUN, LARGE)
+    stopped = replace(study, runs=tmp_path / "stopped")
+    ends = StopAt.on_step_end
+    steps = iter(range(1, 100))
+
+    def killed(self, args, state, control, **kwargs):
+        # steps that a start gets on: the first ones of trunk and branch, and some in between
+        if next(steps) % 5 == 0:
+            raise KeyboardInterrupt
+        return ends(self, args, state, control, **kwargs)
+
+    monkeypatch.setattr(StopAt, "on_step_end", killed)
+    kills = 0
+    for budget in (SMALL, LARGE):
+        while True:
+            try:
+                checkpoint = train_branch(stopped, RUN, budget)
+                break
+            except KeyboardInterrupt:
+                kills += 1
+        expected = first if budget == SMALL else last
+        assert checkpoint.name == expected.name == f"checkpoint-{PACE.steps(budget)}"
+        wanted, found = load_file(expected / "model.safetensors"), load_file(checkpoint / "model.safetensors")
+        assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    assert kills > 4
+
+
+def test_a_decay_goes_on_from_the_trunk_and_falls_to_nothing(study):
+    checkpoint = train_branch(study, RUN, LARGE)
+    log = json.loads((checkpoint / "trainer_state.json").read_text())["log_history"]
+    rates = {entry["step"]: entry["learning_rate"] for entry in log if "learning_rate" in entry}
+    leaves, end = PACE.branch_step(LARGE), PACE.steps(LARGE)
+    assert len({rate for step, rate in rates.items() if PACE.warmup_steps < step <= leaves}) == 1
+    falling = [rate for step, rate in sorted(rates.items()) if step > leaves]
+    assert falling == sorted(falling, reverse=True) and falling[-1] < max(rates.values()) / 4
+    schedule = torch.load(checkpoint / "scheduler.pt", weights_only=False)
+    assert schedule["last_epoch"] == end and schedule["_last_lr"] == pytest.approx([0.0] * len(schedule["_last_lr"]))
+
+
+def test_all_recipes_of_a_seed_read_the_same_rows_in_the_same_order(study, monkeypatch):
+    seen = {}
+    for recipe in ("dense", "8x", "6t2i-shared"):
+        from modeling_moma.training.stages import StageTrainer
+
+        take = StageTrainer.training_step
+
+        def listening(self, model, inputs, num_items_in_batch=None, take=take, recipe=recipe):
+            seen.setdefault(recipe, []).append(inputs["input_ids"].clone())
+            return take(self, model, inputs, num_items_in_batch)
+
+        monkeypatch.setattr(StageTrainer, "training_step", listening)
+        train_branch(study, Run(recipe, "0.5M", 3, ()), SMALL)
+        monkeypatch.undo()
+    dense = torch.stack(seen["dense"])
+    assert len(dense) == PACE.steps(SMALL)
+    assert all(torch.equal(torch.stack(ids), dense) for ids in seen.values())
+
+
+def test_a_row_has_the_losses_of_every_split_and_is_put_in_its_place_once(study, tmp_path):
+    path = tmp_path / "results" / "runs.parquet"
+    checkpoint = train_branch(study, RUN, LARGE)
+    result = row(study, RUN, LARGE, checkpoint, ROOT)
+    add_row(path, result)
+    add_row(path, {**result, "seconds": 1.0})
+    (found,) = map(reporting.opened, read_rows(path))
+    assert found["seconds"] == 1.0 and has_row(path, RUN.name, LARGE) and not has_row(path, RUN.name, SMALL)
+    assert {(entry["split"], entry["routing"]) for entry in found["losses"]} == {
+        (split, routing) for split in SPLITS for routing in ("causal", "oracle")
+    }
+    assert {entry["source"] for entry in found["losses"]} == set(WEIGHTS)
+    assert [point["tokens"] for point in found["curve"]][-1] == PACE.steps(LARGE) * PACE.step_tokens
+    for kind in ("training", "oracle", "causal"):
+        losses = reporting.losses_of(found, kind, "test")
+        shares = found["counts"]["tokens"]
+        assert losses["overall"] == pytest.approx(sum(shares[name] * losses[name] for name in shares), rel=0.02)
+    assert list(tmp_path.glob("results/*.parquet")) == [path]
+
+
+def add_numbered(path, number):
+    add_row(path, {"run": f"run {number}", "budget": 1, "value": number})
+
+
+def test_rows_of_many_processes_are_all_kept(tmp_path):
+    path = tmp_path / "runs.parquet"
+    with multiprocessing.get_context("spawn").Pool(3) as pool:
+        pool.map(partial(add_numbered, path), range(12))
+    assert sorted(entry["value"] for entry in read_rows(path)) == list(range(12))
+    assert pyarrow.parquet.read_table(path).num_rows == 12
+
+
+def test_tokens_needed_lie_on_the_curve_between_and_beyond_its_points():
+    # a loss that falls by 1 with every tenfold
+    points = [(1e6, 5.0), (1e7, 4.0), (1e8, 3.0)]
+    for loss, tokens in ((5.0, 1e6), (4.5, 10**6.5), (3.0, 1e8), (2.5, 10**8.5), (5.5, 10**5.5)):
+        assert reporting.tokens_needed(points, loss) == pytest.approx(tokens)
+    with pytest.raises(InputError, match="1 points"):
+        reporting.tokens_needed(points[:1], 4.0)
+    with pytest.raises(InputError, match="does not fall"):
+        reporting.tokens_needed([(1e6, 3.0), (1e7, 3.0)], 2.0)
+
+
+def result(recipe, tokens, losses, seed=1, flops=6e6, seconds=100.0):
+    entries = [
+        {"split": split, "routing": "causal", "source": "icons", "modality": modality, "loss": loss, "targets": 10}
+        for split in SPLITS
+        for modality, loss in losses.items()
+    ]
+    return {
+        **{"run": f"{recipe}-{seed}", "recipe": recipe, "size": "0.5M", "seed": seed, "data": "all"},
+        **{"learning_rate": 1e-3, "budget": round(tokens / 1e6), "tokens": tokens, "flops_a_token": flops},
+        **{"flops_a_token_without_head": flops / 2, "active_parameters": 5e5, "parameters": 1e6, "embeddings": 4e5},
+        **{"seconds": seconds, "config": {}, "hardware": {}, "losses": entries},
+        "counts": {"tokens": {"image": 0.75, "text": 0.25}, "shares": {"icons": {"image": 0.75, "text": 0.25}}},
+        "curve": [{"tokens": tokens, "image_loss": losses["image"], "text_loss": losses["text"]}],
+    }
+
+
+def test_a_saving_is_denses_tokens_over_the_recipes_at_equal_flops():
+    dense = [
+        result("dense", 1e7, {"image": 4.0, "text": 2.0}, seconds=100.0),
+        result("dense", 1e8, {"image": 3.0, "text": 1.0}, seconds=1000.0),
+    ]
+    other = result("4t4i", 1e7, {"image": 3.5, "text": 2.0}, flops=7.5e6, seconds=200.0)
+    assert reporting.losses_of(other, "causal", "test") == pytest.approx({"image": 3.5, "text": 2.0, "overall": 3.125})
+    image = reporting.saving(other, dense, "causal", "test", "image")
+    assert image.tokens == pytest.approx(10**0.5 * 6 / 7.5) and image.seconds == pytest.approx(10**0.5 / 2)
+    assert reporting.saving(other, dense, "training", "test", "text").tokens == pytest.approx(0.8)
+    # what dense itself needed is its own measure
+    assert reporting.saving(dense[0], dense, "causal", "test", "overall").tokens == pytest.approx(1.0)
+    rows = [*dense, other, result("dense", 1e7, {"image": 1.0, "text": 1.0}, seed=2)]
+    assert reporting.partners(other, rows) == dense
+    assert "| 0.5M | all | 10M | 4t4i | 1 |" in reporting.saving_table(rows, "test")
+
+
+@pytest.mark.parametrize("parameters, savings", [(5e6, [0.70, 0.94, 1.08, 1.26]), (1e6, [0.81, 1.18, 1.41, 1.73])])
+def test_the_law_gives_what_its_coefficients_say(parameters, savings):
+    found = [reporting.law_saving(4, parameters, tokens) for tokens in (1e7, 5e7, 1e8, 2e8)]
+    assert found == pytest.approx(savings, abs=0.006)
+
+
+def test_names_of_the_plan_are_those_of_one_run_each():
+    assert len({run.name for run in PLAN}) == len(PLAN)
+    assert all(list(run.budgets) == sorted(run.budgets) for run in PLAN)
