@@ -53,7 +53,7 @@ class Size:
 
     Args:
         hidden_size (`int`):
-            width `D`; a dense feed-forward network is twice as wide.
+            width `D`.
         layers (`int`):
             their number.
         learning_rate (`float`):
@@ -73,20 +73,22 @@ SIZES = {
 }
 
 TWO = ("text", "image")
+# inner width of the dense model's feed-forward network over the hidden size
+FEED_FORWARD = 2
 
 
 def _groups(text: int, image: int) -> dict[str, int]:
     return {"text": text, "image": image}
 
 
-def recipe_fields(recipe: str, width: int) -> dict[str, Any]:
+def recipe_fields(recipe: str, size: Size) -> dict[str, Any]:
     """Return the fields of `MomaConfig` that make a recipe of the dense model.
 
     Args:
         recipe (`str`):
             one of [`RECIPES`].
-        width (`int`):
-            inner width of the dense model's feed-forward network, which a token's experts have together.
+        size ([`Size`]):
+            of the dense model.
 
     Raises:
         ValueError: there is no such recipe.
@@ -94,16 +96,29 @@ def recipe_fields(recipe: str, width: int) -> dict[str, Any]:
     if recipe not in RECIPES:
         raise InputError(f"recipe {recipe!r}: it must be one of {list(RECIPES)}.")
     fields = dict(RECIPES[recipe])
+    width = FEED_FORWARD * size.hidden_size
+    if depth := fields.pop("depth", None):
+        fields |= {"depth_layers": [1], "depth_capacity": dict.fromkeys(TWO, depth)}
+        width *= widening(size.layers, depth)
     routed = fields.pop("routed", 1.0)
-    fields.setdefault("intermediate_size", round(routed * width))
+    fields["intermediate_size"] = round(routed * width)
     if shared := fields.pop("shared", None):
-        size = round(shared * width)
+        inner = round(shared * width)
         is_pool = isinstance(fields["num_experts"], int)
-        fields["shared_expert_intermediate_size"] = size if is_pool else dict.fromkeys(TWO, size)
+        fields["shared_expert_intermediate_size"] = inner if is_pool else dict.fromkeys(TWO, inner)
     return fields
 
 
-# `routed` and `shared` are widths of an expert over that of the dense network
+def widening(layers: int, capacity: float) -> float:
+    """Return how much wider feed-forward networks are where a depth layer of this capacity takes one layer's place.
+
+    In units of the squared width a layer's attention has 4 and its feed-forward network 6 parameters.
+    """
+    run = layers - 1 + capacity
+    return (10 * layers / run - 4) / 6
+
+
+# `routed` and `shared` are widths of an expert over that of the dense network, `depth` is the second layer's capacity
 RECIPES: dict[str, dict[str, Any]] = {
     "dense": {"num_experts": 1},
     "1t1i": {"num_experts": _groups(1, 1)},
@@ -132,6 +147,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     },
     "4t4i-threshold": {"num_experts": _groups(4, 4), "training_routing": "threshold"},
     "8x-token-choice": {"num_experts": 8, "training_routing": "token_choice"},
+    "4t4i-shared-depth": {"num_experts": _groups(4, 4), "routed": 0.5, "shared": 0.5, "depth": 0.5},
 }
 
 
@@ -178,7 +194,7 @@ def model_fields(run: Run) -> dict[str, Any]:
     """Return a run's section `model`, over that of `recipes/study.yaml`."""
     size = SIZES[run.size]
     fields = {"hidden_size": size.hidden_size, "num_hidden_layers": size.layers}
-    return fields | recipe_fields(run.recipe, 2 * size.hidden_size)
+    return fields | recipe_fields(run.recipe, size)
 
 
 # in the order in which they are trained: first what decides on the learning rate, then what the study claims

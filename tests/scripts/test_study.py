@@ -71,8 +71,10 @@ def test_every_recipe_costs_what_dense_costs_but_for_its_routers(size):
     for recipe in RECIPES:
         config = config_of(recipe, size)
         routers = 3 * 2 * config.hidden_size * 16 * config.num_hidden_layers
-        # widths are whole numbers
-        assert -0.002 * dense <= flops_a_token(config, counts, with_head=False) - dense <= routers + 0.002 * dense
+        # widths are whole numbers; a depth layer saves attention over its keys, too
+        slack = 0.04 if config.depth_layers else 0.002
+        difference = flops_a_token(config, counts, with_head=False) - dense
+        assert -slack * dense <= difference <= routers + 0.002 * dense
 
 
 @pytest.mark.parametrize("size, millions", [("0.5M", 0.5), ("1M", 1.0), ("2.5M", 2.5)])
