@@ -17,9 +17,12 @@ from datasets import (
     IterableDataset,
     LargeList,
     List,
+    config,
     get_dataset_split_names,
     load_dataset,
+    load_dataset_builder,
 )
+from datasets.fingerprint import Hasher
 from pydantic import Field
 
 from ..errors_moma import InputError
@@ -114,7 +117,7 @@ class Source:
             ValueError: the data cannot be opened, or lack a column of the source.
         """
         path, options = self._loading()
-        options = {**options, "split": split}
+        options = self._with_cache_of_files(path, {**options, "split": split})
         try:
             rows = self._call(load_dataset, path, options)
         except ValueError:
@@ -131,6 +134,20 @@ class Source:
         if missing and columns:
             raise InputError(f"sources: {self.name!r}: {self.data!r} has no column {missing[0]!r}, but {columns}.")
         return rows
+
+    def _with_cache_of_files(self, path: str, options: dict[str, Any]) -> dict[str, Any]:
+        """Return the options with a cache that belongs to the files of a folder as they are now.
+
+        What `datasets` has prepared of a folder with a card it finds again by the card's patterns, whatever files
+        match them since, in this folder or another of that name.
+        """
+        if path != self.data or not Path(path).is_dir() or options.get("streaming"):
+            return options
+        builder = self._call(load_dataset_builder, path, options)
+        # by split, with when each file was changed
+        files = {split: (list(found), found.origin_metadata) for split, found in builder.config.data_files.items()}
+        folder = Path(options.get("cache_dir") or config.HF_DATASETS_CACHE)
+        return {**options, "cache_dir": str(folder / f"{Path(path).name}-{Hasher.hash(files)}")}
 
     def _mended(self, path: str, options: dict[str, Any]) -> list[str]:
         """Files of JSON lines with copies in place of those that have broken lines; nothing where none has."""
@@ -200,7 +217,7 @@ class Source:
         return READERS[path.suffix], {**options, **self.load}
 
     def _call(self, function: Any, path: str, options: dict[str, Any]) -> Any:
-        if function is get_dataset_split_names:
+        if function is not load_dataset:
             options = {name: value for name, value in options.items() if name not in ("streaming", "split")}
         try:
             return function(path, **options)

@@ -5,7 +5,7 @@ import csv
 import json
 
 import pytest
-from datasets import config
+from datasets import Dataset, config
 
 from helpers.tiny import noise_images, tiny_documents, tiny_processor
 from modeling_moma import MomaMetricsCallback
@@ -76,6 +76,30 @@ def test_part_or_stream_of_such_a_split_is_refused(tmp_path):
 
 
 LINES = ['{"text": "one", "n": {"a": [1]}}', '{"text": "two"', "", "{}", '{"text": "three"}', "[1]", "no"]
+
+
+CARD = "---\nconfigs:\n- config_name: default\n  data_files:\n  - {split: train, path: data/train-*.parquet}\n---\n"
+
+
+def write_carded(folder, name, *texts):
+    (folder / "data").mkdir(parents=True, exist_ok=True)
+    (folder / "README.md").write_text(CARD)
+    Dataset.from_dict({"text": list(texts)}).to_parquet(folder / "data" / f"train-{name}.parquet")
+
+
+def test_files_that_come_to_a_folder_with_a_card_are_read_and_those_of_another_are_not(tmp_path):
+    def texts(folder):
+        (source,) = read_sources({"mine": {"data": str(folder), "text": "text"}})
+        return source.open("train")["text"][:]
+
+    write_carded(tmp_path / "one" / "mine", "sample", "a")
+    write_carded(tmp_path / "two" / "mine", "sample", "b")
+    assert texts(tmp_path / "one" / "mine") == ["a"]
+    assert texts(tmp_path / "two" / "mine") == ["b"]
+    write_carded(tmp_path / "one" / "mine", "00000", "c", "d")
+    assert texts(tmp_path / "one" / "mine") == ["c", "d", "a"]
+    write_carded(tmp_path / "one" / "mine", "sample", "e")
+    assert texts(tmp_path / "one" / "mine") == ["c", "d", "e"]
 
 
 @pytest.mark.parametrize("name", ["d.jsonl", "d.json"])
