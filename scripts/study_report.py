@@ -19,6 +19,7 @@ from study_recipe.reporting import (
     draw_savings,
     loss_table,
     opened,
+    plan_table,
     saving_table,
     slope_table,
 )
@@ -69,6 +70,7 @@ def tables(rows: list[dict]) -> str:
         f"Eta on `{CLAIMING}`": saving_table(rows, CLAIMING),
         "Eta over tokens by active parameter": slope_table(rows, others, CLAIMING),
         "Tokens that no expert took": coverage_table(rows),
+        "What the law asks for": plan_table(),
     }
     return "\n".join(f"### {title}\n\n{content}\n" for title, content in parts.items())
 

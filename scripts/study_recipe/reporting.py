@@ -4,7 +4,7 @@
 import json
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
@@ -256,11 +256,51 @@ def law_loss(experts: int, parameters: float, tokens: float) -> float:
 def law_saving(experts: int, parameters: float, tokens: float) -> float:
     """Return eta by the law: the tokens that a dense model needs for what `tokens` give experts, over those."""
     wanted = law_loss(experts, parameters, tokens)
-    low, high = math.log(tokens) - 8, math.log(tokens) + 8
+    needed = _solve(lambda others: law_loss(1, parameters, others) < wanted, tokens / 1e4, tokens * 1e4)
+    return needed / tokens
+
+
+def law_tokens(experts: int, parameters: float, value: float) -> float:
+    """Return the tokens at which eta has a value by the law.
+
+    Args:
+        experts (`int`):
+            see [`law_loss`].
+        parameters (`float`):
+            see [`law_loss`].
+        value (`float`):
+            of eta.
+    """
+    return _solve(lambda tokens: law_saving(experts, parameters, tokens) > value, 1e4, 1e16)
+
+
+def _solve(is_beyond: Callable[[float], bool], low: float, high: float) -> float:
+    """Return where a condition begins to hold between two numbers, on a scale of logarithms."""
     for _ in range(80):
-        middle = (low + high) / 2
-        low, high = (low, middle) if law_loss(1, parameters, math.exp(middle)) < wanted else (middle, high)
-    return math.exp(low) / tokens
+        middle = math.sqrt(low * high)
+        low, high = (low, middle) if is_beyond(middle) else (middle, high)
+    return low
+
+
+# a node of 8 GPUs, at what large dense trainings reach on each, an assumption and no measurement
+NODE_FLOPS = 8 * 4e14
+PLANNED_PARAMETERS = (1e6, 1e7, 1e8, 4.35e8)
+PLANNED_SAVINGS = (1.0, 1.3, 2.0, 3.7)
+
+
+def plan_table() -> str:
+    """Return the tokens by which the law expects values of eta, and the days that a node takes for both models."""
+    header = ["active parameters", "eta", "tokens", "by active parameter", "FLOPs of both runs", "days on 8 GPUs"]
+    lines = []
+    for parameters in PLANNED_PARAMETERS:
+        for value in PLANNED_SAVINGS:
+            tokens = law_tokens(4, parameters, value)
+            # dense has to reach the loss, for which it needs `value` times the tokens
+            flops = 6 * parameters * tokens * (1 + value)
+            days = flops / NODE_FLOPS / 86400
+            cells = [f"{parameters / 1e6:g} M", f"{value:g}", f"{tokens / 1e9:.3g} B", f"{tokens / parameters:.0f}"]
+            lines.append([*cells, f"{flops:.1e}", f"{days:.2g}"])
+    return table(header, lines)
 
 
 def slope_table(rows: Sequence[Mapping[str, Any]], recipes: Sequence[str], split: str) -> str:

@@ -260,6 +260,9 @@ def test_a_saving_is_denses_tokens_over_the_recipes_at_equal_flops():
 def test_the_law_gives_what_its_coefficients_say(parameters, savings):
     found = [reporting.law_saving(4, parameters, tokens) for tokens in (1e7, 5e7, 1e8, 2e8)]
     assert found == pytest.approx(savings, abs=0.006)
+    tokens = reporting.law_tokens(4, parameters, savings[1])
+    assert reporting.law_saving(4, parameters, tokens) == pytest.approx(savings[1])
+    assert f"| {parameters / 1e6:g} M |" in reporting.plan_table() or parameters == 5e6
 
 
 def test_names_of_the_plan_are_those_of_one_run_each():
