@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from .configuration_moma import MomaConfig
-from .cpu_moma import is_on_cpu
+from .cpu_moma import is_on_cpu, takes_turns, token_terms_in_turn
 from .token_groups_moma import token_modalities
 
 
@@ -181,6 +181,8 @@ def _token_terms(
     ignore_index: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return what each token adds to the loss that is minimised, and its cross-entropy."""
+    if takes_turns(logits_NV):
+        return token_terms_in_turn(logits_NV, target_N, weight_N, z_loss_coef, ignore_index)
     logits_NV = logits_NV.float()
     loss_N = nn.functional.cross_entropy(logits_NV, target_N, ignore_index=ignore_index, reduction="none")
     weighted_N = loss_N if weight_N is None else loss_N * weight_N

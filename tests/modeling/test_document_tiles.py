@@ -1,0 +1,281 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attention by documents, which a CPU takes in training on packed rows, against attention with a mask."""
+
+import pytest
+import torch
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+from transformers.models.llama.modeling_llama import eager_attention_forward
+
+from helpers.tiny import mixed_ids, tiny_model
+from modeling_moma import cpu_moma
+from modeling_moma.cpu_moma import DocumentTiles, cpu_attention_forward, groups_of_like_length
+from modeling_moma.documents_moma import DOCUMENTS_OF_MASK, MaskedDocuments
+
+
+class Layer(torch.nn.Module):
+    is_causal = True
+
+    def __init__(self, num_key_value_groups=1):
+        super().__init__()
+        self.num_key_value_groups = num_key_value_groups
+
+
+def rows_of(*rows):
+    """The documents of rows of such lengths, `[B, T]`; a negative length is padding."""
+    documents = [[number for number, length in enumerate(row) for _ in range(abs(length))] for row in rows]
+    hides = [[length > 0 for length in row for _ in range(abs(length))] for row in rows]
+    hides = torch.tensor(hides)
+    return MaskedDocuments(torch.tensor(documents), None if hides.all() else hides.long())
+
+
+def mask_of(documents, dtype):
+    """The mask that keeps them apart, which knows them, and one that does not; padding sees itself."""
+    document_BT, attention_mask = documents
+    length = document_BT.shape[1]
+    is_seen = document_BT.unsqueeze(2) == document_BT.unsqueeze(1)
+    if attention_mask is not None:
+        is_seen &= (attention_mask != 0).unsqueeze(1)
+    is_seen = is_seen.tril() | torch.eye(length, dtype=torch.bool)
+    plain = torch.where(is_seen, 0.0, -torch.inf).to(dtype).unsqueeze(1)
+    mask = plain.clone()
+    vars(mask)[DOCUMENTS_OF_MASK] = documents
+    return mask, plain
+
+
+def heads_of(documents, num_heads, num_key_heads, size, dtype, seed=0):
+    torch.manual_seed(seed)
+    shape = documents.document_BT.shape
+    # as projections give them, and some other way
+    query = torch.randn(*shape, num_heads, size).transpose(1, 2)
+    key, value = torch.randn(2, shape[0], num_key_heads, shape[1], size)
+    return [x.to(dtype).requires_grad_() for x in (query, key, value)]
+
+
+@pytest.fixture
+def always(monkeypatch):
+    """Whatever it costs."""
+    for name in ("_SCORE_COST", "_PLACE_COST", "_GROUP_COST"):
+        monkeypatch.setattr(cpu_moma, name, 0)
+    monkeypatch.setattr(cpu_moma, "_MOST_KEPT", 10**6)
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """How often attention ran by documents."""
+    calls, apply = [], cpu_moma._ByDocument.apply
+    monkeypatch.setattr(cpu_moma._ByDocument, "apply", lambda *args: calls.append(0) or apply(*args))
+    return calls
+
+
+@st.composite
+def layouts(draw):
+    length, rows = draw(st.integers(3, 70)), []
+    for _ in range(draw(st.sampled_from([1, 2, 5]))):
+        row, left = [], length
+        while left:
+            part = draw(st.integers(1, left))
+            row.append(-part if draw(st.integers(0, 3)) == 0 and part < length else part)
+            left -= part
+        # no row is all padding
+        rows.append(row if max(row) > 0 else [length])
+    return rows_of(*rows)
+
+
+BOUNDS = {torch.float64: (1e-12, 1e-11), torch.float32: (1e-5, 1e-4), torch.bfloat16: (3e-2, 2e-2)}
+
+
+@settings(
+    max_examples=60,
+    phases=[Phase.generate],
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=list(HealthCheck),
+)
+@given(
+    documents=layouts(),
+    heads=st.sampled_from([(1, 1), (4, 4), (4, 2), (6, 1)]),
+    size=st.sampled_from([4, 32, 33]),
+    dtype=st.sampled_from(list(BOUNDS)),
+    scaling=st.sampled_from([None, 0.3]),
+    step=st.sampled_from([1, 16]),
+    most=st.sampled_from([1, 2**9, 2**18]),
+)
+def test_it_is_attention_with_a_mask(always, asked, monkeypatch, documents, heads, size, dtype, scaling, step, most):
+    monkeypatch.setattr(cpu_moma, "_TILE_STEP", step)
+    monkeypatch.setattr(cpu_moma, "_GROUP_SCORES", most)
+    asked.clear()
+    layer = Layer(heads[0] // heads[1])
+    inputs = heads_of(documents, *heads, size, dtype)
+    mask, plain = mask_of(documents, dtype)
+    found, weights = cpu_attention_forward(layer, *inputs, mask, scaling=scaling)
+    assert len(asked) == 1 and weights is None and found.dtype == dtype
+    # in the type that a result in bf16 is a rounding of
+    wide = torch.float32 if dtype == torch.bfloat16 else dtype
+    wide_inputs = [x.detach().to(wide).requires_grad_() for x in inputs]
+    scale = size**-0.5 if scaling is None else scaling
+    expected = reference(layer, *wide_inputs, plain.to(wide), scale)
+    is_token_BT = torch.ones_like(documents.document_BT, dtype=torch.bool)
+    if documents.attention_mask is not None:
+        is_token_BT = documents.attention_mask != 0
+    assert torch.equal(found[~is_token_BT], torch.zeros_like(found[~is_token_BT]))
+    bound, gradient_bound = BOUNDS[dtype]
+    assert (found - expected)[is_token_BT].abs().max() < bound
+    upstream = torch.randn(found.shape).to(dtype)
+    gradients = torch.autograd.grad(found, inputs, upstream)
+    # what padding gives is no matter
+    upstream = upstream.to(wide) * is_token_BT[..., None, None]
+    for x, gradient, wanted in zip(inputs, gradients, torch.autograd.grad(expected, wide_inputs, upstream)):
+        assert gradient.dtype == x.dtype
+        assert (gradient - wanted).norm() <= gradient_bound * wanted.norm() + gradient_bound
+
+
+def reference(layer, query, key, value, mask, scaling):
+    """Eager attention, whose softmax is one of fp32, in the type of what it is given."""
+    if query.dtype != torch.float64:
+        return eager_attention_forward(layer, query, key, value, mask, scaling=scaling)[0]
+    key, value = (x.repeat_interleave(layer.num_key_value_groups, 1) for x in (key, value))
+    weights = torch.softmax(query @ key.mT * scaling + mask, -1)
+    return (weights @ value).transpose(1, 2)
+
+
+@pytest.mark.parametrize("worst", [torch.inf, torch.nan])
+def test_a_document_that_overflows_stays_alone(always, asked, worst):
+    documents = rows_of([20, 7, 21], [17, 16, 15])
+    inputs = heads_of(documents, 2, 1, 8, torch.float32)
+    others = [x.detach().clone().requires_grad_() for x in inputs]
+    with torch.no_grad():
+        for x in others:
+            x[0, :, 20:27] = worst
+    mask, _ = mask_of(documents, torch.float32)
+    outputs = [cpu_attention_forward(Layer(2), *each, mask)[0] for each in (inputs, others)]
+    assert len(asked) == 2
+    is_other = documents.document_BT != 1
+    is_other[1] = True
+    assert torch.equal(outputs[0][is_other], outputs[1][is_other])
+    assert not outputs[1][~is_other].isfinite().any()
+    gradients = [torch.autograd.grad(out.sum(), each) for out, each in zip(outputs, (inputs, others))]
+    for before, after in zip(*gradients):
+        assert torch.equal(before.transpose(1, 2)[is_other], after.transpose(1, 2)[is_other])
+
+
+def test_groups_hold_all_documents_in_few_tiles():
+    lengths = sorted([5, 9, 30, 66, 70, 75, 80, 85, 85, 85, 300, 512], reverse=True)
+    groups = groups_of_like_length(lengths, num_heads=4)
+    assert sum(number for number, _ in groups) == len(lengths)
+    places = [places for number, places in groups for _ in range(number)]
+    assert all(length <= size for length, size in zip(lengths, places))
+    # the longest of a group says how much of the others' tiles is empty
+    assert all(size - length < 32 or length / size > 0.8 for length, size in zip(lengths, places))
+    assert len(groups) <= 7
+
+
+# what stands in a row, and whether it is worth it
+@pytest.mark.parametrize(
+    ("row", "is_taken"),
+    [
+        ([75, 80, 66, 85, 30, 76, 81, 19], True),
+        ([256, 256], True),
+        # one document and a bit
+        ([500, 12], False),
+        # longer than what a head of this size may keep
+        ([300, 212], False),
+        # short rows: tiles are as large as they are
+        ([8, 8, 8], False),
+        ([1] * 64, False),
+    ],
+)
+def test_it_is_chosen_by_the_lengths_of_documents(asked, row, is_taken):
+    documents = rows_of(*[row] * 4)
+    inputs = heads_of(documents, 4, 4, 32, torch.float32)
+    mask, plain = mask_of(documents, torch.float32)
+    found = cpu_attention_forward(Layer(), *inputs, mask)[0]
+    assert len(asked) == is_taken
+    torch.testing.assert_close(found, cpu_attention_forward(Layer(), *inputs, plain)[0], rtol=0, atol=1e-5)
+
+
+def test_nothing_but_training_on_a_cpu_takes_it(always, asked):
+    documents = rows_of([30, 20, 14])
+    inputs = heads_of(documents, 4, 2, 32, torch.float32)
+    mask, plain = mask_of(documents, torch.float32)
+    layer, evaluated = Layer(2), Layer(2).eval()
+    cpu_attention_forward(layer, *inputs, plain)
+    cpu_attention_forward(layer, *inputs, mask, dropout=0.1)
+    cpu_attention_forward(evaluated, *inputs, mask)
+    halves = [x.detach().half().requires_grad_() for x in inputs]
+    cpu_attention_forward(layer, *halves, mask_of(documents, torch.float16)[0])
+    query, key, value = inputs
+    # a cache holds more keys
+    wide = torch.cat([plain, plain], -1)
+    vars(wide)[DOCUMENTS_OF_MASK] = documents
+    cpu_attention_forward(layer, query, torch.cat([key, key], 2), torch.cat([value, value], 2), wide)
+    there = [x.detach().to("meta").requires_grad_() for x in inputs]
+    elsewhere = mask.to("meta")
+    vars(elsewhere)[DOCUMENTS_OF_MASK] = documents
+    cpu_attention_forward(layer, *there, elsewhere)
+    assert not asked
+    cpu_attention_forward(layer, *inputs, mask)
+    assert asked
+
+
+def packed_batch(rows, length, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    positions = []
+    for _ in range(rows):
+        # a row begins within a document
+        parts, left = [torch.arange(3, 9)], length - 6
+        while left:
+            part = min(left, int(torch.randint(5, 30, (), generator=generator)))
+            parts.append(torch.arange(part))
+            left -= part
+        positions.append(torch.cat(parts))
+    ids = mixed_ids(rows, length, seed)
+    return {"input_ids": ids, "labels": ids, "position_ids": torch.stack(positions), "use_cache": False}
+
+
+def step(model, batch, autocast=False):
+    model.train()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        loss = model(**batch).loss
+    loss.backward()
+    return loss.item(), torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+
+FIELDS = {
+    "full": {},
+    "shared keys": {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8},
+    "depth": {"num_hidden_layers": 4, "depth_layers": [1], "depth_capacity": 0.5},
+}
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("checkpointing", [None, False, True])
+@pytest.mark.parametrize("name", FIELDS)
+def test_a_training_step_is_that_of_eager_attention(always, asked, monkeypatch, name, checkpointing, autocast):
+    laid_out, lay_out = [], DocumentTiles.of
+    monkeypatch.setattr(DocumentTiles, "of", lambda *args: laid_out.append(0) or lay_out(*args))
+    batch = packed_batch(3, 96)
+    fields = {"initializer_range": 0.2, "training_routing": "token_choice", "norm_placement": "pre", **FIELDS[name]}
+    eager = tiny_model(attn_implementation="eager", **fields)
+    loss, gradients = step(eager, batch)
+    assert not asked
+    model = tiny_model(**fields)
+    if checkpointing is not None:
+        model.activation_checkpointing_enable({"use_reentrant": checkpointing})
+    found, found_gradients = step(model, batch, autocast)
+    num_full = model.config.num_hidden_layers - len(model.config.depth_layers or ())
+    assert len(asked) == num_full * (1 if checkpointing is None else 2) and len(laid_out) == 1
+    if autocast:
+        # experts may choose otherwise
+        assert abs(found - loss) < 0.1
+    else:
+        assert abs(found - loss) < 1e-5
+        assert (found_gradients - gradients).norm() < 1e-4 * gradients.norm()
+
+
+def test_evaluation_is_to_the_last_bit_what_it_was(always, asked):
+    model, batch = tiny_model().eval(), packed_batch(3, 96)
+    expected = model(**batch).logits
+    with torch.no_grad():
+        assert torch.equal(model(**batch).logits, expected)
+    assert not asked
