@@ -164,12 +164,16 @@ class MomaCpuLinear(nn.Linear):
 
 # elements of which a norm takes longer to start than to compute
 _FEW_ELEMENTS = 2**16
+# elements that a training step takes through all operations of a norm before the next: they stay in the caches
+_NORM_ELEMENTS = 2**16
 
 
 class CpuRMSNorm(nn.Module):
-    """To be mixed into an RMSNorm with `weight` and `variance_epsilon`: the norm of a step by torch's LayerNorm.
+    """To be mixed into an RMSNorm with `weight` and `variance_epsilon`: faster in steps of decoding and in training.
 
-    In half precision alone, where the two ways of norming round alike but in the rarest cases.
+    The norm of a step is that of torch's LayerNorm, in half precision alone, where the two ways of norming round
+    alike but in the rarest cases. In training the norm is what it was, but goes through memory once, and so does its
+    gradient.
     """
 
     weight: nn.Parameter
@@ -177,6 +181,8 @@ class CpuRMSNorm(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Map `[..., D]` to `[..., D]`."""
+        if self.training and _takes_turns(hidden_states, self.weight):
+            return _NormInTurn.apply(hidden_states, self.weight, self.variance_epsilon)
         is_step = hidden_states.dtype in _HALVES and hidden_states.numel() <= _FEW_ELEMENTS
         # autocast raises where it puts tensors of two half precisions together
         if (
@@ -191,6 +197,81 @@ class CpuRMSNorm(nn.Module):
         size = hidden_states.shape[-1]
         both = torch.cat((hidden_states, -hidden_states), dim=-1)
         return self.weight * torch.layer_norm(both, (2 * size,), eps=self.variance_epsilon).narrow(-1, 0, size)
+
+
+_TRAINED = (torch.float32, torch.bfloat16)
+
+
+def _takes_turns(*values: torch.Tensor) -> bool:
+    """Return whether operations on plain tensors may be done a few rows at a time, with a backward of their own."""
+    return (
+        all(x.dtype in _TRAINED and is_on_cpu(x) for x in values)
+        and are_plain(*values)
+        and not torch.compiler.is_compiling()
+    )
+
+
+class _NormInTurn(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: torch.Tensor, weight_D: torch.Tensor, eps: float):
+        size = x.shape[-1]
+        x_ND = x.reshape(-1, size)
+        scale_N1 = torch.empty(x_ND.shape[0], 1)
+        y_ND = x_ND.new_empty(x_ND.shape, dtype=torch.promote_types(x.dtype, weight_D.dtype))
+        rows = max(1, _NORM_ELEMENTS // size)
+        # n rows at a time
+        for x_nD, scale_n1, y_nD in zip(*(each.split(rows) for each in (x_ND, scale_N1, y_ND))):
+            wide_nD = x_nD.float()
+            torch.mean(wide_nD.square(), -1, keepdim=True, out=scale_n1)
+            scale_n1.add_(eps).rsqrt_()
+            torch.mul((wide_nD * scale_n1).to(x.dtype), weight_D, out=y_nD)
+        ctx.save_for_backward(x, weight_D, scale_N1)
+        return y_ND.view(x.shape)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: torch.Tensor):
+        x, weight_D, scale_N1 = ctx.saved_tensors
+        size = x.shape[-1]
+        x_grad = torch.empty(x.shape, dtype=x.dtype)
+        dtype, weight_D, weight_grad_D = weight_D.dtype, weight_D.float(), torch.zeros(size)
+        rows = max(1, _NORM_ELEMENTS // size)
+        values = x.reshape(-1, size), grad.reshape(-1, size), scale_N1, x_grad.view(-1, size)
+        for x_nD, grad_nD, scale_n1, x_grad_nD in zip(*(each.split(rows) for each in values)):
+            normed_nD, grad_nD = x_nD * scale_n1, grad_nD.float()
+            products_nD = grad_nD * normed_nD
+            weight_grad_D += products_nD.sum(0)
+            share_n1 = torch.mv(products_nD, weight_D / size).unsqueeze(1)
+            x_grad_nD.copy_((grad_nD * weight_D).addcmul_(normed_nD, share_n1, value=-1).mul_(scale_n1))
+        return x_grad, weight_grad_D.to(dtype), None
+
+
+class _Rotated(torch.autograd.Function):
+    """Rotary embeddings: `x * cos + rotate_half(x) * sin`, without a copy of the halves."""
+
+    @staticmethod
+    def forward(ctx, x_BHTd: torch.Tensor, cos_BTd: torch.Tensor, sin_BTd: torch.Tensor):
+        ctx.save_for_backward(cos_BTd, sin_BTd)
+        return _rotated(x_BHTd, cos_BTd, sin_BTd)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_BHTd: torch.Tensor):
+        cos_BTd, sin_BTd = ctx.saved_tensors
+        return _rotated(grad_BHTd, cos_BTd, -sin_BTd.roll(sin_BTd.shape[-1] // 2, -1)), None, None
+
+
+def _rotated(x_BHTd: torch.Tensor, cos_BTd: torch.Tensor, sin_BTd: torch.Tensor) -> torch.Tensor:
+    half = x_BHTd.shape[-1] // 2
+    y_BHTd = torch.empty_like(x_BHTd)
+    # a row stays in the caches
+    for row, (x_HTd, y_HTd) in enumerate(zip(x_BHTd, y_BHTd)):
+        cos_Td, sin_Td = (x_BTd[row if x_BTd.shape[0] > 1 else 0] for x_BTd in (cos_BTd, sin_BTd))
+        torch.mul(x_HTd, cos_Td, out=y_HTd)
+        # rounded between the two operations, as in evaluation
+        y_HTd[..., :half] -= x_HTd[..., half:] * sin_Td[..., :half]
+        y_HTd[..., half:] += x_HTd[..., :half] * sin_Td[..., half:]
+    return y_BHTd
 
 
 # instructions of a CPU with which torch's own kernel of attention is the faster one
@@ -212,6 +293,15 @@ class CpuAttention(nn.Module):
         name = super().attention_implementation()  # pyright: ignore[reportAttributeAccessIssue]
         is_wanted = name == "sdpa" and not torch.compiler.is_compiling() and (self.training or _lacks_instructions())
         return CPU_ATTENTION if is_wanted else name
+
+    def rotate(
+        self, query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rotate as the plain class does, `[B, H, T, d]` by `[B, T, d]`; in training with fewer copies."""
+        are_alike = query.dtype == key.dtype == cos.dtype == sin.dtype
+        if self.training and are_alike and _takes_turns(query, key, cos, sin):
+            return _Rotated.apply(query, cos, sin), _Rotated.apply(key, cos, sin)  # pyright: ignore[reportReturnType]
+        return super().rotate(query, key, cos, sin)  # pyright: ignore[reportAttributeAccessIssue]
 
     def store(
         self, cache: Cache, key: torch.Tensor, value: torch.Tensor, **kwargs
@@ -239,9 +329,9 @@ def cpu_attention_forward(
     In training on packed rows of short documents most scores are those between documents, which no output needs: see
     [`DocumentTiles`].
 
-    Steps of one query in each row are computed in fp32, a few rows at a time: torch's matmul of one query with half-precision keys takes 1.6 to 3.4 times as long as widening them first on a CPU
-    that has no instructions for it, and a fifth to a half of that on one that has
-    (`benchmarks/reports/2026-11-27-what-was-tried-cpu.md`).
+    Steps of one query in each row are computed in fp32, a few rows at a time: torch's matmul of one query with
+    half-precision keys takes 1.6 to 3.4 times as long as widening them first on a CPU that has no instructions for
+    it, and a fifth to a half of that on one that has (`benchmarks/reports/2026-11-27-what-was-tried-cpu.md`).
 
     Args:
         module (`nn.Module`):
@@ -456,7 +546,7 @@ def tiles_for(
         return None
     (_, num_heads, length, size), (_, num_key_heads, num_keys, _) = query_BHTd.shape, key_BGSd.shape
     is_alike = length == num_keys and size == value_BGSd.shape[-1] and query_BHTd.dtype != torch.float16
-    if not is_alike or not is_on_cpu(query_BHTd) or torch.compiler.is_compiling() or _is_traced():
+    if not is_alike or not is_on_cpu(query_BHTd) or torch.compiler.is_compiling():
         return None
     # laid out once for all layers, and for what checkpointing computes again
     layouts = vars(attention_mask).setdefault(_TILES, {})

@@ -240,8 +240,14 @@ class MomaAttention(nn.Module):
         if self.has_norm:
             query, key = self.q_norm(query), self.k_norm(key)
         query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
-        query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
+        query, key = self.rotate(query, key, *position_embeddings)
         return query, key, value
+
+    def rotate(
+        self, query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Turn queries and keys `[B, H, T, head_dim]` by their positions' angles, `[B, T, head_dim]`."""
+        return apply_rotary_pos_emb(query, key, cos, sin)
 
     def _heads(self, states: torch.Tensor) -> torch.Tensor:
         # a view cannot infer the heads of rows without tokens, which depth layers have

@@ -80,7 +80,7 @@ def test_training_moves_adapters_and_hooks_meet_the_layers_as_they_are():
     for each in (model, plain):
         each.train()(ids, labels=ids, use_cache=False).loss.backward()
     for one, other in zip(model.parameters(), plain.parameters()):
-        assert torch.equal(one.grad, other.grad)
+        torch.testing.assert_close(one.grad, other.grad, rtol=1e-4, atol=1e-6)
     met = []
     handle = model.lm_head.register_forward_hook(lambda *args: met.append(0))
     steps(model.eval(), ids)

@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a CPU does in training a few rows at a time, against the plain way, forward and backward."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+from helpers.tiny import mixed_ids, tiny_model
+from modeling_moma import cpu_moma
+from modeling_moma.cpu_moma import _Rotated, use_cpu_layers
+from modeling_moma.loss_moma import causal_lm_loss
+from modeling_moma.modeling_moma import MomaRMSNorm
+
+
+TYPES = [torch.float32, torch.bfloat16]
+
+
+def gradients_of(output, inputs, seed=0):
+    upstream = torch.randn(output.shape, generator=torch.Generator().manual_seed(seed)).to(output.dtype)
+    return torch.autograd.grad(output, inputs, upstream)
+
+
+def assert_near(found, expected, bound):
+    for one, other in zip(found, expected):
+        assert one.dtype == other.dtype and one.shape == other.shape
+        assert (one.double() - other.double()).norm() <= bound * other.double().norm()
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("weight_dtype", TYPES)
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("shape", [(0, 8), (1, 1, 8), (5, 3, 96), (3, 7, 4, 32)])
+@pytest.mark.parametrize("elements", [1, 100, 2**16])
+def test_a_norm_is_to_the_last_bit_the_plain_one(monkeypatch, elements, shape, dtype, weight_dtype, autocast):
+    monkeypatch.setattr(cpu_moma, "_NORM_ELEMENTS", elements)
+    torch.manual_seed(0)
+    plain = MomaRMSNorm(shape[-1]).to(weight_dtype).train()
+    nn.init.uniform_(plain.weight, 0.5, 2)
+    ours = copy.deepcopy(plain)
+    use_cpu_layers(ours)
+    x = torch.randn(shape).to(dtype).requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        found, expected = ours(x), plain(x)
+    assert found.dtype == expected.dtype and torch.equal(found, expected)
+    found, expected = gradients_of(found, (x, ours.weight)), gradients_of(expected, (x, plain.weight))
+    assert_near(found, expected, 2e-2 if torch.bfloat16 in (dtype, weight_dtype) else 1e-6)
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("num_rows", [1, 3])
+@pytest.mark.parametrize("length", [0, 1, 9])
+def test_a_rotation_is_that_of_llama(length, num_rows, dtype):
+    torch.manual_seed(0)
+    x = torch.randn(3, length, 4, 8).to(dtype).transpose(1, 2).requires_grad_()
+    # no half is like the other
+    cos, sin = torch.randn(2, num_rows, length, 8).to(dtype)
+    found, expected = _Rotated.apply(x, cos, sin), apply_rotary_pos_emb(x, x, cos, sin)[0]
+    assert torch.equal(found, expected)
+    # heads of a position lie together, as projections gave them
+    assert found.transpose(1, 2).is_contiguous()
+    bound = 1e-6 if dtype == torch.float32 else 1e-2
+    assert_near(gradients_of(found, [x]), gradients_of(expected, [x]), bound)
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("weights", [None, {"text": 5.0}])
+@pytest.mark.parametrize("z_loss_coef", [0.0, 1e-2])
+@pytest.mark.parametrize("positions", [1, 7, 32])
+def test_a_loss_is_the_plain_one(monkeypatch, positions, z_loss_coef, weights, dtype):
+    monkeypatch.setattr(cpu_moma, "_POSITIONS_IN_TURN", positions)
+    config = tiny_model(modality_loss_weights=weights, z_loss_coef=z_loss_coef).config
+    ids = mixed_ids(2, 19)
+    labels = ids.masked_fill(torch.rand(ids.shape, generator=torch.Generator().manual_seed(0)) < 0.3, -100)
+    logits = (4 * torch.randn(2, 19, config.vocab_size, generator=torch.Generator().manual_seed(1))).to(dtype)
+    logits.requires_grad_()
+    found = causal_lm_loss(config, logits, labels, training=True)
+    with monkeypatch.context() as patch:
+        patch.setattr("modeling_moma.loss_moma.takes_turns", lambda logits: False)
+        expected = causal_lm_loss(config, logits, labels, training=True)
+    for name, loss in expected.modality_losses.items():
+        assert torch.equal(found.modality_losses[name], loss)
+    torch.testing.assert_close(found.loss, expected.loss, rtol=1e-6, atol=0)
+    found, expected = (torch.autograd.grad(each.loss, logits) for each in (found, expected))
+    assert_near(found, expected, 1e-6 if dtype == torch.float32 else 1e-2)
+    assert not found[0].view(-1, config.vocab_size)[:-1][labels.flatten()[1:] < 0].any()
+
+
+def test_a_loss_is_finite_where_what_has_no_target_is_not():
+    config, labels = tiny_model().config, mixed_ids(1, 8)
+    labels[0, 5:] = -100
+    logits = torch.randn(1, 8, config.vocab_size)
+    logits[0, 5:] = torch.inf
+    assert causal_lm_loss(config, logits.requires_grad_(), labels, training=True).loss.isfinite()
+
+
+@pytest.mark.parametrize("fields", [{}, {"depth_layers": [0], "training_routing": "threshold"}])
+def test_a_step_is_that_of_plain_layers(fields):
+    model = tiny_model(qk_norm="rmsnorm", norm_placement="pre", initializer_range=0.2, **fields).train()
+    plain, ids = copy.deepcopy(model), mixed_ids(3, 24)
+    use_cpu_layers(plain, False)
+    for each in (model, plain):
+        each(input_ids=ids, labels=ids).loss.backward()
+    gradients = [[p.grad for p in each.parameters() if p.grad is not None] for each in (model, plain)]
+    assert len(gradients[0]) == len(gradients[1])
+    assert_near(*gradients, 1e-4)
