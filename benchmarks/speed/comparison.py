@@ -122,7 +122,7 @@ def _runner(case: Case, name: str, shape: Shape, dtype: torch.dtype, device: str
     model = build(name, shape, case.length, device)
     if isinstance(model, MomaForCausalLM):
         gate.check(copy.deepcopy(model), shape)
-    return Runner(model, shape, case.kind, case.rows, case.length, dtype, case.text_share, case.packed)
+    return Runner(model, shape, case.kind, case.rows, case.length, dtype, case.text_share, case.packing)
 
 
 def _add_details(row: Row, case: Case, runner: Runner, shape: Shape, dtype: torch.dtype, device: str) -> None:

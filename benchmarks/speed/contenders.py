@@ -10,6 +10,7 @@ from benchmarks.speed.peers import PEERS
 from benchmarks.speed.shapes import Shape, mixed_tokens
 from modeling_moma import MomaConfig, MomaForCausalLM
 from modeling_moma.calibration.thresholds import calibrate_thresholds
+from modeling_moma.cpu_moma import use_cpu_layers
 from modeling_moma.modeling_moma import MomaAttention
 from modeling_moma.planning.costs import training_flops
 from modeling_moma.routing_moma import MomaRouterBase
@@ -94,6 +95,26 @@ for _name in EXPERTS:
     contender(_name)(_moma(_name))
 for _rule in ("threshold", "token_choice"):
     contender(f"4t4i {_rule}")(_moma("4t4i", training_routing=_rule, inference_routing=_rule))
+
+
+_STUDY = {
+    "qk_norm": "rmsnorm",
+    "tie_word_embeddings": True,
+    "modality_loss_weights": {"text": 5.0},
+    "z_loss_coef": 1e-5,
+}
+# as wide as an expert and the shared one
+contender("study dense")(_moma("dense", intermediate_size=384, **_STUDY))
+# of recipes/icons.yaml
+contender("study 4t4i")(_moma("4t4i", shared_expert_intermediate_size={"text": 256, "image": 256}, **_STUDY))
+
+
+@contender("study 4t4i plain")
+def without_cpu_layers(shape: Shape, length: int) -> PreTrainedModel:
+    """The same model with the layers as they are written, and the library's attention."""
+    model = CONTENDERS["study 4t4i"](shape, length)
+    use_cpu_layers(model, False)
+    return model
 
 
 def _with(setting: str, value: str):

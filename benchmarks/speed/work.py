@@ -8,7 +8,7 @@ import torch
 from accelerate.utils import send_to_device
 from transformers import DynamicCache, PreTrainedModel
 
-from benchmarks.speed.shapes import Shape, mixed_tokens
+from benchmarks.speed.shapes import PACKINGS, Shape, mixed_tokens
 from modeling_moma.documents_moma import packed_lengths
 
 
@@ -29,7 +29,7 @@ class Runner:
         length: of the sequences.
         dtype: training runs under autocast to it with fp32 weights, as the Trainer does; inference with weights in it.
         text_share: share of words among the tokens.
-        packed: split each row into documents of a quarter of its length.
+        packing: a name of `PACKINGS`, by which rows hold several documents.
     """
 
     def __init__(
@@ -41,7 +41,7 @@ class Runner:
         length: int,
         dtype: torch.dtype,
         text_share: float = 0.5,
-        packed: bool = False,
+        packing: str | None = None,
     ):
         self.kind, self.dtype, self.device = kind, dtype, model.device
         self.tokens_per_work = rows * (DECODE_STEPS if kind == "decode" else length)
@@ -51,8 +51,8 @@ class Runner:
         self._total = PROMPT_LENGTH + DECODE_STEPS if kind == "decode" else length
         self._next_tokens()
         self.more: dict[str, Any] = {}
-        if packed:
-            position_ids = (torch.arange(length) % (length // 4)).expand(rows, -1)
+        if packing:
+            position_ids = PACKINGS[packing](rows, length)
             # as a training brings them: flash attention goes by lengths
             self.more = {"position_ids": position_ids.to(self.device)}
             if "flash" in (model.config._attn_implementation or ""):
