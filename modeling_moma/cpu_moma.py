@@ -17,7 +17,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import cache
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -204,11 +204,22 @@ _TRAINED = (torch.float32, torch.bfloat16)
 
 def _takes_turns(*values: torch.Tensor) -> bool:
     """Return whether operations on plain tensors may be done a few rows at a time, with a backward of their own."""
-    return (
-        all(x.dtype in _TRAINED and is_on_cpu(x) for x in values)
-        and are_plain(*values)
-        and not torch.compiler.is_compiling()
-    )
+    return all(x.dtype in _TRAINED and is_on_cpu(x) for x in values) and are_plain(*values) and not _is_transformed()
+
+
+def _is_transformed() -> bool:
+    """Return whether operations are compiled, or stand within `torch.func`, which has no rule for our backwards."""
+    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+
+
+def _gradients_again(
+    function: Callable[..., torch.Tensor], inputs: Sequence[torch.Tensor], grad: torch.Tensor
+) -> list[torch.Tensor | None]:
+    """Return gradients that can be differentiated themselves, by the plain operations."""
+    wanted = [x for x in inputs if x.requires_grad]
+    with torch.enable_grad():
+        found = iter(torch.autograd.grad(function(*inputs), wanted, grad, create_graph=True))
+    return [next(found) if x.requires_grad else None for x in inputs]
 
 
 class _NormInTurn(torch.autograd.Function):
@@ -226,13 +237,16 @@ class _NormInTurn(torch.autograd.Function):
             scale_n1.add_(eps).rsqrt_()
             torch.mul((wide_nD * scale_n1).to(x.dtype), weight_D, out=y_nD)
         ctx.save_for_backward(x, weight_D, scale_N1)
+        ctx.eps = eps
         return y_ND.view(x.shape)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, grad: torch.Tensor):
         x, weight_D, scale_N1 = ctx.saved_tensors
         size = x.shape[-1]
+        # with `create_graph`
+        if torch.is_grad_enabled():
+            return *_gradients_again(partial(_normed, eps=ctx.eps), (x, weight_D), grad), None
         x_grad = torch.empty(x.shape, dtype=x.dtype)
         dtype, weight_D, weight_grad_D = weight_D.dtype, weight_D.float(), torch.zeros(size)
         rows = max(1, _NORM_ELEMENTS // size)
@@ -246,6 +260,10 @@ class _NormInTurn(torch.autograd.Function):
         return x_grad, weight_grad_D.to(dtype), None
 
 
+def _normed(x: torch.Tensor, weight_D: torch.Tensor, eps: float) -> torch.Tensor:
+    return weight_D * nn.functional.rms_norm(x, weight_D.shape, eps=eps).to(x.dtype)
+
+
 class _Rotated(torch.autograd.Function):
     """Rotary embeddings: `x * cos + rotate_half(x) * sin`, without a copy of the halves."""
 
@@ -255,10 +273,9 @@ class _Rotated(torch.autograd.Function):
         return _rotated(x_BHTd, cos_BTd, sin_BTd)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, grad_BHTd: torch.Tensor):
         cos_BTd, sin_BTd = ctx.saved_tensors
-        return _rotated(grad_BHTd, cos_BTd, -sin_BTd.roll(sin_BTd.shape[-1] // 2, -1)), None, None
+        return _Rotated.apply(grad_BHTd, cos_BTd, -sin_BTd.roll(sin_BTd.shape[-1] // 2, -1)), None, None
 
 
 def _rotated(x_BHTd: torch.Tensor, cos_BTd: torch.Tensor, sin_BTd: torch.Tensor) -> torch.Tensor:
@@ -546,7 +563,7 @@ def tiles_for(
         return None
     (_, num_heads, length, size), (_, num_key_heads, num_keys, _) = query_BHTd.shape, key_BGSd.shape
     is_alike = length == num_keys and size == value_BGSd.shape[-1] and query_BHTd.dtype != torch.float16
-    if not is_alike or not is_on_cpu(query_BHTd) or torch.compiler.is_compiling():
+    if not is_alike or not is_on_cpu(query_BHTd) or _is_transformed():
         return None
     # laid out once for all layers, and for what checkpointing computes again
     layouts = vars(attention_mask).setdefault(_TILES, {})
@@ -729,7 +746,7 @@ def takes_turns(logits_NV: torch.Tensor) -> bool:
         logits_NV (`torch.Tensor`):
             `[N, V]`.
     """
-    return logits_NV.requires_grad and is_on_cpu(logits_NV) and not torch.compiler.is_compiling()
+    return logits_NV.requires_grad and is_on_cpu(logits_NV) and not _is_transformed()
 
 
 def token_terms_in_turn(
@@ -779,9 +796,12 @@ class _TermsInTurn(torch.autograd.Function):
         return loss_N * weight_N + z_loss_coef * log_z_N.masked_fill(~is_target_N, 0.0).square(), loss_N
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, grad_N: torch.Tensor, _):
         logits_NV, target_N1, log_z_N, weight_N, z_weight_N = ctx.saved_tensors
+        # with `create_graph`
+        if torch.is_grad_enabled():
+            terms = partial(_terms, target_N1=target_N1, weight_N=weight_N, z_weight_N=z_weight_N)
+            return *_gradients_again(terms, [logits_NV], grad_N), None, None, None, None
         # of the softmax, and of the target's logit
         scale_N1 = (grad_N * (weight_N + 2 * z_weight_N * log_z_N)).unsqueeze(1)
         target_grad_N1 = (-grad_N * weight_N).unsqueeze(1)
@@ -794,6 +814,16 @@ class _TermsInTurn(torch.autograd.Function):
             softmax_nV = logits_nV.to(torch.float32, copy=True).sub_(log_z_n1).exp_()
             logits_grad_nV.copy_(softmax_nV.mul_(scale_n1).scatter_add_(1, target_n1, target_grad_n1))
         return logits_grad_NV, None, None, None, None
+
+
+def _terms(
+    logits_NV: torch.Tensor, target_N1: torch.Tensor, weight_N: torch.Tensor, z_weight_N: torch.Tensor
+) -> torch.Tensor:
+    log_z_N = logits_NV.float().logsumexp(1)
+    loss_N = log_z_N - logits_NV.float().gather(1, target_N1).squeeze(1)
+    # what has no target may be infinite
+    is_target_N = (weight_N != 0) | (z_weight_N != 0)
+    return torch.where(is_target_N, loss_N * weight_N + z_weight_N * log_z_N.square(), 0.0)
 
 
 # rows below which a count in Python is faster than `bincount`

@@ -106,3 +106,31 @@ def test_a_step_is_that_of_plain_layers(fields):
     gradients = [[p.grad for p in each.parameters() if p.grad is not None] for each in (model, plain)]
     assert len(gradients[0]) == len(gradients[1])
     assert_near(*gradients, 1e-4)
+
+
+def loss_of(model, parameters, ids):
+    return torch.func.functional_call(model, parameters, (), {"input_ids": ids, "labels": ids}).loss
+
+
+@pytest.mark.parametrize("fields", [{"num_experts": 1}, {"z_loss_coef": 1e-2, "modality_loss_weights": {"text": 5.0}}])
+def test_gradients_of_gradients_and_those_of_torch_func_are_those_of_plain_layers(fields):
+    model = tiny_model(qk_norm="rmsnorm", norm_placement="pre", initializer_range=0.2, **fields).train()
+    # torch's own attention has no second derivative on a CPU
+    model.set_attn_implementation("eager")
+    plain, ids = copy.deepcopy(model), mixed_ids(2, 12)
+    use_cpu_layers(plain, False)
+    second = []
+    for each in (model, plain):
+        trained = [p for p in each.parameters() if p.requires_grad]
+        first = torch.autograd.grad(
+            each(input_ids=ids, labels=ids).loss, trained, create_graph=True, allow_unused=True
+        )
+        sum(grad.square().sum() for grad in first if grad is not None).backward()
+        second.append([p.grad for p in trained if p.grad is not None])
+    assert len(second[0]) == len(second[1])
+    assert_near(*second, 1e-4)
+    found = torch.func.grad(lambda parameters: loss_of(model, parameters, ids))(dict(model.named_parameters()))
+    expected = {name: p for name, p in plain.named_parameters()}
+    grads = torch.autograd.grad(loss_of(plain, expected, ids), list(expected.values()), allow_unused=True)
+    for (name, one), other in zip(found.items(), grads):
+        assert other is None and not one.any() or (one - other).norm() <= 1e-4 * other.norm() + 1e-7, name
