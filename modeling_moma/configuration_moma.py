@@ -63,6 +63,8 @@ class RoutingRule:
             whether it compares scores with the running mean of the batches' thresholds.
         needs_auxiliary (`bool`):
             whether it asks auxiliary routers.
+        leaves_out (`bool`):
+            whether it heeds which tokens compete for no expert, see [`RoutingContext.passing_of`].
         choose (`Callable`, *optional*):
             gives the tokens that a depth layer processes; `None` for a rule of experts alone.
     """
@@ -76,6 +78,7 @@ class RoutingRule:
     counts_experts: bool = False
     reads_threshold: bool = False
     needs_auxiliary: bool = False
+    leaves_out: bool = False
     choose: Callable | None = None
 
     def experts_per_token(self, config: "MomaConfig", group: str) -> float:

@@ -48,8 +48,8 @@ class _RaggedRows:
         cumulative_length (`int`):
             tokens seen, chosen or not.
         lengths (`list[int]`):
-            stored tokens of each row; empty until a first token is stored. Never changed in place: it tells the layer
-            that wrote last from its copies.
+            stored tokens of each row, after masked steps at most so many; empty until a first token is stored. Never
+            changed in place: it tells the layer that wrote last from its copies.
         length_B (`torch.LongTensor`):
             the same on the device, `[B]`.
     """
@@ -58,6 +58,8 @@ class _RaggedRows:
     lengths: list[int]
     length_B: torch.Tensor
     is_initialized: bool
+    # whether `lengths` are those of `length_B`
+    is_counted = True
     # `None` until a first token is stored
     keys: torch.Tensor
     values: torch.Tensor
@@ -79,6 +81,7 @@ class _RaggedRows:
         rows: list[int] | None = None,
         row_R: torch.Tensor | None = None,
         num_rows: int = 0,
+        chosen_B: torch.Tensor | None = None,
         num_skipped: int = 0,
         capacity: float = 1.0,
         **kwargs,
@@ -98,6 +101,8 @@ class _RaggedRows:
                 the same on the device, `[R]`; `None` where all rows take part.
             num_rows (`int`, *optional*):
                 of the batch, with `rows`.
+            chosen_B (`torch.BoolTensor`, *optional*):
+                in place of both, which rows have chosen their token in a masked step, see [`prepare_masked_step`].
             num_skipped (`int`, *optional*):
                 positions of a step in which no token was chosen, without both.
             capacity (`float`, *optional*):
@@ -109,9 +114,11 @@ class _RaggedRows:
 
         Returns:
             `tuple`: keys and values of the rows that take part, `[R, H, S + C, d]`: with `packing` the stored ones,
-            with padding slots after the last of each row, then the new ones; with `rows` all of a row's one after the
-            other, with padding slots after the last.
+            with padding slots after the last of each row, then the new ones; with `rows` or `chosen_B` all of a row's
+            one after the other, with padding slots after the last.
         """
+        if chosen_B is not None:
+            return self._append_masked(key_states, value_states, chosen_B, capacity)
         if packing is None and rows is None:
             self.cumulative_length += num_skipped
             return key_states, value_states
@@ -132,8 +139,38 @@ class _RaggedRows:
         length_R = self.length_B.index_select(0, packing.row_R)
         return torch.where(_is_stored(slot_RS, length_R), slot_RS, -1)
 
+    def prepare_masked_step(self) -> torch.Tensor | None:
+        """Make room for a step of one token in which any row may store it, and tell where its keys will be.
+
+        Columns are added for rows that are full, and with a device sync it is found out which are.
+
+        Returns:
+            `torch.BoolTensor` or `None`: the columns that hold keys of their row, the new one included, `[B, S]`;
+            `None` where nothing is stored.
+        """
+        if not self.is_initialized:
+            return None
+        needed = max(self.lengths) + 1
+        if needed > self.keys.shape[2]:
+            self._settle()
+            needed = max(self.lengths) + 1
+            # not a question in every step where few columns are left
+            self._make_columns(1, needed + _COLUMNS)
+        else:
+            self._make_columns(1, needed)
+        return torch.arange(needed, device=self.device) <= self.length_B.unsqueeze(-1)
+
+    def _settle(self) -> None:
+        """Find out the stored tokens of each row, with a device sync."""
+        if not self.is_counted:
+            is_writer = vars(self.keys).get(_WRITER) is self.lengths
+            self.lengths, self.is_counted = self.length_B.tolist(), True
+            if is_writer:
+                vars(self.keys)[_WRITER] = self.lengths
+
     def step_lengths(self, rows: list[int]) -> list[int]:
         """Return stored tokens of rows once each has stored one more."""
+        self._settle()
         return [self.lengths[row] + 1 for row in rows] if self.is_initialized else [1] * len(rows)
 
     def step_keys(self, rows: list[int], row_R: torch.Tensor | None) -> torch.Tensor | None:
@@ -177,10 +214,11 @@ class _RaggedRows:
         if self.is_initialized:
             is_kept_BS = _is_stored(self.slots, self.length_B) & (self.slots < self.cumulative_length)
             self.length_B = is_kept_BS.sum(1)
-            self.lengths = self.length_B.tolist()
+            self.lengths, self.is_counted = self.length_B.tolist(), True
 
     def _num_columns(self, packing: "DepthPacking") -> int:
         """Return stored tokens of the fullest of the rows that take part."""
+        self._settle()
         return max(self.lengths[row] for row in packing.rows)
 
     def _allocate(self, key_states: torch.Tensor, value_states: torch.Tensor, num_rows: int, capacity: float) -> None:
@@ -231,6 +269,24 @@ class _RaggedRows:
         length_B = self.length_B + 1 if row_R is None else self.length_B.index_add(0, row_R, one_R)
         self._set_lengths(dict(zip(rows, lengths)), length_B)
         return kept_keys[:, :, : max(lengths)], kept_values[:, :, : max(lengths)]
+
+    def _append_masked(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, chosen_B: torch.Tensor, capacity: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        num_rows = key_states.shape[0]
+        if not self.is_initialized:
+            self._allocate(key_states, value_states, num_rows, capacity)
+            self._make_columns(1, 1)
+        row_B, needed = torch.arange(num_rows, device=self.device), max(self.lengths) + 1
+        # what a row has not chosen stands behind its keys, where its next one will stand
+        self.keys[row_B, :, self.length_B] = key_states[:, :, 0]
+        self.values[row_B, :, self.length_B] = value_states[:, :, 0]
+        self.slots[row_B, self.length_B] = torch.full_like(self.slots[:1, 0], self.cumulative_length)
+        self.cumulative_length += 1
+        self.length_B = self.length_B + chosen_B
+        self.lengths, self.is_counted = [length + 1 for length in self.lengths], False
+        self._note_writer()
+        return self.keys[:, :, :needed], self.values[:, :, :needed]
 
     def _set_lengths(self, new_lengths: dict[int, int], length_B: torch.Tensor) -> None:
         """Set the stored tokens of the rows that have more now, in a list that no copy has."""
@@ -298,6 +354,7 @@ class MomaDepthCacheLayer(_RaggedRows, DynamicLayer):
         """Forget everything."""
         super().reset()
         self.lengths, self.slots = [], None  # pyright: ignore[reportAttributeAccessIssue]
+        self.is_counted = True
 
     def _first_columns(self, capacity: float) -> int:
         return 0
@@ -334,7 +391,7 @@ class MomaStaticDepthCacheLayer(_RaggedRows, StaticLayer):
     def reset(self) -> None:
         """Forget everything, but keep the memory."""
         is_own = self.is_initialized and self._take_memory()
-        self.cumulative_length, self.lengths = 0, [0] * len(self.lengths)
+        self.cumulative_length, self.lengths, self.is_counted = 0, [0] * len(self.lengths), True
         if self.is_initialized:
             self.length_B = torch.zeros_like(self.length_B)
         if is_own:
@@ -663,6 +720,40 @@ class StepCache:
         )
 
 
+class MaskedStepCache:
+    """A view of the model's cache for a step of one token in which all rows take part, chosen or not."""
+
+    def __init__(self, cache: Cache, chosen_B: torch.Tensor, capacity: float):
+        self.cache, self.chosen_B, self.capacity = cache, chosen_B, capacity
+
+    def update(
+        self, keys: torch.Tensor, values: torch.Tensor, layer_idx: int, **kwargs
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """See [`MomaDepthCacheLayer.update`]."""
+        return self.cache.update(keys, values, layer_idx, chosen_B=self.chosen_B, capacity=self.capacity)
+
+
+def chosen_mask(chosen_BT: torch.Tensor, document_BT: torch.Tensor | None) -> torch.Tensor:
+    """Return the attention mask of all tokens over those that are chosen, each before itself in its document.
+
+    Every token sees itself, too: one that is not chosen may have no other to see.
+
+    Args:
+        chosen_BT (`torch.BoolTensor`):
+            `[B, T]`, False at padding.
+        document_BT (`torch.LongTensor`, *optional*):
+            document of each position in packed rows, `[B, T]`.
+
+    Returns:
+        `torch.BoolTensor`: `[B, 1, T, T]`.
+    """
+    place_T = torch.arange(chosen_BT.shape[1], device=chosen_BT.device)
+    is_seen_BTT = chosen_BT.unsqueeze(1) & (place_T <= place_T.unsqueeze(-1))
+    if document_BT is not None:
+        is_seen_BTT = is_seen_BTT & (document_BT.unsqueeze(1) == document_BT.unsqueeze(-1))
+    return (is_seen_BTT | (place_T == place_T.unsqueeze(-1))).unsqueeze(1)
+
+
 def step_mask(
     config: MomaConfig, is_key_RS: torch.Tensor | None, dtype: torch.dtype
 ) -> torch.Tensor | BlockMask | None:
@@ -719,10 +810,12 @@ def depth_cache_layer(cache: Cache, layer_idx: int) -> MomaDepthCacheLayer | Mom
 
 __all__ = [
     "DepthPacking",
+    "MaskedStepCache",
     "MomaDepthCacheLayer",
     "MomaStaticDepthCacheLayer",
     "PackedCache",
     "StepCache",
+    "chosen_mask",
     "depth_cache_layer",
     "pack_chosen",
     "packed_causal_mask",

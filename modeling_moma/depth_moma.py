@@ -19,8 +19,10 @@ from transformers.utils.deprecation import deprecate_kwarg
 
 from .configuration_moma import MomaConfig, rule_of
 from .depth_cache_moma import (
+    MaskedStepCache,
     PackedCache,
     StepCache,
+    chosen_mask,
     depth_cache_layer,
     pack_chosen,
     packed_causal_mask,
@@ -357,6 +359,8 @@ class DepthLayer(nn.Module):
         # not passed on: position ids count all tokens, those that were not chosen too
         kwargs.pop("position_ids", None)
         lengths: Any = {name: kwargs.pop(name, None) for name in FLASH_LENGTHS}
+        if routing_context.masks_depth:
+            return self._run_masked(hidden_states, selection, routing_context, position_embeddings, cache, **kwargs)
         is_step = hidden_states.shape[1] == 1 and not keep_empty_rows and routing_context.custom_mask_BHQS is None
         if is_step and cache is not None:
             return self._step(hidden_states, selection, routing_context, position_embeddings, cache, **kwargs)
@@ -436,6 +440,36 @@ class DepthLayer(nn.Module):
         update_R1D = attention_update_R1D + self.ffn_update(x_R1D + attention_update_R1D, context)
         update_R1D = (update_R1D * weight_R1.unsqueeze(-1).to(update_R1D.dtype)).to(hidden_B1D.dtype)
         return hidden_B1D + update_R1D if row_R is None else hidden_B1D.index_add(0, row_R, update_R1D)
+
+    def _run_masked(
+        self,
+        hidden_BTD: torch.Tensor,
+        selection: DepthSelection,
+        routing_context: RoutingContext,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None,
+        cache: Cache | None,
+        **kwargs,
+    ) -> torch.Tensor:
+        """Run all tokens: those that were not chosen are no keys, compete for no expert, and get no update."""
+        chosen_BT, masked_cache, context = selection.chosen_BT, None, routing_context
+        if cache is None:
+            mask = chosen_mask(chosen_BT, context.document_BT)
+        else:
+            is_key_BS = depth_cache_layer(cache, self.layer_idx).prepare_masked_step()
+            mask = step_mask(self.config, is_key_BS, hidden_BTD.dtype)
+            masked_cache = MaskedStepCache(cache, chosen_BT[:, 0], self.depth_router.capacity)
+        if context.track:
+            context = context.with_passing(~chosen_BT)
+        attention_update = self.attention_update(
+            hidden_BTD,
+            position_embeddings=position_embeddings,
+            attention_mask=mask,
+            cache=masked_cache,
+            **kwargs,
+        )
+        update = attention_update + self.ffn_update(hidden_BTD + attention_update, context)
+        weight_BT1 = (selection.weight_BT * chosen_BT).unsqueeze(-1)
+        return hidden_BTD + (update * weight_BT1.to(update.dtype)).to(hidden_BTD.dtype)
 
     def _skip(self, hidden_states: torch.Tensor, cache: Cache | None) -> None:
         if cache is None:

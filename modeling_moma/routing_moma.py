@@ -136,7 +136,7 @@ class Selection:
         """
         if self.has_padding:
             # an expert without a token may overflow in half precision, and infinity times 0 is no number
-            y_PD = torch.where(self.weight_P.unsqueeze(-1) > 0, y_PD, 0.0)
+            y_PD = y_PD.masked_fill(self.weight_P.unsqueeze(-1) <= 0, 0.0)
         return y_PD.new_zeros(num_tokens, y_PD.shape[1]).index_add_(0, self.token_P, y_PD)
 
     def gates(self, num_tokens: int) -> torch.Tensor:
@@ -188,6 +188,23 @@ def ceil_share(share: Iterable[Any], count: Count) -> Count:
     """
     numerator, denominator = share
     return -(-numerator * count // denominator)
+
+
+def is_within_share(share: tuple[int, int], count: torch.Tensor, num_places: int) -> torch.Tensor:
+    """Return which of so many places are among the first `ceil(share * count)`, a bool tensor.
+
+    Args:
+        share (`tuple`):
+            numerator and denominator.
+        count (`torch.LongTensor`):
+            of how many, a scalar.
+        num_places (`int`):
+            at least as many as that.
+    """
+    numerator, denominator = share
+    # a place comes before the share's end if it does before the ceiling of it
+    places = torch.arange(0, num_places * denominator, denominator, device=count.device)
+    return places < (count if numerator == 1 else count * numerator)
 
 
 # scores that differ by less, relatively, are taken for one score that was rounded in two ways
@@ -402,7 +419,7 @@ class MomaRouter(MomaRouterBase):
         super().__init__(
             config, num_scores=num_experts, num_thresholds=num_experts, momentum=config.threshold_momentum
         )
-        self.num_experts = num_experts
+        self.group, self.num_experts = group, num_experts
         self.num_experts_per_tok = config.num_experts_per_tok
         self.capacity_factor = config.group_capacity_factor(group)
         self.capacity_fraction = exact_share(self.capacity_factor, num_experts)
@@ -431,7 +448,13 @@ class MomaRouter(MomaRouterBase):
         if context.track:
             # inference compares scores without noise
             plain_NE = torch.sigmoid(logits_NE.detach()) if is_noisy else scores_NE.detach()
-            context.record(self, self._statistics(plain_NE, selection, is_noisy, rule.moves_bias))
+            if context.passing_of(self.group) is None:
+                statistics = self._statistics(plain_NE, selection, is_noisy, rule.moves_bias)
+            else:
+                is_best = rule.select is expert_choice and not is_noisy
+                best = selection if is_best else expert_choice(self, x_ND, plain_NE, context)
+                statistics = self._statistics_of_others(plain_NE, selection, best, rule.moves_bias, context)
+            context.record(self, statistics)
         return logits_NE, selection
 
     def capacity(self, num_tokens: int) -> int:
@@ -460,9 +483,29 @@ class MomaRouter(MomaRouterBase):
         lower_E = lower_scores(scores_EN, kth_E.unsqueeze(-1)).amax(-1)
         if not moves_bias:
             return RouterStatistics(kth_E, lower_E)
-        is_taken_P = (selection.weight_P > 0).float() if selection.has_padding else torch.ones_like(selection.weight_P)
-        load_E = torch.zeros_like(kth_E).index_add(0, selection.expert_P, is_taken_P)
+        load_E = self._load(selection)
         return RouterStatistics(kth_E, lower_E, (load_E.mean() - load_E) / num_tokens)
+
+    def _statistics_of_others(
+        self, scores_NE: torch.Tensor, selection: Selection, best: Selection, moves_bias: bool, context: RoutingContext
+    ) -> RouterStatistics:
+        """Return the statistics of the tokens that do not pass by; there may be none. `best` is their top K."""
+        is_passing_N: Any = context.passing_of(self.group)
+        scores_EN, weight_EK = scores_NE.t().masked_fill(is_passing_N, -1.0), best.weight_EK.detach()
+        # scores are lower than 2, which stays where no place is filled
+        kth_E = weight_EK.masked_fill(weight_EK <= 0, 2.0).amin(-1)
+        lower_E = lower_scores(scores_EN, kth_E.unsqueeze(-1)).amax(-1)
+        count_E, load_deficit_E = (kth_E < 2).float(), None
+        if moves_bias:
+            load_E = self._load(selection)
+            load_deficit_E = (load_E.mean() - load_E) / (~is_passing_N).sum().clamp(min=1)
+        return RouterStatistics(kth_E, lower_E, load_deficit_E, count_E)
+
+    def _load(self, selection: Selection) -> torch.Tensor:
+        """Return how many tokens each expert takes, `[E]`."""
+        weight_P = selection.weight_P.detach()
+        is_taken_P = (weight_P > 0).float() if selection.has_padding else torch.ones_like(weight_P)
+        return weight_P.new_zeros(self.num_experts).index_add(0, selection.expert_P, is_taken_P)
 
 
 SelectionFunction = Callable[[MomaRouter, torch.Tensor, torch.Tensor, RoutingContext], Selection]
@@ -488,16 +531,23 @@ def routing_rule(name: str, **properties: Any) -> Callable[[SelectionFunction], 
     return enter
 
 
-@routing_rule("expert_choice", is_causal=False, may_train=True, takes_noise=True)
+@routing_rule("expert_choice", is_causal=False, may_train=True, takes_noise=True, leaves_out=True)
 def expert_choice(
     router: MomaRouter, x_ND: torch.Tensor, scores_NE: torch.Tensor, context: RoutingContext
 ) -> Selection:
     """Select each expert's top `K` tokens of the batch (MoMa section 2.2). Not causal: for training."""
-    weight_EK, token_EK = scores_NE.t().topk(router.capacity(scores_NE.shape[0]), dim=-1)
-    return Selection.from_topk(token_EK, weight_EK)
+    num_tokens, is_passing_N = scores_NE.shape[0], context.passing_of(router.group)
+    capacity = router.capacity(num_tokens)
+    if is_passing_N is None:
+        weight_EK, token_EK = scores_NE.t().topk(capacity, dim=-1)
+        return Selection.from_topk(token_EK, weight_EK)
+    # as many places as if none passed by, of which those of the others are filled
+    weight_EK, token_EK = scores_NE.t().masked_fill(is_passing_N, -1.0).topk(capacity, dim=-1)
+    is_filled_K = is_within_share(router.capacity_fraction, num_tokens - is_passing_N.sum(), capacity)
+    return Selection.from_topk(token_EK, weight_EK * is_filled_K, has_padding=True)
 
 
-@routing_rule("threshold", is_causal=True, may_train=True, reads_threshold=True)
+@routing_rule("threshold", is_causal=True, may_train=True, reads_threshold=True, leaves_out=True)
 def threshold(router: MomaRouter, x_ND: torch.Tensor, scores_NE: torch.Tensor, context: RoutingContext) -> Selection:
     """Select a token iff its score reaches the running mean of the expert's thresholds.
 
@@ -518,9 +568,11 @@ def threshold(router: MomaRouter, x_ND: torch.Tensor, scores_NE: torch.Tensor, c
     is_taken_NE = scores_NE >= context.router_state(router).threshold
     if context.track and router.warmup_steps and not router.is_frozen:
         num_updates = context.router_state(router).num_updates
-        token_EK = expert_choice(router, x_ND, scores_NE.detach(), context).token_EK
-        is_best_EN = torch.zeros_like(is_taken_NE.t()).scatter_(1, token_EK, True)
+        best = expert_choice(router, x_ND, scores_NE.detach(), context)
+        is_filled: Any = best.weight_EK > 0 if best.has_padding else True
+        is_best_EN = torch.zeros_like(is_taken_NE.t()).scatter_(1, best.token_EK, is_filled)
         is_taken_NE = torch.where(num_updates < router.warmup_steps, is_best_EN.t(), is_taken_NE)
+    is_taken_NE = _without_passing(is_taken_NE, router, context)
     return Selection.from_mask(is_taken_NE, scores_NE, context.has_fixed_shapes, context.may_sync)
 
 
@@ -531,6 +583,7 @@ def threshold(router: MomaRouter, x_ND: torch.Tensor, scores_NE: torch.Tensor, c
     takes_noise=True,
     moves_bias=True,
     counts_experts=True,
+    leaves_out=True,
 )
 def token_choice(
     router: MomaRouter, x_ND: torch.Tensor, scores_NE: torch.Tensor, context: RoutingContext
@@ -538,9 +591,10 @@ def token_choice(
     """Select each token's best experts; the balance bias selects but does not weigh (arXiv 2408.15664)."""
     bias_E = context.router_state(router).balance_bias
     expert_Nk = (scores_NE + bias_E).topk(router.num_experts_per_tok, dim=-1).indices
-    if context.has_fixed_shapes:
+    if context.has_fixed_shapes or context.passing_BT is not None:
         is_taken_NE = torch.zeros_like(scores_NE, dtype=torch.bool).scatter_(1, expert_Nk, True)
-        return Selection.from_mask(is_taken_NE, scores_NE, has_fixed_shapes=True)
+        is_taken_NE = _without_passing(is_taken_NE, router, context)
+        return Selection.from_mask(is_taken_NE, scores_NE, context.has_fixed_shapes, context.may_sync)
     expert_P, order_P = expert_Nk.flatten().sort(stable=True)
     weight_P = scores_NE.gather(1, expert_Nk).flatten().index_select(0, order_P)
     return Selection(order_P // router.num_experts_per_tok, expert_P, weight_P, is_sorted=True)
@@ -551,6 +605,11 @@ def auxiliary(router: MomaRouter, x_ND: torch.Tensor, scores_NE: torch.Tensor, c
     """Select a token iff the auxiliary router predicts so, weighed by the main router (section 2.4)."""
     is_taken_NE = router.predicted_scores(x_ND) >= router.auxiliary.threshold
     return Selection.from_mask(is_taken_NE, scores_NE, context.has_fixed_shapes, context.may_sync)
+
+
+def _without_passing(is_taken_NE: torch.Tensor, router: MomaRouter, context: RoutingContext) -> torch.Tensor:
+    is_passing_N = context.passing_of(router.group)
+    return is_taken_NE if is_passing_N is None else is_taken_NE.masked_fill(is_passing_N.unsqueeze(-1), False)
 
 
 def update_routers(context: RoutingContext, bias_update_rate: float):

@@ -334,6 +334,11 @@ class RoutingContext:
             in what form a selection has its pairs.
         takes_hints (`bool`, *optional*, defaults to `False`):
             whether the experts implementation makes use of what a selection knows of its pairs.
+        masks_depth (`bool`, *optional*, defaults to `False`):
+            whether depth layers run all tokens and mask those that they have not chosen, in place of a device sync for
+            their number.
+        passing_BT (`torch.BoolTensor`, *optional*):
+            inside a depth layer that does so, the tokens that pass by it and compete for no expert, `[B, T]`.
 
     Attributes:
         statistics (`dict`):
@@ -359,6 +364,8 @@ class RoutingContext:
         runs_all_groups: bool = True,
         pairs: PairForm = PairForm.COUNTED,
         takes_hints: bool = False,
+        masks_depth: bool = False,
+        passing_BT: torch.Tensor | None = None,
     ):
         self.routing = routing
         # both are given wherever there are depth layers
@@ -370,10 +377,12 @@ class RoutingContext:
         self.custom_mask_BHQS = custom_mask_BHQS
         self.lengths = lengths
         self.runs_all_groups, self.pairs, self.takes_hints = runs_all_groups, pairs, takes_hints
+        self.masks_depth, self.passing_BT = masks_depth, passing_BT
         self.statistics: dict[Any, RouterStatistics] = {}
         self.state: dict[Any, RouterState] = {}
         self.noise: dict[Any, torch.Tensor] = {}
         self._by_device: dict[torch.device, RoutingContext] = {}
+        self._passing: dict[str, torch.Tensor] | None = None
 
     @property
     def has_fixed_shapes(self) -> bool:
@@ -425,6 +434,19 @@ class RoutingContext:
         """Return the same context for a part of the tokens; what routers leave behind lies in this one."""
         return self._view(split=split)
 
+    def with_passing(self, passing_BT: torch.Tensor) -> "RoutingContext":
+        """Return the same context for a layer that these tokens pass by."""
+        return self._view(passing_BT=passing_BT)
+
+    def passing_of(self, group: str) -> torch.Tensor | None:
+        """Return which of a group's tokens compete for no expert, `[N]`; `None` where all compete."""
+        if self.passing_BT is None:
+            return None
+        if self._passing is None:
+            parts = self.split.split(self.passing_BT.unsqueeze(-1))
+            self._passing = {name: part.squeeze(-1) for name, part in parts.items()}
+        return self._passing[group] if self._passing[group].shape[0] else None
+
     def with_syncs(self) -> "RoutingContext":
         """Return the same context, in which layers may ask the device for numbers."""
         return self if self.may_sync else self._view(pairs=PairForm.COUNTED)
@@ -434,7 +456,8 @@ class RoutingContext:
         return self._copy(routing=routing, depth_routing=routing, track=track)
 
     def _copy(self, **changes: Any) -> "RoutingContext":
-        names = ("routing", "split", "track", "depth_routing", "runs_all_groups", "pairs", "takes_hints", *_TENSORS)
+        names = ("routing", "split", "track", "depth_routing", "runs_all_groups", "pairs", "takes_hints")
+        names += ("masks_depth", "passing_BT", *_TENSORS)
         return RoutingContext(**{**{name: getattr(self, name) for name in names}, **changes})
 
     def _view(self, **changes: Any) -> "RoutingContext":
@@ -531,6 +554,10 @@ def routing_of_batch(
     # the caller gives `input_ids` or `inputs_embeds`
     inputs: torch.Tensor = input_ids if input_ids is not None else inputs_embeds  # pyright: ignore[reportAssignmentType]
     past_length = seen_positions(cache)
+    records = is_recorded or given.get("output_attentions", config.output_attentions)
+    masks_depth = pairs is not PairForm.COUNTED and _may_mask_depth(
+        config, inputs, attention_mask, cache, routing, is_training, bool(records)
+    )
     # a cache gives its length as a tensor only if it is static and holds something
     may_fix = _may_fix_shapes(config, inputs, routing, is_training)
     is_exported = torch.compiler.is_exporting()
@@ -577,6 +604,7 @@ def routing_of_batch(
         runs_all_groups=is_training or has_gradients or is_distributed() or is_recorded,
         pairs=pairs,
         takes_hints=takes_hints,
+        masks_depth=masks_depth,
     )
     if config.depth_layers:
         _describe_rows(context, attention_mask)
@@ -673,6 +701,38 @@ def _may_fix_shapes(config: MomaConfig, inputs: torch.Tensor, routing: str, is_t
     return inputs.shape[1] == 1 and not config.depth_layers and rule_of(routing).is_causal and not is_training
 
 
+# floating-point operations of a layer's forward that a device is done with while the host waits for a number
+_FEW_OPERATIONS = 2**30
+# with what chance a step may find no row that has chosen its token, which would spare all launches of the layer
+_SMALL_CHANCE = 1 / 16
+
+
+def _may_mask_depth(
+    config: MomaConfig,
+    inputs: torch.Tensor,
+    attention_mask: Any,
+    cache: Cache | None,
+    routing: str,
+    is_training: bool,
+    is_recorded: bool,
+) -> bool:
+    """Return whether depth layers run all tokens, where that costs less than a device sync for those they choose.
+
+    That is in training steps of small models and batches, and in steps of one token in each of many rows.
+    """
+    takes_masks = config._attn_implementation == "sdpa" and getattr(attention_mask, "ndim", 2) == 2
+    if not config.depth_layers or not takes_masks or is_recorded:
+        return False
+    rule, (num_rows, length) = rule_of(routing), inputs.shape[:2]
+    if cache is not None:
+        share = min(config.pool_depth_capacity(pool) for pool in config.depth_pools)
+        is_rarely_skipped = (1 - share) ** num_rows <= _SMALL_CHANCE
+        return is_rarely_skipped and length == 1 and rule.is_causal and not is_training
+    size, width = config.hidden_size, max(config.group_intermediate_size(group) for group in config.expert_groups)
+    num_operations = num_rows * length * size * (8 * size + 6 * width + 4 * length)
+    return is_training and torch.is_grad_enabled() and rule.leaves_out and num_operations <= _FEW_OPERATIONS
+
+
 def _split_fixed(
     config: MomaConfig,
     input_ids: torch.Tensor | None,
@@ -723,7 +783,10 @@ def _split_batch(
     if batch_size == 0 or length == 0:
         name = "input_ids" if input_ids is not None else "inputs_embeds"
         raise InputError(f"`{name}` has {batch_size} rows of {length} tokens: the input is empty.")
-    check_length(config, length, past_length, position_ids)
+    # a step on a static cache that ends before the limit needs no device sync for the number of its tokens
+    is_static_step = isinstance(past_length, torch.Tensor) and length == 1
+    if not is_static_step or cache.get_max_length() > config.max_position_embeddings:  # pyright: ignore[reportOptionalMemberAccess]
+        check_length(config, length, past_length, position_ids)
     modality_BT = _modalities(config, input_ids, inputs, mm_token_type_ids)
     padding_BT = masked_B = None
     if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2:

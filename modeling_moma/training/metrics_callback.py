@@ -107,14 +107,22 @@ class MomaMetricsCallback(TrainerCallback):
             # bincount would wait for the device
             load_E.index_add_(0, selection.expert_P, is_pair_P)
             taken_N.index_add_(0, selection.token_P, is_pair_P)
+            uncovered, count = (taken_N == 0).float().mean(), 1.0
+            covered_twice = (taken_N > 1).float().mean()
+            is_passing_N = context.passing_of(module.group)
+            if is_passing_N is not None:
+                num_others = (~is_passing_N).sum()
+                uncovered = ((taken_N == 0) & ~is_passing_N).sum() / num_others.clamp(min=1)
+                covered_twice = (taken_N > 1).sum() / num_others.clamp(min=1)
+                count = (num_others > 0).float()
             sums = self._sums[module.training]
             for name, value in (
-                ("uncovered", (taken_N == 0).float().mean()),
-                ("covered_twice", (taken_N > 1).float().mean()),
+                ("uncovered", uncovered),
+                ("covered_twice", covered_twice),
                 ("peak_load", load_E.max() / load_E.mean().clamp(min=1e-9)),
             ):
                 sums[f"{group}_{name}", "sum"] += value
-                sums[f"{group}_{name}", "count"] += 1.0
+                sums[f"{group}_{name}", "count"] += count
 
         return on_route
 

@@ -62,10 +62,12 @@ class Case:
     Args:
         build: makes it.
         is_autocast: its weights are in fp32, and a training step runs under autocast to bf16; it does not generate.
+        rows: of a decoding step.
     """
 
     build: Callable[[], nn.Module]
     is_autocast: bool = False
+    rows: int = 2
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -84,11 +86,14 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "4t4i token choice": partial(moma, **TOKEN_CHOICE),
     "4t4i threshold": partial(moma, **THRESHOLD),
     "4t4i shared expert": partial(moma, shared_expert_intermediate_size={"text": 64, "image": 64}),
+    "4t4i loss weights": partial(moma, modality_loss_weights={"text": 2.0, "image": 0.5}),
     "4t4i auxiliary": partial(moma, auxiliary_routers=True, inference_routing="auxiliary"),
     "4t4i depth": partial(moma, **DEPTH),
     "4t4i depth by modality": partial(moma, depth_layers=[1, 3, 5, 7], depth_capacity={"text": 0.5, "image": 0.125}),
 }
 CASES = {name: Case(build) for name, build in MODELS.items()}
+# so many that hardly a step finds none that has chosen its token
+CASES["4t4i depth, 16 rows"] = Case(MODELS["4t4i depth"], rows=16)
 CASES |= {
     f"{name} autocast": Case(MODELS[name], is_autocast=True)
     for name in ("Llama", "OLMoE", "4t4i", "4t4i token choice", "4t4i threshold", "4t4i depth")
@@ -126,7 +131,8 @@ def count(name: str, device: PretendedCuda | RealCuda, with_places: bool = False
     model = model.to("cuda").eval()
     caches = {"growing": {}, "static": {"cache_implementation": "static", "disable_compile": True}}
     for part, cache in caches.items():
-        yield part, count_step(model, ids[:2, :PROMPT], device, with_places, **cache)
+        prompts = token_ids(case.rows)[:, :PROMPT].to("cuda")
+        yield part, count_step(model, prompts, device, with_places, **cache)
 
 
 def count_step(model, ids, device, with_places, **options) -> Counts:

@@ -3,7 +3,8 @@
 
     .venv-cuda/bin/python tests/helpers/cuda/launch.py -m helpers.cuda.count "4t4i" "4t4i depth" --places
 
-A training step of four rows, forward and backward, then a decoding step of two with a growing and with a static cache.
+A training step of four rows, forward and backward, then a decoding step with a growing and with a static cache, of two
+rows where the case names no others.
 """
 
 import argparse
