@@ -384,8 +384,10 @@ class DepthLayer(nn.Module):
         else:
             mask = packed_causal_mask(self.config, packing, routing_context, x_1PD.dtype)
             layout = {"attention_mask": mask, "packing": packing}
+        packed_context = routing_context.with_split(packing.split)
         attention_update_1PD = self.attention_update(
             x_1PD,
+            packed_context,
             position_embeddings=tuple(
                 packing.choose(part)
                 for part in position_embeddings  # pyright: ignore[reportOptionalIterable]
@@ -394,7 +396,6 @@ class DepthLayer(nn.Module):
             **layout,
             **kwargs,  # pyright: ignore[reportCallIssue]
         )
-        packed_context = routing_context.with_split(packing.split)
         update_1PD = attention_update_1PD + self.ffn_update(x_1PD + attention_update_1PD, packed_context)
         return packing.add_back(hidden_states, update_1PD, selection.weight_BT)
 
@@ -432,6 +433,7 @@ class DepthLayer(nn.Module):
         is_key_RS = depth_cache_layer(cache, self.layer_idx).step_keys(rows, row_R)
         attention_update_R1D = self.attention_update(
             x_R1D,
+            context,
             position_embeddings=position_embeddings,
             attention_mask=step_mask(self.config, is_key_RS, x_R1D.dtype),
             cache=StepCache(cache, rows, row_R, num_rows, self.depth_router.capacity),

@@ -195,6 +195,7 @@ class MomaAttention(nn.Module):
         attention_mask: torch.Tensor | None,
         cache: Cache | PackedCache | StepCache | None = None,
         packing: DepthPacking | None = None,
+        routing_context: RoutingContext | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Map `[B, T, D]` to `[B, T, D]`, and return weights `[B, H, T, S]` where the implementation makes them."""
@@ -494,6 +495,7 @@ class MomaDecoderLayer(GradientCheckpointingLayer):
         """Map hidden states `[B, T, D]` to those after the layer."""
         hidden_states = hidden_states + self.attention_update(
             hidden_states,
+            routing_context,
             position_embeddings=position_embeddings,
             attention_mask=attention_mask,
             cache=cache,
@@ -501,8 +503,9 @@ class MomaDecoderLayer(GradientCheckpointingLayer):
         )
         return hidden_states + self.ffn_update(hidden_states, routing_context)
 
-    def attention_update(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
+    def attention_update(self, hidden_states: torch.Tensor, routing_context: RoutingContext, **kwargs) -> torch.Tensor:
         """Return what attention adds to the residual stream."""
+        kwargs["routing_context"] = routing_context
         if self.norm_placement == "pre":
             return self.self_attn(self.attention_norm(hidden_states), **kwargs)[0]
         return self.attention_norm(self.self_attn(hidden_states, **kwargs)[0])

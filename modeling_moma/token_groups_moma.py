@@ -10,7 +10,7 @@ Shape suffixes:
     router).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from types import MappingProxyType
@@ -454,6 +454,28 @@ class RoutingContext:
     def with_routing(self, routing: str, track: bool = False) -> "RoutingContext":
         """Return a separate context for the same tokens, in which experts and depth layers choose by another rule."""
         return self._copy(routing=routing, depth_routing=routing, track=track)
+
+    def run_by_group(
+        self, x_BTD: torch.Tensor, run: Callable[[str, torch.Tensor], torch.Tensor], needs_rows: bool = False
+    ) -> torch.Tensor:
+        """Return what is made of each group's tokens, back in place, `[B, T, ...]`.
+
+        Args:
+            x_BTD (`torch.Tensor`):
+                `[B, T, D]`.
+            run (`Callable`):
+                makes `[N, ...]` of a group's name and its tokens, `[N, D]`.
+            needs_rows (`bool`, *optional*, defaults to `False`):
+                whether it needs a token at least.
+        """
+        tokens, used = self.split.split(x_BTD), self.split.used_groups
+        outputs: dict[str, torch.Tensor] = {}
+        # a chunk of padding alone has no tokens in any group
+        for name in tokens if self.runs_all_groups or not used else used:
+            x_ND = tokens[name]
+            is_empty = needs_rows and x_ND.shape[0] == 0
+            outputs[name] = run(name, x_ND.new_zeros(1, x_ND.shape[1]))[:0] if is_empty else run(name, x_ND)
+        return self.split.merge(outputs, x_BTD)
 
     def _copy(self, **changes: Any) -> "RoutingContext":
         names = ("routing", "split", "track", "depth_routing", "runs_all_groups", "pairs", "takes_hints")

@@ -8,7 +8,7 @@ from ..utils.errors import needs_extra
 
 # names of modules and parameters, matched in full
 LINEAR_LAYERS = (
-    r".*\.self_attn\.[qkvo]_proj",
+    r".*\.self_attn\.(.+\.)?[qkvo]_proj",
     r".*\.(mlp|shared_expert)\.(gate|up|down)_proj",
 )
 PACKED_EXPERTS = (r".*\.experts\.(gate_up|down)_proj",)

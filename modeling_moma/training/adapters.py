@@ -44,7 +44,7 @@ def with_adapters(model: MomaForCausalLM, rank: int, frozen_groups: Sequence[str
     config = model.config
     check_groups(config, frozen_groups)
     groups = "|".join(re.escape(group) for group in config.expert_groups if group not in frozen_groups)
-    networks = [r"self_attn\.(q_proj|k_proj|v_proj|o_proj)", rf"mlp\.shared_expert\.{_LINEAR}"]
+    networks = [r"self_attn\.(.+\.)?(q_proj|k_proj|v_proj|o_proj)", rf"mlp\.shared_expert\.{_LINEAR}"]
     if groups:
         networks.append(rf"groups\.({groups})\.(mlp|shared_expert)\.{_LINEAR}")
     packed = [name for name, _ in model.named_parameters() if groups and re.search(rf"\.({groups})\.experts\.", name)]
