@@ -231,6 +231,11 @@ class MomaConfig(PreTrainedConfig):
         Norm of queries and keys, each over `head_dim`: `"layernorm"` (one affine for all heads, as in Chameleon's own
         code), `"layernorm_per_head"` (an affine for each head, as its converted checkpoints need), `"rmsnorm"` or
         `"none"`.
+    untied_attention (`bool`, *optional*, defaults to `False`):
+        Gives every modality its own projections of attention, norms of queries and keys, and norms of the residual
+        stream in each layer (Mixture-of-Transformers, arXiv 2411.04996, section 2.2); attention itself is over all
+        tokens together. A token costs what it did. Needs `num_experts` by modality; with one expert each
+        (`{"text": 1, "image": 1}`) this is that paper's model, but for the last norm, which all share.
     training_routing (`str`, *optional*, defaults to `"expert_choice"`):
         Routing in `train()` mode: `"expert_choice"` (sees the future), `"threshold"` or `"token_choice"`.
     inference_routing (`str`, *optional*, defaults to `"threshold"`):
@@ -331,6 +336,7 @@ class MomaConfig(PreTrainedConfig):
     norm_placement: str = "post"
     gate_after_norm: bool = False
     qk_norm: str = "layernorm"
+    untied_attention: bool = False
     training_routing: str = "expert_choice"
     inference_routing: str = "threshold"
     threshold_momentum: float = 0.98
@@ -531,14 +537,14 @@ def count_parameters(config: MomaConfig, active: bool, modality: str | None, exc
         return max(count_parameters(config, True, name, exclude_norms_and_routers) for name in config.modalities)
     width = config.hidden_size
     embeddings = config.vocab_size * width * (1 if config.tie_word_embeddings else 2)
-    layer = attention_parameters(config) + 3 * width * config.common_shared_intermediate_size
+    layer = attention_parameters(config, modality) + 3 * width * config.common_shared_intermediate_size
     layer += sum(
         _group(config, name, active, exclude_norms_and_routers)
         for name, members in config.expert_groups.items()
         if modality is None or modality in members
     )
     if not exclude_norms_and_routers:
-        layer += _norms(config)
+        layer += _norms(config, modality)
     num_depth_layers = len(config.depth_layers or ())
     layers = (config.num_hidden_layers - num_depth_layers) * layer
     layers += (
@@ -549,23 +555,35 @@ def count_parameters(config: MomaConfig, active: bool, modality: str | None, exc
     return round(embeddings + layers)
 
 
-def attention_parameters(config: MomaConfig) -> int:
-    """Return the matrices and biases of one attention, without the norms of queries and keys."""
+def attention_parameters(config: MomaConfig, modality: str | None = None) -> int:
+    """Return the matrices and biases of one attention, without the norms of queries and keys.
+
+    Args:
+        config (`MomaConfig`):
+            the model's.
+        modality (`str`, *optional*):
+            whose tokens meet them; by default of all together.
+    """
     query_width, key_width = (
         heads * config.head_dim for heads in (config.num_attention_heads, config.num_key_value_heads)
     )
     biases = query_width + 2 * key_width + config.hidden_size if config.attention_bias else 0
-    return config.hidden_size * (2 * query_width + 2 * key_width) + biases
+    return _copies(config, modality) * (config.hidden_size * (2 * query_width + 2 * key_width) + biases)
 
 
-def _norms(config: MomaConfig) -> int:
+def _copies(config: MomaConfig, modality: str | None) -> int:
+    """Return of how many modalities each has its own projections and norms, of those that are counted."""
+    return len(config.modalities) if config.untied_attention and modality is None else 1
+
+
+def _norms(config: MomaConfig, modality: str | None) -> int:
     qk_norm = {
         "none": 0,
         "rmsnorm": 2 * config.head_dim,
         "layernorm": 4 * config.head_dim,
         "layernorm_per_head": 2 * config.head_dim * (config.num_attention_heads + config.num_key_value_heads),
     }
-    return 2 * config.hidden_size + qk_norm[config.qk_norm]
+    return _copies(config, modality) * (2 * config.hidden_size + qk_norm[config.qk_norm])
 
 
 def router_parameters(config: MomaConfig, num_scores: int) -> int:
@@ -803,6 +821,13 @@ def check_routing(config: MomaConfig):
         "gate_after_norm",
         config.gate_after_norm,
         "needs norm_placement='post': with 'pre' nothing cancels the gate",
+    )
+    require(
+        not config.untied_attention or isinstance(config.num_experts, dict),
+        "untied_attention",
+        config.untied_attention,
+        f"needs num_experts by modality, as {{'text': 4, 'image': 4}}, got {config.num_experts!r}: tokens are split "
+        "for attention as for the expert groups",
     )
     for name in ("threshold_momentum", "depth_threshold_momentum"):
         require(0 <= getattr(config, name) < 1, name, getattr(config, name), "must be in [0, 1)")

@@ -464,6 +464,7 @@ class DepthLayer(nn.Module):
             context = context.with_passing(~chosen_BT)
         attention_update = self.attention_update(
             hidden_BTD,
+            context,
             position_embeddings=position_embeddings,
             attention_mask=mask,
             cache=masked_cache,

@@ -55,6 +55,7 @@ from .depth_moma import DepthLayer, MomaDepthRouter
 from .documents_moma import causal_mask_of, check_whole_lengths, uses_flash_attention_mask
 from .errors_moma import InputError
 from .experts_implementations_moma import DEFAULT_IMPLEMENTATION, form_of_pairs, takes_any_width, takes_hints
+from .frames_moma import TEXT
 from .generation_moma import MomaGenerationMixin
 from .loss_moma import causal_lm_loss
 from .quantized_layers_moma import use_quantized_layers
@@ -155,8 +156,45 @@ class MomaRotaryEmbedding(nn.Module):
         return cos.to(x.dtype), sin.to(x.dtype)
 
 
+class MomaProjections(nn.Module):
+    """What attention does to each token by itself: query, key and value, optionally normed, and the way back.
+
+    Args:
+        config (`MomaConfig`):
+            the model's.
+    """
+
+    def __init__(self, config: MomaConfig):
+        super().__init__()
+        self.head_dim = config.head_dim
+        self.add_projections(config)
+
+    def add_projections(self, config: MomaConfig):
+        """Add the layers."""
+        query_width = config.num_attention_heads * self.head_dim
+        key_width = config.num_key_value_heads * self.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, query_width, bias=config.attention_bias)
+        self.k_proj = nn.Linear(config.hidden_size, key_width, bias=config.attention_bias)
+        self.v_proj = nn.Linear(config.hidden_size, key_width, bias=config.attention_bias)
+        self.o_proj = nn.Linear(query_width, config.hidden_size, bias=config.attention_bias)
+        self.has_norm = config.qk_norm != "none"
+        self.q_norm = query_key_norm(config, config.num_attention_heads)
+        self.k_norm = query_key_norm(config, config.num_key_value_heads)
+
+    def to_heads(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Map `[..., D]` to queries, keys and values, `[..., heads, head_dim]`."""
+        query, key, value = (self._heads(layer(hidden_states)) for layer in (self.q_proj, self.k_proj, self.v_proj))
+        if self.has_norm:
+            query, key = self.q_norm(query), self.k_norm(key)
+        return query, key, value
+
+    def _heads(self, states: torch.Tensor) -> torch.Tensor:
+        # a view cannot infer the heads of rows without tokens, which depth layers have
+        return states.contiguous().view(*states.shape[:-1], states.shape[-1] // self.head_dim, self.head_dim)
+
+
 @use_kernelized_func(apply_rotary_pos_emb)
-class MomaAttention(nn.Module):
+class MomaAttention(MomaProjections):
     """Causal self-attention over the tokens of all modalities, optionally with normed queries and keys.
 
     A depth layer gives it the chosen tokens of all rows in one, and their packing: the attention itself sees rows.
@@ -169,23 +207,13 @@ class MomaAttention(nn.Module):
     """
 
     def __init__(self, config: MomaConfig, layer_idx: int):
-        super().__init__()
+        super().__init__(config)
         self.config = config
         self.layer_idx = layer_idx
-        self.head_dim = config.head_dim
         self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
         self.scaling = self.head_dim**-0.5
         self.attention_dropout = config.attention_dropout
         self.is_causal = True
-        query_width = config.num_attention_heads * self.head_dim
-        key_width = config.num_key_value_heads * self.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, query_width, bias=config.attention_bias)
-        self.k_proj = nn.Linear(config.hidden_size, key_width, bias=config.attention_bias)
-        self.v_proj = nn.Linear(config.hidden_size, key_width, bias=config.attention_bias)
-        self.o_proj = nn.Linear(query_width, config.hidden_size, bias=config.attention_bias)
-        self.has_norm = config.qk_norm != "none"
-        self.q_norm = query_key_norm(config, config.num_attention_heads)
-        self.k_norm = query_key_norm(config, config.num_key_value_heads)
 
     @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
     def forward(
@@ -199,7 +227,9 @@ class MomaAttention(nn.Module):
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Map `[B, T, D]` to `[B, T, D]`, and return weights `[B, H, T, S]` where the implementation makes them."""
-        query, key, value = self._project(hidden_states, position_embeddings)
+        query, key, value = self.project(hidden_states, routing_context)  # pyright: ignore[reportArgumentType]
+        query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+        query, key = self.rotate(query, key, *position_embeddings)
         if packing is not None:
             query, key, value = packing.lay_out(query), packing.lay_out(key), packing.lay_out(value)
         if cache is not None:
@@ -222,7 +252,7 @@ class MomaAttention(nn.Module):
         attn_output = attn_output.reshape(query.shape[0], query.shape[2], -1)
         if packing is not None:
             attn_output, attn_weights = packing.take_out(attn_output), packing.unpack_attention(attn_weights)
-        return self.o_proj(attn_output), attn_weights
+        return self.project_back(attn_output, routing_context), attn_weights  # pyright: ignore[reportArgumentType]
 
     def attention_implementation(self) -> str:
         """Return the name of the attention that the model is set to."""
@@ -234,15 +264,11 @@ class MomaAttention(nn.Module):
         """Add keys and values to a cache, `[B, H, T, head_dim]`, and return all that this layer has there."""
         return cache.update(key, value, self.layer_idx, kwargs=kwargs)
 
-    def _project(
-        self, hidden_states: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor]
+    def project(
+        self, hidden_states: torch.Tensor, context: RoutingContext
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        query, key, value = (self._heads(layer(hidden_states)) for layer in (self.q_proj, self.k_proj, self.v_proj))
-        if self.has_norm:
-            query, key = self.q_norm(query), self.k_norm(key)
-        query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
-        query, key = self.rotate(query, key, *position_embeddings)
-        return query, key, value
+        """Map `[B, T, D]` to queries, keys and values, `[B, T, heads, head_dim]`."""
+        return self.to_heads(hidden_states)
 
     def rotate(
         self, query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
@@ -250,9 +276,52 @@ class MomaAttention(nn.Module):
         """Turn queries and keys `[B, H, T, head_dim]` by their positions' angles, `[B, T, head_dim]`."""
         return apply_rotary_pos_emb(query, key, cos, sin)
 
-    def _heads(self, states: torch.Tensor) -> torch.Tensor:
-        # a view cannot infer the heads of rows without tokens, which depth layers have
-        return states.contiguous().view(*states.shape[:-1], states.shape[-1] // self.head_dim, self.head_dim)
+    def project_back(self, attn_output: torch.Tensor, context: RoutingContext) -> torch.Tensor:
+        """Map what attention makes, `[B, T, heads * head_dim]`, to `[B, T, D]`."""
+        return self.o_proj(attn_output)
+
+
+class MomaUntiedAttention(MomaAttention):
+    """[`MomaAttention`] with projections for each modality (Mixture-of-Transformers, arXiv 2411.04996, section 2.2).
+
+    State dict:
+        modalities.{text,image,...}.   see [`MomaProjections`]
+    """
+
+    needs_rows = False
+
+    def add_projections(self, config: MomaConfig):
+        """Add the layers of each modality."""
+        self.modalities = nn.ModuleDict({modality: MomaProjections(config) for modality in config.modalities})
+
+    def project(
+        self, hidden_states: torch.Tensor, context: RoutingContext
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """See [`MomaAttention.project`]."""
+
+        def to_heads(modality: str, x_ND: torch.Tensor) -> torch.Tensor:
+            # brought back in place together
+            return torch.cat(self._of(modality).to_heads(x_ND), dim=1)
+
+        states = context.run_by_group(hidden_states, to_heads, self.needs_rows)
+        # of the heads that are here, which tensor parallelism splits
+        num_keys = states.shape[2] // (self.num_key_value_groups + 2)
+        return states.split((num_keys * self.num_key_value_groups, num_keys, num_keys), dim=2)  # pyright: ignore[reportReturnType]
+
+    def project_back(self, attn_output: torch.Tensor, context: RoutingContext) -> torch.Tensor:
+        """See [`MomaAttention.project_back`]."""
+        return context.run_by_group(attn_output, lambda name, x: self._of(name).o_proj(x), self.needs_rows)
+
+    def _of(self, modality: str) -> MomaProjections:
+        return self.modalities[modality]  # pyright: ignore[reportReturnType]
+
+
+class ByModality(nn.ModuleDict):
+    """A layer for each modality."""
+
+    def forward(self, hidden_states: torch.Tensor, context: RoutingContext) -> torch.Tensor:
+        """Map each token of `[B, T, D]` by the layer of its modality."""
+        return context.run_by_group(hidden_states, lambda modality, x_ND: self[modality](x_ND))
 
 
 @takes_any_width
@@ -471,16 +540,28 @@ class MomaFeedForward(nn.Module):
         return merged_BTD + self.shared_expert(hidden_BTD), None if gate_BT1 is None else gate_BT1 + 1
 
 
+def residual_norm(config: MomaConfig) -> nn.Module:
+    """Return a norm of the residual stream, or with `config.untied_attention` one for each modality."""
+    norms = {name: MomaRMSNorm(config.hidden_size, eps=config.rms_norm_eps) for name in config.modalities}
+    # CODEPATH: all models but those that were trained here with attention by modality
+    return ByModality(norms) if config.untied_attention else norms[TEXT]
+
+
+def _norm(norm: nn.Module, hidden_BTD: torch.Tensor, context: RoutingContext) -> torch.Tensor:
+    return norm(hidden_BTD, context) if isinstance(norm, ByModality) else norm(hidden_BTD)
+
+
 class MomaDecoderLayer(GradientCheckpointingLayer):
     """Attention and feed-forward, with the norm after (`h + norm(f(h))`, MoMa section 2.2) or before each."""
 
     def __init__(self, config: MomaConfig, layer_idx: int):
         super().__init__()
         self.norm_placement = config.norm_placement
-        self.self_attn = MomaAttention(config, layer_idx)
+        # CODEPATH: all models but those that were trained here with attention by modality
+        self.self_attn = (MomaUntiedAttention if config.untied_attention else MomaAttention)(config, layer_idx)
         self.mlp = MomaFeedForward(config)
-        self.attention_norm = MomaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.ffn_norm = MomaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.attention_norm = residual_norm(config)
+        self.ffn_norm = residual_norm(config)
 
     @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
     def forward(
@@ -507,15 +588,15 @@ class MomaDecoderLayer(GradientCheckpointingLayer):
         """Return what attention adds to the residual stream."""
         kwargs["routing_context"] = routing_context
         if self.norm_placement == "pre":
-            return self.self_attn(self.attention_norm(hidden_states), **kwargs)[0]
-        return self.attention_norm(self.self_attn(hidden_states, **kwargs)[0])
+            return self.self_attn(_norm(self.attention_norm, hidden_states, routing_context), **kwargs)[0]
+        return _norm(self.attention_norm, self.self_attn(hidden_states, **kwargs)[0], routing_context)
 
     def ffn_update(self, hidden_states: torch.Tensor, routing_context: RoutingContext) -> torch.Tensor:
         """Return what the feed-forward layer adds to the residual stream."""
         if self.norm_placement == "pre":
-            return self.mlp(self.ffn_norm(hidden_states), routing_context)[0]
+            return self.mlp(_norm(self.ffn_norm, hidden_states, routing_context), routing_context)[0]
         update, gate = self.mlp(hidden_states, routing_context)
-        update = self.ffn_norm(update)
+        update = _norm(self.ffn_norm, update, routing_context)
         # RMSNorm has cancelled the gate of tokens that one expert took
         return update * gate if gate is not None else update
 
@@ -538,6 +619,11 @@ class MomaCpuRMSNorm(CpuRMSNorm, MomaRMSNorm):
 @cpu_form_of(MomaAttention)
 class MomaCpuAttention(CpuAttention, MomaAttention):
     """[`MomaAttention`] with what [`CpuAttention`] changes."""
+
+
+@cpu_form_of(MomaUntiedAttention)
+class MomaCpuUntiedAttention(CpuAttention, MomaUntiedAttention):
+    """[`MomaUntiedAttention`] with what [`CpuAttention`] changes."""
 
 
 @auto_docstring(

@@ -21,7 +21,8 @@ def tensor_parallel_plan(config: Any) -> dict[str, str]:
     Returns:
         `dict[str, str]`: styles of Transformers by name of a module or parameter.
     """
-    rules = {**_attention_rules(config), "attention_norm": "replicate", "ffn_norm": "replicate"}
+    norms = [f"{norm}{end}" for norm in ("attention_norm", "ffn_norm") for end in _modality_names(config, ".")]
+    rules = {**_attention_rules(config), **dict.fromkeys(norms, "replicate")}
     for group in config.expert_groups:
         rules |= _group_rules(config, group)
     if config.common_shared_intermediate_size:
@@ -56,16 +57,24 @@ def expert_parallel_plan(config: Any) -> dict[str, str] | None:
     return plan or None
 
 
+def _modality_names(config: Any, before: str) -> list[str]:
+    """Return what stands after a name where each modality has its own; nothing where all share one."""
+    return [f"{before}{modality}" for modality in config.modalities] if config.untied_attention else [""]
+
+
 def _attention_rules(config: Any) -> dict[str, str]:
-    rules = dict.fromkeys((f"self_attn.{name}_proj" for name in "qkv"), "colwise")
-    rules["self_attn.o_proj"] = "rowwise"
-    for norm in ("self_attn.q_norm", "self_attn.k_norm"):
-        if config.qk_norm == "layernorm_per_head":
-            # the affine of a head goes where the head goes
-            rules |= {f"{norm}.weight": "colwise", f"{norm}.bias": "colwise", norm: "local_params"}
-        elif config.qk_norm != "none":
-            # all heads share one affine map, and each process has gradients of its own heads only
-            rules[norm] = "replicated_with_grad_allreduce"
+    rules = {}
+    for own in _modality_names(config, ".modalities."):
+        attention = f"self_attn{own}"
+        rules |= dict.fromkeys((f"{attention}.{name}_proj" for name in "qkv"), "colwise")
+        rules[f"{attention}.o_proj"] = "rowwise"
+        for norm in (f"{attention}.q_norm", f"{attention}.k_norm"):
+            if config.qk_norm == "layernorm_per_head":
+                # the affine of a head goes where the head goes
+                rules |= {f"{norm}.weight": "colwise", f"{norm}.bias": "colwise", norm: "local_params"}
+            elif config.qk_norm != "none":
+                # all heads share one affine map, and each process has gradients of its own heads only
+                rules[norm] = "replicated_with_grad_allreduce"
     return rules
 
 

@@ -77,6 +77,7 @@ FIELDS = {
     "plain": {},
     "depth": {"num_hidden_layers": 4, "depth_layers": [0, 2], "depth_capacity": {"text": 0.5, "image": 0.25}},
 }
+FIELDS["untied"] = {**FIELDS["depth"], "untied_attention": True}
 # routed by networks of their own, and with gates that add up to 1
 FIELDS["auxiliary"] = {
     **FIELDS["depth"],

@@ -185,6 +185,9 @@ def _layer_bytes(config: MomaConfig, tensor: int) -> float:
     # queries and keys before and after their norm, values, the attention's output
     per_head = {"none": 2 * BF16, "rmsnorm": 3 * BF16 + FP32, "layernorm": 4 * BF16, "layernorm_per_head": 4 * BF16}
     attention = heads * per_head[config.qk_norm]
+    if config.untied_attention:
+        # queries, keys and values back in place, and the attention's output by modality
+        attention += 2 * heads * BF16
 
     def feed_forward(modality: str) -> tuple[float, float]:
         group = group_of(config, modality)

@@ -20,6 +20,7 @@ DATA = Path(__file__).resolve().parents[2] / "data" / "emoji"
 CONFIGS = {
     "4t4i": {"num_experts": {"text": 4, "image": 4}, "shared_expert_intermediate_size": {"text": 24, "image": 24}},
     "1t1i": {"num_experts": {"text": 1, "image": 1}, "shared_expert_intermediate_size": 24},
+    "untied": {"num_experts": {"text": 4, "image": 1}, "untied_attention": True},
     "depth": {
         "num_experts": {"text": 4, "image": 2},
         "num_hidden_layers": 3,

@@ -89,14 +89,22 @@ def rotated(x_ND, positions, theta):
     return torch.stack(rows)
 
 
-def reference_attention(attention, x_ND, positions):
+def reference_heads(config, projections, x_D):
+    """Query, key and value of one token."""
+    query, key, value = (
+        layer(x_D).view(-1, config.head_dim) for layer in (projections.q_proj, projections.k_proj, projections.v_proj)
+    )
+    return projections.q_norm(query), projections.k_norm(key), value
+
+
+def reference_attention(attention, x_ND, positions, modalities):
     """Causal attention among tokens of one row, `[N, D]`, that stand at these positions."""
     config = attention.config
     theta = config.rope_parameters["rope_theta"]
-    shape = (x_ND.shape[0], -1, config.head_dim)
-    query = attention.q_norm(attention.q_proj(x_ND).view(shape))
-    key = attention.k_norm(attention.k_proj(x_ND).view(shape))
-    value = attention.v_proj(x_ND).view(shape)
+    own = [attention.modalities[name] if config.untied_attention else attention for name in modalities]
+    query, key, value = map(
+        torch.stack, zip(*(reference_heads(config, projections, x_D) for projections, x_D in zip(own, x_ND)))
+    )
     heads = []
     for head in range(config.num_attention_heads):
         shared = head // attention.num_key_value_groups
@@ -106,28 +114,40 @@ def reference_attention(attention, x_ND, positions):
             weights = torch.softmax(k[: place + 1] @ q[place] / math.sqrt(config.head_dim), dim=0)
             outputs.append(weights @ value[: place + 1, shared])
         heads.append(torch.stack(outputs))
-    return attention.o_proj(torch.cat(heads, dim=-1))
+    return torch.stack([each.o_proj(x_D) for each, x_D in zip(own, torch.cat(heads, dim=-1))])
+
+
+def reference_norm(norm, x_ND, modalities):
+    """Each token by the norm of all, or of its modality."""
+    return torch.stack([(norm[name] if hasattr(norm, name) else norm)(x_D) for name, x_D in zip(modalities, x_ND)])
 
 
 def reference_layer(layer, hidden_BTD, runs_BT, weight_BT, modality_BT, routing):
     """What a layer makes of the tokens that run, attending to one another alone; the others stay."""
     is_pre = layer.norm_placement == "pre"
+    names = [[layer.self_attn.config.modalities[kind] for kind in row] for row in modality_BT.tolist()]
     change_BTD = torch.zeros_like(hidden_BTD)
     for row in range(hidden_BTD.shape[0]):
         places = runs_BT[row].nonzero().flatten().tolist()
         if not places:
             continue
-        x_ND = hidden_BTD[row, places]
+        x_ND, own = hidden_BTD[row, places], [names[row][place] for place in places]
         if is_pre:
-            change_ND = reference_attention(layer.self_attn, layer.attention_norm(x_ND), places)
-        else:
-            change_ND = layer.attention_norm(reference_attention(layer.self_attn, x_ND, places))
+            x_ND = reference_norm(layer.attention_norm, x_ND, own)
+        change_ND = reference_attention(layer.self_attn, x_ND, places, own)
+        if not is_pre:
+            change_ND = reference_norm(layer.attention_norm, change_ND, own)
         change_BTD = change_BTD.index_put((torch.tensor([row] * len(places)), torch.tensor(places)), change_ND)
     middle_BTD = hidden_BTD + change_BTD
+    flat_names = sum(names, [])
+
+    def ffn_norm(x_BTD):
+        return reference_norm(layer.ffn_norm, x_BTD.flatten(0, 1), flat_names).view_as(x_BTD)
+
     if is_pre:
-        ffn_BTD = reference_feed_forward(layer.mlp, layer.ffn_norm(middle_BTD), modality_BT, routing, ~runs_BT)
+        ffn_BTD = reference_feed_forward(layer.mlp, ffn_norm(middle_BTD), modality_BT, routing, ~runs_BT)
     else:
-        ffn_BTD = layer.ffn_norm(reference_feed_forward(layer.mlp, middle_BTD, modality_BT, routing, ~runs_BT))
+        ffn_BTD = ffn_norm(reference_feed_forward(layer.mlp, middle_BTD, modality_BT, routing, ~runs_BT))
     change_BTD = (change_BTD + ffn_BTD) * weight_BT.unsqueeze(-1)
     return torch.where(runs_BT.unsqueeze(-1), hidden_BTD + change_BTD, hidden_BTD)
 

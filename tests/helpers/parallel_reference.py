@@ -26,6 +26,7 @@ MODELS = {
         "num_key_value_heads": 4,
         "head_dim": 4,
         "qk_norm": "layernorm_per_head",
+        "untied_attention": True,
         "normalize_gates": True,
         "auxiliary_routers": True,
         "depth_layers": [1],

@@ -26,6 +26,7 @@ CASES = {
     "dense with depth": ({**GROUPS["dense"], **DEPTH}, 8),
     "pre": ({**GROUPS["1t1i"], "norm_placement": "pre", "qk_norm": "rmsnorm"}, FOUR_EACH),
     "gate_after_norm": ({**GROUPS["1t1i"], "gate_after_norm": True, "qk_norm": "layernorm_per_head"}, FOUR_EACH),
+    "untied": ({**GROUPS["1t1i"], **DEPTH, "untied_attention": True}, FOUR_EACH),
     "uneven": ({**GROUPS["1t1i"], "expert_intermediate_size": {"text": 16, "image": 48}}, FOUR_EACH),
     "tied": ({**GROUPS["1t1i"], "tie_word_embeddings": True, "attention_bias": True}, FOUR_EACH),
     "auxiliary": ({**GROUPS["1t1i"], **DEPTH, "auxiliary_routers": True}, FOUR_EACH),

@@ -20,6 +20,7 @@ DEPTH = {"num_hidden_layers": 3, "depth_layers": [1], "depth_capacity": 0.5}
 # fields of the model, what LoRA adapts, and how many matrices or stacks that is
 TARGETS = {
     "attention": ({}, {"target_modules": ATTENTION}, 2 * 4),
+    "attention by modality": ({"untied_attention": True}, {"target_modules": ATTENTION}, 2 * 2 * 4),
     "experts of all groups": ({}, {"target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}, 2 * 2 * 2),
     # a width that grouped products refuse
     "experts of one group": (

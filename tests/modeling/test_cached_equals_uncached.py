@@ -29,6 +29,7 @@ MODELS = {
     for norm in ("post", "pre")
 }
 AUXILIARY = {"auxiliary_routers": True, "inference_routing": "auxiliary"}
+MODELS["4t4i-untied"] = {"num_experts": EXPERTS["4t4i"], "untied_attention": True}
 MODELS["4t4i-auxiliary"] = {"num_experts": EXPERTS["4t4i"], **AUXILIARY}
 DEPTH = {"num_hidden_layers": 4, "depth_layers": [0, 2]}
 MOD_4T4I = {"num_experts": EXPERTS["4t4i"], **DEPTH}
@@ -44,6 +45,7 @@ DEPTH_MODELS = {
     "mod-4t4i-token_choice": {**MOD_4T4I, "depth_inference_routing": "token_choice"},
     "mod-4t4i-auxiliary": {**MOD_4T4I, **AUXILIARY},
     "mod-4t4i-by-modality-auxiliary": {**MOD_4T4I, **BY_MODALITY, **AUXILIARY, "norm_placement": "pre"},
+    "mod-4t4i-untied": {**MOD_4T4I, "untied_attention": True, "norm_placement": "pre"},
     "mod-4t4i-eager": {**MOD_4T4I, "attn_implementation": "eager"},
 }
 

@@ -19,6 +19,7 @@ from modeling_moma.token_groups_moma import check_exportable
 LAYOUTS = {
     "dense": {"num_experts": 1},
     **{name: GROUPS[name] for name in ("1t1i", "8x", "4t4i")},
+    "untied": {**GROUPS["4t4i"], "untied_attention": True},
     # as `upcycle(keep_seed=True)` makes it
     "kept seed": {
         "num_experts": {"text": 1, "image": 4},

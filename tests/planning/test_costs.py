@@ -18,6 +18,7 @@ from modeling_moma.routing_moma import MomaAuxiliaryRouter
 TEXT_TOKENS, IMAGE_TOKENS, LENGTH = 48, 32, 40
 CONFIGS = {
     **GROUPS,
+    "untied": {"num_experts": {"text": 4, "image": 4}, "untied_attention": True},
     "gqa": {"num_experts": {"text": 4, "image": 4}, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 6},
     "tied": {"num_experts": 4, "tie_word_embeddings": True, "attention_bias": True, "norm_placement": "pre"},
     "two_per_token": {"num_experts": {"text": 4, "image": 2}, "num_experts_per_tok": 2},
@@ -30,6 +31,7 @@ DEPTHS = {
     "dense": {"num_experts": 1},
     "dense_row": {"num_experts": 1, "depth_pool": "row", "depth_layers": [0, 1, 2]},
     "1t1i": {"num_experts": {"text": 1, "image": 1}, "norm_placement": "pre"},
+    "untied": {"num_experts": {"text": 1, "image": 1}, "untied_attention": True},
     "8x": {"num_experts": 8},
     "8x_half": {"num_experts": 8, "depth_pool": "row", "expert_capacity_factor": 0.5, "depth_capacity": 0.8},
     "by_modality": {

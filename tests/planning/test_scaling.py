@@ -35,6 +35,7 @@ CONFIGS = {
     "two": {"expert_capacity_factor": 2.0},
     "shared": {"shared_expert_intermediate_size": 200},
     "shared_by_modality": {"shared_expert_intermediate_size": {"text": 200, "image": 200}},
+    "untied": {"untied_attention": True},
     "depth": {"depth_layers": [0, 2], "auxiliary_routers": True},
     "half_depth": {"depth_layers": [0, 2], "depth_capacity": 0.5, "num_experts": 1},
 }

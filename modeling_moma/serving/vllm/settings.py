@@ -90,13 +90,19 @@ def check_servable(config: MomaConfig) -> None:
             the model's.
 
     Raises:
-        ValueError: the model has depth layers.
+        ValueError: the model has depth layers, or attention by modality.
     """
     if config.depth_layers:
         raise InputError(
             f"vLLM cannot serve a MoMa with mixture of depths: `depth_layers` is {config.depth_layers}, and in those "
             "layers each row has keys of its own chosen tokens alone, while vLLM's paged cache has a place for every "
             "token in every layer. Use `generate` or `moma serve`."
+        )
+    if config.untied_attention:
+        raise InputError(
+            "vLLM cannot serve a MoMa with attention by modality: `untied_attention` is True, and vLLM's own matrices "
+            "and norms, which it puts in the place of a layer's, have not been tried on a modality without a token. "
+            "Use `generate` or `moma serve`."
         )
 
 

@@ -190,9 +190,10 @@ def test_the_model_is_served_by_its_own_code_where_the_package_is_absent(model, 
     assert answer.choices[0].text == expected
 
 
-def test_continuous_batching_equals_generate_for_a_model_without_depth():
+@pytest.mark.parametrize("fields", [{}, {"untied_attention": True}], ids=["plain", "untied"])
+def test_continuous_batching_equals_generate_for_a_model_without_depth(fields):
     processor = tiny_processor()
-    model = tiny_model(processor, num_key_value_heads=2)
+    model = tiny_model(processor, num_key_value_heads=2, **fields)
     image = [processor.begin_image_token_id, *processor.image_token_ids[:16], processor.end_image_token_id]
     prompts = [processor.tokenizer(text)["input_ids"] for text in ("noto: red", "castle", "fluent 3d: ca")]
     prompts[1] = prompts[1] + image

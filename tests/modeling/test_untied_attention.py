@@ -1,0 +1,214 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Projections and norms of attention by modality, `config.untied_attention`."""
+
+import pytest
+import torch
+from huggingface_hub.errors import StrictDataclassClassValidationError
+from transformers import StaticCache
+
+from helpers.depth_reference import reference_logits
+from helpers.reference import GROUPS, assert_near, fields_of, trainable
+from helpers.tiny import IMAGE_IDS, mixed_ids, tiny_model
+from modeling_moma import MomaForCausalLM
+from modeling_moma.configuration_moma import RULES
+from modeling_moma.cpu_moma import use_cpu_layers
+from modeling_moma.modeling_moma import ByModality, MomaProjections
+from modeling_moma.token_groups_moma import token_modalities
+
+
+UNTIED = {"untied_attention": True}
+DEPTH = {"num_hidden_layers": 3, "depth_layers": [0, 2], "depth_capacity": 0.5}
+THREE = {
+    "modality_token_ranges": {"speech": [[30, 36]], "image": [list(IMAGE_IDS)]},
+    "num_experts": {"speech": 2, "image": 3, "text": 1},
+}
+VARIANTS = {
+    "1t1i": {**GROUPS["1t1i"], "norm_placement": "post"},
+    "4t4i": {**GROUPS["4t4i"], "norm_placement": "post"},
+    "4t4i_pre": {**GROUPS["4t4i"], "norm_placement": "pre", "qk_norm": "rmsnorm"},
+    "gqa": {
+        **GROUPS["shared"],
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 6,
+        "qk_norm": "layernorm_per_head",
+        "attention_bias": True,
+    },
+    "three_modalities": {**THREE, "qk_norm": "none"},
+    "depth": {**GROUPS["4t4i"], **DEPTH, "norm_placement": "post"},
+    "depth_pre": {**GROUPS["4t4i"], **DEPTH, "norm_placement": "pre", "depth_pool": "row"},
+    "depth_three_modalities": {**THREE, **DEPTH, "depth_capacity": {"text": 0.5, "speech": 0.75, "image": 0.4}},
+}
+
+
+def untied_model(name="4t4i", **fields):
+    """A model whose norms differ by modality; a large eps keeps RMSNorm from cancelling gates."""
+    defaults = {"routing_warmup_steps": 0, "rms_norm_eps": 0.3}
+    model = tiny_model(**{**defaults, **VARIANTS[name], **UNTIED, **fields})
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if "norm" in key:
+                parameter += 0.5 * torch.randn(parameter.shape, generator=generator)
+    for key, buffer in model.named_buffers():
+        if key.endswith("router.threshold"):
+            buffer.copy_(torch.linspace(0.4, 0.6, buffer.numel()))
+    return model
+
+
+def padded(*lengths, rows=3, length=12):
+    ids = mixed_ids(rows, length)
+    mask = torch.ones_like(ids)
+    for row, padding in enumerate(lengths):
+        mask[row, :padding] = 0
+    return ids, mask
+
+
+def gradients(model, logits, weight, embeds):
+    names, parameters = zip(*trainable(model))
+    grads = torch.autograd.grad((logits * weight).sum(), [embeds, *parameters], allow_unused=True)
+    return dict(zip(["input", *names], grads))
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("routing", RULES)
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_model_equals_the_plain_loop_forward_and_backward(name, routing, training):
+    model = untied_model(name, **fields_of(routing)).train(training)
+    generator = torch.Generator().manual_seed(0)
+    ids, mask = padded(3, 0, 5, length=10)
+    kinds = token_modalities(model.config, ids)
+    assert set(kinds[mask == 1].tolist()) == set(range(len(model.config.modalities)))
+    # random rather than looked up: equal tokens tie
+    embeds = torch.randn(*ids.shape, model.config.hidden_size, generator=generator).requires_grad_()
+    weight = torch.randn(*ids.shape, model.config.vocab_size, generator=generator) * mask.unsqueeze(-1)
+    # before the model's own forward moves the thresholds
+    expected = reference_logits(model, embeds, kinds, routing, routing, mask == 0)
+    expected_grads = gradients(model, expected, weight, embeds)
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    for attention in ("eager", "sdpa"):
+        model.load_state_dict(state)
+        model.set_attn_implementation(attention)
+        logits = model(
+            inputs_embeds=embeds, mm_token_type_ids=kinds, attention_mask=mask, routing=routing, use_cache=False
+        ).logits
+        assert_near(logits[mask == 1], expected[mask == 1], 1e-5)
+        for key, gradient in gradients(model, logits, weight, embeds).items():
+            if expected_grads[key] is None:
+                assert gradient is None or not gradient.any(), key
+            else:
+                # terms of about 1 cancel out, and how they are rounded depends on the processor
+                assert_near(gradient, expected_grads[key], 2e-4, floor=3e-2)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", VARIANTS)
+def test_copies_of_one_projection_are_attention_that_all_share(name, dtype):
+    tied = untied_model(name, untied_attention=False).to(dtype).eval()
+    untied = untied_model(name).to(dtype).eval()
+    state = tied.state_dict()
+    for key, value in untied.state_dict().items():
+        parts = key.split(".")
+        if "modalities" in parts:
+            place = parts.index("modalities")
+            parts = parts[:place] + parts[place + 2 :]
+        elif "attention_norm" in parts or "ffn_norm" in parts:
+            parts = [*parts[:-2], parts[-1]]
+        value.copy_(state[".".join(parts)])
+    ids, mask = padded(3, 0, 5)
+    expected, logits = (each(ids, attention_mask=mask).logits[mask == 1] for each in (tied, untied))
+    if dtype == torch.float32:
+        assert_near(logits, expected, 1e-5)
+    else:
+        assert (logits - expected).abs().median() < 0.02 * expected.std()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", VARIANTS)
+def test_tokens_one_by_one_equal_whole_rows_with_growing_and_static_caches(name):
+    model = untied_model(name).eval()
+    ids = mixed_ids(2, 12)
+    expected = model(ids, use_cache=False).logits
+    for cache in (None, StaticCache(model.config, max_cache_len=16)):
+        outputs = model(ids[:, :5], cache=cache, use_cache=True)
+        logits = [outputs.logits]
+        for place in range(5, ids.shape[1]):
+            outputs = model(ids[:, place : place + 1], cache=outputs.cache, use_cache=True)
+            logits.append(outputs.logits)
+        assert_near(torch.cat(logits, dim=1), expected, 1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("ids", [torch.full((2, 4), 27), torch.arange(8, 16).view(2, 4)], ids=["text", "image"])
+@pytest.mark.parametrize("name", ["4t4i", "depth"])
+def test_later_tokens_of_another_modality_move_no_earlier_logit(name, ids):
+    model = untied_model(name).eval()
+    other = torch.cat([ids, mixed_ids(2, 6)], dim=1)
+    assert_near(model(other).logits[:, :4], model(ids).logits, 1e-5)
+
+
+def test_in_training_all_weights_take_part_in_a_batch_of_one_modality():
+    model = untied_model("three_modalities")
+    model(torch.full((1, 4), 27), labels=torch.full((1, 4), 27)).loss.backward()
+    for key, parameter in trainable(model):
+        assert parameter.grad is not None, key
+        if ".image." in key or ".speech." in key:
+            assert not parameter.grad.any(), key
+
+
+@torch.no_grad()
+def test_in_inference_modalities_without_a_token_do_not_run():
+    model = untied_model().eval()
+    seen = []
+    for key, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            module.register_forward_hook(lambda *call, key=key: seen.append(key))
+    model(torch.full((1, 4), 27))
+    assert any("modalities.text" in key for key in seen) and not any("modalities.image" in key for key in seen)
+
+
+@torch.no_grad()
+def test_saved_and_loaded_it_is_the_same_model(tmp_path):
+    model = untied_model("depth_three_modalities").eval()
+    model.save_pretrained(tmp_path)
+    loaded, info = MomaForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    for key, value in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[key], value), key
+    assert_near(loaded(mixed_ids()).logits, model(mixed_ids()).logits, 1e-6)
+
+
+def test_without_the_field_no_layer_is_by_modality():
+    model = tiny_model()
+    kinds = {type(module) for module in model.modules()}
+    assert ByModality not in kinds and MomaProjections not in kinds
+    assert model.model.layers[0].self_attn.q_proj.weight.shape == (16, 16)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_forms_for_cpus_compute_the_same(dtype):
+    model, ids = untied_model().to(dtype).eval(), mixed_ids()
+    found = model(ids).logits
+    built = {name: type(module).__name__ for name, module in model.named_modules()}
+    assert built["model.layers.0.self_attn"] == "MomaCpuUntiedAttention"
+    assert built["model.layers.0.self_attn.modalities.text.q_proj"] == "MomaCpuLinear"
+    assert built["model.layers.0.ffn_norm.image"] == "MomaCpuRMSNorm"
+    use_cpu_layers(model, False)
+    torch.testing.assert_close(model(ids).logits, found, rtol=0.05, atol=0.05 if dtype == torch.bfloat16 else 1e-5)
+
+
+def test_a_token_meets_the_parameters_that_it_met():
+    tied, untied = (untied_model(untied_attention=flag).config for flag in (False, True))
+    for modality in tied.modalities:
+        counts = [config.num_parameters(active=True, modality=modality) for config in (tied, untied)]
+        assert counts[0] == counts[1]
+    # a second attention of four matrices of [16, 16], four norms of 8 for queries and keys, and two of 16, in 2 layers
+    assert untied.num_parameters() - tied.num_parameters() == 2 * (4 * 16 * 16 + 4 * 8 + 2 * 16)
+
+
+def test_one_group_of_experts_for_all_is_refused_by_name():
+    message = "`untied_attention` = True: needs num_experts by modality"
+    with pytest.raises(StrictDataclassClassValidationError, match=message):
+        tiny_model(num_experts=8, untied_attention=True)
