@@ -263,6 +263,11 @@ class MomaConfig(PreTrainedConfig):
         has settled.
     router_bias_update_rate (`float`, *optional*, defaults to 0.001):
         Step by which `token_choice` moves an expert's selection bias towards balance after each training step.
+    balance_bias_by_modality (`bool`, *optional*, defaults to `False`):
+        With one group of experts for all modalities (`num_experts` as an int), give each modality its own selection
+        bias for every expert, which the balance of that modality's tokens alone moves: the experts of a mixed pool are
+        then used evenly by text and by images, and not only by both together. For `token_choice`; rules by which
+        experts take their best tokens read no bias, since their load is even whatever the scores are.
     depth_layers (`list[int]`, *optional*):
         Layers that process only the tokens that their depth router chooses (mixture of depths, MoMa section 2.3); the
         others pass by unchanged. The paper takes 0, 2, 4, ...; without it every layer processes every token.
@@ -342,6 +347,7 @@ class MomaConfig(PreTrainedConfig):
     threshold_momentum: float = 0.98
     routing_warmup_steps: int = 100
     router_bias_update_rate: float = 0.001
+    balance_bias_by_modality: bool = False
     auxiliary_routers: bool = False
     normalize_gates: bool = False
     gumbel_noise: float | int = 0.0
@@ -781,6 +787,13 @@ def check_experts(config: MomaConfig):
             config.expert_capacity_factor,
             f"must be in (0, E]: with c = E = {count} every expert takes every token of group {group!r}",
         )
+    require(
+        not config.balance_bias_by_modality or (isinstance(config.num_experts, int) and config.num_experts > 1),
+        "balance_bias_by_modality",
+        config.balance_bias_by_modality,
+        f"needs num_experts as an int above 1, got {config.num_experts!r}: groups by modality have routers, and "
+        "biases, of their own, and a single expert has none",
+    )
     if config.expert_intermediate_size is not None:
         require(
             isinstance(config.num_experts, dict),
@@ -905,6 +918,14 @@ def check_rules(config: MomaConfig):
             config.num_experts_per_tok,
             f"exceeds the smallest group of experts ({fewest})",
         )
+    balanced = rule_names(moves_bias=True)
+    require(
+        not config.balance_bias_by_modality
+        or not {config.training_routing, config.inference_routing}.isdisjoint(balanced),
+        "balance_bias_by_modality",
+        config.balance_bias_by_modality,
+        f"needs a training_routing or inference_routing of {balanced}: other rules read no bias",
+    )
     for name in ("inference_routing", "depth_inference_routing"):
         value = getattr(config, name)
         require(

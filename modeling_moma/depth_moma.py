@@ -384,7 +384,10 @@ class DepthLayer(nn.Module):
         else:
             mask = packed_causal_mask(self.config, packing, routing_context, x_1PD.dtype)
             layout = {"attention_mask": mask, "packing": packing}
-        packed_context = routing_context.with_split(packing.split)
+        modality_1P = None
+        if self.config.balance_bias_by_modality:
+            modality_1P = packing.choose(routing_context.modality_BT.unsqueeze(-1)).squeeze(-1)
+        packed_context = routing_context.with_split(packing.split, modality_1P)
         attention_update_1PD = self.attention_update(
             x_1PD,
             packed_context,
@@ -428,7 +431,8 @@ class DepthLayer(nn.Module):
             )
             counts = {name: groups.count(index) for index, name in enumerate(split.counts)}  # pyright: ignore[reportAttributeAccessIssue]
             context = routing_context.with_split(
-                ModalitySplit.from_groups(split.group_BT.index_select(0, row_R), counts)
+                ModalitySplit.from_groups(split.group_BT.index_select(0, row_R), counts),
+                routing_context.modality_BT.index_select(0, row_R) if self.config.balance_bias_by_modality else None,
             )
         is_key_RS = depth_cache_layer(cache, self.layer_idx).step_keys(rows, row_R)
         attention_update_R1D = self.attention_update(

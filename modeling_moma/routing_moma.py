@@ -7,7 +7,7 @@ function under `@routing_rule`), and what a training step moves in the routers.
 Shape suffixes:
     D hidden size, N tokens of one group in the batch, E experts of the group, K tokens that one expert takes,
     k experts that one token takes, P (token, expert) pairs, C thresholds of a router (one for each expert, or for each
-    pool of a depth router).
+    pool of a depth router), M modalities.
 """
 
 from collections.abc import Callable, Iterable
@@ -409,7 +409,8 @@ class MomaRouter(MomaRouterBase):
     State dict:
         weight           [E, D]  fp32
         threshold        [E]     fp32, running mean of each expert's threshold, see [`batch_thresholds`]
-        balance_bias     [E]     fp32, added to the scores when `token_choice` selects
+        balance_bias     [E]     fp32, added to the scores when `token_choice` selects; with
+                                 `config.balance_bias_by_modality` [M, E], one for each modality
         num_updates      []      fp32, training steps that the running mean has seen
         auxiliary.       see [`MomaAuxiliaryRouter`], with `config.auxiliary_routers`
     """
@@ -419,6 +420,8 @@ class MomaRouter(MomaRouterBase):
         super().__init__(
             config, num_scores=num_experts, num_thresholds=num_experts, momentum=config.threshold_momentum
         )
+        if config.balance_bias_by_modality:
+            self.balance_bias = nn.Buffer(torch.zeros(len(config.modalities), num_experts, dtype=torch.float32))
         self.group, self.num_experts = group, num_experts
         self.num_experts_per_tok = config.num_experts_per_tok
         self.capacity_factor = config.group_capacity_factor(group)
@@ -449,7 +452,7 @@ class MomaRouter(MomaRouterBase):
             # inference compares scores without noise
             plain_NE = torch.sigmoid(logits_NE.detach()) if is_noisy else scores_NE.detach()
             if context.passing_of(self.group) is None:
-                statistics = self._statistics(plain_NE, selection, is_noisy, rule.moves_bias)
+                statistics = self._statistics(plain_NE, selection, is_noisy, rule.moves_bias, context)
             else:
                 is_best = rule.select is expert_choice and not is_noisy
                 best = selection if is_best else expert_choice(self, x_ND, plain_NE, context)
@@ -468,12 +471,19 @@ class MomaRouter(MomaRouterBase):
         return self.gumbel_noise * (steps_left / self.gumbel_noise_steps).clamp(min=0)
 
     def _statistics(
-        self, scores_NE: torch.Tensor, selection: Selection, is_noisy: bool, moves_bias: bool
+        self,
+        scores_NE: torch.Tensor,
+        selection: Selection,
+        is_noisy: bool,
+        moves_bias: bool,
+        context: RoutingContext,
     ) -> RouterStatistics:
         num_tokens = scores_NE.shape[0]
         if num_tokens == 0:
             zeros_E = scores_NE.new_zeros(self.num_experts)
-            return RouterStatistics(zeros_E, zeros_E, zeros_E if moves_bias else None, zeros_E)
+            return RouterStatistics(
+                zeros_E, zeros_E, torch.zeros_like(self.balance_bias) if moves_bias else None, zeros_E
+            )
         scores_EN = scores_NE.t()
         is_topk = selection.shape_EK is not None and not selection.has_padding
         if is_topk and not is_noisy:
@@ -483,8 +493,7 @@ class MomaRouter(MomaRouterBase):
         lower_E = lower_scores(scores_EN, kth_E.unsqueeze(-1)).amax(-1)
         if not moves_bias:
             return RouterStatistics(kth_E, lower_E)
-        load_E = self._load(selection)
-        return RouterStatistics(kth_E, lower_E, (load_E.mean() - load_E) / num_tokens)
+        return RouterStatistics(kth_E, lower_E, self._load_deficit(selection, num_tokens, context))
 
     def _statistics_of_others(
         self, scores_NE: torch.Tensor, selection: Selection, best: Selection, moves_bias: bool, context: RoutingContext
@@ -495,17 +504,31 @@ class MomaRouter(MomaRouterBase):
         # scores are lower than 2, which stays where no place is filled
         kth_E = weight_EK.masked_fill(weight_EK <= 0, 2.0).amin(-1)
         lower_E = lower_scores(scores_EN, kth_E.unsqueeze(-1)).amax(-1)
-        count_E, load_deficit_E = (kth_E < 2).float(), None
+        count_E, load_deficit = (kth_E < 2).float(), None
         if moves_bias:
-            load_E = self._load(selection)
-            load_deficit_E = (load_E.mean() - load_E) / (~is_passing_N).sum().clamp(min=1)
-        return RouterStatistics(kth_E, lower_E, load_deficit_E, count_E)
+            load_deficit = self._load_deficit(selection, (~is_passing_N).sum().clamp(min=1), context)
+        return RouterStatistics(kth_E, lower_E, load_deficit, count_E)
 
-    def _load(self, selection: Selection) -> torch.Tensor:
-        """Return how many tokens each expert takes, `[E]`."""
+    def _load_deficit(
+        self, selection: Selection, num_tokens: int | torch.Tensor, context: RoutingContext
+    ) -> torch.Tensor:
+        """Return by how much each expert's load lags behind the mean, as a share of the tokens, `[E]`.
+
+        With `config.balance_bias_by_modality` those of each modality, `[M, E]`.
+        """
         weight_P = selection.weight_P.detach()
         is_taken_P = (weight_P > 0).float() if selection.has_padding else torch.ones_like(weight_P)
-        return weight_P.new_zeros(self.num_experts).index_add(0, selection.expert_P, is_taken_P)
+        if self.balance_bias.ndim == 1:
+            load_E = weight_P.new_zeros(self.num_experts).index_add(0, selection.expert_P, is_taken_P)
+            return (load_E.mean() - load_E) / num_tokens
+        modality_N, is_passing_N = context.modality_N, context.passing_of(self.group)
+        place_P = modality_N.index_select(0, selection.token_P) * self.num_experts + selection.expert_P
+        load_ME = torch.zeros_like(self.balance_bias).flatten().index_add(0, place_P, is_taken_P)
+        load_ME = load_ME.view_as(self.balance_bias)
+        is_counted_N = torch.ones_like(modality_N) if is_passing_N is None else ~is_passing_N
+        # a modality without a token has no load and moves no bias
+        count_M = torch.zeros_like(load_ME[:, 0]).index_add(0, modality_N, is_counted_N.to(load_ME)).clamp(min=1)
+        return (load_ME.mean(1, keepdim=True) - load_ME) / count_M.unsqueeze(-1)
 
 
 SelectionFunction = Callable[[MomaRouter, torch.Tensor, torch.Tensor, RoutingContext], Selection]
@@ -589,8 +612,11 @@ def token_choice(
     router: MomaRouter, x_ND: torch.Tensor, scores_NE: torch.Tensor, context: RoutingContext
 ) -> Selection:
     """Select each token's best experts; the balance bias selects but does not weigh (arXiv 2408.15664)."""
-    bias_E = context.router_state(router).balance_bias
-    expert_Nk = (scores_NE + bias_E).topk(router.num_experts_per_tok, dim=-1).indices
+    bias = context.router_state(router).balance_bias
+    if bias.ndim == 2:
+        # of each token's modality
+        bias = bias.index_select(0, context.modality_N)
+    expert_Nk = (scores_NE + bias).topk(router.num_experts_per_tok, dim=-1).indices
     if context.has_fixed_shapes or context.passing_BT is not None:
         is_taken_NE = torch.zeros_like(scores_NE, dtype=torch.bool).scatter_(1, expert_Nk, True)
         is_taken_NE = _without_passing(is_taken_NE, router, context)
@@ -648,7 +674,7 @@ class RouterStack:
         threshold_S (`torch.Tensor`):
             of this batch alone.
         load_deficit_S (`torch.Tensor`, *optional*):
-            see [`RouterStatistics`].
+            see [`RouterStatistics`], `[S]` or `[M, S]`.
         count_S (`torch.Tensor`):
             processes that had tokens to judge by.
     """
@@ -670,7 +696,7 @@ class RouterStack:
         return cls(
             [router for router, _ in pairs],
             thresholds_between(kth_S, lower_S),
-            torch.cat(deficits) if moves_bias else None,
+            torch.cat(deficits, dim=-1) if moves_bias else None,
             torch.cat(counts),
         )
 
@@ -679,9 +705,9 @@ class RouterStack:
         routers = self.routers
         sizes = [router.threshold.shape[0] for router in routers]
         before_S = torch.cat([router.threshold for router in routers])
-        bias_S = torch.cat([router.balance_bias for router in routers])
+        bias_S = torch.cat([router.balance_bias for router in routers], dim=-1)
         updates_S = torch.cat([router.num_updates.expand(size) for router, size in zip(routers, sizes)])
-        old = [part.split(sizes) for part in (before_S, bias_S)]
+        old = [part.split(sizes, dim=-1) for part in (before_S, bias_S)]
         state.update(zip(routers, map(RouterState, *old, self._counters(updates_S, sizes))))
         has_count_S = self.count_S > 0
         # the plain mean until it has seen enough steps, so that no start value lingers
@@ -694,7 +720,7 @@ class RouterStack:
         if self.load_deficit_S is not None:
             step_S = bias_update_rate * torch.sign(self.load_deficit_S)
             bias_S = torch.where(has_count_S, bias_S + step_S, bias_S)
-            torch._foreach_copy_([router.balance_bias for router in routers], list(bias_S.split(sizes)))
+            torch._foreach_copy_([router.balance_bias for router in routers], list(bias_S.split(sizes, dim=-1)))
 
     def _counters(self, updates_S: torch.Tensor, sizes: list[int]) -> list[torch.Tensor]:
         """Return each router's own, of the shape of its `num_updates`."""
@@ -709,9 +735,9 @@ def _average_over_processes(stacks: list[RouterStack]) -> None:
     for stack in stacks:
         figures = (stack.threshold_S, stack.load_deficit_S)
         rows += [row_S * stack.count_S for row_S in figures if row_S is not None] + [stack.count_S]
-    flat = torch.cat([row.to(device) for row in rows])
+    flat = torch.cat([row.to(device).flatten() for row in rows])
     dist.all_reduce(flat)
-    pieces = iter(flat.split([row.shape[0] for row in rows]))
+    pieces = (part.view_as(row) for part, row in zip(flat.split([row.numel() for row in rows]), rows))
     for stack in stacks:
         threshold_S = next(pieces)
         load_deficit_S = None if stack.load_deficit_S is None else next(pieces)

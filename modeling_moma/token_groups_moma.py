@@ -291,7 +291,8 @@ class RouterStatistics(NamedTuple):
         lower_C (`torch.Tensor`):
             the next lower ones, see `thresholds_between`; equal to `kth_C` where those are thresholds already.
         load_deficit_C (`torch.Tensor`, *optional*):
-            by how much the load lags behind its target, as a share of the tokens; `None` where no bias moves.
+            by how much the load lags behind its target, as a share of the tokens; `None` where no bias moves. Of each
+            modality `[modalities, C]` where each has its own bias.
         count_C (`torch.Tensor`, *optional*):
             1, or 0 where this process had no token to judge by; `None` stands for ones.
     """
@@ -430,9 +431,22 @@ class RoutingContext:
             self._by_device[device] = self._view(split=self.split.to(device, non_blocking), **moved)
         return self._by_device[device]
 
-    def with_split(self, split: ModalitySplit) -> "RoutingContext":
-        """Return the same context for a part of the tokens; what routers leave behind lies in this one."""
-        return self._view(split=split)
+    @property
+    def modality_N(self) -> torch.Tensor:
+        """Modality of each token of the one group that serves all, `[N]`."""
+        (modality_N1,) = self.split.split(self.modality_BT.unsqueeze(-1)).values()
+        return modality_N1.squeeze(-1)
+
+    def with_split(self, split: ModalitySplit, modality_BT: torch.Tensor | None = None) -> "RoutingContext":
+        """Return the same context for a part of the tokens; what routers leave behind lies in this one.
+
+        Args:
+            split (`ModalitySplit`):
+                of the part.
+            modality_BT (`torch.LongTensor`, *optional*):
+                modality of each of its positions, where routers ask for it.
+        """
+        return self._view(split=split, modality_BT=modality_BT)
 
     def with_passing(self, passing_BT: torch.Tensor) -> "RoutingContext":
         """Return the same context for a layer that these tokens pass by."""

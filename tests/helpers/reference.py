@@ -40,7 +40,8 @@ def trainable(module: torch.nn.Module) -> list[tuple[str, torch.nn.Parameter]]:
 
 def context_of(config, modality_BT, routing, padding_BT=None, track=False) -> RoutingContext:
     """The routing context of one feed-forward call."""
-    return RoutingContext(routing, split_modalities(config, modality_BT, padding_BT), track=track)
+    split = split_modalities(config, modality_BT, padding_BT)
+    return RoutingContext(routing, split, track=track, modality_BT=modality_BT, padding_BT=padding_BT)
 
 
 def swiglu(x, gate, up, down):
@@ -62,7 +63,7 @@ def reference_cut(scores: list[float], take: int) -> float:
     return (kth + lower[0]) / 2 if lower else kth * (1 - 2**-10)
 
 
-def reference_selection(router, scores, routing, x_ND=None) -> list[tuple[int, int]]:
+def reference_selection(router, scores, routing, x_ND=None, modality_N=None) -> list[tuple[int, int]]:
     """(token, expert) pairs that the rules give, by plain sorting; `auxiliary` looks at the tokens themselves."""
     num_tokens, num_experts = scores.shape
     values = scores.tolist()
@@ -81,14 +82,15 @@ def reference_selection(router, scores, routing, x_ND=None) -> list[tuple[int, i
             members = reference_membership(router.auxiliary, x_ND[token])
             pairs += [(token, expert) for expert in range(num_experts) if members[expert] >= cuts[expert]]
     else:
-        bias = router.balance_bias.tolist()
+        biases = router.balance_bias.tolist()
         for token in range(num_tokens):
+            bias = biases[modality_N[token]] if router.balance_bias.ndim == 2 else biases
             ranked = sorted(range(num_experts), key=lambda expert: -(values[token][expert] + bias[expert]))
             pairs += [(token, expert) for expert in ranked[: router.num_experts_per_tok]]
     return pairs
 
 
-def reference_group(group, x_ND, routing):
+def reference_group(group, x_ND, routing, modality_N=None):
     """One group's outputs `[N, D]` and sums of gates `[N]`, token by token and expert by expert."""
     outputs = [torch.zeros_like(x, dtype=torch.float32) for x in x_ND]
     gates = [torch.zeros((), dtype=torch.float32) for _ in x_ND]
@@ -98,7 +100,7 @@ def reference_group(group, x_ND, routing):
         gates = [gate + 1 for gate in gates]
     else:
         scores = torch.sigmoid(F.linear(x_ND.float(), group.router.weight))
-        pairs = reference_selection(group.router, scores, routing, x_ND)
+        pairs = reference_selection(group.router, scores, routing, x_ND, modality_N)
         # a divisor without a gradient
         sums = [sum(scores[t, e].item() for t, e in pairs if t == token) for token in range(len(outputs))]
         for token, expert in pairs:
@@ -135,7 +137,8 @@ def reference_gated_feed_forward(layer, hidden_BTD, modality_BT, routing, paddin
             if not is_padding.flatten()[position] and (len(layer.groups) == 1 or modality == index)
         ]
         if mine:
-            for position, row, gate in zip(mine, *reference_group(group, flat[mine], routing)):
+            modality_N = modality_BT.flatten()[mine].tolist()
+            for position, row, gate in zip(mine, *reference_group(group, flat[mine], routing, modality_N)):
                 rows[position], sums[position] = row, gate
     if layer.shared_expert is not None:
         mlp = layer.shared_expert

@@ -30,6 +30,8 @@ MODELS = {
 }
 AUXILIARY = {"auxiliary_routers": True, "inference_routing": "auxiliary"}
 MODELS["4t4i-untied"] = {"num_experts": EXPERTS["4t4i"], "untied_attention": True}
+POOL = {"num_experts": 8, "inference_routing": "token_choice", "balance_bias_by_modality": True}
+MODELS["8x-biases"] = POOL
 MODELS["4t4i-auxiliary"] = {"num_experts": EXPERTS["4t4i"], **AUXILIARY}
 DEPTH = {"num_hidden_layers": 4, "depth_layers": [0, 2]}
 MOD_4T4I = {"num_experts": EXPERTS["4t4i"], **DEPTH}
@@ -46,6 +48,7 @@ DEPTH_MODELS = {
     "mod-4t4i-auxiliary": {**MOD_4T4I, **AUXILIARY},
     "mod-4t4i-by-modality-auxiliary": {**MOD_4T4I, **BY_MODALITY, **AUXILIARY, "norm_placement": "pre"},
     "mod-4t4i-untied": {**MOD_4T4I, "untied_attention": True, "norm_placement": "pre"},
+    "mod-8x-biases": {**POOL, **DEPTH, "depth_inference_routing": "threshold"},
     "mod-4t4i-eager": {**MOD_4T4I, "attn_implementation": "eager"},
 }
 
@@ -74,6 +77,7 @@ def make_model(**fields):
         if isinstance(module, MomaRouter):
             # tokens meet no expert, one, or several
             module.threshold.uniform_(0.2, 0.8)
+            module.balance_bias.uniform_(-0.3, 0.3)
         if isinstance(module, MomaDepthRouter):
             module.threshold.uniform_(0.48, 0.56)
             module.balance_bias.uniform_(-0.06, 0.02)

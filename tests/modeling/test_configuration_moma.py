@@ -14,6 +14,7 @@ from modeling_moma.configuration_moma import PRESET_EXPERTS, MomaConfig
 from modeling_moma.modeling_moma import MomaForCausalLM
 
 
+POOL = {"num_experts": 4, "training_routing": "token_choice", "balance_bias_by_modality": True}
 BAD = [
     ("vocab_size", {"vocab_size": 0}),
     ("hidden_size", {"hidden_size": 15}),
@@ -60,6 +61,9 @@ BAD = [
     ("qk_norm", {"qk_norm": "batchnorm"}),
     ("untied_attention", {"untied_attention": True, "num_experts": 8}),
     ("untied_attention", {"untied_attention": 1}),
+    ("balance_bias_by_modality", {**POOL, "num_experts": {"text": 4, "image": 4}}),
+    ("balance_bias_by_modality", {**POOL, "num_experts": 1}),
+    ("balance_bias_by_modality", {**POOL, "training_routing": "expert_choice"}),
     ("training_routing", {"training_routing": "hash"}),
     ("inference_routing", {"inference_routing": "expert_choice"}),
     ("training_routing", {"training_routing": "auxiliary", "auxiliary_routers": True}),
@@ -115,6 +119,7 @@ OTHERS = {
         "num_experts": {"text": 2, "image": 3, "audio": 1},
         "qk_norm": "layernorm_per_head",
     },
+    "biases_by_modality": POOL,
     "depth": {"depth_layers": [1]},
     "depth_in_every_layer": {"depth_layers": [0, 1], "depth_capacity": {"text": 0.5, "image": 0.1}},
     "depth_dense_tied": {"depth_layers": [0], "num_experts": 1, "tie_word_embeddings": True},
@@ -392,12 +397,17 @@ def test_every_field_survives_saving(tmp_path):
         "gumbel_noise": 0.5,
         "gumbel_noise_steps": 9,
     }
+    # which other fields forbid
+    alone = {"balance_bias_by_modality": {"num_experts": 2, "shared_expert_intermediate_size": 10}}
     own = {field.name for field in fields(MomaConfig) if field.name in MomaConfig.__annotations__}
-    assert own <= set(changed), f"add {own - set(changed)} to this test"
+    assert own <= {*changed, *alone}, f"add {own - set(changed)} to this test"
     MomaConfig(**changed).save_pretrained(tmp_path)
     loaded = MomaConfig.from_pretrained(tmp_path)
     for name, value in changed.items():
         assert getattr(loaded, name) == value, name
+    for name, others in alone.items():
+        MomaConfig(**{**others, name: True, "training_routing": "token_choice"}).save_pretrained(tmp_path)
+        assert getattr(MomaConfig.from_pretrained(tmp_path), name) is True
 
 
 def test_layers_are_named_for_the_cache():

@@ -43,7 +43,7 @@ def test_a_feed_forward_layer_equals_the_plain_loop_forward_and_backward(name, r
     modality_BT = torch.tensor([[0], [1], [1], [0], [1], [0]])
     padding_BT = torch.tensor([[False]] * 5 + [[True]])
     split = FixedSplit(list(config.expert_groups), position_groups(config, modality_BT, padding_BT))
-    output, gate = layer(hidden_BTD, RoutingContext(routing, split))
+    output, gate = layer(hidden_BTD, RoutingContext(routing, split, modality_BT=modality_BT))
     expected, expected_gate = reference_gated_feed_forward(layer, hidden_BTD, modality_BT, routing, padding_BT)
     torch.testing.assert_close(output, expected, atol=1e-5, rtol=1e-5)
     if gate is not None:

@@ -22,6 +22,7 @@ VARIANTS = {
     "auxiliary_8x": {**GROUPS["8x"], "auxiliary_routers": True},
     "tied": {**GROUPS["4t4i"], "tie_word_embeddings": True},
     "biases": {**GROUPS["1t1i"], "attention_bias": True},
+    "biases_by_modality": {**GROUPS["8x"], "balance_bias_by_modality": True, "training_routing": "token_choice"},
     "untied": {**GROUPS["4t4i"], **DEPTH, "untied_attention": True, "attention_bias": True},
     "untied_per_head": {**GROUPS["1t1i"], "untied_attention": True, "qk_norm": "layernorm_per_head"},
     **{f"qk_norm_{norm}": {"qk_norm": norm} for norm in ("layernorm", "layernorm_per_head", "rmsnorm", "none")},

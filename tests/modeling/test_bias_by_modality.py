@@ -1,0 +1,226 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One pool of experts with a selection bias for each modality, `config.balance_bias_by_modality`."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from transformers import StaticCache
+
+from helpers.depth_reference import reference_logits
+from helpers.reference import assert_near, context_of, fields_of, reference_selection, trainable
+from helpers.tiny import IMAGE_IDS, mixed_ids, tiny_config, tiny_model
+from modeling_moma import MomaForCausalLM
+from modeling_moma.configuration_moma import RULES
+from modeling_moma.routing_moma import MomaRouter, update_routers
+from modeling_moma.token_groups_moma import token_modalities
+
+
+POOL = {"num_experts": 4, "training_routing": "token_choice", "inference_routing": "token_choice"}
+BIASES = {**POOL, "balance_bias_by_modality": True}
+RATE = 0.02
+DEPTH = {"num_hidden_layers": 3, "depth_layers": [0, 2], "depth_capacity": 0.5}
+THREE = {"modality_token_ranges": {"speech": [[30, 36]], "image": [list(IMAGE_IDS)]}}
+VARIANTS = {
+    "two": {},
+    "two_per_token": {"num_experts_per_tok": 2},
+    "three": THREE,
+    "shared": {"shared_expert_intermediate_size": 24},
+    "depth": DEPTH,
+    "depth_three": {**THREE, **DEPTH, "depth_capacity": {"text": 0.5, "speech": 0.75, "image": 0.4}},
+}
+
+
+def pool_model(name="two", **fields):
+    """A model whose biases move some choices."""
+    model = tiny_model(**{**BIASES, "rms_norm_eps": 0.3, "routing_warmup_steps": 0, **VARIANTS[name], **fields})
+    generator = torch.Generator().manual_seed(3)
+    for key, buffer in model.named_buffers():
+        if key.endswith("balance_bias"):
+            buffer.normal_(std=0.3 if buffer.ndim == 2 else 0.05, generator=generator)
+        elif key.endswith("router.threshold"):
+            buffer.copy_(torch.linspace(0.4, 0.6, buffer.numel()))
+    return model
+
+
+def padded(*lengths, rows=3, length=10):
+    ids = mixed_ids(rows, length)
+    mask = torch.ones_like(ids)
+    for row, padding in enumerate(lengths):
+        mask[row, :padding] = 0
+    return ids, mask
+
+
+def gradients(model, logits, weight, embeds):
+    names, parameters = zip(*trainable(model))
+    grads = torch.autograd.grad((logits * weight).sum(), [embeds, *parameters], allow_unused=True)
+    return dict(zip(["input", *names], grads))
+
+
+@pytest.mark.parametrize("routing", RULES)
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_model_equals_the_plain_loop_forward_and_backward(name, routing):
+    model = pool_model(name, **fields_of(routing))
+    generator = torch.Generator().manual_seed(0)
+    ids, mask = padded(3, 0, 4)
+    kinds = token_modalities(model.config, ids)
+    embeds = torch.randn(*ids.shape, model.config.hidden_size, generator=generator).requires_grad_()
+    weight = torch.randn(*ids.shape, model.config.vocab_size, generator=generator) * mask.unsqueeze(-1)
+    # before the model's own forward moves biases and thresholds
+    expected = reference_logits(model, embeds, kinds, routing, routing, mask == 0)
+    wanted = gradients(model, expected, weight, embeds)
+    logits = model(
+        inputs_embeds=embeds, mm_token_type_ids=kinds, attention_mask=mask, routing=routing, use_cache=False
+    ).logits
+    assert_near(logits[mask == 1], expected[mask == 1], 1e-5)
+    for key, gradient in gradients(model, logits, weight, embeds).items():
+        if wanted[key] is None:
+            assert gradient is None or not gradient.any(), key
+        else:
+            assert_near(gradient, wanted[key], 2e-4, floor=3e-2)
+
+
+def test_the_bias_of_a_modality_moves_its_tokens_alone():
+    model = pool_model().eval()
+    ids = mixed_ids(2, 12)
+    before = model(ids, output_router_logits=True)
+    router = model.model.layers[0].mlp.groups["all"].router
+    assert router.balance_bias.shape == (2, 4)
+    chosen = []
+    router.register_forward_hook(lambda module, arguments, output: chosen.append(output[1]))
+    for modality in range(2):
+        router.balance_bias.zero_()
+        router.balance_bias[modality, 1] = 10.0
+        model(ids)
+        experts = torch.zeros(ids.numel(), dtype=torch.long).index_put((chosen[-1].token_P,), chosen[-1].expert_P)
+        is_theirs = token_modalities(model.config, ids).flatten() == modality
+        scores = torch.sigmoid(before.router_logits[0])
+        assert (experts[is_theirs] == 1).all()
+        assert torch.equal(experts[~is_theirs], scores.argmax(-1)[~is_theirs])
+
+
+@pytest.mark.parametrize("padding", [0, 4])
+@pytest.mark.parametrize("name", ["two", "two_per_token", "three"])
+def test_a_step_moves_each_bias_by_the_load_of_its_modality(name, padding):
+    torch.manual_seed(0)
+    config = tiny_config(**{**BIASES, **VARIANTS[name]})
+    router = MomaRouter(config, "all")
+    nn.init.normal_(router.weight)
+    router.balance_bias.normal_(std=0.2)
+    before = router.balance_bias.clone()
+    ids, mask = padded(padding)
+    modality_BT = token_modalities(config, ids)
+    context = context_of(config, modality_BT, "token_choice", mask == 0, track=True)
+    x_ND = context.split.split(torch.randn(*ids.shape, config.hidden_size))["all"]
+    logits, _ = router(x_ND, context)
+    modality_N = modality_BT[mask == 1].tolist() if padding else modality_BT.flatten().tolist()
+    pairs = reference_selection(router, torch.sigmoid(logits), "token_choice", x_ND, modality_N)
+    expected = before.clone()
+    for modality in range(len(config.modalities)):
+        load = [sum(e == expert and modality_N[t] == modality for t, e in pairs) for expert in range(4)]
+        mean = sum(load) / 4
+        for expert in range(4):
+            expected[modality, expert] += RATE * ((load[expert] < mean) - (load[expert] > mean))
+    update_routers(context, RATE)
+    assert torch.allclose(router.balance_bias, expected, atol=1e-6)
+    assert not torch.equal(router.balance_bias, before) and router.num_updates == 1
+
+
+def test_a_modality_without_a_token_moves_no_bias():
+    model = pool_model()
+    before = [layer.mlp.groups["all"].router.balance_bias.clone() for layer in model.model.layers]
+    model(torch.full((2, 6), 30))
+    for old, layer in zip(before, model.model.layers):
+        router = layer.mlp.groups["all"].router
+        assert torch.equal(router.balance_bias[1], old[1]) and not torch.equal(router.balance_bias[0], old[0])
+
+
+def test_processes_average_the_loads_of_each_modality(monkeypatch):
+    """Two processes of the same batch move what one does, and one whose partner saw the opposite moves nothing."""
+    expected, again, opposite = (pool_model(router_bias_update_rate=RATE) for _ in range(3))
+    ids = mixed_ids(2, 12)
+    expected(ids)
+    monkeypatch.setattr("modeling_moma.routing_moma.is_distributed", lambda: True)
+    monkeypatch.setattr(dist, "all_reduce", lambda flat: flat.mul_(2))
+    again(ids)
+    monkeypatch.setattr(dist, "all_reduce", lambda flat: flat.zero_())
+    opposite(ids)
+    start = pool_model().state_dict()
+    for key, value in expected.state_dict().items():
+        if key.endswith("balance_bias"):
+            assert torch.allclose(again.state_dict()[key], value, atol=1e-6)
+            assert torch.equal(opposite.state_dict()[key], start[key]) and not torch.equal(value, start[key])
+
+
+def test_training_balances_each_modality_where_one_bias_balances_their_sum():
+    ids = mixed_ids(8, 32)
+
+    def worst_loads(model):
+        model.eval()
+        logits = model(ids, output_router_logits=True).router_logits[0]
+        bias = model.model.layers[0].mlp.groups["all"].router.balance_bias
+        kinds = token_modalities(model.config, ids).flatten()
+        scores = torch.sigmoid(logits) + (bias[kinds] if bias.ndim == 2 else bias)
+        loads = [torch.bincount(scores[kinds == kind].argmax(-1), minlength=4) for kind in range(2)]
+        return [(load.max() / load.sum()).item() for load in loads]
+
+    shared, own = (tiny_model(**fields, router_bias_update_rate=RATE) for fields in (POOL, BIASES))
+    for model in (shared, own):
+        # images and words that score unlike
+        router = model.model.layers[0].mlp.groups["all"].router
+        with torch.no_grad():
+            model.model.embed_tokens.weight[slice(*IMAGE_IDS)] += 2 * router.weight[0] - 2 * router.weight[1]
+    for _ in range(100):
+        shared(ids)
+        own(ids)
+    assert max(worst_loads(own)) < 0.45 < max(worst_loads(shared))
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_checkpointing_gives_the_same_gradients(use_reentrant):
+    ids, results = mixed_ids(2, 12), []
+    for checkpointing in (False, True):
+        # a step that would change who is chosen in the recomputation
+        model = pool_model("depth_three", router_bias_update_rate=0.5)
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+        model(ids, labels=ids).loss.backward()
+        results.append({key: value.grad for key, value in trainable(model)})
+    for key, gradient in results[0].items():
+        assert_near(results[1][key], gradient, 1e-5, floor=1e-3)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", VARIANTS)
+def test_tokens_one_by_one_equal_whole_rows_with_growing_and_static_caches(name):
+    model = pool_model(name).eval()
+    ids, mask = padded(3, 0, 4)
+    expected = model(ids, attention_mask=mask, use_cache=False).logits
+    for cache in (None, StaticCache(model.config, max_cache_len=16)):
+        outputs = model(ids[:, :5], attention_mask=mask[:, :5], cache=cache, use_cache=True)
+        for place in range(5, ids.shape[1]):
+            outputs = model(
+                ids[:, place : place + 1], attention_mask=mask[:, : place + 1], cache=outputs.cache, use_cache=True
+            )
+            assert_near(outputs.logits[:, 0], expected[:, place], 1e-5)
+
+
+@torch.no_grad()
+def test_saved_and_loaded_each_modality_keeps_its_biases(tmp_path):
+    model = pool_model("depth_three")
+    for _ in range(3):
+        with torch.enable_grad():
+            model(mixed_ids())
+    model.eval().save_pretrained(tmp_path)
+    loaded, info = MomaForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    for key, value in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[key], value), key
+    assert loaded.model.layers[0].mlp.groups["all"].router.balance_bias.shape == (3, 4)
+    assert_near(loaded(mixed_ids()).logits, model(mixed_ids()).logits, 1e-6)
+
+
+def test_biases_are_no_parameters():
+    with_biases, without = tiny_config(**BIASES), tiny_config(**POOL)
+    for active in (False, True):
+        assert with_biases.num_parameters(active) == without.num_parameters(active)
