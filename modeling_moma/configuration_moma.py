@@ -58,7 +58,7 @@ class RoutingRule:
             whether training moves the balance bias.
         counts_experts (`bool`):
             whether a token meets `config.num_experts_per_tok` experts; else it meets `config.expert_capacity_factor`
-            of them on average.
+            of them on average, see `MomaConfig.group_experts_per_token`.
         reads_threshold (`bool`):
             whether it compares scores with the running mean of the batches' thresholds.
         needs_auxiliary (`bool`):
@@ -83,7 +83,7 @@ class RoutingRule:
 
     def experts_per_token(self, config: "MomaConfig", group: str) -> float:
         """Return the experts of a group that one of its tokens meets on average."""
-        return config.num_experts_per_tok if self.counts_experts else config.group_capacity_factor(group)
+        return config.num_experts_per_tok if self.counts_experts else config.group_experts_per_token(group)
 
 
 # rules by name, filled by the routing module; while it is not imported, configurations take any name
@@ -207,6 +207,13 @@ class MomaConfig(PreTrainedConfig):
     expert_capacity_factor (`float` or `dict[str, float]`, *optional*, defaults to 1.0):
         `c` in `K = ceil(c * N / E)`, the number of tokens that one of `E` experts takes from the `N` tokens of its
         group. At 1.0 a token meets one expert on average (the paper's `c_e = 1 / E` of the tokens).
+    cover_all_tokens (`bool`, *optional*, defaults to `False`):
+        Give a token that no expert takes to the one that scores it highest, in training and inference, under every
+        rule but `token_choice`. The highest score and not the one nearest to its threshold: so this choice hangs on
+        the token alone, while thresholds are the batch's in training and a running mean in inference. An expert's
+        other tokens, and its threshold, stay what they are. Costs and active parameters count `c + (1 - c / E)^E`
+        experts a token: the second part is the share of tokens that no expert takes where experts choose independently
+        of one another; a trained model's may be larger.
     num_experts_per_tok (`int`, *optional*, defaults to 1):
         Experts of one token under `token_choice` routing.
     modality_token_ranges (`dict[str, list[list[int]]]`, *optional*, defaults to `{"image": [[4, 8196]]}`):
@@ -331,6 +338,7 @@ class MomaConfig(PreTrainedConfig):
     expert_intermediate_size: dict[str, int] | None = None
     shared_expert_intermediate_size: int | dict[str, int] | None = None
     expert_capacity_factor: float | int | dict[str, float] = 1.0
+    cover_all_tokens: bool = False
     num_experts_per_tok: int = 1
     modality_token_ranges: dict[str, list[list[int]]] | None = None  # pyright: ignore[reportAssignmentType, reportRedeclaration]
     begin_image_token_id: int | None = 8197
@@ -488,6 +496,11 @@ class MomaConfig(PreTrainedConfig):
         factor = self.expert_capacity_factor
         return factor.get(group, 1.0) if isinstance(factor, dict) else factor
 
+    def group_experts_per_token(self, group: str) -> float:
+        """Return the experts of a group that a token meets on average where experts choose, see `cover_all_tokens`."""
+        factor, num_experts = self.group_capacity_factor(group), self.group_num_experts(group)
+        return factor + (1 - factor / num_experts) ** num_experts if self.cover_all_tokens else factor
+
     def num_parameters(
         self, active: bool = False, modality: str | None = None, exclude_norms_and_routers: bool = False
     ) -> int:
@@ -495,8 +508,8 @@ class MomaConfig(PreTrainedConfig):
 
         Args:
             active (`bool`, *optional*, defaults to `False`):
-                Count only what a token meets on average: `c` experts of its group (`expert_capacity_factor`), and of a
-                depth layer the share `depth_capacity`.
+                Count only what a token meets on average: `c` experts of its group (`expert_capacity_factor`; more with
+                `cover_all_tokens`), and of a depth layer the share `depth_capacity`.
             modality (`str`, *optional*):
                 The token's modality for `active=True`. By default the largest count over the modalities.
             exclude_norms_and_routers (`bool`, *optional*, defaults to `False`):
@@ -606,7 +619,7 @@ def _group(config: MomaConfig, group: str, active: bool, exclude_routers: bool) 
     if num_experts == 1:
         return expert + shared
     router = 0 if exclude_routers else router_parameters(config, num_experts)
-    used = config.group_capacity_factor(group) if active else num_experts
+    used = config.group_experts_per_token(group) if active else num_experts
     return used * expert + shared + router
 
 
@@ -918,14 +931,7 @@ def check_rules(config: MomaConfig):
             config.num_experts_per_tok,
             f"exceeds the smallest group of experts ({fewest})",
         )
-    balanced = rule_names(moves_bias=True)
-    require(
-        not config.balance_bias_by_modality
-        or not {config.training_routing, config.inference_routing}.isdisjoint(balanced),
-        "balance_bias_by_modality",
-        config.balance_bias_by_modality,
-        f"needs a training_routing or inference_routing of {balanced}: other rules read no bias",
-    )
+    _check_chosen_rules(config)
     for name in ("inference_routing", "depth_inference_routing"):
         value = getattr(config, name)
         require(
@@ -934,6 +940,25 @@ def check_rules(config: MomaConfig):
             value,
             "needs auxiliary_routers=True, and `moma train-auxiliary-routers` to train them",
         )
+
+
+def _check_chosen_rules(config: MomaConfig):
+    """Check that one of the two rules for experts makes use of what other fields give it."""
+    rules = {config.training_routing, config.inference_routing}
+    counting = rule_names(counts_experts=True)
+    require(
+        not config.cover_all_tokens or not rules <= set(counting),
+        "cover_all_tokens",
+        config.cover_all_tokens,
+        f"needs a training_routing or inference_routing other than {counting}, which leave no token out",
+    )
+    balanced = rule_names(moves_bias=True)
+    require(
+        not config.balance_bias_by_modality or not rules.isdisjoint(balanced),
+        "balance_bias_by_modality",
+        config.balance_bias_by_modality,
+        f"needs a training_routing or inference_routing of {balanced}: other rules read no bias",
+    )
 
 
 def _require_modalities(config: MomaConfig, name: str, complete: bool = False) -> None:

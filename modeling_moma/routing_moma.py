@@ -46,6 +46,8 @@ class Selection:
             whether the pairs come expert by expert.
         ends_E (`torch.IntTensor`, *optional*):
             where each expert's pairs end where that is known to the device alone, `[E]`; later pairs are padding.
+        chosen (`Selection`, *optional*):
+            what experts chose, where tokens that none of them took were added, see [`Selection.covering`].
     """
 
     token_P: torch.Tensor
@@ -55,6 +57,7 @@ class Selection:
     has_padding: bool = False
     is_sorted: bool = False
     ends_E: torch.Tensor | None = None
+    chosen: "Selection | None" = None
 
     @classmethod
     def from_topk(cls, token_EK: torch.Tensor, weight_EK: torch.Tensor, has_padding: bool = False) -> "Selection":
@@ -111,6 +114,25 @@ class Selection:
         size = max(num_tokens, 1)
         return cls(order_P % size, order_P // size, weight_P, has_padding=True, is_sorted=True, ends_E=ends_E)
 
+    def covering(self, scores_NE: torch.Tensor, has_fixed_shapes: bool, may_sync: bool = True) -> "Selection":
+        """Return a selection in which each token that no expert takes is added to the one that scores it highest.
+
+        Args:
+            scores_NE (`torch.Tensor`):
+                by which the pairs are weighed, `[N, E]`.
+            has_fixed_shapes (`bool`):
+                see [`Selection.from_mask`].
+            may_sync (`bool`, *optional*, defaults to `True`):
+                see [`Selection.from_mask`].
+        """
+        place_P = self.token_P * scores_NE.shape[1] + self.expert_P
+        taken_P = self.weight_P > 0 if self.has_padding else torch.ones_like(place_P, dtype=torch.bool)
+        nobody_NE = torch.zeros_like(scores_NE, dtype=torch.bool)
+        taken_NE = nobody_NE.flatten().scatter(0, place_P, taken_P).view_as(nobody_NE)
+        is_left_N1 = ~taken_NE.any(1, keepdim=True)
+        taken_NE = taken_NE | nobody_NE.scatter(1, scores_NE.argmax(1, keepdim=True), is_left_N1)
+        return replace(Selection.from_mask(taken_NE, scores_NE, has_fixed_shapes, may_sync), chosen=self)
+
     def normalized(self, num_tokens: int) -> "Selection":
         """Return gates over the detached sum of their token's, for `config.normalize_gates`."""
         weight_P = self.weight_P.detach()
@@ -156,12 +178,16 @@ class Selection:
 
     @property
     def token_EK(self) -> torch.Tensor:
-        """The tokens of each expert where all take `K`, `[E, K]`."""
+        """The tokens of each expert where all choose `K`, `[E, K]`."""
+        if self.chosen is not None:
+            return self.chosen.token_EK
         return self.token_P.view(self.shape_EK)  # pyright: ignore[reportArgumentType, reportCallIssue]
 
     @property
     def weight_EK(self) -> torch.Tensor:
-        """The gates of each expert where all take `K` tokens, `[E, K]`."""
+        """The gates of each expert where all choose `K` tokens, `[E, K]`."""
+        if self.chosen is not None:
+            return self.chosen.weight_EK
         return self.weight_P.view(self.shape_EK)  # pyright: ignore[reportArgumentType, reportCallIssue]
 
 
@@ -424,6 +450,7 @@ class MomaRouter(MomaRouterBase):
             self.balance_bias = nn.Buffer(torch.zeros(len(config.modalities), num_experts, dtype=torch.float32))
         self.group, self.num_experts = group, num_experts
         self.num_experts_per_tok = config.num_experts_per_tok
+        self.covers_all_tokens = config.cover_all_tokens
         self.capacity_factor = config.group_capacity_factor(group)
         self.capacity_fraction = exact_share(self.capacity_factor, num_experts)
         self.gumbel_noise, self.gumbel_noise_steps = config.gumbel_noise, config.gumbel_noise_steps
@@ -458,6 +485,8 @@ class MomaRouter(MomaRouterBase):
                 best = selection if is_best else expert_choice(self, x_ND, plain_NE, context)
                 statistics = self._statistics_of_others(plain_NE, selection, best, rule.moves_bias, context)
             context.record(self, statistics)
+        if self.covers_all_tokens and not rule.counts_experts:
+            selection = selection.covering(scores_NE, context.has_fixed_shapes, context.may_sync)
         return logits_NE, selection
 
     def capacity(self, num_tokens: int) -> int:

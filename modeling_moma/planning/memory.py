@@ -170,7 +170,7 @@ def experts_per_token(config: MomaConfig) -> float:
 
     def used(modality: str) -> float:
         group = group_of(config, modality)
-        return config.group_capacity_factor(group) if config.group_num_experts(group) > 1 else 0
+        return config.group_experts_per_token(group) if config.group_num_experts(group) > 1 else 0
 
     return mean_over_modalities(config, used)
 
@@ -192,7 +192,7 @@ def _layer_bytes(config: MomaConfig, tensor: int) -> float:
     def feed_forward(modality: str) -> tuple[float, float]:
         group = group_of(config, modality)
         routed = config.group_num_experts(group) > 1
-        used = config.group_capacity_factor(group) if routed else 1
+        used = config.group_experts_per_token(group) if routed else 1
         shared = config.group_shared_intermediate_size(group) + config.common_shared_intermediate_size
         # the router's input; for each chosen token its place in the experts' input, output and sum
         dispatched = FP32 + (3 * used - 2) * BF16 if routed else 0

@@ -64,6 +64,11 @@ BAD = [
     ("balance_bias_by_modality", {**POOL, "num_experts": {"text": 4, "image": 4}}),
     ("balance_bias_by_modality", {**POOL, "num_experts": 1}),
     ("balance_bias_by_modality", {**POOL, "training_routing": "expert_choice"}),
+    ("cover_all_tokens", {"cover_all_tokens": "yes"}),
+    (
+        "cover_all_tokens",
+        {"cover_all_tokens": True, "training_routing": "token_choice", "inference_routing": "token_choice"},
+    ),
     ("training_routing", {"training_routing": "hash"}),
     ("inference_routing", {"inference_routing": "expert_choice"}),
     ("training_routing", {"training_routing": "auxiliary", "auxiliary_routers": True}),
@@ -398,7 +403,8 @@ def test_every_field_survives_saving(tmp_path):
         "gumbel_noise_steps": 9,
     }
     # which other fields forbid
-    alone = {"balance_bias_by_modality": {"num_experts": 2, "shared_expert_intermediate_size": 10}}
+    pool = {"num_experts": 2, "training_routing": "token_choice"}
+    alone = {"cover_all_tokens": {}, "balance_bias_by_modality": pool}
     own = {field.name for field in fields(MomaConfig) if field.name in MomaConfig.__annotations__}
     assert own <= {*changed, *alone}, f"add {own - set(changed)} to this test"
     MomaConfig(**changed).save_pretrained(tmp_path)
@@ -406,7 +412,7 @@ def test_every_field_survives_saving(tmp_path):
     for name, value in changed.items():
         assert getattr(loaded, name) == value, name
     for name, others in alone.items():
-        MomaConfig(**{**others, name: True, "training_routing": "token_choice"}).save_pretrained(tmp_path)
+        MomaConfig(**others, **{name: True}).save_pretrained(tmp_path)
         assert getattr(MomaConfig.from_pretrained(tmp_path), name) is True
 
 
