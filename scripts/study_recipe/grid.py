@@ -147,6 +147,16 @@ RECIPES: dict[str, dict[str, Any]] = {
     },
     "4t4i-threshold": {"num_experts": _groups(4, 4), "training_routing": "threshold"},
     "8x-token-choice": {"num_experts": 8, "training_routing": "token_choice"},
+    "8x-token-choice-biases": {
+        "num_experts": 8,
+        "training_routing": "token_choice",
+        "balance_bias_by_modality": True,
+    },
+    # narrower, since a token meets more experts than the capacity says
+    "4t4i-covered": {"num_experts": _groups(4, 4), "cover_all_tokens": True, "routed": 0.76},
+    "4t4i-covered-shared": {"num_experts": _groups(4, 4), "cover_all_tokens": True, "routed": 0.38, "shared": 0.5},
+    "untied-1t1i": {"num_experts": _groups(1, 1), "untied_attention": True},
+    "untied-4t4i-shared": {"num_experts": _groups(4, 4), "untied_attention": True, "routed": 0.5, "shared": 0.5},
     "4t4i-shared-depth": {"num_experts": _groups(4, 4), "routed": 0.5, "shared": 0.5, "depth": 0.5},
 }
 
