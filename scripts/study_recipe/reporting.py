@@ -320,7 +320,10 @@ def slope_table(rows: Sequence[Mapping[str, Any]], recipes: Sequence[str], split
 
 
 def table(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    """Return a table in Markdown."""
+    """Return a table in Markdown, or a word that nothing is finished yet."""
+    lines = list(lines)
+    if not lines:
+        return "Nothing is finished yet."
     rows = [list(header), ["---"] * len(header), *map(list, lines)]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in rows)
 
@@ -361,6 +364,7 @@ def draw_savings(rows: Sequence[Mapping[str, Any]], split: str, path: Path) -> N
         panel.set(title=title, xlabel="million tokens", xscale="log")
         panel.grid(alpha=0.3)
     panels[0].set_ylabel("eta over dense, causal")
-    panels[-1].legend(fontsize=6, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    if panels[-1].lines[:-1]:
+        panels[-1].legend(fontsize=6, loc="center left", bbox_to_anchor=(1.0, 0.5))
     figure.savefig(path, metadata={"Date": None, "Creator": None})
     pyplot.close(figure)
