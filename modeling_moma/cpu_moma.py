@@ -15,10 +15,10 @@ Shape suffixes:
 
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache, partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
@@ -31,7 +31,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 
-from .documents_moma import DOCUMENTS_OF_MASK, MaskedDocuments
+from .documents_moma import DOCUMENTS_OF_MASK, DocumentTiles, MaskedDocuments
 
 
 # the best instructions that oneDNN, which multiplies in half precision, may use
@@ -204,15 +204,15 @@ _TRAINED = (torch.float32, torch.bfloat16)
 
 def _takes_turns(*values: torch.Tensor) -> bool:
     """Return whether operations on plain tensors may be done a few rows at a time, with a backward of their own."""
-    return all(x.dtype in _TRAINED and is_on_cpu(x) for x in values) and are_plain(*values) and not _is_transformed()
+    return all(x.dtype in _TRAINED and is_on_cpu(x) for x in values) and are_plain(*values) and not is_transformed()
 
 
-def _is_transformed() -> bool:
+def is_transformed() -> bool:
     """Return whether operations are compiled, or stand within `torch.func`, which has no rule for our backwards."""
     return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
 
 
-def _gradients_again(
+def gradients_again(
     function: Callable[..., torch.Tensor], inputs: Sequence[torch.Tensor], grad: torch.Tensor
 ) -> list[torch.Tensor | None]:
     """Return gradients that can be differentiated themselves, by the plain operations."""
@@ -246,7 +246,7 @@ class _NormInTurn(torch.autograd.Function):
         size = x.shape[-1]
         # with `create_graph`
         if torch.is_grad_enabled():
-            return *_gradients_again(partial(_normed, eps=ctx.eps), (x, weight_D), grad), None
+            return *gradients_again(partial(_normed, eps=ctx.eps), (x, weight_D), grad), None
         x_grad = torch.empty(x.shape, dtype=x.dtype)
         dtype, weight_D, weight_grad_D = weight_D.dtype, weight_D.float(), torch.zeros(size)
         rows = max(1, _NORM_ELEMENTS // size)
@@ -401,133 +401,6 @@ ALL_MASK_ATTENTION_FUNCTIONS.register(CPU_ATTENTION, sdpa_mask)
 
 # attribute of a mask: the tiles of its documents, by numbers and size of heads
 _TILES = "_moma_tiles"
-# places of a tile are a multiple of this
-_TILE_STEP = 16
-# scores of a group: they should stay in the caches from the matmul to the softmax
-_GROUP_SCORES = 2**18
-# what a score in a tile, a place of it and a group cost, in scores of the library's attention with a mask
-_SCORE_COST, _PLACE_COST, _GROUP_COST = 1.4, 40, 2**14
-# weights of a head that are kept for the backward for each place, over the size of the head
-_MOST_KEPT = 8
-
-
-def groups_of_like_length(lengths: Sequence[int], num_heads: int) -> list[tuple[int, int]]:
-    """Return how many documents each group has, and the places of its tiles.
-
-    Args:
-        lengths (`Sequence[int]`):
-            tokens of each document, falling.
-        num_heads (`int`):
-            `H`.
-    """
-    groups, begin = [], 0
-    while begin < len(lengths):
-        longest = lengths[begin]
-        places = -(-longest // _TILE_STEP) * _TILE_STEP
-        # a group is full, or the next document would leave more than an eighth of its tile empty
-        last = begin + max(1, _GROUP_SCORES // (num_heads * places**2))
-        end = begin + 1
-        while end < min(last, len(lengths)) and longest - lengths[end] <= max(_TILE_STEP, longest // 8):
-            end += 1
-        groups.append((end - begin, places))
-        begin = end
-    return groups
-
-
-class DocumentTiles(NamedTuple):
-    """Where the tokens of packed documents lie for attention: one tile for each document and head, in groups.
-
-    The tiles of a group have places for its longest document. What lies behind a document's end, where none of its
-    queries sees it, repeats its last token: nothing of one document enters what is computed for another, be it
-    infinite.
-
-    Attributes:
-        groups (`list[tuple[int, int]]`):
-            tiles of each group, and the places of one.
-        query_M (`torch.LongTensor`):
-            the row of each place among those of all positions and heads, `[M]`.
-        key_M (`torch.LongTensor`):
-            likewise among those of all positions and key heads, `[M]`.
-        behind (`torch.LongTensor`):
-            places behind the ends of documents.
-        place_R (`torch.LongTensor`):
-            the place of each position and head; any at padding.
-        padding (`torch.LongTensor`, *optional*):
-            positions and heads at padding, which get zeros; `None` where there are none.
-    """
-
-    groups: list[tuple[int, int]]
-    query_M: torch.Tensor
-    key_M: torch.Tensor
-    behind: torch.Tensor
-    place_R: torch.Tensor
-    padding: torch.Tensor | None
-
-    @classmethod
-    def of(cls, documents: MaskedDocuments, num_heads: int, num_key_heads: int, size: int) -> "DocumentTiles | None":
-        """Lay documents out, unless attention with a mask takes no longer, or what is to be kept is much.
-
-        So it is with long documents, with few in a row, and with those that fill a small part of their tiles.
-
-        Args:
-            documents (`MaskedDocuments`):
-                of all rows.
-            num_heads (`int`):
-                `H`.
-            num_key_heads (`int`):
-                `G`.
-            size (`int`):
-                `d`.
-        """
-        token_N, count_E = documents.tokens()
-        num_rows, length = documents.document_BT.shape
-        begin_E = count_E.cumsum(0) - count_E
-        count_E, order_E = count_E.sort(descending=True, stable=True)
-        groups = groups_of_like_length(count_E.tolist(), num_heads)
-        num_places = sum(number * places for number, places in groups)
-        num_scores = sum(number * places**2 for number, places in groups)
-        cost = num_heads * (_SCORE_COST * num_scores + _PLACE_COST * num_places) + _GROUP_COST * len(groups)
-        if cost >= num_heads * num_rows * length**2 or num_scores > _MOST_KEPT * size * num_places or not groups:
-            return None
-        head_H1 = torch.arange(num_heads).unsqueeze(1)
-        key_head_H1 = head_H1 // (num_heads // num_key_heads)
-        numbers = [number for number, _ in groups]
-        query, key, behind = [], [], []
-        for (number, places), begin_n, count_n in zip(groups, begin_E[order_E].split(numbers), count_E.split(numbers)):
-            place_P, last_n1 = torch.arange(places), count_n.unsqueeze(1) - 1
-            token_n1P = token_N[begin_n.unsqueeze(1) + torch.minimum(place_P, last_n1)].unsqueeze(1)
-            query.append((token_n1P * num_heads + head_H1).flatten())
-            key.append((token_n1P * num_key_heads + key_head_H1).flatten())
-            behind.append((place_P > last_n1).unsqueeze(1).expand(number, num_heads, places).flatten())
-        query_M, behind_M = torch.cat(query), torch.cat(behind)
-        place = (~behind_M).nonzero().squeeze(1)
-        num_outputs = documents.document_BT.numel() * num_heads
-        place_R = place.new_zeros(num_outputs).index_copy_(0, query_M.index_select(0, place), place)
-        padding = None
-        if place.shape[0] < num_outputs:
-            is_padding_R = torch.ones(num_outputs, dtype=torch.bool).index_fill_(0, query_M, False)
-            padding = is_padding_R.nonzero().squeeze(1)
-        tiles = [(number * num_heads, places) for number, places in groups]
-        return cls(tiles, query_M, torch.cat(key), behind_M.nonzero().squeeze(1), place_R, padding)
-
-    def parts(self, *values: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
-        """Give of values at all places, `[M, d]`, those of each group, `[Z, P, d]`."""
-        begin = 0
-        for number, places in self.groups:
-            rows = slice(begin, begin + number * places)
-            yield tuple(x_Md[rows].view(number, places, -1) for x_Md in values)
-            begin = rows.stop
-
-    def scores(self, scores_flat: torch.Tensor) -> Iterator[torch.Tensor]:
-        """Give of the scores in all tiles those of each group, `[Z, P, P]`."""
-        sizes = [number * places**2 for number, places in self.groups]
-        for (number, places), part in zip(self.groups, scores_flat.split(sizes)):
-            yield part.view(number, places, places)
-
-    def take_back(self, x_Md: torch.Tensor) -> torch.Tensor:
-        """Return the values of each position and head, `[R, d]`."""
-        x_Rd = x_Md.index_select(0, self.place_R)
-        return x_Rd if self.padding is None else x_Rd.index_fill_(0, self.padding, 0.0)
 
 
 def tiles_for(
@@ -563,7 +436,7 @@ def tiles_for(
         return None
     (_, num_heads, length, size), (_, num_key_heads, num_keys, _) = query_BHTd.shape, key_BGSd.shape
     is_alike = length == num_keys and size == value_BGSd.shape[-1] and query_BHTd.dtype != torch.float16
-    if not is_alike or not is_on_cpu(query_BHTd) or _is_transformed():
+    if not is_alike or not is_on_cpu(query_BHTd) or is_transformed():
         return None
     # laid out once for all layers, and for what checkpointing computes again
     layouts = vars(attention_mask).setdefault(_TILES, {})
@@ -733,97 +606,6 @@ def use_growing_layer(cache: Cache, layer_idx: int) -> None:
     # the class is changed in place, since other caches may hold the same layer
     if layer_idx < len(cache.layers) and type(cache.layers[layer_idx]) is DynamicLayer:
         cache.layers[layer_idx].__class__ = MomaGrowingCacheLayer  # pyright: ignore[reportAttributeAccessIssue]
-
-
-# positions whose fp32 logits exist at once: they should stay in the caches
-_POSITIONS_IN_TURN = 32
-
-
-def takes_turns(logits_NV: torch.Tensor) -> bool:
-    """Return whether the terms of a loss are computed a few positions at a time, by [`token_terms_in_turn`].
-
-    Args:
-        logits_NV (`torch.Tensor`):
-            `[N, V]`.
-    """
-    return logits_NV.requires_grad and is_on_cpu(logits_NV) and not _is_transformed()
-
-
-def token_terms_in_turn(
-    logits_NV: torch.Tensor,
-    target_N: torch.Tensor,
-    weight_N: torch.Tensor | None,
-    z_loss_coef: float,
-    ignore_index: int,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the loss of each position, and its plain cross-entropy, without a gradient.
-
-    No fp32 copy of all logits is made, nor one of their logarithms, and their gradient is written once.
-
-    Args:
-        logits_NV (`torch.Tensor`):
-            `[N, V]`.
-        target_N (`torch.LongTensor`):
-            `[N]`.
-        weight_N (`torch.Tensor`, *optional*):
-            of each position's cross-entropy, `[N]`, 0 where there is no target.
-        z_loss_coef (`float`):
-            of the squared logarithm of the softmax's normaliser.
-        ignore_index (`int`):
-            target of positions without a loss.
-    """
-    return _TermsInTurn.apply(logits_NV, target_N, weight_N, z_loss_coef, ignore_index)
-
-
-class _TermsInTurn(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, logits_NV: torch.Tensor, target_N: torch.Tensor, weight_N, z_loss_coef: float, ignore_index: int):
-        is_target_N = target_N != ignore_index
-        target_N1 = torch.where(is_target_N, target_N, 0).unsqueeze(1)
-        loss_N = torch.empty_like(target_N, dtype=torch.float32)
-        log_z_N = torch.empty_like(loss_N)
-        # n positions at a time
-        turns = zip(*(x.split(_POSITIONS_IN_TURN) for x in (logits_NV, target_N1, loss_N, log_z_N)))
-        for logits_nV, target_n1, loss_n, log_z_n in turns:
-            logits_nV = logits_nV.float()
-            loss_n.copy_(nn.functional.cross_entropy(logits_nV, target_n1.squeeze(1), reduction="none"))
-            torch.add(logits_nV.gather(1, target_n1).squeeze(1), loss_n, out=log_z_n)
-        loss_N.masked_fill_(~is_target_N, 0.0)
-        weight_N = is_target_N.float() if weight_N is None else weight_N * is_target_N
-        z_weight_N = z_loss_coef * is_target_N
-        ctx.save_for_backward(logits_NV, target_N1, log_z_N, weight_N, z_weight_N)
-        ctx.mark_non_differentiable(loss_N)
-        return loss_N * weight_N + z_loss_coef * log_z_N.masked_fill(~is_target_N, 0.0).square(), loss_N
-
-    @staticmethod
-    def backward(ctx, grad_N: torch.Tensor, _):
-        logits_NV, target_N1, log_z_N, weight_N, z_weight_N = ctx.saved_tensors
-        # with `create_graph`
-        if torch.is_grad_enabled():
-            terms = partial(_terms, target_N1=target_N1, weight_N=weight_N, z_weight_N=z_weight_N)
-            return *_gradients_again(terms, [logits_NV], grad_N), None, None, None, None
-        # of the softmax, and of the target's logit
-        scale_N1 = (grad_N * (weight_N + 2 * z_weight_N * log_z_N)).unsqueeze(1)
-        target_grad_N1 = (-grad_N * weight_N).unsqueeze(1)
-        logits_grad_NV = torch.empty_like(logits_NV)
-        values = logits_NV, logits_grad_NV, target_N1, log_z_N.unsqueeze(1), scale_N1, target_grad_N1
-        for logits_nV, logits_grad_nV, target_n1, log_z_n1, scale_n1, target_grad_n1 in zip(
-            *(x.split(_POSITIONS_IN_TURN) for x in values)
-        ):
-            # a copy also where they are fp32
-            softmax_nV = logits_nV.to(torch.float32, copy=True).sub_(log_z_n1).exp_()
-            logits_grad_nV.copy_(softmax_nV.mul_(scale_n1).scatter_add_(1, target_n1, target_grad_n1))
-        return logits_grad_NV, None, None, None, None
-
-
-def _terms(
-    logits_NV: torch.Tensor, target_N1: torch.Tensor, weight_N: torch.Tensor, z_weight_N: torch.Tensor
-) -> torch.Tensor:
-    log_z_N = logits_NV.float().logsumexp(1)
-    loss_N = log_z_N - logits_NV.float().gather(1, target_N1).squeeze(1)
-    # what has no target may be infinite
-    is_target_N = (weight_N != 0) | (z_weight_N != 0)
-    return torch.where(is_target_N, loss_N * weight_N + z_weight_N * log_z_N.square(), 0.0)
 
 
 # rows below which a count in Python is faster than `bincount`
@@ -1164,23 +946,22 @@ __all__ = [
     "CPU_LAYERS",
     "CpuAttention",
     "CpuRMSNorm",
-    "DocumentTiles",
     "MomaCpuLinear",
     "MomaGrowingCacheLayer",
     "are_plain",
+    "gradients_again",
     "cpu_attention_forward",
     "cpu_form_of",
     "has_instructions",
     "is_observed",
     "is_on_cpu",
+    "is_transformed",
     "matmul_dtype",
     "multiplies_with",
     "run_from_left",
     "run_sequentially",
     "run_with_gradients",
-    "takes_turns",
     "tiles_for",
-    "token_terms_in_turn",
     "unobserved_inference_mode",
     "use_cpu_layers",
     "use_growing_layer",

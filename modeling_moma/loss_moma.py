@@ -2,16 +2,17 @@
 """The causal loss with its parts: each modality's mean, and the z-loss that keeps the softmax's normaliser near 1.
 
 Shape suffixes:
-    B rows, T positions, D hidden size, V vocabulary, N positions in one line, S either D or V.
+    B rows, T positions, D hidden size, V vocabulary, N positions in one line, n of them in turn, S either D or V.
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
 
 from .configuration_moma import MomaConfig
-from .cpu_moma import is_on_cpu, takes_turns, token_terms_in_turn
+from .cpu_moma import gradients_again, is_on_cpu, is_transformed
 from .token_groups_moma import token_modalities
 
 
@@ -171,6 +172,97 @@ def _targets(
         is_target_BT = nn.functional.pad(is_token_BT, (0, 1), value=True)[:, 1:]
         shift_labels = shift_labels.masked_fill(~(is_token_BT & is_target_BT), ignore_index)
     return shift_labels.reshape(-1)
+
+
+# positions whose fp32 logits exist at once: they should stay in the caches
+_POSITIONS_IN_TURN = 32
+
+
+def takes_turns(logits_NV: torch.Tensor) -> bool:
+    """Return whether the terms of a loss are computed a few positions at a time, by [`token_terms_in_turn`].
+
+    Args:
+        logits_NV (`torch.Tensor`):
+            `[N, V]`.
+    """
+    return logits_NV.requires_grad and is_on_cpu(logits_NV) and not is_transformed()
+
+
+def token_terms_in_turn(
+    logits_NV: torch.Tensor,
+    target_N: torch.Tensor,
+    weight_N: torch.Tensor | None,
+    z_loss_coef: float,
+    ignore_index: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the loss of each position, and its plain cross-entropy, without a gradient.
+
+    No fp32 copy of all logits is made, nor one of their logarithms, and their gradient is written once.
+
+    Args:
+        logits_NV (`torch.Tensor`):
+            `[N, V]`.
+        target_N (`torch.LongTensor`):
+            `[N]`.
+        weight_N (`torch.Tensor`, *optional*):
+            of each position's cross-entropy, `[N]`, 0 where there is no target.
+        z_loss_coef (`float`):
+            of the squared logarithm of the softmax's normaliser.
+        ignore_index (`int`):
+            target of positions without a loss.
+    """
+    return _TermsInTurn.apply(logits_NV, target_N, weight_N, z_loss_coef, ignore_index)
+
+
+class _TermsInTurn(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logits_NV: torch.Tensor, target_N: torch.Tensor, weight_N, z_loss_coef: float, ignore_index: int):
+        is_target_N = target_N != ignore_index
+        target_N1 = torch.where(is_target_N, target_N, 0).unsqueeze(1)
+        loss_N = torch.empty_like(target_N, dtype=torch.float32)
+        log_z_N = torch.empty_like(loss_N)
+        # n positions at a time
+        turns = zip(*(x.split(_POSITIONS_IN_TURN) for x in (logits_NV, target_N1, loss_N, log_z_N)))
+        for logits_nV, target_n1, loss_n, log_z_n in turns:
+            logits_nV = logits_nV.float()
+            loss_n.copy_(nn.functional.cross_entropy(logits_nV, target_n1.squeeze(1), reduction="none"))
+            torch.add(logits_nV.gather(1, target_n1).squeeze(1), loss_n, out=log_z_n)
+        loss_N.masked_fill_(~is_target_N, 0.0)
+        weight_N = is_target_N.float() if weight_N is None else weight_N * is_target_N
+        z_weight_N = z_loss_coef * is_target_N
+        ctx.save_for_backward(logits_NV, target_N1, log_z_N, weight_N, z_weight_N)
+        ctx.mark_non_differentiable(loss_N)
+        return loss_N * weight_N + z_loss_coef * log_z_N.masked_fill(~is_target_N, 0.0).square(), loss_N
+
+    @staticmethod
+    def backward(ctx, grad_N: torch.Tensor, _):
+        logits_NV, target_N1, log_z_N, weight_N, z_weight_N = ctx.saved_tensors
+        # with `create_graph`
+        if torch.is_grad_enabled():
+            terms = partial(_terms, target_N1=target_N1, weight_N=weight_N, z_weight_N=z_weight_N)
+            return *gradients_again(terms, [logits_NV], grad_N), None, None, None, None
+        # of the softmax, and of the target's logit
+        scale_N1 = (grad_N * (weight_N + 2 * z_weight_N * log_z_N)).unsqueeze(1)
+        target_grad_N1 = (-grad_N * weight_N).unsqueeze(1)
+        logits_grad_NV = torch.empty_like(logits_NV)
+        values = logits_NV, logits_grad_NV, target_N1, log_z_N.unsqueeze(1), scale_N1, target_grad_N1
+        for logits_nV, logits_grad_nV, target_n1, log_z_n1, scale_n1, target_grad_n1 in zip(
+            *(x.split(_POSITIONS_IN_TURN) for x in values)
+        ):
+            # a copy also where they are fp32
+            softmax_nV = logits_nV.to(torch.float32, copy=True).sub_(log_z_n1).exp_()
+            logits_grad_nV.copy_(softmax_nV.mul_(scale_n1).scatter_add_(1, target_n1, target_grad_n1))
+        return logits_grad_NV, None, None, None, None
+
+
+def _terms(
+    logits_NV: torch.Tensor, target_N1: torch.Tensor, weight_N: torch.Tensor, z_weight_N: torch.Tensor
+) -> torch.Tensor:
+    log_z_N = logits_NV.float().logsumexp(1)
+    loss_N = log_z_N - logits_NV.float().gather(1, target_N1).squeeze(1)
+    # what has no target may be infinite
+    is_target_N = (weight_N != 0) | (z_weight_N != 0)
+    return torch.where(is_target_N, loss_N * weight_N + z_weight_N * log_z_N.square(), 0.0)
 
 
 def _token_terms(

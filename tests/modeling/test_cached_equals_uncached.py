@@ -79,7 +79,8 @@ def make_model(**fields):
         if isinstance(module, MomaRouter):
             # tokens meet no expert, one, or several
             module.threshold.uniform_(0.2, 0.8)
-            module.balance_bias.uniform_(-0.3, 0.3)
+            if module.balance_bias.ndim == 2:
+                module.balance_bias.uniform_(-0.3, 0.3)
         if isinstance(module, MomaDepthRouter):
             module.threshold.uniform_(0.48, 0.56)
             module.balance_bias.uniform_(-0.06, 0.02)

@@ -170,7 +170,8 @@ def mixed_precision_work(rank, num_processes, folder, shard, routing):
         model = MomaForCausalLM.from_pretrained(folder / name)
         model.config.training_routing = routing
         computed_in = set()
-        projection = model.model.layers[0].self_attn.q_proj
+        # of one modality in a model that has them apart
+        projection = next(module for name, module in model.named_modules() if name.endswith("q_proj"))
         projection.register_forward_hook(lambda module, args, output, seen=computed_in: seen.add(output.dtype))
         model, optimizer, backward = shard(model.train(), rank, num_processes)
         for _ in range(BF16_STEPS):

@@ -9,7 +9,7 @@ from torch import nn
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from helpers.tiny import mixed_ids, tiny_model
-from modeling_moma import cpu_moma
+from modeling_moma import cpu_moma, loss_moma
 from modeling_moma.cpu_moma import _Rotated, use_cpu_layers
 from modeling_moma.loss_moma import causal_lm_loss
 from modeling_moma.modeling_moma import MomaRMSNorm
@@ -70,7 +70,7 @@ def test_a_rotation_is_that_of_llama(length, num_rows, dtype):
 @pytest.mark.parametrize("z_loss_coef", [0.0, 1e-2])
 @pytest.mark.parametrize("positions", [1, 7, 32])
 def test_a_loss_is_the_plain_one(monkeypatch, positions, z_loss_coef, weights, dtype):
-    monkeypatch.setattr(cpu_moma, "_POSITIONS_IN_TURN", positions)
+    monkeypatch.setattr(loss_moma, "_POSITIONS_IN_TURN", positions)
     config = tiny_model(modality_loss_weights=weights, z_loss_coef=z_loss_coef).config
     ids = mixed_ids(2, 19)
     labels = ids.masked_fill(torch.rand(ids.shape, generator=torch.Generator().manual_seed(0)) < 0.3, -100)

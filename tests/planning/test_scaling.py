@@ -2,7 +2,7 @@
 import pytest
 import torch
 
-from modeling_moma import cpu_moma
+from modeling_moma import cpu_moma, token_groups_moma
 from modeling_moma.configuration_moma import MomaConfig
 from modeling_moma.modeling_moma import MomaExperts, MomaForCausalLM
 from modeling_moma.planning.layouts import Layout
@@ -121,17 +121,23 @@ def saved_bytes(config, checkpointing=False):
     return sum(size for size, _ in storages.values())
 
 
+def on_accelerator(monkeypatch):
+    # a CPU keeps less, and an accelerator runs all tokens in depth layers that are small
+    monkeypatch.setattr(cpu_moma, "_CPU", ())
+    monkeypatch.setattr(token_groups_moma, "_FEW_OPERATIONS", 0)
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_activations_are_near_what_a_built_model_keeps(name, monkeypatch):
-    # as on an accelerator; a CPU keeps less
-    monkeypatch.setattr(cpu_moma, "_CPU", ())
+    on_accelerator(monkeypatch)
     config = config_of(name)
     # kept are the logits and their log-softmax; their gradients come on top
     gradients = TOKENS * config.vocab_size * 4 * 2
     assert activation_bytes(config, TOKENS) - gradients == pytest.approx(saved_bytes(config), rel=0.04)
 
 
-def test_activations_with_checkpointing_are_the_layers_inputs_and_the_logits():
+def test_activations_with_checkpointing_are_the_layers_inputs_and_the_logits(monkeypatch):
+    on_accelerator(monkeypatch)
     config = config_of("4t4i")
     gradients = TOKENS * config.vocab_size * 4 * 2
     kept = saved_bytes(config, checkpointing=True)
