@@ -7,6 +7,7 @@ import platform
 import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -175,14 +176,14 @@ def curve(log: list[dict[str, Any]], step_tokens: int) -> list[dict[str, float]]
     ]
 
 
-def training_seconds(log: list[dict[str, Any]], step_tokens: int) -> float:
-    """Return the seconds that steps took, evaluations left out, over all starts of a run."""
-    seconds, before = 0.0, 0
-    for entry in log:
-        if "tokens_per_second" in entry:
-            tokens = (entry["step"] - before) * step_tokens * (1 - entry["padding_share"])
-            seconds, before = seconds + tokens / entry["tokens_per_second"], entry["step"]
-    return seconds
+def training_seconds(points: Sequence[Mapping[str, float]]) -> float:
+    """Return the seconds that steps took, by the median rate of a curve's points.
+
+    Evaluations are left out by the rates, and what else slowed the machine for a while, or stopped it, by the median.
+    """
+    return points[-1]["tokens"] / median(
+        point["tokens_per_second"] for point in points if "tokens_per_second" in point
+    )
 
 
 def hardware() -> dict[str, Any]:
@@ -223,14 +224,14 @@ def row(study: Study, run: Run, millions: int, checkpoint: Path, repository: Pat
         `dict`: plain values; `config`, `hardware`, `counts`, `curve` and `losses` are JSON.
     """
     config, log = MomaConfig.from_pretrained(checkpoint), log_of(checkpoint)
-    counts = counts_of(study, run, config)
+    counts, points = counts_of(study, run, config), curve(log, study.pace.step_tokens)
     flops = {name: flops_a_token(config, counts, name == "with_head") for name in ("with_head", "without_head")}
     embeddings, steps = config.vocab_size * config.hidden_size, study.pace.steps(millions)
     nested: Mapping[str, Any] = {
         "config": config.to_diff_dict(),
         "hardware": hardware(),
         "counts": dataclasses.asdict(counts),
-        "curve": curve(log, study.pace.step_tokens),
+        "curve": points,
         "losses": held_out_losses(study, run, checkpoint),
     }
     return {
@@ -248,7 +249,7 @@ def row(study: Study, run: Run, millions: int, checkpoint: Path, repository: Pat
         "embeddings": embeddings,
         "flops_a_token": flops["with_head"],
         "flops_a_token_without_head": flops["without_head"],
-        "seconds": training_seconds(log, study.pace.step_tokens),
+        "seconds": training_seconds(points),
         "revision": revision(repository),
         **{name: json.dumps(value) for name, value in nested.items()},
     }

@@ -25,7 +25,7 @@ from modeling_moma.training.recipe import read_recipe
 from modeling_moma.training.stages import StopAt
 from study_recipe import reporting
 from study_recipe.grid import PLAN, RECIPES, SIZES, Pace, Run, model_fields
-from study_recipe.measuring import SPLITS, count_stream, flops_a_token, row
+from study_recipe.measuring import SPLITS, count_stream, flops_a_token, row, training_seconds
 from study_recipe.rows import add_row, has_row, read_rows
 from study_recipe.training import Study, train_branch
 
@@ -198,6 +198,11 @@ def test_a_row_has_the_losses_of_every_split_and_is_put_in_its_place_once(study,
         shares = found["counts"]["tokens"]
         assert losses["overall"] == pytest.approx(sum(shares[name] * losses[name] for name in shares), rel=0.02)
     assert list(tmp_path.glob("results/*.parquet")) == [path]
+
+
+def test_a_pause_does_not_count_as_training():
+    points = [{"tokens": 1e6 * number, "tokens_per_second": rate} for number, rate in ((1, 1e4), (2, 10.0), (3, 1e4))]
+    assert training_seconds([*points, {"tokens": 3e6}]) == pytest.approx(300)
 
 
 def add_numbered(path, number):
