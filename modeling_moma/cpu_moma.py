@@ -17,7 +17,7 @@ import math
 import os
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import cache, partial
+from functools import cache
 from typing import Any
 
 import torch
@@ -182,7 +182,7 @@ class CpuRMSNorm(nn.Module):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Map `[..., D]` to `[..., D]`."""
         if self.training and _takes_turns(hidden_states, self.weight):
-            return _NormInTurn.apply(hidden_states, self.weight, self.variance_epsilon)
+            return _NormInTurn.apply(hidden_states, self.weight, self.variance_epsilon, super().forward)
         is_step = hidden_states.dtype in _HALVES and hidden_states.numel() <= _FEW_ELEMENTS
         # autocast raises where it puts tensors of two half precisions together
         if (
@@ -224,7 +224,7 @@ def gradients_again(
 
 class _NormInTurn(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: torch.Tensor, weight_D: torch.Tensor, eps: float):
+    def forward(ctx, x: torch.Tensor, weight_D: torch.Tensor, eps: float, plain: Callable):
         size = x.shape[-1]
         x_ND = x.reshape(-1, size)
         scale_N1 = torch.empty(x_ND.shape[0], 1)
@@ -237,7 +237,7 @@ class _NormInTurn(torch.autograd.Function):
             scale_n1.add_(eps).rsqrt_()
             torch.mul((wide_nD * scale_n1).to(x.dtype), weight_D, out=y_nD)
         ctx.save_for_backward(x, weight_D, scale_N1)
-        ctx.eps = eps
+        ctx.plain = plain
         return y_ND.view(x.shape)
 
     @staticmethod
@@ -246,7 +246,7 @@ class _NormInTurn(torch.autograd.Function):
         size = x.shape[-1]
         # with `create_graph`
         if torch.is_grad_enabled():
-            return *gradients_again(partial(_normed, eps=ctx.eps), (x, weight_D), grad), None
+            return *gradients_again(lambda x, weight_D: ctx.plain(x), (x, weight_D), grad), None, None
         x_grad = torch.empty(x.shape, dtype=x.dtype)
         dtype, weight_D, weight_grad_D = weight_D.dtype, weight_D.float(), torch.zeros(size)
         rows = max(1, _NORM_ELEMENTS // size)
@@ -257,11 +257,7 @@ class _NormInTurn(torch.autograd.Function):
             weight_grad_D += products_nD.sum(0)
             share_n1 = torch.mv(products_nD, weight_D / size).unsqueeze(1)
             x_grad_nD.copy_((grad_nD * weight_D).addcmul_(normed_nD, share_n1, value=-1).mul_(scale_n1))
-        return x_grad, weight_grad_D.to(dtype), None
-
-
-def _normed(x: torch.Tensor, weight_D: torch.Tensor, eps: float) -> torch.Tensor:
-    return weight_D * nn.functional.rms_norm(x, weight_D.shape, eps=eps).to(x.dtype)
+        return x_grad, weight_grad_D.to(dtype), None, None
 
 
 class _Rotated(torch.autograd.Function):
@@ -300,7 +296,7 @@ _CHUNK_ELEMENTS = 2**19
 
 
 class CpuAttention(nn.Module):
-    """To be mixed into an attention layer: attention of a step, and caches that grow in place."""
+    """To be mixed into an attention layer: documents and steps by themselves, rotations, caches that grow in place."""
 
     config: Any
     layer_idx: int
@@ -369,7 +365,7 @@ def cpu_attention_forward(
     """
     attention: Callable = ALL_ATTENTION_FUNCTIONS["sdpa"]
     dtype = query_BHTd.dtype
-    tiles = tiles_for(module, query_BHTd, key_BGSd, value_BGSd, attention_mask, **kwargs)
+    tiles = _tiles_for(module, query_BHTd, key_BGSd, value_BGSd, attention_mask, **kwargs)
     if tiles is not None:
         scaling = kwargs.get("scaling")
         scaling = query_BHTd.shape[-1] ** -0.5 if scaling is None else scaling
@@ -403,7 +399,7 @@ ALL_MASK_ATTENTION_FUNCTIONS.register(CPU_ATTENTION, sdpa_mask)
 _TILES = "_moma_tiles"
 
 
-def tiles_for(
+def _tiles_for(
     module: nn.Module,
     query_BHTd: torch.Tensor,
     key_BGSd: torch.Tensor,
@@ -414,21 +410,7 @@ def tiles_for(
 ) -> DocumentTiles | None:
     """Return the tiles of the documents that a mask keeps apart, `None` where the library's attention is to be taken.
 
-    Args:
-        module (`nn.Module`):
-            the attention layer.
-        query_BHTd (`torch.Tensor`):
-            `[B, H, T, d]`.
-        key_BGSd (`torch.Tensor`):
-            `[B, G, S, d]`.
-        value_BGSd (`torch.Tensor`):
-            `[B, G, S, d]`.
-        attention_mask (`torch.Tensor`, *optional*):
-            of `causal_mask_of`, which knows the documents, or any other.
-        dropout (`float`, *optional*, defaults to 0.0):
-            of the weights.
-        kwargs (`Any`):
-            further arguments of the attention interface.
+    The arguments are those of [`cpu_attention_forward`]; only masks of `causal_mask_of` know documents.
     """
     documents: MaskedDocuments | None = getattr(attention_mask, DOCUMENTS_OF_MASK, None)
     # not by gradients: checkpointing has them in the second of two forwards that have to agree
@@ -961,7 +943,6 @@ __all__ = [
     "run_from_left",
     "run_sequentially",
     "run_with_gradients",
-    "tiles_for",
     "unobserved_inference_mode",
     "use_cpu_layers",
     "use_growing_layer",

@@ -178,45 +178,19 @@ def _targets(
 _POSITIONS_IN_TURN = 32
 
 
-def takes_turns(logits_NV: torch.Tensor) -> bool:
-    """Return whether the terms of a loss are computed a few positions at a time, by [`token_terms_in_turn`].
-
-    Args:
-        logits_NV (`torch.Tensor`):
-            `[N, V]`.
-    """
+def _takes_turns(logits_NV: torch.Tensor) -> bool:
+    """Return whether terms are computed a few positions at a time, by [`_TermsInTurn`]."""
     return logits_NV.requires_grad and is_on_cpu(logits_NV) and not is_transformed()
 
 
-def token_terms_in_turn(
-    logits_NV: torch.Tensor,
-    target_N: torch.Tensor,
-    weight_N: torch.Tensor | None,
-    z_loss_coef: float,
-    ignore_index: int,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the loss of each position, and its plain cross-entropy, without a gradient.
-
-    No fp32 copy of all logits is made, nor one of their logarithms, and their gradient is written once.
-
-    Args:
-        logits_NV (`torch.Tensor`):
-            `[N, V]`.
-        target_N (`torch.LongTensor`):
-            `[N]`.
-        weight_N (`torch.Tensor`, *optional*):
-            of each position's cross-entropy, `[N]`, 0 where there is no target.
-        z_loss_coef (`float`):
-            of the squared logarithm of the softmax's normaliser.
-        ignore_index (`int`):
-            target of positions without a loss.
-    """
-    return _TermsInTurn.apply(logits_NV, target_N, weight_N, z_loss_coef, ignore_index)
-
-
 class _TermsInTurn(torch.autograd.Function):
+    """[`_plain_terms`] without an fp32 copy of all logits or their logarithms, and with a gradient written once."""
+
     @staticmethod
     def forward(ctx, logits_NV: torch.Tensor, target_N: torch.Tensor, weight_N, z_loss_coef: float, ignore_index: int):
+        ctx.plain = partial(
+            _plain_terms, target_N=target_N, weight_N=weight_N, z_loss_coef=z_loss_coef, ignore_index=ignore_index
+        )
         is_target_N = target_N != ignore_index
         target_N1 = torch.where(is_target_N, target_N, 0).unsqueeze(1)
         loss_N = torch.empty_like(target_N, dtype=torch.float32)
@@ -239,8 +213,7 @@ class _TermsInTurn(torch.autograd.Function):
         logits_NV, target_N1, log_z_N, weight_N, z_weight_N = ctx.saved_tensors
         # with `create_graph`
         if torch.is_grad_enabled():
-            terms = partial(_terms, target_N1=target_N1, weight_N=weight_N, z_weight_N=z_weight_N)
-            return *gradients_again(terms, [logits_NV], grad_N), None, None, None, None
+            return *gradients_again(lambda logits_NV: ctx.plain(logits_NV)[0], [logits_NV], grad_N), *[None] * 4
         # of the softmax, and of the target's logit
         scale_N1 = (grad_N * (weight_N + 2 * z_weight_N * log_z_N)).unsqueeze(1)
         target_grad_N1 = (-grad_N * weight_N).unsqueeze(1)
@@ -255,16 +228,6 @@ class _TermsInTurn(torch.autograd.Function):
         return logits_grad_NV, None, None, None, None
 
 
-def _terms(
-    logits_NV: torch.Tensor, target_N1: torch.Tensor, weight_N: torch.Tensor, z_weight_N: torch.Tensor
-) -> torch.Tensor:
-    log_z_N = logits_NV.float().logsumexp(1)
-    loss_N = log_z_N - logits_NV.float().gather(1, target_N1).squeeze(1)
-    # what has no target may be infinite
-    is_target_N = (weight_N != 0) | (z_weight_N != 0)
-    return torch.where(is_target_N, loss_N * weight_N + z_weight_N * log_z_N.square(), 0.0)
-
-
 def _token_terms(
     logits_NV: torch.Tensor,
     target_N: torch.Tensor,
@@ -273,8 +236,17 @@ def _token_terms(
     ignore_index: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return what each token adds to the loss that is minimised, and its cross-entropy."""
-    if takes_turns(logits_NV):
-        return token_terms_in_turn(logits_NV, target_N, weight_N, z_loss_coef, ignore_index)
+    terms = _TermsInTurn.apply if _takes_turns(logits_NV) else _plain_terms
+    return terms(logits_NV, target_N, weight_N, z_loss_coef, ignore_index)  # pyright: ignore[reportReturnType]
+
+
+def _plain_terms(
+    logits_NV: torch.Tensor,
+    target_N: torch.Tensor,
+    weight_N: torch.Tensor | None,
+    z_loss_coef: float,
+    ignore_index: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
     logits_NV = logits_NV.float()
     loss_N = nn.functional.cross_entropy(logits_NV, target_N, ignore_index=ignore_index, reduction="none")
     weighted_N = loss_N if weight_N is None else loss_N * weight_N

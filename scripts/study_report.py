@@ -13,7 +13,6 @@ from pathlib import Path
 
 from modeling_moma.utils.atomic_files import write_aside
 from study_recipe.reporting import (
-    BASELINE,
     cost_table,
     coverage_table,
     draw_savings,
@@ -61,14 +60,13 @@ def main(arguments: list[str] | None = None) -> int:
 
 def tables(rows: list[dict]) -> str:
     """Returns all tables, each under its heading."""
-    others = sorted({row["recipe"] for row in rows} - {BASELINE})
     parts = {
         "Cost of a token": cost_table(rows),
         f"Causal losses on `{CHOOSING}`": loss_table(rows, CHOOSING),
         f"Causal losses on `{CLAIMING}`": loss_table(rows, CLAIMING),
         f"Eta on `{CHOOSING}`": saving_table(rows, CHOOSING),
         f"Eta on `{CLAIMING}`": saving_table(rows, CLAIMING),
-        "Eta over tokens by active parameter": slope_table(rows, others, CLAIMING),
+        "Eta over tokens by active parameter": slope_table(rows, CLAIMING),
         "Tokens that no expert took": coverage_table(rows),
         "What the law asks for": plan_table(),
     }

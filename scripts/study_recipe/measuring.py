@@ -19,6 +19,7 @@ from modeling_moma.evaluation.held_out import read_held_out
 from modeling_moma.evaluation.losses import CAUSAL, source_losses
 from modeling_moma.evaluation.measures import load_model
 from modeling_moma.planning.costs import flops_per_token
+from modeling_moma.token_groups_moma import token_modalities
 from modeling_moma.training.pretraining import training_stream
 from modeling_moma.training.recipe import read_recipe
 from tokenization import MomaProcessor
@@ -71,8 +72,9 @@ def count_stream(stream: PackedExamples, sources: Sequence[str], config: MomaCon
         document = (row["position_ids"] == 0).cumsum(0) - 1
         length_of_document = torch.bincount(document, weights=is_token.double())
         length_of_token = length_of_document[document]
-        for modality, is_modality in modality_masks(row["input_ids"], config).items():
-            chosen = is_modality & is_token
+        modality_of_token = token_modalities(config, row["input_ids"])
+        for place, modality in enumerate(config.modalities):
+            chosen = (modality_of_token == place) & is_token
             number[modality] += int(chosen.sum())
             length[modality] += float(length_of_token[chosen].sum())
             for source, count in enumerate(torch.bincount(row["source_ids"][chosen], minlength=len(sources)).tolist()):
@@ -83,18 +85,6 @@ def count_stream(stream: PackedExamples, sources: Sequence[str], config: MomaCon
         {name: length[name] / max(count, 1) for name, count in number.items()},
         {name: {modality: count / total for modality, count in found.items()} for name, found in by_source.items()},
     )
-
-
-def modality_masks(ids: torch.Tensor, config: MomaConfig) -> dict[str, torch.Tensor]:
-    """Return which ids are tokens of each modality."""
-    masks = {}
-    is_other = torch.zeros_like(ids, dtype=torch.bool)
-    for name, ranges in config.modality_token_ranges.items():
-        masks[name] = torch.zeros_like(is_other)
-        for begin, end in ranges:
-            masks[name] |= (ids >= begin) & (ids < end)
-        is_other |= masks[name]
-    return {**masks, "text": ~is_other}
 
 
 def flops_a_token(config: MomaConfig, counts: Counts, with_head: bool) -> float:

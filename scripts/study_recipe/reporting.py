@@ -18,6 +18,8 @@ from .rows import NESTED
 # columns of a table: what is measured, and its name
 PARTS = {"overall": "all", "image": "image", "text": "text"}
 BASELINE = "dense"
+# groups of experts
+GROUPS = ("image", "text", "all")
 # kinds of a loss: of the training batches, of held-out documents with experts that see the batch, and causal
 TRAINING, ORACLE, CAUSAL = "training", "oracle", "causal"
 
@@ -210,9 +212,6 @@ def coverage_table(rows: Sequence[Mapping[str, Any]]) -> str:
     return table(header, lines)
 
 
-GROUPS = ("image", "text", "all")
-
-
 def _uncovered(point: Mapping[str, float]) -> bool:
     return any(f"{group}_uncovered" in point for group in GROUPS)
 
@@ -303,12 +302,12 @@ def plan_table() -> str:
     return table(header, lines)
 
 
-def slope_table(rows: Sequence[Mapping[str, Any]], recipes: Sequence[str], split: str) -> str:
+def slope_table(rows: Sequence[Mapping[str, Any]], split: str) -> str:
     """Return eta over tokens by active parameter, with what the law gives for four experts."""
     header = ["size", "recipe", "tokens by active parameter", "eta, causal, all", "law, 4 experts"]
     lines = []
     for (size, data, budget, _, recipe), seeds in grouped(rows).items():
-        compared = [(row, partners(row, rows)) for row in seeds if recipe in recipes and data == "all"]
+        compared = [(row, partners(row, rows)) for row in seeds if recipe != BASELINE and data == "all"]
         compared = [(row, dense) for row, dense in compared if len(dense) > 1]
         if compared:
             row = compared[0][0]

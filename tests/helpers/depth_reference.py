@@ -7,8 +7,9 @@ from fractions import Fraction
 import torch
 import torch.nn.functional as F
 
-from helpers.reference import reference_cut, reference_feed_forward, reference_membership
+from helpers.reference import assert_near, reference_cut, reference_feed_forward, reference_membership, trainable
 from modeling_moma.configuration_moma import MomaConfig
+from modeling_moma.token_groups_moma import token_modalities
 
 
 def pools_of(config: MomaConfig, modality_BT, padding_BT=None) -> dict[tuple[int, int], list[tuple[int, int]]]:
@@ -165,6 +166,39 @@ def reference_logits(model, embeds_BTD, modality_BT, routing, depth_routing, pad
             runs_BT = reference_choice(config, router, hidden_BTD, weight_BT, modality_BT, depth_routing, padding_BT)
         hidden_BTD = reference_layer(layer, hidden_BTD, runs_BT, weight_BT, modality_BT, routing)
     return model.lm_head(model.model.norm(hidden_BTD))
+
+
+def assert_equals_plain_loop(model, ids, mask, routing, attentions=("sdpa",), floor=1e-2):
+    """A model's logits, and its gradients by the input and all parameters, are those of `reference_logits`."""
+    generator = torch.Generator().manual_seed(0)
+    kinds = token_modalities(model.config, ids)
+    # random rather than looked up: equal tokens tie
+    embeds = torch.randn(*ids.shape, model.config.hidden_size, generator=generator).requires_grad_()
+    weight = torch.randn(*ids.shape, model.config.vocab_size, generator=generator) * mask.unsqueeze(-1)
+    names, parameters = zip(*trainable(model))
+
+    def gradients(logits):
+        grads = torch.autograd.grad((logits * weight).sum(), [embeds, *parameters], allow_unused=True)
+        return dict(zip(["input", *names], grads))
+
+    # before the model's own forward moves thresholds and biases
+    expected = reference_logits(model, embeds, kinds, routing, routing, mask == 0)
+    wanted = gradients(expected)
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    for attention in attentions:
+        model.load_state_dict(state)
+        model.set_attn_implementation(attention)
+        logits = model(
+            inputs_embeds=embeds, mm_token_type_ids=kinds, attention_mask=mask, routing=routing, use_cache=False
+        ).logits
+        assert_near(logits[mask == 1], expected[mask == 1], 1e-5)
+        for key, gradient in gradients(logits).items():
+            if wanted[key] is None:
+                # the embedding, which nobody looked up; or weights without a token
+                assert gradient is None or not gradient.any(), key
+            else:
+                # terms of about 1 cancel out, and how they are rounded depends on the processor
+                assert_near(gradient, wanted[key], 2e-4, floor=floor)
 
 
 class SelectionLog:

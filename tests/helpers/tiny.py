@@ -207,3 +207,11 @@ def mixed_ids(rows: int = 2, length: int = 12, seed: int = 0) -> torch.Tensor:
     text = torch.randint(26, 40, (rows, length), generator=generator)
     image = torch.randint(*IMAGE_IDS, (rows, length), generator=generator)
     return torch.where(torch.rand(rows, length, generator=generator) < 0.5, text, image)
+
+
+def left_padding(ids: torch.Tensor, *lengths: int) -> torch.Tensor:
+    """An attention mask of ids, 0 at the first positions of rows, so many each."""
+    mask = torch.ones_like(ids)
+    for row, length in enumerate(lengths):
+        mask[row, :length] = 0
+    return mask

@@ -7,9 +7,9 @@ import torch.distributed as dist
 from torch import nn
 from transformers import StaticCache
 
-from helpers.depth_reference import reference_logits
+from helpers.depth_reference import assert_equals_plain_loop
 from helpers.reference import assert_near, context_of, fields_of, reference_selection, trainable
-from helpers.tiny import IMAGE_IDS, mixed_ids, tiny_config, tiny_model
+from helpers.tiny import IMAGE_IDS, left_padding, mixed_ids, tiny_config, tiny_model
 from modeling_moma import MomaForCausalLM
 from modeling_moma.configuration_moma import RULES
 from modeling_moma.routing_moma import MomaRouter, update_routers
@@ -43,41 +43,12 @@ def pool_model(name="two", **fields):
     return model
 
 
-def padded(*lengths, rows=3, length=10):
-    ids = mixed_ids(rows, length)
-    mask = torch.ones_like(ids)
-    for row, padding in enumerate(lengths):
-        mask[row, :padding] = 0
-    return ids, mask
-
-
-def gradients(model, logits, weight, embeds):
-    names, parameters = zip(*trainable(model))
-    grads = torch.autograd.grad((logits * weight).sum(), [embeds, *parameters], allow_unused=True)
-    return dict(zip(["input", *names], grads))
-
-
 @pytest.mark.parametrize("routing", RULES)
 @pytest.mark.parametrize("name", VARIANTS)
 def test_a_model_equals_the_plain_loop_forward_and_backward(name, routing):
+    ids = mixed_ids(3, 10)
     model = pool_model(name, **fields_of(routing))
-    generator = torch.Generator().manual_seed(0)
-    ids, mask = padded(3, 0, 4)
-    kinds = token_modalities(model.config, ids)
-    embeds = torch.randn(*ids.shape, model.config.hidden_size, generator=generator).requires_grad_()
-    weight = torch.randn(*ids.shape, model.config.vocab_size, generator=generator) * mask.unsqueeze(-1)
-    # before the model's own forward moves biases and thresholds
-    expected = reference_logits(model, embeds, kinds, routing, routing, mask == 0)
-    wanted = gradients(model, expected, weight, embeds)
-    logits = model(
-        inputs_embeds=embeds, mm_token_type_ids=kinds, attention_mask=mask, routing=routing, use_cache=False
-    ).logits
-    assert_near(logits[mask == 1], expected[mask == 1], 1e-5)
-    for key, gradient in gradients(model, logits, weight, embeds).items():
-        if wanted[key] is None:
-            assert gradient is None or not gradient.any(), key
-        else:
-            assert_near(gradient, wanted[key], 2e-4, floor=3e-2)
+    assert_equals_plain_loop(model, ids, left_padding(ids, 3, 0, 4), routing, floor=3e-2)
 
 
 def test_the_bias_of_a_modality_moves_its_tokens_alone():
@@ -108,7 +79,8 @@ def test_a_step_moves_each_bias_by_the_load_of_its_modality(name, padding):
     nn.init.normal_(router.weight)
     router.balance_bias.normal_(std=0.2)
     before = router.balance_bias.clone()
-    ids, mask = padded(padding)
+    ids = mixed_ids(3, 10)
+    mask = left_padding(ids, padding)
     modality_BT = token_modalities(config, ids)
     context = context_of(config, modality_BT, "token_choice", mask == 0, track=True)
     x_ND = context.split.split(torch.randn(*ids.shape, config.hidden_size))["all"]
@@ -194,7 +166,8 @@ def test_checkpointing_gives_the_same_gradients(use_reentrant):
 @pytest.mark.parametrize("name", VARIANTS)
 def test_tokens_one_by_one_equal_whole_rows_with_growing_and_static_caches(name):
     model = pool_model(name).eval()
-    ids, mask = padded(3, 0, 4)
+    ids = mixed_ids(3, 10)
+    mask = left_padding(ids, 3, 0, 4)
     expected = model(ids, attention_mask=mask, use_cache=False).logits
     for cache in (None, StaticCache(model.config, max_cache_len=16)):
         outputs = model(ids[:, :5], attention_mask=mask[:, :5], cache=cache, use_cache=True)

@@ -5,16 +5,15 @@ import pytest
 import torch
 from transformers import StaticCache
 
-from helpers.depth_reference import reference_logits
+from helpers.depth_reference import assert_equals_plain_loop
 from helpers.reference import GROUPS, assert_near, context_of, fields_of, trainable
-from helpers.tiny import IMAGE_IDS, mixed_ids, tiny_config, tiny_model
+from helpers.tiny import IMAGE_IDS, left_padding, mixed_ids, tiny_config, tiny_model
 from modeling_moma import MomaForCausalLM
 from modeling_moma.calibration.thresholds import calibrate_thresholds
 from modeling_moma.configuration_moma import RULES
 from modeling_moma.planning.costs import flops_per_token
 from modeling_moma.planning.memory import experts_per_token
 from modeling_moma.routing_moma import MomaRouter
-from modeling_moma.token_groups_moma import token_modalities
 
 
 DEPTH = {"num_hidden_layers": 3, "depth_layers": [0, 2], "depth_capacity": 0.5}
@@ -43,20 +42,6 @@ def covered_model(name="4t4i", cover=True, **fields):
     return model
 
 
-def padded(*lengths, rows=3, length=10):
-    ids = mixed_ids(rows, length)
-    mask = torch.ones_like(ids)
-    for row, padding in enumerate(lengths):
-        mask[row, :padding] = 0
-    return ids, mask
-
-
-def gradients(model, logits, weight, embeds):
-    names, parameters = zip(*trainable(model))
-    grads = torch.autograd.grad((logits * weight).sum(), [embeds, *parameters], allow_unused=True)
-    return dict(zip(["input", *names], grads))
-
-
 def selections_of(model, *args, **kwargs):
     """The expert routers' selections of one forward, with their logits."""
     found = []
@@ -72,23 +57,9 @@ def selections_of(model, *args, **kwargs):
 @pytest.mark.parametrize("routing", RULES)
 @pytest.mark.parametrize("name", VARIANTS)
 def test_a_model_equals_the_plain_loop_forward_and_backward(name, routing, training):
+    ids = mixed_ids(3, 10)
     model = covered_model(name, **fields_of(routing)).train(training)
-    generator = torch.Generator().manual_seed(0)
-    ids, mask = padded(3, 0, 4)
-    kinds = token_modalities(model.config, ids)
-    embeds = torch.randn(*ids.shape, model.config.hidden_size, generator=generator).requires_grad_()
-    weight = torch.randn(*ids.shape, model.config.vocab_size, generator=generator) * mask.unsqueeze(-1)
-    expected = reference_logits(model, embeds, kinds, routing, routing, mask == 0)
-    wanted = gradients(model, expected, weight, embeds)
-    logits = model(
-        inputs_embeds=embeds, mm_token_type_ids=kinds, attention_mask=mask, routing=routing, use_cache=False
-    ).logits
-    assert_near(logits[mask == 1], expected[mask == 1], 1e-5)
-    for key, gradient in gradients(model, logits, weight, embeds).items():
-        if wanted[key] is None:
-            assert gradient is None or not gradient.any(), key
-        else:
-            assert_near(gradient, wanted[key], 2e-4, floor=3e-2)
+    assert_equals_plain_loop(model, ids, left_padding(ids, 3, 0, 4), routing, floor=3e-2)
 
 
 @pytest.mark.parametrize("fixed, may_sync", [(False, True), (True, True), (False, False)])
@@ -161,7 +132,8 @@ def test_a_token_that_nobody_takes_goes_where_training_would_have_sent_it(routin
 @pytest.mark.parametrize("name", VARIANTS)
 def test_tokens_one_by_one_equal_whole_rows_with_growing_and_static_caches(name, routing):
     model = covered_model(name, inference_routing=routing, **fields_of(routing)).eval()
-    ids, mask = padded(3, 0, 4)
+    ids = mixed_ids(3, 10)
+    mask = left_padding(ids, 3, 0, 4)
     expected = model(ids, attention_mask=mask, use_cache=False).logits
     for cache in (None, StaticCache(model.config, max_cache_len=16)):
         outputs = model(ids[:, :5], attention_mask=mask[:, :5], cache=cache, use_cache=True)

@@ -3,12 +3,11 @@ import pytest
 import torch
 from transformers.cache_utils import DynamicCache
 
-from helpers.depth_reference import SelectionLog, reference_logits
+from helpers.depth_reference import SelectionLog, assert_equals_plain_loop
 from helpers.reference import GROUPS, assert_near, fields_of, trainable
-from helpers.tiny import mixed_ids, tiny_model
+from helpers.tiny import left_padding, mixed_ids, tiny_model
 from modeling_moma.configuration_moma import RULES
 from modeling_moma.depth_moma import DepthSelection
-from modeling_moma.token_groups_moma import token_modalities
 
 
 DEPTH = {"num_hidden_layers": 3, "depth_layers": [0, 2], "depth_capacity": 0.5}
@@ -36,49 +35,12 @@ def depth_model(name="4t4i", **fields):
     return model
 
 
-def left_padding(ids, *lengths):
-    mask = torch.ones_like(ids)
-    for row, length in enumerate(lengths):
-        mask[row, :length] = 0
-    return mask
-
-
-def gradients(model, logits, weight, embeds):
-    names, parameters = zip(*trainable(model))
-    grads = torch.autograd.grad((logits * weight).sum(), [embeds, *parameters], allow_unused=True)
-    return dict(zip(["input", *names], grads))
-
-
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("routing", RULES)
 @pytest.mark.parametrize("name", VARIANTS)
 def test_a_model_with_depth_equals_the_plain_loop(name, routing, training):
-    model = depth_model(name, **fields_of(routing)).train(training)
-    generator = torch.Generator().manual_seed(0)
-    ids = mixed_ids(2, 10)
-    kinds = token_modalities(model.config, ids)
-    mask = left_padding(ids, 3)
-    # random rather than looked up: equal tokens tie
-    embeds = torch.randn(2, 10, model.config.hidden_size, generator=generator).requires_grad_()
-    weight = torch.randn(2, 10, model.config.vocab_size, generator=generator) * mask.unsqueeze(-1)
-    # before the model's own forward moves the thresholds
-    expected = reference_logits(model, embeds, kinds, routing, routing, mask == 0)
-    expected_grads = gradients(model, expected, weight, embeds)
-    state = {key: value.clone() for key, value in model.state_dict().items()}
-    for attention in ("eager", "sdpa"):
-        model.load_state_dict(state)
-        model.set_attn_implementation(attention)
-        logits = model(
-            inputs_embeds=embeds, mm_token_type_ids=kinds, attention_mask=mask, routing=routing, use_cache=False
-        ).logits
-        assert_near(logits[mask == 1], expected[mask == 1], 1e-5)
-        for key, gradient in gradients(model, logits, weight, embeds).items():
-            if expected_grads[key] is None:
-                # the embedding, which nobody looked up; or weights without a token
-                assert gradient is None or not gradient.any(), key
-            else:
-                # terms of about 1 cancel out, and how they are rounded depends on the processor
-                assert_near(gradient, expected_grads[key], 2e-4, floor=1e-2)
+    model, ids = depth_model(name, **fields_of(routing)).train(training), mixed_ids(2, 10)
+    assert_equals_plain_loop(model, ids, left_padding(ids, 3), routing, ("eager", "sdpa"))
 
 
 class LayerLog:

@@ -78,7 +78,7 @@ def test_a_loss_is_the_plain_one(monkeypatch, positions, z_loss_coef, weights, d
     logits.requires_grad_()
     found = causal_lm_loss(config, logits, labels, training=True)
     with monkeypatch.context() as patch:
-        patch.setattr("modeling_moma.loss_moma.takes_turns", lambda logits: False)
+        patch.setattr("modeling_moma.loss_moma._takes_turns", lambda logits: False)
         expected = causal_lm_loss(config, logits, labels, training=True)
     for name, loss in expected.modality_losses.items():
         assert torch.equal(found.modality_losses[name], loss)

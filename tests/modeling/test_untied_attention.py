@@ -6,9 +6,9 @@ import torch
 from huggingface_hub.errors import StrictDataclassClassValidationError
 from transformers import StaticCache
 
-from helpers.depth_reference import reference_logits
+from helpers.depth_reference import assert_equals_plain_loop
 from helpers.reference import GROUPS, assert_near, fields_of, trainable
-from helpers.tiny import IMAGE_IDS, mixed_ids, tiny_model
+from helpers.tiny import IMAGE_IDS, left_padding, mixed_ids, tiny_model
 from modeling_moma import MomaForCausalLM
 from modeling_moma.configuration_moma import RULES
 from modeling_moma.cpu_moma import use_cpu_layers
@@ -56,49 +56,16 @@ def untied_model(name="4t4i", **fields):
     return model
 
 
-def padded(*lengths, rows=3, length=12):
-    ids = mixed_ids(rows, length)
-    mask = torch.ones_like(ids)
-    for row, padding in enumerate(lengths):
-        mask[row, :padding] = 0
-    return ids, mask
-
-
-def gradients(model, logits, weight, embeds):
-    names, parameters = zip(*trainable(model))
-    grads = torch.autograd.grad((logits * weight).sum(), [embeds, *parameters], allow_unused=True)
-    return dict(zip(["input", *names], grads))
-
-
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("routing", RULES)
 @pytest.mark.parametrize("name", VARIANTS)
 def test_a_model_equals_the_plain_loop_forward_and_backward(name, routing, training):
     model = untied_model(name, **fields_of(routing)).train(training)
-    generator = torch.Generator().manual_seed(0)
-    ids, mask = padded(3, 0, 5, length=10)
+    ids = mixed_ids(3, 10)
+    mask = left_padding(ids, 3, 0, 5)
     kinds = token_modalities(model.config, ids)
     assert set(kinds[mask == 1].tolist()) == set(range(len(model.config.modalities)))
-    # random rather than looked up: equal tokens tie
-    embeds = torch.randn(*ids.shape, model.config.hidden_size, generator=generator).requires_grad_()
-    weight = torch.randn(*ids.shape, model.config.vocab_size, generator=generator) * mask.unsqueeze(-1)
-    # before the model's own forward moves the thresholds
-    expected = reference_logits(model, embeds, kinds, routing, routing, mask == 0)
-    expected_grads = gradients(model, expected, weight, embeds)
-    state = {key: value.clone() for key, value in model.state_dict().items()}
-    for attention in ("eager", "sdpa"):
-        model.load_state_dict(state)
-        model.set_attn_implementation(attention)
-        logits = model(
-            inputs_embeds=embeds, mm_token_type_ids=kinds, attention_mask=mask, routing=routing, use_cache=False
-        ).logits
-        assert_near(logits[mask == 1], expected[mask == 1], 1e-5)
-        for key, gradient in gradients(model, logits, weight, embeds).items():
-            if expected_grads[key] is None:
-                assert gradient is None or not gradient.any(), key
-            else:
-                # terms of about 1 cancel out, and how they are rounded depends on the processor
-                assert_near(gradient, expected_grads[key], 2e-4, floor=3e-2)
+    assert_equals_plain_loop(model, ids, mask, routing, ("eager", "sdpa"), floor=3e-2)
 
 
 @torch.no_grad()
@@ -116,7 +83,8 @@ def test_copies_of_one_projection_are_attention_that_all_share(name, dtype):
         elif "attention_norm" in parts or "ffn_norm" in parts:
             parts = [*parts[:-2], parts[-1]]
         value.copy_(state[".".join(parts)])
-    ids, mask = padded(3, 0, 5)
+    ids = mixed_ids(3, 12)
+    mask = left_padding(ids, 3, 0, 5)
     expected, logits = (each(ids, attention_mask=mask).logits[mask == 1] for each in (tied, untied))
     if dtype == torch.float32:
         assert_near(logits, expected, 1e-5)

@@ -22,10 +22,10 @@ from modeling_moma.errors_moma import InputError
 from modeling_moma.planning.costs import flops_per_token
 from modeling_moma.training.pretraining import training_stream
 from modeling_moma.training.recipe import read_recipe
-from modeling_moma.training.stages import StopAt
+from modeling_moma.training.stages import StageTrainer, StopAt
 from study_recipe import reporting
 from study_recipe.grid import PLAN, RECIPES, SIZES, Pace, Run, model_fields
-from study_recipe.measuring import SPLITS, count_stream, flops_a_token, row, training_seconds
+from study_recipe.measuring import SPLITS, Counts, count_stream, flops_a_token, row, training_seconds
 from study_recipe.rows import add_row, has_row, read_rows
 from study_recipe.training import Study, train_branch
 
@@ -84,9 +84,18 @@ def test_sizes_have_the_active_parameters_that_they_are_called_by(size, millions
     assert active / 1e6 == pytest.approx(millions, rel=0.06)
 
 
-def count_of(text, image, length):
-    from study_recipe.measuring import Counts
+def test_the_shipped_recipe_is_the_dense_run_of_twenty_million_tokens():
+    shipped = read_recipe(ROOT / "recipes" / "study.yaml")
+    run = Run("dense", "0.5M", 0, (20,))
+    assert shipped.model == shipped.model | model_fields(run)
+    assert shipped.trainer["learning_rate"] == run.learning_rate
+    pace = Pace()
+    assert shipped.trainer["max_steps"] == pace.steps(20) and shipped.trainer["warmup_steps"] == pace.warmup_steps
+    assert shipped.trainer["per_device_train_batch_size"] == pace.rows
+    assert shipped.data.sequence_length == pace.row_tokens
 
+
+def count_of(text, image, length):
     return Counts({"text": text, "image": image}, {"text": length, "image": length}, {})
 
 
@@ -164,8 +173,6 @@ def test_a_decay_goes_on_from_the_trunk_and_falls_to_nothing(study):
 def test_all_recipes_of_a_seed_read_the_same_rows_in_the_same_order(study, monkeypatch):
     seen = {}
     for recipe in ("dense", "8x", "6t2i-shared"):
-        from modeling_moma.training.stages import StageTrainer
-
         take = StageTrainer.training_step
 
         def listening(self, model, inputs, num_items_in_batch=None, take=take, recipe=recipe):
