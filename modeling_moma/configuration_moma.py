@@ -64,7 +64,7 @@ class RoutingRule:
         needs_auxiliary (`bool`):
             whether it asks auxiliary routers.
         leaves_out (`bool`):
-            whether it heeds which tokens compete for no expert, see [`RoutingContext.passing_of`].
+            whether it heeds which tokens compete for no expert, see [`RoutingContext.skipping_of`].
         choose (`Callable`, *optional*):
             gives the tokens that a depth layer processes; `None` for a rule of experts alone.
     """

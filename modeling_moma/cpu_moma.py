@@ -181,8 +181,8 @@ class CpuRMSNorm(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Map `[..., D]` to `[..., D]`."""
-        if self.training and _takes_turns(hidden_states, self.weight):
-            return _NormInTurn.apply(hidden_states, self.weight, self.variance_epsilon, super().forward)
+        if self.training and _may_chunk(hidden_states, self.weight):
+            return _ChunkedNorm.apply(hidden_states, self.weight, self.variance_epsilon, super().forward)
         is_step = hidden_states.dtype in _HALVES and hidden_states.numel() <= _FEW_ELEMENTS
         # autocast raises where it puts tensors of two half precisions together
         if (
@@ -202,7 +202,7 @@ class CpuRMSNorm(nn.Module):
 _TRAINED = (torch.float32, torch.bfloat16)
 
 
-def _takes_turns(*values: torch.Tensor) -> bool:
+def _may_chunk(*values: torch.Tensor) -> bool:
     """Return whether operations on plain tensors may be done a few rows at a time, with a backward of their own."""
     return all(x.dtype in _TRAINED and is_on_cpu(x) for x in values) and are_plain(*values) and not is_transformed()
 
@@ -222,7 +222,7 @@ def gradients_again(
     return [next(found) if x.requires_grad else None for x in inputs]
 
 
-class _NormInTurn(torch.autograd.Function):
+class _ChunkedNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: torch.Tensor, weight_D: torch.Tensor, eps: float, plain: Callable):
         size = x.shape[-1]
@@ -312,7 +312,7 @@ class CpuAttention(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Rotate as the plain class does, `[B, H, T, d]` by `[B, T, d]`; in training with fewer copies."""
         are_alike = query.dtype == key.dtype == cos.dtype == sin.dtype
-        if self.training and are_alike and _takes_turns(query, key, cos, sin):
+        if self.training and are_alike and _may_chunk(query, key, cos, sin):
             return _Rotated.apply(query, cos, sin), _Rotated.apply(key, cos, sin)  # pyright: ignore[reportReturnType]
         return super().rotate(query, key, cos, sin)  # pyright: ignore[reportAttributeAccessIssue]
 

@@ -465,7 +465,7 @@ class DepthLayer(nn.Module):
             mask = step_mask(self.config, is_key_BS, hidden_BTD.dtype)
             masked_cache = MaskedStepCache(cache, chosen_BT[:, 0], self.depth_router.capacity)
         if context.track:
-            context = context.with_passing(~chosen_BT)
+            context = context.with_skipping(~chosen_BT)
         attention_update = self.attention_update(
             hidden_BTD,
             context,

@@ -2,7 +2,7 @@
 """The causal loss with its parts: each modality's mean, and the z-loss that keeps the softmax's normaliser near 1.
 
 Shape suffixes:
-    B rows, T positions, D hidden size, V vocabulary, N positions in one line, n of them in turn, S either D or V.
+    B rows, T positions, D hidden size, V vocabulary, N positions in one line, n of them in a chunk, S either D or V.
 """
 
 from dataclasses import dataclass
@@ -175,15 +175,15 @@ def _targets(
 
 
 # positions whose fp32 logits exist at once: they should stay in the caches
-_POSITIONS_IN_TURN = 32
+_TERMS_CHUNK = 32
 
 
-def _takes_turns(logits_NV: torch.Tensor) -> bool:
-    """Return whether terms are computed a few positions at a time, by [`_TermsInTurn`]."""
+def _may_chunk(logits_NV: torch.Tensor) -> bool:
+    """Return whether terms are computed a few positions at a time, by [`_ChunkedTerms`]."""
     return logits_NV.requires_grad and is_on_cpu(logits_NV) and not is_transformed()
 
 
-class _TermsInTurn(torch.autograd.Function):
+class _ChunkedTerms(torch.autograd.Function):
     """[`_plain_terms`] without an fp32 copy of all logits or their logarithms, and with a gradient written once."""
 
     @staticmethod
@@ -196,8 +196,8 @@ class _TermsInTurn(torch.autograd.Function):
         loss_N = torch.empty_like(target_N, dtype=torch.float32)
         log_z_N = torch.empty_like(loss_N)
         # n positions at a time
-        turns = zip(*(x.split(_POSITIONS_IN_TURN) for x in (logits_NV, target_N1, loss_N, log_z_N)))
-        for logits_nV, target_n1, loss_n, log_z_n in turns:
+        chunks = zip(*(x.split(_TERMS_CHUNK) for x in (logits_NV, target_N1, loss_N, log_z_N)))
+        for logits_nV, target_n1, loss_n, log_z_n in chunks:
             logits_nV = logits_nV.float()
             loss_n.copy_(nn.functional.cross_entropy(logits_nV, target_n1.squeeze(1), reduction="none"))
             torch.add(logits_nV.gather(1, target_n1).squeeze(1), loss_n, out=log_z_n)
@@ -220,7 +220,7 @@ class _TermsInTurn(torch.autograd.Function):
         logits_grad_NV = torch.empty_like(logits_NV)
         values = logits_NV, logits_grad_NV, target_N1, log_z_N.unsqueeze(1), scale_N1, target_grad_N1
         for logits_nV, logits_grad_nV, target_n1, log_z_n1, scale_n1, target_grad_n1 in zip(
-            *(x.split(_POSITIONS_IN_TURN) for x in values)
+            *(x.split(_TERMS_CHUNK) for x in values)
         ):
             # a copy also where they are fp32
             softmax_nV = logits_nV.to(torch.float32, copy=True).sub_(log_z_n1).exp_()
@@ -236,7 +236,7 @@ def _token_terms(
     ignore_index: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return what each token adds to the loss that is minimised, and its cross-entropy."""
-    terms = _TermsInTurn.apply if _takes_turns(logits_NV) else _plain_terms
+    terms = _ChunkedTerms.apply if _may_chunk(logits_NV) else _plain_terms
     return terms(logits_NV, target_N, weight_N, z_loss_coef, ignore_index)  # pyright: ignore[reportReturnType]
 
 

@@ -478,7 +478,7 @@ class MomaRouter(MomaRouterBase):
         if context.track:
             # inference compares scores without noise
             plain_NE = torch.sigmoid(logits_NE.detach()) if is_noisy else scores_NE.detach()
-            if context.passing_of(self.group) is None:
+            if context.skipping_of(self.group) is None:
                 statistics = self._statistics(plain_NE, selection, is_noisy, rule.moves_bias, context)
             else:
                 is_best = rule.select is expert_choice and not is_noisy
@@ -527,15 +527,15 @@ class MomaRouter(MomaRouterBase):
     def _statistics_of_others(
         self, scores_NE: torch.Tensor, selection: Selection, best: Selection, moves_bias: bool, context: RoutingContext
     ) -> RouterStatistics:
-        """Return the statistics of the tokens that do not pass by; there may be none. `best` is their top K."""
-        is_passing_N: Any = context.passing_of(self.group)
-        scores_EN, weight_EK = scores_NE.t().masked_fill(is_passing_N, -1.0), best.weight_EK.detach()
+        """Return the statistics of the tokens that do not skip the layer; there may be none. `best` is their top K."""
+        is_skipping_N: Any = context.skipping_of(self.group)
+        scores_EN, weight_EK = scores_NE.t().masked_fill(is_skipping_N, -1.0), best.weight_EK.detach()
         # scores are lower than 2, which stays where no place is filled
         kth_E = weight_EK.masked_fill(weight_EK <= 0, 2.0).amin(-1)
         lower_E = lower_scores(scores_EN, kth_E.unsqueeze(-1)).amax(-1)
         count_E, load_deficit = (kth_E < 2).float(), None
         if moves_bias:
-            load_deficit = self._load_deficit(selection, (~is_passing_N).sum().clamp(min=1), context)
+            load_deficit = self._load_deficit(selection, (~is_skipping_N).sum().clamp(min=1), context)
         return RouterStatistics(kth_E, lower_E, load_deficit, count_E)
 
     def _load_deficit(
@@ -550,11 +550,11 @@ class MomaRouter(MomaRouterBase):
         if self.balance_bias.ndim == 1:
             load_E = weight_P.new_zeros(self.num_experts).index_add(0, selection.expert_P, is_taken_P)
             return (load_E.mean() - load_E) / num_tokens
-        modality_N, is_passing_N = context.modality_N, context.passing_of(self.group)
+        modality_N, is_skipping_N = context.modality_N, context.skipping_of(self.group)
         place_P = modality_N.index_select(0, selection.token_P) * self.num_experts + selection.expert_P
         load_ME = torch.zeros_like(self.balance_bias).flatten().index_add(0, place_P, is_taken_P)
         load_ME = load_ME.view_as(self.balance_bias)
-        is_counted_N = torch.ones_like(modality_N) if is_passing_N is None else ~is_passing_N
+        is_counted_N = torch.ones_like(modality_N) if is_skipping_N is None else ~is_skipping_N
         # a modality without a token has no load and moves no bias
         count_M = torch.zeros_like(load_ME[:, 0]).index_add(0, modality_N, is_counted_N.to(load_ME)).clamp(min=1)
         return (load_ME.mean(1, keepdim=True) - load_ME) / count_M.unsqueeze(-1)
@@ -588,14 +588,14 @@ def expert_choice(
     router: MomaRouter, x_ND: torch.Tensor, scores_NE: torch.Tensor, context: RoutingContext
 ) -> Selection:
     """Select each expert's top `K` tokens of the batch (MoMa section 2.2). Not causal: for training."""
-    num_tokens, is_passing_N = scores_NE.shape[0], context.passing_of(router.group)
+    num_tokens, is_skipping_N = scores_NE.shape[0], context.skipping_of(router.group)
     capacity = router.capacity(num_tokens)
-    if is_passing_N is None:
+    if is_skipping_N is None:
         weight_EK, token_EK = scores_NE.t().topk(capacity, dim=-1)
         return Selection.from_topk(token_EK, weight_EK)
-    # as many places as if none passed by, of which those of the others are filled
-    weight_EK, token_EK = scores_NE.t().masked_fill(is_passing_N, -1.0).topk(capacity, dim=-1)
-    is_filled_K = is_within_share(router.capacity_fraction, num_tokens - is_passing_N.sum(), capacity)
+    # as many places as if none skipped the layer, of which those of the others are filled
+    weight_EK, token_EK = scores_NE.t().masked_fill(is_skipping_N, -1.0).topk(capacity, dim=-1)
+    is_filled_K = is_within_share(router.capacity_fraction, num_tokens - is_skipping_N.sum(), capacity)
     return Selection.from_topk(token_EK, weight_EK * is_filled_K, has_padding=True)
 
 
@@ -624,7 +624,7 @@ def threshold(router: MomaRouter, x_ND: torch.Tensor, scores_NE: torch.Tensor, c
         is_filled: Any = best.weight_EK > 0 if best.has_padding else True
         is_best_EN = torch.zeros_like(is_taken_NE.t()).scatter_(1, best.token_EK, is_filled)
         is_taken_NE = torch.where(num_updates < router.warmup_steps, is_best_EN.t(), is_taken_NE)
-    is_taken_NE = _without_passing(is_taken_NE, router, context)
+    is_taken_NE = _without_skipping(is_taken_NE, router, context)
     return Selection.from_mask(is_taken_NE, scores_NE, context.has_fixed_shapes, context.may_sync)
 
 
@@ -646,9 +646,9 @@ def token_choice(
         # of each token's modality
         bias = bias.index_select(0, context.modality_N)
     expert_Nk = (scores_NE + bias).topk(router.num_experts_per_tok, dim=-1).indices
-    if context.has_fixed_shapes or context.passing_BT is not None:
+    if context.has_fixed_shapes or context.skipping_BT is not None:
         is_taken_NE = torch.zeros_like(scores_NE, dtype=torch.bool).scatter_(1, expert_Nk, True)
-        is_taken_NE = _without_passing(is_taken_NE, router, context)
+        is_taken_NE = _without_skipping(is_taken_NE, router, context)
         return Selection.from_mask(is_taken_NE, scores_NE, context.has_fixed_shapes, context.may_sync)
     expert_P, order_P = expert_Nk.flatten().sort(stable=True)
     weight_P = scores_NE.gather(1, expert_Nk).flatten().index_select(0, order_P)
@@ -662,9 +662,9 @@ def auxiliary(router: MomaRouter, x_ND: torch.Tensor, scores_NE: torch.Tensor, c
     return Selection.from_mask(is_taken_NE, scores_NE, context.has_fixed_shapes, context.may_sync)
 
 
-def _without_passing(is_taken_NE: torch.Tensor, router: MomaRouter, context: RoutingContext) -> torch.Tensor:
-    is_passing_N = context.passing_of(router.group)
-    return is_taken_NE if is_passing_N is None else is_taken_NE.masked_fill(is_passing_N.unsqueeze(-1), False)
+def _without_skipping(is_taken_NE: torch.Tensor, router: MomaRouter, context: RoutingContext) -> torch.Tensor:
+    is_skipping_N = context.skipping_of(router.group)
+    return is_taken_NE if is_skipping_N is None else is_taken_NE.masked_fill(is_skipping_N.unsqueeze(-1), False)
 
 
 def update_routers(context: RoutingContext, bias_update_rate: float):

@@ -338,8 +338,8 @@ class RoutingContext:
         masks_depth (`bool`, *optional*, defaults to `False`):
             whether depth layers run all tokens and mask those that they have not chosen, in place of a device sync for
             their number.
-        passing_BT (`torch.BoolTensor`, *optional*):
-            inside a depth layer that does so, the tokens that pass by it and compete for no expert, `[B, T]`.
+        skipping_BT (`torch.BoolTensor`, *optional*):
+            inside a depth layer that does so, the tokens that skip it and compete for no expert, `[B, T]`.
 
     Attributes:
         statistics (`dict`):
@@ -366,7 +366,7 @@ class RoutingContext:
         pairs: PairForm = PairForm.COUNTED,
         takes_hints: bool = False,
         masks_depth: bool = False,
-        passing_BT: torch.Tensor | None = None,
+        skipping_BT: torch.Tensor | None = None,
     ):
         self.routing = routing
         # both are given wherever there are depth layers
@@ -378,12 +378,12 @@ class RoutingContext:
         self.custom_mask_BHQS = custom_mask_BHQS
         self.lengths = lengths
         self.runs_all_groups, self.pairs, self.takes_hints = runs_all_groups, pairs, takes_hints
-        self.masks_depth, self.passing_BT = masks_depth, passing_BT
+        self.masks_depth, self.skipping_BT = masks_depth, skipping_BT
         self.statistics: dict[Any, RouterStatistics] = {}
         self.state: dict[Any, RouterState] = {}
         self.noise: dict[Any, torch.Tensor] = {}
         self._by_device: dict[torch.device, RoutingContext] = {}
-        self._passing: dict[str, torch.Tensor] | None = None
+        self._skipping: dict[str, torch.Tensor] | None = None
 
     @property
     def has_fixed_shapes(self) -> bool:
@@ -448,18 +448,18 @@ class RoutingContext:
         """
         return self._view(split=split, modality_BT=modality_BT)
 
-    def with_passing(self, passing_BT: torch.Tensor) -> "RoutingContext":
-        """Return the same context for a layer that these tokens pass by."""
-        return self._view(passing_BT=passing_BT)
+    def with_skipping(self, skipping_BT: torch.Tensor) -> "RoutingContext":
+        """Return the same context for a layer that these tokens skip."""
+        return self._view(skipping_BT=skipping_BT)
 
-    def passing_of(self, group: str) -> torch.Tensor | None:
+    def skipping_of(self, group: str) -> torch.Tensor | None:
         """Return which of a group's tokens compete for no expert, `[N]`; `None` where all compete."""
-        if self.passing_BT is None:
+        if self.skipping_BT is None:
             return None
-        if self._passing is None:
-            parts = self.split.split(self.passing_BT.unsqueeze(-1))
-            self._passing = {name: part.squeeze(-1) for name, part in parts.items()}
-        return self._passing[group] if self._passing[group].shape[0] else None
+        if self._skipping is None:
+            parts = self.split.split(self.skipping_BT.unsqueeze(-1))
+            self._skipping = {name: part.squeeze(-1) for name, part in parts.items()}
+        return self._skipping[group] if self._skipping[group].shape[0] else None
 
     def with_syncs(self) -> "RoutingContext":
         """Return the same context, in which layers may ask the device for numbers."""
@@ -493,7 +493,7 @@ class RoutingContext:
 
     def _copy(self, **changes: Any) -> "RoutingContext":
         names = ("routing", "split", "track", "depth_routing", "runs_all_groups", "pairs", "takes_hints")
-        names += ("masks_depth", "passing_BT", *_TENSORS)
+        names += ("masks_depth", "skipping_BT", *_TENSORS)
         return RoutingContext(**{**{name: getattr(self, name) for name in names}, **changes})
 
     def _view(self, **changes: Any) -> "RoutingContext":

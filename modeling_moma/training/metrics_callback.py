@@ -109,10 +109,10 @@ class MomaMetricsCallback(TrainerCallback):
             taken_N.index_add_(0, selection.token_P, is_pair_P)
             uncovered, count = (taken_N == 0).float().mean(), 1.0
             covered_twice = (taken_N > 1).float().mean()
-            is_passing_N = context.passing_of(module.group)
-            if is_passing_N is not None:
-                num_others = (~is_passing_N).sum()
-                uncovered = ((taken_N == 0) & ~is_passing_N).sum() / num_others.clamp(min=1)
+            is_skipping_N = context.skipping_of(module.group)
+            if is_skipping_N is not None:
+                num_others = (~is_skipping_N).sum()
+                uncovered = ((taken_N == 0) & ~is_skipping_N).sum() / num_others.clamp(min=1)
                 covered_twice = (taken_N > 1).sum() / num_others.clamp(min=1)
                 count = (num_others > 0).float()
             sums = self._sums[module.training]

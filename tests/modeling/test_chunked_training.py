@@ -70,7 +70,7 @@ def test_a_rotation_is_that_of_llama(length, num_rows, dtype):
 @pytest.mark.parametrize("z_loss_coef", [0.0, 1e-2])
 @pytest.mark.parametrize("positions", [1, 7, 32])
 def test_a_loss_is_the_plain_one(monkeypatch, positions, z_loss_coef, weights, dtype):
-    monkeypatch.setattr(loss_moma, "_POSITIONS_IN_TURN", positions)
+    monkeypatch.setattr(loss_moma, "_TERMS_CHUNK", positions)
     config = tiny_model(modality_loss_weights=weights, z_loss_coef=z_loss_coef).config
     ids = mixed_ids(2, 19)
     labels = ids.masked_fill(torch.rand(ids.shape, generator=torch.Generator().manual_seed(0)) < 0.3, -100)
@@ -78,7 +78,7 @@ def test_a_loss_is_the_plain_one(monkeypatch, positions, z_loss_coef, weights, d
     logits.requires_grad_()
     found = causal_lm_loss(config, logits, labels, training=True)
     with monkeypatch.context() as patch:
-        patch.setattr("modeling_moma.loss_moma._takes_turns", lambda logits: False)
+        patch.setattr("modeling_moma.loss_moma._may_chunk", lambda logits: False)
         expected = causal_lm_loss(config, logits, labels, training=True)
     for name, loss in expected.modality_losses.items():
         assert torch.equal(found.modality_losses[name], loss)
