@@ -19,6 +19,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from modeling_moma.utils.hardware import keep_freed_memory
 from study_recipe.grid import PLAN, Run
 from study_recipe.preparing import prepare
 from study_recipe.rows import add_row, has_row
@@ -62,6 +63,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     if args.processes > 1:
         return start_processes(args, sys.argv[1:] if arguments is None else arguments)
+    keep_freed_memory()
     end = None if args.minutes is None else time.monotonic() + 60 * args.minutes
     for run in runs:
         work_on(study, run, args.results, end)
