@@ -4,6 +4,7 @@ Trains the study's grid of recipes, seeds and budgets, and adds a row to its res
 
     python scripts/study.py --work FOLDER --prepare      tokenizer, processor and tokens, once
     python scripts/study.py --work FOLDER --processes 2  train what the plan has and the results lack
+    python scripts/study.py --work FOLDER --measure      measure finished branches again, from their checkpoints
     python scripts/study.py --list                       what is finished and what is not
 
 Everything resumes: a killed run goes on from its last checkpoint. Processes have one thread each. Checkpoints stay in
@@ -22,8 +23,8 @@ from filelock import FileLock, Timeout
 from modeling_moma.utils.hardware import keep_freed_memory
 from study_recipe.grid import PLAN, Run
 from study_recipe.preparing import prepare
-from study_recipe.rows import add_row, has_row
-from study_recipe.training import Study, forget, train_branch
+from study_recipe.rows import add_row, has_row, read_rows
+from study_recipe.training import Study, finished, forget, train_branch
 
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -35,6 +36,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--results", type=Path, default=REPOSITORY / "docs" / "study" / "runs.parquet")
     parser.add_argument("--recipe", type=Path, default=REPOSITORY / "recipes" / "study.yaml")
     parser.add_argument("--prepare", action="store_true", help="make tokenizer, processor and tokens")
+    parser.add_argument("--measure", action="store_true", help="measure what has a row again")
     parser.add_argument("--processes", type=int, default=1, help="runs side by side, one thread each")
     parser.add_argument("--minutes", type=float, help="begin no further branch after these")
     parser.add_argument("--only", nargs="+", metavar="RUN", help="take these runs of the plan alone")
@@ -64,6 +66,10 @@ def main(arguments: list[str] | None = None) -> int:
     if args.processes > 1:
         return start_processes(args, sys.argv[1:] if arguments is None else arguments)
     keep_freed_memory()
+    if args.measure:
+        for run in runs:
+            measure_again(study, run, args.results)
+        return 0
     end = None if args.minutes is None else time.monotonic() + 60 * args.minutes
     for run in runs:
         work_on(study, run, args.results, end)
@@ -101,6 +107,21 @@ def work_on(study: Study, run: Run, results: Path, end: float | None) -> None:
                 forget(study, run, budget)
     except Timeout:
         print(f"{run.name}: another process is at it", flush=True)
+
+
+def measure_again(study: Study, run: Run, results: Path) -> None:
+    """Put new measurements of finished branches into their rows; what tells of the training stays."""
+    from study_recipe.measuring import row
+
+    rows = {old["budget"]: old for old in read_rows(results) if old["run"] == run.name}
+    for budget in sorted(rows):
+        checkpoint = finished(study.runs / run.name / f"{budget}M", study.pace.steps(budget))
+        if checkpoint is None:
+            print(f"{run.name}: {budget} million tokens: its checkpoint is gone, and its row stays as it is")
+            continue
+        kept = {name: rows[budget][name] for name in ("seconds", "revision", "hardware")}
+        add_row(results, {**row(study, run, budget, checkpoint, REPOSITORY), **kept})
+        print(f"{run.name}: {budget} million tokens: measured again", flush=True)
 
 
 if __name__ == "__main__":

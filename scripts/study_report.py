@@ -16,6 +16,7 @@ from study_recipe.reporting import (
     cost_table,
     coverage_table,
     draw_savings,
+    experts_table,
     loss_table,
     opened,
     plan_table,
@@ -68,6 +69,7 @@ def tables(rows: list[dict]) -> str:
         f"Eta on `{CLAIMING}`": saving_table(rows, CLAIMING),
         "Eta over tokens by active parameter": slope_table(rows, CLAIMING),
         "Tokens that no expert took": coverage_table(rows),
+        "Routed experts that a token meets": experts_table(rows),
         "What the law asks for": plan_table(),
     }
     return "\n".join(f"### {title}\n\n{content}\n" for title, content in parts.items())

@@ -12,12 +12,14 @@ from typing import Any
 
 import torch
 
+from modeling_moma.calibration.observation import RouterRecord, observed_routers
 from modeling_moma.configuration_moma import MomaConfig
 from modeling_moma.data.documents import TokenFolder
 from modeling_moma.data.packing import PackedExamples
 from modeling_moma.evaluation.held_out import read_held_out
 from modeling_moma.evaluation.losses import CAUSAL, source_losses
 from modeling_moma.evaluation.measures import load_model
+from modeling_moma.modeling_moma import MomaForCausalLM
 from modeling_moma.planning.costs import flops_per_token
 from modeling_moma.token_groups_moma import token_modalities
 from modeling_moma.training.pretraining import training_stream
@@ -33,6 +35,8 @@ DOCUMENTS = 2000
 SPLITS = ("validation", "test")
 # rows of the stream in which documents are counted
 COUNTED_ROWS = 2000
+# rows of the stream in which experts are counted
+ROUTED_ROWS = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,14 +111,79 @@ def flops_a_token(config: MomaConfig, counts: Counts, with_head: bool) -> float:
     return total if with_head else total - head
 
 
-def counts_of(study: Study, run: Run, config: MomaConfig) -> Counts:
-    """Return the counts of a run's stream."""
+def stream_of(study: Study, run: Run) -> PackedExamples:
+    """Return rows of a run's training, fewer than it takes."""
     recipe = read_recipe(study.recipe)
     tokens = TokenFolder(study.tokens / run.data, MomaProcessor.from_pretrained(study.processor))
     stream = training_stream(recipe.data, tokens, recipe.sources, COUNTED_ROWS, run.seed)
     if not isinstance(stream, PackedExamples):
         raise TypeError("the study counts packed rows.")
-    return count_stream(stream, [source.name for source in recipe.sources], config)
+    return stream
+
+
+def counts_of(study: Study, run: Run, config: MomaConfig) -> Counts:
+    """Return the counts of a run's stream."""
+    sources = [source.name for source in read_recipe(study.recipe).sources]
+    return count_stream(stream_of(study, run), sources, config)
+
+
+@torch.no_grad()
+def experts_met(model: MomaForCausalLM, rows: Mapping[str, torch.Tensor]) -> list[dict[str, Any]]:
+    """Return how many routed experts take a token, in the mean, for each layer and modality.
+
+    In a pool that several modalities share expert choice may give one of them most of what is computed.
+
+    Args:
+        model (`MomaForCausalLM`):
+            in `eval()` mode.
+        rows (`Mapping[str, torch.Tensor]`):
+            the model's inputs, `[B, T]` each.
+
+    Returns:
+        `list[dict[str, Any]]`: `layer`, `modality`, and the number of experts at inference (`causal`) and of experts
+        that choose among all these tokens (`oracle`); none for groups of one expert.
+    """
+    config = model.config
+    is_token_N = rows["attention_mask"].flatten() != 0 if "attention_mask" in rows else slice(None)
+    modality_N = token_modalities(config, rows["input_ids"]).flatten()[is_token_N]
+    skipping: dict[int, torch.Tensor] = {}
+    found = []
+
+    def observe(record: RouterRecord):
+        # "model.layers.0.mlp.groups.text.router" or "model.layers.0.depth_router"
+        parts = record.name.split(".")
+        layer = int(parts[parts.index("layers") + 1])
+        if "groups" not in parts:
+            skipping[layer] = ~record.is_taken_NS.squeeze(1)
+            return
+        members = config.expert_groups[parts[parts.index("groups") + 1]]
+        places = [config.modalities.index(name) for name in members]
+        is_mine_N = torch.isin(modality_N, torch.tensor(places))
+        if layer in skipping:
+            is_mine_N &= ~skipping[layer]
+        for name, place in zip(members, places):
+            is_asked_N = modality_N[is_mine_N] == place
+            numbers = {
+                "causal": record.is_taken_NS[is_asked_N].sum(1).double().mean().item(),
+                "oracle": record.is_member_NS[is_asked_N].sum(1).double().mean().item(),
+            }
+            found.append({"layer": layer, "modality": name, **numbers})
+
+    with observed_routers(model, observe):
+        model(**rows, use_cache=False)
+    return found
+
+
+def routed_experts(study: Study, run: Run, checkpoint: Path) -> list[dict[str, Any]]:
+    """Return [`experts_met`] of a checkpoint on rows of the run's training; nothing for models without routers."""
+    model = load_model(str(checkpoint), "cpu")
+    config = model.config
+    if not config.depth_layers and all(config.group_num_experts(group) == 1 for group in config.expert_groups):
+        return []
+    stream = stream_of(study, run)
+    examples = [stream[index] for index in range(min(ROUTED_ROWS, len(stream)))]
+    names = examples[0].keys() - {"source_ids", "labels"}
+    return experts_met(model, {name: torch.stack([row[name] for row in examples]) for name in names})
 
 
 def held_out_losses(study: Study, run: Run, checkpoint: Path) -> list[dict[str, Any]]:
@@ -211,7 +280,7 @@ def row(study: Study, run: Run, millions: int, checkpoint: Path, repository: Pat
             whose commit is named.
 
     Returns:
-        `dict`: plain values; `config`, `hardware`, `counts`, `curve` and `losses` are JSON.
+        `dict`: plain values; `config`, `hardware`, `counts`, `curve`, `losses` and `experts` are JSON.
     """
     config, log = MomaConfig.from_pretrained(checkpoint), log_of(checkpoint)
     counts, points = counts_of(study, run, config), curve(log, study.pace.step_tokens)
@@ -223,6 +292,7 @@ def row(study: Study, run: Run, millions: int, checkpoint: Path, repository: Pat
         "counts": dataclasses.asdict(counts),
         "curve": points,
         "losses": held_out_losses(study, run, checkpoint),
+        "experts": routed_experts(study, run, checkpoint),
     }
     return {
         "run": run.name,

@@ -31,8 +31,8 @@ LAW_SMALLEST, LAW_LARGEST = 2.0732, 290.45
 
 
 def opened(row: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a row of the file with its JSON read."""
-    return {name: json.loads(value) if name in NESTED else value for name, value in row.items()}
+    """Return a row of the file with its JSON read; what it lacks is `None`."""
+    return {name: json.loads(value) if name in NESTED and value else value for name, value in row.items()}
 
 
 def losses_of(row: Mapping[str, Any], kind: str, split: str) -> dict[str, float] | None:
@@ -214,6 +214,24 @@ def coverage_table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def _uncovered(point: Mapping[str, float]) -> bool:
     return any(f"{group}_uncovered" in point for group in GROUPS)
+
+
+def experts_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return how many routed experts take a token at inference, by layers from the first, and in their mean."""
+    header = ["size", "tokens", "recipe", *(f"{name}, {part}" for name in GROUPS[:2] for part in ("mean", "by layer"))]
+    lines = []
+    for (size, data, budget, _, recipe), seeds in grouped(rows).items():
+        numbers: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
+        for entry in (entry for row in seeds for entry in row.get("experts") or ()):
+            numbers[entry["modality"]][entry["layer"]].append(entry["causal"])
+        if data != "all" or not numbers:
+            continue
+        cells = []
+        for name in GROUPS[:2]:
+            means = [fmean(values) for _, values in sorted(numbers[name].items())]
+            cells += [f"{fmean(means):.2f}", " / ".join(f"{mean:.2f}" for mean in means)] if means else ["", ""]
+        lines.append([size, f"{budget}M", recipe, *cells])
+    return table(header, lines)
 
 
 def cost_table(rows: Sequence[Mapping[str, Any]]) -> str:

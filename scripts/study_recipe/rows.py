@@ -13,7 +13,7 @@ from modeling_moma.utils.atomic_files import write_aside
 
 KEY = ("run", "budget")
 # values that are JSON
-NESTED = ("config", "hardware", "counts", "curve", "losses")
+NESTED = ("config", "hardware", "counts", "curve", "losses", "experts")
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
@@ -40,5 +40,7 @@ def add_row(path: Path, row: dict[str, Any]) -> None:
         key = tuple(row[name] for name in KEY)
         rows = [other for other in read_rows(path) if tuple(other[name] for name in KEY) != key]
         rows = sorted([*rows, row], key=lambda entry: tuple(entry[name] for name in KEY))
-        table = pyarrow.Table.from_pylist(rows)
+        # a column that only some rows have is none of those that pyarrow infers
+        names = list(dict.fromkeys(name for entry in rows for name in entry))
+        table = pyarrow.Table.from_pylist([{name: entry.get(name) for name in names} for entry in rows])
         write_aside(path, lambda aside: pyarrow.parquet.write_table(table, aside, compression="zstd"))

@@ -14,18 +14,22 @@ import yaml
 from safetensors.torch import load_file
 
 from helpers.mixture import WEIGHTS, write_mixture
-from helpers.tiny import tiny_processor
+from helpers.tiny import mixed_ids, tiny_model, tiny_processor
 from modeling_moma import MomaConfig
+from modeling_moma.calibration.observation import named_routers
 from modeling_moma.cli import tokenize
 from modeling_moma.data.documents import TokenFolder
 from modeling_moma.errors_moma import InputError
+from modeling_moma.evaluation.routing_images import record_routing
 from modeling_moma.planning.costs import flops_per_token
+from modeling_moma.token_groups_moma import token_modalities
 from modeling_moma.training.pretraining import training_stream
 from modeling_moma.training.recipe import read_recipe
 from modeling_moma.training.stages import StageTrainer, StopAt
+from study import measure_again
 from study_recipe import reporting
 from study_recipe.grid import PLAN, RECIPES, SIZES, Pace, Run, model_fields
-from study_recipe.measuring import SPLITS, Counts, count_stream, flops_a_token, row, training_seconds
+from study_recipe.measuring import SPLITS, Counts, count_stream, experts_met, flops_a_token, row, training_seconds
 from study_recipe.rows import add_row, has_row, read_rows
 from study_recipe.training import Study, train_branch
 
@@ -205,6 +209,52 @@ def test_a_row_has_the_losses_of_every_split_and_is_put_in_its_place_once(study,
         shares = found["counts"]["tokens"]
         assert losses["overall"] == pytest.approx(sum(shares[name] * losses[name] for name in shares), rel=0.02)
     assert list(tmp_path.glob("results/*.parquet")) == [path]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"num_experts": 4}, {"num_experts": {"text": 4, "image": 1}}, {"depth_layers": [1], "depth_capacity": 0.5}],
+)
+def test_experts_that_a_token_meets_are_counted_by_modality(fields):
+    torch.manual_seed(0)
+    model = tiny_model(**fields).eval()
+    for router in named_routers(model).values():
+        router.threshold.fill_(0.5)
+    ids = mixed_ids()[:1]
+    modality_T = token_modalities(model.config, ids)[0].tolist()
+    routed = record_routing(model, ids[0])
+    found = {(entry["layer"], entry["modality"]): entry for entry in experts_met(model, {"input_ids": ids})}
+    groups = {name: group for group, members in model.config.expert_groups.items() for name in members}
+    names = [name for name in model.config.modalities if model.config.group_num_experts(groups[name]) > 1]
+    assert found.keys() == {(layer, name) for layer in range(model.config.num_hidden_layers) for name in names}
+    for (layer, name), entry in found.items():
+        asked = [
+            len(routed.experts[layer][place])
+            for place, index in enumerate(modality_T)
+            if model.config.modalities[index] == name and not routed.skipped[layer][place]
+        ]
+        assert entry["causal"] == pytest.approx(sum(asked) / len(asked))
+    # experts that choose take as many tokens as their capacity says
+    if isinstance(fields.get("num_experts"), int):
+        shares = {
+            name: modality_T.count(index) / len(modality_T) for index, name in enumerate(model.config.modalities)
+        }
+        assert sum(shares[name] * found[0, name]["oracle"] for name in names) == pytest.approx(1.0, abs=0.2)
+
+
+def test_finished_branches_are_measured_again_and_keep_what_tells_of_their_training(study, tmp_path):
+    path = tmp_path / "runs.parquet"
+    checkpoint = train_branch(study, RUN, LARGE)
+    result = row(study, RUN, LARGE, checkpoint, ROOT)
+    old = {name: value for name, value in result.items() if name != "experts"}
+    add_row(path, {**old, "revision": "abc", "losses": "[]"})
+    # a run whose checkpoints are gone
+    add_row(path, {**old, "run": "other", "recipe": "dense"})
+    measure_again(study, RUN, path)
+    rows = {entry["run"]: reporting.opened(entry) for entry in read_rows(path)}
+    assert rows[RUN.name]["revision"] == "abc" and rows[RUN.name]["losses"] == json.loads(result["losses"])
+    assert rows[RUN.name]["experts"] == json.loads(result["experts"]) and rows["other"]["experts"] is None
+    assert "4t4i-shared" in reporting.experts_table(list(rows.values()))
 
 
 def test_a_pause_does_not_count_as_training():
