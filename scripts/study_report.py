@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-Writes the tables and the figure of docs/study.md from the study's rows.
+Writes the tables and the figures of docs/study.md from the study's rows.
 
     python scripts/study_report.py
 
@@ -15,6 +15,7 @@ from modeling_moma.utils.atomic_files import write_aside
 from study_recipe.reporting import (
     cost_table,
     coverage_table,
+    draw_gaps,
     draw_savings,
     experts_table,
     loss_table,
@@ -36,7 +37,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=REPOSITORY / "docs" / "study" / "runs.parquet")
     parser.add_argument("--page", type=Path, default=REPOSITORY / "docs" / "study.md")
-    parser.add_argument("--figure", type=Path, default=REPOSITORY / "docs" / "images" / "study-eta.svg")
+    parser.add_argument("--figures", type=Path, default=REPOSITORY / "docs" / "images", help="folder of the figures")
     return parser.parse_args(arguments)
 
 
@@ -52,7 +53,8 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
     before, _, rest = text.partition(START)
     after = rest.partition(END)[2]
-    draw_savings(rows, CLAIMING, args.figure)
+    draw_savings(rows, CLAIMING, args.figures / "study-eta.svg")
+    draw_gaps(rows, args.figures / "study-gaps.svg")
     page = f"{before}{START}\n{tables(rows)}\n{END}{after}"
     write_aside(args.page, lambda path: path.write_text(page))
     print(f"{args.page}: {len(rows)} rows")

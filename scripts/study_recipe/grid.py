@@ -95,7 +95,7 @@ def recipe_fields(recipe: str, size: Size) -> dict[str, Any]:
     """
     if recipe not in RECIPES:
         raise InputError(f"recipe {recipe!r}: it must be one of {list(RECIPES)}.")
-    fields = dict(RECIPES[recipe])
+    fields = {name: value for name, value in RECIPES[recipe].items() if name != "upcycled"}
     width = FEED_FORWARD * size.hidden_size
     if depth := fields.pop("depth", None):
         fields |= {"depth_layers": [1], "depth_capacity": dict.fromkeys(TWO, depth)}
@@ -109,6 +109,29 @@ def recipe_fields(recipe: str, size: Size) -> dict[str, Any]:
     return fields
 
 
+@dataclass(frozen=True)
+class Seed:
+    """What an upcycled model grows from.
+
+    Args:
+        recipe (`str`):
+            see [`RECIPES`].
+        millions (`int`):
+            tokens of its training. They count as the upcycled model's, and cost what its own tokens cost.
+        experts (`str`):
+            of the upcycled model, as `moma upcycle --to` takes them.
+    """
+
+    recipe: str
+    millions: int
+    experts: str
+
+
+def seed_of(recipe: str) -> Seed | None:
+    """Return what a recipe's model grows from, `None` for one that begins with random weights."""
+    return RECIPES[recipe].get("upcycled")
+
+
 def widening(layers: int, capacity: float) -> float:
     """Return how much wider feed-forward networks are where a depth layer of this capacity takes one layer's place.
 
@@ -118,7 +141,8 @@ def widening(layers: int, capacity: float) -> float:
     return (10 * layers / run - 4) / 6
 
 
-# `routed` and `shared` are widths of an expert over that of the dense network, `depth` is the second layer's capacity
+# `routed` and `shared` are widths of an expert over that of the dense network, `depth` is the second layer's capacity,
+# `upcycled` is the seed that a model grows from
 RECIPES: dict[str, dict[str, Any]] = {
     "dense": {"num_experts": 1},
     "1t1i": {"num_experts": _groups(1, 1)},
@@ -157,6 +181,14 @@ RECIPES: dict[str, dict[str, Any]] = {
     "4t4i-covered-shared": {"num_experts": _groups(4, 4), "cover_all_tokens": True, "routed": 0.38, "shared": 0.5},
     "untied-1t1i": {"num_experts": _groups(1, 1), "untied_attention": True},
     "untied-4t4i-shared": {"num_experts": _groups(4, 4), "untied_attention": True, "routed": 0.5, "shared": 0.5},
+    "1t1i-shared": {"num_experts": _groups(1, 1), "routed": 0.5, "shared": 0.5},
+    "4t4i-upcycled": {"num_experts": _groups(4, 4), "upcycled": Seed("1t1i", 4, "4t4i")},
+    "4t4i-shared-upcycled": {
+        "num_experts": _groups(4, 4),
+        "routed": 0.5,
+        "shared": 0.5,
+        "upcycled": Seed("1t1i-shared", 4, "4t4i"),
+    },
     "4t4i-shared-depth": {"num_experts": _groups(4, 4), "routed": 0.5, "shared": 0.5, "depth": 0.5},
 }
 
@@ -210,10 +242,13 @@ def model_fields(run: Run) -> dict[str, Any]:
 # recipes of which one seed goes on to more tokens
 LONGER = {"dense": (40,), "1t1i": (40,), "4t4i-shared": (40,), "4t4i": (40,)}
 COMPARED = (*LONGER, "8x", "6t2i", "8x-shared", "4t4i-token-choice")
+# what may make the best of them better
+TRIED = ("4t4i-shared-upcycled", "4t4i-upcycled")
 
 # in the order in which they are trained: first what decides on the learning rate, then what the study claims
 PLAN: tuple[Run, ...] = (
     *(Run(recipe, "0.5M", 0, (5,), rate) for rate in (0.5, 1.0, 2.0) for recipe in ("dense", "4t4i-shared")),
     *(Run(recipe, "0.5M", 1, (10, 20, *LONGER.get(recipe, ()))) for recipe in COMPARED),
+    *(Run(recipe, "0.5M", 1, (10, 20)) for recipe in TRIED),
     *(Run(recipe, "0.5M", 2, (10, 20)) for recipe in COMPARED),
 )

@@ -101,16 +101,19 @@ class Saving:
     Args:
         tokens (`float`):
             eta: dense's tokens over the recipe's for one loss, times dense's training FLOPs a token over the recipe's.
+        without_head (`float`):
+            the same where the head's FLOPs do not count.
         seconds (`float`):
             the same in seconds of training.
     """
 
     tokens: float
+    without_head: float
     seconds: float
 
 
 def saving(row: Mapping[str, Any], dense: Sequence[Mapping[str, Any]], kind: str, split: str, part: str) -> Saving:
-    """Return what a row saves over the dense rows of its size and seed, the head counted.
+    """Return what a row saves over the dense rows of its size and seed.
 
     Args:
         row (`Mapping`):
@@ -126,9 +129,9 @@ def saving(row: Mapping[str, Any], dense: Sequence[Mapping[str, Any]], kind: str
     """
     curve = [(float(other["tokens"]), _part(other, kind, split, part)) for other in dense]
     ratio = tokens_needed(curve, _part(row, kind, split, part)) / row["tokens"]
-    flops = dense[0]["flops_a_token"] / row["flops_a_token"]
+    flops, without_head = (dense[0][name] / row[name] for name in ("flops_a_token", "flops_a_token_without_head"))
     seconds = fmean(other["seconds"] / other["tokens"] for other in dense) / (row["seconds"] / row["tokens"])
-    return Saving(ratio * flops, ratio * seconds)
+    return Saving(ratio * flops, ratio * without_head, ratio * seconds)
 
 
 def _part(row: Mapping[str, Any], kind: str, split: str, part: str) -> float:
@@ -183,7 +186,7 @@ def saving_table(rows: Sequence[Mapping[str, Any]], split: str) -> str:
     """Return eta by three losses, a line for each recipe and budget that dense rows can be compared with."""
     header = ["size", "data", "tokens", "recipe", "seeds"]
     header += [f"{kind}, {name}" for kind in (TRAINING, ORACLE, CAUSAL) for name in PARTS.values()]
-    header.append("causal, all, in seconds")
+    header += ["causal, all, without head", "causal, all, in seconds"]
     lines = []
     for (size, data, budget, _, recipe), seeds in grouped(rows).items():
         compared = [(row, partners(row, rows)) for row in seeds if recipe != BASELINE]
@@ -194,8 +197,9 @@ def saving_table(rows: Sequence[Mapping[str, Any]], split: str) -> str:
         for kind in (TRAINING, ORACLE, CAUSAL):
             for part in PARTS:
                 columns.append(spread([saving(row, dense, kind, split, part).tokens for row, dense in compared], 2))
-        seconds = [saving(row, dense, CAUSAL, split, "overall").seconds for row, dense in compared]
-        lines.append([size, data, f"{budget}M", recipe, str(len(compared)), *columns, spread(seconds, 2)])
+        savings = [saving(row, dense, CAUSAL, split, "overall") for row, dense in compared]
+        columns += [spread([each.without_head for each in savings], 2), spread([each.seconds for each in savings], 2)]
+        lines.append([size, data, f"{budget}M", recipe, str(len(compared)), *columns])
     return table(header, lines)
 
 
@@ -345,8 +349,79 @@ def table(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(cells) + " |" for cells in rows)
 
 
+def held_out_curve(row: Mapping[str, Any]) -> dict[float, dict[str, float]]:
+    """Return causal losses on `validation` along a run's trunk, by tokens and part.
+
+    They are those of the few documents that every curve has, the mean over the tokens of the mixture.
+
+    Args:
+        row (`Mapping[str, Any]`):
+            an opened row.
+    """
+    found = {}
+    for point in row["curve"]:
+        if not math.isclose(point.get("learning_rate", 0.0), row["learning_rate"]):
+            continue
+        sums, weights = defaultdict(float), defaultdict(float)
+        for source, shares in row["counts"]["shares"].items():
+            for modality, share in shares.items():
+                loss = point.get(f"eval_{source}_{modality}_loss")
+                if share and loss is not None:
+                    for part in (modality, "overall"):
+                        sums[part] += share * loss
+                        weights[part] += share
+        if sums:
+            found[point["tokens"]] = {part: sums[part] / weights[part] for part in sums}
+    return found
+
+
+def longest(rows: Iterable[Mapping[str, Any]]) -> Any:
+    """Return the row of the largest budget, `None` where there is no row."""
+    return max(rows, key=lambda row: row["budget"], default=None)
+
+
+# million tokens
+TICKS = (3, 5, 10, 20, 40, 100)
+# of the study's runs that are drawn, the others stand in tables
+DRAWN = {"size": "0.5M", "data": "all"}
+
+
+def _drawn(rows: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    return [row for row in rows if all(row[name] == value for name, value in DRAWN.items())]
+
+
+def draw_gaps(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Draw by how much each recipe's causal loss is below or above dense's along their trunks, a line for each seed.
+
+    Args:
+        rows (`Sequence[Mapping]`):
+            opened rows.
+        path (`Path`):
+            the SVG.
+    """
+    figure, panels = _panels(sharey=False)
+    runs = defaultdict(list)
+    for row in _drawn(rows):
+        runs[row["recipe"], row["seed"]].append(row)
+    colours = {recipe: f"C{place}" for place, recipe in enumerate(dict.fromkeys(recipe for recipe, _ in runs))}
+    for (recipe, _), branches in sorted(runs.items()):
+        row = longest(branches)
+        dense = longest(partners(row, rows))
+        if recipe == BASELINE or dense is None or row["learning_rate"] != dense["learning_rate"]:
+            continue
+        curve, other = held_out_curve(row), held_out_curve(dense)
+        # the first two million tokens differ by much more than all that follows
+        tokens = [count for count in curve if count in other and count > 2.5e6]
+        for panel, part in zip(panels, PARTS):
+            gaps = [curve[count][part] - other[count][part] for count in tokens]
+            label = recipe if recipe not in [line.get_label() for line in panel.lines] else None
+            panel.plot([count / 1e6 for count in tokens], gaps, linewidth=1, color=colours[recipe], label=label)
+    panels[0].set_ylabel("causal loss less dense's, nats")
+    _save(figure, panels, path, level=0.0)
+
+
 def draw_savings(rows: Sequence[Mapping[str, Any]], split: str, path: Path) -> None:
-    """Draw eta over tokens, a panel for each part and a line for each recipe.
+    """Draw eta over tokens, a panel for each part and a line for each recipe, and the law's line for four experts.
 
     Args:
         rows (`Sequence[Mapping]`):
@@ -356,6 +431,33 @@ def draw_savings(rows: Sequence[Mapping[str, Any]], split: str, path: Path) -> N
         path (`Path`):
             the SVG.
     """
+    figure, panels = _panels(sharey=True)
+    by_recipe: dict[str, dict[int, list[Any]]] = defaultdict(lambda: defaultdict(list))
+    for (_, _, budget, _, recipe), seeds in grouped(_drawn(rows)).items():
+        if recipe != BASELINE:
+            by_recipe[recipe][budget] += [(row, partners(row, rows)) for row in seeds]
+    budgets_drawn = set()
+    for panel, part in zip(panels, PARTS):
+        for recipe, budgets in by_recipe.items():
+            points = {
+                budget: fmean(saving(row, dense, CAUSAL, split, part).tokens for row, dense in compared)
+                for budget, compared in sorted(budgets.items())
+                if all(len(dense) > 1 for _, dense in compared)
+            }
+            budgets_drawn |= points.keys()
+            if points:
+                panel.plot(list(points), list(points.values()), marker="o", markersize=3, linewidth=1, label=recipe)
+    if budgets_drawn:
+        low, high = min(budgets_drawn), max(budgets_drawn)
+        tokens = [low * (high / low) ** (step / 20) for step in range(21)]
+        parameters = fmean(row["active_parameters"] for row in _drawn(rows))
+        predicted = [law_saving(4, parameters, millions * 1e6) for millions in tokens]
+        panels[0].plot(tokens, predicted, linestyle="--", color="grey", linewidth=1, label="law, 4 experts")
+    panels[0].set_ylabel("eta over dense, causal")
+    _save(figure, panels, path, level=1.0)
+
+
+def _panels(sharey: bool) -> tuple[Any, Any]:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -363,25 +465,22 @@ def draw_savings(rows: Sequence[Mapping[str, Any]], split: str, path: Path) -> N
 
     # equal figures give equal files
     matplotlib.rcParams["svg.hashsalt"] = "study"
-    figure, panels = pyplot.subplots(1, len(PARTS), figsize=(11, 3.6), sharey=True, layout="constrained")
-    by_recipe: dict[str, dict[int, list[Any]]] = defaultdict(lambda: defaultdict(list))
-    for (size, data, budget, _, recipe), seeds in grouped(rows).items():
-        if size == "0.5M" and data == "all" and recipe != BASELINE:
-            by_recipe[recipe][budget] += [(row, partners(row, rows)) for row in seeds]
-    for panel, (part, title) in zip(panels, PARTS.items(), strict=True):
-        for recipe, budgets in by_recipe.items():
-            points = {
-                budget: fmean(saving(row, dense, CAUSAL, split, part).tokens for row, dense in compared)
-                for budget, compared in sorted(budgets.items())
-                if all(len(dense) > 1 for _, dense in compared)
-            }
-            if points:
-                panel.plot(list(points), list(points.values()), marker="o", markersize=3, linewidth=1, label=recipe)
-        panel.axhline(1.0, color="black", linewidth=0.8)
+    return pyplot.subplots(1, len(PARTS), figsize=(11, 3.6), sharey=sharey, layout="constrained")
+
+
+def _save(figure: Any, panels: Any, path: Path, level: float) -> None:
+    from matplotlib import pyplot
+
+    for panel, title in zip(panels, PARTS.values(), strict=True):
+        panel.axhline(level, color="black", linewidth=0.8)
         panel.set(title=title, xlabel="million tokens", xscale="log")
+        low, high = panel.get_xlim()
+        ticks = [tick for tick in TICKS if low <= tick <= high]
+        panel.set_xticks(ticks, [str(tick) for tick in ticks])
+        panel.minorticks_off()
         panel.grid(alpha=0.3)
-    panels[0].set_ylabel("eta over dense, causal")
-    if panels[-1].lines[:-1]:
-        panels[-1].legend(fontsize=6, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    handles, labels = panels[0].get_legend_handles_labels()
+    if labels:
+        panels[-1].legend(handles, labels, fontsize=6, loc="center left", bbox_to_anchor=(1.0, 0.5))
     figure.savefig(path, metadata={"Date": None, "Creator": None})
     pyplot.close(figure)

@@ -1,22 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
 """Trains a run of the study: a trunk at one learning rate, and for each budget a decay that goes on from it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from modeling_moma.cli import upcycle
 from modeling_moma.cli.pretrain import parse_arguments
 from modeling_moma.training.checkpoints import checkpoint_step, last_checkpoint, read_state, without_torn_checkpoints
 from modeling_moma.training.pretraining import build_trainer, read_parts
 from modeling_moma.training.stages import StageTrainer
 from modeling_moma.utils.atomic_files import write_aside
 
-from .grid import Pace, Run, model_fields
+from .grid import Pace, Run, model_fields, seed_of
 
 
 RECIPE_FILE = "recipe.yaml"
+# of a run that is upcycled: folders of the seed's training, and of the model that it grew into
+SEED, GROWN = "seed", "grown"
+CONSTANT = {"lr_scheduler_type": "constant_with_warmup"}
 # held-out documents of each source in a point of a curve
 CURVE_DOCUMENTS = 200
 
@@ -70,10 +74,13 @@ def train_branch(study: Study, run: Run, millions: int) -> Path:
         return done
     start = last_checkpoint(str(branch)) if branch.is_dir() else None
     if start is None:
-        train(study, run, trunk, leaves, {"lr_scheduler_type": "constant_with_warmup"}, last_checkpoint(str(trunk)))
+        train(study, run, trunk, leaves, CONSTANT, last_checkpoint(str(trunk)))
         start = _checkpoint_at(trunk, leaves)
+    seed = seed_of(run.recipe)
+    # an upcycled model has a schedule of its own
+    first_step = 0 if seed is None else study.pace.steps(seed.millions)
     decay = {
-        "num_stable_steps": leaves - study.pace.warmup_steps,
+        "num_stable_steps": leaves - first_step - study.pace.warmup_steps,
         "num_decay_steps": steps - leaves,
         "decay_type": "linear",
     }
@@ -112,9 +119,27 @@ def train(
         return
     output.mkdir(parents=True, exist_ok=True)
     write_aside(output / RECIPE_FILE, lambda path: path.write_text(recipe_text(study, run, schedule)))
-    trainer = trainer_of(study, run, output, stop_at)
+    trainer = trainer_of(study, run, output, stop_at, upcycled(study, run))
+    # the earlier stage tells the place in the data
+    start = trainer.earlier_stage if checkpoint is None else str(checkpoint)
     with without_torn_checkpoints(output):
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        trainer.train(resume_from_checkpoint=start)
+
+
+def upcycled(study: Study, run: Run) -> Path | None:
+    """Return the model that a run begins with, once its seed is trained and has grown; `None` for random weights."""
+    seed = seed_of(run.recipe)
+    if seed is None:
+        return None
+    folder, grown = study.runs / run.name / SEED, study.runs / run.name / GROWN
+    if not grown.is_dir():
+        steps = study.pace.steps(seed.millions)
+        train(study, replace(run, recipe=seed.recipe), folder, steps, CONSTANT, last_checkpoint(str(folder)))
+        # the paper's noise on fresh routers, fading over as many steps as the seed took
+        noise = ["--gumbel-noise-steps", str(steps), "--seed", str(run.seed)]
+        checkpoint = str(_checkpoint_at(folder, steps))
+        upcycle.main(["--model", checkpoint, "--to", seed.experts, "--output", str(grown), *noise])
+    return grown
 
 
 def recipe_text(study: Study, run: Run, schedule: dict[str, Any]) -> str:
@@ -131,9 +156,10 @@ def recipe_text(study: Study, run: Run, schedule: dict[str, Any]) -> str:
     return yaml.safe_dump(content, sort_keys=False)
 
 
-def trainer_of(study: Study, run: Run, output: Path, stop_at: int) -> StageTrainer:
+def trainer_of(study: Study, run: Run, output: Path, stop_at: int, model: Path | None = None) -> StageTrainer:
     """Return the trainer of a run; its stream of data is that of the longest budget, whatever it is stopped at."""
     pace = study.pace
+    begins = [] if model is None else ["--model", str(model)]
     args = parse_arguments(
         [
             *(
@@ -148,6 +174,7 @@ def trainer_of(study: Study, run: Run, output: Path, stop_at: int) -> StageTrain
             *("--save-steps", str(pace.curve_steps), "--save-total-limit", "1"),
             *("--eval-steps", str(pace.curve_steps), "--logging-steps", str(pace.curve_steps)),
             *("--eval-examples", str(CURVE_DOCUMENTS)),
+            *begins,
         ]
     )
     return build_trainer(args, read_parts(args))

@@ -28,10 +28,10 @@ from modeling_moma.training.recipe import read_recipe
 from modeling_moma.training.stages import StageTrainer, StopAt
 from study import measure_again
 from study_recipe import reporting
-from study_recipe.grid import PLAN, RECIPES, SIZES, Pace, Run, model_fields
+from study_recipe.grid import PLAN, RECIPES, SIZES, Pace, Run, Seed, model_fields
 from study_recipe.measuring import SPLITS, Counts, count_stream, experts_met, flops_a_token, row, training_seconds
 from study_recipe.rows import add_row, has_row, read_rows
-from study_recipe.training import Study, train_branch
+from study_recipe.training import Study, log_of, train_branch
 
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -132,34 +132,69 @@ def is_code(config, token):
     return any(begin <= token < end for begin, end in config.modality_token_ranges["image"])
 
 
-def test_a_stopped_run_ends_as_one_that_was_not_and_a_larger_budget_goes_on(study, tmp_path, monkeypatch):
-    whole = replace(study, runs=tmp_path / "whole")
-    first = train_branch(whole, RUN, SMALL)
-    last = train_branch(whole, RUN, LARGE)
-    stopped = replace(study, runs=tmp_path / "stopped")
+def train_with_kills(study, run, budget, monkeypatch):
+    """Train a branch whose process dies in every fifth step, and return its last checkpoint and the deaths."""
     ends = StopAt.on_step_end
-    steps = iter(range(1, 100))
+    # on over all starts: the first steps of trunk and branch are hit, and some in between
+    steps = iter(range(1, 200))
 
     def killed(self, args, state, control, **kwargs):
-        # steps that a start gets on: the first ones of trunk and branch, and some in between
         if next(steps) % 5 == 0:
             raise KeyboardInterrupt
         return ends(self, args, state, control, **kwargs)
 
-    monkeypatch.setattr(StopAt, "on_step_end", killed)
     kills = 0
-    for budget in (SMALL, LARGE):
+    with monkeypatch.context() as context:
+        context.setattr(StopAt, "on_step_end", killed)
         while True:
             try:
-                checkpoint = train_branch(stopped, RUN, budget)
-                break
+                return train_branch(study, run, budget), kills
             except KeyboardInterrupt:
                 kills += 1
-        expected = first if budget == SMALL else last
-        assert checkpoint.name == expected.name == f"checkpoint-{PACE.steps(budget)}"
-        wanted, found = load_file(expected / "model.safetensors"), load_file(checkpoint / "model.safetensors")
-        assert all(torch.equal(found[name], wanted[name]) for name in wanted)
-    assert kills > 4
+
+
+def assert_same_weights(found, wanted):
+    assert found.name == wanted.name
+    found, wanted = load_file(found / "model.safetensors"), load_file(wanted / "model.safetensors")
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+def test_a_stopped_run_ends_as_one_that_was_not_and_a_larger_budget_goes_on(study, tmp_path, monkeypatch):
+    whole, stopped = replace(study, runs=tmp_path / "whole"), replace(study, runs=tmp_path / "stopped")
+    expected = [train_branch(whole, RUN, budget) for budget in (SMALL, LARGE)]
+    for budget, wanted in zip((SMALL, LARGE), expected):
+        checkpoint, kills = train_with_kills(stopped, RUN, budget, monkeypatch)
+        assert checkpoint.name == f"checkpoint-{PACE.steps(budget)}" and kills >= 3
+        assert_same_weights(checkpoint, wanted)
+
+
+def test_an_upcycled_run_goes_on_in_the_data_of_its_seed(study, tmp_path, monkeypatch):
+    """The seed's tokens are its first, its schedule begins anew, and a kill in any part of it changes nothing."""
+    recipe = {**RECIPES["4t4i-shared"], "upcycled": Seed("1t1i-shared", 2, "4t4i")}
+    monkeypatch.setitem(RECIPES, "4t4i-shared-upcycled", recipe)
+    run = Run("4t4i-shared-upcycled", "0.5M", 1, (SMALL,))
+    whole, stopped = replace(study, runs=tmp_path / "whole"), replace(study, runs=tmp_path / "stopped")
+    seen = []
+    step = StageTrainer.training_step
+
+    def record(self, model, inputs, *rest):
+        seen.append(inputs["input_ids"])
+        return step(self, model, inputs, *rest)
+
+    with monkeypatch.context() as context:
+        context.setattr(StageTrainer, "training_step", record)
+        checkpoint = train_branch(whole, run, SMALL)
+        train_branch(whole, Run("dense", "0.5M", 1, (SMALL,)), SMALL)
+    assert len(seen) == 2 * PACE.steps(SMALL)
+    assert torch.equal(torch.stack(seen[: PACE.steps(SMALL)]), torch.stack(seen[PACE.steps(SMALL) :]))
+    rates = {entry["step"]: entry["learning_rate"] for entry in log_of(checkpoint) if "learning_rate" in entry}
+    assert rates[PACE.branch_step(SMALL)] == run.learning_rate
+    assert rates[PACE.steps(SMALL)] < 0.3 * run.learning_rate
+    config = MomaConfig.from_pretrained(checkpoint)
+    assert config.num_experts == {"text": 4, "image": 4} and config.gumbel_noise_steps == PACE.steps(2)
+    resumed, kills = train_with_kills(stopped, run, SMALL, monkeypatch)
+    assert kills >= 3
+    assert_same_weights(resumed, checkpoint)
 
 
 def test_a_decay_goes_on_from_the_trunk_and_falls_to_nothing(study):
