@@ -103,13 +103,10 @@ class Saving:
             eta: dense's tokens over the recipe's for one loss, times dense's training FLOPs a token over the recipe's.
         without_head (`float`):
             the same where the head's FLOPs do not count.
-        seconds (`float`):
-            the same in seconds of training.
     """
 
     tokens: float
     without_head: float
-    seconds: float
 
 
 def saving(row: Mapping[str, Any], dense: Sequence[Mapping[str, Any]], kind: str, split: str, part: str) -> Saving:
@@ -130,8 +127,7 @@ def saving(row: Mapping[str, Any], dense: Sequence[Mapping[str, Any]], kind: str
     curve = [(float(other["tokens"]), _part(other, kind, split, part)) for other in dense]
     ratio = tokens_needed(curve, _part(row, kind, split, part)) / row["tokens"]
     flops, without_head = (dense[0][name] / row[name] for name in ("flops_a_token", "flops_a_token_without_head"))
-    seconds = fmean(other["seconds"] / other["tokens"] for other in dense) / (row["seconds"] / row["tokens"])
-    return Saving(ratio * flops, ratio * without_head, ratio * seconds)
+    return Saving(ratio * flops, ratio * without_head)
 
 
 def _part(row: Mapping[str, Any], kind: str, split: str, part: str) -> float:
@@ -168,13 +164,12 @@ def grouped(rows: Iterable[Mapping[str, Any]]) -> dict[tuple, list[Mapping[str, 
 
 def loss_table(rows: Sequence[Mapping[str, Any]], split: str) -> str:
     """Return causal losses of a split, a line for each recipe and budget."""
-    header = ["size", "data", "tokens", "rate", "recipe", "seeds", *PARTS.values(), "tokens/s"]
+    header = ["size", "data", "tokens", "rate", "recipe", "seeds", *PARTS.values()]
     lines = []
     for (size, data, budget, rate, recipe), seeds in grouped(rows).items():
         losses = [_losses(row, CAUSAL, split) for row in seeds]
         columns = [spread([entry[part] for entry in losses], 4) for part in PARTS]
-        speed = fmean(row["tokens"] / row["seconds"] for row in seeds)
-        lines.append([size, data, f"{budget}M", f"{rate:g}", recipe, str(len(seeds)), *columns, f"{speed:,.0f}"])
+        lines.append([size, data, f"{budget}M", f"{rate:g}", recipe, str(len(seeds)), *columns])
     return table(header, lines)
 
 
@@ -186,7 +181,7 @@ def saving_table(rows: Sequence[Mapping[str, Any]], split: str) -> str:
     """Return eta by three losses, a line for each recipe and budget that dense rows can be compared with."""
     header = ["size", "data", "tokens", "recipe", "seeds"]
     header += [f"{kind}, {name}" for kind in (TRAINING, ORACLE, CAUSAL) for name in PARTS.values()]
-    header += ["causal, all, without head", "causal, all, in seconds"]
+    header.append("causal, all, without head")
     lines = []
     for (size, data, budget, _, recipe), seeds in grouped(rows).items():
         compared = [(row, partners(row, rows)) for row in seeds if recipe != BASELINE]
@@ -198,7 +193,7 @@ def saving_table(rows: Sequence[Mapping[str, Any]], split: str) -> str:
             for part in PARTS:
                 columns.append(spread([saving(row, dense, kind, split, part).tokens for row, dense in compared], 2))
         savings = [saving(row, dense, CAUSAL, split, "overall") for row, dense in compared]
-        columns += [spread([each.without_head for each in savings], 2), spread([each.seconds for each in savings], 2)]
+        columns.append(spread([each.without_head for each in savings], 2))
         lines.append([size, data, f"{budget}M", recipe, str(len(compared)), *columns])
     return table(header, lines)
 
