@@ -91,7 +91,8 @@ def causal_lm_loss(
 
     def terms(logits_NV: torch.Tensor, rows: slice):
         part_N, weights = target_N[rows], None if weight_N is None else weight_N[rows]
-        weighted_N, loss_N = _token_terms(logits_NV, part_N, weights, z_loss_coef, ignore_index)
+        token_terms = _ChunkedTerms.apply if _may_chunk(logits_NV) else _plain_terms
+        weighted_N, loss_N = token_terms(logits_NV, part_N, weights, z_loss_coef, ignore_index)
         return weighted_N.sum(), loss_N.detach()
 
     states_NS = states.reshape(-1, states.shape[-1])
@@ -228,18 +229,6 @@ class _ChunkedTerms(torch.autograd.Function):
         return logits_grad_NV, None, None, None, None
 
 
-def _token_terms(
-    logits_NV: torch.Tensor,
-    target_N: torch.Tensor,
-    weight_N: torch.Tensor | None,
-    z_loss_coef: float,
-    ignore_index: int,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return what each token adds to the loss that is minimised, and its cross-entropy."""
-    terms = _ChunkedTerms.apply if _may_chunk(logits_NV) else _plain_terms
-    return terms(logits_NV, target_N, weight_N, z_loss_coef, ignore_index)  # pyright: ignore[reportReturnType]
-
-
 def _plain_terms(
     logits_NV: torch.Tensor,
     target_N: torch.Tensor,
@@ -247,6 +236,7 @@ def _plain_terms(
     z_loss_coef: float,
     ignore_index: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return what each token adds to the loss that is minimised, and its cross-entropy."""
     logits_NV = logits_NV.float()
     loss_N = nn.functional.cross_entropy(logits_NV, target_N, ignore_index=ignore_index, reduction="none")
     weighted_N = loss_N if weight_N is None else loss_N * weight_N

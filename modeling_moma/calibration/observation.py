@@ -15,6 +15,7 @@ from functools import cached_property
 import torch
 from transformers import PreTrainedModel
 
+from ..configuration_moma import MomaConfig
 from ..depth_moma import DepthSelection, MomaDepthRouter
 from ..errors_moma import InputError
 from ..modeling_moma import MomaFeedForward
@@ -147,6 +148,23 @@ def named_routers(model: torch.nn.Module) -> dict[str, MomaRouterBase]:
             "layer, so there is nothing to choose."
         )
     return routers
+
+
+def has_routers(config: MomaConfig) -> bool:
+    """Return whether a model has routers, of groups of several experts or of depth layers."""
+    return bool(config.depth_layers) or any(config.group_num_experts(group) > 1 for group in config.expert_groups)
+
+
+def router_place(name: str) -> tuple[int, str | None]:
+    """Return the layer of a router and its group of experts, `None` for the router of a depth layer.
+
+    Args:
+        name (`str`):
+            `"model.layers.0.mlp.groups.text.router"` or `"model.layers.0.depth_router"`, perhaps within other modules.
+    """
+    parts = name.split(".")
+    group = parts[parts.index("groups") + 1] if "groups" in parts else None
+    return int(parts[parts.index("layers") + 1]), group
 
 
 @contextmanager

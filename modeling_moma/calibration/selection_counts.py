@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from ..token_groups_moma import is_distributed
-from .observation import RouterRecord, Rule
+from .observation import RouterRecord, Rule, router_place
 
 
 class SelectionCounts:
@@ -79,10 +79,8 @@ def _ratio(part: int, whole: int) -> float | None:
 
 
 def _place(name: str) -> dict[str, str | int]:
-    """Return layer and group of a router, read from `"model.layers.0.mlp.groups.text.router"`."""
-    parts = name.split(".")
-    group = parts[parts.index("groups") + 1] if "groups" in parts else "depth"
-    return {"router": name, "layer": int(parts[parts.index("layers") + 1]), "group": group}
+    layer, group = router_place(name)
+    return {"router": name, "layer": layer, "group": group or "depth"}
 
 
 def sum_over_ranks(tensors: dict[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:

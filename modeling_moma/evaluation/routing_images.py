@@ -7,8 +7,7 @@ from dataclasses import dataclass
 import torch
 from PIL import Image, ImageDraw
 
-from ..calibration.observation import RouterRecord, observed_routers
-from ..configuration_moma import MomaConfig
+from ..calibration.observation import RouterRecord, has_routers, observed_routers, router_place
 from ..errors_moma import InputError
 from ..modeling_moma import MomaForCausalLM
 from ..token_groups_moma import token_modalities
@@ -69,13 +68,10 @@ def record_routing(model: MomaForCausalLM, input_ids: torch.Tensor) -> RoutedTok
     skipped = [[False] * len(groups) for _ in range(config.num_hidden_layers)]
 
     def observe(record: RouterRecord):
-        # "model.layers.0.mlp.groups.text.router" or "model.layers.0.depth_router"
-        parts = record.name.split(".")
-        layer = int(parts[parts.index("layers") + 1])
-        if "groups" not in parts:
+        layer, group = router_place(record.name)
+        if group is None:
             skipped[layer] = (~record.is_taken_NS.squeeze(1)).tolist()
             return
-        group = parts[parts.index("groups") + 1]
         # a depth layer asks its depth router first, and its experts see what that has chosen
         places = [place for place, name in enumerate(groups) if name == group and not skipped[layer][place]]
         order_NS = record.scores_NS.argsort(dim=1, descending=True, stable=True)
@@ -83,7 +79,7 @@ def record_routing(model: MomaForCausalLM, input_ids: torch.Tensor) -> RoutedTok
             experts[layer][place] = [expert for expert in order if taken[expert]]
 
     inputs = {"input_ids": input_ids[None].to(model.device), "use_cache": False}
-    if _has_routers(config):
+    if has_routers(config):
         with observed_routers(model, observe):
             model(**inputs)
     for layer, marks in enumerate(skipped):
@@ -96,10 +92,6 @@ def token_pieces(processor, input_ids: torch.Tensor) -> list[str | None]:
     """Return the text of each token of `[T]`, `None` where it is an image code."""
     codes = range(processor.image_token_offset, processor.image_token_offset + processor.codebook_size)
     return [None if token in codes else processor.tokenizer.decode([token]) for token in input_ids.tolist()]
-
-
-def _has_routers(config: MomaConfig) -> bool:
-    return bool(config.depth_layers) or any(config.group_num_experts(group) > 1 for group in config.expert_groups)
 
 
 def expert_colors(config) -> dict[tuple[str, int], str]:

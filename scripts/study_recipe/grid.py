@@ -240,7 +240,7 @@ def model_fields(run: Run) -> dict[str, Any]:
 
 
 # recipes of which one seed goes on to more tokens
-LONGER = {"dense": (40,), "1t1i": (40,), "4t4i-shared": (40,), "4t4i": (40,)}
+LONGER = ("dense", "1t1i", "4t4i-shared", "4t4i")
 COMPARED = (*LONGER, "8x", "6t2i", "8x-shared", "4t4i-token-choice")
 # what may make the best of them better
 TRIED = ("4t4i-shared-upcycled", "4t4i-upcycled")
@@ -248,7 +248,7 @@ TRIED = ("4t4i-shared-upcycled", "4t4i-upcycled")
 # in the order in which they are trained: first what decides on the learning rate, then what the study claims
 PLAN: tuple[Run, ...] = (
     *(Run(recipe, "0.5M", 0, (5,), rate) for rate in (0.5, 1.0, 2.0) for recipe in ("dense", "4t4i-shared")),
-    *(Run(recipe, "0.5M", 1, (10, 20, *LONGER.get(recipe, ()))) for recipe in COMPARED),
+    *(Run(recipe, "0.5M", 1, (10, 20, 40) if recipe in LONGER else (10, 20)) for recipe in COMPARED),
     *(Run(recipe, "0.5M", 1, (10, 20)) for recipe in TRIED),
     *(Run(recipe, "0.5M", 2, (10, 20)) for recipe in COMPARED),
 )

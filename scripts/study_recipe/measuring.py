@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from modeling_moma.calibration.observation import RouterRecord, observed_routers
+from modeling_moma.calibration.observation import RouterRecord, has_routers, observed_routers, router_place
 from modeling_moma.configuration_moma import MomaConfig
 from modeling_moma.data.documents import TokenFolder
 from modeling_moma.data.packing import PackedExamples
@@ -121,10 +121,9 @@ def stream_of(study: Study, run: Run) -> PackedExamples:
     return stream
 
 
-def counts_of(study: Study, run: Run, config: MomaConfig) -> Counts:
+def counts_of(study: Study, stream: PackedExamples, config: MomaConfig) -> Counts:
     """Return the counts of a run's stream."""
-    sources = [source.name for source in read_recipe(study.recipe).sources]
-    return count_stream(stream_of(study, run), sources, config)
+    return count_stream(stream, [source.name for source in read_recipe(study.recipe).sources], config)
 
 
 @torch.no_grad()
@@ -137,31 +136,30 @@ def experts_met(model: MomaForCausalLM, rows: Mapping[str, torch.Tensor]) -> lis
         model (`MomaForCausalLM`):
             in `eval()` mode.
         rows (`Mapping[str, torch.Tensor]`):
-            the model's inputs, `[B, T]` each.
+            the model's inputs, `[B, T]` each, without padding.
 
     Returns:
         `list[dict[str, Any]]`: `layer`, `modality`, and the number of experts at inference (`causal`) and of experts
         that choose among all these tokens (`oracle`); none for groups of one expert.
     """
     config = model.config
-    is_token_N = rows["attention_mask"].flatten() != 0 if "attention_mask" in rows else slice(None)
-    modality_N = token_modalities(config, rows["input_ids"]).flatten()[is_token_N]
+    if not has_routers(config):
+        return []
+    modality_N = token_modalities(config, rows["input_ids"]).flatten()
     skipping: dict[int, torch.Tensor] = {}
     found = []
 
     def observe(record: RouterRecord):
-        # "model.layers.0.mlp.groups.text.router" or "model.layers.0.depth_router"
-        parts = record.name.split(".")
-        layer = int(parts[parts.index("layers") + 1])
-        if "groups" not in parts:
+        layer, group = router_place(record.name)
+        # a depth layer asks its depth router first, and its experts see what that has chosen
+        if group is None:
             skipping[layer] = ~record.is_taken_NS.squeeze(1)
             return
-        members = config.expert_groups[parts[parts.index("groups") + 1]]
-        places = [config.modalities.index(name) for name in members]
-        is_mine_N = torch.isin(modality_N, torch.tensor(places))
+        places = {name: config.modalities.index(name) for name in config.expert_groups[group]}
+        is_mine_N = torch.isin(modality_N, torch.tensor(list(places.values())))
         if layer in skipping:
             is_mine_N &= ~skipping[layer]
-        for name, place in zip(members, places):
+        for name, place in places.items():
             is_asked_N = modality_N[is_mine_N] == place
             numbers = {
                 "causal": record.is_taken_NS[is_asked_N].sum(1).double().mean().item(),
@@ -170,23 +168,17 @@ def experts_met(model: MomaForCausalLM, rows: Mapping[str, torch.Tensor]) -> lis
             found.append({"layer": layer, "modality": name, **numbers})
 
     with observed_routers(model, observe):
-        model(**rows, use_cache=False)
+        model.base_model(**rows, use_cache=False)
     return found
 
 
-def routed_experts(study: Study, run: Run, checkpoint: Path) -> list[dict[str, Any]]:
-    """Return [`experts_met`] of a checkpoint on rows of the run's training; nothing for models without routers."""
-    model = load_model(str(checkpoint), "cpu")
-    config = model.config
-    if not config.depth_layers and all(config.group_num_experts(group) == 1 for group in config.expert_groups):
-        return []
-    stream = stream_of(study, run)
+def routed_rows(stream: PackedExamples) -> dict[str, torch.Tensor]:
+    """Return the first rows of a stream as inputs of the model, `[B, T]` each."""
     examples = [stream[index] for index in range(min(ROUTED_ROWS, len(stream)))]
-    names = examples[0].keys() - {"source_ids", "labels"}
-    return experts_met(model, {name: torch.stack([row[name] for row in examples]) for name in names})
+    return {name: torch.stack([example[name] for example in examples]) for name in ("input_ids", "position_ids")}
 
 
-def held_out_losses(study: Study, run: Run, checkpoint: Path) -> list[dict[str, Any]]:
+def held_out_losses(study: Study, run: Run, model: MomaForCausalLM) -> list[dict[str, Any]]:
     """Return the losses of every split, routing, source and modality, a `dict` each.
 
     Args:
@@ -194,10 +186,10 @@ def held_out_losses(study: Study, run: Run, checkpoint: Path) -> list[dict[str, 
             see there.
         run ([`Run`]):
             see there.
-        checkpoint (`Path`):
-            of the end of a branch.
+        model (`MomaForCausalLM`):
+            in `eval()` mode.
     """
-    model, processor = load_model(str(checkpoint), "cpu"), MomaProcessor.from_pretrained(study.processor)
+    processor = MomaProcessor.from_pretrained(study.processor)
     found = []
     for split in SPLITS:
         for source, held_out in read_held_out(str(study.tokens / run.data), processor, split, DOCUMENTS).items():
@@ -282,8 +274,10 @@ def row(study: Study, run: Run, millions: int, checkpoint: Path, repository: Pat
     Returns:
         `dict`: plain values; `config`, `hardware`, `counts`, `curve`, `losses` and `experts` are JSON.
     """
-    config, log = MomaConfig.from_pretrained(checkpoint), log_of(checkpoint)
-    counts, points = counts_of(study, run, config), curve(log, study.pace.step_tokens)
+    model, stream = load_model(str(checkpoint), "cpu"), stream_of(study, run)
+    # as it is saved: a loaded model's also says how it attends
+    config = MomaConfig.from_pretrained(checkpoint)
+    counts, points = counts_of(study, stream, config), curve(log_of(checkpoint), study.pace.step_tokens)
     flops = {name: flops_a_token(config, counts, name == "with_head") for name in ("with_head", "without_head")}
     embeddings, steps = config.vocab_size * config.hidden_size, study.pace.steps(millions)
     nested: Mapping[str, Any] = {
@@ -291,8 +285,8 @@ def row(study: Study, run: Run, millions: int, checkpoint: Path, repository: Pat
         "hardware": hardware(),
         "counts": dataclasses.asdict(counts),
         "curve": points,
-        "losses": held_out_losses(study, run, checkpoint),
-        "experts": routed_experts(study, run, checkpoint),
+        "losses": held_out_losses(study, run, model),
+        "experts": experts_met(model, routed_rows(stream)),
     }
     return {
         "run": run.name,

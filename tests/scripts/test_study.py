@@ -276,7 +276,7 @@ def test_experts_that_a_token_meets_are_counted_by_modality(fields):
         shares = {
             name: modality_T.count(index) / len(modality_T) for index, name in enumerate(model.config.modalities)
         }
-        assert sum(shares[name] * found[0, name]["oracle"] for name in names) == pytest.approx(1.0, abs=0.2)
+        assert sum(shares[name] * found[0, name]["oracle"] for name in names) == pytest.approx(1.0)
 
 
 def test_finished_branches_are_measured_again_and_keep_what_tells_of_their_training(study, tmp_path):
