@@ -5,6 +5,7 @@ Trains the study's grid of recipes, seeds and budgets, and adds a row to its res
     python scripts/study.py --work FOLDER --prepare      tokenizer, processor and tokens, once
     python scripts/study.py --work FOLDER --processes 2  train what the plan has and the results lack
     python scripts/study.py --work FOLDER --measure      measure finished branches again, from their checkpoints
+    python scripts/study.py --work FOLDER --time         time a step of every recipe, with nothing else running
     python scripts/study.py --list                       what is finished and what is not
 
 Everything resumes: a killed run goes on from its last checkpoint. Processes have one thread each. Checkpoints stay in
@@ -12,6 +13,7 @@ Everything resumes: a killed run goes on from its last checkpoint. Processes hav
 """
 
 import argparse
+import json
 import os
 import subprocess
 import sys
@@ -20,6 +22,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from modeling_moma.utils.atomic_files import write_aside
 from modeling_moma.utils.hardware import keep_freed_memory
 from study_recipe.grid import PLAN, Run
 from study_recipe.preparing import prepare
@@ -28,6 +31,9 @@ from study_recipe.training import Study, finished, forget, train_branch
 
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+TIMES = REPOSITORY / "docs" / "study" / "step-times.json"
+# of whose runs steps are timed
+TIMED_SIZE, TIMED_SEED = "0.5M", 1
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -37,6 +43,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--recipe", type=Path, default=REPOSITORY / "recipes" / "study.yaml")
     parser.add_argument("--prepare", action="store_true", help="make tokenizer, processor and tokens")
     parser.add_argument("--measure", action="store_true", help="measure what has a row again")
+    parser.add_argument("--time", action="store_true", help="time a training step of finished runs, in turns")
+    parser.add_argument("--times", type=Path, default=TIMES, help="file of the times")
     parser.add_argument("--processes", type=int, default=1, help="runs side by side, one thread each")
     parser.add_argument("--minutes", type=float, help="begin no further branch after these")
     parser.add_argument("--only", nargs="+", metavar="RUN", help="take these runs of the plan alone")
@@ -63,6 +71,8 @@ def main(arguments: list[str] | None = None) -> int:
     if args.prepare:
         prepare(study, args.work)
         return 0
+    if args.time:
+        return time_steps(study, runs, args.times)
     if args.processes > 1:
         return start_processes(args, sys.argv[1:] if arguments is None else arguments)
     keep_freed_memory()
@@ -122,6 +132,37 @@ def measure_again(study: Study, run: Run, results: Path) -> None:
         kept = {name: rows[budget][name] for name in ("seconds", "revision", "hardware")}
         add_row(results, {**row(study, run, budget, checkpoint, REPOSITORY), **kept})
         print(f"{run.name}: {budget} million tokens: measured again", flush=True)
+
+
+def time_steps(study: Study, runs: list[Run], path: Path) -> int:
+    """Write the seconds of a training step of every recipe that has a finished branch."""
+    # torch reads it when it starts, so it has to be there before the processes that are measured
+    os.environ["OMP_NUM_THREADS"] = "1"
+    from study_recipe.measuring import hardware, revision
+    from study_recipe.timing import ROUNDS, STEPS, step_seconds
+
+    checkpoints = {}
+    for run in runs:
+        if (run.size, run.seed, run.rate) == (TIMED_SIZE, TIMED_SEED, 1.0):
+            folders = [(study.runs / run.name / f"{budget}M", study.pace.steps(budget)) for budget in run.budgets]
+            done = [checkpoint for folder, steps in folders if (checkpoint := finished(folder, steps))]
+            if done:
+                checkpoints[run] = done[-1]
+    if not checkpoints:
+        print(f"--time: {study.runs} has no finished branch of size {TIMED_SIZE}, seed {TIMED_SEED}", file=sys.stderr)
+        return 1
+    seconds = step_seconds(study, checkpoints)
+    facts = {**hardware(), "threads": 1}
+    content = {
+        "size": TIMED_SIZE,
+        "revision": revision(REPOSITORY),
+        "hardware": facts,
+        "rounds": ROUNDS,
+        "steps": STEPS,
+    }
+    write_aside(path, lambda aside: aside.write_text(json.dumps({**content, "seconds": seconds}, indent=1) + "\n"))
+    print(f"{path}: {', '.join(seconds)}")
+    return 0
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-Writes the tables and the figures of docs/study.md from the study's rows.
+Writes the tables and the figures of docs/study.md from the study's rows and the times of its steps.
 
     python scripts/study_report.py
 
@@ -8,6 +8,7 @@ What stands between `<!-- study: start -->` and `<!-- study: end -->` of the pag
 """
 
 import argparse
+import json
 import sys
 from pathlib import Path
 
@@ -18,11 +19,13 @@ from study_recipe.reporting import (
     draw_gaps,
     draw_savings,
     experts_table,
+    fresh_table,
     loss_table,
     opened,
     plan_table,
     saving_table,
     slope_table,
+    time_table,
 )
 from study_recipe.rows import read_rows
 
@@ -36,6 +39,7 @@ CHOOSING, CLAIMING = "validation", "test"
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=REPOSITORY / "docs" / "study" / "runs.parquet")
+    parser.add_argument("--times", type=Path, default=REPOSITORY / "docs" / "study" / "step-times.json")
     parser.add_argument("--page", type=Path, default=REPOSITORY / "docs" / "study.md")
     parser.add_argument("--figures", type=Path, default=REPOSITORY / "docs" / "images", help="folder of the figures")
     return parser.parse_args(arguments)
@@ -51,25 +55,28 @@ def main(arguments: list[str] | None = None) -> int:
     if START not in text or END not in text:
         print(f"--page {str(args.page)!r} lacks {START} or {END}.", file=sys.stderr)
         return 1
+    times = json.loads(args.times.read_text()) if args.times.is_file() else None
     before, _, rest = text.partition(START)
     after = rest.partition(END)[2]
     draw_savings(rows, CLAIMING, args.figures / "study-eta.svg")
     draw_gaps(rows, args.figures / "study-gaps.svg")
-    page = f"{before}{START}\n{tables(rows)}\n{END}{after}"
+    page = f"{before}{START}\n{tables(rows, times)}\n{END}{after}"
     write_aside(args.page, lambda path: path.write_text(page))
     print(f"{args.page}: {len(rows)} rows")
     return 0
 
 
-def tables(rows: list[dict]) -> str:
-    """Returns all tables, each under its heading."""
+def tables(rows: list[dict], times: dict | None) -> str:
+    """Return all tables, each under its heading."""
     parts = {
         "Cost of a token": cost_table(rows),
         f"Causal losses on `{CHOOSING}`": loss_table(rows, CHOOSING),
         f"Causal losses on `{CLAIMING}`": loss_table(rows, CLAIMING),
-        f"Eta on `{CHOOSING}`": saving_table(rows, CHOOSING),
-        f"Eta on `{CLAIMING}`": saving_table(rows, CLAIMING),
+        f"Fresh seeds on `{CLAIMING}`, causal": fresh_table(rows, CLAIMING),
+        f"Eta on `{CHOOSING}`": saving_table(rows, CHOOSING, times),
+        f"Eta on `{CLAIMING}`": saving_table(rows, CLAIMING, times),
         "Eta over tokens by active parameter": slope_table(rows, CLAIMING),
+        "Time of a step": time_table(times),
         "Tokens that no expert took": coverage_table(rows),
         "Routed experts that a token meets": experts_table(rows),
         "What the law asks for": plan_table(),

@@ -7,11 +7,12 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean, median, stdev
 from typing import Any
 
 from modeling_moma.errors_moma import InputError
 
+from .grid import CLAIMED, FRESH_SEEDS, SIZES
 from .rows import NESTED
 
 
@@ -103,10 +104,13 @@ class Saving:
             eta: dense's tokens over the recipe's for one loss, times dense's training FLOPs a token over the recipe's.
         without_head (`float`):
             the same where the head's FLOPs do not count.
+        uncorrected (`float`):
+            the same for equal tokens instead of equal FLOPs.
     """
 
     tokens: float
     without_head: float
+    uncorrected: float
 
 
 def saving(row: Mapping[str, Any], dense: Sequence[Mapping[str, Any]], kind: str, split: str, part: str) -> Saving:
@@ -127,7 +131,7 @@ def saving(row: Mapping[str, Any], dense: Sequence[Mapping[str, Any]], kind: str
     curve = [(float(other["tokens"]), _part(other, kind, split, part)) for other in dense]
     ratio = tokens_needed(curve, _part(row, kind, split, part)) / row["tokens"]
     flops, without_head = (dense[0][name] / row[name] for name in ("flops_a_token", "flops_a_token_without_head"))
-    return Saving(ratio * flops, ratio * without_head)
+    return Saving(ratio * flops, ratio * without_head, ratio)
 
 
 def _part(row: Mapping[str, Any], kind: str, split: str, part: str) -> float:
@@ -177,11 +181,21 @@ def _losses(row: Mapping[str, Any], kind: str, split: str) -> dict[str, float]:
     return {part: _part(row, kind, split, part) for part in PARTS}
 
 
-def saving_table(rows: Sequence[Mapping[str, Any]], split: str) -> str:
-    """Return eta by three losses, a line for each recipe and budget that dense rows can be compared with."""
+def saving_table(rows: Sequence[Mapping[str, Any]], split: str, times: Mapping[str, Any] | None = None) -> str:
+    """Return eta by three losses, a line for each recipe and budget that dense rows can be compared with.
+
+    Args:
+        rows (`Sequence[Mapping]`):
+            opened rows.
+        split (`str`):
+            of held-out documents.
+        times (`Mapping`, *optional*):
+            of steps, as `scripts/study.py --time` writes them, for a last column: eta where both spend the same
+            seconds, not FLOPs.
+    """
     header = ["size", "data", "tokens", "recipe", "seeds"]
     header += [f"{kind}, {name}" for kind in (TRAINING, ORACLE, CAUSAL) for name in PARTS.values()]
-    header.append("causal, all, without head")
+    header += ["causal, all, without head", "causal, all, in seconds"]
     lines = []
     for (size, data, budget, _, recipe), seeds in grouped(rows).items():
         compared = [(row, partners(row, rows)) for row in seeds if recipe != BASELINE]
@@ -194,7 +208,66 @@ def saving_table(rows: Sequence[Mapping[str, Any]], split: str) -> str:
                 columns.append(spread([saving(row, dense, kind, split, part).tokens for row, dense in compared], 2))
         savings = [saving(row, dense, CAUSAL, split, "overall") for row, dense in compared]
         columns.append(spread([each.without_head for each in savings], 2))
+        is_timed = times is not None and size == times["size"]
+        over_dense = time_over(times["seconds"], recipe, BASELINE) if is_timed else None
+        columns.append(spread([each.uncorrected / over_dense for each in savings], 2) if over_dense else "")
         lines.append([size, data, f"{budget}M", recipe, str(len(compared)), *columns])
+    return table(header, lines)
+
+
+def time_over(seconds: Mapping[str, Sequence[float]], recipe: str, baseline: str) -> float | None:
+    """Return a recipe's time over that of another, the median over rounds; `None` where either was not measured."""
+    if recipe not in seconds or baseline not in seconds:
+        return None
+    return median(one / other for one, other in zip(seconds[recipe], seconds[baseline], strict=True))
+
+
+def time_table(times: Mapping[str, Any] | None) -> str:
+    """Return the time of a training step of each recipe, and how it compares with dense's in the same rounds."""
+    lines = []
+    for recipe, seconds in sorted((times or {"seconds": {}})["seconds"].items()):
+        over_dense = time_over((times or {})["seconds"], recipe, BASELINE)
+        lines.append([recipe, f"{1000 * median(seconds):.0f}", "" if over_dense is None else f"{over_dense:.2f}"])
+    return table(["recipe", "milliseconds of a step", "over dense"], lines)
+
+
+def fresh_table(rows: Sequence[Mapping[str, Any]], split: str) -> str:
+    """Return by how much the claimed recipe's causal loss differs from others', seed by seed, on fresh seeds alone.
+
+    Args:
+        rows (`Sequence[Mapping]`):
+            opened rows.
+        split (`str`):
+            of held-out documents, by which nothing was chosen.
+    """
+    *others, best = CLAIMED
+    header = [
+        "size",
+        "tokens",
+        "seed",
+        *(f"{best} less {other}, {part}" for other in others for part in PARTS.values()),
+    ]
+    by_seed: dict[tuple, dict[int, dict[str, Any]]] = defaultdict(lambda: defaultdict(dict))
+    for (size, data, budget, rate, recipe), seeds in grouped(rows).items():
+        for row in seeds:
+            if (
+                recipe in CLAIMED
+                and data == "all"
+                and row["seed"] in FRESH_SEEDS
+                and rate == SIZES[size].learning_rate
+            ):
+                by_seed[size, budget][row["seed"]][recipe] = _losses(row, CAUSAL, split)
+    lines = []
+    for (size, budget), seeds in by_seed.items():
+        whole = {seed: losses for seed, losses in sorted(seeds.items()) if losses.keys() == set(CLAIMED)}
+        gaps = {
+            seed: [losses[best][part] - losses[other][part] for other in others for part in PARTS]
+            for seed, losses in whole.items()
+        }
+        lines += [[size, f"{budget}M", str(seed), *(f"{gap:+.4f}" for gap in found)] for seed, found in gaps.items()]
+        if len(gaps) > 1:
+            means = [f"{fmean(column):+.4f} ± {stdev(column):.4f}" for column in zip(*gaps.values(), strict=True)]
+            lines.append([size, f"{budget}M", "mean", *means])
     return table(header, lines)
 
 

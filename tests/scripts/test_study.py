@@ -30,9 +30,10 @@ from modeling_moma.training.recipe import read_recipe
 from modeling_moma.training.stages import StageTrainer, StopAt
 from study import measure_again
 from study_recipe import reporting
-from study_recipe.grid import PLAN, RECIPES, SIZES, Pace, Run, Seed, model_fields
+from study_recipe.grid import CLAIMED, FRESH_SEEDS, PLAN, RECIPES, SIZES, Pace, Run, Seed, model_fields
 from study_recipe.measuring import SPLITS, Counts, count_stream, experts_met, flops_a_token, row, training_seconds
 from study_recipe.rows import add_row, has_row, read_rows
+from study_recipe.timing import step_seconds
 from study_recipe.training import Study, log_of, train_branch
 
 
@@ -353,6 +354,43 @@ def test_a_saving_is_denses_tokens_over_the_recipes_at_equal_flops():
     rows = [*dense, other, result("dense", 1e7, {"image": 1.0, "text": 1.0}, seed=2)]
     assert reporting.partners(other, rows) == dense
     assert "| 0.5M | all | 10M | 4t4i | 1 |" in reporting.saving_table(rows, "test")
+
+
+def test_in_seconds_a_saving_counts_the_time_of_steps():
+    def at(recipe, millions, loss):
+        return result(recipe, 1e6 * millions, {"image": loss, "text": loss})
+
+    rows = [at("dense", 10, 3.0), at("dense", 20, 2.8), at("4t4i", 10, 2.8), at("8x", 10, 2.8)]
+    times = {"size": "0.5M", "seconds": {"dense": [1.0, 2.0, 4.0], "4t4i": [2.0, 2.5, 5.0]}}
+    cells = {line[3]: line for line in read_table(reporting.saving_table(rows, "test", times))}
+    # half the tokens, in steps of 1.25 times the time
+    assert cells["4t4i"][-1] == "1.60" and cells["8x"][-1] == ""
+    assert ["4t4i", "2500", "1.25"] in read_table(reporting.time_table(times))
+
+
+def test_claims_stand_on_fresh_seeds_that_have_all_recipes():
+    *others, best = CLAIMED
+    rows = []
+    for seed, gap in {FRESH_SEEDS[0]: 0.1, FRESH_SEEDS[1]: 0.2, 1: 5.0}.items():
+        for recipe in CLAIMED:
+            loss = 3.0 if recipe == best else 3.0 + gap
+            rows.append(result(recipe, 1e7, {"image": loss, "text": loss}, seed=seed))
+    rows.append({**rows[0], "seed": FRESH_SEEDS[2]})
+    rows = [{**entry, "learning_rate": SIZES["0.5M"].learning_rate} for entry in rows]
+    lines = read_table(reporting.fresh_table(rows, "test"))
+    assert [line[2] for line in lines] == [*map(str, FRESH_SEEDS[:2]), "mean"]
+    assert lines[0][3:] == ["-0.1000"] * 3 * len(others) and set(lines[2][3:]) == {"-0.1500 ± 0.0707"}
+
+
+def read_table(text):
+    return [line.removeprefix("| ").removesuffix(" |").split(" | ") for line in text.splitlines()[2:]]
+
+
+def test_steps_are_timed_in_turns(study):
+    runs = [RUN, replace(RUN, recipe="dense")]
+    found = step_seconds(study, {run: train_branch(study, run, SMALL) for run in runs}, rounds=2, steps=1)
+    assert found.keys() == {run.recipe for run in runs}
+    assert all(len(seconds) == 2 and min(seconds) > 0 for seconds in found.values())
 
 
 @pytest.mark.parametrize("parameters, savings", [(5e6, [0.70, 0.94, 1.08, 1.26]), (1e6, [0.81, 1.18, 1.41, 1.73])])
