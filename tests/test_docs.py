@@ -53,6 +53,7 @@ WORKED_EXAMPLES = (
     ("docs/how-to/pre-train.md", "docs/how-to/upcycle.md"),
     ("docs/how-to/own-data.md",),
     ("docs/how-to/evaluate.md",),
+    ("docs/how-to/label.md",),
     ("docs/how-to/push.md",),
     ("docs/concepts/routing.md",),
     ("docs/how-to/scaling.md",),
@@ -259,6 +260,9 @@ def write_own_data(folder: Path):
         noise(rng, 48).save(folder / "photos" / name)
     lines = ["file_name,caption", *(f'{name},"a beach at dusk, {name}"' for name in names)]
     (folder / "photos" / "metadata.csv").write_text("\n".join(lines) + "\n")
+    # what docs/how-to/label.md names
+    (folder / "icons").mkdir()
+    noise(rng, 48).save(folder / "icons" / "bell.png")
     (folder / "images").mkdir()
     noise(rng, 48).save(folder / "images" / "bowl.jpg")
     # the very lines that the page shows

@@ -26,6 +26,8 @@ SUBCOMMANDS = {
     "train-auxiliary-routers": "train_auxiliary_routers",
     "evaluate": "evaluate",
     "generate": "generate",
+    "label": "label",
+    "search": "search",
     "convert": "convert",
     "push": "push",
     "serve": "serve",

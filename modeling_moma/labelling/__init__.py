@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Names and tags of a folder of images, and search in it by words: `moma label` and `moma search`."""

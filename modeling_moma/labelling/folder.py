@@ -1,0 +1,205 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the commands do with a folder: read it in pieces, label its images or rank them for queries, write tables."""
+
+import csv
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+
+from ..data.images import LeftOut
+from ..errors_moma import InputError
+from ..utils.atomic_files import write_aside
+from ..utils.messages import one_line
+from .images import folder_files, read_files
+from .labeler import Guess, ImageLabeler, check_queries
+
+
+# files that are read, coded and labelled together: as many images are in memory
+PIECE = 256
+TABLES = (".csv", ".json")
+
+
+@dataclass(frozen=True)
+class Label:
+    """What a model says of an image.
+
+    Args:
+        file (`str`):
+            its path in the folder.
+        names (`list[Guess]`):
+            the likeliest first.
+        tags (`list[Guess]`):
+            the likeliest first.
+    """
+
+    file: str
+    names: list[Guess]
+    tags: list[Guess]
+
+
+@dataclass(frozen=True)
+class Found:
+    """An image that a search has found.
+
+    Args:
+        query (`str`):
+            the words.
+        rank (`int`):
+            from 1.
+        file (`str`):
+            its path in the folder.
+        score (`float`):
+            see [`ImageLabeler.match`].
+    """
+
+    query: str
+    rank: int
+    file: str
+    score: float
+
+
+def coded_images(folder: str, labeler: ImageLabeler, output: str | None = None) -> Iterator[tuple[list[str], Any]]:
+    """Yield the images of a folder in pieces: paths in it, and codes `[N, image_seq_length]`.
+
+    Each file that is left out is told in a line on the standard error.
+
+    Args:
+        folder (`str`):
+            with subfolders.
+        labeler ([`ImageLabeler`]):
+            its processor makes the codes.
+        output (`str`, *optional*):
+            a table that may stand in the folder, and is none of its images.
+
+    Raises:
+        ValueError: there is no image.
+    """
+    own = None if output is None else Path(output).resolve()
+    files = [file for file in folder_files(folder) if file.resolve() != own]
+    paths, images, number = [], [], 0
+    for file, found in tqdm(read_files(files), total=len(files), desc="images", disable=None):
+        name = str(file.relative_to(folder))
+        if isinstance(found, LeftOut):
+            tqdm.write(f"{name}: left out: {one_line(found, 200)}", file=sys.stderr)
+            continue
+        paths.append(name)
+        images.append(found)
+        number += 1
+        if len(paths) == PIECE:
+            yield paths, labeler.encode(images)
+            paths, images = [], []
+    if paths:
+        yield paths, labeler.encode(images)
+    if not number:
+        raise InputError(f"FOLDER {folder!r}: none of its {len(files)} files is an image that can be read.")
+
+
+def label_folder(
+    folder: str, labeler: ImageLabeler, names: int = 5, tags: int = 8, output: str | None = None
+) -> list[Label]:
+    """Return names and tags of the images of a folder, in the order of their paths; see [`coded_images`].
+
+    Args:
+        folder (`str`):
+            see [`coded_images`].
+        labeler ([`ImageLabeler`]):
+            see [`coded_images`].
+        names (`int`, *optional*, defaults to `5`):
+            of each image at most.
+        tags (`int`, *optional*, defaults to `8`):
+            of each image at most; 0 for none.
+        output (`str`, *optional*):
+            see [`coded_images`].
+    """
+    labels = []
+    for paths, codes in coded_images(folder, labeler, output):
+        named = labeler.names(codes, names)
+        tagged = labeler.tags(codes, tags) if tags else [[] for _ in paths]
+        labels += [Label(*entry) for entry in zip(paths, named, tagged, strict=True)]
+    return labels
+
+
+def search_folder(
+    folder: str, queries: Sequence[str], labeler: ImageLabeler, top: int = 10, output: str | None = None
+) -> list[Found]:
+    """Return the images of a folder that fit words best, query by query; see [`coded_images`].
+
+    Args:
+        folder (`str`):
+            see [`coded_images`].
+        queries (`Sequence[str]`):
+            words each.
+        labeler ([`ImageLabeler`]):
+            see [`coded_images`].
+        top (`int`, *optional*, defaults to `10`):
+            images of each query at most.
+        output (`str`, *optional*):
+            see [`coded_images`].
+    """
+    check_queries(queries)
+    paths, scores = [], []
+    for names, codes in coded_images(folder, labeler, output):
+        paths += names
+        scores.append(labeler.match(codes, queries))
+    scores_NQ = torch.cat(scores)
+    # equal scores stand in the order of their paths
+    order_NQ = scores_NQ.argsort(dim=0, descending=True, stable=True)[:top]
+    return [
+        Found(query, rank, paths[place], scores_NQ[place, column].item())
+        for column, query in enumerate(queries)
+        for rank, place in enumerate(order_NQ[:, column].tolist(), 1)
+    ]
+
+
+def check_table(output: str) -> None:
+    """Raise `ValueError` where a table could not be written, before time is spent on what it holds."""
+    path = Path(output)
+    if path.suffix.lower() not in TABLES:
+        raise InputError(f"--output: {output!r} ends in neither of {' and '.join(TABLES)}, which say what is written.")
+    if path.is_dir():
+        raise InputError(f"--output: {output!r} is a folder; name a file in it.")
+
+
+def label_rows(labels: Sequence[Label]) -> list[dict[str, Any]]:
+    """Return labels as rows of a CSV table: one name with its probability, others and tags joined by commas."""
+    return [
+        {
+            "file": label.file,
+            "name": label.names[0].text if label.names else "",
+            "probability": f"{label.names[0].probability:.4f}" if label.names else "",
+            "other_names": ", ".join(guess.text for guess in label.names[1:]),
+            "tags": ", ".join(guess.text for guess in label.tags),
+        }
+        for label in labels
+    ]
+
+
+def write_table(output: str, entries: Sequence[Label | Found], rows: Sequence[dict[str, Any]]) -> Path:
+    """Write a table aside and rename it.
+
+    Args:
+        output (`str`):
+            path in `.json` for all that entries hold, or in `.csv` for their rows.
+        entries (`Sequence[Label | Found]`):
+            of the table.
+        rows (`Sequence[dict]`):
+            the entries as lines of CSV, one at least.
+    """
+
+    def write(path: Path) -> None:
+        if output.lower().endswith(".json"):
+            content = [asdict(entry) for entry in entries]
+            path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+            return
+        with path.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+
+    return write_aside(output, write)

@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The images of a folder, one by one; what is none, or cannot be read, comes with the reason in its place."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Self
+
+from PIL import Image, UnidentifiedImageError
+
+from ..data.images import LeftOut, read_image
+from ..errors_moma import InputError
+
+
+# larger files are no icons, and reading one takes as much memory
+LARGEST_FILE = 64 << 20
+SVG_ENDINGS = (".svg", ".svgz")
+# pixels of the longer side of a rendered SVG, which the processor scales to its own
+SVG_SIDE = 256
+# after which a file is given up
+SVG_SECONDS = 20.0
+
+
+def folder_files(folder: str | Path) -> list[Path]:
+    """Return the files under a folder, sorted, without hidden ones and those in hidden folders.
+
+    Args:
+        folder (`str | Path`):
+            its subfolders are read as well; links to folders are not followed.
+
+    Raises:
+        ValueError: it is no folder, or holds no file.
+    """
+    root = Path(folder)
+    if not root.is_dir():
+        what = "is a file" if root.exists() else "does not exist"
+        raise InputError(f"FOLDER {str(folder)!r} {what}: name a folder of images.")
+    found = []
+    for parent, folders, files in os.walk(root):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        found += [Path(parent, name) for name in files if not name.startswith(".")]
+    if not found:
+        raise InputError(f"FOLDER {str(folder)!r} holds no files (hidden ones are not read).")
+    return sorted(found)
+
+
+def read_files(files: list[Path]) -> Iterator[tuple[Path, Image.Image | LeftOut]]:
+    """Yield each file with its image, or with the reason why there is none.
+
+    Args:
+        files (`list[Path]`):
+            of images that Pillow reads, and SVG where the extra `icons` is installed.
+    """
+    with SvgRenderer() as renderer:
+        for file in files:
+            try:
+                yield file, _read(file, renderer)
+            except LeftOut as error:
+                yield file, error
+
+
+def _read(file: Path, renderer: "SvgRenderer") -> Image.Image:
+    try:
+        if not file.is_file():
+            raise LeftOut("no file", "neither a file nor a link to one")
+        if (size := file.stat().st_size) > LARGEST_FILE:
+            raise LeftOut("file too large", f"{size >> 20} MiB, and at most {LARGEST_FILE >> 20} are read")
+        is_svg = file.suffix.lower() in SVG_ENDINGS
+        return read_image(renderer.render(file) if is_svg else str(file.absolute()))[0]
+    except LeftOut as error:
+        if error.__cause__ is not None and isinstance(error.__cause__.__cause__, UnidentifiedImageError):
+            raise LeftOut("no image", "or one of another kind than those that are read, or damaged") from error
+        raise
+    except OSError as error:
+        raise LeftOut("file not read", error.strerror or str(error)) from error
+
+
+class SvgRenderer:
+    """Renders SVG files in a process of its own, which a hostile file may end and which is then started anew.
+
+    A context manager, which ends that process.
+    """
+
+    def __init__(self):
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._end()
+
+    def render(self, file: Path, seconds: float = SVG_SECONDS) -> bytes:
+        """Return a PNG on white, of `SVG_SIDE` pixels along its longer side.
+
+        Args:
+            file (`Path`):
+                SVG, or SVG compressed by gzip.
+            seconds (`float`, *optional*, defaults to `SVG_SECONDS`):
+                after which the process is ended.
+
+        Raises:
+            LeftOut: it cannot be rendered, or there is no renderer.
+        """
+        if importlib.util.find_spec("resvg_py") is None:
+            raise LeftOut("no SVG renderer", 'install it with `pip install "modeling-moma[icons]"`')
+        process = self._process = self._process or self._start()
+        assert process.stdin is not None and process.stdout is not None
+        timer = threading.Timer(seconds, process.kill)
+        timer.start()
+        try:
+            process.stdin.write(json.dumps(str(file.absolute())).encode() + b"\n")
+            process.stdin.flush()
+            answer = json.loads(process.stdout.readline())
+            image = process.stdout.read(answer["size"])
+        # the process is gone, with or without a part of its answer
+        except (OSError, ValueError) as error:
+            self._end()
+            why = (
+                "takes too long" if not timer.is_alive() else "ends the renderer: it is nested too deeply or too large"
+            )
+            raise LeftOut("SVG not rendered", f"it {why}") from error
+        finally:
+            timer.cancel()
+        if not image:
+            raise LeftOut("SVG not rendered", answer["error"])
+        return image
+
+    @staticmethod
+    def _start() -> "subprocess.Popen[bytes]":
+        program = Path(__file__).with_name("render_svg.py")
+        # isolated, so that no module of the current folder takes a name
+        command = [sys.executable, "-I", str(program), str(SVG_SIDE)]
+        return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+
+    def _end(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.communicate()
+            self._process = None

@@ -1,0 +1,285 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Names, tags and search of images by the likelihoods of a model that was trained on captions.
+
+Shape suffixes:
+    N images, B of them at once, Q queries, K beams, T tokens, V vocabulary.
+"""
+
+import copy
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from PIL import Image
+from transformers import DynamicCache
+
+from ..data.encoding import DocumentEncoder
+from ..errors_moma import InputError
+from ..hub.loading import open_model, open_processor, refuse_non_finite
+
+
+# beams for each name or tag that is asked for: some differ in the token that ends them alone
+BEAMS_EACH = 2
+# longest name or tag
+MOST_TOKENS = 16
+
+
+@dataclass(frozen=True)
+class CaptionForm:
+    """How the captions are written that a model was trained on, behind their images.
+
+    The defaults are for captions such as `house (tabler, filled)`, and `tags: home, building` in any order.
+
+    Args:
+        name_prompt (`str`, *optional*, defaults to `""`):
+            what stands before a name.
+        name_ends (`tuple[str, ...]`, *optional*, defaults to `(" (",)`):
+            what may follow one, beside the end of the caption.
+        tag_prompt (`str`, *optional*, defaults to `"tags:"`):
+            what stands before the first tag, and a space.
+        tag_ends (`tuple[str, ...]`, *optional*, defaults to `(",",)`):
+            what may follow a tag, beside the end of the caption.
+    """
+
+    name_prompt: str = ""
+    name_ends: tuple[str, ...] = (" (",)
+    tag_prompt: str = "tags:"
+    tag_ends: tuple[str, ...] = (",",)
+
+
+@dataclass(frozen=True)
+class Guess:
+    """A name or a tag of an image.
+
+    Args:
+        text (`str`):
+            its words.
+        probability (`float`):
+            that the model gives it among all names, or among all tags that may stand first.
+    """
+
+    text: str
+    probability: float
+
+
+class ImageLabeler:
+    """Names, tags and finds images.
+
+    A name's probability is that of a caption to begin with it and to end or to go on as `form` says, among those that
+    are no lists of tags. Tags stand in any order in training, so those that are likely as the first one are the tags.
+
+    Args:
+        model (`MomaForCausalLM`):
+            in eval mode.
+        processor (`MomaProcessor`):
+            its processor.
+        form ([`CaptionForm`], *optional*):
+            of the captions that it was trained on.
+        batch_size (`int`, *optional*, defaults to `32`):
+            images at once.
+    """
+
+    def __init__(self, model: Any, processor: Any, form: CaptionForm = CaptionForm(), batch_size: int = 32):
+        self.model, self.processor, self.form, self.batch_size = model, processor, form, batch_size
+        self._encoder = DocumentEncoder(processor)
+        self._name_ends = self._ends(form.name_prompt, form.name_ends)
+        self._tag_ends = self._ends(form.tag_prompt, form.tag_ends)
+        self._word_ends = self._word_ends_of_vocabulary()
+        # what makes tags of a caption that has begun as one of a name does
+        tags_begin_alike = form.tag_prompt.startswith(form.name_prompt) and form.tag_prompt != form.name_prompt
+        self._tag_begins = self._text_ids(form.name_prompt, form.tag_prompt) if tags_begin_alike else []
+
+    def encode(self, images: Sequence[Image.Image]) -> torch.Tensor:
+        """Return the codes `[N, image_seq_length]` of images, which is all that the model sees of them."""
+        return torch.tensor(self.processor.encode_images(list(images)))
+
+    def names(self, codes: torch.Tensor, count: int = 5) -> list[list[Guess]]:
+        """Return the likeliest names of each image, the likeliest first, by a beam search.
+
+        Args:
+            codes (`torch.Tensor`):
+                `[N, image_seq_length]`, see [`encode`].
+            count (`int`, *optional*, defaults to `5`):
+                of names at most; fewer where different beams write the same one.
+        """
+        return self._guesses(codes, self.form.name_prompt, self._name_ends, count, self._tag_begins)
+
+    def tags(self, codes: torch.Tensor, count: int = 8) -> list[list[Guess]]:
+        """Return the likeliest tags of each image, see [`names`]."""
+        return self._guesses(codes, self.form.tag_prompt, self._tag_ends, count)
+
+    @torch.inference_mode()
+    def match(self, codes: torch.Tensor, queries: Sequence[str]) -> torch.Tensor:
+        """Return how well words fit images: `log (p(a name begins with them) + p(they are the first tag))`.
+
+        Args:
+            codes (`torch.Tensor`):
+                `[N, image_seq_length]`, see [`encode`].
+            queries (`Sequence[str]`):
+                words, such as `"cog"`.
+
+        Returns:
+            `torch.Tensor`: `[N, Q]`, float64, in nats. Values of one query compare images with each other; those of
+            different queries depend on how frequent their words are.
+
+        Raises:
+            ValueError: a query has no words.
+        """
+        check_queries(queries)
+        words = [" ".join(query.split()) for query in queries]
+        scores = []
+        for prefix, ids_BT in self._prefixes(codes):
+            found = [
+                torch.logaddexp(
+                    self._begins(prefix, ids_BT, self.form.name_prompt, text, self._word_ends),
+                    self._begins(prefix, ids_BT, self.form.tag_prompt, text, self._tag_ends),
+                )
+                for text in words
+            ]
+            scores.append(torch.stack(found, dim=1))
+        return torch.cat(scores)
+
+    @torch.inference_mode()
+    def _guesses(
+        self, codes: torch.Tensor, prompt: str, ends: Sequence[int], count: int, never: Sequence[int] = ()
+    ) -> list[list[Guess]]:
+        """Return texts after a prompt, none of which begins with the ids `never`, and their shares of all others."""
+        if count < 1:
+            raise InputError(f"`count` is {count}: ask for one name or tag at least.")
+        beams = BEAMS_EACH * count
+        prompt_ids = self._encoder.text_ids(prompt)
+        guesses = []
+        for prefix, ids_BT in self._prefixes(codes):
+            prompt_BT = torch.tensor(prompt_ids, dtype=torch.long, device=ids_BT.device).expand(len(ids_BT), -1)
+            others_B = (
+                1 - self._log_prob(prefix, ids_BT, prompt_ids, never).exp() if never else torch.ones(len(ids_BT))
+            )
+            ids_BT = torch.cat([ids_BT, prompt_BT], dim=1)
+            cache = copy.deepcopy(prefix)
+            cache.batch_repeat_interleave(beams)
+            found = self.model.generate(
+                input_ids=ids_BT,
+                attention_mask=torch.ones_like(ids_BT),
+                cache=cache,
+                generation_mode="text",
+                **{"do_sample": False, "guidance_scale": 1.0, "max_new_tokens": MOST_TOKENS},
+                # so that a score is the sum over tokens
+                **{"num_beams": beams, "num_return_sequences": beams, "length_penalty": 0.0},
+                bad_words_ids=[list(never)] if never else None,
+                eos_token_id=list(ends),
+                return_dict_in_generate=True,
+                output_scores=True,
+            )
+            new_BKT = found.sequences[:, ids_BT.shape[1] :].unflatten(0, (-1, beams)).tolist()
+            shares_BK = found.sequences_scores.double().exp().cpu().unflatten(0, (-1, beams)) / others_B.unsqueeze(1)
+            guesses += [self._merged(*rows, ends)[:count] for rows in zip(new_BKT, shares_BK.tolist(), strict=True)]
+        return guesses
+
+    def _merged(self, rows: list[list[int]], shares: list[float], ends: Sequence[int]) -> list[Guess]:
+        """Return the texts of an image's beams, the likeliest first; those of equal text are one."""
+        probabilities = defaultdict(float)
+        for row, share in zip(rows, shares, strict=True):
+            length = next((place for place, token in enumerate(row) if token in ends), None)
+            # a beam that has not come to its end is a part of a name
+            if length is not None:
+                text = self.processor.decode(row[:length], skip_special_tokens=True).strip()
+                probabilities[text] += share
+        ordered = sorted(probabilities.items(), key=lambda entry: -entry[1])
+        return [Guess(text, probability) for text, probability in ordered if text]
+
+    def _prefixes(self, codes: torch.Tensor) -> Iterator[tuple[DynamicCache, torch.Tensor]]:
+        """Yield batches of images as ids `[B, T]`, with the cache of all but the last of these."""
+        for codes_B in codes.split(self.batch_size):
+            rows = [self._encoder.opened(self.processor.image_ids(image)) for image in codes_B.tolist()]
+            ids_BT = torch.tensor(rows, device=self.model.device)
+            cache = DynamicCache(config=self.model.config)
+            self.model(input_ids=ids_BT[:, :-1], cache=cache, use_cache=True, logits_to_keep=1)
+            yield cache, ids_BT
+
+    def _begins(
+        self, prefix: DynamicCache, ids_BT: torch.Tensor, prompt: str, text: str, ends: Sequence[int]
+    ) -> torch.Tensor:
+        """Return `log p(text, then one of the ends | image, prompt)` `[B]`."""
+        words = self._text_ids(prompt, f"{prompt} {text}" if prompt else text)
+        return self._log_prob(prefix, ids_BT, self._encoder.text_ids(prompt), words, ends)
+
+    def _log_prob(
+        self,
+        prefix: DynamicCache,
+        ids_BT: torch.Tensor,
+        before: Sequence[int],
+        words: Sequence[int],
+        ends: Sequence[int] = (),
+    ) -> torch.Tensor:
+        """Return `log p(words, then one of the ends if there are any | image, before)` `[B]`."""
+        ids_BC = torch.tensor([*before, *words], device=ids_BT.device).expand(len(ids_BT), -1)
+        inputs = torch.cat([ids_BT[:, -1:], ids_BC], dim=1)
+        logits = self.model(input_ids=inputs, cache=copy.deepcopy(prefix), use_cache=True).logits
+        log_probs_BTV = logits[:, len(before) :].double().log_softmax(-1)
+        words_BT1 = ids_BC[:, len(before) :].unsqueeze(2)
+        scores_B = log_probs_BTV[:, :-1].gather(2, words_BT1).sum(dim=(1, 2))
+        if ends:
+            scores_B = scores_B + log_probs_BTV[:, -1, list(ends)].logsumexp(-1)
+        return scores_B.cpu()
+
+    def _text_ids(self, prompt: str, text: str) -> list[int]:
+        """Return the ids of what a text has after a prompt with which it begins."""
+        before, ids = self._encoder.text_ids(prompt), self._encoder.text_ids(text)
+        if ids[: len(before)] != before or len(ids) == len(before):
+            raise InputError(
+                f"the tokenizer does not part {prompt!r} from what follows it in {text!r}: {before}, {ids}."
+            )
+        return ids[len(before) :]
+
+    def _ends(self, prompt: str, ends: Sequence[str]) -> list[int]:
+        """Return the tokens that may follow a name or a tag: the end of a document, and the first ones of texts."""
+        word = f"{prompt} x" if prompt else "x"
+        return [self._encoder.eos, *(self._text_ids(word, word + end)[0] for end in ends)]
+
+    def _word_ends_of_vocabulary(self) -> list[int]:
+        """Return the tokens of words that do not go on with the word before them, and the end of a document."""
+        tokenizer = self.processor.tokenizer
+        special = set(tokenizer.all_special_ids)
+        texts = {token: tokenizer.decode([token]) for token in range(len(tokenizer)) if token not in special}
+        return [self._encoder.eos, *(token for token, text in texts.items() if text and not text[0].isalnum())]
+
+
+def check_queries(queries: Sequence[str]) -> None:
+    """Raise `ValueError` where there is no query, or one has no words."""
+    if not queries:
+        raise InputError("`queries` is empty: give the words to look for.")
+    if blank := [query for query in queries if not query.strip()]:
+        raise InputError(f"query {blank[0]!r}: there are no words in it to look for.")
+
+
+def open_labeler(
+    model: str, name_prompt: str | None = None, tag_prompt: str | None = None, batch_size: int = 32
+) -> ImageLabeler:
+    """Return the labeler of a saved model with its processor, on a GPU where there is one.
+
+    Args:
+        model (`str`):
+            folder or name on the Hub.
+        name_prompt (`str`, *optional*):
+            of [`CaptionForm`], as the next.
+        tag_prompt (`str`, *optional*):
+            by default that of [`CaptionForm`].
+        batch_size (`int`, *optional*, defaults to `32`):
+            images at once.
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    form = CaptionForm()
+    if name_prompt is not None:
+        form = replace(form, name_prompt=name_prompt)
+    if tag_prompt is not None:
+        form = replace(form, tag_prompt=tag_prompt)
+    processor = open_processor(model, "--model").to(device)
+    loaded = open_model(model).to(device).eval()
+    refuse_non_finite(loaded, model)
+    refuse_non_finite(processor.vq_model, f"{model}, image tokenizer")
+    return ImageLabeler(loaded, processor, form, batch_size)
+
+
+__all__ = ["CaptionForm", "Guess", "ImageLabeler", "check_queries", "open_labeler"]

@@ -1,0 +1,176 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`moma label` and `moma search` on folders that hold more than images, and files that hostile people made."""
+
+import csv
+import json
+import os
+import subprocess
+
+import pytest
+from PIL import Image
+
+from helpers.tiny import noise_images, tiny_model, tiny_processor
+from modeling_moma.cli import main as moma
+from modeling_moma.data.images import LeftOut
+from modeling_moma.labelling import images as reading
+from modeling_moma.labelling.images import SVG_SIDE, SvgRenderer, folder_files, read_files
+
+
+SQUARE = '<svg xmlns="http://www.w3.org/2000/svg" {}><rect width="12" height="24" fill="red"/></svg>'
+DEEP = 3000
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    processor = tiny_processor()
+    tiny_model(processor, initializer_range=0.3).save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Three images, six files that are none, and what is not read at all."""
+    root = tmp_path / "icons"
+    (root / "sub").mkdir(parents=True)
+    (root / ".git").mkdir()
+    for place, image in enumerate(noise_images(2)):
+        image.save(root / f"{place}.png")
+    (root / "sub" / "square.SVG").write_text(SQUARE.format('viewBox="0 0 24 24"'))
+    (root / ".git" / "hidden.png").write_bytes((root / "0.png").read_bytes())
+    (root / "notes.txt").write_text("hello")
+    (root / "empty.png").touch()
+    (root / "torn.png").write_bytes((root / "0.png").read_bytes()[:200])
+    (root / "bad.svg").write_text("<svg>")
+    os.mkfifo(root / "pipe.png")
+    (root / "link.png").symlink_to("nowhere")
+    return root
+
+
+def moma_command(*arguments):
+    return moma.main([str(argument) for argument in arguments])
+
+
+def test_labels_are_written_and_what_is_no_image_is_told_in_a_line_each(folder, model, tmp_path, capfd):
+    output = tmp_path / "labels.csv"
+    assert moma_command("label", folder, "--model", model, "--names", 2, "--tags", 2, "--output", output) == 0
+    told = [line for line in capfd.readouterr().err.splitlines() if "left out" in line]
+    assert [line.partition(":")[0].strip() for line in told] == [
+        *("bad.svg", "empty.png", "link.png", "notes.txt", "pipe.png", "torn.png")
+    ]
+    with output.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["file"] for row in rows] == ["0.png", "1.png", os.path.join("sub", "square.SVG")]
+    assert rows[0].keys() == {"file", "name", "probability", "other_names", "tags"}
+
+
+def test_a_second_run_with_the_table_in_the_folder_gives_the_same(folder, model, capfd):
+    output = folder / "labels.json"
+    written = []
+    for _ in range(2):
+        assert moma_command("label", folder, "--model", model, "--output", output) == 0
+        written.append(output.read_text())
+        assert "labels.json: left out" not in capfd.readouterr().err
+    assert written[0] == written[1]
+    assert [entry["file"] for entry in json.loads(written[0])][0] == "0.png"
+
+
+def test_a_search_ranks_every_image_for_every_query(folder, model, tmp_path, capfd):
+    output = tmp_path / "found.json"
+    assert moma_command("search", folder, "red", "castle", "--model", model, "--top", 2, "--output", output) == 0
+    found = json.loads(output.read_text())
+    assert [(entry["query"], entry["rank"]) for entry in found] == [
+        ("red", 1),
+        ("red", 2),
+        ("castle", 1),
+        ("castle", 2),
+    ]
+    assert found[0]["score"] >= found[1]["score"]
+    capfd.readouterr()
+    assert moma_command("search", folder, "red", "--model", model) == 0
+    lines = capfd.readouterr().out.splitlines()
+    assert len(lines) == 3 and lines[0].split() == [f"{found[0]['score']:.2f}", found[0]["file"]]
+
+
+def test_more_images_than_a_piece_come_in_the_order_of_their_paths(folder, model, tmp_path, monkeypatch):
+    outputs = [tmp_path / "one.json", tmp_path / "two.json"]
+    for output, piece in zip(outputs, (256, 1)):
+        monkeypatch.setattr("modeling_moma.labelling.folder.PIECE", piece)
+        assert moma_command("label", folder, "--model", model, "--output", output) == 0
+    one, two = (json.loads(output.read_text()) for output in outputs)
+    assert [entry["file"] for entry in one] == [entry["file"] for entry in two]
+    for kind in ("names", "tags"):
+        texts = [[[guess["text"] for guess in entry[kind]] for entry in entries] for entries in (one, two)]
+        assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (["label", "{root}/nowhere"], "does not exist"),
+        (["label", "{root}/empty"], "holds no files"),
+        (["label", "{root}/texts"], "none of its 1 files is an image"),
+        (["label", "{root}/texts/notes.txt"], "is a file"),
+        (["label", "{root}/icons", "--output", "{root}/labels.xls"], "neither of .csv and .json"),
+        (["label", "{root}/icons", "--output", "{root}/folder.csv"], "is a folder"),
+        (["search", "{root}/icons", " "], "there are no words in it"),
+    ],
+)
+def test_what_cannot_be_done_is_said_in_one_line(folder, model, capfd, arguments, said):
+    root = folder.parent
+    for name in ("empty", "texts", "folder.csv"):
+        (root / name).mkdir()
+    (root / "texts" / "notes.txt").write_text("hello")
+    assert moma_command(*(argument.format(root=root) for argument in arguments), "--model", model) == 2
+    (line,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error:")]
+    assert said in line
+
+
+@pytest.mark.parametrize(
+    "view, size",
+    [('viewBox="0 0 24 24"', (256, 256)), ('viewBox="0 0 24 12"', (256, 128)), ('viewBox="0 0 1 9999999"', (1, 256))],
+)
+def test_an_svg_is_rendered_to_the_same_longer_side_whatever_it_asks_for(tmp_path, view, size):
+    (tmp_path / "icon.svg").write_text(SQUARE.format(view))
+    ((_, image),) = read_files(folder_files(tmp_path))
+    assert isinstance(image, Image.Image) and image.size == size and max(size) == SVG_SIDE
+
+
+def test_an_svg_that_ends_the_renderer_is_left_out_and_the_next_one_is_rendered(tmp_path):
+    inner = '<g opacity="0.5">' * DEEP + '<path d="M0 0h9"/>' + "</g>" * DEEP
+    hostile = {
+        "a.svg": SQUARE.format('viewBox="0 0 24 24"'),
+        "deep.svg": SQUARE.format('viewBox="0 0 9 9"').replace("</svg>", f"{inner}</svg>"),
+        "z.svg": SQUARE.format('viewBox="0 0 24 24"'),
+    }
+    for name, text in hostile.items():
+        (tmp_path / name).write_text(text)
+    found = {file.name: image for file, image in read_files(folder_files(tmp_path))}
+    assert isinstance(found["deep.svg"], LeftOut) and "not rendered" in str(found["deep.svg"])
+    assert all(isinstance(found[name], Image.Image) for name in ("a.svg", "z.svg"))
+
+
+def test_an_svg_that_takes_too_long_is_given_up(tmp_path, monkeypatch):
+    (tmp_path / "icon.svg").write_text(SQUARE.format('viewBox="0 0 24 24"'))
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with SvgRenderer() as renderer:
+        monkeypatch.setattr(renderer, "_start", lambda: subprocess.Popen(["sleep", "60"], **pipes))
+        with pytest.raises(LeftOut, match="takes too long"):
+            renderer.render(tmp_path / "icon.svg", seconds=0.1)
+        monkeypatch.undo()
+        assert renderer.render(tmp_path / "icon.svg").startswith(b"\x89PNG")
+
+
+def test_a_file_that_is_too_large_is_not_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(reading, "LARGEST_FILE", 10)
+    (tmp_path / "icon.png").write_bytes(b"x" * 11)
+    ((_, found),) = read_files(folder_files(tmp_path))
+    assert isinstance(found, LeftOut) and found.reason == "file too large"
+
+
+def test_without_a_renderer_an_svg_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setattr(reading.importlib.util, "find_spec", lambda name: None)
+    (tmp_path / "icon.svg").write_text(SQUARE.format('viewBox="0 0 24 24"'))
+    ((_, found),) = read_files(folder_files(tmp_path))
+    assert isinstance(found, LeftOut) and "modeling-moma[icons]" in str(found)

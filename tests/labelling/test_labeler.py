@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Names, tags and matches of images against plain sums over whole rows, without a cache."""
+
+import math
+
+import pytest
+import torch
+from transformers import set_seed
+
+from helpers.tiny import noise_images, tiny_model, tiny_processor
+from modeling_moma.calibration.thresholds import calibrate_thresholds
+from modeling_moma.data.encoding import DocumentEncoder
+from modeling_moma.errors_moma import InputError
+from modeling_moma.evaluation.measures import padded_batches
+from modeling_moma.labelling.labeler import CaptionForm, ImageLabeler
+from tokenization import MomaProcessor, add_image_tokens, train_text_tokenizer
+
+
+CAPTIONS = ["house (tabler)", "red apple (noto, flat)", "tags: home, building", "tags: fruit, red apple"]
+WORDS = ("house", "red apple", "home", "building", "fruit")
+IMAGES, STEPS = 3, 12
+
+
+@pytest.fixture(scope="module")
+def processor():
+    tiny = tiny_processor()
+    tokenizer = add_image_tokens(train_text_tokenizer(CAPTIONS * 3, vocab_size=300), tiny.codebook_size)
+    return MomaProcessor(tiny.image_processor, tokenizer, tiny.vq_model)
+
+
+@pytest.fixture(scope="module", params=["4t4i", "depth"])
+def labeler(request, processor):
+    fields = {"depth_layers": [1], "depth_capacity": 0.5} if request.param == "depth" else {}
+    set_seed(0)
+    model = tiny_model(processor, num_experts={"text": 4, "image": 4}, initializer_range=0.3, **fields)
+    learn_captions(model, processor)
+    # images of unequal batches
+    return ImageLabeler(model.eval(), processor, batch_size=2)
+
+
+def learn_captions(model, processor):
+    """Takes a few steps, after which captions end and go on as they do."""
+    encoder = DocumentEncoder(processor)
+    codes = processor.encode_images(noise_images(IMAGES))
+    documents = [encoder.caption(text, codes[place % IMAGES], image_first=True) for place, text in enumerate(CAPTIONS)]
+    batch = padded_batches(processor, [{"input_ids": ids} for ids in documents], len(documents))[0]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.02)
+    for _ in range(STEPS):
+        model(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    calibrate_thresholds(model, [batch])
+
+
+@pytest.fixture(scope="module")
+def codes(labeler):
+    return labeler.encode(noise_images(IMAGES))
+
+
+@torch.no_grad()
+def loop_log_prob(labeler, image, prompt, text, ends):
+    """`log p(text, one of the ends | image, prompt)`, token by token from whole rows."""
+    encoder = DocumentEncoder(labeler.processor)
+    before = [*encoder.opened(labeler.processor.image_ids(image.tolist())), *encoder.text_ids(prompt)]
+    words = encoder.text_ids(f"{prompt} {text}" if prompt else text)[len(encoder.text_ids(prompt)) :]
+    log_probs = labeler.model(input_ids=torch.tensor([[*before, *words]])).logits[0].double().log_softmax(-1)
+    total = sum(log_probs[len(before) - 1 + place, token] for place, token in enumerate(words))
+    return float(total + (log_probs[-1, list(ends)].logsumexp(0) if ends else 0))
+
+
+def ends_of(labeler, texts):
+    encoder = DocumentEncoder(labeler.processor)
+    return [encoder.eos, *(encoder.text_ids(f"x{text}")[1] for text in texts)]
+
+
+@pytest.mark.parametrize("kind", ["names", "tags"])
+def test_probabilities_are_those_of_the_texts_and_their_ends(labeler, codes, kind):
+    form = labeler.form
+    prompt, ends = (form.name_prompt, form.name_ends) if kind == "names" else (form.tag_prompt, form.tag_ends)
+    found = getattr(labeler, kind)(codes, 3)
+    assert len(found) == IMAGES and all(0 < len(guesses) <= 3 for guesses in found)
+    learnt = 0
+    for image, guesses in zip(codes, found):
+        probabilities = [guess.probability for guess in guesses]
+        assert probabilities == sorted(probabilities, reverse=True) and all(guess.text for guess in guesses)
+        assert len({guess.text for guess in guesses}) == len(guesses)
+        # what is no list of tags
+        others = 1 - math.exp(loop_log_prob(labeler, image, "", "tags:", [])) if kind == "names" else 1
+        for guess in guesses:
+            assert not guess.text.startswith("tags:")
+            if guess.text in WORDS:
+                wanted = math.exp(loop_log_prob(labeler, image, prompt, guess.text, ends_of(labeler, ends))) / others
+                # unlikely ends may have fallen out of the beam, and the same text may be written by unlikely tokens
+                if wanted > 0.05:
+                    assert guess.probability == pytest.approx(wanted, rel=0.1)
+                    learnt += 1
+    assert learnt > 0
+
+
+def test_matches_are_sums_over_names_and_first_tags(labeler, codes):
+    queries = ["house", "red  apple", "home"]
+    scores = labeler.match(codes, queries)
+    tokenizer = labeler.processor.tokenizer
+    special = set(tokenizer.all_special_ids)
+    boundary = [tokenizer.eos_token_id]
+    boundary += [
+        token
+        for token in range(len(tokenizer))
+        if token not in special and not tokenizer.decode([token])[:1].isalnum()
+    ]
+    for row, image in enumerate(codes):
+        for column, query in enumerate(queries):
+            query = " ".join(query.split())
+            name = loop_log_prob(labeler, image, "", query, boundary)
+            tag = loop_log_prob(labeler, image, "tags:", query, ends_of(labeler, labeler.form.tag_ends))
+            assert scores[row, column].item() == pytest.approx(math.log(math.exp(name) + math.exp(tag)), abs=1e-4)
+
+
+def test_neighbours_in_a_batch_change_nothing(labeler, codes):
+    alone = torch.cat([labeler.match(image.unsqueeze(0), ["house"]) for image in codes])
+    assert torch.allclose(alone, labeler.match(codes, ["house"]), atol=1e-5)
+    assert [labeler.names(image.unsqueeze(0), 2)[0][0].text for image in codes] == [
+        guesses[0].text for guesses in labeler.names(codes, 2)
+    ]
+
+
+@pytest.mark.parametrize("queries, said", [([], "is empty"), (["house", " "], "no words")])
+def test_queries_without_words_are_refused(labeler, codes, queries, said):
+    with pytest.raises(InputError, match=said):
+        labeler.match(codes, queries)
+
+
+def test_no_names_and_ends_within_words_are_refused(labeler, codes, processor):
+    with pytest.raises(InputError, match="`count` is 0"):
+        labeler.names(codes, 0)
+    with pytest.raises(InputError, match="does not part 'x'"):
+        ImageLabeler(labeler.model, processor, CaptionForm(name_ends=("",)))
