@@ -54,6 +54,8 @@ class Arguments:
             beams of a search, 1 for none.
         guidance_scale (`float`, *optional*, defaults to `1.0`):
             above 1 follows the words more closely.
+        candidates (`int`, *optional*, defaults to `1`):
+            draw so many images of each prompt, and write the one of which its words are likeliest.
         seed (`int`, *optional*, defaults to `0`):
             of what is drawn.
     """
@@ -69,6 +71,7 @@ class Arguments:
     top_p: Share = 1.0
     num_beams: Count = 1
     guidance_scale: Annotated[Float, Field(ge=0)] = 1.0
+    candidates: Count = 1
     seed: Seed = 0
 
 
@@ -104,6 +107,19 @@ def generation_arguments(args: Arguments, image_seq_length: int) -> dict:
     if temperature == 0:
         return {**chosen, "do_sample": False}
     return {**chosen, "do_sample": True, "temperature": temperature, "top_k": args.top_k, "top_p": args.top_p}
+
+
+def check_candidates(args: Arguments) -> None:
+    """Raise `ValueError` where there is nothing by which one of several candidates could be chosen."""
+    if args.candidates == 1:
+        return
+    if args.mode != "image":
+        raise InputError(f"--candidates {args.candidates}: only images are chosen, and the mode is {args.mode!r}.")
+    if args.image or not args.prompt or not all(prompt.strip() for prompt in args.prompt):
+        raise InputError(
+            f"--candidates {args.candidates}: images are chosen by the words of their prompts; give each --prompt "
+            "words, and no --image."
+        )
 
 
 def image_format(path: Path) -> str:
@@ -144,9 +160,11 @@ def run(args: Arguments) -> None:
         import torch
         from transformers import AutoModelForCausalLM, AutoProcessor, set_seed
 
+        from ..evaluation.retrieval import likeliest_drawings
         from ..hub.loading import MODEL, PROCESSOR, open_saved, refuse_non_finite
         from ..utils.atomic_files import write_aside
 
+    check_candidates(args)
     output = Path(args.output)
     file_format = image_format(output) if args.mode != "text" else None
     texts, images = make_rows(args.prompt, args.image)
@@ -165,13 +183,17 @@ def run(args: Arguments) -> None:
     # an address that is not reached, a file that cannot be read
     except OSError as error:
         raise InputError(f"--image: {error}") from error
-    inputs = inputs.to(device)
+    inputs = {name: values.repeat_interleave(args.candidates, dim=0) for name, values in inputs.to(device).items()}
     set_seed(args.seed)
     ids = model.generate(**inputs, **generation_arguments(args, model.config.image_seq_length))
     new_ids = ids[:, inputs["input_ids"].shape[1] :]
     if args.mode == "image":
         # the last one of each row: a prompt may hold others, and the beginning of this one
         codes = torch.cat([model.decode_image_tokens(row.unsqueeze(0))[-1:] for row in ids])
+        if args.candidates > 1:
+            drawings = codes.unflatten(0, (-1, args.candidates))
+            chosen = likeliest_drawings(model, processor, drawings, args.prompt)
+            codes = drawings[torch.arange(len(drawings)), chosen]
         rows = [[image] for image in processor.decode_images(codes)]
     else:
         rows = processor.post_process_multimodal_output(new_ids, generation_mode=args.mode)

@@ -2,15 +2,17 @@
 """Retrieval by likelihood: where the true caption stands among many for an image, and the true image for a caption.
 
 Shape suffixes:
-    N pairs, Q queries, A answers.
+    N pairs, Q queries, A answers, L codes of an image.
 """
+
+from collections.abc import Sequence
 
 import torch
 
 from ..data.encoding import DocumentEncoder
 from ..errors_moma import InputError
 from .held_out import CaptionedImages
-from .scoring import continuation_log_probs
+from .scoring import continuation_log_probs, paired_log_probs
 
 
 DEFAULT_PAIRS = 64
@@ -116,6 +118,43 @@ def pair_scores(
     alone = [[*encoder.opened([]), begin]]
     (prior,) = continuation_log_probs(model, alone, codes, batch_size, "images of no caption")
     return of_captions, of_images, prior
+
+
+def likeliest_drawings(
+    model, processor, codes_QAL: torch.Tensor, captions: Sequence[str], batch_size: int = 64
+) -> torch.Tensor:
+    """Choose among several drawings of each caption the one of which the caption is likeliest, by the model itself.
+
+    Args:
+        model (`MomaForCausalLM`):
+            in eval mode.
+        processor (`MomaProcessor`):
+            gives the ids.
+        codes_QAL (`torch.Tensor`):
+            codes of the drawings, `[captions, drawings, image_seq_length]`.
+        captions (`Sequence[str]`):
+            what was to be drawn. Words may go on behind them, so a beginning of a caption will do.
+        batch_size (`int`, *optional*, defaults to `64`):
+            drawings at once.
+
+    Returns:
+        `torch.Tensor`: `[captions]`, the place of the chosen drawing, the first of several that are alike.
+
+    Raises:
+        ValueError: there is no drawing of each caption, or a caption without words.
+    """
+    if codes_QAL.ndim != 3 or len(codes_QAL) != len(captions) or not codes_QAL.shape[1]:
+        raise InputError(
+            f"`codes_QAL` has the shape {tuple(codes_QAL.shape)}, but for {len(captions)} captions it has to be "
+            f"({len(captions)}, drawings of each, {processor.image_seq_length})."
+        )
+    if not all(caption.strip() for caption in captions):
+        raise InputError("a caption has no words, by which drawings could be told apart.")
+    encoder = DocumentEncoder(processor)
+    shown = [encoder.opened(processor.image_ids(codes)) for codes in codes_QAL.flatten(0, 1).tolist()]
+    words = [encoder.text_ids(caption) for caption in captions for _ in range(codes_QAL.shape[1])]
+    scores_QA = paired_log_probs(model, shown, words, batch_size).view(codes_QAL.shape[:2])
+    return scores_QA.argmax(dim=1)
 
 
 def ranks(scores_QA: torch.Tensor, query_N: torch.Tensor, answer_N: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -78,3 +78,45 @@ def _scores(model, cache: DynamicCache, last_V: torch.Tensor, continuations: lis
     logits_BTV = model(input_ids=ids_BT[:, :-1], attention_mask=mask_BS, cache=cache, use_cache=True).logits
     losses_BT = torch.nn.functional.cross_entropy(logits_BTV.float().transpose(1, 2), ids_BT[:, 1:], reduction="none")
     return scores_B - (losses_BT.double() * is_token_BT[:, 1:]).sum(dim=1)
+
+
+@torch.inference_mode()
+def paired_log_probs(
+    model, prefixes: Sequence[Sequence[int]], continuations: Sequence[Sequence[int]], batch_size: int
+) -> torch.Tensor:
+    """Return `log p(continuation | prefix)` in nats for each prefix with the continuation of its own.
+
+    Args:
+        model (`MomaForCausalLM`):
+            see [`continuation_log_probs`].
+        prefixes (`Sequence[Sequence[int]]`):
+            token ids of each, one at least.
+        continuations (`Sequence[Sequence[int]]`):
+            token ids of each, one at least; as many as there are prefixes.
+        batch_size (`int`):
+            pairs at once.
+
+    Returns:
+        `torch.Tensor`: `[P]`, float64, on the CPU.
+
+    Raises:
+        ValueError: one is empty, or they are of different number.
+    """
+    if not all(map(len, prefixes)) or not all(map(len, continuations)) or len(prefixes) != len(continuations):
+        raise InputError("`prefixes` and `continuations` are to be pairs, and to have one token at least each.")
+    scores = []
+    for start in range(0, len(prefixes), batch_size):
+        pairs = list(zip(prefixes, continuations))[start : start + batch_size]
+        rows = [torch.tensor([*prefix, *continuation]) for prefix, continuation in pairs]
+        ids_BT = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(model.device)
+        place_T = torch.arange(ids_BT.shape[1])
+        begins_B1 = torch.tensor([[len(prefix)] for prefix, _ in pairs])
+        lengths_B1 = torch.tensor([[len(row)] for row in rows])
+        is_scored_BT = ((place_T >= begins_B1) & (place_T < lengths_B1)).to(model.device)
+        mask_BT = (place_T < lengths_B1).long().to(model.device)
+        logits_BTV = model(input_ids=ids_BT, attention_mask=mask_BT, use_cache=False).logits[:, :-1]
+        losses_BT = torch.nn.functional.cross_entropy(
+            logits_BTV.float().transpose(1, 2), ids_BT[:, 1:], reduction="none"
+        )
+        scores.append(-(losses_BT.double() * is_scored_BT[:, 1:]).sum(dim=1).cpu())
+    return torch.cat(scores)

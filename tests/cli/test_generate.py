@@ -79,6 +79,19 @@ def test_several_prompts_give_numbered_images_that_follow_the_seed(model_folder,
     assert pixels["a"] == pixels["b"] != pixels["c"]
 
 
+def test_of_candidates_one_is_written_for_each_prompt(model_folder, tmp_path):
+    prompts = ["noto: red apple", "apple"]
+    command = ["--model", str(model_folder), "--prompt", prompts[0], "--prompt", prompts[1]]
+    assert main([*command, "--candidates", "3", "--output", str(tmp_path / "one.png")]) == 0
+    written = [Image.open(tmp_path / f"one-{index}.png").tobytes() for index in range(2)]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one-0.png", "one-1.png"]
+    # the same three images of each, one by one
+    rows = [word for prompt in prompts for word in ["--prompt", prompt] * 3]
+    assert main(["--model", str(model_folder), *rows, "--output", str(tmp_path / "all.png")]) == 0
+    drawn = [Image.open(tmp_path / f"all-{index}.png").tobytes() for index in range(6)]
+    assert written[0] in drawn[:3] and written[1] in drawn[3:]
+
+
 def test_images_are_captioned_one_line_each(model_folder, image_file, capsys):
     call = ["--model", str(model_folder), "--image", str(image_file), "--image", str(image_file)]
     assert main([*call, "--prompt", "noto:", "--num-beams", "2", "--max-new-tokens", "4"]) == 0
@@ -130,6 +143,12 @@ def test_truncated_image_ends_with_a_message_and_no_traceback(model_folder, imag
         (["--image", "missing.png"], "missing.png"),
         (["--image", "http://127.0.0.1:1/x.png"], "Connection refused"),
         (["--prompt", "<image>"], "no images were passed"),
+        (["--prompt", "a", "--mode", "text", "--candidates", "2"], "--candidates 2: only images are chosen"),
+        (["--prompt", "a", "--prompt", " ", "--candidates", "2"], "--candidates 2: images are chosen by the words"),
+        (
+            ["--image", "x.png", "--mode", "image", "--candidates", "2"],
+            "--candidates 2: images are chosen by the words",
+        ),
     ],
 )
 def test_bad_arguments_end_with_a_message(model_folder, capsys, arguments, message):

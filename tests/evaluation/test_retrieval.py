@@ -11,7 +11,7 @@ from helpers.tiny import tiny_model, tiny_processor
 from modeling_moma.data.encoding import DocumentEncoder
 from modeling_moma.evaluation.held_out import CaptionedImages
 from modeling_moma.evaluation.measures import padded_batches
-from modeling_moma.evaluation.retrieval import measure_retrieval, rank_figures, ranks
+from modeling_moma.evaluation.retrieval import likeliest_drawings, measure_retrieval, rank_figures, ranks
 
 
 # the third and the fourth share a caption, the fifth and the sixth an image
@@ -159,3 +159,18 @@ def test_a_caption_that_the_model_has_learnt_is_first():
         assert {name: figures["recall@1"] for name, figures in found[answers].items()} == dict.fromkeys(
             found[answers], 1.0
         )
+
+
+def test_the_drawing_of_which_the_words_are_likeliest_is_chosen(parts):
+    model, processor, rows = parts
+    drawings, captions = rows.codes[:6].view(2, 3, 16), ["red", "castle"]
+    found = likeliest_drawings(model, processor, drawings, captions, batch_size=4)
+    for images, caption, chosen in zip(drawings, captions, found.tolist()):
+        words = words_of(processor, caption)
+        ids = [[processor.tokenizer.bos_token_id, *processor.image_ids(codes), *words] for codes in images]
+        scores = [sum(target_log_probs(model, row)[-len(words) :]) for row in ids]
+        assert chosen == max(range(3), key=lambda place: scores[place])
+    with pytest.raises(ValueError, match="has the shape"):
+        likeliest_drawings(model, processor, drawings, captions[:1])
+    with pytest.raises(ValueError, match="no words"):
+        likeliest_drawings(model, processor, drawings, ["red", " "])

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from helpers.tiny import tiny_model, tiny_processor
-from modeling_moma.evaluation.scoring import continuation_log_probs
+from modeling_moma.evaluation.scoring import continuation_log_probs, paired_log_probs
 
 
 MODELS = {
@@ -46,6 +46,21 @@ def test_scores_are_those_of_a_loop_over_single_pairs(fields, batch_size):
     wanted = [[loop_score(model, prefix, ids) for ids in continuations] for prefix in prefixes]
     torch.testing.assert_close(found, torch.tensor(wanted, dtype=torch.float64), rtol=1e-5, atol=1e-4)
     assert (found[:, 0] > found[:, 2]).all()
+
+
+@pytest.mark.parametrize("fields", MODELS.values(), ids=MODELS)
+@pytest.mark.parametrize("batch_size", [2, 16])
+def test_scores_of_pairs_are_those_of_a_loop(fields, batch_size):
+    processor = tiny_processor()
+    model = tiny_model(processor, initializer_range=0.3, **fields)
+    image = processor.image_ids(torch.arange(16))
+    pairs = [([1], [2]), ([1, *image], [80, 0, 82, 2]), ([1, 60, 61, 62], image[1:-1])]
+    found = paired_log_probs(model, *zip(*pairs), batch_size)
+    wanted = [loop_score(model, *pair) for pair in pairs]
+    torch.testing.assert_close(found, torch.tensor(wanted, dtype=torch.float64), rtol=1e-5, atol=1e-4)
+    for wrong in (([[1]], [[]]), ([[1]], [[5], [6]])):
+        with pytest.raises(ValueError, match="one token"):
+            paired_log_probs(model, *wrong, 1)
 
 
 def test_empty_and_long_sequences_are_refused():
