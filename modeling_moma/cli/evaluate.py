@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measure a model on held-out data: losses, captions, retrieval by likelihood, drawings.
+"""Measure a model on held-out data: losses, captions, retrieval by likelihood, drawings and more.
 
 Losses are by modality and source, causal as in `generate`. The loss under `expert_choice` stands beside them with its
 warning: it sees the future and is no measure of quality.
@@ -15,7 +15,7 @@ from .arguments import Flag, parse_fields
 
 
 # of `measure_sources`
-Measure = Literal["losses", "captions", "retrieval", "drawings"]
+Measure = Literal["losses", "captions", "information", "retrieval", "drawings"]
 SAMPLING = ("temperature", "top_k", "top_p", "guidance_scale")
 
 
@@ -34,7 +34,7 @@ class Arguments:
             of the tokens.
         sources (`list[str]`, *optional*):
             measure these alone; by default all.
-        measures (`list[Literal["losses", "captions", "retrieval", "drawings"]]`, *optional*):
+        measures (`list[Literal["losses", "captions", "information", "retrieval", "drawings"]]`, *optional*):
             by default losses, and captions where a source has any; retrieval and drawings take longer.
         limit (`int`, *optional*):
             measure so many rows of each source, drawn at random.

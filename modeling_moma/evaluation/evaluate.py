@@ -13,13 +13,15 @@ from ..errors_moma import InputError
 from .captions import measure_captions
 from .drawings import check_drawings, feature_extractor, measure_drawings
 from .held_out import HeldOutSource
+from .information import measure_information
 from .losses import source_losses
 from .retrieval import DEFAULT_PAIRS, measure_retrieval
 
 
-LOSSES, CAPTIONS, RETRIEVAL, DRAWINGS = "losses", "captions", "retrieval", "drawings"
+LOSSES, CAPTIONS, INFORMATION = "losses", "captions", "information"
+RETRIEVAL, DRAWINGS = "retrieval", "drawings"
 # measures run in this order; all but the first need images with captions
-MEASURES = (LOSSES, CAPTIONS, RETRIEVAL, DRAWINGS)
+MEASURES = (LOSSES, CAPTIONS, INFORMATION, RETRIEVAL, DRAWINGS)
 # the default measures; captions only for sources that have them
 DEFAULT_MEASURES = (LOSSES, CAPTIONS)
 
@@ -73,8 +75,8 @@ def measure_sources(model, processor, sources: Mapping[str, HeldOutSource], sett
 
     Returns:
         `dict`: for each source `documents` and `pictures`, its numbers; an entry for each measure, as
-        [`source_losses`], [`measure_captions`], [`measure_retrieval`] and [`measure_drawings`] give it; and `seconds`
-        by measure. A source without captions has the losses alone.
+        [`source_losses`], [`measure_captions`], [`measure_information`], [`measure_retrieval`] and
+        [`measure_drawings`] give it; and `seconds` by measure. A source without captions has the losses alone.
 
     Raises:
         ImportError: drawings are asked for, and the extra `train` is not installed.
@@ -128,6 +130,7 @@ def _takers(
     rows = source.captioned
     if rows is not None:
         takers[CAPTIONS] = partial(measure_captions, model, processor, rows, size, seed)
+        takers[INFORMATION] = partial(measure_information, model, processor, rows, size)
         takers[RETRIEVAL] = partial(measure_retrieval, model, processor, rows, size, settings.retrieval_pairs, seed)
     if rows is not None and extract is not None:
         takers[DRAWINGS] = partial(measure_drawings, model, processor, rows, extract, size, settings.sampling, seed)

@@ -7,7 +7,7 @@ from typing import Any
 from ..calibration.auxiliary_training import PAPER_THRESHOLD
 from ..frames_moma import TEXT
 from ..utils.messages import markdown_table
-from .evaluate import CAPTIONS, DRAWINGS, LOSSES, RETRIEVAL
+from .evaluate import CAPTIONS, DRAWINGS, INFORMATION, LOSSES, RETRIEVAL
 from .losses import WORDS
 
 
@@ -23,7 +23,13 @@ QUALITIES = {"accuracy": "acc.", "precision": "prec.", "recall": "rec.", "load":
 
 def report_tables(sources: dict[str, dict]) -> str:
     """Return a table for each measure that was taken, one after the other."""
-    tables = {LOSSES: loss_table, CAPTIONS: caption_table, RETRIEVAL: retrieval_table, DRAWINGS: drawing_table}
+    tables = {
+        LOSSES: loss_table,
+        CAPTIONS: caption_table,
+        INFORMATION: information_table,
+        RETRIEVAL: retrieval_table,
+        DRAWINGS: drawing_table,
+    }
     return "\n\n".join(
         table(taken)
         for measure, table in tables.items()
@@ -56,6 +62,17 @@ def caption_table(captions: dict[str, dict]) -> str:
             body.append([label, *(_share(scores.get(score)) for score in ("exact_match", "overlap"))])
             body[-1].append(f"{part['pictures']:,}")
     return markdown_table(["captions, greedy", "exact match", "overlap of words (F1)", "images"], body)
+
+
+def information_table(information: dict[str, dict]) -> str:
+    """Return what images take from their captions and captions from their images, in nats a pair, by source."""
+    body = []
+    for name, part in information.items():
+        for taker, giver in (("image", "caption"), ("caption", "image")):
+            figures = part[taker]
+            cells = [_number(figures[column], 2) for column in ("alone", "with_other", "taken", "standard_error")]
+            body.append([f"{name}, {taker} and its {giver}", *cells, f"{part['pairs']:,}"])
+    return markdown_table(["nats", "alone", "behind the other", "taken from it", "standard error", "pairs"], body)
 
 
 def retrieval_table(retrieval: dict[str, dict]) -> str:

@@ -50,12 +50,12 @@ def test_each_source_has_the_measures_that_it_allows(sources):
 
 def test_tables_have_a_row_for_each_source_and_columns_that_line_up(sources):
     processor, sources = sources
-    found = measure_sources(tiny_model(processor), processor, sources, MeasureSettings(MEASURES[:3], batch_size=4))
+    found = measure_sources(tiny_model(processor), processor, sources, MeasureSettings(MEASURES[:4], batch_size=4))
     tables = report_tables(found).split("\n\n")
-    assert len(tables) == 3
+    assert len(tables) == 4
     for table in tables:
         assert len({line.count("|") for line in table.splitlines()}) == 1
-    losses, captions, retrieval = (
+    losses, captions, _, retrieval = (
         {line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")[2:-1]] for line in table.splitlines()}
         for table in tables
     )
