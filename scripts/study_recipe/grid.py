@@ -141,6 +141,9 @@ def widening(layers: int, capacity: float) -> float:
     return (10 * layers / run - 4) / 6
 
 
+# in training as at inference
+TOKEN_CHOICE = {"training_routing": "token_choice", "inference_routing": "token_choice"}
+
 # `routed` and `shared` are widths of an expert over that of the dense network, `depth` is the second layer's capacity,
 # `upcycled` is the seed that a model grows from
 RECIPES: dict[str, dict[str, Any]] = {
@@ -162,18 +165,18 @@ RECIPES: dict[str, dict[str, Any]] = {
         "routed": 0.25,
         "shared": 0.5,
     },
-    "4t4i-token-choice": {"num_experts": _groups(4, 4), "training_routing": "token_choice"},
+    "4t4i-token-choice": {"num_experts": _groups(4, 4), **TOKEN_CHOICE},
     "4t4i-token-choice-shared": {
         "num_experts": _groups(4, 4),
-        "training_routing": "token_choice",
+        **TOKEN_CHOICE,
         "routed": 0.5,
         "shared": 0.5,
     },
     "4t4i-threshold": {"num_experts": _groups(4, 4), "training_routing": "threshold"},
-    "8x-token-choice": {"num_experts": 8, "training_routing": "token_choice"},
+    "8x-token-choice": {"num_experts": 8, **TOKEN_CHOICE},
     "8x-token-choice-biases": {
         "num_experts": 8,
-        "training_routing": "token_choice",
+        **TOKEN_CHOICE,
         "balance_bias_by_modality": True,
     },
     # narrower, since a token meets more experts than the capacity says
@@ -182,12 +185,20 @@ RECIPES: dict[str, dict[str, Any]] = {
     "untied-1t1i": {"num_experts": _groups(1, 1), "untied_attention": True},
     "untied-4t4i-shared": {"num_experts": _groups(4, 4), "untied_attention": True, "routed": 0.5, "shared": 0.5},
     "1t1i-shared": {"num_experts": _groups(1, 1), "routed": 0.5, "shared": 0.5},
+    "1t1i-token-choice-shared": {"num_experts": _groups(1, 1), **TOKEN_CHOICE, "routed": 0.5, "shared": 0.5},
     "4t4i-upcycled": {"num_experts": _groups(4, 4), "upcycled": Seed("1t1i", 4, "4t4i")},
     "4t4i-shared-upcycled": {
         "num_experts": _groups(4, 4),
         "routed": 0.5,
         "shared": 0.5,
         "upcycled": Seed("1t1i-shared", 4, "4t4i"),
+    },
+    "4t4i-token-choice-shared-upcycled": {
+        "num_experts": _groups(4, 4),
+        **TOKEN_CHOICE,
+        "routed": 0.5,
+        "shared": 0.5,
+        "upcycled": Seed("1t1i-token-choice-shared", 4, "4t4i"),
     },
     "4t4i-shared-depth": {"num_experts": _groups(4, 4), "routed": 0.5, "shared": 0.5, "depth": 0.5},
 }
@@ -243,7 +254,7 @@ def model_fields(run: Run) -> dict[str, Any]:
 LONGER = ("dense", "1t1i", "4t4i-shared", "4t4i")
 COMPARED = (*LONGER, "8x", "6t2i", "8x-shared", "4t4i-token-choice")
 # what may make the best of them better
-TRIED = ("4t4i-shared-upcycled", "4t4i-upcycled")
+TRIED = ("4t4i-token-choice-shared-upcycled", "4t4i-shared-upcycled", "4t4i-upcycled")
 # what the study claims, on seeds that chose nothing, and the two of which one seed goes on to the most tokens
 CLAIMED = ("dense", "1t1i", "4t4i-shared-upcycled")
 FRESH_SEEDS = (3, 4, 5)
@@ -259,7 +270,7 @@ def _first_seed(recipe: str) -> Run:
 PLAN: tuple[Run, ...] = (
     *(Run(recipe, "0.5M", 0, (5,), rate) for rate in (0.5, 1.0, 2.0) for recipe in ("dense", "4t4i-shared")),
     *(Run(recipe, "0.5M", seed, (10, 20)) for seed in FRESH_SEEDS for recipe in CLAIMED),
+    *(_first_seed(recipe) for recipe in (*TRIED, *LONGEST, *COMPARED) if recipe not in LONGEST),
     *(_first_seed(recipe) for recipe in LONGEST),
-    *(_first_seed(recipe) for recipe in (*COMPARED, *TRIED) if recipe not in LONGEST),
     *(Run(recipe, "0.5M", 2, (10, 20)) for recipe in COMPARED),
 )
