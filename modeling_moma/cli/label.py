@@ -57,7 +57,7 @@ def parse_arguments(arguments: list[str] | None = None) -> Arguments:
 def run(args: Arguments) -> None:
     """Read, label, and write the table or print it."""
     with without_import_notices():
-        from ..labelling.folder import check_table, label_folder, label_rows, write_table
+        from ..labelling.folder import check_table, label_folder, label_rows, shown, write_table
         from ..labelling.images import folder_files
         from ..labelling.labeler import open_labeler
 
@@ -71,9 +71,9 @@ def run(args: Arguments) -> None:
         print(write_table(args.output, labels, label_rows(labels)))
         return
     for row in label_rows(labels):
-        print(
-            f"{row['file']}: {row['name']} ({row['probability']})" + (f"; tags: {row['tags']}" if row["tags"] else "")
-        )
+        tags = f"; tags: {row['tags']}" if row["tags"] else ""
+        # what a model writes may have line breaks, too
+        print(shown(f"{row['file']}: {row['name']} ({row['probability']}){tags}"))
 
 
 def main(arguments: list[str] | None = None):

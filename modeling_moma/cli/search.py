@@ -55,7 +55,7 @@ def parse_arguments(arguments: list[str] | None = None) -> Arguments:
 def run(args: Arguments) -> None:
     """Read, rank, and write the table or print it."""
     with without_import_notices():
-        from ..labelling.folder import check_table, search_folder, write_table
+        from ..labelling.folder import check_table, search_folder, shown, write_table
         from ..labelling.images import folder_files
         from ..labelling.labeler import check_queries, open_labeler
 
@@ -72,7 +72,7 @@ def run(args: Arguments) -> None:
     for entry in found:
         if entry.rank == 1 and len(args.queries) > 1:
             print(f"{entry.query}:")
-        print(f"{entry.score:8.2f}  {entry.file}")
+        print(f"{entry.score:8.2f}  {shown(entry.file)}")
 
 
 def main(arguments: list[str] | None = None):

@@ -3,6 +3,7 @@
 
 import csv
 import json
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -20,7 +21,7 @@ from .images import folder_files, read_files
 from .labeler import Guess, ImageLabeler, check_queries
 
 
-# files that are read, coded and labelled together: as many images are in memory
+# files that are coded and labelled together
 PIECE = 256
 TABLES = (".csv", ".json")
 
@@ -80,24 +81,30 @@ def coded_images(folder: str, labeler: ImageLabeler, output: str | None = None) 
     Raises:
         ValueError: there is no image.
     """
-    own = None if output is None else Path(output).resolve()
-    files = [file for file in folder_files(folder) if file.resolve() != own]
-    paths, images, number = [], [], 0
+    own = None if output is None else os.path.realpath(output)
+    files = [file for file in folder_files(folder) if os.path.realpath(file) != own]
+    # of large images only what the image tokenizer sees stays in memory
+    paths, pixels, number = [], [], 0
     for file, found in tqdm(read_files(files), total=len(files), desc="images", disable=None):
         name = str(file.relative_to(folder))
         if isinstance(found, LeftOut):
-            tqdm.write(f"{name}: left out: {one_line(found, 200)}", file=sys.stderr)
+            tqdm.write(f"{shown(name)}: left out: {one_line(found, 200)}", file=sys.stderr)
             continue
         paths.append(name)
-        images.append(found)
+        pixels.append(labeler.pixel_values(found))
         number += 1
         if len(paths) == PIECE:
-            yield paths, labeler.encode(images)
-            paths, images = [], []
+            yield paths, labeler.encode_pixels(torch.cat(pixels))
+            paths, pixels = [], []
     if paths:
-        yield paths, labeler.encode(images)
+        yield paths, labeler.encode_pixels(torch.cat(pixels))
     if not number:
         raise InputError(f"FOLDER {folder!r}: none of its {len(files)} files is an image that can be read.")
+
+
+def shown(text: str) -> str:
+    """Return a text as it can be printed in one line: with escapes where it has line breaks or bytes of no text."""
+    return text if text.isprintable() else text.encode("unicode_escape").decode("ascii")
 
 
 def label_folder(
@@ -195,9 +202,10 @@ def write_table(output: str, entries: Sequence[Label | Found], rows: Sequence[di
     def write(path: Path) -> None:
         if output.lower().endswith(".json"):
             content = [asdict(entry) for entry in entries]
-            path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+            # in escapes a path keeps bytes that are no text
+            path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
             return
-        with path.open("w", newline="", encoding="utf-8") as file:
+        with path.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
             writer = csv.DictWriter(file, list(rows[0]))
             writer.writeheader()
             writer.writerows(rows)

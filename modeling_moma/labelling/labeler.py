@@ -93,7 +93,18 @@ class ImageLabeler:
 
     def encode(self, images: Sequence[Image.Image]) -> torch.Tensor:
         """Return the codes `[N, image_seq_length]` of images, which is all that the model sees of them."""
-        return torch.tensor(self.processor.encode_images(list(images)))
+        return self.encode_pixels(torch.cat([self.pixel_values(image) for image in images]))
+
+    def pixel_values(self, image: Image.Image) -> torch.Tensor:
+        """Return an image as the image tokenizer takes it, `[1, 3, height, width]`."""
+        return self.processor.image_processor([image], return_tensors="pt")["pixel_values"]
+
+    @torch.inference_mode()
+    def encode_pixels(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Return the codes `[N, image_seq_length]` of pixel values `[N, 3, height, width]`."""
+        vq_model = self.processor.vq_model
+        batches = pixel_values.split(self.batch_size)
+        return torch.cat([vq_model.get_image_tokens(batch.to(vq_model.device)).cpu() for batch in batches])
 
     def names(self, codes: torch.Tensor, count: int = 5) -> list[list[Guess]]:
         """Return the likeliest names of each image, the likeliest first, by a beam search.

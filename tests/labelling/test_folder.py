@@ -76,6 +76,31 @@ def test_a_second_run_with_the_table_in_the_folder_gives_the_same(folder, model,
     assert [entry["file"] for entry in json.loads(written[0])][0] == "0.png"
 
 
+def test_names_of_files_that_are_no_text_and_links_in_circles(model, tmp_path, capfd):
+    folder = tmp_path / "icons"
+    folder.mkdir()
+    (image,) = noise_images(1)
+    names = [b"caf\xe9.png", b"line\nbreak.png"]
+    for name in names:
+        with open(os.path.join(os.fsencode(folder), name), "wb") as file:
+            image.save(file, format="png")
+    (folder / "circle.png").symlink_to("circle.png")
+    for ending in ("csv", "json"):
+        assert moma_command("label", folder, "--model", model, "--output", tmp_path / f"labels.{ending}") == 0
+    told = [line for line in capfd.readouterr().err.splitlines() if "left out" in line]
+    assert len(told) == 2 and all(line.strip().startswith("circle.png: left out: no file") for line in told)
+    entries = json.loads((tmp_path / "labels.json").read_text())
+    assert sorted(os.fsencode(entry["file"]) for entry in entries) == names
+    with (tmp_path / "labels.csv").open(newline="", errors="surrogateescape") as file:
+        assert sorted(os.fsencode(row["file"]) for row in csv.DictReader(file)) == names
+    assert moma_command("search", folder, "red", "--model", model) == 0
+    lines = capfd.readouterr().out.splitlines()
+    assert sorted(line.split()[-1] for line in lines) == [r"caf\udce9.png", r"line\nbreak.png"]
+    assert moma_command("label", folder, "--model", model) == 0
+    lines = capfd.readouterr().out.splitlines()
+    assert sorted(line.partition(":")[0] for line in lines) == [r"caf\udce9.png", r"line\nbreak.png"]
+
+
 def test_a_search_ranks_every_image_for_every_query(folder, model, tmp_path, capfd):
     output = tmp_path / "found.json"
     assert moma_command("search", folder, "red", "castle", "--model", model, "--top", 2, "--output", output) == 0
