@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measure a model on held-out data: losses, captions, retrieval by likelihood, drawings and more.
+"""Measure a model on held-out data: losses, captions, information, retrieval, drawings.
 
 Losses are by modality and source, causal as in `generate`. The loss under `expert_choice` stands beside them with its
 warning: it sees the future and is no measure of quality.

@@ -388,7 +388,7 @@ def read_table(text):
 
 def test_steps_are_timed_in_turns(study):
     runs = [RUN, replace(RUN, recipe="dense")]
-    found = step_seconds(study, {run: train_branch(study, run, SMALL) for run in runs}, rounds=2, steps=1)
+    found = step_seconds(study, {run: train_branch(study, run, LARGE) for run in runs}, rounds=2, steps=1)
     assert found.keys() == {run.recipe for run in runs}
     assert all(len(seconds) == 2 and min(seconds) > 0 for seconds in found.values())
 
