@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Name and tag the images of a folder, for alt text and for search.
 
-moma label icons/ --model moma-icons --output labels.csv
+moma label icons/ --model MODEL --output labels.csv
 
 A file that is no image, or cannot be read, is told in a line; the others are done.
 """
 
 import argparse
 from dataclasses import dataclass
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field
 
@@ -17,9 +17,13 @@ from ..utils.messages import without_import_notices
 from .arguments import Flag, parse_fields
 
 
+if TYPE_CHECKING:
+    from ..labelling.labeler import ImageLabeler
+
+
 @dataclass(frozen=True, kw_only=True)
-class Arguments:
-    """Flags of `moma label`.
+class FolderArguments:
+    """Flags of commands that read a folder of images.
 
     Args:
         folder (`str`):
@@ -28,14 +32,10 @@ class Arguments:
             folder or Hub name of a model with its processor.
         output (`str`, *optional*):
             CSV or JSON file; by default lines are printed.
-        names (`int`, *optional*, defaults to `5`):
-            names of each image at most.
-        tags (`int`, *optional*, defaults to `8`):
-            tags of each image at most, 0 for none.
-        name_prompt (`str`, *optional*):
+        name_prompt (`str`, *optional*, defaults to `""`):
             what the model's captions have before a name.
-        tag_prompt (`str`, *optional*):
-            what they have before tags; by default `tags:`.
+        tag_prompt (`str`, *optional*, defaults to `"tags:"`):
+            what they have before tags.
         batch_size (`int`, *optional*, defaults to `32`):
             images at once.
     """
@@ -43,29 +43,49 @@ class Arguments:
     folder: Annotated[str, Flag(metavar="FOLDER", is_positional=True)]
     model: str
     output: str | None = None
+    name_prompt: str = ""
+    tag_prompt: str = "tags:"
+    batch_size: Count = 32
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arguments(FolderArguments):
+    """Flags of `moma label`.
+
+    Args:
+        names (`int`, *optional*, defaults to `5`):
+            names of each image at most.
+        tags (`int`, *optional*, defaults to `8`):
+            tags of each image at most, 0 for none.
+    """
+
     names: Count = 5
     tags: Annotated[Int, Field(ge=0)] = 8
-    name_prompt: str | None = None
-    tag_prompt: str | None = None
-    batch_size: Count = 32
 
 
 def parse_arguments(arguments: list[str] | None = None) -> Arguments:
     return parse_fields(Arguments, __doc__, arguments, formatter_class=argparse.RawDescriptionHelpFormatter)
 
 
-def run(args: Arguments) -> None:
-    """Read, label, and write the table or print it."""
-    with without_import_notices():
-        from ..labelling.folder import check_table, label_folder, label_rows, shown, write_table
-        from ..labelling.images import folder_files
-        from ..labelling.labeler import open_labeler
+def checked_labeler(args: FolderArguments) -> "ImageLabeler":
+    """Return the labeler, once it is known that there are files to read and that a table can be written."""
+    from ..labelling.folder import check_table
+    from ..labelling.images import folder_files
+    from ..labelling.labeler import CaptionForm, open_labeler
 
     if args.output is not None:
         check_table(args.output)
-    # before the model is loaded
     folder_files(args.folder)
-    labeler = open_labeler(args.model, args.name_prompt, args.tag_prompt, args.batch_size)
+    form = CaptionForm(name_prompt=args.name_prompt, tag_prompt=args.tag_prompt)
+    return open_labeler(args.model, form, args.batch_size)
+
+
+def run(args: Arguments) -> None:
+    """Read, label, and write the table or print it."""
+    with without_import_notices():
+        from ..labelling.folder import label_folder, label_rows, shown, write_table
+
+    labeler = checked_labeler(args)
     labels = label_folder(args.folder, labeler, args.names, args.tags, args.output)
     if args.output is not None:
         print(write_table(args.output, labels, label_rows(labels)))

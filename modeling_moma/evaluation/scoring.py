@@ -106,7 +106,8 @@ def paired_log_probs(
         raise InputError("`prefixes` and `continuations` are to be pairs, and to have one token at least each.")
     scores = []
     for start in range(0, len(prefixes), batch_size):
-        pairs = list(zip(prefixes, continuations))[start : start + batch_size]
+        chosen = slice(start, start + batch_size)
+        pairs = list(zip(prefixes[chosen], continuations[chosen]))
         rows = [torch.tensor([*prefix, *continuation]) for prefix, continuation in pairs]
         ids_BT = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(model.device)
         place_T = torch.arange(ids_BT.shape[1])

@@ -8,7 +8,7 @@ Shape suffixes:
 import copy
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from transformers import DynamicCache
 
 from ..data.encoding import DocumentEncoder
 from ..errors_moma import InputError
+from ..evaluation.measures import encode_images
 from ..hub.loading import open_model, open_processor, refuse_non_finite
 
 
@@ -99,12 +100,9 @@ class ImageLabeler:
         """Return an image as the image tokenizer takes it, `[1, 3, height, width]`."""
         return self.processor.image_processor([image], return_tensors="pt")["pixel_values"]
 
-    @torch.inference_mode()
     def encode_pixels(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Return the codes `[N, image_seq_length]` of pixel values `[N, 3, height, width]`."""
-        vq_model = self.processor.vq_model
-        batches = pixel_values.split(self.batch_size)
-        return torch.cat([vq_model.get_image_tokens(batch.to(vq_model.device)).cpu() for batch in batches])
+        return encode_images(self.processor, iter(pixel_values.split(self.batch_size)))
 
     def names(self, codes: torch.Tensor, count: int = 5) -> list[list[Guess]]:
         """Return the likeliest names of each image, the likeliest first, by a beam search.
@@ -265,27 +263,18 @@ def check_queries(queries: Sequence[str]) -> None:
         raise InputError(f"query {blank[0]!r}: there are no words in it to look for.")
 
 
-def open_labeler(
-    model: str, name_prompt: str | None = None, tag_prompt: str | None = None, batch_size: int = 32
-) -> ImageLabeler:
+def open_labeler(model: str, form: CaptionForm = CaptionForm(), batch_size: int = 32) -> ImageLabeler:
     """Return the labeler of a saved model with its processor, on a GPU where there is one.
 
     Args:
         model (`str`):
             folder or name on the Hub.
-        name_prompt (`str`, *optional*):
-            of [`CaptionForm`], as the next.
-        tag_prompt (`str`, *optional*):
-            by default that of [`CaptionForm`].
+        form ([`CaptionForm`], *optional*):
+            see [`ImageLabeler`], as the next.
         batch_size (`int`, *optional*, defaults to `32`):
             images at once.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    form = CaptionForm()
-    if name_prompt is not None:
-        form = replace(form, name_prompt=name_prompt)
-    if tag_prompt is not None:
-        form = replace(form, tag_prompt=tag_prompt)
     processor = open_processor(model, "--model").to(device)
     loaded = open_model(model).to(device).eval()
     refuse_non_finite(loaded, model)

@@ -76,6 +76,18 @@ def test_a_second_run_with_the_table_in_the_folder_gives_the_same(folder, model,
     assert [entry["file"] for entry in json.loads(written[0])][0] == "0.png"
 
 
+@pytest.mark.parametrize("mode", ["1", "L", "P", "RGBA", "CMYK", "I;16"])
+@pytest.mark.parametrize("size", [(1, 1), (300, 7), (16, 40)])
+def test_images_of_every_mode_and_shape_are_labelled(model, tmp_path, mode, size):
+    (tmp_path / "icons").mkdir()
+    image = Image.new(mode, size)
+    image.save(tmp_path / "icons" / ("icon.tiff" if mode == "CMYK" else "icon.png"))
+    output = tmp_path / "labels.json"
+    assert moma_command("label", tmp_path / "icons", "--model", model, "--tags", 0, "--output", output) == 0
+    (entry,) = json.loads(output.read_text())
+    assert entry["tags"] == []
+
+
 def test_names_of_files_that_are_no_text_and_links_in_circles(model, tmp_path, capfd):
     folder = tmp_path / "icons"
     folder.mkdir()
