@@ -198,7 +198,7 @@ class Evaluation:
             "dtype": "float32",
             "models": models,
             "image_seq_length": self.processor.image_seq_length,
-            "resolution": self.processor.vq_model.config.resolution,
+            "resolution": self.processor.image_size[0],
             "tokenizer": tokenizer_quality(self.processor, self.images, self.codes),
             "loss": self.losses(),
         }

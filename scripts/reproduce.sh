@@ -14,7 +14,7 @@ done
 [ -e runs/tokenizer/model.safetensors ] ||
     "$python" -m modeling_moma train-image-tokenizer recipes/emoji.yaml --output runs/tokenizer --resume
 [ -e runs/processor/processor_config.json ] ||
-    "$python" -m modeling_moma build-processor recipes/emoji.yaml --tokenizer runs/tokenizer --output runs/processor
+    "$python" -m modeling_moma build-processor recipes/emoji.yaml --image-tokenizer runs/tokenizer --output runs/processor
 [ -e runs/tokens/manifest.json ] ||
     "$python" -m modeling_moma tokenize recipes/emoji.yaml --processor runs/processor --output runs/tokens
 for run in 4t4i:emoji dense:emoji-dense; do

@@ -10,6 +10,7 @@ from transformers.processing_utils import ProcessorMixin
 
 from .codecs_moma import ModalityCodec
 from .image_input_moma import MomaImageInputMixin, iter_image_sources
+from .image_tokenizers_moma import LibraryImageTokenizer
 from .modeling_moma_vq import MomaVQModel
 from .processor_errors_moma import InputError
 from .renamed_moma import renamed
@@ -26,11 +27,13 @@ class CodeConversionMixin(ProcessorMixin):
 
     tokenizer: PreTrainedTokenizerFast
     image_processor: MomaImageInputMixin
-    vq_model: MomaVQModel
+    vq_model: MomaVQModel | LibraryImageTokenizer
     codecs: dict[str, ModalityCodec]
     frames: dict[str, TokenFrame]
     codebook_size: int
     image_seq_length: int
+    image_size: tuple[int, int]
+    image_grid: tuple[int, int]
     image_token_offset: int
     begin_image_token_id: int
     end_image_token_id: int
@@ -81,15 +84,14 @@ class CodeConversionMixin(ProcessorMixin):
             ValueError: an image cannot be read, or the image processor does not yield the VQ model's resolution.
         """
         kwargs["return_tensors"] = "pt"
-        side = self.vq_model.config.resolution
         codes, pending = [], []
         # one by one, so that a single file is open and a single image in memory at its full size
         for source in iter_image_sources(images):
             pixel_values = self.image_processor([self.image_processor.fetch_images(source)], **kwargs)["pixel_values"]
-            if tuple(pixel_values.shape[-2:]) != (side, side):
+            if tuple(pixel_values.shape[-2:]) != self.image_size:
                 raise InputError(
                     f"images_kwargs: the image processor yields {tuple(pixel_values.shape[-2:])} pixels, but the VQ "
-                    f"model needs {(side, side)}; leave size and crop_size as they are."
+                    f"model needs {self.image_size}; leave size and crop_size as they are."
                 )
             pending.append(pixel_values)
             if len(pending) == ENCODE_CHUNK:

@@ -236,20 +236,21 @@ class MomaImageInputMixin(_Backend):
     image_std: list[float] = [0.5, 0.5, 0.5]
 
     @classmethod
-    def for_resolution(cls, resolution: int, **kwargs) -> Self:
+    def for_resolution(cls, resolution: int | tuple[int, int], **kwargs) -> Self:
         """Build an image processor for a VQ model of a resolution.
 
         Args:
-            resolution (`int`):
-                `vq_model.config.resolution`, in pixels.
+            resolution (`int` or `tuple[int, int]`):
+                `vq_model.config.resolution`, or height and width, in pixels.
             kwargs (`Any`):
                 Further fields.
 
         Returns:
             The image processor.
         """
-        crop = {"height": resolution, "width": resolution}
-        return cls(size={"shortest_edge": resolution}, crop_size=crop, **kwargs)
+        height, width = (resolution, resolution) if isinstance(resolution, int) else resolution
+        crop = {"height": height, "width": width}
+        return cls(size={"shortest_edge": min(height, width)}, crop_size=crop, **kwargs)
 
     def fetch_images(self, image_url_or_urls: Any) -> Any:
         """Replace every path, address or base64 string in a (nested) list by the PIL image that it names.
@@ -293,7 +294,8 @@ class MomaImageInputMixin(_Backend):
         """Turn one image into the backend's channels-first array.
 
         It is brought to 8 bits, transparency composited on white. Of a side much longer than the other the far ends,
-        which the centre crop drops, are left out before resizing.
+        which the centre crop drops, are left out before resizing; for a crop that is no square, all that lies outside
+        of the largest box of its shape.
 
         Args:
             image (`PIL.Image.Image`, `np.ndarray` or `torch.Tensor`):
@@ -317,18 +319,32 @@ class MomaImageInputMixin(_Backend):
         Raises:
             ValueError: the image is damaged or empty, or its values have no known range.
         """
-        ratio = _max_ratio(size, crop_size) if do_resize and do_center_crop and size is not None else 0
+        cropped = size if do_resize and do_center_crop else None
+        fills = cropped is not None and _fills(cropped, crop_size)
+        ratio = 0 if cropped is None or fills else _max_ratio(cropped, crop_size)
+
+        def box(height: int, width: int) -> tuple[int, int, int, int]:
+            if fills:
+                return _box_of_shape(height, width, crop_size.height, crop_size.width)
+            return _centre_box(height, width, ratio) if ratio else (0, 0, height, width)
+
         if is_pil_image(image):
             image = clean_pil_image(image)
-            if ratio:
-                top, left, bottom, right = _centre_box(image.height, image.width, ratio)
+            top, left, bottom, right = box(image.height, image.width)
+            if (bottom - top, right - left) != (image.height, image.width):
                 image = image.crop((left, top, right, bottom))
             return super().process_image(image, do_rescale=do_rescale, **kwargs)
         array = super().process_image(clean_array_image(image, do_rescale), do_rescale=do_rescale, **kwargs)
-        if ratio:
-            top, left, bottom, right = _centre_box(array.shape[-2], array.shape[-1], ratio)
-            array = array[..., top:bottom, left:right]
-        return array
+        top, left, bottom, right = box(array.shape[-2], array.shape[-1])
+        return array[..., top:bottom, left:right]
+
+    def _preprocess(self, images: list, *args, **kwargs) -> BatchFeature:
+        size, crop_size = kwargs.get("size"), kwargs.get("crop_size")
+        is_cropped = kwargs.get("do_resize") and kwargs.get("do_center_crop")
+        if is_cropped and size is not None and crop_size is not None and _fills(size, crop_size):
+            # the images have this shape up to less than a pixel
+            kwargs["size"] = SizeDict(height=crop_size.height, width=crop_size.width)
+        return super()._preprocess(images, *args, **kwargs)
 
     def resize(self, image: Any, size: SizeDict, **kwargs) -> Any:
         """Resize as the backend does, floating point values quantised to 256 steps of their range.
@@ -394,6 +410,21 @@ class MomaImageInputMixin(_Backend):
             pil_images = [Image.fromarray(image) for image in pixels.permute(0, 2, 3, 1).contiguous().numpy()]
             return BatchFeature(data={"pixel_values": pil_images})
         return BatchFeature(data={"pixel_values": pixels}, tensor_type=return_tensors)
+
+
+def _fills(size: SizeDict, crop_size: Any) -> bool:
+    """Return whether a crop that is no square is to be filled: a shortest edge alone leaves a part of it black."""
+    if not size.shortest_edge or size.longest_edge or crop_size.height == crop_size.width:
+        return False
+    return size.shortest_edge == min(crop_size.height, crop_size.width)
+
+
+def _box_of_shape(height: int, width: int, rows: int, columns: int) -> tuple[int, int, int, int]:
+    """Return top, left, bottom and right of the largest centred box of the shape of `rows` x `columns`."""
+    box_height = min(height, max(1, round(width * rows / columns)))
+    box_width = min(width, max(1, round(height * columns / rows)))
+    top, left = (height - box_height) // 2, (width - box_width) // 2
+    return top, left, top + box_height, left + box_width
 
 
 def _max_ratio(size: SizeDict, crop_size: Any) -> int:

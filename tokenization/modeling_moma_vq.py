@@ -35,7 +35,7 @@ from .trunk_moma_vq import MomaVQTrunk
 
 
 @contextmanager
-def _without_tf32() -> Iterator[None]:
+def without_tf32() -> Iterator[None]:
     """Let CUDA compute float32 in float32: in TF32, torch's default for convolutions, other codes are nearest."""
     settings = (torch.backends.cudnn.conv, torch.backends.cuda.matmul)  # pyright: ignore[reportAttributeAccessIssue]
     before = [setting.fp32_precision for setting in settings]
@@ -247,7 +247,7 @@ class MomaVQModel(PreTrainedModel):
         chunks = self._chunks(pixel_values, pixel_values.shape[-1])
         # codes are kept as data, and have to mean the same wherever they were made; a compiled program sets no flags
         is_plain_cuda = pixel_values.device.type == "cuda" and not torch.compiler.is_compiling()
-        with _without_tf32() if is_plain_cuda else nullcontext():
+        with without_tf32() if is_plain_cuda else nullcontext():
             return torch.cat([self.quantize.nearest(self.encode(chunk)) for chunk in chunks])
 
     @torch.no_grad()

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from PIL import Image
-from transformers import BatchFeature, PreTrainedTokenizerFast
+from transformers import BatchFeature, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.image_utils import ImageInput
 from transformers.processing_utils import MultiModalData, ProcessingKwargs, Unpack
 from transformers.tokenization_utils_base import TextInput
@@ -32,6 +32,14 @@ from .codecs_moma import ModalityCodec, check_codec, codec_types, load_codecs, s
 from .image_input_moma import MomaImageInputMixin, iter_image_sources
 from .image_processing_moma import MomaImageProcessor
 from .image_processing_pil_moma import MomaImageProcessorPil
+from .image_tokenizers_moma import (
+    LibraryImageTokenizer,
+    library_class,
+    load_image_tokenizer,
+    number_of_codes,
+    own_image_size,
+    pixels_per_code,
+)
 from .modeling_moma_vq import MomaVQModel
 from .processor_errors_moma import InputError
 from .text_tokenizer_moma import (
@@ -75,16 +83,21 @@ class MomaProcessor(CodeConversionMixin):
     Other modalities have a codec each, see [`ModalityCodec`]: with `codecs={"audio": codec}` each `<audio>` becomes
     `<|begin_audio|>`, the codes of its sound, and `<|end_audio|>`, and `processor(text=..., audio=[...])` takes them.
 
+    The image tokenizer is a [`MomaVQModel`], or one that Transformers has: `JanusVQVAE` (that of LlamaGen) or
+    `Emu3VQVAE`, whose images may be of any height and width in multiples of the pixels of a code; all images of a
+    processor have one size, the `crop_size` of its image processor.
+
     The VQ model runs in float32, in evaluation mode, without gradients; the model that is passed in is put into that
     state. It stays on its device (the CPU after `from_pretrained`); [`~MomaProcessor.to`] moves it.
 
     Args:
         image_processor ([`MomaImageProcessor`] or [`MomaImageProcessorPil`]):
-            Its `crop_size` must equal the VQ model's resolution.
+            Its `crop_size` must equal the resolution of a [`MomaVQModel`]; for other image tokenizers it decides on
+            the size of images.
         tokenizer (`PreTrainedTokenizerFast`):
             A tokenizer with the image tokens of [`add_image_tokens`].
-        vq_model ([`MomaVQModel`]):
-            Turns pixel values into codes and back.
+        vq_model ([`MomaVQModel`], `JanusVQVAE` or `Emu3VQVAE`):
+            Turns pixel values into codes and back. One of Transformers is found again as `vq_model.model`.
         chat_template (`str` or `dict[str, str]`, *optional*):
             Jinja template of a conversation; by default `DEFAULT_CHAT_TEMPLATE`, turns of `role`, newline, content,
             `<eos>`, with images in any turn.
@@ -104,7 +117,11 @@ class MomaProcessor(CodeConversionMixin):
         image_token_ids (`list[int]`):
             Ids of all codes. Begin and end of image count as text.
         image_seq_length (`int`):
-            Codes of one image.
+            Codes of one image, the product of `image_grid`.
+        image_size (`tuple[int, int]`):
+            Height and width of all images, in pixels.
+        image_grid (`tuple[int, int]`):
+            Rows and columns of the codes of one image.
         codebook_size (`int`):
             Number of codes.
         frames (`dict[str, TokenFrame]`):
@@ -127,35 +144,51 @@ class MomaProcessor(CodeConversionMixin):
         self,
         image_processor: MomaImageInputMixin,
         tokenizer: PreTrainedTokenizerFast,
-        vq_model: MomaVQModel,
+        vq_model: MomaVQModel | LibraryImageTokenizer | PreTrainedModel,
         chat_template: str | dict | None = None,
         codecs: dict[str, ModalityCodec] | None = None,
     ):
         if chat_template is None:
             chat_template = DEFAULT_CHAT_TEMPLATE
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
-        # code from the Hub makes a second class of the same name, so the class says nothing
-        if not hasattr(vq_model, "get_image_tokens") or not hasattr(vq_model, "decode_image_tokens"):
-            raise TypeError(f"vq_model: expected a MomaVQModel, got {type(vq_model).__name__}.")
-        self.vq_model = vq_model.float().eval()
-        config = vq_model.config
-        self.codebook_size = config.num_embeddings
-        self.image_seq_length = (config.resolution // config.downsample_factor) ** 2
-        self._check_image_processor(image_processor, config.resolution)
+        self.vq_model = self._take_image_tokenizer(vq_model, image_processor)
+        self.codebook_size = number_of_codes(self.vq_model.config)
+        self.image_seq_length = self.image_grid[0] * self.image_grid[1]
         self.codecs = dict(codecs or {})
         for modality, codec in self.codecs.items():
             check_codec(modality, codec)
         self._read_vocabulary(tokenizer)
 
-    def _check_image_processor(self, image_processor: MomaImageInputMixin, resolution: int) -> None:
+    def _take_image_tokenizer(self, vq_model: Any, image_processor: MomaImageInputMixin) -> Any:
+        """Return the image tokenizer, made ready, and note the size and the grid of images."""
         crop, edge = image_processor.crop_size, image_processor.size.shortest_edge
-        side = (crop.height, crop.width) if image_processor.do_center_crop and crop is not None else None
+        size = (crop.height, crop.width) if image_processor.do_center_crop and crop is not None else None
+        # code from the Hub makes a second class of the same name, so the class says nothing
+        is_own = hasattr(vq_model, "get_image_tokens") and hasattr(vq_model, "decode_image_tokens")
+        if isinstance(vq_model, LibraryImageTokenizer):
+            vq_model, is_own = vq_model.model, False
+        if not is_own:
+            library_class(vq_model)
+        expected = own_image_size(vq_model.config) if is_own else size
         # a crop larger than the shortest edge would be padded with black
-        if side != (resolution, resolution) or (edge is not None and edge < resolution):
+        if size is None or size != expected or (edge is not None and edge < min(size)):
+            wanted = own_image_size(vq_model.config) or (256, 256)
+            given = wanted[0] if wanted[0] == wanted[1] else wanted
             raise InputError(
-                f"image_processor: shortest_edge={edge} and a crop of {side} do not fit the VQ model's resolution "
-                f"{resolution}; build it with `{type(image_processor).__name__}.for_resolution({resolution})`."
+                f"image_processor: shortest_edge={edge} and a crop of {size} do not fit the VQ model's resolution "
+                f"{given}; build it with `{type(image_processor).__name__}.for_resolution({given})`."
             )
+        self.image_size = size
+        if not is_own:
+            vq_model = LibraryImageTokenizer(vq_model, size)
+        factor = vq_model.config.downsample_factor if is_own else pixels_per_code(vq_model.config)
+        self.image_grid = (size[0] // factor, size[1] // factor)
+        return vq_model.float().eval()
+
+    @property
+    def has_image_decoder(self) -> bool:
+        """Whether codes can be turned into images."""
+        return getattr(self.vq_model.config, "use_decoder", True)
 
     def _read_vocabulary(self, tokenizer: PreTrainedTokenizerFast) -> None:
         image = TokenFrame.from_tokenizer(
@@ -480,7 +513,7 @@ class MomaProcessor(CodeConversionMixin):
             "tokenizer", pretrained_model_name_or_path, subfolder=subfolder, **tokenizer_kwargs
         )
         if vq_model is None:
-            vq_model = MomaVQModel.from_pretrained(
+            vq_model = load_image_tokenizer(
                 pretrained_model_name_or_path,
                 subfolder=f"{subfolder}/{VQ_SUBFOLDER}" if subfolder else VQ_SUBFOLDER,
                 dtype=torch.float32,

@@ -2,9 +2,10 @@
 """Join an image tokenizer and a text tokenizer of a recipe's texts into a processor."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
-from ..utils.fields import Count
+from ..errors_moma import InputError
+from ..utils.fields import Count, FormerName
 from ..utils.messages import without_import_notices
 from .arguments import Flag, parse_fields
 
@@ -22,8 +23,12 @@ class Arguments:
     Args:
         recipe (`str`):
             YAML with `sources`, and with `processor` where it differs.
-        tokenizer (`str`):
-            folder of a trained MomaVQModel.
+        image_tokenizer (`str`):
+            folder of a trained MomaVQModel; or folder or Hub name of a JanusVQVAE (LlamaGen's), of an Emu3VQVAE, or of
+            a Janus or an Emu3 with it.
+        image_size (`str`, *optional*):
+            size of all images in pixels, as 256 or, height first, 256x384; by default that of the image tokenizer,
+            which Emu3's lacks. A MomaVQModel takes its own alone.
         vocab_size (`int`, *optional*):
             text tokens; by default the recipe's, or 2,000.
         text_tokenizer (`str`, *optional*):
@@ -33,7 +38,8 @@ class Arguments:
     """
 
     recipe: Annotated[str, Flag(metavar="RECIPE", is_positional=True)]
-    tokenizer: str
+    image_tokenizer: Annotated[str, FormerName("tokenizer")]
+    image_size: str | None = None
     vocab_size: Count | None = None
     text_tokenizer: str | None = None
     output: str
@@ -58,11 +64,30 @@ def text_tokenizer(recipe: "Recipe", vocab_size: int | None, given: str | None) 
     return train_text_tokenizer(texts, vocab_size or recipe.processor.vocab_size)
 
 
+def image_size(given: str | None, image_tokenizer: Any) -> tuple[int, int]:
+    """Return height and width of the processor's images in pixels: as given, or those of the image tokenizer."""
+    from tokenization.image_tokenizers_moma import own_image_size
+
+    if given is None:
+        own = own_image_size(image_tokenizer.config)
+        if own is None:
+            raise InputError(
+                f"`--image-size` is needed: {type(image_tokenizer).__name__} takes images of any size, and a "
+                "processor has one; such as 256, or 256x384."
+            )
+        return own
+    sides = given.split("x")
+    if len(sides) > 2 or not all(side.isascii() and side.isdigit() and int(side) for side in sides):
+        raise InputError(f"`--image-size` {given!r} is no size in pixels: write 256, or height and width, 256x384.")
+    return int(sides[0]), int(sides[-1])
+
+
 def run(args: Arguments) -> None:
     with without_import_notices():
         import torch
 
-        from tokenization import MomaImageProcessor, MomaProcessor, add_image_tokens
+        from tokenization import MomaImageProcessor, MomaProcessor, MomaVQModel, add_image_tokens
+        from tokenization.image_tokenizers_moma import number_of_codes
 
         from ..data.encoding import CHAT_TEMPLATE
         from ..hub.loading import open_image_tokenizer
@@ -72,13 +97,16 @@ def run(args: Arguments) -> None:
     # tokens may be made with a processor that is there, and files that this one lacks would stay
     refuse_files(args.output)
     recipe = read_recipe(args.recipe, needs=("sources",))
-    # rounded to bf16 as the released weights are, so that the codes of the training data are those of the release
-    vq_model = open_image_tokenizer(args.tokenizer, dtype=torch.bfloat16)
+    vq_model = open_image_tokenizer(args.image_tokenizer)
+    if isinstance(vq_model, MomaVQModel):
+        # rounded as the released weights are, so that the codes of the training data are those of the release
+        vq_model = vq_model.to(torch.bfloat16)
+    size = image_size(args.image_size, vq_model)
     tokenizer = text_tokenizer(recipe, args.vocab_size, args.text_tokenizer)
-    tokenizer = add_image_tokens(tokenizer, vq_model.config.num_embeddings)
+    tokenizer = add_image_tokens(tokenizer, number_of_codes(vq_model.config))
     # prompts of a batch have to end side by side
     tokenizer.padding_side = "left"
-    image_processor = MomaImageProcessor.for_resolution(vq_model.config.resolution)
+    image_processor = MomaImageProcessor.for_resolution(size)
     # a model that learnt from chats is spoken to as in them
     template = None if any(source.kind.has_chats for source in recipe.sources) else CHAT_TEMPLATE
     processor = MomaProcessor(image_processor, tokenizer, vq_model, chat_template=template)

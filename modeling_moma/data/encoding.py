@@ -116,8 +116,10 @@ def loaded_encoder(folder: str) -> tuple[DocumentEncoder, str]:
     processor = open_processor(folder)
     fingerprint = processor_fingerprint(processor)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    # nearly twice as fast on CPUs, with the same codes
-    processor.vq_model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    # convolutions over time have five dimensions, which this format has not
+    if all(weight.ndim != 5 for weight in processor.vq_model.parameters()):
+        # nearly twice as fast on CPUs, with the same codes
+        processor.vq_model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     return DocumentEncoder(processor.to(device)), fingerprint
 
 

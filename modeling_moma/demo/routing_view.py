@@ -65,22 +65,28 @@ class RoutingView:
         if example.image is None:
             return None
         places = [place for place, piece in enumerate(example.pieces) if piece is None]
-        grid = math.isqrt(len(places))
-        edges = [round(index * SIDE / grid) for index in range(grid + 1)]
-        overlay = Image.new("RGB", (SIDE, SIDE), UNCOVERED)
+        # a code stands for a square of pixels
+        columns = round(math.sqrt(len(places) * example.image.width / example.image.height))
+        rows = len(places) // columns
+        patch = SIDE / max(rows, columns)
+        lefts = [round(index * patch) for index in range(columns + 1)]
+        tops = [round(index * patch) for index in range(rows + 1)]
+        size = (lefts[-1], tops[-1])
+        overlay = Image.new("RGB", size, UNCOVERED)
         boxes = {}
         for index, place in enumerate(places):
-            row, column = divmod(index, grid)
-            boxes[place] = (edges[column], edges[row], edges[column + 1] - 1, edges[row + 1] - 1)
+            row, column = divmod(index, columns)
+            boxes[place] = (lefts[column], tops[row], lefts[column + 1] - 1, tops[row + 1] - 1)
             colors = [SKIPPED] if example.routed.skipped[layer][place] else self._colors_of(example, layer, place)
             fill_stripes(ImageDraw.Draw(overlay), boxes[place], colors)
-        blended = shaded(overlay, example.image.resize((SIDE, SIDE), Image.Resampling.NEAREST))
+        blended = shaded(overlay, example.image.resize(size, Image.Resampling.NEAREST))
         pen = ImageDraw.Draw(blended)
         for place, box in boxes.items():
             self._mark(pen, box, example.routed, layer, place)
-        for edge in edges[1:-1]:
-            pen.line((edge, 0, edge, SIDE), fill="white")
-            pen.line((0, edge, SIDE, edge), fill="white")
+        for left in lefts[1:-1]:
+            pen.line((left, 0, left, size[1]), fill="white")
+        for top in tops[1:-1]:
+            pen.line((0, top, size[0], top), fill="white")
         return blended
 
     def words(self, example: RoutedExample, layer: int) -> str:

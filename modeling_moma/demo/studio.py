@@ -7,7 +7,6 @@ shows an image of which only the first codes are there.
 Shape suffixes: B rows, T new tokens so far.
 """
 
-import math
 import queue
 import threading
 from collections.abc import Iterator
@@ -236,7 +235,7 @@ def load_studio(folder: str | Path) -> Studio:
     refuse_non_finite(processor.vq_model, f"{folder}, image tokenizer")
     if "image" not in model.config.frames:
         raise InputError(f"FOLDER: the model of {str(folder)!r} writes no images, so there is nothing to show.")
-    if not processor.vq_model.config.use_decoder:
+    if not processor.has_image_decoder:
         raise InputError(
             f"FOLDER: the image tokenizer of {str(folder)!r} has no decoder (use_decoder=False), so no image can "
             "be shown."
@@ -257,8 +256,8 @@ class PartialImages:
 
     def __init__(self, processor: Any):
         self.processor = processor
-        side = processor.vq_model.config.resolution
-        (self.white,) = processor.encode_images([Image.new("RGB", (side, side), "white")])
+        height, width = processor.image_size
+        (self.white,) = processor.encode_images([Image.new("RGB", (width, height), "white")])
 
     def decode(self, rows: list[list[int]]) -> list[Image.Image]:
         """Return the images of rows of codes, complete or not.
@@ -287,10 +286,10 @@ class PartialImages:
         return [*self.processor.decode_parts(ids[:last]), *self.decode([codes])]
 
     def _cover(self, image: Image.Image, count: int) -> Image.Image:
-        grid = math.isqrt(self.processor.image_seq_length)
-        patch = image.width // grid
-        for place in range(count, grid * grid):
-            row, column = divmod(place, grid)
+        rows, columns = self.processor.image_grid
+        patch = image.width // columns
+        for place in range(count, rows * columns):
+            row, column = divmod(place, columns)
             image.paste(PAPER, (column * patch, row * patch, (column + 1) * patch, (row + 1) * patch))
         return image
 

@@ -106,7 +106,7 @@ def check_drawings(processor, num_images: int):
     """Raise `ValueError` where drawings could not be compared with so many images, before time is spent on them."""
     if num_images < LEAST_IMAGES:
         raise InputError(f"drawings: {num_images} images to compare with, but at least {LEAST_IMAGES} are needed.")
-    if not processor.vq_model.config.use_decoder:
+    if not processor.has_image_decoder:
         raise InputError("drawings: the image tokenizer has no decoder (use_decoder=False), so it can show none.")
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from tokenization import MomaVQModel
+from tokenization.image_tokenizers_moma import LibraryImageTokenizer
 
 from ..errors_moma import InputError
 from ..utils.atomic_files import write_aside
@@ -73,8 +74,13 @@ def export_image_tokenizer(model: MomaVQModel, folder: str | Path) -> OnnxImageT
 
     Raises:
         ImportError: `onnx` or `onnxscript` is missing.
+        TypeError: the model is one of Transformers.
         ValueError: the model's weights are not fp32.
     """
+    if isinstance(model, LibraryImageTokenizer):
+        raise TypeError(
+            f"`model` is the {type(model.model).__name__} of Transformers: only a MomaVQModel is exported here."
+        )
     missing = [name for name in _NEEDED if find_spec(name) is None]
     if missing:
         raise MissingExtraError(f'export to ONNX needs {" and ".join(missing)}: pip install "modeling-moma[export]"')

@@ -10,6 +10,8 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from tokenization.image_tokenizers_moma import codebook_field
+
 from ..errors_moma import InputError
 from .code import code_closure, code_facts, installed_code
 
@@ -327,7 +329,8 @@ def _token_facts(config: dict, vq_config: dict, tokenizer: dict) -> list[tuple[s
     ids = {token["content"]: token["id"] for token in tokenizer.get("added_tokens", [])}
     ranges = config.get("modality_token_ranges") or {}
     start, stop = (ranges.get("image") or [[None, None]])[0]
-    codes = sum(f"<|image_{code}|>" in ids for code in range(vq_config.get("num_embeddings") or 0))
+    num_codes = vq_config.get(codebook_field(vq_config.get("model_type"))) or 0
+    codes = sum(f"<|image_{code}|>" in ids for code in range(num_codes))
     facts = [
         ("begin_image_token_id", config.get("begin_image_token_id"), ids.get("<|begin_image|>")),
         ("end_image_token_id", config.get("end_image_token_id"), ids.get("<|end_image|>")),

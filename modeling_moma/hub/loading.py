@@ -18,7 +18,8 @@ from transformers.utils import (
     WEIGHTS_NAME,
 )
 
-from tokenization import MomaProcessor, MomaVQModel
+from tokenization import MomaProcessor
+from tokenization.image_tokenizers_moma import MODEL_TYPES, load_image_tokenizer
 
 from ..errors_moma import InputError
 from ..modeling_moma import MomaForCausalLM
@@ -43,14 +44,14 @@ class Saved:
             of `moma` that writes such a folder.
         files (`tuple[tuple[str, ...], ...]`):
             groups of files, of each of which one has to be there.
-        model_type (`str`, *optional*):
-            what `config.json` says, where it has to.
+        model_types (`tuple[str, ...]`, *optional*, defaults to `()`):
+            what `config.json` may say, where it has to say one of them.
     """
 
     name: str
     subcommand: str
     files: tuple[tuple[str, ...], ...]
-    model_type: str | None = None
+    model_types: tuple[str, ...] = ()
 
     @property
     def title(self) -> str:
@@ -58,8 +59,8 @@ class Saved:
         return f"{'an' if self.name[0] in 'aeiou' else 'a'} {self.name}"
 
 
-MODEL = Saved("model", "pretrain", (("config.json",), WEIGHTS), "moma")
-IMAGE_TOKENIZER = Saved("image tokenizer", "train-image-tokenizer", (("config.json",), WEIGHTS), "moma_vq")
+MODEL = Saved("model", "pretrain", (("config.json",), WEIGHTS), ("moma",))
+IMAGE_TOKENIZER = Saved("image tokenizer", "train-image-tokenizer", (("config.json",), WEIGHTS), MODEL_TYPES)
 PROCESSOR = Saved(
     "processor",
     "build-processor",
@@ -83,9 +84,9 @@ def open_processor(place: str, option: str = "--processor") -> MomaProcessor:
     return open_saved(PROCESSOR, option, place, lambda: MomaProcessor.from_pretrained(place))
 
 
-def open_image_tokenizer(place: str, option: str = "--tokenizer", dtype: torch.dtype = torch.float32) -> MomaVQModel:
-    """Return an image tokenizer; see [`open_saved`]."""
-    return open_saved(IMAGE_TOKENIZER, option, place, lambda: MomaVQModel.from_pretrained(place, dtype=dtype))
+def open_image_tokenizer(place: str, option: str = "--image-tokenizer", dtype: torch.dtype = torch.float32) -> Any:
+    """Return an image tokenizer, ours or one of Transformers; see [`load_image_tokenizer`] and [`open_saved`]."""
+    return open_saved(IMAGE_TOKENIZER, option, place, lambda: load_image_tokenizer(place, dtype=dtype))
 
 
 def open_text_tokenizer(place: str, option: str = "--text-tokenizer") -> Any:
@@ -140,8 +141,8 @@ def check_saved(saved: Saved, option: str, place: str) -> None:
     # PEFT reads those, over a model of another place
     if saved is MODEL and (folder / ADAPTER_CONFIG_NAME).is_file():
         return
-    found = _model_type(folder / "config.json") if saved.model_type else None
-    if found not in (None, saved.model_type):
+    found = _model_type(folder / "config.json") if saved.model_types else None
+    if found not in (None, *saved.model_types):
         raise InputError(f"{where}: config.json is that of a model of type {found!r}, not of {saved.title}.")
     missing = next((group[0] for group in saved.files if not any((folder / name).is_file() for name in group)), None)
     if missing is not None:
@@ -189,12 +190,12 @@ def _likely_cause(saved: Saved, folder: Path) -> str:
     if not any(folder.iterdir()):
         return "the folder is empty."
     model_type = _model_type(folder / "config.json")
-    if saved.model_type is not None and model_type == saved.model_type:
+    if model_type is not None and model_type in saved.model_types:
         return "its weights are missing; were they not copied, or was their writing cut off?"
     found = {
         "tokens": (folder / "job.json").exists() or (folder / "manifest.json").exists(),
         "a processor": (folder / "vq_model").exists() and saved is not PROCESSOR,
-        "an image tokenizer alone": model_type == IMAGE_TOKENIZER.model_type,
+        "an image tokenizer alone": model_type in IMAGE_TOKENIZER.model_types,
         "a model alone": model_type is not None,
     }
     for name, is_so in found.items():

@@ -29,7 +29,7 @@ def prepare(study: Study, work: Path) -> None:
     if not (tokenizer / "config.json").is_file():
         moma("train-image-tokenizer", study.recipe, "--output", tokenizer, "--resume")
     if not (study.processor / "processor_config.json").is_file():
-        moma("build-processor", study.recipe, "--tokenizer", tokenizer, "--output", study.processor)
+        moma("build-processor", study.recipe, "--image-tokenizer", tokenizer, "--output", study.processor)
     twelfth = work / "twelfth.yaml"
     write_aside(twelfth, lambda path: path.write_text(twelfth_recipe(study.recipe)))
     for name, recipe in (("all", study.recipe), ("twelfth", twelfth)):

@@ -78,17 +78,18 @@ def run(place, monkeypatch, capfd):
         yield run
 
 
+BUILD = "build-processor r.yaml --output out --image-tokenizer"
 PRETRAIN = "pretrain --processor proc --output out --tokens"
 UNREACHED = "and the Hub, where it might be, cannot be reached"
 BAD = {
-    "build-processor r.yaml --output out --tokenizer ./vqq": "`--tokenizer` './vqq': there is no folder './vqq'",
-    "build-processor r.yaml --output out --tokenizer mine/vq": f"`--tokenizer` 'mine/vq': .*{UNREACHED}",
-    "build-processor r.yaml --output out --tokenizer empty": "`--tokenizer` 'empty' has no config.json: the folder is",
-    "build-processor r.yaml --output out --tokenizer unfinished": "`moma train-image-tokenizer ... --resume`",
-    "build-processor r.yaml --output out --tokenizer model": "a model of type 'moma', not of an image tokenizer",
-    "build-processor r.yaml --output out --tokenizer proc": "the folder holds a processor",
-    "build-processor r.yaml --output out --tokenizer r.yaml": "`--tokenizer` 'r.yaml' is a file",
-    "build-processor r.yaml --output out --tokenizer vq --text-tokenizer ./no": "`--text-tokenizer` './no': there is",
+    f"{BUILD} ./vqq": "`--image-tokenizer` './vqq': there is no folder './vqq'",
+    f"{BUILD} mine/vq": f"`--image-tokenizer` 'mine/vq': .*{UNREACHED}",
+    f"{BUILD} empty": "`--image-tokenizer` 'empty' has no config.json: the folder is",
+    f"{BUILD} unfinished": "`moma train-image-tokenizer ... --resume`",
+    f"{BUILD} model": "a model of type 'moma', not of an image tokenizer",
+    f"{BUILD} proc": "the folder holds a processor",
+    f"{BUILD} r.yaml": "`--image-tokenizer` 'r.yaml' is a file",
+    f"{BUILD} vq --text-tokenizer ./no": "`--text-tokenizer` './no': there is",
     "tokenize r.yaml --output out --processor porc": f"'porc' (did you mean 'proc'?), {UNREACHED}",
     "tokenize r.yaml --output out --processor half-proc": "`--processor` 'half-proc' has no vq_model/config.json",
     "tokenize r.yaml --output out --processor bad-proc": "'bad-proc': the processor in it cannot be read",

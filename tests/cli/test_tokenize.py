@@ -37,7 +37,9 @@ def test_folders_of_something_else_are_left_as_they_are(tmp_path):
         tokenize.main([recipe, "--processor", str(tmp_path / "processor"), *output, "--processes", "1"])
     # tokens may be made with the processor that lies there
     with pytest.raises(ValueError, match="`--output`.* has files of something else in it"):
-        build_processor.main([recipe, "--tokenizer", str(tmp_path / "tokenizer"), "--vocab-size", "290", *output])
+        build_processor.main(
+            [recipe, "--image-tokenizer", str(tmp_path / "tokenizer"), "--vocab-size", "290", *output]
+        )
     assert {path: path.stat().st_mtime_ns for path in sorted((tmp_path / "processor").rglob("*"))} == before
 
 

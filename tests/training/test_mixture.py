@@ -203,7 +203,14 @@ def test_evaluation_reads_every_source_and_the_images_themselves(inputs, trained
 def test_processor_learns_the_words_of_every_source(inputs, tmp_path):
     tiny_processor().vq_model.save_pretrained(tmp_path / "tokenizer")
     recipe = str(inputs / "data" / "recipe.yaml")
-    options = ["--tokenizer", str(tmp_path / "tokenizer"), "--vocab-size", "290", "--output", str(tmp_path / "out")]
+    options = [
+        "--image-tokenizer",
+        str(tmp_path / "tokenizer"),
+        "--vocab-size",
+        "290",
+        "--output",
+        str(tmp_path / "out"),
+    ]
     build_processor.main([recipe, *options])
     tokenizer = type(tiny_processor()).from_pretrained(tmp_path / "out").tokenizer
     vocabulary = set(tokenizer.get_vocab())

@@ -66,9 +66,9 @@ class MomaDummyInputs(BaseDummyInputsBuilder):
 
     def get_dummy_mm_data(self, seq_len: int, mm_counts: Mapping[str, int], mm_options: Any) -> dict[str, Any]:
         """Return white images."""
-        side = self.info.get_hf_processor().vq_model.config.resolution
+        height, width = self.info.get_hf_processor().image_size
         count = mm_counts.get("image", 0)
-        return {"image": self._get_dummy_images(width=side, height=side, num_images=count)}
+        return {"image": self._get_dummy_images(width=width, height=height, num_images=count)}
 
 
 class MomaMultiModalProcessor(BaseMultiModalProcessor):
