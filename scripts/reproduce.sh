@@ -24,5 +24,5 @@ for run in 4t4i:emoji dense:emoji-dense; do
             --attn-implementation eager --output "runs/${run%:*}" --resume
 done
 "$python" scripts/release.py --model runs/4t4i --processor runs/processor --output model_cards/moma-emoji
-"$python" scripts/evaluate.py --model model_cards/moma-emoji --baseline runs/dense --curves runs/4t4i runs/dense \
+"$python" scripts/evaluate_emoji.py --model model_cards/moma-emoji --baseline runs/dense --curves runs/4t4i runs/dense \
     --temperature 0.7 --guidance-scale 5 --output model_cards/moma-emoji/evaluation.json --write-card

@@ -68,7 +68,7 @@ SMALLER = {
     "build-processor": {"--vocab-size": "300"},
     "tokenize": {"--processes": "1"},
     "pretrain": {"--steps": "2", "--batch-size": "2", "--eval-steps": "2", "--eval-examples": "2"},
-    "scripts/evaluate.py": {"--limit": "2"},
+    "scripts/evaluate_emoji.py": {"--limit": "2"},
     "evaluate": {"--limit": "8", "--batch-size": "8", "--retrieval-pairs": "3"},
 }
 # replaced where the page has them

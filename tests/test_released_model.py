@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor, AutoTokenizer
 
-from evaluate import Evaluation, parse_arguments
+from evaluate_emoji import Evaluation, parse_arguments
 from modeling_moma.hub.loading import refuse_non_finite
 from modeling_moma.modeling_moma import MomaExperts
 from tokenization import trunk_moma_vq

@@ -35,7 +35,7 @@ _LINK = re.compile(r"""(?<=\]\()\s*<?(?P<markdown>[^)\s>]+)|\bsrc=["'](?P<html>[
 
 
 def measured_numbers(report: dict) -> list[float]:
-    """Return all numbers in a report of scripts/evaluate.py that say how good the model is."""
+    """Return all numbers in a report of scripts/evaluate_emoji.py that say how good the model is."""
     numbers = []
     for name, value in report.items():
         if name in NOT_MEASURED or NO_QUALITY in name:
@@ -189,7 +189,7 @@ def check_numbers(data: ModelCardData, files: Mapping[str, Path]) -> Iterator[st
     if results and EVALUATION_FILE not in files:
         yield (
             f"README.md: model-index has {len(results)} values, but {EVALUATION_FILE} is missing, which must have "
-            "them: put the report of scripts/evaluate.py beside the card, or leave model-index out."
+            "them: put the report of scripts/evaluate_emoji.py beside the card, or leave model-index out."
         )
         return
     try:

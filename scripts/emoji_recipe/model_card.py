@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Renders the model card from the report of scripts/evaluate.py, so that every number in it is measured."""
+"""Renders the model card from the report of scripts/evaluate_emoji.py, so that every number in it is measured."""
 
 import json
 from pathlib import Path
@@ -252,7 +252,7 @@ def render_card(report: dict, depth: dict | None = None, findings: str = "") -> 
     Writes the card.
 
     Args:
-        report: what scripts/evaluate.py measured, with a dense baseline and the curves of both runs.
+        report: what scripts/evaluate_emoji.py measured, with a dense baseline and the curves of both runs.
         depth: what the study of depth layers measured.
         findings: its list of results, in Markdown.
 
@@ -324,7 +324,9 @@ def write_card(folder: str | Path, report: dict | None = None):
     if report is None:
         path = folder / EVALUATION_FILE
         if not path.exists():
-            raise FileNotFoundError(f"`folder` {str(folder)!r} has no {EVALUATION_FILE}: see scripts/evaluate.py.")
+            raise FileNotFoundError(
+                f"`folder` {str(folder)!r} has no {EVALUATION_FILE}: see scripts/evaluate_emoji.py."
+            )
         report = json.loads(path.read_text())
     depth_path = folder / DEPTH_FILE
     depth, findings = None, ""

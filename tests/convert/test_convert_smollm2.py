@@ -8,15 +8,19 @@ import subprocess
 import sys
 from pathlib import Path
 
+import lm_eval
 import pytest
 import torch
 import torch.nn.functional as F
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationMixin
 
 from fetch_smollm2 import GGUF_FILE
 from helpers.released import RELEASED, skip_without_released_model
 from helpers.smollm2 import smollm2_folder
 from modeling_moma import MomaForCausalLM
+from modeling_moma.evaluation.harness import MomaTextLM
 from tokenization import MomaProcessor
 
 
@@ -135,6 +139,79 @@ def test_logits_answers_and_chats_are_those_of_the_source(pair, converted):
         shares.append(logits.softmax(dim=-1)[..., num_ids:].sum(dim=-1).mean())
     assert max(differences) < 1e-3
     assert float(torch.stack(shares).mean()) < 0.01
+
+
+# definitions of WordNet 3.0, each with four of its words, of which the first is meant
+GLOSSES = [
+    ("the act of propelling", ["propulsion", "incentive", "archive", "meadow"]),
+    ("a person who is authorized to act as an executor of an estate", ["executor", "glacier", "propulsion", "opera"]),
+    ("a slowly moving mass of ice", ["glacier", "sonnet", "executor", "lantern"]),
+    ("a verse form consisting of 14 lines with a fixed rhyme scheme", ["sonnet", "glacier", "pulley", "harbor"]),
+    ("a sheltered port where ships can take on or discharge cargo", ["harbor", "verdict", "sonnet", "kidney"]),
+    ("light in a transparent protective case", ["lantern", "meadow", "archive", "pulley"]),
+    ("a field where grass is grown for hay", ["meadow", "lantern", "opera", "verdict"]),
+    (
+        "the findings of a jury on issues of fact submitted to it for decision",
+        ["verdict", "harbor", "kidney", "lever"],
+    ),
+]
+TASKS = """
+task: {name}
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {file}}}}}
+test_split: test
+"""
+CHOICE = """
+output_type: multiple_choice
+doc_to_text: "{{definition}}: this is the meaning of the word"
+doc_to_target: answer
+doc_to_choice: choices
+metric_list: [{metric: acc}]
+"""
+ROLLING = """
+output_type: loglikelihood_rolling
+doc_to_text: ""
+doc_to_target: "{{choices[answer]}}: {{definition}}"
+metric_list: [{metric: word_perplexity}, {metric: byte_perplexity}]
+"""
+
+
+def harness_figures(lm, tasks):
+    """Accuracy, and perplexities of words and bytes."""
+    results = lm_eval.simple_evaluate(
+        model=lm, tasks=["choice", "rolling"], task_manager=tasks, bootstrap_iters=0, log_samples=False
+    )["results"]
+    names = ("word_perplexity,none", "byte_perplexity,none")
+    return results["choice"]["acc,none"], [results["rolling"][name] for name in names]
+
+
+def test_the_harness_finds_the_text_model_of_the_source(pair, converted, tmp_path):
+    original, tokenizer, model = pair
+    rows = []
+    for index, (text, words) in enumerate(GLOSSES):
+        turn = index % 4
+        rows.append({"definition": text, "choices": [*words[turn:], *words[:turn]], "answer": -turn % 4})
+    (tmp_path / "glosses.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+    for name, kind in (("choice", CHOICE), ("rolling", ROLLING)):
+        (tmp_path / f"{name}.yaml").write_text(TASKS.format(name=name, file=tmp_path / "glosses.jsonl") + kind)
+    tasks = TaskManager(include_path=str(tmp_path))
+    figures = {}
+    for batch_size in (1, 8):
+        shared = {"batch_size": batch_size, "device": "cpu"}
+        figures["source", batch_size] = harness_figures(HFLM(original, tokenizer=tokenizer, **shared), tasks)
+        # by the code in the folder, as from the Hub
+        hub = HFLM(str(converted[0]), trust_remote_code=True, dtype="float32", **shared)
+        figures["hf", batch_size] = harness_figures(hub, tasks)
+        ours = MomaProcessor.from_pretrained(converted[0]).tokenizer
+        figures["text", batch_size] = harness_figures(MomaTextLM(model, tokenizer=ours, **shared), tasks)
+    accuracy, perplexities = figures["source", 1]
+    assert 0.25 < accuracy <= 1
+    for (name, _), (found, values) in figures.items():
+        assert found == accuracy
+        # by `hf` the new tokens have a share of each prediction
+        assert values == pytest.approx(perplexities, rel=1e-4 if name != "hf" else 1e-2)
+    assert figures["hf", 1][1] == pytest.approx(figures["hf", 8][1], rel=1e-4)
+    assert 1 < figures["hf", 1][1][1] / perplexities[1] < 1.002
 
 
 @torch.no_grad()

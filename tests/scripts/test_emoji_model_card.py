@@ -46,7 +46,7 @@ def run(seconds):
 
 SCORES = shares(0.1234, 0.4567, 0.6789, style=0.8765, known_label=0.7654)
 REPORT = {
-    "command": "python scripts/evaluate.py --model model_cards/moma-emoji",
+    "command": "python scripts/evaluate_emoji.py --model model_cards/moma-emoji",
     "split": "test",
     "pictures": 581,
     "dtype": "float32",

@@ -64,7 +64,9 @@ def parse_arguments(arguments=None) -> argparse.Namespace:
         parser.error("--write-card needs --baseline and --curves, whose numbers are part of the card")
     if args.limit is not None and args.limit < 2:
         parser.error(f"--limit {args.limit}: at least 2 images are needed")
-    args.command = shlex.join(["python", "scripts/evaluate.py", *(sys.argv[1:] if arguments is None else arguments)])
+    args.command = shlex.join(
+        ["python", "scripts/evaluate_emoji.py", *(sys.argv[1:] if arguments is None else arguments)]
+    )
     return args
 
 
