@@ -198,10 +198,11 @@ def library_class(model: Any) -> LibraryClass:
     kind = LIBRARY_CLASSES.get(getattr(config, "model_type", ""))
     if kind is not None and hasattr(model, "quantize"):
         return kind
-    raise TypeError(f"vq_model: {type(model).__name__} {_why_not(getattr(config, 'model_type', None))}.")
+    raise TypeError(f"vq_model: {type(model).__name__} {why_no_image_tokenizer(getattr(config, 'model_type', None))}.")
 
 
-def _why_not(model_type: str | None) -> str:
+def why_no_image_tokenizer(model_type: str | None) -> str:
+    """Return what a model of a type lacks to be an image tokenizer, as the end of a sentence about it."""
     known = ", ".join(["MomaVQModel", *(entry.name for entry in LIBRARY_CLASSES.values())])
     if model_type in ("chameleon", "chameleon_vqgan"):
         return (
@@ -290,7 +291,7 @@ def load_image_tokenizer(place: str | os.PathLike, subfolder: str = "", **kwargs
                 f"checkpoint of {entry.whole} in the layout of Transformers?"
             )
         return model.eval()
-    raise TypeError(f"{place}: a model of type {model_type!r} {_why_not(model_type)}.")
+    raise TypeError(f"{place}: a model of type {model_type!r} {why_no_image_tokenizer(model_type)}.")
 
 
 __all__ = [
@@ -303,4 +304,5 @@ __all__ = [
     "number_of_codes",
     "own_image_size",
     "pixels_per_code",
+    "why_no_image_tokenizer",
 ]

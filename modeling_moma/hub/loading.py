@@ -19,7 +19,7 @@ from transformers.utils import (
 )
 
 from tokenization import MomaProcessor
-from tokenization.image_tokenizers_moma import MODEL_TYPES, load_image_tokenizer
+from tokenization.image_tokenizers_moma import MODEL_TYPES, load_image_tokenizer, why_no_image_tokenizer
 
 from ..errors_moma import InputError
 from ..modeling_moma import MomaForCausalLM
@@ -143,7 +143,8 @@ def check_saved(saved: Saved, option: str, place: str) -> None:
         return
     found = _model_type(folder / "config.json") if saved.model_types else None
     if found not in (None, *saved.model_types):
-        raise InputError(f"{where}: config.json is that of a model of type {found!r}, not of {saved.title}.")
+        why = f": it {why_no_image_tokenizer(found)}" if saved is IMAGE_TOKENIZER and found != "moma" else ""
+        raise InputError(f"{where}: config.json is that of a model of type {found!r}, not of {saved.title}{why}.")
     missing = next((group[0] for group in saved.files if not any((folder / name).is_file() for name in group)), None)
     if missing is not None:
         raise InputError(f"{where} has no {missing}: {_likely_cause(saved, folder)}")

@@ -270,8 +270,11 @@ def test_others_are_refused_by_name(tmp_path):
     with pytest.raises(TypeError, match="JanusForConditionalGeneration is a whole model: .* `model.model.vqmodel`"):
         MomaProcessor(square, tokenizer, whole_model("janus"))
     siglip.save_pretrained(tmp_path / "siglip")
-    with pytest.raises(ValueError, match="type 'siglip_vision_model', not of an image tokenizer"):
+    with pytest.raises(ValueError, match="type 'siglip_vision_model', not of an image tokenizer: it gives no codes"):
         open_image_tokenizer(str(tmp_path / "siglip"))
+    chameleon.save_pretrained(tmp_path / "chameleon")
+    with pytest.raises(ValueError, match="'chameleon_vqgan', not .*: it has no decoder .* `moma convert` makes"):
+        open_image_tokenizer(str(tmp_path / "chameleon"))
     with pytest.raises(ValueError, match="images of 16x18 pixels .* JanusVQVAE: .* multiples of 4"):
         MomaProcessor(MomaImageProcessor.for_resolution((16, 18)), tokenizer, library_model("janus"))
     with pytest.raises(ValueError, match=r"image_processor: .* crop of \(16, 24\) do not fit .* resolution 16"):
