@@ -37,10 +37,6 @@ def _encode_emu3(model: Any, pixel_values: torch.Tensor) -> torch.Tensor:
     return torch.stack(list(model.encode(pixel_values, sizes).image_tokens)).flatten(1)
 
 
-def _decode_emu3(model: Any, codes_BHW: torch.Tensor) -> torch.Tensor:
-    return model.decode(codes_BHW)
-
-
 @dataclass(frozen=True)
 class LibraryClass:
     """A class of Transformers that turns images into codes and back.
@@ -64,15 +60,13 @@ class LibraryClass:
     encode: Callable[[Any, torch.Tensor], torch.Tensor]
     decode: Callable[[Any, torch.Tensor], torch.Tensor]
 
-    def load(self) -> Any:
-        """Return the class."""
-        return getattr(transformers, self.name)
-
 
 # by `model_type`
 LIBRARY_CLASSES = {
     "janus_vqgan": LibraryClass("JanusVQVAE", "janus", "num_embeddings", _encode_janus, _decode_janus),
-    "emu3_vqgan": LibraryClass("Emu3VQVAE", "emu3", "codebook_size", _encode_emu3, _decode_emu3),
+    "emu3_vqgan": LibraryClass(
+        "Emu3VQVAE", "emu3", "codebook_size", _encode_emu3, lambda model, codes_BHW: model.decode(codes_BHW)
+    ),
 }
 MODEL_TYPES = ("moma_vq", *LIBRARY_CLASSES, *(entry.whole for entry in LIBRARY_CLASSES.values()))
 
@@ -117,11 +111,6 @@ class LibraryImageTokenizer(nn.Module):
         return self.model.device
 
     @property
-    def codebook_size(self) -> int:
-        """Number of codes."""
-        return number_of_codes(self.config)
-
-    @property
     def quantize(self) -> Any:
         """The quantiser; the vectors of the codes are its `embedding.weight`, `(codebook_size, embed_dim)`."""
         return self.model.quantize
@@ -145,7 +134,7 @@ class LibraryImageTokenizer(nn.Module):
                 f"pixel_values must have shape (batch_size, 3, {self.image_size[0]}, {self.image_size[1]}), got "
                 f"{tuple(pixel_values.shape)}."
             )
-        with self._exact(pixel_values):
+        with without_tf32() if pixel_values.device.type == "cuda" else nullcontext():
             return torch.cat([self.kind.encode(self.model, part) for part in self._parts(pixel_values)])
 
     @torch.no_grad()
@@ -167,9 +156,10 @@ class LibraryImageTokenizer(nn.Module):
             raise InputError(
                 f"image_tokens must have shape (batch_size, {rows * columns}), got {tuple(image_tokens.shape)}."
             )
-        outside = image_tokens[(image_tokens < 0) | (image_tokens >= self.codebook_size)]
+        size = number_of_codes(self.config)
+        outside = image_tokens[(image_tokens < 0) | (image_tokens >= size)]
         if outside.numel() > 0:
-            raise InputError(f"image_tokens holds {int(outside[0])}, but codes lie in [0, {self.codebook_size}).")
+            raise InputError(f"image_tokens holds {int(outside[0])}, but codes lie in [0, {size}).")
         parts = self._parts(image_tokens.long().unflatten(1, self.grid))
         return torch.cat([self.kind.decode(self.model, part).clamp(-1, 1) for part in parts])
 
@@ -179,9 +169,6 @@ class LibraryImageTokenizer(nn.Module):
 
     def _parts(self, batch: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return batch.split(max(1, _PASS_PIXELS // (self.image_size[0] * self.image_size[1])))
-
-    def _exact(self, pixel_values: torch.Tensor) -> Any:
-        return without_tf32() if pixel_values.device.type == "cuda" else nullcontext()
 
 
 def library_class(model: Any) -> LibraryClass:
@@ -219,8 +206,10 @@ def pixels_per_code(config: Any) -> int:
 
     Args:
         config (`PreTrainedConfig`):
-            of a `JanusVQVAE` or an `Emu3VQVAE`.
+            of an image tokenizer.
     """
+    if config.model_type not in LIBRARY_CLASSES:
+        return config.downsample_factor
     return 2 ** (len(config.channel_multiplier) - 1)
 
 
@@ -279,7 +268,7 @@ def load_image_tokenizer(place: str | os.PathLike, subfolder: str = "", **kwargs
     for name, entry in LIBRARY_CLASSES.items():
         if model_type not in (name, entry.whole):
             continue
-        library = entry.load()
+        library = getattr(transformers, entry.name)
         if model_type == entry.whole:
             kwargs["config"] = library.config_class.from_dict(settings.get("vq_config", {}))
             kwargs["key_mapping"] = _WHOLE_PREFIX

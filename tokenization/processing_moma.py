@@ -181,7 +181,7 @@ class MomaProcessor(CodeConversionMixin):
         self.image_size = size
         if not is_own:
             vq_model = LibraryImageTokenizer(vq_model, size)
-        factor = vq_model.config.downsample_factor if is_own else pixels_per_code(vq_model.config)
+        factor = pixels_per_code(vq_model.config)
         self.image_grid = (size[0] // factor, size[1] // factor)
         return vq_model.float().eval()
 

@@ -84,9 +84,9 @@ def open_processor(place: str, option: str = "--processor") -> MomaProcessor:
     return open_saved(PROCESSOR, option, place, lambda: MomaProcessor.from_pretrained(place))
 
 
-def open_image_tokenizer(place: str, option: str = "--image-tokenizer", dtype: torch.dtype = torch.float32) -> Any:
+def open_image_tokenizer(place: str, option: str = "--image-tokenizer") -> Any:
     """Return an image tokenizer, ours or one of Transformers; see [`load_image_tokenizer`] and [`open_saved`]."""
-    return open_saved(IMAGE_TOKENIZER, option, place, lambda: load_image_tokenizer(place, dtype=dtype))
+    return open_saved(IMAGE_TOKENIZER, option, place, lambda: load_image_tokenizer(place, dtype=torch.float32))
 
 
 def open_text_tokenizer(place: str, option: str = "--text-tokenizer") -> Any:

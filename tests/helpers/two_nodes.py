@@ -56,7 +56,7 @@ class TwoNodes:
                 _ip("-n", namespace, "neigh", "del", other, "dev", INTERFACE)
 
     def start(
-        self, node: int, command: Sequence[str], log: Path, environment: Mapping[str, str] = {}, **options
+        self, node: int, command: Sequence[str], log: Path, environment: Mapping[str, str] = {}
     ) -> subprocess.Popen:
         """Start a command on a node, as the leader of a group of processes.
 
@@ -73,7 +73,6 @@ class TwoNodes:
                 stderr=subprocess.STDOUT,
                 env={**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": INTERFACE, **environment},
                 start_new_session=True,
-                **options,
             )
 
 

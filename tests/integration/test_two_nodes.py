@@ -48,16 +48,13 @@ def accelerate(nodes, node):
     machines += ["--main_process_ip", nodes.addresses[0], "--main_process_port", "29500", "--rdzv_backend", "c10d"]
     machines += ["--rdzv_conf", f"is_host={'true' if node == 0 else 'false'}", "--mixed_precision", "no"]
     launch = ["-m", "accelerate.commands.launch", "--config_file", str(DDP), "--num_cpu_threads_per_process", "1"]
-    return [sys.executable, *launch, *machines]
+    return ["env", f"PET_LOCAL_ADDR={nodes.addresses[node]}", sys.executable, *launch, *machines]
 
 
 def run_on_both(nodes, folder, command, *work, **environment):
     """Run the same work on both nodes, and wait until it has ended well."""
     logs = [folder / f"node-{node}.log" for node in range(2)]
-    processes = [
-        nodes.start(node, [*command(node), *work], log, {"PET_LOCAL_ADDR": nodes.addresses[node], **environment})
-        for node, log in enumerate(logs)
-    ]
+    processes = [nodes.start(node, [*command(node), *work], log, environment) for node, log in enumerate(logs)]
     wait_for(processes, logs)
 
 
