@@ -19,7 +19,7 @@ PYTEST_FLAGS ?= -n 2 --dist loadfile
 RUN := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 
-.PHONY: FORCE quickstart browser test test-newest test-lowest test-cuda count-cuda test-vllm check docs dist bench reproduce data data-manual data-gloss clean
+.PHONY: FORCE quickstart browser test test-newest test-lowest test-cuda count-cuda test-vllm check docs dist bench reproduce data data-manual data-gloss data-spoken clean
 
 quickstart: $(VENV)/.installed-train
 	$(RUN) scripts/quickstart.py --output quickstart
@@ -79,6 +79,10 @@ data-manual: $(INSTALLED)
 
 data-gloss: $(INSTALLED)
 	$(RUN) scripts/build_gloss.py --output data/gloss
+
+# needs espeak-ng (Debian: espeak-ng)
+data-spoken: $(INSTALLED)
+	$(RUN) scripts/build_spoken.py --output data/spoken
 
 # one comparison of speed by its name, `make bench CASE=decode-4t4i`, or all of them; on a GPU where there is one
 bench: $(INSTALLED)

@@ -692,6 +692,9 @@ class MomaPreTrainedModel(PreTrainedModel):
         """See `PreTrainedModel.post_init`; layers get their forms for CPUs, which are the plain ones elsewhere."""
         # a configuration that was loaded before the model's code did not know of any rule
         check_rules(self.config)
+        # pipelines ask a model what it reads and writes
+        self.input_modalities = tuple(sorted(self.config.modalities))  # pyright: ignore[reportAttributeAccessIssue]
+        self.output_modalities = tuple(sorted({"text", *self.config.frames}))
         super().post_init()
         # quantizers look for plain linear layers by their class
         if getattr(self.config, "quantization_config", None) is None:

@@ -352,4 +352,4 @@ def test_from_the_hub_with_the_package_and_without(processor, tmp_path):
     assert remote.returncode == 0, remote.stderr[-3000:]
     parts, refusal = remote.stdout.strip().splitlines()
     assert parts == "[[200, 50]]"
-    assert "'mu_law' is none of []" in refusal and "codecs={'audio': codec}" in refusal
+    assert "'mu_law' is none of ['mel', 'transformers']" in refusal and "codecs={'audio': codec}" in refusal

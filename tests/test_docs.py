@@ -28,6 +28,7 @@ from PIL import Image
 
 import modeling_moma
 import tokenization
+from helpers.sounds import as_file, tone
 from modeling_moma.cli.main import SUBCOMMANDS
 from modeling_moma.cli.main import main as moma
 
@@ -52,6 +53,7 @@ WORKED_EXAMPLES = (
     ("docs/how-to/start-from-a-text-model.md",),
     ("docs/how-to/pre-train.md", "docs/how-to/upcycle.md"),
     ("docs/how-to/own-data.md",),
+    ("docs/how-to/audio.md",),
     ("docs/how-to/evaluate.md",),
     ("docs/how-to/label.md",),
     ("docs/how-to/push.md",),
@@ -271,6 +273,12 @@ def write_own_data(folder: Path):
     assert pages and chats
     (folder / "pages.jsonl").write_text("\n".join(pages * 2) + "\n")
     (folder / "chats.jsonl").write_text("\n".join(chats * 2) + "\n")
+    # what docs/how-to/audio.md names
+    for index in range(12):
+        (folder / f"word{index}.wav").write_bytes(as_file(tone(300 + 100 * index, 0.2)))
+    shutil.copyfile(folder / "word0.wav", folder / "word.wav")
+    sounds = [{"audio": f"word{index}.wav", "word": f"word {index}"} for index in range(12)]
+    (folder / "speech.jsonl").write_text("\n".join(map(json.dumps, sounds)) + "\n")
     (folder / "notes.txt").write_text("Dear diary, it rained.\nDear diary, it still rains.\n" * 2)
 
 

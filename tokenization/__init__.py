@@ -4,6 +4,7 @@
 Nothing here depends on the model.
 """
 
+from .audio_codecs_moma import LibraryAudioCodec, MelCodec, load_audio_codec
 from .augmentation_moma import augment_images
 from .chat_template_moma import DEFAULT_CHAT_TEMPLATE
 from .codecs_moma import ModalityCodec, register_codec
@@ -23,6 +24,8 @@ augment_pictures = renamed("augment_pictures", augment_images)
 
 __all__ = [
     "DEFAULT_CHAT_TEMPLATE",
+    "LibraryAudioCodec",
+    "MelCodec",
     "ModalityCodec",
     "MomaDataCollator",
     "MomaImageProcessor",
@@ -35,6 +38,7 @@ __all__ = [
     "add_image_tokens",
     "add_modality_tokens",
     "augment_images",
+    "load_audio_codec",
     "register_codec",
     "train_text_tokenizer",
 ]

@@ -1,38 +1,71 @@
 # SPDX-License-Identifier: Apache-2.0
 """The default chat template, and templates that turn messages of parts into text with placeholders."""
 
-# Jinja for the body of a loop over messages: sets `turn.text`, with a placeholder for each image.
-MESSAGE_TEXT = (
-    "{% set turn = namespace(text='') %}"
-    "{% if message['content'] is string %}"
-    "{% set turn.text = message['content'] %}"
-    "{% else %}"
-    "{% for part in message['content'] %}"
-    "{% if part['type'] == 'image' %}{% set turn.text = turn.text + '<image>' %}"
-    "{% elif part['type'] == 'text' %}{% set turn.text = turn.text + part['text'] %}"
-    "{% else %}{{ raise_exception('content parts must be of type text or image, got ' + part['type']) }}{% endif %}"
-    "{% endfor %}"
-    "{% endif %}"
-)
-# Turns end with <eos> and headers with a newline, so that no BPE token crosses the edge of a turn.
-DEFAULT_CHAT_TEMPLATE = (
-    "{{ bos_token | default('', true) }}"
-    "{% for message in messages %}" + MESSAGE_TEXT + "{{ message['role'] + '\n' }}"
-    "{% if message['role'] == 'assistant' %}"
-    "{% generation %}{{ turn.text | trim }}{{ eos_token }}{% endgeneration %}"
-    "{% else %}"
-    "{{ turn.text | trim }}{{ eos_token }}"
-    "{% endif %}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ 'assistant\n' }}{% endif %}"
-)
+from collections.abc import Sequence
+
+
+def message_text(modalities: Sequence[str] = ("image",)) -> str:
+    """Return Jinja for the body of a loop over messages: it sets `turn.text`, with a placeholder for each item.
+
+    Args:
+        modalities (`Sequence[str]`, *optional*, defaults to `("image",)`):
+            types that a part of a message may have beside `text`.
+
+    Returns:
+        `str`: the template.
+    """
+    placeholders = "".join(
+        f"{{% {'elif' if place else 'if'} part['type'] == '{name}' %}}{{% set turn.text = turn.text + '<{name}>' %}}"
+        for place, name in enumerate(modalities)
+    )
+    known = " or ".join([", ".join(["text", *modalities[:-1]]), modalities[-1]])
+    return (
+        "{% set turn = namespace(text='') %}"
+        "{% if message['content'] is string %}"
+        "{% set turn.text = message['content'] %}"
+        "{% else %}"
+        "{% for part in message['content'] %}" + placeholders + "{% elif part['type'] == 'text' %}"
+        "{% set turn.text = turn.text + part['text'] %}"
+        "{% else %}{{ raise_exception('content parts must be of type " + known + ", got ' + part['type']) }}"
+        "{% endif %}"
+        "{% endfor %}"
+        "{% endif %}"
+    )
+
+
+def default_chat_template(modalities: Sequence[str] = ("image",)) -> str:
+    """Return the template of a processor that is given none: turns of `role`, newline, content, `<eos>`.
+
+    Turns end with `<eos>` and headers with a newline, so that no BPE token crosses the edge of a turn.
+
+    Args:
+        modalities (`Sequence[str]`, *optional*, defaults to `("image",)`):
+            types that a part of a message may have beside `text`.
+
+    Returns:
+        `str`: the template.
+    """
+    return (
+        "{{ bos_token | default('', true) }}"
+        "{% for message in messages %}" + message_text(modalities) + "{{ message['role'] + '\n' }}"
+        "{% if message['role'] == 'assistant' %}"
+        "{% generation %}{{ turn.text | trim }}{{ eos_token }}{% endgeneration %}"
+        "{% else %}"
+        "{{ turn.text | trim }}{{ eos_token }}"
+        "{% endif %}"
+        "{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'assistant\n' }}{% endif %}"
+    )
+
+
+DEFAULT_CHAT_TEMPLATE = default_chat_template()
 # Jinja to put in front of a template that expects strings: messages of parts become strings, others stay.
 _PARTS_TO_TEXT = (
     "{% set flat = namespace(messages=[]) %}"
     "{% for message in messages %}"
     "{% if message['content'] is sequence and message['content'] is not string"
     " and message['content'] is not mapping %}"
-    + MESSAGE_TEXT
+    + message_text()
     + "{% set flat.messages = flat.messages + [dict(message, content=turn.text)] %}"
     "{% else %}{% set flat.messages = flat.messages + [message] %}{% endif %}"
     "{% endfor %}"
@@ -57,4 +90,4 @@ def with_image_parts(template: str) -> str:
     return template if template.startswith(_PARTS_TO_TEXT) else _PARTS_TO_TEXT + template
 
 
-__all__ = ["DEFAULT_CHAT_TEMPLATE", "MESSAGE_TEXT", "with_image_parts"]
+__all__ = ["DEFAULT_CHAT_TEMPLATE", "default_chat_template", "message_text", "with_image_parts"]

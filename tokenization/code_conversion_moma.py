@@ -307,7 +307,9 @@ class CodeConversionMixin(ProcessorMixin):
             generated_outputs (`torch.LongTensor`):
                 For `"text"` and `"interleaved"`: token ids of shape `(batch_size, sequence_length)` or
                 `(sequence_length,)`. For `"image"`: codes of shape `(num_images, image_seq_length)`, as the model's
-                `decode_image_tokens` returns. For a modality with a codec: codes of `decode_modality_tokens`.
+                `decode_image_tokens` returns. For a modality with a codec: the list of codes that
+                `decode_modality_tokens` returns, or token ids of shape `(batch_size, sequence_length)`, of which the
+                last item of each row is taken, as a prompt may hold others.
             skip_special_tokens (`bool`, *optional*, defaults to `True`):
                 Whether to leave special tokens, image codes among them, out of texts.
             generation_mode (`str`, *optional*):
@@ -325,6 +327,8 @@ class CodeConversionMixin(ProcessorMixin):
         if generation_mode is None or generation_mode == "text":
             return super().post_process_multimodal_output(generated_outputs, skip_special_tokens, **kwargs)
         if generation_mode in self.frames:
+            if generation_mode != IMAGE and isinstance(generated_outputs, torch.Tensor):
+                generated_outputs = [self._last_item(generation_mode, row) for row in generated_outputs.tolist()]
             return self.decode_items(generation_mode, generated_outputs)
         if generation_mode == "interleaved":
             if hasattr(generated_outputs, "tolist"):
@@ -334,6 +338,13 @@ class CodeConversionMixin(ProcessorMixin):
             return [self.decode_parts(row, skip_special_tokens, **kwargs) for row in generated_outputs]
         modes = ["text", "interleaved", *self.frames]
         raise InputError(f"generation_mode: expected one of {modes}, got {generation_mode!r}.")
+
+    def _last_item(self, modality: str, ids: list[int]) -> list[int]:
+        runs = split_frames([token for token in ids if token != self.tokenizer.pad_token_id], self.frames)
+        codes = [run for owner, run in runs if owner == modality]
+        if not codes:
+            raise InputError(f"generated_outputs: a row of token ids has no {modality}; generate it, or pass codes.")
+        return codes[-1]
 
 
 def as_list(values: Any) -> list[int]:

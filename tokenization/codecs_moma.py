@@ -2,7 +2,8 @@
 """Codecs: modalities beside text and images bring a class that turns items into codes and back."""
 
 import os
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import Any, Protocol, TypeVar
 
 from huggingface_hub import snapshot_download
 
@@ -17,6 +18,7 @@ _REQUIRED_MEMBERS = ("num_codes", "length", "encode", "decode", "save_pretrained
 _DOWNLOAD_KWARGS = ("cache_dir", "force_download", "local_files_only", "revision", "token")
 # Names that the processor's call uses for arguments of its own.
 _RESERVED_NAMES = ("image", "images", "videos")
+_Codec = TypeVar("_Codec", bound=type)
 
 
 class ModalityCodec(Protocol):
@@ -73,7 +75,7 @@ class ModalityCodec(Protocol):
         ...
 
 
-def register_codec(name: str):
+def register_codec(name: str) -> Callable[[_Codec], _Codec]:
     """Register a codec class under a name, which a saved processor keeps.
 
     Args:
@@ -87,13 +89,13 @@ def register_codec(name: str):
         ValueError: another class has the name already.
     """
 
-    def register(codec_class: type) -> type:
+    def register(codec_class: _Codec) -> _Codec:
         known = CODECS.get(name)
         # a reloaded module registers a new class of the same name
         if known is not None and known.__qualname__ != codec_class.__qualname__:
             raise InputError(f"name: {name!r} is already the codec {known.__qualname__}; choose another.")
         CODECS[name] = codec_class
-        codec_class.codec_type = name
+        codec_class.codec_type = name  # pyright: ignore[reportAttributeAccessIssue]
         return codec_class
 
     return register

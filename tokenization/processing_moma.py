@@ -26,7 +26,9 @@ from transformers.processing_utils import MultiModalData, ProcessingKwargs, Unpa
 from transformers.tokenization_utils_base import TextInput
 from transformers.utils import is_torchvision_available
 
-from .chat_template_moma import DEFAULT_CHAT_TEMPLATE
+# registers its classes: a saved processor of sounds is loaded with no module of its own
+from .audio_codecs_moma import AUDIO
+from .chat_template_moma import default_chat_template
 from .code_conversion_moma import CodeConversionMixin, as_list
 from .codecs_moma import ModalityCodec, check_codec, codec_types, load_codecs, save_codecs
 from .image_input_moma import MomaImageInputMixin, iter_image_sources
@@ -82,6 +84,7 @@ class MomaProcessor(CodeConversionMixin):
 
     Other modalities have a codec each, see [`ModalityCodec`]: with `codecs={"audio": codec}` each `<audio>` becomes
     `<|begin_audio|>`, the codes of its sound, and `<|end_audio|>`, and `processor(text=..., audio=[...])` takes them.
+    Codecs of sounds are [`MelCodec`] and [`LibraryAudioCodec`]; chats have parts of type `audio` then.
 
     The image tokenizer is a [`MomaVQModel`], or one that Transformers has: `JanusVQVAE` (that of LlamaGen) or
     `Emu3VQVAE`, whose images may be of any height and width in multiples of the pixels of a code; all images of a
@@ -99,8 +102,8 @@ class MomaProcessor(CodeConversionMixin):
         vq_model ([`MomaVQModel`], `JanusVQVAE` or `Emu3VQVAE`):
             Turns pixel values into codes and back. One of Transformers is found again as `vq_model.model`.
         chat_template (`str` or `dict[str, str]`, *optional*):
-            Jinja template of a conversation; by default `DEFAULT_CHAT_TEMPLATE`, turns of `role`, newline, content,
-            `<eos>`, with images in any turn.
+            Jinja template of a conversation; by default turns of `role`, newline, content, `<eos>`, with images, and
+            items of the modalities that have a codec, in any turn.
         codecs (`dict[str, ModalityCodec]`, *optional*):
             A codec for each further modality, by its name. The tokenizer needs the tokens of [`add_modality_tokens`]
             for each.
@@ -149,7 +152,7 @@ class MomaProcessor(CodeConversionMixin):
         codecs: dict[str, ModalityCodec] | None = None,
     ):
         if chat_template is None:
-            chat_template = DEFAULT_CHAT_TEMPLATE
+            chat_template = default_chat_template([IMAGE, *sorted(codecs or {})])
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
         self.vq_model = self._take_image_tokenizer(vq_model, image_processor)
         self.codebook_size = number_of_codes(self.vq_model.config)
@@ -224,16 +227,20 @@ class MomaProcessor(CodeConversionMixin):
         return ["pixel_values", "image_codes", "token_type_ids"]
 
     def to(self, device: "str | torch.device") -> "MomaProcessor":
-        """Move the VQ model. What the processor returns stays on the CPU.
+        """Move the VQ model, and codecs that have a method `to`. What the processor returns stays on the CPU.
 
         Args:
             device (`str` or `torch.device`):
-                Device of the VQ model.
+                Their device.
 
         Returns:
             [`MomaProcessor`]: itself.
         """
         self.vq_model.to(device)
+        for codec in self.codecs.values():
+            move = getattr(codec, "to", None)
+            if move is not None:
+                move(device)
         return self
 
     # trf-ignore: TRF057, documented by hand
@@ -254,9 +261,10 @@ class MomaProcessor(CodeConversionMixin):
                 also where the tokenizer puts none before other texts.
             kwargs (`Any`):
                 Items of each modality with a codec, by its name (`audio=[...]`): one, a list in the order of the
-                placeholders, or a list of one list for each text (so no item may itself be a list). Arguments of the
-                tokenizer (`padding`, `padding_side`, `truncation`, `return_tensors`, ...) and the image processor,
-                `return_labels` and `return_mm_token_type_ids`. `sanitize_control_tokens=True` reads what
+                placeholders, or a list of one list for each text (so no item may itself be a list). `sampling_rate`,
+                that of the samples in `audio`, is compared with the codec's. Arguments of the tokenizer (`padding`,
+                `padding_side`, `truncation`, `return_tensors`, ...) and the image processor, `return_labels` and
+                `return_mm_token_type_ids`. `sanitize_control_tokens=True` reads what
                 [`~MomaProcessor.escape_special_tokens`] has marked as plain text.
 
         Returns:
@@ -303,6 +311,7 @@ class MomaProcessor(CodeConversionMixin):
         return opening if is_one else [sample or opening for sample in text]
 
     def _with_codec_items(self, kwargs: dict, text: TextInput | list[TextInput] | None) -> "MomaProcessor":
+        self._check_sampling_rate(kwargs)
         items = {modality: kwargs.pop(modality, None) for modality in self.codecs}
         items = {modality: value for modality, value in items.items() if value is not None}
         if not items:
@@ -319,6 +328,21 @@ class MomaProcessor(CodeConversionMixin):
             modality: list(value) if isinstance(value, (list, tuple)) else [value] for modality, value in items.items()
         }
         return processor
+
+    def _check_sampling_rate(self, kwargs: dict) -> None:
+        wanted = getattr(self.codecs.get(AUDIO), "sampling_rate", None)
+        given = kwargs.pop("sampling_rate", None) if AUDIO in self.codecs else None
+        if None not in (given, wanted) and given != wanted:
+            raise InputError(
+                f"sampling_rate: {given} samples of a second, and the codec of {AUDIO} takes {wanted}; resample, or "
+                "pass paths of files or `{'array': ..., 'sampling_rate': ...}`, which are resampled."
+            )
+
+    def _resolve_audio_loading_params(self, processor_kwargs: dict) -> dict:
+        # a chat's files are read at the codec's rate
+        wanted = getattr(self.codecs.get(AUDIO), "sampling_rate", None)
+        given = {} if wanted is None else {"sampling_rate": wanted}
+        return super()._resolve_audio_loading_params({**given, "load_audio_backend": "soundfile", **processor_kwargs})
 
     def escape_special_tokens(self, text: str) -> str:
         """Mark the special tokens in untrusted text, such as `<eos>`, `<image>` or `<|image_7|>`.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Join an image tokenizer and a text tokenizer of a recipe's texts into a processor."""
+"""Join image tokenizer, audio tokenizer if any, and a recipe's text tokenizer in a processor."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
@@ -29,6 +29,11 @@ class Arguments:
         image_size (`str`, *optional*):
             size of all images in pixels, as 256 or, height first, 256x384; by default that of the image tokenizer,
             which Emu3's lacks. A MomaVQModel takes its own alone.
+        audio_tokenizer (`str`, *optional*):
+            for a third modality, sounds: folder of `moma train-audio-tokenizer`; or folder or Hub name of an EnCodec,
+            a DAC or a Mimi.
+        audio_codebooks (`int`, *optional*):
+            codebooks of one of these that are used; by default the fewest that it can.
         vocab_size (`int`, *optional*):
             text tokens; by default the recipe's, or 2,000.
         text_tokenizer (`str`, *optional*):
@@ -40,6 +45,8 @@ class Arguments:
     recipe: Annotated[str, Flag(metavar="RECIPE", is_positional=True)]
     image_tokenizer: Annotated[str, FormerName("tokenizer")]
     image_size: str | None = None
+    audio_tokenizer: str | None = None
+    audio_codebooks: Count | None = None
     vocab_size: Count | None = None
     text_tokenizer: str | None = None
     output: str
@@ -86,11 +93,19 @@ def run(args: Arguments) -> None:
     with without_import_notices():
         import torch
 
-        from tokenization import MomaImageProcessor, MomaProcessor, MomaVQModel, add_image_tokens
+        from tokenization import (
+            MomaImageProcessor,
+            MomaProcessor,
+            MomaVQModel,
+            add_image_tokens,
+            add_modality_tokens,
+        )
+        from tokenization.audio_codecs_moma import AUDIO
         from tokenization.image_tokenizers_moma import number_of_codes
+        from tokenization.text_tokenizer_moma import IMAGE
 
-        from ..data.encoding import CHAT_TEMPLATE
-        from ..hub.loading import open_image_tokenizer
+        from ..data.encoding import caption_chat_template
+        from ..hub.loading import open_audio_tokenizer, open_image_tokenizer
         from ..training.recipe import read_recipe
         from ..utils.atomic_files import refuse_files, write_folder_aside
 
@@ -102,16 +117,27 @@ def run(args: Arguments) -> None:
         # rounded as the released weights are, so that the codes of the training data are those of the release
         vq_model = vq_model.to(torch.bfloat16)
     size = image_size(args.image_size, vq_model)
+    if args.audio_codebooks is not None and args.audio_tokenizer is None:
+        raise InputError(
+            f"`--audio-codebooks` {args.audio_codebooks} is of an `--audio-tokenizer`, and none is given."
+        )
+    codecs = {}
+    if args.audio_tokenizer is not None:
+        codecs[AUDIO] = open_audio_tokenizer(args.audio_tokenizer, args.audio_codebooks)
     tokenizer = text_tokenizer(recipe, args.vocab_size, args.text_tokenizer)
     tokenizer = add_image_tokens(tokenizer, number_of_codes(vq_model.config))
+    for modality, codec in codecs.items():
+        tokenizer = add_modality_tokens(tokenizer, modality, codec.num_codes)
     # prompts of a batch have to end side by side
     tokenizer.padding_side = "left"
     image_processor = MomaImageProcessor.for_resolution(size)
     # a model that learnt from chats is spoken to as in them
-    template = None if any(source.kind.has_chats for source in recipe.sources) else CHAT_TEMPLATE
-    processor = MomaProcessor(image_processor, tokenizer, vq_model, chat_template=template)
+    has_chats = any(source.kind.has_chats for source in recipe.sources)
+    template = None if has_chats else caption_chat_template([IMAGE, *codecs])
+    processor = MomaProcessor(image_processor, tokenizer, vq_model, chat_template=template, codecs=codecs)
     write_folder_aside(args.output, processor.save_pretrained)
-    print(f"{args.output}: {len(tokenizer)} tokens, {processor.image_seq_length} an image")
+    of_sounds = "".join(f", {codec.num_codes} of them codes of {modality}" for modality, codec in codecs.items())
+    print(f"{args.output}: {len(tokenizer)} tokens{of_sounds}, {processor.image_seq_length} an image")
 
 
 def main(arguments: list[str] | None = None):

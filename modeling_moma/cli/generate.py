@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Draw an image from words, caption an image, or let the model mix both.
+"""Draw from words, caption an image, hear or speak where the model can, or mix all.
 
 moma generate --model DIR --prompt "noto: red apple" --mode image --output image.png
 moma generate --model DIR --image image.png --mode text
+moma generate --model DIR --audio sound.wav --mode text
 """
 
 import argparse
 import dataclasses
+from collections import Counter
 from dataclasses import dataclass, field
 from functools import partial
 from io import BytesIO
@@ -17,14 +19,17 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from ..errors_moma import InputError
+from ..utils.errors import needs_extra
 from ..utils.fields import Count, Float, Int, Seed, Share
 from ..utils.messages import without_import_notices
 from .arguments import Flag, parse_fields
 
 
 # of `MomaForCausalLM.generate`
-Mode = Literal["text", "image", "interleaved"]
+Mode = Literal["text", "image", "interleaved", "audio"]
+OUTPUTS = {"image": "image.png", "interleaved": "image.png", "audio": "sound.wav", "text": "image.png"}
 TEXT_NEW_TOKENS = 32
+SOUND_NEW_TOKENS = 256
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,12 +43,15 @@ class Arguments:
             words; give it again for more rows.
         image (`list[str]`, *optional*, defaults to `[]`):
             image before the words of its row.
-        mode (`Literal["text", "image", "interleaved"]`, *optional*):
-            by default text with --image, else image.
-        output (`str`, *optional*, defaults to `"image.png"`):
-            where images go, numbered if there are several.
+        audio (`list[str]`, *optional*, defaults to `[]`):
+            sound before the words of its row, of a model that has a codec of sounds.
+        mode (`Literal["text", "image", "interleaved", "audio"]`, *optional*):
+            by default text with --image or --audio, else image.
+        output (`str`, *optional*):
+            where images go, by default image.png, or sounds, by default sound.wav; numbered if there are several.
+            Sounds between texts and images go beside the images.
         max_new_tokens (`int`, *optional*):
-            by default 32, and room for an image.
+            by default 32, and room for an image; for a sound, 256.
         temperature (`float`, *optional*):
             0 takes the likeliest; by default 0 for text, else 1.
         top_k (`int`, *optional*, defaults to `0`):
@@ -63,8 +71,9 @@ class Arguments:
     model: str
     prompt: Annotated[list[str], Flag(is_repeated=True)] = field(default_factory=list)
     image: Annotated[list[str], Flag(is_repeated=True)] = field(default_factory=list)
+    audio: Annotated[list[str], Flag(is_repeated=True)] = field(default_factory=list)
     mode: Mode | None = None
-    output: str = "image.png"
+    output: str | None = None
     max_new_tokens: Count | None = None
     temperature: Annotated[Float, Field(ge=0)] | None = None
     top_k: Annotated[Int, Field(ge=0)] = 0
@@ -77,20 +86,26 @@ class Arguments:
 
 def parse_arguments(arguments: list[str] | None = None) -> Arguments:
     args = parse_fields(Arguments, __doc__, arguments, formatter_class=argparse.RawDescriptionHelpFormatter)
-    return dataclasses.replace(args, mode=args.mode or ("text" if args.image else "image"))
+    mode = args.mode or ("text" if args.image or args.audio else "image")
+    return dataclasses.replace(args, mode=mode, output=args.output or OUTPUTS[mode])
 
 
-def make_rows(prompts: list[str], images: list[str]) -> tuple[list[str], list[list[str]]]:
-    """Texts and images of each row; one prompt serves all images, one image all prompts."""
-    num_rows = max(len(prompts), len(images))
+def make_rows(
+    prompts: list[str], images: list[str], sounds: list[str]
+) -> tuple[list[str], list[list[str]], list[list[str]]]:
+    """Texts, images and sounds of each row; what is given once serves all rows."""
+    num_rows = max(len(prompts), len(images), len(sounds))
     if num_rows == 0:
-        raise InputError("--prompt, --image: give at least one of the two.")
-    for name, values in (("--prompt", prompts), ("--image", images)):
+        raise InputError("--prompt, --image, --audio: give at least one of them.")
+    for name, values in (("--prompt", prompts), ("--image", images), ("--audio", sounds)):
         if len(values) not in (0, 1, num_rows):
             raise InputError(f"{name}: given {len(values)} times for {num_rows} rows; give it once, or for every row.")
-    prompts, images = (values * num_rows if len(values) == 1 else values for values in (prompts, images))
-    texts = [("<image>" if images else "") + prompt for prompt in prompts or [""] * num_rows]
-    return texts, [[image] for image in images]
+    prompts, images, sounds = (
+        values * num_rows if len(values) == 1 else values for values in (prompts, images, sounds)
+    )
+    shown = ("<image>" if images else "") + ("<audio>" if sounds else "")
+    texts = [shown + prompt for prompt in prompts or [""] * num_rows]
+    return texts, [[image] for image in images], [[sound] for sound in sounds]
 
 
 def generation_arguments(args: Arguments, image_seq_length: int) -> dict:
@@ -100,6 +115,8 @@ def generation_arguments(args: Arguments, image_seq_length: int) -> dict:
         temperature = 0.0 if args.mode == "text" or args.num_beams > 1 else 1.0
     chosen = {"generation_mode": args.mode, "num_beams": args.num_beams, "guidance_scale": args.guidance_scale}
     max_new_tokens = args.max_new_tokens
+    if max_new_tokens is None and args.mode == "audio":
+        max_new_tokens = SOUND_NEW_TOKENS
     if max_new_tokens is None and args.mode != "image":
         max_new_tokens = TEXT_NEW_TOKENS + (image_seq_length + 2 if args.mode == "interleaved" else 0)
     if max_new_tokens is not None:
@@ -115,10 +132,10 @@ def check_candidates(args: Arguments) -> None:
         return
     if args.mode != "image":
         raise InputError(f"--candidates {args.candidates}: only images are chosen, and the mode is {args.mode!r}.")
-    if args.image or not args.prompt or not all(prompt.strip() for prompt in args.prompt):
+    if args.image or args.audio or not args.prompt or not all(prompt.strip() for prompt in args.prompt):
         raise InputError(
             f"--candidates {args.candidates}: images are chosen by the words of their prompts; give each --prompt "
-            "words, and no --image."
+            "words, and neither --image nor --audio."
         )
 
 
@@ -143,6 +160,33 @@ def image_format(path: Path) -> str:
         raise InputError(
             f"--output: colour images cannot be written as {path.suffix} ({name}); take another ending, such as .png."
         ) from error
+    check_place(path)
+    return name
+
+
+def sound_format(path: Path) -> str:
+    """Return the name of the file format for a path's ending, once sounds can be written there.
+
+    Args:
+        path (`Path`):
+            of a sound; its folder is made.
+
+    Raises:
+        ValueError: they cannot.
+        ImportError: the library that writes sounds is missing.
+    """
+    with needs_extra("writing sounds needs soundfile", "audio"):
+        import soundfile
+
+    name = path.suffix.lstrip(".").upper()
+    if name not in soundfile.available_formats():
+        raise InputError(f"--output: {str(path)!r} has no ending of a format of sounds, such as .wav or .flac.")
+    check_place(path)
+    return name
+
+
+def check_place(path: Path) -> None:
+    """Make the folder of a file and raise `ValueError` where nothing can be written there."""
     if path.is_dir():
         raise InputError(f"--output: {str(path)!r} is a folder; name a file in it.")
     try:
@@ -151,7 +195,32 @@ def image_format(path: Path) -> str:
             pass
     except OSError as error:
         raise InputError(f"--output: nothing can be written into {str(path.parent)!r} ({error}).") from error
-    return name
+
+
+def check_sounds(args: Arguments, processor: Any) -> int | None:
+    """Return the sampling rate of a model's sounds, `None` where it has none.
+
+    Args:
+        args (`Arguments`):
+            of the command line.
+        processor (`Any`):
+            of the model.
+
+    Raises:
+        ValueError: sounds are asked for of a model that knows none, or whose codec makes something else.
+    """
+    codec = processor.codecs.get("audio")
+    asked = "--audio" if args.audio else f"--mode {args.mode}"
+    if codec is None and (args.audio or args.mode == "audio"):
+        known = ", ".join(["text", *processor.frames])
+        raise InputError(f"{asked}: the model {args.model!r} has no codec of sounds; it knows {known}.")
+    rate = getattr(codec, "sampling_rate", None)
+    if rate is None and codec is not None and args.mode in ("audio", "interleaved"):
+        raise InputError(
+            f"{asked}: the codec {type(codec).__name__} of {args.model!r} has no `sampling_rate`, so what it makes "
+            "cannot be written; decode its codes in Python, with `processor.decode_items`."
+        )
+    return rate
 
 
 def run(args: Arguments) -> None:
@@ -162,12 +231,12 @@ def run(args: Arguments) -> None:
 
         from ..evaluation.retrieval import likeliest_drawings
         from ..hub.loading import MODEL, PROCESSOR, open_saved, refuse_non_finite
-        from ..utils.atomic_files import write_aside
 
     check_candidates(args)
-    output = Path(args.output)
-    file_format = image_format(output) if args.mode != "text" else None
-    texts, images = make_rows(args.prompt, args.image)
+    output = Path(str(args.output))
+    writes_images = args.mode in ("image", "interleaved")
+    file_format = image_format(output) if writes_images else sound_format(output) if args.mode == "audio" else None
+    texts, images, sounds = make_rows(args.prompt, args.image, args.audio)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     processor: Any = open_saved(PROCESSOR, "--model", args.model, partial(AutoProcessor.from_pretrained, args.model))
     dtype = torch.float32 if device == "cpu" else "auto"
@@ -177,9 +246,12 @@ def run(args: Arguments) -> None:
     refuse_non_finite(model, args.model)
     refuse_non_finite(processor.vq_model, f"{args.model}, image tokenizer")
     processor.to(device)
-
+    sampling_rate = check_sounds(args, processor)
+    items = {"audio": sounds} if sounds else {}
     try:
-        inputs = processor(images=images or None, text=texts, padding=True, padding_side="left", return_tensors="pt")
+        inputs = processor(
+            images=images or None, text=texts, **items, padding=True, padding_side="left", return_tensors="pt"
+        )
     # an address that is not reached, a file that cannot be read
     except OSError as error:
         raise InputError(f"--image: {error}") from error
@@ -195,19 +267,47 @@ def run(args: Arguments) -> None:
             chosen = likeliest_drawings(model, processor, drawings, args.prompt)
             codes = drawings[torch.arange(len(drawings)), chosen]
         rows = [[image] for image in processor.decode_images(codes)]
+    elif args.mode == "audio":
+        codes = [model.decode_modality_tokens(row.unsqueeze(0), "audio")[-1] for row in ids]
+        rows = [[sound] for sound in processor.decode_items("audio", codes)]
     else:
         rows = processor.post_process_multimodal_output(new_ids, generation_mode=args.mode)
+    # sounds among images get an ending of their own
+    sound_suffix = output.suffix if args.mode == "audio" else ".wav"
     rows = [[row] if isinstance(row, str) else row for row in rows]
-    num_images = sum(not isinstance(part, str) for row in rows for part in row)
-    written = 0
+    write_rows(rows, output, file_format, sound_suffix, sampling_rate)
+
+
+def write_rows(
+    rows: list[list[Any]], output: Path, image_format: str | None, sound_suffix: str, sampling_rate: int | None
+) -> None:
+    """Print texts, and write images and sounds, numbered where there are several."""
+    from PIL import Image
+
+    from ..utils.atomic_files import write_aside
+
+    counts: Counter = Counter()
+    totals = Counter(isinstance(part, Image.Image) for row in rows for part in row if not isinstance(part, str))
     for row in rows:
         for part in row:
             if isinstance(part, str):
                 print(part.strip())
                 continue
-            name = f"{output.stem}-{written}{output.suffix}" if num_images > 1 else output.name
-            print(write_aside(output.with_name(name), partial(part.save, format=file_format)))
-            written += 1
+            is_image = isinstance(part, Image.Image)
+            number = f"-{counts[is_image]}" if totals[is_image] > 1 else ""
+            counts[is_image] += 1
+            if is_image:
+                path = output.with_name(f"{output.stem}{number}{output.suffix}")
+                print(write_aside(path, partial(part.save, format=image_format)))
+                continue
+            path = output.with_name(f"{output.stem}{number}{sound_suffix}")
+            print(write_aside(path, partial(_write_sound, part, int(sampling_rate or 0), sound_format(path))))
+
+
+def _write_sound(samples: Any, sampling_rate: int, file_format: str, path: Path) -> None:
+    import soundfile
+
+    soundfile.write(path, samples, sampling_rate, format=file_format)
 
 
 def main(arguments: list[str] | None = None):

@@ -17,6 +17,7 @@ from ..utils.messages import one_line
 # subcommand -> module, in the order of a model's life
 SUBCOMMANDS = {
     "train-image-tokenizer": "train_image_tokenizer",
+    "train-audio-tokenizer": "train_audio_tokenizer",
     "build-processor": "build_processor",
     "tokenize": "tokenize",
     "plan": "plan",

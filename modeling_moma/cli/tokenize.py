@@ -81,12 +81,13 @@ def summary(manifest: dict) -> str:
     from ..utils.messages import markdown_table
 
     rows, notes = [], []
+    splits = [part for entry in manifest["sources"].values() for part in entry["splits"].values()]
+    modalities = list(dict.fromkeys(["text", "image", *(name for part in splits for name in part["tokens"])]))
     for name, entry in manifest["sources"].items():
         for split, part in entry["splits"].items():
             tokens = part["tokens"]
-            rows.append(
-                [f"{name}, {split}", *(f"{n:,}" for n in (part["documents"], tokens["text"], tokens["image"]))]
-            )
+            numbers = [part["documents"], *(tokens.get(modality, 0) for modality in modalities)]
+            rows.append([f"{name}, {split}", *(f"{number:,}" for number in numbers)])
         for split, read in entry["read"].items():
             for title, counts in (
                 ("left out", read["left_out"]),
@@ -97,7 +98,8 @@ def summary(manifest: dict) -> str:
                     listed = ", ".join(f"{count:,} {reason}" for reason, count in counts.items())
                     notes.append(f"{name}, {split}: {title} of {read['rows']:,} rows: {listed}")
             notes += [f"  row {row['row']:,}: {row['reason']}: {row['detail']}" for row in read["named"][:5]]
-    return "\n".join([markdown_table(["source", "documents", "text tokens", "image tokens"], rows), *notes])
+    heads = ["source", "documents", *(f"{modality} tokens" for modality in modalities)]
+    return "\n".join([markdown_table(heads, rows), *notes])
 
 
 def run(args: Arguments) -> None:

@@ -5,6 +5,8 @@ import functools
 import hashlib
 import json
 from collections.abc import Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -13,8 +15,9 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from tokenization import MomaProcessor
-from tokenization.chat_template_moma import MESSAGE_TEXT
-from tokenization.text_tokenizer_moma import beginning_ids, with_beginning
+from tokenization.chat_template_moma import message_text
+from tokenization.codecs_moma import save_codecs
+from tokenization.text_tokenizer_moma import IMAGE, beginning_ids, with_beginning
 
 from ..hub.loading import open_processor
 
@@ -33,16 +36,28 @@ PIXEL_SETTINGS = (
     "image_std",
 )
 
-# For a model that learnt captions and nothing else: a message of the user and its answer are one training example,
-# `<bos> image caption <eos>` or `<bos> caption image <eos>`. What a system message says has no place in one.
-CHAT_TEMPLATE = (
-    "{% for message in messages %}" + MESSAGE_TEXT + "{% if message['role'] == 'user' %}"
-    "{{ bos_token + (turn.text | trim) }}"
-    "{% elif message['role'] == 'assistant' %}"
-    "{% generation %}{{ (turn.text | trim) + eos_token }}{% endgeneration %}"
-    "{% endif %}"
-    "{% endfor %}"
-)
+
+def caption_chat_template(modalities: Sequence[str] = (IMAGE,)) -> str:
+    """Return the chat template for a model that learnt captions and nothing else.
+
+    A message of the user and its answer are one training example, `<bos> image caption <eos>` or `<bos> caption image
+    <eos>`. What a system message says has no place in one.
+
+    Args:
+        modalities (`Sequence[str]`, *optional*, defaults to `("image",)`):
+            those of the processor.
+    """
+    return (
+        "{% for message in messages %}" + message_text(modalities) + "{% if message['role'] == 'user' %}"
+        "{{ bos_token + (turn.text | trim) }}"
+        "{% elif message['role'] == 'assistant' %}"
+        "{% generation %}{{ (turn.text | trim) + eos_token }}{% endgeneration %}"
+        "{% endif %}"
+        "{% endfor %}"
+    )
+
+
+CHAT_TEMPLATE = caption_chat_template()
 
 
 class DocumentEncoder:
@@ -86,8 +101,23 @@ class DocumentEncoder:
             image_first (`bool`):
                 whether the image comes before the caption.
         """
-        image, words = self.processor.image_ids(codes), self.text_ids(text)
-        first, second = (image, words) if image_first else (words, image)
+        return self.pair(IMAGE, text, codes, image_first)
+
+    def pair(self, modality: str, text: str, codes: Any, text_second: bool) -> list[int]:
+        """Return the ids of a document of an item, such as a sound, and its text.
+
+        Args:
+            modality (`str`):
+                of the item.
+            text (`str`):
+                its text, perhaps empty.
+            codes (`Any`):
+                `[num_codes]`, of the item.
+            text_second (`bool`):
+                whether the item comes before the text.
+        """
+        item, words = self.processor.frame_ids(modality, codes), self.text_ids(text)
+        first, second = (item, words) if text_second else (words, item)
         return [*self.opened(first), *second, self.eos]
 
     def opened(self, ids: Sequence[int]) -> list[int]:
@@ -133,7 +163,7 @@ def plain_backend(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
 
 
 def processor_fingerprint(processor: MomaProcessor) -> str:
-    """Return a hash of all that decides on the ids of texts and images: tokenizer, image processor and VQ weights."""
+    """Return a hash of all that decides on ids: tokenizer, image processor, VQ weights, and files of other codecs."""
     digest = hashlib.sha256(plain_backend(processor.tokenizer).to_str().encode())
     settings = processor.image_processor.to_dict()
     kept = {name: settings.get(name) for name in PIXEL_SETTINGS}
@@ -141,6 +171,14 @@ def processor_fingerprint(processor: MomaProcessor) -> str:
     for name, values in sorted(processor.vq_model.state_dict().items()):
         digest.update(name.encode())
         digest.update(np.ascontiguousarray(values.float().cpu().numpy()).tobytes())
+    if processor.codecs:
+        # without codecs it stays what it was
+        with TemporaryDirectory() as folder:
+            save_codecs(processor.codecs, folder)
+            for path in sorted(Path(folder).rglob("*")):
+                if path.is_file():
+                    digest.update(str(path.relative_to(folder)).encode())
+                    digest.update(path.read_bytes())
     return digest.hexdigest()[:32]
 
 
@@ -148,6 +186,7 @@ __all__ = [
     "CHAT_TEMPLATE",
     "PIXEL_SETTINGS",
     "DocumentEncoder",
+    "caption_chat_template",
     "loaded_encoder",
     "plain_backend",
     "processor_fingerprint",

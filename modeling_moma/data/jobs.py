@@ -10,6 +10,8 @@ from typing import Any
 
 from datasets import Dataset, IterableDataset, LargeList, List
 
+from tokenization.audio_codecs_moma import AUDIO
+
 from ..errors_moma import InputError
 from ..utils.atomic_files import refuse_files, write_aside
 from .encoding import loaded_encoder
@@ -141,13 +143,20 @@ def plan_job(
             leave out all others; `train` must be among them.
 
     Raises:
-        ValueError: a source cannot be opened, lacks a column, or has no rows.
+        ValueError: a source cannot be opened, lacks a column or has no rows, or the processor has no codec of its
+            sounds.
     """
     if splits is not None and TRAIN not in splits:
         raise InputError(f"--splits {' '.join(splits)}: {TRAIN!r} must be among them.")
     # of an earlier job of this process
     loaded_encoder.cache_clear()
-    _, fingerprint = loaded_encoder(processor_folder)
+    encoder, fingerprint = loaded_encoder(processor_folder)
+    for source in sources:
+        if source.kind.has_sounds and AUDIO not in encoder.processor.codecs:
+            raise InputError(
+                f"sources: {source.name!r} has sounds, and the processor {processor_folder!r} has no codec of them; "
+                "`moma build-processor --audio-tokenizer` gives it one."
+            )
     plans = {source.name: _plan_source(source, rows_per_shard, splits) for source in sources}
     return Job(
         processor=processor_folder,
@@ -189,13 +198,17 @@ def _shard_rows(rows: int, weight: float) -> int:
 
 
 def _row_means(source: Source, rows: Dataset) -> tuple[float, float]:
-    """Return the images of a row in the mean, and in how many images' time it is tokenized, of some rows."""
+    """Return the images of a row in the mean, and in how many images' time it is tokenized, of some rows.
+
+    A sound is taken to need the time of an image.
+    """
     places = sorted({len(rows) * number // LOOKED_AT for number in range(LOOKED_AT)})
     looked_at = list(undecoded_rows(rows.select(places)))
     images = sum(len(source.kind.row_images(row)) for row in looked_at) / len(looked_at)
+    sounds = sum(len(source.kind.row_sounds(row)) for row in looked_at) / len(looked_at)
     columns = source.kind.columns()
     characters = sum(_text_length({name: row[name] for name in columns}) for row in looked_at) / len(looked_at)
-    return images, images + characters / CHARACTERS_PER_IMAGE
+    return images, images + sounds + characters / CHARACTERS_PER_IMAGE
 
 
 def _text_length(value: Any) -> int:

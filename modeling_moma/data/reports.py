@@ -77,7 +77,7 @@ def _add_up(entry: dict, task: Task, report: dict, splits: list[str]) -> None:
         written = report["written"].get(split, 0)
         total["documents"] += written
         for modality, number in report["tokens"].get(split, {}).items():
-            total["tokens"][modality] += number
+            total["tokens"][modality] = total["tokens"].get(modality, 0) + number
         if written:
             total["files"].append(task.file_name(split))
 

@@ -7,11 +7,15 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
+
+from tokenization.audio_codecs_moma import AUDIO
 
 from ..errors_moma import InputError
 from .encoding import DocumentEncoder
 from .images import LeftOut, read_image
+from .sounds import read_row_sound
 
 
 # images that are coded together; rows of a shard of captions are a multiple
@@ -30,8 +34,8 @@ class ShardReport:
         written (`Counter`):
             documents by split.
         tokens (`dict[str, Counter]`):
-            by split, `text` (with the frames of documents and images) and `image` (codes) of one reading of every
-            document, captions by their first template.
+            by split, `text` (with the frames of documents, images and sounds), and the codes of `image` and, where
+            there are any, of further modalities, of one reading of every document, captions by their first template.
         left_out (`Counter`):
             rows by reason.
         pictures_left_out (`Counter`):
@@ -56,10 +60,10 @@ class ShardReport:
         (self.left_out if is_whole else self.pictures_left_out)[error.reason] += 1
         self.named.append({"row": row, "reason": error.reason, "detail": error.detail[:300]})
 
-    def write_document(self, split: str, text: int, image: int) -> None:
-        """Count a document of so many tokens."""
+    def write_document(self, split: str, text: int, image: int = 0, **others: int) -> None:
+        """Count a document of so many tokens of each modality."""
         self.written[split] += 1
-        self.tokens.setdefault(split, Counter()).update({"text": text, "image": image})
+        self.tokens.setdefault(split, Counter()).update({"text": text, "image": image, **others})
 
 
 @dataclass
@@ -151,6 +155,27 @@ class Shard(ABC):
         model = self.processor.vq_model
         return model.get_image_tokens(pixel_values.to(model.device, torch.float32)).cpu()
 
+    def stored_text(self, name: str, value: Any) -> str | list[str]:
+        """Return a value of a stored column as it is kept: a text, or a list of texts where the column holds lists."""
+        if name in self.list_columns:
+            return [str(entry) for entry in value or [] if entry is not None]
+        return "" if value is None else str(value)
+
+    def sound_codes(self, value: Any) -> list[int]:
+        """Return the codes of a sound as a row holds it.
+
+        Args:
+            value (`Any`):
+                see [`read_row_sound`]. A codec without `sampling_rate` gets it as it is.
+
+        Raises:
+            LeftOut: it cannot be used.
+        """
+        codec = self.processor.codecs[AUDIO]
+        rate = getattr(codec, "sampling_rate", None)
+        item = value if rate is None else read_row_sound(value, rate, self.root)
+        return self.processor.encode_items(AUDIO, [item])[0]
+
     def count_images(self, number: int) -> None:
         """Count images that have been coded."""
         self.report.pictures += number
@@ -163,7 +188,11 @@ class Shard(ABC):
             message = f"{len(ids)} tokens, over {self.sequence_length}; packed training cuts it instead"
             self.leave_out(row, LeftOut("document too long", message))
             return None
-        self.report.write_document(split, len(ids) - num_codes, num_codes)
+        others = {
+            name: int(np.isin(ids, range(*self.processor.frames[name].bounds)).sum()) for name in self.processor.codecs
+        }
+        others = {name: number for name, number in others.items() if number}
+        self.report.write_document(split, len(ids) - num_codes - sum(others.values()), num_codes, **others)
         return split, {"row": row, "input_ids": ids}
 
 

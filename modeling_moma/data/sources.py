@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from datasets import (
+    Audio,
     Dataset,
     Features,
     Image,
@@ -229,7 +230,7 @@ class Source:
 
 
 def undecoded_rows(rows: Dataset | IterableDataset) -> Iterator[dict[str, Any]]:
-    """Yield rows whose images are `{"bytes": ..., "path": ...}`, in whatever depth of lists they stand.
+    """Yield rows whose images and sounds are `{"bytes": ..., "path": ...}`, in whatever depth of lists they stand.
 
     Args:
         rows (`Dataset | IterableDataset`):
@@ -259,8 +260,8 @@ def undecoded_rows(rows: Dataset | IterableDataset) -> Iterator[dict[str, Any]]:
 
 
 def _undecoded(feature: Any) -> Any:
-    if isinstance(feature, Image):
-        return Image(mode=feature.mode, decode=False)
+    if isinstance(feature, (Image, Audio)):
+        return dataclasses.replace(feature, decode=False)
     if isinstance(feature, (List, LargeList)):
         return dataclasses.replace(feature, feature=_undecoded(feature.feature))
     if isinstance(feature, dict):

@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
+import numpy as np
 from gradio.events import Dependency
 from gradio.utils import get_upload_folder
 from PIL import Image
 
+from tokenization.audio_input_moma import SoundError, read_sound
 from tokenization.image_input_moma import clean_pil_image, open_image
 
 from ..errors_moma import InputError
@@ -26,6 +28,7 @@ TOO_MANY_PIXELS = f"This image has more than {MOST_PIXELS // 10**6} million pixe
 # requests of all tabs and browsers use the model one at a time; the others wait in the queue
 ONE_AT_A_TIME: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": "model"}
 MOST_CHARACTERS = 2000
+MOST_SECONDS, MOST_SAMPLES = 30, 2**23
 
 
 @dataclass
@@ -152,6 +155,49 @@ def read_image(path: str) -> Image.Image:
     return read_upload(path, get_upload_folder())
 
 
+def sound_input(label: str, elem_id: str) -> gr.Audio:
+    """Return an input for a sound that is uploaded or recorded; functions get the path of its file, unopened."""
+    sound = gr.Audio(label=label, elem_id=elem_id, type="filepath", sources=["upload", "microphone"])
+    # as for images, Gradio's own preprocess would open the file before our checks
+    setattr(sound, "preprocess", lambda payload: None if payload is None else payload.path)  # noqa: B010
+    return sound
+
+
+def read_sound_upload(path: str, sampling_rate: int, folder: str | None = None) -> np.ndarray:
+    """Open, check and decode an uploaded sound.
+
+    Args:
+        path (`str`):
+            of the file, as the visitor's browser names it.
+        sampling_rate (`int`):
+            samples of one second that are asked for.
+        folder (`str`, *optional*):
+            where uploads lie, by default Gradio's; a request made by hand may name any file of this machine.
+
+    Returns:
+        `np.ndarray`: samples `[num_samples]`.
+
+    Raises:
+        ValueError: it was not uploaded, is no sound, damaged, empty or too long; says so to the visitor, without
+            naming files here.
+    """
+    folder = get_upload_folder() if folder is None else folder
+    if not Path(path).resolve().is_relative_to(Path(folder).resolve()):
+        raise InputError("This file was not uploaded to this page.")
+    try:
+        content = Path(path).read_bytes()
+        samples = read_sound(content, sampling_rate, max_samples=MOST_SAMPLES)
+    except SoundError as error:
+        if error.reason in ("sound too long", "sound too large"):
+            raise InputError("This sound is too long: cut it to a few seconds.") from error
+        raise InputError("This file is not a sound that can be read: take a WAV, FLAC, Ogg or MP3 file.") from error
+    except OSError as error:
+        raise InputError("This file was not uploaded to this page.") from error
+    if len(samples) > MOST_SECONDS * sampling_rate:
+        raise InputError(f"This sound is longer than {MOST_SECONDS} s: cut it.")
+    return samples
+
+
 def image_examples(examples: Examples, image: gr.Image) -> Dependency | None:
     """Show images that a click puts into an image input; return that event, `None` where there are none."""
     if not examples.images:
@@ -240,9 +286,11 @@ __all__ = [
     "image_examples",
     "image_input",
     "read_image",
+    "read_sound_upload",
     "read_upload",
     "sampling_inputs",
     "show_errors",
+    "sound_input",
     "title",
     "words_input",
 ]

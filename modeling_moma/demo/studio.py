@@ -9,16 +9,19 @@ Shape suffixes: B rows, T new tokens so far.
 
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from transformers import AutoModelForCausalLM, AutoProcessor, StoppingCriteria, StoppingCriteriaList, set_seed
 from transformers.generation.streamers import BaseStreamer
+
+from tokenization.audio_codecs_moma import AUDIO
 
 from ..errors_moma import InputError
 from ..evaluation.routing_images import record_routing, token_pieces
@@ -29,6 +32,8 @@ from .routing_view import RoutedExample
 
 # new tokens of a caption, and of the words in an interleaved answer
 MOST_WORDS = 32
+# new codes of a sound
+MOST_CODES = 256
 # number of views of an image while it is drawn
 VIEWS = 16
 # the colour of patches that have no code yet
@@ -72,14 +77,62 @@ class Studio:
             )
         return self.processor.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
 
+    @property
+    def sampling_rate(self) -> int | None:
+        """Samples of a second of the sounds that the model hears and makes; `None` where it knows none."""
+        is_known = AUDIO in self.model.config.frames
+        return getattr(self.processor.codecs.get(AUDIO), "sampling_rate", None) if is_known else None
+
+    def listen(self, samples: np.ndarray) -> str:
+        """Return what the model writes after a sound `[num_samples]`, greedily."""
+        inputs = self._inputs("", [], [samples])
+        with self._lock:
+            ids = self.model.generate(
+                **inputs, generation_mode="text", do_sample=False, max_new_tokens=self._words_room(inputs)
+            )
+        return self.processor.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+
+    def heard(self, samples: np.ndarray) -> np.ndarray:
+        """Return what is left of a sound once it is codes: what the model knows of it."""
+        return self.processor.decode_items(AUDIO, self.processor.encode_items(AUDIO, [samples]))[0]
+
+    def say(self, words: str, temperature: float = 0.7, guidance_scale: float = 1.0, seed: int = 0) -> np.ndarray:
+        """Return a sound of the words, as samples `[num_samples]`.
+
+        Args:
+            words (`str`):
+                what to say; special tokens in them are the characters that they are.
+            temperature (`float`, *optional*, defaults to `0.7`):
+                0 takes the likeliest code.
+            guidance_scale (`float`, *optional*, defaults to `1.0`):
+                1 for none.
+            seed (`int`, *optional*, defaults to `0`):
+                of the sampling.
+
+        Raises:
+            ValueError: the words leave no tokens for a sound.
+        """
+        inputs = self._inputs(words, [])
+        arguments = {"generation_mode": AUDIO, "max_new_tokens": self._words_room(inputs, MOST_CODES)}
+        with self._lock:
+            set_seed(seed)
+            ids = self.model.generate(**inputs, **arguments, **_sampling(temperature, guidance_scale))
+        return self.processor.decode_items(AUDIO, self.model.decode_modality_tokens(ids, AUDIO)[-1:])[0]
+
     def seen(self, image: Image.Image) -> Image.Image:
         """Return what is left of an image once it is codes: what the model knows of it."""
         return self.processor.decode_images(self.processor.encode_images([image]))[0]
 
     def draw(
-        self, words: str, count: int = 1, temperature: float = 0.7, guidance_scale: float = 5.0, seed: int = 0
+        self,
+        words: str,
+        count: int = 1,
+        temperature: float = 0.7,
+        guidance_scale: float = 5.0,
+        seed: int = 0,
+        sounds: Sequence[np.ndarray] = (),
     ) -> Iterator[tuple[int, list[Image.Image]]]:
-        """Draw images of the words, and show them as their codes arrive.
+        """Draw images of the words, or of a sound, and show them as their codes arrive.
 
         Args:
             words (`str`):
@@ -92,6 +145,8 @@ class Studio:
                 1 for none.
             seed (`int`, *optional*, defaults to `0`):
                 of the sampling.
+            sounds (`Sequence[np.ndarray]`, *optional*, defaults to `()`):
+                samples `[num_samples]` of those that come before the words.
 
         Yields:
             `tuple[int, list[Image.Image]]`: the number of codes that each image has, and the images; the last ones
@@ -100,7 +155,7 @@ class Studio:
         Raises:
             ValueError: the words leave too few tokens for an image.
         """
-        inputs = self._inputs(words, [])
+        inputs = self._inputs(words, [], sounds)
         inputs = {name: values.expand(count, -1) for name, values in inputs.items()}
         arguments = {"generation_mode": "image", **_sampling(temperature, guidance_scale)}
         begin, length = self.processor.begin_image_token_id, self.processor.image_seq_length
@@ -117,7 +172,7 @@ class Studio:
         guidance_scale: float = 1.0,
         num_images: int = 1,
         seed: int = 0,
-    ) -> Iterator[list[str | Image.Image]]:
+    ) -> Iterator[list[str | Image.Image | np.ndarray]]:
         """Go on after words and images with words and images in turn.
 
         Args:
@@ -135,7 +190,7 @@ class Studio:
                 of the sampling.
 
         Yields:
-            `list[str | Image.Image]`: the parts so far, an image that is being drawn among them.
+            `list[str | Image.Image | np.ndarray]`: the parts so far, an image that is being drawn among them.
 
         Raises:
             ValueError: there are more or fewer images than places, or the prompt is too long.
@@ -174,8 +229,13 @@ class Studio:
         pixel_values = self.processor.image_processor([image], return_tensors="pt")["pixel_values"]
         return self.processor.image_processor.postprocess(pixel_values)["pixel_values"][0]
 
-    def _inputs(self, words: str, images: list[Image.Image]) -> dict[str, torch.Tensor]:
-        """Return token ids of a prompt `[1, T]`; of its special tokens only the places of images are special."""
+    def _inputs(
+        self, words: str, images: list[Image.Image], sounds: Sequence[np.ndarray] = ()
+    ) -> dict[str, torch.Tensor]:
+        """Return token ids of a prompt `[1, T]`; of its special tokens only the places of images are special.
+
+        Sounds come first.
+        """
         image = self.processor.image_token
         parts = [self.processor.escape_special_tokens(part) for part in words.split(image)]
         if len(parts) == 1 and images:
@@ -185,9 +245,11 @@ class Studio:
                 f"The words have {len(parts) - 1} places for images ({image}), but {len(images)} images came "
                 "with them: give one for each place, or leave the places out to put all images first."
             )
+        items = {AUDIO: list(sounds)} if sounds else {}
         batch = self.processor(
             images=images or None,
-            text=[image.join(parts)],
+            text=[f"<{AUDIO}>" * len(sounds) + image.join(parts)],
+            **items,
             sanitize_control_tokens=True,
             return_tensors="pt",
         )
@@ -276,14 +338,22 @@ class PartialImages:
         images = self.processor.decode_images([row + self.white[len(row) :] for row in rows])
         return [self._cover(image, len(row)) for image, row in zip(images, rows)]
 
-    def parts(self, ids: list[int]) -> list[str | Image.Image]:
-        """Return words and images of token ids that may end inside an image; see `MomaProcessor.decode_parts`."""
+    def parts(self, ids: list[int]) -> list[str | Image.Image | np.ndarray]:
+        """Return words, images and whole sounds of token ids that may end inside an image or a sound."""
+        ids = self._without_unfinished_sound(ids)
         begin, end = self.processor.begin_image_token_id, self.processor.end_image_token_id
         last = len(ids) - 1 - ids[::-1].index(begin) if begin in ids else None
         if last is None or end in ids[last:]:
             return self.processor.decode_parts(ids)
         codes = [token - self.processor.image_token_offset for token in ids[last + 1 :]]
         return [*self.processor.decode_parts(ids[:last]), *self.decode([codes])]
+
+    def _without_unfinished_sound(self, ids: list[int]) -> list[int]:
+        frame = self.processor.frames.get(AUDIO)
+        if frame is None or frame.begin not in ids:
+            return ids
+        last = len(ids) - 1 - ids[::-1].index(frame.begin)
+        return ids if frame.end in ids[last:] else ids[:last]
 
     def _cover(self, image: Image.Image, count: int) -> Image.Image:
         rows, columns = self.processor.image_grid

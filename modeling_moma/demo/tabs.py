@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The four tabs of the page: captions, drawings, answers of words and images, and the routing layer by layer."""
+"""The tabs of the page: captions, drawings, sounds, answers of words and images, and the routing layer by layer."""
 
 import base64
 import html
 import io
 import time
+import wave
 from collections.abc import Iterator
 
 import gradio as gr
+import numpy as np
 from PIL import Image
 
 from ..errors_moma import InputError
@@ -19,8 +21,10 @@ from .inputs import (
     image_examples,
     image_input,
     read_image,
+    read_sound_upload,
     sampling_inputs,
     show_errors,
+    sound_input,
     title,
     words_input,
 )
@@ -32,6 +36,8 @@ LEAST_SIDE = 256
 # most images of a drawing, of a prompt and of an answer
 MOST_IMAGES = 4
 
+# rate and samples
+Sound = tuple[int, np.ndarray]
 ShownRouting = tuple[Image.Image | None, str, str]
 
 
@@ -117,6 +123,62 @@ def draw_tab(studio: Studio, examples: Examples):
     stop.click(None, cancels=events)
 
 
+def sound_tab(studio: Studio, sampling_rate: int):
+    """Build the tab, for a model whose sounds have this rate."""
+
+    def samples_of(path: str | None) -> np.ndarray:
+        if path is None:
+            raise InputError("There is no sound yet: upload or record one.")
+        return read_sound_upload(path, sampling_rate)
+
+    @show_errors
+    def listen(path: str | None) -> tuple[str, Sound]:
+        samples = samples_of(path)
+        return studio.listen(samples), as_sound(studio.heard(samples), sampling_rate)
+
+    @show_errors
+    def draw(path: str | None, temperature: float, guidance: float, seed: float | None) -> Iterator[Image.Image]:
+        sounds = [samples_of(path)]
+        for _, (image,) in studio.draw("", 1, temperature, guidance, checked_seed(seed), sounds):
+            yield enlarged(image)
+
+    @show_errors
+    def say(words: str, temperature: float, guidance: float, seed: float | None) -> Sound:
+        words = checked_words(words).strip()
+        if not words:
+            raise InputError("There are no words yet: say what to speak.")
+        return as_sound(studio.say(words, temperature, guidance, checked_seed(seed)), sampling_rate)
+
+    temperature, guidance, seed = sampling_inputs("sound", temperature=0.7, guidance_scale=1.0)
+    with gr.Row():
+        with gr.Column():
+            sound = sound_input("Sound", "sound-input")
+            with gr.Row():
+                listen_button = gr.Button("Write it", variant="primary", elem_id="sound-listen")
+                draw_button = gr.Button("Draw it", elem_id="sound-draw")
+            words = words_input("Words", "sound-words", "What to speak")
+            say_button = gr.Button("Speak", variant="primary", elem_id="sound-say")
+        with gr.Column():
+            written = gr.Textbox(label="What the model writes", elem_id="sound-written", interactive=False)
+            heard = gr.Audio(
+                label="What the model hears of it", elem_id="sound-heard", interactive=False, format="wav"
+            )
+            title("What the model draws")
+            drawn = gr.Image(
+                show_label=False, elem_id="sound-drawn", interactive=False, format="png", height=256, buttons=[]
+            )
+            said = gr.Audio(label="What the model says", elem_id="sound-said", interactive=False, format="wav")
+    chosen = [temperature, guidance, seed]
+    listen_button.click(listen, [sound], [written, heard], api_name="listen", **ONE_AT_A_TIME)
+    draw_button.click(draw, [sound, *chosen], [drawn], api_name="draw_sound", **ONE_AT_A_TIME)
+    say_button.click(say, [words, *chosen], [said], api_name="say", **ONE_AT_A_TIME)
+
+
+def as_sound(samples: np.ndarray, sampling_rate: int) -> Sound:
+    """Return what a player of the page takes: the rate and samples of 16 bits."""
+    return sampling_rate, (np.clip(samples, -1, 1) * 32767).astype(np.int16)
+
+
 def interleaved_tab(studio: Studio):
     """Build the tab."""
 
@@ -132,8 +194,8 @@ def interleaved_tab(studio: Studio):
         images = [read_image(path) for path in files]
         parts = []
         for parts in studio.answer(words, images, temperature, guidance, int(num_images), checked_seed(seed)):
-            yield as_html(parts)
-        yield as_html(parts or ["The model had nothing to add."], is_whole=True)
+            yield as_html(parts, studio.sampling_rate)
+        yield as_html(parts or ["The model had nothing to add."], studio.sampling_rate, is_whole=True)
 
     with gr.Row():
         with gr.Column():
@@ -176,12 +238,17 @@ def interleaved_tab(studio: Studio):
     stop.click(None, cancels=events)
 
 
-def as_html(parts: list[str | Image.Image], is_whole: bool = False) -> str:
-    """Return words and images in turn as one piece of HTML, of the class `moma-whole` once nothing follows."""
+def as_html(
+    parts: list[str | Image.Image | np.ndarray], sampling_rate: int | None = None, is_whole: bool = False
+) -> str:
+    """Return words, images and sounds in turn as one piece of HTML, of the class `moma-whole` once nothing follows."""
     blocks = []
     for part in parts:
         if isinstance(part, str):
             blocks.append(f"<p>{html.escape(part.strip())}</p>")
+            continue
+        if isinstance(part, np.ndarray):
+            blocks.append(f'<audio controls src="data:audio/wav;base64,{as_wav(part, sampling_rate)}"></audio>')
             continue
         png = io.BytesIO()
         enlarged(part).save(png, "PNG")
@@ -189,6 +256,17 @@ def as_html(parts: list[str | Image.Image], is_whole: bool = False) -> str:
         blocks.append(f'<img alt="image of the answer" width="200" src="data:image/png;base64,{data}">')
     name = "moma-answer moma-whole" if is_whole else "moma-answer"
     return f'<div class="{name}">{"".join(blocks)}</div>'
+
+
+def as_wav(samples: np.ndarray, sampling_rate: int | None) -> str:
+    """Return a WAV file of samples, as base64."""
+    content = io.BytesIO()
+    with wave.open(content, "wb") as file:
+        file.setnchannels(1)
+        file.setsampwidth(2)
+        file.setframerate(sampling_rate or 16000)
+        file.writeframes(as_sound(samples, 0)[1].tobytes())
+    return base64.b64encode(content.getvalue()).decode()
 
 
 def routing_tab(studio: Studio, examples: Examples):

@@ -19,6 +19,7 @@ from transformers.utils import (
 )
 
 from tokenization import MomaProcessor
+from tokenization.audio_codecs_moma import load_audio_codec
 from tokenization.image_tokenizers_moma import MODEL_TYPES, load_image_tokenizer, why_no_image_tokenizer
 
 from ..errors_moma import InputError
@@ -61,6 +62,7 @@ class Saved:
 
 MODEL = Saved("model", "pretrain", (("config.json",), WEIGHTS), ("moma",))
 IMAGE_TOKENIZER = Saved("image tokenizer", "train-image-tokenizer", (("config.json",), WEIGHTS), MODEL_TYPES)
+AUDIO_TOKENIZER = Saved("audio tokenizer", "train-audio-tokenizer", (("codec_config.json", "config.json"),))
 PROCESSOR = Saved(
     "processor",
     "build-processor",
@@ -87,6 +89,11 @@ def open_processor(place: str, option: str = "--processor") -> MomaProcessor:
 def open_image_tokenizer(place: str, option: str = "--image-tokenizer") -> Any:
     """Return an image tokenizer, ours or one of Transformers; see [`load_image_tokenizer`] and [`open_saved`]."""
     return open_saved(IMAGE_TOKENIZER, option, place, lambda: load_image_tokenizer(place, dtype=torch.float32))
+
+
+def open_audio_tokenizer(place: str, num_codebooks: int | None = None, option: str = "--audio-tokenizer") -> Any:
+    """Return a codec of sounds, ours or one of Transformers; see [`load_audio_codec`] and [`open_saved`]."""
+    return open_saved(AUDIO_TOKENIZER, option, place, lambda: load_audio_codec(place, num_codebooks))
 
 
 def open_text_tokenizer(place: str, option: str = "--text-tokenizer") -> Any:

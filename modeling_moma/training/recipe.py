@@ -93,6 +93,8 @@ class Recipe:
             where the data are and what they are.
         image_tokenizer (`dict[str, Any]`, *optional*, defaults to `{}`):
             settings of the training of the image tokenizer.
+        audio_tokenizer (`dict[str, Any]`, *optional*, defaults to `{}`):
+            settings of the training of the audio tokenizer.
         processor (`ProcessorFields`, *optional*):
             see [`ProcessorFields`].
         data (`DataFields`, *optional*):
@@ -105,6 +107,7 @@ class Recipe:
     trainer: dict[str, Any] = field(default_factory=dict)
     sources: list[Source] = field(default_factory=list)
     image_tokenizer: dict[str, Any] = field(default_factory=dict)
+    audio_tokenizer: dict[str, Any] = field(default_factory=dict)
     processor: ProcessorFields = field(default_factory=ProcessorFields)
     data: DataFields | None = None
     samples: SampleFields = field(default_factory=SampleFields)
@@ -170,7 +173,8 @@ def _read_sections(where: str, content: dict[str, Any]) -> Recipe:
         for section, kind in SECTIONS.items()
         if section in content
     }
-    others = {section: content[section] for section in ("model", "trainer", "image_tokenizer") if section in content}
+    plain = ("model", "trainer", "image_tokenizer", "audio_tokenizer")
+    others = {section: content[section] for section in plain if section in content}
     sources = read_sources(content["sources"]) if "sources" in content else []
     return Recipe(sources=sources, **others, **sections)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Settings of an image tokenizer's training: flags, fields of a recipe, and what a resumed run must repeat."""
+"""Settings of trainings of tokenizers: flags, fields of a recipe, and what a resumed run must repeat."""
 
 import json
 from collections.abc import Mapping
@@ -73,6 +73,42 @@ class TokenizerSettings:
     augmentation: Literal["white", "reflection", "none"] = "white"
     held_out_images: Annotated[Count, FormerName("held_out_pictures")] = 1024
     bf16: Annotated[Literal["auto", "on", "off"], OnOff] = "auto"
+
+
+@dataclass(frozen=True, kw_only=True)
+class AudioTokenizerSettings:
+    """Flags of `moma train-audio-tokenizer`, and fields of a recipe's section `audio_tokenizer`.
+
+    Args:
+        num_codes (`int`, *optional*, defaults to `1024`):
+            number of different codes.
+        sampling_rate (`int`, *optional*, defaults to `16000`):
+            samples of one second; sounds are resampled.
+        hop_length (`int`, *optional*, defaults to `200`):
+            samples from one frame of the spectrogram to the next.
+        win_length (`int`, *optional*, defaults to `640`):
+            samples of a frame.
+        num_mels (`int`, *optional*, defaults to `40`):
+            bands of a frame.
+        frames_per_code (`int`, *optional*, defaults to `3`):
+            frames that a code stands for; with the defaults, 27 codes are a second.
+        sounds (`int`, *optional*, defaults to `10000`):
+            sounds that the codebook learns from, at most.
+        held_out_sounds (`int`, *optional*, defaults to `500`):
+            held-out sounds that are looked at, at most.
+        seed (`int`, *optional*, defaults to `0`):
+            of where the codebook begins.
+    """
+
+    num_codes: Count = 1024
+    sampling_rate: Annotated[Int, Field(ge=1000, le=192_000)] = 16000
+    hop_length: Count = 200
+    win_length: Count = 640
+    num_mels: Count = 40
+    frames_per_code: Count = 3
+    sounds: Count = 10_000
+    held_out_sounds: Count = 500
+    seed: Int = 0
 
 
 # fields of the configuration that have a flag

@@ -91,5 +91,5 @@ def test_image_in_a_chat_becomes_its_codes(source, convert, tmp_path):
     # what a training on chats makes of the same messages
     kind = read_sources({"chats": {"data": "nowhere", "messages": "messages"}})[0].kind
     row = {"messages": [*chat, {"role": "assistant", "content": "red apple"}]}
-    text, images = read_messages(kind, row, processor)
-    assert images == [image] and text.count("<image>") == 1
+    text, items = read_messages(kind, row, processor)
+    assert [(item.modality, item.value) for item in items] == [("image", image)] and text.count("<image>") == 1

@@ -16,7 +16,16 @@ from modeling_moma.data.corpus import source_texts
 from modeling_moma.data.documents import TokenFolder
 from modeling_moma.data.images import LeftOut
 from modeling_moma.data.jobs import plan_job, write_job
-from modeling_moma.data.kinds import KINDS, CaptionKind, InterleavedKind, SourceKind, TextKind, read_kind, source_kind
+from modeling_moma.data.kinds import (
+    KINDS,
+    AudioKind,
+    CaptionKind,
+    InterleavedKind,
+    SourceKind,
+    TextKind,
+    read_kind,
+    source_kind,
+)
 from modeling_moma.data.reports import write_manifest
 from modeling_moma.data.shard import Shard
 from modeling_moma.data.sources import read_sources
@@ -138,11 +147,12 @@ def test_columns_tell_the_kind():
         ({"text": "label"}, TextKind),
         ({"text": "label", "image": "file"}, CaptionKind),
         ({"segments": "parts"}, InterleavedKind),
-        ({"messages": "chat", "images": "files"}, InterleavedKind),
+        ({"messages": "chat", "images": "files", "audios": "sounds"}, InterleavedKind),
+        ({"audio": "file", "text": "{speaker}: {sentence}", "audio_first": 0.3}, AudioKind),
     ):
         found = read_kind("pics", fields)
         assert type(found) is kind and read_kind("pics", found.fields()) == found
-    assert list(KINDS) == ["caption", "interleaved", "text"]
+    assert sorted(KINDS) == ["caption", "interleaved", "sound", "text"]
 
 
 def test_column_of_something_else_than_a_caption_is_named():

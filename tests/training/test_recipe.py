@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from helpers.sounds import processor_of_sounds
 from helpers.tiny import tiny_processor
 from modeling_moma.cli.pretrain import Arguments, parse_arguments
 from modeling_moma.training.pretraining import make_training_arguments, model_config
@@ -20,7 +21,8 @@ def test_recipes_that_ship_give_a_model_and_a_training(path):
     recipe = read_recipe(path)
     # those without a model are for one that is there already
     args = parse_arguments([str(path), *PATHS, *([] if recipe.model else ["--model", "m"])])
-    config = model_config(recipe, tiny_processor(), {})
+    processor = processor_of_sounds() if recipe.audio_tokenizer else tiny_processor()
+    config = model_config(recipe, processor, {})
     assert config.num_parameters() > 0
     settings = make_training_arguments(args)
     for name, value in recipe.trainer.items():

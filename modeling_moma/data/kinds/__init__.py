@@ -4,6 +4,7 @@
 import importlib
 import pkgutil
 
+from .audio import AudioKind
 from .base import KINDS, SourceKind, read_kind, source_kind
 from .captions import Alternative, CaptionKind
 from .images import ImageKind
@@ -18,6 +19,7 @@ for _module in pkgutil.iter_modules(__path__):
 __all__ = [
     "KINDS",
     "Alternative",
+    "AudioKind",
     "CaptionKind",
     "ImageKind",
     "InterleavedKind",

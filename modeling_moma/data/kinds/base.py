@@ -28,6 +28,8 @@ class SourceKind(ABC):
             its columns in words, for the message to somebody who names too few.
         has_images (`ClassVar[bool]`, *optional*, defaults to `False`):
             whether rows have images.
+        has_sounds (`ClassVar[bool]`, *optional*, defaults to `False`):
+            whether all rows have sounds, for which the processor needs a codec.
         has_captions (`ClassVar[bool]`, *optional*, defaults to `False`):
             whether its documents are [`CaptionDocuments`].
         has_chats (`bool`):
@@ -42,6 +44,7 @@ class SourceKind(ABC):
     told_by: ClassVar[tuple[str, ...]] = ()
     hint: ClassVar[str] = ""
     has_images: ClassVar[bool] = False
+    has_sounds: ClassVar[bool] = False
     has_captions: ClassVar[bool] = False
     rows_multiple: ClassVar[int] = 1
     min_side: int = 1
@@ -86,6 +89,10 @@ class SourceKind(ABC):
 
     def row_images(self, row: dict[str, Any]) -> list[Any]:
         """Return the images of a row in their order, not decoded."""
+        return []
+
+    def row_sounds(self, row: dict[str, Any]) -> list[Any]:
+        """Return the sounds of a row in their order, not decoded."""
         return []
 
     def features(self, shard: Shard) -> Features:

@@ -148,7 +148,7 @@ class _CaptionWriter:
     def _columns(self, row: dict[str, Any]) -> tuple[dict[str, Any], int]:
         """Return the columns of a row's captions, and the text tokens of the first one with what stands around it."""
         shard, templates = self.shard, self.kind.templates()
-        columns = {name: _as_stored(row[name], name in shard.list_columns) for name in self.kind.stored_columns()}
+        columns = {name: shard.stored_text(name, row[name]) for name in self.kind.stored_columns()}
         if not templates[0].is_full(columns):
             raise LeftOut("caption empty", f"nothing in {templates[0].columns}")
         lengths = [len(shard.encoder.text_ids(entry.render(columns))) for entry in templates if entry.is_full(columns)]
@@ -185,12 +185,6 @@ def augmentation_generator(seed: int, images: int) -> torch.Generator:
         torch.rand(size, generator=generator)
         draws -= size
     return generator
-
-
-def _as_stored(value: Any, is_list: bool) -> Any:
-    if is_list:
-        return [str(entry) for entry in value or [] if entry is not None]
-    return "" if value is None else str(value)
 
 
 class CaptionDocuments:

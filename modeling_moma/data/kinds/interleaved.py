@@ -1,13 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Documents in which texts and images alternate: lists of segments, or the messages of a chat with their images."""
+"""Documents in which texts, images and sounds alternate: lists of segments, or the messages of a chat."""
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from tokenization import MomaProcessor
+from tokenization.audio_codecs_moma import AUDIO
+from tokenization.text_tokenizer_moma import IMAGE
 
 from ...errors_moma import InputError
 from ...utils.fields import Count, read_fields
@@ -16,19 +19,32 @@ from ..shard import BATCH, Shard
 from .base import SourceKind, source_kind
 
 
+_PLURALS = {IMAGE: "images", AUDIO: "sounds"}
+
+
+@dataclass(frozen=True)
+class Segment:
+    """An image or a sound in a document, as the row holds it: bytes, path, address or what `datasets` keeps of one."""
+
+    modality: str
+    value: Any
+
+
 @source_kind
 @dataclass(frozen=True)
 class InterleavedKind(SourceKind):
-    """Documents in which texts and images alternate: `<bos> text image text ... <eos>`.
+    """Documents in which texts, images and sounds alternate: `<bos> text image text ... <eos>`.
 
     Args:
         segments (`str`, *optional*):
-            column with a list of segments, each a text, `{"text": ...}` or `{"image": ...}`.
+            column with a list of segments, each a text, `{"text": ...}`, `{"image": ...}` or `{"audio": ...}`.
         messages (`str`, *optional*):
             instead of it, a column of chat messages, as TRL takes them; the processor's chat template gives the
             document.
         images (`str`, *optional*):
             with `messages`, the column that lists their images in order.
+        audios (`str`, *optional*):
+            with `messages`, the column that lists their sounds in order.
         min_side (`int`, *optional*, defaults to `8`):
             documents with a smaller image, in pixels, are left out.
     """
@@ -36,6 +52,7 @@ class InterleavedKind(SourceKind):
     segments: str | None = None
     messages: str | None = None
     images: str | None = None
+    audios: str | None = None
     min_side: Count = 8
 
     name = "interleaved"
@@ -55,7 +72,7 @@ class InterleavedKind(SourceKind):
         return kind
 
     def columns(self) -> list[str]:
-        return [name for name in (self.segments, self.messages, self.images) if name is not None]
+        return [name for name in (self.segments, self.messages, self.images, self.audios) if name is not None]
 
     def row_texts(self, row: dict[str, Any]) -> Iterator[str]:
         if self.segments is not None:
@@ -71,17 +88,23 @@ class InterleavedKind(SourceKind):
             yield from (part["text"] for part in parts if isinstance(part, dict) and part.get("text"))
 
     def row_images(self, row: dict[str, Any]) -> list[Any]:
+        return self._row_items(row, IMAGE, self.images)
+
+    def row_sounds(self, row: dict[str, Any]) -> list[Any]:
+        return self._row_items(row, AUDIO, self.audios)
+
+    def _row_items(self, row: dict[str, Any], modality: str, column: str | None) -> list[Any]:
         if self.segments is not None:
             parts = row[self.segments]
-        elif self.images is not None:
-            images = row[self.images]
-            return images if isinstance(images, list) else [] if images is None else [images]
+        elif column is not None:
+            items = row[column]
+            return items if isinstance(items, list) else [] if items is None else [items]
         else:
             messages = row[str(self.messages)] or []
             contents = [message.get("content") for message in messages if isinstance(message, dict)]
             parts = [part for content in contents if isinstance(content, list) for part in content]
         parts = parts if isinstance(parts, list) else []
-        return [part["image"] for part in parts if isinstance(part, dict) and part.get("image") is not None]
+        return [part[modality] for part in parts if isinstance(part, dict) and part.get(modality) is not None]
 
     def documents(self, shard: Shard) -> Iterator[tuple[str, dict[str, Any]]]:
         return _InterleavedWriter(self, shard).documents()
@@ -110,33 +133,45 @@ class _InterleavedWriter:
         yield from self._coded(waiting)
 
     def _read_segments(self, index: int, row: dict[str, Any]) -> list[Any]:
-        """Return the ids of texts, and pixel values wherever an image stands."""
+        """Return the ids of texts and sounds, and pixel values wherever an image stands."""
         shard, parts = self.shard, []
         for part in read_segments(self.kind, row):
-            if not isinstance(part, ImageSegment):
+            if isinstance(part, str):
                 parts.append(shard.encoder.text_ids(part))
                 continue
             try:
-                parts.append(shard.pixel_values(part.value, self.kind.min_side))
+                parts.append(self._read_item(part))
             # the rest of the document makes sense without it
             except LeftOut as error:
                 shard.leave_out(index, error, is_whole=False)
         if not any(len(part) for part in parts):
-            raise LeftOut("document empty", "neither texts nor images")
+            raise LeftOut("document empty", "no text, image or sound")
         return [shard.encoder.beginning, *parts, [shard.encoder.eos]]
+
+    def _read_item(self, segment: Segment) -> torch.Tensor | list[int]:
+        """Return the pixel values of an image, or the ids of a sound."""
+        shard = self.shard
+        if segment.modality == IMAGE:
+            return shard.pixel_values(segment.value, self.kind.min_side)
+        if AUDIO not in shard.processor.codecs:
+            raise LeftOut("sound not readable", "the processor has no codec of sounds")
+        return shard.processor.frame_ids(AUDIO, shard.sound_codes(segment.value))
 
     def _read_chat(self, row: dict[str, Any]) -> list[Any]:
         """Return the ids of a chat in the form of the processor's template, and pixel values where an image stands."""
         processor = self.shard.processor
-        text, values = read_messages(self.kind, row, processor)
+        text, segments = read_messages(self.kind, row, processor)
         if not text:
             raise LeftOut("document empty", "no message")
         ids = processor.tokenizer(text, add_special_tokens=False, sanitize_control_tokens=True)["input_ids"]
-        images = iter([self.shard.pixel_values(value, self.kind.min_side) for value in values])
+        # of one token it is a number
+        placeholder_id: Any = processor.tokenizer.convert_tokens_to_ids
+        placeholders = {placeholder_id(f"<{name}>") for name in processor.frames}
+        items = iter([self._read_item(segment) for segment in segments])
         parts: list[Any] = [[]]
         for token in ids:
-            if token == processor.image_token_id:
-                parts += [next(images), []]
+            if token in placeholders:
+                parts += [next(items), []]
             else:
                 parts[-1].append(token)
         return parts
@@ -159,22 +194,15 @@ class _InterleavedWriter:
                 yield document
 
 
-@dataclass(frozen=True)
-class ImageSegment:
-    """An image in a document, as the row holds it: bytes, path, address or what `datasets` keeps of one."""
-
-    value: Any
-
-
-def read_segments(kind: InterleavedKind, row: dict[str, Any]) -> list[str | ImageSegment]:
-    """Return the texts and images of a row in their order.
+def read_segments(kind: InterleavedKind, row: dict[str, Any]) -> list[str | Segment]:
+    """Return the texts, images and sounds of a row in their order.
 
     Args:
         kind (`InterleavedKind`):
             names the column `segments`.
         row (`dict[str, Any]`):
-            with that column, a list whose entries are texts, `{"text": ...}`, `{"image": ...}` or `{"type": "text",
-            "text": ...}`.
+            with that column, a list whose entries are texts, `{"text": ...}`, `{"image": ...}`, `{"audio": ...}` or
+            `{"type": "text", "text": ...}`.
 
     Raises:
         LeftOut: the column holds something else, or nothing.
@@ -182,44 +210,48 @@ def read_segments(kind: InterleavedKind, row: dict[str, Any]) -> list[str | Imag
     return [part for part in map(_read_segment, row[str(kind.segments)] or []) if part != ""]
 
 
-def _read_segment(entry: Any) -> str | ImageSegment:
+def _read_segment(entry: Any) -> str | Segment:
     if isinstance(entry, str):
         return entry
     if isinstance(entry, dict):
         # rows of one table have all columns, those that do not apply as None
-        text, image = entry.get("text"), entry.get("image")
-        if image is not None and entry.get("type", "image") in ("image", None):
-            return ImageSegment(image)
+        for modality in (IMAGE, AUDIO):
+            if entry.get(modality) is not None and entry.get("type", modality) in (modality, None):
+                return Segment(modality, entry[modality])
+        text = entry.get("text")
         if isinstance(text, str) and entry.get("type", "text") in ("text", None):
             return text
     raise LeftOut(
-        "segment unknown", f"{str(entry)[:100]!r} is neither a text nor {{'text': ...}} nor {{'image': ...}}"
+        "segment unknown",
+        f"{str(entry)[:100]!r} is neither a text nor {{'text': ...}}, {{'image': ...}}, {{'audio': ...}}",
     )
 
 
-def read_messages(kind: InterleavedKind, row: dict[str, Any], processor: MomaProcessor) -> tuple[str, list[Any]]:
-    """Return a chat in the form of the processor's template, and its images in order.
+def read_messages(kind: InterleavedKind, row: dict[str, Any], processor: MomaProcessor) -> tuple[str, list[Segment]]:
+    """Return a chat in the form of the processor's template, and its images and sounds in order.
 
     Args:
         kind (`InterleavedKind`):
-            names the columns `messages` and perhaps `images`.
+            names the columns `messages` and perhaps `images` and `audios`.
         row (`dict[str, Any]`):
-            with these. Messages have `role` and `content`, a text (in which `<image>` stands for the next image) or a
-            list of `{"type": "text", "text": ...}` and `{"type": "image"}`; TRL's format.
+            with these. Messages have `role` and `content`, a text (in which `<image>` and `<audio>` stand for the next
+            image and sound) or a list of `{"type": "text", "text": ...}`, `{"type": "image"}` and `{"type":
+            "audio"}`; TRL's format.
         processor (`MomaProcessor`):
             gives the template.
 
     Returns:
-        The text, special tokens in messages marked as plain text, and a value for each `<image>` in it.
+        The text, special tokens in messages marked as plain text, and an item for each placeholder in it.
 
     Raises:
-        LeftOut: messages are malformed, or images and placeholders are of different number.
+        LeftOut: messages are malformed, or items and placeholders are of different number.
     """
-    listed = list(row[kind.images] or []) if kind.images is not None else []
-    own, messages = [], []
+    own: dict[str, list[Any]] = {name: [] for name in (IMAGE, AUDIO) if name in processor.frames}
+    listed = {IMAGE: kind.images, AUDIO: kind.audios}
+    messages = []
     for message in row[str(kind.messages)] or []:
         content = message.get("content")
-        parts = _split_placeholders(content, processor.image_token) if isinstance(content, str) else content or []
+        parts = _split_placeholders(content, own) if isinstance(content, str) else content or []
         plain = [_plain_part(part, own) for part in parts]
         for part in plain:
             if part["type"] == "text":
@@ -232,30 +264,35 @@ def read_messages(kind: InterleavedKind, row: dict[str, Any], processor: MomaPro
     # templates raise what they like
     except Exception as error:
         raise LeftOut("chat not readable", str(error)) from error
-    wanted = sum(part["type"] == "image" for message in messages for part in message["content"])
-    images = own or listed
-    if len(images) != wanted:
-        raise LeftOut("images missing in chat", f"{wanted} placeholders and {len(images)} images")
-    return text, images  # pyright: ignore[reportReturnType]
+    order = [part["type"] for message in messages for part in message["content"] if part["type"] != "text"]
+    items = {}
+    for modality, found in own.items():
+        column, wanted = listed.get(modality), order.count(modality)
+        found = found or (list(row[column] or []) if column is not None else [])
+        if len(found) != wanted:
+            raise LeftOut(f"{_PLURALS[modality]} missing in chat", f"{wanted} placeholders and {len(found)} items")
+        items[modality] = iter(found)
+    return text, [Segment(modality, next(items[modality])) for modality in order]  # pyright: ignore[reportReturnType]
 
 
-def _split_placeholders(text: str, placeholder: str) -> Iterator[dict]:
-    for index, part in enumerate(text.split(placeholder)):
-        if index:
-            yield {"type": "image"}
-        if part:
+def _split_placeholders(text: str, modalities: Iterable[str]) -> Iterator[dict]:
+    pattern = "|".join(re.escape(name) for name in modalities)
+    for index, part in enumerate(re.split(f"<({pattern})>", text)):
+        # every second one is the name in a placeholder
+        if index % 2:
+            yield {"type": part}
+        elif part:
             yield {"type": "text", "text": part}
 
 
-def _plain_part(part: Any, images: list) -> dict:
+def _plain_part(part: Any, items: dict[str, list[Any]]) -> dict:
     if not isinstance(part, dict):
         raise LeftOut("chat not readable", f"a part of a message is {str(part)[:100]!r}")
-    for name in ("image", "url", "path"):
-        if part.get("type") == "image" and part.get(name) is not None:
-            images.append(part[name])
-    if part.get("type") == "image":
-        return {"type": "image"}
+    modality = part.get("type")
+    if modality in items:
+        items[modality] += [part[name] for name in (modality, "url", "path") if part.get(name) is not None]
+        return {"type": modality}
     return {"type": "text", "text": part.get("text") or ""}
 
 
-__all__ = ["InterleavedKind", "ImageSegment", "read_messages", "read_segments"]
+__all__ = ["InterleavedKind", "Segment", "read_messages", "read_segments"]

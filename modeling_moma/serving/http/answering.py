@@ -19,7 +19,7 @@ from .errors import RequestError
 from .fields import ChatSettings, CompletionSettings, ResponseSettings, Settings, check_settings
 from .generation import current_request
 from .limits import DOWNLOAD_SECONDS, Limits
-from .messages import MessageImage, read_images, read_messages
+from .messages import MessageImage, MessageSound, read_items, read_messages
 
 
 logger = logging.getLogger("uvicorn.error")
@@ -93,10 +93,10 @@ class Answering:
         request = current_request.get()
         # clients write null for a field that they leave out, which Transformers' handlers take for a value
         body = {name: value for name, value in body.items() if value is not None}
-        images = await self._in_thread(self.check, body)
-        await self._fetch([image for image in images if image.is_of_the_web])
+        items = await self._in_thread(self.check, body)
+        await self._fetch([item for item in items if isinstance(item, MessageImage) and item.is_of_the_web])
         await request.take_turn()
-        prompt: Prompt = await self._in_thread(self.read, body, images)
+        prompt: Prompt = await self._in_thread(self.read, body, items)
         request.seed = body.get("seed")
         try:
             return await self._generate(body, request_id, prompt)
@@ -119,15 +119,15 @@ class Answering:
     async def _in_thread(self, work: Callable, *args: Any) -> Any:
         return await asyncio.get_running_loop().run_in_executor(self.readers, work, *args)
 
-    def check(self, body: dict[str, Any]) -> list[MessageImage]:
-        """Return the images of a request, after a check of all else that it says."""
+    def check(self, body: dict[str, Any]) -> list[MessageImage | MessageSound]:
+        """Return the images and sounds of a request, after a check of all else that it says."""
         check_settings(body, self.route.settings, self.limits)
         field = self.route.messages
         if field is None or field == "input" and isinstance(body.get(field), str):
             return []
         return read_messages(body.get(field), field)
 
-    def read(self, body: dict[str, Any], images: list[MessageImage]) -> Prompt:
+    def read(self, body: dict[str, Any], items: list[MessageImage | MessageSound]) -> Prompt:
         """Return the tokens of a request."""
         handler = self.handler
         handler._validate_request(body)
@@ -139,7 +139,7 @@ class Answering:
             raise RequestError("model", "it cannot be loaded; the log of the server says why.", 404) from error
         modality = handler.model_manager.get_model_modality(model, processor=processor)
         uses_batching = handler.generation_state.use_continuous_batching(model, modality)
-        read_images(images)
+        read_items(items, processor)
         tensors = None if uses_batching else "pt"
         if self.route.messages is None:
             tokenizer = getattr(processor, "tokenizer", processor)

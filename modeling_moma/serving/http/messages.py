@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checks of messages and of their images: nothing is let through that is not known here."""
+"""Checks of messages, their images and their sounds: nothing is let through that is not known here."""
 
 import base64
 import binascii
@@ -9,16 +9,33 @@ from typing import Any
 
 from PIL import Image
 
+from tokenization.audio_codecs_moma import AUDIO
+from tokenization.audio_input_moma import SoundError, read_sound
+
 from .errors import RequestError, short, short_name
-from .limits import MAX_IMAGES, MAX_MESSAGES, MAX_PARTS, MAX_PIXELS, MAX_PIXELS_TOGETHER, MAX_WEB_IMAGES
+from .limits import (
+    MAX_IMAGES,
+    MAX_MESSAGES,
+    MAX_PARTS,
+    MAX_PIXELS,
+    MAX_PIXELS_TOGETHER,
+    MAX_SAMPLES,
+    MAX_SOUNDS,
+    MAX_WEB_IMAGES,
+)
 
 
 ROLES = ("user", "assistant", "system")
 MESSAGE = ("role", "content", "name", "type", "id", "status")
-TEXT_KINDS, IMAGE_KINDS = ("text", "input_text", "output_text"), ("image_url", "input_image")
-TEXT, IMAGE = ("type", "text"), ("type", "image_url", "detail")
+TEXT_KINDS, IMAGE_KINDS, SOUND_KIND = (
+    ("text", "input_text", "output_text"),
+    ("image_url", "input_image"),
+    "input_audio",
+)
+TEXT, IMAGE, SOUND = ("type", "text"), ("type", "image_url", "detail"), ("type", "input_audio")
 # these formats Pillow decodes by itself and people send; its decoders for rare ones are little tested
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
+SOUND_FORMATS = ("wav", "mp3", "flac", "ogg")
 
 
 class MessageImage:
@@ -44,6 +61,8 @@ class MessageImage:
         self.address = address
         self.content: bytes | None = None
 
+    modality = "image"
+
     @property
     def is_of_the_web(self) -> bool:
         """Whether it has to be downloaded."""
@@ -65,7 +84,56 @@ class MessageImage:
             raise RequestError(self.field, f"it is damaged, or no image ({_reason(error)}).") from error
 
 
-def read_messages(messages: Any, field: str) -> list[MessageImage]:
+class MessageSound:
+    """A sound of a message.
+
+    Args:
+        part (`dict[str, Any]`):
+            of the message, with `input_audio`, an object with `data`, which is base64, and `format`.
+        place (`str`):
+            of the part in the body.
+
+    Raises:
+        RequestError: there are no data, or the format is none of [`SOUND_FORMATS`].
+    """
+
+    modality, is_of_the_web = AUDIO, False
+
+    def __init__(self, part: dict[str, Any], place: str):
+        self.part, self.field = part, f"{place}.input_audio"
+        holder = part.get("input_audio")
+        if not isinstance(holder, dict) or not isinstance(holder.get("data"), str) or not holder["data"]:
+            raise RequestError(self.field, "there must be an object with `data`, a file of sound as base64.")
+        _check_known(holder, ("data", "format"), self.field)
+        if holder.get("format") not in (None, *SOUND_FORMATS):
+            known = ", ".join(SOUND_FORMATS)
+            raise RequestError(f"{self.field}.format", f"{short(holder['format'])} must be one of {known}.")
+        self.data: str = holder["data"]
+
+    def read(self, processor: Any) -> Any:
+        """Decode it at the rate of the processor's codec.
+
+        Args:
+            processor (`Any`):
+                of the model.
+
+        Raises:
+            RequestError: the processor has no codec of sounds, or this is no base64 or no sound.
+        """
+        rate = getattr(processor.codecs.get(AUDIO) if hasattr(processor, "codecs") else None, "sampling_rate", None)
+        if rate is None:
+            raise RequestError(f"{self.field}.data", "the model hears nothing: it has no codec of sounds.")
+        try:
+            content = base64.b64decode("".join(self.data.split()), validate=True)
+            return read_sound(content, rate, max_samples=MAX_SAMPLES)
+        except (binascii.Error, UnicodeError) as error:
+            raise RequestError(f"{self.field}.data", f"it is no base64 ({error}).") from error
+        except SoundError as error:
+            status = 413 if error.reason in ("sound too long", "sound too large") else 400
+            raise RequestError(f"{self.field}.data", f"{error}.", status) from error
+
+
+def read_messages(messages: Any, field: str) -> list[MessageImage | MessageSound]:
     """Check the messages of a request.
 
     Args:
@@ -75,17 +143,17 @@ def read_messages(messages: Any, field: str) -> list[MessageImage]:
             its name.
 
     Returns:
-        `list[MessageImage]`: their images, not opened yet.
+        `list[MessageImage | MessageSound]`: their images and sounds, not opened yet.
 
     Raises:
-        RequestError: no list of messages, too many of them or of their images, another role, or a part of a kind
-            that the model cannot read.
+        RequestError: no list of messages, too many of them or of their images or sounds, another role, or a part of a
+            kind that the model cannot read.
     """
     if not isinstance(messages, list) or not messages:
         raise RequestError(field, f"{short(messages)} must be a list of at least one message.")
     if len(messages) > MAX_MESSAGES:
         raise RequestError(field, f"these are {len(messages)} messages, more than {MAX_MESSAGES}.")
-    images = []
+    items: list[MessageImage | MessageSound] = []
     for number, message in enumerate(messages):
         place = f"{field}[{number}]"
         if not isinstance(message, dict):
@@ -104,28 +172,39 @@ def read_messages(messages: Any, field: str) -> list[MessageImage]:
         if len(content) > MAX_PARTS:
             raise RequestError(f"{place}.content", f"these are {len(content)} parts, more than {MAX_PARTS}.")
         for index, part in enumerate(content):
-            if _is_image(part, f"{place}.content[{index}]"):
-                images.append(MessageImage(part, f"{place}.content[{index}]"))
-    of_the_web = [image for image in images if image.is_of_the_web]
-    for counted, most, kind in (
-        (images, MAX_IMAGES, "images"),
-        (of_the_web, MAX_WEB_IMAGES, "images of the web"),
+            kind = _kind_of_item(part, f"{place}.content[{index}]")
+            if kind is not None:
+                items.append(kind(part, f"{place}.content[{index}]"))
+    for most, kind, counted in (
+        (MAX_IMAGES, "images", [item for item in items if item.modality == "image"]),
+        (MAX_WEB_IMAGES, "images of the web", [item for item in items if item.is_of_the_web]),
+        (MAX_SOUNDS, "sounds", [item for item in items if item.modality == AUDIO]),
     ):
         if len(counted) > most:
             raise RequestError(counted[most].field, f"these are more than {most} {kind}.")
-    return images
+    return items
 
 
-def read_images(images: Sequence[MessageImage]):
-    """Decode the images of a request, and put them into its messages.
+def read_items(items: Sequence[MessageImage | MessageSound], processor: Any):
+    """Decode the images and sounds of a request, and put them into its messages.
 
     Args:
-        images (`Sequence[MessageImage]`):
+        items (`Sequence[MessageImage | MessageSound]`):
             those that [`read_messages`] found.
+        processor (`Any`):
+            of the model.
 
     Raises:
-        RequestError: one of them cannot be decoded, or too many pixels (status 413).
+        RequestError: one of them cannot be decoded, or too many pixels or samples (status 413).
     """
+    _read_images([item for item in items if isinstance(item, MessageImage)])
+    for item in items:
+        if isinstance(item, MessageSound):
+            # Transformers' server would have an address read, but takes samples as they are
+            item.part["input_audio"] = item.read(processor)
+
+
+def _read_images(images: Sequence[MessageImage]):
     opened = [image.read() for image in images]
     together = 0
     for image, decoded in zip(images, opened):
@@ -146,21 +225,25 @@ def read_images(images: Sequence[MessageImage]):
         image.part["image_url"] = decoded
 
 
-def _is_image(part: Any, place: str) -> bool:
+def _kind_of_item(part: Any, place: str) -> type[MessageImage] | type[MessageSound] | None:
     kind = part.get("type") if isinstance(part, dict) else None
     if kind in TEXT_KINDS:
         _check_known(part, TEXT, place)
         if not isinstance(part.get("text"), str):
             raise RequestError(f"{place}.text", f"{short(part.get('text'))} must be a text.")
-        return False
+        return None
+    if kind == SOUND_KIND:
+        _check_known(part, SOUND, place)
+        return MessageSound
     if kind not in IMAGE_KINDS:
         raise RequestError(
-            f"{place}.type", f"{short(kind)} must be 'text' or 'image_url': the model reads nothing else."
+            f"{place}.type",
+            f"{short(kind)} must be 'text', 'image_url' or 'input_audio': the model reads nothing else.",
         )
     _check_known(part, IMAGE, place)
     if isinstance(part.get("image_url"), dict):
         _check_known(part["image_url"], ("url", "detail"), f"{place}.image_url")
-    return True
+    return MessageImage
 
 
 def _check_known(given: dict[str, Any], known: tuple[str, ...], place: str):

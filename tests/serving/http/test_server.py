@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """`transformers serve`, started as a user starts it and asked by the `openai` client."""
 
-import sys
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -14,10 +13,10 @@ from transformers import AutoModelForCausalLM, AutoProcessor, ContinuousBatching
 import modeling_moma  # noqa: F401, registers the Auto classes
 from benchmarks.serving_requests import address_of, png
 from helpers.absent import WITHOUT_PACKAGES
+from helpers.openai_client import client_of_server
 from helpers.recorders import recorder
 from helpers.released import released_repository, skip_without_released_model
 from helpers.tiny import tiny_model, tiny_processor
-from server_process import running
 
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -33,21 +32,9 @@ main()
 @contextmanager
 def served(words, folder, cwd=ROOT):
     """A client of a server of the released model, which `python` with these words starts."""
-    for package in ("fastapi", "uvicorn", "pydantic"):
-        pytest.importorskip(package, reason="`pip install transformers[serving]` is missing")
-    openai = pytest.importorskip("openai", reason="`pip install transformers[serving]` is missing")
     skip_without_released_model()
-    command = [sys.executable, *words, "--device", "cpu", "--dtype", "float32", "--host", "127.0.0.1"]
-    # nothing of this machine's settings and cached models
-    variables = {"HF_HOME": str(folder / "home"), "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_UPDATE_CHECK": "1"}
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("NO_PROXY", "no_proxy"):
-            patch.setenv(name, "127.0.0.1")
-        with (
-            running(command, folder / "log.txt", cwd=cwd, variables=variables) as (address, _),
-            openai.OpenAI(base_url=f"{address}/v1", api_key="none") as client,
-        ):
-            yield client
+    with client_of_server(words, folder, cwd) as client:
+        yield client
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sounds with their texts: codes and columns of a row, and documents of it that are drawn anew for every example."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from datasets import Features, List, Value
+
+from ...utils.fields import Share
+from ..encoding import DocumentEncoder
+from ..images import LeftOut
+from ..shard import Shard
+from ..shards import ShardTable
+from ..templates import Template
+from .base import SourceKind, source_kind
+
+
+@source_kind
+@dataclass(frozen=True)
+class AudioKind(SourceKind):
+    """A sound and its text in every row: `<bos> sound text <eos>` or `<bos> text sound <eos>`.
+
+    Args:
+        audio (`str`):
+            column of the sound, such as the `Audio` of `datasets`.
+        text (`str`):
+            column of its text, or a template such as `"{speaker}: {sentence}"`.
+        audio_first (`float`, *optional*, defaults to `0.5`):
+            share of the examples in which the sound comes first.
+    """
+
+    audio: str
+    text: str
+    audio_first: Share = 0.5
+
+    name = "sound"
+    told_by = ("audio",)
+    hint = "`audio` and `text` of sounds"
+    has_sounds = True
+
+    def columns(self) -> list[str]:
+        return [self.audio, *self.stored_columns()]
+
+    def stored_columns(self) -> list[str]:
+        return list(Template(self.text).columns)
+
+    def row_texts(self, row: dict[str, Any]) -> Iterator[str]:
+        template = Template(self.text)
+        if template.is_full(row):
+            yield template.render(row)
+
+    def row_sounds(self, row: dict[str, Any]) -> list[Any]:
+        return [row[self.audio]]
+
+    def features(self, shard: Shard) -> Features:
+        columns = {
+            name: List(Value("string")) if name in shard.list_columns else Value("string")
+            for name in self.stored_columns()
+        }
+        return Features({"row": Value("int64"), "codes": List(Value("int32")), **columns})
+
+    def documents(self, shard: Shard) -> Iterator[tuple[str, dict[str, Any]]]:
+        template = Template(self.text)
+        for index, split, row in shard.rows():
+            try:
+                if not template.is_full(row):
+                    raise LeftOut("text empty", f"nothing in {template.columns}")
+                columns = {name: shard.stored_text(name, row[name]) for name in self.stored_columns()}
+                num_text = len(shard.encoder.text_ids(template.render(columns)))
+                codes = shard.sound_codes(row[self.audio])
+                # beginning and end of the document and of the sound
+                around = len(shard.encoder.beginning) + 3
+                if num_text + len(codes) + around > shard.sequence_length:
+                    length = num_text + len(codes) + around
+                    raise LeftOut("sound too long", f"{length} tokens with its text, over {shard.sequence_length}")
+            except LeftOut as error:
+                shard.leave_out(index, error)
+                continue
+            shard.report.write_document(split, num_text + around, audio=len(codes))
+            yield split, {"row": index, "codes": codes, **columns}
+
+    def stored_documents(
+        self, source: str, table: ShardTable, encoder: DocumentEncoder, longest: int
+    ) -> "AudioDocuments":
+        return AudioDocuments(source, self, table, encoder)
+
+
+class AudioDocuments:
+    """Sounds and their texts, in the order that is drawn.
+
+    Args:
+        name (`str`):
+            of the source.
+        kind (`AudioKind`):
+            its template and share.
+        table (`ShardTable`):
+            of its shards.
+        encoder (`DocumentEncoder`):
+            gives the ids.
+    """
+
+    can_be_cut, has_choice = False, True
+
+    def __init__(self, name: str, kind: AudioKind, table: ShardTable, encoder: DocumentEncoder):
+        self.name, self.kind, self.table, self.encoder = name, kind, table, encoder
+        self.template, self.names = Template(kind.text), kind.stored_columns()
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def ids(self, row: int, rng: np.random.Generator) -> list[int]:
+        """One example of a row."""
+        return self._ids(row, rng.random() < self.kind.audio_first, rng)
+
+    def _ids(self, row: int, audio_first: bool, rng: np.random.Generator | None = None) -> list[int]:
+        columns: Mapping[str, Any] = {name: self.table.value(name, row) for name in self.names}
+        text = self.template.render(columns) if rng is None else self.template.render(columns, rng)
+        return self.encoder.pair("audio", text, self.table.numbers("codes", row), audio_first)
+
+    def held_out(self, rows: Sequence[int] | None = None) -> "HeldOutSounds":
+        """Both orders of every sound; all sounds first come before the rest."""
+        return HeldOutSounds(self, range(len(self)) if rows is None else rows)
+
+
+class HeldOutSounds(Sequence):
+    """Ids of both orders of all sounds, made when they are asked for."""
+
+    def __init__(self, documents: AudioDocuments, rows: Sequence[int]):
+        self.documents, self.rows = documents, rows
+
+    def __len__(self) -> int:
+        return 2 * len(self.rows)
+
+    def __getitem__(self, index):
+        if not 0 <= index < len(self):
+            raise IndexError(f"{index} of {len(self)}")
+        second, place = divmod(index, len(self.rows))
+        return self.documents._ids(self.rows[place], not second)
+
+
+__all__ = ["AudioDocuments", "AudioKind"]

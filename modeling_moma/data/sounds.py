@@ -1,0 +1,33 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sounds as data sets hold them; those that cannot be used are left out with a reason."""
+
+from typing import Any
+
+import numpy as np
+
+from tokenization.audio_input_moma import SoundError, read_sound
+
+from .images import LeftOut
+
+
+def read_row_sound(value: Any, sampling_rate: int, root: str | None = None) -> np.ndarray:
+    """Return the samples `[num_samples]` of a sound as a row holds it.
+
+    Args:
+        value (`Any`):
+            see [`read_sound`].
+        sampling_rate (`int`):
+            samples of one second that are asked for.
+        root (`str`, *optional*):
+            folder that relative paths start from.
+
+    Raises:
+        LeftOut: it cannot be used.
+    """
+    try:
+        return read_sound(value, sampling_rate, root)
+    except SoundError as error:
+        raise LeftOut(error.reason, error.detail) from error
+
+
+__all__ = ["read_row_sound"]

@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+Measures a model of `recipes/spoken.yaml` on words and labels that it never heard.
+
+    python scripts/evaluate_spoken.py --model runs/spoken/model --report runs/spoken/report.json
+
+A held-out word is spoken, and the model ranks all held-out words by the likelihood of their spelling, or writes one. A
+held-out label of an emoji is spoken, and the model ranks drawings. Everything is by causal inference.
+"""
+
+import argparse
+import json
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, AutoProcessor, logging
+
+from modeling_moma.data.encoding import DocumentEncoder
+from modeling_moma.data.sources import undecoded_rows
+from modeling_moma.evaluation.retrieval import rank_figures, ranks
+from modeling_moma.evaluation.scoring import continuation_log_probs
+from modeling_moma.hub.loading import MODEL, PROCESSOR, open_saved
+from modeling_moma.utils.atomic_files import write_aside
+
+
+DATA = Path(__file__).resolve().parent.parent / "data" / "spoken"
+NEW_TOKENS = 16
+
+
+def rows_of(path: Path, number: int, name: str) -> list[dict[str, Any]]:
+    """The first so many rows with different names."""
+    found: dict[str, dict[str, Any]] = {}
+    for row in undecoded_rows(Dataset.from_parquet(str(path))):
+        if len(found) < number:
+            found.setdefault(row[name], row)
+    return list(found.values())
+
+
+def figures(scores_QA: torch.Tensor) -> dict:
+    """Of the ranks where each query's own answer has its number."""
+    own = torch.arange(len(scores_QA))
+    return rank_figures(*ranks(scores_QA, own, own))
+
+
+def measure_words(model, processor, rows: list[dict[str, Any]], batch_size: int) -> dict:
+    """From sound to spelling, and from spelling to sound."""
+    encoder = DocumentEncoder(processor)
+    words = [row["word"] for row in rows]
+    spelt = [[*encoder.text_ids(word), encoder.eos] for word in words]
+    sounds = processor.encode_items("audio", [row["audio"] for row in rows])
+    framed = [processor.frame_ids("audio", codes) for codes in sounds]
+    heard = [encoder.opened(ids) for ids in framed]
+    scores = continuation_log_probs(model, heard, spelt, batch_size, "words of each sound")
+    asked = [[*encoder.opened(ids[:-1]), framed[0][0]] for ids in spelt]
+    of_sounds = continuation_log_probs(model, asked, [ids[1:] for ids in framed], batch_size, "sounds of each word")
+    alone = [[*encoder.opened([]), framed[0][0]]]
+    (prior,) = continuation_log_probs(model, alone, [ids[1:] for ids in framed], batch_size, "sounds of no word")
+    written = [write(model, processor, ids) for ids in heard]
+    return {
+        "words": len(words),
+        "ranked": figures(scores),
+        "sounds_ranked": figures(of_sounds - prior),
+        "written_exactly": sum(map(str.__eq__, written, words)) / len(words),
+        "letters_wrong": sum(map(distance, written, words)) / sum(map(len, words)),
+        "written": dict(zip(words[:20], written)),
+    }
+
+
+@torch.inference_mode()
+def write(model, processor, ids: list[int]) -> str:
+    """The likeliest spelling after a sound."""
+    prompt = torch.tensor([ids])
+    out = model.generate(prompt, generation_mode="text", max_new_tokens=NEW_TOKENS, do_sample=False)
+    return processor.decode(out[0, len(ids) :], skip_special_tokens=True).strip()
+
+
+def distance(first: str, second: str) -> int:
+    """Levenshtein's: letters to insert, delete or change."""
+    row = list(range(len(second) + 1))
+    for place, letter in enumerate(first, start=1):
+        last, row[0] = row[0], place
+        for other, wanted in enumerate(second, start=1):
+            last, row[other] = row[other], min(row[other] + 1, row[other - 1] + 1, last + (letter != wanted))
+    return row[-1]
+
+
+def measure_drawings(model, processor, rows: list[dict[str, Any]], batch_size: int) -> dict:
+    """From a spoken label to its drawing, and, to compare, from the written label."""
+    encoder = DocumentEncoder(processor)
+    parts = [{name: value for part in row["segments"] for name, value in part.items() if value} for row in rows]
+    sounds = processor.encode_items("audio", [part["audio"] for part in parts])
+    images = processor.encode_images([_image(part["image"]) for part in parts])
+    begin, codes = processor.image_ids(images[0])[0], [processor.image_ids(image)[1:-1] for image in images]
+    of_all = partial(continuation_log_probs, model, continuations=codes, batch_size=batch_size)
+    heard = [[*encoder.opened(processor.frame_ids("audio", sound)), begin] for sound in sounds]
+    read = [[*encoder.opened(encoder.text_ids(row["label"])), begin] for row in rows]
+    of_sounds, of_labels = (
+        of_all(heard, description="drawings of each sound"),
+        of_all(read, description="of each label"),
+    )
+    (prior,) = of_all([[*encoder.opened([]), begin]], description="drawings of nothing")
+    own = torch.arange(len(rows))
+    return {
+        "labels": len(rows),
+        "ranked_by_sound": figures(of_sounds - prior),
+        "ranked_by_label": figures(of_labels - prior),
+        # by how many nats a drawing gets likelier
+        "gain_of_sound": (of_sounds - prior)[own, own].mean().item(),
+        "gain_of_label": (of_labels - prior)[own, own].mean().item(),
+    }
+
+
+def _image(value: dict[str, Any]) -> Any:
+    from modeling_moma.data.images import read_image
+
+    return read_image(value)[0]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="folder of a model with its processor")
+    parser.add_argument("--data", type=Path, default=DATA, help="folder of scripts/build_spoken.py")
+    parser.add_argument("--split", default="test", choices=("validation", "test"))
+    parser.add_argument("--words", type=int, default=200, help="held-out words")
+    parser.add_argument("--labels", type=int, default=100, help="held-out labels")
+    parser.add_argument("--batch-size", type=int, default=100, help="continuations at once")
+    parser.add_argument("--report", type=Path, help="JSON file of the figures")
+    args = parser.parse_args(arguments)
+    if not (args.data / "words").is_dir():
+        parser.error(f"--data {str(args.data)!r} has no sounds: `make data-spoken` makes them")
+    logging.set_verbosity_error()
+    processor = open_saved(PROCESSOR, "--model", args.model, partial(AutoProcessor.from_pretrained, args.model))
+    load = partial(AutoModelForCausalLM.from_pretrained, args.model, dtype=torch.float32)
+    model = open_saved(MODEL, "--model", args.model, load).eval()
+    words = rows_of(args.data / "words" / f"{args.split}.parquet", args.words, "word")
+    labels = rows_of(args.data / "emoji" / f"{args.split}.parquet", args.labels, "label")
+    report = {
+        "split": args.split,
+        "words": measure_words(model, processor, words, args.batch_size),
+        "drawings": measure_drawings(model, processor, labels, args.batch_size),
+    }
+    text = json.dumps(report, indent=2) + "\n"
+    if args.report is not None:
+        args.report.parent.mkdir(parents=True, exist_ok=True)
+        write_aside(args.report, lambda aside: aside.write_text(text, encoding="utf-8"))
+    print(text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

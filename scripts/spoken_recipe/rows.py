@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is spoken, and in which split it stands: words, and the labels of emoji with their drawings."""
+
+import hashlib
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from .speech import Voice, choose_voices
+
+
+SPLITS = ("train", "validation", "test")
+# shares of the held-out splits, of all words and of all labels
+HELD_OUT_WORDS = {"validation": 0.025, "test": 0.05}
+HELD_OUT_LABELS = {"validation": 0.04, "test": 0.1}
+# letters of a word
+LETTERS = (3, 14)
+# voices that speak each word
+VOICES_A_WORD = 3
+# columns of words and of lists of words
+_TEXTS = ("label", "name", "keywords", "aliases")
+
+
+@dataclass(frozen=True)
+class SpokenWord:
+    """A word and a voice."""
+
+    word: str
+    voice: Voice
+
+
+@dataclass(frozen=True)
+class SpokenDrawing:
+    """A label, a voice, and a drawing of the emoji, which comes first or second."""
+
+    label: str
+    voice: Voice
+    style: str
+    image: dict[str, Any]
+    sound_first: bool
+
+
+def draw(name: str) -> float:
+    """Returns a number in [0, 1), always the same one for a name."""
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8]) / 2**64
+
+
+def split_of(name: str, held_out: dict[str, float]) -> str:
+    """Returns the split of a name, drawn by a hash of it."""
+    place = draw(name)
+    for split, share in held_out.items():
+        if place < share:
+            return split
+        place -= share
+    return "train"
+
+
+def read_words(files: Iterable[Path]) -> list[str]:
+    """Returns the words in labels, names, tags and aliases of image sets, of `LETTERS` letters, in order."""
+    words: set[str] = set()
+    for path in files:
+        names = [name for name in _TEXTS if name in pq.read_schema(path).names]
+        for column in pq.read_table(path, columns=names).columns:
+            for value in column.to_pylist():
+                for text in value if isinstance(value, list) else [value or ""]:
+                    words.update(re.findall(r"[a-z]+", text.lower()))
+    return sorted(word for word in words if LETTERS[0] <= len(word) <= LETTERS[1])
+
+
+def split_words(words: Sequence[str], label_splits: dict[str, str]) -> dict[str, list[SpokenWord]]:
+    """
+    Returns each split's words with their voices, in an order drawn by hash.
+
+    Args:
+        words: all of them.
+        label_splits: the split of each label; a word that is itself a label stands where the label does.
+    """
+    rows: dict[str, list[SpokenWord]] = {split: [] for split in SPLITS}
+    for word in words:
+        split = label_splits.get(word) or split_of(f"word/{word}", HELD_OUT_WORDS)
+        rows[split] += [SpokenWord(word, voice) for voice in choose_voices(word, VOICES_A_WORD)]
+    return {
+        split: sorted(found, key=lambda row: draw(f"{row.word}/{row.voice.name}")) for split, found in rows.items()
+    }
+
+
+def split_labels(labels: Iterable[str]) -> dict[str, str]:
+    """Returns the split of each label."""
+    return {label: split_of(f"label/{label}", HELD_OUT_LABELS) for label in labels}
+
+
+def read_emoji(path: Path) -> list[dict[str, Any]]:
+    """Returns `label`, `style` and `image` (its file's bytes) of the rows of one split."""
+    return pq.read_table(path, columns=["label", "style", "image"]).to_pylist()
+
+
+def split_drawings(rows: Sequence[dict[str, Any]], label_splits: dict[str, str]) -> dict[str, list[SpokenDrawing]]:
+    """
+    Returns each split's drawings with a voice: all drawings of the labels in `train`, one of each other label.
+
+    Args:
+        rows: of `read_emoji`, those whose drawings and written labels are trained on.
+        label_splits: the split of each label.
+    """
+    drawings: dict[str, list[SpokenDrawing]] = {split: [] for split in SPLITS}
+    seen: set[str] = set()
+    for row in sorted(rows, key=lambda row: draw(f"{row['label']}/{row['style']}")):
+        label, split = row["label"], label_splits[row["label"]]
+        if split != "train" and label in seen:
+            continue
+        seen.add(label)
+        name = f"{label}/{row['style']}"
+        voice = choose_voices(name, 1)[0]
+        sound_first = split != "train" or draw(f"order/{name}") < 0.5
+        drawings[split].append(SpokenDrawing(label, voice, row["style"], row["image"], sound_first))
+    return drawings

@@ -1,0 +1,250 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sounds as people have them, and codecs of sounds: a small one by mel spectrograms, and those of Transformers."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoProcessor, DacFeatureExtractor, EncodecConfig, EncodecFeatureExtractor, EncodecModel
+from transformers.models.clap import ClapConfig
+
+from helpers.absent import WITHOUT_PACKAGES
+from helpers.sounds import (
+    MELS,
+    RATE,
+    as_file,
+    processor_of_sounds,
+    tiny_library_model,
+    tiny_mel_codec,
+    tone,
+)
+from tokenization.audio_codecs_moma import LibraryAudioCodec, MelCodec, load_audio_codec
+from tokenization.audio_input_moma import read_sound
+
+
+LIBRARY = ("encodec", "dac", "mimi")
+STEP = MELS["hop_length"] * MELS["frames_per_code"]
+
+
+@pytest.fixture(scope="module")
+def codec():
+    return tiny_mel_codec()
+
+
+@pytest.mark.parametrize("kind", ["WAV", "FLAC", "OGG", "MP3"])
+def test_files_of_several_formats_are_read(kind, tmp_path):
+    content = as_file(tone(440, 0.5), kind=kind)
+    (tmp_path / "sound.file").write_bytes(content)
+    ways = [content, str(tmp_path / "sound.file"), tmp_path / "sound.file", {"bytes": content, "path": None}]
+    ways += [{"bytes": None, "path": str(tmp_path / "sound.file")}]
+    sounds = [read_sound(way, RATE) for way in ways]
+    for sound in sounds:
+        assert sound.dtype == np.float32 and np.array_equal(sound, sounds[0])
+    spectrum = np.abs(np.fft.rfft(sounds[0][:4000]))
+    assert abs(spectrum.argmax() * RATE / 4000 - 440) < 5
+
+
+def test_samples_are_taken_as_they_are_or_resampled():
+    samples = tone(440, 0.5)
+    assert np.array_equal(read_sound(samples, RATE), samples)
+    assert np.array_equal(read_sound(torch.from_numpy(samples), RATE), samples)
+    assert np.array_equal(read_sound({"array": samples, "sampling_rate": RATE}, RATE), samples)
+    whole = read_sound((samples * 32767).astype(np.int16), RATE)
+    assert np.abs(whole - samples).max() < 1e-4
+    doubled = read_sound({"array": tone(440, 0.5, 2 * RATE), "sampling_rate": 2 * RATE}, RATE)
+    assert len(doubled) == len(samples) and np.abs(doubled - samples)[200:-200].max() < 1e-2
+    assert np.abs(read_sound(as_file(tone(440, 0.5, 11025), 11025), RATE) - samples)[200:-200].max() < 1e-2
+
+
+def test_channels_are_averaged_and_roots_are_folders(tmp_path):
+    both = np.stack([tone(440), np.zeros_like(tone(440))], axis=1)
+    (tmp_path / "two.wav").write_bytes(as_file(both))
+    assert np.abs(read_sound("two.wav", RATE, tmp_path) - tone(440) / 2).max() < 1e-4
+
+
+@pytest.mark.parametrize(
+    "item, message",
+    [
+        (None, "sound missing"),
+        (b"", "sound missing"),
+        ({"bytes": None, "path": None}, "sound missing"),
+        ("nowhere.wav", "sound missing: there is no file 'nowhere.wav'"),
+        (b"RIFF, and then nothing", "sound damaged: 22 bytes cannot be decoded"),
+        (as_file(tone(440))[:30], "sound damaged"),
+        (np.zeros(0, np.float32), "sound empty"),
+        (np.array([0.1, np.nan]), "sound damaged: some samples are not finite"),
+        (np.zeros((2, 100)), r"samples have one axis .* shape \(2, 100\)"),
+        (np.array(["a"]), "samples have one axis and are numbers"),
+        (np.zeros(601 * RATE, np.int16), "sound too long: 601 s, over 600"),
+        (as_file(np.zeros(601 * RATE, np.int16), kind="FLAC"), "sound too long: 601 s, over 600"),
+    ],
+)
+def test_what_is_no_sound_is_refused(item, message):
+    with pytest.raises(ValueError, match=message):
+        read_sound(item, RATE)
+
+
+@settings(max_examples=30, deadline=None)
+@given(length=st.integers(1, 2000), seed=st.integers(0, 99))
+def test_codes_of_a_sound_follow_from_its_length(codec, length, seed):
+    samples = np.random.default_rng(seed).normal(0, 0.1, length).astype(np.float32)
+    (codes,) = codec.encode([samples])
+    assert len(codes) == -(-length // STEP)
+    assert all(0 <= code < codec.num_codes for code in codes)
+    decoded = codec.decode(codes)
+    assert decoded.shape == (len(codes) * STEP,) and np.isfinite(decoded).all() and np.abs(decoded).max() <= 1
+
+
+def test_neighbours_and_loudness_change_no_code(codec):
+    sounds = [tone(300, 0.1), tone(1200, 0.07), tone(2500, 0.2)]
+    together = codec.encode(sounds)
+    assert together == [codec.encode([sound])[0] for sound in sounds] == codec.encode([sound / 7 for sound in sounds])
+    assert len({tuple(codes[:5]) for codes in together}) == 3
+    assert len(set(codec.encode([np.zeros(400, np.float32)])[0])) == 1
+
+
+@pytest.mark.parametrize("frequency", [500, 1000, 2000])
+def test_a_tone_comes_back_at_its_pitch(frequency):
+    codec = tiny_mel_codec(400, num_mels=40, hop_length=50, win_length=320)
+    decoded = codec.decode(codec.encode([tone(frequency, 0.5)])[0])[800:3200]
+    spectrum = np.abs(np.fft.rfft(decoded * np.hanning(len(decoded))))
+    assert abs(spectrum.argmax() * RATE / len(decoded) / frequency - 1) < 0.06
+
+
+def test_codebooks_that_do_not_fit_are_refused():
+    with pytest.raises(ValueError, match=r"codebook: its shape is \(4, 7\).* must be \(num_codes, 16\)"):
+        MelCodec(torch.zeros(4, 7), **MELS)
+
+
+@pytest.mark.parametrize("name", LIBRARY)
+def test_codes_and_samples_are_those_of_the_library(name):
+    model, sound = tiny_library_model(name), tone(440, 0.1) + tone(1300, 0.1)
+    codec = LibraryAudioCodec(model, 2)
+    inputs = torch.from_numpy(sound)[None, None]
+    if name == "encodec":
+        inputs = EncodecFeatureExtractor(sampling_rate=RATE)(sound, sampling_rate=RATE, return_tensors="pt")[
+            "input_values"
+        ]
+        codes = model.encode(inputs, bandwidth=8.0).audio_codes[0]
+        decoded = model.decode(codes[None], [None]).audio_values
+    elif name == "dac":
+        extractor = DacFeatureExtractor(sampling_rate=RATE, hop_length=8)
+        inputs = extractor(sound, sampling_rate=RATE, return_tensors="pt")["input_values"]
+        codes = model.encode(inputs, n_quantizers=2).audio_codes
+        decoded = model.decode(audio_codes=codes).audio_values
+    else:
+        codes = model.encode(inputs, num_quantizers=2).audio_codes
+        decoded = model.decode(codes).audio_values
+    (own,) = codec.encode([sound])
+    # frame by frame, the second codebook behind the first
+    assert own == (codes[0].T + torch.tensor([0, 16])).flatten().tolist()
+    assert len(set(own)) > 4 and codec.num_codes == 32 and codec.sampling_rate == RATE
+    assert np.abs(codec.decode(own) - decoded.flatten().detach().numpy()).max() < 1e-6
+    # what is generated may miss its place
+    assert np.array_equal(codec.decode([*own, 3]), codec.decode(own))
+    assert np.array_equal(codec.decode([code % 16 for code in own]), codec.decode(own))
+
+
+@pytest.mark.parametrize("name", LIBRARY)
+def test_sounds_of_a_few_samples_have_codes(name):
+    codec = LibraryAudioCodec(tiny_library_model(name))
+    for length in (1, 7, 8, 9):
+        (codes,) = codec.encode([tone(440)[:length] + 0.1])
+        assert codes and len(codec.decode(codes)) >= length
+
+
+def test_library_models_that_do_not_fit_are_refused():
+    with pytest.raises(ValueError, match=r"num_codebooks: 4 is none that this DacModel can use, \[1, 2, 3\]"):
+        LibraryAudioCodec(tiny_library_model("dac"), 4)
+    with pytest.raises(ValueError, match="one frame of this codec has 3 codes, got 2 in all"):
+        LibraryAudioCodec(tiny_library_model("dac"), 3).decode([1, 17])
+    stereo = EncodecConfig(
+        audio_channels=2,
+        normalize=True,
+        num_filters=4,
+        hidden_size=8,
+        codebook_dim=8,
+        upsampling_ratios=[2],
+        num_lstm_layers=1,
+        target_bandwidths=[3.0],
+        sampling_rate=100,
+    )
+    with pytest.raises(ValueError, match="audio_channels=2, normalize=True"):
+        LibraryAudioCodec(EncodecModel(stereo))
+    with pytest.raises(TypeError, match="Linear gives no codes .* MelCodec, EncodecModel, DacModel, MimiModel"):
+        LibraryAudioCodec(torch.nn.Linear(1, 1))  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize("name", ["mel", *LIBRARY])
+def test_saved_and_loaded_codecs_give_the_same(name, tmp_path):
+    codec = tiny_mel_codec() if name == "mel" else LibraryAudioCodec(tiny_library_model(name), 2)
+    processor = processor_of_sounds(codec)
+    processor.save_pretrained(tmp_path)
+    loaded = AutoProcessor.from_pretrained(tmp_path)
+    sounds = [tone(440, 0.1), tone(900, 0.03)]
+    codes = processor.encode_items("audio", sounds)
+    assert loaded.encode_items("audio", sounds) == codes
+    for first, second in zip(loaded.decode_items("audio", codes), processor.decode_items("audio", codes)):
+        assert np.array_equal(first, second)
+    assert loaded.codecs["audio"].sampling_rate == RATE
+    again = load_audio_codec(tmp_path / "audio_codec")
+    assert type(again) is type(codec) and again.encode(sounds) == codes
+
+
+def test_codecs_are_loaded_from_folders_of_the_library(tmp_path):
+    tiny_library_model("dac").save_pretrained(tmp_path / "dac")
+    codec = load_audio_codec(tmp_path / "dac", 3)
+    assert codec.num_codes == 48 and load_audio_codec(tmp_path / "dac").num_codes == 16
+    tiny_mel_codec().save_pretrained(_made(tmp_path / "mel"))
+    with pytest.raises(ValueError, match="num_codebooks: 2 of the codec in .*, which has one"):
+        load_audio_codec(tmp_path / "mel", 2)
+    ClapConfig().save_pretrained(tmp_path / "clap")
+    with pytest.raises(TypeError, match="a model of type 'clap' gives no codes"):
+        load_audio_codec(tmp_path / "clap")
+
+
+def _made(folder: Path) -> Path:
+    folder.mkdir()
+    return folder
+
+
+LOAD_ALONE = """
+import sys
+import numpy as np
+from transformers import AutoProcessor
+
+processor = AutoProcessor.from_pretrained(sys.argv[1], trust_remote_code=True)
+assert "tokenization" not in sys.modules and "transformers_modules" in type(processor).__module__
+print(processor(text=["<audio>"], audio=[np.linspace(-0.5, 0.5, 400, dtype=np.float32)])["input_ids"][0])
+"""
+
+
+@pytest.mark.parametrize("name", ["mel", "dac"])
+def test_a_processor_of_sounds_is_loaded_without_the_package(name, tmp_path):
+    codec = tiny_mel_codec() if name == "mel" else LibraryAudioCodec(tiny_library_model(name), 2)
+    processor = processor_of_sounds(codec)
+    processor.save_pretrained(tmp_path)
+    alone = subprocess.run(
+        [sys.executable, "-P", "-c", WITHOUT_PACKAGES + LOAD_ALONE, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+    )
+    assert alone.returncode == 0, alone.stderr[-3000:]
+    ids = processor(text=["<audio>"], audio=[np.linspace(-0.5, 0.5, 400, dtype=np.float32)])["input_ids"][0]
+    assert alone.stdout.strip() == str(ids)
+
+
+def test_rates_are_compared(codec):
+    processor = processor_of_sounds(codec)
+    ids = processor(text=["<audio>"], audio=[tone(440)], sampling_rate=RATE)["input_ids"]
+    assert ids == processor(text=["<audio>"], audio=[tone(440)])["input_ids"]
+    with pytest.raises(
+        ValueError, match="sampling_rate: 16000 samples of a second, and the codec of audio takes 8000"
+    ):
+        processor(text=["<audio>"], audio=[tone(440)], sampling_rate=16000)

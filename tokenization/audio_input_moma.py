@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sounds as files, data sets and libraries hold them, read into one form: mono samples at a codec's rate."""
+
+import importlib
+import os
+from collections.abc import Mapping
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers.audio_utils import load_audio
+
+from .processor_errors_moma import InputError
+
+
+# A compressed file of hours is small, and its samples are not.
+MAX_SECONDS = 600
+MAX_SAMPLES = 1 << 26
+_REMOTE = ("http://", "https://", "data:audio/")
+_EXTRA = 'pip install "modeling-moma[audio]"'
+
+
+class SoundError(InputError):
+    """A sound that cannot be read.
+
+    Args:
+        reason (`str`):
+            of a few fixed ones.
+        detail (`str`):
+            what is wrong with this one.
+    """
+
+    def __init__(self, reason: str, detail: str):
+        super().__init__(f"{reason}: {detail}")
+        self.reason, self.detail = reason, detail
+
+
+def read_sound(
+    item: Any, sampling_rate: int, root: "str | os.PathLike | None" = None, max_samples: int = MAX_SAMPLES
+) -> np.ndarray:
+    """Read a sound as mono samples.
+
+    Args:
+        item (`Any`):
+            Bytes of a file (WAV, FLAC, Ogg, MP3), its path, an `http(s)` address or `data:audio/` text; samples in
+            [-1, 1] of shape `(num_samples,)`, or integers of full range, at `sampling_rate`; or what `datasets` has of
+            one, `{"bytes": ..., "path": ...}` or `{"array": ..., "sampling_rate": ...}`.
+        sampling_rate (`int`):
+            Samples of one second that are asked for; files and arrays with a rate of their own are resampled.
+        root (`str` or `os.PathLike`, *optional*):
+            Folder that relative paths start from.
+        max_samples (`int`, *optional*, defaults to `MAX_SAMPLES`):
+            Most samples of a file, of all its channels, which are held in memory.
+
+    Returns:
+        `np.ndarray` of shape `(num_samples,)`: float32, channels averaged.
+
+    Raises:
+        ValueError: the sound is missing, empty, damaged, not finite, longer than ten minutes or too large.
+        ImportError: a file is to be read and the extra `audio` is not installed.
+    """
+    rate = None
+    if isinstance(item, Mapping):
+        rate = item.get("sampling_rate")
+        samples = item.get("array")
+        item = next((item[name] for name in ("bytes", "path") if item.get(name)), None) if samples is None else samples
+    if item is None or (isinstance(item, (str, bytes)) and not item):
+        raise SoundError("sound missing", "there is nothing to read")
+    if isinstance(item, (bytes, bytearray, str, os.PathLike)):
+        samples = _read_file(item, sampling_rate, root, max_samples)
+    else:
+        samples = _resampled(_read_samples(item), rate or sampling_rate, sampling_rate)
+    if not len(samples):
+        raise SoundError("sound empty", "it has no samples")
+    if not np.isfinite(samples).all():
+        raise SoundError("sound damaged", "some samples are not finite")
+    if len(samples) > MAX_SECONDS * sampling_rate:
+        raise SoundError("sound too long", f"{len(samples) / sampling_rate:.0f} s, over {MAX_SECONDS}")
+    return samples
+
+
+def _read_samples(item: Any) -> np.ndarray:
+    values = item.detach().cpu().numpy() if isinstance(item, torch.Tensor) else np.asarray(item)
+    if values.dtype.kind not in "fiu" or values.ndim != 1:
+        raise SoundError(
+            "sound not readable",
+            f"samples have one axis and are numbers, got {type(item).__name__} of shape {values.shape} and type "
+            f"{values.dtype}; pass one channel, or the path of a file",
+        )
+    if values.dtype.kind == "f":
+        return values.astype(np.float32)
+    limits = np.iinfo(values.dtype)
+    middle = 0 if limits.min < 0 else (limits.max + 1) // 2
+    return ((values.astype(np.float64) - middle) / (limits.max - middle)).astype(np.float32)
+
+
+def _read_file(item: Any, sampling_rate: int, root: "str | os.PathLike | None", max_samples: int) -> np.ndarray:
+    soundfile = _library("soundfile")
+    if isinstance(item, str) and item.startswith(_REMOTE):
+        try:
+            return load_audio(item, sampling_rate, backend="soundfile").astype(np.float32)
+        # whatever an address and what is behind it may do
+        except Exception as error:
+            raise SoundError("sound not read", f"{item[:100]!r} ({type(error).__name__}: {error})") from error
+    if isinstance(item, (bytes, bytearray)):
+        place, source = f"{len(item)} bytes", BytesIO(item)
+    else:
+        path = Path(root or "", item)
+        if not path.is_file():
+            raise SoundError("sound missing", f"there is no file {str(item)[:200]!r}")
+        place, source = repr(str(item)), str(path)
+    try:
+        with soundfile.SoundFile(source) as file:
+            if file.frames > MAX_SECONDS * file.samplerate:
+                raise SoundError("sound too long", f"{file.frames / file.samplerate:.0f} s, over {MAX_SECONDS}")
+            if file.frames * file.channels > max_samples:
+                raise SoundError("sound too large", f"{file.frames * file.channels:,} samples, over {max_samples:,}")
+            samples, rate = file.read(dtype="float32", always_2d=True).mean(axis=1), file.samplerate
+    except SoundError:
+        raise
+    # a decoder may fail in any way
+    except Exception as error:
+        raise SoundError("sound damaged", f"{place} cannot be decoded as a sound ({error})") from error
+    return _resampled(samples, rate, sampling_rate)
+
+
+def _resampled(samples: np.ndarray, rate: int, wanted: int) -> np.ndarray:
+    if rate == wanted or not len(samples):
+        return samples
+    return _library("soxr").resample(samples, rate, wanted, quality="HQ").astype(np.float32)
+
+
+def _library(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise ImportError(f"reading sounds needs {name}: {_EXTRA}.") from error
+
+
+__all__ = ["MAX_SAMPLES", "MAX_SECONDS", "SoundError", "read_sound"]
