@@ -155,7 +155,7 @@ def files_digest(paths: Iterable[Path]) -> str:
     return digest.hexdigest()[:32]
 
 
-def check_output(output: str, facts: Facts, resume: bool) -> None:
+def check_output(output: str, facts: Facts, resume: bool, arguments: TrainingArguments | None = None) -> None:
     """Raise for an output folder with checkpoints, or a model, that the run to come must not go on from or write over.
 
     What a run has left that was killed before its first checkpoint is no hindrance.
@@ -167,6 +167,8 @@ def check_output(output: str, facts: Facts, resume: bool) -> None:
             of the run to come.
         resume (`bool`):
             whether it is to go on from its own checkpoints.
+        arguments (`TrainingArguments`, *optional*):
+            of the run to come, by which an error tells how its batch becomes that of the checkpoints.
 
     Raises:
         ValueError: names what is in the folder, and what is different in its run.
@@ -187,7 +189,10 @@ def check_output(output: str, facts: Facts, resume: bool) -> None:
             )
         different = difference(then, facts)
         if different:
-            raise InputError(f"`--output` {output!r} holds another run: of {name} {different}. {_WAYS}")
+            ways = _WAYS
+            if arguments is not None and difference({**then, "batch": facts["batch"]}, facts) is None:
+                ways = f"{_way_to_batch(then['batch']['examples_a_step'], arguments)} {_WAYS}"
+            raise InputError(f"`--output` {output!r} holds another run: of {name} {different}. {ways}")
     if not records:
         refuse_files(output, lambda path: not is_of_model(path))
     elif not resume:
@@ -211,6 +216,20 @@ def difference(then: Facts, now: Facts) -> str | None:
             if name in before and before[name] != value:
                 return f"the {section} is another, {name} = {_short(before[name])} there and {_short(value)} now"
     return None
+
+
+def _way_to_batch(examples: int, arguments: TrainingArguments) -> str:
+    """Return how a run makes steps of so many examples, by which its place in the data is counted."""
+    now, processes = examples_a_step(arguments), arguments.world_size
+    accumulated = now // arguments.gradient_accumulation_steps
+    factors = f"`--batch-size` times `--gradient-accumulation-steps` times processes (now {processes})"
+    if examples % accumulated == 0:
+        way = f"`--gradient-accumulation-steps {examples // accumulated}` makes {examples}"
+    elif examples % processes == 0:
+        way = f"the first two have to make {examples // processes} together"
+    else:
+        way = f"nothing makes {examples} of them; start a number of processes that divides it"
+    return f"{factors} is the examples of a step, by which the place in the data is counted: {way}."
 
 
 def _facts_of_state(state: dict[str, Any] | None) -> Facts | None:

@@ -287,7 +287,7 @@ def pretrain(args: argparse.Namespace):
         ValueError: the output folder holds another run, or this one and `--resume` is not given.
     """
     parts = read_parts(args)
-    check_output(args.output, parts.facts, args.resume)
+    check_output(args.output, parts.facts, args.resume, parts.training_arguments)
     wanted, done = args.stop_at or args.steps, finished_at(args.output)
     checkpoint, taken = resumed_checkpoint(args.output, args.resume)
     is_first = parts.training_arguments.process_index == 0

@@ -4,6 +4,7 @@
 import gc
 import itertools
 import json
+import re
 import shutil
 import signal
 from types import SimpleNamespace
@@ -11,11 +12,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainingArguments
 
 from helpers.tiny import TRAINED, tiny_processor, write_tokens, write_training
 from modeling_moma.cli.main import main
+from modeling_moma.cli.pretrain import parse_arguments
+from modeling_moma.errors_moma import InputError
 from modeling_moma.training import pretraining
+from modeling_moma.training.fingerprints import check_output
 
 
 STEPS = 3
@@ -187,7 +191,7 @@ def killed(made, tmp_path):
     "more, options, says",
     [
         (("--seed", 1), {}, "seed = 0 there and 1 now"),
-        (("--batch-size", 1), {}, "examples_a_step = 2 there and 1 now"),
+        (("--batch-size", 1), {}, "examples_a_step = 2 there and 1 now. `--batch-size` times `--gradient-acc"),
         (("--learning-rate", 0.1), {}, "learning_rate = 0.0015 there and 0.1 now"),
         ((), {"recipe": "wider"}, "hidden_size = 16 there and 32 now"),
         ((), {"recipe": "longer"}, "sequence_length = 64 there and 96 now"),
@@ -203,6 +207,38 @@ def test_another_run_is_named_by_what_is_different(inputs, killed, capsys, more,
         assert_refused(
             capsys, inputs, killed, *more, *resume, says=["holds another run", "checkpoint-2", says], **options
         )
+
+
+@pytest.mark.parametrize(
+    "more, processes, says",
+    [
+        (("--batch-size", 2), 2, "`--gradient-accumulation-steps 4` makes 16."),
+        (("--batch-size", 4, "--gradient-accumulation-steps", 8), 1, "`--gradient-accumulation-steps 4` makes 16."),
+        (("--batch-size", 3), 2, "the first two have to make 8 together."),
+        (("--batch-size", 2), 3, "nothing makes 16 of them; start a number of processes that divides it."),
+    ],
+)
+def test_a_step_of_other_examples_tells_how_it_is_made_the_same(inputs, tmp_path, monkeypatch, more, processes, says):
+    given = ["--processor", inputs / "processor", "--tokens", inputs / "tokens", "--output", tmp_path / "out"]
+    state = {"global_step": 1, "stateful_callbacks": {}}
+    (tmp_path / "out" / "checkpoint-1").mkdir(parents=True)
+
+    def parts_of(*more):
+        given_now = [*map(str, [inputs / "recipe.json", *given, "--bf16", "off", *more])]
+        return pretraining.read_parts(parse_arguments(given_now))
+
+    facts = parts_of("--batch-size", 16).facts
+    state["stateful_callbacks"]["RunFingerprint"] = {"args": {"facts": facts}, "attributes": {}}
+    (tmp_path / "out" / "checkpoint-1" / "trainer_state.json").write_text(json.dumps(state))
+    monkeypatch.setattr(TrainingArguments, "world_size", processes)
+    now = parts_of(*more)
+    with pytest.raises(InputError, match=re.escape(says)) as error:
+        check_output(str(tmp_path / "out"), now.facts, True, now.training_arguments)
+    assert f"times processes (now {processes}) is the examples of a step" in str(error.value)
+    assert "delete this folder" in str(error.value)
+    # what else is different makes it another run, whose batch is of no interest
+    with pytest.raises(InputError, match="seed = 0 there and 1 now. Give another"):
+        check_output(str(tmp_path / "out"), parts_of(*more, "--seed", 1).facts, True, now.training_arguments)
 
 
 def test_weights_that_a_run_starts_from_are_part_of_it(inputs, made, tmp_path, capsys):
