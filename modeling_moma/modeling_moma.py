@@ -713,6 +713,15 @@ class MomaPreTrainedModel(PreTrainedModel):
             use_cpu_layers(model)
         return loaded
 
+    def save_pretrained(self, *args, **kwargs):
+        """See `PreTrainedModel.save_pretrained`; the code that goes along is the model's, also of a sharded one."""
+        cls = type(self)
+        if cls.__name__.startswith("FSDP"):
+            # `fully_shard` makes a class of its own, whose module and name would be saved in place of the model's
+            own = cls.__bases__[-1]
+            cls.__module__, cls.__name__ = own.__module__, own.__name__
+        super().save_pretrained(*args, **kwargs)
+
     def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
         """See `PreTrainedModel.get_correct_experts_implementation`; `"moma"` where none is asked for.
 

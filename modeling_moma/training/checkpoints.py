@@ -9,11 +9,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from accelerate.utils.constants import FSDP_MODEL_NAME
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from ..errors_moma import InputError
 from ..utils.errors import is_disk_full
 
+
+# where Trainer writes weights under FSDP: a folder of shards, or a file beside those of `from_pretrained`
+SHARDS, WHOLE = f"{FSDP_MODEL_NAME}_0", f"{FSDP_MODEL_NAME}.bin"
 
 logger = logging.getLogger(__name__)
 
@@ -63,6 +68,31 @@ def without_torn_checkpoints(output: str | Path) -> Iterator[None]:
 def checkpoint_step(checkpoint: str | Path) -> int:
     """Return the step that a checkpoint was written at, by its name."""
     return int(Path(checkpoint).name.rpartition("-")[2])
+
+
+def check_kind(checkpoint: str | Path, kind: str | None) -> None:
+    """Raise where a checkpoint was written under another kind of parallelism than the run that goes on from it.
+
+    Args:
+        checkpoint (`str | Path`):
+            its folder.
+        kind (`str | None`):
+            what the run writes: `SHARDS`, `WHOLE`, or `None` without FSDP.
+
+    Raises:
+        ValueError: names both kinds, and how to start the run.
+    """
+    written = next((name for name in (SHARDS, WHOLE) if (Path(checkpoint) / name).exists()), None)
+    if written != kind:
+        by = {
+            None: "a run without FSDP, as by torchrun or configs/accelerate/ddp.yaml",
+            SHARDS: "FSDP with `fsdp_state_dict_type: SHARDED_STATE_DICT`",
+            WHOLE: "FSDP with `fsdp_state_dict_type: FULL_STATE_DICT`",
+        }
+        raise InputError(
+            f"`--resume`: {str(checkpoint)!r} was written by {by[written]}, and this is {by[kind]}: start it as "
+            "before, with any number of processes (docs/how-to/scaling.md)."
+        )
 
 
 def read_state(folder: Path) -> dict[str, Any] | None:

@@ -28,7 +28,7 @@ from ..routing_moma import MomaRouter
 from ..utils.atomic_files import write_aside
 from ..utils.hardware import on_one_gpu, trains_in_bf16
 from .adapters import with_adapters
-from .checkpoints import checkpoint_step, last_checkpoint, without_torn_checkpoints
+from .checkpoints import check_kind, checkpoint_step, last_checkpoint, without_torn_checkpoints
 from .code_embeddings import initialize_code_embeddings
 from .fingerprints import Facts, RunFingerprint, check_output, finished_at, run_facts
 from .freezing import freeze_groups
@@ -303,6 +303,8 @@ def pretrain(args: argparse.Namespace):
     if taken == wanted and is_first:
         print(f"{args.output}: this run has taken all of its {taken} steps; what is missing is written.")
     trainer = build_trainer(args, parts)
+    if checkpoint is not None:
+        check_kind(checkpoint, trainer.checkpoint_kind())
     processor = parts.processor
     output = Path(args.output).absolute()
     run = {
@@ -319,7 +321,7 @@ def pretrain(args: argparse.Namespace):
     elif args.stop_at and taken == args.stop_at:
         # a run killed after its last checkpoint has no step left: the loop would take one before it checks
         if trainer.is_world_process_zero():
-            copy_checkpoint(str(checkpoint), output, processor)
+            copy_checkpoint(str(checkpoint), output, processor, trainer.model)  # pyright: ignore[reportArgumentType]
         return
     with without_torn_checkpoints(output):
         trainer.train(resume_from_checkpoint=checkpoint)

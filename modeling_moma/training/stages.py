@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
+import torch.distributed.checkpoint as dcp
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
@@ -18,6 +19,7 @@ from tokenization import MomaProcessor
 
 from ..errors_moma import InputError
 from ..utils.atomic_files import write_aside, write_folder_aside
+from .checkpoints import SHARDS, WHOLE
 from .freezing import freeze_all_but
 from .throughput_callback import FeedingCallback
 
@@ -113,6 +115,19 @@ class StageTrainer(ResumedTrainer):
     def merge_adapters(self):
         """Make a plain model of one with PEFT's adapters, so that its own weights are saved."""
         self.model = self.model_wrapped = self.model.merge_and_unload()  # pyright: ignore[reportAttributeAccessIssue, reportOptionalMemberAccess, reportCallIssue]
+
+    def checkpoint_kind(self) -> str | None:
+        """Return what its checkpoints hold of a model under FSDP, see [`check_kind`]."""
+        plugin = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None
+        if plugin is None:
+            return None
+        return SHARDS if "SHARDED" in str(plugin.state_dict_type) else WHOLE
+
+    def save_model(self, output_dir=None, _internal_call=False):
+        """Save the model, in one piece for `from_pretrained` where checkpoints are in shards, too."""
+        if self.checkpoint_kind() == SHARDS and not _internal_call:
+            self.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")  # pyright: ignore[reportOptionalMemberAccess]
+        super().save_model(output_dir, _internal_call)
 
     def get_decay_parameter_names(self, model):
         """Return the names of parameters with weight decay, `undecayed` left out."""
@@ -264,12 +279,27 @@ def first_step(
     return state.global_step
 
 
-def copy_checkpoint(checkpoint: str | Path, output: Path, processor: MomaProcessor):
-    """Make a run's last checkpoint, and the processor, its result."""
-    left_out = shutil.ignore_patterns("optimizer.pt", "scheduler.pt", "rng_state*", TRAINER_STATE_NAME)
+def copy_checkpoint(checkpoint: str | Path, output: Path, processor: MomaProcessor, model: PreTrainedModel):
+    """Make a run's last checkpoint, and the processor, its result.
+
+    Args:
+        checkpoint (`str | Path`):
+            its folder.
+        output (`Path`):
+            of the run.
+        processor ([`MomaProcessor`]):
+            saved beside the model.
+        model (`PreTrainedModel`):
+            whole and of the run's configuration; takes the weights of a checkpoint in shards.
+    """
+    states = ("optimizer.*", "scheduler.pt", "rng_state*", WHOLE, TRAINER_STATE_NAME)
 
     def write(folder: Path):
-        shutil.copytree(checkpoint, folder, ignore=left_out)
+        if (Path(checkpoint) / SHARDS).is_dir():
+            dcp.load({"model": model.state_dict()}, checkpoint_id=Path(checkpoint) / SHARDS, no_dist=True)
+            model.save_pretrained(folder)
+        else:
+            shutil.copytree(checkpoint, folder, ignore=shutil.ignore_patterns(*states))
         processor.save_pretrained(folder)
 
     write_folder_aside(output, write)

@@ -12,16 +12,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate import Accelerator, PartialState
 from accelerate.commands.config.config_args import ClusterConfig
-from accelerate.commands.launch import _validate_launch_command, launch_command_parser
-from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from accelerate.commands.launch import launch_command_parser
 from accelerate.utils.dataclasses import get_module_class_from_name
 from accelerate.utils.launch import prepare_multi_gpu_env
 from safetensors.torch import load_file
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, MixedPrecision
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 
+from helpers.fsdp2 import CONFIG_FOLDER, fsdp_accelerator, launch_arguments
 from helpers.parallel_reference import (
     MIXED,
     MODELS,
@@ -43,16 +42,8 @@ from server_process import free_port
 
 
 ROOT = Path(__file__).resolve().parents[2]
-CONFIGS = sorted((ROOT / "configs" / "accelerate").glob("*.yaml"))
-FSDP2 = ROOT / "configs" / "accelerate" / "fsdp2.yaml"
+CONFIGS = sorted(CONFIG_FOLDER.glob("*.yaml"))
 BF16_STEPS = 5
-
-
-def launch_arguments(path, *more):
-    arguments = launch_command_parser().parse_args(
-        ["--config_file", str(path), "--main_process_port", "0", *more, "train.py"]
-    )
-    return _validate_launch_command(arguments)[0]
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
@@ -70,7 +61,7 @@ def test_accelerate_reads_every_field(path):
 
 @pytest.mark.parametrize("name", ["ddp", "fsdp2"])
 def test_several_machines_meet_by_c10d_at_the_first_one(name):
-    path = ROOT / "configs" / "accelerate" / f"{name}.yaml"
+    path = CONFIG_FOLDER / f"{name}.yaml"
     machines = "--num_machines 2 --machine_rank 1 --main_process_ip first --main_process_port 29500".split()
     arguments = launch_arguments(path, *machines, "--rdzv_backend", "c10d")
     assert (arguments.rdzv_backend, arguments.num_machines, arguments.machine_rank) == ("c10d", 2, 1)
@@ -93,20 +84,6 @@ def test_named_classes_are_in_the_model(name):
     assert len(names) == 2
     for each in names:
         assert get_module_class_from_name(model, each) is not None, each
-
-
-def fsdp_accelerator(rank, num_processes, overrides) -> Accelerator:
-    """What Accelerate makes of the file and the overrides in one of so many processes."""
-    environment = {**prepare_multi_gpu_env(launch_arguments(FSDP2)), **overrides}
-    size = str(num_processes)
-    os.environ.update(environment, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=size, LOCAL_WORLD_SIZE=size)
-    accelerator = Accelerator(cpu=True)
-    # Accelerate leaves FSDP to accelerators; nothing else in it looks at the device
-    accelerator.state.distributed_type = PartialState().distributed_type = DistributedType.FSDP
-    accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin()
-    if accelerator.mixed_precision != "no":
-        accelerator.state.fsdp_plugin.set_mixed_precision(accelerator.mixed_precision)
-    return accelerator
 
 
 def fsdp2_work(rank, folder, overrides):
@@ -239,7 +216,7 @@ def test_two_launched_processes_pre_train_as_one_that_accumulates(kind, inputs):
     def history(output):
         return json.loads((inputs / output / "trainer_state.json").read_text())["log_history"]
 
-    path = ROOT / "configs" / "accelerate" / f"{kind}.yaml"
+    path = CONFIG_FOLDER / f"{kind}.yaml"
     launch = f"-m accelerate.commands.launch --config_file {path} --num_processes 2 --mixed_precision no".split()
     launch += f"--num_cpu_threads_per_process 1 --main_process_port {free_port()}".split()
     command = [sys.executable, *launch, "-m", "modeling_moma", "pretrain", *arguments("two")]

@@ -1,0 +1,195 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checkpoints in shards: taken up by other numbers of processes and in other layouts, and exported in one piece."""
+
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
+from helpers.fsdp2 import sharded_training
+from helpers.parallel_reference import IMAGES, MIXED, MODELS, SEED, TEXT, train
+from helpers.processes import run_group, start_scripts
+from helpers.tiny import tiny_model, tiny_processor, write_tokens, write_training
+from modeling_moma import MomaForCausalLM
+from modeling_moma.cli import pretrain
+from modeling_moma.errors_moma import InputError
+from modeling_moma.training.checkpoints import SHARDS, WHOLE, check_kind
+from modeling_moma.training.stages import copy_checkpoint
+
+
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "how-to" / "scaling.md"
+STEPS = 4
+SAVED = {
+    "sharded": {"fsdp_size": 4},
+    "replicated": {"dp_replicate_size": 2, "fsdp_size": 2},
+    "replicated_expert": {"dp_replicate_size": 2, "fsdp_size": 2, "ep_size": 2},
+}
+LOADED = {2: [{"fsdp_size": 2}, {"fsdp_size": 2, "ep_size": 2}], 1: [{}]}
+# all processes have the same, so that their number changes nothing
+BEFORE, AFTER = [MIXED, TEXT], [IMAGES, MIXED, TEXT]
+CODE = {"AutoModelForCausalLM": "modeling_moma.MomaForCausalLM"}
+
+
+def documented():
+    """The functions of the page."""
+    (code,) = re.findall(r"```python\n(from pathlib import Path\n.*?)```", PAGE.read_text(), flags=re.DOTALL)
+    functions = {}
+    exec(code, functions)
+    return SimpleNamespace(**functions)
+
+
+def goes_on(model, optimizer):
+    steps = train(model, optimizer, AFTER)
+    return {"losses": torch.stack([step["loss"] for step in steps]), **steps[-1]["buffers"]}
+
+
+def save_work(rank, folder):
+    """One of four processes trains in each layout, saves, and goes on."""
+    page = documented()
+    for name, layout in SAVED.items():
+        model, optimizer = page.load(folder / "model", **layout)
+        train(model, optimizer, BEFORE)
+        page.save(model, optimizer, folder / name)
+        result = goes_on(model, optimizer)
+        model.save_pretrained(folder / f"{name}-end")
+        if rank == 0:
+            torch.save(result, folder / f"{name}.pt")
+
+
+def load_work(rank, folder, num_processes):
+    """One of fewer processes goes on from each checkpoint in each of their layouts."""
+    page, results = documented(), {}
+    for name in SAVED:
+        for place, layout in enumerate(LOADED[num_processes]):
+            results[name, place] = goes_on(*page.load(folder / name, **layout))
+    torch.save(results, folder / f"{num_processes}-{rank}.pt")
+
+
+@pytest.fixture(scope="module", params=MODELS if os.environ.get("RUN_SLOW") else ["depth"])
+def saved(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp(request.param)
+    tiny_model(seed=SEED, **MODELS[request.param]).save_pretrained(folder / "model")
+    run_group(save_work, folder, num_processes=4)
+    return folder
+
+
+@pytest.mark.parametrize("num_processes", LOADED)
+def test_fewer_processes_go_on_as_all_would_have(saved, num_processes):
+    run_group(load_work, saved, num_processes, num_processes=num_processes)
+    for rank in range(num_processes):
+        for (name, place), result in torch.load(saved / f"{num_processes}-{rank}.pt").items():
+            expected = torch.load(saved / f"{name}.pt")
+            assert result.keys() == expected.keys() and any(key.endswith("threshold") for key in result)
+            for key, value in expected.items():
+                message = f"{name}, {LOADED[num_processes][place]}, {key}"
+                torch.testing.assert_close(result[key], value, atol=1e-5, rtol=1e-5, msg=message)
+
+
+@pytest.mark.parametrize("name", SAVED)
+def test_exported_model_is_whole(saved, tmp_path, name):
+    page = documented()
+    page.export(saved / name, tmp_path / "exported")
+    assert (tmp_path / "exported" / "model.safetensors").is_file()
+    model, optimizer = page.load(saved / name)
+    exported = MomaForCausalLM.from_pretrained(tmp_path / "exported")
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in exported.state_dict().items())
+    torch.testing.assert_close(exported.eval()(MIXED).logits, model.eval()(MIXED).logits, atol=1e-5, rtol=1e-5)
+    # what all processes wrote together at the end
+    goes_on(model.train(), optimizer)
+    end = MomaForCausalLM.from_pretrained(saved / f"{name}-end")
+    torch.testing.assert_close(end.eval()(MIXED).logits, model.eval()(MIXED).logits, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["", "-end"])
+def test_code_of_a_sharded_model_is_its_own(saved, name):
+    folder = saved / f"sharded{name}"
+    assert CODE.items() <= json.loads((folder / "config.json").read_text())["auto_map"].items()
+    assert (folder / "modeling_moma.py").is_file() and not list(folder.glob("_fsdp*"))
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("inputs")
+    processor = write_training(folder)
+    shutil.rmtree(folder / "tokens")
+    write_tokens(folder / "tokens", processor, packed=True, train=60, validation=4)
+    return folder
+
+
+def arguments(inputs, output, *more):
+    paths = [text for name in ("processor", "tokens") for text in (f"--{name}", str(inputs / name))]
+    sizes = f"--steps {STEPS} --batch-size 1 --save-steps 1 --logging-steps 1 --eval-steps 9 --warmup-steps 1".split()
+    return [str(inputs / "recipe.json"), *paths, "--output", str(output), *sizes, "--bf16", "off", "--resume", *more]
+
+
+@pytest.fixture(scope="module")
+def trained(inputs, tmp_path_factory):
+    """A pre-training under FSDP2 with 4 processes, with 2 and with 4, of which all but the last die."""
+    folder = tmp_path_factory.mktemp("trained")
+    (folder / "rows").mkdir()
+    for number, (processes, accumulation, dies_in) in enumerate([(4, 1, 2), (2, 2, 3), (4, 1, 0)]):
+        more = ["--gradient-accumulation-steps", str(accumulation)]
+        given = [str(folder / "rows"), str(number), str(dies_in), *arguments(inputs, folder / "out", *more)]
+        for process in start_scripts(sharded_training, given, folder / "log.txt", processes):
+            process.join(120)
+            assert process.exitcode == (9 if dies_in else 0), (folder / "log.txt").read_text()[-3000:]
+    return folder / "out"
+
+
+def losses(output):
+    history = json.loads((output / "trainer_state.json").read_text())["log_history"]
+    return [entry["loss"] for entry in history if "loss" in entry]
+
+
+def test_pre_training_reshards_its_checkpoints(inputs, trained, tmp_path):
+    pretrain.main(arguments(inputs, tmp_path / "one", "--gradient-accumulation-steps", "4"))
+    assert len(losses(trained)) == STEPS
+    assert losses(trained) == pytest.approx(losses(tmp_path / "one"), abs=1e-5)
+    # a shard of each process, and no model in one piece
+    last = trained / f"checkpoint-{STEPS}"
+    assert len(list((last / SHARDS).glob("*.distcp"))) == 4 and not list(last.glob("*.safetensors"))
+
+
+def test_pre_training_leaves_a_whole_model_at_its_end(trained, tmp_path):
+    model = MomaForCausalLM.from_pretrained(trained)
+    dcp_to_torch_save(trained / f"checkpoint-{STEPS}" / SHARDS, tmp_path / "weights.pt")
+    expected = torch.load(tmp_path / "weights.pt")["model"]
+    state = model.state_dict()
+    assert state.keys() == expected.keys()
+    assert all(torch.equal(state[name], value) for name, value in expected.items())
+    assert CODE.items() <= json.loads((trained / "config.json").read_text())["auto_map"].items()
+
+
+def test_stage_killed_after_its_last_shards_is_written_whole(trained, tmp_path):
+    expected = MomaForCausalLM.from_pretrained(trained)
+    copy_checkpoint(
+        trained / f"checkpoint-{STEPS}", tmp_path / "out", tiny_processor(), MomaForCausalLM(expected.config)
+    )
+    copied = MomaForCausalLM.from_pretrained(tmp_path / "out")
+    assert all(torch.equal(value, copied.state_dict()[name]) for name, value in expected.state_dict().items())
+    assert (tmp_path / "out" / "trainer_state.json").is_file() and not (tmp_path / "out" / SHARDS).exists()
+
+
+def test_shards_are_refused_without_fsdp(inputs, trained, tmp_path):
+    shutil.copytree(trained / f"checkpoint-{STEPS}", tmp_path / "out" / f"checkpoint-{STEPS}")
+    more = ["--gradient-accumulation-steps", "4", "--steps", str(STEPS + 1)]
+    with pytest.raises(
+        InputError, match="checkpoint-4' was written by FSDP with .*SHARDED.* without FSDP.*start it as"
+    ):
+        pretrain.main(arguments(inputs, tmp_path / "out", *more))
+
+
+def test_kinds_of_checkpoints(tmp_path):
+    check_kind(tmp_path, None)
+    with pytest.raises(InputError, match="written by a run without FSDP.* this is FSDP .*FULL_STATE_DICT"):
+        check_kind(tmp_path, WHOLE)
+    (tmp_path / WHOLE).touch()
+    check_kind(tmp_path, WHOLE)
+    with pytest.raises(InputError, match="written by FSDP .*FULL_STATE_DICT.* this is FSDP .*SHARDED_STATE_DICT"):
+        check_kind(tmp_path, SHARDS)
