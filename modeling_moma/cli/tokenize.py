@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from ..data.workers import Workers
     from ..training.recipe import DataFields
 
-CLUSTER = "on a cluster, shards as tasks of datatrove (extra `scale`)"
+CLUSTER = "on a cluster, shards as tasks of datatrove (extra `scale`) or of Ray (extra `ray`)"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,14 +43,17 @@ class Arguments:
             of the changed images of further codings.
         strict (`bool`, *optional*, defaults to `False`):
             stop at the first row that cannot be used.
-        engine (`Literal["processes", "datatrove", "slurm"]`, *optional*, defaults to `"processes"`):
-            what starts the tasks, shards of the tokens: this command, datatrove on this machine, or Slurm.
+        engine (`Literal["processes", "datatrove", "slurm", "ray"]`, *optional*, defaults to `"processes"`):
+            what starts the tasks, shards of the tokens: this command, datatrove on this machine, Slurm, or Ray.
         tasks (`int`, *optional*, defaults to `64`):
             of datatrove, each writes every so-manieth shard.
         partition (`str`, *optional*):
             of Slurm.
         time (`str`, *optional*, defaults to `"24:00:00"`):
             longest of a Slurm job.
+        address (`str`, *optional*):
+            of a Ray cluster, HOST:PORT or `auto`, all cores of which work; by default RAY_ADDRESS, and without it a
+            Ray of this machine with `processes`. Data, processor and tokens lie on a disk that all nodes share.
     """
 
     recipe: Annotated[str, Flag(metavar="RECIPE", is_positional=True)]
@@ -62,10 +65,11 @@ class Arguments:
     splits: Annotated[list[str] | None, Flag(metavar="SPLIT")] = None
     seed: Int = 0
     strict: bool = False
-    engine: Annotated[Literal["processes", "datatrove", "slurm"], Flag(section=CLUSTER)] = "processes"
+    engine: Annotated[Literal["processes", "datatrove", "slurm", "ray"], Flag(section=CLUSTER)] = "processes"
     tasks: Annotated[Count, Flag(section=CLUSTER)] = 64
     partition: Annotated[str | None, Flag(section=CLUSTER)] = None
     time: Annotated[str, Flag(section=CLUSTER)] = "24:00:00"
+    address: Annotated[str | None, Flag(section=CLUSTER)] = None
 
 
 def parse_arguments(arguments: list[str] | None = None) -> Arguments:
@@ -73,6 +77,8 @@ def parse_arguments(arguments: list[str] | None = None) -> Arguments:
     args = Arguments(**parser.read(arguments))
     if args.engine == "slurm" and not args.partition:
         parser.error("--engine slurm needs --partition")
+    if args.address is not None and args.engine != "ray":
+        parser.error(f"--address {args.address!r} is that of a Ray cluster: give --engine ray with it")
     return args
 
 
@@ -122,6 +128,7 @@ def tokenize(args: Arguments, sources: "list[Source]", data: "DataFields", worke
     """Plan and write the tokens, and say what became of the rows."""
     from ..data.executors import run_executor
     from ..data.jobs import plan_job, write_job
+    from ..data.ray_tasks import run_on_ray
     from ..data.reports import write_manifest
     from ..data.workers import run_tasks
 
@@ -131,6 +138,9 @@ def tokenize(args: Arguments, sources: "list[Source]", data: "DataFields", worke
     write_job(args.output, job)
     if args.engine == "processes":
         run_tasks(args.output, job, args.processes, args.threads, args.strict, workers)
+    elif args.engine == "ray":
+        address = args.address or os.environ.get("RAY_ADDRESS") or None
+        run_on_ray(args.output, job, args.processes, args.threads, args.strict, address)
     # a second start on a cluster, after the jobs of the first, only adds up
     elif not all((Path(args.output) / task.report_name()).is_file() for task in job.tasks()):
         at_once = args.tasks if args.engine == "slurm" else args.processes
