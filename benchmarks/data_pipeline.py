@@ -1,13 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """Measure the data pipeline: tokenizing by one and by two processes, its memory, and the stream against a step.
 
+`engines` runs the whole command on images that all differ, with nothing cached, by each engine in turn.
+
 python benchmarks/data_pipeline.py scaling --processor P
 python benchmarks/data_pipeline.py memory --images 100000
+python benchmarks/data_pipeline.py engines --images 100000 --runs ray:1 ray:2 --kill
 python benchmarks/data_pipeline.py stream --recipe recipes/mixture.yaml --processor P --tokens T
 """
 
 import argparse
+import hashlib
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -15,22 +20,28 @@ import tempfile
 import threading
 import time
 from collections.abc import Sequence
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
+import PIL.Image
+import PIL.ImageDraw
 import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 from datasets import Dataset, Features, Image, Value, load_dataset
 
 from modeling_moma import MomaForCausalLM
 from modeling_moma.cli.arguments import add_renamed
 from modeling_moma.data.examples import open_documents
-from modeling_moma.data.jobs import plan_job, write_job
+from modeling_moma.data.jobs import plan_job, read_job, write_job
 from modeling_moma.data.packing import PackedExamples
 from modeling_moma.data.sources import read_sources
 from modeling_moma.data.workers import run_tasks
 from modeling_moma.training.pretraining import model_config
 from modeling_moma.training.recipe import read_recipe
+from modeling_moma.utils.atomic_files import LEFT_OVER
 from tokenization import (
     MomaImageProcessor,
     MomaProcessor,
@@ -43,14 +54,22 @@ from tokenization import (
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("case", choices=["scaling", "memory", "stream"])
+    parser.add_argument("case", choices=["scaling", "memory", "engines", "stream"])
     parser.add_argument("--recipe", default="recipes/mixture.yaml", help="of `stream`")
     parser.add_argument("--processor", help="folder of a MomaProcessor")
     parser.add_argument("--tokens", help="of `stream`: folder that `moma tokenize` wrote with it")
-    add_renamed(parser, "--images", "--pictures", type=int, default=2048, help="of `scaling` and `memory`")
+    add_renamed(parser, "--images", "--pictures", type=int, default=2048, help="of all but `stream`")
+    runs = ["processes:1", "processes:2", "ray:1", "ray:2"]
+    parser.add_argument("--runs", nargs="+", default=runs, help="of `engines`: ENGINE:PROCESSES, in turn")
+    parser.add_argument(
+        "--kill", action="store_true", help="of `engines`: the last run again, a worker killed halfway"
+    )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=8, help="of `stream`: training steps to time")
-    return parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
+    if args.kill and not args.runs[-1].startswith("ray:"):
+        parser.error(f"--kill: the last of --runs is {args.runs[-1]!r}, and only Ray goes on without a worker")
+    return args
 
 
 def repeated_emoji(folder: Path, number: int) -> dict:
@@ -168,6 +187,162 @@ def measure_memory(args: argparse.Namespace) -> dict:
     }
 
 
+def distinct_images(folder: Path, number: int) -> dict:
+    """A source of so many images of 64 pixels, coarse noise under a disc, no two of them the same."""
+    features = Features({"image": Image(), "label": Value("string")})
+    random = np.random.default_rng(0)
+    with pq.ParquetWriter(folder / "train.parquet", features.arrow_schema) as writer:
+        for start in range(0, number, 1024):
+            rows = [distinct_row(random, index) for index in range(start, min(start + 1024, number))]
+            writer.write_table(pa.Table.from_pylist(rows, schema=features.arrow_schema))
+    fields = {"data": str(folder / "train.parquet"), "image": "image", "text": "label", "held_out": 0}
+    return {"pictures": fields}
+
+
+def distinct_row(random: np.random.Generator, index: int) -> dict:
+    noise = PIL.Image.fromarray(random.integers(0, 256, (16, 16, 3), dtype=np.uint8)).resize((64, 64), 0)
+    x, y, radius = random.integers(8, 56), random.integers(8, 56), random.integers(4, 24)
+    colour = tuple(int(value) for value in random.integers(0, 256, 3))
+    PIL.ImageDraw.Draw(noise).ellipse((x - radius, y - radius, x + radius, y + radius), fill=colour)
+    buffer = BytesIO()
+    noise.save(buffer, format="PNG", compress_level=1)
+    return {"image": {"bytes": buffer.getvalue(), "path": None}, "label": f"disc {index}"}
+
+
+def measure_engines(args: argparse.Namespace) -> dict:
+    """Seconds, rate and memory of the whole command by each engine, and what a killed worker costs."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        processor = args.processor or small_processor(folder / "processor")
+        began = time.perf_counter()
+        recipe = folder / "recipe.json"
+        recipe.write_text(json.dumps({"sources": distinct_images(folder, args.images)}))
+        report = {"pictures": args.images, "seconds_to_make_them": time.perf_counter() - began, "runs": []}
+        kills = [*[False] * len(args.runs) * args.rounds, *[True] * args.kill]
+        for kill, run in zip(kills, [*args.runs * args.rounds, args.runs[-1]]):
+            # the libraries' caches, and the tokens, are new in every run
+            with tempfile.TemporaryDirectory(dir=folder) as place:
+                report["runs"].append(EngineRun(run, recipe, processor, Path(place)).measure(kill))
+            # a run takes minutes
+            print(json.dumps(report["runs"][-1]), file=sys.stderr, flush=True)
+    report["equal"] = len({run["tokens_sha256"] for run in report["runs"]}) == 1
+    return report
+
+
+class EngineRun:
+    """One run of `moma tokenize`, watched from outside."""
+
+    def __init__(self, run: str, recipe: Path, processor: str, place: Path):
+        self.run, self.place, self.output = run, place, place / "tokens"
+        engine, _, processes = run.partition(":")
+        given = [sys.executable, "-m", "modeling_moma", "tokenize", str(recipe), "--processor", processor]
+        self.command = [*given, "--output", str(self.output), "--engine", engine, "--processes", processes]
+
+    def measure(self, kill: bool) -> dict:
+        samples, killed, began = [], None, time.perf_counter()
+        process = subprocess.Popen(
+            self.command,
+            env={**os.environ, "HF_HOME": str(self.place / "cache")},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        while process.poll() is None:
+            done = self.reports()
+            tree = {child: mib_of(child) for child in family(process)}
+            writing = [mib for child, mib in tree.items() if self.is_writer(child)]
+            samples.append((time.perf_counter() - began, len(done), sum(tree.values()), max(writing, default=0.0)))
+            if kill and killed is None and len(done) >= self.shards() / 2 > 0:
+                killed = self.kill_one(process)
+            time.sleep(0.5)
+        if process.returncode:
+            raise RuntimeError(f"{' '.join(self.command)}: status {process.returncode}")
+        seconds = time.perf_counter() - began
+        report = {"run": self.run, "seconds": seconds, "shards": self.shards(), **self.rate(samples, seconds)}
+        report |= {
+            "mib_at_quarters": self.quarters(samples, 2),
+            "mib_of_a_writer_at_quarters": self.quarters(samples, 3),
+        }
+        if killed is not None:
+            lost, done, inodes = killed
+            # a file that is renamed stays the same one, and one that is written again is another
+            again = [name for name, inode in inodes.items() if (self.output / name).stat().st_ino != inode]
+            again += [str(path) for path, moment in done.items() if path.stat().st_mtime_ns != moment]
+            report["killed"] = {"shard": lost, "done_before": len(done), "others_written_again": again}
+        digest = hashlib.sha256()
+        for path in sorted(self.output.rglob("*.arrow")):
+            if not path.name.endswith(LEFT_OVER):
+                digest.update(path.name.encode() + path.read_bytes())
+        return {**report, "tokens_sha256": digest.hexdigest()[:16]}
+
+    def is_writer(self, process: psutil.Process) -> bool:
+        """Whether a process writes shards, and does not only serve those that do; Ray names its own by it."""
+        try:
+            name = process.name()
+        except psutil.Error:
+            return False
+        return not self.run.startswith("ray") or (name.startswith("ray::") and "Agent" not in name)
+
+    def reports(self) -> dict[Path, int]:
+        return {path: path.stat().st_mtime_ns for path in self.output.glob("*/*.json")}
+
+    def shards(self) -> int:
+        return len(read_job(self.output).tasks()) if (self.output / "job.json").is_file() else 0
+
+    def rate(self, samples: list[tuple], seconds: float) -> dict:
+        """Images per second once a tenth of the shards is done: how long an engine takes to start is left out."""
+        began, done = next((sample[0], sample[1]) for sample in samples if sample[1] >= self.shards() / 10)
+        if done == self.shards():
+            # too few for that
+            began, done = 0.0, 0
+        images = sum(json.loads(path.read_text())["pictures"] for path in self.reports())
+        return {"images_per_second": (1 - done / self.shards()) * images / (seconds - began)}
+
+    def quarters(self, samples: list[tuple], column: int) -> list[int]:
+        """Medians of a column just before 25, 50, 75 and 100 % of the shards are done."""
+        shares = [(sample[1] / self.shards(), sample[column]) for sample in samples]
+        near = [[mib for share, mib in shares if end - 0.1 <= share <= end] for end in (0.25, 0.5, 0.75, 1.0)]
+        return [round(statistics.median(values)) if values else 0 for values in near]
+
+    def kill_one(self, process: subprocess.Popen) -> tuple | None:
+        """Kill a process in the middle of a shard; return its shard, what was done by then, and what others write."""
+        begun = [(child, file) for child in family(process)[1:] for file in files_begun(child)]
+        if not begun:
+            return None
+        (child, lost), *others = begun
+        # it must not end the shard meanwhile
+        child.suspend()
+        if not lost.exists():
+            child.resume()
+            return None
+        child.kill()
+        names = {f"{file.parent.name}/{file.name[1:].partition('.arrow')[0]}.arrow": file for _, file in others}
+        inodes = {name: file.stat().st_ino for name, file in names.items() if file.exists()}
+        return lost.name, self.reports(), inodes
+
+
+def family(process: subprocess.Popen) -> list[psutil.Process]:
+    try:
+        own = psutil.Process(process.pid)
+        return [own, *own.children(recursive=True)]
+    except psutil.Error:
+        return []
+
+
+def mib_of(process: psutil.Process) -> float:
+    try:
+        return anonymous_bytes(process) / 2**20
+    except (psutil.Error, OSError, StopIteration):
+        return 0.0
+
+
+def files_begun(process: psutil.Process) -> list[Path]:
+    try:
+        files = [Path(file.path) for file in process.open_files()]
+    except psutil.Error:
+        return []
+    return [file for file in files if ".arrow." in file.name and file.name.endswith(LEFT_OVER)]
+
+
 def measure_stream(args: argparse.Namespace) -> dict:
     """Tokens per second of the packed stream, on one thread without workers, and of a training step."""
     recipe, processor = read_recipe(args.recipe), MomaProcessor.from_pretrained(args.processor)
@@ -210,7 +385,12 @@ def measure_stream(args: argparse.Namespace) -> dict:
 
 def main(arguments: Sequence[str] | None = None) -> dict:
     args = parse_arguments(None if arguments is None else list(arguments))
-    measures = {"scaling": measure_scaling, "memory": measure_memory, "stream": measure_stream}
+    measures = {
+        "scaling": measure_scaling,
+        "memory": measure_memory,
+        "engines": measure_engines,
+        "stream": measure_stream,
+    }
     report = measures[args.case](args)
     print(json.dumps(report, indent=2))
     return report

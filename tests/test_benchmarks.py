@@ -2,12 +2,15 @@
 import contextlib
 import copy
 from dataclasses import replace
+from io import BytesIO
 from types import SimpleNamespace
 
+import pyarrow.parquet as pq
 import pytest
 import torch
+from PIL import Image
 
-from benchmarks import drawing
+from benchmarks import data_pipeline, drawing
 from benchmarks.__main__ import main as compare_speed
 from benchmarks.speed import gate
 from benchmarks.speed.cases import CASES
@@ -187,3 +190,24 @@ def test_drawing_is_compared_with_another_commit(monkeypatch, capsys):
     page = capsys.readouterr().out
     assert "Both draw the same codes." in page
     assert 0.2 < float(page.split("This draws ")[1].split(" ")[0]) < 5
+
+
+def test_images_of_the_comparison_of_engines_all_differ(tmp_path):
+    source = data_pipeline.distinct_images(tmp_path, 1100)["pictures"]
+    rows = pq.read_table(source["data"]).to_pylist()
+    assert len({row["image"]["bytes"] for row in rows}) == len(rows) == 1100
+    image = Image.open(BytesIO(rows[-1]["image"]["bytes"]))
+    assert image.size == (64, 64) and rows[-1]["label"] == "disc 1099"
+
+
+def test_an_engine_is_timed_and_watched(capsys):
+    report = data_pipeline.main(["engines", "--images", "300", "--runs", "processes:1", "--rounds", "1"])
+    (run,) = report["runs"]
+    assert report["equal"] and run["shards"] == 2 and run["images_per_second"] > 0
+    assert max(run["mib_at_quarters"]) >= max(run["mib_of_a_writer_at_quarters"]) > 0
+
+
+def test_only_ray_is_measured_with_a_killed_worker(capsys):
+    with pytest.raises(SystemExit):
+        data_pipeline.parse_arguments(["engines", "--runs", "ray:2", "processes:2", "--kill"])
+    assert "'processes:2', and only Ray goes on" in capsys.readouterr().err

@@ -144,13 +144,13 @@ def _ray(address: str | None, processes: int, threads: int) -> Iterator[Any]:
         import ray
     # with what workers print comes Ray's word of those that died
     options: dict[str, Any] = {"log_to_driver": True, "logging_level": "ERROR"}
-    if address is None:
-        cores = processes * threads
-        own = {"include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES, "num_cpus": cores}
-        ray.init(address="local", **own, **options)
-    else:
-        _connect(ray, address, options)
     try:
+        if address is None:
+            cores = processes * threads
+            own = {"include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES, "num_cpus": cores}
+            ray.init(address="local", **own, **options)
+        else:
+            _connect(ray, address, options)
         yield ray
     finally:
         ray.shutdown()
