@@ -692,8 +692,6 @@ class MomaPreTrainedModel(PreTrainedModel):
         """See `PreTrainedModel.post_init`; layers get their forms for CPUs, which are the plain ones elsewhere."""
         # a configuration that was loaded before the model's code did not know of any rule
         check_rules(self.config)
-        # pipelines ask a model what it reads and writes
-        self.input_modalities = tuple(sorted(self.config.modalities))  # pyright: ignore[reportAttributeAccessIssue]
         self.output_modalities = tuple(sorted({"text", *self.config.frames}))
         super().post_init()
         # quantizers look for plain linear layers by their class
@@ -715,10 +713,9 @@ class MomaPreTrainedModel(PreTrainedModel):
 
     def save_pretrained(self, *args, **kwargs):
         """See `PreTrainedModel.save_pretrained`; the code that goes along is the model's, also of a sharded one."""
-        cls = type(self)
+        # `fully_shard` makes a class of its own, whose module and name would be saved in place of the model's
+        cls, own = type(self), type(self).__bases__[-1]
         if cls.__name__.startswith("FSDP"):
-            # `fully_shard` makes a class of its own, whose module and name would be saved in place of the model's
-            own = cls.__bases__[-1]
             cls.__module__, cls.__name__ = own.__module__, own.__name__
         super().save_pretrained(*args, **kwargs)
 

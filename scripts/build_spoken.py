@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-Builds spoken words, and spoken labels of emoji with their drawings, by espeak-ng.
+Builds spoken words, spoken labels of emoji with their drawings, and the same drawings with written labels.
 
     python scripts/build_spoken.py --output data/spoken
 
@@ -45,6 +45,9 @@ DRAWING_FEATURES = {
 }
 
 
+WRITTEN_FEATURES = {"image": Image(decode=False), "label": Value("string"), "style": Value("string")}
+
+
 def sound(text: str, voice: Any) -> dict[str, Any]:
     return {"bytes": as_flac(speak(text, voice)), "path": f"{text}.flac"}
 
@@ -73,7 +76,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, default=CARD.parent, help="folder of the data set, replaced as a whole")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="words spoken side by side")
     args = parser.parse_args(arguments)
-    refuse_files(args.output, is_fine=lambda path: path.name in ("README.md", "words", "emoji"))
+    refuse_files(args.output, is_fine=lambda path: path.name in ("README.md", "words", "emoji", "drawings"))
     card = (args.output / "README.md" if (args.output / "README.md").is_file() else CARD).read_text(encoding="utf-8")
     emoji = read_emoji(DATA / "emoji" / "data" / "train-00000-of-00001.parquet")
     label_splits = split_labels({row["label"] for row in emoji})
@@ -88,12 +91,14 @@ def main(arguments: list[str] | None = None) -> None:
             write_split(
                 folder / "emoji" / f"{split}.parquet", drawings[split], drawing_row, DRAWING_FEATURES, args.threads
             )
+        write_split(folder / "drawings" / "train.parquet", emoji, dict, WRITTEN_FEATURES, args.threads)
         (folder / "README.md").write_text(card, encoding="utf-8")
 
     replace_folder(args.output, write)
     for name, rows in (("words", words), ("emoji", drawings)):
         counts = ", ".join(f"{len(rows[split]):,} {split}" for split in SPLITS)
         print(f"{args.output / name}: {counts}")
+    print(f"{args.output / 'drawings'}: {len(emoji):,} train")
 
 
 if __name__ == "__main__":

@@ -122,7 +122,8 @@ def _image(value: dict[str, Any]) -> Any:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="folder of a model with its processor")
+    parser.add_argument("--model", required=True, help="folder of a model")
+    parser.add_argument("--processor", help="folder of its processor; by default that of the model")
     parser.add_argument("--data", type=Path, default=DATA, help="folder of scripts/build_spoken.py")
     parser.add_argument("--split", default="test", choices=("validation", "test"))
     parser.add_argument("--words", type=int, default=200, help="held-out words")
@@ -133,7 +134,8 @@ def main(arguments: list[str] | None = None) -> int:
     if not (args.data / "words").is_dir():
         parser.error(f"--data {str(args.data)!r} has no sounds: `make data-spoken` makes them")
     logging.set_verbosity_error()
-    processor = open_saved(PROCESSOR, "--model", args.model, partial(AutoProcessor.from_pretrained, args.model))
+    option, place = ("--processor", args.processor) if args.processor else ("--model", args.model)
+    processor = open_saved(PROCESSOR, option, place, partial(AutoProcessor.from_pretrained, place))
     load = partial(AutoModelForCausalLM.from_pretrained, args.model, dtype=torch.float32)
     model = open_saved(MODEL, "--model", args.model, load).eval()
     words = rows_of(args.data / "words" / f"{args.split}.parquet", args.words, "word")

@@ -19,8 +19,12 @@ HELD_OUT_WORDS = {"validation": 0.025, "test": 0.05}
 HELD_OUT_LABELS = {"validation": 0.04, "test": 0.1}
 # letters of a word
 LETTERS = (3, 14)
-# voices that speak each word
-VOICES_A_WORD = 3
+# voices that speak each word, and each label of a drawing
+VOICES_A_WORD, VOICES_A_DRAWING = 3, 2
+# designers whose drawings are taken, flat and alike, so that a small model may learn what belongs to a word
+STYLES = ("noto", "twemoji")
+# share of the drawings in `train` that follow their sound; others come first
+SOUND_FIRST = 0.75
 # columns of words and of lists of words
 _TEXTS = ("label", "name", "keywords", "aliases")
 
@@ -94,13 +98,15 @@ def split_labels(labels: Iterable[str]) -> dict[str, str]:
 
 
 def read_emoji(path: Path) -> list[dict[str, Any]]:
-    """Returns `label`, `style` and `image` (its file's bytes) of the rows of one split."""
-    return pq.read_table(path, columns=["label", "style", "image"]).to_pylist()
+    """Returns `label`, `style` and `image` (its file's bytes) of the rows of one split that are of `STYLES`."""
+    rows = pq.read_table(path, columns=["label", "style", "image"]).to_pylist()
+    return [row for row in rows if row["style"] in STYLES]
 
 
 def split_drawings(rows: Sequence[dict[str, Any]], label_splits: dict[str, str]) -> dict[str, list[SpokenDrawing]]:
     """
-    Returns each split's drawings with a voice: all drawings of the labels in `train`, one of each other label.
+    Returns each split's drawings with voices: all drawings of the labels in `train`, and one drawing and voice of each
+    other label.
 
     Args:
         rows: of `read_emoji`, those whose drawings and written labels are trained on.
@@ -114,7 +120,10 @@ def split_drawings(rows: Sequence[dict[str, Any]], label_splits: dict[str, str])
             continue
         seen.add(label)
         name = f"{label}/{row['style']}"
-        voice = choose_voices(name, 1)[0]
-        sound_first = split != "train" or draw(f"order/{name}") < 0.5
-        drawings[split].append(SpokenDrawing(label, voice, row["style"], row["image"], sound_first))
-    return drawings
+        for voice in choose_voices(name, VOICES_A_DRAWING if split == "train" else 1):
+            sound_first = split != "train" or draw(f"order/{name}/{voice.name}") < SOUND_FIRST
+            drawings[split].append(SpokenDrawing(label, voice, row["style"], row["image"], sound_first))
+    return {
+        split: sorted(found, key=lambda row: draw(f"{row.label}/{row.voice.name}"))
+        for split, found in drawings.items()
+    }
