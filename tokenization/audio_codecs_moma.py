@@ -3,6 +3,7 @@
 
 import json
 import os
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -60,7 +61,8 @@ class MelCodec:
             The number of codes follows from the length of a sound.
 
     Raises:
-        ValueError: the codebook does not fit the other arguments.
+        ValueError: the codebook does not fit the other arguments or is not finite, frames do not overlap by half, or
+            there are more bands than frequencies to fill them.
     """
 
     codec_type: str
@@ -80,10 +82,22 @@ class MelCodec:
                 f"codebook: its shape is {tuple(codebook.shape)}, for frames_per_code={frames_per_code} of "
                 f"num_mels={num_mels} it must be (num_codes, {frames_per_code * num_mels})."
             )
+        if not torch.isfinite(codebook).all():
+            raise InputError("codebook: it holds NaN or infinite values; was its file damaged?")
+        if hop_length < 1 or win_length < 2 * hop_length:
+            raise InputError(
+                f"hop_length = {hop_length}, win_length = {win_length}: a frame must reach over two hops at least, or "
+                "no sound could be made of frames."
+            )
         self.codebook = codebook.float()
         self.sampling_rate, self.hop_length, self.win_length = sampling_rate, hop_length, win_length
         self.num_mels, self.frames_per_code = num_mels, frames_per_code
         self.num_codes = len(codebook)
+        if not self._filters.any(dim=0).all():
+            raise InputError(
+                f"num_mels: {num_mels} bands are more than win_length={win_length} samples tell apart at "
+                f"sampling_rate={sampling_rate}; ask for fewer, or for a longer window."
+            )
 
     @classmethod
     def untrained(cls, **settings: Any) -> "MelCodec":
@@ -95,9 +109,12 @@ class MelCodec:
     def _filters(self) -> torch.Tensor:
         # the power of two that holds a frame
         bins = self._fft_length // 2 + 1
-        filters = mel_filter_bank(
-            bins, self.num_mels, 0.0, self.sampling_rate / 2, self.sampling_rate, "slaney", "slaney"
-        )
+        with warnings.catch_warnings():
+            # of bands that stay empty, which are an error here
+            warnings.simplefilter("ignore")
+            filters = mel_filter_bank(
+                bins, self.num_mels, 0.0, self.sampling_rate / 2, self.sampling_rate, "slaney", "slaney"
+            )
         return torch.from_numpy(filters).float()
 
     @property

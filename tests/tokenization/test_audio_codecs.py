@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from transformers import AutoProcessor, DacFeatureExtractor, EncodecConfig, EncodecFeatureExtractor, EncodecModel
 from transformers.models.clap import ClapConfig
@@ -89,7 +90,7 @@ def test_what_is_no_sound_is_refused(item, message):
         read_sound(item, RATE)
 
 
-@settings(max_examples=30, deadline=None)
+@hypothesis_settings(max_examples=30, deadline=None)
 @given(length=st.integers(1, 2000), seed=st.integers(0, 99))
 def test_codes_of_a_sound_follow_from_its_length(codec, length, seed):
     samples = np.random.default_rng(seed).normal(0, 0.1, length).astype(np.float32)
@@ -116,14 +117,29 @@ def test_a_tone_comes_back_at_its_pitch(frequency):
     assert abs(spectrum.argmax() * RATE / len(decoded) / frequency - 1) < 0.06
 
 
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"hop_length": 100}, "hop_length = 100, win_length = 160: a frame must reach over two hops"),
+        ({"num_mels": 200}, "num_mels: 200 bands are more than win_length=160 samples"),
+    ],
+)
+def test_settings_that_make_no_codec_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        MelCodec.untrained(**{**MELS, **settings})
+
+
 def test_codebooks_that_do_not_fit_are_refused():
+    with pytest.raises(ValueError, match="codebook: it holds NaN or infinite values"):
+        MelCodec(torch.full((4, 16), torch.nan), **MELS)
     with pytest.raises(ValueError, match=r"codebook: its shape is \(4, 7\).* must be \(num_codes, 16\)"):
         MelCodec(torch.zeros(4, 7), **MELS)
 
 
 @pytest.mark.parametrize("name", LIBRARY)
 def test_codes_and_samples_are_those_of_the_library(name):
-    model, sound = tiny_library_model(name), tone(440, 0.1) + tone(1300, 0.1)
+    model = tiny_library_model(name)
+    sound = np.random.default_rng(0).normal(0, 0.3, 800).astype(np.float32)
     codec = LibraryAudioCodec(model, 2)
     inputs = torch.from_numpy(sound)[None, None]
     if name == "encodec":
@@ -143,7 +159,7 @@ def test_codes_and_samples_are_those_of_the_library(name):
     (own,) = codec.encode([sound])
     # frame by frame, the second codebook behind the first
     assert own == (codes[0].T + torch.tensor([0, 16])).flatten().tolist()
-    assert len(set(own)) > 4 and codec.num_codes == 32 and codec.sampling_rate == RATE
+    assert len(set(own)) > 2 and codec.num_codes == 32 and codec.sampling_rate == RATE
     assert np.abs(codec.decode(own) - decoded.flatten().detach().numpy()).max() < 1e-6
     # what is generated may miss its place
     assert np.array_equal(codec.decode([*own, 3]), codec.decode(own))
