@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, TrainerCallback
 from ..depth_moma import DepthSelection, MomaDepthRouter
 from ..routing_moma import MomaRouter, Selection
 from ..token_groups_moma import FixedSplit, is_distributed
-from ..utils.hardware import refuse_data_parallel
+from ..utils.hardware import keep_freed_memory, refuse_data_parallel
 
 
 class MomaMetricsCallback(TrainerCallback):
@@ -31,9 +31,15 @@ class MomaMetricsCallback(TrainerCallback):
     Evaluation's keys have the prefix `eval_`, and the set's name behind it where there are several. Forwards in
     training mode without gradients, as of samples that another callback draws, are left out. A training loss under
     `expert_choice` sees the future; the loss that `Trainer.evaluate` reports is causal.
+
+    Args:
+        keep_freed_memory (`bool`, *optional*, defaults to `True`):
+            In a training on a CPU, let the process keep freed memory, as `moma pretrain` does; see
+            `modeling_moma.utils.hardware.keep_freed_memory`.
     """
 
-    def __init__(self):
+    def __init__(self, keep_freed_memory: bool = True):
+        self._keeps_freed_memory = keep_freed_memory
         self._sums: dict[bool, dict] = {True: defaultdict(float), False: defaultdict(float)}
         self._handles: list[RemovableHandle] = []
 
@@ -41,6 +47,8 @@ class MomaMetricsCallback(TrainerCallback):
         """Start to listen to the model."""
         refuse_data_parallel(args)
         self.attach(model)
+        if self._keeps_freed_memory and args.device.type == "cpu":
+            keep_freed_memory()
 
     def on_train_end(self, args, state, control, **kwargs):
         """Stop listening."""

@@ -2,6 +2,7 @@
 import platform
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from transformers import TrainingArguments
@@ -52,6 +53,42 @@ def test_what_the_environment_sets_stays(monkeypatch):
 def test_other_allocators_are_left_alone(monkeypatch):
     monkeypatch.setattr(platform, "libc_ver", lambda: ("", ""))
     assert keep_freed_memory() is False
+
+
+# pages that the last steps of a training ask for, with the callback or without what it keeps
+TRAINING = """
+import resource, sys, tempfile
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from helpers.tiny import tiny_model
+from modeling_moma import MomaMetricsCallback
+
+class Faults(TrainerCallback):
+    seen = []
+    def on_step_end(self, *rest, **kwargs):
+        self.seen.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
+
+model = tiny_model(hidden_size=256, intermediate_size=512)
+ids = [[1, *[30 + place % 9 for place in range(40)]]] * 64
+arguments = TrainingArguments(
+    tempfile.mkdtemp(), max_steps=6, per_device_train_batch_size=64, report_to=[], use_cpu=True, disable_tqdm=True
+)
+callbacks = [MomaMetricsCallback(keep_freed_memory=sys.argv[1] == "keep"), Faults()]
+data = [{"input_ids": row, "labels": row} for row in ids]
+Trainer(model=model, args=arguments, train_dataset=data, callbacks=callbacks).train()
+print(Faults.seen[-1] - Faults.seen[2])
+"""
+
+
+@needs_glibc
+def test_a_trainer_keeps_freed_memory_by_the_callback(monkeypatch):
+    for name in ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES", "LD_PRELOAD"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).resolve().parents[1]))
+    pages = {}
+    for way in ("keep", "leave"):
+        done = subprocess.run([sys.executable, "-c", TRAINING, way], check=True, stdout=subprocess.PIPE, text=True)
+        pages[way] = int(done.stdout.splitlines()[-1])
+    assert pages["keep"] < pages["leave"] / 2, pages
 
 
 @pytest.fixture
