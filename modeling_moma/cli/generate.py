@@ -181,6 +181,12 @@ def sound_format(path: Path) -> str:
     name = path.suffix.lstrip(".").upper()
     if name not in soundfile.available_formats():
         raise InputError(f"--output: {str(path)!r} has no ending of a format of sounds, such as .wav or .flac.")
+    try:
+        soundfile.write(BytesIO(), [0.0], 16000, format=name)
+    except (soundfile.LibsndfileError, TypeError, ValueError) as error:
+        raise InputError(
+            f"--output: sounds cannot be written as {path.suffix} ({error}); take another ending, such as .wav."
+        ) from error
     check_place(path)
     return name
 
