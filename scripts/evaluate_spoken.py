@@ -15,9 +15,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import soundfile
 import torch
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, AutoProcessor, logging
+from transformers import AutoModelForCausalLM, AutoProcessor, logging, set_seed
 
 from modeling_moma.data.encoding import DocumentEncoder
 from modeling_moma.data.sources import undecoded_rows
@@ -25,6 +26,7 @@ from modeling_moma.evaluation.retrieval import rank_figures, ranks
 from modeling_moma.evaluation.scoring import continuation_log_probs
 from modeling_moma.hub.loading import MODEL, PROCESSOR, open_saved
 from modeling_moma.utils.atomic_files import write_aside
+from tokenization.audio_input_moma import read_sound
 
 
 DATA = Path(__file__).resolve().parent.parent / "data" / "spoken"
@@ -88,6 +90,23 @@ def distance(first: str, second: str) -> int:
     return row[-1]
 
 
+def write_sounds(model, processor, rows: list[dict[str, Any]], folder: Path) -> None:
+    """Of each word a file of what was spoken, of what its codes keep, and of what the model says when it reads it."""
+    codec = processor.codecs["audio"]
+    folder.mkdir(parents=True, exist_ok=True)
+    for row in rows:
+        prompt = processor(text=[row["word"]], return_tensors="pt")
+        set_seed(0)
+        ids = model.generate(**prompt, generation_mode="audio", max_new_tokens=60, temperature=0.7, do_sample=True)
+        sounds = {
+            "spoken": read_sound(row["audio"], codec.sampling_rate),
+            "codes": codec.decode(processor.encode_items("audio", [row["audio"]])[0]),
+            "said": processor.post_process_multimodal_output(ids, generation_mode="audio")[0],
+        }
+        for name, samples in sounds.items():
+            soundfile.write(folder / f"{row['word']}-{name}.flac", samples, codec.sampling_rate)
+
+
 def measure_drawings(model, processor, rows: list[dict[str, Any]], batch_size: int) -> dict:
     """From a spoken label to its drawing, and, to compare, from the written label."""
     encoder = DocumentEncoder(processor)
@@ -129,6 +148,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--words", type=int, default=200, help="held-out words")
     parser.add_argument("--labels", type=int, default=100, help="held-out labels")
     parser.add_argument("--batch-size", type=int, default=100, help="continuations at once")
+    parser.add_argument("--sounds", type=Path, help="folder for the sounds of the first three words, and nothing else")
     parser.add_argument("--report", type=Path, help="JSON file of the figures")
     args = parser.parse_args(arguments)
     if not (args.data / "words").is_dir():
@@ -139,6 +159,9 @@ def main(arguments: list[str] | None = None) -> int:
     load = partial(AutoModelForCausalLM.from_pretrained, args.model, dtype=torch.float32)
     model = open_saved(MODEL, "--model", args.model, load).eval()
     words = rows_of(args.data / "words" / f"{args.split}.parquet", args.words, "word")
+    if args.sounds is not None:
+        write_sounds(model, processor, words[:3], args.sounds)
+        return 0
     labels = rows_of(args.data / "emoji" / f"{args.split}.parquet", args.labels, "label")
     report = {
         "split": args.split,

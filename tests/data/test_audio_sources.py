@@ -193,6 +193,10 @@ def test_chats_have_sounds(folder, processor, tmp_path):
     chat[0]["content"][1] = {"type": "audio", "audio": str(tmp_path / "sound.wav")}
     expected = processor.apply_chat_template(chat, tokenize=True, return_dict=True)["input_ids"][0]
     assert ids == expected
+    tiny_processor().save_pretrained(tmp_path / "images")
+    del sources["chats"]
+    with pytest.raises(ValueError, match="a part is of type 'audio', and the processor knows text, image"):
+        tokenize(sources, str(tmp_path / "images"), tmp_path / "without")
 
 
 def test_codecs_are_part_of_the_fingerprint(folder, processor):

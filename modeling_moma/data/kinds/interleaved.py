@@ -292,6 +292,11 @@ def _plain_part(part: Any, items: dict[str, list[Any]]) -> dict:
     if modality in items:
         items[modality] += [part[name] for name in (modality, "url", "path") if part.get(name) is not None]
         return {"type": modality}
+    # a chat without what is spoken of makes another sense
+    if modality not in (None, "text"):
+        raise LeftOut(
+            "chat not readable", f"a part is of type {modality!r}, and the processor knows text, {', '.join(items)}"
+        )
     return {"type": "text", "text": part.get("text") or ""}
 
 
