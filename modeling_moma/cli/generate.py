@@ -176,13 +176,14 @@ def sound_format(path: Path) -> str:
         ImportError: the library that writes sounds is missing.
     """
     with needs_extra("writing sounds needs soundfile", "audio"):
+        import numpy as np
         import soundfile
 
     name = path.suffix.lstrip(".").upper()
     if name not in soundfile.available_formats():
         raise InputError(f"--output: {str(path)!r} has no ending of a format of sounds, such as .wav or .flac.")
     try:
-        soundfile.write(BytesIO(), [0.0], 16000, format=name)
+        soundfile.write(BytesIO(), np.zeros(1), 16000, format=name)
     except (soundfile.LibsndfileError, TypeError, ValueError) as error:
         raise InputError(
             f"--output: sounds cannot be written as {path.suffix} ({error}); take another ending, such as .wav."
