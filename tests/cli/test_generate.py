@@ -129,7 +129,7 @@ def test_truncated_image_ends_with_a_message_and_no_traceback(model_folder, imag
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ([], "--prompt, --image: give at least one"),
+        ([], "--prompt, --image, --audio: give at least one"),
         (
             ["--prompt", "a", "--prompt", "b", "--image", "x", "--image", "y", "--image", "z"],
             "--prompt: given 2 times",

@@ -12,6 +12,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import DynamicCache
 
+from helpers.closeness import assert_close_but_for_flips
 from helpers.tiny import mixed_ids, tiny_model
 from modeling_moma import MomaForCausalLM
 from modeling_moma.cpu_moma import CPU_LAYERS, MomaCpuLinear, use_cpu_layers
@@ -50,7 +51,7 @@ def test_swapped_in_and_out_they_leave_the_classes_as_they_were_and_compute_the_
     if dtype == torch.float32:
         assert torch.equal(found, expected)
     else:
-        torch.testing.assert_close(found, expected, rtol=0.05, atol=0.05)
+        assert_close_but_for_flips(found, expected)
     for _ in range(2):
         use_cpu_layers(model)
         assert classes_of(model) == built
@@ -71,7 +72,8 @@ def test_models_are_built_copied_pickled_saved_and_loaded_with_them(tmp_path):
         MomaForCausalLM.from_pretrained(tmp_path),
     ):
         assert classes_of(other) == classes_of(model)
-        assert torch.equal(steps(other, ids), expected)
+        # kernels of some CPUs sum in another order where memory is aligned otherwise
+        torch.testing.assert_close(steps(other, ids), expected, rtol=1e-4, atol=1e-5)
     assert model.config.architectures == ["MomaForCausalLM"]
 
 

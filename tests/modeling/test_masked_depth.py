@@ -115,7 +115,8 @@ def test_training_steps_are_those_of_packed_layers(device, runs, routing, depth_
         assert bool(runs) is bool(limit)
     for name, value in found[0].items():
         torch.testing.assert_close(found[1][name], value, rtol=1e-4, atol=1e-5, msg=name)
-    assert averages[1] == pytest.approx(averages[0], rel=1e-4) and (checkpointing or len(averages[0]) > 5)
+    # of tokens that tie, another one may be taken in one layer: its share of the tokens, and little of a loss
+    assert averages[1] == pytest.approx(averages[0], rel=2e-3, abs=0.03) and (checkpointing or len(averages[0]) > 5)
 
 
 @pytest.mark.parametrize("routing", ["expert_choice", "token_choice"])
