@@ -195,6 +195,8 @@ class ParallelOverrides(Overrides):
             "training_routing": "token_choice",
             "router_bias_update_rate": 0.0,
         },
+        # over its 20 steps of Adam, rounding on CPUs without AMX moves some token to another expert
+        "test_fsdp2_plan_vs_ddp": {"training_routing": "token_choice", "router_bias_update_rate": 0.0},
     }
 
     def setUp(self):
