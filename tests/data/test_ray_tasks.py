@@ -27,6 +27,7 @@ from server_process import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 # Ray is imported by processes of their own alone: what it listens on is decided by then
+slow = pytest.mark.skipif(os.environ.get("RUN_SLOW") != "1", reason="slow: RUN_SLOW=1 runs it")
 needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="the extra `ray` is not installed")
 # a worker writes a shard in about half a second, so that there is one to kill
 ROWS, SHARDS = 512, 6
@@ -203,7 +204,7 @@ def raylets(node):
 
 
 @needs_ray
-@pytest.mark.skipif(os.environ.get("RUN_SLOW") != "1", reason="slow: RUN_SLOW=1 runs it")
+@slow
 def test_a_node_that_dies_costs_its_shard_alone(place, tmp_path):
     output, address = tmp_path / "tokens", f"127.0.0.1:{free_port()}"
     variables = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
@@ -251,9 +252,10 @@ sys.exit(main(sys.argv[1:]))
     "change, message",
     [
         ("", "sources: 'lines', split 'train', row 1: text empty.*--strict"),
-        (
+        pytest.param(
             "ray_tasks.RETRIES = 1; ray_tasks.write_shard = lambda *given: os._exit(1)",
             "--output 'tokens': the worker of the shard 'lines/train-00000-of-00001.json' died 2 times.*--processes",
+            marks=slow,
         ),
     ],
     ids=["an error", "the death of every worker"],
