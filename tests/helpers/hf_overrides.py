@@ -195,12 +195,15 @@ class ParallelOverrides(Overrides):
             "training_routing": "token_choice",
             "router_bias_update_rate": 0.0,
         },
-        # over its 20 steps of Adam, rounding on CPUs without AMX moves some token to another expert
-        "test_fsdp2_plan_vs_ddp": {"training_routing": "token_choice", "router_bias_update_rate": 0.0},
     }
 
     def setUp(self):
         super().setUp()
+        # on some CPUs MKL sums in another order where weights are aligned otherwise, as those of a file and of shards
+        # are, and over 20 steps of Adam that moves a token to another expert
+        sums = patch.dict("os.environ", MKL_CBWR="AVX2,STRICT")
+        sums.start()
+        self.addCleanup(sums.stop)
         # the suite wants a core for each process, and would skip what needs four of them on a smaller machine
         cores = patch("os.cpu_count", return_value=8)
         cores.start()

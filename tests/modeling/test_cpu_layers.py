@@ -12,7 +12,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import DynamicCache
 
-from helpers.closeness import assert_close_but_for_flips
+from helpers.closeness import assert_as_near_as_plain
 from helpers.tiny import mixed_ids, tiny_model
 from modeling_moma import MomaForCausalLM
 from modeling_moma.cpu_moma import CPU_LAYERS, MomaCpuLinear, use_cpu_layers
@@ -51,7 +51,9 @@ def test_swapped_in_and_out_they_leave_the_classes_as_they_were_and_compute_the_
     if dtype == torch.float32:
         assert torch.equal(found, expected)
     else:
-        assert_close_but_for_flips(found, expected)
+        exact = copy.deepcopy(model).float()
+        use_cpu_layers(exact, False)
+        assert_as_near_as_plain(found, expected, steps(exact, ids), tolerance=0.05)
     for _ in range(2):
         use_cpu_layers(model)
         assert classes_of(model) == built
@@ -65,15 +67,18 @@ def test_models_are_built_copied_pickled_saved_and_loaded_with_them(tmp_path):
     torch.save(model, buffer)
     buffer.seek(0)
     model.save_pretrained(tmp_path)
+    loaded = MomaForCausalLM.from_pretrained(tmp_path)
+    for weight in loaded.parameters():
+        # where they lie in a file is no multiple of 64 bytes, for which MKL sums in another order on some CPUs
+        weight.data = weight.data.clone()
     for other in (
         copy.deepcopy(model),
         pickle.loads(pickle.dumps(model)),
         torch.load(buffer, weights_only=False),
-        MomaForCausalLM.from_pretrained(tmp_path),
+        loaded,
     ):
         assert classes_of(other) == classes_of(model)
-        # kernels of some CPUs sum in another order where memory is aligned otherwise
-        torch.testing.assert_close(steps(other, ids), expected, rtol=1e-4, atol=1e-5)
+        assert torch.equal(steps(other, ids), expected)
     assert model.config.architectures == ["MomaForCausalLM"]
 
 

@@ -9,7 +9,7 @@ from transformers import DynamicCache, StaticCache
 
 from helpers.depth_reference import assert_equals_plain_loop
 from helpers.reference import GROUPS, assert_near, fields_of
-from helpers.tiny import left_padding, mixed_ids, tiny_model
+from helpers.tiny import IMAGE_IDS, left_padding, mixed_ids, tiny_model
 from modeling_moma import cpu_moma, experts_implementations_moma, token_groups_moma
 from modeling_moma.configuration_moma import rule_names
 from modeling_moma.depth_moma import DepthLayer, MomaDepthRouter
@@ -96,8 +96,10 @@ def test_training_steps_are_those_of_packed_layers(device, runs, routing, depth_
             model.zero_grad()
             ids = mixed_ids(3, 12, seed=seed)
             given = {"input_ids": ids, **INPUTS[inputs]}
+            if inputs == "padding":
+                given["mm_token_type_ids"] = ((ids >= IMAGE_IDS[0]) & (ids < IMAGE_IDS[1])).long()
             if "mm_token_type_ids" in given:
-                # random rather than looked up: equal tokens tie
+                # random rather than looked up: equal tokens tie, and kernels of some CPUs part them by a rounding
                 generator = torch.Generator().manual_seed(seed)
                 given["inputs_embeds"] = torch.randn(3, 12, model.config.hidden_size, generator=generator)
                 del given["input_ids"]
@@ -115,8 +117,7 @@ def test_training_steps_are_those_of_packed_layers(device, runs, routing, depth_
         assert bool(runs) is bool(limit)
     for name, value in found[0].items():
         torch.testing.assert_close(found[1][name], value, rtol=1e-4, atol=1e-5, msg=name)
-    # of tokens that tie, another one may be taken in one layer: its share of the tokens, and little of a loss
-    assert averages[1] == pytest.approx(averages[0], rel=2e-3, abs=0.03) and (checkpointing or len(averages[0]) > 5)
+    assert averages[1] == pytest.approx(averages[0], rel=1e-4) and (checkpointing or len(averages[0]) > 5)
 
 
 @pytest.mark.parametrize("routing", ["expert_choice", "token_choice"])
