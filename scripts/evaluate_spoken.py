@@ -21,6 +21,7 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoProcessor, logging, set_seed
 
 from modeling_moma.data.encoding import DocumentEncoder
+from modeling_moma.data.images import read_image
 from modeling_moma.data.sources import undecoded_rows
 from modeling_moma.evaluation.retrieval import rank_figures, ranks
 from modeling_moma.evaluation.scoring import continuation_log_probs
@@ -112,7 +113,7 @@ def measure_drawings(model, processor, rows: list[dict[str, Any]], batch_size: i
     encoder = DocumentEncoder(processor)
     parts = [{name: value for part in row["segments"] for name, value in part.items() if value} for row in rows]
     sounds = processor.encode_items("audio", [part["audio"] for part in parts])
-    images = processor.encode_images([_image(part["image"]) for part in parts])
+    images = processor.encode_images([read_image(part["image"])[0] for part in parts])
     begin, codes = processor.image_ids(images[0])[0], [processor.image_ids(image)[1:-1] for image in images]
     of_all = partial(continuation_log_probs, model, continuations=codes, batch_size=batch_size)
     heard = [[*encoder.opened(processor.frame_ids("audio", sound)), begin] for sound in sounds]
@@ -131,12 +132,6 @@ def measure_drawings(model, processor, rows: list[dict[str, Any]], batch_size: i
         "gain_of_sound": (of_sounds - prior)[own, own].mean().item(),
         "gain_of_label": (of_labels - prior)[own, own].mean().item(),
     }
-
-
-def _image(value: dict[str, Any]) -> Any:
-    from modeling_moma.data.images import read_image
-
-    return read_image(value)[0]
 
 
 def main(arguments: list[str] | None = None) -> int:

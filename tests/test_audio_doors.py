@@ -11,20 +11,17 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoProcessor, pipeline
 
-from helpers.sounds import RATE, as_file, processor_of_sounds, tiny_library_model, tone
+from helpers.sounds import RATE, THREE, as_file, processor_of_sounds, tiny_library_model, tone
 from helpers.tiny import noise_images, tiny_model, tiny_processor, tiny_vq_model
 from modeling_moma.cli.main import main as moma
 
 
-THREE = {"num_experts": {"text": 2, "image": 2, "audio": 2}}
 TONES = {"low": 400, "middle": 900, "high": 1900}
 
 
 @pytest.fixture(scope="module")
 def processor():
-    processor = processor_of_sounds()
-    processor.tokenizer.padding_side = "left"
-    return processor
+    return processor_of_sounds()
 
 
 @pytest.fixture(scope="module")

@@ -67,6 +67,7 @@ class MelCodec:
 
     codec_type: str
     length = None
+    SETTINGS = ("sampling_rate", "hop_length", "win_length", "num_mels", "frames_per_code")
 
     def __init__(
         self,
@@ -206,8 +207,7 @@ class MelCodec:
 
     def settings(self) -> dict[str, int]:
         """Return the arguments of the class, but for the codebook."""
-        names = ("sampling_rate", "hop_length", "win_length", "num_mels", "frames_per_code")
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in self.SETTINGS}
 
     def save_pretrained(self, folder: "str | os.PathLike"):
         """Write the settings and the codebook.

@@ -27,7 +27,6 @@ from .arguments import Flag, parse_fields
 
 # of `MomaForCausalLM.generate`
 Mode = Literal["text", "image", "interleaved", "audio"]
-OUTPUTS = {"image": "image.png", "interleaved": "image.png", "audio": "sound.wav", "text": "image.png"}
 TEXT_NEW_TOKENS = 32
 SOUND_NEW_TOKENS = 256
 
@@ -87,7 +86,8 @@ class Arguments:
 def parse_arguments(arguments: list[str] | None = None) -> Arguments:
     args = parse_fields(Arguments, __doc__, arguments, formatter_class=argparse.RawDescriptionHelpFormatter)
     mode = args.mode or ("text" if args.image or args.audio else "image")
-    return dataclasses.replace(args, mode=mode, output=args.output or OUTPUTS[mode])
+    output = args.output or ("sound.wav" if mode == "audio" else "image.png")
+    return dataclasses.replace(args, mode=mode, output=output)
 
 
 def make_rows(

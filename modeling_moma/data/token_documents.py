@@ -2,7 +2,7 @@
 """Documents of a source by their number, and those whose ids were made once: where they may be cut."""
 
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -82,6 +82,29 @@ class HeldOutTokens(Sequence):
         return ids[: cut_place(ids, self.documents.longest, self.documents.frames)].tolist()
 
 
+class HeldOutPairs(Sequence):
+    """Ids of both orders of pairs, such as images and captions, made when they are asked for.
+
+    Args:
+        make (`Callable[[int, bool], list[int]]`):
+            gives the ids of a row, its item before its text or after it: `make(row, item_first)`.
+        rows (`Sequence[int]`):
+            which; all with the item first come before the rest.
+    """
+
+    def __init__(self, make: Callable[[int, bool], list[int]], rows: Sequence[int]):
+        self.make, self.rows = make, rows
+
+    def __len__(self) -> int:
+        return 2 * len(self.rows)
+
+    def __getitem__(self, index):
+        if not 0 <= index < len(self):
+            raise IndexError(f"{index} of {len(self)}")
+        second, place = divmod(index, len(self.rows))
+        return self.make(self.rows[place], not second)
+
+
 def cut_place(ids: Sequence[int] | np.ndarray, room: int, frames: Sequence[tuple[int, int]]) -> int:
     """Return how many tokens of a document go into a room, no image of it cut in two.
 
@@ -132,4 +155,4 @@ def cut_before(place: int, begins: Sequence[int], lasts: Sequence[int]) -> int:
     return begins[number] if number >= 0 and lasts[number] >= place else place
 
 
-__all__ = ["Documents", "TokenDocuments", "cut_before", "cut_place", "frame_spans"]
+__all__ = ["Documents", "HeldOutPairs", "TokenDocuments", "cut_before", "cut_place", "frame_spans"]

@@ -70,12 +70,7 @@ class Studio:
 
     def caption(self, image: Image.Image) -> str:
         """Return what the model says of an image, greedily."""
-        inputs = self._inputs("", [image])
-        with self._lock:
-            ids = self.model.generate(
-                **inputs, generation_mode="text", do_sample=False, max_new_tokens=self._words_room(inputs)
-            )
-        return self.processor.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+        return self._likeliest_words(self._inputs("", [image]))
 
     @property
     def sampling_rate(self) -> int | None:
@@ -85,12 +80,7 @@ class Studio:
 
     def listen(self, samples: np.ndarray) -> str:
         """Return what the model writes after a sound `[num_samples]`, greedily."""
-        inputs = self._inputs("", [], [samples])
-        with self._lock:
-            ids = self.model.generate(
-                **inputs, generation_mode="text", do_sample=False, max_new_tokens=self._words_room(inputs)
-            )
-        return self.processor.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+        return self._likeliest_words(self._inputs("", [], [samples]))
 
     def heard(self, samples: np.ndarray) -> np.ndarray:
         """Return what is left of a sound once it is codes: what the model knows of it."""
@@ -254,6 +244,13 @@ class Studio:
             return_tensors="pt",
         )
         return dict(batch.to(self.model.device))
+
+    def _likeliest_words(self, inputs: dict[str, torch.Tensor]) -> str:
+        with self._lock:
+            ids = self.model.generate(
+                **inputs, generation_mode="text", do_sample=False, max_new_tokens=self._words_room(inputs)
+            )
+        return self.processor.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
 
     def _words_room(self, inputs: dict[str, torch.Tensor], more: int = 0) -> int:
         """Return new tokens for words and `more` others, as far as the context goes."""

@@ -4,24 +4,23 @@
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from tqdm.auto import tqdm
 
+from tokenization.audio_codecs_moma import MelCodec
+
+from ..data.images import LeftOut
 from ..data.json_lines import BROKEN_LINE
+from ..data.sounds import read_row_sound
 from ..data.sources import TRAIN, VALIDATION, Source, undecoded_rows
 from ..errors_moma import InputError
 from ..utils.errors import needs_extra
 from .tokenizer_settings import AudioTokenizerSettings
 
 
-if TYPE_CHECKING:
-    from tokenization.audio_codecs_moma import MelCodec
-
-# of the codec, as its class calls them
-CODEC_SETTINGS = ("sampling_rate", "hop_length", "win_length", "num_mels", "frames_per_code")
 # a natural logarithm of power, in decibels
 DECIBELS = 10 / math.log(10)
 
@@ -38,7 +37,7 @@ class TrainedCodec:
             spectrogram from that of its code in decibels, `train_db` and `held_out_db` (`None` without held-out ones).
     """
 
-    codec: "MelCodec"
+    codec: MelCodec
     facts: dict[str, Any]
 
 
@@ -55,13 +54,11 @@ def train_audio_tokenizer(sources: Sequence[Source], settings: AudioTokenizerSet
         ValueError: there are fewer vectors than codes, or no sound can be used.
         ImportError: the extra `audio` is missing.
     """
-    from tokenization.audio_codecs_moma import MelCodec
-
     with needs_extra("moma train-audio-tokenizer needs scikit-learn", "audio"):
         from sklearn.cluster import MiniBatchKMeans
 
     left_out: dict[str, int] = {}
-    untrained = MelCodec.untrained(**{name: getattr(settings, name) for name in CODEC_SETTINGS})
+    untrained = MelCodec.untrained(**{name: getattr(settings, name) for name in MelCodec.SETTINGS})
     held_out = _vectors(untrained, _sounds(sources, True), settings.held_out_sounds, left_out)
     train = _vectors(untrained, _sounds(sources, False), settings.sounds, left_out)
     num_vectors = sum(map(len, train))
@@ -111,11 +108,8 @@ def _source_sounds(source: Source, held_out: bool) -> Iterator[tuple[Source, Any
 
 
 def _vectors(
-    codec: "MelCodec", sounds: Iterator[tuple[Source, Any]], number: int, left_out: dict[str, int]
+    codec: MelCodec, sounds: Iterator[tuple[Source, Any]], number: int, left_out: dict[str, int]
 ) -> list[torch.Tensor]:
-    from ..data.images import LeftOut
-    from ..data.sounds import read_row_sound
-
     found: list[torch.Tensor] = []
     with tqdm(total=number, desc="sounds", unit=" sounds") as progress:
         for source, value in sounds:
@@ -130,7 +124,7 @@ def _vectors(
     return found
 
 
-def _distance(codec: "MelCodec", vectors: Sequence[torch.Tensor]) -> float:
+def _distance(codec: MelCodec, vectors: Sequence[torch.Tensor]) -> float:
     chunks = torch.cat(list(vectors)).split(8192)
     total = sum(
         (chunk - codec.codebook[torch.cdist(chunk, codec.codebook).argmin(1)]).abs().sum().item() for chunk in chunks

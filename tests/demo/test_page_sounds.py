@@ -8,7 +8,7 @@ import wave
 import numpy as np
 import pytest
 
-from helpers.sounds import RATE, as_file, processor_of_sounds, tone
+from helpers.sounds import RATE, THREE, as_file, processor_of_sounds, tone
 from helpers.tiny import tiny_model, tiny_processor
 
 
@@ -21,9 +21,6 @@ from modeling_moma.demo.inputs import read_sound_upload  # noqa: E402
 from modeling_moma.demo.page import build_page, open_page  # noqa: E402
 from modeling_moma.demo.studio import Studio  # noqa: E402
 from modeling_moma.demo.tabs import as_html, as_sound  # noqa: E402
-
-
-THREE = {"num_experts": {"text": 2, "image": 2, "audio": 2}}
 
 
 @pytest.fixture(scope="module")

@@ -14,6 +14,8 @@ from tokenization.audio_codecs_moma import LibraryAudioCodec, MelCodec
 
 
 RATE = 8000
+# fields of a model of its processor
+THREE = {"num_experts": {"text": 2, "image": 2, "audio": 2}}
 MELS = {"sampling_rate": RATE, "hop_length": 40, "win_length": 160, "num_mels": 8, "frames_per_code": 2}
 
 
@@ -95,8 +97,9 @@ def tiny_library_model(name: str) -> PreTrainedModel:
 
 
 def processor_of_sounds(codec: "MelCodec | LibraryAudioCodec | None" = None) -> MomaProcessor:
-    """The tiny processor with a codec of sounds."""
+    """The tiny processor with a codec of sounds, whose prompts end side by side."""
     codec = codec or tiny_mel_codec()
     images = tiny_processor()
     tokenizer = add_modality_tokens(images.tokenizer, "audio", codec.num_codes)
+    tokenizer.padding_side = "left"
     return MomaProcessor(images.image_processor, tokenizer, images.vq_model, codecs={"audio": codec})

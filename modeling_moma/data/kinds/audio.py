@@ -14,6 +14,7 @@ from ..images import LeftOut
 from ..shard import Shard
 from ..shards import ShardTable
 from ..templates import Template
+from ..token_documents import HeldOutPairs
 from .base import SourceKind, source_kind
 
 
@@ -119,25 +120,9 @@ class AudioDocuments:
         text = self.template.render(columns) if rng is None else self.template.render(columns, rng)
         return self.encoder.pair("audio", text, self.table.numbers("codes", row), audio_first)
 
-    def held_out(self, rows: Sequence[int] | None = None) -> "HeldOutSounds":
+    def held_out(self, rows: Sequence[int] | None = None) -> HeldOutPairs:
         """Both orders of every sound; all sounds first come before the rest."""
-        return HeldOutSounds(self, range(len(self)) if rows is None else rows)
-
-
-class HeldOutSounds(Sequence):
-    """Ids of both orders of all sounds, made when they are asked for."""
-
-    def __init__(self, documents: AudioDocuments, rows: Sequence[int]):
-        self.documents, self.rows = documents, rows
-
-    def __len__(self) -> int:
-        return 2 * len(self.rows)
-
-    def __getitem__(self, index):
-        if not 0 <= index < len(self):
-            raise IndexError(f"{index} of {len(self)}")
-        second, place = divmod(index, len(self.rows))
-        return self.documents._ids(self.rows[place], not second)
+        return HeldOutPairs(self._ids, range(len(self)) if rows is None else rows)
 
 
 __all__ = ["AudioDocuments", "AudioKind"]

@@ -19,6 +19,7 @@ from ..images import LeftOut
 from ..shard import BATCH, Shard
 from ..shards import ShardTable
 from ..templates import Template
+from ..token_documents import HeldOutPairs
 from .base import SourceKind, source_kind
 
 
@@ -275,26 +276,12 @@ class CaptionDocuments:
         """Where a row stood in the split that was tokenized."""
         return self._row_number(row)
 
-    def held_out(self, rows: Sequence[int] | None = None) -> "HeldOutCaptions":
+    def held_out(self, rows: Sequence[int] | None = None) -> HeldOutPairs:
         """Both orders of every image as it is, with its first caption; all images first come before the rest."""
-        return HeldOutCaptions(self, range(len(self)) if rows is None else rows)
+        return HeldOutPairs(self._plain_ids, range(len(self)) if rows is None else rows)
 
-
-class HeldOutCaptions(Sequence):
-    """Ids of both orders of all captions, made when they are asked for."""
-
-    def __init__(self, documents: CaptionDocuments, rows: Sequence[int]):
-        self.documents, self.rows = documents, rows
-
-    def __len__(self) -> int:
-        return 2 * len(self.rows)
-
-    def __getitem__(self, index):
-        if not 0 <= index < len(self):
-            raise IndexError(f"{index} of {len(self)}")
-        second, place = divmod(index, len(self.rows))
-        documents, row = self.documents, self.rows[place]
-        return documents.encoder.caption(documents.caption(row), documents.codes(row), not second)
+    def _plain_ids(self, row: int, image_first: bool) -> list[int]:
+        return self.encoder.caption(self.caption(row), self.codes(row), image_first)
 
 
 class _CaptionRows:

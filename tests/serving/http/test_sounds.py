@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from helpers.openai_client import client_of_server
-from helpers.sounds import as_file, processor_of_sounds, tone
+from helpers.sounds import THREE, as_file, processor_of_sounds, tone
 from helpers.tiny import noise_images, tiny_model
 
 
@@ -17,14 +17,12 @@ ROOT = Path(__file__).resolve().parents[3]
 
 @pytest.fixture(scope="module")
 def processor():
-    processor = processor_of_sounds()
-    processor.tokenizer.padding_side = "left"
-    return processor
+    return processor_of_sounds()
 
 
 @pytest.fixture(scope="module")
 def model(processor):
-    return tiny_model(processor, num_experts={"text": 2, "image": 2, "audio": 2}, seed=3)
+    return tiny_model(processor, **THREE, seed=3)
 
 
 @pytest.fixture(scope="module")
