@@ -74,6 +74,8 @@ class MomaVQOutput(ModelOutput):
         The vectors before quantisation, for [`~MomaVQModel.update_codebook`].
     semantic_prediction (`torch.FloatTensor` of shape `(batch_size, semantic_dim)`, *optional*):
         Feature vector predicted from the codes; only in models with a semantic head.
+    quantized (`torch.FloatTensor` of shape `(batch_size, embed_dim, grid, grid)`):
+        The vectors of the codes; gradients pass through them to the latents.
     codebook_usage (`torch.FloatTensor` of shape `()`):
         Perplexity of the codes in this batch: 1 (a single code) to `num_embeddings` (all alike).
     """
@@ -87,6 +89,7 @@ class MomaVQOutput(ModelOutput):
     image_tokens: torch.Tensor | None = None
     latents: torch.Tensor | None = None
     semantic_prediction: torch.Tensor | None = None
+    quantized: torch.Tensor | None = None
     codebook_usage: torch.Tensor | None = None
 
 
@@ -378,6 +381,7 @@ class MomaVQModel(PreTrainedModel):
             image_tokens=image_tokens,
             latents=latents,
             semantic_prediction=semantic_prediction,
+            quantized=quantized,
             codebook_usage=self.codebook_perplexity(image_tokens),
         )
 

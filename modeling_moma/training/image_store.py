@@ -27,6 +27,8 @@ from .image_sources import Candidate, candidates, image_fields
 
 
 TRAIN_FILE, HELD_OUT_FILE, REPORT_FILE = "train.npy", "held_out.npy", "pictures.json"
+# source and row of each image to train on
+PLACES_FILE = "places.npy"
 # images left out that a report describes, beyond their counts
 NUM_EXAMPLES = 20
 # decoders let other threads run, and few are enough to keep the disk busy
@@ -44,6 +46,8 @@ class ImageStore:
             uint8 `(images, 3, side, side)`, memory-mapped.
         held_out (`np.ndarray`):
             likewise, those that are not trained on.
+        places (`np.ndarray`):
+            source, by its place in the recipe, and row of each image that is trained on, int64 `(images, 2)`.
         report (`dict[str, Any]`):
             `key` (what the files were made from), `train` and `held_out` (numbers of images), `sources` (by name:
             `train`, `held_out`, `left_out` by reason and `changed` by kind) and `examples` of those left out.
@@ -52,6 +56,7 @@ class ImageStore:
     folder: Path
     train: np.ndarray
     held_out: np.ndarray
+    places: np.ndarray
     report: dict[str, Any]
 
     def summary(self) -> str:
@@ -89,14 +94,15 @@ def open_store(
     # compare the key as JSON gives it back
     key = json.loads(json.dumps(key, default=str))
     report = _read_report(folder)
-    if report.get("key") != key:
+    if report.get("key") != key or not (folder / PLACES_FILE).exists():
         replace_folder(folder, lambda aside: _write(aside, sources, key, is_strict))
         report = _read_report(folder)
     else:
         print(f"images of an earlier start in {str(folder)!r}; remove the folder where the data have changed")
     if is_strict and report["examples"]:
         raise InputError(f"--strict: {report['examples'][0]}.")
-    return ImageStore(folder, read_array(folder / TRAIN_FILE), read_array(folder / HELD_OUT_FILE), report)
+    train, held_out, places = (read_array(folder / name) for name in (TRAIN_FILE, HELD_OUT_FILE, PLACES_FILE))
+    return ImageStore(folder, train, held_out, places, report)
 
 
 def take(images: np.ndarray, indices: torch.Tensor) -> torch.Tensor:
@@ -129,8 +135,12 @@ def _read_report(folder: Path) -> dict[str, Any]:
 def _write(folder: Path, sources: list[Source], key: dict[str, Any], is_strict: bool) -> None:
     folder.mkdir(parents=True)
     shape = (3, key["resolution"], key["resolution"])
-    with ArrayWriter(folder / TRAIN_FILE, shape) as train, ArrayWriter(folder / HELD_OUT_FILE, shape) as held_out:
-        filling = _Filling(sources, train, _Sample(held_out, key["held_out_pictures"]), is_strict)
+    with (
+        ArrayWriter(folder / TRAIN_FILE, shape) as train,
+        ArrayWriter(folder / HELD_OUT_FILE, shape) as held_out,
+        ArrayWriter(folder / PLACES_FILE, (2,), np.int64) as places,
+    ):
+        filling = _Filling(sources, train, places, _Sample(held_out, key["held_out_pictures"]), is_strict)
         filling.run(MomaImageProcessor.for_resolution(key["resolution"], do_rescale=False, do_normalize=False))
     totals = {"train": train.count, "held_out": held_out.count}
     report = {"key": key, **totals, "sources": filling.counts, "examples": filling.examples}
@@ -170,10 +180,13 @@ def _hash(candidate: Candidate) -> int:
 
 
 class _Filling:
-    """Reads all images of the sources into the two files, and counts what becomes of them."""
+    """Reads all images of the sources into the files, and counts what becomes of them."""
 
-    def __init__(self, sources: list[Source], train: ArrayWriter, held_out: _Sample, is_strict: bool):
+    def __init__(
+        self, sources: list[Source], train: ArrayWriter, places: ArrayWriter, held_out: _Sample, is_strict: bool
+    ):
         self.sources, self.train, self.held_out, self.is_strict = sources, train, held_out, is_strict
+        self.places, self.numbers = places, {source.name: number for number, source in enumerate(sources)}
         self.counts: dict[str, dict[str, Any]] = {
             source.name: {"train": 0, "held_out": 0, "left_out": Counter(), "changed": Counter()} for source in sources
         }
@@ -211,6 +224,7 @@ class _Filling:
             self.held_out.add(candidate, image)
         else:
             self.train.write(image)
+            self.places.write(np.array([self.numbers[candidate.source.name], candidate.row]))
             self.counts[candidate.source.name]["train"] += 1
             self.last = candidate, image
 
@@ -225,6 +239,7 @@ class _Filling:
     def _hold_last_out(self) -> None:
         assert self.last is not None
         self.train.drop_last()
+        self.places.drop_last()
         self.counts[self.last[0].source.name]["train"] -= 1
         self.held_out.add(*self.last)
 

@@ -23,6 +23,7 @@ from ..errors_moma import InputError
 from ..utils.atomic_files import is_of_model, refuse_files, replace_folder, write_folder_aside
 from ..utils.errors import MissingExtraError, needs_extra
 from ..utils.hardware import trains_in_bf16
+from .caption_words import CaptionTraining
 from .checkpoints import checkpoint_step, numbered_checkpoints
 from .discriminator import AdversarialTraining
 from .image_sources import image_fields
@@ -162,11 +163,19 @@ class TokenizerTraining:
         self.store = self._open_images()
         self.facts["pictures"] = len(self.store.train)
         check_same_images(str(output), self.facts, begun)
+        self.captions = None
+        if settings.caption_weight > 0:
+            self.captions = CaptionTraining(
+                *(settings.caption_weight, sources, self.store, self.model.config, settings.learning_rate),
+                *(settings.seed, self.device),
+            )
         if state is not None:
             self.optimizer.load_state_dict(state["optimizer"])
             self.scheduler.load_state_dict(state["scheduler"])
             if self.adversarial is not None:
                 self.adversarial.load_state_dict(state["adversarial"])
+            if self.captions is not None:
+                self.captions.load_state_dict(state["captions"])
         self._prepare_teacher()
 
     def _make_model(self, resume: bool) -> dict[str, Any] | None:
@@ -256,36 +265,45 @@ class TokenizerTraining:
         adversarial = self.adversarial
         if adversarial is not None and not adversarial.is_on(self.step):
             adversarial = None
-        summary = {}
+        summary, caption_loss = {}, None
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.bf16):
             output = self.model(pixel_values, semantic_targets=targets, perceptual_distance=self.perceptual)
             loss = output.loss
             if adversarial is not None:
                 term, summary["adversarial"] = adversarial.term(self.model, output)
                 loss = loss + term
+            if self.captions is not None:
+                term, caption_loss = self.captions.term(output, chosen)
+                loss = loss + term
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.scheduler.step()
+        if self.captions is not None:
+            self.captions.step()
         if self.model.config.codebook_decay is not None:
             self.model.update_codebook(output.latents, output.image_tokens)
         if adversarial is not None:
             with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.bf16):
                 summary["discriminator"] = adversarial.train_step(pixel_values, output.reconstruction)
         self.step += 1
-        return self._summarise(output, pixel_values, loss) | summary
+        return self._summarise(output, pixel_values, loss, caption_loss) | summary
 
     def _augment(self, pixel_values: torch.Tensor) -> torch.Tensor:
         if self.settings.augmentation == "none":
             return pixel_values
         return augment_images(pixel_values, fill=self.settings.augmentation)
 
-    def _summarise(self, output: Any, pixel_values: torch.Tensor, loss: torch.Tensor) -> dict[str, float]:
+    def _summarise(
+        self, output: Any, pixel_values: torch.Tensor, loss: torch.Tensor, caption_loss: torch.Tensor | None
+    ) -> dict[str, float]:
         error = F.mse_loss(output.reconstruction.detach(), pixel_values)
         figures = {"loss": loss, "psnr": error, "usage": output.codebook_usage}
         if output.semantic_loss is not None:
             figures["semantic"] = output.semantic_loss
+        if caption_loss is not None:
+            figures["caption"] = caption_loss
         # read at once: each read waits for the device
         values = torch.stack([value.detach().float() for value in figures.values()]).tolist()
         summary = dict(zip(figures, values))
@@ -308,6 +326,8 @@ class TokenizerTraining:
         }
         if self.adversarial is not None:
             state["adversarial"] = self.adversarial.state_dict()
+        if self.captions is not None:
+            state["captions"] = self.captions.state_dict()
         save_checkpoint(self.output, self.step, self.model, state, self.metrics)
 
     def run(self, on_step: Callable[[int, dict[str, float]], None] | None = None) -> list[dict]:

@@ -46,6 +46,8 @@ class TokenizerSettings:
             of the semantic loss; the configuration's by default.
         perceptual_weight (`float`, *optional*):
             of the perceptual loss; the configuration's by default.
+        caption_weight (`float`, *optional*, defaults to `0.0`):
+            of the loss by which the codes of an image have to tell the words of its caption; 0 for none.
         adversarial_weight (`float`, *optional*, defaults to `0.0`):
             of the patch discriminator's term; 0 for no discriminator.
         adversarial_start (`int`, *optional*, defaults to `0`):
@@ -68,6 +70,7 @@ class TokenizerSettings:
     resolution: Count | None = None
     semantic_weight: NotNegative | None = None
     perceptual_weight: NotNegative | None = None
+    caption_weight: NotNegative = 0.0
     adversarial_weight: NotNegative = 0.0
     adversarial_start: Annotated[Int, Field(ge=0)] = 0
     augmentation: Literal["white", "reflection", "none"] = "white"
@@ -116,10 +119,10 @@ MODEL_SETTINGS = ("resolution", "semantic_weight", "perceptual_weight")
 # arguments without which a run would end elsewhere; the model's own are in its configuration
 DECISIVE = (
     *("steps", "batch_size", "learning_rate", "warmup_steps", "seed"),
-    *("adversarial_weight", "adversarial_start", "augmentation"),
+    *("caption_weight", "adversarial_weight", "adversarial_start", "augmentation"),
 )
 # defaults of earlier versions, whose checkpoints do not record them
-ONCE = {"adversarial_weight": 0.0, "augmentation": "white"}
+ONCE = {"caption_weight": 0.0, "adversarial_weight": 0.0, "augmentation": "white"}
 
 
 def read_config(settings: TokenizerSettings) -> "MomaVQConfig":

@@ -1,0 +1,169 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A head that tells the words of an image's caption from its codes, so that these keep what captions speak of."""
+
+import math
+import re
+from collections import Counter
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from tokenization.configuration_moma_vq import MomaVQConfig
+from tokenization.modeling_moma_vq import MomaVQOutput
+
+from ..data.sources import TRAIN, Source, undecoded_rows
+from ..errors_moma import InputError
+from .image_store import ImageStore
+
+
+# a word of fewer captions is not asked for, nor more words than these
+FEWEST_CAPTIONS, MOST_WORDS = 20, 8192
+HIDDEN_SIZE = 384
+# of no word, beyond the last one of a caption
+NONE = -1
+
+
+class CaptionWordHead(nn.Module):
+    """Codes `(batch, embed_dim, grid, grid)` to scores of words `(batch, words)`.
+
+    Args:
+        embed_dim (`int`):
+            of the codes.
+        words (`int`):
+            that there are.
+    """
+
+    def __init__(self, embed_dim: int, words: int):
+        super().__init__()
+        self.conv1 = nn.Conv2d(embed_dim, HIDDEN_SIZE, 3, padding=1)
+        self.conv2 = nn.Conv2d(HIDDEN_SIZE, HIDDEN_SIZE, 3, padding=1)
+        self.scores = nn.Linear(HIDDEN_SIZE, words)
+
+    def forward(self, quantized: torch.Tensor) -> torch.Tensor:
+        """Map vectors of codes `(batch, embed_dim, grid, grid)` to `(batch, words)`."""
+        hidden_states = F.gelu(self.conv2(F.gelu(self.conv1(quantized))))
+        return self.scores(hidden_states.mean(dim=(2, 3)))
+
+
+def caption_words(text: str) -> list[str]:
+    """Return the words of a caption, each once and in lower case."""
+    return list(dict.fromkeys(re.findall(r"\w+", text.lower())))
+
+
+def read_captions(sources: list[Source], places: np.ndarray) -> list[list[str]]:
+    """Return the words of the first caption of each image, none where its source has no captions.
+
+    Args:
+        sources (`list[Source]`):
+            of the images.
+        places (`np.ndarray`):
+            source and row of each image, `(images, 2)`, in the order of the sources' rows.
+    """
+    words: list[list[str]] = [[] for _ in places]
+    for number, source in enumerate(sources):
+        columns = source.kind.stored_columns()
+        if not source.kind.has_captions:
+            continue
+        images = np.flatnonzero(places[:, 0] == number)
+        by_row = dict(zip(places[images, 1].tolist(), images.tolist()))
+        rows = source.open(source.split_names()[TRAIN]).select_columns(columns)
+        for row, values in enumerate(undecoded_rows(rows)):
+            if row in by_row:
+                words[by_row[row]] = caption_words(next(source.kind.row_texts(values), ""))
+    return words
+
+
+class CaptionTraining:
+    """The head with its optimizer, and the term that it adds to an image tokenizer's loss.
+
+    The term is the cross-entropy to the words of the caption, each of which counts by the logarithm of how rare it is.
+
+    Args:
+        weight (`float`):
+            of the term.
+        sources (`list[Source]`):
+            of the images.
+        store (`ImageStore`):
+            the images.
+        config (`MomaVQConfig`):
+            of the image tokenizer.
+        learning_rate (`float`):
+            of the head.
+        seed (`int`):
+            of the fresh weights.
+        device (`torch.device`):
+            of the image tokenizer.
+
+    Raises:
+        ValueError: no word stands in enough captions.
+    """
+
+    def __init__(
+        self,
+        weight: float,
+        sources: list[Source],
+        store: ImageStore,
+        config: MomaVQConfig,
+        learning_rate: float,
+        seed: int,
+        device: torch.device,
+    ):
+        captions = read_captions(sources, store.places)
+        counts = Counter(word for words in captions for word in words)
+        kept = [(word, count) for word, count in counts.most_common(MOST_WORDS) if count >= FEWEST_CAPTIONS]
+        if not kept:
+            raise InputError(
+                f"caption_weight={weight}: of {len(counts):,} words in the captions of {len(captions):,} images none "
+                f"stands in {FEWEST_CAPTIONS} or more. Sources of captions have `image` and `text`."
+            )
+        self.vocabulary = [word for word, _ in kept]
+        numbers = {word: number for number, word in enumerate(self.vocabulary)}
+        found = [[numbers[word] for word in words if word in numbers] for words in captions]
+        longest = max(map(len, found))
+        # words of each image, (images, longest)
+        self.words = torch.tensor([entry + [NONE] * (longest - len(entry)) for entry in found], dtype=torch.int32)
+        # a word of every caption tells nothing
+        self.rarity = torch.tensor([math.log(len(captions) / count) for _, count in kept], device=device)
+        self.weight, self.device = weight, device
+        # the model's random numbers stay what they are without it
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.head = CaptionWordHead(config.embed_dim, len(kept))
+        self.head = self.head.to(device).train()
+        self.optimizer = torch.optim.AdamW(self.head.parameters(), lr=learning_rate, betas=(0.9, 0.99), fused=True)
+
+    def term(self, output: MomaVQOutput, indices: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the term of the tokenizer's loss, and the loss before its weight.
+
+        Args:
+            output (`MomaVQOutput`):
+                of the forward pass with gradients.
+            indices (`torch.Tensor`):
+                of the images in the store, `(batch,)`.
+        """
+        words = self.words[indices].long().to(self.device)
+        weights = self.rarity[words.clamp(min=0)] * (words != NONE)
+        total = weights.sum(dim=1, keepdim=True)
+        scores = self.head(output.quantized).float()
+        found = torch.log_softmax(scores, dim=-1).gather(1, words.clamp(min=0))
+        of_image = -(found * weights / total.clamp(min=torch.finfo(total.dtype).tiny)).sum(dim=1)
+        loss = of_image.sum() / (total > 0).sum().clamp(min=1)
+        return self.weight * loss, loss
+
+    def step(self) -> None:
+        """Take a step of the head, whose gradients the tokenizer's loss gave."""
+        torch.nn.utils.clip_grad_norm_(self.head.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return all that a resumed run needs."""
+        return {"head": self.head.state_dict(), "optimizer": self.optimizer.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from [`CaptionTraining.state_dict`]."""
+        self.head.load_state_dict(state["head"])
+        self.optimizer.load_state_dict(state["optimizer"])
