@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Open a page in the browser that captions, draws, answers, and shows the routing.
+"""Open a page in the browser that captions, names, draws, answers, and shows the routing.
 
 moma demo
-moma demo DIR --port 8000 --examples IMAGES
+moma demo DIR --port 8000 --examples IMAGES --search ICONS
 """
 
 import argparse
@@ -21,6 +21,8 @@ from .arguments import Flag, FlagParser
 
 RELEASED = Path("model_cards/moma-emoji")
 RELEASED_EXAMPLES = Path("model_cards/moma-emoji-space/examples")
+# how its captions begin
+RELEASED_PROMPTS = {"name_prompt": "noto:", "tag_prompt": "noto tags:"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,12 +38,21 @@ class Arguments:
             0 for any free one.
         examples (`str`, *optional*):
             folder of images to offer, and of words to draw in prompts.txt.
+        search (`str`, *optional*):
+            folder of images that visitors may search by words.
+        name_prompt (`str`, *optional*, defaults to `""`):
+            what the model's captions have before a name.
+        tag_prompt (`str`, *optional*, defaults to `"tags:"`):
+            what they have before tags.
     """
 
     folder: Annotated[str, Flag(metavar="FOLDER", is_positional=True)] = ""
     host: str = "127.0.0.1"
     port: Annotated[Int, Field(ge=0, le=65535)] = 7860
     examples: str | None = None
+    search: str | None = None
+    name_prompt: str = ""
+    tag_prompt: str = "tags:"
 
 
 def parse_arguments(arguments: list[str] | None = None) -> Arguments:
@@ -53,6 +64,7 @@ def parse_arguments(arguments: list[str] | None = None) -> Arguments:
         given["folder"] = str(RELEASED)
         if RELEASED_EXAMPLES.is_dir():
             given.setdefault("examples", str(RELEASED_EXAMPLES))
+        given = {**RELEASED_PROMPTS, **given}
     return Arguments(**given)
 
 
@@ -62,10 +74,15 @@ def run(args: Arguments) -> int:
     from ..demo.inputs import Examples
     from ..demo.page import build_page, open_page
     from ..demo.studio import load_studio
+    from ..labelling.images import folder_files
+    from ..labelling.labeler import CaptionForm
 
     # examples are checked before the model, which takes longer to load
     examples = Examples.from_folder(args.examples) if args.examples else None
-    page = build_page(load_studio(args.folder), examples)
+    if args.search is not None:
+        folder_files(args.search)
+    form = CaptionForm(name_prompt=args.name_prompt, tag_prompt=args.tag_prompt)
+    page = build_page(load_studio(args.folder, form, args.search), examples)
     print(f"{args.folder}: {open_page(page, args.host, args.port)}", flush=True)
     page.block_thread()
     return 0

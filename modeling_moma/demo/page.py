@@ -8,7 +8,7 @@ import gradio as gr
 from ..errors_moma import InputError
 from .inputs import MOST_BYTES, Examples
 from .studio import Studio
-from .tabs import caption_tab, draw_tab, interleaved_tab, routing_tab, sound_tab
+from .tabs import caption_tab, draw_tab, interleaved_tab, label_tab, routing_tab, sound_tab
 
 
 # one visitor more than these that wait for the model is told that the queue is full
@@ -25,7 +25,7 @@ CSS = """
 
 
 def build_page(studio: Studio, examples: Examples | None = None) -> gr.Blocks:
-    """Return a page of four tabs for one model, and of five where it hears.
+    """Return a page of five tabs for one model, and of six where it hears.
 
     Args:
         studio (`Studio`):
@@ -42,6 +42,8 @@ def build_page(studio: Studio, examples: Examples | None = None) -> gr.Blocks:
         gr.Markdown(f"# {studio.name}\n{ABOUT}")
         with gr.Tab("Caption"):
             caption_tab(studio, examples)
+        with gr.Tab("Names"):
+            label_tab(studio, examples)
         with gr.Tab("Draw"):
             draw_tab(studio, examples)
         if studio.sampling_rate is not None:

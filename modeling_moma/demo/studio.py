@@ -11,7 +11,7 @@ import queue
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,8 @@ from ..errors_moma import InputError
 from ..evaluation.routing_images import record_routing, token_pieces
 from ..generation_moma import INTERLEAVED
 from ..hub.loading import MODEL, PROCESSOR, open_saved, refuse_non_finite
+from ..labelling.folder import CodedFolder
+from ..labelling.labeler import CaptionForm, Guess, ImageLabeler
 from .routing_view import RoutedExample
 
 
@@ -34,6 +36,8 @@ from .routing_view import RoutedExample
 MOST_WORDS = 32
 # new codes of a sound
 MOST_CODES = 256
+# images that a search shows
+MOST_FOUND = 12
 # number of views of an image while it is drawn
 VIEWS = 16
 # the colour of patches that have no code yet
@@ -53,15 +57,22 @@ class Studio:
             its processor, whose image tokenizer has a decoder.
         name (`str`):
             of the model, for people.
+        form ([`CaptionForm`], *optional*):
+            how the captions are written that it was trained on.
+        library (`str`, *optional*):
+            folder of images that can be searched; they are read at once.
     """
 
     model: Any
     processor: Any
     name: str
+    form: CaptionForm = CaptionForm()
+    library: str | None = None
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def __post_init__(self):
         self.partial = PartialImages(self.processor)
+        self.coded = None if self.library is None else CodedFolder.read(self.library, self.labeler)
 
     @property
     def codes_between_views(self) -> int:
@@ -71,6 +82,38 @@ class Studio:
     def caption(self, image: Image.Image) -> str:
         """Return what the model says of an image, greedily."""
         return self._likeliest_words(self._inputs("", [image]))
+
+    @cached_property
+    def labeler(self) -> ImageLabeler:
+        """What names, tags and finds images; made when it is asked for, since not every tokenizer suits it."""
+        return ImageLabeler(self.model, self.processor, self.form)
+
+    def label(self, image: Image.Image) -> tuple[list[Guess], list[Guess]]:
+        """Return the likeliest names and the likeliest tags of an image, with their probabilities.
+
+        Args:
+            image (`Image.Image`):
+                any.
+        """
+        with self._lock:
+            codes = self.labeler.encode([image])
+            return self.labeler.names(codes)[0], self.labeler.tags(codes)[0]
+
+    def find(self, words: str) -> list[tuple[Image.Image, str]]:
+        """Return images of the library that fit words, the best first, with their paths in it.
+
+        Args:
+            words (`str`):
+                one query.
+
+        Raises:
+            ValueError: there is no library, or there are no words.
+        """
+        if self.coded is None:
+            raise InputError("This page has no folder of images to search.")
+        with self._lock:
+            found = self.coded.search(words, self.labeler, MOST_FOUND)
+        return self.coded.images(found)
 
     @property
     def sampling_rate(self) -> int | None:
@@ -273,12 +316,16 @@ def _sampling(temperature: float, guidance_scale: float) -> dict:
     return {**chosen, "do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
 
 
-def load_studio(folder: str | Path) -> Studio:
+def load_studio(folder: str | Path, form: CaptionForm | None = None, library: str | None = None) -> Studio:
     """Load a model and its processor, on the GPU where there is one.
 
     Args:
         folder (`str | Path`):
             folder or Hub name.
+        form ([`CaptionForm`], *optional*):
+            see [`Studio`], as the next.
+        library (`str`, *optional*):
+            folder of images.
 
     Raises:
         ValueError: it cannot be opened, see [`open_saved`]; weights that are not finite, a model that writes no
@@ -299,7 +346,7 @@ def load_studio(folder: str | Path) -> Studio:
             f"FOLDER: the image tokenizer of {str(folder)!r} has no decoder (use_decoder=False), so no image can "
             "be shown."
         )
-    return Studio(model.to(device).eval(), processor.to(device), Path(folder).name)
+    return Studio(model.to(device).eval(), processor.to(device), Path(folder).name, form or CaptionForm(), library)
 
 
 class PartialImages:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The tabs of the page: captions, drawings, sounds, answers of words and images, and the routing layer by layer."""
+"""The tabs of the page: captions, names, drawings, sounds, answers of words and images, and the routing by layers."""
 
 import base64
 import html
@@ -70,6 +70,45 @@ def caption_tab(studio: Studio, examples: Examples):
     button.click(caption, [image], [words, seen], api_name="caption", **ONE_AT_A_TIME)
     if taken is not None:
         taken.then(caption, [image], [words, seen], **ONE_AT_A_TIME)
+
+
+def label_tab(studio: Studio, examples: Examples):
+    """Build the tab."""
+
+    @show_errors
+    def label(path: str | None) -> tuple[dict[str, float], str]:
+        if path is None:
+            raise InputError("There is no image yet: upload one, paste one, or take an example.")
+        names, tags = studio.label(read_image(path))
+        return {guess.text: guess.probability for guess in names}, ", ".join(guess.text for guess in tags)
+
+    @show_errors
+    def find(words: str) -> list[tuple[Image.Image, str]]:
+        words = checked_words(words).strip()
+        if not words:
+            raise InputError("There are no words yet: say what to look for.")
+        return studio.find(words)
+
+    with gr.Row():
+        with gr.Column():
+            image = image_input("Image", "label-image")
+            button = gr.Button("Name it", variant="primary", elem_id="label-button")
+            taken = image_examples(examples, image)
+        with gr.Column():
+            names = gr.Label(label="Names, and how likely the model finds them", elem_id="label-names")
+            tags = gr.Textbox(label="Tags", elem_id="label-tags", interactive=False, lines=2)
+    button.click(label, [image], [names, tags], api_name="label", **ONE_AT_A_TIME)
+    if taken is not None:
+        taken.then(label, [image], [names, tags], **ONE_AT_A_TIME)
+    if studio.coded is None:
+        return
+    words = words_input("Words", "find-words", f"Find one of {len(studio.coded.paths):,} images by words")
+    find_button = gr.Button("Find", variant="primary", elem_id="find-button")
+    gallery = gr.Gallery(
+        show_label=False, elem_id="find-gallery", format="png", columns=6, height=320, object_fit="contain", buttons=[]
+    )
+    for trigger, name in ((find_button.click, "find"), (words.submit, "find_on_enter")):
+        trigger(find, [words], [gallery], api_name=name, **ONE_AT_A_TIME)
 
 
 def draw_tab(studio: Studio, examples: Examples):

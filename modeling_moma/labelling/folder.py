@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from tqdm.auto import tqdm
 
 from ..data.images import LeftOut
@@ -154,7 +155,10 @@ def search_folder(
     for names, codes in coded_images(folder, labeler, output):
         paths += names
         scores.append(labeler.match(codes, queries))
-    scores_NQ = torch.cat(scores)
+    return _ranked(queries, paths, torch.cat(scores), top)
+
+
+def _ranked(queries: Sequence[str], paths: list[str], scores_NQ: torch.Tensor, top: int) -> list[Found]:
     # equal scores stand in the order of their paths
     order_NQ = scores_NQ.argsort(dim=0, descending=True, stable=True)[:top]
     return [
@@ -162,6 +166,67 @@ def search_folder(
         for column, query in enumerate(queries)
         for rank, place in enumerate(order_NQ[:, column].tolist(), 1)
     ]
+
+
+@dataclass(frozen=True)
+class CodedFolder:
+    """The images of a folder, coded once to be searched again and again.
+
+    Args:
+        folder (`str`):
+            of the images.
+        paths (`list[str]`):
+            in it.
+        codes (`torch.Tensor`):
+            `[N, image_seq_length]`.
+    """
+
+    folder: str
+    paths: list[str]
+    codes: torch.Tensor
+
+    @classmethod
+    def read(cls, folder: str, labeler: ImageLabeler) -> "CodedFolder":
+        """Read a folder.
+
+        Args:
+            folder (`str`):
+                see [`coded_images`], as the next.
+            labeler ([`ImageLabeler`]):
+                makes the codes.
+        """
+        paths, codes = [], []
+        for names, codes_NT in coded_images(folder, labeler):
+            paths += names
+            codes.append(codes_NT)
+        return cls(folder, paths, torch.cat(codes))
+
+    def search(self, words: str, labeler: ImageLabeler, top: int = 10) -> list[Found]:
+        """Return the images that fit words best, as [`search_folder`] does.
+
+        Args:
+            words (`str`):
+                one query.
+            labeler ([`ImageLabeler`]):
+                that made the codes.
+            top (`int`, *optional*, defaults to `10`):
+                images at most.
+        """
+        return _ranked([words], self.paths, labeler.match(self.codes, [words]), top)
+
+    def images(self, found: Sequence[Found]) -> list[tuple[Image.Image, str]]:
+        """Return what was found with its paths; a file that is gone since is left out.
+
+        Args:
+            found (`Sequence[Found]`):
+                of a search.
+        """
+        read = read_files([Path(self.folder, entry.file) for entry in found])
+        return [
+            (image, entry.file)
+            for (_, image), entry in zip(read, found, strict=True)
+            if not isinstance(image, LeftOut)
+        ]
 
 
 def check_table(output: str) -> None:

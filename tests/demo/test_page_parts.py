@@ -139,7 +139,7 @@ def test_pages_of_other_models_are_built_with_all_tabs_and_phone_nobody(fields):
     try:
         config = page.get_config_file()
         tabs = [part["props"]["label"] for part in config["components"] if part["type"] == "tabitem"]
-        assert tabs == ["Caption", "Draw", "Interleaved", "Routing"]
+        assert tabs == ["Caption", "Names", "Draw", "Interleaved", "Routing"]
         assert config["analytics_enabled"] is False
         # requests of all kinds use the model one at a time
         functions = [function for function in page.fns.values() if function.concurrency_id == "model"]

@@ -108,7 +108,7 @@ def test_only_models_that_hear_have_the_tab(studio):
     def tabs(page):
         return [block.label for block in page.blocks.values() if isinstance(block, gr.Tab)]
 
-    assert tabs(build_page(studio)) == ["Caption", "Draw", "Sounds", "Interleaved", "Routing"]
+    assert tabs(build_page(studio)) == ["Caption", "Names", "Draw", "Sounds", "Interleaved", "Routing"]
     processor = tiny_processor()
     page = build_page(Studio(tiny_model(processor), processor, "tiny"))
-    assert tabs(page) == ["Caption", "Draw", "Interleaved", "Routing"]
+    assert tabs(page) == ["Caption", "Names", "Draw", "Interleaved", "Routing"]

@@ -73,9 +73,9 @@ def test_app_builds_the_page_from_what_lies_in_the_space(tmp_path):
     assert built.returncode == 0, built.stderr
     package, tabs, num_examples = built.stdout.splitlines()[-3:]
     assert package == str(space / "modeling_moma" / "__init__.py")
-    assert tabs == "['Caption', 'Draw', 'Interleaved', 'Routing']"
-    # images for two tabs, words for one
-    assert num_examples == "3"
+    assert tabs == "['Caption', 'Names', 'Draw', 'Interleaved', 'Routing']"
+    # images for three tabs, words for one
+    assert num_examples == "4"
 
 
 def test_a_folder_that_exists_and_a_model_without_weights_are_refused(tmp_path, capsys):

@@ -40,7 +40,7 @@ def address(tmp_path_factory):
     folder = tmp_path_factory.mktemp("page")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("GRADIO_TEMP_DIR", str(folder / "uploads"))
-        with served_page(log=folder / "log.txt") as address:
+        with served_page("--search", str(EXAMPLES), log=folder / "log.txt") as address:
             yield address
 
 
@@ -153,6 +153,21 @@ def test_a_pasted_image_is_captioned(visit):
     page.locator("#caption-image img").wait_for()
     page.locator("#caption-button").click()
     page.wait_for_function(f"{WORDS} === 'noto: sunflower'")
+
+
+def test_an_image_is_named_and_found_by_words(visit):
+    page = visit()
+    open_tab(page, "Names")
+    page.locator("#label-image input[type=file]").set_input_files(EXAMPLES / "noto-sunflower.png")
+    page.locator("#label-image img").wait_for()
+    page.locator("#label-button").click()
+    page.locator("#label-names").get_by_text("sunflower").first.wait_for()
+    page.wait_for_function("document.querySelector('#label-tags textarea').value !== ''")
+    page.locator("#find-words textarea").fill("sunflower")
+    page.locator("#find-button").click()
+    page.locator("#find-gallery img").first.wait_for()
+    first = page.locator("#find-gallery .thumbnail-item, #find-gallery .gallery-item").first
+    assert "noto-sunflower.png" in first.inner_text()
 
 
 def test_layers_of_the_routing_are_different_images(visit):

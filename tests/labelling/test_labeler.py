@@ -5,51 +5,27 @@ import math
 
 import pytest
 import torch
-from transformers import set_seed
 
-from helpers.tiny import noise_images, tiny_model, tiny_processor
-from modeling_moma.calibration.thresholds import calibrate_thresholds
+from helpers.captions import IMAGES, caption_model, caption_processor
+from helpers.tiny import noise_images
 from modeling_moma.data.encoding import DocumentEncoder
 from modeling_moma.errors_moma import InputError
-from modeling_moma.evaluation.measures import padded_batches
 from modeling_moma.labelling.labeler import CaptionForm, ImageLabeler
-from tokenization import MomaProcessor, add_image_tokens, train_text_tokenizer
 
 
-CAPTIONS = ["house (tabler)", "red apple (noto, flat)", "tags: home, building", "tags: fruit, red apple"]
 WORDS = ("house", "red apple", "home", "building", "fruit")
-IMAGES, STEPS = 3, 12
 
 
 @pytest.fixture(scope="module")
 def processor():
-    tiny = tiny_processor()
-    tokenizer = add_image_tokens(train_text_tokenizer(CAPTIONS * 3, vocab_size=300), tiny.codebook_size)
-    return MomaProcessor(tiny.image_processor, tokenizer, tiny.vq_model)
+    return caption_processor()
 
 
 @pytest.fixture(scope="module", params=["4t4i", "depth"])
 def labeler(request, processor):
     fields = {"depth_layers": [1], "depth_capacity": 0.5} if request.param == "depth" else {}
-    set_seed(0)
-    model = tiny_model(processor, num_experts={"text": 4, "image": 4}, initializer_range=0.3, **fields)
-    learn_captions(model, processor)
     # images of unequal batches
-    return ImageLabeler(model.eval(), processor, batch_size=2)
-
-
-def learn_captions(model, processor):
-    """Takes a few steps, after which captions end and go on as they do."""
-    encoder = DocumentEncoder(processor)
-    codes = processor.encode_images(noise_images(IMAGES))
-    documents = [encoder.caption(text, codes[place % IMAGES], image_first=True) for place, text in enumerate(CAPTIONS)]
-    batch = padded_batches(processor, [{"input_ids": ids} for ids in documents], len(documents))[0]
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.02)
-    for _ in range(STEPS):
-        model(**batch).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    calibrate_thresholds(model, [batch])
+    return ImageLabeler(caption_model(processor, **fields), processor, batch_size=2)
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Names, tags and search on the page, through the page's own server."""
+
+import pytest
+
+from helpers.captions import caption_model, caption_processor
+from helpers.tiny import noise_images, tiny_model, tiny_processor
+
+
+pytest.importorskip("gradio", reason="`pip install 'modeling-moma[demo]'` is missing")
+
+from gradio_client import Client, handle_file  # noqa: E402
+from gradio_client.exceptions import AppError  # noqa: E402
+
+from modeling_moma.cli.main import main as moma  # noqa: E402
+from modeling_moma.demo.page import build_page, open_page  # noqa: E402
+from modeling_moma.demo.studio import Studio  # noqa: E402
+from modeling_moma.labelling.folder import search_folder  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def icons(tmp_path_factory):
+    """Five images, and a file that is none."""
+    folder = tmp_path_factory.mktemp("icons")
+    (folder / "sub").mkdir()
+    for place, image in enumerate(noise_images(5)):
+        image.save(folder / ("sub" if place > 2 else "") / f"{place}.png")
+    (folder / "notes.txt").write_text("hello")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def studio(icons):
+    processor = caption_processor()
+    return Studio(caption_model(processor), processor, "tiny", library=str(icons))
+
+
+@pytest.fixture(scope="module")
+def client(studio, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("page")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GRADIO_TEMP_DIR", str(folder / "uploads"))
+        page = build_page(studio)
+        yield Client(open_page(page, port=0), verbose=False, download_files=str(folder / "answers"))
+        page.close()
+
+
+def test_a_visitor_has_an_image_named_and_tagged(client, studio, icons):
+    shown, tags = client.predict(handle_file(str(icons / "0.png")), api_name="/label")
+    names, tagged = studio.label(noise_images(5)[0])
+    found = [(entry["label"], entry["confidence"]) for entry in shown["confidences"]]
+    assert found == [(guess.text, pytest.approx(guess.probability)) for guess in names] and found
+    assert tags == ", ".join(guess.text for guess in tagged)
+
+
+def test_a_visitor_finds_images_by_words_as_the_command_does(client, studio, icons):
+    shown = client.predict("red apple", api_name="/find")
+    expected = [found.file for found in search_folder(str(icons), ["red apple"], studio.labeler)]
+    assert [entry["caption"] for entry in shown] == expected and len(expected) == 5
+
+
+def test_an_image_that_is_gone_since_is_left_out(client, studio, icons):
+    (icons / "1.png").rename(icons / "gone")
+    try:
+        assert len(client.predict("red apple", api_name="/find")) == 4
+    finally:
+        (icons / "gone").rename(icons / "1.png")
+
+
+@pytest.mark.parametrize(
+    ("words", "told"), [("", "no words yet"), ("  ", "no words yet"), ("a" * 2001, "more than 2000")]
+)
+def test_words_that_cannot_be_looked_for_are_told(client, words, told):
+    with pytest.raises(AppError, match=told):
+        client.predict(words, api_name="/find")
+
+
+def test_an_upload_that_is_no_image_is_told(client, icons):
+    with pytest.raises(AppError, match="not an image that can be read"):
+        client.predict(handle_file(str(icons / "notes.txt")), api_name="/label")
+
+
+def test_a_page_without_a_folder_has_no_search():
+    processor = tiny_processor()
+    studio = Studio(tiny_model(processor), processor, "tiny")
+    names = {function.api_name for function in build_page(studio).fns.values()}
+    assert "label" in names and not {"find", "find_on_enter"} & names
+    with pytest.raises(ValueError, match="no folder of images"):
+        studio.find("red apple")
+
+
+def test_a_folder_without_images_is_one_line(tmp_path, capsys):
+    processor = tiny_processor()
+    tiny_model(processor).save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    (tmp_path / "icons").mkdir()
+    for folder, told in (("icons", "holds no files"), ("nowhere", "does not exist")):
+        assert moma(["demo", str(tmp_path / "model"), "--search", str(tmp_path / folder)]) == 2
+        assert told in capsys.readouterr().err
+    (tmp_path / "icons" / "notes.txt").write_text("hello")
+    assert moma(["demo", str(tmp_path / "model"), "--search", str(tmp_path / "icons")]) == 2
+    assert "none of its 1 files is an image" in capsys.readouterr().err
