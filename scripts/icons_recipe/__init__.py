@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Builds the icon data set: sets and rendering, names and families, near-identical drawings, splits, card."""
+"""What is of the icons alone: how their data set is built, how a model of them is measured, and its card."""

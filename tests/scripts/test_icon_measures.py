@@ -1,0 +1,230 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Each measure of a model of icons against plain loops, and what it is taken on."""
+
+import json
+import random
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from helpers.icons import NAMES, icon, write_icons
+from helpers.tiny import tiny_model, tiny_processor
+from icons_recipe.coverage import expert_coverage
+from icons_recipe.judging import fit_judge, frequent_names
+from icons_recipe.naming import name_figures, rank_names, tag_figures
+from icons_recipe.neighbours import TrainIcons, distinct_names, distinct_tags, nearest, read_features, rows_by_hash
+from icons_recipe.samples import HELD_OUT, caption, in_order, open_split, order, take_sample
+from icons_recipe.searching import Query, chance, lexical_scores, queries_of, recall, tags_by_name
+from icons_recipe.sheet import rows_of_names
+from modeling_moma.calibration.observation import observed_routers
+from modeling_moma.data.encoding import DocumentEncoder
+from modeling_moma.training.array_file import ArrayWriter
+
+
+def mean_colour(images):
+    return images.mean(dim=(2, 3))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("icons")
+    write_icons(folder, ("train", *HELD_OUT))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def parts():
+    processor = tiny_processor()
+    return tiny_model(processor, num_experts={"text": 3, "image": 2}, initializer_range=0.3), processor
+
+
+def test_the_sample_of_a_split_is_chosen_by_hash_and_grows_with_its_limit(data, parts):
+    rows = [icon(number) for number in range(40)]
+    shuffled = random.Random(0).sample(rows, 40)
+    assert [rows[place] for place in in_order(rows)] == [shuffled[place] for place in in_order(shuffled)]
+    processor = parts[1]
+    few, more = (take_sample(str(data), "test", limit, processor, mean_colour, 4) for limit in (5, 9))
+    assert few.rows == more.rows[:5] and torch.equal(few.codes, more.codes[:5])
+    assert few.names == sorted(NAMES) and few.features.shape == (5, 3) and len(torch.cat(few.images)) == 5
+    keys = take_sample(str(data), "test", 9, processor, mean_colour, 4, {"key"})
+    assert {row["name"] for row in keys.rows} == {"key"}
+    assert (caption(icon(0)), caption(icon(1), True)) == (
+        "house (tabler, filled)",
+        "red apple (tabler, filled, red)",
+    )
+    assert caption(icon(0), True) == caption(icon(0))
+
+
+def test_data_that_are_not_there_are_named(data, tmp_path, parts):
+    with pytest.raises(ValueError, match="nowhere"):
+        open_split(str(tmp_path / "nowhere"), "test")
+    with pytest.raises(ValueError, match="test_other"):
+        open_split(str(data), "test_other")
+    with pytest.raises(ValueError, match="0 icons of 'test'"):
+        take_sample(str(data), "test", 9, parts[1], mean_colour, 4, {"dragon"})
+
+
+def test_names_are_compared_by_their_words_and_aliases_count_apart():
+    rows = [icon(0), icon(1), icon(3), icon(3)]
+    found = [["home"], ["key", "Red-Apple"], ["clouds", *"abcd", "cloud off"], []]
+    assert name_figures(found, rows) == {
+        **{"top1": 0.0, "top5": 0.25, "top1_or_alias": 0.25, "top5_or_alias": 0.5, "word_in_common": 0.25}
+    }
+
+
+def test_tags_are_counted_among_the_first_eight():
+    rows = [icon(0, keywords=["Building", "roof", "door", "wall"]), icon(1, keywords=["fruit"])]
+    found = [["building", "wall", "fruit"], [*"abcdefgh", "fruit"]]
+    assert tag_figures(found, rows) == {"recall": 0.25, "precision": 0.125}
+
+
+@torch.no_grad()
+def test_ranks_of_names_are_those_of_a_loop(data, parts):
+    model, processor = parts
+    sample = take_sample(str(data), "test", 6, processor, mean_colour, 4)
+    found = rank_names(model, processor, sample, 4, " (", 3)
+    encoder, ranks = DocumentEncoder(processor), []
+    for codes, row in zip(sample.codes[:4].tolist(), sample.rows):
+        scores = {}
+        before = encoder.opened(processor.image_ids(codes))
+        for name in sample.names:
+            after = encoder.text_ids(f"{name} (")
+            logits = model(input_ids=torch.tensor([[*before, *after]])).logits[0].double().log_softmax(-1)
+            scores[name] = sum(logits[len(before) - 1 + place, token].item() for place, token in enumerate(after))
+        ranks.append(sorted(scores, key=scores.get, reverse=True).index(row["name"]) + 1)
+    assert (found["images"], found["names"]) == (4, 5)
+    assert found["recall@1"] == np.mean([rank == 1 for rank in ranks])
+    assert found["mean_reciprocal_rank"] == pytest.approx(np.mean([1 / rank for rank in ranks]))
+
+
+def train_icons(count, features=None):
+    rows = [icon(number) for number in range(count)]
+    columns = {name: [row[name] for row in rows] for name in ("set", "icon", "name", "family", "keywords")}
+    if features is None:
+        features = np.random.default_rng(0).normal(size=(count, 6)).astype(np.float32)
+    return TrainIcons(columns, features, np.arange(count))
+
+
+def test_neighbours_are_those_of_a_loop_whatever_is_compared_at_once(monkeypatch):
+    train, wanted = train_icons(30), torch.randn(5, 6, generator=torch.Generator().manual_seed(1))
+    families = [f"family{number}" for number in (0, 1, 2, 3, 9)]
+    expected = []
+    for vector, family in zip(wanted, families):
+        others = [row for row in range(30) if train.columns["family"][row] != family]
+        score = F.cosine_similarity(vector[None], torch.from_numpy(train.features)).tolist()
+        expected.append([train.row(row) for row in sorted(others, key=lambda row: -score[row])[:7]])
+    for size in (4, 16_384):
+        monkeypatch.setattr("icons_recipe.neighbours.CHUNK", size)
+        assert nearest(train, wanted, families, kept=7) == expected
+    assert all(row["family"] != "family0" for row in nearest(train, wanted[:1], families[:1])[0])
+    rows = [icon(0), icon(5), icon(4), icon(1)]
+    assert distinct_names(rows, 2) == ["house", "key"]
+    assert distinct_tags(rows, 2) == ["building", "fruit"]
+
+
+def test_training_icons_are_some_of_any_name_and_some_of_each_that_is_asked_for():
+    columns = train_icons(40).columns
+    rows = rows_by_hash(columns, 3, ["key", "castle"], 2)
+    assert rows == sorted(rows) and len(set(rows)) == len(rows)
+    assert set(rows_by_hash(columns, 3, [], 2)) <= set(rows) and len(rows) <= 7
+    assert sum(columns["name"][row] == "key" for row in rows) >= 2
+
+
+def test_kept_features_are_those_of_the_source_of_icons(tmp_path):
+    columns, path = train_icons(4).columns, tmp_path / "features-bf16.npy"
+    with pytest.raises(ValueError, match="train-image-tokenizer"):
+        read_features(path, columns)
+    (tmp_path / "pictures.json").write_text(json.dumps({"sources": {"emoji": {}, "icons": {}}}))
+    places = [(0, 0), (0, 3), (1, 0), (1, 2), (1, 3)]
+    with ArrayWriter(path, (2,), np.float32) as features, ArrayWriter(tmp_path / "places.npy", (2,), np.int64) as file:
+        for number, place in enumerate(places):
+            features.write(np.full(2, number))
+            file.write(np.array(place))
+    found = read_features(path, columns)
+    assert found.rows.tolist() == [0, 2, 3] and found.features[:, 0].tolist() == [2, 3, 4]
+    with pytest.raises(ValueError, match="3 training icons"):
+        read_features(path, {name: values[:3] for name, values in columns.items()})
+
+
+def test_queries_are_tags_and_aliases_that_no_word_of_the_name_tells():
+    rows = [
+        icon(0, icon="home-2", keywords=["buildings"], aliases=["home"]),
+        icon(1, icon="apple", keywords=["building", "fruit"]),
+        icon(2, name="building", icon="castle", keywords=["building", "red fruit"]),
+    ]
+    found = {query.text: query for query in queries_of(rows, 9)}
+    assert set(found) == {"buildings", "building", "fruit", "red fruit"}
+    assert found["building"] == Query("building", frozenset([1]), frozenset([2]))
+    everywhere = {query.text: query for query in queries_of(rows, 9, in_names=True)}
+    assert everywhere["building"] == Query("building", frozenset([1, 2]), frozenset())
+    assert everywhere["home"] == Query("home", frozenset([0]), frozenset())
+    assert [query.text for query in queries_of(rows, 2)] == sorted(found, key=order)[:2]
+
+
+def test_recall_is_that_of_a_loop():
+    rng = np.random.default_rng(0)
+    scores = torch.from_numpy(rng.integers(0, 4, (20, 6)).astype(float))
+    scores[scores == 0] = -torch.inf
+    sets = [frozenset(rng.choice(20, 6, replace=False).tolist()) for _ in range(6)]
+    queries = [Query("", frozenset(sorted(found)[:3]), frozenset(sorted(found)[3:])) for found in sets]
+    shares = []
+    for column, query in enumerate(queries):
+        results = [row for row in range(20) if row not in query.left_out and scores[row, column] > 0]
+        first = sorted(results, key=lambda row: (-scores[row, column].item(), row))[:4]
+        shares.append(len(query.wanted & set(first)) / 3)
+    assert recall(scores, queries, top=4) == pytest.approx(np.mean(shares))
+    assert chance(20, queries, top=4) == pytest.approx(4 / 17)
+
+
+def test_the_lexical_search_finds_words_in_either_number_and_nothing_else():
+    queries = [Query(text, frozenset([0]), frozenset()) for text in ("clouds", "dragon")]
+    scores = lexical_scores(["cloud-off cloud off", "key", "cloud castle with a long name"], queries)
+    assert scores[:, 0].argsort(descending=True).tolist() == [0, 2, 1]
+    assert scores[1, 0] == -torch.inf and (scores[:, 1] == -torch.inf).all()
+    tags = tags_by_name({"name": ["Red apple", "red apple", "key"], "keywords": [["a", "b"], ["b", "c"], []]})
+    assert tags == {"red apple": ["a", "b", "c"], "key": []}
+
+
+def test_the_judge_learns_names_that_features_tell_and_knows_no_others():
+    rng, labels = np.random.default_rng(0), np.arange(200) % len(NAMES)
+    centres = np.eye(len(NAMES), 6) * 8
+    train = train_icons(200, (centres[labels] + rng.normal(size=(200, 6))).astype(np.float32))
+    names = frequent_names(train.columns, 4)
+    assert names == NAMES[:4]
+    judge = fit_judge(train, names)
+    assert judge.train_images == 160
+    held_out = torch.from_numpy(centres[[0, 1, 2, 3]]).float()
+    assert judge.figures(held_out, NAMES[:4])["top1"] == 1
+    assert judge.figures(held_out, NAMES[3::-1])["top1"] == 0
+    with pytest.raises(ValueError, match="too few"):
+        fit_judge(train, ["dragon"])
+
+
+@torch.no_grad()
+def test_coverage_is_that_of_single_documents(parts):
+    model, processor = parts
+    encoder, codes = DocumentEncoder(processor), np.arange(16)
+    documents = [
+        encoder.caption(text, codes, first) for text in ("key", "red apple", "castle") for first in (True, False)
+    ]
+    found = expert_coverage(model, documents, 4)
+    counts = {}
+    for ids in documents:
+        records = []
+        with observed_routers(model, records.append):
+            model(input_ids=torch.tensor([ids]))
+        for record in records:
+            entry = counts.setdefault((record.name.split(".groups.")[1].split(".")[0], record.name), [])
+            entry += record.is_taken_NS.any(1).tolist()
+    for name in ("text", "image"):
+        expected = [np.mean(taken) for (group, _), taken in counts.items() if group == name]
+        assert found[name] == pytest.approx(expected)
+    assert expert_coverage(tiny_model(processor, num_experts=1), documents, 4) == {}
+
+
+def test_the_sheet_shows_each_name_once():
+    rows = [icon(number) for number in range(12)]
+    places = rows_of_names(rows, 3)
+    assert [rows[place]["name"] for place in places] == sorted(NAMES, key=order)[:3] and max(places) < 5
