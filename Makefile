@@ -19,7 +19,7 @@ PYTEST_FLAGS ?= -n 2 --dist loadfile
 RUN := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 
-.PHONY: FORCE quickstart browser test test-newest test-lowest test-cuda count-cuda test-vllm check docs dist bench reproduce data data-manual data-gloss data-spoken clean
+.PHONY: FORCE quickstart browser test test-newest test-lowest test-cuda count-cuda test-vllm check docs dist bench reproduce reproduce-icons data data-manual data-gloss data-spoken clean
 
 quickstart: $(VENV)/.installed-train
 	$(RUN) scripts/quickstart.py --output quickstart
@@ -90,6 +90,10 @@ bench: $(INSTALLED)
 
 reproduce: $(INSTALLED)
 	PYTHON=$(abspath $(RUN)) scripts/reproduce.sh
+
+# needs what `make data` builds
+reproduce-icons: $(INSTALLED)
+	PYTHON=$(abspath $(RUN)) scripts/reproduce_icons.sh
 
 $(VENV)/.installed-train: pyproject.toml
 	$(PYTHON) -m venv $(VENV)

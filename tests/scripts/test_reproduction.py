@@ -11,20 +11,44 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.mark.parametrize("script", sorted((ROOT / "scripts").glob("reproduce*.sh")), ids=lambda path: path.stem)
-def test_what_it_starts_exists(script, tmp_path):
-    copied = tmp_path / "scripts" / script.name
+def start(script, folder):
+    """Starts a script in a folder with a Python that says what it is asked for, and does nothing."""
+    copied = folder / "scripts" / script.name
     copied.parent.mkdir()
     copied.write_text(script.read_text())
-    # says what it is asked for, and does nothing
-    python = tmp_path / "python"
+    python = folder / "python"
     python.write_text('#!/bin/sh\necho "$@"\n')
     python.chmod(0o755)
-    started = subprocess.run(
-        ["bash", str(copied)], cwd=tmp_path, env={"PYTHON": str(python)}, capture_output=True, text=True
+    return subprocess.run(
+        ["bash", str(copied)], cwd=folder, env={"PYTHON": str(python)}, capture_output=True, text=True
     )
+
+
+@pytest.mark.parametrize("script", sorted((ROOT / "scripts").glob("reproduce*.sh")), ids=lambda path: path.stem)
+def test_what_it_starts_exists(script, tmp_path):
+    (tmp_path / "data" / "icons" / "data").mkdir(parents=True)
+    (tmp_path / "data" / "icons" / "data" / "train-00000-of-00005.parquet").touch()
+    started = start(script, tmp_path)
     assert started.returncode == 0, started.stderr
     named = set(re.findall(r"(?:recipes|scripts)/[\w.-]+", started.stdout))
     assert named, started.stdout
     assert [name for name in sorted(named) if not (ROOT / name).is_file()] == []
-    assert len(re.findall("pretrain", started.stdout)) >= 2
+    assert re.search("pretrain", started.stdout) and "--write-card" in started.stdout
+
+
+def test_icons_that_are_not_built_are_asked_for(tmp_path):
+    started = start(ROOT / "scripts" / "reproduce_icons.sh", tmp_path)
+    assert started.returncode == 1 and "make data" in started.stderr and not started.stdout
+
+
+def test_features_that_were_kept_are_used_again_and_finished_stages_are_not(tmp_path):
+    for name in (
+        "data/icons/data/train-00000-of-00005.parquet",
+        "runs/icons/tokenizer/model.safetensors",
+        "runs/icons/tokenizer/pictures/features-fp32.npy",
+    ):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    started = start(ROOT / "scripts" / "reproduce_icons.sh", tmp_path)
+    assert "train-image-tokenizer" not in started.stdout and "build-processor" in started.stdout
+    assert "--features runs/icons/tokenizer/pictures/features-fp32.npy" in started.stdout

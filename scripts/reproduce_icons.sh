@@ -1,0 +1,37 @@
+#!/usr/bin/env bash
+# Trains the model of icons from nothing and rewrites its card. Some hours on two cores; `runs/icons` keeps every stage,
+# and a killed stage goes on from its last checkpoint.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+python=${PYTHON:-python3}
+recipe=recipes/moma-icons.yaml
+
+# without it a sample of the icons would be trained on
+if ! compgen -G "data/icons/data/train-00000-of-*.parquet" > /dev/null; then
+    echo "data/icons has a sample of its icons alone: \`make data\` first" >&2
+    exit 1
+fi
+
+# glibc hands large tensors back to the system after every step; tcmalloc keeps them, where it is installed
+# (Debian: libtcmalloc-minimal4)
+for library in /usr/lib/*/libtcmalloc_minimal.so.4; do
+    [ -e "$library" ] && export LD_PRELOAD=$library
+done
+
+[ -e runs/icons/tokenizer/model.safetensors ] ||
+    "$python" -m modeling_moma train-image-tokenizer $recipe --output runs/icons/tokenizer --resume
+[ -e runs/icons/processor/processor_config.json ] ||
+    "$python" -m modeling_moma build-processor $recipe --image-tokenizer runs/icons/tokenizer --output runs/icons/processor
+[ -e runs/icons/tokens/manifest.json ] ||
+    "$python" -m modeling_moma tokenize $recipe --processor runs/icons/processor --output runs/icons/tokens
+# written last, when the run is finished
+[ -e runs/icons/model/trainer_state.json ] ||
+    "$python" -m modeling_moma pretrain $recipe --processor runs/icons/processor --tokens runs/icons/tokens \
+        --output runs/icons/model --resume
+"$python" scripts/release.py --model runs/icons/model --processor runs/icons/processor --output model_cards/moma-icons
+# the image tokenizer's training has kept the features of all training images, in the precision that the machine has
+features=()
+for file in runs/icons/tokenizer/pictures/features-*.npy; do
+    [ -e "$file" ] && features=(--features "$file")
+done
+"$python" scripts/evaluate_icons.py --model model_cards/moma-icons "${features[@]}" --write-card
