@@ -22,7 +22,10 @@ DATASET_ADDRESS = "https://huggingface.co/datasets"
 
 # parts of a report that are no measurements of the model's own: its settings, and other models
 NOT_MEASURED = frozenset(
-    "models training settings tokens pictures dense nearest_neighbour majority real reconstructed shuffled".split()
+    (
+        "models training settings tokens pictures dense nearest_neighbour majority real reconstructed shuffled "
+        "originals reconstructions bm25_names bm25_names_and_tags bm25_neighbours chance control moma-emoji seconds"
+    ).split()
 )
 # a routing that sees the future is measured, too, but never reported as quality
 NO_QUALITY = "not a measure of quality"
@@ -35,7 +38,7 @@ _LINK = re.compile(r"""(?<=\]\()\s*<?(?P<markdown>[^)\s>]+)|\bsrc=["'](?P<html>[
 
 
 def measured_numbers(report: dict) -> list[float]:
-    """Return all numbers in a report of scripts/evaluate_emoji.py that say how good the model is."""
+    """Return all numbers in the report of an evaluation that say how good the model is."""
     numbers = []
     for name, value in report.items():
         if name in NOT_MEASURED or NO_QUALITY in name:
