@@ -29,6 +29,7 @@ def parse_arguments(arguments=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="folder of a MomaForCausalLM and its MomaProcessor")
     parser.add_argument("--data", default="data/icons", help="folder of scripts/build_icons_dataset.py")
+    parser.add_argument("--emoji", default="data/emoji", help="folder of the emoji, to name their test; '' for none")
     parser.add_argument("--output", help="JSON file of the report; by default evaluation.json beside the model")
     parser.add_argument("--write-card", action="store_true", help="write README.md and its sheet beside the model")
     parser.add_argument("--control", help="folder of a model of the same codes that saw half its captions first")
@@ -42,7 +43,7 @@ def parse_arguments(arguments=None) -> argparse.Namespace:
     parser.add_argument("--sheet", type=int, default=24, help="captions of the sheet")
     parser.add_argument("--temperature", type=float, default=0.7, help="of the drawings, as the next")
     parser.add_argument("--guidance-scale", type=float, default=5.0, help="1: none")
-    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--batch-size", type=int, default=32)
     args = parser.parse_args(arguments)
     for name, least in LEAST.items():
         if getattr(args, name) < least:

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Takes all measures of a model of icons, one after the other, and times them."""
 
+import json
 import time
 from argparse import Namespace
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
@@ -21,7 +23,7 @@ from icons_recipe.neighbours import (
     rows_by_hash,
     train_columns,
 )
-from icons_recipe.samples import HELD_OUT, TRAIN, Sample, caption, normalised, open_split, take_sample
+from icons_recipe.samples import HELD_OUT, TRAIN, Sample, caption, normalised, open_split, read_emoji, take_sample
 from icons_recipe.searching import (
     Query,
     chance,
@@ -44,6 +46,8 @@ from tokenization import MomaProcessor
 
 # the split whose icons are drawn, and tell of losses and experts
 MAIN = "test"
+# of the model of emoji alone, on all of the same images
+EMOJI_REPORT = Path(__file__).resolve().parents[2] / "model_cards" / "moma-emoji" / "evaluation.json"
 NUM_SAMPLES = 20
 # icons of each frequent name that the judge learns from where features are not kept
 JUDGED_EACH = 24
@@ -68,6 +72,7 @@ class Evaluation:
         self.control = load_model(args.control, device) if args.control else None
         self.sampling = {"do_sample": True, "temperature": args.temperature, "guidance_scale": args.guidance_scale}
         self.train = self._train_icons()
+        self.tags_of_names = tags_by_name(self.train.columns)
         self.samples = {split: self._sample(split, args.limit) for split in HELD_OUT}
 
     def _sample(self, split: str, limit: int, known: set[str] | None = None) -> Sample:
@@ -133,13 +138,12 @@ class Evaluation:
         kinds = {"unnamed": queries_of(rows, limit), "any": queries_of(rows, limit, in_names=True)}
         if not all(kinds.values()):
             return None
-        tags = tags_by_name(self.train.columns)
         names = [name_document(row) for row in rows]
-        carried = [" ".join(tags.get(normalised(row["name"]), ())) for row in rows]
+        carried = [" ".join(self.tags_of_names.get(normalised(row["name"]), ())) for row in rows]
         documents = {
-            "names": names,
-            "names_and_tags": [" ".join(parts) for parts in zip(names, carried)],
-            "nearest_neighbours": [neighbour_document(found) for found in neighbours],
+            "bm25_names": names,
+            "bm25_names_and_tags": [" ".join(parts) for parts in zip(names, carried)],
+            "bm25_neighbours": [neighbour_document(found) for found in neighbours],
         }
         return {kind: self._searched(sample, documents, queries) for kind, queries in kinds.items()}
 
@@ -154,6 +158,20 @@ class Evaluation:
             **{name: recall(lexical_scores(texts, queries), queries) for name, texts in documents.items()},
             "chance": chance(number, queries),
         }
+
+    def emoji(self) -> dict | None:
+        """Returns how many names of the emoji's own test are found, and by others; nothing without its folder."""
+        if not self.args.emoji:
+            return None
+        rows, codes = read_emoji(self.args.emoji, self.processor, self.args.batch_size)
+        found = [[guess.text for guess in guesses] for guesses in self.labeler.names(codes, NAMES)]
+        figures = name_figures(found, rows)
+        result = {"images": len(rows), "model": {name: figures[name] for name in ("top1", "top5", "word_in_common")}}
+        if EMOJI_REPORT.exists():
+            captions = json.loads(EMOJI_REPORT.read_text())["captions"]
+            result["moma-emoji"] = captions["model"]["label"]
+            result["nearest_neighbour"] = captions["nearest_neighbour"]["label"]
+        return result
 
     def drawings(self) -> dict:
         """Returns what a judge sees in drawings of held-out captions whose names it knows."""
@@ -211,6 +229,7 @@ class Evaluation:
             ("names", of_splits(self.names)),
             ("tags", of_splits(self.tags)),
             ("search", of_splits(self.search)),
+            ("emoji", self.emoji),
             ("drawings", self.drawings),
             ("information", self.information),
             ("coverage", self.coverage),

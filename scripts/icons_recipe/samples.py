@@ -59,23 +59,44 @@ def caption(row: dict, with_colour: bool = False) -> str:
     return f"{row['name']} ({', '.join(parts)})"
 
 
-def open_split(data: str, split: str) -> Dataset:
+def open_split(data: str, split: str, option: str = "--data") -> Dataset:
     """
-    Opens a split of the icons.
+    Opens a split of a data set.
 
     Args:
-        data: folder of the data set.
+        data: its folder.
         split: `train`, or one of `HELD_OUT`.
+        option: that names the folder, for errors.
 
     Raises:
         InputError: there is no such folder or split.
     """
     if not Path(data).is_dir():
-        raise InputError(f"--data {data!r} is no folder: scripts/build_icons_dataset.py builds the icons.")
+        raise InputError(f"{option} {data!r} is no folder: `make data` builds icons and emoji.")
     splits = load_dataset(data)
     if split not in splits:
-        raise InputError(f"--data {data!r} has no split {split!r}, but {sorted(splits)}.")
+        raise InputError(f"{option} {data!r} has no split {split!r}, but {sorted(splits)}.")
     return splits[split]
+
+
+def read_emoji(data: str, processor, batch_size: int) -> tuple[list[dict], torch.Tensor]:
+    """
+    Reads the emoji of the split `test` of their data set as icons, and codes them.
+
+    Args:
+        data: folder of the data set.
+        processor: a `MomaProcessor`.
+        batch_size: images at once.
+
+    Returns:
+        `name` and `aliases` (none) of each of N emoji, and the codes of their images, `[N, image_seq_length]`.
+
+    Raises:
+        InputError: there is no such folder or split.
+    """
+    opened = open_split(data, "test", "--emoji")
+    rows = [{"name": row["label"], "aliases": []} for row in without_images(opened)]
+    return rows, encode_images(processor, image_batches(opened, processor, batch_size, "images of emoji"))
 
 
 def without_images(rows: Dataset) -> list[dict]:

@@ -30,6 +30,8 @@ def data(tmp_path_factory):
 @pytest.fixture(scope="module")
 def measured(data, tmp_path_factory):
     """The folder of a tiny model after an evaluation that writes its card."""
+    emoji = tmp_path_factory.mktemp("emoji")
+    write_icons(emoji, ["test"])
     folder = tmp_path_factory.mktemp("model")
     processor = tiny_processor()
     model = tiny_model(processor, num_experts={"text": 3, "image": 2}, initializer_range=0.3)
@@ -41,7 +43,8 @@ def measured(data, tmp_path_factory):
     words = [word for name, size in sizes.items() for word in (f"--{name}", str(size))]
     try:
         evaluate_icons.main(
-            ["--model", str(folder), "--control", str(folder), "--data", str(data), "--write-card", *words]
+            ["--model", str(folder), "--control", str(folder), "--data", str(data), "--write-card"]
+            + ["--emoji", str(emoji), *words]
         )
     finally:
         patch.undo()
@@ -55,9 +58,10 @@ def test_everything_is_measured_and_shown(measured):
     assert report["names"]["test"]["images"] == 5 and report["names"]["test"]["ranked"]["names"] == 5
     assert len(report["names"]["test"]["samples"]) == 5
     for search in report["search"]["test"].values():
-        scores = ("model", "names", "names_and_tags", "nearest_neighbours", "chance")
+        scores = ("model", "bm25_names", "bm25_names_and_tags", "bm25_neighbours", "chance")
         assert all(0 <= search[name] <= 1 for name in scores)
-    assert report["search"]["test"]["unnamed"]["names"] == 0
+    assert report["search"]["test"]["unnamed"]["bm25_names"] == 0
+    assert report["emoji"]["images"] == 12 and 0 <= report["emoji"]["model"]["top5"] <= 1
     drawings = report["drawings"]
     assert drawings["captions"] == 8 and len(drawings["by_seed"]) == 2
     assert drawings["drawn"]["top1"] == pytest.approx(np.mean(drawings["by_seed"]))
