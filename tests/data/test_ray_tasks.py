@@ -169,11 +169,12 @@ def final(aside):
 def test_ctrl_c_leaves_no_process_and_the_folder_goes_on(place, tmp_path):
     output = tmp_path / "tokens"
     process = start(place, output)
+    # before the first shard is done: asking takes so long that the others might be done after it
+    wait_for(lambda: listening(process), process)
+    addresses = listening(process)
+    assert all(address.rpartition(":")[2] == "127.0.0.1" for address in addresses), addresses
     wait_for(lambda: reports(output), process)
     everything = psutil.Process(process.pid).children(recursive=True)
-    assert any("raylet" in child.name() for child in everything)
-    listening = [one.laddr.ip for child in everything for one in connections(child) if one.status == "LISTEN"]
-    assert listening and all(address.rpartition(":")[2] == "127.0.0.1" for address in listening), listening
     process.send_signal(signal.SIGINT)
     code, said = finish(process, output)
     assert code != 0 and "KeyboardInterrupt" in said
@@ -183,6 +184,21 @@ def test_ctrl_c_leaves_no_process_and_the_folder_goes_on(place, tmp_path):
     tokenize.main(command(place, output, "--processes", "1"))
     assert contents(output) == contents(place / "one")
     assert {path: moment for path, moment in reports(output).items() if path in done} == done
+
+
+def listening(process):
+    """Addresses that the raylet and what stands beside it listen on, once the raylet is there."""
+    family = psutil.Process(process.pid).children(recursive=True)
+    is_there = any("raylet" in name_of(child) for child in family)
+    found = [one.laddr.ip for child in family for one in connections(child) if one.status == "LISTEN"]
+    return found if is_there else []
+
+
+def name_of(process):
+    try:
+        return process.name()
+    except psutil.Error:
+        return ""
 
 
 def connections(process):

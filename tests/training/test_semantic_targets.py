@@ -23,7 +23,7 @@ def teacher():
 def store(tmp_path):
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (9, 3, 24, 24), dtype=np.uint8)
-    return ImageStore(tmp_path, images[:6], images[6:], {})
+    return ImageStore(tmp_path, images[:6], images[6:], np.zeros((6, 2), dtype=np.int64), {})
 
 
 def test_features_are_standardised_over_the_training_images(teacher, store):
