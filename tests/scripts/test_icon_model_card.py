@@ -186,6 +186,14 @@ def test_card_prints_the_report_its_command_and_the_recipe():
     assert "{" not in template.replace("num_experts={", "")
 
 
+def test_card_says_how_tokens_are_routed():
+    chosen = copy.deepcopy(REPORT)
+    chosen["model"]["training_routing"] = "token_choice"
+    texts = [render_card(report, read_recipe(RECIPE)) for report in (REPORT, chosen)]
+    assert ["capacity factor 1; at inference each expert takes" in text for text in texts] == [True, False]
+    assert ["best expert of its group (`token_choice`)" in text for text in texts] == [False, True]
+
+
 def test_aims_say_what_is_not_reached_and_whose_captions_are_compared():
     found = {aim: (measured, reached) for aim, measured, reached in aims(REPORT)}
     assert [reached for _, reached in found.values()] == [True, True, False, True, True, False, False]
