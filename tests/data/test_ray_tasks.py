@@ -17,6 +17,7 @@ import psutil
 import pytest
 from datasets import Dataset, Features, Image, Value
 
+from helpers.slow import slow
 from helpers.tiny import noise_images, tiny_processor
 from modeling_moma.cli import tokenize
 from modeling_moma.data.jobs import read_job
@@ -27,7 +28,6 @@ from server_process import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 # Ray is imported by processes of their own alone: what it listens on is decided by then
-slow = pytest.mark.skipif(os.environ.get("RUN_SLOW") != "1", reason="slow: RUN_SLOW=1 runs it")
 needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="the extra `ray` is not installed")
 # a worker writes a shard in about half a second, so that there is one to kill
 ROWS, SHARDS = 512, 6

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 import study_report
 from helpers.mixture import WEIGHTS, write_mixture
+from helpers.slow import slow
 from helpers.tiny import mixed_ids, tiny_model, tiny_processor
 from modeling_moma import MomaConfig
 from modeling_moma.calibration.observation import named_routers
@@ -386,6 +387,7 @@ def read_table(text):
     return [line.removeprefix("| ").removesuffix(" |").split(" | ") for line in text.splitlines()[2:]]
 
 
+@slow
 def test_steps_are_timed_in_turns(study):
     runs = [RUN, replace(RUN, recipe="dense")]
     found = step_seconds(study, {run: train_branch(study, run, LARGE) for run in runs}, rounds=2, steps=1)
