@@ -5,17 +5,20 @@ from pathlib import Path
 
 import pytest
 import torch
+from datasets import load_dataset
 from PIL import Image
 from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor, AutoTokenizer
 
 from evaluate_emoji import Evaluation, parse_arguments
 from modeling_moma.hub.loading import refuse_non_finite
+from modeling_moma.labelling.labeler import open_labeler
 from modeling_moma.modeling_moma import MomaExperts
 from tokenization import trunk_moma_vq
 
 
 ROOT = Path(__file__).resolve().parent.parent
-FOLDER = ROOT / "model_cards" / "moma-emoji"
+FOLDER, ICONS = (ROOT / "model_cards" / name for name in ("moma-emoji", "moma-icons"))
+each_model = pytest.mark.parametrize("folder", [FOLDER, ICONS], ids=lambda folder: folder.name)
 CODE = sorted(path.name for path in FOLDER.glob("*.py"))
 
 
@@ -33,22 +36,25 @@ def test_what_the_code_imports_travels_too(name):
     assert not missing, f"copy {missing} to {FOLDER.name}"
 
 
-def test_the_folder_stays_below_40_mb():
-    assert sum(path.stat().st_size for path in FOLDER.rglob("*") if path.is_file()) <= 40e6
+@each_model
+def test_the_folder_stays_below_40_mb(folder):
+    assert sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) <= 40e6
 
 
-def test_weights_are_finite_and_bf16_but_for_the_routers():
-    model = AutoModelForCausalLM.from_pretrained(FOLDER)
-    processor = AutoProcessor.from_pretrained(FOLDER)
-    refuse_non_finite(model, "moma-emoji")
-    refuse_non_finite(processor.vq_model, "moma-emoji")
+@each_model
+def test_weights_are_finite_and_bf16_but_for_the_routers(folder):
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    processor = AutoProcessor.from_pretrained(folder)
+    refuse_non_finite(model, folder.name)
+    refuse_non_finite(processor.vq_model, folder.name)
     for name, tensor in model.state_dict().items():
         assert tensor.dtype == (torch.float32 if ".router." in name else torch.bfloat16), name
     assert model.config.vocab_size == processor.token_layout()["vocab_size"]
 
 
-def test_the_tokenizer_knows_the_placeholder_and_where_the_model_ends():
-    config, tokenizer = AutoConfig.from_pretrained(FOLDER), AutoTokenizer.from_pretrained(FOLDER)
+@each_model
+def test_the_tokenizer_knows_the_placeholder_and_where_the_model_ends(folder):
+    config, tokenizer = AutoConfig.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     assert tokenizer.model_max_length == config.max_position_embeddings == 512
     assert tokenizer.image_token == "<image>"
 
@@ -111,3 +117,15 @@ def test_the_saved_processor_gives_the_same_codes_in_one_pass_and_in_two(monkeyp
     codes = processor.encode_images(images * 6)
     monkeypatch.setattr(trunk_moma_vq, "_can_fuse", lambda *args: False)
     assert processor.encode_images(images * 6) == codes
+
+
+def test_icons_are_named_as_their_card_says():
+    samples = json.loads((ICONS / "evaluation.json").read_text())["names"]["test"]["samples"][:6]
+    rows = load_dataset(str(ROOT / "data" / "icons"), split="test")
+    places = {f"{row['set']}:{row['icon']}": place for place, row in enumerate(rows.select_columns(["set", "icon"]))}
+    images = [rows[places[sample["icon"]]]["image"] for sample in samples]
+    labeler = open_labeler(str(ICONS))
+    found = labeler.names(labeler.encode(images), 5)
+    card = (ICONS / "README.md").read_text()
+    for sample, guesses in zip(samples, found, strict=True):
+        assert guesses[0].text == sample["names"][0] and sample["names"][0] in card
