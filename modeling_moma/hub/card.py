@@ -97,7 +97,13 @@ def with_datasets(text: str, datasets: Mapping[str, str]) -> str:
     def link(match: re.Match) -> str:
         target = match["markdown"] or match["html"]
         path = re.sub(r"^(\.\./)+", "", posixpath.normpath(target)).removesuffix("/README.md")
-        return match[0].replace(target, f"{DATASET_ADDRESS}/{datasets[path]}") if path in datasets else match[0]
+        for local, identifier in datasets.items():
+            if path == local:
+                return match[0].replace(target, f"{DATASET_ADDRESS}/{identifier}")
+            if path.startswith(f"{local}/"):
+                file = path.removeprefix(f"{local}/")
+                return match[0].replace(target, f"{DATASET_ADDRESS}/{identifier}/blob/main/{file}")
+        return match[0]
 
     body = _LINK.sub(link, text[head.end() :])
     return f"{head[1]}{yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True).rstrip()}{head[3]}{body}"

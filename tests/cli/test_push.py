@@ -385,6 +385,15 @@ def test_a_data_set_that_the_card_does_not_name_cannot_be_mapped(folder):
     assert "maps 'someone/emoji' to 'a/b/c', which is no id" in refusal(folder, datasets={"someone/emoji": "a/b/c"})
 
 
+def test_links_to_files_of_a_data_set_lead_to_these_files_on_the_hub():
+    links = ("../../data/emoji", "../../data/emoji/LICENSES/MIT.txt", "../../data/emoji-more/README.md", "curves.png")
+    text = card(" ".join(f"[link]({link})" for link in links), datasets=["data/emoji"])
+    found = with_datasets(text, {"data/emoji": "someone/emoji"})
+    hub = "https://huggingface.co/datasets/someone/emoji"
+    expected = (hub, f"{hub}/blob/main/LICENSES/MIT.txt", *links[2:])
+    assert found.endswith(" ".join(f"[link]({link})" for link in expected))
+
+
 def test_a_card_without_mapped_data_sets_keeps_its_very_text(folder):
     assert with_datasets(card(), {}) == card()
     assert prepare(folder).files["README.md"] == folder / "README.md"
