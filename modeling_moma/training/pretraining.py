@@ -239,8 +239,9 @@ def build_trainer(args: argparse.Namespace, parts: RunParts | None = None) -> St
         print(noise)
     num_examples = args.steps * examples_a_step(training_arguments)
     stream = training_stream(args.recipe.data, tokens, sources, num_examples, args.seed)
-    if isinstance(stream, PackedExamples):
-        # the stream is shuffled already, and a packed sequence begins with the rest of the one before
+    if isinstance(stream, PackedExamples) or training_arguments.train_sampling_strategy == "random":
+        # the stream is shuffled already, whatever the number of steps, and a packed sequence begins with the rest of
+        # the one before
         training_arguments.train_sampling_strategy = "sequential"
     # `source_ids` are counted, and then left out by the trainer itself
     training_arguments.remove_unused_columns = False

@@ -150,12 +150,13 @@ def assert_packed_stream(inputs, rows, starts):
 
 
 def assert_padded_stream(inputs, rows, starts):
-    """Each document was seen once."""
+    """Each step had its documents of the stream, and each document was seen once."""
     stream = stream_of(inputs, "padded")
-    expected = Counter(tuple(stream[index]["input_ids"]) for index in range(STEPS * EXAMPLES))
-    assert set(expected.values()) == {1}
-    seen = sum(steps_of(rows, starts), Counter())
-    assert Counter({ids: count for (ids, _), count in seen.items()}) == expected
+    documents = [tuple(stream[index]["input_ids"]) for index in range(STEPS * EXAMPLES)]
+    assert set(Counter(documents).values()) == {1}
+    for step, seen in enumerate(steps_of(rows, starts)):
+        expected = Counter(documents[step * EXAMPLES : (step + 1) * EXAMPLES])
+        assert Counter({ids: count for (ids, _), count in seen.items()}) == expected
 
 
 def test_documents_of_their_own_are_seen_once_each(inputs, tmp_path):
