@@ -2,7 +2,9 @@
 """FSDP2 as Accelerate has it from configs/accelerate/fsdp2.yaml, on CPU processes."""
 
 import os
+import sys
 from collections.abc import Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from accelerate.utils.launch import prepare_multi_gpu_env
 
 from helpers import recorded_training
+from modeling_moma.cli import pretrain
 
 
 CONFIG_FOLDER = Path(__file__).resolve().parents[2] / "configs" / "accelerate"
@@ -49,9 +52,22 @@ def sharded(accelerator: Accelerator) -> Accelerator:
     return accelerator
 
 
+@contextmanager
+def sharded_trainers():
+    """Trainers are under FSDP2, as the environment has it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(transformers.trainer, "Accelerator", lambda **options: sharded(Accelerator(**options)))
+        yield
+
+
 def sharded_training(arguments: list[str]):
     """As `recorded_training.main`, under FSDP2 with sharded checkpoints, in a process of `start_scripts`."""
     set_environment(SHARDED)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(transformers.trainer, "Accelerator", lambda **options: sharded(Accelerator(**options)))
+    with sharded_trainers():
         recorded_training.main(arguments)
+
+
+if __name__ == "__main__":
+    # `moma pretrain` for `accelerate launch`
+    with sharded_trainers():
+        pretrain.main(sys.argv[1:])

@@ -7,6 +7,7 @@ import random
 import signal
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -18,14 +19,20 @@ from safetensors.torch import load_file
 from helpers.mixture import write_mixture
 from helpers.parallel_reference import MODELS, SEED, assert_steps_equal, single_process
 from helpers.processes import start_scripts
+from helpers.slow import slow
 from helpers.tiny import tiny_model, tiny_processor
 from helpers.two_node_training import BATCHES, LAYOUTS, NAMES
 from helpers.two_nodes import SECONDS, two_nodes, wait_for
 from modeling_moma.cli import pretrain, tokenize
+from modeling_moma.training.checkpoints import WHOLE, check_kind
 
 
 ROOT = Path(__file__).resolve().parents[2]
-DDP = ROOT / "configs" / "accelerate" / "ddp.yaml"
+CONFIGS = ROOT / "configs" / "accelerate"
+HELPERS = ROOT / "tests" / "helpers"
+# `moma pretrain`, and the same on CPUs under FSDP2, which Accelerate leaves to accelerators
+PRETRAIN, SHARDED_PRETRAIN = ["-m", "modeling_moma", "pretrain"], [str(HELPERS / "fsdp2.py")]
+PYTHONPATH = os.pathsep.join(str(ROOT / name) for name in (".", "scripts", "tests"))
 
 
 @pytest.fixture(scope="module")
@@ -42,28 +49,30 @@ def torchrun(nodes, node, processes=1):
     return [sys.executable, "-m", "torch.distributed.run", *size, *meeting]
 
 
-def accelerate(nodes, node):
+def accelerate(nodes, node, config="ddp", precision="no"):
     """As [`torchrun`], by Accelerate, which hands on what stands in PET_LOCAL_ADDR."""
     machines = ["--num_machines", "2", "--num_processes", "2", "--machine_rank", str(node)]
     machines += ["--main_process_ip", nodes.addresses[0], "--main_process_port", "29500", "--rdzv_backend", "c10d"]
-    machines += ["--rdzv_conf", f"is_host={'true' if node == 0 else 'false'}", "--mixed_precision", "no"]
-    launch = ["-m", "accelerate.commands.launch", "--config_file", str(DDP), "--num_cpu_threads_per_process", "1"]
+    machines += ["--rdzv_conf", f"is_host={'true' if node == 0 else 'false'}", "--mixed_precision", precision]
+    launch = ["-m", "accelerate.commands.launch", "--config_file", str(CONFIGS / f"{config}.yaml")]
+    launch += ["--num_cpu_threads_per_process", "1"]
     return ["env", f"PET_LOCAL_ADDR={nodes.addresses[node]}", sys.executable, *launch, *machines]
 
 
-def run_on_both(nodes, folder, command, *work, **environment):
+def run_on_both(nodes, folder, command, *work):
     """Run the same work on both nodes, and wait until it has ended well."""
     logs = [folder / f"node-{node}.log" for node in range(2)]
-    processes = [nodes.start(node, [*command(node), *work], log, environment) for node, log in enumerate(logs)]
+    processes = [
+        nodes.start(node, [*command(node), *work], log, {"PYTHONPATH": PYTHONPATH}) for node, log in enumerate(logs)
+    ]
     wait_for(processes, logs)
 
 
 def test_layouts_of_two_nodes_equal_one_process_with_every_batch(nodes, tmp_path):
     for name in NAMES:
         tiny_model(seed=SEED, **MODELS[name]).save_pretrained(tmp_path / name)
-    paths = os.pathsep.join(str(ROOT / name) for name in (".", "scripts", "tests"))
-    script = str(ROOT / "tests" / "helpers" / "two_node_training.py")
-    run_on_both(nodes, tmp_path, lambda node: torchrun(nodes, node, 2), script, str(tmp_path), PYTHONPATH=paths)
+    script = str(HELPERS / "two_node_training.py")
+    run_on_both(nodes, tmp_path, lambda node: torchrun(nodes, node, 2), script, str(tmp_path))
     for name in NAMES:
         single = single_process(name, BATCHES)
         for layout in LAYOUTS:
@@ -88,17 +97,32 @@ def history(output):
     return json.loads((output / "trainer_state.json").read_text())["log_history"]
 
 
-@pytest.mark.parametrize("launcher", [torchrun, accelerate])
-def test_pre_training_on_two_nodes_equals_one_process_that_accumulates(launcher, nodes, inputs, tmp_path):
+def train_on_both_and_alone(launcher, kind, nodes, inputs, folder, bf16):
+    """Three steps on two nodes, and by one process that accumulates both batches: what each logged, side by side."""
+
     def arguments(output, *more):
         paths = [text for name in ("processor", "tokens") for text in (f"--{name}", str(inputs / name))]
-        sizes = "--steps 3 --batch-size 2 --eval-steps 3 --save-steps 3 --logging-steps 1 --bf16 off".split()
-        return [*paths, str(inputs / "data" / "recipe.yaml"), "--output", str(tmp_path / output), *sizes, *more]
+        sizes = "--steps 3 --batch-size 2 --eval-steps 3 --save-steps 3 --logging-steps 1 --bf16".split()
+        return [*paths, str(inputs / "data" / "recipe.yaml"), "--output", str(folder / output), *sizes, bf16, *more]
 
-    work = ["-m", "modeling_moma", "pretrain", *arguments("two")]
-    run_on_both(nodes, tmp_path, lambda node: launcher(nodes, node), *work)
+    work = PRETRAIN if kind is None else SHARDED_PRETRAIN
+    run_on_both(nodes, folder, lambda node: launcher(nodes, node), *work, *arguments("two"))
+    check_kind(folder / "two" / "checkpoint-3", kind)
     pretrain.main(arguments("one", "--gradient-accumulation-steps", "2"))
-    for two, one in zip(history(tmp_path / "two"), history(tmp_path / "one"), strict=True):
+    return zip(history(folder / "two"), history(folder / "one"), strict=True)
+
+
+# a launcher, and what its checkpoints are under FSDP
+LAUNCHERS = {
+    "torchrun": (torchrun, None),
+    "ddp": (accelerate, None),
+    "fsdp2": (partial(accelerate, config="fsdp2"), WHOLE),
+}
+
+
+@pytest.mark.parametrize(("launcher", "kind"), LAUNCHERS.values(), ids=LAUNCHERS)
+def test_pre_training_on_two_nodes_equals_one_process_that_accumulates(launcher, kind, nodes, inputs, tmp_path):
+    for two, one in train_on_both_and_alone(launcher, kind, nodes, inputs, tmp_path, "off"):
         for key in ("loss", "grad_norm", "eval_loss"):
             if key in one:
                 assert two[key] == pytest.approx(one[key], rel=1e-5, abs=1e-5), (key, one["step"])
@@ -108,6 +132,16 @@ def test_pre_training_on_two_nodes_equals_one_process_that_accumulates(launcher,
         # an accumulated batch counts as two steps for the cuts, a batch in two parts as one
         if not key.endswith(("threshold", "num_updates")):
             torch.testing.assert_close(two[key], value, atol=1e-5, rtol=1e-5, msg=key)
+
+
+@slow
+@pytest.mark.parametrize(("config", "kind"), [("ddp", None), ("fsdp2", WHOLE)], ids=["ddp", "fsdp2"])
+def test_bf16_on_two_nodes_is_near_one_process_that_accumulates(config, kind, nodes, inputs, tmp_path):
+    launcher = partial(accelerate, config=config, precision="bf16")
+    for two, one in train_on_both_and_alone(launcher, kind, nodes, inputs, tmp_path, "on"):
+        for key in ("loss", "eval_loss"):
+            if key in one:
+                assert two[key] == pytest.approx(one[key], rel=1e-2), (key, one["step"])
 
 
 # on every node, so that whatever ends a training begins it anew
