@@ -170,6 +170,11 @@ class StageTrainer(ResumedTrainer):
         vocab_size = self.accelerator.unwrap_model(self.model).config.vocab_size
         return not is_split and inputs["input_ids"].numel() * vocab_size * 4 > LARGEST_LOGITS
 
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        # the earlier stage's weights are in the model already, and under FSDP a plain model is no checkpoint
+        if resume_from_checkpoint != self.earlier_stage:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint != self.earlier_stage:
             super()._load_optimizer_and_scheduler(checkpoint)
@@ -251,8 +256,8 @@ def first_step(
             f"`--model` {model!r} comes from a training that is finished: it has taken all of its "
             f"{state.max_steps} steps, and no data are left for further ones. {anew}"
         )
-    # the data are a permutation that the seed draws of all examples of all steps; examples a step give the place in it
-    checks: list[tuple[str, int | None, int]] = [("`--steps`", state.max_steps, args.max_steps)]
+    # the seed decides on the order of the data, and examples a step on the place in it
+    checks: list[tuple[str, int | None, int]] = []
     order = data_order(model)
     if order is None:
         logger.warning(

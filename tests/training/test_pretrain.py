@@ -327,6 +327,11 @@ def test_examples_of_a_step_may_be_split_otherwise(stages, inputs, tmp_path):
     assert rows(continued.batches) == rows(stages.continued.batches)
 
 
+def test_longer_second_stage_goes_on_in_the_same_data(stages, inputs, tmp_path):
+    longer = run(inputs, tmp_path / "longer", "--steps", "10", start=stages.start)
+    assert len(longer.batches) == 7 and longer.batches[:5] == stages.continued.batches
+
+
 def test_order_of_the_data_is_known_of_outputs_checkpoints_and_grown_models(stages, tmp_path, monkeypatch):
     checkpoint = stages.stopped.output / "checkpoint-3"
     for folder in (stages.stopped.output, checkpoint, stages.folder / "grown", stages.continued.output):
@@ -380,7 +385,6 @@ def test_model_without_a_trainer_state_starts_at_the_first_batch(stages, inputs,
 @pytest.mark.parametrize(
     "more, named",
     [
-        (["--steps", "9"], "`--steps` = 9 is not the 8 "),
         (["--batch-size", "2"], "`--batch-size` .* = 2 is not the 4 "),
         (["--gradient-accumulation-steps", "2"], "`--gradient-accumulation-steps` .* = 8 is not the 4 "),
         (["--seed", "1"], "`--seed` = 1 is not the 0 "),

@@ -128,6 +128,14 @@ def arguments(inputs, output, *more):
     return [str(inputs / "recipe.json"), *paths, "--output", str(output), *sizes, "--bf16", "off", "--resume", *more]
 
 
+def run_sharded(folder, number, processes, dies_in, given):
+    """One start under FSDP2."""
+    given = [str(folder / "rows"), str(number), str(dies_in), *given]
+    for process in start_scripts(sharded_training, given, folder / "log.txt", processes):
+        process.join(120)
+        assert process.exitcode == (9 if dies_in else 0), (folder / "log.txt").read_text()[-3000:]
+
+
 @pytest.fixture(scope="module")
 def trained(inputs, tmp_path_factory):
     """A pre-training under FSDP2 with 4 processes, with 2 and with 4, of which all but the last die."""
@@ -135,10 +143,7 @@ def trained(inputs, tmp_path_factory):
     (folder / "rows").mkdir()
     for number, (processes, accumulation, dies_in) in enumerate([(4, 1, 2), (2, 2, 3), (4, 1, 0)]):
         more = ["--gradient-accumulation-steps", str(accumulation)]
-        given = [str(folder / "rows"), str(number), str(dies_in), *arguments(inputs, folder / "out", *more)]
-        for process in start_scripts(sharded_training, given, folder / "log.txt", processes):
-            process.join(120)
-            assert process.exitcode == (9 if dies_in else 0), (folder / "log.txt").read_text()[-3000:]
+        run_sharded(folder, number, processes, dies_in, arguments(inputs, folder / "out", *more))
     return folder / "out"
 
 
@@ -154,6 +159,21 @@ def test_pre_training_reshards_its_checkpoints(inputs, trained, tmp_path):
     # a shard of each process, and no model in one piece
     last = trained / f"checkpoint-{STEPS}"
     assert len(list((last / SHARDS).glob("*.distcp"))) == 4 and not list(last.glob("*.safetensors"))
+
+
+def test_second_stage_under_fsdp_begins_with_a_plain_model(inputs, tmp_path):
+    (tmp_path / "rows").mkdir()
+    recipe, *given = arguments(inputs, tmp_path / "first", "--gradient-accumulation-steps", "4", "--stop-at", "2")
+    pretrain.main([recipe, *given])
+
+    def second(output, accumulation):
+        more = ["--model", str(tmp_path / "first"), "--gradient-accumulation-steps", str(accumulation)]
+        return arguments(inputs, tmp_path / output, *more)[1:]
+
+    run_sharded(tmp_path, 0, 4, 0, second("sharded", 1))
+    pretrain.main(second("one", 4))
+    assert len(losses(tmp_path / "sharded")) == STEPS
+    assert losses(tmp_path / "sharded") == pytest.approx(losses(tmp_path / "one"), abs=1e-5)
 
 
 def test_pre_training_leaves_a_whole_model_at_its_end(trained, tmp_path):
