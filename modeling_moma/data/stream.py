@@ -13,6 +13,8 @@ from ..errors_moma import InputError
 from .documents import Documents, mean_length
 
 
+# the order of documents that are rows of their own; runs that had another one do not go on under this one
+STREAM_RULE = "in-order"
 # entries of the pattern in which sources follow one another where documents are rows of their own
 PATTERN = 1000
 # apart enough that no two sources draw alike
@@ -118,4 +120,4 @@ def _pattern(orders: Sequence[DocumentOrder], weights: Sequence[float]) -> np.nd
     return pattern
 
 
-__all__ = ["DocumentExamples", "DocumentOrder", "document_orders"]
+__all__ = ["STREAM_RULE", "DocumentExamples", "DocumentOrder", "document_orders"]

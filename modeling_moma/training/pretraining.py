@@ -14,6 +14,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import IntervalStrategy
 
 from tokenization import MomaDataCollator, MomaProcessor
+from tokenization.text_tokenizer_moma import IMAGE
 
 from ..configuration_moma import MomaConfig
 from ..data.documents import TokenFolder
@@ -30,6 +31,7 @@ from ..utils.hardware import on_one_gpu, trains_in_bf16
 from .adapters import with_adapters
 from .checkpoints import check_kind, checkpoint_step, last_checkpoint, without_torn_checkpoints
 from .code_embeddings import initialize_code_embeddings
+from .code_noise import CodeNoise
 from .fingerprints import Facts, RunFingerprint, check_output, finished_at, run_facts
 from .freezing import freeze_groups
 from .metrics_callback import MomaMetricsCallback
@@ -91,6 +93,7 @@ def read_parts(args: argparse.Namespace) -> RunParts:
     training_arguments = make_training_arguments(args)
     earlier_steps = first_step(args.model, training_arguments, args.stop_at, args.restart_data)
     others = {name: getattr(args, name) for name in ("lora_rank", "freeze_groups", "train_groups")}
+    others["code_noise"] = code_noise(args.recipe.data)
     packed = packing(args.recipe.data, tokens)
     facts = run_facts(config, args.model, tokens, sources, packed, training_arguments, earlier_steps, **others)
     return RunParts(processor, tokens, sources, config, training_arguments, earlier_steps, facts)
@@ -101,6 +104,11 @@ def packing(data: DataFields | None, tokens: TokenFolder) -> tuple[bool, int]:
     if data is None:
         return tokens.manifest["packed"], tokens.manifest["sequence_length"]
     return data.packed, data.sequence_length
+
+
+def code_noise(data: DataFields | None) -> float:
+    """Return the largest share of an image's codes that are random ones, which the recipe alone asks for."""
+    return 0.0 if data is None else data.code_noise
 
 
 def starting_config(
@@ -268,6 +276,8 @@ def build_trainer(args: argparse.Namespace, parts: RunParts | None = None) -> St
         trainer.train_only(args.train_groups)
     trainer.first_step, trainer.earlier_stage, trainer.feeding = parts.first_step, args.model, feeding
     trainer.processor = processor
+    if noise := code_noise(args.recipe.data):
+        trainer.noise = CodeNoise(noise, *processor.frames[IMAGE].bounds)
     return trainer
 
 

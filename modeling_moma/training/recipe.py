@@ -29,10 +29,13 @@ class DataFields:
             tokens of a sequence, and most of an image with its caption.
         packed (`bool`, *optional*, defaults to `True`):
             whether sequences are full of documents; otherwise each is a row of its own, padded.
+        code_noise (`float`, *optional*, defaults to `0.0`):
+            largest share of an image's codes that are random ones in what is read, see [`CodeNoise`]; 0 for none.
     """
 
     sequence_length: Count = 512
     packed: bool = True
+    code_noise: Annotated[Float, Field(ge=0, lt=1)] = 0.0
 
 
 @dataclass(frozen=True)

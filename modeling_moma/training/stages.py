@@ -20,6 +20,7 @@ from tokenization import MomaProcessor
 from ..errors_moma import InputError
 from ..utils.atomic_files import write_aside, write_folder_aside
 from .checkpoints import SHARDS, WHOLE
+from .code_noise import CodeNoise
 from .freezing import freeze_all_but
 from .throughput_callback import FeedingCallback
 
@@ -85,12 +86,15 @@ class StageTrainer(ResumedTrainer):
             told of every batch and how long it was waited for.
         processor ([`MomaProcessor`]):
             the one whose ids are trained on.
+        noise ([`CodeNoise`] or `None`):
+            on the codes of the images that are read.
         undecayed (`Sequence[str]`):
             parameters without weight decay, beside those that never have any.
     """
 
     first_step, earlier_stage = 0, None
     feeding: FeedingCallback | None = None
+    noise: CodeNoise | None = None
     processor: MomaProcessor
     undecayed: Sequence[str] = ()
 
@@ -153,9 +157,11 @@ class StageTrainer(ResumedTrainer):
         self.state.epoch = epoch
 
     def training_step(self, model, inputs, num_items_in_batch=None):
-        """Take a training step, without `source_ids`."""
+        """Take a training step, without `source_ids`, and with noise where there is some."""
         # `source_ids` serve the figures alone: no model takes them
         inputs = {name: values for name, values in inputs.items() if name != "source_ids"}
+        if self.noise is not None:
+            inputs = self.noise(inputs)
         return super().training_step(model, inputs, num_items_in_batch)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):

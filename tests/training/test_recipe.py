@@ -59,7 +59,7 @@ def test_flags_win_over_the_recipe_and_the_recipe_over_defaults(tmp_path):
         ("model: [1]\n", "model: expected a mapping of fields, got .1."),
         (
             "data: {length: 8}\n",
-            "data: 'length' is no field of this section. .*It takes .'packed', 'sequence_length'.",
+            "data: 'length' is no field of this section. .*It takes .'code_noise', 'packed', 'sequence_length'.",
         ),
         ("data: {sequence_length: 0}\n", "sequence_length = 0 must be at least 1: tokens of a sequence"),
         ("samples: {evry: 8}\n", "samples: 'evry' is no field of this section. Did you mean 'every'"),
