@@ -38,14 +38,11 @@ DATA = Path(__file__).resolve().parent.parent / "data"
 CARD = DATA / "spoken" / "README.md"
 WORD_FEATURES = {"audio": Audio(decode=False), "word": Value("string"), "voice": Value("string")}
 DRAWING_FEATURES = {
-    "segments": List({"audio": Audio(decode=False), "image": Image(decode=False)}),
+    "segments": List({"audio": Audio(decode=False), "text": Value("string"), "image": Image(decode=False)}),
     "label": Value("string"),
-    "style": Value("string"),
     "voice": Value("string"),
 }
-
-
-WRITTEN_FEATURES = {"image": Image(decode=False), "label": Value("string"), "style": Value("string")}
+WRITTEN_FEATURES = {"image": Image(decode=False), "label": Value("string")}
 
 
 def sound(text: str, voice: Any) -> dict[str, Any]:
@@ -57,9 +54,9 @@ def word_row(entry: SpokenWord) -> dict[str, Any]:
 
 
 def drawing_row(entry: SpokenDrawing) -> dict[str, Any]:
-    segments = [{"audio": sound(entry.label, entry.voice), "image": None}, {"audio": None, "image": entry.image}]
-    segments = segments if entry.sound_first else segments[::-1]
-    return {"segments": segments, "label": entry.label, "style": entry.style, "voice": entry.voice.name}
+    parts = {"audio": sound(entry.label, entry.voice), "text": entry.label, "image": entry.image}
+    segments = [{name: parts[name] if name == part else None for name in parts} for part in entry.order]
+    return {"segments": segments, "label": entry.label, "voice": entry.voice.name}
 
 
 def write_split(path: Path, entries: Sequence[Any], make: Callable[[Any], dict], features: dict, threads: int) -> None:

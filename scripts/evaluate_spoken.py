@@ -5,7 +5,8 @@ Measures a model of `recipes/spoken.yaml` on words and labels that it never hear
     python scripts/evaluate_spoken.py --model runs/spoken/model --report runs/spoken/report.json
 
 A held-out word is spoken, and the model ranks all held-out words by the likelihood of their spelling, or writes one. A
-held-out label of an emoji is spoken, and the model ranks drawings. Everything is by causal inference.
+held-out label of an emoji is spoken, and the model ranks drawings: after the sound, after the sound and the label that
+the model itself has written down, and after what it has written alone. Everything is by causal inference.
 """
 
 import argparse
@@ -18,8 +19,10 @@ from typing import Any
 import soundfile
 import torch
 from datasets import Dataset
+from PIL import Image
 from transformers import AutoModelForCausalLM, AutoProcessor, logging, set_seed
 
+from emoji_recipe.sheet import SheetEntry, draw_contact_sheet
 from modeling_moma.data.encoding import DocumentEncoder
 from modeling_moma.data.images import read_image
 from modeling_moma.data.sources import undecoded_rows
@@ -32,6 +35,8 @@ from tokenization.audio_input_moma import read_sound
 
 DATA = Path(__file__).resolve().parent.parent / "data" / "spoken"
 NEW_TOKENS = 16
+# labels of a sheet, and of a row in it
+SHEET, COLUMNS = 16, 4
 
 
 def rows_of(path: Path, number: int, name: str) -> list[dict[str, Any]]:
@@ -75,9 +80,12 @@ def measure_words(model, processor, rows: list[dict[str, Any]], batch_size: int)
 
 @torch.inference_mode()
 def write(model, processor, ids: list[int]) -> str:
-    """The likeliest spelling after a sound."""
+    """The likeliest spelling after a sound, up to the end of the document or to an image."""
     prompt = torch.tensor([ids])
-    out = model.generate(prompt, generation_mode="text", max_new_tokens=NEW_TOKENS, do_sample=False)
+    ends = [model.config.eos_token_id, model.config.begin_image_token_id]
+    out = model.generate(
+        prompt, generation_mode="interleaved", max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=ends
+    )
     return processor.decode(out[0, len(ids) :], skip_special_tokens=True).strip()
 
 
@@ -108,30 +116,55 @@ def write_sounds(model, processor, rows: list[dict[str, Any]], folder: Path) -> 
             soundfile.write(folder / f"{row['word']}-{name}.flac", samples, codec.sampling_rate)
 
 
-def measure_drawings(model, processor, rows: list[dict[str, Any]], batch_size: int) -> dict:
-    """From a spoken label to its drawing, and, to compare, from the written label."""
+def spoken_drawings(processor, rows: list[dict[str, Any]]) -> tuple[list[list[int]], list[Image.Image]]:
+    """The ids of each row's sound, as a document begins with them, and its drawing."""
     encoder = DocumentEncoder(processor)
     parts = [{name: value for part in row["segments"] for name, value in part.items() if value} for row in rows]
     sounds = processor.encode_items("audio", [part["audio"] for part in parts])
-    images = processor.encode_images([read_image(part["image"])[0] for part in parts])
+    heard = [encoder.opened(processor.frame_ids("audio", sound)) for sound in sounds]
+    return heard, [read_image(part["image"])[0] for part in parts]
+
+
+@torch.inference_mode()
+def draw_sheet(model, processor, rows: list[dict[str, Any]]) -> Image.Image:
+    """Each label's drawing, its reconstruction, and what the model draws of what it has heard and written down."""
+    heard, real = spoken_drawings(processor, rows)
+    written = [write(model, processor, ids) for ids in heard]
+    encoder = DocumentEncoder(processor)
+    prompts = [torch.tensor([encoder.opened(encoder.text_ids(text))]) for text in written]
+    drawn = [model.generate(ids, generation_mode="image", do_sample=False) for ids in prompts]
+    drawn = [processor.decode_images(model.decode_image_tokens(ids))[0] for ids in drawn]
+    again = processor.decode_images(processor.encode_images(real))
+    labels = [row["label"] for row in rows]
+    return draw_contact_sheet([SheetEntry(*entry) for entry in zip(real, again, drawn, labels, written)], COLUMNS)
+
+
+def measure_drawings(model, processor, rows: list[dict[str, Any]], batch_size: int) -> dict:
+    """From a spoken label to its drawing, at once or by writing down what was heard, and from the written label."""
+    encoder = DocumentEncoder(processor)
+    heard, real = spoken_drawings(processor, rows)
+    images = processor.encode_images(real)
     begin, codes = processor.image_ids(images[0])[0], [processor.image_ids(image)[1:-1] for image in images]
     of_all = partial(continuation_log_probs, model, continuations=codes, batch_size=batch_size)
-    heard = [[*encoder.opened(processor.frame_ids("audio", sound)), begin] for sound in sounds]
-    read = [[*encoder.opened(encoder.text_ids(row["label"])), begin] for row in rows]
-    of_sounds, of_labels = (
-        of_all(heard, description="drawings of each sound"),
-        of_all(read, description="of each label"),
-    )
-    (prior,) = of_all([[*encoder.opened([]), begin]], description="drawings of nothing")
-    own = torch.arange(len(rows))
-    return {
-        "labels": len(rows),
-        "ranked_by_sound": figures(of_sounds - prior),
-        "ranked_by_label": figures(of_labels - prior),
-        # by how many nats a drawing gets likelier
-        "gain_of_sound": (of_sounds - prior)[own, own].mean().item(),
-        "gain_of_label": (of_labels - prior)[own, own].mean().item(),
+    labels = [row["label"] for row in rows]
+    written = [write(model, processor, ids) for ids in heard]
+    asked = {
+        "sound": heard,
+        "sound_and_writing": [[*ids, *encoder.text_ids(text)] for ids, text in zip(heard, written)],
+        "writing": [encoder.opened(encoder.text_ids(text)) for text in written],
+        "label": [encoder.opened(encoder.text_ids(label)) for label in labels],
     }
+    (prior,) = of_all([[*encoder.opened([]), begin]], description="drawings of nothing")
+    report: dict[str, Any] = {
+        "labels": len(labels),
+        "written_exactly": sum(map(str.__eq__, written, labels)) / len(labels),
+        "written": dict(zip(labels[:20], written)),
+    }
+    for name, prompts in asked.items():
+        gains = of_all([[*ids, begin] for ids in prompts], description=f"drawings of each {name}") - prior
+        # by how many nats a drawing gets likelier
+        report[f"of_{name}"] = {**figures(gains), "gain": gains.diagonal().mean().item()}
+    return report
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -144,6 +177,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--labels", type=int, default=100, help="held-out labels")
     parser.add_argument("--batch-size", type=int, default=100, help="continuations at once")
     parser.add_argument("--sounds", type=Path, help="folder for the sounds of the first three words, and nothing else")
+    parser.add_argument("--sheet", type=Path, help="PNG of what the first labels make it draw, and nothing else")
     parser.add_argument("--report", type=Path, help="JSON file of the figures")
     args = parser.parse_args(arguments)
     if not (args.data / "words").is_dir():
@@ -158,6 +192,10 @@ def main(arguments: list[str] | None = None) -> int:
         write_sounds(model, processor, words[:3], args.sounds)
         return 0
     labels = rows_of(args.data / "emoji" / f"{args.split}.parquet", args.labels, "label")
+    if args.sheet is not None:
+        sheet = draw_sheet(model, processor, labels[:SHEET])
+        write_aside(args.sheet, lambda aside: sheet.save(aside, "PNG"))
+        return 0
     report = {
         "split": args.split,
         "words": measure_words(model, processor, words, args.batch_size),

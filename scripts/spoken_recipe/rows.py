@@ -20,11 +20,12 @@ HELD_OUT_LABELS = {"validation": 0.04, "test": 0.1}
 # letters of a word
 LETTERS = (3, 14)
 # voices that speak each word, and each label of a drawing
-VOICES_A_WORD, VOICES_A_DRAWING = 3, 2
-# designers whose drawings are taken, flat and alike, so that a small model may learn what belongs to a word
-STYLES = ("noto", "twemoji")
-# share of the drawings in `train` that follow their sound; others come first
-SOUND_FIRST = 0.75
+VOICES_A_WORD, VOICES_A_DRAWING = 3, 4
+# the designer whose drawings are taken: one for a label, so that a small model may learn what belongs to a word
+STYLE = "noto"
+# shares of the drawings in `train` by what comes in which order: a sound, perhaps the label written, and the drawing
+ORDERS = {("audio", "text", "image"): 0.5, ("audio", "image"): 0.35, ("image", "audio"): 0.15}
+HELD_OUT_ORDER = ("audio", "image")
 # columns of words and of lists of words
 _TEXTS = ("label", "name", "keywords", "aliases")
 
@@ -39,13 +40,12 @@ class SpokenWord:
 
 @dataclass(frozen=True)
 class SpokenDrawing:
-    """A label, a voice, and a drawing of the emoji, which comes first or second."""
+    """A label, a voice, a drawing of the emoji, and the order in which they stand, of `ORDERS`."""
 
     label: str
     voice: Voice
-    style: str
     image: dict[str, Any]
-    sound_first: bool
+    order: tuple[str, ...]
 
 
 def draw(name: str) -> float:
@@ -98,31 +98,35 @@ def split_labels(labels: Iterable[str]) -> dict[str, str]:
 
 
 def read_emoji(path: Path) -> list[dict[str, Any]]:
-    """Returns `label`, `style` and `image` (its file's bytes) of the rows of one split that are of `STYLES`."""
+    """Returns `label` and `image` (its file's bytes) of the rows of one split that are of `STYLE`."""
     rows = pq.read_table(path, columns=["label", "style", "image"]).to_pylist()
-    return [row for row in rows if row["style"] in STYLES]
+    return [{"label": row["label"], "image": row["image"]} for row in rows if row["style"] == STYLE]
+
+
+def order_of(name: str) -> tuple[str, ...]:
+    """Returns one of `ORDERS`, drawn by a hash of a name."""
+    place = draw(f"order/{name}")
+    for order, share in ORDERS.items():
+        if place < share:
+            return order
+        place -= share
+    return HELD_OUT_ORDER
 
 
 def split_drawings(rows: Sequence[dict[str, Any]], label_splits: dict[str, str]) -> dict[str, list[SpokenDrawing]]:
     """
-    Returns each split's drawings with voices: all drawings of the labels in `train`, and one drawing and voice of each
-    other label.
+    Returns each split's drawings with voices: of each label in `train` several, of each other label one.
 
     Args:
         rows: of `read_emoji`, those whose drawings and written labels are trained on.
         label_splits: the split of each label.
     """
     drawings: dict[str, list[SpokenDrawing]] = {split: [] for split in SPLITS}
-    seen: set[str] = set()
-    for row in sorted(rows, key=lambda row: draw(f"{row['label']}/{row['style']}")):
+    for row in rows:
         label, split = row["label"], label_splits[row["label"]]
-        if split != "train" and label in seen:
-            continue
-        seen.add(label)
-        name = f"{label}/{row['style']}"
-        for voice in choose_voices(name, VOICES_A_DRAWING if split == "train" else 1):
-            sound_first = split != "train" or draw(f"order/{name}/{voice.name}") < SOUND_FIRST
-            drawings[split].append(SpokenDrawing(label, voice, row["style"], row["image"], sound_first))
+        for voice in choose_voices(label, VOICES_A_DRAWING if split == "train" else 1):
+            order = order_of(f"{label}/{voice.name}") if split == "train" else HELD_OUT_ORDER
+            drawings[split].append(SpokenDrawing(label, voice, row["image"], order))
     return {
         split: sorted(found, key=lambda row: draw(f"{row.label}/{row.voice.name}"))
         for split, found in drawings.items()

@@ -15,8 +15,13 @@ import build_spoken
 import evaluate_spoken
 from spoken_recipe.rows import (
     HELD_OUT_LABELS,
+    HELD_OUT_ORDER,
+    ORDERS,
     SPLITS,
-    STYLES,
+    STYLE,
+    VOICES_A_DRAWING,
+    SpokenDrawing,
+    read_emoji,
     read_words,
     split_drawings,
     split_labels,
@@ -31,9 +36,7 @@ LABELS = [*WORDS[::4], *(f"{word} face" for word in WORDS)]
 
 
 def drawings_of(labels):
-    return [
-        {"label": label, "style": style, "image": {"bytes": b"", "path": None}} for label in labels for style in STYLES
-    ]
+    return [{"label": label, "image": {"bytes": b"", "path": None}} for label in labels]
 
 
 def test_no_held_out_word_or_label_is_spoken_in_another_split():
@@ -63,11 +66,21 @@ def test_splits_are_the_same_every_time_and_of_the_shares_asked_for():
 def test_held_out_drawings_come_after_one_sound_each():
     drawings = split_drawings(drawings_of(LABELS), split_labels(LABELS))
     for split in ("validation", "test"):
-        assert all(row.sound_first for row in drawings[split])
+        assert all(row.order == HELD_OUT_ORDER for row in drawings[split])
         assert len(drawings[split]) == len({row.label for row in drawings[split]})
     train = drawings["train"]
-    assert len(train) == 4 * len({row.label for row in train})
-    assert 0.65 < np.mean([row.sound_first for row in train]) < 0.85
+    assert len(train) == VOICES_A_DRAWING * len({row.label for row in train})
+    orders = [row.order for row in train]
+    for order, share in ORDERS.items():
+        assert abs(orders.count(order) / len(train) - share) < 0.08
+    assert sum(ORDERS.values()) == pytest.approx(1)
+
+
+def test_drawings_are_those_of_one_designer_and_hold_what_their_order_says(tmp_path):
+    image = {"bytes": b"a", "path": None}
+    rows = [{"label": "cat", "style": style, "image": image} for style in (STYLE, "another")]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "emoji.parquet")
+    assert read_emoji(tmp_path / "emoji.parquet") == [{"label": "cat", "image": image}]
 
 
 def test_words_are_read_from_labels_and_lists(tmp_path):
@@ -94,6 +107,15 @@ def test_rows_are_spoken_and_read_again(tmp_path):
     rows = evaluate_spoken.rows_of(path, 5, "word")
     assert [row["word"] for row in rows] == ["castle"] and len(Dataset.from_parquet(str(path))) == 3
     assert rows[0]["audio"]["bytes"][:4] == b"fLaC"
+    image = {"bytes": b"image", "path": None}
+    for order in ORDERS:
+        entry = SpokenDrawing("cat face", VOICES[0], image, order)
+        build_spoken.write_split(path, [entry], build_spoken.drawing_row, build_spoken.DRAWING_FEATURES, 1)
+        (row,) = evaluate_spoken.rows_of(path, 5, "label")
+        parts = [{name: value for name, value in part.items() if value} for part in row["segments"]]
+        assert [list(part) for part in parts] == [[name] for name in order]
+        values = {name: value for part in parts for name, value in part.items()}
+        assert values["image"]["bytes"] == b"image" and values.get("text", "cat face") == "cat face"
 
 
 def test_a_missing_program_is_named(monkeypatch):
