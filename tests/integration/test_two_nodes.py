@@ -112,15 +112,15 @@ def train_on_both_and_alone(launcher, kind, nodes, inputs, folder, bf16):
     return zip(history(folder / "two"), history(folder / "one"), strict=True)
 
 
-# a launcher, and what its checkpoints are under FSDP
-LAUNCHERS = {
-    "torchrun": (torchrun, None),
-    "ddp": (accelerate, None),
-    "fsdp2": (partial(accelerate, config="fsdp2"), WHOLE),
-}
+# a launcher, and what its checkpoints are under FSDP; by torchrun nodes die below
+LAUNCHERS = [
+    pytest.param(torchrun, None, id="torchrun", marks=slow),
+    pytest.param(accelerate, None, id="ddp"),
+    pytest.param(partial(accelerate, config="fsdp2"), WHOLE, id="fsdp2"),
+]
 
 
-@pytest.mark.parametrize(("launcher", "kind"), LAUNCHERS.values(), ids=LAUNCHERS)
+@pytest.mark.parametrize(("launcher", "kind"), LAUNCHERS)
 def test_pre_training_on_two_nodes_equals_one_process_that_accumulates(launcher, kind, nodes, inputs, tmp_path):
     for two, one in train_on_both_and_alone(launcher, kind, nodes, inputs, tmp_path, "off"):
         for key in ("loss", "grad_norm", "eval_loss"):
