@@ -67,6 +67,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     outcomes: list[Outcome] = []
     status, not_measured, machine = 0, {}, environment(args.device)
     file = None if args.report is None else report_file(args.report, args.device)
+    if file is not None:
+        file.parent.mkdir(parents=True, exist_ok=True)
     end = None if args.minutes is None else time.monotonic() + 60 * args.minutes
     for name in args.cases or [name for name, case in CASES.items() if args.device == "cuda" or not case.needs]:
         if end is not None and time.monotonic() > end:
