@@ -132,8 +132,8 @@ def draw_sheet(model, processor, rows: list[dict[str, Any]]) -> Image.Image:
     written = [write(model, processor, ids) for ids in heard]
     encoder = DocumentEncoder(processor)
     prompts = [torch.tensor([encoder.opened(encoder.text_ids(text))]) for text in written]
-    drawn = [model.generate(ids, generation_mode="image", do_sample=False) for ids in prompts]
-    drawn = [processor.decode_images(model.decode_image_tokens(ids))[0] for ids in drawn]
+    ids = [model.generate(prompt, generation_mode="image", do_sample=False) for prompt in prompts]
+    drawn = [processor.decode_images(model.decode_image_tokens(row))[0] for row in ids]
     again = processor.decode_images(processor.encode_images(real))
     labels = [row["label"] for row in rows]
     return draw_contact_sheet([SheetEntry(*entry) for entry in zip(real, again, drawn, labels, written)], COLUMNS)

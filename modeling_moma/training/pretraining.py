@@ -248,8 +248,7 @@ def build_trainer(args: argparse.Namespace, parts: RunParts | None = None) -> St
     num_examples = args.steps * examples_a_step(training_arguments)
     stream = training_stream(args.recipe.data, tokens, sources, num_examples, args.seed)
     if isinstance(stream, PackedExamples) or training_arguments.train_sampling_strategy == "random":
-        # the stream is shuffled already, whatever the number of steps, and a packed sequence begins with the rest of
-        # the one before
+        # the stream is shuffled already, and a packed sequence begins with the rest of the one before
         training_arguments.train_sampling_strategy = "sequential"
     # `source_ids` are counted, and then left out by the trainer itself
     training_arguments.remove_unused_columns = False
@@ -276,8 +275,8 @@ def build_trainer(args: argparse.Namespace, parts: RunParts | None = None) -> St
         trainer.train_only(args.train_groups)
     trainer.first_step, trainer.earlier_stage, trainer.feeding = parts.first_step, args.model, feeding
     trainer.processor = processor
-    if noise := code_noise(args.recipe.data):
-        trainer.noise = CodeNoise(noise, *processor.frames[IMAGE].bounds)
+    if share := code_noise(args.recipe.data):
+        trainer.noise = CodeNoise(share, *processor.frames[IMAGE].bounds)
     return trainer
 
 

@@ -260,7 +260,7 @@ def first_step(
     if state.global_step == state.max_steps:
         raise InputError(
             f"`--model` {model!r} comes from a training that is finished: it has taken all of its "
-            f"{state.max_steps} steps, and no data are left for further ones. {anew}"
+            f"{state.max_steps} steps, and has none left to go on with. {anew}"
         )
     # the seed decides on the order of the data, and examples a step on the place in it
     checks: list[tuple[str, int | None, int]] = []
