@@ -269,7 +269,8 @@ class MomaConfig(PreTrainedConfig):
         Training forwards in which `threshold` routing still selects as `expert_choice` does, until the running mean
         has settled.
     router_bias_update_rate (`float`, *optional*, defaults to 0.001):
-        Step by which `token_choice` moves an expert's selection bias towards balance after each training step.
+        Step by which `token_choice` moves an expert's selection bias towards balance after each training
+        forward, accumulated ones counted singly.
     balance_bias_by_modality (`bool`, *optional*, defaults to `False`):
         With one group of experts for all modalities (`num_experts` as an int), give each modality its own selection
         bias for every expert, which the balance of that modality's tokens alone moves: the experts of a mixed pool are
@@ -294,7 +295,7 @@ class MomaConfig(PreTrainedConfig):
     depth_inference_routing (`str`, *optional*):
         Routing of the depth routers in `eval()` mode, `inference_routing` by default.
     z_loss_coef (`float`, *optional*, defaults to 1e-05):
-        Weight of the mean of `log(Z)^2` over the target tokens, `Z` the softmax's normaliser (Chameleon section 2.4).
+        Weight of the mean of `log(Z)^2` over the target tokens, `Z` the softmax's normaliser (Chameleon section 2.3).
     modality_loss_weights (`dict[str, float]`, *optional*):
         Weight of one target token of a modality in the training loss; modalities left out weigh 1. Images have many
         more tokens than their captions: a larger weight for text evens this out. Not applied in `eval()` mode.

@@ -437,7 +437,7 @@ class MomaRouter(MomaRouterBase):
         threshold        [E]     fp32, running mean of each expert's threshold, see [`batch_thresholds`]
         balance_bias     [E]     fp32, added to the scores when `token_choice` selects; with
                                  `config.balance_bias_by_modality` [M, E], one for each modality
-        num_updates      []      fp32, training steps that the running mean has seen
+        num_updates      []      fp32, training forwards that the running mean has seen
         auxiliary.       see [`MomaAuxiliaryRouter`], with `config.auxiliary_routers`
     """
 
@@ -605,7 +605,7 @@ def threshold(router: MomaRouter, x_ND: torch.Tensor, scores_NE: torch.Tensor, c
 
     They part the expert's K best from the others, see [`batch_thresholds`].
 
-    In the first `routing_warmup_steps` of training an expert takes its K best tokens of the batch instead.
+    In the first `routing_warmup_steps` forwards of training an expert takes its K best tokens of the batch instead.
 
     Args:
         router (`MomaRouter`):
@@ -668,7 +668,7 @@ def _without_skipping(is_taken_NE: torch.Tensor, router: MomaRouter, context: Ro
 
 
 def update_routers(context: RoutingContext, bias_update_rate: float):
-    """Move thresholds and balance biases after a training step, averaged over all processes in one collective.
+    """Move thresholds and balance biases after a training forward, averaged over all processes in one collective.
 
     A process without tokens of a group does not count in that group's average.
 

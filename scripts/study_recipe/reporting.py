@@ -228,7 +228,7 @@ def time_table(times: Mapping[str, Any] | None) -> str:
     for recipe, seconds in sorted((times or {"seconds": {}})["seconds"].items()):
         over_dense = time_over((times or {})["seconds"], recipe, BASELINE)
         lines.append([recipe, f"{1000 * median(seconds):.0f}", "" if over_dense is None else f"{over_dense:.2f}"])
-    return table(["recipe", "milliseconds of a step", "over dense"], lines)
+    return table(["recipe", "milliseconds of a step, median", "over dense, median of rounds"], lines)
 
 
 def fresh_table(rows: Sequence[Mapping[str, Any]], split: str) -> str:
