@@ -10,6 +10,9 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 from transformers.utils import logging
 
@@ -26,12 +29,20 @@ from .recipe import SampleFields
 logger = logging.get_logger(__name__)
 
 
+def is_split(model: nn.Module) -> bool:
+    """Return whether a process holds a part of the weights alone: a forward then takes all processes at once."""
+    # the last is what ZeRO 3 of DeepSpeed gives its parameters
+    return isinstance(model, FullyShardedDataParallel) or any(
+        isinstance(weight, DTensor) or hasattr(weight, "ds_id") for weight in model.parameters()
+    )
+
+
 class SampleCallback(TrainerCallback):
     """Writes what the model draws and says every so often.
 
     `samples/step-000400.png` holds a row of drawings of the prompts above a row of held-out images, and
     `samples/step-000400.json` the prompts and the captions of those images. The training's random numbers stay as
-    they are.
+    they are. Of a model that processes share among them nothing is drawn, and a warning says so.
 
     Args:
         fields (`SampleFields`):
@@ -65,8 +76,8 @@ class SampleCallback(TrainerCallback):
         """Sample where it is time."""
         if state.global_step % self.fields.every or not state.is_world_process_zero:
             return
-        if not hasattr(model, "generate"):
-            logger.warning_once(f"No samples: a {type(model).__name__} cannot generate on one process alone.")
+        if is_split(model):
+            logger.warning_once(f"No samples: a {type(model).__name__} is split, and cannot generate on one process.")
             return
         was_training = model.training
         states = random.getstate(), np.random.get_state()

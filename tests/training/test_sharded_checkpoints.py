@@ -119,6 +119,10 @@ def inputs(tmp_path_factory):
     processor = write_training(folder)
     shutil.rmtree(folder / "tokens")
     write_tokens(folder / "tokens", processor, packed=True, train=60, validation=4)
+    # nothing is drawn by one of several processes that share the weights
+    recipe = json.loads((folder / "recipe.json").read_text())
+    samples = {"every": 1, "prompts": ["red"], "images": 1, "max_new_tokens": 2}
+    (folder / "recipe.json").write_text(json.dumps({**recipe, "samples": samples}))
     return folder
 
 
@@ -156,6 +160,7 @@ def test_pre_training_reshards_its_checkpoints(inputs, trained, tmp_path):
     pretrain.main(arguments(inputs, tmp_path / "one", "--gradient-accumulation-steps", "4"))
     assert len(losses(trained)) == STEPS
     assert losses(trained) == pytest.approx(losses(tmp_path / "one"), abs=1e-5)
+    assert len(list((tmp_path / "one" / "samples").glob("*.json"))) == STEPS and not (trained / "samples").exists()
     # a shard of each process, and no model in one piece
     last = trained / f"checkpoint-{STEPS}"
     assert len(list((last / SHARDS).glob("*.distcp"))) == 4 and not list(last.glob("*.safetensors"))
