@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Kinds of sources: how a recipe's columns tell them, and one that is added in a single class."""
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from io import BytesIO
@@ -26,6 +27,7 @@ from modeling_moma.data.kinds import (
     read_kind,
     source_kind,
 )
+from modeling_moma.data.kinds.interleaved import read_messages, read_segments
 from modeling_moma.data.reports import write_manifest
 from modeling_moma.data.shard import Shard
 from modeling_moma.data.sources import read_sources
@@ -153,6 +155,36 @@ def test_columns_tell_the_kind():
         found = read_kind("pics", fields)
         assert type(found) is kind and read_kind("pics", found.fields()) == found
     assert sorted(KINDS) == ["caption", "interleaved", "sound", "text"]
+
+
+TURN = {"role": "user", "content": "red"}
+
+
+@pytest.mark.parametrize(
+    "column, odd",
+    [
+        ("segments", "A red fox."),
+        ("segments", {"text": ["red"], "image": [None]}),
+        ("messages", [{"from": "human", "value": "red"}]),
+        ("messages", ["red"]),
+        ("messages", json.dumps([TURN])),
+        ("messages", {"role": ["user"], "content": ["red"]}),
+        ("messages", [{"role": "user", "content": 7}]),
+        ("messages", [{"role": "user", "content": [{"type": "text", "text": 7}]}]),
+    ],
+)
+def test_row_of_another_shape_is_left_out(column, odd):
+    kind, row = read_kind("mine", {column: "column"}), {"column": odd}
+    with pytest.raises(LeftOut, match="segment unknown|chat not readable|7"):
+        read_segments(kind, row) if column == "segments" else read_messages(kind, row, tiny_processor())
+    assert list(kind.row_texts(row)) == [] and kind.row_images(row) == []
+
+
+@pytest.mark.parametrize("missing", [None, []])
+def test_row_without_segments_or_messages_has_no_texts(missing):
+    for column in ("segments", "messages"):
+        assert list(read_kind("mine", {column: "column"}).row_texts({"column": missing})) == []
+    assert read_messages(read_kind("mine", {"messages": "column"}), {"column": missing}, tiny_processor()) == ("", [])
 
 
 def test_column_of_something_else_than_a_caption_is_named():

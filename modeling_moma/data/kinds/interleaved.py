@@ -82,10 +82,15 @@ class InterleavedKind(SourceKind):
                 # `moma tokenize` names it
                 return
             return
-        for message in row[str(self.messages)] or []:
-            content = message.get("content")
-            parts = [{"type": "text", "text": content}] if isinstance(content, str) else content or []
-            yield from (part["text"] for part in parts if isinstance(part, dict) and part.get("text"))
+        try:
+            messages = _listed_messages(self, row)
+        except LeftOut:
+            return
+        for message in messages:
+            content = message["content"]
+            parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+            texts = (part.get("text") for part in parts if isinstance(part, dict))
+            yield from (text for text in texts if isinstance(text, str) and text)
 
     def row_images(self, row: dict[str, Any]) -> list[Any]:
         return self._row_items(row, IMAGE, self.images)
@@ -207,7 +212,10 @@ def read_segments(kind: InterleavedKind, row: dict[str, Any]) -> list[str | Segm
     Raises:
         LeftOut: the column holds something else, or nothing.
     """
-    return [part for part in map(_read_segment, row[str(kind.segments)] or []) if part != ""]
+    entries = row[str(kind.segments)]
+    if entries is not None and not isinstance(entries, list):
+        raise LeftOut("segment unknown", f"{str(kind.segments)!r} holds {str(entries)[:100]!r}, which is no list")
+    return [part for part in map(_read_segment, entries or []) if part != ""]
 
 
 def _read_segment(entry: Any) -> str | Segment:
@@ -249,9 +257,9 @@ def read_messages(kind: InterleavedKind, row: dict[str, Any], processor: MomaPro
     own: dict[str, list[Any]] = {name: [] for name in (IMAGE, AUDIO) if name in processor.frames}
     listed = {IMAGE: kind.images, AUDIO: kind.audios}
     messages = []
-    for message in row[str(kind.messages)] or []:
-        content = message.get("content")
-        parts = _split_placeholders(content, own) if isinstance(content, str) else content or []
+    for message in _listed_messages(kind, row):
+        content = message["content"]
+        parts = _split_placeholders(content, own) if isinstance(content, str) else content
         plain = [_plain_part(part, own) for part in parts]
         for part in plain:
             if part["type"] == "text":
@@ -273,6 +281,22 @@ def read_messages(kind: InterleavedKind, row: dict[str, Any], processor: MomaPro
             raise LeftOut(f"{_PLURALS[modality]} missing in chat", f"{wanted} placeholders and {len(found)} items")
         items[modality] = iter(found)
     return text, [Segment(modality, next(items[modality])) for modality in order]  # pyright: ignore[reportReturnType]
+
+
+def _listed_messages(kind: InterleavedKind, row: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the messages of a row, each with a `role` and a text or a list as `content`."""
+    messages = row[str(kind.messages)]
+    if messages is not None and not isinstance(messages, list):
+        raise LeftOut("chat not readable", f"{str(kind.messages)!r} holds {str(messages)[:100]!r}, which is no list")
+    listed = []
+    for message in messages or []:
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+            raise LeftOut("chat not readable", f"{str(message)[:100]!r} is no message with `role` and `content`")
+        content = message.get("content") or ""
+        if not isinstance(content, str | list):
+            raise LeftOut("chat not readable", f"the content of a message is {str(content)[:100]!r}")
+        listed.append({"role": message["role"], "content": content})
+    return listed
 
 
 def _split_placeholders(text: str, modalities: Iterable[str]) -> Iterator[dict]:
@@ -297,7 +321,10 @@ def _plain_part(part: Any, items: dict[str, list[Any]]) -> dict:
         raise LeftOut(
             "chat not readable", f"a part is of type {modality!r}, and the processor knows text, {', '.join(items)}"
         )
-    return {"type": "text", "text": part.get("text") or ""}
+    text = part.get("text") or ""
+    if not isinstance(text, str):
+        raise LeftOut("chat not readable", f"the text of a message is {str(text)[:100]!r}")
+    return {"type": "text", "text": text}
 
 
 __all__ = ["InterleavedKind", "Segment", "read_messages", "read_segments"]
