@@ -229,6 +229,31 @@ class Source:
             ) from error
 
 
+def placed_rows(rows: Dataset | IterableDataset) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield undecoded rows and where each stands, by which [`Source.is_held_out`] goes.
+
+    Args:
+        rows (`Dataset | IterableDataset`):
+            of a split.
+
+    Raises:
+        ValueError: a file cannot be read any further.
+    """
+    parts = (
+        [rows]
+        if isinstance(rows, Dataset)
+        else [rows.shard(num_shards=rows.num_shards, index=shard) for shard in range(rows.num_shards)]
+    )
+    for shard, part in enumerate(parts):
+        for number, row in enumerate(undecoded_rows(part)):
+            yield row_place(number, None if isinstance(rows, Dataset) else shard), row
+
+
+def row_place(number: int, shard: int | None) -> str:
+    """Return where a row stands: its number, and in a stream, whose files are read apart, before it its shard's."""
+    return str(number) if shard is None else f"{shard}/{number}"
+
+
 def undecoded_rows(rows: Dataset | IterableDataset) -> Iterator[dict[str, Any]]:
     """Yield rows whose images and sounds are `{"bytes": ..., "path": ...}`, in whatever depth of lists they stand.
 

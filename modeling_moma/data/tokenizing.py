@@ -20,7 +20,7 @@ from .jobs import Job, Task
 from .json_lines import BROKEN_LINE
 from .reports import write_report
 from .shard import BATCH, Shard
-from .sources import TRAIN, VALIDATION, Source, read_sources, undecoded_rows
+from .sources import TRAIN, VALIDATION, Source, read_sources, row_place, undecoded_rows
 
 
 def load_encoder(folder: str, fingerprint: str) -> DocumentEncoder:
@@ -195,7 +195,7 @@ class SourceShard(Shard):
         else:
             part = undecoded_rows(rows.shard(num_shards=self.task.shards, index=self.task.shard))
         for index, row in enumerate(part):
-            place = str(self.start + index) if isinstance(rows, Dataset) else f"{self.task.shard}/{index}"
+            place = row_place(self.start + index, None if isinstance(rows, Dataset) else self.task.shard)
             split = VALIDATION if self.holds_out and self.source.is_held_out(place) else self.task.split
             self.report.rows += 1
             if row.get(BROKEN_LINE):

@@ -15,7 +15,7 @@ from tokenization.audio_codecs_moma import MelCodec
 from ..data.images import LeftOut
 from ..data.json_lines import BROKEN_LINE
 from ..data.sounds import read_row_sound
-from ..data.sources import TRAIN, VALIDATION, Source, undecoded_rows
+from ..data.sources import TRAIN, VALIDATION, Source, placed_rows
 from ..errors_moma import InputError
 from ..utils.errors import needs_extra
 from .tokenizer_settings import AudioTokenizerSettings
@@ -101,8 +101,8 @@ def _source_sounds(source: Source, held_out: bool) -> Iterator[tuple[Source, Any
     names = source.split_names()
     has_own = VALIDATION in names
     rows = source.open(names[VALIDATION if held_out and has_own else TRAIN])
-    for number, row in enumerate(undecoded_rows(rows)):
-        if row.get(BROKEN_LINE) or (not has_own and source.is_held_out(str(number)) != held_out):
+    for place, row in placed_rows(rows):
+        if row.get(BROKEN_LINE) or (not has_own and source.is_held_out(place) != held_out):
             continue
         yield from ((source, value) for value in source.kind.row_sounds(row))
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..data.json_lines import BROKEN_LINE
 from ..data.kinds import ImageKind
-from ..data.sources import TRAIN, VALIDATION, Source, undecoded_rows
+from ..data.sources import TRAIN, VALIDATION, Source, placed_rows, row_place
 from ..errors_moma import InputError
 from .recipe import read_recipe
 
@@ -80,6 +80,9 @@ def read_image_sources(place: str) -> tuple[list[Source], dict[str, Any]]:
 def image_fields(source: Source) -> dict[str, Any]:
     """Return what decides on which images a source gives, for a comparison with those of an earlier start."""
     fields = {"name": source.name, "kind": source.kind.name, **source.fields()}
+    if source.load.get("streaming"):
+        # by which rows are held out
+        fields["places"] = row_place(0, 0)
     return {name: value for name, value in fields.items() if name not in OF_TEXTS}
 
 
@@ -99,9 +102,9 @@ def candidates(source: Source) -> Iterator[Candidate]:
     for name in (TRAIN, VALIDATION):
         if name not in names:
             continue
-        for row, columns in enumerate(undecoded_rows(source.open(names[name]))):
+        for row, (place, columns) in enumerate(placed_rows(source.open(names[name]))):
             if columns.get(BROKEN_LINE):
                 continue
-            is_held_out = name == VALIDATION or (VALIDATION not in names and source.is_held_out(str(row)))
+            is_held_out = name == VALIDATION or (VALIDATION not in names and source.is_held_out(place))
             for index, value in enumerate(source.kind.row_images(columns)):
                 yield Candidate(source, names[name], row, index, is_held_out, value)

@@ -3,15 +3,17 @@
 
 import csv
 import json
+import shutil
 
 import pytest
-from datasets import Dataset, config
+from datasets import Dataset, Features, Image, Value, config
 
 from helpers.tiny import noise_images, tiny_documents, tiny_processor
 from modeling_moma import MomaMetricsCallback
 from modeling_moma.cli import tokenize
 from modeling_moma.data.documents import TokenFolder
 from modeling_moma.data.sources import read_sources
+from modeling_moma.training.image_sources import candidates
 from modeling_moma.training.recipe import SampleFields
 from modeling_moma.training.samples import SampleCallback
 
@@ -124,6 +126,21 @@ def test_broken_line_of_a_stream_is_told(run, tmp_path):
     (tmp_path / "d.jsonl").write_text("\n".join(LINES) + "\n")
     with pytest.raises(ValueError, match="rows no more can be read; is a file damaged there"):
         run(data=str(tmp_path / "d.jsonl"), text="text", load={"streaming": True})
+
+
+def test_held_out_rows_of_a_stream_are_those_of_the_image_tokenizer(run, tmp_path):
+    features = Features({"image": Image(), "label": Value("string")})
+    for shard in range(3):
+        rows = {"image": noise_images(30), "label": [f"thing {30 * shard + row}" for row in range(30)]}
+        Dataset.from_dict(rows, features=features).to_parquet(tmp_path / f"{shard}.parquet")
+    fields = {"data": str(tmp_path / "*.parquet"), "image": "image", "text": "label", "held_out": 0.2}
+    for load in ({}, {"load": {"streaming": True}}):
+        (source,) = read_sources({"mine": {**fields, **load}})
+        held_out = {f"thing {entry.row}" for entry in candidates(source) if entry.is_held_out}
+        _, documents, _ = run(**fields, **load)
+        told = documents["validation"]
+        assert {told.caption(row) for row in range(len(told))} == held_out and 5 < len(held_out) < 40
+        shutil.rmtree(tmp_path / "tokens")
 
 
 def test_missing_image_of_a_page_is_no_row_left_out(run, tmp_path):
