@@ -8,13 +8,16 @@ import argparse
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
+from pydantic import Field
+
 from ..utils.fields import Count, Float, Int, Seed, read_field
 from ..utils.messages import without_import_notices
 from .arguments import Flag, FlagParser
 
 
 # below 1 a share of all steps
-Steps = Int | Float
+Steps = Annotated[Int | Float, Field(gt=0)]
+NotNegative = Annotated[Float, Field(ge=0)]
 # field of TrainingArguments -> the flag that wins over a recipe's value
 FLAGS = {
     "max_steps": "steps",
@@ -96,22 +99,22 @@ class Arguments:
     model: str | None = None
     restart_data: bool = False
     output: str
-    steps: Int = 4000
-    batch_size: Int = 32
-    gradient_accumulation_steps: Int = 1
-    learning_rate: Float = 1.5e-3
-    warmup_steps: Steps = 150
-    weight_decay: Float = 0.1
+    steps: Count = 4000
+    batch_size: Count = 32
+    gradient_accumulation_steps: Count = 1
+    learning_rate: NotNegative = 1.5e-3
+    warmup_steps: Annotated[Int | Float, Field(ge=0)] = 150
+    weight_decay: NotNegative = 0.1
     eval_steps: Steps = 400
     save_steps: Steps = 400
     save_total_limit: Int | None = 2
     logging_steps: Steps = 50
     seed: Seed = 0
     eval_examples: Count | None = None
-    stop_at: Int | None = None
+    stop_at: Count | None = None
     freeze_groups: Annotated[list[str], Flag(one_of="freezing")] = field(default_factory=list)
     train_groups: Annotated[list[str], Flag(one_of="freezing")] = field(default_factory=list)
-    lora_rank: Int | None = None
+    lora_rank: Count | None = None
     gumbel_noise: Float | None = None
     attn_implementation: str = "sdpa"
     bf16: Literal["auto", "on", "off"] = "auto"

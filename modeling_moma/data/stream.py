@@ -74,13 +74,17 @@ class DocumentExamples(torch.utils.data.Dataset):
             examples of the stream.
         seed (`int`, *optional*, defaults to `0`):
             of everything random.
+        cuts (`bool`, *optional*, defaults to `False`):
+            whether documents longer than a sequence, as those to be packed may be, are cut to their beginnings.
 
     Returns:
         By index a `dict` of `input_ids` and, where there are several sources, `source`, its place among them.
     """
 
-    def __init__(self, documents: Sequence[Documents], weights: Sequence[float], length: int, seed: int = 0):
-        self.orders, self.length = document_orders(documents, seed), length
+    def __init__(
+        self, documents: Sequence[Documents], weights: Sequence[float], length: int, seed: int = 0, cuts: bool = False
+    ):
+        self.orders, self.length, self.cuts = document_orders(documents, seed), length, cuts
         self._pattern = _pattern(self.orders, weights)
         self._counts = np.bincount(self._pattern, minlength=len(documents))
         # how often an entry's source stands before it in the pattern
@@ -96,8 +100,12 @@ class DocumentExamples(torch.utils.data.Dataset):
         cycle, place = divmod(index, len(self._pattern))
         source = self._pattern[place]
         number = cycle * int(self._counts[source]) + int(self._ranks[place])
+        ids: Any = self.orders[source][number]
+        documents: Any = self.orders[source].documents
+        if self.cuts and documents.can_be_cut:
+            ids = documents.beginning(ids)
         # what lies in mapped memory cannot be written to, of which torch warns
-        example = {"input_ids": copy(self.orders[source][number])}
+        example = {"input_ids": copy(ids)}
         return example if len(self.orders) == 1 else {**example, "source": int(source)}
 
     def epochs(self, number: int) -> list[float]:

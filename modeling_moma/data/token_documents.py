@@ -63,6 +63,10 @@ class TokenDocuments:
         """Return the ids of a row, not copied."""
         return self.table.numbers("input_ids", row)
 
+    def beginning(self, ids: np.ndarray) -> np.ndarray:
+        """Return as much of a document as a sequence holds, no image of it cut in two."""
+        return ids[: cut_place(ids, self.longest, self.frames)]
+
     def held_out(self, rows: Sequence[int] | None = None) -> "HeldOutTokens":
         """Return the beginning of every document, as long as a sequence may be."""
         return HeldOutTokens(self, range(len(self)) if rows is None else rows)
@@ -78,8 +82,7 @@ class HeldOutTokens(Sequence):
         return len(self.rows)
 
     def __getitem__(self, index):
-        ids = self.documents.table.numbers("input_ids", self.rows[index])
-        return ids[: cut_place(ids, self.documents.longest, self.documents.frames)].tolist()
+        return self.documents.beginning(self.documents.table.numbers("input_ids", self.rows[index])).tolist()
 
 
 class HeldOutPairs(Sequence):

@@ -80,7 +80,7 @@ def build_trainer(args: TrainingArguments, model: MomaForCausalLM, tokens: Token
     return AuxiliaryTraining(
         model=model,
         args=args,
-        train_dataset=DocumentExamples(documents, weights, num_examples, args.seed),
+        train_dataset=DocumentExamples(documents, weights, num_examples, args.seed, cuts=True),
         eval_dataset=held_out_sets(tokens),
         data_collator=MomaDataCollator(tokenizer),
         callbacks=[RunFingerprint(facts), FollowArguments()],
@@ -153,7 +153,7 @@ def train_auxiliary_routers(args: argparse.Namespace) -> None:
     checkpoint = last_checkpoint(args.output) if args.resume else None
     if checkpoint is not None and checkpoint_step(checkpoint) >= args.steps:
         print(f"{args.output}: this run has taken all of its {args.steps} steps; its routers are judged anew.")
-    with without_torn_checkpoints(args.output):
+    with without_torn_checkpoints(trainer):
         trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_state()
     # thresholds are computed in fp32, without the casts that training in bf16 leaves around the forward

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate.utils.constants import FSDP_MODEL_NAME
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer import TRAINER_STATE_NAME, Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..errors_moma import InputError
@@ -27,7 +27,7 @@ def last_checkpoint(folder: str | Path) -> str | None:
     """Return the newest complete checkpoint of a run.
 
     `Trainer` writes straight into a checkpoint's folder, its state last of all: where no state can be read, a run was
-    killed while it wrote. Such a folder is warned of, and written anew by a run that comes by its step again.
+    killed while it wrote. Such a folder is warned of.
 
     Args:
         folder (`str | Path`):
@@ -53,15 +53,29 @@ def torn_checkpoints(folder: str | Path) -> list[Path]:
     return [path for path in numbered_checkpoints(folder) if read_state(path) is None]
 
 
+def remove_torn_checkpoints(output: str | Path) -> None:
+    """Remove what is of no use: `Trainer` keeps the highest steps, and would delete whole checkpoints for these."""
+    for path in torn_checkpoints(output):
+        shutil.rmtree(path, ignore_errors=True)
+
+
 @contextmanager
-def without_torn_checkpoints(output: str | Path) -> Iterator[None]:
-    """Remove the checkpoint that was being written where the disk is full: it takes space and is of no use."""
+def without_torn_checkpoints(trainer: Trainer) -> Iterator[None]:
+    """Train without checkpoints that were never written to their end: of killed runs, and on a full disk its own.
+
+    Args:
+        trainer (`Trainer`):
+            which is to train, of any number of processes.
+    """
+    output = str(trainer.args.output_dir)
+    if trainer.is_world_process_zero():
+        remove_torn_checkpoints(output)
+    trainer.accelerator.wait_for_everyone()
     try:
         yield
     except Exception as error:
         if is_disk_full(error):
-            for path in torn_checkpoints(output):
-                shutil.rmtree(path, ignore_errors=True)
+            remove_torn_checkpoints(output)
         raise
 
 

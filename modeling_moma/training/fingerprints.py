@@ -19,7 +19,7 @@ from ..data.stream import STREAM_RULE
 from ..errors_moma import InputError
 from ..utils.atomic_files import is_of_model, refuse_files
 from .checkpoints import read_state, whole_checkpoints
-from .stages import RUN_FILE, examples_a_step
+from .stages import EARLIER_STEPS, RUN_FILE, data_order, examples_a_step
 
 
 # facts by name, in sections
@@ -91,7 +91,7 @@ def run_facts(
     """
     facts = {
         "model": {**_model_facts(config, weights), "processor": tokens.manifest["fingerprint"]},
-        "data": {**_data_facts(tokens, sources, *packing), "earlier_steps": earlier_steps},
+        "data": {**_data_facts(tokens, sources, *packing), EARLIER_STEPS: earlier_steps},
         "seed": {"seed": arguments.seed, "data_seed": arguments.data_seed},
         "batch": {"examples_a_step": examples_a_step(arguments)},
         "training": {**{name: getattr(arguments, name) for name in _OF_STEPS}, **training},
@@ -203,6 +203,29 @@ def check_output(output: str, facts: Facts, resume: bool, arguments: TrainingArg
         )
 
 
+def check_same_data(model: str | None, facts: Facts) -> None:
+    """Raise where a stage would pass over the first steps of other data than the stage before it took.
+
+    Args:
+        model (`str | None`):
+            folder that the stage starts from.
+        facts (`Facts`):
+            of the stage to come.
+
+    Raises:
+        ValueError: names what differs.
+    """
+    if not facts["data"][EARLIER_STEPS]:
+        return
+    then = (data_order(str(model)) or {}).get("data", {})
+    different = difference({"data": then}, {"data": facts["data"]})
+    if different:
+        raise InputError(
+            f"`--model` {model!r} has taken {facts['data'][EARLIER_STEPS]} steps, which this stage passes over in its "
+            f"data, and {different}. --restart-data begins anew in the data."
+        )
+
+
 def finished_at(output: str | Path) -> int | None:
     """Return the step at which the run in a folder was finished, or stopped, with all of its files; `None` before."""
     state = read_state(Path(output))
@@ -247,6 +270,7 @@ __all__ = [
     "Facts",
     "RunFingerprint",
     "check_output",
+    "check_same_data",
     "difference",
     "files_digest",
     "finished_at",

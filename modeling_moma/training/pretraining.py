@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import TrainingArguments, set_seed
+from transformers import TrainingArguments, get_scheduler, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import IntervalStrategy
 
@@ -32,7 +32,7 @@ from .adapters import with_adapters
 from .checkpoints import check_kind, checkpoint_step, last_checkpoint, without_torn_checkpoints
 from .code_embeddings import initialize_code_embeddings
 from .code_noise import CodeNoise
-from .fingerprints import Facts, RunFingerprint, check_output, finished_at, run_facts
+from .fingerprints import Facts, RunFingerprint, check_output, check_same_data, finished_at, run_facts
 from .freezing import freeze_groups
 from .metrics_callback import MomaMetricsCallback
 from .recipe import DataFields, Recipe, SampleFields
@@ -52,6 +52,10 @@ from .throughput_callback import FeedingCallback
 
 if TYPE_CHECKING:
     from peft import PeftModel
+
+
+# the schedule of the learning rate where a recipe names none
+SCHEDULE = "cosine_with_min_lr"
 
 
 @dataclass(frozen=True)
@@ -96,6 +100,7 @@ def read_parts(args: argparse.Namespace) -> RunParts:
     others["code_noise"] = code_noise(args.recipe.data)
     packed = packing(args.recipe.data, tokens)
     facts = run_facts(config, args.model, tokens, sources, packed, training_arguments, earlier_steps, **others)
+    check_same_data(args.model, facts)
     return RunParts(processor, tokens, sources, config, training_arguments, earlier_steps, facts)
 
 
@@ -164,7 +169,15 @@ def noise_description(model: "MomaForCausalLM | PeftModel") -> str | None:
 
 
 def make_training_arguments(args: argparse.Namespace) -> TrainingArguments:
-    """Return the command line's and the recipe's settings of the Trainer."""
+    """Return the command line's and the recipe's settings of the Trainer.
+
+    Args:
+        args (`argparse.Namespace`):
+            of `moma pretrain`.
+
+    Raises:
+        ValueError: Transformers does not take what the recipe's section `trainer` says.
+    """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     fields = {
         "max_steps": args.steps,
@@ -172,8 +185,6 @@ def make_training_arguments(args: argparse.Namespace) -> TrainingArguments:
         "per_device_eval_batch_size": args.batch_size,
         "gradient_accumulation_steps": args.gradient_accumulation_steps,
         "learning_rate": args.learning_rate,
-        "lr_scheduler_type": "cosine_with_min_lr",
-        "lr_scheduler_kwargs": {"min_lr_rate": 0.02},
         "warmup_steps": args.warmup_steps,
         "weight_decay": args.weight_decay,
         "adam_beta2": 0.95,
@@ -191,10 +202,29 @@ def make_training_arguments(args: argparse.Namespace) -> TrainingArguments:
         "seed": args.seed,
         **feeding_fields(device),
     }
-    training_arguments = TrainingArguments(
-        output_dir=args.output, use_cpu=device == "cpu", **{**fields, **args.trainer}
-    )
+    fields = {**fields, **args.trainer}
+    # other schedules know no lowest rate
+    if fields.setdefault("lr_scheduler_type", SCHEDULE) == SCHEDULE:
+        fields.setdefault("lr_scheduler_kwargs", {"min_lr_rate": 0.02})
+    try:
+        training_arguments = TrainingArguments(output_dir=args.output, use_cpu=device == "cpu", **fields)
+        _try_schedule(training_arguments)
+    except (TypeError, ValueError) as error:
+        # torch and Transformers say it in many lines
+        raise InputError(f"the recipe's section `trainer`, {args.trainer}: {' '.join(str(error).split())}") from error
     return on_one_gpu(training_arguments)
+
+
+def _try_schedule(training_arguments: TrainingArguments) -> None:
+    """Make a schedule and throw it away: Trainer makes its own when all else is read."""
+    num_steps = training_arguments.max_steps
+    get_scheduler(
+        training_arguments.lr_scheduler_type,
+        torch.optim.SGD([torch.zeros(1)], lr=training_arguments.learning_rate),
+        training_arguments.get_warmup_steps(num_steps),
+        num_steps,
+        training_arguments.lr_scheduler_kwargs,  # pyright: ignore[reportArgumentType]
+    )
 
 
 def training_stream(
@@ -204,13 +234,19 @@ def training_stream(
     processor, (packed, length) = tokens.encoder.processor, packing(data, tokens)
     documents = [tokens.documents(source) for source in sources]
     weights = [source.weight for source in sources]
-    if not packed:
-        return DocumentExamples(documents, weights, num_examples, seed)
+    long = [entry.name for entry in documents if entry.can_be_cut]
+    if not packed and tokens.manifest["packed"] and long:
+        raise InputError(
+            f"RECIPE, data: packed = false, but --tokens {str(tokens.folder)!r} was tokenized to be packed, with "
+            f"documents of {long} that may be longer than a sequence: tokenize with `packed: false`."
+        )
     if length < tokens.manifest["sequence_length"]:
         raise InputError(
             f"RECIPE, data: sequence_length = {length} is shorter than the {tokens.manifest['sequence_length']} that "
             f"--tokens {str(tokens.folder)!r} was tokenized for: some of its captions would fit nowhere."
         )
+    if not packed:
+        return DocumentExamples(documents, weights, num_examples, seed)
     frames = [(frame.begin, frame.end) for frame in processor.frames.values()]
     pad_token_id = processor.token_layout()["pad_token_id"]
     return PackedExamples(documents, weights, length, num_examples, pad_token_id, frames, seed)
@@ -333,7 +369,7 @@ def pretrain(args: argparse.Namespace):
         if trainer.is_world_process_zero():
             copy_checkpoint(str(checkpoint), output, processor, trainer.model)  # pyright: ignore[reportArgumentType]
         return
-    with without_torn_checkpoints(output):
+    with without_torn_checkpoints(trainer):
         trainer.train(resume_from_checkpoint=checkpoint)
     if args.lora_rank is not None:
         trainer.merge_adapters()

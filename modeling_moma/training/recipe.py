@@ -18,6 +18,11 @@ from ..utils.messages import without_import_notices
 
 # the command line decides these, not the recipe
 RUN_FIELDS = ("output_dir", "use_cpu", "resume_from_checkpoint")
+# with these a run that goes on would silently be another one
+NOT_RESUMED = {
+    "save_only_model": "checkpoints without optimizer and schedule cannot be gone on from",
+    "ignore_data_skip": "a run that goes on would read its first documents again",
+}
 
 
 @dataclass(frozen=True)
@@ -171,6 +176,9 @@ def _read_sections(where: str, content: dict[str, Any]) -> Recipe:
     of_trainer = [name for name in _names(TrainingArguments) if name not in RUN_FIELDS]
     holder = "TrainingArguments that a recipe may set"
     refuse_unknown(content.get("trainer", {}), of_trainer, f"{where}, trainer", holder, is_listed=False)
+    for name, reason in NOT_RESUMED.items():
+        if content.get("trainer", {}).get(name):
+            raise InputError(f"{where}, trainer: {name} = {content['trainer'][name]!r}: {reason}.")
     sections = {
         section: read_fields(kind, content[section], f"{where}, {section}")
         for section, kind in SECTIONS.items()

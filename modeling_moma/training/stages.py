@@ -26,6 +26,8 @@ from .throughput_callback import FeedingCallback
 
 
 RUN_FILE, UPCYCLING_FILE = "run.json", "upcycling.json"
+# what a run's fingerprint says of its data beside what they are made of
+EARLIER_STEPS = "earlier_steps"
 # bytes of a batch's fp32 logits above which the loss is computed from a few positions at a time
 LARGEST_LOGITS = 2**28
 
@@ -190,7 +192,7 @@ class StageTrainer(ResumedTrainer):
         return super().create_scheduler(num_training_steps - self.first_step, optimizer)
 
 
-def data_order(folder: str | Path) -> dict[str, int] | None:
+def data_order(folder: str | Path) -> dict[str, Any] | None:
     """Return what decided on the order of the data in the training that a model comes from.
 
     Args:
@@ -198,13 +200,16 @@ def data_order(folder: str | Path) -> dict[str, int] | None:
             output of `moma pretrain`, a checkpoint in it, or what `moma upcycle` made of either.
 
     Returns:
-        `dict[str, int] | None`: `seed`, and `examples_a_step` over all devices; `None` where no file tells.
+        `dict[str, Any] | None`: `seed`, `examples_a_step` over all devices and, where the training kept it, `data`,
+            of which the stream was made; `None` where no file tells.
     """
     folder = Path(folder).resolve()
     run_folder = folder.parent if folder.name.startswith(f"{PREFIX_CHECKPOINT_DIR}-") else folder
     if (run_folder / RUN_FILE).is_file():
         run = json.loads((run_folder / RUN_FILE).read_text())
         order = {"seed": run.get("arguments", {}).get("seed"), "examples_a_step": run["examples_a_step"]}
+        if data := run.get("fingerprint", {}).get("data"):
+            order["data"] = {name: value for name, value in data.items() if name != EARLIER_STEPS}
         return None if order["seed"] is None else order
     if (folder / UPCYCLING_FILE).is_file():
         return json.loads((folder / UPCYCLING_FILE).read_text()).get("data_order")

@@ -10,12 +10,15 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, TrainerCallback, get_scheduler
 
-from helpers.tiny import TRAINED, tiny_processor, write_training
+from helpers.tiny import TRAINED, tiny_processor, write_tokens, write_training
 from modeling_moma import MomaForCausalLM
-from modeling_moma.cli import upcycle
+from modeling_moma.cli import tokenize, upcycle
 from modeling_moma.cli.pretrain import main, parse_arguments
+from modeling_moma.data.documents import TokenFolder
 from modeling_moma.data.encoding import processor_fingerprint
 from modeling_moma.data.examples import check_layout, evenly_spaced
+from modeling_moma.data.stream import DocumentExamples
+from modeling_moma.errors_moma import InputError
 from modeling_moma.routing_moma import MomaRouter
 from modeling_moma.training import pretraining
 from modeling_moma.training import stages as stages_of_trainer
@@ -332,12 +335,58 @@ def test_longer_second_stage_goes_on_in_the_same_data(stages, inputs, tmp_path):
     assert len(longer.batches) == 7 and longer.batches[:5] == stages.continued.batches
 
 
+def test_torn_checkpoint_does_not_outlive_whole_ones(inputs, tmp_path):
+    small = ["--save-steps", "2", "--save-total-limit", "1"]
+    main(arguments(inputs, tmp_path, *small, "--stop-at", "2"))
+    torn = tmp_path / "checkpoint-7"
+    torn.mkdir()
+    (torn / "model.safetensors").touch()
+    main(arguments(inputs, tmp_path, *small, "--stop-at", "4", "--resume"))
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-4"]
+
+
+def test_second_stage_on_other_data_is_refused(stages, inputs, tmp_path):
+    recipe = json.loads((inputs / "recipe.json").read_text())
+    (tmp_path / "recipe.json").write_text(json.dumps({**recipe, "data": {"sequence_length": 48, "packed": True}}))
+    write_tokens(tmp_path / "tokens", tiny_processor(), codings=2, train=9, validation=4)
+    # the last flag counts
+    for name, more in (("packed", [tmp_path / "recipe.json"]), ("source", ["--tokens", tmp_path / "tokens"])):
+        for model in (stages.start[1], stages.stopped.output / "checkpoint-3"):
+            start = [*map(str, more), "--model", str(model)]
+            with pytest.raises(InputError, match=f"has taken 3 steps, .*the data is another, {name}.*--restart-data"):
+                main(arguments(inputs, tmp_path / "out", start=start))
+    assert not (tmp_path / "out").exists()
+
+
+def test_documents_to_be_packed_are_not_read_as_rows(tmp_path):
+    processor = tiny_processor()
+    processor.save_pretrained(tmp_path / "processor")
+    (tmp_path / "lines.txt").write_text("red apple castle " * 90 + "\n" + "green\n" * 9)
+    fields = {"sources": {"lines": {"data": str(tmp_path / "lines.txt"), "text": "text", "held_out": 0}}}
+    recipe = {**fields, "model": TRAINED, "data": {"sequence_length": 48, "packed": True}}
+    (tmp_path / "recipe.json").write_text(json.dumps(recipe))
+    folders = ["--processor", str(tmp_path / "processor"), "--output", str(tmp_path / "tokens")]
+    tokenize.main([str(tmp_path / "recipe.json"), *folders, "--processes", "1"])
+    recipe["data"]["packed"] = False
+    (tmp_path / "recipe.json").write_text(json.dumps(recipe))
+    with pytest.raises(InputError, match="packed = false, but .* to be packed, with documents of .'lines'. that may"):
+        main(arguments(tmp_path, tmp_path / "out"))
+    tokens = TokenFolder(tmp_path / "tokens", processor)
+    documents = [tokens.documents(source) for source in tokens.sources()]
+    lengths = [
+        [len(stream[index]["input_ids"]) for index in range(10)]
+        for stream in (DocumentExamples(documents, [1], 10, cuts=cuts) for cuts in (False, True))
+    ]
+    assert max(lengths[0]) > 48 and lengths[1] == [min(length, 48) for length in lengths[0]]
+
+
 def test_order_of_the_data_is_known_of_outputs_checkpoints_and_grown_models(stages, tmp_path, monkeypatch):
     checkpoint = stages.stopped.output / "checkpoint-3"
     for folder in (stages.stopped.output, checkpoint, stages.folder / "grown", stages.continued.output):
-        assert data_order(folder) == {"seed": 0, "examples_a_step": 4}, folder
+        order = data_order(folder)
+        assert (order["seed"], order["examples_a_step"], order["data"]["packed"]) == (0, 4, False), folder
     monkeypatch.chdir(checkpoint)
-    assert data_order(".") == {"seed": 0, "examples_a_step": 4}
+    assert data_order(".") == order
     assert data_order(tmp_path) is None
 
 

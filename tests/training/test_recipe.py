@@ -8,6 +8,7 @@ import pytest
 from helpers.sounds import processor_of_sounds
 from helpers.tiny import tiny_processor
 from modeling_moma.cli.pretrain import Arguments, parse_arguments
+from modeling_moma.errors_moma import InputError
 from modeling_moma.training.pretraining import make_training_arguments, model_config
 from modeling_moma.training.recipe import read_recipe
 
@@ -56,6 +57,11 @@ def test_flags_win_over_the_recipe_and_the_recipe_over_defaults(tmp_path):
             "trainer: 'max_step' is no field of TrainingArguments that a recipe may set. Did you mean 'max_steps'",
         ),
         ("model: {}\ntrainer: {output_dir: x}\n", "trainer: 'output_dir'"),
+        ("model: {}\ntrainer: {save_only_model: true}\n", "trainer: save_only_model = True: .*cannot be gone on from"),
+        (
+            "model: {}\ntrainer: {ignore_data_skip: true}\n",
+            "trainer: ignore_data_skip = True: .*first documents again",
+        ),
         ("model: [1]\n", "model: expected a mapping of fields, got .1."),
         (
             "data: {length: 8}\n",
@@ -74,6 +80,46 @@ def test_flags_win_over_the_recipe_and_the_recipe_over_defaults(tmp_path):
 def test_what_nothing_knows_is_refused_by_name(tmp_path, text, message):
     with pytest.raises(ValueError, match=message):
         read_recipe(write(tmp_path, text))
+
+
+@pytest.mark.parametrize(
+    "schedule", ["linear", "cosine", "inverse_sqrt", "constant_with_warmup", "cosine_with_min_lr"]
+)
+def test_schedule_may_be_named_alone(tmp_path, schedule):
+    path = write(tmp_path, f"model: {{hidden_size: 8}}\ntrainer: {{lr_scheduler_type: {schedule}}}\n")
+    settings = make_training_arguments(parse_arguments([*PATHS, path]))
+    kwargs = {"min_lr_rate": 0.02} if schedule == "cosine_with_min_lr" else None
+    assert (settings.lr_scheduler_type, settings.lr_scheduler_kwargs) == (schedule, kwargs)
+
+
+@pytest.mark.parametrize(
+    "trainer, message",
+    [
+        ("{optim: adamm}", "adamm"),
+        ("{lr_scheduler_type: curved}", "curved"),
+        ("{lr_scheduler_type: linear, lr_scheduler_kwargs: {min_lr_rate: 0.1}}", "min_lr_rate"),
+        ("{lr_scheduler_type: warmup_stable_decay}", "num_decay_steps"),
+    ],
+)
+def test_what_the_trainer_refuses_is_told_in_one_line(tmp_path, trainer, message):
+    args = parse_arguments([*PATHS, write(tmp_path, f"model: {{hidden_size: 8}}\ntrainer: {trainer}\n")])
+    with pytest.raises(InputError, match=f"section `trainer`, .*: .*{message}") as raised:
+        make_training_arguments(args)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "flag, value",
+    [
+        *[(flag, "0") for flag in ("--steps", "--batch-size", "--gradient-accumulation-steps", "--stop-at")],
+        *[(flag, "0") for flag in ("--logging-steps", "--eval-steps", "--save-steps", "--lora-rank")],
+        *[(flag, "-1") for flag in ("--warmup-steps", "--learning-rate", "--weight-decay")],
+    ],
+)
+def test_sizes_that_no_training_has_are_refused(tmp_path, capsys, flag, value):
+    with pytest.raises(SystemExit):
+        parse_arguments([*PATHS, write(tmp_path, "model: {}\n"), flag, value])
+    assert f"{flag} = '{value}' must be a" in capsys.readouterr().err
 
 
 def test_missing_recipes_and_sections_are_named(tmp_path):
