@@ -5,8 +5,6 @@ import copy
 import fnmatch
 import json
 import math
-import os
-import shutil
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +19,7 @@ from transformers.utils.hub import convert_file_size_to_int
 
 from ..configuration_moma import MomaConfig
 from ..modeling_moma import MomaForCausalLM
-from ..utils.atomic_files import path_aside
+from ..utils.atomic_files import LEFT_OVER, write_folder_aside
 from .output_comparison import LARGEST_DIFFERENCE, ProbeResult
 from .reading import DTYPES, CheckpointError, CheckpointReader, TensorSource
 from .report import Receipt
@@ -97,10 +95,10 @@ def transfer(
     """Write a folder that `MomaForCausalLM.from_pretrained` loads.
 
     All keys and shapes are checked before the first tensor is read. Then each tensor goes to the disk as soon as it is
-    made; no more than its sources and itself are in memory. Everything is written into a hidden folder beside the
-    output, `config.json` last, and renamed at the end: whenever the process is killed, no half-written folder loads.
-    The hidden folder, `.{name}.{machine}-{process}.partial`, is this process's own; those of processes of this machine
-    that are no more are cleared away.
+    made; no more than its sources and itself are in memory. Everything is written into a hidden folder, `config.json`
+    last, and becomes the output as in [`write_folder_aside`]: whenever the process is killed, no half-written folder
+    loads. The hidden folder, `.{name}.{machine}-{process}.partial`, is this process's own and lies beside the output,
+    or in it where it is there already; those of processes of this machine that are no more are cleared away.
 
     Args:
         reader (`TensorSource`):
@@ -143,9 +141,8 @@ def transfer(
     report.tensor_bytes = sum(_num_bytes(entry, dtype) for entry, dtype in typed)
     report.files = len(shards)
 
-    aside = path_aside(output)
-    aside.mkdir()
-    try:
+    def write(aside: Path) -> None:
+        aside.mkdir()
         if extras is not None:
             extras(aside)
         _write_weights(reader, shards, aside, report.tensor_bytes)
@@ -157,22 +154,22 @@ def transfer(
             _check_difference(report.relative_difference, reader)
         report.save(aside)
         (generation_config or GenerationConfig.from_model_config(config)).save_pretrained(aside)
-        config = copy.deepcopy(config)
-        config.architectures = [type(model).__name__]
-        config.dtype = _main_dtype(typed)
-        custom_object_save(model, aside, config=config)  # pyright: ignore[reportArgumentType]
-        config.save_pretrained(aside)
+        written = copy.deepcopy(config)
+        written.architectures = [type(model).__name__]
+        written.dtype = _main_dtype(typed)
+        custom_object_save(model, aside, config=written)  # pyright: ignore[reportArgumentType]
+        written.save_pretrained(aside)
         # a second conversion may have been faster
         check_free(output)
-        os.replace(aside, output)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+
+    write_folder_aside(output, write)
     return report
 
 
 def check_free(output: Path) -> None:
-    """Raise `CheckpointError` where a folder holds something already."""
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+    """Raise `CheckpointError` where a folder holds something already, but for what is written aside."""
+    is_taken = output.exists() and not output.is_dir()
+    if is_taken or any(not path.name.endswith(LEFT_OVER) for path in output.glob("*")):
         raise CheckpointError(f"{output}: it exists and is not empty; choose another output folder.")
 
 

@@ -6,7 +6,7 @@ import platform
 import shutil
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -39,10 +39,11 @@ def write_aside(path: str | Path, write: Callable[[Path], object]) -> Path:
 
 
 def write_folder_aside(path: str | Path, write: Callable[[Path], object]) -> Path:
-    """Write a folder as [`write_aside`] a file; it is renamed where the target is missing or empty.
+    """Write a folder as [`write_aside`] a file; where the target is missing, it is renamed.
 
-    Files that are in the target already and are not written again stay; those that are written again are replaced one
-    after the other, once all are written.
+    Where the target is there already, which may be a mount point or the working directory, the new folder is written
+    inside it, hidden. Once all is written its files are moved into the target one after the other, `config.json` last.
+    Those that are there already are replaced, and others stay.
 
     Args:
         path (`str | Path`):
@@ -53,14 +54,20 @@ def write_folder_aside(path: str | Path, write: Callable[[Path], object]) -> Pat
     Returns:
         `Path`: the folder.
     """
-    path = Path(path)
-    with _aside(path) as aside:
+    # `.` has no name, and what a link leads to is what is written
+    target = Path(path).resolve()
+    is_there = target.is_dir()
+    if is_there:
+        # of a writer that found no folder yet; the one above may be nobody's to read
+        with suppress(OSError):
+            _remove_left_overs(target)
+    with _aside(target / target.name if is_there else target) as aside:
         write(aside)
-        if path.is_dir() and any(path.iterdir()):
-            _replace_files(aside, path)
+        if target.is_dir() and (is_there or any(target.iterdir())):
+            _move_files(aside, target)
         else:
-            _rename(aside, path)
-    return path
+            _rename(aside, target)
+    return Path(path)
 
 
 def replace_folder(path: str | Path, write: Callable[[Path], object]) -> Path:
@@ -76,21 +83,26 @@ def replace_folder(path: str | Path, write: Callable[[Path], object]) -> Path:
 
     Returns:
         `Path`: the folder.
+
+    Raises:
+        ValueError: the folder is a mount point, which cannot be renamed; nothing has been written.
     """
-    path = Path(path)
-    with _aside(path) as aside:
+    target = Path(path).absolute()
+    if os.path.ismount(target):
+        raise InputError(f"{str(path)!r} is a mount point, which cannot be replaced as a whole: give a folder in it.")
+    with _aside(target) as aside:
         older = aside.with_name(f"{aside.name.removesuffix(LEFT_OVER)}-older{LEFT_OVER}")
         write(aside)
-        if path.exists():
-            os.rename(path, older)
+        if target.exists():
+            os.rename(target, older)
         try:
-            os.rename(aside, path)
+            os.rename(aside, target)
         except OSError:
             if older.exists():
-                os.rename(older, path)
+                os.rename(older, target)
             raise
         _remove(older)
-    return path
+    return Path(path)
 
 
 @contextmanager
@@ -112,17 +124,9 @@ def path_aside(path: Path) -> Path:
         path (`Path`):
             what is written.
     """
-    # another machine may share the disk, and its processes cannot be seen from here
-    start = f".{path.name}.{platform.node()}-"
-    own = path.with_name(f"{start}{os.getpid()}-{threading.get_native_id()}{LEFT_OVER}")
-    own.parent.mkdir(parents=True, exist_ok=True)
-    for other in own.parent.iterdir():
-        process = other.name.removeprefix(start).partition("-")[0]
-        if not other.name.startswith(start) or not other.name.endswith(LEFT_OVER) or not process.isdecimal():
-            continue
-        if other == own or not psutil.pid_exists(int(process)):
-            _remove(other)
-    return own
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _remove_left_overs(path)
+    return _name_aside(path)
 
 
 def refuse_files(folder: str | Path, is_fine: Callable[[Path], bool] = lambda path: False):
@@ -150,12 +154,33 @@ def is_of_model(path: Path) -> bool:
     return path.name == "config.json" or path.suffix == ".safetensors"
 
 
-def _replace_files(source: Path, target: Path) -> None:
-    for path in sorted(source.rglob("*")):
-        if path.is_dir():
-            (target / path.relative_to(source)).mkdir(exist_ok=True)
-        else:
-            os.replace(path, target / path.relative_to(source))
+def _start_aside(path: Path) -> str:
+    # another machine may share the disk, and its processes cannot be seen from here
+    return f".{path.name}.{platform.node()}-"
+
+
+def _name_aside(path: Path) -> Path:
+    return path.with_name(f"{_start_aside(path)}{os.getpid()}-{threading.get_native_id()}{LEFT_OVER}")
+
+
+def _remove_left_overs(path: Path) -> None:
+    start, own = _start_aside(path), _name_aside(path)
+    for other in path.parent.iterdir():
+        process = other.name.removeprefix(start).partition("-")[0]
+        if not other.name.startswith(start) or not other.name.endswith(LEFT_OVER) or not process.isdecimal():
+            continue
+        if other == own or not psutil.pid_exists(int(process)):
+            _remove(other)
+
+
+def _move_files(source: Path, target: Path) -> None:
+    paths = sorted(source.rglob("*"))
+    for path in filter(Path.is_dir, paths):
+        (target / path.relative_to(source)).mkdir(exist_ok=True)
+    # what makes a folder a model comes last, that of the whole after those of its parts
+    files = [path for path in paths if not path.is_dir()]
+    for path in sorted(files, key=lambda path: (path.name == "config.json", -len(path.parts))):
+        os.replace(path, target / path.relative_to(source))
 
 
 def _rename(source: Path, target: Path) -> None:

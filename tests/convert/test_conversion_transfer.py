@@ -168,6 +168,19 @@ def test_output_that_comes_to_exist_meanwhile_is_left_alone(reader, entries, tmp
     assert (tmp_path / "moma" / "config.json").read_text() == "of another conversion"
 
 
+def test_output_that_is_there_and_empty_is_written_into(reader, entries, tmp_path, monkeypatch):
+    output = tmp_path / "moma"
+    output.mkdir()
+    # of a killed process of another machine, which may still be at work
+    (output / ".moma.elsewhere-1-1.partial").mkdir()
+    before = output.stat().st_ino
+    monkeypatch.chdir(output)
+    transfer(reader, CONFIG, entries, ".")
+    assert output.stat().st_ino == before
+    assert MomaForCausalLM.from_pretrained(output).config.vocab_size == CONFIG.vocab_size
+    assert [path.name for path in output.glob(".*")] == [".moma.elsewhere-1-1.partial"]
+
+
 def test_hidden_folder_with_all_weights_but_no_config_does_not_load(reader, entries, tmp_path):
     seen = []
 

@@ -1,8 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 import json
 import os
+import shutil
+import subprocess
+import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
@@ -10,6 +14,7 @@ from helpers.processes import start_process
 from modeling_moma.utils.atomic_files import path_aside, refuse_files, replace_folder, write_aside, write_folder_aside
 
 
+ROOT = Path(__file__).parents[2]
 WRITES = 200
 
 
@@ -105,8 +110,11 @@ def test_left_over_of_a_killed_writer_is_removed_by_the_next_one(tmp_path):
     assert (path / "weights").read_text() == "anew"
 
 
-@pytest.mark.parametrize("write", [write_folder_aside, replace_folder])
-@pytest.mark.parametrize("exists", [False, True], ids=["missing", "empty"])
+@pytest.mark.parametrize(
+    ("write", "exists"),
+    [(write_folder_aside, False), (replace_folder, False), (replace_folder, True)],
+    ids=["missing", "missing, to be replaced", "empty, to be replaced"],
+)
 def test_new_folder_appears_whole(tmp_path, monkeypatch, exists, write):
     path = tmp_path / "model"
     if exists:
@@ -122,6 +130,82 @@ def test_new_folder_appears_whole(tmp_path, monkeypatch, exists, write):
     write(path, fill_with("new", "config", "weights"))
     assert seen and not any(seen)
     assert {child.name: child.read_text() for child in path.iterdir()} == {"config": "new", "weights": "new"}
+
+
+def test_folder_that_is_there_stays_the_same_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    before = tmp_path.stat().st_ino
+    write_folder_aside(".", fill_with("new", "config.json", "weights"))
+    assert tmp_path.stat().st_ino == before
+    assert {child.name: child.read_text() for child in tmp_path.iterdir()} == {"config.json": "new", "weights": "new"}
+
+
+def test_left_over_in_a_folder_that_is_there_is_removed_by_the_next_writer(tmp_path):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    process = start_process(fall_asleep, folder)
+    while not list(folder.glob(".*.partial/weights")):
+        assert process.is_alive()
+        time.sleep(0.01)
+    process.kill()
+    process.join()
+    write_folder_aside(folder, fill_with("whole", "weights"))
+    assert [child.name for child in folder.iterdir()] == ["weights"]
+
+
+def test_settings_are_put_in_place_last(tmp_path):
+    def write(folder):
+        for part in (folder, folder / "vq_model"):
+            fill_with("new", "config.json", "weights")(part)
+
+    # a folder of this name is in the way
+    (tmp_path / "weights").mkdir()
+    with pytest.raises(OSError, match="weights"):
+        write_folder_aside(tmp_path, write)
+    assert not list(tmp_path.rglob("config.json"))
+    (tmp_path / "weights").rmdir()
+    write_folder_aside(tmp_path, write)
+    found = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
+    assert found == {"config.json", "vq_model/config.json", "vq_model/weights", "weights"}
+
+
+WRITE_TWICE = """
+from pathlib import Path
+from modeling_moma.utils.atomic_files import write_folder_aside
+
+folder = Path("moma")
+
+def fill(aside):
+    aside.mkdir()
+    (aside / "weights").write_text("new")
+
+for _ in range(2):
+    write_folder_aside(folder, fill)
+    print(*(path.name for path in folder.iterdir()))
+"""
+
+
+# renames across the edge of a mount fail between folders of one file system, too
+@pytest.mark.parametrize("kind", ["-t tmpfs tmpfs", "--bind volume"], ids=["file system", "folder"])
+def test_mount_point_is_written_into(tmp_path, kind):
+    for name in ("volume", "moma"):
+        (tmp_path / name).mkdir()
+    if shutil.which("unshare") is None:
+        pytest.skip("mounting in a namespace needs `unshare` (Debian: util-linux)")
+    probe = subprocess.run(["unshare", "-rm", "mount", *kind.split(), "moma"], cwd=tmp_path, capture_output=True)
+    if probe.returncode:
+        pytest.skip(f"mounting in a namespace is not allowed here: {probe.stderr.decode().strip()}")
+    command = ["unshare", "-rm", "sh", "-c", f'mount {kind} moma && exec "$0" -c "$1"', sys.executable, WRITE_TWICE]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == ["weights", "weights"]
+
+
+@pytest.mark.skipif(not os.path.ismount("/proc"), reason="needs a system with a mount point at /proc")
+def test_mount_point_that_is_to_be_replaced_is_refused_before_anything_is_written():
+    with pytest.raises(ValueError, match="'/proc' is a mount point"):
+        replace_folder("/proc", lambda aside: pytest.fail("written"))
 
 
 def test_replaced_folder_keeps_nothing_of_the_older_one(tmp_path):
