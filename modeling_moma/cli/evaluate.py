@@ -7,16 +7,18 @@ warning: it sees the future and is no measure of quality.
 
 import json
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from ..utils.fields import Count, Float, Int, Seed
+from pydantic import Field
+
+from ..utils.fields import Count, Float, Int, Seed, Share
 from ..utils.messages import without_import_notices
 from .arguments import Flag, parse_fields
 
 
 # of `measure_sources`
 Measure = Literal["losses", "captions", "information", "retrieval", "drawings"]
-SAMPLING = ("temperature", "top_k", "top_p", "guidance_scale")
+SAMPLING = ("temperature", "top_k", "top_p")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +49,7 @@ class Arguments:
         retrieval_pairs (`int`, *optional*, defaults to `64`):
             pairs of each source, each ranked among all.
         temperature (`float`, *optional*, defaults to `1.0`):
-            of the drawings, as the next three.
+            of the drawings, as the next three; 0 takes the likeliest codes.
         top_k (`int`, *optional*, defaults to `0`):
             0 for all codes.
         top_p (`float`, *optional*, defaults to `1.0`):
@@ -68,16 +70,27 @@ class Arguments:
     batch_size: Count = 64
     dtype: Literal["float32", "bfloat16"] = "float32"
     seed: Seed = 0
-    retrieval_pairs: Int = 64
-    temperature: Float = 1.0
-    top_k: Int = 0
-    top_p: Float = 1.0
-    guidance_scale: Float = 1.0
+    retrieval_pairs: Annotated[Int, Field(ge=2)] = 64
+    temperature: Annotated[Float, Field(ge=0)] = 1.0
+    top_k: Annotated[Int, Field(ge=0)] = 0
+    top_p: Share = 1.0
+    guidance_scale: Annotated[Float, Field(ge=0)] = 1.0
     output: str | None = None
 
 
 def parse_arguments(arguments: list[str] | None = None) -> Arguments:
     return parse_fields(Arguments, __doc__, arguments)
+
+
+def sampling_arguments(args: Arguments) -> dict[str, Any]:
+    """Arguments of `generate` for the command line's."""
+    if args.temperature == 0:
+        return {"do_sample": False, "guidance_scale": args.guidance_scale}
+    return {
+        "do_sample": True,
+        **{name: getattr(args, name) for name in SAMPLING},
+        "guidance_scale": args.guidance_scale,
+    }
 
 
 def evaluate(args: Arguments) -> dict:
@@ -96,7 +109,7 @@ def evaluate(args: Arguments) -> dict:
         args.batch_size,
         args.seed,
         args.retrieval_pairs,
-        {"do_sample": True, **{name: getattr(args, name) for name in SAMPLING}},
+        sampling_arguments(args),
     )
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = load_model(args.model, device, args.dtype)
@@ -107,9 +120,13 @@ def evaluate(args: Arguments) -> dict:
 
 
 def run(args: Arguments) -> None:
+    from ..utils.atomic_files import check_place, write_aside
+
+    if args.output:
+        # before hours of measures
+        check_place(args.output)
     sources = evaluate(args)
     from ..evaluation.report import report_tables
-    from ..utils.atomic_files import write_aside
 
     print(report_tables(sources))
     if args.output:

@@ -13,12 +13,12 @@ from dataclasses import dataclass, field
 from functools import partial
 from io import BytesIO
 from pathlib import Path
-from tempfile import TemporaryFile
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
 from ..errors_moma import InputError
+from ..utils.atomic_files import check_place
 from ..utils.errors import needs_extra
 from ..utils.fields import Count, Float, Int, Seed, Share
 from ..utils.messages import without_import_notices
@@ -190,18 +190,6 @@ def sound_format(path: Path) -> str:
         ) from error
     check_place(path)
     return name
-
-
-def check_place(path: Path) -> None:
-    """Make the folder of a file and raise `ValueError` where nothing can be written there."""
-    if path.is_dir():
-        raise InputError(f"--output: {str(path)!r} is a folder; name a file in it.")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with TemporaryFile(dir=path.parent):
-            pass
-    except OSError as error:
-        raise InputError(f"--output: nothing can be written into {str(path.parent)!r} ({error}).") from error
 
 
 def check_sounds(args: Arguments, processor: Any) -> int | None:

@@ -15,7 +15,7 @@ from .drawings import check_drawings, feature_extractor, measure_drawings
 from .held_out import HeldOutSource
 from .information import measure_information
 from .losses import source_losses
-from .retrieval import DEFAULT_PAIRS, measure_retrieval
+from .retrieval import DEFAULT_PAIRS, check_retrieval, measure_retrieval
 
 
 LOSSES, CAPTIONS, INFORMATION = "losses", "captions", "information"
@@ -58,6 +58,8 @@ class MeasureSettings:
             raise InputError(f"`measures` has {unknown or 'nothing'} in it; it must be some of {MEASURES}.")
         if self.batch_size < 1:
             raise InputError(f"`batch_size` = {self.batch_size}: it must be at least 1.")
+        if self.retrieval_pairs < 2:
+            raise InputError(f"`retrieval_pairs` = {self.retrieval_pairs}: there must be two to tell apart.")
 
 
 def measure_sources(model, processor, sources: Mapping[str, HeldOutSource], settings: MeasureSettings) -> dict:
@@ -85,10 +87,13 @@ def measure_sources(model, processor, sources: Mapping[str, HeldOutSource], sett
     chosen = _chosen_measures(sources, settings)
     # a missing extra should fail now rather than after hours of other measures
     extract = feature_extractor(model.device) if DRAWINGS in chosen else None
-    if DRAWINGS in chosen:
-        for source in sources.values():
-            if source.captioned is not None:
-                check_drawings(processor, len(source.captioned))
+    for name, source in sources.items():
+        if source.captioned is None:
+            continue
+        if RETRIEVAL in chosen:
+            check_retrieval(name, len(source.captioned))
+        if DRAWINGS in chosen:
+            check_drawings(processor, len(source.captioned))
     report = {}
     for name, source in sources.items():
         num_images = 0 if source.captioned is None else len(source.captioned)

@@ -85,6 +85,12 @@ def measure_retrieval(
     }
 
 
+def check_retrieval(source: str, num_images: int) -> None:
+    """Raise `ValueError` where a source has too few captioned images for one to be told from another."""
+    if num_images < 2:
+        raise InputError(f"retrieval: the source {source!r} has {num_images} captioned images; it needs two at least.")
+
+
 def pair_scores(
     model, processor, images: list[tuple[int, ...]], captions: list[str], batch_size: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

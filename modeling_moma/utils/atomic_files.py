@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from tempfile import TemporaryFile
 
 import psutil
 
@@ -147,6 +148,27 @@ def refuse_files(folder: str | Path, is_fine: Callable[[Path], bool] = lambda pa
         raise InputError(
             f"`--output` {str(folder)!r} has files of something else in it, such as {others[0]!r}: give a new folder."
         )
+
+
+def check_place(path: str | Path) -> None:
+    """Make the folder of an output file, and raise where nothing can be written there.
+
+    Args:
+        path (`str | Path`):
+            the file that `--output` names, which may be there.
+
+    Raises:
+        ValueError: it is a folder, or its folder can neither be made nor written into.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise InputError(f"--output: {str(path)!r} is a folder; name a file in it.")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise InputError(f"--output: nothing can be written into {str(path.parent)!r} ({error}).") from error
 
 
 def is_of_model(path: Path) -> bool:

@@ -80,7 +80,13 @@ def test_wishes_that_cannot_be_met_are_refused_before_anything_is_measured(sourc
             MeasureSettings(measures)
     with pytest.raises(ValueError, match="batch_size"):
         MeasureSettings(batch_size=0)
+    with pytest.raises(ValueError, match="retrieval_pairs` = 1"):
+        MeasureSettings(retrieval_pairs=1)
     rows = sources["emoji"].captioned
+    one = HeldOutSource([], CaptionedImages(rows.codes[:1], rows.captions[:1]))
+    # the losses, for which there is no document, would come first
+    with pytest.raises(ValueError, match="retrieval: the source 'one' has 1 captioned images"):
+        measure_sources(model, processor, {"one": one}, MeasureSettings(("losses", "retrieval")))
     few = HeldOutSource([], CaptionedImages(rows.codes[:7], rows.captions[:7]))
     # of a package that is not there
     monkeypatch.setitem(sys.modules, "efficientnet_lite_pytorch", None)
@@ -88,7 +94,6 @@ def test_wishes_that_cannot_be_met_are_refused_before_anything_is_measured(sourc
         measure_sources(model, processor, {"few": few}, MeasureSettings(("losses", "drawings")))
     monkeypatch.undo()
     pytest.importorskip("efficientnet_lite_pytorch", reason="the extra `train` is not installed")
-    # the losses, for which there is no document, would come first
     with pytest.raises(ValueError, match="at least 8"):
         measure_sources(model, processor, {"few": few}, MeasureSettings(("losses", "drawings")))
 
@@ -141,6 +146,32 @@ def test_the_command_measures_losses_and_captions_by_default(folder, tmp_path):
 def test_data_that_is_not_there_is_named(folder, more, error):
     with pytest.raises(ValueError, match=error):
         main(arguments(folder, *more))
+
+
+@pytest.mark.parametrize(
+    "more",
+    ["--temperature -1", "--top-k -1", "--top-p 1.5", "--guidance-scale -2", "--retrieval-pairs 1"],
+)
+def test_sampling_out_of_range_is_refused_by_the_command(folder, more, capsys):
+    with pytest.raises(SystemExit):
+        main(arguments(folder, *more.split()))
+    name, value = more.split()
+    assert f"{name} = {value!r} must be" in capsys.readouterr().err
+
+
+def test_temperature_zero_draws_the_likeliest_codes(folder, tmp_path):
+    pytest.importorskip("efficientnet_lite_pytorch", reason="the extra `train` is not installed")
+    output = ["--measures", "drawings", "--temperature", "0", "--output", str(tmp_path / "report.json")]
+    main(arguments(folder, *output))
+    drawings = json.loads((tmp_path / "report.json").read_text())["sources"]["emoji"]["drawings"]
+    assert drawings["sampling"] == {"do_sample": False, "guidance_scale": 1.0}
+
+
+def test_output_that_cannot_be_written_is_refused_before_anything_is_read(folder, tmp_path):
+    (tmp_path / "file").write_text("")
+    for output, why in ((tmp_path / "file" / "report.json", "nothing can be written into"), (tmp_path, "is a folder")):
+        with pytest.raises(ValueError, match=f"--output: .*{why}"):
+            main(["--model", str(tmp_path / "none"), "--tokens", str(folder / "tokens"), "--output", str(output)])
 
 
 def test_unknown_measures_are_refused_by_the_command(folder, capsys):
