@@ -254,8 +254,8 @@ def _check_values(body: dict[str, Any]):
         if isinstance(value, str):
             if not value.isascii():
                 _check_encodable(place, value)
-            # images have bounds of their own
-            characters += 0 if place.endswith((".image_url", ".image_url.url")) else len(value)
+            # images and sounds have bounds of their own
+            characters += 0 if place.endswith((".image_url", ".image_url.url", ".input_audio.data")) else len(value)
             if characters > MAX_CHARACTERS:
                 raise RequestError(place, f"the texts have more than {MAX_CHARACTERS:,} characters in all.", 413)
         elif isinstance(value, float) and not math.isfinite(value):

@@ -8,8 +8,12 @@ import numpy as np
 import pytest
 
 from helpers.openai_client import client_of_server
-from helpers.sounds import THREE, as_file, processor_of_sounds, tone
+from helpers.sounds import RATE, THREE, as_file, processor_of_sounds, tone
 from helpers.tiny import noise_images, tiny_model
+from modeling_moma.serving.http.errors import RequestError
+from modeling_moma.serving.http.fields import ChatSettings, check_settings
+from modeling_moma.serving.http.limits import MAX_CHARACTERS, Limits
+from modeling_moma.serving.http.messages import read_messages
 
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -105,6 +109,20 @@ def test_what_is_no_sound_is_refused_and_the_server_goes_on(client, hostile, sta
             ask(client, [hostile])
         assert refusal.value.status_code == status
     assert ask(client, [part(as_file(tone(500)))]).choices[0].message is not None
+
+
+def test_long_sounds_are_not_taken_for_long_texts():
+    noise = as_file(np.random.default_rng(0).uniform(-1, 1, 10 * RATE))
+    message = {"role": "user", "content": [part(noise, format="wav")]}
+    assert len(message["content"][0]["input_audio"]["data"]) > MAX_CHARACTERS
+    limits = Limits(pinned="moma")
+    check_settings({"messages": [message]}, ChatSettings, limits)
+    (sound,) = read_messages([message], "messages")
+    assert len(sound.read(processor_of_sounds())) == 10 * RATE
+    # texts beside it count as ever
+    message["content"].append({"type": "text", "text": "a" * (MAX_CHARACTERS + 1)})
+    with pytest.raises(RequestError, match="more than 200,000 characters"):
+        check_settings({"messages": [message]}, ChatSettings, limits)
 
 
 def test_too_many_sounds_are_refused(client):
