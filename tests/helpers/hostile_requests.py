@@ -105,6 +105,7 @@ def hostile_requests(model: str, local_port: int, held: ExitStack) -> list[Hosti
         Hostile("a thought that is a message", post(RESPONSES, {"input": [THOUGHT]}), "input[0].type", 400),
         Hostile("a sound", transcription, "audio"),
         Hostile("nested lists", post_text(CHAT, "[" * 200_000), "body"),
+        *(Hostile(f"the body {text}", post_text(CHAT, text), "body") for text in ("NaN", "[NaN]", r'"\ud800"', "{")),
         Hostile("millions of values", post_text(CHAT, '{"messages": [' + "[]," * 4_000_000 + "[]]}"), "body", 413),
         Hostile("33 MB", post(CHAT, {**good, "user": "a" * (33 << 20)}), "body", 413),
         Hostile("a body of unknown length", chunked, "length", 411),

@@ -225,6 +225,25 @@ async def answer_input_error(_request: Any, error: Exception):
     return JSONResponse(error.body(), error.status, error.headers())
 
 
+async def answer_invalid_body(_request: Any, error: Any):
+    """Answer 400 for a body that is no JSON object, without a word of what it holds."""
+    problem = error.errors()[0]
+    if problem["type"] == "json_invalid":
+        reason = f"it is no JSON: {problem['ctx']['error']}, at character {problem['loc'][-1]}."
+    elif problem["type"] == "missing":
+        reason = "there is none: send a JSON object."
+    else:
+        reason = "it must be a JSON object, sent with `Content-Type: application/json`."
+    refusal = RequestError("body", reason)
+    return JSONResponse(refusal.body(), refusal.status)
+
+
+async def answer_http_error(_request: Any, error: Any):
+    """Answer what the handlers of Transformers' server refuse as this server answers its own refusals."""
+    refusal = RequestError("body", str(error.detail), error.status_code)
+    return JSONResponse(refusal.body(), refusal.status, error.headers)
+
+
 def _is_of_template(error: Exception) -> bool:
     """Return whether a template raised the error, or what a template called with what it was given."""
     frames = traceback.walk_tb(error.__traceback__)

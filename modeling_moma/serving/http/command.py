@@ -87,7 +87,7 @@ def serve(
         template_arguments=names,
         pinned=options["force_model"],
     )
-    CheckedServe(limits, ImageHosts.from_entries(_split(image_hosts)), api_key, **options)
+    CheckedServe(limits, ImageHosts.from_entries(_split(image_hosts)), api_key, **options).run()
 
 
 def reserved_names() -> frozenset[str]:

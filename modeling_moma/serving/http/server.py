@@ -6,11 +6,21 @@ import warnings
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, cast
 
+from fastapi.exceptions import RequestValidationError
 from PIL import Image
+from starlette.exceptions import HTTPException
 from transformers.cli.serve import Serve
 
 from ...errors_moma import InputError
-from .answering import CHAT, COMPLETION, RESPONSE, Answering, answer_input_error
+from .answering import (
+    CHAT,
+    COMPLETION,
+    RESPONSE,
+    Answering,
+    answer_http_error,
+    answer_input_error,
+    answer_invalid_body,
+)
 from .downloads import Downloads, ImageHosts
 from .generation import Admission, CheckedManager
 from .guard import Guard, is_loopback
@@ -24,8 +34,8 @@ if TYPE_CHECKING:
 class CheckedServe(Serve):
     """`transformers serve` whose bad requests are answered by 4xx, before anything is generated.
 
-    With `non_blocking` the command calls `start_server` when all is built, where this class puts its checks in front
-    and then serves until it is told to end.
+    With `non_blocking` the command calls `start_server` when all is built, where this class puts its checks in front.
+    [`run`] serves until it is told to end.
 
     Args:
         limits (`Limits`):
@@ -67,7 +77,7 @@ class CheckedServe(Serve):
         super().__init__(enable_cors=enable_cors, non_blocking=True, **options)
 
     def start_server(self):
-        """Add the checks, and serve."""
+        """Add the checks."""
         # requests are bounded by `MAX_PIXELS`, below where Pillow warns
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         app, limits = cast("FastAPI", self.server.config.app), self.limits
@@ -90,6 +100,8 @@ class CheckedServe(Serve):
 
         self._generation_state.get_manager = get_checked_manager
         app.add_exception_handler(ValueError, answer_input_error)
+        app.add_exception_handler(RequestValidationError, answer_invalid_body)
+        app.add_exception_handler(HTTPException, answer_http_error)
         app.add_middleware(
             Guard,
             admission=Admission(limits.max_requests, limits.max_waiting),
@@ -100,4 +112,7 @@ class CheckedServe(Serve):
         )
         config = self.server.config
         config.limit_concurrency, config.server_header, config.timeout_graceful_shutdown = MAX_CONNECTIONS, False, 5
+
+    def run(self):
+        """Serve until it is told to end."""
         self.server.run()
