@@ -25,6 +25,8 @@ from .messages import MessageImage, MessageSound, read_items, read_messages
 logger = logging.getLogger("uvicorn.error")
 # raises ValueError where placeholders of images and images differ in number
 PROCESSORS = "transformers.processing_utils"
+# of an answer, as Transformers' server has it
+DEFAULT_NEW_TOKENS = 1024
 
 
 @dataclass(frozen=True)
@@ -165,10 +167,11 @@ class Answering:
         # the seed is set when generation begins, see `ActiveRequest.running`
         asked = {name: value for name, value in body.items() if name != "seed"}
         settings = handler._build_generation_config(asked, model.generation_config, use_cb=uses_batching)
-        if settings.max_new_tokens is not None:
-            settings.max_new_tokens = min(settings.max_new_tokens, self.limits.max_new_tokens)
         settings.max_time = min(settings.max_time or self.limits.max_seconds, self.limits.max_seconds)
-        check_prompt(model, inputs, settings)
+        room = check_prompt(model, inputs, settings)
+        # where the server says that an answer was cut; `generate` ends at the last position by itself
+        asked_tokens = settings.max_new_tokens or DEFAULT_NEW_TOKENS
+        settings.max_new_tokens = min(asked_tokens, self.limits.max_new_tokens, asked_tokens if room is None else room)
         return Prompt(model_id, model, processor, uses_batching, inputs, settings)
 
     async def _generate(self, body: dict[str, Any], request_id: str, prompt: Prompt) -> Any:
@@ -198,8 +201,20 @@ class Answering:
             raise
 
 
-def check_prompt(model: Any, inputs: Any, gen_config: Any):
-    """Raise a [`RequestError`] for a prompt that is empty or fills the context, or a bias of no token."""
+def check_prompt(model: Any, inputs: Any, gen_config: Any) -> int | None:
+    """Return the positions that a prompt leaves for its answer, `None` where they have no end.
+
+    Args:
+        model (`Any`):
+            that reads it.
+        inputs (`Any`):
+            with its `input_ids`, a list or `[1, S]`.
+        gen_config (`Any`):
+            with its biases.
+
+    Raises:
+        RequestError: a prompt that is empty or fills the context, or a bias of no token.
+    """
     # continuous batching takes a list of ids, `generate` a tensor of rows
     ids = inputs["input_ids"]
     length = len(ids) if isinstance(ids, list) else ids.shape[-1]
@@ -208,12 +223,14 @@ def check_prompt(model: Any, inputs: Any, gen_config: Any):
     if length == 0:
         raise RequestError(field, "they give an empty prompt.")
     # scaled rotary embeddings are made to go beyond the model's positions
-    if limit is not None and rope.get("rope_type") == "default" and length >= limit:
+    room = limit - length if limit is not None and rope.get("rope_type") == "default" else None
+    if room is not None and room <= 0:
         raise RequestError(field, f"{length} tokens leave no room for an answer in the model's {limit} positions.")
     vocabulary = model.get_input_embeddings().num_embeddings
     unknown = [ids[0] for ids in gen_config.sequence_bias or {} if ids[0] >= vocabulary]
     if unknown:
         raise RequestError("logit_bias", f"token {unknown[0]} is none of the {vocabulary} tokens of the model.")
+    return room
 
 
 async def answer_input_error(_request: Any, error: Exception):

@@ -4,7 +4,9 @@
 import asyncio
 import contextlib
 import threading
-from collections.abc import Callable, Iterator
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from typing import Any
 
@@ -68,6 +70,8 @@ class ActiveRequest:
         self.admission, self.loop = admission, asyncio.get_running_loop()
         self.disconnected = threading.Event()
         self.seed: int | None = None
+        # when its generation began
+        self.began = time.monotonic()
         self._has_turn, self._is_inside = False, True
         admission.inside += 1
 
@@ -99,6 +103,7 @@ class ActiveRequest:
                 if self.seed is not None:
                     # in this thread nothing else samples until the generation has ended
                     torch.manual_seed(self.seed)
+                self.began = time.monotonic()
                 return generate(*args, **kwargs)
             finally:
                 # the event loop is closed already when the server ends
@@ -123,21 +128,116 @@ class StopOnDisconnect(StoppingCriteria):
         return torch.full((input_ids.shape[0],), self.disconnected.is_set(), device=input_ids.device, dtype=torch.bool)
 
 
+class StopInTime(StoppingCriteria):
+    """Ends a generation in place of `max_time`, and has the server say that it was cut.
+
+    Args:
+        request ([`ActiveRequest`]):
+            knows when its generation began.
+        gen_config (`GenerationConfig`):
+            of the generation; its `max_time` is taken out.
+    """
+
+    def __init__(self, request: ActiveRequest, gen_config: Any):
+        self.request, self.gen_config = request, gen_config
+        self.seconds, gen_config.max_time = gen_config.max_time, None
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs) -> Any:
+        """Return True for all rows once the time is over, `[B]`."""
+        is_over = self.seconds is not None and time.monotonic() - self.request.began > self.seconds
+        if is_over:
+            # the server calls an answer cut that has as many tokens as this; `generate` has a copy of its own
+            self.gen_config.max_new_tokens = 0
+        return torch.full((input_ids.shape[0],), is_over, device=input_ids.device, dtype=torch.bool)
+
+
+class StoppedText:
+    """The text of an answer piece by piece, without the first stop string and what follows it.
+
+    Args:
+        stops (`Sequence[str]`):
+            none of them empty.
+    """
+
+    def __init__(self, stops: Sequence[str]):
+        self.stops = stops
+        self._held, self._has_ended = "", False
+
+    def add(self, text: str) -> str:
+        """Return what may be shown of the text so far; what may begin a stop string is held back."""
+        if self._has_ended:
+            return ""
+        text = self._held + text
+        found = [place for stop in self.stops if (place := text.find(stop)) >= 0]
+        if found:
+            self._held, self._has_ended = "", True
+            return text[: min(found)]
+        held = max((_overlap(text, stop) for stop in self.stops), default=0)
+        shown = len(text) - held
+        self._held = text[shown:]
+        return text[:shown]
+
+    def end(self) -> str:
+        """Return what was held back."""
+        text, self._held = self._held, ""
+        return text
+
+
+class StoppedQueue:
+    """The queue of a stream, whose texts end at the first stop string.
+
+    Args:
+        queue (`asyncio.Queue`):
+            of texts, and `None` at the end; other entries are passed on.
+        stops (`Sequence[str]`):
+            none of them empty.
+    """
+
+    def __init__(self, queue: asyncio.Queue, stops: Sequence[str]):
+        self._queue, self._text = queue, StoppedText(stops)
+        self._ready: deque[Any] = deque()
+
+    async def get(self) -> Any:
+        """Return the next entry, and wait for it."""
+        while not self._ready:
+            self._take(await self._queue.get())
+        return self._ready.popleft()
+
+    def get_nowait(self) -> Any:
+        """Return the next entry, or raise `asyncio.QueueEmpty`."""
+        while not self._ready:
+            self._take(self._queue.get_nowait())
+        return self._ready.popleft()
+
+    def _take(self, entry: Any) -> None:
+        # reasoning is a kind of text with a place of its own
+        is_text = type(entry) is str
+        text = self._text.add(entry) if is_text else self._text.end()
+        self._ready += [text] if text else []
+        self._ready += [] if is_text else [entry]
+
+
 class CheckedManager(GenerateManager):
-    """Generates until an answer is complete or its client has gone.
+    """Generates until an answer is complete, its time is over or its client has gone.
 
     The server hands `generate` the processor as its tokenizer, which has no vocabulary to look for stop strings in.
     """
 
     def generate_streaming(self, model, processor, inputs, gen_config, request_id, response_parser=None):
-        """Stream an answer, which ends once the client has gone."""
+        """Stream an answer, without the stop string at which it ends."""
         tokenizer = getattr(processor, "tokenizer", processor)
-        return super().generate_streaming(model, tokenizer, _ending(inputs), gen_config, request_id, response_parser)
+        inputs = _ending(inputs, gen_config)
+        queue, streamer = super().generate_streaming(model, tokenizer, inputs, gen_config, request_id, response_parser)
+        stops = _stops(gen_config)
+        return (StoppedQueue(queue, stops) if stops else queue), streamer  # pyright: ignore[reportReturnType]
 
     async def generate_non_streaming(self, model, processor, inputs, gen_config, request_id):
-        """Make an answer, which ends once the client has gone."""
+        """Make an answer, without the stop string at which it ends."""
         tokenizer = getattr(processor, "tokenizer", processor)
-        return await super().generate_non_streaming(model, tokenizer, _ending(inputs), gen_config, request_id)
+        inputs = _ending(inputs, gen_config)
+        text, length, ids = await super().generate_non_streaming(model, tokenizer, inputs, gen_config, request_id)
+        stopped = StoppedText(_stops(gen_config))
+        return stopped.add(text) + stopped.end(), length, ids
 
     def submit(self, fn, *args, **kwargs):
         """Run a function in the thread of generation, for the current request."""
@@ -151,7 +251,19 @@ class CheckedManager(GenerateManager):
         return asyncio.shield(answer)
 
 
-def _ending(inputs: Any) -> dict[str, Any]:
-    """Return the arguments of `generate`, which stops once the client has gone."""
-    on_disconnect = StopOnDisconnect(current_request.get().disconnected)
-    return {**inputs, "stopping_criteria": StoppingCriteriaList([on_disconnect])}
+def _ending(inputs: Any, gen_config: Any) -> dict[str, Any]:
+    """Return the arguments of `generate`, which stops once the client has gone or the time is over."""
+    request = current_request.get()
+    criteria = [StopOnDisconnect(request.disconnected), StopInTime(request, gen_config)]
+    return {**inputs, "stopping_criteria": StoppingCriteriaList(criteria)}
+
+
+def _stops(gen_config: Any) -> list[str]:
+    stops = gen_config.stop_strings or []
+    return [stops] if isinstance(stops, str) else list(stops)
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Return how many characters at the end of a text may be the beginning of a stop string."""
+    longest = min(len(text), len(stop) - 1)
+    return next((size for size in range(longest, 0, -1) if text.endswith(stop[:size])), 0)

@@ -14,11 +14,12 @@ for package in ("fastapi", "uvicorn", "httpx"):
 from fastapi.testclient import TestClient  # noqa: E402
 
 from modeling_moma.serving.http.downloads import ImageHosts  # noqa: E402
+from modeling_moma.serving.http.generation import StoppedText  # noqa: E402
 from modeling_moma.serving.http.limits import Limits  # noqa: E402
 from modeling_moma.serving.http.server import CheckedServe  # noqa: E402
 
 
-CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
+CHAT = "/v1/chat/completions"
 HEADERS = {"content-type": "application/json"}
 
 
@@ -71,6 +72,50 @@ def test_body_that_is_no_object_is_refused_in_the_form_of_openai(client, body, r
     error = answer.json()["error"]
     assert (error["type"], error["param"], set(answer.json())) == ("invalid_request_error", "body", {"error"})
     assert reason in error["message"] and len(answer.text) < 300 and "secret" not in answer.text
+
+
+def ask(client, processor, stream=False, **fields):
+    """Text, reason of the end and number of tokens of an answer without `<eos>`."""
+    bias = {str(processor.tokenizer.eos_token_id): -100}
+    messages = [{"role": "user", "content": "noto: flag"}]
+    body = {"messages": messages, "temperature": 0, "logit_bias": bias, "stream": stream, **fields}
+    answer = client.post(CHAT, json=body)
+    assert answer.status_code == 200, answer.text
+    if not stream:
+        choice, usage = answer.json()["choices"][0], answer.json()["usage"]
+        return choice["message"]["content"], choice["finish_reason"], usage
+    chunks = [
+        json.loads(line.removeprefix("data: ")) for line in answer.text.splitlines() if line.startswith("data: {")
+    ]
+    text = "".join(chunk["choices"][0]["delta"].get("content") or "" for chunk in chunks)
+    return text, chunks[-1]["choices"][0]["finish_reason"], chunks[-1]["usage"]
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+def test_answer_that_is_cut_says_so(client, model, processor, stream):
+    _, reason, usage = ask(client, processor, stream)
+    assert (reason, usage["total_tokens"]) == ("length", model.config.max_position_embeddings)
+    in_time = json.dumps({"max_time": 1e-6, "max_new_tokens": 50})
+    _, reason, usage = ask(client, processor, stream, generation_config=in_time)
+    assert reason == "length" and 0 < usage["completion_tokens"] < 50
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+def test_answer_ends_before_its_stop_string(client, processor, stream):
+    expected, _, _ = ask(client, processor, max_tokens=40)
+    # from the middle of a token on, perhaps
+    stop = expected[9:13]
+    text, reason, usage = ask(client, processor, stream, max_tokens=40, stop=[stop, "never said"])
+    assert text == expected[: expected.index(stop)] and reason == "stop" and usage["completion_tokens"] < 40
+
+
+def test_what_may_begin_a_stop_string_is_held_back():
+    pieces = ["a<", "/", "b</", "s", ">c", "d"]
+    text = StoppedText(["</s>", "never"])
+    assert [text.add(piece) for piece in pieces] == ["a", "", "</b", "", "", ""]
+    assert text.end() == ""
+    text = StoppedText(["</s>"])
+    assert [text.add("a"), text.add("</s"), text.end()] == ["a", "", "</s"]
 
 
 def test_refusals_of_the_handlers_of_transformers_have_that_form_too():
