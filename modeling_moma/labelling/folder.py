@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 from ..data.images import LeftOut
 from ..errors_moma import InputError
-from ..utils.atomic_files import write_aside
+from ..utils.atomic_files import check_place, write_aside
 from ..utils.messages import one_line
 from .images import folder_files, read_files
 from .labeler import Guess, ImageLabeler, check_queries
@@ -230,12 +230,11 @@ class CodedFolder:
 
 
 def check_table(output: str) -> None:
-    """Raise `ValueError` where a table could not be written, before time is spent on what it holds."""
+    """Make the folder of a table, and raise `ValueError` where it could not be written, before time is spent on it."""
     path = Path(output)
     if path.suffix.lower() not in TABLES:
         raise InputError(f"--output: {output!r} ends in neither of {' and '.join(TABLES)}, which say what is written.")
-    if path.is_dir():
-        raise InputError(f"--output: {output!r} is a folder; name a file in it.")
+    check_place(path)
 
 
 def label_rows(labels: Sequence[Label]) -> list[dict[str, Any]]:

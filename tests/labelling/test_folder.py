@@ -151,6 +151,8 @@ def test_more_images_than_a_piece_come_in_the_order_of_their_paths(folder, model
         (["label", "{root}/texts/notes.txt"], "is a file"),
         (["label", "{root}/icons", "--output", "{root}/labels.xls"], "neither of .csv and .json"),
         (["label", "{root}/icons", "--output", "{root}/folder.csv"], "is a folder"),
+        (["label", "{root}/icons", "--output", "{root}/texts/notes.txt/a.csv"], "nothing can be written into"),
+        (["search", "{root}/icons", "red", "--output", "{root}/texts/notes.txt/a.csv"], "nothing can be written"),
         (["search", "{root}/icons", " "], "there are no words in it"),
     ],
 )
