@@ -337,8 +337,11 @@ def test_codecs_are_found_by_their_registered_name(processor, tmp_path, monkeypa
     with pytest.raises(ValueError, match="'mu_law' is already the codec MuLawCodec"):
         register_codec("mu_law")(dict)
     monkeypatch.delattr(MuLawCodec, "codec_type")
-    with pytest.raises(ValueError, match=re.escape("put `@register_codec(name)`")):
-        processor.save_pretrained(tmp_path / "again")
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    for folder in (tmp_path, tmp_path / "again"):
+        with pytest.raises(ValueError, match=re.escape("put `@register_codec(name)`")):
+            processor.save_pretrained(folder)
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
 
 
 def test_from_the_hub_with_the_package_and_without(processor, tmp_path):

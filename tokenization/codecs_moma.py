@@ -127,6 +127,24 @@ def codec_types(codecs: dict[str, ModalityCodec]) -> dict[str, str | None]:
     return {modality: getattr(codec, "codec_type", None) for modality, codec in codecs.items()}
 
 
+def check_registered(codecs: dict[str, ModalityCodec]):
+    """Check that a saved processor could find its codecs.
+
+    Args:
+        codecs (`dict[str, ModalityCodec]`):
+            By modality.
+
+    Raises:
+        ValueError: a codec is not registered.
+    """
+    for modality, name in codec_types(codecs).items():
+        if name is None:
+            raise InputError(
+                f"codecs[{modality!r}]: {type(codecs[modality]).__name__} has no name to be loaded by; put "
+                "`@register_codec(name)` above the class."
+            )
+
+
 def save_codecs(codecs: dict[str, ModalityCodec], folder: "str | os.PathLike"):
     """Write each codec into the subfolder `{modality}_codec`.
 
@@ -139,15 +157,11 @@ def save_codecs(codecs: dict[str, ModalityCodec], folder: "str | os.PathLike"):
     Raises:
         ValueError: a codec is not registered, so a saved processor could not find it.
     """
-    for modality, name in codec_types(codecs).items():
-        if name is None:
-            raise InputError(
-                f"codecs[{modality!r}]: {type(codecs[modality]).__name__} has no name to be loaded by; put "
-                "`@register_codec(name)` above the class."
-            )
+    check_registered(codecs)
+    for modality, codec in codecs.items():
         target = os.path.join(folder, SUBFOLDER.format(modality))
         os.makedirs(target, exist_ok=True)
-        codecs[modality].save_pretrained(target)
+        codec.save_pretrained(target)
 
 
 def load_codecs(types: dict[str, str], repository: str | os.PathLike, subfolder: str = "", **hub_kwargs: Any) -> dict:

@@ -30,7 +30,7 @@ from transformers.utils import is_torchvision_available
 from .audio_codecs_moma import AUDIO
 from .chat_template_moma import default_chat_template
 from .code_conversion_moma import CodeConversionMixin, as_list
-from .codecs_moma import ModalityCodec, check_codec, codec_types, load_codecs, save_codecs
+from .codecs_moma import ModalityCodec, check_codec, check_registered, codec_types, load_codecs, save_codecs
 from .image_input_moma import MomaImageInputMixin, iter_image_sources
 from .image_processing_moma import MomaImageProcessor
 from .image_processing_pil_moma import MomaImageProcessorPil
@@ -499,8 +499,10 @@ class MomaProcessor(CodeConversionMixin):
             `list[str]`: the settings file.
 
         Raises:
-            ValueError: a codec is not registered.
+            ValueError: a codec is not registered; nothing has been written.
         """
+        # last of all, it would leave the settings of this processor beside the codecs of an older one
+        check_registered(self.codecs)
         # the tokenizer saves the padding side of its creation, not a later one
         self.tokenizer.init_kwargs["padding_side"] = self.tokenizer.padding_side
         files = super().save_pretrained(save_directory)
