@@ -256,11 +256,16 @@ class ImageLabeler:
 
 
 def check_queries(queries: Sequence[str]) -> None:
-    """Raise `ValueError` where there is no query, or one has no words."""
+    """Raise `ValueError` where there is no query, or one has no words or is no text."""
     if not queries:
         raise InputError("`queries` is empty: give the words to look for.")
     if blank := [query for query in queries if not query.strip()]:
         raise InputError(f"query {blank[0]!r}: there are no words in it to look for.")
+    for query in queries:
+        try:
+            query.encode()
+        except UnicodeEncodeError as error:
+            raise InputError(f"query {query!r}: it is no text in UTF-8 (character {error.start}).") from error
 
 
 def open_labeler(model: str, form: CaptionForm = CaptionForm(), batch_size: int = 32) -> ImageLabeler:

@@ -154,6 +154,7 @@ def test_more_images_than_a_piece_come_in_the_order_of_their_paths(folder, model
         (["label", "{root}/icons", "--output", "{root}/texts/notes.txt/a.csv"], "nothing can be written into"),
         (["search", "{root}/icons", "red", "--output", "{root}/texts/notes.txt/a.csv"], "nothing can be written"),
         (["search", "{root}/icons", " "], "there are no words in it"),
+        (["search", "{root}/icons", "red \udcff"], "is no text in UTF-8 (character 4)"),
     ],
 )
 def test_what_cannot_be_done_is_said_in_one_line(folder, model, capfd, arguments, said):
