@@ -69,7 +69,7 @@ class Found:
 def coded_images(folder: str, labeler: ImageLabeler, output: str | None = None) -> Iterator[tuple[list[str], Any]]:
     """Yield the images of a folder in pieces: paths in it, and codes `[N, image_seq_length]`.
 
-    Each file that is left out is told in a line on the standard error.
+    Each file and each subfolder that is left out is told in a line on the standard error.
 
     Args:
         folder (`str`):
@@ -83,7 +83,12 @@ def coded_images(folder: str, labeler: ImageLabeler, output: str | None = None) 
         ValueError: there is no image.
     """
     own = None if output is None else os.path.realpath(output)
-    files = [file for file in folder_files(folder) if os.path.realpath(file) != own]
+
+    def tell(error: OSError) -> None:
+        name = os.path.relpath(error.filename, folder)
+        tqdm.write(f"{shown(name)}: left out: folder not read: {error.strerror}", file=sys.stderr)
+
+    files = [file for file in folder_files(folder, tell) if os.path.realpath(file) != own]
     # of large images only what the image tokenizer sees stays in memory
     paths, pixels, number = [], [], 0
     for file, found in tqdm(read_files(files), total=len(files), desc="images", disable=None):

@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Self
 
@@ -26,12 +26,14 @@ SVG_SIDE = 256
 SVG_SECONDS = 20.0
 
 
-def folder_files(folder: str | Path) -> list[Path]:
+def folder_files(folder: str | Path, on_unread: Callable[[OSError], object] | None = None) -> list[Path]:
     """Return the files under a folder, sorted, without hidden ones and those in hidden folders.
 
     Args:
         folder (`str | Path`):
             its subfolders are read as well; links to folders are not followed.
+        on_unread (`Callable`, *optional*):
+            is called with the error, and in it the `filename`, of each folder that cannot be read.
 
     Raises:
         ValueError: it is no folder, or holds no file.
@@ -41,7 +43,7 @@ def folder_files(folder: str | Path) -> list[Path]:
         what = "is a file" if root.exists() else "does not exist"
         raise InputError(f"FOLDER {str(folder)!r} {what}: name a folder of images.")
     found = []
-    for parent, folders, files in os.walk(root):
+    for parent, folders, files in os.walk(root, onerror=on_unread):
         folders[:] = [name for name in folders if not name.startswith(".")]
         found += [Path(parent, name) for name in files if not name.startswith(".")]
     if not found:

@@ -142,6 +142,19 @@ def test_more_images_than_a_piece_come_in_the_order_of_their_paths(folder, model
         assert texts[0] == texts[1]
 
 
+def test_subfolder_that_cannot_be_read_is_told_in_one_line(folder, model, monkeypatch, tmp_path, capfd):
+    # whoever runs the tests, no system reads a path of more than 4,096 characters
+    monkeypatch.chdir(folder)
+    for _ in range(25):
+        os.mkdir("d" * 200)
+        os.chdir("d" * 200)
+    os.chdir(folder)
+    assert moma_command("label", folder, "--model", model, "--output", tmp_path / "labels.csv") == 0
+    (told,) = [line for line in capfd.readouterr().err.splitlines() if "folder not read" in line]
+    assert told.startswith("d" * 200) and "File name too long" in told
+    assert len((tmp_path / "labels.csv").read_text().splitlines()) > 1
+
+
 @pytest.mark.parametrize(
     "arguments, said",
     [
