@@ -54,14 +54,17 @@ class Examples:
                 holds PNG, JPEG or WebP files.
 
         Raises:
-            ValueError: there is no such folder, or it holds neither.
+            ValueError: there is no such folder, it holds neither, or the lines are no text in UTF-8.
         """
         folder = Path(folder)
         if not folder.is_dir():
             raise InputError(f"--examples: there is no folder {str(folder)!r}.")
         images = sorted(str(path.resolve()) for path in folder.iterdir() if path.suffix.lower() in IMAGE_ENDINGS)
         prompts = folder / PROMPTS
-        lines = prompts.read_text(encoding="utf-8").splitlines() if prompts.exists() else []
+        try:
+            lines = prompts.read_text(encoding="utf-8").splitlines() if prompts.exists() else []
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"--examples: {str(prompts)!r} cannot be read as text in UTF-8 ({error}).") from error
         if not images and not lines:
             raise InputError(
                 f"--examples: {str(folder)!r} holds neither images ({', '.join(IMAGE_ENDINGS)}) nor a {PROMPTS}."

@@ -88,6 +88,9 @@ def test_examples_are_the_images_and_the_lines_of_a_folder(tmp_path):
     for folder, message in ((tmp_path / "none", "neither"), (tmp_path / "nowhere", "no folder")):
         with pytest.raises(ValueError, match=message):
             Examples.from_folder(folder)
+    (tmp_path / "prompts.txt").write_bytes("café".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"prompts.txt' cannot be read as text in UTF-8"):
+        Examples.from_folder(tmp_path)
 
 
 def test_the_folder_is_needed_outside_a_checkout(tmp_path, monkeypatch, capsys):
