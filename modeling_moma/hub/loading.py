@@ -119,8 +119,13 @@ def open_saved(saved: Saved, option: str, place: str, load: Callable[[], T]) -> 
             message is one line and names option, value and likely cause.
         ImportError: the model is quantised, or has adapters, and the library for that is missing.
     """
-    where = f"`{option}` {str(place)!r}"
     check_saved(saved, option, place)
+    return open_checked(saved, option, place, load)
+
+
+def open_checked(saved: Saved, option: str, place: str, load: Callable[[], T]) -> T:
+    """Load what has gone through [`check_saved`]; arguments and errors are those of [`open_saved`]."""
+    where = f"`{option}` {str(place)!r}"
     try:
         return load()
     # readers of files fail in any way
@@ -148,7 +153,7 @@ def check_saved(saved: Saved, option: str, place: str) -> None:
     # PEFT reads those, over a model of another place
     if saved is MODEL and (folder / ADAPTER_CONFIG_NAME).is_file():
         return
-    found = _model_type(folder / "config.json") if saved.model_types else None
+    found = model_type_of(folder) if saved.model_types else None
     if found not in (None, *saved.model_types):
         why = f": it {why_no_image_tokenizer(found)}" if saved is IMAGE_TOKENIZER and found != "moma" else ""
         raise InputError(f"{where}: config.json is that of a model of type {found!r}, not of {saved.title}{why}.")
@@ -178,9 +183,10 @@ def refuse_non_finite(model: nn.Module, source: str):
             )
 
 
-def _model_type(path: Path) -> str | None:
+def model_type_of(folder: Path) -> str | None:
+    """Return the type of the model that is saved in a folder, `None` where its `config.json` does not tell."""
     try:
-        return json.loads(path.read_text(encoding="utf-8")).get("model_type")
+        return json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
     # a file that is damaged is reported where it is really read
     except (OSError, ValueError, AttributeError):
         return None
@@ -197,7 +203,7 @@ def _likely_cause(saved: Saved, folder: Path) -> str:
         return f"its training has not come to a checkpoint yet; `moma {saved.subcommand}` has to finish first."
     if not any(folder.iterdir()):
         return "the folder is empty."
-    model_type = _model_type(folder / "config.json")
+    model_type = model_type_of(folder)
     if model_type is not None and model_type in saved.model_types:
         return "its weights are missing; were they not copied, or was their writing cut off?"
     found = {
@@ -219,6 +225,8 @@ __all__ = [
     "TEXT_TOKENIZER",
     "Saved",
     "check_saved",
+    "model_type_of",
+    "open_checked",
     "open_model",
     "open_image_tokenizer",
     "open_processor",

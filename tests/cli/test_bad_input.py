@@ -8,7 +8,9 @@ import shutil
 import socket
 
 import pytest
+import torch
 from huggingface_hub import constants
+from safetensors.torch import load_file, save_file
 
 from helpers.hub_server import HubServer
 from helpers.tiny import noise_images, tiny_model, tiny_processor
@@ -122,6 +124,42 @@ BAD = {
 @pytest.mark.parametrize("line", BAD)
 def test_what_is_wrong_is_one_line(run, line):
     said, expected = run(line), BAD[line]
+    for part in expected.split(".*"):
+        assert part in said
+
+
+SERVE = {
+    "serve ./nope": "`FORCE_MODEL` './nope': there is no folder './nope'",
+    "serve mdoel": f"`FORCE_MODEL` 'mdoel': .*{UNREACHED}",
+    "serve empty": "`FORCE_MODEL` 'empty' has no config.json: the folder is empty",
+    "serve unfinished": "its training is not finished",
+    "serve model": "`FORCE_MODEL` 'model' has no tokenizer.json: the folder holds a model alone",
+    "serve cut-pair --device cpu": "`FORCE_MODEL` 'cut-pair': the model in it cannot be read",
+    "serve nan-pair --device cpu": "nan-pair: the tensor 'lm_head.weight' holds NaN or infinite values",
+    "serve pair:weights.gguf": "`FORCE_MODEL` 'pair:weights.gguf': there is no file weights.gguf in the folder",
+    "serve pair --chat-template-kwargs {": "--chat-template-kwargs: '{' is no JSON",
+    "serve pair --chat-template-kwargs []": "--chat-template-kwargs: '[]' must be a JSON object",
+    "serve pair --log-level foo": "--log-level: 'foo' must be one of detail, debug,",
+}
+
+
+@pytest.fixture(scope="module")
+def pairs(place):
+    """Models with their processors: a whole one, a damaged one, one that has diverged."""
+    for name in ("pair", "cut-pair", "nan-pair"):
+        for part in ("proc", "model"):
+            shutil.copytree(place / part, place / name, dirs_exist_ok=True)
+    os.truncate(place / "cut-pair" / "model.safetensors", 500)
+    path = place / "nan-pair" / "model.safetensors"
+    tensors = load_file(path)
+    tensors["lm_head.weight"][0, 0] = torch.nan
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("line", SERVE)
+def test_what_is_wrong_with_a_server_is_one_line(run, pairs, line):
+    pytest.importorskip("uvicorn", reason="`pip install transformers[serving]` is missing")
+    said, expected = run(line), SERVE[line]
     for part in expected.split(".*"):
         assert part in said
 

@@ -2,13 +2,16 @@
 """Arguments of `moma serve`: those of `transformers serve`, and those of the checks."""
 
 import inspect
+import json
 from collections.abc import Callable
 from typing import Annotated, Any
 
 from transformers.cli.serve import Serve
+from transformers.utils.logging import log_levels
 from typer import Option
 
 from ...errors_moma import InputError
+from .errors import short
 from .limits import Limits
 
 
@@ -71,11 +74,13 @@ def serve(
             of `transformers serve`.
 
     Raises:
-        ValueError: an argument that would let others in unawares.
+        ValueError: an argument that would let others in unawares or that cannot be read, or a model that cannot be
+            loaded.
     """
     from .downloads import ImageHosts
     from .server import CheckedServe
 
+    _check_options(options)
     names = frozenset(_split(template_arguments))
     if taken := sorted(names & reserved_names()):
         raise InputError(f"--template-arguments: {taken[0]!r} rules the template, and is no variable of it.")
@@ -112,6 +117,21 @@ def command(take: Callable[..., object]) -> Callable:
 
     vars(run)["__signature__"] = inspect.Signature(signature)
     return run
+
+
+def _check_options(options: dict[str, Any]) -> None:
+    """Check arguments of `transformers serve` that it would answer by a traceback."""
+    level, arguments = options.get("log_level"), options.get("chat_template_kwargs")
+    if level is not None and level.lower() not in log_levels:
+        raise InputError(f"--log-level: {level!r} must be one of {', '.join(log_levels)}.")
+    if not arguments:
+        return
+    try:
+        is_object = isinstance(json.loads(arguments), dict)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"--chat-template-kwargs: {short(arguments)} is no JSON ({error}).") from error
+    if not is_object:
+        raise InputError(f"--chat-template-kwargs: {short(arguments)} must be a JSON object.")
 
 
 def _split(values: list[str] | None) -> list[str]:

@@ -4,7 +4,10 @@
 import sys
 import warnings
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, cast
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
 
 from fastapi.exceptions import RequestValidationError
 from PIL import Image
@@ -12,6 +15,16 @@ from starlette.exceptions import HTTPException
 from transformers.cli.serve import Serve
 
 from ...errors_moma import InputError
+from ...hub.loading import (
+    MODEL,
+    PROCESSOR,
+    TEXT_TOKENIZER,
+    Saved,
+    check_saved,
+    model_type_of,
+    open_checked,
+    refuse_non_finite,
+)
 from .answering import (
     CHAT,
     COMPLETION,
@@ -29,6 +42,10 @@ from .limits import MAX_CONNECTIONS, READERS, Limits
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
+
+
+# what the command's help calls the model
+OPTION = "FORCE_MODEL"
 
 
 class CheckedServe(Serve):
@@ -50,7 +67,8 @@ class CheckedServe(Serve):
             further arguments of the command.
 
     Raises:
-        ValueError: an empty key, or a server of any model that others could reach or that runs the models' own code.
+        ValueError: an empty key, a server of any model that others could reach or that runs the models' own code, or
+            a model that is missing, damaged or has diverged.
     """
 
     def __init__(
@@ -74,7 +92,18 @@ class CheckedServe(Serve):
             print(f"warning: everybody who reaches {host} is let in (--api-key)", file=sys.stderr)
         self.limits, self.image_hosts = limits, image_hosts
         self.api_key, self.has_cors, self.is_local = api_key, enable_cors, is_loopback(host)
-        super().__init__(enable_cors=enable_cors, non_blocking=True, **options)
+        build = partial(super().__init__, enable_cors=enable_cors, non_blocking=True, **options)
+        if pinned is None:
+            build()
+            return
+        open_checked(_check_served(pinned), OPTION, pinned, build)
+        for served in self._model_manager.loaded_models.values():
+            model, processor = cast(Any, served.model), cast(Any, served.processor)
+            # others may lie where their numbers cannot be read from here
+            if model.config.model_type in MODEL.model_types and not any(part.is_meta for part in model.parameters()):
+                refuse_non_finite(model, pinned)
+                if hasattr(processor, "vq_model"):
+                    refuse_non_finite(processor.vq_model, f"{pinned}, image tokenizer")
 
     def start_server(self):
         """Add the checks."""
@@ -116,3 +145,33 @@ class CheckedServe(Serve):
     def run(self):
         """Serve until it is told to end."""
         self.server.run()
+
+
+def _check_served(name: str) -> Saved:
+    """Check by its files alone that a model can be served, and return what it has to be.
+
+    Args:
+        name (`str`):
+            of a folder or on the Hub, there with `@revision` or without; `:FILE.gguf` names weights in it.
+
+    Raises:
+        ValueError: there is no such folder, repository or file, or files are missing.
+    """
+    place, colon, gguf_file = name.rpartition(":")
+    has_gguf = bool(colon) and gguf_file.endswith(".gguf")
+    place = place if has_gguf else name
+    if not Path(place).exists():
+        place = place.partition("@")[0]
+    folder = Path(place)
+    if has_gguf and folder.is_dir():
+        if not (folder / gguf_file).is_file():
+            raise InputError(f"`{OPTION}` {name!r}: there is no file {gguf_file} in the folder.")
+        return MODEL
+    # the command serves models of Transformers, too
+    is_other = folder.is_dir() and model_type_of(folder) not in (None, *MODEL.model_types)
+    saved = replace(MODEL, model_types=()) if is_other else MODEL
+    check_saved(saved, OPTION, place)
+    if folder.is_dir() and not is_other:
+        has_images = any((folder / part).exists() for part in ("processor_config.json", "vq_model"))
+        check_saved(PROCESSOR if has_images else TEXT_TOKENIZER, OPTION, place)
+    return saved
