@@ -2,7 +2,7 @@
 """Tokens as they lie on the disk, mapped into memory: a column of any number of shards, a row at a time."""
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -54,6 +54,11 @@ class ShardTable:
             self._numbers[column, index] = _as_arrays(self._columns[column][index])
         values, offsets = self._numbers[column, index]
         return values[offsets[place] : offsets[place + 1]]
+
+    def lengths(self, column: str) -> Iterator[np.ndarray]:
+        """Yield how many numbers the rows of each file have."""
+        for chunk in self._columns.get(column, []):
+            yield np.diff(_as_arrays(chunk)[1])
 
     def value(self, column: str, row: int) -> Any:
         """Return the text, or the list of texts, in a row."""

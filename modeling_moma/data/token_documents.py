@@ -63,6 +63,10 @@ class TokenDocuments:
         """Return the ids of a row, not copied."""
         return self.table.numbers("input_ids", row)
 
+    def num_long(self) -> int:
+        """Return how many documents are longer than a sequence, as those to be packed may be."""
+        return sum(int((lengths > self.longest).sum()) for lengths in self.table.lengths("input_ids"))
+
     def beginning(self, ids: np.ndarray) -> np.ndarray:
         """Return as much of a document as a sequence holds, no image of it cut in two."""
         return ids[: cut_place(ids, self.longest, self.frames)]

@@ -234,12 +234,14 @@ def training_stream(
     processor, (packed, length) = tokens.encoder.processor, packing(data, tokens)
     documents = [tokens.documents(source) for source in sources]
     weights = [source.weight for source in sources]
-    long = [entry.name for entry in documents if entry.can_be_cut]
-    if not packed and tokens.manifest["packed"] and long:
-        raise InputError(
-            f"RECIPE, data: packed = false, but --tokens {str(tokens.folder)!r} was tokenized to be packed, with "
-            f"documents of {long} that may be longer than a sequence: tokenize with `packed: false`."
-        )
+    if not packed and tokens.manifest["packed"]:
+        cut: list[Any] = [entry for entry in documents if entry.can_be_cut]
+        for name, number in ((entry.name, entry.num_long()) for entry in cut):
+            if number:
+                raise InputError(
+                    f"RECIPE, data: packed = false, but --tokens {str(tokens.folder)!r} was tokenized to be packed, "
+                    f"and {number} documents of {name!r} are longer than a sequence: tokenize with `packed: false`."
+                )
     if length < tokens.manifest["sequence_length"]:
         raise InputError(
             f"RECIPE, data: sequence_length = {length} is shorter than the {tokens.manifest['sequence_length']} that "

@@ -369,7 +369,7 @@ def test_documents_to_be_packed_are_not_read_as_rows(tmp_path):
     tokenize.main([str(tmp_path / "recipe.json"), *folders, "--processes", "1"])
     recipe["data"]["packed"] = False
     (tmp_path / "recipe.json").write_text(json.dumps(recipe))
-    with pytest.raises(InputError, match="packed = false, but .* to be packed, with documents of .'lines'. that may"):
+    with pytest.raises(InputError, match="packed = false, but .* to be packed, and 1 documents of 'lines' are longer"):
         main(arguments(tmp_path, tmp_path / "out"))
     tokens = TokenFolder(tmp_path / "tokens", processor)
     documents = [tokens.documents(source) for source in tokens.sources()]
