@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from datasets import Dataset, load_dataset
+from datasets import Dataset
 
 from icons_recipe.names import words
+from modeling_moma.data.kinds import ImageKind
+from modeling_moma.data.sources import Source
 from modeling_moma.errors_moma import InputError
 from modeling_moma.evaluation.drawings import all_features
 from modeling_moma.evaluation.measures import encode_images, image_batches
@@ -73,10 +75,12 @@ def open_split(data: str, split: str, option: str = "--data") -> Dataset:
     """
     if not Path(data).is_dir():
         raise InputError(f"{option} {data!r} is no folder: `make data` builds icons and emoji.")
-    splits = load_dataset(data)
+    # `load_dataset` alone may give the sample of the icons, prepared before `make data` built all
+    source = Source(name=option.strip("-"), data=data, kind=ImageKind("image"))
+    splits = source.split_names()
     if split not in splits:
         raise InputError(f"{option} {data!r} has no split {split!r}, but {sorted(splits)}.")
-    return splits[split]
+    return source.open(splits[split])  # pyright: ignore[reportReturnType]
 
 
 def read_emoji(data: str, processor, batch_size: int) -> tuple[list[dict], torch.Tensor]:
