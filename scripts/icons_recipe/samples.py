@@ -77,10 +77,11 @@ def open_split(data: str, split: str, option: str = "--data") -> Dataset:
         raise InputError(f"{option} {data!r} is no folder: `make data` builds icons and emoji.")
     # `load_dataset` alone may give the sample of the icons, prepared before `make data` built all
     source = Source(name=option.strip("-"), data=data, kind=ImageKind("image"))
-    splits = source.split_names()
+    # the data set's own names: a single split is any source's `train`
+    splits = set(source.split_names().values())
     if split not in splits:
         raise InputError(f"{option} {data!r} has no split {split!r}, but {sorted(splits)}.")
-    return source.open(splits[split])  # pyright: ignore[reportReturnType]
+    return source.open(split)  # pyright: ignore[reportReturnType]
 
 
 def read_emoji(data: str, processor, batch_size: int) -> tuple[list[dict], torch.Tensor]:
