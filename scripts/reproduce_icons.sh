@@ -25,7 +25,7 @@ done
 [ -e runs/icons/tokens/manifest.json ] ||
     "$python" -m modeling_moma tokenize $recipe --processor runs/icons/processor --output runs/icons/tokens
 # the released model was trained by PROCESSES=2 of one thread each, which take the same steps in less time
-launcher=() rows=32 processes=${PROCESSES:-1}
+launcher=() rows=16 processes=${PROCESSES:-1}
 if [ "$processes" -gt 1 ]; then
     launcher=(-m torch.distributed.run --standalone --nproc-per-node "$processes")
     rows=$((rows / processes))

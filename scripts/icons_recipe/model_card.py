@@ -500,7 +500,7 @@ Ranks.com and the EmojiTwo community (CC-BY-4.0). Their texts: emojibase (MIT), 
 
 ## Training
 
-By `moma pretrain recipes/moma-icons.yaml`; `make reproduce-icons` runs all stages.
+By `moma pretrain recipes/moma-icons.yaml`; `PROCESSES=2 make reproduce-icons` runs all stages as they ran.
 
 {training}
 
