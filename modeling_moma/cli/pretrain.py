@@ -114,7 +114,7 @@ class Arguments:
     stop_at: Count | None = None
     freeze_groups: Annotated[list[str], Flag(one_of="freezing")] = field(default_factory=list)
     train_groups: Annotated[list[str], Flag(one_of="freezing")] = field(default_factory=list)
-    lora_rank: Count | None = None
+    lora_rank: Int | None = None
     gumbel_noise: Float | None = None
     attn_implementation: str = "sdpa"
     bf16: Literal["auto", "on", "off"] = "auto"

@@ -122,7 +122,7 @@ def train(
     trainer = trainer_of(study, run, output, stop_at, upcycled(study, run))
     # the earlier stage tells the place in the data
     start = trainer.earlier_stage if checkpoint is None else str(checkpoint)
-    with without_torn_checkpoints(output):
+    with without_torn_checkpoints(trainer):
         trainer.train(resume_from_checkpoint=start)
 
 

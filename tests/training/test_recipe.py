@@ -112,7 +112,7 @@ def test_what_the_trainer_refuses_is_told_in_one_line(tmp_path, trainer, message
     "flag, value",
     [
         *[(flag, "0") for flag in ("--steps", "--batch-size", "--gradient-accumulation-steps", "--stop-at")],
-        *[(flag, "0") for flag in ("--logging-steps", "--eval-steps", "--save-steps", "--lora-rank")],
+        *[(flag, "0") for flag in ("--logging-steps", "--eval-steps", "--save-steps")],
         *[(flag, "-1") for flag in ("--warmup-steps", "--learning-rate", "--weight-decay")],
     ],
 )
