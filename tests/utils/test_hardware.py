@@ -70,12 +70,13 @@ class Faults(TrainerCallback):
 model = tiny_model(hidden_size=256, intermediate_size=512)
 ids = [[1, *[30 + place % 9 for place in range(40)]]] * 64
 arguments = TrainingArguments(
-    tempfile.mkdtemp(), max_steps=6, per_device_train_batch_size=64, report_to=[], use_cpu=True, disable_tqdm=True
+    tempfile.mkdtemp(), max_steps=14, per_device_train_batch_size=64, report_to=[], use_cpu=True, disable_tqdm=True
 )
 callbacks = [MomaMetricsCallback(keep_freed_memory=sys.argv[1] == "keep"), Faults()]
 data = [{"input_ids": row, "labels": row} for row in ids]
 Trainer(model=model, args=arguments, train_dataset=data, callbacks=callbacks).train()
-print(Faults.seen[-1] - Faults.seen[2])
+# the first steps fill what is kept, and a few alone may come upon free pages
+print(Faults.seen[-1] - Faults.seen[5])
 """
 
 
