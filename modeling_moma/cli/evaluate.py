@@ -83,14 +83,9 @@ def parse_arguments(arguments: list[str] | None = None) -> Arguments:
 
 
 def sampling_arguments(args: Arguments) -> dict[str, Any]:
-    """Arguments of `generate` for the command line's."""
-    if args.temperature == 0:
-        return {"do_sample": False, "guidance_scale": args.guidance_scale}
-    return {
-        "do_sample": True,
-        **{name: getattr(args, name) for name in SAMPLING},
-        "guidance_scale": args.guidance_scale,
-    }
+    """Return the arguments of `generate` that the flags ask for."""
+    sampling = {name: getattr(args, name) for name in SAMPLING} if args.temperature > 0 else {}
+    return {"do_sample": args.temperature > 0, "guidance_scale": args.guidance_scale, **sampling}
 
 
 def evaluate(args: Arguments) -> dict:

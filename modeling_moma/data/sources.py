@@ -239,14 +239,14 @@ def placed_rows(rows: Dataset | IterableDataset) -> Iterator[tuple[str, dict[str
     Raises:
         ValueError: a file cannot be read any further.
     """
-    parts = (
-        [rows]
-        if isinstance(rows, Dataset)
-        else [rows.shard(num_shards=rows.num_shards, index=shard) for shard in range(rows.num_shards)]
-    )
-    for shard, part in enumerate(parts):
+    if isinstance(rows, IterableDataset):
+        num_shards = rows.num_shards
+        parts = [(shard, rows.shard(num_shards=num_shards, index=shard)) for shard in range(num_shards)]
+    else:
+        parts = [(None, rows)]
+    for shard, part in parts:
         for number, row in enumerate(undecoded_rows(part)):
-            yield row_place(number, None if isinstance(rows, Dataset) else shard), row
+            yield row_place(number, shard), row
 
 
 def row_place(number: int, shard: int | None) -> str:

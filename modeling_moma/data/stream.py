@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from ..errors_moma import InputError
-from .documents import Documents, mean_length
+from .documents import Documents, TokenDocuments, mean_length
 
 
 # the order of documents that are rows of their own; runs that had another one do not go on under this one
@@ -100,9 +100,8 @@ class DocumentExamples(torch.utils.data.Dataset):
         cycle, place = divmod(index, len(self._pattern))
         source = self._pattern[place]
         number = cycle * int(self._counts[source]) + int(self._ranks[place])
-        ids: Any = self.orders[source][number]
-        documents: Any = self.orders[source].documents
-        if self.cuts and documents.can_be_cut:
+        ids, documents = self.orders[source][number], self.orders[source].documents
+        if self.cuts and isinstance(documents, TokenDocuments):
             ids = documents.beginning(ids)
         # what lies in mapped memory cannot be written to, of which torch warns
         example = {"input_ids": copy(ids)}

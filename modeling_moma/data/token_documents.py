@@ -67,7 +67,7 @@ class TokenDocuments:
         """Return how many documents are longer than a sequence, as those to be packed may be."""
         return sum(int((lengths > self.longest).sum()) for lengths in self.table.lengths("input_ids"))
 
-    def beginning(self, ids: np.ndarray) -> np.ndarray:
+    def beginning(self, ids: Sequence[int] | np.ndarray) -> Any:
         """Return as much of a document as a sequence holds, no image of it cut in two."""
         return ids[: cut_place(ids, self.longest, self.frames)]
 

@@ -17,7 +17,7 @@ from tokenization import MomaDataCollator, MomaProcessor
 from tokenization.text_tokenizer_moma import IMAGE
 
 from ..configuration_moma import MomaConfig
-from ..data.documents import TokenFolder
+from ..data.documents import TokenDocuments, TokenFolder
 from ..data.examples import check_layout, held_out_sets
 from ..data.packing import PackedCollator, PackedExamples
 from ..data.sources import VALIDATION, Source
@@ -235,12 +235,12 @@ def training_stream(
     documents = [tokens.documents(source) for source in sources]
     weights = [source.weight for source in sources]
     if not packed and tokens.manifest["packed"]:
-        cut: list[Any] = [entry for entry in documents if entry.can_be_cut]
-        for name, number in ((entry.name, entry.num_long()) for entry in cut):
-            if number:
+        for entry in documents:
+            if isinstance(entry, TokenDocuments) and (number := entry.num_long()):
                 raise InputError(
                     f"RECIPE, data: packed = false, but --tokens {str(tokens.folder)!r} was tokenized to be packed, "
-                    f"and {number} documents of {name!r} are longer than a sequence: tokenize with `packed: false`."
+                    f"and {number} documents of {entry.name!r} are longer than a sequence: "
+                    "tokenize with `packed: false`."
                 )
     if length < tokens.manifest["sequence_length"]:
         raise InputError(
