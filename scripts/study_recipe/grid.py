@@ -259,6 +259,21 @@ TRIED = ("4t4i-token-choice-shared-upcycled", "4t4i-shared-upcycled", "4t4i-upcy
 CLAIMED = ("dense", "1t1i", "4t4i-shared-upcycled")
 FRESH_SEEDS = (3, 4, 5)
 LONGEST = ("dense", "4t4i-shared-upcycled")
+# larger sizes, of the two alone
+LARGER = ("1M", "2.5M")
+# one thing changed at a time
+LEVERS = (
+    "untied-4t4i-shared",
+    "untied-1t1i",
+    "8x-token-choice-biases",
+    "8x-token-choice",
+    "4t4i-covered-shared",
+    "4t4i-threshold",
+    "4t4i-c1.25",
+    "4t4i-c2",
+    "8t8i-c2-shared",
+    "4t4i-shared-depth",
+)
 
 
 def _first_seed(recipe: str) -> Run:
@@ -266,11 +281,15 @@ def _first_seed(recipe: str) -> Run:
     return Run(recipe, "0.5M", 1, budgets)
 
 
-# in the order in which they are trained: what decides on the learning rate, what the study claims, what it compares
+# in the order in which they are trained: what decides on the learning rate, what the study claims, what it compares,
+# the slope over sizes, what repeated data does, and levers
 PLAN: tuple[Run, ...] = (
     *(Run(recipe, "0.5M", 0, (5,), rate) for rate in (0.5, 1.0, 2.0) for recipe in ("dense", "4t4i-shared")),
     *(Run(recipe, "0.5M", seed, (10, 20)) for seed in FRESH_SEEDS for recipe in CLAIMED),
     *(_first_seed(recipe) for recipe in (*TRIED, *LONGEST, *COMPARED) if recipe not in LONGEST),
     *(_first_seed(recipe) for recipe in LONGEST),
     *(Run(recipe, "0.5M", 2, (10, 20)) for recipe in COMPARED),
+    *(Run(recipe, size, 1, (10, 20)) for size in LARGER for recipe in LONGEST),
+    *(Run(recipe, "0.5M", 1, (10, 20), data="twelfth") for recipe in LONGEST),
+    *(Run(recipe, "0.5M", 1, (10, 20)) for recipe in LEVERS),
 )
