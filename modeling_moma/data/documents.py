@@ -81,7 +81,13 @@ class TokenFolder:
 
 
 def mean_length(documents: Documents, samples: int = 4096) -> float:
-    """Return the mean number of tokens of a document, of so many spread over all; of fewer where each is made anew."""
+    """Return the mean number of tokens of a document.
+
+    Where the lengths are not known, that of so many spread over all; of fewer where each is made anew.
+    """
+    lengths = documents.lengths()
+    if lengths is not None:
+        return float(lengths.mean())
     number = min(samples // 16 if documents.has_choice else samples, len(documents))
     rows = np.linspace(0, len(documents) - 1, number).astype(int)
     return float(np.mean([len(documents.ids(int(row), np.random.default_rng([0, int(row)]))) for row in rows]))

@@ -17,7 +17,7 @@ from .stream import DocumentOrder, document_orders
 
 
 # how documents become sequences; runs that packed them by another rule do not go on under this one
-PACKING_RULE = "open-documents"
+PACKING_RULE = "token-places"
 # documents of a source that are begun and not ended
 OPEN = 8
 # drawn documents among which the next one to begin is chosen: of a source whose documents are cut, of one whose
@@ -58,9 +58,10 @@ class PackedExamples(torch.utils.data.Dataset):
     come before their turn, and the log of a training tells.
 
     The index decides everything. Sequences come in blocks of four million tokens, of 1,024 sequences or more: where
-    the documents of a block begin follows from what the first sequences take of each source and from the mean length
-    of its documents, so that a run resumes anywhere without reading more than a block. Around a block's end a few
-    documents are seen twice or left out for it, or are not ended.
+    a source goes on in a block follows from what the first sequences take of it and from the lengths of its
+    documents (of captions, whose text is drawn, from their mean), so that a run resumes anywhere without reading more
+    than a block. A document that is longer than what a block takes of its source goes on in the next one. Around a
+    block's end a few documents are seen twice or left out for it, or are not ended.
 
     Args:
         documents (`Sequence[Documents]`):
@@ -110,6 +111,8 @@ class PackedExamples(torch.utils.data.Dataset):
         return {**self.__dict__, "_block": -1, "_next": 0, "_packer": None}
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        if not 0 <= index < self.length:
+            raise IndexError(f"sequence {index} of {self.length}")
         block, place = divmod(index, self.block)
         if self._packer is None or block != self._block or place < self._next:
             self._block, self._next, self._packer = block, 0, self._begin(block)
@@ -123,11 +126,10 @@ class PackedExamples(torch.utils.data.Dataset):
 
     def epochs(self, number: int) -> list[float]:
         """Return how many passes over each source so many sequences make, about."""
-        return [number / self.block * documents / len(order.documents) for documents, order in self._a_block()]
-
-    def _a_block(self) -> list[tuple[float, DocumentOrder]]:
-        """Return the documents that a block takes of each source, in the mean."""
-        return [(tokens / order.mean_length, order) for tokens, order in zip(self._block_tokens, self.orders)]
+        return [
+            number / self.block * tokens / (order.mean_length * len(order.documents))
+            for tokens, order in zip(self._block_tokens, self.orders)
+        ]
 
     @cached_property
     def _block_tokens(self) -> list[float]:
@@ -149,7 +151,9 @@ class PackedExamples(torch.utils.data.Dataset):
         return (taken * self.block * self.sequence_length).tolist()
 
     def _begin(self, block: int) -> "_Packer":
-        starts = [round(block * documents) for documents, _ in self._a_block()] if block else [0] * len(self.orders)
+        starts = [(0, 0)] * len(self.orders)
+        if block:
+            starts = [order.place(block * tokens) for tokens, order in zip(self._block_tokens, self.orders)]
         return _Packer(self.orders, self.shares.tolist(), starts, self.block, self.sequence_length, self.frames)
 
     def _tensors(self, pieces: list[_Piece]) -> dict[str, torch.Tensor]:
@@ -210,6 +214,12 @@ class _Document:
         spans = frame_spans(ids, frames) if can_be_cut else []
         self.begins, self.lasts = [begin for begin, _ in spans], [last for _, last in spans]
 
+    def begin_at(self, place: int) -> int:
+        """Leave out what stands before a place, and all of an image that would be cut there; return how much it is."""
+        self.done = cut_before(place, self.begins, self.lasts)
+        self.rest -= self.done
+        return self.done
+
     def write(self, part: int) -> Sequence[int] | np.ndarray:
         """Return its next tokens, which are written then."""
         self.done += part
@@ -253,8 +263,8 @@ class _Source:
     Args:
         order (`DocumentOrder`):
             of its documents.
-        number (`int`):
-            that of its first document in the block.
+        start (`tuple[int, int]`):
+            the number of its first document in the block, and how many tokens of it are written already.
         share (`float`):
             its part of the tokens.
         frames (`Sequence[tuple[int, int]]`):
@@ -266,12 +276,22 @@ class _Source:
     candidates = CANDIDATES
 
     def __init__(
-        self, order: DocumentOrder, number: int, share: float, frames: Sequence[tuple[int, int]], length: int
+        self,
+        order: DocumentOrder,
+        start: tuple[int, int],
+        share: float,
+        frames: Sequence[tuple[int, int]],
+        length: int,
     ):
-        self.order, self.number, self.share, self.frames, self.length = order, number, share, frames, length
+        (self.number, done), self.order, self.share, self.frames, self.length = start, order, share, frames, length
         self.written = self.at_hand = 0
         self.waiting: list[_Document] = []
         self.open: list[_Document] = []
+        if done and order.documents.can_be_cut:
+            self._draw()
+            self.at_hand -= self.waiting[0].begin_at(done)
+            if self.waiting[0].done:
+                self.open.append(self.waiting.pop())
 
     def take(self, gap: int, expected: float) -> Sequence[int] | np.ndarray | None:
         """Return the source's next piece.
@@ -409,7 +429,7 @@ class _Packer:
         self,
         orders: Sequence[DocumentOrder],
         shares: Sequence[float],
-        starts: list[int],
+        starts: list[tuple[int, int]],
         num_sequences: int,
         sequence_length: int,
         frames: Sequence[tuple[int, int]],

@@ -41,18 +41,37 @@ class DocumentOrder:
 
     @cached_property
     def mean_length(self) -> float:
-        """Tokens of a document, estimated from a few."""
+        """Tokens of a document, estimated from a few where their lengths are not known."""
         return mean_length(self.documents)
+
+    def place(self, tokens: float) -> tuple[int, int]:
+        """Return where the order is after so many tokens.
+
+        Args:
+            tokens (`float`):
+                of all documents before the place.
+
+        Returns:
+            The number of the document that comes next, and how many tokens of it are gone; none where the lengths of
+            documents are not known.
+        """
+        lengths = self.documents.lengths()
+        if lengths is None:
+            return round(tokens / self.mean_length), 0
+        epoch, rest = divmod(round(tokens), int(lengths.sum()))
+        ends = np.cumsum(lengths[self._permutation(epoch)])
+        place = int(np.searchsorted(ends, rest, side="right"))
+        return epoch * len(lengths) + place, rest - int(ends[place - 1] if place else 0)
 
     def __getitem__(self, number: int) -> Sequence[int] | np.ndarray:
         epoch, place = divmod(number, len(self.documents))
         if epoch != self._epoch:
-            self._epoch, self._order = (
-                epoch,
-                np.random.default_rng([self.seed, epoch]).permutation(len(self.documents)),
-            )
+            self._epoch, self._order = epoch, self._permutation(epoch)
         rng = np.random.default_rng([self.seed, 1, number]) if self.documents.has_choice else _UNUSED
         return self.documents.ids(int(self._order[place]), rng)
+
+    def _permutation(self, epoch: int) -> np.ndarray:
+        return np.random.default_rng([self.seed, epoch]).permutation(len(self.documents))
 
 
 def document_orders(documents: Sequence[Documents], seed: int) -> list[DocumentOrder]:

@@ -32,6 +32,10 @@ class Documents(Protocol):
         """Return the token ids of a row, drawn with `rng` where there is a choice."""
         ...
 
+    def lengths(self) -> np.ndarray | None:
+        """Return the tokens of every row, `None` where only making it tells."""
+        ...
+
     def held_out(self, rows: Sequence[int] | None = None) -> Sequence[Any]:
         """Return what losses are measured on: token ids of every document, or of some rows, without chance."""
         ...
@@ -62,6 +66,10 @@ class TokenDocuments:
     def ids(self, row: int, rng: np.random.Generator) -> np.ndarray:
         """Return the ids of a row, not copied."""
         return self.table.numbers("input_ids", row)
+
+    def lengths(self) -> np.ndarray:
+        """Return the tokens of every row."""
+        return np.concatenate([np.zeros(0, dtype=np.int64), *self.table.lengths("input_ids")])
 
     def num_long(self) -> int:
         """Return how many documents are longer than a sequence, as those to be packed may be."""

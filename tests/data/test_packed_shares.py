@@ -6,8 +6,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from helpers.packed_sources import FRAMES, PAD, account, captions, least_padding, lines, stories
+from helpers.packed_sources import FRAMES, PAD, ArrayDocuments, account, captions, least_padding, lines, stories
 from modeling_moma.data.packing import OPEN, PackedExamples
+from modeling_moma.data.stream import DocumentOrder
 
 
 ROWS = 500
@@ -59,6 +60,39 @@ def test_little_is_left_open_at_the_end_of_a_block(sources, monkeypatch):
     result = account(examples, examples.block, sources)
     assert sum(len(rests) for rests in result.rests.values()) <= 8
     assert sum(result.ended.values()) >= 0.97 * sum(result.begun.values())
+
+
+@pytest.mark.parametrize("weight", [0.005, 0.01, 0.03])
+def test_documents_longer_than_their_part_of_a_block_are_read_to_their_end(monkeypatch, weight):
+    monkeypatch.setattr("modeling_moma.data.packing.BLOCK_TOKENS", 0)
+    rng, blocks = np.random.default_rng(0), 6
+    books = lines(rng, 12, 9_000, 11_000)
+    # every token occurs once
+    ends = np.cumsum([len(ids) for ids in books.documents])
+    books.documents = [np.arange(end - len(ids), end) + 10**6 for ids, end in zip(books.documents, ends)]
+    examples = packed([lines(rng, 500, 100, 400), books], (1 - weight, weight), 256, blocks * 1024)
+    assert examples.block == 1024
+    times = np.zeros(ends[-1], dtype=int)
+    for example in map(examples.__getitem__, range(blocks * examples.block)):
+        np.add.at(times, example["input_ids"][example["source_ids"] == 1].numpy() - 10**6, 1)
+    print(f"{times.sum()} tokens, {(times > 0).sum()} of them different")
+    # a sequence more or less in each block
+    assert times.sum() == pytest.approx(weight * blocks * 1024 * 256, abs=blocks * 256)
+    assert times.sum() < ends[-1] and (times > 0).sum() >= times.sum() - blocks * 256
+    # the last one is not ended, and at a block's end tokens may be left out
+    ended = [(times[end - len(ids) : end] > 0).mean() for ids, end in zip(books.documents, ends)]
+    assert sum(0 < share < 0.9 for share in ended) <= 1
+
+
+@given(st.lists(st.integers(1, 3000), min_size=1, max_size=30), st.integers(0, 200_000))
+@settings(max_examples=200, deadline=None)
+def test_an_order_knows_where_it_is_after_so_many_tokens(lengths, tokens):
+    order = DocumentOrder(ArrayDocuments("any", [np.arange(max(length, 3)) for length in lengths], True), seed=3)
+    number, left = 0, tokens
+    while left >= len(order[number]):
+        left -= len(order[number])
+        number += 1
+    assert order.place(tokens) == (number, left)
 
 
 @pytest.mark.parametrize("codes", [62, 250])

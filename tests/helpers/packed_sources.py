@@ -30,6 +30,9 @@ class ArrayDocuments:
     def ids(self, row, rng):
         return self.documents[row]
 
+    def lengths(self):
+        return np.array([len(ids) for ids in self.documents])
+
 
 def words(rng, number):
     return rng.integers(*WORDS, number).tolist()

@@ -281,7 +281,7 @@ def test_a_run_of_the_old_packing_rule_is_refused(inputs, made, tmp_path, capsys
 def test_another_packing_rule_is_another_run(inputs, killed, capsys, monkeypatch):
     assert_refused(capsys, inputs, killed, says=["holds this run already, 2 steps of it", "--resume"])
     monkeypatch.setattr("modeling_moma.training.fingerprints.PACKING_RULE", "another")
-    assert_refused(capsys, inputs, killed, "--resume", says=["packing_rule = 'open-documents' there"])
+    assert_refused(capsys, inputs, killed, "--resume", says=["packing_rule = 'token-places' there"])
 
 
 def test_a_finished_run_says_so_and_stays_as_it_is(inputs, made, tmp_path, capsys):

@@ -115,6 +115,9 @@ class AudioDocuments:
         """One example of a row."""
         return self._ids(row, rng.random() < self.kind.audio_first, rng)
 
+    def lengths(self) -> None:
+        """Return nothing: each example of a row has a text of its own."""
+
     def _ids(self, row: int, audio_first: bool, rng: np.random.Generator | None = None) -> list[int]:
         columns: Mapping[str, Any] = {name: self.table.value(name, row) for name in self.names}
         text = self.template.render(columns) if rng is None else self.template.render(columns, rng)

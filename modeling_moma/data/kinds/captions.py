@@ -255,6 +255,9 @@ class CaptionDocuments:
         image_first = rng.random() < self.kind.image_first
         return self.encoder.caption(self._draw_text(columns, image_first, rng), codes, image_first)
 
+    def lengths(self) -> None:
+        """Return nothing: each example of a row has a text of its own."""
+
     def _draw_text(self, columns: Mapping[str, Any], image_first: bool, rng: np.random.Generator) -> str:
         text = None
         for template, share in self._alternatives:
