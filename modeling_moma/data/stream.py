@@ -3,6 +3,7 @@
 
 from collections.abc import Sequence
 from copy import copy
+from fractions import Fraction
 from functools import cached_property
 from typing import Any
 
@@ -13,10 +14,11 @@ from ..errors_moma import InputError
 from .documents import Documents, TokenDocuments, mean_length
 
 
-# the order of documents that are rows of their own; runs that had another one do not go on under this one
-STREAM_RULE = "in-order"
-# entries of the pattern in which sources follow one another where documents are rows of their own
-PATTERN = 1000
+# the order of documents that are rows of their own, of one source and of several; runs that had another one do not go
+# on under this one
+STREAM_RULE, MIXTURE_RULE = "in-order", "in-order-by-weights"
+# parts of the shortest distance between two documents of a source, in which all distances are whole numbers
+_PARTS = 2**32
 # apart enough that no two sources draw alike
 _SEED_STEP = 1_000_003
 # for rows without a choice: a generator of their own would take longer to make than they to read
@@ -104,46 +106,61 @@ class DocumentExamples(torch.utils.data.Dataset):
         self, documents: Sequence[Documents], weights: Sequence[float], length: int, seed: int = 0, cuts: bool = False
     ):
         self.orders, self.length, self.cuts = document_orders(documents, seed), length, cuts
-        self._pattern = _pattern(self.orders, weights)
-        self._counts = np.bincount(self._pattern, minlength=len(documents))
-        # how often an entry's source stands before it in the pattern
-        self._ranks = np.zeros(len(self._pattern), dtype=np.int64)
-        for source in range(len(documents)):
-            members = self._pattern == source
-            self._ranks[members] = np.arange(members.sum())
+        self._turns = SourceTurns([order.mean_length for order in self.orders], weights)
 
     def __len__(self) -> int:
         return self.length
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        cycle, place = divmod(index, len(self._pattern))
-        source = self._pattern[place]
-        number = cycle * int(self._counts[source]) + int(self._ranks[place])
+        source, number = self._turns[index]
         ids, documents = self.orders[source][number], self.orders[source].documents
         if self.cuts and isinstance(documents, TokenDocuments):
             ids = documents.beginning(ids)
         # what lies in mapped memory cannot be written to, of which torch warns
         example = {"input_ids": copy(ids)}
-        return example if len(self.orders) == 1 else {**example, "source": int(source)}
+        return example if len(self.orders) == 1 else {**example, "source": source}
 
     def epochs(self, number: int) -> list[float]:
         """Return how many passes over each source so many examples make."""
-        cycles, rest = divmod(number, len(self._pattern))
-        seen = cycles * self._counts + np.bincount(self._pattern[:rest], minlength=len(self.orders))
-        return [float(count) / len(order.documents) for count, order in zip(seen, self.orders)]
+        return [count / len(order.documents) for count, order in zip(self._turns.counts(number), self.orders)]
 
 
-def _pattern(orders: Sequence[DocumentOrder], weights: Sequence[float]) -> np.ndarray:
-    """Return the source of each example of a cycle: always the one that lags most behind its part of the tokens."""
-    if len(orders) == 1:
-        return np.zeros(1, dtype=np.int64)
-    lengths, served = [order.mean_length for order in orders], np.zeros(len(orders))
-    pattern = np.empty(PATTERN, dtype=np.int64)
-    for place in range(PATTERN):
-        source = int(np.argmin(served / np.asarray(weights)))
-        pattern[place] = source
-        served[source] += lengths[source]
-    return pattern
+class SourceTurns:
+    """The endless order in which sources take turns: next is always the one most behind its part of the tokens.
+
+    The documents of each source stand at even distances along the tokens of the mixture, which says without those
+    before it of which source one is.
+
+    Args:
+        lengths (`Sequence[float]`):
+            mean tokens of a document of each source.
+        weights (`Sequence[float]`):
+            each source's part of the tokens, relative to the others'.
+    """
+
+    def __init__(self, lengths: Sequence[float], weights: Sequence[float]):
+        distances = [length / weight for length, weight in zip(lengths, weights)]
+        # whole numbers, so that rounding neither skips a document nor gives it twice
+        self.distances = [round(distance / min(distances) * _PARTS) for distance in distances]
+        self._density = sum((Fraction(1, distance) for distance in self.distances), Fraction())
+
+    def __getitem__(self, index: int) -> tuple[int, int]:
+        """Return the source of a document, and the document's number among those of its source."""
+        counts = self.counts(index)
+        source = self._next(counts)
+        return source, counts[source]
+
+    def counts(self, number: int) -> list[int]:
+        """Return how many of so many documents are of each source."""
+        # up to there stand no more than so many, and hardly fewer
+        end = max((number - len(self.distances)) * self._density.denominator // self._density.numerator, -1)
+        counts = [end // distance + 1 for distance in self.distances]
+        for _ in range(number - sum(counts)):
+            counts[self._next(counts)] += 1
+        return counts
+
+    def _next(self, counts: list[int]) -> int:
+        return min(range(len(counts)), key=lambda source: counts[source] * self.distances[source])
 
 
-__all__ = ["STREAM_RULE", "DocumentExamples", "DocumentOrder", "document_orders"]
+__all__ = ["MIXTURE_RULE", "STREAM_RULE", "DocumentExamples", "DocumentOrder", "document_orders"]

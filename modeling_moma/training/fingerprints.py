@@ -15,7 +15,7 @@ from ..configuration_moma import MomaConfig
 from ..data.documents import TokenFolder
 from ..data.packing import PACKING_RULE
 from ..data.sources import TRAIN, Source
-from ..data.stream import STREAM_RULE
+from ..data.stream import MIXTURE_RULE, STREAM_RULE
 from ..errors_moma import InputError
 from ..utils.atomic_files import is_of_model, refuse_files
 from .checkpoints import read_state, whole_checkpoints
@@ -138,7 +138,8 @@ def _data_facts(tokens: TokenFolder, sources: Sequence[Source], packed: bool, se
         files = [tokens.folder / name for name in splits.get(TRAIN, {}).get("files", [])]
         fields = {name: value for name, value in source.fields().items() if name not in _OF_ROWS}
         facts[f"source {source.name}"] = {**fields, "weight": source.weight, "tokens": files_digest(files)}
-    rule = PACKING_RULE if packed else STREAM_RULE
+    of_documents = STREAM_RULE if len(sources) == 1 else MIXTURE_RULE
+    rule = PACKING_RULE if packed else of_documents
     return {**facts, "packed": packed, "sequence_length": sequence_length, "packing_rule": rule}
 
 

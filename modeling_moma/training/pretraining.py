@@ -294,7 +294,8 @@ def build_trainer(args: argparse.Namespace, parts: RunParts | None = None) -> St
     if held_out is None:
         training_arguments.eval_strategy, training_arguments.eval_on_start = IntervalStrategy.NO, False
     weights = {source.name: source.weight for source in sources}
-    feeding = FeedingCallback(weights, stream.epochs, examples_a_step(training_arguments))
+    is_packed = isinstance(stream, PackedExamples)
+    feeding = FeedingCallback(weights, stream.epochs, examples_a_step(training_arguments), is_packed)
     metrics, fingerprint = MomaMetricsCallback(), RunFingerprint(parts.facts)
     samples = sample_callback(args.recipe.samples, tokens, sources, metrics)
     callbacks = [metrics, feeding, fingerprint, FollowArguments(), *samples]

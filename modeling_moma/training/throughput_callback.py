@@ -14,6 +14,14 @@ from ..data.packing import TOLERANCE
 
 # rows after which shares are compared with the weights
 ROWS = 300
+_OF_PACKED = (
+    "Captions and images are not cut, and may leave no room for one another in sequences of this length: a longer "
+    "`sequence_length` helps, or weights that go with it."
+)
+_OF_DOCUMENTS = (
+    "A row is one document, so that a source of rare, long ones is off by up to one of them, which counts for less "
+    "the more rows there are; `packed: true` cuts texts to keep the weights from the start."
+)
 
 logger = logging.get_logger(__name__)
 
@@ -40,6 +48,8 @@ class FeedingCallback(TrainerCallback):
             gives the passes over each source after so many examples.
         examples_a_step (`int`, *optional*, defaults to `1`):
             of all devices together.
+        is_packed (`bool`, *optional*, defaults to `True`):
+            whether a row holds as many documents as it has room for, and not one.
     """
 
     def __init__(
@@ -47,11 +57,12 @@ class FeedingCallback(TrainerCallback):
         weights: Mapping[str, float] | None = None,
         epochs: Callable[[int], Sequence[float]] | None = None,
         examples_a_step: int = 1,
+        is_packed: bool = True,
     ):
         total = sum((weights or {}).values())
         self.weights = {name: weight / total for name, weight in (weights or {}).items()}
         self.sources = list(self.weights)
-        self.epochs, self.examples_a_step = epochs, examples_a_step
+        self.epochs, self.examples_a_step, self.is_packed = epochs, examples_a_step, is_packed
         # where the batches are, so that counting waits for no device
         self.by_source: torch.Tensor | int = 0
         self.rows, self._has_warned = 0, False
@@ -129,9 +140,8 @@ class FeedingCallback(TrainerCallback):
                 f"{name} {share:.3f} in place of {self.weights[name]:.3f}" for name, share in off.items()
             )
             logger.warning(
-                f"the mixture is off after {self.rows} rows: {found} of the tokens. Captions and images are not "
-                "cut, and may leave no room for one another in sequences of this length: a longer `sequence_length` "
-                "helps, or weights that go with it."
+                f"the mixture is off after {self.rows} rows: {found} of the tokens. "
+                f"{_OF_PACKED if self.is_packed else _OF_DOCUMENTS}"
             )
 
 

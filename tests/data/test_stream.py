@@ -5,11 +5,12 @@ import numpy as np
 import pytest
 import torch
 
+from helpers.packed_sources import lines
 from helpers.tiny import CAPTIONS, tiny_documents, tiny_processor, tiny_rows
 from modeling_moma.data.documents import CaptionDocuments
 from modeling_moma.data.encoding import DocumentEncoder
 from modeling_moma.data.sources import read_sources
-from modeling_moma.data.stream import DocumentExamples
+from modeling_moma.data.stream import DocumentExamples, SourceTurns
 
 
 @pytest.fixture(scope="module")
@@ -108,12 +109,53 @@ def test_sources_follow_their_weights_in_tokens(processor):
         tokens = np.zeros(2)
         long = "much longer"
         for index in range(3000):
-            ids = examples[index]["input_ids"]
             # captions of keywords and none at all are of either source
-            tokens[examples._pattern[index % len(examples._pattern)]] += len(ids)
+            tokens[examples[index]["source"]] += len(examples[index]["input_ids"])
         assert long in processor.tokenizer.decode(many[1].held_out()[0])
         share = np.asarray(weights) / sum(weights)
         assert tokens / tokens.sum() == pytest.approx(share, abs=0.02)
+
+
+def behind(distances, number):
+    """The sources of so many documents, each that of the one most behind, written out."""
+    counts, sources = [0] * len(distances), []
+    for _ in range(number):
+        sources.append(min(range(len(distances)), key=lambda source: counts[source] * distances[source]))
+        counts[sources[-1]] += 1
+    return sources
+
+
+@pytest.mark.parametrize(
+    ("lengths", "weights"),
+    [((8, 2950), (0.9, 0.1)), ((50, 50), (1, 1e-3)), ((50, 50, 50), (1, 1, 1)), ((7, 31, 500, 90), (0.2, 3, 0.4, 1))],
+)
+def test_sources_take_turns_as_in_the_plain_reference_from_any_place(lengths, weights):
+    turns = SourceTurns(lengths, weights)
+    sources = behind(turns.distances, 3000)
+    seen = [sources[:index].count(source) for index, source in enumerate(sources)]
+    assert [turns[index] for index in range(3000)] == list(zip(sources, seen))
+    assert turns.counts(2345) == [sources[:2345].count(source) for source in range(len(lengths))]
+
+
+@pytest.mark.parametrize(("lengths", "weights"), [((8, 2950), (0.97, 0.03)), ((50, 50), (1, 1e-5)), ((9, 9), (1, 1))])
+def test_no_source_is_a_document_off_its_weight_however_rare_it_is(lengths, weights):
+    turns = SourceTurns(lengths, weights)
+    for number in (500, 20_000, 10**6, 10**9):
+        tokens = np.asarray(turns.counts(number)) * lengths
+        wanted = np.asarray(weights) / sum(weights) * tokens.sum()
+        assert (np.abs(tokens - wanted) <= np.asarray(lengths).max()).all()
+
+
+def test_a_mixture_of_short_and_long_documents_keeps_its_weights():
+    rng = np.random.default_rng(0)
+    many = [lines(rng, 500, 4, 12), lines(rng, 50, 2900, 3000)]
+    examples = DocumentExamples(many, (0.9, 0.1), 20_000)
+    tokens = np.zeros(2)
+    for index in range(20_000):
+        tokens[examples[index]["source"]] += len(examples[index]["input_ids"])
+    # a long document is two hundredths of all
+    assert tokens / tokens.sum() == pytest.approx([0.9, 0.1], abs=0.02)
+    assert examples.epochs(20_000)[1] == pytest.approx(7 / 50)
 
 
 def test_workers_see_what_one_process_sees(documents):

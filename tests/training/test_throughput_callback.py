@@ -9,10 +9,11 @@ import torch
 from modeling_moma.training.throughput_callback import FeedingCallback
 
 
-def fed(shares, rows, weights=None):
+def fed(shares, rows, weights=None, **fields):
     """A callback that was given so many rows of 100 positions, 10 of them padding."""
     weights = weights or {"photos": 5, "stories": 3, "lines": 2}
-    callback = FeedingCallback(weights, lambda number: [number / 10, number / 20, number / 40], examples_a_step=4)
+    epochs = lambda number: [number / 10, number / 20, number / 40]  # noqa: E731
+    callback = FeedingCallback(weights, epochs, examples_a_step=4, **fields)
     counts = [round(90 * share) for share in shares]
     row = torch.repeat_interleave(torch.tensor([0, 1, 2, -1]), torch.tensor([*counts, 100 - sum(counts)]))
     callback.on_batches([{"input_ids": row[None], "source_ids": row[None]} for _ in range(rows)], 0.01)
@@ -47,6 +48,14 @@ def test_a_mixture_that_is_off_is_warned_of_once_and_not_before_some_hundred_row
     callback.on_step_end(None, None, None)
     callback.figures(step=2)
     assert len(warnings()) == 1
+
+
+@pytest.mark.parametrize("is_packed", [True, False])
+def test_what_helps_is_said_of_packed_sequences_and_of_documents_that_are_rows(warnings, is_packed):
+    fed([0.1, 0.5, 0.4], 400, is_packed=is_packed).figures(step=1)
+    (message,) = warnings()
+    assert ("a longer `sequence_length` helps" in message) == is_packed
+    assert ("A row is one document" in message) != is_packed
 
 
 def test_nothing_is_warned_of_where_a_share_is_off_by_less(warnings):
