@@ -112,6 +112,9 @@ class DocumentExamples(torch.utils.data.Dataset):
         return self.length
 
     def __getitem__(self, index: int) -> dict[str, Any]:
+        # what reads a data set without asking for its length ends there
+        if not 0 <= index < self.length:
+            raise IndexError(index)
         source, number = self._turns[index]
         ids, documents = self.orders[source][number], self.orders[source].documents
         if self.cuts and isinstance(documents, TokenDocuments):

@@ -23,6 +23,8 @@ NOT_RESUMED = {
     "save_only_model": "checkpoints without optimizer and schedule cannot be gone on from",
     "ignore_data_skip": "a run that goes on would read its first documents again",
 }
+# orders of rows that a run which goes on finds its place in
+STRATEGIES = ("random", "sequential")
 
 
 @dataclass(frozen=True)
@@ -179,6 +181,12 @@ def _read_sections(where: str, content: dict[str, Any]) -> Recipe:
     for name, reason in NOT_RESUMED.items():
         if content.get("trainer", {}).get(name):
             raise InputError(f"{where}, trainer: {name} = {content['trainer'][name]!r}: {reason}.")
+    strategy = content.get("trainer", {}).get("train_sampling_strategy", STRATEGIES[0])
+    if strategy not in STRATEGIES:
+        raise InputError(
+            f"{where}, trainer: train_sampling_strategy = {strategy!r} is none of {', '.join(STRATEGIES)}: rows "
+            "are made when they are read, in an order of their own that a run which goes on counts on."
+        )
     sections = {
         section: read_fields(kind, content[section], f"{where}, {section}")
         for section, kind in SECTIONS.items()

@@ -41,6 +41,14 @@ def test_an_index_always_gives_the_same_example(documents):
     assert ahead == [one[index] for index in (599, 3, 100)]
 
 
+def test_a_stream_ends_at_its_length(documents):
+    examples = stream(documents, length=7)
+    assert list(examples) == [examples[index] for index in range(7)]
+    for index in (-1, 7):
+        with pytest.raises(IndexError):
+            examples[index]
+
+
 def reference_example(processor, rows, index, seed):
     """The stream of one source of captions, written out."""
     epoch, place = divmod(index, len(rows))

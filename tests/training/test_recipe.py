@@ -58,6 +58,13 @@ def test_flags_win_over_the_recipe_and_the_recipe_over_defaults(tmp_path):
         ),
         ("model: {}\ntrainer: {output_dir: x}\n", "trainer: 'output_dir'"),
         ("model: {}\ntrainer: {save_only_model: true}\n", "trainer: save_only_model = True: .*cannot be gone on from"),
+        *[
+            (
+                f"model: {{}}\ntrainer: {{train_sampling_strategy: {name}}}\n",
+                f"trainer: train_sampling_strategy = '{name}' is none of random, sequential: .*a run which goes on",
+            )
+            for name in ("group_by_length", "batch_rebalance")
+        ],
         (
             "model: {}\ntrainer: {ignore_data_skip: true}\n",
             "trainer: ignore_data_skip = True: .*first documents again",
