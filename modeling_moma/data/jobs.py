@@ -15,7 +15,7 @@ from tokenization.audio_codecs_moma import AUDIO
 from ..errors_moma import InputError
 from ..utils.atomic_files import refuse_files, write_aside
 from .encoding import loaded_encoder
-from .sources import TRAIN, VALIDATION, Source, read_sources, undecoded_rows
+from .sources import HELD_OUT_RULE, TRAIN, VALIDATION, Source, read_sources, undecoded_rows
 
 
 JOB_FILE = "job.json"
@@ -81,6 +81,8 @@ class Job:
         splits (`dict[str, dict[str, dict]]`):
             of each source and split: `split` (the data set's name), `rows` (`None` where streamed), `shards`,
             `pictures` (an estimate), `rows_per_shard`, `list_columns`.
+        held_out_rule (`str`, *optional*):
+            how rows are drawn that become `validation`; `None` in jobs of earlier versions, which drew others.
     """
 
     processor: str
@@ -90,6 +92,7 @@ class Job:
     seed: int
     sources: dict[str, dict]
     splits: dict[str, dict[str, dict]]
+    held_out_rule: str | None = None
 
     def source(self, name: str) -> Source:
         """Return the source of that name."""
@@ -166,6 +169,7 @@ def plan_job(
         seed=seed,
         sources={source.name: source.fields() for source in sources},
         splits=plans,
+        held_out_rule=HELD_OUT_RULE,
     )
 
 
@@ -246,21 +250,49 @@ def write_job(folder: str | Path, job: Job) -> Path:
     path = Path(folder) / JOB_FILE
     content = {"format": FORMAT, **dataclasses.asdict(job)}
     if path.is_file():
-        _compare(folder, json.loads(path.read_text(encoding="utf-8")), content)
+        then = json.loads(path.read_text(encoding="utf-8"))
+        _compare(folder, then, content)
+        for task in job.tasks():
+            check_held_out(folder, then.get("held_out_rule"), job, task)
         return path
     refuse_files(folder)
     return write_aside(path, lambda aside: aside.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8"))
 
 
 def _compare(folder: str | Path, then: dict, now: dict) -> None:
-    # by its fingerprint a processor is the same wherever it lies
     now = json.loads(json.dumps(now))
-    different = [name for name in now if name != "processor" and then.get(name) != now[name]]
+    # by its fingerprint a processor is the same wherever it lies, and the draw matters to few shards
+    alike = ("processor", "held_out_rule")
+    different = [name for name in now if name not in alike and then.get(name) != now[name]]
     if different:
         name = different[0]
         raise InputError(
             f"--output {str(folder)!r} holds tokens that were begun with another {name}: {then.get(name)!r} then, "
             f"{now[name]!r} now. Give a new folder, or delete this one."
+        )
+
+
+def check_held_out(folder: str | Path, rule: str | None, job: Job, task: Task) -> None:
+    """Raise where a shard is yet to be written whose held-out rows would be drawn otherwise than those that are there.
+
+    Args:
+        folder (`str | Path`):
+            of all tokens.
+        rule (`str | None`):
+            `held_out_rule` of the job that the folder was begun with.
+        job (`Job`):
+            what to do.
+        task (`Task`):
+            the shard.
+
+    Raises:
+        ValueError: names the source.
+    """
+    if rule != HELD_OUT_RULE and job.holds_out(task) and not (Path(folder) / task.report_name()).is_file():
+        raise InputError(
+            f"--output {str(folder)!r} holds tokens that were begun by another version, which drew the held-out rows "
+            f"of {task.source!r} otherwise: its missing shards would train on some of them. Give a new folder, or "
+            "delete this one."
         )
 
 
@@ -275,4 +307,4 @@ def read_job(folder: str | Path) -> Job:
     return Job(**content)
 
 
-__all__ = ["FORMAT", "JOB_FILE", "MANIFEST_FILE", "Job", "Task", "plan_job", "read_job", "write_job"]
+__all__ = ["FORMAT", "JOB_FILE", "MANIFEST_FILE", "Job", "Task", "check_held_out", "plan_job", "read_job", "write_job"]

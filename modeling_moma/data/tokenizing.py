@@ -16,7 +16,7 @@ from ..errors_moma import InputError
 from ..utils.atomic_files import path_aside
 from .encoding import DocumentEncoder, loaded_encoder
 from .images import LeftOut
-from .jobs import Job, Task
+from .jobs import Job, Task, check_held_out
 from .json_lines import BROKEN_LINE
 from .reports import write_report
 from .shard import BATCH, Shard
@@ -81,11 +81,13 @@ def tokenize_shard(
         Whether there was anything to do.
 
     Raises:
-        ValueError: with `strict`, names the row and what is wrong with it.
+        ValueError: with `strict`, names the row and what is wrong with it; or the job is of another version, which
+            drew other held-out rows.
     """
     folder = Path(folder)
     if (folder / task.report_name()).is_file():
         return False
+    check_held_out(folder, job.held_out_rule, job, task)
     shard = SourceShard(job, task, load_encoder(job.processor, job.fingerprint), strict, on_work)
     kind = shard.source.kind
     with ShardFiles(folder, task, job.output_splits(task), kind.features(shard)) as files:

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..data.json_lines import BROKEN_LINE
 from ..data.kinds import ImageKind
-from ..data.sources import TRAIN, VALIDATION, Source, placed_rows, row_place
+from ..data.sources import HELD_OUT_RULE, TRAIN, VALIDATION, Source, placed_rows, row_place
 from ..errors_moma import InputError
 from .recipe import read_recipe
 
@@ -80,8 +80,10 @@ def read_image_sources(place: str) -> tuple[list[Source], dict[str, Any]]:
 def image_fields(source: Source) -> dict[str, Any]:
     """Return what decides on which images a source gives, for a comparison with those of an earlier start."""
     fields = {"name": source.name, "kind": source.kind.name, **source.fields()}
+    # by which rows are held out
+    if source.held_out:
+        fields["held_out_rule"] = HELD_OUT_RULE
     if source.load.get("streaming"):
-        # by which rows are held out
         fields["places"] = row_place(0, 0)
     return {name: value for name, value in fields.items() if name not in OF_TEXTS}
 

@@ -4,6 +4,7 @@
 import csv
 import json
 import shutil
+from collections import Counter
 
 import pytest
 from datasets import Dataset, Features, Image, Value, config
@@ -141,6 +142,15 @@ def test_held_out_rows_of_a_stream_are_those_of_the_image_tokenizer(run, tmp_pat
         told = documents["validation"]
         assert {told.caption(row) for row in range(len(told))} == held_out and 5 < len(held_out) < 40
         shutil.rmtree(tmp_path / "tokens")
+
+
+@pytest.mark.parametrize("name", ["chats", "web", "photos", "own"])
+def test_held_out_rows_of_kinds_in_turn_are_of_all_kinds(name):
+    (source,) = read_sources({name: {"data": "d.txt", "text": "text"}})
+    for rows, kinds in ((2000, 4), (5000, 10)):
+        drawn = Counter(row % kinds for row in range(rows) if source.is_held_out(str(row)))
+        assert sum(drawn.values()) == pytest.approx(0.02 * rows, abs=4 * (0.02 * rows) ** 0.5)
+        assert len(drawn) == kinds and max(drawn.values()) < 0.5 * sum(drawn.values())
 
 
 def test_missing_image_of_a_page_is_no_row_left_out(run, tmp_path):

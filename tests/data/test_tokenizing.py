@@ -284,7 +284,7 @@ def contents(folder):
 def test_two_processes_write_what_one_writes(processor, many, tmp_path):
     tokenize(many, processor, tmp_path / "one", rows_per_shard=128)
     tokenize(many, processor, tmp_path / "two", rows_per_shard=128, processes=2)
-    assert len(contents(tmp_path / "one")) == 6
+    assert len(list((tmp_path / "one").glob("many/train-*.arrow"))) == 3
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
     assert (tmp_path / "one" / "manifest.json").read_text() == (tmp_path / "two" / "manifest.json").read_text()
 
@@ -347,6 +347,30 @@ def test_second_start_writes_only_what_is_missing(processor, many, tmp_path):
     tokenize(many, processor, tmp_path, rows_per_shard=128)
     assert contents(tmp_path) == expected and lost.exists()
     assert kept == {path: path.stat().st_mtime_ns for path in kept}
+
+
+def test_missing_shards_of_another_draw_of_held_out_rows_are_refused(processor, tmp_path):
+    (tmp_path / "t.txt").write_text("\n".join(f"line {row}" for row in range(60)) + "\n")
+    fields = {"data": str(tmp_path / "t.txt"), "text": "text"}
+    for held_out in (0, 0.2):
+        lines = {"lines": {**fields, "held_out": held_out}}
+        folder = tmp_path / f"tokens-{held_out}"
+        written = tokenize(lines, processor, folder, rows_per_shard=20)
+        job = json.loads((folder / "job.json").read_text())
+        del job["held_out_rule"]
+        (folder / "job.json").write_text(json.dumps(job))
+        # where nothing is missing, or nothing is drawn, the draw does not matter
+        assert tokenize(lines, processor, folder, rows_per_shard=20) == written
+        (folder / "lines" / "train-00001-of-00003.json").unlink()
+        if not held_out:
+            assert tokenize(lines, processor, folder, rows_per_shard=20) == written
+            continue
+        older = read_job(folder)
+        with pytest.raises(ValueError, match="begun by another version, .* held-out rows of 'lines' otherwise"):
+            tokenize(lines, processor, folder, rows_per_shard=20)
+        # as tasks of a cluster do, which read what the folder was begun with
+        with pytest.raises(ValueError, match="begun by another version"):
+            run_tasks(folder, older, 1)
 
 
 def test_other_settings_do_not_mix_into_a_folder(processor, many, tmp_path):

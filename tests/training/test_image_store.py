@@ -179,6 +179,9 @@ def test_a_second_start_reads_no_image_and_other_sources_are_read_anew(tmp_path,
     np.testing.assert_array_equal(again.train, first.train)
     larger = open_store(tmp_path / "store", [source], 24, 100)
     assert len(reads) == 12 and larger.train.shape[1:] == (3, 24, 24)
+    monkeypatch.setattr("modeling_moma.training.image_sources.HELD_OUT_RULE", "another")
+    open_store(tmp_path / "store", [source], 24, 100)
+    assert len(reads) == 24
     assert {path.name for path in tmp_path.iterdir()} == {"data", "store"}
 
 
