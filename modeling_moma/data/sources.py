@@ -23,6 +23,7 @@ from datasets import (
     load_dataset,
     load_dataset_builder,
 )
+from datasets.exceptions import DatasetGenerationError
 from datasets.fingerprint import Hasher
 from pydantic import Field
 
@@ -32,7 +33,7 @@ from ..utils.fields import Float, read_field
 from ..utils.messages import one_line
 from .json_lines import mended_copy
 from .kinds import SourceKind, read_kind
-from .split_folders import data_files, rows_below, split_folders
+from .split_folders import METADATA, data_files, rows_below, split_folders
 
 
 TRAIN, VALIDATION = "train", "validation"
@@ -132,6 +133,9 @@ class Source:
         columns = rows.column_names
         if columns is None:
             columns = list(next(undecoded_rows(rows), {}))
+        if self._list_of_sounds() is not None and "file_name" in columns:
+            rows = rows.rename_column("file_name", "audio")
+            columns = ["audio" if name == "file_name" else name for name in columns]
         missing = [name for name in self.kind.columns() if name not in columns]
         # a source of no rows has no columns, and is refused once it is read
         if missing and columns:
@@ -196,8 +200,20 @@ class Source:
         """Return whether the data are a folder, and nothing says which of its files are read."""
         return Path(self.data).is_dir() and not {"data_files", "data_dir"} & self.load.keys()
 
+    def _list_of_sounds(self) -> Path | None:
+        """Return the file of a folder of sounds that names them, if there is one.
+
+        `datasets` reads such a folder with torchcodec alone, though nothing is decoded.
+        """
+        path = Path(self.data)
+        if not self.kind.has_sounds or not self._goes_by_folders() or split_folders(path):
+            return None
+        return next((path / name for name in METADATA if (path / name).is_file()), None)
+
     def _loading(self) -> tuple[str, dict[str, Any]]:
         path = Path(self.data)
+        if (sounds := self._list_of_sounds()) is not None:
+            return READERS[sounds.suffix], {**self.load, "data_files": str(sounds)}
         if path.is_dir():
             files = data_files(path) if self._goes_by_folders() else {}
             return ("imagefolder", {**self.load, "data_files": files}) if files else (self.data, dict(self.load))
@@ -228,8 +244,12 @@ class Source:
             return function(path, **options)
         # readers of files fail in any way
         except Exception as error:
+            # says no more than that there was another error
+            is_hiding = isinstance(error, DatasetGenerationError) and error.__cause__ is not None
+            reason = error.__cause__ if is_hiding else error
             raise InputError(
-                f"sources: {self.name!r}: `datasets` cannot open {self.data!r} ({type(error).__name__}: {error})."
+                f"sources: {self.name!r}: `datasets` cannot open {self.data!r} "
+                f"({type(reason).__name__}: {one_line(reason)})."
             ) from error
 
 

@@ -8,6 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from datasets import Audio, Features, Value
+from datasets.exceptions import DatasetGenerationError
 
 from helpers.sounds import RATE, as_file, processor_of_sounds, tone
 from helpers.tiny import noise_images, tiny_processor
@@ -99,6 +100,33 @@ def test_files_named_in_json_lines_are_read(folder, tmp_path):
     source = {"data": str(tmp_path / "words.jsonl"), "audio": "audio", "text": "word", "held_out": 0}
     manifest = tokenize({"words": source}, folder, tmp_path / "tokens")
     assert manifest["sources"]["words"]["splits"]["train"]["documents"] == 4
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("name", ["metadata.jsonl", "metadata.csv"])
+def test_a_folder_of_sounds_is_read_without_torchcodec(folder, tmp_path, name, streaming):
+    sound_folder = tmp_path / "sounds"
+    sound_folder.mkdir()
+    for index, sound in enumerate(sounds()):
+        (sound_folder / f"{index}.flac").write_bytes(as_file(sound, kind="FLAC"))
+    rows = [{"file_name": f"{index}.flac", "word": word} for index, word in enumerate(WORDS)]
+    lines = ["file_name,word", *(",".join(row.values()) for row in rows)]
+    (sound_folder / name).write_text("\n".join(lines if name.endswith("csv") else map(json.dumps, rows)))
+    load = {"load": {"streaming": True}} if streaming else {}
+    source = {"data": str(sound_folder), "audio": "audio", "text": "word", "held_out": 0, **load}
+    read = tokenize({"words": source}, folder, tmp_path / "tokens")["sources"]["words"]
+    assert read["splits"]["train"]["documents"] == 4 and not read["read"]["train"]["left_out"]
+
+
+def test_what_stands_in_the_way_of_a_folder_is_said(tmp_path, monkeypatch):
+    def broken(path, **options):
+        raise DatasetGenerationError("An error occurred while generating the dataset") from ImportError("no\nnoise")
+
+    (tmp_path / "words.jsonl").write_text("{}\n")
+    monkeypatch.setattr("modeling_moma.data.sources.load_dataset", broken)
+    source = {"data": str(tmp_path / "words.jsonl"), "audio": "audio", "text": "word"}
+    with pytest.raises(ValueError, match=r"cannot open '.*words.jsonl' \(ImportError: no noise\)"):
+        read_sources({"words": source})[0].open("train")
 
 
 def test_rows_that_cannot_be_used_are_left_out_by_name(folder, tmp_path):
