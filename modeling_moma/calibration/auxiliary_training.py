@@ -7,7 +7,6 @@ Shape suffixes:
     N tokens that compete for a router, S scores of a token.
 """
 
-import json
 from collections.abc import Iterable
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,6 +23,7 @@ from ..errors_moma import InputError
 from ..modeling_moma import MomaForCausalLM
 from ..routing_moma import MomaAuxiliaryRouter
 from ..utils.atomic_files import write_folder_aside
+from ..utils.finite_json import finite_json
 from ..utils.hardware import refuse_data_parallel
 from .observation import RouterRecord, auxiliary_rule, named_routers, observed_routers, run_observed, threshold_rule
 from .selection_counts import SelectionCounts
@@ -265,7 +265,7 @@ def save_with_processor(
     def write(folder: Path):
         stored.save_pretrained(folder)
         processor.save_pretrained(folder)
-        (folder / report_file).write_text(json.dumps(report, indent=2) + "\n")
+        (folder / report_file).write_text(finite_json(report))
 
     write_folder_aside(output, write)
 

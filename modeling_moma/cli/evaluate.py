@@ -5,7 +5,6 @@ Losses are by modality and source, causal as in `generate`. The loss under `expe
 warning: it sees the future and is no measure of quality.
 """
 
-import json
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -57,7 +56,7 @@ class Arguments:
         guidance_scale (`float`, *optional*, defaults to `1.0`):
             1 for none.
         output (`str`, *optional*):
-            JSON file of all figures.
+            JSON file of all figures, `null` where one is no finite number.
     """
 
     model: str
@@ -116,6 +115,7 @@ def evaluate(args: Arguments) -> dict:
 
 def run(args: Arguments) -> None:
     from ..utils.atomic_files import check_place, write_aside
+    from ..utils.finite_json import finite_json
 
     if args.output:
         # before hours of measures
@@ -126,7 +126,7 @@ def run(args: Arguments) -> None:
     print(report_tables(sources))
     if args.output:
         report = {"arguments": vars(args), "dtype": args.dtype, "sources": sources}
-        write_aside(args.output, lambda path: path.write_text(json.dumps(report, indent=2) + "\n"))
+        write_aside(args.output, lambda path: path.write_text(finite_json(report)))
 
 
 def main(arguments: list[str] | None = None):

@@ -121,10 +121,18 @@ def document_losses(
     return {
         "overall": sum(losses.sums.values()) / total,
         **means,
-        "perplexity": None if words is None else math.exp(words),
+        "perplexity": None if words is None else perplexity(words),
         "bits_per_code": {part: None if nats is None else nats / math.log(2) for part, nats in codes.items()},
         "targets": {"overall": total, **counts},
     }
+
+
+def perplexity(nats: float) -> float:
+    """Return the perplexity of a loss, infinite where it is more than a number holds."""
+    try:
+        return math.exp(nats)
+    except OverflowError:
+        return math.inf
 
 
 class FrameLosses:

@@ -2,6 +2,7 @@
 """Trainings in stages: where an earlier one stopped, whether the data go on from there, and when a run is finished."""
 
 import json
+import math
 import shutil
 import time
 from collections.abc import Sequence
@@ -19,7 +20,7 @@ from tokenization import MomaProcessor
 
 from ..errors_moma import InputError
 from ..utils.atomic_files import write_aside, write_folder_aside
-from .checkpoints import SHARDS, WHOLE
+from .checkpoints import SHARDS, WHOLE, last_checkpoint
 from .code_noise import CodeNoise
 from .freezing import freeze_all_but
 from .throughput_callback import FeedingCallback
@@ -56,7 +57,7 @@ class FollowArguments(TrainerCallback):
 
 
 class ResumedTrainer(Trainer):
-    """A Trainer that logs no loss of a start that had no step left to take.
+    """A Trainer that logs no loss of a start that had no step left to take, and stops where a loss is no number.
 
     Attributes:
         has_trained (`bool`):
@@ -74,6 +75,27 @@ class ResumedTrainer(Trainer):
         """Take a training step, and note that there was one."""
         self.has_trained = True
         return super().training_step(model, inputs, num_items_in_batch)
+
+    def _maybe_log_save_evaluate(self, tr_loss, grad_norm, *args, **kwargs):
+        # the other steps do not wait for the device
+        if self.control.should_log or self.control.should_evaluate or self.control.should_save:
+            self._check_finite(tr_loss, grad_norm)
+        super()._maybe_log_save_evaluate(tr_loss, grad_norm, *args, **kwargs)
+
+    def _check_finite(self, tr_loss: torch.Tensor, grad_norm: torch.Tensor | float | None) -> None:
+        """Raise, on all processes alike, where the loss since the last log or the gradients' norm is not finite."""
+        # fp16 passes over the steps whose gradients overflow
+        norm = 0.0 if grad_norm is None or self.args.fp16 else float(grad_norm)
+        figures = self.accelerator.gather(torch.stack([tr_loss.detach().float(), tr_loss.new_tensor(norm).float()]))
+        losses, norms = figures.view(-1, 2).unbind(1)  # pyright: ignore[reportAttributeAccessIssue]
+        for what, values in (("loss", losses), ("norm of the gradients", norms)):
+            value = float(values.sum())
+            if not math.isfinite(value):
+                kept = last_checkpoint(str(self.args.output_dir))
+                raise InputError(
+                    f"The {what} is {value} by step {self.state.global_step}: a lower `--learning-rate` may help. "
+                    + ("There is no checkpoint yet." if kept is None else f"The last checkpoint, {kept!r}, is kept.")
+                )
 
 
 class StageTrainer(ResumedTrainer):
@@ -219,8 +241,8 @@ def data_order(folder: str | Path) -> dict[str, Any] | None:
 def feeding_fields(device: str) -> dict[str, Any]:
     """Return the settings of the Trainer by which a step waits for its device no more often than it has to.
 
-    Batches go to a GPU from pinned memory, beside its work, and no step reads its loss: a loss that is no number is
-    logged as it is.
+    Batches go to a GPU from pinned memory, beside its work, and no step reads its loss: a loss that is no number ends
+    the training at its next log, evaluation or checkpoint, see [`ResumedTrainer`].
 
     Args:
         device (`str`):

@@ -4,13 +4,13 @@
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
-from typing import Any
 
 import torch
 
 from ..modeling_moma import MomaExpertGroup, MomaFeedForward, MomaForCausalLM
 from ..routing_moma import MomaRouter
 from ..token_groups_moma import token_modalities
+from ..utils.finite_json import only_finite
 from .tensor_sources import kept_groups, tensor_sources
 
 
@@ -45,16 +45,8 @@ class UpcyclingReceipt:
     output_differences: dict[str, float] = field(default_factory=dict)
 
     def to_dict(self) -> dict:
-        """Return the fields for JSON, which has no NaN: `None` instead."""
-        return _without_nan(asdict(self))
-
-
-def _without_nan(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_nan(part) for key, part in value.items()}
-    if isinstance(value, list):
-        return [_without_nan(part) for part in value]
-    return None if value != value else value
+        """Return the fields for JSON, which has neither NaN nor infinity: `None` instead."""
+        return only_finite(asdict(self))
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 """Which measures are taken on which source, their tables, and the command from end to end."""
 
 import json
+import math
 import sys
 
 import pytest
@@ -96,6 +97,21 @@ def test_wishes_that_cannot_be_met_are_refused_before_anything_is_measured(sourc
     pytest.importorskip("efficientnet_lite_pytorch", reason="the extra `train` is not installed")
     with pytest.raises(ValueError, match="at least 8"):
         measure_sources(model, processor, {"few": few}, MeasureSettings(("losses", "drawings")))
+
+
+def test_figures_of_a_model_that_diverged_are_null_in_the_file(folder, tmp_path, capsys):
+    processor = tiny_processor()
+    processor.save_pretrained(tmp_path / "model")
+    model = tiny_model(processor)
+    torch.nn.init.constant_(model.lm_head.weight, math.nan)
+    model.save_pretrained(tmp_path / "model")
+    given = ["--model", tmp_path / "model", "--tokens", folder / "tokens", "--measures", "losses"]
+    main([*map(str, given), "--output", str(tmp_path / "report.json")])
+    assert "nan" in capsys.readouterr().out
+    report = json.loads((tmp_path / "report.json").read_text(), parse_constant=pytest.fail)
+    losses = report["sources"]["emoji"]["losses"]["causal"]
+    assert losses["overall"] is losses["perplexity"] is losses["bits_per_code"]["image"] is None
+    assert losses["targets"]["overall"] > 0
 
 
 @pytest.fixture(scope="module")

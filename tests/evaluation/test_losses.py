@@ -8,7 +8,7 @@ import torch
 
 from helpers.tiny import tiny_model, tiny_processor
 from modeling_moma.data.encoding import DocumentEncoder
-from modeling_moma.evaluation.losses import CAUSAL, document_losses, source_losses, trains_by_expert_choice
+from modeling_moma.evaluation.losses import CAUSAL, document_losses, perplexity, source_losses, trains_by_expert_choice
 from modeling_moma.evaluation.measures import EXPERT_CHOICE, held_out_loss
 
 
@@ -82,6 +82,11 @@ def test_a_model_that_guesses_evenly_needs_the_bits_of_its_vocabulary(processor,
     found = source_losses(model, processor, documents, 4)[CAUSAL]
     assert found["bits_per_code"]["image"] == pytest.approx(math.log2(model.config.vocab_size), rel=1e-5)
     assert found["perplexity"] == pytest.approx(model.config.vocab_size, rel=1e-4)
+
+
+def test_a_loss_too_large_for_a_perplexity_has_an_infinite_one():
+    assert perplexity(709.0) == pytest.approx(math.exp(709)) and perplexity(710.0) == math.inf
+    assert math.isnan(perplexity(math.nan))
 
 
 def test_parts_without_targets_have_no_loss(processor, documents):

@@ -2,6 +2,7 @@
 import json
 import shutil
 import signal
+from contextlib import nullcontext
 from functools import wraps
 from types import SimpleNamespace
 
@@ -588,7 +589,37 @@ def test_recipe_or_model_is_needed(tmp_path, capsys):
     assert parse_arguments([str(tmp_path / "r.yaml"), *paths, "--model", "m"]).steps == 3
 
 
-def test_a_loss_that_is_no_number_is_logged_and_a_recipe_wins(inputs, tmp_path):
+class Diverge(TrainerCallback):
+    """Makes the weights NaN before a step."""
+
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        if state.global_step == 4:
+            with torch.no_grad():
+                model.lm_head.weight[0, 0] = float("nan")
+
+
+@pytest.mark.parametrize("logging_steps", ["1", "8"])
+def test_a_loss_that_is_no_number_stops_the_training_and_keeps_what_was_saved(inputs, tmp_path, logging_steps):
+    output = tmp_path / "out"
+    often = ["--save-steps", "2", "--save-total-limit", "1", "--logging-steps", logging_steps]
+    at_step = 5 if logging_steps == "1" else 6
+    with pytest.raises(InputError, match=f"The loss is nan by step {at_step}: a lower .* '.*checkpoint-4', is kept"):
+        run(inputs, output, *often, callbacks=[Diverge()])
+    assert [path.name for path in output.glob("checkpoint-*")] == ["checkpoint-4"]
+    assert all(value.isfinite().all() for value in load_file(output / "checkpoint-4" / "model.safetensors").values())
+    assert not (output / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("fp16", [False, True])
+def test_gradients_without_a_norm_stop_a_training_that_would_not_pass_over_them(inputs, tmp_path, fp16):
+    trainer = build_trainer(parse_arguments(arguments(inputs, tmp_path / "out")))
+    trainer.args.fp16 = fp16
+    trainer._check_finite(torch.tensor(2.0), torch.tensor(1.0))
+    with nullcontext() if fp16 else pytest.raises(InputError, match="The norm of the gradients is inf by step 0"):
+        trainer._check_finite(torch.tensor(2.0), torch.tensor(float("inf")))
+
+
+def test_a_step_does_not_read_its_loss_and_a_recipe_wins(inputs, tmp_path):
     args = parse_arguments(arguments(inputs, tmp_path / "out"))
     made = pretraining.make_training_arguments(args)
     assert not made.logging_nan_inf_filter and not made.dataloader_pin_memory
