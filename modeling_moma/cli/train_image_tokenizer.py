@@ -66,9 +66,11 @@ def parse_arguments(arguments: list[str] | None = None) -> Run:
 def run(args: Run, on_step: Callable[[int, dict[str, float]], None] | None = None) -> list[dict]:
     with without_import_notices():
         from ..training.image_tokenizer import TokenizerTraining
+        from ..training.output_lock import sole_run
 
     Path(args.output).mkdir(parents=True, exist_ok=True)
-    return TokenizerTraining(args, args.sources, args.output, args.resume, args.strict).run(on_step)
+    with sole_run(args.output):
+        return TokenizerTraining(args, args.sources, args.output, args.resume, args.strict).run(on_step)
 
 
 def main(

@@ -33,6 +33,7 @@ from ..utils.atomic_files import refuse_files
 from ..utils.hardware import on_one_gpu, trains_in_bf16
 from .checkpoints import checkpoint_step, last_checkpoint, without_torn_checkpoints
 from .fingerprints import Facts, RunFingerprint, check_output, run_facts
+from .output_lock import sole_run
 from .stages import FollowArguments, ResumedTrainer, examples_a_step, feeding_fields
 
 
@@ -128,11 +129,18 @@ def train_auxiliary_routers(args: argparse.Namespace) -> None:
             of `moma train-auxiliary-routers`.
 
     Raises:
-        ValueError: the output folder holds another run, or this one and `--resume` is not given.
+        ValueError: the output folder holds another run, or this one and `--resume` is not given; or one is at work in
+            it.
     """
     check_output_is_own(args.output, args.resume)
     processor = open_processor(args.processor)
     training_arguments, tokens = make_training_arguments(args), TokenFolder(args.tokens, processor)
+    with sole_run(args.output, training_arguments.process_index == 0):
+        _train_and_save(args, training_arguments, tokens)
+
+
+def _train_and_save(args: argparse.Namespace, training_arguments: TrainingArguments, tokens: TokenFolder) -> None:
+    processor = tokens.encoder.processor
     packing = (False, tokens.manifest["sequence_length"])
     config = MomaConfig.from_pretrained(args.model)
     facts = run_facts(config, args.model, tokens, tokens.sources(), packing, training_arguments)

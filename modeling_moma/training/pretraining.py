@@ -35,6 +35,7 @@ from .code_noise import CodeNoise
 from .fingerprints import Facts, RunFingerprint, check_output, check_same_data, finished_at, run_facts
 from .freezing import freeze_groups
 from .metrics_callback import MomaMetricsCallback
+from .output_lock import sole_run
 from .recipe import DataFields, Recipe, SampleFields
 from .samples import SampleCallback
 from .stages import (
@@ -333,9 +334,15 @@ def pretrain(args: argparse.Namespace):
             of `moma pretrain`.
 
     Raises:
-        ValueError: the output folder holds another run, or this one and `--resume` is not given.
+        ValueError: the output folder holds another run, or this one and `--resume` is not given; or one is at work in
+            it.
     """
     parts = read_parts(args)
+    with sole_run(args.output, parts.training_arguments.process_index == 0):
+        _train_and_save(args, parts)
+
+
+def _train_and_save(args: argparse.Namespace, parts: RunParts) -> None:
     check_output(args.output, parts.facts, args.resume, parts.training_arguments)
     wanted, done = args.stop_at or args.steps, finished_at(args.output)
     checkpoint, taken = resumed_checkpoint(args.output, args.resume)
