@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a run is made of, held by each of its checkpoints, so that no run goes on from those of another."""
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
@@ -25,11 +26,25 @@ from .stages import EARLIER_STEPS, RUN_FILE, data_order, examples_a_step
 # facts by name, in sections
 Facts = dict[str, dict[str, Any]]
 
-# settings of a Trainer that decide on the steps, whatever their number and wherever they are taken
-_OF_STEPS = (
-    *("learning_rate", "weight_decay", "warmup_steps", "optim", "max_grad_norm"),
-    *("adam_beta1", "adam_beta2", "adam_epsilon", "lr_scheduler_type", "lr_scheduler_kwargs"),
+# settings of a Trainer that may change between two starts of a run: families by the beginning of their names, others
+# whole; numbers of steps, records, speed, memory and devices, and what other sections have
+_MAY_CHANGE_FAMILIES = (
+    *("logging_", "log_", "eval_", "batch_eval_", "include_", "save_", "hub_", "push_to_hub", "trackio_", "report_to"),
+    *("fsdp", "deepspeed", "ddp_", "torch_compile", "activation_checkpointing", "gradient_checkpointing", "liger_"),
+    *("bf16", "fp16", "tf32", "do_"),
 )
+_MAY_CHANGE = {
+    *("output_dir", "max_steps", "num_train_epochs", "resume_from_checkpoint", "ignore_data_skip"),
+    *("disable_tqdm", "run_name", "project", "debug", "skip_memory_metrics", "prediction_loss_only"),
+    *("load_best_model_at_end", "metric_for_best_model", "greater_is_better", "enable_jit_checkpoint"),
+    "restore_callback_states_from_checkpoint",
+    *("use_cpu", "local_rank", "parallelism_config", "accelerator_config", "use_liger_kernel", "use_cache"),
+    *("torch_empty_cache_steps", "full_determinism", "auto_find_batch_size", "remove_unused_columns"),
+    *("dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers"),
+    *("dataloader_prefetch_factor", "dataloader_multiprocessing_context", "dataloader_in_order"),
+    *("seed", "data_seed", "per_device_train_batch_size", "per_device_eval_batch_size"),
+    "gradient_accumulation_steps",
+}
 # fields of a source that say where its rows come from: what came of them is in the tokens
 _OF_ROWS = ("data", "load", "splits", "held_out", "root")
 # bytes of a sampled block, and blocks sampled per file
@@ -94,10 +109,22 @@ def run_facts(
         "data": {**_data_facts(tokens, sources, *packing), EARLIER_STEPS: earlier_steps},
         "seed": {"seed": arguments.seed, "data_seed": arguments.data_seed},
         "batch": {"examples_a_step": examples_a_step(arguments)},
-        "training": {**{name: getattr(arguments, name) for name in _OF_STEPS}, **training},
+        "training": {**_training_facts(arguments), **training},
     }
     # facts are compared as JSON gives them back
     return json.loads(json.dumps(facts, default=str))
+
+
+def _training_facts(arguments: TrainingArguments) -> dict[str, Any]:
+    """Return the settings of a Trainer that decide on the steps, whatever their number and wherever they are taken.
+
+    Args:
+        arguments (`TrainingArguments`):
+            of the Trainer; a setting that none of the lists above has counts.
+    """
+    names = [entry.name for entry in dataclasses.fields(arguments)]
+    counting = [name for name in names if name not in _MAY_CHANGE and not name.startswith(_MAY_CHANGE_FAMILIES)]
+    return {name: getattr(arguments, name) for name in counting}
 
 
 def _model_facts(config: MomaConfig, folder: str | None) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from modeling_moma.cli.main import main
 from modeling_moma.cli.pretrain import parse_arguments
 from modeling_moma.errors_moma import InputError
 from modeling_moma.training import pretraining
-from modeling_moma.training.fingerprints import check_output
+from modeling_moma.training.fingerprints import check_output, difference
 
 
 STEPS = 3
@@ -239,6 +239,38 @@ def test_a_step_of_other_examples_tells_how_it_is_made_the_same(inputs, tmp_path
     # what else is different makes it another run, whose batch is of no interest
     with pytest.raises(InputError, match="seed = 0 there and 1 now. Give another"):
         check_output(str(tmp_path / "out"), parts_of(*more, "--seed", 1).facts, True, now.training_arguments)
+
+
+@pytest.mark.parametrize(
+    "trainer, name",
+    [
+        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor"),
+        ({"neftune_noise_alpha": 5.0}, "neftune_noise_alpha"),
+        ({"optim_args": "a=1"}, "optim_args"),
+        ({"train_sampling_strategy": "sequential"}, "train_sampling_strategy"),
+        ({"average_tokens_across_devices": False}, "average_tokens_across_devices"),
+        ({"dataloader_drop_last": True}, "dataloader_drop_last"),
+        ({"adam_beta1": 0.8}, "adam_beta1"),
+        ({"logging_steps": 7, "save_steps": 7, "eval_steps": 7, "save_total_limit": 1}, None),
+        ({"dataloader_num_workers": 1, "dataloader_pin_memory": True, "run_name": "again"}, None),
+        ({"activation_checkpointing": True, "ddp_timeout": 9, "disable_tqdm": True, "report_to": "none"}, None),
+        ({"per_device_eval_batch_size": 3, "accelerator_config": {"non_blocking": True}}, None),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_settings_of_the_trainer_are_part_of_a_run_but_for_those_that_change_no_step(inputs, tmp_path, trainer, name):
+    given = ["--processor", inputs / "processor", "--tokens", inputs / "tokens", "--output", tmp_path / "out"]
+    args = parse_arguments([*map(str, [inputs / "recipe.json", *given, "--bf16", "off"])])
+    then = pretraining.read_parts(args).facts
+    args.trainer = {**args.trainer, **trainer}
+    now = pretraining.read_parts(args).facts
+    if name is None:
+        assert difference(then, now) is None
+    else:
+        assert f"the training is another, {name} = " in difference(then, now)
+    # what an earlier version did not keep is passed over
+    then["training"].pop(name, None)
+    assert difference(then, now) is None
 
 
 def test_weights_that_a_run_starts_from_are_part_of_it(inputs, made, tmp_path, capsys):
