@@ -118,3 +118,22 @@ def check_layout(config: MomaConfig, layout: dict):
             raise InputError(
                 f"`--model` has {name} = {getattr(config, name)}, the processor's is {value}: were they made together?"
             )
+
+
+def check_positions(config: MomaConfig, sequence_length: int):
+    """Raise `ValueError` where sequences may be longer than a model reads, which would end a training at the first.
+
+    Args:
+        config (`MomaConfig`):
+            of the model.
+        sequence_length (`int`):
+            of the recipe's section `data`, or else of the tokens.
+    """
+    limit = config.max_position_embeddings
+    # scaled rotary embeddings are made to go beyond
+    if sequence_length > limit and config.rope_parameters["rope_type"] == "default":
+        raise InputError(
+            f"sequence_length = {sequence_length} of the recipe's section `data`, or else of `--tokens`, exceeds the "
+            f"model's positions, `max_position_embeddings` = {limit}. Raise them, set `rope_parameters` to a scaled "
+            "type, or tokenize for shorter sequences."
+        )

@@ -21,7 +21,7 @@ from ..calibration.observation import named_routers
 from ..calibration.thresholds import calibrate_auxiliary_thresholds
 from ..configuration_moma import MomaConfig
 from ..data.documents import TokenFolder
-from ..data.examples import check_layout, held_out_sets, open_documents
+from ..data.examples import check_layout, check_positions, held_out_sets, open_documents
 from ..data.sources import VALIDATION
 from ..data.stream import DocumentExamples
 from ..errors_moma import InputError
@@ -146,6 +146,7 @@ def _train_and_save(args: argparse.Namespace, training_arguments: TrainingArgume
     facts = run_facts(config, args.model, tokens, tokens.sources(), packing, training_arguments)
     # the folder has files of a run: check of which
     check_output(args.output, facts, args.resume)
+    check_positions(config, tokens.manifest["sequence_length"])
     held_out = open_documents(args.tokens, processor, VALIDATION)
     batches = held_out_batches(held_out, processor, args.batch_size, args.seed)
     threshold, calibration_batches, report_batches = args.threshold, [], batches

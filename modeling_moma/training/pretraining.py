@@ -18,7 +18,7 @@ from tokenization.text_tokenizer_moma import IMAGE
 
 from ..configuration_moma import MomaConfig
 from ..data.documents import TokenDocuments, TokenFolder
-from ..data.examples import check_layout, held_out_sets
+from ..data.examples import check_layout, check_positions, held_out_sets
 from ..data.packing import PackedCollator, PackedExamples
 from ..data.sources import VALIDATION, Source
 from ..data.stream import DocumentExamples
@@ -274,6 +274,7 @@ def build_trainer(args: argparse.Namespace, parts: RunParts | None = None) -> St
     parts = read_parts(args) if parts is None else parts
     processor, tokens, sources = parts.processor, parts.tokens, parts.sources
     training_arguments = parts.training_arguments
+    check_positions(parts.config, packing(args.recipe.data, tokens)[1])
     set_seed(args.seed)
     model = build_model(args, processor, parts.config)
     config = model.config

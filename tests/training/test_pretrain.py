@@ -589,6 +589,19 @@ def test_recipe_or_model_is_needed(tmp_path, capsys):
     assert parse_arguments([str(tmp_path / "r.yaml"), *paths, "--model", "m"]).steps == 3
 
 
+@pytest.mark.parametrize("packed", [True, False])
+def test_sequences_longer_than_the_model_reads_are_refused_before_the_first_step(inputs, tmp_path, packed):
+    recipe = {"model": TRAINED, "data": {"sequence_length": 65, "packed": packed}}
+    output, start = tmp_path / "out", (tmp_path / "recipe.json",)
+    start[0].write_text(json.dumps(recipe))
+    with pytest.raises(InputError, match="sequence_length = 65 .* exceeds .* `max_position_embeddings` = 64"):
+        main(arguments(inputs, output, start=start))
+    assert not output.exists()
+    recipe["model"] = {**TRAINED, "rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}}
+    start[0].write_text(json.dumps(recipe))
+    assert len(build_trainer(parse_arguments(arguments(inputs, output, start=start))).train_dataset) == 32
+
+
 class Diverge(TrainerCallback):
     """Makes the weights NaN before a step."""
 
