@@ -19,12 +19,13 @@ from ..utils.hardware import keep_freed_memory, refuse_data_parallel
 class MomaMetricsCallback(TrainerCallback):
     """Adds figures of modalities and experts to what `Trainer` logs.
 
-    They are averaged since its last log, for training and for evaluation apart:
+    They are taken since its last log, for training and for evaluation apart:
 
     - `{modality}_loss`: mean cross-entropy of the modality's target tokens, in nats, unweighted;
     - `{group}_uncovered`, `{group}_covered_twice`: shares of the group's tokens that no expert, and that several
-      experts took, averaged over the layers;
-    - `{group}_peak_load`: tokens of the busiest expert over the mean of its layer's experts;
+      experts took, of all layers and batches together;
+    - `{group}_peak_load`: tokens of the busiest expert over the mean of its layer's experts, averaged over layers and
+      batches;
     - `{modality}_depth_load`: share of the modality's tokens that a depth layer processed, averaged over these layers
       (one router serves all modalities, so their mix in a depth layer may drift away from the data's).
 
@@ -115,22 +116,19 @@ class MomaMetricsCallback(TrainerCallback):
             # bincount would wait for the device
             load_E.index_add_(0, selection.expert_P, is_pair_P)
             taken_N.index_add_(0, selection.token_P, is_pair_P)
-            uncovered, count = (taken_N == 0).float().mean(), 1.0
-            covered_twice = (taken_N > 1).float().mean()
+            uncovered_N, count, has_tokens = taken_N == 0, num_tokens, 1.0
             is_skipping_N = context.skipping_of(module.group)
             if is_skipping_N is not None:
-                num_others = (~is_skipping_N).sum()
-                uncovered = ((taken_N == 0) & ~is_skipping_N).sum() / num_others.clamp(min=1)
-                covered_twice = (taken_N > 1).sum() / num_others.clamp(min=1)
-                count = (num_others > 0).float()
+                uncovered_N, count = uncovered_N & ~is_skipping_N, (~is_skipping_N).sum()
+                has_tokens = (count > 0).float()
             sums = self._sums[module.training]
-            for name, value in (
-                ("uncovered", uncovered),
-                ("covered_twice", covered_twice),
-                ("peak_load", load_E.max() / load_E.mean().clamp(min=1e-9)),
+            for name, value, number in (
+                ("uncovered", uncovered_N.sum(), count),
+                ("covered_twice", (taken_N > 1).sum(), count),
+                ("peak_load", load_E.max() / load_E.mean().clamp(min=1e-9), has_tokens),
             ):
                 sums[f"{group}_{name}", "sum"] += value
-                sums[f"{group}_{name}", "count"] += count
+                sums[f"{group}_{name}", "count"] += number
 
         return on_route
 

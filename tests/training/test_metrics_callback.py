@@ -12,6 +12,7 @@ from modeling_moma import (
     initialize_code_embeddings,
 )
 from modeling_moma.configuration_moma import rule_names
+from modeling_moma.routing_moma import MomaRouter
 from tokenization import MomaDataCollator
 
 
@@ -204,6 +205,32 @@ def test_figures_are_the_same_where_a_selection_has_a_row_for_every_pair(monkeyp
     assert averages[1] == pytest.approx(averages[0], rel=1e-5)
     figures = ("uncovered", "covered_twice", "peak_load")
     assert set(averages[0]) >= {f"{group}_{name}" for group in ("text", "image") for name in figures}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("fields", [{}, {"num_hidden_layers": 3, "depth_layers": [1]}], ids=["plain", "depth"])
+def test_uncovered_tokens_are_shares_of_all_tokens_however_they_come_in_batches(processor, fields):
+    model, callback = tiny_model(processor, **fields), MomaMetricsCallback()
+    callback.attach(model)
+    counts = {name: torch.zeros(3) for name in ("text", "image")}
+
+    def count(module, args, output):
+        context, (logits_NE, selection) = args[1], output
+        taken_N = torch.bincount(selection.token_P, minlength=len(logits_NE))
+        skipping_N = context.skipping_of(module.group)
+        skipped = 0 if skipping_N is None else int(skipping_N.sum())
+        uncovered = (taken_N == 0).sum() - skipped
+        counts[module.group] += torch.tensor([uncovered, (taken_N > 1).sum(), len(taken_N) - skipped])
+
+    for module in model.modules():
+        if isinstance(module, MomaRouter):
+            module.register_forward_hook(count)
+    for width in (3, 14, 8):
+        model(torch.tensor([[5, 6, *make_examples(processor)[0]["input_ids"]][:width]]))
+    averages = callback._averages(training=False)
+    for group, (uncovered, twice, number) in counts.items():
+        assert averages[f"{group}_uncovered"] == pytest.approx(float(uncovered / number))
+        assert averages[f"{group}_covered_twice"] == pytest.approx(float(twice / number))
 
 
 def test_steps_with_a_static_cache_are_not_counted(processor):
