@@ -359,7 +359,8 @@ class DepthLayer(nn.Module):
         # not passed on: position ids count all tokens, those that were not chosen too
         kwargs.pop("position_ids", None)
         lengths: Any = {name: kwargs.pop(name, None) for name in FLASH_LENGTHS}
-        if routing_context.masks_depth:
+        # a training step may have made its cache after it was decided to run all tokens, which only one may then do
+        if routing_context.masks_depth and (cache is None or hidden_states.shape[1] == 1):
             return self._run_masked(hidden_states, selection, routing_context, position_embeddings, cache, **kwargs)
         is_step = hidden_states.shape[1] == 1 and not keep_empty_rows and routing_context.custom_mask_BHQS is None
         if is_step and cache is not None:

@@ -337,7 +337,7 @@ class RoutingContext:
             whether the experts implementation makes use of what a selection knows of its pairs.
         masks_depth (`bool`, *optional*, defaults to `False`):
             whether depth layers run all tokens and mask those that they have not chosen, in place of a device sync for
-            their number.
+            their number. With a cache they do so for one token alone.
         skipping_BT (`torch.BoolTensor`, *optional*):
             inside a depth layer that does so, the tokens that skip it and compete for no expert, `[B, T]`.
 

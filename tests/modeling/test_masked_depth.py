@@ -120,6 +120,33 @@ def test_training_steps_are_those_of_packed_layers(device, runs, routing, depth_
     assert averages[1] == pytest.approx(averages[0], rel=1e-4) and (checkpointing or len(averages[0]) > 5)
 
 
+@pytest.mark.parametrize("length", [1, 2, 12])
+@pytest.mark.parametrize("routing", ["expert_choice", "threshold", "token_choice"])
+def test_a_training_step_that_makes_a_cache_equals_one_that_makes_none(device, runs, routing, length):
+    found, caches = [], []
+    for limit, use_cache in ((2**30, False), (2**30, True), (0, True)):
+        device.setattr(token_groups_moma, "_FEW_OPERATIONS", limit)
+        model, ids = depth_model(training_routing=routing, routing_warmup_steps=0).train(), mixed_ids(3, length)
+        output = model(ids, labels=ids, use_cache=use_cache)
+        output.logits.square().mean().backward()
+        gradients = {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
+        found.append({"logits": output.logits, **gradients, **dict(model.named_buffers())})
+        if use_cache:
+            caches.append(output.cache)
+    assert runs == [0, 2] * (2 if length == 1 else 1)
+    for others in found[1:]:
+        for name, value in found[0].items():
+            torch.testing.assert_close(others[name], value, rtol=1e-4, atol=1e-5, msg=name)
+    for index in (0, 2):
+        masked, packed = (cache.layers[index] for cache in caches)
+        assert masked.get_seq_length() == packed.get_seq_length() == length
+        assert masked.length_B.tolist() == packed.length_B.tolist()
+        for row, number in enumerate(packed.length_B.tolist()):
+            assert torch.equal(masked.slots[row, :number], packed.slots[row, :number])
+            torch.testing.assert_close(masked.keys[row, :, :number], packed.keys[row, :, :number])
+            torch.testing.assert_close(masked.values[row, :, :number], packed.values[row, :, :number])
+
+
 @pytest.mark.parametrize("routing", ["expert_choice", "token_choice"])
 def test_noise_changes_whom_experts_take_and_not_their_thresholds(device, runs, routing):
     fields = {"training_routing": routing, "routing_warmup_steps": 0, "gumbel_noise": 5.0}
