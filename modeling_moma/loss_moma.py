@@ -13,6 +13,7 @@ from torch import nn
 
 from .configuration_moma import MomaConfig
 from .cpu_moma import gradients_again, is_on_cpu, is_transformed
+from .errors_moma import InputError
 from .token_groups_moma import token_modalities
 
 
@@ -82,7 +83,12 @@ def causal_lm_loss(
             label of positions without a loss.
         kwargs (`Any`):
             further arguments of `loss_function`, not used.
+
+    Raises:
+        ValueError: there are not as many labels as logits.
     """
+    states_NS = states.reshape(-1, states.shape[-1])
+    _check_labels(labels, shift_labels, states)
     target_N = _targets(labels, shift_labels, attention_mask, ignore_index, states.device)
     # -1 where no loss is wanted
     modality_N = torch.where(target_N != ignore_index, token_modalities(config, target_N), -1)
@@ -95,7 +101,6 @@ def causal_lm_loss(
         weighted_N, loss_N = token_terms(logits_NV, part_N, weights, z_loss_coef, ignore_index)
         return weighted_N.sum(), loss_N.detach()
 
-    states_NS = states.reshape(-1, states.shape[-1])
     if head is None:
         total, loss_N = terms(states_NS, slice(None))
     else:
@@ -156,6 +161,15 @@ def _weights(config: MomaConfig, modality_N: torch.Tensor) -> torch.Tensor:
     return weight_N
 
 
+def _check_labels(labels: torch.Tensor | None, shift_labels: torch.Tensor | None, states: torch.Tensor) -> None:
+    name, given = ("labels", labels) if shift_labels is None else ("shift_labels", shift_labels)
+    if given is not None and given.numel() != states.shape[:-1].numel():
+        raise InputError(
+            f"`{name}` has the shape {tuple(given.shape)}, but there are logits of {tuple(states.shape[:-1])} places, "
+            "of which each needs one label. With `logits_to_keep`, give the labels of what it keeps."
+        )
+
+
 def _targets(
     labels: torch.Tensor | None,
     shift_labels: torch.Tensor | None,
@@ -197,7 +211,7 @@ class _ChunkedTerms(torch.autograd.Function):
         loss_N = torch.empty_like(target_N, dtype=torch.float32)
         log_z_N = torch.empty_like(loss_N)
         # n positions at a time
-        chunks = zip(*(x.split(_TERMS_CHUNK) for x in (logits_NV, target_N1, loss_N, log_z_N)))
+        chunks = zip(*(x.split(_TERMS_CHUNK) for x in (logits_NV, target_N1, loss_N, log_z_N)), strict=True)
         for logits_nV, target_n1, loss_n, log_z_n in chunks:
             logits_nV = logits_nV.float()
             loss_n.copy_(nn.functional.cross_entropy(logits_nV, target_n1.squeeze(1), reduction="none"))
@@ -221,7 +235,7 @@ class _ChunkedTerms(torch.autograd.Function):
         logits_grad_NV = torch.empty_like(logits_NV)
         values = logits_NV, logits_grad_NV, target_N1, log_z_N.unsqueeze(1), scale_N1, target_grad_N1
         for logits_nV, logits_grad_nV, target_n1, log_z_n1, scale_n1, target_grad_n1 in zip(
-            *(x.split(_TERMS_CHUNK) for x in values)
+            *(x.split(_TERMS_CHUNK) for x in values), strict=True
         ):
             # a copy also where they are fp32
             softmax_nV = logits_nV.to(torch.float32, copy=True).sub_(log_z_n1).exp_()

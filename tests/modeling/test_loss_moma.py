@@ -7,6 +7,7 @@ import torch
 from helpers.reference import trainable
 from helpers.tiny import mixed_ids, tiny_model
 from modeling_moma import cpu_moma, loss_moma
+from modeling_moma.errors_moma import InputError
 
 
 @pytest.mark.parametrize("fields", [{}, {"z_loss_coef": 0.01, "modality_loss_weights": {"text": 3.0}}])
@@ -38,6 +39,19 @@ def test_loss_without_logits_is_the_loss_with_them(monkeypatch, fields, tied, nu
     with torch.no_grad():
         outputs = [model.eval()(ids, labels=ids, skip_logits=skip_logits) for skip_logits in (False, True)]
     torch.testing.assert_close(outputs[1].loss, outputs[0].loss)
+
+
+@pytest.mark.parametrize("skip_logits", [False, True])
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("name", ["labels", "shift_labels"])
+@pytest.mark.parametrize("num_labels", [8, 64])
+def test_labels_that_do_not_fit_the_logits_are_refused(name, num_labels, training, skip_logits):
+    model, ids = tiny_model().train(training), mixed_ids(1, 64)
+    labels = {name: mixed_ids(1, num_labels)}
+    given = {"logits_to_keep": 32, "skip_logits": skip_logits, "use_cache": False}
+    with pytest.raises(InputError, match=rf"`{name}` has the shape \(1, {num_labels}\), .* \(1, 32\)"):
+        model(ids, **given, **labels)
+    assert model(ids, **given, **{name: ids[:, 32:]}).loss.isfinite()
 
 
 def test_loss_without_logits_holds_those_of_a_chunk():
