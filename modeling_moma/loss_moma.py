@@ -105,6 +105,9 @@ def causal_lm_loss(
         total, loss_N = terms(states_NS, slice(None))
     else:
         parameters = [parameter for parameter in head.parameters() if parameter.requires_grad]
+        if not torch.is_grad_enabled():
+            # inside of a function of autograd, what its inputs say is all that is known
+            states_NS, parameters = states_NS.detach(), []
         chunk_size = CHUNK
         if not is_on_cpu(states):
             chunk_size = max(CHUNK, _CHUNK_BYTES // (config.vocab_size * torch.float32.itemsize))

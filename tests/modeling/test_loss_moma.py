@@ -54,6 +54,27 @@ def test_labels_that_do_not_fit_the_logits_are_refused(name, num_labels, trainin
     assert model(ids, **given, **{name: ids[:, 32:]}).loss.isfinite()
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("training", [False, True])
+def test_without_gradients_no_backward_of_the_head_runs(monkeypatch, mode, training):
+    monkeypatch.setattr(loss_moma, "CHUNK", 5)
+    model, ids = tiny_model().train(training), mixed_ids()
+    states = model.model(ids, use_cache=False).last_hidden_state
+    expected = loss_moma.causal_lm_loss(model.config, states, ids, training, head=model.lm_head)
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("a gradient was asked for")
+
+    monkeypatch.setattr(torch.autograd, "grad", refuse)
+    with mode():
+        found = loss_moma.causal_lm_loss(model.config, states, ids, training, head=model.lm_head)
+        output = model(ids, labels=ids, use_cache=False, skip_logits=True)
+    assert expected.loss.requires_grad and not found.loss.requires_grad and not output.loss.requires_grad
+    torch.testing.assert_close(found.loss, expected.loss.detach())
+    for name, loss in expected.modality_losses.items():
+        torch.testing.assert_close(found.modality_losses[name], loss)
+
+
 def test_loss_without_logits_holds_those_of_a_chunk():
     from benchmarks.speed.profiles import PeakMemory
 
