@@ -255,8 +255,11 @@ def batch_thresholds(scores_CN: torch.Tensor, kth_C: torch.Tensor) -> torch.Tens
 
 
 def lower_scores(scores: torch.Tensor, kth: torch.Tensor) -> torch.Tensor:
-    """Return the scores that are lower than the K-th best by more than rounding, and -1 elsewhere."""
-    return torch.where(scores < kth * (1 - _ROUNDING), scores, -1.0)
+    """Return the scores that are lower than the K-th best by more than rounding, and -1 elsewhere.
+
+    What is no number stays, so that the threshold of such scores is none either.
+    """
+    return torch.where(scores >= kth * (1 - _ROUNDING), -1.0, scores)
 
 
 def thresholds_between(kth_C: torch.Tensor, lower_C: torch.Tensor) -> torch.Tensor:
@@ -670,7 +673,8 @@ def _without_skipping(is_taken_NE: torch.Tensor, router: MomaRouter, context: Ro
 def update_routers(context: RoutingContext, bias_update_rate: float):
     """Move thresholds and balance biases after a training forward, averaged over all processes in one collective.
 
-    A process without tokens of a group does not count in that group's average.
+    A process without tokens of a group does not count in that group's average, and neither does one with scores that
+    are no numbers: the step that had them may be skipped, and a threshold would stay what it has become.
 
     Args:
         context (`RoutingContext`):
@@ -701,11 +705,11 @@ class RouterStack:
         routers (`list[MomaRouterBase]`):
             one after the other, with `S` thresholds in all.
         threshold_S (`torch.Tensor`):
-            of this batch alone.
+            of this batch alone; of no meaning where the count is 0.
         load_deficit_S (`torch.Tensor`, *optional*):
             see [`RouterStatistics`], `[S]` or `[M, S]`.
         count_S (`torch.Tensor`):
-            processes that had tokens to judge by.
+            processes that had tokens to judge by, and finite scores.
     """
 
     routers: list[MomaRouterBase]
@@ -715,18 +719,20 @@ class RouterStack:
 
     @classmethod
     def of(cls, pairs: list[tuple[MomaRouterBase, RouterStatistics]], moves_bias: bool) -> "RouterStack":
-        """Stack what the routers saw; load deficits only where biases move."""
+        """Stack what the routers saw; load deficits only where biases move. No count is left to what is no number."""
         kth_S = torch.cat([each.kth_C for _, each in pairs])
         lower_S = torch.cat([each.lower_C for _, each in pairs])
         deficits: Any = [each.load_deficit_C for _, each in pairs]
         sizes = [each.kth_C.shape[0] for _, each in pairs]
         ones_C = kth_S.new_ones(max(sizes))
         counts = [ones_C[:size] if each.count_C is None else each.count_C for size, (_, each) in zip(sizes, pairs)]
+        threshold_S = thresholds_between(kth_S, lower_S)
         return cls(
             [router for router, _ in pairs],
-            thresholds_between(kth_S, lower_S),
+            threshold_S,
             torch.cat(deficits, dim=-1) if moves_bias else None,
-            torch.cat(counts),
+            # only what is no number is not 0 or more, where there are tokens
+            torch.cat(counts) * (threshold_S >= 0),
         )
 
     def update(self, state: dict[Any, RouterState], bias_update_rate: float) -> None:
@@ -763,7 +769,9 @@ def _average_over_processes(stacks: list[RouterStack]) -> None:
     rows = []
     for stack in stacks:
         figures = (stack.threshold_S, stack.load_deficit_S)
-        rows += [row_S * stack.count_S for row_S in figures if row_S is not None] + [stack.count_S]
+        # a product with 0 would keep what is no number
+        parts = [torch.where(stack.count_S > 0, row_S * stack.count_S, 0.0) for row_S in figures if row_S is not None]
+        rows += [*parts, stack.count_S]
     flat = torch.cat([row.to(device).flatten() for row in rows])
     dist.all_reduce(flat)
     pieces = (part.view_as(row) for part, row in zip(flat.split([row.numel() for row in rows]), rows))

@@ -144,8 +144,11 @@ def _mean_thresholds(
     sums = {name: torch.zeros(2, *router.threshold.shape, dtype=torch.float64) for name, router in routers.items()}
 
     def observe(record: RouterRecord):
-        count_C = record.count_C.cpu().double()
-        sums[record.name] += torch.stack([threshold_of(record).cpu().double() * count_C, count_C])
+        threshold_C = threshold_of(record).cpu().double()
+        # scores that are no numbers have no vote
+        is_finite_C = threshold_C.isfinite() & record.threshold_C.cpu().isfinite()
+        count_C = record.count_C.cpu().double() * is_finite_C
+        sums[record.name] += torch.stack([threshold_C.nan_to_num() * count_C, count_C])
 
     run_observed(model, batches, observe, routing)
     thresholds = {}
@@ -153,7 +156,10 @@ def _mean_thresholds(
         if not count_C.all():
             pools = model.config.depth_pools if isinstance(routers[name], MomaDepthRouter) else []
             silent = [pool for pool, votes in zip(pools, count_C) if not votes] if len(pools) > 1 else ""
-            logger.warning(f"No batch had tokens for {name} {silent or ''}: what had no vote keeps its threshold.")
+            logger.warning(
+                f"No batch had tokens with finite scores for {name} {silent or ''}: what had no vote keeps its "
+                "threshold."
+            )
         like_C = routers[name].threshold
         thresholds[name] = ((sum_C / count_C.clamp(min=1)).to(like_C), count_C.to(like_C))
     return thresholds

@@ -167,6 +167,18 @@ def test_what_never_had_a_token_keeps_its_threshold_and_is_named(calibrate, capl
 
 
 @pytest.mark.parametrize("calibrate", [calibrate_thresholds, calibrate_auxiliary_thresholds])
+@pytest.mark.parametrize(("name", "num_places"), [("4t4i", 1), ("depth", 12)])
+def test_a_batch_whose_scores_are_no_numbers_has_no_vote(name, num_places, calibrate):
+    model, batches = build(name), padded_batches()
+    embeds = model.get_input_embeddings()(mixed_ids()).detach()
+    embeds[:, :num_places] = torch.inf
+    calibrate(model, batches)
+    expected = state_of(model)
+    calibrate(model, [*batches, {"inputs_embeds": embeds}])
+    assert not changed_keys(expected, model)
+
+
+@pytest.mark.parametrize("calibrate", [calibrate_thresholds, calibrate_auxiliary_thresholds])
 def test_a_batch_that_raises_leaves_the_model_as_it_was(calibrate):
     model = build("depth").train()
     before = state_of(model)

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 import math
 from fractions import Fraction
+from functools import partial
+from itertools import product
 
 import pytest
 import torch
@@ -18,6 +20,7 @@ from helpers.reference import (
     trainable,
 )
 from helpers.tiny import mixed_ids, randomize_auxiliary, tiny_config, tiny_model
+from modeling_moma import routing_moma
 from modeling_moma.configuration_moma import RULES, rule_names
 from modeling_moma.modeling_moma import MomaFeedForward
 from modeling_moma.routing_moma import MomaRouter
@@ -216,6 +219,60 @@ def test_the_threshold_is_the_running_mean_of_the_cuts(routing):
         for router, value in zip(routers, expected):
             assert torch.allclose(router.threshold, value, atol=1e-6)
             assert router.num_updates == step + 1
+
+
+DEPTH = {**GROUPS["4t4i"], "num_hidden_layers": 3, "depth_layers": [0, 2], "depth_capacity": 0.5}
+OVERFLOWING = {
+    "8x": GROUPS["8x"],
+    "4t4i": GROUPS["4t4i"],
+    "depth": DEPTH,
+    "depth_by_row": {**DEPTH, "depth_pool": "row", "depth_capacity": {"text": 0.3, "image": 0.6}},
+}
+
+
+def train_step(model, ids, added=0.0):
+    """A training forward, and what routers keep of it; `added` comes to one token."""
+    embeds = model.get_input_embeddings()(ids).detach()
+    embeds[0, 3] += added
+    model(inputs_embeds=embeds, mm_token_type_ids=token_modalities(model.config, ids), use_cache=False)
+    return {name: buffer.clone() for name, buffer in model.named_buffers() if "router." in name}
+
+
+@pytest.mark.parametrize("num_steps", [0, 2])
+@pytest.mark.parametrize(
+    ("name", "routing"),
+    [*product(OVERFLOWING, rule_names(may_train=True)), ("8x_by_modality", "token_choice")],
+)
+def test_scores_that_are_no_numbers_move_no_router(name, routing, num_steps):
+    fields = {**GROUPS["8x"], "balance_bias_by_modality": True} if name == "8x_by_modality" else OVERFLOWING[name]
+    model, ids = tiny_model(**fields, training_routing=routing), mixed_ids()
+    before = {name: buffer.clone() for name, buffer in model.named_buffers() if "router." in name}
+    for _ in range(num_steps):
+        before = train_step(model, ids)
+    after = train_step(model, ids, math.inf)
+    assert all(buffer.isfinite().all() for buffer in after.values())
+    for key, buffer in after.items():
+        # depth layers pass such tokens by, of which there is one alone in the first layer
+        if not model.config.depth_layers or "layers.1." in key or "layers.2.depth_router" in key:
+            assert torch.equal(buffer, before[key]), key
+    moved = train_step(model, ids)
+    updates = [moved[key] for key in moved if "layers.1." in key and key.endswith("num_updates")]
+    assert updates and all(number == num_steps + 1 for number in updates)
+
+
+@pytest.mark.parametrize("routing", ["expert_choice", "token_choice"])
+def test_a_process_whose_scores_are_no_numbers_does_not_count(monkeypatch, routing):
+    build, ids, sent = partial(tiny_model, **DEPTH, training_routing=routing), mixed_ids(), []
+    expected = train_step(build(), ids)
+    monkeypatch.setattr(routing_moma, "is_distributed", lambda: True)
+    monkeypatch.setattr(routing_moma.dist, "all_reduce", lambda flat: sent.append(flat.clone()))
+    train_step(build(), ids.flip(0), math.inf)
+    assert sent[0].isfinite().all()
+    monkeypatch.setattr(routing_moma.dist, "all_reduce", lambda flat: flat.add_(sent[0]))
+    found = train_step(build(), ids)
+    for key, buffer in expected.items():
+        if "layers.1." in key or "depth_router" in key:
+            torch.testing.assert_close(found[key], buffer, msg=key)
 
 
 def test_threshold_in_its_warm_up_takes_as_many_of_equal_tokens_as_expert_choice():
