@@ -9,7 +9,7 @@ Shape suffixes: B rows, T positions, V vocabulary.
 """
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -196,6 +196,8 @@ INTERLEAVED = "interleaved"
 GENERATION_MODES = (TEXT, IMAGE, INTERLEAVED)
 # new tokens that the stock loop generates by default
 STOCK_NEW_TOKENS = 20
+# options that say how much is generated; the stock loop heeds the second where the first is nowhere
+LENGTHS = ("max_new_tokens", "max_length")
 GRAMMAR = (FrameLogitsProcessor, TextOnlyLogitsProcessor)
 
 
@@ -228,8 +230,8 @@ class MomaGenerationMixin(GenerationCompat):
                 - `"text"` (also `None`): no token of another modality.
                 - `"image"`, or another modality of `config.frames`: one frame (an image, a sound) in each row and
                   nothing else. Its begin is written unless the prompt ends with it; a frame that the prompt has begun
-                  is finished. Without `max_new_tokens` or `max_length` the length is what the frame needs; one of
-                  any length may go on to the end of the context.
+                  is finished. Without `max_new_tokens` or `max_length` among the arguments the length is what the
+                  frame needs; one of any length may go on to the end of the context.
                 - `"interleaved"`: text, with frames where the model begins one. A frame that no longer fits into
                   `max_new_tokens` is not begun.
             kwargs (`Any`):
@@ -349,16 +351,18 @@ class MomaGenerationMixin(GenerationCompat):
         """Add what a mode needs to the processors and arguments, and return the generation config with its length."""
         frame = self.config.frames.get(mode)
         width = prompt.shape[1] or kwargs["inputs_embeds"].shape[1]
-        num_new = _new_tokens(width, kwargs.get, generation_config)
-        if frame is not None and num_new is None:
+        is_sized = any(
+            kwargs.get(name) is not None or getattr(generation_config, name, None) is not None for name in LENGTHS
+        )
+        if is_sized or frame is None:
+            num_new = self._new_tokens(width, generation_config, kwargs)
+        else:
             num_new = self._frame_tokens(frame, prompt, width)
             if generation_config is None:
                 kwargs["max_new_tokens"] = num_new
             else:
                 generation_config = copy.deepcopy(generation_config)
                 generation_config.max_new_tokens = num_new
-        elif num_new is None:
-            num_new = _new_tokens(width, {}.get, self.generation_config) or STOCK_NEW_TOKENS
         # a mode of one frame alone ends its rows by a token of the grammar
         stop = -1 if frame is None else self._stop_token(mode, generation_config, kwargs)
         processors += self._grammar(mode, prompt, width, num_new, stop)
@@ -435,6 +439,15 @@ class MomaGenerationMixin(GenerationCompat):
         )
         return next((value for value in sources if value is not None), None)
 
+    def _new_tokens(self, prompt_width: int, generation_config: GenerationConfig | None, kwargs: dict) -> int:
+        """Return how many new tokens the stock loop has room for: a number of them goes before a whole length."""
+        for name, taken in zip(LENGTHS, (0, prompt_width)):
+            # `None` as an argument unsets what a configuration says
+            value = kwargs[name] if name in kwargs else self._option(name, generation_config, {})
+            if value is not None:
+                return value - taken
+        return STOCK_NEW_TOKENS
+
     def _stop_token(self, mode: str, generation_config: GenerationConfig | None, kwargs: dict) -> int:
         for name in ("eos_token_id", "pad_token_id"):
             value = self._option(name, generation_config, kwargs)
@@ -484,19 +497,6 @@ def _check_prompt(prompt: torch.Tensor, kwargs: dict) -> None:
     if isinstance(mask, torch.Tensor) and mask.ndim == 2 and not mask.any(dim=1).all():
         row = int((~mask.any(dim=1)).nonzero()[0])
         raise InputError(f"`attention_mask`: row {row} is all padding; a prompt needs one token at least.")
-
-
-def _new_tokens(
-    prompt_width: int, get_argument: Callable[[str], Any], generation_config: GenerationConfig | None
-) -> int | None:
-    """Return how many new tokens the arguments, or else a generation config, ask for; `None` where neither does."""
-    for get in (get_argument, lambda name: getattr(generation_config, name, None)):
-        if get("max_new_tokens") is not None:
-            return get("max_new_tokens")
-        max_length = get("max_length")
-        if max_length is not None:
-            return max_length - prompt_width
-    return None
 
 
 def _unconditional_prompt(

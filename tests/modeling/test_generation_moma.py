@@ -248,6 +248,30 @@ def test_too_few_new_tokens_raise_with_the_numbers(model):
         model.generate(torch.tensor([[BOS, BEGIN, 110, 111]]), generation_mode="interleaved", max_new_tokens=4)
 
 
+@pytest.mark.parametrize("is_given", [True, False], ids=["given", "models"])
+@pytest.mark.parametrize("mode", ["image", "interleaved"])
+def test_a_configured_number_of_new_tokens_goes_before_a_length(is_given, mode):
+    torch.manual_seed(0)
+    model = MomaForCausalLM(make_config()).eval()
+    call = {"generation_mode": mode, "max_length": 60, "do_sample": False, "sequence_bias": {(BEGIN,): 90.0}}
+    config = GenerationConfig(eos_token_id=EOS, pad_token_id=PAD) if is_given else model.generation_config
+    if is_given:
+        call["generation_config"] = config
+    ids = torch.tensor([[BOS, 20, 21]])
+    config.max_new_tokens = LENGTH + 2
+    out = model.generate(ids, **call)
+    assert out.shape == (1, 3 + LENGTH + 2)
+    assert_grammar(out)
+    config.max_new_tokens = 4
+    # an argument of `None` unsets it
+    assert_grammar(model.generate(ids, max_new_tokens=None, **call))
+    if mode == "image":
+        with pytest.raises(ValueError, match=r"needs 8 new tokens, but there is room for 4"):
+            model.generate(ids, **call)
+    else:
+        assert not (model.generate(ids, **call) == BEGIN).any()
+
+
 def test_image_beyond_the_context_raises_before_generating(model):
     with pytest.raises(ValueError, match=r"A prompt of 90 positions .* needs 8 new tokens .*max_position_embeddings"):
         model.generate(torch.full((1, 90), 30), generation_mode="image")
