@@ -302,10 +302,10 @@ class DocumentSearch:
             _check_lengths(self.lengths, self.num_rows)
             self._ask_of_lengths(self.lengths[FLASH_LENGTHS[0]])
         elif position_ids is not None:
-            # a tensor comes from a static cache that holds something
-            is_later = isinstance(past_length, torch.Tensor) or past_length > 0
-            if is_later and attention_mask is None:
-                self.questions["restarts"] = (position_ids[:, 0] == 0).sum()
+            # a tensor, which comes from a static cache and may be 0 after `reset()`, is not read here
+            may_be_later = isinstance(past_length, torch.Tensor) or past_length > 0
+            if may_be_later and attention_mask is None:
+                self.questions["restarts"] = ((position_ids[:, 0] == 0) & (past_length > 0)).sum()
             if self.length > 1:
                 self._ask_of_positions(position_ids.expand(self.num_rows, -1))
         else:
