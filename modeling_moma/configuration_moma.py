@@ -510,7 +510,8 @@ class MomaConfig(PreTrainedConfig):
         Args:
             active (`bool`, *optional*, defaults to `False`):
                 Count only what a token meets on average: `c` experts of its group (`expert_capacity_factor`; more with
-                `cover_all_tokens`), and of a depth layer the share `depth_capacity`.
+                `cover_all_tokens`), or `num_experts_per_tok` where `inference_routing` is `"token_choice"`, and of a
+                depth layer the share `depth_capacity`.
             modality (`str`, *optional*):
                 The token's modality for `active=True`. By default the largest count over the modalities.
             exclude_norms_and_routers (`bool`, *optional*, defaults to `False`):
@@ -620,7 +621,11 @@ def _group(config: MomaConfig, group: str, active: bool, exclude_routers: bool) 
     if num_experts == 1:
         return expert + shared
     router = 0 if exclude_routers else router_parameters(config, num_experts)
-    used = config.group_experts_per_token(group) if active else num_experts
+    used = num_experts
+    if active:
+        # while the routing module is not imported, no rule is known
+        rule = RULES.get(config.inference_routing)
+        used = config.group_experts_per_token(group) if rule is None else rule.experts_per_token(config, group)
     return used * expert + shared + router
 
 

@@ -8,7 +8,7 @@ parameter. Gathered weights, FSDP's gradients on the wire and activations of mat
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ..configuration_moma import MomaConfig, attention_parameters, router_parameters
+from ..configuration_moma import MomaConfig, attention_parameters, router_parameters, rule_of
 from .costs import check_config, group_of
 from .layouts import Layout
 
@@ -130,7 +130,8 @@ def activation_bytes(config: MomaConfig, tokens: int, tensor: int = 1, checkpoin
     """Return the bytes that the backward pass needs under autocast to bf16, with attention that stores no scores.
 
     The peak is where the logits' gradient is made: fp32 logits, their log-softmax and the gradient of each use of
-    them. The residual stream, norms and routers are fp32. `expert_choice` routing and modalities equally frequent.
+    them. The residual stream, norms and routers are fp32. Modalities are equally frequent; a token meets as many
+    experts as under `training_routing`, which keep what they keep under `expert_choice`.
 
     Args:
         config (`MomaConfig`):
@@ -165,18 +166,26 @@ def mean_over_modalities(config: MomaConfig, of_modality: Callable[[str], float]
 
 
 def experts_per_token(config: MomaConfig) -> float:
-    """Return packed experts that a token meets on average, modalities equally frequent; 0 without packed experts."""
+    """Return packed experts that a token meets in training on average; 0 without packed experts.
+
+    Modalities are taken to be equally frequent.
+
+    Args:
+        config (`MomaConfig`):
+            the model.
+    """
     check_config(config)
+    rule = rule_of(config.training_routing)
 
     def used(modality: str) -> float:
         group = group_of(config, modality)
-        return config.group_experts_per_token(group) if config.group_num_experts(group) > 1 else 0
+        return rule.experts_per_token(config, group) if config.group_num_experts(group) > 1 else 0
 
     return mean_over_modalities(config, used)
 
 
 def _layer_bytes(config: MomaConfig, tensor: int) -> float:
-    width = config.hidden_size
+    width, rule = config.hidden_size, rule_of(config.training_routing)
     heads = (config.num_attention_heads + config.num_key_value_heads) * config.head_dim
     # norms of the residual stream and what they norm; the inputs of projections
     stream = width * (7 * BF16 + 2 * FP32 + (FP32 if config.norm_placement == "pre" else 0))
@@ -192,7 +201,7 @@ def _layer_bytes(config: MomaConfig, tensor: int) -> float:
     def feed_forward(modality: str) -> tuple[float, float]:
         group = group_of(config, modality)
         routed = config.group_num_experts(group) > 1
-        used = config.group_experts_per_token(group) if routed else 1
+        used = rule.experts_per_token(config, group) if routed else 1
         shared = config.group_shared_intermediate_size(group) + config.common_shared_intermediate_size
         # the router's input; for each chosen token its place in the experts' input, output and sum
         dispatched = FP32 + (3 * used - 2) * BF16 if routed else 0

@@ -10,6 +10,7 @@ from huggingface_hub.errors import StrictDataclassClassValidationError, StrictDa
 
 from helpers.reference import GROUPS
 from helpers.tiny import IMAGE_IDS, tiny_config
+from modeling_moma import configuration_moma
 from modeling_moma.configuration_moma import PRESET_EXPERTS, MomaConfig
 from modeling_moma.modeling_moma import MomaForCausalLM
 
@@ -252,6 +253,26 @@ def test_active_parameters_are_those_of_the_dense_model():
         config = MomaConfig.from_preset(f"moma-90m-{experts}")
         routers = config.num_hidden_layers * config.hidden_size * (8 if experts == "8x" else 4)
         assert config.num_parameters(active=True) == dense + (0 if experts == "1t1i" else routers)
+
+
+@pytest.mark.parametrize("k", [1, 2, 4])
+def test_active_parameters_count_the_experts_of_each_token(k):
+    fields = {"hidden_size": 16, "intermediate_size": 32, "num_experts": 4}
+    for training in ("expert_choice", "token_choice"):
+        rules = {"training_routing": training, "inference_routing": "token_choice"}
+        config = tiny_config(**fields, **rules, num_experts_per_tok=k, expert_capacity_factor=3.0)
+        unused = config.num_hidden_layers * (4 - k) * 3 * 16 * 32
+        assert config.num_parameters(active=True) == config.num_parameters() - unused
+    # other rules do not read it
+    by_threshold = tiny_config(**fields, num_experts_per_tok=k)
+    assert by_threshold.num_parameters(active=True) == tiny_config(**fields).num_parameters(active=True)
+
+
+def test_active_parameters_count_before_any_rule_is_known(monkeypatch):
+    config = tiny_config(num_experts=4)
+    before = config.num_parameters(active=True)
+    monkeypatch.setattr(configuration_moma, "RULES", {})
+    assert config.num_parameters(active=True) == before
 
 
 def test_auxiliary_routers_count_as_routers():

@@ -39,6 +39,8 @@ CONFIGS = {
     "depth": {"depth_layers": [0, 2], "auxiliary_routers": True},
     "half_depth": {"depth_layers": [0, 2], "depth_capacity": 0.5, "num_experts": 1},
 }
+# keeps more than experts with equal shares
+TWO_PER_TOKEN = {"training_routing": "token_choice", "num_experts_per_tok": 2}
 TOKENS = 512
 LAYOUTS = [Layout(), Layout(8), Layout(1, 8), Layout(2, 4), Layout(2, 4, 1, 4), Layout(1, 2, 2, 2)]
 
@@ -149,9 +151,9 @@ def test_activations_with_checkpointing_are_the_layers_inputs_and_the_logits(mon
     assert difference >= 4 * 2 * 8000 / 2
 
 
-@pytest.mark.parametrize("name", ["4t4i", "8x", "two", "dense", "4t1i"])
+@pytest.mark.parametrize("name", ["4t4i", "8x", "two", "two_per_token", "dense", "4t1i"])
 def test_experts_per_token_are_the_rows_that_experts_of_a_built_model_see(name):
-    config = config_of(name)
+    config = MomaConfig(**SIZES, **TWO_PER_TOKEN) if name == "two_per_token" else config_of(name)
     model = MomaForCausalLM(config).train()
     rows = []
     for module in model.model.layers[0].modules():
@@ -160,6 +162,12 @@ def test_experts_per_token_are_the_rows_that_experts_of_a_built_model_see(name):
     ids = torch.cat([torch.arange(8, 264), torch.arange(520, 776)])[None]
     model(ids)
     assert sum(rows) == experts_per_token(config) * TOKENS
+
+
+def test_activations_grow_with_the_experts_of_each_token():
+    by_two = MomaConfig(**SIZES, **TWO_PER_TOKEN)
+    assert activation_bytes(by_two, TOKENS) == activation_bytes(config_of("two"), TOKENS)
+    assert activation_bytes(by_two, TOKENS) > activation_bytes(config_of("4t4i"), TOKENS)
 
 
 def sent(config, layout, **kwargs):
