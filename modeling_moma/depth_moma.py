@@ -351,11 +351,11 @@ class DepthLayer(nn.Module):
         **kwargs: Unpack[TransformersKwargs],  # pyright: ignore[reportGeneralTypeIssues]
     ) -> torch.Tensor:
         """Map hidden states `[B, T, D]` to those after the layer; tokens that were not chosen stay as they are."""
-        is_recorded = bool(kwargs.get("output_attentions", self.config.output_attentions))
+        has_attentions = bool(kwargs.get("output_attentions", self.config.output_attentions))
         _, selection = self.depth_router(hidden_states, routing_context)
         # weights take part in every training step and wherever processes wait for one another; a recorded layer has
-        # attentions in every step
-        keep_empty_rows = self.training or is_distributed() or is_recorded
+        # attentions and router logits in every step
+        keep_empty_rows = self.training or is_distributed() or routing_context.is_recorded
         # not passed on: position ids count all tokens, those that were not chosen too
         kwargs.pop("position_ids", None)
         lengths: Any = {name: kwargs.pop(name, None) for name in FLASH_LENGTHS}
@@ -373,7 +373,7 @@ class DepthLayer(nn.Module):
         if packing is None:
             self._skip(hidden_states, cache)
             return hidden_states
-        packing.is_recorded, packed_cache = is_recorded, None
+        packing.is_recorded, packed_cache = has_attentions, None
         if cache is not None:
             cache_layer = depth_cache_layer(cache, self.layer_idx)
             packing.slot_RS, packing.past = cache_layer.stored_slots(packing), cache_layer.get_seq_length()

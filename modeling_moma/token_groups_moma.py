@@ -335,6 +335,8 @@ class RoutingContext:
             in what form a selection has its pairs.
         takes_hints (`bool`, *optional*, defaults to `False`):
             whether the experts implementation makes use of what a selection knows of its pairs.
+        is_recorded (`bool`, *optional*, defaults to `False`):
+            whether router logits or attentions are asked for: a layer has an entry also where it chooses no token.
         masks_depth (`bool`, *optional*, defaults to `False`):
             whether depth layers run all tokens and mask those that they have not chosen, in place of a device sync for
             their number. With a cache they do so for one token alone.
@@ -365,6 +367,7 @@ class RoutingContext:
         runs_all_groups: bool = True,
         pairs: PairForm = PairForm.COUNTED,
         takes_hints: bool = False,
+        is_recorded: bool = False,
         masks_depth: bool = False,
         skipping_BT: torch.Tensor | None = None,
     ):
@@ -378,7 +381,7 @@ class RoutingContext:
         self.custom_mask_BHQS = custom_mask_BHQS
         self.lengths = lengths
         self.runs_all_groups, self.pairs, self.takes_hints = runs_all_groups, pairs, takes_hints
-        self.masks_depth, self.skipping_BT = masks_depth, skipping_BT
+        self.is_recorded, self.masks_depth, self.skipping_BT = is_recorded, masks_depth, skipping_BT
         self.statistics: dict[Any, RouterStatistics] = {}
         self.state: dict[Any, RouterState] = {}
         self.noise: dict[Any, torch.Tensor] = {}
@@ -493,7 +496,7 @@ class RoutingContext:
 
     def _copy(self, **changes: Any) -> "RoutingContext":
         names = ("routing", "split", "track", "depth_routing", "runs_all_groups", "pairs", "takes_hints")
-        names += ("masks_depth", "skipping_BT", *_TENSORS)
+        names += ("is_recorded", "masks_depth", "skipping_BT", *_TENSORS)
         return RoutingContext(**{**{name: getattr(self, name) for name in names}, **changes})
 
     def _view(self, **changes: Any) -> "RoutingContext":
@@ -590,9 +593,9 @@ def routing_of_batch(
     # the caller gives `input_ids` or `inputs_embeds`
     inputs: torch.Tensor = input_ids if input_ids is not None else inputs_embeds  # pyright: ignore[reportAssignmentType]
     past_length = seen_positions(cache)
-    records = is_recorded or given.get("output_attentions", config.output_attentions)
+    has_records = is_recorded or bool(given.get("output_attentions", config.output_attentions))
     masks_depth = pairs is not PairForm.COUNTED and _may_mask_depth(
-        config, inputs, attention_mask, cache, routing, is_training, bool(records)
+        config, inputs, attention_mask, cache, routing, is_training, has_records
     )
     # a cache gives its length as a tensor only if it is static and holds something
     may_fix = _may_fix_shapes(config, inputs, routing, is_training)
@@ -640,6 +643,7 @@ def routing_of_batch(
         runs_all_groups=is_training or has_gradients or is_distributed() or is_recorded,
         pairs=pairs,
         takes_hints=takes_hints,
+        is_recorded=has_records,
         masks_depth=masks_depth,
     )
     if config.depth_layers:

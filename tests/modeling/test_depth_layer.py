@@ -307,3 +307,22 @@ def test_attention_weights_are_there_when_no_token_is_chosen():
         attentions = model(part, cache=cache, output_attentions=True).attentions
         assert [tuple(weights.shape) for weights in attentions] == [(2, 2, part.shape[1], seen)] * 3
         assert not attentions[0].any() and attentions[1].any()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("threshold", [0.0, 0.5, 2.0], ids=["all chosen", "some chosen", "none chosen"])
+def test_every_layer_gives_router_logits_whoever_is_chosen(threshold):
+    model, ids = depth_model().eval(), mixed_ids(2, 6)
+    routers = [model.model.layers[index].depth_router for index in model.config.depth_layers]
+    for router in routers:
+        router.threshold.fill_(threshold)
+    num_groups = len(model.config.expert_groups)
+    cache, plain = (DynamicCache(config=model.config) for _ in range(2))
+    for part in (ids[:, :5], ids[:, 5:]):
+        output = model(part, cache=cache, output_router_logits=True)
+        assert len(output.router_logits) == model.config.num_hidden_layers * num_groups
+        assert_near(output.logits, model(part, cache=plain).logits, 1e-5)
+        first = output.router_logits[:num_groups]
+        if threshold != 0.5:
+            assert sum(logits.shape[0] for logits in first) == (part.numel() if threshold == 0 else 0)
+        assert output.attentions is None
