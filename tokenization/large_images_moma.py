@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Images of many millions of pixels: decoded at a smaller size where the format can, else averaged band by band."""
+"""Images that take much to decode: many millions of pixels become fewer, and the scans of a JPEG are counted."""
 
 import math
+import re
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -16,6 +17,8 @@ LEAST_SIDE = 2048
 # Pixels of one band: only a band at a time is converted, which bounds the memory.
 _BAND_PIXELS = 2**20
 _EXIF_ORIENTATION = 0x0112
+# Marker of a JPEG that a segment follows, or its end; restarts and escaped bytes of pixels have none.
+_MARKER = re.compile(rb"\xff([\xc0-\xcf\xd9-\xfe])")
 # Modes of Pillow whose values can be averaged without a conversion.
 _AVERAGED = ("L", "LA", "RGB", "RGBA", "CMYK", "YCbCr")
 
@@ -46,6 +49,26 @@ def load_reduced(image: Image.Image) -> None:
         # only JPEG is decoded at a smaller size, other formats ignore it
         image.draft(None, (image.width // factor, image.height // factor))
     image.load()
+
+
+def jpeg_scans(content: bytes) -> int:
+    """Count the scans of a JPEG, each of which a decoder passes over the whole image for.
+
+    Args:
+        content (`bytes`):
+            The file; what follows the end of its first image is not read.
+
+    Returns:
+        `int`: 1 for most images, some 10 for a progressive one; 0 where this is no JPEG.
+    """
+    if not content.startswith(b"\xff\xd8"):
+        return 0
+    scans, position = 0, 0
+    while (marker := _MARKER.search(content, position)) is not None and marker[1] != b"\xd9":
+        scans += marker[1] == b"\xda"
+        # a thumbnail within a segment is no scan of the image
+        position = marker.end() + max(2, int.from_bytes(content[marker.end() : marker.end() + 2], "big"))
+    return scans
 
 
 def shrink_by_averaging(image: Image.Image, factor: int) -> Image.Image:
@@ -122,6 +145,7 @@ def to_8_bits(image: Image.Image) -> Image.Image:
 __all__ = [
     "LEAST_SIDE",
     "MOST_PIXELS",
+    "jpeg_scans",
     "load_reduced",
     "shrink_factor",
     "shrink_by_averaging",

@@ -11,6 +11,7 @@ from PIL import Image
 
 from tokenization.audio_codecs_moma import AUDIO
 from tokenization.audio_input_moma import SoundError, read_sound
+from tokenization.large_images_moma import jpeg_scans
 
 from .errors import RequestError, short, short_name
 from .limits import (
@@ -20,6 +21,7 @@ from .limits import (
     MAX_PIXELS,
     MAX_PIXELS_TOGETHER,
     MAX_SAMPLES,
+    MAX_SCANS,
     MAX_SOUNDS,
     MAX_WEB_IMAGES,
 )
@@ -72,9 +74,11 @@ class MessageImage:
         """Open it, which reads its header alone.
 
         Raises:
-            RequestError: an address that is neither of the web nor base64, or no image.
+            RequestError: an address that is neither of the web nor base64, no image, or a JPEG of too many scans.
         """
         content = _decode(self.address, self.field) if self.content is None else self.content
+        if (scans := jpeg_scans(content)) > MAX_SCANS:
+            raise RequestError(self.field, f"{scans} scans are more than {MAX_SCANS}: save the JPEG anew.", 413)
         try:
             return Image.open(io.BytesIO(content), formats=_formats())
         except Image.DecompressionBombError as error:
