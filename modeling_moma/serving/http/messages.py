@@ -22,6 +22,7 @@ from .limits import (
     MAX_PIXELS_TOGETHER,
     MAX_SAMPLES,
     MAX_SCANS,
+    MAX_SIDE,
     MAX_SOUNDS,
     MAX_WEB_IMAGES,
 )
@@ -35,8 +36,9 @@ TEXT_KINDS, IMAGE_KINDS, SOUND_KIND = (
     "input_audio",
 )
 TEXT, IMAGE, SOUND = ("type", "text"), ("type", "image_url", "detail"), ("type", "input_audio")
-# these formats Pillow decodes by itself and people send; its decoders for rare ones are little tested
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
+# these formats Pillow decodes by itself and people send; its decoders for rare ones are little tested, and TIFF may
+# list millions of strips, each of which takes time and memory when the header is read
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "AVIF")
 SOUND_FORMATS = ("wav", "mp3", "flac", "ogg")
 
 
@@ -85,7 +87,8 @@ class MessageImage:
             raise RequestError(self.field, f"the image is too large ({error}).", 413) from error
         # decoders raise any error for damaged images
         except Exception as error:
-            raise RequestError(self.field, f"it is damaged, or no image ({_reason(error)}).") from error
+            known = ", ".join(FORMATS)
+            raise RequestError(self.field, f"it is damaged, or none of {known} ({_reason(error)}).") from error
 
 
 class MessageSound:
@@ -214,6 +217,9 @@ def _read_images(images: Sequence[MessageImage]):
     for image, decoded in zip(images, opened):
         pixels = decoded.width * decoded.height
         together += pixels
+        if max(decoded.size) > MAX_SIDE:
+            what = f"a side of {max(decoded.size):,} pixels is longer than {MAX_SIDE:,}"
+            raise RequestError(image.field, f"{what}: scale it down.", 413)
         if pixels > MAX_PIXELS:
             what = f"{decoded.width} x {decoded.height} pixels are more than {MAX_PIXELS:,}"
             raise RequestError(image.field, f"{what}: scale it down.", 413)

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from modeling_moma.serving.http.errors import RequestError
-from modeling_moma.serving.http.limits import MAX_SCANS
+from modeling_moma.serving.http.limits import MAX_SCANS, MAX_SIDE
 from modeling_moma.serving.http.messages import read_items, read_messages
 
 
@@ -47,3 +47,22 @@ def test_what_a_jpeg_brings_beside_its_pixels_is_no_scan():
     content = as_file(Image.new("RGB", (64, 64), "red"), "JPEG", comment=markers, exif=b"Exif\0\0" + markers)
     # a camera appends a film
     assert read(content + markers).size == (64, 64)
+
+
+@pytest.mark.parametrize("size", [(1, MAX_SIDE + 1), (MAX_SIDE + 1, 1)])
+def test_image_of_a_long_side_is_refused(size):
+    with pytest.raises(RequestError, match="a side of 16,385 pixels is longer than 16,384") as refusal:
+        read(as_file(Image.new("L", size), "PNG"))
+    assert (refusal.value.field, refusal.value.status) == (FIELD, 413)
+    assert read(as_file(Image.new("L", (1, MAX_SIDE)), "PNG")).size == (1, MAX_SIDE)
+
+
+def test_tiff_is_refused_and_the_formats_that_are_read_are_named():
+    with pytest.raises(RequestError, match="none of PNG, JPEG, WEBP, GIF, BMP, AVIF") as refusal:
+        read(as_file(Image.new("L", (4, 4)), "TIFF"))
+    assert (refusal.value.field, refusal.value.status) == (FIELD, 400)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "MPO"])
+def test_images_of_usual_formats_are_read(kind):
+    assert read(as_file(Image.new("RGB", (4, 4), "red"), kind)).size == (4, 4)
