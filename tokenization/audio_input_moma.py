@@ -18,6 +18,8 @@ from .processor_errors_moma import InputError
 # A compressed file of hours is small, and its samples are not.
 MAX_SECONDS = 600
 MAX_SAMPLES = 1 << 26
+# Of a sound's own rate: at one sample a second, the few of ten minutes would become millions.
+MIN_RATE, MAX_RATE = 1_000, 384_000
 _REMOTE = ("http://", "https://", "data:audio/")
 _EXTRA = 'pip install "modeling-moma[audio]"'
 
@@ -52,13 +54,14 @@ def read_sound(
         root (`str` or `os.PathLike`, *optional*):
             Folder that relative paths start from.
         max_samples (`int`, *optional*, defaults to `MAX_SAMPLES`):
-            Most samples of a file, of all its channels, which are held in memory.
+            Most samples of a file, of all its channels or resampled, which are held in memory.
 
     Returns:
         `np.ndarray` of shape `(num_samples,)`: float32, channels averaged.
 
     Raises:
-        ValueError: the sound is missing, empty, damaged, not finite, longer than ten minutes or too large.
+        ValueError: the sound is missing, empty, damaged, not finite, longer than ten minutes or too large, or has a
+            rate below 1,000 or above 384,000.
         ImportError: a file is to be read and the extra `audio` is not installed.
     """
     rate = None
@@ -71,6 +74,8 @@ def read_sound(
     if isinstance(item, (bytes, bytearray, str, os.PathLike)):
         samples = _read_file(item, sampling_rate, root, max_samples)
     else:
+        if rate:
+            _check_rate(rate)
         samples = _resampled(_read_samples(item), rate or sampling_rate, sampling_rate)
     if not len(samples):
         raise SoundError("sound empty", "it has no samples")
@@ -113,10 +118,12 @@ def _read_file(item: Any, sampling_rate: int, root: "str | os.PathLike | None", 
         place, source = repr(str(item)), str(path)
     try:
         with soundfile.SoundFile(source) as file:
+            _check_rate(file.samplerate)
             if file.frames > MAX_SECONDS * file.samplerate:
                 raise SoundError("sound too long", f"{file.frames / file.samplerate:.0f} s, over {MAX_SECONDS}")
-            if file.frames * file.channels > max_samples:
-                raise SoundError("sound too large", f"{file.frames * file.channels:,} samples, over {max_samples:,}")
+            held = max(file.frames * file.channels, file.frames * sampling_rate // file.samplerate)
+            if held > max_samples:
+                raise SoundError("sound too large", f"{held:,} samples, over {max_samples:,}")
             samples, rate = file.read(dtype="float32", always_2d=True).mean(axis=1), file.samplerate
     except SoundError:
         raise
@@ -124,6 +131,12 @@ def _read_file(item: Any, sampling_rate: int, root: "str | os.PathLike | None", 
     except Exception as error:
         raise SoundError("sound damaged", f"{place} cannot be decoded as a sound ({error})") from error
     return _resampled(samples, rate, sampling_rate)
+
+
+def _check_rate(rate: int) -> None:
+    if not MIN_RATE <= rate <= MAX_RATE:
+        what = f"sampling_rate = {rate}: expected {MIN_RATE:,} to {MAX_RATE:,} samples a second"
+        raise SoundError("sound not readable", f"{what}; the header of the file or the field is wrong")
 
 
 def _resampled(samples: np.ndarray, rate: int, wanted: int) -> np.ndarray:
@@ -139,4 +152,4 @@ def _library(name: str) -> Any:
         raise ImportError(f"reading sounds needs {name}: {_EXTRA}.") from error
 
 
-__all__ = ["MAX_SAMPLES", "MAX_SECONDS", "SoundError", "read_sound"]
+__all__ = ["MAX_RATE", "MAX_SAMPLES", "MAX_SECONDS", "MIN_RATE", "SoundError", "read_sound"]

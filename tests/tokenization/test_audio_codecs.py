@@ -83,11 +83,21 @@ def test_channels_are_averaged_and_roots_are_folders(tmp_path):
         (np.array(["a"]), "samples have one axis and are numbers"),
         (np.zeros(601 * RATE, np.int16), "sound too long: 601 s, over 600"),
         (as_file(np.zeros(601 * RATE, np.int16), kind="FLAC"), "sound too long: 601 s, over 600"),
+        (as_file(np.zeros(600, np.int16), rate=1), "sound not readable: sampling_rate = 1: expected 1,000 to 384,000"),
+        (as_file(np.zeros(600, np.int16), rate=384_001), "sound not readable: sampling_rate = 384001"),
+        ({"array": np.zeros(600), "sampling_rate": 1}, "sound not readable: sampling_rate = 1:"),
     ],
 )
 def test_what_is_no_sound_is_refused(item, message):
     with pytest.raises(ValueError, match=message):
         read_sound(item, RATE)
+
+
+def test_samples_count_at_the_rate_that_is_asked_for():
+    content = as_file(np.zeros(1_000, np.int16), rate=1_000)
+    assert len(read_sound(content, 16_000, max_samples=16_000)) == 16_000
+    with pytest.raises(ValueError, match="sound too large: 16,000 samples, over 15,999"):
+        read_sound(content, 16_000, max_samples=15_999)
 
 
 @hypothesis_settings(max_examples=30, deadline=None)
