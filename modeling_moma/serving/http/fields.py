@@ -26,6 +26,7 @@ from .limits import (
     MAX_DEPTH,
     MAX_STOP_CHARACTERS,
     MAX_STOPS,
+    MIN_TEMPERATURE,
     Limits,
 )
 
@@ -58,6 +59,12 @@ def _new_tokens(value: int, info: ValidationInfo) -> int:
     most = _limits(info).max_new_tokens
     if value > most:
         raise _refusal(f"it must be at most {most} (`--max-new-tokens`)")
+    return value
+
+
+def _zero_or_warm(value: float) -> float:
+    if 0 < value < MIN_TEMPERATURE:
+        raise _refusal(f"it must be 0, or at least {MIN_TEMPERATURE}")
     return value
 
 
@@ -122,7 +129,7 @@ class GenerationSettings(_Fields):
     max_new_tokens: NewTokens | None = None
     min_new_tokens: Annotated[int, Field(ge=0), AfterValidator(_new_tokens)] | None = None
     max_time: Annotated[float, Field(gt=0)] | None = None
-    temperature: Annotated[float, Field(gt=0, le=100)] | None = None
+    temperature: Annotated[float, Field(ge=MIN_TEMPERATURE, le=100)] | None = None
     top_k: Annotated[int, Field(ge=0, le=2**20)] | None = None
     top_p: Share | None = None
     min_p: Share | None = None
@@ -140,7 +147,7 @@ class Settings(_Fields):
     """Fields that every kind of request has."""
 
     model: Short | None = None
-    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=2), AfterValidator(_zero_or_warm)] | None = None
     top_p: Share | None = None
     seed: Annotated[int, Field(ge=-MAX_SEED, le=MAX_SEED)] | None = None
     stream: bool = False

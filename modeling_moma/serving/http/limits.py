@@ -39,6 +39,8 @@ MAX_REDIRECTS = 3
 # the search for each stop string begins with a walk over the whole vocabulary
 MAX_STOPS, MAX_STOP_CHARACTERS = 4, 64
 MAX_BEAMS = 4
+# logits are divided by it, and would become infinite
+MIN_TEMPERATURE = 1e-3
 MAX_BIASES = 1024
 # requests are parsed and tokenized in this many threads
 READERS = 2

@@ -1,0 +1,32 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fields of a request: what is refused by its name, and what generation gets."""
+
+import json
+
+import pytest
+
+from modeling_moma.serving.http.errors import RequestError
+from modeling_moma.serving.http.fields import ChatSettings, check_settings
+from modeling_moma.serving.http.limits import Limits
+
+
+def checked(**fields) -> dict:
+    """The body after its check."""
+    check_settings(fields, ChatSettings, Limits(pinned="moma"))
+    return fields
+
+
+@pytest.mark.parametrize("temperature", [1e-310, 1e-38, 9e-4])
+def test_temperature_that_makes_logits_infinite_is_refused(temperature):
+    with pytest.raises(RequestError, match="it must be 0, or at least 0.001") as refusal:
+        checked(temperature=temperature)
+    assert (refusal.value.field, refusal.value.status) == ("temperature", 400)
+    with pytest.raises(RequestError, match="greater than or equal to 0.001") as refusal:
+        checked(generation_config=json.dumps({"do_sample": True, "temperature": temperature}))
+    assert (refusal.value.field, refusal.value.status) == ("generation_config.temperature", 400)
+
+
+def test_temperatures_of_0_and_of_the_least_are_taken():
+    for temperature in (0, 0.0, 1e-3, 2):
+        checked(temperature=temperature)
+    checked(generation_config='{"do_sample": true, "temperature": 0.001}')
