@@ -225,7 +225,8 @@ def check_settings(body: dict[str, Any], kind: type[Settings], limits: Limits):
 
     Args:
         body (`dict[str, Any]`):
-            without nulls; comes back with `stream`, and with fractions where generation takes no whole numbers.
+            without nulls; comes back with `stream`, and with fractions where generation takes no whole numbers,
+            also in its `generation_config`.
         kind (`type[Settings]`):
             of the request.
         limits (`Limits`):
@@ -247,7 +248,7 @@ def check_settings(body: dict[str, Any], kind: type[Settings], limits: Limits):
     if "logit_bias" in body:
         body["logit_bias"] = settings.logit_bias
     if settings.generation_config is not None:
-        _check_generation_config(settings.generation_config, settings.stream, limits)
+        body["generation_config"] = _checked_generation_config(settings.generation_config, settings.stream, limits)
 
 
 def _check_values(body: dict[str, Any]):
@@ -297,7 +298,8 @@ def _validated(kind: type[BaseModel], values: Any, limits: Limits, prefix: str =
         raise RequestError(place[:120], f"{given}{error['msg'][0].lower()}{error['msg'][1:]}.") from None
 
 
-def _check_generation_config(text: str, is_stream: bool, limits: Limits):
+def _checked_generation_config(text: str, is_stream: bool, limits: Limits) -> str:
+    """Return the settings as Transformers takes them: it refuses a temperature of 2, which clients write for 2.0."""
     name = "generation_config"
     try:
         given = json.loads(text)
@@ -312,7 +314,9 @@ def _check_generation_config(text: str, is_stream: bool, limits: Limits):
     settings: Any = _validated(GenerationSettings, given, limits, f"{name}.")
     if is_stream and (settings.num_beams or 1) > 1:
         raise RequestError(f"{name}.num_beams", "beams end together and cannot be streamed: ask for the whole answer.")
+    taken = settings.model_dump(exclude_unset=True)
     try:
-        GenerationConfig(**given).validate()
+        GenerationConfig(**taken).validate()
     except (ValueError, TypeError, AttributeError) as error:
         raise RequestError(name, f"{short(text)} contradicts itself ({error}).") from error
+    return json.dumps(taken)

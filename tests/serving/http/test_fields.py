@@ -4,6 +4,7 @@
 import json
 
 import pytest
+from transformers import GenerationConfig
 
 from modeling_moma.serving.http.errors import RequestError
 from modeling_moma.serving.http.fields import ChatSettings, check_settings
@@ -30,3 +31,19 @@ def test_temperatures_of_0_and_of_the_least_are_taken():
     for temperature in (0, 0.0, 1e-3, 2):
         checked(temperature=temperature)
     checked(generation_config='{"do_sample": true, "temperature": 0.001}')
+
+
+def test_whole_numbers_of_generation_settings_become_fractions():
+    whole = {"do_sample": True, "temperature": 2, "repetition_penalty": 1, "top_p": 1, "length_penalty": 0}
+    others = {"top_k": 5, "max_new_tokens": 4, "stop_strings": ["a"], "min_p": None}
+    body = checked(generation_config=json.dumps({**whole, **others}))
+    taken = json.loads(body["generation_config"])
+    assert taken == {**whole, **others}
+    assert {type(taken[name]) for name in whole if name != "do_sample"} == {float}
+    assert type(taken["top_k"]) is type(taken["max_new_tokens"]) is int
+    GenerationConfig(**taken).validate()
+
+
+def test_settings_that_are_not_given_stay_away():
+    assert json.loads(checked(generation_config="{}")["generation_config"]) == {}
+    assert "generation_config" not in checked(temperature=0)
