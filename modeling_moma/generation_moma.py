@@ -284,13 +284,20 @@ class MomaGenerationMixin(GenerationCompat):
                 Token ids, of which all images are taken, also those of the prompt.
 
         Returns:
-            `torch.LongTensor`: codes from 0, row by row, in order, `(num_images, image_seq_length)`.
+            `torch.LongTensor`: codes from 0, row by row, in order, `(num_images, image_seq_length)`. Its attribute
+            `last_of_rows` names the last image of each row, which the processor's `post_process_multimodal_output`
+            takes.
 
         Raises:
             ValueError: the model writes no images, an image is incomplete, or a code stands outside an image.
         """
+        frame = self._frame(IMAGE)
+        codes = frame.read_codes(image_tokens, "image_tokens")
+        count_B = (image_tokens == frame.begin).sum(dim=1)
+        # the stock pipeline hands these codes alone to the processor, which could not tell the rows apart
+        codes.last_of_rows = (count_B.cumsum(0) - 1)[count_B > 0]  # pyright: ignore[reportAttributeAccessIssue]
         # all images have one length, so this is a tensor
-        return self._frame(IMAGE).read_codes(image_tokens, "image_tokens")  # pyright: ignore[reportReturnType]
+        return codes  # pyright: ignore[reportReturnType]
 
     def decode_modality_tokens(self, ids: torch.Tensor, modality: str) -> torch.Tensor | list[torch.Tensor]:
         """Take the codes of a modality's frames out of token ids, as its codec wants them.

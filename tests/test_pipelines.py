@@ -107,6 +107,21 @@ def test_several_prompts_give_an_image_each(any_to_any):
         assert np.array_equal(alone["generated_image"], answer["generated_image"])
 
 
+def test_an_image_in_a_prompt_is_not_taken_for_the_drawing(any_to_any, model, processor, images):
+    texts, shown = ["<image> castle", "noto: red apple", "<image> <image> moon"], [[images[0]], [], images]
+    answers = any_to_any(text=texts, images=shown, generation_mode="image")
+    assert [answer["input_text"] for answer in answers] == texts
+    for text, row, answer in zip(texts, shown, answers):
+        inputs = processor(text=text, images=row or None, return_tensors="pt")
+        ids = model.generate(**inputs, generation_mode="image", do_sample=False)
+        codes = model.decode_image_tokens(ids)
+        assert len(codes) == len(row) + 1
+        (expected,) = processor.decode_images(codes[-1:])
+        (alone,) = any_to_any(text=text, images=row or None, generation_mode="image")
+        assert np.array_equal(alone["generated_image"], expected)
+        assert np.array_equal(answer["generated_image"], expected)
+
+
 def test_a_batch_of_unequal_prompts_gives_the_words_of_each_alone(any_to_any, images):
     rows = [("<image>", [images[0]]), ("noto: red apple <image>", [images[1]])]
     wanted = {"max_new_tokens": 4, "return_full_text": False}

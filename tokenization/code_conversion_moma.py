@@ -306,10 +306,10 @@ class CodeConversionMixin(ProcessorMixin):
         Args:
             generated_outputs (`torch.LongTensor`):
                 For `"text"` and `"interleaved"`: token ids of shape `(batch_size, sequence_length)` or
-                `(sequence_length,)`. For `"image"`: codes of shape `(num_images, image_seq_length)`, as the model's
-                `decode_image_tokens` returns. For a modality with a codec: the list of codes that
-                `decode_modality_tokens` returns, or token ids of shape `(batch_size, sequence_length)`, of which the
-                last item of each row is taken, as a prompt may hold others.
+                `(sequence_length,)`. For `"image"`: codes of shape `(num_images, image_seq_length)`; of what the
+                model's `decode_image_tokens` returns the last image of each row is taken, as a prompt may hold others.
+                For a modality with a codec: the list of codes that `decode_modality_tokens` returns, or token ids of
+                shape `(batch_size, sequence_length)`, of which the last item of each row is taken likewise.
             skip_special_tokens (`bool`, *optional*, defaults to `True`):
                 Whether to leave special tokens, image codes among them, out of texts.
             generation_mode (`str`, *optional*):
@@ -327,7 +327,10 @@ class CodeConversionMixin(ProcessorMixin):
         if generation_mode is None or generation_mode == "text":
             return super().post_process_multimodal_output(generated_outputs, skip_special_tokens, **kwargs)
         if generation_mode in self.frames:
-            if generation_mode != IMAGE and isinstance(generated_outputs, torch.Tensor):
+            if generation_mode == IMAGE:
+                last = getattr(generated_outputs, "last_of_rows", None)
+                generated_outputs = generated_outputs if last is None else generated_outputs[last]
+            elif isinstance(generated_outputs, torch.Tensor):
                 generated_outputs = [self._last_item(generation_mode, row) for row in generated_outputs.tolist()]
             return self.decode_items(generation_mode, generated_outputs)
         if generation_mode == "interleaved":

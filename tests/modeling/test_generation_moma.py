@@ -360,7 +360,8 @@ def test_decode_image_tokens_gives_codes_in_order(model):
     other = [BEGIN, *(token + 10 for token in CODES), END]
     ids = torch.tensor([[*IMAGE, 20, *other], [30] * 9 + IMAGE])
     first, second = [code - START for code in CODES], [code - START + 10 for code in CODES]
-    assert model.decode_image_tokens(ids).tolist() == [first, second, first]
+    codes = model.decode_image_tokens(ids)
+    assert codes.tolist() == [first, second, first] and codes.last_of_rows.tolist() == [1, 2]
     assert model.decode_image_tokens(torch.tensor([[20, 21]])).shape == (0, LENGTH)
 
 
