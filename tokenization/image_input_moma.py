@@ -129,16 +129,18 @@ def iter_image_sources(images: Any) -> Iterator:
         )
 
 
-def clean_pil_image(image: Image.Image) -> Image.Image:
+def clean_pil_image(image: Image.Image, is_own: bool = False) -> Image.Image:
     """Decode a PIL image, turn it upright (EXIF orientation) and scale 16-bit greyscale to 8 bits.
 
-    An image of more than 33 million pixels becomes smaller, so that it does not take gigabytes of memory: a JPEG is
-    decoded to a half, a quarter or an eighth of its sides, in other formats squares of pixels are averaged. Neither
-    side gets shorter than 2,048 pixels by that.
+    An image of more than 33 million pixels becomes smaller, so that it does not take gigabytes of memory: a JPEG that
+    nobody else holds is decoded to a half, a quarter or an eighth of its sides, of others squares of pixels are
+    averaged. Neither side gets shorter than 2,048 pixels by that.
 
     Args:
         image (`PIL.Image.Image`):
             An image of any mode. Modes `I` and `I;16*` are read as 16-bit greyscale, 0 to 65535.
+        is_own (`bool`, *optional*, defaults to `False`):
+            Whether the image was opened here, so that it may itself become smaller. A caller's keeps its size.
 
     Returns:
         `PIL.Image.Image`: the image, in an 8-bit mode.
@@ -148,7 +150,10 @@ def clean_pil_image(image: Image.Image) -> Image.Image:
             (mode `F`, or mode `I` outside 0 to 65535).
     """
     try:
-        load_reduced(image)
+        if is_own:
+            load_reduced(image)
+        else:
+            image.load()
         factor = shrink_factor(image.size)
         if factor == 1:
             image = apply_orientation(image)
@@ -271,7 +276,7 @@ class MomaImageInputMixin(_Backend):
         if isinstance(image_url_or_urls, (str, os.PathLike)):
             image = open_image(os.fspath(image_url_or_urls))
             # Pillow keeps a decoded image in its object, and the list keeps the object: large ones are reduced first
-            return image if shrink_factor(image.size) == 1 else clean_pil_image(image)
+            return image if shrink_factor(image.size) == 1 else clean_pil_image(image, is_own=True)
         if is_valid_image(image_url_or_urls):
             # an array without a channel axis is greyscale, which Transformers does not take for an image
             is_flat = not is_pil_image(image_url_or_urls) and image_url_or_urls.ndim == 2

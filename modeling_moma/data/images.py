@@ -57,7 +57,7 @@ def read_image(value: Any, root: str | None = None, min_side: int = 1) -> tuple[
     try:
         image = _open(value, root)
         changes = _changes(image)
-        image = clean_pil_image(image)
+        image = clean_pil_image(image, is_own=not isinstance(value, Image.Image))
     except LeftOut:
         raise
     except Image.DecompressionBombError as error:

@@ -132,7 +132,7 @@ def read_upload(path: str, folder: str) -> Image.Image:
     if image.width * image.height > MOST_PIXELS:
         raise InputError(TOO_MANY_PIXELS)
     try:
-        return clean_pil_image(image)
+        return clean_pil_image(image, is_own=True)
     except Exception as error:
         raise InputError("This image cannot be decoded: the file is truncated or damaged.") from error
 

@@ -116,6 +116,20 @@ def test_transparent_colour_and_orientation_survive(small_limit):
     assert (alpha[: half - 2] == 0).all() and (alpha[half + 2 :] == 255).all()
 
 
+def test_an_open_image_keeps_its_size_for_the_caller(small_limit, tmp_path):
+    path = tmp_path / "photo.jpg"
+    in_mode("RGB", scene(800, 600)).save(path)
+    processor = MomaImageProcessor.for_resolution(48)
+    with Image.open(path) as image:
+        given = processor([image], return_tensors="pt")["pixel_values"]
+        assert image.size == (800, 600)
+        assert np.array_equal(image, Image.open(path))
+    read = processor([str(path)], return_tensors="pt")["pixel_values"]
+    # in steps of 1/255
+    assert (given - read).abs().mean() * 127.5 < 2
+    assert clean_pil_image(Image.open(path), is_own=True).size == (200, 150)
+
+
 def test_no_side_gets_short_and_ordinary_images_stay_as_they_are():
     from tokenization import large_images_moma
 
