@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field
 
+from ..labelling import MOST_GUESSES
 from ..utils.fields import Count, Int
 from ..utils.messages import without_import_notices
 from .arguments import Flag, parse_fields
@@ -54,13 +55,13 @@ class Arguments(FolderArguments):
 
     Args:
         names (`int`, *optional*, defaults to `5`):
-            names of each image at most.
+            names of each image at most, up to 100.
         tags (`int`, *optional*, defaults to `8`):
-            tags of each image at most, 0 for none.
+            tags of each image at most, up to 100, 0 for none.
     """
 
-    names: Count = 5
-    tags: Annotated[Int, Field(ge=0)] = 8
+    names: Annotated[Count, Field(le=MOST_GUESSES)] = 5
+    tags: Annotated[Int, Field(ge=0, le=MOST_GUESSES)] = 8
 
 
 def parse_arguments(arguments: list[str] | None = None) -> Arguments:

@@ -1,2 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
 """Names and tags of a folder of images, and search in it by words: `moma label` and `moma search`."""
+
+# names or tags of an image that may be asked for: memory and time grow with them
+MOST_GUESSES = 100

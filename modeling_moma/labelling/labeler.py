@@ -19,12 +19,15 @@ from ..data.encoding import DocumentEncoder
 from ..errors_moma import InputError
 from ..evaluation.measures import encode_images
 from ..hub.loading import open_model, open_processor, refuse_non_finite
+from . import MOST_GUESSES
 
 
 # beams for each name or tag that is asked for: some differ in the token that ends them alone
 BEAMS_EACH = 2
 # longest name or tag
 MOST_TOKENS = 16
+# beams of each image in a full batch, those of the default number of tags; where there are more, images are fewer
+FULL_BATCH_BEAMS = 16
 
 
 @dataclass(frozen=True)
@@ -79,7 +82,7 @@ class ImageLabeler:
         form ([`CaptionForm`], *optional*):
             of the captions that it was trained on.
         batch_size (`int`, *optional*, defaults to `32`):
-            images at once.
+            images at once; fewer where many names or tags are asked for.
     """
 
     def __init__(self, model: Any, processor: Any, form: CaptionForm = CaptionForm(), batch_size: int = 32):
@@ -111,7 +114,7 @@ class ImageLabeler:
             codes (`torch.Tensor`):
                 `[N, image_seq_length]`, see [`encode`].
             count (`int`, *optional*, defaults to `5`):
-                of names at most; fewer where different beams write the same one.
+                of names at most, up to 100; fewer where different beams write the same one.
         """
         return self._guesses(codes, self.form.name_prompt, self._name_ends, count, self._tag_begins)
 
@@ -139,7 +142,7 @@ class ImageLabeler:
         check_queries(queries)
         words = [" ".join(query.split()) for query in queries]
         scores = []
-        for prefix, ids_BT in self._prefixes(codes):
+        for prefix, ids_BT in self._prefixes(codes, self.batch_size):
             found = [
                 torch.logaddexp(
                     self._begins(prefix, ids_BT, self.form.name_prompt, text, self._word_ends),
@@ -155,12 +158,13 @@ class ImageLabeler:
         self, codes: torch.Tensor, prompt: str, ends: Sequence[int], count: int, never: Sequence[int] = ()
     ) -> list[list[Guess]]:
         """Return texts after a prompt, none of which begins with the ids `never`, and their shares of all others."""
-        if count < 1:
-            raise InputError(f"`count` is {count}: ask for one name or tag at least.")
+        if not 1 <= count <= MOST_GUESSES:
+            raise InputError(f"`count` is {count}: ask for 1 to {MOST_GUESSES} names or tags.")
         beams = BEAMS_EACH * count
         prompt_ids = self._encoder.text_ids(prompt)
+        batch_size = max(1, min(self.batch_size, self.batch_size * FULL_BATCH_BEAMS // beams))
         guesses = []
-        for prefix, ids_BT in self._prefixes(codes):
+        for prefix, ids_BT in self._prefixes(codes, batch_size):
             prompt_BT = torch.tensor(prompt_ids, dtype=torch.long, device=ids_BT.device).expand(len(ids_BT), -1)
             others_B = (
                 1 - self._log_prob(prefix, ids_BT, prompt_ids, never).exp() if never else torch.ones(len(ids_BT))
@@ -198,9 +202,9 @@ class ImageLabeler:
         ordered = sorted(probabilities.items(), key=lambda entry: -entry[1])
         return [Guess(text, probability) for text, probability in ordered if text]
 
-    def _prefixes(self, codes: torch.Tensor) -> Iterator[tuple[DynamicCache, torch.Tensor]]:
+    def _prefixes(self, codes: torch.Tensor, batch_size: int) -> Iterator[tuple[DynamicCache, torch.Tensor]]:
         """Yield batches of images as ids `[B, T]`, with the cache of all but the last of these."""
-        for codes_B in codes.split(self.batch_size):
+        for codes_B in codes.split(batch_size):
             rows = [self._encoder.opened(self.processor.image_ids(image)) for image in codes_B.tolist()]
             ids_BT = torch.tensor(rows, device=self.model.device)
             cache = DynamicCache(config=self.model.config)

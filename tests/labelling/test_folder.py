@@ -180,6 +180,14 @@ def test_what_cannot_be_done_is_said_in_one_line(folder, model, capfd, arguments
     assert said in line
 
 
+@pytest.mark.parametrize("option, least", [("--names", 1), ("--tags", 0)])
+def test_too_many_names_or_tags_are_refused_before_a_model_is_read(capfd, option, least):
+    with pytest.raises(SystemExit) as ended:
+        moma_command("label", "icons", "--model", "none", option, 101)
+    assert ended.value.code == 2
+    assert f"{option} = '101' must be between {least} and 100" in capfd.readouterr().err
+
+
 @pytest.mark.parametrize(
     "view, size",
     [('viewBox="0 0 24 24"', (256, 256)), ('viewBox="0 0 24 12"', (256, 128)), ('viewBox="0 0 1 9999999"', (1, 256))],

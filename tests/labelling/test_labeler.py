@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from helpers.captions import IMAGES, caption_model, caption_processor
-from helpers.tiny import noise_images
+from helpers.tiny import noise_images, tiny_model
 from modeling_moma.data.encoding import DocumentEncoder
 from modeling_moma.errors_moma import InputError
 from modeling_moma.labelling.labeler import CaptionForm, ImageLabeler
@@ -100,6 +100,20 @@ def test_neighbours_in_a_batch_change_nothing(labeler, codes):
     ]
 
 
+@pytest.mark.parametrize("count, sizes", [(8, [4, 1]), (16, [2, 2, 1]), (40, [1] * 5)])
+def test_the_more_tags_the_fewer_images_at_once(processor, monkeypatch, count, sizes):
+    labeler = ImageLabeler(tiny_model(processor, initializer_range=0.3), processor, batch_size=4)
+    generate, seen = labeler.model.generate, []
+
+    def counted(input_ids, **kwargs):
+        seen.append(len(input_ids))
+        return generate(input_ids, **kwargs)
+
+    monkeypatch.setattr(labeler.model, "generate", counted)
+    assert len(labeler.tags(labeler.encode(noise_images(5)), count)) == 5
+    assert seen == sizes
+
+
 @pytest.mark.parametrize("queries, said", [([], "is empty"), (["house", " "], "no words")])
 def test_queries_without_words_are_refused(labeler, codes, queries, said):
     with pytest.raises(InputError, match=said):
@@ -107,7 +121,8 @@ def test_queries_without_words_are_refused(labeler, codes, queries, said):
 
 
 def test_no_names_and_ends_within_words_are_refused(labeler, codes, processor):
-    with pytest.raises(InputError, match="`count` is 0"):
-        labeler.names(codes, 0)
+    for count in (0, 101):
+        with pytest.raises(InputError, match=f"`count` is {count}: ask for 1 to 100"):
+            labeler.names(codes, count)
     with pytest.raises(InputError, match="does not part 'x'"):
         ImageLabeler(labeler.model, processor, CaptionForm(name_ends=("",)))
