@@ -115,6 +115,8 @@ def _to_averaged_mode(image: Image.Image) -> Image.Image:
 def to_8_bits(image: Image.Image) -> Image.Image:
     """Bring a decoded image to an 8-bit mode: 16-bit greyscale is scaled, other modes stay.
 
+    A transparent value of 16-bit greyscale becomes an alpha channel.
+
     Args:
         image (`PIL.Image.Image`):
             An image of any mode.
@@ -139,7 +141,13 @@ def to_8_bits(image: Image.Image) -> Image.Image:
             "only 16-bit greyscale (0 to 65535) is known; scale it to 8 bits first."
         )
     # 65535 / 257 is exactly 255; PIL's own conversion clips at 255, which turns most of the image white
-    return Image.fromarray(np.round(values / 257.0).astype(np.uint8))
+    grey = np.round(values / 257.0).astype(np.uint8)
+    transparent = image.info.get("transparency")
+    if transparent is None:
+        return Image.fromarray(grey)
+    # several values may have the grey of the transparent one
+    alpha = np.where(values == transparent, 0, 255).astype(np.uint8)
+    return Image.fromarray(np.stack([grey, alpha], axis=-1))
 
 
 __all__ = [

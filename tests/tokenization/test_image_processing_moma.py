@@ -106,6 +106,18 @@ def test_sixteen_bit_greyscale_is_scaled_and_not_clipped(image_processor, tmp_pa
     torch.testing.assert_close(pixels(image_processor, Image.fromarray(sixteen.astype(np.int32))), expected)
 
 
+def test_transparent_value_of_sixteen_bit_greyscale_is_composited_on_white(image_processor, tmp_path):
+    grey = np.full((16, 16), 1001, dtype=np.uint16)
+    grey[:, :8] = 1000
+    path = tmp_path / "sixteen.png"
+    Image.fromarray(grey).save(path, transparency=1000)
+    values = pixels(image_processor, str(path))
+    assert (values[..., :8] == 1).all() and (values[..., 8:] < -0.9).all()
+    with Image.open(path) as image:
+        assert image.info["transparency"] == 1000
+        torch.testing.assert_close(pixels(image_processor, image), values)
+
+
 def test_one_channel_and_bilevel_images_become_three_channels(image_processor):
     grey = Image.fromarray(noise()).convert("L")
     values = pixels(image_processor, grey)

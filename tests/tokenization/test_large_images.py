@@ -116,6 +116,16 @@ def test_transparent_colour_and_orientation_survive(small_limit):
     assert (alpha[: half - 2] == 0).all() and (alpha[half + 2 :] == 255).all()
 
 
+def test_transparent_value_of_sixteen_bit_greyscale_survives(small_limit):
+    values = (scene(401, 301)[..., 0] * 200).astype(np.uint16) + 10
+    values[:, :200] = 7
+    image = Image.fromarray(values)
+    image.info["transparency"] = 7
+    alpha = np.asarray(clean_pil_image(image))[..., 1]
+    half = 200 * alpha.shape[1] // 401
+    assert (alpha[:, : half - 2] == 0).all() and (alpha[:, half + 2 :] == 255).all()
+
+
 def test_an_open_image_keeps_its_size_for_the_caller(small_limit, tmp_path):
     path = tmp_path / "photo.jpg"
     in_mode("RGB", scene(800, 600)).save(path)
