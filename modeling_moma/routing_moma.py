@@ -255,10 +255,8 @@ def batch_thresholds(scores_CN: torch.Tensor, kth_C: torch.Tensor) -> torch.Tens
 
 
 def lower_scores(scores: torch.Tensor, kth: torch.Tensor) -> torch.Tensor:
-    """Return the scores that are lower than the K-th best by more than rounding, and -1 elsewhere.
-
-    What is no number stays, so that the threshold of such scores is none either.
-    """
+    """Return the scores lower than the K-th best by more than rounding, and what is no number; -1 elsewhere."""
+    # so that the threshold of such scores is no number either
     return torch.where(scores >= kth * (1 - _ROUNDING), -1.0, scores)
 
 
