@@ -467,17 +467,20 @@ class DepthLayer(nn.Module):
             masked_cache = MaskedStepCache(cache, chosen_BT[:, 0], self.depth_router.capacity)
         if context.track:
             context = context.with_skipping(~chosen_BT)
+        # what the layer does not see must not overflow in it: infinity times 0 is no number
+        chosen_BT1 = chosen_BT.unsqueeze(-1)
+        x_BTD = torch.where(chosen_BT1, hidden_BTD, 0.0)
         attention_update = self.attention_update(
-            hidden_BTD,
+            x_BTD,
             context,
             position_embeddings=position_embeddings,
             attention_mask=mask,
             cache=masked_cache,
             **kwargs,
         )
-        update = attention_update + self.ffn_update(hidden_BTD + attention_update, context)
-        weight_BT1 = (selection.weight_BT * chosen_BT).unsqueeze(-1)
-        return hidden_BTD + (update * weight_BT1.to(update.dtype)).to(hidden_BTD.dtype)
+        update = attention_update + self.ffn_update(x_BTD + attention_update, context)
+        update = torch.where(chosen_BT1, update * selection.weight_BT.unsqueeze(-1).to(update.dtype), 0.0)
+        return hidden_BTD + update.to(hidden_BTD.dtype)
 
     def _skip(self, hidden_states: torch.Tensor, cache: Cache | None) -> None:
         if cache is None:

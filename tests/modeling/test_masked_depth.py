@@ -178,6 +178,45 @@ def test_nobody_may_be_chosen(device, runs):
         torch.testing.assert_close(value, before[name], msg=name)
 
 
+OVERFLOWING = {"fp16": (torch.float16, 4e4, 1e-2), "fp32": (torch.float32, 1e38, 1e-4)}
+
+
+def model_of_one_depth_layer(**fields):
+    """A first channel above 0 alone decides."""
+    model = depth_model(**fields, depth_layers=[0], num_hidden_layers=1, routing_warmup_steps=0).train()
+    router = model.model.layers[0].depth_router
+    with torch.no_grad():
+        router.weight.copy_(torch.eye(1, model.config.hidden_size))
+        router.threshold.fill_(0.5)
+    return model
+
+
+@pytest.mark.parametrize("norm_placement", ["pre", "post"])
+@pytest.mark.parametrize("dtype", OVERFLOWING)
+def test_a_token_that_would_overflow_in_a_layer_passes_it_by(device, runs, dtype, norm_placement):
+    dtype, large, tolerance = OVERFLOWING[dtype]
+    found, ids = [], mixed_ids(3, 12)
+    for limit in (0, 2**30):
+        device.setattr(token_groups_moma, "_FEW_OPERATIONS", limit)
+        model = model_of_one_depth_layer(norm_placement=norm_placement, training_routing="threshold").to(dtype)
+        embeds = model.get_input_embeddings()(ids).detach()
+        embeds[..., 0] = embeds[..., 0].abs() + 0.1
+        embeds[0, 3] = embeds[0, 4].sign() * large
+        embeds[0, 3, 0] = -large
+        # the layer alone: the norm behind it may overflow, too
+        layer, states = model.model.layers[0], []
+        layer.register_forward_hook(lambda module, args, output, states=states: states.append(output))
+        model(inputs_embeds=embeds, use_cache=False)
+        assert torch.equal(states[0][0, 3], embeds[0, 3])
+        others = states[0].flatten(0, 1)[torch.arange(36) != 3]
+        others.float().square().mean().backward()
+        found.append({"states": others, **{name: weight.grad for name, weight in layer.named_parameters()}})
+    assert runs == [0]
+    for name, value in found[0].items():
+        assert value is None or value.isfinite().all(), name
+        torch.testing.assert_close(found[1][name], value, rtol=tolerance, atol=tolerance, msg=name)
+
+
 def test_a_layer_that_costs_more_than_waiting_is_packed(device, runs):
     model = depth_model().train()
     config = model.config
