@@ -2,7 +2,8 @@
 """What the plain Trainer lacks: losses by modality and the load of the experts in its logs, and a start for codes."""
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -31,7 +32,9 @@ class MomaMetricsCallback(TrainerCallback):
 
     Evaluation's keys have the prefix `eval_`, and the set's name behind it where there are several. Forwards in
     training mode without gradients, as of samples that another callback draws, are left out. A training loss under
-    `expert_choice` sees the future; the loss that `Trainer.evaluate` reports is causal.
+    `expert_choice` sees the future; the loss that `Trainer.evaluate` reports is causal. On several processes a plain
+    `Trainer` fills up the last batch of an evaluation with documents that come again, and count again; `moma pretrain`
+    leaves them out.
 
     Args:
         keep_freed_memory (`bool`, *optional*, defaults to `True`):
@@ -43,6 +46,7 @@ class MomaMetricsCallback(TrainerCallback):
         self._keeps_freed_memory = keep_freed_memory
         self._sums: dict[bool, dict] = {True: defaultdict(float), False: defaultdict(float)}
         self._handles: list[RemovableHandle] = []
+        self._is_paused = False
 
     def on_train_begin(self, args, state, control, model: Any = None, **kwargs):
         """Start to listen to the model."""
@@ -87,10 +91,19 @@ class MomaMetricsCallback(TrainerCallback):
         """Forget what was seen in evaluation mode since the last log, such as samples that were generated."""
         self._sums[False] = defaultdict(float)
 
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave out what the model is given in the block."""
+        self._is_paused = True
+        try:
+            yield
+        finally:
+            self._is_paused = False
+
     def _on_forward(self, module: torch.nn.Module, args: tuple, output: Any) -> None:
         losses = getattr(output, "modality_losses", None)
         is_sample = module.training and not torch.is_grad_enabled()
-        if losses is None or is_sample:
+        if losses is None or is_sample or self._is_paused:
             return
         sums = self._sums[module.training]
         for modality, loss in losses.items():
@@ -103,7 +116,7 @@ class MomaMetricsCallback(TrainerCallback):
         def on_route(module: MomaRouter, args: tuple, output: tuple[torch.Tensor, Selection]):
             context, (logits_NE, selection) = args[1], output
             is_sample = module.training and not context.track
-            if is_sample:
+            if is_sample or self._is_paused:
                 return
             num_tokens = logits_NE.shape[0]
             # with a static cache a router scores the tokens of all groups: not counted
@@ -137,7 +150,7 @@ class MomaMetricsCallback(TrainerCallback):
         def on_choose(module: MomaDepthRouter, args: tuple, output: tuple[torch.Tensor, DepthSelection]):
             context, (_, selection) = args[1], output
             is_sample = module.training and not context.track
-            if is_sample:
+            if is_sample or self._is_paused:
                 return
             sums = self._sums[module.training]
             for index, modality in enumerate(modalities):

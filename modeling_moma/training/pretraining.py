@@ -315,7 +315,7 @@ def build_trainer(args: argparse.Namespace, parts: RunParts | None = None) -> St
     if args.train_groups:
         trainer.train_only(args.train_groups)
     trainer.first_step, trainer.earlier_stage, trainer.feeding = parts.first_step, args.model, feeding
-    trainer.processor = processor
+    trainer.processor, trainer.metrics = processor, metrics
     if share := code_noise(args.recipe.data):
         trainer.noise = CodeNoise(share, *processor.frames[IMAGE].bounds)
     return trainer

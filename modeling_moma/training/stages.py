@@ -6,11 +6,13 @@ import math
 import shutil
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
+from accelerate.data_loader import BatchSamplerShard
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -18,11 +20,13 @@ from transformers.utils import logging
 
 from tokenization import MomaProcessor
 
+from ..data.packing import IGNORED
 from ..errors_moma import InputError
 from ..utils.atomic_files import write_aside, write_folder_aside
 from .checkpoints import SHARDS, WHOLE, last_checkpoint
 from .code_noise import CodeNoise
 from .freezing import freeze_all_but
+from .metrics_callback import MomaMetricsCallback
 from .throughput_callback import FeedingCallback
 
 
@@ -108,6 +112,8 @@ class StageTrainer(ResumedTrainer):
             its folder.
         feeding ([`FeedingCallback`] or `None`):
             told of every batch and how long it was waited for.
+        metrics ([`MomaMetricsCallback`] or `None`):
+            takes figures of its model.
         processor ([`MomaProcessor`]):
             the one whose ids are trained on.
         noise ([`CodeNoise`] or `None`):
@@ -118,6 +124,7 @@ class StageTrainer(ResumedTrainer):
 
     first_step, earlier_stage = 0, None
     feeding: FeedingCallback | None = None
+    metrics: MomaMetricsCallback | None = None
     noise: CodeNoise | None = None
     processor: MomaProcessor
     undecayed: Sequence[str] = ()
@@ -187,6 +194,27 @@ class StageTrainer(ResumedTrainer):
         if self.noise is not None:
             inputs = self.noise(inputs)
         return super().training_step(model, inputs, num_items_in_batch)
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """Take an evaluation step, without the rows that fill up the last batch of several processes."""
+        state = self.accelerator.gradient_state
+        sampler = getattr(state.active_dataloader, "batch_sampler", None)
+        fills_up = isinstance(sampler, BatchSamplerShard) and state.end_of_dataloader and state.remainder > 0
+        # logits are gathered, for which they have to be alike in shape
+        if not fills_up or not prediction_loss_only:
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        num_rows = len(inputs["input_ids"])
+        kept = min(max(state.remainder - sampler.process_index * num_rows, 0), num_rows)
+        # every process takes the same number of forwards, though one may have no row left to count
+        inputs = {name: values[: max(kept, 1)] for name, values in inputs.items()}
+        if not kept:
+            inputs["labels"] = torch.full_like(inputs["labels"], IGNORED)
+        with nullcontext() if kept or self.metrics is None else self.metrics.paused():
+            loss, *others = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        if self.args.average_tokens_across_devices and self.model_accepts_loss_kwargs:
+            # each process has its part of a sum over all, and the parts of the last ones would be dropped
+            loss = self.accelerator.reduce(loss, "mean")
+        return loss, *others
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Compute the loss, without all logits at once where they would be large."""

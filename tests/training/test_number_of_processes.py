@@ -14,7 +14,7 @@ from datasets import Dataset, Features, Image, Value
 from helpers import recorded_training
 from helpers.mixture import MODEL
 from helpers.processes import start_scripts
-from helpers.tiny import noise_images, tiny_processor
+from helpers.tiny import noise_images, tiny_processor, write_training
 from modeling_moma.cli import pretrain, tokenize
 from modeling_moma.data.documents import TokenFolder
 from modeling_moma.training.pretraining import training_stream
@@ -162,6 +162,28 @@ def assert_padded_stream(inputs, rows, starts):
 def test_documents_of_their_own_are_seen_once_each(inputs, tmp_path):
     _, rows = run(inputs, tmp_path, "padded", LARGER_BATCHES)
     assert_padded_stream(inputs, rows, LARGER_BATCHES)
+
+
+def evaluation(folder, processes, examples):
+    """What is logged of the held-out documents before the first step, but for times and means of forwards."""
+    output, log = folder / f"{processes}-{examples}", folder / "log.txt"
+    paths = ["--processor", folder / "processor", "--tokens", folder / "tokens", "--output", output]
+    sizes = ["--steps", 1, "--batch-size", 4 // processes, "--eval-examples", examples, "--bf16", "off"]
+    given = [*map(str, [folder / "recipe.json", *paths, *sizes])]
+    for process in start_scripts(pretrain.main, given, log, processes):
+        process.join(120)
+        assert process.exitcode == 0, log.read_text()[-3000:]
+    history = json.loads((output / "trainer_state.json").read_text())["log_history"]
+    (figures,) = [entry for entry in history if "eval_image_loss" in entry and entry["step"] == 0]
+    names = ("_loss", "uncovered", "covered_twice")
+    return {name: value for name, value in figures.items() if name.endswith(names)}
+
+
+@pytest.mark.parametrize("examples", [3, 5])
+def test_held_out_documents_count_once_on_any_number_of_processes(tmp_path, examples):
+    write_training(tmp_path)
+    one, two = (evaluation(tmp_path, processes, examples) for processes in (1, 2))
+    assert len(one) == 7 and two == pytest.approx(one, rel=1e-5)
 
 
 @pytest.mark.skipif(not NUM_RANDOM, reason="minutes: PROCESS_CHANGES=8 says how many sequences")
