@@ -81,7 +81,9 @@ def sole_run(output: str | Path, is_first: bool = True) -> Iterator[None]:
 
 def _lock(path: Path) -> int | None:
     """Return the descriptor of a file that is now locked, -1 where none can be, `None` where another holds it."""
-    for _ in range(0 if fcntl is None else _ATTEMPTS):
+    if fcntl is None:
+        return -1
+    for _ in range(_ATTEMPTS):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)

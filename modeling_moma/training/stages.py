@@ -199,9 +199,9 @@ class StageTrainer(ResumedTrainer):
         """Take an evaluation step, without the rows that fill up the last batch of several processes."""
         state = self.accelerator.gradient_state
         sampler = getattr(state.active_dataloader, "batch_sampler", None)
-        fills_up = isinstance(sampler, BatchSamplerShard) and state.end_of_dataloader and state.remainder > 0
+        is_filled_up = state.end_of_dataloader and state.remainder > 0
         # logits are gathered, for which they have to be alike in shape
-        if not fills_up or not prediction_loss_only:
+        if not isinstance(sampler, BatchSamplerShard) or not is_filled_up or not prediction_loss_only:
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         num_rows = len(inputs["input_ids"])
         kept = min(max(state.remainder - sampler.process_index * num_rows, 0), num_rows)
