@@ -60,11 +60,7 @@ from .generation_moma import MomaGenerationMixin
 from .loss_moma import causal_lm_loss
 from .quantized_layers_moma import use_quantized_layers
 from .routing_moma import MomaAuxiliaryRouter, MomaRouter, MomaRouterBase, update_routers
-from .token_groups_moma import (
-    RoutingContext,
-    routing_of_batch,
-    seen_positions,
-)
+from .token_groups_moma import RoutingContext, routing_of_batch, seen_columns, seen_positions
 
 
 if TYPE_CHECKING:
@@ -969,7 +965,7 @@ class MomaForCausalLM(MomaPreTrainedModel, MomaGenerationMixin):
                 hidden_states if logits is None else logits,
                 labels,
                 training=self.training,
-                attention_mask=attention_mask,
+                attention_mask=seen_columns(attention_mask, outputs.cache),
                 head=self.lm_head if logits is None else None,
                 **kwargs,
             )

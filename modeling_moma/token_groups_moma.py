@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, StaticCache
 from transformers.modeling_flash_attention_utils import FlashAttentionKwargs
 
 from .configuration_moma import RULES, MomaConfig, rule_of
@@ -725,7 +725,15 @@ def _resolve_rules(
         routing = config.training_routing if is_training else config.inference_routing
     if depth_routing is None:
         depth_routing = routing
-    rule_of(routing)
+    if rule_of(routing).counts_experts:
+        wanted, sizes = config.num_experts_per_tok, [config.group_num_experts(group) for group in config.expert_groups]
+        # a group of one expert has no router
+        too_few = [size for size in sizes if 1 < size < wanted]
+        if too_few:
+            raise InputError(
+                f"`routing` = {routing!r} gives each token `num_experts_per_tok` = {wanted} experts, but the smallest "
+                f"group with a router has {min(too_few)}: choose another rule, or lower the configuration's field."
+            )
     if rule_of(depth_routing, "depth_routing").choose is None and config.depth_layers:
         with_depth = sorted(name for name, rule in RULES.items() if rule.choose is not None)
         raise InputError(
@@ -792,16 +800,21 @@ def _split_fixed(
     modality_BT = _modalities(config, input_ids, inputs, mm_token_type_ids)
     padding_BT = None
     if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2:
-        if not isinstance(past_length, torch.Tensor):
-            _check_mask(attention_mask, inputs.shape[0], past_length + length)
-            padding_BT = attention_mask[:, past_length : past_length + length] == 0
-        else:
-            if length == 1 and attention_mask.shape[1] == 1:
-                _check_mask(attention_mask, inputs.shape[0], 2)
+        fewest = most = past_length + length
+        if isinstance(past_length, torch.Tensor):
+            # a device is asked only about a mask that looks too short: `reset()` may have emptied the cache
+            is_known = past_length.device.type == "cpu" or attention_mask.shape[1] <= length
+            if torch.compiler.is_compiling() or not is_known:
+                fewest = length + 1
+            most = max(fewest, max_length)  # pyright: ignore[reportArgumentType]
+        _check_mask(attention_mask, inputs.shape[0], fewest, most)
+        if isinstance(past_length, torch.Tensor):
             places_T = past_length.view(1)
             if length > 1:
                 places_T = places_T + torch.arange(length, device=places_T.device)
             padding_BT = attention_mask.index_select(1, places_T) == 0
+        else:
+            padding_BT = attention_mask[:, past_length:fewest] == 0
     split = FixedSplit(list(config.expert_groups), position_groups(config, modality_BT, padding_BT))
     return split, modality_BT, padding_BT
 
@@ -830,8 +843,10 @@ def _split_batch(
     modality_BT = _modalities(config, input_ids, inputs, mm_token_type_ids)
     padding_BT = masked_B = None
     if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2:
-        _check_mask(attention_mask, batch_size, past_length + length)
-        padding_BT = attention_mask[:, past_length : past_length + length] == 0
+        end = int(past_length) + length
+        most = max(end, cache.get_max_length()) if isinstance(cache, StaticCache) else end
+        _check_mask(attention_mask, batch_size, end, most)
+        padding_BT = attention_mask[:, end - length : end] == 0
         masked_B = (attention_mask == 0).all(dim=-1) if cache is None else None
     search = DocumentSearch(config, given, inputs, attention_mask, padding_BT, position_ids, cache, past_length)
     others = list(search.questions.values())
@@ -851,17 +866,42 @@ def _modalities(
     if input_ids is not None:
         return token_modalities(config, input_ids)
     if mm_token_type_ids is not None:
+        if mm_token_type_ids.shape != inputs.shape[:2]:
+            raise InputError(
+                f"`mm_token_type_ids` has the shape {tuple(mm_token_type_ids.shape)}, but `inputs_embeds` has "
+                f"{inputs.shape[0]} rows of {inputs.shape[1]} positions: each needs its modality."
+            )
         return mm_token_type_ids
     return torch.zeros(inputs.shape[:2], dtype=torch.long, device=inputs.device)
 
 
-def _check_mask(attention_mask: torch.Tensor, batch_size: int, num_positions: int | torch.Tensor) -> None:
-    if attention_mask.shape[0] == batch_size and attention_mask.shape[1] >= num_positions:
+def _check_mask(
+    attention_mask: torch.Tensor, batch_size: int, fewest: int | torch.Tensor, most: int | torch.Tensor
+) -> None:
+    num_rows, num_columns = attention_mask.shape
+    if num_rows == batch_size and fewest <= num_columns <= most:
         return
+    or_more = " or more" if most > fewest else ""
     raise InputError(
         f"`attention_mask` has the shape {tuple(attention_mask.shape)}, but there are {batch_size} rows of "
-        f"{num_positions} positions or more: with a cache it has to cover the cached positions, too."
+        f"{int(fewest)} positions{or_more}: with a cache it has to cover the cached positions, too, and with a static "
+        "one alone it may go on to the end of the cache."
     )
+
+
+def seen_columns(attention_mask: Any, cache: Cache | None) -> Any:
+    """Return a padding mask without the columns of later positions, which that of a static cache may have.
+
+    Args:
+        attention_mask (`torch.Tensor`, *optional*):
+            `[B, S]`; what has another form is returned as it is.
+        cache (`Cache`, *optional*):
+            after the forward.
+    """
+    is_padding_mask = isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2
+    if not isinstance(cache, StaticCache) or not is_padding_mask:
+        return attention_mask
+    return attention_mask[:, : int(seen_positions(cache))]
 
 
 def _describe_rows(context: RoutingContext, attention_mask: torch.Tensor | None) -> None:
@@ -887,6 +927,7 @@ __all__ = [
     "logistic_noise_like",
     "position_groups",
     "routing_of_batch",
+    "seen_columns",
     "seen_positions",
     "split_modalities",
     "token_modalities",

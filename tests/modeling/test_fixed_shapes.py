@@ -121,5 +121,9 @@ def test_a_mask_without_the_cached_positions_is_named():
     cache = StaticCache(config=model.config, max_cache_len=8)
     ids_BT = mixed_ids(rows=2, length=6)
     model(ids_BT[:, :5], cache=cache)
-    with pytest.raises(ValueError, match="attention_mask.*cached"):
-        model(ids_BT[:, 5:], attention_mask=torch.ones(2, 1), cache=cache)
+    for shape in ((2, 1), (2, 5), (1, 6), (2, 9)):
+        with pytest.raises(ValueError, match="attention_mask.*2 rows of 6 positions or more.*cached"):
+            model(ids_BT[:, 5:], attention_mask=torch.ones(shape), cache=cache)
+    # after `reset()` one column is enough
+    cache.reset()
+    model(ids_BT[:, 5:], attention_mask=torch.ones(2, 1), cache=cache)

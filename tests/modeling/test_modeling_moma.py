@@ -179,6 +179,22 @@ def test_embeddings_with_modalities_equal_ids(routing):
             ValueError,
             "mm_token_type_ids.*2",
         ),
+        *(
+            (
+                {"inputs_embeds": torch.zeros(2, 4, 16), "mm_token_type_ids": torch.zeros(shape, dtype=torch.long)},
+                ValueError,
+                "mm_token_type_ids.*2 rows of 4 positions",
+            )
+            for shape in ((1, 4), (2, 5), (2, 3), (8,))
+        ),
+        *(
+            (
+                {"input_ids": torch.full((2, 4), 30), "attention_mask": torch.ones(shape)},
+                ValueError,
+                "attention_mask.*2 rows of 4 positions",
+            )
+            for shape in ((1, 4), (2, 3), (2, 6))
+        ),
         (
             {"input_ids": torch.full((3, 2), 30), "attention_mask": torch.tensor([[1, 1], [0, 0], [0, 1]])},
             ValueError,
@@ -190,6 +206,30 @@ def test_embeddings_with_modalities_equal_ids(routing):
 def test_bad_input_raises_its_own_message(name, arguments, error, match):
     with pytest.raises(error, match=match):
         tiny_model(**GROUPS[name])(**arguments)
+
+
+def test_more_experts_per_token_than_a_group_has_raise_where_a_rule_asks_for_them():
+    model = tiny_model(num_experts={"text": 4, "image": 2}, num_experts_per_tok=3).eval()
+    assert torch.isfinite(model(mixed_ids()).logits).all()
+    with pytest.raises(ValueError, match="`routing` = 'token_choice'.*num_experts_per_tok` = 3.*has 2"):
+        model(mixed_ids(), routing="token_choice")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("fields", [{}, {"depth_layers": [0], "depth_capacity": 0.5}], ids=["full", "depth"])
+def test_columns_for_later_positions_of_a_static_cache_change_no_loss(fields):
+    model, ids = tiny_model(**fields).eval(), mixed_ids(2, 8)
+    mask = (torch.arange(12) < 8).long().repeat(2, 1)
+    mask[0, :3] = 0
+    losses = []
+    for width in (8, 12):
+        cache = StaticCache(model.config, max_cache_len=12)
+        for part, end in ((ids[:, :5], 5), (ids[:, 5:], 8)):
+            given = mask[:, : end if width == 8 else width]
+            losses.append(model(part, attention_mask=given, labels=part, cache=cache))
+    for one, other in zip(losses[:2], losses[2:]):
+        assert torch.equal(one.loss, other.loss)
+        assert one.modality_tokens == other.modality_tokens
 
 
 def test_a_row_with_an_earlier_token_is_not_all_padding():
