@@ -338,7 +338,7 @@ class MomaConfig(PreTrainedConfig):
     num_experts: int | dict[str, int] | None = None  # pyright: ignore[reportAssignmentType, reportRedeclaration]
     expert_intermediate_size: dict[str, int] | None = None
     shared_expert_intermediate_size: int | dict[str, int] | None = None
-    expert_capacity_factor: float | int | dict[str, float] = 1.0
+    expert_capacity_factor: float | int | dict[str, float | int] = 1.0
     cover_all_tokens: bool = False
     num_experts_per_tok: int = 1
     modality_token_ranges: dict[str, list[list[int]]] | None = None  # pyright: ignore[reportAssignmentType, reportRedeclaration]
@@ -353,22 +353,22 @@ class MomaConfig(PreTrainedConfig):
     untied_attention: bool = False
     training_routing: str = "expert_choice"
     inference_routing: str = "threshold"
-    threshold_momentum: float = 0.98
+    threshold_momentum: float | int = 0.98
     routing_warmup_steps: int = 100
-    router_bias_update_rate: float = 0.001
+    router_bias_update_rate: float | int = 0.001
     balance_bias_by_modality: bool = False
     auxiliary_routers: bool = False
     normalize_gates: bool = False
     gumbel_noise: float | int = 0.0
     gumbel_noise_steps: int | None = None
     depth_layers: list[int] | None = None
-    depth_capacity: float | int | dict[str, float] = 0.25
+    depth_capacity: float | int | dict[str, float | int] = 0.25
     depth_pool: str = "batch"
-    depth_threshold_momentum: float = 0.5
+    depth_threshold_momentum: float | int = 0.5
     depth_training_routing: str | None = None
     depth_inference_routing: str | None = None
-    z_loss_coef: float = 1e-5
-    modality_loss_weights: dict[str, float] | None = None
+    z_loss_coef: float | int = 1e-5
+    modality_loss_weights: dict[str, float | int] | None = None
 
     if TYPE_CHECKING:
         # types after `__post_init__`; values are checked against the annotations above before it

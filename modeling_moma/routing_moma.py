@@ -454,7 +454,8 @@ class MomaRouter(MomaRouterBase):
         self.covers_all_tokens = config.cover_all_tokens
         self.capacity_factor = config.group_capacity_factor(group)
         self.capacity_fraction = exact_share(self.capacity_factor, num_experts)
-        self.gumbel_noise, self.gumbel_noise_steps = config.gumbel_noise, config.gumbel_noise_steps
+        # the noise may be set to 0 in the model's configuration at any time
+        self.config = config
 
     def forward(self, x_ND: torch.Tensor, context: RoutingContext) -> tuple[torch.Tensor, Selection]:
         """Score the tokens and select.
@@ -471,7 +472,7 @@ class MomaRouter(MomaRouterBase):
         logits_NE = self.logits(x_ND)
         noisy_NE = logits_NE
         rule = rule_of(context.routing)
-        is_noisy = self.training and not self.is_frozen and self.gumbel_noise > 0 and rule.takes_noise
+        is_noisy = self.training and not self.is_frozen and self.config.gumbel_noise > 0 and rule.takes_noise
         if is_noisy:
             noisy_NE = logits_NE + self._noise_scale(context) * context.router_noise(self, logits_NE)
         scores_NE = torch.sigmoid(noisy_NE)
@@ -495,10 +496,11 @@ class MomaRouter(MomaRouterBase):
         return min(num_tokens, ceil_share(self.capacity_fraction, num_tokens))
 
     def _noise_scale(self, context: RoutingContext) -> float | torch.Tensor:
-        if self.gumbel_noise_steps is None:
-            return self.gumbel_noise
-        steps_left = self.gumbel_noise_steps - context.router_state(self).num_updates
-        return self.gumbel_noise * (steps_left / self.gumbel_noise_steps).clamp(min=0)
+        scale, num_steps = self.config.gumbel_noise, self.config.gumbel_noise_steps
+        if num_steps is None:
+            return scale
+        steps_left = num_steps - context.router_state(self).num_updates
+        return scale * (steps_left / num_steps).clamp(min=0)
 
     def _statistics(
         self,

@@ -9,7 +9,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassClassValidationError, StrictDataclassFieldValidationError
 
 from helpers.reference import GROUPS
-from helpers.tiny import IMAGE_IDS, tiny_config
+from helpers.tiny import IMAGE_IDS, mixed_ids, tiny_config
 from modeling_moma import configuration_moma
 from modeling_moma.configuration_moma import PRESET_EXPERTS, MomaConfig
 from modeling_moma.modeling_moma import MomaForCausalLM
@@ -174,6 +174,25 @@ def test_auxiliary_routing_needs_auxiliary_routers(name):
         tiny_config(**fields)
     assert f"`{name}` = 'auxiliary'" in str(raised.value) and "auxiliary_routers=True" in str(raised.value)
     assert getattr(tiny_config(**fields, auxiliary_routers=True), name) == "auxiliary"
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"modality_loss_weights": {"text": 2}},
+        {"expert_capacity_factor": {"text": 1, "image": 2}},
+        {"depth_layers": [0], "depth_capacity": {"text": 1, "image": 0.5}},
+        {"z_loss_coef": 0, "threshold_momentum": 0, "depth_threshold_momentum": 0, "router_bias_update_rate": 0},
+    ],
+    ids=lambda fields: list(fields)[-1],
+)
+def test_whole_numbers_are_as_good_as_fractions(fields, tmp_path):
+    config = tiny_config(**fields)
+    config.save_pretrained(tmp_path)
+    for name, value in fields.items():
+        assert getattr(MomaConfig.from_pretrained(tmp_path), name) == value
+    loss = MomaForCausalLM(config)(mixed_ids(), labels=mixed_ids()).loss
+    assert torch.isfinite(loss)
 
 
 def test_noise_without_threshold_training_is_fine():

@@ -151,8 +151,7 @@ def test_a_training_step_that_makes_a_cache_equals_one_that_makes_none(device, r
 def test_noise_changes_whom_experts_take_and_not_their_thresholds(device, runs, routing):
     fields = {"training_routing": routing, "routing_warmup_steps": 0, "gumbel_noise": 5.0}
     models = [depth_model(**fields, depth_training_routing="expert_choice").train() for _ in range(2)]
-    for router in [module for module in models[1].modules() if hasattr(module, "gumbel_noise")]:
-        router.gumbel_noise = 0.0
+    models[1].config.gumbel_noise = 0.0
     ids = mixed_ids(3, 12)
     for model in models:
         # nothing but the first layer has the same input

@@ -94,6 +94,14 @@ def test_there_is_no_noise_in_eval(routing):
     assert torch.equal(noisy(mixed_ids(), routing=routing).logits, plain(mixed_ids(), routing=routing).logits)
 
 
+def test_noise_may_be_turned_off_between_steps():
+    model, plain = (tiny_model(**GROUPS["4t4i"], gumbel_noise=scale) for scale in (1.0, 0.0))
+    model(mixed_ids())
+    plain.load_state_dict(model.state_dict())
+    model.config.gumbel_noise = 0.0
+    assert torch.equal(model(mixed_ids()).logits, plain(mixed_ids()).logits)
+
+
 def test_each_training_step_draws_its_own_noise():
     model = tiny_model(**GROUPS["4t4i"], gumbel_noise=1.0)
     first, second = (model(mixed_ids()).logits for _ in range(2))
@@ -176,7 +184,7 @@ def test_a_scale_of_zero_is_no_noise_and_draws_nothing(routing):
 def test_scores_that_are_compared_with_clean_cuts_are_clean(routing):
     config, router, x_ND = build_router(gumbel_noise=5.0, routing_warmup_steps=0, **fields_of(routing))
     noisy = select(config, router.train(), x_ND, routing)
-    router.gumbel_noise = 0.0
+    config.gumbel_noise = 0.0
     clean = select(config, router, x_ND, routing)
     assert noisy[1] == clean[1]
     assert torch.equal(noisy[2], clean[2])

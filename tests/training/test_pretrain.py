@@ -470,7 +470,7 @@ def test_number_of_examples_to_evaluate_is_positive(inputs, tmp_path, number, ca
 def noise_of(inputs, output, *more, start):
     """The config's noise and the routers'."""
     trainer = build_trainer(parse_arguments(arguments(inputs, output, *more, start=start)))
-    scales = {module.gumbel_noise for module in trainer.model.modules() if isinstance(module, MomaRouter)}
+    scales = {module.config.gumbel_noise for module in trainer.model.modules() if isinstance(module, MomaRouter)}
     return trainer.model.config.gumbel_noise, scales
 
 
