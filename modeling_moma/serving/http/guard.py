@@ -42,7 +42,7 @@ class Guard:
         admission (`Admission`):
             counts requests.
         api_key (`str`, *optional*):
-            which all routes but `/health` ask for, or `None`.
+            which all routes but `/health` ask for, or `None`. Blanks at its ends are stripped: no header sends them.
         pinned (`str`, *optional*):
             the one model that is served, or `None`.
         has_cors (`bool`, *optional*, defaults to `False`):
@@ -62,7 +62,8 @@ class Guard:
         is_local: bool = True,
     ):
         self.app, self.admission, self.pinned = app, admission, pinned
-        self.api_key = None if api_key is None else api_key.encode()
+        # as bytes it loses ASCII blanks alone: the last byte of another letter may be a blank of latin-1
+        self.api_key = None if api_key is None else api_key.encode().strip()
         self.has_cors, self.is_local = has_cors, is_local
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send):
@@ -117,7 +118,7 @@ class Guard:
         if self.api_key is None or scope["path"] == "/health":
             return
         scheme, _, key = headers.get("authorization", "").partition(" ")
-        is_known = hmac.compare_digest(key.strip().encode("latin-1"), self.api_key)
+        is_known = hmac.compare_digest(key.encode("latin-1").strip(), self.api_key)
         if scheme.lower() != "bearer" or not is_known:
             raise RequestError("Authorization", "there must be `Bearer` and the key of this server.", 401)
 
