@@ -20,7 +20,14 @@ from transformers.image_processing_utils import BatchFeature
 from transformers.image_utils import PILImageResampling, SizeDict, is_pil_image, is_valid_image
 from transformers.utils import logging
 
-from .large_images_moma import apply_orientation, load_reduced, shrink_by_averaging, shrink_factor, to_8_bits
+from .large_images_moma import (
+    apply_orientation,
+    load_reduced,
+    refuse_many_scans,
+    shrink_by_averaging,
+    shrink_factor,
+    to_8_bits,
+)
 from .processor_errors_moma import InputError
 
 
@@ -53,7 +60,7 @@ def open_image(source: str) -> Image.Image:
         `PIL.Image.Image`: the image, not decoded yet. No file stays open.
 
     Raises:
-        ValueError: `source` is none of the four, or its content is not an image.
+        ValueError: `source` is none of the four, or its content is not an image, or a JPEG of more than 100 scans.
         OSError: the address or the file cannot be read.
     """
     is_file = os.path.isfile(source)
@@ -65,6 +72,7 @@ def open_image(source: str) -> Image.Image:
             data = response.read()
     else:
         data = _decode_base64(source)
+    refuse_many_scans(data, repr(source[:200]))
     try:
         image = Image.open(BytesIO(data), formats=_known_formats())
     # decoders raise errors of any type

@@ -14,6 +14,8 @@ from .processor_errors_moma import InputError
 MOST_PIXELS = 2**25
 # No side gets shorter than this by it: image processors resize to less anyway.
 LEAST_SIDE = 2048
+# A scan of a few bytes passes over all pixels of a JPEG; encoders write some 10.
+MOST_SCANS = 100
 # Pixels of one band: only a band at a time is converted, which bounds the memory.
 _BAND_PIXELS = 2**20
 _EXIF_ORIENTATION = 0x0112
@@ -69,6 +71,22 @@ def jpeg_scans(content: bytes) -> int:
         # a thumbnail within a segment is no scan of the image
         position = marker.end() + max(2, int.from_bytes(content[marker.end() : marker.end() + 2], "big"))
     return scans
+
+
+def refuse_many_scans(content: bytes, name: str) -> None:
+    """Raise for a JPEG that would take minutes to decode.
+
+    Args:
+        content (`bytes`):
+            The file, of any kind.
+        name (`str`):
+            What the error calls it.
+
+    Raises:
+        ValueError: it has more than `MOST_SCANS` scans.
+    """
+    if (scans := jpeg_scans(content)) > MOST_SCANS:
+        raise InputError(f"images: {name} has {scans} scans, more than {MOST_SCANS}: save the JPEG anew.")
 
 
 def shrink_by_averaging(image: Image.Image, factor: int) -> Image.Image:
@@ -153,8 +171,10 @@ def to_8_bits(image: Image.Image) -> Image.Image:
 __all__ = [
     "LEAST_SIDE",
     "MOST_PIXELS",
+    "MOST_SCANS",
     "jpeg_scans",
     "load_reduced",
+    "refuse_many_scans",
     "shrink_factor",
     "shrink_by_averaging",
     "to_8_bits",

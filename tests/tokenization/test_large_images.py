@@ -4,14 +4,18 @@
 import os
 import subprocess
 import sys
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from helpers.scans import repeated_scan
+from modeling_moma.data.images import LeftOut, read_image
 from tokenization import MomaImageProcessor, MomaImageProcessorPil
 from tokenization.image_input_moma import clean_pil_image
+from tokenization.large_images_moma import MOST_SCANS, jpeg_scans
 
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -167,3 +171,28 @@ def test_far_ends_are_cut_off_before_they_are_converted(backend, size):
     array = np.asarray(image).transpose(2, 0, 1)
     expected = processor([array], return_tensors="pt")["pixel_values"]
     assert (processor([image], return_tensors="pt")["pixel_values"] == expected).all()
+
+
+def test_scans_of_a_jpeg_are_counted_and_nothing_else():
+    usual = jpeg_scans(repeated_scan(0))
+    assert 1 < usual < 20 and jpeg_scans(repeated_scan(7)) == usual + 7
+    plain = BytesIO()
+    Image.new("L", (64, 64)).save(plain, "JPEG", restart_marker_blocks=2, comment=b"\xff\xda" * 9)
+    # a camera appends a film
+    assert jpeg_scans(plain.getvalue() + b"\xff\xda" * 9) == 1
+    # fill bytes, and segments that are cut or shorter than their own length
+    assert jpeg_scans(b"\xff\xd8\xff\xff\xff\xda\0\0\xff\xda\0\2\xff\x00\xff\xda") == 3
+    assert jpeg_scans(b"") == jpeg_scans(b"\x89PNG\xff\xda") == jpeg_scans(b"\xff\xd8") == 0
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_jpeg_of_many_scans_is_refused(tmp_path, backend):
+    path = tmp_path / "scans.jpg"
+    path.write_bytes(repeated_scan(MOST_SCANS))
+    with pytest.raises(ValueError, match=r"scans\.jpg' has 1\d\d scans, more than 100"):
+        backend.for_resolution(32)(str(path), return_tensors="pt")
+    for source in (str(path), path.read_bytes()):
+        with pytest.raises(LeftOut, match=r"image damaged: .* has 1\d\d scans"):
+            read_image(source)
+    path.write_bytes(repeated_scan(MOST_SCANS // 2))
+    assert read_image(str(path))[0].size == (64, 64)

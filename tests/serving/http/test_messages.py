@@ -7,6 +7,7 @@ import io
 import pytest
 from PIL import Image
 
+from helpers.scans import repeated_scan
 from modeling_moma.serving.http.errors import RequestError
 from modeling_moma.serving.http.limits import MAX_SCANS, MAX_SIDE
 from modeling_moma.serving.http.messages import read_items, read_messages
@@ -26,13 +27,6 @@ def as_file(image: Image.Image, kind: str, **options) -> bytes:
     file = io.BytesIO()
     image.save(file, kind, **options)
     return file.getvalue()
-
-
-def repeated_scan(times: int) -> bytes:
-    """A progressive JPEG whose last scan comes so many times more."""
-    content = as_file(Image.new("L", (64, 64), 128), "JPEG", progressive=True)
-    scan = content[content.rindex(b"\xff\xda") : content.rindex(b"\xff\xd9")]
-    return content[:-2] + scan * times + content[-2:]
 
 
 def test_jpeg_of_many_scans_is_refused_before_it_is_decoded():
