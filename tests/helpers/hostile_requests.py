@@ -12,6 +12,7 @@ from typing import Any
 import httpx
 
 from benchmarks.serving_requests import CHAT, COMPLETIONS, address_of, disc, huge_png, image_part, message, png
+from helpers.scans import repeated_scan
 
 
 METADATA = "http://169.254.169.254/latest/meta-data/"
@@ -89,12 +90,15 @@ def hostile_requests(model: str, local_port: int, held: ExitStack) -> list[Hosti
         settings("many rows", '{"do_sample": true, "num_return_sequences": 500}', "num_return_sequences"),
         chat("many biases", {"logit_bias": {str(n): 1 for n in range(4000)}}, "logit_bias"),
         chat("a bias that is no number", {"logit_bias": {"5": float("nan")}}, "logit_bias"),
+        chat("a temperature of almost 0", {"temperature": 1e-310}, "temperature", 400),
+        settings("the same within settings", '{"do_sample": true, "temperature": 1e-38}', "config.temperature"),
         chat("an infinite temperature", {"temperature": float("inf")}, "temperature"),
         chat("an infinite penalty", {"frequency_penalty": float("inf")}, "frequency_penalty"),
         chat("a penalty that nobody reads", {"presence_penalty": 1e308}, "presence_penalty"),
         chat("many messages", {"messages": message("a") * 5000}, "messages"),
         chat("many images", {"messages": message(*[image_part(whole)] * 60)}, "messages"),
         chat("an image of 900 million pixels", {"messages": message(image_part(address_of(huge_png(30_000))))}, "url"),
+        image("a JPEG of many scans", address_of(repeated_scan(600))),
         Hostile("many prompts", post(COMPLETIONS, {**bare, "prompt": ["a"] * 1000}), "prompt"),
         Hostile("the best of many", post(COMPLETIONS, {**bare, "best_of": 1000}), "best_of"),
         Hostile("a prompt of 20 MB", post(COMPLETIONS, {**bare, "prompt": "a flag " * 3_000_000}), "prompt"),

@@ -109,6 +109,18 @@ def test_answer_ends_before_its_stop_string(client, processor, stream):
     assert text == expected[: expected.index(stop)] and reason == "stop" and usage["completion_tokens"] < 40
 
 
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+def test_whole_numbers_sample_as_fractions_do(client, processor, stream):
+    settings = {"do_sample": True, "temperature": 2, "repetition_penalty": 1, "top_p": 1, "max_new_tokens": 8}
+    fractions = {**settings, "temperature": 2.0, "repetition_penalty": 1.0, "top_p": 1.0}
+    texts = []
+    for given in (settings, fractions):
+        # a temperature of 0 at the top would turn sampling off
+        asked = {"temperature": None, "seed": 7, "generation_config": json.dumps(given)}
+        texts.append(ask(client, processor, stream, **asked)[0])
+    assert texts[0] == texts[1] != ""
+
+
 def test_what_may_begin_a_stop_string_is_held_back():
     pieces = ["a<", "/", "b</", "s", ">c", "d"]
     text = StoppedText(["</s>", "never"])
