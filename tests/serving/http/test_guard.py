@@ -17,7 +17,7 @@ from modeling_moma.serving.http.guard import Guard  # noqa: E402
 def status(configured: str, sent: bytes) -> int:
     guard = Guard(PlainTextResponse("in"), Admission(1, 1), api_key=configured)
     client = TestClient(guard, base_url="http://127.0.0.1")
-    return client.get("/v1/models", headers={"authorization": b"Bearer " + sent}).status_code
+    return client.get("/v1/models", headers={b"authorization": b"Bearer " + sent}).status_code
 
 
 @pytest.mark.parametrize("configured", ["a key", "a key\n", " a key\r\n", "\ta key "])
