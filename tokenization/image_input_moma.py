@@ -8,6 +8,7 @@ import functools
 import math
 import os
 from collections.abc import Iterator
+from http.client import HTTPException
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -60,7 +61,8 @@ def open_image(source: str) -> Image.Image:
         `PIL.Image.Image`: the image, not decoded yet. No file stays open.
 
     Raises:
-        ValueError: `source` is none of the four, or its content is not an image, or a JPEG of more than 100 scans.
+        ValueError: `source` is none of the four, an address is malformed or its server breaks off, or the content is
+            not an image, or a JPEG of more than 100 scans.
         OSError: the address or the file cannot be read.
     """
     is_file = os.path.isfile(source)
@@ -68,8 +70,7 @@ def open_image(source: str) -> Image.Image:
     if is_file:
         data = Path(source).read_bytes()
     elif is_address:
-        with urlopen(source, timeout=_URL_TIMEOUT_SECONDS) as response:
-            data = response.read()
+        data = _fetch(source)
     else:
         data = _decode_base64(source)
     refuse_many_scans(data, repr(source[:200]))
@@ -86,6 +87,19 @@ def open_image(source: str) -> Image.Image:
         # errors name the file by this attribute
         image.filename = source
     return image
+
+
+def _fetch(address: str) -> bytes:
+    try:
+        with urlopen(address, timeout=_URL_TIMEOUT_SECONDS) as response:
+            return response.read()
+    # a server that closes the connection raises an error of both kinds
+    except OSError:
+        raise
+    except (HTTPException, ValueError) as error:
+        raise InputError(
+            f"images: {address[:200]!r} cannot be fetched ({error!r}): it is malformed, or its server broke off."
+        ) from error
 
 
 def _decode_base64(source: str) -> bytes:

@@ -142,6 +142,7 @@ def test_truncated_image_ends_with_a_message_and_no_traceback(model_folder, imag
         (["--prompt", "a", "--max-new-tokens", "5"], "needs 18 new tokens, but there is room for 5"),
         (["--image", "missing.png"], "missing.png"),
         (["--image", "http://127.0.0.1:1/x.png"], "Connection refused"),
+        (["--image", "http://[::1/"], "images: 'http://[::1/' cannot be fetched"),
         (["--prompt", "<image>"], "no images were passed"),
         (["--prompt", "a", "--mode", "text", "--candidates", "2"], "--candidates 2: only images are chosen"),
         (["--prompt", "a", "--prompt", " ", "--candidates", "2"], "--candidates 2: images are chosen by the words"),

@@ -2,7 +2,10 @@
 
 import base64
 import os
+import re
 import resource
+import socket
+import threading
 import zlib
 from io import BytesIO
 
@@ -162,6 +165,37 @@ def test_truncated_pil_image_raises_a_value_error_that_says_so(image_processor):
 def test_unreadable_values_raise_and_are_named(image_processor, image, message):
     with pytest.raises(ValueError, match=message):
         image_processor(image)
+
+
+@pytest.mark.parametrize(
+    "answer, message",
+    [
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\nshort", "IncompleteRead"),
+        (b"what\r\n\r\n", "BadStatusLine"),
+        (b"HTTP/1.1 302 Found\r\nLocation: http://[::1/\r\n\r\n", "Invalid IPv6 URL"),
+    ],
+)
+def test_a_server_that_answers_badly_is_named(image_processor, answer, message):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def serve():
+            connection, _ = server.accept()
+            with connection:
+                connection.recv(4096)
+                connection.sendall(answer)
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        address = f"http://127.0.0.1:{server.getsockname()[1]}/image.png"
+        with pytest.raises(ValueError, match=f"images: '{address}' cannot be fetched .*{message}"):
+            image_processor(address)
+        thread.join()
+
+
+@pytest.mark.parametrize("address", ["http://[::1/", "http://127.0.0.1:x/", "http://127.0.0.1/ü.png", "http://a b/"])
+def test_malformed_addresses_are_named(image_processor, address):
+    with pytest.raises(ValueError, match=f"images: {re.escape(repr(address))} cannot be fetched"):
+        image_processor(address)
 
 
 def saved(image, kind, **kwargs):
