@@ -243,9 +243,10 @@ class MomaGenerationMixin(GenerationCompat):
             `config.max_position_embeddings`, whatever length is asked for.
 
         Raises:
-            ValueError: an unknown mode; an empty or all-padding prompt; a modality that the configuration has no frame
-                for; too few tokens for a frame; a prompt that ends inside a frame of a modality that the mode does not
-                write; guidance together with a decoding strategy whose unconditional branch would go wrong.
+            ValueError: an unknown mode; an empty, all-padding or too long prompt; a modality that the configuration
+                has no frame for; too few tokens for a frame; a prompt that ends inside a frame of a modality that the
+                mode does not write; guidance together with a decoding strategy whose unconditional branch would go
+                wrong.
         """
         mode = TEXT if generation_mode is None else generation_mode
         self._check_mode(mode)
@@ -399,7 +400,7 @@ class MomaGenerationMixin(GenerationCompat):
     def _grammar(
         self, mode: str, prompt: torch.Tensor, prompt_width: int, num_new: int, stop: int
     ) -> list[LogitsProcessor]:
-        """Return the processors of a mode, after a check that every frame fits."""
+        """Return the processors of a mode, after a check that a token, and every frame, fits."""
         frames = self.config.frames
         for modality, frame in frames.items():
             open_B = frame.open_codes(prompt) >= 0
@@ -409,6 +410,12 @@ class MomaGenerationMixin(GenerationCompat):
                     f"generation_mode={mode!r} cannot continue: use generation_mode={modality!r} or 'interleaved', or "
                     "end the frame."
                 )
+        context = self._context_left(prompt_width)
+        if context is not None and context < 1:
+            raise InputError(
+                f"A prompt of {prompt_width} positions leaves no room for a new token in `max_position_embeddings` "
+                f"({self.config.max_position_embeddings}): shorten the prompt."
+            )
         if mode == TEXT:
             return [TextOnlyLogitsProcessor(self.config)]
         needed = 0
@@ -424,7 +431,6 @@ class MomaGenerationMixin(GenerationCompat):
                 f"A whole frame needs {needed} new tokens, but there is room for {num_new}: raise "
                 f"`max_new_tokens` to at least {needed} (or `max_length` to {needed + prompt_width}){advice}."
             )
-        context = self._context_left(prompt_width)
         if context is not None and needed > context:
             raise InputError(
                 f"A prompt of {prompt_width} positions and a frame that needs {needed} new tokens exceed "

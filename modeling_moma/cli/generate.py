@@ -29,6 +29,9 @@ from .arguments import Flag, parse_fields
 Mode = Literal["text", "image", "interleaved", "audio"]
 TEXT_NEW_TOKENS = 32
 SOUND_NEW_TOKENS = 256
+# scores times or by numbers beyond these would not be finite
+LEAST_TEMPERATURE = 1e-6
+MOST_SCALE = 1000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,11 +77,11 @@ class Arguments:
     mode: Mode | None = None
     output: str | None = None
     max_new_tokens: Count | None = None
-    temperature: Annotated[Float, Field(ge=0)] | None = None
+    temperature: Annotated[Float, Field(ge=0, le=MOST_SCALE)] | None = None
     top_k: Annotated[Int, Field(ge=0)] = 0
     top_p: Share = 1.0
     num_beams: Count = 1
-    guidance_scale: Annotated[Float, Field(ge=0)] = 1.0
+    guidance_scale: Annotated[Float, Field(ge=0, le=MOST_SCALE)] = 1.0
     candidates: Count = 1
     seed: Seed = 0
 
@@ -124,6 +127,19 @@ def generation_arguments(args: Arguments, image_seq_length: int) -> dict:
     if temperature == 0:
         return {**chosen, "do_sample": False}
     return {**chosen, "do_sample": True, "temperature": temperature, "top_k": args.top_k, "top_p": args.top_p}
+
+
+def check_prompts_and_temperature(args: Arguments) -> None:
+    """Raise `ValueError` where a prompt is no text, or a temperature is too near to 0 to divide by."""
+    for prompt in args.prompt:
+        try:
+            prompt.encode()
+        except UnicodeEncodeError as error:
+            raise InputError(f"--prompt {prompt!r}: it is no text in UTF-8 (character {error.start}).") from error
+    if args.temperature is not None and 0 < args.temperature < LEAST_TEMPERATURE:
+        raise InputError(
+            f"--temperature {args.temperature}: it is below {LEAST_TEMPERATURE}; 0 takes the likeliest token."
+        )
 
 
 def check_candidates(args: Arguments) -> None:
@@ -227,6 +243,7 @@ def run(args: Arguments) -> None:
         from ..evaluation.retrieval import likeliest_drawings
         from ..hub.loading import MODEL, PROCESSOR, open_saved, refuse_non_finite
 
+    check_prompts_and_temperature(args)
     check_candidates(args)
     output = Path(str(args.output))
     writes_images = args.mode in ("image", "interleaved")

@@ -143,6 +143,9 @@ def test_truncated_image_ends_with_a_message_and_no_traceback(model_folder, imag
         (["--image", "missing.png"], "missing.png"),
         (["--image", "http://127.0.0.1:1/x.png"], "Connection refused"),
         (["--image", "http://[::1/"], "images: 'http://[::1/' cannot be fetched"),
+        (["--prompt", "apple " * 3000, "--mode", "text"], "leaves no room for a new token"),
+        (["--prompt", "a \udcff"], r"--prompt 'a \udcff': it is no text in UTF-8 (character 2)"),
+        (["--prompt", "a", "--temperature", "1e-310"], "--temperature 1e-310: it is below 1e-06"),
         (["--prompt", "<image>"], "no images were passed"),
         (["--prompt", "a", "--mode", "text", "--candidates", "2"], "--candidates 2: only images are chosen"),
         (["--prompt", "a", "--prompt", " ", "--candidates", "2"], "--candidates 2: images are chosen by the words"),
@@ -170,10 +173,10 @@ def test_where_nothing_can_be_written_is_found_before_anything_is_drawn(tmp_path
     [
         ("--num-beams", ["0", "-1", "two"]),
         ("--max-new-tokens", ["0", "-3"]),
-        ("--temperature", ["-1", "nan", "inf"]),
+        ("--temperature", ["-1", "nan", "inf", "1e300"]),
         ("--top-k", ["-1"]),
         ("--top-p", ["1.5", "-0.1", "nan"]),
-        ("--guidance-scale", ["nan", "inf", "-2"]),
+        ("--guidance-scale", ["nan", "inf", "-2", "1e300"]),
         ("--seed", ["-1", "4294967296"]),
     ],
 )

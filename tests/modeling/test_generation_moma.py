@@ -7,6 +7,7 @@ import torch
 from transformers import GenerationConfig
 
 from modeling_moma.configuration_moma import MomaConfig
+from modeling_moma.errors_moma import InputError
 from modeling_moma.modeling_moma import MomaForCausalLM
 
 
@@ -440,7 +441,7 @@ def test_rows_end_at_the_last_position(num_prompt, strategy):
     # tokens that come again, so that lookup finds drafts
     ids = torch.tensor([[BOS, *[20, 21, 22] * 13]])[:, :num_prompt]
     if num_prompt == 40:
-        with pytest.raises(ValueError, match="max_length"):
+        with pytest.raises(InputError, match="A prompt of 40 positions leaves no room"):
             model.generate(ids, **call, **strategy)
         return
     rows = model.generate(ids, **call, **strategy)
