@@ -380,7 +380,8 @@ ids = model.generate(**inputs, generation_mode="image", do_sample=True, **sampli
 processor.decode_images(model.decode_image_tokens(ids))[0].save("apple.png")
 ```
 
-Without the package, pass `trust_remote_code=True` and leave out the import.
+Without the package, load it from the Hub, or from a folder that `moma push --output` wrote: its code is there, so pass
+`trust_remote_code=True` and leave out the import.
 
 The sampling shown is recommended; the drawings below were made with it. Captions are best decoded greedily. A caption
 reads `STYLE: LABEL`, the style being one of the data set's.

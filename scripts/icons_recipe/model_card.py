@@ -469,9 +469,11 @@ ids = model.generate(**inputs, generation_mode="image", do_sample=True, {samplin
 processor.decode_images(model.decode_image_tokens(ids))[0].save("house.png")
 ```
 
-Without the package, pass `trust_remote_code=True` and leave out the import; names, tags and search need the package. A
-caption reads `NAME (STYLE)` or `NAME (STYLE, COLOUR)`, the style being one of the data set's, or `tags: ONE, ANOTHER`.
-The sampling shown is that of the drawings below.
+Without the package, load it from the Hub, or from a folder that `moma push --output` wrote: its code is there, so pass
+`trust_remote_code=True` and leave out the import. Names, tags and search need the package.
+
+A caption reads `NAME (STYLE)` or `NAME (STYLE, COLOUR)`, the style being one of the data set's, or
+`tags: ONE, ANOTHER`. The sampling shown is that of the drawings below.
 
 ## Uses and limits
 
