@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from PIL import Image
 from transformers import PreTrainedTokenizerFast
+from transformers.image_processing_utils import get_size_dict
 from transformers.processing_utils import ProcessorMixin
 
 from .codecs_moma import ModalityCodec
@@ -81,9 +82,12 @@ class CodeConversionMixin(ProcessorMixin):
             Their token ids are `image_token_offset` higher.
 
         Raises:
-            ValueError: an image cannot be read, or the image processor does not yield the VQ model's resolution.
+            ValueError: an image cannot be read, or the image processor does not yield the VQ model's resolution, or
+                would fill it up with black.
         """
         kwargs["return_tensors"] = "pt"
+        if kwargs.get("size") is not None and kwargs.get("do_resize") is not False:
+            self._check_size(kwargs["size"])
         codes, pending = [], []
         # one by one, so that a single file is open and a single image in memory at its full size
         for source in iter_image_sources(images):
@@ -98,6 +102,18 @@ class CodeConversionMixin(ProcessorMixin):
                 codes += self._encode(pending)
                 pending = []
         return codes + self._encode(pending) if pending else codes
+
+    def _check_size(self, size: Any) -> None:
+        height, width = self.image_size
+        least = {"height": height, "width": width}
+        least |= {"shortest_edge": min(height, width), "longest_edge": max(height, width)}
+        given = dict(get_size_dict(size, default_to_square=False))
+        # a crop larger than the image would be padded with black
+        if any((given.get(name) or side) < side for name, side in least.items()):
+            raise InputError(
+                f"images_kwargs: size={given} makes images smaller than the VQ model's {self.image_size} pixels; "
+                "leave size and crop_size as they are."
+            )
 
     @torch.no_grad()
     def _encode(self, pixel_values: list[torch.Tensor]) -> list[list[int]]:

@@ -18,6 +18,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from transformers import BatchFeature, PreTrainedModel, PreTrainedTokenizerFast
@@ -359,14 +360,16 @@ class MomaProcessor(CodeConversionMixin):
         """
         return escape_special_tokens(self.tokenizer, text)
 
-    def _make_labels(self, features: BatchFeature) -> torch.Tensor | list[list[int]]:
+    def _make_labels(self, features: BatchFeature) -> torch.Tensor | np.ndarray | list[list[int]]:
         if "attention_mask" not in features:
             raise InputError("return_labels: labels leave padding out by the attention mask; do not turn it off.")
         ids, mask = features["input_ids"], features["attention_mask"]
-        if isinstance(ids, list):
+        # NumPy keeps rows of unequal lengths as objects
+        if isinstance(ids, list) or ids.ndim == 1:
             # a label needs a token and one before it, from which it is predicted
             pairs = [zip(row, row_mask, [1, *row_mask]) for row, row_mask in zip(ids, mask)]
-            return [[token if here and before else LABEL_PAD_ID for token, here, before in row] for row in pairs]
+            labels = [[token if here and before else LABEL_PAD_ID for token, here, before in row] for row in pairs]
+            return labels if isinstance(ids, list) else np.array([np.array(row) for row in labels], dtype=object)
         is_label = mask * 1
         is_label[:, 1:] *= mask[:, :-1]
         return ids * is_label + LABEL_PAD_ID * (1 - is_label)
@@ -439,8 +442,12 @@ class MomaProcessor(CodeConversionMixin):
         return replace_placeholders(text, replacements)
 
     def _check_special_mm_tokens(self, text: list[str], text_inputs: BatchFeature, modalities: list[str]) -> None:
-        masks = text_inputs.get("attention_mask", [None] * len(text))
-        for index, (sample, row, mask) in enumerate(zip(text, text_inputs["input_ids"], masks)):
+        rows = text_inputs["input_ids"]
+        masks = text_inputs.get("attention_mask", [None] * len(rows))
+        # with `return_overflowing_tokens` a text may give several rows
+        sources = text_inputs.get("overflow_to_sample_mapping", range(len(text)))
+        for index, row, mask in zip(as_list(sources), rows, masks, strict=True):
+            sample = text[index]
             if len(row) == 0 or (mask is not None and max(mask) == 0):
                 raise InputError(
                     f"text[{index}]: {sample!r} gives no token at all; an empty text is the beginning token alone, "

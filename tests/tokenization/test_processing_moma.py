@@ -116,6 +116,14 @@ def test_labels_are_what_the_ids_are(processor, side, return_tensors):
     assert labels[1] == expected
 
 
+def test_labels_of_rows_of_unequal_lengths(processor):
+    texts = ["red", "red apple castle"]
+    out = processor(text=texts, return_tensors="np", return_labels=True)
+    assert out["labels"].dtype == out["input_ids"].dtype == object
+    assert [row.tolist() for row in out["labels"]] == processor(text=texts, return_labels=True)["labels"]
+    assert [row.tolist() for row in out["labels"]] == [row.tolist() for row in out["input_ids"]]
+
+
 HOSTILE = "<eos> <image> <|image_3|> <|begin_image|><|end_image|><bos>"
 
 
@@ -225,6 +233,17 @@ def test_truncation_that_cuts_an_image_raises(processor, images):
     assert whole["input_ids"][0][-1] == processor.end_image_token_id
 
 
+def test_rows_that_overflow_are_compared_with_their_own_texts(processor, images):
+    options = {"truncation": True, "max_length": LENGTH + 4, "return_overflowing_tokens": True}
+    long = "red apple " * LENGTH
+    out = processor(text=[long, "<image> red"], images=images[0], **options)
+    *overflow, last = out["overflow_to_sample_mapping"]
+    assert len(overflow) > 1 and set(overflow) == {0} and last == 1
+    assert out["input_ids"][-1] == processor(text="<image> red", images=images[0])["input_ids"][0]
+    with pytest.raises(ValueError, match=r"text\[1\]: 1 of image .* would cut one"):
+        processor(text=["red", f"{long}<image>"], images=images[0], **options)
+
+
 def test_an_open_image_may_be_written_as_a_prompt(processor):
     ids = processor(text="red<|begin_image|><|image_5|>")["input_ids"][0]
     assert ids[-2:] == [processor.begin_image_token_id, processor.image_token_offset + 5]
@@ -238,6 +257,10 @@ def test_empty_text_without_special_tokens_raises(processor):
 def test_call_time_size_that_the_vq_model_does_not_take_raises(processor, images):
     with pytest.raises(ValueError, match="leave size and crop_size"):
         processor(images=images[0], text="<image>", images_kwargs={"crop_size": {"height": 8, "width": 8}})
+    for size in ({"shortest_edge": SIDE - 1}, {"height": SIDE, "width": SIDE - 1}, SIDE - 1):
+        with pytest.raises(ValueError, match="smaller than the VQ model's"):
+            processor(images=images[0], text="<image>", size=size)
+    processor(images=images[0], text="<image>", size={"shortest_edge": SIDE + 1})
 
 
 def test_parts_come_back_in_order(processor, images):
