@@ -7,8 +7,11 @@ which is both. Only what `parse_arguments` needs is imported with it, so that he
 
 import ast
 import importlib
+import os
+import select
 import sys
 from pathlib import Path
+from typing import TextIO
 
 from .. import register_auto_classes
 from ..utils.messages import one_line
@@ -62,8 +65,33 @@ def main(arguments: list[str] | None = None) -> int:
 
     Returns:
         The exit status; 2 where there is no such subcommand, an input is wrong or an extra is missing, 1 where the
-        disk is full. Any other error passes, with its traceback.
+        disk is full, 130 after Ctrl-C, 141 where nobody reads its output any more, as after `| head`. Any other error
+        passes, with its traceback.
     """
+    try:
+        status = _run(arguments)
+        # what is still to be written fails here, and not when the process ends
+        sys.stdout.flush()
+    except BrokenPipeError:
+        if not _is_unread(sys.stdout):
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    return status
+
+
+def _is_unread(stream: TextIO) -> bool:
+    """Return whether a stream is a pipe that nobody reads."""
+    try:
+        poll = select.poll()
+        poll.register(stream, 0)
+        return any(events & select.POLLERR for _, events in poll.poll(0))
+    # no file, or a system without it
+    except (AttributeError, OSError, ValueError):
+        return False
+
+
+def _run(arguments: list[str] | None) -> int:
     subcommand, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
     if subcommand in ("-h", "--help"):
         print(usage())
@@ -83,6 +111,12 @@ def main(arguments: list[str] | None = None) -> int:
         args = module.parse_arguments()
         register_auto_classes()
         status = module.run(args)
+    except KeyboardInterrupt:
+        from ..utils.errors import stopped_line
+
+        end_progress_bars()
+        print(stopped_line(subcommand), file=sys.stderr)
+        return 130
     except Exception as error:
         from ..utils.errors import MissingExtraError, full_disk_line, is_disk_full, is_input_error
 

@@ -216,4 +216,6 @@ def _remove(path: Path) -> None:
     if path.is_dir():
         shutil.rmtree(path, ignore_errors=True)
     else:
-        path.unlink(missing_ok=True)
+        # where nothing can be removed, nothing could be written, of which the first error tells
+        with suppress(OSError):
+            path.unlink()

@@ -18,15 +18,14 @@ _TEXTS = (
     *("No space left on device", "Disk quota exceeded", "File too large", "Not enough disk space"),
     *("PytorchStreamWriter failed writing", "unexpected pos "),
 )
-_TO_RESUME = "What was written before is whole. Make room, and the same command with `--resume` goes on."
+_TO_RESUME = ("What was written before is whole.", "the same command with `--resume` goes on.")
 # subcommand -> what is safe and how to go on
 _WAYS = {
-    "tokenize": "The shards that are done are whole. Make room, and the same command goes on.",
+    "tokenize": ("The shards that are done are whole.", "the same command goes on."),
     "pretrain": _TO_RESUME,
     "train-auxiliary-routers": _TO_RESUME,
     "train-image-tokenizer": _TO_RESUME,
 }
-_OTHER_WAY = "Make room, and give the same command again."
 
 
 class MissingExtraError(ImportError):
@@ -94,8 +93,15 @@ def full_disk_line(error: BaseException, subcommand: str, output: str | None) ->
     free = shutil.disk_usage(place).free / 2**20
     # with free space on the disk, a quota or a limit is the cause, and the system's message says more
     detail = "" if free < 1 else f" ({str(error).splitlines()[0] if str(error) else type(error).__name__})"
-    way = _WAYS.get(subcommand, _OTHER_WAY)
-    return f"the disk is full: {free:.1f} MiB are free at {os.fspath(place)!r}{detail}. {way}"
+    safe, way = _WAYS.get(subcommand, ("", "give the same command again."))
+    line = f"the disk is full: {free:.1f} MiB are free at {os.fspath(place)!r}{detail}."
+    return " ".join(part for part in (line, safe, f"Make room, and {way}") if part)
 
 
-__all__ = ["MissingExtraError", "full_disk_line", "is_disk_full", "is_input_error", "needs_extra"]
+def stopped_line(subcommand: str) -> str:
+    """Return the line that a user reads who has stopped a command, as by Ctrl-C."""
+    safe, way = _WAYS.get(subcommand, ("", ""))
+    return " ".join(part for part in ("stopped.", safe, way[:1].upper() + way[1:]) if part)
+
+
+__all__ = ["MissingExtraError", "full_disk_line", "is_disk_full", "is_input_error", "needs_extra", "stopped_line"]

@@ -2,8 +2,10 @@
 """The command `moma`: its subcommands, what it does with a name that is none, and where it finds their modules."""
 
 import importlib
+import os
 import re
 import resource
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -42,6 +44,26 @@ def test_unknown_subcommand_is_named_with_the_known_ones(capsys):
     assert main(["trian"]) == 2
     error = capsys.readouterr().err
     assert "'trian'" in error and all(subcommand in error for subcommand in SUBCOMMANDS)
+
+
+@pytest.mark.parametrize("subcommand", ["tokenize", "pretrain", "evaluate"])
+def test_who_stops_a_command_reads_how_it_goes_on(subcommand, monkeypatch, capsys):
+    module = importlib.import_module(f"modeling_moma.cli.{SUBCOMMANDS[subcommand]}")
+    monkeypatch.setattr(module, "parse_arguments", lambda: None)
+    monkeypatch.setattr(module, "run", lambda args: signal.raise_signal(signal.SIGINT))
+    assert main([subcommand]) == 130
+    line = capsys.readouterr().err
+    assert line.startswith("stopped.") and line.count("\n") == 1
+    assert ("--resume" in line, "goes on" in line) == (subcommand == "pretrain", subcommand != "evaluate")
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_output_that_nobody_reads_is_no_error(unbuffered):
+    command = [sys.executable, "-m", "modeling_moma", "--help"]
+    environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.close()
+    assert (process.stderr.read(), process.wait()) == ("", 141)
 
 
 def fail_in_a_call():
