@@ -66,9 +66,10 @@ def parse_arguments(arguments: list[str] | None = None) -> Arguments:
 
 def run(args: Arguments) -> int:
     with without_import_notices():
-        from ..hub.upload import UploadError, prepare, push, write_repository
+        from ..hub.upload import UploadError, check_repo_id, prepare, push, write_repository
 
     try:
+        check_repo_id(args.repo_id)
         datasets = dict(pair.split("=", 1) for pair in args.dataset)
         upload = prepare(args.model, args.processor, datasets)
         for name in upload.files:

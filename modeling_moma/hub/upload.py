@@ -10,9 +10,11 @@ from pathlib import Path
 
 import yaml
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
+from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from ..errors_moma import InputError
 from ..utils.atomic_files import refuse_files, write_folder_aside
+from ..utils.messages import one_line
 from .card import check_card, with_datasets
 from .folder import PROCESSOR_FILES, VQ_FOLDER, check_files, gather
 
@@ -44,6 +46,22 @@ class Upload:
         """Return the bytes of a file."""
         content = self.files[name]
         return len(content) if isinstance(content, bytes) else content.stat().st_size
+
+
+def check_repo_id(repo_id: str | None) -> None:
+    """Check the name of a repository, without asking the Hub.
+
+    Args:
+        repo_id (`str`, *optional*):
+            see [`push`].
+
+    Raises:
+        ValueError: no repository can have it.
+    """
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise InputError(f"--repo-id: {repo_id!r} is no id of the Hub: {one_line(error)}") from error
 
 
 def prepare(

@@ -408,6 +408,15 @@ def test_a_refusal_is_an_exit_code_and_a_message(folder, capsys):
     assert "nowhere', which is no folder" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", ["not a repo", "", "a/b/c"])
+def test_a_name_that_no_repository_can_have_is_refused_by_a_dry_run_too(folder, capsys, name):
+    assert push_to_hub.main(["--model", str(folder), "--repo-id", name, "--dry-run"]) == 2
+    printed = capsys.readouterr()
+    (line,) = printed.err.splitlines()
+    assert line.startswith(f"moma push: refused, nothing was sent: --repo-id: {name!r} is no id of the Hub: Repo id")
+    assert not printed.out
+
+
 def test_defect_keeps_its_traceback(folder, monkeypatch):
     def fail(*args):
         raise ValueError("none of the arguments did this")
