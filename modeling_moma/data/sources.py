@@ -25,6 +25,7 @@ from datasets import (
 )
 from datasets.exceptions import DatasetGenerationError
 from datasets.fingerprint import Hasher
+from datasets.inspect import SplitsNotFoundError
 from pydantic import Field
 
 from ..errors_moma import InputError
@@ -244,13 +245,22 @@ class Source:
             return function(path, **options)
         # readers of files fail in any way
         except Exception as error:
-            # says no more than that there was another error
-            is_hiding = isinstance(error, DatasetGenerationError) and error.__cause__ is not None
-            reason = error.__cause__ if is_hiding else error
+            reason = _telling(error)
+            hint = "; is a file there not in UTF-8?" if isinstance(reason, UnicodeDecodeError) else ""
             raise InputError(
                 f"sources: {self.name!r}: `datasets` cannot open {self.data!r} "
-                f"({type(reason).__name__}: {one_line(reason)})."
+                f"({type(reason).__name__}: {one_line(reason)}{hint})."
             ) from error
+
+
+def _telling(error: BaseException) -> BaseException:
+    """Return what an error comes from, where it says no more itself than that there was another error."""
+    while isinstance(error, (DatasetGenerationError, SplitsNotFoundError)):
+        deeper = error.__cause__ or error.__context__
+        if deeper is None:
+            break
+        error = deeper
+    return error
 
 
 def placed_rows(rows: Dataset | IterableDataset) -> Iterator[tuple[str, dict[str, Any]]]:

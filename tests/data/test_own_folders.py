@@ -123,6 +123,24 @@ def test_strict_stops_at_a_broken_line(run, tmp_path):
         run("--strict", data=str(tmp_path / "d.jsonl"), text="text")
 
 
+@pytest.mark.parametrize(
+    "table, cause",
+    [
+        (b"filename,text\n0.png,red\n", "ValueError: `file_name`.* must be present"),
+        (b"file_name;text\n0.png;red\n", "ValueError: `file_name`.* must be present"),
+        (b"file_name,text\n0.png,caf\xe9\n", r"UnicodeDecodeError: .*; is a file there not in UTF-8\?"),
+    ],
+)
+def test_what_is_wrong_with_a_table_of_captions_is_said(tmp_path, table, cause):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    noise_images(1)[0].save(folder / "0.png")
+    (folder / "metadata.csv").write_bytes(table)
+    (source,) = read_sources({"mine": {"data": str(folder), "image": "image", "text": "text"}})
+    with pytest.raises(ValueError, match=rf"sources: 'mine': `datasets` cannot open '.*photos' \({cause}"):
+        source.split_names()
+
+
 def test_broken_line_of_a_stream_is_told(run, tmp_path):
     (tmp_path / "d.jsonl").write_text("\n".join(LINES) + "\n")
     with pytest.raises(ValueError, match="rows no more can be read; is a file damaged there"):
