@@ -93,8 +93,9 @@ def run(args: Arguments) -> None:
         return
     for row in label_rows(labels):
         tags = f"; tags: {row['tags']}" if row["tags"] else ""
+        name = f"{row['name']} ({row['probability']})" if row["probability"] else "no name found"
         # what a model writes may have line breaks, too
-        print(shown(f"{row['file']}: {row['name']} ({row['probability']}){tags}"))
+        print(shown(f"{row['file']}: {name}{tags}"))
 
 
 def main(arguments: list[str] | None = None):

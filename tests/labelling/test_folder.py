@@ -14,6 +14,7 @@ from modeling_moma.cli import main as moma
 from modeling_moma.data.images import LeftOut
 from modeling_moma.labelling import images as reading
 from modeling_moma.labelling.images import SVG_SIDE, SvgRenderer, folder_files, read_files
+from modeling_moma.labelling.labeler import ImageLabeler
 
 
 SQUARE = '<svg xmlns="http://www.w3.org/2000/svg" {}><rect width="12" height="24" fill="red"/></svg>'
@@ -63,6 +64,12 @@ def test_labels_are_written_and_what_is_no_image_is_told_in_a_line_each(folder, 
         rows = list(csv.DictReader(file))
     assert [row["file"] for row in rows] == ["0.png", "1.png", os.path.join("sub", "square.SVG")]
     assert rows[0].keys() == {"file", "name", "probability", "other_names", "tags"}
+
+
+def test_an_image_that_a_model_names_nothing_is_told_so(folder, model, monkeypatch, capfd):
+    monkeypatch.setattr(ImageLabeler, "names", lambda self, codes, most: [[] for _ in codes])
+    assert moma_command("label", folder, "--model", model, "--tags", 0) == 0
+    assert capfd.readouterr().out.splitlines()[:2] == ["0.png: no name found", "1.png: no name found"]
 
 
 def test_a_second_run_with_the_table_in_the_folder_gives_the_same(folder, model, capfd):
