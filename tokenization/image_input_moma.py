@@ -16,7 +16,7 @@ from urllib.request import urlopen
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from transformers.image_processing_utils import BatchFeature
 from transformers.image_utils import PILImageResampling, SizeDict, is_pil_image, is_valid_image
 from transformers.utils import logging
@@ -79,9 +79,11 @@ def open_image(source: str) -> Image.Image:
     # decoders raise errors of any type
     except Exception as error:
         subject = "the file" if is_file or is_address else "no such file exists, and as base64 it"
+        # of a file that Pillow does not know it says no more than where its bytes lie in memory
+        detail = "" if isinstance(error, UnidentifiedImageError) else f" ({error})"
         raise InputError(
             f"images: {source[:200]!r} cannot be opened as an image: {subject} is truncated, damaged or of "
-            f"another kind ({error})."
+            f"another kind{detail}."
         ) from error
     if is_file:
         # errors name the file by this attribute

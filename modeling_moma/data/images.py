@@ -8,7 +8,7 @@ from typing import Any
 from urllib.error import URLError
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from tokenization.image_input_moma import clean_pil_image, open_image
 from tokenization.large_images_moma import refuse_many_scans
@@ -65,6 +65,9 @@ def read_image(value: Any, root: str | None = None, min_side: int = 1) -> tuple[
         raise LeftOut("image too large", str(error)) from error
     except (URLError, TimeoutError, ConnectionError) as error:
         raise LeftOut("address not reached", str(error)) from error
+    except UnidentifiedImageError as error:
+        # Pillow's text says no more than where the bytes lie in memory
+        raise LeftOut("image damaged", "or of another kind than those that are read") from error
     # a decoder may fail in any way
     except Exception as error:
         reason = "image too large" if _is_bomb(error) else "image damaged"

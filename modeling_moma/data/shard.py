@@ -129,8 +129,9 @@ class Shard(ABC):
             ValueError: where the shard is strict.
         """
         if self.is_strict:
+            reason = str(error).rstrip(".")
             raise InputError(
-                f"{self.where}, row {row}: {error}. Without `--strict` such rows are left out."
+                f"{self.where}, row {row}: {reason}. Without `--strict` such rows are left out."
             ) from error
         self.report.leave_out(row, error, is_whole)
 

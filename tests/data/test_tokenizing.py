@@ -17,6 +17,7 @@ from PIL import Image
 
 from helpers.tiny import noise_images, tiny_processor
 from modeling_moma.data.documents import TokenFolder
+from modeling_moma.data.images import LeftOut, read_image
 from modeling_moma.data.jobs import plan_job, read_job, write_job
 from modeling_moma.data.reports import write_manifest
 from modeling_moma.data.sources import read_sources
@@ -243,9 +244,18 @@ def test_special_tokens_in_a_caption_are_words(processor, bad_photos, tmp_path):
 
 
 def test_strict_stops_at_the_first_bad_row_and_names_it(processor, bad_photos, tmp_path):
-    with pytest.raises(ValueError, match="'photos', split 'train', row 1: image damaged.*--strict"):
+    with pytest.raises(ValueError, match="'photos', split 'train', row 1: image damaged.*--strict") as refused:
         tokenize(bad_photos, processor, tmp_path / "tokens", strict=True)
+    assert ".." not in str(refused.value)
     assert not list((tmp_path / "tokens").rglob("*.arrow"))
+
+
+@pytest.mark.parametrize("as_bytes", [True, False])
+def test_what_is_no_image_is_told_without_an_address_in_memory(tmp_path, as_bytes):
+    (tmp_path / "notes.png").write_bytes(b"no image at all")
+    with pytest.raises(LeftOut, match="image damaged: .*of another kind") as refused:
+        read_image(b"no image at all" if as_bytes else str(tmp_path / "notes.png"))
+    assert "BytesIO" not in str(refused.value)
 
 
 def test_source_of_nothing_is_refused_with_its_reasons(processor, tmp_path):
