@@ -80,7 +80,7 @@ def run(args: Arguments) -> int:
     # examples are checked before the model, which takes longer to load
     examples = Examples.from_folder(args.examples) if args.examples else None
     if args.search is not None:
-        folder_files(args.search)
+        folder_files(args.search, option="--search")
     form = CaptionForm(name_prompt=args.name_prompt, tag_prompt=args.tag_prompt)
     page = build_page(load_studio(args.folder, form, args.search), examples)
     print(f"{args.folder}: {open_page(page, args.host, args.port)}", flush=True)

@@ -72,7 +72,7 @@ class Studio:
 
     def __post_init__(self):
         self.partial = PartialImages(self.processor)
-        self.coded = None if self.library is None else CodedFolder.read(self.library, self.labeler)
+        self.coded = None if self.library is None else CodedFolder.read(self.library, self.labeler, "--search")
 
     @property
     def codes_between_views(self) -> int:

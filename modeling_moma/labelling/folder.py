@@ -66,7 +66,9 @@ class Found:
     score: float
 
 
-def coded_images(folder: str, labeler: ImageLabeler, output: str | None = None) -> Iterator[tuple[list[str], Any]]:
+def coded_images(
+    folder: str, labeler: ImageLabeler, output: str | None = None, option: str = "FOLDER"
+) -> Iterator[tuple[list[str], Any]]:
     """Yield the images of a folder in pieces: paths in it, and codes `[N, image_seq_length]`.
 
     Each file and each subfolder that is left out is told in a line on the standard error.
@@ -78,6 +80,8 @@ def coded_images(folder: str, labeler: ImageLabeler, output: str | None = None) 
             its processor makes the codes.
         output (`str`, *optional*):
             a table that may stand in the folder, and is none of its images.
+        option (`str`, *optional*, defaults to `"FOLDER"`):
+            what a command calls the folder, for errors.
 
     Raises:
         ValueError: there is no image.
@@ -88,7 +92,7 @@ def coded_images(folder: str, labeler: ImageLabeler, output: str | None = None) 
         name = os.path.relpath(error.filename, folder)
         tqdm.write(f"{shown(name)}: left out: folder not read: {error.strerror}", file=sys.stderr)
 
-    files = [file for file in folder_files(folder, tell) if os.path.realpath(file) != own]
+    files = [file for file in folder_files(folder, tell, option) if os.path.realpath(file) != own]
     # of large images only what the image tokenizer sees stays in memory
     paths, pixels, number = [], [], 0
     for file, found in tqdm(read_files(files), total=len(files), desc="images", disable=None):
@@ -105,7 +109,7 @@ def coded_images(folder: str, labeler: ImageLabeler, output: str | None = None) 
     if paths:
         yield paths, labeler.encode_pixels(torch.cat(pixels))
     if not number:
-        raise InputError(f"FOLDER {folder!r}: none of its {len(files)} files is an image that can be read.")
+        raise InputError(f"{option} {folder!r}: none of its {len(files)} files is an image that can be read.")
 
 
 def shown(text: str) -> str:
@@ -191,17 +195,19 @@ class CodedFolder:
     codes: torch.Tensor
 
     @classmethod
-    def read(cls, folder: str, labeler: ImageLabeler) -> "CodedFolder":
+    def read(cls, folder: str, labeler: ImageLabeler, option: str = "FOLDER") -> "CodedFolder":
         """Read a folder.
 
         Args:
             folder (`str`):
-                see [`coded_images`], as the next.
+                see [`coded_images`], as the others.
             labeler ([`ImageLabeler`]):
                 makes the codes.
+            option (`str`, *optional*, defaults to `"FOLDER"`):
+                see [`coded_images`].
         """
         paths, codes = [], []
-        for names, codes_NT in coded_images(folder, labeler):
+        for names, codes_NT in coded_images(folder, labeler, option=option):
             paths += names
             codes.append(codes_NT)
         return cls(folder, paths, torch.cat(codes))

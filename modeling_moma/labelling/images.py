@@ -26,7 +26,9 @@ SVG_SIDE = 256
 SVG_SECONDS = 20.0
 
 
-def folder_files(folder: str | Path, on_unread: Callable[[OSError], object] | None = None) -> list[Path]:
+def folder_files(
+    folder: str | Path, on_unread: Callable[[OSError], object] | None = None, option: str = "FOLDER"
+) -> list[Path]:
     """Return the files under a folder, sorted, without hidden ones and those in hidden folders.
 
     Args:
@@ -34,6 +36,8 @@ def folder_files(folder: str | Path, on_unread: Callable[[OSError], object] | No
             its subfolders are read as well; links to folders are not followed.
         on_unread (`Callable`, *optional*):
             is called with the error, and in it the `filename`, of each folder that cannot be read.
+        option (`str`, *optional*, defaults to `"FOLDER"`):
+            what a command calls it, for errors.
 
     Raises:
         ValueError: it is no folder, or holds no file.
@@ -41,13 +45,13 @@ def folder_files(folder: str | Path, on_unread: Callable[[OSError], object] | No
     root = Path(folder)
     if not root.is_dir():
         what = "is a file" if root.exists() else "does not exist"
-        raise InputError(f"FOLDER {str(folder)!r} {what}: name a folder of images.")
+        raise InputError(f"{option} {str(folder)!r} {what}: name a folder of images.")
     found = []
     for parent, folders, files in os.walk(root, onerror=on_unread):
         folders[:] = [name for name in folders if not name.startswith(".")]
         found += [Path(parent, name) for name in files if not name.startswith(".")]
     if not found:
-        raise InputError(f"FOLDER {str(folder)!r} holds no files (hidden ones are not read).")
+        raise InputError(f"{option} {str(folder)!r} holds no files (hidden ones are not read).")
     return sorted(found)
 
 
