@@ -92,7 +92,10 @@ def coded_images(
         name = os.path.relpath(error.filename, folder)
         tqdm.write(f"{shown(name)}: left out: folder not read: {error.strerror}", file=sys.stderr)
 
-    files = [file for file in folder_files(folder, tell, option) if os.path.realpath(file) != own]
+    def tell_link(link: Path) -> None:
+        tqdm.write(f"{shown(str(link.relative_to(folder)))}: left out: a link to a folder", file=sys.stderr)
+
+    files = [file for file in folder_files(folder, tell, option, tell_link) if os.path.realpath(file) != own]
     # of large images only what the image tokenizer sees stays in memory
     paths, pixels, number = [], [], 0
     for file, found in tqdm(read_files(files), total=len(files), desc="images", disable=None):

@@ -27,7 +27,10 @@ SVG_SECONDS = 20.0
 
 
 def folder_files(
-    folder: str | Path, on_unread: Callable[[OSError], object] | None = None, option: str = "FOLDER"
+    folder: str | Path,
+    on_unread: Callable[[OSError], object] | None = None,
+    option: str = "FOLDER",
+    on_link: Callable[[Path], object] | None = None,
 ) -> list[Path]:
     """Return the files under a folder, sorted, without hidden ones and those in hidden folders.
 
@@ -38,6 +41,8 @@ def folder_files(
             is called with the error, and in it the `filename`, of each folder that cannot be read.
         option (`str`, *optional*, defaults to `"FOLDER"`):
             what a command calls it, for errors.
+        on_link (`Callable`, *optional*):
+            is called with each link to a folder.
 
     Raises:
         ValueError: it is no folder, or holds no file.
@@ -49,9 +54,13 @@ def folder_files(
     found = []
     for parent, folders, files in os.walk(root, onerror=on_unread):
         folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in folders:
+            # a path may be too long to be asked about, which `Path.is_symlink` raises
+            if on_link is not None and os.path.islink(link := Path(parent, name)):
+                on_link(link)
         found += [Path(parent, name) for name in files if not name.startswith(".")]
     if not found:
-        raise InputError(f"{option} {str(folder)!r} holds no files (hidden ones are not read).")
+        raise InputError(f"{option} {str(folder)!r} holds no files (hidden ones and links to folders are not read).")
     return sorted(found)
 
 

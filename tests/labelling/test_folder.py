@@ -162,6 +162,16 @@ def test_subfolder_that_cannot_be_read_is_told_in_one_line(folder, model, monkey
     assert len((tmp_path / "labels.csv").read_text().splitlines()) > 1
 
 
+def test_a_link_to_a_folder_is_told_in_one_line(folder, model, tmp_path, capfd):
+    (folder / "others").symlink_to(folder / "sub")
+    (folder / "sub" / "around").symlink_to(folder)
+    (folder / ".hidden").symlink_to(folder / "sub")
+    assert moma_command("label", folder, "--model", model, "--output", tmp_path / "labels.csv") == 0
+    told = [line.strip() for line in capfd.readouterr().err.splitlines() if "a link to a folder" in line]
+    around = os.path.join("sub", "around")
+    assert told == ["others: left out: a link to a folder", f"{around}: left out: a link to a folder"]
+
+
 @pytest.mark.parametrize(
     "arguments, said",
     [
