@@ -83,7 +83,12 @@ class TokenFolder:
 def mean_length(documents: Documents, samples: int = 4096) -> float:
     """Return the mean number of tokens of a document.
 
-    Where the lengths are not known, that of so many spread over all; of fewer where each is made anew.
+    Args:
+        documents (`Documents`):
+            of which the lengths may be known.
+        samples (`int`, *optional*, defaults to `4096`):
+            documents spread over all that are measured where they are not, and a sixteenth of them where each is
+            made anew.
     """
     lengths = documents.lengths()
     if lengths is not None:
