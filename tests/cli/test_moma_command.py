@@ -5,7 +5,6 @@ import importlib
 import os
 import re
 import resource
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -46,11 +45,15 @@ def test_unknown_subcommand_is_named_with_the_known_ones(capsys):
     assert "'trian'" in error and all(subcommand in error for subcommand in SUBCOMMANDS)
 
 
+def stop(args):
+    raise KeyboardInterrupt
+
+
 @pytest.mark.parametrize("subcommand", ["tokenize", "pretrain", "evaluate"])
 def test_who_stops_a_command_reads_how_it_goes_on(subcommand, monkeypatch, capsys):
     module = importlib.import_module(f"modeling_moma.cli.{SUBCOMMANDS[subcommand]}")
     monkeypatch.setattr(module, "parse_arguments", lambda: None)
-    monkeypatch.setattr(module, "run", lambda args: signal.raise_signal(signal.SIGINT))
+    monkeypatch.setattr(module, "run", stop)
     assert main([subcommand]) == 130
     line = capsys.readouterr().err
     assert line.startswith("stopped.") and line.count("\n") == 1
