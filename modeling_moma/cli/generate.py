@@ -20,7 +20,7 @@ from pydantic import Field
 from ..errors_moma import InputError
 from ..utils.atomic_files import check_place
 from ..utils.errors import needs_extra
-from ..utils.fields import Count, Float, Int, Seed, Share
+from ..utils.fields import Count, Float, Int, Seed, Share, check_utf8
 from ..utils.messages import without_import_notices
 from .arguments import Flag, parse_fields
 
@@ -132,10 +132,7 @@ def generation_arguments(args: Arguments, image_seq_length: int) -> dict:
 def check_prompts_and_temperature(args: Arguments) -> None:
     """Raise `ValueError` where a prompt is no text, or a temperature is too near to 0 to divide by."""
     for prompt in args.prompt:
-        try:
-            prompt.encode()
-        except UnicodeEncodeError as error:
-            raise InputError(f"--prompt {prompt!r}: it is no text in UTF-8 (character {error.start}).") from error
+        check_utf8("--prompt", prompt)
     if args.temperature is not None and 0 < args.temperature < LEAST_TEMPERATURE:
         raise InputError(
             f"--temperature {args.temperature}: it is below {LEAST_TEMPERATURE}; 0 takes the likeliest token."

@@ -80,21 +80,19 @@ class TokenFolder:
         return source.kind.stored_documents(source.name, table, self.encoder, self.manifest["sequence_length"])
 
 
-def mean_length(documents: Documents, samples: int = 4096) -> float:
+def mean_length(documents: Documents, samples: int = 256) -> float:
     """Return the mean number of tokens of a document.
 
     Args:
         documents (`Documents`):
             of which the lengths may be known.
-        samples (`int`, *optional*, defaults to `4096`):
-            documents spread over all that are measured where they are not, and a sixteenth of them where each is
-            made anew.
+        samples (`int`, *optional*, defaults to `256`):
+            documents, spread over all, that are made where they are not.
     """
     lengths = documents.lengths()
     if lengths is not None:
         return float(lengths.mean())
-    number = min(samples // 16 if documents.has_choice else samples, len(documents))
-    rows = np.linspace(0, len(documents) - 1, number).astype(int)
+    rows = np.linspace(0, len(documents) - 1, min(samples, len(documents))).astype(int)
     return float(np.mean([len(documents.ids(int(row), np.random.default_rng([0, int(row)]))) for row in rows]))
 
 

@@ -73,7 +73,7 @@ class TokenDocuments:
 
     def num_long(self) -> int:
         """Return how many documents are longer than a sequence, as those to be packed may be."""
-        return sum(int((lengths > self.longest).sum()) for lengths in self.table.lengths("input_ids"))
+        return int((self.lengths() > self.longest).sum())
 
     def beginning(self, ids: Sequence[int] | np.ndarray) -> Any:
         """Return as much of a document as a sequence holds, no image of it cut in two."""

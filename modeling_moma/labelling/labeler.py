@@ -19,6 +19,7 @@ from ..data.encoding import DocumentEncoder
 from ..errors_moma import InputError
 from ..evaluation.measures import encode_images
 from ..hub.loading import open_model, open_processor, refuse_non_finite
+from ..utils.fields import check_utf8
 from . import MOST_GUESSES
 
 
@@ -266,10 +267,7 @@ def check_queries(queries: Sequence[str]) -> None:
     if blank := [query for query in queries if not query.strip()]:
         raise InputError(f"query {blank[0]!r}: there are no words in it to look for.")
     for query in queries:
-        try:
-            query.encode()
-        except UnicodeEncodeError as error:
-            raise InputError(f"query {query!r}: it is no text in UTF-8 (character {error.start}).") from error
+        check_utf8("query", query)
 
 
 def open_labeler(model: str, form: CaptionForm = CaptionForm(), batch_size: int = 32) -> ImageLabeler:

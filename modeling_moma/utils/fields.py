@@ -20,6 +20,21 @@ from ..errors_moma import InputError
 T = TypeVar("T")
 
 
+def check_utf8(what: str, text: str) -> None:
+    """Raise `ValueError` where a text of a command line holds bytes that are none in UTF-8.
+
+    Args:
+        what (`str`):
+            what the error calls it.
+        text (`str`):
+            as Python decodes arguments, such bytes being lone surrogates.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"{what} {text!r}: it is no text in UTF-8 (character {error.start}).") from error
+
+
 def _is_number(value: Any) -> Any:
     if isinstance(value, bool):
         raise InputError("a number")
@@ -280,6 +295,7 @@ __all__ = [
     "Seed",
     "Share",
     "annotations",
+    "check_utf8",
     "choices",
     "descriptions",
     "former_names",

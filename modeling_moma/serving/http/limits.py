@@ -24,8 +24,6 @@ MAX_CHARACTERS = 200_000
 # an image of this many pixels takes 50 MB while it is read, and is then scaled down to the model's few
 MAX_IMAGES, MAX_WEB_IMAGES = 16, 4
 MAX_PIXELS, MAX_PIXELS_TOGETHER, MAX_SIDE = 2**24, 2**26, 2**14
-# a scan of a few bytes passes over all pixels of a JPEG; cameras and encoders write some 10 at most
-MAX_SCANS = 100
 # a sound of this many samples takes 16 MB while it is read
 MAX_SOUNDS, MAX_SAMPLES = 16, 2**22
 

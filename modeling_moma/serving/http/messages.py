@@ -11,7 +11,7 @@ from PIL import Image
 
 from tokenization.audio_codecs_moma import AUDIO
 from tokenization.audio_input_moma import SoundError, read_sound
-from tokenization.large_images_moma import jpeg_scans
+from tokenization.large_images_moma import MOST_SCANS, jpeg_scans
 
 from .errors import RequestError, short, short_name
 from .limits import (
@@ -21,7 +21,6 @@ from .limits import (
     MAX_PIXELS,
     MAX_PIXELS_TOGETHER,
     MAX_SAMPLES,
-    MAX_SCANS,
     MAX_SIDE,
     MAX_SOUNDS,
     MAX_WEB_IMAGES,
@@ -79,8 +78,8 @@ class MessageImage:
             RequestError: an address that is neither of the web nor base64, no image, or a JPEG of too many scans.
         """
         content = _decode(self.address, self.field) if self.content is None else self.content
-        if (scans := jpeg_scans(content)) > MAX_SCANS:
-            raise RequestError(self.field, f"{scans} scans are more than {MAX_SCANS}: save the JPEG anew.", 413)
+        if (scans := jpeg_scans(content)) > MOST_SCANS:
+            raise RequestError(self.field, f"{scans} scans are more than {MOST_SCANS}: save the JPEG anew.", 413)
         try:
             return Image.open(io.BytesIO(content), formats=_formats())
         except Image.DecompressionBombError as error:

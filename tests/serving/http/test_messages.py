@@ -9,8 +9,9 @@ from PIL import Image
 
 from helpers.scans import repeated_scan
 from modeling_moma.serving.http.errors import RequestError
-from modeling_moma.serving.http.limits import MAX_SCANS, MAX_SIDE
+from modeling_moma.serving.http.limits import MAX_SIDE
 from modeling_moma.serving.http.messages import read_items, read_messages
+from tokenization.large_images_moma import MOST_SCANS
 
 
 FIELD = "messages[0].content[0].image_url.url"
@@ -30,14 +31,14 @@ def as_file(image: Image.Image, kind: str, **options) -> bytes:
 
 
 def test_jpeg_of_many_scans_is_refused_before_it_is_decoded():
-    with pytest.raises(RequestError, match=f"scans are more than {MAX_SCANS}: save") as refusal:
-        read(repeated_scan(MAX_SCANS))
+    with pytest.raises(RequestError, match=f"scans are more than {MOST_SCANS}: save") as refusal:
+        read(repeated_scan(MOST_SCANS))
     assert (refusal.value.field, refusal.value.status) == (FIELD, 413)
-    assert read(repeated_scan(MAX_SCANS // 2)).size == (64, 64)
+    assert read(repeated_scan(MOST_SCANS // 2)).size == (64, 64)
 
 
 def test_what_a_jpeg_brings_beside_its_pixels_is_no_scan():
-    markers = b"\xff\xda" * (2 * MAX_SCANS)
+    markers = b"\xff\xda" * (2 * MOST_SCANS)
     content = as_file(Image.new("RGB", (64, 64), "red"), "JPEG", comment=markers, exif=b"Exif\0\0" + markers)
     # a camera appends a film
     assert read(content + markers).size == (64, 64)
