@@ -238,7 +238,7 @@ def run(args: Arguments) -> None:
         from transformers import AutoModelForCausalLM, AutoProcessor, set_seed
 
         from ..evaluation.retrieval import likeliest_drawings
-        from ..hub.loading import MODEL, PROCESSOR, open_saved, refuse_non_finite
+        from ..hub.loading import MODEL, PROCESSOR, open_saved
 
     check_prompts_and_temperature(args)
     check_candidates(args)
@@ -252,8 +252,6 @@ def run(args: Arguments) -> None:
     load = partial(AutoModelForCausalLM.from_pretrained, args.model, dtype=dtype)
     model: Any = open_saved(MODEL, "--model", args.model, load)
     model = model.to(device).eval()
-    refuse_non_finite(model, args.model)
-    refuse_non_finite(processor.vq_model, f"{args.model}, image tokenizer")
     processor.to(device)
     sampling_rate = check_sounds(args, processor)
     items = {"audio": sounds} if sounds else {}

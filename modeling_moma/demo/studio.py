@@ -26,7 +26,7 @@ from tokenization.audio_codecs_moma import AUDIO
 from ..errors_moma import InputError
 from ..evaluation.routing_images import record_routing, token_pieces
 from ..generation_moma import INTERLEAVED
-from ..hub.loading import MODEL, PROCESSOR, open_saved, refuse_non_finite
+from ..hub.loading import MODEL, PROCESSOR, open_saved
 from ..labelling.folder import CodedFolder
 from ..labelling.labeler import CaptionForm, Guess, ImageLabeler
 from .routing_view import RoutedExample
@@ -337,8 +337,6 @@ def load_studio(folder: str | Path, form: CaptionForm | None = None, library: st
     dtype = torch.float32 if device == "cpu" else "auto"
     load = partial(AutoModelForCausalLM.from_pretrained, folder, dtype=dtype)
     model: Any = open_saved(MODEL, "FOLDER", str(folder), load)
-    refuse_non_finite(model, str(folder))
-    refuse_non_finite(processor.vq_model, f"{folder}, image tokenizer")
     if "image" not in model.config.frames:
         raise InputError(f"FOLDER: the model of {str(folder)!r} writes no images, so there is nothing to show.")
     if not processor.has_image_decoder:

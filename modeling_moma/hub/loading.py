@@ -115,12 +115,17 @@ def open_saved(saved: Saved, option: str, place: str, load: Callable[[], T]) -> 
             reads it.
 
     Raises:
-        ValueError: there is no such folder or repository, it is unfinished or of another kind, or it is damaged. The
-            message is one line and names option, value and likely cause.
+        ValueError: there is no such folder or repository, it is unfinished or of another kind, it is damaged, or a
+            tensor of it is not finite. The message is one line and names option, value and likely cause.
         ImportError: the model is quantised, or has adapters, and the library for that is missing.
     """
     check_saved(saved, option, place)
-    return open_checked(saved, option, place, load)
+    loaded = open_checked(saved, option, place, load)
+    where = f"`{option}` {str(place)!r}"
+    for part, source in ((loaded, where), (getattr(loaded, "vq_model", None), f"{where}, image tokenizer")):
+        if isinstance(part, nn.Module):
+            refuse_non_finite(part, source)
+    return loaded
 
 
 def open_checked(saved: Saved, option: str, place: str, load: Callable[[], T]) -> T:

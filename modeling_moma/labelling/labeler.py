@@ -18,7 +18,7 @@ from transformers import DynamicCache
 from ..data.encoding import DocumentEncoder
 from ..errors_moma import InputError
 from ..evaluation.measures import encode_images
-from ..hub.loading import open_model, open_processor, refuse_non_finite
+from ..hub.loading import open_model, open_processor
 from ..utils.fields import check_utf8
 from . import MOST_GUESSES
 
@@ -283,10 +283,7 @@ def open_labeler(model: str, form: CaptionForm = CaptionForm(), batch_size: int 
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     processor = open_processor(model, "--model").to(device)
-    loaded = open_model(model).to(device).eval()
-    refuse_non_finite(loaded, model)
-    refuse_non_finite(processor.vq_model, f"{model}, image tokenizer")
-    return ImageLabeler(loaded, processor, form, batch_size)
+    return ImageLabeler(open_model(model).to(device).eval(), processor, form, batch_size)
 
 
 __all__ = ["CaptionForm", "Guess", "ImageLabeler", "check_queries", "open_labeler"]

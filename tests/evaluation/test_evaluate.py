@@ -3,10 +3,12 @@
 
 import json
 import math
+import shutil
 import sys
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from helpers.tiny import tiny_model, tiny_processor, write_tokens
 from modeling_moma.cli.evaluate import main
@@ -99,11 +101,12 @@ def test_wishes_that_cannot_be_met_are_refused_before_anything_is_measured(sourc
         measure_sources(model, processor, {"few": few}, MeasureSettings(("losses", "drawings")))
 
 
-def test_figures_of_a_model_that_diverged_are_null_in_the_file(folder, tmp_path, capsys):
+def test_figures_that_are_no_numbers_are_null_in_the_file(folder, tmp_path, capsys):
     processor = tiny_processor()
     processor.save_pretrained(tmp_path / "model")
     model = tiny_model(processor)
-    torch.nn.init.constant_(model.lm_head.weight, math.nan)
+    # finite, but no logit of them is
+    torch.nn.init.constant_(model.lm_head.weight, torch.finfo(torch.float32).max)
     model.save_pretrained(tmp_path / "model")
     given = ["--model", tmp_path / "model", "--tokens", folder / "tokens", "--measures", "losses"]
     main([*map(str, given), "--output", str(tmp_path / "report.json")])
@@ -162,6 +165,21 @@ def test_the_command_measures_losses_and_captions_by_default(folder, tmp_path):
 def test_data_that_is_not_there_is_named(folder, more, error):
     with pytest.raises(ValueError, match=error):
         main(arguments(folder, *more))
+
+
+@pytest.mark.parametrize(
+    "file, what",
+    [("model.safetensors", ""), ("vq_model/model.safetensors", ", image tokenizer")],
+    ids=["model", "codes"],
+)
+def test_weights_of_a_training_that_has_diverged_are_not_measured(folder, tmp_path, file, what):
+    shutil.copytree(folder / "model", tmp_path / "model")
+    tensors = load_file(tmp_path / "model" / file)
+    name = min(name for name in tensors if tensors[name].is_floating_point())
+    tensors[name].view(-1)[0] = math.nan
+    save_file(tensors, tmp_path / "model" / file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=f"`--model` '.*'{what}: the tensor '{name}' holds NaN or infinite values"):
+        main(arguments(folder, "--model", str(tmp_path / "model")))
 
 
 @pytest.mark.parametrize(
