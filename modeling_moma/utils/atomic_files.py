@@ -131,7 +131,7 @@ def path_aside(path: Path) -> Path:
 
 
 def refuse_files(folder: str | Path, is_fine: Callable[[Path], bool] = lambda path: False):
-    """Raise for an output folder with files that would mix with those of the model to be written.
+    """Raise, before any work, for an output folder that has files in it, or that nothing can be written into.
 
     Args:
         folder (`str | Path`):
@@ -140,13 +140,16 @@ def refuse_files(folder: str | Path, is_fine: Callable[[Path], bool] = lambda pa
             whether a path in it may stay; by default none.
 
     Raises:
-        ValueError: names one of the others.
+        ValueError: names one of the others, or the folder that nothing can be written into.
     """
+    place = Path(folder).resolve()
+    _check_writable(next(path for path in (place, *place.parents) if path.exists()))
     paths = (path for path in Path(folder).glob("*") if not path.name.endswith(LEFT_OVER))
     others = sorted(path.name for path in paths if not is_fine(path))
     if others:
         raise InputError(
-            f"`--output` {str(folder)!r} has files of something else in it, such as {others[0]!r}: give a new folder."
+            f"`--output` {str(folder)!r} has files in it already, such as {others[0]!r}: give a new folder, or empty "
+            "this one."
         )
 
 
@@ -165,10 +168,21 @@ def check_place(path: str | Path) -> None:
         raise InputError(f"--output: {str(path)!r} is a folder; name a file in it.")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with TemporaryFile(dir=path.parent):
+    except OSError as error:
+        raise _not_writable(path.parent, error) from error
+    _check_writable(path.parent)
+
+
+def _check_writable(folder: Path) -> None:
+    try:
+        with TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise InputError(f"--output: nothing can be written into {str(path.parent)!r} ({error}).") from error
+        raise _not_writable(folder, error) from error
+
+
+def _not_writable(folder: Path, error: OSError) -> InputError:
+    return InputError(f"--output: nothing can be written into {str(folder)!r} ({error}).")
 
 
 def is_of_model(path: Path) -> bool:

@@ -126,7 +126,7 @@ def test_paper_threshold_resume_and_a_model_that_has_auxiliary_routers(inputs, t
     assert [entry["step"] for entry in log if "eval_loss" in entry][-2:] == [3, 4]
     # its own results are no hindrance, to who resumes
     auxiliary_run(inputs, tmp_path, "--threshold", "0.5", "--resume")
-    with pytest.raises(ValueError, match="files of something else"):
+    with pytest.raises(ValueError, match="files in it already"):
         auxiliary_run(inputs, tmp_path, "--threshold", "0.5")
     # goes on from the auxiliary routers that are there
     further = run(train, inputs, tmp_path / "further", "--steps", "1", "--learning-rate", "0", model=trained)

@@ -33,10 +33,10 @@ def test_folders_of_something_else_are_left_as_they_are(tmp_path):
     (tmp_path / "recipe.yaml").write_text(f"sources: {{lines: {{data: {tmp_path}/lines.txt, text: text}}}}\n")
     recipe, output = str(tmp_path / "recipe.yaml"), ["--output", str(tmp_path / "processor")]
     before = {path: path.stat().st_mtime_ns for path in sorted((tmp_path / "processor").rglob("*"))}
-    with pytest.raises(ValueError, match="`--output`.* has files of something else in it"):
+    with pytest.raises(ValueError, match="`--output`.* has files in it already"):
         tokenize.main([recipe, "--processor", str(tmp_path / "processor"), *output, "--processes", "1"])
     # tokens may be made with the processor that lies there
-    with pytest.raises(ValueError, match="`--output`.* has files of something else in it"):
+    with pytest.raises(ValueError, match="`--output`.* has files in it already"):
         build_processor.main(
             [recipe, "--image-tokenizer", str(tmp_path / "tokenizer"), "--vocab-size", "290", *output]
         )

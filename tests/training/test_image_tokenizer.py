@@ -196,7 +196,7 @@ def test_a_run_is_not_begun_anew_in_its_folder(folder, tmp_path, kill, capsys):
 def test_another_model_is_not_written_over(folder, tmp_path):
     (tmp_path / "model.safetensors").write_text("of something else")
     for more in ([], ["--resume"]):
-        with pytest.raises(ValueError, match="has files of something else in it, such as 'model.safetensors'"):
+        with pytest.raises(ValueError, match="has files in it already, such as 'model.safetensors'"):
             main(arguments(folder, tmp_path, *more))
     assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
 

@@ -346,5 +346,5 @@ def test_a_model_of_something_else_is_not_written_over(inputs, tmp_path, capsys)
     before = contents(tmp_path / "out")
     for resume in ([], ["--resume"]):
         assert start(inputs, tmp_path / "out", *resume) == 2
-        assert "has files of something else in it, such as 'config.json'" in capsys.readouterr().err
+        assert "has files in it already, such as 'config.json'" in capsys.readouterr().err
     assert contents(tmp_path / "out") == before

@@ -249,5 +249,20 @@ def test_left_overs_do_not_make_a_folder_one_of_something_else(tmp_path):
     path_aside(tmp_path / "report.json").write_text("half")
     refuse_files(str(tmp_path))
     (tmp_path / "weights").write_text("")
-    with pytest.raises(ValueError, match=f"`--output` '{tmp_path}' has files of something else .* 'weights'"):
+    with pytest.raises(ValueError, match=f"`--output` '{tmp_path}' has files in it already, .* 'weights'"):
         refuse_files(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "place, where", [("/proc/model", "/proc"), ("/proc", "/proc"), ("file/model", "file"), ("file", "file")]
+)
+def test_output_folder_that_cannot_be_written_into_is_refused_before_any_work(tmp_path, place, where):
+    (tmp_path / "file").write_text("kept")
+    with pytest.raises(ValueError, match=f"--output: nothing can be written into '{tmp_path / where}'"):
+        refuse_files(tmp_path / place)
+    assert (tmp_path / "file").read_text() == "kept"
+
+
+def test_output_folder_that_is_missing_is_not_made_by_its_check(tmp_path):
+    refuse_files(tmp_path / "new" / "model")
+    assert not list(tmp_path.iterdir())
