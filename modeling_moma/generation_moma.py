@@ -246,7 +246,7 @@ class MomaGenerationMixin(GenerationCompat):
             ValueError: an unknown mode; an empty, all-padding or too long prompt; a modality that the configuration
                 has no frame for; too few tokens for a frame; a prompt that ends inside a frame of a modality that the
                 mode does not write; guidance together with a decoding strategy whose unconditional branch would go
-                wrong.
+                wrong; `prefill_chunk_size` together with `inputs_embeds`.
         """
         mode = TEXT if generation_mode is None else generation_mode
         self._check_mode(mode)
@@ -258,6 +258,11 @@ class MomaGenerationMixin(GenerationCompat):
             return self._generate(inputs, generation_config, processors, kwargs, arguments)
         prompt = self._prompt_ids(inputs, kwargs)
         _check_prompt(prompt, kwargs)
+        if kwargs.get("inputs_embeds") is not None and self._option("prefill_chunk_size", generation_config, kwargs):
+            raise InputError(
+                "`prefill_chunk_size` cannot be combined with `inputs_embeds`: the stock loop cuts ids alone. Leave "
+                "one of the two out."
+            )
         if self.config.modality_token_ranges:
             generation_config = self._follow_grammar(mode, prompt, generation_config, processors, kwargs)
         return self._generate(inputs, generation_config, processors, kwargs, arguments)
