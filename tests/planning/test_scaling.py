@@ -36,11 +36,11 @@ CONFIGS = {
     "shared": {"shared_expert_intermediate_size": 200},
     "shared_by_modality": {"shared_expert_intermediate_size": {"text": 200, "image": 200}},
     "untied": {"untied_attention": True},
+    "token_choice": {"training_routing": "token_choice"},
+    "two_per_token": {"training_routing": "token_choice", "num_experts_per_tok": 2},
     "depth": {"depth_layers": [0, 2], "auxiliary_routers": True},
     "half_depth": {"depth_layers": [0, 2], "depth_capacity": 0.5, "num_experts": 1},
 }
-# keeps more than experts with equal shares
-TWO_PER_TOKEN = {"training_routing": "token_choice", "num_experts_per_tok": 2}
 TOKENS = 512
 LAYOUTS = [Layout(), Layout(8), Layout(1, 8), Layout(2, 4), Layout(2, 4, 1, 4), Layout(1, 2, 2, 2)]
 
@@ -107,7 +107,9 @@ def saved_bytes(config, checkpointing=False):
     generator = torch.Generator().manual_seed(0)
     ids = torch.cat([torch.arange(8, 264), torch.arange(520, 776)])
     ids = ids[torch.randperm(TOKENS, generator=generator)].view(2, -1)
-    shapes = {shape for weight in model.parameters() for shape in (weight.shape, weight.shape[::-1])}
+    shapes = {shape for weight in model.parameters() for shape in (weight.shape, weight.transpose(0, -1).shape)}
+    # experts are turned each by itself
+    shapes |= {weight.mT.shape for weight in model.parameters() if weight.ndim == 3}
     held = {tensor.untyped_storage().data_ptr() for tensor in [*model.parameters(), *model.buffers()]}
     storages = {}
 
@@ -153,7 +155,7 @@ def test_activations_with_checkpointing_are_the_layers_inputs_and_the_logits(mon
 
 @pytest.mark.parametrize("name", ["4t4i", "8x", "two", "two_per_token", "dense", "4t1i"])
 def test_experts_per_token_are_the_rows_that_experts_of_a_built_model_see(name):
-    config = MomaConfig(**SIZES, **TWO_PER_TOKEN) if name == "two_per_token" else config_of(name)
+    config = config_of(name)
     model = MomaForCausalLM(config).train()
     rows = []
     for module in model.model.layers[0].modules():
@@ -165,7 +167,7 @@ def test_experts_per_token_are_the_rows_that_experts_of_a_built_model_see(name):
 
 
 def test_activations_grow_with_the_experts_of_each_token():
-    by_two = MomaConfig(**SIZES, **TWO_PER_TOKEN)
+    by_two = config_of("two_per_token")
     assert activation_bytes(by_two, TOKENS) == activation_bytes(config_of("two"), TOKENS)
     assert activation_bytes(by_two, TOKENS) > activation_bytes(config_of("4t4i"), TOKENS)
 
