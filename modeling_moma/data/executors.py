@@ -2,6 +2,7 @@
 """A tokenization as tasks of datatrove, which starts them on one machine or on the nodes of a Slurm cluster."""
 
 import os
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -83,6 +84,7 @@ def run_executor(
         ValueError: a task failed.
     """
     with needs_extra(f"--engine {engine} needs datatrove", "scale"):
+        import multiprocess
         from datatrove.executor import LocalPipelineExecutor, SlurmPipelineExecutor
     job = read_job(folder)
     tasks = min(tasks, len(job.tasks()))
@@ -98,8 +100,11 @@ def run_executor(
         name = f"moma-tokenize-{Path(folder).name}"
         SlurmPipelineExecutor(**shared, time=time, partition=str(partition), job_name=name, mem_per_cpu_gb=4).run()
         return
+    # each worker would import for seconds; elsewhere what is imported may not survive a fork
+    start_method = "forkserver" if sys.platform == "linux" else "spawn"
+    multiprocess.set_forkserver_preload([__name__])
     try:
-        LocalPipelineExecutor(**shared, start_method="spawn").run()
+        LocalPipelineExecutor(**shared, start_method=start_method).run()
     # a pool hands on whatever a task raised
     except Exception as error:
         raise InputError(f"{str(folder)!r}: a task of datatrove failed ({error}); start again to go on.") from error
