@@ -264,14 +264,14 @@ sys.exit(main(sys.argv[1:]))
 
 
 @needs_ray
+@slow
 @pytest.mark.parametrize(
     "change, message",
     [
         ("", "sources: 'lines', split 'train', row 1: text empty.*--strict"),
-        pytest.param(
+        (
             "ray_tasks.RETRIES = 1; ray_tasks.write_shard = lambda *given: os._exit(1)",
             "--output 'tokens': the worker of the shard 'lines/train-00000-of-00001.json' died 2 times.*--processes",
-            marks=slow,
         ),
     ],
     ids=["an error", "the death of every worker"],

@@ -2,10 +2,8 @@
 """The study: recipes of equal cost, one stream of data, runs that resume, rows that are kept, figures that follow."""
 
 import json
-import multiprocessing
 import re
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import pyarrow.parquet
@@ -16,6 +14,7 @@ from safetensors.torch import load_file
 
 import study_report
 from helpers.mixture import WEIGHTS, write_mixture
+from helpers.processes import start_process
 from helpers.slow import slow
 from helpers.tiny import mixed_ids, tiny_model, tiny_processor
 from modeling_moma import MomaConfig
@@ -301,14 +300,16 @@ def test_a_pause_does_not_count_as_training():
     assert training_seconds([*points, {"tokens": 3e6}]) == pytest.approx(300)
 
 
-def add_numbered(path, number):
-    add_row(path, {"run": f"run {number}", "budget": 1, "value": number})
+def add_all(path, numbers):
+    for number in numbers:
+        add_row(path, {"run": f"run {number}", "budget": 1, "value": number})
 
 
 def test_rows_of_many_processes_are_all_kept(tmp_path):
     path = tmp_path / "runs.parquet"
-    with multiprocessing.get_context("spawn").Pool(3) as pool:
-        pool.map(partial(add_numbered, path), range(12))
+    processes = [start_process(add_all, path, range(start, 12, 3)) for start in range(3)]
+    for process in processes:
+        process.join()
     assert sorted(entry["value"] for entry in read_rows(path)) == list(range(12))
     assert pyarrow.parquet.read_table(path).num_rows == 12
 

@@ -1,37 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """Many, large and hostile images take little memory and few files; each case has a process of its own."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
+import resource
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from helpers.processes import start_process
 from helpers.tiny import tiny_processor
-
-
-ROOT = Path(__file__).resolve().parents[2]
-MEGABYTE = 1024
-PRELUDE = """
-import resource
-import sys
-from pathlib import Path
-
 from tokenization import MomaImageProcessor, MomaImageProcessorPil, MomaProcessor
 
-# getrusage would count the memory of the process that started this one
-def peak():
-    return int(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))
 
-folder = Path(sys.argv[1])
-imported = peak()
-"""
-EPILOGUE = """
-print(peak() - imported)
-"""
+MEGABYTE = 1024
 
 
 @pytest.fixture(scope="module")
@@ -49,44 +31,59 @@ def folder(tmp_path_factory):
     return folder
 
 
-def peak_megabytes(code, folder):
-    """Peak memory of a process that runs the code, beyond what imports take: twice as much with torch for CUDA."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", PRELUDE + code + EPILOGUE, str(folder)]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr[-3000:]
-    return int(result.stdout.splitlines()[-1]) / MEGABYTE
+def peak() -> int:
+    # getrusage would count the memory of the process that started this one
+    return int(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))
+
+
+def measure(work, folder, *args):
+    torch.set_num_threads(1)
+    before = peak()
+    work(folder, *args)
+    (folder / "peak").write_text(str(peak() - before))
+
+
+def peak_megabytes(work, folder, *args):
+    """Peak memory of a process that calls `work(folder, *args)`, beyond what imports take."""
+    process = start_process(measure, work, folder, *args)
+    process.join()
+    assert process.exitcode == 0
+    return int((folder / "peak").read_text()) / MEGABYTE
+
+
+def encode_large_images(folder):
+    # of 12 MB each
+    codes = MomaProcessor.from_pretrained(folder / "processor").encode_images([folder / "large.jpg"] * 96)
+    assert len(codes) == 96 and codes[0] == codes[-1]
 
 
 def test_memory_does_not_grow_with_the_number_of_large_images(folder):
-    code = """
-processor = MomaProcessor.from_pretrained(folder / "processor")
-codes = processor.encode_images([folder / "large.jpg"] * 256)
-assert len(codes) == 256 and codes[0] == codes[-1]
-"""
-    assert peak_megabytes(code, folder) < 600
+    assert peak_megabytes(encode_large_images, folder) < 600
+
+
+def encode_many_images(folder):
+    resource.setrlimit(resource.RLIMIT_NOFILE, (1024, 1024))
+    processor = MomaProcessor.from_pretrained(folder / "processor")
+    paths = [folder / f"small-{index}.png" for index in range(2000)]
+    codes = processor.encode_images(paths)
+    assert len(codes) == 2000
+    inputs = processor(images=[[path] for path in paths], text=["<image>"] * len(paths))
+    offset = processor.image_token_offset
+    assert [[token - offset for token in row[2:-1]] for row in inputs["input_ids"]] == codes
+    assert len(processor.image_processor(paths)["pixel_values"]) == 2000
 
 
 def test_more_images_than_a_process_may_open_files(folder):
-    code = """
-resource.setrlimit(resource.RLIMIT_NOFILE, (1024, 1024))
-processor = MomaProcessor.from_pretrained(folder / "processor")
-paths = [folder / f"small-{index}.png" for index in range(2000)]
-codes = processor.encode_images(paths)
-assert len(codes) == 2000
-inputs = processor(images=[[path] for path in paths], text=["<image>"] * len(paths))
-offset = processor.image_token_offset
-assert [[token - offset for token in row[2:-1]] for row in inputs["input_ids"]] == codes
-assert len(processor.image_processor(paths)["pixel_values"]) == 2000
-"""
-    assert peak_megabytes(code, folder) < 600
+    assert peak_megabytes(encode_many_images, folder) < 600
+
+
+def scale_line(folder, backend, length):
+    image_processor = backend.for_resolution(512)
+    pixels = image_processor(str(folder / f"{length}.png"), return_tensors="pt")["pixel_values"]
+    assert pixels.shape == (1, 3, 512, 512) and pixels[0, 0].min() == 1 and pixels[0, 1:].max() == -1
 
 
 @pytest.mark.parametrize("length", [2_000, 60_000])
-@pytest.mark.parametrize("backend", ["MomaImageProcessor", "MomaImageProcessorPil"])
+@pytest.mark.parametrize("backend", [MomaImageProcessor, MomaImageProcessorPil])
 def test_a_line_of_pixels_takes_no_gigabytes(folder, backend, length):
-    code = f"""
-pixels = {backend}.for_resolution(512)(str(folder / "{length}.png"), return_tensors="pt")["pixel_values"]
-assert pixels.shape == (1, 3, 512, 512) and pixels[0, 0].min() == 1 and pixels[0, 1:].max() == -1
-"""
-    assert peak_megabytes(code, folder) < 200
+    assert peak_megabytes(scale_line, folder, backend, length) < 200

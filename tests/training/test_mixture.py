@@ -26,7 +26,8 @@ from modeling_moma.training.samples import SampleCallback
 from tokenization import MomaProcessor
 
 
-KILLS = 10
+# by the number of processes, each of which takes its time to start
+KILLS = {1: 10, 2: 5}
 STEPS = 60
 
 
@@ -153,7 +154,7 @@ class KilledTraining:
 
     def finish_killed(self, output):
         moments = random.Random(1)
-        for _ in range(KILLS):
+        for _ in range(KILLS[self.num_processes]):
             before = set(output.glob("checkpoint-*"))
             processes = self.start(output)
             while not set(output.glob("checkpoint-*")) - before:
