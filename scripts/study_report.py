@@ -24,6 +24,7 @@ from study_recipe.reporting import (
     opened,
     plan_table,
     saving_table,
+    seed_table,
     slope_table,
     time_table,
 )
@@ -75,6 +76,7 @@ def tables(rows: list[dict], times: dict | None) -> str:
         f"Fresh seeds on `{CLAIMING}`, causal": fresh_table(rows, CLAIMING),
         f"Eta on `{CHOOSING}`": saving_table(rows, CHOOSING, times),
         f"Eta on `{CLAIMING}`": saving_table(rows, CLAIMING, times),
+        f"Eta of each seed on `{CLAIMING}`, causal": seed_table(rows, CLAIMING),
         "Eta over tokens by active parameter": slope_table(rows, CLAIMING),
         "Time of a step": time_table(times),
         "Tokens that no expert took": coverage_table(rows),

@@ -271,6 +271,37 @@ def fresh_table(rows: Sequence[Mapping[str, Any]], split: str) -> str:
     return table(header, lines)
 
 
+def seed_table(rows: Sequence[Mapping[str, Any]], split: str) -> str:
+    """Return the causal eta of each seed by itself, and by how much its losses differ from dense's at that budget.
+
+    Args:
+        rows (`Sequence[Mapping]`):
+            opened rows.
+        split (`str`):
+            of held-out documents.
+    """
+    header = ["size", "data", "tokens", "recipe", "seed", *(f"eta, {part}" for part in PARTS.values())]
+    header += [*(f"less dense, {part}" for part in PARTS.values()), "dense needs"]
+    lines = []
+    for (size, data, budget, _, recipe), seeds in grouped(rows).items():
+        for row in sorted(seeds, key=lambda row: row["seed"]):
+            dense = [] if recipe == BASELINE else partners(row, rows)
+            if len(dense) < 2:
+                continue
+            savings = [saving(row, dense, CAUSAL, split, part) for part in PARTS]
+            same = next((other for other in dense if other["budget"] == budget), None)
+            losses = _losses(row, CAUSAL, split)
+            gaps = [""] * 3
+            if same is not None:
+                gaps = [f"{losses[part] - found:+.3f}" for part, found in _losses(same, CAUSAL, split).items()]
+            needed, most = savings[0].uncorrected * row["tokens"], max(other["tokens"] for other in dense)
+            lines.append(
+                [size, data, f"{budget}M", recipe, str(row["seed"]), *(f"{each.tokens:.2f}" for each in savings)]
+            )
+            lines[-1] += [*gaps, f"{needed / 1e6:.0f}M" + (f" (has {most / 1e6:.0f}M)" if needed > most else "")]
+    return table(header, lines)
+
+
 def coverage_table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Return the shares of tokens that no expert took, at the end of the training."""
     header = ["size", "tokens", "recipe", "without an expert, image", "text", "all (one pool)"]

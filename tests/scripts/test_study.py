@@ -358,6 +358,18 @@ def test_a_saving_is_denses_tokens_over_the_recipes_at_equal_flops():
     assert "| 0.5M | all | 10M | 4t4i | 1 |" in reporting.saving_table(rows, "test")
 
 
+def test_each_seed_stands_by_itself_beside_dense_of_its_budget():
+    def at(recipe, millions, loss, seed):
+        return result(recipe, 1e6 * millions, {"image": loss, "text": loss - 1}, seed)
+
+    rows = [at("dense", millions, loss, seed) for seed in (1, 2) for millions, loss in ((10, 3.0), (20, 2.8))]
+    rows += [at("4t4i", 10, 2.9, 2), at("4t4i", 10, 2.7, 1), at("4t4i", 10, 2.7, 3)]
+    first, second = (line for line in read_table(reporting.seed_table(rows, "test")) if line[3] == "4t4i")
+    # half of the first doubling and a half beyond it, in the logarithm; the third seed has no dense
+    assert first[4:] == ["1", "2.83", "2.83", "2.83", "-0.300", "-0.300", "-0.300", "28M (has 20M)"]
+    assert second[4:] == ["2", "1.41", "1.41", "1.41", "-0.100", "-0.100", "-0.100", "14M"]
+
+
 def test_in_seconds_a_saving_counts_the_time_of_steps():
     def at(recipe, millions, loss):
         return result(recipe, 1e6 * millions, {"image": loss, "text": loss})
