@@ -26,7 +26,7 @@ class UpcyclingReceipt:
             of the `"seed"` and of the `"upcycled"` model.
         coverage (`dict[str, list[float]]`):
             shares of a group's tokens that 0, 1, and 2 or more experts took under `expert_choice`, averaged over the
-            layers; by group.
+            layers; by group. With `cover_all_tokens` there is none that 0 took.
         output_difference (`float`):
             norm of the logits' change over the norm of the source's logits.
         ffn_difference (`dict[str, list[float]]`):
@@ -131,7 +131,9 @@ def _record_group(name: str, layer: MomaFeedForward, seed_layer: MomaFeedForward
     def record(group: MomaExpertGroup, args: tuple, output: tuple[torch.Tensor, torch.Tensor]):
         x_ND, context = args
         _, selection = group.router(x_ND, context)
-        taken_N = torch.bincount(selection.token_EK.flatten(), minlength=x_ND.shape[0]).clamp(max=2)
+        # pairs of weight 0 are padding; those of `cover_all_tokens` count
+        token_P = selection.token_P[selection.weight_P > 0]
+        taken_N = torch.bincount(token_P, minlength=x_ND.shape[0]).clamp(max=2)
         expected_ND = _with_common(seed_layer, x_ND, seed_group(x_ND, context)[0])
         change_N = (_with_common(layer, x_ND, output[0]) - expected_ND).square().sum(-1)
         size_N = expected_ND.square().sum(-1)
