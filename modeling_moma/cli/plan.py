@@ -7,7 +7,8 @@ Documents hold tables between `<!-- plan: ARGUMENTS -->` and `<!-- /plan -->`; `
 import json
 import re
 import shlex
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -16,7 +17,7 @@ from pydantic import AfterValidator
 from ..errors_moma import InputError
 from ..utils.fields import Count, Float, Int
 from ..utils.messages import one_line
-from .arguments import Flag, parse_fields
+from .arguments import Flag, parse_fields, title_of
 
 
 if TYPE_CHECKING:
@@ -27,7 +28,10 @@ if TYPE_CHECKING:
 
 GIGA = 1e9
 TABLE = re.compile(r"(<!-- plan: (.+?) -->\n).*?(<!-- /plan -->)", flags=re.DOTALL)
-SECONDS_PER_DAY = 86400
+# largest first, by the seconds of one
+UNITS = {"days": 86400, "hours": 3600, "minutes": 60, "seconds": 1}
+# flags of the layouts of one model
+OF_ONE_MODEL = ("gpus", "steps", "top", "json")
 OVERVIEW_GPUS = (1, 8, 64, 256)
 
 
@@ -60,7 +64,7 @@ class Arguments:
         sequence_length (`int`, *optional*, defaults to `4096`):
             tokens of a sequence.
         steps (`int`, *optional*):
-            also tell the days of so many steps.
+            also tell how long so many steps take.
         gpu_memory (`float`, *optional*, defaults to `80.0`):
             GB of 1e9 bytes.
         headroom (`float`, *optional*, defaults to `0.9`):
@@ -90,7 +94,7 @@ class Arguments:
     gpus: Int = 8
     tokens_per_gpu: Int = 24576
     sequence_length: Int = 4096
-    steps: Int | None = None
+    steps: Count | None = None
     gpu_memory: Float = 80.0
     headroom: Float = 0.9
     flops: Float = 989e12
@@ -145,6 +149,29 @@ def hardware_of(args: Arguments) -> "Hardware":
         args.latency,
         args.node_size,
     )
+
+
+def refuse_unread(args: Arguments, mode: str, names: Iterable[str]) -> None:
+    """Raise `ValueError` where a flag has another value than its default that the command would not read.
+
+    Args:
+        args (`Arguments`):
+            the command line.
+        mode (`str`):
+            the flag that leaves them out, for the error.
+        names (`Iterable[str]`):
+            fields that are not read.
+    """
+    defaults = {field.name: field.default for field in fields(Arguments)}
+    given = [title_of(Arguments, name) for name in names if getattr(args, name) != defaults[name]]
+    if given:
+        raise InputError(f"{mode} takes no {', '.join(given)}, which would change nothing.")
+
+
+def duration(seconds: float) -> str:
+    """Return a time in the largest unit of which it has one at least, as `"1.4 days"`."""
+    unit = next((unit for unit, size in UNITS.items() if seconds >= size), "seconds")
+    return f"{seconds / UNITS[unit]:.1f} {unit}"
 
 
 def compute(args: Arguments) -> "tuple[list[Plan], list[tuple[Layout, Memory]]]":
@@ -216,7 +243,7 @@ def to_table(args: Arguments, plans: "list[Plan]", misfits: list) -> str:
     rate = args.tokens_per_gpu / best.seconds
     lines += ["", f"Recommended: {best.layout}, {rate:,.0f} tokens per second and GPU."]
     if args.steps is not None:
-        lines[-1] += f" {args.steps:,} steps take {args.steps * best.seconds / SECONDS_PER_DAY:.1f} days."
+        lines[-1] += f" {args.steps:,} steps take {duration(args.steps * best.seconds)}."
     if len(plans) > args.top:
         lines[-1] += f" {len(plans) - args.top} slower layouts fit as well."
     if misfits:
@@ -227,6 +254,7 @@ def to_table(args: Arguments, plans: "list[Plan]", misfits: list) -> str:
 
 def overview(args: Arguments) -> str:
     """Return a Markdown table of the fastest layout of every preset on several numbers of GPUs."""
+    refuse_unread(args, "--overview", OF_ONE_MODEL)
     from ..configuration_moma import MomaConfig
     from ..planning.plans import plan_training
 
@@ -272,6 +300,7 @@ def write_tables(document: str) -> int:
 
 def run(args: Arguments) -> None:
     if args.write:
+        refuse_unread(args, "--write", [field.name for field in fields(args) if field.name != "write"])
         print(f"{args.write}: {write_tables(args.write)} tables")
     elif args.overview:
         print(overview(args))

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from modeling_moma.cli.main import main as moma
-from modeling_moma.cli.plan import TABLE
+from modeling_moma.cli.plan import TABLE, duration
 from modeling_moma.configuration_moma import MomaConfig
 from modeling_moma.planning import plans
 from modeling_moma.utils import atomic_files
@@ -28,6 +28,21 @@ def test_the_table_lists_layouts_that_fit_and_recommends_the_first(capsys):
     assert note.startswith(f"Recommended: {rows[0][0]}, ")
     assert "1,000 steps take" in note
     assert "Do not fit, even one sequence at a time: DDP 64 (" in note
+
+
+@pytest.mark.parametrize("steps", ["0", "-5"])
+def test_a_number_of_steps_is_positive(steps, capsys):
+    with pytest.raises(SystemExit):
+        main(["--preset", "moma-90m-4t4i", "--steps", steps])
+    assert "--steps" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("seconds", "told"),
+    [(120_000, "1.4 days"), (86_400, "1.0 days"), (5_400, "1.5 hours"), (150, "2.5 minutes"), (0.34, "0.3 seconds")],
+)
+def test_short_trainings_are_told_in_smaller_units(seconds, told):
+    assert duration(seconds) == told
 
 
 def test_json_holds_every_layout_in_bytes_and_seconds(capsys):
@@ -69,6 +84,8 @@ def test_where_nothing_fits_the_smallest_need_is_told(capsys):
         (["--preset", "moma-90m-4t4i", "--utilization", "2"], "`utilization` is a share"),
         (["--config", "nowhere"], "nowhere"),
         (["--write", "nowhere.md"], "nowhere.md"),
+        (["--write", str(DOCUMENT), "--gpus", "64"], "--write takes no --gpus,"),
+        (["--overview", "--gpus", "64", "--json"], "--overview takes no --gpus, --json,"),
     ],
 )
 def test_bad_arguments_are_told_in_one_line(arguments, match, capsys):
