@@ -7,9 +7,12 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from ..utils.fields import Float, Int, Seed
+from ..utils.fields import Count, Float, Int, Seed
 from ..utils.messages import without_import_notices
 from .arguments import parse_fields
+
+
+NotNegative = Annotated[Float, Field(ge=0)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,16 +64,16 @@ class Arguments:
     processor: str
     tokens: str
     output: str
-    steps: Int = 500
-    batch_size: Int = 32
-    gradient_accumulation_steps: Int = 1
-    learning_rate: Float = 1e-3
-    warmup_steps: Int = 20
-    weight_decay: Float = 0.0
-    eval_steps: Int = 250
-    save_steps: Int = 250
+    steps: Count = 500
+    batch_size: Count = 32
+    gradient_accumulation_steps: Count = 1
+    learning_rate: NotNegative = 1e-3
+    warmup_steps: Annotated[Int, Field(ge=0)] = 20
+    weight_decay: NotNegative = 0.0
+    eval_steps: Count = 250
+    save_steps: Count = 250
     save_total_limit: Int = 1
-    logging_steps: Int = 25
+    logging_steps: Count = 25
     threshold: Annotated[Float, Field(gt=0, lt=1)] | None = None
     seed: Seed = 0
     attn_implementation: str = "sdpa"

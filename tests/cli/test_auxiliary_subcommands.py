@@ -14,6 +14,7 @@ from modeling_moma.calibration.observation import named_routers
 from modeling_moma.calibration.thresholds import calibrate_auxiliary_thresholds, calibrate_thresholds
 from modeling_moma.cli.calibrate import main as calibrate
 from modeling_moma.cli.train_auxiliary_routers import main as train
+from modeling_moma.cli.train_auxiliary_routers import parse_arguments
 from modeling_moma.data.examples import open_documents
 from modeling_moma.evaluation.measures import held_out_batches, load_model
 from modeling_moma.training import auxiliary_routers
@@ -241,6 +242,24 @@ def test_bad_arguments_are_refused(inputs, tmp_path):
     with pytest.raises(ValueError, match="were they made together"):
         run(calibrate, inputs, tmp_path / "never", model=tmp_path / "other")
     assert not (tmp_path / "never").exists()
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [
+        *((f"--{name}-steps", "0") for name in ("eval", "save", "logging", "gradient-accumulation")),
+        ("--steps", "0"),
+        ("--steps", "-1"),
+        ("--batch-size", "0"),
+        ("--warmup-steps", "-3"),
+        ("--learning-rate", "-1"),
+        ("--weight-decay", "-1"),
+    ],
+)
+def test_numbers_that_no_training_takes_are_refused_by_their_flag(flag, value, capsys):
+    with pytest.raises(SystemExit):
+        parse_arguments(["--model", "m", "--processor", "p", "--tokens", "t", "--output", "o", flag, value])
+    assert f"{flag} = '{value}'" in capsys.readouterr().err
 
 
 def test_every_process_loads_onto_its_own_device(inputs, tmp_path, monkeypatch):
