@@ -83,7 +83,11 @@ def _add_up(entry: dict, task: Task, report: dict, splits: list[str]) -> None:
 
 
 def _nothing_left(name: str, read: dict) -> str:
-    reasons = ", ".join(f"{count} {reason}" for reason, count in read["left_out"].items()) or "it has no rows"
+    counts = [f"{count} {reason}" for reason, count in read["left_out"].items()]
+    # all that is written is held out
+    if held_out := read["rows"] - sum(read["left_out"].values()):
+        counts.append(f"{held_out} held out (`held_out: 0` holds out none)")
+    reasons = ", ".join(counts) or "it has no rows"
     first = f"; the first: {read['named'][0]['detail']!r}" if read["named"] else ""
     return f"sources: {name!r} yields nothing to train on: of {read['rows']} rows {reasons}{first}."
 

@@ -16,6 +16,7 @@ from ..errors_moma import InputError
 from .encoding import DocumentEncoder
 from .images import LeftOut, read_image
 from .sounds import read_row_sound
+from .templates import as_text
 
 
 # images that are coded together; rows of a shard of captions are a multiple
@@ -157,10 +158,20 @@ class Shard(ABC):
         return model.get_image_tokens(pixel_values.to(model.device, torch.float32)).cpu()
 
     def stored_text(self, name: str, value: Any) -> str | list[str]:
-        """Return a value of a stored column as it is kept: a text, or a list of texts where the column holds lists."""
+        """Return a value of a stored column as it is kept: a text, or a list of texts where the column holds lists.
+
+        Args:
+            name (`str`):
+                of the column.
+            value (`Any`):
+                of a row.
+
+        Raises:
+            LeftOut: there is something in it that is no text, see [`as_text`].
+        """
         if name in self.list_columns:
-            return [str(entry) for entry in value or [] if entry is not None]
-        return "" if value is None else str(value)
+            return [as_text(name, entry) for entry in value or [] if entry is not None]
+        return as_text(name, value)
 
     def sound_codes(self, value: Any) -> list[int]:
         """Return the codes of a sound as a row holds it.

@@ -1,15 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """Texts made of columns: `"label"` is a column, `"{style}: {label}"` a template of two."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
+from datetime import date, time, timedelta
 from functools import cached_property
+from numbers import Number
 from string import Formatter
 from typing import Any
 
 import numpy as np
 
 from ..errors_moma import InputError
+from .images import LeftOut
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,12 @@ class Template:
         """Return whether every column holds something in a row."""
         return all(_is_something(row[name]) for name in self.columns)
 
+    def texts(self, row: Mapping[str, Any]) -> Iterator[str]:
+        """Yield the text of a row, unless a column holds nothing, or what is no text."""
+        with suppress(LeftOut):
+            if self.is_full(row):
+                yield self.render(row)
+
     def render(self, row: Mapping[str, Any], rng: np.random.Generator | None = None) -> str:
         """Return the text of a row.
 
@@ -55,28 +65,47 @@ class Template:
                 decides on the order of lists, which stays without it.
 
         Raises:
-            ValueError: a value is neither a text, a number nor a list of these.
+            LeftOut: a value is neither a text, a number, a time nor a list of these.
         """
-        return "".join(fixed + ("" if name is None else _as_text(name, row[name], rng)) for fixed, name in self.parts)
+        return "".join(fixed + ("" if name is None else as_text(name, row[name], rng)) for fixed, name in self.parts)
 
 
 def _is_something(value: Any) -> bool:
-    if value is None:
-        return False
-    return len(value) > 0 if isinstance(value, (list, tuple)) else str(value).strip() != ""
+    if isinstance(value, (list, tuple)):
+        return any(map(_is_something, value))
+    return not _is_nothing(value) and str(value).strip() != ""
 
 
-def _as_text(name: str, value: Any, rng: np.random.Generator | None) -> str:
+def _is_nothing(value: Any) -> bool:
+    # a cell of numbers that is empty may be NaN, which alone differs from itself
+    return value is None or (isinstance(value, float) and value != value)
+
+
+def as_text(name: str, value: Any, rng: np.random.Generator | None = None) -> str:
+    """Return the text of a value, see [`Template.render`].
+
+    Args:
+        name (`str`):
+            of the column, for errors.
+        value (`Any`):
+            of a row.
+        rng (`np.random.Generator`, *optional*):
+            decides on the order of lists, which stays without it.
+
+    Raises:
+        LeftOut: it is neither a text, a number, a time nor a list of these.
+    """
     if isinstance(value, str):
         return value
     if isinstance(value, (list, tuple)):
         entries = list(value) if rng is None else [value[place] for place in rng.permutation(len(value))]
-        return ", ".join(_as_text(name, entry, None) for entry in entries)
-    if value is None:
+        return ", ".join(as_text(name, entry) for entry in entries if not _is_nothing(entry))
+    if _is_nothing(value):
         return ""
-    if isinstance(value, (int, float)):
+    if isinstance(value, (Number, date, time, timedelta)):
         return str(value)
-    raise InputError(f"column {name!r} holds {type(value).__name__}s; a caption is made of texts, numbers or lists.")
+    kind = type(value).__name__
+    raise LeftOut("text not readable", f"column {name!r} holds a {kind}; a text is made of texts, numbers or lists")
 
 
-__all__ = ["Template"]
+__all__ = ["Template", "as_text"]

@@ -188,5 +188,5 @@ def test_row_without_segments_or_messages_has_no_texts(missing):
 
 
 def test_column_of_something_else_than_a_caption_is_named():
-    with pytest.raises(InputError, match="column 'label' holds dicts; a caption is made of texts"):
+    with pytest.raises(InputError, match="column 'label' holds a dict; a text is made of texts"):
         Template("{style}: {label}").render({"style": "noto", "label": {"en": "apple"}})

@@ -5,13 +5,17 @@ import csv
 import json
 import shutil
 from collections import Counter
+from datetime import date
 
+import pyarrow as pa
 import pytest
 from datasets import Dataset, Features, Image, Value, config
+from pyarrow import parquet
 
 from helpers.tiny import noise_images, tiny_documents, tiny_processor
 from modeling_moma import MomaMetricsCallback
 from modeling_moma.cli import tokenize
+from modeling_moma.data.corpus import source_texts
 from modeling_moma.data.documents import TokenFolder
 from modeling_moma.data.sources import read_sources
 from modeling_moma.training.image_sources import candidates
@@ -121,6 +125,50 @@ def test_strict_stops_at_a_broken_line(run, tmp_path):
     (tmp_path / "d.jsonl").write_text("\n".join(LINES) + "\n")
     with pytest.raises(ValueError, match="row 1: JSON broken: line 2 of d.jsonl: Expecting.*Without `--strict`"):
         run("--strict", data=str(tmp_path / "d.jsonl"), text="text")
+
+
+@pytest.mark.parametrize(
+    "values, expected, left_out",
+    [
+        (["a", {"k": "v"}, 2, ["x", None, "y"], ["", None]], ["a", "2", "x, y"], (1, 1)),
+        ([1.5, float("nan"), None], ["1.5"], (2, 0)),
+        ([[["a"], ["b", "c"]], [[]]], ["a, b, c"], (1, 0)),
+        ([date(2020, 1, 2), None], ["2020-01-02"], (1, 0)),
+        ([b"a", b"b"], [], (0, 2)),
+    ],
+)
+@pytest.mark.parametrize("kind", ["text", "caption"])
+def test_texts_are_read_from_all_but_bytes_and_mappings(run, tmp_path, kind, values, expected, left_out):
+    if isinstance(values[0], str):
+        rows = [{"text": value, "image": "0.png"} for value in values]
+        name = "d.jsonl"
+        (tmp_path / name).write_text("\n".join(map(json.dumps, rows)) + "\n")
+    else:
+        name = "d.parquet"
+        parquet.write_table(pa.table({"text": values, "image": ["0.png"] * len(values)}), tmp_path / name)
+    noise_images(1)[0].save(tmp_path / "0.png")
+    fields = {"data": str(tmp_path / name), "text": "text", **({"image": "image"} if kind == "caption" else {})}
+    (source,) = read_sources({"mine": fields})
+    assert list(source_texts([source], 10)) == expected
+    if not expected:
+        with pytest.raises(ValueError, match="2 rows 2 text not readable; the first: \"column 'text' holds a bytes"):
+            run(**fields)
+        return
+    entry, documents, _ = run(**fields)
+    written = documents["train"]
+    decode = tiny_processor().tokenizer.decode
+    texts = [
+        written.caption(row) if kind == "caption" else decode(written.ids(row, None)) for row in range(len(written))
+    ]
+    assert [text.removeprefix("<bos>").removesuffix("<eos>") for text in texts] == expected
+    reasons = {f"{kind} empty": left_out[0], "text not readable": left_out[1]}
+    assert entry["read"]["train"]["left_out"] == {reason: count for reason, count in reasons.items() if count}
+
+
+def test_source_whose_only_row_is_held_out_says_so(run, tmp_path):
+    (tmp_path / "d.txt").write_text("a line\n")
+    with pytest.raises(ValueError, match="of 1 rows 1 held out .`held_out: 0` holds out none"):
+        run(data=str(tmp_path / "d.txt"), text="text", held_out=0.999)
 
 
 @pytest.mark.parametrize(

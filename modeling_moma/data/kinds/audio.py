@@ -48,9 +48,7 @@ class AudioKind(SourceKind):
         return list(Template(self.text).columns)
 
     def row_texts(self, row: dict[str, Any]) -> Iterator[str]:
-        template = Template(self.text)
-        if template.is_full(row):
-            yield template.render(row)
+        yield from Template(self.text).texts(row)
 
     def row_sounds(self, row: dict[str, Any]) -> list[Any]:
         return [row[self.audio]]

@@ -93,7 +93,7 @@ class CaptionKind(SourceKind):
         return [Template(self.text), *(Template(alternative.text) for alternative in self.alternatives)]
 
     def row_texts(self, row: dict[str, Any]) -> Iterator[str]:
-        yield from (template.render(row) for template in self.templates() if template.is_full(row))
+        yield from (text for template in self.templates() for text in template.texts(row))
 
     def row_images(self, row: dict[str, Any]) -> list[Any]:
         return [row[self.image]]

@@ -30,16 +30,17 @@ class TextKind(SourceKind):
         return list(Template(self.text).columns)
 
     def row_texts(self, row: dict[str, Any]) -> Iterator[str]:
-        template = Template(self.text)
-        if template.is_full(row):
-            yield template.render(row)
+        yield from Template(self.text).texts(row)
 
     def documents(self, shard: Shard) -> Iterator[tuple[str, dict[str, Any]]]:
         template = Template(self.text)
         for index, split, row in shard.rows():
-            text = template.render(row) if template.is_full(row) else ""
-            if not text.strip():
-                shard.leave_out(index, LeftOut("text empty", f"nothing in {template.columns}"))
+            try:
+                text = template.render(row) if template.is_full(row) else ""
+                if not text.strip():
+                    raise LeftOut("text empty", f"nothing in {template.columns}")
+            except LeftOut as error:
+                shard.leave_out(index, error)
                 continue
             document = shard.document(index, split, shard.encoder.document([text]), 0)
             if document is not None:
