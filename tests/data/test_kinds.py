@@ -27,7 +27,7 @@ from modeling_moma.data.kinds import (
     read_kind,
     source_kind,
 )
-from modeling_moma.data.kinds.interleaved import read_messages, read_segments
+from modeling_moma.data.kinds.interleaved import Segment, read_messages, read_segments
 from modeling_moma.data.reports import write_manifest
 from modeling_moma.data.shard import Shard
 from modeling_moma.data.sources import read_sources
@@ -165,6 +165,7 @@ TURN = {"role": "user", "content": "red"}
     [
         ("segments", "A red fox."),
         ("segments", {"text": ["red"], "image": [None]}),
+        ("messages", 7),
         ("messages", [{"from": "human", "value": "red"}]),
         ("messages", ["red"]),
         ("messages", json.dumps([TURN])),
@@ -178,6 +179,40 @@ def test_row_of_another_shape_is_left_out(column, odd):
     with pytest.raises(LeftOut, match="segment unknown|chat not readable|7"):
         read_segments(kind, row) if column == "segments" else read_messages(kind, row, tiny_processor())
     assert list(kind.row_texts(row)) == [] and kind.row_images(row) == []
+
+
+@pytest.mark.parametrize(
+    "entry, expected",
+    [
+        ({"text": "red", "image": None}, "red"),
+        ({"text": "red", "image": ""}, "red"),
+        ({"text": "", "image": "0.png"}, Segment("image", "0.png")),
+        ({"type": "image", "text": "of red", "image": "0.png"}, Segment("image", "0.png")),
+        ({"text": "", "image": None}, None),
+        ({"text": "red", "image": "0.png"}, "holds text and image: which comes first"),
+        ({"image": "0.png", "audio": "0.wav"}, "holds image and audio"),
+        ({"text": None, "image": None}, "neither a text nor"),
+    ],
+)
+def test_segment_is_one_thing(entry, expected):
+    kind, row = read_kind("mine", {"segments": "parts"}), {"parts": [entry]}
+    if isinstance(expected, str) and " " in expected:
+        with pytest.raises(LeftOut, match=expected):
+            read_segments(kind, row)
+    else:
+        assert read_segments(kind, row) == ([] if expected is None else [expected])
+
+
+@pytest.mark.parametrize("images", ["0.png", {"bytes": b"0", "path": None}, ["0.png"]])
+def test_images_of_a_chat_are_those_of_its_parts_or_its_column(images):
+    kind, column = read_kind("mine", {"messages": "chat", "images": "files"}), {"files": images}
+    for content, expected in (
+        ("<image> red", images if isinstance(images, list) else [images]),
+        ([{"type": "image", "path": "1.png"}, {"type": "text", "text": "red"}], ["1.png"]),
+    ):
+        row = {"chat": [{"role": "user", "content": content}], **column}
+        _, segments = read_messages(kind, row, tiny_processor())
+        assert [segment.value for segment in segments] == expected == kind.row_images(row)
 
 
 @pytest.mark.parametrize("missing", [None, []])

@@ -42,9 +42,9 @@ class InterleavedKind(SourceKind):
             instead of it, a column of chat messages, as TRL takes them; the processor's chat template gives the
             document.
         images (`str`, *optional*):
-            with `messages`, the column that lists their images in order.
+            with `messages`, the column that lists their images in order, or holds the only one.
         audios (`str`, *optional*):
-            with `messages`, the column that lists their sounds in order.
+            with `messages`, the column that lists their sounds in order, or holds the only one.
         min_side (`int`, *optional*, defaults to `8`):
             documents with a smaller image, in pixels, are left out.
     """
@@ -100,16 +100,11 @@ class InterleavedKind(SourceKind):
 
     def _row_items(self, row: dict[str, Any], modality: str, column: str | None) -> list[Any]:
         if self.segments is not None:
-            parts = row[self.segments]
-        elif column is not None:
-            items = row[column]
-            return items if isinstance(items, list) else [] if items is None else [items]
-        else:
-            messages = row[str(self.messages)] or []
-            contents = [message.get("content") for message in messages if isinstance(message, dict)]
-            parts = [part for content in contents if isinstance(content, list) for part in content]
-        parts = parts if isinstance(parts, list) else []
-        return [part[modality] for part in parts if isinstance(part, dict) and part.get(modality) is not None]
+            return [part[modality] for part in _mappings(row[self.segments]) if part.get(modality) is not None]
+        messages = _mappings(row[str(self.messages)])
+        parts = [part for message in messages for part in _mappings(message.get("content"))]
+        own = [item for part in parts if part.get("type") == modality for item in _part_items(part, modality)]
+        return own or ([] if column is None else _as_list(row[column]))
 
     def documents(self, shard: Shard) -> Iterator[tuple[str, dict[str, Any]]]:
         return _InterleavedWriter(self, shard).documents()
@@ -222,13 +217,16 @@ def _read_segment(entry: Any) -> str | Segment:
     if isinstance(entry, str):
         return entry
     if isinstance(entry, dict):
-        # rows of one table have all columns, those that do not apply as None
-        for modality in (IMAGE, AUDIO):
-            if entry.get(modality) is not None and entry.get("type", modality) in (modality, None):
-                return Segment(modality, entry[modality])
-        text = entry.get("text")
-        if isinstance(text, str) and entry.get("type", "text") in ("text", None):
-            return text
+        # rows of one table have all columns, those that do not apply as None or as an empty text
+        names = [name for name in ("text", IMAGE, AUDIO) if entry.get("type") in (name, None)]
+        given = [name for name in names if entry.get(name) is not None]
+        held = [name for name in given if entry[name] != ""] or given[:1]
+        if len(held) > 1:
+            raise LeftOut("segment unknown", f"{str(entry)[:100]!r} holds {' and '.join(held)}: which comes first?")
+        if held and held[0] != "text":
+            return Segment(held[0], entry[held[0]])
+        if held and isinstance(entry["text"], str):
+            return entry["text"]
     raise LeftOut(
         "segment unknown",
         f"{str(entry)[:100]!r} is neither a text nor {{'text': ...}}, {{'image': ...}}, {{'audio': ...}}",
@@ -276,7 +274,7 @@ def read_messages(kind: InterleavedKind, row: dict[str, Any], processor: MomaPro
     items = {}
     for modality, found in own.items():
         column, wanted = listed.get(modality), order.count(modality)
-        found = found or (list(row[column] or []) if column is not None else [])
+        found = found or ([] if column is None else _as_list(row[column]))
         if len(found) != wanted:
             raise LeftOut(f"{_PLURALS[modality]} missing in chat", f"{wanted} placeholders and {len(found)} items")
         items[modality] = iter(found)
@@ -299,6 +297,21 @@ def _listed_messages(kind: InterleavedKind, row: dict[str, Any]) -> list[dict[st
     return listed
 
 
+def _as_list(value: Any) -> list[Any]:
+    """Return what a column holds as a list: itself, or the one thing that it is."""
+    return value if isinstance(value, list) else [] if value is None else [value]
+
+
+def _mappings(value: Any) -> list[dict[str, Any]]:
+    """Return the mappings among the entries of a list, none of what is no list."""
+    return [entry for entry in value if isinstance(entry, dict)] if isinstance(value, list) else []
+
+
+def _part_items(part: dict[str, Any], modality: str) -> list[Any]:
+    """Return the image or sound that a part of a message itself holds, or where it lies."""
+    return [part[name] for name in (modality, "url", "path") if part.get(name) is not None]
+
+
 def _split_placeholders(text: str, modalities: Iterable[str]) -> Iterator[dict]:
     pattern = "|".join(re.escape(name) for name in modalities)
     for index, part in enumerate(re.split(f"<({pattern})>", text)):
@@ -314,7 +327,7 @@ def _plain_part(part: Any, items: dict[str, list[Any]]) -> dict:
         raise LeftOut("chat not readable", f"a part of a message is {str(part)[:100]!r}")
     modality = part.get("type")
     if modality in items:
-        items[modality] += [part[name] for name in (modality, "url", "path") if part.get(name) is not None]
+        items[modality] += _part_items(part, modality)
         return {"type": modality}
     # a chat without what is spoken of makes another sense
     if modality not in (None, "text"):
