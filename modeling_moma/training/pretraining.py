@@ -17,8 +17,9 @@ from tokenization import MomaDataCollator, MomaProcessor
 from tokenization.text_tokenizer_moma import IMAGE
 
 from ..configuration_moma import MomaConfig
-from ..data.documents import TokenDocuments, TokenFolder
+from ..data.documents import CaptionDocuments, TokenDocuments, TokenFolder
 from ..data.examples import check_layout, check_positions, held_out_sets
+from ..data.kinds import CaptionKind
 from ..data.packing import PackedCollator, PackedExamples
 from ..data.sources import VALIDATION, Source
 from ..data.stream import DocumentExamples
@@ -248,6 +249,14 @@ def training_stream(
             f"RECIPE, data: sequence_length = {length} is shorter than the {tokens.manifest['sequence_length']} that "
             f"--tokens {str(tokens.folder)!r} was tokenized for: some of its captions would fit nowhere."
         )
+    tokenized = {source.name: source.kind for source in tokens.sources()}
+    for entry in documents:
+        if not isinstance(entry, CaptionDocuments):
+            continue
+        kind = tokenized[entry.name]
+        # captions that were tokenized were looked at then
+        if not isinstance(kind, CaptionKind) or kind.templates() != entry.kind.templates():
+            entry.check_texts(length)
     if not packed:
         return DocumentExamples(documents, weights, num_examples, seed)
     frames = [(frame.begin, frame.end) for frame in processor.frames.values()]

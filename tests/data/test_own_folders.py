@@ -6,6 +6,7 @@ import json
 import shutil
 from collections import Counter
 from datetime import date
+from itertools import permutations
 
 import pyarrow as pa
 import pytest
@@ -17,9 +18,11 @@ from modeling_moma import MomaMetricsCallback
 from modeling_moma.cli import tokenize
 from modeling_moma.data.corpus import source_texts
 from modeling_moma.data.documents import TokenFolder
+from modeling_moma.data.encoding import DocumentEncoder
 from modeling_moma.data.sources import read_sources
 from modeling_moma.training.image_sources import candidates
-from modeling_moma.training.recipe import SampleFields
+from modeling_moma.training.pretraining import training_stream
+from modeling_moma.training.recipe import DataFields, SampleFields
 from modeling_moma.training.samples import SampleCallback
 
 
@@ -33,9 +36,10 @@ def run(tmp_path, capsys):
     """Tokenizes one source by the command; gives the manifest's entry, the split's captions and what was printed."""
     tiny_processor().save_pretrained(tmp_path / "processor")
 
-    def run(*flags, **fields):
+    def run(*flags, sequence_length=512, **fields):
         recipe = tmp_path / "recipe.yaml"
-        recipe.write_text(json.dumps({"sources": {"mine": {"held_out": 0, **fields}}}))
+        data = {"sequence_length": sequence_length}
+        recipe.write_text(json.dumps({"sources": {"mine": {"held_out": 0, **fields}}, "data": data}))
         command = [str(recipe), "--processor", str(tmp_path / "processor"), "--output", str(tmp_path / "tokens")]
         tokenize.main([*command, "--processes", "1", *flags])
         tokens = TokenFolder(tmp_path / "tokens", tiny_processor())
@@ -163,6 +167,55 @@ def test_texts_are_read_from_all_but_bytes_and_mappings(run, tmp_path, kind, val
     assert [text.removeprefix("<bos>").removesuffix("<eos>") for text in texts] == expected
     reasons = {f"{kind} empty": left_out[0], "text not readable": left_out[1]}
     assert entry["read"]["train"]["left_out"] == {reason: count for reason, count in reasons.items() if count}
+
+
+@pytest.fixture
+def tagged(run, tmp_path):
+    """A source with lists that are just as long as a sequence, and the fields of it."""
+    words = ["a", "castle", "fruit", "red"]
+    noise_images(1)[0].save(tmp_path / "0.png")
+    rows = [{"image": "0.png", "text": text, "tags": words} for text in ("a", "a", "b", "b")]
+    rows[2]["tags"] = []
+    (tmp_path / "d.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+    encoder = DocumentEncoder(tiny_processor())
+    orders = {len(encoder.text_ids(", ".join(order))) for order in permutations(words)}
+    num_words = len(encoder.text_ids(", ".join(words)))
+    # in another order the first word, before which no space stands, is two tokens
+    assert max(orders) > num_words
+    fields = {"data": str(tmp_path / "d.jsonl"), "image": "image", "text": "text"}
+    alternatives = {"alternatives": [{"text": "tags", "share": 1.0}]}
+    run(sequence_length=num_words + 16 + 4, **fields, **alternatives)
+    return fields, num_words + 16 + 4
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_lists_in_another_order_are_no_longer_than_a_sequence(tagged, tmp_path, packed):
+    _, length = tagged
+    tokens = TokenFolder(tmp_path / "tokens", tiny_processor())
+    stream = training_stream(DataFields(length, packed), tokens, tokens.sources(), 60, seed=0)
+    decode = tiny_processor().tokenizer.decode
+    texts = Counter()
+    for example in (stream[index] for index in range(60)):
+        assert len(example["input_ids"]) <= length
+        texts[decode(example["input_ids"]).partition("castle")[0][-6:]] += 1
+    # there are other orders than the stored one
+    assert len(texts) > 2
+
+
+def test_other_captions_than_the_tokenized_ones_have_to_fit(tagged, tmp_path, caplog):
+    fields, length = tagged
+    tokens = TokenFolder(tmp_path / "tokens", tiny_processor())
+
+    def stream(text, longer=0):
+        sources = read_sources({"mine": {**fields, "text": text}})
+        return training_stream(DataFields(length + longer), tokens, sources, 10, seed=0)
+
+    with pytest.raises(ValueError, match="'mine', row 0: a caption of the recipe has .* over .*Tokenize anew"):
+        stream("{text} of some more words than there were")
+    stream("{text} of some more words than there were", longer=100)
+    assert not caplog.records
+    stream("tags")
+    assert "1 of 4 rows hold nothing in a column of ['tags']" in caplog.text
 
 
 def test_source_whose_only_row_is_held_out_says_so(run, tmp_path):

@@ -83,7 +83,7 @@ class AudioKind(SourceKind):
     def stored_documents(
         self, source: str, table: ShardTable, encoder: DocumentEncoder, longest: int
     ) -> "AudioDocuments":
-        return AudioDocuments(source, self, table, encoder)
+        return AudioDocuments(source, self, table, encoder, longest)
 
 
 class AudioDocuments:
@@ -98,11 +98,14 @@ class AudioDocuments:
             of its shards.
         encoder (`DocumentEncoder`):
             gives the ids.
+        longest (`int`):
+            most tokens of a document in which lists are shuffled; longer ones have them as they are.
     """
 
     can_be_cut, has_choice = False, True
 
-    def __init__(self, name: str, kind: AudioKind, table: ShardTable, encoder: DocumentEncoder):
+    def __init__(self, name: str, kind: AudioKind, table: ShardTable, encoder: DocumentEncoder, longest: int):
+        self.longest = longest
         self.name, self.kind, self.table, self.encoder = name, kind, table, encoder
         self.template, self.names = Template(kind.text), kind.stored_columns()
 
@@ -111,7 +114,10 @@ class AudioDocuments:
 
     def ids(self, row: int, rng: np.random.Generator) -> list[int]:
         """One example of a row."""
-        return self._ids(row, rng.random() < self.kind.audio_first, rng)
+        audio_first = rng.random() < self.kind.audio_first
+        ids = self._ids(row, audio_first, rng)
+        # that a document fits was found with lists as they are
+        return ids if len(ids) <= self.longest else self._ids(row, audio_first)
 
     def lengths(self) -> None:
         """Return nothing: each example of a row has a text of its own."""

@@ -9,9 +9,11 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 from datasets import Features, List, Value
+from transformers.utils import logging
 
 from tokenization.augmentation_moma import NUM_DRAWS, augment_images
 
+from ...errors_moma import InputError
 from ...utils.fields import Count, FormerName, Share
 from ...utils.hardware import supports_bf16
 from ..encoding import DocumentEncoder
@@ -25,6 +27,8 @@ from .base import SourceKind, source_kind
 
 # random numbers that are passed over at once
 _SKIPPED_DRAWS = 1 << 22
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -118,7 +122,7 @@ class CaptionKind(SourceKind):
     def stored_documents(
         self, source: str, table: ShardTable, encoder: DocumentEncoder, longest: int
     ) -> "CaptionDocuments":
-        return CaptionDocuments.from_table(source, self, table, encoder)
+        return CaptionDocuments.from_table(source, self, table, encoder, longest)
 
 
 class _CaptionWriter:
@@ -208,6 +212,8 @@ class CaptionDocuments:
             gives the ids.
         row_number (`Callable[[int], int]`, *optional*, defaults to `int`):
             gives the place of a row in the data that were tokenized; the row's own by default.
+        longest (`int`, *optional*):
+            most tokens of a document in which lists are shuffled; longer ones have them as they are.
     """
 
     can_be_cut, has_choice = False, True
@@ -222,10 +228,11 @@ class CaptionDocuments:
         length: int,
         encoder: DocumentEncoder,
         row_number: Callable[[int], int] = int,
+        longest: int | None = None,
     ):
         self.name, self.kind, self.encoder, self._length = name, kind, encoder, length
         self._codes, self.num_codings, self._columns = codes, num_codings, columns
-        self._row_number = row_number
+        self._row_number, self._longest = row_number, longest
         self._text, *others = kind.templates()
         self._alternatives = [(entry, part.share) for entry, part in zip(others, kind.alternatives)]
 
@@ -239,11 +246,12 @@ class CaptionDocuments:
 
     @classmethod
     def from_table(
-        cls, name: str, kind: CaptionKind, table: ShardTable, encoder: DocumentEncoder
+        cls, name: str, kind: CaptionKind, table: ShardTable, encoder: DocumentEncoder, longest: int | None = None
     ) -> "CaptionDocuments":
         """Of a source's shards."""
         reader = _CaptionTable(table, kind, encoder.processor.image_seq_length)
-        return cls(name, kind, reader.codes, reader.num_codings, reader.columns, len(table), encoder, reader.number)
+        parts = (reader.codes, reader.num_codings, reader.columns, len(table), encoder, reader.number)
+        return cls(name, kind, *parts, longest)
 
     def __len__(self) -> int:
         return self._length
@@ -253,19 +261,53 @@ class CaptionDocuments:
         columns = self._columns(row)
         codes = self._codes(row, int(rng.integers(self.num_codings)))
         image_first = rng.random() < self.kind.image_first
-        return self.encoder.caption(self._draw_text(columns, image_first, rng), codes, image_first)
+        text, unshuffled = self._draw_text(columns, image_first, rng)
+        ids = self.encoder.caption(text, codes, image_first)
+        # that a document fits was found with lists as they are
+        is_too_long = self._longest is not None and len(ids) > self._longest
+        return self.encoder.caption(unshuffled, codes, image_first) if is_too_long else ids
 
     def lengths(self) -> None:
         """Return nothing: each example of a row has a text of its own."""
 
-    def _draw_text(self, columns: Mapping[str, Any], image_first: bool, rng: np.random.Generator) -> str:
-        text = None
+    def _draw_text(self, columns: Mapping[str, Any], image_first: bool, rng: np.random.Generator) -> tuple[str, str]:
+        """Return a text, and the same with its lists as they are stored."""
+        texts = None
         for template, share in self._alternatives:
-            if text is None and template.is_full(columns) and rng.random() < share:
-                text = template.render(columns, rng)
+            if texts is None and template.is_full(columns) and rng.random() < share:
+                texts = template.render(columns, rng), template.render(columns)
         if not image_first and rng.random() < self.kind.without_caption:
-            return ""
-        return self._text.render(columns) if text is None else text
+            return "", ""
+        return texts or (self._text.render(columns),) * 2
+
+    def check_texts(self, longest: int) -> None:
+        """Warn of rows without a caption, and raise where one is too long, as only a tokenization leaves rows out.
+
+        Args:
+            longest (`int`):
+                most tokens of a caption with its image.
+
+        Raises:
+            ValueError: names the row.
+        """
+        around, num_empty = self.encoder.processor.image_seq_length + len(self.encoder.beginning) + 3, 0
+        for row in range(len(self)):
+            columns = self._columns(row)
+            num_empty += not self._text.is_full(columns)
+            texts = [text for entry in self.kind.templates() for text in entry.texts(columns)]
+            length = around + max([len(self.encoder.text_ids(text)) for text in texts], default=0)
+            if length > longest:
+                raise InputError(
+                    f"sources: {self.name!r}, row {self.row_number(row)}: a caption of the recipe has {length} tokens "
+                    f"with its image, over {longest}; those that were tokenized were others. Tokenize anew, which "
+                    "leaves such rows out, or take a longer `sequence_length`."
+                )
+        if num_empty:
+            logger.warning(
+                f"sources: {self.name!r}: {num_empty} of {len(self)} rows hold nothing in a column of "
+                f"{self._text.columns}, their captions being others than those that were tokenized: they are trained "
+                "on all the same. Tokenizing anew leaves them out."
+            )
 
     def caption(self, row: int) -> str:
         """Return the caption of a row by the first template."""
