@@ -67,6 +67,9 @@ def _parse(line: bytes) -> tuple[Any, str | None]:
     """Return the value of a line, and what is wrong with it."""
     try:
         value = json.loads(line)
+        # half of a pair of surrogates is valid JSON, of which no text can be made
+        if b"\\u" in line:
+            json.dumps(value, ensure_ascii=False).encode()
     # what is no UTF-8 is a ValueError as well
     except ValueError as error:
         return None, str(error)

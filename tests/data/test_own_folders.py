@@ -87,6 +87,8 @@ def test_part_or_stream_of_such_a_split_is_refused(tmp_path):
 
 
 LINES = ['{"text": "one", "n": {"a": [1]}}', '{"text": "two"', "", "{}", '{"text": "three"}', "[1]", "no"]
+# what Python reads as JSON, and `datasets` does not
+SURROGATES = [r'{"text": "\ud83d\ude00"}', r'{"text": "\ud83d cut"}']
 
 
 CARD = "---\nconfigs:\n- config_name: default\n  data_files:\n  - {split: train, path: data/train-*.parquet}\n---\n"
@@ -123,6 +125,14 @@ def test_broken_json_lines_are_left_out_by_number(run, tmp_path, name):
     assert [said[row].partition(":")[0] for row in (1, 4, 5)] == [f"line {n} of {name}" for n in (2, 6, 7)]
     assert len(documents["train"]) == 2
     assert "left out of 6 rows: 3 JSON broken" in printed and f"line 2 of {name}: Expecting" in printed
+
+
+def test_line_with_half_of_a_character_is_left_out(run, tmp_path):
+    (tmp_path / "d.jsonl").write_text("\n".join(SURROGATES) + "\n")
+    entry, documents, _ = run(data=str(tmp_path / "d.jsonl"), text="text")
+    assert entry["read"]["train"]["left_out"] == {"JSON broken": 1}
+    assert entry["read"]["train"]["named"][0]["detail"].startswith("line 2 of d.jsonl: ")
+    assert tiny_processor().tokenizer.decode(documents["train"].ids(0, None)) == "<bos>\U0001f600<eos>"
 
 
 def test_strict_stops_at_a_broken_line(run, tmp_path):
