@@ -5,10 +5,12 @@ import dataclasses
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from glob import glob
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, IterableDataset, LargeList, List
+from transformers.utils import logging
 
 from tokenization.audio_codecs_moma import AUDIO
 
@@ -30,6 +32,8 @@ SHARD_IMAGES = 256
 CHARACTERS_PER_IMAGE = 16384
 # rows, spread over a split, that say what the others hold
 LOOKED_AT = 64
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -83,6 +87,8 @@ class Job:
             `pictures` (an estimate), `rows_per_shard`, `list_columns`.
         held_out_rule (`str`, *optional*):
             how rows are drawn that become `validation`; `None` in jobs of earlier versions, which drew others.
+        file_sizes (`dict[str, int | None]`, *optional*):
+            bytes of each source's files together, `None` where streamed; `None` in jobs of earlier versions.
     """
 
     processor: str
@@ -93,6 +99,7 @@ class Job:
     sources: dict[str, dict]
     splits: dict[str, dict[str, dict]]
     held_out_rule: str | None = None
+    file_sizes: dict[str, int | None] | None = None
 
     def source(self, name: str) -> Source:
         """Return the source of that name."""
@@ -160,7 +167,9 @@ def plan_job(
                 f"sources: {source.name!r} has sounds, and the processor {processor_folder!r} has no codec of them; "
                 "`moma build-processor --audio-tokenizer` gives it one."
             )
-    plans = {source.name: _plan_source(source, rows_per_shard, splits) for source in sources}
+    planned = {source.name: _plan_source(source, rows_per_shard, splits) for source in sources}
+    plans = {name: plan for name, (plan, _) in planned.items()}
+    _warn_of_shared_rows(sources, plans)
     return Job(
         processor=processor_folder,
         fingerprint=fingerprint,
@@ -170,11 +179,15 @@ def plan_job(
         sources={source.name: source.fields() for source in sources},
         splits=plans,
         held_out_rule=HELD_OUT_RULE,
+        file_sizes={name: size for name, (_, size) in planned.items()},
     )
 
 
-def _plan_source(source: Source, rows_per_shard: int | None, splits: Sequence[str] | None) -> dict[str, dict]:
-    plan = {}
+def _plan_source(
+    source: Source, rows_per_shard: int | None, splits: Sequence[str] | None
+) -> tuple[dict[str, dict], int | None]:
+    """Return the plan of every split, and the bytes of the source's files."""
+    plan, file_size = {}, None
     for name, split in source.split_names().items():
         if splits is not None and name not in splits:
             continue
@@ -188,10 +201,28 @@ def _plan_source(source: Source, rows_per_shard: int | None, splits: Sequence[st
             size = -(-size // source.kind.rows_multiple) * source.kind.rows_multiple
             entry |= {"rows": len(rows), "pictures": round(len(rows) * images), "rows_per_shard": size}
             entry["shards"] = -(-len(rows) // size)
+            file_size = rows.info.download_size
         else:
             entry |= {"rows": None, "pictures": None, "rows_per_shard": None, "shards": rows.num_shards}
         plan[name] = entry
-    return plan
+    return plan, file_size
+
+
+def _warn_of_shared_rows(sources: Sequence[Source], plans: dict[str, dict[str, dict]]) -> None:
+    """Tell of sources that train on the same files, of which each draws held-out rows of its own."""
+    readers: dict[tuple[str, str], Source] = {}
+    for source in sources:
+        how = json.dumps([source.load, plans[source.name][TRAIN]["split"]], sort_keys=True, default=str)
+        files = [(str(Path(path).resolve()), how) for path in glob(source.data, recursive=True) or [source.data]]
+        other = next((readers[file] for file in files if file in readers), source)
+        draws = [entry.held_out > 0 and VALIDATION not in plans[entry.name] for entry in (source, other)]
+        if other is not source and any(draws):
+            logger.warning(
+                f"sources: {other.name!r} and {source.name!r} train on the same files, {source.data!r}, and each "
+                "draws held-out rows of its own: what one is evaluated on the other is trained on. Give both the same "
+                "parts, `splits: {train: 'train[:98%]', validation: 'train[98%:]'}`."
+            )
+        readers = {**dict.fromkeys(files, source), **readers}
 
 
 def _shard_rows(rows: int, weight: float) -> int:
@@ -262,7 +293,9 @@ def write_job(folder: str | Path, job: Job) -> Path:
 def _compare(folder: str | Path, then: dict, now: dict) -> None:
     now = json.loads(json.dumps(now))
     # by its fingerprint a processor is the same wherever it lies, and the draw matters to few shards
-    alike = ("processor", "held_out_rule")
+    alike = ["processor", "held_out_rule"]
+    if then.get("file_sizes") is None:
+        alike.append("file_sizes")
     different = [name for name in now if name not in alike and then.get(name) != now[name]]
     if different:
         name = different[0]

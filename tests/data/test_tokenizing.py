@@ -394,6 +394,42 @@ def test_other_settings_do_not_mix_into_a_folder(processor, many, tmp_path):
     assert read_job(tmp_path).sources["many"]["codings"] == 2
 
 
+def test_data_that_changed_do_not_mix_into_a_folder(processor, tmp_path):
+    (tmp_path / "t.txt").write_text("one\ntwo\n")
+    lines = {"lines": {"data": str(tmp_path / "t.txt"), "text": "text", "held_out": 0}}
+    written = tokenize(lines, processor, tmp_path / "tokens")
+    assert tokenize(lines, processor, tmp_path / "tokens") == written
+    (tmp_path / "t.txt").write_text("one\nthree\n")
+    with pytest.raises(ValueError, match="begun with another file_sizes: {'lines': 8} then, {'lines': 10} now"):
+        tokenize(lines, processor, tmp_path / "tokens")
+    # earlier versions did not note it
+    job = json.loads((tmp_path / "tokens" / "job.json").read_text())
+    del job["file_sizes"]
+    (tmp_path / "tokens" / "job.json").write_text(json.dumps(job))
+    assert tokenize(lines, processor, tmp_path / "tokens") == written
+
+
+def test_sources_of_the_same_rows_that_hold_out_others_are_told(processor, tmp_path, caplog):
+    for name in ("one", "two"):
+        (tmp_path / f"{name}.txt").write_text("".join(f"line {row}\n" for row in range(20)))
+    parts = {"splits": {"train": "train[:80%]", "validation": "train[80%:]"}}
+
+    def warnings(**sources):
+        fields = {name: {"text": "text", "held_out": 0.2, **entry} for name, entry in sources.items()}
+        plan_job(read_sources(fields), processor, 64, True, 0)
+        found = [record.message for record in caplog.records if "same files" in record.message]
+        caplog.clear()
+        return found
+
+    one, any_of = {"data": str(tmp_path / "one.txt")}, {"data": str(tmp_path / "*.txt")}
+    (said,) = warnings(a=one, b=any_of)
+    assert said.startswith("sources: 'a' and 'b' train on the same files") and "train[98%:]" in said
+    assert len(warnings(a=one, b={**one, "held_out": 0})) == 1
+    assert not warnings(a=one, b={"data": str(tmp_path / "two.txt")})
+    assert not warnings(a={**one, **parts}, b={**one, **parts})
+    assert not warnings(a={**one, "held_out": 0}, b={**one, "held_out": 0})
+
+
 def test_datasets_opens_the_shards(processor, many, tmp_path):
     tokenize(many, processor, tmp_path / "tokens", rows_per_shard=128)
     files = sorted(map(str, (tmp_path / "tokens" / "many").glob("train-*.arrow")))
