@@ -130,7 +130,7 @@ def real_images(
 ) -> Iterator[torch.Tensor] | None:
     """Return pixel values `[B, 3, H, W]` of rows, from where they were tokenized.
 
-    It is `None` where the data cannot be opened any more, or were streamed, so that rows have no number.
+    It is `None` where the data cannot be opened any more, have changed, or were streamed, so that rows have no number.
 
     Args:
         folder (`str`):
@@ -152,15 +152,24 @@ def real_images(
     source = job.source(documents.name)
     if plan["rows"] is None:
         return None
+    numbers = [documents.row_number(row) for row in rows]
+
+    def values(numbers: Sequence[int]) -> Iterator[Any]:
+        rows_there = undecoded_rows(opened.select(numbers))  # pyright: ignore[reportAttributeAccessIssue]
+        return (value for row in rows_there for value in source.kind.row_images(row))
+
     try:
         opened = source.open(plan["split"])
+        size = (job.file_sizes or {}).get(documents.name)
+        if len(opened) != plan["rows"] or size not in (None, opened.info.download_size):  # pyright: ignore[reportArgumentType]
+            raise InputError(f"{source.data!r} has changed since it was tokenized")
+        # whoever moves images moves all of them
+        for value in values(numbers[:1]):
+            read_image(value, source.image_root())
     except ValueError as error:
         logger.warning(f"Reconstructions stand in for the images of {documents.name!r}: {error}")
         return None
-    numbers = [documents.row_number(row) for row in rows]
-    rows_there = undecoded_rows(opened.select(numbers))  # pyright: ignore[reportAttributeAccessIssue]
-    values = (value for row in rows_there for value in source.kind.row_images(row))
-    return _pixel_batches(processor, values, source.image_root())
+    return _pixel_batches(processor, values(numbers), source.image_root())
 
 
 def _pixel_batches(processor: MomaProcessor, values: Iterable[Any], root: str) -> Iterator[torch.Tensor]:

@@ -10,6 +10,7 @@ from itertools import permutations
 
 import pyarrow as pa
 import pytest
+import torch
 from datasets import Dataset, Features, Image, Value, config
 from pyarrow import parquet
 
@@ -20,6 +21,7 @@ from modeling_moma.data.corpus import source_texts
 from modeling_moma.data.documents import TokenFolder
 from modeling_moma.data.encoding import DocumentEncoder
 from modeling_moma.data.sources import read_sources
+from modeling_moma.evaluation.held_out import read_held_out
 from modeling_moma.training.image_sources import candidates
 from modeling_moma.training.pretraining import training_stream
 from modeling_moma.training.recipe import DataFields, SampleFields
@@ -226,6 +228,36 @@ def test_other_captions_than_the_tokenized_ones_have_to_fit(tagged, tmp_path, ca
     assert not caplog.records
     stream("tags")
     assert "1 of 4 rows hold nothing in a column of ['tags']" in caplog.text
+
+
+@pytest.mark.parametrize("change", ["fewer rows", "other rows", "no images", "nothing"])
+def test_held_out_images_are_those_that_were_tokenized_or_none(run, tmp_path, caplog, change):
+    def write(rows):
+        (tmp_path / "d.csv").write_text("file,text\n" + "".join(f"{row % 6}.png,caption {row}\n" for row in rows))
+
+    images = noise_images(6)
+    for index, image in enumerate(images):
+        image.save(tmp_path / f"{index}.png")
+    write(range(12))
+    _, documents, _ = run(data=str(tmp_path / "d.csv"), image="file", text="text", held_out=0.5)
+    if "rows" in change:
+        write(range(3) if change == "fewer rows" else range(12, 0, -1))
+    elif change == "no images":
+        for path in tmp_path.glob("*.png"):
+            path.unlink()
+    processor = tiny_processor()
+    captioned = read_held_out(str(tmp_path / "tokens"), processor, "validation")["mine"].captioned
+    assert len(captioned) == len(documents["validation"]) > 2
+    said = {"no images": "image missing", "nothing": None}.get(change, "d.csv' has changed since it was tokenized")
+    assert (captioned.images is None) == (said is not None)
+    if said is None:
+        numbers = [int(caption.removeprefix("caption ")) % 6 for caption in captioned.captions]
+        expected = processor.image_processor([images[number] for number in numbers], return_tensors="pt")[
+            "pixel_values"
+        ]
+        torch.testing.assert_close(torch.cat(list(captioned.images)), expected)
+    else:
+        assert "Reconstructions stand in for the images of 'mine'" in caplog.text and said in caplog.text
 
 
 def test_source_whose_only_row_is_held_out_says_so(run, tmp_path):
