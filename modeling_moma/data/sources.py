@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 from datasets import (
     Audio,
+    ClassLabel,
     Dataset,
     Features,
     Image,
@@ -222,6 +223,8 @@ class Source:
         is_local = is_pattern or path.is_file() or path.suffix in READERS
         if is_local and not is_pattern and not path.is_file():
             raise InputError(f"sources: {self.name!r}: there is no file {self.data!r}.")
+        if path.is_file() and path.stat().st_size == 0:
+            raise InputError(f"sources: {self.name!r}: the file {self.data!r} is empty.")
         if not is_local:
             # a reader's own name, such as `parquet`, comes with its files
             problem = None if {"data_files", "data_dir"} & self.load.keys() else why_nowhere(self.data, "dataset")
@@ -236,6 +239,9 @@ class Source:
         options: dict[str, Any] = {"data_files": self.data}
         if path.suffix == ".tsv":
             options["sep"] = "\t"
+        if path.suffix == ".txt":
+            # the mark that some editors put before a text is none of its characters
+            options["encoding"] = "utf-8-sig"
         return READERS[path.suffix], {**options, **self.load}
 
     def _call(self, function: Any, path: str, options: dict[str, Any]) -> Any:
@@ -291,6 +297,8 @@ def row_place(number: int, shard: int | None) -> str:
 def undecoded_rows(rows: Dataset | IterableDataset) -> Iterator[dict[str, Any]]:
     """Yield rows whose images and sounds are `{"bytes": ..., "path": ...}`, in whatever depth of lists they stand.
 
+    Classes, such as the folders that images are sorted into, are their names.
+
     Args:
         rows (`Dataset | IterableDataset`):
             of a split.
@@ -303,6 +311,8 @@ def undecoded_rows(rows: Dataset | IterableDataset) -> Iterator[dict[str, Any]]:
     if streamed.features is not None:
         # `decode(False)` would leave JSON as text, too
         streamed = streamed.cast(Features({name: _undecoded(entry) for name, entry in streamed.features.items()}))
+    features = (streamed.features or {}).items()
+    classes = {name: entry for name, entry in features if isinstance(getattr(entry, "feature", entry), ClassLabel)}
     iterator = iter(streamed)
     for count in itertools.count():
         try:
@@ -315,7 +325,14 @@ def undecoded_rows(rows: Dataset | IterableDataset) -> Iterator[dict[str, Any]]:
                 f"sources: after {count:,} rows no more can be read; is a file damaged there? "
                 f"({type(error).__name__}: {one_line(error, 300)})"
             ) from error
-        yield row
+        yield {**row, **{name: _class_name(entry, row[name]) for name, entry in classes.items()}}
+
+
+def _class_name(feature: Any, value: Any) -> Any:
+    if isinstance(value, list):
+        return [_class_name(feature.feature, entry) for entry in value]
+    # what has no class has None or -1
+    return None if value is None or value < 0 else feature.names[value]
 
 
 def _undecoded(feature: Any) -> Any:

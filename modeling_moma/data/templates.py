@@ -102,6 +102,9 @@ def as_text(name: str, value: Any, rng: np.random.Generator | None = None) -> st
         return ", ".join(as_text(name, entry) for entry in entries if not _is_nothing(entry))
     if _is_nothing(value):
         return ""
+    if isinstance(value, float) and value.is_integer() and abs(value) < 2**53:
+        # columns of whole numbers with an empty cell are read as fractions
+        return str(int(value))
     if isinstance(value, (Number, date, time, timedelta)):
         return str(value)
     kind = type(value).__name__

@@ -11,7 +11,7 @@ from itertools import permutations
 import pyarrow as pa
 import pytest
 import torch
-from datasets import Dataset, Features, Image, Value, config
+from datasets import ClassLabel, Dataset, Features, Image, List, Value, config
 from pyarrow import parquet
 
 from helpers.tiny import noise_images, tiny_documents, tiny_processor
@@ -148,6 +148,7 @@ def test_strict_stops_at_a_broken_line(run, tmp_path):
     [
         (["a", {"k": "v"}, 2, ["x", None, "y"], ["", None]], ["a", "2", "x, y"], (1, 1)),
         ([1.5, float("nan"), None], ["1.5"], (2, 0)),
+        ([1942.0, None, 1e300], ["1942", "1e+300"], (1, 0)),
         ([[["a"], ["b", "c"]], [[]]], ["a, b, c"], (1, 0)),
         ([date(2020, 1, 2), None], ["2020-01-02"], (1, 0)),
         ([b"a", b"b"], [], (0, 2)),
@@ -258,6 +259,35 @@ def test_held_out_images_are_those_that_were_tokenized_or_none(run, tmp_path, ca
         torch.testing.assert_close(torch.cat(list(captioned.images)), expected)
     else:
         assert "Reconstructions stand in for the images of 'mine'" in caplog.text and said in caplog.text
+
+
+@pytest.mark.parametrize("load", [{}, {"load": {"streaming": True}}])
+def test_classes_are_read_by_their_names(tmp_path, load):
+    for name, image in zip(("cat", "dog", "owl"), noise_images(3)):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        image.save(tmp_path / "photos" / name / "0.png")
+    (source,) = read_sources(
+        {"mine": {"data": str(tmp_path / "photos"), "image": "image", "text": "a {label}", **load}}
+    )
+    assert list(source_texts([source], 10)) == ["a cat", "a dog", "a owl"]
+    features = Features({"text": List(ClassLabel(names=["red", "blue"])), "one": ClassLabel(names=["red", "blue"])})
+    rows = {"text": [[0, 1], [], [1]], "one": [1, None, -1]}
+    Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "d.parquet")
+    for text, expected in (("text", ["red, blue", "blue"]), ("one", ["blue"])):
+        (source,) = read_sources({"mine": {"data": str(tmp_path / "d.parquet"), "text": text, **load}})
+        assert list(source_texts([source], 10)) == expected
+
+
+def test_empty_file_and_mark_of_an_editor(tmp_path):
+    (tmp_path / "d.txt").write_bytes(b"\xef\xbb\xbfone\ntwo\n")
+    for load in ({}, {"load": {"streaming": True}}):
+        (source,) = read_sources({"mine": {"data": str(tmp_path / "d.txt"), "text": "text", **load}})
+        assert list(source_texts([source], 10)) == ["one", "two"]
+    for name in ("e.txt", "e.jsonl", "e.parquet"):
+        (tmp_path / name).touch()
+        (source,) = read_sources({"mine": {"data": str(tmp_path / name), "text": "text"}})
+        with pytest.raises(ValueError, match=f"'mine': the file '.*{name}' is empty"):
+            source.split_names()
 
 
 def test_source_whose_only_row_is_held_out_says_so(run, tmp_path):
