@@ -278,7 +278,8 @@ class CaptionDocuments:
                 texts = template.render(columns, rng), template.render(columns)
         if not image_first and rng.random() < self.kind.without_caption:
             return "", ""
-        return texts or (self._text.render(columns),) * 2
+        text = self._text.render(columns)
+        return texts or (text, text)
 
     def check_texts(self, longest: int) -> None:
         """Warn of rows without a caption, and raise where one is too long, as only a tokenization leaves rows out.
