@@ -59,7 +59,7 @@ from .frames_moma import TEXT
 from .generation_moma import MomaGenerationMixin
 from .loss_moma import causal_lm_loss
 from .quantized_layers_moma import use_quantized_layers
-from .routing_moma import MomaAuxiliaryRouter, MomaRouter, MomaRouterBase, update_routers
+from .routing_moma import Fp32Buffers, MomaAuxiliaryRouter, MomaRouter, MomaRouterBase, update_routers
 from .token_groups_moma import RoutingContext, routing_of_batch, seen_columns, seen_positions
 
 
@@ -122,7 +122,7 @@ def query_key_norm(config: MomaConfig, num_heads: int) -> nn.Module:
     return nn.Identity()
 
 
-class MomaRotaryEmbedding(nn.Module):
+class MomaRotaryEmbedding(Fp32Buffers):
     """Cosines and sines `[B, T, head_dim]` of positions; scaled types come from `config.rope_parameters`."""
 
     def __init__(self, config: MomaConfig):

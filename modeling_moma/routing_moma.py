@@ -276,7 +276,7 @@ def thresholds_between(kth_C: torch.Tensor, lower_C: torch.Tensor) -> torch.Tens
 
 
 class Fp32Buffers(nn.Module):
-    """For modules whose thresholds and counters `model.bfloat16()` and the like must not round."""
+    """For modules whose thresholds, counters or frequencies `model.bfloat16()` and the like must not round."""
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
         kept = dict(self.named_buffers(recurse=False))

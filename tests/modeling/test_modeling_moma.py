@@ -311,6 +311,17 @@ def test_halving_the_weights_rounds_no_cut_and_no_counter():
         assert halved[key].dtype == torch.float32 and (halved[key] == 301 / 1024).all(), key
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_halved_model_computes_what_it_does_once_saved_and_loaded(dtype, tmp_path):
+    model = tiny_model(**GROUPS["4t4i"]).eval()
+    frequencies = model.model.rotary_emb.inv_freq.clone()
+    model.to(dtype).save_pretrained(tmp_path)
+    assert torch.equal(model.model.rotary_emb.inv_freq, frequencies)
+    ids = mixed_ids()
+    assert torch.equal(model(ids).logits, MomaForCausalLM.from_pretrained(tmp_path)(ids).logits)
+
+
 OTHERS = {"tied": {"tie_word_embeddings": True}, "auxiliary": AUXILIARY, "normalized": {"normalize_gates": True}}
 
 
