@@ -29,6 +29,7 @@ from .configuration_moma import MomaConfig
 from .cpu_moma import is_on_cpu, unobserved_inference_mode
 from .errors_moma import InputError
 from .frames_moma import IMAGE, TEXT, ModalityFrame, in_ranges, open_frame_codes
+from .token_groups_moma import seen_positions
 
 
 class FrameLogitsProcessor(LogitsProcessor):
@@ -236,17 +237,18 @@ class MomaGenerationMixin(GenerationCompat):
                   `max_new_tokens` is not begun.
             kwargs (`Any`):
                 As in the stock method. With `guidance_scale` other than 1 and no `negative_prompt_ids`, the
-                unconditional branch sees the beginning token and the frame alone.
+                unconditional branch sees the beginning token and the frame alone. To go on from a `cache`, give the
+                ids of all turns, or the new ones alone and an `attention_mask` over the cached positions and theirs.
 
         Returns:
             `torch.LongTensor` or `ModelOutput`: as from the stock method, prompts included. Rows end at
             `config.max_position_embeddings`, whatever length is asked for.
 
         Raises:
-            ValueError: an unknown mode; an empty, all-padding or too long prompt; a modality that the configuration
-                has no frame for; too few tokens for a frame; a prompt that ends inside a frame of a modality that the
-                mode does not write; guidance together with a decoding strategy whose unconditional branch would go
-                wrong; `prefill_chunk_size` together with `inputs_embeds`.
+            ValueError: an unknown mode; an empty, all-padding or too long prompt; a cache that holds all of it; a
+                paged cache; a modality that the configuration has no frame for; too few tokens for a frame; a prompt
+                that ends inside a frame of a modality that the mode does not write; guidance together with a decoding
+                strategy whose unconditional branch would go wrong; `prefill_chunk_size` together with `inputs_embeds`.
         """
         mode = TEXT if generation_mode is None else generation_mode
         self._check_mode(mode)
@@ -256,15 +258,18 @@ class MomaGenerationMixin(GenerationCompat):
         # an assistant model is called with the processors of the model that it drafts for
         if any(isinstance(processor, GRAMMAR) for processor in processors):
             return self._generate(inputs, generation_config, processors, kwargs, arguments)
+        self._check_options(generation_config, kwargs)
         prompt = self._prompt_ids(inputs, kwargs)
         _check_prompt(prompt, kwargs)
-        if kwargs.get("inputs_embeds") is not None and self._option("prefill_chunk_size", generation_config, kwargs):
-            raise InputError(
-                "`prefill_chunk_size` cannot be combined with `inputs_embeds`: the stock loop cuts ids alone. Leave "
-                "one of the two out."
-            )
+        num_before = _positions_before(prompt, kwargs)
         if self.config.modality_token_ranges:
-            generation_config = self._follow_grammar(mode, prompt, generation_config, processors, kwargs)
+            generation_config = self._follow_grammar(mode, prompt, num_before, generation_config, processors, kwargs)
+        if num_before:
+            width = _width(prompt, kwargs)
+            context = self._context_left(num_before + width)
+            # the stock loop counts ids alone
+            if context is not None and context < self._new_tokens(width, generation_config, kwargs):
+                generation_config = _with_new_tokens(max(context, 1), generation_config, kwargs)
         return self._generate(inputs, generation_config, processors, kwargs, arguments)
 
     def _generate(
@@ -343,6 +348,18 @@ class MomaGenerationMixin(GenerationCompat):
         if mode == INTERLEAVED and len(modes) == 2:
             self._frame(IMAGE)
 
+    def _check_options(self, generation_config: GenerationConfig | None, kwargs: dict) -> None:
+        if self._option("cache_implementation", generation_config, kwargs) == "paged":
+            raise InputError(
+                "`cache_implementation` is 'paged': continuous batching heeds no `generation_mode`, `attention_mask` "
+                "or `logits_processor`. Call `generate_batch` with lists of ids, without padding."
+            )
+        if kwargs.get("inputs_embeds") is not None and self._option("prefill_chunk_size", generation_config, kwargs):
+            raise InputError(
+                "`prefill_chunk_size` cannot be combined with `inputs_embeds`: the stock loop cuts ids alone. Leave "
+                "one of the two out."
+            )
+
     def _prompt_ids(self, inputs: torch.Tensor | None, kwargs: dict) -> torch.Tensor:
         """Return the ids that the loop starts from: none with `inputs_embeds`, the first token without a prompt."""
         prompt = inputs if inputs is not None else kwargs.get("input_ids")
@@ -357,28 +374,25 @@ class MomaGenerationMixin(GenerationCompat):
         self,
         mode: str,
         prompt: torch.Tensor,
+        num_before: int,
         generation_config: GenerationConfig | None,
         processors: LogitsProcessorList,
         kwargs: dict,
     ) -> GenerationConfig | None:
         """Add what a mode needs to the processors and arguments, and return the generation config with its length."""
         frame = self.config.frames.get(mode)
-        width = prompt.shape[1] or kwargs["inputs_embeds"].shape[1]
+        width = _width(prompt, kwargs)
         is_sized = any(
             kwargs.get(name) is not None or getattr(generation_config, name, None) is not None for name in LENGTHS
         )
         if is_sized or frame is None:
             num_new = self._new_tokens(width, generation_config, kwargs)
         else:
-            num_new = self._frame_tokens(frame, prompt, width)
-            if generation_config is None:
-                kwargs["max_new_tokens"] = num_new
-            else:
-                generation_config = copy.deepcopy(generation_config)
-                generation_config.max_new_tokens = num_new
+            num_new = self._frame_tokens(frame, prompt, num_before + width)
+            generation_config = _with_new_tokens(num_new, generation_config, kwargs)
         # a mode of one frame alone ends its rows by a token of the grammar
         stop = -1 if frame is None else self._stop_token(mode, generation_config, kwargs)
-        processors += self._grammar(mode, prompt, width, num_new, stop)
+        processors += self._grammar(mode, prompt, width, num_before, num_new, stop)
         if frame is not None:
             if (self._option("num_beams", generation_config, kwargs) or 1) > 1:
                 criteria = [*(kwargs.get("stopping_criteria") or []), FrameEndCriteria(frame, prompt.shape[1])]
@@ -403,7 +417,7 @@ class MomaGenerationMixin(GenerationCompat):
         return max(self.config.max_position_embeddings - prompt_width, needed)
 
     def _grammar(
-        self, mode: str, prompt: torch.Tensor, prompt_width: int, num_new: int, stop: int
+        self, mode: str, prompt: torch.Tensor, width: int, num_before: int, num_new: int, stop: int
     ) -> list[LogitsProcessor]:
         """Return the processors of a mode, after a check that a token, and every frame, fits."""
         frames = self.config.frames
@@ -415,6 +429,7 @@ class MomaGenerationMixin(GenerationCompat):
                     f"generation_mode={mode!r} cannot continue: use generation_mode={modality!r} or 'interleaved', or "
                     "end the frame."
                 )
+        prompt_width = num_before + width
         context = self._context_left(prompt_width)
         if context is not None and context < 1:
             raise InputError(
@@ -434,7 +449,7 @@ class MomaGenerationMixin(GenerationCompat):
             advice = "" if mode == INTERLEAVED else f", or leave both out with generation_mode={mode!r}"
             raise InputError(
                 f"A whole frame needs {needed} new tokens, but there is room for {num_new}: raise "
-                f"`max_new_tokens` to at least {needed} (or `max_length` to {needed + prompt_width}){advice}."
+                f"`max_new_tokens` to at least {needed} (or `max_length` to {needed + width}){advice}."
             )
         if context is not None and needed > context:
             raise InputError(
@@ -501,6 +516,39 @@ class MomaGenerationMixin(GenerationCompat):
             "negative_prompt_ids": ids.repeat_interleave(copies, dim=0),
             "negative_prompt_attention_mask": None if mask is None else mask.repeat_interleave(copies, dim=0),
         }
+
+
+def _width(prompt: torch.Tensor, kwargs: dict) -> int:
+    return prompt.shape[1] or kwargs["inputs_embeds"].shape[1]
+
+
+def _with_new_tokens(
+    num_new: int, generation_config: GenerationConfig | None, kwargs: dict
+) -> GenerationConfig | None:
+    """Let the stock loop write so many tokens; what the caller gave is left as it is."""
+    if generation_config is None or any(kwargs.get(name) is not None for name in LENGTHS):
+        kwargs["max_new_tokens"] = num_new
+        return generation_config
+    generation_config = copy.deepcopy(generation_config)
+    generation_config.max_new_tokens = num_new
+    return generation_config
+
+
+def _positions_before(prompt: torch.Tensor, kwargs: dict) -> int:
+    """Return how many positions a cache holds of earlier turns whose ids are not among those of the prompt."""
+    num_seen = int(seen_positions(kwargs.get("cache", kwargs.get("past_key_values"))))
+    embeds, mask = kwargs.get("inputs_embeds"), kwargs.get("attention_mask")
+    width = prompt.shape[1] if embeds is None else embeds.shape[1]
+    # by its width the stock loop tells new ids from those of all turns; embeddings are always taken for all
+    if embeds is None and isinstance(mask, torch.Tensor) and mask.ndim == 2 and mask.shape[1] > width:
+        return num_seen
+    if num_seen >= width:
+        raise InputError(
+            f"`cache` holds {num_seen} positions and the prompt has {width}, so none is left to go on from: give the "
+            "ids of all turns, or new ones alone with an `attention_mask` over the cached positions and theirs, or "
+            "`crop` the cache."
+        )
+    return 0
 
 
 def _check_prompt(prompt: torch.Tensor, kwargs: dict) -> None:

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from transformers import GenerationConfig
+from transformers import DynamicCache, GenerationConfig, StaticCache
 
 from modeling_moma.configuration_moma import MomaConfig
 from modeling_moma.errors_moma import InputError
@@ -391,6 +391,8 @@ def test_bad_calls_raise_by_name(model):
         model.generate(ids.repeat(2, 1), attention_mask=mask, generation_mode="image")
     with pytest.raises(ValueError, match="row 0 ends inside a frame of 'image'"):
         model.generate(torch.tensor([[BOS, BEGIN, 110]]), generation_mode="text")
+    with pytest.raises(ValueError, match="`cache_implementation` is 'paged': continuous batching heeds no"):
+        model.generate(ids, cache_implementation="paged")
 
 
 def test_text_only_model_generates_text_and_refuses_images():
@@ -455,3 +457,52 @@ def test_rows_of_embeddings_end_at_the_last_position():
     embeds = model.get_input_embeddings()(torch.full((1, 30), 20))
     rows = model.generate(inputs_embeds=embeds, max_new_tokens=60, do_sample=False, suppress_tokens=[EOS])
     assert rows.shape[1] == 10
+
+
+def cached_turn(model, num_seen, static=False):
+    """Ids of a turn, and a cache that holds them."""
+    ids = torch.tensor([[BOS, *[20, 21, 22] * 13]])[:, :num_seen]
+    cache = StaticCache(config=model.config, max_cache_len=60) if static else DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(ids, cache=cache)
+    return ids, cache
+
+
+@pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
+@pytest.mark.parametrize("num_new", [1, 5, 8])
+def test_new_ids_alone_need_a_mask_over_what_the_cache_holds(num_new, static):
+    torch.manual_seed(0)
+    model = MomaForCausalLM(make_config()).eval()
+    ids, cache = cached_turn(model, 8, static)
+    new = torch.full((1, num_new), 30)
+    with pytest.raises(InputError, match=f"`cache` holds 8 positions and the prompt has {num_new}, so none is left"):
+        model.generate(new, cache=cache, max_new_tokens=3)
+    whole = torch.cat([ids, new], dim=1)
+    call = {"attention_mask": torch.ones_like(whole), "max_new_tokens": 3, "do_sample": False}
+    expected = model.generate(whole, **call)[:, 8:]
+    assert torch.equal(model.generate(new, cache=cache, **call), expected)
+
+
+@pytest.mark.parametrize("depth", [{}, {"depth_layers": [1], "depth_capacity": 0.5}], ids=["full", "depth"])
+@pytest.mark.parametrize("configured", [False, True])
+def test_rows_of_new_ids_end_at_the_last_position(configured, depth):
+    torch.manual_seed(0)
+    model = MomaForCausalLM(make_config(max_position_embeddings=40, **depth)).eval()
+    ids, cache = cached_turn(model, 30)
+    new = torch.tensor([[20, 21]])
+    whole = torch.cat([ids, new], dim=1)
+    options = {"max_new_tokens": 60, "do_sample": False, "suppress_tokens": [EOS]}
+    call = {"generation_config": GenerationConfig(**options)} if configured else options
+    call["attention_mask"] = torch.ones_like(whole)
+    rows = model.generate(new, cache=cache, **call)
+    assert torch.equal(rows, model.generate(whole, **call)[:, 30:])
+    assert rows.shape[1] == 10
+    assert not configured or call["generation_config"].max_new_tokens == 60
+
+
+def test_an_image_after_a_cached_turn_must_fit():
+    model = MomaForCausalLM(make_config(max_position_embeddings=40)).eval()
+    _, cache = cached_turn(model, 31)
+    mask = torch.ones(1, 33, dtype=torch.long)
+    with pytest.raises(InputError, match="A prompt of 33 positions and a frame that needs"):
+        model.generate(torch.tensor([[20, 21]]), attention_mask=mask, cache=cache, generation_mode="image")
