@@ -34,7 +34,7 @@ from ..utils.hardware import on_one_gpu, trains_in_bf16
 from .checkpoints import checkpoint_step, last_checkpoint, without_torn_checkpoints
 from .fingerprints import Facts, RunFingerprint, check_output, run_facts
 from .output_lock import sole_run
-from .stages import FollowArguments, ResumedTrainer, examples_a_step, feeding_fields
+from .stages import FollowArguments, ResumedTrainer, examples_a_step, feeding_fields, set_attention
 
 
 REPORT_FILE = "auxiliary_routers.json"
@@ -157,7 +157,7 @@ def _train_and_save(args: argparse.Namespace, training_arguments: TrainingArgume
     check_layout(model.config, processor.token_layout())
     if not model.config.auxiliary_routers:
         add_auxiliary_routers(model)
-    model.set_attn_implementation(args.attn_implementation)
+    set_attention(model, args.attn_implementation)
     trainer = build_trainer(training_arguments, model, tokens, facts)
     checkpoint = last_checkpoint(args.output) if args.resume else None
     if checkpoint is not None and checkpoint_step(checkpoint) >= args.steps:

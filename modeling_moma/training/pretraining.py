@@ -48,6 +48,7 @@ from .stages import (
     examples_a_step,
     feeding_fields,
     first_step,
+    set_attention,
 )
 from .throughput_callback import FeedingCallback
 
@@ -144,7 +145,7 @@ def build_model(
     else:
         model = MomaForCausalLM(config)
         initialize_code_embeddings(model, processor.vq_model.quantize.embedding.weight)
-    model.set_attn_implementation(args.attn_implementation)
+    set_attention(model, args.attn_implementation)
     if args.lora_rank is not None:
         return with_adapters(model, args.lora_rank, args.freeze_groups)
     freeze_groups(model, args.freeze_groups)

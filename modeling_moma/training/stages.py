@@ -23,6 +23,7 @@ from tokenization import MomaProcessor
 from ..data.packing import IGNORED
 from ..errors_moma import InputError
 from ..utils.atomic_files import write_aside, write_folder_aside
+from ..utils.messages import one_line
 from .checkpoints import SHARDS, WHOLE, last_checkpoint
 from .code_noise import CodeNoise
 from .freezing import freeze_all_but
@@ -282,6 +283,24 @@ def feeding_fields(device: str) -> dict[str, Any]:
         "accelerator_config": {"non_blocking": on_gpu},
         "logging_nan_inf_filter": False,
     }
+
+
+def set_attention(model: PreTrainedModel, implementation: str) -> None:
+    """Set a model's implementation of attention.
+
+    Args:
+        model (`PreTrainedModel`):
+            to be trained.
+        implementation (`str`):
+            of `--attn-implementation`.
+
+    Raises:
+        ValueError: there is no such implementation, or its package is missing.
+    """
+    try:
+        model.set_attn_implementation(implementation)
+    except (ValueError, ImportError) as error:
+        raise InputError(f"--attn-implementation {implementation!r}: {one_line(error, 300)}") from error
 
 
 def examples_a_step(args: TrainingArguments) -> int:

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, TrainerCallback, get_scheduler
 
-from helpers.tiny import TRAINED, tiny_processor, write_tokens, write_training
+from helpers.tiny import TRAINED, tiny_model, tiny_processor, write_tokens, write_training
 from modeling_moma import MomaForCausalLM
 from modeling_moma.cli import tokenize, upcycle
 from modeling_moma.cli.pretrain import main, parse_arguments
@@ -24,7 +24,7 @@ from modeling_moma.routing_moma import MomaRouter
 from modeling_moma.training import pretraining
 from modeling_moma.training import stages as stages_of_trainer
 from modeling_moma.training.pretraining import build_trainer
-from modeling_moma.training.stages import data_order, examples_a_step
+from modeling_moma.training.stages import data_order, examples_a_step, set_attention
 from tokenization import MomaProcessor
 
 
@@ -644,3 +644,9 @@ def test_a_step_does_not_read_its_loss_and_a_recipe_wins(inputs, tmp_path):
 def test_batches_go_to_a_gpu_from_pinned_memory():
     fields = stages_of_trainer.feeding_fields("cuda")
     assert fields["dataloader_pin_memory"] and fields["accelerator_config"] == {"non_blocking": True}
+
+
+@pytest.mark.parametrize("implementation, why", [("foo", "not supported"), ("flash_attention_2", "installed")])
+def test_attention_that_is_not_there_is_told_in_one_line(implementation, why):
+    with pytest.raises(InputError, match=rf"--attn-implementation '{implementation}': .*{why}"):
+        set_attention(tiny_model(), implementation)
