@@ -102,7 +102,7 @@ def run_executor(
         return
     # each worker would import for seconds; elsewhere what is imported may not survive a fork
     start_method = "forkserver" if sys.platform == "linux" else "spawn"
-    multiprocess.set_forkserver_preload([__name__])
+    multiprocess.set_forkserver_preload([__name__])  # pyright: ignore[reportAttributeAccessIssue]
     try:
         LocalPipelineExecutor(**shared, start_method=start_method).run()
     # a pool hands on whatever a task raised
