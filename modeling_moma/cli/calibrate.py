@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ..errors_moma import InputError
-from ..utils.fields import Count, Int
+from ..utils.fields import Count, Seed
 from ..utils.messages import without_import_notices
 from .arguments import parse_fields
 
@@ -49,7 +49,7 @@ class Arguments:
     batches: Count = 16
     batch_size: Count = 32
     dtype: Literal["float32", "bfloat16"] = "float32"
-    seed: Int = 0
+    seed: Seed = 0
 
 
 def parse_arguments(arguments: list[str] | None = None) -> Arguments:

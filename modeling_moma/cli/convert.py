@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import AfterValidator
 
 from ..errors_moma import InputError
-from ..utils.fields import Int
+from ..utils.fields import Int, Seed
 from ..utils.messages import one_line, without_import_notices
 from .arguments import Flag, FlagParser
 
@@ -119,7 +119,7 @@ class Llama(Checkpoint):
     # of `convert_llama`
     code_rows: Literal["fitted", "mean"] = "fitted"
     image_group: Literal["copy", "new"] = "copy"
-    seed: Int = 0
+    seed: Seed = 0
 
 
 FAMILIES = {"chameleon": Chameleon, "vqgan": Vqgan, "llama": Llama}

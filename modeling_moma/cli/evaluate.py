@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from ..utils.fields import Count, Float, Int, Seed, Share
+from ..utils.fields import Count, Int, NotNegative, Seed, Share
 from ..utils.messages import without_import_notices
 from .arguments import Flag, parse_fields
 
@@ -70,10 +70,10 @@ class Arguments:
     dtype: Literal["float32", "bfloat16"] = "float32"
     seed: Seed = 0
     retrieval_pairs: Annotated[Int, Field(ge=2)] = 64
-    temperature: Annotated[Float, Field(ge=0)] = 1.0
+    temperature: NotNegative = 1.0
     top_k: Annotated[Int, Field(ge=0)] = 0
     top_p: Share = 1.0
-    guidance_scale: Annotated[Float, Field(ge=0)] = 1.0
+    guidance_scale: NotNegative = 1.0
     output: str | None = None
 
 

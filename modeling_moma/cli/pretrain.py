@@ -10,14 +10,13 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from ..utils.fields import Count, Float, Int, Seed, read_field
+from ..utils.fields import Count, Float, Int, NotNegative, Seed, read_field
 from ..utils.messages import without_import_notices
 from .arguments import Flag, FlagParser
 
 
 # below 1 a share of all steps
 Steps = Annotated[Int | Float, Field(gt=0)]
-NotNegative = Annotated[Float, Field(ge=0)]
 # field of TrainingArguments -> the flag that wins over a recipe's value
 FLAGS = {
     "max_steps": "steps",

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from ..utils.fields import Count, Int
+from ..utils.fields import Count, Seed
 from ..utils.messages import without_import_notices
 from .arguments import Flag, FlagParser
 
@@ -63,7 +63,7 @@ class Arguments:
     threads: Count = 1
     rows_per_shard: Count | None = None
     splits: Annotated[list[str] | None, Flag(metavar="SPLIT")] = None
-    seed: Int = 0
+    seed: Seed = 0
     strict: bool = False
     engine: Annotated[Literal["processes", "datatrove", "slurm", "ray"], Flag(section=CLUSTER)] = "processes"
     tasks: Annotated[Count, Flag(section=CLUSTER)] = 64

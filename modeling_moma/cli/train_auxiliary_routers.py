@@ -7,12 +7,9 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from ..utils.fields import Count, Float, Int, Seed
+from ..utils.fields import Count, Float, Int, NotNegative, Seed
 from ..utils.messages import without_import_notices
 from .arguments import parse_fields
-
-
-NotNegative = Annotated[Float, Field(ge=0)]
 
 
 @dataclass(frozen=True, kw_only=True)

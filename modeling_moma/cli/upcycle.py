@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..utils.fields import Float, Int
+from ..utils.fields import Float, Int, Seed
 from ..utils.messages import without_import_notices
 from .arguments import parse_fields
 
@@ -61,7 +61,7 @@ class Arguments:
     perturbation: Float = 0.0
     gumbel_noise: Float = 1.0
     gumbel_noise_steps: Int | None = None
-    seed: Int = 0
+    seed: Seed = 0
 
 
 def parse_arguments(arguments: list[str] | None = None) -> Arguments:

@@ -12,7 +12,7 @@ from pydantic import Field
 from ..configuration_moma import MomaConfig
 from ..data.sources import Source, read_sources
 from ..errors_moma import InputError
-from ..utils.fields import Count, Float, FormerName, Int, read_fields, refuse_unknown
+from ..utils.fields import Count, Float, FormerName, Int, NotNegative, read_fields, refuse_unknown
 from ..utils.messages import without_import_notices
 
 
@@ -85,8 +85,8 @@ class SampleFields:
     every: Annotated[Int, Field(ge=0)] = 0
     prompts: list[str] = field(default_factory=list)
     images: Annotated[Int, Field(ge=0), FormerName("pictures")] = 4
-    temperature: Annotated[Float, Field(ge=0)] = 1.0
-    guidance_scale: Annotated[Float, Field(ge=0)] = 1.0
+    temperature: NotNegative = 1.0
+    guidance_scale: NotNegative = 1.0
     max_new_tokens: Count = 32
 
 

@@ -10,14 +10,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field
 
 from ..errors_moma import InputError
-from ..utils.fields import Count, Float, FormerName, Int, OnOff, refuse_unknown
+from ..utils.fields import Count, FormerName, Int, NotNegative, OnOff, Seed, refuse_unknown
 
 
 if TYPE_CHECKING:
     from tokenization import MomaVQConfig
 
 DEFAULT_PRESET = "small"
-NotNegative = Annotated[Float, Field(ge=0)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +64,7 @@ class TokenizerSettings:
     batch_size: Count = 48
     learning_rate: NotNegative = 1.5e-3
     warmup_steps: Annotated[Int, Field(ge=0)] = 100
-    seed: Int = 0
+    seed: Seed = 0
     save_every: Count = 500
     resolution: Count | None = None
     semantic_weight: NotNegative | None = None
@@ -111,7 +110,7 @@ class AudioTokenizerSettings:
     frames_per_code: Count = 3
     sounds: Count = 10_000
     held_out_sounds: Count = 500
-    seed: Int = 0
+    seed: Seed = 0
 
 
 # fields of the configuration that have a flag

@@ -44,6 +44,7 @@ def _is_number(value: Any) -> Any:
 # YAML's `true` is not the number 1, and text such as 1e-3 may be one
 Int = Annotated[int, BeforeValidator(_is_number)]
 Float = Annotated[float, BeforeValidator(_is_number), Field(allow_inf_nan=False)]
+NotNegative = Annotated[Float, Field(ge=0)]
 Share = Annotated[Float, Field(ge=0, le=1)]
 Count = Annotated[Int, Field(ge=1)]
 # NumPy takes no other, and Transformers seeds it together with torch
@@ -291,6 +292,7 @@ __all__ = [
     "Float",
     "FormerName",
     "Int",
+    "NotNegative",
     "OnOff",
     "Seed",
     "Share",

@@ -169,3 +169,18 @@ def test_name_on_the_hub_is_told_from_one_that_is_not_there(run, place, tmp_path
         monkeypatch.setattr(constants, "ENDPOINT", server.endpoint)
         said = run("generate --prompt x --model someone/nothing")
     assert "`--model` 'someone/nothing': there is no folder" in said and "the Hub has no such model" in said
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "upcycle --model model --output out",
+        "calibrate --model model --processor proc --tokens tokens --output out",
+        "tokenize r.yaml --processor proc --output out",
+        "convert llama --source model --processor proc --output out",
+    ],
+)
+def test_a_seed_below_zero_is_refused(line, capsys):
+    with pytest.raises(SystemExit):
+        main([*shlex.split(line), "--seed", "-1"])
+    assert "--seed = '-1' must be" in capsys.readouterr().err
