@@ -91,7 +91,7 @@ def test_models_go_through_it_under_sdpa_alone(implementation, monkeypatch):
 def test_steps_in_bf16_equal_the_whole_in_bf16(depth_layers, has_instructions):
     model = tiny_model(depth_layers=depth_layers).bfloat16().eval()
     # of which no score lies so near its threshold that the noise of bf16 decides
-    ids = torch.randint(5, 16, (2, 12), generator=torch.Generator().manual_seed(1))
+    ids = torch.randint(5, 16, (2, 12), generator=torch.Generator().manual_seed(20))
     with torch.no_grad():
         expected = model(ids, use_cache=False).logits
         cache = DynamicCache(config=model.config)
