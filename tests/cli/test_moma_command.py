@@ -113,8 +113,9 @@ def test_help_prints_nothing_but_help(tmp_path):
 
 MODULE = [sys.executable, "-m", "modeling_moma"]
 SCRIPT = Path(sys.executable).parent / "moma"
-# on an idle core all but `serve` take a tenth of a second; it shows the arguments of Transformers' own command
-SECONDS, SERVE_SECONDS = 1.0, 4.0
+# of a processor, of which all but `serve` take a tenth; it shows the arguments of Transformers' own command, which may
+# take so many times what the import of torch takes
+SECONDS, SERVE_TIMES = 1.0, 2.5
 
 
 def imported(command, *arguments):
@@ -140,20 +141,19 @@ def test_script_needs_neither_torch_nor_transformers():
 
 @pytest.mark.parametrize("subcommand", [None, *SUBCOMMANDS])
 def test_help_takes_a_moment(subcommand):
-    limit = SERVE_SECONDS if subcommand == "serve" else SECONDS
-
     def seconds():
         # of the processor: other programs do not lengthen it
         used = resource.getrusage(resource.RUSAGE_CHILDREN)
         return used.ru_utime + used.ru_stime
 
-    def run_help():
+    def run(*command):
         before = seconds()
-        done = subprocess.run([*MODULE, *([] if subcommand is None else [subcommand]), "--help"], capture_output=True)
+        done = subprocess.run(command, capture_output=True)
         assert (done.returncode, done.stderr) == (0, b"")
         return seconds() - before
 
-    assert any(run_help() < limit for _ in range(3))
+    limit = SERVE_TIMES * run(sys.executable, "-c", "import torch") if subcommand == "serve" else SECONDS
+    assert any(run(*MODULE, *([] if subcommand is None else [subcommand]), "--help") < limit for _ in range(3))
 
 
 def test_only_the_command_puts_the_auto_classes_off(tmp_path, monkeypatch):
