@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from datasets import Audio, Features, Image, List, Value
 from tqdm.auto import tqdm
 
-from modeling_moma.utils.atomic_files import refuse_files, replace_folder
+from modeling_moma.utils.atomic_files import check_new_folder, replace_folder
 from spoken_recipe.rows import (
     SPLITS,
     SpokenDrawing,
@@ -73,7 +73,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, default=CARD.parent, help="folder of the data set, replaced as a whole")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="words spoken side by side")
     args = parser.parse_args(arguments)
-    refuse_files(args.output, is_fine=lambda path: path.name in ("README.md", "words", "emoji", "drawings"))
+    check_new_folder(args.output, is_fine=lambda path: path.name in ("README.md", "words", "emoji", "drawings"))
     card = (args.output / "README.md" if (args.output / "README.md").is_file() else CARD).read_text(encoding="utf-8")
     emoji = read_emoji(DATA / "emoji" / "data" / "train-00000-of-00001.parquet")
     label_splits = split_labels({row["label"] for row in emoji})

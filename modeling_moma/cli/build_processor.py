@@ -107,10 +107,10 @@ def run(args: Arguments) -> None:
         from ..data.encoding import caption_chat_template
         from ..hub.loading import open_audio_tokenizer, open_image_tokenizer
         from ..training.recipe import read_recipe
-        from ..utils.atomic_files import refuse_files, write_folder_aside
+        from ..utils.atomic_files import check_new_folder, write_folder_aside
 
     # tokens may be made with a processor that is there, and files that this one lacks would stay
-    refuse_files(args.output)
+    check_new_folder(args.output)
     recipe = read_recipe(args.recipe, needs=("sources",))
     vq_model = open_image_tokenizer(args.image_tokenizer)
     if isinstance(vq_model, MomaVQModel):

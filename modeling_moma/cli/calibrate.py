@@ -66,9 +66,9 @@ def run(args: Arguments) -> None:
         from ..evaluation.measures import held_out_batches, load_model
         from ..evaluation.report import router_table
         from ..hub.loading import open_processor
-        from ..utils.atomic_files import refuse_files
+        from ..utils.atomic_files import check_new_folder
 
-    refuse_files(args.output)
+    check_new_folder(args.output)
     processor = open_processor(args.processor)
     model = load_model(args.model, "cuda" if torch.cuda.is_available() else "cpu", args.dtype)
     check_layout(model.config, processor.token_layout())

@@ -70,9 +70,9 @@ def parse_arguments(arguments: list[str] | None = None) -> Run:
 def run(args: Run) -> None:
     with without_import_notices():
         from ..training.audio_tokenizer import train_audio_tokenizer
-        from ..utils.atomic_files import refuse_files, write_folder_aside
+        from ..utils.atomic_files import check_new_folder, write_folder_aside
 
-    refuse_files(args.output)
+    check_new_folder(args.output)
     trained = train_audio_tokenizer(args.sources, args)
     write_folder_aside(args.output, partial(_write, trained.codec, trained.facts))
     facts = trained.facts

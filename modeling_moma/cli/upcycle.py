@@ -104,10 +104,10 @@ def run(args: Arguments) -> None:
         from ..training.stages import UPCYCLING_FILE, data_order
         from ..upcycling.report import upcycling_receipt
         from ..upcycling.upcycle import parse_experts, upcycle
-        from ..utils.atomic_files import refuse_files, write_folder_aside
+        from ..utils.atomic_files import check_new_folder, write_folder_aside
 
     # what is left of another model there, such as an optimizer, would be taken for this one's
-    refuse_files(args.output)
+    check_new_folder(args.output)
     torch.manual_seed(args.seed)
     seed = open_model(args.model)
     upcycled = upcycle(

@@ -15,7 +15,7 @@ from transformers.utils import logging
 from tokenization.audio_codecs_moma import AUDIO
 
 from ..errors_moma import InputError
-from ..utils.atomic_files import refuse_files, write_aside
+from ..utils.atomic_files import check_new_folder, write_aside
 from .encoding import loaded_encoder
 from .sources import HELD_OUT_RULE, TRAIN, VALIDATION, Source, read_sources, undecoded_rows
 
@@ -286,7 +286,7 @@ def write_job(folder: str | Path, job: Job) -> Path:
         for task in job.tasks():
             check_held_out(folder, then.get("held_out_rule"), job, task)
         return path
-    refuse_files(folder)
+    check_new_folder(folder)
     return write_aside(path, lambda aside: aside.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8"))
 
 

@@ -3,6 +3,7 @@
 
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from ..utils.atomic_files import write_aside
 
 # column of the copies: what is wrong with the line, empty where nothing is
 BROKEN_LINE = "_broken_line"
+SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
 def is_json_lines(path: Path) -> bool:
@@ -68,7 +70,7 @@ def _parse(line: bytes) -> tuple[Any, str | None]:
     try:
         value = json.loads(line)
         # half of a pair of surrogates is valid JSON, of which no text can be made
-        if b"\\u" in line:
+        if SURROGATE.search(line):
             json.dumps(value, ensure_ascii=False).encode()
     # what is no UTF-8 is a ValueError as well
     except ValueError as error:

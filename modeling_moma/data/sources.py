@@ -325,7 +325,9 @@ def undecoded_rows(rows: Dataset | IterableDataset) -> Iterator[dict[str, Any]]:
                 f"sources: after {count:,} rows no more can be read; is a file damaged there? "
                 f"({type(error).__name__}: {one_line(error, 300)})"
             ) from error
-        yield {**row, **{name: _class_name(entry, row[name]) for name, entry in classes.items()}}
+        for name, entry in classes.items():
+            row[name] = _class_name(entry, row[name])
+        yield row
 
 
 def _class_name(feature: Any, value: Any) -> Any:

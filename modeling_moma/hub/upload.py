@@ -13,7 +13,7 @@ from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelet
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from ..errors_moma import InputError
-from ..utils.atomic_files import refuse_files, write_folder_aside
+from ..utils.atomic_files import check_new_folder, write_folder_aside
 from ..utils.messages import one_line
 from .card import check_card, with_datasets
 from .folder import PROCESSOR_FILES, VQ_FOLDER, check_files, gather
@@ -122,7 +122,7 @@ def write_repository(upload: Upload, folder: str | Path) -> Path:
     Raises:
         ValueError: the folder holds files.
     """
-    refuse_files(folder)
+    check_new_folder(folder)
 
     def write(aside: Path):
         for name, content in upload.files.items():

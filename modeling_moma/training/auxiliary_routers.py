@@ -29,7 +29,7 @@ from ..evaluation.measures import held_out_batches, load_model
 from ..evaluation.report import router_table
 from ..hub.loading import open_processor
 from ..modeling_moma import MomaForCausalLM
-from ..utils.atomic_files import refuse_files
+from ..utils.atomic_files import check_new_folder
 from ..utils.hardware import on_one_gpu, trains_in_bf16
 from .checkpoints import checkpoint_step, last_checkpoint, without_torn_checkpoints
 from .fingerprints import Facts, RunFingerprint, check_output, run_facts
@@ -97,7 +97,7 @@ def check_output_is_own(output: str, resume: bool):
         of_trainer = path.name == TRAINER_STATE_NAME or path.name.startswith(f"{PREFIX_CHECKPOINT_DIR}-")
         return resume and (has_report or of_trainer)
 
-    refuse_files(output, is_own)
+    check_new_folder(output, is_own)
 
 
 def split_batches(batches: list[dict], batch_size: int) -> tuple[list[dict], list[dict]]:

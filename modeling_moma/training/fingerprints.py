@@ -18,7 +18,7 @@ from ..data.packing import PACKING_RULE
 from ..data.sources import TRAIN, Source
 from ..data.stream import MIXTURE_RULE, STREAM_RULE
 from ..errors_moma import InputError
-from ..utils.atomic_files import is_of_model, refuse_files
+from ..utils.atomic_files import check_new_folder, is_of_model
 from .checkpoints import read_state, whole_checkpoints
 from .stages import EARLIER_STEPS, RUN_FILE, data_order, examples_a_step
 
@@ -223,7 +223,7 @@ def check_output(output: str, facts: Facts, resume: bool, arguments: TrainingArg
                 ways = f"{_way_to_batch(then['batch']['examples_a_step'], arguments)} {_WAYS}"
             raise InputError(f"`--output` {output!r} holds another run: of {name} {different}. {ways}")
     if not records:
-        refuse_files(output, lambda path: not is_of_model(path))
+        check_new_folder(output, lambda path: not is_of_model(path))
     elif not resume:
         step = max((state["global_step"] for state in held.values() if state), default=0)
         raise InputError(

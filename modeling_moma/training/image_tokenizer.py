@@ -20,7 +20,7 @@ from tokenization.perceptual_moma_vq import MomaVQPerceptualNetwork
 
 from ..data.sources import Source
 from ..errors_moma import InputError
-from ..utils.atomic_files import is_of_model, refuse_files, replace_folder, write_folder_aside
+from ..utils.atomic_files import check_new_folder, is_of_model, replace_folder, write_folder_aside
 from ..utils.errors import MissingExtraError, needs_extra
 from ..utils.hardware import trains_in_bf16
 from .caption_words import CaptionTraining
@@ -101,7 +101,7 @@ def check_folder(output: Path, resume: bool) -> None:
             "another `--output`, or delete this folder to start over."
         )
     if not begun:
-        refuse_files(str(output), lambda path: not is_of_model(path))
+        check_new_folder(str(output), lambda path: not is_of_model(path))
 
 
 def save_model(output: Path, model: MomaVQModel, metrics: list[dict], report: dict[str, Any]) -> None:

@@ -130,7 +130,7 @@ def path_aside(path: Path) -> Path:
     return _name_aside(path)
 
 
-def refuse_files(folder: str | Path, is_fine: Callable[[Path], bool] = lambda path: False):
+def check_new_folder(folder: str | Path, is_fine: Callable[[Path], bool] = lambda path: False):
     """Raise, before any work, for an output folder that has files in it, or that nothing can be written into.
 
     Args:

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from modeling_moma.utils.atomic_files import refuse_files, replace_folder
+from modeling_moma.utils.atomic_files import check_new_folder, replace_folder
 
 
 SPLITS = ("train", "validation")
@@ -40,7 +40,7 @@ def write_corpus(
         ValueError: the folder has files that are not those of a corpus: they would be lost.
     """
     known = {"README.md", "LICENSE", "images", *(f"{split}.jsonl" for split in SPLITS)}
-    refuse_files(output, is_fine=lambda path: path.name in known)
+    check_new_folder(output, is_fine=lambda path: path.name in known)
 
     def write(folder: Path) -> None:
         folder.mkdir()

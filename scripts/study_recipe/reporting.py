@@ -285,20 +285,19 @@ def seed_table(rows: Sequence[Mapping[str, Any]], split: str) -> str:
     lines = []
     for (size, data, budget, _, recipe), seeds in grouped(rows).items():
         for row in sorted(seeds, key=lambda row: row["seed"]):
-            dense = [] if recipe == BASELINE else partners(row, rows)
-            if len(dense) < 2:
+            dense = {other["budget"]: other for other in partners(row, rows)}
+            if recipe == BASELINE or len(dense) < 2:
                 continue
-            savings = [saving(row, dense, CAUSAL, split, part) for part in PARTS]
-            same = next((other for other in dense if other["budget"] == budget), None)
-            losses = _losses(row, CAUSAL, split)
-            gaps = [""] * 3
-            if same is not None:
-                gaps = [f"{losses[part] - found:+.3f}" for part, found in _losses(same, CAUSAL, split).items()]
-            needed, most = savings[0].uncorrected * row["tokens"], max(other["tokens"] for other in dense)
-            lines.append(
-                [size, data, f"{budget}M", recipe, str(row["seed"]), *(f"{each.tokens:.2f}" for each in savings)]
-            )
-            lines[-1] += [*gaps, f"{needed / 1e6:.0f}M" + (f" (has {most / 1e6:.0f}M)" if needed > most else "")]
+            savings = [saving(row, [*dense.values()], CAUSAL, split, part) for part in PARTS]
+            etas = [f"{each.tokens:.2f}" for each in savings]
+            gaps = [""] * len(PARTS)
+            if budget in dense:
+                losses, others = (_losses(entry, CAUSAL, split) for entry in (row, dense[budget]))
+                gaps = [f"{losses[part] - others[part]:+.3f}" for part in PARTS]
+            needed = f"{savings[0].uncorrected * row['tokens'] / 1e6:.0f}M"
+            if savings[0].uncorrected * row["tokens"] > max(other["tokens"] for other in dense.values()):
+                needed += f" (has {max(dense)}M)"
+            lines.append([size, data, f"{budget}M", recipe, str(row["seed"]), *etas, *gaps, needed])
     return table(header, lines)
 
 

@@ -115,7 +115,7 @@ MODULE = [sys.executable, "-m", "modeling_moma"]
 SCRIPT = Path(sys.executable).parent / "moma"
 # of a processor, of which all but `serve` take a tenth; it shows the arguments of Transformers' own command, which may
 # take so many times what the import of torch takes
-SECONDS, SERVE_TIMES = 1.0, 2.5
+SECONDS, SERVE_TIMES = 1.0, 2.0
 
 
 def imported(command, *arguments):

@@ -14,7 +14,7 @@ from modeling_moma.cli.main import main
 from modeling_moma.errors_moma import InputError
 from modeling_moma.training import output_lock
 from modeling_moma.training.output_lock import LOCK_FILE, sole_run
-from modeling_moma.utils.atomic_files import refuse_files
+from modeling_moma.utils.atomic_files import check_new_folder
 
 
 def hold_for_ever(output, signs):
@@ -42,7 +42,7 @@ def test_a_second_run_is_refused_until_the_first_is_killed(tmp_path):
     process.join()
     # what it has left is no content, and its worker holds nothing
     assert (output / LOCK_FILE).exists()
-    refuse_files(output)
+    check_new_folder(output)
     with sole_run(output):
         (output / "config.json").touch()
     assert [path.name for path in output.iterdir()] == ["config.json"]

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, TrainerCallback, get_scheduler
+from transformers.utils import is_flash_attn_2_available
 
 from helpers.tiny import TRAINED, tiny_model, tiny_processor, write_tokens, write_training
 from modeling_moma import MomaForCausalLM
@@ -646,7 +647,17 @@ def test_batches_go_to_a_gpu_from_pinned_memory():
     assert fields["dataloader_pin_memory"] and fields["accelerator_config"] == {"non_blocking": True}
 
 
-@pytest.mark.parametrize("implementation, why", [("foo", "not supported"), ("flash_attention_2", "installed")])
+@pytest.mark.parametrize(
+    "implementation, why",
+    [
+        ("foo", "not supported"),
+        pytest.param(
+            "flash_attention_2",
+            "installed",
+            marks=pytest.mark.skipif(is_flash_attn_2_available(), reason="the package is installed"),
+        ),
+    ],
+)
 def test_attention_that_is_not_there_is_told_in_one_line(implementation, why):
     with pytest.raises(InputError, match=rf"--attn-implementation '{implementation}': .*{why}"):
         set_attention(tiny_model(), implementation)

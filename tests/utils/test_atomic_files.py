@@ -11,7 +11,13 @@ from pathlib import Path
 import pytest
 
 from helpers.processes import start_process
-from modeling_moma.utils.atomic_files import path_aside, refuse_files, replace_folder, write_aside, write_folder_aside
+from modeling_moma.utils.atomic_files import (
+    check_new_folder,
+    path_aside,
+    replace_folder,
+    write_aside,
+    write_folder_aside,
+)
 
 
 ROOT = Path(__file__).parents[2]
@@ -247,10 +253,10 @@ def test_folder_that_cannot_be_put_in_place_says_why(tmp_path, monkeypatch):
 
 def test_left_overs_do_not_make_a_folder_one_of_something_else(tmp_path):
     path_aside(tmp_path / "report.json").write_text("half")
-    refuse_files(str(tmp_path))
+    check_new_folder(str(tmp_path))
     (tmp_path / "weights").write_text("")
     with pytest.raises(ValueError, match=f"`--output` '{tmp_path}' has files in it already, .* 'weights'"):
-        refuse_files(tmp_path)
+        check_new_folder(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -259,10 +265,10 @@ def test_left_overs_do_not_make_a_folder_one_of_something_else(tmp_path):
 def test_output_folder_that_cannot_be_written_into_is_refused_before_any_work(tmp_path, place, where):
     (tmp_path / "file").write_text("kept")
     with pytest.raises(ValueError, match=f"--output: nothing can be written into '{tmp_path / where}'"):
-        refuse_files(tmp_path / place)
+        check_new_folder(tmp_path / place)
     assert (tmp_path / "file").read_text() == "kept"
 
 
 def test_output_folder_that_is_missing_is_not_made_by_its_check(tmp_path):
-    refuse_files(tmp_path / "new" / "model")
+    check_new_folder(tmp_path / "new" / "model")
     assert not list(tmp_path.iterdir())

@@ -96,6 +96,20 @@ class CaptionKind(SourceKind):
         """Return the caption's template and those of the alternatives."""
         return [Template(self.text), *(Template(alternative.text) for alternative in self.alternatives)]
 
+    def caption_lengths(self, columns: Mapping[str, Any], encoder: DocumentEncoder) -> list[int]:
+        """Return the tokens of each caption of a row with its image, in the order of the templates; of no empty one.
+
+        Args:
+            columns (`Mapping[str, Any]`):
+                of the row.
+            encoder (`DocumentEncoder`):
+                gives the ids.
+        """
+        # beginning and end of the document and of the image
+        around = len(encoder.beginning) + 3 + encoder.processor.image_seq_length
+        texts = (text for template in self.templates() for text in template.texts(columns))
+        return [around + len(encoder.text_ids(text)) for text in texts]
+
     def row_texts(self, row: dict[str, Any]) -> Iterator[str]:
         yield from (text for template in self.templates() for text in template.texts(row))
 
@@ -152,17 +166,14 @@ class _CaptionWriter:
 
     def _columns(self, row: dict[str, Any]) -> tuple[dict[str, Any], int]:
         """Return the columns of a row's captions, and the text tokens of the first one with what stands around it."""
-        shard, templates = self.shard, self.kind.templates()
+        shard, first = self.shard, Template(self.kind.text)
         columns = {name: shard.stored_text(name, row[name]) for name in self.kind.stored_columns()}
-        if not templates[0].is_full(columns):
-            raise LeftOut("caption empty", f"nothing in {templates[0].columns}")
-        lengths = [len(shard.encoder.text_ids(entry.render(columns))) for entry in templates if entry.is_full(columns)]
-        # beginning and end of the document and of the image
-        around = len(shard.encoder.beginning) + 3
-        longest = max(lengths) + shard.processor.image_seq_length + around
-        if longest > shard.sequence_length:
+        if not first.is_full(columns):
+            raise LeftOut("caption empty", f"nothing in {first.columns}")
+        lengths = self.kind.caption_lengths(columns, shard.encoder)
+        if (longest := max(lengths)) > shard.sequence_length:
             raise LeftOut("caption too long", f"{longest} tokens with its image, over {shard.sequence_length}")
-        return columns, lengths[0] + around
+        return columns, lengths[0] - shard.processor.image_seq_length
 
     @torch.inference_mode()
     def _coded(self, waiting: list[tuple[int, str, dict, int]], images: list[torch.Tensor]) -> Iterator:
@@ -261,25 +272,27 @@ class CaptionDocuments:
         columns = self._columns(row)
         codes = self._codes(row, int(rng.integers(self.num_codings)))
         image_first = rng.random() < self.kind.image_first
-        text, unshuffled = self._draw_text(columns, image_first, rng)
+        template, text = self._draw_text(columns, image_first, rng)
         ids = self.encoder.caption(text, codes, image_first)
+        if self._longest is None or len(ids) <= self._longest:
+            return ids
         # that a document fits was found with lists as they are
-        is_too_long = self._longest is not None and len(ids) > self._longest
-        return self.encoder.caption(unshuffled, codes, image_first) if is_too_long else ids
+        return self.encoder.caption(template.render(columns), codes, image_first)
 
     def lengths(self) -> None:
         """Return nothing: each example of a row has a text of its own."""
 
-    def _draw_text(self, columns: Mapping[str, Any], image_first: bool, rng: np.random.Generator) -> tuple[str, str]:
-        """Return a text, and the same with its lists as they are stored."""
-        texts = None
+    def _draw_text(
+        self, columns: Mapping[str, Any], image_first: bool, rng: np.random.Generator
+    ) -> tuple[Template, str]:
+        """Return a template and its text, lists in random order; the text is empty where there is to be no caption."""
+        drawn, text = self._text, None
         for template, share in self._alternatives:
-            if texts is None and template.is_full(columns) and rng.random() < share:
-                texts = template.render(columns, rng), template.render(columns)
+            if text is None and template.is_full(columns) and rng.random() < share:
+                drawn, text = template, template.render(columns, rng)
         if not image_first and rng.random() < self.kind.without_caption:
-            return "", ""
-        text = self._text.render(columns)
-        return texts or (text, text)
+            return drawn, ""
+        return drawn, drawn.render(columns) if text is None else text
 
     def check_texts(self, longest: int) -> None:
         """Warn of rows without a caption, and raise where one is too long, as only a tokenization leaves rows out.
@@ -291,12 +304,11 @@ class CaptionDocuments:
         Raises:
             ValueError: names the row.
         """
-        around, num_empty = self.encoder.processor.image_seq_length + len(self.encoder.beginning) + 3, 0
+        num_empty = 0
         for row in range(len(self)):
             columns = self._columns(row)
             num_empty += not self._text.is_full(columns)
-            texts = [text for entry in self.kind.templates() for text in entry.texts(columns)]
-            length = around + max([len(self.encoder.text_ids(text)) for text in texts], default=0)
+            length = max(self.kind.caption_lengths(columns, self.encoder), default=0)
             if length > longest:
                 raise InputError(
                     f"sources: {self.name!r}, row {self.row_number(row)}: a caption of the recipe has {length} tokens "
