@@ -24,7 +24,7 @@ from transformers.utils import logging
 from .large_images_moma import (
     apply_orientation,
     load_reduced,
-    refuse_many_scans,
+    refuse_costly_files,
     shrink_by_averaging,
     shrink_factor,
     to_8_bits,
@@ -62,7 +62,7 @@ def open_image(source: str) -> Image.Image:
 
     Raises:
         ValueError: `source` is none of the four, an address is malformed or its server breaks off, or the content is
-            not an image, or a JPEG of more than 100 scans.
+            not an image, a JPEG of more than 100 scans, or a TIFF that lists more than 262,144 numbers.
         OSError: the address or the file cannot be read.
     """
     is_file = os.path.isfile(source)
@@ -73,7 +73,7 @@ def open_image(source: str) -> Image.Image:
         data = _fetch(source)
     else:
         data = _decode_base64(source)
-    refuse_many_scans(data, repr(source[:200]))
+    refuse_costly_files(data, repr(source[:200]))
     try:
         image = Image.open(BytesIO(data), formats=_known_formats())
     # decoders raise errors of any type

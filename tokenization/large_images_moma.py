@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Images that take much to decode: many millions of pixels become fewer, and the scans of a JPEG are counted."""
+"""Images that take much to decode: pixels become fewer, scans of a JPEG and lists of a TIFF are counted."""
 
 import math
 import re
@@ -16,11 +16,17 @@ MOST_PIXELS = 2**25
 LEAST_SIDE = 2048
 # A scan of a few bytes passes over all pixels of a JPEG; encoders write some 10.
 MOST_SCANS = 100
+# Pillow makes an object of every number in a list of a TIFF's header; a strip for each row of pixels needs two lists,
+# and a palette of 16 bits has 196,608 numbers.
+MOST_LISTED = 2**18
 # Pixels of one band: only a band at a time is converted, which bounds the memory.
 _BAND_PIXELS = 2**20
 _EXIF_ORIENTATION = 0x0112
 # Marker of a JPEG that a segment follows, or its end; restarts and escaped bytes of pixels have none.
 _MARKER = re.compile(rb"\xff([\xc0-\xcf\xd9-\xfe])")
+# Byte order of a TIFF by its first bytes, and the types of its fields that stay bytes: BYTE, ASCII, UNDEFINED.
+_TIFF_ORDERS = {b"II": "little", b"MM": "big"}
+_BYTE_TYPES = (1, 2, 7)
 # Modes of Pillow whose values can be averaged without a conversion.
 _AVERAGED = ("L", "LA", "RGB", "RGBA", "CMYK", "YCbCr")
 
@@ -73,8 +79,36 @@ def jpeg_scans(content: bytes) -> int:
     return scans
 
 
-def refuse_many_scans(content: bytes, name: str) -> None:
-    """Raise for a JPEG that would take minutes to decode.
+def tiff_listed(content: bytes) -> int:
+    """Count the numbers in the lists of a TIFF's first directory, such as the places of its strips.
+
+    Args:
+        content (`bytes`):
+            The file; also one in the 64-bit form, BigTIFF.
+
+    Returns:
+        `int`: two for every strip, and some ten; 0 where this is no TIFF.
+    """
+    order = _TIFF_ORDERS.get(content[:2])
+    if order is None or not {42, 43} & set(content[2:4]):
+        return 0
+
+    def number(position: int, size: int) -> int:
+        return int.from_bytes(content[position : position + size], order)
+
+    is_big = 43 in content[2:4]
+    # bytes of an offset or a count, of the number of entries, and of an entry
+    offset, head, entry = (8, 8, 20) if is_big else (4, 2, 12)
+    directory = number(8 if is_big else 4, offset)
+    # no more entries than the file has bytes for
+    first = directory + head
+    num_entries = min(number(directory, head), max(0, len(content) - first) // entry)
+    places = range(first, first + num_entries * entry, entry)
+    return sum(number(place + 4, offset) for place in places if number(place + 2, 2) not in _BYTE_TYPES)
+
+
+def refuse_costly_files(content: bytes, name: str) -> None:
+    """Raise for a JPEG that would take minutes to decode, and for a TIFF that would take gigabytes to open.
 
     Args:
         content (`bytes`):
@@ -83,10 +117,15 @@ def refuse_many_scans(content: bytes, name: str) -> None:
             What the error calls it.
 
     Raises:
-        ValueError: it has more than `MOST_SCANS` scans.
+        ValueError: a JPEG has more than `MOST_SCANS` scans, a TIFF more than `MOST_LISTED` numbers in its lists.
     """
     if (scans := jpeg_scans(content)) > MOST_SCANS:
         raise InputError(f"images: {name} has {scans} scans, more than {MOST_SCANS}: save the JPEG anew.")
+    if (listed := tiff_listed(content)) > MOST_LISTED:
+        raise InputError(
+            f"images: {name} lists {listed} numbers in its header, more than {MOST_LISTED}: save the TIFF anew, in "
+            "strips of several rows."
+        )
 
 
 def shrink_by_averaging(image: Image.Image, factor: int) -> Image.Image:
@@ -170,13 +209,15 @@ def to_8_bits(image: Image.Image) -> Image.Image:
 
 __all__ = [
     "LEAST_SIDE",
+    "MOST_LISTED",
     "MOST_PIXELS",
     "MOST_SCANS",
     "jpeg_scans",
     "load_reduced",
-    "refuse_many_scans",
+    "refuse_costly_files",
     "shrink_factor",
     "shrink_by_averaging",
+    "tiff_listed",
     "to_8_bits",
     "apply_orientation",
 ]

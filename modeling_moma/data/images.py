@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from tokenization.image_input_moma import clean_pil_image, open_image
-from tokenization.large_images_moma import refuse_many_scans
+from tokenization.large_images_moma import refuse_costly_files
 from tokenization.renamed_moma import renamed
 
 from ..errors_moma import InputError
@@ -85,7 +85,7 @@ def _open(value: Any, root: str | None) -> Image.Image:
     if isinstance(value, Image.Image):
         return value
     if isinstance(value, (bytes, bytearray)):
-        refuse_many_scans(bytes(value), "the file")
+        refuse_costly_files(bytes(value), "the file")
         return Image.open(BytesIO(value))
     if isinstance(value, np.ndarray):
         return Image.fromarray(value)

@@ -15,7 +15,7 @@ from helpers.scans import repeated_scan
 from modeling_moma.data.images import LeftOut, read_image
 from tokenization import MomaImageProcessor, MomaImageProcessorPil
 from tokenization.image_input_moma import clean_pil_image
-from tokenization.large_images_moma import MOST_SCANS, jpeg_scans
+from tokenization.large_images_moma import MOST_LISTED, MOST_SCANS, jpeg_scans, tiff_listed
 
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -196,3 +196,37 @@ def test_a_jpeg_of_many_scans_is_refused(tmp_path, backend):
             read_image(source)
     path.write_bytes(repeated_scan(MOST_SCANS // 2))
     assert read_image(str(path))[0].size == (64, 64)
+
+
+def tiff_of_strips(number, big_tiff=False):
+    """A TIFF whose rows of one pixel are strips of their own."""
+    file = BytesIO()
+    rows_per_strip = 278
+    Image.new("L", (1, number)).save(file, "TIFF", tiffinfo={rows_per_strip: 1}, big_tiff=big_tiff)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("big_tiff", [False, True])
+def test_strips_of_a_tiff_are_counted_and_bytes_are_not(big_tiff):
+    few, more = (tiff_listed(tiff_of_strips(number, big_tiff)) for number in (50, 500))
+    assert 100 < few < 120 and more == few + 2 * 450
+    described, profile = BytesIO(), 34675
+    Image.new("L", (8, 8)).save(described, "TIFF", tiffinfo={profile: bytes(2 * MOST_LISTED)}, big_tiff=big_tiff)
+    assert tiff_listed(described.getvalue()) < 20
+    # directories that are cut, or promise more entries than there are bytes
+    whole = tiff_of_strips(3, big_tiff)
+    assert all(tiff_listed(whole[:length]) <= tiff_listed(whole) for length in range(len(whole)))
+    assert tiff_listed(b"II*\0\x08\0\0\0\xff\xff") == tiff_listed(b"MM\0*\xff\xff\xff\xff") == 0
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_tiff_of_many_strips_is_refused(tmp_path, backend):
+    path = tmp_path / "strips.tif"
+    path.write_bytes(tiff_of_strips(MOST_LISTED // 2))
+    with pytest.raises(ValueError, match=r"strips\.tif' lists 262\d\d\d numbers in its header, more than 262144"):
+        backend.for_resolution(32)(str(path), return_tensors="pt")
+    for source in (str(path), path.read_bytes()):
+        with pytest.raises(LeftOut, match=r"image damaged: .* lists 262\d\d\d numbers"):
+            read_image(source)
+    path.write_bytes(tiff_of_strips(2000))
+    assert read_image(str(path))[0].size == (1, 2000)
