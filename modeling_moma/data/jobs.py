@@ -30,6 +30,8 @@ TYPICAL_SHARDS = 64
 SHARD_IMAGES = 256
 # of texts, that take about as long as an image
 CHARACTERS_PER_IMAGE = 16384
+# endings of files that rows, or the texts of images, stand in
+ROW_FILES = (".arrow", ".csv", ".json", ".jsonl", ".parquet", ".tsv", ".txt")
 # rows, spread over a split, that say what the others hold
 LOOKED_AT = 64
 
@@ -283,6 +285,7 @@ def write_job(folder: str | Path, job: Job) -> Path:
     if path.is_file():
         then = json.loads(path.read_text(encoding="utf-8"))
         _compare(folder, then, content)
+        _warn_of_later_files(path, job)
         for task in job.tasks():
             check_held_out(folder, then.get("held_out_rule"), job, task)
         return path
@@ -303,6 +306,20 @@ def _compare(folder: str | Path, then: dict, now: dict) -> None:
             f"--output {str(folder)!r} holds tokens that were begun with another {name}: {then.get(name)!r} then, "
             f"{now[name]!r} now. Give a new folder, or delete this one."
         )
+
+
+def _warn_of_later_files(path: Path, job: Job) -> None:
+    """Tell of sources with a file of rows that was written after the job began; a change may keep a file's size."""
+    began = path.stat().st_mtime
+    for name in job.sources:
+        found = map(Path, glob(job.source(name).data, recursive=True))
+        files = [file for one in found for file in ([one] if one.is_file() else one.rglob("*"))]
+        later = [file for file in files if file.suffix in ROW_FILES and file.stat().st_mtime > began]
+        if later:
+            logger.warning(
+                f"sources: {name!r}: {str(later[0])!r} was written after the tokens in {str(path.parent)!r} were "
+                "begun. If it holds something else than then, give a new folder: what is done is not done again."
+            )
 
 
 def check_held_out(folder: str | Path, rule: str | None, job: Job, task: Task) -> None:

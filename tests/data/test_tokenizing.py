@@ -3,6 +3,7 @@
 
 import csv
 import json
+import os
 import re
 import struct
 import tarfile
@@ -407,6 +408,26 @@ def test_data_that_changed_do_not_mix_into_a_folder(processor, tmp_path):
     del job["file_sizes"]
     (tmp_path / "tokens" / "job.json").write_text(json.dumps(job))
     assert tokenize(lines, processor, tmp_path / "tokens") == written
+
+
+def test_a_file_that_is_written_after_its_tokens_is_told(processor, tmp_path, caplog):
+    rows = tmp_path / "data" / "t.txt"
+    rows.parent.mkdir()
+    rows.write_text("one\ntwo\n")
+    for number, data in enumerate((rows, rows.parent, rows.parent / "*.txt")):
+        lines = {"lines": {"data": str(data), "text": "text", "held_out": 0}}
+        written = tokenize(lines, processor, tmp_path / f"{number}")
+        caplog.clear()
+        assert tokenize(lines, processor, tmp_path / f"{number}") == written and "was written after" not in caplog.text
+        # of the same size
+        rows.write_text("one\nsix\n")
+        later = rows.stat().st_mtime + 10
+        os.utime(rows, (later, later))
+        assert tokenize(lines, processor, tmp_path / f"{number}") == written
+        (told,) = [record.message for record in caplog.records if "was written after" in record.message]
+        assert told.startswith(f"sources: 'lines': {str(rows)!r}") and "give a new folder" in told
+        earlier = rows.stat().st_mtime - 100
+        os.utime(rows, (earlier, earlier))
 
 
 def test_sources_of_the_same_rows_that_hold_out_others_are_told(processor, tmp_path, caplog):
