@@ -101,8 +101,9 @@ $(VENV)/.installed-train: pyproject.toml
 	$(RUN) -m pip install --quiet --editable ".[train]"
 	touch $@
 
+# modules are compiled when they are first imported, which most never are
 $(INSTALLED): $(VENV)/.installed-train tests/helpers/fetch.py
-	$(RUN) -m pip install --quiet --editable ".[dev]"
+	$(RUN) -m pip install --quiet --no-compile --editable ".[dev]"
 	-$(RUN) tests/helpers/fetch.py
 	touch $@
 
