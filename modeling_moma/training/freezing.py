@@ -4,13 +4,14 @@
 Shape suffixes: V vocabulary.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
+from torch import nn
 
 from ..configuration_moma import MomaConfig
 from ..errors_moma import InputError
-from ..modeling_moma import MomaFeedForward, MomaPreTrainedModel
+from ..modeling_moma import ByModality, MomaFeedForward, MomaPreTrainedModel, MomaUntiedAttention
 from ..token_groups_moma import token_modalities
 
 
@@ -18,9 +19,10 @@ def freeze_groups(model: MomaPreTrainedModel, groups: list[str]) -> int:
     """Freeze the feed-forward weights of some expert groups, routers and shared experts included.
 
     Attention, norms, embeddings and head serve all modalities and go on learning: [`freeze_all_but`] freezes them,
-    too. Routers keep their thresholds and balance biases with their weights, so all that the state dict holds of a
-    frozen group stays bit for bit. Where much else has been trained, [`calibrate_thresholds`] fits the thresholds to
-    the hidden states of now.
+    too. With `config.untied_attention` the groups' modalities have projections and norms of their own, which are
+    frozen with them. Routers keep their thresholds and balance biases with their weights, so all that the state dict
+    holds of a frozen group stays bit for bit. Where much else has been trained, [`calibrate_thresholds`] fits the
+    thresholds to the hidden states of now.
 
     Args:
         model (`MomaPreTrainedModel`):
@@ -36,20 +38,35 @@ def freeze_groups(model: MomaPreTrainedModel, groups: list[str]) -> int:
     """
     check_groups(model.config, groups)
     frozen = 0
+    for layer in _own_layers(model, groups):
+        layer.requires_grad_(False)
+        frozen += sum(parameter.numel() for parameter in layer.parameters())
+    return frozen
+
+
+def _modalities(config: MomaConfig, groups: Sequence[str]) -> list[str]:
+    return [modality for group in set(groups) for modality in config.expert_groups[group]]
+
+
+def _own_layers(model: MomaPreTrainedModel, groups: Sequence[str]) -> Iterator[nn.Module]:
+    """Yield the layers that only tokens of some groups meet."""
+    modalities = _modalities(model.config, groups)
     for module in model.modules():
         if isinstance(module, MomaFeedForward):
-            for group in set(groups):
-                module.groups[group].requires_grad_(False)
-                frozen += sum(parameter.numel() for parameter in module.groups[group].parameters())
-    return frozen
+            yield from (module.groups[group] for group in set(groups))
+        elif isinstance(module, ByModality):
+            yield from (module[modality] for modality in modalities)
+        elif isinstance(module, MomaUntiedAttention):
+            yield from (module.modalities[modality] for modality in modalities)
 
 
 def freeze_all_but(model: MomaPreTrainedModel, groups: list[str]) -> list[str]:
     """Freeze everything but some expert groups and the rows of their tokens in the embeddings and the head.
 
-    A text model that learns images keeps its words so: where no image stands before them they meet no weight that
-    changes, and only the new tokens' logits beside theirs do. The rows are those of the groups' own tokens, and of
-    those that begin and end their frames; what backward gives for all other rows is set to zero.
+    With `config.untied_attention` projections and norms of the groups' modalities learn, too (as in LMFusion,
+    arXiv 2412.15188). A text model that learns images keeps its words so: where no image stands before them they meet
+    no weight that changes, and only the new tokens' logits beside theirs do. The rows are those of the groups' own
+    tokens, and of those that begin and end their frames; what backward gives for all other rows is set to zero.
 
     Args:
         model (`MomaPreTrainedModel`):
@@ -69,12 +86,9 @@ def freeze_all_but(model: MomaPreTrainedModel, groups: list[str]) -> list[str]:
     if not groups:
         raise InputError("`groups` is empty: nothing would learn.")
     model.requires_grad_(False)
-    for module in model.modules():
-        if isinstance(module, MomaFeedForward):
-            for group in groups:
-                module.groups[group].requires_grad_(True)
-    modalities = [modality for group in groups for modality in model.config.expert_groups[group]]
-    is_learning_V = learning_tokens(model.config, modalities)
+    for layer in _own_layers(model, groups):
+        layer.requires_grad_(True)
+    is_learning_V = learning_tokens(model.config, _modalities(model.config, groups))
     heads = [model.get_input_embeddings(), model.get_output_embeddings()]
     matrices = {id(head.weight): head.weight for head in heads if head is not None}
     for weight in matrices.values():

@@ -15,7 +15,14 @@ FIELDS = {
     "token_choice": {"training_routing": "token_choice"},
     "1t1i": {"num_experts": {"text": 1, "image": 1}},
     "depth": {"num_hidden_layers": 3, "depth_layers": [1], "depth_capacity": 0.5},
+    "untied": {"untied_attention": True},
 }
+
+
+def is_of(modality, name):
+    """Whether a tensor is of a modality's group, or of its projections and norms of untied attention."""
+    parts = (f".groups.{modality}.", f".modalities.{modality}.", f"norm.{modality}.")
+    return any(part in name for part in parts)
 
 
 @pytest.fixture(scope="module")
@@ -31,11 +38,11 @@ def test_frozen_group_stays_bit_by_bit_under_weight_decay(fields, frozen, learni
     before, step = copied_state(model), FirstStep()
     build_trainer(model, processor, tmp_path, callbacks=[step], max_steps=3, weight_decay=0.5).train()
     moved = changed(before, model.state_dict())
-    assert not [name for name in moved | step.gradients.keys() if f".groups.{frozen}." in name]
+    assert not [name for name in moved | step.gradients.keys() if is_of(frozen, name)]
     # all else learns, but for biases that this routing does not read
-    expected = {name for name in before if f".groups.{frozen}." not in name and not name.endswith("balance_bias")}
+    expected = {name for name in before if not is_of(frozen, name) and not name.endswith("balance_bias")}
     assert expected <= moved
-    assert any(f".groups.{learning}." in name for name in expected)
+    assert any(is_of(learning, name) for name in expected)
 
 
 def test_nothing_but_one_group_learns_when_the_rest_is_frozen(processor, tmp_path):
@@ -79,15 +86,17 @@ def test_all_but_a_group_and_the_rows_of_its_tokens_stays_bit_by_bit(fields, is_
     after = model.state_dict()
     embeddings = {"model.embed_tokens.weight", "lm_head.weight"}
     moved = {name for name in changed(before, after) - embeddings if not name.endswith("balance_bias")}
-    assert moved == {name for name in before if ".groups.image." in name and not name.endswith("balance_bias")}
+    assert moved == {name for name in before if is_of("image", name) and not name.endswith("balance_bias")}
     # every token of images is a target, so all of its rows of the head learn
     assert rows_that_moved(before, after, "lm_head.weight") == tokens_of_images(model.config)
     read = rows_that_moved(before, after, "model.embed_tokens.weight")
     assert read and set(read) <= set(tokens_of_images(model.config))
 
 
-def test_words_are_those_of_before_after_images_have_learnt(processor, tmp_path):
-    model = tiny_model(processor, num_experts={"text": 1, "image": 1}, tie_word_embeddings=True).eval()
+@pytest.mark.parametrize("untied_attention", [False, True])
+def test_words_are_those_of_before_after_images_have_learnt(untied_attention, processor, tmp_path):
+    fields = {"num_experts": {"text": 1, "image": 1}, "untied_attention": untied_attention}
+    model = tiny_model(processor, **fields, tie_word_embeddings=True).eval()
     words = processor.tokenizer("red apple", return_tensors="pt")["input_ids"]
     before = model(words).logits
     freeze_all_but(model, ["image"])
