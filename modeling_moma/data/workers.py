@@ -44,13 +44,23 @@ class Workers:
         context = multiprocessing.get_context("spawn")
         self.coded = context.Value("q", 0)
         self.pool = ProcessPoolExecutor(number, context, _begin_worker, (threads, processor, self.coded))
+        others = set(multiprocessing.active_children())
         # the first one starts now, the others as there are shards for them
         self.pool.submit(os.getpid)
+        self.idle = set(multiprocessing.active_children()) - others
 
     def __enter__(self) -> "Workers":
         return self
 
-    def __exit__(self, *rest: Any) -> None:
+    def submit(self, *call: Any) -> Future:
+        """Hand a function and its arguments to a process, see `concurrent.futures.Executor.submit`."""
+        self.idle = set()
+        return self.pool.submit(*call)
+
+    def __exit__(self, error: type[BaseException] | None, *rest: Any) -> None:
+        # what is wrong with the data is told at once, and not when a process has imported everything for nothing
+        for process in self.idle if error is not None else ():
+            process.terminate()
         self.pool.shutdown(wait=True, cancel_futures=True)
 
 
@@ -103,7 +113,7 @@ def _share(
     folder: str | Path, job: Job, tasks: list[Task], strict: bool, workers: Workers, progress: "Progress"
 ) -> None:
     progress.coded = workers.coded
-    futures = [workers.pool.submit(_run_one, str(folder), task, strict) for task in tasks]
+    futures = [workers.submit(_run_one, str(folder), task, strict) for task in tasks]
     # from the other end, whatever the workers have not begun, and at once: they may still be starting
     for task, future in zip(reversed(tasks), reversed(futures)):
         _raise_first(futures)

@@ -5,6 +5,7 @@ import csv
 import json
 import os
 import re
+import resource
 import struct
 import tarfile
 import zlib
@@ -22,7 +23,7 @@ from modeling_moma.data.images import LeftOut, read_image
 from modeling_moma.data.jobs import plan_job, read_job, write_job
 from modeling_moma.data.reports import write_manifest
 from modeling_moma.data.sources import read_sources
-from modeling_moma.data.workers import run_tasks
+from modeling_moma.data.workers import Workers, run_tasks
 
 
 @pytest.fixture(scope="module")
@@ -408,6 +409,18 @@ def test_data_that_changed_do_not_mix_into_a_folder(processor, tmp_path):
     del job["file_sizes"]
     (tmp_path / "tokens" / "job.json").write_text(json.dumps(job))
     assert tokenize(lines, processor, tmp_path / "tokens") == written
+
+
+def test_an_error_does_not_wait_for_a_process_that_is_starting(processor):
+    def processor_seconds():
+        used = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return used.ru_utime + used.ru_stime
+
+    before = processor_seconds()
+    with pytest.raises(ValueError, match="no such source"), Workers(1, 1, processor):
+        raise ValueError("no such source")
+    # what it would import takes several
+    assert processor_seconds() - before < 2
 
 
 def test_a_file_that_is_written_after_its_tokens_is_told(processor, tmp_path, caplog):
