@@ -2,8 +2,6 @@
 """Model and processor in one folder: all Auto classes read it, with the package and without."""
 
 import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -20,6 +18,7 @@ from transformers import (
 
 from helpers.absent import WITHOUT_PACKAGES
 from helpers.tiny import randomize_auxiliary, tiny_model, tiny_processor
+from helpers.warm import run_warm
 from modeling_moma import MomaConfig, MomaForCausalLM, MomaModel
 from modeling_moma.routing_moma import MomaRouterBase
 from tokenization import MomaProcessor
@@ -165,8 +164,7 @@ def test_every_auto_class_loads_the_folder_by_its_own_code_without_the_package(
         "HF_HUB_OFFLINE": "1",
     }
     output = tmp_path / "results.pt"
-    command = [sys.executable, "-P", "-c", WITHOUT_PACKAGES + STRANGER, str(folder), str(image), str(output)]
-    run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    run = run_warm(["-P", "-c", WITHOUT_PACKAGES + STRANGER, folder, image, output], cwd=tmp_path, env=environment)
     assert run.returncode == 0, run.stderr[-3000:]
     found = torch.load(output)
     assert found.pop("names") == NAMES

@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
 
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -9,6 +7,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from helpers.tiny import tiny_model, tiny_processor
+from helpers.warm import run_warm
 from modeling_moma.cli.main import main as moma
 from modeling_moma.modeling_moma import MomaForCausalLM
 
@@ -48,19 +47,8 @@ def copy_folder(folder, target):
 
 def test_command_draws_an_image(model_folder, tmp_path):
     output = tmp_path / "new" / "image.png"
-    command = [
-        sys.executable,
-        "-m",
-        "modeling_moma",
-        "generate",
-        "--model",
-        model_folder,
-        "--prompt",
-        "noto: red apple",
-        "--mode",
-        "image",
-    ]
-    done = subprocess.run([*command, "--output", output], capture_output=True, text=True)
+    command = ["-m", "modeling_moma", "generate", "--model", model_folder, "--prompt", "noto: red apple"]
+    done = run_warm([*command, "--mode", "image", "--output", output])
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == [str(output)]
     with Image.open(output) as image:
@@ -120,8 +108,7 @@ def test_checkpoint_with_non_finite_weights_is_refused_by_name(model_folder, tmp
 
 def test_truncated_image_ends_with_a_message_and_no_traceback(model_folder, image_file):
     image_file.write_bytes(image_file.read_bytes()[:300])
-    command = [sys.executable, "-m", "modeling_moma", "generate", "--model", model_folder, "--image", image_file]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = run_warm(["-m", "modeling_moma", "generate", "--model", model_folder, "--image", image_file])
     assert done.returncode == 2
     assert "apple.png" in done.stderr and "truncated" in done.stderr and "Traceback" not in done.stderr
 

@@ -19,6 +19,7 @@ from datasets import Dataset, Features, Image, Value
 
 from helpers.slow import slow
 from helpers.tiny import noise_images, tiny_processor
+from helpers.warm import run_warm
 from modeling_moma.cli import tokenize
 from modeling_moma.data.jobs import read_job
 from modeling_moma.data.ray_tasks import OBJECT_STORE_BYTES, write_shard
@@ -281,14 +282,8 @@ def test_what_becomes_of_a_shard_is_told_in_one_line(place, tmp_path, change, me
     # a path that starts from where the command is given
     (tmp_path / "recipe.yaml").write_text("sources: {lines: {data: lines.txt, text: text, held_out: 0}}\n")
     given = ["tokenize", "recipe.yaml", "--processor", str(place / "processor"), "--output", "tokens", "--strict"]
-    done = subprocess.run(
-        [sys.executable, "-c", RUN.format(change=change), *given, "--engine", "ray", "--processes", "1"],
-        cwd=tmp_path,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE,
-    )
+    command = ["-c", RUN.format(change=change), *given, "--engine", "ray", "--processes", "1"]
+    done = run_warm(command, cwd=tmp_path, env=environment(), timeout=PATIENCE)
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
     assert re.search(f"^error: {message}", done.stderr, re.M), done.stderr
 

@@ -8,7 +8,6 @@ import os
 import re
 import socket
 import struct
-import subprocess
 import sys
 import threading
 import time
@@ -18,6 +17,8 @@ from pathlib import Path
 from urllib.parse import parse_qs, quote, unquote, urlsplit
 
 import yaml
+
+from helpers.warm import run_warm
 
 
 USER, TOKEN = "someone", "hf_for_the_local_server"
@@ -439,5 +440,4 @@ def run_client(server: HubServer, home: Path, *command, token: str | None = TOKE
     # without Xet, which needs servers of its own, the client sends large files by the LFS protocol
     environment |= {"HF_ENDPOINT": server.endpoint, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1"}
     environment |= {"HF_TOKEN": token} if token else {}
-    command = [sys.executable, *map(str, command)]
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
+    return run_warm(command, cwd=folder, env=environment)

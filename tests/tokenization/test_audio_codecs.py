@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sounds as people have them, and codecs of sounds: a small one by mel spectrograms, and those of Transformers."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +22,7 @@ from helpers.sounds import (
     tiny_mel_codec,
     tone,
 )
+from helpers.warm import run_warm
 from tokenization.audio_codecs_moma import LibraryAudioCodec, MelCodec, load_audio_codec
 from tokenization.audio_input_moma import read_sound
 
@@ -255,12 +254,7 @@ def test_a_processor_of_sounds_is_loaded_without_the_package(name, tmp_path):
     codec = tiny_mel_codec() if name == "mel" else LibraryAudioCodec(tiny_library_model(name), 2)
     processor = processor_of_sounds(codec)
     processor.save_pretrained(tmp_path)
-    alone = subprocess.run(
-        [sys.executable, "-P", "-c", WITHOUT_PACKAGES + LOAD_ALONE, str(tmp_path)],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-    )
+    alone = run_warm(["-P", "-c", WITHOUT_PACKAGES + LOAD_ALONE, tmp_path], cwd=tmp_path)
     assert alone.returncode == 0, alone.stderr[-3000:]
     ids = processor(text=["<audio>"], audio=[np.linspace(-0.5, 0.5, 400, dtype=np.float32)])["input_ids"][0]
     assert alone.stdout.strip() == str(ids)

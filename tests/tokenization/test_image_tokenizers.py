@@ -2,8 +2,6 @@
 """Image tokenizers of Transformers in a MomaProcessor: codes and pixels of the library, squares and rectangles."""
 
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -32,6 +30,7 @@ from transformers import (
 
 from helpers.absent import WITHOUT_PACKAGES
 from helpers.tiny import CARD, TEXTS, tiny_model, tiny_vq_model
+from helpers.warm import run_warm
 from modeling_moma import MomaForCausalLM
 from modeling_moma.cli import build_processor, generate, pretrain, tokenize
 from modeling_moma.demo.routing_view import SIDE, RoutingView
@@ -196,9 +195,7 @@ drawn = processor.decode_images(model.decode_image_tokens(ids))[0]
 assert not {"modeling_moma", "tokenization"} & set(sys.modules)
 json.dump([processor.encode_images([Image.open("image.png")])[0], drawn.size], open("out.json", "w"))
 """
-    result = subprocess.run(
-        [sys.executable, "-c", WITHOUT_PACKAGES + code], cwd=tmp_path, capture_output=True, text=True, timeout=300
-    )
+    result = run_warm(["-c", WITHOUT_PACKAGES + code], cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert json.loads((tmp_path / "out.json").read_text()) == [codes[0], [24, 16]]
 

@@ -1,13 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tests of the frozen perceptual network."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+from helpers.warm import run_warm
 from tokenization.perceptual_moma_vq import MomaVQPerceptualNetwork
 
 
@@ -73,7 +72,6 @@ def test_missing_packages_name_the_extra():
         "from tokenization.perceptual_moma_vq import MomaVQPerceptualNetwork\n"
         "MomaVQPerceptualNetwork()"
     )
-    root = Path(__file__).resolve().parents[2]
-    result = subprocess.run([sys.executable, "-c", program], cwd=root, capture_output=True, text=True, check=False)
+    result = run_warm(["-c", program], cwd=Path(__file__).resolve().parents[2])
     assert result.returncode != 0
     assert "ImportError" in result.stderr and "`train`" in result.stderr

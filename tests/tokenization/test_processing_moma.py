@@ -3,8 +3,6 @@
 import copy
 import json
 import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -16,6 +14,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoProcessor, AutoTokenizer
 
 from helpers.tiny import tiny_vq_model
+from helpers.warm import run_warm
 from tokenization import (
     MomaImageProcessor,
     MomaImageProcessorPil,
@@ -430,14 +429,8 @@ def test_loads_with_remote_code_where_the_package_is_missing(processor, images, 
     )
     environment = {**os.environ, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
     environment.pop("PYTHONPATH", None)
-    done = subprocess.run(
-        [sys.executable, "-P", "-c", script, str(folder), str(tmp_path / "image.png"), str(tmp_path / "again")],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    command = ["-P", "-c", script, folder, tmp_path / "image.png", tmp_path / "again"]
+    done = run_warm(command, cwd=tmp_path, env=environment)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == str(processor(images=images[0], text="<image> red")["input_ids"][0])
     assert (tmp_path / "again" / "modeling_moma_vq.py").exists()
