@@ -3,6 +3,7 @@
 
 import datetime
 import functools
+import gc
 import multiprocessing
 import os
 import sys
@@ -103,6 +104,7 @@ def _start_all(work, args, num_processes):
 
 
 def _start(rank, work, args):
+    _freeze()
     torch.set_num_threads(1)
     work(rank, *args)
     sys.stdout.flush()
@@ -110,7 +112,13 @@ def _start(rank, work, args):
     os._exit(0)
 
 
+def _freeze():
+    # what the server has imported is no garbage, which a trainer collects twice
+    gc.freeze()
+
+
 def _run_script(main, arguments, log):
+    _freeze()
     torch.set_num_threads(1)
     with open(log, "a") as output:
         os.dup2(output.fileno(), sys.stdout.fileno())

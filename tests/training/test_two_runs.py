@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Two runs in one folder, in every order of kill and `--resume`: the right model or one clear line."""
 
-import gc
 import itertools
 import json
 import re
@@ -28,7 +27,7 @@ KILLS = ("start", "torn", "middle", "end", None)
 # of a second start, which meets what each of them leaves
 SECOND_KILLS = ("torn", "middle", None)
 # a folder without a checkpoint is begun in alike with `--resume` and without
-RESUMED = {kill: (True,) if kill == "torn" else (False, True) for kill in KILLS}
+RESUMED = {**dict.fromkeys(KILLS, (False, True)), "start": (False,), "torn": (True,)}
 # after these there is something to go on from
 KEPT = ("middle", "end", None)
 
@@ -52,15 +51,6 @@ class Kill(TrainerCallback):
         if self.moment == "end":
             (self.output / "model.safetensors").write_bytes(b"half")
             raise KeyboardInterrupt(signal.SIGKILL)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def few_objects():
-    """A trainer collects garbage at its start and end, most of the time of a training of three steps."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture(scope="module")
