@@ -1,4 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
+import ctypes
+import os
 import platform
 import subprocess
 import sys
@@ -13,83 +15,90 @@ from modeling_moma import MomaMetricsCallback
 from modeling_moma.utils.hardware import keep_freed_memory, on_one_gpu
 
 
-# pages that 64 MiB ask for, again and again
+# pages that 64 MiB ask for, again and again, and the last steps of a training, before and after freed memory is kept
 SCRIPT = """
-import resource, sys, torch
+import os, resource, tempfile, torch
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from helpers.tiny import tiny_model
+from modeling_moma import MomaMetricsCallback
 from modeling_moma.utils.hardware import keep_freed_memory
-kept = keep_freed_memory() if sys.argv[1] == "keep" else None
-torch.zeros(2**24)
-before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(5):
+
+def asked():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+def of_tensors():
     torch.zeros(2**24)
-print(kept, resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+    before = asked()
+    for _ in range(5):
+        torch.zeros(2**24)
+    return asked() - before
+
+class Faults(TrainerCallback):
+    def __init__(self):
+        self.seen = []
+    def on_step_end(self, *rest, **kwargs):
+        self.seen.append(asked())
+
+def of_training(keep):
+    faults, ids = Faults(), [[1, *[30 + place % 9 for place in range(40)]]] * 16
+    arguments = TrainingArguments(
+        tempfile.mkdtemp(), max_steps=8, per_device_train_batch_size=16, report_to=[], use_cpu=True, disable_tqdm=True
+    )
+    callbacks = [MomaMetricsCallback(keep_freed_memory=keep), faults]
+    data = [{"input_ids": row, "labels": row} for row in ids]
+    model = tiny_model(hidden_size=256, intermediate_size=512)
+    Trainer(model=model, args=arguments, train_dataset=data, callbacks=callbacks).train()
+    # the first steps fill what is kept, and a few alone may come upon free pages
+    return faults.seen[-1] - faults.seen[3]
+
+# what is kept once stays so for a process
+if os.fork() == 0:
+    print(of_tensors(), keep_freed_memory(), of_tensors(), flush=True)
+    os._exit(0)
+os.wait()
+print(of_training(False), of_training(True))
 """
+# what makes an allocator another than that of a plain start
+VARIABLES = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES", "LD_PRELOAD")
 needs_glibc = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's allocator is another's")
 
 
-def run(monkeypatch, argument: str, **environment) -> tuple[str, int]:
-    for name in ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES", "LD_PRELOAD"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    command = [sys.executable, "-c", SCRIPT, argument]
-    answer = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.split()
-    return answer[0], int(answer[1])
+@pytest.fixture(scope="module")
+def measured():
+    """What is said of the tensors, and of the trainings."""
+    environment = {name: value for name, value in os.environ.items() if name not in VARIABLES}
+    environment["PYTHONPATH"] = os.pathsep.join(map(str, Path(__file__).resolve().parents[1:3]))
+    command = [sys.executable, "-c", SCRIPT]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
+    tensors, *_, trainings = (line.split() for line in done.stdout.splitlines())
+    return tensors, trainings
 
 
 @needs_glibc
-def test_freed_memory_is_taken_again(monkeypatch):
+def test_freed_memory_is_taken_again(measured):
+    plain, kept, pages = measured[0]
     # unless pages are huge
-    assert run(monkeypatch, "plain")[1] > 50
-    kept, pages = run(monkeypatch, "keep")
-    assert kept == "True" and pages < 50
+    assert int(plain) > 50
+    assert kept == "True" and int(pages) < 50
 
 
 @needs_glibc
-def test_what_the_environment_sets_stays(monkeypatch):
-    assert run(monkeypatch, "keep", MALLOC_TRIM_THRESHOLD_="131072")[0] == "False"
+def test_a_trainer_keeps_freed_memory_by_the_callback(measured):
+    left, kept = map(int, measured[1])
+    assert kept < left / 2
+
+
+@pytest.mark.parametrize("name", VARIABLES[:3])
+def test_what_the_environment_sets_stays(monkeypatch, name):
+    monkeypatch.setattr(platform, "libc_ver", lambda: ("glibc", "2.36"))
+    monkeypatch.setattr(ctypes, "CDLL", lambda *_: pytest.fail("the allocator is set"))
+    monkeypatch.setenv(name, "131072")
+    assert keep_freed_memory() is False
 
 
 def test_other_allocators_are_left_alone(monkeypatch):
     monkeypatch.setattr(platform, "libc_ver", lambda: ("", ""))
     assert keep_freed_memory() is False
-
-
-# pages that the last steps of a training ask for, with the callback or without what it keeps
-TRAINING = """
-import resource, sys, tempfile
-from transformers import Trainer, TrainerCallback, TrainingArguments
-from helpers.tiny import tiny_model
-from modeling_moma import MomaMetricsCallback
-
-class Faults(TrainerCallback):
-    seen = []
-    def on_step_end(self, *rest, **kwargs):
-        self.seen.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
-
-model = tiny_model(hidden_size=256, intermediate_size=512)
-ids = [[1, *[30 + place % 9 for place in range(40)]]] * 64
-arguments = TrainingArguments(
-    tempfile.mkdtemp(), max_steps=14, per_device_train_batch_size=64, report_to=[], use_cpu=True, disable_tqdm=True
-)
-callbacks = [MomaMetricsCallback(keep_freed_memory=sys.argv[1] == "keep"), Faults()]
-data = [{"input_ids": row, "labels": row} for row in ids]
-Trainer(model=model, args=arguments, train_dataset=data, callbacks=callbacks).train()
-# the first steps fill what is kept, and a few alone may come upon free pages
-print(Faults.seen[-1] - Faults.seen[5])
-"""
-
-
-@needs_glibc
-def test_a_trainer_keeps_freed_memory_by_the_callback(monkeypatch):
-    for name in ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES", "LD_PRELOAD"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).resolve().parents[1]))
-    pages = {}
-    for way in ("keep", "leave"):
-        done = subprocess.run([sys.executable, "-c", TRAINING, way], check=True, stdout=subprocess.PIPE, text=True)
-        pages[way] = int(done.stdout.splitlines()[-1])
-    assert pages["keep"] < pages["leave"] / 2, pages
 
 
 @pytest.fixture
