@@ -7,7 +7,6 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from helpers.tiny import tiny_model, tiny_processor
-from helpers.warm import run_warm
 from modeling_moma.cli.main import main as moma
 from modeling_moma.modeling_moma import MomaForCausalLM
 
@@ -45,12 +44,11 @@ def copy_folder(folder, target):
     return target
 
 
-def test_command_draws_an_image(model_folder, tmp_path):
+def test_command_draws_an_image(model_folder, tmp_path, capfd):
     output = tmp_path / "new" / "image.png"
-    command = ["-m", "modeling_moma", "generate", "--model", model_folder, "--prompt", "noto: red apple"]
-    done = run_warm([*command, "--mode", "image", "--output", output])
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == [str(output)]
+    command = ["--model", str(model_folder), "--prompt", "noto: red apple", "--mode", "image"]
+    assert main([*command, "--output", str(output)]) == 0
+    assert capfd.readouterr().out.split() == [str(output)]
     with Image.open(output) as image:
         assert image.size == (SIDE, SIDE)
     assert [path.name for path in output.parent.iterdir()] == ["image.png"]
@@ -106,11 +104,11 @@ def test_checkpoint_with_non_finite_weights_is_refused_by_name(model_folder, tmp
     assert not (tmp_path / "p.png").exists()
 
 
-def test_truncated_image_ends_with_a_message_and_no_traceback(model_folder, image_file):
+def test_truncated_image_ends_with_a_message_and_no_traceback(model_folder, image_file, capfd):
     image_file.write_bytes(image_file.read_bytes()[:300])
-    done = run_warm(["-m", "modeling_moma", "generate", "--model", model_folder, "--image", image_file])
-    assert done.returncode == 2
-    assert "apple.png" in done.stderr and "truncated" in done.stderr and "Traceback" not in done.stderr
+    assert main(["--model", str(model_folder), "--image", str(image_file)]) == 2
+    error = capfd.readouterr().err
+    assert "apple.png" in error and "truncated" in error and "Traceback" not in error
 
 
 @pytest.mark.parametrize(
