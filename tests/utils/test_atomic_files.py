@@ -175,7 +175,10 @@ def test_settings_are_put_in_place_last(tmp_path):
     assert found == {"config.json", "vq_model/config.json", "vq_model/weights", "weights"}
 
 
+# as the command does, without torch and Transformers
 WRITE_TWICE = """
+import sys
+sys.argv, sys.orig_argv = ["-m"], ["python", "-m", "modeling_moma"]
 from pathlib import Path
 from modeling_moma.utils.atomic_files import write_folder_aside
 
