@@ -159,7 +159,7 @@ def test_checkpoints(inputs, disk, tmp_path, capsys, monkeypatch):
 
     monkeypatch.setattr(checkpoints, "torn_checkpoints", torn_checkpoints)
     # within the model, the optimizer and what comes after it, of the first checkpoint and of a later one
-    for share in disk.rounds((0.1, 0.2, 0.6, 0.98, 1.5, 1.99)):
+    for share in disk.rounds((0.1, 0.6, 0.98, 1.6)):
         disk.leave(int(share * size))
         assert pretrain(inputs, output) == 1
         disk.make_room()
