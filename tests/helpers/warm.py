@@ -6,6 +6,7 @@ own. What reads some when it is imported (Transformers, Datasets, the Hub's clie
 """
 
 import atexit
+import gc
 import importlib
 import json
 import os
@@ -114,6 +115,8 @@ def _wait(process: int, timeout: float) -> int | None:
 
 def _become(request):
     """Run what Python would run with these arguments, as its main module."""
+    # what is imported here is no garbage, which a trainer collects twice
+    gc.freeze()
     os.setsid()
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     os.chdir(request["cwd"])
@@ -135,6 +138,8 @@ def _become(request):
         kind, what, own = "file", arguments[0], arguments[1:]
         first = os.path.dirname(os.path.abspath(what))
     sys.path[:0] = [*([] if safe_path else [first]), *paths]
+    # our package tells its own command by it
+    sys.orig_argv = [sys.executable, *request["arguments"]]
     return kind, what, own
 
 
