@@ -16,14 +16,20 @@ from helpers.parallel_reference import IMAGES, MIXED, MODELS, TEXT, sgd, train
 from modeling_moma import MomaForCausalLM
 
 
-# of two nodes with two processes each
+# by the number of processes: of two nodes with one each, and with two
 LAYOUTS = {
-    "replicated": {"dp_replicate_size": 2, "fsdp_size": 2},
-    "sharded": {"fsdp_size": 4},
-    "replicated_expert": {"dp_replicate_size": 2, "fsdp_size": 2, "ep_size": 2},
+    2: {
+        "sharded": {"fsdp_size": 2},
+        "expert": {"fsdp_size": 2, "ep_size": 2},
+    },
+    4: {
+        "replicated": {"dp_replicate_size": 2, "fsdp_size": 2},
+        "sharded": {"fsdp_size": 4},
+        "replicated_expert": {"dp_replicate_size": 2, "fsdp_size": 2, "ep_size": 2},
+    },
 }
 NAMES = ("4t4i", "depth")
-# step by step, the batch of each process
+# step by step, the batch of each process; of two processes the first two
 BATCHES = [(TEXT, IMAGES, MIXED, TEXT), (IMAGES, MIXED, TEXT, MIXED)]
 
 
@@ -31,7 +37,7 @@ def main(folder: Path) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     rank = dist.get_rank()
-    for layout, sizes in LAYOUTS.items():
+    for layout, sizes in LAYOUTS[dist.get_world_size()].items():
         results = {}
         for name in NAMES:
             config = DistributedConfig(**sizes)
