@@ -17,10 +17,12 @@ import psutil
 import pytest
 from datasets import Dataset, Features, Image, Value
 
+from helpers.processes import start_process
 from helpers.slow import slow
 from helpers.tiny import noise_images, tiny_processor
 from helpers.warm import run_warm
 from modeling_moma.cli import tokenize
+from modeling_moma.cli.main import main
 from modeling_moma.data.jobs import read_job
 from modeling_moma.data.ray_tasks import OBJECT_STORE_BYTES, write_shard
 from modeling_moma.utils.atomic_files import LEFT_OVER
@@ -60,13 +62,16 @@ def command(folder, output, *options):
 def start(folder, output, *options, **variables):
     """`moma tokenize --engine ray` in a process of its own; what it prints is in `log.txt` beside its output."""
     given = command(folder, output, "--engine", "ray", "--processes", "2", *options)
-    with open(output.parent / "log.txt", "w") as log:
-        return subprocess.Popen(
-            [sys.executable, "-m", "modeling_moma", "tokenize", *given],
-            env=environment(**variables),
-            stdout=log,
-            stderr=log,
-        )
+    return start_process(run_command, ["tokenize", *given], output.parent / "log.txt", environment(**variables))
+
+
+def run_command(arguments, log, variables):
+    """What such a process does."""
+    os.environ.update(variables)
+    with open(log, "w") as file:
+        for stream in (sys.stdout, sys.stderr):
+            os.dup2(file.fileno(), stream.fileno())
+    sys.exit(main(arguments))
 
 
 def environment(**variables):
@@ -75,18 +80,23 @@ def environment(**variables):
 
 
 def finish(process, output):
-    code = process.wait(PATIENCE)
-    return code, (output.parent / "log.txt").read_text()
+    process.join(PATIENCE)
+    return process.exitcode, (output.parent / "log.txt").read_text()
+
+
+def code_of(process):
+    """The status of a process that has ended."""
+    return process.poll() if isinstance(process, subprocess.Popen) else process.exitcode
 
 
 def wait_for(what, process):
     """What a function returns, once that is something."""
     ends = time.monotonic() + PATIENCE
-    while time.monotonic() < ends and process.poll() is None:
+    while time.monotonic() < ends and code_of(process) is None:
         if found := what():
             return found
         time.sleep(0.005)
-    raise AssertionError(f"nothing came in time, or the command ended before it did: {process.poll()}")
+    raise AssertionError(f"nothing came in time, or the command ended before it did: {code_of(process)}")
 
 
 def workers(process):
@@ -137,6 +147,10 @@ def test_a_killed_worker_costs_its_shard_alone(place, tmp_path):
     for path in (place / "one" / "many").glob("train-00000-*"):
         shutil.copy2(path, output / "many")
     process = start(place, output)
+    # before a shard is done: asking takes so long that the others might be done after it
+    wait_for(lambda: listening(process), process)
+    addresses = listening(process)
+    assert all(address.rpartition(":")[2] == "127.0.0.1" for address in addresses), addresses
     wait_for(lambda: len(reports(output)) > 1, process)
     (killed, lost), *others = wait_for(lambda: held(process), process)
     killed.kill()
@@ -146,7 +160,7 @@ def test_a_killed_worker_costs_its_shard_alone(place, tmp_path):
     assert output / "many" / final(lost).replace(".arrow", ".json") not in done
     everything = psutil.Process(process.pid).children(recursive=True)
     seen = {killed.pid}
-    while process.poll() is None:
+    while code_of(process) is None:
         seen |= {child.pid for child, _ in workers(process)}
         time.sleep(0.02)
     code, said = finish(process, output)
@@ -167,16 +181,13 @@ def final(aside):
 
 
 @needs_ray
+@slow
 def test_ctrl_c_leaves_no_process_and_the_folder_goes_on(place, tmp_path):
     output = tmp_path / "tokens"
     process = start(place, output)
-    # before the first shard is done: asking takes so long that the others might be done after it
-    wait_for(lambda: listening(process), process)
-    addresses = listening(process)
-    assert all(address.rpartition(":")[2] == "127.0.0.1" for address in addresses), addresses
     wait_for(lambda: reports(output), process)
     everything = psutil.Process(process.pid).children(recursive=True)
-    process.send_signal(signal.SIGINT)
+    os.kill(process.pid, signal.SIGINT)
     code, said = finish(process, output)
     assert code == 130 and "stopped. The shards that are done are whole." in said, said[-3000:]
     assert gone(everything)
