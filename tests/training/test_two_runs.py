@@ -156,11 +156,17 @@ def is_refused(capsys, inputs, output, name, resume, kill, made):
 @pytest.mark.parametrize("first_kill", KILLS)
 def test_every_order_of_kills_and_resuming(inputs, made, tmp_path, capsys, first_kill):
     for number, (name, resume, kill) in enumerate(itertools.product(RUNS, RESUMED[first_kill], SECOND_KILLS)):
+        is_other = first_kill in KEPT and (name != "first" or not resume)
+        # a run that is refused comes to no moment of a kill
+        if is_other and kill is not None:
+            continue
         output = tmp_path / str(number)
         shutil.copytree(made.folder / str(first_kill), output)
-        refused = is_refused(capsys, inputs, output, name, resume, kill, made)
         # what was there is neither begun anew in silence nor taken for another run's
-        assert refused == (first_kill in KEPT and (name != "first" or not resume)), (name, resume, kill)
+        assert is_refused(capsys, inputs, output, name, resume, kill, made) == is_other, (name, resume, kill)
+        # nothing has changed for a third run
+        if is_other:
+            continue
         owner = "first" if first_kill in KEPT else name if kill in KEPT else None
         for last in RUNS if owner else ("second",):
             copy = tmp_path / f"{number}-{last}"
