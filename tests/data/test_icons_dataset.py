@@ -50,6 +50,12 @@ def rows():
 
 
 @pytest.fixture(scope="module")
+def greys(rows):
+    """By split, what images are compared by."""
+    return {split: np.stack([small_grey(row["pixels"], row["colour"]) for row in rows[split]]) for split in SPLITS}
+
+
+@pytest.fixture(scope="module")
 def listed():
     table = pq.read_table(FOLDER / "hashes.parquet").to_pylist()
     return {split: [row for row in table if row["split"] == split] for split in SPLITS}
@@ -67,10 +73,6 @@ def held_out_emoji():
 
 def committed_files():
     return [path for path in sorted((FOLDER / "data").glob("*.parquet")) if not path.name.startswith("train-0")]
-
-
-def greys_of(rows):
-    return np.stack([small_grey(row["pixels"], row["colour"]) for row in rows])
 
 
 def cells_of(rows):
@@ -129,24 +131,24 @@ def test_no_group_cell_or_image_is_on_two_sides(listed):
         assert all(len(found) == 1 for found in sides_of(listed, key).values())
 
 
-def test_no_two_committed_splits_hold_near_identical_images(rows):
-    splits = [split for split in SPLITS for _ in rows[split]]
-    pairs = near_pairs(np.concatenate([greys_of(rows[split]) for split in SPLITS]))
+def test_no_two_committed_splits_hold_near_identical_images(greys):
+    splits = [split for split in SPLITS for _ in greys[split]]
+    pairs = near_pairs(np.concatenate([greys[split] for split in SPLITS]))
     assert not [(splits[i], splits[j]) for i, j in pairs.tolist() if splits[i] != splits[j]]
 
 
-def test_nothing_that_the_emoji_set_holds_out_is_in_any_split(rows, listed, held_out_emoji):
+def test_nothing_that_the_emoji_set_holds_out_is_in_any_split(greys, listed, held_out_emoji):
     held_out = {(emoji_name(label).name, family) for label, family in held_out_emoji.cells}
     for split in SPLITS:
         names = {(row["name"], EMOJI_FAMILIES.get(row["set"])) for row in listed[split]}
         assert not names & held_out
-        assert not near_to(greys_of(rows[split]), held_out_emoji.greys).any()
+        assert not near_to(greys[split], held_out_emoji.greys).any()
 
 
-def test_what_the_emoji_set_trains_on_is_held_out_nowhere(rows, listed, held_out_emoji):
+def test_what_the_emoji_set_trains_on_is_held_out_nowhere(greys, listed, held_out_emoji):
     for split in HELD_OUT:
         assert not {row["set"] for row in listed[split]} & EMOJI_FAMILIES.keys()
-        assert not near_to(greys_of(rows[split]), held_out_emoji.train_greys).any()
+        assert not near_to(greys[split], held_out_emoji.train_greys).any()
 
 
 def test_every_held_out_name_has_another_family_in_train(listed):
