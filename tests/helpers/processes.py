@@ -103,23 +103,22 @@ def _start_all(work, args, num_processes):
     mp.start_processes(_start, args=(work, args), nprocs=num_processes, daemon=True, start_method="forkserver")
 
 
-def _start(rank, work, args):
-    _freeze()
+def _begin():
     torch.set_num_threads(1)
+    # what the server has imported is no garbage
+    gc.freeze()
+
+
+def _start(rank, work, args):
+    _begin()
     work(rank, *args)
     sys.stdout.flush()
     # gloo's threads now and then wait for each other for ever when they are taken down in order
     os._exit(0)
 
 
-def _freeze():
-    # what the server has imported is no garbage, which a trainer collects twice
-    gc.freeze()
-
-
 def _run_script(main, arguments, log):
-    _freeze()
-    torch.set_num_threads(1)
+    _begin()
     with open(log, "a") as output:
         os.dup2(output.fileno(), sys.stdout.fileno())
         os.dup2(output.fileno(), sys.stderr.fileno())

@@ -84,6 +84,8 @@ def _serve():
             importlib.import_module(name)
         except ImportError:
             continue
+    # a fork that collects garbage would copy all of it
+    gc.freeze()
     replies = os.fdopen(os.dup(1), "w")
     for line in sys.stdin:
         request = json.loads(line)
@@ -115,8 +117,6 @@ def _wait(process: int, timeout: float) -> int | None:
 
 def _become(request):
     """Run what Python would run with these arguments, as its main module."""
-    # what is imported here is no garbage, which a trainer collects twice
-    gc.freeze()
     os.setsid()
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     os.chdir(request["cwd"])
