@@ -26,7 +26,16 @@ def run_distributed(world_size: int):
 
 
 def _start_rank_processes(function, args, nprocs):
-    start_processes(function, *args, num_processes=nprocs)
+    start_processes(_with_few_steps, function, args, num_processes=nprocs)
+
+
+def _with_few_steps(rank, function, args):
+    # imported by what imports this
+    from transformers_common_tests import test_fsdp_mixin
+
+    # a checkpoint lies between them
+    test_fsdp_mixin.NUM_STEPS = 6
+    function(rank, *args)
 
 
 def _get_distributed_device_type():

@@ -5,6 +5,7 @@ What the suites skip by themselves (no accelerator, no Flash Attention, no video
 """
 
 import json
+import os
 import subprocess
 from unittest.mock import patch
 
@@ -19,23 +20,34 @@ class Overrides:
     """
     Attributes:
         skipped: reasons by name of a test; a parametrised test goes by its name before the parameters.
+        slow: the same, of what runs where `RUN_SLOW` is 1.
     """
 
     skipped: dict[str, str] = {}
+    slow: dict[str, str] = {}
 
     def setUp(self):
         super().setUp()
-        for name, reason in self.skipped.items():
+        slow = {name: f"slow, RUN_SLOW=1 runs it: {reason}" for name, reason in self.slow.items()}
+        for name, reason in {**self.skipped, **(slow if os.environ.get("RUN_SLOW") != "1" else {})}.items():
             if self._testMethodName.startswith(name):
                 self.skipTest(reason)
 
     def test_every_skip_names_a_test_of_the_suite(self):
-        for name in self.skipped:
+        for name in (*self.skipped, *self.slow):
             self.assertTrue(any(attribute.startswith(name) for attribute in dir(self)), name)
 
 
 class MomaOverrides(Overrides):
-    """For every configuration of the model."""
+    """For every configuration of the model.
+
+    Attributes:
+        training_overfit_steps: of the suite, which takes 300 of a third of the learning rate.
+        training_overfit_learning_rate: of the suite.
+    """
+
+    training_overfit_steps = 100
+    training_overfit_learning_rate = 3e-3
 
     def setUp(self):
         super().setUp()
@@ -60,6 +72,7 @@ def _check_length_if_scaled(check):
 class ExpertGroupsOverrides(MomaOverrides):
     """For groups of experts without depth."""
 
+    slow = {"test_bc_torch_dtype": "fourteen loads: DepthModelTest runs it"}
     skipped = {
         "test_keep_in_fp32_modules_exist": "it asks for all names on the list, and depth routers are among them: "
         "DepthModelTest runs it",
@@ -69,6 +82,7 @@ class ExpertGroupsOverrides(MomaOverrides):
 class DenseOverrides(MomaOverrides):
     """For one expert for all tokens and no depth: nothing has a router. The other classes run these."""
 
+    slow = {"test_bc_torch_dtype": "fourteen loads: DepthModelTest runs it"}
     skipped = {
         "test_eager_matches_batched_and_grouped_inference": "a single expert is a plain FFN outside that interface",
         "test_keep_in_fp32_modules_exist": "the list names the routers, and there are none",
@@ -106,6 +120,8 @@ class VQOverrides(Overrides):
 
 class AveragedVQOverrides(VQOverrides):
     """For codebooks that follow moving averages."""
+
+    slow = {"test_bc_torch_dtype": "fourteen loads: ChameleonVQModelTest runs it"}
 
     def test_init_weights_can_init_buffers(self):
         """The averages begin at the random codebook, so they differ from one model to the next."""
@@ -189,6 +205,12 @@ class ParallelOverrides(Overrides):
         "test_fsdp2_expert_parallel_2d_vs_ddp": "over its 20 steps of Adam, rounding moves some token to another "
         "expert; tests/modeling/test_parallel.py compares the same mesh step by step",
     }
+    slow = {
+        "test_hsdp_grad_accumulation_vs_single_device_1": "two processes of the mesh that case 0 has four of",
+        "test_hsdp_grad_accumulation_vs_single_device_2": "eight processes; tests/modeling/test_parallel.py has "
+        "experts on a mesh of shards",
+        "test_hsdp_save_load": "four processes; test_fsdp2_save_load has two",
+    }
     overridden: dict[str, dict] = {
         # it compares with one process that has the batches of all, in which more tokens compete; so each chooses alone
         "test_hsdp_grad_accumulation_vs_single_device": {
@@ -228,5 +250,9 @@ class DepthParallelOverrides(ParallelOverrides):
 class DenseParallelOverrides(ParallelOverrides):
     """For one expert for all tokens and no depth."""
 
+    slow = {
+        **ParallelOverrides.slow,
+        **dict.fromkeys(("test_fsdp2", "test_hsdp"), "its plan of shards is a part of that of DepthParallelTest"),
+    }
     # float8 rounds each shard by a scale of its own, and with the usual range two tokens are too close for that
     overridden = {**ParallelOverrides.overridden, "test_tp_generation_quantized": {"initializer_range": 0.1}}

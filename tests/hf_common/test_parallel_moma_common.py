@@ -7,6 +7,7 @@ from transformers_common_tests import test_expert_parallel_mixin, test_fsdp_mixi
 
 from helpers.hf_model_tester import MomaModelTester
 from helpers.hf_overrides import DenseParallelOverrides, DepthParallelOverrides, ParallelOverrides
+from helpers.slow import slow
 from modeling_moma import MomaForCausalLM, MomaModel
 
 
@@ -33,6 +34,8 @@ class DenseParallelTest(DenseParallelOverrides, MomaParallelTests, unittest.Test
     fields = {"num_experts": 1}
 
 
+# a full layer of DepthParallelTest is one of these
+@slow
 class ExpertGroupsParallelTest(ParallelOverrides, MomaParallelTests, unittest.TestCase):
     fields = {"num_experts": {"text": 4, "image": 4}}
 
