@@ -30,10 +30,10 @@ def processor():
     return tiny_processor()
 
 
-@pytest.mark.parametrize("frozen, learning", [("text", "image"), ("image", "text")])
-@pytest.mark.parametrize("fields", FIELDS.values(), ids=FIELDS)
-def test_frozen_group_stays_bit_by_bit_under_weight_decay(fields, frozen, learning, processor, tmp_path):
-    model = tiny_model(processor, **fields)
+@pytest.mark.parametrize("name, frozen", [*((name, "text") for name in FIELDS), ("4t4i", "image")])
+def test_frozen_group_stays_bit_by_bit_under_weight_decay(name, frozen, processor, tmp_path):
+    model = tiny_model(processor, **FIELDS[name])
+    learning = "image" if frozen == "text" else "text"
     freeze_groups(model, [frozen])
     before, step = copied_state(model), FirstStep()
     build_trainer(model, processor, tmp_path, callbacks=[step], max_steps=3, weight_decay=0.5).train()
@@ -75,10 +75,9 @@ def tokens_of_images(config):
     return sorted({frame.begin, frame.end, *(id for start, stop in frame.ranges for id in range(start, stop))})
 
 
-@pytest.mark.parametrize("is_tied", [True, False])
-@pytest.mark.parametrize("fields", FIELDS.values(), ids=FIELDS)
-def test_all_but_a_group_and_the_rows_of_its_tokens_stays_bit_by_bit(fields, is_tied, processor, tmp_path):
-    model = tiny_model(processor, **fields, tie_word_embeddings=is_tied)
+@pytest.mark.parametrize("name, is_tied", [*((name, False) for name in FIELDS), ("4t4i", True)])
+def test_all_but_a_group_and_the_rows_of_its_tokens_stays_bit_by_bit(name, is_tied, processor, tmp_path):
+    model = tiny_model(processor, **FIELDS[name], tie_word_embeddings=is_tied)
     matrices = freeze_all_but(model, ["image"])
     assert matrices == ["model.embed_tokens.weight"] + ([] if is_tied else ["lm_head.weight"])
     before = copied_state(model)
