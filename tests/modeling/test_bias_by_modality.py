@@ -43,8 +43,16 @@ def pool_model(name="two", **fields):
     return model
 
 
-@pytest.mark.parametrize("routing", RULES)
-@pytest.mark.parametrize("name", VARIANTS)
+# each variant by the rule that reads biases, and by another one in turn
+OTHER_RULES = [rule for rule in RULES if rule != "token_choice"]
+CASES = [
+    (name, rule)
+    for index, name in enumerate(VARIANTS)
+    for rule in ("token_choice", OTHER_RULES[index % len(OTHER_RULES)])
+]
+
+
+@pytest.mark.parametrize("name, routing", CASES)
 def test_a_model_equals_the_plain_loop_forward_and_backward(name, routing):
     ids = mixed_ids(3, 10)
     model = pool_model(name, **fields_of(routing))

@@ -109,7 +109,7 @@ def gradients(model, loss):
 
 
 @settings(
-    max_examples=4, phases=[Phase.generate], deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
+    max_examples=2, phases=[Phase.generate], deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
 )
 @given(
     layout=layouts(),

@@ -166,8 +166,7 @@ def test_training_without_waiting_is_the_same(monkeypatch, request, routing, for
 
 
 @pytest.mark.parametrize("depth_routing", ["expert_choice", "threshold", "token_choice"])
-@pytest.mark.parametrize("capacity", [0.5, {"text": 0.5, "image": 0.7}])
-@pytest.mark.parametrize("pool", ["batch", "row"])
+@pytest.mark.parametrize("pool, capacity", [("batch", {"text": 0.5, "image": 0.7}), ("row", 0.5)])
 def test_a_depth_layer_waits_once_more_where_it_runs_its_tokens_alone(
     device, monkeypatch, pool, capacity, depth_routing
 ):
@@ -211,8 +210,7 @@ def values_alone(module, query, key, value, attention_mask, **kwargs):
     return value.repeat_interleave(query.shape[1] // value.shape[1], 1).transpose(1, 2), None
 
 
-@pytest.mark.parametrize("fields", [{}, {"depth_layers": [0, 1]}], ids=["full", "depth"])
-@pytest.mark.parametrize("num_rows", [1, 3])
+@pytest.mark.parametrize("fields, num_rows", [({}, 1), ({"depth_layers": [0, 1]}, 3)], ids=["full", "depth"])
 @pytest.mark.parametrize("attention", ["by lengths", "sdpa", "eager"])
 def test_documents_of_packed_rows_cost_no_further_wait(device, monkeypatch, attention, num_rows, fields):
     for interface, function in ((AttentionInterface, values_alone), (AttentionMaskInterface, flash_attention_mask)):

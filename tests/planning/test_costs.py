@@ -44,6 +44,13 @@ DEPTHS = {
 }
 
 
+def each_by_turns(names):
+    """Each under both rules, with one attention under the first and the other under the second, in turn."""
+    for index, name in enumerate(names):
+        attentions = ("eager", "sdpa") if index % 2 else ("sdpa", "eager")
+        yield from zip((name, name), ("expert_choice", "token_choice"), attentions)
+
+
 def build(config, attention):
     model = MomaForCausalLM._from_config(config, attn_implementation=attention)
     model.set_experts_implementation("eager")
@@ -63,9 +70,7 @@ def expected(config, **kwargs):
     )
 
 
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
-@pytest.mark.parametrize("routing", ["expert_choice", "token_choice"])
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name, routing, attention", each_by_turns(CONFIGS))
 def test_flops_equal_the_counter_of_torch(name, routing, attention):
     config = tiny_config(**CONFIGS[name], training_routing="expert_choice")
     model = build(config, attention)
@@ -94,9 +99,7 @@ def test_flops_of_auxiliary_routers_equal_the_counter_of_torch():
     assert count > expected(config, routing="threshold")
 
 
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
-@pytest.mark.parametrize("routing", ["expert_choice", "token_choice"])
-@pytest.mark.parametrize("name", DEPTHS)
+@pytest.mark.parametrize("name, routing, attention", each_by_turns(DEPTHS))
 def test_flops_with_depth_equal_the_counter_of_torch(name, routing, attention):
     fields = {"num_hidden_layers": 3, "depth_layers": [0, 2], "depth_capacity": 0.4, **DEPTHS[name]}
     config = tiny_config(**fields)
