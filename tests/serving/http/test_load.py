@@ -14,7 +14,7 @@ from benchmarks.serving_load import Held, leaks, main  # noqa: E402
 
 def test_a_loaded_server_answers_right_refuses_by_name_and_leaks_nothing(tmp_path, capsys):
     skip_without_released_model()
-    status = main(["--seconds", "5", "--clients", "32", "--new-tokens", "4", "--report", str(tmp_path)])
+    status = main(["--seconds", "2.5", "--clients", "16", "--new-tokens", "4", "--report", str(tmp_path)])
     printed = capsys.readouterr()
     assert status == 0, printed.err
     (report,) = tmp_path.iterdir()
