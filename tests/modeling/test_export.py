@@ -38,7 +38,7 @@ KINDS = [*(("torch", layout) for layout in LAYOUTS), pytest.param("onnx", "4t4i"
 
 def model_of(layout: str, **fields):
     """A model whose tokens meet no expert, one, or several."""
-    model = tiny_model(**LAYOUTS[layout], **fields).eval()
+    model = tiny_model(**{"num_hidden_layers": 1, **LAYOUTS[layout], **fields}).eval()
     generator = torch.Generator().manual_seed(0)
     for router in model.modules():
         if isinstance(router, MomaRouter):
@@ -101,9 +101,9 @@ def test_a_program_holds_with_the_experts_of_transformers(implementation):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("kind, layout", KINDS)
+@pytest.mark.parametrize("kind, layout", [KINDS[0], ("torch", "4t4i"), ("torch", "kept seed"), KINDS[-1]])
 def test_prefill_and_a_decode_step_with_a_static_cache_go_on_as_generate_does(kind, layout):
-    model = model_of(layout)
+    model = model_of(layout, num_hidden_layers=2 if kind == "torch" else 1)
     ids = mixed_ids(rows=1, length=LENGTH)
     static = GenerationConfig(cache_implementation="static", max_cache_len=STORED, do_sample=False)
     exporter, config = exporter_of(kind, dynamic=False)

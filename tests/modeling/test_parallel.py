@@ -5,8 +5,8 @@ import pytest
 import torch
 from transformers.distributed import DistributedConfig
 
+from helpers import parallel_reference
 from helpers.parallel_reference import (
-    MODELS,
     ONE_BATCH,
     SEED,
     TWO_BATCHES,
@@ -21,6 +21,8 @@ from helpers.tiny import tiny_model
 from modeling_moma import MomaForCausalLM
 
 
+# each has layers without depth, too
+MODELS = {name: parallel_reference.MODELS[name] for name in ("depth", "uneven")}
 # the sizes multiply to two processes, in the last to four
 KINDS = {
     "tensor": {"tp_size": 2},
