@@ -83,8 +83,6 @@ def run(place, monkeypatch, capfd):
 
 BUILD = "build-processor r.yaml --output out --image-tokenizer"
 PRETRAIN = "pretrain --processor proc --output out --tokens"
-# others would start while the sources are read
-ALONE = "--output out --processes 1 --processor"
 UNREACHED = "and the Hub, where it might be, cannot be reached"
 BAD = {
     f"{BUILD} ./vqq": "`--image-tokenizer` './vqq': there is no folder './vqq'",
@@ -97,10 +95,10 @@ BAD = {
     f"{BUILD} vq --text-tokenizer ./no": "`--text-tokenizer` './no': there is",
     "tokenize r.yaml --output out --processor porc": f"'porc' (did you mean 'proc'?), {UNREACHED}",
     "tokenize r.yaml --output out --processor half-proc": "`--processor` 'half-proc' has no vq_model/config.json",
-    f"tokenize r.yaml {ALONE} bad-proc": "'bad-proc': the processor in it cannot be read",
+    "tokenize r.yaml --output out --processor bad-proc": "'bad-proc': the processor in it cannot be read",
     "tokenize r.yaml --output out --processor model": "has no processor_config.json: the folder holds a model alone",
-    f"tokenize typo.yaml {ALONE} proc": "'pics': there is no folder 'phots' (did you mean 'pho",
-    f"tokenize deep.yaml {ALONE} proc": f"'pics': there is no folder 'data/photos', {UNREACHED}",
+    "tokenize typo.yaml --output out --processor proc": "'pics': there is no folder 'phots' (did you mean 'pho",
+    "tokenize deep.yaml --output out --processor proc": f"'pics': there is no folder 'data/photos', {UNREACHED}",
     "upcycle --output out --model ./modle": "`--model` './modle': there is no folder './modle' (did you mean 'model'",
     f"{PRETRAIN} tokens --model unfinished": "`--tokens` 'tokens': manifest.json: it cannot be read as JSON",
     f"{PRETRAIN} tokns --model model": "`--tokens` 'tokns': there is no folder 'tokns' (did you mean 'tokens'?)",

@@ -10,6 +10,7 @@ import gc
 import importlib
 import json
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -144,8 +145,6 @@ def _become(request):
 
 
 def _run(kind, what, own):
-    import runpy
-
     if kind == "-c":
         sys.argv = ["-c", *own]
         module = types.ModuleType("__main__")
