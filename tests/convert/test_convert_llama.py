@@ -2,10 +2,7 @@
 import dataclasses
 import json
 import math
-import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -20,15 +17,16 @@ from transformers import (
     LogitsProcessor,
 )
 
+from helpers.processes import start_script
 from helpers.text_sources import CONFIGS, Q_PROJ, SIZES, edit_tensors, save_source
 from modeling_moma import MomaForCausalLM
+from modeling_moma.cli.main import main as moma
 from modeling_moma.convert.llama import convert_llama
 from modeling_moma.convert.output_comparison import new_token_probability, text_batch
 from modeling_moma.convert.reading import CheckpointError
 from tokenization import MomaProcessor
 
 
-ROOT = Path(__file__).parents[2]
 # config.json as in releases of the time before `rope_parameters`, such as Qwen2-0.5B's
 OLD_FIELDS = {
     "qwen2-released": {
@@ -261,15 +259,15 @@ def test_same_seed_gives_the_same_file(source, tmp_path, processor_folder):
 
 def test_kill_half_way_leaves_nothing_that_loads_and_a_second_run_succeeds(tmp_path, tokenizer, processor_folder):
     save_source(tmp_path / "source", LlamaConfig(**{**SIZES, "num_hidden_layers": 24}), tokenizer)
-    command = [sys.executable, "-m", "modeling_moma", "convert", "llama", "--source", str(tmp_path / "source")]
-    command += ["--processor", str(processor_folder), "--output", str(tmp_path / "moma"), "--max-shard-size", "20KB"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    command = ["convert", "llama", "--source", str(tmp_path / "source"), "--processor", str(processor_folder)]
+    command += ["--output", str(tmp_path / "moma"), "--max-shard-size", "20KB"]
+    process = start_script(moma, command, tmp_path / "log")
     while not list(tmp_path.glob(".moma.*.partial/model-00001-*")):
-        assert process.poll() is None
+        assert process.is_alive(), (tmp_path / "log").read_text()
         time.sleep(0.001)
     process.kill()
-    assert process.wait() == -signal.SIGKILL
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
     (aside,) = tmp_path.glob(".moma.*.partial")
     assert not (tmp_path / "moma").exists()
     with pytest.raises((OSError, ValueError)):
