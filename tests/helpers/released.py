@@ -1,9 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """The released model, for tests that need its weights."""
 
+import json
+import re
+import shutil
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from modeling_moma.hub.upload import prepare, write_repository
 
@@ -16,6 +20,22 @@ LEAST_SIZE = 1_000_000
 def released_repository(folder: Path) -> Path:
     """The released model as it lies on the Hub, with the code of the installed packages, written into a folder."""
     return write_repository(prepare(RELEASED, datasets={"data/emoji": "someone/emoji"}), folder)
+
+
+def write_shallow(source: Path, folder: Path, layers: int = 2):
+    """Write the folder of a released model with its first layers alone, for what is about no layer in particular."""
+    shutil.copytree(source, folder)
+    config = json.loads((source / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": layers}))
+
+    def stays(name):
+        found = re.match(r"model\.layers\.(\d+)\.", name)
+        return found is None or int(found[1]) < layers
+
+    tensors = load_file(source / "model.safetensors")
+    kept = {name: tensor for name, tensor in tensors.items() if stays(name)}
+    assert len(kept) < len(tensors)
+    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def skip_without_released_model():
