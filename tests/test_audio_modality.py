@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RATE = 800
 TONES = {"low": 50, "middle": 100, "high": 200}
 EXAMPLES = 480
-STEPS = 400
+STEPS = 150
 FIELDS = {
     "num_experts": {"text": 1, "image": 1, "audio": 1},
     "hidden_size": 64,
