@@ -17,6 +17,7 @@ from helpers.released import RELEASED, released_repository, skip_without_release
 from helpers.tiny import CARD, tiny_model, tiny_processor
 from modeling_moma.compat_moma import complete_model_card
 from modeling_moma.hub.folder import check_files
+from modeling_moma.hub.upload import prepare
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -239,9 +240,9 @@ def test_generate_draws_the_same_image_without_the_packages(stranger, models, pr
     assert_near(stranger["drawn"], drawn, 1.5 / 255)
 
 
-def test_what_is_saved_without_the_packages_can_be_pushed_again(stranger, push):
+def test_what_is_saved_without_the_packages_can_be_pushed_again(stranger):
     (stranger["saved"] / "README.md").write_text(CARD)
-    push("--model", stranger["saved"], "--repo-id", "someone/moma-again", "--dry-run")
+    assert {"model.safetensors", "vq_model/model.safetensors"} <= prepare(stranger["saved"]).files.keys()
 
 
 def test_the_server_takes_only_what_it_can_check(server):
@@ -335,17 +336,8 @@ def test_a_plain_push_of_the_configuration_carries_its_code(server, plain):
     assert {"configuration_moma.py", "compat_moma.py"} <= files.keys()
 
 
-def test_weights_of_an_older_layout_do_not_stay(server, push, folders):
+def test_weights_of_an_older_layout_and_files_of_an_older_processor_do_not_stay(server, push, folders, tmp_path):
     name = "someone/moma-shards"
-    push("--model", folders / "second", "--repo-id", name)
-    push("--model", folders / "shards", "--repo-id", name)
-    # a loader would prefer it to the shards
-    assert "model.safetensors" not in server.store.files(name)
-    assert_same_files(server.store, name, folders / "shards")
-
-
-def test_files_of_an_older_processor_do_not_stay(server, push, folders, tmp_path):
-    name = "someone/moma-words"
     older = ("chat_template.json", "additional_chat_templates/short.jinja", "added_tokens.json", "vq_model/old.json")
     folder = shutil.copytree(folders / "second", tmp_path / "older")
     for path in (*older, "notes.md"):
@@ -353,10 +345,13 @@ def test_files_of_an_older_processor_do_not_stay(server, push, folders, tmp_path
         (folder / path).write_text("{}")
     push("--model", folder, "--repo-id", name)
     assert_same_files(server.store, name, folder)
-    push("--model", folders / "second", "--repo-id", name)
-    assert not set(older) & server.store.files(name).keys()
+    push("--model", folders / "shards", "--repo-id", name)
+    # a loader would prefer it to the shards
+    assert not {"model.safetensors", *older} & server.store.files(name).keys()
     # nothing loads it, so it is not ours to remove
-    assert "notes.md" in server.store.files(name)
+    (tmp_path / "stays").mkdir()
+    (tmp_path / "stays" / "notes.md").write_text("{}")
+    assert_same_files(server.store, name, folders / "shards", tmp_path / "stays")
 
 
 def test_a_push_to_an_impossible_branch_says_that_the_repository_is_there(server, push, folders):

@@ -72,17 +72,12 @@ def processor():
     return tiny_processor()
 
 
+DEPTH = {"num_hidden_layers": 4, "depth_layers": [0, 2], "depth_capacity": {"text": 0.5, "image": 0.25}}
 FIELDS = {
     "plain": {},
-    "depth": {"num_hidden_layers": 4, "depth_layers": [0, 2], "depth_capacity": {"text": 0.5, "image": 0.25}},
-}
-FIELDS["untied"] = {**FIELDS["depth"], "untied_attention": True}
-# routed by networks of their own, and with gates that add up to 1
-FIELDS["auxiliary"] = {
-    **FIELDS["depth"],
-    "auxiliary_routers": True,
-    "inference_routing": "auxiliary",
-    "normalize_gates": True,
+    "untied": {**DEPTH, "untied_attention": True},
+    # routed by networks of their own, and with gates that add up to 1
+    "auxiliary": {**DEPTH, "auxiliary_routers": True, "inference_routing": "auxiliary", "normalize_gates": True},
 }
 
 
