@@ -9,6 +9,7 @@ import torch
 from datasets import load_dataset
 
 from helpers.released import RELEASED, skip_without_released_model
+from helpers.slow import slow
 from helpers.tiny import noise_images, tiny_processor, tiny_vq_model
 from modeling_moma.export.image_tokenizer import export_image_tokenizer
 from tokenization import MomaProcessor
@@ -43,6 +44,8 @@ def test_graphs_of_a_tiny_tokenizer_give_its_codes_and_pixels(tmp_path):
         run(files.decoder, image_tokens=codes.numpy())
 
 
+# docs/how-to/export.md compares codes of the released one
+@slow
 def test_graphs_of_the_released_tokenizer_give_its_codes_and_pixels(tmp_path):
     skip_without_released_model()
     images = load_dataset(str(RELEASED.parents[1] / "data" / "emoji"), split="test")[:24]["image"]

@@ -218,7 +218,7 @@ def held_out():
     """Released model in fp32, its processor, and a batch of held-out captions with their images."""
     skip_without_released_model()
     processor = MomaProcessor.from_pretrained(RELEASED)
-    rows = load_dataset(str(DATA), split="test").shuffle(seed=0).select(range(48))
+    rows = load_dataset(str(DATA), split="test").shuffle(seed=0).select(range(16))
     captions = [f"{style}: {label}" for style, label in zip(rows["style"], rows["label"])]
     texts = [f"{caption}<image>" if index % 2 else f"<image>{caption}" for index, caption in enumerate(captions)]
     images = [[image] for image in rows["image"]]

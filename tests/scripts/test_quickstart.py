@@ -74,8 +74,9 @@ def test_a_missing_folder_is_named_and_not_looked_for_on_the_hub(data_folder, ca
 
 def test_losses_that_a_newcomer_sees_are_those_of_the_card(tmp_path, capsys, monkeypatch):
     skip_without_released_model()
-    # of which one step reads few
+    # one step reads few images, and losses need no captions
     monkeypatch.setattr(quickstart, "FINE_TUNE_IMAGES", 16)
+    monkeypatch.setattr(quickstart, "CAPTION_TOKENS", 2)
     arguments = ["--model", RELEASED, "--data", RELEASED.parents[1] / "data" / "emoji", "--output", tmp_path]
     arguments += ["--images", "1", "--fine-tune-steps", "1", "--batch-size", "16"]
     quickstart.main(list(map(str, arguments)))

@@ -52,7 +52,7 @@ def study(tmp_path_factory):
     content = yaml.safe_load(recipe.read_text())
     del content["samples"]
     for source in content["sources"].values():
-        source["splits"] = {"train": "train[10:]", "validation": "train[:5]", "test": "train[5:10]"}
+        source["splits"] = {"train": "train[10:]", "validation": "train[:2]", "test": "train[5:7]"}
         del source["held_out"]
     recipe.write_text(yaml.safe_dump(content, sort_keys=False))
     tokens = folder / "tokens" / "all"
