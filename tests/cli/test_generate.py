@@ -1,6 +1,4 @@
 # SPDX-License-Identifier: Apache-2.0
-
-
 import numpy as np
 import pytest
 from PIL import Image
