@@ -3,6 +3,7 @@
 
 import math
 import re
+from typing import Literal
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -25,7 +26,7 @@ _EXIF_ORIENTATION = 0x0112
 # Marker of a JPEG that a segment follows, or its end; restarts and escaped bytes of pixels have none.
 _MARKER = re.compile(rb"\xff([\xc0-\xcf\xd9-\xfe])")
 # Byte order of a TIFF by its first bytes, and the types of its fields that stay bytes: BYTE, ASCII, UNDEFINED.
-_TIFF_ORDERS = {b"II": "little", b"MM": "big"}
+_TIFF_ORDERS: dict[bytes, Literal["little", "big"]] = {b"II": "little", b"MM": "big"}
 _BYTE_TYPES = (1, 2, 7)
 # Modes of Pillow whose values can be averaged without a conversion.
 _AVERAGED = ("L", "LA", "RGB", "RGBA", "CMYK", "YCbCr")
