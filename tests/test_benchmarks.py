@@ -202,6 +202,8 @@ def test_images_of_the_comparison_of_engines_all_differ(tmp_path):
     assert image.size == (64, 64) and rows[-1]["label"] == "disc 1099"
 
 
+# it tokenizes twice, in processes of its own
+@slow
 def test_an_engine_is_timed_and_watched(capsys):
     report = data_pipeline.main(["engines", "--images", "257", "--runs", "processes:1", "--rounds", "1"])
     (run,) = report["runs"]

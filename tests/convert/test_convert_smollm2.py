@@ -7,8 +7,6 @@ With its first layers alone, but for `RUN_SLOW=1`: what is compared is the same,
 import json
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import lm_eval
@@ -22,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationMixin
 from fetch_smollm2 import GGUF_FILE
 from helpers.released import RELEASED, skip_without_released_model
 from helpers.smollm2 import smollm2_folder, write_first_layers
+from helpers.warm import run_warm
 from modeling_moma import MomaForCausalLM
 from modeling_moma.evaluation.harness import MomaTextLM
 from tokenization import MomaProcessor
@@ -67,13 +66,7 @@ def converted(source, tmp_path_factory):
         "print('peak', peak() - imported)\n"
         "sys.exit(status)\n"
     )
-    run = subprocess.run(
-        [sys.executable, "-c", code, *command, "--output", str(folder / "moma")],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+    run = run_warm(["-c", code, *command, "--output", folder / "moma"], cwd=ROOT, timeout=600)
     assert run.returncode == 0, run.stderr[-2000:]
     # tqdm's bars
     assert "tensors: 100%" in run.stderr and "rows of image codes: 100%" in run.stderr

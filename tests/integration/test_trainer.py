@@ -9,6 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from helpers.mixed import FirstStep, build_trainer, changed, copied_state, losses, mixed_examples
+from helpers.slow import slow
 from helpers.tiny import tiny_model, tiny_processor
 from modeling_moma import MomaMetricsCallback
 from modeling_moma.routing_moma import MomaRouter, MomaRouterBase
@@ -128,6 +129,8 @@ def test_weights_in_bf16_train_too_and_leave_routers_in_fp32(processor, tmp_path
     assert wide == {name for name in state if "router." in name}
 
 
+# tests/modeling/test_compile.py compares a compiled training without `Trainer`
+@slow
 def test_compiled_training_gives_the_uncompiled_losses(processor, tmp_path):
     model = tiny_model(processor, num_hidden_layers=1)
     # the same examples in both steps, for whose sizes one compilation does

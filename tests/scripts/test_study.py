@@ -162,6 +162,8 @@ def assert_same_weights(found, wanted):
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)
 
 
+# an upcycled run is stopped and goes on below
+@slow
 def test_a_stopped_run_ends_as_one_that_was_not_and_a_larger_budget_goes_on(study, tmp_path, monkeypatch):
     whole, stopped = replace(study, runs=tmp_path / "whole"), replace(study, runs=tmp_path / "stopped")
     expected = [train_branch(whole, RUN, budget) for budget in (SMALL, LARGE)]

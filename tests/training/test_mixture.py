@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from helpers.mixture import WEIGHTS, write_mixture
 from helpers.processes import start_script, start_scripts
+from helpers.slow import slow
 from helpers.tiny import tiny_processor
 from modeling_moma import MomaMetricsCallback
 from modeling_moma.cli import build_processor, pretrain, tokenize
@@ -181,6 +182,8 @@ def test_killed_at_random_moments_it_ends_as_an_uninterrupted_one(inputs, tmp_pa
         assert torch.equal(mine[name], tensor), name
 
 
+# tests/integration/test_two_nodes.py has two processes, of which one dies
+@slow
 def test_two_processes_killed_at_random_moments_end_as_uninterrupted_ones(inputs, tmp_path):
     whole, killed, training = tmp_path / "whole", tmp_path / "killed", KilledTraining(inputs, tmp_path, 2)
     training.finish(whole)

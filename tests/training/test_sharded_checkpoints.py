@@ -15,6 +15,7 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from helpers.fsdp2 import sharded_training
 from helpers.parallel_reference import IMAGES, MIXED, MODELS, SEED, TEXT, train
 from helpers.processes import run_group, start_scripts
+from helpers.slow import slow
 from helpers.tiny import tiny_model, tiny_processor, write_tokens, write_training
 from modeling_moma import MomaForCausalLM
 from modeling_moma.cli import pretrain
@@ -170,6 +171,8 @@ def test_pre_training_reshards_its_checkpoints(inputs, trained, tmp_path):
     assert len(list((last / SHARDS).glob("*.distcp"))) == 4 and not list(last.glob("*.safetensors"))
 
 
+# one process goes on from a plain model in tests/training/test_pretrain.py
+@slow
 def test_second_stage_under_fsdp_begins_with_a_plain_model(inputs, tmp_path):
     (tmp_path / "rows").mkdir()
     recipe, *given = arguments(inputs, tmp_path / "first", "--gradient-accumulation-steps", "4", "--stop-at", "2")
