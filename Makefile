@@ -14,8 +14,8 @@ CUDA_VENV ?= .venv-cuda
 CUDA_RUN := $(CUDA_VENV)/bin/python tests/helpers/cuda/launch.py
 # no constraint, folder of wheels or configuration file of the machine's own
 BARE := env -u PIP_CONSTRAINT -u PIP_FIND_LINKS PIP_CONFIG_FILE=/dev/null
-# two test files at a time, each on one core
-PYTEST_FLAGS ?= -n 2 --dist loadfile
+# three test files at a time, each on one thread: on two cores one of them waits for something now and then
+PYTEST_FLAGS ?= -n 3 --dist loadfile
 RUN := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 
