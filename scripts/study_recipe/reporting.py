@@ -142,14 +142,18 @@ def _part(row: Mapping[str, Any], kind: str, split: str, part: str) -> float:
 
 
 def partners(row: Mapping[str, Any], rows: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """Return the dense rows that a row is compared with: of its size, seed and data, one for each budget."""
+    """Return the dense rows that a row is compared with: of its size, seed and data, one for each budget.
+
+    None where dense has not come as far: beyond the budgets of both, its line of the last doubling says little.
+    """
     same = ("size", "seed", "data")
     found = [other for other in rows if other["recipe"] == BASELINE and all(other[name] == row[name] for name in same)]
     by_rate: dict[float, list] = defaultdict(list)
     for other in found:
         by_rate[other["learning_rate"]].append(other)
     # a sweep of the learning rate has one budget each
-    return max(by_rate.values(), key=len, default=[])
+    dense = max(by_rate.values(), key=len, default=[])
+    return dense if any(other["budget"] >= row["budget"] for other in dense) else []
 
 
 def spread(values: Sequence[float], digits: int) -> str:
@@ -503,9 +507,11 @@ def draw_gaps(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
         runs[row["recipe"], row["seed"]].append(row)
     colours = {recipe: f"C{place}" for place, recipe in enumerate(dict.fromkeys(recipe for recipe, _ in runs))}
     for (recipe, _), branches in sorted(runs.items()):
-        row = longest(branches)
+        row = longest(branch for branch in branches if partners(branch, rows))
+        if recipe == BASELINE or row is None:
+            continue
         dense = longest(partners(row, rows))
-        if recipe == BASELINE or dense is None or row["learning_rate"] != dense["learning_rate"]:
+        if row["learning_rate"] != dense["learning_rate"]:
             continue
         curve, other = held_out_curve(row), held_out_curve(dense)
         # the first two million tokens differ by much more than all that follows

@@ -359,6 +359,8 @@ def test_a_saving_is_denses_tokens_over_the_recipes_at_equal_flops():
     assert reporting.saving(dense[0], dense, "causal", "test", "overall").tokens == pytest.approx(1.0)
     rows = [*dense, other, result("dense", 1e7, {"image": 1.0, "text": 1.0}, seed=2)]
     assert reporting.partners(other, rows) == dense
+    # where dense has not come as far there is nothing to compare with
+    assert reporting.partners({**other, "budget": 200}, rows) == []
     assert "| 0.5M | all | 10M | 4t4i | 1 |" in reporting.saving_table(rows, "test")
 
 
