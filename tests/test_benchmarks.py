@@ -52,8 +52,9 @@ def test_a_case_is_checked_timed_and_reported(tiny_cases, tmp_path, capsys, name
     assert float(lines[1][4]) == 1 and float(lines[0][4]) > 0
     cells = report.read_text().splitlines()[6].split("|")[1:-1]
     for place in figures:
-        # without the bold of a bar that is not met and the bar of a floor
-        assert float(cells[place].strip().strip("*%").split(" ")[0]) > 0, (place, cells)
+        # a number, without the bold of a bar that is not met and the bar of a floor; a busy machine reaches a share of
+        # 0.00 of so small a floor
+        assert float(cells[place].strip().strip("*%").split(" ")[0]) >= 0, (place, cells)
 
 
 def test_every_case_names_contenders_and_shapes_that_there_are(capsys):
