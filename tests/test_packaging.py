@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from helpers.warm import run_warm
+from helpers.forked_python import run_python
 from modeling_moma.compat_moma import AUTO_MAP
 from modeling_moma.hub.code import PACKAGES, code_closure, code_facts
 
@@ -130,5 +130,5 @@ import modeling_moma
 assert CONFIG_MAPPING["moma"] is modeling_moma.MomaConfig
 assert AutoModelForCausalLM._model_mapping[modeling_moma.MomaConfig] is modeling_moma.MomaForCausalLM
 """
-    done = run_warm(["-c", code], cwd=ROOT)
+    done = run_python(["-c", code], cwd=ROOT)
     assert done.returncode == 0, done.stderr

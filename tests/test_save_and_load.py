@@ -17,8 +17,8 @@ from transformers import (
 )
 
 from helpers.absent import WITHOUT_PACKAGES
+from helpers.forked_python import run_python
 from helpers.tiny import randomize_auxiliary, tiny_model, tiny_processor
-from helpers.warm import run_warm
 from modeling_moma import MomaConfig, MomaForCausalLM, MomaModel
 from modeling_moma.routing_moma import MomaRouterBase
 from tokenization import MomaProcessor
@@ -159,7 +159,7 @@ def test_every_auto_class_loads_the_folder_by_its_own_code_without_the_package(
         "HF_HUB_OFFLINE": "1",
     }
     output = tmp_path / "results.pt"
-    run = run_warm(["-P", "-c", WITHOUT_PACKAGES + STRANGER, folder, image, output], cwd=tmp_path, env=environment)
+    run = run_python(["-P", "-c", WITHOUT_PACKAGES + STRANGER, folder, image, output], cwd=tmp_path, env=environment)
     assert run.returncode == 0, run.stderr[-3000:]
     found = torch.load(output)
     assert found.pop("names") == NAMES

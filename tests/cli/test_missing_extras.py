@@ -9,8 +9,8 @@ from importlib import metadata
 import pytest
 from safetensors.torch import save_file
 
+from helpers.forked_python import run_python
 from helpers.tiny import noise_images, tiny_model, tiny_processor
-from helpers.warm import run_warm
 from modeling_moma.cli.main import main
 from modeling_moma.utils.errors import MissingExtraError, needs_extra
 
@@ -69,7 +69,7 @@ for name, arguments in {COMMANDS}.items():
 
 
 def test_a_missing_extra_is_told_in_one_line(place):
-    done = run_warm(["-c", WITHOUT], cwd=place)
+    done = run_python(["-c", WITHOUT], cwd=place)
     assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
     for name, said in zip(COMMANDS, done.stderr.split("\0")):
         *lines, last = said.splitlines()

@@ -13,8 +13,8 @@ from typing import get_args
 import pytest
 from PIL import Image
 
+from helpers.forked_python import run_python
 from helpers.tiny import tiny_model, tiny_processor
-from helpers.warm import run_warm
 from modeling_moma import MomaConfig
 from modeling_moma.cli import convert, evaluate, generate, plan
 from modeling_moma.cli.main import SUBCOMMANDS, main
@@ -298,5 +298,5 @@ def test_defect_keeps_its_traceback(fail, monkeypatch):
 
 
 def test_module_and_command_are_the_same(tmp_path):
-    done = run_warm([*MODULE[1:], "plan", "--preset", "moma-90m-4t4i", "--gpus", "1"], cwd=tmp_path)
+    done = run_python([*MODULE[1:], "plan", "--preset", "moma-90m-4t4i", "--gpus", "1"], cwd=tmp_path)
     assert done.returncode == 0 and "Recommended" in done.stdout and done.stderr == "", done.stderr

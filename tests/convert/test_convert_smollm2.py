@@ -5,7 +5,6 @@ With its first layers alone, but for `RUN_SLOW=1`: what is compared is the same,
 """
 
 import json
-import os
 import re
 from pathlib import Path
 
@@ -18,16 +17,17 @@ from lm_eval.tasks import TaskManager
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationMixin
 
 from fetch_smollm2 import GGUF_FILE
+from helpers.forked_python import run_python
 from helpers.released import RELEASED, skip_without_released_model
+from helpers.slow import RUN_SLOW
 from helpers.smollm2 import smollm2_folder, write_first_layers
-from helpers.warm import run_warm
 from modeling_moma import MomaForCausalLM
 from modeling_moma.evaluation.harness import MomaTextLM
 from tokenization import MomaProcessor
 
 
 ROOT = Path(__file__).parents[2]
-IS_WHOLE = os.environ.get("RUN_SLOW") == "1"
+IS_WHOLE = RUN_SLOW
 LAYERS = 30 if IS_WHOLE else 3
 # of the whole, beyond what imports take, which depends on how torch was built; what is written has 0.86e9
 MOST_MEMORY = 0.75e9
@@ -66,7 +66,7 @@ def converted(source, tmp_path_factory):
         "print('peak', peak() - imported)\n"
         "sys.exit(status)\n"
     )
-    run = run_warm(["-c", code, *command, "--output", folder / "moma"], cwd=ROOT, timeout=600)
+    run = run_python(["-c", code, *command, "--output", folder / "moma"], cwd=ROOT, timeout=600)
     assert run.returncode == 0, run.stderr[-2000:]
     # tqdm's bars
     assert "tensors: 100%" in run.stderr and "rows of image codes: 100%" in run.stderr

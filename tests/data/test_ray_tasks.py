@@ -17,10 +17,10 @@ import psutil
 import pytest
 from datasets import Dataset, Features, Image, Value
 
+from helpers.forked_python import run_python
 from helpers.processes import start_process
 from helpers.slow import slow
 from helpers.tiny import noise_images, tiny_processor
-from helpers.warm import run_warm
 from modeling_moma.cli import tokenize
 from modeling_moma.cli.main import main
 from modeling_moma.data.jobs import read_job
@@ -294,7 +294,7 @@ def test_what_becomes_of_a_shard_is_told_in_one_line(place, tmp_path, change, me
     (tmp_path / "recipe.yaml").write_text("sources: {lines: {data: lines.txt, text: text, held_out: 0}}\n")
     given = ["tokenize", "recipe.yaml", "--processor", str(place / "processor"), "--output", "tokens", "--strict"]
     command = ["-c", RUN.format(change=change), *given, "--engine", "ray", "--processes", "1"]
-    done = run_warm(command, cwd=tmp_path, env=environment(), timeout=PATIENCE)
+    done = run_python(command, cwd=tmp_path, env=environment(), timeout=PATIENCE)
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
     assert re.search(f"^error: {message}", done.stderr, re.M), done.stderr
 

@@ -6,8 +6,8 @@ import tomllib
 import pytest
 import yaml
 
+from helpers.forked_python import run_python
 from helpers.tiny import tiny_model, tiny_processor
-from helpers.warm import run_warm
 from make_space import ROOT, SPACE, main, make_space
 from page_images import environment
 
@@ -62,7 +62,7 @@ def test_app_builds_the_page_from_what_lies_in_the_space(tmp_path):
     tiny_model(processor).save_pretrained(tmp_path / "model")
     processor.save_pretrained(tmp_path / "model")
     space = make_space(tmp_path / "space", tmp_path / "model")
-    built = run_warm(["-c", BUILDS], cwd=space, env={**environment(), "PYTHONPATH": str(space)})
+    built = run_python(["-c", BUILDS], cwd=space, env={**environment(), "PYTHONPATH": str(space)})
     assert built.returncode == 0, built.stderr
     package, tabs, num_examples = built.stdout.splitlines()[-3:]
     assert package == str(space / "modeling_moma" / "__init__.py")

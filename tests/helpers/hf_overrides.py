@@ -5,13 +5,13 @@ What the suites skip by themselves (no accelerator, no Flash Attention, no video
 """
 
 import json
-import os
 import subprocess
 from unittest.mock import patch
 
 import torch
 from transformers import set_seed
 
+from helpers.slow import RUN_SLOW
 from modeling_moma import token_groups_moma
 from tokenization import MomaVQModel
 
@@ -28,8 +28,9 @@ class Overrides:
 
     def setUp(self):
         super().setUp()
-        slow = {name: f"slow, RUN_SLOW=1 runs it: {reason}" for name, reason in self.slow.items()}
-        for name, reason in {**self.skipped, **(slow if os.environ.get("RUN_SLOW") != "1" else {})}.items():
+        slow = {} if RUN_SLOW else self.slow
+        slow = {name: f"slow, RUN_SLOW=1 runs it: {reason}" for name, reason in slow.items()}
+        for name, reason in {**self.skipped, **slow}.items():
             if self._testMethodName.startswith(name):
                 self.skipTest(reason)
 

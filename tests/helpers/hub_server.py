@@ -18,7 +18,7 @@ from urllib.parse import parse_qs, quote, unquote, urlsplit
 
 import yaml
 
-from helpers.warm import run_warm
+from helpers.forked_python import run_python
 
 
 USER, TOKEN = "someone", "hf_for_the_local_server"
@@ -440,4 +440,4 @@ def run_client(server: HubServer, home: Path, *command, token: str | None = TOKE
     # without Xet, which needs servers of its own, the client sends large files by the LFS protocol
     environment |= {"HF_ENDPOINT": server.endpoint, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1"}
     environment |= {"HF_TOKEN": token} if token else {}
-    return run_warm(command, cwd=folder, env=environment)
+    return run_python(command, cwd=folder, env=environment)

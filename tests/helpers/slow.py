@@ -6,4 +6,5 @@ import os
 import pytest
 
 
-slow = pytest.mark.skipif(os.environ.get("RUN_SLOW") != "1", reason="slow: RUN_SLOW=1 runs it")
+RUN_SLOW = os.environ.get("RUN_SLOW") == "1"
+slow = pytest.mark.skipif(not RUN_SLOW, reason="slow: RUN_SLOW=1 runs it")

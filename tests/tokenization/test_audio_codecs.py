@@ -13,6 +13,7 @@ from transformers import AutoProcessor, DacFeatureExtractor, EncodecConfig, Enco
 from transformers.models.clap import ClapConfig
 
 from helpers.absent import WITHOUT_PACKAGES
+from helpers.forked_python import run_python
 from helpers.sounds import (
     MELS,
     RATE,
@@ -22,7 +23,6 @@ from helpers.sounds import (
     tiny_mel_codec,
     tone,
 )
-from helpers.warm import run_warm
 from tokenization.audio_codecs_moma import LibraryAudioCodec, MelCodec, load_audio_codec
 from tokenization.audio_input_moma import read_sound
 
@@ -254,7 +254,7 @@ def test_a_processor_of_sounds_is_loaded_without_the_package(name, tmp_path):
     codec = tiny_mel_codec() if name == "mel" else LibraryAudioCodec(tiny_library_model(name), 2)
     processor = processor_of_sounds(codec)
     processor.save_pretrained(tmp_path)
-    alone = run_warm(["-P", "-c", WITHOUT_PACKAGES + LOAD_ALONE, tmp_path], cwd=tmp_path)
+    alone = run_python(["-P", "-c", WITHOUT_PACKAGES + LOAD_ALONE, tmp_path], cwd=tmp_path)
     assert alone.returncode == 0, alone.stderr[-3000:]
     ids = processor(text=["<audio>"], audio=[np.linspace(-0.5, 0.5, 400, dtype=np.float32)])["input_ids"][0]
     assert alone.stdout.strip() == str(ids)

@@ -29,8 +29,8 @@ from transformers import (
 )
 
 from helpers.absent import WITHOUT_PACKAGES
+from helpers.forked_python import run_python
 from helpers.tiny import CARD, TEXTS, tiny_model, tiny_vq_model
-from helpers.warm import run_warm
 from modeling_moma import MomaForCausalLM
 from modeling_moma.cli import build_processor, generate, pretrain, tokenize
 from modeling_moma.demo.routing_view import SIDE, RoutingView
@@ -195,7 +195,7 @@ drawn = processor.decode_images(model.decode_image_tokens(ids))[0]
 assert not {"modeling_moma", "tokenization"} & set(sys.modules)
 json.dump([processor.encode_images([Image.open("image.png")])[0], drawn.size], open("out.json", "w"))
 """
-    result = run_warm(["-c", WITHOUT_PACKAGES + code], cwd=tmp_path)
+    result = run_python(["-c", WITHOUT_PACKAGES + code], cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert json.loads((tmp_path / "out.json").read_text()) == [codes[0], [24, 16]]
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from helpers.warm import run_warm
+from helpers.forked_python import run_python
 from tokenization.perceptual_moma_vq import MomaVQPerceptualNetwork
 
 
@@ -72,6 +72,6 @@ def test_missing_packages_name_the_extra():
         "from tokenization.perceptual_moma_vq import MomaVQPerceptualNetwork\n"
         "MomaVQPerceptualNetwork()"
     )
-    result = run_warm(["-c", program], cwd=Path(__file__).resolve().parents[2])
+    result = run_python(["-c", program], cwd=Path(__file__).resolve().parents[2])
     assert result.returncode != 0
     assert "ImportError" in result.stderr and "`train`" in result.stderr

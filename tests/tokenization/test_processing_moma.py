@@ -13,8 +13,8 @@ from PIL import Image
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoProcessor, AutoTokenizer
 
+from helpers.forked_python import run_python
 from helpers.tiny import tiny_vq_model
-from helpers.warm import run_warm
 from tokenization import (
     MomaImageProcessor,
     MomaImageProcessorPil,
@@ -430,7 +430,7 @@ def test_loads_with_remote_code_where_the_package_is_missing(processor, images, 
     environment = {**os.environ, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
     environment.pop("PYTHONPATH", None)
     command = ["-P", "-c", script, folder, tmp_path / "image.png", tmp_path / "again"]
-    done = run_warm(command, cwd=tmp_path, env=environment)
+    done = run_python(command, cwd=tmp_path, env=environment)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == str(processor(images=images[0], text="<image> red")["input_ids"][0])
     assert (tmp_path / "again" / "modeling_moma_vq.py").exists()

@@ -2,7 +2,6 @@
 """Scripts killed at random moments: a second start goes on, and ends where an uninterrupted run ends."""
 
 import json
-import os
 import random
 import shutil
 import subprocess
@@ -15,13 +14,14 @@ from datasets import Dataset, Features, Image, Value
 from safetensors.torch import load_file
 
 from helpers.processes import start_script
+from helpers.slow import RUN_SLOW
 from helpers.tiny import noise_images, write_training
 from modeling_moma.cli import pretrain, tokenize
 from modeling_moma.training.checkpoints import last_checkpoint
 
 
 ROOT = Path(__file__).resolve().parents[2]
-KILLS, STEPS, TOKENIZER_KILLS = (20, 120, 10) if os.environ.get("RUN_SLOW") == "1" else (4, 32, 5)
+KILLS, STEPS, TOKENIZER_KILLS = (20, 120, 10) if RUN_SLOW else (4, 32, 5)
 # steps that a run gets on after it has begun its first checkpoint; so many kills must not see the last one
 LONGEST_WAIT = 3
 

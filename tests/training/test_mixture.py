@@ -2,7 +2,6 @@
 """A mixture of every kind of source through the commands, from the files of a user to figures and images."""
 
 import json
-import os
 import random
 import time
 
@@ -15,7 +14,7 @@ from safetensors.torch import load_file
 
 from helpers.mixture import WEIGHTS, write_mixture
 from helpers.processes import start_script, start_scripts
-from helpers.slow import slow
+from helpers.slow import RUN_SLOW, slow
 from helpers.tiny import tiny_processor
 from modeling_moma import MomaMetricsCallback
 from modeling_moma.cli import build_processor, pretrain, tokenize
@@ -29,7 +28,7 @@ from tokenization import MomaProcessor
 
 
 # by the number of processes, each of which takes its time to start
-KILLS, STEPS = ({1: 10, 2: 5}, 60) if os.environ.get("RUN_SLOW") == "1" else ({1: 3, 2: 2}, 24)
+KILLS, STEPS = ({1: 10, 2: 5}, 60) if RUN_SLOW else ({1: 3, 2: 2}, 24)
 
 
 @pytest.fixture(scope="module")

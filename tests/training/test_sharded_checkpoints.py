@@ -2,7 +2,6 @@
 """Checkpoints in shards: taken up by other numbers of processes and in other layouts, and exported in one piece."""
 
 import json
-import os
 import re
 import shutil
 from pathlib import Path
@@ -15,7 +14,7 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from helpers.fsdp2 import sharded_training
 from helpers.parallel_reference import IMAGES, MIXED, MODELS, SEED, TEXT, train
 from helpers.processes import run_group, start_scripts
-from helpers.slow import slow
+from helpers.slow import RUN_SLOW, slow
 from helpers.tiny import tiny_model, tiny_processor, write_tokens, write_training
 from modeling_moma import MomaForCausalLM
 from modeling_moma.cli import pretrain
@@ -26,7 +25,6 @@ from modeling_moma.training.stages import copy_checkpoint
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "how-to" / "scaling.md"
 STEPS = 4
-RUN_SLOW = os.environ.get("RUN_SLOW") == "1"
 SAVED = {
     "sharded": {"fsdp_size": 4},
     "replicated_expert": {"dp_replicate_size": 2, "fsdp_size": 2, "ep_size": 2},

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Processes that begin with torch and its neighbours imported, by a fork of an interpreter that has done nothing else.
+"""Python for a test that needs a process of its own, forked from an interpreter that has torch imported.
 
 Of the ten seconds that a process takes to import our packages, most go into libraries that read no setting of a test's
 own. What reads some when it is imported (Transformers, Datasets, the Hub's client, ours) is imported anew each time.
@@ -28,7 +28,7 @@ IMPORTED = (
 )
 
 
-def run_warm(
+def run_python(
     arguments: Sequence[str | Path],
     *,
     cwd: str | Path | None = None,
