@@ -109,7 +109,7 @@ def tiff_listed(content: bytes) -> int:
 
 
 def refuse_costly_files(content: bytes, name: str) -> None:
-    """Raise for a JPEG that would take minutes to decode, and for a TIFF that would take gigabytes to open.
+    """Raise for a JPEG that would take minutes to decode, and for a TIFF that would take seconds to open.
 
     Args:
         content (`bytes`):

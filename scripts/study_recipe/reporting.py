@@ -508,10 +508,8 @@ def draw_gaps(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     colours = {recipe: f"C{place}" for place, recipe in enumerate(dict.fromkeys(recipe for recipe, _ in runs))}
     for (recipe, _), branches in sorted(runs.items()):
         row = longest(branch for branch in branches if partners(branch, rows))
-        if recipe == BASELINE or row is None:
-            continue
-        dense = longest(partners(row, rows))
-        if row["learning_rate"] != dense["learning_rate"]:
+        dense = row and longest(partners(row, rows))
+        if recipe == BASELINE or dense is None or row["learning_rate"] != dense["learning_rate"]:
             continue
         curve, other = held_out_curve(row), held_out_curve(dense)
         # the first two million tokens differ by much more than all that follows
