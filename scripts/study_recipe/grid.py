@@ -285,12 +285,13 @@ def _second_seed(recipe: str) -> Run:
 
 
 # in the order in which they are trained: what decides on the learning rate, what the study claims, what it compares,
-# the slope over sizes, what repeated data does, and levers
+# whether another rate suits many tokens better, the slope over sizes, what repeated data does, and levers
 PLAN: tuple[Run, ...] = (
     *(Run(recipe, "0.5M", 0, (5,), rate) for rate in (0.5, 1.0, 2.0) for recipe in ("dense", "4t4i-shared")),
     *(Run(recipe, "0.5M", seed, (10, 20)) for seed in FRESH_SEEDS for recipe in CLAIMED),
     *(_first_seed(recipe) for recipe in (*TRIED, *COMPARED)),
     *(_second_seed(recipe) for recipe in LONGEST),
+    *(Run(recipe, "0.5M", 2, (40,), rate=0.5) for recipe in LONGEST),
     *(_second_seed(recipe) for recipe in COMPARED if recipe not in LONGEST),
     *(Run(recipe, size, 1, (10, 20)) for size in LARGER for recipe in LONGEST),
     *(Run(recipe, "0.5M", 1, (10, 20), data="twelfth") for recipe in LONGEST),

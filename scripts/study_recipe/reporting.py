@@ -106,11 +106,14 @@ class Saving:
             the same where the head's FLOPs do not count.
         uncorrected (`float`):
             the same for equal tokens instead of equal FLOPs.
+        is_beyond (`bool`):
+            whether dense was not trained on as many tokens, and the line of its last two budgets was drawn on.
     """
 
     tokens: float
     without_head: float
     uncorrected: float
+    is_beyond: bool
 
 
 def saving(row: Mapping[str, Any], dense: Sequence[Mapping[str, Any]], kind: str, split: str, part: str) -> Saving:
@@ -129,9 +132,10 @@ def saving(row: Mapping[str, Any], dense: Sequence[Mapping[str, Any]], kind: str
             `overall`, `text` or `image`.
     """
     curve = [(float(other["tokens"]), _part(other, kind, split, part)) for other in dense]
-    ratio = tokens_needed(curve, _part(row, kind, split, part)) / row["tokens"]
+    needed = tokens_needed(curve, _part(row, kind, split, part))
+    ratio = needed / row["tokens"]
     flops, without_head = (dense[0][name] / row[name] for name in ("flops_a_token", "flops_a_token_without_head"))
-    return Saving(ratio * flops, ratio * without_head, ratio)
+    return Saving(ratio * flops, ratio * without_head, ratio, is_beyond=needed > max(curve)[0])
 
 
 def _part(row: Mapping[str, Any], kind: str, split: str, part: str) -> float:
@@ -142,17 +146,12 @@ def _part(row: Mapping[str, Any], kind: str, split: str, part: str) -> float:
 
 
 def partners(row: Mapping[str, Any], rows: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """Return the dense rows that a row is compared with: of its size, seed and data, one for each budget.
+    """Return the dense rows that a row is compared with: of its size, seed, data and rate, one for each budget.
 
     None where dense has not come as far: beyond the budgets of both, its line of the last doubling says little.
     """
-    same = ("size", "seed", "data")
-    found = [other for other in rows if other["recipe"] == BASELINE and all(other[name] == row[name] for name in same)]
-    by_rate: dict[float, list] = defaultdict(list)
-    for other in found:
-        by_rate[other["learning_rate"]].append(other)
-    # a sweep of the learning rate has one budget each
-    dense = max(by_rate.values(), key=len, default=[])
+    same = ("size", "seed", "data", "learning_rate")
+    dense = [other for other in rows if other["recipe"] == BASELINE and all(other[name] == row[name] for name in same)]
     return dense if any(other["budget"] >= row["budget"] for other in dense) else []
 
 
@@ -299,7 +298,7 @@ def seed_table(rows: Sequence[Mapping[str, Any]], split: str) -> str:
                 losses, others = (_losses(entry, CAUSAL, split) for entry in (row, dense[budget]))
                 gaps = [f"{losses[part] - others[part]:+.3f}" for part in PARTS]
             needed = f"{savings[0].uncorrected * row['tokens'] / 1e6:.0f}M"
-            if savings[0].uncorrected * row["tokens"] > max(other["tokens"] for other in dense.values()):
+            if savings[0].is_beyond:
                 needed += f" (has {max(dense)}M)"
             lines.append([size, data, f"{budget}M", recipe, str(row["seed"]), *etas, *gaps, needed])
     return table(header, lines)
@@ -509,7 +508,7 @@ def draw_gaps(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     for (recipe, _), branches in sorted(runs.items()):
         row = longest(branch for branch in branches if partners(branch, rows))
         dense = row and longest(partners(row, rows))
-        if recipe == BASELINE or dense is None or row["learning_rate"] != dense["learning_rate"]:
+        if recipe == BASELINE or dense is None:
             continue
         curve, other = held_out_curve(row), held_out_curve(dense)
         # the first two million tokens differ by much more than all that follows
@@ -524,6 +523,8 @@ def draw_gaps(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
 
 def draw_savings(rows: Sequence[Mapping[str, Any]], split: str, path: Path) -> None:
     """Draw eta over tokens, a panel for each part and a line for each recipe, and the law's line for four experts.
+
+    Circles are empty where the line of dense's last two budgets was drawn on.
 
     Args:
         rows (`Sequence[Mapping]`):
@@ -541,14 +542,21 @@ def draw_savings(rows: Sequence[Mapping[str, Any]], split: str, path: Path) -> N
     budgets_drawn = set()
     for panel, part in zip(panels, PARTS):
         for recipe, budgets in by_recipe.items():
-            points = {
-                budget: fmean(saving(row, dense, CAUSAL, split, part).tokens for row, dense in compared)
+            savings = {
+                budget: [saving(row, dense, CAUSAL, split, part) for row, dense in compared]
                 for budget, compared in sorted(budgets.items())
                 if all(len(dense) > 1 for _, dense in compared)
             }
-            budgets_drawn |= points.keys()
-            if points:
-                panel.plot(list(points), list(points.values()), marker="o", markersize=3, linewidth=1, label=recipe)
+            budgets_drawn |= savings.keys()
+            if savings:
+                etas = [fmean(each.tokens for each in seeds) for seeds in savings.values()]
+                within = [
+                    place for place, seeds in enumerate(savings.values()) if not any(each.is_beyond for each in seeds)
+                ]
+                style = {"marker": "o", "markersize": 4, "linewidth": 1, "markerfacecolor": "white"}
+                (line,) = panel.plot(list(savings), etas, label=recipe, **style)
+                filled = {"color": line.get_color(), "marker": "o", "markersize": 4, "linestyle": "none"}
+                panel.plot([list(savings)[place] for place in within], [etas[place] for place in within], **filled)
     if budgets_drawn:
         low, high = min(budgets_drawn), max(budgets_drawn)
         tokens = [low * (high / low) ** (step / 20) for step in range(21)]

@@ -351,12 +351,15 @@ def test_a_saving_is_denses_tokens_over_the_recipes_at_equal_flops():
         result("dense", 1e8, {"image": 3.0, "text": 1.0}),
     ]
     other = result("4t4i", 1e7, {"image": 3.5, "text": 2.0}, flops=7.5e6)
+    better = result("4t4i", 1e7, {"image": 2.9, "text": 2.0}, flops=7.5e6)
     assert reporting.losses_of(other, "causal", "test") == pytest.approx({"image": 3.5, "text": 2.0, "overall": 3.125})
     image = reporting.saving(other, dense, "causal", "test", "image")
     assert image.tokens == pytest.approx(10**0.5 * 6 / 7.5) and image.without_head == pytest.approx(10**0.5 * 4 / 5.5)
     assert reporting.saving(other, dense, "training", "test", "text").tokens == pytest.approx(0.8)
     # what dense itself needed is its own measure
     assert reporting.saving(dense[0], dense, "causal", "test", "overall").tokens == pytest.approx(1.0)
+    # dense has come to a loss of 3 in images, and to no lower one
+    assert not image.is_beyond and reporting.saving(better, dense, "causal", "test", "image").is_beyond
     rows = [*dense, other, result("dense", 1e7, {"image": 1.0, "text": 1.0}, seed=2)]
     assert reporting.partners(other, rows) == dense
     # where dense has not come as far there is nothing to compare with
