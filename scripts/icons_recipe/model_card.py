@@ -92,7 +92,8 @@ def rank_table(report: dict) -> str:
                 _percent(ranked["chance"]["recall@5"]),
             ]
         )
-    return markdown_table(["all names ranked", "icons", "names", "first", "first five", "median rank", "chance"], rows)
+    head = ["all names ranked", "icons", "names", "first", "first five", "median rank", "first five by chance"]
+    return markdown_table(head, rows)
 
 
 def emoji_table(report: dict) -> str:
