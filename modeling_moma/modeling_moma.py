@@ -967,6 +967,8 @@ class MomaForCausalLM(MomaPreTrainedModel, MomaGenerationMixin):
                 training=self.training,
                 attention_mask=seen_columns(attention_mask, outputs.cache),
                 head=self.lm_head if logits is None else None,
+                logits_to_keep=logits_to_keep,
+                num_positions=outputs.last_hidden_state.shape[1],
                 **kwargs,
             )
             loss, modality_losses, modality_tokens = parts.loss, parts.modality_losses, parts.modality_tokens

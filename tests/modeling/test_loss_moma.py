@@ -54,6 +54,21 @@ def test_labels_that_do_not_fit_the_logits_are_refused(name, num_labels, trainin
     assert model(ids, **given, **{name: ids[:, 32:]}).loss.isfinite()
 
 
+@pytest.mark.parametrize("places", [[0, 1, 2, 3], [2, 9], [-12, -7], [index < 3 for index in range(12)]])
+def test_of_kept_positions_the_padding_is_known(places):
+    """Rows padded on the right, of which the last columns are padding while the kept positions are not."""
+    model, ids = tiny_model().eval(), mixed_ids(3, 12)
+    mask, kept = torch.ones_like(ids), torch.tensor(places)
+    mask[0, 8:], mask[1, 5:] = 0, 0
+    targets = torch.nn.functional.pad(ids, (0, 1))[:, 1:].masked_fill(mask.diff(append=mask[:, -1:]) != 0, -100)
+    targets.masked_fill_(mask == 0, -100)
+    logits = model(ids, attention_mask=mask).logits
+    expected = torch.nn.functional.cross_entropy(logits[:, kept].flatten(0, 1), targets[:, kept].flatten())
+    shifted = torch.nn.functional.pad(ids, (0, 1))[:, 1:][:, kept]
+    out = model(ids, attention_mask=mask, shift_labels=shifted, logits_to_keep=kept)
+    torch.testing.assert_close(out.loss, expected)
+
+
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize("training", [False, True])
 def test_without_gradients_no_backward_of_the_head_runs(monkeypatch, mode, training):
