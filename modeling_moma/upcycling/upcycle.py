@@ -90,8 +90,9 @@ def upcycled_config(
 
     Raises:
         ValueError: the source has a group of several experts, or groups that the target would have to merge; a width
-            is given without `keep_seed`, or for a group that does not grow; or `keep_seed` meets a field that it
-            decides on, or `gate_after_norm`, with which a fresh router scales what the shared expert gives.
+            is given without `keep_seed`, or for a group that does not grow; the embedding and the head of a source
+            that has both are to be tied; or `keep_seed` meets a field that it decides on, or `gate_after_norm`, with
+            which a fresh router scales what the shared expert gives.
     """
     grown = {group: config.group_num_experts(group) for group in config.expert_groups}
     if max(grown.values()) > 1:
@@ -116,6 +117,10 @@ def upcycled_config(
         raise InputError(
             f"`fields` = {sorted(fields)}: `keep_seed` decides on {decided}; `expert_intermediate_size` gives the "
             "width of the routed experts."
+        )
+    if fields.get("tie_word_embeddings") and not config.tie_word_embeddings:
+        raise InputError(
+            "`tie_word_embeddings` = True: the seed has an embedding and a head of its own; one would be lost."
         )
     inference = {}
     if RULES[config.inference_routing].needs_auxiliary:

@@ -174,6 +174,8 @@ def test_bad_arguments_are_refused():
         upcycle(seed, FOUR_EACH, perturbation=-0.1)
     with pytest.raises(StrictDataclassClassValidationError, match="gumbel_noise"):
         upcycle(tiny_model(**GROUPS["1t1i"], training_routing="threshold"), FOUR_EACH)
+    with pytest.raises(ValueError, match="`tie_word_embeddings` = True"):
+        upcycle(seed, FOUR_EACH, tie_word_embeddings=True)
     with pytest.raises(ValueError, match="`model` has no"):
         upcycle(seed.model, FOUR_EACH)
 
