@@ -30,7 +30,7 @@ class MomaMetricsCallback(TrainerCallback):
     - `{modality}_depth_load`: share of the modality's tokens that a depth layer processed, averaged over these layers
       (one router serves all modalities, so their mix in a depth layer may drift away from the data's).
 
-    Evaluation's keys have the prefix `eval_`, and the set's name behind it where there are several. Forwards in
+    Evaluation's keys have its prefix, `eval_`, and the set's name behind it where there are several. Forwards in
     training mode without gradients, as of samples that another callback draws, are left out. A training loss under
     `expert_choice` sees the future; the loss that `Trainer.evaluate` reports is causal. On several processes a plain
     `Trainer` fills up the last batch of an evaluation with documents that come again, and count again; `moma pretrain`
@@ -77,10 +77,10 @@ class MomaMetricsCallback(TrainerCallback):
 
     def on_log(self, args, state, control, logs: Any = None, **kwargs):
         """Put the averages into the log and start anew."""
-        # with several evaluation sets the loss is named `eval_{name}_loss`
-        evaluated = next((key for key in logs if key.startswith("eval_") and key.endswith("_loss")), None)
-        training = evaluated is None and not any(key.startswith("eval_") for key in logs)
-        prefix = "" if training else (evaluated or "eval_loss").removesuffix("loss")
+        # "eval_", with the set's name where there are several, or what `Trainer.evaluate` was given
+        timed = [key for key in logs if key.endswith("_runtime") and key != "train_runtime"]
+        training = not timed and not any(key.startswith("eval_") for key in logs)
+        prefix = "" if training else min(timed, key=len, default="eval_runtime").removesuffix("runtime")
         metrics = {f"{prefix}{name}": value for name, value in self._averages(training).items()}
         logs.update(metrics)
         # Trainer has already filed a copy of the log

@@ -77,6 +77,41 @@ def test_trainer_logs_the_loss_of_each_modality_and_the_load(fields, processor, 
         assert evaluation[f"eval_{modality}_loss"] == pytest.approx(output.modality_losses[modality].item(), rel=1e-4)
 
 
+class OtherEvaluation(TrainerCallback):
+    """Evaluates on other examples, under another prefix, before the trainer's own evaluation."""
+
+    def __init__(self, trainer, examples):
+        self.trainer, self.examples = trainer, examples
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 3:
+            self.trainer.evaluate(self.examples, metric_key_prefix="test")
+
+
+def test_an_evaluation_under_another_prefix_has_figures_of_its_own(processor, tmp_path):
+    examples, others = make_examples(processor), [{"input_ids": [5, 6, 7]}] * 2
+    logs = []
+    for runs_other in (False, True):
+        trainer = make_trainer(processor, examples, tmp_path)
+        if runs_other:
+            trainer.add_callback(OtherEvaluation(trainer, others))
+        trainer.train()
+        logs.append(trainer.state.log_history)
+    timed = ("runtime", "per_second")
+    expected, found = (
+        [
+            {key: value for key, value in log.items() if not key.endswith(timed)}
+            for log in history
+            if "test_loss" not in log
+        ]
+        for history in logs
+    )
+    assert found == expected
+    other = next(log for log in logs[1] if "test_loss" in log)
+    assert other["test_text_loss"] == pytest.approx(other["test_loss"], rel=1e-4)
+    assert "text_loss" not in other
+
+
 def test_the_main_training_moves_no_auxiliary_router(processor, tmp_path):
     trainer = make_trainer(processor, make_examples(processor), tmp_path, **AUXILIARY)
     before = {key: value.clone() for key, value in trainer.model.state_dict().items()}
