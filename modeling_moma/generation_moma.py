@@ -247,8 +247,9 @@ class MomaGenerationMixin(GenerationCompat):
         Raises:
             ValueError: an unknown mode; an empty, all-padding or too long prompt; a cache that holds all of it; a
                 paged cache; a modality that the configuration has no frame for; too few tokens for a frame; a prompt
-                that ends inside a frame of a modality that the mode does not write; guidance together with a decoding
-                strategy whose unconditional branch would go wrong; `prefill_chunk_size` together with `inputs_embeds`.
+                that ends inside a frame of a modality that the mode does not write, or in embeddings without ids;
+                guidance together with a decoding strategy whose unconditional branch would go wrong;
+                `prefill_chunk_size` together with `inputs_embeds`.
         """
         mode = TEXT if generation_mode is None else generation_mode
         self._check_mode(mode)
@@ -380,6 +381,7 @@ class MomaGenerationMixin(GenerationCompat):
         kwargs: dict,
     ) -> GenerationConfig | None:
         """Add what a mode needs to the processors and arguments, and return the generation config with its length."""
+        _check_embedded_end(prompt, self.config, kwargs)
         frame = self.config.frames.get(mode)
         width = _width(prompt, kwargs)
         is_sized = any(
@@ -563,6 +565,20 @@ def _check_prompt(prompt: torch.Tensor, kwargs: dict) -> None:
     if isinstance(mask, torch.Tensor) and mask.ndim == 2 and not mask.any(dim=1).all():
         row = int((~mask.any(dim=1)).nonzero()[0])
         raise InputError(f"`attention_mask`: row {row} is all padding; a prompt needs one token at least.")
+
+
+def _check_embedded_end(prompt: torch.Tensor, config: MomaConfig, kwargs: dict) -> None:
+    """Raise at rows of embeddings that end with a code: without their ids nothing tells how the frame goes on."""
+    types = kwargs.get("mm_token_type_ids")
+    if prompt.shape[1] or types is None:
+        return
+    for index, modality in enumerate(config.modalities):
+        is_inside_B = types[:, -1] == index
+        if modality in config.frames and is_inside_B.any():
+            raise InputError(
+                f"`inputs_embeds`: by `mm_token_type_ids` row {int(is_inside_B.nonzero()[0])} ends inside a frame of "
+                f"{modality!r}, which cannot be continued without the codes: give `input_ids` beside the embeddings."
+            )
 
 
 def _unconditional_prompt(

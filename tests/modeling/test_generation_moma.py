@@ -405,6 +405,15 @@ def test_text_only_model_generates_text_and_refuses_images():
             model.generate(torch.tensor([[BOS, 20]]), generation_mode=mode)
 
 
+@pytest.mark.parametrize("mode", ["text", "image", "interleaved"])
+def test_embeddings_that_end_within_an_image_need_their_ids(model, mode):
+    embeds, types = model.get_input_embeddings()(torch.tensor([[BOS, 20, 21]])), torch.tensor([[0, 1, 1]])
+    with pytest.raises(ValueError, match="row 0 ends inside a frame of 'image'.*give `input_ids`"):
+        model.generate(inputs_embeds=embeds, mm_token_type_ids=types, generation_mode=mode)
+    types[:, -1] = 0
+    model.generate(inputs_embeds=embeds, mm_token_type_ids=types, max_new_tokens=1)
+
+
 def test_embedded_prompts_get_whole_images(model):
     embeds = model.get_input_embeddings()(torch.tensor([[BOS, 20, 21]]))
     out = model.generate(inputs_embeds=embeds, generation_mode="image", do_sample=False)
