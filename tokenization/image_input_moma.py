@@ -206,8 +206,8 @@ def clean_array_image(image: "np.ndarray | torch.Tensor", do_rescale: bool | Non
         `np.ndarray` or `torch.Tensor`: the image, of the same shape.
 
     Raises:
-        ValueError: the image is empty, or holds NaN, infinity, complex numbers, or values outside 0 to 255 where
-            a division by 255 follows.
+        ValueError: the image is empty, or holds NaN, infinity, complex numbers or objects, or values outside 0 to 255
+            where a division by 255 follows.
     """
     if 0 in image.shape:
         raise InputError(f"images: got an empty image of shape {tuple(image.shape)}.")
@@ -219,8 +219,8 @@ def clean_array_image(image: "np.ndarray | torch.Tensor", do_rescale: bool | Non
         values = tensor.numpy() if not tensor.is_floating_point() else tensor.float().numpy()
     else:
         values = image
-    if np.issubdtype(values.dtype, np.complexfloating):
-        raise InputError(f"images: an image of type {values.dtype} holds complex numbers, which cannot be colours.")
+    if values.dtype.kind not in "biuf":
+        raise InputError(f"images: an image of type {values.dtype} holds no real numbers, so these cannot be colours.")
     is_float = np.issubdtype(values.dtype, np.floating)
     if is_float and not np.isfinite(values).all():
         raise InputError("images: an image holds NaN or infinite values.")
@@ -228,7 +228,8 @@ def clean_array_image(image: "np.ndarray | torch.Tensor", do_rescale: bool | Non
         return values.astype(np.float32)
     if values.dtype == np.bool_:
         return values.astype(np.uint8) * np.uint8(255)
-    if values.dtype == np.uint16:
+    # of either byte order
+    if values.dtype.kind == "u" and values.dtype.itemsize == 2:
         return np.round(values / 257.0).astype(np.uint8)
     if values.min() < 0 or values.max() > 255:
         raise InputError(

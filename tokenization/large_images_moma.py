@@ -190,6 +190,9 @@ def to_8_bits(image: Image.Image) -> Image.Image:
             "images: an image of mode 'F' (floating point) has no known range of values; scale it to 0..255 and "
             "convert it to mode 'L' first."
         )
+    # Pillow converts greyscale with premultiplied alpha to this mode alone
+    if image.mode == "La":
+        return image.convert("LA")
     if not image.mode.startswith("I"):
         return image
     values = np.asarray(image)

@@ -290,6 +290,8 @@ class MomaProcessor(CodeConversionMixin):
                 "text: images become part of `input_ids`, so text=None has no place for them; pass "
                 f"{self.image_token!r} for each image, or call `encode_images(images)` for the bare codes."
             )
+        if isinstance(text, bytes) or (text is not None and not hasattr(text, "__iter__")):
+            raise InputError(f"text: expected a string or a list of strings, got {type(text).__name__}.")
         return_labels = given.pop("return_labels", self.return_labels)
         if text is not None and given.get("add_special_tokens", True):
             text = self._fill_empty_texts(text)

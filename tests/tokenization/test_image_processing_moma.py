@@ -106,7 +106,13 @@ def test_sixteen_bit_greyscale_is_scaled_and_not_clipped(image_processor, tmp_pa
         torch.testing.assert_close(pixels(image_processor, image), expected)
     torch.testing.assert_close(pixels(image_processor, str(tmp_path / "sixteen.png")), expected)
     torch.testing.assert_close(pixels(image_processor, sixteen), expected)
+    torch.testing.assert_close(pixels(image_processor, sixteen.astype(">u2")), expected)
     torch.testing.assert_close(pixels(image_processor, Image.fromarray(sixteen.astype(np.int32))), expected)
+
+
+def test_premultiplied_grey_is_read_as_plain_grey(image_processor):
+    grey = Image.new("LA", (16, 16), (90, 128))
+    torch.testing.assert_close(pixels(image_processor, grey.convert("La")), pixels(image_processor, grey))
 
 
 def test_transparent_value_of_sixteen_bit_greyscale_is_composited_on_white(image_processor, tmp_path):
@@ -155,6 +161,7 @@ def test_truncated_pil_image_raises_a_value_error_that_says_so(image_processor):
         (np.full((16, 16, 3), 256.5, dtype=np.float32), "from 256.5 to 256.5"),
         (torch.full((3, 16, 16), -1.0), "from -1.0 to -1.0"),
         (np.full((16, 16, 3), 1 + 1j), "complex"),
+        (np.full((16, 16, 3), "red", dtype=object), "type object"),
         (Image.new("F", (16, 16)), "mode 'F'"),
         (Image.fromarray(np.full((16, 16), 70000, dtype=np.int32)), "70000"),
         ("no/such/image.png", "neither an existing file"),

@@ -211,6 +211,8 @@ def test_text_alone(processor, images):
         (1, None, "text=None"),
         (0, None, "at least one text"),
         (0, [], "at least one text"),
+        (0, 5, "got int"),
+        (0, b"red", "got bytes"),
     ],
 )
 def test_wrong_number_of_images_raises(processor, images, count, text, message):
