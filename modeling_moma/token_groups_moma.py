@@ -20,10 +20,14 @@ import torch
 import torch.distributed as dist
 from transformers.cache_utils import Cache, StaticCache
 from transformers.modeling_flash_attention_utils import FlashAttentionKwargs
+from transformers.utils import logging
 
 from .configuration_moma import RULES, MomaConfig, rule_of
 from .documents_moma import Documents, DocumentSearch, document_begins, uses_flash_attention_mask
 from .errors_moma import InputError
+
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -872,6 +876,12 @@ def _modalities(
                 f"{inputs.shape[0]} rows of {inputs.shape[1]} positions: each needs its modality."
             )
         return mm_token_type_ids
+    # soft prompts of PEFT come this way, before images too
+    if len(config.expert_groups) > 1 and not torch.compiler.is_compiling():
+        logger.warning_once(
+            "`inputs_embeds` came without `mm_token_type_ids`: all positions go to the experts of text. Where there "
+            "are images among them, give the modality of each."
+        )
     return torch.zeros(inputs.shape[:2], dtype=torch.long, device=inputs.device)
 
 

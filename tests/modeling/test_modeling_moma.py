@@ -9,6 +9,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 
 from helpers.reference import GROUPS, assert_near, fields_of
 from helpers.tiny import mixed_ids, tiny_config, tiny_model
+from modeling_moma import token_groups_moma
 from modeling_moma.configuration_moma import RULES, rule_names
 from modeling_moma.loss_moma import causal_lm_loss
 from modeling_moma.modeling_moma import MomaForCausalLM
@@ -150,7 +151,9 @@ def test_eager_attention_equals_sdpa(qk_norm, fields):
 
 
 @pytest.mark.parametrize("routing", RULES)
-def test_embeddings_with_modalities_equal_ids(routing):
+def test_embeddings_with_modalities_equal_ids(monkeypatch, routing):
+    warnings = []
+    monkeypatch.setattr(token_groups_moma.logger, "warning_once", warnings.append)
     model = tiny_model(**GROUPS["6t2i"], **fields_of(routing)).eval()
     ids = mixed_ids()
     embeds = model.get_input_embeddings()(ids)
@@ -159,7 +162,9 @@ def test_embeddings_with_modalities_equal_ids(routing):
     assert_near(model(inputs_embeds=embeds, mm_token_type_ids=kinds, routing=routing).logits, expected, 1e-6)
     # without modalities all positions are text
     all_text = model(inputs_embeds=embeds, mm_token_type_ids=torch.zeros_like(kinds), routing=routing).logits
+    assert not warnings
     assert torch.equal(model(inputs_embeds=embeds, routing=routing).logits, all_text)
+    assert "without `mm_token_type_ids`" in warnings[0]
     assert not torch.allclose(all_text, expected, atol=1e-3)
 
 
