@@ -686,51 +686,26 @@ def _pack_custom_mask(packing: DepthPacking, mask_BHQS: torch.Tensor, dtype: tor
     return torch.where((slot_RK >= 0)[:, None, None], mask_RHCK, hidden)
 
 
-class PackedCache:
-    """A view of the model's cache that tells a depth layer's part of it where the packed tokens stand."""
+class DepthCacheView:
+    """A depth layer's part of the model's cache in one forward: its attention knows of keys and values alone.
 
-    def __init__(self, cache: Cache, packing: DepthPacking, capacity: float):
-        self.cache, self.packing, self.capacity = cache, packing, capacity
+    Args:
+        cache (`Cache`):
+            the model's.
+        capacity (`float`):
+            the share of tokens that a static layer has slots for.
+        step (`Any`):
+            which rows and tokens take part, as [`MomaDepthCacheLayer.update`] takes it.
+    """
 
-    def update(
-        self, keys: torch.Tensor, values: torch.Tensor, layer_idx: int, **kwargs
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """See [`MomaDepthCacheLayer.update`]."""
-        return self.cache.update(keys, values, layer_idx, packing=self.packing, capacity=self.capacity)
-
-
-class StepCache:
-    """A view of the model's cache for a step of one token, in which some rows take part."""
-
-    def __init__(self, cache: Cache, rows: list[int], row_R: torch.Tensor | None, num_rows: int, capacity: float):
-        self.cache, self.rows, self.row_R, self.num_rows, self.capacity = cache, rows, row_R, num_rows, capacity
+    def __init__(self, cache: Cache, capacity: float, **step: Any):
+        self.cache, self.step = cache, {"capacity": capacity, **step}
 
     def update(
         self, keys: torch.Tensor, values: torch.Tensor, layer_idx: int, **kwargs
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """See [`MomaDepthCacheLayer.update`]."""
-        return self.cache.update(
-            keys,
-            values,
-            layer_idx,
-            rows=self.rows,
-            row_R=self.row_R,
-            num_rows=self.num_rows,
-            capacity=self.capacity,
-        )
-
-
-class MaskedStepCache:
-    """A view of the model's cache for a step of one token in which all rows take part, chosen or not."""
-
-    def __init__(self, cache: Cache, chosen_B: torch.Tensor, capacity: float):
-        self.cache, self.chosen_B, self.capacity = cache, chosen_B, capacity
-
-    def update(
-        self, keys: torch.Tensor, values: torch.Tensor, layer_idx: int, **kwargs
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """See [`MomaDepthCacheLayer.update`]."""
-        return self.cache.update(keys, values, layer_idx, chosen_B=self.chosen_B, capacity=self.capacity)
+        return self.cache.update(keys, values, layer_idx, **self.step)
 
 
 def chosen_mask(chosen_BT: torch.Tensor, document_BT: torch.Tensor | None) -> torch.Tensor:
@@ -809,12 +784,10 @@ def depth_cache_layer(cache: Cache, layer_idx: int) -> MomaDepthCacheLayer | Mom
 
 
 __all__ = [
+    "DepthCacheView",
     "DepthPacking",
-    "MaskedStepCache",
     "MomaDepthCacheLayer",
     "MomaStaticDepthCacheLayer",
-    "PackedCache",
-    "StepCache",
     "chosen_mask",
     "depth_cache_layer",
     "pack_chosen",

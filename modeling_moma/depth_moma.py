@@ -19,9 +19,7 @@ from transformers.utils.deprecation import deprecate_kwarg
 
 from .configuration_moma import MomaConfig, rule_of
 from .depth_cache_moma import (
-    MaskedStepCache,
-    PackedCache,
-    StepCache,
+    DepthCacheView,
     chosen_mask,
     depth_cache_layer,
     pack_chosen,
@@ -377,7 +375,7 @@ class DepthLayer(nn.Module):
         if cache is not None:
             cache_layer = depth_cache_layer(cache, self.layer_idx)
             packing.slot_RS, packing.past = cache_layer.stored_slots(packing), cache_layer.get_seq_length()
-            packed_cache = PackedCache(cache, packing, self.depth_router.capacity)
+            packed_cache = DepthCacheView(cache, self.depth_router.capacity, packing=packing)
         x_1PD = packing.choose(hidden_states)
         if lengths["cu_seq_lens_q"] is not None and uses_flash_attention_mask(self.config) and any(packing.counts):
             # nothing but lengths tells rows apart, either
@@ -441,7 +439,7 @@ class DepthLayer(nn.Module):
             context,
             position_embeddings=position_embeddings,
             attention_mask=step_mask(self.config, is_key_RS, x_R1D.dtype),
-            cache=StepCache(cache, rows, row_R, num_rows, self.depth_router.capacity),
+            cache=DepthCacheView(cache, self.depth_router.capacity, rows=rows, row_R=row_R, num_rows=num_rows),
             **kwargs,
         )
         update_R1D = attention_update_R1D + self.ffn_update(x_R1D + attention_update_R1D, context)
@@ -464,7 +462,7 @@ class DepthLayer(nn.Module):
         else:
             is_key_BS = depth_cache_layer(cache, self.layer_idx).prepare_masked_step()
             mask = step_mask(self.config, is_key_BS, hidden_BTD.dtype)
-            masked_cache = MaskedStepCache(cache, chosen_BT[:, 0], self.depth_router.capacity)
+            masked_cache = DepthCacheView(cache, self.depth_router.capacity, chosen_B=chosen_BT[:, 0])
         if context.track:
             context = context.with_skipping(~chosen_BT)
         # what the layer does not see must not overflow in it: infinity times 0 is no number

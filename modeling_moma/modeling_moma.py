@@ -50,7 +50,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from .compat_moma import complete_model_card
 from .configuration_moma import MomaConfig, check_rules
 from .cpu_moma import CpuAttention, CpuRMSNorm, MomaCpuLinear, cpu_form_of, use_cpu_layers
-from .depth_cache_moma import DepthPacking, PackedCache, StepCache
+from .depth_cache_moma import DepthCacheView, DepthPacking
 from .depth_moma import DepthLayer, MomaDepthRouter
 from .documents_moma import causal_mask_of, check_whole_lengths, uses_flash_attention_mask
 from .errors_moma import InputError
@@ -217,7 +217,7 @@ class MomaAttention(MomaProjections):
         hidden_states: torch.Tensor,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         attention_mask: torch.Tensor | None,
-        cache: Cache | PackedCache | StepCache | None = None,
+        cache: Cache | DepthCacheView | None = None,
         packing: DepthPacking | None = None,
         routing_context: RoutingContext | None = None,
         **kwargs: Unpack[TransformersKwargs],
@@ -255,7 +255,7 @@ class MomaAttention(MomaProjections):
         return self.config._attn_implementation  # pyright: ignore[reportReturnType]
 
     def store(
-        self, cache: Cache | PackedCache | StepCache, key: torch.Tensor, value: torch.Tensor, **kwargs
+        self, cache: Cache | DepthCacheView, key: torch.Tensor, value: torch.Tensor, **kwargs
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Add keys and values to a cache, `[B, H, T, head_dim]`, and return all that this layer has there."""
         return cache.update(key, value, self.layer_idx, kwargs=kwargs)
