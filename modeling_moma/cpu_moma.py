@@ -317,12 +317,12 @@ class CpuAttention(nn.Module):
         return super().rotate(query, key, cos, sin)  # pyright: ignore[reportAttributeAccessIssue]
 
     def store(
-        self, cache: Cache, key: torch.Tensor, value: torch.Tensor, **kwargs
+        self, cache: Cache, key: torch.Tensor, value: torch.Tensor, kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Store as the plain class does, in a layer of the cache that grows in place."""
         if _is_inference():
             use_growing_layer(cache, self.layer_idx)
-        return super().store(cache, key, value, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+        return super().store(cache, key, value, kwargs)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _lacks_instructions() -> bool:

@@ -25,7 +25,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import torch
 from huggingface_hub import CommitInfo
@@ -229,7 +229,7 @@ class MomaAttention(MomaProjections):
         if packing is not None:
             query, key, value = packing.lay_out(query), packing.lay_out(key), packing.lay_out(value)
         if cache is not None:
-            key, value = self.store(cache, key, value, **kwargs)
+            key, value = self.store(cache, key, value, kwargs)
         # vLLM reads the source of this method for the one call of the interface and for its scale
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.attention_implementation(), eager_attention_forward
@@ -255,9 +255,10 @@ class MomaAttention(MomaProjections):
         return self.config._attn_implementation  # pyright: ignore[reportReturnType]
 
     def store(
-        self, cache: Cache | DepthCacheView, key: torch.Tensor, value: torch.Tensor, **kwargs
+        self, cache: Cache | DepthCacheView, key: torch.Tensor, value: torch.Tensor, kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Add keys and values to a cache, `[B, H, T, head_dim]`, and return all that this layer has there."""
+        # a paged cache changes the arguments of attention in place
         return cache.update(key, value, self.layer_idx, kwargs=kwargs)
 
     def project(

@@ -215,3 +215,25 @@ def test_all_that_the_head_adds_is_one_product(processor, requests):
     with torch.no_grad():
         logits = model(input_ids=ids).logits
         torch.testing.assert_close(logits, model.model(input_ids=ids)[0] @ model.get_input_embeddings().weight.T)
+
+
+def test_attention_is_told_what_a_paged_cache_changes(processor):
+    # flash attention reads keys from the blocks that the cache of continuous batching names
+    class PagedCache:
+        def update(self, key, value, layer_idx, kwargs):
+            kwargs["block_table"] = f"blocks of layer {layer_idx}"
+            return key, value
+
+    seen = []
+
+    def attention(module, query, key, value, attention_mask, block_table, **kwargs):
+        seen.append(block_table)
+        return query.transpose(1, 2), None
+
+    model = tiny_model(processor)
+    ids = processor(text=["a red apple"], return_tensors="pt")["input_ids"]
+    ALL_ATTENTION_FUNCTIONS.register("paged_row", attention)
+    model.config._attn_implementation = "paged_row"
+    with torch.no_grad():
+        model(ids, cache=PagedCache(), block_table="blocks of all layers")
+    assert seen == ["blocks of layer 0", "blocks of layer 1"]
