@@ -175,7 +175,7 @@ class MomaDepthRouter(MomaRouterBase):
         # so that none of several equal rows comes before the others
         return x_BT if self.is_pooled_by_row else x_BT.t().reshape(1, -1)
 
-    def _at_last(self, x_LGN: torch.Tensor, count: "int | torch.Tensor") -> torch.Tensor:
+    def _at_last(self, x_LGN: torch.Tensor, count: int | torch.Tensor) -> torch.Tensor:
         """Return what stands at the last place that is within a pool's capacity, `[L, G, 1]`."""
         if not isinstance(count, torch.Tensor):
             last = ceil_share(self.capacity_fractions[0], count) - 1
@@ -246,31 +246,23 @@ class DepthTokens:
         return self.context.router_state(self.router)
 
     @property
-    def pool_BT(self) -> torch.Tensor:
-        """The pool by modality in which each token competes, `[B, T]`."""
-        if len(self.router.capacities) > 1:
-            return self.context.modality_BT
-        return torch.zeros_like(self.scores_BT, dtype=torch.long)
-
-    @property
-    def is_token_BT(self) -> torch.Tensor:
-        """False at padding, `[B, T]`."""
-        padding_BT = self.context.padding_BT
-        return torch.ones_like(self.scores_BT, dtype=torch.bool) if padding_BT is None else ~padding_BT
+    def pool_BT(self) -> torch.Tensor | None:
+        """The pool by modality in which each token competes, `[B, T]`; `None` where there is one."""
+        return self.context.modality_BT if len(self.router.capacities) > 1 else None
 
     def by_pool(self, values_G: torch.Tensor) -> torch.Tensor:
         """Give each token its pool's value, `[B, T]`, or `[1]` where there is one pool."""
-        return values_G if values_G.shape[0] == 1 else values_G[self.pool_BT]
+        pool_BT = self.pool_BT
+        return values_G if pool_BT is None else values_G[pool_BT]
 
     @property
     def ranks(self) -> DepthRanks:
         """See [`MomaDepthRouter.rank`]; only training and rules that look at the batch need it."""
         # functools.cached_property takes a lock, which breaks the graph of a compiled forward
         if self._ranks is None:
-            has_pools, padding_BT = len(self.router.capacities) > 1, self.context.padding_BT
-            self._ranks = self.router.rank(
-                self.scores_BT, self.pool_BT if has_pools else None, None if padding_BT is None else ~padding_BT
-            )
+            padding_BT = self.context.padding_BT
+            is_token_BT = None if padding_BT is None else ~padding_BT
+            self._ranks = self.router.rank(self.scores_BT, self.pool_BT, is_token_BT)
         return self._ranks
 
 

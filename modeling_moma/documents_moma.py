@@ -24,7 +24,7 @@ from transformers.modeling_flash_attention_utils import FlashAttentionKwargs
 from transformers.modeling_utils import PreTrainedModel
 
 from .configuration_moma import MomaConfig
-from .errors_moma import InputError
+from .errors_moma import EACH_DEVICE, InputError
 
 
 # names of the lengths, those of queries' first
@@ -236,7 +236,7 @@ def check_whole_lengths(model: PreTrainedModel, given: Mapping[str, Any]) -> Non
     if getattr(model, "_is_replica", False) and FLASH_LENGTHS[0] in given:
         raise InputError(
             f"`{FLASH_LENGTHS[0]}` counts through all rows, but `DataParallel` has cut it, and may have dropped rows: "
-            "start one process for each device with torchrun, or show this one a single device."
+            f"{EACH_DEVICE}"
         )
 
 

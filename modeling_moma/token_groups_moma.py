@@ -7,7 +7,7 @@ with the checks of a batch.
 Shape suffixes:
     B rows, T positions, D hidden size, N tokens of one group in the batch, H heads, Q queries, S positions that the
     cache has seen and those of the batch, C thresholds of a router (one for each expert, or for each pool of a depth
-    router).
+    router), M modalities.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -178,7 +178,8 @@ def split_modalities(
     padding_BT: torch.Tensor | None = None,
     input_ids: torch.Tensor | None = None,
     masked_B: torch.Tensor | None = None,
-) -> ModalitySplit:
+    others: Sequence[torch.Tensor] = (),
+) -> tuple[ModalitySplit, list[int]]:
     """Assign every position to its expert group, with one device sync.
 
     Args:
@@ -192,23 +193,16 @@ def split_modalities(
             checked against the vocabulary in the same device sync.
         masked_B (`torch.BoolTensor`, *optional*):
             True where a whole row is padding, cached positions included, `[B]`.
+        others (`Sequence[torch.Tensor]`, *optional*, defaults to `()`):
+            numbers that are read in the same device sync.
+
+    Returns:
+        `tuple`: the split, and what `others` are.
 
     Raises:
         IndexError: an id lies outside the vocabulary.
         ValueError: a modality index is not one of `config.modalities`, or a row is all padding.
     """
-    return _split_and_read(config, modality_BT, padding_BT, input_ids, masked_B)[0]
-
-
-def _split_and_read(
-    config: MomaConfig,
-    modality_BT: torch.Tensor,
-    padding_BT: torch.Tensor | None,
-    input_ids: torch.Tensor | None,
-    masked_B: torch.Tensor | None,
-    others: Sequence[torch.Tensor] = (),
-) -> tuple[ModalitySplit, list[int]]:
-    """Return the split, and in the same device sync what other numbers are."""
     groups = list(config.expert_groups)
     group_BT = position_groups(config, modality_BT, padding_BT)
     checked = modality_BT if input_ids is None else input_ids
@@ -296,7 +290,7 @@ class RouterStatistics(NamedTuple):
             the next lower ones, see `thresholds_between`; equal to `kth_C` where those are thresholds already.
         load_deficit_C (`torch.Tensor`, *optional*):
             by how much the load lags behind its target, as a share of the tokens; `None` where no bias moves. Of each
-            modality `[modalities, C]` where each has its own bias.
+            modality `[M, C]` where each has its own bias.
         count_C (`torch.Tensor`, *optional*):
             1, or 0 where this process had no token to judge by; `None` stands for ones.
     """
@@ -508,7 +502,7 @@ class RoutingContext:
         view.statistics, view.state, view.noise = self.statistics, self.state, self.noise
         return view
 
-    def router_state(self, router: Any) -> "Any":
+    def router_state(self, router: Any) -> Any:
         """Return the buffers of a router to select with.
 
         Recomputation under activation checkpointing comes after `update_routers`, which has kept what they were, and
@@ -854,7 +848,7 @@ def _split_batch(
         masked_B = (attention_mask == 0).all(dim=-1) if cache is None else None
     search = DocumentSearch(config, given, inputs, attention_mask, padding_BT, position_ids, cache, past_length)
     others = list(search.questions.values())
-    split, numbers = _split_and_read(config, modality_BT, padding_BT, input_ids, masked_B, others)
+    split, numbers = split_modalities(config, modality_BT, padding_BT, input_ids, masked_B, others)
     has_padding = sum(split.counts.values()) < modality_BT.numel()
     documents = search.documents(dict(zip(search.questions, numbers)), has_padding)
     return split, modality_BT, padding_BT, documents

@@ -40,7 +40,7 @@ def trainable(module: torch.nn.Module) -> list[tuple[str, torch.nn.Parameter]]:
 
 def context_of(config, modality_BT, routing, padding_BT=None, track=False) -> RoutingContext:
     """The routing context of one feed-forward call."""
-    split = split_modalities(config, modality_BT, padding_BT)
+    split, _ = split_modalities(config, modality_BT, padding_BT)
     return RoutingContext(routing, split, track=track, modality_BT=modality_BT, padding_BT=padding_BT)
 
 

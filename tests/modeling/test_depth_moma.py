@@ -43,7 +43,7 @@ def batch(config, seed=0, with_padding=True):
 
 
 def context_of(config, modality_BT, padding_BT, depth_routing, track=False):
-    split = split_modalities(config, modality_BT, padding_BT)
+    split, _ = split_modalities(config, modality_BT, padding_BT)
     return RoutingContext("expert_choice", split, track, depth_routing, modality_BT, padding_BT)
 
 

@@ -77,7 +77,7 @@ def test_a_context_moves_whole_and_once_and_shares_what_routers_leave():
     modality_BT[:, 3:] = 1
     padding_BT[1, 0] = True
     document_BT, mask = torch.zeros(2, 6, dtype=torch.long), torch.zeros(2, 1, 6, 6)
-    split = split_modalities(config, modality_BT, padding_BT)
+    split, _ = split_modalities(config, modality_BT, padding_BT)
     context = RoutingContext("threshold", split, True, "expert_choice", modality_BT, padding_BT, document_BT, mask)
     moved = context.to("meta", non_blocking=True)
     assert moved is context.to(torch.device("meta")) and context.to("cpu") is context

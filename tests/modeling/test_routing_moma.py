@@ -399,7 +399,7 @@ def test_a_split_merges_back_with_zeros_at_padding():
     modality_BT = token_modalities(config, mixed_ids())
     padding_BT = torch.zeros_like(modality_BT, dtype=torch.bool)
     padding_BT[1, 8:] = True
-    split = split_modalities(config, modality_BT, padding_BT)
+    split, _ = split_modalities(config, modality_BT, padding_BT)
     x = torch.randn(*modality_BT.shape, 3)
     groups = split.split(x)
     assert torch.equal(groups["image"], x[(modality_BT == 1) & ~padding_BT])
