@@ -130,12 +130,11 @@ def image_grid(rows: Sequence[Sequence[Image.Image]], gap: int = 4) -> Image.Ima
         gap (`int`, *optional*, defaults to `4`):
             pixels around each.
     """
-    side = rows[0][0].width
-    width = max(map(len, rows)) * (side + gap) + gap
-    grid = Image.new("RGB", (width, len(rows) * (side + gap) + gap), "white")
+    width, height = (side + gap for side in rows[0][0].size)
+    grid = Image.new("RGB", (max(map(len, rows)) * width + gap, len(rows) * height + gap), "white")
     for line, row in enumerate(rows):
         for place, image in enumerate(row):
-            grid.paste(image, (gap + place * (side + gap), gap + line * (side + gap)))
+            grid.paste(image, (gap + place * width, gap + line * height))
     return grid
 
 

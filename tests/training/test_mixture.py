@@ -23,7 +23,7 @@ from modeling_moma.data.documents import TokenFolder
 from modeling_moma.evaluation.held_out import read_held_out
 from modeling_moma.training.pretraining import training_stream
 from modeling_moma.training.recipe import SampleFields
-from modeling_moma.training.samples import SampleCallback
+from modeling_moma.training.samples import SampleCallback, image_grid
 from tokenization import MomaProcessor
 
 
@@ -110,6 +110,14 @@ def test_samples_show_drawings_and_captions(trained):
     assert sample["captions"][0]["reference"].startswith("thing ")
     # two rows of two images of 16 pixels
     assert Image.open(trained / "samples" / "step-000008.png").size == (44, 44)
+
+
+def test_samples_of_any_rectangle_stand_beside_and_below_one_another():
+    # as images of Janus and Emu3 may be
+    red, blue = (Image.new("RGB", (8, 16), colour) for colour in ("red", "blue"))
+    grid = image_grid([[red, red], [blue]], gap=2)
+    assert grid.size == (22, 38)
+    assert grid.getpixel((9, 17)) == (255, 0, 0) and grid.getpixel((2, 20)) == (0, 0, 255)
 
 
 def test_samples_are_decoded_where_the_model_is(inputs, monkeypatch):
