@@ -68,7 +68,8 @@ class InterleavedKind(SourceKind):
     def from_fields(cls, where: str, fields: dict[str, Any]) -> "InterleavedKind":
         kind = read_fields(cls, fields, where)
         if (kind.segments is None) == (kind.messages is None):
-            raise InputError(f"{where} names both `segments` and `messages`: documents are one of them.")
+            named = "neither" if kind.segments is None else "both"
+            raise InputError(f"{where} names {named} of `segments` and `messages`: documents are one of them.")
         return kind
 
     def columns(self) -> list[str]:
