@@ -23,7 +23,7 @@ from .image_input_moma import MomaImageInputMixin
 class MomaImageProcessor(MomaImageInputMixin, TorchvisionBackend):
     r"""Resizes, crops and rescales images for the VQ model (torchvision backend).
 
-    The shortest edge is resized with Lanczos filtering and the centre is cropped to a square, as Chameleon does: of a
+    The shortest edge is resized with Lanczos filtering and the centre is cropped to a square, as Chameleon does: of an
     image that is not square the ends of the longer side are lost. Pad it to a square first to keep them. Greyscale,
     palette, 16-bit greyscale and transparent images become 8-bit RGB, transparency composited on white.
 

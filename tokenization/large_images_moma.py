@@ -6,7 +6,7 @@ import re
 from typing import Literal
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 from .processor_errors_moma import InputError
 
@@ -22,7 +22,6 @@ MOST_SCANS = 100
 MOST_LISTED = 2**18
 # Pixels of one band: only a band at a time is converted, which bounds the memory.
 _BAND_PIXELS = 2**20
-_EXIF_ORIENTATION = 0x0112
 # Marker of a JPEG that a segment follows, or its end; restarts and escaped bytes of pixels have none.
 _MARKER = re.compile(rb"\xff([\xc0-\xcf\xd9-\xfe])")
 # Byte order of a TIFF by its first bytes, and the types of its fields that stay bytes: BYTE, ASCII, UNDEFINED.
@@ -144,7 +143,7 @@ def shrink_by_averaging(image: Image.Image, factor: int) -> Image.Image:
     Raises:
         ValueError: the values of the image have no known range.
     """
-    orientation = image.getexif().get(_EXIF_ORIENTATION, 1)
+    orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
     rows = max(1, _BAND_PIXELS // (image.width * factor)) * factor
     shrunk = None
     for top in range(0, image.height, rows):
@@ -154,13 +153,13 @@ def shrink_by_averaging(image: Image.Image, factor: int) -> Image.Image:
             shrunk = Image.new(band.mode, (band.width, math.ceil(image.height / factor)))
         shrunk.paste(band, (0, top // factor))
     assert shrunk is not None
-    shrunk.getexif()[_EXIF_ORIENTATION] = orientation
+    shrunk.getexif()[ExifTags.Base.Orientation] = orientation
     return apply_orientation(shrunk)
 
 
 def apply_orientation(image: Image.Image) -> Image.Image:
     """Turn an image as its EXIF orientation says; an image without one is returned as it is."""
-    return image if image.getexif().get(_EXIF_ORIENTATION, 1) == 1 else ImageOps.exif_transpose(image)
+    return image if image.getexif().get(ExifTags.Base.Orientation, 1) == 1 else ImageOps.exif_transpose(image)
 
 
 def _to_averaged_mode(image: Image.Image) -> Image.Image:

@@ -8,17 +8,13 @@ from typing import Any
 from urllib.error import URLError
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from tokenization.image_input_moma import clean_pil_image, open_image
 from tokenization.large_images_moma import refuse_costly_files
 from tokenization.renamed_moma import renamed
 
 from ..errors_moma import InputError
-
-
-# the orientation in which a camera held an image
-_EXIF_ORIENTATION = 0x0112
 
 
 class LeftOut(InputError):
@@ -101,7 +97,7 @@ def _open(value: Any, root: str | None) -> Image.Image:
 
 
 def _changes(image: Image.Image) -> list[str]:
-    orientation = image.getexif().get(_EXIF_ORIENTATION, 1) if hasattr(image, "getexif") else 1
+    orientation = image.getexif().get(ExifTags.Base.Orientation, 1) if hasattr(image, "getexif") else 1
     found = {
         "CMYK": image.mode == "CMYK",
         "16 bit": image.mode.startswith("I"),

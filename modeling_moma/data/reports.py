@@ -35,7 +35,7 @@ def write_manifest(folder: str | Path, job: Job) -> dict[str, Any]:
             that they were written for.
 
     Returns:
-        `dict`: `format`, `fingerprint`, `sequence_length`, and `sources`: for each source its fields and, by split,
+        `dict`: `fingerprint`, `sequence_length`, `packed`, and `sources`: for each source its fields and, by split,
         what [`ShardReport`] counts.
 
     Raises:

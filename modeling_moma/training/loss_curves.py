@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from statistics import fmean
 
+from transformers.trainer import TRAINER_STATE_NAME
+
 from ..configuration_moma import MomaConfig
 from ..data.documents import Documents
 from ..data.stream import DocumentExamples
@@ -65,12 +67,12 @@ def read_run(folder: str | Path, tokens: dict[str, float]) -> dict:
     # the trainer's state knows neither gradient accumulation nor processes
     described = json.loads(run_file.read_text())
     batch_size, first_step = described["examples_a_step"], described.get("first_step", 0)
-    if not (folder / "trainer_state.json").is_file():
+    if not (folder / TRAINER_STATE_NAME).is_file():
         last = last_checkpoint(folder)
         if last is None:
-            raise InputError(f"`folder` {str(folder)!r} has neither trainer_state.json nor a checkpoint of Trainer.")
+            raise InputError(f"`folder` {str(folder)!r} has neither {TRAINER_STATE_NAME} nor a checkpoint of Trainer.")
         folder = Path(last)
-    state = json.loads((folder / "trainer_state.json").read_text())
+    state = json.loads((folder / TRAINER_STATE_NAME).read_text())
     config = MomaConfig.from_pretrained(folder)
     history = state["log_history"]
     summary = next((entry for entry in reversed(history) if "train_runtime" in entry), {})

@@ -54,10 +54,7 @@ class AudioKind(SourceKind):
         return [row[self.audio]]
 
     def features(self, shard: Shard) -> Features:
-        columns = {
-            name: List(Value("string")) if name in shard.list_columns else Value("string")
-            for name in self.stored_columns()
-        }
+        columns = self.stored_features(shard)
         return Features({"row": Value("int64"), "codes": List(Value("int32")), **columns})
 
     def documents(self, shard: Shard) -> Iterator[tuple[str, dict[str, Any]]]:

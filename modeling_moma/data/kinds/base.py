@@ -83,6 +83,11 @@ class SourceKind(ABC):
         """Return the columns that are kept beside the codes: documents are made of them anew for every example."""
         return []
 
+    def stored_features(self, shard: Shard) -> dict[str, Any]:
+        """Return the types of the stored columns: texts, or lists of texts where the source's column holds lists."""
+        text = Value("string")
+        return {name: List(text) if name in shard.list_columns else text for name in self.stored_columns()}
+
     def row_texts(self, row: dict[str, Any]) -> Iterator[str]:
         """Yield the texts of a row, which a text tokenizer learns from."""
         yield from ()

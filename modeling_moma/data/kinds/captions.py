@@ -119,12 +119,8 @@ class CaptionKind(SourceKind):
     def features(self, shard: Shard) -> Features:
         processor = shard.processor
         code = Value("uint16" if processor.codebook_size <= 1 << 16 else "int32")
-        columns = {
-            name: List(Value("string")) if name in shard.list_columns else Value("string")
-            for name in self.stored_columns()
-        }
         codes = List(code, length=self.num_codings(shard) * processor.image_seq_length)
-        return Features({"row": Value("int64"), "codes": codes, **columns})
+        return Features({"row": Value("int64"), "codes": codes, **self.stored_features(shard)})
 
     def num_codings(self, shard: Shard) -> int:
         """Return the codings of each image of a shard; held-out images are not changed."""
