@@ -192,9 +192,8 @@ def _all_codes(config: MomaConfig) -> torch.Tensor:
     return in_ranges(torch.arange(config.vocab_size), ranges)
 
 
+# the mode beside that of text and those of modalities with a frame
 INTERLEAVED = "interleaved"
-# modes of a model of text and images; each further modality with a frame adds one by its name
-GENERATION_MODES = (TEXT, IMAGE, INTERLEAVED)
 # new tokens that the stock loop generates by default
 STOCK_NEW_TOKENS = 20
 # options that say how much is generated; the stock loop heeds the second where the first is nowhere
@@ -395,10 +394,9 @@ class MomaGenerationMixin(GenerationCompat):
         # a mode of one frame alone ends its rows by a token of the grammar
         stop = -1 if frame is None else self._stop_token(mode, generation_config, kwargs)
         processors += self._grammar(mode, prompt, width, num_before, num_new, stop)
-        if frame is not None:
-            if (self._option("num_beams", generation_config, kwargs) or 1) > 1:
-                criteria = [*(kwargs.get("stopping_criteria") or []), FrameEndCriteria(frame, prompt.shape[1])]
-                kwargs["stopping_criteria"] = StoppingCriteriaList(criteria)
+        if frame is not None and (self._option("num_beams", generation_config, kwargs) or 1) > 1:
+            criteria = [*(kwargs.get("stopping_criteria") or []), FrameEndCriteria(frame, prompt.shape[1])]
+            kwargs["stopping_criteria"] = StoppingCriteriaList(criteria)
         if self.config.frames:
             kwargs.update(self._guidance(prompt, generation_config, kwargs))
         return generation_config
@@ -595,7 +593,6 @@ def _unconditional_prompt(
 
 
 __all__ = [
-    "GENERATION_MODES",
     "FittingFrameLogitsProcessor",
     "FrameEndCriteria",
     "FrameLogitsProcessor",

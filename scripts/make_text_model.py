@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from modeling_moma.data.corpus import source_texts
+from modeling_moma.data.sources import source_texts
 from modeling_moma.training.recipe import read_recipe
 from modeling_moma.utils.atomic_files import write_folder_aside
 from tokenization import train_text_tokenizer

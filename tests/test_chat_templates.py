@@ -8,12 +8,12 @@ import pytest
 from transformers import AutoProcessor, AutoTokenizer
 
 from helpers.tiny import noise_images, tiny_processor
-from modeling_moma.data.encoding import CHAT_TEMPLATE, DocumentEncoder
+from modeling_moma.data.encoding import DocumentEncoder, caption_chat_template
 from tokenization.chat_template_moma import DEFAULT_CHAT_TEMPLATE
 
 
 CARD = Path(__file__).resolve().parent.parent / "model_cards" / "moma-emoji"
-TEMPLATES = {"default": DEFAULT_CHAT_TEMPLATE, "captions": CHAT_TEMPLATE}
+TEMPLATES = {"default": DEFAULT_CHAT_TEMPLATE, "captions": caption_chat_template()}
 
 
 @pytest.fixture(params=TEMPLATES)
@@ -130,7 +130,7 @@ def test_other_contents_are_refused(processor):
 
 def test_chats_of_captions_are_training_examples(images):
     processor = tiny_processor()
-    processor.chat_template = CHAT_TEMPLATE
+    processor.chat_template = TEMPLATES["captions"]
     codes = np.asarray(processor.encode_images(images[:1])[0])
     image, caption = {"type": "image", "image": images[0]}, {"type": "text", "text": "noto: red apple"}
     for parts, image_first in (((image, caption), True), ((caption, image), False)):
@@ -144,5 +144,5 @@ def test_chats_of_captions_are_training_examples(images):
 
 def test_the_released_model_has_the_template_of_captions_and_pads_on_the_left():
     processor = AutoProcessor.from_pretrained(CARD)
-    assert processor.chat_template == processor.tokenizer.chat_template == CHAT_TEMPLATE
+    assert processor.chat_template == processor.tokenizer.chat_template == TEMPLATES["captions"]
     assert processor.tokenizer.padding_side == "left"

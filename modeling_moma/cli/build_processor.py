@@ -60,7 +60,7 @@ def text_tokenizer(recipe: "Recipe", vocab_size: int | None, given: str | None) 
     """Return the tokenizer that is given, or one that learns from the texts of the sources."""
     from tokenization import train_text_tokenizer
 
-    from ..data.corpus import source_texts
+    from ..data.sources import source_texts
     from ..hub.loading import open_text_tokenizer
 
     if given is not None:

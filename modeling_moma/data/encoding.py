@@ -57,9 +57,6 @@ def caption_chat_template(modalities: Sequence[str] = (IMAGE,)) -> str:
     )
 
 
-CHAT_TEMPLATE = caption_chat_template()
-
-
 class DocumentEncoder:
     """Makes documents of texts and of the codes of images.
 
@@ -183,7 +180,6 @@ def processor_fingerprint(processor: MomaProcessor) -> str:
 
 
 __all__ = [
-    "CHAT_TEMPLATE",
     "PIXEL_SETTINGS",
     "DocumentEncoder",
     "caption_chat_template",

@@ -4,7 +4,7 @@
 import dataclasses
 import hashlib
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from glob import glob
 from pathlib import Path
@@ -379,4 +379,19 @@ def read_sources(section: Any, is_stored: bool = False) -> list[Source]:
     return sources
 
 
-__all__ = ["TRAIN", "VALIDATION", "Source", "read_sources", "undecoded_rows"]
+def source_texts(sources: Sequence[Source], rows: int) -> Iterator[str]:
+    """Yield all texts of the training rows, which a text tokenizer learns from: every caption, those of a document.
+
+    Args:
+        sources (`Sequence[Source]`):
+            of a recipe.
+        rows (`int`):
+            of each source, at most.
+    """
+    for source in sources:
+        opened = source.open(source.split_names()[TRAIN])
+        for row in itertools.islice(undecoded_rows(opened), rows):
+            yield from source.kind.row_texts(row)
+
+
+__all__ = ["TRAIN", "VALIDATION", "Source", "read_sources", "source_texts", "undecoded_rows"]

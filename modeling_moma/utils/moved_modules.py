@@ -22,6 +22,7 @@ MOVED = {
     "convert.probe": "convert.output_comparison",
     "convert.receipt": "convert.report",
     "convert.refusals": "convert.unsupported",
+    "data.corpus": "data.sources",
     "data.engines": "data.executors",
     "data.pictures": "data.images",
     "data.running": "data.workers",

@@ -23,10 +23,12 @@ from modeling_moma.convert import llama
 from modeling_moma.errors_moma import InputError
 from modeling_moma.evaluation import evaluate as measuring
 from modeling_moma.evaluation import retrieval
-from modeling_moma.generation_moma import GENERATION_MODES
+from modeling_moma.frames_moma import IMAGE, TEXT
+from modeling_moma.generation_moma import INTERLEAVED
 from modeling_moma.planning.plans import GIGA, Hardware
 from modeling_moma.training.tokenizer_settings import TokenizerSettings
 from modeling_moma.utils.fields import annotations, choices, descriptions
+from tokenization.audio_codecs_moma import AUDIO
 from tokenization.configuration_moma_vq import PRESETS
 from tokenization.processor_errors_moma import InputError as ProcessorInputError
 
@@ -246,7 +248,7 @@ def test_command_loads_a_model_without_its_code(tmp_path):
 
 def test_help_and_library_have_the_same_choices():
     # the library takes the name of any modality that has a frame
-    assert get_args(generate.Mode) == (*GENERATION_MODES, "audio")
+    assert get_args(generate.Mode) == (TEXT, IMAGE, INTERLEAVED, AUDIO)
     assert get_args(evaluate.Measure) == measuring.MEASURES
     assert evaluate.Arguments.retrieval_pairs == retrieval.DEFAULT_PAIRS
     of_llama = annotations(convert.Llama)

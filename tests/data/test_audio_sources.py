@@ -12,12 +12,11 @@ from datasets.exceptions import DatasetGenerationError
 
 from helpers.sounds import RATE, as_file, processor_of_sounds, tone
 from helpers.tiny import noise_images, tiny_processor
-from modeling_moma.data.corpus import source_texts
 from modeling_moma.data.documents import TokenFolder
 from modeling_moma.data.encoding import processor_fingerprint
 from modeling_moma.data.jobs import plan_job, write_job
 from modeling_moma.data.reports import write_manifest
-from modeling_moma.data.sources import read_sources
+from modeling_moma.data.sources import read_sources, source_texts
 from modeling_moma.data.stream import DocumentExamples
 from modeling_moma.data.workers import run_tasks
 from tokenization import MomaProcessor

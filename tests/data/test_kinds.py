@@ -13,7 +13,6 @@ import torch
 from datasets import Dataset
 
 from helpers.tiny import noise_images, tiny_processor
-from modeling_moma.data.corpus import source_texts
 from modeling_moma.data.documents import TokenFolder
 from modeling_moma.data.images import LeftOut
 from modeling_moma.data.jobs import plan_job, write_job
@@ -30,7 +29,7 @@ from modeling_moma.data.kinds import (
 from modeling_moma.data.kinds.interleaved import Segment, read_messages, read_segments
 from modeling_moma.data.reports import write_manifest
 from modeling_moma.data.shard import Shard
-from modeling_moma.data.sources import read_sources
+from modeling_moma.data.sources import read_sources, source_texts
 from modeling_moma.data.stream import DocumentExamples
 from modeling_moma.data.templates import Template
 from modeling_moma.data.workers import run_tasks

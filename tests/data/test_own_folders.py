@@ -17,10 +17,9 @@ from pyarrow import parquet
 from helpers.tiny import noise_images, tiny_documents, tiny_processor
 from modeling_moma import MomaMetricsCallback
 from modeling_moma.cli import tokenize
-from modeling_moma.data.corpus import source_texts
 from modeling_moma.data.documents import TokenFolder
 from modeling_moma.data.encoding import DocumentEncoder
-from modeling_moma.data.sources import read_sources
+from modeling_moma.data.sources import read_sources, source_texts
 from modeling_moma.evaluation.held_out import read_held_out
 from modeling_moma.training.image_sources import candidates
 from modeling_moma.training.pretraining import training_stream
