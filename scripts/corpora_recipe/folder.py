@@ -10,7 +10,6 @@ from modeling_moma.utils.atomic_files import check_new_folder, replace_folder
 
 
 SPLITS = ("train", "validation")
-_START, _END = "<!-- counts: start -->", "<!-- counts: end -->"
 
 
 def split_of(name: str, validation_share: float) -> str:
@@ -51,14 +50,6 @@ def write_corpus(
         (folder / "README.md").write_text(card, encoding="utf-8")
 
     return replace_folder(output, write)
-
-
-def fill_counts(card: str, counts: str) -> str:
-    """Returns the card with `counts` (Markdown) between its two `counts` comments."""
-    if _START not in card or _END not in card:
-        raise ValueError(f"`card` needs the comments {_START} and {_END}, between which the counts are written.")
-    before, rest = card.split(_START, 1)
-    return f"{before}{_START}\n{counts}\n{_END}{rest.split(_END, 1)[1]}"
 
 
 def read_card(output: Path, otherwise: Path) -> str:

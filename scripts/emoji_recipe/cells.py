@@ -22,7 +22,7 @@ DRAWING_FAMILIES = {
 STYLES = tuple(DRAWING_FAMILIES)
 SPLITS = ("train", "validation", "test")
 
-_SKIN_TONE = re.compile(r"(?:medium-light|medium-dark|light|medium|dark) skin tone")
+SKIN_TONE = re.compile(r"(?:medium-light|medium-dark|light|medium|dark) skin tone")
 
 
 def drawing_family(style: str) -> str:
@@ -49,9 +49,9 @@ def base_label(label: str) -> str:
     name, colon, rest = label.partition(": ")
     if not colon:
         return label
-    details = [detail for detail in rest.split(", ") if not _SKIN_TONE.fullmatch(detail)]
+    details = [detail for detail in rest.split(", ") if not SKIN_TONE.fullmatch(detail)]
     # a couple of two tones spells out the persons that the plain label leaves unsaid
-    if details == ["person", "person"] and _SKIN_TONE.search(rest):
+    if details == ["person", "person"] and SKIN_TONE.search(rest):
         return name
     return f"{name}: {', '.join(details)}" if details else name
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import yaml
 
+from emoji_recipe.captions import emoji_kind
 from emoji_recipe.judge import LEVELS
 from modeling_moma.evaluation.measures import EXPERT_CHOICE
-from modeling_moma.training.recipe import read_recipe
 from modeling_moma.utils.atomic_files import write_aside
 from modeling_moma.utils.messages import markdown_table
 
@@ -19,8 +19,6 @@ DEPTH_FILE = "depth_comparison.json"
 DEPTH_TABLES = "depth_comparison.md"
 # the last commit with the script that wrote both
 DEPTH_COMMIT = "b867bcb"
-# of the released model
-RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "emoji.yaml"
 
 # smallest shares that the released model shall reach
 AIM_LABEL, AIM_SUBGROUP, AIM_DRAWN = 0.10, 0.45, 0.5
@@ -40,12 +38,14 @@ _DRAWING_ROWS = (
 )
 
 
-def _cell(text: str) -> str:
+def cell(text: str) -> str:
+    """Text as it may stand in a cell of a table."""
     # generated text may hold anything
     return " ".join(text.replace("|", "\\|").split())
 
 
-def _percent(share: float) -> str:
+def percent(share: float) -> str:
+    """A share of 1, in hundredths."""
     return f"{100 * share:.1f} %"
 
 
@@ -67,7 +67,7 @@ def caption_table(report: dict) -> str:
     """Markdown table of the captions' accuracies."""
     captions = report["captions"]
     rows = [
-        [title, *(_percent(captions[key][level]) for level in LEVELS)]
+        [title, *(percent(captions[key][level]) for level in LEVELS)]
         for title, key in _CAPTION_ROWS
         if key in captions
     ]
@@ -78,7 +78,7 @@ def style_table(report: dict) -> str:
     """Markdown table of label and subgroup accuracy by style."""
     rows = []
     for style, part in report["captions"]["by_style"].items():
-        pairs = [_percent(part[who][level]) for who in ("model", "nearest_neighbour") for level in LEVELS[:2]]
+        pairs = [percent(part[who][level]) for who in ("model", "nearest_neighbour") for level in LEVELS[:2]]
         rows.append([style, str(part["pictures"]), *pairs])
     return markdown_table(["style", "images", "label", "subgroup", "label, nearest n.", "subgroup, nearest n."], rows)
 
@@ -86,7 +86,7 @@ def style_table(report: dict) -> str:
 def drawing_table(report: dict) -> str:
     """Markdown table of what the judge sees in images."""
     drawings = report["drawings"]
-    rows = [[title, *(_percent(drawings[key][level]) for level in LEVELS)] for title, key in _DRAWING_ROWS]
+    rows = [[title, *(percent(drawings[key][level]) for level in LEVELS)] for title, key in _DRAWING_ROWS]
     return markdown_table(["images", *LEVELS], rows)
 
 
@@ -122,13 +122,13 @@ def aim_table(report: dict) -> str:
         )
     for level, aim in (("label", AIM_LABEL), ("subgroup", AIM_SUBGROUP)):
         aims.append(
-            (f"captions, {level}: at least {100 * aim:.0f} %", _percent(captions[level]), captions[level] >= aim)
+            (f"captions, {level}: at least {100 * aim:.0f} %", percent(captions[level]), captions[level] >= aim)
         )
     drawn, ceiling = drawings["drawn"]["subgroup"], drawings["reconstructed"]["subgroup"]
     aims.append(
         (
             f"drawings, subgroup: at least {AIM_DRAWN:g} of the reconstructions'",
-            f"{_percent(drawn)} of {_percent(ceiling)}",
+            f"{percent(drawn)} of {percent(ceiling)}",
             drawn >= AIM_DRAWN * ceiling > 0,
         )
     )
@@ -268,9 +268,9 @@ def render_card(report: dict, depth: dict | None = None, findings: str = "") -> 
         raise ValueError(f"`report` lacks {', '.join(missing)}: measure with --baseline and --curves.")
     head = yaml.safe_dump(card_metadata(report), sort_keys=False, allow_unicode=True)
     settings = report["drawings"]["settings"]
-    samples = [[f"{row['style']}: {row['label']}", _cell(row["caption"])] for row in report["captions"]["samples"]]
+    samples = [[f"{row['style']}: {row['label']}", cell(row["caption"])] for row in report["captions"]["samples"]]
     tokens, model = report["training"]["tokens_of_example"], report["models"]["model"]
-    captions = read_recipe(RECIPE).sources[0].kind
+    captions = emoji_kind()
     values = {
         "parameters": f"{model['parameters'] / 1e6:.1f}M",
         "active": f"{model['active_parameters'] / 1e6:.1f}M",
@@ -296,8 +296,8 @@ def render_card(report: dict, depth: dict | None = None, findings: str = "") -> 
         "curves": CURVES_FILE,
         "tokenizer": tokenizer_line(report),
         "eta": eta_line(report),
-        "known_label": _percent(report["captions"]["model"]["known_label"]),
-        "style": _percent(report["captions"]["model"]["style"]),
+        "known_label": percent(report["captions"]["model"]["known_label"]),
+        "style": percent(report["captions"]["model"]["style"]),
         "aim_table": aim_table(report),
         "size_table": size_table(report),
         "loss_table": loss_table(report),

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 
-from emoji_recipe.cells import base_label, drawing_cell
+from emoji_recipe.cells import SKIN_TONE, base_label, drawing_cell
 from emoji_recipe.sources import Emoji, label_slug, normalize_code_points
 from icons_recipe.drawing import decode, small_grey
 from icons_recipe.names import IconName, words
@@ -26,7 +26,6 @@ EMOJI_FAMILIES = {
     "fxemoji": "fxemoji",
 }
 _FLAG_SETS = frozenset(("cif", "circle-flags", "flag", "flagpack"))
-_TONE = re.compile(r"(?:medium-light|medium-dark|light|medium|dark) skin tone")
 _TONE_ENDING = re.compile(r"((?:-(?:medium-light|medium-dark|light|medium|dark)-skin-tone)+)$")
 _REGIONAL_A = 0x1F1E6
 
@@ -75,7 +74,7 @@ def match_emoji(icon_set: dict, slugs: list[str], emoji: dict[str, Emoji]) -> di
 
 def emoji_name(label: str) -> IconName:
     """Returns the name of an emoji, with its tones of skin as style: `waving hand` and `dark skin tone`."""
-    tones = dict.fromkeys(_TONE.findall(label))
+    tones = dict.fromkeys(SKIN_TONE.findall(label))
     return IconName(" ".join(words(label_slug(base_label(label)))), " ".join(words(" ".join(tones))))
 
 

@@ -8,6 +8,7 @@ from statistics import fmean, stdev
 
 import yaml
 
+from emoji_recipe.model_card import cell, percent
 from modeling_moma.errors_moma import InputError
 from modeling_moma.training.recipe import Recipe, read_recipe
 from modeling_moma.utils.atomic_files import write_aside
@@ -17,7 +18,7 @@ from modeling_moma.utils.messages import markdown_table
 EVALUATION_FILE, SHEET_FILE = "evaluation.json", "samples.png"
 # of the released model
 RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "moma-icons.yaml"
-# the split that the aims are about
+# the split that the aims are about, whose icons are drawn and tell of losses and experts
 MAIN = "test"
 
 # smallest values that the released model shall reach
@@ -49,17 +50,8 @@ _DRAWINGS = {
 _SIDES, _TOPS = ("image", "caption"), ("top1", "top5")
 
 
-def _percent(share: float) -> str:
-    return f"{100 * share:.1f} %"
-
-
-def _cell(text: str) -> str:
-    # generated text may hold anything
-    return " ".join(text.replace("|", "\\|").split())
-
-
 def _listed(texts: Sequence[str]) -> str:
-    return ", ".join(map(_cell, texts)) or "-"
+    return ", ".join(map(cell, texts)) or "-"
 
 
 def name_table(report: dict) -> str:
@@ -68,7 +60,7 @@ def name_table(report: dict) -> str:
     for split, found in report["names"].items():
         for title, key in (("MoMa", "model"), ("ImageNet neighbour", "nearest_neighbour")):
             shares = [
-                _percent(found[key][name])
+                percent(found[key][name])
                 for name in ("top1", "top5", "top1_or_alias", "top5_or_alias", "word_in_common")
             ]
             rows.append([f"`{split}`, {title}", str(found["images"]), *shares])
@@ -86,10 +78,10 @@ def rank_table(report: dict) -> str:
                 f"`{split}`",
                 str(ranked["images"]),
                 f"{ranked['names']:,}",
-                _percent(ranked["recall@1"]),
-                _percent(ranked["recall@5"]),
+                percent(ranked["recall@1"]),
+                percent(ranked["recall@5"]),
                 f"{ranked['median_rank']:g}",
-                _percent(ranked["chance"]["recall@5"]),
+                percent(ranked["chance"]["recall@5"]),
             ]
         )
     head = ["all names ranked", "icons", "names", "first", "first five", "median rank", "first five by chance"]
@@ -101,9 +93,9 @@ def emoji_table(report: dict) -> str:
     found = report["emoji"]
     if found is None:
         return "Not measured."
-    rows = [["this model", *(_percent(found["model"][name]) for name in _TOPS)]]
+    rows = [["this model", *(percent(found["model"][name]) for name in _TOPS)]]
     titles = {"moma-emoji": "`moma-emoji`, greedy", "nearest_neighbour": "ImageNet neighbour"}
-    rows += [[title, _percent(found[key]), "-"] for key, title in titles.items() if key in found]
+    rows += [[title, percent(found[key]), "-"] for key, title in titles.items() if key in found]
     return markdown_table(["names of emoji", "top-1", "top-5"], rows)
 
 
@@ -113,9 +105,7 @@ def tag_table(report: dict) -> str:
     for split, found in report["tags"].items():
         if found is not None:
             shares = [
-                _percent(found[key][name])
-                for name in ("recall", "precision")
-                for key in ("model", "nearest_neighbour")
+                percent(found[key][name]) for name in ("recall", "precision") for key in ("model", "nearest_neighbour")
             ]
             rows.append([f"`{split}`", str(found["images"]), f"{found['tags']:.1f}", *shares])
     head = ["tags", "icons", "tags of an icon", "recall", "recall, neighbours", "precision", "precision, neighbours"]
@@ -128,7 +118,7 @@ def search_table(report: dict) -> str:
         [
             f"`{split}`, {title}",
             *(str(found[kind][name]) for name in ("images", "queries")),
-            *(_percent(found[kind][key]) for key in _SEARCHES),
+            *(percent(found[kind][key]) for key in _SEARCHES),
         ]
         for kind, title in _QUERIES.items()
         for split, found in report["search"].items()
@@ -140,7 +130,7 @@ def search_table(report: dict) -> str:
 def drawing_table(report: dict) -> str:
     """Markdown table of what the judge sees in images."""
     drawings = report["drawings"]
-    rows = [[title, *(_percent(drawings[key][name]) for name in ("top1", "top5"))] for key, title in _DRAWINGS.items()]
+    rows = [[title, *(percent(drawings[key][name]) for name in ("top1", "top5"))] for key, title in _DRAWINGS.items()]
     return markdown_table(["images", "top-1", "top-5"], rows)
 
 
@@ -162,7 +152,7 @@ def coverage_table(report: dict) -> str:
     if not coverage:
         return "No group has several experts."
     layers = [str(layer) for layer in range(len(next(iter(coverage.values()))))]
-    rows = [[modality, *map(_percent, shares)] for modality, shares in coverage.items()]
+    rows = [[modality, *map(percent, shares)] for modality, shares in coverage.items()]
     return markdown_table(["layer", *layers], rows)
 
 
@@ -172,7 +162,7 @@ def sample_table(report: dict) -> str:
     rows = [
         [
             f"`{sample['icon']}`",
-            _cell(sample["name"]),
+            cell(sample["name"]),
             _listed(sample["names"]),
             _listed(tags.get(sample["icon"], ())),
             _listed(sample["neighbour"]),
@@ -206,22 +196,22 @@ def aims(report: dict) -> list[tuple[str, str, bool]]:
         found.append(
             (
                 f"drawings, judged: at least {aim:g} of the {name}'",
-                f"{_percent(drawn)} of {_percent(ceiling)}",
+                f"{percent(drawn)} of {percent(ceiling)}",
                 drawn >= aim * ceiling > 0,
             )
         )
     top5, other = names["model"]["top5"], names["nearest_neighbour"]["top5"]
-    found.append((f"names, top-5: at least {100 * AIM_TOP5:.0f} %", _percent(top5), top5 >= AIM_TOP5))
-    against = f"{_percent(top5)} against {_percent(other)}"
+    found.append((f"names, top-5: at least {100 * AIM_TOP5:.0f} %", percent(top5), top5 >= AIM_TOP5))
+    against = f"{percent(top5)} against {percent(other)}"
     found.append(("names, top-5: above the ImageNet neighbour's", against, top5 > other))
     if search:
         share, other = (search["unnamed"][key] for key in ("model", "bm25_names_and_tags"))
         aim = f"search, {_QUERIES['unnamed']}: above {_SEARCHES['bm25_names_and_tags']}"
-        found.append((aim, f"{_percent(share)} against {_percent(other)}", share > other))
+        found.append((aim, f"{percent(share)} against {percent(other)}", share > other))
     if report["coverage"]:
         least = min(min(shares) for shares in report["coverage"].values())
         text = f"tokens with a routed expert: at least {100 * AIM_COVERAGE:.0f} % of both modalities in every layer"
-        found.append((text, f"{_percent(least)} at least", least >= AIM_COVERAGE))
+        found.append((text, f"{percent(least)} at least", least >= AIM_COVERAGE))
     return found
 
 
@@ -366,7 +356,7 @@ def render_card(report: dict, recipe: Recipe) -> str:
         "known_names": drawings["names"],
         "judge_images": f"{drawings['train_images']:,}",
         "seeds": len(by_seed),
-        "seed_mean": _percent(fmean(by_seed)),
+        "seed_mean": percent(fmean(by_seed)),
         "spread": spread,
         "tokenizer": f"{quality['psnr']:.1f} dB PSNR on icons of `{MAIN}`; {quality['codes_used']:,} of "
         f"{quality['codebook_size']:,} codes used there, perplexity {quality['perplexity']:.0f}.",

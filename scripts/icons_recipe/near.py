@@ -58,15 +58,6 @@ def near_pairs(
     return np.unique(np.concatenate(found), axis=0)
 
 
-def near_to(greys: np.ndarray, others: np.ndarray, limit: float = LIMIT) -> np.ndarray:
-    """Returns for each row of `greys` whether it is near-identical to any row of `others`: bool of shape `(rows,)`."""
-    pairs = near_pairs(np.concatenate([greys, others]), limit)
-    across = pairs[(pairs[:, 0] < len(greys)) & (pairs[:, 1] >= len(greys))]
-    result = np.zeros(len(greys), dtype=bool)
-    result[across[:, 0]] = True
-    return result
-
-
 def _block_means(greys, side):
     step = GREY_SIDE // side
     blocks = greys.reshape(-1, side, step, side, step)

@@ -69,18 +69,19 @@ def is_taken(prefix: str, info: dict) -> bool:
 
 def read_collections(cache: Path) -> dict[str, dict]:
     """Returns Iconify's entry (name, author, license, palette, ...) of every set that is taken, in order of prefix."""
-    files = read_files(archive_path(cache, ICONIFY, PACKAGES[ICONIFY]), r"collections\.json")
-    collections = json.loads(files["collections.json"])
-    return {prefix: collections[prefix] for prefix in sorted(collections) if is_taken(prefix, collections[prefix])}
+    return {prefix: info for prefix, info in sorted(_read_all(cache).items()) if is_taken(prefix, info)}
 
 
 def read_brand_names(cache: Path) -> frozenset[str]:
     """Returns the words that are names of icons in the sets of brands and logos, such as `"github"`."""
-    files = read_files(archive_path(cache, ICONIFY, PACKAGES[ICONIFY]), r"collections\.json")
-    collections = json.loads(files["collections.json"])
-    brands = [prefix for prefix, info in collections.items() if _is_of_brands(prefix, info)]
+    brands = [prefix for prefix, info in _read_all(cache).items() if _is_of_brands(prefix, info)]
     slugs = (slug for _, document in read_set_files(cache, brands) for slug in json.loads(document)["icons"])
     return frozenset(slug for slug in slugs if slug.isalpha())
+
+
+def _read_all(cache):
+    files = read_files(archive_path(cache, ICONIFY, PACKAGES[ICONIFY]), r"collections\.json")
+    return json.loads(files["collections.json"])
 
 
 def _is_of_brands(prefix, info):

@@ -9,5 +9,5 @@ def replace_counts(card: str, counts: str) -> str:
     before, start, rest = card.partition(START)
     _, end, after = rest.partition(END)
     if not start or not end:
-        raise ValueError(f"`card` needs the comments {START} and {END}.")
+        raise ValueError(f"`card` needs the comments {START} and {END}, between which the counts are written.")
     return f"{before}{START}\n{counts}\n{END}{after}"

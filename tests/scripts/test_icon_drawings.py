@@ -14,7 +14,7 @@ from icons_recipe import drawing, grouping, rendering
 from icons_recipe.animation import settle
 from icons_recipe.emoji import HeldOutEmoji
 from icons_recipe.families import maker_family, merge_alike
-from icons_recipe.near import near_pairs, near_to
+from icons_recipe.near import near_pairs
 from icons_recipe.rows import Row
 from icons_recipe.sets import ICONIFY, PACKAGES, read_set_files
 from image_sets.components import linked_groups
@@ -124,8 +124,6 @@ def test_near_pairs_are_those_of_the_plain_loop():
     expected = [(i, j) for i in range(700) for j in range(i + 1, 700) if np.abs(wide[i] - wide[j]).sum() < 6 * 256]
     assert len(expected) > 1000
     assert near_pairs(greys).tolist() == sorted(map(list, expected))
-    outside = near_to(greys[:100], greys[100:])
-    assert outside.tolist() == [any(i == row and j >= 100 for i, j in expected) for row in range(100)]
 
 
 def make_row(icon, name, family, grey, prefix="some-set"):
