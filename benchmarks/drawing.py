@@ -24,11 +24,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 PROMPTS = (
     "noto: red apple",
-    "openmoji: grinning face",
+    "emojione: grinning face",
     "twemoji: blue car",
     "fluent: house with garden",
     "noto: cat",
-    "openmoji: green tree",
+    "emojione: green tree",
     "twemoji: pizza",
     "fluent: waving hand",
 )

@@ -20,8 +20,14 @@ from modeling_moma.utils.atomic_files import write_aside
 
 # smallest values of numbers that are asked for; fewer drawings are no test
 LEAST = {
-    **{"train_images": 1, "limit": 2, "ranked": 1, "queries": 1, "drawings": 8},
-    **{"sheet": 1, "seeds": 1, "batch_size": 1},
+    "train_images": 1,
+    "limit": 2,
+    "ranked": 1,
+    "queries": 1,
+    "drawings": 8,
+    "sheet": 1,
+    "seeds": 1,
+    "batch_size": 1,
 }
 
 

@@ -166,8 +166,13 @@ class TokenizerTraining:
         self.captions = None
         if settings.caption_weight > 0:
             self.captions = CaptionTraining(
-                *(settings.caption_weight, sources, self.store, self.model.config, settings.learning_rate),
-                *(settings.seed, self.device),
+                settings.caption_weight,
+                sources,
+                self.store,
+                self.model.config,
+                settings.learning_rate,
+                settings.seed,
+                self.device,
             )
         if state is not None:
             self.optimizer.load_state_dict(state["optimizer"])

@@ -117,8 +117,15 @@ class AudioTokenizerSettings:
 MODEL_SETTINGS = ("resolution", "semantic_weight", "perceptual_weight")
 # arguments without which a run would end elsewhere; the model's own are in its configuration
 DECISIVE = (
-    *("steps", "batch_size", "learning_rate", "warmup_steps", "seed"),
-    *("caption_weight", "adversarial_weight", "adversarial_start", "augmentation"),
+    "steps",
+    "batch_size",
+    "learning_rate",
+    "warmup_steps",
+    "seed",
+    "caption_weight",
+    "adversarial_weight",
+    "adversarial_start",
+    "augmentation",
 )
 # defaults of earlier versions, whose checkpoints do not record them
 ONCE = {"caption_weight": 0.0, "adversarial_weight": 0.0, "augmentation": "white"}

@@ -15,8 +15,12 @@ from ..errors_moma import InputError
 _CODES = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # messages of libraries that keep the system's text without its number, or neither, as torch
 _TEXTS = (
-    *("No space left on device", "Disk quota exceeded", "File too large", "Not enough disk space"),
-    *("PytorchStreamWriter failed writing", "unexpected pos "),
+    "No space left on device",
+    "Disk quota exceeded",
+    "File too large",
+    "Not enough disk space",
+    "PytorchStreamWriter failed writing",
+    "unexpected pos ",
 )
 _TO_RESUME = ("What was written before is whole.", "the same command with `--resume` goes on.")
 # subcommand -> what is safe and how to go on

@@ -12,6 +12,7 @@ import torch
 from evaluate_emoji import describe
 from icons_recipe.coverage import expert_coverage
 from icons_recipe.judging import fit_judge, frequent_names, judge_drawings
+from icons_recipe.model_card import MAIN
 from icons_recipe.naming import NAMES, TAGS, name_figures, rank_names, tag_figures
 from icons_recipe.neighbours import (
     TrainIcons,
@@ -44,8 +45,6 @@ from modeling_moma.labelling.labeler import ImageLabeler
 from tokenization import MomaProcessor
 
 
-# the split whose icons are drawn, and tell of losses and experts
-MAIN = "test"
 # of the model of emoji alone, on all of the same images
 EMOJI_REPORT = Path(__file__).resolve().parents[2] / "model_cards" / "moma-emoji" / "evaluation.json"
 NUM_SAMPLES = 20
@@ -178,8 +177,14 @@ class Evaluation:
         args, judge = self.args, fit_judge(self.train, frequent_names(self.train.columns))
         sample = self._sample(MAIN, args.drawings, set(judge.names))
         return judge_drawings(
-            *(self.model, self.processor, judge, sample, self.extract),
-            *(args.batch_size, self.sampling, range(args.seeds)),
+            self.model,
+            self.processor,
+            judge,
+            sample,
+            self.extract,
+            args.batch_size,
+            self.sampling,
+            range(args.seeds),
         )
 
     def information(self) -> dict:

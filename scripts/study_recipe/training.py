@@ -162,13 +162,8 @@ def trainer_of(study: Study, run: Run, output: Path, stop_at: int, model: Path |
     begins = [] if model is None else ["--model", str(model)]
     args = parse_arguments(
         [
-            *(
-                str(output / RECIPE_FILE),
-                "--processor",
-                str(study.processor),
-                "--tokens",
-                str(study.tokens / run.data),
-            ),
+            str(output / RECIPE_FILE),
+            *("--processor", str(study.processor), "--tokens", str(study.tokens / run.data)),
             *("--output", str(output), "--seed", str(run.seed), "--batch-size", str(pace.rows)),
             *("--steps", str(pace.steps(pace.longest)), "--stop-at", str(stop_at)),
             *("--save-steps", str(pace.curve_steps), "--save-total-limit", "1"),
