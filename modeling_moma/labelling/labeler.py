@@ -27,8 +27,8 @@ from . import MOST_GUESSES
 BEAMS_EACH = 2
 # longest name or tag
 MOST_TOKENS = 16
-# beams of each image in a full batch, those of the default number of tags; where there are more, images are fewer
-FULL_BATCH_BEAMS = 16
+# beams of each image in a full batch: where there are more, images are fewer, since beams are what needs memory
+FULL_BATCH_BEAMS = 4
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,8 @@ class ImageLabeler:
         form ([`CaptionForm`], *optional*):
             of the captions that it was trained on.
         batch_size (`int`, *optional*, defaults to `32`):
-            images at once; fewer where many names or tags are asked for.
+            images at once; in a search of names or tags as many fewer as each image has more than 4 beams, two for
+            each name or tag.
     """
 
     def __init__(self, model: Any, processor: Any, form: CaptionForm = CaptionForm(), batch_size: int = 32):

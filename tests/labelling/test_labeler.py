@@ -102,7 +102,7 @@ def test_neighbours_in_a_batch_change_nothing(labeler, codes):
 
 @pytest.mark.parametrize("count, sizes", [(8, [4, 1]), (16, [2, 2, 1]), (40, [1] * 5)])
 def test_the_more_tags_the_fewer_images_at_once(processor, monkeypatch, count, sizes):
-    labeler = ImageLabeler(tiny_model(processor, initializer_range=0.3), processor, batch_size=4)
+    labeler = ImageLabeler(tiny_model(processor, initializer_range=0.3), processor, batch_size=16)
     generate, seen = labeler.model.generate, []
 
     def counted(input_ids, **kwargs):
