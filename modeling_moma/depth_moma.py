@@ -250,6 +250,12 @@ class DepthTokens:
         """The pool by modality in which each token competes, `[B, T]`; `None` where there is one."""
         return self.context.modality_BT if len(self.router.capacities) > 1 else None
 
+    @property
+    def is_token_BT(self) -> torch.Tensor:
+        """False at padding, `[B, T]`, for rules that choose by more than scores."""
+        padding_BT = self.context.padding_BT
+        return torch.ones_like(self.scores_BT, dtype=torch.bool) if padding_BT is None else ~padding_BT
+
     def by_pool(self, values_G: torch.Tensor) -> torch.Tensor:
         """Give each token its pool's value, `[B, T]`, or `[1]` where there is one pool."""
         pool_BT = self.pool_BT

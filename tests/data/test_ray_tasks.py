@@ -101,8 +101,12 @@ def wait_for(what, process):
 
 def workers(process):
     """The processes that write shards, and the file that each has begun."""
+    try:
+        children = psutil.Process(process.pid).children(recursive=True)
+    except psutil.NoSuchProcess:
+        return []
     found = []
-    for child in psutil.Process(process.pid).children(recursive=True):
+    for child in children:
         try:
             files = [Path(file.path) for file in child.open_files() if file.path.endswith(LEFT_OVER)]
             files = [file for file in files if ".arrow." in file.name]
