@@ -10,6 +10,7 @@ from functools import partial
 
 import torch
 from torch import nn
+from transformers.modeling_utils import slice_logits_to_keep
 
 from .configuration_moma import MomaConfig
 from .cpu_moma import gradients_again, is_on_cpu, is_transformed
@@ -52,7 +53,6 @@ def causal_lm_loss(
     attention_mask: torch.Tensor | None = None,
     head: nn.Module | None = None,
     logits_to_keep: int | torch.Tensor = 0,
-    num_positions: int = 0,
     **kwargs,
 ) -> MomaLoss:
     """Return next-token cross-entropy, shifted and normalised as `ForCausalLMLoss` of Transformers does it.
@@ -80,9 +80,8 @@ def causal_lm_loss(
             `[B, S]`, its last `T` columns those of the logits, 0 at padding. A padding position is no target and
             predicts none, on either side. Masks of other forms are passed over.
         logits_to_keep (`int` or `torch.Tensor`, *optional*, defaults to 0):
-            as a tensor it names the positions that the logits are of; a number of the last ones needs no naming.
-        num_positions (`int`, *optional*, defaults to 0):
-            positions among which it chooses, the last columns of the mask.
+            as a tensor it says of which of the mask's columns the logits are, see `slice_logits_to_keep` of
+            Transformers.
         head (`nn.Module`, *optional*):
             gives logits `[N, V]` of `[N, D]`.
         ignore_index (`int`, *optional*, defaults to -100):
@@ -95,10 +94,7 @@ def causal_lm_loss(
     """
     states_NS = states.reshape(-1, states.shape[-1])
     _check_labels(labels, shift_labels, states)
-    places = logits_to_keep if isinstance(logits_to_keep, torch.Tensor) else None
-    if places is not None and isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2:
-        attention_mask = attention_mask[:, -num_positions:]
-    target_N = _targets(labels, shift_labels, attention_mask, ignore_index, states.device, places)
+    target_N = _targets(labels, shift_labels, attention_mask, ignore_index, states.device, logits_to_keep)
     # -1 where no loss is wanted
     modality_N = torch.where(target_N != ignore_index, token_modalities(config, target_N), -1)
     weight_N = _weights(config, modality_N) if training and config.modality_loss_weights else None
@@ -188,7 +184,7 @@ def _targets(
     attention_mask: torch.Tensor | None,
     ignore_index: int,
     device: torch.device,
-    places: torch.Tensor | None,
+    logits_to_keep: int | torch.Tensor,
 ) -> torch.Tensor:
     """Return what each position has to predict, in one line."""
     if shift_labels is None:
@@ -198,8 +194,8 @@ def _targets(
     if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2:
         is_token_BS = attention_mask.to(device) != 0
         is_target_BS = is_token_BS & nn.functional.pad(is_token_BS, (0, 1), value=True)[:, 1:]
-        kept = slice(-shift_labels.shape[-1], None) if places is None else places.to(device)
-        shift_labels = shift_labels.masked_fill(~is_target_BS[:, kept], ignore_index)
+        is_target_BT = slice_logits_to_keep(is_target_BS.unsqueeze(-1), logits_to_keep).squeeze(-1)
+        shift_labels = shift_labels.masked_fill(~is_target_BT[..., -shift_labels.shape[-1] :], ignore_index)
     return shift_labels.reshape(-1)
 
 

@@ -60,7 +60,7 @@ from .generation_moma import MomaGenerationMixin
 from .loss_moma import causal_lm_loss
 from .quantized_layers_moma import use_quantized_layers
 from .routing_moma import Fp32Buffers, MomaAuxiliaryRouter, MomaRouter, MomaRouterBase, update_routers
-from .token_groups_moma import RoutingContext, routing_of_batch, seen_columns, seen_positions
+from .token_groups_moma import RoutingContext, columns_of_batch, routing_of_batch, seen_positions
 
 
 if TYPE_CHECKING:
@@ -966,10 +966,9 @@ class MomaForCausalLM(MomaPreTrainedModel, MomaGenerationMixin):
                 hidden_states if logits is None else logits,
                 labels,
                 training=self.training,
-                attention_mask=seen_columns(attention_mask, outputs.cache),
+                attention_mask=columns_of_batch(attention_mask, outputs.cache, outputs.last_hidden_state.shape[1]),
                 head=self.lm_head if logits is None else None,
                 logits_to_keep=logits_to_keep,
-                num_positions=outputs.last_hidden_state.shape[1],
                 **kwargs,
             )
             loss, modality_losses, modality_tokens = parts.loss, parts.modality_losses, parts.modality_tokens

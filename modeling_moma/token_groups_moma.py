@@ -893,19 +893,24 @@ def _check_mask(
     )
 
 
-def seen_columns(attention_mask: Any, cache: Cache | None) -> Any:
-    """Return a padding mask without the columns of later positions, which that of a static cache may have.
+def columns_of_batch(attention_mask: Any, cache: Cache | None, num_positions: int) -> Any:
+    """Return the columns of a padding mask that stand for a batch's own positions.
+
+    Before them stand those that a cache holds, and behind them, in the mask of a static cache, perhaps later ones.
 
     Args:
         attention_mask (`torch.Tensor`, *optional*):
             `[B, S]`; what has another form is returned as it is.
         cache (`Cache`, *optional*):
             after the forward.
+        num_positions (`int`):
+            `T`.
     """
-    is_padding_mask = isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2
-    if not isinstance(cache, StaticCache) or not is_padding_mask:
+    if not isinstance(attention_mask, torch.Tensor) or attention_mask.ndim != 2:
         return attention_mask
-    return attention_mask[:, : int(seen_positions(cache))]
+    if isinstance(cache, StaticCache):
+        attention_mask = attention_mask[:, : int(seen_positions(cache))]
+    return attention_mask[:, -num_positions:]
 
 
 def _describe_rows(context: RoutingContext, attention_mask: torch.Tensor | None) -> None:
@@ -927,11 +932,11 @@ __all__ = [
     "RoutingContext",
     "check_exportable",
     "check_length",
+    "columns_of_batch",
     "is_distributed",
     "logistic_noise_like",
     "position_groups",
     "routing_of_batch",
-    "seen_columns",
     "seen_positions",
     "split_modalities",
     "token_modalities",

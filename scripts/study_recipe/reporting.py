@@ -548,15 +548,13 @@ def draw_savings(rows: Sequence[Mapping[str, Any]], split: str, path: Path) -> N
                 if all(len(dense) > 1 for _, dense in compared)
             }
             budgets_drawn |= savings.keys()
-            if savings:
-                etas = [fmean(each.tokens for each in seeds) for seeds in savings.values()]
-                within = [
-                    place for place, seeds in enumerate(savings.values()) if not any(each.is_beyond for each in seeds)
-                ]
-                style = {"marker": "o", "markersize": 4, "linewidth": 1, "markerfacecolor": "white"}
-                (line,) = panel.plot(list(savings), etas, label=recipe, **style)
-                filled = {"color": line.get_color(), "marker": "o", "markersize": 4, "linestyle": "none"}
-                panel.plot([list(savings)[place] for place in within], [etas[place] for place in within], **filled)
+            if not savings:
+                continue
+            etas = {budget: fmean(each.tokens for each in seeds) for budget, seeds in savings.items()}
+            (line,) = panel.plot(*zip(*etas.items()), "o-", markersize=4, linewidth=1, label=recipe)
+            line.set_markerfacecolor("white")
+            within = [budget for budget, seeds in savings.items() if not any(each.is_beyond for each in seeds)]
+            panel.plot(within, [etas[budget] for budget in within], "o", markersize=4, color=line.get_color())
     if budgets_drawn:
         low, high = min(budgets_drawn), max(budgets_drawn)
         tokens = [low * (high / low) ** (step / 20) for step in range(21)]

@@ -54,7 +54,18 @@ def test_labels_that_do_not_fit_the_logits_are_refused(name, num_labels, trainin
     assert model(ids, **given, **{name: ids[:, 32:]}).loss.isfinite()
 
 
-@pytest.mark.parametrize("places", [[0, 1, 2, 3], [2, 9], [-12, -7], [index < 3 for index in range(12)]])
+@pytest.mark.parametrize(
+    "places",
+    [
+        [0, 1, 2, 3],
+        [2, 9],
+        [-12, -7],
+        [index < 3 for index in range(12)],
+        # of each row its own
+        [[0, 9], [4, 2], [11, 5]],
+        [[index % (row + 2) == 1 for index in range(12)] for row in range(3)],
+    ],
+)
 def test_of_kept_positions_the_padding_is_known(places):
     """Rows padded on the right, of which the last columns are padding while the kept positions are not."""
     model, ids = tiny_model().eval(), mixed_ids(3, 12)
@@ -63,8 +74,15 @@ def test_of_kept_positions_the_padding_is_known(places):
     targets = torch.nn.functional.pad(ids, (0, 1))[:, 1:].masked_fill(mask.diff(append=mask[:, -1:]) != 0, -100)
     targets.masked_fill_(mask == 0, -100)
     logits = model(ids, attention_mask=mask).logits
-    expected = torch.nn.functional.cross_entropy(logits[:, kept].flatten(0, 1), targets[:, kept].flatten())
-    shifted = torch.nn.functional.pad(ids, (0, 1))[:, 1:][:, kept]
+    places_of_rows = kept if kept.ndim == 2 else kept.expand(len(ids), -1)
+
+    def at_places(x):
+        return torch.cat([row[places] for row, places in zip(x, places_of_rows)])
+
+    expected = torch.nn.functional.cross_entropy(at_places(logits), at_places(targets))
+    shifted = at_places(torch.nn.functional.pad(ids, (0, 1))[:, 1:])
+    # of different numbers of places there are no rows
+    shifted = shifted if kept.ndim == 2 and kept.dtype == torch.bool else shifted.view(len(ids), -1)
     out = model(ids, attention_mask=mask, shift_labels=shifted, logits_to_keep=kept)
     torch.testing.assert_close(out.loss, expected)
 
