@@ -116,8 +116,10 @@ def complete_model_card(path: str | Path):
 
     Args:
         path (`str` or `Path`):
-            a card's file, which is written anew.
+            a card's file, which is written anew where there is one.
     """
+    if not Path(path).is_file():
+        return
     card = ModelCard.load(path)
     data: ModelCardData = card.data  # pyright: ignore[reportAssignmentType]
     data.library_name = data.library_name or "transformers"

@@ -190,7 +190,7 @@ def _targets(
     if shift_labels is None:
         wide_labels = nn.functional.pad(labels, (0, 1), value=ignore_index)  # pyright: ignore[reportArgumentType]
         shift_labels = wide_labels[..., 1:]
-    shift_labels = shift_labels.to(device)
+    shift_labels = shift_labels.to(device, torch.long)
     if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2:
         is_token_BS = attention_mask.to(device) != 0
         is_target_BS = is_token_BS & nn.functional.pad(is_token_BS, (0, 1), value=True)[:, 1:]

@@ -53,14 +53,13 @@ from .cpu_moma import CpuAttention, CpuRMSNorm, MomaCpuLinear, cpu_form_of, use_
 from .depth_cache_moma import DepthCacheView, DepthPacking
 from .depth_moma import DepthLayer, MomaDepthRouter
 from .documents_moma import causal_mask_of, check_whole_lengths, uses_flash_attention_mask
-from .errors_moma import InputError
 from .experts_implementations_moma import DEFAULT_IMPLEMENTATION, form_of_pairs, takes_any_width, takes_hints
 from .frames_moma import TEXT
 from .generation_moma import MomaGenerationMixin
 from .loss_moma import causal_lm_loss
 from .quantized_layers_moma import use_quantized_layers
 from .routing_moma import Fp32Buffers, MomaAuxiliaryRouter, MomaRouter, MomaRouterBase, update_routers
-from .token_groups_moma import RoutingContext, columns_of_batch, routing_of_batch, seen_positions
+from .token_groups_moma import RoutingContext, check_inputs, columns_of_batch, routing_of_batch, seen_positions
 
 
 if TYPE_CHECKING:
@@ -732,9 +731,7 @@ class MomaPreTrainedModel(PreTrainedModel):
 
     def _upload_modified_files(self, working_dir: str | Path, *args, **kwargs) -> CommitInfo:
         # the last step of `push_to_hub`, which has written the card before it
-        card = Path(working_dir) / "README.md"
-        if card.is_file():
-            complete_model_card(card)
+        complete_model_card(Path(working_dir) / "README.md")
         return super()._upload_modified_files(working_dir, *args, **kwargs)
 
     @torch.no_grad()
@@ -806,8 +803,7 @@ class MomaModel(MomaPreTrainedModel):
             How depth layers choose their tokens. Defaults to `routing` where that is given, else to the fields of the
             config.
         """
-        if (input_ids is None) == (inputs_embeds is None):
-            raise InputError("You must specify exactly one of `input_ids` or `inputs_embeds`.")
+        check_inputs(input_ids, inputs_embeds)
         check_whole_lengths(self, kwargs)
         # routing comes before the embedding, so that a bad token id raises the clearer error
         context = routing_of_batch(

@@ -649,6 +649,32 @@ def routing_of_batch(
     return context
 
 
+def check_inputs(input_ids: Any, inputs_embeds: Any):
+    """Raise at what is neither ids nor embeddings.
+
+    Args:
+        input_ids (`torch.LongTensor`, *optional*):
+            `[B, T]`; this or `inputs_embeds`.
+        inputs_embeds (`torch.Tensor`, *optional*):
+            `[B, T, D]`.
+
+    Raises:
+        ValueError: both are given or neither, or what is given is no tensor, or one of another shape or dtype.
+    """
+    if (input_ids is None) == (inputs_embeds is None):
+        raise InputError("You must specify exactly one of `input_ids` or `inputs_embeds`.")
+    name, given, axes = "input_ids", input_ids, ("batch_size", "sequence_length")
+    if given is None:
+        name, given, axes = "inputs_embeds", inputs_embeds, (*axes, "hidden_size")
+    if not isinstance(given, torch.Tensor):
+        raise InputError(f"`{name}` is a {type(given).__name__}: give a tensor of shape ({', '.join(axes)}).")
+    if given.ndim != len(axes):
+        raise InputError(f"`{name}` has the shape {tuple(given.shape)}, but needs ({', '.join(axes)}).")
+    if (input_ids is None) != given.is_floating_point():
+        wanted = "floating-point numbers" if input_ids is None else "integers"
+        raise InputError(f"`{name}` has the dtype {given.dtype}, but holds {wanted}: ids or embeddings?")
+
+
 def seen_positions(cache: Cache | None) -> int | torch.Tensor:
     """Return the positions that came before those of a batch; a tensor from the layers of static caches."""
     # the paged cache of continuous batching counts no tokens
@@ -681,6 +707,25 @@ def check_length(
         raise InputError(
             f"The sequence has {past_length + length} positions, but `max_position_embeddings` is {limit}: the "
             "model has never seen later ones. Shorten the input, or set `rope_parameters` to a scaled type."
+        )
+
+
+def check_room(max_length: int, length: int):
+    """Raise where a static cache has fewer positions than are to be written to it.
+
+    Args:
+        max_length (`int`):
+            what the cache has room for.
+        length (`int`):
+            positions from its first on.
+
+    Raises:
+        ValueError: it is too small.
+    """
+    if length > max_length:
+        raise InputError(
+            f"`cache` has room for {max_length} positions, but there are {length} with those that it holds already: "
+            f"make it with `max_cache_len` of at least {length}."
         )
 
 
@@ -838,6 +883,8 @@ def _split_batch(
     is_static_step = isinstance(past_length, torch.Tensor) and length == 1
     if not is_static_step or cache.get_max_length() > config.max_position_embeddings:  # pyright: ignore[reportOptionalMemberAccess]
         check_length(config, length, past_length, position_ids)
+    if isinstance(cache, StaticCache) and not is_static_step:
+        check_room(cache.get_max_length(), int(past_length) + length)
     modality_BT = _modalities(config, input_ids, inputs, mm_token_type_ids)
     padding_BT = masked_B = None
     if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2:
@@ -931,7 +978,9 @@ __all__ = [
     "RouterStatistics",
     "RoutingContext",
     "check_exportable",
+    "check_inputs",
     "check_length",
+    "check_room",
     "columns_of_batch",
     "is_distributed",
     "logistic_noise_like",

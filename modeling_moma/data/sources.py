@@ -382,6 +382,8 @@ def read_sources(section: Any, is_stored: bool = False) -> list[Source]:
 def source_texts(sources: Sequence[Source], rows: int) -> Iterator[str]:
     """Yield all texts of the training rows, which a text tokenizer learns from: every caption, those of a document.
 
+    Rows that become `validation` are left out.
+
     Args:
         sources (`Sequence[Source]`):
             of a recipe.
@@ -389,8 +391,10 @@ def source_texts(sources: Sequence[Source], rows: int) -> Iterator[str]:
             of each source, at most.
     """
     for source in sources:
-        opened = source.open(source.split_names()[TRAIN])
-        for row in itertools.islice(undecoded_rows(opened), rows):
+        names = source.split_names()
+        placed = placed_rows(source.open(names[TRAIN]))
+        read = (row for place, row in placed if VALIDATION in names or not source.is_held_out(place))
+        for row in itertools.islice(read, rows):
             yield from source.kind.row_texts(row)
 
 

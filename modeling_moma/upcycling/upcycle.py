@@ -2,7 +2,7 @@
 """Upcycling: a model with one feed-forward network per modality, or one for all, grows experts (MoMa section 2.5)."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from copy import deepcopy
 
 import torch
@@ -219,7 +219,7 @@ def upcycle(
 
     Raises:
         ValueError: see [`upcycled_config`]; or the perturbation is negative, the fields ask for weights that the
-            source does not have, or `keep_seed` meets `preserve_function` or a perturbation.
+            source does not have or leave some of its out, or `keep_seed` meets `preserve_function` or a perturbation.
     """
     _check_arguments(keep_seed, preserve_function, perturbation)
     config = upcycled_config(
@@ -243,6 +243,7 @@ def upcycle(
         elif name.endswith(".experts.down_proj"):
             # fresh experts add nothing yet
             tensor.zero_()
+    _check_used(seed_state, sources, fields)
     upcycled.generation_config = deepcopy(model.generation_config)
     return upcycled.train(model.training)
 
@@ -261,6 +262,17 @@ def _check_arguments(keep_seed: bool, preserve_function: bool, perturbation: flo
         raise InputError(
             "`preserve_function` does not go with `keep_seed`, which preserves the function for every token already. "
             "Normalised gates for their own sake are the field normalize_gates=True."
+        )
+
+
+def _check_used(seed_names: Collection[str], sources: Mapping[str, Sequence[str]], fields: dict) -> None:
+    """Raise where the result would lack what the source has learnt; routers that it has no use for may go."""
+    used = {source for parts in sources.values() for source in parts}
+    unused = sorted(name for name in seed_names if name not in used and "router" not in name)
+    if unused:
+        raise InputError(
+            f"`fields` = {sorted(fields)}: {len(unused)} tensors of the seed would be lost, {unused[0]} the first of "
+            "them. Leave sizes, and what has weights, as they are in the seed."
         )
 
 

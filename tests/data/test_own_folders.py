@@ -19,7 +19,7 @@ from modeling_moma import MomaMetricsCallback
 from modeling_moma.cli import tokenize
 from modeling_moma.data.documents import TokenFolder
 from modeling_moma.data.encoding import DocumentEncoder
-from modeling_moma.data.sources import read_sources, source_texts
+from modeling_moma.data.sources import read_sources, row_place, source_texts
 from modeling_moma.evaluation.held_out import read_held_out
 from modeling_moma.training.image_sources import candidates
 from modeling_moma.training.pretraining import training_stream
@@ -275,6 +275,21 @@ def test_classes_are_read_by_their_names(tmp_path, load):
     for text, expected in (("text", ["red, blue", "blue"]), ("one", ["blue"])):
         (source,) = read_sources({"mine": {"data": str(tmp_path / "d.parquet"), "text": text, **load}})
         assert list(source_texts([source], 10)) == expected
+
+
+def test_a_text_tokenizer_learns_from_no_row_that_is_held_out(tmp_path):
+    lines = [f"line {number}" for number in range(40)]
+    (tmp_path / "d.txt").write_text("\n".join(lines))
+    (tmp_path / "held.txt").write_text("another\n")
+    for load, shard in (({}, None), ({"streaming": True}, 0)):
+        fields = {"data": str(tmp_path / "d.txt"), "text": "text", "held_out": 0.5, "load": load}
+        (source,) = read_sources({"mine": fields})
+        kept = [line for number, line in enumerate(lines) if not source.is_held_out(row_place(number, shard))]
+        assert 10 < len(kept) < 30 and list(source_texts([source], 10)) == kept[:10]
+        # an own split is what is held out, then
+        files = {"data_files": {"train": str(tmp_path / "d.txt"), "validation": str(tmp_path / "held.txt")}}
+        (source,) = read_sources({"mine": {**fields, "data": "text", "load": {**load, **files}}})
+        assert list(source_texts([source], 40)) == lines
 
 
 def test_empty_file_and_mark_of_an_editor(tmp_path):

@@ -177,6 +177,11 @@ def test_embeddings_with_modalities_equal_ids(monkeypatch, routing):
         ({"input_ids": torch.full((2, 0), 30)}, ValueError, "input_ids.*empty"),
         ({"inputs_embeds": torch.zeros(2, 0, 16)}, ValueError, "inputs_embeds.*empty"),
         ({"input_ids": torch.full((1, 4), 30), "routing": "soft"}, ValueError, "routing.*soft"),
+        ({"input_ids": [[30, 31]]}, ValueError, "`input_ids` is a list"),
+        ({"input_ids": torch.full((4,), 30)}, ValueError, r"`input_ids` has the shape \(4,\).*sequence_length"),
+        ({"input_ids": torch.full((1, 4), 30.0)}, ValueError, "`input_ids`.*float32.*integers"),
+        ({"inputs_embeds": torch.zeros(4, 16)}, ValueError, "`inputs_embeds`.*hidden_size"),
+        ({"inputs_embeds": torch.zeros(1, 4, 16, dtype=torch.long)}, ValueError, "`inputs_embeds`.*int64.*floating"),
         ({}, ValueError, "input_ids"),
         ({"input_ids": torch.full((1, 4), 30), "inputs_embeds": torch.zeros(1, 4, 16)}, ValueError, "inputs_embeds"),
         (
@@ -211,6 +216,24 @@ def test_embeddings_with_modalities_equal_ids(monkeypatch, routing):
 def test_bad_input_raises_its_own_message(name, arguments, error, match):
     with pytest.raises(error, match=match):
         tiny_model(**GROUPS[name])(**arguments)
+
+
+def test_ids_and_labels_may_be_of_any_integers():
+    model, ids = tiny_model().eval(), mixed_ids()
+    assert torch.equal(model(ids.int(), labels=ids.int()).loss, model(ids, labels=ids).loss)
+
+
+@pytest.mark.parametrize("length", [9, 12])
+def test_a_static_cache_that_is_too_small_says_what_it_needs(length):
+    model, ids = tiny_model().eval(), mixed_ids(length=length)
+    cache = StaticCache(model.config, max_cache_len=8)
+    with pytest.raises(ValueError, match=f"`cache` has room for 8 positions, but there are {length}.*`max_cache_len`"):
+        model(ids, cache=cache)
+    model(ids[:, :7], cache=cache)
+    with pytest.raises(ValueError, match="`cache` has room for 8 positions, but there are 9"):
+        model(ids[:, 7:9], cache=cache)
+    with pytest.raises(ValueError, match=f"`cache` has room for 8 positions, but there are {length}"):
+        model.generate(ids, cache=StaticCache(model.config, max_cache_len=8), max_new_tokens=4)
 
 
 def test_more_experts_per_token_than_a_group_has_raise_where_a_rule_asks_for_them():

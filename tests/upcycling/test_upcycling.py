@@ -178,6 +178,9 @@ def test_bad_arguments_are_refused():
         upcycle(seed, FOUR_EACH, tie_word_embeddings=True)
     with pytest.raises(ValueError, match="`model` has no"):
         upcycle(seed.model, FOUR_EACH)
+    for fields in ({"num_hidden_layers": 1}, {"qk_norm": "none"}):
+        with pytest.raises(ValueError, match=f"`fields` = .'{next(iter(fields))}'.*of the seed would be lost, model"):
+            upcycle(seed, FOUR_EACH, **fields)
 
 
 @pytest.mark.parametrize(
