@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`SFTTrainer` of TRL with image codes among the labels."""
+"""Trainers of TRL, with image codes among the labels."""
+
+import math
 
 import numpy as np
 import pytest
@@ -10,7 +12,7 @@ from transformers import Trainer
 
 from helpers.mixed import losses, mixed_examples
 from helpers.tiny import noise_images, tiny_model, tiny_processor
-from modeling_moma import MomaMetricsCallback
+from modeling_moma import MomaForCausalLM, MomaMetricsCallback
 
 
 trl = pytest.importorskip("trl")
@@ -33,22 +35,25 @@ def images():
     return noise_images(4)
 
 
-def build_sft(model, processing_class, dataset, output, trainer_class=trl.SFTTrainer, callbacks=(), **fields):
+def settings(**fields):
     defaults = {
         "max_steps": 1,
         "per_device_train_batch_size": 4,
         "learning_rate": 1e-2,
         "logging_steps": 1,
         "save_strategy": "no",
-        "max_length": None,
         "report_to": [],
         "use_cpu": True,
         "bf16": False,
         "disable_tqdm": True,
     }
+    return {**defaults, **fields}
+
+
+def build_sft(model, processing_class, dataset, output, trainer_class=trl.SFTTrainer, callbacks=(), **fields):
     return trainer_class(
         model=model,
-        args=trl.SFTConfig(str(output), **{**defaults, **fields}),
+        args=trl.SFTConfig(str(output), **settings(**{"max_length": None, **fields})),
         train_dataset=dataset,
         processing_class=processing_class,
         callbacks=list(callbacks),
@@ -186,3 +191,46 @@ def test_fused_head_gives_plain_cross_entropy_and_leaves_our_terms_out(processor
     assert found[OwnLossSFTTrainer, False] == pytest.approx(plain, abs=1e-5)
     assert found[trl.SFTTrainer, True] == pytest.approx(plain, abs=1e-5)
     assert found[OwnLossSFTTrainer, True] > plain + 1
+
+
+PROMPTS = ["noto: red apple", "noto: green apple", "fluent 3d: castle", "noto tags: fruit"]
+
+
+def policy(processor, folder, alike):
+    """A model from the disk, where its trainer finds the reference again."""
+    fields = {"num_experts": {"text": 4, "image": 4}, "routing_warmup_steps": 0}
+    tiny_model(processor, **fields).save_pretrained(folder / "model")
+    model = MomaForCausalLM.from_pretrained(folder / "model")
+    if alike:
+        model.config.training_routing = model.config.inference_routing
+    return model
+
+
+@pytest.mark.parametrize("alike", [False, True], ids=["as configured", "as it infers"])
+def test_preferences_begin_at_the_reference_where_a_policy_trains_as_it_infers(processor, tmp_path, alike):
+    model = policy(processor, tmp_path, alike)
+    image = processor.replace_image_token({"image_codes": [list(range(16))]}, 0)
+    rows = [{"prompt": prompt, "chosen": f" {image}", "rejected": " castle red"} for prompt in PROMPTS]
+    args = trl.DPOConfig(str(tmp_path), **settings(max_length=None))
+    trainer = trl.DPOTrainer(
+        model=model, args=args, train_dataset=Dataset.from_list(rows), processing_class=processor.tokenizer
+    )
+    trainer.train()
+    # of a policy that is its reference
+    assert (losses(trainer)[0] == pytest.approx(math.log(2), abs=1e-5)) == alike
+    assert processor.tokenizer.convert_tokens_to_ids("<image>") not in trainer.train_dataset[0]["chosen_ids"]
+
+
+@pytest.mark.parametrize("alike", [False, True], ids=["as configured", "as it infers"])
+def test_rewards_begin_at_the_reference_where_a_policy_trains_as_it_infers(processor, tmp_path, alike):
+    model = policy(processor, tmp_path, alike)
+    args = trl.GRPOConfig(str(tmp_path), **settings(beta=0.1, num_generations=2, max_completion_length=6))
+    trainer = trl.GRPOTrainer(
+        model=model,
+        reward_funcs=lambda completions, **kwargs: [float(len(text)) for text in completions],
+        args=args,
+        train_dataset=Dataset.from_list([{"prompt": prompt} for prompt in PROMPTS]),
+        processing_class=processor.tokenizer,
+    )
+    trainer.train()
+    assert (losses(trainer, "kl")[0] == pytest.approx(0, abs=1e-7)) == alike
