@@ -5,6 +5,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
 recipe=recipes/moma-icons.yaml
+longer=recipes/moma-icons-longer.yaml
 
 # without it a sample of the icons would be trained on
 if ! compgen -G "data/icons/data/train-00000-of-*.parquet" > /dev/null; then
@@ -35,7 +36,10 @@ fi
 [ -e runs/icons/model/trainer_state.json ] ||
     "$python" "${launcher[@]}" -m modeling_moma pretrain $recipe --processor runs/icons/processor \
         --tokens runs/icons/tokens --output runs/icons/model --batch-size $rows --resume
-"$python" scripts/release.py --model runs/icons/model --processor runs/icons/processor --output model_cards/moma-icons
+[ -e runs/icons/longer/trainer_state.json ] ||
+    "$python" "${launcher[@]}" -m modeling_moma pretrain $longer --model runs/icons/model --processor runs/icons/processor \
+        --tokens runs/icons/tokens --output runs/icons/longer --batch-size $rows --seed 1 --restart-data --resume
+"$python" scripts/release.py --model runs/icons/longer --processor runs/icons/processor --output model_cards/moma-icons
 # the image tokenizer's training has kept the features of all training images, in the precision that the machine has
 features=()
 for file in runs/icons/tokenizer/pictures/features-*.npy; do

@@ -17,7 +17,9 @@ from modeling_moma.utils.messages import markdown_table
 
 EVALUATION_FILE, SHEET_FILE = "evaluation.json", "samples.png"
 # of the released model
-RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "moma-icons.yaml"
+RECIPES = Path(__file__).resolve().parents[2] / "recipes"
+# of the stages, each from the weights of the one before
+STAGES = ("moma-icons.yaml", "moma-icons-longer.yaml")
 # the split that the aims are about, whose icons are drawn and tell of losses and experts
 MAIN = "test"
 
@@ -290,8 +292,16 @@ def _routing(model: dict) -> str:
     )
 
 
-def _training(recipe: Recipe) -> str:
-    """What the recipe says of the training, a list in Markdown."""
+def _training(recipes: dict[str, Recipe]) -> str:
+    """What recipes say of the stages of the training, lists in Markdown."""
+    parts = []
+    for name, recipe in recipes.items():
+        start = ", from those weights" if parts else ""
+        parts.append(f"`recipes/{name}`{start}:\n\n{_stage(recipe)}")
+    return "\n\n".join(parts)
+
+
+def _stage(recipe: Recipe) -> str:
     trainer, lines = recipe.trainer, []
     if recipe.data is not None and {"max_steps", "per_device_train_batch_size"} <= set(trainer):
         rows = trainer["per_device_train_batch_size"] * trainer.get("gradient_accumulation_steps", 1)
@@ -312,18 +322,21 @@ def _training(recipe: Recipe) -> str:
         )
     weights = recipe.model.get("modality_loss_weights") or {}
     lines += [f"{name} tokens weigh {weight:g} times as much in the loss;" for name, weight in weights.items()]
-    words = ", the words of their captions among its targets" if recipe.image_tokenizer.get("caption_weight") else ""
-    lines.append(f"an image tokenizer that learnt from the same images{words}.")
-    return "\n".join(f"- {line}" for line in lines)
+    if recipe.image_tokenizer:
+        words = ""
+        if recipe.image_tokenizer.get("caption_weight"):
+            words = ", the words of their captions among its targets"
+        lines.append(f"an image tokenizer that learnt from the same images{words};")
+    return "\n".join(f"- {line}" for line in lines).removesuffix(";") + "."
 
 
-def render_card(report: dict, recipe: Recipe) -> str:
+def render_card(report: dict, recipes: dict[str, Recipe]) -> str:
     """
     Writes the card.
 
     Args:
         report: what scripts/evaluate_icons.py measured.
-        recipe: of the training.
+        recipes: of the stages of the training, by the names of their files in `recipes`.
 
     Returns:
         The text of `README.md`.
@@ -361,7 +374,7 @@ def render_card(report: dict, recipe: Recipe) -> str:
         "tokenizer": f"{quality['psnr']:.1f} dB PSNR on icons of `{MAIN}`; {quality['codes_used']:,} of "
         f"{quality['codebook_size']:,} codes used there, perplexity {quality['perplexity']:.0f}.",
         "minutes": f"{sum(report['seconds'].values()) / 60:.0f}",
-        "training": _training(recipe),
+        "training": _training(recipes),
         "aim_table": aim_table(report),
         "name_table": name_table(report),
         "rank_table": rank_table(report),
@@ -393,7 +406,7 @@ def write_card(folder: str | Path, report: dict | None = None):
         if not path.exists():
             raise InputError(f"`folder` {str(folder)!r} has no {EVALUATION_FILE}: see scripts/evaluate_icons.py.")
         report = json.loads(path.read_text())
-    text = render_card(report, read_recipe(RECIPE))
+    text = render_card(report, {name: read_recipe(RECIPES / name) for name in STAGES})
     write_aside(folder / "README.md", lambda path: path.write_text(text))
 
 
@@ -493,7 +506,7 @@ Ranks.com and the EmojiTwo community (CC-BY-4.0). Their texts: emojibase (MIT), 
 
 ## Training
 
-By `moma pretrain recipes/moma-icons.yaml`; `PROCESSES=2 make reproduce-icons` runs all stages as they ran.
+By `moma pretrain`; `PROCESSES=2 make reproduce-icons` runs all stages.
 
 {training}
 

@@ -12,7 +12,8 @@ from huggingface_hub.repocard_data import model_index_to_eval_results
 
 import write_card as write_card_script
 from icons_recipe.model_card import (
-    RECIPE,
+    RECIPES,
+    STAGES,
     aims,
     card_metadata,
     coverage_table,
@@ -123,7 +124,7 @@ REPORT = {
 
 
 def rendered(report=REPORT):
-    return render_card(report, read_recipe(RECIPE))
+    return render_card(report, {name: read_recipe(RECIPES / name) for name in STAGES})
 
 
 def test_metadata_is_valid_for_the_hub_and_holds_measured_numbers():
@@ -153,7 +154,7 @@ def test_values_of_other_models_are_none_of_the_models_own():
 
 
 def test_card_prints_the_report_its_command_and_the_recipe():
-    card, recipe = rendered(), read_recipe(RECIPE)
+    card, stages = rendered(), [read_recipe(RECIPES / name) for name in STAGES]
     for text in (
         REPORT["command"],
         "12.3M parameters, 6.5M",
@@ -176,8 +177,9 @@ def test_card_prints_the_report_its_command_and_the_recipe():
         "39,876 training icons",
         "in 5 minutes",
         "22.3 dB",
-        f"{recipe.trainer['max_steps']:,} steps",
-        f"captions `{recipe.sources[0].kind.text}`",
+        *(f"`recipes/{name}`" for name in STAGES),
+        *(f"{recipe.trainer['max_steps']:,} steps" for recipe in stages),
+        f"captions `{stages[0].sources[0].kind.text}`",
     ):
         assert text in card, text
     template = card.split("---", 2)[2].replace("{name}", "").replace("{label}", "")
@@ -189,7 +191,7 @@ def test_card_prints_the_report_its_command_and_the_recipe():
 def test_card_says_how_tokens_are_routed():
     chosen = copy.deepcopy(REPORT)
     chosen["model"]["training_routing"] = "token_choice"
-    texts = [render_card(report, read_recipe(RECIPE)) for report in (REPORT, chosen)]
+    texts = [rendered(report) for report in (REPORT, chosen)]
     assert ["capacity factor 1; at inference each expert takes" in text for text in texts] == [True, False]
     assert ["best expert of its group (`token_choice`)" in text for text in texts] == [False, True]
 
