@@ -373,7 +373,6 @@ def render_card(report: dict, recipes: dict[str, Recipe]) -> str:
         "spread": spread,
         "tokenizer": f"{quality['psnr']:.1f} dB PSNR on icons of `{MAIN}`; {quality['codes_used']:,} of "
         f"{quality['codebook_size']:,} codes used there, perplexity {quality['perplexity']:.0f}.",
-        "minutes": f"{sum(report['seconds'].values()) / 60:.0f}",
         "training": _training(recipes),
         "aim_table": aim_table(report),
         "name_table": name_table(report),
@@ -512,7 +511,7 @@ By `moma pretrain`; `PROCESSES=2 make reproduce-icons` runs all stages.
 
 ## Evaluation
 
-Measured in {dtype}, in {minutes} minutes after loading, by
+Measured in {dtype} by
 
 ```bash
 {command}

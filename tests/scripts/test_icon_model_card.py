@@ -175,7 +175,6 @@ def test_card_prints_the_report_its_command_and_the_recipe():
         "temperature=0.9, guidance_scale=2.5",
         "270,452 icons to train on",
         "39,876 training icons",
-        "in 5 minutes",
         "22.3 dB",
         *(f"`recipes/{name}`" for name in STAGES),
         *(f"{recipe.trainer['max_steps']:,} steps" for recipe in stages),
