@@ -671,8 +671,8 @@ def check_inputs(input_ids: Any, inputs_embeds: Any):
     if given.ndim != len(axes):
         raise InputError(f"`{name}` has the shape {tuple(given.shape)}, but needs ({', '.join(axes)}).")
     if (input_ids is None) != given.is_floating_point():
-        wanted = "floating-point numbers" if input_ids is None else "integers"
-        raise InputError(f"`{name}` has the dtype {given.dtype}, but holds {wanted}: ids or embeddings?")
+        wanted, other = ("floating-point numbers", "ids") if input_ids is None else ("integers", "embeddings")
+        raise InputError(f"`{name}` has the dtype {given.dtype}, but holds {wanted}: were {other} given in its place?")
 
 
 def seen_positions(cache: Cache | None) -> int | torch.Tensor:
@@ -707,25 +707,6 @@ def check_length(
         raise InputError(
             f"The sequence has {past_length + length} positions, but `max_position_embeddings` is {limit}: the "
             "model has never seen later ones. Shorten the input, or set `rope_parameters` to a scaled type."
-        )
-
-
-def check_room(max_length: int, length: int):
-    """Raise where a static cache has fewer positions than are to be written to it.
-
-    Args:
-        max_length (`int`):
-            what the cache has room for.
-        length (`int`):
-            positions from its first on.
-
-    Raises:
-        ValueError: it is too small.
-    """
-    if length > max_length:
-        raise InputError(
-            f"`cache` has room for {max_length} positions, but there are {length} with those that it holds already: "
-            f"make it with `max_cache_len` of at least {length}."
         )
 
 
@@ -883,8 +864,10 @@ def _split_batch(
     is_static_step = isinstance(past_length, torch.Tensor) and length == 1
     if not is_static_step or cache.get_max_length() > config.max_position_embeddings:  # pyright: ignore[reportOptionalMemberAccess]
         check_length(config, length, past_length, position_ids)
-    if isinstance(cache, StaticCache) and not is_static_step:
-        check_room(cache.get_max_length(), int(past_length) + length)
+    if not is_static_step:
+        # one device sync for a chunk that a static cache goes on with
+        past_length = int(past_length)
+        _check_room(cache, past_length + length)
     modality_BT = _modalities(config, input_ids, inputs, mm_token_type_ids)
     padding_BT = masked_B = None
     if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2:
@@ -924,6 +907,14 @@ def _modalities(
             "are images among them, give the modality of each."
         )
     return torch.zeros(inputs.shape[:2], dtype=torch.long, device=inputs.device)
+
+
+def _check_room(cache: Cache | None, length: int) -> None:
+    if isinstance(cache, StaticCache) and length > cache.get_max_length():
+        raise InputError(
+            f"`cache` has room for {cache.get_max_length()} positions, but there are {length} with those that it "
+            f"holds already: make it with `max_cache_len` of at least {length}."
+        )
 
 
 def _check_mask(
@@ -980,7 +971,6 @@ __all__ = [
     "check_exportable",
     "check_inputs",
     "check_length",
-    "check_room",
     "columns_of_batch",
     "is_distributed",
     "logistic_noise_like",

@@ -323,9 +323,8 @@ def _stage(recipe: Recipe) -> str:
     weights = recipe.model.get("modality_loss_weights") or {}
     lines += [f"{name} tokens weigh {weight:g} times as much in the loss;" for name, weight in weights.items()]
     if recipe.image_tokenizer:
-        words = ""
-        if recipe.image_tokenizer.get("caption_weight"):
-            words = ", the words of their captions among its targets"
+        has_words = recipe.image_tokenizer.get("caption_weight")
+        words = ", the words of their captions among its targets" if has_words else ""
         lines.append(f"an image tokenizer that learnt from the same images{words};")
     return "\n".join(f"- {line}" for line in lines).removesuffix(";") + "."
 

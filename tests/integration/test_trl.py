@@ -196,9 +196,9 @@ def test_fused_head_gives_plain_cross_entropy_and_leaves_our_terms_out(processor
 PROMPTS = ["noto: red apple", "noto: green apple", "fluent 3d: castle", "noto tags: fruit"]
 
 
-def policy(processor, folder, alike):
+def policy(processor, folder, alike, **fields):
     """A model from the disk, where its trainer finds the reference again."""
-    fields = {"num_experts": {"text": 4, "image": 4}, "routing_warmup_steps": 0}
+    fields = {"num_experts": {"text": 4, "image": 4}, "routing_warmup_steps": 0, **fields}
     tiny_model(processor, **fields).save_pretrained(folder / "model")
     model = MomaForCausalLM.from_pretrained(folder / "model")
     if alike:
@@ -206,19 +206,44 @@ def policy(processor, folder, alike):
     return model
 
 
-@pytest.mark.parametrize("alike", [False, True], ids=["as configured", "as it infers"])
-def test_preferences_begin_at_the_reference_where_a_policy_trains_as_it_infers(processor, tmp_path, alike):
-    model = policy(processor, tmp_path, alike)
+DEPTH = {"num_hidden_layers": 3, "depth_layers": [1], "depth_capacity": 0.5}
+
+
+def preferences(processor, folder, model, ref_model=None):
+    """A step of DPO where one answer of each pair is an image."""
     image = processor.replace_image_token({"image_codes": [list(range(16))]}, 0)
     rows = [{"prompt": prompt, "chosen": f" {image}", "rejected": " castle red"} for prompt in PROMPTS]
-    args = trl.DPOConfig(str(tmp_path), **settings(max_length=None))
     trainer = trl.DPOTrainer(
-        model=model, args=args, train_dataset=Dataset.from_list(rows), processing_class=processor.tokenizer
+        model=model,
+        ref_model=ref_model,
+        args=trl.DPOConfig(str(folder), **settings(max_length=None)),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=processor.tokenizer,
     )
     trainer.train()
+    return trainer
+
+
+@pytest.mark.parametrize("fields", [{}, DEPTH], ids=["experts", "depth layers"])
+@pytest.mark.parametrize("alike", [False, True], ids=["as configured", "as it infers"])
+def test_preferences_begin_at_the_reference_where_a_policy_trains_as_it_infers(processor, tmp_path, alike, fields):
+    trainer = preferences(processor, tmp_path, policy(processor, tmp_path, alike, **fields))
     # of a policy that is its reference
     assert (losses(trainer)[0] == pytest.approx(math.log(2), abs=1e-5)) == alike
-    assert processor.tokenizer.convert_tokens_to_ids("<image>") not in trainer.train_dataset[0]["chosen_ids"]
+    first, stop = trainer.model.config.modality_token_ranges["image"][-1]
+    assert sum(first <= token < stop for token in trainer.train_dataset[0]["chosen_ids"]) == 16
+
+
+def test_preferences_of_a_model_with_auxiliary_routers(processor, tmp_path):
+    policy(processor, tmp_path, False, auxiliary_routers=True, inference_routing="auxiliary")
+    model, reference = (
+        MomaForCausalLM.from_pretrained(tmp_path / "model", inference_routing="threshold") for _ in range(2)
+    )
+    model.config.training_routing = model.config.inference_routing
+    trainer = preferences(processor, tmp_path, model, reference)
+    assert losses(trainer)[0] == pytest.approx(math.log(2), abs=1e-5)
+    trainer.save_model(tmp_path / "trained")
+    assert MomaForCausalLM.from_pretrained(tmp_path / "trained").config.training_routing == "threshold"
 
 
 @pytest.mark.parametrize("alike", [False, True], ids=["as configured", "as it infers"])
