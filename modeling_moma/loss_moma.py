@@ -90,8 +90,13 @@ def causal_lm_loss(
             further arguments of `loss_function`, not used.
 
     Raises:
-        ValueError: there are not as many labels as logits.
+        ValueError: there are not as many labels as logits, or labels are to be shifted among positions chosen at will.
     """
+    if shift_labels is None and isinstance(logits_to_keep, torch.Tensor):
+        raise InputError(
+            "`labels` come with a tensor `logits_to_keep`, whose positions need not follow one another: give "
+            "`shift_labels`, for each of these positions the token after it."
+        )
     states_NS = states.reshape(-1, states.shape[-1])
     _check_labels(labels, shift_labels, states)
     target_N = _targets(labels, shift_labels, attention_mask, ignore_index, states.device, logits_to_keep)

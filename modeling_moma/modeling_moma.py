@@ -638,8 +638,9 @@ class MomaCausalLMOutput(ModelOutput):
         Keys and values of the attention layers.
     router_logits (`tuple(torch.FloatTensor)`, *optional*, returned when `output_router_logits=True`):
         One tensor of shape `(tokens of the group, experts of the group)` for every layer and group with a router,
-        layer by layer, in the order of `config.expert_groups`. In steps of one token with a static cache every group
-        has a row for every position.
+        layer by layer, in the order of `config.expert_groups`; in depth layers, whose own routers' logits are not
+        among them, of the chosen tokens alone. In steps of one token with a static cache every group has a row for
+        every position.
     modality_losses (`dict[str, torch.Tensor]`, *optional*, returned when `labels` is provided):
         Mean cross-entropy, in nats, of the target tokens of each modality, detached and unweighted.
     modality_tokens (`dict[str, torch.Tensor]`, *optional*, returned when `labels` is provided):
@@ -803,7 +804,7 @@ class MomaModel(MomaPreTrainedModel):
             How depth layers choose their tokens. Defaults to `routing` where that is given, else to the fields of the
             config.
         """
-        check_inputs(input_ids, inputs_embeds)
+        check_inputs(input_ids, inputs_embeds, position_ids)
         check_whole_lengths(self, kwargs)
         # routing comes before the embedding, so that a bad token id raises the clearer error
         context = routing_of_batch(

@@ -345,8 +345,8 @@ class MomaAuxiliaryRouter(Fp32Buffers):
 class MomaRouterBase(Fp32Buffers):
     """Sigmoid scores, and the state that lets a router choose without looking at other tokens.
 
-    A score is the sigmoid of a projection, so it depends on its token alone. Everything is fp32: bf16 sigmoids tie,
-    and a tie changes who is chosen.
+    A score is the sigmoid of a projection, so it depends on its token alone. It is computed in fp32, whatever type the
+    weights were given: bf16 sigmoids tie, and a tie changes who is chosen.
 
     Args:
         config (`MomaConfig`):

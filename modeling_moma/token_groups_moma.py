@@ -649,14 +649,16 @@ def routing_of_batch(
     return context
 
 
-def check_inputs(input_ids: Any, inputs_embeds: Any):
-    """Raise at what is neither ids nor embeddings.
+def check_inputs(input_ids: Any, inputs_embeds: Any, position_ids: torch.Tensor | None = None):
+    """Raise at what is neither ids nor embeddings, and at positions of another number of tokens.
 
     Args:
         input_ids (`torch.LongTensor`, *optional*):
             `[B, T]`; this or `inputs_embeds`.
         inputs_embeds (`torch.Tensor`, *optional*):
             `[B, T, D]`.
+        position_ids (`torch.LongTensor`, *optional*):
+            `[B, T]` or `[1, T]`.
 
     Raises:
         ValueError: both are given or neither, or what is given is no tensor, or one of another shape or dtype.
@@ -673,6 +675,10 @@ def check_inputs(input_ids: Any, inputs_embeds: Any):
     if (input_ids is None) != given.is_floating_point():
         wanted, other = ("floating-point numbers", "ids") if input_ids is None else ("integers", "embeddings")
         raise InputError(f"`{name}` has the dtype {given.dtype}, but holds {wanted}: were {other} given in its place?")
+    if position_ids is not None and position_ids.shape[-1] != given.shape[1]:
+        raise InputError(
+            f"`position_ids` has the shape {tuple(position_ids.shape)}, but `{name}` has {given.shape[1]} positions."
+        )
 
 
 def seen_positions(cache: Cache | None) -> int | torch.Tensor:

@@ -15,7 +15,7 @@ from transformers.utils import logging
 from tokenization.audio_codecs_moma import AUDIO
 
 from ..errors_moma import InputError
-from ..utils.atomic_files import check_new_folder, write_aside
+from ..utils.atomic_files import check_new_folder, check_writable, write_aside
 from .encoding import loaded_encoder
 from .sources import HELD_OUT_RULE, TRAIN, VALIDATION, Source, read_sources, undecoded_rows
 
@@ -215,7 +215,7 @@ def _warn_of_shared_rows(sources: Sequence[Source], plans: dict[str, dict[str, d
     readers: dict[tuple[str, str], Source] = {}
     for source in sources:
         how = json.dumps([source.load, plans[source.name][TRAIN]["split"]], sort_keys=True, default=str)
-        files = [(str(Path(path).resolve()), how) for path in glob(source.data, recursive=True) or [source.data]]
+        files = [(str(Path(path).resolve()), how) for path in glob(source.pattern(), recursive=True) or [source.data]]
         other = next((readers[file] for file in files if file in readers), source)
         draws = [entry.held_out > 0 and VALIDATION not in plans[entry.name] for entry in (source, other)]
         if other is not source and any(draws):
@@ -288,6 +288,7 @@ def write_job(folder: str | Path, job: Job) -> Path:
         _warn_of_later_files(path, job)
         for task in job.tasks():
             check_held_out(folder, then.get("held_out_rule"), job, task)
+        check_writable(folder)
         return path
     check_new_folder(folder)
     return write_aside(path, lambda aside: aside.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8"))
@@ -312,7 +313,7 @@ def _warn_of_later_files(path: Path, job: Job) -> None:
     """Tell of sources with a file of rows that was written after the job began; a change may keep a file's size."""
     began = path.stat().st_mtime
     for name in job.sources:
-        found = map(Path, glob(job.source(name).data, recursive=True))
+        found = map(Path, glob(job.source(name).pattern(), recursive=True))
         files = [file for one in found for file in ([one] if one.is_file() else one.rglob("*"))]
         later = [file for file in files if file.suffix in ROW_FILES and file.stat().st_mtime > began]
         if later:

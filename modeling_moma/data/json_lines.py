@@ -26,7 +26,7 @@ def is_json_lines(path: Path) -> bool:
 
 
 def mended_copy(path: Path) -> Path:
-    """Return a copy, beside what `datasets` keeps, of a file with broken lines; the file itself where none is broken.
+    """Return a copy of a file of JSON lines, beside what `datasets` keeps.
 
     Every row of it has the column [`BROKEN_LINE`]; rows of broken lines have no other.
 
@@ -34,8 +34,6 @@ def mended_copy(path: Path) -> Path:
         path (`Path`):
             of the file.
     """
-    if not is_json_lines(path) or not _has_broken_lines(path):
-        return path
     facts = path.stat()
     key = hashlib.sha256(f"{path.resolve()} {facts.st_size} {facts.st_mtime_ns}".encode()).hexdigest()[:32]
     copy = Path(config.HF_DATASETS_CACHE) / "moma-json-lines" / f"{key}.jsonl"
@@ -60,7 +58,10 @@ def _write(path: Path, target: Path) -> None:
             out.write(line[:-1] + separator + f'"{BROKEN_LINE}": ""}}\n'.encode())
 
 
-def _has_broken_lines(path: Path) -> bool:
+def has_broken_lines(path: Path) -> bool:
+    """Return whether a file has a JSON object on each line, but for some lines that are none."""
+    if not is_json_lines(path):
+        return False
     with path.open("rb") as file:
         return any(line.strip() and _parse(line)[1] for line in file)
 
@@ -78,4 +79,4 @@ def _parse(line: bytes) -> tuple[Any, str | None]:
     return value, None if isinstance(value, dict) else f"a {type(value).__name__} and no object"
 
 
-__all__ = ["BROKEN_LINE", "mended_copy"]
+__all__ = ["BROKEN_LINE", "has_broken_lines", "is_json_lines", "mended_copy"]

@@ -328,8 +328,8 @@ class _Source:
             longest = 1 + max([last - begin for begin, last in zip(document.begins, document.lasts)], default=-1)
         if longest >= self.length:
             raise InputError(
-                f"sources: {self.order.documents.name!r} has {longest + 1} tokens that cannot be cut, an image and "
-                f"what begins it, or a caption: `sequence_length` is {self.length}."
+                f"sources: {self.order.documents.name!r} has {longest + 1} tokens that cannot be cut, an image or a "
+                f"sound with the token before it, or a caption: `sequence_length` is {self.length}."
             )
         self.number += 1
         self.at_hand += document.rest

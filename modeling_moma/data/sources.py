@@ -6,7 +6,7 @@ import hashlib
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from glob import glob
+from glob import escape, glob
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -33,7 +33,7 @@ from ..errors_moma import InputError
 from ..hub.names import why_nowhere
 from ..utils.fields import Float, read_field
 from ..utils.messages import one_line
-from .json_lines import mended_copy
+from .json_lines import has_broken_lines, is_json_lines, mended_copy
 from .kinds import SourceKind, read_kind
 from .split_folders import METADATA, data_files, rows_below, split_folders
 
@@ -159,13 +159,15 @@ class Source:
         return {**options, "cache_dir": str(folder / f"{Path(path).name}-{Hasher.hash(files)}")}
 
     def _mended(self, path: str, options: dict[str, Any]) -> list[str]:
-        """Files of JSON lines with copies in place of those that have broken lines; nothing where none has."""
+        """Return copies of the files of JSON lines, where one of them has broken lines; nothing where none has."""
         pattern = options.get("data_files")
         if path != "json" or not isinstance(pattern, str):
             return []
-        files = [Path(pattern)] if Path(pattern).is_file() else sorted(map(Path, glob(pattern, recursive=True)))
-        copies = [mended_copy(file) for file in files]
-        return [] if copies == files else list(map(str, copies))
+        files = sorted(map(Path, glob(pattern, recursive=True)))
+        if not any(map(has_broken_lines, files)):
+            return []
+        # of all of them: `datasets` reads files of the same columns alone
+        return [str(mended_copy(file)) if is_json_lines(file) else str(file) for file in files]
 
     def _of_split(self, rows: Dataset | IterableDataset, split: str) -> Dataset | IterableDataset:
         """Return the rows of a split, where one file of captions is that of all splits."""
@@ -193,6 +195,11 @@ class Source:
         digest = hashlib.blake2b(f"{self.name}/{place}".encode(), digest_size=4).digest()
         return int.from_bytes(digest, "big") < self.held_out * 2**32
 
+    def pattern(self) -> str:
+        """Return the data as a pattern: what is there is itself, whatever letters its name has."""
+        path = Path(self.data)
+        return escape(str(path.absolute())) if path.exists() else self.data
+
     def fields(self) -> dict[str, Any]:
         """Return what [`read_sources`] reads."""
         common = {name: getattr(self, name) for name in COMMON_FIELDS}
@@ -215,11 +222,20 @@ class Source:
     def _loading(self) -> tuple[str, dict[str, Any]]:
         path = Path(self.data)
         if (sounds := self._list_of_sounds()) is not None:
-            return READERS[sounds.suffix], {**self.load, "data_files": str(sounds)}
+            return READERS[sounds.suffix], {
+                **self._reading(sounds.suffix),
+                **self.load,
+                "data_files": escape(str(sounds)),
+            }
         if path.is_dir():
             files = data_files(path) if self._goes_by_folders() else {}
+            if not files and has_pattern_letters(str(path.absolute())):
+                raise InputError(
+                    f"sources: {self.name!r}: `datasets` takes the '*', '?' or '[' in the folder {self.data!r} for a "
+                    "pattern and finds no file there: rename the folder, or name its files, as `data: FOLDER/*.csv`."
+                )
             return ("imagefolder", {**self.load, "data_files": files}) if files else (self.data, dict(self.load))
-        is_pattern = any(letter in self.data for letter in "*?[")
+        is_pattern = has_pattern_letters(self.data)
         is_local = is_pattern or path.is_file() or path.suffix in READERS
         if is_local and not is_pattern and not path.is_file():
             raise InputError(f"sources: {self.name!r}: there is no file {self.data!r}.")
@@ -236,13 +252,16 @@ class Source:
                 f"sources: {self.name!r}: no reader is known for files that end in {path.suffix!r}, only for those in "
                 f"{sorted(READERS)}; name one and the files, `data: parquet` and `load: {{data_files: ...}}`."
             )
-        options: dict[str, Any] = {"data_files": self.data}
-        if path.suffix == ".tsv":
-            options["sep"] = "\t"
-        if path.suffix == ".txt":
-            # the mark that some editors put before a text is none of its characters
-            options["encoding"] = "utf-8-sig"
-        return READERS[path.suffix], {**options, **self.load}
+        return READERS[path.suffix], {"data_files": self.pattern(), **self._reading(path.suffix), **self.load}
+
+    def _reading(self, suffix: str) -> dict[str, Any]:
+        """Return arguments of the reader of a file, by its ending."""
+        if READERS[suffix] == "csv":
+            # a caption is what stands there: 007 is no 7, and NA is a word
+            texts = {"converters": dict.fromkeys(self.kind.columns(), str), "keep_default_na": False}
+            return {**texts, "na_values": [""], **({"sep": "\t"} if suffix == ".tsv" else {})}
+        # the mark that some editors put before a text is none of its characters
+        return {"encoding": "utf-8-sig"} if suffix == ".txt" else {}
 
     def _call(self, function: Any, path: str, options: dict[str, Any]) -> Any:
         if function is not load_dataset:
@@ -257,6 +276,11 @@ class Source:
                 f"sources: {self.name!r}: `datasets` cannot open {self.data!r} "
                 f"({type(reason).__name__}: {one_line(reason)}{hint})."
             ) from error
+
+
+def has_pattern_letters(name: str) -> bool:
+    """Return whether a name is read as a pattern of files."""
+    return any(letter in name for letter in "*?[")
 
 
 def _telling(error: BaseException) -> BaseException:

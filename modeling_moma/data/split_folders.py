@@ -2,6 +2,7 @@
 """Folders of images that are sorted into splits under one `metadata.csv`, which `datasets` passes over."""
 
 from collections.abc import Sequence
+from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,11 @@ def split_folders(folder: Path) -> dict[str, list[Path]]:
 
 def data_files(folder: Path) -> dict[str, list[str]]:
     """Return what `imagefolder` reads for each split; each gets every row of the metadata, see [`rows_below`]."""
-    metadata = [str(folder / name) for name in METADATA if (folder / name).is_file()]
-    return {split: [*(f"{path}/**" for path in paths), *metadata] for split, paths in split_folders(folder).items()}
+    metadata = [escape(str(folder / name)) for name in METADATA if (folder / name).is_file()]
+    return {
+        split: [*(f"{escape(str(path))}/**" for path in paths), *metadata]
+        for split, paths in split_folders(folder).items()
+    }
 
 
 def rows_below(rows: Dataset, folders: Sequence[Path], column: str) -> Dataset:

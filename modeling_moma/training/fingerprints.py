@@ -18,7 +18,7 @@ from ..data.packing import PACKING_RULE
 from ..data.sources import TRAIN, Source
 from ..data.stream import MIXTURE_RULE, STREAM_RULE
 from ..errors_moma import InputError
-from ..utils.atomic_files import check_new_folder, is_of_model
+from ..utils.atomic_files import check_new_folder, check_writable, is_of_model
 from .checkpoints import read_state, whole_checkpoints
 from .stages import EARLIER_STEPS, RUN_FILE, data_order, examples_a_step
 
@@ -229,6 +229,8 @@ def check_output(output: str, facts: Facts, resume: bool, arguments: TrainingArg
         raise InputError(
             f"`--output` {output!r} holds this run already, {step} steps of it: `--resume` goes on with it. {_WAYS}"
         )
+    else:
+        check_writable(output)
 
 
 def check_same_data(model: str | None, facts: Facts) -> None:

@@ -206,6 +206,9 @@ def make_training_arguments(args: argparse.Namespace) -> TrainingArguments:
         **feeding_fields(device),
     }
     fields = {**fields, **args.trainer}
+    # whoever wants no evaluation wants none before the first step
+    if str(fields["eval_strategy"]) == "no":
+        fields["eval_on_start"] = args.trainer.get("eval_on_start", False)
     # other schedules know no lowest rate
     if fields.setdefault("lr_scheduler_type", SCHEDULE) == SCHEDULE:
         fields.setdefault("lr_scheduler_kwargs", {"min_lr_rate": 0.02})
@@ -303,6 +306,13 @@ def build_trainer(args: argparse.Namespace, parts: RunParts | None = None) -> St
     # `source_ids` are counted, and then left out by the trainer itself
     training_arguments.remove_unused_columns = False
     held_out = held_out_sets(tokens, sources, args.eval_examples)
+    if isinstance(held_out, dict) and training_arguments.load_best_model_at_end:
+        metric = str(training_arguments.metric_for_best_model)
+        if not any(metric.removeprefix("eval_").startswith(f"{name}_") for name in held_out):
+            raise InputError(
+                f"RECIPE, trainer: load_best_model_at_end goes by metric_for_best_model = {metric!r}, but each source "
+                f"has figures of its own: name one, such as 'eval_{next(iter(held_out))}_loss'."
+            )
     if held_out is None:
         training_arguments.eval_strategy, training_arguments.eval_on_start = IntervalStrategy.NO, False
     weights = {source.name: source.weight for source in sources}

@@ -23,6 +23,8 @@ NOT_RESUMED = {
     "save_only_model": "checkpoints without optimizer and schedule cannot be gone on from",
     "ignore_data_skip": "a run that goes on would read its first documents again",
 }
+# what a stream of documents without an end has no sense for
+NOT_COUNTED = {"num_train_epochs": "a training is as long as `max_steps` says, whose documents come from a stream"}
 # orders of rows that a run which goes on finds its place in
 STRATEGIES = ("random", "sequential")
 
@@ -178,7 +180,7 @@ def _read_sections(where: str, content: dict[str, Any]) -> Recipe:
     of_trainer = [name for name in _names(TrainingArguments) if name not in RUN_FIELDS]
     holder = "TrainingArguments that a recipe may set"
     refuse_unknown(content.get("trainer", {}), of_trainer, f"{where}, trainer", holder, is_listed=False)
-    for name, reason in NOT_RESUMED.items():
+    for name, reason in {**NOT_RESUMED, **NOT_COUNTED}.items():
         if content.get("trainer", {}).get(name):
             raise InputError(f"{where}, trainer: {name} = {content['trainer'][name]!r}: {reason}.")
     strategy = content.get("trainer", {}).get("train_sampling_strategy", STRATEGIES[0])

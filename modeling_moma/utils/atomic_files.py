@@ -142,8 +142,7 @@ def check_new_folder(folder: str | Path, is_fine: Callable[[Path], bool] = lambd
     Raises:
         ValueError: names one of the others, or the folder that nothing can be written into.
     """
-    place = Path(folder).resolve()
-    _check_writable(next(path for path in (place, *place.parents) if path.exists()))
+    check_writable(folder)
     paths = (path for path in Path(folder).glob("*") if not path.name.endswith(LEFT_OVER))
     others = sorted(path.name for path in paths if not is_fine(path))
     if others:
@@ -170,10 +169,23 @@ def check_place(path: str | Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise _not_writable(path.parent, error) from error
-    _check_writable(path.parent)
+    check_writable(path.parent)
 
 
-def _check_writable(folder: Path) -> None:
+def check_writable(folder: str | Path) -> None:
+    """Raise where nothing can be written into an output folder, or it cannot be made.
+
+    Args:
+        folder (`str | Path`):
+            which may be missing.
+
+    Raises:
+        ValueError: names the folder that nothing can be written into, or a link that leads nowhere.
+    """
+    if Path(folder).is_symlink() and not Path(folder).exists():
+        raise InputError(f"--output: {str(folder)!r} is a link to {os.readlink(folder)!r}, which does not exist.")
+    place = Path(folder).resolve()
+    folder = next(path for path in (place, *place.parents) if path.exists())
     try:
         with TemporaryFile(dir=folder):
             pass

@@ -214,6 +214,18 @@ def test_images_of_a_chat_are_those_of_its_parts_or_its_column(images):
         assert [segment.value for segment in segments] == expected == kind.row_images(row)
 
 
+@pytest.mark.parametrize("role", ["<image>", "user<eos>"])
+def test_special_tokens_in_a_role_are_characters(role):
+    row, processor = {"chat": [{"role": role, "content": "red"}]}, tiny_processor()
+    text, segments = read_messages(read_kind("mine", {"messages": "chat"}), row, processor)
+    ids = processor.tokenizer(text, add_special_tokens=False, sanitize_control_tokens=True)["input_ids"]
+    plain = processor.tokenizer(role, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    assert segments == [] and str(plain)[1:-1] in str(ids)
+    assert not {processor.tokenizer.eos_token_id, processor.tokenizer.convert_tokens_to_ids("<image>")} & set(
+        ids[1:-1]
+    )
+
+
 @pytest.mark.parametrize("missing", [None, []])
 def test_row_without_segments_or_messages_has_no_texts(missing):
     for column in ("segments", "messages"):

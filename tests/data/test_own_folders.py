@@ -2,6 +2,7 @@
 """Own data as people have them: folders sorted into splits, broken JSON lines, missing images, misspelt fields."""
 
 import csv
+import errno
 import json
 import shutil
 from collections import Counter
@@ -20,11 +21,13 @@ from modeling_moma.cli import tokenize
 from modeling_moma.data.documents import TokenFolder
 from modeling_moma.data.encoding import DocumentEncoder
 from modeling_moma.data.sources import read_sources, row_place, source_texts
+from modeling_moma.errors_moma import InputError
 from modeling_moma.evaluation.held_out import read_held_out
 from modeling_moma.training.image_sources import candidates
 from modeling_moma.training.pretraining import training_stream
 from modeling_moma.training.recipe import DataFields, SampleFields
 from modeling_moma.training.samples import SampleCallback
+from modeling_moma.utils import atomic_files
 
 
 @pytest.fixture(autouse=True)
@@ -128,12 +131,79 @@ def test_broken_json_lines_are_left_out_by_number(run, tmp_path, name):
     assert "left out of 6 rows: 3 JSON broken" in printed and f"line 2 of {name}: Expecting" in printed
 
 
+@pytest.mark.parametrize("broken", [0, 1, 2])
+def test_broken_line_in_any_of_several_files_is_left_out(run, tmp_path, broken):
+    for number in range(3):
+        lines = [f'{{"text": "{number}"}}', "no"] if number == broken else [f'{{"text": "{number}"}}']
+        (tmp_path / f"d-{number}.jsonl").write_text("\n".join(lines) + "\n")
+    entry, documents, _ = run(data=str(tmp_path / "d-*.jsonl"), text="text")
+    assert entry["read"]["train"]["left_out"] == {"JSON broken": 1} and len(documents["train"]) == 3
+    assert entry["read"]["train"]["named"][0]["detail"].startswith(f"line 2 of d-{broken}.jsonl: ")
+
+
+@pytest.mark.parametrize("name", ["d [1].jsonl", "d?.jsonl", "[d]*.jsonl"])
+def test_a_file_that_is_there_is_no_pattern(run, tmp_path, name):
+    (tmp_path / name).write_text('{"text": "one"}\nno\n')
+    (tmp_path / "d1.jsonl").write_text('{"text": "another"}\n')
+    entry, documents, _ = run(data=str(tmp_path / name), text="text")
+    assert entry["read"]["train"]["rows"] == 2 and len(documents["train"]) == 1
+
+
+def test_a_folder_whose_name_is_a_pattern_is_named(tmp_path):
+    sorted_photos(tmp_path / "photos [1]", ["train", "test"])
+    fields = {"data": str(tmp_path / "photos [1]"), "image": "image", "text": "text"}
+    assert read_sources({"mine": fields})[0].open("train")["text"] == ["train 0", "train 1", "train 2"]
+    (tmp_path / "rows [1]").mkdir()
+    Dataset.from_dict({"text": ["a"]}).to_parquet(tmp_path / "rows [1]" / "train.parquet")
+    (source,) = read_sources({"mine": {"data": str(tmp_path / "rows [1]"), "text": "text"}})
+    with pytest.raises(InputError, match=r"takes the .* in the folder .*rows \[1\]' for a pattern.*rename the folder"):
+        source.split_names()
+
+
+@pytest.mark.parametrize("suffix, separator", [("csv", ","), ("tsv", "\t")])
+def test_captions_of_a_table_are_the_characters_that_stand_there(run, tmp_path, suffix, separator):
+    words = ["007", "NA", "null", "1.50", "True", ""]
+    (tmp_path / f"d.{suffix}").write_text("\n".join(separator.join(row) for row in [("a", "b"), *zip(words, words)]))
+    entry, documents, _ = run(data=str(tmp_path / f"d.{suffix}"), text="{a} {b}")
+    assert entry["read"]["train"]["left_out"] == {"text empty": 1}
+    decode = tiny_processor().tokenizer.decode
+    found = [decode(documents["train"].ids(row, None)) for row in range(len(words) - 1)]
+    assert found == [f"<bos>{word} {word}<eos>" for word in words[:-1]]
+
+
+@pytest.mark.parametrize("sequence_length, left_out", [(18, 1), (19, 0)])
+def test_image_that_fits_in_no_sequence_is_left_out_of_its_document(run, tmp_path, sequence_length, left_out):
+    processor = tiny_processor()
+    assert processor.image_seq_length == 16
+    noise_images(1)[0].save(tmp_path / "0.png")
+    rows = [{"parts": [{"text": "red"}, {"image": "0.png"}]}, {"parts": [{"text": " "}]}]
+    (tmp_path / "d.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+    entry, documents, _ = run(data=str(tmp_path / "d.jsonl"), segments="parts", sequence_length=sequence_length)
+    reasons = Counter(row["reason"] for row in entry["read"]["train"]["named"])
+    assert reasons == Counter({"image too long": left_out, "document empty": 1}) + Counter()
+    assert len(documents["train"]) == 1
+    tokens = TokenFolder(tmp_path / "tokens", processor)
+    stream = training_stream(DataFields(sequence_length), tokens, tokens.sources(), 4, seed=0)
+    assert len([stream[index] for index in range(4)]) == 4
+
+
 def test_line_with_half_of_a_character_is_left_out(run, tmp_path):
     (tmp_path / "d.jsonl").write_text("\n".join(SURROGATES) + "\n")
     entry, documents, _ = run(data=str(tmp_path / "d.jsonl"), text="text")
     assert entry["read"]["train"]["left_out"] == {"JSON broken": 1}
     assert entry["read"]["train"]["named"][0]["detail"].startswith("line 2 of d.jsonl: ")
     assert tiny_processor().tokenizer.decode(documents["train"].ids(0, None)) == "<bos>\U0001f600<eos>"
+
+
+def test_second_start_says_that_the_folder_cannot_be_written_into_any_more(run, tmp_path, monkeypatch):
+    def refuse(dir):
+        raise OSError(errno.EROFS, "Read-only file system", str(dir))
+
+    (tmp_path / "d.jsonl").write_text('{"text": "one"}\n')
+    run(data=str(tmp_path / "d.jsonl"), text="text")
+    monkeypatch.setattr(atomic_files, "TemporaryFile", refuse)
+    with pytest.raises(InputError, match="--output: nothing can be written into '.*tokens' .*Read-only file system"):
+        run(data=str(tmp_path / "d.jsonl"), text="text")
 
 
 def test_strict_stops_at_a_broken_line(run, tmp_path):

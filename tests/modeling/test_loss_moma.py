@@ -87,6 +87,14 @@ def test_of_kept_positions_the_padding_is_known(places):
     torch.testing.assert_close(out.loss, expected)
 
 
+def test_labels_of_positions_chosen_at_will_have_to_be_shifted():
+    model, ids = tiny_model().eval(), mixed_ids(3, 12)
+    kept = torch.tensor([2, 3, 4, 9])
+    for labels in (ids, ids[:, kept]):
+        with pytest.raises(InputError, match="`labels` come with a tensor `logits_to_keep`.*give `shift_labels`"):
+            model(ids, labels=labels, logits_to_keep=kept)
+
+
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize("training", [False, True])
 def test_without_gradients_no_backward_of_the_head_runs(monkeypatch, mode, training):

@@ -427,6 +427,17 @@ def test_a_dense_model_has_nothing_to_predict():
     assert torch.equal(model(mixed_ids(), routing="auxiliary").logits, model(mixed_ids()).logits)
 
 
+@pytest.mark.parametrize("shape", [(1, 7), (1, 1), (2, 13), (11,)])
+def test_positions_of_another_number_of_tokens_are_refused(shape):
+    model = tiny_model(num_hidden_layers=2, depth_layers=[1]).eval()
+    ids = mixed_ids(2, 12)
+    message = rf"`position_ids` has the shape \({shape[0]}, .*but `input_ids` has 12 positions"
+    with pytest.raises(ValueError, match=message.replace(", .*", ",.*")):
+        model(ids, position_ids=torch.zeros(shape, dtype=torch.long))
+    positions = torch.arange(12).unsqueeze(0)
+    assert torch.equal(model(ids, position_ids=positions).logits, model(ids).logits)
+
+
 def test_logits_to_keep_cuts_the_head():
     model = tiny_model().eval()
     ids = mixed_ids()

@@ -20,8 +20,9 @@ from modeling_moma import MomaMetricsCallback
 from modeling_moma.cli import build_processor, pretrain, tokenize
 from modeling_moma.cli.evaluate import main as evaluate
 from modeling_moma.data.documents import TokenFolder
+from modeling_moma.errors_moma import InputError
 from modeling_moma.evaluation.held_out import read_held_out
-from modeling_moma.training.pretraining import training_stream
+from modeling_moma.training.pretraining import build_trainer, training_stream
 from modeling_moma.training.recipe import SampleFields
 from modeling_moma.training.samples import SampleCallback, image_grid
 from tokenization import MomaProcessor
@@ -100,6 +101,20 @@ def test_epoch_of_one_source_is_its_passes(inputs, tmp_path):
         manifest = json.loads((inputs / "tokens" / "manifest.json").read_text())["sources"]["lines"]["splits"]["train"]
         passes = 24 * 96 / sum(manifest["tokens"].values()) if packed == "true" else 24 / manifest["documents"]
         assert logs[-1]["epoch"] == logs[-1]["lines_epoch"] == pytest.approx(passes, rel=0.1)
+
+
+def test_best_model_of_several_sources_goes_by_a_loss_that_there_is(inputs, tmp_path):
+    recipe = yaml.safe_load((inputs / "data" / "recipe.yaml").read_text())
+
+    def trainer(**fields):
+        recipe["trainer"] |= {"load_best_model_at_end": True, **fields}
+        (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+        given = [str(tmp_path / "recipe.yaml"), *arguments(inputs, tmp_path / "out")[1:]]
+        return build_trainer(pretrain.parse_arguments(given))
+
+    with pytest.raises(InputError, match="metric_for_best_model = 'loss'.*such as 'eval_lines_loss'"):
+        trainer()
+    assert trainer(metric_for_best_model="photos_loss").args.metric_for_best_model == "photos_loss"
 
 
 def test_samples_show_drawings_and_captions(trained):

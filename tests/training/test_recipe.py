@@ -38,6 +38,12 @@ def write(folder, text):
     return str(path)
 
 
+@pytest.mark.parametrize("text, expected", [('"no"', False), ("steps", True), ('"no", eval_on_start: true', True)])
+def test_a_training_that_is_not_evaluated_does_not_begin_with_an_evaluation(tmp_path, text, expected):
+    recipe = write(tmp_path, f"model: {{hidden_size: 8}}\ntrainer: {{eval_strategy: {text}}}\n")
+    assert make_training_arguments(parse_arguments([*PATHS, recipe])).eval_on_start is expected
+
+
 def test_flags_win_over_the_recipe_and_the_recipe_over_defaults(tmp_path):
     text = "model: {hidden_size: 8}\ntrainer: {max_steps: 7, learning_rate: 0.5, adam_beta2: 0.9, bf16: false}\n"
     args = parse_arguments([*PATHS, write(tmp_path, text), "--learning-rate", "0.25", "--bf16", "on"])
@@ -68,6 +74,10 @@ def test_flags_win_over_the_recipe_and_the_recipe_over_defaults(tmp_path):
         (
             "model: {}\ntrainer: {ignore_data_skip: true}\n",
             "trainer: ignore_data_skip = True: .*first documents again",
+        ),
+        (
+            "model: {}\ntrainer: {num_train_epochs: 3}\n",
+            "trainer: num_train_epochs = 3: a training is as long as `max_steps` says",
         ),
         ("model: [1]\n", "model: expected a mapping of fields, got .1."),
         (

@@ -272,6 +272,14 @@ def test_output_folder_that_cannot_be_written_into_is_refused_before_any_work(tm
     assert (tmp_path / "file").read_text() == "kept"
 
 
+def test_output_folder_that_is_a_link_to_nothing_is_refused_before_any_work(tmp_path):
+    (tmp_path / "out").symlink_to("gone")
+    with pytest.raises(ValueError, match="--output: '.*out' is a link to 'gone', which does not exist"):
+        check_new_folder(tmp_path / "out")
+    (tmp_path / "gone").mkdir()
+    check_new_folder(tmp_path / "out")
+
+
 def test_output_folder_that_is_missing_is_not_made_by_its_check(tmp_path):
     check_new_folder(tmp_path / "new" / "model")
     assert not list(tmp_path.iterdir())

@@ -135,17 +135,19 @@ class _InterleavedWriter:
 
     def _read_segments(self, index: int, row: dict[str, Any]) -> list[Any]:
         """Return the ids of texts and sounds, and pixel values wherever an image stands."""
-        shard, parts = self.shard, []
+        shard, parts, is_empty = self.shard, [], True
         for part in read_segments(self.kind, row):
             if isinstance(part, str):
                 parts.append(shard.encoder.text_ids(part))
+                is_empty &= not part.strip()
                 continue
             try:
                 parts.append(self._read_item(part))
+                is_empty = False
             # the rest of the document makes sense without it
             except LeftOut as error:
                 shard.leave_out(index, error, is_whole=False)
-        if not any(len(part) for part in parts):
+        if is_empty:
             raise LeftOut("document empty", "no text, image or sound")
         return [shard.encoder.beginning, *parts, [shard.encoder.eos]]
 
@@ -153,10 +155,21 @@ class _InterleavedWriter:
         """Return the pixel values of an image, or the ids of a sound."""
         shard = self.shard
         if segment.modality == IMAGE:
+            # with its begin and end
+            self._check_length("image", shard.processor.image_seq_length + 2)
             return shard.pixel_values(segment.value, self.kind.min_side)
         if AUDIO not in shard.processor.codecs:
             raise LeftOut("sound not readable", "the processor has no codec of sounds")
-        return shard.processor.frame_ids(AUDIO, shard.sound_codes(segment.value))
+        ids = shard.processor.frame_ids(AUDIO, shard.sound_codes(segment.value))
+        self._check_length("sound", len(ids))
+        return ids
+
+    def _check_length(self, what: str, length: int) -> None:
+        """Raise `LeftOut` for what no sequence holds together with the token that comes before it."""
+        if length >= self.shard.sequence_length:
+            raise LeftOut(
+                f"{what} too long", f"{length} tokens and one before them, over {self.shard.sequence_length}"
+            )
 
     def _read_chat(self, row: dict[str, Any]) -> list[Any]:
         """Return the ids of a chat in the form of the processor's template, and pixel values where an image stands."""
@@ -263,7 +276,7 @@ def read_messages(kind: InterleavedKind, row: dict[str, Any], processor: MomaPro
         for part in plain:
             if part["type"] == "text":
                 part["text"] = processor.escape_special_tokens(part["text"])
-        messages.append({"role": message["role"], "content": plain})
+        messages.append({"role": processor.escape_special_tokens(message["role"]), "content": plain})
     if not messages:
         return "", []
     try:
