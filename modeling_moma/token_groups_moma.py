@@ -728,12 +728,18 @@ def check_exportable(config: MomaConfig, routing: str, is_training: bool):
             whether the model is in `train()` mode.
 
     Raises:
-        ValueError: there are depth layers, the rule looks at the whole batch, or the model trains.
+        ValueError: there are depth layers, rotary frequencies or the rule depend on the whole batch, or the model
+            trains.
     """
     if config.depth_layers:
         raise InputError(
             f"`depth_layers` is {list(config.depth_layers)}: a model with depth layers cannot be exported, since the "
             "shapes of what they compute and cache depend on who is chosen."
+        )
+    if config.rope_parameters["rope_type"] in ("dynamic", "longrope"):
+        raise InputError(
+            f"`rope_parameters` has the type {config.rope_parameters['rope_type']!r}, whose frequencies depend on the "
+            "largest position of a batch: it cannot be exported. 'linear' and 'yarn' can."
         )
     if is_training:
         raise InputError("The model is in `train()` mode, and routers would learn: call `model.eval()` before export.")

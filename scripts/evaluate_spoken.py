@@ -106,7 +106,9 @@ def write_sounds(model, processor, rows: list[dict[str, Any]], folder: Path) -> 
     for row in rows:
         prompt = processor(text=[row["word"]], return_tensors="pt")
         set_seed(0)
-        ids = model.generate(**prompt, generation_mode="audio", max_new_tokens=60, temperature=0.7, do_sample=True)
+        ids = model.generate(
+            **prompt, generation_mode="audio", max_new_tokens=60, do_sample=True, temperature=0.7, top_k=50
+        )
         sounds = {
             "spoken": read_sound(row["audio"], codec.sampling_rate),
             "codes": codec.decode(processor.encode_items("audio", [row["audio"]])[0]),

@@ -75,7 +75,7 @@ def export_image_tokenizer(model: MomaVQModel, folder: str | Path) -> OnnxImageT
     Raises:
         ImportError: `onnx` or `onnxscript` is missing.
         TypeError: the model is one of Transformers.
-        ValueError: the model's weights are not fp32.
+        ValueError: the model's weights are not fp32, or `folder` is a file.
     """
     if isinstance(model, LibraryImageTokenizer):
         raise TypeError(
@@ -89,6 +89,8 @@ def export_image_tokenizer(model: MomaVQModel, folder: str | Path) -> OnnxImageT
             f"`model` is in {model.dtype}, in which near codes would change places: convert it by `model.float()`."
         )
     config, folder = model.config, Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"`folder` is {str(folder)!r}, a file: name a folder for the files of the export.")
     folder.mkdir(parents=True, exist_ok=True)
     pixels_BCHW = torch.zeros(2, config.in_channels, config.resolution, config.resolution)
     encoder = _write(_Encoder(model), "pixel_values", pixels_BCHW, "image_tokens", folder / "encoder.onnx")

@@ -28,6 +28,11 @@ REQUIRED = {
     f"{VQ_FOLDER}/config.json": "the folder holds no image tokenizer; give that of the processor with --processor",
     "README.md": "write a model card; docs/how-to/push.md shows the shortest one",
 }
+# files of a codec by its registered name, in its folder; codecs of others have what they like
+CODEC_FILES = {
+    "mel": ("codec_config.json", "codebook.safetensors"),
+    "transformers": ("codec_config.json", "config.json"),
+}
 PROCESSOR_FILES = (
     "processor_config.json",
     "preprocessor_config.json",
@@ -115,7 +120,7 @@ def gather(model: str | Path, processor: str | Path | None = None) -> tuple[dict
     """List the files of a repository: those of a kind that a model has, and no states, logs or secrets.
 
     Nothing is copied. A link to a file counts as the file, as in the Hub's cache; one to a folder is left out. A
-    folder without any code gets that of the installed packages.
+    folder without any of the code that its `auto_map`s name gets that of the installed packages.
 
     Args:
         model (`str | Path`):
@@ -129,16 +134,26 @@ def gather(model: str | Path, processor: str | Path | None = None) -> tuple[dict
         the reason.
 
     Raises:
-        ValueError: a folder is missing, a link leads nowhere, or both have the same file of code with different text.
+        ValueError: a folder is missing, a link leads nowhere, or the same file of code has different text in both, or
+            in one and in the installed packages whose code the other gets.
     """
     for name, folder in (("model", model), ("processor", processor)):
         if folder is not None and not Path(folder).is_dir():
             raise InputError(f"`{name}` is {str(folder)!r}, which is no folder: save it with save_pretrained first.")
     files, left_out = _walk(Path(model))
+    lacks_code = not code_closure(files, auto_map_entries(files).values())
     if processor is not None:
+        added, _ = _walk(Path(processor))
+        lacks_code = lacks_code or not code_closure(added, auto_map_entries(added).values())
         _add_processor(files, Path(model), Path(processor))
-    if not any(name.endswith(".py") for name in files):
-        files |= installed_code(auto_map_entries(files).values())
+    if lacks_code:
+        for name, file in installed_code(auto_map_entries(files).values()).items():
+            if name in files and files[name].read_bytes() != file.read_bytes():
+                raise InputError(
+                    f"{name} of {str(files[name].parent)!r} is not that of the installed package, which the other "
+                    "folder, without code, gets: save both again with one version."
+                )
+            files[name] = file
     return files, left_out
 
 
@@ -227,6 +242,8 @@ def check_files(files: Mapping[str, Path]) -> Iterator[str]:
     for folder in ("", f"{VQ_FOLDER}/"):
         if f"{folder}config.json" in files:
             yield from check_weights(files, folder)
+    if "processor_config.json" in files:
+        yield from check_codecs(files)
     yield from check_code(files)
     if not missing:
         yield from check_tokens(files)
@@ -257,6 +274,30 @@ def check_weights(files: Mapping[str, Path], folder: str = "") -> Iterator[str]:
             yield from problems
             if not problems and not expected <= keys:
                 yield f"{name} lacks {sorted(expected - keys)[0]!r}, which {index} says is in it: shards of two saves."
+
+
+def check_codecs(files: Mapping[str, Path]) -> Iterator[str]:
+    """Check that the codecs are complete that `processor_config.json` names."""
+    types = _object_in(read_json(files["processor_config.json"]), "codec_types", "processor_config.json")
+    for modality, kind in types.items():
+        folder = f"{modality}_codec/"
+        found = sorted(name for name in files if name.startswith(folder))
+        if not found:
+            yield f"{folder} is missing, the codec that processor_config.json names: copy the whole processor."
+            continue
+        for name in CODEC_FILES.get(kind, ()):
+            if f"{folder}{name}" not in files:
+                yield f"{folder}{name} is missing, of the codec that processor_config.json names: copy it whole."
+        for name in found:
+            if name.endswith(".json"):
+                try:
+                    read_json(files[name])
+                except ValueError as error:
+                    yield f"{folder}: {error}"
+        if f"{folder}config.json" in files:
+            yield from check_weights(files, folder)
+        elif f"{folder}codebook.safetensors" in files:
+            yield from _tensor_problems(f"{folder}codebook.safetensors", files[f"{folder}codebook.safetensors"])[1]
 
 
 def _tensor_problems(name: str, path: Path) -> tuple[set[str], list[str]]:

@@ -180,12 +180,20 @@ def refuse_non_finite(model: nn.Module, source: str):
         ValueError: names the first such tensor.
     """
     for name, tensor in model.state_dict().items():
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            count = int((~torch.isfinite(tensor)).sum())
+        count = int((~_is_finite(tensor)).sum()) if tensor.is_floating_point() else 0
+        if count:
             raise InputError(
                 f"{source}: the tensor {name!r} holds NaN or infinite values ({count} of {tensor.numel()}). The "
                 "training run has diverged, or the file is damaged."
             )
+
+
+def _is_finite(tensor: torch.Tensor) -> torch.Tensor:
+    try:
+        return torch.isfinite(tensor)
+    # quantised tensors of torchao compare nothing
+    except NotImplementedError:
+        return torch.isfinite(tensor.dequantize())
 
 
 def model_type_of(folder: Path) -> str | None:

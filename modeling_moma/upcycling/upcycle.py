@@ -218,9 +218,15 @@ def upcycle(
         `MomaForCausalLM`: in the source's dtype, on its device and in its mode.
 
     Raises:
-        ValueError: see [`upcycled_config`]; or the perturbation is negative, the fields ask for weights that the
-            source does not have or leave some of its out, or `keep_seed` meets `preserve_function` or a perturbation.
+        ValueError: see [`upcycled_config`]; or the model is quantised, the perturbation is negative or not finite, the
+            fields ask for weights that the source does not have or leave some of its out, or `keep_seed` meets
+            `preserve_function` or a perturbation.
     """
+    if getattr(model, "is_quantized", False):
+        raise InputError(
+            "`model` is quantised, and experts are copies of whole weights: upcycle what it was before, and quantise "
+            "the result."
+        )
     _check_arguments(keep_seed, preserve_function, perturbation)
     config = upcycled_config(
         model.config,
@@ -249,8 +255,8 @@ def upcycle(
 
 
 def _check_arguments(keep_seed: bool, preserve_function: bool, perturbation: float):
-    if perturbation < 0:
-        raise InputError(f"`perturbation` = {perturbation}: a standard deviation is not negative.")
+    if not 0 <= perturbation < float("inf"):
+        raise InputError(f"`perturbation` = {perturbation}: a standard deviation is a finite number, 0 or more.")
     if not keep_seed:
         return
     if perturbation:

@@ -2,12 +2,14 @@
 """`moma push` before anything is sent: what is listed, what is refused, and why."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
 import pytest
 import yaml
 
+from helpers.sounds import THREE, processor_of_sounds
 from helpers.tiny import tiny_model, tiny_processor
 from modeling_moma.cli import push as push_to_hub
 from modeling_moma.evaluation.measures import EXPERT_CHOICE
@@ -188,6 +190,47 @@ NEEDED = (
 def test_a_missing_file_is_named(folder, name):
     (folder / name).unlink()
     assert f"{name} is missing" in refusal(folder)
+
+
+@pytest.mark.parametrize("without", ["model", "processor", "both"])
+def test_code_that_one_of_the_two_lacks_is_that_of_the_installed_package(whole, tmp_path, without):
+    for name in ("model", "processor"):
+        shutil.copytree(whole / name, tmp_path / name)
+        if without in (name, "both"):
+            for file in (tmp_path / name).rglob("*.py"):
+                file.unlink()
+            # of the user's own
+            (tmp_path / name / "train.py").write_text("import torch\n")
+    files = prepare(tmp_path / "model", tmp_path / "processor").files
+    expected = prepare(whole / "whole").files
+    assert set(files) - {"train.py"} == set(expected)
+    code = [name for name in expected if name.endswith(".py")]
+    assert [name for name in code if files[name].read_bytes() != expected[name].read_bytes()] == []
+    if without == "model":
+        (tmp_path / "processor" / "processing_moma.py").write_text("x = 1\n")
+        assert "processing_moma.py of" in refusal(tmp_path / "model", processor=tmp_path / "processor")
+
+
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (lambda codec: shutil.rmtree(codec), "audio_codec/ is missing, the codec that"),
+        (lambda codec: (codec / "codebook.safetensors").unlink(), "audio_codec/codebook.safetensors is missing"),
+        (lambda codec: (codec / "codec_config.json").unlink(), "audio_codec/codec_config.json is missing"),
+        (lambda codec: os.truncate(codec / "codebook.safetensors", 40), "no readable safetensors file"),
+        (lambda codec: os.truncate(codec / "codec_config.json", 9), "codec_config.json cannot be read as JSON"),
+    ],
+)
+def test_a_codec_that_would_not_load_is_refused(tmp_path, damage, message):
+    processor = processor_of_sounds()
+    tiny_model(processor, **THREE).save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    (tmp_path / "README.md").write_text(card())
+    (tmp_path / "evaluation.json").write_text(json.dumps(REPORT))
+    (tmp_path / "curves.png").write_bytes(b"an image")
+    assert "audio_codec/codebook.safetensors" in prepare(tmp_path).files
+    damage(tmp_path / "audio_codec")
+    assert message in refusal(tmp_path)
 
 
 def test_every_file_of_code_is_needed(folder):

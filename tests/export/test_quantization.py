@@ -10,9 +10,12 @@ from transformers import BitsAndBytesConfig, TorchAoConfig
 from helpers.reference import GROUPS
 from helpers.released import RELEASED, skip_without_released_model
 from helpers.tiny import IMAGE_IDS, randomize_auxiliary, tiny_config
+from modeling_moma.errors_moma import InputError
 from modeling_moma.export.quantization import quantized_share, torchao_config
+from modeling_moma.hub.loading import open_model, refuse_non_finite
 from modeling_moma.modeling_moma import MomaExperts, MomaForCausalLM
 from modeling_moma.quantized_layers_moma import use_quantized_layers
+from modeling_moma.upcycling.upcycle import upcycle
 from tokenization import MomaProcessor
 
 
@@ -115,6 +118,20 @@ def test_a_quantised_model_is_near_the_original_whatever_modality_is_missing(sav
     ids = model.generate(input_ids=TEXT_IDS, max_new_tokens=8, do_sample=True, generation_mode="interleaved")
     assert ids.shape[1] > TEXT_IDS.shape[1]
     assert torch.isfinite(model(ids).logits).all()
+
+
+@pytest.mark.parametrize("name", ["weight_only", "dynamic"])
+def test_commands_open_a_quantised_model_and_find_what_has_diverged(saved, name, tmp_path):
+    model = MomaForCausalLM.from_pretrained(saved[0], quantization_config=QUANTIZATIONS[name]())
+    model.save_pretrained(tmp_path)
+    opened = open_model(str(tmp_path))
+    assert quantized_share(opened) > 0.5
+    with pytest.raises(InputError, match="`model` is quantised, and experts are copies of whole weights"):
+        upcycle(opened, {"text": 8, "image": 8})
+    place, weight = next((place, entry) for place, entry in opened.named_parameters() if hasattr(entry, "qdata"))
+    weight.scale.fill_(float("nan"))
+    with pytest.raises(InputError, match=f"here: the tensor '{place}' holds NaN or infinite values"):
+        refuse_non_finite(opened, "here")
 
 
 @pytest.mark.parametrize("name", ["weight_only", "dynamic"])

@@ -154,10 +154,16 @@ def test_torch_export_alone_will_do(strict):
     "fields, routing, training, message",
     [
         ({"depth_layers": [0]}, None, False, r"`depth_layers` is \[0\]: .* cannot be exported"),
+        (
+            {"rope_parameters": {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4}},
+            None,
+            False,
+            "`rope_parameters` has the type 'dynamic', .* cannot be exported",
+        ),
         ({}, "expert_choice", False, "`routing` is 'expert_choice'"),
         ({}, None, True, "train"),
     ],
-    ids=["depth", "expert_choice", "training"],
+    ids=["depth", "dynamic", "expert_choice", "training"],
 )
 def test_what_no_program_can_hold_is_refused_by_name(fields, routing, training, message):
     model = tiny_model(**GROUPS["4t4i"], **fields).train(training)

@@ -170,8 +170,11 @@ def test_bad_arguments_are_refused():
         upcycle(seed, 8)
     with pytest.raises(ValueError, match="`num_experts` = 8"):
         upcycled_config(seed.config, 8)
-    with pytest.raises(ValueError, match="`perturbation` = -0.1"):
-        upcycle(seed, FOUR_EACH, perturbation=-0.1)
+    for perturbation in (-0.1, float("nan"), float("inf")):
+        with pytest.raises(
+            ValueError, match=f"`perturbation` = {perturbation}: a standard deviation is a finite number"
+        ):
+            upcycle(seed, FOUR_EACH, perturbation=perturbation)
     with pytest.raises(StrictDataclassClassValidationError, match="gumbel_noise"):
         upcycle(tiny_model(**GROUPS["1t1i"], training_routing="threshold"), FOUR_EACH)
     with pytest.raises(ValueError, match="`tie_word_embeddings` = True"):
