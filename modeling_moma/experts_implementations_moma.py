@@ -70,7 +70,7 @@ def moma_experts_forward(
         if not runs_sequentially or matmul_dtype(self.down_proj) == self.down_proj.dtype:
             return _run_equal_shares(self, hidden_states, top_k_weights, num_taken)
         is_sorted = True
-    if runs_sequentially:
+    if runs_sequentially and ends_E is None:
         return _run_in_order(self, hidden_states, top_k_index, top_k_weights, is_sorted, run_sequentially)
     if ends_E is not None:
         if torch.is_grad_enabled():

@@ -10,9 +10,10 @@ from transformers.masking_utils import flash_attention_mask
 
 from helpers.reference import GROUPS, fields_of
 from helpers.tiny import mixed_ids, tiny_model
-from modeling_moma import cpu_moma, experts_implementations_moma, token_groups_moma
+from modeling_moma import cpu_moma, experts_implementations_moma, modeling_moma, token_groups_moma
 from modeling_moma.configuration_moma import rule_names
 from modeling_moma.data.packing import PackedCollator
+from modeling_moma.token_groups_moma import PairForm
 
 
 # what reads numbers of a tensor, or makes a tensor whose size only its numbers tell
@@ -250,3 +251,20 @@ def test_without_waiting_the_outputs_are_the_same(monkeypatch, routing, normaliz
         parts.append(model(step, attention_mask=mask[:, : place + 1], cache=cache, routing=routing).logits)
     found = torch.cat(parts, dim=1)
     torch.testing.assert_close(found[mask == 1], expected[mask == 1], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("is_training", [False, True])
+@pytest.mark.parametrize("routing", ["threshold", "token_choice"])
+def test_experts_that_a_device_map_leaves_on_the_cpu_take_their_own_pairs(monkeypatch, routing, is_training):
+    fields = {**GROUPS["4t4i"], **fields_of(routing), "training_routing": routing}
+    ids, found = mixed_ids(), []
+    for form in (PairForm.COUNTED, PairForm.SORTED):
+        monkeypatch.setattr(modeling_moma, "form_of_pairs", lambda *given, form=form: form)
+        model = tiny_model(**fields).train(is_training)
+        with torch.set_grad_enabled(is_training):
+            output = model(ids, labels=ids, use_cache=False)
+        if is_training:
+            output.loss.backward()
+        found.append([output.logits, *(weight.grad for weight in model.parameters() if is_training)])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(other, one, rtol=1e-4, atol=1e-5)
