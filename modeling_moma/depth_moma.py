@@ -327,6 +327,14 @@ class DepthLayer(nn.Module):
     To be mixed into a decoder layer. Attention and experts see the chosen tokens alone: attention packed to the front
     of their rows, all else as one row without padding. The update that the layer makes to a token is scaled by
     the token's score. All other tokens leave as they came.
+
+    `forward` does so in one of four ways, which give the same:
+
+    - `_run_masked`, where a context's `masks_depth` says that to compute all tokens and hide those that were not
+      chosen costs less than a device sync for their number;
+    - `_step`, with a cache and one token in each row, of which there is nothing to pack;
+    - `_skip`, where no token was chosen;
+    - packed tokens, in all other cases.
     """
 
     config: MomaConfig
