@@ -27,6 +27,7 @@ LEAST = {
     "drawings": 8,
     "sheet": 1,
     "seeds": 1,
+    "top_k": 0,
     "batch_size": 1,
 }
 
@@ -39,7 +40,10 @@ def parse_arguments(arguments=None) -> argparse.Namespace:
     parser.add_argument("--output", help="JSON file of the report; by default evaluation.json beside the model")
     parser.add_argument("--write-card", action="store_true", help="write README.md and its sheet beside the model")
     parser.add_argument("--control", help="folder of a model of the same codes that saw half its captions first")
-    parser.add_argument("--features", help="kept features of all training images, pictures/features-bf16.npy")
+    parser.add_argument("--features", help="file of the features of all training images, made where it is missing")
+    parser.add_argument(
+        "--neighbours", help="report of an earlier model on the same icons, whose neighbours are taken"
+    )
     parser.add_argument("--train-images", type=int, default=20_000, help="of which features are computed without it")
     parser.add_argument("--limit", type=int, default=300, help="icons of each split to name, tag and search")
     parser.add_argument("--ranked", type=int, default=32, help="icons of each split for which all names are ranked")
@@ -48,6 +52,7 @@ def parse_arguments(arguments=None) -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=4, help="drawings of each caption")
     parser.add_argument("--sheet", type=int, default=24, help="captions of the sheet")
     parser.add_argument("--temperature", type=float, default=0.7, help="of the drawings, as the next")
+    parser.add_argument("--top-k", type=int, default=0, help="likeliest codes to draw from, 0: all")
     parser.add_argument("--guidance-scale", type=float, default=5.0, help="1: none")
     parser.add_argument("--batch-size", type=int, default=32)
     args = parser.parse_args(arguments)

@@ -19,6 +19,7 @@ from icons_recipe.neighbours import (
     compute_features,
     distinct_names,
     distinct_tags,
+    keep_features,
     nearest,
     read_features,
     rows_by_hash,
@@ -37,6 +38,7 @@ from icons_recipe.searching import (
 )
 from icons_recipe.sheet import draw_sheet
 from modeling_moma.data.encoding import DocumentEncoder
+from modeling_moma.errors_moma import InputError
 from modeling_moma.evaluation.drawings import check_drawings, feature_extractor
 from modeling_moma.evaluation.held_out import CaptionedImages
 from modeling_moma.evaluation.information import measure_information
@@ -69,7 +71,9 @@ class Evaluation:
         self.labeler = ImageLabeler(self.model, self.processor, batch_size=args.batch_size)
         self.extract = extract or feature_extractor(device)
         self.control = load_model(args.control, device) if args.control else None
-        self.sampling = {"do_sample": True, "temperature": args.temperature, "guidance_scale": args.guidance_scale}
+        sampling = {name: getattr(args, name) for name in ("temperature", "top_k", "guidance_scale")}
+        self.sampling = {"do_sample": True, **sampling}
+        self.earlier = read_report(args.neighbours) if args.neighbours else None
         self.train = self._train_icons()
         self.tags_of_names = tags_by_name(self.train.columns)
         self.samples = {split: self._sample(split, args.limit) for split in HELD_OUT}
@@ -82,13 +86,23 @@ class Evaluation:
         args, opened = self.args, open_split(self.args.data, TRAIN)
         columns = train_columns(opened)
         if args.features:
+            keep_features(args.features, opened, self.processor, self.extract, args.batch_size)
             return read_features(args.features, columns)
-        rows = rows_by_hash(columns, args.train_images, frequent_names(columns), JUDGED_EACH)
+        limit, each = args.train_images, JUDGED_EACH
+        if self.earlier is not None:
+            # the judge alone needs any, and learns from all
+            limit, each = 0, len(columns["name"])
+        rows = rows_by_hash(columns, limit, frequent_names(columns), each)
         return compute_features(opened, columns, rows, self.processor, self.extract, args.batch_size)
 
     def neighbours(self) -> dict[str, list[list[dict]]]:
-        """Returns the training icons of other families that are nearest to each icon of each split."""
+        """Returns the training icons of other families that are nearest to each icon of each split.
+
+        There are none where an earlier report has what they tell.
+        """
         samples = self.samples.values()
+        if self.earlier is not None:
+            return {sample.split: [[] for _ in sample.rows] for sample in samples}
         features = torch.cat([sample.features for sample in samples])
         families = [row["family"] for sample in samples for row in sample.rows]
         # in one pass over the training icons
@@ -142,8 +156,9 @@ class Evaluation:
         documents = {
             "bm25_names": names,
             "bm25_names_and_tags": [" ".join(parts) for parts in zip(names, carried)],
-            "bm25_neighbours": [neighbour_document(found) for found in neighbours],
         }
+        if self.earlier is None:
+            documents["bm25_neighbours"] = [neighbour_document(found) for found in neighbours]
         return {kind: self._searched(sample, documents, queries) for kind, queries in kinds.items()}
 
     def _searched(self, sample: Sample, documents: dict[str, list[str]], queries: list[Query]) -> dict:
@@ -220,7 +235,7 @@ class Evaluation:
             "image_seq_length": self.processor.image_seq_length,
             "resolution": self.processor.image_size[0],
             "train_icons": len(self.train.columns["name"]),
-            "neighbour_images": len(self.train.rows),
+            "neighbour_images": len(self.train.rows) if self.earlier is None else self.earlier["neighbour_images"],
             "tokenizer": tokenizer_quality(self.processor, main.images, main.codes),
         }
         start = time.monotonic()
@@ -242,9 +257,67 @@ class Evaluation:
             start = time.monotonic()
             report[name] = measure()
             seconds[name] = round(time.monotonic() - start, 1)
+        if self.earlier is not None:
+            take_neighbours(report, self.earlier)
         return {**report, "seconds": seconds}
 
     def sheet(self):
         """Returns an image of drawings of held-out captions."""
         args = self.args
         return draw_sheet(self.labeler, args.data, MAIN, args.sheet, self.sampling, range(args.seeds))
+
+
+def read_report(path: str) -> dict:
+    """
+    Reads an earlier report.
+
+    Args:
+        path: its file.
+
+    Raises:
+        InputError: it is no such file.
+    """
+    try:
+        report = json.loads(Path(path).read_text())
+        return {name: report[name] for name in ("train_icons", "neighbour_images", "names", "tags", "search")}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"--neighbours {path!r} is no report of this script ({type(error).__name__}: {error})."
+        ) from error
+
+
+def take_neighbours(report: dict, earlier: dict) -> None:
+    """
+    Takes what neighbours tell, whatever the model, from an earlier report of the same icons.
+
+    Args:
+        report: which gets it.
+        earlier: see `read_report`.
+
+    Raises:
+        InputError: the earlier report is of other icons.
+    """
+    if _what_is_measured(report) != _what_is_measured(earlier):
+        raise InputError("--neighbours: the report is of other icons or queries: compute neighbours by --features.")
+    for split, names in report["names"].items():
+        for mine, others in ((names, earlier["names"][split]), (report["tags"][split], earlier["tags"][split])):
+            if mine is not None:
+                mine["nearest_neighbour"] = others["nearest_neighbour"]
+        for mine, others in zip(names["samples"], earlier["names"][split]["samples"], strict=True):
+            mine["neighbour"] = others["neighbour"]
+        for kind, found in (report["search"][split] or {}).items():
+            found["bm25_neighbours"] = earlier["search"][split][kind]["bm25_neighbours"]
+
+
+def _what_is_measured(report: dict) -> list:
+    """Returns what tells reports on the same icons and queries from others."""
+    icons = {
+        split: [found["images"], *(sample["icon"] for sample in found["samples"])]
+        for split, found in report["names"].items()
+    }
+    tagged = {split: found and [found["images"], found["tags"]] for split, found in report["tags"].items()}
+    queries = {
+        split: found and {kind: [entry["queries"], entry["wanted"], entry["chance"]] for kind, entry in found.items()}
+        for split, found in report["search"].items()
+    }
+    return [report["train_icons"], icons, tagged, queries]

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What stands beside a model: the training images of other families that have the most similar ImageNet features."""
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,12 +14,10 @@ from tqdm.auto import tqdm
 from icons_recipe.samples import normalised, order
 from modeling_moma.errors_moma import InputError
 from modeling_moma.evaluation.measures import image_batches
-from modeling_moma.training.array_file import read_array
-from modeling_moma.training.image_store import PLACES_FILE, REPORT_FILE
+from modeling_moma.training.array_file import ArrayWriter, read_array
+from modeling_moma.utils.atomic_files import write_aside
 
 
-# of the recipe, whose images are those of the data set
-SOURCE = "icons"
 # neighbours of an image that are kept: many are of one name
 KEPT = 50
 # features that are compared at once
@@ -51,39 +48,51 @@ def train_columns(train: Dataset) -> dict[str, list]:
     return train.select_columns(["set", "icon", "name", "family", "keywords"]).to_dict()
 
 
-def read_features(path: str | Path, columns: dict[str, list]) -> TrainIcons:
+def keep_features(
+    path: str | Path, train: Dataset, processor, extract: Callable[[torch.Tensor], torch.Tensor], batch_size: int
+) -> None:
     """
-    Opens the features of all training images that `moma train-image-tokenizer` has kept.
+    Writes the features of all training images, some 2 ms each, where no file has them yet.
 
     Args:
-        path: `pictures/features-bf16.npy` in its output folder; what it says of these images lies beside it.
+        path: of the file, `.npy`.
+        train: see `compute_features`, as the next three.
+        processor: see there.
+        extract: see there.
+        batch_size: see there.
+    """
+    if Path(path).is_file():
+        return
+    write_aside(path, lambda aside: _write_features(aside, train, processor, extract, batch_size))
+
+
+def _write_features(path: Path, train: Dataset, processor, extract, batch_size: int) -> None:
+    batches = image_batches(train, processor, batch_size, "features of training images")
+    first = extract(next(batches)).cpu().numpy()
+    with ArrayWriter(path, first.shape[1:], np.float32) as writer:
+        writer.extend(first)
+        for batch in batches:
+            writer.extend(extract(batch).cpu().numpy())
+
+
+def read_features(path: str | Path, columns: dict[str, list]) -> TrainIcons:
+    """
+    Opens the features of all training images.
+
+    Args:
+        path: see `keep_features`.
         columns: see `TrainIcons`.
 
     Raises:
-        InputError: the files are missing, or are of other images.
+        InputError: they are of other images.
     """
-    folder = Path(path).parent
-    for file in (Path(path), folder / PLACES_FILE, folder / REPORT_FILE):
-        if not file.is_file():
-            raise InputError(
-                f"--features {str(path)!r}: there is no {str(file)!r}; name `pictures/features-bf16.npy` in the "
-                "output folder of `moma train-image-tokenizer`, which leaves it where its steps see every image."
-            )
-    features, places = read_array(Path(path)), np.asarray(read_array(folder / PLACES_FILE))
-    names = list(json.loads((folder / REPORT_FILE).read_text())["sources"])
-    if SOURCE not in names or len(places) != len(features):
+    features, number = read_array(Path(path)), len(columns["name"])
+    if len(features) != number:
         raise InputError(
-            f"--features {str(path)!r}: {len(features)} features for {len(places)} images of the sources {names}, of "
-            f"which one has to be {SOURCE!r}."
+            f"--features {str(path)!r} has those of {len(features)} images, and --data {number} to train on: they are "
+            "of other data; name a new file."
         )
-    is_mine = places[:, 0] == names.index(SOURCE)
-    rows = places[is_mine, 1]
-    number = len(columns["name"])
-    if len(rows) == 0 or rows.max() >= number:
-        raise InputError(f"--features {str(path)!r} are not those of the {number} training icons of --data.")
-    # the source's images stand together, so this is a part of the file and no copy
-    first, last = np.flatnonzero(is_mine)[[0, -1]]
-    return TrainIcons(columns, features[first : last + 1], rows)
+    return TrainIcons(columns, features, np.arange(number))
 
 
 def compute_features(

@@ -13,6 +13,7 @@ from helpers.icons import write_icons
 from helpers.tiny import tiny_model, tiny_processor
 from icons_recipe import measuring
 from icons_recipe.samples import HELD_OUT
+from modeling_moma.errors_moma import InputError
 
 
 def patches(images):
@@ -81,6 +82,20 @@ def test_the_evaluation_is_the_same_twice(data, measured):
     near = evaluation.neighbours()["test_words"]
     assert evaluation.names(evaluation.samples["test_words"], near) == report["names"]["test_words"]
     assert evaluation.drawings()["by_seed"] == report["drawings"]["by_seed"]
+
+
+def test_neighbours_of_an_earlier_report_are_those_that_are_computed(data, measured, tmp_path):
+    words = ["--model", str(measured), "--data", str(data), "--limit", "5", "--drawings", "8", "--ranked", "2"]
+    words += ["--seeds", "2", "--emoji", "", "--queries", "3", "--neighbours", str(measured / "evaluation.json")]
+    earlier = json.loads((measured / "evaluation.json").read_text())
+    report = measuring.Evaluation(evaluate_icons.parse_arguments(words), patches).run()
+    for name in ("neighbour_images", "train_icons", "names", "tags", "search", "drawings"):
+        assert report[name] == earlier[name], name
+    with pytest.raises(InputError, match="--neighbours: the report is of other icons"):
+        measuring.take_neighbours(report | {"train_icons": 7}, earlier)
+    (tmp_path / "other.json").write_text("{}")
+    with pytest.raises(InputError, match="--neighbours '.*other.json' is no report of this script .KeyError"):
+        measuring.read_report(str(tmp_path / "other.json"))
 
 
 def test_numbers_that_are_too_small_are_refused(capsys):

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Each measure of a model of icons against plain loops, and what it is taken on."""
 
-import json
 import random
 import shutil
 
@@ -16,13 +15,23 @@ from helpers.tiny import tiny_model, tiny_processor
 from icons_recipe.coverage import expert_coverage
 from icons_recipe.judging import fit_judge, frequent_names
 from icons_recipe.naming import name_figures, rank_names, tag_figures
-from icons_recipe.neighbours import TrainIcons, distinct_names, distinct_tags, nearest, read_features, rows_by_hash
+from icons_recipe.neighbours import (
+    TrainIcons,
+    compute_features,
+    distinct_names,
+    distinct_tags,
+    keep_features,
+    nearest,
+    read_features,
+    rows_by_hash,
+    train_columns,
+)
 from icons_recipe.samples import HELD_OUT, caption, in_order, open_split, order, take_sample
 from icons_recipe.searching import Query, chance, lexical_scores, queries_of, recall, tags_by_name
 from icons_recipe.sheet import rows_of_names
 from modeling_moma.calibration.observation import observed_routers
 from modeling_moma.data.encoding import DocumentEncoder
-from modeling_moma.training.array_file import ArrayWriter
+from modeling_moma.errors_moma import InputError
 
 
 def mean_colour(images):
@@ -146,20 +155,24 @@ def test_training_icons_are_some_of_any_name_and_some_of_each_that_is_asked_for(
     assert sum(columns["name"][row] == "key" for row in rows) >= 2
 
 
-def test_kept_features_are_those_of_the_source_of_icons(tmp_path):
-    columns, path = train_icons(4).columns, tmp_path / "features-bf16.npy"
-    with pytest.raises(ValueError, match="train-image-tokenizer"):
-        read_features(path, columns)
-    (tmp_path / "pictures.json").write_text(json.dumps({"sources": {"emoji": {}, "icons": {}}}))
-    places = [(0, 0), (0, 3), (1, 0), (1, 2), (1, 3)]
-    with ArrayWriter(path, (2,), np.float32) as features, ArrayWriter(tmp_path / "places.npy", (2,), np.int64) as file:
-        for number, place in enumerate(places):
-            features.write(np.full(2, number))
-            file.write(np.array(place))
+def test_kept_features_are_computed_once_and_for_all_icons(tmp_path, data, parts):
+    processor, path = parts[1], tmp_path / "kept" / "features.npy"
+    opened = open_split(str(data), "train")
+    columns, calls = train_columns(opened), []
+
+    def extract(pixel_values):
+        calls.append(len(pixel_values))
+        return pixel_values.flatten(1).double().mean(1, keepdim=True).expand(-1, 5)
+
+    for _ in range(2):
+        keep_features(path, opened, processor, extract, 3)
     found = read_features(path, columns)
-    assert found.rows.tolist() == [0, 2, 3] and found.features[:, 0].tolist() == [2, 3, 4]
-    with pytest.raises(ValueError, match="3 training icons"):
-        read_features(path, {name: values[:3] for name, values in columns.items()})
+    expected = compute_features(opened, columns, range(len(opened)), processor, extract, 4)
+    assert sum(calls) == 2 * len(opened)
+    np.testing.assert_allclose(found.features, expected.features, rtol=1e-6)
+    assert found.rows.tolist() == list(range(len(opened)))
+    with pytest.raises(InputError, match=f"those of {len(opened)} images, and --data 2 to train on"):
+        read_features(path, {name: values[:2] for name, values in columns.items()})
 
 
 def test_queries_are_tags_and_aliases_that_no_word_of_the_name_tells():
