@@ -36,13 +36,14 @@ fi
 [ -e runs/icons/model/trainer_state.json ] ||
     "$python" "${launcher[@]}" -m modeling_moma pretrain $recipe --processor runs/icons/processor \
         --tokens runs/icons/tokens --output runs/icons/model --batch-size $rows --resume
-[ -e runs/icons/longer/trainer_state.json ] ||
-    "$python" "${launcher[@]}" -m modeling_moma pretrain $longer --model runs/icons/model --processor runs/icons/processor \
-        --tokens runs/icons/tokens --output runs/icons/longer --batch-size $rows --seed 1 --restart-data --resume
-"$python" scripts/release.py --model runs/icons/longer --processor runs/icons/processor --output model_cards/moma-icons
-# the image tokenizer's training has kept the features of all training images, in the precision that the machine has
-features=()
-for file in runs/icons/tokenizer/pictures/features-*.npy; do
-    [ -e "$file" ] && features=(--features "$file")
+# twice, each time from the weights of the stage before
+start=runs/icons/model
+for seed in 1 2; do
+    stage=runs/icons/longer-$seed
+    [ -e $stage/trainer_state.json ] ||
+        "$python" "${launcher[@]}" -m modeling_moma pretrain $longer --model $start --processor runs/icons/processor \
+            --tokens runs/icons/tokens --output $stage --batch-size $rows --seed $seed --restart-data --resume
+    start=$stage
 done
-"$python" scripts/evaluate_icons.py --model model_cards/moma-icons "${features[@]}" --write-card
+"$python" scripts/release.py --model $start --processor runs/icons/processor --output model_cards/moma-icons
+"$python" scripts/evaluate_icons.py --model model_cards/moma-icons --features runs/icons/features.npy --write-card

@@ -3,6 +3,7 @@
 
 import json
 from collections.abc import Sequence
+from itertools import groupby
 from pathlib import Path
 from statistics import fmean, stdev
 
@@ -18,8 +19,8 @@ from modeling_moma.utils.messages import markdown_table
 EVALUATION_FILE, SHEET_FILE = "evaluation.json", "samples.png"
 # of the released model
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
-# of the stages, each from the weights of the one before
-STAGES = ("moma-icons.yaml", "moma-icons-longer.yaml")
+# of the stages, each from the weights of the one before and with a seed of its own
+STAGES = ("moma-icons.yaml", "moma-icons-longer.yaml", "moma-icons-longer.yaml")
 # the split that the aims are about, whose icons are drawn and tell of losses and experts
 MAIN = "test"
 
@@ -292,12 +293,13 @@ def _routing(model: dict) -> str:
     )
 
 
-def _training(recipes: dict[str, Recipe]) -> str:
+def _training(recipes: dict[str, Recipe], stages: Sequence[str]) -> str:
     """What recipes say of the stages of the training, lists in Markdown."""
     parts = []
-    for name, recipe in recipes.items():
-        start = ", from those weights" if parts else ""
-        parts.append(f"`recipes/{name}`{start}:\n\n{_stage(recipe)}")
+    for name, same in groupby(stages):
+        start, times = ", from those weights" if parts else "", len(list(same))
+        again = f", {times} times, each from the weights of the one before" if times > 1 else ""
+        parts.append(f"`recipes/{name}`{start}{again}:\n\n{_stage(recipes[name])}")
     return "\n\n".join(parts)
 
 
@@ -329,13 +331,14 @@ def _stage(recipe: Recipe) -> str:
     return "\n".join(f"- {line}" for line in lines).removesuffix(";") + "."
 
 
-def render_card(report: dict, recipes: dict[str, Recipe]) -> str:
+def render_card(report: dict, recipes: dict[str, Recipe], stages: Sequence[str] = STAGES) -> str:
     """
     Writes the card.
 
     Args:
         report: what scripts/evaluate_icons.py measured.
         recipes: of the stages of the training, by the names of their files in `recipes`.
+        stages: the name of the recipe of each stage, in their order.
 
     Returns:
         The text of `README.md`.
@@ -349,7 +352,7 @@ def render_card(report: dict, recipes: dict[str, Recipe]) -> str:
     drawings, quality, model = report["drawings"], report["tokenizer"], report["model"]
     settings, by_seed = drawings["settings"], drawings["by_seed"]
     spread = f", ± {100 * stdev(by_seed):.1f} points between them" if len(by_seed) > 1 else ""
-    sampling = {name: settings[name] for name in ("temperature", "guidance_scale")}
+    sampling = {name: settings[name] for name in ("temperature", "top_k", "guidance_scale")}
     values = {
         "parameters": f"{model['parameters'] / 1e6:.1f}M",
         "active": f"{model['active_parameters'] / 1e6:.1f}M",
@@ -372,7 +375,7 @@ def render_card(report: dict, recipes: dict[str, Recipe]) -> str:
         "spread": spread,
         "tokenizer": f"{quality['psnr']:.1f} dB PSNR on icons of `{MAIN}`; {quality['codes_used']:,} of "
         f"{quality['codebook_size']:,} codes used there, perplexity {quality['perplexity']:.0f}.",
-        "training": _training(recipes),
+        "training": _training(recipes, stages),
         "aim_table": aim_table(report),
         "name_table": name_table(report),
         "rank_table": rank_table(report),
