@@ -229,13 +229,13 @@ class Source:
             }
         if path.is_dir():
             files = data_files(path) if self._goes_by_folders() else {}
-            if not files and has_pattern_letters(str(path.absolute())):
+            if not files and _has_pattern_letters(str(path.absolute())):
                 raise InputError(
                     f"sources: {self.name!r}: `datasets` takes the '*', '?' or '[' in the folder {self.data!r} for a "
                     "pattern and finds no file there: rename the folder, or name its files, as `data: FOLDER/*.csv`."
                 )
             return ("imagefolder", {**self.load, "data_files": files}) if files else (self.data, dict(self.load))
-        is_pattern = has_pattern_letters(self.data)
+        is_pattern = _has_pattern_letters(self.data)
         is_local = is_pattern or path.is_file() or path.suffix in READERS
         if is_local and not is_pattern and not path.is_file():
             raise InputError(f"sources: {self.name!r}: there is no file {self.data!r}.")
@@ -278,7 +278,7 @@ class Source:
             ) from error
 
 
-def has_pattern_letters(name: str) -> bool:
+def _has_pattern_letters(name: str) -> bool:
     """Return whether a name is read as a pattern of files."""
     return any(letter in name for letter in "*?[")
 

@@ -145,7 +145,7 @@ def gather(model: str | Path, processor: str | Path | None = None) -> tuple[dict
     if processor is not None:
         added, _ = _walk(Path(processor))
         lacks_code = lacks_code or not code_closure(added, auto_map_entries(added).values())
-        _add_processor(files, Path(model), Path(processor))
+        _add_processor(files, Path(model), Path(processor), added)
     if lacks_code:
         for name, file in installed_code(auto_map_entries(files).values()).items():
             if name in files and files[name].read_bytes() != file.read_bytes():
@@ -157,8 +157,7 @@ def gather(model: str | Path, processor: str | Path | None = None) -> tuple[dict
     return files, left_out
 
 
-def _add_processor(files: dict[str, Path], model: Path, processor: Path) -> None:
-    added, _ = _walk(processor)
+def _add_processor(files: dict[str, Path], model: Path, processor: Path, added: dict[str, Path]) -> None:
     chosen = {name for name in added if any(fnmatch(name, pattern) for pattern in PROCESSOR_FILES)}
     for name in [name for name in files if any(fnmatch(name, pattern) for pattern in PROCESSOR_FILES)]:
         del files[name]

@@ -19,9 +19,8 @@ from icons_recipe.neighbours import (
     compute_features,
     distinct_names,
     distinct_tags,
-    keep_features,
+    kept_features,
     nearest,
-    read_features,
     rows_by_hash,
     train_columns,
 )
@@ -86,8 +85,7 @@ class Evaluation:
         args, opened = self.args, open_split(self.args.data, TRAIN)
         columns = train_columns(opened)
         if args.features:
-            keep_features(args.features, opened, self.processor, self.extract, args.batch_size)
-            return read_features(args.features, columns)
+            return kept_features(args.features, opened, columns, self.processor, self.extract, args.batch_size)
         limit, each = args.train_images, JUDGED_EACH
         if self.earlier is not None:
             # the judge alone needs any, and learns from all

@@ -293,10 +293,10 @@ def _routing(model: dict) -> str:
     )
 
 
-def _training(recipes: dict[str, Recipe], stages: Sequence[str]) -> str:
+def _training(recipes: dict[str, Recipe]) -> str:
     """What recipes say of the stages of the training, lists in Markdown."""
     parts = []
-    for name, same in groupby(stages):
+    for name, same in groupby(STAGES):
         start, times = ", from those weights" if parts else "", len(list(same))
         again = f", {times} times, each from the weights of the one before" if times > 1 else ""
         parts.append(f"`recipes/{name}`{start}{again}:\n\n{_stage(recipes[name])}")
@@ -331,14 +331,13 @@ def _stage(recipe: Recipe) -> str:
     return "\n".join(f"- {line}" for line in lines).removesuffix(";") + "."
 
 
-def render_card(report: dict, recipes: dict[str, Recipe], stages: Sequence[str] = STAGES) -> str:
+def render_card(report: dict, recipes: dict[str, Recipe]) -> str:
     """
     Writes the card.
 
     Args:
         report: what scripts/evaluate_icons.py measured.
         recipes: of the stages of the training, by the names of their files in `recipes`.
-        stages: the name of the recipe of each stage, in their order.
 
     Returns:
         The text of `README.md`.
@@ -375,7 +374,7 @@ def render_card(report: dict, recipes: dict[str, Recipe], stages: Sequence[str] 
         "spread": spread,
         "tokenizer": f"{quality['psnr']:.1f} dB PSNR on icons of `{MAIN}`; {quality['codes_used']:,} of "
         f"{quality['codebook_size']:,} codes used there, perplexity {quality['perplexity']:.0f}.",
-        "training": _training(recipes, stages),
+        "training": _training(recipes),
         "aim_table": aim_table(report),
         "name_table": name_table(report),
         "rank_table": rank_table(report),

@@ -48,22 +48,37 @@ def train_columns(train: Dataset) -> dict[str, list]:
     return train.select_columns(["set", "icon", "name", "family", "keywords"]).to_dict()
 
 
-def keep_features(
-    path: str | Path, train: Dataset, processor, extract: Callable[[torch.Tensor], torch.Tensor], batch_size: int
-) -> None:
+def kept_features(
+    path: str | Path,
+    train: Dataset,
+    columns: dict[str, list],
+    processor,
+    extract: Callable[[torch.Tensor], torch.Tensor],
+    batch_size: int,
+) -> TrainIcons:
     """
-    Writes the features of all training images, some 2 ms each, where no file has them yet.
+    Opens the features of all training images, which are computed where the file is missing, some 2 ms each.
 
     Args:
         path: of the file, `.npy`.
-        train: see `compute_features`, as the next three.
+        train: see `compute_features`, as the next four.
+        columns: see there.
         processor: see there.
         extract: see there.
         batch_size: see there.
+
+    Raises:
+        InputError: they are of other images.
     """
-    if Path(path).is_file():
-        return
-    write_aside(path, lambda aside: _write_features(aside, train, processor, extract, batch_size))
+    if not Path(path).is_file():
+        write_aside(path, lambda aside: _write_features(aside, train, processor, extract, batch_size))
+    features = read_array(Path(path))
+    if len(features) != len(train):
+        raise InputError(
+            f"--features {str(path)!r} has those of {len(features)} images, and --data {len(train)} to train on: they "
+            "are of other data; name a new file."
+        )
+    return TrainIcons(columns, features, np.arange(len(train)))
 
 
 def _write_features(path: Path, train: Dataset, processor, extract, batch_size: int) -> None:
@@ -73,26 +88,6 @@ def _write_features(path: Path, train: Dataset, processor, extract, batch_size: 
         writer.extend(first)
         for batch in batches:
             writer.extend(extract(batch).cpu().numpy())
-
-
-def read_features(path: str | Path, columns: dict[str, list]) -> TrainIcons:
-    """
-    Opens the features of all training images.
-
-    Args:
-        path: see `keep_features`.
-        columns: see `TrainIcons`.
-
-    Raises:
-        InputError: they are of other images.
-    """
-    features, number = read_array(Path(path)), len(columns["name"])
-    if len(features) != number:
-        raise InputError(
-            f"--features {str(path)!r} has those of {len(features)} images, and --data {number} to train on: they are "
-            "of other data; name a new file."
-        )
-    return TrainIcons(columns, features, np.arange(number))
 
 
 def compute_features(

@@ -20,9 +20,8 @@ from icons_recipe.neighbours import (
     compute_features,
     distinct_names,
     distinct_tags,
-    keep_features,
+    kept_features,
     nearest,
-    read_features,
     rows_by_hash,
     train_columns,
 )
@@ -165,14 +164,13 @@ def test_kept_features_are_computed_once_and_for_all_icons(tmp_path, data, parts
         return pixel_values.flatten(1).double().mean(1, keepdim=True).expand(-1, 5)
 
     for _ in range(2):
-        keep_features(path, opened, processor, extract, 3)
-    found = read_features(path, columns)
+        found = kept_features(path, opened, columns, processor, extract, 3)
     expected = compute_features(opened, columns, range(len(opened)), processor, extract, 4)
     assert sum(calls) == 2 * len(opened)
     np.testing.assert_allclose(found.features, expected.features, rtol=1e-6)
     assert found.rows.tolist() == list(range(len(opened)))
     with pytest.raises(InputError, match=f"those of {len(opened)} images, and --data 2 to train on"):
-        read_features(path, {name: values[:2] for name, values in columns.items()})
+        kept_features(path, opened.select(range(2)), columns, processor, extract, 3)
 
 
 def test_queries_are_tags_and_aliases_that_no_word_of_the_name_tells():
