@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .training.code_embeddings import initialize_code_embeddings
     from .training.freezing import freeze_all_but, freeze_groups
     from .training.metrics_callback import MomaMetricsCallback
+    from .training.muon import Muon, muon_groups
     from .upcycling.report import UpcyclingReceipt, upcycling_receipt
     from .upcycling.upcycle import parse_experts, upcycle, upcycled_config
 
@@ -33,6 +34,7 @@ _MODULES = {
     "MomaMetricsCallback": "training.metrics_callback",
     "MomaModel": "modeling_moma",
     "MomaPreTrainedModel": "modeling_moma",
+    "Muon": "training.muon",
     "UpcyclingReceipt": "upcycling.report",
     "add_auxiliary_routers": "calibration.auxiliary_training",
     "auxiliary_report": "calibration.auxiliary_training",
@@ -43,6 +45,7 @@ _MODULES = {
     "freeze_all_but": "training.freezing",
     "freeze_groups": "training.freezing",
     "initialize_code_embeddings": "training.code_embeddings",
+    "muon_groups": "training.muon",
     "parse_experts": "upcycling.upcycle",
     "quantized_share": "export.quantization",
     "torchao_config": "export.quantization",
@@ -122,6 +125,7 @@ __all__ = [
     "MomaMetricsCallback",
     "MomaModel",
     "MomaPreTrainedModel",
+    "Muon",
     "UpcyclingReceipt",
     "add_auxiliary_routers",
     "auxiliary_report",
@@ -132,6 +136,7 @@ __all__ = [
     "freeze_all_but",
     "freeze_groups",
     "initialize_code_embeddings",
+    "muon_groups",
     "parse_experts",
     "quantized_share",
     "torchao_config",

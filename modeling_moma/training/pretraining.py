@@ -36,6 +36,7 @@ from .code_noise import CodeNoise
 from .fingerprints import Facts, RunFingerprint, check_output, check_same_data, finished_at, run_facts
 from .freezing import freeze_groups
 from .metrics_callback import MomaMetricsCallback
+from .muon import MUON
 from .output_lock import sole_run
 from .recipe import DataFields, Recipe, SampleFields
 from .samples import SampleCallback
@@ -101,6 +102,8 @@ def read_parts(args: argparse.Namespace) -> RunParts:
     earlier_steps = first_step(args.model, training_arguments, args.stop_at, args.restart_data)
     others = {name: getattr(args, name) for name in ("lora_rank", "freeze_groups", "train_groups")}
     others["code_noise"] = code_noise(args.recipe.data)
+    if uses_muon(args):
+        others["optim"] = MUON
     packed = packing(args.recipe.data, tokens)
     facts = run_facts(config, args.model, tokens, sources, packed, training_arguments, earlier_steps, **others)
     check_same_data(args.model, facts)
@@ -112,6 +115,11 @@ def packing(data: DataFields | None, tokens: TokenFolder) -> tuple[bool, int]:
     if data is None:
         return tokens.manifest["packed"], tokens.manifest["sequence_length"]
     return data.packed, data.sequence_length
+
+
+def uses_muon(args: argparse.Namespace) -> bool:
+    """Return whether the recipe's `optim` is Muon, which `TrainingArguments` does not know."""
+    return args.trainer.get("optim") == MUON
 
 
 def code_noise(data: DataFields | None) -> float:
@@ -206,6 +214,13 @@ def make_training_arguments(args: argparse.Namespace) -> TrainingArguments:
         **feeding_fields(device),
     }
     fields = {**fields, **args.trainer}
+    if uses_muon(args):
+        if optim_args := fields.get("optim_args"):
+            raise InputError(
+                f"the recipe's section `trainer`: optim_args = {optim_args!r} is nothing for optim = {MUON!r}."
+            )
+        # the arguments' own optimizer is not created
+        fields["optim"] = "adamw_torch"
     # whoever wants no evaluation wants none before the first step
     if str(fields["eval_strategy"]) == "no":
         fields["eval_on_start"] = args.trainer.get("eval_on_start", False)
@@ -336,6 +351,7 @@ def build_trainer(args: argparse.Namespace, parts: RunParts | None = None) -> St
         trainer.train_only(args.train_groups)
     trainer.first_step, trainer.earlier_stage, trainer.feeding = parts.first_step, args.model, feeding
     trainer.processor, trainer.metrics = processor, metrics
+    trainer.uses_muon = uses_muon(args)
     if share := code_noise(args.recipe.data):
         trainer.noise = CodeNoise(share, *processor.frames[IMAGE].bounds)
     return trainer

@@ -28,6 +28,7 @@ from .checkpoints import SHARDS, WHOLE, last_checkpoint
 from .code_noise import CodeNoise
 from .freezing import freeze_all_but
 from .metrics_callback import MomaMetricsCallback
+from .muon import MUON, Muon, muon_groups
 from .throughput_callback import FeedingCallback
 
 
@@ -121,6 +122,8 @@ class StageTrainer(ResumedTrainer):
             on the codes of the images that are read.
         undecayed (`Sequence[str]`):
             parameters without weight decay, beside those that never have any.
+        uses_muon (`bool`):
+            whether matrices are trained by [`Muon`], and the rest by AdamW with the settings of the arguments.
     """
 
     first_step, earlier_stage = 0, None
@@ -129,6 +132,7 @@ class StageTrainer(ResumedTrainer):
     noise: CodeNoise | None = None
     processor: MomaProcessor
     undecayed: Sequence[str] = ()
+    uses_muon = False
 
     def train_only(self, groups: list[str]):
         """Freeze all but some expert groups and the rows of their tokens, see [`freeze_all_but`].
@@ -168,6 +172,30 @@ class StageTrainer(ResumedTrainer):
     def get_decay_parameter_names(self, model):
         """Return the names of parameters with weight decay, `undecayed` left out."""
         return [name for name in super().get_decay_parameter_names(model) if name not in self.undecayed]
+
+    def create_optimizer(self, model=None):
+        """Create the optimizer that the arguments name, or Muon.
+
+        Args:
+            model (`nn.Module`, *optional*):
+                whose parameters learn; by default the Trainer's.
+
+        Raises:
+            ValueError: Muon is asked for where no process has whole matrices.
+        """
+        if self.uses_muon and self.optimizer is None:
+            if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+                raise InputError(f"optim = {MUON!r} needs whole matrices, which FSDP and DeepSpeed split: use DDP.")
+            model = self.model if model is None else model
+            decayed = self.get_decay_parameter_names(model)
+            self.optimizer = Muon(
+                muon_groups(model, self.args.weight_decay, decayed),  # pyright: ignore[reportArgumentType]
+                lr=self.args.learning_rate,
+                betas=(self.args.adam_beta1, self.args.adam_beta2),
+                eps=self.args.adam_epsilon,
+                divides_work=self.args.world_size > 1,
+            )
+        return super().create_optimizer(model)
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """Return the batches of a step, and count them."""
