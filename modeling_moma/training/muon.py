@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
+from torch.optim.adamw import adamw
 
 from ..cpu_moma import multiplies_with
 from ..errors_moma import InputError
@@ -68,14 +69,15 @@ class _Matrices:
         return values_MRC.reshape(self.parameter.shape)
 
 
-class Muon(torch.optim.AdamW):
+class Muon(torch.optim.Optimizer):
     """Muon for matrices and stacks of matrices, AdamW for everything else.
 
     The step of a matrix is its momentum with all singular values near 1 (Jordan 2024), as large as AdamW's steps are,
     so that learning rates and weight decay of AdamW fit (Moonlight, arXiv 2502.16982, section 2.2). Each expert of a
     stack is a matrix of its own, and so are both halves of `gate_up_proj`. An expert whose gradient is zero, since no
-    token of the batch chose it, takes no step: an orthogonal one would be as long as all others, however old its
-    momentum. Without stacks it is `torch.optim.Muon(adjust_lr_fn="match_rms_adamw")` beside `torch.optim.AdamW`.
+    token of the batch chose it, has its weight decay alone: an orthogonal step would be as long as all others, however
+    old its momentum. In bfloat16 and without stacks it is `torch.optim.Muon(adjust_lr_fn="match_rms_adamw")` beside
+    `torch.optim.AdamW`.
 
     Args:
         params (`Iterable[dict]`):
@@ -113,13 +115,13 @@ class Muon(torch.optim.AdamW):
         dtype: torch.dtype | None = None,
         divides_work: bool = False,
     ):
-        super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
-        self.momentum, self.iterations, self.dtype = momentum, iterations, dtype
-        self.divides_work = divides_work
+        settings = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        super().__init__(params, {**settings, "momentum": momentum, "iterations": iterations})
+        self.dtype, self.divides_work = dtype, divides_work
 
     @torch.no_grad()
     def step(self, closure=None):
-        """Take a step of the matrices, then one of everything else."""
+        """Take a step of all parameters that have a gradient."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -127,26 +129,46 @@ class Muon(torch.optim.AdamW):
         alike: dict[tuple, list[_Matrices]] = defaultdict(list)
         for group in self.param_groups:
             if MATRICES not in group:
+                self._adamw_step(group)
                 continue
             for parameter, num_stacked in zip(group["params"], group[MATRICES], strict=True):
                 if parameter.grad is not None:
                     matrices = _Matrices(parameter, parameter.grad, group, num_stacked)
-                    alike[matrices.wide_shape, parameter.device, parameter.dtype].append(matrices)
-        for batch in (batch for same_shape in alike.values() for batch in _batches(same_shape)):
-            self._step_alike(batch)
-        # AdamW passes over parameters that have no gradient
-        entries = [entry for same_shape in alike.values() for entry in same_shape]
-        for entry in entries:
-            entry.parameter.grad = None
-        super().step()
-        for entry in entries:
-            entry.parameter.grad = entry.gradient
+                    key = (matrices.wide_shape, parameter.device, parameter.dtype, group["iterations"])
+                    alike[key].append(matrices)
+        for entries in alike.values():
+            for batch in _batches(entries):
+                self._step_alike(batch)
         return loss
+
+    def _adamw_step(self, group: dict[str, Any]):
+        """Take a step of parameters that are no matrices."""
+        parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
+        for parameter in parameters:
+            if not self.state[parameter]:
+                zeros = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+                self.state[parameter].update(step=torch.tensor(0.0), **zeros)
+        states = [self.state[parameter] for parameter in parameters]
+        adamw(
+            parameters,
+            [parameter.grad for parameter in parameters],  # pyright: ignore[reportArgumentType]
+            [state["exp_avg"] for state in states],
+            [state["exp_avg_sq"] for state in states],
+            [],
+            [state["step"] for state in states],
+            amsgrad=False,
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            maximize=False,
+        )
 
     def _step_alike(self, batch: list[_Matrices]):
         """Take the step of parameters whose matrices are alike in shape."""
         updates = [self._update(entry) for entry in batch]
-        orthogonal_MRC = self._orthogonal(torch.cat(updates))
+        orthogonal_MRC = self._orthogonal(torch.cat(updates), batch[0].group["iterations"])
         for entry, part_MRC in zip(batch, orthogonal_MRC.split([len(update) for update in updates]), strict=True):
             parameter, group = entry.parameter, entry.group
             parameter.mul_(1 - group["lr"] * group["weight_decay"])
@@ -157,26 +179,25 @@ class Muon(torch.optim.AdamW):
         """Return the momentum of a parameter, Nesterov's, as matrices `[M, R, C]`, zero where the gradient is."""
         gradient, state = entry.gradient, self.state[entry.parameter]
         if not state:
-            # AdamW looks for `step` in all states that it loads
-            state.update(step=torch.tensor(0.0), momentum_buffer=torch.zeros_like(entry.parameter))
-        state["step"] += 1
-        buffer = state["momentum_buffer"].lerp_(gradient, 1 - self.momentum)
-        update_MRC = entry.split(gradient.lerp(buffer, self.momentum))
+            state["momentum_buffer"] = torch.zeros_like(entry.parameter)
+        momentum = entry.group["momentum"]
+        buffer = state["momentum_buffer"].lerp_(gradient, 1 - momentum)
+        update_MRC = entry.split(gradient.lerp(buffer, momentum))
         learns_M = entry.split(gradient).flatten(1).ne(0).any(dim=1)
         return update_MRC * learns_M[:, None, None]
 
-    def _orthogonal(self, x_MRC: torch.Tensor) -> torch.Tensor:
+    def _orthogonal(self, x_MRC: torch.Tensor, iterations: int) -> torch.Tensor:
         """Return matrices with the singular vectors of `x_MRC`, and singular values near 1."""
         dtype = self.dtype
         if dtype is None:
             has_matrix_units = x_MRC.is_cuda or multiplies_with("amx_bf16")
             dtype = torch.bfloat16 if has_matrix_units else torch.float32
         if not self.divides_work:
-            return newton_schulz(x_MRC.to(dtype), self.iterations)
+            return newton_schulz(x_MRC.to(dtype), iterations)
         # all parts are alike in size, the last one filled up with zeros
         part = -(-len(x_MRC) // dist.get_world_size())
         own_MRC = x_MRC[dist.get_rank() * part :][:part].to(dtype)
-        own_MRC = newton_schulz(own_MRC, self.iterations)
+        own_MRC = newton_schulz(own_MRC, iterations)
         filled_MRC = own_MRC.new_zeros(part, *own_MRC.shape[1:])
         filled_MRC[: len(own_MRC)] = own_MRC
         all_MRC = filled_MRC.new_empty(part * dist.get_world_size(), *own_MRC.shape[1:])
@@ -208,24 +229,29 @@ def muon_groups(
 ) -> list[dict[str, Any]]:
     """Return a model's trainable parameters as groups for [`Muon`].
 
-    Matrices are the weights of projections and the stacks of experts. Embeddings, the head, routers, norms and biases
-    are AdamW's.
+    Matrices are the weights of linear layers and the stacks of experts. Embeddings, the head, routers, norms and
+    biases are AdamW's.
 
     Args:
         model (`nn.Module`):
-            a MoMa, perhaps with adapters.
+            a MoMa.
         weight_decay (`float`, *optional*, defaults to `0.1`):
             of the parameters that have one.
         decayed (`Collection[str]`, *optional*):
-            their names, as `Trainer.get_decay_parameter_names` gives them; by default all of more than one dimension.
+            their names, as `Trainer.get_decay_parameter_names` gives them; by default matrices, embeddings, the head
+            and routers.
 
     Raises:
-        ValueError: parameters are sharded, so that no process has whole matrices.
+        ValueError: parameters are sharded, so that no process has whole matrices, or belong to PEFT's adapters, of
+            which some are as many matrices as there are experts.
     """
-    vocabulary = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    if hasattr(model, "peft_config"):
+        raise InputError(f"optim = {MUON!r} is for whole weights: train adapters by AdamW.")
     head = getattr(model, "get_output_embeddings", lambda: None)()
-    if head is not None:
-        vocabulary.add(id(head.weight))
+    linear = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear) and module is not head}
+    vocabulary = {
+        id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding) or module is head
+    }
     groups: dict[tuple[bool, bool], dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
@@ -235,13 +261,19 @@ def muon_groups(
                 f"optim = {MUON!r}: {name!r} is sharded, and Muon needs whole matrices on each process: train under "
                 "DDP, or by AdamW."
             )
-        is_matrix = parameter.ndim > 1 and id(parameter) not in vocabulary and "router" not in name
-        key = (is_matrix, parameter.ndim > 1 if decayed is None else name in decayed)
-        group = groups.setdefault(key, {"params": [], "weight_decay": weight_decay if key[1] else 0.0})
+        is_router = "router" in name
+        is_stack = parameter.ndim == 3
+        is_matrix = is_stack or id(parameter) in linear - vocabulary and not is_router
+        if decayed is None:
+            is_decayed = is_matrix or is_router and parameter.ndim == 2 or id(parameter) in vocabulary
+        else:
+            is_decayed = name in decayed
+        key = (is_matrix, is_decayed)
+        group = groups.setdefault(key, {"params": [], "weight_decay": weight_decay if is_decayed else 0.0})
         group["params"].append(parameter)
         if is_matrix:
             # gate and up lie one above the other
-            group.setdefault(MATRICES, []).append(2 if name.endswith("gate_up_proj") else 1)
+            group.setdefault(MATRICES, []).append(2 if is_stack and name.endswith("gate_up_proj") else 1)
     return list(groups.values())
 
 

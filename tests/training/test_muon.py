@@ -29,6 +29,7 @@ VARIANTS = {
     "shared": {"shared_expert_intermediate_size": {"text": 8, "image": 16}, "tie_word_embeddings": False},
     "depth": {"depth_layers": [0], "auxiliary_routers": True},
     "untied": {"untied_attention": True},
+    "norms by head": {"qk_norm": "layernorm_per_head"},
 }
 
 
@@ -41,12 +42,12 @@ class Stack(nn.Module):
         self.gate_up_proj = nn.Parameter(torch.randn(num_experts, 2 * width, hidden_size))
         self.down_proj = nn.Parameter(torch.randn(num_experts, hidden_size, width))
         self.bias = nn.Parameter(torch.randn(hidden_size))
-        self.single = nn.Parameter(torch.randn(1, 2 * hidden_size))
+        self.single = nn.Linear(2 * hidden_size, 1, bias=False)
 
     def parts(self):
         """All matrices, one by one."""
         halves = [half for expert in self.gate_up_proj for half in expert.chunk(2)]
-        return [*halves, *self.down_proj, self.single]
+        return [*halves, *self.down_proj, self.single.weight]
 
     def randomize_gradients(self, generator, idle=()):
         """Gradients at random, of idle experts 0."""
@@ -58,7 +59,7 @@ class Stack(nn.Module):
     def gradients(self):
         """Those of all matrices, one by one."""
         halves = [half for expert in self.gate_up_proj.grad for half in expert.chunk(2)]
-        return [*halves, *self.down_proj.grad, self.single.grad]
+        return [*halves, *self.down_proj.grad, self.single.weight.grad]
 
 
 @pytest.mark.parametrize("width, hidden_size", [(6, 4), (4, 6), (5, 5), (1, 3)])
@@ -87,16 +88,19 @@ def test_each_expert_steps_as_by_the_optimizer_of_torch(width, hidden_size):
     torch.testing.assert_close(stack.bias, bias)
 
 
-def test_an_expert_without_tokens_takes_no_step_and_its_gradient_is_kept():
-    stack, generator = Stack(), torch.Generator().manual_seed(1)
-    muon = Muon(muon_groups(stack, 0.0), lr=0.02)
+def test_an_expert_without_tokens_has_its_decay_alone_and_hooks_run_once():
+    # one that was made before changes what torch calls around a step
+    torch.optim.AdamW([nn.Parameter(torch.zeros(1))])
+    stack, generator, calls = Stack(), torch.Generator().manual_seed(1), []
+    muon = Muon(muon_groups(stack, 0.5), lr=0.02)
+    muon.register_step_post_hook(lambda *_: calls.append(1))
     stack.randomize_gradients(generator)
     muon.step()
     stack.randomize_gradients(generator, idle=[1])
     before, gradient = stack.gate_up_proj.detach().clone(), stack.gate_up_proj.grad
     muon.step()
-    moved = (stack.gate_up_proj != before).flatten(1).any(dim=1)
-    assert moved.tolist() == [True, False, True]
+    moved = (stack.gate_up_proj - before * (1 - 0.02 * 0.5)).abs().flatten(1).amax(dim=1) > 1e-6
+    assert moved.tolist() == [True, False, True] and len(calls) == 2
     assert stack.gate_up_proj.grad is gradient
 
 
@@ -137,15 +141,23 @@ def test_projections_and_experts_are_matrices_and_nothing_else(variant):
             assert number == (2 if names[id(parameter)].endswith("gate_up_proj") else 1)
 
 
-def test_frozen_parameters_stay_and_adapters_are_matrices():
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_by_default_decay_is_that_of_trainer(variant, tmp_path):
+    model = MomaForCausalLM(tiny_config(**VARIANTS[variant]))
+    trainer = Trainer(model, TrainingArguments(tmp_path, report_to=[], use_cpu=True))
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    decayed = {names[id(entry)] for group in muon_groups(model) if group["weight_decay"] for entry in group["params"]}
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert decayed == trained & set(trainer.get_decay_parameter_names(model))
+
+
+def test_frozen_parameters_stay_and_adapters_are_refused():
     model = tiny_model()
     freeze_groups(model, ["text"])
     grouped = {id(parameter) for group in muon_groups(model) for parameter in group["params"]}
     assert grouped == {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
-    adapted = get_peft_model(tiny_model(), LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
-    groups = muon_groups(adapted)
-    assert all(MATRICES in group for group in groups)
-    assert sum(len(group["params"]) for group in groups) == 2 * 2 * adapted.config.num_hidden_layers
+    with pytest.raises(InputError, match="train adapters by AdamW"):
+        muon_groups(get_peft_model(tiny_model(), LoraConfig(r=2, target_modules=["q_proj", "v_proj"])))
 
 
 def test_a_plain_trainer_takes_it_and_goes_on_from_a_checkpoint(tmp_path):
