@@ -149,11 +149,13 @@ class _ChunkedSum(torch.autograd.Function):
             if needs_grad:
                 grad_ND, *own = torch.autograd.grad(part, [chunk_ND, *parameters])
                 grads.append(grad_ND)
-                sums = [before.add_(new) for before, new in zip(sums, own)] if sums else own
+                # in fp32: each sum in bf16 would round what many chunks add up to
+                sums = [before.add_(new) for before, new in zip(sums, own)] if sums else [new.float() for new in own]
                 # free these gradients before the next chunk makes its own
                 del own
         if needs_grad:
             ctx.save_for_backward(torch.cat(grads), *sums)
+            ctx.dtypes = [x_ND.dtype, *(parameter.dtype for parameter in parameters)]
         loss_N = torch.cat(losses)
         ctx.mark_non_differentiable(loss_N)
         return total, loss_N
@@ -161,7 +163,11 @@ class _ChunkedSum(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, scale: torch.Tensor, _):
-        grad_ND, *gradients = (gradient * scale.to(gradient.dtype) for gradient in ctx.saved_tensors)
+        grad_ND, *gradients = (
+            # a scale in bf16 would be a common error of all gradients
+            (gradient.float() * scale).to(dtype)
+            for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        )
         return None, None, None, grad_ND, *gradients
 
 

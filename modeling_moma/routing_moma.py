@@ -114,7 +114,13 @@ class Selection:
         size = max(num_tokens, 1)
         return cls(order_P % size, order_P // size, weight_P, has_padding=True, is_sorted=True, ends_E=ends_E)
 
-    def covering(self, scores_NE: torch.Tensor, has_fixed_shapes: bool, may_sync: bool = True) -> "Selection":
+    def covering(
+        self,
+        scores_NE: torch.Tensor,
+        has_fixed_shapes: bool,
+        may_sync: bool = True,
+        is_skipping_N: torch.Tensor | None = None,
+    ) -> "Selection":
         """Return a selection in which each token that no expert takes is added to the one that scores it highest.
 
         Args:
@@ -124,12 +130,16 @@ class Selection:
                 see [`Selection.from_mask`].
             may_sync (`bool`, *optional*, defaults to `True`):
                 see [`Selection.from_mask`].
+            is_skipping_N (`torch.Tensor`, *optional*):
+                tokens that skip the layer, `[N]`, and so are not added.
         """
         place_P = self.token_P * scores_NE.shape[1] + self.expert_P
         taken_P = self.weight_P > 0 if self.has_padding else torch.ones_like(place_P, dtype=torch.bool)
         nobody_NE = torch.zeros_like(scores_NE, dtype=torch.bool)
         taken_NE = nobody_NE.flatten().scatter(0, place_P, taken_P).view_as(nobody_NE)
         is_left_N1 = ~taken_NE.any(1, keepdim=True)
+        if is_skipping_N is not None:
+            is_left_N1 &= ~is_skipping_N.unsqueeze(1)
         taken_NE = taken_NE | nobody_NE.scatter(1, scores_NE.argmax(1, keepdim=True), is_left_N1)
         return replace(Selection.from_mask(taken_NE, scores_NE, has_fixed_shapes, may_sync), chosen=self)
 
@@ -488,7 +498,8 @@ class MomaRouter(MomaRouterBase):
                 statistics = self._statistics_of_others(plain_NE, selection, best, rule.moves_bias, context)
             context.record(self, statistics)
         if self.covers_all_tokens and not rule.counts_experts:
-            selection = selection.covering(scores_NE, context.has_fixed_shapes, context.may_sync)
+            is_skipping_N = context.skipping_of(self.group)
+            selection = selection.covering(scores_NE, context.has_fixed_shapes, context.may_sync, is_skipping_N)
         return logits_NE, selection
 
     def capacity(self, num_tokens: int) -> int:

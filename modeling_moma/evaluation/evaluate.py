@@ -13,7 +13,7 @@ from ..errors_moma import InputError
 from .captions import measure_captions
 from .drawings import check_drawings, feature_extractor, measure_drawings
 from .held_out import HeldOutSource
-from .information import measure_information
+from .information import check_information, measure_information
 from .losses import source_losses
 from .retrieval import DEFAULT_PAIRS, check_retrieval, measure_retrieval
 
@@ -90,6 +90,8 @@ def measure_sources(model, processor, sources: Mapping[str, HeldOutSource], sett
     for name, source in sources.items():
         if source.captioned is None:
             continue
+        if INFORMATION in chosen:
+            check_information(name, source.captioned.captions)
         if RETRIEVAL in chosen:
             check_retrieval(name, len(source.captioned))
         if DRAWINGS in chosen:

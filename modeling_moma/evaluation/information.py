@@ -9,6 +9,7 @@ Shape suffixes:
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 
@@ -16,6 +17,13 @@ from ..data.encoding import DocumentEncoder
 from ..errors_moma import InputError
 from .held_out import CaptionedImages
 from .scoring import paired_log_probs
+
+
+def check_information(source: str, captions: Sequence[str]) -> None:
+    """Raise `ValueError` where a source has too few captions with words."""
+    number = sum(bool(text.strip()) for text in captions)
+    if number < 2:
+        raise InputError(f"information: the source {source!r} has {number} images with words; it needs two at least.")
 
 
 def measure_information(model, processor, rows: CaptionedImages, batch_size: int) -> dict:

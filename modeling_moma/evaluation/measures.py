@@ -21,8 +21,14 @@ from ..modeling_moma import MomaForCausalLM
 
 # name of that routing in reports, never without its warning
 EXPERT_CHOICE = "expert_choice (sees the future, not a measure of quality)"
-# nothing that a saved generation config holds may change a greedy caption
-GREEDY = {"do_sample": False, "num_beams": 1, "guidance_scale": 1.0}
+# what a saved generation config says of sampling, beams, guidance and repetition may not change a greedy caption
+GREEDY = {
+    "do_sample": False,
+    "num_beams": 1,
+    "guidance_scale": 1.0,
+    "repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+}
 # pixel values lie in [-1, 1]
 VALUE_RANGE = 2.0
 

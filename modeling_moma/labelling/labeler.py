@@ -262,7 +262,10 @@ class ImageLabeler:
         tokenizer = self.processor.tokenizer
         special = set(tokenizer.all_special_ids)
         texts = {token: tokenizer.decode([token]) for token in range(len(tokenizer)) if token not in special}
-        return [self._encoder.eos, *(token for token, text in texts.items() if text and not text[0].isalnum())]
+        # of a letter of several bytes the first one alone decodes to this
+        within = "\ufffd"
+        ends = (token for token, text in texts.items() if text and not text[0].isalnum() and text[0] != within)
+        return [self._encoder.eos, *ends]
 
 
 def check_queries(queries: Sequence[str]) -> None:

@@ -37,7 +37,8 @@ class CodeNoise:
         ids, positions = inputs["input_ids"], inputs.get("position_ids")
         starts = torch.zeros_like(ids) if positions is None else (positions == 0).long()
         documents = starts.cumsum(dim=1)
-        shares = self.most * torch.rand(len(ids), int(documents.max()) + 1, device=ids.device)
+        # one for each document that a row may have: how many it has would be waited for
+        shares = self.most * torch.rand(len(ids), ids.shape[1] + 1, device=ids.device)
         is_replaced = torch.rand(ids.shape, device=ids.device) < shares.gather(1, documents)
         is_replaced &= (ids >= self.first) & (ids < self.end)
         others = torch.randint_like(ids, self.first, self.end)

@@ -90,6 +90,9 @@ def test_wishes_that_cannot_be_met_are_refused_before_anything_is_measured(sourc
     # the losses, for which there is no document, would come first
     with pytest.raises(ValueError, match="retrieval: the source 'one' has 1 captioned images"):
         measure_sources(model, processor, {"one": one}, MeasureSettings(("losses", "retrieval")))
+    wordless = HeldOutSource([], CaptionedImages(rows.codes[:3], ["apple", " ", ""]))
+    with pytest.raises(ValueError, match="information: the source 'wordless' has 1 images with words"):
+        measure_sources(model, processor, {"wordless": wordless}, MeasureSettings(("losses", "information")))
     few = HeldOutSource([], CaptionedImages(rows.codes[:7], rows.captions[:7]))
     # of a package that is not there
     monkeypatch.setitem(sys.modules, "efficientnet_lite_pytorch", None)

@@ -154,6 +154,7 @@ def reference_gated_feed_forward(layer, hidden_BTD, modality_BT, routing, paddin
 
 def assert_near(actual, expected, relative, floor=1e-6):
     """Equal to a share of the largest entry, or of `floor`: entries near 0 carry rounding of others."""
+    assert actual.shape == expected.shape, f"{tuple(actual.shape)} against {tuple(expected.shape)}"
     scale = expected.abs().max().item() if expected.numel() else 0.0
     difference = (actual.float() - expected.float()).abs().max().item() if expected.numel() else 0.0
     assert difference <= relative * max(scale, floor), f"differs by {difference} at scale {scale}"

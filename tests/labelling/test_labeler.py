@@ -2,6 +2,7 @@
 """Names, tags and matches of images against plain sums over whole rows, without a cache."""
 
 import math
+import re
 
 import pytest
 import torch
@@ -82,7 +83,8 @@ def test_matches_are_sums_over_names_and_first_tags(labeler, codes):
     boundary += [
         token
         for token in range(len(tokenizer))
-        if token not in special and not tokenizer.decode([token])[:1].isalnum()
+        if token not in special and re.match(r"[\x00-\x7f]", tokenizer.decode([token]))
+        if not re.match("[A-Za-z0-9]", tokenizer.decode([token]))
     ]
     for row, image in enumerate(codes):
         for column, query in enumerate(queries):
@@ -90,6 +92,15 @@ def test_matches_are_sums_over_names_and_first_tags(labeler, codes):
             name = loop_log_prob(labeler, image, "", query, boundary)
             tag = loop_log_prob(labeler, image, "tags:", query, ends_of(labeler, labeler.form.tag_ends))
             assert scores[row, column].item() == pytest.approx(math.log(math.exp(name) + math.exp(tag)), abs=1e-4)
+
+
+def test_a_letter_of_several_bytes_ends_no_word(labeler):
+    tokenizer = labeler.processor.tokenizer
+    ends = labeler._word_ends_of_vocabulary()
+    first, *others = tokenizer.encode("é", add_special_tokens=False)
+    assert others and not {first, *others} & set(ends)
+    for text, is_end in (("-", True), (",", True), ("a", False), ("7", False)):
+        assert (tokenizer.encode(text, add_special_tokens=False)[0] in ends) is is_end, text
 
 
 def test_neighbours_in_a_batch_change_nothing(labeler, codes):

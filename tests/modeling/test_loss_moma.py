@@ -5,9 +5,10 @@ import pytest
 import torch
 
 from helpers.reference import trainable
-from helpers.tiny import mixed_ids, tiny_model
+from helpers.tiny import mixed_ids, tiny_config, tiny_model
 from modeling_moma import cpu_moma, loss_moma
 from modeling_moma.errors_moma import InputError
+from modeling_moma.loss_moma import causal_lm_loss
 
 
 @pytest.mark.parametrize("fields", [{}, {"z_loss_coef": 0.01, "modality_loss_weights": {"text": 3.0}}])
@@ -39,6 +40,26 @@ def test_loss_without_logits_is_the_loss_with_them(monkeypatch, fields, tied, nu
     with torch.no_grad():
         outputs = [model.eval()(ids, labels=ids, skip_logits=skip_logits) for skip_logits in (False, True)]
     torch.testing.assert_close(outputs[1].loss, outputs[0].loss)
+
+
+def test_gradients_in_bf16_are_as_near_as_those_of_all_logits_at_once():
+    torch.manual_seed(0)
+    number, config = 16 * loss_moma.CHUNK, tiny_config()
+    states, labels = torch.randn(1, number, 16), torch.randint(0, config.vocab_size, (1, number))
+    weight = torch.randn(config.vocab_size, 16)
+    found = []
+    for dtype, in_chunks in ((torch.float64, False), (torch.bfloat16, False), (torch.bfloat16, True)):
+        head = torch.nn.Linear(16, config.vocab_size, bias=False, dtype=dtype)
+        head.weight.data.copy_(weight.bfloat16())
+        x = states.bfloat16().to(dtype).requires_grad_()
+        given, more = (x, {"head": head}) if in_chunks else (head(x), {})
+        # a divisor that bf16 cannot hold
+        causal_lm_loss(
+            config, given, None, training=True, num_items_in_batch=4099, shift_labels=labels, **more
+        ).loss.backward()
+        found.append((head.weight.grad.double(), x.grad.double()))
+    for exact, whole, chunked in zip(*found, strict=True):
+        assert (chunked - exact).norm() < 1.2 * (whole - exact).norm() < 6e-3 * exact.norm()
 
 
 @pytest.mark.parametrize("skip_logits", [False, True])

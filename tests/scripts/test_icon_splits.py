@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The split of icons by groups, held-out families, words and pairs, and what is kept of held-out cells."""
 
+import hashlib
 from collections import defaultdict
 
 import numpy as np
@@ -84,7 +85,9 @@ def test_what_must_stay_and_what_was_read_elsewhere_is_not_held_out():
 
 
 def test_split_depends_on_the_seed_alone():
-    assert split_all()[2] == split_all()[2]
+    of_row = split_all()[2].of_row
+    # an order of sets would differ from one process to the next
+    assert hashlib.sha256(repr([str(split) for split in of_row]).encode()).hexdigest()[:16] == "5672747cc19d117e"
     assert split_all()[2].of_row != split_all(seed=1)[2].of_row
 
 
