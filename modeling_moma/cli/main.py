@@ -118,17 +118,24 @@ def _run(arguments: list[str] | None) -> int:
         print(stopped_line(subcommand), file=sys.stderr)
         return 130
     except Exception as error:
-        from ..utils.errors import MissingExtraError, full_disk_line, is_disk_full, is_input_error
+        from ..utils.errors import (
+            KilledProcessError,
+            MissingExtraError,
+            full_disk_line,
+            is_disk_full,
+            is_input_error,
+        )
 
         if is_disk_full(error):
             end_progress_bars()
             print(f"error: {full_disk_line(error, subcommand, output_of(rest))}", file=sys.stderr)
             return 1
-        if not (isinstance(error, MissingExtraError) or is_input_error(error)):
+        was_killed = isinstance(error, KilledProcessError)
+        if not (was_killed or isinstance(error, MissingExtraError) or is_input_error(error)):
             raise
         end_progress_bars()
         print(f"error: {one_line(error)}", file=sys.stderr)
-        return 2
+        return 1 if was_killed else 2
     return status if isinstance(status, int) else 0
 
 

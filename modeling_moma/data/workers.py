@@ -4,8 +4,11 @@
 import json
 import multiprocessing
 import os
+import signal
+import sys
 import threading
 from concurrent.futures import Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
@@ -13,6 +16,7 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
+from ..utils.errors import KilledProcessError
 from .encoding import loaded_encoder
 from .jobs import Job, Task, read_job
 from .tokenizing import tokenize_shard
@@ -44,10 +48,10 @@ class Workers:
         context = multiprocessing.get_context("spawn")
         self.coded = context.Value("q", 0)
         self.pool = ProcessPoolExecutor(number, context, _begin_worker, (threads, processor, self.coded))
-        others = set(multiprocessing.active_children())
+        self.others = set(multiprocessing.active_children())
         # the first one starts now, the others as there are shards for them
-        self.pool.submit(os.getpid)
-        self.idle = set(multiprocessing.active_children()) - others
+        self._submit(os.getpid)
+        self.idle = self._processes()
 
     def __enter__(self) -> "Workers":
         return self
@@ -55,13 +59,28 @@ class Workers:
     def submit(self, *call: Any) -> Future:
         """Hand a function and its arguments to a process, see `concurrent.futures.Executor.submit`."""
         self.idle = set()
-        return self.pool.submit(*call)
+        return self._submit(*call)
 
     def __exit__(self, error: type[BaseException] | None, *rest: Any) -> None:
+        is_stopped = error is not None and issubclass(error, KeyboardInterrupt)
         # what is wrong with the data is told at once, and not when a process has imported everything for nothing
-        for process in self.idle if error is not None else ():
+        for process in self._processes() if is_stopped else self.idle if error is not None else ():
             process.terminate()
         self.pool.shutdown(wait=True, cancel_futures=True)
+
+    def _submit(self, *call: Any) -> Future:
+        """Hand over a call, with Ctrl-C ignored by a process that starts for it: this one ends it."""
+        if threading.current_thread() is not threading.main_thread():
+            return self.pool.submit(*call)
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        try:
+            return self.pool.submit(*call)
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+    def _processes(self) -> set[Any]:
+        """Return those of the pool."""
+        return set(multiprocessing.active_children()) - self.others
 
 
 def run_tasks(
@@ -90,6 +109,7 @@ def run_tasks(
 
     Raises:
         ValueError: what a shard raised.
+        RuntimeError: a process was killed.
     """
     tasks = [task for task in job.tasks() if not (Path(folder) / task.report_name()).is_file()]
     before = torch.get_num_threads()
@@ -104,7 +124,13 @@ def run_tasks(
                 return
             beside = nullcontext(workers) if workers is not None else Workers(number, threads, job.processor)
             with beside as workers:
-                _share(folder, job, tasks, strict, workers, progress)
+                try:
+                    _share(folder, job, tasks, strict, workers, progress)
+                except BrokenProcessPool as error:
+                    raise KilledProcessError(
+                        "a process of `--processes` was killed, perhaps for want of memory. The shards that are done "
+                        "are whole; the same command, with fewer `--processes`, goes on."
+                    ) from error
     finally:
         torch.set_num_threads(before)
 
@@ -190,6 +216,8 @@ def _begin_worker(threads: int, processor: str, coded: Any) -> None:
     _coded = coded
     # the text tokenizer would start a thread for every core
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    # what a shard has begun to write is removed
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     torch.set_num_threads(threads)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     # one that cannot be loaded is told of by whoever needs it; here it would be a broken pool

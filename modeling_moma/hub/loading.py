@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import nn
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedConfig
 from transformers.utils import (
     ADAPTER_CONFIG_NAME,
     SAFE_WEIGHTS_INDEX_NAME,
@@ -157,6 +157,11 @@ def check_saved(saved: Saved, option: str, place: str) -> None:
         return
     # PEFT reads those, over a model of another place
     if saved is MODEL and (folder / ADAPTER_CONFIG_NAME).is_file():
+        if base_of_adapters(folder) is None:
+            raise InputError(
+                f"{where}: {ADAPTER_CONFIG_NAME} names no base model, so its adapters fit nothing. A training of new "
+                "weights with `--lora-rank` writes its whole model at the end."
+            )
         return
     found = model_type_of(folder) if saved.model_types else None
     if found not in (None, *saved.model_types):
@@ -165,6 +170,45 @@ def check_saved(saved: Saved, option: str, place: str) -> None:
     missing = next((group[0] for group in saved.files if not any((folder / name).is_file() for name in group)), None)
     if missing is not None:
         raise InputError(f"{where} has no {missing}: {_likely_cause(saved, folder)}")
+
+
+def base_of_adapters(folder: str | Path) -> str | None:
+    """Return the base model that PEFT's adapters in a folder name, `None` where they name none.
+
+    Args:
+        folder (`str | Path`):
+            with `adapter_config.json`.
+    """
+    try:
+        return json.loads((Path(folder) / ADAPTER_CONFIG_NAME).read_text(encoding="utf-8"))["base_model_name_or_path"]
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
+def refuse_unwhole(option: str, place: str, config: PreTrainedConfig) -> None:
+    """Raise for a model that can be neither trained nor saved again: quantised, or adapters alone.
+
+    Args:
+        option (`str`):
+            of the command line that named it.
+        place (`str`):
+            a folder or a name on the Hub.
+        config (`PreTrainedConfig`):
+            of the model.
+
+    Raises:
+        ValueError: the model is such a one.
+    """
+    if (Path(place) / ADAPTER_CONFIG_NAME).is_file():
+        raise InputError(
+            f"`{option}` {place!r} holds adapters over {base_of_adapters(place)!r}, and whole weights are needed: "
+            "merge them first, see docs/how-to/fine-tune.md."
+        )
+    if getattr(config, "quantization_config", None) is not None:
+        raise InputError(
+            f"`{option}` {place!r} is quantised, and such weights are neither trained nor saved again: give the model "
+            "that it was made from, and quantise the result."
+        )
 
 
 def refuse_non_finite(model: nn.Module, source: str):

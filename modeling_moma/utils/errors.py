@@ -36,6 +36,10 @@ class MissingExtraError(ImportError):
     """A library that an extra of this package brings is not installed; the message says how to get it."""
 
 
+class KilledProcessError(RuntimeError):
+    """A process beside this one was killed; the message says what is safe and how to go on."""
+
+
 @contextmanager
 def needs_extra(what: str, extra: str) -> Iterator[None]:
     """Raise [`MissingExtraError`] in place of any ImportError in the block.
@@ -108,4 +112,12 @@ def stopped_line(subcommand: str) -> str:
     return " ".join(part for part in ("stopped.", safe, way[:1].upper() + way[1:]) if part)
 
 
-__all__ = ["MissingExtraError", "full_disk_line", "is_disk_full", "is_input_error", "needs_extra", "stopped_line"]
+__all__ = [
+    "KilledProcessError",
+    "MissingExtraError",
+    "full_disk_line",
+    "is_disk_full",
+    "is_input_error",
+    "needs_extra",
+    "stopped_line",
+]

@@ -6,9 +6,12 @@ import json
 import os
 import re
 import resource
+import signal
 import struct
 import tarfile
+import time
 import zlib
+from concurrent.futures.process import BrokenProcessPool
 from io import BytesIO
 
 import numpy as np
@@ -24,6 +27,7 @@ from modeling_moma.data.jobs import plan_job, read_job, write_job
 from modeling_moma.data.reports import write_manifest
 from modeling_moma.data.sources import read_sources
 from modeling_moma.data.workers import Workers, run_tasks
+from modeling_moma.utils.errors import KilledProcessError
 
 
 @pytest.fixture(scope="module")
@@ -414,6 +418,28 @@ def test_an_error_does_not_wait_for_a_process_that_is_starting(processor):
         raise ValueError("no such source")
     # what it would import takes several
     assert processor_seconds() - before < 2
+
+
+def test_a_killed_process_is_told_in_a_line_and_the_same_command_goes_on(processor, tmp_path):
+    (tmp_path / "t.txt").write_text("one\ntwo\nthree\n" * 20)
+    sources = read_sources({"lines": {"data": str(tmp_path / "t.txt"), "text": "text", "held_out": 0}})
+    job = plan_job(sources, processor, 64, True, seed=0, rows_per_shard=10)
+    write_job(tmp_path / "tokens", job)
+    with pytest.raises(KilledProcessError, match="was killed.*goes on"), Workers(1, 1, processor) as workers:
+        with pytest.raises(BrokenProcessPool):
+            workers.submit(os._exit, 9).result()
+        run_tasks(tmp_path / "tokens", job, 2, workers=workers)
+    run_tasks(tmp_path / "tokens", job, 1)
+    write_manifest(tmp_path / "tokens", job)
+    assert len(documents(tmp_path / "tokens", "lines")) == 60
+
+
+def test_ctrl_c_is_for_the_first_process_alone_which_ends_the_others(processor):
+    with pytest.raises(KeyboardInterrupt), Workers(1, 1, processor) as workers:
+        assert workers.submit(signal.getsignal, signal.SIGINT).result() == signal.SIG_IGN
+        workers.submit(time.sleep, 600)
+        raise KeyboardInterrupt
+    assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
 
 
 def test_a_file_that_is_written_after_its_tokens_is_told(processor, tmp_path, caplog):

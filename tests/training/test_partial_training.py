@@ -10,7 +10,10 @@ from safetensors.torch import load_file
 from helpers.tiny import TRAINED, tiny_processor, write_training
 from modeling_moma import MomaForCausalLM, upcycle
 from modeling_moma.cli.pretrain import main, parse_arguments
+from modeling_moma.errors_moma import InputError
+from modeling_moma.hub.loading import open_model
 from modeling_moma.training.adapters import with_adapters
+from modeling_moma.training.checkpoints import last_checkpoint
 
 
 pytest.importorskip("peft")
@@ -62,6 +65,9 @@ def test_adapters_learn_and_end_up_in_the_weights(shape, inputs, tmp_path):
     more = ("--model", tmp_path / "start", "--lora-rank", "4", "--freeze-groups", "text")
     main(arguments(inputs, shape, tmp_path / "out", *more))
     assert not list((tmp_path / "out").glob("adapter*"))
+    adapters = str(last_checkpoint(tmp_path / "out"))
+    with pytest.raises(InputError, match="holds adapters over '.*start', and whole weights are needed"):
+        main(arguments(inputs, shape, tmp_path / "further", "--model", adapters, "--restart-data"))
     model = MomaForCausalLM.from_pretrained(tmp_path / "out")
     after = model.state_dict()
     assert after.keys() == before.keys()
@@ -83,6 +89,8 @@ def test_a_resumed_run_of_adapters_ends_as_the_whole_one(inputs, tmp_path):
         (tmp_path / "again" / left).unlink()
     last = tmp_path / "again" / "checkpoint-6"
     last.rename(tmp_path / "gone")
+    with pytest.raises(InputError, match="names no base model, so its adapters fit nothing"):
+        open_model(str(tmp_path / "gone"))
     main(arguments(inputs, "4t4i", tmp_path / "again", *more, "--resume"))
     whole, again = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "again"))
     for name, tensor in whole.items():
