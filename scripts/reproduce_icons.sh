@@ -5,7 +5,6 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
 recipe=recipes/moma-icons.yaml
-longer=recipes/moma-icons-longer.yaml
 
 # without it a sample of the icons would be trained on
 if ! compgen -G "data/icons/data/train-00000-of-*.parquet" > /dev/null; then
@@ -36,13 +35,15 @@ fi
 [ -e runs/icons/model/trainer_state.json ] ||
     "$python" "${launcher[@]}" -m modeling_moma pretrain $recipe --processor runs/icons/processor \
         --tokens runs/icons/tokens --output runs/icons/model --batch-size $rows --resume
-# twice, each time from the weights of the stage before
-start=runs/icons/model
-for seed in 1 2; do
-    stage=runs/icons/longer-$seed
+# each stage from the weights of the one before
+start=runs/icons/model seed=0
+for further in longer longer muon; do
+    seed=$((seed + 1))
+    stage=runs/icons/$further-$seed
     [ -e $stage/trainer_state.json ] ||
-        "$python" "${launcher[@]}" -m modeling_moma pretrain $longer --model $start --processor runs/icons/processor \
-            --tokens runs/icons/tokens --output $stage --batch-size $rows --seed $seed --restart-data --resume
+        "$python" "${launcher[@]}" -m modeling_moma pretrain recipes/moma-icons-$further.yaml --model $start \
+            --processor runs/icons/processor --tokens runs/icons/tokens --output $stage --batch-size $rows \
+            --seed $seed --restart-data --resume
     start=$stage
 done
 "$python" scripts/release.py --model $start --processor runs/icons/processor --output model_cards/moma-icons

@@ -20,7 +20,7 @@ EVALUATION_FILE, SHEET_FILE = "evaluation.json", "samples.png"
 # of the released model
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 # of the stages, each from the weights of the one before and with a seed of its own
-STAGES = ("moma-icons.yaml", "moma-icons-longer.yaml", "moma-icons-longer.yaml")
+STAGES = ("moma-icons.yaml", "moma-icons-longer.yaml", "moma-icons-longer.yaml", "moma-icons-muon.yaml")
 # the split that the aims are about, whose icons are drawn and tell of losses and experts
 MAIN = "test"
 
@@ -322,6 +322,8 @@ def _stage(recipe: Recipe) -> str:
             + f"; the image first in {100 * kind.image_first:.0f} % of the documents, and of the others "
             f"{100 * kind.without_caption:.0f} % without a caption, which guidance needs;"
         )
+    if trainer.get("optim") == "muon":
+        lines.append("projections and each expert by Muon, the rest by AdamW;")
     weights = recipe.model.get("modality_loss_weights") or {}
     lines += [f"{name} tokens weigh {weight:g} times as much in the loss;" for name, weight in weights.items()]
     if recipe.image_tokenizer:
@@ -506,7 +508,8 @@ Ranks.com and the EmojiTwo community (CC-BY-4.0). Their texts: emojibase (MIT), 
 
 ## Training
 
-By `moma pretrain`; `PROCESSES=2 make reproduce-icons` runs all stages.
+By `moma pretrain`; `PROCESSES=2 make reproduce-icons` runs all stages. Of these weights the last two stages began at the
+earlier ones rounded to bfloat16, as they were released.
 
 {training}
 
