@@ -65,13 +65,13 @@ def run(args: Arguments) -> None:
         from ..data.examples import check_layout, open_documents
         from ..evaluation.measures import held_out_batches, load_model
         from ..evaluation.report import router_table
-        from ..hub.loading import open_processor, refuse_unwhole
+        from ..hub.loading import open_processor, require_plain_weights
         from ..utils.atomic_files import check_new_folder
 
     check_new_folder(args.output)
     processor = open_processor(args.processor)
     model = load_model(args.model, "cuda" if torch.cuda.is_available() else "cpu", args.dtype)
-    refuse_unwhole("--model", args.model, model.config)
+    require_plain_weights("--model", args.model, model.config)
     check_layout(model.config, processor.token_layout())
     if args.inference_routing == "auxiliary" and not model.config.auxiliary_routers:
         raise InputError(

@@ -185,8 +185,8 @@ def base_of_adapters(folder: str | Path) -> str | None:
         return None
 
 
-def refuse_unwhole(option: str, place: str, config: PreTrainedConfig) -> None:
-    """Raise for a model that can be neither trained nor saved again: quantised, or adapters alone.
+def require_plain_weights(option: str, place: str, config: PreTrainedConfig) -> None:
+    """Raise for a model whose weights can be neither trained nor saved again: quantised ones, and adapters alone.
 
     Args:
         option (`str`):

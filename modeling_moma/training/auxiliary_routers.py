@@ -27,7 +27,7 @@ from ..data.stream import DocumentExamples
 from ..errors_moma import InputError
 from ..evaluation.measures import held_out_batches, load_model
 from ..evaluation.report import router_table
-from ..hub.loading import open_processor, refuse_unwhole
+from ..hub.loading import open_processor, require_plain_weights
 from ..modeling_moma import MomaForCausalLM
 from ..utils.atomic_files import check_new_folder
 from ..utils.hardware import on_one_gpu, trains_in_bf16
@@ -143,7 +143,7 @@ def _train_and_save(args: argparse.Namespace, training_arguments: TrainingArgume
     processor = tokens.encoder.processor
     packing = (False, tokens.manifest["sequence_length"])
     config = MomaConfig.from_pretrained(args.model)
-    refuse_unwhole("--model", args.model, config)
+    require_plain_weights("--model", args.model, config)
     facts = run_facts(config, args.model, tokens, tokens.sources(), packing, training_arguments)
     # the folder has files of a run: check of which
     check_output(args.output, facts, args.resume)

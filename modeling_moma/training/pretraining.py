@@ -24,7 +24,7 @@ from ..data.packing import PackedCollator, PackedExamples
 from ..data.sources import VALIDATION, Source
 from ..data.stream import DocumentExamples
 from ..errors_moma import InputError
-from ..hub.loading import MODEL, check_saved, open_model, open_processor, refuse_unwhole
+from ..hub.loading import MODEL, check_saved, open_model, open_processor, require_plain_weights
 from ..modeling_moma import MomaForCausalLM
 from ..routing_moma import MomaRouter
 from ..utils.atomic_files import write_aside
@@ -137,7 +137,7 @@ def starting_config(
         return model_config(recipe, processor, noise)
     check_saved(MODEL, "--model", folder)
     config = MomaConfig.from_pretrained(folder)
-    refuse_unwhole("--model", folder, config)
+    require_plain_weights("--model", folder, config)
     # constructed again, since fields that from_pretrained overrides are not checked
     config = MomaConfig.from_dict({**config.to_dict(), **noise})
     check_layout(config, processor.token_layout())

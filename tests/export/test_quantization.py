@@ -12,7 +12,7 @@ from helpers.released import RELEASED, skip_without_released_model
 from helpers.tiny import IMAGE_IDS, randomize_auxiliary, tiny_config
 from modeling_moma.errors_moma import InputError
 from modeling_moma.export.quantization import quantized_share, torchao_config
-from modeling_moma.hub.loading import open_model, refuse_non_finite, refuse_unwhole
+from modeling_moma.hub.loading import open_model, refuse_non_finite, require_plain_weights
 from modeling_moma.modeling_moma import MomaExperts, MomaForCausalLM
 from modeling_moma.quantized_layers_moma import use_quantized_layers
 from modeling_moma.upcycling.upcycle import upcycle
@@ -129,7 +129,7 @@ def test_commands_open_a_quantised_model_and_find_what_has_diverged(saved, name,
     with pytest.raises(InputError, match="`model` is quantised, and experts are copies of whole weights"):
         upcycle(opened, {"text": 8, "image": 8})
     with pytest.raises(InputError, match="`--model` 'here' is quantised, and such weights are neither trained nor"):
-        refuse_unwhole("--model", "here", opened.config)
+        require_plain_weights("--model", "here", opened.config)
     place, weight = next((place, entry) for place, entry in opened.named_parameters() if hasattr(entry, "qdata"))
     weight.scale.fill_(float("nan"))
     with pytest.raises(InputError, match=f"here: the tensor '{place}' holds NaN or infinite values"):
