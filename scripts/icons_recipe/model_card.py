@@ -508,8 +508,8 @@ Ranks.com and the EmojiTwo community (CC-BY-4.0). Their texts: emojibase (MIT), 
 
 ## Training
 
-By `moma pretrain`; `PROCESSES=2 make reproduce-icons` runs all stages. Of these weights the last two stages began at the
-earlier ones rounded to bfloat16, as they were released.
+By `moma pretrain`; `PROCESSES=2 make reproduce-icons` runs all stages. The last two began at the weights of
+the one before rounded to bfloat16, as they were released.
 
 {training}
 
