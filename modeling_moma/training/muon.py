@@ -263,7 +263,7 @@ def muon_groups(
             )
         is_router = "router" in name
         is_stack = parameter.ndim == 3
-        is_matrix = is_stack or id(parameter) in linear - vocabulary and not is_router
+        is_matrix = is_stack or (id(parameter) in linear and not is_router)
         if decayed is None:
             is_decayed = is_matrix or is_router and parameter.ndim == 2 or id(parameter) in vocabulary
         else:

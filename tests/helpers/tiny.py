@@ -150,6 +150,19 @@ def write_training(folder: Path, codings: int = 1, **fields) -> MomaProcessor:
     return processor
 
 
+def four_steps(folder: Path, output: Path, recipe: str, *more: str) -> list[str]:
+    """Arguments of `moma pretrain` on what [`write_training`] wrote, with a recipe beside it."""
+    paths = [text for name in ("processor", "tokens") for text in (f"--{name}", str(folder / name))]
+    sizes = "--steps 4 --batch-size 4 --eval-steps 4 --save-steps 2 --logging-steps 1 --bf16 off".split()
+    return [*paths, str(folder / f"{recipe}.json"), "--output", str(output), *sizes, *more]
+
+
+def logged_losses(output: Path) -> list[float]:
+    """The losses in the log of a finished training."""
+    history = json.loads((output / "trainer_state.json").read_text())["log_history"]
+    return [log["loss"] for log in history if "loss" in log]
+
+
 def tiny_config(**kwargs) -> MomaConfig:
     """A configuration of some thousand parameters: 40 ids, of which 8 to 23 are image codes."""
     fields = {

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from helpers.tiny import TRAINED, tiny_processor, write_training
+from helpers.tiny import TRAINED, four_steps, logged_losses, tiny_processor, write_training
 from modeling_moma.cli.pretrain import main, parse_arguments
 from modeling_moma.errors_moma import InputError
 from modeling_moma.training.code_noise import CodeNoise
@@ -29,17 +29,6 @@ def inputs(tmp_path_factory):
             recipe = json.dumps({"model": TRAINED, "data": data})
             (folder / f"{packed}-{noise}.json").write_text(recipe)
     return folder
-
-
-def arguments(inputs, output, recipe, *more):
-    paths = [text for name in ("processor", "tokens") for text in (f"--{name}", str(inputs / name))]
-    sizes = "--steps 4 --batch-size 4 --eval-steps 4 --save-steps 2 --logging-steps 1 --bf16 off".split()
-    return [*paths, str(inputs / f"{recipe}.json"), "--output", str(output), *sizes, *more]
-
-
-def losses(output):
-    history = json.loads((output / "trainer_state.json").read_text())["log_history"]
-    return [log["loss"] for log in history if "loss" in log]
 
 
 @given(st.integers(0, 2**16), st.floats(0, 0.99), st.integers(1, 4), st.integers(1, 40), st.booleans())
@@ -77,7 +66,7 @@ def test_each_document_has_a_share_of_its_own_up_to_the_largest():
 def test_training_reads_noise_and_learns_the_truth(inputs, tmp_path, packed):
     batches = {}
     for noise in (0.0, 0.9):
-        trainer = build_trainer(parse_arguments(arguments(inputs, tmp_path / str(noise), f"{packed}-{noise}")))
+        trainer = build_trainer(parse_arguments(four_steps(inputs, tmp_path / str(noise), f"{packed}-{noise}")))
         seen = batches[noise] = []
 
         def record(model, args, kwargs, seen=seen):
@@ -97,17 +86,17 @@ def test_training_reads_noise_and_learns_the_truth(inputs, tmp_path, packed):
 
 
 def test_a_resumed_training_draws_the_noise_of_one_that_never_stopped(inputs, tmp_path):
-    main(arguments(inputs, tmp_path / "whole", "True-0.9"))
-    main(arguments(inputs, tmp_path / "stopped", "True-0.9", "--stop-at", "2"))
-    main(arguments(inputs, tmp_path / "stopped", "True-0.9", "--resume"))
-    assert len(losses(tmp_path / "whole")) == 4
-    assert losses(tmp_path / "stopped") == pytest.approx(losses(tmp_path / "whole"), abs=1e-5)
+    main(four_steps(inputs, tmp_path / "whole", "True-0.9"))
+    main(four_steps(inputs, tmp_path / "stopped", "True-0.9", "--stop-at", "2"))
+    main(four_steps(inputs, tmp_path / "stopped", "True-0.9", "--resume"))
+    assert len(logged_losses(tmp_path / "whole")) == 4
+    assert logged_losses(tmp_path / "stopped") == pytest.approx(logged_losses(tmp_path / "whole"), abs=1e-5)
 
 
 def test_another_noise_is_another_run(inputs, tmp_path, capsys):
-    main(arguments(inputs, tmp_path / "out", "True-0.9", "--stop-at", "2"))
+    main(four_steps(inputs, tmp_path / "out", "True-0.9", "--stop-at", "2"))
     with pytest.raises(InputError, match="code_noise = 0.9 there and 0.0 now"):
-        main(arguments(inputs, tmp_path / "out", "True-0.0", "--resume"))
+        main(four_steps(inputs, tmp_path / "out", "True-0.0", "--resume"))
 
 
 @pytest.mark.parametrize("value", [1.0, -0.1, "much", True])

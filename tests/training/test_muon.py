@@ -14,7 +14,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from transformers import Trainer, TrainingArguments
 
 from helpers.processes import run_group
-from helpers.tiny import TRAINED, tiny_config, tiny_model, write_training
+from helpers.tiny import TRAINED, four_steps, logged_losses, tiny_config, tiny_model, write_training
 from modeling_moma import MomaForCausalLM, Muon, freeze_groups, muon_groups
 from modeling_moma.cli.pretrain import main, parse_arguments
 from modeling_moma.errors_moma import InputError
@@ -231,33 +231,22 @@ def inputs(tmp_path_factory):
     return folder
 
 
-def arguments(inputs, output, optim, *more):
-    paths = [text for name in ("processor", "tokens") for text in (f"--{name}", str(inputs / name))]
-    sizes = "--steps 4 --batch-size 4 --eval-steps 4 --save-steps 2 --logging-steps 1 --bf16 off".split()
-    return [*paths, str(inputs / f"{optim}.json"), "--output", str(output), *sizes, *more]
-
-
-def losses(output):
-    history = json.loads((output / "trainer_state.json").read_text())["log_history"]
-    return [log["loss"] for log in history if "loss" in log]
-
-
 def test_a_recipe_trains_by_it_and_goes_on_where_it_stopped(inputs, tmp_path):
-    main(arguments(inputs, tmp_path / "whole", "muon"))
-    main(arguments(inputs, tmp_path / "stopped", "muon", "--stop-at", "2"))
+    main(four_steps(inputs, tmp_path / "whole", "muon"))
+    main(four_steps(inputs, tmp_path / "stopped", "muon", "--stop-at", "2"))
     with pytest.raises(InputError, match="optim = 'muon' there and 'adamw_torch' now"):
-        main(arguments(inputs, tmp_path / "stopped", "adamw_torch", "--resume"))
-    main(arguments(inputs, tmp_path / "stopped", "muon", "--resume"))
-    assert losses(tmp_path / "stopped") == pytest.approx(losses(tmp_path / "whole"), abs=1e-5)
-    assert len(losses(tmp_path / "whole")) == 4
-    main(arguments(inputs, tmp_path / "adamw", "adamw_torch"))
+        main(four_steps(inputs, tmp_path / "stopped", "adamw_torch", "--resume"))
+    main(four_steps(inputs, tmp_path / "stopped", "muon", "--resume"))
+    assert logged_losses(tmp_path / "stopped") == pytest.approx(logged_losses(tmp_path / "whole"), abs=1e-5)
+    assert len(logged_losses(tmp_path / "whole")) == 4
+    main(four_steps(inputs, tmp_path / "adamw", "adamw_torch"))
     # the first step has a learning rate of 0
-    assert losses(tmp_path / "adamw")[:2] == pytest.approx(losses(tmp_path / "whole")[:2], abs=1e-5)
-    assert losses(tmp_path / "adamw")[3] != pytest.approx(losses(tmp_path / "whole")[3], abs=1e-5)
+    assert logged_losses(tmp_path / "adamw")[:2] == pytest.approx(logged_losses(tmp_path / "whole")[:2], abs=1e-5)
+    assert logged_losses(tmp_path / "adamw")[3] != pytest.approx(logged_losses(tmp_path / "whole")[3], abs=1e-5)
 
 
 def test_parameters_named_by_the_arguments_have_no_decay(inputs, tmp_path):
-    trainer = build_trainer(parse_arguments(arguments(inputs, tmp_path, "muon", "--train-groups", "image")))
+    trainer = build_trainer(parse_arguments(four_steps(inputs, tmp_path, "muon", "--train-groups", "image")))
     optimizer = trainer.create_optimizer()
     assert isinstance(optimizer, Muon)
     names = {id(parameter): name for name, parameter in trainer.model.named_parameters()}
@@ -270,7 +259,7 @@ def test_parameters_named_by_the_arguments_have_no_decay(inputs, tmp_path):
 def test_arguments_that_it_does_not_take_are_refused(inputs, tmp_path):
     recipe = {"model": TRAINED, "trainer": {"optim": "muon", "optim_args": "momentum=0.9"}}
     (tmp_path / "recipe.json").write_text(json.dumps(recipe))
-    given = arguments(inputs, tmp_path / "out", "muon")
+    given = four_steps(inputs, tmp_path / "out", "muon")
     given[given.index(str(inputs / "muon.json"))] = str(tmp_path / "recipe.json")
     with pytest.raises(InputError, match="optim_args = 'momentum=0.9'.*optim = 'muon'"):
         main(given)

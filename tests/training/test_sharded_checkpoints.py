@@ -15,7 +15,7 @@ from helpers.fsdp2 import sharded_training
 from helpers.parallel_reference import IMAGES, MIXED, MODELS, SEED, TEXT, train
 from helpers.processes import run_group, start_scripts
 from helpers.slow import RUN_SLOW, slow
-from helpers.tiny import tiny_model, tiny_processor, write_tokens, write_training
+from helpers.tiny import logged_losses, tiny_model, tiny_processor, write_tokens, write_training
 from modeling_moma import MomaForCausalLM
 from modeling_moma.cli import pretrain
 from modeling_moma.errors_moma import InputError
@@ -154,15 +154,10 @@ def trained(inputs, tmp_path_factory):
     return folder / "out"
 
 
-def losses(output):
-    history = json.loads((output / "trainer_state.json").read_text())["log_history"]
-    return [entry["loss"] for entry in history if "loss" in entry]
-
-
 def test_pre_training_reshards_its_checkpoints(inputs, trained, tmp_path):
     pretrain.main(arguments(inputs, tmp_path / "one", "--gradient-accumulation-steps", "4"))
-    assert len(losses(trained)) == STEPS
-    assert losses(trained) == pytest.approx(losses(tmp_path / "one"), abs=1e-5)
+    assert len(logged_losses(trained)) == STEPS
+    assert logged_losses(trained) == pytest.approx(logged_losses(tmp_path / "one"), abs=1e-5)
     assert len(list((tmp_path / "one" / "samples").glob("*.json"))) == STEPS and not (trained / "samples").exists()
     # a shard of each process, and no model in one piece
     last = trained / f"checkpoint-{STEPS}"
@@ -182,8 +177,8 @@ def test_second_stage_under_fsdp_begins_with_a_plain_model(inputs, tmp_path):
 
     run_sharded(tmp_path, 0, 2, 0, second("sharded", 2))
     pretrain.main(second("one", 4))
-    assert len(losses(tmp_path / "sharded")) == STEPS
-    assert losses(tmp_path / "sharded") == pytest.approx(losses(tmp_path / "one"), abs=1e-5)
+    assert len(logged_losses(tmp_path / "sharded")) == STEPS
+    assert logged_losses(tmp_path / "sharded") == pytest.approx(logged_losses(tmp_path / "one"), abs=1e-5)
 
 
 def test_pre_training_leaves_a_whole_model_at_its_end(trained, tmp_path):
