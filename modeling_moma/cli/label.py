@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field
 
-from ..labelling import MOST_GUESSES
+from ..labelling import MOST_GUESSES, MOST_VIEWS
 from ..utils.fields import Count, Int
 from ..utils.messages import without_import_notices
 from .arguments import Flag, parse_fields
@@ -39,6 +39,9 @@ class FolderArguments:
             what they have before tags.
         batch_size (`int`, *optional*, defaults to `32`):
             images at once.
+        views (`int`, *optional*, defaults to `1`):
+            codings of each image, up to 9, moved by a pixel or so, over which probabilities are averaged; each takes
+            as much time.
     """
 
     folder: Annotated[str, Flag(metavar="FOLDER", is_positional=True)]
@@ -47,6 +50,7 @@ class FolderArguments:
     name_prompt: str = ""
     tag_prompt: str = "tags:"
     batch_size: Count = 32
+    views: Annotated[Count, Field(le=MOST_VIEWS)] = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +82,7 @@ def checked_labeler(args: FolderArguments) -> "ImageLabeler":
         check_table(args.output)
     folder_files(args.folder)
     form = CaptionForm(name_prompt=args.name_prompt, tag_prompt=args.tag_prompt)
-    return open_labeler(args.model, form, args.batch_size)
+    return open_labeler(args.model, form, args.batch_size, args.views)
 
 
 def run(args: Arguments) -> None:

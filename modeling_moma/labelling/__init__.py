@@ -3,3 +3,5 @@
 
 # names or tags of an image that may be asked for: memory and time grow with them
 MOST_GUESSES = 100
+# codings of an image that may be asked for
+MOST_VIEWS = 9

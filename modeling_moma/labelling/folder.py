@@ -69,7 +69,7 @@ class Found:
 def coded_images(
     folder: str, labeler: ImageLabeler, output: str | None = None, option: str = "FOLDER"
 ) -> Iterator[tuple[list[str], Any]]:
-    """Yield the images of a folder in pieces: paths in it, and codes `[N, image_seq_length]`.
+    """Yield the images of a folder in pieces: paths in it, and codes as [`ImageLabeler.encode`] has them.
 
     Each file and each subfolder that is left out is told in a line on the standard error.
 
@@ -190,7 +190,7 @@ class CodedFolder:
         paths (`list[str]`):
             in it.
         codes (`torch.Tensor`):
-            `[N, image_seq_length]`.
+            see [`ImageLabeler.encode`].
     """
 
     folder: str

@@ -2,10 +2,11 @@
 """Names, tags and search of images by the likelihoods of a model that was trained on captions.
 
 Shape suffixes:
-    N images, B of them at once, Q queries, K beams, T tokens, V vocabulary.
+    N images, B of their views at once, Q queries, K beams, T tokens, V vocabulary.
 """
 
 import copy
+import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from typing import Any
 
 import torch
 from PIL import Image
+from torch.nn import functional as F
 from transformers import DynamicCache
 
 from ..data.encoding import DocumentEncoder
@@ -20,7 +22,7 @@ from ..errors_moma import InputError
 from ..evaluation.measures import encode_images
 from ..hub.loading import open_model, open_processor
 from ..utils.fields import check_utf8
-from . import MOST_GUESSES
+from . import MOST_GUESSES, MOST_VIEWS
 
 
 # beams for each name or tag that is asked for: some differ in the token that ends them alone
@@ -29,6 +31,9 @@ BEAMS_EACH = 2
 MOST_TOKENS = 16
 # beams of each image in a full batch: where there are more, images are fewer, since beams are what needs memory
 FULL_BATCH_BEAMS = 4
+# by how much the views of an image are moved down and to the right, in parts of its sides: a pixel of 64
+SHIFT = 1 / 64
+SHIFTS = ((0, 0), (0, 1), (1, 0), (0, -1), (-1, 0), (1, 1), (-1, -1), (1, -1), (-1, 1))
 
 
 @dataclass(frozen=True)
@@ -83,12 +88,19 @@ class ImageLabeler:
         form ([`CaptionForm`], *optional*):
             of the captions that it was trained on.
         batch_size (`int`, *optional*, defaults to `32`):
-            images at once; in a search of names or tags as many fewer as each image has more than 4 beams, two for
-            each name or tag.
+            views of images at once; in a search of names or tags as many fewer as each has more than 4 beams, two
+            for each name or tag.
+        views (`int`, *optional*, defaults to `1`):
+            codings of each image, up to 9, which take as many times as long.
     """
 
-    def __init__(self, model: Any, processor: Any, form: CaptionForm = CaptionForm(), batch_size: int = 32):
-        self.model, self.processor, self.form, self.batch_size = model, processor, form, batch_size
+    def __init__(
+        self, model: Any, processor: Any, form: CaptionForm = CaptionForm(), batch_size: int = 32, views: int = 1
+    ):
+        if not 1 <= views <= MOST_VIEWS:
+            raise InputError(f"`views` is {views}: an image can have 1 to {MOST_VIEWS} of them.")
+        self.model, self.processor, self.form = model, processor, form
+        self.batch_size, self.views = batch_size, views
         self._encoder = DocumentEncoder(processor)
         self._name_ends = self._ends(form.name_prompt, form.name_ends)
         self._tag_ends = self._ends(form.tag_prompt, form.tag_ends)
@@ -98,7 +110,15 @@ class ImageLabeler:
         self._tag_begins = self._text_ids(form.name_prompt, form.tag_prompt) if tags_begin_alike else []
 
     def encode(self, images: Sequence[Image.Image]) -> torch.Tensor:
-        """Return the codes `[N, image_seq_length]` of images, which is all that the model sees of them."""
+        """Return the codes of images, which is all that the model sees of them.
+
+        Args:
+            images (`Sequence[Image.Image]`):
+                N, of any size.
+
+        Returns:
+            `torch.Tensor`: `[N, image_seq_length]`, or `[N, views, image_seq_length]` of several views.
+        """
         return self.encode_pixels(torch.cat([self.pixel_values(image) for image in images]))
 
     def pixel_values(self, image: Image.Image) -> torch.Tensor:
@@ -106,17 +126,20 @@ class ImageLabeler:
         return self.processor.image_processor([image], return_tensors="pt")["pixel_values"]
 
     def encode_pixels(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Return the codes `[N, image_seq_length]` of pixel values `[N, 3, height, width]`."""
-        return encode_images(self.processor, iter(pixel_values.split(self.batch_size)))
+        """Return the codes of pixel values `[N, 3, height, width]`, as [`encode`] does."""
+        views = (moved(pixel_values, *shift) for shift in SHIFTS[: self.views])
+        codes = [encode_images(self.processor, iter(view.split(self.batch_size))) for view in views]
+        return codes[0] if self.views == 1 else torch.stack(codes, dim=1)
 
     def names(self, codes: torch.Tensor, count: int = 5) -> list[list[Guess]]:
         """Return the likeliest names of each image, the likeliest first, by a beam search.
 
         Args:
             codes (`torch.Tensor`):
-                `[N, image_seq_length]`, see [`encode`].
+                of N images, see [`encode`].
             count (`int`, *optional*, defaults to `5`):
-                of names at most, up to 100; fewer where different beams write the same one.
+                of names at most, up to 100; fewer where different beams write the same one. A name that is not among
+                the likeliest of a view counts there as impossible.
         """
         return self._guesses(codes, self.form.name_prompt, self._name_ends, count, self._tag_begins)
 
@@ -130,7 +153,7 @@ class ImageLabeler:
 
         Args:
             codes (`torch.Tensor`):
-                `[N, image_seq_length]`, see [`encode`].
+                see [`names`].
             queries (`Sequence[str]`):
                 words, such as `"cog"`.
 
@@ -143,7 +166,7 @@ class ImageLabeler:
         """
         check_queries(queries)
         words = [" ".join(query.split()) for query in queries]
-        scores = []
+        scores, views = [], self._views(codes)
         for prefix, ids_BT in self._prefixes(codes, self.batch_size):
             found = [
                 torch.logaddexp(
@@ -153,7 +176,7 @@ class ImageLabeler:
                 for text in words
             ]
             scores.append(torch.stack(found, dim=1))
-        return torch.cat(scores)
+        return torch.cat(scores).unflatten(0, (-1, views)).logsumexp(1) - math.log(views)
 
     @torch.inference_mode()
     def _guesses(
@@ -165,7 +188,7 @@ class ImageLabeler:
         beams = BEAMS_EACH * count
         prompt_ids = self._encoder.text_ids(prompt)
         batch_size = max(1, min(self.batch_size, self.batch_size * FULL_BATCH_BEAMS // beams))
-        guesses = []
+        found, views = [], self._views(codes)
         for prefix, ids_BT in self._prefixes(codes, batch_size):
             prompt_BT = torch.tensor(prompt_ids, dtype=torch.long, device=ids_BT.device).expand(len(ids_BT), -1)
             others_B = (
@@ -174,7 +197,7 @@ class ImageLabeler:
             ids_BT = torch.cat([ids_BT, prompt_BT], dim=1)
             cache = copy.deepcopy(prefix)
             cache.batch_repeat_interleave(beams)
-            found = self.model.generate(
+            written = self.model.generate(
                 input_ids=ids_BT,
                 attention_mask=torch.ones_like(ids_BT),
                 cache=cache,
@@ -191,27 +214,30 @@ class ImageLabeler:
                 return_dict_in_generate=True,
                 output_scores=True,
             )
-            new_BKT = found.sequences[:, ids_BT.shape[1] :].unflatten(0, (-1, beams)).tolist()
-            shares_BK = found.sequences_scores.double().exp().cpu().unflatten(0, (-1, beams)) / others_B.unsqueeze(1)
-            guesses += [self._merged(*rows, ends)[:count] for rows in zip(new_BKT, shares_BK.tolist(), strict=True)]
-        return guesses
+            new_BKT = written.sequences[:, ids_BT.shape[1] :].unflatten(0, (-1, beams)).tolist()
+            shares_BK = written.sequences_scores.double().exp().cpu().unflatten(0, (-1, beams)) / others_B.unsqueeze(1)
+            found += [self._texts(*rows, ends) for rows in zip(new_BKT, shares_BK.tolist(), strict=True)]
+        return [mean_guesses(found[place : place + views])[:count] for place in range(0, len(found), views)]
 
-    def _merged(self, rows: list[list[int]], shares: list[float], ends: Sequence[int]) -> list[Guess]:
-        """Return the texts of an image's beams, the likeliest first; those of equal text are one."""
-        probabilities = defaultdict(float)
+    def _texts(self, rows: list[list[int]], shares: list[float], ends: Sequence[int]) -> dict[str, float]:
+        """Return the texts of a view's beams and their shares; those of equal text are one."""
+        texts = defaultdict(float)
         for row, share in zip(rows, shares, strict=True):
             length = next((place for place, token in enumerate(row) if token in ends), None)
             # a beam that has not come to its end is a part of a name
-            if length is not None:
-                text = self.processor.decode(row[:length], skip_special_tokens=True).strip()
-                probabilities[text] += share
-        ordered = sorted(probabilities.items(), key=lambda entry: -entry[1])
-        return [Guess(text, probability) for text, probability in ordered if text]
+            if length is not None and (text := self.processor.decode(row[:length], skip_special_tokens=True).strip()):
+                texts[text] += share
+        return texts
+
+    @staticmethod
+    def _views(codes: torch.Tensor) -> int:
+        """Return how many views of each image there are codes of."""
+        return codes.shape[1] if codes.ndim == 3 else 1
 
     def _prefixes(self, codes: torch.Tensor, batch_size: int) -> Iterator[tuple[DynamicCache, torch.Tensor]]:
-        """Yield batches of images as ids `[B, T]`, with the cache of all but the last of these."""
-        for codes_B in codes.split(batch_size):
-            rows = [self._encoder.opened(self.processor.image_ids(image)) for image in codes_B.tolist()]
+        """Yield batches of views of images as ids `[B, T]`, with the cache of all but the last of these."""
+        for codes_B in codes.flatten(0, -2).split(batch_size):
+            rows = [self._encoder.opened(self.processor.image_ids(view)) for view in codes_B.tolist()]
             ids_BT = torch.tensor(rows, device=self.model.device)
             cache = DynamicCache(config=self.model.config)
             self.model(input_ids=ids_BT[:, :-1], cache=cache, use_cache=True, logits_to_keep=1)
@@ -268,6 +294,39 @@ class ImageLabeler:
         return [self._encoder.eos, *ends]
 
 
+def moved(pixel_values: torch.Tensor, down: int, right: int) -> torch.Tensor:
+    """Return images moved by so many times `SHIFT` of their sides, a pixel at least; their edges are repeated.
+
+    Args:
+        pixel_values (`torch.Tensor`):
+            `[N, 3, height, width]`.
+        down (`int`):
+            times; negative ones move up.
+        right (`int`):
+            times; negative ones move to the left.
+    """
+    height, width = pixel_values.shape[-2:]
+    y, x = down * max(1, round(height * SHIFT)), right * max(1, round(width * SHIFT))
+    # the sides of which there is more, and less, of the image
+    padding = (max(x, 0), max(-x, 0), max(y, 0), max(-y, 0))
+    padded = F.pad(pixel_values, padding, mode="replicate")
+    return padded[..., max(-y, 0) : max(-y, 0) + height, max(-x, 0) : max(-x, 0) + width]
+
+
+def mean_guesses(views: Sequence[dict[str, float]]) -> list[Guess]:
+    """Return the texts of the views of an image with their mean probabilities, the likeliest first.
+
+    Args:
+        views (`Sequence[dict[str, float]]`):
+            the probability of each text in each view, where it has any.
+    """
+    totals = defaultdict(float)
+    for texts in views:
+        for text, probability in texts.items():
+            totals[text] += probability
+    return [Guess(text, total / len(views)) for text, total in sorted(totals.items(), key=lambda entry: -entry[1])]
+
+
 def check_queries(queries: Sequence[str]) -> None:
     """Raise `ValueError` where there is no query, or one has no words or is no text."""
     if not queries:
@@ -278,7 +337,7 @@ def check_queries(queries: Sequence[str]) -> None:
         check_utf8("query", query)
 
 
-def open_labeler(model: str, form: CaptionForm = CaptionForm(), batch_size: int = 32) -> ImageLabeler:
+def open_labeler(model: str, form: CaptionForm = CaptionForm(), batch_size: int = 32, views: int = 1) -> ImageLabeler:
     """Return the labeler of a saved model with its processor, on a GPU where there is one.
 
     Args:
@@ -287,11 +346,13 @@ def open_labeler(model: str, form: CaptionForm = CaptionForm(), batch_size: int 
         form ([`CaptionForm`], *optional*):
             see [`ImageLabeler`], as the next.
         batch_size (`int`, *optional*, defaults to `32`):
-            images at once.
+            see [`ImageLabeler`], as the next.
+        views (`int`, *optional*, defaults to `1`):
+            codings of each image.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     processor = open_processor(model, "--model").to(device)
-    return ImageLabeler(open_model(model).to(device).eval(), processor, form, batch_size)
+    return ImageLabeler(open_model(model).to(device).eval(), processor, form, batch_size, views)
 
 
 __all__ = ["CaptionForm", "Guess", "ImageLabeler", "check_queries", "open_labeler"]

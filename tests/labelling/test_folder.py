@@ -14,7 +14,7 @@ from modeling_moma.cli import main as moma
 from modeling_moma.data.images import LeftOut
 from modeling_moma.labelling import images as reading
 from modeling_moma.labelling.images import SVG_SIDE, SvgRenderer, folder_files, read_files
-from modeling_moma.labelling.labeler import ImageLabeler
+from modeling_moma.labelling.labeler import ImageLabeler, open_labeler
 
 
 SQUARE = '<svg xmlns="http://www.w3.org/2000/svg" {}><rect width="12" height="24" fill="red"/></svg>'
@@ -197,12 +197,20 @@ def test_what_cannot_be_done_is_said_in_one_line(folder, model, capfd, arguments
     assert said in line
 
 
-@pytest.mark.parametrize("option, least", [("--names", 1), ("--tags", 0)])
-def test_too_many_names_or_tags_are_refused_before_a_model_is_read(capfd, option, least):
+@pytest.mark.parametrize("option, least, most", [("--names", 1, 100), ("--tags", 0, 100), ("--views", 1, 9)])
+def test_too_many_names_tags_or_views_are_refused_before_a_model_is_read(capfd, option, least, most):
     with pytest.raises(SystemExit) as ended:
-        moma_command("label", "icons", "--model", "none", option, 101)
+        moma_command("label", "icons", "--model", "none", option, most + 1)
     assert ended.value.code == 2
-    assert f"{option} = '101' must be between {least} and 100" in capfd.readouterr().err
+    assert f"{option} = '{most + 1}' must be between {least} and {most}" in capfd.readouterr().err
+
+
+def test_views_of_a_folder_are_those_of_the_labeler(folder, model, tmp_path):
+    output, labeler = tmp_path / "found.json", open_labeler(model, views=2)
+    assert moma_command("search", folder, "house", "--model", model, "--views", 2, "--output", output) == 0
+    found = {entry["file"]: entry["score"] for entry in json.loads(output.read_text())}
+    with Image.open(folder / "0.png") as image:
+        assert found["0.png"] == pytest.approx(labeler.match(labeler.encode([image]), ["house"]).item(), abs=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from helpers.captions import IMAGES, caption_model, caption_processor
 from helpers.tiny import noise_images, tiny_model
 from modeling_moma.data.encoding import DocumentEncoder
 from modeling_moma.errors_moma import InputError
-from modeling_moma.labelling.labeler import CaptionForm, ImageLabeler
+from modeling_moma.labelling.labeler import SHIFTS, CaptionForm, ImageLabeler, mean_guesses, moved
 
 
 WORDS = ("house", "red apple", "home", "building", "fruit")
@@ -111,6 +111,47 @@ def test_neighbours_in_a_batch_change_nothing(labeler, codes):
     ]
 
 
+@pytest.mark.parametrize("down, right", SHIFTS)
+@pytest.mark.parametrize("height, width", [(64, 64), (3, 192)])
+def test_views_are_moved_and_repeat_their_edges(down, right, height, width):
+    pixels = torch.rand(2, 3, height, width)
+    y, x = down * max(1, round(height / 64)), right * max(1, round(width / 64))
+    rows = torch.arange(height).sub(y).clamp(0, height - 1)
+    columns = torch.arange(width).sub(x).clamp(0, width - 1)
+    assert torch.equal(moved(pixels, down, right), pixels[:, :, rows][..., columns])
+    # a black dot, one down and two to the right of where it was
+    dot = torch.ones(1, 3, 4, 128)
+    dot[..., 1, 5] = -1
+    assert (moved(dot, 1, 1)[0, 0] == -1).nonzero().tolist() == [[2, 7]]
+
+
+def test_matches_of_several_views_are_means_of_probabilities(processor, labeler):
+    several = ImageLabeler(labeler.model, processor, batch_size=4, views=3)
+    codes = several.encode(noise_images(IMAGES))
+    assert codes.shape == (IMAGES, 3, processor.image_seq_length)
+    assert torch.equal(codes[:, 0], labeler.encode(noise_images(IMAGES)))
+    # views that are alike would show nothing
+    assert all((codes[:, 0] != codes[:, view]).any() for view in (1, 2))
+    queries = ["house", "red apple"]
+    scores = torch.stack([labeler.match(codes[:, view], queries).exp() for view in range(3)]).mean(0).log()
+    torch.testing.assert_close(several.match(codes, queries), scores, atol=1e-5, rtol=0)
+
+
+def test_names_of_several_views_have_their_mean_probabilities(labeler, codes):
+    alike = labeler.names(codes.unsqueeze(1).expand(-1, 2, -1), 3)
+    for guesses, alone in zip(alike, labeler.names(codes, 3), strict=True):
+        assert [guess.text for guess in guesses] == [guess.text for guess in alone]
+        for guess, other in zip(guesses, alone):
+            assert guess.probability == pytest.approx(other.probability, rel=1e-4)
+    # what most views find unlikely does not win by one of them
+    found = mean_guesses([{"house": 0.6, "home": 0.3}, {"home": 0.5}, {"home": 0.4, "hut": 0.3}])
+    assert [(guess.text, round(guess.probability, 6)) for guess in found] == [
+        ("home", 0.4),
+        ("house", 0.2),
+        ("hut", 0.1),
+    ]
+
+
 @pytest.mark.parametrize("count, sizes", [(8, [4, 1]), (16, [2, 2, 1]), (40, [1] * 5)])
 def test_the_more_tags_the_fewer_images_at_once(processor, monkeypatch, count, sizes):
     labeler = ImageLabeler(tiny_model(processor, initializer_range=0.3), processor, batch_size=16)
@@ -135,5 +176,8 @@ def test_no_names_and_ends_within_words_are_refused(labeler, codes, processor):
     for count in (0, 101):
         with pytest.raises(InputError, match=f"`count` is {count}: ask for 1 to 100"):
             labeler.names(codes, count)
+    for views in (0, 10):
+        with pytest.raises(InputError, match=f"`views` is {views}: an image can have 1 to 9"):
+            ImageLabeler(labeler.model, processor, views=views)
     with pytest.raises(InputError, match="does not part 'x'"):
         ImageLabeler(labeler.model, processor, CaptionForm(name_ends=("",)))
