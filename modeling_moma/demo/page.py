@@ -53,7 +53,8 @@ def build_page(studio: Studio, examples: Examples | None = None) -> gr.Blocks:
             interleaved_tab(studio)
         with gr.Tab("Routing"):
             routing_tab(studio, examples)
-    return page.queue(max_size=MOST_WAITING)
+    # otherwise requests to Gradio's own API pass by the queue
+    return page.queue(max_size=MOST_WAITING, api_open=False)
 
 
 def free_port() -> int:
@@ -102,4 +103,10 @@ def open_page(page: gr.Blocks, host: str | None = None, port: int | None = None)
         )
     except OSError as error:
         raise InputError(f"--host, --port: nobody can listen on {host}:{port} ({error}).") from error
+    except ValueError as error:
+        # Gradio's advice is a tunnel through its makers' servers
+        raise InputError(
+            f"--host, --port: the page on {host or 'this machine'} does not answer this process in time. Does "
+            "`http_proxy` or `https_proxy` stand in the way (`no_proxy=localhost`), or is the machine busy?"
+        ) from error
     return address

@@ -38,6 +38,8 @@ MOST_WORDS = 32
 MOST_CODES = 256
 # images that a search shows
 MOST_FOUND = 12
+# logits are divided by it, and would become infinite, or all alike
+MIN_TEMPERATURE, MOST_TEMPERATURE = 1e-3, 100.0
 # number of views of an image while it is drawn
 VIEWS = 16
 # the colour of patches that have no code yet
@@ -269,6 +271,9 @@ class Studio:
 
         Sounds come first.
         """
+        # requests to the page's API bring any value
+        if not isinstance(words, str):
+            raise InputError(f"words: expected a text, got {type(words).__name__}.")
         image = self.processor.image_token
         parts = [self.processor.escape_special_tokens(part) for part in words.split(image)]
         if len(parts) == 1 and images:
@@ -311,6 +316,10 @@ class Studio:
 def _sampling(temperature: float, guidance_scale: float) -> dict:
     """Return the arguments of `generate`."""
     chosen: dict = {"guidance_scale": guidance_scale}
+    if isinstance(temperature, str) or not (temperature == 0 or MIN_TEMPERATURE <= temperature <= MOST_TEMPERATURE):
+        raise InputError(
+            f"The temperature is {temperature!r}: it must be 0, or from {MIN_TEMPERATURE} to {MOST_TEMPERATURE}."
+        )
     if temperature == 0:
         return {**chosen, "do_sample": False}
     return {**chosen, "do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}

@@ -137,6 +137,14 @@ def test_special_tokens_of_a_visitor_are_characters_and_places_need_their_images
         studio._inputs("<image> and <image>", [image])
 
 
+@pytest.mark.parametrize("temperature", [1e-300, -1, 1e9, float("nan"), "4"])
+def test_temperatures_and_words_that_nothing_can_be_made_of_are_refused(studio, temperature):
+    with pytest.raises(ValueError, match="it must be 0, or from 0.001 to 100.0"):
+        next(studio.draw("red apple", 1, temperature))
+    with pytest.raises(ValueError, match="words: expected a text, got list"):
+        next(studio.draw(["red apple"], 1))
+
+
 def test_answers_end_with_the_context_and_a_prompt_without_room_is_refused(studio):
     for parts in studio.answer("red apple", [], temperature=1.0, num_images=4):
         assert parts

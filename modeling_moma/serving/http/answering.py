@@ -11,7 +11,7 @@ from typing import Any
 
 from jinja2 import TemplateError
 from starlette.responses import JSONResponse
-from transformers.cli.serving.utils import BaseHandler
+from transformers.cli.serving.utils import BaseHandler, Modality
 
 from ...utils.errors import is_input_error
 from .downloads import NOT_FETCHED, Downloads
@@ -141,6 +141,9 @@ class Answering:
             raise RequestError("model", "it cannot be loaded; the log of the server says why.", 404) from error
         modality = handler.model_manager.get_model_modality(model, processor=processor)
         uses_batching = handler.generation_state.use_continuous_batching(model, modality)
+        images = [item for item in items if isinstance(item, MessageImage)]
+        if images and modality is Modality.LLM:
+            raise RequestError(images[0].field, "the model sees nothing: it has no processor of images.")
         read_items(items, processor)
         tensors = None if uses_batching else "pt"
         if self.route.messages is None:

@@ -208,12 +208,11 @@ class ChatSettings(_Completing, _Conversing):
 
 
 class ResponseSettings(_Conversing):
-    """`/v1/responses`, which streams unless it is told not to."""
+    """`/v1/responses`."""
 
     input: Any = None
     instructions: str | None = None
     max_output_tokens: NewTokens | None = None
-    stream: bool = True
     text: TextOptions | None = None
     truncation: Literal["disabled"] | None = None
     include: Unused = None

@@ -15,7 +15,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 from transformers.cli.serving.utils import GenerateManager
 
 from .errors import RequestError
-from .limits import LARGE_BODY_BYTES, MAX_LARGE_BODIES
+from .limits import MAX_LARGE_BODIES
 
 
 class ClientDisconnected(Exception):
@@ -38,16 +38,15 @@ class Admission:
         self.turns = asyncio.Semaphore(max_requests)
 
     @contextlib.contextmanager
-    def room_for_body(self, length: int) -> Iterator[None]:
-        """Raise a [`RequestError`] (status 429) where too many large bodies are held already."""
-        is_large = length > LARGE_BODY_BYTES
-        if is_large and self.large >= MAX_LARGE_BODIES:
+    def room_for_body(self) -> Iterator[None]:
+        """Hold a large body, or raise a [`RequestError`] (status 429) where too many are held already."""
+        if self.large >= MAX_LARGE_BODIES:
             raise RequestError("body", f"{self.large} large requests are being answered: ask again later.", 429)
-        self.large += is_large
+        self.large += 1
         try:
             yield
         finally:
-            self.large -= is_large
+            self.large -= 1
 
     def enter(self) -> "ActiveRequest":
         """Raise a [`RequestError`] (status 429) where too many wait already."""

@@ -6,6 +6,7 @@ import hmac
 import ipaddress
 import re
 from collections.abc import Awaitable, Callable, MutableMapping
+from contextlib import ExitStack, suppress
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -14,7 +15,7 @@ from starlette.responses import JSONResponse
 
 from .errors import RequestError, short, short_name
 from .generation import ActiveRequest, Admission, current_request
-from .limits import BODY_SECONDS, MAX_BODY_BYTES, MAX_VALUES, SEND_SECONDS
+from .limits import BODY_SECONDS, LARGE_BODY_BYTES, LISTEN_SECONDS, MAX_BODY_BYTES, MAX_VALUES, SEND_SECONDS
 
 
 Message = MutableMapping[str, Any]
@@ -87,10 +88,10 @@ class Guard:
                 return
             if length > MAX_BODY_BYTES:
                 raise RequestError("body", f"{length:,} bytes are more than {MAX_BODY_BYTES:,}.", 413)
-            with self.admission.room_for_body(length):
+            with ExitStack() as held:
+                body = await _read(receive, lambda: held.enter_context(self.admission.room_for_body()))
                 # a body that is read need not be drained
                 length = 0
-                body = await _read(receive)
                 request = self.admission.enter()
                 try:
                     await self._attend(request, scope, body, receive, send)
@@ -181,8 +182,12 @@ def is_loopback(host: str) -> bool:
 
 
 async def _wait_for_disconnect(receive: Receive):
-    while (await receive())["type"] != "http.disconnect":
-        pass
+    while True:
+        # uvicorn reads no further where bytes follow a request, and reads on when it is asked again
+        with suppress(TimeoutError):
+            async with asyncio.timeout(LISTEN_SECONDS):
+                if (await receive())["type"] == "http.disconnect":
+                    return
 
 
 def _length(headers: Headers) -> int:
@@ -194,14 +199,18 @@ def _length(headers: Headers) -> int:
     return int(length)
 
 
-async def _read(receive: Receive) -> bytes:
-    content, more = bytearray(), True
+async def _read(receive: Receive, on_large: Callable[[], object]) -> bytes:
+    """Return a body; `on_large` is called once it is known to be large."""
+    content, more, is_large = bytearray(), True, False
     try:
         async with asyncio.timeout(BODY_SECONDS):
             while more:
                 message = await receive()
                 content += message.get("body", b"")
                 more = message["type"] != "http.disconnect" and message.get("more_body", False)
+                if not is_large and len(content) > LARGE_BODY_BYTES:
+                    on_large()
+                    is_large = True
     except TimeoutError:
         raise RequestError("body", f"it took longer than {BODY_SECONDS:g} s.", 408) from None
     if sum(map(content.count, (b",", b"[", b"{"))) > MAX_VALUES:

@@ -14,6 +14,8 @@ MAX_DEPTH = 16
 # a client has so long to send its body, and to take a piece of its answer
 BODY_SECONDS = 20.0
 SEND_SECONDS = 30.0
+# after so long a connection is asked again whether its client has gone
+LISTEN_SECONDS = 1.0
 # connections count whether they ask something or not
 MAX_CONNECTIONS = 256
 

@@ -36,8 +36,9 @@ TEXT_KINDS, IMAGE_KINDS, SOUND_KIND = (
 )
 TEXT, IMAGE, SOUND = ("type", "text"), ("type", "image_url", "detail"), ("type", "input_audio")
 # these formats Pillow decodes by itself and people send; its decoders for rare ones are little tested, and TIFF may
-# list millions of strips, each of which takes time and memory when the header is read
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "AVIF")
+# list millions of strips, each of which takes time and memory when the header is read; AVIF may hold an image of any
+# size, which is scaled to that of its header once it is decoded
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 SOUND_FORMATS = ("wav", "mp3", "flac", "ogg")
 
 
@@ -170,6 +171,9 @@ def read_messages(messages: Any, field: str) -> list[MessageImage | MessageSound
         if message.get("type") not in (None, "", "message"):
             raise RequestError(f"{place}.type", f"{short(message['type'])} must be 'message', or left out.")
         _check_known(message, MESSAGE, place)
+        for name in ("name", "id", "status"):
+            if not isinstance(message.get(name), str | None):
+                raise RequestError(f"{place}.{name}", f"{short(message[name])} must be a text.")
         content = message.get("content")
         if content is None or isinstance(content, str):
             continue

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Keys as people configure them and as clients send them."""
+"""Keys as people configure them and as clients send them; bodies and clients that leave."""
+
+import asyncio
+from contextlib import ExitStack
 
 import pytest
 
@@ -10,8 +13,11 @@ for package in ("fastapi", "httpx"):
 from fastapi.testclient import TestClient  # noqa: E402
 from starlette.responses import PlainTextResponse  # noqa: E402
 
+from modeling_moma.serving.http import guard as guards  # noqa: E402
+from modeling_moma.serving.http.errors import RequestError  # noqa: E402
 from modeling_moma.serving.http.generation import Admission  # noqa: E402
 from modeling_moma.serving.http.guard import Guard  # noqa: E402
+from modeling_moma.serving.http.limits import LARGE_BODY_BYTES, MAX_LARGE_BODIES  # noqa: E402
 
 
 def status(configured: str, sent: bytes) -> int:
@@ -31,3 +37,52 @@ def test_blanks_at_the_ends_of_a_key_are_none_of_it(configured):
 def test_key_beyond_ascii_is_compared_byte_by_byte(key):
     assert status(key, key.encode()) == 200
     assert status(key, key.encode()[:-1]) == 401
+
+
+def test_a_connection_that_reads_on_only_when_asked_tells_that_its_client_has_gone(monkeypatch):
+    """As uvicorn's does once bytes of a next request follow."""
+    monkeypatch.setattr(guards, "LISTEN_SECONDS", 0.01)
+    asked = []
+
+    async def receive():
+        asked.append(len(asked))
+        if len(asked) < 3:
+            await asyncio.get_running_loop().create_future()
+        return {"type": "http.disconnect"}
+
+    asyncio.run(asyncio.wait_for(guards._wait_for_disconnect(receive), 5))
+    assert asked == [0, 1, 2]
+
+
+def test_what_is_announced_takes_no_room_and_what_has_arrived_does():
+    admission, piece = Admission(1, 1), LARGE_BODY_BYTES // 2 + 1
+
+    async def clients():
+        released = asyncio.Event()
+
+        def client(pieces):
+            async def receive():
+                if not pieces:
+                    await released.wait()
+                    return {"type": "http.request", "more_body": False}
+                return {"type": "http.request", "body": pieces.pop(), "more_body": True}
+
+            return receive
+
+        async def body(pieces):
+            with ExitStack() as held:
+                return await guards._read(client(pieces), lambda: held.enter_context(admission.room_for_body()))
+
+        silent = [asyncio.ensure_future(body([])) for _ in range(2 * MAX_LARGE_BODIES)]
+        large = [asyncio.ensure_future(body([b"a" * piece] * 2)) for _ in range(MAX_LARGE_BODIES)]
+        await asyncio.sleep(0)
+        assert admission.large == MAX_LARGE_BODIES
+        with pytest.raises(RequestError, match="4 large requests are being answered") as refusal:
+            await body([b"a" * piece] * 3)
+        assert refusal.value.status == 429
+        released.set()
+        assert [len(found) for found in await asyncio.gather(*silent)] == [0] * len(silent)
+        assert [len(found) for found in await asyncio.gather(*large)] == [2 * piece] * len(large)
+        assert admission.large == 0
+
+    asyncio.run(clients())

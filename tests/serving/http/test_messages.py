@@ -53,7 +53,7 @@ def test_image_of_a_long_side_is_refused(size):
 
 
 def test_tiff_is_refused_and_the_formats_that_are_read_are_named():
-    with pytest.raises(RequestError, match="none of PNG, JPEG, WEBP, GIF, BMP, AVIF") as refusal:
+    with pytest.raises(RequestError, match="none of PNG, JPEG, WEBP, GIF, BMP ") as refusal:
         read(as_file(Image.new("L", (4, 4)), "TIFF"))
     assert (refusal.value.field, refusal.value.status) == (FIELD, 400)
 
