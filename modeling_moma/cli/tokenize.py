@@ -4,7 +4,6 @@
 import os
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from ..utils.fields import Count, Seed
@@ -127,7 +126,7 @@ def run(args: Arguments) -> None:
 def tokenize(args: Arguments, sources: "list[Source]", data: "DataFields", workers: "Workers | None") -> None:
     """Plan and write the tokens, and say what became of the rows."""
     from ..data.executors import run_executor
-    from ..data.jobs import plan_job, write_job
+    from ..data.jobs import done_report, plan_job, write_job
     from ..data.ray_tasks import run_on_ray
     from ..data.reports import write_manifest
     from ..data.workers import run_tasks
@@ -142,7 +141,7 @@ def tokenize(args: Arguments, sources: "list[Source]", data: "DataFields", worke
         address = args.address or os.environ.get("RAY_ADDRESS") or None
         run_on_ray(args.output, job, args.processes, args.threads, args.strict, address)
     # a second start on a cluster, after the jobs of the first, only adds up
-    elif not all((Path(args.output) / task.report_name()).is_file() for task in job.tasks()):
+    elif any(done_report(args.output, task) is None for task in job.tasks()):
         at_once = args.tasks if args.engine == "slurm" else args.processes
         run_executor(args.output, args.engine, args.tasks, at_once, args.strict, args.partition, args.time)
         if args.engine == "slurm":

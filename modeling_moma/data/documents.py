@@ -70,6 +70,12 @@ class TokenFolder:
             raise InputError(
                 f"{str(self.folder)!r}, source {source.name!r}: there is no split {split!r}, but {names}."
             )
+        kinds = {stored.name: stored.kind for stored in self.sources()}
+        if type(source.kind) is not type(kinds[source.name]):
+            raise InputError(
+                f"--tokens {str(self.folder)!r} has {source.name!r} as a source of {kinds[source.name].name} data, "
+                f"and the recipe as one of {source.kind.name} data: tokenize anew, or name the columns of that time."
+            )
         table = ShardTable([self.folder / name for name in entry["splits"][split]["files"]])
         missing = [name for name in source.kind.stored_columns() if name not in table.column_names]
         if missing:

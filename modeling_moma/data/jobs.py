@@ -2,7 +2,9 @@
 """What a tokenization has to do: a job of many shards, each of which anybody can write alone."""
 
 import dataclasses
+import hashlib
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from glob import glob
@@ -16,6 +18,7 @@ from tokenization.audio_codecs_moma import AUDIO
 
 from ..errors_moma import InputError
 from ..utils.atomic_files import check_new_folder, check_writable, write_aside
+from ..utils.digests import files_digest
 from .encoding import loaded_encoder
 from .sources import HELD_OUT_RULE, TRAIN, VALIDATION, Source, read_sources, undecoded_rows
 
@@ -32,6 +35,10 @@ SHARD_IMAGES = 256
 CHARACTERS_PER_IMAGE = 16384
 # endings of files that rows, or the texts of images, stand in
 ROW_FILES = (".arrow", ".csv", ".json", ".jsonl", ".parquet", ".tsv", ".txt")
+# of files whose names and sizes say nothing of the rows
+OTHER_FILES = ("", ".md")
+# blocks that are read of all files of rows together, to tell whether they have changed
+BLOCKS = 4096
 # rows, spread over a split, that say what the others hold
 LOOKED_AT = 64
 
@@ -91,6 +98,8 @@ class Job:
             how rows are drawn that become `validation`; `None` in jobs of earlier versions, which drew others.
         file_sizes (`dict[str, int | None]`, *optional*):
             bytes of each source's files together, `None` where streamed; `None` in jobs of earlier versions.
+        files (`dict[str, str | None]`, *optional*):
+            a hash of each source's files, see [`source_digest`]; `None` in jobs of earlier versions.
     """
 
     processor: str
@@ -102,6 +111,7 @@ class Job:
     splits: dict[str, dict[str, dict]]
     held_out_rule: str | None = None
     file_sizes: dict[str, int | None] | None = None
+    files: dict[str, str | None] | None = None
 
     def source(self, name: str) -> Source:
         """Return the source of that name."""
@@ -122,7 +132,9 @@ class Job:
 
     def holds_out(self, task: Task) -> bool:
         """Return whether some of the task's training rows become `validation`."""
-        has_own = VALIDATION in self.splits[task.source]
+        splits = self.splits[task.source]
+        # one that `--splits` leaves out is held out all the same
+        has_own = VALIDATION in splits or splits[task.split].get("has_validation", False)
         return task.split == TRAIN and not has_own and self.source(task.source).held_out > 0
 
 
@@ -169,7 +181,11 @@ def plan_job(
                 f"sources: {source.name!r} has sounds, and the processor {processor_folder!r} has no codec of them; "
                 "`moma build-processor --audio-tokenizer` gives it one."
             )
-    planned = {source.name: _plan_source(source, rows_per_shard, splits) for source in sources}
+    names = {source.name: source.split_names() for source in sources}
+    if unknown := set(splits or ()) - {name for found in names.values() for name in found}:
+        found = "; ".join(f"{source!r} has {list(splits)}" for source, splits in names.items())
+        raise InputError(f"--splits {' '.join(splits or ())}: no source has a split {min(unknown)!r}: {found}.")
+    planned = {source.name: _plan_source(source, names[source.name], rows_per_shard, splits) for source in sources}
     plans = {name: plan for name, (plan, _) in planned.items()}
     _warn_of_shared_rows(sources, plans)
     return Job(
@@ -182,15 +198,16 @@ def plan_job(
         splits=plans,
         held_out_rule=HELD_OUT_RULE,
         file_sizes={name: size for name, (_, size) in planned.items()},
+        files={source.name: source_digest(source) for source in sources},
     )
 
 
 def _plan_source(
-    source: Source, rows_per_shard: int | None, splits: Sequence[str] | None
+    source: Source, names: dict[str, str], rows_per_shard: int | None, splits: Sequence[str] | None
 ) -> tuple[dict[str, dict], int | None]:
     """Return the plan of every split, and the bytes of the source's files."""
     plan, file_size = {}, None
-    for name, split in source.split_names().items():
+    for name, split in names.items():
         if splits is not None and name not in splits:
             continue
         rows = source.open(split)
@@ -207,7 +224,43 @@ def _plan_source(
         else:
             entry |= {"rows": None, "pictures": None, "rows_per_shard": None, "shards": rows.num_shards}
         plan[name] = entry
+    if VALIDATION in names and VALIDATION not in plan:
+        plan[TRAIN]["has_validation"] = True
     return plan, file_size
+
+
+def source_files(source: Source) -> list[Path]:
+    """Return the files of this machine that a source may be read from, sorted; none of one on the Hub.
+
+    Hidden files are left out, as `datasets` does.
+    """
+    files = []
+    for found in map(Path, glob(source.pattern(), recursive=True)):
+        if found.is_file():
+            files.append(found)
+            continue
+        for parent, folders, names in os.walk(found):
+            folders[:] = [name for name in folders if not name.startswith(".")]
+            files += [Path(parent, name) for name in names if not name.startswith(".")]
+    return sorted(file for file in files if file.suffix.lower() not in OTHER_FILES)
+
+
+def source_digest(source: Source) -> str | None:
+    """Return a hash of the files of a source: their names and sizes, and parts of those that rows stand in.
+
+    Args:
+        source ([`Source`]):
+            of a recipe. One on the Hub has none: `revision` says what it is.
+    """
+    files = source_files(source)
+    if not files:
+        return None
+    base = os.path.commonpath([file.parent.absolute() for file in files])
+    names = [f"{os.path.relpath(file.absolute(), base)} {file.stat().st_size}" for file in files]
+    of_rows = [file for file in files if file.suffix.lower() in ROW_FILES]
+    digest = hashlib.sha256("\n".join(names).encode("utf-8", "surrogateescape"))
+    digest.update(files_digest(of_rows, max(2, BLOCKS // max(1, len(of_rows)))).encode())
+    return digest.hexdigest()[:32]
 
 
 def _warn_of_shared_rows(sources: Sequence[Source], plans: dict[str, dict[str, dict]]) -> None:
@@ -283,9 +336,15 @@ def write_job(folder: str | Path, job: Job) -> Path:
     path = Path(folder) / JOB_FILE
     content = {"format": FORMAT, **dataclasses.asdict(job)}
     if path.is_file():
-        then = json.loads(path.read_text(encoding="utf-8"))
+        then = _read_content(path)
         _compare(folder, then, content)
         _warn_of_later_files(path, job)
+        if then.get("processor") != job.processor:
+            # where other processes look for it; the file stays as old as the tokens
+            times = path.stat().st_atime, path.stat().st_mtime
+            moved = json.dumps({**then, "processor": job.processor}, indent=2) + "\n"
+            write_aside(path, lambda aside: aside.write_text(moved, encoding="utf-8"))
+            os.utime(path, times)
         for task in job.tasks():
             check_held_out(folder, then.get("held_out_rule"), job, task)
         check_writable(folder)
@@ -297,16 +356,30 @@ def write_job(folder: str | Path, job: Job) -> Path:
 def _compare(folder: str | Path, then: dict, now: dict) -> None:
     now = json.loads(json.dumps(now))
     # by its fingerprint a processor is the same wherever it lies, and the draw matters to few shards
-    alike = ["processor", "held_out_rule"]
-    if then.get("file_sizes") is None:
-        alike.append("file_sizes")
+    alike = ["processor", "held_out_rule", *(name for name in ("file_sizes", "files") if then.get(name) is None)]
     different = [name for name in now if name not in alike and then.get(name) != now[name]]
     if different:
-        name = different[0]
+        # what a file holds tells more than how large it is
+        first = "files" if "files" in different and different[0] == "file_sizes" else different[0]
+        name, before, after = _first_difference(first, then.get(first), now[first])
+        if name.startswith("files: "):
+            raise InputError(
+                f"--output {str(folder)!r} holds tokens of {name.removeprefix('files: ')!r}, whose files have changed "
+                "since: what is done would not be done again. Give a new folder, or delete this one."
+            )
         raise InputError(
-            f"--output {str(folder)!r} holds tokens that were begun with another {name}: {then.get(name)!r} then, "
-            f"{now[name]!r} now. Give a new folder, or delete this one."
+            f"--output {str(folder)!r} holds tokens that were begun with another {name}: {before!r} then, "
+            f"{after!r} now. Give a new folder, or delete this one."
         )
+
+
+def _first_difference(name: str, then: Any, now: Any) -> tuple[str, Any, Any]:
+    """Return the first entry of nested mappings that differs: its names, and both values."""
+    if isinstance(then, dict) and isinstance(now, dict):
+        for key in {**then, **now}:
+            if then.get(key) != now.get(key):
+                return _first_difference(f"{name}: {key}", then.get(key), now.get(key))
+    return name, then, now
 
 
 def _warn_of_later_files(path: Path, job: Job) -> None:
@@ -321,6 +394,39 @@ def _warn_of_later_files(path: Path, job: Job) -> None:
                 f"sources: {name!r}: {str(later[0])!r} was written after the tokens in {str(path.parent)!r} were "
                 "begun. If it holds something else than then, give a new folder: what is done is not done again."
             )
+
+
+def _read_content(path: Path) -> dict[str, Any]:
+    """Return what a job's file says."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(content, dict):
+            return content
+        problem = f"it holds {type(content).__name__}"
+    except ValueError as error:
+        problem = f"it cannot be read as JSON ({error})"
+    raise InputError(
+        f"{str(path)!r}: {problem}; was it changed by hand, or copied in part? Give a new folder, or delete this one."
+    )
+
+
+def done_report(folder: str | Path, task: Task) -> dict[str, Any] | None:
+    """Return the report of a shard, or `None` where the shard is yet to be written, or lacks a file that it wrote.
+
+    Args:
+        folder (`str | Path`):
+            of all tokens.
+        task (`Task`):
+            the shard.
+    """
+    path = Path(folder) / task.report_name()
+    try:
+        report = json.loads(path.read_text(encoding="utf-8"))
+        written = [split for split, number in report["written"].items() if number]
+    # a folder that was copied in part
+    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+    return report if all((Path(folder) / task.file_name(split)).is_file() for split in written) else None
 
 
 def check_held_out(folder: str | Path, rule: str | None, job: Job, task: Task) -> None:
@@ -339,7 +445,7 @@ def check_held_out(folder: str | Path, rule: str | None, job: Job, task: Task) -
     Raises:
         ValueError: names the source.
     """
-    if rule != HELD_OUT_RULE and job.holds_out(task) and not (Path(folder) / task.report_name()).is_file():
+    if rule != HELD_OUT_RULE and job.holds_out(task) and done_report(folder, task) is None:
         raise InputError(
             f"--output {str(folder)!r} holds tokens that were begun by another version, which drew the held-out rows "
             f"of {task.source!r} otherwise: its missing shards would train on some of them. Give a new folder, or "
@@ -352,10 +458,21 @@ def read_job(folder: str | Path) -> Job:
     path = Path(folder) / JOB_FILE
     if not path.is_file():
         raise InputError(f"{str(folder)!r} has no {JOB_FILE}: is it a folder that `moma tokenize` writes?")
-    content = json.loads(path.read_text(encoding="utf-8"))
-    if content.pop("format") != FORMAT:
+    content = _read_content(path)
+    if content.pop("format", None) != FORMAT:
         raise InputError(f"{str(path)!r} is of another format than {FORMAT}; tokenize anew with this version.")
     return Job(**content)
 
 
-__all__ = ["FORMAT", "JOB_FILE", "MANIFEST_FILE", "Job", "Task", "check_held_out", "plan_job", "read_job", "write_job"]
+__all__ = [
+    "FORMAT",
+    "JOB_FILE",
+    "MANIFEST_FILE",
+    "Job",
+    "Task",
+    "check_held_out",
+    "done_report",
+    "plan_job",
+    "read_job",
+    "write_job",
+]

@@ -33,6 +33,8 @@ BLOCK_TOKENS = 2**22
 # sequences, and tokens, from which is estimated what a block holds
 SAMPLE = 128
 SAMPLE_TOKENS = 2**18
+# documents of a source in the sample from which they tell how many a block has
+TELLING = 8
 # by how much shares may differ from the weights and still count as kept
 TOLERANCE = 0.02
 IGNORED = -100
@@ -136,7 +138,7 @@ class PackedExamples(torch.utils.data.Dataset):
         """Tokens of each source in a block.
 
         They are what the weights say of the part that is no padding, or what was measured where the weights cannot be
-        kept.
+        kept and enough of a source was seen.
         """
         number = min(BLOCK, max(SAMPLE, SAMPLE_TOKENS // self.sequence_length))
         packer = self._begin(0)
@@ -146,8 +148,12 @@ class PackedExamples(torch.utils.data.Dataset):
             tokens[row] = [source.written for source in packer.sources]
         # the first ones have the whole choice of documents before them
         taken = (tokens[-1] - tokens[number // 2]) / ((number - 1 - number // 2) * self.sequence_length)
-        if np.abs(taken / taken.sum() - self.shares).max() < TOLERANCE:
-            taken = self.shares * taken.sum()
+        by_weights = self.shares * taken.sum()
+        # a source that has hardly been seen would begin anew in every block
+        seen = tokens[-1] - tokens[number // 2]
+        is_seen = seen >= TELLING * np.array([order.mean_length for order in self.orders])
+        is_kept = np.abs(taken / taken.sum() - self.shares).max() < TOLERANCE
+        taken = np.where(is_seen & (not is_kept), taken, by_weights)
         return (taken * self.block * self.sequence_length).tolist()
 
     def _begin(self, block: int) -> "_Packer":

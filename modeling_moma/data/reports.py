@@ -9,7 +9,7 @@ from typing import Any
 from ..errors_moma import InputError
 from ..hub.names import no_folder
 from ..utils.atomic_files import write_aside
-from .jobs import JOB_FILE, MANIFEST_FILE, Job, Task
+from .jobs import JOB_FILE, MANIFEST_FILE, Job, Task, done_report
 from .shard import ShardReport
 from .sources import TRAIN
 
@@ -44,12 +44,11 @@ def write_manifest(folder: str | Path, job: Job) -> dict[str, Any]:
     folder = Path(folder)
     sources: dict[str, Any] = {}
     for task in job.tasks():
-        path = folder / task.report_name()
-        if not path.is_file():
+        report = done_report(folder, task)
+        if report is None:
             raise InputError(
                 f"{str(folder)!r}: the shard {task.report_name()!r} is missing; start `moma tokenize` again."
             )
-        report = json.loads(path.read_text(encoding="utf-8"))
         entry = sources.setdefault(task.source, {"fields": job.sources[task.source], "read": {}, "splits": {}})
         _add_up(entry, task, report, job.output_splits(task))
     for name, entry in sources.items():

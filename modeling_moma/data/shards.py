@@ -11,6 +11,9 @@ import numpy as np
 import pyarrow as pa
 from datasets import Dataset
 
+from ..errors_moma import InputError
+from ..utils.messages import one_line
+
 
 class ShardTable:
     """The rows of several Arrow files, of which only those that are asked for are read.
@@ -18,12 +21,15 @@ class ShardTable:
     Args:
         paths (`Sequence[str | Path]`):
             the files, which have the same columns.
+
+    Raises:
+        ValueError: one is missing, or is no whole file of Arrow.
     """
 
     def __init__(self, paths: Sequence[str | Path]):
         self.paths = list(paths)
         # what `datasets` maps into memory stays there as long as the data set does
-        self._parts = [Dataset.from_file(str(path)) for path in self.paths]
+        self._parts = [_opened(path) for path in self.paths]
         self._columns = {
             name: [chunk for part in self._parts for chunk in part.data.column(name).chunks]
             for name in (self._parts[0].column_names if self._parts else [])
@@ -70,6 +76,16 @@ class ShardTable:
             raise IndexError(f"row {row} of {len(self)}")
         index = bisect_right(self._starts, row) - 1
         return index, row - self._starts[index]
+
+
+def _opened(path: str | Path) -> Dataset:
+    try:
+        return Dataset.from_file(str(path))
+    except (OSError, pa.ArrowException) as error:
+        raise InputError(
+            f"the tokens {str(path)!r} cannot be read ({type(error).__name__}: {one_line(error, 200)}): was their "
+            "folder copied in part? `moma tokenize` writes a shard anew whose file is missing."
+        ) from error
 
 
 def _as_arrays(chunk: pa.ListArray | pa.FixedSizeListArray) -> tuple[np.ndarray, np.ndarray]:

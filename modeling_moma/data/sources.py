@@ -75,7 +75,7 @@ class Source:
         held_out (`float`, *optional*, defaults to `0.02`):
             share of the training rows that becomes `validation` where the data set has no such split.
         weight (`float`, *optional*, defaults to `1.0`):
-            its part of the tokens of a mixture, relative to the other sources' weights.
+            its part of the tokens of a mixture, relative to the other sources' weights; from 1e-6 to 1e6.
         root (`str`, *optional*):
             folder that paths of images in the rows start from; by default that of `data`.
     """
@@ -86,7 +86,7 @@ class Source:
     load: dict[str, Any] = field(default_factory=dict)
     splits: dict[str, str] = field(default_factory=dict)
     held_out: Annotated[Float, Field(ge=0, lt=1)] = 0.02
-    weight: Annotated[Float, Field(gt=0)] = 1.0
+    weight: Annotated[Float, Field(ge=1e-6, le=1e6)] = 1.0
     root: str | None = None
 
     def split_names(self) -> dict[str, str]:
@@ -98,7 +98,9 @@ class Source:
         path, options = self._loading()
         found = self._call(get_dataset_split_names, path, options)
         names = {TRAIN: found[0]} if len(found) == 1 else {name: name for name in found}
-        names |= self.splits
+        # a split that has another name here is not read under its own as well
+        renamed = set(self.splits.values()) - self.splits.keys()
+        names = {name: split for name, split in names.items() if name not in renamed} | self.splits
         for name, split in names.items():
             # a part of one, such as "train[:10%]", is read by `datasets`
             if split.partition("[")[0] not in found:

@@ -16,7 +16,7 @@ from ..errors_moma import InputError
 from ..utils.atomic_files import path_aside
 from .encoding import DocumentEncoder, loaded_encoder
 from .images import LeftOut
-from .jobs import Job, Task, check_held_out
+from .jobs import Job, Task, check_held_out, done_report
 from .json_lines import BROKEN_LINE
 from .reports import write_report
 from .shard import BATCH, Shard
@@ -85,7 +85,7 @@ def tokenize_shard(
             drew other held-out rows.
     """
     folder = Path(folder)
-    if (folder / task.report_name()).is_file():
+    if done_report(folder, task) is not None:
         return False
     check_held_out(folder, job.held_out_rule, job, task)
     shard = SourceShard(job, task, load_encoder(job.processor, job.fingerprint), strict, on_work)

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs a tokenization on this machine, in one process or in several."""
 
-import json
 import multiprocessing
 import os
 import signal
@@ -18,8 +17,8 @@ from tqdm.auto import tqdm
 
 from ..utils.errors import KilledProcessError
 from .encoding import loaded_encoder
-from .jobs import Job, Task, read_job
-from .tokenizing import tokenize_shard
+from .jobs import Job, Task, done_report, read_job
+from .tokenizing import open_rows, tokenize_shard
 
 
 # between two looks at what the other processes have done
@@ -111,7 +110,9 @@ def run_tasks(
         ValueError: what a shard raised.
         RuntimeError: a process was killed.
     """
-    tasks = [task for task in job.tasks() if not (Path(folder) / task.report_name()).is_file()]
+    tasks = [task for task in job.tasks() if done_report(folder, task) is None]
+    # of an earlier job of this process
+    open_rows.cache_clear()
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -204,11 +205,8 @@ class Progress:
         self.bar.refresh()
 
     def _done(self) -> int:
-        reports = [self.folder / task.report_name() for task in self.job.tasks()]
-        found = [path for path in reports if path.is_file()]
-        if not self.counts_images:
-            return len(found)
-        return sum(json.loads(path.read_text(encoding="utf-8"))["pictures"] for path in found)
+        found = [report for task in self.job.tasks() if (report := done_report(self.folder, task)) is not None]
+        return sum(report["pictures"] for report in found) if self.counts_images else len(found)
 
 
 def _begin_worker(threads: int, processor: str, coded: Any) -> None:

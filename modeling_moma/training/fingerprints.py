@@ -2,9 +2,8 @@
 """What a run is made of, held by each of its checkpoints, so that no run goes on from those of another."""
 
 import dataclasses
-import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from ..data.sources import TRAIN, Source
 from ..data.stream import MIXTURE_RULE, STREAM_RULE
 from ..errors_moma import InputError
 from ..utils.atomic_files import check_new_folder, check_writable, is_of_model
+from ..utils.digests import files_digest
 from .checkpoints import read_state, whole_checkpoints
 from .stages import EARLIER_STEPS, RUN_FILE, data_order, examples_a_step
 
@@ -47,8 +47,6 @@ _MAY_CHANGE = {
 }
 # fields of a source that say where its rows come from: what came of them is in the tokens
 _OF_ROWS = ("data", "load", "splits", "held_out", "root")
-# bytes of a sampled block, and blocks sampled per file
-_BLOCK_BYTES, _BLOCKS = 1 << 16, 256
 # characters of a value in a message
 _LONGEST_VALUE = 60
 _WAYS = "Give another `--output`, or delete this folder to start over."
@@ -170,20 +168,6 @@ def _data_facts(tokens: TokenFolder, sources: Sequence[Source], packed: bool, se
     return {**facts, "packed": packed, "sequence_length": sequence_length, "packing_rule": rule}
 
 
-def files_digest(paths: Iterable[Path]) -> str:
-    """Return a hash of files, of their sizes and of up to 16 MiB that are spread over each, wherever they lie."""
-    digest = hashlib.sha256()
-    for path in paths:
-        size = path.stat().st_size
-        digest.update(f"{size} ".encode())
-        step = max(_BLOCK_BYTES, -(-size // _BLOCKS))
-        with path.open("rb") as file:
-            for start in range(0, size, step):
-                file.seek(start)
-                digest.update(file.read(_BLOCK_BYTES))
-    return digest.hexdigest()[:32]
-
-
 def check_output(output: str, facts: Facts, resume: bool, arguments: TrainingArguments | None = None) -> None:
     """Raise for an output folder with checkpoints, or a model, that the run to come must not go on from or write over.
 
@@ -302,7 +286,6 @@ __all__ = [
     "check_output",
     "check_same_data",
     "difference",
-    "files_digest",
     "finished_at",
     "run_facts",
 ]

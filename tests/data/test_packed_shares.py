@@ -54,6 +54,18 @@ def test_shares_are_the_weights_and_documents_are_ended(sources, name, length):
     assert ended / (begun - sum(len(rests) for rests in result.rests.values())) >= 0.97
 
 
+def test_a_rare_source_goes_on_in_every_block_where_weights_cannot_be_kept():
+    rng = np.random.default_rng(0)
+    # a row holds one caption, whose rest the lines fill beyond their weight
+    documents = [captions(rng, 500, 90, 90), lines(rng, 500), captions(rng, 300, 100, 100)]
+    examples = packed(documents, (0.949, 0.05, 0.001), 128, 40_000)
+    common, filling, rare = examples._block_tokens
+    assert filling > 0.2 * (common + filling)
+    # not measured: the sample has a document or two of it
+    assert rare == pytest.approx(0.001 * (common + filling), rel=0.05)
+    assert examples._begin(1).sources[2].number > 10
+
+
 def test_little_is_left_open_at_the_end_of_a_block(sources, monkeypatch):
     monkeypatch.setattr("modeling_moma.data.packing.BLOCK_TOKENS", 0)
     examples = packed(sources, (0.5, 0.3, 0.2), 256, 1024)

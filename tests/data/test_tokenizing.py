@@ -6,6 +6,7 @@ import json
 import os
 import re
 import resource
+import shutil
 import signal
 import struct
 import tarfile
@@ -23,7 +24,7 @@ from PIL import Image
 from helpers.tiny import noise_images, tiny_processor
 from modeling_moma.data.documents import TokenFolder
 from modeling_moma.data.images import LeftOut, read_image
-from modeling_moma.data.jobs import plan_job, read_job, write_job
+from modeling_moma.data.jobs import plan_job, read_job, source_digest, write_job
 from modeling_moma.data.reports import write_manifest
 from modeling_moma.data.sources import read_sources
 from modeling_moma.data.workers import Workers, run_tasks
@@ -385,8 +386,10 @@ def test_missing_shards_of_another_draw_of_held_out_rows_are_refused(processor, 
 def test_other_settings_do_not_mix_into_a_folder(processor, many, tmp_path):
     tokenize(many, processor, tmp_path, rows_per_shard=128)
     other = {"many": {**many["many"], "codings": 3}}
-    with pytest.raises(ValueError, match="begun with another sources"):
+    with pytest.raises(ValueError, match="begun with another sources: many: codings: 2 then, 3 now"):
         tokenize(other, processor, tmp_path, rows_per_shard=128)
+    with pytest.raises(ValueError, match="begun with another splits: many: train: rows_per_shard: 128 then, 256 now"):
+        tokenize(many, processor, tmp_path, rows_per_shard=256)
     other_processor = tiny_processor(codes=16)
     with pytest.raises(ValueError, match="tokenized with another processor"):
         TokenFolder(tmp_path, other_processor)
@@ -399,13 +402,119 @@ def test_data_that_changed_do_not_mix_into_a_folder(processor, tmp_path):
     written = tokenize(lines, processor, tmp_path / "tokens")
     assert tokenize(lines, processor, tmp_path / "tokens") == written
     (tmp_path / "t.txt").write_text("one\nthree\n")
-    with pytest.raises(ValueError, match="begun with another file_sizes: {'lines': 8} then, {'lines': 10} now"):
+    with pytest.raises(ValueError, match="tokens of 'lines', whose files have changed since"):
         tokenize(lines, processor, tmp_path / "tokens")
     # earlier versions did not note it
     job = json.loads((tmp_path / "tokens" / "job.json").read_text())
+    del job["files"]
+    (tmp_path / "tokens" / "job.json").write_text(json.dumps(job))
+    with pytest.raises(ValueError, match="begun with another file_sizes: lines: 8 then, 10 now"):
+        tokenize(lines, processor, tmp_path / "tokens")
     del job["file_sizes"]
     (tmp_path / "tokens" / "job.json").write_text(json.dumps(job))
     assert tokenize(lines, processor, tmp_path / "tokens") == written
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_rows_of_the_same_size_that_changed_do_not_mix_into_a_folder(processor, tmp_path, streaming):
+    data, output = tmp_path / "t.txt", tmp_path / "tokens"
+    data.write_text("one\ntwo\n")
+    lines = {"lines": {"data": str(data), "text": "text", "held_out": 0, "load": {"streaming": streaming}}}
+    written, then = tokenize(lines, processor, output), data.stat().st_mtime
+    # at another place, too
+    (tmp_path / "moved").mkdir()
+    copy = shutil.copy(data, tmp_path / "moved")
+    (one,), (other,) = read_sources(lines), read_sources({"lines": {**lines["lines"], "data": str(copy)}})
+    assert source_digest(one) == source_digest(other)
+    data.write_text("two\none\n")
+    os.utime(data, (then, then))
+    with pytest.raises(ValueError, match="tokens of 'lines', whose files have changed since"):
+        tokenize(lines, processor, output)
+    data.write_text("one\ntwo\n")
+    assert tokenize(lines, processor, output) == written
+
+
+def test_images_that_changed_their_place_do_not_mix_into_a_folder(processor, tmp_path):
+    folder = tmp_path / "fruit"
+    for name in ("apple", "pear"):
+        (folder / name).mkdir(parents=True)
+        for number, image in enumerate(noise_images(2)):
+            image.save(folder / name / f"{number}.png")
+    fruit = {"fruit": {"data": str(folder), "image": "image", "text": "label", "held_out": 0}}
+    # what lies beside the images and is none of them does not matter
+    written = tokenize(fruit, processor, tmp_path / "tokens")
+    (folder / "README.md").write_text("fruit")
+    (folder / ".cache").mkdir()
+    (folder / ".cache" / "list.json").write_text("{}")
+    assert tokenize(fruit, processor, tmp_path / "tokens") == written
+    (folder / "apple").rename(folder / "zapple")
+    with pytest.raises(ValueError, match="tokens of 'fruit', whose files have changed since"):
+        tokenize(fruit, processor, tmp_path / "tokens")
+
+
+def test_a_shard_whose_file_or_report_is_gone_or_torn_is_written_again(processor, many, tmp_path):
+    tokenize(many, processor, tmp_path, rows_per_shard=128)
+    expected = contents(tmp_path)
+    (tmp_path / "many" / "train-00000-of-00003.arrow").unlink()
+    (tmp_path / "many" / "train-00001-of-00003.json").write_text('{"rows"')
+    (tmp_path / "many" / "train-00002-of-00003.json").write_text("")
+    with pytest.raises(ValueError, match="train-00000-of-00003.arrow' cannot be read .*copied in part"):
+        documents(tmp_path, "many")
+    tokenize(many, processor, tmp_path, rows_per_shard=128)
+    assert contents(tmp_path) == expected
+    file = tmp_path / "many" / "train-00000-of-00003.arrow"
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(ValueError, match="train-00000-of-00003.arrow' cannot be read"):
+        documents(tmp_path, "many")
+    for text in ("", "[]"):
+        (tmp_path / "job.json").write_text(text)
+        with pytest.raises(ValueError, match="job.json': it .*changed by hand"):
+            tokenize(many, processor, tmp_path, rows_per_shard=128)
+
+
+def test_workers_find_a_processor_that_was_moved(processor, many, tmp_path):
+    moved = tmp_path / "moved"
+    expected = tokenize(many, processor, tmp_path / "tokens", rows_per_shard=128)
+    shutil.copytree(processor, moved)
+    began = (tmp_path / "tokens" / "job.json").stat().st_mtime
+    for number in (0, 1):
+        (tmp_path / "tokens" / "many" / f"train-0000{number}-of-00003.json").unlink()
+    assert tokenize(many, str(moved), tmp_path / "tokens", processes=2, rows_per_shard=128) == expected
+    assert read_job(tmp_path / "tokens").processor == str(moved)
+    assert (tmp_path / "tokens" / "job.json").stat().st_mtime == began
+
+
+def test_a_split_that_has_another_name_is_read_once(processor, tmp_path):
+    for name in ("training", "dev", "other"):
+        (tmp_path / f"{name}.jsonl").write_text(
+            "".join(json.dumps({"text": f"{name} {row}"}) + "\n" for row in range(9))
+        )
+    files = {name: str(tmp_path / f"{name}.jsonl") for name in ("training", "dev", "other")}
+    source = {"data": "json", "text": "text", "load": {"data_files": files}}
+    source["splits"] = {"train": "training", "validation": "dev"}
+    read = tokenize({"mine": source}, processor, tmp_path / "tokens")["sources"]["mine"]["splits"]
+    assert {name: entry["documents"] for name, entry in read.items()} == {"train": 9, "validation": 9, "other": 9}
+
+
+def test_training_rows_are_held_out_only_where_there_is_no_validation(processor, tmp_path):
+    for name in ("train", "validation"):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"text": f"{row}"}) + "\n" for row in range(20)))
+    own = {"data": str(tmp_path), "text": "text", "held_out": 0.5}
+    drawn = {**own, "data": str(tmp_path / "train.jsonl")}
+    sources = {"own": own, "drawn": drawn}
+    found = tokenize(sources, processor, tmp_path / "tokens", splits=["train"])["sources"]
+    assert {name: entry["documents"] for name, entry in found["own"]["splits"].items()} == {"train": 20}
+    assert found["drawn"]["splits"].keys() == {"train", "validation"}
+    with pytest.raises(ValueError, match="--splits train vlaidation: no source has a split 'vlaidation': 'own' has"):
+        tokenize(sources, processor, tmp_path / "other", splits=["train", "vlaidation"])
+
+
+def test_tokens_of_another_kind_than_the_recipe_names_are_refused(processor, many, tmp_path):
+    tokenize(many, processor, tmp_path, rows_per_shard=384)
+    tokens = TokenFolder(tmp_path, tiny_processor())
+    (texts,) = read_sources({"many": {"data": "nowhere", "text": "label"}})
+    with pytest.raises(ValueError, match="has 'many' as a source of caption data, and the recipe as one of text data"):
+        tokens.documents(texts)
 
 
 def test_an_error_does_not_wait_for_a_process_that_is_starting(processor):
@@ -451,9 +560,7 @@ def test_a_file_that_is_written_after_its_tokens_is_told(processor, tmp_path, ca
         written = tokenize(lines, processor, tmp_path / f"{number}")
         caplog.clear()
         assert tokenize(lines, processor, tmp_path / f"{number}") == written and "was written after" not in caplog.text
-        # of the same size
-        rows.write_text("one\nsix\n")
-        later = rows.stat().st_mtime + 10
+        later = time.time() + 10
         os.utime(rows, (later, later))
         assert tokenize(lines, processor, tmp_path / f"{number}") == written
         (told,) = [record.message for record in caplog.records if "was written after" in record.message]
@@ -501,7 +608,8 @@ def test_datasets_opens_the_shards(processor, many, tmp_path):
         ({"data": "t.txt", "text": "text", "splits": {"train": "test"}}, "has no split 'test'"),
         ({"data": "t.txt", "txt": "text"}, "'txt' is no field of a source of texts. Did you mean 'text'"),
         ({"data": "t.txt"}, "has no 'text'"),
-        ({"data": "t.txt", "text": "text", "weight": 0}, "weight = 0 must be above 0"),
+        ({"data": "t.txt", "text": "text", "weight": 0}, "weight = 0 must be between 1e-06 and"),
+        ({"data": "t.txt", "text": "text", "weight": 1e7}, "weight = 10000000.0 must be between 1e-06 and"),
         (
             {"data": "t.txt", "image": "i", "text": "t", "image_first": 2},
             "image_first = 2 must be between 0 and 1: share of the examples",
