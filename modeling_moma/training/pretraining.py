@@ -3,6 +3,7 @@
 
 import argparse
 import json
+import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,7 @@ from ..modeling_moma import MomaForCausalLM
 from ..routing_moma import MomaRouter
 from ..utils.atomic_files import write_aside
 from ..utils.hardware import on_one_gpu, trains_in_bf16
+from ..utils.messages import one_line
 from .adapters import with_adapters
 from .checkpoints import check_kind, checkpoint_step, last_checkpoint, without_torn_checkpoints
 from .code_embeddings import initialize_code_embeddings
@@ -60,6 +62,8 @@ if TYPE_CHECKING:
 
 # the schedule of the learning rate where a recipe names none
 SCHEDULE = "cosine_with_min_lr"
+# where `accelerate launch` says the precision
+LAUNCHED_PRECISION = "ACCELERATE_MIXED_PRECISION"
 
 
 @dataclass(frozen=True)
@@ -202,7 +206,7 @@ def make_training_arguments(args: argparse.Namespace) -> TrainingArguments:
         "adam_beta2": 0.95,
         "max_grad_norm": 1.0,
         "optim": "adamw_torch_fused",
-        "bf16": trains_in_bf16(args.bf16, device),
+        **precision_fields(args.bf16, device),
         "eval_strategy": "steps",
         "eval_steps": args.eval_steps,
         "eval_on_start": True,
@@ -216,12 +220,15 @@ def make_training_arguments(args: argparse.Namespace) -> TrainingArguments:
     }
     fields = {**fields, **args.trainer}
     if uses_muon(args):
-        if optim_args := fields.get("optim_args"):
-            raise InputError(
-                f"the recipe's section `trainer`: optim_args = {optim_args!r} is nothing for optim = {MUON!r}."
-            )
+        for name in ("optim_args", "optim_target_modules"):
+            if value := fields.get(name):
+                raise InputError(
+                    f"the recipe's section `trainer`: {name} = {value!r} is nothing for optim = {MUON!r}."
+                )
         # the arguments' own optimizer is not created
         fields["optim"] = "adamw_torch"
+    elif str(optim := fields["optim"]).lower() == MUON:
+        raise InputError(f"the recipe's section `trainer`, optim: {optim!r} is unknown; did you mean {MUON!r}?")
     # whoever wants no evaluation wants none before the first step
     if str(fields["eval_strategy"]) == "no":
         fields["eval_on_start"] = args.trainer.get("eval_on_start", False)
@@ -233,8 +240,44 @@ def make_training_arguments(args: argparse.Namespace) -> TrainingArguments:
         _try_schedule(training_arguments)
     except (TypeError, ValueError) as error:
         # torch and Transformers say it in many lines
-        raise InputError(f"the recipe's section `trainer`, {args.trainer}: {' '.join(str(error).split())}") from error
+        raise InputError(f"the recipe's section `trainer`, {args.trainer}: {one_line(error)}") from error
+    if (number := training_arguments.per_device_eval_batch_size) < 1:
+        raise InputError(f"the recipe's section `trainer`: per_device_eval_batch_size = {number} must be at least 1.")
+    check_precision(training_arguments)
     return on_one_gpu(training_arguments)
+
+
+def precision_fields(choice: str, device: str) -> dict[str, bool]:
+    """Return the settings of the Trainer by which it computes in the precision of `--bf16`.
+
+    Args:
+        choice (`str`):
+            of `--bf16`: `"auto"` goes by what `accelerate launch` was told, and without it by the device.
+        device (`str`):
+            of the training.
+    """
+    launched = os.environ.get(LAUNCHED_PRECISION, "no")
+    if choice == "auto" and launched in ("bf16", "fp16"):
+        return {launched: True}
+    return {"bf16": trains_in_bf16(choice, device)}
+
+
+def check_precision(training_arguments: TrainingArguments) -> None:
+    """Raise where `accelerate launch` says another precision than the training has, and would overrule it.
+
+    Args:
+        training_arguments (`TrainingArguments`):
+            of the training.
+
+    Raises:
+        ValueError: names both.
+    """
+    wanted = "bf16" if training_arguments.bf16 else "fp16" if training_arguments.fp16 else "no"
+    if (launched := os.environ.get(LAUNCHED_PRECISION, "no")) not in ("no", wanted):
+        raise InputError(
+            f"accelerate's mixed_precision = {launched!r} (`accelerate launch --mixed_precision`, or its "
+            f"configuration), and --bf16 or the recipe's section `trainer` say {wanted!r}: let both say the same."
+        )
 
 
 def _try_schedule(training_arguments: TrainingArguments) -> None:
@@ -322,13 +365,8 @@ def build_trainer(args: argparse.Namespace, parts: RunParts | None = None) -> St
     # `source_ids` are counted, and then left out by the trainer itself
     training_arguments.remove_unused_columns = False
     held_out = held_out_sets(tokens, sources, args.eval_examples)
-    if isinstance(held_out, dict) and training_arguments.load_best_model_at_end:
-        metric = str(training_arguments.metric_for_best_model)
-        if not any(metric.removeprefix("eval_").startswith(f"{name}_") for name in held_out):
-            raise InputError(
-                f"RECIPE, trainer: load_best_model_at_end goes by metric_for_best_model = {metric!r}, but each source "
-                f"has figures of its own: name one, such as 'eval_{next(iter(held_out))}_loss'."
-            )
+    if held_out is not None and training_arguments.load_best_model_at_end:
+        check_best_metric(training_arguments, config, list(held_out) if isinstance(held_out, dict) else [])
     if held_out is None:
         training_arguments.eval_strategy, training_arguments.eval_on_start = IntervalStrategy.NO, False
     weights = {source.name: source.weight for source in sources}
@@ -339,15 +377,21 @@ def build_trainer(args: argparse.Namespace, parts: RunParts | None = None) -> St
     callbacks = [metrics, feeding, fingerprint, FollowArguments(), *samples]
     if args.stop_at:
         callbacks.append(StopAt(args.stop_at))
-    trainer = StageTrainer(
-        model=model,
-        args=training_arguments,
-        train_dataset=stream,
-        eval_dataset=held_out,
-        data_collator=PackedCollator(MomaDataCollator(processor.tokenizer)),
-        callbacks=callbacks,
-        processing_class=processor.tokenizer,
-    )
+    try:
+        trainer = StageTrainer(
+            model=model,
+            args=training_arguments,
+            train_dataset=stream,
+            eval_dataset=held_out,
+            data_collator=PackedCollator(MomaDataCollator(processor.tokenizer)),
+            callbacks=callbacks,
+            processing_class=processor.tokenizer,
+        )
+    except InputError:
+        raise
+    # settings that do not go together, or that need a package
+    except (ValueError, ImportError) as error:
+        raise InputError(f"the recipe's section `trainer`, {args.trainer}: {one_line(error)}") from error
     if args.train_groups:
         trainer.train_only(args.train_groups)
     trainer.first_step, trainer.earlier_stage, trainer.feeding = parts.first_step, args.model, feeding
@@ -356,6 +400,35 @@ def build_trainer(args: argparse.Namespace, parts: RunParts | None = None) -> St
     if share := code_noise(args.recipe.data):
         trainer.noise = CodeNoise(share, *processor.frames[IMAGE].bounds)
     return trainer
+
+
+def check_best_metric(training_arguments: TrainingArguments, config: MomaConfig, sources: list[str]) -> None:
+    """Raise where the best model is to be chosen by a figure that no evaluation gives.
+
+    Args:
+        training_arguments (`TrainingArguments`):
+            of a training with `load_best_model_at_end`.
+        config (`MomaConfig`):
+            of the model.
+        sources (`list[str]`):
+            that have figures of their own; none where there is one source.
+
+    Raises:
+        ValueError: names the figure.
+    """
+    metric = str(training_arguments.metric_for_best_model)
+    # see `MomaMetricsCallback`
+    figures = ["loss", *(f"{name}_{figure}" for name in config.modalities for figure in ("loss", "depth_load"))]
+    figures += [
+        f"{name}_{load}" for name in config.expert_groups for load in ("uncovered", "covered_twice", "peak_load")
+    ]
+    known = [f"{source}_{figure}" for source in sources for figure in figures] if sources else figures
+    if metric.removeprefix("eval_") not in known:
+        why = "each source has figures of its own" if sources else "no evaluation gives it"
+        raise InputError(
+            f"RECIPE, trainer: load_best_model_at_end goes by metric_for_best_model = {metric!r}, but {why}: "
+            f"name one, such as 'eval_{known[0]}'."
+        )
 
 
 def resumed_checkpoint(output: str, resume: bool) -> tuple[str | None, int]:

@@ -114,6 +114,8 @@ def test_best_model_of_several_sources_goes_by_a_loss_that_there_is(inputs, tmp_
 
     with pytest.raises(InputError, match="metric_for_best_model = 'loss'.*such as 'eval_lines_loss'"):
         trainer()
+    with pytest.raises(InputError, match="metric_for_best_model = 'photos_nonsense'.*such as 'eval_lines_loss'"):
+        trainer(metric_for_best_model="photos_nonsense")
     assert trainer(metric_for_best_model="photos_loss").args.metric_for_best_model == "photos_loss"
 
 

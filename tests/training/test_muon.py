@@ -256,10 +256,11 @@ def test_parameters_named_by_the_arguments_have_no_decay(inputs, tmp_path):
     assert not any(".text." in name or "self_attn" in name for name in decays)
 
 
-def test_arguments_that_it_does_not_take_are_refused(inputs, tmp_path):
-    recipe = {"model": TRAINED, "trainer": {"optim": "muon", "optim_args": "momentum=0.9"}}
+@pytest.mark.parametrize("name, value", [("optim_args", "momentum=0.9"), ("optim_target_modules", "all-linear")])
+def test_arguments_that_it_does_not_take_are_refused(inputs, tmp_path, name, value):
+    recipe = {"model": TRAINED, "trainer": {"optim": "muon", name: value}}
     (tmp_path / "recipe.json").write_text(json.dumps(recipe))
     given = four_steps(inputs, tmp_path / "out", "muon")
     given[given.index(str(inputs / "muon.json"))] = str(tmp_path / "recipe.json")
-    with pytest.raises(InputError, match="optim_args = 'momentum=0.9'.*optim = 'muon'"):
+    with pytest.raises(InputError, match=f"{name} = {value!r}.*optim = 'muon'"):
         main(given)

@@ -118,6 +118,7 @@ def test_schedule_may_be_named_alone(tmp_path, schedule):
         ("{lr_scheduler_type: curved}", "curved"),
         ("{lr_scheduler_type: linear, lr_scheduler_kwargs: {min_lr_rate: 0.1}}", "min_lr_rate"),
         ("{lr_scheduler_type: warmup_stable_decay}", "num_decay_steps"),
+        ("{optim: Muon}", "did you mean 'muon'"),
     ],
 )
 def test_what_the_trainer_refuses_is_told_in_one_line(tmp_path, trainer, message):
@@ -125,6 +126,27 @@ def test_what_the_trainer_refuses_is_told_in_one_line(tmp_path, trainer, message
     with pytest.raises(InputError, match=f"section `trainer`, .*: .*{message}") as raised:
         make_training_arguments(args)
     assert "\n" not in str(raised.value)
+
+
+def test_evaluation_batches_of_nothing_are_refused(tmp_path):
+    path = write(tmp_path, "model: {hidden_size: 8}\ntrainer: {per_device_eval_batch_size: 0}\n")
+    args = parse_arguments([*PATHS, path])
+    with pytest.raises(InputError, match="per_device_eval_batch_size = 0 must be at least 1"):
+        make_training_arguments(args)
+
+
+def test_the_precision_of_a_launch_is_taken_and_never_overrules_a_flag(tmp_path, monkeypatch):
+    path = write(tmp_path, "model: {hidden_size: 8}\n")
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    for flags in ([], ["--bf16", "on"]):
+        settings = make_training_arguments(parse_arguments([*PATHS, path, *flags]))
+        assert settings.bf16 and settings.mixed_precision == "bf16"
+    for launched, flag, wanted in (("bf16", "off", "no"), ("fp16", "on", "bf16"), ("fp8", "off", "no")):
+        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launched)
+        with pytest.raises(InputError, match=f"mixed_precision = '{launched}' .* say '{wanted}'"):
+            make_training_arguments(parse_arguments([*PATHS, path, "--bf16", flag]))
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    assert make_training_arguments(parse_arguments([*PATHS, path, "--bf16", "on"])).bf16
 
 
 @pytest.mark.parametrize(
