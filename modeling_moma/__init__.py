@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from .modeling_moma import MomaCausalLMOutput, MomaForCausalLM, MomaModel, MomaPreTrainedModel
     from .planning.costs import eta, flops_per_token, training_flops
     from .training.code_embeddings import initialize_code_embeddings
-    from .training.freezing import freeze_all_but, freeze_groups
+    from .training.freezing import freeze_all_but, freeze_groups, unfreeze
     from .training.metrics_callback import MomaMetricsCallback
     from .training.muon import Muon, muon_groups
     from .upcycling.report import UpcyclingReceipt, upcycling_receipt
@@ -50,6 +50,7 @@ _MODULES = {
     "quantized_share": "export.quantization",
     "torchao_config": "export.quantization",
     "training_flops": "planning.costs",
+    "unfreeze": "training.freezing",
     "upcycle": "upcycling.upcycle",
     "upcycled_config": "upcycling.upcycle",
     "upcycling_receipt": "upcycling.report",
@@ -141,6 +142,7 @@ __all__ = [
     "quantized_share",
     "torchao_config",
     "training_flops",
+    "unfreeze",
     "upcycle",
     "upcycled_config",
     "upcycling_receipt",

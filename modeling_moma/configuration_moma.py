@@ -206,7 +206,7 @@ class MomaConfig(PreTrainedConfig):
         dict one for each modality that it names.
     expert_capacity_factor (`float` or `dict[str, float]`, *optional*, defaults to 1.0):
         `c` in `K = ceil(c * N / E)`, the number of tokens that one of `E` experts takes from the `N` tokens of its
-        group. At 1.0 a token meets one expert on average (the paper's `c_e = 1 / E` of the tokens).
+        group; groups left out have 1.0, at which a token meets one expert on average (the paper's `c_e = 1 / E`).
     cover_all_tokens (`bool`, *optional*, defaults to `False`):
         Give a token that no expert takes to the one that scores it highest, in training and inference, under every
         rule but `token_choice`. The highest score and not the one nearest to its threshold: so this choice hangs on
@@ -671,15 +671,20 @@ def check_sizes(config: MomaConfig):
         f"must be None or below vocab_size ({config.vocab_size})",
     )
     require(config.hidden_act in ACT2FN, "hidden_act", config.hidden_act, "must be an activation of Transformers")
+    has_weights = any(True for _ in ACT2FN[config.hidden_act].parameters())
+    require(not has_weights, "hidden_act", config.hidden_act, "must be an activation without parameters")
+    rotary = config.rope_parameters or {}
+    is_whole = rotary.get("partial_rotary_factor", 1.0) == 1.0
+    require(is_whole, "rope_parameters", rotary, "must turn whole heads: partial_rotary_factor has to be 1")
 
 
 def check_modalities(config: MomaConfig):
     """Check the ranges of ids and the tokens around an image."""
     require(
-        "text" not in config.modality_token_ranges,
+        not any(name == "text" or "." in name for name in config.modality_token_ranges),
         "modality_token_ranges",
         config.modality_token_ranges,
-        "must not name 'text': every id outside the ranges is text",
+        "must not name 'text', which every id outside the ranges is, nor hold a '.' in a name, which is a module's",
     )
     taken = []
     for modality, ranges in config.modality_token_ranges.items():

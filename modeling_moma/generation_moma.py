@@ -23,13 +23,18 @@ from transformers.generation import (
     StoppingCriteriaList,
 )
 from transformers.generation.utils import GenerateOutput
+from transformers.utils import logging
 
 from .compat_moma import GenerationCompat
 from .configuration_moma import MomaConfig
 from .cpu_moma import is_on_cpu, unobserved_inference_mode
 from .errors_moma import InputError
 from .frames_moma import IMAGE, TEXT, ModalityFrame, in_ranges, open_frame_codes
+from .routing_moma import RULES
 from .token_groups_moma import seen_positions
+
+
+logger = logging.get_logger(__name__)
 
 
 class FrameLogitsProcessor(LogitsProcessor):
@@ -252,6 +257,11 @@ class MomaGenerationMixin(GenerationCompat):
         """
         mode = TEXT if generation_mode is None else generation_mode
         self._check_mode(mode)
+        if self.training and not RULES[self.config.training_routing].is_causal:
+            logger.warning_once(
+                f"`generate` in training mode routes by {self.config.training_routing!r}, whose experts choose among "
+                "the tokens of a step: each new token meets more of them than in training. Call `model.eval()` first."
+            )
         processors = LogitsProcessorList(logits_processor or [])
         # arguments keep the caller's list: the grammar adds its own to `processors` alone
         arguments = {**kwargs, "logits_processor": logits_processor}
@@ -438,6 +448,11 @@ class MomaGenerationMixin(GenerationCompat):
             )
         if mode == TEXT:
             return [TextOnlyLogitsProcessor(self.config)]
+        if num_new < 1:
+            raise InputError(
+                f"The prompt has {width} tokens, and `max_length` leaves {num_new} for new ones: give "
+                "`max_new_tokens`, or a larger `max_length`."
+            )
         needed = 0
         for modality, frame in frames.items():
             missing_B = frame.missing_tokens(prompt)

@@ -423,7 +423,7 @@ class MomaExpertGroup(nn.Module):
     def __init__(self, config: MomaConfig, group: str):
         super().__init__()
         self.num_experts = config.group_num_experts(group)
-        self.normalizes_gates, self.needs_gate = config.normalize_gates, config.gate_after_norm
+        self.needs_gate = config.gate_after_norm
         if self.num_experts == 1:
             self.mlp = MomaMLP(config.hidden_size, config.group_intermediate_size(group), config.hidden_act)
         else:
@@ -452,7 +452,7 @@ class MomaExpertGroup(nn.Module):
             # experts that a server has put in their place know of no pairs without a token
             is_ours = isinstance(self.experts, MomaExperts)
             _, selection = self.router(x_ND, context if is_ours else context.with_syncs())
-            if self.normalizes_gates:
+            if self.router.normalizes_gates:
                 selection = selection.normalized(num_tokens)
             # expert parallelism brings experts other rows than these, in unknown shares
             is_parallel = getattr(self.experts, "_is_expert_parallel", False)

@@ -209,7 +209,8 @@ Count = TypeVar("Count")
 
 def exact_share(share: float, parts: int = 1) -> tuple[int, int]:
     """Return numerator and denominator of `share / parts`, for [`ceil_share`]."""
-    exact = Fraction(share).limit_denominator(_LARGEST_DENOMINATOR) / parts
+    # a share of nothing would take no token where it takes one at least
+    exact = max(Fraction(1, _LARGEST_DENOMINATOR), Fraction(share).limit_denominator(_LARGEST_DENOMINATOR)) / parts
     return exact.numerator, exact.denominator
 
 
@@ -460,12 +461,25 @@ class MomaRouter(MomaRouterBase):
         if config.balance_bias_by_modality:
             self.balance_bias = nn.Buffer(torch.zeros(len(config.modalities), num_experts, dtype=torch.float32))
         self.group, self.num_experts = group, num_experts
-        self.num_experts_per_tok = config.num_experts_per_tok
-        self.covers_all_tokens = config.cover_all_tokens
         self.capacity_factor = config.group_capacity_factor(group)
         self.capacity_fraction = exact_share(self.capacity_factor, num_experts)
-        # the noise may be set to 0 in the model's configuration at any time
+        # fields that change no weight may be changed in the model's configuration at any time
         self.config = config
+
+    @property
+    def num_experts_per_tok(self) -> int:
+        """Experts that a rule which counts them gives each token."""
+        return self.config.num_experts_per_tok
+
+    @property
+    def normalizes_gates(self) -> bool:
+        """Whether a token's gates are divided by their sum."""
+        return self.config.normalize_gates
+
+    @property
+    def covers_all_tokens(self) -> bool:
+        """Whether a token that no expert takes goes to its best one."""
+        return self.config.cover_all_tokens
 
     def forward(self, x_ND: torch.Tensor, context: RoutingContext) -> tuple[torch.Tensor, Selection]:
         """Score the tokens and select.

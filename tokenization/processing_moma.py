@@ -292,6 +292,7 @@ class MomaProcessor(CodeConversionMixin):
             )
         if isinstance(text, bytes) or (text is not None and not hasattr(text, "__iter__")):
             raise InputError(f"text: expected a string or a list of strings, got {type(text).__name__}.")
+        _check_texts([text] if text is None or isinstance(text, str) else text)
         return_labels = given.pop("return_labels", self.return_labels)
         if text is not None and given.get("add_special_tokens", True):
             text = self._fill_empty_texts(text)
@@ -556,6 +557,19 @@ class MomaProcessor(CodeConversionMixin):
             )
         # the chat template is among the settings
         return [image_processor, tokenizer, vq_model, None, codecs]
+
+
+def _check_texts(texts: Any) -> None:
+    """Raise `ValueError` for half a pair of surrogates, of which no tokenizer can make tokens."""
+    for text in texts:
+        if isinstance(text, str) and not text.isascii():
+            try:
+                text.encode()
+            except UnicodeEncodeError as error:
+                raise InputError(
+                    f"text: half a pair of surrogates (\\u{ord(text[error.start]):04x}) at character {error.start} of "
+                    f"{text[:40]!r} is no text."
+                ) from None
 
 
 def _flatten(rows: list) -> list:

@@ -8,11 +8,17 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..configuration_moma import MomaConfig
 from ..errors_moma import InputError
 from ..modeling_moma import ByModality, MomaFeedForward, MomaPreTrainedModel, MomaUntiedAttention
+from ..routing_moma import MomaAuxiliaryRouter
 from ..token_groups_moma import token_modalities
+
+
+# handles of the hooks that keep rows of embeddings and heads as they are
+_held: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 def freeze_groups(model: MomaPreTrainedModel, groups: list[str]) -> int:
@@ -66,7 +72,8 @@ def freeze_all_but(model: MomaPreTrainedModel, groups: list[str]) -> list[str]:
     With `config.untied_attention` projections and norms of the groups' modalities learn, too (as in LMFusion,
     arXiv 2412.15188). A text model that learns images keeps its words so: where no image stands before them they meet
     no weight that changes, and only the new tokens' logits beside theirs do. The rows are those of the groups' own
-    tokens, and of those that begin and end their frames; what backward gives for all other rows is set to zero.
+    tokens, and of those that begin and end their frames; what backward gives for all other rows is set to zero, by
+    hooks that a copy of the model does not have. A second call takes the place of the first; [`unfreeze`] undoes both.
 
     Args:
         model (`MomaPreTrainedModel`):
@@ -93,8 +100,29 @@ def freeze_all_but(model: MomaPreTrainedModel, groups: list[str]) -> list[str]:
     matrices = {id(head.weight): head.weight for head in heads if head is not None}
     for weight in matrices.values():
         weight.requires_grad_(True)
-        weight.register_hook(_keep_rows(is_learning_V))
+        _let_go(weight)
+        _held[weight] = weight.register_hook(_keep_rows(is_learning_V))
     return [name for name, parameter in model.named_parameters() if id(parameter) in matrices]
+
+
+def unfreeze(model: MomaPreTrainedModel) -> None:
+    """Let a model learn in all its weights again, but for auxiliary routers, which have a training of their own.
+
+    Args:
+        model (`MomaPreTrainedModel`):
+            after [`freeze_groups`] or [`freeze_all_but`]; changed in place.
+    """
+    model.requires_grad_(True)
+    for parameter in model.parameters():
+        _let_go(parameter)
+    for module in model.modules():
+        if isinstance(module, MomaAuxiliaryRouter):
+            module.requires_grad_(False)
+
+
+def _let_go(weight: torch.Tensor) -> None:
+    if (handle := _held.pop(weight, None)) is not None:
+        handle.remove()
 
 
 def _keep_rows(is_kept_V: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -127,4 +155,4 @@ def learning_tokens(config: MomaConfig, modalities: Sequence[str]) -> torch.Tens
     return is_theirs_V
 
 
-__all__ = ["freeze_all_but", "freeze_groups"]
+__all__ = ["freeze_all_but", "freeze_groups", "unfreeze"]

@@ -142,6 +142,13 @@ def _sizes_beside_seed(seed: MomaConfig, upcycled: MomaConfig, expert_size: int 
             "`keep_seed` does not go with `gate_after_norm`: the gates of fresh routers would scale what the seed's "
             "network gives. In a seed without shared experts the field changes nothing: give gate_after_norm=False."
         )
+    # whether grown or not, what has a shared expert is scaled by its gates, or is not
+    has_shared = any(shared_size(seed, group) for group in seed.expert_groups)
+    if has_shared and seed.gate_after_norm != upcycled.gate_after_norm:
+        raise InputError(
+            f"`gate_after_norm` = {upcycled.gate_after_norm}: the seed has {seed.gate_after_norm} and shared experts, "
+            "and would not give what it gives. `keep_seed` keeps the field, too."
+        )
     if isinstance(expert_size, int):
         widths = dict.fromkeys(grown, expert_size)
     else:

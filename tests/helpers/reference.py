@@ -107,7 +107,7 @@ def reference_group(group, x_ND, routing, modality_N=None):
         # a divisor without a gradient
         sums = [sum(scores[t, e].item() for t, e in pairs if t == token) for token in range(len(outputs))]
         for token, expert in pairs:
-            weight = scores[token, expert] / sums[token] if group.normalizes_gates else scores[token, expert]
+            weight = scores[token, expert] / sums[token] if group.router.normalizes_gates else scores[token, expert]
             gate, up = group.experts.gate_up_proj[expert].chunk(2)
             output = swiglu(x_ND[token], gate, up, group.experts.down_proj[expert])
             outputs[token] = outputs[token] + weight * output

@@ -6,7 +6,7 @@ import torch
 
 from helpers.mixed import FirstStep, build_trainer, changed, copied_state, mixed_examples
 from helpers.tiny import tiny_model, tiny_processor
-from modeling_moma import calibrate_thresholds, freeze_all_but, freeze_groups
+from modeling_moma import calibrate_thresholds, freeze_all_but, freeze_groups, unfreeze
 from tokenization import MomaDataCollator
 
 
@@ -105,6 +105,32 @@ def test_words_are_those_of_before_after_images_have_learnt(untied_attention, pr
     is_new[tokens_of_images(model.config)] = True
     assert torch.equal(after[..., ~is_new], before[..., ~is_new])
     assert not torch.equal(after[..., is_new], before[..., is_new])
+
+
+def rows_with_gradients(model, processor):
+    model.zero_grad()
+    model(**MomaDataCollator(processor.tokenizer)(mixed_examples(processor))).loss.backward()
+    return (model.lm_head.weight.grad != 0).any(-1).nonzero().flatten().tolist()
+
+
+def test_another_freezing_takes_the_place_of_the_first_and_all_is_undone(processor):
+    model = tiny_model(processor, auxiliary_routers=True)
+    before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    images, everything = tokens_of_images(model.config), list(range(model.config.vocab_size))
+    (frame,) = model.config.frames.values()
+    # those that begin and end a frame are written among texts
+    texts = [token for token in everything if not any(start <= token < stop for start, stop in frame.ranges)]
+    freeze_all_but(model, ["image"])
+    assert rows_with_gradients(model, processor) == images
+    freeze_all_but(model, ["text"])
+    assert rows_with_gradients(model, processor) == texts
+    freeze_all_but(model, ["image", "text"])
+    assert rows_with_gradients(model, processor) == everything
+    freeze_all_but(model, ["image"])
+    freeze_groups(model, ["text"])
+    unfreeze(model)
+    assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == before
+    assert rows_with_gradients(model, processor) == everything
 
 
 @pytest.mark.parametrize("groups, said", [(["audio"], "audio.*text.*image"), ([], "nothing would learn")])

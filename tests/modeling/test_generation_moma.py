@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from transformers import DynamicCache, GenerationConfig, StaticCache
+from transformers.utils import logging
 
 from modeling_moma.configuration_moma import MomaConfig
 from modeling_moma.errors_moma import InputError
@@ -247,6 +248,23 @@ def test_too_few_new_tokens_raise_with_the_numbers(model):
             model.generate(ids, generation_mode="image", **limit)
     with pytest.raises(ValueError, match=r"needs 5 new tokens, but there is room for 4"):
         model.generate(torch.tensor([[BOS, BEGIN, 110, 111]]), generation_mode="interleaved", max_new_tokens=4)
+
+
+@pytest.mark.parametrize("mode", ["image", "interleaved"])
+def test_a_length_that_the_prompt_has_reached_is_named(model, mode):
+    for max_length in (3, 5):
+        with pytest.raises(InputError, match=f"prompt has 5 tokens, and `max_length` leaves {max_length - 5} for new"):
+            model.generate(torch.full((1, 5), BOS), generation_mode=mode, max_length=max_length)
+
+
+def test_experts_that_choose_among_the_tokens_of_a_step_are_told_of(caplog):
+    model = MomaForCausalLM(make_config(training_routing="expert_choice"))
+    ids = torch.tensor([[BOS, 20, 21]])
+    for is_training in (False, True):
+        caplog.clear()
+        logging.warning_once.cache_clear()
+        model.train(is_training).generate(ids, max_new_tokens=2)
+        assert ("Call `model.eval()` first" in caplog.text) is is_training
 
 
 @pytest.mark.parametrize("is_given", [True, False], ids=["given", "models"])

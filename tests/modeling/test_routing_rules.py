@@ -91,6 +91,26 @@ def test_depth_layers_follow_the_form_that_a_rule_brings(first_experts):
     assert asked == [ids.shape]
 
 
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "field, value", [("num_experts_per_tok", 2), ("cover_all_tokens", True), ("normalize_gates", True)]
+)
+def test_fields_that_change_no_weight_are_read_in_every_forward(field, value):
+    routing = "threshold" if field == "cover_all_tokens" else "token_choice"
+    model, ids = tiny_model(**GROUPS["4t4i"], num_experts_per_tok=1).eval(), mixed_ids(4, 16)
+    setattr(model.config, field, value)
+    wanted = MomaForCausalLM(MomaConfig.from_dict(model.config.to_dict())).eval()
+    wanted.load_state_dict(model.state_dict())
+    assert torch.equal(model(ids, routing=routing).logits, wanted(ids, routing=routing).logits)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("field", ["expert_capacity_factor", "depth_capacity"])
+def test_the_smallest_capacities_take_one_token(field):
+    model, ids = tiny_model(**{**GROUPS["4t4i"], **DEPTH, field: 4e-7}), mixed_ids(4, 16)
+    assert model(ids, labels=ids).loss.isfinite()
+
+
 def test_costs_read_the_record(first_experts):
     config = tiny_config(num_experts={"text": 4, "image": 4}, num_experts_per_tok=2)
     assert flops_per_token(config, "text", 8, routing=first_experts) == flops_per_token(

@@ -165,6 +165,12 @@ def test_gates_can_be_normalised_and_turned_off_after_the_norm():
         torch.testing.assert_close(upcycled(ids).logits, seed(ids).logits, rtol=1e-5, atol=2e-6)
 
 
+def test_gates_of_a_shared_expert_stay_as_they_are():
+    seed = tiny_model(**GROUPS["1t1i"], gate_after_norm=True, shared_expert_intermediate_size=8)
+    with pytest.raises(ValueError, match="`gate_after_norm` = False: the seed has True and shared experts"):
+        upcycle(seed, FOUR_EACH, keep_seed=True, gate_after_norm=False)
+
+
 @pytest.mark.parametrize("norm_placement", ["pre", "post"])
 def test_two_steps_of_training_move_every_expert_and_router(norm_placement):
     seed = trained_seed(**GROUPS["1t1i"], norm_placement=norm_placement)
