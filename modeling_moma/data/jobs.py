@@ -242,7 +242,8 @@ def source_files(source: Source) -> list[Path]:
         for parent, folders, names in os.walk(found):
             folders[:] = [name for name in folders if not name.startswith(".")]
             files += [Path(parent, name) for name in names if not name.startswith(".")]
-    return sorted(file for file in files if file.suffix.lower() not in OTHER_FILES)
+    # a link may lead nowhere
+    return sorted(file for file in files if file.suffix.lower() not in OTHER_FILES and file.is_file())
 
 
 def source_digest(source: Source) -> str | None:
@@ -386,8 +387,7 @@ def _warn_of_later_files(path: Path, job: Job) -> None:
     """Tell of sources with a file of rows that was written after the job began; a change may keep a file's size."""
     began = path.stat().st_mtime
     for name in job.sources:
-        found = map(Path, glob(job.source(name).pattern(), recursive=True))
-        files = [file for one in found for file in ([one] if one.is_file() else one.rglob("*"))]
+        files = source_files(job.source(name))
         later = [file for file in files if file.suffix in ROW_FILES and file.stat().st_mtime > began]
         if later:
             logger.warning(

@@ -75,7 +75,7 @@ class Source:
         held_out (`float`, *optional*, defaults to `0.02`):
             share of the training rows that becomes `validation` where the data set has no such split.
         weight (`float`, *optional*, defaults to `1.0`):
-            its part of the tokens of a mixture, relative to the other sources' weights; from 1e-6 to 1e6.
+            its part of the tokens of a mixture, relative to the other sources' weights.
         root (`str`, *optional*):
             folder that paths of images in the rows start from; by default that of `data`.
     """

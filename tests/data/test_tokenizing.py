@@ -444,6 +444,7 @@ def test_images_that_changed_their_place_do_not_mix_into_a_folder(processor, tmp
     # what lies beside the images and is none of them does not matter
     written = tokenize(fruit, processor, tmp_path / "tokens")
     (folder / "README.md").write_text("fruit")
+    (folder / "gone.png.txt").symlink_to("nowhere")
     (folder / ".cache").mkdir()
     (folder / ".cache" / "list.json").write_text("{}")
     assert tokenize(fruit, processor, tmp_path / "tokens") == written
