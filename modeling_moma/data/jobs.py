@@ -233,6 +233,10 @@ def source_files(source: Source) -> list[Path]:
     """Return the files of this machine that a source may be read from, sorted; none of one on the Hub.
 
     Hidden files are left out, as `datasets` does.
+
+    Args:
+        source ([`Source`]):
+            of a recipe.
     """
     files = []
     for found in map(Path, glob(source.pattern(), recursive=True)):

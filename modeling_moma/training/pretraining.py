@@ -3,7 +3,6 @@
 
 import argparse
 import json
-import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +28,7 @@ from ..hub.loading import MODEL, check_saved, open_model, open_processor, requir
 from ..modeling_moma import MomaForCausalLM
 from ..routing_moma import MomaRouter
 from ..utils.atomic_files import write_aside
-from ..utils.hardware import on_one_gpu, trains_in_bf16
+from ..utils.hardware import check_precision, on_one_gpu, precision_fields
 from ..utils.messages import one_line
 from .adapters import with_adapters
 from .checkpoints import check_kind, checkpoint_step, last_checkpoint, without_torn_checkpoints
@@ -62,8 +61,6 @@ if TYPE_CHECKING:
 
 # the schedule of the learning rate where a recipe names none
 SCHEDULE = "cosine_with_min_lr"
-# where `accelerate launch` says the precision
-LAUNCHED_PRECISION = "ACCELERATE_MIXED_PRECISION"
 
 
 @dataclass(frozen=True)
@@ -245,39 +242,6 @@ def make_training_arguments(args: argparse.Namespace) -> TrainingArguments:
         raise InputError(f"the recipe's section `trainer`: per_device_eval_batch_size = {number} must be at least 1.")
     check_precision(training_arguments)
     return on_one_gpu(training_arguments)
-
-
-def precision_fields(choice: str, device: str) -> dict[str, bool]:
-    """Return the settings of the Trainer by which it computes in the precision of `--bf16`.
-
-    Args:
-        choice (`str`):
-            of `--bf16`: `"auto"` goes by what `accelerate launch` was told, and without it by the device.
-        device (`str`):
-            of the training.
-    """
-    launched = os.environ.get(LAUNCHED_PRECISION, "no")
-    if choice == "auto" and launched in ("bf16", "fp16"):
-        return {launched: True}
-    return {"bf16": trains_in_bf16(choice, device)}
-
-
-def check_precision(training_arguments: TrainingArguments) -> None:
-    """Raise where `accelerate launch` says another precision than the training has, and would overrule it.
-
-    Args:
-        training_arguments (`TrainingArguments`):
-            of the training.
-
-    Raises:
-        ValueError: names both.
-    """
-    wanted = "bf16" if training_arguments.bf16 else "fp16" if training_arguments.fp16 else "no"
-    if (launched := os.environ.get(LAUNCHED_PRECISION, "no")) not in ("no", wanted):
-        raise InputError(
-            f"accelerate's mixed_precision = {launched!r} (`accelerate launch --mixed_precision`, or its "
-            f"configuration), and --bf16 or the recipe's section `trainer` say {wanted!r}: let both say the same."
-        )
 
 
 def _try_schedule(training_arguments: TrainingArguments) -> None:

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from transformers import TrainingArguments
 
 
+# where `accelerate launch` says the precision
+LAUNCHED_PRECISION = "ACCELERATE_MIXED_PRECISION"
 # parameters of `mallopt`, from `malloc.h`
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 # bytes from which on an allocation is one of its own, given back to the system as soon as it is freed
@@ -43,6 +45,39 @@ def trains_in_bf16(choice: str, device: "str | torch.device") -> bool:
             of the training.
     """
     return supports_bf16(device) if choice == "auto" else choice == "on"
+
+
+def precision_fields(choice: str, device: str) -> dict[str, bool]:
+    """Return the settings of the Trainer by which it computes in the precision of `--bf16`.
+
+    Args:
+        choice (`str`):
+            of `--bf16`: `"auto"` goes by what `accelerate launch` was told, and without it by the device.
+        device (`str`):
+            of the training.
+    """
+    launched = os.environ.get(LAUNCHED_PRECISION, "no")
+    if choice == "auto" and launched in ("bf16", "fp16"):
+        return {launched: True}
+    return {"bf16": trains_in_bf16(choice, device)}
+
+
+def check_precision(training_arguments: "TrainingArguments") -> None:
+    """Raise where `accelerate launch` says another precision than the training has, and would overrule it.
+
+    Args:
+        training_arguments (`TrainingArguments`):
+            of the training.
+
+    Raises:
+        ValueError: names both.
+    """
+    wanted = "bf16" if training_arguments.bf16 else "fp16" if training_arguments.fp16 else "no"
+    if (launched := os.environ.get(LAUNCHED_PRECISION, "no")) not in ("no", wanted):
+        raise InputError(
+            f"accelerate's mixed_precision = {launched!r} (`accelerate launch --mixed_precision`, or its "
+            f"configuration), and --bf16 or the recipe's section `trainer` say {wanted!r}: let both say the same."
+        )
 
 
 def on_one_gpu(args: "TrainingArguments") -> "TrainingArguments":
@@ -97,4 +132,12 @@ def keep_freed_memory() -> bool:
     return bool(set_option(_M_MMAP_THRESHOLD, _LARGEST_KEPT)) and bool(set_option(_M_TRIM_THRESHOLD, _NEVER))
 
 
-__all__ = ["keep_freed_memory", "on_one_gpu", "refuse_data_parallel", "supports_bf16", "trains_in_bf16"]
+__all__ = [
+    "check_precision",
+    "keep_freed_memory",
+    "on_one_gpu",
+    "precision_fields",
+    "refuse_data_parallel",
+    "supports_bf16",
+    "trains_in_bf16",
+]

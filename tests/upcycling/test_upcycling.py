@@ -208,7 +208,7 @@ def test_preserved_function_gives_every_covered_token_what_the_seed_gave(case, r
     upcycled = upcycle(seed, target, preserve_function=True)
     x_ND = tokens()
     for name, seed_group, group in groups_of(seed, upcycled):
-        group.router.num_experts_per_tok = 2
+        upcycled.config.num_experts_per_tok = 2
         # so high that some tokens get no expert of eight
         group.router.threshold.fill_(0.7)
         output, taken_N = run_group(upcycled, name, group, x_ND, routing)
