@@ -91,8 +91,7 @@ class ResumedTrainer(Trainer):
     def _check_finite(self, tr_loss: torch.Tensor, grad_norm: torch.Tensor | float | None) -> None:
         """Raise, on all processes alike, where the loss since the last log or the gradients' norm is not finite."""
         # fp16 passes over the steps whose gradients overflow
-        is_fp16 = self.accelerator.mixed_precision == "fp16"
-        norm = 0.0 if grad_norm is None or is_fp16 else float(grad_norm)
+        norm = 0.0 if grad_norm is None or self.args.fp16 else float(grad_norm)
         figures = self.accelerator.gather(torch.stack([tr_loss.detach().float(), tr_loss.new_tensor(norm).float()]))
         losses, norms = figures.view(-1, 2).unbind(1)  # pyright: ignore[reportAttributeAccessIssue]
         for what, values in (("loss", losses), ("norm of the gradients", norms)):
