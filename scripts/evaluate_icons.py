@@ -29,6 +29,7 @@ LEAST = {
     "seeds": 1,
     "top_k": 0,
     "batch_size": 1,
+    "views": 2,
 }
 
 
@@ -48,6 +49,7 @@ def parse_arguments(arguments=None) -> argparse.Namespace:
     parser.add_argument("--limit", type=int, default=300, help="icons of each split to name, tag and search")
     parser.add_argument("--ranked", type=int, default=32, help="icons of each split for which all names are ranked")
     parser.add_argument("--queries", type=int, default=50, help="of each split and kind to look for")
+    parser.add_argument("--views", type=int, default=5, help="codings of each icon, beside one, to name and tag it")
     parser.add_argument("--drawings", type=int, default=160, help="captions to draw")
     parser.add_argument("--seeds", type=int, default=4, help="drawings of each caption")
     parser.add_argument("--sheet", type=int, default=24, help="captions of the sheet")

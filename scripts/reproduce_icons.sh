@@ -37,7 +37,7 @@ fi
         --tokens runs/icons/tokens --output runs/icons/model --batch-size $rows --resume
 # each stage from the weights of the one before
 start=runs/icons/model seed=0
-for further in longer longer muon; do
+for further in longer longer muon muon; do
     seed=$((seed + 1))
     stage=runs/icons/$further-$seed
     [ -e $stage/trainer_state.json ] ||

@@ -4,7 +4,7 @@
 import json
 import time
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -24,7 +24,17 @@ from icons_recipe.neighbours import (
     rows_by_hash,
     train_columns,
 )
-from icons_recipe.samples import HELD_OUT, TRAIN, Sample, caption, normalised, open_split, read_emoji, take_sample
+from icons_recipe.samples import (
+    HELD_OUT,
+    TRAIN,
+    Sample,
+    caption,
+    lone_icons,
+    normalised,
+    open_split,
+    read_emoji,
+    take_sample,
+)
 from icons_recipe.searching import (
     Query,
     chance,
@@ -42,7 +52,7 @@ from modeling_moma.evaluation.drawings import check_drawings, feature_extractor
 from modeling_moma.evaluation.held_out import CaptionedImages
 from modeling_moma.evaluation.information import measure_information
 from modeling_moma.evaluation.measures import load_model, tokenizer_quality
-from modeling_moma.labelling.labeler import ImageLabeler
+from modeling_moma.labelling.labeler import Guess, ImageLabeler
 from tokenization import MomaProcessor
 
 
@@ -68,6 +78,7 @@ class Evaluation:
         self.processor = MomaProcessor.from_pretrained(args.model).to(device)
         check_drawings(self.processor, args.drawings)
         self.labeler = ImageLabeler(self.model, self.processor, batch_size=args.batch_size)
+        self.labeler_of_views = ImageLabeler(self.model, self.processor, batch_size=args.batch_size, views=args.views)
         self.extract = extract or feature_extractor(device)
         self.control = load_model(args.control, device) if args.control else None
         sampling = {name: getattr(args, name) for name in ("temperature", "top_k", "guidance_scale")}
@@ -76,10 +87,14 @@ class Evaluation:
         self.train = self._train_icons()
         self.tags_of_names = tags_by_name(self.train.columns)
         self.samples = {split: self._sample(split, args.limit) for split in HELD_OUT}
+        self.views = {
+            split: self.labeler_of_views.encode_pixels(torch.cat(sample.images))
+            for split, sample in self.samples.items()
+        }
 
-    def _sample(self, split: str, limit: int, known: set[str] | None = None) -> Sample:
+    def _sample(self, split: str, limit: int, **kwargs) -> Sample:
         args = self.args
-        return take_sample(args.data, split, limit, self.processor, self.extract, args.batch_size, known)
+        return take_sample(args.data, split, limit, self.processor, self.extract, args.batch_size, **kwargs)
 
     def _train_icons(self) -> TrainIcons:
         args, opened = self.args, open_split(self.args.data, TRAIN)
@@ -110,12 +125,14 @@ class Evaluation:
     def names(self, sample: Sample, neighbours: list[list[dict]]) -> dict:
         """Returns how many names are found by beam search and by neighbours, and the true names' ranks among all."""
         args, name_end = self.args, self.labeler.form.name_ends[0]
-        found = [[guess.text for guess in guesses] for guesses in self.labeler.names(sample.codes, NAMES)]
+        found = texts_of(self.labeler.names(sample.codes, NAMES))
+        of_views = texts_of(self.labeler_of_views.names(self.views[sample.split], NAMES))
         others = [distinct_names(rows, NAMES) for rows in neighbours]
         ranked = rank_names(self.model, self.processor, sample, args.ranked, name_end, 4 * args.batch_size)
         return {
             "images": len(sample.rows),
             "model": name_figures(found, sample.rows),
+            "model_of_views": name_figures(of_views, sample.rows),
             "nearest_neighbour": name_figures(others, sample.rows),
             "ranked": ranked,
             "samples": [
@@ -130,12 +147,14 @@ class Evaluation:
         if not places:
             return None
         rows = [sample.rows[place] for place in places]
-        found = [[guess.text for guess in guesses] for guesses in self.labeler.tags(sample.codes[places], TAGS)]
+        found = texts_of(self.labeler.tags(sample.codes[places], TAGS))
+        of_views = texts_of(self.labeler_of_views.tags(self.views[sample.split][places], TAGS))
         others = [distinct_tags(neighbours[place], TAGS) for place in places]
         return {
             "images": len(rows),
             "tags": sum(len(row["keywords"]) for row in rows) / len(rows),
             "model": tag_figures(found, rows),
+            "model_of_views": tag_figures(of_views, rows),
             "nearest_neighbour": tag_figures(others, rows),
             "samples": [
                 {"icon": f"{row['set']}:{row['icon']}", "keywords": row["keywords"], "tags": texts}
@@ -176,7 +195,7 @@ class Evaluation:
         if not self.args.emoji:
             return None
         rows, codes = read_emoji(self.args.emoji, self.processor, self.args.batch_size)
-        found = [[guess.text for guess in guesses] for guesses in self.labeler.names(codes, NAMES)]
+        found = texts_of(self.labeler.names(codes, NAMES))
         figures = name_figures(found, rows)
         result = {"images": len(rows), "model": {name: figures[name] for name in ("top1", "top5", "word_in_common")}}
         if EMOJI_REPORT.exists():
@@ -185,10 +204,21 @@ class Evaluation:
             result["nearest_neighbour"] = captions["nearest_neighbour"]["label"]
         return result
 
+    def fit(self) -> dict:
+        """Returns how many names are found of training icons, and of such icons of `MAIN`, which are held out."""
+        args, train, found = self.args, self.train.columns, {}
+        held_out = open_split(args.data, MAIN).select_columns(["name", "family"]).to_dict()
+        for split, columns in ((TRAIN, train), (MAIN, held_out)):
+            sample = self._sample(split, args.limit, is_taken=lone_icons(columns, train))
+            names = texts_of(self.labeler.names(sample.codes, NAMES))
+            found[split] = {"images": len(names), **name_figures(names, sample.rows)}
+        return found
+
     def drawings(self) -> dict:
         """Returns what a judge sees in drawings of held-out captions whose names it knows."""
         args, judge = self.args, fit_judge(self.train, frequent_names(self.train.columns))
-        sample = self._sample(MAIN, args.drawings, set(judge.names))
+        names = set(judge.names)
+        sample = self._sample(MAIN, args.drawings, is_taken=lambda row: normalised(row["name"]) in names)
         return judge_drawings(
             self.model,
             self.processor,
@@ -233,6 +263,7 @@ class Evaluation:
             "image_seq_length": self.processor.image_seq_length,
             "resolution": self.processor.image_size[0],
             "train_icons": len(self.train.columns["name"]),
+            "views": self.args.views,
             "neighbour_images": len(self.train.rows) if self.earlier is None else self.earlier["neighbour_images"],
             "tokenizer": tokenizer_quality(self.processor, main.images, main.codes),
         }
@@ -248,6 +279,7 @@ class Evaluation:
             ("tags", of_splits(self.tags)),
             ("search", of_splits(self.search)),
             ("emoji", self.emoji),
+            ("fit", self.fit),
             ("drawings", self.drawings),
             ("information", self.information),
             ("coverage", self.coverage),
@@ -263,6 +295,11 @@ class Evaluation:
         """Returns an image of drawings of held-out captions."""
         args = self.args
         return draw_sheet(self.labeler, args.data, MAIN, args.sheet, self.sampling, range(args.seeds))
+
+
+def texts_of(guesses: Sequence[Sequence[Guess]]) -> list[list[str]]:
+    """Returns the texts of what images are given."""
+    return [[guess.text for guess in found] for found in guesses]
 
 
 def read_report(path: str) -> dict:

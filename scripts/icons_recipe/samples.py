@@ -2,7 +2,8 @@
 """The held-out icons that a model is measured on: so many of a split, chosen by hashes, with captions and codes."""
 
 import hashlib
-from collections.abc import Callable, Collection, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -114,6 +115,27 @@ def in_order(rows: Sequence[dict]) -> list[int]:
     return sorted(range(len(rows)), key=lambda place: order(rows[place]["set"], rows[place]["icon"]))
 
 
+def lone_icons(columns: Mapping[str, Sequence[str]], train: Mapping[str, Sequence[str]]) -> Callable[[dict], bool]:
+    """
+    Returns what tells the icons that are their family's only ones of their name, which another family of the training
+    draws too: whether they were trained on or held out, the training has no other size or style of them.
+
+    Args:
+        columns: `name` and `family` of all icons of a split.
+        train: the same of the training icons.
+    """
+    numbers = Counter(zip(columns["family"], map(normalised, columns["name"]), strict=True))
+    families = defaultdict(set)
+    for family, name in zip(train["family"], map(normalised, train["name"]), strict=True):
+        families[name].add(family)
+
+    def is_lone(row: dict) -> bool:
+        family, name = row["family"], normalised(row["name"])
+        return numbers[family, name] == 1 and bool(families[name] - {family})
+
+    return is_lone
+
+
 def take_sample(
     data: str,
     split: str,
@@ -121,29 +143,35 @@ def take_sample(
     processor,
     extract: Callable[[torch.Tensor], torch.Tensor],
     batch_size: int,
-    known: Collection[str] | None = None,
+    is_taken: Callable[[dict], bool] = lambda row: True,
 ) -> Sample:
     """
-    Reads icons of a held-out split, codes them and computes their features.
+    Reads icons of a split, codes them and computes their features.
 
     Args:
         data: folder of the data set.
-        split: one of `HELD_OUT`.
+        split: `TRAIN`, or one of `HELD_OUT`.
         limit: icons at most, at least 2.
         processor: a `MomaProcessor`.
         extract: pixel values `[B, 3, H, W]` in [-1, 1] to features `[B, D]`.
         batch_size: images at once.
-        known: takes icons of these names alone; of any by default.
+        is_taken: says of an icon's columns whether it is taken; all are by default.
 
     Raises:
         InputError: there is no such folder or split, or there are fewer than two such icons in it.
     """
     opened = open_split(data, split)
     rows = without_images(opened)
-    names = [normalised(row["name"]) for row in rows]
-    places = [place for place in in_order(rows) if known is None or names[place] in known][:limit]
+    places = [place for place in in_order(rows) if is_taken(rows[place])][:limit]
     if len(places) < 2:
         raise InputError(f"--data {data!r}: {len(places)} icons of {split!r} can be measured, and 2 are needed.")
     images = list(image_batches(opened.select(places), processor, batch_size, f"images of {split}"))
     codes, features = encode_images(processor, iter(images)), all_features(extract, images)
-    return Sample(split, [rows[place] for place in places], images, codes, features, sorted(set(names)))
+    return Sample(
+        split,
+        [rows[place] for place in places],
+        images,
+        codes,
+        features,
+        sorted({normalised(row["name"]) for row in rows}),
+    )

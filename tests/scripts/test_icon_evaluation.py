@@ -40,7 +40,7 @@ def measured(data, tmp_path_factory):
     processor.save_pretrained(folder)
     patch = pytest.MonkeyPatch()
     patch.setattr(measuring, "feature_extractor", lambda device: patches)
-    sizes = {"limit": 5, "ranked": 2, "queries": 3, "drawings": 8, "seeds": 2, "sheet": 3, "batch-size": 8}
+    sizes = {"limit": 5, "ranked": 2, "queries": 3, "drawings": 8, "seeds": 2, "sheet": 3, "batch-size": 8, "views": 2}
     words = [word for name, size in sizes.items() for word in (f"--{name}", str(size))]
     try:
         evaluate_icons.main(
@@ -62,6 +62,8 @@ def test_everything_is_measured_and_shown(measured):
         scores = ("model", "bm25_names", "bm25_names_and_tags", "bm25_neighbours", "chance")
         assert all(0 <= search[name] <= 1 for name in scores)
     assert report["search"]["test"]["unnamed"]["bm25_names"] == 0
+    assert report["views"] == 2 and 0 <= report["tags"]["test"]["model_of_views"]["recall"] <= 1
+    assert {split: found["images"] for split, found in report["fit"].items()} == {"train": 5, "test": 5}
     assert report["emoji"]["images"] == 12 and 0 <= report["emoji"]["model"]["top5"] <= 1
     drawings = report["drawings"]
     assert drawings["captions"] == 8 and len(drawings["by_seed"]) == 2
@@ -77,16 +79,29 @@ def test_everything_is_measured_and_shown(measured):
 
 def test_the_evaluation_is_the_same_twice(data, measured):
     words = ["--model", str(measured), "--data", str(data), "--limit", "5", "--drawings", "8", "--ranked", "2"]
+    words += ["--views", "2"]
     evaluation = measuring.Evaluation(evaluate_icons.parse_arguments([*words, "--seeds", "2"]), patches)
     report = json.loads((measured / "evaluation.json").read_text())
     near = evaluation.neighbours()["test_words"]
     assert evaluation.names(evaluation.samples["test_words"], near) == report["names"]["test_words"]
+    assert evaluation.fit() == report["fit"]
     assert evaluation.drawings()["by_seed"] == report["drawings"]["by_seed"]
 
 
 def test_neighbours_of_an_earlier_report_are_those_that_are_computed(data, measured, tmp_path):
     words = ["--model", str(measured), "--data", str(data), "--limit", "5", "--drawings", "8", "--ranked", "2"]
-    words += ["--seeds", "2", "--emoji", "", "--queries", "3", "--neighbours", str(measured / "evaluation.json")]
+    words += [
+        "--views",
+        "2",
+        "--seeds",
+        "2",
+        "--emoji",
+        "",
+        "--queries",
+        "3",
+        "--neighbours",
+        str(measured / "evaluation.json"),
+    ]
     earlier = json.loads((measured / "evaluation.json").read_text())
     report = measuring.Evaluation(evaluate_icons.parse_arguments(words), patches).run()
     for name in ("neighbour_images", "train_icons", "names", "tags", "search", "drawings"):

@@ -25,7 +25,7 @@ from icons_recipe.neighbours import (
     rows_by_hash,
     train_columns,
 )
-from icons_recipe.samples import HELD_OUT, caption, in_order, open_split, order, take_sample
+from icons_recipe.samples import HELD_OUT, caption, in_order, lone_icons, open_split, order, take_sample
 from icons_recipe.searching import Query, chance, lexical_scores, queries_of, recall, tags_by_name
 from icons_recipe.sheet import rows_of_names
 from modeling_moma.calibration.observation import observed_routers
@@ -58,13 +58,24 @@ def test_the_sample_of_a_split_is_chosen_by_hash_and_grows_with_its_limit(data, 
     few, more = (take_sample(str(data), "test", limit, processor, mean_colour, 4) for limit in (5, 9))
     assert few.rows == more.rows[:5] and torch.equal(few.codes, more.codes[:5])
     assert few.names == sorted(NAMES) and few.features.shape == (5, 3) and len(torch.cat(few.images)) == 5
-    keys = take_sample(str(data), "test", 9, processor, mean_colour, 4, {"key"})
+    keys = take_sample(str(data), "test", 9, processor, mean_colour, 4, lambda row: row["name"] == "key")
     assert {row["name"] for row in keys.rows} == {"key"}
     assert (caption(icon(0)), caption(icon(1), True)) == (
         "house (tabler, filled)",
         "red apple (tabler, filled, red)",
     )
     assert caption(icon(0), True) == caption(icon(0))
+
+
+def test_lone_icons_are_those_of_a_loop():
+    drawn = [("key", "a"), ("Key", "a"), ("key", "b"), ("pin", "a"), ("pin", "b"), ("cat", "a"), ("dog", "c")]
+    train = {"name": [name for name, _ in drawn], "family": [family for _, family in drawn]}
+    rows = [{"name": name, "family": family} for name, family in drawn]
+    # two of one maker, and what nobody else draws, are none
+    assert [lone_icons(train, train)(row) for row in rows] == [False, False, True, True, True, False, False]
+    held_out = {"name": ["dog", "cat", "key", "owl"], "family": ["d", "a", "a", "d"]}
+    rows = [dict(zip(held_out, pair)) for pair in zip(*held_out.values())]
+    assert [lone_icons(held_out, train)(row) for row in rows] == [True, False, True, False]
 
 
 def test_icons_that_came_after_a_sample_are_read(tmp_path, monkeypatch):
@@ -85,7 +96,7 @@ def test_data_that_are_not_there_are_named(data, tmp_path, parts):
     with pytest.raises(ValueError, match="test_other"):
         open_split(str(data), "test_other")
     with pytest.raises(ValueError, match="0 icons of 'test'"):
-        take_sample(str(data), "test", 9, parts[1], mean_colour, 4, {"dragon"})
+        take_sample(str(data), "test", 9, parts[1], mean_colour, 4, lambda row: row["name"] == "dragon")
 
 
 def test_names_are_compared_by_their_words_and_aliases_count_apart():

@@ -51,4 +51,5 @@ def test_finished_stages_are_not_begun_again(tmp_path):
         ("runs/icons/model", "runs/icons/longer-1", "1"),
         ("runs/icons/longer-1", "runs/icons/longer-2", "2"),
         ("runs/icons/longer-2", "runs/icons/muon-3", "3"),
+        ("runs/icons/muon-3", "runs/icons/muon-4", "4"),
     ]
