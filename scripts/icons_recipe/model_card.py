@@ -585,8 +585,8 @@ All images of the emoji's own `test`, whose names are exact labels:
 {emoji_table}
 
 Names of icons that are the only ones of their name by their maker, while another maker of the training draws the
-thing too: those of `train` were trained on, those of `test` were not. Where the first are little ahead, a larger
-model or a longer training is what is lacking, and not more icons.
+thing too: those of `train` were trained on, those of `test` were not. Where few of the first are named, a larger
+model or a longer training is what is lacking; by how much they are ahead says what more icons could give.
 
 {fit_table}
 

@@ -88,10 +88,18 @@ class Guard:
                 return
             if length > MAX_BODY_BYTES:
                 raise RequestError("body", f"{length:,} bytes are more than {MAX_BODY_BYTES:,}.", 413)
+            # a body that is read need not be drained
+            announced, length = length, 0
             with ExitStack() as held:
-                body = await _read(receive, lambda: held.enter_context(self.admission.room_for_body()))
-                # a body that is read need not be drained
-                length = 0
+
+                def hold() -> None:
+                    nonlocal length
+                    # what is refused in the middle is read on
+                    length = announced
+                    held.enter_context(self.admission.room_for_body())
+                    length = 0
+
+                body = await _read(receive, hold)
                 request = self.admission.enter()
                 try:
                     await self._attend(request, scope, body, receive, send)

@@ -86,3 +86,23 @@ def test_what_is_announced_takes_no_room_and_what_has_arrived_does():
         assert admission.large == 0
 
     asyncio.run(clients())
+
+
+def test_a_body_of_too_many_values_is_answered_as_soon_as_it_is_read():
+    """And not once nothing more has come of it for as long as a body may take."""
+    asked = []
+
+    async def receive():
+        asked.append("body")
+        if len(asked) > 1:
+            await asyncio.get_running_loop().create_future()
+        return {"type": "http.request", "body": b"[" * (LARGE_BODY_BYTES + 1), "more_body": False}
+
+    async def send(message):
+        asked.append(message.get("status"))
+
+    headers = [(b"host", b"localhost"), (b"content-length", str(LARGE_BODY_BYTES + 1).encode())]
+    scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": headers}
+    guard = Guard(PlainTextResponse("in"), Admission(1, 1))
+    asyncio.run(asyncio.wait_for(guard(scope, receive, send), 5))
+    assert asked == ["body", 413, None]
