@@ -96,10 +96,10 @@ class Job:
             `pictures` (an estimate), `rows_per_shard`, `list_columns`.
         held_out_rule (`str`, *optional*):
             how rows are drawn that become `validation`; `None` in jobs of earlier versions, which drew others.
-        file_sizes (`dict[str, int | None]`, *optional*):
-            bytes of each source's files together, `None` where streamed; `None` in jobs of earlier versions.
         files (`dict[str, str | None]`, *optional*):
             a hash of each source's files, see [`source_digest`]; `None` in jobs of earlier versions.
+        file_sizes (`dict[str, int | None]`, *optional*):
+            bytes of each source's files together, `None` where streamed; `None` in jobs of earlier versions.
     """
 
     processor: str
@@ -110,8 +110,8 @@ class Job:
     sources: dict[str, dict]
     splits: dict[str, dict[str, dict]]
     held_out_rule: str | None = None
-    file_sizes: dict[str, int | None] | None = None
     files: dict[str, str | None] | None = None
+    file_sizes: dict[str, int | None] | None = None
 
     def source(self, name: str) -> Source:
         """Return the source of that name."""
@@ -364,9 +364,7 @@ def _compare(folder: str | Path, then: dict, now: dict) -> None:
     alike = ["processor", "held_out_rule", *(name for name in ("file_sizes", "files") if then.get(name) is None)]
     different = [name for name in now if name not in alike and then.get(name) != now[name]]
     if different:
-        # what a file holds tells more than how large it is
-        first = "files" if "files" in different and different[0] == "file_sizes" else different[0]
-        name, before, after = _first_difference(first, then.get(first), now[first])
+        name, before, after = _first_difference(different[0], then.get(different[0]), now[different[0]])
         if name.startswith("files: "):
             raise InputError(
                 f"--output {str(folder)!r} holds tokens of {name.removeprefix('files: ')!r}, whose files have changed "

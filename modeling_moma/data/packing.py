@@ -147,12 +147,12 @@ class PackedExamples(torch.utils.data.Dataset):
             packer.next_pieces()
             tokens[row] = [source.written for source in packer.sources]
         # the first ones have the whole choice of documents before them
-        taken = (tokens[-1] - tokens[number // 2]) / ((number - 1 - number // 2) * self.sequence_length)
-        by_weights = self.shares * taken.sum()
-        # a source that has hardly been seen would begin anew in every block
         seen = tokens[-1] - tokens[number // 2]
-        is_seen = seen >= TELLING * np.array([order.mean_length for order in self.orders])
+        taken = seen / ((number - 1 - number // 2) * self.sequence_length)
+        by_weights = self.shares * taken.sum()
         is_kept = np.abs(taken / taken.sum() - self.shares).max() < TOLERANCE
+        # a source that has hardly been seen would begin anew in every block
+        is_seen = seen >= TELLING * np.array([order.mean_length for order in self.orders])
         taken = np.where(is_seen & (not is_kept), taken, by_weights)
         return (taken * self.block * self.sequence_length).tolist()
 

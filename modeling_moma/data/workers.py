@@ -205,8 +205,11 @@ class Progress:
         self.bar.refresh()
 
     def _done(self) -> int:
+        if not self.counts_images:
+            # asked again and again
+            return sum((self.folder / task.report_name()).is_file() for task in self.job.tasks())
         found = [report for task in self.job.tasks() if (report := done_report(self.folder, task)) is not None]
-        return sum(report["pictures"] for report in found) if self.counts_images else len(found)
+        return sum(report["pictures"] for report in found)
 
 
 def _begin_worker(threads: int, processor: str, coded: Any) -> None:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Names, tags and search on the page, through the page's own server."""
 
+import httpx
 import pytest
 
 from helpers.captions import caption_model, caption_processor
@@ -57,6 +58,13 @@ def test_a_visitor_finds_images_by_words_as_the_command_does(client, studio, ico
     shown = client.predict("red apple", api_name="/find")
     expected = [found.file for found in search_folder(str(icons), ["red apple"], studio.labeler)]
     assert [entry["caption"] for entry in shown] == expected and len(expected) == 5
+
+
+def test_requests_that_pass_by_the_queue_are_refused(client):
+    answers = {
+        name: httpx.post(f"{client.src}gradio_api/run/{name}", json={"data": ["cog"]}) for name in ("find", "draw")
+    }
+    assert all(answer.status_code in (401, 403, 404) for answer in answers.values()), answers
 
 
 def test_an_image_that_is_gone_since_is_left_out(client, studio, icons):
