@@ -18,6 +18,7 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -48,6 +49,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--processes", type=int, default=1, help="runs side by side, one thread each")
     parser.add_argument("--minutes", type=float, help="begin no further branch after these")
     parser.add_argument("--only", nargs="+", metavar="RUN", help="take these runs of the plan alone")
+    selections = sorted({run.data for run in PLAN})
+    parser.add_argument("--data", choices=selections, help="take the runs of this selection of the data alone")
+    parser.add_argument("--up-to", type=int, metavar="M", help="take budgets of at most so many million tokens")
     parser.add_argument("--list", action="store_true")
     args = parser.parse_args(arguments)
     if args.work is None and not args.list:
@@ -60,7 +64,11 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> int:
     args = parse_arguments(arguments)
-    runs = [run for run in PLAN if not args.only or run.name in args.only]
+    runs = [
+        replace(run, budgets=tuple(budget for budget in run.budgets if args.up_to is None or budget <= args.up_to))
+        for run in PLAN
+        if (not args.only or run.name in args.only) and args.data in (None, run.data)
+    ]
     if args.list:
         for run in runs:
             done = [has_row(args.results, run.name, budget) for budget in run.budgets]
@@ -69,10 +77,11 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     study = Study(args.recipe, args.work / "processor", args.work / "tokens", args.work / "runs")
     if args.prepare:
-        prepare(study, args.work)
+        prepare(study, args.work, {run.data for run in runs})
         return 0
     if args.time:
-        return time_steps(study, runs, args.times)
+        data = args.data or "all"
+        return time_steps(study, [run for run in runs if run.data == data], args.times)
     if args.processes > 1:
         return start_processes(args, sys.argv[1:] if arguments is None else arguments)
     keep_freed_memory()

@@ -20,6 +20,7 @@ from study_recipe.reporting import (
     draw_savings,
     experts_table,
     fresh_table,
+    lever_table,
     loss_table,
     opened,
     plan_table,
@@ -60,7 +61,8 @@ def main(arguments: list[str] | None = None) -> int:
     before, _, rest = text.partition(START)
     after = rest.partition(END)[2]
     draw_savings(rows, CLAIMING, args.figures / "study-eta.svg")
-    draw_gaps(rows, args.figures / "study-gaps.svg")
+    draw_gaps(rows, args.figures / "study-gaps.svg", "all")
+    draw_gaps(rows, args.figures / "study-levers.svg", "shipped")
     page = f"{before}{START}\n{tables(rows, times)}\n{END}{after}"
     write_aside(args.page, lambda path: path.write_text(page))
     print(f"{args.page}: {len(rows)} rows")
@@ -77,6 +79,7 @@ def tables(rows: list[dict], times: dict | None) -> str:
         f"Eta on `{CHOOSING}`": saving_table(rows, CHOOSING, times),
         f"Eta on `{CLAIMING}`": saving_table(rows, CLAIMING, times),
         f"Eta of each seed on `{CLAIMING}`, causal": seed_table(rows, CLAIMING),
+        f"Levers on `{CHOOSING}`, causal": lever_table(rows, CHOOSING),
         "Eta over tokens by active parameter": slope_table(rows, CLAIMING),
         "Time of a step": time_table(times),
         "Tokens that no expert took": coverage_table(rows),

@@ -114,7 +114,7 @@ def flops_a_token(config: MomaConfig, counts: Counts, with_head: bool) -> float:
 def stream_of(study: Study, run: Run) -> PackedExamples:
     """Return rows of a run's training, fewer than it takes."""
     recipe = read_recipe(study.recipe)
-    tokens = TokenFolder(study.tokens / run.data, MomaProcessor.from_pretrained(study.processor))
+    tokens = TokenFolder(study.tokens / run.data, MomaProcessor.from_pretrained(study.processor_of(run.data)))
     stream = training_stream(recipe.data, tokens, recipe.sources, COUNTED_ROWS, run.seed)
     if not isinstance(stream, PackedExamples):
         raise TypeError("the study counts packed rows.")
@@ -189,7 +189,7 @@ def held_out_losses(study: Study, run: Run, model: MomaForCausalLM) -> list[dict
         model (`MomaForCausalLM`):
             in `eval()` mode.
     """
-    processor = MomaProcessor.from_pretrained(study.processor)
+    processor = MomaProcessor.from_pretrained(study.processor_of(run.data))
     found = []
     for split in SPLITS:
         for source, held_out in read_held_out(str(study.tokens / run.data), processor, split, DOCUMENTS).items():

@@ -3,6 +3,7 @@
 
 import subprocess
 import sys
+from collections.abc import Collection
 from pathlib import Path
 
 import yaml
@@ -16,24 +17,29 @@ from .training import Study
 TWELFTH = "train[:22559]"
 
 
-def prepare(study: Study, work: Path) -> None:
-    """Make what all runs read; what is there already is kept.
+def prepare(study: Study, work: Path, selections: Collection[str]) -> None:
+    """Make what runs read; what is there already is kept.
 
     Args:
         study ([`Study`]):
             see there.
         work (`Path`):
             folder of everything that is made.
+        selections (`Collection[str]`):
+            of the data, those of the runs.
     """
     tokenizer = work / "tokenizer"
-    if not (tokenizer / "config.json").is_file():
-        moma("train-image-tokenizer", study.recipe, "--output", tokenizer, "--resume")
-    if not (study.processor / "processor_config.json").is_file():
+    is_own_asked = any(study.processor_of(data) == study.processor for data in selections)
+    if is_own_asked and not (study.processor / "processor_config.json").is_file():
+        if not (tokenizer / "config.json").is_file():
+            moma("train-image-tokenizer", study.recipe, "--output", tokenizer, "--resume")
         moma("build-processor", study.recipe, "--image-tokenizer", tokenizer, "--output", study.processor)
-    twelfth = work / "twelfth.yaml"
-    write_aside(twelfth, lambda path: path.write_text(twelfth_recipe(study.recipe)))
-    for name, recipe in (("all", study.recipe), ("twelfth", twelfth)):
-        moma("tokenize", recipe, "--processor", study.processor, "--output", study.tokens / name)
+    for data in sorted(selections):
+        recipe = study.recipe
+        if data == "twelfth":
+            recipe = work / "twelfth.yaml"
+            write_aside(recipe, lambda path: path.write_text(twelfth_recipe(study.recipe)))
+        moma("tokenize", recipe, "--processor", study.processor_of(data), "--output", study.tokens / data)
 
 
 def moma(command: str, *arguments: str | Path) -> None:

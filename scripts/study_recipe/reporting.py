@@ -12,7 +12,7 @@ from typing import Any
 
 from modeling_moma.errors_moma import InputError
 
-from .grid import CLAIMED, FRESH_SEEDS, SIZES
+from .grid import CLAIMED, FRESH_SEEDS, LEVERS, SIZES
 from .rows import NESTED
 
 
@@ -304,16 +304,48 @@ def seed_table(rows: Sequence[Mapping[str, Any]], split: str) -> str:
     return table(header, lines)
 
 
+def lever_table(rows: Sequence[Mapping[str, Any]], split: str) -> str:
+    """Return by how much the causal loss of each lever differs from that of the recipe that it changes, and of dense.
+
+    Args:
+        rows (`Sequence[Mapping]`):
+            opened rows.
+        split (`str`):
+            of held-out documents.
+    """
+    header = ["size", "data", "tokens", "seed", "recipe", "instead of"]
+    header += [f"less {other}, {part}" for other in ("that", "dense") for part in PARTS.values()]
+    alike = {(row["recipe"], *_place(row)): row for row in rows}
+    lines = []
+    for lever, control in LEVERS.items():
+        for place, row in sorted((place[1:], row) for place, row in alike.items() if place[0] == lever):
+            others = [alike.get((recipe, *place)) for recipe in (control, BASELINE)]
+            if others[0] is None:
+                continue
+            losses = _losses(row, CAUSAL, split)
+            gaps = []
+            for other in others:
+                theirs = {} if other is None else _losses(other, CAUSAL, split)
+                gaps += [f"{losses[part] - theirs[part]:+.3f}" if theirs else "" for part in PARTS]
+            size, data, budget, seed, _ = place
+            lines.append([size, data, f"{budget}M", str(seed), lever, control, *gaps])
+    return table(header, lines)
+
+
+def _place(row: Mapping[str, Any]) -> tuple:
+    return tuple(row[name] for name in ("size", "data", "budget", "seed", "learning_rate"))
+
+
 def coverage_table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Return the shares of tokens that no expert took, at the end of the training."""
-    header = ["size", "tokens", "recipe", "without an expert, image", "text", "all (one pool)"]
+    header = ["size", "data", "tokens", "recipe", "without an expert, image", "text", "all (one pool)"]
     lines = []
     for (size, data, budget, _, recipe), seeds in grouped(rows).items():
         last = [next((point for point in reversed(row["curve"]) if _uncovered(point)), {}) for row in seeds]
         shares = [[point[f"{group}_uncovered"] for point in last if f"{group}_uncovered" in point] for group in GROUPS]
-        if data == "all" and any(shares):
+        if any(shares):
             cells = [f"{100 * fmean(share):.0f} %" if share else "" for share in shares]
-            lines.append([size, f"{budget}M", recipe, *cells])
+            lines.append([size, data, f"{budget}M", recipe, *cells])
     return table(header, lines)
 
 
@@ -323,34 +355,35 @@ def _uncovered(point: Mapping[str, float]) -> bool:
 
 def experts_table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Return how many routed experts take a token at inference, by layers from the first, and in their mean."""
-    header = ["size", "tokens", "recipe", *(f"{name}, {part}" for name in GROUPS[:2] for part in ("mean", "by layer"))]
+    header = ["size", "data", "tokens", "recipe"]
+    header += [f"{name}, {part}" for name in GROUPS[:2] for part in ("mean", "by layer")]
     lines = []
     for (size, data, budget, _, recipe), seeds in grouped(rows).items():
         numbers: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
         for entry in (entry for row in seeds for entry in row.get("experts") or ()):
             numbers[entry["modality"]][entry["layer"]].append(entry["causal"])
-        if data != "all" or not numbers:
+        if not numbers:
             continue
         cells = []
         for name in GROUPS[:2]:
             means = [fmean(values) for _, values in sorted(numbers[name].items())]
             cells += [f"{fmean(means):.2f}", " / ".join(f"{mean:.2f}" for mean in means)] if means else ["", ""]
-        lines.append([size, f"{budget}M", recipe, *cells])
+        lines.append([size, data, f"{budget}M", recipe, *cells])
     return table(header, lines)
 
 
 def cost_table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Return what a token of each recipe costs."""
-    header = ["size", "recipe", "active", "all", "embeddings", "MFLOPs a token", "without head", "over dense"]
+    header = ["size", "data", "recipe", "active", "all", "embeddings", "MFLOPs a token", "without head", "over dense"]
     lines, seen = [], {}
     for row in rows:
-        seen.setdefault((row["size"], row["recipe"]), row)
-    for (size, recipe), row in sorted(seen.items()):
-        dense = seen.get((size, BASELINE), row)
+        seen.setdefault((row["size"], row["data"], row["recipe"]), row)
+    for (size, data, recipe), row in sorted(seen.items()):
+        dense = seen.get((size, data, BASELINE), row)
         millions = [f"{row[name] / 1e6:.3f} M" for name in ("active_parameters", "parameters", "embeddings")]
         flops = [f"{row[name] / 1e6:.3f}" for name in ("flops_a_token", "flops_a_token_without_head")]
         ratio = row["flops_a_token_without_head"] / dense["flops_a_token_without_head"]
-        lines.append([size, recipe, *millions, *flops, f"{ratio:.3f}"])
+        lines.append([size, data, recipe, *millions, *flops, f"{ratio:.3f}"])
     return table(header, lines)
 
 
@@ -427,17 +460,18 @@ def plan_table() -> str:
 
 def slope_table(rows: Sequence[Mapping[str, Any]], split: str) -> str:
     """Return eta over tokens by active parameter, with what the law gives for four experts."""
-    header = ["size", "recipe", "tokens by active parameter", "eta, causal, all", "law, 4 experts"]
+    header = ["size", "data", "recipe", "tokens by active parameter", "eta, causal, all", "law, 4 experts"]
     lines = []
     for (size, data, budget, _, recipe), seeds in grouped(rows).items():
-        compared = [(row, partners(row, rows)) for row in seeds if recipe != BASELINE and data == "all"]
+        compared = [(row, partners(row, rows)) for row in seeds if recipe != BASELINE]
         compared = [(row, dense) for row, dense in compared if len(dense) > 1]
         if compared:
             row = compared[0][0]
             values = [saving(entry, dense, CAUSAL, split, "overall").tokens for entry, dense in compared]
             predicted = law_saving(4, row["active_parameters"], row["tokens"])
             ratio = row["tokens"] / row["active_parameters"]
-            lines.append([f"{size}, {budget}M", recipe, f"{ratio:.0f}", spread(values, 2), f"{predicted:.2f}"])
+            cells = [f"{ratio:.0f}", spread(values, 2), f"{predicted:.2f}"]
+            lines.append([f"{size}, {budget}M", data, recipe, *cells])
     return table(header, lines)
 
 
@@ -483,15 +517,15 @@ def longest(rows: Iterable[Mapping[str, Any]]) -> Any:
 
 # million tokens
 TICKS = (3, 5, 10, 20, 40, 100)
-# of the study's runs that are drawn, the others stand in tables
-DRAWN = {"size": "0.5M", "data": "all"}
+# size of the runs that are drawn, the others stand in tables
+DRAWN_SIZE = "0.5M"
 
 
-def _drawn(rows: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    return [row for row in rows if all(row[name] == value for name, value in DRAWN.items())]
+def _drawn(rows: Iterable[Mapping[str, Any]], data: str) -> list[Mapping[str, Any]]:
+    return [row for row in rows if (row["size"], row["data"]) == (DRAWN_SIZE, data)]
 
 
-def draw_gaps(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+def draw_gaps(rows: Sequence[Mapping[str, Any]], path: Path, data: str) -> None:
     """Draw by how much each recipe's causal loss is below or above dense's along their trunks, a line for each seed.
 
     Args:
@@ -499,12 +533,16 @@ def draw_gaps(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
             opened rows.
         path (`Path`):
             the SVG.
+        data (`str`):
+            selection of the data of the runs that are drawn.
     """
     figure, panels = _panels(sharey=False)
     runs = defaultdict(list)
-    for row in _drawn(rows):
+    for row in _drawn(rows, data):
         runs[row["recipe"], row["seed"]].append(row)
-    colours = {recipe: f"C{place}" for place, recipe in enumerate(dict.fromkeys(recipe for recipe, _ in runs))}
+    recipes = dict.fromkeys(recipe for recipe, _ in runs)
+    # there are ten colours; what comes after them is dashed
+    styles = {recipe: (f"C{place}", "-" if place < 10 else "--") for place, recipe in enumerate(recipes)}
     for (recipe, _), branches in sorted(runs.items()):
         row = longest(branch for branch in branches if partners(branch, rows))
         dense = row and longest(partners(row, rows))
@@ -516,7 +554,9 @@ def draw_gaps(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
         for panel, part in zip(panels, PARTS):
             gaps = [curve[count][part] - other[count][part] for count in tokens]
             label = recipe if recipe not in [line.get_label() for line in panel.lines] else None
-            panel.plot([count / 1e6 for count in tokens], gaps, linewidth=1, color=colours[recipe], label=label)
+            colour, style = styles[recipe]
+            millions = [count / 1e6 for count in tokens]
+            panel.plot(millions, gaps, linewidth=1, color=colour, linestyle=style, label=label)
     panels[0].set_ylabel("causal loss less dense's, nats")
     _save(figure, panels, path, level=0.0)
 
@@ -536,7 +576,8 @@ def draw_savings(rows: Sequence[Mapping[str, Any]], split: str, path: Path) -> N
     """
     figure, panels = _panels(sharey=True)
     by_recipe: dict[str, dict[int, list[Any]]] = defaultdict(lambda: defaultdict(list))
-    for (_, _, budget, _, recipe), seeds in grouped(_drawn(rows)).items():
+    drawn = _drawn(rows, "all")
+    for (_, _, budget, _, recipe), seeds in grouped(drawn).items():
         if recipe != BASELINE:
             by_recipe[recipe][budget] += [(row, partners(row, rows)) for row in seeds]
     budgets_drawn = set()
@@ -558,7 +599,7 @@ def draw_savings(rows: Sequence[Mapping[str, Any]], split: str, path: Path) -> N
     if budgets_drawn:
         low, high = min(budgets_drawn), max(budgets_drawn)
         tokens = [low * (high / low) ** (step / 20) for step in range(21)]
-        parameters = fmean(row["active_parameters"] for row in _drawn(rows))
+        parameters = fmean(row["active_parameters"] for row in drawn)
         predicted = [law_saving(4, parameters, millions * 1e6) for millions in tokens]
         panels[0].plot(tokens, predicted, linestyle="--", color="grey", linewidth=1, label="law, 4 experts")
     panels[0].set_ylabel("eta over dense, causal")

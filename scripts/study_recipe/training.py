@@ -21,6 +21,8 @@ RECIPE_FILE = "recipe.yaml"
 # of a run that is upcycled: folders of the seed's training, and of the model that it grew into
 SEED, GROWN = "seed", "grown"
 CONSTANT = {"lr_scheduler_type": "constant_with_warmup"}
+# the processor of runs whose data are "shipped"
+SHIPPED = Path(__file__).resolve().parents[2] / "model_cards" / "moma-icons"
 # held-out documents of each source in a point of a curve
 CURVE_DOCUMENTS = 200
 
@@ -33,7 +35,7 @@ class Study:
         recipe (`Path`):
             `recipes/study.yaml`.
         processor (`Path`):
-            folder of the processor.
+            folder of the study's own processor.
         tokens (`Path`):
             folder whose subfolders hold the tokens of each selection of the data, as `all`.
         runs (`Path`):
@@ -47,6 +49,10 @@ class Study:
     tokens: Path
     runs: Path
     pace: Pace = Pace()
+
+    def processor_of(self, data: str) -> Path:
+        """Return the folder of the processor that a selection of the data is read through, see [`Run`]."""
+        return SHIPPED if data == "shipped" else self.processor
 
 
 def finished(folder: Path, step: int) -> Path | None:
@@ -163,7 +169,7 @@ def trainer_of(study: Study, run: Run, output: Path, stop_at: int, model: Path |
     args = parse_arguments(
         [
             str(output / RECIPE_FILE),
-            *("--processor", str(study.processor), "--tokens", str(study.tokens / run.data)),
+            *("--processor", str(study.processor_of(run.data)), "--tokens", str(study.tokens / run.data)),
             *("--output", str(output), "--seed", str(run.seed), "--batch-size", str(pace.rows)),
             *("--steps", str(pace.steps(pace.longest)), "--stop-at", str(stop_at)),
             *("--save-steps", str(pace.curve_steps), "--save-total-limit", "1"),

@@ -12,6 +12,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+import study as study_script
 import study_report
 from helpers.mixture import WEIGHTS, write_mixture
 from helpers.processes import start_process
@@ -29,9 +30,22 @@ from modeling_moma.training.pretraining import training_stream
 from modeling_moma.training.recipe import read_recipe
 from modeling_moma.training.stages import StageTrainer, StopAt
 from study import measure_again
-from study_recipe import reporting
-from study_recipe.grid import CLAIMED, FRESH_SEEDS, PLAN, RECIPES, SIZES, Pace, Run, Seed, model_fields
+from study_recipe import reporting, training
+from study_recipe.grid import (
+    CLAIMED,
+    CONTROLS,
+    FRESH_SEEDS,
+    LEVERS,
+    PLAN,
+    RECIPES,
+    SIZES,
+    Pace,
+    Run,
+    Seed,
+    model_fields,
+)
 from study_recipe.measuring import SPLITS, Counts, count_stream, experts_met, flops_a_token, row, training_seconds
+from study_recipe.preparing import prepare
 from study_recipe.rows import add_row, has_row, read_rows
 from study_recipe.timing import step_seconds
 from study_recipe.training import Study, log_of, train_branch
@@ -379,6 +393,20 @@ def test_each_seed_stands_by_itself_beside_dense_of_its_budget():
     assert second[4:] == ["2", "1.41", "1.41", "1.41", "-0.100", "-0.100", "-0.100", "14M"]
 
 
+def test_a_lever_stands_beside_what_it_changes_and_beside_dense():
+    def at(recipe, loss, data="shipped", seed=1):
+        return {**result(recipe, 1e7, {"image": loss, "text": loss - 1}, seed), "data": data}
+
+    rows = [at("dense", 3.0), at("4t4i", 2.9), at("4t4i-c2", 2.7), at("4t4i-shared", 2.8), at("4t4i-c2", 9.0, "all")]
+    # of another seed there is no control
+    rows += [at("4t4i-c2", 9.0, seed=2), at("1t1i", 3.0, "all"), at("untied-1t1i", 2.5, "all")]
+    found = read_table(reporting.lever_table(rows, "test"))
+    assert found == [
+        ["0.5M", "shipped", "10M", "1", "4t4i-c2", "4t4i", *["-0.200"] * 3, *["-0.300"] * 3],
+        ["0.5M", "all", "10M", "1", "untied-1t1i", "1t1i", *["-0.500"] * 3, *[""] * 3],
+    ]
+
+
 def test_in_seconds_a_saving_counts_the_time_of_steps():
     def at(recipe, millions, loss):
         return result(recipe, 1e6 * millions, {"image": loss, "text": loss})
@@ -426,13 +454,36 @@ def test_the_law_gives_what_its_coefficients_say(parameters, savings):
     assert f"| {parameters / 1e6:g} M |" in reporting.plan_table() or parameters == 5e6
 
 
+def test_every_lever_is_trained_beside_what_it_changes():
+    runs = {run.recipe: run for run in PLAN if run.data == "shipped"}
+    assert runs.keys() == {*CONTROLS, *LEVERS} and CONTROLS[0] == "dense"
+    assert len({(run.seed, run.budgets, run.size, run.rate) for run in runs.values()}) == 1
+
+
+def test_the_plan_is_listed_by_data_and_budget(capsys):
+    assert study_script.main(["--list", "--data", "shipped", "--up-to", "10", "--results", "none.parquet"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "0.5M-dense-shipped-seed1: 10M" and len(lines) == len(CONTROLS) + len(LEVERS)
+
+
+def test_shipped_data_are_read_through_the_processor_that_the_repository_has(study, tmp_path, monkeypatch):
+    """Made without a tokenizer of the study's own, trained and measured."""
+    monkeypatch.setattr(training, "SHIPPED", study.processor)
+    asked = replace(study, processor=tmp_path / "none", tokens=tmp_path / "tokens", runs=tmp_path / "runs")
+    prepare(asked, tmp_path, {"shipped"})
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["tokens"]
+    run = replace(RUN, recipe="dense", data="shipped")
+    result = row(asked, run, SMALL, train_branch(asked, run, SMALL), ROOT)
+    assert result["run"] == "0.5M-dense-shipped-seed1" and json.loads(result["losses"])
+
+
 def test_the_page_shows_what_the_rows_say(tmp_path, capsys):
     shipped = ROOT / "docs" / "study.md"
     page = tmp_path / "study.md"
     page.write_text(re.sub("(?s)(<!-- study: start -->).*(<!-- study: end -->)", r"\1\2", shipped.read_text()))
     assert study_report.main(["--page", str(page), "--figures", str(tmp_path)]) == 0
     assert page.read_text() == shipped.read_text(), "run scripts/study_report.py"
-    for name in ("study-eta.svg", "study-gaps.svg"):
+    for name in ("study-eta.svg", "study-gaps.svg", "study-levers.svg"):
         assert (tmp_path / name).stat().st_size > 5000 and (ROOT / "docs" / "images" / name).is_file()
         assert f"images/{name}" in shipped.read_text()
 
