@@ -49,9 +49,11 @@ class MomaDataCollator:
             each of shape `(batch_size, sequence_length)`.
 
         Raises:
-            ValueError: an example is empty, holds an unknown field or fields of different lengths, or a field is
-                given for some of the examples only.
+            ValueError: there is no example, one is empty, holds an unknown field or fields of different lengths, or a
+                field is given for some of the examples only.
         """
+        if not features:
+            raise InputError("features: the list is empty, and a batch needs an example.")
         padding = {
             "input_ids": self.tokenizer.pad_token_id,
             "attention_mask": 0,

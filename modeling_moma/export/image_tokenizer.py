@@ -92,13 +92,17 @@ def export_image_tokenizer(model: MomaVQModel, folder: str | Path) -> OnnxImageT
     if folder.exists() and not folder.is_dir():
         raise InputError(f"`folder` is {str(folder)!r}, a file: name a folder for the files of the export.")
     folder.mkdir(parents=True, exist_ok=True)
-    pixels_BCHW = torch.zeros(2, config.in_channels, config.resolution, config.resolution)
-    encoder = _write(_Encoder(model), "pixel_values", pixels_BCHW, "image_tokens", folder / "encoder.onnx")
-    if model.decoder is None:
-        return OnnxImageTokenizer(encoder, None)
-    codes_BS = torch.zeros(2, (config.resolution // config.downsample_factor) ** 2, dtype=torch.long)
-    decoder = _write(_Decoder(model), "image_tokens", codes_BS, "pixel_values", folder / "decoder.onnx")
-    return OnnxImageTokenizer(encoder, decoder)
+    was_training = model.training
+    try:
+        pixels_BCHW = torch.zeros(2, config.in_channels, config.resolution, config.resolution)
+        encoder = _write(_Encoder(model), "pixel_values", pixels_BCHW, "image_tokens", folder / "encoder.onnx")
+        if model.decoder is None:
+            return OnnxImageTokenizer(encoder, None)
+        codes_BS = torch.zeros(2, (config.resolution // config.downsample_factor) ** 2, dtype=torch.long)
+        decoder = _write(_Decoder(model), "image_tokens", codes_BS, "pixel_values", folder / "decoder.onnx")
+        return OnnxImageTokenizer(encoder, decoder)
+    finally:
+        model.train(was_training)
 
 
 def _write(module: nn.Module, input_name: str, example: torch.Tensor, output_name: str, path: Path) -> Path:

@@ -53,9 +53,10 @@ def test_graphs_of_the_released_tokenizer_give_its_codes_and_pixels(tmp_path):
 
 
 def test_a_tokenizer_without_a_decoder_has_an_encoder_alone(tmp_path):
-    model = tiny_vq_model()
+    model = tiny_vq_model().train()
     model.decoder = None
     files = export_image_tokenizer(model, tmp_path)
+    assert model.training and model.encoder.training
     assert files.decoder is None and files.encoder.is_file()
     assert [path.name for path in tmp_path.iterdir()] == ["encoder.onnx"]
 

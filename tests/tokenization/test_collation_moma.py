@@ -54,6 +54,7 @@ def test_works_in_worker_processes(tokenizer):
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
+        ([], "features: the list is empty"),
         ([{"input_ids": [5]}, {"input_ids": []}], r"features\[1\]: needs at least one token"),
         ([{"input_ids": [5], "labels": [5, 6]}], r"`labels` has the shape"),
         ([{"input_ids": [5], "keywords": ["red"]}], "`keywords` is not one of"),

@@ -107,8 +107,8 @@ class Guard:
                     request.close()
         except RequestError as error:
             await _drain(receive, length)
-            answer = JSONResponse(error.body(), error.status, {**error.headers(), "Connection": "close"})
-            await answer(scope, receive, send)
+            told = {**error.headers(), **self._cors_headers(headers), "Connection": "close"}
+            await JSONResponse(error.body(), error.status, told)(scope, receive, send)
 
     def _check_origin(self, headers: Headers):
         host = headers.get("host", "")
@@ -122,6 +122,13 @@ class Guard:
         """Return whether a browser asks if it may ask, which brings no key and is answered before any route."""
         asks = "origin" in headers and "access-control-request-method" in headers
         return self.has_cors and scope["method"] == "OPTIONS" and asks
+
+    def _cors_headers(self, headers: Headers) -> dict[str, str]:
+        """Return what lets a page of another site read a refusal; of answers the server says it itself."""
+        origin = headers.get("origin")
+        if not self.has_cors or origin is None:
+            return {}
+        return {"Access-Control-Allow-Origin": origin, "Access-Control-Allow-Credentials": "true", "Vary": "Origin"}
 
     def _check_key(self, scope: MutableMapping[str, Any], headers: Headers):
         if self.api_key is None or scope["path"] == "/health":

@@ -39,6 +39,20 @@ def test_key_beyond_ascii_is_compared_byte_by_byte(key):
     assert status(key, key.encode()[:-1]) == 401
 
 
+@pytest.mark.parametrize("has_cors", [False, True])
+def test_a_page_of_another_site_reads_why_it_is_refused_where_it_may_ask(has_cors):
+    guard = Guard(PlainTextResponse("in"), Admission(1, 1), api_key="a key", has_cors=has_cors)
+    client = TestClient(guard, base_url="http://127.0.0.1")
+    answer = client.get("/v1/models", headers={"Origin": "https://a.site"})
+    allowed = {name for name in answer.headers if name.startswith("access-control")}
+    if has_cors:
+        assert answer.status_code == 401 and answer.headers["access-control-allow-origin"] == "https://a.site"
+        assert allowed == {"access-control-allow-origin", "access-control-allow-credentials"}
+    else:
+        assert answer.status_code == 403 and not allowed
+    assert "access-control-allow-origin" not in client.get("/v1/models").headers
+
+
 def test_a_connection_that_reads_on_only_when_asked_tells_that_its_client_has_gone(monkeypatch):
     """As uvicorn's does once bytes of a next request follow."""
     monkeypatch.setattr(guards, "LISTEN_SECONDS", 0.01)
