@@ -251,9 +251,11 @@ def hardware() -> dict[str, Any]:
 
 
 def revision(repository: Path) -> str:
-    """Return the commit of the code, with a mark where files differ from it."""
-    command = ["git", "-C", str(repository), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    """Return the commit of the code, with a mark where files differ from it; the study's own results are none."""
+    git = ["git", "-C", str(repository)]
+    name = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)
+    changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", ":/", ":(top,exclude)docs/study"])
+    return name.stdout.strip() + ("-dirty" if changed.returncode else "")
 
 
 def row(study: Study, run: Run, millions: int, checkpoint: Path, repository: Path) -> dict[str, Any]:

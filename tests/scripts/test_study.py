@@ -3,6 +3,7 @@
 
 import json
 import re
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 
@@ -44,7 +45,16 @@ from study_recipe.grid import (
     Seed,
     model_fields,
 )
-from study_recipe.measuring import SPLITS, Counts, count_stream, experts_met, flops_a_token, row, training_seconds
+from study_recipe.measuring import (
+    SPLITS,
+    Counts,
+    count_stream,
+    experts_met,
+    flops_a_token,
+    revision,
+    row,
+    training_seconds,
+)
 from study_recipe.preparing import prepare
 from study_recipe.rows import add_row, has_row, read_rows
 from study_recipe.timing import step_seconds
@@ -311,6 +321,26 @@ def test_finished_branches_are_measured_again_and_keep_what_tells_of_their_train
     assert rows[RUN.name]["revision"] == "abc" and rows[RUN.name]["losses"] == json.loads(result["losses"])
     assert rows[RUN.name]["experts"] == json.loads(result["experts"]) and rows["other"]["experts"] is None
     assert "4t4i-shared" in reporting.experts_table(list(rows.values()))
+
+
+def test_results_that_are_not_committed_yet_are_no_change_of_the_code(tmp_path):
+    def git(*arguments):
+        names = ("-c", "user.name=a", "-c", "user.email=a@b.c")
+        found = subprocess.run(["git", "-C", tmp_path, *names, *arguments], check=True, capture_output=True, text=True)
+        return found.stdout.strip()
+
+    code, results = tmp_path / "code.py", tmp_path / "docs" / "study" / "runs.parquet"
+    results.parent.mkdir(parents=True)
+    code.write_text("a")
+    results.write_text("a")
+    git("init")
+    git("add", ".")
+    git("commit", "-m", "a")
+    results.write_text("b")
+    commit = git("rev-parse", "--short=12", "HEAD")
+    assert revision(tmp_path) == commit
+    code.write_text("b")
+    assert revision(tmp_path) == f"{commit}-dirty"
 
 
 def test_a_pause_does_not_count_as_training():
