@@ -805,8 +805,9 @@ def check_experts(config: MomaConfig):
         count = config.group_num_experts(group)
         require(count >= 1, "num_experts", config.num_experts, "must be at least 1 in every group")
         capacity = config.group_capacity_factor(group)
+        # a single expert takes every token, whatever others of its configuration take
         require(
-            0 < capacity <= count,
+            0 < capacity and (capacity <= count or count == 1),
             "expert_capacity_factor",
             config.expert_capacity_factor,
             f"must be in (0, E]: with c = E = {count} every expert takes every token of group {group!r}",
@@ -935,7 +936,9 @@ def check_rules(config: MomaConfig):
         f"needs a training_routing of {noisy}: others compare scores with thresholds that were found without noise",
     )
     if any(RULES[name].counts_experts for name in (config.training_routing, config.inference_routing)):
-        fewest = min(config.group_num_experts(group) for group in config.expert_groups)
+        sizes = [config.group_num_experts(group) for group in config.expert_groups]
+        # a single expert takes every token once
+        fewest = min((size for size in sizes if size > 1), default=config.num_experts_per_tok)
         require(
             config.num_experts_per_tok <= fewest,
             "num_experts_per_tok",

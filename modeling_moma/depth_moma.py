@@ -85,13 +85,35 @@ class MomaDepthRouter(MomaRouterBase):
 
     def __init__(self, config: MomaConfig):
         num_pools = len(config.depth_pools)
-        momentum = config.depth_threshold_momentum
-        super().__init__(config, num_scores=1, num_thresholds=num_pools, momentum=momentum, updates_shape=(num_pools,))
-        self.capacities = [config.pool_depth_capacity(pool) for pool in config.depth_pools]
-        self.capacity_fractions = [exact_share(capacity) for capacity in self.capacities]
-        # a static cache allocates for the largest capacity
-        self.capacity = max(self.capacities)
-        self.is_pooled_by_row = config.depth_pool == "row"
+        super().__init__(config, num_scores=1, num_thresholds=num_pools, updates_shape=(num_pools,))
+        # known before a graph is compiled
+        for capacity in self.capacities:
+            exact_share(capacity)
+
+    @property
+    def momentum(self) -> float:
+        """See [`MomaRouterBase`]."""
+        return self.config.depth_threshold_momentum
+
+    @property
+    def capacities(self) -> list[float]:
+        """Share of each pool's tokens that the layer takes."""
+        return [self.config.pool_depth_capacity(pool) for pool in self.config.depth_pools]
+
+    @property
+    def capacity_fractions(self) -> list[tuple[int, int]]:
+        """Those shares, numerator and denominator."""
+        return [exact_share(capacity) for capacity in self.capacities]
+
+    @property
+    def capacity(self) -> float:
+        """The largest share, for which a static cache allocates."""
+        return max(self.capacities)
+
+    @property
+    def is_pooled_by_row(self) -> bool:
+        """Whether each row is a pool of its own."""
+        return self.config.depth_pool == "row"
 
     def forward(self, hidden_BTD: torch.Tensor, context: RoutingContext) -> tuple[torch.Tensor, DepthSelection]:
         """Score the tokens and choose.

@@ -34,13 +34,17 @@ from torch.nn.attention.flex_attention import BlockMask
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
+from transformers.distributed import DistributedConfig
 from transformers.integrations import use_kernel_forward_from_hub, use_kernelized_func
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import ModelOutput, MoeModelOutputWithPast
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel, slice_logits_to_keep
-from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, eager_attention_forward
+from transformers.models.llama.modeling_llama import (
+    LlamaRotaryEmbedding,
+    apply_rotary_pos_emb,
+    eager_attention_forward,
+)
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, auto_docstring, can_return_tuple
 from transformers.utils.deprecation import deprecate_kwarg
@@ -53,6 +57,7 @@ from .cpu_moma import CpuAttention, CpuRMSNorm, MomaCpuLinear, cpu_form_of, use_
 from .depth_cache_moma import DepthCacheView, DepthPacking
 from .depth_moma import DepthLayer, MomaDepthRouter
 from .documents_moma import causal_mask_of, check_whole_lengths, uses_flash_attention_mask
+from .errors_moma import InputError
 from .experts_implementations_moma import DEFAULT_IMPLEMENTATION, form_of_pairs, takes_any_width, takes_hints
 from .frames_moma import TEXT
 from .generation_moma import MomaGenerationMixin
@@ -121,34 +126,8 @@ def query_key_norm(config: MomaConfig, num_heads: int) -> nn.Module:
     return nn.Identity()
 
 
-class MomaRotaryEmbedding(Fp32Buffers):
+class MomaRotaryEmbedding(Fp32Buffers, LlamaRotaryEmbedding):
     """Cosines and sines `[B, T, head_dim]` of positions; scaled types come from `config.rope_parameters`."""
-
-    def __init__(self, config: MomaConfig):
-        super().__init__()
-        self.max_seq_len_cached = config.max_position_embeddings
-        self.original_max_seq_len = config.max_position_embeddings
-        self.config = config
-        self.rope_type = config.rope_parameters["rope_type"]
-        rope_init: Callable = self.compute_default_rope_parameters
-        if self.rope_type != "default":
-            rope_init = ROPE_INIT_FUNCTIONS[self.rope_type]
-        inv_freq, self.attention_scaling = rope_init(config)
-        self.inv_freq = nn.Buffer(inv_freq, persistent=False)
-        self.original_inv_freq = nn.Buffer(inv_freq.clone(), persistent=False)
-
-    @staticmethod
-    def compute_default_rope_parameters(config: MomaConfig, **kwargs) -> tuple[torch.Tensor, float]:
-        """Return inverse frequencies `[head_dim / 2]` of plain rotary embeddings, and a scaling of 1."""
-        steps = torch.arange(0, config.head_dim, 2, dtype=torch.float) / config.head_dim
-        return config.rope_parameters["rope_theta"] ** -steps, 1.0
-
-    @dynamic_rope_update
-    def forward(self, x: torch.Tensor, position_ids: torch.LongTensor) -> tuple[torch.Tensor, torch.Tensor]:
-        angles = position_ids[..., None].float() * self.inv_freq.float()
-        angles = torch.cat((angles, angles), dim=-1)
-        cos, sin = angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
-        return cos.to(x.dtype), sin.to(x.dtype)
 
 
 class MomaProjections(nn.Module):
@@ -708,6 +687,18 @@ class MomaPreTrainedModel(PreTrainedModel):
             use_cpu_layers(model)
         return loaded
 
+    @classmethod
+    def prepare_distribute_model(cls, distributed_config: DistributedConfig | dict | None, device_map: Any = None):
+        """See `PreTrainedModel.prepare_distribute_model`; later stages of a pipeline would take images for text."""
+        is_dict = isinstance(distributed_config, dict)
+        stages = distributed_config.get("pp_size") if is_dict else getattr(distributed_config, "pp_size", None)
+        if stages is not None and stages > 1:
+            raise InputError(
+                f"`pp_size` is {stages}, but a MoMa needs 1: later stages of a pipeline get no token ids, "
+                "which tell the experts of text from those of images. `fsdp_size`, `tp_size` and `ep_size` divide it."
+            )
+        return super().prepare_distribute_model(distributed_config, device_map)
+
     def save_pretrained(self, *args, **kwargs):
         """See `PreTrainedModel.save_pretrained`; the code that goes along is the model's, also of a sharded one."""
         # `fully_shard` makes a class of its own, whose module and name would be saved in place of the model's
@@ -749,9 +740,6 @@ class MomaPreTrainedModel(PreTrainedModel):
             init.zeros_(module.num_updates)
         elif isinstance(module, MomaAuxiliaryRouter):
             init.constant_(module.threshold, 0.5)
-        elif isinstance(module, MomaHeadLayerNorm):
-            init.ones_(module.weight)
-            init.zeros_(module.bias)
 
 
 @auto_docstring
@@ -771,7 +759,7 @@ class MomaModel(MomaPreTrainedModel):
             ]
         )
         self.norm = MomaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.rotary_emb = MomaRotaryEmbedding(config)
+        self.rotary_emb = MomaRotaryEmbedding(config)  # pyright: ignore[reportArgumentType]
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -860,7 +848,6 @@ class MomaModel(MomaPreTrainedModel):
 class MomaForCausalLM(MomaPreTrainedModel, MomaGenerationMixin):
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
-    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}  # pyright: ignore[reportAssignmentType]
     _fsdp_plan = {"lm_head": "keep_full_weight"}
 
     def __init__(self, config: MomaConfig):

@@ -207,11 +207,18 @@ _LARGEST_DENOMINATOR = 10**6
 Count = TypeVar("Count")
 
 
+# those that are known: fractions would break a compiled graph
+_EXACT_SHARES: dict[tuple[float, int], tuple[int, int]] = {}
+
+
 def exact_share(share: float, parts: int = 1) -> tuple[int, int]:
     """Return numerator and denominator of `share / parts`, for [`ceil_share`]."""
-    # a share of nothing would take no token where it takes one at least
-    exact = max(Fraction(1, _LARGEST_DENOMINATOR), Fraction(share).limit_denominator(_LARGEST_DENOMINATOR)) / parts
-    return exact.numerator, exact.denominator
+    key = (share, parts)
+    if key not in _EXACT_SHARES:
+        # a share of nothing would take no token where it takes one at least
+        exact = max(Fraction(1, _LARGEST_DENOMINATOR), Fraction(share).limit_denominator(_LARGEST_DENOMINATOR)) / parts
+        _EXACT_SHARES[key] = exact.numerator, exact.denominator
+    return _EXACT_SHARES[key]
 
 
 def ceil_share(share: Iterable[Any], count: Count) -> Count:
@@ -366,8 +373,6 @@ class MomaRouterBase(Fp32Buffers):
             scores of a token.
         num_thresholds (`int`):
             thresholds, one for each expert or pool.
-        momentum (`float`):
-            of the thresholds' running mean.
         updates_shape (`tuple[int, ...]`, *optional*, defaults to `()`):
             shape of `num_updates`.
     """
@@ -380,12 +385,11 @@ class MomaRouterBase(Fp32Buffers):
         config: MomaConfig,
         num_scores: int,
         num_thresholds: int,
-        momentum: float,
         updates_shape: tuple[int, ...] = (),
     ):
         super().__init__()
-        self.momentum = momentum
-        self.warmup_steps = config.routing_warmup_steps
+        # fields that change no weight may be changed in the model's configuration at any time
+        self.config = config
         self.weight = nn.Parameter(torch.empty(num_scores, config.hidden_size, dtype=torch.float32))
         # an untrained router scores about 0.5
         self.threshold = nn.Buffer(torch.full((num_thresholds,), 0.5, dtype=torch.float32))
@@ -394,6 +398,16 @@ class MomaRouterBase(Fp32Buffers):
         self.auxiliary = (  # pyright: ignore[reportAttributeAccessIssue]
             MomaAuxiliaryRouter(config, num_scores, num_thresholds) if config.auxiliary_routers else None
         )
+
+    @property
+    def momentum(self) -> float:
+        """Momentum of the thresholds' running mean."""
+        return self.config.threshold_momentum
+
+    @property
+    def warmup_steps(self) -> int:
+        """Training steps in which `threshold` takes the best of the batch."""
+        return self.config.routing_warmup_steps
 
     @property
     def is_frozen(self) -> bool:
@@ -455,16 +469,22 @@ class MomaRouter(MomaRouterBase):
 
     def __init__(self, config: MomaConfig, group: str):
         num_experts = config.group_num_experts(group)
-        super().__init__(
-            config, num_scores=num_experts, num_thresholds=num_experts, momentum=config.threshold_momentum
-        )
+        super().__init__(config, num_scores=num_experts, num_thresholds=num_experts)
         if config.balance_bias_by_modality:
             self.balance_bias = nn.Buffer(torch.zeros(len(config.modalities), num_experts, dtype=torch.float32))
         self.group, self.num_experts = group, num_experts
-        self.capacity_factor = config.group_capacity_factor(group)
-        self.capacity_fraction = exact_share(self.capacity_factor, num_experts)
-        # fields that change no weight may be changed in the model's configuration at any time
-        self.config = config
+        # known before a graph is compiled
+        exact_share(self.capacity_factor, num_experts)
+
+    @property
+    def capacity_factor(self) -> float:
+        """Experts that a token meets in the mean where experts choose."""
+        return self.config.group_capacity_factor(self.group)
+
+    @property
+    def capacity_fraction(self) -> tuple[int, int]:
+        """Share of the group's tokens that an expert takes, numerator and denominator."""
+        return exact_share(self.capacity_factor, self.num_experts)
 
     @property
     def num_experts_per_tok(self) -> int:

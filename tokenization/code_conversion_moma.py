@@ -274,7 +274,8 @@ class CodeConversionMixin(ProcessorMixin):
 
         Args:
             ids (`torch.LongTensor` or `list[int]` of shape `(sequence_length,)`):
-                Token ids. Padding is dropped.
+                Token ids. Padding is dropped; that of a tokenizer which pads with `<eos>` at the ends alone, where one
+                is kept behind the last token.
             skip_special_tokens (`bool`, *optional*, defaults to `True`):
                 Whether to leave special tokens such as `<bos>` out of the texts.
             kwargs (`Any`):
@@ -287,8 +288,7 @@ class CodeConversionMixin(ProcessorMixin):
             ValueError: an image does not consist of exactly `image_seq_length` codes and its end token, an item of
                 another modality is incomplete, or a code stands outside of both.
         """
-        ids = [token for token in as_list(ids) if token != self.tokenizer.pad_token_id]
-        runs = split_frames(ids, self.frames)
+        runs = split_frames(self._without_padding(as_list(ids)), self.frames)
         items = {
             modality: iter(self.decode_items(modality, codes))
             for modality in self.frames
@@ -358,8 +358,16 @@ class CodeConversionMixin(ProcessorMixin):
         modes = ["text", "interleaved", *self.frames]
         raise InputError(f"generation_mode: expected one of {modes}, got {generation_mode!r}.")
 
+    def _without_padding(self, ids: list[int]) -> list[int]:
+        pad, eos = self.tokenizer.pad_token_id, self.tokenizer.eos_token_id
+        places = [place for place, token in enumerate(ids) if token != pad]
+        if pad != eos or not places:
+            return [ids[place] for place in places]
+        # between other tokens it ends a document
+        return ids[places[0] : places[-1] + 2]
+
     def _last_item(self, modality: str, ids: list[int]) -> list[int]:
-        runs = split_frames([token for token in ids if token != self.tokenizer.pad_token_id], self.frames)
+        runs = split_frames(self._without_padding(ids), self.frames)
         codes = [run for owner, run in runs if owner == modality]
         if not codes:
             raise InputError(f"generated_outputs: a row of token ids has no {modality}; generate it, or pass codes.")

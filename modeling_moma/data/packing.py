@@ -82,9 +82,9 @@ class PackedExamples(torch.utils.data.Dataset):
             of everything random.
 
     Returns:
-        By index a `dict` of tensors `[sequence_length]`: `input_ids`; `position_ids`, which begin again with every
-        document; `labels`, -100 where a document begins and at padding; `source_ids`, the place of the token's source
-        among the documents, -1 at padding.
+        By index a `dict` of tensors `[sequence_length]`: `input_ids`; `attention_mask`, 0 at padding; `position_ids`,
+        which begin again with every document; `labels`, -100 where a document begins and at padding; `source_ids`, the
+        place of the token's source among the documents, -1 at padding.
     """
 
     def __init__(
@@ -175,7 +175,10 @@ class PackedExamples(torch.utils.data.Dataset):
             sources[start:end] = piece.source
             start = end
         positions[start:] = places[: self.sequence_length - start]
-        arrays = {"input_ids": ids, "position_ids": positions, "labels": labels, "source_ids": sources}
+        # padding that is not hidden would compete with the tokens of text for experts and for depth layers
+        mask = (sources >= 0).astype(np.int64)
+        arrays = {"input_ids": ids, "attention_mask": mask, "position_ids": positions, "labels": labels}
+        arrays["source_ids"] = sources
         return {name: torch.from_numpy(values) for name, values in arrays.items()}
 
 
@@ -183,7 +186,7 @@ class PackedExamples(torch.utils.data.Dataset):
 class PackedCollator:
     """Puts packed sequences into a batch as they are, and hands other examples on.
 
-    There is no attention mask among them: where `position_ids` begin again, a document begins, and attention ends.
+    Their attention mask hides padding alone: where `position_ids` begin again, a document begins, and attention ends.
     Flash attention takes no mask of that, so the documents' lengths go along: `cu_seq_lens_q`, `cu_seq_lens_k` (where
     documents begin in all rows together, and the end of the last row), `max_length_q` and `max_length_k`. Padding at
     a row's end counts as a document.

@@ -208,6 +208,37 @@ def test_documents_of_a_sequence_do_not_see_one_another(sources, processor, atte
             start += len(piece)
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"training_routing": "token_choice", "inference_routing": "token_choice"},
+        {"depth_layers": [0], "depth_capacity": 0.5, "auxiliary_routers": True},
+        {"num_experts": 4},
+    ],
+)
+def test_a_step_takes_the_padding_of_a_sequence_for_nothing(processor, fields):
+    """Its loss, gradients, thresholds and biases are those of the sequence without its padding."""
+    documents = tiny_documents(processor, 50, labels=["a label of some words", "short"])
+    examples = packed([documents], processor, (1.0,), length=200)
+    example = next(example for example in map(examples.__getitem__, range(200)) if 0 in example["attention_mask"])
+    batch = {name: values[None] for name, values in example.items() if name != "source_ids"}
+    end = int(example["attention_mask"].sum())
+    found = []
+    for length in (LENGTH, end):
+        torch.manual_seed(0)
+        model = tiny_model(processor, initializer_range=0.2, **fields).train()
+        loss = model(**{name: values[:, :length] for name, values in batch.items()}, use_cache=False).loss
+        loss.backward()
+        gradients = {f"gradient of {name}": value.grad for name, value in model.named_parameters()}
+        buffers = dict(model.named_buffers())
+        found.append({"loss": loss.detach(), **gradients, **buffers})
+    padded, whole = found
+    assert any("threshold" in name for name in whole) and padded.keys() == whole.keys()
+    for name, value in whole.items():
+        torch.testing.assert_close(padded[name], value, rtol=1e-4, atol=1e-6, msg=name)
+
+
 def test_shards_read_rows_of_any_file(processor, tmp_path):
     rows = [[1, 2, 3], [], [4], [5, 6]]
     for number, part in enumerate((rows[:1], rows[1:3], rows[3:])):

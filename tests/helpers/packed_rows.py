@@ -47,7 +47,8 @@ def packed_rows(layout, seed=0):
         row[sum(lengths) :] = 0
         labels = torch.where(positions > 0, row, -100)
         labels[sum(lengths) :] = -100
-        rows.append({"input_ids": row, "position_ids": positions, "labels": labels})
+        mask = (torch.arange(LENGTH) < sum(lengths)).long()
+        rows.append({"input_ids": row, "attention_mask": mask, "position_ids": positions, "labels": labels})
     return rows
 
 

@@ -293,6 +293,17 @@ def test_active_parameters_count_the_experts_of_each_token(k):
     assert by_threshold.num_parameters(active=True) == tiny_config(**fields).num_parameters(active=True)
 
 
+def test_a_group_of_one_expert_bounds_nothing():
+    rules = {"training_routing": "token_choice", "inference_routing": "token_choice"}
+    mixed = tiny_config(num_experts={"text": 1, "image": 4}, num_experts_per_tok=2, **rules)
+    assert mixed.num_parameters(active=True, modality="text") < mixed.num_parameters(active=True, modality="image")
+    tiny_config(num_experts={"text": 1, "image": 4}, expert_capacity_factor=2.0)
+    with pytest.raises(StrictDataclassClassValidationError, match="exceeds the smallest group of experts .4."):
+        tiny_config(num_experts={"text": 1, "image": 4}, num_experts_per_tok=5, **rules)
+    with pytest.raises(StrictDataclassClassValidationError, match="`expert_capacity_factor` = 4.5"):
+        tiny_config(num_experts={"text": 1, "image": 4}, expert_capacity_factor=4.5)
+
+
 def test_active_parameters_count_before_any_rule_is_known(monkeypatch):
     config = tiny_config(num_experts=4)
     before = config.num_parameters(active=True)

@@ -226,7 +226,6 @@ def test_what_flash_attention_refuses_the_stand_in_refuses():
 def test_padding_that_a_mask_hides_is_no_part_of_a_document(kernels, name, given):
     model = model_of(name)
     batch = PackedCollator(None)(packed_rows(ROWS["padded"]))
-    batch["attention_mask"] = (torch.stack([torch.arange(LENGTH) < sum(lengths) for lengths in ROWS["padded"]])).long()
     # positions of padding say nothing
     by_hand = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
     by_hand["position_ids"] = batch["position_ids"].masked_fill(batch["attention_mask"] == 0, 1)
@@ -281,10 +280,10 @@ def test_lengths_change_nothing_where_attention_goes_by_a_mask(attention):
         model = model_of(name)
         model.set_attn_implementation(attention)
         batch = PackedCollator(None)(packed_rows(ROWS["padded"]))
-        plain = {key: batch[key] for key in ("input_ids", "position_ids", "labels")}
+        plain = {key: batch[key] for key in ("input_ids", "attention_mask", "position_ids", "labels")}
         with torch.no_grad():
             assert torch.equal(model(**batch, use_cache=False).logits, model(**plain, use_cache=False).logits)
-        del batch["position_ids"]
+        del batch["position_ids"], batch["attention_mask"]
         for more in (
             {"use_cache": False},
             {"use_cache": True},

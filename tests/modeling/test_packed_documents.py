@@ -283,7 +283,7 @@ def test_lengths_of_many_rows_by_hand_are_those_of_the_collator(kernels, attenti
     model = model_of("full")
     model.set_attn_implementation(attention)
     batch = PackedCollator(None)(packed_rows(ROWS["padded"]))
-    by_hand = {key: batch[key] for key in ("input_ids", "position_ids")}
+    by_hand = {key: batch[key] for key in ("input_ids", "attention_mask", "position_ids")}
     kernels.lengths.clear()
     with torch.no_grad():
         assert torch.equal(model(**batch).logits, model(**by_hand).logits)

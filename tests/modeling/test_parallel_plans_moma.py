@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 import pytest
 import torch
+from transformers.distributed import DistributedConfig
 from transformers.distributed.parallel_utils import ALL_PARALLEL_STYLES, replace_layer_number_by_wildcard
 
 from helpers.reference import GROUPS
@@ -32,6 +33,14 @@ VARIANTS = {
 def build(name, model_class=MomaForCausalLM):
     with torch.device("meta"):
         return model_class(tiny_config(**VARIANTS[name]))
+
+
+@pytest.mark.parametrize("given", [{"pp_size": 2}, DistributedConfig(pp_size=2)])
+def test_pipelines_are_refused_since_later_stages_get_no_ids(given):
+    assert not build("4t4i").supports_pp_plan
+    with pytest.raises(ValueError, match="`pp_size` is 2, but a MoMa needs 1"):
+        MomaForCausalLM.prepare_distribute_model(given)
+    assert MomaForCausalLM.prepare_distribute_model(None) == (None, None, None)
 
 
 def rule_of(parameter, plan):

@@ -104,6 +104,30 @@ def test_fields_that_change_no_weight_are_read_in_every_forward(field, value):
     assert torch.equal(model(ids, routing=routing).logits, wanted(ids, routing=routing).logits)
 
 
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        ("expert_capacity_factor", 2.5),
+        ("depth_capacity", 0.9),
+        ("depth_pool", "row"),
+        ("routing_warmup_steps", 0),
+        ("threshold_momentum", 0.1),
+        ("depth_threshold_momentum", 0.1),
+    ],
+)
+def test_training_reads_fields_that_change_no_weight_as_a_loaded_model_does(field, value):
+    rules = {"training_routing": "threshold", "depth_training_routing": "expert_choice", "routing_warmup_steps": 3}
+    model, ids = tiny_model(**{**GROUPS["4t4i"], **DEPTH, **rules}).train(), mixed_ids(4, 16)
+    setattr(model.config, field, value)
+    wanted = MomaForCausalLM(MomaConfig.from_dict(model.config.to_dict())).train()
+    wanted.load_state_dict(model.state_dict())
+    for _ in range(3):
+        assert torch.equal(model(ids, labels=ids).loss, wanted(ids, labels=ids).loss)
+    buffers = dict(wanted.named_buffers())
+    for name, buffer in model.named_buffers():
+        assert torch.equal(buffer, buffers[name]), name
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("field", ["expert_capacity_factor", "depth_capacity"])
 def test_the_smallest_capacities_take_one_token(field):

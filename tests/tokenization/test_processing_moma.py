@@ -278,6 +278,18 @@ def test_parts_come_back_in_order(processor, images):
     assert not np.array_equal(drawn[0], drawn[1])
 
 
+def test_ends_of_documents_come_back_from_a_tokenizer_that_pads_with_them(processor, images):
+    tokenizer = copy.deepcopy(processor.tokenizer)
+    tokenizer.pad_token = tokenizer.eos_token
+    other = MomaProcessor(processor.image_processor, tokenizer, processor.vq_model)
+    eos, red = tokenizer.eos_token_id, tokenizer("red", add_special_tokens=False)["input_ids"]
+    image = image_ids(processor, images[0])
+    ids = [eos, eos, *red, eos, *image, *red, eos, eos, eos]
+    first, drawn, last = other.decode_parts(ids, skip_special_tokens=False)
+    assert (first, drawn.size, last) == ("red<eos>", (SIDE, SIDE), "red<eos>")
+    assert other.decode_parts([eos, eos]) == []
+
+
 def test_incomplete_and_stray_codes_raise(processor, images):
     ids = image_ids(processor, images[0])
     for broken in (ids[:-1], ids[:-2], ids[:4] + ids[5:], ids[:4] + [5] + ids[5:], ids + ids[:3]):
