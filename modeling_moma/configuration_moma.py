@@ -189,7 +189,9 @@ def preset_fields(name: str) -> dict:
     return {**PRESET_SIZES[size].fields(), "num_experts": PRESET_EXPERTS[experts]}
 
 
-@auto_docstring(checkpoint="moma-90m-4t4i")
+@auto_docstring(
+    custom_intro='Configuration of a [`MomaForCausalLM`]; by default that of `from_preset("moma-90m-4t4i")`.'
+)
 @strict
 class MomaConfig(PreTrainedConfig):
     r"""
@@ -294,6 +296,8 @@ class MomaConfig(PreTrainedConfig):
         selection that inference will use.
     depth_inference_routing (`str`, *optional*):
         Routing of the depth routers in `eval()` mode, `inference_routing` by default.
+    output_router_logits (`bool`, *optional*, defaults to `False`):
+        Give the logits of all routers in `router_logits` of the output. Nothing is added to the loss.
     z_loss_coef (`float`, *optional*, defaults to 1e-05):
         Weight of the mean of `log(Z)^2` over the target tokens, `Z` the softmax's normaliser (Chameleon section 2.3).
     modality_loss_weights (`dict[str, float]`, *optional*):
@@ -527,25 +531,10 @@ class MomaConfig(PreTrainedConfig):
     def validate_layer_type(self):
         """Check nothing: `layer_types` is derived and always valid."""
 
-    def validate_sizes(self):
-        """Check sizes, heads and the fields of attention."""
-        check_sizes(self)
-
-    def validate_modalities(self):
-        """Check the ranges of ids and the tokens around an image."""
-        check_modalities(self)
-
-    def validate_experts(self):
-        """Check the expert groups: counts, widths, capacities, shared experts."""
-        check_experts(self)
-
-    def validate_routing(self):
-        """Check the switches of norms, routing and losses."""
-        check_routing(self)
-
-    def validate_depth(self):
-        """Check the depth layers."""
-        check_depth(self)
+    def validate_fields(self):
+        """Check sizes, ids of modalities, groups of experts, switches and depth layers."""
+        for check in (check_sizes, check_modalities, check_experts, check_routing, check_depth):
+            check(self)
 
     def validate_rules(self):
         """Check the rules by which experts and depth layers choose; the model does it again when it is built."""

@@ -55,7 +55,7 @@ class Arguments:
         max_new_tokens (`int`, *optional*):
             by default 32, and room for an image; for a sound, 256.
         temperature (`float`, *optional*):
-            0 takes the likeliest; by default 0 for text, else 1.
+            0 takes the likeliest; by default 0 for text and with beams, else 1.
         top_k (`int`, *optional*, defaults to `0`):
             sample among so many tokens, 0 for all.
         top_p (`float`, *optional*, defaults to `1.0`):

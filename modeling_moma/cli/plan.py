@@ -185,8 +185,9 @@ def compute(args: Arguments) -> "tuple[list[Plan], list[tuple[Layout, Memory]]]"
         layout, memory = misfits[0]
         raise InputError(
             f"no layout fits {args.gpus} GPUs of {args.gpu_memory:g} GB: the smallest, {layout}, needs "
-            f"{memory.total / args.headroom / GIGA:.1f} GB with one sequence of {args.sequence_length} at once. Take "
-            "more GPUs, larger ones, or shorter sequences."
+            f"{memory.total / GIGA:.1f} GB with one sequence of {args.sequence_length} at once, a GPU of "
+            f"{memory.total / args.headroom / GIGA:.1f} GB at `--headroom` {args.headroom:g}. Take more GPUs, larger "
+            "ones, or shorter sequences."
         )
     return plans, misfits
 

@@ -81,11 +81,11 @@ class Arguments:
         train_groups (`list[str]`, *optional*, defaults to `[]`):
             train these expert groups and the rows of their tokens alone: all else stays as it is.
         lora_rank (`int`, *optional*):
-            train adapters of this rank in place of the weights, and merge them at the end; needs PEFT.
+            train adapters of this rank in place of the weights, and merge them at the end (extra `finetune`).
         gumbel_noise (`float`, *optional*):
             scale of the routers' noise in training, 0 turns it off; by default what the model's config has.
         attn_implementation (`str`, *optional*, defaults to `"sdpa"`):
-            eager is the faster one on CPUs at this size.
+            on a CPU eager is the faster one for small models whose rows are not packed, sdpa for packed rows.
         bf16 (`Literal["auto", "on", "off"]`, *optional*, defaults to `"auto"`):
             bf16 in training; auto: where the device has it.
         resume (`bool`, *optional*, defaults to `False`):

@@ -45,7 +45,7 @@ class Arguments:
         engine (`Literal["processes", "datatrove", "slurm", "ray"]`, *optional*, defaults to `"processes"`):
             what starts the tasks, shards of the tokens: this command, datatrove on this machine, Slurm, or Ray.
         tasks (`int`, *optional*, defaults to `64`):
-            of datatrove, each writes every so-manieth shard.
+            of datatrove, among which the shards are divided.
         partition (`str`, *optional*):
             of Slurm.
         time (`str`, *optional*, defaults to `"24:00:00"`):

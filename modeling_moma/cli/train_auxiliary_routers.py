@@ -50,7 +50,7 @@ class Arguments:
         seed (`int`, *optional*, defaults to `0`):
             of weights and order.
         attn_implementation (`str`, *optional*, defaults to `"sdpa"`):
-            eager is the faster one on CPUs at this size.
+            on a CPU eager is the faster one for small models whose rows are not packed, sdpa for packed rows.
         bf16 (`Literal["auto", "on", "off"]`, *optional*, defaults to `"auto"`):
             bf16 in training; auto: where the device has it.
         resume (`bool`, *optional*, defaults to `False`):

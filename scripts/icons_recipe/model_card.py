@@ -202,11 +202,12 @@ def _information_ratio(report: dict) -> tuple[float, float, bool]:
 def aims(report: dict) -> list[tuple[str, str, bool]]:
     """Returns each aim, what was measured, and whether it is reached."""
     image, of_caption, has_control = _information_ratio(report)
-    whose = "the control's captions take" if has_control else "captions take (no control was measured)"
+    whose = "the control's captions take" if has_control else "captions take"
+    control = "" if has_control else " (those of this model, no other was measured as a control)"
     drawings, names, search = report["drawings"], report["names"][MAIN], report["search"][MAIN]
     found = [
         (
-            f"images take from captions at least {AIM_INFORMATION:g} of what {whose} from images",
+            f"images take from captions at least {AIM_INFORMATION:g} of what {whose} from images{control}",
             f"{image:.2f} of {of_caption:.2f} nats",
             image >= AIM_INFORMATION * of_caption > 0,
         )
@@ -346,7 +347,11 @@ def _stage(recipe: Recipe) -> str:
         lines.append(
             f"`{source.data}`, {100 * source.weight / total:.0f} % of the tokens: captions `{kind.text}`"
             + "".join(f", or `{other.text}` ({100 * other.share:.0f} %)" for other in kind.alternatives)
-            + (", tried in this order, of icons that have all of it" if kind.alternatives else "")
+            + (
+                ", tried in this order where an image has the fields: shares of those left"
+                if kind.alternatives
+                else ""
+            )
             + f"; the image first in {100 * kind.image_first:.0f} % of the documents, and of the others "
             f"{100 * kind.without_caption:.0f} % without a caption, which guidance needs;"
         )
@@ -490,7 +495,7 @@ print(labeler.match(codes, ["cog", "settings"]))
 ```
 
 With `--views {views}`, or `views={views}` in Python, probabilities are means over as many codings of each icon,
-moved by a pixel, which takes as many times as long.
+all but the first of it moved by a pixel, which takes as many times as long.
 
 Drawing:
 

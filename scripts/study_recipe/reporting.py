@@ -338,14 +338,14 @@ def _place(row: Mapping[str, Any]) -> tuple:
 
 def coverage_table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Return the shares of tokens that no expert took, at the end of the training."""
-    header = ["size", "data", "tokens", "recipe", "without an expert, image", "text", "all (one pool)"]
+    header = ["size", "data", "tokens", "rate", "recipe", "without an expert, image", "text", "all (one pool)"]
     lines = []
-    for (size, data, budget, _, recipe), seeds in grouped(rows).items():
+    for (size, data, budget, rate, recipe), seeds in grouped(rows).items():
         last = [next((point for point in reversed(row["curve"]) if _uncovered(point)), {}) for row in seeds]
         shares = [[point[f"{group}_uncovered"] for point in last if f"{group}_uncovered" in point] for group in GROUPS]
         if any(shares):
             cells = [f"{100 * fmean(share):.0f} %" if share else "" for share in shares]
-            lines.append([size, data, f"{budget}M", recipe, *cells])
+            lines.append([size, data, f"{budget}M", f"{rate:g}", recipe, *cells])
     return table(header, lines)
 
 

@@ -214,7 +214,7 @@ def test_aims_say_what_is_not_reached_and_whose_captions_are_compared():
     alone = copy.deepcopy(REPORT)
     del alone["information"]["plain"]["control"]
     (aim, measured, reached), *_ = aims(alone)
-    assert "no control was measured" in aim and measured == "4.51 of 6.00 nats" and not reached
+    assert "no other was measured as a control" in aim and measured == "4.51 of 6.00 nats" and not reached
 
 
 def test_what_could_not_be_measured_is_left_out():

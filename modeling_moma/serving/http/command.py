@@ -41,7 +41,9 @@ def serve(
         list[str] | None,
         Option(help="Name that `chat_template_kwargs` of a request may set; may be repeated. By default none."),
     ] = None,
-    max_requests: Annotated[int, Option(help="Requests processed concurrently.", min=1)] = DEFAULTS.max_requests,
+    max_requests: Annotated[
+        int, Option(help="Requests admitted at once, answered one by one.", min=1)
+    ] = DEFAULTS.max_requests,
     max_waiting: Annotated[
         int, Option(help="Requests queued beside them; more get status 429.", min=0)
     ] = DEFAULTS.max_waiting,
