@@ -16,6 +16,7 @@
 The rules of routing are known here by their records, see [`RoutingRule`]: the modules above enter them.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -23,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 from huggingface_hub.dataclasses import strict
 from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig
-from transformers.modeling_rope_utils import RopeParameters
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, RopeParameters
 from transformers.utils import auto_docstring
 
 from .compat_moma import AUTO_MAP
@@ -651,8 +652,8 @@ def check_sizes(config: MomaConfig):
         "must be even: rotary embeddings turn pairs of channels. Unset, it is hidden_size // num_attention_heads",
     )
     require(0 <= config.attention_dropout < 1, "attention_dropout", config.attention_dropout, "must be in [0, 1)")
-    require(config.rms_norm_eps > 0, "rms_norm_eps", config.rms_norm_eps, "must be positive")
-    require(config.initializer_range > 0, "initializer_range", config.initializer_range, "must be positive")
+    for name in ("rms_norm_eps", "initializer_range"):
+        require(0 < getattr(config, name) < math.inf, name, getattr(config, name), "must be positive and finite")
     require(
         config.pad_token_id is None or 0 <= config.pad_token_id < config.vocab_size,
         "pad_token_id",
@@ -665,6 +666,11 @@ def check_sizes(config: MomaConfig):
     rotary = config.rope_parameters or {}
     is_whole = rotary.get("partial_rotary_factor", 1.0) == 1.0
     require(is_whole, "rope_parameters", rotary, "must turn whole heads: partial_rotary_factor has to be 1")
+    theta, kind = rotary.get("rope_theta", 1.0), rotary.get("rope_type", "default")
+    is_number = isinstance(theta, int | float) and not isinstance(theta, bool) and 0 < theta < math.inf
+    require(is_number, "rope_parameters", rotary, "rope_theta must be a positive number")
+    kinds = ["default", *ROPE_INIT_FUNCTIONS]
+    require(kind in kinds, "rope_parameters", rotary, f"rope_type must be one of {kinds}")
 
 
 def check_modalities(config: MomaConfig):
@@ -865,14 +871,16 @@ def check_routing(config: MomaConfig):
         "must be positive, or None for noise that stays",
     )
     for name in ("routing_warmup_steps", "router_bias_update_rate", "z_loss_coef", "gumbel_noise"):
-        require(getattr(config, name) >= 0, name, getattr(config, name), "must not be negative")
+        require(
+            0 <= getattr(config, name) < math.inf, name, getattr(config, name), "must be 0 or positive, and finite"
+        )
     _require_modalities(config, "modality_loss_weights")
     weights = config.modality_loss_weights or {}
     require(
-        all(weight >= 0 for weight in weights.values()),
+        all(0 <= weight < math.inf for weight in weights.values()),
         "modality_loss_weights",
         config.modality_loss_weights,
-        "must not be negative",
+        "must be finite, not negative",
     )
 
 

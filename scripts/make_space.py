@@ -9,6 +9,8 @@ import shutil
 import sys
 from pathlib import Path
 
+from modeling_moma.utils.atomic_files import write_folder_aside
+
 
 ROOT = Path(__file__).resolve().parents[1]
 SPACE = ROOT / "model_cards" / "moma-emoji-space"
@@ -33,15 +35,18 @@ def make_space(output: Path, model: Path = MODEL) -> Path:
         raise ValueError(f"--output: {str(output)!r} exists already; name a new folder.")
     if not (model / "model.safetensors").is_file():
         raise ValueError(f"--model: {str(model)!r} holds no model.safetensors.")
-    unwanted = shutil.ignore_patterns("__pycache__", "*.pyc")
-    shutil.copytree(SPACE, output, ignore=unwanted)
-    for package in PACKAGES:
-        shutil.copytree(ROOT / package, output / package, ignore=unwanted)
-    for path in (path for pattern in MODEL_FILES for path in model.glob(pattern)):
-        target = output / MODEL.name / path.relative_to(model)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(path, target)
-    return output
+
+    def write(folder: Path):
+        unwanted = shutil.ignore_patterns("__pycache__", "*.pyc")
+        shutil.copytree(SPACE, folder, ignore=unwanted)
+        for package in PACKAGES:
+            shutil.copytree(ROOT / package, folder / package, ignore=unwanted)
+        for path in (path for pattern in MODEL_FILES for path in model.glob(pattern)):
+            target = folder / MODEL.name / path.relative_to(model)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, target)
+
+    return write_folder_aside(output, write)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -51,7 +56,7 @@ def main(arguments: list[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     try:
         print(make_space(args.output, args.model))
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

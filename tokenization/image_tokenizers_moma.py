@@ -2,7 +2,7 @@
 """Image tokenizers of other models in Transformers, with the methods that the processor calls of a MomaVQModel."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -264,7 +264,10 @@ def load_image_tokenizer(place: str | os.PathLike, subfolder: str = "", **kwargs
     settings = PreTrainedConfig.get_config_dict(place, subfolder=subfolder, **hub_kwargs)[0]
     model_type = settings.get("model_type", "moma_vq")
     if model_type == "moma_vq":
-        return MomaVQModel.from_pretrained(place, subfolder=subfolder, **kwargs)
+        both: Any = MomaVQModel.from_pretrained(place, subfolder=subfolder, output_loading_info=True, **kwargs)
+        model, loaded = both
+        _refuse_missing(place, subfolder, "MomaVQModel", loaded["missing_keys"], "was config.json changed?")
+        return model
     for name, entry in LIBRARY_CLASSES.items():
         if model_type not in (name, entry.whole):
             continue
@@ -273,14 +276,16 @@ def load_image_tokenizer(place: str | os.PathLike, subfolder: str = "", **kwargs
             kwargs["config"] = library.config_class.from_dict(settings.get("vq_config", {}))
             kwargs["key_mapping"] = _WHOLE_PREFIX
         model, loaded = library.from_pretrained(place, subfolder=subfolder, output_loading_info=True, **kwargs)
-        if loaded["missing_keys"]:
-            missing = sorted(loaded["missing_keys"])
-            raise InputError(
-                f"{place}: {len(missing)} weights of {entry.name} are missing, such as {missing[0]!r}; is this a "
-                f"checkpoint of {entry.whole} in the layout of Transformers?"
-            )
+        cause = f"is this a checkpoint of {entry.whole} in the layout of Transformers?"
+        _refuse_missing(place, subfolder, entry.name, loaded["missing_keys"], cause)
         return model.eval()
     raise TypeError(f"{place}: a model of type {model_type!r} {why_no_image_tokenizer(model_type)}.")
+
+
+def _refuse_missing(place: Any, subfolder: str, name: str, keys: Collection[str], cause: str) -> None:
+    if keys:
+        where = os.path.join(place, subfolder)
+        raise InputError(f"{where}: {len(keys)} weights of {name} are missing, such as {min(keys)!r}; {cause}")
 
 
 __all__ = [

@@ -63,10 +63,16 @@ def text_tokenizer(recipe: "Recipe", vocab_size: int | None, given: str | None) 
     from ..data.sources import source_texts
     from ..hub.loading import open_text_tokenizer
 
+    of_recipe = recipe.processor.text_tokenizer
+    if vocab_size is not None and (given or of_recipe) is not None:
+        raise InputError(
+            f"--vocab-size {vocab_size}: it is of a tokenizer that learns from the texts, and {given or of_recipe!r} "
+            "has learnt already; leave one of them out."
+        )
     if given is not None:
         return open_text_tokenizer(given)
-    if recipe.processor.text_tokenizer is not None:
-        return open_text_tokenizer(recipe.processor.text_tokenizer, "RECIPE, processor: text_tokenizer")
+    if of_recipe is not None:
+        return open_text_tokenizer(of_recipe, "RECIPE, processor: text_tokenizer")
     texts = source_texts(recipe.sources, recipe.processor.text_rows)
     return train_text_tokenizer(texts, vocab_size or recipe.processor.vocab_size)
 

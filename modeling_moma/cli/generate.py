@@ -235,10 +235,10 @@ def run(args: Arguments) -> None:
     """Load, generate, print texts and write images."""
     with without_import_notices():
         import torch
-        from transformers import AutoModelForCausalLM, AutoProcessor, set_seed
+        from transformers import set_seed
 
         from ..evaluation.retrieval import likeliest_drawings
-        from ..hub.loading import MODEL, PROCESSOR, open_saved
+        from ..hub.loading import open_model, open_processor
 
     check_prompts_and_temperature(args)
     check_candidates(args)
@@ -247,11 +247,8 @@ def run(args: Arguments) -> None:
     file_format = image_format(output) if writes_images else sound_format(output) if args.mode == "audio" else None
     texts, images, sounds = make_rows(args.prompt, args.image, args.audio)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    processor: Any = open_saved(PROCESSOR, "--model", args.model, partial(AutoProcessor.from_pretrained, args.model))
-    dtype = torch.float32 if device == "cpu" else "auto"
-    load = partial(AutoModelForCausalLM.from_pretrained, args.model, dtype=dtype)
-    model: Any = open_saved(MODEL, "--model", args.model, load)
-    model = model.to(device).eval()
+    processor: Any = open_processor(args.model, "--model")
+    model: Any = open_model(args.model, dtype=torch.float32 if device == "cpu" else "auto").to(device).eval()
     processor.to(device)
     sampling_rate = check_sounds(args, processor)
     items = {"audio": sounds} if sounds else {}

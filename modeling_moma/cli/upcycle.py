@@ -74,7 +74,8 @@ def probe_batch(config, rows: int = 8, length: int = 64) -> "dict[str, torch.Ten
 
     modality_ids = [torch.cat([torch.arange(*bounds) for bounds in r]) for r in config.modality_token_ranges.values()]
     is_text = torch.ones(config.vocab_size, dtype=torch.bool)
-    is_text[torch.cat(modality_ids)] = False
+    for ids in modality_ids:
+        is_text[ids] = False
     pools = [is_text.nonzero().flatten(), *modality_ids]
     drawn = [pools[row % len(pools)][torch.randint(len(pools[row % len(pools)]), (length,))] for row in range(rows)]
     return {"input_ids": torch.stack(drawn)}

@@ -34,6 +34,8 @@ def open_source(source: str | Path, gguf_file: str | None = None, allow_pickle: 
         CheckpointError: there is no such folder and nothing of that name can be fetched, or its files are damaged.
     """
     folder = Path(source)
+    if folder.is_file():
+        raise CheckpointError(f"{source}: it is a file, and the folder of a checkpoint is needed.")
     is_name = not folder.is_dir()
     if is_name:
         folder = fetch(str(source), gguf_file, allow_pickle)

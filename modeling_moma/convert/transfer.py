@@ -18,8 +18,9 @@ from transformers.utils import logging
 from transformers.utils.hub import convert_file_size_to_int
 
 from ..configuration_moma import MomaConfig
+from ..errors_moma import InputError
 from ..modeling_moma import MomaForCausalLM
-from ..utils.atomic_files import LEFT_OVER, write_folder_aside
+from ..utils.atomic_files import LEFT_OVER, check_writable, write_folder_aside
 from .output_comparison import LARGEST_DIFFERENCE, ProbeResult
 from .reading import DTYPES, CheckpointError, CheckpointReader, TensorSource
 from .report import Receipt
@@ -167,10 +168,14 @@ def transfer(
 
 
 def check_free(output: Path) -> None:
-    """Raise `CheckpointError` where a folder holds something already, but for what is written aside."""
+    """Raise `CheckpointError` where a folder holds something but what is written aside, or cannot be written into."""
     is_taken = output.exists() and not output.is_dir()
     if is_taken or any(not path.name.endswith(LEFT_OVER) for path in output.glob("*")):
         raise CheckpointError(f"{output}: it exists and is not empty; choose another output folder.")
+    try:
+        check_writable(output)
+    except InputError as error:
+        raise CheckpointError(str(error)) from error
 
 
 def _check_difference(difference: float, reader: TensorSource) -> None:
@@ -250,6 +255,10 @@ def check_source(reader: TensorSource, entries: Sequence[Entry], ignored: Mappin
     )
 
 
+# of weights that a model computes with
+WRITTEN_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
 def _with_dtypes(reader: TensorSource, entries: Sequence[Entry], dtype: torch.dtype | None) -> list[TypedEntry]:
     source_sizes = Counter()
     for key in reader:
@@ -259,7 +268,14 @@ def _with_dtypes(reader: TensorSource, entries: Sequence[Entry], dtype: torch.dt
     typed = []
     for entry in entries:
         own = reader.dtypes[entry.sources[0]] if entry.sources else default
-        typed.append((entry, dtype if dtype is not None and own.is_floating_point else own))
+        written = dtype if dtype is not None and own.is_floating_point else own
+        if written not in WRITTEN_DTYPES:
+            hint = "; `--dtype bfloat16` writes another one" if own.is_floating_point else ""
+            raise CheckpointError(
+                f"{reader.folder}: {entry.sources[0]!r} is in {own}, a type of no model{hint}. Is the checkpoint "
+                "quantised without saying so?"
+            )
+        typed.append((entry, written))
     return typed
 
 

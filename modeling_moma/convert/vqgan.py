@@ -15,6 +15,7 @@ from tokenization import MomaVQConfig, MomaVQModel
 
 from ..utils.atomic_files import write_folder_aside
 from .reading import CheckpointError, read_pickle
+from .transfer import check_free
 
 
 # the discriminator and the perceptual network of training, which no image passes at inference
@@ -165,7 +166,7 @@ def convert_vqgan(
         path (`str | Path`):
             see [`read_vqgan`].
         output (`str | Path`):
-            the folder; made where missing, written aside and renamed.
+            the folder, missing or empty; written aside and renamed.
         allow_pickle (`bool`, *optional*, defaults to `False`):
             see [`read_vqgan`].
         resolution (`int`, *optional*, defaults to `512`):
@@ -177,8 +178,9 @@ def convert_vqgan(
         `MomaVQModel`: what was written.
 
     Raises:
-        CheckpointError: see [`read_vqgan`] and [`load_vq_model`].
+        CheckpointError: the folder holds something or cannot be written into; see [`read_vqgan`], [`load_vq_model`].
     """
+    check_free(Path(output).absolute())
     tensors = read_vqgan(path, allow_pickle=allow_pickle)
     model = load_vq_model(tensors, config if config is not None else vqgan_config(tensors, resolution))
     write_folder_aside(output, model.save_pretrained)

@@ -11,14 +11,14 @@ import queue
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
-from transformers import AutoModelForCausalLM, AutoProcessor, StoppingCriteria, StoppingCriteriaList, set_seed
+from transformers import StoppingCriteria, StoppingCriteriaList, set_seed
 from transformers.generation.streamers import BaseStreamer
 
 from tokenization.audio_codecs_moma import AUDIO
@@ -26,7 +26,7 @@ from tokenization.audio_codecs_moma import AUDIO
 from ..errors_moma import InputError
 from ..evaluation.routing_images import record_routing, token_pieces
 from ..generation_moma import INTERLEAVED
-from ..hub.loading import MODEL, PROCESSOR, open_saved
+from ..hub.loading import open_model, open_processor
 from ..labelling.folder import CodedFolder
 from ..labelling.labeler import CaptionForm, Guess, ImageLabeler
 from .routing_view import RoutedExample
@@ -341,11 +341,8 @@ def load_studio(folder: str | Path, form: CaptionForm | None = None, library: st
             images, or an image tokenizer without a decoder.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    load = partial(AutoProcessor.from_pretrained, folder)
-    processor = open_saved(PROCESSOR, "FOLDER", str(folder), load)
-    dtype = torch.float32 if device == "cpu" else "auto"
-    load = partial(AutoModelForCausalLM.from_pretrained, folder, dtype=dtype)
-    model: Any = open_saved(MODEL, "FOLDER", str(folder), load)
+    processor = open_processor(str(folder), "FOLDER")
+    model: Any = open_model(str(folder), "FOLDER", dtype=torch.float32 if device == "cpu" else "auto")
     if "image" not in model.config.frames:
         raise InputError(f"FOLDER: the model of {str(folder)!r} writes no images, so there is nothing to show.")
     if not processor.has_image_decoder:

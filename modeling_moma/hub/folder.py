@@ -8,11 +8,16 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 
+from tokenization import MomaVQConfig, MomaVQModel
 from tokenization.image_tokenizers_moma import codebook_field
 
+from ..configuration_moma import MomaConfig
 from ..errors_moma import InputError
+from ..modeling_moma import MomaForCausalLM
+from ..utils.messages import one_line
 from .code import code_closure, code_facts, installed_code
 
 
@@ -241,6 +246,7 @@ def check_files(files: Mapping[str, Path]) -> Iterator[str]:
     for folder in ("", f"{VQ_FOLDER}/"):
         if f"{folder}config.json" in files:
             yield from check_weights(files, folder)
+            yield from check_shapes(files, folder)
     if "processor_config.json" in files:
         yield from check_codecs(files)
     yield from check_code(files)
@@ -271,8 +277,49 @@ def check_weights(files: Mapping[str, Path], folder: str = "") -> Iterator[str]:
                 continue
             keys, problems = _tensor_problems(name, files[name])
             yield from problems
-            if not problems and not expected <= keys:
-                yield f"{name} lacks {sorted(expected - keys)[0]!r}, which {index} says is in it: shards of two saves."
+            if not problems and not expected <= keys.keys():
+                lost = min(expected - keys.keys())
+                yield f"{name} lacks {lost!r}, which {index} says is in it: shards of two saves."
+
+
+def check_shapes(files: Mapping[str, Path], folder: str) -> Iterator[str]:
+    """Check that weights are those of the model that the configuration beside them describes.
+
+    Quantised ones, whose names are others, and image tokenizers of Transformers are not looked at.
+    """
+    name, config = f"{folder}config.json", read_json(files[f"{folder}config.json"])
+    kinds = {"moma": (MomaForCausalLM, MomaConfig), "moma_vq": (MomaVQModel, MomaVQConfig)}
+    kind = kinds.get(str(config.get("model_type")))
+    if kind is None or config.get("quantization_config") is not None:
+        return
+    try:
+        with torch.device("meta"):
+            model = kind[0](kind[1].from_dict(config))
+    # a configuration is strict in many ways
+    except Exception as error:
+        yield f"{name} describes no model ({one_line(error, 300)}): edited by hand?"
+        return
+    shapes: dict[str, tuple[int, ...]] = {}
+    weights = [
+        path for path in files if path.rpartition("/")[0] == folder.rstrip("/") and path.endswith(".safetensors")
+    ]
+    for path in weights:
+        found, problems = _tensor_problems(path, files[path])
+        # told of already, as where there are no weights
+        if problems:
+            return
+        shapes |= found
+    wanted = {key: tuple(value.shape) for key, value in model.named_parameters()} if weights else {}
+    missing = sorted(wanted.keys() - shapes.keys())
+    if missing:
+        yield (
+            f"{name} describes a model with {len(missing)} weights that are not there, such as {missing[0]!r}: edited "
+            "by hand, or of another model?"
+        )
+    for key in sorted(wanted.keys() & shapes.keys()):
+        if wanted[key] != shapes[key]:
+            yield f"{name}: {key!r} has the shape {shapes[key]}, but by the configuration it is {wanted[key]}."
+            return
 
 
 def check_codecs(files: Mapping[str, Path]) -> Iterator[str]:
@@ -299,17 +346,18 @@ def check_codecs(files: Mapping[str, Path]) -> Iterator[str]:
             yield from _tensor_problems(f"{folder}codebook.safetensors", files[f"{folder}codebook.safetensors"])[1]
 
 
-def _tensor_problems(name: str, path: Path) -> tuple[set[str], list[str]]:
+def _tensor_problems(name: str, path: Path) -> tuple[dict[str, tuple[int, ...]], list[str]]:
+    """Return the shapes of a file's tensors, and what is wrong with it."""
     with path.open("rb") as file:
         if file.read(len(_POINTER)) == _POINTER:
-            return set(), [f"{name} is the pointer of a large file, not the file: run `git lfs pull`."]
+            return {}, [f"{name} is the pointer of a large file, not the file: run `git lfs pull`."]
     try:
         # reads the header alone, and compares the sizes in it with the file's
         with safe_open(path, framework="numpy") as tensors:
-            return set(tensors.keys()), []
+            return {key: tuple(tensors.get_slice(key).get_shape()) for key in tensors.keys()}, []
     except (SafetensorError, OSError) as error:
         size = path.stat().st_size
-        return set(), [f"{name} of {size:,} bytes is no readable safetensors file ({error}): was its writing cut off?"]
+        return {}, [f"{name} of {size:,} bytes is no readable safetensors file ({error}): was its writing cut off?"]
 
 
 def check_code(files: Mapping[str, Path]) -> Iterator[str]:
@@ -353,6 +401,8 @@ def check_tokens(files: Mapping[str, Path]) -> Iterator[str]:
     config, vq_config = read_json(files["config.json"]), read_json(files[f"{VQ_FOLDER}/config.json"])
     try:
         facts = _token_facts(config, vq_config, read_json(files["tokenizer.json"]))
+        facts += _special_facts(config, read_json(files["tokenizer.json"]), read_json(files["tokenizer_config.json"]))
+        facts += _grid_facts(config, vq_config, read_json(files["processor_config.json"]))
     except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
         yield f"config.json, tokenizer.json: the tokens in them cannot be compared ({error}): edited by hand?"
         return
@@ -385,3 +435,26 @@ def _token_facts(config: dict, vq_config: dict, tokenizer: dict) -> list[tuple[s
             (f"modality_token_ranges.{modality} starts at", first, ids.get(f"<|{modality}_0|>")),
         ]
     return facts
+
+
+def _special_facts(config: dict, tokenizer: dict, settings: dict) -> list[tuple[str, Any, Any]]:
+    vocabulary = tokenizer["model"].get("vocab")
+    ids = dict(vocabulary) if isinstance(vocabulary, dict) else {}
+    ids |= {token["content"]: token["id"] for token in tokenizer.get("added_tokens", [])}
+    needed = max(ids.values(), default=-1) + 1
+    # rows of the embedding beyond the tokenizer's tokens do no harm
+    facts = [("vocab_size", min(config["vocab_size"], needed), needed)]
+    for name in ("pad", "bos", "eos"):
+        token = settings.get(f"{name}_token")
+        content = token.get("content") if isinstance(token, dict) else token
+        if content in ids:
+            facts.append((f"{name}_token_id", config.get(f"{name}_token_id"), ids[content]))
+    return facts
+
+
+def _grid_facts(config: dict, vq_config: dict, settings: dict) -> list[tuple[str, Any, Any]]:
+    crop = (settings.get("image_processor") or {}).get("crop_size")
+    if vq_config.get("model_type") != "moma_vq" or not isinstance(crop, dict):
+        return []
+    side = MomaVQConfig.from_dict(vq_config).downsample_factor
+    return [("image_seq_length", config.get("image_seq_length"), (crop["height"] // side) * (crop["width"] // side))]

@@ -77,8 +77,23 @@ TEXT_TOKENIZER = Saved("text tokenizer", "build-processor", (("tokenizer.json", 
 
 
 def open_model(place: str, option: str = "--model", **kwargs: Any) -> MomaForCausalLM:
-    """Return a model; see [`open_saved`]."""
-    return open_saved(MODEL, option, place, lambda: MomaForCausalLM.from_pretrained(place, **kwargs))
+    """Return a model; see [`open_saved`]. One that lacks weights, for which random ones would stand, is an error."""
+    missing: list[str] = []
+
+    def load() -> MomaForCausalLM:
+        both: Any = MomaForCausalLM.from_pretrained(place, output_loading_info=True, **kwargs)
+        model, loaded = both
+        parameters = dict(model.named_parameters())
+        missing.extend(sorted(name for name in loaded["missing_keys"] if name in parameters))
+        return model
+
+    model = open_saved(MODEL, option, place, load)
+    if missing:
+        raise InputError(
+            f"`{option}` {str(place)!r}: {len(missing)} weights of the model that its config.json describes are "
+            f"missing, such as {missing[0]!r}; was config.json changed, or a file of weights lost?"
+        )
+    return model
 
 
 def open_processor(place: str, option: str = "--processor") -> MomaProcessor:

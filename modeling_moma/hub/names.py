@@ -71,7 +71,7 @@ def no_folder(place: str) -> str:
 
 def _suggestion(path: Path) -> str:
     try:
-        names = [entry.name for entry in path.parent.iterdir() if not entry.name.startswith(".")]
+        names = [entry.name for entry in path.parent.iterdir() if not entry.name.startswith(".") and entry != path]
     except OSError:
         return ""
     close = get_close_matches(path.name, names, 1, 0.75)

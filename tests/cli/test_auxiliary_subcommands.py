@@ -228,6 +228,23 @@ def test_a_released_model_has_no_noise_of_a_training_stage(inputs, tmp_path):
     assert_same(load_file(inputs / "model" / "model.safetensors"), load_file(tmp_path / "released/model.safetensors"))
 
 
+def test_a_model_that_is_none_is_not_released(inputs, tmp_path, capsys):
+    model = load_model(inputs / "model", "cpu")
+    model.model.norm.weight.data[0] = float("nan")
+    model.save_pretrained(tmp_path / "diverged")
+    tiny_processor(codes=64).save_pretrained(tmp_path / "other")
+    asked = {
+        (tmp_path / "diverged", inputs / "model"): "'model.norm.weight' holds NaN",
+        (inputs / "model", tmp_path / "other"): "the processor's is",
+        (tmp_path / "no", inputs / "model"): "there is no folder",
+    }
+    for (folder, processor), message in asked.items():
+        found = ["--model", str(folder), "--processor", str(processor), "--output", str(tmp_path / "released")]
+        assert release(found) == 2
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "released").exists()
+
+
 def test_bad_arguments_are_refused(inputs, tmp_path):
     for name in ("--batches", "--batch-size"):
         with pytest.raises(SystemExit):

@@ -42,6 +42,13 @@ def place(tmp_path_factory):
     (place / "tokens" / "manifest.json").write_text("{")
     shutil.copytree(place / "model", place / "no-weights")
     (place / "no-weights" / "model.safetensors").unlink()
+    shutil.copytree(place / "model", place / "few-weights")
+    config = json.loads((place / "model" / "config.json").read_text())
+    (place / "few-weights" / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 4}))
+    shutil.copytree(place / "proc", place / "no-codebook")
+    tensors = load_file(place / "proc" / "vq_model" / "model.safetensors")
+    kept = {name: tensor for name, tensor in tensors.items() if not name.startswith("quantize.")}
+    save_file(kept, place / "no-codebook" / "vq_model" / "model.safetensors", metadata={"format": "pt"})
     shutil.copytree(place / "model", place / "cut")
     os.truncate(place / "cut" / "model.safetensors", 500)
     shutil.copytree(place / "proc", place / "half-proc")
@@ -111,6 +118,13 @@ BAD = {
     "evaluate --model model --tokens tokens": "`--model` 'model' has no processor_config.json",
     "evaluate --model cut --tokens tokens": "`--model` 'cut': the model in it cannot be read",
     "evaluate --model no-weights --tokens tokens": "has no model.safetensors: its weights are missing",
+    "upcycle --output out --model few-weights": "config.json describes are missing, such as 'model.layers.2.",
+    "generate --prompt x --model few-weights": "`--model` 'few-weights' has no processor_config.json",
+    "tokenize r.yaml --output out --processor no-codebook": "MomaVQModel are missing, such as 'quantize.",
+    f"{BUILD} vq --text-tokenizer proc --vocab-size 99": "--vocab-size 99: it is of a tokenizer that learns",
+    "convert llama --output out --processor proc --source r.yaml": "r.yaml: it is a file, and the folder",
+    "convert vqgan --output model --source r.yaml": "model: it exists and is not empty",
+    "convert vqgan --output r.yaml/x --source r.yaml": "--output: nothing can be written into",
     "upcycle --output out --model begun": "its training has not come to a checkpoint yet",
     "upcycle --output out --model vq": "a model of type 'moma_vq', not of a model",
     "generate --prompt x --model mdoel": f"`--model` 'mdoel': .*{UNREACHED}",

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from safetensors.torch import load_file, save_file
 
 from helpers.sounds import THREE, processor_of_sounds
 from helpers.tiny import tiny_model, tiny_processor
@@ -275,6 +276,21 @@ def no_image_processor(folder):
     edit(folder / "processor_config.json", lambda config: config["image_processor"].pop("auto_map"))
 
 
+def change_tensors(name, change):
+    """Damage to a file of tensors; `change` gets them all."""
+
+    def damage(folder):
+        tensors = load_file(folder / name)
+        change(tensors)
+        save_file(tensors, folder / name, metadata={"format": "pt"})
+
+    return damage
+
+
+def take_out(tensors):
+    del tensors[next(name for name in tensors if name.startswith("quantize."))]
+
+
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
 BROKEN_FILES = {
     "no AutoConfig": (drop_auto("AutoConfig"), "config.json: auto_map.AutoConfig is missing: saved without"),
@@ -303,6 +319,17 @@ BROKEN_FILES = {
     "no range": (set_config(modality_token_ranges={"image": [[1]]}), "the tokens in them cannot be compared"),
     "no frame": (set_config(modality_frames={"image": 3}), "the tokens in them cannot be compared"),
     "other ids": (set_config(begin_image_token_id=7), "begin_image_token_id 7, but the processor has"),
+    "no tensors": (change_tensors("model.safetensors", dict.clear), "weights that are not there, such as "),
+    "no codebook": (
+        change_tensors("vq_model/model.safetensors", take_out),
+        "vq_model/config.json describes a model with 1 weights that are not there, such as 'quantize.",
+    ),
+    "more layers": (set_config(num_hidden_layers=3), "that are not there, such as 'model.layers.2."),
+    "more rows": (set_config(vocab_size=6000), "but by the configuration it is (6000, "),
+    "no model": (set_config(num_hidden_layers=-1), "config.json describes no model ("),
+    "fewer codes": (set_config(image_seq_length=9), "image_seq_length 9, but the processor has"),
+    "other end": (set_config(eos_token_id=7), "eos_token_id 7, but the processor has"),
+    "few ids": (set_config(vocab_size=30), "vocab_size 30, but the processor has"),
     "other codes": (set_config(modality_token_ranges={"image": [[9, 19]]}), "modality_token_ranges.image holds 10"),
 }
 

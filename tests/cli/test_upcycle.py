@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, TrainerState
 
 from helpers.tiny import tiny_model, tiny_processor
-from modeling_moma import UpcyclingReceipt
+from modeling_moma import MomaConfig, UpcyclingReceipt
 from modeling_moma.cli import upcycle
 
 
@@ -189,6 +189,15 @@ def test_folder_with_files_is_refused_and_kept(checkpoint, tmp_path):
     with pytest.raises(ValueError, match="`--output`"):
         run(checkpoint, checkpoint)
     assert [path.name for path in tmp_path.iterdir()] == ["optimizer.pt"]
+
+
+def test_a_model_of_text_alone_grows_experts(tmp_path):
+    torch.manual_seed(0)
+    ids = {"begin_image_token_id": None, "end_image_token_id": None}
+    model = tiny_model(num_experts=1, modality_token_ranges={}, **ids)
+    model.save_pretrained(tmp_path / "seed")
+    run(tmp_path / "seed", tmp_path / "grown", to="8x")
+    assert MomaConfig.from_pretrained(tmp_path / "grown").num_experts == 8
 
 
 def test_probe_has_rows_of_every_modality():

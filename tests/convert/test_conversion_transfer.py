@@ -80,6 +80,16 @@ def test_tensors_keep_their_types_unless_one_is_asked_for(reader, entries, model
             assert torch.equal(loaded[name], tensor.to(loaded[name].dtype))
 
 
+def test_types_that_no_model_is_loaded_in_are_refused(reader, entries, model, tmp_path):
+    tensors = model.state_dict()
+    save_file({**tensors, HEAD: tensors[HEAD].to(torch.float8_e4m3fn)}, reader.folder / "model.safetensors")
+    reader = CheckpointReader(reader.folder)
+    with pytest.raises(CheckpointError, match=f"'{HEAD}' is in torch.float8_e4m3fn, .*`--dtype bfloat16`"):
+        transfer(reader, CONFIG, entries, tmp_path / "moma")
+    transfer(reader, CONFIG, entries, tmp_path / "moma", dtype=torch.bfloat16)
+    assert MomaForCausalLM.from_pretrained(tmp_path / "moma", dtype="auto").dtype == torch.bfloat16
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

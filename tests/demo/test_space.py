@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The Space of the released model: its front matter, its requirements, and the page that its `app.py` builds."""
 
+import errno
+import shutil
 import tomllib
 
 import pytest
@@ -69,6 +71,18 @@ def test_app_builds_the_page_from_what_lies_in_the_space(tmp_path):
     assert tabs == "['Caption', 'Names', 'Draw', 'Interleaved', 'Routing']"
     # images for three tabs, words for one
     assert num_examples == "4"
+
+
+def test_a_full_disk_leaves_no_half_of_a_space(tmp_path, capsys, monkeypatch):
+    def fail(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "model.safetensors").write_bytes(b"weights")
+    monkeypatch.setattr(shutil, "copyfile", fail)
+    assert main(["--output", str(tmp_path / "space"), "--model", str(tmp_path / "model")]) == 2
+    assert "No space left" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
 def test_a_folder_that_exists_and_a_model_without_weights_are_refused(tmp_path, capsys):

@@ -63,6 +63,12 @@ BAD = [
     ("shared_expert_intermediate_size", {"num_experts": 8, "shared_expert_intermediate_size": {"text": 16}}),
     ("num_experts_per_tok", {"num_experts_per_tok": 0}),
     ("num_experts_per_tok", {"num_experts_per_tok": 5, "training_routing": "token_choice"}),
+    *(
+        ("rope_parameters", {"rope_parameters": {"rope_type": kind, "rope_theta": theta}})
+        for kind, theta in (("default", -1.0), ("default", 0), ("default", float("nan")), ("nope", 1e4))
+    ),
+    ("rope_parameters", {"rope_parameters": {"rope_type": "default", "rope_theta": "1e4"}}),
+    ("rms_norm_eps", {"rms_norm_eps": float("inf")}),
     ("norm_placement", {"norm_placement": "sandwich"}),
     ("gate_after_norm", {"gate_after_norm": True, "norm_placement": "pre"}),
     ("qk_norm", {"qk_norm": "batchnorm"}),
