@@ -447,8 +447,11 @@ def _special_facts(config: dict, tokenizer: dict, settings: dict) -> list[tuple[
     for name in ("pad", "bos", "eos"):
         token = settings.get(f"{name}_token")
         content = token.get("content") if isinstance(token, dict) else token
-        if content in ids:
-            facts.append((f"{name}_token_id", config.get(f"{name}_token_id"), ids[content]))
+        value = config.get(f"{name}_token_id")
+        # several tokens may end a text
+        is_fine = value is None or isinstance(value, list) and ids.get(content) in value
+        if content in ids and not is_fine:
+            facts.append((f"{name}_token_id", value, ids[content]))
     return facts
 
 
