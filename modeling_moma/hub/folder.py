@@ -286,6 +286,15 @@ def check_shapes(files: Mapping[str, Path], folder: str) -> Iterator[str]:
     """Check that weights are those of the model that the configuration beside them describes.
 
     Quantised ones, whose names are others, and image tokenizers of Transformers are not looked at.
+
+    Args:
+        files (`Mapping[str, Path]`):
+            see [`check_files`].
+        folder (`str`):
+            `""`, or one that ends with a slash.
+
+    Yields:
+        `str`: a problem.
     """
     name, config = f"{folder}config.json", read_json(files[f"{folder}config.json"])
     kinds = {"moma": (MomaForCausalLM, MomaConfig), "moma_vq": (MomaVQModel, MomaVQConfig)}
