@@ -88,7 +88,7 @@ def assert_same_losses(losses, expected):
     for name, measured in losses.items():
         assert measured["tokens"] == expected[name]["tokens"], name
         # where experts choose among a batch a last bit, which CPUs round in ways of their own, may turn a choice
-        tolerance = 5e-4 if name == EXPERT_CHOICE else 1e-4
+        tolerance = 2e-4 if name == EXPERT_CHOICE else 1e-4
         for part in ("text", "image", "overall"):
             assert measured[part] == pytest.approx(expected[name][part], abs=tolerance), (name, part)
 

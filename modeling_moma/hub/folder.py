@@ -409,8 +409,9 @@ def check_tokens(files: Mapping[str, Path]) -> Iterator[str]:
     """Check that model, tokenizer, image tokenizer and codecs mean the same by a token id."""
     config, vq_config = read_json(files["config.json"]), read_json(files[f"{VQ_FOLDER}/config.json"])
     try:
-        facts = _token_facts(config, vq_config, read_json(files["tokenizer.json"]))
-        facts += _special_facts(config, read_json(files["tokenizer.json"]), read_json(files["tokenizer_config.json"]))
+        tokenizer = read_json(files["tokenizer.json"])
+        facts = _token_facts(config, vq_config, tokenizer)
+        facts += _special_facts(config, tokenizer, read_json(files["tokenizer_config.json"]))
         facts += _grid_facts(config, vq_config, read_json(files["processor_config.json"]))
     except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
         yield f"config.json, tokenizer.json: the tokens in them cannot be compared ({error}): edited by hand?"

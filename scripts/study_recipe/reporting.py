@@ -293,10 +293,7 @@ def seed_table(rows: Sequence[Mapping[str, Any]], split: str) -> str:
                 continue
             savings = [saving(row, [*dense.values()], CAUSAL, split, part) for part in PARTS]
             etas = [f"{each.tokens:.2f}" for each in savings]
-            gaps = [""] * len(PARTS)
-            if budget in dense:
-                losses, others = (_losses(entry, CAUSAL, split) for entry in (row, dense[budget]))
-                gaps = [f"{losses[part] - others[part]:+.3f}" for part in PARTS]
+            gaps = _gaps(row, dense.get(budget), split)
             needed = f"{savings[0].uncorrected * row['tokens'] / 1e6:.0f}M"
             if savings[0].is_beyond:
                 needed += f" (has {max(dense)}M)"
@@ -319,17 +316,20 @@ def lever_table(rows: Sequence[Mapping[str, Any]], split: str) -> str:
     lines = []
     for lever, control in LEVERS.items():
         for place, row in sorted((place[1:], row) for place, row in alike.items() if place[0] == lever):
-            others = [alike.get((recipe, *place)) for recipe in (control, BASELINE)]
-            if others[0] is None:
+            if (control, *place) not in alike:
                 continue
-            losses = _losses(row, CAUSAL, split)
-            gaps = []
-            for other in others:
-                theirs = {} if other is None else _losses(other, CAUSAL, split)
-                gaps += [f"{losses[part] - theirs[part]:+.3f}" if theirs else "" for part in PARTS]
+            gaps = [gap for recipe in (control, BASELINE) for gap in _gaps(row, alike.get((recipe, *place)), split)]
             size, data, budget, seed, _ = place
             lines.append([size, data, f"{budget}M", str(seed), lever, control, *gaps])
     return table(header, lines)
+
+
+def _gaps(row: Mapping[str, Any], other: Mapping[str, Any] | None, split: str) -> list[str]:
+    """Return by how much a row's causal losses differ from another's, part by part; blanks where there is none."""
+    if other is None:
+        return [""] * len(PARTS)
+    losses, others = (_losses(entry, CAUSAL, split) for entry in (row, other))
+    return [f"{losses[part] - others[part]:+.3f}" for part in PARTS]
 
 
 def _place(row: Mapping[str, Any]) -> tuple:
