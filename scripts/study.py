@@ -18,6 +18,7 @@ import os
 import subprocess
 import sys
 import time
+import traceback
 from dataclasses import replace
 from pathlib import Path
 
@@ -56,6 +57,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(arguments)
     if args.work is None and not args.list:
         parser.error("--work: give a folder for tokens and checkpoints")
+    if args.measure and args.processes > 1:
+        parser.error(f"--processes {args.processes}: --measure takes one run after the other")
     unknown = set(args.only or ()) - {run.name for run in PLAN}
     if unknown:
         parser.error(f"--only {min(unknown)!r}: the plan has no such run; --list names those that there are")
@@ -90,9 +93,16 @@ def main(arguments: list[str] | None = None) -> int:
             measure_again(study, run, args.results)
         return 0
     end = None if args.minutes is None else time.monotonic() + 60 * args.minutes
+    status = 0
     for run in runs:
-        work_on(study, run, args.results, end)
-    return 0
+        try:
+            work_on(study, run, args.results, end)
+        except Exception:
+            # the other runs do not need this one
+            traceback.print_exc()
+            print(f"{run.name}: not finished", file=sys.stderr, flush=True)
+            status = 1
+    return status
 
 
 def start_processes(args: argparse.Namespace, arguments: list[str]) -> int:
@@ -104,7 +114,8 @@ def start_processes(args: argparse.Namespace, arguments: list[str]) -> int:
     for number in range(args.processes):
         with (args.work / f"worker-{number}.log").open("a") as log:
             workers.append(subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT))
-    return max(worker.wait() for worker in workers)
+    # one that a signal ended has a negative status
+    return int(any([worker.wait() != 0 for worker in workers]))
 
 
 def work_on(study: Study, run: Run, results: Path, end: float | None) -> None:
@@ -117,6 +128,8 @@ def work_on(study: Study, run: Run, results: Path, end: float | None) -> None:
         with FileLock(study.runs / run.name / ".lock", timeout=0):
             for budget in sorted(run.budgets):
                 if has_row(results, run.name, budget):
+                    # a kill may have come between the row and this
+                    forget(study, run, budget)
                     continue
                 if end is not None and time.monotonic() > end:
                     return

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tables and figures of the study, from its rows alone."""
 
+import hashlib
 import json
 import math
 from collections import defaultdict
@@ -107,7 +108,7 @@ class Saving:
         uncorrected (`float`):
             the same for equal tokens instead of equal FLOPs.
         is_beyond (`bool`):
-            whether dense was not trained on as many tokens, and the line of its last two budgets was drawn on.
+            whether that many tokens lie outside dense's budgets, and the line of the nearest two was drawn on.
     """
 
     tokens: float
@@ -135,7 +136,8 @@ def saving(row: Mapping[str, Any], dense: Sequence[Mapping[str, Any]], kind: str
     needed = tokens_needed(curve, _part(row, kind, split, part))
     ratio = needed / row["tokens"]
     flops, without_head = (dense[0][name] / row[name] for name in ("flops_a_token", "flops_a_token_without_head"))
-    return Saving(ratio * flops, ratio * without_head, ratio, is_beyond=needed > max(curve)[0])
+    is_beyond = not min(curve)[0] <= needed <= max(curve)[0]
+    return Saving(ratio * flops, ratio * without_head, ratio, is_beyond)
 
 
 def _part(row: Mapping[str, Any], kind: str, split: str, part: str) -> float:
@@ -296,7 +298,7 @@ def seed_table(rows: Sequence[Mapping[str, Any]], split: str) -> str:
             gaps = _gaps(row, dense.get(budget), split)
             needed = f"{savings[0].uncorrected * row['tokens'] / 1e6:.0f}M"
             if savings[0].is_beyond:
-                needed += f" (has {max(dense)}M)"
+                needed += f" (has {min(dense)}M to {max(dense)}M)"
             lines.append([size, data, f"{budget}M", recipe, str(row["seed"]), *etas, *gaps, needed])
     return table(header, lines)
 
@@ -355,10 +357,10 @@ def _uncovered(point: Mapping[str, float]) -> bool:
 
 def experts_table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Return how many routed experts take a token at inference, by layers from the first, and in their mean."""
-    header = ["size", "data", "tokens", "recipe"]
+    header = ["size", "data", "tokens", "rate", "recipe"]
     header += [f"{name}, {part}" for name in GROUPS[:2] for part in ("mean", "by layer")]
     lines = []
-    for (size, data, budget, _, recipe), seeds in grouped(rows).items():
+    for (size, data, budget, rate, recipe), seeds in grouped(rows).items():
         numbers: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
         for entry in (entry for row in seeds for entry in row.get("experts") or ()):
             numbers[entry["modality"]][entry["layer"]].append(entry["causal"])
@@ -368,21 +370,25 @@ def experts_table(rows: Sequence[Mapping[str, Any]]) -> str:
         for name in GROUPS[:2]:
             means = [fmean(values) for _, values in sorted(numbers[name].items())]
             cells += [f"{fmean(means):.2f}", " / ".join(f"{mean:.2f}" for mean in means)] if means else ["", ""]
-        lines.append([size, data, f"{budget}M", recipe, *cells])
+        lines.append([size, data, f"{budget}M", f"{rate:g}", recipe, *cells])
     return table(header, lines)
 
 
 def cost_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Return what a token of each recipe costs."""
+    """Return what a token of each recipe costs, over dense of the same seed, since documents differ between seeds."""
     header = ["size", "data", "recipe", "active", "all", "embeddings", "MFLOPs a token", "without head", "over dense"]
-    lines, seen = [], {}
+    lines = []
+    dense = {(row["size"], row["data"], row["seed"]): row for row in rows if row["recipe"] == BASELINE}
+    by_recipe = defaultdict(list)
     for row in rows:
-        seen.setdefault((row["size"], row["data"], row["recipe"]), row)
-    for (size, data, recipe), row in sorted(seen.items()):
-        dense = seen.get((size, data, BASELINE), row)
+        if (row["size"], row["data"], row["seed"]) in dense:
+            by_recipe[row["size"], row["data"], row["recipe"]].append(row)
+    for (size, data, recipe), seeds in sorted(by_recipe.items()):
+        row = min(seeds, key=lambda entry: entry["seed"])
         millions = [f"{row[name] / 1e6:.3f} M" for name in ("active_parameters", "parameters", "embeddings")]
         flops = [f"{row[name] / 1e6:.3f}" for name in ("flops_a_token", "flops_a_token_without_head")]
-        ratio = row["flops_a_token_without_head"] / dense["flops_a_token_without_head"]
+        baseline = dense[size, data, row["seed"]]
+        ratio = row["flops_a_token_without_head"] / baseline["flops_a_token_without_head"]
         lines.append([size, data, recipe, *millions, *flops, f"{ratio:.3f}"])
     return table(header, lines)
 
@@ -394,7 +400,7 @@ def law_loss(experts: int, parameters: float, tokens: float) -> float:
         experts (`int`):
             number of experts `E`, 1 for a dense model.
         parameters (`float`):
-            active ones `N`.
+            active ones `N`, with the embeddings, as the law counts them.
         tokens (`float`):
             `D`.
     """
@@ -406,6 +412,11 @@ def law_loss(experts: int, parameters: float, tokens: float) -> float:
     ):
         total += scale * transformed**of_experts * count ** (exponent + slope * math.log(transformed))
     return total
+
+
+def law_parameters(row: Mapping[str, Any]) -> float:
+    """Return a row's active parameters as the law counts them, with the embeddings, which are the head's too."""
+    return row["active_parameters"] + row["embeddings"]
 
 
 def law_saving(experts: int, parameters: float, tokens: float) -> float:
@@ -445,7 +456,8 @@ PLANNED_SAVINGS = (1.0, 1.3, 2.0, 3.7)
 
 def plan_table() -> str:
     """Return the tokens by which the law expects values of eta, and the days that a node takes for both models."""
-    header = ["active parameters", "eta", "tokens", "by active parameter", "FLOPs of both runs", "days on 8 GPUs"]
+    header = ["active parameters, with embeddings", "eta", "tokens", "by active parameter"]
+    header += ["FLOPs of both runs", "days on 8 GPUs"]
     lines = []
     for parameters in PLANNED_PARAMETERS:
         for value in PLANNED_SAVINGS:
@@ -468,7 +480,7 @@ def slope_table(rows: Sequence[Mapping[str, Any]], split: str) -> str:
         if compared:
             row = compared[0][0]
             values = [saving(entry, dense, CAUSAL, split, "overall").tokens for entry, dense in compared]
-            predicted = law_saving(4, row["active_parameters"], row["tokens"])
+            predicted = law_saving(4, law_parameters(row), row["tokens"])
             ratio = row["tokens"] / row["active_parameters"]
             cells = [f"{ratio:.0f}", spread(values, 2), f"{predicted:.2f}"]
             lines.append([f"{size}, {budget}M", data, recipe, *cells])
@@ -522,7 +534,8 @@ DRAWN_SIZE = "0.5M"
 
 
 def _drawn(rows: Iterable[Mapping[str, Any]], data: str) -> list[Mapping[str, Any]]:
-    return [row for row in rows if (row["size"], row["data"]) == (DRAWN_SIZE, data)]
+    drawn = (DRAWN_SIZE, data, SIZES[DRAWN_SIZE].learning_rate)
+    return [row for row in rows if (row["size"], row["data"], row["learning_rate"]) == drawn]
 
 
 def draw_gaps(rows: Sequence[Mapping[str, Any]], path: Path, data: str) -> None:
@@ -564,7 +577,7 @@ def draw_gaps(rows: Sequence[Mapping[str, Any]], path: Path, data: str) -> None:
 def draw_savings(rows: Sequence[Mapping[str, Any]], split: str, path: Path) -> None:
     """Draw eta over tokens, a panel for each part and a line for each recipe, and the law's line for four experts.
 
-    Circles are empty where the line of dense's last two budgets was drawn on.
+    Circles are empty where what dense needs lies outside its budgets.
 
     Args:
         rows (`Sequence[Mapping]`):
@@ -575,22 +588,21 @@ def draw_savings(rows: Sequence[Mapping[str, Any]], split: str, path: Path) -> N
             the SVG.
     """
     figure, panels = _panels(sharey=True)
-    by_recipe: dict[str, dict[int, list[Any]]] = defaultdict(lambda: defaultdict(list))
+    by_recipe: dict[str, dict[int, list[Any]]] = defaultdict(dict)
     drawn = _drawn(rows, "all")
     for (_, _, budget, _, recipe), seeds in grouped(drawn).items():
         if recipe != BASELINE:
-            by_recipe[recipe][budget] += [(row, partners(row, rows)) for row in seeds]
+            compared = [(row, dense) for row in seeds if len(dense := partners(row, rows)) > 1]
+            if compared:
+                by_recipe[recipe][budget] = compared
     budgets_drawn = set()
     for panel, part in zip(panels, PARTS):
         for recipe, budgets in by_recipe.items():
             savings = {
                 budget: [saving(row, dense, CAUSAL, split, part) for row, dense in compared]
                 for budget, compared in sorted(budgets.items())
-                if all(len(dense) > 1 for _, dense in compared)
             }
             budgets_drawn |= savings.keys()
-            if not savings:
-                continue
             etas = {budget: fmean(each.tokens for each in seeds) for budget, seeds in savings.items()}
             (line,) = panel.plot(*zip(*etas.items()), "o-", markersize=4, linewidth=1, label=recipe)
             line.set_markerfacecolor("white")
@@ -599,7 +611,7 @@ def draw_savings(rows: Sequence[Mapping[str, Any]], split: str, path: Path) -> N
     if budgets_drawn:
         low, high = min(budgets_drawn), max(budgets_drawn)
         tokens = [low * (high / low) ** (step / 20) for step in range(21)]
-        parameters = fmean(row["active_parameters"] for row in drawn)
+        parameters = fmean(map(law_parameters, drawn))
         predicted = [law_saving(4, parameters, millions * 1e6) for millions in tokens]
         panels[0].plot(tokens, predicted, linestyle="--", color="grey", linewidth=1, label="law, 4 experts")
     panels[0].set_ylabel("eta over dense, causal")
@@ -631,5 +643,15 @@ def _save(figure: Any, panels: Any, path: Path, level: float) -> None:
     handles, labels = panels[0].get_legend_handles_labels()
     if labels:
         panels[-1].legend(handles, labels, fontsize=6, loc="center left", bbox_to_anchor=(1.0, 0.5))
-    figure.savefig(path, metadata={"Date": None, "Creator": None})
+    figure.savefig(path, metadata={"Date": None, "Creator": None, "Description": _digest(panels)})
     pyplot.close(figure)
+
+
+def _digest(panels: Any) -> str:
+    """Return what tells a figure of other numbers from this one, whatever version of matplotlib drew it."""
+    lines = [
+        [line.get_label(), *(f"{value:.3f}" for pair in line.get_xydata() for value in pair)]
+        for panel in panels
+        for line in panel.lines
+    ]
+    return f"numbers {hashlib.sha256(json.dumps(lines).encode()).hexdigest()[:16]}"
