@@ -8,6 +8,7 @@ Compares the speed of our models with that of Transformers' and of one another.
     python -m benchmarks --list
 
 Nothing else may run beside it. What is timed is checked first. A case that fails is told and does not end the others.
+So is a figure above what is wanted, which fails the command with `--strict`.
 """
 
 import argparse
@@ -23,7 +24,7 @@ import torch
 from benchmarks.speed.cases import CASES, FORMER_NAMES
 from benchmarks.speed.clock import BusyMachineError
 from benchmarks.speed.comparison import Outcome, run_case
-from benchmarks.speed.results import environment, report, report_file
+from benchmarks.speed.results import dated_file, environment, report
 from modeling_moma.utils.fields import warn_of_former_name
 from modeling_moma.utils.hardware import keep_freed_memory
 
@@ -40,6 +41,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--minutes", type=float, help="begin no further case after these; what is left out is named")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--report", type=Path, help="folder for a dated report, which replaces none")
+    parser.add_argument("--strict", action="store_true", help="status 1 also where a figure is above what is wanted")
     args = parser.parse_args(arguments)
     for name in FORMER_NAMES.keys() & args.cases:
         warn_of_former_name(f"case {name!r}", repr(FORMER_NAMES[name]))
@@ -66,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command = " ".join(["python -m benchmarks", *(arguments if arguments is not None else sys.argv[1:])])
     outcomes: list[Outcome] = []
     status, not_measured, machine = 0, {}, environment(args.device)
-    file = None if args.report is None else report_file(args.report, args.device)
+    file = None if args.report is None else dated_file(args.report, f"speed-{args.device}")
     if file is not None:
         file.parent.mkdir(parents=True, exist_ok=True)
     end = None if args.minutes is None else time.monotonic() + 60 * args.minutes
@@ -95,6 +97,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     torch.cuda.empty_cache()
             outcomes.append(outcome)
             print(f"{name}, {number} threads: {outcome.ratio:.3f}", file=sys.stderr, flush=True)
+            if missed := outcome.missed():
+                print(f"{name}, {number} threads: above what is wanted: {', '.join(missed)}", file=sys.stderr)
+                status = status or int(args.strict)
             write(file, report(outcomes, command, args.rounds, args.device, machine, not_measured))
     page = report(outcomes, command, args.rounds, args.device, machine, not_measured)
     write(file, page)

@@ -30,6 +30,7 @@ import torch
 
 from benchmarks.data_pipeline import anonymous_bytes
 from benchmarks.serving_requests import BadRequest, Question, bad_requests, questions
+from benchmarks.speed.results import dated_file
 from scripts.server_process import running
 
 
@@ -131,11 +132,14 @@ class Load:
         # a long answer leaves something to cancel
         body = {**question.body, "stream": True, "max_tokens": 400}
         async with self.client.stream("POST", question.path, json=body) as response:
+            if response.status_code != 200:
+                self.outcome.faults.append(f"{question.name}: {response.status_code} {await response.aread()!r}")
+                return
             async for line in response.aiter_lines():
                 pieces -= bool(line)
                 if pieces < 0:
+                    self.outcome.counts["cancelled in the stream"] += 1
                     break
-        self.outcome.counts["cancelled in the stream"] += 1
 
     async def _hang_up_before_the_answer(self, question: Question, patience: float):
         try:
@@ -236,7 +240,7 @@ def main(arguments: list[str] | None = None) -> int:
     lines.append(f"| tracebacks in the log of the server | {tracebacks} |")
     print("\n".join(lines))
     if args.report:
-        path = Path(args.report) / f"{date.today()}-serving-load-cpu.md"
+        path = dated_file(Path(args.report), "serving-load-cpu")
         path.write_text("\n".join(lines) + "\n")
     faults = [*outcome.faults, *leaks(before, after)]
     faults += [f"{tracebacks} tracebacks in the log of the server"] if tracebacks else []

@@ -7,6 +7,7 @@ requests at once. `generate` comes first, since vLLM puts a class of its own und
 
 import argparse
 import os
+import sys
 import time
 from collections.abc import Callable
 
@@ -54,7 +55,10 @@ def main() -> None:
     def one_by_one() -> list[list[int]]:
         return [model.generate(torch.tensor([row]), **length)[0, len(row) :].tolist() for row in prompts]
 
-    results = {"generate, one batch": timed(batch, args.repeats), "generate, one by one": timed(one_by_one, 1)}
+    results = {
+        "generate, one batch": timed(batch, args.repeats),
+        "generate, one by one": timed(one_by_one, args.repeats),
+    }
 
     from vllm import LLM, SamplingParams  # pyright: ignore[reportMissingImports]
 
@@ -76,6 +80,9 @@ def main() -> None:
     for name, (answers, wall, cpu) in results.items():
         equal = sum(answer == row for answer, row in zip(answers, expected))
         print(f"| {name} | {total / wall:.0f} | {total / cpu:.0f} | {equal} of {args.requests} |")
+    unequal = [name for name, (answers, *_) in results.items() if answers != expected]
+    if unequal:
+        sys.exit(f"other tokens than one by one: {', '.join(unequal)}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 import contextlib
 import copy
+import re
 from dataclasses import replace
 from io import BytesIO
 from types import SimpleNamespace
@@ -12,12 +13,12 @@ from PIL import Image
 
 from benchmarks import data_pipeline, drawing
 from benchmarks.__main__ import main as compare_speed
-from benchmarks.speed import floors, gate
+from benchmarks.speed import clock, comparison, floors, gate
 from benchmarks.speed.cases import CASES
 from benchmarks.speed.clock import BusyMachineError, Quiet
 from benchmarks.speed.contenders import CONTENDERS, build
 from benchmarks.speed.profiles import PeakMemory, count_calls
-from benchmarks.speed.results import environment
+from benchmarks.speed.results import environment, report
 from benchmarks.speed.shapes import SHAPES, mixed_tokens
 from helpers.slow import slow
 from modeling_moma.depth_moma import MomaDepthRouter
@@ -75,6 +76,57 @@ def test_the_gate_finds_experts_that_compute_something_else(monkeypatch):
     monkeypatch.setattr(torch, "bmm", lambda *args: 1.01 * original(*args))
     with pytest.raises(AssertionError):
         gate.check(model, SHAPES["tiny"])
+
+
+def test_the_gate_finds_a_gradient_that_is_missing_and_documents_that_see_one_another(monkeypatch):
+    fast, plain = (build("4t4i", SHAPES["tiny"], 64, "cpu") for _ in range(2))
+    ids_BT = mixed_tokens(SHAPES["tiny"], 2, 32)
+    batch = {"input_ids": ids_BT, "labels": ids_BT, "position_ids": torch.arange(16).repeat(2, 2)}
+    gate.compare_gradients(fast, plain, **batch)
+    fast.model.norm.weight.requires_grad_(False)
+    with pytest.raises(AssertionError, match=r"model\.norm\.weight: one of the two"):
+        gate.compare_gradients(fast, plain, **batch)
+    fast.model.norm.weight.requires_grad_(True)
+    monkeypatch.setattr(fast, "forward", lambda position_ids, **rest: type(fast).forward(fast, **rest))
+    with pytest.raises(AssertionError):
+        gate.compare_gradients(fast, plain, **batch)
+
+
+def test_contenders_begin_a_round_in_turn():
+    order = []
+
+    def runner(name):
+        device = SimpleNamespace(type="cpu")
+        return SimpleNamespace(prepare=lambda: None, work=lambda: order.append(name), device=device)
+
+    times = clock.in_turn([runner(name) for name in "abc"], rounds=3, warm_up=1)
+    assert "".join(order) == "abc" + "bca" + "cab" + "abc" and [len(own) for own in times] == [3, 3, 3]
+
+
+@pytest.mark.parametrize(
+    ("ratio", "floor", "missed", "bold"),
+    [
+        (0.7, 3.2, {"floor": 3.2}, "**1.3**"),
+        (0.9, 1.2, {"ratio": 0.9}, "**0.75**"),
+        (0.9, None, {"ratio": 0.9}, "**0.75**"),
+        (0.7, 1.2, {}, None),
+    ],
+)
+def test_the_bar_that_is_missed_is_bold(ratio, floor, missed, bold):
+    case = replace(next(iter(CASES.values())), bar=0.75, bar_of_floor=1.3)
+    rows = [comparison.Row("ours", 1.0, 1.0, floor_ratio=floor), comparison.Row("theirs", 1.0, ratio)]
+    outcome = comparison.Outcome(case, 1, 0.0, rows)
+    assert outcome.missed() == missed
+    page = report([outcome], "command", 1, "cpu", "machine", {})
+    assert re.findall(r"\*\*[0-9.]+\*\*", page) == ([bold] if bold else [])
+    assert "kept at most 0.00 cores" in page
+
+
+def test_a_figure_above_what_is_wanted_is_told_and_fails_where_that_is_asked_for(tiny_cases, monkeypatch, capsys):
+    monkeypatch.setitem(CASES, "optimizer-4t4i", replace(CASES["optimizer-4t4i"], bar=1e-6))
+    command = ["optimizer-4t4i", "--threads", "1", "--rounds", "1", "--device", "cpu", "--no-details"]
+    assert compare_speed(command) == 0 and "above what is wanted: ratio" in capsys.readouterr().err
+    assert compare_speed([*command, "--strict"]) == 1
 
 
 def test_figures_of_a_busy_machine_are_refused():

@@ -78,7 +78,7 @@ def seconds(work: Callable[[], object], device: str) -> float:
 
 def in_turn(runners: Sequence[Runner], rounds: int, warm_up: int = 2) -> list[list[float]]:
     """
-    Seconds of every runner's work, round by round, the runners taking turns.
+    Seconds of every runner's work, round by round, the runners taking turns, each round beginning with another one.
 
     Args:
         runners: what to time.
@@ -86,8 +86,10 @@ def in_turn(runners: Sequence[Runner], rounds: int, warm_up: int = 2) -> list[li
         warm_up: rounds before, which do not count.
     """
     times: list[list[float]] = [[] for _ in runners]
+    turns = list(zip(runners, times))
     for number in range(warm_up + rounds):
-        for runner, own in zip(runners, times):
+        first = number % len(turns)
+        for runner, own in [*turns[first:], *turns[:first]]:
             runner.prepare()
             value = seconds(runner.work, runner.device.type)
             if number >= warm_up:

@@ -72,15 +72,14 @@ class Outcome:
         """Ours to the fastest peer."""
         return max(row.ratio for row in self.rows[1:])
 
-    @property
-    def is_met(self) -> bool | None:
-        """Whether every bar is met; `None` where there is none."""
-        bars = []
-        if self.case.bar is not None:
-            bars.append(self.ratio <= self.case.bar)
-        if self.case.bar_of_floor is not None and self.rows[0].floor_ratio is not None:
-            bars.append(self.rows[0].floor_ratio <= self.case.bar_of_floor)
-        return all(bars) if bars else None
+    def missed(self) -> dict[str, float]:
+        """Figures above their bar, by `"ratio"` and `"floor"`; that of the floor is measured with details alone."""
+        figures = {"ratio": (self.ratio, self.case.bar), "floor": (self.rows[0].floor_ratio, self.case.bar_of_floor)}
+        return {
+            name: figure
+            for name, (figure, bar) in figures.items()
+            if figure is not None and bar is not None and figure > bar
+        }
 
 
 def run_case(case: Case, num_threads: int, rounds: int, device: str, with_details: bool) -> Outcome:

@@ -22,9 +22,9 @@ HEADER = (
 _LIBRARIES = {"Transformers": "transformers", "flash-attn": "flash-attn", "kernels": "kernels", "Triton": "triton"}
 
 
-def report_file(folder: Path, device: str) -> Path:
+def dated_file(folder: Path, subject: str) -> Path:
     """A dated file that is not there yet."""
-    name, number = f"{date.today()}-speed-{device}", 1
+    name, number = f"{date.today()}-{subject}", 1
     while (path := folder / (f"{name}.md" if number == 1 else f"{name}-{number}.md")).exists():
         number += 1
     return path
@@ -91,7 +91,7 @@ def report(
             if more:
                 cells += ["" if number is None else f"{number:.0f}" for number in (row.launches, row.waits)]
             lines.append("| " + " | ".join(map(str, cells)) + " |")
-    if device == "cuda" and outcomes:
+    if outcomes:
         load = max(outcome.load for outcome in outcomes)
         lines += ["", f"Other processes kept at most {load:.2f} cores of the host busy meanwhile."]
     if not_measured:
@@ -102,12 +102,13 @@ def report(
 def _line(outcome: Outcome) -> str:
     case, mine = outcome.case, outcome.rows[0]
     fastest = max(outcome.rows[1:], key=lambda row: row.ratio)
+    missed = outcome.missed()
     bar = "" if case.bar is None else f"{case.bar:.2f}"
-    if outcome.is_met is False:
+    if "ratio" in missed:
         bar = f"**{bar}**"
     floor = "" if mine.floor_ratio is None else f"{mine.floor_ratio:.2f}"
     if case.bar_of_floor is not None and floor:
-        floor += f" (at most {case.bar_of_floor})"
+        floor += f" (at most **{case.bar_of_floor}**)" if "floor" in missed else f" (at most {case.bar_of_floor})"
     cells = (
         case.name,
         outcome.num_threads,
