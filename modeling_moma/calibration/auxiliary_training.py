@@ -160,12 +160,14 @@ class AuxiliaryRouterTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
-        """Return the mean of the routers' losses of one batch; see `Trainer.compute_loss`."""
+        """Return the mean of the losses of one batch's routers that had tokens; see `Trainer.compute_loss`."""
         model.eval()
-        losses = []
+        losses, num_with_tokens = [], 0
 
         def observe(record: RouterRecord):
+            nonlocal num_with_tokens
             losses.append(membership_loss(record))
+            num_with_tokens += len(record.hidden_ND) > 0
             if self._counts is not None:
                 self._counts.add(record)
 
@@ -175,7 +177,8 @@ class AuxiliaryRouterTrainer(Trainer):
                     f"`model` is a {type(module).__name__} whose forward ran none of its routers, so there is nothing "
                     "to learn from: was it compiled, or does it call copies of its layers?"
                 )
-            output.loss = torch.stack([loss.to(losses[0].device) for loss in losses]).mean()
+            # those without tokens have a loss of 0, and zeros as gradients
+            output.loss = torch.stack([loss.to(losses[0].device) for loss in losses]).sum() / max(num_with_tokens, 1)
             return output
 
         inner = self.accelerator.unwrap_model(model)

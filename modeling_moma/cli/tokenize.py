@@ -131,9 +131,7 @@ def tokenize(args: Arguments, sources: "list[Source]", data: "DataFields", worke
     from ..data.reports import write_manifest
     from ..data.workers import run_tasks
 
-    job = plan_job(
-        sources, args.processor, data.sequence_length, data.packed, args.seed, args.rows_per_shard, args.splits
-    )
+    job = plan_job(sources, args.processor, *data.to_tokenize(), args.seed, args.rows_per_shard, args.splits)
     write_job(args.output, job)
     if args.engine == "processes":
         run_tasks(args.output, job, args.processes, args.threads, args.strict, workers)

@@ -4,6 +4,7 @@
 from pathlib import Path
 
 import numpy as np
+from transformers.utils import logging
 
 from tokenization import MomaProcessor
 
@@ -14,6 +15,9 @@ from .reports import read_manifest
 from .shards import ShardTable
 from .sources import TRAIN, Source, read_sources
 from .token_documents import Documents, TokenDocuments, cut_before, cut_place, frame_spans
+
+
+logger = logging.get_logger(__name__)
 
 
 class TokenFolder:
@@ -53,12 +57,13 @@ class TokenFolder:
 
         Args:
             source (`Source`):
-                one of the folder; what a caption is made of may have changed since, its columns may not.
+                one of the folder; what a caption is made of may have changed since, its columns and what was coded
+                may not. Other `data`, `held_out` or `splits` are told of.
             split (`str`, *optional*, defaults to `TRAIN`):
                 one of its splits.
 
         Raises:
-            ValueError: there is no such source or split, or a column was not tokenized.
+            ValueError: there is no such source or split, or a column was not tokenized, or another one was.
         """
         entry = self.manifest["sources"].get(source.name)
         if entry is None:
@@ -70,12 +75,7 @@ class TokenFolder:
             raise InputError(
                 f"{str(self.folder)!r}, source {source.name!r}: there is no split {split!r}, but {names}."
             )
-        kinds = {stored.name: stored.kind for stored in self.sources()}
-        if type(source.kind) is not type(kinds[source.name]):
-            raise InputError(
-                f"--tokens {str(self.folder)!r} has {source.name!r} as a source of {kinds[source.name].name} data, "
-                f"and the recipe as one of {source.kind.name} data: tokenize anew, or name the columns of that time."
-            )
+        self._check_tokenized(source)
         table = ShardTable([self.folder / name for name in entry["splits"][split]["files"]])
         missing = [name for name in source.kind.stored_columns() if name not in table.column_names]
         if missing:
@@ -85,21 +85,65 @@ class TokenFolder:
             )
         return source.kind.stored_documents(source.name, table, self.encoder, self.manifest["sequence_length"])
 
+    def _check_tokenized(self, source: Source) -> None:
+        """Raise `ValueError` for a source whose tokens were made of other columns, and tell of other data."""
+        then = {stored.name: stored for stored in self.sources()}[source.name]
+        if type(source.kind) is not type(then.kind):
+            raise InputError(
+                f"--tokens {str(self.folder)!r} has {source.name!r} as a source of {then.kind.name} data, "
+                f"and the recipe as one of {source.kind.name} data: tokenize anew, or name the columns of that time."
+            )
+        before, now = then.kind.tokenized_fields(), source.kind.tokenized_fields()
+        for name in {**before, **now}:
+            if before.get(name) != now.get(name):
+                raise InputError(
+                    f"--tokens {str(self.folder)!r}: {source.name!r} was tokenized with {name} = "
+                    f"{before.get(name)!r}, and the recipe has {now.get(name)!r}: tokenize anew, or give the recipe "
+                    "of that time."
+                )
+        before, now = then.fields(), source.fields()
+        different = [name for name in ("data", "held_out", "splits") if before.get(name) != now.get(name)]
+        for name in different:
+            logger.warning_once(
+                f"sources: {source.name!r}: the tokens in {str(self.folder)!r} were made with {name} = "
+                f"{before.get(name)!r}, and the recipe has {now.get(name)!r}: it is the tokens that are read."
+            )
 
-def mean_length(documents: Documents, samples: int = 256) -> float:
+
+# documents that are looked at where lengths are unknown, and so many where those do not tell
+_SAMPLES, _MORE_SAMPLES = 256, 8192
+# of a mean, above which more documents are looked at
+_LARGEST_DOUBT = 0.02
+
+
+def mean_length(documents: Documents, longest: int | None = None) -> float:
     """Return the mean number of tokens of a document.
+
+    Where lengths are unknown documents spread evenly are made, and as many drawn by chance; if the two do not agree,
+    or lengths differ widely, many more.
 
     Args:
         documents (`Documents`):
             of which the lengths may be known.
-        samples (`int`, *optional*, defaults to `256`):
-            documents, spread over all, that are made where they are not.
+        longest (`int`, *optional*):
+            of longer ones so many tokens are read; of those alone whose lengths are known.
     """
     lengths = documents.lengths()
     if lengths is not None:
-        return float(lengths.mean())
-    rows = np.linspace(0, len(documents) - 1, min(samples, len(documents))).astype(int)
-    return float(np.mean([len(documents.ids(int(row), np.random.default_rng([0, int(row)]))) for row in rows]))
+        return float((lengths if longest is None else np.minimum(lengths, longest)).mean())
+    even = _lengths_of(documents, np.linspace(0, len(documents) - 1, min(_SAMPLES, len(documents))).astype(int))
+    if len(even) == len(documents):
+        return float(even.mean())
+    rows = np.random.default_rng(0).permutation(len(documents))
+    drawn = _lengths_of(documents, rows[:_SAMPLES])
+    doubt = max(abs(drawn.mean() - even.mean()), *(lengths.std() / len(lengths) ** 0.5 for lengths in (even, drawn)))
+    if doubt <= _LARGEST_DOUBT * even.mean():
+        return float(even.mean())
+    return float(np.concatenate([drawn, _lengths_of(documents, rows[_SAMPLES:_MORE_SAMPLES])]).mean())
+
+
+def _lengths_of(documents: Documents, rows: np.ndarray) -> np.ndarray:
+    return np.array([len(documents.ids(int(row), np.random.default_rng([0, int(row)]))) for row in rows])
 
 
 __all__ = [

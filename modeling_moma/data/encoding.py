@@ -19,6 +19,7 @@ from tokenization.chat_template_moma import message_text
 from tokenization.codecs_moma import save_codecs
 from tokenization.text_tokenizer_moma import IMAGE, beginning_ids, with_beginning
 
+from ..errors_moma import InputError
 from ..hub.loading import open_processor
 
 
@@ -66,6 +67,9 @@ class DocumentEncoder:
         processor (`MomaProcessor`):
             gives tokenizer and the ids of an image.
 
+    Raises:
+        ValueError: the tokenizer gives special tokens for the characters of a text.
+
     Attributes:
         beginning (`list[int]`):
             ids before every document, see [`beginning_ids`].
@@ -80,6 +84,18 @@ class DocumentEncoder:
         self._alone = with_beginning(processor.tokenizer, [])
         self.eos: int = processor.token_layout()["eos_token_id"]
         self._backend = plain_backend(processor.tokenizer)
+        self._check_special_tokens()
+
+    def _check_special_tokens(self) -> None:
+        """Raise `ValueError` for a tokenizer whose vocabulary has a special token as a word of texts."""
+        tokenizer = self.processor.tokenizer
+        for token, number in zip(tokenizer.all_special_tokens, tokenizer.all_special_ids):
+            if number in self.text_ids(token):
+                raise InputError(
+                    f"the processor's text tokenizer, a {type(self._backend.model).__name__}, reads {token!r} in a "
+                    "text as the special token, so that a text could end its document: take one whose vocabulary "
+                    "does not give special tokens as words, as byte-pair encodings do."
+                )
 
     def text_ids(self, text: str) -> list[int]:
         """Return the ids of a text, without any that begin or end it; `<image>` and the like are characters in it."""

@@ -78,6 +78,8 @@ def _open(value: Any, root: str | None) -> Image.Image:
         value = value.get("bytes") or value.get("path")
     if value is None or (isinstance(value, (str, bytes)) and not value):
         raise LeftOut("image missing", "the column is empty")
+    if isinstance(value, list):
+        raise LeftOut("image damaged", f"the column holds a list, of {len(value)}: a caption has one image")
     if isinstance(value, Image.Image):
         return value
     if isinstance(value, (bytes, bytearray)):

@@ -14,12 +14,13 @@ from typing import Any
 from datasets import Dataset, IterableDataset, LargeList, List
 from transformers.utils import logging
 
+from tokenization import MomaProcessor
 from tokenization.audio_codecs_moma import AUDIO
 
 from ..errors_moma import InputError
 from ..utils.atomic_files import check_new_folder, check_writable, write_aside
 from ..utils.digests import files_digest
-from .encoding import loaded_encoder
+from .encoding import caption_chat_template, loaded_encoder
 from .sources import HELD_OUT_RULE, TRAIN, VALIDATION, Source, read_sources, undecoded_rows
 
 
@@ -39,6 +40,8 @@ ROW_FILES = (".arrow", ".csv", ".json", ".jsonl", ".parquet", ".tsv", ".txt")
 OTHER_FILES = ("", ".md")
 # blocks that are read of all files of rows together, to tell whether they have changed
 BLOCKS = 4096
+# what jobs of earlier versions do not say
+_LATER = ("file_sizes", "files", "chat_template")
 # rows, spread over a split, that say what the others hold
 LOOKED_AT = 64
 
@@ -100,6 +103,8 @@ class Job:
             a hash of each source's files, see [`source_digest`]; `None` in jobs of earlier versions.
         file_sizes (`dict[str, int | None]`, *optional*):
             bytes of each source's files together, `None` where streamed; `None` in jobs of earlier versions.
+        chat_template (`str`, *optional*):
+            a hash of the processor's, where a source has chats; `None` in jobs of earlier versions.
     """
 
     processor: str
@@ -112,6 +117,7 @@ class Job:
     held_out_rule: str | None = None
     files: dict[str, str | None] | None = None
     file_sizes: dict[str, int | None] | None = None
+    chat_template: str | None = None
 
     def source(self, name: str) -> Source:
         """Return the source of that name."""
@@ -199,7 +205,21 @@ def plan_job(
         held_out_rule=HELD_OUT_RULE,
         file_sizes={name: size for name, (_, size) in planned.items()},
         files={source.name: source_digest(source) for source in sources},
+        chat_template=_template_digest(sources, encoder.processor),
     )
+
+
+def _template_digest(sources: Sequence[Source], processor: MomaProcessor) -> str | None:
+    """Return a hash of the chat template, `None` where no source has chats; tell of one that is made for captions."""
+    if not (chats := [source.name for source in sources if source.kind.has_chats]):
+        return None
+    if processor.chat_template == caption_chat_template(list(processor.frames)):
+        logger.warning(
+            f"sources: {chats[0]!r} has chats, and the processor's chat template is that of captions: chats of more "
+            "than one question and one answer are left out. `moma build-processor` with a recipe that has chats gives "
+            "it another one."
+        )
+    return hashlib.sha256(json.dumps(processor.chat_template).encode()).hexdigest()[:32]
 
 
 def _plan_source(
@@ -361,7 +381,7 @@ def write_job(folder: str | Path, job: Job) -> Path:
 def _compare(folder: str | Path, then: dict, now: dict) -> None:
     now = json.loads(json.dumps(now))
     # by its fingerprint a processor is the same wherever it lies, and the draw matters to few shards
-    alike = ["processor", "held_out_rule", *(name for name in ("file_sizes", "files") if then.get(name) is None)]
+    alike = ["processor", "held_out_rule", *(name for name in _LATER if then.get(name) is None)]
     different = [name for name in now if name not in alike and then.get(name) != now[name]]
     if different:
         name, before, after = _first_difference(different[0], then.get(different[0]), now[different[0]])

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sources of a training: what a recipe calls them, where their rows are, and how `datasets` opens them."""
 
+import csv
 import dataclasses
 import hashlib
 import itertools
@@ -27,6 +28,7 @@ from datasets import (
 from datasets.exceptions import DatasetGenerationError
 from datasets.fingerprint import Hasher
 from datasets.inspect import SplitsNotFoundError
+from datasets.table import CastError
 from pydantic import Field
 
 from ..errors_moma import InputError
@@ -41,6 +43,8 @@ from .split_folders import METADATA, data_files, rows_below, split_folders
 TRAIN, VALIDATION = "train", "validation"
 # how rows are drawn that become `validation`; what was begun by another draw does not go on under this one
 HELD_OUT_RULE = "blake2b"
+# names that the figures of a log have already
+MODALITIES = ("text", "image", "audio")
 # what a recipe says of any source, whatever its kind
 COMMON_FIELDS = ("data", "load", "splits", "held_out", "weight", "root")
 # readers of single files, by their ending
@@ -261,7 +265,9 @@ class Source:
         if READERS[suffix] == "csv":
             # a caption is what stands there: 007 is no 7, and NA is a word
             texts = {"converters": dict.fromkeys(self.kind.columns(), str), "keep_default_na": False}
-            return {**texts, "na_values": [""], **({"sep": "\t"} if suffix == ".tsv" else {})}
+            # quotes mean nothing in a table of tabs
+            tabs = {"sep": "\t", "quoting": csv.QUOTE_NONE} if suffix == ".tsv" else {}
+            return {**texts, "na_values": [""], **tabs}
         # the mark that some editors put before a text is none of its characters
         return {"encoding": "utf-8-sig"} if suffix == ".txt" else {}
 
@@ -273,7 +279,11 @@ class Source:
         # readers of files fail in any way
         except Exception as error:
             reason = _telling(error)
-            hint = "; is a file there not in UTF-8?" if isinstance(reason, UnicodeDecodeError) else ""
+            hints = {
+                UnicodeDecodeError: "; is a file there not in UTF-8?",
+                CastError: "; do all of its files have the same columns?",
+            }
+            hint = next((text for kind, text in hints.items() if isinstance(reason, kind)), "")
             raise InputError(
                 f"sources: {self.name!r}: `datasets` cannot open {self.data!r} "
                 f"({type(reason).__name__}: {one_line(reason)}{hint})."
@@ -393,6 +403,8 @@ def read_sources(section: Any, is_stored: bool = False) -> list[Source]:
             raise InputError(f"sources: {name!r} needs `data`, a folder, file or name on the Hub; it is {fields!r}.")
         if not str(name).replace("-", "_").isidentifier():
             raise InputError(f"sources: {name!r} becomes the name of a folder: letters, digits, '-' and '_' only.")
+        if not is_stored and len(section) > 1 and name in MODALITIES:
+            raise InputError(f"sources: {name!r} is a modality, too: a log could not tell whose losses are whose.")
         where = f"sources: {name!r}"
         common = {
             key: read_field(Source, key, value, f"{where}: {key}")

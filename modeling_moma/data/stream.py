@@ -33,18 +33,21 @@ class DocumentOrder:
             of the source.
         seed (`int`):
             of order and choices.
+        cuts (`bool`, *optional*, defaults to `False`):
+            whether of documents longer than a sequence the beginnings alone are read.
     """
 
-    def __init__(self, documents: Documents, seed: int):
+    def __init__(self, documents: Documents, seed: int, cuts: bool = False):
         if len(documents) == 0:
             raise InputError(f"sources: {documents.name!r} has no document to train on.")
         self.documents, self.seed = documents, seed
+        self._longest = documents.longest if cuts and isinstance(documents, TokenDocuments) else None
         self._epoch, self._order = -1, np.arange(0)
 
     @cached_property
     def mean_length(self) -> float:
         """Tokens of a document, estimated from a few where their lengths are not known."""
-        return mean_length(self.documents)
+        return mean_length(self.documents, self._longest)
 
     def place(self, tokens: float) -> tuple[int, int]:
         """Return where the order is after so many tokens.
@@ -76,9 +79,9 @@ class DocumentOrder:
         return np.random.default_rng([self.seed, epoch]).permutation(len(self.documents))
 
 
-def document_orders(documents: Sequence[Documents], seed: int) -> list[DocumentOrder]:
-    """Return an order for each source, of seeds of their own."""
-    return [DocumentOrder(entry, seed + index * _SEED_STEP) for index, entry in enumerate(documents)]
+def document_orders(documents: Sequence[Documents], seed: int, cuts: bool = False) -> list[DocumentOrder]:
+    """Return an order for each source, of seeds of their own; see [`DocumentOrder`] for `cuts`."""
+    return [DocumentOrder(entry, seed + index * _SEED_STEP, cuts) for index, entry in enumerate(documents)]
 
 
 class DocumentExamples(torch.utils.data.Dataset):
@@ -105,7 +108,7 @@ class DocumentExamples(torch.utils.data.Dataset):
     def __init__(
         self, documents: Sequence[Documents], weights: Sequence[float], length: int, seed: int = 0, cuts: bool = False
     ):
-        self.orders, self.length, self.cuts = document_orders(documents, seed), length, cuts
+        self.orders, self.length, self.cuts = document_orders(documents, seed, cuts), length, cuts
         self._turns = SourceTurns([order.mean_length for order in self.orders], weights)
 
     def __len__(self) -> int:

@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 from tokenization import MomaImageProcessor
 
 from ..data.images import LeftOut, read_image
+from ..data.jobs import source_digest
 from ..data.sources import Source
 from ..errors_moma import InputError
 from ..utils.atomic_files import replace_folder
@@ -88,6 +89,7 @@ def open_store(
     """
     key = {
         "sources": [image_fields(source) for source in sources],
+        "files": [source_digest(source) for source in sources],
         "resolution": side,
         "held_out_pictures": held_out_images,
     }

@@ -40,10 +40,13 @@ class MomaMetricsCallback(TrainerCallback):
         keep_freed_memory (`bool`, *optional*, defaults to `True`):
             In a training on a CPU, let the process keep freed memory, as `moma pretrain` does; see
             `modeling_moma.utils.hardware.keep_freed_memory`.
+        averages_eval_loss (`bool`, *optional*, defaults to `False`):
+            Log as `eval_loss` the mean over an evaluation's target tokens, as `moma pretrain` does. `Trainer` takes
+            the mean over its batches' losses, which changes with the batch size where lengths differ.
     """
 
-    def __init__(self, keep_freed_memory: bool = True):
-        self._keeps_freed_memory = keep_freed_memory
+    def __init__(self, keep_freed_memory: bool = True, averages_eval_loss: bool = False):
+        self._keeps_freed_memory, self._averages_eval_loss = keep_freed_memory, averages_eval_loss
         self._sums: dict[bool, dict] = {True: defaultdict(float), False: defaultdict(float)}
         self._handles: list[RemovableHandle] = []
         self._is_paused = False
@@ -81,7 +84,11 @@ class MomaMetricsCallback(TrainerCallback):
         timed = [key for key in logs if key.endswith("_runtime") and key != "train_runtime"]
         training = not timed and not any(key.startswith("eval_") for key in logs)
         prefix = "" if training else min(timed, key=len, default="eval_runtime").removesuffix("runtime")
-        metrics = {f"{prefix}{name}": value for name, value in self._averages(training).items()}
+        averages = self._averages(training)
+        if training or not self._averages_eval_loss:
+            averages.pop("loss", None)
+        metrics = {f"{prefix}{name}": value for name, value in averages.items()}
+        # `Trainer` chooses the best model by what it gets back here
         logs.update(metrics)
         # Trainer has already filed a copy of the log
         if state.log_history:
@@ -173,6 +180,8 @@ class MomaMetricsCallback(TrainerCallback):
         for part in parts:
             for key, value in part.items():
                 totals[key] += value
+        for name, part in [key for key in totals if key[0].endswith("_loss")]:
+            totals["loss", part] += totals[name, part]
         names = sorted({name for name, _ in totals})
         return {name: totals[name, "sum"] / totals[name, "count"] for name in names if totals[name, "count"] > 0}
 

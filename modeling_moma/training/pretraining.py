@@ -113,9 +113,9 @@ def read_parts(args: argparse.Namespace) -> RunParts:
 
 def packing(data: DataFields | None, tokens: TokenFolder) -> tuple[bool, int]:
     """Return whether sequences are packed and how long they are, as the recipe has it, or else the tokens."""
-    if data is None:
-        return tokens.manifest["packed"], tokens.manifest["sequence_length"]
-    return data.packed, data.sequence_length
+    data = data or DataFields()
+    packed = tokens.manifest["packed"] if data.packed is None else data.packed
+    return packed, data.sequence_length or tokens.manifest["sequence_length"]
 
 
 def uses_muon(args: argparse.Namespace) -> bool:
@@ -329,14 +329,14 @@ def build_trainer(args: argparse.Namespace, parts: RunParts | None = None) -> St
     # `source_ids` are counted, and then left out by the trainer itself
     training_arguments.remove_unused_columns = False
     held_out = held_out_sets(tokens, sources, args.eval_examples)
-    if held_out is not None and training_arguments.load_best_model_at_end:
-        check_best_metric(training_arguments, config, list(held_out) if isinstance(held_out, dict) else [])
+    if training_arguments.load_best_model_at_end:
+        check_best_metric(training_arguments, config, held_out)
     if held_out is None:
         training_arguments.eval_strategy, training_arguments.eval_on_start = IntervalStrategy.NO, False
     weights = {source.name: source.weight for source in sources}
     is_packed = isinstance(stream, PackedExamples)
     feeding = FeedingCallback(weights, stream.epochs, examples_a_step(training_arguments), is_packed)
-    metrics, fingerprint = MomaMetricsCallback(), RunFingerprint(parts.facts)
+    metrics, fingerprint = MomaMetricsCallback(averages_eval_loss=True), RunFingerprint(parts.facts)
     samples = sample_callback(args.recipe.samples, tokens, sources, metrics)
     callbacks = [metrics, feeding, fingerprint, FollowArguments(), *samples]
     if args.stop_at:
@@ -366,7 +366,7 @@ def build_trainer(args: argparse.Namespace, parts: RunParts | None = None) -> St
     return trainer
 
 
-def check_best_metric(training_arguments: TrainingArguments, config: MomaConfig, sources: list[str]) -> None:
+def check_best_metric(training_arguments: TrainingArguments, config: MomaConfig, held_out: Any) -> None:
     """Raise where the best model is to be chosen by a figure that no evaluation gives.
 
     Args:
@@ -374,12 +374,18 @@ def check_best_metric(training_arguments: TrainingArguments, config: MomaConfig,
             of a training with `load_best_model_at_end`.
         config (`MomaConfig`):
             of the model.
-        sources (`list[str]`):
-            that have figures of their own; none where there is one source.
+        held_out (`Any`):
+            what is evaluated, by source where there are several; `None` where there is nothing.
 
     Raises:
-        ValueError: names the figure.
+        ValueError: names the figure, or there is nothing to evaluate.
     """
+    if held_out is None:
+        raise InputError(
+            "RECIPE, trainer: load_best_model_at_end = True, and no source has held-out documents to tell the best "
+            "by: give one a split `validation`, or a larger `held_out`."
+        )
+    sources = list(held_out) if isinstance(held_out, dict) else []
     metric = str(training_arguments.metric_for_best_model)
     # see `MomaMetricsCallback`
     figures = ["loss", *(f"{name}_{figure}" for name in config.modalities for figure in ("loss", "depth_load"))]

@@ -34,17 +34,23 @@ class DataFields:
     """How a training reads its documents.
 
     Args:
-        sequence_length (`int`, *optional*, defaults to `512`):
-            tokens of a sequence, and most of an image with its caption.
-        packed (`bool`, *optional*, defaults to `True`):
-            whether sequences are full of documents; otherwise each is a row of its own, padded.
+        sequence_length (`int`, *optional*):
+            tokens of a sequence, and most of an image with its caption; by default 512 in `moma tokenize`, and in
+            training what the tokens were made for.
+        packed (`bool`, *optional*):
+            whether sequences are full of documents; otherwise each is a row of its own, padded. By default `True` in
+            `moma tokenize`, and in training as the tokens were made.
         code_noise (`float`, *optional*, defaults to `0.0`):
             largest share of an image's codes that are random ones in what is read, see [`CodeNoise`]; 0 for none.
     """
 
-    sequence_length: Count = 512
-    packed: bool = True
+    sequence_length: Count | None = None
+    packed: bool | None = None
     code_noise: Annotated[Float, Field(ge=0, lt=1)] = 0.0
+
+    def to_tokenize(self) -> tuple[int, bool]:
+        """Return the length of sequences, and whether they are packed, with the defaults of `moma tokenize`."""
+        return self.sequence_length or 512, self.packed is not False
 
 
 @dataclass(frozen=True)

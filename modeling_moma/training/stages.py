@@ -216,6 +216,19 @@ class StageTrainer(ResumedTrainer):
         super().log(logs, start_time)
         self.state.epoch = epoch
 
+    def floating_point_ops(self, inputs):
+        """Return 6 FLOPs for every position and parameter that a token meets, embeddings left out, for `total_flos`.
+
+        `Trainer` counts all experts for every token.
+
+        Args:
+            inputs (`dict[str, torch.Tensor]`):
+                of a batch, with `input_ids`.
+        """
+        config = self.model.config
+        embeddings = config.vocab_size * config.hidden_size * (1 if config.tie_word_embeddings else 2)
+        return 6 * inputs["input_ids"].numel() * (config.num_parameters(active=True) - embeddings)
+
     def training_step(self, model, inputs, num_items_in_batch=None):
         """Take a training step, without `source_ids`, and with noise where there is some."""
         # `source_ids` serve the figures alone: no model takes them

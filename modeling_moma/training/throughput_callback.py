@@ -5,11 +5,12 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
-from accelerate import PartialState
+import torch.distributed as dist
 from transformers import TrainerCallback
 from transformers.utils import logging
 
 from ..data.packing import TOLERANCE
+from ..token_groups_moma import is_distributed
 
 
 # rows after which shares are compared with the weights
@@ -32,10 +33,10 @@ class FeedingCallback(TrainerCallback):
     They are those since the last log:
 
     - `tokens_per_second`: of all processes, evaluations and checkpoints left out of the time, padding of the tokens;
-    - `padding_share`: share of the positions that hold no token;
+    - `padding_share`: share of the positions that hold no token, in all processes;
     - `data_wait_share`: share of the time that this process waited for a batch;
-    - `{source}_share`: where there are several sources, that source's share of all tokens since this process started,
-      and beside it `{source}_weight`, the share that was asked for;
+    - `{source}_share`: where there are several sources, that source's share of all processes' tokens since these
+      started, and beside it `{source}_weight`, the share that was asked for;
     - `{source}_epoch`: how many passes over a source the training has made, about, those before a resumption included.
 
     With one source `epoch` is the passes over it; with several there is none. A share that differs from its weight by
@@ -107,13 +108,12 @@ class FeedingCallback(TrainerCallback):
         """
         if not self.positions or not self.seconds:
             return {}
-        tokens = int(self.tokens)
+        by_source, tokens, positions = self._of_all_processes()
         figures = {
-            "tokens_per_second": round(tokens * PartialState().num_processes / self.seconds, 1),
-            "padding_share": round(1 - tokens / self.positions, 6),
+            "tokens_per_second": round(tokens / self.seconds, 1),
+            "padding_share": round(1 - tokens / positions, 6),
             "data_wait_share": round(self.waited / self.seconds, 6),
         }
-        by_source = torch.as_tensor(self.by_source).cpu()
         counted = int(by_source.sum())
         if counted:
             shares = dict(zip(self.sources, (by_source / counted).tolist()))
@@ -125,6 +125,17 @@ class FeedingCallback(TrainerCallback):
             figures |= {f"{name}_epoch": round(value, 4) for name, value in zip(self.sources, passes)}
         self._clear()
         return figures
+
+    def _of_all_processes(self) -> tuple[torch.Tensor, int, int]:
+        """Return the tokens of each source since the start, and tokens and positions since the last log."""
+        by_source = torch.as_tensor(self.by_source).cpu().reshape(-1)
+        own = [int(self.tokens), self.positions, *by_source.tolist()]
+        parts = [own]
+        if is_distributed():
+            parts = [None] * dist.get_world_size()
+            dist.all_gather_object(parts, own)
+        tokens, positions, *counts = (sum(column) for column in zip(*parts, strict=True))
+        return torch.tensor(counts), tokens, positions
 
     def epoch(self, step: int) -> float | None:
         """Return the passes over the only source, `None` with several or where it is unknown."""

@@ -336,9 +336,10 @@ def _stage(recipe: Recipe) -> str:
     trainer, lines = recipe.trainer, []
     if recipe.data is not None and {"max_steps", "per_device_train_batch_size"} <= set(trainer):
         rows = trainer["per_device_train_batch_size"] * trainer.get("gradient_accumulation_steps", 1)
-        tokens = trainer["max_steps"] * rows * recipe.data.sequence_length
+        length, _ = recipe.data.to_tokenize()
+        tokens = trainer["max_steps"] * rows * length
         lines.append(
-            f"{trainer['max_steps']:,} steps of {rows} rows of {recipe.data.sequence_length} tokens: "
+            f"{trainer['max_steps']:,} steps of {rows} rows of {length} tokens: "
             f"{tokens / 1e6:.1f} M positions of text and image tokens;"
         )
     total = sum(source.weight for source in recipe.sources)

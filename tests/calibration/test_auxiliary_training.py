@@ -79,7 +79,7 @@ def assert_same(first, second):
 
 
 def plain_loss(model, batch):
-    """Mean over routers of the mean over pairs of -log of the probability of what is true."""
+    """Mean over routers with tokens of the mean over pairs of -log of the probability of what is true."""
     losses = []
     for name, (pairs, _) in plain_records(model, batch).items():
         auxiliary = model.get_submodule(name).auxiliary
@@ -88,7 +88,8 @@ def plain_loss(model, batch):
             inner = F.silu(auxiliary.up_proj.weight @ x_D)
             probability = torch.sigmoid(auxiliary.down_proj.weight[column] @ inner)
             total = total - torch.log(probability if is_member else 1 - probability)
-        losses.append(total / max(len(pairs), 1))
+        if pairs:
+            losses.append(total / len(pairs))
     return sum(losses) / len(losses)
 
 

@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 import torch
 
-from helpers.packed_sources import lines
+from helpers.packed_sources import BOS, EOS, FRAMES, WORDS, lines
 from helpers.tiny import CAPTIONS, tiny_documents, tiny_processor, tiny_rows
-from modeling_moma.data.documents import CaptionDocuments
+from modeling_moma.data.documents import CaptionDocuments, TokenDocuments, mean_length
 from modeling_moma.data.encoding import DocumentEncoder
 from modeling_moma.data.sources import read_sources
 from modeling_moma.data.stream import DocumentExamples, SourceTurns
@@ -152,6 +152,72 @@ def test_no_source_is_a_document_off_its_weight_however_rare_it_is(lengths, weig
         tokens = np.asarray(turns.counts(number)) * lengths
         wanted = np.asarray(weights) / sum(weights) * tokens.sum()
         assert (np.abs(tokens - wanted) <= np.asarray(lengths).max()).all()
+
+
+def test_documents_of_which_the_beginnings_are_read_keep_their_weights():
+    rng = np.random.default_rng(0)
+
+    def texts(name, number, length):
+        ids = [np.concatenate([[BOS], rng.integers(*WORDS, length - 2), [EOS]]) for _ in range(number)]
+        return TokenDocuments(name, ListTable(ids), 64, FRAMES)
+
+    many = [texts("short", 40, 20), texts("long", 20, 900)]
+    examples = DocumentExamples(many, (0.7, 0.3), 2000, cuts=True)
+    tokens = np.zeros(2)
+    for index in range(2000):
+        tokens[examples[index]["source"]] += len(examples[index]["input_ids"])
+    assert tokens / tokens.sum() == pytest.approx([0.7, 0.3], abs=0.02)
+
+
+class ListTable:
+    """As much of a table of shards as documents of ids need."""
+
+    def __init__(self, ids):
+        self.ids = ids
+
+    def __len__(self):
+        return len(self.ids)
+
+    def numbers(self, column, row):
+        return self.ids[row]
+
+    def lengths(self, column):
+        return [np.array([len(ids) for ids in self.ids])]
+
+
+class UnknownLengths:
+    """Documents of whose lengths nothing is known before they are made."""
+
+    def __init__(self, lengths):
+        self.made, self.own = 0, lengths
+
+    def __len__(self):
+        return len(self.own)
+
+    def lengths(self):
+        return None
+
+    def ids(self, row, rng):
+        self.made += 1
+        return np.zeros(self.own[row])
+
+
+@pytest.mark.parametrize(
+    "lengths",
+    [
+        np.tile([70, 80, 90, 120, 300], 255)[:-4],
+        np.minimum(70 + np.exp(np.random.default_rng(0).normal(2.5, 1.2, 20_000)), 500).astype(int),
+        np.array([3, 900, 4]),
+    ],
+    ids=["in turn", "of any length", "three"],
+)
+def test_the_mean_length_holds_for_documents_in_turn_and_of_any_length(lengths):
+    assert mean_length(UnknownLengths(lengths)) == pytest.approx(lengths.mean(), rel=0.02)
+
+
+def test_documents_that_are_much_alike_are_not_made_by_the_thousand():
+    alike = UnknownLengths(np.random.default_rng(0).integers(68, 80, 50_000))
+    assert mean_length(alike) == pytest.approx(alike.own.mean(), rel=0.01) and alike.made == 512
 
 
 def test_a_mixture_of_short_and_long_documents_keeps_its_weights():

@@ -17,17 +17,21 @@ from io import BytesIO
 
 import numpy as np
 import pytest
+import tokenizers
 from datasets import Dataset, Features, List, Value, load_dataset
 from datasets import Image as ImageFeature
 from PIL import Image
+from transformers import PreTrainedTokenizerFast
 
 from helpers.tiny import noise_images, tiny_processor
 from modeling_moma.data.documents import TokenFolder
+from modeling_moma.data.encoding import DocumentEncoder, caption_chat_template
 from modeling_moma.data.images import LeftOut, read_image
 from modeling_moma.data.jobs import plan_job, read_job, source_digest, write_job
 from modeling_moma.data.reports import write_manifest
 from modeling_moma.data.sources import read_sources
 from modeling_moma.data.workers import Workers, run_tasks
+from modeling_moma.errors_moma import InputError
 from modeling_moma.utils.errors import KilledProcessError
 
 
@@ -160,6 +164,66 @@ def test_messages_of_trl_with_images(processor, tmp_path):
         sanitize_control_tokens=True,
     )["input_ids"]
     assert ids == expected[0]
+
+
+def write_chats(path, *chats):
+    path.write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats))
+    return {"chat": {"data": str(path), "messages": "messages", "held_out": 0}}
+
+
+def said(*roles, **more):
+    return [{"role": role, "content": f"{role} says", **more} for role in roles]
+
+
+def test_a_chat_that_calls_a_function_is_left_out(processor, tmp_path):
+    calls = [{"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "look"}}]}]
+    sources = write_chats(tmp_path / "chat.jsonl", said("user", "assistant"), said("user") + calls)
+    read = tokenize(sources, processor, tmp_path / "tokens")["sources"]["chat"]["read"]["train"]
+    assert read["left_out"] == {"chat not readable": 1} and "'tool_calls'" in read["named"][0]["detail"]
+
+
+def test_a_template_of_captions_takes_no_longer_chats_and_tells(tmp_path, caplog):
+    processor = tiny_processor()
+    processor.chat_template = caption_chat_template()
+    processor.save_pretrained(tmp_path / "processor")
+    chats = [said("user", "assistant"), said("system", "user", "assistant"), said("user", "assistant", "user")]
+    sources = write_chats(tmp_path / "chat.jsonl", *chats)
+    read = tokenize(sources, str(tmp_path / "processor"), tmp_path / "tokens")["sources"]["chat"]["read"]["train"]
+    assert read["left_out"] == {"chat not readable": 2} and "['system', 'user'" in read["named"][0]["detail"]
+    assert "'chat' has chats, and the processor's chat template is that of captions" in caplog.text
+
+
+def test_chats_of_another_template_do_not_mix_into_a_folder(processor, tmp_path):
+    sources = write_chats(tmp_path / "chat.jsonl", *[said("user", "assistant")] * 3)
+    other = tiny_processor()
+    other.chat_template += "{# changed #}"
+    other.save_pretrained(tmp_path / "other")
+    tokenize(sources, processor, tmp_path / "tokens")
+    with pytest.raises(ValueError, match="begun with another chat_template"):
+        tokenize(sources, str(tmp_path / "other"), tmp_path / "tokens")
+    # of captions and texts no template decides
+    (tmp_path / "lines.txt").write_text("red\napple\n")
+    lines = {"lines": {"data": str(tmp_path / "lines.txt"), "text": "text", "held_out": 0}}
+    for folder in (processor, str(tmp_path / "other")):
+        tokenize(lines, folder, tmp_path / "of lines")
+
+
+@pytest.mark.parametrize("kind", ["Unigram", "WordLevel"])
+def test_a_tokenizer_with_special_tokens_among_its_words_is_refused(kind):
+    processor = tiny_processor()
+    words = ["</s>", "<s>", "<unk>", "row", "has"]
+    if kind == "Unigram":
+        model = tokenizers.models.Unigram([(word, -1.0) for word in words], unk_id=2)
+    else:
+        model = tokenizers.models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="<unk>")
+    backend = tokenizers.Tokenizer(model)
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    processor.tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token="</s>", bos_token="<s>", unk_token="<unk>", pad_token="<unk>"
+    )
+    processor.token_layout = lambda: {"eos_token_id": 0}
+    with pytest.raises(InputError, match=f"a {kind}, reads '<s>' in a text as the special token"):
+        DocumentEncoder(processor)
 
 
 def bomb():
@@ -516,6 +580,36 @@ def test_tokens_of_another_kind_than_the_recipe_names_are_refused(processor, man
     (texts,) = read_sources({"many": {"data": "nowhere", "text": "label"}})
     with pytest.raises(ValueError, match="has 'many' as a source of caption data, and the recipe as one of text data"):
         tokens.documents(texts)
+
+
+@pytest.mark.parametrize(
+    ("change", "names"),
+    [
+        ({"image": "other"}, "image = 'image', and the recipe has 'other'"),
+        ({"codings": 3}, "codings = 2, and the recipe has 3"),
+        ({"min_side": 9}, "min_side = 8, and the recipe has 9"),
+    ],
+)
+def test_captions_of_other_images_than_were_coded_are_refused(processor, many, tmp_path, change, names):
+    tokenize(many, processor, tmp_path, rows_per_shard=384)
+    tokens = TokenFolder(tmp_path, tiny_processor())
+    (source,) = read_sources({"many": {**many["many"], **change}})
+    with pytest.raises(ValueError, match=f"'many' was tokenized with {names}"):
+        tokens.documents(source)
+
+
+def test_texts_of_another_column_are_refused_and_other_data_told(processor, tmp_path, caplog):
+    rows = [{"body": f"red apple {number}", "title": f"castle {number}"} for number in range(9)]
+    (tmp_path / "two.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    fields = {"data": str(tmp_path / "two.jsonl"), "text": "body"}
+    tokenize({"two": fields}, processor, tmp_path / "tokens")
+    tokens = TokenFolder(tmp_path / "tokens", tiny_processor())
+    (other,) = read_sources({"two": {**fields, "text": "title"}})
+    with pytest.raises(ValueError, match="'two' was tokenized with text = 'body', and the recipe has 'title'"):
+        tokens.documents(other)
+    (moved,) = read_sources({"two": {**fields, "data": "elsewhere.jsonl", "weight": 3.0}})
+    assert len(tokens.documents(moved)) == 9
+    assert "were made with data = " in caplog.text and "weight" not in caplog.text
 
 
 def test_an_error_does_not_wait_for_a_process_that_is_starting(processor):

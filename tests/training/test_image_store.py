@@ -185,6 +185,16 @@ def test_a_second_start_reads_no_image_and_other_sources_are_read_anew(tmp_path,
     assert {path.name for path in tmp_path.iterdir()} == {"data", "store"}
 
 
+def test_images_that_came_later_are_read(tmp_path):
+    rng, folder = np.random.default_rng(0), tmp_path / "photos"
+    folder.mkdir()
+    for number in range(9):
+        noise(rng).save(folder / f"{number}.png")
+        if number in (4, 8):
+            store = open_store(tmp_path / "store", [Source("photos", str(folder), ImageKind("image"))], 16, 4)
+            assert len(store.train) + len(store.held_out) == number + 1
+
+
 def test_held_out_images_are_a_part_of_bounded_size(tmp_path):
     source = image_source(tmp_path / "data", 60, held_out=0.5)
     everything = open_store(tmp_path / "all", [source], 16, 100)

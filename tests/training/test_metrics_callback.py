@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 import pytest
 import torch
+from torch.nn.functional import cross_entropy
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_pt_utils import LabelSmoother
 
@@ -75,6 +76,25 @@ def test_trainer_logs_the_loss_of_each_modality_and_the_load(fields, processor, 
         output = trainer.model.eval()(**batch)
     for modality in ("text", "image"):
         assert evaluation[f"eval_{modality}_loss"] == pytest.approx(output.modality_losses[modality].item(), rel=1e-4)
+
+
+def test_the_loss_of_an_evaluation_is_the_mean_over_its_tokens_whatever_the_batch(processor, tmp_path):
+    """`Trainer` takes the mean over batches, and chooses the best model by what its callbacks leave."""
+    examples = [*make_examples(processor, 3), *({"input_ids": [5, 6, 7]} for _ in range(5))]
+    trainer = make_trainer(processor, examples, tmp_path)
+    trainer.callback_handler.callbacks = [MomaMetricsCallback(averages_eval_loss=True)]
+    trainer.callback_handler.callbacks[0].attach(trainer.model)
+    sums = torch.zeros(2)
+    with torch.no_grad():
+        for example in examples:
+            ids = torch.tensor([example["input_ids"]])
+            logits = trainer.model.eval()(ids).logits[0, :-1]
+            sums += torch.tensor([cross_entropy(logits, ids[0, 1:], reduction="sum").item(), ids.shape[1] - 1])
+    for size in (1, 3, 8):
+        trainer.args.per_device_eval_batch_size = size
+        found = trainer.evaluate(examples)
+        assert found["eval_loss"] == pytest.approx((sums[0] / sums[1]).item(), rel=1e-4)
+        assert trainer.state.log_history[-1]["eval_loss"] == found["eval_loss"]
 
 
 class OtherEvaluation(TrainerCallback):

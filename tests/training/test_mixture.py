@@ -12,18 +12,18 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file
 
-from helpers.mixture import WEIGHTS, write_mixture
+from helpers.mixture import MODEL, WEIGHTS, write_mixture
 from helpers.processes import start_script, start_scripts
 from helpers.slow import RUN_SLOW, slow
 from helpers.tiny import tiny_processor
-from modeling_moma import MomaMetricsCallback
+from modeling_moma import MomaConfig, MomaMetricsCallback
 from modeling_moma.cli import build_processor, pretrain, tokenize
 from modeling_moma.cli.evaluate import main as evaluate
 from modeling_moma.data.documents import TokenFolder
 from modeling_moma.errors_moma import InputError
 from modeling_moma.evaluation.held_out import read_held_out
-from modeling_moma.training.pretraining import build_trainer, training_stream
-from modeling_moma.training.recipe import SampleFields
+from modeling_moma.training.pretraining import build_trainer, packing, training_stream
+from modeling_moma.training.recipe import DataFields, SampleFields
 from modeling_moma.training.samples import SampleCallback, image_grid
 from tokenization import MomaProcessor
 
@@ -78,6 +78,14 @@ def test_logs_tell_losses_by_source_and_how_the_training_is_fed(trained):
     assert [training[-1][f"{source}_weight"] for source in WEIGHTS] == pytest.approx(list(WEIGHTS.values()))
 
 
+def test_flops_are_counted_for_the_experts_that_a_token_meets(trained):
+    state = json.loads((trained / "trainer_state.json").read_text())
+    config = MomaConfig.from_pretrained(trained)
+    assert not config.tie_word_embeddings
+    met = config.num_parameters(active=True) - 2 * config.vocab_size * config.hidden_size
+    assert state["total_flos"] == pytest.approx(6 * state["global_step"] * 2 * 96 * met)
+
+
 def test_logs_tell_passes_over_every_source_and_no_epoch_of_all(inputs, trained):
     logs = history(trained)
     assert not any("epoch" in log for log in logs)
@@ -117,6 +125,30 @@ def test_best_model_of_several_sources_goes_by_a_loss_that_there_is(inputs, tmp_
     with pytest.raises(InputError, match="metric_for_best_model = 'photos_nonsense'.*such as 'eval_lines_loss'"):
         trainer(metric_for_best_model="photos_nonsense")
     assert trainer(metric_for_best_model="photos_loss").args.metric_for_best_model == "photos_loss"
+
+
+def test_a_best_model_needs_held_out_documents(tmp_path):
+    tiny_processor().save_pretrained(tmp_path / "processor")
+    (tmp_path / "lines.txt").write_text("green apple\n" * 10)
+    sources = {"lines": {"data": str(tmp_path / "lines.txt"), "text": "text", "held_out": 0}}
+    trainer = {"load_best_model_at_end": True, "max_steps": 2}
+    recipe = {"sources": sources, "data": {"sequence_length": 96}, "model": MODEL, "trainer": trainer}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    given = [str(tmp_path / "recipe.yaml"), "--processor", str(tmp_path / "processor")]
+    tokenize.main([*given, "--output", str(tmp_path / "tokens"), "--processes", "1"])
+    given += ["--tokens", str(tmp_path / "tokens"), "--output", str(tmp_path / "out")]
+    with pytest.raises(InputError, match="load_best_model_at_end = True, and no source has held-out documents"):
+        build_trainer(pretrain.parse_arguments(given))
+
+
+def test_what_a_recipe_leaves_open_of_its_data_is_as_the_tokens_have_it(inputs):
+    tokens = TokenFolder(inputs / "tokens", tiny_processor())
+    assert packing(None, tokens) == packing(DataFields(code_noise=0.1), tokens) == (True, 96)
+    tokens.manifest["packed"] = False
+    assert packing(DataFields(code_noise=0.1), tokens) == (False, 96)
+    assert packing(DataFields(sequence_length=128), tokens) == (False, 128)
+    assert packing(DataFields(packed=True), tokens) == (True, 96)
+    assert DataFields().to_tokenize() == (512, True) and DataFields(64, False).to_tokenize() == (64, False)
 
 
 def test_samples_show_drawings_and_captions(trained):

@@ -6,6 +6,7 @@ import logging
 import pytest
 import torch
 
+from helpers.processes import run_group
 from modeling_moma.training.throughput_callback import FeedingCallback
 
 
@@ -56,6 +57,16 @@ def test_what_helps_is_said_of_packed_sequences_and_of_documents_that_are_rows(w
     (message,) = warnings()
     assert ("a longer `sequence_length` helps" in message) == is_packed
     assert ("A row is one document" in message) != is_packed
+
+
+def feed_on_two(rank):
+    figures = fed([1.0, 0.0, 0.0] if rank else [0.0, 0.6, 0.4], 400).figures(step=1)
+    shares = [figures[f"{name}_share"] for name in ("photos", "stories", "lines")]
+    assert shares == pytest.approx([0.5, 0.3, 0.2]) and figures["padding_share"] == pytest.approx(0.1)
+
+
+def test_shares_are_those_of_all_processes():
+    run_group(feed_on_two)
 
 
 def test_nothing_is_warned_of_where_a_share_is_off_by_less(warnings):

@@ -41,6 +41,9 @@ class AudioKind(SourceKind):
     hint = "`audio` and `text` of sounds"
     has_sounds = True
 
+    def tokenized_fields(self) -> dict[str, Any]:
+        return {"audio": self.audio}
+
     def columns(self) -> list[str]:
         return [self.audio, *self.stored_columns()]
 

@@ -75,6 +75,10 @@ class SourceKind(ABC):
         fields = with_former_names(type(self), fields)
         return {name: _as_json(value) for name, value in fields.items() if value is not None}
 
+    def tokenized_fields(self) -> dict[str, Any]:
+        """Return the fields that tokens were made by: those that a training cannot change any more."""
+        return self.fields()
+
     @abstractmethod
     def columns(self) -> list[str]:
         """Return all columns that are read."""

@@ -85,6 +85,9 @@ class CaptionKind(SourceKind):
     # shards of whole batches
     rows_multiple = BATCH
 
+    def tokenized_fields(self) -> dict[str, Any]:
+        return {"image": self.image, "codings": self.codings, "min_side": self.min_side}
+
     def columns(self) -> list[str]:
         return [self.image, *self.stored_columns()]
 

@@ -14,11 +14,14 @@ from tokenization.text_tokenizer_moma import IMAGE
 
 from ...errors_moma import InputError
 from ...utils.fields import Count, read_fields
+from ..encoding import caption_chat_template
 from ..images import LeftOut
 from ..shard import BATCH, Shard
 from .base import SourceKind, source_kind
 
 
+# of an image and its caption, in either order
+_CAPTION_CHATS = (["user"], ["assistant"], ["user", "assistant"])
 _PLURALS = {IMAGE: "images", AUDIO: "sounds"}
 
 
@@ -233,7 +236,7 @@ def _read_segment(entry: Any) -> str | Segment:
     if isinstance(entry, dict):
         # rows of one table have all columns, those that do not apply as None or as an empty text
         names = [name for name in ("text", IMAGE, AUDIO) if entry.get("type") in (name, None)]
-        given = [name for name in names if entry.get(name) is not None]
+        given = [name for name in names if not _is_nothing(entry.get(name))]
         held = [name for name in given if entry[name] != ""] or given[:1]
         if len(held) > 1:
             raise LeftOut("segment unknown", f"{str(entry)[:100]!r} holds {' and '.join(held)}: which comes first?")
@@ -245,6 +248,11 @@ def _read_segment(entry: Any) -> str | Segment:
         "segment unknown",
         f"{str(entry)[:100]!r} is neither a text nor {{'text': ...}}, {{'image': ...}}, {{'audio': ...}}",
     )
+
+
+def _is_nothing(value: Any) -> bool:
+    """Return whether a column holds nothing, which tables may keep as a mapping of `None`."""
+    return value is None or (isinstance(value, dict) and all(entry is None for entry in value.values()))
 
 
 def read_messages(kind: InterleavedKind, row: dict[str, Any], processor: MomaProcessor) -> tuple[str, list[Segment]]:
@@ -268,8 +276,11 @@ def read_messages(kind: InterleavedKind, row: dict[str, Any], processor: MomaPro
     """
     own: dict[str, list[Any]] = {name: [] for name in (IMAGE, AUDIO) if name in processor.frames}
     listed = {IMAGE: kind.images, AUDIO: kind.audios}
-    messages = []
-    for message in _listed_messages(kind, row):
+    messages, listed_messages = [], _listed_messages(kind, row)
+    roles = [message["role"] for message in listed_messages]
+    if roles not in ([], *_CAPTION_CHATS) and processor.chat_template == caption_chat_template(list(processor.frames)):
+        raise LeftOut("chat not readable", f"the chat template of captions has no place for messages of {roles}")
+    for message in listed_messages:
         content = message["content"]
         parts = _split_placeholders(content, own) if isinstance(content, str) else content
         plain = [_plain_part(part, own) for part in parts]
@@ -305,6 +316,9 @@ def _listed_messages(kind: InterleavedKind, row: dict[str, Any]) -> list[dict[st
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             raise LeftOut("chat not readable", f"{str(message)[:100]!r} is no message with `role` and `content`")
         content = message.get("content") or ""
+        called = [name for name in ("tool_calls", "function_call") if message.get(name)]
+        if called:
+            raise LeftOut("chat not readable", f"a message has {called[0]!r}, and only `role` and `content` are read")
         if not isinstance(content, str | list):
             raise LeftOut("chat not readable", f"the content of a message is {str(content)[:100]!r}")
         listed.append({"role": message["role"], "content": content})
