@@ -15,6 +15,7 @@ from transformers.generation import GenerationConfig, GenerationMixin, LogitsPro
 from transformers.generation.candidate_generator import CandidateGenerator
 from transformers.generation.utils import GenerateBeamOutput
 from transformers.models.auto import modeling_auto
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 
 # 5.24: saving writes only the saved class's own entry; these let every auto class load the folder by its code
@@ -127,6 +128,18 @@ def complete_model_card(path: str | Path):
     tags = data.tags or []
     data.tags = [*tags, *(tag for tag in CARD_TAGS if tag not in tags)]
     card.save(path)
+
+
+def remove_older_weights(folder: str | Path) -> None:
+    """Remove what an earlier save has left of another number of files: Transformers would load that first.
+
+    Args:
+        folder (`str | Path`):
+            into which weights have just been saved, in one file or in several with an index.
+    """
+    whole, index = Path(folder) / SAFE_WEIGHTS_NAME, Path(folder) / SAFE_WEIGHTS_INDEX_NAME
+    if whole.is_file() and index.is_file():
+        min(whole, index, key=lambda path: path.stat().st_mtime_ns).unlink(missing_ok=True)
 
 
 __all__ = ["AUTO_MAP", "GenerationCompat", "complete_model_card"]

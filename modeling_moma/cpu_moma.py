@@ -17,7 +17,7 @@ import math
 import os
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -218,7 +218,8 @@ def gradients_again(
     """Return gradients that can be differentiated themselves, by the plain operations."""
     wanted = [x for x in inputs if x.requires_grad]
     with torch.enable_grad():
-        found = iter(torch.autograd.grad(function(*inputs), wanted, grad, create_graph=True))
+        # of experts that got no rows none
+        found = iter(torch.autograd.grad(function(*inputs), wanted, grad, create_graph=True, allow_unused=True))
     return [next(found) if x.requires_grad else None for x in inputs]
 
 
@@ -654,7 +655,7 @@ def run_with_gradients(
 
     What an expert makes of its rows stays in the caches. Under autocast its weights are cast when it runs, in the
     forward and again in the backward: no copy of all weights is kept in between, and gradients reach the weights in
-    their own type. Gradients of gradients raise.
+    their own type.
 
     Args:
         x_PD (`torch.Tensor`):
@@ -677,7 +678,8 @@ def run_with_gradients(
         if expert < gate_up_EWD.shape[0]:
             slices.append((expert, slice(begin, begin + count)))
         begin += count
-    return _Sequential.apply(x_PD.to(matmul_dtype(gate_up_EWD)), gate_up_EWD, down_EDF, slices, act_fn)
+    run = _plain_experts if is_transformed() else _Sequential.apply
+    return run(x_PD.to(matmul_dtype(gate_up_EWD)), gate_up_EWD, down_EDF, slices, act_fn)
 
 
 class _Sequential(torch.autograd.Function):
@@ -698,9 +700,12 @@ class _Sequential(torch.autograd.Function):
         return y_PD
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, grad_PD: torch.Tensor):
         x_PD, gate_up_flat, gate_up_EWD, down_EDF = ctx.saved_tensors
+        # with `create_graph`
+        if torch.is_grad_enabled():
+            plain = partial(_plain_experts, slices=ctx.slices, act_fn=ctx.act_fn)
+            return *gradients_again(plain, (x_PD, gate_up_EWD, down_EDF), grad_PD), None, None
         needs_x, *needs_weights = ctx.needs_input_grad[:3]
         grad_PD = grad_PD.to(x_PD.dtype)
         x_grad_PD = torch.zeros_like(x_PD) if needs_x else None
@@ -726,6 +731,17 @@ class _Sequential(torch.autograd.Function):
                 if weight_grad is not None:
                     weight_grad[expert].zero_()
         return x_grad_PD, gate_up_grad_EWD, down_grad_EDF, None, None
+
+
+def _plain_experts(
+    x_PD: torch.Tensor, gate_up_EWD: torch.Tensor, down_EDF: torch.Tensor, slices: Sequence, act_fn: Callable
+) -> torch.Tensor:
+    parts = [x_PD[:0]]
+    for expert, rows in slices:
+        gate_KF, up_KF = nn.functional.linear(x_PD[rows], gate_up_EWD[expert].to(x_PD.dtype)).chunk(2, dim=-1)
+        parts.append(nn.functional.linear(act_fn(gate_KF) * up_KF, down_EDF[expert].to(x_PD.dtype)))
+    y_KD = torch.cat(parts)
+    return nn.functional.pad(y_KD, (0, 0, 0, x_PD.shape[0] - y_KD.shape[0]))
 
 
 def run_from_left(

@@ -21,6 +21,7 @@ Shape suffixes:
     expert takes, F inner width of one expert, P (token, expert) pairs.
 """
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import islice
@@ -51,7 +52,7 @@ from transformers.utils.deprecation import deprecate_kwarg
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from .compat_moma import complete_model_card
+from .compat_moma import complete_model_card, remove_older_weights
 from .configuration_moma import MomaConfig, check_rules
 from .cpu_moma import CpuAttention, CpuRMSNorm, MomaCpuLinear, cpu_form_of, use_cpu_layers
 from .depth_cache_moma import DepthCacheView, DepthPacking
@@ -706,6 +707,16 @@ class MomaPreTrainedModel(PreTrainedModel):
         if cls.__name__.startswith("FSDP"):
             cls.__module__, cls.__name__ = own.__module__, own.__name__
         super().save_pretrained(*args, **kwargs)
+        if kwargs.get("is_main_process", args[1] if len(args) > 1 else True):
+            remove_older_weights(args[0] if args else kwargs["save_directory"])
+
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args, **kwargs) -> nn.Embedding:
+        """See `PreTrainedModel.resize_token_embeddings`; raises where an id that the model knows would have no row."""
+        if new_num_tokens is not None:
+            resized = copy.deepcopy(self.config)
+            resized.vocab_size = new_num_tokens
+            resized.validate_fields()
+        return super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
 
     def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
         """See `PreTrainedModel.get_correct_experts_implementation`; `"moma"` where none is asked for.

@@ -675,9 +675,13 @@ def check_inputs(input_ids: Any, inputs_embeds: Any, position_ids: torch.Tensor 
     if (input_ids is None) != given.is_floating_point():
         wanted, other = ("floating-point numbers", "ids") if input_ids is None else ("integers", "embeddings")
         raise InputError(f"`{name}` has the dtype {given.dtype}, but holds {wanted}: were {other} given in its place?")
-    if position_ids is not None and position_ids.shape[-1] != given.shape[1]:
+    if position_ids is None:
+        return
+    has_rows = position_ids.ndim != 2 or position_ids.shape[0] in (1, given.shape[0])
+    if not has_rows or position_ids.shape[-1] != given.shape[1]:
         raise InputError(
-            f"`position_ids` has the shape {tuple(position_ids.shape)}, but `{name}` has {given.shape[1]} positions."
+            f"`position_ids` has the shape {tuple(position_ids.shape)}, but `{name}` has {given.shape[1]} positions "
+            f"in each of its {given.shape[0]} rows."
         )
 
 

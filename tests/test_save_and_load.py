@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Model and processor in one folder: all Auto classes read it, with the package and without."""
 
+import copy
 import os
 
 import numpy as np
@@ -174,6 +175,26 @@ def test_saving_twice_keeps_every_output(folder, model, processor, image, tmp_pa
     assert again.state_dict().keys() == model.state_dict().keys()
     assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in model.state_dict().items())
     assert_same_results(expected_results(again, processor, image), expected_results(model, processor, image))
+
+
+@pytest.mark.parametrize("sizes", [("5GB", "20KB"), ("20KB", "5GB"), ("20KB", "30KB"), ("5GB", "5GB")])
+def test_what_was_saved_last_is_loaded_whatever_the_number_of_files(model, tmp_path, sizes):
+    changed = copy.deepcopy(model)
+    changed.save_pretrained(tmp_path, max_shard_size=sizes[0])
+    with torch.no_grad():
+        changed.lm_head.weight.add_(1.0)
+    changed.save_pretrained(tmp_path, max_shard_size=sizes[1])
+    assert torch.equal(MomaForCausalLM.from_pretrained(tmp_path).lm_head.weight, changed.lm_head.weight)
+    assert (tmp_path / "model.safetensors").is_file() != (tmp_path / "model.safetensors.index.json").is_file()
+
+
+def test_embeddings_are_not_resized_below_the_ids_of_the_grammar(model):
+    resized = copy.deepcopy(model)
+    with pytest.raises(ValueError, match="vocab_size"):
+        resized.resize_token_embeddings(20)
+    assert resized.get_input_embeddings().num_embeddings == model.config.vocab_size == resized.config.vocab_size
+    resized.resize_token_embeddings(model.config.vocab_size + 3)
+    assert resized.config.vocab_size == model.config.vocab_size + 3
 
 
 def test_routers_stay_in_fp32_in_a_bf16_model(folder, model):

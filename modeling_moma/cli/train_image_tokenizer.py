@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from ..training.tokenizer_settings import TokenizerSettings
+from ..utils.atomic_files import check_writable
 from ..utils.fields import read_fields, with_new_names
 from ..utils.messages import without_import_notices
 from .arguments import Flag, FlagParser
@@ -68,6 +69,7 @@ def run(args: Run, on_step: Callable[[int, dict[str, float]], None] | None = Non
         from ..training.image_tokenizer import TokenizerTraining
         from ..training.output_lock import sole_run
 
+    check_writable(args.output)
     Path(args.output).mkdir(parents=True, exist_ok=True)
     with sole_run(args.output):
         return TokenizerTraining(args, args.sources, args.output, args.resume, args.strict).run(on_step)

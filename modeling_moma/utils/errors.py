@@ -4,6 +4,7 @@
 import errno
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -60,6 +61,9 @@ def is_input_error(error: BaseException) -> bool:
     """Return whether an error says what is wrong with an input; any other is a defect, and keeps its traceback."""
     if isinstance(error, InputError):
         return True
+    # a path that a user gave, and may not enter
+    if isinstance(error, (PermissionError, NotADirectoryError, FileExistsError)) and error.filename is not None:
+        return True
     # Both take time to import, and have been where one of their errors is raised.
     from huggingface_hub.errors import StrictDataclassError
 
@@ -95,15 +99,26 @@ def full_disk_line(error: BaseException, subcommand: str, output: str | None) ->
             the folder or file that it writes, `None` where it has none.
     """
     named = error.filename if isinstance(error, OSError) and isinstance(error.filename, str) else None
-    place = Path(output or named or ".").absolute()
-    while not place.exists():
-        place = place.parent
-    free = shutil.disk_usage(place).free / 2**20
+    place, free = _fullest(output or named or ".")
+    if free >= 1:
+        # libraries write elsewhere, too
+        caches = (os.environ.get("HF_DATASETS_CACHE"), os.environ.get("HF_HOME"), tempfile.gettempdir())
+        other, left = _fullest(*filter(None, caches))
+        place, free = (other, left) if left < 1 else (place, free)
     # with free space on the disk, a quota or a limit is the cause, and the system's message says more
     detail = "" if free < 1 else f" ({str(error).splitlines()[0] if str(error) else type(error).__name__})"
     safe, way = _WAYS.get(subcommand, ("", "give the same command again."))
     line = f"the disk is full: {free:.1f} MiB are free at {os.fspath(place)!r}{detail}."
     return " ".join(part for part in (line, safe, f"Make room, and {way}") if part)
+
+
+def _fullest(*places: str) -> tuple[Path, float]:
+    """Return the place on the fullest disk, or the folder above it that there is, and its free MiB."""
+    found = []
+    for place in map(Path, places):
+        there = next(path for path in (place.absolute(), *place.absolute().parents) if path.exists())
+        found.append((there, shutil.disk_usage(there).free / 2**20))
+    return min(found, key=lambda entry: entry[1])
 
 
 def stopped_line(subcommand: str) -> str:

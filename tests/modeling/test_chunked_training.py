@@ -112,13 +112,23 @@ def loss_of(model, parameters, ids):
     return torch.func.functional_call(model, parameters, (), {"input_ids": ids, "labels": ids}).loss
 
 
-@pytest.mark.parametrize("fields", [{"num_experts": 1}, {"z_loss_coef": 1e-2, "modality_loss_weights": {"text": 5.0}}])
-def test_gradients_of_gradients_and_those_of_torch_func_are_those_of_plain_layers(fields):
-    model = tiny_model(qk_norm="rmsnorm", norm_placement="pre", initializer_range=0.2, **fields).train()
+@pytest.mark.parametrize("is_training", [True, False])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"num_experts": 1},
+        {"z_loss_coef": 1e-2, "modality_loss_weights": {"text": 5.0}},
+        {"training_routing": "token_choice"},
+        {"num_experts": {"text": 2, "image": 4}, "cover_all_tokens": True},
+    ],
+)
+def test_gradients_of_gradients_and_those_of_torch_func_are_those_of_plain_layers(fields, is_training):
+    model = tiny_model(qk_norm="rmsnorm", norm_placement="pre", initializer_range=0.2, **fields).train(is_training)
     # torch's own attention has no second derivative on a CPU
     model.set_attn_implementation("eager")
     plain, ids = copy.deepcopy(model), mixed_ids(2, 12)
     use_cpu_layers(plain, False)
+    plain.set_experts_implementation("eager")
     second = []
     for each in (model, plain):
         trained = [p for p in each.parameters() if p.requires_grad]

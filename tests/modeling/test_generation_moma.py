@@ -404,6 +404,11 @@ def test_bad_calls_raise_by_name(model):
         model.generate(ids, generation_mode="video")
     with pytest.raises(ValueError, match=r"`input_ids` is empty, its shape is \(2, 0\)"):
         model.generate(torch.empty(2, 0, dtype=torch.long), generation_mode="image")
+    for shape in ((2, 2), (1, 1), (1, 3)):
+        with pytest.raises(
+            ValueError, match=rf"`attention_mask` has the shape \({shape[0]}, {shape[1]}\), but the prompt"
+        ):
+            model.generate(ids, attention_mask=torch.ones(shape, dtype=torch.long), generation_mode="image")
     with pytest.raises(ValueError, match="row 1 is all padding"):
         mask = torch.tensor([[1, 1], [0, 0]])
         model.generate(ids.repeat(2, 1), attention_mask=mask, generation_mode="image")

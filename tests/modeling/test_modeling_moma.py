@@ -427,7 +427,7 @@ def test_a_dense_model_has_nothing_to_predict():
     assert torch.equal(model(mixed_ids(), routing="auxiliary").logits, model(mixed_ids()).logits)
 
 
-@pytest.mark.parametrize("shape", [(1, 7), (1, 1), (2, 13), (11,)])
+@pytest.mark.parametrize("shape", [(1, 7), (1, 1), (2, 13), (11,), (3, 12)])
 def test_positions_of_another_number_of_tokens_are_refused(shape):
     model = tiny_model(num_hidden_layers=2, depth_layers=[1]).eval()
     ids = mixed_ids(2, 12)
