@@ -222,7 +222,7 @@ class Run:
         data (`str`, *optional*, defaults to `"all"`):
             `"twelfth"`: a twelfth of the icons, read twelve times as often. `"shipped"`: all of the data, through the
             processor of `model_cards/moma-icons`, which every machine has: its losses are not those of the study's
-            own, whose codes and words are others.
+            own, whose codes and words are others. `"shipped-twelfth"`: a twelfth of the icons through that one.
     """
 
     recipe: str
@@ -301,4 +301,7 @@ PLAN: tuple[Run, ...] = (
     *(Run(recipe, size, 1, (10, 20)) for size in LARGER for recipe in LONGEST),
     *(Run(recipe, "0.5M", 1, (10, 20), data="twelfth") for recipe in LONGEST),
     *(Run(recipe, "0.5M", 1, (10, 20), data="shipped") for recipe in (*CONTROLS, *LEVERS)),
+    *(Run(recipe, "0.5M", 1, (10, 20), data="shipped-twelfth") for recipe in ("dense", "4t4i-shared")),
 )
+# selections with a twelfth of the icons, and those that have all
+TWELFTHS = {"twelfth": "all", "shipped-twelfth": "shipped"}

@@ -10,6 +10,7 @@ import yaml
 
 from modeling_moma.utils.atomic_files import write_aside
 
+from .grid import TWELFTHS
 from .training import Study
 
 
@@ -36,7 +37,7 @@ def prepare(study: Study, work: Path, selections: Collection[str]) -> None:
         moma("build-processor", study.recipe, "--image-tokenizer", tokenizer, "--output", study.processor)
     for data in sorted(selections):
         recipe = study.recipe
-        if data == "twelfth":
+        if data in TWELFTHS:
             recipe = work / "twelfth.yaml"
             write_aside(recipe, lambda path: path.write_text(twelfth_recipe(study.recipe)))
         moma("tokenize", recipe, "--processor", study.processor_of(data), "--output", study.tokens / data)

@@ -13,7 +13,7 @@ from typing import Any
 
 from modeling_moma.errors_moma import InputError
 
-from .grid import CLAIMED, FRESH_SEEDS, LEVERS, SIZES
+from .grid import CLAIMED, FRESH_SEEDS, LEVERS, SIZES, TWELFTHS
 from .rows import NESTED
 
 
@@ -323,6 +323,27 @@ def lever_table(rows: Sequence[Mapping[str, Any]], split: str) -> str:
             gaps = [gap for recipe in (control, BASELINE) for gap in _gaps(row, alike.get((recipe, *place)), split)]
             size, data, budget, seed, _ = place
             lines.append([size, data, f"{budget}M", str(seed), lever, control, *gaps])
+    return table(header, lines)
+
+
+def repetition_table(rows: Sequence[Mapping[str, Any]], split: str) -> str:
+    """Return by how much causal losses differ where a twelfth of the icons is read twelve times as often.
+
+    Args:
+        rows (`Sequence[Mapping]`):
+            opened rows.
+        split (`str`):
+            of held-out documents.
+    """
+    header = ["size", "data", "tokens", "seed", "recipe"]
+    header += [f"less {other}, {part}" for other in ("that of all icons", "dense") for part in PARTS.values()]
+    alike = {(row["recipe"], *_place(row)): row for row in rows}
+    lines = []
+    for (recipe, size, data, *rest), row in sorted(alike.items()):
+        if data in TWELFTHS:
+            others = alike.get((recipe, size, TWELFTHS[data], *rest)), alike.get((BASELINE, size, data, *rest))
+            gaps = [gap for other in others for gap in _gaps(row, other, split)]
+            lines.append([size, data, f"{row['budget']}M", str(row["seed"]), recipe, *gaps])
     return table(header, lines)
 
 

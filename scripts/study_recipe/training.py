@@ -21,7 +21,7 @@ RECIPE_FILE = "recipe.yaml"
 # of a run that is upcycled: folders of the seed's training, and of the model that it grew into
 SEED, GROWN = "seed", "grown"
 CONSTANT = {"lr_scheduler_type": "constant_with_warmup"}
-# the processor of runs whose data are "shipped"
+# the processor of runs whose data are "shipped", or a twelfth of these
 SHIPPED = Path(__file__).resolve().parents[2] / "model_cards" / "moma-icons"
 # held-out documents of each source in a point of a curve
 CURVE_DOCUMENTS = 200
@@ -52,7 +52,7 @@ class Study:
 
     def processor_of(self, data: str) -> Path:
         """Return the folder of the processor that a selection of the data is read through, see [`Run`]."""
-        return SHIPPED if data == "shipped" else self.processor
+        return SHIPPED if data.startswith("shipped") else self.processor
 
 
 def finished(folder: Path, step: int) -> Path | None:

@@ -439,6 +439,19 @@ def test_a_lever_stands_beside_what_it_changes_and_beside_dense():
     ]
 
 
+def test_a_twelfth_of_the_icons_stands_beside_all_of_them_and_beside_dense():
+    def at(recipe, loss, data):
+        return {**result(recipe, 1e7, {"image": loss, "text": loss}), "data": data}
+
+    rows = [at("dense", 3.0, "shipped"), at("4t4i", 2.9, "shipped"), at("1t1i", 2.8, "all")]
+    rows += [at("dense", 3.3, "shipped-twelfth"), at("4t4i", 3.1, "shipped-twelfth"), at("1t1i", 3.2, "twelfth")]
+    assert read_table(reporting.repetition_table(rows, "test")) == [
+        ["0.5M", "twelfth", "10M", "1", "1t1i", *["+0.400"] * 3, *[""] * 3],
+        ["0.5M", "shipped-twelfth", "10M", "1", "4t4i", *["+0.200"] * 3, *["-0.200"] * 3],
+        ["0.5M", "shipped-twelfth", "10M", "1", "dense", *["+0.300"] * 3, *["+0.000"] * 3],
+    ]
+
+
 def test_in_seconds_a_saving_counts_the_time_of_steps():
     def at(recipe, millions, loss):
         return result(recipe, 1e6 * millions, {"image": loss, "text": loss})
