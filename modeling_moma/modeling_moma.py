@@ -21,7 +21,6 @@ Shape suffixes:
     expert takes, F inner width of one expert, P (token, expert) pairs.
 """
 
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import islice
@@ -47,7 +46,7 @@ from transformers.models.llama.modeling_llama import (
     eager_attention_forward,
 )
 from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs, auto_docstring, can_return_tuple
+from transformers.utils import TransformersKwargs, auto_docstring, can_return_tuple, logging
 from transformers.utils.deprecation import deprecate_kwarg
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
@@ -75,6 +74,8 @@ if TYPE_CHECKING:
     def use_experts_implementation(experts_class: Class) -> Class: ...  # pyright: ignore[reportRedeclaration]
 else:
     from transformers.integrations import use_experts_implementation
+
+logger = logging.get_logger(__name__)
 
 
 @use_kernel_forward_from_hub("RMSNorm")
@@ -711,12 +712,15 @@ class MomaPreTrainedModel(PreTrainedModel):
             remove_older_weights(args[0] if args else kwargs["save_directory"])
 
     def resize_token_embeddings(self, new_num_tokens: int | None = None, *args, **kwargs) -> nn.Embedding:
-        """See `PreTrainedModel.resize_token_embeddings`; raises where an id that the model knows would have no row."""
-        if new_num_tokens is not None:
-            resized = copy.deepcopy(self.config)
-            resized.vocab_size = new_num_tokens
-            resized.validate_fields()
-        return super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
+        """See `PreTrainedModel.resize_token_embeddings`; warns where an id that the model knows has no row left."""
+        embeddings = super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
+        try:
+            self.config.validate_fields()
+        except ValueError as error:
+            logger.warning(
+                f"`resize_token_embeddings`: {error} The model cannot be saved, nor write images, like this."
+            )
+        return embeddings
 
     def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
         """See `PreTrainedModel.get_correct_experts_implementation`; `"moma"` where none is asked for.

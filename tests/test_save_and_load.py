@@ -188,13 +188,14 @@ def test_what_was_saved_last_is_loaded_whatever_the_number_of_files(model, tmp_p
     assert (tmp_path / "model.safetensors").is_file() != (tmp_path / "model.safetensors.index.json").is_file()
 
 
-def test_embeddings_are_not_resized_below_the_ids_of_the_grammar(model):
+def test_embeddings_below_the_ids_of_the_grammar_are_told_at_once(model, tmp_path, caplog):
     resized = copy.deepcopy(model)
-    with pytest.raises(ValueError, match="vocab_size"):
-        resized.resize_token_embeddings(20)
-    assert resized.get_input_embeddings().num_embeddings == model.config.vocab_size == resized.config.vocab_size
     resized.resize_token_embeddings(model.config.vocab_size + 3)
-    assert resized.config.vocab_size == model.config.vocab_size + 3
+    assert resized.config.vocab_size == model.config.vocab_size + 3 and "cannot be saved" not in caplog.text
+    resized.resize_token_embeddings(20)
+    assert "vocab_size (20)" in caplog.text and "cannot be saved" in caplog.text
+    with pytest.raises(ValueError, match="vocab_size"):
+        resized.save_pretrained(tmp_path)
 
 
 def test_routers_stay_in_fp32_in_a_bf16_model(folder, model):
