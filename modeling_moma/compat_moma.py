@@ -6,6 +6,7 @@ Each names the version that needs it, so that a later one may drop it.
 Shape suffixes: B rows, T positions.
 """
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -139,7 +140,10 @@ def remove_older_weights(folder: str | Path) -> None:
     """
     whole, index = Path(folder) / SAFE_WEIGHTS_NAME, Path(folder) / SAFE_WEIGHTS_INDEX_NAME
     if whole.is_file() and index.is_file():
-        min(whole, index, key=lambda path: path.stat().st_mtime_ns).unlink(missing_ok=True)
+        # shards of an earlier save are gone by now
+        shards = set(json.loads(index.read_text())["weight_map"].values())
+        older = whole if all((Path(folder) / name).is_file() for name in shards) else index
+        older.unlink(missing_ok=True)
 
 
 __all__ = ["AUTO_MAP", "GenerationCompat", "complete_model_card"]
