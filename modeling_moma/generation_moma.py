@@ -9,6 +9,7 @@ Shape suffixes: B rows, T positions, V vocabulary.
 """
 
 import copy
+import math
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -508,8 +509,11 @@ class MomaGenerationMixin(GenerationCompat):
         self, prompt: torch.Tensor, generation_config: GenerationConfig | None, kwargs: dict
     ) -> dict[str, torch.Tensor | None]:
         """Return the negative prompt of the stock guidance for each row of the loop; by default it is empty."""
-        if self._option("guidance_scale", generation_config, kwargs) in (None, 1):
+        scale = self._option("guidance_scale", generation_config, kwargs)
+        if scale in (None, 1):
             return {}
+        if not isinstance(scale, (int, float)) or not math.isfinite(scale):
+            raise InputError(f"`guidance_scale` = {scale!r}: needs a finite number, 1 for no guidance.")
         for name in ("num_beams", "prompt_lookup_num_tokens", "assistant_model"):
             if self._option(name, generation_config, kwargs) not in (None, 1):
                 raise InputError(

@@ -409,6 +409,9 @@ def test_bad_calls_raise_by_name(model):
             ValueError, match=rf"`attention_mask` has the shape \({shape[0]}, {shape[1]}\), but the prompt"
         ):
             model.generate(ids, attention_mask=torch.ones(shape, dtype=torch.long), generation_mode="image")
+    for scale in (float("nan"), float("inf"), "3"):
+        with pytest.raises(ValueError, match=f"`guidance_scale` = '?{scale}'?: needs a finite number"):
+            model.generate(ids, guidance_scale=scale, generation_mode="image")
     with pytest.raises(ValueError, match="row 1 is all padding"):
         mask = torch.tensor([[1, 1], [0, 0]])
         model.generate(ids.repeat(2, 1), attention_mask=mask, generation_mode="image")
