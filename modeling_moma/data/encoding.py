@@ -58,6 +58,11 @@ def caption_chat_template(modalities: Sequence[str] = (IMAGE,)) -> str:
     )
 
 
+def has_caption_template(processor: MomaProcessor) -> bool:
+    """Return whether a processor's chat template is that of captions alone."""
+    return processor.chat_template == caption_chat_template(list(processor.frames))
+
+
 class DocumentEncoder:
     """Makes documents of texts and of the codes of images.
 
@@ -90,7 +95,8 @@ class DocumentEncoder:
         """Raise `ValueError` for a tokenizer whose vocabulary has a special token as a word of texts."""
         tokenizer = self.processor.tokenizer
         for token, number in zip(tokenizer.all_special_tokens, tokenizer.all_special_ids):
-            if number in self.text_ids(token):
+            # what is unknown in a text may be anything, and ends nothing
+            if number != tokenizer.unk_token_id and number in self.text_ids(token):
                 raise InputError(
                     f"the processor's text tokenizer, a {type(self._backend.model).__name__}, reads {token!r} in a "
                     "text as the special token, so that a text could end its document: take one whose vocabulary "
@@ -199,6 +205,7 @@ __all__ = [
     "PIXEL_SETTINGS",
     "DocumentEncoder",
     "caption_chat_template",
+    "has_caption_template",
     "loaded_encoder",
     "plain_backend",
     "processor_fingerprint",

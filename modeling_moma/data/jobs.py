@@ -20,7 +20,7 @@ from tokenization.audio_codecs_moma import AUDIO
 from ..errors_moma import InputError
 from ..utils.atomic_files import check_new_folder, check_writable, write_aside
 from ..utils.digests import files_digest
-from .encoding import caption_chat_template, loaded_encoder
+from .encoding import has_caption_template, loaded_encoder
 from .sources import HELD_OUT_RULE, TRAIN, VALIDATION, Source, read_sources, undecoded_rows
 
 
@@ -213,7 +213,7 @@ def _template_digest(sources: Sequence[Source], processor: MomaProcessor) -> str
     """Return a hash of the chat template, `None` where no source has chats; tell of one that is made for captions."""
     if not (chats := [source.name for source in sources if source.kind.has_chats]):
         return None
-    if processor.chat_template == caption_chat_template(list(processor.frames)):
+    if has_caption_template(processor):
         logger.warning(
             f"sources: {chats[0]!r} has chats, and the processor's chat template is that of captions: chats of more "
             "than one question and one answer are left out. `moma build-processor` with a recipe that has chats gives "

@@ -286,7 +286,7 @@ class Source:
             hint = next((text for kind, text in hints.items() if isinstance(reason, kind)), "")
             raise InputError(
                 f"sources: {self.name!r}: `datasets` cannot open {self.data!r} "
-                f"({type(reason).__name__}: {one_line(reason)}{hint})."
+                f"({type(reason).__name__}: {one_line(reason, 300)}{hint})."
             ) from error
 
 

@@ -219,9 +219,11 @@ def test_a_tokenizer_with_special_tokens_among_its_words_is_refused(kind):
     backend = tokenizers.Tokenizer(model)
     backend.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
     processor.tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, eos_token="</s>", bos_token="<s>", unk_token="<unk>", pad_token="<unk>"
+        tokenizer_object=backend, unk_token="<unk>", pad_token="<unk>", eos_token="</s>", bos_token="<s>"
     )
     processor.token_layout = lambda: {"eos_token_id": 0}
+    # words that it does not know are no reason
+    assert processor.tokenizer("never")["input_ids"] == [processor.tokenizer.unk_token_id]
     with pytest.raises(InputError, match=f"a {kind}, reads '<s>' in a text as the special token"):
         DocumentEncoder(processor)
 

@@ -14,7 +14,7 @@ from tokenization.text_tokenizer_moma import IMAGE
 
 from ...errors_moma import InputError
 from ...utils.fields import Count, read_fields
-from ..encoding import caption_chat_template
+from ..encoding import has_caption_template
 from ..images import LeftOut
 from ..shard import BATCH, Shard
 from .base import SourceKind, source_kind
@@ -278,7 +278,7 @@ def read_messages(kind: InterleavedKind, row: dict[str, Any], processor: MomaPro
     listed = {IMAGE: kind.images, AUDIO: kind.audios}
     messages, listed_messages = [], _listed_messages(kind, row)
     roles = [message["role"] for message in listed_messages]
-    if roles not in ([], *_CAPTION_CHATS) and processor.chat_template == caption_chat_template(list(processor.frames)):
+    if roles not in ([], *_CAPTION_CHATS) and has_caption_template(processor):
         raise LeftOut("chat not readable", f"the chat template of captions has no place for messages of {roles}")
     for message in listed_messages:
         content = message["content"]
