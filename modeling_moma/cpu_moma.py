@@ -736,6 +736,7 @@ class _Sequential(torch.autograd.Function):
 def _plain_experts(
     x_PD: torch.Tensor, gate_up_EWD: torch.Tensor, down_EDF: torch.Tensor, slices: Sequence, act_fn: Callable
 ) -> torch.Tensor:
+    """Run experts by operations that torch itself differentiates, as often as it is asked to."""
     parts = [x_PD[:0]]
     for expert, rows in slices:
         gate_KF, up_KF = nn.functional.linear(x_PD[rows], gate_up_EWD[expert].to(x_PD.dtype)).chunk(2, dim=-1)

@@ -578,14 +578,16 @@ def _check_prompt(prompt: torch.Tensor, kwargs: dict) -> None:
             f"`input_ids` is empty, its shape is {tuple(prompt.shape)}: a prompt needs one token at least, such as "
             "the beginning token."
         )
-    mask, has_ids = kwargs.get("attention_mask"), kwargs.get("inputs_embeds") is None
-    if isinstance(mask, torch.Tensor) and mask.ndim == 2:
-        is_wide = kwargs.get("cache") is not None or kwargs.get("past_key_values") is not None
-        if len(mask) != len(prompt) or (has_ids and not is_wide and mask.shape[1] != prompt.shape[1]):
-            raise InputError(
-                f"`attention_mask` has the shape {tuple(mask.shape)}, but the prompt's is {tuple(prompt.shape)}."
-            )
-    if isinstance(mask, torch.Tensor) and mask.ndim == 2 and not mask.any(dim=1).all():
+    mask = kwargs.get("attention_mask")
+    if not isinstance(mask, torch.Tensor) or mask.ndim != 2:
+        return
+    # with a cache it covers what came before, and embeddings have a width of their own
+    may_be_wider = any(kwargs.get(name) is not None for name in ("cache", "past_key_values", "inputs_embeds"))
+    if len(mask) != len(prompt) or (not may_be_wider and mask.shape[1] != prompt.shape[1]):
+        raise InputError(
+            f"`attention_mask` has the shape {tuple(mask.shape)}, but the prompt's is {tuple(prompt.shape)}."
+        )
+    if not mask.any(dim=1).all():
         row = int((~mask.any(dim=1)).nonzero()[0])
         raise InputError(f"`attention_mask`: row {row} is all padding; a prompt needs one token at least.")
 

@@ -102,12 +102,12 @@ class TokenFolder:
                     "of that time."
                 )
         before, now = then.fields(), source.fields()
-        different = [name for name in ("data", "held_out", "splits") if before.get(name) != now.get(name)]
-        for name in different:
-            logger.warning_once(
-                f"sources: {source.name!r}: the tokens in {str(self.folder)!r} were made with {name} = "
-                f"{before.get(name)!r}, and the recipe has {now.get(name)!r}: it is the tokens that are read."
-            )
+        for name in ("data", "held_out", "splits"):
+            if before.get(name) != now.get(name):
+                logger.warning_once(
+                    f"sources: {source.name!r}: the tokens in {str(self.folder)!r} were made with {name} = "
+                    f"{before.get(name)!r}, and the recipe has {now.get(name)!r}: it is the tokens that are read."
+                )
 
 
 # documents that are looked at where lengths are unknown, and so many where those do not tell
@@ -136,7 +136,7 @@ def mean_length(documents: Documents, longest: int | None = None) -> float:
         return float(even.mean())
     rows = np.random.default_rng(0).permutation(len(documents))
     drawn = _lengths_of(documents, rows[:_SAMPLES])
-    doubt = max(abs(drawn.mean() - even.mean()), *(lengths.std() / len(lengths) ** 0.5 for lengths in (even, drawn)))
+    doubt = max(abs(drawn.mean() - even.mean()), *(some.std() / len(some) ** 0.5 for some in (even, drawn)))
     if doubt <= _LARGEST_DOUBT * even.mean():
         return float(even.mean())
     return float(np.concatenate([drawn, _lengths_of(documents, rows[_SAMPLES:_MORE_SAMPLES])]).mean())

@@ -63,6 +63,11 @@ def has_caption_template(processor: MomaProcessor) -> bool:
     return processor.chat_template == caption_chat_template(list(processor.frames))
 
 
+def template_digest(processor: MomaProcessor) -> str:
+    """Return a hash of a processor's chat template, which decides on the documents of chats."""
+    return hashlib.sha256(json.dumps(processor.chat_template).encode()).hexdigest()[:32]
+
+
 class DocumentEncoder:
     """Makes documents of texts and of the codes of images.
 
@@ -209,4 +214,5 @@ __all__ = [
     "loaded_encoder",
     "plain_backend",
     "processor_fingerprint",
+    "template_digest",
 ]

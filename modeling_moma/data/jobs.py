@@ -14,13 +14,12 @@ from typing import Any
 from datasets import Dataset, IterableDataset, LargeList, List
 from transformers.utils import logging
 
-from tokenization import MomaProcessor
 from tokenization.audio_codecs_moma import AUDIO
 
 from ..errors_moma import InputError
 from ..utils.atomic_files import check_new_folder, check_writable, write_aside
 from ..utils.digests import files_digest
-from .encoding import has_caption_template, loaded_encoder
+from .encoding import has_caption_template, loaded_encoder, template_digest
 from .sources import HELD_OUT_RULE, TRAIN, VALIDATION, Source, read_sources, undecoded_rows
 
 
@@ -187,6 +186,12 @@ def plan_job(
                 f"sources: {source.name!r} has sounds, and the processor {processor_folder!r} has no codec of them; "
                 "`moma build-processor --audio-tokenizer` gives it one."
             )
+    has_chats = any(source.kind.has_chats for source in sources)
+    if has_chats and has_caption_template(encoder.processor):
+        logger.warning(
+            "sources: there are chats, and the processor's chat template is that of captions: chats of more than "
+            "one question and one answer are left out. `moma build-processor` with a recipe of chats gives another."
+        )
     names = {source.name: source.split_names() for source in sources}
     if unknown := set(splits or ()) - {name for found in names.values() for name in found}:
         found = "; ".join(f"{source!r} has {list(splits)}" for source, splits in names.items())
@@ -205,21 +210,8 @@ def plan_job(
         held_out_rule=HELD_OUT_RULE,
         file_sizes={name: size for name, (_, size) in planned.items()},
         files={source.name: source_digest(source) for source in sources},
-        chat_template=_template_digest(sources, encoder.processor),
+        chat_template=template_digest(encoder.processor) if has_chats else None,
     )
-
-
-def _template_digest(sources: Sequence[Source], processor: MomaProcessor) -> str | None:
-    """Return a hash of the chat template, `None` where no source has chats; tell of one that is made for captions."""
-    if not (chats := [source.name for source in sources if source.kind.has_chats]):
-        return None
-    if has_caption_template(processor):
-        logger.warning(
-            f"sources: {chats[0]!r} has chats, and the processor's chat template is that of captions: chats of more "
-            "than one question and one answer are left out. `moma build-processor` with a recipe that has chats gives "
-            "it another one."
-        )
-    return hashlib.sha256(json.dumps(processor.chat_template).encode()).hexdigest()[:32]
 
 
 def _plan_source(

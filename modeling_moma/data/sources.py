@@ -44,7 +44,7 @@ TRAIN, VALIDATION = "train", "validation"
 # how rows are drawn that become `validation`; what was begun by another draw does not go on under this one
 HELD_OUT_RULE = "blake2b"
 # names that the figures of a log have already
-MODALITIES = ("text", "image", "audio")
+_NAMES_OF_A_LOG = ("text", "image", "audio")
 # what a recipe says of any source, whatever its kind
 COMMON_FIELDS = ("data", "load", "splits", "held_out", "weight", "root")
 # readers of single files, by their ending
@@ -403,7 +403,7 @@ def read_sources(section: Any, is_stored: bool = False) -> list[Source]:
             raise InputError(f"sources: {name!r} needs `data`, a folder, file or name on the Hub; it is {fields!r}.")
         if not str(name).replace("-", "_").isidentifier():
             raise InputError(f"sources: {name!r} becomes the name of a folder: letters, digits, '-' and '_' only.")
-        if not is_stored and len(section) > 1 and name in MODALITIES:
+        if not is_stored and len(section) > 1 and name in _NAMES_OF_A_LOG:
             raise InputError(f"sources: {name!r} is a modality, too: a log could not tell whose losses are whose.")
         where = f"sources: {name!r}"
         common = {

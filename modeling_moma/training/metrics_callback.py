@@ -84,10 +84,7 @@ class MomaMetricsCallback(TrainerCallback):
         timed = [key for key in logs if key.endswith("_runtime") and key != "train_runtime"]
         training = not timed and not any(key.startswith("eval_") for key in logs)
         prefix = "" if training else min(timed, key=len, default="eval_runtime").removesuffix("runtime")
-        averages = self._averages(training)
-        if training or not self._averages_eval_loss:
-            averages.pop("loss", None)
-        metrics = {f"{prefix}{name}": value for name, value in averages.items()}
+        metrics = {f"{prefix}{name}": value for name, value in self._averages(training).items()}
         # `Trainer` chooses the best model by what it gets back here
         logs.update(metrics)
         # Trainer has already filed a copy of the log
@@ -180,8 +177,9 @@ class MomaMetricsCallback(TrainerCallback):
         for part in parts:
             for key, value in part.items():
                 totals[key] += value
-        for name, part in [key for key in totals if key[0].endswith("_loss")]:
-            totals["loss", part] += totals[name, part]
+        if self._averages_eval_loss and not training:
+            for name, part in [key for key in totals if key[0].endswith("_loss")]:
+                totals["loss", part] += totals[name, part]
         names = sorted({name for name, _ in totals})
         return {name: totals[name, "sum"] / totals[name, "count"] for name in names if totals[name, "count"] > 0}
 

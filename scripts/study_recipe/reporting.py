@@ -286,7 +286,7 @@ def seed_table(rows: Sequence[Mapping[str, Any]], split: str) -> str:
             of held-out documents.
     """
     header = ["size", "data", "tokens", "recipe", "seed", *(f"eta, {part}" for part in PARTS.values())]
-    header += [*(f"less dense, {part}" for part in PARTS.values()), "dense needs"]
+    header += [*_gap_header(BASELINE), "dense needs"]
     lines = []
     for (size, data, budget, _, recipe), seeds in grouped(rows).items():
         for row in sorted(seeds, key=lambda row: row["seed"]):
@@ -295,7 +295,7 @@ def seed_table(rows: Sequence[Mapping[str, Any]], split: str) -> str:
                 continue
             savings = [saving(row, [*dense.values()], CAUSAL, split, part) for part in PARTS]
             etas = [f"{each.tokens:.2f}" for each in savings]
-            gaps = _gaps(row, dense.get(budget), split)
+            gaps = _gaps(row, [dense.get(budget)], split)
             needed = f"{savings[0].uncorrected * row['tokens'] / 1e6:.0f}M"
             if savings[0].is_beyond:
                 needed += f" (has {min(dense)}M to {max(dense)}M)"
@@ -312,15 +312,14 @@ def lever_table(rows: Sequence[Mapping[str, Any]], split: str) -> str:
         split (`str`):
             of held-out documents.
     """
-    header = ["size", "data", "tokens", "seed", "recipe", "instead of"]
-    header += [f"less {other}, {part}" for other in ("that", "dense") for part in PARTS.values()]
+    header = ["size", "data", "tokens", "seed", "recipe", "instead of", *_gap_header("that", BASELINE)]
     alike = {(row["recipe"], *_place(row)): row for row in rows}
     lines = []
     for lever, control in LEVERS.items():
         for place, row in sorted((place[1:], row) for place, row in alike.items() if place[0] == lever):
             if (control, *place) not in alike:
                 continue
-            gaps = [gap for recipe in (control, BASELINE) for gap in _gaps(row, alike.get((recipe, *place)), split)]
+            gaps = _gaps(row, [alike.get((recipe, *place)) for recipe in (control, BASELINE)], split)
             size, data, budget, seed, _ = place
             lines.append([size, data, f"{budget}M", str(seed), lever, control, *gaps])
     return table(header, lines)
@@ -335,24 +334,28 @@ def repetition_table(rows: Sequence[Mapping[str, Any]], split: str) -> str:
         split (`str`):
             of held-out documents.
     """
-    header = ["size", "data", "tokens", "seed", "recipe"]
-    header += [f"less {other}, {part}" for other in ("that of all icons", "dense") for part in PARTS.values()]
+    header = ["size", "data", "tokens", "seed", "recipe", *_gap_header("that of all icons", BASELINE)]
     alike = {(row["recipe"], *_place(row)): row for row in rows}
     lines = []
     for (recipe, size, data, *rest), row in sorted(alike.items()):
         if data in TWELFTHS:
-            others = alike.get((recipe, size, TWELFTHS[data], *rest)), alike.get((BASELINE, size, data, *rest))
-            gaps = [gap for other in others for gap in _gaps(row, other, split)]
+            others = [alike.get(key) for key in ((recipe, size, TWELFTHS[data], *rest), (BASELINE, size, data, *rest))]
+            gaps = _gaps(row, others, split)
             lines.append([size, data, f"{row['budget']}M", str(row["seed"]), recipe, *gaps])
     return table(header, lines)
 
 
-def _gaps(row: Mapping[str, Any], other: Mapping[str, Any] | None, split: str) -> list[str]:
-    """Return by how much a row's causal losses differ from another's, part by part; blanks where there is none."""
-    if other is None:
-        return [""] * len(PARTS)
-    losses, others = (_losses(entry, CAUSAL, split) for entry in (row, other))
-    return [f"{losses[part] - others[part]:+.3f}" for part in PARTS]
+def _gap_header(*others: str) -> list[str]:
+    return [f"less {other}, {part}" for other in others for part in PARTS.values()]
+
+
+def _gaps(row: Mapping[str, Any], others: Sequence[Mapping[str, Any] | None], split: str) -> list[str]:
+    """Return by how much a row's causal losses differ from others', part by part; blanks where there is none."""
+    own, cells = _losses(row, CAUSAL, split), []
+    for other in others:
+        losses = None if other is None else _losses(other, CAUSAL, split)
+        cells += ["" if losses is None else f"{own[part] - losses[part]:+.3f}" for part in PARTS]
+    return cells
 
 
 def _place(row: Mapping[str, Any]) -> tuple:

@@ -190,7 +190,7 @@ def test_a_template_of_captions_takes_no_longer_chats_and_tells(tmp_path, caplog
     sources = write_chats(tmp_path / "chat.jsonl", *chats)
     read = tokenize(sources, str(tmp_path / "processor"), tmp_path / "tokens")["sources"]["chat"]["read"]["train"]
     assert read["left_out"] == {"chat not readable": 2} and "['system', 'user'" in read["named"][0]["detail"]
-    assert "'chat' has chats, and the processor's chat template is that of captions" in caplog.text
+    assert "there are chats, and the processor's chat template is that of captions" in caplog.text
 
 
 def test_chats_of_another_template_do_not_mix_into_a_folder(processor, tmp_path):

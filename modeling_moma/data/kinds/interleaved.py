@@ -276,11 +276,11 @@ def read_messages(kind: InterleavedKind, row: dict[str, Any], processor: MomaPro
     """
     own: dict[str, list[Any]] = {name: [] for name in (IMAGE, AUDIO) if name in processor.frames}
     listed = {IMAGE: kind.images, AUDIO: kind.audios}
-    messages, listed_messages = [], _listed_messages(kind, row)
-    roles = [message["role"] for message in listed_messages]
+    messages, given = [], _listed_messages(kind, row)
+    roles = [message["role"] for message in given]
     if roles not in ([], *_CAPTION_CHATS) and has_caption_template(processor):
         raise LeftOut("chat not readable", f"the chat template of captions has no place for messages of {roles}")
-    for message in listed_messages:
+    for message in given:
         content = message["content"]
         parts = _split_placeholders(content, own) if isinstance(content, str) else content
         plain = [_plain_part(part, own) for part in parts]
