@@ -126,13 +126,17 @@ def read_config(args: Arguments) -> "MomaConfig":
     if not file.exists():
         raise InputError(f"--config {path}: the folder has no config.json; is it that of a saved model?")
     try:
-        return MomaConfig.from_json_file(file)
+        config, kind = MomaConfig.from_json_file(file), json.loads(file.read_text(encoding="utf-8")).get("model_type")
     # TypeError is a file that holds no object
     except (StrictDataclassError, ValueError, TypeError, OSError) as error:
         raise InputError(
             f"--config {file}: no complete MomaConfig. Does it lack the token layout, as recipes/*.yaml do, which get "
             f"it from a tokenizer? {one_line(error)}"
         ) from error
+    # of another model's fields some are ours, and defaults would stand for the others
+    if kind != MomaConfig.model_type:
+        raise InputError(f"--config {file}: `model_type` is {kind!r}; a MoMa's says {MomaConfig.model_type!r}.")
+    return config
 
 
 def hardware_of(args: Arguments) -> "Hardware":

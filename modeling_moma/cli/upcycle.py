@@ -101,7 +101,7 @@ def run(args: Arguments) -> None:
         import torch
         from transformers.trainer import TRAINER_STATE_NAME
 
-        from ..hub.loading import open_model
+        from ..hub.loading import open_model, require_plain_weights
         from ..training.stages import UPCYCLING_FILE, data_order
         from ..upcycling.report import upcycling_receipt
         from ..upcycling.upcycle import parse_experts, upcycle
@@ -111,6 +111,7 @@ def run(args: Arguments) -> None:
     check_new_folder(args.output)
     torch.manual_seed(args.seed)
     seed = open_model(args.model)
+    require_plain_weights("--model", args.model, seed.config)
     upcycled = upcycle(
         seed,
         None if args.to is None else parse_experts(args.to, seed.config.modalities),

@@ -11,7 +11,12 @@ import numpy as np
 import torch
 from accelerate import init_empty_weights
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
-from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
+from transformers.modeling_gguf_pytorch_utils import (
+    GGUF_TO_TRANSFORMERS_MAPPING,
+    TENSOR_PROCESSORS,
+    TensorProcessor,
+    get_gguf_hf_weights_map,
+)
 from transformers.utils import is_gguf_available
 
 from ..utils.errors import MissingExtraError
@@ -20,6 +25,13 @@ from .reading import CheckpointError, TensorSource
 
 
 ROWS_AT_ONCE = 4096
+# fields of a model that attends otherwise than plainly, and their values in one that does not
+ATTENTION_FIELDS = {
+    "rope.scaling.type": ("none",),
+    "rope.scaling.factor": (0, 1),
+    "rope.scale_linear": (0, 1),
+    "attention.sliding_window": (0,),
+}
 
 
 @dataclass(frozen=True)
@@ -111,14 +123,16 @@ class GgufReader(TensorSource):
         return TENSOR_PROCESSORS.get(self._contents[0], TensorProcessor)(config=self.config)
 
     @functools.cached_property
-    def _contents(self) -> tuple[str, list["_StoredTensor"]]:
-        """The architecture, and where each tensor lies."""
+    def _contents(self) -> tuple[str, list["_StoredTensor"], dict[str, Any]]:
+        """The architecture, where each tensor lies, and those of `ATTENTION_FIELDS` that the file has."""
         from gguf import GGUFReader
 
         # the reader is not kept: it holds every token of the vocabulary as a separate array
         reader = GGUFReader(self.path)
         field: Any = reader.get_field("general.architecture")
-        return field.contents(), [
+        architecture = field.contents()
+        attention: dict[str, Any] = {name: reader.get_field(f"{architecture}.{name}") for name in ATTENTION_FIELDS}
+        tensors = [
             _StoredTensor(
                 name=tensor.name,
                 shape=tuple(map(int, reversed(tensor.shape))),
@@ -129,9 +143,21 @@ class GgufReader(TensorSource):
             )
             for tensor in reader.tensors
         ]
+        return architecture, tensors, {name: field.contents() for name, field in attention.items() if field}
+
+    def _check_attention(self):
+        architecture, _, attention = self._contents
+        read = GGUF_TO_TRANSFORMERS_MAPPING["config"].get(architecture, {})
+        for name, value in attention.items():
+            if name not in read and value not in ATTENTION_FIELDS[name]:
+                raise CheckpointError(
+                    f"{self.path}: Transformers passes over `{architecture}.{name}`, which is {value!r}, so what it "
+                    "makes of this file attends otherwise. Convert the checkpoint that the file was made of."
+                )
 
     @functools.cached_property
     def _tensors(self) -> dict[str, "_StoredTensor"]:
+        self._check_attention()
         with init_empty_weights():
             model = AutoModelForCausalLM.from_config(self.source_config)
         try:

@@ -84,7 +84,7 @@ def measure_information(model, processor, rows: CaptionedImages, batch_size: int
     return {**found, "ratio": by_image / by_caption if by_caption > 0 else None}
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def _words_come_first(model, ids: list[int], begin: int) -> float:
     """Return the log-probability that a document does not begin with an image."""
     logits_V = model(input_ids=torch.tensor([ids], device=model.device), use_cache=False).logits[0, -1]

@@ -158,7 +158,7 @@ def held_out_loss(
     return losses.means()
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def write_captions(model, processor, codes: torch.Tensor, batch_size: int, max_new_tokens: int = 32) -> list[str]:
     """Caption images greedily.
 
@@ -192,7 +192,7 @@ def write_captions(model, processor, codes: torch.Tensor, batch_size: int, max_n
     return texts
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def draw_images(model, processor, captions: list[str], batch_size: int, sampling: dict, seed: int) -> torch.Tensor:
     """Draw an image for each caption; `<image>` and the like in one are the characters that they are.
 

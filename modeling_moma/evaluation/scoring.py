@@ -15,7 +15,7 @@ from transformers import DynamicCache
 from ..errors_moma import InputError
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def continuation_log_probs(
     model,
     prefixes: Sequence[Sequence[int]],
@@ -80,7 +80,7 @@ def _scores(model, cache: DynamicCache, last_V: torch.Tensor, continuations: lis
     return scores_B - (losses_BT.double() * is_token_BT[:, 1:]).sum(dim=1)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def paired_log_probs(
     model, prefixes: Sequence[Sequence[int]], continuations: Sequence[Sequence[int]], batch_size: int
 ) -> torch.Tensor:

@@ -19,6 +19,7 @@ from ..errors_moma import InputError
 from ..modeling_moma import MomaForCausalLM
 from ..utils.messages import one_line
 from .code import code_closure, code_facts, installed_code
+from .loading import saved_tensors
 
 
 VQ_FOLDER = "vq_model"
@@ -318,7 +319,7 @@ def check_shapes(files: Mapping[str, Path], folder: str) -> Iterator[str]:
         if problems:
             return
         shapes |= found
-    wanted = {key: tuple(value.shape) for key, value in model.named_parameters()} if weights else {}
+    wanted = {key: tuple(value.shape) for key, value in saved_tensors(model).items()} if weights else {}
     missing = sorted(wanted.keys() - shapes.keys())
     if missing:
         yield (

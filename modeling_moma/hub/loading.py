@@ -83,8 +83,8 @@ def open_model(place: str, option: str = "--model", **kwargs: Any) -> MomaForCau
     def load() -> MomaForCausalLM:
         both: Any = MomaForCausalLM.from_pretrained(place, output_loading_info=True, **kwargs)
         model, loaded = both
-        parameters = dict(model.named_parameters())
-        missing.extend(sorted(name for name in loaded["missing_keys"] if name in parameters))
+        tensors = saved_tensors(model)
+        missing.extend(sorted(name for name in loaded["missing_keys"] if name in tensors))
         return model
 
     model = open_saved(MODEL, option, place, load)
@@ -94,6 +94,17 @@ def open_model(place: str, option: str = "--model", **kwargs: Any) -> MomaForCau
             f"missing, such as {missing[0]!r}; was config.json changed, or a file of weights lost?"
         )
     return model
+
+
+def saved_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Return what a saved model has to hold: its parameters, tied ones once, and thresholds and biases of routers.
+
+    Args:
+        model (`nn.Module`):
+            such as a `MomaForCausalLM`.
+    """
+    parameters, buffers, saved = model.named_parameters(), model.named_buffers(), model.state_dict().keys()
+    return {**dict(parameters), **{name: buffer for name, buffer in buffers if name in saved}}
 
 
 def open_processor(place: str, option: str = "--processor") -> MomaProcessor:

@@ -45,14 +45,21 @@ def folder_files(
             is called with each link to a folder.
 
     Raises:
-        ValueError: it is no folder, or holds no file.
+        ValueError: it is no folder, cannot be read, or holds no file.
     """
     root = Path(folder)
     if not root.is_dir():
         what = "is a file" if root.exists() else "does not exist"
         raise InputError(f"{option} {str(folder)!r} {what}: name a folder of images.")
+
+    def skip(error: OSError):
+        if error.filename == os.fspath(root):
+            raise InputError(f"{option} {str(folder)!r} cannot be read: {error.strerror}.") from error
+        if on_unread is not None:
+            on_unread(error)
+
     found = []
-    for parent, folders, files in os.walk(root, onerror=on_unread):
+    for parent, folders, files in os.walk(root, onerror=skip):
         folders[:] = [name for name in folders if not name.startswith(".")]
         for name in folders:
             # a path may be too long to be asked about, which `Path.is_symlink` raises

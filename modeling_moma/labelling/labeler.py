@@ -44,11 +44,11 @@ class CaptionForm:
 
     Args:
         name_prompt (`str`, *optional*, defaults to `""`):
-            what stands before a name.
+            what stands before a name and a space; spaces at its end are left out.
         name_ends (`tuple[str, ...]`, *optional*, defaults to `(" (",)`):
             what may follow one, beside the end of the caption.
         tag_prompt (`str`, *optional*, defaults to `"tags:"`):
-            what stands before the first tag, and a space.
+            what stands before the first tag and a space, likewise.
         tag_ends (`tuple[str, ...]`, *optional*, defaults to `(",",)`):
             what may follow a tag, beside the end of the caption.
     """
@@ -57,6 +57,11 @@ class CaptionForm:
     name_ends: tuple[str, ...] = (" (",)
     tag_prompt: str = "tags:"
     tag_ends: tuple[str, ...] = (",",)
+
+    def __post_init__(self):
+        """Leave out spaces that words bring along: captions do not have two."""
+        for name in ("name_prompt", "tag_prompt"):
+            object.__setattr__(self, name, getattr(self, name).rstrip(" "))
 
 
 @dataclass(frozen=True)
@@ -147,7 +152,7 @@ class ImageLabeler:
         """Return the likeliest tags of each image, see [`names`]."""
         return self._guesses(codes, self.form.tag_prompt, self._tag_ends, count)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def match(self, codes: torch.Tensor, queries: Sequence[str]) -> torch.Tensor:
         """Return how well words fit images: `log (p(a name begins with them) + p(they are the first tag))`.
 
@@ -178,7 +183,7 @@ class ImageLabeler:
             scores.append(torch.stack(found, dim=1))
         return torch.cat(scores).unflatten(0, (-1, views)).logsumexp(1) - math.log(views)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def _guesses(
         self, codes: torch.Tensor, prompt: str, ends: Sequence[int], count: int, never: Sequence[int] = ()
     ) -> list[list[Guess]]:

@@ -37,7 +37,7 @@ def flops_per_token(
         training (`bool`, *optional*, defaults to `False`):
             count the backward pass too.
         routing (`str`, *optional*):
-            by default `config.training_routing` or `config.inference_routing`.
+            of experts and depth layers; by default each has that of the configuration, in training or at inference.
 
     Returns:
         `float`: FLOPs.
@@ -52,15 +52,17 @@ def flops_per_token(
         raise TypeError(f"`sequence_length` must be an int, got {sequence_length!r}.")
     if sequence_length < 1:
         raise InputError(f"`sequence_length` must be at least 1, got {sequence_length}.")
+    depth_routing = routing
     if routing is None:
         routing = config.training_routing if training else config.inference_routing
-    rule = rule_of(routing)
+        depth_routing = config.depth_training_routing if training else config.depth_inference_routing
+    rule, depth_rule = rule_of(routing), rule_of(depth_routing or routing)
     group = group_of(config, modality)
     feed_forward = _feed_forward_flops(config, group, rule)
     num_depth_layers = len(config.depth_layers or ())
     layers = (config.num_hidden_layers - num_depth_layers) * (_attention_flops(config, sequence_length) + feed_forward)
     if num_depth_layers:
-        layers += num_depth_layers * _depth_flops(config, modality, sequence_length, feed_forward, rule)
+        layers += num_depth_layers * _depth_flops(config, modality, sequence_length, feed_forward, depth_rule)
     forward = layers + 2 * config.hidden_size * config.vocab_size
     # the gradient of a matmul is two more of its size
     return 3 * forward if training else forward

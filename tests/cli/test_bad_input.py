@@ -10,10 +10,12 @@ import socket
 import pytest
 import torch
 from huggingface_hub import constants
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from helpers.hub_server import HubServer
 from helpers.tiny import noise_images, tiny_model, tiny_processor
+from modeling_moma import MomaForCausalLM
 from modeling_moma.cli.main import main
 from modeling_moma.data import workers
 
@@ -45,6 +47,12 @@ def place(tmp_path_factory):
     shutil.copytree(place / "model", place / "few-weights")
     config = json.loads((place / "model" / "config.json").read_text())
     (place / "few-weights" / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 4}))
+    shutil.copytree(place / "model", place / "no-threshold")
+    weights = place / "no-threshold" / "model.safetensors"
+    kept = {name: tensor for name, tensor in load_file(weights).items() if not name.endswith(".threshold")}
+    save_file(kept, weights, metadata={"format": "pt"})
+    adapted = MomaForCausalLM.from_pretrained(place / "model")
+    get_peft_model(adapted, LoraConfig(target_modules=["q_proj"])).save_pretrained(place / "adapters")
     shutil.copytree(place / "proc", place / "no-codebook")
     tensors = load_file(place / "proc" / "vq_model" / "model.safetensors")
     kept = {name: tensor for name, tensor in tensors.items() if not name.startswith("quantize.")}
@@ -119,6 +127,8 @@ BAD = {
     "evaluate --model cut --tokens tokens": "`--model` 'cut': the model in it cannot be read",
     "evaluate --model no-weights --tokens tokens": "has no model.safetensors: its weights are missing",
     "upcycle --output out --model few-weights": "config.json describes are missing, such as 'model.layers.2.",
+    "upcycle --output out --model no-threshold": "are missing, such as 'model.layers.0.mlp.groups.image.router.thre",
+    "upcycle --output out --model adapters": "`--model` 'adapters' holds adapters over '.*', and whole weights",
     "generate --prompt x --model few-weights": "`--model` 'few-weights' has no processor_config.json",
     "tokenize r.yaml --output out --processor no-codebook": "MomaVQModel are missing, such as 'quantize.",
     f"{BUILD} vq --text-tokenizer proc --vocab-size 99": "--vocab-size 99: it is of a tokenizer that learns",

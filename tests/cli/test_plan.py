@@ -106,6 +106,8 @@ def test_an_incomplete_config_is_told_with_the_likely_cause(capsys):
     [
         ("--config", b"[1]", "no complete MomaConfig"),
         ("--config", b"\xff", "no complete MomaConfig"),
+        ("--config", b'{"model_type": "llama", "hidden_size": 64}', "`model_type` is 'llama'; a MoMa's says 'moma'"),
+        ("--config", b"{}", "`model_type` is None"),
         ("--write", b"\xff", "can't decode byte 0xff"),
         ("--write", b'<!-- plan: --preset "moma -->\n<!-- /plan -->\n', "cannot be read: No closing quotation"),
     ],

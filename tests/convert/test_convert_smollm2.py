@@ -22,6 +22,8 @@ from helpers.released import RELEASED, skip_without_released_model
 from helpers.slow import RUN_SLOW
 from helpers.smollm2 import smollm2_folder, write_first_layers
 from modeling_moma import MomaForCausalLM
+from modeling_moma.convert.gguf import GgufReader
+from modeling_moma.convert.reading import CheckpointError
 from modeling_moma.evaluation.harness import MomaTextLM
 from tokenization import MomaProcessor
 
@@ -236,6 +238,24 @@ def emoji_rows():
 
     rows = load_dataset(str(ROOT / "data" / "emoji"), split="validation")
     return [rows[index] for index in range(0, len(rows), 140)]
+
+
+@pytest.mark.parametrize(
+    "fields, named",
+    [
+        ({"rope.scaling.type": "linear", "rope.scaling.factor": 4.0}, "`llama.rope.scaling.type`, which is 'linear'"),
+        ({"rope.scaling.factor": 4.0}, "`llama.rope.scaling.factor`, which is 4.0"),
+        ({"attention.sliding_window": 64.0}, "`llama.attention.sliding_window`, which is 64"),
+        ({"rope.scaling.type": "none", "rope.scaling.factor": 1.0}, None),
+    ],
+)
+def test_attention_that_transformers_does_not_read_is_refused(tmp_path, fields, named):
+    reader = GgufReader(write_first_layers(smollm2_folder(), tmp_path, 1, **fields), GGUF_FILE)
+    if named is None:
+        assert len(reader.shapes) > 5
+        return
+    with pytest.raises(CheckpointError, match=re.escape(named)):
+        assert not reader.shapes
 
 
 def test_a_folder_with_gguf_alone_says_how(source, tmp_path, capsys):

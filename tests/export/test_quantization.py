@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 import copy
+import math
 from pathlib import Path
 
 import pytest
@@ -7,12 +8,17 @@ import torch
 from datasets import load_dataset
 from transformers import BitsAndBytesConfig, TorchAoConfig
 
+from helpers.captions import caption_model, caption_processor
 from helpers.reference import GROUPS
 from helpers.released import RELEASED, skip_without_released_model
-from helpers.tiny import IMAGE_IDS, randomize_auxiliary, tiny_config
+from helpers.tiny import IMAGE_IDS, noise_images, randomize_auxiliary, tiny_config
 from modeling_moma.errors_moma import InputError
+from modeling_moma.evaluation.held_out import CaptionedImages
+from modeling_moma.evaluation.information import measure_information
+from modeling_moma.evaluation.measures import draw_images, write_captions
 from modeling_moma.export.quantization import quantized_share, torchao_config
 from modeling_moma.hub.loading import open_model, refuse_non_finite, require_plain_weights
+from modeling_moma.labelling.labeler import ImageLabeler
 from modeling_moma.modeling_moma import MomaExperts, MomaForCausalLM
 from modeling_moma.quantized_layers_moma import use_quantized_layers
 from modeling_moma.upcycling.upcycle import upcycle
@@ -134,6 +140,22 @@ def test_commands_open_a_quantised_model_and_find_what_has_diverged(saved, name,
     weight.scale.fill_(float("nan"))
     with pytest.raises(InputError, match=f"here: the tensor '{place}' holds NaN or infinite values"):
         refuse_non_finite(opened, "here")
+
+
+@pytest.mark.parametrize("name", ["weight_only", "dynamic"])
+def test_a_quantised_model_labels_searches_and_is_evaluated(name, tmp_path):
+    processor = caption_processor()
+    caption_model(processor).save_pretrained(tmp_path)
+    model = MomaForCausalLM.from_pretrained(tmp_path, quantization_config=QUANTIZATIONS[name]()).eval()
+    labeler = ImageLabeler(model, processor)
+    codes = labeler.encode(noise_images(2))
+    assert [len(labeler.names(codes, 2)), len(labeler.tags(codes, 2))] == [2, 2]
+    assert torch.isfinite(labeler.match(codes, ["house"])).all()
+    assert len(write_captions(model, processor, codes, batch_size=2, max_new_tokens=2)) == 2
+    drawn = draw_images(model, processor, ["house"], batch_size=1, sampling={"do_sample": True}, seed=0)
+    assert drawn.shape == codes[:1].shape
+    information = measure_information(model, processor, CaptionedImages(codes, ["house", "red apple"]), batch_size=2)
+    assert math.isfinite(information["image"]["taken"])
 
 
 @pytest.mark.parametrize("name", ["weight_only", "dynamic"])

@@ -17,8 +17,8 @@ def smollm2_folder() -> Path:
         pytest.skip(str(error))
 
 
-def write_first_layers(source: Path, target: Path, layers: int) -> Path:
-    """The same file with its first layers alone, bit by bit as they are."""
+def write_first_layers(source: Path, target: Path, layers: int, **added: float | str) -> Path:
+    """The same file with its first layers alone, bit by bit as they are, and with fields that it lacks."""
     reader = gguf.GGUFReader(source / GGUF_FILE)
     architecture = reader.fields[gguf.Keys.General.ARCHITECTURE].contents()
     writer = gguf.GGUFWriter(target / GGUF_FILE, architecture)
@@ -28,6 +28,9 @@ def write_first_layers(source: Path, target: Path, layers: int) -> Path:
         value = layers if name == f"{architecture}.block_count" else field.contents()
         is_list = field.types[0] == gguf.GGUFValueType.ARRAY
         writer.add_key_value(name, value, field.types[0], sub_type=field.types[-1] if is_list else None)
+    for name, value in added.items():
+        kind = gguf.GGUFValueType.STRING if isinstance(value, str) else gguf.GGUFValueType.FLOAT32
+        writer.add_key_value(f"{architecture}.{name}", value, kind)
     gone = tuple(f"blk.{layer}." for layer in range(layers, reader.fields[f"{architecture}.block_count"].contents()))
     for tensor in reader.tensors:
         if not tensor.name.startswith(gone):

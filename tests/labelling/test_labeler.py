@@ -172,6 +172,14 @@ def test_queries_without_words_are_refused(labeler, codes, queries, said):
         labeler.match(codes, queries)
 
 
+def test_a_space_at_the_end_of_a_prompt_changes_nothing(labeler, codes, processor):
+    form = CaptionForm(name_prompt="red", tag_prompt="tags:")
+    spaced = CaptionForm(name_prompt="red ", tag_prompt="tags:  ")
+    plain, other = (ImageLabeler(labeler.model, processor, kind, batch_size=2) for kind in (form, spaced))
+    assert plain.names(codes, 3) == other.names(codes, 3) and plain.tags(codes, 3) == other.tags(codes, 3)
+    assert torch.equal(plain.match(codes, WORDS), other.match(codes, WORDS))
+
+
 def test_no_names_and_ends_within_words_are_refused(labeler, codes, processor):
     for count in (0, 101):
         with pytest.raises(InputError, match=f"`count` is {count}: ask for 1 to 100"):

@@ -11,7 +11,7 @@ from helpers.tiny import IMAGE_IDS, tiny_config
 from modeling_moma.configuration_moma import MomaConfig
 from modeling_moma.modeling_moma import MomaForCausalLM
 from modeling_moma.planning.costs import Eta, eta, eta_by_modality, flops_per_token, training_flops
-from modeling_moma.routing_moma import MomaAuxiliaryRouter
+from modeling_moma.routing_moma import MomaAuxiliaryRouter, MomaRouterBase
 
 
 # capacities divide these numbers of tokens, so K = ceil(c * N / E) rounds nothing
@@ -97,6 +97,23 @@ def test_flops_of_auxiliary_routers_equal_the_counter_of_torch():
     count = expected(config, routing="auxiliary")
     assert forward.get_total_flops() == pytest.approx(count, rel=1e-6)
     assert count > expected(config, routing="threshold")
+
+
+@pytest.mark.parametrize(
+    "depth, experts", [("auxiliary", "threshold"), ("threshold", "auxiliary"), (None, "auxiliary")]
+)
+def test_a_depth_router_costs_what_its_own_rule_does(depth, experts):
+    fields = {"num_hidden_layers": 3, "depth_layers": [0, 2], "auxiliary_routers": True, "inference_routing": experts}
+    config = tiny_config(**fields, depth_inference_routing=depth)
+    model = build(config, "eager").eval()
+    for module in model.modules():
+        if isinstance(module, (MomaAuxiliaryRouter, MomaRouterBase)):
+            module.threshold.fill_(2.0)
+    # what is left where nothing is taken: routers, the layer that none skips, and the head
+    with FlopCounterMode(display=False) as forward, torch.no_grad():
+        model(ids())
+    config.depth_capacity, config.expert_capacity_factor = 1e-9, 1e-9
+    assert forward.get_total_flops() == pytest.approx(expected(config), rel=1e-6)
 
 
 @pytest.mark.parametrize("name, routing, attention", each_by_turns(DEPTHS))
