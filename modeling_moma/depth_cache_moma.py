@@ -52,12 +52,15 @@ class _RaggedRows:
             changed in place: it tells the layer that wrote last from its copies.
         length_B (`torch.LongTensor`):
             the same on the device, `[B]`.
+        num_hidden (`int`):
+            positions seen that the mask of the last forward hid, of all rows.
     """
 
     cumulative_length: int
     lengths: list[int]
     length_B: torch.Tensor
     is_initialized: bool
+    num_hidden = 0
     # whether `lengths` are those of `length_B`
     is_counted = True
     # `None` until a first token is stored
@@ -180,6 +183,31 @@ class _RaggedRows:
             return None
         length_R = self.length_B if row_R is None else self.length_B.index_select(0, row_R)
         return torch.arange(max(lengths), device=length_R.device) <= length_R.unsqueeze(-1)
+
+    def hide(self, mask_BS: torch.Tensor, num_before: int, num_after: int) -> None:
+        """Forget, for good, tokens that a mask hides and that none hid when they were stored.
+
+        Args:
+            mask_BS (`torch.Tensor`):
+                0 at positions that are hidden, of those seen and those of this forward.
+            num_before (`int`):
+                such positions among those seen. Where they are as many as before, they are taken for the same.
+            num_after (`int`):
+                such positions in all.
+        """
+        if self.is_initialized and num_before != self.num_hidden:
+            is_seen_BS = mask_BS.to(self.device) != 0
+            # what stands behind a row's tokens may be a slot of later ones
+            slot_BS = self.slots.long().clamp(max=self.cumulative_length - 1)
+            is_kept_BS = _is_stored(self.slots, self.length_B) & is_seen_BS.gather(1, slot_BS)
+            order_BS = is_kept_BS.byte().argsort(dim=1, descending=True, stable=True)
+            self.keys, self.values = (
+                x.take_along_dim(order_BS[:, None, :, None], dim=2) for x in (self.keys, self.values)
+            )
+            self.slots, self.length_B = self.slots.gather(1, order_BS), is_kept_BS.sum(1)
+            self.lengths, self.is_counted = self.length_B.tolist(), True
+            self._note_writer()
+        self.num_hidden = num_after
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Make row `i` what row `beam_idx[i]` was."""

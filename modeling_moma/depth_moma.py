@@ -382,6 +382,8 @@ class DepthLayer(nn.Module):
         # weights take part in every training step and wherever processes wait for one another; a recorded layer has
         # attentions and router logits in every step
         keep_empty_rows = self.training or is_distributed() or routing_context.is_recorded
+        if cache is not None and routing_context.hidden is not None:
+            depth_cache_layer(cache, self.layer_idx).hide(*routing_context.hidden)
         # not passed on: position ids count all tokens, those that were not chosen too
         kwargs.pop("position_ids", None)
         lengths: Any = {name: kwargs.pop(name, None) for name in FLASH_LENGTHS}

@@ -32,7 +32,7 @@ from .cpu_moma import is_on_cpu, unobserved_inference_mode
 from .errors_moma import InputError
 from .frames_moma import IMAGE, TEXT, ModalityFrame, in_ranges, open_frame_codes
 from .routing_moma import RULES
-from .token_groups_moma import seen_positions
+from .token_groups_moma import seen_positions, token_modalities
 
 
 logger = logging.get_logger(__name__)
@@ -241,9 +241,11 @@ class MomaGenerationMixin(GenerationCompat):
                 - `"interleaved"`: text, with frames where the model begins one. A frame that no longer fits into
                   `max_new_tokens` is not begun.
             kwargs (`Any`):
-                As in the stock method. With `guidance_scale` other than 1 and no `negative_prompt_ids`, the
-                unconditional branch sees the beginning token and the frame alone. To go on from a `cache`, give the
-                ids of all turns, or the new ones alone and an `attention_mask` over the cached positions and theirs.
+                As in the stock method. With `guidance_scale` other than 1 the unconditional branch sees
+                `negative_prompt_ids`, by default the beginning token, then what the prompt holds of a frame that it
+                has begun, and what is generated. To go on from a `cache`, give the ids of all turns, or the new ones
+                alone and an `attention_mask` over the cached positions and theirs; a frame that is open in the cache
+                goes on with the ids of all turns alone. Beside `inputs_embeds`, `input_ids` tell their modalities.
 
         Returns:
             `torch.LongTensor` or `ModelOutput`: as from the stock method, prompts included. Rows end at
@@ -252,9 +254,9 @@ class MomaGenerationMixin(GenerationCompat):
         Raises:
             ValueError: an unknown mode; an empty, all-padding or too long prompt; a cache that holds all of it; a
                 paged cache; a modality that the configuration has no frame for; too few tokens for a frame; a prompt
-                that ends inside a frame of a modality that the mode does not write, or in embeddings without ids;
-                guidance together with a decoding strategy whose unconditional branch would go wrong;
-                `prefill_chunk_size` together with `inputs_embeds`.
+                that ends inside a frame of a modality that the mode does not write, or in embeddings without ids, or
+                that begins inside one, behind a cache; guidance together with `routing`, or with a decoding strategy
+                whose unconditional branch would go wrong; `prefill_chunk_size` together with `inputs_embeds`.
         """
         mode = TEXT if generation_mode is None else generation_mode
         self._check_mode(mode)
@@ -271,8 +273,11 @@ class MomaGenerationMixin(GenerationCompat):
             return self._generate(inputs, generation_config, processors, kwargs, arguments)
         self._check_options(generation_config, kwargs)
         prompt = self._prompt_ids(inputs, kwargs)
-        _check_prompt(prompt, kwargs)
+        _check_prompt(prompt, self._option("pad_token_id", generation_config, kwargs), self.config, kwargs)
         num_before = _positions_before(prompt, kwargs)
+        embeds = kwargs.get("inputs_embeds")
+        if embeds is not None and prompt.shape == embeds.shape[:2] and kwargs.get("mm_token_type_ids") is None:
+            kwargs["mm_token_type_ids"] = token_modalities(self.config, prompt)
         if self.config.modality_token_ranges:
             generation_config = self._follow_grammar(mode, prompt, num_before, generation_config, processors, kwargs)
         if num_before:
@@ -392,6 +397,8 @@ class MomaGenerationMixin(GenerationCompat):
     ) -> GenerationConfig | None:
         """Add what a mode needs to the processors and arguments, and return the generation config with its length."""
         _check_embedded_end(prompt, self.config, kwargs)
+        if num_before:
+            _check_begins(prompt, num_before, self.config.frames, kwargs)
         frame = self.config.frames.get(mode)
         width = _width(prompt, kwargs)
         is_sized = any(
@@ -514,11 +521,17 @@ class MomaGenerationMixin(GenerationCompat):
             return {}
         if not isinstance(scale, (int, float)) or not math.isfinite(scale):
             raise InputError(f"`guidance_scale` = {scale!r}: needs a finite number, 1 for no guidance.")
-        for name in ("num_beams", "prompt_lookup_num_tokens", "assistant_model"):
-            if self._option(name, generation_config, kwargs) not in (None, 1):
+        for name in ("num_beams", "prompt_lookup_num_tokens", "assistant_model", "assistant_early_exit"):
+            if self._option(name, generation_config, kwargs) not in (None, 1 if name == "num_beams" else None):
                 raise InputError(
                     f"`guidance_scale` cannot be combined with `{name}`: the unconditional branch of the stock loop "
                     "follows neither reordered beams nor drafted tokens. Use greedy decoding or sampling."
+                )
+        for name in ("routing", "depth_routing"):
+            if kwargs.get(name) is not None:
+                raise InputError(
+                    f"`guidance_scale` cannot be combined with `{name}`, which the unconditional branch of the stock "
+                    "loop does not get: set the rule in the model's configuration, as `inference_routing`."
                 )
         ids, mask = kwargs.get("negative_prompt_ids"), kwargs.get("negative_prompt_attention_mask")
         if ids is None:
@@ -530,6 +543,8 @@ class MomaGenerationMixin(GenerationCompat):
                 f"`negative_prompt_ids` has {ids.shape[0]} rows, but there are {prompt.shape[0]} prompts: each needs "
                 "one."
             )
+        else:
+            ids, mask = _with_open_frames(self.config.frames, prompt, ids, mask)
         copies = self._option("num_return_sequences", generation_config, kwargs) or 1
         return {
             "negative_prompt_ids": ids.repeat_interleave(copies, dim=0),
@@ -570,7 +585,7 @@ def _positions_before(prompt: torch.Tensor, kwargs: dict) -> int:
     return 0
 
 
-def _check_prompt(prompt: torch.Tensor, kwargs: dict) -> None:
+def _check_prompt(prompt: torch.Tensor, pad_token_id: int | None, config: MomaConfig, kwargs: dict) -> None:
     if prompt.ndim != 2:
         raise InputError(f"`input_ids` must have two dimensions, rows and positions, got shape {tuple(prompt.shape)}.")
     if prompt.shape[0] == 0 or (prompt.shape[1] == 0 and kwargs.get("inputs_embeds") is None):
@@ -579,6 +594,9 @@ def _check_prompt(prompt: torch.Tensor, kwargs: dict) -> None:
             "the beginning token."
         )
     mask = kwargs.get("attention_mask")
+    if mask is None and prompt.shape[1] and pad_token_id not in (config.bos_token_id, config.eos_token_id):
+        # as the stock loop makes it
+        mask = prompt != pad_token_id
     if not isinstance(mask, torch.Tensor) or mask.ndim != 2:
         return
     # with a cache it covers what came before, and embeddings have a width of their own
@@ -590,6 +608,18 @@ def _check_prompt(prompt: torch.Tensor, kwargs: dict) -> None:
     if not mask.any(dim=1).all():
         row = int((~mask.any(dim=1)).nonzero()[0])
         raise InputError(f"`attention_mask`: row {row} is all padding; a prompt needs one token at least.")
+
+
+def _check_begins(prompt: torch.Tensor, num_before: int, frames: dict[str, ModalityFrame], kwargs: dict) -> None:
+    """Raise at rows that go on with a code: the ids that the cache has seen, and the frame's begin, are not here."""
+    first_B1 = kwargs["attention_mask"][:, num_before:].long().argmax(dim=1, keepdim=True)
+    for modality, frame in frames.items():
+        is_inside_B = frame.is_code(prompt.gather(1, first_B1)).squeeze(1)
+        if is_inside_B.any():
+            raise InputError(
+                f"`input_ids`: row {int(is_inside_B.nonzero()[0])} goes on inside a frame of {modality!r} that began "
+                "among the cached positions: give the ids of all turns with the `cache`."
+            )
 
 
 def _check_embedded_end(prompt: torch.Tensor, config: MomaConfig, kwargs: dict) -> None:
@@ -617,6 +647,26 @@ def _unconditional_prompt(
     mask = (torch.arange(width, device=prompt.device) >= start_B[:, None]).long()
     first = int(start_B.min())
     return ids[:, first:], mask[:, first:]
+
+
+def _with_open_frames(
+    frames: dict[str, ModalityFrame], prompt: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return negative prompts that end with what the prompts hold of open frames; those that end in one have it."""
+    open_B = open_frame_codes(frames, prompt).masked_fill(open_frame_codes(frames, ids) >= 0, -1)
+    if not (open_B >= 0).any():
+        return ids, mask
+    is_seen_BT = torch.ones_like(ids).bool() if mask is None else mask.bool()
+    counts = (open_B + 1).tolist()
+    rows = [
+        torch.cat([row[is_seen_T], written[written.shape[0] - count :]])
+        for row, is_seen_T, written, count in zip(ids, is_seen_BT, prompt, counts)
+    ]
+    width = max(map(len, rows))
+    # ids that the mask hides are no matter
+    padded = [nn.functional.pad(row, (width - len(row), 0)) for row in rows]
+    is_token = [torch.arange(-width, 0, device=row.device) >= -len(row) for row in rows]
+    return torch.stack(padded), torch.stack(is_token).long()
 
 
 __all__ = [

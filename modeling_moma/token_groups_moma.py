@@ -246,9 +246,6 @@ def _check_bounds(config: MomaConfig, low: int, high: int, are_ids: bool) -> Non
         )
 
 
-_TENSORS = ("modality_BT", "padding_BT", "document_BT", "custom_mask_BHQS")
-
-
 def is_distributed() -> bool:
     """Return whether other processes take part."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
@@ -349,7 +346,11 @@ class RoutingContext:
             [`RouterState`] of the routers that have moved since, by router.
         noise (`dict`):
             the noise that each router drew, before it is scaled.
+        hidden (`tuple`, *optional*):
+            for depth layers with a cache: the mask `[B, S + T]`, and the number of its zeros, cached ones and all.
     """
+
+    _tensors = ("modality_BT", "padding_BT", "document_BT", "custom_mask_BHQS")
 
     def __init__(
         self,
@@ -373,11 +374,10 @@ class RoutingContext:
         # both are given wherever there are depth layers
         self.depth_routing: str = depth_routing  # pyright: ignore[reportAttributeAccessIssue]
         self.modality_BT: torch.Tensor = modality_BT  # pyright: ignore[reportAttributeAccessIssue]
-        self.split = split
-        self.track = track
+        self.split, self.track = split, track
         self.padding_BT, self.document_BT = padding_BT, document_BT
-        self.custom_mask_BHQS = custom_mask_BHQS
-        self.lengths = lengths
+        self.custom_mask_BHQS, self.lengths = custom_mask_BHQS, lengths
+        self.hidden: tuple[torch.Tensor, int, int] | None = None
         self.runs_all_groups, self.pairs, self.takes_hints = runs_all_groups, pairs, takes_hints
         self.is_recorded, self.masks_depth, self.skipping_BT = is_recorded, masks_depth, skipping_BT
         self.statistics: dict[Any, RouterStatistics] = {}
@@ -424,7 +424,7 @@ class RoutingContext:
             return self
         # computed once for all layers of a device
         if device not in self._by_device:
-            tensors = {name: getattr(self, name) for name in _TENSORS}
+            tensors = {name: getattr(self, name) for name in self._tensors}
             moved = {
                 name: None if tensor is None else tensor.to(device, non_blocking=non_blocking)
                 for name, tensor in tensors.items()
@@ -494,12 +494,12 @@ class RoutingContext:
 
     def _copy(self, **changes: Any) -> "RoutingContext":
         names = ("routing", "split", "track", "depth_routing", "runs_all_groups", "pairs", "takes_hints")
-        names += ("is_recorded", "masks_depth", "skipping_BT", *_TENSORS)
+        names += ("is_recorded", "masks_depth", "skipping_BT", *self._tensors)
         return RoutingContext(**{**{name: getattr(self, name) for name in names}, **changes})
 
     def _view(self, **changes: Any) -> "RoutingContext":
         view = self._copy(**changes)
-        view.statistics, view.state, view.noise = self.statistics, self.state, self.noise
+        view.statistics, view.state, view.noise, view.hidden = self.statistics, self.state, self.noise, self.hidden
         return view
 
     def router_state(self, router: Any) -> Any:
@@ -600,7 +600,7 @@ def routing_of_batch(
     is_exported = torch.compiler.is_exporting()
     if is_exported:
         check_exportable(config, routing, is_training)
-    documents = Documents()
+    documents, hidden = Documents(), None
     if is_exported or (may_fix and isinstance(past_length, torch.Tensor)):
         split, modality_BT, padding_BT = _split_fixed(
             config,
@@ -616,7 +616,7 @@ def routing_of_batch(
             begins_BT = document_begins(position_ids.expand(inputs.shape[0], -1))
             documents = Documents(None if uses_flash_attention_mask(config) else begins_BT.cumsum(1))
     else:
-        split, modality_BT, padding_BT, documents = _split_batch(
+        split, modality_BT, padding_BT, documents, hidden = _split_batch(
             config,
             input_ids,  # pyright: ignore[reportCallIssue]
             inputs,
@@ -645,7 +645,7 @@ def routing_of_batch(
         masks_depth=masks_depth,
     )
     if config.depth_layers:
-        _describe_rows(context, attention_mask)
+        _describe_rows(context, attention_mask, hidden)
     return context
 
 
@@ -871,7 +871,7 @@ def _split_batch(
     past_length: int | torch.Tensor,
     cache: Cache | None,
     given: Mapping[str, Any],
-) -> tuple[ModalitySplit, torch.Tensor, torch.Tensor | None, Documents]:
+) -> tuple[ModalitySplit, torch.Tensor, torch.Tensor | None, Documents, tuple[torch.Tensor, int, int] | None]:
     batch_size, length = inputs.shape[:2]
     if batch_size == 0 or length == 0:
         name = "input_ids" if input_ids is not None else "inputs_embeds"
@@ -893,18 +893,19 @@ def _split_batch(
         padding_BT = attention_mask[:, end - length : end] == 0
         masked_B = (attention_mask == 0).all(dim=-1) if cache is None else None
     search = DocumentSearch(config, given, inputs, attention_mask, padding_BT, position_ids, cache, past_length)
-    others = list(search.questions.values())
-    split, numbers = split_modalities(config, modality_BT, padding_BT, input_ids, masked_B, others)
-    has_padding = sum(split.counts.values()) < modality_BT.numel()
-    documents = search.documents(dict(zip(search.questions, numbers)), has_padding)
-    return split, modality_BT, padding_BT, documents
+    if config.depth_layers and attention_mask is not None and padding_BT is not None and cache is not None:
+        search.questions["hidden"] = (attention_mask[:, : end - length] == 0).sum()
+    asked = [*search.questions.values()]
+    split, numbers = split_modalities(config, modality_BT, padding_BT, input_ids, masked_B, asked)
+    num_padding = modality_BT.numel() - sum(split.counts.values())
+    answers, hidden = dict(zip(search.questions, numbers)), None
+    if attention_mask is not None and "hidden" in answers:
+        hidden = attention_mask, answers["hidden"], answers["hidden"] + num_padding
+    return split, modality_BT, padding_BT, search.documents(answers, num_padding > 0), hidden
 
 
 def _modalities(
-    config: MomaConfig,
-    input_ids: torch.Tensor | None,
-    inputs: torch.Tensor,
-    mm_token_type_ids: torch.Tensor | None,
+    config: MomaConfig, input_ids: torch.Tensor | None, inputs: torch.Tensor, mm_token_type_ids: torch.Tensor | None
 ) -> torch.Tensor:
     """Return the modality of each position, `[B, T]`."""
     if input_ids is not None:
@@ -967,7 +968,8 @@ def columns_of_batch(attention_mask: Any, cache: Cache | None, num_positions: in
     return attention_mask[:, -num_positions:]
 
 
-def _describe_rows(context: RoutingContext, attention_mask: torch.Tensor | None) -> None:
+def _describe_rows(context: RoutingContext, attention_mask: torch.Tensor | None, hidden: Any) -> None:
+    context.hidden = hidden
     if attention_mask is not None and not isinstance(attention_mask, torch.Tensor):
         raise TypeError(
             f"`attention_mask` is a {type(attention_mask).__name__}: depth layers can pack tensors only, of shape "

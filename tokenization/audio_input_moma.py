@@ -20,6 +20,8 @@ MAX_SECONDS = 600
 MAX_SAMPLES = 1 << 26
 # Of a sound's own rate: at one sample a second, the few of ten minutes would become millions.
 MIN_RATE, MAX_RATE = 1_000, 384_000
+# Of float samples, which are in [-1, 1] but for what resampling and filters add.
+MAX_PEAK = 16.0
 _REMOTE = ("http://", "https://", "data:audio/")
 _EXTRA = 'pip install "modeling-moma[audio]"'
 
@@ -47,8 +49,9 @@ def read_sound(
     Args:
         item (`Any`):
             Bytes of a file (WAV, FLAC, Ogg, MP3), its path, an `http(s)` address or `data:audio/` text; samples in
-            [-1, 1] of shape `(num_samples,)`, or integers of full range, at `sampling_rate`; or what `datasets` has of
-            one, `{"bytes": ..., "path": ...}` or `{"array": ..., "sampling_rate": ...}`.
+            [-1, 1] of shape `(num_samples,)`, or integers of 8, 16 or 32 bits and their full range, at
+            `sampling_rate`; or what `datasets` has of one, `{"bytes": ..., "path": ...}` or
+            `{"array": ..., "sampling_rate": ...}`.
         sampling_rate (`int`):
             Samples of one second that are asked for; files and arrays with a rate of their own are resampled.
         root (`str` or `os.PathLike`, *optional*):
@@ -60,8 +63,8 @@ def read_sound(
         `np.ndarray` of shape `(num_samples,)`: float32, channels averaged.
 
     Raises:
-        ValueError: the sound is missing, empty, damaged, not finite, longer than ten minutes or too large, or has a
-            rate below 1,000 or above 384,000.
+        ValueError: the sound is missing, empty, damaged, not finite, louder than its type can be, longer than ten
+            minutes or too large, or has a rate below 1,000 or above 384,000.
         ImportError: a file is to be read and the extra `audio` is not installed.
     """
     rate = None
@@ -87,15 +90,33 @@ def read_sound(
 
 
 def _read_samples(item: Any) -> np.ndarray:
-    values = item.detach().cpu().numpy() if isinstance(item, torch.Tensor) else np.asarray(item)
+    if isinstance(item, torch.Tensor):
+        item = item.detach().cpu()
+        # of a type that NumPy lacks, too
+        item = item.float() if item.is_floating_point() else item
+    try:
+        values = np.asarray(item)
+    # parts of different lengths, such as a rate and samples
+    except ValueError as error:
+        raise SoundError("sound not readable", f"a {type(item).__name__} is no row of samples ({error})") from error
     if values.dtype.kind not in "fiu" or values.ndim != 1:
         raise SoundError(
             "sound not readable",
             f"samples have one axis and are numbers, got {type(item).__name__} of shape {values.shape} and type "
             f"{values.dtype}; pass one channel, or the path of a file",
         )
+    peak = np.abs(values.astype(np.float64)).max(initial=0.0)
     if values.dtype.kind == "f":
+        if np.isfinite(peak) and peak > MAX_PEAK:
+            raise SoundError(
+                "sound not readable", f"float samples are in [-1, 1], and these reach {peak:g}: divide by their range"
+            )
         return values.astype(np.float32)
+    # Python's own numbers become these, whatever range they had
+    if values.dtype.itemsize > 4:
+        raise SoundError(
+            "sound not readable", f"samples of {values.dtype} tell no range: pass np.int16, np.int32 or floats"
+        )
     limits = np.iinfo(values.dtype)
     middle = 0 if limits.min < 0 else (limits.max + 1) // 2
     return ((values.astype(np.float64) - middle) / (limits.max - middle)).astype(np.float32)
@@ -133,7 +154,9 @@ def _read_file(item: Any, sampling_rate: int, root: "str | os.PathLike | None", 
     return _resampled(samples, rate, sampling_rate)
 
 
-def _check_rate(rate: int) -> None:
+def _check_rate(rate: Any) -> None:
+    if isinstance(rate, bool) or not isinstance(rate, (int, float, np.number)):
+        raise SoundError("sound not readable", f"sampling_rate = {rate!r} is no number")
     if not MIN_RATE <= rate <= MAX_RATE:
         what = f"sampling_rate = {rate}: expected {MIN_RATE:,} to {MAX_RATE:,} samples a second"
         raise SoundError("sound not readable", f"{what}; the header of the file or the field is wrong")

@@ -249,7 +249,10 @@ class CodeConversionMixin(ProcessorMixin):
         Raises:
             ValueError: the shape is wrong, or a code lies outside the codebook.
         """
-        code_table = torch.as_tensor(codes, dtype=torch.long)
+        code_table = torch.as_tensor(codes)
+        if code_table.is_floating_point() and code_table.numel():
+            raise InputError(f"codes: expected whole numbers, got {code_table.dtype}.")
+        code_table = code_table.long()
         if code_table.ndim != 2 or code_table.shape[1] != self.image_seq_length:
             raise InputError(
                 f"codes: expected the shape (num_images, {self.image_seq_length}), got {tuple(code_table.shape)}. "
@@ -286,9 +289,14 @@ class CodeConversionMixin(ProcessorMixin):
 
         Raises:
             ValueError: an image does not consist of exactly `image_seq_length` codes and its end token, an item of
-                another modality is incomplete, or a code stands outside of both.
+                another modality is incomplete, a code stands outside of both, or `ids` are several rows or no ids.
         """
-        runs = split_frames(self._without_padding(as_list(ids)), self.frames)
+        ids = as_list(ids)
+        if ids and isinstance(ids[0], (list, torch.Tensor)):
+            raise InputError(f"ids: expected those of one sequence, got {len(ids)} rows: decode them one by one.")
+        if min(ids, default=0) < 0:
+            raise InputError(f"ids: {min(ids)} is no token id: labels have -100 where no loss is wanted.")
+        runs = split_frames(self._without_padding(ids), self.frames)
         items = {
             modality: iter(self.decode_items(modality, codes))
             for modality in self.frames
@@ -352,7 +360,7 @@ class CodeConversionMixin(ProcessorMixin):
         if generation_mode == "interleaved":
             if hasattr(generated_outputs, "tolist"):
                 generated_outputs = generated_outputs.tolist()
-            if not isinstance(generated_outputs[0], list):
+            if len(generated_outputs) and not isinstance(generated_outputs[0], list):
                 generated_outputs = [generated_outputs]
             return [self.decode_parts(row, skip_special_tokens, **kwargs) for row in generated_outputs]
         modes = ["text", "interleaved", *self.frames]

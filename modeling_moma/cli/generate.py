@@ -113,9 +113,7 @@ def make_rows(
 
 def generation_arguments(args: Arguments, image_seq_length: int) -> dict:
     """Arguments of `generate` for the command line's."""
-    temperature = args.temperature
-    if temperature is None:
-        temperature = 0.0 if args.mode == "text" or args.num_beams > 1 else 1.0
+    temperature = temperature_of(args)
     chosen = {"generation_mode": args.mode, "num_beams": args.num_beams, "guidance_scale": args.guidance_scale}
     max_new_tokens = args.max_new_tokens
     if max_new_tokens is None and args.mode == "audio":
@@ -129,13 +127,25 @@ def generation_arguments(args: Arguments, image_seq_length: int) -> dict:
     return {**chosen, "do_sample": True, "temperature": temperature, "top_k": args.top_k, "top_p": args.top_p}
 
 
+def temperature_of(args: Arguments) -> float:
+    """Return the temperature, 0 for the likeliest tokens; by default text and beams are not sampled."""
+    if args.temperature is not None:
+        return args.temperature
+    return 0.0 if args.mode == "text" or args.num_beams > 1 else 1.0
+
+
 def check_prompts_and_temperature(args: Arguments) -> None:
-    """Raise `ValueError` where a prompt is no text, or a temperature is too near to 0 to divide by."""
+    """Raise `ValueError` where a prompt is no text, or sampling is described and none, or none so near to 0, done."""
     for prompt in args.prompt:
         check_utf8("--prompt", prompt)
     if args.temperature is not None and 0 < args.temperature < LEAST_TEMPERATURE:
         raise InputError(
             f"--temperature {args.temperature}: it is below {LEAST_TEMPERATURE}; 0 takes the likeliest token."
+        )
+    if temperature_of(args) == 0 and (args.top_k or args.top_p < 1):
+        flag = f"--top-k {args.top_k}" if args.top_k else f"--top-p {args.top_p:g}"
+        raise InputError(
+            f"{flag}: nothing is sampled here, where the temperature is 0: give --temperature, such as 1."
         )
 
 
@@ -145,6 +155,10 @@ def check_candidates(args: Arguments) -> None:
         return
     if args.mode != "image":
         raise InputError(f"--candidates {args.candidates}: only images are chosen, and the mode is {args.mode!r}.")
+    if temperature_of(args) == 0:
+        raise InputError(
+            f"--candidates {args.candidates}: they would be alike, as nothing is sampled: give --temperature."
+        )
     if args.image or args.audio or not args.prompt or not all(prompt.strip() for prompt in args.prompt):
         raise InputError(
             f"--candidates {args.candidates}: images are chosen by the words of their prompts; give each --prompt "
@@ -238,6 +252,7 @@ def run(args: Arguments) -> None:
         from transformers import set_seed
 
         from ..evaluation.retrieval import likeliest_drawings
+        from ..frames_moma import open_frame_codes
         from ..hub.loading import open_model, open_processor
 
     check_prompts_and_temperature(args)
@@ -262,7 +277,7 @@ def run(args: Arguments) -> None:
     inputs = {name: values.repeat_interleave(args.candidates, dim=0) for name, values in inputs.to(device).items()}
     set_seed(args.seed)
     ids = model.generate(**inputs, **generation_arguments(args, model.config.image_seq_length))
-    new_ids = ids[:, inputs["input_ids"].shape[1] :]
+    width = inputs["input_ids"].shape[1]
     if args.mode == "image":
         # the last one of each row: a prompt may hold others, and the beginning of this one
         codes = torch.cat([model.decode_image_tokens(row.unsqueeze(0))[-1:] for row in ids])
@@ -274,8 +289,12 @@ def run(args: Arguments) -> None:
     elif args.mode == "audio":
         codes = [model.decode_modality_tokens(row.unsqueeze(0), "audio")[-1] for row in ids]
         rows = [[sound] for sound in processor.decode_items("audio", codes)]
+    elif args.mode == "interleaved":
+        # an image that the prompt has begun is read from its begin on
+        opened = open_frame_codes(model.config.frames, inputs["input_ids"]) + 1
+        rows = [processor.decode_parts(row[width - count :]) for row, count in zip(ids, opened.tolist())]
     else:
-        rows = processor.post_process_multimodal_output(new_ids, generation_mode=args.mode)
+        rows = processor.post_process_multimodal_output(ids[:, width:], generation_mode=args.mode)
     # sounds among images get an ending of their own
     sound_suffix = output.suffix if args.mode == "audio" else ".wav"
     rows = [[row] if isinstance(row, str) else row for row in rows]

@@ -129,6 +129,9 @@ def test_truncated_image_ends_with_a_message_and_no_traceback(model_folder, imag
         (["--prompt", "apple " * 3000, "--mode", "text"], "leaves no room for a new token"),
         (["--prompt", "a \udcff"], r"--prompt 'a \udcff': it is no text in UTF-8 (character 2)"),
         (["--prompt", "a", "--temperature", "1e-310"], "--temperature 1e-310: it is below 1e-06"),
+        (["--prompt", "a", "--mode", "text", "--top-k", "5"], "--top-k 5: nothing is sampled here"),
+        (["--prompt", "a", "--temperature", "0", "--top-p", "0.9"], "--top-p 0.9: nothing is sampled here"),
+        (["--prompt", "a", "--candidates", "2", "--num-beams", "2"], "--candidates 2: they would be alike"),
         (["--prompt", "<image>"], "no images were passed"),
         (["--prompt", "a", "--mode", "text", "--candidates", "2"], "--candidates 2: only images are chosen"),
         (["--prompt", "a", "--prompt", " ", "--candidates", "2"], "--candidates 2: images are chosen by the words"),
@@ -172,11 +175,12 @@ def test_numbers_out_of_range_are_named(model_folder, capsys, option, values):
         assert option in error and value in error
 
 
+@pytest.mark.parametrize("mode", ["image", "interleaved"])
 @pytest.mark.parametrize("prompt", ["<|begin_image|>", "a<|begin_image|><|image_3|><|image_4|>"])
-def test_an_image_that_the_prompt_begins_is_finished_and_written(model_folder, tmp_path, prompt):
-    output = tmp_path / "image.png"
-    assert main(["--model", str(model_folder), "--prompt", prompt, "--output", str(output)]) == 0
-    with Image.open(output) as image:
+def test_an_image_that_the_prompt_begins_is_finished_and_written(model_folder, tmp_path, prompt, mode):
+    call = ["--model", str(model_folder), "--prompt", prompt, "--mode", mode, "--max-new-tokens", "20"]
+    assert main([*call, "--output", str(tmp_path / "image.png")]) == 0
+    with Image.open(tmp_path / "image.png") as image:
         assert image.size == (SIDE, SIDE)
 
 

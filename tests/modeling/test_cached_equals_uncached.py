@@ -211,3 +211,23 @@ def test_depth_models_meet_steps_with_all_rows_some_and_none(depth_model):
         hook.remove()
     decoding = shares[len(hooks) :]
     assert 0.0 in decoding and 1.0 in decoding and len(set(decoding)) > 2
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+@pytest.mark.parametrize("lengths", [[4], [1, 1, 1, 1], [2, 1, 1]], ids=["chunk", "steps", "both"])
+@torch.no_grad()
+def test_what_a_later_mask_hides_of_the_cache_is_not_seen(model, lengths, kind):
+    config = model.config
+    cache = DynamicCache(config=config) if kind == "dynamic" else StaticCache(config, max_cache_len=16)
+    ids = torch.tensor([[BOS, *range(30, 41)], [BOS, 50, *IMAGE], [PAD, PAD, BOS, *range(60, 69)]])
+    mask = (ids != PAD).long()
+    model(ids[:, :8], attention_mask=mask[:, :8], cache=cache, use_cache=True)
+    # no other cached token has seen these: words in one row, codes in one, and none in the last
+    mask[0, 5:8] = mask[1, 6:8] = 0
+    logits, place = [], 8
+    for length in lengths:
+        place += length
+        chunk = ids[:, place - length : place]
+        logits.append(model(chunk, attention_mask=mask[:, :place], cache=cache, use_cache=True).logits)
+    expected = model(ids, attention_mask=mask, use_cache=False).logits[:, 8:]
+    torch.testing.assert_close(torch.cat(logits, dim=1), expected, atol=2e-5, rtol=1e-4)

@@ -352,7 +352,31 @@ def test_negative_prompt_steers_and_needs_a_row_for_each_prompt(model):
         model.generate(**call, negative_prompt_ids=torch.tensor([[BOS]]))
 
 
-@pytest.mark.parametrize("strategy", [{"num_beams": 2}, {"prompt_lookup_num_tokens": 3}])
+@torch.no_grad()
+def test_a_negative_prompt_has_what_the_prompt_holds_of_an_image(model):
+    negative, scale = batch([BOS, 50, 51, 52], [BOS, 60], [BOS, 60, 61]), 3.0
+    call = {**STATES, "generation_mode": "image", "do_sample": False, "guidance_scale": scale}
+    ids, mask = negative["input_ids"], negative["attention_mask"]
+    out = model.generate(**call, negative_prompt_ids=ids, negative_prompt_attention_mask=mask)
+    for row, mask_T, against, against_T in zip(out, STATES["attention_mask"], ids, mask):
+        row = row[int((mask_T == 0).sum()) :]
+        start = int((row == BEGIN).nonzero()[-1])
+        against = torch.cat([against[against_T == 1], row[start:]])
+        given, other = (model(x[None]).logits[0].log_softmax(-1) for x in (row, against))
+        for place in range(max(start + 1, int(mask_T.sum())), start + 1 + LENGTH):
+            other_V = other[int((against == BEGIN).nonzero()[-1]) + place - start - 1]
+            mixed = other_V + scale * (given[place - 1] - other_V)
+            assert int(mixed[START:STOP].argmax()) + START == int(row[place])
+    # one that brings the open images along is taken as it is
+    whole = batch([BOS, 50, 51, 52], [BOS, 60, BEGIN], [BOS, 60, 61, BEGIN, 110, 111])
+    arguments = {"negative_prompt_ids": whole["input_ids"], "negative_prompt_attention_mask": whole["attention_mask"]}
+    assert torch.equal(out, model.generate(**call, **arguments))
+
+
+@pytest.mark.parametrize(
+    "strategy",
+    [{"num_beams": 2}, {"prompt_lookup_num_tokens": 3}, {"assistant_early_exit": 1}, {"routing": "threshold"}],
+)
 def test_guidance_refuses_strategies_that_its_branch_cannot_follow(model, strategy):
     with pytest.raises(ValueError, match=f"`guidance_scale` cannot be combined with `{next(iter(strategy))}`"):
         model.generate(torch.tensor([[BOS, 20]]), generation_mode="image", guidance_scale=2.0, **strategy)
@@ -415,6 +439,8 @@ def test_bad_calls_raise_by_name(model):
     with pytest.raises(ValueError, match="row 1 is all padding"):
         mask = torch.tensor([[1, 1], [0, 0]])
         model.generate(ids.repeat(2, 1), attention_mask=mask, generation_mode="image")
+    with pytest.raises(ValueError, match="row 1 is all padding"):
+        model.generate(torch.tensor([[BOS, 20], [PAD, PAD]]), generation_mode="image")
     with pytest.raises(ValueError, match="row 0 ends inside a frame of 'image'"):
         model.generate(torch.tensor([[BOS, BEGIN, 110]]), generation_mode="text")
     with pytest.raises(ValueError, match="`cache_implementation` is 'paged': continuous batching heeds no"):
@@ -492,6 +518,31 @@ def test_rows_of_embeddings_end_at_the_last_position():
     embeds = model.get_input_embeddings()(torch.full((1, 30), 20))
     rows = model.generate(inputs_embeds=embeds, max_new_tokens=60, do_sample=False, suppress_tokens=[EOS])
     assert rows.shape[1] == 10
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("mode", ["text", "image", "interleaved"])
+def test_a_frame_that_is_open_in_the_cache_goes_on_with_the_ids_of_all_turns(model, mode):
+    ids = torch.tensor([[BOS, 20, 21, 22, 23], [BOS, 20, BEGIN, 110, 111]])
+    cache, new = DynamicCache(config=model.config), torch.tensor([[PAD, 30], [PAD, 112]])
+    model(ids, cache=cache)
+    mask = torch.tensor([[1] * 5 + [0, 1]] * 2)
+    with pytest.raises(InputError, match="`input_ids`: row 1 goes on inside a frame of 'image' that began among"):
+        model.generate(new, attention_mask=mask, cache=cache, generation_mode=mode)
+    if mode != "text":
+        call = {"attention_mask": mask, "generation_mode": mode, "do_sample": False, "max_new_tokens": 12}
+        whole = torch.cat([ids, new], dim=1)
+        assert torch.equal(model.generate(whole, cache=cache, **call), model.generate(whole, **call))
+
+
+@torch.no_grad()
+def test_ids_beside_embeddings_tell_their_modalities(model):
+    ids = torch.tensor([[BOS, *IMAGE, 30, 31]])
+    call = {"do_sample": False, "max_new_tokens": 5, "output_logits": True, "return_dict_in_generate": True}
+    expected = model.generate(ids, **call)
+    out = model.generate(ids, inputs_embeds=model.get_input_embeddings()(ids), **call)
+    torch.testing.assert_close(torch.stack(out.logits), torch.stack(expected.logits), atol=1e-5, rtol=1e-5)
+    assert torch.equal(out.sequences, expected.sequences)
 
 
 def cached_turn(model, num_seen, static=False):

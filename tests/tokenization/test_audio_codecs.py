@@ -54,6 +54,8 @@ def test_samples_are_taken_as_they_are_or_resampled():
     assert np.array_equal(read_sound(samples, RATE), samples)
     assert np.array_equal(read_sound(torch.from_numpy(samples), RATE), samples)
     assert np.array_equal(read_sound({"array": samples, "sampling_rate": RATE}, RATE), samples)
+    rounded = torch.from_numpy(samples).bfloat16()
+    assert np.array_equal(read_sound(rounded, RATE), rounded.float().numpy())
     whole = read_sound((samples * 32767).astype(np.int16), RATE)
     assert np.abs(whole - samples).max() < 1e-4
     doubled = read_sound({"array": tone(440, 0.5, 2 * RATE), "sampling_rate": 2 * RATE}, RATE)
@@ -85,6 +87,13 @@ def test_channels_are_averaged_and_roots_are_folders(tmp_path):
         (as_file(np.zeros(600, np.int16), rate=1), "sound not readable: sampling_rate = 1: expected 1,000 to 384,000"),
         (as_file(np.zeros(600, np.int16), rate=384_001), "sound not readable: sampling_rate = 384001"),
         ({"array": np.zeros(600), "sampling_rate": 1}, "sound not readable: sampling_rate = 1:"),
+        (
+            {"array": np.zeros(600), "sampling_rate": "16000"},
+            "sampling_rate = '16000' is no number",
+        ),
+        (tone(440) * 32767, r"sound not readable: float samples are in \[-1, 1\], and these reach 1\d{4}"),
+        ((tone(440) * 32767).astype(np.int16).tolist(), "sound not readable: samples of int64 tell no range"),
+        ((16000, tone(440)), "sound not readable: a tuple is no row of samples"),
     ],
 )
 def test_what_is_no_sound_is_refused(item, message):

@@ -299,6 +299,20 @@ def test_incomplete_and_stray_codes_raise(processor, images):
         processor.decode_parts(ids[1:])
 
 
+def test_what_are_no_ids_or_codes_is_refused_by_name(processor, images):
+    ids = torch.tensor([image_ids(processor, images[0])])
+    for rows in (ids, ids.tolist(), list(ids)):
+        with pytest.raises(ValueError, match="ids: expected those of one sequence, got 1 rows"):
+            processor.decode_parts(rows)
+    with pytest.raises(ValueError, match="ids: -100 is no token id"):
+        processor.decode_parts([5, -100])
+    codes = processor.encode_images(images[:1])
+    for made in (processor.decode_images, lambda values: processor.image_ids(values[0])):
+        with pytest.raises(ValueError, match="codes: expected whole numbers"):
+            made(torch.tensor(codes) + 0.9)
+    assert processor.post_process_multimodal_output([], generation_mode="interleaved") == []
+
+
 @pytest.mark.parametrize(
     ("codes", "message"), [([[0] * 5], "shape"), ([[CODES] * LENGTH], "lie outside"), ([[-1] * LENGTH], "lie outside")]
 )
