@@ -260,10 +260,13 @@ class MomaGenerationMixin(GenerationCompat):
         """
         mode = TEXT if generation_mode is None else generation_mode
         self._check_mode(mode)
-        if self.training and not RULES[self.config.training_routing].is_causal:
+        own_rule = self.config.training_routing if self.training else self.config.inference_routing
+        rule = RULES.get(kwargs.get("routing") or own_rule)
+        if rule is not None and not rule.is_causal:
+            advice = "Leave out `routing`." if kwargs.get("routing") else "Call `model.eval()` first."
             logger.warning_once(
-                f"`generate` in training mode routes by {self.config.training_routing!r}, whose experts choose among "
-                "the tokens of a step: each new token meets more of them than in training. Call `model.eval()` first."
+                f"`generate` routes by {rule.name!r}, whose experts choose among the tokens of a step: each new token "
+                f"meets more of them than in training. {advice}"
             )
         processors = LogitsProcessorList(logits_processor or [])
         # arguments keep the caller's list: the grammar adds its own to `processors` alone

@@ -265,6 +265,8 @@ def test_experts_that_choose_among_the_tokens_of_a_step_are_told_of(caplog):
         logging.warning_once.cache_clear()
         model.train(is_training).generate(ids, max_new_tokens=2)
         assert ("Call `model.eval()` first" in caplog.text) is is_training
+    model.eval().generate(ids, max_new_tokens=2, routing="expert_choice")
+    assert "`generate` routes by 'expert_choice'" in caplog.text and "Leave out `routing`." in caplog.text
 
 
 @pytest.mark.parametrize("is_given", [True, False], ids=["given", "models"])
