@@ -97,15 +97,20 @@ def recipe_fields(recipe: str, size: Size) -> dict[str, Any]:
         raise InputError(f"recipe {recipe!r}: it must be one of {list(RECIPES)}.")
     fields = {name: value for name, value in RECIPES[recipe].items() if name != "upcycled"}
     width = FEED_FORWARD * size.hidden_size
+    # each modality pays for its own skipping, so that its tokens cost what dense's cost
+    widths = dict.fromkeys(TWO, width)
     if depth := fields.pop("depth", None):
-        fields |= {"depth_layers": [1], "depth_capacity": dict.fromkeys(TWO, depth)}
-        width *= widening(size.layers, depth)
+        capacities = depth if isinstance(depth, dict) else dict.fromkeys(TWO, depth)
+        fields |= {"depth_layers": [1], "depth_capacity": capacities}
+        widths = {modality: width * widening(size.layers, capacities[modality]) for modality in TWO}
     routed = fields.pop("routed", 1.0)
-    fields["intermediate_size"] = round(routed * width)
+    fields["intermediate_size"] = round(routed * widths["image"])
+    if widths["text"] != widths["image"]:
+        fields["expert_intermediate_size"] = {"text": round(routed * widths["text"])}
     if shared := fields.pop("shared", None):
-        inner = round(shared * width)
+        inner = {modality: round(shared * widths[modality]) for modality in TWO}
         is_pool = isinstance(fields["num_experts"], int)
-        fields["shared_expert_intermediate_size"] = inner if is_pool else dict.fromkeys(TWO, inner)
+        fields["shared_expert_intermediate_size"] = inner["image"] if is_pool else inner
     return fields
 
 
@@ -145,7 +150,7 @@ def widening(layers: int, capacity: float) -> float:
 TOKEN_CHOICE = {"training_routing": "token_choice", "inference_routing": "token_choice"}
 
 # `routed` and `shared` are widths of an expert over that of the dense network, `depth` is the second layer's capacity,
-# `upcycled` is the seed that a model grows from
+# for all tokens or for each modality's, `upcycled` is the seed that a model grows from
 RECIPES: dict[str, dict[str, Any]] = {
     "dense": {"num_experts": 1},
     "1t1i": {"num_experts": _groups(1, 1)},
@@ -201,6 +206,13 @@ RECIPES: dict[str, dict[str, Any]] = {
         "upcycled": Seed("1t1i-token-choice-shared", 4, "4t4i"),
     },
     "4t4i-shared-depth": {"num_experts": _groups(4, 4), "routed": 0.5, "shared": 0.5, "depth": 0.5},
+    # half of the text skips the layer, as above, and no image does
+    "4t4i-shared-depth-text": {
+        "num_experts": _groups(4, 4),
+        "routed": 0.5,
+        "shared": 0.5,
+        "depth": {"text": 0.5, "image": 1.0},
+    },
 }
 
 
@@ -269,6 +281,7 @@ LEVERS = {
     "4t4i-covered-shared": "4t4i-shared",
     "8t8i-c2-shared": "4t4i-shared",
     "4t4i-shared-depth": "4t4i-shared",
+    "4t4i-shared-depth-text": "4t4i-shared",
     "4t4i-token-choice-shared": "4t4i-shared",
     "4t4i-c2": "4t4i",
     "4t4i-c1.25": "4t4i",

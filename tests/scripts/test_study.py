@@ -108,6 +108,17 @@ def test_every_recipe_costs_what_dense_costs_but_for_its_routers(size):
         assert -slack * dense <= difference <= routers + 0.002 * dense
 
 
+def test_where_text_alone_skips_a_layer_each_modality_costs_what_it_costs_without():
+    control, skipping = (config_of(recipe) for recipe in ("4t4i-shared", "4t4i-shared-depth-text"))
+    # all that is spared is attention over keys of text, by both
+    for share, spared in ((0.0, 0.01), (1.0, 0.03)):
+        counts = count_of(text=share, image=1 - share, length=80.0)
+        cost = flops_a_token(control, counts, with_head=False)
+        assert (1 - spared) * cost <= flops_a_token(skipping, counts, with_head=False) < cost
+    assert skipping.group_intermediate_size("text") > control.group_intermediate_size("text")
+    assert skipping.group_intermediate_size("image") == control.group_intermediate_size("image")
+
+
 @pytest.mark.parametrize("size, millions", [("0.5M", 0.5), ("1M", 1.0), ("2.5M", 2.5)])
 def test_sizes_have_the_active_parameters_that_they_are_called_by(size, millions):
     config = config_of("dense", size)
