@@ -320,7 +320,7 @@ class LibraryAudioCodec:
 
     Raises:
         TypeError: the model is of another class.
-        ValueError: it is one of stereo sounds, or cannot use so many codebooks.
+        ValueError: it is one of stereo sounds, or of chunks, or cannot use so many codebooks.
     """
 
     codec_type: str
@@ -336,6 +336,11 @@ class LibraryAudioCodec:
                 f"model: this {kind.name} has audio_channels={config.audio_channels}, "
                 f"normalize={getattr(config, 'normalize', False)}; codes alone give back mono sounds that are not "
                 "scaled, such as those of facebook/encodec_24khz."
+            )
+        if getattr(config, "chunk_length_s", None) is not None:
+            raise InputError(
+                f"model: this {kind.name} has chunk_length_s={config.chunk_length_s}, and the codes of a chunk give "
+                "back no more than this: it needs `None`, as facebook/encodec_24khz has it."
             )
         possible = sorted(kind.codebooks(model))
         self.num_codebooks = possible[0] if num_codebooks is None else num_codebooks

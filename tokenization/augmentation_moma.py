@@ -63,9 +63,10 @@ def augment_images(
     # the grid maps the result's positions to the source's, so it holds the inverse of the scale
     inverse = 1 / (middle + spread * draws[:, 2])
     cosine, sine, shift = angle.cos() * inverse, angle.sin() * inverse, draws[:, 3:5] * MAX_SHIFT
-    matrix = torch.stack(
-        [torch.stack([cosine, -sine, shift[:, 0]], dim=1), torch.stack([sine, cosine, shift[:, 1]], dim=1)], dim=1
-    )
+    # both axes of the grid are 2 long, whatever the sides of an image are
+    aspect = pixel_values.shape[2] / pixel_values.shape[3]
+    across, down = [cosine, -sine * aspect, shift[:, 0]], [sine / aspect, cosine, shift[:, 1]]
+    matrix = torch.stack([torch.stack(across, dim=1), torch.stack(down, dim=1)], dim=1)
     grid = F.affine_grid(matrix, list(pixel_values.shape), align_corners=False)
     # white has a darkness of 0, so the zeros of the padding become white
     padding = "zeros" if fill == "white" else "reflection"

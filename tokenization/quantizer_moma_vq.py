@@ -4,6 +4,7 @@
 from collections.abc import Callable
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from transformers.utils.generic import maybe_autocast
@@ -51,6 +52,11 @@ def code_counts(image_tokens: torch.Tensor, num_codes: int) -> torch.Tensor:
     tokens = image_tokens.flatten()
     ones = torch.ones(tokens.shape, device=tokens.device)
     return torch.zeros(num_codes, device=tokens.device).index_add_(0, tokens, ones)
+
+
+def num_processes() -> int:
+    """Return how many processes train together."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 class MomaVQQuantizer(nn.Module):
@@ -107,23 +113,36 @@ class MomaVQQuantizer(nn.Module):
     def update(self, vectors: torch.Tensor, image_tokens: torch.Tensor) -> None:
         """Move the averages towards vectors and their codes, and revive dead codes.
 
+        In a process group those of all processes count, and the first one's revive.
+
         Args:
             vectors (`torch.FloatTensor` of shape `(n, embed_dim)`):
                 Latents; without any of them nothing changes.
             image_tokens (`torch.LongTensor` of shape `(n,)`):
                 Their codes.
         """
-        if vectors.shape[0] == 0:
+        is_alone, num_vectors = num_processes() == 1, vectors.shape[0]
+        if is_alone and num_vectors == 0:
             return
         counts = code_counts(image_tokens, self.ema_count.shape[0]).to(self.ema_count.dtype)
         sums = torch.zeros_like(self.ema_sum).index_add_(0, image_tokens, vectors.to(self.ema_sum.dtype))
+        if not is_alone:
+            dist.all_reduce(counts)
+            dist.all_reduce(sums)
+            if not counts.any():
+                return
         step = 1 - self.decay  # pyright: ignore[reportOperatorIssue]
         self.ema_count.lerp_(counts, step)
         self.ema_sum.lerp_(sums, step)
         dead = self.ema_count < self.revive_threshold
-        picked = torch.randint(vectors.shape[0], dead.shape, device=vectors.device)
+        fresh = self.embedding.weight.to(self.ema_sum.dtype, copy=True)
+        if num_vectors:
+            picked = torch.randint(num_vectors, dead.shape, device=vectors.device)
+            fresh = vectors[picked].to(self.ema_sum.dtype)
+        if not is_alone:
+            dist.broadcast(fresh, 0)
         self.ema_count.masked_fill_(dead, 1.0)
-        self.ema_sum.copy_(torch.where(dead[:, None], vectors[picked].to(self.ema_sum.dtype), self.ema_sum))
+        self.ema_sum.copy_(torch.where(dead[:, None], fresh, self.ema_sum))
         # a code that is unused for hundreds of batches and not revived has a count near 0, so it keeps its vector
         is_known = (self.ema_count > torch.finfo(self.ema_count.dtype).tiny)[:, None]
         means = self.ema_sum / self.ema_count[:, None]
@@ -131,6 +150,8 @@ class MomaVQQuantizer(nn.Module):
 
     def fit(self, vectors: torch.Tensor, iterations: int) -> None:
         """Set the codebook to the k-means centres of vectors, and restart the averages there.
+
+        In a process group all take those of the first process.
 
         Args:
             vectors (`torch.FloatTensor` of shape `(n, embed_dim)`):
@@ -145,8 +166,10 @@ class MomaVQQuantizer(nn.Module):
         for _ in range(iterations):
             assigned = self.assign(vectors)
             sizes = code_counts(assigned, num_codes)[:, None]
-            sums = torch.zeros_like(self.embedding.weight).index_add_(0, assigned, vectors)
+            sums = vectors.new_zeros(num_codes, vectors.shape[1]).index_add_(0, assigned, vectors)
             self.embedding.weight.copy_(torch.where(sizes > 0, sums / sizes.clamp(min=1), self.embedding.weight))
+        if num_processes() > 1:
+            dist.broadcast(self.embedding.weight, 0)
         if self.decay is not None:
             self.ema_count.fill_(1.0)
             self.ema_sum.copy_(self.embedding.weight)

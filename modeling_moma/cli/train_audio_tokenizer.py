@@ -77,9 +77,11 @@ def run(args: Run) -> None:
     write_folder_aside(args.output, partial(_write, trained.codec, trained.facts))
     facts = trained.facts
     of_held_out = "" if facts["held_out_db"] is None else f", {facts['held_out_db']:.1f} on held-out ones"
+    met_there = "" if facts["held_out_codes"] is None else f", {facts['held_out_codes']} there"
     print(
         f"{args.output}: {args.num_codes} codes, {facts['codes_a_second']:.1f} a second, learnt from "
-        f"{facts['sounds']:,} sounds; a band is {facts['train_db']:.1f} dB from its code's{of_held_out}"
+        f"{facts['sounds']:,} sounds; a band is {facts['train_db']:.1f} dB from its code's{of_held_out}; "
+        f"{facts['train_codes']} codes are met{met_there}"
     )
 
 

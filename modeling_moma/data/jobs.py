@@ -20,7 +20,7 @@ from ..errors_moma import InputError
 from ..utils.atomic_files import check_new_folder, check_writable, write_aside
 from ..utils.digests import files_digest
 from .encoding import has_caption_template, loaded_encoder, template_digest
-from .sources import HELD_OUT_RULE, TRAIN, VALIDATION, Source, read_sources, undecoded_rows
+from .sources import HELD_OUT_RULE, TRAIN, VALIDATION, Source, read_sources, undecoded_rows, warn_of_shared_rows
 
 
 JOB_FILE = "job.json"
@@ -198,7 +198,7 @@ def plan_job(
         raise InputError(f"--splits {' '.join(splits or ())}: no source has a split {min(unknown)!r}: {found}.")
     planned = {source.name: _plan_source(source, names[source.name], rows_per_shard, splits) for source in sources}
     plans = {name: plan for name, (plan, _) in planned.items()}
-    _warn_of_shared_rows(sources, plans)
+    warn_of_shared_rows(sources, names)
     return Job(
         processor=processor_folder,
         fingerprint=fingerprint,
@@ -278,23 +278,6 @@ def source_digest(source: Source) -> str | None:
     digest = hashlib.sha256("\n".join(names).encode("utf-8", "surrogateescape"))
     digest.update(files_digest(of_rows, max(2, BLOCKS // max(1, len(of_rows)))).encode())
     return digest.hexdigest()[:32]
-
-
-def _warn_of_shared_rows(sources: Sequence[Source], plans: dict[str, dict[str, dict]]) -> None:
-    """Tell of sources that train on the same files, of which each draws held-out rows of its own."""
-    readers: dict[tuple[str, str], Source] = {}
-    for source in sources:
-        how = json.dumps([source.load, plans[source.name][TRAIN]["split"]], sort_keys=True, default=str)
-        files = [(str(Path(path).resolve()), how) for path in glob(source.pattern(), recursive=True) or [source.data]]
-        other = next((readers[file] for file in files if file in readers), source)
-        draws = [entry.held_out > 0 and VALIDATION not in plans[entry.name] for entry in (source, other)]
-        if other is not source and any(draws):
-            logger.warning(
-                f"sources: {other.name!r} and {source.name!r} train on the same files, {source.data!r}, and each "
-                "draws held-out rows of its own: what one is evaluated on the other is trained on. Give both the same "
-                "parts, `splits: {train: 'train[:98%]', validation: 'train[98%:]'}`."
-            )
-        readers = {**dict.fromkeys(files, source), **readers}
 
 
 def _shard_rows(rows: int, weight: float) -> int:

@@ -5,7 +5,8 @@ import csv
 import dataclasses
 import hashlib
 import itertools
-from collections.abc import Iterator, Sequence
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from glob import escape, glob
 from pathlib import Path
@@ -30,6 +31,7 @@ from datasets.fingerprint import Hasher
 from datasets.inspect import SplitsNotFoundError
 from datasets.table import CastError
 from pydantic import Field
+from transformers.utils import logging
 
 from ..errors_moma import InputError
 from ..hub.names import why_nowhere
@@ -40,6 +42,7 @@ from .kinds import SourceKind, read_kind
 from .split_folders import METADATA, data_files, rows_below, split_folders
 
 
+logger = logging.get_logger(__name__)
 TRAIN, VALIDATION = "train", "validation"
 # how rows are drawn that become `validation`; what was begun by another draw does not go on under this one
 HELD_OUT_RULE = "blake2b"
@@ -437,3 +440,27 @@ def source_texts(sources: Sequence[Source], rows: int) -> Iterator[str]:
 
 
 __all__ = ["TRAIN", "VALIDATION", "Source", "read_sources", "source_texts", "undecoded_rows"]
+
+
+def warn_of_shared_rows(sources: Sequence[Source], names: Mapping[str, Mapping[str, str]]) -> None:
+    """Tell of sources that train on the same files, of which each draws held-out rows of its own.
+
+    Args:
+        sources (`Sequence[Source]`):
+            of a recipe.
+        names (`Mapping[str, Mapping[str, str]]`):
+            what [`Source.split_names`] says of each, by the source's name.
+    """
+    readers: dict[tuple[str, str], Source] = {}
+    for source in sources:
+        how = json.dumps([source.load, names[source.name][TRAIN]], sort_keys=True, default=str)
+        files = [(str(Path(path).resolve()), how) for path in glob(source.pattern(), recursive=True) or [source.data]]
+        other = next((readers[file] for file in files if file in readers), source)
+        draws = [entry.held_out > 0 and VALIDATION not in names[entry.name] for entry in (source, other)]
+        if other is not source and any(draws):
+            logger.warning(
+                f"sources: {other.name!r} and {source.name!r} train on the same files, {source.data!r}, and each "
+                "draws held-out rows of its own: what one is evaluated on the other is trained on. Give both the same "
+                "parts, `splits: {train: 'train[:98%]', validation: 'train[98%:]'}`."
+            )
+        readers = {**dict.fromkeys(files, source), **readers}

@@ -15,7 +15,7 @@ from tokenization.audio_codecs_moma import MelCodec
 from ..data.images import LeftOut
 from ..data.json_lines import BROKEN_LINE
 from ..data.sounds import read_row_sound
-from ..data.sources import TRAIN, VALIDATION, Source, placed_rows
+from ..data.sources import TRAIN, VALIDATION, Source, placed_rows, warn_of_shared_rows
 from ..errors_moma import InputError
 from ..utils.errors import needs_extra
 from .tokenizer_settings import AudioTokenizerSettings
@@ -33,8 +33,9 @@ class TrainedCodec:
         codec (`MelCodec`):
             the codec.
         facts (`dict[str, Any]`):
-            `sounds`, `held_out_sounds`, `left_out` (by reason), `codes_a_second`, and the mean distance of a band of a
-            spectrogram from that of its code in decibels, `train_db` and `held_out_db` (`None` without held-out ones).
+            `sounds`, `held_out_sounds`, `left_out` (by reason), `codes_a_second`, and of those that there are of both
+            the mean distance of a band of a spectrogram from that of its code in decibels, `train_db` and
+            `held_out_db`, and how many codes are met, `train_codes` and `held_out_codes`; else `None`.
     """
 
     codec: MelCodec
@@ -57,6 +58,7 @@ def train_audio_tokenizer(sources: Sequence[Source], settings: AudioTokenizerSet
     with needs_extra("moma train-audio-tokenizer needs scikit-learn", "audio"):
         from sklearn.cluster import MiniBatchKMeans
 
+    warn_of_shared_rows(sources, {source.name: source.split_names() for source in sources})
     left_out: dict[str, int] = {}
     untrained = MelCodec.untrained(**{name: getattr(settings, name) for name in MelCodec.SETTINGS})
     held_out = _vectors(untrained, _sounds(sources, True), settings.held_out_sounds, left_out)
@@ -80,9 +82,10 @@ def train_audio_tokenizer(sources: Sequence[Source], settings: AudioTokenizerSet
         "held_out_sounds": len(held_out),
         "left_out": left_out,
         "codes_a_second": settings.sampling_rate / step,
-        "train_db": _distance(codec, train),
-        "held_out_db": _distance(codec, held_out) if held_out else None,
     }
+    for name, part in (("train", train), ("held_out", held_out)):
+        distance, codes = _distance(codec, part) if part else (None, None)
+        facts |= {f"{name}_db": distance, f"{name}_codes": codes}
     return TrainedCodec(codec, facts)
 
 
@@ -124,12 +127,12 @@ def _vectors(
     return found
 
 
-def _distance(codec: MelCodec, vectors: Sequence[torch.Tensor]) -> float:
+def _distance(codec: MelCodec, vectors: Sequence[torch.Tensor]) -> tuple[float, int]:
+    """Return the mean distance from the nearest codes, and how many codes these are."""
     chunks = torch.cat(list(vectors)).split(8192)
-    total = sum(
-        (chunk - codec.codebook[torch.cdist(chunk, codec.codebook).argmin(1)]).abs().sum().item() for chunk in chunks
-    )
-    return DECIBELS * total / sum(chunk.numel() for chunk in chunks)
+    codes = [torch.cdist(chunk, codec.codebook).argmin(1) for chunk in chunks]
+    total = sum((chunk - codec.codebook[code]).abs().sum().item() for chunk, code in zip(chunks, codes))
+    return DECIBELS * total / sum(chunk.numel() for chunk in chunks), len(torch.cat(codes).unique())
 
 
 __all__ = ["TrainedCodec", "train_audio_tokenizer"]

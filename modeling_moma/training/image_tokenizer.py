@@ -18,7 +18,7 @@ from tokenization.augmentation_moma import augment_images
 from tokenization.modeling_moma_vq import MomaVQModel
 from tokenization.perceptual_moma_vq import MomaVQPerceptualNetwork
 
-from ..data.sources import Source
+from ..data.sources import Source, warn_of_shared_rows
 from ..errors_moma import InputError
 from ..utils.atomic_files import check_new_folder, is_of_model, replace_folder, write_folder_aside
 from ..utils.errors import MissingExtraError, needs_extra
@@ -212,6 +212,7 @@ class TokenizerTraining:
         )
 
     def _open_images(self) -> ImageStore:
+        warn_of_shared_rows(self.sources, {source.name: source.split_names() for source in self.sources})
         store = open_store(
             self.output / IMAGES_FOLDER,
             self.sources,
@@ -321,6 +322,12 @@ class TokenizerTraining:
         held_out_targets = None if self.targets is None else self.targets.held_out
         samples = self.output / SAMPLES_FILE
         evaluation = evaluate(self.model, self.store.held_out, held_out_targets, self.teacher, samples)
+        diverged = [name for name, value in evaluation.items() if np.isnan(value)]
+        if diverged:
+            raise InputError(
+                f"`{diverged[0]}` of the held-out images is not a number at step {self.step}: the training has "
+                "diverged. Nothing of it is saved; begin anew with a lower --learning-rate."
+            )
         self.metrics.append({"step": self.step, **evaluation})
         tqdm.write(json.dumps(self.metrics[-1]))
         state = {

@@ -52,7 +52,9 @@ class SemanticTargets:
             places = torch.from_numpy(spread).split(TEACHER_BATCH)
             batches = [self._features(take(store.train, batch)) for batch in tqdm(places, desc="teacher features")]
             known = torch.cat(batches)
-        self.mean, self.std = known.mean(dim=0).to(device), known.std(dim=0).clamp(min=1e-3).to(device)
+        # of a single image there is no unbiased one
+        std = known.std(dim=0, correction=min(1, len(known) - 1))
+        self.mean, self.std = known.mean(dim=0).to(device), std.clamp(min=1e-3).to(device)
         held_out = torch.from_numpy(store.held_out).split(TEACHER_BATCH)
         self.held_out = self._standardise(torch.cat([self._features(batch) for batch in held_out]))
 

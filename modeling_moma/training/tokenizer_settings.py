@@ -95,7 +95,7 @@ class AudioTokenizerSettings:
         frames_per_code (`int`, *optional*, defaults to `3`):
             frames that a code stands for; with the defaults, 27 codes are a second.
         sounds (`int`, *optional*, defaults to `10000`):
-            sounds that the codebook learns from, at most.
+            sounds that the codebook learns from, at most: the first of each source in turn, so shuffle sorted ones.
         held_out_sounds (`int`, *optional*, defaults to `500`):
             held-out sounds that are looked at, at most.
         seed (`int`, *optional*, defaults to `0`):
@@ -141,26 +141,39 @@ def read_config(settings: TokenizerSettings) -> "MomaVQConfig":
     Raises:
         ValueError: `config` is neither a preset, a file nor a mapping of known fields, or its values fit no model.
     """
+    from transformers import PreTrainedConfig
+
     from tokenization.configuration_moma_vq import PRESETS, MomaVQConfig
 
-    asked = asked_fields(settings)
-    given = settings.config or DEFAULT_PRESET
-    if isinstance(given, dict):
-        fields = dict(given)
-        preset = fields.pop("preset", None)
-        base = {} if preset is None else PRESETS.get(preset)
-        if base is None:
-            raise InputError(f"config: preset = {preset!r} is none of {sorted(PRESETS)}.")
-        fields = {**base, **fields}
-    elif given in PRESETS:
-        fields = PRESETS[given]
-    elif Path(given).is_file():
-        fields = json.loads(Path(given).read_text())
-    else:
-        raise InputError(f"--config {given!r} is neither one of {sorted(PRESETS)} nor a file.")
-    if isinstance(given, dict):
-        refuse_unknown(fields, list(MomaVQConfig.__annotations__), "config", "MomaVQConfig")
-    return MomaVQConfig(**{**fields, **asked})
+    given, where, saved = settings.config or DEFAULT_PRESET, "config", set()
+    if isinstance(given, str) and given not in PRESETS:
+        where, given = f"--config {given!r}", _read_config_file(given)
+        # what the config.json of a saved model has beside
+        saved = PreTrainedConfig().to_dict().keys() | {"model_type", "auto_map"}
+    fields = {"preset": given} if isinstance(given, str) else dict(given)
+    preset = fields.pop("preset", None)
+    base = {} if preset is None else PRESETS.get(preset)
+    if base is None:
+        raise InputError(f"{where}: preset = {preset!r} is none of {sorted(PRESETS)}.")
+    if (kind := fields.get("model_type", MomaVQConfig.model_type)) != MomaVQConfig.model_type:
+        raise InputError(f"{where}: `model_type` is {kind!r}; an image tokenizer's is {MomaVQConfig.model_type!r}.")
+    known = [*MomaVQConfig.__annotations__, *(saved & fields.keys())]
+    refuse_unknown(fields, known, where, "MomaVQConfig")
+    return MomaVQConfig(**{**base, **fields, **asked_fields(settings)})
+
+
+def _read_config_file(place: str) -> dict[str, Any]:
+    from tokenization.configuration_moma_vq import PRESETS
+
+    if not Path(place).is_file():
+        raise InputError(f"--config {place!r} is neither one of {sorted(PRESETS)} nor a file.")
+    try:
+        fields = json.loads(Path(place).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"--config {place!r}: it cannot be read as JSON ({error}).") from error
+    if not isinstance(fields, dict):
+        raise InputError(f"--config {place!r}: it holds a {type(fields).__name__}, not an object of fields.")
+    return fields
 
 
 def asked_fields(settings: TokenizerSettings) -> dict[str, Any]:

@@ -193,6 +193,10 @@ def test_sounds_of_a_few_samples_have_codes(name):
 
 
 def test_library_models_that_do_not_fit_are_refused():
+    chunked = tiny_library_model("encodec")
+    chunked.config.chunk_length_s = 0.1
+    with pytest.raises(ValueError, match="EncodecModel has chunk_length_s=0.1"):
+        LibraryAudioCodec(chunked)
     with pytest.raises(ValueError, match=r"num_codebooks: 4 is none that this DacModel can use, \[1, 2, 3\]"):
         LibraryAudioCodec(tiny_library_model("dac"), 4)
     with pytest.raises(ValueError, match="one frame of this codec has 3 codes, got 2 in all"):

@@ -31,6 +31,29 @@ def test_shape_and_range_stay(images):
     assert result.min() >= -1 and result.max() <= 1
 
 
+def bar_angles(images):
+    """Angle of the bar in each image in radians, from the direction in which its darkness spreads most."""
+    angles = []
+    for image in images:
+        row_N, column_N = torch.nonzero(image[0] < 1, as_tuple=True)
+        places = torch.stack([column_N, row_N]).double()
+        darkness_N = (1 - image[0, row_N, column_N]).double()
+        across, down = torch.linalg.eigh(torch.cov(places, aweights=darkness_N)).eigenvectors[:, 1]
+        angles.append(torch.atan(down / across) if abs(across) > abs(down) else -torch.atan(across / down))
+    return torch.stack(angles)
+
+
+@pytest.mark.parametrize("sides", [(96, 96), (96, 192), (192, 96)])
+def test_rectangles_are_turned_without_being_sheared(sides):
+    lying, standing = torch.ones(24, 3, *sides), torch.ones(24, 3, *sides)
+    middle_row, middle_column = sides[0] // 2, sides[1] // 2
+    lying[:, :, middle_row - 3 : middle_row + 3, middle_column - 25 : middle_column + 25] = -1
+    standing[:, :, middle_row - 25 : middle_row + 25, middle_column - 3 : middle_column + 3] = -1
+    first, second = (bar_angles(augment_images(x, generator(), probability=1.0)) for x in (lying, standing))
+    assert first.abs().max() > 0.1
+    torch.testing.assert_close(first, second, atol=0.003, rtol=0)
+
+
 def test_white_stays_white():
     white = torch.ones(8, 3, 16, 16)
     torch.testing.assert_close(augment_images(white, generator(), probability=1.0), white)

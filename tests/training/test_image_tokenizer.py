@@ -2,6 +2,7 @@
 """Tests of `moma train-image-tokenizer` with a tiny model and data set."""
 
 import json
+import re
 import shutil
 
 import numpy as np
@@ -287,3 +288,61 @@ def test_an_unknown_configuration_and_a_recipe_without_images_are_named(folder, 
 def test_larger_images_give_the_codebook_from_fewer_of_them():
     counts = [image_tokenizer.codebook_images(MomaVQConfig.from_preset(name)) for name in ("small", "medium-256")]
     assert counts == [256, 64]
+
+
+def test_two_sources_of_the_same_files_are_told_of(folder, tmp_path, caplog):
+    rows = Dataset.from_parquet(str(folder / "data" / "train-00000-of-00001.parquet"))
+    rows.add_column("text", ["a square"] * len(rows)).to_parquet(tmp_path / "rows.parquet")
+    source = {"data": str(tmp_path / "rows.parquet"), "image": "image", "text": "text", "held_out": 0.3}
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump({"sources": {"first": source, "second": source}}))
+    flags = ["--config", str(folder / "config.json"), "--steps", "1", "--batch-size", "2"]
+    main([str(recipe), *flags, "--output", str(tmp_path / "out")])
+    assert "'first' and 'second' train on the same files" in caplog.text
+
+
+def test_a_training_that_has_diverged_leaves_the_checkpoint_before_it(folder, tmp_path, monkeypatch):
+    call = arguments(folder, tmp_path / "out", "--learning-rate", "1e-3", steps=4)
+    evaluate = image_tokenizer.evaluate
+
+    def diverge_late(model, *rest):
+        if (tmp_path / "out" / "checkpoint-0000003").is_dir():
+            model.encoder.conv_in.weight.data.fill_(torch.nan)
+        return evaluate(model, *rest)
+
+    monkeypatch.setattr(image_tokenizer, "evaluate", diverge_late)
+    with pytest.raises(
+        ValueError, match="of the held-out images is not a number at step 4: the training has diverged"
+    ):
+        main(call)
+    assert [path.name for path in image_tokenizer.checkpoints(tmp_path / "out")] == ["checkpoint-0000003"]
+    assert not (tmp_path / "out" / "config.json").exists()
+
+
+@pytest.mark.parametrize(
+    "content, said",
+    [
+        ("[1]", "it holds a list, not an object of fields"),
+        ("{", "it cannot be read as JSON"),
+        ('{"codebook_dcay": 0.5}', "'codebook_dcay' is no field of MomaVQConfig. Did you mean 'codebook_decay'"),
+        ('{"preset": "smal"}', "preset = 'smal' is none of"),
+        ('{"model_type": "moma"}', "`model_type` is 'moma'; an image tokenizer's is 'moma_vq'"),
+    ],
+)
+def test_a_file_of_a_configuration_is_read_as_strictly_as_a_recipe(tmp_path, content, said):
+    file = tmp_path / "config.json"
+    file.write_text(content)
+    with pytest.raises(ValueError, match=re.escape(said)) as error:
+        read_config(parse_arguments(["data", "--output", "out", "--config", str(file)]))
+    assert str(file) in str(error.value)
+
+
+def test_a_file_may_name_a_preset_or_be_that_of_a_saved_model(tmp_path):
+    file = tmp_path / "config.json"
+    settings = parse_arguments(["data", "--output", "out", "--config", str(file)])
+    file.write_text('{"preset": "small", "resolution": 32}')
+    wanted = MomaVQConfig.from_preset("small", resolution=32)
+    assert read_config(settings).to_dict() == wanted.to_dict()
+    MomaVQModel(wanted).save_pretrained(tmp_path)
+    saved = read_config(settings)
+    assert all(getattr(saved, name) == getattr(wanted, name) for name in MomaVQConfig.__annotations__)

@@ -37,6 +37,13 @@ def test_features_are_standardised_over_the_training_images(teacher, store):
     assert torch.equal(targets.held_out, (held_out - mean) / std)
 
 
+def test_features_of_a_single_image_have_a_spread(teacher, tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (2, 3, 24, 24), dtype=np.uint8)
+    store = ImageStore(tmp_path, images[:1], images[1:], np.zeros((1, 2), dtype=np.int64), {})
+    targets = SemanticTargets(teacher, store, num_uses=6, bf16=False, device=CPU)
+    assert torch.isfinite(targets.held_out).all() and torch.isfinite(targets.of(torch.tensor([0]))).all()
+
+
 def test_a_second_start_takes_the_features_from_their_file(teacher, store, monkeypatch):
     first = SemanticTargets(teacher, store, num_uses=6, bf16=False, device=CPU)
     seen = []
