@@ -135,7 +135,7 @@ def temperature_of(args: Arguments) -> float:
 
 
 def check_prompts_and_temperature(args: Arguments) -> None:
-    """Raise `ValueError` where a prompt is no text, or sampling is described and none, or none so near to 0, done."""
+    """Raise `ValueError` at a prompt that is no text, a temperature too near to 0, or flags of sampling without it."""
     for prompt in args.prompt:
         check_utf8("--prompt", prompt)
     if args.temperature is not None and 0 < args.temperature < LEAST_TEMPERATURE:

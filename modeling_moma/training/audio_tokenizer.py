@@ -33,9 +33,9 @@ class TrainedCodec:
         codec (`MelCodec`):
             the codec.
         facts (`dict[str, Any]`):
-            `sounds`, `held_out_sounds`, `left_out` (by reason), `codes_a_second`, and of those that there are of both
-            the mean distance of a band of a spectrogram from that of its code in decibels, `train_db` and
-            `held_out_db`, and how many codes are met, `train_codes` and `held_out_codes`; else `None`.
+            `sounds`, `held_out_sounds`, `left_out` (by reason) and `codes_a_second`; `train_db` and `held_out_db`, the
+            mean distance of a band of a spectrogram from that of its code in decibels; `train_codes` and
+            `held_out_codes`, how many codes are met. Of held-out sounds `None` where there are none.
     """
 
     codec: MelCodec

@@ -326,7 +326,7 @@ class TokenizerTraining:
         if diverged:
             raise InputError(
                 f"`{diverged[0]}` of the held-out images is not a number at step {self.step}: the training has "
-                "diverged. Nothing of it is saved; begin anew with a lower --learning-rate."
+                "diverged, and this step is not saved. Begin anew with a lower --learning-rate."
             )
         self.metrics.append({"step": self.step, **evaluation})
         tqdm.write(json.dumps(self.metrics[-1]))
