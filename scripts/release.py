@@ -18,16 +18,20 @@ def main(arguments=None) -> int:
     parser.add_argument("--model", required=True, help="folder of a trained MomaForCausalLM")
     parser.add_argument("--processor", required=True, help="folder of its MomaProcessor")
     parser.add_argument("--output", required=True)
+    parser.add_argument("--earlier", help="folder of an earlier stage of the model, to be averaged with it")
+    parser.add_argument("--earlier-share", type=float, default=0.5, help="its share of the weights, between 0 and 1")
     args = parser.parse_args(arguments)
     try:
-        release(args.model, args.processor, args.output)
+        release(args.model, args.processor, args.output, args.earlier, args.earlier_share)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
 
 
-def release(model_folder: str, processor_folder: str, output: str):
+def release(
+    model_folder: str, processor_folder: str, output: str, earlier: str | None = None, earlier_share: float = 0.5
+):
     """
     Writes the folder of a release.
 
@@ -35,6 +39,8 @@ def release(model_folder: str, processor_folder: str, output: str):
         model_folder: of a trained `MomaForCausalLM`.
         processor_folder: of its `MomaProcessor`.
         output: the folder that is written.
+        earlier: folder of an earlier stage of the same model. The weights become means of both.
+        earlier_share: its share of the weights.
 
     Raises:
         InputError: either cannot be opened, lacks weights or has some that are not finite, or they are no pair.
@@ -42,6 +48,8 @@ def release(model_folder: str, processor_folder: str, output: str):
     check_writable(output)
     model = open_model(model_folder, dtype=torch.bfloat16)
     require_plain_weights("--model", model_folder, model.config)
+    if earlier is not None:
+        model.load_state_dict(mean_weights(model_folder, earlier, earlier_share))
     # noise belongs to a stage of training; whoever trains the release further sets it anew
     model.config.gumbel_noise, model.config.gumbel_noise_steps = 0.0, None
     processor = open_processor(processor_folder)
@@ -59,6 +67,35 @@ def release(model_folder: str, processor_folder: str, output: str):
             code.unlink()
 
     write_folder_aside(output, save)
+
+
+def mean_weights(model_folder: str, earlier: str, earlier_share: float) -> dict[str, torch.Tensor]:
+    """
+    Returns means of two models' weights, in float32; what counts is the first one's.
+
+    Args:
+        model_folder: of a trained `MomaForCausalLM`.
+        earlier: of another one of the same shapes.
+        earlier_share: its share of the weights.
+
+    Raises:
+        InputError: it cannot be opened, has other shapes, or the share is none.
+    """
+    if not 0 < earlier_share < 1:
+        raise InputError(f"--earlier-share {earlier_share}: it is to lie between 0 and 1.")
+    later, other = (
+        open_model(folder, option, dtype=torch.float32).state_dict()
+        for folder, option in ((model_folder, "--model"), (earlier, "--earlier"))
+    )
+    unlike = [name for name, tensor in later.items() if name not in other or other[name].shape != tensor.shape]
+    if unlike or len(later) != len(other):
+        raise InputError(
+            f"--earlier {earlier!r}: its weights have other shapes than those of --model {model_folder!r}."
+        )
+    return {
+        name: torch.lerp(tensor, other[name], earlier_share) if tensor.is_floating_point() else tensor
+        for name, tensor in later.items()
+    }
 
 
 if __name__ == "__main__":

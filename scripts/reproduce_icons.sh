@@ -36,15 +36,17 @@ fi
     "$python" "${launcher[@]}" -m modeling_moma pretrain $recipe --processor runs/icons/processor \
         --tokens runs/icons/tokens --output runs/icons/model --batch-size $rows --resume
 # each stage from the weights of the one before
-start=runs/icons/model seed=0
-for further in longer longer muon muon; do
+start=runs/icons/model before= seed=0
+for further in longer longer muon muon captions; do
     seed=$((seed + 1))
     stage=runs/icons/$further-$seed
     [ -e $stage/trainer_state.json ] ||
         "$python" "${launcher[@]}" -m modeling_moma pretrain recipes/moma-icons-$further.yaml --model $start \
             --processor runs/icons/processor --tokens runs/icons/tokens --output $stage --batch-size $rows \
             --seed $seed --restart-data --resume
-    start=$stage
+    before=$start start=$stage
 done
-"$python" scripts/release.py --model $start --processor runs/icons/processor --output model_cards/moma-icons
+# means of the last two stages predict better than either
+"$python" scripts/release.py --model $start --earlier $before --earlier-share 0.33 --processor runs/icons/processor \
+    --output model_cards/moma-icons
 "$python" scripts/evaluate_icons.py --model model_cards/moma-icons --features runs/icons/features.npy --write-card

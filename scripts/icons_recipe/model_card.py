@@ -20,7 +20,12 @@ EVALUATION_FILE, SHEET_FILE = "evaluation.json", "samples.png"
 # of the released model
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 # of the stages, each from the weights of the one before and with a seed of its own
-STAGES = ("moma-icons.yaml", *("moma-icons-longer.yaml",) * 2, *("moma-icons-muon.yaml",) * 2)
+STAGES = (
+    "moma-icons.yaml",
+    *("moma-icons-longer.yaml",) * 2,
+    *("moma-icons-muon.yaml",) * 2,
+    "moma-icons-captions.yaml",
+)
 # the split that the aims are about, whose icons are drawn and tell of losses and experts
 MAIN = "test"
 
@@ -547,8 +552,9 @@ Ranks.com and the EmojiTwo community (CC-BY-4.0). Their texts: emojibase (MIT), 
 
 ## Training
 
-By `moma pretrain`; `PROCESSES=2 make reproduce-icons` runs all stages. The last three began at the weights of
-the one before rounded to bfloat16, as they were released.
+By `moma pretrain`; `PROCESSES=2 make reproduce-icons` runs all stages. The last four began at the weights of
+the one before rounded to bfloat16, as they were released. The weights here are means of the last two
+stages', 0.67 of the last one's and 0.33 of those before it.
 
 {training}
 

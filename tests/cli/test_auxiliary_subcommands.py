@@ -228,6 +228,29 @@ def test_a_released_model_has_no_noise_of_a_training_stage(inputs, tmp_path):
     assert_same(load_file(inputs / "model" / "model.safetensors"), load_file(tmp_path / "released/model.safetensors"))
 
 
+def test_a_model_is_released_as_the_mean_of_two_stages(inputs, tmp_path, capsys):
+    folders = [str(inputs / "model"), str(tmp_path / "later"), str(tmp_path / "other")]
+    later, other = (load_model(inputs / "model", "cpu") for _ in range(2))
+    torch.manual_seed(0)
+    for parameter in later.parameters():
+        parameter.data += 0.01 * torch.randn_like(parameter)
+    later.save_pretrained(folders[1])
+    call = ["--model", folders[1], "--processor", folders[0], "--output", str(tmp_path / "released")]
+    assert release([*call, "--earlier", folders[0], "--earlier-share", "0.25"]) == 0
+    first, second = (load_file(f"{folder}/model.safetensors") for folder in folders[:2])
+    for name, tensor in load_file(tmp_path / "released" / "model.safetensors").items():
+        wanted = (
+            0.25 * first[name].float() + 0.75 * second[name].float() if tensor.is_floating_point() else second[name]
+        )
+        torch.testing.assert_close(tensor, wanted.to(tensor.dtype), msg=name)
+        assert ("router" in name) <= (tensor.dtype != torch.bfloat16), name
+    other.resize_token_embeddings(other.config.vocab_size + 8)
+    other.save_pretrained(folders[2])
+    assert release([*call, "--earlier", folders[2]]) == 2 and "have other shapes" in capsys.readouterr().err
+    assert release([*call, "--earlier", folders[0], "--earlier-share", "1"]) == 2
+    assert "--earlier-share 1.0: it is to lie between 0 and 1" in capsys.readouterr().err
+
+
 def test_a_model_that_is_none_is_not_released(inputs, tmp_path, capsys):
     model = load_model(inputs / "model", "cpu")
     model.model.norm.weight.data[0] = float("nan")

@@ -187,6 +187,7 @@ def test_card_prints_the_report_its_command_and_the_recipe():
         *(f"`recipes/{name}`" for name in STAGES),
         "`recipes/moma-icons-longer.yaml`, from those weights, 2 times, each from the weights of the one before:",
         "`recipes/moma-icons-muon.yaml`, from those weights, 2 times, each from the weights of the one before:",
+        "`recipes/moma-icons-captions.yaml`, from those weights:",
         "- projections and each expert by Muon, the rest by AdamW.",
         *(f"{recipe.trainer['max_steps']:,} steps" for recipe in stages),
         f"captions `{stages[0].sources[0].kind.text}`",

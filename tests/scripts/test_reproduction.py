@@ -52,4 +52,6 @@ def test_finished_stages_are_not_begun_again(tmp_path):
         ("runs/icons/longer-1", "runs/icons/longer-2", "2"),
         ("runs/icons/longer-2", "runs/icons/muon-3", "3"),
         ("runs/icons/muon-3", "runs/icons/muon-4", "4"),
+        ("runs/icons/muon-4", "runs/icons/captions-5", "5"),
     ]
+    assert "release.py --model runs/icons/captions-5 --earlier runs/icons/muon-4 " in started.stdout
