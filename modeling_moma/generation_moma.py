@@ -524,8 +524,9 @@ class MomaGenerationMixin(GenerationCompat):
             return {}
         if not isinstance(scale, (int, float)) or not math.isfinite(scale):
             raise InputError(f"`guidance_scale` = {scale!r}: needs a finite number, 1 for no guidance.")
-        for name in ("num_beams", "prompt_lookup_num_tokens", "assistant_model", "assistant_early_exit"):
-            if self._option(name, generation_config, kwargs) not in (None, 1 if name == "num_beams" else None):
+        drafting = dict.fromkeys(("prompt_lookup_num_tokens", "assistant_model", "assistant_early_exit"))
+        for name, off in {"num_beams": 1, **drafting}.items():
+            if self._option(name, generation_config, kwargs) not in (None, off):
                 raise InputError(
                     f"`guidance_scale` cannot be combined with `{name}`: the unconditional branch of the stock loop "
                     "follows neither reordered beams nor drafted tokens. Use greedy decoding or sampling."

@@ -105,8 +105,8 @@ def _read_samples(item: Any) -> np.ndarray:
             f"samples have one axis and are numbers, got {type(item).__name__} of shape {values.shape} and type "
             f"{values.dtype}; pass one channel, or the path of a file",
         )
-    peak = np.abs(values.astype(np.float64)).max(initial=0.0)
     if values.dtype.kind == "f":
+        peak = np.abs(values).max(initial=0.0)
         if np.isfinite(peak) and peak > MAX_PEAK:
             raise SoundError(
                 "sound not readable", f"float samples are in [-1, 1], and these reach {peak:g}: divide by their range"

@@ -439,9 +439,6 @@ def source_texts(sources: Sequence[Source], rows: int) -> Iterator[str]:
             yield from source.kind.row_texts(row)
 
 
-__all__ = ["TRAIN", "VALIDATION", "Source", "read_sources", "source_texts", "undecoded_rows"]
-
-
 def warn_of_shared_rows(sources: Sequence[Source], names: Mapping[str, Mapping[str, str]]) -> None:
     """Tell of sources that train on the same files, of which each draws held-out rows of its own.
 
@@ -464,3 +461,14 @@ def warn_of_shared_rows(sources: Sequence[Source], names: Mapping[str, Mapping[s
                 "parts, `splits: {train: 'train[:98%]', validation: 'train[98%:]'}`."
             )
         readers = {**dict.fromkeys(files, source), **readers}
+
+
+__all__ = [
+    "TRAIN",
+    "VALIDATION",
+    "Source",
+    "read_sources",
+    "source_texts",
+    "undecoded_rows",
+    "warn_of_shared_rows",
+]

@@ -26,6 +26,8 @@ STAGES = (
     *("moma-icons-muon.yaml",) * 2,
     "moma-icons-captions.yaml",
 )
+# of the stage before the last in the released weights, see scripts/reproduce_icons.sh
+EARLIER_SHARE = 0.33
 # the split that the aims are about, whose icons are drawn and tell of losses and experts
 MAIN = "test"
 
@@ -423,6 +425,8 @@ def render_card(report: dict, recipes: dict[str, Recipe]) -> str:
         "fit_table": fit_table(report),
         "tag_table": tag_table(report),
         "views": report["views"],
+        "earlier_share": EARLIER_SHARE,
+        "later_share": 1 - EARLIER_SHARE,
         "search_table": search_table(report),
         "drawing_table": drawing_table(report),
         "information_table": information_table(report),
@@ -554,7 +558,7 @@ Ranks.com and the EmojiTwo community (CC-BY-4.0). Their texts: emojibase (MIT), 
 
 By `moma pretrain`; `PROCESSES=2 make reproduce-icons` runs all stages. The last four began at the weights of
 the one before rounded to bfloat16, as they were released. The weights here are means of the last two
-stages', 0.67 of the last one's and 0.33 of those before it.
+stages', {later_share:g} of the last one's and {earlier_share} of those before it.
 
 {training}
 

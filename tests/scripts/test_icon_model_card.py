@@ -12,6 +12,7 @@ from huggingface_hub.repocard_data import model_index_to_eval_results
 
 import write_card as write_card_script
 from icons_recipe.model_card import (
+    EARLIER_SHARE,
     RECIPES,
     STAGES,
     aims,
@@ -188,6 +189,7 @@ def test_card_prints_the_report_its_command_and_the_recipe():
         "`recipes/moma-icons-longer.yaml`, from those weights, 2 times, each from the weights of the one before:",
         "`recipes/moma-icons-muon.yaml`, from those weights, 2 times, each from the weights of the one before:",
         "`recipes/moma-icons-captions.yaml`, from those weights:",
+        f"and {EARLIER_SHARE} of those before it",
         "- projections and each expert by Muon, the rest by AdamW.",
         *(f"{recipe.trainer['max_steps']:,} steps" for recipe in stages),
         f"captions `{stages[0].sources[0].kind.text}`",

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from icons_recipe.model_card import EARLIER_SHARE
+
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -54,4 +56,6 @@ def test_finished_stages_are_not_begun_again(tmp_path):
         ("runs/icons/muon-3", "runs/icons/muon-4", "4"),
         ("runs/icons/muon-4", "runs/icons/captions-5", "5"),
     ]
-    assert "release.py --model runs/icons/captions-5 --earlier runs/icons/muon-4 " in started.stdout
+    assert (
+        f"--model runs/icons/captions-5 --earlier runs/icons/muon-4 --earlier-share {EARLIER_SHARE} " in started.stdout
+    )
