@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .training.freezing import freeze_all_but, freeze_groups, unfreeze
     from .training.metrics_callback import MomaMetricsCallback
     from .training.muon import Muon, muon_groups
+    from .upcycling.layers import add_layers
     from .upcycling.report import UpcyclingReceipt, upcycling_receipt
     from .upcycling.upcycle import parse_experts, upcycle, upcycled_config
 
@@ -37,6 +38,7 @@ _MODULES = {
     "Muon": "training.muon",
     "UpcyclingReceipt": "upcycling.report",
     "add_auxiliary_routers": "calibration.auxiliary_training",
+    "add_layers": "upcycling.layers",
     "auxiliary_report": "calibration.auxiliary_training",
     "calibrate_auxiliary_thresholds": "calibration.thresholds",
     "calibrate_thresholds": "calibration.thresholds",
@@ -129,6 +131,7 @@ __all__ = [
     "Muon",
     "UpcyclingReceipt",
     "add_auxiliary_routers",
+    "add_layers",
     "auxiliary_report",
     "calibrate_auxiliary_thresholds",
     "calibrate_thresholds",

@@ -26,6 +26,7 @@ SUBCOMMANDS = {
     "plan": "plan",
     "pretrain": "pretrain",
     "upcycle": "upcycle",
+    "add-layers": "add_layers",
     "calibrate": "calibrate",
     "train-auxiliary-routers": "train_auxiliary_routers",
     "evaluate": "evaluate",

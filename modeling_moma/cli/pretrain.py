@@ -45,7 +45,7 @@ class Arguments:
         tokens (`str`):
             folder that `moma tokenize` wrote.
         model (`str`, *optional*):
-            start from this saved model; one that was upcycled goes on in the data.
+            start from this saved model; one that was upcycled, or given layers, goes on in the data.
         restart_data (`bool`, *optional*, defaults to `False`):
             begin at the first example, whatever `--model` has seen.
         output (`str`):

@@ -2,10 +2,8 @@
 """Grow a dense or 1t1i model into one with groups of experts."""
 
 import json
-import shutil
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..utils.fields import Float, Int, Seed
@@ -99,13 +97,12 @@ def text_moved(receipt: "UpcyclingReceipt", modalities: list[str]) -> str | None
 def run(args: Arguments) -> None:
     with without_import_notices():
         import torch
-        from transformers.trainer import TRAINER_STATE_NAME
 
         from ..hub.loading import open_model, require_plain_weights
-        from ..training.stages import UPCYCLING_FILE, data_order
+        from ..training.stages import UPCYCLING_FILE, save_next_stage
         from ..upcycling.report import upcycling_receipt
         from ..upcycling.upcycle import parse_experts, upcycle
-        from ..utils.atomic_files import check_new_folder, write_folder_aside
+        from ..utils.atomic_files import check_new_folder
 
     # what is left of another model there, such as an optimizer, would be taken for this one's
     check_new_folder(args.output)
@@ -125,17 +122,7 @@ def run(args: Arguments) -> None:
     length = min(64, seed.config.max_position_embeddings)
     receipt = upcycling_receipt(seed, upcycled, probe_batch(seed.config, length=length))
 
-    def write(folder: Path):
-        upcycled.save_pretrained(folder)
-        # with the seed's place in them, what `moma pretrain` needs to go on in the data
-        contents = {"arguments": vars(args), "data_order": data_order(args.model), **receipt.to_dict()}
-        (folder / UPCYCLING_FILE).write_text(json.dumps(contents, indent=2) + "\n")
-        # optimizer and schedule begin anew, so their files stay behind
-        state = Path(args.model) / TRAINER_STATE_NAME
-        if state.is_file():
-            shutil.copy(state, folder / TRAINER_STATE_NAME)
-
-    write_folder_aside(args.output, write)
+    save_next_stage(upcycled, args.model, args.output, UPCYCLING_FILE, {"arguments": vars(args), **receipt.to_dict()})
     print(json.dumps(receipt.to_dict(), indent=2))
     hint = text_moved(receipt, seed.config.modalities)
     if hint:

@@ -32,7 +32,9 @@ from .muon import MUON, Muon, muon_groups
 from .throughput_callback import FeedingCallback
 
 
-RUN_FILE, UPCYCLING_FILE = "run.json", "upcycling.json"
+RUN_FILE = "run.json"
+# receipts of what was made of an earlier stage's model
+UPCYCLING_FILE, LAYERS_FILE = "upcycling.json", "layers.json"
 # what a run's fingerprint says of its data beside what they are made of
 EARLIER_STEPS = "earlier_steps"
 # bytes of a batch's fp32 logits above which the loss is computed from a few positions at a time
@@ -289,7 +291,7 @@ def data_order(folder: str | Path) -> dict[str, Any] | None:
 
     Args:
         folder (`str | Path`):
-            output of `moma pretrain`, a checkpoint in it, or what `moma upcycle` made of either.
+            output of `moma pretrain`, a checkpoint in it, or what `moma upcycle` or `moma add-layers` made of either.
 
     Returns:
         `dict[str, Any] | None`: `seed`, `examples_a_step` over all devices and, where the training kept it, `data`,
@@ -303,9 +305,39 @@ def data_order(folder: str | Path) -> dict[str, Any] | None:
         if data := run.get("fingerprint", {}).get("data"):
             order["data"] = {name: value for name, value in data.items() if name != EARLIER_STEPS}
         return None if order["seed"] is None else order
-    if (folder / UPCYCLING_FILE).is_file():
-        return json.loads((folder / UPCYCLING_FILE).read_text()).get("data_order")
+    for name in (UPCYCLING_FILE, LAYERS_FILE):
+        if (folder / name).is_file():
+            return json.loads((folder / name).read_text()).get("data_order")
     return None
+
+
+def save_next_stage(
+    model: PreTrainedModel, source: str | Path, output: str | Path, receipt_file: str, receipt: dict[str, Any]
+) -> None:
+    """Save a model that was made of an earlier stage's, with that stage's place in the data, for `moma pretrain`.
+
+    Args:
+        model (`PreTrainedModel`):
+            the new one. Its optimizer and schedule begin anew.
+        source (`str | Path`):
+            folder of the earlier stage.
+        output (`str | Path`):
+            folder to write; missing or empty.
+        receipt_file (`str`):
+            name of the file that tells what was done.
+        receipt (`dict[str, Any]`):
+            its contents.
+    """
+
+    def write(folder: Path):
+        model.save_pretrained(folder)
+        contents = {"data_order": data_order(source), **receipt}
+        (folder / receipt_file).write_text(json.dumps(contents, indent=2) + "\n")
+        state = Path(source) / TRAINER_STATE_NAME
+        if state.is_file():
+            shutil.copy(state, folder / TRAINER_STATE_NAME)
+
+    write_folder_aside(output, write)
 
 
 def feeding_fields(device: str) -> dict[str, Any]:

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A trained model with one feed-forward network for each modality, or one for all, grows experts."""
+"""A trained model grows: experts, where it has one network for each modality or one for all, and layers."""

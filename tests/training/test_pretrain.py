@@ -14,7 +14,7 @@ from transformers.utils import is_flash_attn_2_available
 
 from helpers.tiny import TRAINED, tiny_model, tiny_processor, write_tokens, write_training
 from modeling_moma import MomaForCausalLM
-from modeling_moma.cli import tokenize, upcycle
+from modeling_moma.cli import add_layers, tokenize, upcycle
 from modeling_moma.cli.pretrain import main, parse_arguments
 from modeling_moma.data.documents import TokenFolder
 from modeling_moma.data.encoding import processor_fingerprint
@@ -263,6 +263,16 @@ def test_upcycled_model_goes_on_with_the_data_that_its_seed_has_not_seen(stages)
     assert stages.stopped.batches + stages.continued.batches == stages.whole.batches
     assert stages.continued.trainer.state.global_step == 8
     assert json.loads((stages.continued.output / "run.json").read_text())["first_step"] == 3
+
+
+def test_deeper_model_goes_on_with_the_data_that_the_stage_before_has_not_seen(stages, inputs):
+    grown, deeper = stages.folder / "grown", stages.folder / "deeper"
+    # of an upcycled model, whose own receipt tells of the data
+    add_layers.main(["--model", str(grown), "--after", "0", "1", "--output", str(deeper)])
+    continued = run(inputs, stages.folder / "deeper-continued", start=("--model", deeper))
+    assert continued.trainer.model.config.num_hidden_layers == 4
+    assert continued.batches == stages.continued.batches
+    assert continued.num_states == 0
 
 
 def test_upcycled_model_has_a_fresh_optimizer_and_a_whole_schedule(stages):
