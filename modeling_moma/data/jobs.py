@@ -19,7 +19,9 @@ from tokenization.audio_codecs_moma import AUDIO
 from ..errors_moma import InputError
 from ..utils.atomic_files import check_new_folder, check_writable, write_aside
 from ..utils.digests import files_digest
+from ..utils.fields import former_names
 from .encoding import has_caption_template, loaded_encoder, template_digest
+from .kinds import KINDS
 from .sources import HELD_OUT_RULE, TRAIN, VALIDATION, Source, read_sources, undecoded_rows, warn_of_shared_rows
 
 
@@ -41,6 +43,8 @@ OTHER_FILES = ("", ".md")
 BLOCKS = 4096
 # what jobs of earlier versions do not say
 _LATER = ("file_sizes", "files", "chat_template")
+# fields of a source on which no token depends
+_OF_TRAINING = ("weight", "image_first", "audio_first", "without_caption")
 # rows, spread over a split, that say what the others hold
 LOOKED_AT = 64
 
@@ -365,9 +369,16 @@ def _compare(folder: str | Path, then: dict, now: dict) -> None:
                 f"--output {str(folder)!r} holds tokens of {name.removeprefix('files: ')!r}, whose files have changed "
                 "since: what is done would not be done again. Give a new folder, or delete this one."
             )
+        ways, (where, _, field) = "Give a new folder, or delete this one.", name.rpartition(": ")
+        # files have a field under its former name
+        new_names = {old: new for kind in KINDS.values() for new, old in former_names(kind).items()}
+        field = new_names.get(field, field)
+        name = f"{where}: {field}" if where else field
+        if where.startswith("sources: ") and field in _OF_TRAINING:
+            ways = "`moma pretrain` reads it from its recipe, whatever these tokens were made with: they can stay."
         raise InputError(
             f"--output {str(folder)!r} holds tokens that were begun with another {name}: {before!r} then, "
-            f"{after!r} now. Give a new folder, or delete this one."
+            f"{after!r} now. {ways}"
         )
 
 

@@ -14,7 +14,7 @@ from transformers.utils import logging
 
 from ..errors_moma import InputError
 from ..utils.errors import needs_extra
-from .jobs import JOB_FILE, Job, Task, read_job
+from .jobs import JOB_FILE, Job, Task, done_report, read_job
 from .tokenizing import tokenize_shard
 from .workers import POLL_SECONDS, Progress
 
@@ -68,7 +68,7 @@ def run_on_ray(
         ValueError: no cluster answers at the address, a node does not see the folder, the workers of a shard died
             again and again, or what a shard raised.
     """
-    tasks = [task for task in job.tasks() if not (Path(folder) / task.report_name()).is_file()]
+    tasks = [task for task in job.tasks() if done_report(folder, task) is None]
     if not tasks:
         return
     with _ray(address, min(processes, len(tasks)), threads) as ray, Progress(folder, job) as progress:

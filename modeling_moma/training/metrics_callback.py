@@ -9,9 +9,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.utils.hooks import RemovableHandle
-from transformers import PreTrainedModel, TrainerCallback
+from transformers import PreTrainedModel, SchedulerType, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
+from ..configuration_moma import MomaConfig
 from ..depth_moma import DepthSelection, MomaDepthRouter
+from ..errors_moma import InputError
 from ..routing_moma import MomaRouter, Selection
 from ..token_groups_moma import FixedSplit, is_distributed
 from ..utils.hardware import keep_freed_memory, refuse_data_parallel
@@ -184,6 +187,67 @@ class MomaMetricsCallback(TrainerCallback):
         return {name: totals[name, "sum"] / totals[name, "count"] for name in names if totals[name, "count"] > 0}
 
 
+def evaluation_figures(config: MomaConfig, has_modality_losses: bool = True) -> list[str]:
+    """Return the names of the figures that an evaluation may give, without `eval_` and the name of a set.
+
+    Args:
+        config (`MomaConfig`):
+            of the model.
+        has_modality_losses (`bool`, *optional*, defaults to `True`):
+            whether the model computes the loss, and not the Trainer by a label smoother or a function of its own.
+    """
+    names = ["loss"]
+    if has_modality_losses:
+        names += [f"{modality}_loss" for modality in config.modalities]
+    if config.depth_layers:
+        names += [f"{modality}_depth_load" for modality in config.modalities]
+    routed = [group for group in config.expert_groups if config.group_num_experts(group) > 1]
+    return names + [f"{group}_{load}" for group in routed for load in ("uncovered", "covered_twice", "peak_load")]
+
+
+def check_best_metric(training_arguments: TrainingArguments, config: MomaConfig, held_out: Any) -> None:
+    """Raise where something goes by a figure that no evaluation gives: the best model, or a schedule.
+
+    Args:
+        training_arguments (`TrainingArguments`):
+            of the training.
+        config (`MomaConfig`):
+            of the model.
+        held_out (`Any`):
+            what is evaluated, by source where there are several; `None` where there is nothing.
+
+    Raises:
+        ValueError: names the setting and the figure, or there is nothing to evaluate.
+    """
+    settings = {
+        "load_best_model_at_end = True": training_arguments.load_best_model_at_end,
+        "save_strategy = 'best'": training_arguments.save_strategy == SaveStrategy.BEST,
+        "lr_scheduler_type = 'reduce_lr_on_plateau'": training_arguments.lr_scheduler_type
+        == SchedulerType.REDUCE_ON_PLATEAU,
+    }
+    setting = next((name for name, is_set in settings.items() if is_set), None)
+    if setting is None:
+        return
+    if held_out is None:
+        raise InputError(
+            f"RECIPE, trainer: {setting}, and no source has held-out documents to go by: give one a split "
+            "`validation`, or a larger `held_out`."
+        )
+    if training_arguments.eval_strategy == IntervalStrategy.NO:
+        raise InputError(f"RECIPE, trainer: {setting} goes by an evaluation, and eval_strategy = 'no': there is none.")
+    sources = list(held_out) if isinstance(held_out, dict) else []
+    metric = str(training_arguments.metric_for_best_model)
+    # the Trainer's own loss with smoothed labels is no model's
+    figures = evaluation_figures(config, has_modality_losses=not training_arguments.label_smoothing_factor)
+    known = [f"{source}_{figure}" for source in sources for figure in figures] if sources else figures
+    if metric.removeprefix("eval_") not in known:
+        why = "each source has figures of its own" if sources else "no evaluation gives it"
+        raise InputError(
+            f"RECIPE, trainer: {setting} goes by metric_for_best_model = {metric!r}, but {why}: "
+            f"name one, such as 'eval_{known[0]}'."
+        )
+
+
 def _as_numbers(values: Mapping[Any, torch.Tensor | float]) -> dict[Any, float]:
     """Return scalars as numbers, with one device sync for all of a device and a type."""
     numbers, alike = {}, defaultdict(dict)
@@ -197,4 +261,4 @@ def _as_numbers(values: Mapping[Any, torch.Tensor | float]) -> dict[Any, float]:
     return numbers
 
 
-__all__ = ["MomaMetricsCallback"]
+__all__ = ["MomaMetricsCallback", "check_best_metric", "evaluation_figures"]

@@ -12,6 +12,7 @@ import torch
 from transformers import TrainingArguments, get_scheduler, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import IntervalStrategy
+from transformers.utils import logging
 
 from tokenization import MomaDataCollator, MomaProcessor
 from tokenization.text_tokenizer_moma import IMAGE
@@ -19,7 +20,7 @@ from tokenization.text_tokenizer_moma import IMAGE
 from ..configuration_moma import MomaConfig
 from ..data.documents import CaptionDocuments, TokenDocuments, TokenFolder
 from ..data.examples import check_layout, check_positions, held_out_sets
-from ..data.kinds import CaptionKind
+from ..data.kinds.audio import AudioDocuments
 from ..data.packing import PackedCollator, PackedExamples
 from ..data.sources import VALIDATION, Source
 from ..data.stream import DocumentExamples
@@ -36,7 +37,7 @@ from .code_embeddings import initialize_code_embeddings
 from .code_noise import CodeNoise
 from .fingerprints import Facts, RunFingerprint, check_output, check_same_data, finished_at, run_facts
 from .freezing import freeze_groups
-from .metrics_callback import MomaMetricsCallback
+from .metrics_callback import MomaMetricsCallback, check_best_metric
 from .muon import MUON
 from .output_lock import sole_run
 from .recipe import DataFields, Recipe, SampleFields
@@ -57,6 +58,8 @@ from .throughput_callback import FeedingCallback
 
 if TYPE_CHECKING:
     from peft import PeftModel
+
+logger = logging.get_logger(__name__)
 
 
 # the schedule of the learning rate where a recipe names none
@@ -142,7 +145,22 @@ def starting_config(
     # constructed again, since fields that from_pretrained overrides are not checked
     config = MomaConfig.from_dict({**config.to_dict(), **noise})
     check_layout(config, processor.token_layout())
+    _warn_of_unread_fields(folder, config, recipe)
     return config
+
+
+def _warn_of_unread_fields(folder: str, config: MomaConfig, recipe: Recipe) -> None:
+    """Tell of fields of a recipe's section `model` that are not those of the saved model."""
+    fields = config.to_dict()
+    named = {name: value for name, value in recipe.model.items() if name in MomaConfig.__annotations__}
+    different = [name for name, value in named.items() if fields.get(name) != value]
+    if different:
+        name, *more = different
+        others = f", and so do {', '.join(more)}" if more else ""
+        logger.warning_once(
+            f"RECIPE, model: {name} = {named[name]!r} is not read beside `--model` {folder!r}, whose own "
+            f"{fields.get(name)!r} stays{others}. What is no size can be changed in its config.json."
+        )
 
 
 def build_model(
@@ -278,11 +296,11 @@ def training_stream(
         )
     tokenized = {source.name: source.kind for source in tokens.sources()}
     for entry in documents:
-        if not isinstance(entry, CaptionDocuments):
+        if not isinstance(entry, CaptionDocuments | AudioDocuments):
             continue
         kind = tokenized[entry.name]
-        # captions that were tokenized were looked at then
-        if not isinstance(kind, CaptionKind) or kind.templates() != entry.kind.templates():
+        # texts that were tokenized were looked at then
+        if not isinstance(kind, type(entry.kind)) or kind.templates() != entry.kind.templates():
             entry.check_texts(length)
     if not packed:
         return DocumentExamples(documents, weights, num_examples, seed)
@@ -329,8 +347,7 @@ def build_trainer(args: argparse.Namespace, parts: RunParts | None = None) -> St
     # `source_ids` are counted, and then left out by the trainer itself
     training_arguments.remove_unused_columns = False
     held_out = held_out_sets(tokens, sources, args.eval_examples)
-    if training_arguments.load_best_model_at_end:
-        check_best_metric(training_arguments, config, held_out)
+    check_best_metric(training_arguments, config, held_out)
     if held_out is None:
         training_arguments.eval_strategy, training_arguments.eval_on_start = IntervalStrategy.NO, False
     weights = {source.name: source.weight for source in sources}
@@ -338,7 +355,7 @@ def build_trainer(args: argparse.Namespace, parts: RunParts | None = None) -> St
     feeding = FeedingCallback(weights, stream.epochs, examples_a_step(training_arguments), is_packed)
     metrics, fingerprint = MomaMetricsCallback(averages_eval_loss=True), RunFingerprint(parts.facts)
     samples = sample_callback(args.recipe.samples, tokens, sources, metrics)
-    callbacks = [metrics, feeding, fingerprint, FollowArguments(), *samples]
+    callbacks = [metrics, feeding, fingerprint, FollowArguments(parts.first_step), *samples]
     if args.stop_at:
         callbacks.append(StopAt(args.stop_at))
     try:
@@ -364,41 +381,6 @@ def build_trainer(args: argparse.Namespace, parts: RunParts | None = None) -> St
     if share := code_noise(args.recipe.data):
         trainer.noise = CodeNoise(share, *processor.frames[IMAGE].bounds)
     return trainer
-
-
-def check_best_metric(training_arguments: TrainingArguments, config: MomaConfig, held_out: Any) -> None:
-    """Raise where the best model is to be chosen by a figure that no evaluation gives.
-
-    Args:
-        training_arguments (`TrainingArguments`):
-            of a training with `load_best_model_at_end`.
-        config (`MomaConfig`):
-            of the model.
-        held_out (`Any`):
-            what is evaluated, by source where there are several; `None` where there is nothing.
-
-    Raises:
-        ValueError: names the figure, or there is nothing to evaluate.
-    """
-    if held_out is None:
-        raise InputError(
-            "RECIPE, trainer: load_best_model_at_end = True, and no source has held-out documents to tell the best "
-            "by: give one a split `validation`, or a larger `held_out`."
-        )
-    sources = list(held_out) if isinstance(held_out, dict) else []
-    metric = str(training_arguments.metric_for_best_model)
-    # see `MomaMetricsCallback`
-    figures = ["loss", *(f"{name}_{figure}" for name in config.modalities for figure in ("loss", "depth_load"))]
-    figures += [
-        f"{name}_{load}" for name in config.expert_groups for load in ("uncovered", "covered_twice", "peak_load")
-    ]
-    known = [f"{source}_{figure}" for source in sources for figure in figures] if sources else figures
-    if metric.removeprefix("eval_") not in known:
-        why = "each source has figures of its own" if sources else "no evaluation gives it"
-        raise InputError(
-            f"RECIPE, trainer: load_best_model_at_end goes by metric_for_best_model = {metric!r}, but {why}: "
-            f"name one, such as 'eval_{known[0]}'."
-        )
 
 
 def resumed_checkpoint(output: str, resume: bool) -> tuple[str | None, int]:
@@ -432,6 +414,11 @@ def _train_and_save(args: argparse.Namespace, parts: RunParts) -> None:
         if is_first:
             print(f"{args.output}: this run has taken {done} of {wanted} steps and is finished; nothing is changed.")
         return
+    if done is not None and checkpoint is None and args.resume:
+        raise InputError(
+            f"`--output` {args.output!r} is finished at step {done} and has no checkpoint from which it could go on "
+            f"to step {wanted}: another `--output`, with `--model {args.output} --restart-data`, trains its model on."
+        )
     if taken > wanted:
         raise InputError(
             f"`--output` {args.output!r} has taken {taken} steps already, more than the {wanted} of `--steps` and "
@@ -451,7 +438,7 @@ def _train_and_save(args: argparse.Namespace, parts: RunParts) -> None:
         "arguments": {**vars(args), "recipe": args.recipe_file},
     }
     if trainer.is_world_process_zero():
-        write_aside(output / RUN_FILE, lambda path: path.write_text(json.dumps(run, indent=2) + "\n"))
+        write_aside(output / RUN_FILE, lambda path: path.write_text(json.dumps(run, indent=2, default=str) + "\n"))
     if checkpoint is None and trainer.first_step:
         # restores the position in the data
         checkpoint = args.model

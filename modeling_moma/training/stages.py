@@ -15,6 +15,7 @@ import torch.distributed.checkpoint as dcp
 from accelerate.data_loader import BatchSamplerShard
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
@@ -56,12 +57,31 @@ class StopAt(TrainerCallback):
         return control
 
 
-class FollowArguments(TrainerCallback):
-    """Log, evaluate and save as often as the arguments say; a restored state says how often its first run did."""
+class FollowArguments(TrainerCallback, ExportableState):
+    """Log, evaluate, save and choose the best model as the arguments say; a restored state goes by its own run's.
 
-    def on_train_begin(self, args, state, control, **kwargs):
-        """Put the intervals of the arguments into the state."""
+    Args:
+        first_step (`int`, *optional*, defaults to `0`):
+            steps of an earlier stage, whose evaluations are not this one's.
+    """
+
+    def __init__(self, first_step: int = 0):
+        self.first_step = first_step
+        self.chosen_by: list[Any] | None = None
+
+    def state(self) -> dict[str, Any]:
+        """Return what `Trainer` saves of it."""
+        return {"args": {"first_step": self.first_step}, "attributes": {"chosen_by": self.chosen_by}}
+
+    def on_train_begin(self, args, state: Any, control, **kwargs):
+        """Put the intervals of the arguments into the state, and forget a best model that others have chosen."""
         state.compute_steps(args, state.max_steps)
+        name = type(self).__name__
+        before = state.stateful_callbacks.get(name, {}).get("attributes", {}).get("chosen_by")
+        self.chosen_by = [args.metric_for_best_model, args.greater_is_better]
+        if state.global_step <= self.first_step or before not in (None, self.chosen_by):
+            state.best_metric = state.best_global_step = state.best_model_checkpoint = None
+        state.stateful_callbacks[name] = self.state()
 
 
 class ResumedTrainer(Trainer):
@@ -88,7 +108,13 @@ class ResumedTrainer(Trainer):
         # the other steps do not wait for the device
         if self.control.should_log or self.control.should_evaluate or self.control.should_save:
             self._check_finite(tr_loss, grad_norm)
-        super()._maybe_log_save_evaluate(tr_loss, grad_norm, *args, **kwargs)
+        try:
+            super()._maybe_log_save_evaluate(tr_loss, grad_norm, *args, **kwargs)
+        except KeyError as error:
+            # as of a modality that a source does not have
+            if "metric_for_best_model" in str(error):
+                raise InputError(one_line(error.args[0])) from error
+            raise
 
     def _check_finite(self, tr_loss: torch.Tensor, grad_norm: torch.Tensor | float | None) -> None:
         """Raise, on all processes alike, where the loss since the last log or the gradients' norm is not finite."""

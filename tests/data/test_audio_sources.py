@@ -19,6 +19,8 @@ from modeling_moma.data.reports import write_manifest
 from modeling_moma.data.sources import read_sources, source_texts
 from modeling_moma.data.stream import DocumentExamples
 from modeling_moma.data.workers import run_tasks
+from modeling_moma.training.pretraining import training_stream
+from modeling_moma.training.recipe import DataFields
 from tokenization import MomaProcessor
 
 
@@ -79,6 +81,24 @@ def test_sounds_with_texts_go_from_the_recipe_to_the_stream(folder, processor, t
     for example in (stream[place] for place in range(8)):
         assert example["input_ids"] in heard + said
     assert DocumentExamples([documents], [1.0], 8, 0)[3] == stream[3]
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_other_texts_than_the_tokenized_ones_have_to_fit(folder, processor, tmp_path, caplog, packed):
+    write_sounds(tmp_path / "words.parquet", [{"bytes": as_file(sound), "path": None} for sound in sounds()])
+    source = {"data": str(tmp_path / "words.parquet"), "audio": "audio", "text": "{word}", "held_out": 0}
+    tokenize({"words": source}, folder, tmp_path / "tokens")
+    tokens = TokenFolder(tmp_path / "tokens", processor)
+
+    def stream(text, length=64):
+        sources = read_sources({"words": {**source, "text": text}})
+        return training_stream(DataFields(length, packed=packed), tokens, sources, 4, seed=0)
+
+    with pytest.raises(ValueError, match="'words', row 0: a text of the recipe has .* with its sound, over 64"):
+        stream("{word} " + "of many more words than there were " * 3)
+    assert len(stream("{word} " + "of many more words than there were " * 3, length=160)) == 4
+    stream("{word} again")
+    assert not caplog.records
 
 
 def test_only_one_order_where_the_recipe_says_so(folder, processor, tmp_path):

@@ -293,7 +293,7 @@ def test_other_captions_than_the_tokenized_ones_have_to_fit(tagged, tmp_path, ca
         sources = read_sources({"mine": {"held_out": 0.0, **fields, "text": text}})
         return training_stream(DataFields(length + longer), tokens, sources, 10, seed=0)
 
-    with pytest.raises(ValueError, match="'mine', row 0: a caption of the recipe has .* over .*Tokenize anew"):
+    with pytest.raises(ValueError, match="'mine', row 0: a text of the recipe has .* over .*Tokenize anew"):
         stream("{text} of some more words than there were")
     stream("{text} of some more words than there were", longer=100)
     assert not caplog.records

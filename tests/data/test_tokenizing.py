@@ -454,6 +454,9 @@ def test_other_settings_do_not_mix_into_a_folder(processor, many, tmp_path):
     other = {"many": {**many["many"], "codings": 3}}
     with pytest.raises(ValueError, match="begun with another sources: many: codings: 2 then, 3 now"):
         tokenize(other, processor, tmp_path, rows_per_shard=128)
+    weighed = {"many": {**many["many"], "image_first": 0.25}}
+    with pytest.raises(ValueError, match="many: image_first: 0.5 then, 0.25 now. `moma pretrain` reads it from its"):
+        tokenize(weighed, processor, tmp_path, rows_per_shard=128)
     with pytest.raises(ValueError, match="begun with another splits: many: train: rows_per_shard: 128 then, 256 now"):
         tokenize(many, processor, tmp_path, rows_per_shard=256)
     other_processor = tiny_processor(codes=16)

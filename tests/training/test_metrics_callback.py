@@ -14,6 +14,7 @@ from modeling_moma import (
 )
 from modeling_moma.configuration_moma import rule_names
 from modeling_moma.routing_moma import MomaRouter
+from modeling_moma.training.metrics_callback import check_best_metric, evaluation_figures
 from tokenization import MomaDataCollator
 
 
@@ -297,3 +298,71 @@ def test_steps_with_a_static_cache_are_not_counted(processor):
         model.generate(ids, max_new_tokens=max_new_tokens, do_sample=False, cache_implementation="static")
         averages.append(callback._averages(training=False))
     assert averages[0] == averages[1] != {}
+
+
+def choosing(tmp_path, eval_strategy="steps", **fields):
+    return TrainingArguments(
+        str(tmp_path), use_cpu=True, report_to=[], eval_strategy=eval_strategy, eval_steps=2, **fields
+    )
+
+
+BEST = {"load_best_model_at_end": True, "save_strategy": "steps", "save_steps": 2}
+
+
+@pytest.mark.parametrize(
+    "fields, sets, message",
+    [
+        (
+            {"lr_scheduler_type": "reduce_lr_on_plateau"},
+            {"a": 1, "b": 2},
+            "reduce_lr_on_plateau' goes by .*'eval_a_loss'",
+        ),
+        ({"save_strategy": "best", "metric_for_best_model": "loss"}, {"a": 1}, "save_strategy = 'best' goes by"),
+        (
+            {"save_strategy": "best", "metric_for_best_model": "loss"},
+            None,
+            "save_strategy = 'best', and no source has",
+        ),
+        ({"lr_scheduler_type": "reduce_lr_on_plateau"}, None, "reduce_lr_on_plateau', and no source has"),
+        (
+            {"save_strategy": "best", "metric_for_best_model": "loss", "eval_strategy": "no"},
+            [1],
+            "goes by an evaluation, and",
+        ),
+        ({**BEST, "metric_for_best_model": "text_depth_load"}, [1], "'text_depth_load', but no evaluation gives it"),
+        ({**BEST, "metric_for_best_model": "text_peak_load"}, [1], "'text_peak_load', but no evaluation gives it"),
+        ({**BEST, "metric_for_best_model": "text_loss", "label_smoothing_factor": 0.1}, [1], "'text_loss', but no ev"),
+    ],
+)
+def test_figures_that_no_evaluation_gives_are_refused(tmp_path, fields, sets, message):
+    config = tiny_model(tiny_processor(), num_experts={"text": 1, "image": 2}).config
+    with pytest.raises(ValueError, match=message):
+        check_best_metric(choosing(tmp_path, **fields), config, sets)
+
+
+@pytest.mark.parametrize(
+    "fields, sets",
+    [
+        ({}, None),
+        ({**BEST}, [1]),
+        ({**BEST, "metric_for_best_model": "eval_image_peak_load"}, [1]),
+        ({**BEST, "label_smoothing_factor": 0.1}, [1]),
+        ({"save_strategy": "best", "metric_for_best_model": "eval_a_text_loss"}, {"a": 1}),
+        ({"lr_scheduler_type": "reduce_lr_on_plateau"}, [1]),
+    ],
+)
+def test_figures_that_evaluations_give_are_taken(tmp_path, fields, sets):
+    config = tiny_model(tiny_processor(), num_experts={"text": 1, "image": 2}).config
+    check_best_metric(choosing(tmp_path, **fields), config, sets)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{}, {"depth_layers": [0]}, {"num_experts": {"text": 1, "image": 2}}, {"num_experts": 4}, {"num_experts": 1}],
+)
+def test_named_figures_are_those_that_an_evaluation_gives(processor, tmp_path, fields):
+    trainer = make_trainer(processor, make_examples(processor), tmp_path, **fields)
+    trainer.train()
+    given = {name for log in trainer.state.log_history for name in log if name.startswith("eval_")}
+    given -= {f"eval_{name}" for name in ("runtime", "samples_per_second", "steps_per_second")}
+    assert given == {f"eval_{name}" for name in evaluation_figures(trainer.model.config)}

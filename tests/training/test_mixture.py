@@ -127,6 +127,15 @@ def test_best_model_of_several_sources_goes_by_a_loss_that_there_is(inputs, tmp_
     assert trainer(metric_for_best_model="photos_loss").args.metric_for_best_model == "photos_loss"
 
 
+def test_a_loss_of_a_modality_that_a_source_does_not_have_is_named(inputs, tmp_path):
+    recipe = yaml.safe_load((inputs / "data" / "recipe.yaml").read_text())
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "lines_image_loss"}
+    recipe["trainer"] |= {**best, "max_steps": 1, "eval_steps": 1, "save_steps": 1, "eval_on_start": False}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    with pytest.raises(InputError, match="metric_for_best_model.*'eval_lines_image_loss'.*eval_photos_image_loss"):
+        pretrain.main([str(tmp_path / "recipe.yaml"), *arguments(inputs, tmp_path / "out")[1:]])
+
+
 def test_a_best_model_needs_held_out_documents(tmp_path):
     tiny_processor().save_pretrained(tmp_path / "processor")
     (tmp_path / "lines.txt").write_text("green apple\n" * 10)

@@ -289,6 +289,85 @@ def test_upcycled_model_has_a_fresh_optimizer_and_a_whole_schedule(stages):
     assert stages.continued.last_rate == pytest.approx(0.02 * 1.5e-3)
 
 
+def best_of(run):
+    """The best figure of a run's own evaluations, its step, and the state's."""
+    own = [(log["eval_loss"], log["step"]) for log in run.history if "eval_loss" in log and log["step"] > 4]
+    state = json.loads((run.output / "trainer_state.json").read_text())
+    return min(own), (state["best_metric"], state["best_global_step"])
+
+
+@pytest.mark.parametrize("more", [(), ("--save-total-limit", "1")], ids=["all kept", "one kept"])
+def test_a_stage_chooses_the_best_of_its_own_models(inputs, tmp_path, more):
+    recipe = json.loads((inputs / "seed.json").read_text())
+    # a figure of the stage before that no loss comes near
+    by_load = {"load_best_model_at_end": True, "metric_for_best_model": "eval_text_loss", "greater_is_better": True}
+    (tmp_path / "seed.json").write_text(json.dumps({**recipe, "trainer": by_load}))
+    often = ("--eval-steps", "2", "--save-steps", "2")
+    run(inputs, tmp_path / "seed", "--stop-at", "4", *often, start=(tmp_path / "seed.json",))
+    upcycle.main(["--model", str(tmp_path / "seed"), "--to", "2t2i", "--output", str(tmp_path / "grown")])
+    (tmp_path / "next.json").write_text(json.dumps({"trainer": {"load_best_model_at_end": True}}))
+    start = (tmp_path / "next.json", "--model", tmp_path / "grown")
+    second = run(inputs, tmp_path / "second", *often, *more, start=start)
+    own, state = best_of(second)
+    assert state == own and own[1] in (6, 8)
+    kept = {path.name for path in second.output.glob("checkpoint-*")}
+    assert f"checkpoint-{own[1]}" in kept and kept <= {"checkpoint-6", "checkpoint-8"}
+    best, mine = (load_file(f / "model.safetensors") for f in (second.output / f"checkpoint-{own[1]}", second.output))
+    assert all(torch.equal(tensor, best[name]) for name, tensor in mine.items())
+
+
+def test_a_resumed_run_that_chooses_by_another_figure_forgets_the_best(inputs, tmp_path):
+    recipe = json.loads((inputs / "seed.json").read_text())
+    often = ("--eval-steps", "2", "--save-steps", "2")
+
+    def start(name, **fields):
+        trainer = {"load_best_model_at_end": True, **fields}
+        (tmp_path / name).write_text(json.dumps({**recipe, "trainer": trainer}))
+        return (tmp_path / name,)
+
+    by_load = start("load.json", metric_for_best_model="eval_text_loss", greater_is_better=False)
+    run(inputs, tmp_path / "out", "--stop-at", "4", *often, start=by_load)
+    state = json.loads((tmp_path / "out" / "trainer_state.json").read_text())
+    assert state["best_global_step"] in (2, 4)
+    greatest = start("greatest.json", metric_for_best_model="eval_loss", greater_is_better=True)
+    resumed = run(inputs, tmp_path / "out", "--resume", *often, start=greatest)
+    own = [(log["eval_loss"], log["step"]) for log in resumed.history if "eval_loss" in log and log["step"] > 4]
+    state = json.loads((tmp_path / "out" / "trainer_state.json").read_text())
+    assert (state["best_metric"], state["best_global_step"]) == max(own)
+
+
+def test_a_finished_run_without_a_checkpoint_is_not_begun_again(stages, inputs, tmp_path):
+    output = tmp_path / "out"
+    shutil.copytree(stages.whole.output, output, ignore=shutil.ignore_patterns("checkpoint-*"))
+    before = {path.name: path.read_bytes() for path in output.iterdir() if path.is_file()}
+    with pytest.raises(InputError, match="finished at step 8 and has no checkpoint.*step 10.*--restart-data"):
+        main(arguments(inputs, output, "--resume", "--steps", "10", start=(inputs / "seed.json",)))
+    assert {path.name: path.read_bytes() for path in output.iterdir() if path.is_file()} == before
+
+
+def test_fields_of_a_recipes_model_that_are_not_read_are_named(stages, inputs, tmp_path, caplog):
+    model = {**TRAINED, "num_experts": {"text": 1, "image": 1}, "z_loss_coef": 0.1}
+    recipe = tmp_path / "recipe.json"
+    recipe.write_text(json.dumps({"model": {**model, "modality_loss_weights": {"text": 50.0}}}))
+    given = arguments(inputs, tmp_path / "out", start=(recipe, "--model", stages.whole.output, "--restart-data"))
+    trainer = build_trainer(parse_arguments(given))
+    (said,) = [text for text in caplog.messages if text.startswith("RECIPE, model")]
+    assert "z_loss_coef = 0.1 is not read beside `--model`" in said
+    assert "own 1e-05 stays, and so do modality_loss_weights. " in said
+    assert trainer.model.config.z_loss_coef == 1e-5
+    caplog.clear()
+    same = arguments(inputs, tmp_path / "out", start=(inputs / "seed.json", "--model", stages.whole.output))
+    build_trainer(parse_arguments([*same, "--restart-data"]))
+    assert not [text for text in caplog.messages if text.startswith("RECIPE, model")]
+
+
+def test_a_date_in_a_recipe_is_recorded(inputs, tmp_path):
+    recipe = json.loads((inputs / "seed.json").read_text())
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe)[:-1] + ', "trainer": {"run_name": 2026-11-30}}')
+    main(arguments(inputs, tmp_path / "out", "--steps", "1", start=(tmp_path / "recipe.yaml",)))
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["arguments"]["trainer"]["run_name"] == "2026-11-30"
+
+
 def test_upcycled_model_is_evaluated_as_its_own_arguments_say(stages):
     steps = [log["step"] for log in stages.continued.history if "eval_loss" in log]
     # the seed's at 0, where it begins, and every second step; not every eighth as its seed

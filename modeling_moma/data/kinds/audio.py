@@ -15,7 +15,7 @@ from ..shard import Shard
 from ..shards import ShardTable
 from ..templates import Template
 from ..token_documents import HeldOutPairs
-from .base import SourceKind, source_kind
+from .base import SourceKind, check_changed_texts, source_kind
 
 
 @source_kind
@@ -49,6 +49,10 @@ class AudioKind(SourceKind):
 
     def stored_columns(self) -> list[str]:
         return list(Template(self.text).columns)
+
+    def templates(self) -> list[Template]:
+        """Return the one of its text."""
+        return [Template(self.text)]
 
     def row_texts(self, row: dict[str, Any]) -> Iterator[str]:
         yield from Template(self.text).texts(row)
@@ -122,10 +126,29 @@ class AudioDocuments:
     def lengths(self) -> None:
         """Return nothing: each example of a row has a text of its own."""
 
+    def _columns(self, row: int) -> Mapping[str, Any]:
+        return {name: self.table.value(name, row) for name in self.names}
+
     def _ids(self, row: int, audio_first: bool, rng: np.random.Generator | None = None) -> list[int]:
-        columns: Mapping[str, Any] = {name: self.table.value(name, row) for name in self.names}
+        columns = self._columns(row)
         text = self.template.render(columns) if rng is None else self.template.render(columns, rng)
         return self.encoder.pair("audio", text, self.table.numbers("codes", row), audio_first)
+
+    def check_texts(self, longest: int) -> None:
+        """Check texts that are others than those tokenized, see [`check_changed_texts`].
+
+        Args:
+            longest (`int`):
+                most tokens of a text with its sound.
+
+        Raises:
+            ValueError: names a row whose text is longer.
+        """
+        rows = (
+            (int(self.table.value("row", row)), self.template.is_full(self._columns(row)), len(self._ids(row, True)))
+            for row in range(len(self))
+        )
+        check_changed_texts(self.name, "sound", rows, self.template.columns, longest)
 
     def held_out(self, rows: Sequence[int] | None = None) -> HeldOutPairs:
         """Both orders of every sound; all sounds first come before the rest."""

@@ -3,10 +3,11 @@
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, ClassVar, Self, TypeVar
 
 from datasets import Features, List, Value
+from transformers.utils import logging
 
 from ...errors_moma import InputError
 from ...utils.fields import read_fields, refuse_unknown, with_former_names, with_new_names
@@ -14,6 +15,9 @@ from ..encoding import DocumentEncoder
 from ..shard import Shard
 from ..shards import ShardTable
 from ..token_documents import Documents, TokenDocuments
+
+
+logger = logging.get_logger(__name__)
 
 
 class SourceKind(ABC):
@@ -191,8 +195,45 @@ def read_kind(source: str, fields: dict[str, Any], common: Sequence[str] = (), i
     return kind.from_fields(where, fields)
 
 
+def check_changed_texts(
+    source: str, item: str, rows: Iterable[tuple[int, bool, int]], columns: Sequence[str], longest: int
+) -> None:
+    """Warn of rows without a text, and raise where one is too long, as only a tokenization leaves rows out.
+
+    Args:
+        source (`str`):
+            its name.
+        item (`str`):
+            what the texts are about, as `"image"`.
+        rows (`Iterable[tuple[int, bool, int]]`):
+            of each row its number, whether its columns hold something, and the tokens of its longest document.
+        columns (`Sequence[str]`):
+            those that must hold something.
+        longest (`int`):
+            most tokens of a document.
+
+    Raises:
+        ValueError: names the row.
+    """
+    num_rows = num_empty = 0
+    for number, is_full, length in rows:
+        num_rows, num_empty = num_rows + 1, num_empty + (not is_full)
+        if length > longest:
+            raise InputError(
+                f"sources: {source!r}, row {number}: a text of the recipe has {length} tokens with its {item}, over "
+                f"{longest}; those that were tokenized were others. Tokenize anew, which leaves such rows out, or "
+                "take a longer `sequence_length`."
+            )
+    if num_empty:
+        logger.warning(
+            f"sources: {source!r}: {num_empty} of {num_rows} rows hold nothing in a column of {list(columns)}, their "
+            "texts being others than those that were tokenized: they are trained on all the same. Tokenizing anew "
+            "leaves them out."
+        )
+
+
 def _as_json(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-__all__ = ["KINDS", "SourceKind", "read_kind", "source_kind"]
+__all__ = ["KINDS", "SourceKind", "check_changed_texts", "read_kind", "source_kind"]

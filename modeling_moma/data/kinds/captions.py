@@ -9,11 +9,9 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 from datasets import Features, List, Value
-from transformers.utils import logging
 
 from tokenization.augmentation_moma import NUM_DRAWS, augment_images
 
-from ...errors_moma import InputError
 from ...utils.fields import Count, FormerName, Share
 from ...utils.hardware import supports_bf16
 from ..encoding import DocumentEncoder
@@ -22,13 +20,11 @@ from ..shard import BATCH, Shard
 from ..shards import ShardTable
 from ..templates import Template
 from ..token_documents import HeldOutPairs
-from .base import SourceKind, source_kind
+from .base import SourceKind, check_changed_texts, source_kind
 
 
 # random numbers that are passed over at once
 _SKIPPED_DRAWS = 1 << 22
-
-logger = logging.get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -294,32 +290,25 @@ class CaptionDocuments:
         return drawn, drawn.render(columns) if text is None else text
 
     def check_texts(self, longest: int) -> None:
-        """Warn of rows without a caption, and raise where one is too long, as only a tokenization leaves rows out.
+        """Check captions that are others than those tokenized, see [`check_changed_texts`].
 
         Args:
             longest (`int`):
                 most tokens of a caption with its image.
 
         Raises:
-            ValueError: names the row.
+            ValueError: names a row whose caption is longer.
         """
-        num_empty = 0
-        for row in range(len(self)):
-            columns = self._columns(row)
-            num_empty += not self._text.is_full(columns)
-            length = max(self.kind.caption_lengths(columns, self.encoder), default=0)
-            if length > longest:
-                raise InputError(
-                    f"sources: {self.name!r}, row {self.row_number(row)}: a caption of the recipe has {length} tokens "
-                    f"with its image, over {longest}; those that were tokenized were others. Tokenize anew, which "
-                    "leaves such rows out, or take a longer `sequence_length`."
-                )
-        if num_empty:
-            logger.warning(
-                f"sources: {self.name!r}: {num_empty} of {len(self)} rows hold nothing in a column of "
-                f"{self._text.columns}, their captions being others than those that were tokenized: they are trained "
-                "on all the same. Tokenizing anew leaves them out."
+        columns = map(self._columns, range(len(self)))
+        rows = (
+            (
+                self.row_number(row),
+                self._text.is_full(values),
+                max(self.kind.caption_lengths(values, self.encoder), default=0),
             )
+            for row, values in enumerate(columns)
+        )
+        check_changed_texts(self.name, "image", rows, self._text.columns, longest)
 
     def caption(self, row: int) -> str:
         """Return the caption of a row by the first template."""
