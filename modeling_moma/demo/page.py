@@ -2,8 +2,11 @@
 """The page, and the server that shows it."""
 
 import socket
+from pathlib import Path
+from typing import Any
 
 import gradio as gr
+from gradio_client.utils import is_http_url_like
 
 from ..errors_moma import InputError
 from .inputs import MOST_BYTES, Examples
@@ -53,8 +56,22 @@ def build_page(studio: Studio, examples: Examples | None = None) -> gr.Blocks:
             interleaved_tab(studio)
         with gr.Tab("Routing"):
             routing_tab(studio, examples)
+    for block in page.blocks.values():
+        _refuse_addresses(block)
     # otherwise requests to Gradio's own API pass by the queue
     return page.queue(max_size=MOST_WAITING, api_open=False)
+
+
+def _refuse_addresses(block: Any) -> None:
+    """Have a part of the page take uploads alone: Gradio would download what a request names, of any size."""
+    move = block.async_move_resource_to_block_cache
+
+    async def move_upload(path: str | Path | None) -> str | None:
+        if is_http_url_like(path):
+            raise gr.Error("This file was not uploaded to this page.")
+        return await move(path)
+
+    block.async_move_resource_to_block_cache = move_upload
 
 
 def free_port() -> int:

@@ -38,6 +38,8 @@ MOST_WORDS = 32
 MOST_CODES = 256
 # images that a search shows
 MOST_FOUND = 12
+# longest side in pixels that it sends of each
+LARGEST_SHOWN = 320
 # logits are divided by it, and would become infinite, or all alike
 MIN_TEMPERATURE, MOST_TEMPERATURE = 1e-3, 100.0
 # number of views of an image while it is drawn
@@ -115,7 +117,11 @@ class Studio:
             raise InputError("This page has no folder of images to search.")
         with self._lock:
             found = self.coded.search(words, self.labeler, MOST_FOUND)
-        return self.coded.images(found)
+        shown = self.coded.images(found)
+        for image, _ in shown:
+            # a page that shows small images need not send large ones
+            image.thumbnail((LARGEST_SHOWN, LARGEST_SHOWN))
+        return shown
 
     @property
     def sampling_rate(self) -> int | None:

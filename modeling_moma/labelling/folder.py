@@ -278,7 +278,7 @@ def write_table(output: str, entries: Sequence[Label | Found], rows: Sequence[di
     """
 
     def write(path: Path) -> None:
-        if output.lower().endswith(".json"):
+        if Path(output).suffix.lower() == ".json":
             content = [asdict(entry) for entry in entries]
             # in escapes a path keeps bytes that are no text
             path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

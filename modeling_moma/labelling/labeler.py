@@ -61,6 +61,7 @@ class CaptionForm:
     def __post_init__(self):
         """Leave out spaces that words bring along: captions do not have two."""
         for name in ("name_prompt", "tag_prompt"):
+            check_utf8(f"`{name}`", getattr(self, name))
             object.__setattr__(self, name, getattr(self, name).rstrip(" "))
 
 
@@ -292,7 +293,11 @@ class ImageLabeler:
         """Return the tokens of words that do not go on with the word before them, and the end of a document."""
         tokenizer = self.processor.tokenizer
         special = set(tokenizer.all_special_ids)
-        texts = {token: tokenizer.decode([token]) for token in range(len(tokenizer)) if token not in special}
+        # behind a word, since some decoders leave out the space at the beginning of a text
+        word = self._encoder.text_ids("x")
+        begin = len(tokenizer.decode(word))
+        tokens = [token for token in range(len(tokenizer)) if token not in special]
+        texts = {token: tokenizer.decode([*word, token])[begin:] for token in tokens}
         # of a letter of several bytes the first one alone decodes to this
         within = "\ufffd"
         ends = (token for token, text in texts.items() if text and not text[0].isalnum() and text[0] != within)

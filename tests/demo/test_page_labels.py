@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Names, tags and search on the page, through the page's own server."""
 
+import asyncio
+
 import httpx
 import pytest
 
@@ -10,6 +12,7 @@ from helpers.tiny import noise_images, tiny_model, tiny_processor
 
 pytest.importorskip("gradio", reason="`pip install 'modeling-moma[demo]'` is missing")
 
+import gradio as gr  # noqa: E402
 from gradio_client import Client, handle_file  # noqa: E402
 from gradio_client.exceptions import AppError  # noqa: E402
 
@@ -86,6 +89,26 @@ def test_words_that_cannot_be_looked_for_are_told(client, words, told):
 def test_an_upload_that_is_no_image_is_told(client, icons):
     with pytest.raises(AppError, match="not an image that can be read"):
         client.predict(handle_file(str(icons / "notes.txt")), api_name="/label")
+
+
+def test_an_address_in_place_of_an_upload_is_not_fetched(studio):
+    page = build_page(studio)
+    for block in page.blocks.values():
+        with pytest.raises(gr.Error, match="not uploaded"):
+            asyncio.run(block.async_move_resource_to_block_cache("http://192.0.2.1/an.png"))
+    page.close()
+
+
+def test_an_address_in_a_request_is_told(client):
+    with pytest.raises(AppError, match="not uploaded"):
+        client.predict({"path": "http://192.0.2.1/an.png", "meta": {"_type": "gradio.FileData"}}, api_name="/label")
+
+
+def test_found_images_are_sent_small(tmp_path):
+    noise_images(1, 64)[0].resize((1500, 1000)).save(tmp_path / "large.png")
+    processor = caption_processor()
+    ((image, name),) = Studio(caption_model(processor), processor, "tiny", library=str(tmp_path)).find("red apple")
+    assert name == "large.png" and image.size == (320, 213)
 
 
 def test_a_page_without_a_folder_has_no_search():

@@ -95,6 +95,15 @@ def test_images_of_every_mode_and_shape_are_labelled(model, tmp_path, mode, size
     assert entry["tags"] == []
 
 
+def test_the_ending_of_a_table_says_what_is_written(model, tmp_path):
+    (tmp_path / "icons").mkdir()
+    noise_images(1)[0].save(tmp_path / "icons" / "icon.png")
+    given = ("label", tmp_path / "icons", "--model", model, "--tags", 0, "--output")
+    assert moma_command(*given, f"{tmp_path}/labels.JSON/") == 0
+    (entry,) = json.loads((tmp_path / "labels.JSON").read_text())
+    assert entry["file"] == "icon.png"
+
+
 def test_names_of_files_that_are_no_text_and_links_in_circles(model, tmp_path, capfd):
     folder = tmp_path / "icons"
     folder.mkdir()

@@ -6,12 +6,15 @@ import re
 
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
 
 from helpers.captions import IMAGES, caption_model, caption_processor
 from helpers.tiny import noise_images, tiny_model
 from modeling_moma.data.encoding import DocumentEncoder
 from modeling_moma.errors_moma import InputError
 from modeling_moma.labelling.labeler import SHIFTS, CaptionForm, ImageLabeler, mean_guesses, moved
+from tokenization import MomaProcessor, add_image_tokens
 
 
 WORDS = ("house", "red apple", "home", "building", "fruit")
@@ -101,6 +104,36 @@ def test_a_letter_of_several_bytes_ends_no_word(labeler):
     assert others and not {first, *others} & set(ends)
     for text, is_end in (("-", True), (",", True), ("a", False), ("7", False)):
         assert (tokenizer.encode(text, add_special_tokens=False)[0] in ends) is is_end, text
+
+
+def test_words_end_in_tokenizers_that_mark_their_beginning(processor):
+    """Those of Llama's kind, whose decoder leaves out the space before a text."""
+    texts = ["smiling face (noto)", "smiling cat (noto)", "smiles (noto)", "tags: happy, face"] * 3
+    bpe = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
+    bpe.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    bpe.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    special = ["<pad>", "<unk>", "<bos>", "<eos>"]
+    bytes_ = [f"<0x{byte:02X}>" for byte in range(256)]
+    bpe.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=400, special_tokens=[*special, *bytes_]))
+    names = {f"{name.strip('<>')}_token": name for name in special}
+    tokenizer = add_image_tokens(PreTrainedTokenizerFast(tokenizer_object=bpe, **names), 32)
+    of_words = MomaProcessor(processor.image_processor, tokenizer, processor.vq_model)
+    labeler = ImageLabeler(tiny_model(of_words), of_words)
+    ends = set(labeler._word_ends_of_vocabulary())
+    pieces = tokenizer.convert_ids_to_tokens(list(range(len(bpe.get_vocab()))))
+    begun = [token for token, piece in enumerate(pieces) if piece.startswith("\u2581")]
+    assert len(begun) > 5 and set(begun) <= ends
+    within = [token for token, piece in enumerate(pieces) if piece.isalnum()]
+    assert within and not set(within) & ends
+    assert pieces.index("<0x41>") not in ends and pieces.index("<0x2C>") in ends
+
+
+def test_a_prompt_that_is_no_text_is_named():
+    for name in ("name_prompt", "tag_prompt"):
+        with pytest.raises(InputError, match=f"`{name}` .*no text in UTF-8"):
+            CaptionForm(**{name: "\udcff"})
 
 
 def test_neighbours_in_a_batch_change_nothing(labeler, codes):

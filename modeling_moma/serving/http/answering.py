@@ -13,6 +13,8 @@ from jinja2 import TemplateError
 from starlette.responses import JSONResponse
 from transformers.cli.serving.utils import BaseHandler, Modality
 
+from tokenization import MomaProcessor
+
 from ...utils.errors import is_input_error
 from .downloads import NOT_FETCHED, Downloads
 from .errors import RequestError
@@ -25,6 +27,8 @@ from .messages import MessageImage, MessageSound, read_items, read_messages
 logger = logging.getLogger("uvicorn.error")
 # raises ValueError where placeholders of images and images differ in number
 PROCESSORS = "transformers.processing_utils"
+# what continuous batching has no way to do for a single request
+PER_REQUEST = (*("temperature", "top_p", "seed", "stop", "frequency_penalty", "logit_bias", "generation_config"),)
 # of an answer, as Transformers' server has it
 DEFAULT_NEW_TOKENS = 1024
 
@@ -141,14 +145,15 @@ class Answering:
             raise RequestError("model", "it cannot be loaded; the log of the server says why.", 404) from error
         modality = handler.model_manager.get_model_modality(model, processor=processor)
         uses_batching = handler.generation_state.use_continuous_batching(model, modality)
+        if uses_batching:
+            check_batched(body, model)
         images = [item for item in items if isinstance(item, MessageImage)]
         if images and modality is Modality.LLM:
             raise RequestError(images[0].field, "the model sees nothing: it has no processor of images.")
         read_items(items, processor)
         tensors = None if uses_batching else "pt"
         if self.route.messages is None:
-            tokenizer = getattr(processor, "tokenizer", processor)
-            inputs = tokenizer(body["prompt"], return_tensors=tensors)
+            inputs = self._read_prompt(body["prompt"], processor, tensors)
         else:
             messages = handler._normalize_input(body) if self.route.messages == "input" else body["messages"]
             arguments = {**handler.chat_template_kwargs, **body.get("chat_template_kwargs", {})}
@@ -165,6 +170,9 @@ class Answering:
                 if not _is_of_template(error):
                     raise
                 raise RequestError(self.route.messages, f"the chat template refuses them: {error}.") from error
+        # the request lives until its answer ends, and would keep them
+        for item in items:
+            item.forget()
         if not uses_batching:
             inputs = inputs.to(model.device)
         # the seed is set when generation begins, see `ActiveRequest.running`
@@ -177,10 +185,20 @@ class Answering:
         settings.max_new_tokens = min(asked_tokens, self.limits.max_new_tokens, asked_tokens if room is None else room)
         return Prompt(model_id, model, processor, uses_batching, inputs, settings)
 
+    @staticmethod
+    def _read_prompt(prompt: str, processor: Any, tensors: str | None) -> Any:
+        """Return the tokens of a bare prompt, whose words are words: images go into chats."""
+        if isinstance(processor, MomaProcessor):
+            text = processor.escape_special_tokens(prompt)
+            return processor(text=text, sanitize_control_tokens=True, return_tensors=tensors)
+        tokenizer = getattr(processor, "tokenizer", processor)
+        return tokenizer(prompt, return_tensors=tensors)
+
     async def _generate(self, body: dict[str, Any], request_id: str, prompt: Prompt) -> Any:
         manager = self.handler.generation_state.get_manager(prompt.model_id, use_cb=prompt.uses_batching)
         if prompt.uses_batching:
-            manager.init_cb(prompt.model, prompt.settings)
+            # one batch has one way of sampling, whoever asks first
+            manager.init_cb(prompt.model, prompt.model.generation_config)
         rest = [body] if self.route.needs_body else []
         arguments = [
             request_id,
@@ -202,6 +220,28 @@ class Answering:
             if prompt.uses_batching:
                 manager._cb.cancel_request(request_id)
             raise
+
+
+def check_batched(body: dict[str, Any], model: Any) -> None:
+    """Raise where a request asks for what continuous batching would not do, which samples all requests alike.
+
+    Args:
+        body (`dict[str, Any]`):
+            of a request, without nulls.
+        model (`Any`):
+            that answers it.
+
+    Raises:
+        RequestError: names the field.
+    """
+    is_greedy = not model.generation_config.do_sample
+    for field in PER_REQUEST:
+        if field in body and not (field == "temperature" and body[field] == 0 and is_greedy):
+            raise RequestError(
+                field,
+                "this server batches continuously (`--continuous-batching`), all requests by the model's own "
+                "generation_config: leave it out.",
+            )
 
 
 def check_prompt(model: Any, inputs: Any, gen_config: Any) -> int | None:

@@ -90,6 +90,10 @@ class MessageImage:
             known = ", ".join(FORMATS)
             raise RequestError(self.field, f"it is damaged, or none of {known} ({_reason(error)}).") from error
 
+    def forget(self) -> None:
+        """Let go of the image, which the model's inputs hold from now on."""
+        self.part["image_url"], self.address, self.content = None, "", None
+
 
 class MessageSound:
     """A sound of a message.
@@ -138,6 +142,10 @@ class MessageSound:
         except SoundError as error:
             status = 413 if error.reason in ("sound too long", "sound too large") else 400
             raise RequestError(f"{self.field}.data", f"{error}.", status) from error
+
+    def forget(self) -> None:
+        """Let go of the sound, likewise."""
+        self.part["input_audio"], self.data = None, ""
 
 
 def read_messages(messages: Any, field: str) -> list[MessageImage | MessageSound]:

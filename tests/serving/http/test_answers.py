@@ -4,8 +4,11 @@
 import json
 
 import pytest
+import torch
+from transformers import ContinuousBatchingConfig, LlamaConfig, LlamaForCausalLM
 
-from helpers.tiny import tiny_model, tiny_processor
+from benchmarks.serving_requests import address_of, png
+from helpers.tiny import noise_images, tiny_model, tiny_processor
 
 
 for package in ("fastapi", "uvicorn", "httpx"):
@@ -13,6 +16,7 @@ for package in ("fastapi", "uvicorn", "httpx"):
 
 from fastapi.testclient import TestClient  # noqa: E402
 
+from modeling_moma.serving.http.answering import Answering  # noqa: E402
 from modeling_moma.serving.http.downloads import ImageHosts  # noqa: E402
 from modeling_moma.serving.http.generation import StoppedText  # noqa: E402
 from modeling_moma.serving.http.limits import Limits  # noqa: E402
@@ -135,3 +139,96 @@ def test_refusals_of_the_handlers_of_transformers_have_that_form_too():
         answer = client.post("/load_model", json={})
     assert answer.status_code == 422
     assert answer.json()["error"]["message"] == "body: Missing `model` field in the request body."
+
+
+@pytest.mark.parametrize("prompt", ["<|image_0|>", "<image>", "<|begin_image|>", "noto: <eos> flag"])
+def test_special_tokens_in_a_bare_prompt_are_characters(client, model, processor, prompt):
+    answers = []
+    for stream in (False, True):
+        answer = client.post(
+            "/v1/completions", json={"prompt": prompt, "max_tokens": 4, "temperature": 0, "stream": stream}
+        )
+        assert answer.status_code == 200 and '"error"' not in answer.text, answer.text
+        answers.append(answer)
+    escaped = processor(
+        text=processor.escape_special_tokens(prompt), sanitize_control_tokens=True, return_tensors="pt"
+    )
+    assert answers[0].json()["usage"]["prompt_tokens"] == escaped["input_ids"].shape[1]
+    assert not set(escaped["input_ids"][0].tolist()[1:]) & set(processor.image_token_ids)
+    ids = model.generate(**escaped, do_sample=False, max_new_tokens=4)[0, escaped["input_ids"].shape[1] :]
+    assert answers[0].json()["choices"][0]["text"] == processor.tokenizer.decode(ids, skip_special_tokens=True)
+
+
+def test_images_of_a_request_are_let_go_once_they_are_read(client, monkeypatch):
+    seen = []
+    generate = Answering._generate
+
+    async def look(self, body, request_id, prompt):
+        seen.append((body, "pixel_values" in prompt.inputs or len(prompt.inputs["input_ids"][0]) > 16))
+        return await generate(self, body, request_id, prompt)
+
+    monkeypatch.setattr(Answering, "_generate", look)
+    image = address_of(png(noise_images(1)[0]))
+    parts = [{"type": "image_url", "image_url": {"url": image}}, {"type": "text", "text": "what is it?"}]
+    answer = client.post(CHAT, json={"messages": [{"role": "user", "content": parts}], "max_tokens": 2})
+    assert answer.status_code == 200, answer.text
+    ((body, has_image),) = seen
+    assert has_image and image not in str(body) and "PIL" not in str(body)
+    assert body["messages"][0]["content"][1]["text"] == "what is it?"
+
+
+@pytest.fixture(scope="module")
+def batched(tmp_path_factory):
+    """A text model of another kind, which the server batches continuously."""
+    folder, tokenizer = str(tmp_path_factory.mktemp("batched")), tiny_processor().tokenizer
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        head_dim=8,
+        max_position_embeddings=256,
+        initializer_range=0.5,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    server = CheckedServe(Limits(pinned=folder), ImageHosts(), force_model=folder, **OPTIONS, continuous_batching=True)
+    small = ContinuousBatchingConfig(page_size=32, num_blocks=16, max_batch_tokens=64)
+    # without it the cache takes most of the memory there is
+    server._generation_state._cb_config = small
+    with client_of(server) as client:
+        yield client
+    server._generation_state.shutdown()
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"stop": "a"},
+        {"temperature": 0.7},
+        {"seed": 1},
+        {"frequency_penalty": 1.0},
+        {"top_p": 0.5},
+        {"generation_config": "{}"},
+    ],
+    ids=lambda fields: next(iter(fields)),
+)
+def test_what_continuous_batching_does_not_do_is_refused(batched, fields):
+    answer = batched.post("/v1/completions", json={"prompt": "noto: ", "max_tokens": 4, **fields})
+    assert answer.status_code == 400, answer.text
+    error = answer.json()["error"]
+    assert error["param"] == next(iter(fields)) and "--continuous-batching" in error["message"]
+
+
+def test_continuous_batching_answers_what_it_does(batched):
+    texts = []
+    for more in ({}, {"temperature": 0}):
+        answer = batched.post("/v1/completions", json={"prompt": "noto: ", "max_tokens": 4, **more})
+        assert answer.status_code == 200, answer.text
+        assert answer.json()["usage"]["completion_tokens"] <= 4
+        texts.append(answer.json()["choices"][0]["text"])
+    assert texts[0] == texts[1]
