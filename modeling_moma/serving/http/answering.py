@@ -190,7 +190,7 @@ class Answering:
         """Return the tokens of a bare prompt, whose words are words: images go into chats."""
         if isinstance(processor, MomaProcessor):
             text = processor.escape_special_tokens(prompt)
-            return processor(text=text, sanitize_control_tokens=True, return_tensors=tensors)
+            return processor(text=text, sanitize_control_tokens=True, return_tensors=tensors)  # pyright: ignore[reportCallIssue]
         tokenizer = getattr(processor, "tokenizer", processor)
         return tokenizer(prompt, return_tensors=tensors)
 
