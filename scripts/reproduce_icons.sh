@@ -37,16 +37,22 @@ fi
         --tokens runs/icons/tokens --output runs/icons/model --batch-size $rows --resume
 # each stage from the weights of the one before
 start=runs/icons/model before= seed=0
-for further in longer longer muon muon captions; do
+for further in longer longer muon muon captions captions; do
     seed=$((seed + 1))
     stage=runs/icons/$further-$seed
+    if [ $seed -eq 6 ]; then
+        # a layer more, which adds nothing at first
+        [ -e runs/icons/deeper/layers.json ] ||
+            "$python" -m modeling_moma add-layers --model $start --after 2 --output runs/icons/deeper
+        start=runs/icons/deeper
+    fi
     [ -e $stage/trainer_state.json ] ||
         "$python" "${launcher[@]}" -m modeling_moma pretrain recipes/moma-icons-$further.yaml --model $start \
             --processor runs/icons/processor --tokens runs/icons/tokens --output $stage --batch-size $rows \
             --seed $seed --restart-data --resume
     before=$start start=$stage
 done
-# means of the last two stages predict better than either
+# means of the last stage and of what it began at predict better than either
 "$python" scripts/release.py --model $start --earlier $before --earlier-share 0.33 --processor runs/icons/processor \
     --output model_cards/moma-icons
 "$python" scripts/evaluate_icons.py --model model_cards/moma-icons --features runs/icons/features.npy --write-card

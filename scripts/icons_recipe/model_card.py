@@ -24,7 +24,7 @@ STAGES = (
     "moma-icons.yaml",
     *("moma-icons-longer.yaml",) * 2,
     *("moma-icons-muon.yaml",) * 2,
-    "moma-icons-captions.yaml",
+    *("moma-icons-captions.yaml",) * 2,
 )
 # of the stage before the last in the released weights, see scripts/reproduce_icons.sh
 EARLIER_SHARE = 0.33
@@ -556,9 +556,10 @@ Ranks.com and the EmojiTwo community (CC-BY-4.0). Their texts: emojibase (MIT), 
 
 ## Training
 
-By `moma pretrain`; `PROCESSES=2 make reproduce-icons` runs all stages. The last four began at the weights of
-the one before rounded to bfloat16, as they were released. The weights here are means of the last two
-stages', {later_share:g} of the last one's and {earlier_share} of those before it.
+By `moma pretrain`; `PROCESSES=2 make reproduce-icons` runs all stages. Four of them, from the third on, began at
+the weights of the one before rounded to bfloat16, as they were released. Before the last one the model had four
+layers; a copy of the third one, which adds nothing at first, was put behind it (`moma add-layers --after 2`). The
+weights here are means of the last stage's, {later_share:g}, and of those that it began at, {earlier_share}.
 
 {training}
 

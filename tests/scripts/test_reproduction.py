@@ -55,7 +55,9 @@ def test_finished_stages_are_not_begun_again(tmp_path):
         ("runs/icons/longer-2", "runs/icons/muon-3", "3"),
         ("runs/icons/muon-3", "runs/icons/muon-4", "4"),
         ("runs/icons/muon-4", "runs/icons/captions-5", "5"),
+        ("runs/icons/deeper", "runs/icons/captions-6", "6"),
     ]
+    assert "add-layers --model runs/icons/captions-5 --after 2 --output runs/icons/deeper" in started.stdout
     assert (
-        f"--model runs/icons/captions-5 --earlier runs/icons/muon-4 --earlier-share {EARLIER_SHARE} " in started.stdout
+        f"--model runs/icons/captions-6 --earlier runs/icons/deeper --earlier-share {EARLIER_SHARE} " in started.stdout
     )
