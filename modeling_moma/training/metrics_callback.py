@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the plain Trainer lacks: losses by modality and the load of the experts in its logs, and a start for codes."""
+"""What the plain Trainer lacks: losses by modality and loads of experts in its logs, to choose a model by."""
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping

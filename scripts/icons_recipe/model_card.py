@@ -26,7 +26,7 @@ STAGES = (
     *("moma-icons-muon.yaml",) * 2,
     *("moma-icons-captions.yaml",) * 2,
 )
-# of the stage before the last in the released weights, see scripts/reproduce_icons.sh
+# of what the last stage began at in the released weights, see scripts/reproduce_icons.sh
 EARLIER_SHARE = 0.33
 # the split that the aims are about, whose icons are drawn and tell of losses and experts
 MAIN = "test"

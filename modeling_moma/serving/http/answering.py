@@ -28,7 +28,7 @@ logger = logging.getLogger("uvicorn.error")
 # raises ValueError where placeholders of images and images differ in number
 PROCESSORS = "transformers.processing_utils"
 # what continuous batching has no way to do for a single request
-PER_REQUEST = (*("temperature", "top_p", "seed", "stop", "frequency_penalty", "logit_bias", "generation_config"),)
+PER_REQUEST = ("temperature", "top_p", "seed", "stop", "frequency_penalty", "logit_bias", "generation_config")
 # of an answer, as Transformers' server has it
 DEFAULT_NEW_TOKENS = 1024
 

@@ -159,12 +159,13 @@ def test_special_tokens_in_a_bare_prompt_are_characters(client, model, processor
     assert answers[0].json()["choices"][0]["text"] == processor.tokenizer.decode(ids, skip_special_tokens=True)
 
 
-def test_images_of_a_request_are_let_go_once_they_are_read(client, monkeypatch):
+def test_images_of_a_request_are_let_go_once_they_are_read(client, processor, monkeypatch):
     seen = []
     generate = Answering._generate
 
     async def look(self, body, request_id, prompt):
-        seen.append((body, "pixel_values" in prompt.inputs or len(prompt.inputs["input_ids"][0]) > 16))
+        is_code = torch.isin(prompt.inputs["input_ids"].cpu(), torch.tensor(processor.image_token_ids))
+        seen.append((body, int(is_code.sum())))
         return await generate(self, body, request_id, prompt)
 
     monkeypatch.setattr(Answering, "_generate", look)
@@ -172,8 +173,8 @@ def test_images_of_a_request_are_let_go_once_they_are_read(client, monkeypatch):
     parts = [{"type": "image_url", "image_url": {"url": image}}, {"type": "text", "text": "what is it?"}]
     answer = client.post(CHAT, json={"messages": [{"role": "user", "content": parts}], "max_tokens": 2})
     assert answer.status_code == 200, answer.text
-    ((body, has_image),) = seen
-    assert has_image and image not in str(body) and "PIL" not in str(body)
+    ((body, num_codes),) = seen
+    assert num_codes == processor.image_seq_length and image not in str(body) and "PIL" not in str(body)
     assert body["messages"][0]["content"][1]["text"] == "what is it?"
 
 
