@@ -4,7 +4,9 @@
 import argparse
 import json
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +34,7 @@ from ..utils.atomic_files import write_aside
 from ..utils.hardware import check_precision, on_one_gpu, precision_fields
 from ..utils.messages import one_line
 from .adapters import with_adapters
+from .caption_contrast import ContrastTrainer, caption_contrast
 from .checkpoints import check_kind, checkpoint_step, last_checkpoint, without_torn_checkpoints
 from .code_embeddings import initialize_code_embeddings
 from .code_noise import CodeNoise
@@ -106,6 +109,7 @@ def read_parts(args: argparse.Namespace) -> RunParts:
     earlier_steps = first_step(args.model, training_arguments, args.stop_at, args.restart_data)
     others = {name: getattr(args, name) for name in ("lora_rank", "freeze_groups", "train_groups")}
     others["code_noise"] = code_noise(args.recipe.data)
+    others["contrast"] = None if args.recipe.contrast is None else asdict(args.recipe.contrast)
     if uses_muon(args):
         others["optim"] = MUON
     packed = packing(args.recipe.data, tokens)
@@ -323,6 +327,15 @@ def sample_callback(
     return [SampleCallback(fields, tokens.encoder.processor, held_out, metrics)]  # pyright: ignore[reportArgumentType]
 
 
+def trainer_kind(
+    args: argparse.Namespace, model: "MomaForCausalLM | PeftModel", processor: MomaProcessor
+) -> Callable[..., StageTrainer]:
+    """Return what makes the trainer: one with a contrast of captions where the recipe asks for it."""
+    if args.recipe.contrast is None:
+        return StageTrainer
+    return partial(ContrastTrainer, caption_contrast(model, args.model, args.recipe.contrast, processor))
+
+
 def build_trainer(args: argparse.Namespace, parts: RunParts | None = None) -> StageTrainer:
     """Return the trainer of a stage, with its model and data."""
     parts = read_parts(args) if parts is None else parts
@@ -358,8 +371,9 @@ def build_trainer(args: argparse.Namespace, parts: RunParts | None = None) -> St
     callbacks = [metrics, feeding, fingerprint, FollowArguments(parts.first_step), *samples]
     if args.stop_at:
         callbacks.append(StopAt(args.stop_at))
+    kind = trainer_kind(args, model, processor)
     try:
-        trainer = StageTrainer(
+        trainer = kind(
             model=model,
             args=training_arguments,
             train_dataset=stream,

@@ -72,6 +72,24 @@ class ProcessorFields:
 
 
 @dataclass(frozen=True)
+class ContrastFields:
+    """How a training contrasts captions with others' images, see [`CaptionContrast`].
+
+    Args:
+        weight (`float`, *optional*, defaults to `0.2`):
+            of the contrast beside the loss.
+        beta (`float`, *optional*, defaults to `0.25`):
+            the smaller, the further from the model that the training begins at.
+        wrong_weight (`float`, *optional*, defaults to `100.0`):
+            of wrong images over right ones.
+    """
+
+    weight: Annotated[Float, Field(gt=0)] = 0.2
+    beta: Annotated[Float, Field(gt=0)] = 0.25
+    wrong_weight: Annotated[Float, Field(gt=0)] = 100.0
+
+
+@dataclass(frozen=True)
 class SampleFields:
     """What a training draws and says every so often.
 
@@ -119,6 +137,8 @@ class Recipe:
             see [`DataFields`]; `None` where the recipe has no such section.
         samples (`SampleFields`, *optional*):
             see [`SampleFields`].
+        contrast (`ContrastFields`, *optional*):
+            see [`ContrastFields`]; `None`, for none, where the recipe has no such section.
     """
 
     model: dict[str, Any] = field(default_factory=dict)
@@ -129,10 +149,11 @@ class Recipe:
     processor: ProcessorFields = field(default_factory=ProcessorFields)
     data: DataFields | None = None
     samples: SampleFields = field(default_factory=SampleFields)
+    contrast: ContrastFields | None = None
 
 
 # sections whose fields are checked when a recipe is read
-SECTIONS = {"processor": ProcessorFields, "data": DataFields, "samples": SampleFields}
+SECTIONS = {"processor": ProcessorFields, "data": DataFields, "samples": SampleFields, "contrast": ContrastFields}
 
 
 def read_recipe(path: str | Path, needs: tuple[str, ...] = ()) -> Recipe:
