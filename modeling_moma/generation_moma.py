@@ -203,6 +203,8 @@ INTERLEAVED = "interleaved"
 # new tokens that the stock loop generates by default
 STOCK_NEW_TOKENS = 20
 # options that say how much is generated; the stock loop heeds the second where the first is nowhere
+# what a model's own configuration says against repeated words means no codes, many of which are alike
+OF_WORDS = {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
 LENGTHS = ("max_new_tokens", "max_length")
 GRAMMAR = (FrameLogitsProcessor, TextOnlyLogitsProcessor)
 
@@ -218,7 +220,7 @@ class MomaGenerationMixin(GenerationCompat):
         generation_config: GenerationConfig | None = None,
         logits_processor: Sequence[LogitsProcessor] | None = None,
         *,
-        generation_mode: str | None = "text",
+        generation_mode: str | None = None,
         **kwargs,
     ) -> GenerateOutput | torch.Tensor:
         r"""Generate as the stock method does, under a grammar for images and other modalities.
@@ -232,8 +234,10 @@ class MomaGenerationMixin(GenerationCompat):
                 As in the stock method.
             logits_processor (`LogitsProcessorList`, *optional*):
                 The caller's own processors; the grammar comes after them.
-            generation_mode (`str`, *optional*, defaults to `"text"`):
-                - `"text"` (also `None`): no token of another modality.
+            generation_mode (`str`, *optional*):
+                By default that of `generation_config`, or of the model's, or else `"text"`.
+
+                - `"text"`: no token of another modality.
                 - `"image"`, or another modality of `config.frames`: one frame (an image, a sound) in each row and
                   nothing else. Its begin is written unless the prompt ends with it; a frame that the prompt has begun
                   is finished. Without `max_new_tokens` or `max_length` among the arguments the length is what the
@@ -258,7 +262,8 @@ class MomaGenerationMixin(GenerationCompat):
                 that begins inside one, behind a cache; guidance together with `routing`, or with a decoding strategy
                 whose unconditional branch would go wrong; `prefill_chunk_size` together with `inputs_embeds`.
         """
-        mode = TEXT if generation_mode is None else generation_mode
+        mode = self._option("generation_mode", generation_config, {"generation_mode": generation_mode})
+        mode = TEXT if mode is None else mode
         self._check_mode(mode)
         own_rule = self.config.training_routing if self.training else self.config.inference_routing
         rule = RULES.get(kwargs.get("routing") or own_rule)
@@ -412,6 +417,9 @@ class MomaGenerationMixin(GenerationCompat):
         else:
             num_new = self._frame_tokens(frame, prompt, num_before + width)
             generation_config = _with_new_tokens(num_new, generation_config, kwargs)
+        if frame is not None:
+            given = {name for name in OF_WORDS if getattr(generation_config, name, None) is not None}
+            kwargs.update({name: off for name, off in OF_WORDS.items() if name not in {*kwargs, *given}})
         # a mode of one frame alone ends its rows by a token of the grammar
         stop = -1 if frame is None else self._stop_token(mode, generation_config, kwargs)
         processors += self._grammar(mode, prompt, width, num_before, num_new, stop)
@@ -520,7 +528,16 @@ class MomaGenerationMixin(GenerationCompat):
     ) -> dict[str, torch.Tensor | None]:
         """Return the negative prompt of the stock guidance for each row of the loop; by default it is empty."""
         scale = self._option("guidance_scale", generation_config, kwargs)
+        ids, mask = kwargs.get("negative_prompt_ids"), kwargs.get("negative_prompt_attention_mask")
+        if ids is None and mask is not None:
+            raise InputError(
+                "`negative_prompt_attention_mask` is given without `negative_prompt_ids`, whose mask it is."
+            )
         if scale in (None, 1):
+            if ids is not None:
+                logger.warning_once(
+                    f"`negative_prompt_ids` change nothing at `guidance_scale` = {scale}: 5 steers away from them."
+                )
             return {}
         if not isinstance(scale, (int, float)) or not math.isfinite(scale):
             raise InputError(f"`guidance_scale` = {scale!r}: needs a finite number, 1 for no guidance.")
@@ -537,7 +554,6 @@ class MomaGenerationMixin(GenerationCompat):
                     f"`guidance_scale` cannot be combined with `{name}`, which the unconditional branch of the stock "
                     "loop does not get: set the rule in the model's configuration, as `inference_routing`."
                 )
-        ids, mask = kwargs.get("negative_prompt_ids"), kwargs.get("negative_prompt_attention_mask")
         if ids is None:
             if self.config.bos_token_id is None:
                 return {}

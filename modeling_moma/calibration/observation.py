@@ -226,7 +226,7 @@ def run_observed(
         model (`PreTrainedModel`):
             not changed.
         batches (`Iterable[dict[str, torch.Tensor]]`):
-            its inputs; `labels` are left out.
+            its inputs; `labels` and `source_ids` are left out.
         observe (`Callable`):
             gets a [`RouterRecord`] of each router and batch.
         routing (`str`, *optional*, defaults to `"expert_choice"`):
@@ -239,7 +239,12 @@ def run_observed(
     with evaluation_mode(model), observed_routers(model, observe):
         for batch in batches:
             is_empty = False
-            inputs = {name: values.to(model.device) for name, values in batch.items() if name != "labels"}
+            # lengths of packed documents are numbers, too
+            inputs = {
+                name: values.to(model.device) if isinstance(values, torch.Tensor) else values
+                for name, values in batch.items()
+                if name not in ("labels", "source_ids")
+            }
             model.base_model(**inputs, use_cache=False, routing=routing)
     if is_empty:
         raise InputError("`batches` is empty: at least one batch has to tell the scores apart.")

@@ -3,12 +3,13 @@
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
 from datasets import Dataset
 from tqdm.auto import tqdm
-from transformers import set_seed
+from transformers import GenerationConfig, set_seed
 
 from tokenization import MomaDataCollator
 from tokenization.text_tokenizer_moma import with_beginning
@@ -21,14 +22,6 @@ from ..modeling_moma import MomaForCausalLM
 
 # name of that routing in reports, never without its warning
 EXPERT_CHOICE = "expert_choice (sees the future, not a measure of quality)"
-# what a saved generation config says of sampling, beams, guidance and repetition may not change a greedy caption
-GREEDY = {
-    "do_sample": False,
-    "num_beams": 1,
-    "guidance_scale": 1.0,
-    "repetition_penalty": 1.0,
-    "no_repeat_ngram_size": 0,
-}
 # pixel values lie in [-1, 1]
 VALUE_RANGE = 2.0
 
@@ -181,15 +174,33 @@ def write_captions(model, processor, codes: torch.Tensor, batch_size: int, max_n
     for batch in tqdm(codes.split(batch_size), desc="captions"):
         ids = torch.tensor([with_beginning(processor.tokenizer, processor.image_ids(image)) for image in batch])
         ids = ids.to(model.device)
-        output = model.generate(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            generation_mode="text",
-            max_new_tokens=max_new_tokens,
-            **GREEDY,
-        )
+        with plain_generation(model):
+            output = model.generate(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                generation_mode="text",
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+            )
         texts += processor.batch_decode(output[:, ids.shape[1] :], skip_special_tokens=True)
     return texts
+
+
+@contextmanager
+def plain_generation(model) -> Iterator[None]:
+    """Let a model generate by the arguments of `generate` alone: what its own configuration says is no measure's.
+
+    Args:
+        model (`MomaForCausalLM`):
+            has its configuration again behind the block.
+    """
+    own = model.generation_config
+    ids = {name: getattr(own, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
+    model.generation_config = GenerationConfig(**ids)
+    try:
+        yield
+    finally:
+        model.generation_config = own
 
 
 @torch.no_grad()
@@ -224,7 +235,8 @@ def draw_images(model, processor, captions: list[str], batch_size: int, sampling
             sanitize_control_tokens=True,
             return_tensors="pt",
         ).to(model.device)
-        output = model.generate(**inputs, generation_mode="image", **sampling)
+        with plain_generation(model):
+            output = model.generate(**inputs, generation_mode="image", **sampling)
         codes.append(model.decode_image_tokens(output).cpu())
     return torch.cat(codes)
 

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel, SchedulerType, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
+from transformers.utils import logging
 
 from ..configuration_moma import MomaConfig
 from ..depth_moma import DepthSelection, MomaDepthRouter
@@ -18,6 +19,9 @@ from ..errors_moma import InputError
 from ..routing_moma import MomaRouter, Selection
 from ..token_groups_moma import FixedSplit, is_distributed
 from ..utils.hardware import keep_freed_memory, refuse_data_parallel
+
+
+logger = logging.get_logger(__name__)
 
 
 class MomaMetricsCallback(TrainerCallback):
@@ -45,7 +49,8 @@ class MomaMetricsCallback(TrainerCallback):
             `modeling_moma.utils.hardware.keep_freed_memory`.
         averages_eval_loss (`bool`, *optional*, defaults to `False`):
             Log as `eval_loss` the mean over an evaluation's target tokens, as `moma pretrain` does. `Trainer` takes
-            the mean over its batches' losses, which changes with the batch size where lengths differ.
+            the mean over its batches' losses, which changes with the batch size where lengths differ. Before and after
+            `train()` it still does, with a warning, unless `attach` was called.
     """
 
     def __init__(self, keep_freed_memory: bool = True, averages_eval_loss: bool = False):
@@ -55,8 +60,10 @@ class MomaMetricsCallback(TrainerCallback):
         self._is_paused = False
 
     def on_train_begin(self, args, state, control, model: Any = None, **kwargs):
-        """Start to listen to the model."""
+        """Start to listen to the model, and to no other that a training before left off at."""
         refuse_data_parallel(args)
+        self.on_train_end(args, state, control)
+        self._sums = {True: defaultdict(float), False: defaultdict(float)}
         self.attach(model)
         if self._keeps_freed_memory and args.device.type == "cpu":
             keep_freed_memory()
@@ -68,7 +75,7 @@ class MomaMetricsCallback(TrainerCallback):
         self._handles = []
 
     def attach(self, model: PreTrainedModel):
-        """Listen to a `MomaForCausalLM`; `Trainer.train` calls this, `Trainer.evaluate` alone does not."""
+        """Listen to a `MomaForCausalLM`, if to none yet; `train()` calls this and ends it, `evaluate()` does not."""
         if self._handles:
             return
         self._handles.append(model.register_forward_hook(self._on_forward))
@@ -86,6 +93,11 @@ class MomaMetricsCallback(TrainerCallback):
         # "eval_", with the set's name where there are several, or what `Trainer.evaluate` was given
         timed = [key for key in logs if key.endswith("_runtime") and key != "train_runtime"]
         training = not timed and not any(key.startswith("eval_") for key in logs)
+        if not training and self._averages_eval_loss and not self._handles:
+            logger.warning_once(
+                "`MomaMetricsCallback` listens while `train()` runs: this `eval_loss` is a mean over examples of the "
+                "loss of their batch, and not over tokens. `callback.attach(model)` before `evaluate()` makes it one."
+            )
         prefix = "" if training else min(timed, key=len, default="eval_runtime").removesuffix("runtime")
         metrics = {f"{prefix}{name}": value for name, value in self._averages(training).items()}
         # `Trainer` chooses the best model by what it gets back here

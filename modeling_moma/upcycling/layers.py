@@ -14,10 +14,11 @@ from ..modeling_moma import MomaForCausalLM
 
 
 _LAYER = re.compile(r"(?P<before>.*\blayers\.)(?P<index>\d+)(?P<after>\..*)")
-# what a layer's update passes last: its norms where they stand behind it, else the projections that lead out
+# what a layer's update passes last: its norms where they stand behind it, else the projections that lead out, which
+# auxiliary routers have, too
 _LAST = {
     "post": re.compile(r".*\.(attention|ffn)_norm\..*"),
-    "pre": re.compile(r".*\.(o_proj\.(weight|bias)|down_proj(\.weight)?)"),
+    "pre": re.compile(r"(?!.*\.auxiliary\.).*\.(o_proj\.(weight|bias)|down_proj(\.weight)?)"),
 }
 
 

@@ -17,6 +17,7 @@ from helpers.reference import GROUPS
 from helpers.tiny import mixed_ids, tiny_model
 from modeling_moma.calibration.observation import named_routers
 from modeling_moma.calibration.thresholds import calibrate_auxiliary_thresholds, calibrate_thresholds
+from modeling_moma.documents_moma import packed_lengths
 
 
 def changed_keys(before, model):
@@ -41,6 +42,18 @@ def test_thresholds_are_the_means_of_the_cuts_and_nothing_else_changes(name):
     assert all(key.endswith(endings) and "auxiliary" not in key for key in changed_keys(before, model))
     assert [module.training for module in model.modules()] == flags
     assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_batches_of_a_training_may_be_observed():
+    """Packed rows bring numbers along, and what counts their sources."""
+    models = [tiny_model(**GROUPS["4t4i"]) for _ in range(2)]
+    ids, position_ids = mixed_ids(2, 12), torch.arange(6).repeat(2, 2)
+    rows = {"input_ids": ids, "position_ids": position_ids, "attention_mask": torch.ones_like(ids)}
+    training = {**rows, "labels": ids, "source_ids": torch.zeros_like(ids), **packed_lengths(position_ids)}
+    for model, batch in zip(models, (rows, training), strict=True):
+        calibrate_thresholds(model, [batch])
+    state = models[0].state_dict()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in models[1].state_dict().items())
 
 
 @ALL_MODELS

@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Scores of captions, and captions generated for codes."""
 
+import copy
+
 import pytest
 import torch
 
 from helpers.tiny import tiny_model, tiny_processor
 from modeling_moma.evaluation.captions import caption_scores, derangement, measure_captions, normalise, word_overlap
 from modeling_moma.evaluation.held_out import CaptionedImages
+from modeling_moma.evaluation.measures import draw_images, write_captions
 
 
 def test_case_and_spaces_do_not_count():
@@ -81,6 +84,20 @@ def test_what_the_model_writes_is_an_exact_match_with_itself_alone(parts):
     assert again["floor"] == {"exact_match": 0.0, "overlap": pytest.approx(0, abs=0.5)}
     alone = measure_captions(model, processor, CaptionedImages(codes[:1], written[:1]), 3)
     assert alone["floor"] is None and alone["generated"]["exact_match"] == 1.0
+
+
+def test_a_models_own_configuration_changes_neither_captions_nor_drawings(parts):
+    model, processor, codes = parts
+    drawing = {"do_sample": True, "temperature": 0.7}
+    captions = write_captions(model, processor, codes, 3)
+    drawn = draw_images(model, processor, ["red", "apple"], 2, drawing, 0)
+    settings = {"min_new_tokens": 9, "repetition_penalty": 3.0, "no_repeat_ngram_size": 1, "top_k": 2, "num_beams": 3}
+    others = {"suppress_tokens": [5], "return_dict_in_generate": True, "generation_mode": "interleaved"}
+    model.generation_config.update(**settings, **others)
+    own = copy.deepcopy(model.generation_config.to_dict())
+    assert write_captions(model, processor, codes, 3) == captions
+    assert torch.equal(draw_images(model, processor, ["red", "apple"], 2, drawing, 0), drawn)
+    assert model.generation_config.to_dict() == own
 
 
 def test_captions_may_be_as_long_as_the_longest_reference(parts):

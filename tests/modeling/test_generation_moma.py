@@ -354,6 +354,44 @@ def test_negative_prompt_steers_and_needs_a_row_for_each_prompt(model):
         model.generate(**call, negative_prompt_ids=torch.tensor([[BOS]]))
 
 
+def test_negative_prompts_that_nothing_heeds_are_told(model, caplog):
+    call = {**TEXTS, "generation_mode": "image", "do_sample": False}
+    negative = batch([BOS, 50, 51, 52], [BOS, 60])
+    logging.warning_once.cache_clear()
+    steered = model.generate(**call, negative_prompt_ids=negative["input_ids"])
+    assert "`negative_prompt_ids` change nothing at `guidance_scale` = None" in caplog.text
+    assert torch.equal(steered, model.generate(**call))
+    with pytest.raises(ValueError, match="`negative_prompt_attention_mask` is given without `negative_prompt_ids`"):
+        model.generate(**call, guidance_scale=4.0, negative_prompt_attention_mask=negative["attention_mask"])
+
+
+def test_penalties_of_words_in_the_models_own_configuration_touch_no_image(model):
+    call = {**TEXTS, "do_sample": False}
+    drawn = model.generate(**call, generation_mode="image")
+    other = copy.deepcopy(model)
+    other.generation_config.update(repetition_penalty=5.0, no_repeat_ngram_size=1)
+    assert torch.equal(other.generate(**call, generation_mode="image"), drawn)
+    asked = model.generate(**call, generation_mode="image", repetition_penalty=5.0)
+    config = GenerationConfig(repetition_penalty=5.0, no_repeat_ngram_size=0)
+    assert torch.equal(other.generate(**call, generation_mode="image", generation_config=config), asked)
+    assert not torch.equal(asked, drawn)
+    words = {"max_new_tokens": 12, "generation_mode": "text"}
+    assert not torch.equal(other.generate(**call, **words), model.generate(**call, **words))
+
+
+def test_a_configuration_names_the_mode_where_the_call_does_not(model):
+    drawn = model.generate(**TEXTS, generation_mode="image", do_sample=False)
+    config = GenerationConfig(generation_mode="image", do_sample=False)
+    assert torch.equal(model.generate(**TEXTS, generation_config=config), drawn)
+    words = model.generate(**TEXTS, generation_config=config, generation_mode="text", max_new_tokens=4)
+    assert torch.equal(words, model.generate(**TEXTS, do_sample=False, max_new_tokens=4))
+    other = copy.deepcopy(model)
+    other.generation_config.generation_mode = "image"
+    assert torch.equal(other.generate(**TEXTS, do_sample=False), drawn)
+    with pytest.raises(ValueError, match="generation_mode.*'pictures'"):
+        model.generate(**TEXTS, generation_config=GenerationConfig(generation_mode="pictures"))
+
+
 @torch.no_grad()
 def test_a_negative_prompt_has_what_the_prompt_holds_of_an_image(model):
     negative, scale = batch([BOS, 50, 51, 52], [BOS, 60], [BOS, 60, 61]), 3.0

@@ -4,6 +4,7 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_pt_utils import LabelSmoother
+from transformers.utils import logging
 
 from helpers.tiny import tiny_model, tiny_processor
 from modeling_moma import (
@@ -146,6 +147,39 @@ def test_hooks_are_gone_after_training(processor, tmp_path):
     trainer = make_trainer(processor, make_examples(processor), tmp_path)
     trainer.train()
     assert not any(module._forward_hooks for module in trainer.model.modules())
+
+
+class Interrupt(TrainerCallback):
+    """Ends a training as a user does."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        raise KeyboardInterrupt
+
+
+def test_a_training_that_was_interrupted_leaves_nothing_to_the_next_one(processor, tmp_path):
+    examples, logs = make_examples(processor), {}
+    callback = MomaMetricsCallback()
+    stopped = make_trainer(processor, examples, tmp_path)
+    stopped.callback_handler.callbacks = [callback, Interrupt()]
+    with pytest.raises(KeyboardInterrupt):
+        stopped.train()
+    for name, callbacks in (("fresh", [MomaMetricsCallback()]), ("used", [callback])):
+        trainer = make_trainer(processor, examples, tmp_path, initializer_range=0.3)
+        trainer.callback_handler.callbacks = callbacks + trainer.callback_handler.callbacks[:-1]
+        trainer.train()
+        logs[name] = [
+            {key: value for key, value in log.items() if "image" in key} for log in trainer.state.log_history
+        ]
+    assert logs["used"] == logs["fresh"] and all(logs["used"][:-1])
+    assert not any(module._forward_hooks for module in stopped.model.modules())
+
+
+def test_an_evaluation_that_nobody_listens_to_is_told_of(processor, tmp_path, caplog):
+    trainer = make_trainer(processor, make_examples(processor), tmp_path)
+    trainer.callback_handler.callbacks = [MomaMetricsCallback(averages_eval_loss=True)]
+    logging.warning_once.cache_clear()
+    trainer.evaluate()
+    assert "`callback.attach(model)` before `evaluate()`" in caplog.text
 
 
 def test_smoothed_labels_are_shifted(processor, tmp_path):

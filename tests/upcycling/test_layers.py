@@ -18,12 +18,17 @@ GROWN = {
         {**GROUPS["4t4i"], "norm_placement": "pre", "untied_attention": True, "attention_bias": True},
         None,
     ),
+    "pre, auxiliary": (
+        {**GROUPS["4t4i"], "norm_placement": "pre", "auxiliary_routers": True, "depth_layers": [1]},
+        None,
+    ),
     "pre, shared": ({**GROUPS["shared"], "norm_placement": "pre"}, None),
 }
 
 
 def is_last(name, placement):
-    return any(part in LAST[placement] for part in name.split("."))
+    parts = name.split(".")
+    return "auxiliary" not in parts and any(part in LAST[placement] for part in parts)
 
 
 @pytest.mark.parametrize("case", GROWN)
