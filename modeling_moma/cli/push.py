@@ -21,6 +21,7 @@ def _renamed(pair: str) -> str:
     return pair
 
 
+MESSAGE = "Upload model and processor"
 Renamed = Annotated[str, AfterValidator(_renamed)]
 
 
@@ -55,7 +56,7 @@ class Arguments:
     output: Annotated[str | None, Flag(one_of="target")] = None
     private: bool = False
     revision: str | None = None
-    message: str = "Upload model and processor"
+    message: str = MESSAGE
     dataset: Annotated[list[Renamed], Flag(metavar="PATH=USER/NAME", is_repeated=True)] = field(default_factory=list)
     dry_run: bool = False
 
@@ -64,12 +65,28 @@ def parse_arguments(arguments: list[str] | None = None) -> Arguments:
     return parse_fields(Arguments, __doc__, arguments, required=("target",))
 
 
+def check_target(args: Arguments) -> None:
+    """Raise `ValueError` at a folder that cannot be written, or beside one at a flag that is the Hub's."""
+    from ..utils.atomic_files import check_new_folder
+
+    if args.output is None:
+        return
+    if not args.output:
+        raise InputError("--output '': it names no folder; is a variable of the shell empty?")
+    of_hub = {"--private": args.private, "--revision": args.revision, "--message": args.message != MESSAGE}
+    for flag, is_given in of_hub.items():
+        if is_given:
+            raise InputError(f"{flag}: of the Hub, to which --output sends nothing.")
+    check_new_folder(args.output)
+
+
 def run(args: Arguments) -> int:
     with without_import_notices():
         from ..hub.upload import UploadError, check_repo_id, prepare, push, write_repository
 
     try:
         check_repo_id(args.repo_id)
+        check_target(args)
         datasets = dict(pair.split("=", 1) for pair in args.dataset)
         upload = prepare(args.model, args.processor, datasets)
         for name in upload.files:
@@ -77,11 +94,11 @@ def run(args: Arguments) -> int:
         for name, reason in upload.left_out.items():
             print(f"      left out  {name} ({reason})")
         total = sum(map(upload.size, upload.files))
-        place = args.output or f"{args.revision or 'main'} of {args.repo_id}"
+        place = f"{args.revision or 'main'} of {args.repo_id}" if args.output is None else args.output
         print(f"{total:>14,}  bytes in {len(upload.files)} files, for {place}")
         if args.dry_run:
             return 0
-        if args.output:
+        if args.output is not None:
             print(write_repository(upload, args.output))
         elif args.repo_id:
             print(push(upload, args.repo_id, args.private, args.revision, args.message).commit_url)

@@ -6,13 +6,11 @@ import os
 from collections.abc import Iterator, Mapping
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
 from tokenization import MomaVQConfig, MomaVQModel
-from tokenization.image_tokenizers_moma import codebook_field
 
 from ..configuration_moma import MomaConfig
 from ..errors_moma import InputError
@@ -20,21 +18,20 @@ from ..modeling_moma import MomaForCausalLM
 from ..utils.messages import one_line
 from .code import code_closure, code_facts, installed_code
 from .loading import saved_tensors
+from .token_ids import GENERATION_FILE, TOKEN_FILES, VQ_FOLDER, token_problems
 
-
-VQ_FOLDER = "vq_model"
 
 # name -> what makes it, for the message where it is missing
 REQUIRED = {
     "config.json": "save the model with save_pretrained",
-    "generation_config.json": "save the model, not its configuration alone, with save_pretrained",
+    GENERATION_FILE: "save the model, not its configuration alone, with save_pretrained",
     "processor_config.json": "the folder holds no processor; give that of the processor with --processor",
     "tokenizer.json": "the folder holds no processor; give that of the processor with --processor",
     "tokenizer_config.json": "the folder holds no processor; give that of the processor with --processor",
     f"{VQ_FOLDER}/config.json": "the folder holds no image tokenizer; give that of the processor with --processor",
     "README.md": "write a model card; docs/how-to/push.md shows the shortest one",
 }
-# files of a codec by its registered name, in its folder; codecs of others have what they like
+# files of a codec by its registered name, in its folder
 CODEC_FILES = {
     "mel": ("codec_config.json", "codebook.safetensors"),
     "transformers": ("codec_config.json", "config.json"),
@@ -111,7 +108,10 @@ def _walk(folder: Path) -> tuple[dict[str, Path], dict[str, str]]:
     files, left_out = {}, {}
     for path in sorted(folder.iterdir()):
         reason = _reason_to_stay(path)
-        if reason is not None:
+        if not path.name.isprintable():
+            # a newline, or bytes that are no UTF-8
+            left_out[ascii(path.name)] = "a name that the Hub cannot hold"
+        elif reason is not None:
             left_out[path.name] = reason
         elif path.is_dir():
             inner, inner_left_out = _walk(path)
@@ -252,7 +252,12 @@ def check_files(files: Mapping[str, Path]) -> Iterator[str]:
         yield from check_codecs(files)
     yield from check_code(files)
     if not missing:
-        yield from check_tokens(files)
+        try:
+            contents = {name: read_json(files[name]) for name in TOKEN_FILES}
+        except ValueError as error:
+            yield str(error)
+            return
+        yield from token_problems(contents)
 
 
 def check_weights(files: Mapping[str, Path], folder: str = "") -> Iterator[str]:
@@ -341,7 +346,13 @@ def check_codecs(files: Mapping[str, Path]) -> Iterator[str]:
         if not found:
             yield f"{folder} is missing, the codec that processor_config.json names: copy the whole processor."
             continue
-        for name in CODEC_FILES.get(kind, ()):
+        if kind not in CODEC_FILES:
+            yield (
+                f"processor_config.json: the {modality} codec is a {kind!r}, which `register_codec` gave its name "
+                f"where it was saved: elsewhere nobody can load it, as {' or '.join(map(repr, CODEC_FILES))} loads."
+            )
+            continue
+        for name in CODEC_FILES[kind]:
             if f"{folder}{name}" not in files:
                 yield f"{folder}{name} is missing, of the codec that processor_config.json names: copy it whole."
         for name in found:
@@ -404,71 +415,3 @@ def check_code(files: Mapping[str, Path]) -> Iterator[str]:
         for module in sorted(facts[name][1]):
             if f"{module}.py" not in files:
                 yield f"{module}.py is missing, which {name} imports: copy all code of the saved folder."
-
-
-def check_tokens(files: Mapping[str, Path]) -> Iterator[str]:
-    """Check that model, tokenizer, image tokenizer and codecs mean the same by a token id."""
-    config, vq_config = read_json(files["config.json"]), read_json(files[f"{VQ_FOLDER}/config.json"])
-    try:
-        tokenizer = read_json(files["tokenizer.json"])
-        facts = _token_facts(config, vq_config, tokenizer)
-        facts += _special_facts(config, tokenizer, read_json(files["tokenizer_config.json"]))
-        facts += _grid_facts(config, vq_config, read_json(files["processor_config.json"]))
-    except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
-        yield f"config.json, tokenizer.json: the tokens in them cannot be compared ({error}): edited by hand?"
-        return
-    for name, of_model, of_processor in facts:
-        if of_model != of_processor:
-            yield (
-                f"config.json: {name} {of_model}, but the processor has {of_processor} there: it is the processor of "
-                "another model."
-            )
-
-
-def _token_facts(config: dict, vq_config: dict, tokenizer: dict) -> list[tuple[str, Any, Any]]:
-    """Return what model and processor each say of the tokens, by what it is."""
-    ids = {token["content"]: token["id"] for token in tokenizer.get("added_tokens", [])}
-    ranges = config.get("modality_token_ranges") or {}
-    start, stop = (ranges.get("image") or [[None, None]])[0]
-    num_codes = vq_config.get(codebook_field(vq_config.get("model_type"))) or 0
-    codes = sum(f"<|image_{code}|>" in ids for code in range(num_codes))
-    facts = [
-        ("begin_image_token_id", config.get("begin_image_token_id"), ids.get("<|begin_image|>")),
-        ("end_image_token_id", config.get("end_image_token_id"), ids.get("<|end_image|>")),
-        ("modality_token_ranges.image starts at", start, ids.get("<|image_0|>")),
-        ("modality_token_ranges.image holds", start is not None and stop - start, codes),
-    ]
-    for modality, frame in (config.get("modality_frames") or {}).items():
-        first = (ranges.get(modality) or [[None]])[0][0]
-        facts += [
-            (f"modality_frames.{modality}.begin", frame.get("begin"), ids.get(f"<|begin_{modality}|>")),
-            (f"modality_frames.{modality}.end", frame.get("end"), ids.get(f"<|end_{modality}|>")),
-            (f"modality_token_ranges.{modality} starts at", first, ids.get(f"<|{modality}_0|>")),
-        ]
-    return facts
-
-
-def _special_facts(config: dict, tokenizer: dict, settings: dict) -> list[tuple[str, Any, Any]]:
-    vocabulary = tokenizer["model"].get("vocab")
-    ids = dict(vocabulary) if isinstance(vocabulary, dict) else {}
-    ids |= {token["content"]: token["id"] for token in tokenizer.get("added_tokens", [])}
-    needed = max(ids.values(), default=-1) + 1
-    # rows of the embedding beyond the tokenizer's tokens do no harm
-    facts = [("vocab_size", min(config["vocab_size"], needed), needed)]
-    for name in ("pad", "bos", "eos"):
-        token = settings.get(f"{name}_token")
-        content = token.get("content") if isinstance(token, dict) else token
-        value = config.get(f"{name}_token_id")
-        # several tokens may end a text
-        is_fine = value is None or isinstance(value, list) and ids.get(content) in value
-        if content in ids and not is_fine:
-            facts.append((f"{name}_token_id", value, ids[content]))
-    return facts
-
-
-def _grid_facts(config: dict, vq_config: dict, settings: dict) -> list[tuple[str, Any, Any]]:
-    crop = (settings.get("image_processor") or {}).get("crop_size")
-    if vq_config.get("model_type") != "moma_vq" or not isinstance(crop, dict):
-        return []
-    side = MomaVQConfig.from_dict(vq_config).downsample_factor
-    return [("image_seq_length", config.get("image_seq_length"), (crop["height"] // side) * (crop["width"] // side))]

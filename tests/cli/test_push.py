@@ -101,6 +101,54 @@ def test_model_and_processor_become_one_repository(whole):
     assert upload.files["config.json"].parent == whole / "model"
 
 
+@pytest.mark.parametrize("name", ["two\nlines.md", os.fsdecode(b"caf\xe9.md")])
+def test_a_name_that_no_repository_can_hold_stays_here(folder, name, capsys):
+    (folder / name).write_text("words")
+    upload = prepare(folder)
+    assert name not in upload.files and upload.left_out[ascii(name)] == "a name that the Hub cannot hold"
+    assert push_to_hub.main(["--model", str(folder), "--repo-id", "someone/moma-tiny", "--dry-run"]) == 0
+    capsys.readouterr().out.encode()
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"eos_token_id": 7}, "generation_config.json: eos_token_id 7, but the processor has"),
+        ({"eos_token_id": [2, 10**6]}, "eos_token_id = 1000000 is no token of the model, which has"),
+        ({"pad_token_id": "x"}, "generation_config.json: "),
+        ({"bos_token_id": 99999}, "bos_token_id = 99999 is no token"),
+        ({"max_new_tokens": -3}, "generation_config.json: Transformers cannot use it"),
+    ],
+)
+def test_a_generation_config_of_other_tokens_is_refused(folder, fields, message):
+    edit(folder / "generation_config.json", lambda content: content.update(fields))
+    assert message in refusal(folder)
+
+
+def test_a_generation_config_may_name_several_tokens_that_end_a_text(folder):
+    eos = json.loads((folder / "config.json").read_text())["eos_token_id"]
+    edit(folder / "generation_config.json", lambda content: content.update(eos_token_id=[eos, 5]))
+    prepare(folder)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--output", ""], "--output '': it names no folder"),
+        (["--output", "new", "--private"], "--private: of the Hub"),
+        (["--output", "new", "--revision", "v1"], "--revision: of the Hub"),
+        (["--output", "new", "--message", "x"], "--message: of the Hub"),
+        (["--output", "full", "--dry-run"], "has files in it already"),
+    ],
+)
+def test_flags_beside_a_folder_are_refused(folder, tmp_path, monkeypatch, capsys, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "there.txt").touch()
+    assert push_to_hub.main(["--model", str(folder), *arguments]) == 2
+    assert message in capsys.readouterr().err and not (tmp_path / "new").exists()
+
+
 def test_a_folder_of_everything_gives_its_processor_only(whole):
     upload = prepare(whole / "model", whole / "whole")
     assert set(upload.files) == set(prepare(whole / "whole").files)
@@ -220,6 +268,12 @@ def test_code_that_one_of_the_two_lacks_is_that_of_the_installed_package(whole, 
         (lambda codec: (codec / "codec_config.json").unlink(), "audio_codec/codec_config.json is missing"),
         (lambda codec: os.truncate(codec / "codebook.safetensors", 40), "no readable safetensors file"),
         (lambda codec: os.truncate(codec / "codec_config.json", 9), "codec_config.json cannot be read as JSON"),
+        (
+            lambda codec: edit(
+                codec.parent / "processor_config.json", lambda content: content["codec_types"].update(audio="mu_law")
+            ),
+            "the audio codec is a 'mu_law', which `register_codec` gave its name",
+        ),
     ],
 )
 def test_a_codec_that_would_not_load_is_refused(tmp_path, damage, message):
