@@ -22,9 +22,11 @@ def _size(text: str) -> str:
     from transformers.utils.hub import convert_file_size_to_int
 
     try:
-        convert_file_size_to_int(text)
+        size = convert_file_size_to_int(text)
     except ValueError as error:
         raise InputError("a size, as 400MB or 2GB") from error
+    if size < 1:
+        raise InputError("a size above 0, as 400MB or 2GB")
     return text
 
 

@@ -17,6 +17,7 @@ from tokenization import MomaImageProcessor, MomaProcessor, MomaVQConfig, MomaVQ
 from tokenization.text_tokenizer_moma import BEGIN_IMAGE_TOKEN, END_IMAGE_TOKEN, IMAGE_TOKEN, image_code_tokens
 
 from ..data.encoding import PIXEL_SETTINGS
+from ..utils.messages import one_line
 from .reading import CheckpointError, read_json
 from .vqgan import has_decoder, load_vq_model
 
@@ -76,6 +77,8 @@ class ImageVocabulary:
         """
         if not vocabulary_map:
             raise CheckpointError("vocabulary_map: config.json has none, so nothing tells which ids are images.")
+        if odd := [name for name, token_id in vocabulary_map.items() if type(token_id) is not int]:
+            raise CheckpointError(f"vocabulary_map: {odd[0]!r} has {vocabulary_map[odd[0]]!r}, which is no id.")
         code_of_id = {}
         for name, token_id in sorted(vocabulary_map.items(), key=lambda item: item[1]):
             if not name.startswith(_CODE_NAME_START):
@@ -232,13 +235,18 @@ def convert_tokenizer(folder: str | Path, vocabulary: ImageVocabulary) -> PreTra
     for field, token in (("bos_token", "<s>"), ("eos_token", "</s>"), ("pad_token", "<pad>")):
         if field not in settings and token in vocab:
             settings[field] = token
-    settings = {name: value["content"] if isinstance(value, dict) else value for name, value in settings.items()}
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        model_input_names=["input_ids", "attention_mask"],
-        chat_template=_chat_template(folder, source_settings),
-        **settings,
-    )
+    settings = {name: value.get("content") if isinstance(value, dict) else value for name, value in settings.items()}
+    try:
+        return PreTrainedTokenizerFast(
+            tokenizer_object=backend,
+            model_input_names=["input_ids", "attention_mask"],
+            chat_template=_chat_template(folder, source_settings),
+            **settings,
+        )
+    except (ValueError, TypeError, KeyError) as error:
+        raise CheckpointError(
+            f"{folder / 'tokenizer_config.json'}: no tokenizer can be made of it: {one_line(error)}"
+        ) from error
 
 
 def _chat_template(folder: Path, settings: dict) -> str | dict[str, str] | None:
@@ -280,7 +288,10 @@ def convert_image_processor(folder: str | Path, resolution: int) -> MomaImagePro
     folder = Path(folder)
     files = [folder / name for name in ("preprocessor_config.json", "processor_config.json")]
     if any([read_json(path, default={}) for path in files]):
-        source = ChameleonImageProcessor.from_pretrained(folder)
+        try:
+            source = ChameleonImageProcessor.from_pretrained(folder)
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise CheckpointError(f"{files[0]}: no image processor can be made of it: {one_line(error)}") from error
     else:
         crop = {"height": resolution, "width": resolution}
         source = ChameleonImageProcessor(size={"shortest_edge": resolution}, crop_size=crop)

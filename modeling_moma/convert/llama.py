@@ -154,10 +154,13 @@ def _source_config(reader: TensorSource) -> PreTrainedConfig:
             )
         try:
             config = AutoConfig.from_pretrained(reader.folder)
-        except (ValueError, KeyError, TypeError, StrictDataclassError) as error:
+        except (ValueError, KeyError, TypeError, ArithmeticError, StrictDataclassError) as error:
             reason = one_line(error)
             raise CheckpointError(f"{where}: Transformers cannot read it: {reason}") from error
     check_features(config, where)
+    for name in ("vocab_size", "num_attention_heads", "hidden_size", "num_hidden_layers"):
+        if not (type(value := getattr(config, name)) is int and value > 0):
+            raise CheckpointError(f"{where}: {name} = {value!r} describes no model.")
     return config
 
 
@@ -178,12 +181,18 @@ def _with_images(reader: TensorSource, processor: str | Path) -> tuple[MomaProce
         parts = open_processor(str(processor))
     except InputError as error:
         raise CheckpointError(str(error)) from error
+    if parts.codecs:
+        raise CheckpointError(
+            f"--processor {str(processor)!r} has codecs of {', '.join(parts.codecs)}, which a conversion does not "
+            "take over: give a processor of images alone, such as the one that these were added to."
+        )
     try:
         tokenizer = AutoTokenizer.from_pretrained(reader.folder, **reader.loading)
         old_ids = set(tokenizer.get_vocab().values())
         add_image_tokens(tokenizer, parts.codebook_size)
-    # an ImportError is that of a library which a file without tokenizer.json needs
-    except (OSError, ValueError, TypeError, KeyError, ImportError) as error:
+    # tokenizers raises nothing narrower at a file of another version; an ImportError is that of a library which a file
+    # without tokenizer.json needs
+    except Exception as error:
         names = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
         found = (reader.folder / name for name in names if (reader.folder / name).is_file())
         file = next(found, reader.folder / names[0])

@@ -303,6 +303,8 @@ def read_pickle(path: Path, map_location: str = "cpu") -> dict[str, torch.Tensor
     except (RuntimeError, EOFError, ValueError, OSError) as error:
         raise CheckpointError(f"{path}: truncated, damaged or no PyTorch file ({error}).") from error
     tensors = content.get("state_dict", content) if isinstance(content, Mapping) else None
-    if not isinstance(tensors, Mapping) or not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
+    if not isinstance(tensors, Mapping) or not all(
+        isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in tensors.items()
+    ):
         raise CheckpointError(f"{path}: it holds no tensors by name, bare or under 'state_dict'.")
     return dict(tensors)

@@ -69,7 +69,8 @@ def fetch(name: str, gguf_file: str | None = None, allow_pickle: bool = False) -
     problem = why_nowhere(name)
     if problem is not None:
         raise CheckpointError(f"{name}: {problem}. {fetched}")
-    weights = ["*.safetensors", *(["pytorch_model*.bin"] if allow_pickle else [])]
+    # and not those of other formats beside them, such as consolidated.safetensors
+    weights = ["model*.safetensors", *(["pytorch_model*.bin"] if allow_pickle else [])]
     patterns = [*_SMALL_FILES, *(weights if gguf_file is None else [gguf_file])]
     try:
         return Path(snapshot_download(name, allow_patterns=patterns))

@@ -21,6 +21,8 @@ from .transfer import check_free
 # the discriminator and the perceptual network of training, which no image passes at inference
 IGNORED_PREFIX = "loss."
 DECODER_PREFIX = "decoder."
+# of images that a code book was ever trained for, with room
+MOST_RESOLUTION = 2**14
 # sizes of the configuration read off shapes: field, parameter, axis
 _SIZES = (
     ("base_channels", "encoder.conv_in.weight", 0),
@@ -93,6 +95,10 @@ def vqgan_config(tensors: Mapping[str, torch.Tensor], resolution: int = 512) -> 
     levels = _count(tensors, r"encoder\.down\.(\d+)\.")
     widths = [_size(tensors, f"encoder.down.{level}.block.0.conv1.weight", 0) for level in range(levels)]
     with_attention = [level for level in range(levels) if f"encoder.down.{level}.attn.0.q.weight" in tensors]
+    if not 0 < resolution <= MOST_RESOLUTION:
+        raise CheckpointError(f"--resolution {resolution}: pixels of a side, {MOST_RESOLUTION} at most.")
+    if empty := [name for field, name, _ in _SIZES if not fields[field]]:
+        raise CheckpointError(f"{empty[0]}: it has no rows, so this is no image tokenizer.")
     try:
         return MomaVQConfig(
             **fields,
@@ -143,6 +149,10 @@ def load_vq_model(tensors: Mapping[str, torch.Tensor], config: MomaVQConfig) -> 
     if any(faults.values()):
         listed = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in faults.items() if names)
         raise CheckpointError(f"The image tokenizer does not fit its configuration. Tensors {listed}.")
+    if odd := [name for name, tensor in tensors.items() if not tensor.is_floating_point()]:
+        raise CheckpointError(f"{odd[0]}: it holds {tensors[odd[0]].dtype}, which are no weights of a VQ-GAN.")
+    if odd := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
+        raise CheckpointError(f"{odd[0]}: it holds NaN or infinity: damaged, or of a training that diverged.")
     model.load_state_dict({name: tensor.float() for name, tensor in tensors.items()}, assign=True)
     return model.eval()
 

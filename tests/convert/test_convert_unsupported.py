@@ -45,6 +45,8 @@ from modeling_moma.convert.reading import CheckpointError
         ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config"),
         ({"max_position_embeddings": 16}, "image_seq_length"),
         ({"hidden_size": "wide"}, "hidden_size"),
+        ({"num_attention_heads": 0}, ""),
+        ({"vocab_size": 0}, "vocab_size = 0"),
     ],
 )
 def test_feature_that_moma_cannot_express_is_refused_by_field(fields, message, source, convert, tmp_path):

@@ -125,6 +125,9 @@ def test_objects_in_a_pickle_are_refused_and_not_run(tmp_path, capsys):
         ({"quantize.proj.weight": torch.zeros(2)}, "unexpected: quantize.proj.weight"),
         ({"decoder.conv_in.bias": torch.zeros(3)}, r"decoder.conv_in.bias \(3,\), not \(64,\)"),
         ({"encoder.conv_in.weight": None}, "encoder.conv_in.weight: missing"),
+        ({"encoder.conv_in.weight": torch.zeros(0, 3, 3, 3)}, "encoder.conv_in.weight: it has no rows"),
+        ({"decoder.conv_in.bias": torch.full((64,), torch.nan)}, "decoder.conv_in.bias: it holds NaN"),
+        ({"decoder.conv_in.bias": torch.zeros(64, dtype=torch.long)}, "decoder.conv_in.bias: it holds torch.int64"),
     ],
 )
 def test_tensors_that_do_not_fit_are_named(tmp_path, changes, message):
@@ -132,6 +135,19 @@ def test_tensors_that_do_not_fit_are_named(tmp_path, changes, message):
     with pytest.raises(CheckpointError, match=message):
         convert_vqgan(path, tmp_path / "out", allow_pickle=True, resolution=16)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_pickle_of_numbers_by_number_is_refused(tmp_path):
+    torch.save({0: torch.zeros(1)}, tmp_path / "vqgan.ckpt")
+    with pytest.raises(CheckpointError, match="it holds no tensors by name"):
+        convert_vqgan(tmp_path / "vqgan.ckpt", tmp_path / "out", allow_pickle=True)
+
+
+@pytest.mark.parametrize("resolution", [0, -16, 10**12])
+def test_resolution_that_no_image_has_is_refused(tmp_path, resolution):
+    path = save_ckpt(vq_model(), tmp_path / "vqgan.ckpt")
+    with pytest.raises(CheckpointError, match=f"--resolution {resolution}: "):
+        convert_vqgan(path, tmp_path / "out", allow_pickle=True, resolution=resolution)
 
 
 def test_truncated_file_is_refused(tmp_path):
