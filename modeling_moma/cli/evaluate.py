@@ -5,14 +5,17 @@ Losses are by modality and source, causal as in `generate`. The loss under `expe
 warning: it sees the future and is no measure of quality.
 """
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from ..utils.fields import Count, Int, NotNegative, Seed, Share
+from ..errors_moma import InputError
+from ..utils.fields import Count, Float, Int, Seed, Share
 from ..utils.messages import without_import_notices
-from .arguments import Flag, parse_fields
+from .arguments import Flag, parse_fields, title_of
+from .sampling import MOST_SCALE, check_sampling
 
 
 # of `measure_sources`
@@ -70,10 +73,10 @@ class Arguments:
     dtype: Literal["float32", "bfloat16"] = "float32"
     seed: Seed = 0
     retrieval_pairs: Annotated[Int, Field(ge=2)] = 64
-    temperature: NotNegative = 1.0
+    temperature: Annotated[Float, Field(ge=0, le=MOST_SCALE)] = 1.0
     top_k: Annotated[Int, Field(ge=0)] = 0
     top_p: Share = 1.0
-    guidance_scale: NotNegative = 1.0
+    guidance_scale: Annotated[Float, Field(ge=0, le=MOST_SCALE)] = 1.0
     output: str | None = None
 
 
@@ -85,6 +88,19 @@ def sampling_arguments(args: Arguments) -> dict[str, Any]:
     """Return the arguments of `generate` that the flags ask for."""
     sampling = {name: getattr(args, name) for name in SAMPLING} if args.temperature > 0 else {}
     return {"do_sample": args.temperature > 0, "guidance_scale": args.guidance_scale, **sampling}
+
+
+def check_flags(args: Arguments) -> None:
+    """Raise `ValueError` at flags of sampling that are out of range, or that no measure asked for would read."""
+    check_sampling(args.temperature, args.top_k, args.top_p)
+    if args.output == "":
+        raise InputError("--output '': it names no file; is a variable of the shell empty?")
+    defaults = {entry.name: entry.default for entry in dataclasses.fields(Arguments)}
+    for measure, names in {"drawings": (*SAMPLING, "guidance_scale"), "retrieval": ("retrieval_pairs",)}.items():
+        given = [name for name in names if getattr(args, name) != defaults[name]]
+        if given and measure not in (args.measures or ()):
+            flag = title_of(Arguments, given[0])
+            raise InputError(f"{flag}: it is read by `--measures {measure}` alone, which is not asked for.")
 
 
 def evaluate(args: Arguments) -> dict:
@@ -117,14 +133,15 @@ def run(args: Arguments) -> None:
     from ..utils.atomic_files import check_place, write_aside
     from ..utils.finite_json import finite_json
 
-    if args.output:
+    check_flags(args)
+    if args.output is not None:
         # before hours of measures
         check_place(args.output)
     sources = evaluate(args)
     from ..evaluation.report import report_tables
 
     print(report_tables(sources))
-    if args.output:
+    if args.output is not None:
         report = {"arguments": vars(args), "dtype": args.dtype, "sources": sources}
         write_aside(args.output, lambda path: path.write_text(finite_json(report)))
 

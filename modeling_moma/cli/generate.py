@@ -23,15 +23,13 @@ from ..utils.errors import needs_extra
 from ..utils.fields import Count, Float, Int, Seed, Share, check_utf8
 from ..utils.messages import without_import_notices
 from .arguments import Flag, parse_fields
+from .sampling import MOST_SCALE, check_sampling
 
 
 # of `MomaForCausalLM.generate`
 Mode = Literal["text", "image", "interleaved", "audio"]
 TEXT_NEW_TOKENS = 32
 SOUND_NEW_TOKENS = 256
-# scores times or by numbers beyond these would not be finite
-LEAST_TEMPERATURE = 1e-6
-MOST_SCALE = 1000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,15 +136,7 @@ def check_prompts_and_temperature(args: Arguments) -> None:
     """Raise `ValueError` at a prompt that is no text, a temperature too near to 0, or flags of sampling without it."""
     for prompt in args.prompt:
         check_utf8("--prompt", prompt)
-    if args.temperature is not None and 0 < args.temperature < LEAST_TEMPERATURE:
-        raise InputError(
-            f"--temperature {args.temperature}: it is below {LEAST_TEMPERATURE}; 0 takes the likeliest token."
-        )
-    if temperature_of(args) == 0 and (args.top_k or args.top_p < 1):
-        flag = f"--top-k {args.top_k}" if args.top_k else f"--top-p {args.top_p:g}"
-        raise InputError(
-            f"{flag}: nothing is sampled here, where the temperature is 0: give --temperature, such as 1."
-        )
+    check_sampling(temperature_of(args), args.top_k, args.top_p)
 
 
 def check_candidates(args: Arguments) -> None:

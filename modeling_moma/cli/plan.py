@@ -30,7 +30,8 @@ GIGA = 1e9
 TABLE = re.compile(r"(<!-- plan: (.+?) -->\n).*?(<!-- /plan -->)", flags=re.DOTALL)
 # largest first, by the seconds of one
 UNITS = {"days": 86400, "hours": 3600, "minutes": 60, "seconds": 1}
-# flags of the layouts of one model
+# flags of tables, and of the layouts of one model
+OF_TABLES = ("steps", "top")
 OF_ONE_MODEL = ("gpus", "steps", "top", "json")
 OVERVIEW_GPUS = (1, 8, 64, 256)
 
@@ -286,18 +287,23 @@ def write_tables(document: str) -> int:
         except ValueError as error:
             raise InputError(f"{document}: the arguments {match[2]!r} cannot be read: {error}.") from error
         args = parse_arguments(words)
+        if args.json or args.write:
+            raise InputError(f"{document}: the arguments {match[2]!r} make no table: leave out --json and --write.")
         table = overview(args) if args.overview else to_table(args, *compute(args))
         return f"{match[1]}{table}\n{match[3]}"
 
+    # a link stays one
+    path = Path(document).resolve()
     try:
-        text = Path(document).read_text()
+        text = path.read_bytes().decode()
     except (ValueError, OSError) as error:
         raise InputError(f"--write {document}: {error}") from error
-    text, count = TABLE.subn(compute_anew, text)
+    end = "\r\n" if "\r\n" in text else "\n"
+    text, count = TABLE.subn(compute_anew, text.replace(end, "\n"))
     if not count:
         raise InputError(f"{document} has no table between <!-- plan: ARGUMENTS --> and <!-- /plan -->.")
     try:
-        write_aside(document, lambda path: path.write_text(text))
+        write_aside(path, lambda aside: aside.write_bytes(text.replace("\n", end).encode()))
     except OSError as error:
         raise InputError(f"--write {document}: {error}") from error
     return count
@@ -310,6 +316,8 @@ def run(args: Arguments) -> None:
     elif args.overview:
         print(overview(args))
     else:
+        if args.json:
+            refuse_unread(args, "--json", OF_TABLES)
         plans, misfits = compute(args)
         print(to_json(args, plans, misfits) if args.json else to_table(args, plans, misfits))
 

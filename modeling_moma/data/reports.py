@@ -91,6 +91,23 @@ def _nothing_left(name: str, read: dict) -> str:
     return f"sources: {name!r} yields nothing to train on: of {read['rows']} rows {reasons}{first}."
 
 
+def _is_manifest(manifest: Any) -> bool:
+    """Return whether this has all that the readers of tokens look at."""
+    is_whole = isinstance(manifest, dict) and {"fingerprint", "sequence_length", "packed"} <= manifest.keys()
+    sources = manifest.get("sources") if is_whole else None
+    if not isinstance(sources, dict):
+        return False
+    for entry in sources.values():
+        if not isinstance(entry, dict) or not isinstance(entry.get("fields"), dict):
+            return False
+        splits = entry.get("splits")
+        if not isinstance(splits, dict):
+            return False
+        if not all(isinstance(split, dict) and {"documents", "files"} <= split.keys() for split in splits.values()):
+            return False
+    return True
+
+
 def read_manifest(folder: str | Path) -> dict[str, Any]:
     """Return the manifest of a folder of tokens.
 
@@ -111,7 +128,7 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
         raise InputError(f"{where} has no {MANIFEST_FILE}: {likely}")
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(manifest, dict) and {"fingerprint", "sources"} <= manifest.keys():
+        if _is_manifest(manifest):
             return manifest
         problem = "it is not one that `moma tokenize` wrote"
     except ValueError as error:

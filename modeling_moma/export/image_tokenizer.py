@@ -8,7 +8,7 @@ Shape suffixes:
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -74,13 +74,15 @@ def export_image_tokenizer(model: MomaVQModel, folder: str | Path) -> OnnxImageT
 
     Raises:
         ImportError: `onnx` or `onnxscript` is missing.
-        TypeError: the model is one of Transformers.
-        ValueError: the model's weights are not fp32, or `folder` is a file.
+        TypeError: the model is one of Transformers, or none of images.
+        ValueError: the model's weights are not fp32 or not on the CPU, or `folder` is a file.
     """
     if isinstance(model, LibraryImageTokenizer):
         raise TypeError(
             f"`model` is the {type(model.model).__name__} of Transformers: only a MomaVQModel is exported here."
         )
+    if not isinstance(model, MomaVQModel):
+        raise TypeError(f"`model` is a {type(model).__name__}: give `processor.vq_model`, a MomaVQModel.")
     missing = [name for name in _NEEDED if find_spec(name) is None]
     if missing:
         raise MissingExtraError(f'export to ONNX needs {" and ".join(missing)}: pip install "modeling-moma[export]"')
@@ -88,6 +90,8 @@ def export_image_tokenizer(model: MomaVQModel, folder: str | Path) -> OnnxImageT
         raise InputError(
             f"`model` is in {model.dtype}, in which near codes would change places: convert it by `model.float()`."
         )
+    if model.device.type != "cpu":
+        raise InputError(f"`model` is on {str(model.device)!r}: export takes it from the CPU, `model.cpu()`.")
     config, folder = model.config, Path(folder)
     if folder.exists() and not folder.is_dir():
         raise InputError(f"`folder` is {str(folder)!r}, a file: name a folder for the files of the export.")
@@ -95,19 +99,23 @@ def export_image_tokenizer(model: MomaVQModel, folder: str | Path) -> OnnxImageT
     was_training = model.training
     try:
         pixels_BCHW = torch.zeros(2, config.in_channels, config.resolution, config.resolution)
-        encoder = _write(_Encoder(model), "pixel_values", pixels_BCHW, "image_tokens", folder / "encoder.onnx")
-        if model.decoder is None:
-            return OnnxImageTokenizer(encoder, None)
-        codes_BS = torch.zeros(2, (config.resolution // config.downsample_factor) ** 2, dtype=torch.long)
-        decoder = _write(_Decoder(model), "image_tokens", codes_BS, "pixel_values", folder / "decoder.onnx")
-        return OnnxImageTokenizer(encoder, decoder)
+        programs = {"encoder": _program(_Encoder(model), "pixel_values", pixels_BCHW, "image_tokens")}
+        if model.decoder is not None:
+            codes_BS = torch.zeros(2, (config.resolution // config.downsample_factor) ** 2, dtype=torch.long)
+            programs["decoder"] = _program(_Decoder(model), "image_tokens", codes_BS, "pixel_values")
     finally:
         model.train(was_training)
+    paths = {name: folder / f"{name}.onnx" for name in programs}
+    # one of an earlier export would be that of another encoder
+    (folder / "decoder.onnx").unlink(missing_ok=True)
+    for name, program in programs.items():
+        write_aside(paths[name], partial(program.save, external_data=False))
+    return OnnxImageTokenizer(paths["encoder"], paths.get("decoder"))
 
 
-def _write(module: nn.Module, input_name: str, example: torch.Tensor, output_name: str, path: Path) -> Path:
+def _program(module: nn.Module, input_name: str, example: torch.Tensor, output_name: str) -> Any:
     with torch.no_grad():
-        program = torch.onnx.export(
+        return torch.onnx.export(
             module.eval(),
             (example,),
             dynamo=True,
@@ -116,8 +124,6 @@ def _write(module: nn.Module, input_name: str, example: torch.Tensor, output_nam
             output_names=[output_name],
             dynamic_shapes=({0: torch.export.Dim("images", min=1)},),
         )
-    write_aside(path, partial(program.save, external_data=False))  # pyright: ignore[reportOptionalMemberAccess]
-    return path
 
 
 __all__ = ["OnnxImageTokenizer", "export_image_tokenizer"]

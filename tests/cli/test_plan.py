@@ -85,6 +85,7 @@ def test_where_nothing_fits_the_smallest_need_is_told(capsys):
         (["--config", "nowhere"], "nowhere"),
         (["--write", "nowhere.md"], "nowhere.md"),
         (["--write", str(DOCUMENT), "--gpus", "64"], "--write takes no --gpus,"),
+        (["--preset", "moma-90m-4t4i", "--json", "--top", "1", "--steps", "5"], "--json takes no --steps, --top,"),
         (["--overview", "--gpus", "64", "--json"], "--overview takes no --gpus, --json,"),
     ],
 )
@@ -145,6 +146,20 @@ def test_tables_of_a_document_are_computed_anew(tmp_path, capsys):
     (tmp_path / "none.md").write_text("no table")
     assert main(["--write", str(tmp_path / "none.md")]) == 2
     assert "no table between" in capsys.readouterr().err
+
+
+def test_a_link_stays_one_and_line_ends_are_kept(tmp_path, capsys):
+    document, link = tmp_path / "page.md", tmp_path / "link.md"
+    document.write_bytes("é\r\n<!-- plan: --preset moma-90m-4t4i --gpus 1 -->\r\nold\r\n<!-- /plan -->\r\n".encode())
+    link.symlink_to(document)
+    assert main(["--write", str(link)]) == 0
+    assert link.is_symlink()
+    written = document.read_bytes()
+    assert written.startswith("é\r\n".encode()) and b"| layout |" in written and b"old" not in written
+    assert written.count(b"\n") == written.count(b"\r\n")
+    document.write_text("<!-- plan: --preset moma-90m-4t4i --json -->\n<!-- /plan -->\n")
+    assert main(["--write", str(document)]) == 2
+    assert "make no table: leave out --json" in capsys.readouterr().err
 
 
 def test_a_document_that_cannot_be_written_is_told_in_one_line(tmp_path, monkeypatch, capsys):

@@ -196,6 +196,25 @@ def test_sampling_out_of_range_is_refused_by_the_command(folder, more, capsys):
     assert f"{name} = {value!r} must be" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ("--measures drawings --temperature 1e308", "--temperature = '1e308' must be"),
+        ("--measures drawings --guidance-scale 1e308", "--guidance-scale = '1e308' must be"),
+        ("--measures drawings --temperature 1e-320", "--temperature 1e-320: it is below"),
+        ("--measures drawings --temperature 0 --top-k 5", "--top-k 5: nothing is sampled here"),
+        ("--measures losses --guidance-scale 7", "--guidance-scale: it is read by `--measures drawings` alone"),
+        ("--temperature 0.7", "--temperature: it is read by `--measures drawings` alone"),
+        ("--measures losses --retrieval-pairs 2", "--retrieval-pairs: it is read by `--measures retrieval` alone"),
+        ("--output=", "--output '': it names no file"),
+    ],
+)
+def test_flags_that_would_fail_or_change_nothing_are_refused_first(folder, more, message, capsys):
+    with pytest.raises((SystemExit, ValueError)) as refused:
+        main(arguments(folder, *more.split()))
+    assert message in f"{refused.value}{capsys.readouterr().err}"
+
+
 def test_temperature_zero_draws_the_likeliest_codes(folder, tmp_path):
     pytest.importorskip("efficientnet_lite_pytorch", reason="the extra `train` is not installed")
     output = ["--measures", "drawings", "--temperature", "0", "--output", str(tmp_path / "report.json")]

@@ -61,9 +61,20 @@ def test_a_tokenizer_without_a_decoder_has_an_encoder_alone(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["encoder.onnx"]
 
 
+def test_a_second_export_leaves_no_decoder_of_the_first(tmp_path):
+    (tmp_path / "decoder.onnx").write_bytes(b"of another tokenizer")
+    model = tiny_vq_model()
+    model.decoder = None
+    export_image_tokenizer(model, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["encoder.onnx"]
+
+
 def test_what_cannot_be_exported_is_refused(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="`model` is in torch.bfloat16"):
         export_image_tokenizer(tiny_vq_model().to(torch.bfloat16), tmp_path)
+    with pytest.raises(TypeError, match="`model` is a MomaProcessor: give `processor.vq_model`"):
+        export_image_tokenizer(tiny_processor(), tmp_path / "new")
+    assert not (tmp_path / "new").exists()
     module = importlib.import_module("modeling_moma.export.image_tokenizer")
     monkeypatch.setattr(module, "_NEEDED", ("onnx", "no_such_package"))
     with pytest.raises(ImportError, match="needs no_such_package"):
