@@ -3,6 +3,7 @@
 
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping
 from fnmatch import fnmatch
 from pathlib import Path
@@ -85,6 +86,8 @@ CONFIG_CLASSES = (
     "AutoModelForImageTextToText",
     "AutoModelForMultimodalLM",
 )
+# control characters, as a line break, and bytes that are no UTF-8
+_NO_NAME = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")
 _POINTER = b"version https://git-lfs"
 
 
@@ -108,8 +111,7 @@ def _walk(folder: Path) -> tuple[dict[str, Path], dict[str, str]]:
     files, left_out = {}, {}
     for path in sorted(folder.iterdir()):
         reason = _reason_to_stay(path)
-        if not path.name.isprintable():
-            # a newline, or bytes that are no UTF-8
+        if _NO_NAME.search(path.name):
             left_out[ascii(path.name)] = "a name that the Hub cannot hold"
         elif reason is not None:
             left_out[path.name] = reason

@@ -333,6 +333,10 @@ def trainer_kind(
     """Return what makes the trainer: one with a contrast of captions where the recipe asks for it."""
     if args.recipe.contrast is None:
         return StageTrainer
+    if share := code_noise(args.recipe.data):
+        raise InputError(
+            f"RECIPE, contrast: it compares images as they are, but `data` has code_noise = {share}: take one of both."
+        )
     return partial(ContrastTrainer, caption_contrast(model, args.model, args.recipe.contrast, processor))
 
 

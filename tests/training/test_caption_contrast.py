@@ -281,6 +281,14 @@ def test_a_model_to_begin_at_is_asked_for(inputs, tmp_path):
     assert not (tmp_path / "out" / "run.json").exists()
 
 
+def test_noise_on_the_images_that_are_compared_is_refused(inputs, tmp_path):
+    recipe = json.loads((inputs / "contrast-True.json").read_text())
+    recipe["data"]["code_noise"] = 0.3
+    (inputs / "noisy.json").write_text(json.dumps(recipe))
+    with pytest.raises(InputError, match="contrast: .*code_noise = 0.3"):
+        main(four_steps(inputs, tmp_path / "out", "noisy", "--model", str(inputs / "seed")))
+
+
 def test_routing_that_sees_the_future_is_refused(inputs, tmp_path):
     model = MomaForCausalLM.from_pretrained(inputs / "seed")
     model.config.training_routing = "expert_choice"
