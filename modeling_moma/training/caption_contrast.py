@@ -189,9 +189,13 @@ class ContrastTrainer(StageTrainer):
     It logs, as means over the pairs since the last log: `contrast_loss`; `contrast_gap`, `r - r'` in nats; and
     `contrast_pairs` of a batch.
 
-    Attributes:
+    Args:
         contrast ([`CaptionContrast`]):
             what it adds.
+        args (`Any`):
+            of a [`StageTrainer`].
+        kwargs (`Any`):
+            likewise.
     """
 
     def __init__(self, contrast: CaptionContrast, *args: Any, **kwargs: Any):
