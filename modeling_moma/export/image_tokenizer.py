@@ -5,9 +5,9 @@ Shape suffixes:
     B images, C channels, H rows and W columns of pixels, S codes of an image.
 """
 
-from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +17,7 @@ from tokenization import MomaVQModel
 from tokenization.image_tokenizers_moma import LibraryImageTokenizer
 
 from ..errors_moma import InputError
-from ..utils.atomic_files import write_aside
+from ..utils.atomic_files import LEFT_OVER
 from ..utils.errors import MissingExtraError
 
 
@@ -106,10 +106,14 @@ def export_image_tokenizer(model: MomaVQModel, folder: str | Path) -> OnnxImageT
     finally:
         model.train(was_training)
     paths = {name: folder / f"{name}.onnx" for name in programs}
-    # one of an earlier export would be that of another encoder
-    (folder / "decoder.onnx").unlink(missing_ok=True)
-    for name, program in programs.items():
-        write_aside(paths[name], partial(program.save, external_data=False))
+    # both are written before either takes the place of an earlier one
+    with TemporaryDirectory(suffix=LEFT_OVER, dir=folder) as aside:
+        for name, program in programs.items():
+            program.save(Path(aside) / name, external_data=False)
+        if "decoder" not in programs:
+            (folder / "decoder.onnx").unlink(missing_ok=True)
+        for name, path in paths.items():
+            (Path(aside) / name).replace(path)
     return OnnxImageTokenizer(paths["encoder"], paths.get("decoder"))
 
 

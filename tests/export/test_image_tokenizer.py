@@ -69,6 +69,24 @@ def test_a_second_export_leaves_no_decoder_of_the_first(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["encoder.onnx"]
 
 
+def test_an_export_that_fails_leaves_the_one_before(tmp_path, monkeypatch):
+    files = {"encoder.onnx": b"old", "decoder.onnx": b"old"}
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+
+    class Full:
+        def save(self, path, external_data):
+            path.write_bytes(b"new")
+            if path.name == "decoder":
+                raise OSError("No space left on device")
+
+    module = importlib.import_module("modeling_moma.export.image_tokenizer")
+    monkeypatch.setattr(module, "_program", lambda *args: Full())
+    with pytest.raises(OSError, match="No space left"):
+        export_image_tokenizer(tiny_vq_model(), tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == files
+
+
 def test_what_cannot_be_exported_is_refused(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="`model` is in torch.bfloat16"):
         export_image_tokenizer(tiny_vq_model().to(torch.bfloat16), tmp_path)
