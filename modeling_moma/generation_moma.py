@@ -202,9 +202,9 @@ def _all_codes(config: MomaConfig) -> torch.Tensor:
 INTERLEAVED = "interleaved"
 # new tokens that the stock loop generates by default
 STOCK_NEW_TOKENS = 20
-# options that say how much is generated; the stock loop heeds the second where the first is nowhere
 # what a model's own configuration says against repeated words means no codes, many of which are alike
 OF_WORDS = {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
+# options that say how much is generated; the stock loop heeds the second where the first is nowhere
 LENGTHS = ("max_new_tokens", "max_length")
 GRAMMAR = (FrameLogitsProcessor, TextOnlyLogitsProcessor)
 

@@ -74,7 +74,7 @@ def export_image_tokenizer(model: MomaVQModel, folder: str | Path) -> OnnxImageT
 
     Raises:
         ImportError: `onnx` or `onnxscript` is missing.
-        TypeError: the model is one of Transformers, or none of images.
+        TypeError: the model is one of Transformers, or no image tokenizer.
         ValueError: the model's weights are not fp32 or not on the CPU, or `folder` is a file.
     """
     if isinstance(model, LibraryImageTokenizer):

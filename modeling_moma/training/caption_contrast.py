@@ -65,7 +65,7 @@ class CaptionContrast:
 
     Args:
         reference (`PreTrainedModel`):
-            what the training begins at. Only read, in eval mode.
+            what the training begins at, in eval mode and on the device of its batches. Only read.
         fields ([`ContrastFields`]):
             of the recipe.
         frame (`TokenFrame`):
@@ -161,7 +161,6 @@ class CaptionContrast:
         """
         with torch.no_grad():
             others = {name: values for name, values in doubled.items() if name != "labels"}
-            self.reference.to(logits.device)  # pyright: ignore[reportArgumentType]
             reference = self.reference(**others, use_cache=False).logits
             reference_2P = self._log_probs(reference, pairs)
         right_P, wrong_P = (self._log_probs(logits, pairs) - reference_2P).chunk(2)
@@ -200,6 +199,7 @@ class ContrastTrainer(StageTrainer):
 
     def __init__(self, contrast: CaptionContrast, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
+        contrast.reference.to(self.args.device)  # pyright: ignore[reportArgumentType]
         self.contrast = contrast
         # what pairs cost, their gaps, their number and that of batches
         self._sums_4: torch.Tensor | None = None

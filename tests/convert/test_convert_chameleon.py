@@ -505,3 +505,16 @@ def test_every_code_must_have_one_id():
     assert ImageVocabulary.from_map(names).codebook_order(3).tolist() == [0, 1, 2]
     with pytest.raises(CheckpointError, match="each of the 4 codes"):
         ImageVocabulary.from_map(names).codebook_order(4)
+
+
+def test_an_id_that_is_no_number_is_named():
+    with pytest.raises(CheckpointError, match="vocabulary_map: '<image>' has 'x', which is no id"):
+        ImageVocabulary.from_map({**vocabulary_map(), "<image>": "x"})
+
+
+@pytest.mark.parametrize("settings", [{"padding_side": "middle"}, {"bos_token": ["x"]}])
+def test_settings_that_no_tokenizer_has_are_named(tmp_path, settings):
+    save_tokenizer(tmp_path, False)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    with pytest.raises(CheckpointError, match="tokenizer_config.json: no tokenizer can be made of it"):
+        convert_tokenizer(tmp_path, ImageVocabulary.from_map(vocabulary_map()))

@@ -8,8 +8,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from helpers.sounds import processor_of_sounds
 from helpers.text_sources import CONFIGS, Q_PROJ, assert_nothing_written, edit_config, edit_tensors, save_source
 from modeling_moma.cli.convert import main
+from modeling_moma.convert.llama import convert_llama
 from modeling_moma.convert.reading import CheckpointError
 
 
@@ -54,6 +56,28 @@ def test_feature_that_moma_cannot_express_is_refused_by_field(fields, message, s
     with pytest.raises(CheckpointError, match=f"config.json.*{message}"):
         convert(source)
     assert_nothing_written(tmp_path)
+
+
+def test_codecs_that_would_be_dropped_are_refused(source, tmp_path):
+    processor_of_sounds().save_pretrained(tmp_path / "sounds")
+    with pytest.raises(CheckpointError, match="--processor .*sounds' has codecs of audio"):
+        convert_llama(source, tmp_path / "moma", processor=tmp_path / "sounds")
+    assert_nothing_written(tmp_path)
+
+
+def test_a_tokenizer_of_another_version_is_named(source, convert, tmp_path):
+    path = source / "tokenizer.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "model": {"type": "of tomorrow"}}))
+    with pytest.raises(CheckpointError, match="tokenizer.json: this tokenizer cannot be given image tokens"):
+        convert(source)
+    assert_nothing_written(tmp_path)
+
+
+@pytest.mark.parametrize("size", ["0GB", "-1GB", "much"])
+def test_a_shard_of_no_size_is_refused(size, capsys):
+    with pytest.raises(SystemExit):
+        main(["llama", "--source", "nowhere", "--processor", "p", "--output", "o", f"--max-shard-size={size}"])
+    assert f"--max-shard-size = {size!r} must be a size" in capsys.readouterr().err
 
 
 def drop(tensors, key):

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tokenizing sources: every kind and form, bad rows left out and counted, restarts, and several processes."""
 
+import copy
 import csv
 import json
 import os
@@ -23,12 +24,12 @@ from datasets import Image as ImageFeature
 from PIL import Image
 from transformers import PreTrainedTokenizerFast
 
-from helpers.tiny import noise_images, tiny_processor
+from helpers.tiny import noise_images, tiny_processor, write_tokens
 from modeling_moma.data.documents import TokenFolder
 from modeling_moma.data.encoding import DocumentEncoder, caption_chat_template
 from modeling_moma.data.images import LeftOut, read_image
 from modeling_moma.data.jobs import plan_job, read_job, source_digest, write_job
-from modeling_moma.data.reports import write_manifest
+from modeling_moma.data.reports import read_manifest, write_manifest
 from modeling_moma.data.sources import read_sources
 from modeling_moma.data.workers import Workers, run_tasks
 from modeling_moma.errors_moma import InputError
@@ -729,3 +730,36 @@ def test_what_is_wrong_with_a_source_is_named(tmp_path, monkeypatch, fields, mes
         source = read_sources({"mine": fields})[0]
         source.split_names()
         source.open("train")
+
+
+def drop(*places):
+    """Takes an entry out of a manifest."""
+
+    def change(manifest):
+        for place in places[:-1]:
+            manifest = manifest[place]
+        del manifest[places[-1]]
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *(drop(name) for name in ("fingerprint", "sources", "sequence_length", "packed")),
+        *(drop("sources", "emoji", name) for name in ("fields", "splits")),
+        *(drop("sources", "emoji", "splits", "train", name) for name in ("documents", "files")),
+        lambda manifest: manifest.update(sources=[]),
+        lambda manifest: manifest["sources"].update(emoji=7),
+    ],
+)
+def test_a_manifest_that_lacks_an_entry_is_named(tmp_path, change):
+    write_tokens(tmp_path, tiny_processor(), train=2)
+    path = tmp_path / "manifest.json"
+    manifest = json.loads(path.read_text())
+    assert read_manifest(tmp_path) == manifest
+    damaged = copy.deepcopy(manifest)
+    change(damaged)
+    path.write_text(json.dumps(damaged))
+    with pytest.raises(InputError, match="manifest.json: it is not one that `moma tokenize` wrote"):
+        read_manifest(tmp_path)
