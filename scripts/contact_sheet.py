@@ -6,25 +6,28 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from modeling_moma.cli.arguments import add_renamed
-from quickstart import load, pick_rows, show_both_ways
+from quickstart import add_data_flags, load, open_source, pick_rows, show_both_ways
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", required=True, help="folder of a MomaForCausalLM and its MomaProcessor")
-    parser.add_argument("--data", default="data/emoji", help="folder of the data set")
+    add_data_flags(parser)
     parser.add_argument("--split", default="test")
     add_renamed(parser, "--images", "--pictures", type=int, default=12)
     parser.add_argument("--guidance-scale", type=float, default=5.0, help="how closely a drawing follows its caption")
     parser.add_argument("--seed", type=int, default=0, help="of the choice of images, and of the drawings")
     parser.add_argument("--output", type=Path, required=True, help="PNG file")
-    return parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
+    args.source = open_source(parser, args)
+    return args
 
 
 def main(arguments: Sequence[str] | None = None):
     args = parse_arguments(arguments)
     model, processor = load(args.model)
-    show_both_ways(model, processor, pick_rows(args.data, args.split, args.images, args.seed), args, args.output)
+    rows = pick_rows(args.source, args.split, args.images, args.seed)
+    show_both_ways(model, processor, rows, args.source, args.guidance_scale, args.seed, args.output)
 
 
 if __name__ == "__main__":

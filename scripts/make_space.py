@@ -13,8 +13,8 @@ from modeling_moma.utils.atomic_files import write_folder_aside
 
 
 ROOT = Path(__file__).resolve().parents[1]
-SPACE = ROOT / "model_cards" / "moma-emoji-space"
-MODEL = ROOT / "model_cards" / "moma-emoji"
+SPACE = ROOT / "model_cards" / "moma-icons-space"
+MODEL = ROOT / "model_cards" / "moma-icons"
 PACKAGES = ("modeling_moma", "tokenization")
 # of the model's folder: what it takes to run it
 MODEL_FILES = ("*.json", "*.jinja", "*.safetensors", "vq_model/*")

@@ -40,6 +40,8 @@ START_SECONDS = 120
 # milliseconds that an answer may take on a busy machine
 PATIENCE = 60_000
 VIEW = {"width": 1100, "height": 760}
+# of the example that is taken, `cloud-drizzle`
+EXAMPLE = 3
 
 
 def find_browser() -> str | None:
@@ -110,7 +112,7 @@ def photograph(address: str, output: Path) -> list[Path]:
         page.set_default_timeout(PATIENCE)
         page.goto(address)
         written = []
-        for name in ("caption", "draw", "interleaved", "routing"):
+        for name in ("caption", "names", "draw", "interleaved", "routing"):
             use(page, name)
             written.append(shoot(page, output / f"page-{name}.png"))
     return written
@@ -120,22 +122,28 @@ def use(page, name: str) -> None:
     """Opens a tab and lets the model answer in it."""
     page.get_by_role("tab", name=name.capitalize()).click()
     if name == "caption":
-        page.get_by_role("tabpanel").locator(".gallery-item").first.click()
+        page.get_by_role("tabpanel").locator(".gallery-item").nth(EXAMPLE).click()
         page.wait_for_function("document.querySelector('#caption-words textarea').value != ''")
         page.locator("#caption-seen img").wait_for()
+    elif name == "names":
+        page.get_by_role("tabpanel").locator(".gallery-item").nth(EXAMPLE).click()
+        page.wait_for_function("document.querySelector('#label-tags textarea').value != ''")
+        page.locator("#find-words textarea").fill("arrow")
+        page.locator("#find-button").click()
+        page.locator("#find-gallery img").first.wait_for()
     elif name == "draw":
-        page.locator("#draw-words textarea").fill("fluent flat: red heart")
+        page.locator("#draw-words textarea").fill("heart (ph, fill, red)")
         page.locator("#draw-count input[type=number]").fill("4")
         page.locator("#draw-button").click()
         page.wait_for_function(
             "document.querySelector('#draw-progress textarea, #draw-progress input').value.includes(' s')"
         )
     elif name == "interleaved":
-        page.locator("#interleaved-prompt textarea").fill("fluent flat: red")
+        page.locator("#interleaved-prompt textarea").fill("red")
         page.locator("#interleaved-button").click()
         page.locator("#interleaved-answer .moma-whole").wait_for()
     else:
-        page.get_by_role("tabpanel").locator(".gallery-item").first.click()
+        page.get_by_role("tabpanel").locator(".gallery-item").nth(EXAMPLE).click()
         page.locator("#routing-patches img").wait_for()
         page.locator("#routing-layer input[type=number]").fill("3")
         page.keyboard.press("Enter")

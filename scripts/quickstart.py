@@ -1,27 +1,35 @@
 # SPDX-License-Identifier: Apache-2.0
-"""See a MoMa at work: caption held-out images, draw from held-out captions, fine-tune, save, reload, and again."""
+"""See a MoMa at work: name, find and draw held-out images, fine-tune, save, reload, and the same again."""
 
 import argparse
+import dataclasses
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from datasets import load_dataset
+from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoProcessor, Trainer, TrainingArguments, set_seed
 
-from emoji_recipe.captions import emoji_documents, label_caption
 from emoji_recipe.routing_image import draw_routing, route_example
 from emoji_recipe.sheet import SheetEntry, draw_contact_sheet
 from modeling_moma import MomaMetricsCallback
 from modeling_moma.cli.arguments import add_renamed
+from modeling_moma.data.encoding import DocumentEncoder
 from modeling_moma.data.examples import HeldOutExamples
+from modeling_moma.data.kinds.captions import CaptionDocuments
+from modeling_moma.data.sources import Source
 from modeling_moma.data.stream import DocumentExamples
+from modeling_moma.labelling.labeler import CaptionForm, ImageLabeler
+from modeling_moma.training.recipe import read_recipe
 from modeling_moma.utils.atomic_files import write_aside
 from tokenization import MomaDataCollator
 
 
 ROUTED_IMAGES = 3
+SEARCHED_IMAGES, FOUND_IMAGES = 100, 5
+NAMES, TAGS = 3, 4
 FINE_TUNE_IMAGES = 320
 EVALUATION_IMAGES = 32
 CAPTION_TOKENS = 32
@@ -31,20 +39,45 @@ SAMPLING = {"do_sample": True, "temperature": 0.7, "top_k": 0}
 
 def parse_arguments(arguments=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", default="model_cards/moma-emoji", help="folder of a model and its processor")
-    parser.add_argument("--data", default="data/emoji", help="folder of the data set")
+    parser.add_argument("--model", default="model_cards/moma-icons", help="folder of a model and its processor")
+    add_data_flags(parser)
     parser.add_argument("--output", default="quickstart", help="folder for the images and the fine-tuned model")
-    add_renamed(parser, "--images", "--pictures", type=int, default=12, help="held-out images to caption and to draw")
+    add_renamed(parser, "--images", "--pictures", type=int, default=12, help="held-out images to name and to draw")
+    parser.add_argument("--query", default="arrow", help="words to look for among held-out images")
+    parser.add_argument("--name-prompt", default="", help="what the model's captions have before a name")
+    parser.add_argument("--tag-prompt", default="tags:", help="what they have before tags")
     parser.add_argument("--guidance-scale", type=float, default=5.0, help="how closely a drawing follows its caption")
     parser.add_argument("--fine-tune-steps", type=int, default=40)
     parser.add_argument("--batch-size", type=int, default=32, help="examples of a fine-tuning step")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(arguments)
-    for name in ("model", "data"):
-        # a folder that is missing would be looked for on the Hub
-        if not Path(getattr(args, name)).is_dir():
-            parser.error(f"--{name}: there is no folder {getattr(args, name)!r}; run from the root of the repository.")
+    # a folder that is missing would be looked for on the Hub
+    if not Path(args.model).is_dir():
+        parser.error(f"--model: there is no folder {args.model!r}; run from the root of the repository.")
+    args.source = open_source(parser, args)
     return args
+
+
+def add_data_flags(parser: argparse.ArgumentParser):
+    """Flags that say which images are shown and how they are captioned."""
+    parser.add_argument(
+        "--recipe", default="recipes/moma-icons.yaml", help="its first source has the images and their captions"
+    )
+    parser.add_argument("--data", help="folder of the data set, by default the recipe's")
+
+
+def open_source(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Source:
+    """The first source of `args.recipe`, of the data in `args.data` where it is given."""
+    try:
+        source = read_recipe(args.recipe, needs=("sources",)).sources[0]
+    except ValueError as error:
+        parser.error(str(error))
+    if not source.kind.has_captions:
+        parser.error(f"--recipe {args.recipe!r}: its first source, {source.name!r}, has no images with captions.")
+    source = dataclasses.replace(source, data=args.data or source.data)
+    if not Path(source.data).is_dir():
+        parser.error(f"--data: there is no folder {source.data!r}; run from the root of the repository.")
+    return source
 
 
 def load(folder):
@@ -53,11 +86,17 @@ def load(folder):
     return model, AutoProcessor.from_pretrained(folder)
 
 
-def pick_rows(data, split: str, count: int, seed: int):
+def pick_rows(source: Source, split: str, count: int, seed: int) -> Dataset:
     """Random rows of a split, the same ones for a seed; other images are not even decoded."""
-    rows = load_dataset(data, split=split)
+    rows = source.open(split)
     order = np.random.default_rng(seed).permutation(len(rows))
     return rows.select(order[: min(count, len(rows))])
+
+
+def captions_of(source: Source, rows: Dataset) -> list[str]:
+    """The caption of each row by the recipe's first form."""
+    template = source.kind.templates()[0]
+    return [template.render(row) for row in rows.select_columns(template.columns)]
 
 
 def caption_images(model, processor, images: list) -> list[str]:
@@ -76,23 +115,25 @@ def draw_captions(model, processor, captions: list[str], guidance_scale: float, 
     return processor.post_process_multimodal_output(model.decode_image_tokens(ids), generation_mode="image")
 
 
-def print_captions(captions: list[str], model_captions: list[str]):
-    width = max(map(len, captions))
-    print(f"  {'true caption':<{width}} | model's caption")
-    for caption, model_caption in zip(captions, model_captions, strict=True):
-        print(f"  {caption:<{width}} | {model_caption}")
+def print_table(heads: Sequence[str], rows: Sequence[Sequence[str]]):
+    """Columns as wide as their longest entry."""
+    widths = [max(map(len, column)) for column in zip(heads, *rows, strict=True)]
+    for row in (heads, *rows):
+        print("  " + " | ".join(f"{entry:<{width}}" for entry, width in zip(row, widths, strict=True)).rstrip())
 
 
-def show_both_ways(model, processor, rows, args, sheet_path: Path) -> list[str]:
+def show_both_ways(
+    model, processor, rows: Dataset, source: Source, guidance_scale: float, seed: int, sheet_path: Path
+) -> list[str]:
     """Captions the rows' images, draws from their captions, prints the first and saves all on one sheet."""
-    images = [image.convert("RGB") for image in rows["image"]]
-    captions = [label_caption(style, label) for style, label in zip(rows["style"], rows["label"], strict=True)]
+    images = [image.convert("RGB") for image in rows[source.kind.image]]
+    captions = captions_of(source, rows)
     start = time.time()
     model_captions = caption_images(model, processor, images)
     print(f"{len(images)} held-out images captioned in {time.time() - start:.1f} s:")
-    print_captions(captions, model_captions)
+    print_table(("true caption", "model's caption"), list(zip(captions, model_captions, strict=True)))
     start = time.time()
-    drawn = draw_captions(model, processor, captions, args.guidance_scale, args.seed)
+    drawn = draw_captions(model, processor, captions, guidance_scale, seed)
     print(f"{len(drawn)} images drawn from held-out captions in {time.time() - start:.1f} s")
     reconstructed = processor.decode_images(processor.encode_images(images))
     entries = map(SheetEntry, images, reconstructed, drawn, captions, model_captions)
@@ -102,13 +143,41 @@ def show_both_ways(model, processor, rows, args, sheet_path: Path) -> list[str]:
     return captions
 
 
-def encode_rows(rows, processor):
+def show_names(labeler: ImageLabeler, rows: Dataset, source: Source):
+    """Prints the likeliest names of the rows' images with their probabilities, and tags."""
+    start = time.time()
+    codes = labeler.encode(rows[source.kind.image][:])
+    named, tagged = labeler.names(codes, NAMES), labeler.tags(codes, TAGS)
+    print(f"the likeliest names and tags of them in {time.time() - start:.1f} s:")
+    lines = [
+        (
+            caption,
+            ", ".join(f"{guess.text} {guess.probability:.2f}" for guess in names),
+            ", ".join(guess.text for guess in tags),
+        )
+        for caption, names, tags in zip(captions_of(source, rows), named, tagged, strict=True)
+    ]
+    print_table(("true caption", "names, and how likely", "tags"), lines)
+
+
+def show_search(labeler: ImageLabeler, rows: Dataset, source: Source, query: str):
+    """Prints the captions of the images that words fit best."""
+    start = time.time()
+    scores = labeler.match(labeler.encode(rows[source.kind.image][:]), [query])[:, 0]
+    captions = captions_of(source, rows)
+    best = [captions[place] for place in scores.topk(min(FOUND_IMAGES, len(rows))).indices]
+    print(f"found in {time.time() - start:.1f} s: of {len(rows)} held-out images those that {query!r} fits best:")
+    print("  " + ", ".join(best))
+
+
+def encode_rows(rows: Dataset, processor, source: Source) -> Dataset:
     """Codes of the rows' images, one coding each, as the examples want them."""
+    image = source.kind.image
     return rows.map(
-        lambda batch: {"codes": [[codes] for codes in processor.encode_images(batch["image"])]},
+        lambda batch: {"codes": [[codes] for codes in processor.encode_images(batch[image])]},
         batched=True,
         batch_size=64,
-        remove_columns=["image"],
+        remove_columns=[image],
         # the processor's weights are no part of the fingerprint
         load_from_cache_file=False,
         desc="images to codes",
@@ -117,8 +186,14 @@ def encode_rows(rows, processor):
 
 def fine_tune(model, processor, args, folder: Path):
     """A minute with the plain Trainer, to show the interface; it is too short to teach the model much."""
+    source, encoder = args.source, DocumentEncoder(processor)
     train, validation = (
-        emoji_documents(encode_rows(pick_rows(args.data, split, count, args.seed), processor).to_list(), processor)
+        CaptionDocuments.from_rows(
+            source.name,
+            source.kind,
+            encode_rows(pick_rows(source, split, count, args.seed), processor, source).to_list(),
+            encoder,
+        )
         for split, count in (("train", FINE_TUNE_IMAGES), ("validation", EVALUATION_IMAGES))
     )
     training_arguments = TrainingArguments(
@@ -126,7 +201,7 @@ def fine_tune(model, processor, args, folder: Path):
         max_steps=args.fine_tune_steps,
         per_device_train_batch_size=args.batch_size,
         per_device_eval_batch_size=args.batch_size,
-        learning_rate=1e-4,
+        learning_rate=2e-5,
         weight_decay=0.1,
         use_cpu=not torch.cuda.is_available(),
         # torch warns where there is nothing to pin memory for
@@ -154,6 +229,15 @@ def fine_tune(model, processor, args, folder: Path):
     return trainer.model.to("cpu").eval()
 
 
+def show(model, processor, rows: Dataset, args: argparse.Namespace, sheet_path: Path) -> list[str]:
+    """Captions, draws, names and finds held-out images; returns the captions of the rows."""
+    captions = show_both_ways(model, processor, rows, args.source, args.guidance_scale, args.seed, sheet_path)
+    labeler = ImageLabeler(model, processor, CaptionForm(name_prompt=args.name_prompt, tag_prompt=args.tag_prompt))
+    show_names(labeler, rows, args.source)
+    show_search(labeler, pick_rows(args.source, "test", SEARCHED_IMAGES, args.seed), args.source, args.query)
+    return captions
+
+
 def main(arguments=None):
     args = parse_arguments(arguments)
     output, fine_tuned = Path(args.output), Path(args.output) / "fine-tuned"
@@ -166,11 +250,11 @@ def main(arguments=None):
     print(f"{total:,} parameters, of which a token meets {active:,}; experts: {model.config.num_experts}")
 
     print("\n2. Images to words and words to images, on drawings that no training image shows")
-    rows = pick_rows(args.data, "test", args.images, args.seed)
-    captions = show_both_ways(model, processor, rows, args, output / "contact_sheet.png")
+    rows = pick_rows(args.source, "test", args.images, args.seed)
+    captions = show(model, processor, rows, args, output / "contact_sheet.png")
     routed = [
         route_example(model, processor, image, caption)
-        for image, caption in zip(rows[:ROUTED_IMAGES]["image"], captions, strict=False)
+        for image, caption in zip(rows[:ROUTED_IMAGES][args.source.kind.image], captions, strict=False)
     ]
     image = draw_routing(routed, model.config)
     write_aside(output / "routing.png", lambda path: image.save(path, format="PNG"))
@@ -185,7 +269,7 @@ def main(arguments=None):
     del model, processor
     print(f"wrote {fine_tuned}")
     model, processor = load(fine_tuned)
-    show_both_ways(model, processor, rows, args, output / "contact_sheet_fine_tuned.png")
+    show(model, processor, rows, args, output / "contact_sheet_fine_tuned.png")
 
     print(f"\nDone in {time.time() - start:.0f} s. Look at:")
     print(f"  {output / 'contact_sheet.png'}: real | reconstructed | drawn, with both captions")

@@ -20,9 +20,14 @@ def main(arguments=None) -> int:
     parser.add_argument("--output", required=True)
     parser.add_argument("--earlier", help="folder of an earlier stage of the model, to be averaged with it")
     parser.add_argument("--earlier-share", type=float, default=0.5, help="its share of the weights, between 0 and 1")
+    parser.add_argument(
+        "--never-first",
+        metavar="WORD",
+        help="token that no text of `generate` begins with by default, as no text is empty then",
+    )
     args = parser.parse_args(arguments)
     try:
-        release(args.model, args.processor, args.output, args.earlier, args.earlier_share)
+        release(args.model, args.processor, args.output, args.earlier, args.earlier_share, args.never_first)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -30,7 +35,12 @@ def main(arguments=None) -> int:
 
 
 def release(
-    model_folder: str, processor_folder: str, output: str, earlier: str | None = None, earlier_share: float = 0.5
+    model_folder: str,
+    processor_folder: str,
+    output: str,
+    earlier: str | None = None,
+    earlier_share: float = 0.5,
+    never_first: str | None = None,
 ):
     """
     Writes the folder of a release.
@@ -41,9 +51,12 @@ def release(
         output: the folder that is written.
         earlier: folder of an earlier stage of the same model. The weights become means of both.
         earlier_share: its share of the weights.
+        never_first: a token that no text of `generate` begins with by default, as no text is empty then. Where names
+            follow images at once, the end of a document and the word before tags are each likelier than any name.
 
     Raises:
-        InputError: either cannot be opened, lacks weights or has some that are not finite, or they are no pair.
+        InputError: either cannot be opened, lacks weights or has some that are not finite, or they are no pair;
+            `never_first` is no token.
     """
     check_writable(output)
     model = open_model(model_folder, dtype=torch.bfloat16)
@@ -56,6 +69,13 @@ def release(
     check_layout(model.config, processor.token_layout())
     # what truncation and pipelines cut at
     processor.tokenizer.model_max_length = model.config.max_position_embeddings
+    if never_first is not None:
+        word = processor.tokenizer(never_first, add_special_tokens=False)["input_ids"]
+        if len(word) != 1:
+            raise InputError(f"--never-first {never_first!r}: it is {len(word)} tokens of the tokenizer, and not one.")
+        # no longer what Transformers made of the model's configuration
+        model.generation_config._from_model_config = False
+        model.generation_config.begin_suppress_tokens = [processor.tokenizer.eos_token_id, *word]
 
     def save(folder: Path):
         model.save_pretrained(folder)

@@ -54,5 +54,5 @@ for further in longer longer muon muon captions captions; do
 done
 # means of the last stage and of what it began at predict better than either
 "$python" scripts/release.py --model $start --earlier $before --earlier-share 0.33 --processor runs/icons/processor \
-    --output model_cards/moma-icons
+    --never-first tags --output model_cards/moma-icons
 "$python" scripts/evaluate_icons.py --model model_cards/moma-icons --features runs/icons/features.npy --write-card

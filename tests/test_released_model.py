@@ -78,6 +78,29 @@ def test_the_model_drafts_for_itself_with_its_first_layers():
         assert torch.equal(model.generate(**inputs, **call), expected)
 
 
+def test_the_model_of_icons_says_a_name_of_every_image():
+    model = AutoModelForCausalLM.from_pretrained(ICONS, dtype=torch.float32)
+    processor = AutoProcessor.from_pretrained(ICONS)
+    (tags,) = processor.tokenizer("tags", add_special_tokens=False)["input_ids"]
+    assert model.generation_config.begin_suppress_tokens == [processor.tokenizer.eos_token_id, tags]
+    images = load_dataset(str(ROOT / "data" / "icons"), split="test")[:24]["image"]
+    inputs = processor(images=[[image] for image in images], text=["<image>"] * len(images), return_tensors="pt")
+
+    def captions(**settings):
+        ids = model.generate(**inputs, generation_mode="text", do_sample=False, max_new_tokens=24, **settings)
+        return processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+    said = captions()
+    assert all(" (" in caption and not caption.startswith("tags") for caption in said), said
+    # what the model would say by itself
+    own = captions(begin_suppress_tokens=[])
+    assert any(not caption for caption in own) and any(caption.startswith("tags: ") for caption in own), own
+    # an image is begun as ever
+    inputs = processor(text=["house (tabler, outline, red)"], return_tensors="pt")
+    ids = model.generate(**inputs, generation_mode="interleaved", do_sample=False, max_new_tokens=80)
+    assert [isinstance(part, str) for part in processor.decode_parts(ids[0])][:2] == [True, False]
+
+
 def losses_of_the_folder(output, *limit):
     paths = {"--model": FOLDER, "--data": ROOT / "data" / "emoji", "--output": output}
     arguments = [str(text) for pair in paths.items() for text in pair]

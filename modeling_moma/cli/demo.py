@@ -19,10 +19,8 @@ from ..utils.messages import without_import_notices
 from .arguments import Flag, FlagParser
 
 
-RELEASED = Path("model_cards/moma-emoji")
-RELEASED_EXAMPLES = Path("model_cards/moma-emoji-space/examples")
-# how its captions begin
-RELEASED_PROMPTS = {"name_prompt": "noto:", "tag_prompt": "noto tags:"}
+RELEASED = Path("model_cards/moma-icons")
+RELEASED_EXAMPLES = Path("model_cards/moma-icons-space/examples")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +29,8 @@ class Arguments:
 
     Args:
         folder (`str`, *optional*):
-            folder or Hub name of a model with its processor; in a checkout model_cards/moma-emoji.
+            folder or Hub name of a model with its processor; in a checkout model_cards/moma-icons, with examples to
+            search.
         host (`str`, *optional*, defaults to `"127.0.0.1"`):
             0.0.0.0 lets other machines in; by default this one alone.
         port (`int`, *optional*, defaults to `7860`):
@@ -63,8 +62,7 @@ def parse_arguments(arguments: list[str] | None = None) -> Arguments:
             parser.error(f"FOLDER is needed: only a checkout has {RELEASED}")
         given["folder"] = str(RELEASED)
         if RELEASED_EXAMPLES.is_dir():
-            given.setdefault("examples", str(RELEASED_EXAMPLES))
-        given = {**RELEASED_PROMPTS, **given}
+            given = {"examples": str(RELEASED_EXAMPLES), "search": str(RELEASED_EXAMPLES), **given}
     return Arguments(**given)
 
 

@@ -18,10 +18,10 @@ from tokenization.audio_input_moma import SoundError, read_sound
 from tokenization.image_input_moma import clean_pil_image, open_image
 
 from ..errors_moma import InputError
+from . import PROMPTS
 
 
 IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
-PROMPTS = "prompts.txt"
 MOST_BYTES = 10 * 2**20
 MOST_PIXELS = 40_000_000
 TOO_MANY_PIXELS = f"This image has more than {MOST_PIXELS // 10**6} million pixels: make it smaller."

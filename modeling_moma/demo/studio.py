@@ -29,6 +29,7 @@ from ..generation_moma import INTERLEAVED
 from ..hub.loading import open_model, open_processor
 from ..labelling.folder import CodedFolder
 from ..labelling.labeler import CaptionForm, Guess, ImageLabeler
+from . import PROMPTS
 from .routing_view import RoutedExample
 
 
@@ -76,7 +77,9 @@ class Studio:
 
     def __post_init__(self):
         self.partial = PartialImages(self.processor)
-        self.coded = None if self.library is None else CodedFolder.read(self.library, self.labeler, "--search")
+        self.coded = (
+            None if self.library is None else CodedFolder.read(self.library, self.labeler, "--search", PROMPTS)
+        )
 
     @property
     def codes_between_views(self) -> int:
@@ -352,10 +355,7 @@ def load_studio(folder: str | Path, form: CaptionForm | None = None, library: st
     if "image" not in model.config.frames:
         raise InputError(f"FOLDER: the model of {str(folder)!r} writes no images, so there is nothing to show.")
     if not processor.has_image_decoder:
-        raise InputError(
-            f"FOLDER: the image tokenizer of {str(folder)!r} has no decoder (use_decoder=False), so no image can "
-            "be shown."
-        )
+        raise InputError(f"FOLDER: the image tokenizer of {str(folder)!r} has no decoder (use_decoder=False).")
     return Studio(model.to(device).eval(), processor.to(device), Path(folder).name, form or CaptionForm(), library)
 
 

@@ -198,7 +198,9 @@ class CodedFolder:
     codes: torch.Tensor
 
     @classmethod
-    def read(cls, folder: str, labeler: ImageLabeler, option: str = "FOLDER") -> "CodedFolder":
+    def read(
+        cls, folder: str, labeler: ImageLabeler, option: str = "FOLDER", other: str | None = None
+    ) -> "CodedFolder":
         """Read a folder.
 
         Args:
@@ -208,9 +210,11 @@ class CodedFolder:
                 makes the codes.
             option (`str`, *optional*, defaults to `"FOLDER"`):
                 see [`coded_images`].
+            other (`str`, *optional*):
+                name of a file that may stand in the folder, and is none of its images.
         """
         paths, codes = [], []
-        for names, codes_NT in coded_images(folder, labeler, option=option):
+        for names, codes_NT in coded_images(folder, labeler, other and os.path.join(folder, other), option):
             paths += names
             codes.append(codes_NT)
         return cls(folder, paths, torch.cat(codes))

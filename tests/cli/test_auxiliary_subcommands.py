@@ -5,7 +5,7 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import TrainingArguments
+from transformers import AutoProcessor, GenerationConfig, TrainingArguments
 
 from helpers.tiny import tiny_model, tiny_processor, write_tokens
 from modeling_moma import MomaForCausalLM
@@ -226,6 +226,23 @@ def test_a_released_model_has_no_noise_of_a_training_stage(inputs, tmp_path):
     released = MomaForCausalLM.from_pretrained(tmp_path / "released")
     assert (released.config.gumbel_noise, released.config.gumbel_noise_steps) == (0.0, None)
     assert_same(load_file(inputs / "model" / "model.safetensors"), load_file(tmp_path / "released/model.safetensors"))
+
+
+def test_a_released_model_begins_texts_with_a_name_where_it_is_told_to(inputs, tmp_path, capsys):
+    processor = AutoProcessor.from_pretrained(inputs / "model")
+    call = ["--model", str(inputs / "model"), "--processor", str(inputs / "model")]
+    call += ["--output", str(tmp_path / "released")]
+    word = processor.tokenizer("a", add_special_tokens=False)["input_ids"]
+    assert release([*call, "--never-first", "a"]) == 0
+    released = MomaForCausalLM.from_pretrained(tmp_path / "released")
+    # kept by whoever loads and saves it
+    released.save_pretrained(tmp_path / "again")
+    for folder in ("released", "again"):
+        settings = GenerationConfig.from_pretrained(tmp_path / folder)
+        assert settings.begin_suppress_tokens == [processor.tokenizer.eos_token_id, *word]
+        assert not settings._from_model_config
+    assert release([*call, "--never-first", "two words"]) == 2
+    assert "--never-first 'two words': it is" in capsys.readouterr().err
 
 
 def test_a_model_is_released_as_the_mean_of_two_stages(inputs, tmp_path, capsys):

@@ -111,6 +111,15 @@ def test_found_images_are_sent_small(tmp_path):
     assert name == "large.png" and image.size == (320, 213)
 
 
+def test_words_to_draw_beside_the_images_are_no_news(tmp_path, capsys):
+    noise_images(1)[0].save(tmp_path / "an.png")
+    (tmp_path / "prompts.txt").write_text("house\n")
+    processor = caption_processor()
+    studio = Studio(caption_model(processor), processor, "tiny", library=str(tmp_path))
+    assert studio.coded is not None and studio.coded.paths == ["an.png"]
+    assert "prompts.txt" not in capsys.readouterr().err
+
+
 def test_a_page_without_a_folder_has_no_search():
     processor = tiny_processor()
     studio = Studio(tiny_model(processor), processor, "tiny")

@@ -98,9 +98,16 @@ def test_the_folder_is_needed_outside_a_checkout(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         parse_arguments([])
     assert "FOLDER is needed" in capsys.readouterr().err
-    (tmp_path / "model_cards" / "moma-emoji").mkdir(parents=True)
-    assert parse_arguments([]).folder == "model_cards/moma-emoji" and parse_arguments([]).examples is None
+    (tmp_path / "model_cards" / "moma-icons").mkdir(parents=True)
+    assert parse_arguments([]).folder == "model_cards/moma-icons" and parse_arguments([]).examples is None
     assert parse_arguments(["other"]).folder == "other"
+    examples = tmp_path / "model_cards" / "moma-icons-space" / "examples"
+    examples.mkdir(parents=True)
+    given, others = parse_arguments([]), parse_arguments(["--search", "mine"])
+    assert given.examples == given.search == str(examples.relative_to(tmp_path))
+    assert others.search == "mine" and others.examples == given.examples
+    # another model knows nothing of these
+    assert parse_arguments(["other"]).search is None and parse_arguments(["other"]).examples is None
 
 
 def test_a_model_that_writes_no_images_is_refused(tmp_path, monkeypatch):

@@ -12,7 +12,7 @@ from helpers.released import skip_without_released_model
 from page_images import PATIENCE, ROOT, browser, find_browser, served_page
 
 
-EXAMPLES = ROOT / "model_cards" / "moma-emoji-space" / "examples"
+EXAMPLES = ROOT / "model_cards" / "moma-icons-space" / "examples"
 # writes down each image of the gallery, with what is said of its progress
 WATCH = """() => {
     window.seen = [];
@@ -28,6 +28,9 @@ WATCH = """() => {
 PROGRESS = "document.querySelector('#draw-progress textarea, #draw-progress input').value"
 WORDS = "document.querySelector('#caption-words textarea').value"
 PAPER = (226, 230, 232)
+UPLOAD, CAPTION = EXAMPLES / "usb-off.png", "usb off (griddy icons, orange)"
+# the place of `fire-off` among the examples
+FIRE_OFF = 7
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +43,7 @@ def address(tmp_path_factory):
     folder = tmp_path_factory.mktemp("page")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("GRADIO_TEMP_DIR", str(folder / "uploads"))
-        with served_page("--search", str(EXAMPLES), log=folder / "log.txt") as address:
+        with served_page(log=folder / "log.txt") as address:
             yield address
 
 
@@ -121,7 +124,7 @@ def share_of_paper(pixels: np.ndarray) -> float:
 
 def test_an_image_is_drawn_while_the_visitor_looks_and_nobody_else_is_asked(address, visit):
     page = visit()
-    start_drawing(page, "fluent flat: red heart", guidance=5.0)
+    start_drawing(page, "heart (ph, fill, red)", guidance=5.0)
     views = wait_for_drawing(page)
     shares = [share_of_paper(pixels) for pixels in views]
     assert shares[-1] == 0 and len(views) >= 4
@@ -134,20 +137,20 @@ def test_an_image_is_drawn_while_the_visitor_looks_and_nobody_else_is_asked(addr
 
 def test_an_example_and_an_upload_are_captioned(page):
     open_tab(page, "Caption")
-    page.get_by_role("tabpanel").locator(".gallery-item").first.click()
+    page.get_by_role("tabpanel").locator(".gallery-item").nth(FIRE_OFF).click()
     page.wait_for_function(f"{WORDS} !== ''")
-    assert page.evaluate(WORDS) == "noto: cat face"
+    assert page.evaluate(WORDS) == "fire off (griddy icons, orange)"
     page.locator("#caption-seen img").wait_for()
     page.locator("#caption-image").get_by_label("Remove Image").click()
-    page.locator("#caption-image input[type=file]").set_input_files(EXAMPLES / "noto-sunflower.png")
+    page.locator("#caption-image input[type=file]").set_input_files(UPLOAD)
     page.locator("#caption-image img").wait_for()
     page.locator("#caption-button").click()
-    page.wait_for_function(f"{WORDS} === 'noto: sunflower'")
+    page.wait_for_function(f"{WORDS} === '{CAPTION}'")
 
 
 def test_a_pasted_image_is_captioned(visit):
     page = visit(permissions=["clipboard-read", "clipboard-write"])
-    data = list((EXAMPLES / "noto-sunflower.png").read_bytes())
+    data = list((UPLOAD).read_bytes())
     page.evaluate(
         "data => navigator.clipboard.write([new ClipboardItem({'image/png': new Blob([new Uint8Array(data)], "
         "{type: 'image/png'})})])",
@@ -156,34 +159,34 @@ def test_a_pasted_image_is_captioned(visit):
     page.get_by_label("Paste from clipboard").first.click()
     page.locator("#caption-image img").wait_for()
     page.locator("#caption-button").click()
-    page.wait_for_function(f"{WORDS} === 'noto: sunflower'")
+    page.wait_for_function(f"{WORDS} === '{CAPTION}'")
 
 
 def test_an_image_is_named_and_found_by_words(page):
     open_tab(page, "Names")
-    page.locator("#label-image input[type=file]").set_input_files(EXAMPLES / "noto-sunflower.png")
+    page.locator("#label-image input[type=file]").set_input_files(UPLOAD)
     page.locator("#label-image img").wait_for()
     page.locator("#label-button").click()
-    page.locator("#label-names").get_by_text("sunflower").first.wait_for()
+    page.locator("#label-names").get_by_text("usb off").first.wait_for()
     page.wait_for_function("document.querySelector('#label-tags textarea').value !== ''")
-    page.locator("#find-words textarea").fill("sunflower")
+    page.locator("#find-words textarea").fill("usb")
     page.locator("#find-button").click()
     page.locator("#find-gallery img").first.wait_for()
     first = page.locator("#find-gallery .thumbnail-item, #find-gallery .gallery-item").first
-    assert "noto-sunflower.png" in first.inner_text()
+    assert UPLOAD.name in first.inner_text()
 
 
 def test_layers_of_the_routing_are_different_images(page):
     open_tab(page, "Routing")
-    page.get_by_role("tabpanel").locator(".gallery-item").first.click()
+    page.get_by_role("tabpanel").locator(".gallery-item").nth(FIRE_OFF).click()
     image = page.locator("#routing-patches img")
     image.wait_for()
-    page.locator("#routing-legend", has_text="Layer 1 of 6").wait_for()
-    assert page.locator("#routing-chips .moma-word").all_inner_texts()[-2:] == ["cat", "face"]
+    page.locator("#routing-legend", has_text="Layer 1 of 5").wait_for()
+    assert page.locator("#routing-chips .moma-word").all_inner_texts()[-2:] == ["orange", ")"]
     first, style = pixels_of(page, image.get_attribute("src")), page.locator("#routing-chips").inner_html()
     page.locator("#routing-layer input[type=number]").fill("4")
     page.keyboard.press("Enter")
-    page.locator("#routing-legend", has_text="Layer 4 of 6").wait_for()
+    page.locator("#routing-legend", has_text="Layer 4 of 5").wait_for()
     page.wait_for_timeout(300)
     fourth = pixels_of(page, image.get_attribute("src"))
     assert first.shape == fourth.shape and (first != fourth).any(-1).mean() > 0.1
@@ -192,7 +195,7 @@ def test_layers_of_the_routing_are_different_images(page):
 
 def test_words_are_answered_with_words_and_an_image_in_turn(page):
     open_tab(page, "Interleaved")
-    page.locator("#interleaved-prompt textarea").fill("fluent flat: red")
+    page.locator("#interleaved-prompt textarea").fill("house (tabler, outline")
     page.locator("#interleaved-button").click()
     page.locator("#interleaved-answer .moma-whole img").wait_for()
     # words, then an image of them
@@ -201,12 +204,12 @@ def test_words_are_answered_with_words_and_an_image_in_turn(page):
     )
     assert kinds == ["P", "IMG"]
     # an image with words after its place
-    page.locator("#interleaved-prompt input[type=file]").set_input_files(EXAMPLES / "noto-sunflower.png")
+    page.locator("#interleaved-prompt input[type=file]").set_input_files(UPLOAD)
     page.locator("#interleaved-prompt img").first.wait_for()
-    page.locator("#interleaved-prompt textarea").fill("noto:")
+    page.locator("#interleaved-prompt textarea").fill("usb")
     page.locator("#interleaved-temperature input[type=number]").fill("0")
     page.locator("#interleaved-button").click()
-    page.locator("#interleaved-answer .moma-whole p", has_text="sunflower").wait_for()
+    page.locator("#interleaved-answer .moma-whole p", has_text="off").wait_for()
 
 
 # those that are shown before they are read come last
@@ -214,7 +217,7 @@ BAD_UPLOADS = [
     ("large.png", b"\x89PNG\r\n\x1a\n" + bytes(11 * 2**20), "maximum allowed size"),
     ("notes.txt", b"these are words", "Invalid file type"),
     ("broken.png", b"these are no pixels", "not an image that can be read"),
-    ("cut.png", (EXAMPLES / "noto-sunflower.png").read_bytes()[:1500], "truncated or damaged"),
+    ("cut.png", (UPLOAD).read_bytes()[:1500], "truncated or damaged"),
 ]
 
 
@@ -238,10 +241,10 @@ def test_bad_uploads_are_refused_on_the_page(visit, tmp_path):
 def test_a_request_made_by_hand_reads_no_file_of_the_server(address, visit):
     page, calls = visit(), f"{address.rstrip('/')}/gradio_api/call/caption"
     for extra in ({}, {"meta": {"_type": "gradio.FileData"}}):
-        body = {"data": [{"path": str(EXAMPLES / "noto-sunflower.png"), **extra}]}
+        body = {"data": [{"path": str(UPLOAD), **extra}]}
         event = page.request.post(calls, data=body).json()["event_id"]
         answer = page.request.get(f"{calls}/{event}").text()
-        assert "event: error" in answer and "sunflower" not in answer, answer
+        assert "event: error" in answer and "usb" not in answer, answer
 
 
 def test_empty_prompts_are_refused_on_the_page(visit):
@@ -258,7 +261,7 @@ def test_empty_prompts_are_refused_on_the_page(visit):
 
 
 def test_two_browsers_at_once_get_their_own_answers(visit):
-    wishes = (("fluent flat: red heart", 0), ("noto: grinning face", 1))
+    wishes = (("heart (ph, fill, red)", 0), ("cloud (mdi)", 1))
 
     pages, alone = [visit(), visit()], []
     for page, wish in zip(pages, wishes, strict=True):
@@ -273,14 +276,14 @@ def test_two_browsers_at_once_get_their_own_answers(visit):
 
 def test_a_drawing_that_is_stopped_or_left_behind_makes_room_for_the_next(visit):
     page = visit()
-    start_drawing(page, "noto: red apple", count=2)
+    start_drawing(page, "house (tabler, outline, red)", count=2)
     page.wait_for_function("window.seen.length > 0")
     page.locator("#draw-stop").click()
     page.wait_for_timeout(500)
     assert not page.evaluate(PROGRESS).endswith(" s")
-    start_drawing(page, "noto: red apple", count=2)
+    start_drawing(page, "house (tabler, outline, red)", count=2)
     page.wait_for_function("window.seen.length > 0")
     page.context.close()
     page = visit()
-    start_drawing(page, "fluent flat: red heart")
+    start_drawing(page, "heart (ph, fill, red)")
     assert share_of_paper(wait_for_drawing(page)[-1]) == 0

@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,11 +12,24 @@ from PIL import Image
 from transformers import AutoModelForCausalLM
 
 import quickstart
-from helpers.released import RELEASED, skip_without_released_model
+from helpers.released import skip_without_released_model
 from helpers.tiny import tiny_model, tiny_processor
 
 
+ROOT = Path(__file__).resolve().parents[2]
+EMOJI = ROOT / "model_cards" / "moma-emoji"
 SIDE = 16
+RECIPE = """
+sources:
+  icons:
+    data: data/icons
+    image: picture
+    text: "{name} ({style})"
+    alternatives: [{text: "tags: {keywords}", share: 0.5}]
+"""
+# of all of `validation`, in nats, by `moma evaluate --model model_cards/moma-icons --split validation --sources icons
+# --measures losses --tokens TOKENS` of tokens by recipes/moma-icons.yaml
+ICONS_LOSSES = {"eval_loss": 2.4415, "eval_text_loss": 1.4769, "eval_image_loss": 2.5897}
 
 
 @pytest.fixture
@@ -30,9 +44,9 @@ def model_folder(tmp_path):
 def data_folder(tmp_path):
     rng = np.random.default_rng(0)
     rows = {
-        "image": [Image.fromarray(rng.integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)) for _ in range(6)],
+        "picture": [Image.fromarray(rng.integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)) for _ in range(6)],
         "style": ["noto"] * 6,
-        "label": ["apple"] * 6,
+        "name": ["apple"] * 6,
         "keywords": [["fruit", "red"]] * 6,
     }
     for split in ("train", "validation", "test"):
@@ -41,9 +55,23 @@ def data_folder(tmp_path):
     return tmp_path / "data"
 
 
-def test_everything_is_written_reported_and_loads_again(model_folder, data_folder, tmp_path, capsys):
+@pytest.fixture
+def recipe(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(RECIPE)
+    return path
+
+
+@pytest.fixture
+def source(recipe, data_folder):
+    arguments = ["--model", str(ROOT), "--recipe", str(recipe), "--data", str(data_folder)]
+    return quickstart.parse_arguments(arguments).source
+
+
+def test_everything_is_written_reported_and_loads_again(model_folder, data_folder, recipe, tmp_path, capsys):
     output = tmp_path / "output"
-    arguments = ["--model", model_folder, "--data", data_folder, "--output", output, "--images", "4"]
+    arguments = ["--model", model_folder, "--recipe", recipe, "--data", data_folder, "--output", output]
+    arguments += ["--images", "4", "--query", "red apple"]
     arguments += ["--fine-tune-steps", "2", "--batch-size", "4"]
     quickstart.main(list(map(str, arguments)))
     printed = capsys.readouterr().out
@@ -52,7 +80,9 @@ def test_everything_is_written_reported_and_loads_again(model_folder, data_folde
             assert image.width > 400 and len(image.convert("RGB").getcolors(2**24)) > 10
         assert name in printed
     assert not list(output.glob(".*.partial"))
-    assert printed.count("noto: apple") == 8
+    # before and after: four captions, four rows of names, five of the six images found
+    assert printed.count("apple (noto)") == 2 * (4 + 4 + 5)
+    assert printed.count("of 6 held-out images those that 'red apple' fits best") == 2
     before, after = (AutoModelForCausalLM.from_pretrained(folder) for folder in (model_folder, output / "fine-tuned"))
     assert f"{before.config.num_parameters():,} parameters" in printed
     # fine-tuning has changed the weights, and they have been saved
@@ -60,29 +90,56 @@ def test_everything_is_written_reported_and_loads_again(model_folder, data_folde
     assert not torch.equal(first, second)
 
 
-def test_rows_depend_on_the_seed_alone(data_folder):
-    labels = [quickstart.pick_rows(str(data_folder), "test", 3, seed)["image"][0].tobytes() for seed in (0, 0, 1)]
-    assert labels[0] == labels[1]
-    assert len(quickstart.pick_rows(str(data_folder), "test", 100, 0)) == 6
+def test_rows_depend_on_the_seed_alone(source):
+    rows = [quickstart.pick_rows(source, "test", 3, seed)["picture"][0].tobytes() for seed in (0, 0, 1)]
+    assert rows[0] == rows[1]
+    assert len(quickstart.pick_rows(source, "test", 100, 0)) == 6
 
 
-def test_a_missing_folder_is_named_and_not_looked_for_on_the_hub(data_folder, capsys):
-    with pytest.raises(SystemExit):
-        quickstart.parse_arguments(["--model", "no/such/model", "--data", str(data_folder)])
-    assert "no/such/model" in capsys.readouterr().err
+def test_bad_arguments_are_one_line(data_folder, recipe, tmp_path, capsys):
+    text = tmp_path / "text.yaml"
+    text.write_text("sources: {words: {data: words, text: text}}")
+    for arguments, told in (
+        (["--model", "no/such/model"], "--model: there is no folder 'no/such/model'"),
+        (["--recipe", "no/such.yaml"], "RECIPE 'no/such.yaml' is no file"),
+        (["--recipe", text], "its first source, 'words', has no images with captions"),
+        (["--data", "no/such/data"], "--data: there is no folder 'no/such/data'"),
+    ):
+        defaults = ["--model", data_folder, "--recipe", recipe, "--data", data_folder]
+        with pytest.raises(SystemExit):
+            quickstart.parse_arguments(list(map(str, [*defaults, *arguments])))
+        assert told in capsys.readouterr().err
 
 
-def test_losses_that_a_newcomer_sees_are_those_of_the_card(tmp_path, capsys, monkeypatch):
+def test_what_a_newcomer_sees_are_losses_of_a_held_out_split_and_names(tmp_path, capsys, monkeypatch):
     skip_without_released_model()
+    monkeypatch.chdir(ROOT)
+    # one step reads few images
+    monkeypatch.setattr(quickstart, "FINE_TUNE_IMAGES", 16)
+    monkeypatch.setattr(quickstart, "SEARCHED_IMAGES", 16)
+    arguments = ["--output", tmp_path, "--images", "4", "--fine-tune-steps", "1", "--batch-size", "16"]
+    quickstart.main(list(map(str, arguments)))
+    printed = capsys.readouterr().out
+    logged = re.findall(r"'(eval_\w*loss)': '([\d.]+)'", printed)
+    assert {name for name, _ in logged} == ICONS_LOSSES.keys()
+    # of other images, and before and after a step
+    assert all(abs(float(loss) - ICONS_LOSSES[name]) < 0.3 for name, loss in logged), logged
+    captions = [line.split(" | ")[1] for line in printed.splitlines() if re.match(r"  .*\) +\| [^|]*$", line)]
+    assert len(captions) == 8 and all("(" in caption for caption in captions), captions
+
+
+def test_the_model_of_emoji_is_shown_by_its_own_recipe_with_the_losses_of_its_card(tmp_path, capsys, monkeypatch):
+    skip_without_released_model()
+    monkeypatch.chdir(ROOT)
     # one step reads few images, and losses need no captions
     monkeypatch.setattr(quickstart, "FINE_TUNE_IMAGES", 16)
     monkeypatch.setattr(quickstart, "CAPTION_TOKENS", 2)
-    arguments = ["--model", RELEASED, "--data", RELEASED.parents[1] / "data" / "emoji", "--output", tmp_path]
-    arguments += ["--images", "1", "--fine-tune-steps", "1", "--batch-size", "16"]
-    quickstart.main(list(map(str, arguments)))
+    monkeypatch.setattr(quickstart, "SEARCHED_IMAGES", 4)
+    arguments = ["--model", EMOJI, "--recipe", "recipes/emoji.yaml", "--output", tmp_path, "--images", "1"]
+    arguments += ["--name-prompt", "noto:", "--tag-prompt", "noto tags:", "--fine-tune-steps", "1"]
+    quickstart.main(list(map(str, [*arguments, "--batch-size", "16"])))
     logged = re.findall(r"'(eval_\w*loss)': '([\d.]+)'", capsys.readouterr().out)
-    card = json.loads((RELEASED / "evaluation.json").read_text())["loss"]["causal"]
+    card = json.loads((EMOJI / "evaluation.json").read_text())["loss"]["causal"]
     expected = {"eval_loss": card["overall"], "eval_text_loss": card["text"], "eval_image_loss": card["image"]}
     assert {name for name, _ in logged} == expected.keys()
-    # of other images, and before and after a step
     assert all(abs(float(loss) - expected[name]) < 0.1 for name, loss in logged), logged

@@ -61,3 +61,4 @@ def test_finished_stages_are_not_begun_again(tmp_path):
     assert (
         f"--model runs/icons/captions-6 --earlier runs/icons/deeper --earlier-share {EARLIER_SHARE} " in started.stdout
     )
+    assert "--never-first tags --output model_cards/moma-icons" in started.stdout

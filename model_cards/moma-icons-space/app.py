@@ -7,16 +7,14 @@ from pathlib import Path
 from modeling_moma.demo.inputs import Examples
 from modeling_moma.demo.page import build_page, open_page
 from modeling_moma.demo.studio import load_studio
-from modeling_moma.labelling.labeler import CaptionForm
 
 
 HERE = Path(__file__).resolve().parent
 
-# how captions begin in the data of moma-emoji
-FORM = CaptionForm(name_prompt="noto:", tag_prompt="noto tags:")
+EXAMPLES = HERE / "examples"
 
-studio = load_studio(os.environ.get("MODEL", HERE / "moma-emoji"), FORM)
-demo = build_page(studio, Examples.from_folder(HERE / "examples"))
+studio = load_studio(os.environ.get("MODEL", HERE / "moma-icons"), library=str(EXAMPLES))
+demo = build_page(studio, Examples.from_folder(EXAMPLES))
 
 if __name__ == "__main__":
     print(open_page(demo), flush=True)
