@@ -30,6 +30,8 @@ AUTO_MAP = {
 
 # 5.24: Trainer looks here by name for the labels that it smooths, and registered classes are not entered
 modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["moma"] = "MomaForCausalLM"  # pyright: ignore[reportArgumentType]
+# 5.24: under FSDP2 torch gives the model's class another name
+modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["moma_fsdp"] = "FSDPMomaForCausalLM"  # pyright: ignore[reportArgumentType]
 # 5.24: `transformers serve` looks here by name for what a message may hold, and registered classes are not entered
 modeling_auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES["moma"] = "MomaForCausalLM"  # pyright: ignore[reportArgumentType]
 

@@ -118,7 +118,7 @@ class AuxiliaryRouterTrainer(Trainer):
     that the top K holds (`eval_true_load`).
 
     It takes the arguments of `Trainer` but `model_init`. The routers are observed by forward hooks, so it runs neither
-    with `torch_compile` nor with several devices in one process.
+    with `torch_compile`, nor with several devices in one process, nor under FSDP and DeepSpeed.
 
     Args:
         args (`Any`):
@@ -144,6 +144,11 @@ class AuxiliaryRouterTrainer(Trainer):
                 "`args` has torch_compile=True, but compiled models skip the hooks that observe routers: leave it out."
             )
         refuse_data_parallel(self.args)
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise InputError(
+                "`args` trains under FSDP or DeepSpeed, where weights are there only while their own layer runs: "
+                "auxiliary routers are trained under DDP."
+            )
         # the loss is a mean already: accumulated steps are to be averaged
         self.model_accepts_loss_kwargs = False
         self._counts = None

@@ -23,6 +23,10 @@ from ..routing_moma import MomaRouter, MomaRouterBase, Selection, batch_threshol
 from ..token_groups_moma import RoutingContext
 
 
+# how classes begin that FSDP2 and FSDP make of a module's own
+FSDP_NAMES = ("FSDP", "FullyShardedDataParallel")
+
+
 @dataclass
 class RouterRecord:
     """What one router saw in one forward, and whom its top K would hold.
@@ -178,8 +182,12 @@ def observed_routers(model: torch.nn.Module, observe: Callable[[RouterRecord], o
             gets a [`RouterRecord`]; what it returns is ignored.
 
     Raises:
-        ValueError: the model has no routers.
+        ValueError: the model has no routers, or FSDP has split its weights.
     """
+    if any(type(module).__name__.startswith(FSDP_NAMES) for module in model.modules()):
+        raise InputError(
+            "`model` is split by FSDP, and its weights are there only while their own layer runs: observe a whole one."
+        )
 
     def hook(name: str) -> Callable:
         # a hook must return nothing, or its result replaces the router's

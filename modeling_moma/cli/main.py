@@ -125,12 +125,15 @@ def _run(arguments: list[str] | None) -> int:
             full_disk_line,
             is_disk_full,
             is_input_error,
+            is_lost_peer,
         )
 
         if is_disk_full(error):
             end_progress_bars()
             print(f"error: {full_disk_line(error, subcommand, output_of(rest))}", file=sys.stderr)
             return 1
+        if is_lost_peer(error):
+            error = KilledProcessError("another process of this training has ended; its own message says why.")
         was_killed = isinstance(error, KilledProcessError)
         if not (was_killed or isinstance(error, MissingExtraError) or is_input_error(error)):
             raise

@@ -34,7 +34,8 @@ from ..utils.hardware import on_one_gpu, trains_in_bf16
 from .checkpoints import checkpoint_step, last_checkpoint, without_torn_checkpoints
 from .fingerprints import Facts, RunFingerprint, check_output, run_facts
 from .output_lock import sole_run
-from .stages import FollowArguments, ResumedTrainer, examples_a_step, feeding_fields, set_attention
+from .stage_trainer import FollowArguments, ResumedTrainer
+from .stages import examples_a_step, feeding_fields, set_attention
 
 
 REPORT_FILE = "auxiliary_routers.json"

@@ -22,7 +22,7 @@ from ..documents_moma import FLASH_LENGTHS
 from ..errors_moma import InputError
 from ..evaluation.losses import trains_by_expert_choice
 from .recipe import ContrastFields
-from .stages import StageTrainer
+from .stage_trainer import StageTrainer
 
 
 if TYPE_CHECKING:

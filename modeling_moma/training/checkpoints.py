@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from accelerate.utils.constants import FSDP_MODEL_NAME
-from transformers.trainer import TRAINER_STATE_NAME, Trainer
+from torch.distributed.checkpoint.api import CheckpointException
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME, Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..errors_moma import InputError
@@ -19,6 +20,8 @@ from ..utils.errors import is_disk_full
 
 # where Trainer writes weights under FSDP: a folder of shards, or a file beside those of `from_pretrained`
 SHARDS, WHOLE = f"{FSDP_MODEL_NAME}_0", f"{FSDP_MODEL_NAME}.bin"
+# what DeepSpeed writes beside
+DEEPSPEED = "latest"
 
 logger = logging.getLogger(__name__)
 
@@ -72,11 +75,23 @@ def without_torn_checkpoints(trainer: Trainer) -> Iterator[None]:
         remove_torn_checkpoints(output)
     trainer.accelerator.wait_for_everyone()
     try:
-        yield
+        with _one_failure():
+            yield
     except Exception as error:
-        if is_disk_full(error):
+        # the first process may be at work in it, which removes it when it fails or starts again
+        if is_disk_full(error) and trainer.is_world_process_zero():
             remove_torn_checkpoints(output)
         raise
+
+
+@contextmanager
+def _one_failure() -> Iterator[None]:
+    """Raise the error of one process in the place of torch's list of those of all, which is no `Exception`."""
+    try:
+        yield
+    except CheckpointException as error:
+        failure, _ = next(iter(error.failures.values()))
+        raise failure from error
 
 
 def checkpoint_step(checkpoint: str | Path) -> int:
@@ -91,15 +106,16 @@ def check_kind(checkpoint: str | Path, kind: str | None) -> None:
         checkpoint (`str | Path`):
             its folder.
         kind (`str | None`):
-            what the run writes: `SHARDS`, `WHOLE`, or `None` without FSDP.
+            what the run writes: `SHARDS`, `WHOLE`, `DEEPSPEED`, or `None` without FSDP and DeepSpeed.
 
     Raises:
-        ValueError: names both kinds, and how to start the run.
+        ValueError: names both kinds, and how to start the run; or a file that the checkpoint lacks.
     """
-    written = next((name for name in (SHARDS, WHOLE) if (Path(checkpoint) / name).exists()), None)
+    written = next((name for name in (SHARDS, WHOLE, DEEPSPEED) if (Path(checkpoint) / name).exists()), None)
     if written != kind:
         by = {
-            None: "a run without FSDP, as by torchrun or configs/accelerate/ddp.yaml",
+            None: "a run without FSDP and DeepSpeed, as by torchrun or configs/accelerate/ddp.yaml",
+            DEEPSPEED: "DeepSpeed",
             SHARDS: "FSDP with `fsdp_state_dict_type: SHARDED_STATE_DICT`",
             WHOLE: "FSDP with `fsdp_state_dict_type: FULL_STATE_DICT`",
         }
@@ -107,6 +123,12 @@ def check_kind(checkpoint: str | Path, kind: str | None) -> None:
             f"`--resume`: {str(checkpoint)!r} was written by {by[written]}, and this is {by[kind]}: start it as "
             "before, with any number of processes (docs/how-to/scaling.md)."
         )
+    for name in (OPTIMIZER_NAME, SCHEDULER_NAME) if kind is None else ():
+        if not (Path(checkpoint) / name).is_file():
+            raise InputError(
+                f"`--resume`: {str(checkpoint)!r} has no {name}, without which it would begin anew in a part: was it "
+                "copied as a whole?"
+            )
 
 
 def read_state(folder: Path) -> dict[str, Any] | None:

@@ -45,11 +45,9 @@ from .muon import MUON
 from .output_lock import sole_run
 from .recipe import DataFields, Recipe, SampleFields
 from .samples import SampleCallback
+from .stage_trainer import FollowArguments, StageTrainer, StopAt
 from .stages import (
     RUN_FILE,
-    FollowArguments,
-    StageTrainer,
-    StopAt,
     copy_checkpoint,
     examples_a_step,
     feeding_fields,

@@ -23,6 +23,16 @@ NOT_RESUMED = {
     "save_only_model": "checkpoints without optimizer and schedule cannot be gone on from",
     "ignore_data_skip": "a run that goes on would read its first documents again",
 }
+# documents are counted before Trainer looks at these, and would be read twice, or be left out of a measure
+ACCELERATOR_FIELDS = {
+    "split_batches": (False, "a step would take fewer documents than are counted"),
+    "dispatch_batches": (False, "each process reads its own documents"),
+    "even_batches": (True, "the processes would wait for each other for ever"),
+}
+UNCOUNTED = {
+    "auto_find_batch_size": "documents of a step are counted before: give a `per_device_train_batch_size` that fits",
+    "dataloader_drop_last": "held-out documents would be left out of their loss",
+}
 # what a stream of documents without an end has no sense for
 NOT_COUNTED = {"num_train_epochs": "a training is as long as `max_steps` says, whose documents come from a stream"}
 # orders of rows that a run which goes on finds its place in
@@ -207,9 +217,10 @@ def _read_sections(where: str, content: dict[str, Any]) -> Recipe:
     of_trainer = [name for name in _names(TrainingArguments) if name not in RUN_FIELDS]
     holder = "TrainingArguments that a recipe may set"
     refuse_unknown(content.get("trainer", {}), of_trainer, f"{where}, trainer", holder, is_listed=False)
-    for name, reason in {**NOT_RESUMED, **NOT_COUNTED}.items():
+    for name, reason in {**NOT_RESUMED, **NOT_COUNTED, **UNCOUNTED}.items():
         if content.get("trainer", {}).get(name):
             raise InputError(f"{where}, trainer: {name} = {content['trainer'][name]!r}: {reason}.")
+    _refuse_accelerator_fields(where, content.get("trainer", {}).get("accelerator_config"))
     strategy = content.get("trainer", {}).get("train_sampling_strategy", STRATEGIES[0])
     if strategy not in STRATEGIES:
         raise InputError(
@@ -225,6 +236,21 @@ def _read_sections(where: str, content: dict[str, Any]) -> Recipe:
     others = {section: content[section] for section in plain if section in content}
     sources = read_sources(content["sources"]) if "sources" in content else []
     return Recipe(sources=sources, **others, **sections)
+
+
+def _refuse_accelerator_fields(where: str, config: Any) -> None:
+    """Raise `ValueError` for settings of Accelerate by which a step takes other documents than are counted."""
+    if not isinstance(config, dict):
+        return
+    for name, (only, reason) in ACCELERATOR_FIELDS.items():
+        if config.get(name, only) not in (only, None):
+            raise InputError(f"{where}, trainer: accelerator_config: {name} = {config[name]!r}: {reason}.")
+    accumulation = config.get("gradient_accumulation_kwargs")
+    if isinstance(accumulation, dict) and "num_steps" in accumulation:
+        raise InputError(
+            f"{where}, trainer: accelerator_config: gradient_accumulation_kwargs: num_steps = "
+            f"{accumulation['num_steps']!r}: documents are counted by `gradient_accumulation_steps`, so give that."
+        )
 
 
 def _names(kind: type) -> list[str]:

@@ -1,36 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Trainings in stages: where an earlier one stopped, whether the data go on from there, and when a run is finished."""
+"""Trainings in stages: where an earlier one stopped, and whether the data go on from there."""
 
 import json
-import math
 import shutil
-import time
-from collections.abc import Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed.checkpoint as dcp
-from accelerate.data_loader import BatchSamplerShard
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerState, TrainingArguments
+from transformers import PreTrainedModel, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
 from tokenization import MomaProcessor
 
-from ..data.packing import IGNORED
 from ..errors_moma import InputError
 from ..utils.atomic_files import write_aside, write_folder_aside
 from ..utils.messages import one_line
-from .checkpoints import SHARDS, WHOLE, last_checkpoint
-from .code_noise import CodeNoise
-from .freezing import freeze_all_but
-from .metrics_callback import MomaMetricsCallback
-from .muon import MUON, Muon, muon_groups
-from .throughput_callback import FeedingCallback
+from .checkpoints import SHARDS, WHOLE
 
 
 RUN_FILE = "run.json"
@@ -38,278 +25,8 @@ RUN_FILE = "run.json"
 UPCYCLING_FILE, LAYERS_FILE = "upcycling.json", "layers.json"
 # what a run's fingerprint says of its data beside what they are made of
 EARLIER_STEPS = "earlier_steps"
-# bytes of a batch's fp32 logits above which the loss is computed from a few positions at a time
-LARGEST_LOGITS = 2**28
 
 logger = logging.get_logger(__name__)
-
-
-class StopAt(TrainerCallback):
-    """End a training at a step of its schedule."""
-
-    def __init__(self, step: int):
-        self.step = step
-
-    def on_step_end(self, args, state, control, **kwargs):
-        """Stop and save at the step."""
-        if state.global_step >= self.step:
-            control.should_save = control.should_training_stop = True
-        return control
-
-
-class FollowArguments(TrainerCallback, ExportableState):
-    """Log, evaluate, save and choose the best model as the arguments say; a restored state goes by its own run's.
-
-    Args:
-        first_step (`int`, *optional*, defaults to `0`):
-            steps of an earlier stage, whose evaluations are not this one's.
-    """
-
-    def __init__(self, first_step: int = 0):
-        self.first_step = first_step
-        self.chosen_by: list[Any] | None = None
-
-    def state(self) -> dict[str, Any]:
-        """Return what `Trainer` saves of it."""
-        return {"args": {"first_step": self.first_step}, "attributes": {"chosen_by": self.chosen_by}}
-
-    def on_train_begin(self, args, state: Any, control, **kwargs):
-        """Put the intervals of the arguments into the state, and forget a best model that others have chosen."""
-        state.compute_steps(args, state.max_steps)
-        name = type(self).__name__
-        before = state.stateful_callbacks.get(name, {}).get("attributes", {}).get("chosen_by")
-        self.chosen_by = [args.metric_for_best_model, args.greater_is_better]
-        if state.global_step <= self.first_step or before not in (None, self.chosen_by):
-            state.best_metric = state.best_global_step = state.best_model_checkpoint = None
-        state.stateful_callbacks[name] = self.state()
-
-
-class ResumedTrainer(Trainer):
-    """A Trainer that logs no loss of a start that had no step left to take, and stops where a loss is no number.
-
-    Attributes:
-        has_trained (`bool`):
-            whether this start has taken a step.
-    """
-
-    has_trained = False
-
-    def log(self, logs, start_time=None):
-        """Log, but no summary of a training without a step."""
-        if "train_loss" not in logs or self.has_trained:
-            super().log(logs, start_time)
-
-    def training_step(self, model, inputs, num_items_in_batch=None):
-        """Take a training step, and note that there was one."""
-        self.has_trained = True
-        return super().training_step(model, inputs, num_items_in_batch)
-
-    def _maybe_log_save_evaluate(self, tr_loss, grad_norm, *args, **kwargs):
-        # the other steps do not wait for the device
-        if self.control.should_log or self.control.should_evaluate or self.control.should_save:
-            self._check_finite(tr_loss, grad_norm)
-        try:
-            super()._maybe_log_save_evaluate(tr_loss, grad_norm, *args, **kwargs)
-        except KeyError as error:
-            # as of a modality that a source does not have
-            if "metric_for_best_model" in str(error):
-                raise InputError(one_line(error.args[0])) from error
-            raise
-
-    def _check_finite(self, tr_loss: torch.Tensor, grad_norm: torch.Tensor | float | None) -> None:
-        """Raise, on all processes alike, where the loss since the last log or the gradients' norm is not finite."""
-        # fp16 passes over the steps whose gradients overflow
-        norm = 0.0 if grad_norm is None or self.args.fp16 else float(grad_norm)
-        figures = self.accelerator.gather(torch.stack([tr_loss.detach().float(), tr_loss.new_tensor(norm).float()]))
-        losses, norms = figures.view(-1, 2).unbind(1)  # pyright: ignore[reportAttributeAccessIssue]
-        for what, values in (("loss", losses), ("norm of the gradients", norms)):
-            value = float(values.sum())
-            if not math.isfinite(value):
-                kept = last_checkpoint(str(self.args.output_dir))
-                raise InputError(
-                    f"The {what} is {value} by step {self.state.global_step}: a lower `--learning-rate` may help. "
-                    + ("There is no checkpoint yet." if kept is None else f"The last checkpoint, {kept!r}, is kept.")
-                )
-
-
-class StageTrainer(ResumedTrainer):
-    """A Trainer whose optimizer and schedule begin where an earlier stage ended, and that measures how it is fed.
-
-    Attributes:
-        first_step (`int`):
-            steps that the earlier stage took.
-        earlier_stage (`str` or `None`):
-            its folder.
-        feeding ([`FeedingCallback`] or `None`):
-            told of every batch and how long it was waited for.
-        metrics ([`MomaMetricsCallback`] or `None`):
-            takes figures of its model.
-        processor ([`MomaProcessor`]):
-            the one whose ids are trained on.
-        noise ([`CodeNoise`] or `None`):
-            on the codes of the images that are read.
-        undecayed (`Sequence[str]`):
-            parameters without weight decay, beside those that never have any.
-        uses_muon (`bool`):
-            whether matrices are trained by [`Muon`], and the rest by AdamW with the settings of the arguments.
-    """
-
-    first_step, earlier_stage = 0, None
-    feeding: FeedingCallback | None = None
-    metrics: MomaMetricsCallback | None = None
-    noise: CodeNoise | None = None
-    processor: MomaProcessor
-    undecayed: Sequence[str] = ()
-    uses_muon = False
-
-    def train_only(self, groups: list[str]):
-        """Freeze all but some expert groups and the rows of their tokens, see [`freeze_all_but`].
-
-        Args:
-            groups (`list[str]`):
-                names of the expert groups that learn.
-
-        Raises:
-            ValueError: the model has no such group, or single rows cannot learn under FSDP and DeepSpeed.
-        """
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            raise InputError(
-                f"`--train-groups` {groups} trains single rows of the embeddings, which FSDP and DeepSpeed would "
-                "split: train under DDP, or use `--freeze-groups`."
-            )
-        # decay would move the rows that do not learn
-        self.undecayed = freeze_all_but(self.model, groups)  # pyright: ignore[reportArgumentType]
-
-    def merge_adapters(self):
-        """Make a plain model of one with PEFT's adapters, so that its own weights are saved."""
-        self.model = self.model_wrapped = self.model.merge_and_unload()  # pyright: ignore[reportAttributeAccessIssue, reportOptionalMemberAccess, reportCallIssue]
-
-    def checkpoint_kind(self) -> str | None:
-        """Return what its checkpoints hold of a model under FSDP, see [`check_kind`]."""
-        plugin = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None
-        if plugin is None:
-            return None
-        return SHARDS if "SHARDED" in str(plugin.state_dict_type) else WHOLE
-
-    def save_model(self, output_dir=None, _internal_call=False):
-        """Save the model, in one piece for `from_pretrained` where checkpoints are in shards, too."""
-        if self.checkpoint_kind() == SHARDS and not _internal_call:
-            self.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")  # pyright: ignore[reportOptionalMemberAccess]
-        super().save_model(output_dir, _internal_call)
-
-    def get_decay_parameter_names(self, model):
-        """Return the names of parameters with weight decay, `undecayed` left out."""
-        return [name for name in super().get_decay_parameter_names(model) if name not in self.undecayed]
-
-    def create_optimizer(self, model=None):
-        """Create the optimizer that the arguments name, or Muon.
-
-        Args:
-            model (`nn.Module`, *optional*):
-                whose parameters learn; by default the Trainer's.
-
-        Raises:
-            ValueError: Muon is asked for where no process has whole matrices.
-        """
-        if self.uses_muon and self.optimizer is None:
-            if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-                raise InputError(f"optim = {MUON!r} needs whole matrices, which FSDP and DeepSpeed split: use DDP.")
-            model = self.model if model is None else model
-            decayed = self.get_decay_parameter_names(model)
-            self.optimizer = Muon(
-                muon_groups(model, self.args.weight_decay, decayed),  # pyright: ignore[reportArgumentType]
-                lr=self.args.learning_rate,
-                betas=(self.args.adam_beta1, self.args.adam_beta2),
-                eps=self.args.adam_epsilon,
-                divides_work=self.args.world_size > 1,
-            )
-        return super().create_optimizer(model)
-
-    def get_batch_samples(self, epoch_iterator, num_batches, device):
-        """Return the batches of a step, and count them."""
-        began = time.perf_counter()
-        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        if self.feeding is not None:
-            self.feeding.on_batches(batches, time.perf_counter() - began)
-        return batches, num_items
-
-    def log(self, logs, start_time=None):
-        """Log, with the figures of what the training was fed with."""
-        if self.feeding is None:
-            return super().log(logs, start_time)
-        if "loss" in logs:
-            logs.update(self.feeding.figures(self.state.global_step))
-        # Trainer counts all steps as one epoch, so the real number of passes is logged instead
-        epoch, self.state.epoch = self.state.epoch, self.feeding.epoch(self.state.global_step)  # pyright: ignore[reportAttributeAccessIssue]
-        super().log(logs, start_time)
-        self.state.epoch = epoch
-
-    def floating_point_ops(self, inputs):
-        """Return 6 FLOPs for every position and parameter that a token meets, embeddings left out, for `total_flos`.
-
-        `Trainer` counts all experts for every token.
-
-        Args:
-            inputs (`dict[str, torch.Tensor]`):
-                of a batch, with `input_ids`.
-        """
-        config = self.model.config
-        embeddings = config.vocab_size * config.hidden_size * (1 if config.tie_word_embeddings else 2)
-        return 6 * inputs["input_ids"].numel() * (config.num_parameters(active=True) - embeddings)
-
-    def training_step(self, model, inputs, num_items_in_batch=None):
-        """Take a training step, without `source_ids`, and with noise where there is some."""
-        # `source_ids` serve the figures alone: no model takes them
-        inputs = {name: values for name, values in inputs.items() if name != "source_ids"}
-        if self.noise is not None:
-            inputs = self.noise(inputs)
-        return super().training_step(model, inputs, num_items_in_batch)
-
-    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        """Take an evaluation step, without the rows that fill up the last batch of several processes."""
-        state = self.accelerator.gradient_state
-        sampler = getattr(state.active_dataloader, "batch_sampler", None)
-        is_filled_up = state.end_of_dataloader and state.remainder > 0
-        # logits are gathered, for which they have to be alike in shape
-        if not isinstance(sampler, BatchSamplerShard) or not is_filled_up or not prediction_loss_only:
-            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
-        num_rows = len(inputs["input_ids"])
-        kept = min(max(state.remainder - sampler.process_index * num_rows, 0), num_rows)
-        # every process takes the same number of forwards, though one may have no row left to count
-        inputs = {name: values[: max(kept, 1)] for name, values in inputs.items()}
-        if not kept:
-            inputs["labels"] = torch.full_like(inputs["labels"], IGNORED)
-        with nullcontext() if kept or self.metrics is None else self.metrics.paused():
-            loss, *others = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
-        if self.args.average_tokens_across_devices and self.model_accepts_loss_kwargs:
-            # each process has its part of a sum over all, and the parts of the last ones would be dropped
-            loss = self.accelerator.reduce(loss, "mean")
-        return loss, *others
-
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """Compute the loss, without all logits at once where they would be large."""
-        if self._spares_logits(inputs):
-            inputs = {**inputs, "skip_logits": True}
-        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-
-    def _spares_logits(self, inputs: dict[str, torch.Tensor]) -> bool:
-        """Return whether a batch's logits are too large to be made at once, by an unsharded head."""
-        is_split = self.is_fsdp_enabled or self.is_deepspeed_enabled or self.args.torch_compile
-        vocab_size = self.accelerator.unwrap_model(self.model).config.vocab_size
-        return not is_split and inputs["input_ids"].numel() * vocab_size * 4 > LARGEST_LOGITS
-
-    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        # the earlier stage's weights are in the model already, and under FSDP a plain model is no checkpoint
-        if resume_from_checkpoint != self.earlier_stage:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint != self.earlier_stage:
-            super()._load_optimizer_and_scheduler(checkpoint)
-
-    def create_scheduler(self, num_training_steps: int, optimizer=None):
-        """Create the schedule over this stage's own steps."""
-        return super().create_scheduler(num_training_steps - self.first_step, optimizer)
 
 
 def data_order(folder: str | Path) -> dict[str, Any] | None:

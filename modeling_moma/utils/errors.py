@@ -23,6 +23,8 @@ _TEXTS = (
     "PytorchStreamWriter failed writing",
     "unexpected pos ",
 )
+# what gloo says in processes of a training of which another one has ended, and torch of a checkpoint that it removed
+_LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Parent directory")
 _TO_RESUME = ("What was written before is whole.", "the same command with `--resume` goes on.")
 # subcommand -> what is safe and how to go on
 _WAYS = {
@@ -87,6 +89,12 @@ def is_disk_full(error: BaseException | None) -> bool:
     return False
 
 
+def is_lost_peer(error: BaseException) -> bool:
+    """Return whether an error says that another process of the same training has ended."""
+    is_one_of_many = os.environ.get("WORLD_SIZE", "1") not in ("", "1")
+    return is_one_of_many and any(text in str(error) for text in _LOST_PEER)
+
+
 def full_disk_line(error: BaseException, subcommand: str, output: str | None) -> str:
     """Return the line that a user reads in place of a traceback.
 
@@ -133,6 +141,7 @@ __all__ = [
     "full_disk_line",
     "is_disk_full",
     "is_input_error",
+    "is_lost_peer",
     "needs_extra",
     "stopped_line",
 ]

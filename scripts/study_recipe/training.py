@@ -11,7 +11,7 @@ from modeling_moma.cli import upcycle
 from modeling_moma.cli.pretrain import parse_arguments
 from modeling_moma.training.checkpoints import checkpoint_step, last_checkpoint, read_state, without_torn_checkpoints
 from modeling_moma.training.pretraining import build_trainer, read_parts
-from modeling_moma.training.stages import StageTrainer
+from modeling_moma.training.stage_trainer import StageTrainer
 from modeling_moma.utils.atomic_files import write_aside
 
 from .grid import Pace, Run, model_fields, seed_of

@@ -5,6 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from transformers import TrainingArguments
+from transformers.distributed import DistributedConfig
 from transformers.modeling_outputs import CausalLMOutput
 
 from helpers.calibration_reference import (
@@ -29,6 +30,7 @@ from modeling_moma.calibration.auxiliary_training import (
 )
 from modeling_moma.calibration.observation import named_routers
 from modeling_moma.calibration.thresholds import calibrate_auxiliary_thresholds, calibrate_thresholds
+from modeling_moma.errors_moma import InputError
 
 
 def examples(number=24, length=16):
@@ -327,6 +329,17 @@ def one_of_two(rank, folder):
     mine = collate(two_modalities()[2 * rank : 2 * rank + 2])
     rows = calibrate_all(model, [mine])
     torch.save({"state": model.state_dict(), "metrics": metrics, "rows": rows}, folder / f"rank{rank}.pt")
+
+
+def be_refused(rank, folder):
+    model = MomaForCausalLM.from_pretrained(folder, distributed_config=DistributedConfig(fsdp_size=2))
+    with pytest.raises(InputError, match="`model` is split by FSDP"):
+        calibrate_thresholds(model, [collate(two_modalities()[:2])])
+
+
+def test_a_model_that_fsdp_has_split_is_not_observed(tmp_path):
+    build("depth_by_modality_4t4i").save_pretrained(tmp_path)
+    run_group(be_refused, tmp_path)
 
 
 def test_one_rank_may_have_text_only_and_the_other_images_only(tmp_path):

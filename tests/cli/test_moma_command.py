@@ -299,6 +299,24 @@ def test_defect_keeps_its_traceback(fail, monkeypatch):
     assert raised.type is ValueError
 
 
+@pytest.mark.parametrize(
+    "message",
+    ["[gloo/transport/tcp/pair.cc] Connection closed by peer [127.0.0.1]:1", "Parent directory x does not exist."],
+)
+def test_a_training_that_loses_another_of_its_processes_says_so_in_one_line(message, monkeypatch, capsys):
+    def lose(args):
+        raise RuntimeError(message)
+
+    monkeypatch.setattr(plan, "run", lose)
+    # one process alone has none to lose
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    with pytest.raises(RuntimeError):
+        main(["plan", "--preset", "moma-90m-4t4i", "--gpus", "8"])
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(["plan", "--preset", "moma-90m-4t4i", "--gpus", "8"]) == 1
+    assert capsys.readouterr().err == "error: another process of this training has ended; its own message says why.\n"
+
+
 def test_module_and_command_are_the_same(tmp_path):
     done = run_python([*MODULE[1:], "plan", "--preset", "moma-90m-4t4i", "--gpus", "1"], cwd=tmp_path)
     assert done.returncode == 0 and "Recommended" in done.stdout and done.stderr == "", done.stderr

@@ -29,7 +29,7 @@ from modeling_moma.planning.costs import flops_per_token
 from modeling_moma.token_groups_moma import token_modalities
 from modeling_moma.training.pretraining import training_stream
 from modeling_moma.training.recipe import read_recipe
-from modeling_moma.training.stages import StageTrainer, StopAt
+from modeling_moma.training.stage_trainer import StageTrainer, StopAt
 from study import measure_again
 from study_recipe import reporting, training
 from study_recipe.grid import (

@@ -2,6 +2,7 @@
 """Noise on the codes that a training reads: what it touches, and that a training is what it was in all else."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from modeling_moma.errors_moma import InputError
 from modeling_moma.training.code_noise import CodeNoise
 from modeling_moma.training.pretraining import build_trainer
 from modeling_moma.training.recipe import read_recipe
+from modeling_moma.training.stage_trainer import OwnRandomNumbers
 
 
 FIRST, END = 8, 24
@@ -46,6 +48,19 @@ def test_other_tokens_and_labels_stay(seed, most, rows, length, has_documents):
     is_still = (noisy["input_ids"] >= FIRST) & (noisy["input_ids"] < END)
     assert torch.equal(is_code, is_still)
     assert torch.equal(noisy["input_ids"][~is_code], before["input_ids"][~is_code])
+
+
+def test_processes_draw_noise_of_their_own_and_the_first_one_that_of_a_training_by_itself(inputs, tmp_path):
+    trainer = build_trainer(parse_arguments(four_steps(inputs, tmp_path, "True-0.9")))
+    (numbers,) = [callback for callback in trainer.callback_handler.callbacks if type(callback) is OwnRandomNumbers]
+    drawn = []
+    for index in range(3):
+        torch.manual_seed(trainer.args.seed)
+        numbers.on_train_begin(SimpleNamespace(seed=trainer.args.seed, process_index=index), None, None)
+        drawn.append(torch.rand(8))
+    torch.manual_seed(trainer.args.seed)
+    assert torch.equal(drawn[0], torch.rand(8))
+    assert not torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[1], drawn[2])
 
 
 def test_each_document_has_a_share_of_its_own_up_to_the_largest():

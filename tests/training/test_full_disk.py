@@ -1,20 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
 """Disks that are really full: one line, nothing of what was written is lost, and the same command goes on."""
 
+import errno
 import json
 import resource
 import shutil
 import subprocess
+from traceback import StackSummary
 
 import pytest
 import torch
 from datasets import Dataset, Features, Image, Value
 from safetensors.torch import load_file
+from torch.distributed.checkpoint.api import CheckpointException
 
-from helpers.tiny import noise_images, write_training
+from helpers.tiny import four_steps, noise_images, write_training
 from modeling_moma.cli.main import main
+from modeling_moma.cli.pretrain import parse_arguments
 from modeling_moma.training import checkpoints
-from modeling_moma.training.checkpoints import last_checkpoint
+from modeling_moma.training.checkpoints import last_checkpoint, without_torn_checkpoints
+from modeling_moma.training.pretraining import build_trainer
 
 
 DISK_BYTES = 64 * 2**20
@@ -73,6 +78,20 @@ def disk(request, tmp_path):
         pytest.skip("needs the right to mount a file system in memory; the other parameter does without")
     yield FullDisk(folder)
     subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+@pytest.mark.parametrize("is_first", [True, False])
+def test_shards_that_a_full_disk_cut_short_leave_one_error_and_no_torn_checkpoint(inputs, tmp_path, is_first):
+    trainer = build_trainer(parse_arguments(four_steps(inputs, tmp_path, "recipe")))
+    trainer.is_world_process_zero = lambda: is_first
+    full = OSError(errno.ENOSPC, "No space left on device")
+    with pytest.raises(OSError, match="No space left") as raised, without_torn_checkpoints(trainer):
+        (tmp_path / "checkpoint-2").mkdir()
+        # as torch.distributed.checkpoint tells of it on every process
+        raise CheckpointException("write", {1: (full, StackSummary())})
+    assert isinstance(raised.value.__cause__, CheckpointException)
+    # the first process may still be at work in it
+    assert (tmp_path / "checkpoint-2").exists() == (not is_first)
 
 
 @pytest.fixture(scope="module")

@@ -22,10 +22,9 @@ from modeling_moma.data.examples import check_layout, evenly_spaced
 from modeling_moma.data.stream import DocumentExamples
 from modeling_moma.errors_moma import InputError
 from modeling_moma.routing_moma import MomaRouter
-from modeling_moma.training import pretraining
-from modeling_moma.training import stages as stages_of_trainer
+from modeling_moma.training import pretraining, stage_trainer
 from modeling_moma.training.pretraining import build_trainer
-from modeling_moma.training.stages import data_order, examples_a_step, set_attention
+from modeling_moma.training.stages import data_order, examples_a_step, feeding_fields, set_attention
 from tokenization import MomaProcessor
 
 
@@ -101,7 +100,7 @@ def test_loss_falls(inputs, tmp_path):
 
 def test_a_large_vocabulary_costs_no_logits_and_changes_nothing(inputs, tmp_path, monkeypatch):
     main(arguments(inputs, tmp_path / "whole", "--bf16", "off"))
-    monkeypatch.setattr(stages_of_trainer, "LARGEST_LOGITS", 0)
+    monkeypatch.setattr(stage_trainer, "LARGEST_LOGITS", 0)
     skipped = []
     forward = MomaForCausalLM.forward
 
@@ -732,7 +731,7 @@ def test_a_step_does_not_read_its_loss_and_a_recipe_wins(inputs, tmp_path):
 
 
 def test_batches_go_to_a_gpu_from_pinned_memory():
-    fields = stages_of_trainer.feeding_fields("cuda")
+    fields = feeding_fields("cuda")
     assert fields["dataloader_pin_memory"] and fields["accelerator_config"] == {"non_blocking": True}
 
 

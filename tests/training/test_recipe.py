@@ -81,6 +81,25 @@ def test_flags_win_over_the_recipe_and_the_recipe_over_defaults(tmp_path):
             "model: {}\ntrainer: {num_train_epochs: 3}\n",
             "trainer: num_train_epochs = 3: a training is as long as `max_steps` says",
         ),
+        *[
+            (f"model: {{}}\ntrainer: {{{name}: true}}\n", f"trainer: {name} = True: {reason}")
+            for name, reason in (
+                ("auto_find_batch_size", ".*that fits"),
+                ("dataloader_drop_last", "held-out documents"),
+            )
+        ],
+        *[
+            (f"model: {{}}\ntrainer: {{accelerator_config: {{{field}}}}}\n", f"accelerator_config: {message}")
+            for field, message in (
+                ("split_batches: true", "split_batches = True: .*fewer documents than are counted"),
+                ("dispatch_batches: true", "dispatch_batches = True: each process reads its own"),
+                ("even_batches: false", "even_batches = False: the processes would wait"),
+                (
+                    "gradient_accumulation_kwargs: {num_steps: 4}",
+                    "gradient_accumulation_kwargs: num_steps = 4: documents are counted by",
+                ),
+            )
+        ],
         ("model: [1]\n", "model: expected a mapping of fields, got .1."),
         (
             "data: {length: 8}\n",
@@ -99,6 +118,12 @@ def test_flags_win_over_the_recipe_and_the_recipe_over_defaults(tmp_path):
 def test_what_nothing_knows_is_refused_by_name(tmp_path, text, message):
     with pytest.raises(ValueError, match=message):
         read_recipe(write(tmp_path, text))
+
+
+def test_settings_of_accelerate_that_change_no_document_are_taken(tmp_path):
+    fields = "{split_batches: false, dispatch_batches: null, even_batches: true, non_blocking: true}"
+    read = read_recipe(write(tmp_path, f"model: {{}}\ntrainer: {{accelerator_config: {fields}}}\n"))
+    assert read.trainer["accelerator_config"]["non_blocking"]
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from helpers.tiny import logged_losses, tiny_model, tiny_processor, write_tokens
 from modeling_moma import MomaForCausalLM
 from modeling_moma.cli import pretrain
 from modeling_moma.errors_moma import InputError
-from modeling_moma.training.checkpoints import SHARDS, WHOLE, check_kind
+from modeling_moma.training.checkpoints import DEEPSPEED, SHARDS, WHOLE, check_kind
 from modeling_moma.training.stages import copy_checkpoint
 
 
@@ -164,6 +164,48 @@ def test_pre_training_reshards_its_checkpoints(inputs, trained, tmp_path):
     assert len(list((last / SHARDS).glob("*.distcp"))) == 4 and not list(last.glob("*.safetensors"))
 
 
+def test_smoothed_labels_and_the_best_checkpoint_are_those_of_one_process(inputs, tmp_path):
+    recipe = json.loads((inputs / "recipe.json").read_text())
+    recipe["trainer"] = {"label_smoothing_factor": 0.1, "load_best_model_at_end": True}
+    (tmp_path / "recipe.json").write_text(json.dumps(recipe))
+    (tmp_path / "rows").mkdir()
+    outputs = [tmp_path / "sharded", tmp_path / "one"]
+    given = [
+        arguments(inputs, output, "--eval-steps", "2", "--save-steps", "2", "--gradient-accumulation-steps", number)
+        for output, number in zip(outputs, ("2", "4"), strict=True)
+    ]
+    for entry in given:
+        entry[0] = str(tmp_path / "recipe.json")
+    # every process loads the best checkpoint, or none of them would end
+    run_sharded(tmp_path, 0, 2, 0, given[0])
+    pretrain.main(given[1])
+    sharded, one = (json.loads((output / "trainer_state.json").read_text()) for output in outputs)
+    assert Path(sharded["best_model_checkpoint"]).name == Path(one["best_model_checkpoint"]).name
+    for name in ("loss", "eval_loss"):
+        figures = [[log[name] for log in state["log_history"] if name in log] for state in (sharded, one)]
+        assert figures[0] == pytest.approx(figures[1], abs=1e-4), name
+    weights = [dict(MomaForCausalLM.from_pretrained(output).named_parameters()) for output in outputs]
+    for name, value in weights[1].items():
+        torch.testing.assert_close(weights[0][name], value, atol=1e-4, rtol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize(
+    "given, told",
+    [
+        (["--lora-rank", "2"], "`--lora-rank` merges adapters into weights that FSDP and DeepSpeed would split"),
+        (["--train-groups", "text"], "trains single rows of the embeddings, which FSDP and DeepSpeed would split"),
+    ],
+    ids=["adapters", "groups"],
+)
+def test_what_needs_whole_weights_is_refused_under_fsdp(inputs, tmp_path, given, told):
+    (tmp_path / "rows").mkdir()
+    entry = [str(tmp_path / "rows"), "0", "0", *arguments(inputs, tmp_path / "out", *given)]
+    for process in start_scripts(sharded_training, entry, tmp_path / "log.txt", 1):
+        process.join(120)
+        assert process.exitcode == 1
+    assert told in (tmp_path / "log.txt").read_text()
+
+
 # one process goes on from a plain model in tests/training/test_pretrain.py
 @slow
 def test_second_stage_under_fsdp_begins_with_a_plain_model(inputs, tmp_path):
@@ -211,9 +253,17 @@ def test_shards_are_refused_without_fsdp(inputs, trained, tmp_path):
 
 
 def test_kinds_of_checkpoints(tmp_path):
+    for name in ("optimizer.pt", "scheduler.pt"):
+        with pytest.raises(InputError, match=f"has no {name}, without which .* was it copied as a whole"):
+            check_kind(tmp_path, None)
+        (tmp_path / name).touch()
     check_kind(tmp_path, None)
     with pytest.raises(InputError, match="written by a run without FSDP.* this is FSDP .*FULL_STATE_DICT"):
         check_kind(tmp_path, WHOLE)
+    (tmp_path / "latest").touch()
+    check_kind(tmp_path, DEEPSPEED)
+    with pytest.raises(InputError, match="written by DeepSpeed, and this is a run without FSDP and DeepSpeed"):
+        check_kind(tmp_path, None)
     (tmp_path / WHOLE).touch()
     check_kind(tmp_path, WHOLE)
     with pytest.raises(InputError, match="written by FSDP .*FULL_STATE_DICT.* this is FSDP .*SHARDED_STATE_DICT"):
