@@ -2,6 +2,8 @@
 """The training of auxiliary routers, from a command's arguments."""
 
 import argparse
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -43,6 +45,15 @@ REPORT_FILE = "auxiliary_routers.json"
 
 class AuxiliaryTraining(ResumedTrainer, AuxiliaryRouterTrainer):
     """The trainer of this command, which may have no step left to take."""
+
+    @contextmanager
+    def uncounted(self) -> Iterator[None]:
+        """Leave out of the figures what the routers are given in the block."""
+        counts, self._counts = self._counts, None
+        try:
+            yield
+        finally:
+            self._counts = counts
 
 
 def make_training_arguments(args: argparse.Namespace) -> TrainingArguments:
@@ -175,7 +186,10 @@ def _train_and_save(args: argparse.Namespace, training_arguments: TrainingArgume
     else:
         for router in named_routers(model).values():
             router.auxiliary.threshold.fill_(threshold)
-    rows = auxiliary_report(model, report_batches)
+    # each process reports on its part, unless there are too few for all
+    rank, number = training_arguments.process_index, training_arguments.world_size
+    own_batches = report_batches[rank::number] if len(report_batches) >= number else report_batches
+    rows = auxiliary_report(model, own_batches)
     print(router_table(rows))
     model.config.inference_routing, model.config.depth_inference_routing = "auxiliary", None
     report = {

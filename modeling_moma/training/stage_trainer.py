@@ -4,7 +4,7 @@
 import math
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -142,6 +142,31 @@ class ResumedTrainer(Trainer):
                     f"The {what} is {value} by step {self.state.global_step}: a lower `--learning-rate` may help. "
                     + ("There is no checkpoint yet." if kept is None else f"The last checkpoint, {kept!r}, is kept.")
                 )
+
+    def uncounted(self) -> AbstractContextManager[Any]:
+        """Return the context of a forward whose rows count nowhere."""
+        return nullcontext()
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """Take an evaluation step, without the rows that fill up the last batch of several processes."""
+        state = self.accelerator.gradient_state
+        sampler = getattr(state.active_dataloader, "batch_sampler", None)
+        is_filled_up = state.end_of_dataloader and state.remainder > 0
+        # logits are gathered, for which they have to be alike in shape
+        if not isinstance(sampler, BatchSamplerShard) or not is_filled_up or not prediction_loss_only:
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        num_rows = len(inputs["input_ids"])
+        kept = min(max(state.remainder - sampler.process_index * num_rows, 0), num_rows)
+        # every process takes the same number of forwards, though one may have no row left to count
+        inputs = {name: values[: max(kept, 1)] for name, values in inputs.items()}
+        if not kept:
+            inputs["labels"] = torch.full_like(inputs["labels"], IGNORED)
+        with nullcontext() if kept else self.uncounted():
+            loss, *others = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        if self.args.average_tokens_across_devices and self.model_accepts_loss_kwargs:
+            # each process has its part of a sum over all, and the parts of the last ones would be dropped
+            loss = self.accelerator.reduce(loss, "mean")
+        return loss, *others
 
 
 class StageTrainer(ResumedTrainer):
@@ -301,26 +326,9 @@ class StageTrainer(ResumedTrainer):
             inputs = self.noise(inputs)
         return super().training_step(model, inputs, num_items_in_batch)
 
-    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        """Take an evaluation step, without the rows that fill up the last batch of several processes."""
-        state = self.accelerator.gradient_state
-        sampler = getattr(state.active_dataloader, "batch_sampler", None)
-        is_filled_up = state.end_of_dataloader and state.remainder > 0
-        # logits are gathered, for which they have to be alike in shape
-        if not isinstance(sampler, BatchSamplerShard) or not is_filled_up or not prediction_loss_only:
-            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
-        num_rows = len(inputs["input_ids"])
-        kept = min(max(state.remainder - sampler.process_index * num_rows, 0), num_rows)
-        # every process takes the same number of forwards, though one may have no row left to count
-        inputs = {name: values[: max(kept, 1)] for name, values in inputs.items()}
-        if not kept:
-            inputs["labels"] = torch.full_like(inputs["labels"], IGNORED)
-        with nullcontext() if kept or self.metrics is None else self.metrics.paused():
-            loss, *others = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
-        if self.args.average_tokens_across_devices and self.model_accepts_loss_kwargs:
-            # each process has its part of a sum over all, and the parts of the last ones would be dropped
-            loss = self.accelerator.reduce(loss, "mean")
-        return loss, *others
+    def uncounted(self) -> AbstractContextManager[Any]:
+        """Return the context of a forward that the figures of its model leave out."""
+        return nullcontext() if self.metrics is None else self.metrics.paused()
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Compute the loss, without all logits at once where they would be large."""

@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoProcessor, GenerationConfig, TrainingArguments
 
+from helpers.processes import start_scripts
 from helpers.tiny import tiny_model, tiny_processor, write_tokens
 from modeling_moma import MomaForCausalLM
 from modeling_moma.calibration.auxiliary_training import auxiliary_report
@@ -202,6 +203,31 @@ def test_a_run_goes_on_from_its_own_checkpoints_alone(inputs, trained, tmp_path,
     told = capsys.readouterr().out
     assert "has taken all of its 4 steps; its routers are judged anew" in told and "train_loss" not in told
     assert_same(load_file(trained / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors"))
+
+
+def test_two_processes_judge_the_routers_by_the_same_tokens_as_one(inputs, tmp_path):
+    # nine documents: the last batch of two processes is filled up
+    sizes = "--batch-size 2 --steps 2 --eval-steps 2 --logging-steps 2 --warmup-steps 0".split()
+    paths = ["--model", inputs / "model", "--processor", inputs / "model", "--tokens", inputs / "tokens"]
+
+    def given(output, accumulation):
+        more = ["--output", output, "--gradient-accumulation-steps", accumulation]
+        return list(map(str, [*paths, *sizes, *more]))
+
+    for process in start_scripts(train, given(tmp_path / "two", 1), tmp_path / "log.txt"):
+        process.join(120)
+        assert process.exitcode == 0, (tmp_path / "log.txt").read_text()[-3000:]
+    train(given(tmp_path / "one", 2))
+    reports = [json.loads((tmp_path / name / "auxiliary_routers.json").read_text()) for name in ("two", "one")]
+    assert [[row["tokens"] for row in report["routers"]] for report in reports] == [
+        [row["tokens"] for row in reports[1]["routers"]]
+    ] * 2
+    histories = [
+        json.loads((tmp_path / name / "trainer_state.json").read_text())["log_history"] for name in ("two", "one")
+    ]
+    for name in ("eval_accuracy", "eval_load", "eval_true_load"):
+        figures = [[log[name] for log in history if name in log] for history in histories]
+        assert figures[0] == pytest.approx(figures[1], abs=1e-6), name
 
 
 def test_folders_of_other_models_are_refused(inputs, trained, tmp_path):
