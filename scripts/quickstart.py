@@ -185,7 +185,7 @@ def encode_rows(rows: Dataset, processor, source: Source) -> Dataset:
 
 
 def fine_tune(model, processor, args, folder: Path):
-    """A minute with the plain Trainer, to show the interface; it is too short to teach the model much."""
+    """A minute with the plain Trainer, to show the interface, on images that a released model was trained on."""
     source, encoder = args.source, DocumentEncoder(processor)
     train, validation = (
         CaptionDocuments.from_rows(
@@ -260,7 +260,7 @@ def main(arguments=None):
     write_aside(output / "routing.png", lambda path: image.save(path, format="PNG"))
     print(f"wrote {output / 'routing.png'}")
 
-    print(f"\n3. Fine-tune for {args.fine_tune_steps} steps with Trainer (to show how; so few steps teach little)")
+    print(f"\n3. Fine-tune for {args.fine_tune_steps} steps with Trainer (to show how: it knows these images already)")
     model = fine_tune(model, processor, args, fine_tuned)
 
     print("\n4. Save, reload, and the same once more")
