@@ -4,6 +4,8 @@
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from helpers.packed_sources import BOS, EOS, FRAMES, WORDS, lines
 from helpers.tiny import CAPTIONS, tiny_documents, tiny_processor, tiny_rows
@@ -213,6 +215,60 @@ class UnknownLengths:
 )
 def test_the_mean_length_holds_for_documents_in_turn_and_of_any_length(lengths):
     assert mean_length(UnknownLengths(lengths)) == pytest.approx(lengths.mean(), rel=0.02)
+
+
+def mixed_captions(processor, rows, shares, image_first, without_caption, seed=0):
+    """Captions of rows of which some lack a column, with alternatives that are far longer."""
+    rng = np.random.default_rng(seed)
+    fields = {"data": "mine", "image": "image", "text": "label", "image_first": image_first}
+    fields["alternatives"] = [{"text": name, "share": share} for name, share in zip(("more", "most"), shares)]
+    (source,) = read_sources({"mine": {**fields, "without_caption": without_caption}})
+    table = tiny_rows(processor, rows)
+    for row in table:
+        row["more"] = " ".join(["red apple"] * rng.integers(0, 40))
+        row["most"] = " ".join(["fruit"] * rng.choice([0, 90]))
+    return CaptionDocuments.from_rows("mine", source.kind, table, DocumentEncoder(processor)), table
+
+
+@given(
+    st.integers(1, 300),
+    st.tuples(st.floats(0, 1), st.floats(0, 1)),
+    st.floats(0, 1),
+    st.floats(0, 1),
+    st.integers(0, 2**16),
+)
+@settings(deadline=None, max_examples=40)
+def test_the_mean_length_of_captions_is_that_of_every_way_to_write_them(rows, shares, image_first, without, seed):
+    processor = tiny_processor()
+    documents, table = mixed_captions(processor, rows, shares, image_first, without, seed)
+
+    def length(text, is_first):
+        return len(documents.encoder.caption(text, [0] * processor.image_seq_length, is_first))
+
+    total = 0.0
+    for row in table:
+        ways = [(1.0, row["label"])]
+        # asked in turn: a later one is drawn where those before it are not
+        for name, share in reversed(list(zip(("more", "most"), shares))):
+            if row[name]:
+                ways = [(share, row[name])] + [((1 - share) * chance, text) for chance, text in ways]
+        first = sum(chance * length(text, True) for chance, text in ways)
+        second = sum(chance * length(text, False) for chance, text in ways)
+        second = without * length("", False) + (1 - without) * second
+        total += image_first * first + (1 - image_first) * second
+    sampled = 1e-9 if rows <= 256 else 0.02
+    assert mean_length(documents) == pytest.approx(total / rows, rel=sampled)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 10, 250])
+def test_few_captions_of_which_some_are_long_keep_their_weight(processor, rows):
+    few, _ = mixed_captions(processor, rows, (0.25, 0.1), 0.5, 0.1)
+    others = lines(np.random.default_rng(0), 400, 20, 60)
+    examples = DocumentExamples([few, others], (0.5, 0.5), 6000)
+    tokens = np.zeros(2)
+    for index in range(6000):
+        tokens[examples[index]["source"]] += len(examples[index]["input_ids"])
+    assert abs(tokens[0] / tokens.sum() - 0.5) < 0.01
 
 
 def test_documents_that_are_much_alike_are_not_made_by_the_thousand():

@@ -277,6 +277,24 @@ class CaptionDocuments:
     def lengths(self) -> None:
         """Return nothing: each example of a row has a text of its own."""
 
+    def expected_length(self, row: int) -> float:
+        """Return the mean number of tokens of a row's examples, with lists as they are.
+
+        Args:
+            row (`int`):
+                of these documents.
+        """
+        columns, codes = self._columns(row), self._codes(row, 0)
+        likely, text_tokens = 1.0, 0.0
+        for template, share in self._alternatives:
+            if template.is_full(columns):
+                text_tokens += likely * share * len(self.encoder.text_ids(template.render(columns)))
+                likely *= 1 - share
+        text_tokens += likely * len(self.encoder.text_ids(self._text.render(columns)))
+        alone = (1 - self.kind.image_first) * self.kind.without_caption
+        around = len(self.encoder.caption("", codes, True))
+        return (1 - alone) * (around + text_tokens) + alone * len(self.encoder.caption("", codes, False))
+
     def _draw_text(
         self, columns: Mapping[str, Any], image_first: bool, rng: np.random.Generator
     ) -> tuple[Template, str]:
