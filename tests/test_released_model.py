@@ -176,3 +176,12 @@ def test_icons_are_named_as_their_card_says():
     card = (ICONS / "README.md").read_text()
     for sample, guesses in zip(samples, found, strict=True):
         assert guesses[0].text == sample["names"][0] and sample["names"][0] in card
+
+
+def test_the_first_name_and_tag_are_the_same_however_many_are_asked_for():
+    # two beams would find less likely ones of most of them
+    images = load_dataset(str(ROOT / "data" / "icons"), split="test").select(range(0, 564, 47))["image"]
+    labeler = open_labeler(str(ICONS))
+    codes = labeler.encode(images)
+    for find in (labeler.names, labeler.tags):
+        assert [guesses[:1] for guesses in find(codes, 5)] == find(codes, 1)

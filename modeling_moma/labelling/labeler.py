@@ -27,6 +27,8 @@ from . import MOST_GUESSES, MOST_VIEWS
 
 # beams for each name or tag that is asked for: some differ in the token that ends them alone
 BEAMS_EACH = 2
+# of an image at least: fewer lose the likeliest text behind its first tokens, and the first of few would be another
+LEAST_BEAMS = 10
 # longest name or tag
 MOST_TOKENS = 16
 # beams of each image in a full batch: where there are more, images are fewer, since beams are what needs memory
@@ -95,7 +97,7 @@ class ImageLabeler:
             of the captions that it was trained on.
         batch_size (`int`, *optional*, defaults to `32`):
             views of images at once; in a search of names or tags as many fewer as each has more than 4 beams, two
-            for each name or tag.
+            for each name or tag and 10 at least.
         views (`int`, *optional*, defaults to `1`):
             codings of each image, up to 9, which take as many times as long.
     """
@@ -191,7 +193,7 @@ class ImageLabeler:
         """Return texts after a prompt, none of which begins with the ids `never`, and their shares of all others."""
         if not 1 <= count <= MOST_GUESSES:
             raise InputError(f"`count` is {count}: ask for 1 to {MOST_GUESSES} names or tags.")
-        beams = BEAMS_EACH * count
+        beams = max(LEAST_BEAMS, BEAMS_EACH * count)
         prompt_ids = self._encoder.text_ids(prompt)
         batch_size = max(1, min(self.batch_size, self.batch_size * FULL_BATCH_BEAMS // beams))
         found, views = [], self._views(codes)
