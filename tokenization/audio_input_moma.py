@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sounds as files, data sets and libraries hold them, read into one form: mono samples at a codec's rate."""
 
+import errno
 import importlib
 import os
 from collections.abc import Mapping
@@ -84,6 +85,7 @@ def read_sound(
         raise SoundError("sound empty", "it has no samples")
     if not np.isfinite(samples).all():
         raise SoundError("sound damaged", "some samples are not finite")
+    _check_peak(samples)
     if len(samples) > MAX_SECONDS * sampling_rate:
         raise SoundError("sound too long", f"{len(samples) / sampling_rate:.0f} s, over {MAX_SECONDS}")
     return samples
@@ -106,11 +108,8 @@ def _read_samples(item: Any) -> np.ndarray:
             f"{values.dtype}; pass one channel, or the path of a file",
         )
     if values.dtype.kind == "f":
-        peak = np.abs(values).max(initial=0.0)
-        if np.isfinite(peak) and peak > MAX_PEAK:
-            raise SoundError(
-                "sound not readable", f"float samples are in [-1, 1], and these reach {peak:g}: divide by their range"
-            )
+        # before it becomes infinite in float32
+        _check_peak(values)
         return values.astype(np.float32)
     # Python's own numbers become these, whatever range they had
     if values.dtype.itemsize > 4:
@@ -120,6 +119,14 @@ def _read_samples(item: Any) -> np.ndarray:
     limits = np.iinfo(values.dtype)
     middle = 0 if limits.min < 0 else (limits.max + 1) // 2
     return ((values.astype(np.float64) - middle) / (limits.max - middle)).astype(np.float32)
+
+
+def _check_peak(samples: np.ndarray) -> None:
+    peak = np.abs(samples).max(initial=0.0)
+    if np.isfinite(peak) and peak > MAX_PEAK:
+        raise SoundError(
+            "sound not readable", f"float samples are in [-1, 1], and these reach {peak:g}: divide by their range"
+        )
 
 
 def _read_file(item: Any, sampling_rate: int, root: "str | os.PathLike | None", max_samples: int) -> np.ndarray:
@@ -134,7 +141,14 @@ def _read_file(item: Any, sampling_rate: int, root: "str | os.PathLike | None", 
         place, source = f"{len(item)} bytes", BytesIO(item)
     else:
         path = Path(root or "", item)
-        if not path.is_file():
+        try:
+            is_there = path.is_file()
+        # of names that are too long, or folders that may not be looked into
+        except OSError as error:
+            hint = "; is it the file's bytes in base64?" if error.errno == errno.ENAMETOOLONG else ""
+            what = f"{str(item)[:100]!r} is no path of a file that can be read ({error.strerror}){hint}"
+            raise SoundError("sound missing", what) from error
+        if not is_there:
             raise SoundError("sound missing", f"there is no file {str(item)[:200]!r}")
         place, source = repr(str(item)), str(path)
     try:

@@ -15,7 +15,7 @@ from tokenization.audio_codecs_moma import AUDIO
 from ..errors_moma import InputError
 from .encoding import DocumentEncoder
 from .images import LeftOut, read_image
-from .sounds import read_row_sound
+from .sounds import read_row_sound, refused_sounds_left_out
 from .templates import as_text
 
 
@@ -186,7 +186,9 @@ class Shard(ABC):
         codec = self.processor.codecs[AUDIO]
         rate = getattr(codec, "sampling_rate", None)
         item = value if rate is None else read_row_sound(value, rate, self.root)
-        return self.processor.encode_items(AUDIO, [item])[0]
+        # a codec may refuse more than reading does
+        with refused_sounds_left_out():
+            return self.processor.encode_items(AUDIO, [item])[0]
 
     def count_images(self, number: int) -> None:
         """Count images that have been coded."""

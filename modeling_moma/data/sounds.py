@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sounds as data sets hold them; those that cannot be used are left out with a reason."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -8,6 +10,15 @@ import numpy as np
 from tokenization.audio_input_moma import SoundError, read_sound
 
 from .images import LeftOut
+
+
+@contextmanager
+def refused_sounds_left_out() -> Iterator[None]:
+    """Raise [`LeftOut`] for what `tokenization` raises of a sound that it cannot use."""
+    try:
+        yield
+    except SoundError as error:
+        raise LeftOut(error.reason, error.detail) from error
 
 
 def read_row_sound(value: Any, sampling_rate: int, root: str | None = None) -> np.ndarray:
@@ -24,10 +35,8 @@ def read_row_sound(value: Any, sampling_rate: int, root: str | None = None) -> n
     Raises:
         LeftOut: it cannot be used.
     """
-    try:
+    with refused_sounds_left_out():
         return read_sound(value, sampling_rate, root)
-    except SoundError as error:
-        raise LeftOut(error.reason, error.detail) from error
 
 
-__all__ = ["read_row_sound"]
+__all__ = ["read_row_sound", "refused_sounds_left_out"]

@@ -14,7 +14,7 @@ from tokenization.audio_codecs_moma import MelCodec
 
 from ..data.images import LeftOut
 from ..data.json_lines import BROKEN_LINE
-from ..data.sounds import read_row_sound
+from ..data.sounds import read_row_sound, refused_sounds_left_out
 from ..data.sources import TRAIN, VALIDATION, Source, placed_rows, warn_of_shared_rows
 from ..errors_moma import InputError
 from ..utils.errors import needs_extra
@@ -119,7 +119,9 @@ def _vectors(
             if len(found) == number:
                 break
             try:
-                found.append(codec.log_mels(read_row_sound(value, codec.sampling_rate, source.image_root())))
+                samples = read_row_sound(value, codec.sampling_rate, source.image_root())
+                with refused_sounds_left_out():
+                    found.append(codec.log_mels(samples))
             except LeftOut as error:
                 left_out[error.reason] = left_out.get(error.reason, 0) + 1
                 continue

@@ -10,7 +10,7 @@ import pytest
 from datasets import Audio, Features, Value
 from datasets.exceptions import DatasetGenerationError
 
-from helpers.sounds import RATE, as_file, processor_of_sounds, tone
+from helpers.sounds import MELS, RATE, as_file, processor_of_sounds, tone
 from helpers.tiny import noise_images, tiny_processor
 from modeling_moma.data.documents import TokenFolder
 from modeling_moma.data.encoding import processor_fingerprint
@@ -19,9 +19,13 @@ from modeling_moma.data.reports import write_manifest
 from modeling_moma.data.sources import read_sources, source_texts
 from modeling_moma.data.stream import DocumentExamples
 from modeling_moma.data.workers import run_tasks
+from modeling_moma.errors_moma import InputError
+from modeling_moma.training.audio_tokenizer import train_audio_tokenizer
 from modeling_moma.training.pretraining import training_stream
 from modeling_moma.training.recipe import DataFields
-from tokenization import MomaProcessor
+from modeling_moma.training.tokenizer_settings import AudioTokenizerSettings
+from tokenization import MelCodec, MomaProcessor
+from tokenization.audio_input_moma import SoundError
 
 
 WORDS = ["red", "apple", "castle", "green"]
@@ -156,14 +160,39 @@ def test_rows_that_cannot_be_used_are_left_out_by_name(folder, tmp_path):
         {"bytes": as_file(tone(400)), "path": None},
         {"bytes": as_file(tone(400, 2.0)), "path": None},
         {"bytes": None, "path": "nowhere.wav"},
+        # integers written as floats
+        {"bytes": as_file(tone(400) * 32767, subtype="FLOAT"), "path": None},
+        {"bytes": None, "path": "UklGR" + "A" * 5000},
     ]
-    write_sounds(tmp_path / "words.parquet", contents, ["a", "b", "c", "", "e", "f"])
+    write_sounds(tmp_path / "words.parquet", contents, ["a", "b", "c", "", "e", "f", "g", "h"])
     source = {"data": str(tmp_path / "words.parquet"), "audio": "audio", "text": "word", "held_out": 0}
     read = tokenize({"words": source}, folder, tmp_path / "tokens")["sources"]["words"]["read"]["train"]
-    assert read["left_out"] == {"sound damaged": 1, "sound missing": 2, "text empty": 1, "sound too long": 1}
-    assert [row["row"] for row in read["named"]] == [1, 2, 3, 4, 5]
+    reasons = {"sound damaged": 1, "sound missing": 3, "text empty": 1, "sound too long": 1, "sound not readable": 1}
+    assert read["left_out"] == reasons
+    assert [row["row"] for row in read["named"]] == [1, 2, 3, 4, 5, 6, 7]
     with pytest.raises(ValueError, match=r"'words', split 'train', row 1: sound damaged: 8 bytes cannot be decoded"):
         tokenize({"words": source}, folder, tmp_path / "strict", strict=True)
+
+
+def test_a_codec_is_learnt_without_the_sounds_that_cannot_be_used(tmp_path):
+    contents = [as_file(tone(400, 0.2)), as_file(tone(400) * 32767, subtype="FLOAT")]
+    write_sounds(tmp_path / "words.parquet", [{"bytes": content, "path": None} for content in contents])
+    sources = read_sources({"words": {"data": str(tmp_path / "words.parquet"), "audio": "audio", "text": "word"}})
+    facts = train_audio_tokenizer(sources, AudioTokenizerSettings(num_codes=4, **MELS)).facts
+    assert facts["sounds"] + facts["held_out_sounds"] == 1 and facts["left_out"] == {"sound not readable": 1}
+
+
+def test_what_a_codec_refuses_is_left_out(folder, tmp_path, monkeypatch):
+    def refuse(codec, item):
+        raise SoundError("sound odd", "this codec does not like it")
+
+    monkeypatch.setattr(MelCodec, "log_mels", refuse)
+    write_sounds(tmp_path / "words.parquet", [{"bytes": as_file(tone(400)), "path": None}])
+    source = {"data": str(tmp_path / "words.parquet"), "audio": "audio", "text": "word", "held_out": 0}
+    with pytest.raises(InputError, match="of 1 rows 1 sound odd; the first: 'this codec"):
+        tokenize({"words": source}, folder, tmp_path / "tokens")
+    with pytest.raises(InputError, match=r"have only 0 places .*\(1 sound odd\)"):
+        train_audio_tokenizer(read_sources({"words": source}), AudioTokenizerSettings(num_codes=4, **MELS))
 
 
 def test_a_processor_without_a_codec_is_refused_at_once(tmp_path):

@@ -91,6 +91,8 @@ def test_channels_are_averaged_and_roots_are_folders(tmp_path):
             {"array": np.zeros(600), "sampling_rate": "16000"},
             "sampling_rate = '16000' is no number",
         ),
+        ("UklGR" + "A" * 5000, r"sound missing: 'UklGRA+' is no path .*File name too long\); is it .* in base64\?"),
+        (as_file(tone(440) * 32767, subtype="FLOAT"), r"sound not readable: float samples are in .* reach 1\d{4}"),
         (tone(440) * 32767, r"sound not readable: float samples are in \[-1, 1\], and these reach 1\d{4}"),
         ((tone(440) * 32767).astype(np.int16).tolist(), "sound not readable: samples of int64 tell no range"),
         ((16000, tone(440)), "sound not readable: a tuple is no row of samples"),
